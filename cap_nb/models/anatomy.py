@@ -32,13 +32,13 @@ ROLES = tuple(LLAMA_ROLES) # The order in which projections are walked, everywhe
 
 # %% ../../nbs/models/02_anatomy.ipynb #c009
 def family_of(
-    model: nn.Module, # A causal language model of transformers
-) -> Family: # The names of its modules
-    "The family of a model, from its configuration; an unknown one raises `BadInput` that names what is supported."
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    config: object, # Configuration of a causal language model of transformers
+) -> Family: # The names of the model's modules
+    "The family that a configuration names; an unknown one raises `BadInput` that names what is supported."
+    kind = getattr(config, "model_type", type(config).__name__)
     if kind in FAMILIES: return FAMILIES[kind]
-    raise BadInput(f"The anatomy of {type(model).__name__} (model type {kind!r}) is not known: expected one of "
-                   f"{', '.join(FAMILIES)}; load a model of such a class or add its family to cap_nb.models.anatomy.")
+    raise BadInput(f"The anatomy of model type {kind!r} is not known: expected one of {', '.join(FAMILIES)}; "
+                   f"load a model of such a class or add its family to cap_nb.models.anatomy.")
 
 # %% ../../nbs/models/02_anatomy.ipynb #c012
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ def decoder_layers(
     model: nn.Module, # A causal language model of a known family
 ) -> nn.ModuleList: # Its decoder layers, first to last
     "The decoder layers of a model."
-    return model.get_submodule(family_of(model).layers)
+    return model.get_submodule(family_of(model.config).layers)
 
 def projections(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[Projection, ...]: # Every projection, by layer, then by role
     "Every weight matrix in scope for pruning, in the fixed order (paper section 3.3)."
-    family = family_of(model)
+    family = family_of(model.config)
     return tuple(Projection(layer, role, f"{family.layers}.{layer}.{path}", module.get_submodule(path))
                  for layer, module in enumerate(decoder_layers(model)) for role, path in family.roles.items())
 
@@ -90,26 +90,26 @@ def output_projection(
     layer: int, # Index of a decoder layer, from 0
 ) -> nn.Linear: # Its output projection, weight [hidden, H*d]
     "The output projection of a layer: heads are masked at its input (paper section 3.2)."
-    return decoder_layers(model)[layer].get_submodule(family_of(model).roles["output"])
+    return decoder_layers(model)[layer].get_submodule(family_of(model.config).roles["output"])
 
 def final_norm(
     model: nn.Module, # A causal language model of a known family
 ) -> nn.Module: # The norm between the last layer and the output head
     "The norm before the output head."
-    return model.get_submodule(family_of(model).final_norm)
+    return model.get_submodule(family_of(model.config).final_norm)
 
 def output_head(
     model: nn.Module, # A causal language model of a known family
 ) -> nn.Module: # The module that turns hidden states into logits
     "The output head."
-    return model.get_submodule(family_of(model).output_head)
+    return model.get_submodule(family_of(model.config).output_head)
 
 # %% ../../nbs/models/02_anatomy.ipynb #c024
 def anatomy(
     model: nn.Module, # A causal language model of a known family
 ) -> Anatomy: # Its dimensions, checked against the shapes of its weights
     "Dimensions of a model, checked against every attention projection; a mismatch raises `BadInput`."
-    family_of(model)
+    family_of(model.config)
     a = dimensions(model.config)
     if a.heads % a.key_value_heads:
         raise BadInput(f"{a.heads} query heads do not divide into {a.key_value_heads} key-value heads: expected a multiple; check the configuration.")
