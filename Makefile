@@ -1,0 +1,79 @@
+# make demo       environment, install, then the whole job on the embedded lab model
+# make test       everything CI checks
+# make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
+# make readme     README.md from nbs/index.ipynb
+#
+# With a virtual environment active, it is used; otherwise .venv is made here. Variables: PYTHON (which interpreter makes .venv),
+# DEMO (the demo's run folder).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env demo test notebooks readme check-sync check-readme check-notebooks check-pytest
+
+PYTHON ?= python3
+DEMO ?= runs/demo
+VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.cap_nb-installed
+# An environment that serves another checkout of this project is installed into again.
+ifneq ($(shell cat "$(STAMP)" 2>/dev/null),$(CURDIR))
+$(shell rm -f "$(STAMP)")
+endif
+# CI may run as another user than the one who cloned.
+GIT := git -c safe.directory=$(CURDIR)
+RIGHT_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
+  f'cap_nb needs Python 3.10 to 3.13, and {sys.executable} is {v[0]}.{v[1]}: name another one, for example: make demo PYTHON=python3.11')
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+env: $(STAMP)
+
+$(STAMP): settings.ini setup.py
+	@if [ ! -x "$(BIN)/python" ]; then \
+	  command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) is not there: name an interpreter, for example: make demo PYTHON=python3.11" >&2; exit 1; }; \
+	  "$(PYTHON)" -c "$(RIGHT_PYTHON)"; \
+	  echo "Making the environment $(VENV)"; "$(PYTHON)" -m venv "$(VENV)"; \
+	fi
+	@"$(BIN)/python" -c "$(RIGHT_PYTHON)"
+	@echo "Installing cap_nb and what it needs into $(VENV) (a few minutes the first time)"
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@printf '%s' "$(CURDIR)" > "$(STAMP)"
+
+demo: env
+	"$(BIN)/cap" run --model lab --out "$(DEMO)"
+
+notebooks: env
+	"$(BIN)/python" tools/notebooks.py
+	"$(BIN)/nbdev_export"
+	"$(BIN)/nbdev_clean"
+
+readme: env
+	"$(BIN)/python" tools/readme.py
+
+# The four checks run in this order; pytest's summary is the last thing printed.
+test: env
+	@$(MAKE) --no-print-directory check-sync
+	@$(MAKE) --no-print-directory check-readme
+	@$(MAKE) --no-print-directory check-notebooks
+	@$(MAKE) --no-print-directory check-pytest
+
+check-sync: env
+	@echo "== notebooks and modules in step"
+	"$(BIN)/nbdev_export"
+	"$(BIN)/nbdev_clean"
+	@$(GIT) diff --exit-code -- nbs cap_nb || { echo "The notebooks, exported and cleaned, differ from what is committed: edit notebooks only, run nbdev_export and nbdev_clean, commit both." >&2; exit 1; }
+	@untracked="$$($(GIT) status --porcelain -- nbs cap_nb)"; [ -z "$$untracked" ] || { echo "Not committed under nbs or cap_nb:" >&2; echo "$$untracked" >&2; exit 1; }
+
+check-readme: env
+	@echo "== README.md is what nbs/index.ipynb makes"
+	"$(BIN)/python" tools/readme.py --check
+
+check-notebooks: env
+	@echo "== notebooks run"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/nbdev_test" --n_workers 2 --do_print --timing
+
+check-pytest: env
+	@echo "== pytest"
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest --durations=15

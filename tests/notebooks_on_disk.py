@@ -1,0 +1,56 @@
+"""The notebooks as the tests need them: which cells are exported, to which module, in which order."""
+import configparser
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from conftest import ROOT, tool
+
+notebooks_tool = tool("notebooks")
+EXPORTS = {"export", "exporti", "exports"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its kind, its text, and nbdev's directives at its head."""
+    kind: str
+    source: str
+    directives: dict
+
+    @property
+    def exported(self) -> bool:
+        return self.kind == "code" and bool(EXPORTS & self.directives.keys())
+
+    @property
+    def code_lines(self) -> int:
+        """Lines that are neither blank nor directives."""
+        return sum(bool(line.strip()) and not line.lstrip().startswith("#|") for line in self.source.splitlines())
+
+
+def cells(path: Path) -> list[Cell]:
+    """All cells of a notebook, in order."""
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = [(c["cell_type"], "".join(c["source"])) for c in found]
+    return [Cell(kind, text, notebooks_tool.directives(text) if kind == "code" else {}) for kind, text in texts]
+
+
+def module_of(path: Path) -> str | None:
+    """The module a notebook exports to, with the package's name, or None."""
+    named = [c.directives["default_exp"] for c in cells(path) if "default_exp" in c.directives]
+    return f"cap_nb.{named[0]}" if named else None
+
+
+def skipped_flags() -> set[str]:
+    """The flags whose cells are passed over, from settings.ini."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    return set(settings["DEFAULT"]["tst_flags"].split())
+
+
+NOTEBOOKS = notebooks_tool.reading_order()
+SOURCES = [p for p in NOTEBOOKS if module_of(p)]
+
+
+def label(path: Path) -> str:
+    """A notebook's name in a test report."""
+    return path.relative_to(ROOT / "nbs").as_posix()

@@ -1,0 +1,66 @@
+"""Each notebook once more, with its exported cells replaced by an import of the module they became.
+
+nbdev_test runs a notebook's own cells, so a module that lacks an import, or that is stale, passes it. Here the tests in the notebook meet what users import.
+Cells flagged slow or gpu are passed over, as everywhere; each notebook runs in its own folder, as in nbdev_test.
+"""
+import importlib
+import inspect
+import json
+import traceback
+
+import matplotlib.pyplot
+import pytest
+from execnb.shell import CaptureShell
+
+from conftest import ROOT
+from notebooks_on_disk import SOURCES, cells, label, module_of, notebooks_tool, skipped_flags
+
+IMPORT_ALL = "import {name} as _replayed\nglobals().update({{k: v for k, v in vars(_replayed).items() if not k.startswith('__')}})"
+
+
+def replay(path):
+    """Run a notebook against its module; gives the shell and how many exported cells were replaced."""
+    shell, replaced, flags = CaptureShell(path), 0, skipped_flags()
+    for cell in cells(path):
+        if cell.kind != "code" or notebooks_tool.is_skipped(cell.source, flags):
+            continue
+        source = cell.source
+        if cell.exported:
+            replaced += 1
+            source = IMPORT_ALL.format(name=module_of(path)) if replaced == 1 else ""
+        shell.run(source)
+        if shell.exc:
+            trace = "".join(traceback.format_exception(shell.exc))
+            pytest.fail(f"{path}, replayed against {module_of(path)}, failed in the cell\n\n{cell.source}\n\n{trace}", pytrace=False)
+    return shell, replaced
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=label)
+def test_notebook_against_its_module(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setenv("IN_TEST", "1")
+    monkeypatch.syspath_prepend(str(ROOT))
+    shell, replaced = replay(path)
+    matplotlib.pyplot.close("all")
+    assert replaced > 0, f"{label(path)} names a module and exports nothing"
+    module = importlib.import_module(module_of(path))
+    assert module.__file__ == str(ROOT / (module_of(path).replace(".", "/") + ".py"))
+    for name in getattr(module, "__all__", []):
+        value = getattr(module, name)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            assert value.__module__.startswith("cap_nb."), f"{name} was not imported but defined in {label(path)}"
+
+
+def test_there_are_notebooks():
+    assert SOURCES, "no notebook exports anything: is this the right folder?"
+
+
+def test_a_broken_module_is_noticed(tmp_path, monkeypatch):
+    """The replay fails when the module does not hold what the notebook's test expects."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    sources = ["#| default_exp models.bad_input", "#| export\ndef only_in_the_notebook(): return 1", "assert only_in_the_notebook() == 1"]
+    notebook = dict(cells=[dict(cell_type="code", source=[s], metadata={}, outputs=[], execution_count=None) for s in sources])
+    path = tmp_path / "broken.ipynb"
+    path.write_text(json.dumps(notebook))
+    with pytest.raises(pytest.fail.Exception, match="only_in_the_notebook"):
+        replay(path)

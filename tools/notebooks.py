@@ -1,0 +1,97 @@
+"""Execute the notebooks in reading order and keep their outputs, stopping at the first error.
+
+    python tools/notebooks.py                          every notebook
+    python tools/notebooks.py nbs/00_calibration.ipynb  this one only
+    python tools/notebooks.py --flags slow             slow cells too
+
+`jupyter nbconvert --execute` knows nothing of nbdev's flags, so a slow cell would run; here it is left alone, and keeps the outputs it has.
+Progress bars are switched off: they hold times, and a second run should leave no difference in git.
+"""
+import argparse
+import configparser
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ["models", "", "baselines", "beyond", "run", "benchmarks"]
+
+
+def reading_order(root: Path = ROOT) -> list[Path]:
+    """Every notebook, room by room, the index last because it shows what the others made."""
+    nbs = root / "nbs"
+    found = [p for p in nbs.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(nbs).parts)]
+
+    def place(path: Path):
+        room = path.parent.relative_to(nbs).as_posix()
+        room = "" if room == "." else room
+        return path.stem == "index", ROOMS.index(room) if room in ROOMS else len(ROOMS), str(path)
+
+    return sorted(found, key=place)
+
+
+def directives(source: str) -> dict[str, str]:
+    """nbdev's `#| name: value` lines at the head of a cell."""
+    found = {}
+    for line in source.splitlines():
+        match = re.match(r"\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)$", line)
+        if match:
+            found[match[1]] = match[2].strip()
+        elif line.strip():
+            break
+    return found
+
+
+def is_skipped(source: str, flags: set[str]) -> bool:
+    """Whether a cell carries one of the flags, or says that it is not to be evaluated."""
+    said = directives(source)
+    return bool(flags & said.keys()) or said.get("eval", "").lower() == "false"
+
+
+class FlaggedClient(NotebookClient):
+    """A notebook client that passes over the cells nbdev passes over."""
+
+    skipped_flags: set[str] = set()
+
+    async def async_execute_cell(self, cell, cell_index, **options):
+        if cell.cell_type == "code" and is_skipped(cell.source, self.skipped_flags):
+            return cell
+        return await super().async_execute_cell(cell, cell_index, **options)
+
+
+def execute(path: Path, flags: set[str]) -> None:
+    """Run one notebook in its own folder, as nbdev_test does, and write it back with its outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    client = FlaggedClient(notebook, timeout=None, kernel_name="python3", record_timing=False,
+                           resources={"metadata": {"path": str(path.parent)}})
+    client.skipped_flags = flags
+    client.execute()
+    nbformat.write(notebook, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("notebooks", nargs="*", type=Path)
+    parser.add_argument("--flags", default="", help="flags to run that are passed over otherwise, for example: slow")
+    asked = parser.parse_args()
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    flags = set(settings["DEFAULT"]["tst_flags"].split()) - set(asked.flags.split())
+    os.environ.update(TQDM_DISABLE="1", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    for path in asked.notebooks or reading_order():
+        if not path.is_file():
+            sys.exit(f"There is no notebook {path}.")
+        print(f"executing {path}", flush=True)
+        try:
+            execute(path.resolve(), flags)
+        except CellExecutionError as error:
+            sys.exit(f"{error}\n{path} stopped at this error; nothing of it was written.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Make README.md from nbs/index.ipynb, or with --check see whether it is up to date.
+
+nbdev_readme needs Quarto. This takes those of nbdev's own notebook processors that matter for a page of text (hide, hide_line, export) and lets
+nbconvert write the Markdown. Its link processor stays out: it would point at a documentation site that does not exist. Links in the index are
+relative to nbs/; in the README they are made relative to the top folder. Pictures are links to committed files, so that the README renders anywhere.
+"""
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def processed_index():
+    """The index as a notebook node, with nbdev's directives applied."""
+    import nbformat
+    from execnb.nbio import nb2str, read_nb
+    from nbdev.process import NBProcessor
+    from nbdev.processors import clean_magics, hide_, hide_line, rm_export, strip_ansi
+
+    notebook = read_nb(ROOT / "nbs" / "index.ipynb")
+    NBProcessor(nb=notebook, procs=[strip_ansi, hide_line, clean_magics, rm_export, hide_], process=True)
+    return nbformat.reads(nb2str(notebook), as_version=4)
+
+
+def links_from_the_top(text: str) -> str:
+    """Rewrite links that are relative to nbs/ so that they hold in the top folder."""
+    def moved(match):
+        target = match[2]
+        if re.match(r"[a-z]+:|#|/", target):
+            return match[0]
+        return match[1] + os.path.normpath(os.path.join("nbs", target)).replace(os.sep, "/") + match[3]
+
+    text = re.sub(r"(\]\()([^)\s]+)(\))", moved, text)
+    return re.sub(r"(<img[^>]*\bsrc=\")([^\"]+)(\")", moved, text)
+
+
+def readme() -> str:
+    """The README's whole text."""
+    from nbconvert import MarkdownExporter
+
+    text, resources = MarkdownExporter().from_notebook_node(processed_index())
+    if resources.get("outputs"):
+        sys.exit("nbs/index.ipynb has a picture among its outputs, which a README cannot show: save it under figures/ and link to it in a Markdown cell.")
+    text = links_from_the_top(text)
+    text = "\n".join(line.rstrip() for line in text.splitlines())
+    text = re.sub(r"\n{3,}", "\n\n", text).strip()
+    return "<!-- Made from nbs/index.ipynb by `make readme`; edit the notebook. -->\n\n" + text + "\n"
+
+
+def broken_links(text: str) -> list[str]:
+    """The relative links of the README that lead to nothing."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"<img[^>]*\bsrc=\"([^\"]+)\"", text)
+    return [t for t in targets if not re.match(r"[a-z]+:|#", t) and not (ROOT / t.split("#")[0]).exists()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when README.md is not what the index makes")
+    asked = parser.parse_args()
+    os.chdir(ROOT)
+    made, target = readme(), ROOT / "README.md"
+    broken = broken_links(made)
+    if asked.check:
+        if not target.is_file() or target.read_text(encoding="utf-8") != made:
+            import difflib
+            old = target.read_text(encoding="utf-8") if target.is_file() else ""
+            sys.stderr.writelines(difflib.unified_diff(old.splitlines(True), made.splitlines(True), "README.md", "from nbs/index.ipynb"))
+            sys.exit("README.md is not what nbs/index.ipynb makes: run `make readme` and commit it.")
+        if broken:
+            sys.exit("README.md links to files that are not there: " + ", ".join(broken))
+        return
+    target.write_text(made, encoding="utf-8")
+    if broken:
+        print("note: these links lead to nothing yet: " + ", ".join(broken))
+
+
+if __name__ == "__main__":
+    main()
