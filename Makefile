@@ -63,7 +63,7 @@ check-sync: env
 	@echo "== notebooks and modules in step"
 	"$(BIN)/nbdev_export"
 	"$(BIN)/nbdev_clean"
-	@$(GIT) diff --exit-code -- nbs cap_nb || { echo "The notebooks, exported and cleaned, differ from what is committed: edit notebooks only, run nbdev_export and nbdev_clean, commit both." >&2; exit 1; }
+	@$(GIT) --no-pager diff --exit-code --stat -- nbs cap_nb || { echo "The notebooks, exported and cleaned, differ from what is committed: edit notebooks only, run nbdev_export and nbdev_clean, commit both." >&2; exit 1; }
 	@untracked="$$($(GIT) status --porcelain -- nbs cap_nb)"; [ -z "$$untracked" ] || { echo "Not committed under nbs or cap_nb:" >&2; echo "$$untracked" >&2; exit 1; }
 
 check-readme: env
