@@ -1,0 +1,94 @@
+"""Real benchmark files and a real model, where they are at hand. Every skip says what is missing."""
+import collections
+from pathlib import Path
+
+import pytest
+import torch
+
+from cap_nb.calibration import calibration_set, load_problems, load_text, overlap, padding_share, token_batches
+from cap_nb.models.anatomy import anatomy, projections
+from cap_nb.models.loading import load_model, model_cache, model_fingerprint, save_model
+from cap_nb.scoring import batches_of, intact_pass, resumed_losses, score_heads_naive
+from cap_nb.threshold import magnitude_criterion, prune_globally, zeros_wanted
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (gsm8k, strategyqa, arc, wikitext2) are not beside this checkout")
+needs_smollm2 = pytest.mark.skipif(not (model_cache() / "smollm2" / "SHA256SUMS.json").is_file(), reason="SmolLM2 is not fetched: run 'cap fetch smollm2'")
+REAL = ("gsm8k", "strategyqa", "arc")
+
+
+@needs_data
+@pytest.mark.parametrize("task", REAL)
+def test_every_record_is_read(task):
+    calibration, evaluation = (load_problems(task, split, DATA) for split in ("calibration", "evaluation"))
+    assert len(calibration) >= 250 and len(evaluation) >= 400
+    uids = [p.uid for p in calibration + evaluation]
+    assert len(set(uids)) == len(uids), "a content stands in both splits, or twice in one"
+    for problem in calibration + evaluation:
+        assert problem.question and problem.answer and "<<" not in problem.solution
+        if task == "gsm8k":
+            float(problem.answer)
+        if task == "strategyqa":
+            assert problem.answer in ("yes", "no") and problem.solution
+        if task == "arc":
+            assert problem.answer in dict(problem.choices) and problem.choices[0][0] == "A"
+
+
+@needs_data
+def test_wikitext_is_named_by_its_form():
+    text = load_text("wikitext2", DATA)
+    assert text.name == "wikitext2-tokenised" and "<unk>" in text.text and len(text.text) > 1_000_000
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model("smollm2", "float32", "cpu")
+
+
+@needs_data
+@needs_smollm2
+def test_calibration_is_balanced_and_disjoint(smollm2):
+    calibration = calibration_set(smollm2[1], n=16, k=3, data_dir=DATA)
+    assert collections.Counter(calibration.subset.tolist()) == {0: 16, 1: 16, 2: 16}
+    cells = collections.Counter(zip(calibration.subset.tolist(), calibration.stratum))
+    assert set(cells.values()) <= {1, 2}, "a stratum of four is dealt 1 or 2 to each of three subsets"
+    for task in REAL:
+        assert not overlap(calibration, load_problems(task, "evaluation", DATA))
+    assert padding_share(calibration.examples, token_batches(calibration.examples, 1024)) < 0.06
+
+
+@needs_data
+@needs_smollm2
+def test_naive_and_resumed_agree_over_the_depth(smollm2):
+    """Twelve heads spread over the depth of SmolLM2, in float32, to 1e-5; the model unchanged, no hook left."""
+    model, tokenizer = smollm2
+    before = model_fingerprint(model)
+    calibration = calibration_set(tokenizer, n=1, k=1, data_dir=DATA)
+    a = anatomy(model)
+    heads = [(round(step * (a.layers - 1) / 11), step % a.heads) for step in range(12)]
+    naive = score_heads_naive(model, calibration, heads=heads)
+    for places, batch in batches_of(calibration, 4096, torch.device("cpu")):
+        with torch.no_grad():
+            calls, intact = intact_pass(model, batch)
+            assert (naive.intact[places] - intact).abs().max() < 1e-5
+            for layer, head in heads:
+                assert (naive.masked[layer, head, places] - resumed_losses(model, batch, calls, layer, head)).abs().max() < 1e-5
+    assert model_fingerprint(model) == before
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@needs_smollm2
+def test_sparsity_is_exact_on_a_model_full_of_ties(smollm2, tmp_path):
+    """Dequantised weights tie; the count is exact all the same, and the saved model comes back bit for bit."""
+    from transformers import AutoModelForCausalLM
+
+    model = load_model("smollm2", "bfloat16", "cpu")[0]
+    weights = sum(p.module.weight.numel() for p in projections(model))
+    report = prune_globally(model, magnitude_criterion, 0.1)
+    assert report.ties > 1000 and report.zeros == zeros_wanted(weights, 0.1) and abs(report.reached - 0.1) < 1e-4
+    save_model(model, smollm2[1], tmp_path / "pruned")
+    assert all(shard.stat().st_size <= 4e9 for shard in (tmp_path / "pruned").glob("*.safetensors"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    ids = torch.arange(100, 140)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
