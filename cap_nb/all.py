@@ -9,10 +9,22 @@ __all__ = []
 from .models.bad_input import *
 from .models.files import *
 from .models.anatomy import *
+from .models.lab_world import *
+from .models.lab import *
 from .models.loading import *
 from .calibration import *
 from .scoring import *
+from .importance import *
+from .regions import *
+from .threshold import *
 from .evaluation import *
+from .baselines.magnitude import *
+from .baselines.wanda import *
+from .analysis import *
+from .run.methods import *
+from .run.folder import *
+from .run.job import *
+from .run.cli import *
 
 # %% ../nbs/run/09_all.ipynb #c005
 __all__ = [name for name in globals() if not name.startswith("_")]

@@ -1,7 +1,10 @@
 """What several tests share: where the checkout is, and its notebooks in reading order."""
 import importlib.util
+import os
 import sys
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported: no test may reach for the network
 
 import matplotlib
 

@@ -1,0 +1,184 @@
+"""The program `cap` from outside: exit codes, one sentence for a mistake and never a traceback, Ctrl-C, and a run that is taken up again."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cap_nb.models.files import read_json
+from cap_nb.models.loading import load_model, save_model
+from cap_nb.run.cli import app
+from cap_nb.run.folder import load_run
+from conftest import ROOT
+
+FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]
+PROGRAM = [sys.executable, "-c", "from cap_nb.run.cli import main; main()"]
+
+
+def cap(*words):
+    """Run the program in this process."""
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def outside(*words, folder):
+    """Run the program as a user's shell would, in another folder."""
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([*PROGRAM, *map(str, words)], cwd=folder, env=variables, text=True, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def assert_one_sentence(result, *parts):
+    """Exit code 2, nothing on the output, one line on the error channel with all the parts, no traceback."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("cap: ") and "Traceback" not in result.stderr, result.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two methods at one sparsity on very few problems."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    result = cap("run", *FEW, "--methods", "cap,magnitude", "--sparsity", "0.5", "--out", folder, "--note", "a test")
+    assert result.exit_code == 0, result.output
+    return folder, result.stdout
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["run", "--tasks", "gsm8K"], ["Unknown task 'gsm8K'", "expected one of"]),
+    (["run", "--accuracy-tasks", "arcs"], ["Unknown task 'arcs'"]),
+    (["run", "--methods", "cap,wander"], ["Unknown method 'wander'"]),
+    (["run", "--sparsity", "0.1,1.0"], ["Sparsity 1.0 is outside [0, 1)"]),
+    (["run", "--sparsity", "-0.1"], ["Sparsity -0.1 is outside [0, 1)"]),
+    (["run", "--sparsity", "nan"], ["Sparsity nan is outside [0, 1)"]),
+    (["run", "--sparsity", "a tenth"], ["not a list of numbers"]),
+    (["run", "--n", "100000000"], ["problems for calibration but n = 100000000", "expected at most"]),
+    (["run", "--evaluate-n", "100000000", "--n", "3"], ["problems for evaluation but n = 100000000", "expected at most"]),
+    (["run", "--n", "0"], ["--n is 0"]),
+    (["run", "--n", "1", "--tasks", "lab-arc", "--k", "5"], ["k = 5 subsets of 1 examples"]),
+    (["run", "--model", "no such folder"], ["There is no folder 'no such folder'"]),
+    (["run", "--model", "nobody/nothing"], ["nobody/nothing is neither a folder here"]),
+    (["run", "--tasks", "gsm8k", "--data-dir", "no/data"], ["no/data is not a folder"]),
+    (["run", "--dtype", "float8"], ["Unknown dtype 'float8'"]),
+    (["run", "--style", "poem"], ["Unknown prompt style 'poem'"]),
+    (["eval", "--model", "no such folder"], ["There is no folder"]),
+    (["score", "--out", "x.safetensors", "--tasks", "none"], ["No task is named"]),
+    (["prune", "--out", "x", "--sparsity", "1"], ["outside [0, 1)"]),
+    (["prune", "--out", "x"], ["needs a table of losses"]),
+    (["prune", "--out", "x", "--scores", "nowhere.safetensors"], ["nowhere.safetensors does not exist"]),
+    (["table", "nowhere"], ["nowhere is not a run's folder"]),
+    (["fetch", "llama"], ["Unknown model to fetch 'llama'"]),
+], ids=lambda value: " ".join(value) if value and value[0] in ("run", "eval", "score", "prune", "table", "fetch") else "")
+def test_a_mistake_is_one_sentence(words, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_one_sentence(cap(*words), *parts)
+    assert list(tmp_path.iterdir()) == [], "a mistake left something behind"
+
+
+def test_from_a_shell_too(tmp_path):
+    process = outside("run", "--tasks", "gsm8K", folder=tmp_path)
+    said, complained = process.communicate(timeout=300)
+    assert (process.returncode, said) == (2, "")
+    assert "Unknown task 'gsm8K'" in complained and "Traceback" not in complained and len(complained.strip().splitlines()) == 1
+
+
+def test_unknown_anatomy(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)).save_pretrained(tmp_path / "gpt2")
+    assert_one_sentence(cap("run", "--model", tmp_path / "gpt2", "--out", tmp_path / "run"), "gpt2", "expected")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_losses(tmp_path):
+    model, tokenizer = load_model("lab", "float32", "cpu")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)
+    save_model(model, tokenizer, tmp_path / "broken")
+    result = cap("score", "--model", tmp_path / "broken", "--tasks", "lab-arc", "--n", "2", "--k", "1", "--device", "cpu", "--out", tmp_path / "s.safetensors")
+    assert result.exit_code == 2 and "nan" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_run_shows_table_and_figures(finished):
+    folder, said = finished
+    assert "| Dense |" in said and "| CAP |" in said and "| Magnitude |" in said
+    assert str(folder / "figures" / "head_importance.png") in said
+    for name in ("run.json", "environment.json", "timings.json", "losses.safetensors", "tables/table.md", "tables/table.csv", "tables/table.tex",
+                 "tables/scores.csv", "figures/head_importance.svg", "figures/sparsity_curves.png", "reports/cap-0.5.json"):
+        assert (folder / name).is_file(), name
+    assert not (folder / "unfinished").exists()
+    assert read_json(folder / "environment.json")[0]["note"] == "a test"
+
+
+def test_what_is_recorded(finished):
+    run = load_run(finished[0])
+    calibrated = set(run.losses.uid)
+    assert [(e.method, e.sparsity) for e in run.evaluations] == [("dense", 0.0), ("cap", 0.5), ("magnitude", 0.5)]
+    for (report, _), evaluation in zip(run.reports, run.evaluations):
+        assert report.reached == evaluation.reached and abs(report.reached - report.asked) <= 1e-4
+        assert len(evaluation.answers) == 6 and len(evaluation.losses) == 6 and evaluation.perplexity.windows == 1
+        assert not calibrated & {record.uid for record in (*evaluation.answers, *evaluation.losses)}
+    problems = [[(r.task, r.uid) for r in evaluation.answers] for evaluation in run.evaluations]
+    assert problems[0] == problems[1] == problems[2], "methods were asked different problems"
+
+
+def test_another_sparsity_scores_nothing_again(finished):
+    folder, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in [folder / "losses.safetensors", *(folder / "evaluations/cap-0.5").iterdir()]}
+    scored = read_json(folder / "timings.json")["scoring"]
+    result = cap("run", *FEW, "--methods", "wanda", "--sparsity", "0.25", "--out", folder)
+    assert result.exit_code == 0, result.output
+    assert "| Wanda |" in result.stdout and "| CAP |" in result.stdout
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert read_json(folder / "timings.json")["scoring"] == scored
+
+
+def test_a_folder_is_one_run(finished):
+    folder, _ = finished
+    assert_one_sentence(cap("run", *FEW, "--seed", "1", "--out", folder), "other settings", "calibration.seed (0, now 1)")
+
+
+def test_table_again(finished):
+    folder, said = finished
+    assert cap("table", folder).stdout.splitlines()[0] == said.splitlines()[0]
+    assert cap("table", folder, "--format", "csv").stdout.startswith("Method,Sparsity,")
+    assert r"\toprule" in cap("table", folder, "--format", "tex").stdout
+    assert_one_sentence(cap("table", folder, "--format", "pdf"), "Unknown format 'pdf'")
+
+
+def test_ctrl_c_and_on(finished, tmp_path):
+    """Interrupted while scoring, the command says so in a sentence; given again it ends with the same bytes as a run that was left in peace."""
+    words = ["run", *FEW, "--n", "8", "--batch-tokens", "256", "--methods", "cap", "--sparsity", "0.5", "--accuracy-tasks", "none"]
+    process = outside(*words, "--out", "stopped", folder=tmp_path)
+    units, until = tmp_path / "stopped/unfinished/scores", time.monotonic() + 300
+    while not list(units.glob("*-units-*/batch-0001-*")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, complained = process.communicate(timeout=300)
+    assert process.returncode == 130, complained
+    assert "cap: Stopped." in complained and "Traceback" not in complained
+    assert not (tmp_path / "stopped/losses.safetensors").exists()
+    for name in ("stopped", "peaceful"):
+        result = cap(*words, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "peaceful")
+
+
+def contents(folder: Path):
+    """All files but those that name times and sessions."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "environment.json")}
+
+
+def test_no_times_in_other_files(finished):
+    folder, _ = finished
+    for path in folder.rglob("*"):
+        if path.suffix in (".json", ".md", ".csv", ".tex", ".svg") and path.name != "timings.json":
+            assert not re.search(r"20\d\d-\d\d-\d\dT?\d*", path.read_text(encoding="utf-8")), path
