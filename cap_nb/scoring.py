@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGGREGATIONS', 'masked_head', 'target_losses', 'HeadLosses', 'score_heads_naive', 'LayerCall', 'run_layer',
            'recorded_calls', 'losses_from_hidden', 'intact_pass', 'resumed_losses', 'losses_key', 'score_heads',
-           'save_losses', 'load_losses', 'causal_scores', 'score_interval', 'rank_correlation',
+           'save_losses', 'load_losses', 'causal_scores', 'median_subset', 'score_interval', 'rank_correlation',
            'split_half_reliability']
 
 # %% ../nbs/01_scoring.ipynb #c003
@@ -374,7 +374,15 @@ def causal_scores(
     subset = losses.subset if k is None else deal_subsets(losses.stratum, k, losses.seed)
     return aggregate(subset_means(losses.masked, subset), subset_means(losses.intact, subset), how)
 
-# %% ../nbs/01_scoring.ipynb #c056
+# %% ../nbs/01_scoring.ipynb #c054
+def median_subset(
+    losses: HeadLosses, # The table of losses; an odd K has a median subset
+) -> torch.Tensor: # For every head, the subset whose mean masked loss is the median, int64 [L, H]
+    "The subset that the median of paper equation 2 picks for each head (of an even K, the lower of the middle two)."
+    means = subset_means(losses.masked, losses.subset)
+    return means.argsort(dim=-1)[..., (means.shape[-1] - 1) // 2]
+
+# %% ../nbs/01_scoring.ipynb #c059
 def score_interval(
     losses: HeadLosses, # The table of losses
     how: str = "paper", # "paper", "paired" or "mean"
@@ -395,7 +403,7 @@ def score_interval(
     low, high = torch.stack(drawn).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     return low, high
 
-# %% ../nbs/01_scoring.ipynb #c059
+# %% ../nbs/01_scoring.ipynb #c062
 def rank_correlation(
     a: torch.Tensor, # Scores, any shape
     b: torch.Tensor, # Scores of the same shape
