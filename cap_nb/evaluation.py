@@ -300,7 +300,7 @@ def wilson_interval(
     z, share = statistics.NormalDist().inv_cdf((1 + confidence) / 2), successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (centre - half if successes else 0.0), (centre + half if successes < n else 1.0) # at the ends rounding would miss 0 or 1
 
 # %% ../nbs/05_evaluation.ipynb #c049
 @dataclass(frozen=True)

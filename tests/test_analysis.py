@@ -1,0 +1,185 @@
+"""Tables and figures: the same from any order of records, in any process; a difference is claimed only when it is there."""
+import csv
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cap_nb.analysis import (METHOD_LOOKS, OTHER_LOOKS, PAPER_NUMBERS, answer_table, compare_with_paper, difference_in_words, head_importance_in_words,
+                             method_look, method_table, paired_difference, paper_table, plot_head_importance, plot_importance_distribution,
+                             plot_sparsity_curves, save_figure, table_csv, table_latex, table_markdown, table_notes)
+from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
+from cap_nb.models.bad_input import BadInput
+from conftest import ROOT
+
+
+def answers(task, right, n=60):
+    return tuple(AnswerRecord(task, f"{i}", "", "", None, None, "1", i < right, i < right, i, False) for i in range(n))
+
+
+def losses(task, mean, n=30):
+    return tuple(LossRecord(task, f"{i}", mean * (1 + 0.3 * ((i * 7) % 5 - 2)), 5) for i in range(n))
+
+
+def cell(method, sparsity, right, mean):
+    text = Perplexity("wikitext2-tokenised", "f" * 64, 7.0 * mean, 6.0 * mean, 8.0 * mean, 3, 128, (1.0 * mean, 2.0 * mean, 3.0 * mean))
+    return Evaluation(method, sparsity, sparsity + 1e-5, answers("arc", right) + answers("gsm8k", right // 2), losses("strategyqa", mean), text)
+
+
+CELLS = [cell("dense", 0.0, 50, 1.0), *(cell(m, s, round(40 - 60 * s) + shift, 1 + 20 * s + shift / 5) for s in (0.1, 0.2, 0.5)
+                                        for m, shift in (("cap", 4), ("wanda", 2), ("magnitude", 0), ("owl", 1)))]
+COLUMNS = ["GSM8K", "ARC-C.", "StrategyQA loss", "WikiText-2 (tokenised) perplexity"]
+
+
+def test_a_table_does_not_know_the_order_of_its_records():
+    tables = []
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(CELLS, len(CELLS))
+        tables.append(method_table(replace(e, answers=tuple(random.Random(seed).sample(e.answers, len(e.answers)))) for e in shuffled))
+    assert len({table_csv(t) for t in tables}) == len({table_latex(t) for t in tables}) == len({table_markdown(t) for t in tables}) == 1
+    assert list(dict.fromkeys(tables[0].columns.get_level_values(0))) == ["Reached", *COLUMNS]
+    assert [m for m, s in tables[0].index] == ["Dense", *["Wanda", "Magnitude", "CAP", "owl"] * 3]
+
+
+def test_every_cell_holds_its_value_between_its_ends():
+    table = method_table(CELLS)
+    for column in COLUMNS:
+        assert ((table[column, "low"] <= table[column, "value"]) & (table[column, "value"] <= table[column, "high"])).all()
+        assert (table[column, "n"] > 0).all()
+
+
+def test_three_printers_print_the_same_numbers():
+    table = method_table(CELLS)
+    wanted = [f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in table["ARC-C."][["value", "low", "high"]].to_numpy()]
+    shown = [line.split(" | ")[4] for line in table_markdown(table).splitlines()[2:2 + len(table)]]
+    assert shown == wanted
+    tex = [line for line in table_latex(table).replace(r"{\scriptsize ", "").replace("}", "").splitlines() if line.endswith(r"\\")][1:]
+    assert [line.split(" & ")[4] for line in tex] == wanted
+    rows = list(csv.DictReader(table_csv(table).splitlines()))
+    assert [float(row["ARC-C. high"]) for row in rows] == table["ARC-C.", "high"].tolist()
+    assert "**" not in table_markdown(table) and "textbf" not in table_latex(table)
+
+
+def test_latex_has_no_loose_special_character():
+    body = "\n".join(line for line in table_latex(method_table([replace(CELLS[1], method="my_own%")])).splitlines() if not line.startswith("%"))
+    assert r"my\_own\%" in body and not re.search(r"(?<!\\)[%_#]", body)
+
+
+def test_notes_name_counts_and_cut_fingerprints():
+    notes = table_notes(method_table(CELLS), {"model": {"fingerprint": "0123456789abcdef" * 4}, "commit": "a" * 40})
+    assert notes[1] == "Problems or windows: GSM8K 60, ARC-C. 60, StrategyQA loss 30, WikiText-2 (tokenised) perplexity 3."
+    assert notes[2:] == ["model: fingerprint 0123456789ab", f"commit: {'a' * 40}"]
+
+
+def test_a_paired_difference_is_surer_than_two_intervals():
+    """Two methods whose losses differ little but always the same way: the intervals overlap, the difference is plain."""
+    hard = [10.0 * random.Random(i).random() for i in range(50)]
+    one, other = (tuple(LossRecord("arc", f"{i}", loss + shift, 4) for i, loss in enumerate(hard)) for shift in (0.0, 0.1))
+    found = paired_difference(one, other)
+    assert found.decided and found.value == pytest.approx(-0.1) and found.high == pytest.approx(-0.1)
+    assert difference_in_words(found, "A", "B") == "A's loss is below B's by 0.100 nats [0.100, 0.100] (n = 50)."
+
+
+def test_chance_is_undecided_about_as_often_as_it_should_be():
+    """Two coins that are alike are told apart in about one comparison in twenty."""
+    told = 0
+    for seed in range(200):
+        chance = random.Random(seed)
+        one, other = (tuple(AnswerRecord("arc", f"{i}", "", "", None, None, "A", right, right, 1, False) for i, right in enumerate(chance.choices([True, False], k=80)))
+                      for _ in range(2))
+        told += paired_difference(one, other).decided
+    assert 2 <= told <= 22
+
+
+def test_order_and_mixture_of_records():
+    one, other = answers("arc", 30), answers("arc", 20)
+    assert paired_difference(one, other) == paired_difference(one, other[::-1])
+    swapped = paired_difference(other, one)
+    assert swapped.value == -paired_difference(one, other).value
+    for wrong in (answers("gsm8k", 20), losses("arc", 1.0, n=60), other[:-1], ()):
+        with pytest.raises(BadInput, match="same problems"):
+            paired_difference(one, wrong)
+
+
+def test_undecided_is_signed_and_has_no_minus_zero():
+    found = replace(paired_difference(answers("arc", 30), answers("arc", 30)), low=-0.01, high=2.0)
+    assert difference_in_words(found, "A", "B") == "A against B is undecided: +0.0 points [+0.0, +2.0] (n = 60)."
+
+
+def test_the_paper_s_table_is_the_paper_s():
+    printed = {"Llama": "79.5 69.5 81.1 6.23 59.5 65.0 68.7 8.37 71.5 65.5 74.2 8.44 72.1 60.5 43.9 8.70 65.4 63.1 70.8 9.57 1.7 51.7 8.5 55.6 0.5 6.9 30.1 428.2",
+               "Mistral": "42.9 64.3 55.2 6.20 46.4 65.1 34.0 5.83 45.7 65.3 34.2 5.85 43.6 63.8 34.9 5.89 44.4 64.8 33.4 5.93 11.5 49.5 44.7 9.82 27.3 53.0 52.6 10.5"}
+    table = paper_table()
+    assert len(table) == sum(map(len, PAPER_NUMBERS.values())) == 14
+    for name, numbers in printed.items():
+        [model] = [model for model in PAPER_NUMBERS if model.startswith(name)]
+        assert table.loc[model].to_numpy().flatten().tolist() == [float(number) for number in numbers.split()]
+
+
+def test_comparison_with_the_paper_covers_what_both_have():
+    found = compare_with_paper(CELLS)
+    assert list(found.index) == [(s, measure) for s in (0.1, 0.2, 0.5) for measure in ("ARC-C.", "GSM8K", "StrategyQA loss", "Perplexity")]
+    assert (found["Here"] != "CAP").loc[(slice(None), "Perplexity")].all(), "the made-up CAP has the higher perplexity"
+    assert found.loc[(0.2, "GSM8K"), "Llama-3-8B-Instruct"] == "Wanda"
+    odd = compare_with_paper([replace(e, sparsity=0.3) for e in CELLS if e.sparsity == 0.2])
+    assert set(odd["Llama-3-8B-Instruct"]) == {"not reported"}
+
+
+def test_methods_differ_in_looks():
+    assert len({colour for colour, _ in (*METHOD_LOOKS.values(), *OTHER_LOOKS)}) == len(METHOD_LOOKS) + len(OTHER_LOOKS)
+    assert method_look("cap") == METHOD_LOOKS["cap"] and method_look("owl") in OTHER_LOOKS
+
+
+def test_the_heatmap_is_parted_at_zero():
+    scores = torch.tensor([[0.1, -0.3], [0.2, 0.0]])
+    mesh = plot_head_importance(scores).axes[0].collections[0]
+    assert mesh.norm.vmin == pytest.approx(-0.3) and mesh.norm.vmax == pytest.approx(0.3)
+    assert plot_head_importance(torch.zeros(2, 2)).axes[0].collections[0].norm.vmax == 1.0
+    assert "1 (25%) score below zero" in head_importance_in_words(scores)
+
+
+def test_curves_show_what_the_table_holds():
+    figure, table = plot_sparsity_curves(CELLS), method_table(CELLS)
+    panel = next(ax for ax in figure.axes if ax.get_title() == "ARC-C.")
+    heights = {container.get_label(): container.lines[0].get_ydata() for container in panel.containers}
+    assert set(heights) == {"Wanda", "Magnitude", "CAP", "owl"}
+    for title, ys in heights.items():
+        assert list(ys) == table.xs(title, level="Method")["ARC-C.", "value"].tolist()
+    [dashed] = [line for line in panel.lines if line.get_linestyle() == "--"]
+    assert dashed.get_ydata()[0] == table.loc[("Dense", 0.0), ("ARC-C.", "value")]
+
+
+def test_a_run_with_one_measure_still_has_a_figure():
+    only = [replace(e, answers=(), perplexity=None) for e in CELLS]
+    assert [ax.get_title() for ax in plot_sparsity_curves(only).axes] == ["StrategyQA loss"]
+    with pytest.raises(BadInput, match="no measure"):
+        plot_sparsity_curves([replace(e, losses=()) for e in only])
+    with pytest.raises(BadInput, match="holds answers"):
+        answer_table(only)
+
+
+def test_figures_are_equal_bytes_in_another_process(tmp_path):
+    code = ("import sys; from cap_nb.analysis import plot_framework, plot_importance_distribution, save_figure; import torch\n"
+            "save_figure(plot_framework(), sys.argv[1] + '/framework')\n"
+            "save_figure(plot_importance_distribution(torch.arange(12.).view(3, 4)), sys.argv[1] + '/order')")
+    for name in ("one", "two"):
+        variables = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "PYTHONHASHSEED": name.replace("one", "1").replace("two", "2")}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, env=variables, capture_output=True)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == ["framework.png", "framework.svg", "order.png", "order.svg"]
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_damaged_drawing_leaves_no_file(tmp_path):
+    figure = plot_importance_distribution(torch.arange(4.).view(2, 2))
+    figure.axes[0].set_title("$\\nonsense{$")
+    with pytest.raises(ValueError):
+        save_figure(figure, tmp_path / "broken")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,205 @@
+"""Evaluation against independent arithmetic: the score equation solved by bisection, decoding and perplexity on every supported family, records read back."""
+import gzip
+import math
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from cap_nb.calibration import FAMILIES, load_problems, target_text
+from cap_nb.evaluation import (AnswerRecord, Evaluation, LossRecord, accuracy, bootstrap_interval, evaluation_problems, extract_answer, generate_greedy,
+                               generate_naive, load_evaluation, normal_answer, perplexity, save_evaluation, wilson_interval, window_losses)
+from cap_nb.models.bad_input import BadInput
+from cap_nb.models.lab import lab_tokenizer
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHAPE = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "max_position_embeddings": 300, "initializer_range": 0.3}
+CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+
+
+class Stop:
+    """As much of a tokenizer as decoding asks for."""
+    eos_token_id, pad_token_id = 3, None
+
+
+@pytest.fixture(params=CLASSES)
+def tiny(request):
+    """A small random model of each supported family, in float32."""
+    torch.manual_seed(0)
+    config, kind = CLASSES[request.param]
+    return kind(config(**SHAPE, vocab_size=60, eos_token_id=3, pad_token_id=None, bos_token_id=1)).eval()
+
+
+def bisected(share, n, z, low, high):
+    """The end of the interval in [low, high]: where |share - p| = z sqrt(p (1 - p) / n)."""
+    def excess(p): return abs(share - p) - z * math.sqrt(p * (1 - p) / n)
+    sign = excess(low) > 0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (excess(middle) > 0) == sign else (low, middle)
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 97, 1319])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_wilson_solves_the_score_equation(n, confidence):
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    for right in {0, 1, n // 3, n // 2, n - 1, n}:
+        low, high = wilson_interval(right, n, confidence)
+        share = right / n
+        assert low == pytest.approx(bisected(share, n, z, 0.0, share) if right else 0.0, abs=1e-9)
+        assert high == pytest.approx(bisected(share, n, z, share, 1.0) if right < n else 1.0, abs=1e-9)
+        assert 0 <= low <= share <= high <= 1
+
+
+def test_wilson_covers_what_it_says():
+    """Over all outcomes of 40 draws, weighted by their chance, about 95 % of the intervals hold the truth."""
+    for truth in (0.1, 0.5, 0.8):
+        chances = [math.comb(40, right) * truth ** right * (1 - truth) ** (40 - right) for right in range(41)]
+        held = sum(chance for right, chance in enumerate(chances) if wilson_interval(right, 40)[0] <= truth <= wilson_interval(right, 40)[1])
+        assert 0.92 < held < 0.98
+
+
+def test_bootstrap_pieces_change_nothing(monkeypatch):
+    """A long list is resampled in pieces: still as many resamples, and the interval of the textbook."""
+    values = [float(i % 100) for i in range(20_000)]
+    low, high = bootstrap_interval(values, resamples=500)
+    error = statistics.pstdev(values) / math.sqrt(len(values))
+    assert (high - low) == pytest.approx(2 * 1.96 * error, rel=0.2)
+    assert low < statistics.mean(values) < high
+    with pytest.raises(BadInput, match="number of values"):
+        bootstrap_interval([])
+
+
+@pytest.mark.parametrize("budget", [1, 90, 200, 10_000])
+def test_any_batch_writes_what_the_naive_loop_writes(tiny, budget):
+    chance = random.Random(0)
+    prompts = [[chance.randrange(4, 60) for _ in range(length)] for length in (1, 2, 9, 30, 17, 5, 5, 12)]
+    free = [generate_naive(tiny, Stop, prompt, 16).tokens for prompt in prompts]
+    tiny.generation_config.eos_token_id = [3, *(said[len(said) // 2] for said in free[2:4] if said)]
+    naive = [generate_naive(tiny, Stop, prompt, 16) for prompt in prompts]
+    assert any(not said.cut_off for said in naive)
+    assert generate_greedy(tiny, Stop, prompts, 16, budget) == naive
+
+
+def test_no_prompts_no_answers(tiny):
+    assert generate_greedy(tiny, Stop, [], 16) == []
+
+
+def test_window_losses_of_every_family(tiny):
+    windows = torch.randint(60, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        chances = tiny(windows).logits.double().log_softmax(-1)
+    by_hand = [-sum(float(chances[row, t - 1, windows[row, t]]) for t in range(1, 40)) / 39 for row in range(2)]
+    for positions in (1, 13, 39, 40, 500):
+        assert window_losses(tiny, windows, positions).tolist() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_the_head_never_sees_more_than_was_allowed(tiny):
+    seen = []
+    handle = tiny.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    window_losses(tiny, torch.zeros(1, 100, dtype=torch.int64), positions=16)
+    handle.remove()
+    assert max(seen) == 16 and sum(seen) == 99
+
+
+def test_a_broken_model_is_named(tiny):
+    """NaN weights give one sentence, not a number."""
+    tokenizer = lab_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=len(tokenizer)))
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(BadInput, match="window 0 of lab-text is not a finite number"):
+        perplexity(model, tokenizer, "lab-text", windows=1, window_tokens=16)
+
+
+TEXTS = [("gsm8k", "#### 72", "72", "72"), ("gsm8k", "  #### $1,234.00  ", "1234", "1234"), ("gsm8k", "####72", None, "72"), ("gsm8k", "#### 72 apples", None, "72"),
+         ("gsm8k", "#### 1\n#### two", "1", "1"), ("gsm8k", "", None, None), ("gsm8k", "7-3=4", None, "4"), ("gsm8k", "from 3 to -4", None, "-4"),
+         ("gsm8k", "The final answer is: **$18**. That is 3 more.", None, "18"), ("gsm8k", "v2.5 costs 10.", None, "10"),
+         ("strategyqa", "Answer: yes", "yes", "yes"), ("strategyqa", "Answer: Yes", None, "yes"), ("strategyqa", "Answer: yes.", None, "yes"),
+         ("strategyqa", "Nothing is known; yesterday.", None, None), ("strategyqa", "answer: no\nyes yes", None, "no"),
+         ("arc", "Answer: B", "B", "B"), ("arc", "Answer: B\nAnswer: C", "C", "C"), ("arc", "Answer: (B)", None, "B"), ("arc", "A. heat\nB. cold", None, "B"),
+         ("arc", "the answer is C because A is not", None, "C"), ("arc", "I do not know.", None, None)]
+
+
+@pytest.mark.parametrize("family, text, strict, lenient", TEXTS)
+def test_reading_of_answers(family, text, strict, lenient):
+    for task in (family, f"lab-{family}"):
+        assert extract_answer(text, task, "paper") == strict
+        assert extract_answer(text, task, "paper", strict=False) == lenient
+
+
+def test_lenient_never_loses_a_strict_answer():
+    for family in FAMILIES:
+        for task, text, strict, _ in TEXTS:
+            if task == family and strict is not None:
+                assert extract_answer(text, family, "paper", strict=False) == strict
+
+
+def test_a_gold_solution_is_read_as_its_answer():
+    """The lab's own targets, through the reader of answers: every one is right, strictly."""
+    for family in FAMILIES:
+        for problem in load_problems(f"lab-{family}", "evaluation")[:200]:
+            assert extract_answer(target_text(problem, "lab"), problem.task, "lab") == problem.answer
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (gsm8k, strategyqa, arc, wikitext2) are not beside this checkout")
+@pytest.mark.parametrize("style", ["paper", "answer-line"])
+@pytest.mark.parametrize("task", FAMILIES)
+def test_a_real_gold_solution_is_read_as_its_answer(task, style):
+    for problem in load_problems(task, "evaluation", DATA):
+        for strict in (True, False):
+            assert extract_answer(target_text(problem, style), task, style, strict) == normal_answer(problem.answer, task)
+
+
+def test_excluded_problems_are_left_out_and_told(caplog):
+    problems = evaluation_problems("lab-arc", n=4)
+    left = evaluation_problems("lab-arc", n=4, exclude={problems[0].uid, problems[2].uid})
+    assert left[:2] == (problems[1], problems[3]) and not {p.uid for p in left} & {problems[0].uid, problems[2].uid}
+    assert "2 problems left out" in caplog.text
+
+
+def test_accuracy_hands_records_back_in_the_order_of_the_draw():
+    tokenizer = lab_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=len(tokenizer))).eval()
+    records = accuracy(model, tokenizer, "lab-strategyqa", n=5, max_new_tokens=3)
+    assert [r.uid for r in records] == [p.uid for p in evaluation_problems("lab-strategyqa", n=5)]
+    assert all(r.gold in ("yes", "no") and len(r.prompt_sha256) == 64 and r.tokens <= 3 for r in records)
+    for wrong in ({"n": 0}, {"max_new_tokens": 0}, {"style": "terse"}):
+        with pytest.raises(BadInput):
+            accuracy(model, tokenizer, "lab-strategyqa", **{"n": 1, "max_new_tokens": 3} | wrong)
+
+
+def test_records_of_any_text_come_back(tmp_path):
+    chance = random.Random(1)
+    letters = [chr(c) for c in (0, 9, 10, 13, 34, 39, 44, 92, 0x85, 0x2028, 0xe9, 0x1f600)] + list("ab ")
+    answers = tuple(AnswerRecord("arc", f"{i}", "0" * 64, "".join(chance.choices(letters, k=20)), None if i % 3 else "A", None if i % 2 else "B", "B",
+                                 False, i % 2 == 0, i, i % 5 == 0) for i in range(40))
+    losses = tuple(LossRecord("gsm8k", f"{i}", chance.random() * 10 ** chance.randrange(-8, 8), i + 1) for i in range(40))
+    whole = Evaluation("cap", 0.1, 0.1 + 1e-17, answers, losses, None)
+    save_evaluation(whole, tmp_path / "e")
+    assert load_evaluation(tmp_path / "e") == whole
+    lines = gzip.decompress((tmp_path / "e" / "answers.csv.gz").read_bytes()).decode().split("\n")
+    assert len(lines) == 42 and lines[-1] == "", "one line a record"
+
+
+@pytest.mark.parametrize("name", ["answers.csv.gz", "losses.csv.gz", "evaluation.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_damage_is_named(tmp_path, name, damage):
+    losses = tuple(LossRecord("gsm8k", f"{i}", i / 7, i) for i in range(50))
+    save_evaluation(Evaluation("cap", 0.1, 0.1, (), losses), tmp_path / "e")
+    path = tmp_path / "e" / name
+    kept = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(kept[:len(kept) // 2])
+    else:
+        path.write_bytes(kept[:len(kept) // 2] + bytes([kept[len(kept) // 2] ^ 255]) + kept[len(kept) // 2 + 1:])
+    with pytest.raises(BadInput, match="e"):
+        load_evaluation(tmp_path / "e")
