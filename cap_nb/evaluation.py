@@ -12,7 +12,7 @@ __all__ = ['DIGITS', 'NUMBER', 'ANSWERS', 'LEADS', 'LOOSE', 'RECORD_FILES', 'nor
            'perplexity_in_words', 'Evaluation', 'save_evaluation', 'load_evaluation']
 
 # %% ../nbs/05_evaluation.ipynb #c003
-import csv, gzip, io, json, logging, re, statistics, zlib
+import csv, gzip, io, json, logging, math, re, statistics, zlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -337,7 +337,7 @@ def bootstrap_interval(
     resamples: int = 10_000, # Number of resamples
 ) -> tuple[float, float]: # (low, high)
     "Percentile bootstrap interval of a mean (Efron 1979); no values raise `BadInput`."
-    check_at_least(len(values), 1, "The number of values to resample")
+    if check_at_least(len(values), 1, "The number of values to resample") == 1: return -math.inf, math.inf
     values, chance, means = np.asarray(values, dtype=np.float64), np.random.default_rng(seed), []
     while len(means) < resamples: # in pieces: ten thousand resamples of a long list would not fit in memory
         rows = min(resamples - len(means), max(1, 1_000_000 // len(values)))

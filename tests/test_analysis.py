@@ -155,6 +155,14 @@ def test_curves_show_what_the_table_holds():
     assert dashed.get_ydata()[0] == table.loc[("Dense", 0.0), ("ARC-C.", "value")]
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_problem_has_no_interval_and_no_bar(tmp_path):
+    """One loss shows no spread: the table says so, and the figure leaves the bar out."""
+    single = [replace(e, answers=(), losses=e.losses[:1], perplexity=None) for e in CELLS]
+    assert table_markdown(method_table(single)).count("[-inf, inf]") == len(CELLS)
+    save_figure(plot_sparsity_curves(single), tmp_path / "single")
+
+
 def test_a_run_with_one_measure_still_has_a_figure():
     only = [replace(e, answers=(), perplexity=None) for e in CELLS]
     assert [ax.get_title() for ax in plot_sparsity_curves(only).axes] == ["StrategyQA loss"]
