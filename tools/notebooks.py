@@ -67,8 +67,8 @@ class FlaggedClient(NotebookClient):
 def execute(path: Path, flags: set[str]) -> None:
     """Run one notebook in its own folder, as nbdev_test does, and write it back with its outputs."""
     notebook = nbformat.read(path, as_version=4)
-    client = FlaggedClient(notebook, timeout=None, kernel_name="python3", record_timing=False,
-                           resources={"metadata": {"path": str(path.parent)}})
+    client = FlaggedClient(notebook, timeout=None, kernel_name="python3", record_timing=False, coalesce_streams=True,
+                           extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}})
     client.skipped_flags = flags
     client.execute()
     nbformat.write(notebook, path)
