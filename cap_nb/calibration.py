@@ -212,7 +212,7 @@ def load_text(
 ) -> Text: # The test text
     "The test text of a name (paper section 3.4: WikiText-2, Merity et al. 2017); the lab's text needs no files."
     if check_choice(name, TEXTS, "text") == "lab-text": return Text("lab-text", lab_text("evaluation"))
-    if data_dir is None: return Text("wikitext2-raw", "".join(record["text"] for record in from_hub(*WIKITEXT, "test")))
+    if data_dir is None: return Text("wikitext2-raw", "\n\n".join(record["text"] for record in from_hub(*WIKITEXT, "test")))
     path = Path(data_dir)/"wikitext2"/"test.txt"
     if not path.is_file(): raise BadInput(f"{path} does not exist: expected WikiText-2's test text; put it in place or leave --data-dir out.")
     return Text("wikitext2-tokenised", path.read_text(encoding="utf-8"))
