@@ -44,7 +44,8 @@ def differences(
 ) -> tuple[str, ...]: # As in "calibration.n (128, now 64)"
     "The settings in which two configurations differ."
     a, b = settings_of(one), settings_of(other)
-    return tuple(f"{key} ({a.get(key)}, now {b.get(key)})" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key))
+    def shown(value: object) -> str: return value[:12] if isinstance(value, str) and len(value) == 64 else str(value) # a fingerprint is long
+    return tuple(f"{key} ({shown(a.get(key))}, now {shown(b.get(key))})" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key))
 
 # %% ../../nbs/run/01_folder.ipynb #c010
 FORMAT = 1 # Of the folder; a later one that cannot read this one will say so
