@@ -5,7 +5,8 @@
     python tools/notebooks.py --flags slow             slow cells too
 
 `jupyter nbconvert --execute` knows nothing of nbdev's flags, so a slow cell would run; here it is left alone, and keeps the outputs it has.
-Progress bars are switched off: they hold times, and a second run should leave no difference in git.
+Progress bars are switched off, and tqdm's warning that it cannot draw them: they hold times and this machine's paths, and a second run should
+leave no difference in git.
 """
 import argparse
 import configparser
@@ -82,7 +83,7 @@ def main() -> None:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     flags = set(settings["DEFAULT"]["tst_flags"].split()) - set(asked.flags.split())
-    os.environ.update(TQDM_DISABLE="1", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    os.environ.update(TQDM_DISABLE="1", PYTHONWARNINGS="ignore:IProgress not found", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
     for path in asked.notebooks or reading_order():
         if not path.is_file():
             sys.exit(f"There is no notebook {path}.")
