@@ -41,6 +41,13 @@ def test_cells_are_short(path):
     assert not long, "\n".join(long)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
+def test_outputs_name_no_machine(path):
+    """Warnings and tracebacks carry the paths of the machine they came from; neither belongs into a notebook that is kept."""
+    text = path.read_text(encoding="utf-8")
+    assert "site-packages/" not in text and str(ROOT) + "/" not in text
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=label)
 def test_there_is_prose_for_the_code(path):
     code_cells = sum(c.kind == "code" for c in cells(path))
