@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from cap_nb.calibration import FAMILIES, load_problems, target_text
+from cap_nb.calibration import BENCHMARK_NAMES, load_problems, target_text
 from cap_nb.evaluation import (AnswerRecord, Evaluation, LossRecord, accuracy, bootstrap_interval, evaluation_problems, extract_answer, generate_greedy,
                                generate_naive, load_evaluation, normal_answer, perplexity, save_evaluation, wilson_interval, window_losses)
 from cap_nb.models.bad_input import BadInput
@@ -134,7 +134,7 @@ def test_reading_of_answers(family, text, strict, lenient):
 
 
 def test_lenient_never_loses_a_strict_answer():
-    for family in FAMILIES:
+    for family in BENCHMARK_NAMES:
         for task, text, strict, _ in TEXTS:
             if task == family and strict is not None:
                 assert extract_answer(text, family, "paper", strict=False) == strict
@@ -142,14 +142,14 @@ def test_lenient_never_loses_a_strict_answer():
 
 def test_a_gold_solution_is_read_as_its_answer():
     """The lab's own targets, through the reader of answers: every one is right, strictly."""
-    for family in FAMILIES:
+    for family in BENCHMARK_NAMES:
         for problem in load_problems(f"lab-{family}", "evaluation")[:200]:
             assert extract_answer(target_text(problem, "lab"), problem.task, "lab") == problem.answer
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (gsm8k, strategyqa, arc, wikitext2) are not beside this checkout")
 @pytest.mark.parametrize("style", ["paper", "answer-line"])
-@pytest.mark.parametrize("task", FAMILIES)
+@pytest.mark.parametrize("task", BENCHMARK_NAMES)
 def test_a_real_gold_solution_is_read_as_its_answer(task, style):
     for problem in load_problems(task, "evaluation", DATA):
         for strict in (True, False):

@@ -2,9 +2,8 @@
 
 # %% auto #0
 __all__ = ['TRADES', 'REGIONS', 'PRODUCTS', 'GOODS', 'ONSETS', 'MIDDLES', 'PERSON_ENDINGS', 'TOWN_ENDINGS', 'PEOPLE', 'TOWNS',
-           'LARGEST', 'HOME', 'COMPARISONS', 'CHOICES', 'TASKS', 'SPLITS', 'MAKERS', 'MOST', 'Town', 'Person',
-           'invent_world', 'Step', 'Comparison', 'Choice', 'lab_prompt', 'lab_target', 'split_of', 'lab_stream',
-           'lab_records', 'lab_text', 'world_fingerprint']
+           'LARGEST', 'TASKS', 'SPLITS', 'MAKERS', 'MOST', 'Town', 'Person', 'invent_world', 'Step', 'lab_prompt',
+           'lab_target', 'split_of', 'lab_stream', 'lab_records', 'lab_text', 'world_fingerprint']
 
 # %% ../../nbs/models/03_lab_world.ipynb #c002
 import hashlib, random
@@ -57,7 +56,7 @@ def invent_world(
 PEOPLE, TOWNS = invent_world()
 
 # %% ../../nbs/models/03_lab_world.ipynb #c011
-LARGEST = 999 # No quantity in a word problem is larger
+LARGEST = 99 # No quantity in a word problem is larger
 
 @dataclass(frozen=True)
 class Step:
@@ -70,13 +69,13 @@ class Step:
 # %% ../../nbs/models/03_lab_world.ipynb #c012
 def gain(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
     "More come in."
-    n = rng.randint(11, min(499, LARGEST - value))
+    n = rng.randint(2, min(60, LARGEST - value))
     told = rng.choice((f"{who} buys {n} more.", f"{other} gives {who} {n} more.", f"{who} finds {n} more."))
     return Step(told, f"{value} + {n} = {value + n} {goods}.", value + n, goods)
 
 def lose(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
     "Some go out."
-    n = rng.randint(11, value - 11)
+    n = rng.randint(2, min(60, value - 2))
     told = rng.choice((f"{who} sells {n}.", f"{who} gives {other} {n}.", f"{who} loses {n}."))
     return Step(told, f"{value} - {n} = {value - n} {goods}.", value - n, goods)
 
@@ -88,17 +87,17 @@ def trade(rng: random.Random, who: str, other: str, value: int, goods: str) -> S
 
 def share(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
     "Only one of several equal parts is kept."
-    k = rng.choice([k for k in range(2, 10) if value % k == 0])
+    k = rng.choice([k for k in range(2, 10) if value % k == 0 and value > k])
     told = rng.choice((f"{who} shares them among {k} and keeps one share.", f"{who} fills {k} equal bags and keeps one bag."))
     return Step(told, f"{value} / {k} = {value // k} {goods}.", value // k, goods)
 
 # %% ../../nbs/models/03_lab_world.ipynb #c015
 def possible_events(value: int) -> list[Callable]:
-    "The events that can happen to `value` things and leave a whole number between 2 and `LARGEST`."
-    events = [gain] if value <= LARGEST - 100 else []
-    if value > 40: events.append(lose)
+    "The events that can happen to `value` things and leave a whole number from 2 to `LARGEST`."
+    events = [gain] if value <= LARGEST - 9 else []
+    if value >= 12: events.append(lose)
     if 4 <= value <= LARGEST // 3: events.append(trade)
-    if value >= 20 and any(value % k == 0 for k in range(2, 10)): events.append(share)
+    if value >= 8 and any(value % k == 0 and value > k for k in range(2, 10)): events.append(share)
     return events
 
 # %% ../../nbs/models/03_lab_world.ipynb #c018
@@ -110,10 +109,11 @@ def word_problem(
     who, other = (person.name for person in rng.sample(PEOPLE, 2))
     goods, told, lines = rng.choice(GOODS), [], []
     if rng.random() < 0.5:
-        value = rng.randint(12, 399)
+        value = rng.randint(12, 80)
         told.append(f"{who} has {value} {goods}.")
     else:
-        boxes, each = rng.randint(2, 9), rng.randint(11, 99)
+        boxes = rng.randint(2, 9)
+        each = rng.randint(3, LARGEST // boxes)
         value = boxes * each
         told.append(f"{who} has {boxes} boxes of {each} {goods}.")
         lines.append(f"{boxes} * {each} = {value} {goods}.")
@@ -146,9 +146,7 @@ HOME = "{0.name} lives in {0.town.name}."
 COMPARISONS = (
     Comparison("Is {0.name} {2} than {1.name}?", ("older", "younger"), ("{0.name} is {0.age} years old.",), lambda p: p.age),
     Comparison("Does {0.name} live {2} than {1.name}?", ("higher", "lower"), (HOME, "{0.town.name} lies at {0.town.height} metres."), lambda p: p.town.height),
-    Comparison("Do {0.name} and {1.name} have {2}?", ("the same trade",), ("{0.name} is a {0.trade}.",), lambda p: p.trade),
     Comparison("Do {0.name} and {1.name} live in {2}?", ("the same region",), (HOME, "{0.town.name} lies in the {0.town.region}."), lambda p: p.town.region),
-    Comparison("Do the towns of {0.name} and {1.name} make {2}?", ("the same goods",), (HOME, "{0.town.name} makes {0.town.product}."), lambda p: p.town.product),
 )
 
 # %% ../../nbs/models/03_lab_world.ipynb #c028
@@ -157,7 +155,7 @@ def yes_no_question(
     answer: bool, # The wanted answer
 ) -> dict: # A record in StrategyQA's format: qid, question, answer, facts
     "Draw a yes/no question about two people with the wanted answer; equal numbers are never compared."
-    comparison = rng.choice(COMPARISONS)
+    comparison = rng.choices(COMPARISONS, weights=(2, 2, 1))[0]
     relation = rng.choice(comparison.relations)
     while True:
         pair = rng.sample(PEOPLE, 2)
@@ -181,7 +179,7 @@ class Choice:
 CHOICES = (
     Choice("Which of these people is a {0}?", "{0.name} is a {1}", PEOPLE, TRADES, lambda p: p.trade),
     Choice("Which of these people lives in the {0}?", "{0.name} lives in {0.town.name} in the {1}", PEOPLE, REGIONS, lambda p: p.town.region),
-    Choice("Which of these people lives where {0} is made?", "{0.name} lives in {0.town.name} where {1} is made", PEOPLE, PRODUCTS, lambda p: p.town.product),
+    Choice("Which of these people lives where {0} is made?", "{0.name} lives in {0.town.name} which makes {1}", PEOPLE, PRODUCTS, lambda p: p.town.product),
     Choice("Which of these towns lies in the {0}?", "{0.name} lies in the {1}", TOWNS, REGIONS, lambda t: t.region),
     Choice("Which of these towns makes {0}?", "{0.name} makes {1}", TOWNS, PRODUCTS, lambda t: t.product),
 )
@@ -197,10 +195,10 @@ def four_choice_question(
     chosen = rng.sample([x for x in kind.things if kind.value(x) != asked], 3)
     chosen.insert("ABCD".index(answer), rng.choice([x for x in kind.things if kind.value(x) == asked]))
     stem = kind.stem.format(asked)
-    lines = [f"{letter}. {kind.line.format(x, kind.value(x))}: {'yes' if kind.value(x) == asked else 'no'}." for letter, x in zip("ABCD", chosen)]
+    lines = [f"{letter}. {kind.line.format(x, kind.value(x))}: {letter}." for letter, x in zip("ABCD", chosen)]
     name = hashlib.sha256(" ".join([stem, *(x.name for x in chosen)]).encode()).hexdigest()[:20]
     choices = [{"text": x.name, "label": letter} for letter, x in zip("ABCD", chosen)]
-    return {"id": name, "question": {"stem": stem, "choices": choices}, "answerKey": answer, "rationale": lines}
+    return {"id": name, "question": {"stem": stem, "choices": choices}, "answerKey": answer, "rationale": [*lines, f"{asked}: {answer}."]}
 
 # %% ../../nbs/models/03_lab_world.ipynb #c035
 TASKS = ("gsm8k", "strategyqa", "arc")
