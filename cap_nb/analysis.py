@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHOD_TITLES', 'TASK_TITLES', 'TEXT_TITLES', 'CELL', 'FEWEST_PAIRS', 'PAPER_COLUMNS', 'PAPER_NUMBERS',
-           'METHOD_LOOKS', 'OTHER_LOOKS', 'FIGURE_STYLE', 'in_style', 'method_title', 'task_title', 'row_order',
-           'measured_cells', 'method_table', 'cell_text', 'table_cells', 'value_text', 'table_notes', 'table_markdown',
-           'table_csv', 'latex_text', 'table_latex', 'answer_table', 'answer_markdown', 'PairedDifference',
-           'paired_difference', 'difference_in_words', 'paper_table', 'paper_direction', 'compare_with_paper',
-           'method_look', 'blank_figure', 'save_figure', 'plot_framework', 'plot_head_importance',
+           'METHOD_LOOKS', 'OTHER_LOOKS', 'FIGURE_STYLE', 'in_style', 'SESSION', 'method_title', 'task_title',
+           'row_order', 'measured_cells', 'method_table', 'cell_text', 'table_cells', 'value_text', 'table_notes',
+           'table_markdown', 'table_csv', 'latex_text', 'table_latex', 'answer_table', 'answer_markdown',
+           'PairedDifference', 'paired_difference', 'difference_in_words', 'paper_table', 'paper_direction',
+           'compare_with_paper', 'method_look', 'blank_figure', 'save_figure', 'plot_framework', 'plot_head_importance',
            'head_importance_in_words', 'plot_importance_distribution', 'plot_sparsity_curves', 'RunRecords',
            'provenance_of', 'read_records']
 
@@ -470,7 +470,7 @@ def head_importance_in_words(
     values = np.asarray(scores, dtype=np.float64)
     layer, head = np.unravel_index(values.argmax(), values.shape)
     negative = int((values < 0).sum())
-    return (f"{values.size} heads; {negative} ({negative / values.size:.0%}) score below zero: masking them lowers the loss of the worked solutions. "
+    return (f"{values.size} heads; {negative} ({negative / values.size:.0%}) score below zero. "
             f"The highest score is {values.max():.3g} nats (layer {layer}, head {head}); the median is {np.median(values):.3g}, the lowest {values.min():.3g}.")
 
 # %% ../nbs/06_analysis.ipynb #c064
@@ -546,13 +546,17 @@ class RunRecords:
     evaluations: tuple[Evaluation, ...] # What was measured, in the order of Table 1
     provenance: dict # Where the numbers come from, for `table_notes`
 
+SESSION = ("python", "torch", "transformers", "cap_nb", "device", "device_name", "threads") # Of a session, what its numbers depend on
+
 def provenance_of(
     configuration: Mapping, # Contents of run.json
     sessions: Sequence[Mapping] = (), # Contents of environment.json
 ) -> dict: # Heading -> what stands behind it
-    "The notes that belong below a run's table: model, calibration, prompts, evaluation, and every session that worked on it."
+    "The notes that belong below a run's table: model, calibration, prompts, evaluation, and the versions and device of every session that worked on it."
     told = {key: configuration[key] for key in ("model", "calibration", "style", "aggregation", "evaluation") if key in configuration}
-    return told | {"session" if len(sessions) == 1 else f"session {place}": session for place, session in enumerate(sessions, 1)}
+    kept = [{key: session[key] for key in SESSION if key in session} for session in sessions]
+    distinct = [session for place, session in enumerate(kept) if session not in kept[:place]]
+    return told | {"session" if len(distinct) == 1 else f"session {place}": session for place, session in enumerate(distinct, 1)}
 
 # %% ../nbs/06_analysis.ipynb #c072
 def read_records(

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['TRADES', 'REGIONS', 'PRODUCTS', 'GOODS', 'ONSETS', 'MIDDLES', 'PERSON_ENDINGS', 'TOWN_ENDINGS', 'PEOPLE', 'TOWNS',
-           'LARGEST', 'TASKS', 'SPLITS', 'MAKERS', 'MOST', 'Town', 'Person', 'invent_world', 'Step', 'lab_prompt',
-           'lab_target', 'split_of', 'lab_stream', 'lab_records', 'lab_text', 'world_fingerprint']
+           'LARGEST', 'MAKERS', 'MOST', 'Town', 'Person', 'invent_world', 'Step', 'lab_prompt', 'lab_target',
+           'split_of', 'lab_stream', 'lab_records', 'lab_text', 'world_fingerprint']
 
 # %% ../../nbs/models/03_lab_world.ipynb #c002
 import hashlib, random
@@ -175,13 +175,14 @@ class Choice:
     things: tuple # People or towns
     values: tuple[str, ...] # What may be asked for
     value: Callable[[Person | Town], str] # What a person or town has
+    relation: str # How the found value is compared with the one asked for
 
 CHOICES = (
-    Choice("Which of these people is a {0}?", "{0.name} is a {1}", PEOPLE, TRADES, lambda p: p.trade),
-    Choice("Which of these people lives in the {0}?", "{0.name} lives in {0.town.name} in the {1}", PEOPLE, REGIONS, lambda p: p.town.region),
-    Choice("Which of these people lives where {0} is made?", "{0.name} lives in {0.town.name} which makes {1}", PEOPLE, PRODUCTS, lambda p: p.town.product),
-    Choice("Which of these towns lies in the {0}?", "{0.name} lies in the {1}", TOWNS, REGIONS, lambda t: t.region),
-    Choice("Which of these towns makes {0}?", "{0.name} makes {1}", TOWNS, PRODUCTS, lambda t: t.product),
+    Choice("Which of these people is a {0}?", "{0.name} is a {1}", PEOPLE, TRADES, lambda p: p.trade, "the same trade"),
+    Choice("Which of these people lives in the {0}?", "{0.name} lives in {0.town.name} in the {1}", PEOPLE, REGIONS, lambda p: p.town.region, "the same region"),
+    Choice("Which of these people lives where {0} is made?", "{0.name} lives in {0.town.name} which makes {1}", PEOPLE, PRODUCTS, lambda p: p.town.product, "the same goods"),
+    Choice("Which of these towns lies in the {0}?", "{0.name} lies in the {1}", TOWNS, REGIONS, lambda t: t.region, "the same region"),
+    Choice("Which of these towns makes {0}?", "{0.name} makes {1}", TOWNS, PRODUCTS, lambda t: t.product, "the same goods"),
 )
 
 # %% ../../nbs/models/03_lab_world.ipynb #c032
@@ -195,14 +196,15 @@ def four_choice_question(
     chosen = rng.sample([x for x in kind.things if kind.value(x) != asked], 3)
     chosen.insert("ABCD".index(answer), rng.choice([x for x in kind.things if kind.value(x) == asked]))
     stem = kind.stem.format(asked)
-    lines = [f"{letter}. {kind.line.format(x, kind.value(x))}: {letter}." for letter, x in zip("ABCD", chosen)]
+    lines = [f"{letter}. {kind.line.format(x, kind.value(x))}: {conclusion(kind.value(x), asked, kind.relation)[1]}" for letter, x in zip("ABCD", chosen)]
     name = hashlib.sha256(" ".join([stem, *(x.name for x in chosen)]).encode()).hexdigest()[:20]
     choices = [{"text": x.name, "label": letter} for letter, x in zip("ABCD", chosen)]
-    return {"id": name, "question": {"stem": stem, "choices": choices}, "answerKey": answer, "rationale": [*lines, f"{asked}: {answer}."]}
+    return {"id": name, "question": {"stem": stem, "choices": choices}, "answerKey": answer, "rationale": lines[:"ABCD".index(answer) + 1]}
 
-# %% ../../nbs/models/03_lab_world.ipynb #c035
+# %% ../../nbs/models/03_lab_world.ipynb #namestasks
 TASKS = ("gsm8k", "strategyqa", "arc")
 
+# %% ../../nbs/models/03_lab_world.ipynb #c035
 def lab_prompt(
     record: dict, # A record of `lab_records`
     task: str, # Its task: "gsm8k", "strategyqa" or "arc"
@@ -221,9 +223,10 @@ def lab_target(
     if task == "arc": return "\n".join([*record["rationale"], f"Answer: {record['answerKey']}"])
     return "\n".join([*record["facts"], f"Answer: {'yes' if record['answer'] else 'no'}"])
 
-# %% ../../nbs/models/03_lab_world.ipynb #c038
+# %% ../../nbs/models/03_lab_world.ipynb #namessplits
 SPLITS = ("train", "calibration", "evaluation")
 
+# %% ../../nbs/models/03_lab_world.ipynb #c038
 def split_of(
     text: str, # A prompt, or a passage of text
 ) -> str: # "train", "calibration" or "evaluation"

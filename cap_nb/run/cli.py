@@ -118,8 +118,9 @@ def program(
 def show_run(
     folder: Path, # A run's folder
 ) -> None:
-    "Print a run's table and where its figures are."
-    typer.echo(table_markdown(method_table(finished_evaluations(folder)), provenance(read_run(folder))))
+    "Print a run's table, what its accuracies hide, and where its figures are."
+    typer.echo(table_markdown(method_table(finished_evaluations(folder)), provenance(folder)))
+    if (answers := folder/"tables"/"answers.md").exists(): typer.echo(answers.read_text(encoding="utf-8"))
     typer.echo("Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))))
     typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
 
@@ -217,10 +218,10 @@ def table_command(
 ) -> None:
     "Print the table of a run, finished or not."
     check_choice(form, ("md", "csv", "tex"), "format")
-    kept, evaluations = read_run(folder), finished_evaluations(folder)
+    evaluations = finished_evaluations(folder)
     if not evaluations: raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
     table = method_table(evaluations)
-    typer.echo(table_csv(table) if form == "csv" else {"md": table_markdown, "tex": table_latex}[form](table, provenance(kept)))
+    typer.echo(table_csv(table) if form == "csv" else {"md": table_markdown, "tex": table_latex}[form](table, provenance(folder)))
 
 # %% ../../nbs/run/03_cli.ipynb #c027
 @app.command("fetch")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from ..models.bad_input import BadInput, check_at_least, check_choice, check_sparsity
-from ..models.files import sha256_of_text, whole_file
+from ..models.files import read_json, sha256_of_text, whole_file
 from ..models.anatomy import projections
 from ..models.loading import device_named, dtype_named, load_model, model_fingerprint, tokenizer_fingerprint
 from ..calibration import (TASKS, TEXTS, Calibration, Problem, calibration_set, default_style, default_tasks, load_text, prompt_style)
@@ -26,7 +26,7 @@ from ..scoring import AGGREGATIONS, HeadLosses, causal_scores, load_losses, save
 from ..importance import importance_factors
 from ..threshold import prune_report
 from ..evaluation import Evaluation, accuracy, evaluation_problems, held_out_losses, load_evaluation, perplexity, save_evaluation, token_limit
-from ..analysis import (method_table, plot_head_importance, plot_importance_distribution, plot_sparsity_curves, save_figure, table_csv,
+from ..analysis import (answer_markdown, answer_table, method_table, provenance_of, plot_head_importance, plot_importance_distribution, plot_sparsity_curves, save_figure, table_csv,
                              table_latex, table_markdown)
 from .methods import METHODS, prune
 from .folder import (cells_of, environment, evaluation_folder, finished_evaluations, mask_fingerprint, note_environment, note_time, open_run,
@@ -308,23 +308,22 @@ def run_scores(
     return scores, importance_factors(scores)
 
 def provenance(
-    kept: dict, # A run's configuration
+    folder: str | Path, # A run's folder
 ) -> dict: # What stands below a table
-    "Where a table's numbers come from, in a few lines."
-    calibration = {key: kept["calibration"][key] for key in ("tasks", "n", "k", "seed", "fingerprint")}
-    return {"Model": kept["model"], "Calibration": calibration, "Prompt style": kept["style"]["called"], "Evaluation seed": kept["calibration"]["seed"],
-            "Scores": kept["aggregation"]}
+    "Where a table's numbers come from: model, data, prompts, settings, versions."
+    return provenance_of(read_run(folder), read_json(Path(folder)/"environment.json"))
 
 # %% ../../nbs/run/02_job.ipynb #c041
 def write_tables(
     folder: Path, # A run's folder
     evaluations: Sequence[Evaluation], # What is finished
 ) -> None:
-    "Table 1 of a run in Markdown, CSV and LaTeX."
-    table, origin = method_table(evaluations), provenance(read_run(folder))
+    "Table 1 of a run in Markdown, CSV and LaTeX, and beside it what its accuracies hide."
+    table, origin = method_table(evaluations), provenance(folder)
     write_text(folder/"tables"/"table.md", table_markdown(table, origin))
     write_text(folder/"tables"/"table.csv", table_csv(table))
     write_text(folder/"tables"/"table.tex", table_latex(table, origin))
+    if any(evaluation.answers for evaluation in evaluations): write_text(folder/"tables"/"answers.md", answer_markdown(answer_table(evaluations)))
 
 def write_results(
     folder: str | Path, # A run's folder
