@@ -17,13 +17,23 @@ from .scoring import *
 from .importance import *
 from .regions import *
 from .threshold import *
+
+# %% ../nbs/run/09_all.ipynb #c003b
 from .evaluation import *
 from .baselines.magnitude import *
 from .baselines.wanda import *
+from .baselines.criteria import *
+from .baselines.allocation import *
+from .baselines.sparsegpt import *
+from .beyond.attributions import *
+from .beyond.head_removal import *
+from .beyond.reasoning_steps import *
 from .analysis import *
 from .run.methods import *
 from .run.folder import *
 from .run.job import *
+from .run.planning import *
+from .run.streaming import *
 from .run.cli import *
 
 # %% ../nbs/run/09_all.ipynb #c005

@@ -8,9 +8,9 @@ __all__ = ['METHOD_TITLES', 'TASK_TITLES', 'TEXT_TITLES', 'CELL', 'FEWEST_PAIRS'
            'row_order', 'measured_cells', 'method_table', 'cell_text', 'table_cells', 'value_text', 'table_notes',
            'table_markdown', 'table_csv', 'latex_text', 'table_latex', 'answer_table', 'answer_markdown',
            'PairedDifference', 'paired_difference', 'difference_in_words', 'paper_table', 'paper_direction',
-           'compare_with_paper', 'method_look', 'blank_figure', 'save_figure', 'plot_framework', 'plot_head_importance',
-           'head_importance_in_words', 'plot_importance_distribution', 'plot_sparsity_curves', 'RunRecords',
-           'provenance_of', 'read_records']
+           'compare_with_paper', 'method_looks', 'blank_figure', 'save_figure', 'plot_framework',
+           'plot_head_importance', 'head_importance_in_words', 'plot_importance_distribution', 'plot_sparsity_curves',
+           'plot_zeros_by_method', 'RunRecords', 'provenance_of', 'read_records']
 
 # %% ../nbs/06_analysis.ipynb #c003
 import math, re
@@ -30,6 +30,7 @@ from .models.bad_input import BadInput
 from .models.files import read_json, whole_file
 from .calibration import TASKS, task_family
 from .scoring import causal_scores, load_losses
+from .threshold import PruneReport
 from .evaluation import (AnswerRecord, Evaluation, LossRecord, bootstrap_interval, load_evaluation, summarise_answers, summarise_losses)
 
 # %% ../nbs/06_analysis.ipynb #c009
@@ -329,17 +330,18 @@ def compare_with_paper(
 
 # %% ../nbs/06_analysis.ipynb #c048
 METHOD_LOOKS = {"dense": ("#000000", "s"), "wanda": ("#0072B2", "o"), "magnitude": ("#E69F00", "^"), "cap": ("#D55E00", "D")} # Colour, marker
-OTHER_LOOKS = (("#009E73", "v"), ("#CC79A7", "P"), ("#56B4E9", "X"), ("#F0E442", "*")) # For methods that are not in the paper
+OTHER_LOOKS = (("#009E73", "v"), ("#CC79A7", "P"), ("#56B4E9", "X"), ("#F0E442", "*"), ("#7F7F7F", "<"), ("#8C564B", ">"), ("#6A3D9A", "h"), ("#33A02C", "p")) # For methods that are not in the paper
 FIGURE_STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110,
                 "figure.constrained_layout.use": True, "svg.hashsalt": "cap_nb", "legend.frameon": False}
 
 in_style = matplotlib.rc_context(FIGURE_STYLE) # Decorates every function that draws or saves
 
-def method_look(
-    method: str, # Name of a method
-) -> tuple[str, str]: # Colour and marker
-    "The colour and marker of a method, the same in every figure."
-    return METHOD_LOOKS.get(method) or OTHER_LOOKS[sum(method.encode()) % len(OTHER_LOOKS)]
+def method_looks(
+    methods: Sequence[str], # Names of the methods of one figure
+) -> dict[str, tuple[str, str]]: # Colour and marker of each
+    "Colours and markers: the paper's methods have the same in every figure, the others no two alike in one."
+    others = sorted(method for method in methods if method not in METHOD_LOOKS)
+    return METHOD_LOOKS | {method: OTHER_LOOKS[place % len(OTHER_LOOKS)] for place, method in enumerate(others)}
 
 # %% ../nbs/06_analysis.ipynb #c049
 def blank_figure(
@@ -501,9 +503,9 @@ def draw_curves(
     column: str, # The column to draw
 ) -> None:
     "One panel: the dense model as a dashed line, the methods as lines with interval bars."
-    cells = table[column]
+    cells, looks = table[column], method_looks([name for _, name in methods])
     for place, (title, name) in enumerate(methods):
-        colour, marker = method_look(name)
+        colour, marker = looks[name]
         own = cells.xs(title, level="Method").dropna()
         if name == "dense" and len(own):
             ax.axhline(own["value"].iloc[0], color=colour, ls="--", lw=1, label=title)
@@ -534,8 +536,29 @@ def plot_sparsity_curves(
     figure, panels = blank_figure(tall, wide, (2.9 * wide, 2.7 * tall + 0.4))
     for ax, column in zip(panels.flat, columns): draw_curves(ax, table, methods, column)
     for ax in panels.flat[len(columns):]: ax.axis("off")
-    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(methods)))
     figure.suptitle(title)
+    return figure
+
+# %% ../nbs/06_analysis.ipynb #zeros
+@in_style
+def plot_zeros_by_method(
+    reports: Sequence[PruneReport], # What each method did to one model, at one sparsity
+) -> Figure: # A panel a method
+    "The share of zeros of every projection, method by method, on one colour scale."
+    if not reports: raise BadInput("There is no report to draw: expected at least one; prune first.")
+    roles, wide = list(dict.fromkeys(row[1] for row in reports[0].table)), min(6, len(reports))
+    layers, tall = len(reports[0].table) // len(roles), -(-len(reports) // wide)
+    figure, panels = blank_figure(tall, wide, (1.75 * wide + 0.8, tall * min(6.0, 0.95 + 0.1 * layers) + 0.3))
+    for ax, report in zip(panels.flat, reports):
+        shares = np.array([zeros / weights for *_, zeros, weights in report.table]).reshape(layers, len(roles))
+        picture = ax.imshow(shares, vmin=0, vmax=1, cmap="magma", aspect="auto")
+        ax.set_title(method_title(report.method), fontsize=8)
+        ax.set_xticks(range(len(roles)), [role[0] for role in roles], fontsize=7)
+        ax.set_yticks([0, layers - 1])
+    for ax in panels.flat[len(reports):]: ax.axis("off")
+    figure.colorbar(picture, ax=panels, label="share of zeros")
+    figure.suptitle(f"{reports[0].asked:.0%} asked; projections {', '.join(roles)}", fontsize=9)
     return figure
 
 # %% ../nbs/06_analysis.ipynb #c071

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cap_nb.analysis import (METHOD_LOOKS, OTHER_LOOKS, PAPER_NUMBERS, answer_table, compare_with_paper, difference_in_words, head_importance_in_words,
-                             method_look, method_table, paired_difference, paper_table, plot_head_importance, plot_importance_distribution,
+                             method_looks, method_table, paired_difference, paper_table, plot_head_importance, plot_importance_distribution,
                              plot_sparsity_curves, save_figure, table_csv, table_latex, table_markdown, table_notes)
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 from cap_nb.models.bad_input import BadInput
@@ -133,7 +133,9 @@ def test_comparison_with_the_paper_covers_what_both_have():
 
 def test_methods_differ_in_looks():
     assert len({colour for colour, _ in (*METHOD_LOOKS.values(), *OTHER_LOOKS)}) == len(METHOD_LOOKS) + len(OTHER_LOOKS)
-    assert method_look("cap") == METHOD_LOOKS["cap"] and method_look("owl") in OTHER_LOOKS
+    many = [f"method{place}" for place in range(len(OTHER_LOOKS))]
+    looks = method_looks(["cap", *many])
+    assert looks["cap"] == METHOD_LOOKS["cap"] and {looks[name] for name in many} == set(OTHER_LOOKS)
 
 
 def test_the_heatmap_is_parted_at_zero():

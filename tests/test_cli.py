@@ -174,7 +174,7 @@ def test_ctrl_c_and_on(finished, tmp_path):
 
 def contents(folder: Path):
     """All files but those that name times and sessions."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "environment.json")}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "memory.json", "environment.json", "costs.md", "costs.csv")}
 
 
 def test_no_times_in_other_files(finished):

@@ -53,9 +53,9 @@ def train_tokenizer(
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what the trained model will be."
-    steps: int = 2_400 # Optimiser steps
+    steps: int = 2_250 # Optimiser steps
     seed: int = 0 # Of the initial weights and of the order of the data
-    batch: tuple[int, ...] = (24, 16, 12) # Problems a step of each of `TASKS`
+    batch: tuple[int, ...] = (28, 14, 10) # Problems a step of each of `TASKS`
     window: int = 512 # Tokens of plain text a step; also the longest sequence the model accepts
     pool: int = 64 # Steps whose problems are drawn together and sorted by length
     vocabulary: int = 768 # At most so many tokens
@@ -345,23 +345,13 @@ def circumstances() -> dict[str, object]:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
     return {"versions": versions | {"python": platform.python_version()}, "machine": platform.machine(), "cores": os.cpu_count()}
 
-# %% ../../nbs/models/04_lab.ipynb #beginning
-def beginning(recipe: Recipe, start: str | Path | None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    "New weights and a new vocabulary, or those of a verified checkpoint, whose training may have had another recipe."
-    if start is None:
-        tokenizer = train_tokenizer(recipe.vocabulary)
-        return new_model(recipe, tokenizer), tokenizer
-    check_checksums(Path(start))
-    return AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32), AutoTokenizer.from_pretrained(start)
-
 # %% ../../nbs/models/04_lab.ipynb #c058
 def train_lab(
     folder: str | Path, # Where the checkpoint will be; must not exist
-    steps: int = 2_400, # Optimiser steps
+    steps: int = Recipe.steps, # Optimiser steps
     seed: int = 0, # Of weights and data
     work: str | Path | None = None, # Where a stopped training finds its state; None means the folder's name with .work
     n: int = 500, # Held-out problems of each task for the final evaluation
-    start: str | Path | None = None, # Checkpoint whose weights and tokenizer to go on from; None means new ones
     **sizes: object, # Other fields of `Recipe`
 ) -> dict: # The training log
     "Train, evaluate and save the lab model; call it again to go on after an interruption. A folder that exists raises `BadInput`."
@@ -369,8 +359,9 @@ def train_lab(
     work = Path(work) if work else folder.with_name(folder.name + ".work")
     if folder.exists(): raise BadInput(f"{folder} exists already: expected a new folder; choose another name or remove it.")
     work.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = beginning(recipe, start)
-    log = train(model, tokenizer, recipe, work) | {"start": start and read_json(Path(start) / "training.json")}
+    tokenizer = train_tokenizer(recipe.vocabulary)
+    model = new_model(recipe, tokenizer)
+    log = train(model, tokenizer, recipe, work)
     model.eval()
     solved = {task: {"solved": lab_solved(model, tokenizer, task, n), "n": n} for task in TASKS}
     log |= {"evaluation": {"split": "evaluation", "seed": 0, "dtype": "float32", "tasks": solved}, "world": world_fingerprint()} | circumstances()
@@ -384,7 +375,7 @@ def main(
     "The command `python -m cap_nb.models.lab`: train the lab model."
     parser = argparse.ArgumentParser(prog="python -m cap_nb.models.lab", description="Train the lab model; a stopped training goes on where it was.")
     parser.add_argument("--out", required=True, help="folder of the checkpoint; must not exist")
-    parser.add_argument("--steps", type=int, default=2_400, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     given = parser.parse_args(arguments)
     try: train_lab(given.out, given.steps, given.seed)

@@ -7,7 +7,7 @@ __all__ = ['TRADES', 'REGIONS', 'PRODUCTS', 'GOODS', 'ONSETS', 'MIDDLES', 'PERSO
 
 # %% ../../nbs/models/03_lab_world.ipynb #c002
 import hashlib, random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from .bad_input import BadInput, check_at_least, check_choice
@@ -125,11 +125,8 @@ def word_problem(
     return {"question": " ".join(told) + f" How many {goods} does {who} have?", "answer": "\n".join(lines) + f"\n#### {value}"}
 
 # %% ../../nbs/models/03_lab_world.ipynb #c023
-def conclusion(left: int | str, right: int | str, relation: str) -> tuple[bool, str]:
-    "Whether the relation holds between two values, and the sentence that says so."
-    if relation.startswith("the same"):
-        truth = left == right
-        return truth, f"{left} and {right} are {'' if truth else 'not '}{relation}."
+def conclusion(left: int, right: int, relation: str) -> tuple[bool, str]:
+    "Whether the relation holds between two numbers, and the sentence that says so."
     truth = left > right if relation in ("older", "higher") else left < right
     return truth, f"{left} is {'' if truth else 'not '}{relation} than {right}."
 
@@ -140,13 +137,12 @@ class Comparison:
     question: str # With {0.name}, {1.name} and {2}, the relation
     relations: tuple[str, ...] # One of them is asked for
     facts: tuple[str, ...] # Each is said of both people
-    value: Callable[[Person], int | str] # What is compared
+    value: Callable[[Person], int] # What is compared
 
 HOME = "{0.name} lives in {0.town.name}."
 COMPARISONS = (
     Comparison("Is {0.name} {2} than {1.name}?", ("older", "younger"), ("{0.name} is {0.age} years old.",), lambda p: p.age),
     Comparison("Does {0.name} live {2} than {1.name}?", ("higher", "lower"), (HOME, "{0.town.name} lies at {0.town.height} metres."), lambda p: p.town.height),
-    Comparison("Do {0.name} and {1.name} live in {2}?", ("the same region",), (HOME, "{0.town.name} lies in the {0.town.region}."), lambda p: p.town.region),
 )
 
 # %% ../../nbs/models/03_lab_world.ipynb #c028
@@ -155,13 +151,13 @@ def yes_no_question(
     answer: bool, # The wanted answer
 ) -> dict: # A record in StrategyQA's format: qid, question, answer, facts
     "Draw a yes/no question about two people with the wanted answer; equal numbers are never compared."
-    comparison = rng.choices(COMPARISONS, weights=(2, 2, 1))[0]
+    comparison = rng.choice(COMPARISONS)
     relation = rng.choice(comparison.relations)
     while True:
         pair = rng.sample(PEOPLE, 2)
         left, right = map(comparison.value, pair)
         truth, last = conclusion(left, right, relation)
-        if truth == answer and (left != right or len(comparison.relations) == 1): break
+        if truth == answer and left != right: break
     question = comparison.question.format(*pair, relation)
     facts = [fact.format(person) for fact in comparison.facts for person in pair] + [last]
     return {"qid": hashlib.sha256(question.encode()).hexdigest()[:20], "question": question, "answer": answer, "facts": facts}
@@ -170,36 +166,44 @@ def yes_no_question(
 @dataclass(frozen=True)
 class Choice:
     "One kind of question with four choices."
-    stem: str # With {0}, the value that is asked for
-    line: str # The reasoning about one choice, with {0} and its value {1}
+    stem: str # With {0}, the superlative that is asked for
+    relations: dict[str, str] # Superlative to comparative
+    line: str # What there is to know about one choice {0}
     things: tuple # People or towns
-    values: tuple[str, ...] # What may be asked for
-    value: Callable[[Person | Town], str] # What a person or town has
-    relation: str # How the found value is compared with the one asked for
+    value: Callable[[Person | Town], int] # What is compared
 
 CHOICES = (
-    Choice("Which of these people is a {0}?", "{0.name} is a {1}", PEOPLE, TRADES, lambda p: p.trade, "the same trade"),
-    Choice("Which of these people lives in the {0}?", "{0.name} lives in {0.town.name} in the {1}", PEOPLE, REGIONS, lambda p: p.town.region, "the same region"),
-    Choice("Which of these people lives where {0} is made?", "{0.name} lives in {0.town.name} which makes {1}", PEOPLE, PRODUCTS, lambda p: p.town.product, "the same goods"),
-    Choice("Which of these towns lies in the {0}?", "{0.name} lies in the {1}", TOWNS, REGIONS, lambda t: t.region, "the same region"),
-    Choice("Which of these towns makes {0}?", "{0.name} makes {1}", TOWNS, PRODUCTS, lambda t: t.product, "the same goods"),
+    Choice("Which of these people is the {0}?", {"oldest": "older", "youngest": "younger"}, "{0.name} is {0.age} years old", PEOPLE, lambda p: p.age),
+    Choice("Which of these people lives the {0}?", {"highest": "higher", "lowest": "lower"}, "{0.name} lives in {0.town.name} at {0.town.height} metres", PEOPLE, lambda p: p.town.height),
+    Choice("Which of these towns lies the {0}?", {"highest": "higher", "lowest": "lower"}, "{0.name} lies at {0.height} metres", TOWNS, lambda t: t.height),
 )
 
 # %% ../../nbs/models/03_lab_world.ipynb #c032
+def rationale_lines(kind: Choice, chosen: Sequence[Person | Town], relation: str) -> tuple[str, list[str]]:
+    "The letter of the best choice, and a line for each: what it has, how that compares with the best so far, which is the best now."
+    best, lines = ("A", kind.value(chosen[0])), []
+    for letter, thing in zip("ABCD", chosen):
+        better, said = conclusion(kind.value(thing), best[1], relation)
+        if better: best = letter, kind.value(thing)
+        compared = "" if letter == "A" else f": {said[:-1]}"
+        lines.append(f"{letter}. {kind.line.format(thing)}{compared}, so {best[0]} with {best[1]}.")
+    return best[0], lines
+
 def four_choice_question(
     rng: random.Random, # Where chance comes from
     answer: str, # The wanted letter
 ) -> dict: # A record in ARC's format, and `rationale`: id, question, answerKey
-    "Draw a question with four choices of which the one at the wanted letter is right."
-    kind = rng.choices(CHOICES, weights=(3, 3, 3, 1, 1))[0]
-    asked = rng.choice(kind.values)
-    chosen = rng.sample([x for x in kind.things if kind.value(x) != asked], 3)
-    chosen.insert("ABCD".index(answer), rng.choice([x for x in kind.things if kind.value(x) == asked]))
+    "Draw a question with four choices, no two equal, of which the one at the wanted letter is right."
+    kind = rng.choices(CHOICES, weights=(2, 2, 1))[0]
+    asked, letter = rng.choice(list(kind.relations)), ""
+    while letter != answer:
+        chosen = rng.sample(kind.things, 4)
+        if len({kind.value(x) for x in chosen}) == 4: letter, lines = rationale_lines(kind, chosen, kind.relations[asked])
     stem = kind.stem.format(asked)
-    lines = [f"{letter}. {kind.line.format(x, kind.value(x))}: {conclusion(kind.value(x), asked, kind.relation)[1]}" for letter, x in zip("ABCD", chosen)]
     name = hashlib.sha256(" ".join([stem, *(x.name for x in chosen)]).encode()).hexdigest()[:20]
-    choices = [{"text": x.name, "label": letter} for letter, x in zip("ABCD", chosen)]
-    return {"id": name, "question": {"stem": stem, "choices": choices}, "answerKey": answer, "rationale": lines[:"ABCD".index(answer) + 1]}
+    choices = [{"text": x.name, "label": label} for label, x in zip("ABCD", chosen)]
+    return {"id": name, "question": {"stem": stem, "choices": choices}, "answerKey": answer, "rationale": lines}
+
 
 # %% ../../nbs/models/03_lab_world.ipynb #namestasks
 TASKS = ("gsm8k", "strategyqa", "arc")
@@ -235,7 +239,7 @@ def split_of(
     return {0: "calibration", 1: "evaluation"}.get(int(digest[:8], 16) % 10, "train")
 
 # %% ../../nbs/models/03_lab_world.ipynb #c041
-MAKERS = {"gsm8k": (word_problem, (2, 3, 4, 5)), "strategyqa": (yes_no_question, (True, False)), "arc": (four_choice_question, ("A", "B", "C", "D"))}
+MAKERS = {"gsm8k": (word_problem, (2, 3, 4, 4, 5, 5, 5, 5)), "strategyqa": (yes_no_question, (True, False)), "arc": (four_choice_question, ("A", "B", "C", "D"))}
 
 def lab_stream(
     task: str, # "gsm8k", "strategyqa" or "arc"

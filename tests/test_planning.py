@@ -1,0 +1,372 @@
+"""Plans from a configuration alone: counts against real models, operations against torch's counter, memory against what is really held at once."""
+import json
+import math
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from cap_nb.baselines.criteria import Given, prune_by
+from cap_nb.calibration import IGNORED, Calibration, Example, calibration_set, collate, token_batches
+from cap_nb.models.anatomy import projections
+from cap_nb.models.bad_input import BadInput
+from cap_nb.models.lab import lab_tokenizer
+from cap_nb.run import planning
+from cap_nb.run.job import Job
+from cap_nb.run.planning import *
+from cap_nb.scoring import intact_pass, resumed_losses, score_heads, score_heads_naive, target_losses
+from cap_nb.threshold import prune_cap
+
+GIB = 2**30
+SHAPE = dict(hidden_size=48, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=90)
+PROBE = Probe("cpu", "made up", "float32", 256, 1e-6, 1e-7, 8, 1e-4, 1e-5, 1e-9, 1e-8, 1e9, 1.0)
+
+
+def random_model(kind=LlamaConfig, **shape):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(kind(**SHAPE | shape)).eval()
+
+
+def example(place, length, prompt=4):
+    ids = tuple((7 * place + 3 * t) % 89 + 1 for t in range(length))
+    return Example("own", f"{place}", "", "", "", ids, (IGNORED,) * prompt + ids[prompt:])
+
+
+def examples(count=9):
+    return Calibration.from_examples([example(place, 10 + 2 * place) for place in range(count)], k=3)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Adds up the tensors that torch makes while it is on, and notes the most that were alive at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.seen = 0, 0, {}
+
+    def freed(self, key, size):
+        self.alive -= size
+        self.seen.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(made):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in before or key in self.seen:
+                continue
+            self.seen[key] = storage.nbytes()
+            self.alive += storage.nbytes()
+            weakref.finalize(storage, self.freed, key, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return made
+
+
+def peak(work):
+    with torch.no_grad(), PeakMemory() as memory:
+        work()
+    return memory.peak
+
+
+# sizes
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config])
+@pytest.mark.parametrize("tied", [True, False])
+def test_sizes_agree_with_a_real_model_read_from_a_folder(tmp_path, kind, tied):
+    model = random_model(kind, tie_word_embeddings=tied)
+    model.config.save_pretrained(tmp_path)
+    sizes = read_sizes(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]  # there are no weights to read
+    assert sizes.layers * layer_weights(sizes) == sum(p.module.weight.numel() for p in projections(model))
+    assert parameter_count(sizes) == sum(p.numel() for p in model.parameters())
+    assert {p.role: tuple(p.module.weight.shape) for p in projections(model)[:7]} == projection_shapes(sizes)
+    assert sizes.biased == tuple(p.role for p in projections(model)[:7] if p.module.bias is not None)
+
+
+def test_the_published_models_need_no_network(monkeypatch):
+    monkeypatch.setattr(planning, "config_on_hub", lambda name: pytest.fail("the hub was asked"))
+    counts = {"meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248, "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096}
+    for name, count in counts.items():
+        sizes = read_sizes(name)
+        assert (sizes.name, parameter_count(sizes), sizes.layers * layer_weights(sizes)) == (name, count, 6_979_321_856)
+        assert "published" in sizes.source and sizes.dtype == "bfloat16"
+    for short in ("llama-3-8b", "LLAMA-3-8B-Instruct", "meta-llama-3-8b-instruct"):
+        assert read_sizes(short) == read_sizes("meta-llama/Meta-Llama-3-8B-Instruct")
+    for short in ("mistral-7b", "Mistral-7B-Instruct-v0.2"):
+        assert read_sizes(short) == read_sizes("mistralai/Mistral-7B-Instruct-v0.2")
+
+
+def test_names_that_lead_nowhere_get_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("CAP_NB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(BadInput, match="owner/none could not be read from the hub.*lab, smollm2, meta-llama/Meta-Llama-3-8B-Instruct"):
+        read_sizes("owner/none")
+    with pytest.raises(BadInput, match="cap fetch smollm2"):
+        read_sizes("smollm2")
+    with pytest.raises(BadInput, match="There is no folder"):
+        read_sizes("./nothing/here")
+    with pytest.raises(BadInput, match="holds no config.json"):
+        read_sizes(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_sizes(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(BadInput, match="anatomy of model type 'gpt2'"):
+        read_sizes(str(tmp_path))
+    quantised = LlamaConfig(**SHAPE).to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(BadInput, match="is quantised"):
+        read_sizes(str(tmp_path))
+
+
+# tokens
+
+
+def test_the_labs_lengths_are_counted_and_others_are_assumed_or_given():
+    tokenizer = lab_tokenizer()
+    found = plan(Job(n=6), memory=GIB)
+    calibration = calibration_set(tokenizer, n=6)
+    assert [len(length.input_ids) for length in found.lengths] == [len(e.input_ids) for e in calibration.examples]
+    assert [length.target for length in found.lengths] == [sum(label != IGNORED for label in e.labels) for e in calibration.examples]
+    assert "counted" in found.lengths_from and [b.rows for b in found.batches] == [len(b) for b in token_batches(calibration.examples, 4096)]
+    assumed = plan(Job("mistral-7b", n=6), memory=GIB)
+    assert "assumed" in assumed.lengths_from and len(assumed.lengths) == 18 and assumed.job.tasks == ("gsm8k", "strategyqa", "arc")
+    given = plan(Job("mistral-7b", n=6), prompt_tokens=800, target_tokens=70, memory=GIB)
+    assert {(length.prompt, length.target) for length in given.lengths} == {(800, 70)}
+    assert {(length.prompt, length.target) for length in plan(Job(n=6), prompt_tokens=50, target_tokens=9, memory=GIB).lengths} == {(50, 9)}
+
+
+def test_counts_that_cannot_be_are_refused():
+    for wrong in (dict(devices=0), dict(prompt_tokens=0), dict(target_tokens=0), dict(memory=0)):
+        with pytest.raises(BadInput, match="at least 1"):
+            plan(Job("llama-3-8b"), **wrong)
+    with pytest.raises(BadInput, match="k = 7 subsets of 6 examples"):
+        plan(Job("llama-3-8b", n=2, k=7))
+    with pytest.raises(BadInput, match="Unknown task"):
+        plan(Job("llama-3-8b", tasks=("nonsense",)))
+
+
+# work
+
+
+def test_operations_of_both_ways_of_scoring_agree_with_torchs_counter():
+    model, calibration = random_model(attn_implementation="eager"), examples()
+    sizes, batches = sizes_of(model.config, "random", "a test"), batch_shapes(lengths_of(examples()), 60)
+    for score, work in ((score_heads_naive, naive_work), (score_heads, resumed_work)):
+        with FlopCounterMode(display=False) as counter:
+            score(model, calibration, batch_tokens=60)
+        assert flops_of(work(sizes, batches), sizes) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_operations_of_pruning_by_wanda_agree_with_torchs_counter():
+    model, calibration = random_model(attn_implementation="eager"), examples()
+    sizes = sizes_of(model.config, "random", "a test")
+    with FlopCounterMode(display=False) as counter:
+        prune_by(model, "wanda", 0.5, None, Given(calibration=calibration, batch_tokens=60))
+    assert flops_of(wanda_work(sizes, batch_shapes(lengths_of(calibration), 60)), sizes) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_passes_of_scoring_are_counted_layer_by_layer():
+    """Every call of every layer in a real scoring, against the plan's count."""
+    model, calibration, calls = random_model(), examples(), []
+    handles = [layer.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[:2].numel())) for layer in model.model.layers]
+    head = []
+    handles.append(model.lm_head.register_forward_hook(lambda module, args, output: head.append(args[0].shape[:-1].numel())))
+    sizes, batches = sizes_of(model.config, "random", "a test"), batch_shapes(lengths_of(calibration), 60)
+    for score, work in ((score_heads, resumed_work), (score_heads_naive, naive_work)):
+        calls.clear(), head.clear()
+        score(model, calibration, batch_tokens=60)
+        assert (work(sizes, batches).layer_tokens, work(sizes, batches).head_tokens) == (sum(calls), sum(head))
+    for handle in handles:
+        handle.remove()
+
+
+def test_generation_and_losses_are_counted():
+    model = random_model(attn_implementation="eager", max_position_embeddings=64)
+    sizes, ids = sizes_of(model.config, "random", "a test"), torch.randint(1, 89, (3, 7))
+    job = Job(tasks=("gsm8k",), accuracy_tasks=("gsm8k",), evaluate_n=3, loss_n=3, windows=2, window_tokens=100, max_new_tokens=6)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+        target_losses(model, collate([example(place, 12, prompt=7) for place in range(3)], pad_id=0))
+        for _ in range(2):
+            model(input_ids=torch.randint(1, 89, (1, 64)), use_cache=False)  # the context is shorter than the window asked for
+    lengths = [ExampleLength("gsm8k", 7, 5)] * 3
+    work = prefill_work(sizes, job, lengths) + decode_work(sizes, job, lengths)
+    assert flops_of(work, sizes) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+# memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [dict(), dict(num_hidden_layers=8), dict(vocab_size=3000), dict(intermediate_size=64, num_attention_heads=8)])
+def test_the_memory_of_scoring_is_what_is_really_held(dtype, shape):
+    model = random_model(**shape).to(dtype)
+    sizes, batch = sizes_of(model.config, "random", "a test"), collate([example(place, 40 + place) for place in range(8)], pad_id=0)
+
+    def work():
+        calls, _ = intact_pass(model, batch)
+        resumed_losses(model, batch, calls, 0, 0)
+
+    shapes = [BatchShape(8, 47, int((batch["labels"] != IGNORED).sum()))]
+    planned = at_once(scoring_memory(sizes, dtype.itemsize, shapes))
+    assert 0.8 < peak(work) / planned < 1.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["cap", "wanda"])
+def test_the_memory_of_pruning_is_what_is_really_held(dtype, method):
+    model, calibration = random_model(hidden_size=256, intermediate_size=1024).to(dtype), examples(30)
+    given = Given(torch.ones(3, 4), calibration, batch_tokens=200)
+    sizes = sizes_of(model.config, "random", "a test")
+    planned = at_once(pruning_memory(sizes, dtype.itemsize, batch_shapes(lengths_of(calibration), 200), method == "wanda"))
+    assert 0.7 < peak(lambda: prune_by(model, method, 0.5, None, given)) / planned < 1.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_of_evaluation_is_what_is_really_held(dtype):
+    model = random_model(vocab_size=1000).to(dtype)
+    sizes, batch = sizes_of(model.config, "random", "a test"), collate([example(place, 40, prompt=20) for place in range(8)], pad_id=0)
+    job = Job(tasks=("gsm8k",), accuracy_tasks=(), loss_n=8, windows=0)
+    planned = at_once(evaluation_memory(sizes, dtype.itemsize, job, [ExampleLength("gsm8k", 20, 20)] * 8))
+    assert 0.8 < peak(lambda: target_losses(model, batch)) / planned < 1.05
+    job = Job(tasks=("gsm8k",), accuracy_tasks=("gsm8k",), evaluate_n=8, loss_n=0, windows=0, max_new_tokens=100)
+    planned = at_once(evaluation_memory(sizes, dtype.itemsize, job, [ExampleLength("gsm8k", 40, 1)] * 8))
+    ask = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert 0.6 < peak(lambda: model.generate(**ask, max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0)) / planned < 1.1
+
+
+def test_parts_take_turns():
+    assert at_once({"inputs of every layer": 5, "one layer at work": 7, "logits": 9}) == 14
+    assert at_once({"scores of one matrix": 3}) == 3 and at_once({}) == 0
+
+
+def test_memory_that_the_system_does_not_tell_is_said_to_be_unknown(monkeypatch):
+    assert free_memory(torch.device("cpu")) > 0 and free_memory(torch.device("meta")) is None
+    monkeypatch.setattr(planning, "free_memory", lambda device: None)
+    found = plan(Job("llama-3-8b"))
+    assert found.free is None and plan_advice(found) == ()
+    assert "unknown: this system does not tell" in plan_text(found) and "Whether it fits is not known." in plan_text(found)
+
+
+def gpu(gibibytes, devices=1, main=512, **job):
+    """A plan for a device that need not be here, beside plenty of main memory."""
+    found = plan(Job(**dict(model="llama-3-8b") | job), devices, memory=int(gibibytes * GIB))
+    return replace(found, main=main * GIB)
+
+
+def test_what_fits_gets_no_advice():
+    assert plan_advice(gpu(80)) == () and "Everything fits." in plan_text(gpu(80))
+    assert "What will not fit" not in plan_text(gpu(80))
+
+
+def test_smaller_batches_are_named_and_do_fit():
+    found = gpu(18)
+    advice = [sentence for sentence in plan_advice(found) if "--batch-tokens" in sentence]
+    assert advice
+    for sentence in advice:
+        tokens = int(sentence.split("--batch-tokens ")[1].split()[0])
+        name = next(stage.name for stage in found.stages if sentence.lower().startswith(stage.name.lower()))
+        def needed(batch_tokens):
+            again = gpu(18, batch_tokens=batch_tokens)
+            return again.each + at_once(next(stage for stage in again.stages if stage.name == name).memory)
+        assert needed(tokens) <= 18 * GIB < needed(2 * tokens)
+
+
+def test_weights_that_do_not_fit_are_met_by_dtype_devices_or_streaming():
+    only = plan_advice(gpu(20, dtype="float32"))
+    assert len(only) == 1 and "--dtype bfloat16 makes them fit" in only[0] and "--stream" in only[0]
+    only = plan_advice(gpu(10))
+    assert len(only) == 1 and "2 such devices or more" in only[0] and "--stream" in only[0]
+    spread = gpu(10, devices=2)
+    assert spread.each == spread.weights // 2 and spread.shared == 1 and not any("weights take" in sentence for sentence in plan_advice(spread))
+    assert gpu(80, devices=2).shared == 2 and gpu(80, devices=2).each == gpu(80).weights
+
+
+def test_processes_on_one_cpu_share_its_memory_and_are_no_faster(monkeypatch):
+    monkeypatch.setattr(planning, "free_memory", lambda device: 20 * GIB)
+    one, two = (plan(Job("llama-3-8b", device="cpu"), devices, PROBE) for devices in (1, 2))
+    assert (one.free, two.free) == (20 * GIB, 10 * GIB)
+    assert one.stages[0].seconds == two.stages[0].seconds
+    assert any("--devices 1 makes them fit" in sentence for sentence in plan_advice(two))
+
+
+def test_wandas_hidden_states_are_met_by_fewer_examples():
+    found = gpu(19, n=4000, batch_tokens=512)
+    sentence = next(sentence for sentence in plan_advice(found) if sentence.startswith("Pruning by Wanda"))
+    n = int(sentence.split("--n ")[1].split()[0])
+    fewer = gpu(19, n=n, batch_tokens=512)
+    assert 0 < n < 4000 and not any(sentence.startswith("Pruning by Wanda") for sentence in plan_advice(fewer))
+
+
+def test_the_copy_in_main_memory_and_the_context_are_watched():
+    assert any("copy of the weights in scope in main memory" in sentence for sentence in plan_advice(gpu(80, main=8)))
+    assert any("--max-new-tokens 8062 makes them fit" in sentence for sentence in plan_advice(gpu(80, max_new_tokens=9000)))
+    found = plan(Job("llama-3-8b", batch_tokens=20_000), prompt_tokens=9000, memory=200 * GIB)
+    assert any("longest example has 9,095 tokens" in sentence for sentence in plan_advice(found))
+
+
+# time
+
+
+def test_the_probe_gives_positive_times_whatever_the_dtype():
+    sizes = sizes_of(random_model(max_position_embeddings=64).config, "random", "a test")
+    for kind in (sizes, replace(sizes, family="mistral"), replace(sizes, family="qwen2", dtype="bfloat16"), replace(sizes, vocabulary=40_000)):
+        probe = probe_device(kind, "cpu", tokens=300, seconds=0.1)
+        assert all(0 < value < math.inf for value in (probe.layer, probe.head, probe.step, probe.threshold, probe.sort, probe.flops))
+        assert probe.step_rest >= 0 and 0 < probe.tokens <= 300 and probe.dtype == kind.dtype and probe.rows == 8
+
+
+def test_the_probe_is_bounded_and_refuses_what_does_not_fit(monkeypatch):
+    """However fast the device, no more tokens than asked for; however slow, at least a few; a layer that is too large is refused before it is made."""
+    sizes = sizes_of(random_model().config, "random", "a test")
+    model = planning.random_layer_model(sizes, torch.device("cpu"), torch.float32)
+    assert planning.timed_layer(model, 4096, 0.0)[0] == 64
+    assert planning.timed_layer(model, 100, 1000.0)[0] == 100
+    monkeypatch.setattr(planning, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(planning, "random_layer_model", lambda *args: pytest.fail("the layer was made"))
+    with pytest.raises(BadInput, match="expected room for one layer"):
+        probe_device(sizes, "cpu")
+
+
+def test_times_grow_with_the_work():
+    job = Job("mistral-7b", n=120)
+    once, twice = (plan(replace(job, n=n), probe=PROBE, memory=80 * GIB) for n in (120, 240))
+    assert twice.stages[0].seconds == pytest.approx(2 * once.stages[0].seconds, rel=0.01)
+    assert once.stages[1].seconds > 1.8 * once.stages[0].seconds > 0
+    more = plan(replace(job, max_new_tokens=1024), probe=PROBE, memory=80 * GIB)
+    assert more.stages[4].seconds > 1.5 * once.stages[4].seconds
+    assert plan(job, devices=3, probe=PROBE, memory=80 * GIB).stages[0].seconds == pytest.approx(once.stages[0].seconds / 3)
+    assert all(stage.seconds is None for stage in plan(job, memory=80 * GIB).stages) and plan(job, memory=80 * GIB).run_seconds is None
+
+
+def test_the_whole_run_is_its_parts():
+    found = plan(Job("mistral-7b", methods=("cap", "wanda", "magnitude"), sparsities=(0.1, 0.2)), probe=PROBE, memory=80 * GIB)
+    scoring, _, threshold, wanda, evaluating = (stage.seconds for stage in found.stages)
+    assert found.models == 7
+    assert found.run_seconds == pytest.approx(scoring + 4 * threshold + 2 * wanda + 7 * evaluating)
+    assert plan(Job("mistral-7b", methods=("magnitude",)), probe=PROBE, memory=80 * GIB).run_seconds == pytest.approx(3 * threshold + 4 * evaluating)
+
+
+# text
+
+
+def test_the_text_says_where_the_numbers_come_from():
+    said = plan_text(gpu(80))
+    for part in ("published configuration, not read from a file", "no weights were read", "1,024 heads", "assumed", "No times: this device was not probed", "estimate",
+                 "8,030,261,248, 6,979,321,856 of them in scope", "80.0 GiB on a device"):
+        assert part in said
+    timed = plan_text(plan(Job("lab", n=4), probe=PROBE))
+    assert "counted on the calibration set itself" in timed and "Times are estimates from a probe of one layer on made up" in timed and "not probed" not in timed
+
+
+def test_plan_and_probe_in_one_call():
+    found = measured_plan(Job("lab", n=2, evaluate_n=3, loss_n=3, windows=1, batch_tokens=512))
+    assert all(stage.seconds > 0 for stage in found.stages) and found.probe.rows == max(a.rows for a in found.answers)
+    assert measured_plan(Job("lab", n=2, accuracy_tasks=(), loss_n=3, windows=0, batch_tokens=512)).probe.rows == 1

@@ -1,0 +1,419 @@
+"""Pruning a checkpoint folder piece by piece: the bits and the report of pruning in memory, whole or not at all, in little memory."""
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from cap_nb.baselines.criteria import CRITERIA, Measured, dense_norms, scores_from
+from cap_nb.calibration import IGNORED, Calibration, Example
+from cap_nb.models.anatomy import projections
+from cap_nb.models.bad_input import BadInput
+from cap_nb.models.loading import model_fingerprint
+from cap_nb.regions import region_factors
+from cap_nb.run import streaming
+from cap_nb.run.methods import prune
+from cap_nb.run.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms
+from cap_nb.threshold import magnitude_criterion, prune_cap, prune_globally, prune_report, zero_within
+from conftest import ROOT
+
+SHAPE = dict(hidden_size=18, intermediate_size=26, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3, head_dim=4, vocab_size=50)
+IDS = torch.arange(12)[None]
+
+
+def saved(folder, dtype=torch.bfloat16, kind=LlamaConfig, shards="4KB", change=None, **shape):
+    """A small random checkpoint; its head size is not hidden size over heads."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(**SHAPE | shape)).to(dtype)
+    if change:
+        with torch.no_grad():
+            for p in projections(model):
+                change(p.module.weight)
+    model.save_pretrained(folder, max_shard_size=shards)
+    return folder
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def factors_of(folder):
+    config = json.loads((folder / "config.json").read_text())
+    return 1 + 9 * torch.rand(config["num_hidden_layers"], config["num_attention_heads"], generator=torch.Generator().manual_seed(1))
+
+
+def norms_of(folder):
+    draw = torch.Generator().manual_seed(2)
+    return {p.name: torch.rand(p.module.in_features, generator=draw) for p in projections(load(folder))}
+
+
+def contents(folder):
+    """Every tensor of a checkpoint as its dtype, shape and bytes."""
+    found = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        found |= {name: (t.dtype, t.shape, t.contiguous().view(torch.uint8).numpy().tobytes()) for name, t in load_file(shard).items()}
+    return found
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+def same(streamed, model, tmp_path, shards="4KB"):
+    """The streamed folder holds the bits of the pruned model, and loads to the same logits."""
+    model.save_pretrained(tmp_path / "memory", max_shard_size=shards)
+    assert contents(streamed) == contents(tmp_path / "memory")
+    with torch.no_grad():
+        assert torch.equal(load(streamed)(IDS).logits, model(IDS).logits)
+
+
+def left_behind(folder):
+    return [path.name for path in folder.iterdir() if "new" in path.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 2, "tie_word_embeddings": True}, {"num_hidden_layers": 12}], ids=["3 groups", "2 groups, tied", "12 layers"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5])
+def test_cap_equals_pruning_in_memory(tmp_path, dtype, shape, sparsity):
+    src = saved(tmp_path / "src", dtype, **shape)
+    before, model = hashes(src), load(src)
+    wanted = prune_cap(model, factors_of(src), sparsity)
+    assert prune_checkpoint(src, tmp_path / "new", sparsity, factors_of(src)) == wanted
+    assert len(list(src.glob("*.safetensors"))) > 3 and hashes(src) == before
+    same(tmp_path / "new", model, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "magnitude@layer", "magnitude@matrix", "magnitude@row", "magnitude@1:2", "cap@layer", "cap@matrix", "cap@row", "cap@1:2"])
+def test_every_scope_equals_pruning_in_memory(tmp_path, method):
+    src = saved(tmp_path / "src")
+    model = load(src)
+    wanted = prune(model, method, 0.5, factors_of(src))
+    assert prune_checkpoint(src, tmp_path / "new", 0.5, factors_of(src), method, at_once=50) == wanted
+    same(tmp_path / "new", model, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["wanda", "wanda@model", "wanda@layer", "cap_wanda", "cap_wanda@row", "wanda@1:2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_given_norms_equal_the_same_norms_in_memory(tmp_path, method, dtype):
+    src = saved(tmp_path / "src", dtype)
+    norms, model, base, scope = norms_of(src), load(src), *streaming_scope(method)
+    known = Measured(norms, region_factors(model, factors_of(src)))
+    zero_within(projections(model), scores_from(model, CRITERIA[base], known), 0.5, scope)
+    save_norms(norms, tmp_path / "norms.safetensors")
+    report = prune_checkpoint(src, tmp_path / "new", 0.5, factors_of(src), method, tmp_path / "norms.safetensors")
+    wanted = prune_report(model, method, 0.5)
+    assert replace(report, threshold=None, ties=0) == wanted
+    assert (report.threshold is not None) == (scope == "model")
+    same(tmp_path / "new", model, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["wanda@model", "cap_wanda"])
+def test_measured_norms_give_what_prune_gives(tmp_path, method):
+    """Under scope model `prune` uses the norms of the dense model, and so the two agree from the calibration set on."""
+    src, draw = saved(tmp_path / "src"), torch.Generator().manual_seed(3)
+    model, ids = load(src), torch.randint(0, 50, (5, 8), generator=draw).tolist()
+    calibration = Calibration.from_examples([Example("own", f"{i}", "", "", "", tuple(own), (IGNORED,) * 3 + tuple(own[3:])) for i, own in enumerate(ids)], k=1)
+    save_norms(dense_norms(model, calibration), tmp_path / "norms.safetensors")
+    wanted = prune(model, method, 0.4, factors_of(src), calibration)
+    assert prune_checkpoint(src, tmp_path / "new", 0.4, factors_of(src), method, tmp_path / "norms.safetensors") == wanted
+    same(tmp_path / "new", model, tmp_path)
+
+
+def streaming_scope(method):
+    base, _, scope = method.partition("@")
+    return base, scope or CRITERIA[base].scope
+
+
+@pytest.mark.parametrize("kind", [MistralConfig, Qwen2Config], ids=lambda k: k.__name__)
+def test_other_families(tmp_path, kind):
+    src = saved(tmp_path / "src", kind=kind)
+    model = load(src)
+    wanted = prune_globally(model, magnitude_criterion, 0.3, "magnitude")
+    assert prune_checkpoint(src, tmp_path / "new", 0.3, method="magnitude") == wanted
+    same(tmp_path / "new", model, tmp_path)
+
+
+@pytest.mark.parametrize("ties", ["exact", "all"])
+@pytest.mark.parametrize("key_value", ["mean", "max"])
+def test_ties_are_taken_in_the_order_of_the_layers_not_of_the_shards(tmp_path, ties, key_value):
+    """Weights of few values, zeros of both signs among them; in the shards layer 10 comes before layer 2."""
+    def few(weight):
+        weight.copy_((weight * 100).round() / 64)
+        weight[0, :3] = torch.tensor([0.0, -0.0, -0.0])
+    src = saved(tmp_path / "src", change=few, num_hidden_layers=12, shards="1GB")
+    factors = torch.ones_like(factors_of(src))
+    factors[5:, ::2] = 2.0
+    model = load(src)
+    wanted = prune_cap(model, factors, 0.6, key_value, ties)
+    assert wanted.ties > 1000
+    report = prune_checkpoint(src, tmp_path / "new", 0.6, factors, key_value=key_value, ties=ties, at_once=300)
+    assert report == wanted
+    dense = load(src)
+    regions = region_factors(dense, factors, key_value)
+    below = sum(int((magnitude_criterion(p) * regions[p.name] < wanted.threshold).sum()) for p in projections(dense))
+    assert 0 < report.zeros - below < wanted.ties if ties == "exact" else report.zeros - below == wanted.ties
+    same(tmp_path / "new", model, tmp_path, "1GB")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("method", ["magnitude", "magnitude@row"])
+def test_zeros_that_are_there_already_count_and_keep_their_sign_if_they_stay(tmp_path, method, dtype):
+    def sparse(weight):
+        weight[:, 4:] = -0.0
+        weight[1, 5:7] = torch.tensor([0.0, torch.finfo(dtype).smallest_normal / 4])
+    src = saved(tmp_path / "src", dtype, change=sparse)
+    model = load(src)
+    wanted = prune(model, method, 0.3)
+    assert wanted.reached > 0.7 and any(bool((p.module.weight.signbit() & (p.module.weight == 0)).any()) for p in projections(model))
+    assert prune_checkpoint(src, tmp_path / "new", 0.3, method=method) == wanted
+    same(tmp_path / "new", model, tmp_path)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 100, 1 << 20])
+def test_the_size_of_a_piece_does_not_matter(tmp_path, at_once):
+    src = saved(tmp_path / "src", change=lambda weight: weight.copy_((weight * 200).round() / 64))
+    a = prune_checkpoint(src, tmp_path / "new", 0.4, factors_of(src), at_once=at_once)
+    b = prune_checkpoint(src, tmp_path / "other", 0.4, factors_of(src))
+    assert a == b and hashes(tmp_path / "new") == hashes(tmp_path / "other")
+
+
+def test_one_file_keeps_its_header(tmp_path):
+    src = saved(tmp_path / "src", shards="1GB")
+    assert [path.name for path in src.glob("*.safetensors*")] == ["model.safetensors"]
+    prune_checkpoint(src, tmp_path / "new", 0.3, factors_of(src))
+    assert [path.name for path in (tmp_path / "new").glob("*.safetensors*")] == ["model.safetensors"]
+    old, new = ((folder / "model.safetensors").read_bytes() for folder in (src, tmp_path / "new"))
+    begin = 8 + int.from_bytes(old[:8], "little")
+    assert old[:begin] == new[:begin] and len(old) == len(new) and old != new
+    with safe_open(tmp_path / "new" / "model.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+def test_what_belongs_to_the_model_comes_along_and_nothing_else(tmp_path):
+    src = saved(tmp_path / "src")
+    along = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE"]
+    stays = ["README.md", "SHA256SUMS.json", "prune_report.json", "pytorch_model.bin", "modeling_own.py"]
+    for name in along + stays:
+        (src / name).write_text(name)
+    (src / "additional_chat_templates").mkdir()
+    (src / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    prune_checkpoint(src, tmp_path / "new", 0.3, factors_of(src))
+    shards = [path.name for path in src.glob("*.safetensors")]
+    made = {path.relative_to(tmp_path / "new").as_posix() for path in (tmp_path / "new").rglob("*") if path.is_file()}
+    assert made == {*along, *shards, "config.json", "generation_config.json", "model.safetensors.index.json", "additional_chat_templates/tools.jinja"}
+    for name in ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (src / name).read_bytes()
+
+
+def test_a_folder_of_links_becomes_a_folder_of_files(tmp_path):
+    """The hub's cache is such a folder."""
+    blobs, src = saved(tmp_path / "blobs"), tmp_path / "src"
+    src.mkdir()
+    for path in blobs.iterdir():
+        (src / path.name).symlink_to(path)
+    before = hashes(blobs)
+    prune_checkpoint(src, tmp_path / "new", 0.3, factors_of(src))
+    assert hashes(blobs) == before and not any(path.is_symlink() for path in (tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fingerprint_is_that_of_the_loaded_model(tmp_path, tied):
+    src = saved(tmp_path / "src", tie_word_embeddings=tied, num_hidden_layers=12, kind=Qwen2Config)
+    assert checkpoint_fingerprint(src) == model_fingerprint(load(src))
+    prune_checkpoint(src, tmp_path / "new", 0.3, factors_of(src))
+    assert checkpoint_fingerprint(tmp_path / "new") == model_fingerprint(load(tmp_path / "new")) != checkpoint_fingerprint(src)
+
+
+def without(tensor, value=None):
+    def change(src):
+        shard = next(shard for shard in src.glob("*.safetensors") if tensor in load_file(shard))
+        tensors = load_file(shard)
+        own = tensors.pop(tensor)
+        save_file(tensors if value is None else tensors | {tensor: value(own)}, shard, metadata={"format": "pt"})
+    return change
+
+
+def configured(**settings):
+    def change(src):
+        path = src / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return change
+
+
+def cut_off(src):
+    shard = sorted(src.glob("*.safetensors"))[2]
+    shard.write_bytes(shard.read_bytes()[:-3])
+
+
+KEY, INDEX = "model.layers.1.self_attn.k_proj.weight", "model.safetensors.index.json"
+
+
+def with_nan(weight):
+    weight[0, 0] = torch.nan
+    return weight
+
+
+DAMAGE = {
+    "no folder": (shutil.rmtree, "holds no config.json"),
+    "no configuration": (lambda src: (src / "config.json").unlink(), "holds no config.json"),
+    "no json": (lambda src: (src / "config.json").write_text("{"), "is not JSON"),
+    "unknown family": (configured(model_type="gpt2"), "'gpt2' is not known"),
+    "quantised": (configured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "is quantised"),
+    "pickles": (lambda src: [path.rename(path.with_suffix(".bin")) for path in [*src.glob("*.safetensors"), src / INDEX]], "not pickles"),
+    "bad index": (lambda src: (src / INDEX).write_text('{"weight_map": 3}'), "is no index of shards"),
+    "index leads out": (lambda src: (src / INDEX).write_text('{"weight_map": {"a": "../src/model.safetensors"}}'), "is no index of shards"),
+    "missing shard": (lambda src: sorted(src.glob("*.safetensors"))[2].unlink(), "a shard that the index names"),
+    "cut off": (cut_off, "is damaged"),
+    "missing weight": (without(KEY), f"holds no tensor {KEY}"),
+    "8 bits": (without(KEY, lambda w: w.to(torch.int8)), f"{KEY} is stored as I8"),
+    "other shape": (without(KEY, lambda w: w[:-1].contiguous()), f"{KEY} has shape [11, 18]: expected [12, 18]"),
+    "not a number": (without(KEY, with_nan), "is not finite"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_checkpoint_that_cannot_be_pruned_is_refused_in_one_sentence(tmp_path, what):
+    src = saved(tmp_path / "src")
+    factors, (change, sentence) = factors_of(src), DAMAGE[what]
+    change(src)
+    with pytest.raises(BadInput) as error:
+        prune_checkpoint(src, tmp_path / "new", 0.3, factors)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert left_behind(tmp_path) == []
+
+
+def test_a_wrong_call_is_refused_in_one_sentence(tmp_path):
+    src = saved(tmp_path / "src")
+    factors, norms = factors_of(src), norms_of(src)
+    name = next(iter(norms))
+    wrong = [(dict(), "without factors"), (dict(factors=factors[:2]), "expected [3, 6]"), (dict(factors=-factors), "not a positive finite number"),
+             (dict(method="wanda"), "without norms"), (dict(method="wanda", norms=tmp_path / "none"), "holds no input norms"),
+             (dict(method="wanda", norms=src / "model-00001-of-00002.safetensors"), "holds no input norms"),
+             (dict(method="wanda", norms={k: v for k, v in norms.items() if k != name}), f"The input norms of {name}"),
+             (dict(method="wanda", norms=norms | {name: norms[name][1:]}), f"The input norms of {name}"),
+             (dict(method="wanda", norms=norms | {name: -norms[name]}), f"The input norms of {name}"),
+             (dict(method="ria"), "cannot be streamed"), (dict(method="wanda+owl"), "cannot be streamed"), (dict(method="wander"), "Unknown method"),
+             (dict(factors=factors, sparsity=1.0), "outside [0, 1)"), (dict(factors=factors, ties="none"), "Unknown treatment of ties"),
+             (dict(factors=factors, key_value="median"), "Unknown key-value sharing"), (dict(factors=factors, method="cap@2:4"), "expected 0.5"),
+             (dict(factors=factors, method="cap@3:4", sparsity=0.75), "does not divide into groups of 4")]
+    for options, sentence in wrong:
+        with pytest.raises(BadInput) as error:
+            prune_checkpoint(src, tmp_path / "new", **{"sparsity": 0.3} | options)
+        assert sentence in str(error.value) and "\n" not in str(error.value)
+        assert left_behind(tmp_path) == []
+    for taken in (src, src / "config.json"):
+        before = hashes(src)
+        with pytest.raises(BadInput, match="exists already"):
+            prune_checkpoint(src, taken, 0.3, factors)
+        assert hashes(src) == before
+
+
+def test_norms_say_where_they_come_from(tmp_path):
+    save_norms({"a": torch.ones(3, dtype=torch.float64)}, tmp_path / "norms.safetensors", {"model": "abc"})
+    norms, meta = load_norms(tmp_path / "norms.safetensors")
+    assert meta == {"model": "abc"} and norms["a"].tolist() == [1, 1, 1] and norms["a"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("error, seen", [(OSError(errno.ENOSPC, "No space left on device"), BadInput), (OSError(errno.EIO, "Input/output error"), OSError),
+                                         (KeyboardInterrupt(), KeyboardInterrupt)], ids=["full disk", "broken disk", "Ctrl-C"])
+def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch, error, seen):
+    src, calls, write_rows = saved(tmp_path / "src"), [], streaming.write_rows
+
+    def failing(*arguments):
+        calls.append(left_behind(tmp_path))
+        if len(calls) == 5:
+            raise error
+        write_rows(*arguments)
+    monkeypatch.setattr(streaming, "write_rows", failing)
+    with pytest.raises(seen) as raised:
+        prune_checkpoint(src, tmp_path / "new", 0.3, factors_of(src))
+    assert len(calls) == 5 and calls[4] and "new" not in calls[4]  # there was a temporary folder, under another name
+    assert left_behind(tmp_path) == []
+    assert seen is not BadInput or "The disk became full" in str(raised.value)
+
+
+def test_too_little_room_is_told_before_work_begins(tmp_path, monkeypatch):
+    src, usage = saved(tmp_path / "src"), namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 0, 10_000))
+    monkeypatch.setattr(streaming, "read_rows", lambda piece: pytest.fail("work began"))
+    with pytest.raises(BadInput, match="the disk has 10,000 left"):
+        prune_checkpoint(src, tmp_path / "new", 0.3, factors_of(src))
+    assert left_behind(tmp_path) == []
+
+
+KILLED = """
+import os, signal, sys, torch
+from cap_nb.run import streaming
+write_rows, calls = streaming.write_rows, []
+def killed(*arguments):
+    calls.append(1)
+    if len(calls) == 9: os.kill(os.getpid(), signal.SIGKILL)
+    write_rows(*arguments)
+streaming.write_rows = killed
+streaming.prune_checkpoint(sys.argv[1], sys.argv[2], 0.3, method="magnitude")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path):
+    src = saved(tmp_path / "src")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(src), str(tmp_path / "new")], cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL and not (tmp_path / "new").exists()
+    model = load(src)
+    assert prune_checkpoint(src, tmp_path / "new", 0.3, method="magnitude") == prune(model, "magnitude", 0.3)
+    same(tmp_path / "new", model, tmp_path)
+
+
+def write_large(folder, layers=6):
+    """A single file of about 400 MB, written tensor by tensor."""
+    config = LlamaConfig(hidden_size=1536, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=12, num_key_value_heads=4, vocab_size=12000)
+    with torch.device("meta"):
+        shapes = {name: tuple(w.shape) for name, w in AutoModelForCausalLM.from_config(config).named_parameters()}
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        header[name], at = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}, at + size
+    folder.mkdir()
+    config.save_pretrained(folder)
+    text, noise = json.dumps(header).encode(), torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for number, shape in enumerate(shapes.values()):
+            for left in range(torch.Size(shape).numel(), 0, -len(noise)):
+                file.write(noise.roll(number)[:left].view(torch.uint8).numpy())
+
+
+MEASURED = """
+import sys, torch
+from cap_nb.run.folder import memory_taken
+from cap_nb.run.streaming import prune_checkpoint
+with memory_taken(torch.device("cpu")) as taken: report = prune_checkpoint(sys.argv[1], sys.argv[2], 0.5, torch.ones(6, 12))
+print(report.reached, report.weights, taken[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak memory, and lets it be set back")
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    write_large(tmp_path / "src")
+    size = (tmp_path / "src" / "model.safetensors").stat().st_size
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path / "src"), str(tmp_path / "new")], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"TQDM_DISABLE": "1"})
+    assert done.returncode == 0, done.stderr
+    reached, weights, taken = done.stdout.split()
+    assert size > 370e6 and 2 * int(weights) > 0.8 * size and abs(float(reached) - 0.5) < 1e-6
+    assert 1e6 < int(taken) < 150e6, f"{int(taken) / 1e6:.0f} MB for a checkpoint of {size / 1e6:.0f} MB"
+    open_checkpoint(tmp_path / "new")
+    for folder in ("src", "new"):
+        shutil.rmtree(tmp_path / folder)
