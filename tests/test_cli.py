@@ -27,10 +27,10 @@ def cap(*words):
 
 
 def outside(*words, folder):
-    """Run the program as a user's shell would, in another folder."""
+    """Run the program as a user's shell would, in another folder; a test suite that runs in the background may have inherited an ignored Ctrl-C."""
     variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen([*PROGRAM, *map(str, words)], cwd=folder, env=variables, text=True, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def assert_one_sentence(result, *parts):
