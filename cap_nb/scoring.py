@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['AGGREGATIONS', 'masked_head', 'target_losses', 'HeadLosses', 'score_heads_naive', 'LayerCall', 'run_layer',
-           'recorded_calls', 'losses_from_hidden', 'intact_pass', 'resumed_losses', 'losses_key', 'score_heads',
-           'save_losses', 'load_losses', 'causal_scores', 'median_subset', 'score_interval', 'rank_correlation',
-           'split_half_reliability']
+           'recorded_calls', 'losses_from_hidden', 'intact_pass', 'losses_resumed_at', 'resumed_losses', 'losses_key',
+           'score_heads', 'save_losses', 'load_losses', 'causal_scores', 'median_subset', 'score_interval',
+           'rank_correlation', 'split_half_reliability']
 
 # %% ../nbs/01_scoring.ipynb #c003
 import json, logging, math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, ExitStack
+from contextlib import AbstractContextManager, contextmanager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
@@ -185,6 +185,20 @@ def intact_pass(
     last = run_layer(decoder_layers(model)[-1], calls[-1].hidden, calls[-1])
     return calls, losses_from_hidden(model, last, batch)
 
+# %% ../nbs/01_scoring.ipynb #resumedcell
+def losses_resumed_at(
+    model: nn.Module, # A causal language model of a known family
+    batch: dict[str, torch.Tensor], # The batch
+    calls: Sequence[LayerCall], # What `intact_pass` kept
+    layer: int, # The layer that is changed
+    change: AbstractContextManager, # Holds while that layer runs, as `masked_head` does
+) -> torch.Tensor: # Loss of each example with the layer changed, in nats, float64 [B]
+    "The losses with one layer changed, by resuming there: what comes before it is as in the intact pass."
+    layers, hidden = decoder_layers(model), calls[layer].hidden
+    with change: hidden = run_layer(layers[layer], hidden, calls[layer])
+    for later in range(layer + 1, len(layers)): hidden = run_layer(layers[later], hidden, calls[later])
+    return losses_from_hidden(model, hidden, batch)
+
 def resumed_losses(
     model: nn.Module, # A causal language model of a known family
     batch: dict[str, torch.Tensor], # The batch
@@ -193,10 +207,7 @@ def resumed_losses(
     head: int, # The masked head
 ) -> torch.Tensor: # Loss of each example with the head masked, in nats, float64 [B]
     "The masked losses by resuming at the masked layer (equal to the hook loop of paper section 3.2)."
-    layers, hidden = decoder_layers(model), calls[layer].hidden
-    with masked_head(model, layer, head): hidden = run_layer(layers[layer], hidden, calls[layer])
-    for later in range(layer + 1, len(layers)): hidden = run_layer(layers[later], hidden, calls[later])
-    return losses_from_hidden(model, hidden, batch)
+    return losses_resumed_at(model, batch, calls, layer, masked_head(model, layer, head))
 
 # %% ../nbs/01_scoring.ipynb #c031
 def losses_key(

@@ -119,6 +119,7 @@ def wanting_gradients(
     finally:
         for weight, wanted in zip(weights, before): weight.requires_grad_(wanted)
 
+# %% ../../nbs/baselines/02_criteria.ipynb #gradientscell
 def loss_gradients(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..models.bad_input import BadInput, check_at_least, check_choice
 from ..models.anatomy import Anatomy, anatomy, decoder_layers, dimensions, output_projection
 from ..calibration import Calibration, collate
-from ..scoring import (LayerCall, batches_of, causal_scores, intact_pass, losses_from_hidden, rank_correlation, run_layer, score_heads,
+from ..scoring import (LayerCall, batches_of, causal_scores, intact_pass, losses_resumed_at, rank_correlation, score_heads,
                             target_losses)
 
 # %% ../../nbs/beyond/00_attributions.ipynb #c010
@@ -134,10 +134,7 @@ def replaced_losses(
     outputs: torch.Tensor, # Outputs to take the head's from, [H*d] or [B, T, H*d]
 ) -> torch.Tensor: # Loss of each example with the head replaced, in nats, float64 [B]
     "The losses with a head's output replaced, by resuming at its layer (equal to the hook loop of paper section 3.2)."
-    layers, hidden = decoder_layers(model), calls[layer].hidden
-    with replaced_head(model, layer, head, outputs): hidden = run_layer(layers[layer], hidden, calls[layer])
-    for later in range(layer + 1, len(layers)): hidden = run_layer(layers[later], hidden, calls[later])
-    return losses_from_hidden(model, hidden, batch)
+    return losses_resumed_at(model, batch, calls, layer, replaced_head(model, layer, head, outputs))
 
 # %% ../../nbs/beyond/00_attributions.ipynb #c036
 @torch.no_grad()
@@ -351,7 +348,7 @@ class Attribution:
     "A way of giving every head an importance."
     says: str # What it measures, in a line
     source: str # Where it comes from
-    compute: Callable[..., torch.Tensor] # (model, calibration, its own options) -> float64 [L, H]; larger is more important
+    compute: Callable[..., torch.Tensor] # (model, calibration, batch_tokens=..., its own options) -> float64 [L, H]; larger is more important
 
 ATTRIBUTIONS: dict[str, Attribution] = {
     "zero_ablation": Attribution("rise of the loss when the head's output is zero", "the paper, section 3.2", zero_ablation),

@@ -227,6 +227,7 @@ def attribution_factors(
     if kept != origin: raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and run again.")
     return tensors["factors"]
 
+# %% ../../nbs/run/02_job.ipynb #attributedcell
 def attributed(
     ready: Ready, # The job
     folder: Path, # The run's folder

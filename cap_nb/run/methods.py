@@ -113,7 +113,7 @@ def factors_by(
 ) -> torch.Tensor: # Importance factor of every query head, [L, H]
     "Importance factors from another attribution than masking."
     check_given(attribution, given, ["calibration"])
-    return importance_factors(ATTRIBUTIONS[attribution].compute(model, given.calibration))
+    return importance_factors(ATTRIBUTIONS[attribution].compute(model, given.calibration, batch_tokens=given.batch_tokens))
 
 def apply_method(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
