@@ -408,8 +408,6 @@ def lab_statement(clause: str) -> LabStatement:
         left, right = int(match[1]), int(match[4])
         holds = left > right if match[3] in ("older", "higher") else left < right
         return LabStatement(clause, holds == (match[2] is None), "comparison", used=(match[1], match[4]), affirmed=match[2] is None)
-    if match := re.fullmatch(r"(\w+) and (\w+) are (not )?the same region", clause):
-        return LabStatement(clause, (match[1] == match[2]) == (match[3] is None), "comparison", used=(match[1], match[2]), affirmed=match[3] is None)
     if match := re.fullmatch(r"(?:so )?([A-H]) with (\d+)", clause): return LabStatement(clause, None, "best", used=(match[1], match[2]))
     return LabStatement(clause, None, "unread")
 
