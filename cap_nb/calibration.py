@@ -15,10 +15,9 @@ __all__ = ['BENCHMARK_NAMES', 'TASKS', 'SPLITS', 'BENCHMARKS', 'TEXTS', 'WIKITEX
 import functools, json, logging, random, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 import torch
-from tqdm.auto import tqdm
 from .models.bad_input import BadInput, check_at_least, check_choice
 from .models.files import sha256_of_text
 from .models.lab_world import lab_records, lab_text

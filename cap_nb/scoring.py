@@ -9,7 +9,7 @@ __all__ = ['AGGREGATIONS', 'masked_head', 'target_losses', 'HeadLosses', 'score_
            'rank_correlation', 'split_half_reliability']
 
 # %% ../nbs/01_scoring.ipynb #c003
-import json, logging, math
+import json, math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, ExitStack
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 import transformers
-from .models.bad_input import BadInput, check_at_least, check_choice
+from .models.bad_input import BadInput, check_choice
 from .models.files import sha256_of_text, whole_file
 from .models.anatomy import anatomy, decoder_layers, dimensions, final_norm, output_head, output_projection
 from .models.loading import model_fingerprint

@@ -18,7 +18,7 @@ from ..models.files import write_json
 from ..models.lab import Recipe, train_lab
 from ..models.loading import fetch_smollm2, load_model, model_fingerprint, save_model, tokenizer_fingerprint
 from ..calibration import calibration_set
-from ..scoring import HeadLosses, causal_scores, load_losses, save_losses, score_heads
+from ..scoring import causal_scores, load_losses, save_losses, score_heads
 from ..importance import importance_factors
 from ..evaluation import save_evaluation
 from ..threshold import SCOPES, PruneReport
@@ -27,8 +27,8 @@ from ..baselines.criteria import CRITERIA
 from ..beyond.attributions import ATTRIBUTIONS
 from ..analysis import method_table, table_csv, table_latex, table_markdown
 from .methods import OTHERS, check_method, method_line, needs_of, prune, table_methods
-from .folder import finished_evaluations, read_run
-from .job import Job, check_job, evaluate, filled_in, provenance, run_job
+from .folder import finished_evaluations
+from .job import Job, check_job, evaluate, provenance, run_job
 from .planning import measured_plan, plan, plan_text
 from .streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
 

@@ -12,8 +12,6 @@ __all__ = ['FORMAT', 'PEAK', 'RESET', 'settings_of', 'differences', 'open_run', 
 import hashlib, importlib.metadata, os, platform, subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np

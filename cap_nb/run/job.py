@@ -317,7 +317,7 @@ def finish_cell(
         return
     put_back(ready.model, dense)
     with costed(folder, f"{cell_name(method, sparsity)}/prune", ready.model.device):
-        report = prune(ready.model, method, sparsity, factors, ready.calibration, batch_tokens=ready.job.batch_tokens)
+        report = prune(ready.model, method, sparsity, factors, ready.calibration, batch_tokens=ready.job.batch_tokens, seed=ready.job.seed)
     save_report(folder, report, mask_fingerprint(ready.model))
     empty = Evaluation(method, sparsity, report.reached)
     save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), place)

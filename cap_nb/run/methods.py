@@ -7,7 +7,7 @@ __all__ = ['NAME', 'OTHERS', 'SOURCES', 'WITHIN', 'RANKED', 'MethodName', 'parse
            'method_line', 'table_methods', 'factors_by', 'apply_method', 'prune', 'sparsities_of', 'highest_sparsity']
 
 # %% ../../nbs/run/00_methods.ipynb #c003
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 import re
 import torch
