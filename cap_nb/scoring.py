@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 import transformers
 from .models.bad_input import BadInput, check_at_least, check_choice
 from .models.files import alone_in, sha256_of_text, whole_file
-from .models.anatomy import anatomy, decoder_layers, dimensions, final_norm, output_head, output_projection
+from .models.anatomy import Anatomy, anatomy, decoder_layers, dimensions, final_norm, output_head, output_projection
 from .models.replay import Beginning, KeyValues, KnownKeys, LayerCall, can_be_cut, cut_call, handed_keys, read_after, read_beginning, recorded_calls, repeated, run_layer, taken_rows
 from .models.loading import model_fingerprint
 from .calibration import IGNORED, Calibration, Example, collate, deal_subsets, token_batches
@@ -353,13 +353,14 @@ def check_finite(
     losses: torch.Tensor, # Losses of one unit, [H, B], or intact losses, [1, B]
     layer: int | None, # Its layer; None for intact losses
     uids: Sequence[str], # Content hashes of its examples
+    heads: Sequence[int] = (), # The heads of the rows; none for intact losses
 ) -> None:
     "Raise `BadInput` that names head, layer and example if a loss is NaN or infinite."
     wrong = (~losses.isfinite()).nonzero()
     if len(wrong):
-        head, place = wrong[0].tolist()
-        which = "The intact loss" if layer is None else f"The loss with head {head} of layer {layer} masked"
-        raise BadInput(f"{which} is {losses[head, place].item()} on example {uids[place]}: "
+        row, place = wrong[0].tolist()
+        which = "The intact loss" if layer is None else f"The loss with head {heads[row]} of layer {layer} masked"
+        raise BadInput(f"{which} is {losses[row, place].item()} on example {uids[place]}: "
                        f"expected a finite number; score in float32 or bfloat16, or check the weights.")
 
 # %% ../nbs/01_scoring.ipynb #u01
@@ -406,7 +407,7 @@ class Scoring:
     "The work that is to be done, and how."
     calibration: Calibration # The examples
     batches: tuple[tuple[int, ...], ...] # Places of the examples of each batch
-    heads: tuple[tuple[int, ...], ...] # Heads that are masked in one pass, for each pass of a layer
+    heads: tuple[tuple[tuple[int, ...], ...], ...] # For each layer, the heads that are masked in each of its passes
     mine: frozenset[tuple[int, int]] # (batch, layer) of each unit that this process measures
     units: Path | None # Folder of finished units, or None
 
@@ -434,11 +435,11 @@ def measured_layer(
     "Measure the units of one layer; the beginning is run once for each head."
     wanted, memories, found = [number for number in range(len(batches)) if (number, layer) in plan.mine], {}, {}
     for number in wanted:
-        for heads in plan.heads:
+        for heads in plan.heads[layer]:
             if heads not in memories: memories[heads] = masked_beginning(model, beginning, layer, heads)
-        losses = torch.cat([measured_heads(model, batches[number], layer, heads, memories[heads]) for heads in plan.heads])
+        losses = torch.cat([measured_heads(model, batches[number], layer, heads, memories[heads]) for heads in plan.heads[layer]])
         uids = [plan.calibration.examples[place].uid for place in batches[number].examples]
-        check_finite(losses, layer, uids)
+        check_finite(losses, layer, uids, [head for heads in plan.heads[layer] for head in heads])
         if plan.units: write_tensors(unit_path(plan.units, number, layer), {"masked": losses}, {"uids": uids})
         found[number] = losses
         bar.update()
@@ -491,16 +492,18 @@ def assembled(
     plan: Scoring, # The work
     layers: int, # L
     heads: int, # H
-) -> tuple[torch.Tensor, torch.Tensor]: # Masked losses [L, H, N] and intact losses [N], float64
+) -> tuple[torch.Tensor, torch.Tensor]: # Masked losses [L, H, N], NaN for heads that were not wanted, and intact losses [N], float64
     "Put the units together; those of other processes and of earlier runs are read."
-    masked, whole = torch.zeros(layers, heads, len(plan.calibration.examples), dtype=torch.float64), torch.zeros(len(plan.calibration.examples), dtype=torch.float64)
+    masked, whole = torch.full((layers, heads, len(plan.calibration.examples)), math.nan, dtype=torch.float64), torch.zeros(len(plan.calibration.examples), dtype=torch.float64)
     for number, places in enumerate(plan.batches):
         uids = [plan.calibration.examples[place].uid for place in places]
         check_finite(intact[number][None], None, uids)
         whole[list(places)] = intact[number]
         for layer in range(layers):
+            rows = [head for group in plan.heads[layer] for head in group]
+            if not rows: continue
             own = found.get((number, layer))
-            masked[layer][:, list(places)] = own if own is not None else finished_unit(unit_path(plan.units, number, layer), uids, heads)
+            masked[layer, torch.tensor(rows)[:, None], torch.tensor(places)] = own if own is not None else finished_unit(unit_path(plan.units, number, layer), uids, heads)
     return masked, whole
 
 # %% ../nbs/01_scoring.ipynb #u11
@@ -511,17 +514,34 @@ def planned(
     heads_at_once: int | None, # Heads in one pass; None means by memory
     store: Path | None, # Folder of the table and its units, with the table's key as their name; None keeps nothing
     share: Share, # Which process this is
+    only: Sequence[Sequence[int]], # For each layer, the heads that are wanted
 ) -> tuple[Scoring, list[OnItsWay], Beginning | None]: # The work, the batches before the first layer, and what they begin with
     "Cut the examples into batches, send them on their way, and deal out the units that are missing."
-    length, heads = shared_beginning(calibration.examples), dimensions(model.config).heads
+    length = shared_beginning(calibration.examples)
     beginning = read_beginning(model, calibration.examples[0].input_ids[:length]) if length else None
     batches = tuple(map(tuple, token_batches([after_beginning(e, length) for e in calibration.examples], batch_tokens)))
     on_their_way = [set_out(model, calibration, places, beginning) for places in batches]
     sizes = [b.hidden.shape[0] * b.hidden.shape[1] for b in on_their_way]
     together = heads_at_once or share.least(heads_by_memory(model, on_their_way[sizes.index(max(sizes))], beginning))
     units = store and store.with_name(f"{store.name}-units")/f"{batch_tokens}-{length}-{together}"
-    groups = tuple(tuple(range(start, min(start + together, heads))) for start in range(0, heads, together))
-    return Scoring(calibration, batches, groups, units_wanted(sizes, len(on_their_way[0].calls), units, share), units), on_their_way, beginning
+    groups = tuple(tuple(tuple(heads[start:start + together]) for start in range(0, len(heads), together)) for heads in only)
+    mine = frozenset((number, layer) for number, layer in units_wanted(sizes, len(only), units, share) if only[layer])
+    return Scoring(calibration, batches, groups, mine, units), on_their_way, beginning
+
+# %% ../nbs/01_scoring.ipynb #u12
+def check_scoring(
+    a: Anatomy, # Dimensions of the model
+    store: str | Path | None, # Folder of finished tables and units
+    heads_at_once: int | None, # Heads of a layer in one pass
+    share: Share, # Which of several processes this is
+    heads: Sequence[tuple[int, int]] | None, # Only these (layer, head)
+) -> None:
+    "Raise `BadInput` for what cannot be asked of `score_heads`."
+    if heads_at_once is not None: check_at_least(heads_at_once, 1, "heads_at_once")
+    if share.count > 1 and store is None: raise BadInput(f"{share.count} processes were asked to score without a store: expected a folder that all of them see; name one.")
+    if heads is not None and store is not None: raise BadInput("Some heads only were asked for with a store: expected all, since a store holds whole tables; leave the store out.")
+    wrong = next(((layer, head) for layer, head in heads or () if not (0 <= layer < a.layers and 0 <= head < a.heads)), None)
+    if wrong: raise BadInput(f"There is no head {wrong[1]} of layer {wrong[0]}: expected {a.layers} layers of {a.heads} heads, counted from 0; check the list.")
 
 # %% ../nbs/01_scoring.ipynb #c038
 @torch.no_grad()
@@ -533,15 +553,16 @@ def score_heads(
     tokenizer_fingerprint: str = "", # Part of the store's key
     heads_at_once: int | None = None, # Heads of a layer in one pass; None means as many as fit, and 1 on a processor
     share: Share = Share(), # Which of several processes this is; several need a store that all of them see
+    heads: Sequence[tuple[int, int]] | None = None, # Only these (layer, head), without a store; the rest of the table is NaN; None means all
 ) -> HeadLosses: # The table of losses
     "The table of losses (paper section 3.2, equation 1), with the least work that gives it; goes on where a killed run stopped."
     a, key = anatomy(model), losses_key(model, calibration, tokenizer_fingerprint)
-    if heads_at_once is not None: check_at_least(heads_at_once, 1, "heads_at_once")
-    if share.count > 1 and store is None: raise BadInput(f"{share.count} processes were asked to score without a store: expected a folder that all of them see; name one.")
+    check_scoring(a, store, heads_at_once, share, heads)
+    only = [[head for head in range(a.heads) if heads is None or (layer, head) in heads] for layer in range(a.layers)]
     place, finished = store and Path(store)/key, store and Path(store)/f"{key}.safetensors"
     if finished and finished.exists(): return replace(load_losses(finished), k=calibration.k, seed=calibration.seed, stratum=calibration.stratum)
     with alone_in(place.with_name(f"{key}-units")) if place and share.rank == 0 else nullcontext():
-        plan, batches, beginning = planned(model, calibration, batch_tokens, heads_at_once, place, share)
+        plan, batches, beginning = planned(model, calibration, batch_tokens, heads_at_once, place, share, only)
         found, intact = measured_units(model, plan, batches, beginning)
         share.least(0) # everybody's units are there
         losses = head_losses(model, calibration, *assembled(found, intact, plan, a.layers, a.heads), batch_tokens)
