@@ -36,6 +36,7 @@ from .run.folder import *
 from .run.job import *
 from .run.planning import *
 from .run.streaming import *
+from .run.side_by_side import *
 from .run.cli import *
 
 # %% ../nbs/run/09_all.ipynb #c005
