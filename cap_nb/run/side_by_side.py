@@ -8,7 +8,8 @@ __all__ = ['IN_THERE', 'finish', 'stopwatch', 'measured_rounds', 'round_ratios',
            'read_cases', 'measured_case', 'told_missing', 'plot_rounds', 'balanced_heads', 'mean_resumed',
            'whole_seconds', 'sampled_naive_work', 'sampled_resumed_work', 'examples_at_hand', 'behind_worked_examples',
            'examples_of_lengths', 'random_model', 'counted_work', 'about_scoring', 'scoring_sides',
-           'largest_difference', 'compared_scoring', 'seconds_for_all', 'gain_for_all', 'share_reached']
+           'largest_difference', 'compared_scoring', 'seconds_for_all', 'gain_for_all', 'share_reached',
+           'measured_scoring']
 
 # %% ../../nbs/run/02_side_by_side.ipynb #c003
 import importlib.util, json, os, platform, random, statistics, subprocess, sys, time
@@ -171,7 +172,7 @@ def told_machine(
     graphics = f"{machine['device_name']}, beside " if machine["device"] == "cuda" else ""
     memory = f"{machine['memory'] / 2**30:.0f} GiB" if machine["memory"] else "unknown memory"
     return (f"{graphics}{machine['processor']} ({machine['instructions']}), {machine['cores']} cores, {machine['threads']} threads, {memory}, torch {machine['torch']}, "
-            f"transformers {machine['transformers']}, commit {(machine['commit'] or 'unknown')[:12]}; load before {machine['load']}; also running: {machine['note'] or 'not noted'}.")
+            f"transformers {machine['transformers']}, commit {(machine['commit'] or 'unknown')[:12]}; also running: {machine['note'] or 'not noted'}.")
 
 # %% ../../nbs/run/02_side_by_side.ipynb #c028
 def read_cases(
@@ -417,3 +418,27 @@ def share_reached(
 ) -> tuple[float, ...]: # Share of every round
     "Which share of the matrix-product peak a side reached on the sample."
     return peak_shares(case["seconds"][side], case["about"]["flops"][side], case["seconds"]["matrix product"], case["about"]["product_flops"])
+
+# %% ../../nbs/run/02_side_by_side.ipynb #c055b
+def measured_scoring(
+    path: str | Path, # File of the benchmark
+    name: str, # Name of the case
+    model: nn.Module, # A causal language model of a known family
+    calibration: Calibration, # The examples
+    heads: Sequence[tuple[int, int]], # (layer, head) of the sample, or all
+    squares: Sequence[int], # Sizes of the matrix product to try
+    batch_tokens: int = 4096, # Padded tokens a batch
+    repeats: int = 5, # Rounds
+    more: Mapping[str, Callable[[Sequence], torch.Tensor]] | None = None, # Further sides, as in `scoring_sides`
+    tolerance: float = 1e-4, # How far the sides may be apart, in nats
+    times: int = 3, # Matrix products in one call
+    **said: str, # What else is to be kept: which data, which weights, "note" for what else was running
+) -> dict: # The record of the case
+    "The record of a scoring that is compared: read if it is there, else measured."
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    def measure() -> dict:
+        product = matrix_product(fastest_product(device, dtype, squares), device, dtype, times)
+        found = compared_scoring(scoring_sides(model, calibration, batch_tokens) | dict(more or {}), heads, product, repeats, device, tolerance)
+        return found | {"about": found["about"] | about_scoring(model, calibration, batch_tokens, heads) | said}
+    settings = {"repeats": repeats, "batch_tokens": batch_tokens, "heads": len(heads), "examples": len(calibration.examples)}
+    return measured_case(path, name, settings, measure, device, said.get("note", ""))
