@@ -2,6 +2,7 @@
 # make test       everything CI checks
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
 # make readme     README.md from nbs/index.ipynb
+# make benchmarks measure what nbs/benchmarks has not measured yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
 #
 # With a virtual environment active, it is used; otherwise .venv is made here. Variables: PYTHON (which interpreter makes .venv),
 # DEMO (the demo's run folder).
@@ -9,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test notebooks readme check-sync check-readme check-notebooks check-pytest
+.PHONY: help env demo test notebooks benchmarks readme check-sync check-readme check-notebooks check-pytest
 
 PYTHON ?= python3
 DEMO ?= runs/demo
@@ -47,6 +48,12 @@ demo: env
 notebooks: env
 	"$(BIN)/python" tools/notebooks.py
 	"$(BIN)/nbdev_export"
+	"$(BIN)/nbdev_clean"
+
+# The 16 GB checkpoint is left out unless it is asked for.
+BENCHMARKS = $(if $(LARGE),$(wildcard nbs/benchmarks/*.ipynb),$(filter-out %/03_streaming.ipynb,$(wildcard nbs/benchmarks/*.ipynb)))
+benchmarks: env
+	"$(BIN)/python" tools/notebooks.py --flags slow $(sort $(BENCHMARKS))
 	"$(BIN)/nbdev_clean"
 
 readme: env
