@@ -439,8 +439,8 @@ def share_reached(
     case: Mapping, # The same
     side: str = "resumed", # "resumed" or "hook loop"
 ) -> tuple[float, ...]: # Share of every round
-    "Which share of the matrix-product peak a side reached on the sample."
-    return peak_shares(case["seconds"][side], case["about"]["flops"][side], case["seconds"]["matrix product"], case["about"]["product_flops"])
+    "Which share of the matrix-product peak a side reaches over all heads."
+    return peak_shares(seconds_for_all(case, side), case["about"]["flops_of_all"][side], case["seconds"]["matrix product"], case["about"]["product_flops"])
 
 # %% ../../nbs/run/03_side_by_side.ipynb #c055b
 def measured_scoring(
