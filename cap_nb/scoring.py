@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 import transformers
 from .models.bad_input import BadInput, check_choice
 from .models.files import sha256_of_text, whole_file
-from .models.anatomy import anatomy, decoder_layers, dimensions, final_norm, output_head, output_projection
+from .models.anatomy import anatomy, decoder_layers, dimensions, logits_of, output_projection
 from .models.loading import model_fingerprint
 from .calibration import IGNORED, Calibration, collate, deal_subsets, token_batches
 
@@ -169,9 +169,8 @@ def losses_from_hidden(
     "The loss of each example, with norm and output head at target positions only."
     labels = batch["labels"][:, 1:]
     counts = labels != IGNORED
-    norm, head, wanted = final_norm(model), output_head(model), labels[counts]
-    losses = [F.cross_entropy(head(norm(part)).float(), gold, reduction="none")
-              for part, gold in zip(hidden[:, :-1][counts].split(rows), wanted.split(rows))]
+    losses = [F.cross_entropy(logits_of(model, part).float(), gold, reduction="none")
+              for part, gold in zip(hidden[:, :-1][counts].split(rows), labels[counts].split(rows))]
     return mean_by_example(torch.cat(losses), counts.sum(1).tolist())
 
 # %% ../nbs/01_scoring.ipynb #c028

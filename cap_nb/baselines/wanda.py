@@ -25,10 +25,11 @@ def recorded_squares(
     mask: list[torch.Tensor], # Its one entry is the attention mask [B, T] of the batch that runs
 ) -> Iterator[dict[str, torch.Tensor]]: # Module name -> sum over tokens of the squared input, float64 [in]
     "While the block runs, every projection adds up the squares of its input over the tokens that are not padding."
-    sums = {p.name: torch.zeros(p.module.in_features, dtype=torch.float64, device=p.module.weight.device) for p in found}
+    sums = {p.name: torch.zeros(p.weight.shape[1], dtype=torch.float64, device=p.weight.device) for p in found}
     def adder(name: str):
         def add(module: nn.Module, args: tuple) -> None:
-            sums[name] += args[0][mask[0].bool()].double().square().sum(0)
+            real = args[0].flatten(0, -2)[mask[0].flatten().bool()] # OPT hands its MLP [B*T, in]
+            sums[name] += real.double().square().sum(0)
         return add
     with ExitStack() as stack:
         for p in found: stack.callback(p.module.register_forward_pre_hook(adder(p.name)).remove)
