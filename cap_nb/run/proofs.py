@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from ..models.bad_input import check_choice
-from ..models.anatomy import anatomy, check_anatomy, heads_at, output_projection, projections
+from ..models.anatomy import anatomy, check_anatomy, output_projection, projections
 from ..models.loading import save_model
 from ..calibration import IGNORED, Calibration, Example
-from ..scoring import masked_head, score_heads, score_heads_naive, target_losses
-from ..regions import blocks
+from ..scoring import masked_head, score_heads, score_heads_naive
+from ..regions import blocks, region_factors, region_factors_naive
 from ..threshold import prune_cap
 from ..evaluation import window_losses
 from .methods import prune
@@ -64,7 +64,9 @@ def tiny_model(
 ) -> nn.Module: # A random model in evaluation mode
     "A tiny model of a family's true class; every parameter is random, biases and norms too, so that none can be forgotten unseen."
     kind, settings = TINY_MODELS[check_choice(name, TINY_MODELS, "tiny model")]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ENDS | settings)).float().eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ENDS | settings)).float().eval()
     draw = torch.Generator().manual_seed(0)
     for weight in model.parameters(): weight.add_(0.2 * torch.randn(weight.shape, generator=draw))
     return model.to(dtype)
@@ -269,15 +271,17 @@ def tiling_error(
     name: str, # One of `TINY_MODELS`
     folder: Path, # Not used
 ) -> float: # Weights that belong to no region or to more than one
-    "How many weights the regions leave out or take twice."
-    model = tiny_model(name)
-    a, factors, wrong = anatomy(model), tiny_factors(model), 0
+    "How many weights the regions leave out or take twice, or give another factor in their smallest form than written out."
+    model, wrong = tiny_model(name), 0
+    a, factors = anatomy(model), tiny_factors(model)
+    short, written = region_factors(model, factors), region_factors_naive(model, factors)
     for p in projections(model):
         times = torch.zeros(p.weight.shape)
         for rows, columns, _ in blocks(p, a, factors): times[rows, columns] += 1
-        wrong += int((times != 1).sum())
+        wrong += int((times != 1).sum()) + int((short[p.name].expand_as(times) != written[p.name]).sum())
     return float(wrong)
 
+# %% ../../nbs/run/04_proofs.ipynb #p026b
 @torch.no_grad()
 def saving_error(
     name: str, # One of `TINY_MODELS`

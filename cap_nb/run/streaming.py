@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARD_INDEX', 'STORED_DTYPES', 'STREAMED', 'StoredTensor', 'stored_tensors', 'shard_files', 'Checkpoint',
-           'named_as_in', 'open_checkpoint', 'check_streamed', 'save_norms', 'load_norms', 'prune_checkpoint',
+           'open_checkpoint', 'check_streamed', 'save_norms', 'load_norms', 'prune_checkpoint',
            'checkpoint_fingerprint']
 
 # %% ../../nbs/run/02_streaming.ipynb #c003
@@ -84,6 +84,15 @@ def meta_model(
     anatomy(model)
     return model
 
+# %% ../../nbs/run/02_streaming.ipynb #namedcell
+def named_as_in(
+    model: nn.Module, # A model
+    tensors: dict[str, StoredTensor], # Name in a checkpoint -> where it lies
+) -> dict[str, StoredTensor]: # Name in the model -> where it lies
+    "The tensors under the model's names; a checkpoint of the decoder alone, as GPT-2's on the hub, leaves out their first part."
+    known, prefix = dict(model.named_parameters()), f"{model.base_model_prefix}."
+    return {prefix + name if prefix + name in known and name not in known else name: stored for name, stored in tensors.items()}
+
 # %% ../../nbs/run/02_streaming.ipynb #c016
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16} # Names in a header -> torch dtypes
 
@@ -95,20 +104,12 @@ class Checkpoint:
     shards: tuple[Path, ...] # Its safetensors files
     tensors: dict[str, StoredTensor] # Name -> where it lies
 
-def named_as_in(
-    model: nn.Module, # A model
-    tensors: dict[str, StoredTensor], # Name in a checkpoint -> where it lies
-) -> dict[str, StoredTensor]: # Name in the model -> where it lies
-    "The tensors under the model's names; a checkpoint of the decoder alone, as GPT-2's on the hub, leaves out their first part."
-    known, prefix = dict(model.named_parameters()), f"{model.base_model_prefix}."
-    return {prefix + name if prefix + name in known and name not in known else name: stored for name, stored in tensors.items()}
-
-# %% ../../nbs/run/02_streaming.ipynb #opencell
 def open_checkpoint(
     folder: str | Path, # A folder saved by transformers, as safetensors
 ) -> Checkpoint: # What is known of it
     "Describe a checkpoint; weights in scope that are missing, of another shape or quantised raise `BadInput`."
-    folder, shards = Path(folder), shard_files(folder)
+    folder = Path(folder)
+    shards = shard_files(folder)
     model, tensors = meta_model(folder), {name: stored for shard in shards for name, stored in stored_tensors(shard).items()}
     found = Checkpoint(folder, model, shards, named_as_in(model, tensors))
     for p in projections(found.model):
