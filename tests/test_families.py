@@ -1,6 +1,7 @@
 """Every claim about every family, on tiny random models of the true classes; and models that are refused."""
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from cap_nb.beyond.head_removal import prune_heads
+from cap_nb.beyond.head_removal import prune_heads, weights_removed
 from cap_nb.models.anatomy import anatomy, check_anatomy, projections
 from cap_nb.models.bad_input import BadInput
 from cap_nb.models.families import FAMILIES, family_of
@@ -32,6 +33,26 @@ def test_claim(name, proof):
     assert measured_proof(name, proof) <= PROOFS[proof].limit
 
 
+@pytest.mark.parametrize("name, forgotten", [("gemma2", "capped_at"), ("gemma3", "capped_at"), ("cohere", "multiplied_by"), ("granite", "divided_by"),
+                                             ("opt, narrow embedding, no last norm", "after_norm")])
+def test_a_description_that_forgets_what_is_done_to_the_logits_is_noticed(monkeypatch, name, forgotten):
+    kind = TINY_MODELS[name][0]
+    monkeypatch.setitem(FAMILIES, kind, replace(FAMILIES[kind], **{forgotten: ""}))
+    for proof in ("resuming", "perplexity") if forgotten != "after_norm" else ("resuming",):
+        try:
+            assert measured_proof(name, proof) > 100 * PROOFS[proof].limit
+        except RuntimeError as error:  # the width of the head is another
+            assert "shapes cannot be multiplied" in str(error)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "bloom", "falcon, three key-value heads", "phi3", "gpt2"])
+def test_the_other_order_is_noticed(monkeypatch, name):
+    kind = TINY_MODELS[name][0]
+    monkeypatch.setitem(FAMILIES, kind, replace(FAMILIES[kind], by_group=not FAMILIES[kind].by_group))
+    with pytest.raises(BadInput, match="the order described is not this model's"):
+        measured_proof(name, "order")
+
+
 def test_the_table_in_the_documentation_is_of_today():
     """It stands in a slow cell, so its output is kept; every variant and every proof must be in it, and nothing that failed."""
     notebook = json.loads((ROOT / "nbs/models/06_supported.ipynb").read_text(encoding="utf-8"))
@@ -47,8 +68,9 @@ def test_removing_heads_leaves_no_trace_of_them(name):
     model, ids = tiny_model(name), torch.arange(3, 12)[None]
     scores = tiny_factors(model)
     scores[1, 4] = 0.0
-    report = prune_heads(model, scores, 2 * 4 * model.config.hidden_size / sum(p.weight.numel() for p in projections(model)))
-    assert 0 < report.zeros <= 2 * 4 * model.config.hidden_size
+    own = weights_removed(anatomy(model), [(1, 4)])
+    report = prune_heads(model, scores, own / sum(p.weight.numel() for p in projections(model)))
+    assert report.zeros == own
     masked = tiny_model(name)
     with torch.no_grad(), masked_head(masked, 1, 4):
         assert torch.allclose(model(ids).logits, masked(ids).logits, atol=1e-5)
@@ -118,7 +140,7 @@ def test_a_gguf_file_is_dequantised_with_a_note(tmp_path, caplog):
 def write_gguf(gguf, file):
     """A tiny Llama whose matrices are stored in 8 bits; returns the model that they are of."""
     torch.manual_seed(0)
-    tokens = ["<unk>", "<s>", "</s>"] + [chr(97 + i) for i in range(26)]
+    tokens = ["<unk>", "<s>", "</s>"] + [chr(97 + i) for i in range(26)] + ["ab"]
     model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tokens), max_position_embeddings=64)).eval()
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(64), writer.add_block_count(2), writer.add_feed_forward_length(96), writer.add_embedding_length(64), writer.add_rope_dimension_count(16)
