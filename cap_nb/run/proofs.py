@@ -183,7 +183,8 @@ def weights_by_hand(
     config, kind, size, places = model.config, model.config.model_type, query.shape[-1], torch.arange(len(query))
     scale = getattr(config, "query_pre_attn_scalar", size) ** -0.5 if kind != "granite" else config.attention_multiplier
     scores = torch.einsum("thd,shd->hts", query, key) * scale
-    if cap := getattr(config, "attn_logit_softcapping", None): scores = cap * (scores / cap).tanh()
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap and config._attn_implementation == "eager": scores = cap * (scores / cap).tanh() # the other kernels of transformers 4 have no cap
     if kind == "bloom": scores = scores + SLOPES * places
     if getattr(config, "alibi", False): scores = scores + SLOPES * places * size ** -0.5
     hidden = places[None, :] > places[:, None]
