@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/run/09_all.ipynb #c003
 from .models.bad_input import *
+from .models.families import *
 from .models.files import *
 from .models.anatomy import *
 from .models.replay import *
@@ -38,6 +39,7 @@ from .run.planning import *
 from .run.streaming import *
 from .run.side_by_side import *
 from .run.cli import *
+from .run.proofs import *
 
 # %% ../nbs/run/09_all.ipynb #c005
 __all__ = [name for name in globals() if not name.startswith("_")]

@@ -91,9 +91,9 @@ def test_from_a_shell_too(tmp_path):
 
 
 def test_unknown_anatomy(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)).save_pretrained(tmp_path / "gpt2")
-    assert_one_sentence(cap("run", "--model", tmp_path / "gpt2", "--out", tmp_path / "run"), "gpt2", "expected")
+    from transformers import MambaConfig, MambaForCausalLM
+    MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20)).save_pretrained(tmp_path / "mamba")
+    assert_one_sentence(cap("run", "--model", tmp_path / "mamba", "--out", tmp_path / "run"), "mamba", "expected")
     assert not (tmp_path / "run").exists()
 
 
@@ -159,7 +159,7 @@ def test_ctrl_c_and_on(finished, tmp_path):
     words = ["run", *FEW, "--tasks", "lab-arc", "--n", "64", "--batch-tokens", "256", "--methods", "cap", "--sparsity", "0.5", "--accuracy-tasks", "none"]
     process = outside(*words, "--out", "stopped", folder=tmp_path)
     units, until = tmp_path / "stopped/unfinished/scores", time.monotonic() + 300
-    while not list(units.glob("*-units-*/batch-0001-*")) and process.poll() is None and time.monotonic() < until:
+    while not list(units.glob("*-units/*/batch-0001-*")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, complained = process.communicate(timeout=300)
