@@ -194,8 +194,9 @@ def told_machine(
     "A machine in words."
     graphics = f"{machine['device_name']}, beside " if machine["device"] == "cuda" else ""
     memory = f"{machine['memory'] / 2**30:.0f} GiB" if machine["memory"] else "unknown memory"
+    commit, _, changes = (machine["commit"] or "unknown").partition("+")
     return (f"{graphics}{machine['processor']} ({machine['instructions']}), {machine['cores']} cores, {machine['threads']} threads, {memory}, torch {machine['torch']}, "
-            f"transformers {machine['transformers']}, commit {(machine['commit'] or 'unknown')[:12]}; also running: {machine['note'] or 'not noted'}.")
+            f"transformers {machine['transformers']}, commit {commit[:12]}{' with changes' if changes else ''}; also running: {machine['note'] or 'not noted'}.")
 
 # %% ../../nbs/run/03_side_by_side.ipynb #c028
 def read_cases(
