@@ -29,6 +29,7 @@ from .beyond.attributions import *
 from .beyond.head_removal import *
 from .beyond.reasoning_steps import *
 from .analysis import *
+from .evidence import *
 from .run.methods import *
 from .run.folder import *
 from .run.job import *

@@ -52,6 +52,15 @@ def finished(tmp_path_factory):
     return folder, result.stdout
 
 
+def test_a_calibration_seed_leaves_the_evaluation_alone(finished, tmp_path):
+    """Runs that differ in --calibration-seed calibrate on other problems and are evaluated on the same."""
+    result = cap("run", *FEW, "--methods", "magnitude", "--sparsity", "0.5", "--calibration-seed", "7", "--out", tmp_path / "seven")
+    assert result.exit_code == 0, result.output
+    zero, seven = (read_json(folder / "run.json") for folder in (finished[0], tmp_path / "seven"))
+    assert seven["calibration"]["seed"] == 7 and zero["calibration"]["seed"] == 0
+    assert seven["evaluation"] == zero["evaluation"] and seven["calibration"]["fingerprint"] != zero["calibration"]["fingerprint"]
+
+
 @pytest.mark.parametrize("words, parts", [
     (["run", "--tasks", "gsm8K"], ["Unknown task 'gsm8K'", "expected one of"]),
     (["run", "--accuracy-tasks", "arcs"], ["Unknown task 'arcs'"]),

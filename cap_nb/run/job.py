@@ -59,6 +59,7 @@ class Job:
     text: str | None = None # Text for perplexity; None means the lab's for the lab, WikiText-2 otherwise
     windows: int = 100 # Windows of the text; 0 means no perplexity
     window_tokens: int = 2048 # Tokens a window
+    calibration_seed: int | None = None # Of the calibration draw alone; None means `seed`
 
 # %% ../../nbs/run/02_job.ipynb #c008
 def check_job(
@@ -86,6 +87,7 @@ def filled_in(
     tasks, style = job.tasks or default_tasks(tokenizer), job.style or default_style(tokenizer)
     text = job.text or ("lab-text" if default_style(tokenizer) == "lab" else "wikitext2")
     return replace(job, tasks=tuple(dict.fromkeys(tasks)), style=style, text=text, methods=tuple(dict.fromkeys(job.methods)),
+                   calibration_seed=job.seed if job.calibration_seed is None else job.calibration_seed,
                    sparsities=tuple(dict.fromkeys(job.sparsities)), accuracy_tasks=tuple(dict.fromkeys(tasks if job.accuracy_tasks is None else job.accuracy_tasks)))
 
 # %% ../../nbs/run/02_job.ipynb #c012
@@ -142,7 +144,7 @@ def configuration(
     weight, style = next(model.parameters()), prompt_style(job.style)
     asked = {"model": {"name": job.model, "fingerprint": model_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer),
                        "dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type},
-             "calibration": {"tasks": list(job.tasks), "n": job.n, "k": job.k, "seed": job.seed, "batch_tokens": job.batch_tokens, "fingerprint": calibration.fingerprint},
+             "calibration": {"tasks": list(job.tasks), "n": job.n, "k": job.k, "seed": job.calibration_seed, "batch_tokens": job.batch_tokens, "fingerprint": calibration.fingerprint},
              "style": {"called": style.name, "fingerprint": sha256_of_text(json.dumps(asdict(style), sort_keys=True))}, "aggregation": job.aggregation,
              "methods": list(job.methods), "sparsities": list(job.sparsities)}
     limits = {task: job.max_new_tokens or token_limit(task) for task in job.accuracy_tasks}
@@ -167,7 +169,7 @@ def prepare(
     model, tokenizer = load_model(job.model, job.dtype, job.device)
     job = filled_in(job, tokenizer)
     if not pieces_of(job): raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or --windows, or name tasks.")
-    calibration = calibration_set(tokenizer, job.tasks, job.n, job.k, job.seed, job.data_dir, job.style)
+    calibration = calibration_set(tokenizer, job.tasks, job.n, job.k, job.calibration_seed, job.data_dir, job.style)
     return Ready(job, model, tokenizer, calibration, configuration(job, model, tokenizer, calibration))
 
 # %% ../../nbs/run/02_job.ipynb #c022
