@@ -327,10 +327,11 @@ def seed_markdown(
     "Means over calibration seeds in Markdown, with the three standard deviations of one run's number."
     rows = []
     for (method, sparsity, measure), row in table.iterrows():
-        digits = 3 if measure.endswith("loss") else 1
-        mean, low, high, lowest, highest, *parts = (f"{row[name]:.{digits}f}" for name in ("Mean", "Low", "High", "Lowest seed", "Highest seed", *PARTS))
+        digits = 1 if not measure.endswith("loss") else 3 if row["Mean"] >= 0.1 else 5
+        mean, low, high, lowest, highest, *parts = (f"{round(row[name], digits) + 0.0:.{digits}f}" for name in ("Mean", "Low", "High", "Lowest seed", "Highest seed", *PARTS))
         rows.append([method, f"{100 * sparsity:g} %", measure, f"{mean} [{low}, {high}]", f"{lowest} to {highest}", *parts])
     note = (f"Means over {table['Seeds'].iloc[0]:.0f} calibration seeds, in per cent or nats, with a 95 % interval that covers the choice of calibration and of evaluation problems. "
+            "It may pass 100, where Wilson's interval for a single run would not. "
             "Last columns: the standard deviations that calibration, evaluation problems and the rest give to the number of a single run.")
     return markdown_rows(["Method", "Sparsity", "Measure", "Mean", "Single seeds", *PARTS], rows, names=3) + f"\n- {note}\n"
 
@@ -345,7 +346,7 @@ def plot_seed_spread(
     cells, measures = cells_over_seeds(runs), list(dict.fromkeys(table.index.get_level_values("Measure")))
     looks, wide = method_looks([method for method, _ in cells]), min(4, len(measures))
     layouts = {cell: seed_layouts(own) for cell, own in cells.items()}
-    figure, panels = blank_figure(-(-len(measures) // wide), wide, (2.9 * wide, 2.5 * -(-len(measures) // wide) + 0.3))
+    figure, panels = blank_figure(-(-len(measures) // wide), wide, (3.5 * wide, 2.5 * -(-len(measures) // wide) + 0.3))
     for ax, measure in zip(panels.flat, measures):
         shown = [cell for cell in cells if measure in layouts[cell]]
         for place, (method, sparsity) in enumerate(shown):
