@@ -36,6 +36,7 @@ from .run.job import *
 from .run.planning import *
 from .run.streaming import *
 from .run.cli import *
+from .run.harness import *
 
 # %% ../nbs/run/09_all.ipynb #c005
 __all__ = [name for name in globals() if not name.startswith("_")]
