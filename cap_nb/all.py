@@ -9,6 +9,7 @@ __all__ = []
 from .models.bad_input import *
 from .models.files import *
 from .models.anatomy import *
+from .models.replay import *
 from .models.lab_world import *
 from .models.lab import *
 from .models.loading import *
@@ -31,6 +32,7 @@ from .beyond.reasoning_steps import *
 from .analysis import *
 from .evidence import *
 from .run.methods import *
+from .run.devices import *
 from .run.folder import *
 from .run.job import *
 from .run.planning import *

@@ -8,9 +8,10 @@ __all__ = ['METHOD_TITLES', 'TASK_TITLES', 'TEXT_TITLES', 'CELL', 'FEWEST_PAIRS'
            'row_order', 'measured_cells', 'method_table', 'cell_text', 'table_cells', 'value_text', 'table_notes',
            'table_markdown', 'table_csv', 'latex_text', 'table_latex', 'answer_table', 'answer_markdown',
            'PairedDifference', 'paired_values', 'paired_difference', 'difference_in_words', 'paper_table',
-           'paper_direction', 'compare_with_paper', 'method_looks', 'blank_figure', 'save_figure', 'plot_framework',
-           'plot_head_importance', 'head_importance_in_words', 'plot_importance_distribution', 'plot_sparsity_curves',
-           'plot_zeros_by_method', 'RunRecords', 'provenance_of', 'read_records']
+           'paper_direction', 'compare_with_paper', 'difference_table', 'difference_mark', 'difference_markdown',
+           'method_looks', 'blank_figure', 'save_figure', 'plot_framework', 'plot_head_importance',
+           'head_importance_in_words', 'plot_importance_distribution', 'plot_sparsity_curves', 'plot_zeros_by_method',
+           'RunRecords', 'provenance_of', 'read_records']
 
 # %% ../nbs/06_analysis.ipynb #c003
 import math, re
@@ -334,6 +335,40 @@ def compare_with_paper(
                                                "In words": difference_in_words(difference, "CAP", "Wanda")}
     if not rows: raise BadInput("CAP and Wanda share no sparsity and task: expected both at one sparsity; run both methods.")
     return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=["Sparsity", "Measure"]))
+
+# %% ../nbs/06_analysis.ipynb #against1
+def difference_table(
+    evaluations: Iterable[Evaluation], # What was measured, on the same problems
+    against: str = "wanda", # The method that the others are compared with
+    seed: int = 0, # Seed of the bootstrap
+) -> pd.DataFrame: # Index (Sparsity, Method), a column a measure; a `PairedDifference` in each cell, or None
+    "Every method less one of them, on the same problems; a method that was not measured raises `BadInput`."
+    found, rows = {(e.method, e.sparsity): e for e in sorted(evaluations, key=row_order)}, {}
+    for (method, sparsity), own in found.items():
+        if method in ("dense", against) or (against, sparsity) not in found: continue
+        parts = comparable_parts(own, found[against, sparsity])
+        rows[sparsity, method_title(method)] = {title: paired_difference(*both, seed) for (title, _), both in parts.items()}
+    if not rows: raise BadInput(f"No method shares a sparsity with {against!r}: expected it among the methods measured, with another beside it; name one that was run.")
+    return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=["Sparsity", "Method"]), dtype=object)
+
+# %% ../nbs/06_analysis.ipynb #against2
+def difference_mark(
+    found: PairedDifference, # A difference
+) -> str: # "▲" for the better, "▼" for the worse, nothing where the interval does not decide
+    "A mark that the interval allows."
+    if not found.decided: return ""
+    return "▲" if (found.value > 0) == (found.unit == "points") else "▼"
+
+def difference_markdown(
+    table: pd.DataFrame, # From `difference_table`
+) -> str: # Markdown
+    "Differences with their intervals in Markdown, marked where they are decided."
+    def told(found: PairedDifference | None) -> str:
+        if not isinstance(found, PairedDifference): return ""
+        value, low, high = (f"{number:+.{1 if found.unit == 'points' else 3}f}" for number in (found.value, found.low, found.high))
+        return f"{value} [{low}, {high}] {difference_mark(found)}".strip()
+    rows = [[f"{sparsity:.0%}", method, *map(told, cells)] for (sparsity, method), cells in zip(table.index, table.to_numpy())]
+    return markdown_rows([*table.index.names, *table.columns], rows, names=2)
 
 # %% ../nbs/06_analysis.ipynb #c048
 METHOD_LOOKS = {"dense": ("#000000", "s"), "wanda": ("#0072B2", "o"), "magnitude": ("#E69F00", "^"), "cap": ("#D55E00", "D")} # Colour, marker

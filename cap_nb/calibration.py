@@ -472,15 +472,19 @@ def overlap(
 def token_batches(
     examples: Sequence[Example], # The examples
     batch_tokens: int = 4096, # Padded tokens a batch may hold; a longer example gets a batch of its own
+    padding: float = 0.05, # Share of a batch that padding may take
 ) -> list[list[int]]: # Indices of the examples in each batch, shortest first
-    "Cut examples, sorted by length, into batches of at most `batch_tokens` padded tokens."
+    "Cut examples, sorted by length, into batches of at most `batch_tokens` padded tokens and little padding."
     check_at_least(batch_tokens, 1, "batch_tokens")
-    batches, current = [], []
+    batches, current, held = [], [], 0
     for place in sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids)):
-        if current and (len(current) + 1) * len(examples[place].input_ids) > batch_tokens:
+        length = len(examples[place].input_ids)
+        padded = (len(current) + 1) * length
+        if current and (padded > batch_tokens or held + length < (1 - padding) * padded):
             batches.append(current)
-            current = []
+            current, held = [], 0
         current.append(place)
+        held += length
     return batches + [current] if current else batches
 
 def padding_share(

@@ -168,7 +168,7 @@ def test_ctrl_c_and_on(finished, tmp_path):
     words = ["run", *FEW, "--tasks", "lab-arc", "--n", "64", "--batch-tokens", "256", "--methods", "cap", "--sparsity", "0.5", "--accuracy-tasks", "none"]
     process = outside(*words, "--out", "stopped", folder=tmp_path)
     units, until = tmp_path / "stopped/unfinished/scores", time.monotonic() + 300
-    while not list(units.glob("*-units-*/batch-0001-*")) and process.poll() is None and time.monotonic() < until:
+    while not list(units.glob("*-units/*/batch-0001-*")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, complained = process.communicate(timeout=300)

@@ -207,16 +207,11 @@ def test_generation_and_losses_are_counted():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [dict(), dict(num_hidden_layers=8), dict(vocab_size=3000), dict(intermediate_size=64, num_attention_heads=8)])
 def test_the_memory_of_scoring_is_what_is_really_held(dtype, shape):
-    model = random_model(**shape).to(dtype)
-    sizes, batch = sizes_of(model.config, "random", "a test"), collate([example(place, 40 + place) for place in range(8)], pad_id=0)
-
-    def work():
-        calls, _ = intact_pass(model, batch)
-        resumed_losses(model, batch, calls, 0, 0)
-
-    shapes = [BatchShape(8, 47, int((batch["labels"] != IGNORED).sum()))]
+    model, calibration = random_model(**shape).to(dtype), Calibration.from_examples([example(place, 47) for place in range(8)], k=1)
+    sizes, shapes = sizes_of(model.config, "random", "a test"), batch_shapes(lengths_of(calibration), 400)
+    assert len(shapes) == 1
     planned = at_once(scoring_memory(sizes, dtype.itemsize, shapes))
-    assert 0.8 < peak(work) / planned < 1.05
+    assert 0.75 < peak(lambda: score_heads(model, calibration, batch_tokens=400)) / planned < 1.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -243,7 +238,7 @@ def test_the_memory_of_evaluation_is_what_is_really_held(dtype):
 
 
 def test_parts_take_turns():
-    assert at_once({"inputs of every layer": 5, "one layer at work": 7, "logits": 9}) == 14
+    assert at_once({"hidden states": 5, "one layer at work": 7, "logits": 9}) == 14
     assert at_once({"scores of one matrix": 3}) == 3 and at_once({}) == 0
 
 

@@ -8,7 +8,7 @@ import torch
 from cap_nb.calibration import calibration_set, load_problems, load_text, overlap, padding_share, token_batches
 from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint, save_model
-from cap_nb.scoring import batches_of, intact_pass, resumed_losses, score_heads_naive
+from cap_nb.scoring import batches_of, intact_pass, resumed_losses, score_heads, score_heads_naive, shared_beginning
 from cap_nb.threshold import magnitude_criterion, prune_globally, zeros_wanted
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -54,7 +54,8 @@ def test_calibration_is_balanced_and_disjoint(smollm2):
     assert set(cells.values()) <= {1, 2}, "a stratum of four is dealt 1 or 2 to each of three subsets"
     for task in REAL:
         assert not overlap(calibration, load_problems(task, "evaluation", DATA))
-    assert padding_share(calibration.examples, token_batches(calibration.examples, 1024)) < 0.06
+    for batch_tokens in (1024, 4096, 16384):
+        assert padding_share(calibration.examples, token_batches(calibration.examples, batch_tokens)) <= 0.05
 
 
 @needs_data
@@ -73,6 +74,10 @@ def test_naive_and_resumed_agree_over_the_depth(smollm2):
             assert (naive.intact[places] - intact).abs().max() < 1e-5
             for layer, head in heads:
                 assert (naive.masked[layer, head, places] - resumed_losses(model, batch, calls, layer, head)).abs().max() < 1e-5
+    assert shared_beginning(calibration.examples) >= 16, "the chat template's system text is shared by all examples"
+    least = score_heads(model, calibration, heads=heads)
+    assert (naive.intact - least.intact).abs().max() < 1e-5
+    assert (naive.masked - least.masked).nan_to_num().abs().max() < 1e-5 and (~least.masked.isnan()).sum() == len(heads) * len(calibration.examples)
     assert model_fingerprint(model) == before
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 

@@ -26,7 +26,10 @@ from ..baselines.allocation import ALLOCATIONS
 from ..baselines.criteria import CRITERIA
 from ..beyond.attributions import ATTRIBUTIONS
 from ..analysis import method_table, table_csv, table_latex, table_markdown
+
+# %% ../../nbs/run/03_cli.ipynb #c003b
 from .methods import OTHERS, check_method, method_line, needs_of, prune, table_methods
+from .devices import joined, own_device
 from .folder import finished_evaluations
 from .job import Job, check_job, evaluate, provenance, run_job
 from .planning import measured_plan, plan, plan_text
@@ -147,20 +150,24 @@ def run_command(
     show_run(run_job(job, out or Path("runs")/Path(model).name, store, note))
 
 # %% ../../nbs/run/03_cli.ipynb #c019
+HeadsAtOnce = option(Whole, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
+
 @app.command("score")
 @in_one_sentence
 def score_command(
     out: Out, model: Model = "lab", tasks: Tasks = None, data_dir: DataDir = None, n: N = 128, k: K = 3, seed: Seed = 0, style: Style = None,
-    dtype: Dtype = None, device: Device = None, batch_tokens: BatchTokens = 4096,
+    dtype: Dtype = None, device: Device = None, batch_tokens: BatchTokens = 4096, heads_at_once: HeadsAtOnce = None, store: Store = None,
 ) -> None:
     "Measure the loss with every head masked in turn, and save the table."
-    check_job(Job(model, tasks=names(tasks), n=n, k=k, seed=seed, data_dir=data_dir, style=style, dtype=dtype, device=device, batch_tokens=batch_tokens))
+    check_job(Job(model, tasks=names(tasks), n=n, k=k, seed=seed, data_dir=data_dir, style=style, dtype=dtype, device=own_device(device), batch_tokens=batch_tokens))
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
-    loaded, tokenizer = load_model(model, dtype, device)
-    calibration, working = calibration_set(tokenizer, names(tasks), n, k, seed, data_dir, style), out.with_name(out.name + ".unfinished")
-    losses = score_heads(loaded, calibration, batch_tokens, working, tokenizer_fingerprint(tokenizer))
+    loaded, tokenizer = load_model(model, dtype, own_device(device))
+    calibration, working = calibration_set(tokenizer, names(tasks), n, k, seed, data_dir, style), store or out.with_name(out.name + ".unfinished")
+    with joined(loaded.device) as share:
+        losses = score_heads(loaded, calibration, batch_tokens, working, tokenizer_fingerprint(tokenizer), heads_at_once, share)
+    if share.rank: return
     save_losses(losses, out)
-    shutil.rmtree(working)
+    if not store: shutil.rmtree(working)
     typer.echo(f"{out}: losses of {len(losses.intact)} examples with each of {losses.masked[..., 0].numel()} heads masked.")
 
 # %% ../../nbs/run/03_cli.ipynb #c021
@@ -320,3 +327,7 @@ def train_lab_command(
 def main() -> None:
     "The program `cap`."
     app()
+
+# %% ../../nbs/run/03_cli.ipynb #mainpy
+#| eval: false
+if __name__ == "__main__": main()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from ..models.bad_input import BadInput, check_at_least, check_choice, check_sparsity
-from ..models.files import read_json, sha256_of_text, whole_file
+from ..models.files import alone_in, read_json, sha256_of_text, whole_file
 from ..models.anatomy import projections
 from ..models.loading import device_named, dtype_named, load_model, model_fingerprint, tokenizer_fingerprint
 from ..calibration import (TASKS, TEXTS, Calibration, Problem, calibration_set, default_style, default_tasks, load_text, prompt_style)
@@ -462,12 +462,13 @@ def run_job(
 ) -> Path: # The run's folder
     "The whole experiment (paper section 4), resumable; every mistake raises `BadInput` before work begins."
     ready, folder = prepare(job), Path(folder)
-    open_run(folder, ready.configuration)
-    note_environment(folder, environment(ready.configuration["model"]["device"], note))
-    factors = attributed(ready, folder, store and Path(store))
-    dense, cells, pieces = copied_weights(ready.model), possible_cells(ready), pieces_of(ready.job)
-    with tqdm(total=len(cells) * len(pieces), unit="piece") as bar:
-        for cell in cells: finish_cell(ready, folder, cell, factors.get(cell[0]), dense, bar)
-    write_results(folder)
+    with alone_in(folder):
+        open_run(folder, ready.configuration)
+        note_environment(folder, environment(ready.configuration["model"]["device"], note))
+        factors = attributed(ready, folder, store and Path(store))
+        dense, cells, pieces = copied_weights(ready.model), possible_cells(ready), pieces_of(ready.job)
+        with tqdm(total=len(cells) * len(pieces), unit="piece") as bar:
+            for cell in cells: finish_cell(ready, folder, cell, factors.get(cell[0]), dense, bar)
+        write_results(folder)
     if (folder/"unfinished").exists() and not any((folder/"unfinished").iterdir()): (folder/"unfinished").rmdir()
     return folder

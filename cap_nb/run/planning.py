@@ -209,17 +209,20 @@ class Work:
     layer_tokens: int = 0 # Tokens through one decoder layer, summed over layers and passes
     head_tokens: int = 0 # Tokens through the output head, summed over passes
     pairs: int = 0 # Pairs of positions in one layer's attention, summed over layers and passes
+    key_tokens: int = 0 # Tokens of which a layer computes query, key and value only, summed over passes
 
     def __add__(self, other: "Work") -> "Work":
         "The work of both."
-        return Work(self.passes + other.passes, self.layer_tokens + other.layer_tokens, self.head_tokens + other.head_tokens, self.pairs + other.pairs)
+        return Work(self.passes + other.passes, self.layer_tokens + other.layer_tokens, self.head_tokens + other.head_tokens, self.pairs + other.pairs,
+                    self.key_tokens + other.key_tokens)
 
 def flops_of(
     work: Work, # What is computed
     sizes: Sizes, # Of which model
 ) -> int: # Floating-point operations; a multiplication and an addition are two
     "Two for every weight and token, and four for every pair of positions and channel of a head."
-    return (2 * layer_weights(sizes) * work.layer_tokens + 2 * sizes.vocabulary * sizes.hidden * work.head_tokens
+    keys = sum(out * into for role, (out, into) in projection_shapes(sizes).items() if role in ("query", "key", "value"))
+    return (2 * layer_weights(sizes) * work.layer_tokens + 2 * keys * work.key_tokens + 2 * sizes.vocabulary * sizes.hidden * work.head_tokens
             + 4 * sizes.heads * sizes.head_size * work.pairs)
 
 # %% ../../nbs/run/02_planning.ipynb #c027
@@ -229,14 +232,15 @@ class BatchShape:
     rows: int # Examples
     width: int # Tokens of the longest
     targets: int # Target tokens of all of them
+    most: int # Target tokens of the example that has most
 
 def batch_shapes(
     lengths: Sequence[ExampleLength], # The lengths of the examples
     batch_tokens: int = 4096, # Padded tokens a batch
 ) -> tuple[BatchShape, ...]: # The batches that `token_batches` cuts
     "The shapes of the batches of a set of examples."
-    return tuple(BatchShape(len(places), max(len(lengths[place].input_ids) for place in places), sum(lengths[place].target for place in places))
-                 for places in token_batches(lengths, batch_tokens))
+    return tuple(BatchShape(len(places), max(len(lengths[place].input_ids) for place in places), sum(lengths[place].target for place in places),
+                            max(lengths[place].target for place in places)) for places in token_batches(lengths, batch_tokens))
 
 # %% ../../nbs/run/02_planning.ipynb #c027b
 def naive_work(
@@ -251,9 +255,10 @@ def resumed_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The batches
 ) -> Work: # The work of `score_heads`
-    "The same losses with every masked pass resumed at its layer."
-    passes, runs = 1 + sizes.layers * sizes.heads, sizes.layers + 1 + sizes.heads * sizes.layers * (sizes.layers + 1) // 2
-    return sum((Work(passes, runs * b.rows * b.width, passes * b.targets, runs * b.rows * b.width**2) for b in batches), Work())
+    "The same losses with every masked pass resumed at its layer, and the last layer at target positions only; a beginning that examples share is not counted off."
+    passes, runs = 1 + sizes.layers * sizes.heads, 2 * sizes.layers - 1 + sizes.heads * sizes.layers * (sizes.layers - 1) // 2
+    return sum((Work(passes, b.rows * (runs * b.width + passes * b.most), passes * b.targets, b.rows * b.width * (runs * b.width + passes * b.most), passes * b.rows * b.width)
+                for b in batches), Work())
 
 # %% ../../nbs/run/02_planning.ipynb #c033
 def wanda_work(
@@ -348,8 +353,9 @@ def scoring_memory(
 ) -> dict[str, int]: # Part -> bytes, beside the weights
     "What scoring holds at its fullest batch."
     tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
-    positions = min(1024, max(b.targets for b in batches))
-    return {"inputs of every layer": sizes.layers * tokens * sizes.hidden * width, "one layer at work": layer_bytes(sizes, width, tokens, longest),
+    positions, layer = min(1024, max(b.targets for b in batches)), layer_bytes(sizes, width, tokens, longest)
+    passing = (sizes.layers - 1) * tokens * (sizes.hidden + 2 * sizes.key_value_heads * sizes.head_size) * width # inputs, keys and values of the layers before, while the calls are recorded
+    return {"hidden states": sum(b.rows * b.width for b in batches) * sizes.hidden * width, "one layer at work": layer, "a recorded pass": passing + layer,
             "logits": logit_bytes(sizes, positions)}
 
 def pruning_memory(
@@ -385,7 +391,7 @@ def evaluation_memory(
             "logits": max([*logits, logit_bytes(sizes, min(256, window))])}
 
 # %% ../../nbs/run/02_planning.ipynb #c043
-TAKING_TURNS = ("one layer at work", "logits", "scores of one matrix") # Parts of which only one is there at a time
+TAKING_TURNS = ("one layer at work", "a recorded pass", "logits", "scores of one matrix") # Parts of which only one is there at a time
 
 def at_once(
     memory: dict[str, int], # Part -> bytes
@@ -517,7 +523,7 @@ def timed_step(
     call = layer_call(model, rows, 1, **kept)
     def in_layer() -> None:
         cache.crop(-1) # what the call before this one added
-        run_layer(layer, call.hidden, call)
+        run_layer(layer, call.hidden, call, cache)
     def whole() -> None:
         cache.crop(-1) # what the call before this one added
         layer_call(model, rows, 1, **kept)
@@ -653,7 +659,7 @@ def planned_stages(
     resumed, naive, wanda = resumed_work(sizes, batches), naive_work(sizes, batches), wanda_work(sizes, batches)
     read, written = prefill_work(sizes, job, lengths), decode_work(sizes, job, lengths)
     memory, answering = scoring_memory(sizes, width, batches), probe and prefill_seconds(read, probe) + decode_seconds(sizes, written, probe)
-    whole = memory | {"inputs of every layer": 0, "logits": max(logit_bytes(sizes, b.targets) + b.rows * b.width * sizes.vocabulary * width for b in batches)}
+    whole = memory | {"hidden states": 0, "a recorded pass": 0, "logits": max(logit_bytes(sizes, b.targets) + b.rows * b.width * sizes.vocabulary * width for b in batches)}
     return (Stage("scoring", resumed, flops_of(resumed, sizes), probe and prefill_seconds(resumed, probe) / devices, memory),
             Stage("scoring by the hook loop", naive, flops_of(naive, sizes), probe and prefill_seconds(naive, probe) / devices, whole),
             Stage("pruning by CAP", Work(), 0, probe and weights * probe.threshold, pruning_memory(sizes, width, batches, False)),

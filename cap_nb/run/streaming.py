@@ -99,7 +99,8 @@ def open_checkpoint(
     folder: str | Path, # A folder saved by transformers, as safetensors
 ) -> Checkpoint: # What is known of it
     "Describe a checkpoint; weights in scope that are missing, of another shape or quantised raise `BadInput`."
-    folder, shards = Path(folder), shard_files(folder)
+    folder = Path(folder)
+    shards = shard_files(folder)
     found = Checkpoint(folder, meta_model(folder), shards, {name: stored for shard in shards for name, stored in stored_tensors(shard).items()})
     for p in projections(found.model):
         stored, shape = found.tensors.get(f"{p.name}.weight"), tuple(p.module.weight.shape)

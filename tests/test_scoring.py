@@ -1,0 +1,201 @@
+"""Scoring that is killed, shared between processes, refused, or asked for on a full disk; and its savings on every family that is known."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from cap_nb.calibration import IGNORED, Calibration, Example
+from cap_nb.scoring import score_heads, score_heads_naive, shared_beginning
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # two processes with two threads each would wait for one another
+SMALL = ["score", "--model", "lab", "--n", "4", "--batch-tokens", "512"]
+
+
+def cap(*args):
+    return [sys.executable, "-m", "cap_nb.run.cli", *map(str, args)]
+
+
+def finish(command, **options):
+    return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=900, **options)
+
+
+def units(out):
+    return sorted(out.with_name(out.name + ".unfinished").rglob("batch-*.safetensors"))
+
+
+def wait_for_units(out, process, number):
+    """Until so many units are finished; a process that ends before is a failure of the test."""
+    while len(units(out)) < number:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scores")/"S.safetensors"
+    done = finish(cap(*SMALL, "--out", out))
+    assert done.returncode == 0, done.stderr
+    return out.read_bytes()
+
+
+# killed
+
+
+def test_a_killed_scoring_goes_on_and_gives_the_same_bytes(tmp_path, undisturbed):
+    out = tmp_path/"S.safetensors"
+    for number in (1, 7, 16):
+        process = subprocess.Popen(cap(*SMALL, "--out", out), env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait_for_units(out, process, number)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not out.exists()
+    kept = {path: path.stat().st_mtime_ns for path in units(out)}
+    process = subprocess.Popen(cap(*SMALL, "--out", out), env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_units(out, process, len(kept) + 1)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # what was finished is not measured again
+    assert process.wait(timeout=900) == 0
+    assert out.read_bytes() == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["S.safetensors"]
+
+
+def test_a_damaged_unit_is_named_and_refused(tmp_path):
+    out = tmp_path/"S.safetensors"
+    process = subprocess.Popen(cap(*SMALL, "--out", out), env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_units(out, process, 3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    damaged = units(out)[0]
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    done = finish(cap(*SMALL, "--out", out))
+    assert done.returncode == 2 and damaged.name in done.stderr and "is damaged" in done.stderr and "Traceback" not in done.stderr
+
+
+# two at once
+
+
+def test_a_second_process_on_the_same_store_is_refused(tmp_path, undisturbed):
+    out = tmp_path/"S.safetensors"
+    first = subprocess.Popen(cap(*SMALL, "--out", out), env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_units(out, first, 1)
+    first.send_signal(signal.SIGSTOP)
+    second = finish(cap(*SMALL, "--out", out))
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 2 and "Another process is at work" in second.stderr
+    assert first.wait(timeout=900) == 0
+    assert out.read_bytes() == undisturbed
+
+
+def launched(out, processes=2):
+    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", "--main_process_port", "0", "-m", "cap_nb.run.cli", *SMALL, "--device", "cpu", "--out", str(out)]
+
+
+def test_two_processes_give_the_bytes_of_one(tmp_path, undisturbed):
+    out = tmp_path/"S.safetensors"
+    done = finish(launched(out))
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == undisturbed
+    assert done.stdout.count("losses of 12 examples") == 1  # only one process speaks
+
+
+def test_a_launch_of_which_one_process_dies_is_taken_up_by_another(tmp_path, undisturbed):
+    out = tmp_path/"S.safetensors"
+    launch = subprocess.Popen(launched(out), env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    wait_for_units(out, launch, 3)
+    workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(int(pid), out)]
+    assert len(workers) == 2
+    os.kill(max(workers), signal.SIGKILL)
+    assert launch.wait(timeout=900) != 0
+    assert not out.exists() and len(units(out)) >= 3
+    assert finish(cap(*SMALL, "--out", out)).returncode == 0
+    assert out.read_bytes() == undisturbed
+
+
+def is_worker(pid, out):
+    try:
+        told = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return str(out).encode() in told and b"--num_processes" not in told
+
+
+# no room
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, undisturbed):
+    out = tmp_path/"S.safetensors"
+
+    def little_room():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # units are smaller, the table is not
+
+    done = finish(cap(*SMALL, "--out", out), preexec_fn=little_room)
+    assert done.returncode == 2 and "There was no room to write" in done.stderr and "Traceback" not in done.stderr
+    assert not out.exists() and len(units(out)) > 0
+    assert finish(cap(*SMALL, "--out", out)).returncode == 0
+    assert out.read_bytes() == undisturbed
+
+
+# the savings, on every family
+
+
+SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3, head_dim=10, initializer_range=0.4)
+CONFIGS = {"llama": LlamaConfig(**SIZES), "mistral": MistralConfig(**SIZES, sliding_window=9), "qwen2": Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})}
+
+
+def random_model(family, **more):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[family], **more).eval()
+
+
+def made_up(beginning):
+    def example(place):
+        ids = tuple(range(1, 1 + beginning)) + tuple((7 * place + 3 * t) % 59 + 1 for t in range(9 + place % 4))
+        prompt = beginning + 3 + place % 3
+        return Example("own", f"{place}", "", "", "", ids, (IGNORED,) * prompt + ids[prompt:])
+
+    return Calibration.from_examples([example(place) for place in range(8)], k=2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("beginning", [0, 20])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_saving_gives_the_losses_of_the_hook_loop(family, beginning, attention):
+    model, calibration = random_model(family, attn_implementation=attention), made_up(beginning)
+    assert shared_beginning(calibration.examples) == beginning
+    naive = score_heads_naive(model, calibration)
+    for together in (1, 2, 4, 6):
+        fast = score_heads(model, calibration, batch_tokens=60, heads_at_once=together)
+        assert (fast.masked - naive.masked).abs().max() < 1e-5 and (fast.intact - naive.intact).abs().max() < 1e-5
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_different_batch_or_head_count_never_reads_units_of_another(tmp_path):
+    model, calibration = random_model("llama"), made_up(0)
+    for options in (dict(batch_tokens=60), dict(batch_tokens=30), dict(batch_tokens=60, heads_at_once=3)):
+        score_heads(model, calibration, store=tmp_path, **options)
+        next(tmp_path.glob("*.safetensors")).unlink()
+    assert len({unit.parent for unit in tmp_path.rglob("batch-*")}) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_scores_near_the_hook_loop(dtype):
+    model, calibration = random_model("llama").to(dtype), made_up(20)
+    naive, fast = score_heads_naive(model, calibration), score_heads(model, calibration)
+    assert fast.masked.dtype == torch.float64 and fast.masked.isfinite().all()
+    assert (fast.masked - naive.masked).abs().max() < 0.1  # nats; the losses are about ten
+
+
+def test_an_example_of_which_all_but_the_last_token_is_target_has_no_beginning_cut_off():
+    calibration = made_up(20)
+    bare = replace(calibration, examples=tuple(replace(e, labels=(IGNORED, *e.input_ids[1:])) for e in calibration.examples))
+    assert shared_beginning(bare.examples) == 0
