@@ -53,7 +53,7 @@ def sign_flip_test(
         return float((np.abs((1 - 2 * bits) @ own) >= reach).mean())
     chance, found, rows = np.random.default_rng(check_at_least(seed, 0, "The seed")), 0, max(1, 1_000_000 // len(own))
     for start in range(0, check_at_least(flips, 1, "flips"), rows): # in pieces, for memory
-        signs = 1 - 2 * chance.integers(2, size=(min(rows, flips - start), len(own)))
+        signs = 1.0 - 2.0 * chance.integers(2, size=(min(rows, flips - start), len(own)), dtype=np.int8)
         found += int((np.abs(signs @ own) >= reach).sum())
     return (1 + found) / (1 + flips)
 
@@ -62,11 +62,12 @@ def paired_p_value(
     first: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of one method
     second: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of the other, on the same problems
     seed: int = 0, # Seed of the sign flips
+    flips: int = 9_999, # Patterns of signs to draw
 ) -> float: # Two-sided p-value, in (0, 1]
     "McNemar's exact test of answers, the sign-flip test of losses; records of other problems raise `BadInput`."
     values, unit = paired_values(first, second)
     if unit == "points": return mcnemar_exact(sum(value > 0 for value in values), sum(value < 0 for value in values))
-    return sign_flip_test(values, seed)
+    return sign_flip_test(values, seed, flips)
 
 # %% ../nbs/06_evidence.ipynb #e019
 def holm(
@@ -120,11 +121,12 @@ def comparison_table(
     seed: int = 0, # Seed of bootstrap and sign flips
 ) -> pd.DataFrame: # As `corrected_table` gives it
     "First less second on everything that both were measured on, with one calibration set."
-    rows = {}
-    for first, second, sparsity, ours, theirs in compared_pairs(evaluations, pairs):
-        for (title, _), records in comparable_parts(ours, theirs).items():
-            d, p = paired_difference(*records, seed), paired_p_value(*records, seed)
-            rows[method_title(first), method_title(second), sparsity, measure_name(title)] = (d.value, d.low, d.high, d.n, d.unit, p, d.decided)
+    family = {(method_title(first), method_title(second), sparsity, measure_name(title)): records for first, second, sparsity, ours, theirs
+              in compared_pairs(evaluations, pairs) for (title, _), records in comparable_parts(ours, theirs).items()}
+    rows, flips = {}, max(9_999, 100 * len(family) - 1) # so that the least p-value, times the size of the family, is 0.01
+    for name, records in family.items():
+        d, p = paired_difference(*records, seed), paired_p_value(*records, seed, flips)
+        rows[name] = d.value, d.low, d.high, d.n, d.unit, p, d.decided
     return corrected_table(rows)
 
 # %% ../nbs/06_evidence.ipynb #e025
