@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/run/09_all.ipynb #c003
 from .models.bad_input import *
+from .models.families import *
 from .models.files import *
 from .models.anatomy import *
 from .models.replay import *
@@ -39,6 +40,7 @@ from .run.planning import *
 from .run.streaming import *
 from .run.cli import *
 from .run.harness import *
+from .run.proofs import *
 
 # %% ../nbs/run/09_all.ipynb #c005
 __all__ = [name for name in globals() if not name.startswith("_")]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
-from .models.anatomy import output_head
+from .models.anatomy import decoder_of, head_logits
 from .models.bad_input import BadInput, check_at_least
 from .models.files import read_json, sha256_of_text, whole_folder, write_json
 from .calibration import (IGNORED, Example, Problem, PromptStyle, collate, default_style, encode_problem, load_problems, load_text,
@@ -439,10 +439,10 @@ def window_losses(
     "Mean token loss of each window, the output head in pieces: logits take windows x positions x vocabulary floats."
     total = torch.zeros(len(windows), dtype=torch.float64)
     with inference(model):
-        hidden = model.get_decoder()(input_ids=windows, use_cache=False).last_hidden_state
+        hidden = decoder_of(model)(input_ids=windows, use_cache=False).last_hidden_state
         for start in range(0, windows.shape[1] - 1, positions):
             wanted = windows[:, start + 1:start + 1 + positions]
-            logits = output_head(model)(hidden[:, start:start + wanted.shape[1]]).float()
+            logits = head_logits(model, hidden[:, start:start + wanted.shape[1]]).float()
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten().to(logits.device), reduction="none")
             total += losses.view_as(wanted).cpu().double().sum(1)
     return total / (windows.shape[1] - 1)

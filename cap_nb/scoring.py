@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 import transformers
 from .models.bad_input import BadInput, check_at_least, check_choice
 from .models.files import alone_in, sha256_of_text, whole_file
-from .models.anatomy import Anatomy, anatomy, decoder_layers, dimensions, final_norm, output_head, output_projection
+from .models.anatomy import Anatomy, anatomy, decoder_layers, decoder_of, dimensions, logits_of, output_projection
 from .models.replay import Beginning, KeyValues, KnownKeys, LayerCall, can_be_cut, cut_call, handed_keys, read_after, read_beginning, recorded_calls, repeated, run_layer, taken_rows
 from .models.loading import model_fingerprint
 from .calibration import IGNORED, Calibration, Example, collate, deal_subsets, token_batches
@@ -138,8 +138,7 @@ def losses_of_targets(
     rows: int = 1024, # Positions that go through the output head at once (bounds memory: rows * vocabulary)
 ) -> torch.Tensor: # Mean cross-entropy of each example, in nats, float64 [B]
     "The loss of each example from hidden states at target positions."
-    norm, head = final_norm(model), output_head(model)
-    losses = [F.cross_entropy(head(norm(part)).float(), gold, reduction="none") for part, gold in zip(hidden.split(rows), targets.to(hidden.device).split(rows))]
+    losses = [F.cross_entropy(logits_of(model, part).float(), gold, reduction="none") for part, gold in zip(hidden.split(rows), targets.to(hidden.device).split(rows))]
     return mean_by_example(torch.cat(losses), counts)
 
 def losses_from_hidden(
@@ -159,7 +158,7 @@ def intact_pass(
 ) -> tuple[list[LayerCall], torch.Tensor]: # The call of every layer, and the loss of each example, float64 [B]
     "One pass of the intact model that keeps what every layer was given."
     with recorded_calls(model) as calls:
-        model.get_decoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     last = run_layer(decoder_layers(model)[-1], calls[-1].hidden, calls[-1])
     return calls, losses_from_hidden(model, last, batch)
 

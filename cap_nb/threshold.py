@@ -27,7 +27,7 @@ def magnitude_criterion(
     projection: Projection, # A projection
 ) -> torch.Tensor: # |W|, float32 [out, in]
     "The magnitude of every weight (Han et al. 2015)."
-    return projection.module.weight.detach().abs().float()
+    return projection.weight.detach().abs().float()
 
 def cap_criterion(
     model: nn.Module, # A causal language model of a known family
@@ -135,7 +135,7 @@ def zero_weights(
     mask: torch.Tensor, # Boolean [out, in]: the weights that become zero
 ) -> None:
     "Set weights to exactly zero, in place (paper section 3.4)."
-    projection.module.weight.masked_fill_(mask.to(projection.module.weight.device), 0.0)
+    projection.weight.masked_fill_(mask.to(projection.weight.device), 0.0)
 
 def first_true(
     mask: torch.Tensor, # Boolean, any shape
@@ -167,7 +167,7 @@ def prune_report(
     ties: int = 0, # Weights exactly on the threshold
 ) -> PruneReport: # The report
     "Count the zeros of a model, projection by projection."
-    table = tuple((p.layer, p.role, p.name, int((p.module.weight == 0).sum()), p.module.weight.numel()) for p in projections(model))
+    table = tuple((p.layer, p.role, p.name, int((p.weight == 0).sum()), p.weight.numel()) for p in projections(model))
     zeros, weights = sum(row[3] for row in table), sum(row[4] for row in table)
     return PruneReport(method, asked, zeros / weights, weights, zeros, threshold, ties, table)
 
@@ -182,7 +182,7 @@ def zero_smallest(
 ) -> Threshold | None: # The threshold; None if nothing was to be zeroed
     "Zero the smallest scores of several projections together, under one threshold (paper section 3.3)."
     check_choice(ties, TIES, "treatment of ties")
-    count = zeros_wanted(sum(p.module.weight.numel() for p in found), sparsity)
+    count = zeros_wanted(sum(p.weight.numel() for p in found), sparsity)
     if count == 0: return None
     threshold = find_threshold([lambda p=p: criterion(p) for p in found], count)
     left = threshold.count - threshold.below if ties == "exact" else threshold.ties

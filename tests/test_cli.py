@@ -100,9 +100,9 @@ def test_from_a_shell_too(tmp_path):
 
 
 def test_unknown_anatomy(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)).save_pretrained(tmp_path / "gpt2")
-    assert_one_sentence(cap("run", "--model", tmp_path / "gpt2", "--out", tmp_path / "run"), "gpt2", "expected")
+    from transformers import MambaConfig, MambaForCausalLM
+    MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20)).save_pretrained(tmp_path / "mamba")
+    assert_one_sentence(cap("run", "--model", tmp_path / "mamba", "--out", tmp_path / "run"), "mamba", "expected")
     assert not (tmp_path / "run").exists()
 
 

@@ -116,8 +116,8 @@ def test_names_that_lead_nowhere_get_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BadInput, match="cannot be read"):
         read_sizes(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(BadInput, match="anatomy of model type 'gpt2'"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(BadInput, match="anatomy of model type 'mamba'"):
         read_sizes(str(tmp_path))
     quantised = LlamaConfig(**SHAPE).to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(quantised))

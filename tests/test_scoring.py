@@ -199,3 +199,15 @@ def test_an_example_of_which_all_but_the_last_token_is_target_has_no_beginning_c
     calibration = made_up(20)
     bare = replace(calibration, examples=tuple(replace(e, labels=(IGNORED, *e.input_ids[1:])) for e in calibration.examples))
     assert shared_beginning(bare.examples) == 0
+
+
+def test_a_model_that_is_spread_over_memory_and_disk_scores_the_same(tmp_path):
+    from accelerate import dispatch_model
+
+    model, spread, calibration = random_model("llama"), random_model("llama"), made_up(20)
+    place = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "disk", "lm_head": "disk"}
+    place |= {f"model.layers.{layer}": where for layer, where in enumerate(("cpu", "disk", "disk"))}
+    spread = dispatch_model(spread, place, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert any(weight.is_meta for weight in spread.parameters())
+    one, other = score_heads(model, calibration), score_heads(spread, calibration)
+    assert torch.equal(one.masked, other.masked) and torch.equal(one.intact, other.intact) and one.meta == other.meta

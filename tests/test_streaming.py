@@ -269,7 +269,7 @@ DAMAGE = {
     "no folder": (shutil.rmtree, "holds no config.json"),
     "no configuration": (lambda src: (src / "config.json").unlink(), "holds no config.json"),
     "no json": (lambda src: (src / "config.json").write_text("{"), "is not JSON"),
-    "unknown family": (configured(model_type="gpt2"), "'gpt2' is not known"),
+    "unknown family": (configured(model_type="mamba"), "'mamba' is not known"),
     "quantised": (configured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "is quantised"),
     "pickles": (lambda src: [path.rename(path.with_suffix(".bin")) for path in [*src.glob("*.safetensors"), src / INDEX]], "not pickles"),
     "bad index": (lambda src: (src / INDEX).write_text('{"weight_map": 3}'), "is no index of shards"),

@@ -39,7 +39,7 @@ def outlier_shares(
     norms, shares = dense_norms(model, given.calibration, given.batch_tokens), []
     found = projections(model)
     for layer in range(found[-1].layer + 1):
-        scores = torch.cat([(p.module.weight.detach().abs().float() * norms[p.name]).flatten() for p in found if p.layer == layer])
+        scores = torch.cat([(p.weight.detach().abs().float() * norms[p.name]).flatten() for p in found if p.layer == layer])
         shares.append((scores > multiple * scores.mean(dtype=torch.float64)).double().mean().item())
     return shares
 
@@ -75,5 +75,5 @@ def allocated(
     "Give each layer its own sparsity; an unknown name or a missing need raises `BadInput`."
     named, found = ALLOCATIONS[check_choice(allocation, ALLOCATIONS, "allocation")], projections(model)
     check_given(allocation, given, named.needs)
-    weights = [sum(p.module.weight.numel() for p in found if p.layer == layer) for layer in range(found[-1].layer + 1)]
+    weights = [sum(p.weight.numel() for p in found if p.layer == layer) for layer in range(found[-1].layer + 1)]
     return replace(given, sparsities=spread_sparsity(named.signal(model, given), weights, sparsity))

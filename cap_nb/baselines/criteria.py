@@ -127,12 +127,12 @@ def loss_gradients(
 ) -> dict[str, torch.Tensor]: # Module name -> gradient of the mean loss of the examples, float32 [out, in]
     "The gradient of the calibration loss for every weight in scope; takes one float32 copy of them, and the activations of a batch."
     found, device = projections(model), next(model.parameters()).device
-    weights = [p.module.weight for p in found]
-    totals = {p.name: torch.zeros(p.module.weight.shape, dtype=torch.float32, device=p.module.weight.device) for p in found}
+    weights = [p.stored for p in found]
+    totals = {p.name: torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device) for p in found}
     with wanting_gradients(weights):
         for _, batch in batches_of(calibration, batch_tokens, device):
             gradients = torch.autograd.grad(target_losses(model, batch).sum() / len(calibration.examples), weights)
-            for p, gradient in zip(found, gradients): totals[p.name] += gradient.float()
+            for p, gradient in zip(found, gradients): totals[p.name] += p.oriented(gradient).float()
     return totals
 
 # %% ../../nbs/baselines/02_criteria.ipynb #c018
@@ -201,7 +201,7 @@ def scores_from(
     "A criterion bound to what was measured; scores that are negative, infinite or no numbers raise `BadInput`."
     numbers = {p.name: number for number, p in enumerate(projections(model))}
     def scores(p: Projection) -> torch.Tensor:
-        evidence = Evidence(p.module.weight.detach().float(), *(part.get(p.name) for part in (known.norms, known.regions, known.gradients)), numbers[p.name], seed)
+        evidence = Evidence(p.weight.detach().float(), *(part.get(p.name) for part in (known.norms, known.regions, known.gradients)), numbers[p.name], seed)
         found = named.score(evidence)
         if found.shape != evidence.weight.shape or not (found.min() >= 0 and found.max() < math.inf): # NaN fails both comparisons
             raise BadInput(f"The scores of {p.name} have shape {list(found.shape)}, or some is negative or not finite: expected one finite score of at least 0 for each "

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from ..models.bad_input import BadInput, check_at_least, check_sparsity
 from ..models.anatomy import Projection, decoder_layers, projections
+from ..models.replay import run_layer
 from ..calibration import Calibration
-from ..scoring import run_layer
 from ..threshold import PruneReport, first_true, prune_report, smallest_in_rows, zeros_wanted
 from .wanda import LayerStep, layer_by_layer
 
@@ -163,12 +163,12 @@ def recorded_hessians(
     mask: list[torch.Tensor], # Its one entry is the attention mask [B, T] of the batch that runs
 ) -> Iterator[dict[str, torch.Tensor]]: # Module name -> sum over tokens of the products of input features, float64 [in, in]
     "While the block runs, every projection adds up the products of its input features over the tokens that are not padding."
-    sums = {p.name: torch.zeros((p.module.in_features,) * 2, dtype=torch.float64, device=p.module.weight.device) for p in found}
+    sums = {p.name: torch.zeros((p.weight.shape[1],) * 2, dtype=torch.float64, device=p.weight.device) for p in found}
     last = [None, None] # The input seen last, and its product
     def adder(name: str):
         def add(module: nn.Module, args: tuple) -> None:
             if last[0] is not args[0]:
-                real = args[0][mask[0].bool()]
+                real = args[0].flatten(0, -2)[mask[0].flatten().bool()]
                 real = real.to(torch.promote_types(real.dtype, torch.float32))
                 last[:] = args[0], real.T @ real
             sums[name] += last[1]
@@ -222,10 +222,10 @@ def prune_sparsegpt(
     shares = layer_shares(model, sparsity, pattern, sparsities)
     check_settings(damping, block)
     for p in projections(model) if pattern is not None else ():
-        check_pattern_fits(p.module.in_features, sparsity, pattern, block, p.name)
+        check_pattern_fits(p.weight.shape[1], sparsity, pattern, block, p.name)
     for step, share in zip(layer_by_layer(model, calibration, batch_tokens, "sparsegpt"), shares):
         hessians = input_hessians(step) if share else {} # nothing to zero: the layer stays as it is
         for p in step.found if share else ():
-            new, _ = sparsegpt_update(p.module.weight, hessians.pop(p.name), share, pattern, block, damping, p.name)
-            p.module.weight.copy_(new)
+            new, _ = sparsegpt_update(p.weight, hessians.pop(p.name), share, pattern, block, damping, p.name)
+            p.weight.copy_(new)
     return prune_report(model, "sparsegpt", sparsity)

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from ..models.bad_input import check_sparsity
-from ..models.anatomy import Projection, decoder_layers, projections
+from ..models.anatomy import Projection, decoder_layers, decoder_of, projections
+from ..models.replay import LayerCall, recorded_calls, run_layer
 from ..calibration import Calibration
-from ..scoring import LayerCall, batches_of, recorded_calls, run_layer
+from ..scoring import batches_of
 from ..threshold import PruneReport, magnitude_criterion, prune_report, smallest_in_rows, zero_weights
 
 # %% ../../nbs/baselines/01_wanda.ipynb #c006
@@ -25,10 +26,11 @@ def recorded_squares(
     mask: list[torch.Tensor], # Its one entry is the attention mask [B, T] of the batch that runs
 ) -> Iterator[dict[str, torch.Tensor]]: # Module name -> sum over tokens of the squared input, float64 [in]
     "While the block runs, every projection adds up the squares of its input over the tokens that are not padding."
-    sums = {p.name: torch.zeros(p.module.in_features, dtype=torch.float64, device=p.module.weight.device) for p in found}
+    sums = {p.name: torch.zeros(p.weight.shape[1], dtype=torch.float64, device=p.weight.device) for p in found}
     def adder(name: str):
         def add(module: nn.Module, args: tuple) -> None:
-            sums[name] += args[0][mask[0].bool()].double().square().sum(0)
+            real = args[0].flatten(0, -2)[mask[0].flatten().bool()] # OPT hands its MLP [B*T, in]
+            sums[name] += real.double().square().sum(0)
         return add
     with ExitStack() as stack:
         for p in found: stack.callback(p.module.register_forward_pre_hook(adder(p.name)).remove)
@@ -51,11 +53,10 @@ def waiting_before(
     waiting = []
     for batch in batches:
         with recorded_calls(model) as calls:
-            model.get_decoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         nothing = calls[0].hidden.new_empty(0)
         waiting.append(Waiting(calls[0].hidden, batch["attention_mask"], tuple(replace(call, hidden=nothing) for call in calls)))
     return waiting
-
 
 # %% ../../nbs/baselines/01_wanda.ipynb #c009
 @torch.no_grad()

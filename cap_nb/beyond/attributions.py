@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 from ..models.bad_input import BadInput, check_at_least, check_choice
-from ..models.anatomy import Anatomy, anatomy, decoder_layers, dimensions, output_projection
+from ..models.anatomy import Anatomy, anatomy, decoder_layers, decoder_of, dimensions, output_projection
+from ..models.replay import LayerCall
 from ..calibration import Calibration, collate
-from ..scoring import (LayerCall, batches_of, causal_scores, intact_pass, losses_resumed_at, rank_correlation, score_heads,
+from ..scoring import (batches_of, causal_scores, intact_pass, losses_resumed_at, rank_correlation, score_heads,
                             target_losses)
 
 # %% ../../nbs/beyond/00_attributions.ipynb #c010
@@ -172,7 +173,7 @@ def head_outputs(
     def catch(module: nn.Module, args: tuple) -> None: outputs.append(args[0])
     with ExitStack() as stack:
         for layer in range(len(decoder_layers(model))): stack.callback(output_projection(model, layer).register_forward_pre_hook(catch).remove)
-        model.get_decoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return outputs
 
 # %% ../../nbs/beyond/00_attributions.ipynb #c042

@@ -36,8 +36,8 @@ def head_share(
     model: nn.Module, # A causal language model of a known family
 ) -> float: # Share of the weights in scope, in (0, 1)
     "The share of the weights in scope that belongs to heads: the highest sparsity that removing heads can reach."
-    attention = sum(p.module.weight.numel() for p in projections(model) if p.role in ("query", "key", "value", "output"))
-    return attention / sum(p.module.weight.numel() for p in projections(model))
+    attention = sum(p.weight.numel() for p in projections(model) if p.parts)
+    return attention / sum(p.weight.numel() for p in projections(model))
 
 def heads_to_remove(
     model: nn.Module, # A causal language model of a known family
@@ -45,7 +45,7 @@ def heads_to_remove(
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
 ) -> list[tuple[int, int]]: # (layer, query head), in the order in which they go
     "The heads whose removal comes nearest to a sparsity (paper section 6); more than the heads hold raises `BadInput`."
-    a, most, weights = anatomy(model), head_share(model), sum(p.module.weight.numel() for p in projections(model))
+    a, most, weights = anatomy(model), head_share(model), sum(p.weight.numel() for p in projections(model))
     if check_sparsity(sparsity) > most:
         raise BadInput(f"Sparsity {sparsity:g} was asked of removing heads, which hold {most:.1%} of the weights in scope: expected at most that; ask for less, or use another method.")
     order = [divmod(place, a.heads) for place in scores.flatten().argsort(stable=True).tolist()]
@@ -58,12 +58,12 @@ def remove_heads(
     removed: Sequence[tuple[int, int]], # (layer, query head)
 ) -> None:
     "Set everything that belongs to some heads to zero."
-    a = anatomy(model)
-    gone = {"query": removed, "output": removed, "key": orphaned(a, removed), "value": orphaned(a, removed)}
+    orphans = orphaned(anatomy(model), removed)
+    gone = {"query": set(removed), "key": set(orphans), "value": set(orphans)}
     for p in projections(model):
-        for layer, head in gone.get(p.role, ()):
-            block = slice(head * a.head_size, (head + 1) * a.head_size)
-            if layer == p.layer: p.module.weight[(slice(None), block) if p.role == "output" else block] = 0.0
+        for part in p.parts:
+            block = slice(part.start, part.stop)
+            if (p.layer, part.index) in gone[part.kind]: p.weight[(slice(None), block) if p.role == "output" else block] = 0.0
 
 def prune_heads(
     model: nn.Module, # A causal language model of a known family; changed in place

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 from .bad_input import BadInput
-from .anatomy import decoder_layers
+from .anatomy import decoder_layers, decoder_of
 
 # %% ../../nbs/models/02_replay.ipynb #c005
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def decoder_with_cache(
     cache: DynamicCache, # What came before; grows
 ) -> None:
     "Run a model's decoder after what a cache holds."
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values" # transformers renamed it in 5.24
     decoder(input_ids=tokens, attention_mask=seen, use_cache=True, **{name: cache})
 

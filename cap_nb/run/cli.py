@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ..models.bad_input import BadInput, check_at_least, check_choice, check_sparsity
 from ..models.files import write_json
 from ..models.lab import Recipe, train_lab
-from ..models.loading import fetch_smollm2, load_model, model_fingerprint, save_model, tokenizer_fingerprint
+from ..models.loading import check_all_here, fetch_smollm2, load_model, model_fingerprint, save_model, tokenizer_fingerprint
 from ..calibration import calibration_set
 from ..scoring import causal_scores, load_losses, save_losses, score_heads
 from ..importance import importance_factors
@@ -88,7 +88,7 @@ Tasks = option(Text, "tasks to calibrate on and for held-out loss, with commas; 
 DataDir = option(Text, "folder of benchmark files; the hub if left out (the lab's tasks need neither)")
 N, K = option(int, "calibration examples a task"), option(int, "disjoint calibration subsets")
 Seed, Style = option(int, "seed of every draw"), option(Text, "prompt style: paper, answer-line or lab")
-Dtype, Device = option(Text, "float32, bfloat16 or float16; as stored if left out"), option(Text, "cpu, cuda, cuda:N or mps; cuda if there is one")
+Dtype, Device = option(Text, "float32, bfloat16 or float16; as stored if left out"), option(Text, "cpu, cuda, cuda:N, mps, or auto to spread a model larger than one device; cuda if there is one")
 BatchTokens = option(int, "padded tokens a batch")
 Aggregation = option(str, "how losses become scores: paper, paired or mean")
 
@@ -204,6 +204,7 @@ def pruned_in_memory(
     "Load a model, prune it, save it."
     (method,), (sparsity,), parts = job.methods, job.sparsities, check_method(job.methods[0])
     model, tokenizer = load_model(job.model, job.dtype, job.device)
+    check_all_here(model)
     wanted = "calibration" in needs_of(parts) or (parts.attribution and scores is None)
     calibration = calibration_set(tokenizer, job.tasks, job.n, job.k, job.seed, job.data_dir, job.style) if wanted else None
     factors = factors_from(scores, lambda: model_fingerprint(model), job.aggregation)

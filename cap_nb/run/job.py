@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..models.bad_input import BadInput, check_at_least, check_choice, check_sparsity
 from ..models.files import alone_in, read_json, sha256_of_text, whole_file
 from ..models.anatomy import projections
-from ..models.loading import device_named, dtype_named, load_model, model_fingerprint, tokenizer_fingerprint
+from ..models.loading import check_all_here, dtype_named, load_model, model_fingerprint, placed, tokenizer_fingerprint
 from ..calibration import (TASKS, TEXTS, Calibration, Problem, calibration_set, default_style, default_tasks, load_text, prompt_style)
 from ..scoring import AGGREGATIONS, HeadLosses, causal_scores, load_losses, read_tensors, save_losses, score_heads, write_tensors
 from ..importance import importance_factors
@@ -76,7 +76,7 @@ def check_job(
     for name, least in (("n", 1), ("k", 1), ("batch_tokens", 1), ("evaluate_n", 1), ("loss_n", 0), ("windows", 0), ("window_tokens", 2)):
         check_at_least(getattr(job, name), least, f"--{name.replace('_', '-')}")
     if job.max_new_tokens is not None: check_at_least(job.max_new_tokens, 1, "--max-new-tokens")
-    dtype_named(job.dtype), device_named(job.device)
+    dtype_named(job.dtype), placed(job.device)
 
 # %% ../../nbs/run/02_job.ipynb #c010
 def filled_in(
@@ -167,6 +167,7 @@ def prepare(
     "Check, load and draw; whatever is wrong raises `BadInput` here, before any work."
     check_job(job)
     model, tokenizer = load_model(job.model, job.dtype, job.device)
+    check_all_here(model)
     job = filled_in(job, tokenizer)
     if not pieces_of(job): raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or --windows, or name tasks.")
     calibration = calibration_set(tokenizer, job.tasks, job.n, job.k, job.calibration_seed, job.data_dir, job.style)

@@ -77,12 +77,21 @@ def meta_model(
 ) -> nn.Module: # The model of its configuration, on the meta device
     "Names and shapes of a model from its configuration alone; an unknown family or a quantised checkpoint raises `BadInput`."
     settings = read_json(folder/"config.json")
-    family_of(SimpleNamespace(model_type=settings.get("model_type")))
+    family_of(SimpleNamespace(**{"model_type": None} | settings))
     if settings.get("quantization_config"):
         raise BadInput(f"{folder} is quantised: expected weights in float32, bfloat16 or float16; take a checkpoint that is not quantised.")
     with torch.device("meta"): model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     anatomy(model)
     return model
+
+# %% ../../nbs/run/02_streaming.ipynb #namedcell
+def named_as_in(
+    model: nn.Module, # A model
+    tensors: dict[str, StoredTensor], # Name in a checkpoint -> where it lies
+) -> dict[str, StoredTensor]: # Name in the model -> where it lies
+    "The tensors under the model's names; a checkpoint of the decoder alone, as GPT-2's on the hub, leaves out their first part."
+    known, prefix = dict(model.named_parameters()), f"{model.base_model_prefix}."
+    return {prefix + name if prefix + name in known and name not in known else name: stored for name, stored in tensors.items()}
 
 # %% ../../nbs/run/02_streaming.ipynb #c016
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16} # Names in a header -> torch dtypes
@@ -101,9 +110,10 @@ def open_checkpoint(
     "Describe a checkpoint; weights in scope that are missing, of another shape or quantised raise `BadInput`."
     folder = Path(folder)
     shards = shard_files(folder)
-    found = Checkpoint(folder, meta_model(folder), shards, {name: stored for shard in shards for name, stored in stored_tensors(shard).items()})
+    model, tensors = meta_model(folder), {name: stored for shard in shards for name, stored in stored_tensors(shard).items()}
+    found = Checkpoint(folder, model, shards, named_as_in(model, tensors))
     for p in projections(found.model):
-        stored, shape = found.tensors.get(f"{p.name}.weight"), tuple(p.module.weight.shape)
+        stored, shape = found.tensors.get(f"{p.name}.weight"), tuple(p.stored.shape)
         if stored is None: raise BadInput(f"{folder} holds no tensor {p.name}.weight: expected one for each weight in scope; the checkpoint is not whole or has other names.")
         if stored.kind not in STORED_DTYPES: raise BadInput(f"{p.name}.weight is stored as {stored.kind}: expected {', '.join(STORED_DTYPES)}; take a checkpoint that is not quantised.")
         if stored.shape != shape: raise BadInput(f"{p.name}.weight has shape {list(stored.shape)}: expected {list(shape)} from the configuration; the two do not belong together.")
@@ -126,32 +136,45 @@ def pieces_of_weights(
     at_once: int = AT_ONCE, # Weights in a piece, at least one row
 ) -> tuple[StoredRows, ...]: # Their rows in order
     "Cut weights into pieces of whole rows."
-    rows = {p.name: max(1, at_once // p.module.weight.shape[1]) for p in found}
-    return tuple(StoredRows(p, checkpoint.tensors[f"{p.name}.weight"], first, min(first + rows[p.name], len(p.module.weight)))
-                 for p in found for first in range(0, len(p.module.weight), rows[p.name]))
+    rows = {p.name: max(1, at_once // p.weight.shape[1]) for p in found}
+    return tuple(StoredRows(p, checkpoint.tensors[f"{p.name}.weight"], first, min(first + rows[p.name], len(p.weight)))
+                 for p in found for first in range(0, len(p.weight), rows[p.name]))
 
 # %% ../../nbs/run/02_streaming.ipynb #c020
+def lines_of(
+    piece: StoredRows, # Which rows
+) -> tuple[list[int], int]: # Where in the file each run of neighbouring bytes begins, and how many bytes each has
+    "Rows lie in one run; of a weight that is stored as [in, out], every stored line holds one number of each row."
+    stored, each = piece.tensor, STORED_DTYPES[piece.tensor.kind].itemsize
+    width = each * stored.shape[1]
+    if not piece.projection.transposed: return [stored.start + piece.first * width], (piece.last - piece.first) * width
+    return [stored.start + line * width + piece.first * each for line in range(stored.shape[0])], (piece.last - piece.first) * each
+
 def read_rows(
     piece: StoredRows, # Which rows
 ) -> torch.Tensor: # The rows, in the dtype in which they are stored
     "Read some rows of a stored weight; a file that has become shorter raises `BadInput`."
-    stored, width = piece.tensor, (piece.tensor.end - piece.tensor.start) // piece.tensor.shape[0]
-    rows = torch.empty(piece.last - piece.first, stored.shape[1], dtype=STORED_DTYPES[stored.kind])
-    with open(stored.file, "rb") as file:
-        file.seek(stored.start + piece.first * width)
-        if file.readinto(rows.view(torch.uint8).numpy()) != rows.nbytes: raise BadInput(f"{stored.file} became shorter while it was read: expected a checkpoint that nobody changes; try again.")
-    return rows
+    (offsets, size), kind = lines_of(piece), STORED_DTYPES[piece.tensor.kind]
+    held = torch.empty(len(offsets), size // kind.itemsize, dtype=kind)
+    with open(piece.tensor.file, "rb") as file:
+        for offset, line in zip(offsets, held.view(torch.uint8).numpy()):
+            file.seek(offset)
+            if file.readinto(line) != size: raise BadInput(f"{piece.tensor.file} became shorter while it was read: expected a checkpoint that nobody changes; try again.")
+    return held.T.contiguous() if piece.projection.transposed else held.view(piece.last - piece.first, -1)
 
+# %% ../../nbs/run/02_streaming.ipynb #writecell
 def write_rows(
     piece: StoredRows, # Which rows
     rows: torch.Tensor, # Their new values
     folder: Path, # Folder that holds a file of the same name and size
 ) -> None:
     "Write some rows of a weight to the same place in another folder's file."
-    stored, width = piece.tensor, (piece.tensor.end - piece.tensor.start) // piece.tensor.shape[0]
-    with open(folder/stored.file.name, "rb+") as file:
-        file.seek(stored.start + piece.first * width)
-        file.write(rows.view(torch.uint8).numpy())
+    offsets, size = lines_of(piece)
+    held = (rows.T if piece.projection.transposed else rows).contiguous().view(torch.uint8).numpy().reshape(len(offsets), size)
+    with open(folder/piece.tensor.file.name, "rb+") as file:
+        for offset, line in zip(offsets, held):
+            file.seek(offset)
+            file.write(line)
 
 # %% ../../nbs/run/02_streaming.ipynb #c023
 STREAMED = ("magnitude", "cap", "wanda", "cap_wanda") # Criteria whose score of a weight needs no other weight
@@ -197,8 +220,8 @@ def checked_norms(
     if not isinstance(norms, dict): norms, _ = load_norms(norms)
     for p in projections(checkpoint.model):
         own = norms.get(p.name)
-        if own is None or tuple(own.shape) != (p.module.in_features,) or not (own.min() >= 0 and own.isfinite().all()):
-            raise BadInput(f"The input norms of {p.name} are missing, of another length or not finite: expected {p.module.in_features} numbers of at least 0; measure them on this model.")
+        if own is None or tuple(own.shape) != (p.weight.shape[1],) or not (own.min() >= 0 and own.isfinite().all()):
+            raise BadInput(f"The input norms of {p.name} are missing, of another length or not finite: expected {p.weight.shape[1]} numbers of at least 0; measure them on this model.")
     return {p.name: norms[p.name].float().cpu() for p in projections(checkpoint.model)}
 
 # %% ../../nbs/run/02_streaming.ipynb #c029
@@ -247,7 +270,7 @@ def taking(
     pattern = pattern_of(scope)
     if pattern: return lambda scores: smallest_in_groups(scores, *pattern), None
     if scope == "row": return lambda scores: smallest_in_rows(scores, sparsity), None
-    count = zeros_wanted(sum((piece.last - piece.first) * piece.tensor.shape[1] for piece in pieces), sparsity)
+    count = zeros_wanted(sum((piece.last - piece.first) * piece.projection.weight.shape[1] for piece in pieces), sparsity)
     if count == 0: return lambda scores: torch.zeros_like(scores, dtype=torch.bool), None
     threshold = find_threshold([lambda piece=piece: scored(piece)[1] for piece in pieces], count)
     left = [threshold.count - threshold.below if ties == "exact" else threshold.ties]
@@ -348,7 +371,7 @@ def streamed_report(
     threshold: Threshold | None, # Of the whole model, if there is one
 ) -> PruneReport: # The report that `prune_report` would make of the model
     "A report from the zeros that were counted while writing."
-    table = tuple((p.layer, p.role, p.name, zeros[p.name], p.module.weight.numel()) for p in found)
+    table = tuple((p.layer, p.role, p.name, zeros[p.name], p.weight.numel()) for p in found)
     total, weights = sum(row[3] for row in table), sum(row[4] for row in table)
     return PruneReport(method, asked, total / weights, weights, total, threshold and threshold.value, threshold.ties if threshold else 0, table)
 
@@ -389,7 +412,7 @@ def prune_checkpoint(
     groups, zeros = competing(found, scope if scope in ("model", "layer") else "matrix"), {}
     with telling_full_disk(dst), whole_folder(dst) as part:
         lay_out(checkpoint, part)
-        with tqdm(desc=method, total=readings(scope) * sum(p.module.weight.numel() for p in found), unit="weight", unit_scale=True) as bar:
+        with tqdm(desc=method, total=readings(scope) * sum(p.weight.numel() for p in found), unit="weight", unit_scale=True) as bar:
             for group in groups:
                 pieces, scored = pieces_of_weights(checkpoint, group, at_once), scorer(parts.base, known, bar)
                 take, threshold = taking(pieces, scored, sparsity, scope, ties)
