@@ -163,6 +163,17 @@ def test_table_again(finished):
     assert_one_sentence(cap("table", folder, "--format", "pdf"), "Unknown format 'pdf'")
 
 
+def test_tables_and_figures_are_made_again_from_the_records(finished, tmp_path):
+    folder, _ = finished
+    before = {p: p.read_bytes() for kind in ("tables", "figures") for p in (folder / kind).iterdir()}
+    for path in before:
+        path.unlink()
+    result = cap("figures", folder.parent)
+    assert result.exit_code == 0 and "manifest.json" in result.stdout
+    assert {p: p.read_bytes() for p in before} == before
+    assert_one_sentence(cap("figures", tmp_path / "nowhere"), "holds no run")
+
+
 def test_ctrl_c_and_on(finished, tmp_path):
     """Interrupted while scoring, the command says so in a sentence; given again it ends with the same bytes as a run that was left in peace."""
     words = ["run", *FEW, "--tasks", "lab-arc", "--n", "64", "--batch-tokens", "256", "--methods", "cap", "--sparsity", "0.5", "--accuracy-tasks", "none"]
@@ -183,7 +194,7 @@ def test_ctrl_c_and_on(finished, tmp_path):
 
 def contents(folder: Path):
     """All files but those that name times and sessions."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "memory.json", "environment.json", "costs.md", "costs.csv")}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "memory.json", "environment.json", "costs.md", "costs.csv", "manifest.json")}
 
 
 def test_no_times_in_other_files(finished):

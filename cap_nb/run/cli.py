@@ -31,7 +31,7 @@ from ..analysis import method_table, table_csv, table_latex, table_markdown
 from .methods import OTHERS, check_method, method_line, needs_of, prune, table_methods
 from .devices import joined, own_device
 from .folder import finished_evaluations
-from .job import Job, check_job, evaluate, provenance, run_job
+from .job import Job, check_job, evaluate, provenance, run_folders, run_job, write_results
 from .planning import measured_plan, plan, plan_text
 from .streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
 
@@ -274,6 +274,17 @@ def table_command(
     if not evaluations: raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
     table = method_table(evaluations)
     typer.echo(table_csv(table) if form == "csv" else {"md": table_markdown, "tex": table_latex}[form](table, provenance(folder)))
+
+# %% ../../nbs/run/03_cli.ipynb #figurescmd
+@app.command("figures")
+@in_one_sentence
+def figures_command(
+    folder: Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")],
+) -> None:
+    "Make the tables, figures and manifest of every run in a folder again, from the records alone."
+    for run in run_folders(folder):
+        write_results(run)
+        typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
 # %% ../../nbs/run/03_cli.ipynb #methodscmd
 @app.command("methods")
