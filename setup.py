@@ -20,8 +20,9 @@ setup(
     keywords=settings["keywords"],
     python_requires=f">={settings['min_python']},<3.14",
     packages=find_packages(include=["cap_nb", "cap_nb.*"]),
-    package_data={"cap_nb": ["models/lab_checkpoint/*"]},
+    package_data={"cap_nb": ["models/lab_checkpoint/*", "run/harness_tasks/*.yaml"]},
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split(), "smollm2": settings["smollm2_requirements"].split()},
+    extras_require={"dev": settings["dev_requirements"].split(), "smollm2": settings["smollm2_requirements"].split(),
+                    "harness": settings["harness_requirements"].split()},
     entry_points={"console_scripts": settings["console_scripts"].split(), "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"]},
 )

@@ -31,6 +31,7 @@ from .beyond.attributions import *
 from .beyond.head_removal import *
 from .beyond.reasoning_steps import *
 from .analysis import *
+from .evidence import *
 from .run.methods import *
 from .run.devices import *
 from .run.folder import *
@@ -39,6 +40,7 @@ from .run.planning import *
 from .run.streaming import *
 from .run.side_by_side import *
 from .run.cli import *
+from .run.harness import *
 from .run.proofs import *
 
 # %% ../nbs/run/09_all.ipynb #c005

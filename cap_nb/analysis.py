@@ -7,11 +7,11 @@ __all__ = ['METHOD_TITLES', 'TASK_TITLES', 'TEXT_TITLES', 'CELL', 'FEWEST_PAIRS'
            'METHOD_LOOKS', 'OTHER_LOOKS', 'FIGURE_STYLE', 'in_style', 'SESSION', 'method_title', 'task_title',
            'row_order', 'measured_cells', 'method_table', 'cell_text', 'table_cells', 'value_text', 'table_notes',
            'table_markdown', 'table_csv', 'latex_text', 'table_latex', 'answer_table', 'answer_markdown',
-           'PairedDifference', 'paired_difference', 'difference_in_words', 'paper_table', 'paper_direction',
-           'compare_with_paper', 'difference_table', 'difference_mark', 'difference_markdown', 'method_looks',
-           'blank_figure', 'save_figure', 'plot_framework', 'plot_head_importance', 'head_importance_in_words',
-           'plot_importance_distribution', 'plot_sparsity_curves', 'plot_zeros_by_method', 'RunRecords',
-           'provenance_of', 'read_records']
+           'PairedDifference', 'paired_values', 'paired_difference', 'difference_in_words', 'paper_table',
+           'paper_direction', 'compare_with_paper', 'difference_table', 'difference_mark', 'difference_markdown',
+           'method_looks', 'blank_figure', 'save_figure', 'plot_framework', 'plot_head_importance',
+           'head_importance_in_words', 'plot_importance_distribution', 'plot_sparsity_curves', 'plot_zeros_by_method',
+           'RunRecords', 'provenance_of', 'read_records']
 
 # %% ../nbs/06_analysis.ipynb #c003
 import math, re
@@ -231,19 +231,26 @@ class PairedDifference:
         return self.n >= FEWEST_PAIRS and (self.low > 0 or self.high < 0)
 
 # %% ../nbs/06_analysis.ipynb #c034
+def paired_values(
+    first: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of one method
+    second: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of the other, on the same problems
+) -> tuple[list[float], str]: # first - second for each problem, and the unit: points or nats
+    "Differences of accuracies or losses, problem by problem; records of other problems raise `BadInput`."
+    kinds = {type(record) for record in (*first, *second)}
+    ones, others = ({(record.task, record.uid): record for record in records} for records in (first, second))
+    if len(kinds) != 1 or ones.keys() != others.keys():
+        raise BadInput(f"{len(ones)} and {len(others)} records do not stand for the same problems: "
+                       f"expected two methods on one draw; use one seed and n for both.")
+    if kinds == {AnswerRecord}: return [100.0 * (ones[key].correct - others[key].correct) for key in ones], "points"
+    return [ones[key].loss - others[key].loss for key in ones], "nats"
+
 def paired_difference(
     first: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of one method
     second: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of the other, on the same problems
     seed: int = 0, # Seed of the bootstrap
 ) -> PairedDifference: # first - second, with its interval
     "Paired bootstrap of a difference of accuracies or losses; records of other problems raise `BadInput`."
-    kinds = {type(record) for record in (*first, *second)}
-    ones, others = ({(record.task, record.uid): record for record in records} for records in (first, second))
-    if len(kinds) != 1 or ones.keys() != others.keys():
-        raise BadInput(f"{len(ones)} and {len(others)} records do not stand for the same problems: "
-                       f"expected two methods on one draw; use one seed and n for both.")
-    if kinds == {AnswerRecord}: unit, values = "points", [100.0 * (ones[key].correct - others[key].correct) for key in ones]
-    else: unit, values = "nats", [ones[key].loss - others[key].loss for key in ones]
+    values, unit = paired_values(first, second)
     return PairedDifference(sum(values) / len(values), *bootstrap_interval(values, seed), len(values), unit)
 
 # %% ../nbs/06_analysis.ipynb #c035

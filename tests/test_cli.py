@@ -52,6 +52,15 @@ def finished(tmp_path_factory):
     return folder, result.stdout
 
 
+def test_a_calibration_seed_leaves_the_evaluation_alone(finished, tmp_path):
+    """Runs that differ in --calibration-seed calibrate on other problems and are evaluated on the same."""
+    result = cap("run", *FEW, "--methods", "magnitude", "--sparsity", "0.5", "--calibration-seed", "7", "--out", tmp_path / "seven")
+    assert result.exit_code == 0, result.output
+    zero, seven = (read_json(folder / "run.json") for folder in (finished[0], tmp_path / "seven"))
+    assert seven["calibration"]["seed"] == 7 and zero["calibration"]["seed"] == 0
+    assert seven["evaluation"] == zero["evaluation"] and seven["calibration"]["fingerprint"] != zero["calibration"]["fingerprint"]
+
+
 @pytest.mark.parametrize("words, parts", [
     (["run", "--tasks", "gsm8K"], ["Unknown task 'gsm8K'", "expected one of"]),
     (["run", "--accuracy-tasks", "arcs"], ["Unknown task 'arcs'"]),
@@ -154,6 +163,17 @@ def test_table_again(finished):
     assert_one_sentence(cap("table", folder, "--format", "pdf"), "Unknown format 'pdf'")
 
 
+def test_tables_and_figures_are_made_again_from_the_records(finished, tmp_path):
+    folder, _ = finished
+    before = {p: p.read_bytes() for kind in ("tables", "figures") for p in (folder / kind).iterdir()}
+    for path in before:
+        path.unlink()
+    result = cap("figures", folder.parent)
+    assert result.exit_code == 0 and "manifest.json" in result.stdout
+    assert {p: p.read_bytes() for p in before} == before
+    assert_one_sentence(cap("figures", tmp_path / "nowhere"), "holds no run")
+
+
 def test_ctrl_c_and_on(finished, tmp_path):
     """Interrupted while scoring, the command says so in a sentence; given again it ends with the same bytes as a run that was left in peace."""
     words = ["run", *FEW, "--tasks", "lab-arc", "--n", "64", "--batch-tokens", "256", "--methods", "cap", "--sparsity", "0.5", "--accuracy-tasks", "none"]
@@ -174,7 +194,7 @@ def test_ctrl_c_and_on(finished, tmp_path):
 
 def contents(folder: Path):
     """All files but those that name times and sessions."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "memory.json", "environment.json", "costs.md", "costs.csv")}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "memory.json", "environment.json", "costs.md", "costs.csv", "manifest.json")}
 
 
 def test_no_times_in_other_files(finished):

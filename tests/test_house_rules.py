@@ -14,7 +14,7 @@ ROOMS = ["models", "00", "01", "02", "03", "04", "05", "baselines", "beyond", "0
 def room(path):
     """A notebook's place in the order that imports follow: its room, then its number inside the room."""
     folder = path.parent.relative_to(ROOT / "nbs").as_posix()
-    return (ROOMS.index(path.stem[:2]), "") if folder == "." else (ROOMS.index(folder), path.stem)
+    return (ROOMS.index(path.stem[:2]), path.stem) if folder == "." else (ROOMS.index(folder), path.stem)
 
 
 def imported_modules(text, module):

@@ -31,7 +31,7 @@ from ..analysis import method_table, table_csv, table_latex, table_markdown
 from .methods import OTHERS, check_method, method_line, needs_of, prune, table_methods
 from .devices import joined, own_device
 from .folder import finished_evaluations
-from .job import Job, check_job, evaluate, provenance, run_job
+from .job import Job, check_job, evaluate, provenance, run_folders, run_job, write_results
 from .planning import measured_plan, plan, plan_text
 from .streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
 
@@ -101,6 +101,7 @@ EvaluateN, LossN = option(int, "problems answered a task"), option(int, "problem
 MaxNewTokens = option(Whole, "tokens an answer may take; 192 for the lab's tasks and 512 for the others if left out")
 TextName = option(Text, "text for perplexity: wikitext2 or lab-text; the model's own if left out", "--text")
 Windows, WindowTokens = option(int, "windows of the text; 0 for no perplexity"), option(int, "tokens a window")
+CalibrationSeed = option(Whole, "seed of the calibration draw alone; as --seed if left out")
 Note = option(str, "a note for the record, such as what else was running")
 
 # %% ../../nbs/run/03_cli.ipynb #c015
@@ -140,12 +141,12 @@ def run_command(
     out: option(Optional[Path], "the run's folder; runs/MODEL if left out") = None, data_dir: DataDir = None, n: N = 128, k: K = 3, seed: Seed = 0,
     style: Style = None, aggregation: Aggregation = "paper", dtype: Dtype = None, device: Device = None, batch_tokens: BatchTokens = 4096,
     accuracy_tasks: AccuracyTasks = None, evaluate_n: EvaluateN = 200, loss_n: LossN = 100, max_new_tokens: MaxNewTokens = None, text: TextName = None,
-    windows: Windows = 100, window_tokens: WindowTokens = 2048, store: Store = None, note: Note = "",
+    windows: Windows = 100, window_tokens: WindowTokens = 2048, store: Store = None, note: Note = "", calibration_seed: CalibrationSeed = None,
 ) -> None:
     "Load, calibrate, score, prune, evaluate, tabulate: the whole job, resumable."
     chosen = table_methods() if methods.strip() == "all" else names(methods)
     job = Job(model, chosen, shares(sparsity), names(tasks), n, k, seed, data_dir, style, aggregation, dtype, device, batch_tokens,
-              names(accuracy_tasks), evaluate_n, loss_n, max_new_tokens, text, windows, window_tokens)
+              names(accuracy_tasks), evaluate_n, loss_n, max_new_tokens, text, windows, window_tokens, calibration_seed)
     show_run(run_job(job, out or Path("runs")/Path(model).name, store, note))
 
 # %% ../../nbs/run/03_cli.ipynb #c019
@@ -273,6 +274,17 @@ def table_command(
     if not evaluations: raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
     table = method_table(evaluations)
     typer.echo(table_csv(table) if form == "csv" else {"md": table_markdown, "tex": table_latex}[form](table, provenance(folder)))
+
+# %% ../../nbs/run/03_cli.ipynb #figurescmd
+@app.command("figures")
+@in_one_sentence
+def figures_command(
+    folder: Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")],
+) -> None:
+    "Make the tables, figures and manifest of every run in a folder again, from the records alone."
+    for run in run_folders(folder):
+        write_results(run)
+        typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
 # %% ../../nbs/run/03_cli.ipynb #methodscmd
 @app.command("methods")

@@ -6,8 +6,9 @@
 __all__ = ['FOLLOWED', 'Job', 'check_job', 'filled_in', 'Piece', 'pieces_of', 'problems_fingerprint', 'evaluation_data',
            'calibrated_on', 'configuration', 'Ready', 'prepare', 'timed', 'costed', 'scored', 'attribution_factors',
            'attributed', 'copied_weights', 'put_back', 'measured', 'evaluate', 'finish_piece', 'finish_cell',
-           'possible_cells', 'scores_csv', 'write_text', 'run_scores', 'provenance', 'factor_stage', 'cost_table',
-           'cost_markdown', 'kind_of', 'curve_groups', 'zeros_figures', 'write_tables', 'write_results', 'run_job']
+           'possible_cells', 'scores_csv', 'write_text', 'run_scores', 'provenance', 'manifest', 'run_folders',
+           'factor_stage', 'cost_table', 'cost_markdown', 'kind_of', 'curve_groups', 'zeros_figures', 'write_tables',
+           'write_results', 'run_job']
 
 # %% ../../nbs/run/02_job.ipynb #c003
 import json, logging, math, shutil, statistics, time
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from ..models.bad_input import BadInput, check_at_least, check_choice, check_sparsity
-from ..models.files import alone_in, read_json, sha256_of_text, whole_file
+from ..models.files import alone_in, read_json, sha256_of_file, sha256_of_text, whole_file, write_json
 from ..models.anatomy import projections
 from ..models.loading import check_all_here, dtype_named, load_model, model_fingerprint, placed, tokenizer_fingerprint
 from ..calibration import (TASKS, TEXTS, Calibration, Problem, calibration_set, default_style, default_tasks, load_text, prompt_style)
@@ -59,6 +60,7 @@ class Job:
     text: str | None = None # Text for perplexity; None means the lab's for the lab, WikiText-2 otherwise
     windows: int = 100 # Windows of the text; 0 means no perplexity
     window_tokens: int = 2048 # Tokens a window
+    calibration_seed: int | None = None # Of the calibration draw alone; None means `seed`
 
 # %% ../../nbs/run/02_job.ipynb #c008
 def check_job(
@@ -86,6 +88,7 @@ def filled_in(
     tasks, style = job.tasks or default_tasks(tokenizer), job.style or default_style(tokenizer)
     text = job.text or ("lab-text" if default_style(tokenizer) == "lab" else "wikitext2")
     return replace(job, tasks=tuple(dict.fromkeys(tasks)), style=style, text=text, methods=tuple(dict.fromkeys(job.methods)),
+                   calibration_seed=job.seed if job.calibration_seed is None else job.calibration_seed,
                    sparsities=tuple(dict.fromkeys(job.sparsities)), accuracy_tasks=tuple(dict.fromkeys(tasks if job.accuracy_tasks is None else job.accuracy_tasks)))
 
 # %% ../../nbs/run/02_job.ipynb #c012
@@ -142,7 +145,7 @@ def configuration(
     weight, style = next(model.parameters()), prompt_style(job.style)
     asked = {"model": {"name": job.model, "fingerprint": model_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer),
                        "dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type},
-             "calibration": {"tasks": list(job.tasks), "n": job.n, "k": job.k, "seed": job.seed, "batch_tokens": job.batch_tokens, "fingerprint": calibration.fingerprint},
+             "calibration": {"tasks": list(job.tasks), "n": job.n, "k": job.k, "seed": job.calibration_seed, "batch_tokens": job.batch_tokens, "fingerprint": calibration.fingerprint},
              "style": {"called": style.name, "fingerprint": sha256_of_text(json.dumps(asdict(style), sort_keys=True))}, "aggregation": job.aggregation,
              "methods": list(job.methods), "sparsities": list(job.sparsities)}
     limits = {task: job.max_new_tokens or token_limit(task) for task in job.accuracy_tasks}
@@ -168,7 +171,7 @@ def prepare(
     check_all_here(model)
     job = filled_in(job, tokenizer)
     if not pieces_of(job): raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or --windows, or name tasks.")
-    calibration = calibration_set(tokenizer, job.tasks, job.n, job.k, job.seed, job.data_dir, job.style)
+    calibration = calibration_set(tokenizer, job.tasks, job.n, job.k, job.calibration_seed, job.data_dir, job.style)
     return Ready(job, model, tokenizer, calibration, configuration(job, model, tokenizer, calibration))
 
 # %% ../../nbs/run/02_job.ipynb #c022
@@ -367,6 +370,26 @@ def provenance(
     "Where a table's numbers come from: model, data, prompts, settings, versions."
     return provenance_of(read_run(folder), read_json(Path(folder)/"environment.json"))
 
+# %% ../../nbs/run/02_job.ipynb #manifestcell
+def manifest(
+    folder: str | Path, # A run's folder
+) -> dict: # "made" and "made from", each: path within the folder -> SHA-256
+    "Which tables and figures a run has, and the records that they were made from."
+    folder, listed = Path(folder), {"made": {}, "made from": {}}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if not path.is_file() or inside.parts[0] == "unfinished" or path.name.startswith(".") or inside.as_posix() == "manifest.json": continue
+        listed["made" if inside.parts[0] in ("tables", "figures") else "made from"][inside.as_posix()] = sha256_of_file(path)
+    return listed
+
+def run_folders(
+    folder: str | Path, # A run's folder, or one that holds some
+) -> list[Path]: # Folders of runs, in order
+    "The runs in a folder; none raises `BadInput`."
+    found = sorted(path.parent for path in Path(folder).rglob("run.json"))
+    if not found: raise BadInput(f"{folder} holds no run: expected a folder that 'cap run' made, or one with such folders in it; check the path.")
+    return found
+
 # %% ../../nbs/run/02_job.ipynb #cost
 def factor_stage(
     method: str, # A method's name
@@ -451,6 +474,7 @@ def write_results(
         write_text(folder/"tables"/"scores.csv", scores_csv(*scores))
         figures |= {"head_importance": plot_head_importance(scores[0]), "importance_distribution": plot_importance_distribution(scores[0])}
     for name, figure in figures.items(): save_figure(figure, folder/"figures"/name)
+    write_json(folder/"manifest.json", manifest(folder))
 
 # %% ../../nbs/run/02_job.ipynb #c043
 def run_job(

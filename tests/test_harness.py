@@ -1,0 +1,88 @@
+"""lm-evaluation-harness on our prompts: its verdict on every answer is ours. Skipped where the optional extra is not installed."""
+import logging
+import random
+
+import pytest
+import torch
+
+from cap_nb.baselines.magnitude import prune_magnitude
+from cap_nb.evaluation import accuracy, evaluation_problems
+from cap_nb.models.bad_input import BadInput
+from cap_nb.models.loading import load_model, save_model
+from cap_nb.run.harness import harness_answers, harness_benchmarks, verdict_differences, write_harness_task
+
+pytest.importorskip("lm_eval", reason="the optional extra is not installed: pip install 'cap_nb[harness]'")
+TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
+
+
+@pytest.fixture(scope="module")
+def half():
+    """The lab's model with half of its weights pruned: it makes mistakes of every kind."""
+    model, tokenizer = load_model("lab", device="cpu")
+    prune_magnitude(model, 0.5)
+    return model, tokenizer
+
+
+def both(model, tokenizer, task, folder, **draw):
+    write_harness_task(folder, tokenizer, task, **draw)
+    return accuracy(model, tokenizer, task, **draw), harness_answers(model, tokenizer, folder, task)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_verdict_is_ours(task, half, tmp_path):
+    ours, theirs = both(*half, task, tmp_path, n=40, seed=5)
+    assert [r.uid for r in ours] == [answer.uid for answer in theirs]
+    assert verdict_differences(ours, theirs).empty
+    assert 0 < sum(r.correct for r in ours) < 40, "a test needs right and wrong answers"
+
+
+def test_a_saved_model_and_answers_that_are_cut_off(half, tmp_path):
+    save_model(*half, tmp_path / "saved")
+    ours, theirs = both(*load_model(str(tmp_path / "saved"), device="cpu"), "lab-arc", tmp_path, n=30, max_new_tokens=40)
+    assert any(r.cut_off for r in ours) and verdict_differences(ours, theirs).empty
+
+
+def test_excluded_problems_are_excluded_there_too(half, tmp_path):
+    first = evaluation_problems("lab-arc", 1)[0].uid
+    ours, theirs = both(*half, "lab-arc", tmp_path, n=4, exclude=frozenset({first}), max_new_tokens=5)
+    assert first not in {answer.uid for answer in theirs} and len(theirs) == 4 and verdict_differences(ours, theirs).empty
+
+
+def test_nothing_is_left_behind(half, tmp_path):
+    model, tokenizer = half
+    own, pad, level = model.generation_config, tokenizer.pad_token_id, logging.getLogger("lm_eval").level
+    random.seed(3), torch.manual_seed(3)
+    expected = random.random(), torch.rand(1).item()
+    random.seed(3), torch.manual_seed(3)
+    both(model, tokenizer, "lab-arc", tmp_path, n=2, max_new_tokens=4)
+    assert (random.random(), torch.rand(1).item()) == expected
+    assert model.generation_config is own and tokenizer.pad_token_id == pad and logging.getLogger("lm_eval").level == level
+
+
+def test_a_task_that_was_not_written(half, tmp_path):
+    with pytest.raises(BadInput, match="write it with write_harness_task"):
+        harness_answers(*half, tmp_path, "lab-arc")
+
+
+def test_its_own_tasks_bear_its_name(half, monkeypatch):
+    import datasets
+    arc = {"id": ["1", "2"], "question": ["which is it?", "and now?"], "choices": [{"text": ["this", "that"], "label": ["A", "B"]}] * 2, "answerKey": ["A", "B"]}
+    pages = {"page": [" = lab = \n the block is red . \n the lamp is old . \n"] * 2}
+    invented = {"allenai/ai2_arc": arc, "EleutherAI/wikitext_document_level": pages}
+
+    def local(path, name=None, **options):
+        return datasets.DatasetDict({split: datasets.Dataset.from_dict(invented[path]) for split in ("train", "validation", "test")})
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    found = harness_benchmarks(*half, tasks=("arc_challenge", "wikitext"))
+    assert {("arc_challenge", "harness acc"), ("wikitext", "harness word_perplexity")} <= {(task, measure) for task, _, measure in found.index}
+    assert all(measure.startswith("harness ") for _, _, measure in found.index) and (found["Value"] >= 0).all()
+
+
+def test_data_that_cannot_be_had(half, monkeypatch):
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no way there")
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(BadInput, match="expected the hub or its cache"):
+        harness_benchmarks(*half, tasks=("arc_challenge",))
