@@ -92,10 +92,11 @@ def head_losses(
     masked: torch.Tensor, # Float64 [L, H, N]
     intact: torch.Tensor, # Float64 [N]
     batch_tokens: int, # Padded tokens a batch
+    fingerprint: str | None = None, # The model's fingerprint, where it is known already: on a large model it takes a while
 ) -> HeadLosses: # The table with its provenance
     "Put a table together and note where its numbers come from."
     weight = next(model.parameters())
-    meta = {"model": model_fingerprint(model), "calibration": calibration.fingerprint, "dtype": str(weight.dtype).removeprefix("torch."),
+    meta = {"model": fingerprint or model_fingerprint(model), "calibration": calibration.fingerprint, "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type, "batch_tokens": batch_tokens, "torch": torch.__version__, "transformers": transformers.__version__}
     return HeadLosses(masked, intact, calibration.stratum, tuple(e.task for e in calibration.examples),
                       tuple(e.uid for e in calibration.examples), calibration.k, calibration.seed, meta)
@@ -321,10 +322,11 @@ def losses_key(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
     tokenizer_fingerprint: str = "", # Fingerprint of the tokenizer, if it is to be part of the key
+    fingerprint: str | None = None, # The model's fingerprint, where it is known already
 ) -> str: # 16 hexadecimal digits
     "The key of a table of losses: model, tokenizer, tokens and labels, dtype; not names, not K, not sparsity."
     dtype = str(next(model.parameters()).dtype)
-    return sha256_of_text("\n".join([model_fingerprint(model), tokenizer_fingerprint, calibration.fingerprint, dtype]))[:16]
+    return sha256_of_text("\n".join([fingerprint or model_fingerprint(model), tokenizer_fingerprint, calibration.fingerprint, dtype]))[:16]
 
 # %% ../nbs/01_scoring.ipynb #c032
 def write_tensors(
@@ -555,7 +557,8 @@ def score_heads(
     heads: Sequence[tuple[int, int]] | None = None, # Only these (layer, head), without a store; the rest of the table is NaN; None means all
 ) -> HeadLosses: # The table of losses
     "The table of losses (paper section 3.2, equation 1), with the least work that gives it; goes on where a killed run stopped."
-    a, key = anatomy(model), losses_key(model, calibration, tokenizer_fingerprint)
+    a, fingerprint = anatomy(model), model_fingerprint(model)
+    key = losses_key(model, calibration, tokenizer_fingerprint, fingerprint)
     check_scoring(a, store, heads_at_once, share, heads)
     only = [[head for head in range(a.heads) if heads is None or (layer, head) in heads] for layer in range(a.layers)]
     place, finished = store and Path(store)/key, store and Path(store)/f"{key}.safetensors"
@@ -564,7 +567,7 @@ def score_heads(
         plan, batches, beginning = planned(model, calibration, batch_tokens, heads_at_once, place, share, only)
         found, intact = measured_units(model, plan, batches, beginning)
         share.least(0) # everybody's units are there
-        losses = head_losses(model, calibration, *assembled(found, intact, plan, a.layers, a.heads), batch_tokens)
+        losses = head_losses(model, calibration, *assembled(found, intact, plan, a.layers, a.heads), batch_tokens, fingerprint)
         if finished and share.rank == 0: save_losses(losses, finished)
         share.least(0) # nobody leaves, and clears up, before everybody has read
     return losses
