@@ -530,19 +530,20 @@ def planned(
     return Scoring(calibration, batches, groups, mine, units), on_their_way, beginning
 
 # %% ../nbs/01_scoring.ipynb #u12
-def check_scoring(
+def heads_wanted(
     a: Anatomy, # Dimensions of the model
     store: str | Path | None, # Folder of finished tables and units
     heads_at_once: int | None, # Heads of a layer in one pass
     share: Share, # Which of several processes this is
     heads: Sequence[tuple[int, int]] | None, # Only these (layer, head)
-) -> None:
-    "Raise `BadInput` for what cannot be asked of `score_heads`."
+) -> list[list[int]]: # For each layer, the heads that are wanted
+    "The heads to score; what cannot be asked of `score_heads` raises `BadInput`."
     if heads_at_once is not None: check_at_least(heads_at_once, 1, "heads_at_once")
     if share.count > 1 and store is None: raise BadInput(f"{share.count} processes were asked to score without a store: expected a folder that all of them see; name one.")
     if heads is not None and store is not None: raise BadInput("Some heads only were asked for with a store: expected all, since a store holds whole tables; leave the store out.")
     wrong = next(((layer, head) for layer, head in heads or () if not (0 <= layer < a.layers and 0 <= head < a.heads)), None)
     if wrong: raise BadInput(f"There is no head {wrong[1]} of layer {wrong[0]}: expected {a.layers} layers of {a.heads} heads, counted from 0; check the list.")
+    return [[head for head in range(a.heads) if heads is None or (layer, head) in heads] for layer in range(a.layers)]
 
 # %% ../nbs/01_scoring.ipynb #c038
 @torch.no_grad()
@@ -559,8 +560,7 @@ def score_heads(
     "The table of losses (paper section 3.2, equation 1), with the least work that gives it; goes on where a killed run stopped."
     a, fingerprint = anatomy(model), model_fingerprint(model)
     key = losses_key(model, calibration, tokenizer_fingerprint, fingerprint)
-    check_scoring(a, store, heads_at_once, share, heads)
-    only = [[head for head in range(a.heads) if heads is None or (layer, head) in heads] for layer in range(a.layers)]
+    only = heads_wanted(a, store, heads_at_once, share, heads)
     place, finished = store and Path(store)/key, store and Path(store)/f"{key}.safetensors"
     if finished and finished.exists(): return replace(load_losses(finished), k=calibration.k, seed=calibration.seed, stratum=calibration.stratum)
     with alone_in(place.with_name(f"{key}-units")) if place and share.rank == 0 else nullcontext():
