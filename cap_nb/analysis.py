@@ -570,7 +570,7 @@ def plot_sparsity_curves(
     "Every measure against sparsity, a line for each method (paper Table 1 as curves)."
     evaluations = sorted(evaluations, key=row_order)
     table = method_table(evaluations)
-    methods = sorted({(method_title(e.method), e.method) for e in evaluations}, key=lambda pair: (list(METHOD_TITLES) + [pair[1]]).index(pair[1]))
+    methods = sorted({(method_title(e.method), e.method) for e in evaluations}, key=lambda pair: ((list(METHOD_TITLES) + [pair[1]]).index(pair[1]), pair[1])) # a set has no order of its own
     columns = [column for column in dict.fromkeys(table.columns.get_level_values(0)) if column != "Reached"]
     if not columns: raise BadInput("The evaluations hold no measure: expected accuracies, losses or a perplexity; evaluate first.")
     wide = min(4, len(columns))

@@ -410,7 +410,7 @@ def prune_checkpoint(
     parts, checkpoint = check_streamed(method, sparsity, ties), open_checkpoint(src)
     known, found, scope = what_is_known(checkpoint, method, factors, norms, key_value), projections(checkpoint.model), own_scope(parts)
     groups, zeros = competing(found, scope if scope in ("model", "layer") else "matrix"), {}
-    with telling_full_disk(dst), whole_folder(dst) as part:
+    with whole_folder(dst) as part, telling_full_disk(dst): # the inner one speaks: here nothing is kept
         lay_out(checkpoint, part)
         with tqdm(desc=method, total=readings(scope) * sum(p.weight.numel() for p in found), unit="weight", unit_scale=True) as bar:
             for group in groups:
