@@ -26,12 +26,13 @@ def says_no_room(
 @contextmanager
 def room_wanted(
     path: Path, # What the block writes, for the sentence
+    kept: str, # What is not lost, for the sentence
 ) -> Iterator[None]:
     "Turn the errors of a full disk into `BadInput`."
     try: yield
     except Exception as error:
         if not says_no_room(error): raise
-        raise BadInput(f"There was no room to write {path}: expected space on its disk; make room and run the same command again, what was finished is kept.") from error
+        raise BadInput(f"There was no room to write {path}: expected space on its disk; make room and run the same command again, {kept}.") from error
 
 # %% ../../nbs/models/01_files.ipynb #left
 def lives(
@@ -62,7 +63,7 @@ def whole_file(
     clear_left(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with room_wanted(path):
+        with room_wanted(path, "what was finished is kept"):
             yield temporary
             with open(temporary, "rb+") as file: os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -82,7 +83,7 @@ def whole_folder(
     clear_left(path)
     temporary.mkdir(parents=True)
     try:
-        with room_wanted(path):
+        with room_wanted(path, "nothing of it was left behind"):
             yield temporary
             if path.exists(): path.rmdir()
             os.replace(temporary, path)

@@ -8,7 +8,7 @@ __all__ = ['SHARD_INDEX', 'STORED_DTYPES', 'STREAMED', 'StoredTensor', 'stored_t
            'checkpoint_fingerprint']
 
 # %% ../../nbs/run/02_streaming.ipynb #c003
-import errno, hashlib, json, os, shutil
+import hashlib, json, os, shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -332,16 +332,6 @@ def lay_out(
     for shard in checkpoint.shards: copy_around(shard, folder/shard.name, [stored for stored in weights if stored.file == shard])
 
 # %% ../../nbs/run/02_streaming.ipynb #c046
-@contextmanager
-def telling_full_disk(
-    folder: str | Path, # What is written, for the sentence
-) -> Iterator[None]:
-    "Turn the error of a full disk into `BadInput`."
-    try: yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        raise BadInput(f"The disk became full while {folder} was written: expected room for a second checkpoint; make room and start again, nothing was kept.") from None
-
 def sync(
     file: Path, # A written file
 ) -> None:
@@ -410,7 +400,7 @@ def prune_checkpoint(
     parts, checkpoint = check_streamed(method, sparsity, ties), open_checkpoint(src)
     known, found, scope = what_is_known(checkpoint, method, factors, norms, key_value), projections(checkpoint.model), own_scope(parts)
     groups, zeros = competing(found, scope if scope in ("model", "layer") else "matrix"), {}
-    with whole_folder(dst) as part, telling_full_disk(dst): # the inner one speaks: here nothing is kept
+    with whole_folder(dst) as part:
         lay_out(checkpoint, part)
         with tqdm(desc=method, total=readings(scope) * sum(p.weight.numel() for p in found), unit="weight", unit_scale=True) as bar:
             for group in groups:
