@@ -9,8 +9,7 @@ __all__ = ['SHARD_INDEX', 'STORED_DTYPES', 'STREAMED', 'StoredTensor', 'stored_t
 
 # %% ../../nbs/run/02_streaming.ipynb #c003
 import hashlib, json, os, shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
