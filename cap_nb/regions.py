@@ -43,6 +43,7 @@ def flat_factor(
     "The factor of the expert that a projection belongs to, where experts have their own; otherwise the mean of its layer."
     return heads.mean() if experts is None or projection.expert is None else experts[projection.layer, projection.expert]
 
+# %% ../nbs/03_regions.ipynb #x005
 def blocks(
     projection: Projection, # A projection
     a: Anatomy, # Dimensions of its model

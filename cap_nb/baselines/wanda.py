@@ -33,6 +33,7 @@ def real_rows(
     real = mask.flatten().bool()
     return inputs.flatten(0, -2)[real if places is None else real[places]] # OPT hands its MLP [B*T, in]
 
+# %% ../../nbs/baselines/01_wanda.ipynb #x007
 @contextmanager
 def recorded_squares(
     found: Sequence[Projection], # All projections of one layer
@@ -76,6 +77,7 @@ def unreached(
     if missing: log.warning("No calibration token reaches the experts %s of layer %d: within them the magnitude decides", sorted({p.expert for p in missing}), missing[0].layer)
     return missing
 
+# %% ../../nbs/baselines/01_wanda.ipynb #x008
 @torch.no_grad()
 def input_norms(
     layer: nn.Module, # A decoder layer

@@ -433,12 +433,11 @@ def prune_checkpoint(
 ) -> PruneReport: # What was done, as `prune` reports it
     "Prune a checkpoint without loading it (paper sections 3.3 and 3.4); every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, ties), open_checkpoint(src)
-    known, found, scope = what_is_known(checkpoint, method, factors, norms, key_value, experts), projections(checkpoint.model), own_scope(parts)
-    groups, zeros = competing(found, scope if scope in ("model", "layer") else "matrix"), {}
+    known, found, scope, zeros = what_is_known(checkpoint, method, factors, norms, key_value, experts), projections(checkpoint.model), own_scope(parts), {}
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
         with tqdm(desc=method, total=readings(scope) * sum(p.weight.numel() for p in found), unit="weight", unit_scale=True) as bar:
-            for group in groups:
+            for group in competing(found, scope if scope in ("model", "layer") else "matrix"):
                 pieces, scored = pieces_of_weights(checkpoint, group, at_once), scorer(parts.base, known, bar)
                 take, threshold = taking(pieces, scored, sparsity, scope, ties)
                 zeros |= write_zeros(pieces, scored, take, part)
