@@ -163,14 +163,14 @@ CACHES = {"dynamic": None, "static": "static"} # Name of a cache -> what transfo
 @contextmanager
 def greedy_settings(
     model: torch.nn.Module, # A causal language model of transformers
-    stop: Sequence[int], # Tokens that end an answer
-    pad: int, # Token that fills up
+    tokenizer, # Its tokenizer
     max_new_tokens: int, # The limit, in tokens
     cache: str = "dynamic", # "dynamic" or "static"
 ) -> Iterator[GenerationConfig]: # The only settings in force inside the block
     "Greedy settings in place of the model's own, which come back at the end (paper section 4)."
     if cache not in CACHES: raise BadInput(f"There is no cache called {cache!r}: expected {' or '.join(CACHES)}.")
-    own = model.generation_config
+    own, stop = model.generation_config, stop_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop or (0,))[0] # masked: any token will do
     model.generation_config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True, cache_implementation=CACHES[cache],
                                                eos_token_id=list(stop) or None, pad_token_id=pad)
     try: yield model.generation_config
@@ -238,10 +238,8 @@ def generate_greedy(
     if context is not None and longest + max_new_tokens > context:
         raise BadInput(f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {context}: "
                        f"expected them to fit; lower max_new_tokens or leave worked examples out.")
-    stop = stop_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop or (0,))[0] # masked: any token will do
     written = [None] * len(prompts)
-    with inference(model), greedy_settings(model, stop, pad, max_new_tokens, cache) as settings:
+    with inference(model), greedy_settings(model, tokenizer, max_new_tokens, cache) as settings:
         for batch in tqdm(generation_batches([len(p) for p in prompts], max_new_tokens, batch_tokens), desc="generate", leave=False):
             for place, said in zip(batch, generate_batch(model, tokenizer, [prompts[place] for place in batch], settings, line)): written[place] = said
     return written
