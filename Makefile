@@ -1,22 +1,29 @@
 # make demo       environment, install, then the whole job on the embedded lab model
 # make test       everything CI checks
+# make matrix     the tests that meet transformers most, with 5 and then with 4.57, each in an environment of its own (SLOW=1: all notebooks and tests)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
 # make readme     README.md from nbs/index.ipynb
 # make benchmarks measure what nbs/benchmarks has not measured yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
 #
 # With a virtual environment active, it is used; otherwise .venv is made here. Variables: PYTHON (which interpreter makes .venv),
-# DEMO (the demo's run folder).
+# DEMO (the demo's run folder). The matrix has 4.57 in .venv-457, which it makes the first time.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test notebooks benchmarks readme check-sync check-readme check-notebooks check-pytest
+.PHONY: help env demo test matrix matrix-here notebooks benchmarks readme check-sync check-readme check-notebooks check-pytest check-some check-transformers
 
 PYTHON ?= python3
 DEMO ?= runs/demo
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.cap_nb-installed
+# The two environments of the matrix, what each must hold, and the tests that both run.
+MATRIX_NEW := transformers>=5,<6
+MATRIX_OLD := transformers>=4.57,<4.58
+MATRIX_OLD_VENV := $(CURDIR)/.venv-457
+MATRIX_TESTS := families replay scoring streaming evaluation
+PINNED := # What is installed beyond what settings.ini asks for; the matrix sets it
 # An environment that serves another checkout of this project is installed into again.
 ifneq ($(shell cat "$(STAMP)" 2>/dev/null),$(CURDIR))
 $(shell rm -f "$(STAMP)")
@@ -39,7 +46,7 @@ $(STAMP): settings.ini setup.py
 	fi
 	@"$(BIN)/python" -c "$(RIGHT_PYTHON)"
 	@echo "Installing cap_nb and what it needs into $(VENV) (a few minutes the first time)"
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]' $(if $(PINNED),'$(PINNED)')
 	@printf '%s' "$(CURDIR)" > "$(STAMP)"
 
 demo: env
@@ -65,6 +72,25 @@ test: env
 	@$(MAKE) --no-print-directory check-readme
 	@$(MAKE) --no-print-directory check-notebooks
 	@$(MAKE) --no-print-directory check-pytest
+
+# The second environment is tried also when the first one fails; a line on each closes the matrix, with pytest's own summary.
+matrix:
+	@log="$$(mktemp)"; trap 'rm -f "$$log"' EXIT; said="== matrix"; failed=0; \
+	for each in "$(VENV)|$(MATRIX_NEW)" "$(MATRIX_OLD_VENV)|$(MATRIX_OLD)"; do \
+	  $(MAKE) --no-print-directory matrix-here VENV="$${each%|*}" PINNED="$${each#*|}" 2>&1 | tee "$$log" && verdict=passed || { verdict=FAILED; failed=1; }; \
+	  said+=$$'\n'"$$verdict: $$(sed -n 's/^== with //p' "$$log"), $$(sed -nE 's/^=+ (.* in [0-9.]+s.*[^=]) =+$$/\1/p' "$$log" | tail -n 1)"; \
+	done; echo "$$said"; exit $$failed
+
+matrix-here: env check-transformers $(if $(SLOW),check-notebooks check-pytest,check-some)
+
+# An environment that holds another transformers is not mended: someone may want it so.
+check-transformers: env
+	@"$(BIN)/python" -c 'import sys, transformers as t; from packaging.requirements import Requirement; wanted = Requirement(sys.argv[1]); \
+	  print(f"== with transformers {t.__version__} in {sys.argv[2]}", flush=True); \
+	  sys.exit(None if t.__version__ in wanted.specifier else f"{wanted} is wanted there: remove that environment, or install it there")' "$(PINNED)" "$(notdir $(VENV))"
+
+check-some: env
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest $(MATRIX_TESTS:%=tests/test_%.py)
 
 check-sync: env
 	@echo "== notebooks and modules in step"

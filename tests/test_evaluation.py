@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from cap_nb.calibration import BENCHMARK_NAMES, load_problems, target_text
 from cap_nb.evaluation import (AnswerRecord, Evaluation, LossRecord, accuracy, bootstrap_interval, evaluation_problems, extract_answer, generate_greedy,
-                               generate_naive, load_evaluation, normal_answer, perplexity, save_evaluation, wilson_interval, window_losses)
+                               generate_naive, load_evaluation, normal_answer, perplexity, save_evaluation, strict_pattern, wilson_interval, window_losses)
 from cap_nb.models.bad_input import BadInput
 from cap_nb.models.lab import lab_tokenizer
 
@@ -84,6 +84,59 @@ def test_any_batch_writes_what_the_naive_loop_writes(tiny, budget):
     naive = [generate_naive(tiny, Stop, prompt, 16) for prompt in prompts]
     assert any(not said.cut_off for said in naive)
     assert generate_greedy(tiny, Stop, prompts, 16, budget) == naive
+
+
+class Recited:
+    """A text in pieces, a token each, and as much of a tokenizer as decoding asks for. Token 0 is padding, 1 ends, 2 and 3 open a prompt."""
+    pieces = ["", "", "", "", "Six ", "times ", "two.\n", "#### 1", "2", "\n\n", "No: ", "\n", "#### 13", "\n", "and on", ""]
+    eos_token_id, pad_token_id = 15, 0
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return "".join(self.pieces[int(token)] for token in tokens)
+
+
+def reciting():
+    """A model that knows the text above by heart: whatever it has read last, the next piece follows. Its layers do nothing."""
+    size = len(Recited.pieces)
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=size, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2, vocab_size=size, tie_word_embeddings=False,
+                                         pad_token_id=0, eos_token_id=15, bos_token_id=2)).eval()
+    for weight in (model.model.layers[0].self_attn.o_proj.weight, model.model.layers[0].mlp.down_proj.weight):
+        weight.data.zero_()
+    model.model.embed_tokens.weight.data = torch.eye(size)
+    model.lm_head.weight.data = torch.eye(size).roll(1, 0)
+    return model
+
+
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_writing_ends_behind_a_whole_answer_line(budget):
+    """The rows of a batch end at different places: by an answer line in mid-text, by a second one, by the stop token, by the limit."""
+    model, prompts, line = reciting(), [[2, 3], [3, 2, 8], [12], [13]], strict_pattern("paper", "gsm8k")
+    written = generate_greedy(model, Recited(), prompts, 6, budget, line)
+    assert [Recited().decode(said.tokens) for said in written] == ["Six times two.\n#### 12\n\n", "\n\nNo: \n#### 13\n", "\nand on", "and on"]
+    assert [said.cut_off for said in written] == [False] * 4
+    assert written == [generate_naive(model, Recited(), prompt, 6, line) for prompt in prompts]
+    shorter = generate_greedy(model, Recited(), prompts, 5, budget, line)
+    assert [len(said.tokens) for said in shorter] == [5, 5, 2, 1] and [said.cut_off for said in shorter] == [True, False, False, False]
+
+
+def test_without_stopping_early_the_last_answer_line_counts():
+    model, prompt, line = reciting(), [2, 3], strict_pattern("paper", "gsm8k")
+    early, late = (Recited().decode(generate_greedy(model, Recited(), [prompt], 50, line=way)[0].tokens) for way in (line, None))
+    assert late.startswith(early) and late.endswith("and on")
+    assert [extract_answer(text, "gsm8k", "paper") for text in (early, late)] == ["12", "13"]
+
+
+def test_a_model_without_stop_tokens_ends_by_its_answer_line():
+    """generate fills no row up then, and what it writes beyond the line is not taken."""
+    model, tokenizer, line = reciting(), Recited(), strict_pattern("paper", "gsm8k")
+    model.generation_config.eos_token_id = tokenizer.eos_token_id = None
+    assert [len(said.tokens) for said in generate_greedy(model, tokenizer, [[2, 3], [6]], 9, line=line)] == [6, 3]
+
+
+def test_caches_agree(tiny):
+    prompts = [[5] * length for length in (1, 7, 30, 12)]
+    grown, fixed = (generate_greedy(tiny, Stop, prompts, 16, cache=cache) for cache in ("dynamic", "static"))
+    assert grown == fixed
 
 
 def test_no_prompts_no_answers(tiny):

@@ -77,4 +77,4 @@ def test_kept_records_say_where_they_come_from(path):
 
 
 def test_there_are_benchmarks():
-    assert [label(path) for path in BENCHMARKS] == [f"benchmarks/{name}.ipynb" for name in ("00_scoring", "01_scaling", "02_threshold", "03_streaming", "04_gpu")]
+    assert [label(path) for path in BENCHMARKS] == [f"benchmarks/{name}.ipynb" for name in ("00_scoring", "01_scaling", "02_threshold", "03_streaming", "04_gpu", "05_generation")]

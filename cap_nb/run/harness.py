@@ -20,7 +20,7 @@ import cap_nb
 from ..models.bad_input import BadInput
 from ..models.files import read_json, whole_file
 from ..calibration import ANSWER_LINES, PromptStyle, default_style, encode_problem, prompt_style, task_family
-from ..evaluation import AnswerRecord, evaluation_problems, greedy_settings, inference, normal_answer, stop_tokens, token_limit
+from ..evaluation import AnswerRecord, evaluation_problems, greedy_settings, inference, normal_answer, token_limit
 
 # %% ../../nbs/run/04_harness.ipynb #h006
 def imported_harness() -> ModuleType: # The package lm_eval
@@ -105,9 +105,8 @@ def harness_answers(
     lm_eval, name = imported_harness(), harness_name(task)
     path = Path(folder)/f"{name}.yaml"
     if not path.is_file(): raise BadInput(f"{path} does not exist: expected a task there; write it with write_harness_task.")
-    limit, stop = read_json(path)["generation_kwargs"]["max_gen_toks"], stop_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop or (0,))[0] # masked: any token will do
-    with undisturbed(), inference(model), greedy_settings(model, stop, pad, limit):
+    limit = read_json(path)["generation_kwargs"]["max_gen_toks"]
+    with undisturbed(), inference(model), greedy_settings(model, tokenizer, limit):
         wrapped = lm_eval.models.huggingface.HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=tokenizer.chat_template is None)
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
         samples = lm_eval.simple_evaluate(wrapped, tasks=[name], task_manager=manager, bootstrap_iters=0)["samples"][name]

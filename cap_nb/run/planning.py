@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import nn
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from ..models.bad_input import BadInput, check_at_least
 from ..models.anatomy import ROLES, decoder_layers, dimensions, family_of, projections
 from ..models.replay import LayerCall, recorded_calls, run_layer
 from ..models.lab import CHECKPOINT, lab_tokenizer
-from ..models.loading import HUB_ID, device_named, dtype_named, model_cache
+from ..models.loading import HUB_ID, device_named, dtype_named, load_tokenizer, model_cache
 from ..calibration import BENCHMARK_NAMES, IGNORED, Calibration, calibration_set, deal_subsets, task_family, token_batches
 from ..threshold import magnitude_criterion, smallest_in_rows
 from ..evaluation import generation_batches, token_limit
@@ -174,7 +174,7 @@ def tokenizer_at_hand(
     elif name == "lab": return lab_tokenizer()
     elif name == "smollm2": folder = model_cache()/name
     else: return None
-    return AutoTokenizer.from_pretrained(str(folder)) if (folder/"tokenizer_config.json").is_file() else None
+    return load_tokenizer(str(folder)) if (folder/"tokenizer_config.json").is_file() else None
 
 def planned_job(
     job: Job, # What is asked for
