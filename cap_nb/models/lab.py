@@ -208,6 +208,7 @@ class Kind:
     new: Callable = new_model # (recipe, tokenizer) -> untrained model
     loss: Callable = weighted_loss # (model, batch) -> weighted sum of losses; mean over the tokens of weight 1
     optimizers: Callable = optimizers # (model, recipe) -> Muon, AdamW
+    rate: Callable = rate_factor # (step, recipe) -> what the learning rates are multiplied by
     stored: torch.dtype = torch.float32 # Of the weights in the checkpoint
 
 DENSE = Kind() # The lab model itself
@@ -258,7 +259,7 @@ def train(model: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, 
     steps = zip(range(log["step"], recipe.steps), training_batches(tokenizer, recipe, log["step"]))
     with one_core_each(2) as threads:
         for step, batches in tqdm(steps, total=recipe.steps, initial=log["step"], desc="training", mininterval=5):
-            recent.append(take_step(model, both, batches, rate_factor(step, recipe), threads, kind.loss))
+            recent.append(take_step(model, both, batches, kind.rate(step, recipe), threads, kind.loss))
             log |= {"step": step + 1, "seconds": before + time.perf_counter() - start}
             if log["step"] % 50 == 0:
                 log["loss"].append({"step": log["step"]} | {c: sum(r[i] for r in recent) / len(recent) for i, c in enumerate(columns)})

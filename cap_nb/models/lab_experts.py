@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPERTS', 'EXPERTS_CHECKPOINT', 'ExpertsRecipe', 'new_experts_model', 'imbalance', 'experts_loss', 'Slice',
-           'expert_slices', 'experts_optimizers']
+           'expert_slices', 'experts_optimizers', 'cooling_rate']
 
 # %% ../../nbs/models/04_lab_experts.ipynb #x002
 import importlib.resources
@@ -24,6 +24,7 @@ class ExpertsRecipe(Recipe):
     mlp: int = 128 # Width of gate and up of one expert
     experts: int = 8 # Experts a layer
     chosen: int = 2 # Experts that a token goes through
+    cooling: float = 0.4 # Share of the steps over which the rates fall at the end
     balance: float = 0.01 # What the balance of the experts counts in the loss
 
 # %% ../../nbs/models/04_lab_experts.ipynb #x012
@@ -101,6 +102,15 @@ def experts_optimizers(
     muon.register_step_post_hook(take_back)
     return muon, adam
 
+# %% ../../nbs/models/04_lab_experts.ipynb #x033
+def cooling_rate(
+    step: int, # From 0
+    recipe: ExpertsRecipe, # Steps, warm-up and cooling
+) -> float: # In (0, 1]
+    "Linear warm-up, a plateau, and a linear fall to a fiftieth over the last steps (Haegele et al. 2024)."
+    left = (recipe.steps - step) / (recipe.cooling * recipe.steps)
+    return min(1, (step + 1) / recipe.warmup) * max(0.02, min(1, left))
+
 # %% ../../nbs/models/04_lab_experts.ipynb #x034
-EXPERTS = Kind(ExpertsRecipe, new_experts_model, experts_loss, experts_optimizers, torch.bfloat16) # The sibling with experts
+EXPERTS = Kind(ExpertsRecipe, new_experts_model, experts_loss, experts_optimizers, cooling_rate, torch.bfloat16) # The sibling with experts
 EXPERTS_CHECKPOINT = Path(str(importlib.resources.files("cap_nb"))) / "models" / "lab_moe_checkpoint" # Ships with the package
