@@ -379,12 +379,13 @@ def check_finite(
     layer: int | None, # Its layer; None for intact losses
     uids: Sequence[str], # Content hashes of its examples
     heads: Sequence[int] = (), # The heads of the rows; none for intact losses
+    unit: str = "head", # What was masked, for the sentence
 ) -> None:
     "Raise `BadInput` that names head, layer and example if a loss is NaN or infinite."
     wrong = (~losses.isfinite()).nonzero()
     if len(wrong):
         row, place = wrong[0].tolist()
-        which = "The intact loss" if layer is None else f"The loss with head {heads[row]} of layer {layer} masked"
+        which = "The intact loss" if layer is None else f"The loss with {unit} {heads[row]} of layer {layer} masked"
         raise BadInput(f"{which} is {losses[row, place].item()} on example {uids[place]}: "
                        f"expected a finite number; score in float32 or bfloat16, or check the weights.")
 
