@@ -31,7 +31,7 @@ from .models.bad_input import BadInput
 from .models.files import read_json, whole_file
 from .calibration import TASKS, task_family
 from .scoring import causal_scores, load_losses
-from .threshold import PruneReport
+from .threshold import PruneReport, zero_shares
 from .evaluation import (AnswerRecord, Evaluation, LossRecord, bootstrap_interval, load_evaluation, summarise_answers, summarise_losses)
 
 # %% ../nbs/06_analysis.ipynb #c009
@@ -589,12 +589,11 @@ def plot_zeros_by_method(
 ) -> Figure: # A panel a method
     "The share of zeros of every projection, method by method, on one colour scale."
     if not reports: raise BadInput("There is no report to draw: expected at least one; prune first.")
-    roles, wide = list(dict.fromkeys(row[1] for row in reports[0].table)), min(6, len(reports))
-    layers, tall = len(reports[0].table) // len(roles), -(-len(reports) // wide)
+    (roles, shares), wide = zero_shares(reports[0]), min(6, len(reports))
+    layers, tall = len(shares), -(-len(reports) // wide)
     figure, panels = blank_figure(tall, wide, (1.75 * wide + 0.8, tall * min(6.0, 0.95 + 0.1 * layers) + 0.3))
     for ax, report in zip(panels.flat, reports):
-        shares = np.array([zeros / weights for *_, zeros, weights in report.table]).reshape(layers, len(roles))
-        picture = ax.imshow(shares, vmin=0, vmax=1, cmap="magma", aspect="auto")
+        picture = ax.imshow(zero_shares(report)[1], vmin=0, vmax=1, cmap="magma", aspect="auto")
         ax.set_title(method_title(report.method), fontsize=8)
         ax.set_xticks(range(len(roles)), [role[0] for role in roles], fontsize=7)
         ax.set_yticks([0, layers - 1])

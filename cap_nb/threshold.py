@@ -6,7 +6,7 @@
 __all__ = ['Criterion', 'TIES', 'SCOPES', 'magnitude_criterion', 'cap_criterion', 'all_scores', 'bisect_threshold',
            'zeros_wanted', 'smallest_naive', 'Threshold', 'find_threshold', 'zero_weights', 'first_true', 'PruneReport',
            'prune_report', 'zero_smallest', 'prune_globally', 'prune_cap', 'smallest_in_rows', 'smallest_in_groups',
-           'pattern_of', 'check_pattern', 'competing', 'zero_within', 'prune_within', 'plot_zeros']
+           'pattern_of', 'check_pattern', 'competing', 'zero_within', 'prune_within', 'zero_shares', 'plot_zeros']
 
 # %% ../nbs/04_threshold.ipynb #c003
 import math
@@ -33,9 +33,10 @@ def cap_criterion(
     model: nn.Module, # A causal language model of a known family
     factors: torch.Tensor, # Importance factor of every head, [L, H]
     key_value: str = "mean", # How key-value heads get their factor
+    experts: torch.Tensor | None = None, # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
 ) -> Criterion: # |W| * I
     "The criterion of CAP: magnitude times the factor of the weight's region (paper equation 4)."
-    found = region_factors(model, factors, key_value)
+    found = region_factors(model, factors, key_value, experts)
     return lambda projection: magnitude_criterion(projection) * found[projection.name]
 
 # %% ../nbs/04_threshold.ipynb #c009
@@ -215,9 +216,10 @@ def prune_cap(
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
     key_value: str = "mean", # How key-value heads get their factor
     ties: str = "exact", # "exact", or "all" for the paper's plain <=
+    experts: torch.Tensor | None = None, # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
 ) -> PruneReport: # What was done
     "Causal Attribution Pruning (paper section 3.3, algorithm 1, its last step)."
-    return prune_globally(model, cap_criterion(model, factors, key_value), sparsity, "cap", ties)
+    return prune_globally(model, cap_criterion(model, factors, key_value, experts), sparsity, "cap", ties)
 
 # %% ../nbs/04_threshold.ipynb #c039
 def smallest_in_rows(
@@ -305,12 +307,22 @@ def prune_within(
 
 
 # %% ../nbs/04_threshold.ipynb #c042
+def zero_shares(
+    report: PruneReport, # A report
+) -> tuple[list[str], torch.Tensor]: # Roles, and the share of zeros, float64 [layers, roles]; NaN where a layer has no such role
+    "The share of zeros by layer and role."
+    roles, layers = list(dict.fromkeys(row[1] for row in report.table)), list(dict.fromkeys(row[0] for row in report.table))
+    zeros, weights = torch.zeros(2, len(layers), len(roles), dtype=torch.float64)
+    for layer, role, _, own, size in report.table:
+        zeros[layers.index(layer), roles.index(role)] += own
+        weights[layers.index(layer), roles.index(role)] += size
+    return roles, zeros / weights
+
 def plot_zeros(
     report: PruneReport, # A report
 ) -> Figure: # Layers down, roles across, colour is the share of zeros
     "Where the zeros went: the share of zeros of every projection."
-    roles = list(dict.fromkeys(row[1] for row in report.table))
-    share = torch.tensor([row[3] / row[4] for row in report.table]).view(-1, len(roles))
+    roles, share = zero_shares(report)
     figure, axis = plt.subplots(figsize=(5, 1.2 + 0.22 * len(share)), layout="constrained")
     picture = axis.imshow(share, vmin=0, vmax=1, cmap="magma", aspect="auto")
     axis.set(xticks=range(len(roles)), xticklabels=roles, ylabel="layer", title=f"{report.method}, {report.asked:.0%} asked, {report.reached:.2%} reached")

@@ -127,12 +127,13 @@ def loss_gradients(
 ) -> dict[str, torch.Tensor]: # Module name -> gradient of the mean loss of the examples, float32 [out, in]
     "The gradient of the calibration loss for every weight in scope; takes one float32 copy of them, and the activations of a batch."
     found, device = projections(model), next(model.parameters()).device
-    weights = [p.stored for p in found]
+    weights = list(dict.fromkeys(p.parameter for p in found)) # stacked experts share one
     totals = {p.name: torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device) for p in found}
     with wanting_gradients(weights):
         for _, batch in batches_of(calibration, batch_tokens, device):
-            gradients = torch.autograd.grad(target_losses(model, batch).sum() / len(calibration.examples), weights)
-            for p, gradient in zip(found, gradients): totals[p.name] += p.oriented(gradient).float()
+            loss = target_losses(model, batch).sum() / len(calibration.examples)
+            gradients = dict(zip(weights, torch.autograd.grad(loss, weights, materialize_grads=True))) # zero for experts that no token reaches
+            for p in found: totals[p.name] += p.oriented(p.cut(gradients[p.parameter])).float()
     return totals
 
 # %% ../../nbs/baselines/02_criteria.ipynb #c018
@@ -158,6 +159,7 @@ class Given:
     ties: str = "exact" # "exact", or "all" for the paper's plain <=
     batch_tokens: int = 4096 # Padded tokens a batch
     seed: int = 0 # Of methods that draw
+    experts: torch.Tensor | None = None # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
 
 @dataclass(frozen=True)
 class Measured:
@@ -188,7 +190,7 @@ def measured_for(
 ) -> Measured: # What the criterion will look at
     "Measure on the dense model what a criterion needs."
     return Measured(dense_norms(model, given.calibration, given.batch_tokens) if "norm" in needs and not walking else {},
-                    region_factors(model, given.factors, given.key_value) if "factor" in needs else {},
+                    region_factors(model, given.factors, given.key_value, given.experts) if "factor" in needs else {},
                     loss_gradients(model, given.calibration, given.batch_tokens) if "gradient" in needs else {})
 
 # %% ../../nbs/baselines/02_criteria.ipynb #c022

@@ -8,15 +8,15 @@ __all__ = ['layer_output_error', 'sparsegpt_update', 'input_hessians', 'prune_sp
 # %% ../../nbs/baselines/04_sparsegpt.ipynb #c003
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 import torch
 from torch import nn
 from ..models.bad_input import BadInput, check_at_least, check_sparsity
-from ..models.anatomy import Projection, decoder_layers, projections
+from ..models.anatomy import Projection, decoder_layers, projections, recorded_inputs
 from ..models.replay import run_layer
 from ..calibration import Calibration
 from ..threshold import PruneReport, first_true, prune_report, smallest_in_rows, zeros_wanted
-from .wanda import LayerStep, layer_by_layer
+from .wanda import LayerStep, layer_by_layer, real_rows, unreached
 
 # %% ../../nbs/baselines/04_sparsegpt.ipynb #c006
 def layer_output_error(
@@ -165,17 +165,13 @@ def recorded_hessians(
     "While the block runs, every projection adds up the products of its input features over the tokens that are not padding."
     sums = {p.name: torch.zeros((p.weight.shape[1],) * 2, dtype=torch.float64, device=p.weight.device) for p in found}
     last = [None, None] # The input seen last, and its product
-    def adder(name: str):
-        def add(module: nn.Module, args: tuple) -> None:
-            if last[0] is not args[0]:
-                real = args[0].flatten(0, -2)[mask[0].flatten().bool()]
-                real = real.to(torch.promote_types(real.dtype, torch.float32))
-                last[:] = args[0], real.T @ real
-            sums[name] += last[1]
-        return add
-    with ExitStack() as stack:
-        for p in found: stack.callback(p.module.register_forward_pre_hook(adder(p.name)).remove)
-        yield sums
+    def add(p: Projection, inputs: torch.Tensor, places: torch.Tensor | None) -> None:
+        if last[0] is not inputs:
+            real = real_rows(inputs, places, mask[0])
+            real = real.to(torch.promote_types(real.dtype, torch.float32))
+            last[:] = inputs, real.T @ real
+        sums[p.name] += last[1]
+    with recorded_inputs(found, add): yield sums
 
 # %% ../../nbs/baselines/04_sparsegpt.ipynb #c052
 @torch.no_grad()
@@ -188,6 +184,7 @@ def input_hessians(
         for batch in step.waiting:
             mask[0] = batch.mask
             run_layer(step.layer, batch.hidden, batch.calls[index])
+    for p in unreached(step.found, sums): sums[p.name].fill_diagonal_(1.0)
     return sums
 
 # %% ../../nbs/baselines/04_sparsegpt.ipynb #c058

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ROUNDING', 'Anatomy', 'dimensions', 'Part', 'parts_of', 'Routing', 'Kept', 'Projection', 'decoder_layers',
            'decoder_of', 'module_of', 'found_at', 'routing_of', 'expert_counts', 'expert_projections', 'projections',
-           'output_projection', 'final_norm', 'output_head', 'head_logits', 'logits_of', 'attention_shapes',
-           'routing_weights', 'check_nothing_left_out', 'check_experts', 'anatomy', 'key_value_head_of', 'Route',
-           'chosen_experts', 'recorded_routes', 'masked_expert', 'told_of_experts', 'recorded_inputs', 'heads_at',
-           'flipped', 'readers_of', 'logits_without_heads', 'added_by_experts', 'check_routing', 'check_anatomy']
+           'names_of_stack', 'checkpoint_names', 'output_projection', 'final_norm', 'output_head', 'head_logits',
+           'logits_of', 'attention_shapes', 'routing_weights', 'check_nothing_left_out', 'check_experts', 'anatomy',
+           'key_value_head_of', 'Route', 'chosen_experts', 'recorded_routes', 'masked_expert', 'told_of_experts',
+           'recorded_inputs', 'heads_at', 'flipped', 'readers_of', 'logits_without_heads', 'added_by_experts',
+           'check_routing', 'check_anatomy']
 
 # %% ../../nbs/models/02_anatomy.ipynb #c003
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from torch import nn
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 from .bad_input import BadInput
-from .families import HOLDS, ROLES, Experts, Family, family_of
+from .families import FUSES, HOLDS, ROLES, Experts, Family, family_of
 
 # %% ../../nbs/models/02_anatomy.ipynb #c012
 @dataclass(frozen=True)
@@ -128,6 +129,11 @@ class Projection(Kept):
     kept: str = "weight" # Name of the parameter in the module
     routing: Routing | None = None # What sends tokens to the expert
 
+    @property
+    def held_in(self) -> str:
+        "Full name of the parameter."
+        return f"{self.routing.name}.{self.routing.about.home}.{self.kept}" if self.routing and self.routing.stacked else f"{self.name}.weight"
+
 # %% ../../nbs/models/02_anatomy.ipynb #c018
 def decoder_layers(
     model: nn.Module, # A causal language model of a known family
@@ -215,6 +221,29 @@ def projections(
             found.append(Projection(layer, role, name, module_of(module, path, name), parts[role]))
         if routing: found += expert_projections(routing, layer)
     return tuple(found)
+
+# %% ../../nbs/models/02_anatomy.ipynb #e026
+def names_of_stack(
+    routing: Routing, # The experts of a layer, stacked
+    block: str, # Full name of their block in a checkpoint
+    role: str, # Role of a stacked parameter
+) -> tuple[str, ...]: # Names of the tensors that it is made of, in the order of its bytes
+    "Expert after expert, and of a fused matrix one part after the other."
+    parts = [routing.about.listed[part] for part in FUSES.get(role, (role,))]
+    return tuple(f"{block}.{routing.about.home}.{expert}.{part}.weight" for expert in range(routing.count) for part in parts)
+
+def checkpoint_names(
+    model: nn.Module, # A causal language model of a known family
+) -> dict[str, list[tuple[str, ...]]]: # Name of a parameter -> the ways to find it, each the names of tensors that hold it together
+    "Under which names a checkpoint may hold each parameter."
+    ways, layers = {name: [(name,)] for name, _ in model.named_parameters()}, family_of(model.config).layers
+    for layer, routing in enumerate(routing_of(model, layer) for layer in range(len(decoder_layers(model)))):
+        for path in routing.about.blocks if routing else ():
+            block = f"{layers}.{layer}.{path}"
+            for name, _ in routing.block.named_parameters(prefix=routing.name): ways[name].append((block + name.removeprefix(routing.name),))
+            for role, kept in routing.about.stacked.items() if routing.stacked else ():
+                ways[f"{routing.name}.{routing.about.home}.{kept}"].append(names_of_stack(routing, block, role))
+    return ways
 
 # %% ../../nbs/models/02_anatomy.ipynb #c020
 def output_projection(

@@ -120,8 +120,8 @@ def mask_fingerprint(
     "SHA-256 over which weights in scope are zero, projection by projection."
     digest = hashlib.sha256()
     for p in projections(model):
-        digest.update(f"{p.name} {tuple(p.module.weight.shape)}".encode())
-        digest.update(np.packbits((p.module.weight == 0).cpu().numpy()))
+        digest.update(f"{p.name} {tuple(p.stored.shape)}".encode())
+        digest.update(np.packbits((p.stored == 0).cpu().numpy()))
     return digest.hexdigest()
 
 # %% ../../nbs/run/01_folder.ipynb #c021

@@ -248,7 +248,7 @@ def copied_weights(
     model: nn.Module, # A causal language model of a known family
 ) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
     "Copies of the weights of all projections."
-    return {p.name: p.module.weight.detach().to("cpu", copy=True) for p in projections(model)}
+    return {p.name: p.stored.detach().to("cpu", copy=True) for p in projections(model)}
 
 @torch.no_grad()
 def put_back(
@@ -256,7 +256,7 @@ def put_back(
     copies: dict[str, torch.Tensor], # What `copied_weights` gave
 ) -> None:
     "Undo pruning."
-    for p in projections(model): p.module.weight.copy_(copies[p.name])
+    for p in projections(model): p.stored.copy_(copies[p.name])
 
 # %% ../../nbs/run/02_job.ipynb #c028
 def measured(

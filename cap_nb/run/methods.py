@@ -139,9 +139,10 @@ def prune(
     ties: str = "exact", # "exact", or "all" for the paper's plain <=
     batch_tokens: int = 4096, # Padded tokens a batch
     seed: int = 0, # Of methods that draw
+    experts: torch.Tensor | None = None, # Importance factor of every expert, [L, E], for methods that use factors; None: the mean of its layer's heads
 ) -> PruneReport: # What was done
     "Prune a model in place by any method; an unknown method, a wrong sparsity or a missing need raises `BadInput`."
-    parts, given = check_method(method), Given(factors, calibration, None, key_value, ties, batch_tokens, seed)
+    parts, given = check_method(method), Given(factors, calibration, None, key_value, ties, batch_tokens, seed, experts)
     check_sparsity(sparsity)
     if parts.attribution and factors is None: given = replace(given, factors=factors_by(model, parts.attribution, given))
     check_given(method, given, needs_of(parts))

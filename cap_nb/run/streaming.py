@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHARD_INDEX', 'STORED_DTYPES', 'STREAMED', 'StoredTensor', 'stored_tensors', 'shard_files', 'Checkpoint',
-           'open_checkpoint', 'check_streamed', 'save_norms', 'load_norms', 'prune_checkpoint',
+           'tensors_of_weight', 'open_checkpoint', 'check_streamed', 'save_norms', 'load_norms', 'prune_checkpoint',
            'checkpoint_fingerprint']
 
 # %% ../../nbs/run/02_streaming.ipynb #c003
 import hashlib, json, os, shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from ..models.bad_input import BadInput, check_choice, check_sparsity
 from ..models.files import read_json, whole_folder
-from ..models.anatomy import Projection, anatomy, family_of, projections
+from ..models.anatomy import Projection, anatomy, checkpoint_names, expert_counts, family_of, projections
 from ..scoring import read_tensors, write_tensors
-from ..regions import broadcast_factor, check_factors, key_value_factors
+from ..regions import broadcast_factor, check_expert_factors, check_factors, key_value_factors
 from ..threshold import (TIES, PruneReport, Threshold, check_pattern, competing, find_threshold, first_true, pattern_of, smallest_in_groups,
                               smallest_in_rows, zeros_wanted)
 from ..baselines.criteria import CRITERIA, Evidence, Given, Measured, check_given
@@ -89,8 +89,19 @@ def named_as_in(
     tensors: dict[str, StoredTensor], # Name in a checkpoint -> where it lies
 ) -> dict[str, StoredTensor]: # Name in the model -> where it lies
     "The tensors under the model's names; a checkpoint of the decoder alone, as GPT-2's on the hub, leaves out their first part."
-    known, prefix = dict(model.named_parameters()), f"{model.base_model_prefix}."
+    known, prefix = {name for ways in checkpoint_names(model).values() for way in ways for name in way}, f"{model.base_model_prefix}."
     return {prefix + name if prefix + name in known and name not in known else name: stored for name, stored in tensors.items()}
+
+def held_in(
+    model: nn.Module, # A model
+    tensors: dict[str, StoredTensor], # Name in the model, or in a list of experts -> where it lies
+) -> dict[str, tuple[StoredTensor, ...]]: # Parameter of the model -> the tensors whose bytes, one after the other, are its own
+    "Where each parameter lies; one that is missing has no entry."
+    found = {}
+    for name, ways in checkpoint_names(model).items():
+        way = next((way for way in ways if all(own in tensors for own in way)), None)
+        if way: found[name] = tuple(tensors[own] for own in way)
+    return found
 
 # %% ../../nbs/run/02_streaming.ipynb #c016
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16} # Names in a header -> torch dtypes
@@ -101,8 +112,22 @@ class Checkpoint:
     folder: Path # The folder
     model: nn.Module # Its model on the meta device: names and shapes
     shards: tuple[Path, ...] # Its safetensors files
-    tensors: dict[str, StoredTensor] # Name -> where it lies
+    held: dict[str, tuple[StoredTensor, ...]] # Parameter of the model -> the tensors whose bytes, one after the other, are its own
 
+def tensors_of_weight(
+    checkpoint: Checkpoint, # A checkpoint
+    p: Projection, # A weight in scope
+) -> tuple[StoredTensor, ...]: # The tensors whose rows, one below the other, are its own; none if it is missing
+    "Where a weight lies; of a stack of experts, what belongs to its own."
+    held = checkpoint.held.get(p.held_in, ())
+    if not held or p.parameter.ndim == 2: return held
+    count = p.routing.count
+    if len(held) > 1: return held[len(held) // count * p.expert:len(held) // count * (p.expert + 1)]
+    whole, size = held[0], (held[0].end - held[0].start) // count
+    if whole.shape[0] != count: return held # the wrong shape will be told
+    return (replace(whole, start=whole.start + size * p.expert, end=whole.start + size * (p.expert + 1), shape=whole.shape[1:]),)
+
+# %% ../../nbs/run/02_streaming.ipynb #x001
 def open_checkpoint(
     folder: str | Path, # A folder saved by transformers, as safetensors
 ) -> Checkpoint: # What is known of it
@@ -110,12 +135,14 @@ def open_checkpoint(
     folder = Path(folder)
     shards = shard_files(folder)
     model, tensors = meta_model(folder), {name: stored for shard in shards for name, stored in stored_tensors(shard).items()}
-    found = Checkpoint(folder, model, shards, named_as_in(model, tensors))
+    found = Checkpoint(folder, model, shards, held_in(model, named_as_in(model, tensors)))
     for p in projections(found.model):
-        stored, shape = found.tensors.get(f"{p.name}.weight"), tuple(p.stored.shape)
-        if stored is None: raise BadInput(f"{folder} holds no tensor {p.name}.weight: expected one for each weight in scope; the checkpoint is not whole or has other names.")
-        if stored.kind not in STORED_DTYPES: raise BadInput(f"{p.name}.weight is stored as {stored.kind}: expected {', '.join(STORED_DTYPES)}; take a checkpoint that is not quantised.")
-        if stored.shape != shape: raise BadInput(f"{p.name}.weight has shape {list(stored.shape)}: expected {list(shape)} from the configuration; the two do not belong together.")
+        stored = tensors_of_weight(found, p)
+        if not stored: raise BadInput(f"{folder} holds no tensor {p.name}.weight: expected one for each weight in scope; the checkpoint is not whole or has other names.")
+        shape = (p.stored.shape[0] // len(stored), p.stored.shape[1])
+        for tensor in stored:
+            if tensor.kind not in STORED_DTYPES: raise BadInput(f"{p.name}.weight is stored as {tensor.kind}: expected {', '.join(STORED_DTYPES)}; take a checkpoint that is not quantised.")
+            if tensor.shape != shape: raise BadInput(f"{p.name}.weight has shape {list(tensor.shape)}: expected {list(shape)} from the configuration; the two do not belong together.")
     return found
 
 # %% ../../nbs/run/02_streaming.ipynb #c019
@@ -125,9 +152,10 @@ AT_ONCE = 1 << 20 # Weights in a piece
 class StoredRows:
     "Some rows of a weight in scope."
     projection: Projection # On the meta device
-    tensor: StoredTensor # Its weight
+    tensor: StoredTensor # Its weight, or the part of it with these rows
     first: int # Index of the first row
     last: int # Index after the last row
+    before: int = 0 # Rows of the weight that lie in other tensors before this one
 
 def pieces_of_weights(
     checkpoint: Checkpoint, # The checkpoint
@@ -135,9 +163,13 @@ def pieces_of_weights(
     at_once: int = AT_ONCE, # Weights in a piece, at least one row
 ) -> tuple[StoredRows, ...]: # Their rows in order
     "Cut weights into pieces of whole rows."
-    rows = {p.name: max(1, at_once // p.weight.shape[1]) for p in found}
-    return tuple(StoredRows(p, checkpoint.tensors[f"{p.name}.weight"], first, min(first + rows[p.name], len(p.weight)))
-                 for p in found for first in range(0, len(p.weight), rows[p.name]))
+    pieces = []
+    for p in found:
+        stored, rows = tensors_of_weight(checkpoint, p), max(1, at_once // p.weight.shape[1])
+        each = len(p.weight) // len(stored)
+        pieces += [StoredRows(p, tensor, before + first, before + min(first + rows, each), before)
+                   for before, tensor in zip(range(0, len(p.weight), each), stored) for first in range(0, each, rows)]
+    return tuple(pieces)
 
 # %% ../../nbs/run/02_streaming.ipynb #c020
 def lines_of(
@@ -146,7 +178,7 @@ def lines_of(
     "Rows lie in one run; of a weight that is stored as [in, out], every stored line holds one number of each row."
     stored, each = piece.tensor, STORED_DTYPES[piece.tensor.kind].itemsize
     width = each * stored.shape[1]
-    if not piece.projection.transposed: return [stored.start + piece.first * width], (piece.last - piece.first) * width
+    if not piece.projection.transposed: return [stored.start + (piece.first - piece.before) * width], (piece.last - piece.first) * width
     return [stored.start + line * width + piece.first * each for line in range(stored.shape[0])], (piece.last - piece.first) * each
 
 def read_rows(
@@ -229,13 +261,15 @@ def checked_regions(
     factors: torch.Tensor | None, # Importance factor of every head, [L, H]
     method: str, # Name of the method, for the sentence
     key_value: str, # How key-value heads get their factor
+    experts: torch.Tensor | None = None, # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
 ) -> dict[str, torch.Tensor]: # Module name -> float32 tensor that broadcasts over the weight
     "The factor of every weight (paper equation 4), as `region_factors` gives it, but in main memory; missing factors or another model's raise `BadInput`."
     check_given(method, Given(factors=factors), ["factors"])
-    a, factors = anatomy(checkpoint.model), factors.cpu()
+    a, factors, experts = anatomy(checkpoint.model), factors.cpu(), None if experts is None else experts.cpu()
     check_factors(factors, a)
+    check_expert_factors(experts, expert_counts(checkpoint.model))
     shared = key_value_factors(factors, a.key_value_heads, key_value)
-    return {p.name: broadcast_factor(p, a, factors[p.layer], shared[p.layer]).float() for p in projections(checkpoint.model)}
+    return {p.name: broadcast_factor(p, a, factors[p.layer], shared[p.layer], experts).float() for p in projections(checkpoint.model)}
 
 # %% ../../nbs/run/02_streaming.ipynb #c032
 Scored = Callable[[StoredRows], tuple[torch.Tensor, torch.Tensor]] # Piece -> its rows, and their scores in float32
@@ -327,7 +361,7 @@ def lay_out(
         target = folder/path.relative_to(checkpoint.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
-    weights = [checkpoint.tensors[f"{p.name}.weight"] for p in projections(checkpoint.model)]
+    weights = [stored for p in projections(checkpoint.model) for stored in tensors_of_weight(checkpoint, p)]
     for shard in checkpoint.shards: copy_around(shard, folder/shard.name, [stored for stored in weights if stored.file == shard])
 
 # %% ../../nbs/run/02_streaming.ipynb #c046
@@ -377,10 +411,11 @@ def what_is_known(
     factors: torch.Tensor | None, # Importance factors, [L, H]
     norms: dict[str, torch.Tensor] | str | Path | None, # Input norms
     key_value: str, # How key-value heads get their factor
+    experts: torch.Tensor | None, # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
 ) -> Measured: # What the criterion looks at
     "Collect and check what a method needs besides the weights."
     needs = CRITERIA[check_method(method).base].needs
-    return Measured(checked_norms(checkpoint, norms, method) if "norm" in needs else {}, checked_regions(checkpoint, factors, method, key_value) if "factor" in needs else {})
+    return Measured(checked_norms(checkpoint, norms, method) if "norm" in needs else {}, checked_regions(checkpoint, factors, method, key_value, experts) if "factor" in needs else {})
 
 # %% ../../nbs/run/02_streaming.ipynb #c051
 @torch.no_grad()
@@ -394,15 +429,15 @@ def prune_checkpoint(
     key_value: str = "mean", # How key-value heads get their factor: "mean" or "max"
     ties: str = "exact", # "exact", or "all" for the paper's plain <=
     at_once: int = AT_ONCE, # Weights held at once; the result does not depend on it
+    experts: torch.Tensor | None = None, # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
 ) -> PruneReport: # What was done, as `prune` reports it
     "Prune a checkpoint without loading it (paper sections 3.3 and 3.4); every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, ties), open_checkpoint(src)
-    known, found, scope = what_is_known(checkpoint, method, factors, norms, key_value), projections(checkpoint.model), own_scope(parts)
-    groups, zeros = competing(found, scope if scope in ("model", "layer") else "matrix"), {}
+    known, found, scope, zeros = what_is_known(checkpoint, method, factors, norms, key_value, experts), projections(checkpoint.model), own_scope(parts), {}
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
         with tqdm(desc=method, total=readings(scope) * sum(p.weight.numel() for p in found), unit="weight", unit_scale=True) as bar:
-            for group in groups:
+            for group in competing(found, scope if scope in ("model", "layer") else "matrix"):
                 pieces, scored = pieces_of_weights(checkpoint, group, at_once), scorer(parts.base, known, bar)
                 take, threshold = taking(pieces, scored, sparsity, scope, ties)
                 zeros |= write_zeros(pieces, scored, take, part)
@@ -416,11 +451,12 @@ def checkpoint_fingerprint(
     "What `model_fingerprint` would say of the loaded model, without loading it; a parameter that is not stored raises `BadInput`."
     checkpoint = open_checkpoint(folder)
     digest = hashlib.sha256(checkpoint.model.config.model_type.encode())
-    for name, _ in checkpoint.model.named_parameters():
-        stored = checkpoint.tensors.get(name)
-        if stored is None or stored.kind not in STORED_DTYPES: raise BadInput(f"{folder} holds no tensor {name} in float32, bfloat16 or float16: expected every parameter; the checkpoint is not whole.")
-        digest.update(f"{name} {STORED_DTYPES[stored.kind]} {stored.shape}".encode())
-        with open(stored.file, "rb") as file:
-            file.seek(stored.start)
-            for position in range(stored.start, stored.end, COPIED): digest.update(file.read(min(COPIED, stored.end - position)))
+    for name, weight in checkpoint.model.named_parameters():
+        held = checkpoint.held.get(name, ())
+        if not held or any(stored.kind not in STORED_DTYPES for stored in held): raise BadInput(f"{folder} holds no tensor {name} in float32, bfloat16 or float16: expected every parameter; the checkpoint is not whole.")
+        digest.update(f"{name} {STORED_DTYPES[held[0].kind]} {held[0].shape if len(held) == 1 else tuple(weight.shape)}".encode())
+        for stored in held:
+            with open(stored.file, "rb") as file:
+                file.seek(stored.start)
+                for position in range(stored.start, stored.end, COPIED): digest.update(file.read(min(COPIED, stored.end - position)))
     return digest.hexdigest()
