@@ -27,12 +27,12 @@ from ..importance import importance_factors
 # %% ../../nbs/beyond/03_experts.ipynb #e011
 def check_has_experts(
     model: nn.Module, # A causal language model of a known family
-    wanted: str = "Routing-aware scores", # What needs experts, for the sentence
+    wanted: str = "A score given an expert", # What needs experts, for the sentence
 ) -> tuple[int, int]: # Layers, L, and experts of the layer that has most, E
     "The size of a table over experts; a model without experts raises `BadInput`."
     counts = expert_counts(model)
     if max(counts): return len(counts), max(counts)
-    raise BadInput(f"{wanted} need routed experts, and {type(model).__name__} has none: expected a mixture of experts such as lab-moe; use cap on a dense model.")
+    raise BadInput(f"{wanted} was asked for, and {type(model).__name__} has no routed experts: expected a mixture of experts such as lab-moe; use cap on a dense model.")
 
 def target_counts(
     batch: dict[str, torch.Tensor], # A batch with labels, [B, T]
@@ -272,7 +272,7 @@ def routing_aware_factors(
 ) -> UnitFactors: # Of heads and experts
     "Factors by name; an unknown name, a model without experts, or losses of other examples raise `BadInput`."
     named = ROUTING_AWARE[check_choice(name, ROUTING_AWARE, "routing-aware variant")]
-    check_has_experts(model, f"The factors of {name!r}")
+    check_has_experts(model, f"Factors of experts, {name!r},")
     losses = losses or score_heads(model, calibration, batch_tokens)
     if losses.uid != tuple(example.uid for example in calibration.examples):
         raise BadInput("The table of losses and the calibration set hold different examples: expected the same, in the same order; score again.")

@@ -341,18 +341,21 @@ def add_to_log(
 # %% ../../nbs/models/04_lab.ipynb #c055
 CHECKPOINT = Path(str(importlib.resources.files("cap_nb"))) / "models" / "lab_checkpoint" # Ships with the package
 
-def lab_tokenizer() -> PreTrainedTokenizerFast: # With the chat template that the model was trained on
+def lab_tokenizer(
+    folder: Path = CHECKPOINT, # A checkpoint of the package
+) -> PreTrainedTokenizerFast: # With the chat template that the model was trained on
     "The tokenizer of the lab model; a damaged checkpoint raises `BadInput`."
-    check_checksums(CHECKPOINT)
-    return AutoTokenizer.from_pretrained(CHECKPOINT)
+    check_checksums(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 def lab_model(
-    dtype: torch.dtype | None = None, # None means float32, as stored
+    dtype: torch.dtype | None = None, # None means float32
     device: str | torch.device | None = None, # None means the CPU
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]: # The model in evaluation mode, and its tokenizer
+    folder: Path = CHECKPOINT, # A checkpoint of the package: the lab model's, or its sibling's
+) -> tuple[nn.Module, PreTrainedTokenizerFast]: # The model in evaluation mode, and its tokenizer
     "The lab model of the package; a damaged checkpoint raises `BadInput`."
-    tokenizer = lab_tokenizer()
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=dtype or torch.float32)
+    tokenizer = lab_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
     return model.to(device or "cpu").eval(), tokenizer
 
 # %% ../../nbs/models/04_lab.ipynb #c057

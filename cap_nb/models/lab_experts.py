@@ -20,7 +20,7 @@ from .lab import Kind, Recipe, Sequences, optimizers
 @dataclass(frozen=True)
 class ExpertsRecipe(Recipe):
     "The lab model's recipe, with experts in place of each MLP, and fewer steps."
-    steps: int = 1_200 # Optimiser steps
+    steps: int = 1_500 # Optimiser steps
     mlp: int = 128 # Width of gate and up of one expert
     experts: int = 8 # Experts a layer
     chosen: int = 2 # Experts that a token goes through
