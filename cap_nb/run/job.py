@@ -230,7 +230,7 @@ def attribution_factors(
     if not path.exists():
         with costed(folder, f"attribution/{attribution}", ready.model.device): found = unit_factors(ready.model, attribution, given, losses, how)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"factors": found.heads} | ({} if found.experts is None else {"experts": found.experts}), origin)
+        write_tensors(path, {"factors": found.heads} | ({} if found.experts is None else {"experts": found.experts}) | found.kept, origin)
     tensors, kept = read_tensors(path)
     if kept != origin: raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and run again.")
     return UnitFactors(tensors["factors"], tensors.get("experts"))
