@@ -7,7 +7,7 @@ __all__ = ['Changed', 'KEPT', 'ROUTING_AWARE', 'check_has_experts', 'target_coun
            'summed_by_expert', 'whole_passes', 'resumed_passes', 'routed_losses', 'conditional_scores', 'expert_use',
            'rise_by_expert', 'variance_parts', 'ExpertVariance', 'expert_variance', 'expert_losses', 'UnitFactors',
            'pooled_factors', 'with_layer_mean', 'routed_factors', 'masked_expert_factors', 'RoutingAware',
-           'routing_aware_factors']
+           'routing_aware_factors', 'plot_expert_factors']
 
 # %% ../../nbs/beyond/03_experts.ipynb #e003
 import math
@@ -284,3 +284,18 @@ def routing_aware_factors(
     if losses.uid != tuple(example.uid for example in calibration.examples):
         raise BadInput("The table of losses and the calibration set hold different examples: expected the same, in the same order; score again.")
     return named.compute(model, calibration, losses, how, batch_tokens)
+
+# %% ../../nbs/beyond/03_experts.ipynb #e061
+def plot_expert_factors(
+    factors: dict[str, UnitFactors], # Name -> factors; without any of their own, experts are drawn with their layer's mean
+    experts: int, # E
+) -> Figure: # One panel a name
+    "The importance factor of every expert, for several ways of finding it."
+    figure, axes = plt.subplots(1, len(factors), figsize=(3.2 * len(factors) + 0.8, 2.6), squeeze=False, sharey=True, layout="constrained")
+    for axis, (name, own) in zip(axes[0], factors.items()):
+        shown = own.heads.mean(1, keepdim=True).expand(-1, experts) if own.experts is None else own.experts
+        picture = axis.imshow(shown.cpu().numpy(), vmin=1, vmax=10, cmap="viridis", aspect="auto", interpolation="nearest")
+        axis.set(title=name, xlabel="expert", xticks=range(experts), yticks=range(len(shown)))
+    axes[0, 0].set_ylabel("layer")
+    figure.colorbar(picture, ax=axes, label="importance factor", shrink=0.8)
+    return figure
