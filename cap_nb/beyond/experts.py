@@ -6,8 +6,8 @@
 __all__ = ['Changed', 'KEPT', 'ROUTING_AWARE', 'check_has_experts', 'target_counts', 'target_routes', 'RoutedLosses',
            'summed_by_expert', 'whole_passes', 'resumed_passes', 'routed_losses', 'conditional_scores', 'expert_use',
            'rise_by_expert', 'variance_parts', 'ExpertVariance', 'expert_variance', 'expert_losses', 'UnitFactors',
-           'pooled_factors', 'with_layer_mean', 'routed_factors', 'masked_expert_factors', 'RoutingAware',
-           'routing_aware_factors', 'plot_expert_factors']
+           'pooled_factors', 'with_layer_mean', 'routed_factors', 'masked_expert_factors', 'routed_mean_factors',
+           'RoutingAware', 'routing_aware_factors', 'plot_expert_factors']
 
 # %% ../../nbs/beyond/03_experts.ipynb #e003
 import math
@@ -254,6 +254,16 @@ def masked_expert_factors(
     heads, own = pooled_factors(causal_scores(losses, how), causal_scores(experts, how))
     return replace(with_layer_mean(own, heads), kept={"masked": experts.masked, "intact": experts.intact})
 
+# %% ../../nbs/beyond/03_experts.ipynb #e052c
+def routed_mean_factors(
+    routed: RoutedLosses, # Losses per routed expert
+    losses: HeadLosses, # Losses of the same examples, for the heads' own scores
+    how: str = "paper", # Aggregation
+) -> UnitFactors: # Of heads and experts
+    "The control of `routed_factors`: the same line, and for every expert the mean of its layer's heads (paper section 3.3)."
+    found = routed_factors(routed, losses, how)
+    return with_layer_mean(torch.full_like(found.experts, math.nan), found.heads)
+
 # %% ../../nbs/beyond/03_experts.ipynb #e055
 @dataclass(frozen=True)
 class RoutingAware:
@@ -265,6 +275,8 @@ class RoutingAware:
 ROUTING_AWARE: dict[str, RoutingAware] = {
     "routed": RoutingAware("experts by their heads' scores on the tokens routed to them", "after the paper, section 5.4",
         lambda model, calibration, losses, how, batch_tokens: routed_factors(routed_losses(model, calibration, batch_tokens), losses, how)),
+    "routed_mean": RoutingAware("experts by their layer's mean, on the scale of routed", "the control of routed",
+        lambda model, calibration, losses, how, batch_tokens: routed_mean_factors(routed_losses(model, calibration, batch_tokens), losses, how)),
     "masked_experts": RoutingAware("experts by their own scores, each masked as a unit", "after the paper, section 5.4",
         lambda model, calibration, losses, how, batch_tokens: masked_expert_factors(expert_losses(model, calibration, batch_tokens), losses, how))}
 
