@@ -593,7 +593,7 @@ def plot_zeros_by_method(
     layers, tall = len(shares), -(-len(reports) // wide)
     figure, panels = blank_figure(tall, wide, (1.75 * wide + 0.8, tall * min(6.0, 0.95 + 0.1 * layers) + 0.3))
     for ax, report in zip(panels.flat, reports):
-        picture = ax.imshow(zero_shares(report)[1], vmin=0, vmax=1, cmap="magma", aspect="auto")
+        picture = ax.imshow(zero_shares(report)[1].numpy(), vmin=0, vmax=1, cmap="magma", aspect="auto")
         ax.set_title(method_title(report.method), fontsize=8)
         ax.set_xticks(range(len(roles)), [role[0] for role in roles], fontsize=7)
         ax.set_yticks([0, layers - 1])

@@ -324,7 +324,7 @@ def plot_zeros(
     "Where the zeros went: the share of zeros of every projection."
     roles, share = zero_shares(report)
     figure, axis = plt.subplots(figsize=(5, 1.2 + 0.22 * len(share)), layout="constrained")
-    picture = axis.imshow(share, vmin=0, vmax=1, cmap="magma", aspect="auto")
+    picture = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="magma", aspect="auto")
     axis.set(xticks=range(len(roles)), xticklabels=roles, ylabel="layer", title=f"{report.method}, {report.asked:.0%} asked, {report.reached:.2%} reached")
     figure.colorbar(picture, ax=axis, label="share of zeros")
     return figure

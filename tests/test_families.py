@@ -12,15 +12,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cap_nb.beyond.head_removal import prune_heads, weights_removed
-from cap_nb.models.anatomy import anatomy, check_anatomy, projections
+from cap_nb.models.anatomy import anatomy, check_anatomy, expert_counts, masked_expert, projections, recorded_routes
 from cap_nb.models.bad_input import BadInput
 from cap_nb.models.families import FAMILIES, family_of
-from cap_nb.models.loading import load_model
+from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.run.planning import read_sizes
-from cap_nb.run.proofs import PROOFS, TINY_MODELS, measured_proof, tiny_factors, tiny_model
+from cap_nb.run import proofs
+from cap_nb.run.folder import mask_fingerprint
+from cap_nb.run.job import copied_weights, put_back
+from cap_nb.run.methods import prune
+from cap_nb.run.proofs import PROOFS, TINY_MODELS, measured_proof, proofs_of, tiny_calibration, tiny_factors, tiny_model
 from cap_nb.run.streaming import checkpoint_fingerprint, prune_checkpoint
 from cap_nb.scoring import masked_head
-from cap_nb.threshold import prune_cap
+from cap_nb.threshold import plot_zeros, prune_cap
 from conftest import ROOT
 
 
@@ -28,8 +32,10 @@ def test_every_family_is_proved():
     assert {kind for kind, _ in TINY_MODELS.values()} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("proof", PROOFS)
-@pytest.mark.parametrize("name", TINY_MODELS)
+MIXTURES = [name for name, (kind, _) in TINY_MODELS.items() if FAMILIES[kind].experts]
+
+
+@pytest.mark.parametrize("name, proof", [(name, proof) for name in TINY_MODELS for proof in PROOFS if name in MIXTURES or not PROOFS[proof].of_experts])
 def test_claim(name, proof):
     assert measured_proof(name, proof) <= PROOFS[proof].limit
 
@@ -93,10 +99,95 @@ def test_a_checkpoint_of_the_decoder_alone_can_be_streamed(tmp_path, name, prefi
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "granitemoe"])
-def test_mixtures_of_experts_are_refused(kind):
-    with pytest.raises(BadInput, match=f"'{kind}' is a mixture of experts: expected a dense model"):
+@pytest.mark.parametrize("kind", ["deepseek_v3", "granitemoe"])
+def test_other_mixtures_of_experts_are_refused(kind):
+    with pytest.raises(BadInput, match=f"'{kind}' is a mixture of experts that is not described: expected one of llama"):
         family_of(AutoConfig.for_model(kind))
+
+
+def test_experts_are_claimed_of_mixtures_only():
+    assert MIXTURES and {"experts", "routed"} <= set(proofs_of("mixtral"))
+    assert not {"experts", "routed"} & set(proofs_of("llama"))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_wrong_hand_is_noticed_in_a_moe(monkeypatch, name):
+    """The proofs of experts can fail: a router that is believed to choose the neighbour of each expert."""
+    right = proofs.weighed_by_hand
+    monkeypatch.setattr(proofs, "weighed_by_hand", lambda *given: right(*given).roll(1, -1))
+    assert measured_proof(name, "experts") > 0.1
+    assert measured_proof(name, "routed") > 0.1
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_routers_of_a_moe_are_never_pruned(name):
+    """Everything in a layer with two axes or more is pruned, except routers and the gate of an expert that all tokens pass."""
+    model, dense = tiny_model(name), tiny_model(name)
+    report = prune(model, "magnitude", 0.5)
+    kept = [own for own, weight in model.named_parameters() if ".layers." in own and weight.ndim > 1 and not (weight == 0).any()]
+    sparse = sum(count > 0 for count in expert_counts(model))
+    assert all(own.endswith((".gate.weight", "shared_expert_gate.weight")) for own in kept) and len(kept) == sparse * (2 if "qwen2" in name else 1)
+    assert report.weights == sum(w.numel() for own, w in dense.named_parameters() if ".layers." in own and w.ndim > 1 and own not in kept)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_of_a_moe_have_factors_of_their_own(name):
+    """A low factor for one expert makes it lose more, in memory and in the checkpoint alike; its layer's others lose less."""
+    model = tiny_model(name)
+    counts, factors = expert_counts(model), tiny_factors(model)
+    own = torch.full((len(counts), 4), 5.0)
+    own[counts.index(4), 2] = 1.0
+    report = prune(model, "cap", 0.5, factors, experts=own)
+    shares = {(p.layer, p.expert): row[3] / row[4] for p, row in zip(projections(model), report.table) if p.role == "down"}
+    first = counts.index(4)
+    assert shares[first, 2] > max(shares[first, other] for other in (0, 1, 3)) + 0.2
+    with pytest.raises(BadInput, match="expected \\[3, 4\\], one an expert"):
+        prune(tiny_model(name), "cap", 0.5, factors, experts=own[:, :3])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe, two dense layers"])
+def test_every_method_prunes_a_moe_and_can_be_undone(name):
+    model = tiny_model(name)
+    dense, copies, before = model_fingerprint(model), copied_weights(model), mask_fingerprint(model)
+    for method in ("cap", "cap@matrix", "wanda@2:4", "cap_wanda@layer", "random", "gradient@row", "heads", "wanda+owl", "sparsegpt+causal", "sparsegpt@2:4", "cap.signed_gradient"):
+        sparsity = 0.5 if ":" in method else 0.1 if method == "heads" else 0.25
+        report = prune(model, method, sparsity, None if "." in method else tiny_factors(model), tiny_calibration())
+        assert abs(report.reached - sparsity) < 0.1, method
+        assert mask_fingerprint(model) != before
+        put_back(model, copies)
+        assert model_fingerprint(model) == dense
+    plot_zeros(report)
+
+
+def test_a_masked_expert_of_a_moe_gives_nothing_and_its_neighbours_give_the_same():
+    model, ids = tiny_model("olmoe"), torch.arange(3, 12)[None]
+    with torch.no_grad():
+        with recorded_routes(model) as routes:
+            whole = model(ids).logits
+        last = routes[-1]
+        expert = int(last.indices[0, 1])
+        with masked_expert(model, last.layer, expert):
+            masked = model(ids).logits
+        kept = (last.indices != expert).all(-1)
+        assert torch.equal(masked[0, kept], whole[0, kept]) and not kept.all()
+        for p in projections(model):  # taking away its last matrix is the same
+            if p.layer == last.layer and p.expert == expert and p.role == "down":
+                p.weight.zero_()
+        assert torch.allclose(model(ids).logits, masked, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_planning_a_moe_is_refused_with_a_sentence(tmp_path, kind):
+    tiny_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=f"cost of model type '{kind}' is not counted yet"):
+        read_sizes(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_fingerprint_of_a_stored_moe_is_that_of_the_loaded_one(tmp_path, name):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert checkpoint_fingerprint(tmp_path) == model_fingerprint(model) == model_fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
 def test_what_is_quantised_in_memory_is_refused():
