@@ -194,13 +194,15 @@ def expert_projections(
     routing: Routing, # The experts of a layer
     layer: int, # Index of the layer
 ) -> list[Projection]: # Their matrices: role by role, expert by expert, then those of the expert that every token passes
-    "The weight matrices of the experts of a layer."
+    "The weight matrices of the experts of a layer; a router that knows another number of them raises `BadInput`."
     found, home, about = [], f"{routing.name}.{routing.about.home}", routing.about
     for role, path in (about.stacked if routing.stacked else about.listed).items():
         for expert in range(routing.count):
             name = f"{home}.{expert}.{path}"
             held = module_of(routing.experts, "", name, path) if routing.stacked else module_of(routing.experts, f"{expert}.{path}", name)
             found.append(Projection(layer, role, name, held, (), expert, path if routing.stacked else "weight", routing))
+    held = len(found[0].parameter) if routing.stacked else len(routing.experts)
+    if held != routing.count: raise BadInput(f"{routing.name} holds {held} experts and its router knows {routing.count}: expected as many; the model is not the one described.")
     for role, path in about.shared.items():
         name = f"{routing.name}.{path}"
         found.append(Projection(layer, role, name, module_of(routing.block, path, name)))
@@ -320,11 +322,10 @@ def check_experts(
     found: Sequence[Projection], # The projections of a model
     hidden: int, # Width of the residual stream
 ) -> None:
-    "Raise `BadInput` if experts are not as many as the router knows, or if their matrices do not fit together."
+    "Raise `BadInput` if the matrices of an expert do not fit together."
     inner = {(p.layer, p.expert): p.weight.shape[1] for p in found if p.expert is not None and p.role == "down"} # Width between up and down
     for p in [p for p in found if p.expert is not None]:
-        width, held = inner[p.layer, p.expert], len(p.parameter) if p.routing.stacked else len(p.routing.experts)
-        if held != p.routing.count: raise BadInput(f"{p.routing.name} holds {held} experts and its router knows {p.routing.count}: expected as many; the model is not the one described.")
+        width = inner[p.layer, p.expert]
         wanted = {"gate_up": (2 * width, hidden), "down": (hidden, width)}.get(p.role, (width, hidden))
         if (shape := tuple(p.weight.shape)) != wanted:
             raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(wanted)}; the experts do not lie as described.")
