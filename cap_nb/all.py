@@ -13,6 +13,7 @@ from .models.anatomy import *
 from .models.replay import *
 from .models.lab_world import *
 from .models.lab import *
+from .models.lab_experts import *
 from .models.loading import *
 from .calibration import *
 from .scoring import *
@@ -30,6 +31,7 @@ from .baselines.sparsegpt import *
 from .beyond.attributions import *
 from .beyond.head_removal import *
 from .beyond.reasoning_steps import *
+from .beyond.experts import *
 from .analysis import *
 from .evidence import *
 from .run.methods import *

@@ -31,7 +31,7 @@ def built(tmp_path_factory):
 
 
 def checkpoint_files():
-    return {str(p.relative_to(ROOT)) for p in (ROOT / "cap_nb/models/lab_checkpoint").glob("*") if p.is_file()}
+    return {str(p.relative_to(ROOT)) for p in (ROOT / "cap_nb/models").glob("lab_*checkpoint/*") if p.is_file()}
 
 
 def test_sdist(built):

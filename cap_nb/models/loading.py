@@ -20,6 +20,7 @@ from .bad_input import BadInput, check_choice
 from .files import read_json, sha256_of_file, whole_folder, write_json
 from .anatomy import anatomy, family_of
 from .lab import lab_model
+from .lab_experts import EXPERTS_CHECKPOINT
 
 # %% ../../nbs/models/05_loading.ipynb #c005
 log = logging.getLogger(__name__)
@@ -264,15 +265,16 @@ def load_gguf(
 
 # %% ../../nbs/models/05_loading.ipynb #c029
 def load_model(
-    name: str, # "lab", "smollm2", a folder, a GGUF file, or a hub id (owner/name or owner/name@commit)
+    name: str, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name or owner/name@commit)
     dtype: str | torch.dtype | None = None, # "float32", "bfloat16", "float16"; None means as stored
     device: str | torch.device | None = None, # "cpu", "cuda", ..., or "auto" to spread a large model; None means CUDA if there is one
 ) -> tuple[nn.Module, object]: # Model in evaluation mode, and its tokenizer
     "Load a model by name (paper section 4); a name that leads nowhere, or a class without anatomy, raises `BadInput`."
     dtype, device, one = dtype_named(dtype), placed(device), device_named(None if device == "auto" else device)
     if name == "lab": return lab_model(dtype, one) # small enough for any device
+    if name == "lab-moe": return lab_model(dtype, one, EXPERTS_CHECKPOINT)
     if name == "smollm2": return load_smollm2(dtype, device)
     if Path(name).is_dir(): return load_folder(Path(name), dtype, device)
     if Path(name).suffix == ".gguf" and Path(name).is_file(): return load_gguf(Path(name), dtype, one)
     if HUB_ID.fullmatch(str(name)) and not str(name).startswith("."): return load_from_hub(str(name), dtype, device)
-    raise BadInput(f"There is no folder {name!r}: expected lab, smollm2, a folder or a hub id such as owner/name; check the path.")
+    raise BadInput(f"There is no folder {name!r}: expected lab, lab-moe, smollm2, a folder or a hub id such as owner/name; check the path.")

@@ -15,7 +15,8 @@ import typer, cap_nb
 from transformers.utils import logging as transformers_logging
 from ..models.bad_input import BadInput, check_at_least, check_choice, check_sparsity
 from ..models.files import write_json
-from ..models.lab import Recipe, train_lab
+from ..models.lab import DENSE, train_lab
+from ..models.lab_experts import EXPERTS
 from ..models.loading import check_all_here, fetch_smollm2, load_model, model_fingerprint, save_model, tokenizer_fingerprint
 from ..calibration import calibration_set
 from ..scoring import causal_scores, load_losses, save_losses, score_heads
@@ -25,6 +26,7 @@ from ..threshold import SCOPES, PruneReport
 from ..baselines.allocation import ALLOCATIONS
 from ..baselines.criteria import CRITERIA
 from ..beyond.attributions import ATTRIBUTIONS
+from ..beyond.experts import ROUTING_AWARE
 from ..analysis import method_table, table_csv, table_latex, table_markdown
 
 # %% ../../nbs/run/03_cli.ipynb #c003b
@@ -83,7 +85,7 @@ def option(
     return Annotated[kind, typer.Option(*names, help=about)]
 
 Text, Whole = Optional[str], Optional[int]
-Model = option(str, "lab, smollm2, a folder, or a hub id (owner/name@commit)")
+Model = option(str, "lab, lab-moe, smollm2, a folder, or a hub id (owner/name@commit)")
 Tasks = option(Text, "tasks to calibrate on and for held-out loss, with commas; the model's own if left out")
 DataDir = option(Text, "folder of benchmark files; the hub if left out (the lab's tasks need neither)")
 N, K = option(int, "calibration examples a task"), option(int, "disjoint calibration subsets")
@@ -294,6 +296,8 @@ def methods_command() -> None:
     typer.echo("A name is criterion[.attribution][@scope][+allocation]; --methods all means all of these:\n")
     for name in ("dense", *table_methods()): typer.echo(f"  {name:28} {' ('.join(method_line(name))})")
     typer.echo(f"\nCriteria: {', '.join(CRITERIA)}. Others: {', '.join(OTHERS)}.\nAttributions: {', '.join(ATTRIBUTIONS)}.")
+    typer.echo("On a mixture of experts also, where experts get factors of their own:\n")
+    for name in ROUTING_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATIONS)}.")
 
 # %% ../../nbs/run/03_cli.ipynb #plancmd
@@ -328,12 +332,13 @@ def fetch_command(
 @in_one_sentence
 def train_lab_command(
     out: Out,
-    steps: option(int, "optimiser steps") = Recipe.steps,
+    steps: option(Whole, "optimiser steps; the recipe's if left out") = None,
     seed: Seed = 0,
+    experts: option(bool, "the sibling with experts", "--experts") = False,
 ) -> None:
-    "Train the lab model anew (most of an hour on two cores); stopped, the same command goes on."
-    check_at_least(steps, 1, "--steps")
-    train_lab(out, steps, seed)
+    "Train the lab model anew, or its sibling with experts (most of an hour on two cores); stopped, the same command goes on."
+    if steps is not None: check_at_least(steps, 1, "--steps")
+    train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
 def main() -> None:

@@ -7,7 +7,7 @@ __all__ = ['FOLLOWED', 'Job', 'check_job', 'filled_in', 'Piece', 'pieces_of', 'p
            'calibrated_on', 'configuration', 'Ready', 'prepare', 'timed', 'costed', 'scored', 'attribution_factors',
            'attributed', 'copied_weights', 'put_back', 'measured', 'evaluate', 'finish_piece', 'finish_cell',
            'possible_cells', 'scores_csv', 'write_text', 'run_scores', 'provenance', 'manifest', 'run_folders',
-           'factor_stage', 'cost_table', 'cost_markdown', 'kind_of', 'curve_groups', 'zeros_figures', 'write_tables',
+           'factor_stages', 'cost_table', 'cost_markdown', 'kind_of', 'curve_groups', 'zeros_figures', 'write_tables',
            'write_results', 'run_job']
 
 # %% ../../nbs/run/02_job.ipynb #c003
@@ -32,7 +32,8 @@ from ..baselines.criteria import Given
 from ..evaluation import Evaluation, accuracy, evaluation_problems, held_out_losses, load_evaluation, perplexity, save_evaluation, token_limit
 from ..analysis import (answer_markdown, answer_table, markdown_rows, method_table, provenance_of, plot_head_importance, plot_importance_distribution, plot_sparsity_curves,
                              plot_zeros_by_method, save_figure, table_csv, table_latex, table_markdown)
-from .methods import check_method, factors_by, highest_sparsity, needs_of, parse_method, prune
+from ..beyond.experts import ROUTING_AWARE, UnitFactors
+from .methods import check_fits, check_method, highest_sparsity, needs_of, parse_method, prune, unit_factors
 from .folder import (cell_name, cells_of, environment, evaluation_folder, finished_evaluations, load_run, mask_fingerprint, memory_taken, note_environment,
                                note_memory, note_time, open_run, piece_folder, read_run, save_report, together)
 
@@ -169,6 +170,7 @@ def prepare(
     check_job(job)
     model, tokenizer = load_model(job.model, job.dtype, job.device)
     check_all_here(model)
+    for method in job.methods: check_fits(method, model)
     job = filled_in(job, tokenizer)
     if not pieces_of(job): raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or --windows, or name tasks.")
     calibration = calibration_set(tokenizer, job.tasks, job.n, job.k, job.calibration_seed, job.data_dir, job.style)
@@ -218,30 +220,34 @@ def scored(
 def attribution_factors(
     ready: Ready, # The job
     folder: Path, # The run's folder
-    attribution: str, # One of `ATTRIBUTIONS`
-) -> torch.Tensor: # Importance factor of every head, [L, H]
+    attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
+    losses: HeadLosses | None, # The heads' table of losses, for what starts from it
+) -> UnitFactors: # Importance factors of every head, and of every expert where they have their own
     "The factors of an attribution, computed only if they are not there; those of something else raise `BadInput`."
-    path, given = folder/"attributions"/f"{attribution}.safetensors", Given(calibration=ready.calibration, batch_tokens=ready.job.batch_tokens)
+    path, given, how = folder/"attributions"/f"{attribution}.safetensors", Given(calibration=ready.calibration, batch_tokens=ready.job.batch_tokens), ready.job.aggregation
     origin = {"model": ready.configuration["model"]["fingerprint"], "calibration": ready.calibration.fingerprint, "attribution": attribution}
+    if attribution in ROUTING_AWARE: origin["aggregation"] = how
     if not path.exists():
-        with costed(folder, f"attribution/{attribution}", ready.model.device): factors = factors_by(ready.model, attribution, given)
+        with costed(folder, f"attribution/{attribution}", ready.model.device): found = unit_factors(ready.model, attribution, given, losses, how)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"factors": factors}, origin)
+        write_tensors(path, {"factors": found.heads} | ({} if found.experts is None else {"experts": found.experts}) | found.kept, origin)
     tensors, kept = read_tensors(path)
     if kept != origin: raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and run again.")
-    return tensors["factors"]
+    return UnitFactors(tensors["factors"], tensors.get("experts"))
 
 # %% ../../nbs/run/02_job.ipynb #attributedcell
 def attributed(
     ready: Ready, # The job
     folder: Path, # The run's folder
     store: Path | None, # Folder of tables of losses shared between runs, or None
-) -> dict[str, torch.Tensor]: # Method -> importance factor of every head, [L, H], for the methods that use some
+) -> dict[str, UnitFactors]: # Method -> importance factors, for the methods that use some
     "The factors of every method of a job, each measured once."
     using = {method: parse_method(method).attribution for method in ready.job.methods if "factors" in needs_of(parse_method(method))}
-    masking = importance_factors(causal_scores(scored(ready, folder, store), ready.job.aggregation)) if None in using.values() else None
-    others = {name: attribution_factors(ready, folder, name) for name in dict.fromkeys(using.values()) if name}
-    return {method: others[name] if name else masking for method, name in using.items()}
+    from_losses = [name for name in using.values() if name is None or name in ROUTING_AWARE]
+    losses = scored(ready, folder, store) if from_losses else None
+    found = {name: attribution_factors(ready, folder, name, losses) for name in dict.fromkeys(using.values()) if name}
+    if None in using.values(): found[None] = UnitFactors(importance_factors(causal_scores(losses, ready.job.aggregation)))
+    return {method: found[name] for method, name in using.items()}
 
 # %% ../../nbs/run/02_job.ipynb #c025
 def copied_weights(
@@ -310,7 +316,7 @@ def finish_cell(
     ready: Ready, # The job
     folder: Path, # The run's folder
     cell: tuple[str, float], # Method and sparsity
-    factors: torch.Tensor | None, # Importance factor of every head, [L, H], if the method uses some
+    factors: UnitFactors | None, # Importance factors, if the method uses some
     dense: dict[str, torch.Tensor], # The dense weights
     bar: tqdm, # Moves on by one a piece
 ) -> None:
@@ -321,7 +327,7 @@ def finish_cell(
         return
     put_back(ready.model, dense)
     with costed(folder, f"{cell_name(method, sparsity)}/prune", ready.model.device):
-        report = prune(ready.model, method, sparsity, factors, ready.calibration, batch_tokens=ready.job.batch_tokens, seed=ready.job.seed)
+        report = prune(ready.model, method, sparsity, factors and factors.heads, ready.calibration, batch_tokens=ready.job.batch_tokens, seed=ready.job.seed, experts=factors and factors.experts)
     save_report(folder, report, mask_fingerprint(ready.model))
     empty = Evaluation(method, sparsity, report.reached)
     save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), place)
@@ -391,13 +397,14 @@ def run_folders(
     return found
 
 # %% ../../nbs/run/02_job.ipynb #cost
-def factor_stage(
+def factor_stages(
     method: str, # A method's name
-) -> str | None: # Stage of the run that measured its factors; None if it uses none
+) -> tuple[str, ...]: # Stages of the run that measured its factors; none if it uses none
     "Where a method's factors come from, as `timings.json` names it."
     parts = parse_method(method)
-    if "factors" not in needs_of(parts): return None
-    return f"attribution/{parts.attribution}" if parts.attribution else "scoring"
+    if "factors" not in needs_of(parts): return ()
+    if not parts.attribution: return ("scoring",)
+    return ("scoring",) * (parts.attribution in ROUTING_AWARE) + (f"attribution/{parts.attribution}",)
 
 def cost_table(
     folder: str | Path, # A run's folder
@@ -406,9 +413,10 @@ def cost_table(
     seconds, taken = (read_json(path) if (path := Path(folder)/name).exists() else {} for name in ("timings.json", "memory.json"))
     rows = {}
     for method in dict.fromkeys(method for method, _ in cells_of(read_run(folder)) if method != "dense"):
-        stages, factors = [f"{cell_name(m, s)}/prune" for m, s in cells_of(read_run(folder)) if m == method], factor_stage(method)
-        own, peaks = [seconds[stage] for stage in stages if stage in seconds], [taken[stage] for stage in (*stages, factors) if stage in taken]
-        if own: rows[method] = (seconds.get(factors), statistics.median(own), max(peaks) / 2**20 if peaks else None)
+        stages, factors = [f"{cell_name(m, s)}/prune" for m, s in cells_of(read_run(folder)) if m == method], factor_stages(method)
+        own, peaks = [seconds[stage] for stage in stages if stage in seconds], [taken[stage] for stage in (*stages, *factors) if stage in taken]
+        known = factors and all(stage in seconds for stage in factors)
+        if own: rows[method] = (sum(seconds[stage] for stage in factors) if known else None, statistics.median(own), max(peaks) / 2**20 if peaks else None)
     return pd.DataFrame.from_dict(rows, "index", columns=["Factors (s)", "Pruning (s)", "Memory (MiB)"]).rename_axis("Method")
 
 # %% ../../nbs/run/02_job.ipynb #costmark

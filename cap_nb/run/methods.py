@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAME', 'OTHERS', 'SOURCES', 'WITHIN', 'RANKED', 'MethodName', 'parse_method', 'own_scope', 'needs_of', 'check_method',
-           'method_line', 'table_methods', 'factors_by', 'apply_method', 'prune', 'sparsities_of', 'highest_sparsity']
+           'check_fits', 'method_line', 'table_methods', 'factors_by', 'apply_method', 'unit_factors', 'with_factors',
+           'prune', 'sparsities_of', 'highest_sparsity']
 
 # %% ../../nbs/run/00_methods.ipynb #c003
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from ..models.bad_input import BadInput, check_choice, check_sparsity
 from ..calibration import Calibration
+from ..scoring import HeadLosses
 from ..importance import importance_factors
 from ..threshold import PruneReport, pattern_of, prune_report
 from ..baselines.criteria import CRITERIA, GIVES, Given, check_given, prune_by
@@ -21,13 +23,14 @@ from ..baselines.allocation import ALLOCATIONS, allocated
 from ..baselines.sparsegpt import prune_sparsegpt
 from ..beyond.attributions import ATTRIBUTIONS
 from ..beyond.head_removal import head_share, prune_heads
+from ..beyond.experts import ROUTING_AWARE, UnitFactors, check_has_experts, routing_aware_factors
 
 # %% ../../nbs/run/00_methods.ipynb #c006
 @dataclass(frozen=True)
 class MethodName:
     "A method's name, taken apart."
     base: str # A criterion, "dense", "sparsegpt" or "heads"
-    attribution: str | None = None # One of `ATTRIBUTIONS`; None means masking, as the paper does
+    attribution: str | None = None # One of `ATTRIBUTIONS` or `ROUTING_AWARE`; None means masking, as the paper does
     scope: str | None = None # "model", "layer", "matrix", "row" or n:m; None means the base's own
     allocation: str | None = None # One of `ALLOCATIONS`; None means the same for every layer
 
@@ -43,7 +46,7 @@ def parse_method(
     if not match: raise BadInput(f"Method {name!r} cannot be read: expected criterion[.attribution][@scope][+allocation], as in wanda@model; 'cap methods' lists them.")
     parts = MethodName(**match.groupdict())
     check_choice(parts.base, (*CRITERIA, *OTHERS), "method")
-    if parts.attribution: check_choice(parts.attribution, ATTRIBUTIONS, "attribution")
+    if parts.attribution: check_choice(parts.attribution, (*ATTRIBUTIONS, *ROUTING_AWARE), "attribution")
     if parts.allocation: check_choice(parts.allocation, ALLOCATIONS, "allocation")
     if parts.scope: pattern_of(parts.scope)
     return parts
@@ -69,11 +72,21 @@ def check_method(
     "Take a name apart and refuse a combination that means nothing, with `BadInput`."
     parts, pattern = parse_method(name), pattern_of(own_scope(parse_method(name)))
     if parts.attribution and "factors" not in needs_of(parts): raise BadInput(f"Method {name!r} names an attribution but uses no importance factors: expected cap, cap_wanda, heads or +causal; leave .{parts.attribution} out.")
+    if parts.attribution in ROUTING_AWARE and not (parts.base in CRITERIA and "factor" in CRITERIA[parts.base].needs):
+        raise BadInput(f"Method {name!r} gives experts factors of their own and uses none: expected cap or cap_wanda; leave .{parts.attribution} out.")
     if parts.allocation and (pattern or own_scope(parts) == "model" or parts.base in ("dense", "heads")):
         raise BadInput(f"Method {name!r} gives layers their own sparsity, but its scope leaves no choice between layers: expected @layer, @matrix or @row; name one.")
     if parts.scope and parts.base in OTHERS and not (parts.base == "sparsegpt" and pattern):
         raise BadInput(f"Method {name!r} names a scope: expected none for {parts.base}{' but a pattern such as 2:4' if parts.base == 'sparsegpt' else ''}; leave it out.")
     return parts
+
+# %% ../../nbs/run/00_methods.ipynb #fits
+def check_fits(
+    name: str, # A method's name
+    model: nn.Module, # A causal language model of a known family
+) -> None:
+    "Refuse a method that asks for experts on a model without them, with `BadInput`."
+    if parse_method(name).attribution in ROUTING_AWARE: check_has_experts(model, f"Method {name!r}")
 
 # %% ../../nbs/run/00_methods.ipynb #c013
 SOURCES = {"dense": "the model as it is", "sparsegpt": "Frantar and Alistarh 2023", "heads": "the paper, section 6"}
@@ -88,7 +101,7 @@ def method_line(
     pattern = pattern_of(own_scope(parts))
     if pattern: says.append(f"{pattern[0]} zeros among every {pattern[1]} neighbours")
     elif parts.base not in OTHERS: says.append(WITHIN[own_scope(parts)])
-    for named in ([ATTRIBUTIONS[parts.attribution]] if parts.attribution else []) + ([ALLOCATIONS[parts.allocation]] if parts.allocation else []):
+    for named in ([(ATTRIBUTIONS | ROUTING_AWARE)[parts.attribution]] if parts.attribution else []) + ([ALLOCATIONS[parts.allocation]] if parts.allocation else []):
         says.append(named.says)
         sources.append(named.source)
     return "; ".join(says), "; ".join(source for source in sources if source)
@@ -128,6 +141,32 @@ def apply_method(
     if sparsity: raise BadInput(f"The dense model was asked for at sparsity {sparsity:g}: expected 0; name a pruning method instead.")
     return prune_report(model, "dense", sparsity)
 
+# %% ../../nbs/run/00_methods.ipynb #unitf
+def unit_factors(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
+    attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
+    given: Given, # With the calibration set
+    losses: HeadLosses | None = None, # The heads' table of losses, for routing-aware factors; None measures it
+    how: str = "paper", # Aggregation of routing-aware scores
+) -> UnitFactors: # Of heads, and of experts where the attribution gives them their own
+    "Importance factors by name."
+    if attribution not in ROUTING_AWARE: return UnitFactors(factors_by(model, attribution, given))
+    check_given(attribution, given, ["calibration"])
+    return routing_aware_factors(model, attribution, given.calibration, losses, how, given.batch_tokens)
+
+def with_factors(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
+    parts: MethodName, # A method's choices
+    given: Given, # What the user gave
+) -> Given: # With the factors that the method's attribution makes, unless they were given
+    "Fill in factors; those of heads alone for a method that asks for experts' raise `BadInput`."
+    wants_experts = parts.attribution in ROUTING_AWARE
+    if wants_experts and (given.factors is None) != (given.experts is None):
+        raise BadInput(f"Attribution {parts.attribution!r} was given factors of heads or of experts alone: expected both, or neither; pass what routing_aware_factors returned, or leave the scores out.")
+    if not parts.attribution or given.factors is not None: return given
+    found = unit_factors(model, parts.attribution, given)
+    return replace(given, factors=found.heads, experts=found.experts)
+
 # %% ../../nbs/run/00_methods.ipynb #c019
 def prune(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
@@ -144,7 +183,8 @@ def prune(
     "Prune a model in place by any method; an unknown method, a wrong sparsity or a missing need raises `BadInput`."
     parts, given = check_method(method), Given(factors, calibration, None, key_value, ties, batch_tokens, seed, experts)
     check_sparsity(sparsity)
-    if parts.attribution and factors is None: given = replace(given, factors=factors_by(model, parts.attribution, given))
+    check_fits(method, model)
+    given = with_factors(model, parts, given)
     check_given(method, given, needs_of(parts))
     if parts.allocation: given = allocated(model, parts.allocation, sparsity, given)
     return replace(apply_method(model, parts, sparsity, given), method=method)

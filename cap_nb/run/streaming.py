@@ -27,6 +27,7 @@ from ..regions import broadcast_factor, check_expert_factors, check_factors, key
 from ..threshold import (TIES, PruneReport, Threshold, check_pattern, competing, find_threshold, first_true, pattern_of, smallest_in_groups,
                               smallest_in_rows, zeros_wanted)
 from ..baselines.criteria import CRITERIA, Evidence, Given, Measured, check_given
+from ..beyond.experts import ROUTING_AWARE
 from .methods import MethodName, check_method, own_scope
 
 # %% ../../nbs/run/02_streaming.ipynb #c009
@@ -219,7 +220,7 @@ def check_streamed(
     parts = check_method(method)
     check_choice(ties, TIES, "treatment of ties")
     check_pattern(own_scope(parts), check_sparsity(sparsity))
-    if parts.base in STREAMED and not parts.allocation: return parts
+    if parts.base in STREAMED and not parts.allocation and parts.attribution not in ROUTING_AWARE: return parts
     raise BadInput(f"Method {method!r} cannot be streamed: expected {', '.join(STREAMED)}, with a scope or without; load the model and prune it in memory.")
 
 # %% ../../nbs/run/02_streaming.ipynb #c026

@@ -1,0 +1,182 @@
+"""Routing-aware factors where routing is odd: experts that nothing reaches, dense layers in between, broken weights, other examples; and the sibling of the lab's model."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from cap_nb.beyond.experts import (conditional_scores, expert_losses, expert_use, expert_variance, masked_expert_factors, routed_factors, routed_losses,
+                                   routing_aware_factors, whole_passes)
+from cap_nb.calibration import IGNORED, Calibration, Example, default_style, default_tasks
+from cap_nb.models.anatomy import projections
+from cap_nb.models.bad_input import BadInput
+from cap_nb.models.lab import lab_tokenizer, save_tokenizer
+from cap_nb.models.lab_experts import EXPERTS_CHECKPOINT, ExpertsRecipe, new_experts_model
+from cap_nb.models.loading import load_model
+from cap_nb.run.job import Job, run_job
+from cap_nb.run.methods import check_method, prune
+from cap_nb.run.streaming import prune_checkpoint
+from cap_nb.scoring import causal_scores, read_tensors, score_heads
+
+SIZES = dict(hidden_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=50, initializer_range=0.3)
+
+
+def made_up(place, length, prompt=4):
+    ids = tuple((7 * place + 3 * t) % 49 + 1 for t in range(length))
+    return Example("own", f"{place}", "", "", "", ids, (IGNORED,) * prompt + ids[prompt:])
+
+
+CALIBRATION = Calibration.from_examples([made_up(place, 8 + place) for place in range(9)], k=3)
+
+
+def mixtral(**more):
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=12, num_local_experts=5, num_experts_per_tok=2, **more)).eval()
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data *= 4
+    return model
+
+
+def partly_dense():
+    """Three layers, the middle one without experts."""
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, intermediate_size=16, moe_intermediate_size=12, num_experts=6, num_experts_per_tok=3, norm_topk_prob=True, mlp_only_layers=[1],
+                                              decoder_sparse_step=1)).eval()
+
+
+# odd routing
+
+
+def test_an_expert_that_nothing_reaches_has_no_score_and_its_layer_s_mean():
+    model = mixtral()
+    router = model.model.layers[1].mlp.gate.weight.data
+    router[1], router[3], router[4] = -router[0], -router[2], 0  # two of the first four have logits above zero, so the last is never among the two largest
+    routed, losses = routed_losses(model, CALIBRATION), score_heads(model, CALIBRATION)
+    missing = (routed.used.transpose(1, 2) @ torch.nn.functional.one_hot(losses.subset, 3) == 0).any(-1)
+    assert missing[1, 4] and routed.used[1, :, 4].sum() == 0
+    given = conditional_scores(routed, losses)
+    assert torch.equal(given.isnan().any(1), missing) and torch.equal(given.isnan().all(1), missing)
+    factors = routed_factors(routed, losses)
+    assert factors.experts.isfinite().all()
+    assert torch.equal(factors.experts[missing], factors.heads.mean(1, keepdim=True).expand(-1, 5)[missing])
+
+
+def test_dense_layers_between_sparse_ones():
+    model = partly_dense()
+    routed, losses = routed_losses(model, CALIBRATION), score_heads(model, CALIBRATION)
+    assert routed.used[1].sum() == 0 and (routed.used[[0, 2]].sum(-1) == 3 * routed.tokens).all()
+    torch.testing.assert_close(routed.masked[[0, 2]].sum(-1) / (3 * routed.tokens), losses.masked[[0, 2]], atol=1e-5, rtol=0)
+    assert expert_use(routed)[1].sum() == 0
+    by_unit = expert_losses(model, CALIBRATION)
+    assert by_unit.masked[1].isnan().all() and by_unit.masked[[0, 2]].isfinite().all()
+    for factors in (routed_factors(routed, losses), masked_expert_factors(by_unit, losses)):
+        assert (factors.experts[1] == factors.heads[1].mean()).all()
+    found = expert_variance(routed, splits=4)
+    assert found.heads > 0 and found.experts > 0
+
+
+def test_naive_and_resumed_agree_where_layers_are_dense_in_between():
+    model = partly_dense()
+    for measure in (routed_losses, expert_losses):
+        naive, resumed = measure(model, CALIBRATION, 40, whole_passes), measure(model, CALIBRATION)
+        torch.testing.assert_close(naive.masked, resumed.masked, atol=1e-4, rtol=0, equal_nan=True)
+        torch.testing.assert_close(naive.intact, resumed.intact, atol=1e-4, rtol=0)
+
+
+def test_conditional_scores_average_to_the_score_and_ignore_the_batches():
+    model = mixtral()
+    losses = score_heads(model, replace(CALIBRATION, k=1))
+    for batch_tokens in (20, 4096):
+        routed = routed_losses(model, CALIBRATION, batch_tokens)
+        given = conditional_scores(routed, losses, "mean").nan_to_num(0)
+        torch.testing.assert_close((given * expert_use(routed)[:, None]).sum(-1), causal_scores(losses, "mean"), atol=1e-5, rtol=0)
+
+
+# refusals
+
+
+def test_a_loss_that_is_no_number_names_the_expert():
+    model = mixtral()
+    model.model.embed_tokens.weight.data[7] = float("nan")
+    with pytest.raises(BadInput, match="The loss with expert 0 of layer 0 masked is nan on example"):
+        expert_losses(model, CALIBRATION)
+
+
+def test_a_dense_model_is_refused_before_any_work(tmp_path):
+    dense = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=24)).eval()
+    for method in ("cap.routed", "cap_wanda.masked_experts"):
+        with pytest.raises(BadInput, match="LlamaForCausalLM has no routed experts: expected a mixture of experts"):
+            prune(dense, method, 0.3, calibration=CALIBRATION)
+    with pytest.raises(BadInput, match="Method 'cap.routed' was asked for, and LlamaForCausalLM has no routed experts"):
+        run_job(Job("lab", ("cap.routed",), n=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["heads.routed", "wanda.routed", "magnitude.masked_experts", "wanda.routed+causal"])
+def test_names_that_mean_nothing(method):
+    with pytest.raises(BadInput, match="expected cap"):
+        check_method(method)
+
+
+def test_factors_of_heads_alone_are_refused_in_memory_and_streamed(tmp_path):
+    model, heads = mixtral(), torch.ones(3, 4)
+    for given in ({"factors": heads}, {"experts": torch.ones(3, 5)}):
+        with pytest.raises(BadInput, match="expected both, or neither"):
+            prune(model, "cap.routed", 0.3, calibration=CALIBRATION, **given)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(BadInput, match="cannot be streamed"):
+        prune_checkpoint(tmp_path / "model", tmp_path / "pruned", 0.3, heads, "cap.routed")
+    assert not (tmp_path / "pruned").exists()
+
+
+# by name
+
+
+def test_by_name_is_by_hand():
+    named, by_hand = mixtral(), mixtral()
+    factors = routing_aware_factors(by_hand, "masked_experts", CALIBRATION)
+    prune(named, "cap.masked_experts", 0.4, calibration=CALIBRATION)
+    report = prune(by_hand, "cap", 0.4, factors.heads, experts=factors.experts)
+    assert abs(report.reached - 0.4) < 1e-3
+    assert all(torch.equal(p.weight, q.weight) for p, q in zip(projections(named), projections(by_hand)))
+    plain = mixtral()
+    prune(plain, "cap", 0.4, factors.heads)
+    assert any(not torch.equal(p.weight, q.weight) for p, q in zip(projections(named), projections(plain)) if p.expert is not None)
+
+
+@pytest.fixture(scope="module")
+def tiny_lab(tmp_path_factory):
+    """A mixture that knows the lab's words and nothing else."""
+    folder, tokenizer = tmp_path_factory.mktemp("model") / "tiny", lab_tokenizer()
+    new_experts_model(ExpertsRecipe(hidden=24, mlp=16, layers=2, experts=4), tokenizer).save_pretrained(folder)
+    save_tokenizer(folder, tokenizer)
+    return folder
+
+
+def test_a_run_keeps_both_tables_of_factors_and_takes_them_up_again(tiny_lab, tmp_path):
+    job = Job(str(tiny_lab), ("cap", "cap.routed", "cap.masked_experts"), (0.5,), n=3, k=1, accuracy_tasks=(), loss_n=2, windows=0)
+    run_job(job, tmp_path / "run")
+    kept = {name: read_tensors(tmp_path / "run" / "attributions" / f"{name}.safetensors")[0] for name in ("routed", "masked_experts")}
+    assert all(tensors["experts"].shape == (2, 4) and tensors["factors"].shape == (2, 6) for tensors in kept.values())
+    timings = json.loads((tmp_path / "run" / "timings.json").read_text())
+    run_job(job, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "timings.json").read_text()) == timings
+    costs = (tmp_path / "run" / "tables" / "costs.csv").read_text().splitlines()
+    seconds = {line.split(",")[0]: float(line.split(",")[1]) for line in costs[1:]}
+    assert seconds["cap.routed"] == pytest.approx(timings["scoring"] + timings["attribution/routed"])
+
+
+# the sibling
+
+
+def test_the_sibling_loads_as_float32_and_is_a_lab_model(caplog):
+    with caplog.at_level(logging.WARNING):
+        model, tokenizer = load_model("lab-moe", device="cpu")
+    assert next(model.parameters()).dtype == torch.float32 and not caplog.records
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
+    assert default_style(tokenizer) == "lab" and all(task.startswith("lab-") for task in default_tasks(tokenizer))
+    assert tokenizer.get_vocab() == lab_tokenizer().get_vocab()
+    assert sum(path.stat().st_size for path in EXPERTS_CHECKPOINT.iterdir()) <= 12_000_000
