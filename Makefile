@@ -78,7 +78,7 @@ matrix:
 	@log="$$(mktemp)"; trap 'rm -f "$$log"' EXIT; said="== matrix"; failed=0; \
 	for each in "$(VENV)|$(MATRIX_NEW)" "$(MATRIX_OLD_VENV)|$(MATRIX_OLD)"; do \
 	  $(MAKE) --no-print-directory matrix-here VENV="$${each%|*}" PINNED="$${each#*|}" 2>&1 | tee "$$log" && verdict=passed || { verdict=FAILED; failed=1; }; \
-	  said+=$$'\n'"$$verdict: $$(sed -n 's/^== with //p' "$$log"), $$(sed -nE 's/^=+ (.* in [0-9.]+s.*[^=]) =+$$/\1/p' "$$log" | tail -n 1)"; \
+	  said+=$$'\n'"$$verdict: $$(sed -n 's/^== with //p' "$$log"), $$(sed -nE 's/^=+ (.* in [0-9.]+s.*) =+$$/\1/p' "$$log" | tail -n 1)"; \
 	done; echo "$$said"; exit $$failed
 
 matrix-here: env check-transformers $(if $(SLOW),check-notebooks check-pytest,check-some)

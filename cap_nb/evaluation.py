@@ -12,7 +12,7 @@ __all__ = ['DIGITS', 'NUMBER', 'ANSWERS', 'LEADS', 'LOOSE', 'CACHES', 'RECORD_FI
            'Perplexity', 'perplexity', 'perplexity_in_words', 'Evaluation', 'save_evaluation', 'load_evaluation']
 
 # %% ../nbs/05_evaluation.ipynb #c003
-import csv, gzip, io, json, logging, math, re, statistics, zlib
+import copy, csv, gzip, inspect, io, json, logging, math, re, statistics, zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 from .models.anatomy import decoder_of, head_logits
 from .models.bad_input import BadInput, check_at_least
 from .models.files import read_json, sha256_of_text, whole_folder, write_json
@@ -182,9 +182,9 @@ def answer_criterion(
     line: re.Pattern, # An answer line that ends the answer
     ends: list[int | None], # For each row the tokens it had when its answer line was whole, None before; filled in here
     width: int, # Tokens of the padded prompts
+    has_break: Callable[[int], bool], # Whether a token holds a line break
 ) -> Callable[..., torch.Tensor]: # What `generate` asks after every token: which rows have ended, bool [rows]
     "A stopping criterion for `generate`: rows with a whole answer line."
-    has_break = remembered(lambda token: "\n" in tokenizer.decode([token]))
     def ended(ids: torch.Tensor, scores: object, **options: object) -> torch.Tensor:
         for row, token in enumerate(ids[:, -1].tolist()):
             if ends[row] is None and has_break(token) and answer_is_whole(tokenizer.decode(ids[row, width:], skip_special_tokens=True), line):
@@ -192,22 +192,36 @@ def answer_criterion(
         return torch.tensor([end is not None for end in ends], device=ids.device)
     return ended
 
+def growing_cache(
+    model: torch.nn.Module, # A causal language model of transformers
+) -> dict[str, DynamicCache]: # Under the name that the model gives it
+    "An empty dynamic cache, as an argument of `generate`."
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values" # transformers renamed it in 5.24
+    return {name: DynamicCache(config=model.config.get_text_config(decoder=True))}
+
 # %% ../nbs/05_evaluation.ipynb #c027
 def generate_batch(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
     settings: GenerationConfig, # Greedy settings
-    line: re.Pattern | None = None, # An answer line that ends the answer
+    piece: int, # Tokens after which rows that have ended leave the batch
+    criterion: Callable[[list, int], Sequence] = lambda ends, width: (), # From ends and width, what `answer_criterion` gives, or nothing
 ) -> list[Generation]: # What the model wrote after each
-    "Greedy decoding of one batch, padded on the left."
-    width, stop, ends = max(map(len, prompts)), settings.eos_token_id or [], [None] * len(prompts)
+    "Greedy decoding of one batch, padded on the left, piece by piece."
+    width, some, said, rows = max(map(len, prompts)), copy.copy(settings), {}, list(range(len(prompts)))
     ids = torch.tensor([[settings.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    criteria = StoppingCriteriaList([answer_criterion(tokenizer, line, ends, width)] if line else [])
-    written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=criteria)[:, width:].tolist()
-    ends = [next((place for place, token in enumerate(row[:end]) if token in stop), end) for row, end in zip(written, ends)]
-    return [Generation(tuple(row[:end]), end is None) for row, end in zip(written, ends)]
+    limit, cache = width + settings.max_new_tokens, {} if settings.cache_implementation else growing_cache(model)
+    while rows:
+        ends, some.max_new_tokens = [None] * len(rows), min(piece, limit - ids.shape[1]) if cache else settings.max_new_tokens
+        ids = model.generate(input_ids=ids, attention_mask=mask, generation_config=some, stopping_criteria=StoppingCriteriaList(criterion(ends, width)), **cache)
+        for row, tokens, end in zip(rows, ids[:, width:].tolist(), ends):
+            end = next((place for place, token in enumerate(tokens[:end]) if token in (settings.eos_token_id or ())), end)
+            if end is not None or ids.shape[1] == limit: said[row] = Generation(tuple(tokens[:end]), end is None)
+        kept = torch.tensor([place for place, row in enumerate(rows) if row not in said], dtype=torch.int64, device=ids.device)
+        rows, ids, mask = [row for row in rows if row not in said], ids[kept], torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[kept]
+        for held in cache.values(): held.batch_select_indices(kept)
+    return [said[row] for row in range(len(prompts))]
 
 # %% ../nbs/05_evaluation.ipynb #c029
 def generation_batches(
@@ -231,17 +245,19 @@ def generate_greedy(
     batch_tokens: int = 8192, # Tokens a batch may hold, those yet to be written included
     line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
     cache: str = "dynamic", # "dynamic" or "static"
+    piece: int = 64, # Tokens after which rows that have ended leave a batch; with a static cache they stay
 ) -> list[Generation]: # What the model wrote after each prompt
     "Greedy decoding of many prompts (paper section 4); too little room in the model's context raises `BadInput`."
-    check_at_least(max_new_tokens, 1, "max_new_tokens")
+    check_at_least(max_new_tokens, 1, "max_new_tokens"), check_at_least(piece, 1, "piece")
     longest, context = max(map(len, prompts), default=0), getattr(model.config, "max_position_embeddings", None)
     if context is not None and longest + max_new_tokens > context:
         raise BadInput(f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {context}: "
                        f"expected them to fit; lower max_new_tokens or leave worked examples out.")
-    written = [None] * len(prompts)
+    written, has_break = [None] * len(prompts), remembered(lambda token: "\n" in tokenizer.decode([token]))
+    def criterion(ends: list, width: int) -> list: return [answer_criterion(tokenizer, line, ends, width, has_break)] if line else []
     with inference(model), greedy_settings(model, tokenizer, max_new_tokens, cache) as settings:
         for batch in tqdm(generation_batches([len(p) for p in prompts], max_new_tokens, batch_tokens), desc="generate", leave=False):
-            for place, said in zip(batch, generate_batch(model, tokenizer, [prompts[place] for place in batch], settings, line)): written[place] = said
+            for place, said in zip(batch, generate_batch(model, [prompts[place] for place in batch], settings, piece, criterion)): written[place] = said
     return written
 
 # %% ../nbs/05_evaluation.ipynb #c037

@@ -14,6 +14,7 @@ from cap_nb.evaluation import (AnswerRecord, Evaluation, LossRecord, accuracy, b
                                generate_naive, load_evaluation, normal_answer, perplexity, save_evaluation, strict_pattern, wilson_interval, window_losses)
 from cap_nb.models.bad_input import BadInput
 from cap_nb.models.lab import lab_tokenizer
+from cap_nb.run.proofs import TINY_MODELS, tiny_model
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SHAPE = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -107,15 +108,16 @@ def reciting():
     return model
 
 
+@pytest.mark.parametrize("piece", [1, 2, 64])
 @pytest.mark.parametrize("budget", [1, 10_000])
-def test_writing_ends_behind_a_whole_answer_line(budget):
+def test_writing_ends_behind_a_whole_answer_line(budget, piece):
     """The rows of a batch end at different places: by an answer line in mid-text, by a second one, by the stop token, by the limit."""
     model, prompts, line = reciting(), [[2, 3], [3, 2, 8], [12], [13]], strict_pattern("paper", "gsm8k")
-    written = generate_greedy(model, Recited(), prompts, 6, budget, line)
+    written = generate_greedy(model, Recited(), prompts, 6, budget, line, piece=piece)
     assert [Recited().decode(said.tokens) for said in written] == ["Six times two.\n#### 12\n\n", "\n\nNo: \n#### 13\n", "\nand on", "and on"]
     assert [said.cut_off for said in written] == [False] * 4
     assert written == [generate_naive(model, Recited(), prompt, 6, line) for prompt in prompts]
-    shorter = generate_greedy(model, Recited(), prompts, 5, budget, line)
+    shorter = generate_greedy(model, Recited(), prompts, 5, budget, line, piece=piece)
     assert [len(said.tokens) for said in shorter] == [5, 5, 2, 1] and [said.cut_off for said in shorter] == [True, False, False, False]
 
 
@@ -130,13 +132,29 @@ def test_a_model_without_stop_tokens_ends_by_its_answer_line():
     """generate fills no row up then, and what it writes beyond the line is not taken."""
     model, tokenizer, line = reciting(), Recited(), strict_pattern("paper", "gsm8k")
     model.generation_config.eos_token_id = tokenizer.eos_token_id = None
-    assert [len(said.tokens) for said in generate_greedy(model, tokenizer, [[2, 3], [6]], 9, line=line)] == [6, 3]
+    for piece in (1, 4, 64):
+        assert [len(said.tokens) for said in generate_greedy(model, tokenizer, [[2, 3], [6]], 9, line=line, piece=piece)] == [6, 3]
 
 
 def test_caches_agree(tiny):
     prompts = [[5] * length for length in (1, 7, 30, 12)]
     grown, fixed = (generate_greedy(tiny, Stop, prompts, 16, cache=cache) for cache in ("dynamic", "static"))
     assert grown == fixed
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_family_writes_alone_what_it_writes_in_a_batch(name):
+    """Prompts of unlike length, padded, with rows that leave the batch one after another."""
+    model, tokenizer, chance = tiny_model(name), Stop(), random.Random(0)
+    prompts = [[chance.randrange(4, model.config.vocab_size) for _ in range(length)] for length in (1, 9, 4, 6)]
+    model.generation_config.eos_token_id = tokenizer.eos_token_id = None
+    free = [generate_naive(model, tokenizer, prompt, 10).tokens for prompt in prompts]
+    ends = {token: {(*said, token).index(token) for said in free} for said in free for token in said}
+    model.generation_config.eos_token_id = max(ends, key=lambda token: len(ends[token]))
+    naive = [generate_naive(model, tokenizer, prompt, 10) for prompt in prompts]
+    assert len({len(said.tokens) for said in naive}) > 1
+    for piece in (3, 64):
+        assert generate_greedy(model, tokenizer, prompts, 10, 10_000, piece=piece) == naive
 
 
 def test_no_prompts_no_answers(tiny):

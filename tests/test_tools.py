@@ -1,7 +1,11 @@
-"""The two scripts that `make notebooks` and `make readme` call."""
+"""The two scripts that `make notebooks` and `make readme` call, and the matrix of the Makefile."""
 import json
+import os
+import shutil
 import subprocess
 import sys
+
+import pytest
 
 from conftest import ROOT, tool
 from notebooks_on_disk import NOTEBOOKS, label, notebooks_tool
@@ -60,3 +64,61 @@ def test_links_hold_in_the_top_folder():
     moved = readme_tool.links_from_the_top("![f](../figures/a.png) [n](00_x.ipynb) [w](https://a.b/c) [h](#here)")
     assert moved == "![f](figures/a.png) [n](nbs/00_x.ipynb) [w](https://a.b/c) [h](#here)"
     assert readme_tool.broken_links("[a](README.md) [b](nowhere.md)") == ["nowhere.md"]
+
+
+def make(*words, makefile=ROOT / "Makefile", **variables):
+    """What make says; no virtual environment is active unless it is given."""
+    known = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(["make", "-f", str(makefile), *words], cwd=makefile.parent, env=known | variables, capture_output=True, text=True)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A Makefile with two environments whose programs only say that they were called; .venv holds transformers 5, .venv-457 what a file says."""
+    shutil.copy(ROOT / "Makefile", tmp_path), (tmp_path / "tests").mkdir(), (tmp_path / "settings.ini").touch(), (tmp_path / "setup.py").touch()
+    for name, version in ((".venv", "5.1.0"), (".venv-457", "4.57.6")):
+        bin_, called = tmp_path / name / "bin", tmp_path / name / "called"
+        bin_.mkdir(parents=True)
+        (bin_.parent / ".cap_nb-installed").write_text(str(tmp_path))
+        (bin_.parent / "site").mkdir()
+        (bin_.parent / "site" / "transformers.py").write_text(f"__version__ = '{version}'\n")
+        (bin_ / "python").write_text(f'''#!/bin/sh
+echo "$@" >> "{called}"
+case "$*" in *pytest*) echo "== 3 passed in 0.12s =="; [ ! -e "{bin_.parent}/broken" ];;
+  *) PYTHONPATH="{bin_.parent}/site:$PYTHONPATH" exec "{sys.executable}" "$@";; esac
+''')
+        (bin_ / "nbdev_test").write_text(f'#!/bin/sh\necho "nbdev_test" >> "{called}"\n')
+        (bin_ / "python").chmod(0o755), (bin_ / "nbdev_test").chmod(0o755)
+    return tmp_path
+
+
+def test_the_matrix_runs_in_both_environments(checkout):
+    done = make("matrix", makefile=checkout / "Makefile")
+    assert done.returncode == 0, done.stdout + done.stderr
+    closing = done.stdout.split("== matrix\n")[1].splitlines()
+    assert closing == ["passed: transformers 5.1.0 in .venv, 3 passed in 0.12s", "passed: transformers 4.57.6 in .venv-457, 3 passed in 0.12s"]
+    for name in (".venv", ".venv-457"):
+        called = (checkout / name / "called").read_text()
+        assert all(f"tests/test_{word}.py" in called for word in ("families", "replay", "scoring", "streaming")) and "nbdev_test" not in called
+
+
+def test_the_matrix_goes_on_after_a_failure_and_fails(checkout):
+    (checkout / ".venv" / "broken").touch()
+    done = make("matrix", "SLOW=1", makefile=checkout / "Makefile")
+    assert done.returncode != 0
+    assert [line.split(":")[0] for line in done.stdout.split("== matrix\n")[1].splitlines()] == ["FAILED", "passed"]
+    for name in (".venv", ".venv-457"):
+        called = (checkout / name / "called").read_text()
+        assert "nbdev_test" in called and "tests/test_families.py" not in called, "SLOW=1 runs everything"
+
+
+def test_the_matrix_refuses_the_wrong_transformers(checkout):
+    (checkout / ".venv-457" / "site" / "transformers.py").write_text("__version__ = '5.2.0'\n")
+    done = make("matrix", makefile=checkout / "Makefile")
+    assert done.returncode != 0 and "transformers<4.58,>=4.57 is wanted there" in done.stderr + done.stdout
+    assert "pytest" not in (checkout / ".venv-457" / "called").read_text()
+
+
+def test_ci_makes_no_second_environment():
+    wanted = make("-n", "test")
+    assert wanted.returncode == 0 and ".venv-457" not in wanted.stdout and "exec make test" in (ROOT / ".ci" / "run").read_text()
