@@ -36,6 +36,7 @@ from .run.methods import *
 from .run.devices import *
 from .run.folder import *
 from .run.job import *
+from .run.variants import *
 from .run.planning import *
 from .run.streaming import *
 from .run.side_by_side import *

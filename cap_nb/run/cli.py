@@ -33,6 +33,7 @@ from .devices import joined, own_device
 from .folder import finished_evaluations
 from .job import Job, check_job, evaluate, provenance, run_folders, run_job, write_results
 from .planning import measured_plan, plan, plan_text
+from .variants import VARIANTS, run_variants
 from .streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
 
 # %% ../../nbs/run/03_cli.ipynb #c006
@@ -148,6 +149,22 @@ def run_command(
     job = Job(model, chosen, shares(sparsity), names(tasks), n, k, seed, data_dir, style, aggregation, dtype, device, batch_tokens,
               names(accuracy_tasks), evaluate_n, loss_n, max_new_tokens, text, windows, window_tokens, calibration_seed)
     show_run(run_job(job, out or Path("runs")/Path(model).name, store, note))
+
+# %% ../../nbs/run/03_cli.ipynb #claimscmd
+@app.command("claims")
+@in_one_sentence
+def claims_command(
+    model: Model = "lab", variants: option(str, "variants, with commas, or all") = "all", sparsity: option(str, "shares of the weights in scope to zero, with commas") = "0.1,0.2,0.5",
+    base: option(Optional[Path], "folder of a finished run whose table of losses is used") = None, out: option(Optional[Path], "the run's folder; runs/MODEL-claims if left out") = None,
+    tasks: Tasks = None, data_dir: DataDir = None, n: N = 128, k: K = 3, seed: Seed = 0, style: Style = None, dtype: Dtype = None, device: Device = None, batch_tokens: BatchTokens = 4096,
+    accuracy_tasks: AccuracyTasks = None, evaluate_n: EvaluateN = 200, loss_n: LossN = 100, max_new_tokens: MaxNewTokens = None, text: TextName = None,
+    windows: Windows = 100, window_tokens: WindowTokens = 2048, store: Store = None, note: Note = "", calibration_seed: CalibrationSeed = None,
+) -> None:
+    "Run CAP with one choice changed at a time: the experiments behind the claims ledger, resumable."
+    job = Job(model, (), shares(sparsity), names(tasks), n, k, seed, data_dir, style, "paper", dtype, device, batch_tokens,
+              names(accuracy_tasks), evaluate_n, loss_n, max_new_tokens, text, windows, window_tokens, calibration_seed)
+    chosen = tuple(VARIANTS) if variants.strip() == "all" else names(variants)
+    show_run(run_variants(job, out or Path("runs")/f"{Path(model).name}-claims", base, chosen, store, note))
 
 # %% ../../nbs/run/03_cli.ipynb #c019
 HeadsAtOnce = option(Whole, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")

@@ -30,8 +30,9 @@ class MethodName:
     attribution: str | None = None # One of `ATTRIBUTIONS`; None means masking, as the paper does
     scope: str | None = None # "model", "layer", "matrix", "row" or n:m; None means the base's own
     allocation: str | None = None # One of `ALLOCATIONS`; None means the same for every layer
+    variant: str | None = None # What 'cap claims' changes in it; None means nothing
 
-NAME = re.compile(r"(?P<base>\w+)(?:\.(?P<attribution>\w+))?(?:@(?P<scope>[\w:]+))?(?:\+(?P<allocation>\w+))?")
+NAME = re.compile(r"(?P<base>\w+)(?:\.(?P<attribution>\w+))?(?:@(?P<scope>[\w:]+))?(?:\+(?P<allocation>\w+))?(?:~(?P<variant>[\w-]+))?")
 OTHERS = {"dense": "prunes nothing", "sparsegpt": "the least error layer by layer, with updates of the weights that stay", "heads": "whole heads, the least causal first"}
 
 # %% ../../nbs/run/00_methods.ipynb #c007
@@ -68,6 +69,7 @@ def check_method(
 ) -> MethodName: # Its choices
     "Take a name apart and refuse a combination that means nothing, with `BadInput`."
     parts, pattern = parse_method(name), pattern_of(own_scope(parse_method(name)))
+    if parts.variant: raise BadInput(f"Method {name!r} is a variant: expected a method without ~; 'cap claims' runs variants.")
     if parts.attribution and "factors" not in needs_of(parts): raise BadInput(f"Method {name!r} names an attribution but uses no importance factors: expected cap, cap_wanda, heads or +causal; leave .{parts.attribution} out.")
     if parts.allocation and (pattern or own_scope(parts) == "model" or parts.base in ("dense", "heads")):
         raise BadInput(f"Method {name!r} gives layers their own sparsity, but its scope leaves no choice between layers: expected @layer, @matrix or @row; name one.")
