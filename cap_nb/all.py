@@ -37,6 +37,7 @@ from .run.devices import *
 from .run.folder import *
 from .run.job import *
 from .run.variants import *
+from .run.claims import *
 from .run.planning import *
 from .run.streaming import *
 from .run.side_by_side import *

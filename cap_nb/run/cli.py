@@ -34,6 +34,7 @@ from .folder import finished_evaluations
 from .job import Job, check_job, evaluate, provenance, run_folders, run_job, write_results
 from .planning import measured_plan, plan, plan_text
 from .variants import VARIANTS, run_variants
+from .claims import write_ledger
 from .streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
 
 # %% ../../nbs/run/03_cli.ipynb #c006
@@ -159,12 +160,13 @@ def claims_command(
     tasks: Tasks = None, data_dir: DataDir = None, n: N = 128, k: K = 3, seed: Seed = 0, style: Style = None, dtype: Dtype = None, device: Device = None, batch_tokens: BatchTokens = 4096,
     accuracy_tasks: AccuracyTasks = None, evaluate_n: EvaluateN = 200, loss_n: LossN = 100, max_new_tokens: MaxNewTokens = None, text: TextName = None,
     windows: Windows = 100, window_tokens: WindowTokens = 2048, store: Store = None, note: Note = "", calibration_seed: CalibrationSeed = None,
+    text_windows: option(Whole, "windows of plain text to calibrate on; as many as calibration examples if left out") = None,
 ) -> None:
     "Run CAP with one choice changed at a time: the experiments behind the claims ledger, resumable."
     job = Job(model, (), shares(sparsity), names(tasks), n, k, seed, data_dir, style, "paper", dtype, device, batch_tokens,
               names(accuracy_tasks), evaluate_n, loss_n, max_new_tokens, text, windows, window_tokens, calibration_seed)
     chosen = tuple(VARIANTS) if variants.strip() == "all" else names(variants)
-    show_run(run_variants(job, out or Path("runs")/f"{Path(model).name}-claims", base, chosen, store, note))
+    show_run(run_variants(job, out or Path("runs")/f"{Path(model).name}-claims", base, chosen, store, note, text_windows))
 
 # %% ../../nbs/run/03_cli.ipynb #c019
 HeadsAtOnce = option(Whole, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
@@ -302,6 +304,18 @@ def figures_command(
     for run in run_folders(folder):
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
+
+# %% ../../nbs/run/03_cli.ipynb #ledgercmd
+@app.command("ledger")
+@in_one_sentence
+def ledger_command(
+    folder: Annotated[Path, typer.Argument(help="folder with MODEL_methods and MODEL_claims for each model")],
+    models: option(Optional[str], "models, with commas; all that are there if left out") = None,
+) -> None:
+    "Put the paper's claims to the test of finished runs: a verdict for each claim and model, as table and figure."
+    out = write_ledger(folder, names(models))
+    typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
+    typer.echo(f"Tables and figure: {out}")
 
 # %% ../../nbs/run/03_cli.ipynb #methodscmd
 @app.command("methods")

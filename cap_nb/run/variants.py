@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'FEWEST_CHAINS', 'PARTS_OF_A_LAYER', 'Variant', 'only_examples', 'one_task', 'even_tasks',
-           'bootstrap_scores', 'variant_factors', 'text_calibration', 'own_answers', 'chain_calibration', 'tasks_table',
-           'variant_table', 'kept_factors', 'factors_of_variants', 'in_part', 'prune_part', 'prune_variant',
-           'run_variants']
+           'bootstrap_scores', 'variant_scores', 'variant_factors', 'text_calibration', 'own_answers',
+           'chain_calibration', 'tasks_table', 'variant_table', 'kept_factors', 'factors_of_variants', 'in_part',
+           'prune_part', 'prune_variant', 'run_variants']
 
 # %% ../../nbs/run/02_variants.ipynb #v003
 import itertools, logging, shutil
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from torch import nn
-from ..models.bad_input import BadInput, check_choice
+from ..models.bad_input import BadInput, check_at_least, check_choice
 from ..models.files import alone_in, sha256_of_file, sha256_of_text
 from ..models.anatomy import Projection, projections
 from ..calibration import IGNORED, Calibration, Example, load_text, make_example, task_family
@@ -100,13 +100,20 @@ def bootstrap_scores(
     drawn = torch.stack([torch.bincount(torch.randint(n, (n,), generator=chance), minlength=n) for _ in range(draws)]).double() / n
     return (losses.masked @ drawn.T).quantile(0.5, dim=-1) - (drawn @ losses.intact).mean()
 
+def variant_scores(
+    losses: HeadLosses, # The variant's table of losses
+    variant: Variant, # The variant
+) -> torch.Tensor: # Score of every head, [L, H]
+    "Causal scores (paper equation 2) with the variant's one change."
+    if variant.weighting: losses = even_tasks(losses) if variant.weighting == "even" else one_task(losses, variant.weighting)
+    return bootstrap_scores(losses) if variant.how == "bootstrap" else causal_scores(losses, variant.how, variant.k)
+
 def variant_factors(
     losses: HeadLosses, # The variant's table of losses
     variant: Variant, # The variant
 ) -> torch.Tensor: # Importance factor of every head, [L, H]
-    "Scores and factors (paper equations 2 and 3) with the variant's one change."
-    if variant.weighting: losses = even_tasks(losses) if variant.weighting == "even" else one_task(losses, variant.weighting)
-    scores = bootstrap_scores(losses) if variant.how == "bootstrap" else causal_scores(losses, variant.how, variant.k)
+    "Importance factors (paper equation 3) with the variant's one change."
+    scores = variant_scores(losses, variant)
     if variant.ranked: scores = scores.flatten().argsort().argsort().view_as(scores).double()
     return importance_factors(scores, high=variant.high)
 
@@ -115,14 +122,17 @@ def text_calibration(
     tokenizer, # Tokenizer of transformers
     like: Calibration, # The calibration set whose number and lengths are copied
     text: str, # Plain text
+    windows: int | None = None, # How many windows, copied from examples evenly spread over the set; None means one for each
 ) -> Calibration: # Windows of the text, under the task name "text"
     "A calibration set of plain text (paper section 6, effect of reasoning-focused calibration); a text too short for windows that do not overlap raises `BadInput`."
-    ids, lengths = tokenizer(text, verbose=False)["input_ids"], [len(example.input_ids) for example in like.examples]
+    total = len(like.examples)
+    windows = total if windows is None else min(total, check_at_least(windows, 1, "The number of windows"))
+    ids, lengths = tokenizer(text, verbose=False)["input_ids"], [len(like.examples[place * total // windows].input_ids) for place in range(windows)]
     left, starts = len(ids) - sum(lengths), list(itertools.accumulate(lengths, initial=0))
     if left < 0: raise BadInput(f"The text has {len(ids)} tokens: expected at least {sum(lengths)} for {len(lengths)} windows that do not overlap; lower --n or give a longer text.")
     begins = [start + left * place // len(lengths) for place, start in enumerate(starts[:-1])] # what is left over lies between the windows
-    windows = [tuple(ids[begin:begin + length]) for begin, length in zip(begins, lengths)]
-    examples = [Example("text", sha256_of_text(str(own))[:16], "", tokenizer.decode(own), "", own, (IGNORED, *own[1:])) for own in windows]
+    cut = [tuple(ids[begin:begin + length]) for begin, length in zip(begins, lengths)]
+    examples = [Example("text", sha256_of_text(str(own))[:16], "", tokenizer.decode(own), "", own, (IGNORED, *own[1:])) for own in cut]
     return Calibration.from_examples(examples, like.k, like.seed)
 
 # %% ../../nbs/run/02_variants.ipynb #v020
@@ -175,10 +185,11 @@ def variant_table(
     which: str, # "tasks", "text" or "chains"
     base: Path | None, # Folder of a finished run, or None
     store: Path, # Folder of unfinished tables
+    text_windows: int | None = None, # Windows of plain text; None means as many as calibration examples
 ) -> tuple[HeadLosses, Path] | None: # The table, and its file; None if there are too few chains
     "The table that a variant's heads are scored on, measured only if it is not there."
     if which == "tasks": return tasks_table(ready, folder, base, store)
-    if which == "text": calibration = text_calibration(ready.tokenizer, ready.calibration, load_text(ready.job.text, ready.job.data_dir, "calibration").text)
+    if which == "text": calibration = text_calibration(ready.tokenizer, ready.calibration, load_text(ready.job.text, ready.job.data_dir, "calibration").text, text_windows)
     else: calibration = chain_calibration(ready.tokenizer, ready.calibration, own_answers(ready, folder))
     if calibration is None: return None
     return scored(replace(ready, calibration=calibration), folder/which, store), folder/which/"losses.safetensors"
@@ -205,10 +216,11 @@ def factors_of_variants(
     names: Sequence[str], # Names of variants
     base: Path | None, # Folder of a finished run, or None
     store: Path, # Folder of unfinished tables
+    text_windows: int | None = None, # Windows of plain text; None means as many as calibration examples
 ) -> dict[str, torch.Tensor | None]: # Variant -> factors, None if it uses none; variants without enough chains are left out
     "The factors of every variant that can be run."
     using = {name: VARIANTS[name] for name in names if "factors" in needs_of(parse_method(VARIANTS[name].method))}
-    tables = {which: variant_table(ready, folder, which, base, store) for which in dict.fromkeys(variant.table for variant in using.values())}
+    tables = {which: variant_table(ready, folder, which, base, store, text_windows) for which in dict.fromkeys(variant.table for variant in using.values())}
     for which in [which for which, table in tables.items() if table is None]:
         logging.getLogger(__name__).warning("Variants on %s are left out: fewer than %d calibration problems are answered right.", which, FEWEST_CHAINS)
     possible = [name for name in names if name not in using or tables[using[name].table]]
@@ -263,6 +275,7 @@ def run_variants(
     names: Sequence[str] = tuple(VARIANTS), # The variants
     store: str | Path | None = None, # Folder of tables of losses shared between runs
     note: str = "", # The user's note for the record, such as what else was running
+    text_windows: int | None = None, # Windows of plain text to calibrate on; None means as many as calibration examples
 ) -> Path: # The run's folder
     "Every variant at every sparsity, resumable; every mistake raises `BadInput` before work begins."
     for name in names: check_choice(name, VARIANTS, "variant")
@@ -272,7 +285,7 @@ def run_variants(
     with alone_in(folder):
         open_run(folder, settings)
         note_environment(folder, environment(settings["model"]["device"], note))
-        factors = factors_of_variants(ready, folder, names, base and Path(base), unfinished)
+        factors = factors_of_variants(ready, folder, names, base and Path(base), unfinished, text_windows)
         if not store: shutil.rmtree(unfinished, ignore_errors=True)
         cells = [cell for cell in cells_of(settings) if cell[0] in ("dense", *factors)]
         finish_cells(ready, folder, cells, lambda name, sparsity: prune_variant(ready, name, sparsity, factors.get(name)))
