@@ -158,6 +158,7 @@ def cautious_interval(
     (won, won_most), (lost, lost_most) = (wilson_interval(int((sign * gains > 0).sum()), len(gains), (1 + confidence) / 2) for sign in (1, -1))
     return 100 * (won - lost_most), 100 * (won_most - lost)
 
+# %% ../../nbs/run/03_claims.ipynb #l014a
 def gain_finding(
     gains: np.ndarray, # Gain on every problem
     unit: str, # "points" or "nats"
@@ -189,6 +190,7 @@ def compared(
         return gain_finding(*gains, confidence, test)
     return case
 
+# %% ../../nbs/run/03_claims.ipynb #l016a
 def over_seeds(
     first: str, # A method
     second: str, # Another
@@ -266,6 +268,7 @@ def jackknife(
     half = student_quantile((1 + confidence) / 2, s - 1) * math.sqrt((s - 1) / s * ((without - without.mean()) ** 2).sum())
     return whole, whole - half, whole + half
 
+# %% ../../nbs/run/03_claims.ipynb #l022a
 def over_sets(
     statistic: Callable[[Sequence[HeadLosses]], float], # A number of several calibration sets
     unit: str, # Its unit
@@ -298,6 +301,7 @@ def steadier(
         return agreement[first] - agreement[second] - (agreement[less[0]] - agreement[less[1]] if less else 0.0)
     return statistic
 
+# %% ../../nbs/run/03_claims.ipynb #l025a
 def steadier_with_more(
     sets: Sequence[HeadLosses], # Calibration sets of one size
 ) -> float: # Rank correlation of pairs of two sets together, less that of single sets
@@ -378,6 +382,7 @@ def swap_test(
         found.append(abs(ratio(swapped)) >= abs(observed) - 1e-12)
     return observed, float(np.mean(found))
 
+# %% ../../nbs/run/03_claims.ipynb #l031a
 def spread_over_seeds(
     first: str, # A variant
     second: str, # Another
@@ -419,6 +424,7 @@ def off_target(records: ModelRecords, confidence: float) -> Finding | None:
     off = [abs(reached - asked) for (method, asked), reached in records.shares.items() if method == "cap"]
     return Finding(max(off), max(off), max(off), "share", len(off)) if off else None
 
+# %% ../../nbs/run/03_claims.ipynb #l032a
 def gold_over_chains(sparsity: float) -> Case:
     "Gold solutions against the model's own correct chains; where those were too few to calibrate on, their number."
     def case(records: ModelRecords, confidence: float) -> Finding | None:
@@ -512,7 +518,7 @@ ABLATION_CLAIMS = (
           {"between seeds": over_sets(steadier(FIVE, "cap"), "rank correlation", seeds=True), "between blocks": over_sets(steadier(FIVE, "cap"), "rank correlation")}),
     Claim("6", "The step from K = 3 to 5 gains less than that from 1 to 3", "rank correlation gained",
           {"between seeds": over_sets(steadier("cap", ONE, (FIVE, "cap")), "rank correlation", seeds=True), "between blocks": over_sets(steadier("cap", ONE, (FIVE, "cap")), "rank correlation")}),
-    Claim("6", "K = 5 keeps more than K = 3", GAIN, together(FIVE, "cap", 0.2, 0.5)))
+    Claim("6", "K = 5 keeps more than K = 3", GAIN, all_tasks(FIVE, "cap", 0.2, 0.5)))
 
 # %% ../../nbs/run/03_claims.ipynb #l039
 HEAD_CLAIMS = (
@@ -566,6 +572,7 @@ def reason(
     if found.few: return f"too few: n = {found.n}"
     return "no difference" if found.low == found.high == 0 else "interval or test does not decide"
 
+# %% ../../nbs/run/03_claims.ipynb #l042a
 def judged_claim(
     claim: Claim, # A claim
     records: ModelRecords, # What was run on a model

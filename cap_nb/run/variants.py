@@ -155,6 +155,7 @@ def own_answers(
         save_evaluation(Evaluation("dense", 0.0, 0.0, tuple(records)), place)
     return load_evaluation(place).answers
 
+# %% ../../nbs/run/02_variants.ipynb #v020a
 def chain_calibration(
     tokenizer, # Tokenizer of transformers
     like: Calibration, # The calibration set that was answered
@@ -179,6 +180,7 @@ def tasks_table(
         raise BadInput(f"The table of losses in {base} was measured on another model or other examples: expected this job's; give the settings of that run, or leave --base out.")
     return losses, base/"losses.safetensors"
 
+# %% ../../nbs/run/02_variants.ipynb #v022a
 def variant_table(
     ready: Ready, # The job; its model is dense
     folder: Path, # The run's folder
@@ -210,6 +212,7 @@ def kept_factors(
     write_tensors(path, {"factors": factors}, origin)
     return factors
 
+# %% ../../nbs/run/02_variants.ipynb #v024a
 def factors_of_variants(
     ready: Ready, # The job; its model is dense
     folder: Path, # The run's folder
@@ -254,6 +257,7 @@ def prune_part(
     if not walking: zero_within(own, scores, sparsity, scope)
     return prune_report(model, method, sparsity)
 
+# %% ../../nbs/run/02_variants.ipynb #v026a
 def prune_variant(
     ready: Ready, # The job; its model is dense and changed in place
     name: str, # Name of a variant, or "dense"
