@@ -30,8 +30,8 @@ from ..analysis import method_table, table_csv, table_latex, table_markdown
 # %% ../../nbs/run/03_cli.ipynb #c003b
 from .methods import OTHERS, check_method, method_line, needs_of, prune, table_methods
 from .devices import joined, own_device
-from .folder import finished_evaluations
-from .job import Job, check_job, evaluate, provenance, run_folders, run_job, write_results
+from .folder import finished_evaluations, pack_run
+from .job import Job, check_job, evaluate, manifest, provenance, run_folders, run_job, write_results
 from .planning import measured_plan, plan, plan_text
 from .variants import VARIANTS, run_variants
 from .claims import write_ledger
@@ -316,6 +316,18 @@ def ledger_command(
     out = write_ledger(folder, names(models))
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
+
+# %% ../../nbs/run/03_cli.ipynb #packcmd
+@app.command("pack")
+@in_one_sentence
+def pack_command(
+    folder: Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")],
+) -> None:
+    "Bring the records of every run in a folder to their smallest form; what they say does not change."
+    for run in run_folders(folder):
+        pack_run(run)
+        write_json(run/"manifest.json", manifest(run))
+        typer.echo(f"{run}: {sum(path.stat().st_size for path in run.rglob('*') if path.is_file()):,} bytes.")
 
 # %% ../../nbs/run/03_cli.ipynb #methodscmd
 @app.command("methods")

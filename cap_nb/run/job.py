@@ -324,7 +324,7 @@ def finish_cell(
         report = pruner(method, sparsity)
     save_report(folder, report, mask_fingerprint(ready.model))
     empty = Evaluation(method, sparsity, report.reached)
-    save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), place)
+    save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), place, shared=True)
     shutil.rmtree(piece_folder(folder, method, sparsity, ""), ignore_errors=True)
 
 # %% ../../nbs/run/02_job.ipynb #poss
