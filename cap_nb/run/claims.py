@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'VERDICTS', 'TASKS_TOGETHER', 'ON_TEXT', 'Case', 'BLOCKS', 'LLAMA_BANDS',
            'MISTRAL_BANDS', 'ABOVE', 'BELOW', 'GAIN', 'MAIN_CLAIMS', 'MLP_CLAIMS', 'TEXT_VARIANT', 'ONE', 'FIVE',
-           'ABLATION_CLAIMS', 'HEAD_CLAIMS', 'OUR_QUESTIONS', 'CLAIMS', 'COLUMNS', 'VERDICT_COLOURS', 'Finding',
-           'verdict', 'ModelRecords', 'cells_in', 'check_same', 'seed_runs', 'read_model', 'models_in', 'paired_gains',
-           'cautious_interval', 'gain_finding', 'compared', 'over_seeds', 'gap_in_parts', 'drawn_again',
+           'ABLATION_CLAIMS', 'HEAD_CLAIMS', 'OUR_QUESTIONS', 'CLAIMS', 'COLUMNS', 'VERDICT_COLOURS', 'PAPER_MODELS',
+           'Finding', 'verdict', 'ModelRecords', 'cells_in', 'check_same', 'seed_runs', 'read_model', 'models_in',
+           'paired_gains', 'cautious_interval', 'gain_finding', 'compared', 'over_seeds', 'gap_in_parts', 'drawn_again',
            'over_examples', 'blocks_of', 'jackknife', 'over_sets', 'mean_agreement', 'steadier', 'steadier_with_more',
            'heads_for_half', 'negative_share', 'near_zero_share', 'band_excess', 'spread_of_masked',
            'agreement_of_tasks', 'halves_agree', 'swap_test', 'spread_over_seeds', 'separation_and_gain', 'time_saved',
            'off_target', 'gold_over_chains', 'with_experts', 'Claim', 'each_task', 'all_tasks', 'over_wanda',
            'part_variant', 'part_case', 'range_cases', 'reason', 'judged_claim', 'claims_ledger', 'number_text',
            'cell_of', 'ledger_rows', 'ledger_notes', 'ledger_markdown', 'ledger_latex', 'draw_claims', 'plot_claims',
-           'write_ledger']
+           'save_ledger', 'write_ledger', 'recipe']
 
 # %% ../../nbs/run/03_claims.ipynb #l003
 import itertools, math
@@ -634,7 +634,7 @@ def ledger_notes(
     counted = ledger.groupby("Model")["Verdict"].value_counts().unstack(fill_value=0)
     told = "; ".join(f"{model}: " + ", ".join(f"{counted.loc[model].get(name, 0)} {name}" for name in VERDICTS) for model in counted.index)
     return [f"Cases: {told}.", "Gains are points of strict accuracy, or nats of held-out loss saved where no answers were generated; more is better in both.",
-            "Intervals hold together for all cases of a claim on a model (Bonferroni); Holm: p corrected over the same cases.",
+            "Intervals hold together for all cases of a claim on a model (Bonferroni); Holm: p corrected over the same cases. But for the cases of several seeds, they hold for the one calibration set that was used.",
             f"Supported, or contradicted: the interval lies within, or outside, what the claim says, and Holm's p is at most {LEVEL} where there is a test. Section 'ours': a question that the paper does not ask."]
 
 def ledger_markdown(
@@ -698,19 +698,38 @@ def plot_claims(
     return figure
 
 # %% ../../nbs/run/03_claims.ipynb #l051
-def write_ledger(
+def save_ledger(
+    ledger: pd.DataFrame, # From `claims_ledger`
+    models: Sequence[ModelRecords], # What it was made from
     figures: str | Path, # Folder that holds the runs' folders
-    models: Sequence[str] | None = None, # Names of models; None means all that have a whole comparison
 ) -> Path: # Folder of the ledger
-    "Write the ledger of all models: tables, figure, and a manifest of the runs that it was made from."
+    "Write a ledger: three tables, a figure, and a manifest of the runs that it was made from."
     figures, out = Path(figures), Path(figures)/"claims"
-    read = [read_model(figures, name) for name in models or models_in(figures)]
-    ledger = claims_ledger(read)
     write_text(out/"ledger.md", ledger_markdown(ledger))
     write_text(out/"ledger.csv", ledger.to_csv(lineterminator="\n"))
     write_text(out/"ledger.tex", ledger_latex(ledger))
     save_figure(plot_claims(ledger), out/"claims")
     made = {name: sha256_of_file(out/name) for name in ("ledger.md", "ledger.csv", "ledger.tex", "claims.png", "claims.svg")}
-    used = sorted(path for records in read for folder in records.folders for path in folder.rglob("manifest.json"))
+    used = sorted(path for records in models for folder in records.folders for path in folder.rglob("manifest.json"))
     write_json(out/"manifest.json", {"made": made, "made from": {path.relative_to(figures).as_posix(): sha256_of_file(path) for path in used}})
     return out
+
+def write_ledger(
+    figures: str | Path, # Folder that holds the runs' folders
+    models: Sequence[str] | None = None, # Names of models; None means all that have a whole comparison
+) -> Path: # Folder of the ledger
+    "Make and write the ledger of all models."
+    read = [read_model(figures, name) for name in models or models_in(figures)]
+    return save_ledger(claims_ledger(read), read, figures)
+
+# %% ../../nbs/run/03_claims.ipynb #l066
+PAPER_MODELS = {"llama3": "meta-llama/Meta-Llama-3-8B-Instruct", "mistral": "mistralai/Mistral-7B-Instruct-v0.2"} # Folder's name -> hub id
+
+def recipe(
+    name: str, # What the folders are to be called, as in "llama3"
+    model: str, # A hub id or a folder
+    figures: str = "figures", # Where the folders go
+) -> str: # A line for the shell
+    "The command that puts the claims to the test of a model, from nothing to the ledger."
+    common = f"--model {model} --dtype bfloat16 --device auto"
+    return (f"cap run {common} --methods all --out {figures}/{name}_methods && cap claims {common} --base {figures}/{name}_methods --out {figures}/{name}_claims && cap ledger {figures}")
