@@ -38,6 +38,8 @@ from .run.methods import *
 from .run.devices import *
 from .run.folder import *
 from .run.job import *
+from .run.variants import *
+from .run.claims import *
 from .run.planning import *
 from .run.streaming import *
 from .run.side_by_side import *

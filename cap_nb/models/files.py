@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_ROOM', 'says_no_room', 'room_wanted', 'whole_file', 'whole_folder', 'alone_in', 'sha256_of_file', 'sha256_of_text',
-           'write_json', 'read_json']
+           'write_packed', 'read_packed', 'write_json', 'read_json']
 
 # %% ../../nbs/models/01_files.ipynb #c003
-import errno, fcntl, hashlib, json, os, re, shutil
+import errno, fcntl, gzip, hashlib, json, os, re, shutil, zlib
 from contextlib import contextmanager
 from pathlib import Path
 from collections.abc import Iterator
@@ -123,18 +123,33 @@ def sha256_of_text(
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 # %% ../../nbs/models/01_files.ipynb #c017
+def write_packed(
+    path: str | Path, # Final name of the file, as in "answers.csv.gz"
+    text: str, # Its contents
+) -> None:
+    "Write a text compressed by gzip, without name and date: equal texts give equal bytes."
+    with whole_file(path) as part: part.write_bytes(gzip.compress(text.encode("utf-8"), 9, mtime=0))
+
+def read_packed(
+    path: str | Path, # A file that `write_packed` wrote
+) -> str: # Its contents
+    "The text of a compressed file; a damaged one raises OSError, EOFError or zlib.error."
+    return gzip.decompress(Path(path).read_bytes()).decode("utf-8")
+
 def write_json(
-    path: str | Path, # Final name of the file
+    path: str | Path, # Final name of the file; one that ends in .gz is compressed
     content: object, # Anything that JSON can hold
 ) -> None:
     "Write `content` as JSON with sorted keys, whole or not at all."
-    with whole_file(path) as part:
-        part.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    if Path(path).suffix == ".gz": return write_packed(path, text)
+    with whole_file(path) as part: part.write_text(text, encoding="utf-8")
 
+# %% ../../nbs/models/01_files.ipynb #c017b
 def read_json(
-    path: str | Path, # An existing JSON file
+    path: str | Path, # An existing JSON file; one that ends in .gz is compressed
 ) -> object: # Its contents
     "Read a JSON file; a missing or damaged one raises `BadInput` that names it."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    try: return json.loads(read_packed(path) if Path(path).suffix == ".gz" else Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise BadInput(f"{path} does not exist: expected a JSON file; check the path.") from None
-    except ValueError as error: raise BadInput(f"{path} is not JSON ({error}): expected a whole JSON file; make it again.") from None
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error: raise BadInput(f"{path} is not JSON ({error}): expected a whole JSON file; make it again.") from None

@@ -32,9 +32,11 @@ from ..analysis import method_table, table_csv, table_latex, table_markdown
 # %% ../../nbs/run/03_cli.ipynb #c003b
 from .methods import OTHERS, check_method, method_line, needs_of, prune, table_methods
 from .devices import joined, own_device
-from .folder import finished_evaluations
-from .job import Job, check_job, evaluate, provenance, run_folders, run_job, write_results
+from .folder import finished_evaluations, pack_run
+from .job import Job, check_job, evaluate, manifest, provenance, run_folders, run_job, write_results
 from .planning import measured_plan, plan, plan_text
+from .variants import VARIANTS, run_variants
+from .claims import write_ledger
 from .streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
 
 # %% ../../nbs/run/03_cli.ipynb #c006
@@ -150,6 +152,23 @@ def run_command(
     job = Job(model, chosen, shares(sparsity), names(tasks), n, k, seed, data_dir, style, aggregation, dtype, device, batch_tokens,
               names(accuracy_tasks), evaluate_n, loss_n, max_new_tokens, text, windows, window_tokens, calibration_seed)
     show_run(run_job(job, out or Path("runs")/Path(model).name, store, note))
+
+# %% ../../nbs/run/03_cli.ipynb #claimscmd
+@app.command("claims")
+@in_one_sentence
+def claims_command(
+    model: Model = "lab", variants: option(str, "variants, with commas, or all") = "all", sparsity: option(str, "shares of the weights in scope to zero, with commas") = "0.1,0.2,0.5",
+    base: option(Optional[Path], "folder of a finished run whose table of losses is used") = None, out: option(Optional[Path], "the run's folder; runs/MODEL-claims if left out") = None,
+    tasks: Tasks = None, data_dir: DataDir = None, n: N = 128, k: K = 3, seed: Seed = 0, style: Style = None, dtype: Dtype = None, device: Device = None, batch_tokens: BatchTokens = 4096,
+    accuracy_tasks: AccuracyTasks = None, evaluate_n: EvaluateN = 200, loss_n: LossN = 100, max_new_tokens: MaxNewTokens = None, text: TextName = None,
+    windows: Windows = 100, window_tokens: WindowTokens = 2048, store: Store = None, note: Note = "", calibration_seed: CalibrationSeed = None,
+    text_windows: option(Whole, "windows of plain text to calibrate on; as many as calibration examples if left out") = None,
+) -> None:
+    "Run CAP with one choice changed at a time: the experiments behind the claims ledger, resumable."
+    job = Job(model, (), shares(sparsity), names(tasks), n, k, seed, data_dir, style, "paper", dtype, device, batch_tokens,
+              names(accuracy_tasks), evaluate_n, loss_n, max_new_tokens, text, windows, window_tokens, calibration_seed)
+    chosen = tuple(VARIANTS) if variants.strip() == "all" else names(variants)
+    show_run(run_variants(job, out or Path("runs")/f"{Path(model).name}-claims", base, chosen, store, note, text_windows))
 
 # %% ../../nbs/run/03_cli.ipynb #c019
 HeadsAtOnce = option(Whole, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
@@ -287,6 +306,30 @@ def figures_command(
     for run in run_folders(folder):
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
+
+# %% ../../nbs/run/03_cli.ipynb #ledgercmd
+@app.command("ledger")
+@in_one_sentence
+def ledger_command(
+    folder: Annotated[Path, typer.Argument(help="folder with MODEL_methods and MODEL_claims for each model")],
+    models: option(Optional[str], "models, with commas; all that are there if left out") = None,
+) -> None:
+    "Put the paper's claims to the test of finished runs: a verdict for each claim and model, as table and figure."
+    out = write_ledger(folder, names(models))
+    typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
+    typer.echo(f"Tables and figure: {out}")
+
+# %% ../../nbs/run/03_cli.ipynb #packcmd
+@app.command("pack")
+@in_one_sentence
+def pack_command(
+    folder: Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")],
+) -> None:
+    "Bring the records of every run in a folder to their smallest form; what they say does not change."
+    for run in run_folders(folder):
+        pack_run(run)
+        write_json(run/"manifest.json", manifest(run))
+        typer.echo(f"{run}: {sum(path.stat().st_size for path in run.rglob('*') if path.is_file()):,} bytes.")
 
 # %% ../../nbs/run/03_cli.ipynb #methodscmd
 @app.command("methods")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'PEAK', 'RESET', 'settings_of', 'differences', 'open_run', 'read_run', 'commit_of_package', 'environment',
-           'note_environment', 'mask_fingerprint', 'cell_name', 'save_report', 'load_report', 'together',
+           'note_environment', 'mask_fingerprint', 'cell_name', 'report_file', 'save_report', 'load_report', 'together',
            'evaluation_folder', 'piece_folder', 'cells_of', 'finished_evaluations', 'note_time', 'note_memory',
-           'resident', 'memory_taken', 'Run', 'load_run']
+           'resident', 'memory_taken', 'Run', 'load_run', 'packed_again', 'pack_run']
 
 # %% ../../nbs/run/01_folder.ipynb #c003
-import hashlib, importlib.metadata, os, platform, subprocess
+import hashlib, importlib.metadata, os, platform, shutil, subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -132,13 +132,22 @@ def cell_name(
     "The name of a method at a sparsity."
     return f"{method.replace(':', 'of')}-{sparsity!r}" # no colon: some file systems forbid it
 
+def report_file(
+    folder: str | Path, # A run's folder
+    method: str, # Name of the method
+    sparsity: float, # Sparsity asked for
+) -> Path: # The report's file, whether it is there or not
+    "Where a cell's report lies; one that an earlier version wrote is not compressed."
+    plain = Path(folder)/"reports"/f"{cell_name(method, sparsity)}.json"
+    return plain if plain.exists() else plain.with_name(f"{plain.name}.gz")
+
 def save_report(
     folder: str | Path, # A run's folder
     report: PruneReport, # What the method did
     mask: str, # Fingerprint of the zeros
 ) -> None:
     "Keep a report; one that is there already must be of the same zeros, or `BadInput` is raised."
-    path, name = Path(folder)/"reports"/f"{cell_name(report.method, report.asked)}.json", cell_name(report.method, report.asked)
+    path, name = report_file(folder, report.method, report.asked), cell_name(report.method, report.asked)
     if path.exists() and (kept := read_json(path)["mask"]) != mask:
         raise BadInput(f"Pruning {name} again gave other zeros ({mask[:12]}, not {kept[:12]}): expected the same; versions or device changed, give another folder.")
     write_json(path, asdict(report) | {"mask": mask})
@@ -150,7 +159,7 @@ def load_report(
     sparsity: float, # Sparsity asked for
 ) -> tuple[PruneReport, str]: # The report, and the fingerprint of the zeros
     "Read a report; a missing or damaged one raises `BadInput`."
-    path = Path(folder)/"reports"/f"{cell_name(method, sparsity)}.json"
+    path = report_file(folder, method, sparsity)
     kept = read_json(path)
     try: mask, table = kept.pop("mask"), tuple(tuple(row) for row in kept.pop("table"))
     except (KeyError, TypeError, AttributeError):
@@ -259,6 +268,29 @@ def load_run(
 ) -> Run: # All of it, as far as it is finished
     "Read a run; a folder that is none, or a damaged file, raises `BadInput`."
     kept, folder = read_run(folder), Path(folder)
-    places = [cell for cell in cells_of(kept) if (folder/"reports"/f"{cell_name(*cell)}.json").exists()]
+    places = [cell for cell in cells_of(kept) if report_file(folder, *cell).exists()]
     losses = load_losses(folder/"losses.safetensors") if (folder/"losses.safetensors").exists() else None
     return Run(kept, tuple(read_json(folder/"environment.json")), losses, tuple(load_report(folder, *cell) for cell in places), finished_evaluations(folder))
+
+# %% ../../nbs/run/01_folder.ipynb #packcell
+def packed_again(
+    place: Path, # A finished evaluation's folder
+) -> None:
+    "Write an evaluation anew with the columns that all cells share, unless it has that form."
+    if "answers of" in read_json(place/"evaluation.json"): return
+    found, new = load_evaluation(place), place.with_name(f".{place.name}.packed")
+    shutil.rmtree(new, ignore_errors=True) # left by a killed one
+    save_evaluation(found, new, shared=True)
+    if load_evaluation(new) != found: raise AssertionError(f"{place} would not be the same")
+    shutil.rmtree(place)
+    new.rename(place)
+
+def pack_run(
+    folder: str | Path, # A run's folder
+) -> None:
+    "Bring the records of a run to their smallest form; a folder that is no run raises `BadInput`."
+    for cell in cells_of(read_run(folder)):
+        if (place := evaluation_folder(folder, *cell)).exists(): packed_again(place)
+        if (path := report_file(folder, *cell)).suffix == ".json":
+            write_json(path.with_name(f"{path.name}.gz"), read_json(path))
+            path.unlink()

@@ -8,11 +8,11 @@ __all__ = ['FOLLOWED', 'Job', 'check_job', 'filled_in', 'Piece', 'pieces_of', 'p
            'attributed', 'copied_weights', 'put_back', 'measured', 'evaluate', 'finish_piece', 'finish_cell',
            'possible_cells', 'scores_csv', 'write_text', 'run_scores', 'provenance', 'manifest', 'run_folders',
            'factor_stages', 'cost_table', 'cost_markdown', 'kind_of', 'curve_groups', 'zeros_figures', 'write_tables',
-           'write_results', 'run_job']
+           'write_results', 'finish_cells', 'run_job']
 
 # %% ../../nbs/run/02_job.ipynb #c003
 import json, logging, math, shutil, statistics, time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..models.loading import check_all_here, dtype_named, load_model, model_fing
 from ..calibration import (TASKS, TEXTS, Calibration, Problem, calibration_set, default_style, default_tasks, load_text, prompt_style)
 from ..scoring import AGGREGATIONS, HeadLosses, causal_scores, load_losses, read_tensors, save_losses, score_heads, write_tensors
 from ..importance import importance_factors
-from ..threshold import prune_report
+from ..threshold import PruneReport, prune_report
 from ..baselines.criteria import Given
 from ..evaluation import Evaluation, accuracy, evaluation_problems, held_out_losses, load_evaluation, perplexity, save_evaluation, token_limit
 from ..analysis import (answer_markdown, answer_table, markdown_rows, method_table, provenance_of, plot_head_importance, plot_importance_distribution, plot_sparsity_curves,
@@ -316,7 +316,7 @@ def finish_cell(
     ready: Ready, # The job
     folder: Path, # The run's folder
     cell: tuple[str, float], # Method and sparsity
-    factors: UnitFactors | None, # Importance factors, if the method uses some
+    pruner: Callable[[str, float], PruneReport], # Prunes the job's model, which is dense, by a method to a sparsity
     dense: dict[str, torch.Tensor], # The dense weights
     bar: tqdm, # Moves on by one a piece
 ) -> None:
@@ -327,10 +327,10 @@ def finish_cell(
         return
     put_back(ready.model, dense)
     with costed(folder, f"{cell_name(method, sparsity)}/prune", ready.model.device):
-        report = prune(ready.model, method, sparsity, factors and factors.heads, ready.calibration, batch_tokens=ready.job.batch_tokens, seed=ready.job.seed, experts=factors and factors.experts)
+        report = pruner(method, sparsity)
     save_report(folder, report, mask_fingerprint(ready.model))
     empty = Evaluation(method, sparsity, report.reached)
-    save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), place)
+    save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), place, shared=True)
     shutil.rmtree(piece_folder(folder, method, sparsity, ""), ignore_errors=True)
 
 # %% ../../nbs/run/02_job.ipynb #poss
@@ -433,9 +433,10 @@ FOLLOWED = 8 # Methods in one figure
 
 def kind_of(
     method: str, # A method's name
-) -> str: # "criteria", "scopes", "attributions", "allocations" or "patterns"
+) -> str: # "criteria", "scopes", "attributions", "allocations", "patterns", or a variant's kind, as in "range"
     "By which of its choices a method differs from the others."
     parts = parse_method(method)
+    if parts.variant: return parts.variant.partition("-")[0]
     if parts.scope and ":" in parts.scope: return "patterns"
     return "attributions" if parts.attribution or parts.base == "heads" else "allocations" if parts.allocation else "scopes" if parts.scope else "criteria"
 
@@ -445,8 +446,10 @@ def curve_groups(
     "The evaluations of a run, cut into figures that can be read."
     methods = {e.method for e in evaluations} - {"dense"}
     if len(methods) <= FOLLOWED: return {"sparsity_curves": list(evaluations)}
-    kinds = {kind: [m for m in methods if kind_of(m) == kind] for kind in ("criteria", "scopes", "attributions", "allocations")}
-    return {f"sparsity_curves_{kind}": [e for e in evaluations if e.method in (*own, "dense", "cap", "wanda")] for kind, own in kinds.items() if own}
+    known = ("criteria", "scopes", "attributions", "allocations")
+    kinds = dict.fromkeys([*known, *sorted({kind_of(m) for m in methods} - {*known, "patterns"})])
+    own = {kind: {m for m in methods if kind_of(m) == kind} for kind in kinds}
+    return {f"sparsity_curves_{kind}": [e for e in evaluations if e.method in (*own[kind], "dense", "cap", "wanda")] for kind in kinds if own[kind] - {"cap", "wanda"}}
 
 # %% ../../nbs/run/02_job.ipynb #zfig
 def zeros_figures(
@@ -484,6 +487,20 @@ def write_results(
     for name, figure in figures.items(): save_figure(figure, folder/"figures"/name)
     write_json(folder/"manifest.json", manifest(folder))
 
+# %% ../../nbs/run/02_job.ipynb #finishcells
+def finish_cells(
+    ready: Ready, # The job
+    folder: Path, # The run's folder
+    cells: Sequence[tuple[str, float]], # (method, sparsity) of every cell
+    pruner: Callable[[str, float], PruneReport], # Prunes the job's model by a method to a sparsity
+) -> None:
+    "Prune and measure every cell that is not finished, then write tables and figures."
+    dense, pieces = copied_weights(ready.model), pieces_of(ready.job)
+    with tqdm(total=len(cells) * len(pieces), unit="piece") as bar:
+        for cell in cells: finish_cell(ready, folder, cell, pruner, dense, bar)
+    write_results(folder)
+    if (folder/"unfinished").exists() and not any((folder/"unfinished").iterdir()): (folder/"unfinished").rmdir()
+
 # %% ../../nbs/run/02_job.ipynb #c043
 def run_job(
     job: Job, # What is asked for
@@ -497,9 +514,8 @@ def run_job(
         open_run(folder, ready.configuration)
         note_environment(folder, environment(ready.configuration["model"]["device"], note))
         factors = attributed(ready, folder, store and Path(store))
-        dense, cells, pieces = copied_weights(ready.model), possible_cells(ready), pieces_of(ready.job)
-        with tqdm(total=len(cells) * len(pieces), unit="piece") as bar:
-            for cell in cells: finish_cell(ready, folder, cell, factors.get(cell[0]), dense, bar)
-        write_results(folder)
-    if (folder/"unfinished").exists() and not any((folder/"unfinished").iterdir()): (folder/"unfinished").rmdir()
+        def pruner(method: str, sparsity: float) -> PruneReport:
+            own = factors.get(method)
+            return prune(ready.model, method, sparsity, own and own.heads, ready.calibration, batch_tokens=ready.job.batch_tokens, seed=ready.job.seed, experts=own and own.experts)
+        finish_cells(ready, folder, possible_cells(ready), pruner)
     return folder

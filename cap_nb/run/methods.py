@@ -33,8 +33,9 @@ class MethodName:
     attribution: str | None = None # One of `ATTRIBUTIONS` or `ROUTING_AWARE`; None means masking, as the paper does
     scope: str | None = None # "model", "layer", "matrix", "row" or n:m; None means the base's own
     allocation: str | None = None # One of `ALLOCATIONS`; None means the same for every layer
+    variant: str | None = None # What 'cap claims' changes in it; None means nothing
 
-NAME = re.compile(r"(?P<base>\w+)(?:\.(?P<attribution>\w+))?(?:@(?P<scope>[\w:]+))?(?:\+(?P<allocation>\w+))?")
+NAME = re.compile(r"(?P<base>\w+)(?:\.(?P<attribution>\w+))?(?:@(?P<scope>[\w:]+))?(?:\+(?P<allocation>\w+))?(?:~(?P<variant>[\w-]+))?")
 OTHERS = {"dense": "prunes nothing", "sparsegpt": "the least error layer by layer, with updates of the weights that stay", "heads": "whole heads, the least causal first"}
 
 # %% ../../nbs/run/00_methods.ipynb #c007
@@ -66,11 +67,13 @@ def needs_of(
     needed = own[parts.base] if parts.base in own else tuple(GIVES[need] for need in CRITERIA[parts.base].needs)
     return tuple(dict.fromkeys(needed + (ALLOCATIONS[parts.allocation].needs if parts.allocation else ())))
 
+# %% ../../nbs/run/00_methods.ipynb #c010b
 def check_method(
     name: str, # A method's name
 ) -> MethodName: # Its choices
     "Take a name apart and refuse a combination that means nothing, with `BadInput`."
     parts, pattern = parse_method(name), pattern_of(own_scope(parse_method(name)))
+    if parts.variant: raise BadInput(f"Method {name!r} is a variant: expected a method without ~; 'cap claims' runs variants.")
     if parts.attribution and "factors" not in needs_of(parts): raise BadInput(f"Method {name!r} names an attribution but uses no importance factors: expected cap, cap_wanda, heads or +causal; leave .{parts.attribution} out.")
     if parts.attribution in ROUTING_AWARE and not (parts.base in CRITERIA and "factor" in CRITERIA[parts.base].needs):
         raise BadInput(f"Method {name!r} gives experts factors of their own and uses none: expected cap or cap_wanda; leave .{parts.attribution} out.")
