@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from cap_nb.beyond.experts import (conditional_scores, expert_losses, expert_use, expert_variance, masked_expert_factors, routed_factors, routed_losses,
                                    routing_aware_factors, whole_passes)
 from cap_nb.calibration import IGNORED, Calibration, Example, default_style, default_tasks
-from cap_nb.models.anatomy import projections
+from cap_nb.models.anatomy import projections, routing_of
 from cap_nb.models.bad_input import BadInput
 from cap_nb.models.lab import lab_tokenizer, save_tokenizer
 from cap_nb.models.lab_experts import EXPERTS_CHECKPOINT, ExpertsRecipe, new_experts_model
@@ -35,8 +35,8 @@ CALIBRATION = Calibration.from_examples([made_up(place, 8 + place) for place in 
 def mixtral(**more):
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=12, num_local_experts=5, num_experts_per_tok=2, **more)).eval()
-    for layer in model.model.layers:
-        layer.mlp.gate.weight.data *= 4
+    for layer in range(3):
+        routing_of(model, layer).router.weight.data *= 4
     return model
 
 
@@ -52,7 +52,7 @@ def partly_dense():
 
 def test_an_expert_that_nothing_reaches_has_no_score_and_its_layer_s_mean():
     model = mixtral()
-    router = model.model.layers[1].mlp.gate.weight.data
+    router = routing_of(model, 1).router.weight.data
     router[1], router[3], router[4] = -router[0], -router[2], 0  # two of the first four have logits above zero, so the last is never among the two largest
     routed, losses = routed_losses(model, CALIBRATION), score_heads(model, CALIBRATION)
     missing = (routed.used.transpose(1, 2) @ torch.nn.functional.one_hot(losses.subset, 3) == 0).any(-1)
@@ -145,6 +145,13 @@ def test_by_name_is_by_hand():
     plain = mixtral()
     prune(plain, "cap", 0.4, factors.heads)
     assert any(not torch.equal(p.weight, q.weight) for p, q in zip(projections(named), projections(plain)) if p.expert is not None)
+
+
+def test_the_sibling_s_rotary_angles_have_the_base_it_was_trained_with():
+    """Read from the loaded model: transformers 4 and 5 find the number under two names, and fall back to different ones."""
+    model, _ = load_model("lab-moe", device="cpu")
+    frequencies = model.model.rotary_emb.inv_freq
+    torch.testing.assert_close(frequencies, 10_000.0 ** (-torch.arange(0, 32, 2) / 32), atol=1e-6, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -323,6 +323,8 @@ def save_checkpoint(folder: Path, model: nn.Module, tokenizer: PreTrainedTokeniz
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     with whole_folder(folder) as part:
         model.save_pretrained(part)
+        config = read_json(part / "config.json") # transformers 4 reads the base of the rotary angles under another name, and has another default
+        write_json(part / "config.json", config | {"rope_theta": config.get("rope_parameters", config)["rope_theta"]})
         save_tokenizer(part, tokenizer)
         write_json(part / "training.json", log)
         write_checksums(part)

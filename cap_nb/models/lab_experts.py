@@ -38,7 +38,7 @@ def new_experts_model(
         vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.mlp, num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads, num_key_value_heads=recipe.key_value_heads, head_dim=recipe.hidden // recipe.heads,
         num_local_experts=recipe.experts, num_experts_per_tok=recipe.chosen, router_aux_loss_coef=recipe.balance, rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, max_position_embeddings=recipe.window, tie_word_embeddings=True,
+        rope_theta=10_000.0, max_position_embeddings=recipe.window, tie_word_embeddings=True,
         initializer_range=recipe.spread, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
     model.set_attn_implementation("eager") # on a processor its backward pass is the faster one; the weights do not know of it
     return model
@@ -70,9 +70,8 @@ def experts_loss(
 @dataclass(frozen=True)
 class Slice:
     "One matrix of one expert, as a parameter of its own that shares its numbers with the stack it lies in."
-    stack: nn.Parameter # [E, ...], as the model has it
-    expert: int # Which expert
-    rows: slice # Which of its rows
+    stack: nn.Parameter # [E, ...], as the model has it; in transformers 4, which keeps a list, the matrix itself
+    place: tuple # Which expert, and which of its rows
     matrix: nn.Parameter # [out, in], the same memory
 
 def expert_slices(
@@ -81,8 +80,10 @@ def expert_slices(
     "Every expert matrix as a two-dimensional parameter."
     found, width = [], model.config.intermediate_size
     for stack in (p for name, p in model.named_parameters() if ".experts." in name):
-        rows = [slice(None)] if stack.shape[1] != 2 * width else [slice(0, width), slice(width, 2 * width)]
-        found += [Slice(stack, e, r, nn.Parameter(stack.data[e, r])) for e in range(len(stack)) for r in rows]
+        if stack.ndim == 2: found.append(Slice(stack, (), stack))
+        else:
+            rows = [slice(None)] if stack.shape[1] != 2 * width else [slice(0, width), slice(width, 2 * width)]
+            found += [Slice(stack, (e, r), nn.Parameter(stack.data[e, r])) for e in range(len(stack)) for r in rows]
     return found
 
 # %% ../../nbs/models/04_lab_experts.ipynb #x032
@@ -95,7 +96,7 @@ def experts_optimizers(
     stacks = {id(s.stack): s.stack for s in slices}
     muon, adam = optimizers(model, recipe, leave_out=stacks, more=[s.matrix for s in slices])
     def hand_out(*_):
-        for s in slices: s.matrix.grad = s.stack.grad[s.expert, s.rows]
+        for s in slices: s.matrix.grad = s.stack.grad[s.place]
     def take_back(*_):
         for stack in stacks.values(): stack.grad = None
     muon.register_step_pre_hook(hand_out)
