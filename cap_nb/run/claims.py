@@ -683,7 +683,7 @@ def draw_claims(
         for column, model in enumerate(models):
             row = ledger.loc[claim, case, model]
             ax.plot(4.2 + 2.9 * column, y, "s", ms=6, color=VERDICT_COLOURS[row["Verdict"]])
-            ax.text(4.35 + 2.9 * column, y, number_text(row) or "not measured", fontsize=6, va="center", color="#333333" if row["Verdict"] != UNDECIDED else "#777777")
+            ax.text(4.35 + 2.9 * column, y, number_text(row) or row["Why"], fontsize=6, va="center", color="#333333" if row["Verdict"] != UNDECIDED else "#777777")
     ax.set(xlim=(0, 4.2 + 2.9 * len(models)), ylim=(y + 1, -1))
     for column, model in enumerate(models): ax.text(4.1 + 2.9 * column, -0.2, model, fontsize=8, weight="bold")
     ax.axis("off")
