@@ -7,8 +7,8 @@ __all__ = ['FOLLOWED', 'Job', 'check_job', 'filled_in', 'Piece', 'pieces_of', 'p
            'calibrated_on', 'configuration', 'Ready', 'prepare', 'timed', 'costed', 'scored', 'attribution_factors',
            'attributed', 'copied_weights', 'put_back', 'measured', 'evaluate', 'finish_piece', 'finish_cell',
            'possible_cells', 'scores_csv', 'write_text', 'run_scores', 'provenance', 'manifest', 'run_folders',
-           'factor_stages', 'cost_table', 'cost_markdown', 'kind_of', 'curve_groups', 'zeros_figures', 'write_tables',
-           'write_results', 'finish_cells', 'run_job']
+           'factor_stages', 'cost_table', 'cost_markdown', 'kind_of', 'curve_groups', 'zeros_figures', 'tell_room',
+           'write_tables', 'write_results', 'finish_cells', 'run_job']
 
 # %% ../../nbs/run/02_job.ipynb #c003
 import json, logging, math, shutil, statistics, time
@@ -29,7 +29,7 @@ from ..scoring import AGGREGATIONS, HeadLosses, causal_scores, load_losses, read
 from ..importance import importance_factors
 from ..threshold import PruneReport, prune_report
 from ..baselines.criteria import Given
-from ..evaluation import Evaluation, accuracy, evaluation_problems, held_out_losses, load_evaluation, perplexity, save_evaluation, token_limit
+from ..evaluation import AnswerRecord, Evaluation, accuracy, evaluation_problems, held_out_losses, limit_for, load_evaluation, perplexity, save_evaluation, token_limit
 from ..analysis import (answer_markdown, answer_table, markdown_rows, method_table, provenance_of, plot_head_importance, plot_importance_distribution, plot_sparsity_curves,
                              plot_zeros_by_method, save_figure, table_csv, table_latex, table_markdown)
 from ..beyond.experts import ROUTING_AWARE, UnitFactors
@@ -459,6 +459,15 @@ def zeros_figures(
     reports = [report for report, _ in load_run(folder).reports if report.method != "dense"]
     return {f"zeros_{round(100 * s)}": plot_zeros_by_method([r for r in reports if r.asked == s]) for s in sorted({r.asked for r in reports})}
 
+# %% ../../nbs/run/02_job.ipynb #room
+def tell_room(
+    dense: Sequence[AnswerRecord], # Answers of the dense model
+) -> None:
+    "Warn, for each task, where the dense model's answers found no room."
+    for task in dict.fromkeys(answer.task for answer in dense):
+        try: limit_for([answer for answer in dense if answer.task == task])
+        except BadInput as lacking: logging.getLogger(__name__).warning("%s: %s", task, lacking)
+
 # %% ../../nbs/run/02_job.ipynb #c041
 def write_tables(
     folder: Path, # A run's folder
@@ -473,6 +482,7 @@ def write_tables(
     write_text(folder/"tables"/"costs.csv", cost_table(folder).to_csv())
     write_text(folder/"tables"/"costs.md", cost_markdown(cost_table(folder)))
 
+# %% ../../nbs/run/02_job.ipynb #results
 def write_results(
     folder: str | Path, # A run's folder
 ) -> None:
@@ -480,6 +490,7 @@ def write_results(
     folder, evaluations, scores = Path(folder), finished_evaluations(folder), run_scores(folder)
     if not evaluations: raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
     write_tables(folder, evaluations)
+    tell_room([answer for evaluation in evaluations if evaluation.method == "dense" for answer in evaluation.answers])
     figures = {name: plot_sparsity_curves(chosen) for name, chosen in curve_groups(evaluations).items()} | zeros_figures(folder)
     if scores is not None:
         write_text(folder/"tables"/"scores.csv", scores_csv(*scores))
