@@ -210,6 +210,7 @@ class Kind:
     optimizers: Callable = optimizers # (model, recipe) -> Muon, AdamW
     rate: Callable = rate_factor # (step, recipe) -> what the learning rates are multiplied by
     stored: torch.dtype = torch.float32 # Of the weights in the checkpoint
+    workers: int = 2 # Threads that share the batches of a step; how many they are changes no bit
 
 DENSE = Kind() # The lab model itself
 
@@ -257,7 +258,7 @@ def train(model: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, 
     log = opened_log(model, both, recipe, work)
     start, before, recent = time.perf_counter(), log["seconds"], []
     steps = zip(range(log["step"], recipe.steps), training_batches(tokenizer, recipe, log["step"]))
-    with one_core_each(2) as threads:
+    with one_core_each(kind.workers) as threads:
         for step, batches in tqdm(steps, total=recipe.steps, initial=log["step"], desc="training", mininterval=5):
             recent.append(take_step(model, both, batches, kind.rate(step, recipe), threads, kind.loss))
             log |= {"step": step + 1, "seconds": before + time.perf_counter() - start}
