@@ -84,25 +84,28 @@ FINITE_BINS = 0x7F80 # Upper half of the pattern of infinity: finite scores lie 
 def pattern_counts(
     scores: torch.Tensor, # Non-negative float32 scores
     upper: int | None = None, # None counts upper halves; a bin counts the lower halves within it
+    often: torch.Tensor | None = None, # How many weights have each score, int64; None: each has one
 ) -> torch.Tensor: # Counts, int64 [65536]
     "Count the bit patterns of scores by their upper 16 bits, or by the lower 16 bits within one upper half."
     bits = scores.flatten().view(torch.int32)
-    if upper is None: digits = bits >> 16
-    else: digits = bits[(bits >> 16) == upper] & 0xFFFF
-    return torch.bincount(digits, minlength=65536).cpu()
+    inside = slice(None) if upper is None else (bits >> 16) == upper
+    digits = bits >> 16 if upper is None else bits[inside] & 0xFFFF
+    if often is None: return torch.bincount(digits, minlength=65536).cpu()
+    return torch.bincount(digits, often.flatten()[inside].double(), minlength=65536).long().cpu() # float64 counts exactly up to 2^53
 
 # %% ../nbs/04_threshold.ipynb #c019
 def total_counts(
     scores: Sequence[Callable[[], torch.Tensor]], # One function a tensor of scores, called once a pass
     upper: int | None = None, # As in `pattern_counts`
+    often: Sequence[torch.Tensor] | None = None, # For each tensor, as in `pattern_counts`
 ) -> torch.Tensor: # Counts over all tensors, int64 [65536]
     "One pass over every score; scores that are not finite, or negative, raise `BadInput`."
     total = torch.zeros(65536, dtype=torch.int64)
-    for tensor in scores:
+    for number, tensor in enumerate(scores):
         own = tensor()
         if upper is None and not (own.min() >= 0 and own.max() < math.inf): # NaN fails both comparisons
             raise BadInput("Some score is negative or not finite: expected finite weights and factors; check the model's weights for NaN.")
-        total += pattern_counts(own, upper)
+        total += pattern_counts(own, upper, often and often[number])
     return total
 
 # %% ../nbs/04_threshold.ipynb #c020
@@ -117,12 +120,13 @@ class Threshold:
 def find_threshold(
     scores: Sequence[Callable[[], torch.Tensor]], # One function a tensor of scores, called once a pass
     count: int, # n, at least 1
+    often: Sequence[torch.Tensor] | None = None, # For each tensor, how many weights have each of its scores, int64; None: one
 ) -> Threshold: # The exact threshold
     "The n-th smallest score in two passes over bit patterns (paper section 3.3 asks for bisection; this ends at its exact limit)."
-    upper_counts = total_counts(scores).cumsum(0)
+    upper_counts = total_counts(scores, None, often).cumsum(0)
     upper = int(torch.searchsorted(upper_counts, count))
     before = int(upper_counts[upper - 1]) if upper else 0
-    lower_counts = total_counts(scores, upper)
+    lower_counts = total_counts(scores, upper, often)
     cumulative = before + lower_counts.cumsum(0)
     lower = int(torch.searchsorted(cumulative, count))
     ties = int(lower_counts[lower])
@@ -194,7 +198,6 @@ def zero_smallest(
         zero_weights(p, (scores < threshold.value) | at)
     return threshold
 
-
 # %% ../nbs/04_threshold.ipynb #globally
 def prune_globally(
     model: nn.Module, # A causal language model of a known family; changed in place
@@ -207,7 +210,6 @@ def prune_globally(
     threshold = zero_smallest(projections(model), criterion, sparsity, ties)
     if threshold is None: return prune_report(model, method, sparsity)
     return prune_report(model, method, sparsity, threshold.value, threshold.ties)
-
 
 # %% ../nbs/04_threshold.ipynb #c031
 def prune_cap(
@@ -243,7 +245,6 @@ def smallest_in_groups(
     grouped = scores.unflatten(1, (-1, group))
     taken = torch.zeros_like(grouped, dtype=torch.bool)
     return taken.scatter_(2, grouped.argsort(dim=2, stable=True)[..., :zeros], True).flatten(1)
-
 
 # %% ../nbs/04_threshold.ipynb #sc2
 SCOPES = ("model", "layer", "matrix", "row") # And patterns n:m
@@ -290,7 +291,6 @@ def zero_within(
     for p in found: zero_weights(p, smallest_in_groups(criterion(p), *pattern) if pattern else smallest_in_rows(criterion(p), sparsity))
     return []
 
-
 # %% ../nbs/04_threshold.ipynb #sc6
 def prune_within(
     model: nn.Module, # A causal language model of a known family; changed in place
@@ -304,7 +304,6 @@ def prune_within(
     if scope == "model": return prune_globally(model, criterion, sparsity, method, ties)
     zero_within(projections(model), criterion, sparsity, scope, ties)
     return prune_report(model, method, sparsity)
-
 
 # %% ../nbs/04_threshold.ipynb #c042
 def zero_shares(

@@ -189,6 +189,33 @@ def test_the_size_of_a_piece_does_not_matter(tmp_path, at_once):
     assert a == b and hashes(tmp_path / "new") == hashes(tmp_path / "other")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["cap", "magnitude@layer"])
+def test_counted_magnitudes_and_counted_scores_give_the_same(tmp_path, monkeypatch, dtype, method):
+    src = saved(tmp_path / "src", dtype)
+    counted = prune_checkpoint(src, tmp_path / "counted", 0.4, factors_of(src), method)
+    monkeypatch.setattr(streaming, "TABLES_AT_MOST", 0)
+    monkeypatch.setattr(streaming, "taking_counted", None)  # nothing may call it
+    assert prune_checkpoint(src, tmp_path / "scored", 0.4, factors_of(src), method) == counted
+    assert hashes(tmp_path / "scored") == hashes(tmp_path / "counted")
+
+
+def test_weights_of_two_kinds_are_scored(tmp_path):
+    src = saved(tmp_path / "src", torch.float32, shards="1GB")
+    tensors = {name: t if "layers.0" in name else t.to(torch.bfloat16) for name, t in load_file(src / "model.safetensors").items()}
+    save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
+    report = prune_checkpoint(src, tmp_path / "streamed", 0.4, factors_of(src))
+    model = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32)
+    assert replace(prune(model, "cap", 0.4, factors_of(src)), table=()) == replace(report, table=())
+
+
+def test_a_score_beyond_float32_is_refused(tmp_path):
+    src = saved(tmp_path / "src", change=lambda weight: weight.view(-1)[:1].fill_(3e38))
+    with pytest.raises(BadInput, match="is not finite"):
+        prune_checkpoint(src, tmp_path / "streamed", 0.4, torch.full((3, 6), 10.0))
+    assert prune_checkpoint(src, tmp_path / "plain", 0.4, method="magnitude").reached == pytest.approx(0.4, abs=1e-3)
+
+
 def test_one_file_keeps_its_header(tmp_path):
     src = saved(tmp_path / "src", shards="1GB")
     assert [path.name for path in src.glob("*.safetensors*")] == ["model.safetensors"]
