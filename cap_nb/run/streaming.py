@@ -295,20 +295,27 @@ def scorer(
 # %% ../../nbs/run/02_streaming.ipynb #c035
 Take = Callable[[torch.Tensor], torch.Tensor] # Scores of the next piece -> mask of what goes
 
+def first_ones(
+    mask: torch.Tensor, # Weights of the next piece that lie on the threshold
+    left: list[int], # How many of those to come still go; told how many went
+) -> torch.Tensor: # Those that go
+    "The first weights on the threshold, piece by piece in order."
+    here = int(mask.count_nonzero())
+    if here > left[0]: mask = first_true(mask, left[0])
+    left[0] -= min(here, left[0])
+    return mask
+
 def taker(
     value: float, # tau
     ties: int, # How many of the weights on it go
 ) -> Take: # Takes what lies below tau, and the first ones on it
-    "How the smallest are taken, piece by piece in order (paper section 3.3)."
+    "How the smallest scores are taken (paper section 3.3)."
     left = [ties]
     def take(scores: torch.Tensor) -> torch.Tensor:
-        if left[0] == 0: return scores < value
-        at = scores == value
-        if (here := int(at.sum())) > left[0]: at = first_true(at, left[0])
-        left[0] -= min(here, left[0])
-        return (scores < value) | at
+        return (scores < value) | first_ones(scores == value, left)
     return take
 
+# %% ../../nbs/run/02_streaming.ipynb #tiescell
 def ties_taken(
     threshold: Threshold, # Of what competes
     ties: str, # "exact" or "all"
@@ -419,18 +426,37 @@ def count_magnitudes(
     return counts
 
 # %% ../../nbs/run/02_streaming.ipynb #m009
+def sides_of(
+    patterns: torch.Tensor, # Of magnitudes, int16 [rows, columns]
+    on: torch.Tensor, # The first pattern that is not below the threshold, int16, broadcast over them
+    above: torch.Tensor, # The first pattern above it, int16, broadcast over them
+) -> torch.Tensor: # 2 below the threshold, 1 on it, 0 above; int16
+    "On which side of the threshold magnitudes lie."
+    below = (patterns - on) >> 15
+    return below & 2 if torch.equal(on, above) else (below + ((patterns - above) >> 15)).neg_()
+
+def side_taker(
+    ties: int, # How many of the weights on the threshold go
+) -> Take: # Takes what lies below, and the first ones on it; is given sides, not scores
+    "What `taker` takes, by sides."
+    left = [ties]
+    def take(sides: torch.Tensor) -> torch.Tensor:
+        below = (sides >> 1).bool()
+        return below | first_ones((sides & 1).bool(), left) if left[0] else below
+    return take
+
+# %% ../../nbs/run/02_streaming.ipynb #m009b
 def sided(
     numbers: dict[str, torch.Tensor], # Module name -> number of the region, broadcast over the weight
-    below: torch.Tensor, # For each region, the last pattern below the threshold, or -1; int16 [R]
-    upto: torch.Tensor, # For each region, the last pattern at most on the threshold, or -1; int16 [R]
+    on: torch.Tensor, # For each region, the first pattern that is not below the threshold, int16 [R]
+    above: torch.Tensor, # For each region, the first pattern above it, int16 [R]
     bar: tqdm, # Told how many weights were read
 ) -> Scored: # Reads a piece, and says on which side of the threshold each weight is
-    "A function that reads a piece and compares it with its regions' patterns: 0 below the threshold, 1 on it, 2 above."
+    "A function that reads a piece and compares it with its regions' patterns."
     def scored(piece: StoredRows) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = read_rows(piece)
-        patterns, own = bits_of(rows) & SIGNLESS, rows_of(numbers[piece.projection.name], piece)
+        rows, own = read_rows(piece), rows_of(numbers[piece.projection.name], piece)
         bar.update(rows.numel())
-        return rows, (patterns > below[own]).to(torch.int8) + (patterns > upto[own])
+        return rows, sides_of(bits_of(rows) & SIGNLESS, on[own], above[own])
     return scored
 
 # %% ../../nbs/run/02_streaming.ipynb #m010
@@ -447,8 +473,8 @@ def taking_counted(
     scores = [scores_of_magnitudes(base, STORED_DTYPES[pieces[0].tensor.kind], factor) for factor in factors]
     counts = count_magnitudes(pieces, numbers, [len(own) for own in scores], bar)
     threshold = find_threshold([lambda own=own: own for own in scores], count, [counts[number, :len(own)] for number, own in enumerate(scores)])
-    below, upto = (torch.tensor([torch.searchsorted(own, threshold.value, right=right) - 1 for own in scores], dtype=torch.int16) for right in (False, True))
-    return sided(numbers, below, upto, bar), taker(1, ties_taken(threshold, ties)), threshold
+    on, above = (torch.tensor([torch.searchsorted(own, threshold.value, right=right) for own in scores], dtype=torch.int16) for right in (False, True))
+    return sided(numbers, on, above, bar), side_taker(ties_taken(threshold, ties)), threshold
 
 # %% ../../nbs/run/02_streaming.ipynb #c038
 def zero_rows(
