@@ -151,6 +151,37 @@ def first_true(
     kept[mask.flatten().nonzero()[:count, 0]] = True
     return kept.view_as(mask)
 
+# %% ../nbs/04_threshold.ipynb #takescell
+Take = Callable[[torch.Tensor], torch.Tensor] # Scores of the next piece -> mask of what goes
+
+def first_ones(
+    mask: torch.Tensor, # Weights of the next piece that lie on the threshold
+    left: list[int], # How many of those to come still go; told how many went
+) -> torch.Tensor: # Those that go
+    "The first weights on the threshold, piece by piece in order."
+    here = int(mask.count_nonzero())
+    if here > left[0]: mask = first_true(mask, left[0])
+    left[0] -= min(here, left[0])
+    return mask
+
+def taker(
+    value: float, # tau
+    ties: int, # How many of the weights on it go
+) -> Take: # Takes what lies below tau, and the first ones on it
+    "How the smallest scores are taken (paper section 3.3)."
+    left = [ties]
+    def take(scores: torch.Tensor) -> torch.Tensor:
+        return (scores < value) | first_ones(scores == value, left)
+    return take
+
+# %% ../nbs/04_threshold.ipynb #tiescell
+def ties_taken(
+    threshold: Threshold, # Of what competes
+    ties: str, # "exact" or "all"
+) -> int: # How many of the weights on the threshold go
+    "As many as the count asks for, or all (the paper's plain <=)."
+    return threshold.count - threshold.below if ties == "exact" else threshold.ties
+
 # %% ../nbs/04_threshold.ipynb #c028
 @dataclass(frozen=True)
 class PruneReport:
@@ -190,12 +221,8 @@ def zero_smallest(
     count = zeros_wanted(sum(p.weight.numel() for p in found), sparsity)
     if count == 0: return None
     threshold = find_threshold([lambda p=p: criterion(p) for p in found], count)
-    left = threshold.count - threshold.below if ties == "exact" else threshold.ties
-    for p in found:
-        scores = criterion(p)
-        at = first_true(scores == threshold.value, left)
-        left -= int(at.sum())
-        zero_weights(p, (scores < threshold.value) | at)
+    take = taker(threshold.value, ties_taken(threshold, ties))
+    for p in found: zero_weights(p, take(criterion(p)))
     return threshold
 
 # %% ../nbs/04_threshold.ipynb #globally

@@ -24,8 +24,8 @@ from ..models.files import read_json, whole_folder
 from ..models.anatomy import Projection, anatomy, checkpoint_names, expert_counts, family_of, projections
 from ..scoring import read_tensors, write_tensors
 from ..regions import broadcast_factor, check_expert_factors, check_factors, key_value_factors
-from ..threshold import (TIES, PruneReport, Threshold, check_pattern, competing, find_threshold, first_true, pattern_of, smallest_in_groups,
-                              smallest_in_rows, zeros_wanted)
+from ..threshold import (TIES, PruneReport, Take, Threshold, check_pattern, competing, find_threshold, first_ones, pattern_of, smallest_in_groups,
+                              smallest_in_rows, taker, ties_taken, zeros_wanted)
 from ..baselines.criteria import CRITERIA, Evidence, Given, Measured, check_given
 from ..beyond.experts import ROUTING_AWARE
 from .methods import MethodName, check_method, own_scope
@@ -291,37 +291,6 @@ def scorer(
         bar.update(rows.numel())
         return rows, scores
     return scored
-
-# %% ../../nbs/run/02_streaming.ipynb #c035
-Take = Callable[[torch.Tensor], torch.Tensor] # Scores of the next piece -> mask of what goes
-
-def first_ones(
-    mask: torch.Tensor, # Weights of the next piece that lie on the threshold
-    left: list[int], # How many of those to come still go; told how many went
-) -> torch.Tensor: # Those that go
-    "The first weights on the threshold, piece by piece in order."
-    here = int(mask.count_nonzero())
-    if here > left[0]: mask = first_true(mask, left[0])
-    left[0] -= min(here, left[0])
-    return mask
-
-def taker(
-    value: float, # tau
-    ties: int, # How many of the weights on it go
-) -> Take: # Takes what lies below tau, and the first ones on it
-    "How the smallest scores are taken (paper section 3.3)."
-    left = [ties]
-    def take(scores: torch.Tensor) -> torch.Tensor:
-        return (scores < value) | first_ones(scores == value, left)
-    return take
-
-# %% ../../nbs/run/02_streaming.ipynb #tiescell
-def ties_taken(
-    threshold: Threshold, # Of what competes
-    ties: str, # "exact" or "all"
-) -> int: # How many of the weights on the threshold go
-    "As many as the count asks for, or all (the paper's plain <=)."
-    return threshold.count - threshold.below if ties == "exact" else threshold.ties
 
 # %% ../../nbs/run/02_streaming.ipynb #takingcell
 def zeros_among(
