@@ -27,8 +27,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
-from .models.bad_input import BadInput
-from .models.files import read_json, whole_file
+from .core.errors import BadInput
+from .core.files import read_json, whole_file
 from .calibration import TASKS, task_family
 from .scoring import causal_scores, load_losses
 from .threshold import PruneReport, zero_shares

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .models.bad_input import BadInput, check_at_least, check_choice
-from .models.files import sha256_of_text
+from .core.errors import BadInput, check_at_least, check_choice
+from .core.files import sha256_of_text
 from .models.lab_world import lab_records, lab_text
 
 # %% ../nbs/00_calibration.ipynb #c005

@@ -25,8 +25,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 from .models.anatomy import decoder_of, head_logits
-from .models.bad_input import BadInput, check_at_least
-from .models.files import read_json, read_packed, sha256_of_text, whole_folder, write_json, write_packed
+from .core.errors import BadInput, check_at_least
+from .core.files import read_json, read_packed, sha256_of_text, whole_folder, write_json, write_packed
 from .calibration import (IGNORED, Example, Problem, PromptStyle, collate, default_style, encode_problem, load_problems, load_text,
                                 prompt_style, task_family, token_batches)
 from .scoring import target_losses

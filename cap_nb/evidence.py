@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from .models.bad_input import BadInput, check_at_least
-from .models.files import read_json
+from .core.errors import BadInput, check_at_least
+from .core.files import read_json
 from .evaluation import AnswerRecord, Evaluation, LossRecord
 from .analysis import (FEWEST_PAIRS, PairedDifference, blank_figure, comparable_parts, in_style, markdown_rows, method_looks, method_title,
                              paired_difference, paired_values, read_records, row_order)

@@ -9,7 +9,7 @@ __all__ = ['importance_factors', 'plot_factors']
 import torch
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from .models.bad_input import BadInput
+from .core.errors import BadInput
 
 # %% ../nbs/02_importance.ipynb #c005
 def check_scores(

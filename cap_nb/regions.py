@@ -11,7 +11,7 @@ import torch
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import nn
-from .models.bad_input import BadInput, check_choice
+from .core.errors import BadInput, check_choice
 from .models.anatomy import Anatomy, Part, Projection, anatomy, expert_counts, projections
 
 # %% ../nbs/03_regions.ipynb #c008

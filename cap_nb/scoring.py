@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 import transformers
-from .models.bad_input import BadInput, check_at_least, check_choice
-from .models.files import alone_in, sha256_of_text, whole_file
+from .core.errors import BadInput, check_at_least, check_choice
+from .core.files import alone_in, sha256_of_text, whole_file
 from .models.anatomy import Anatomy, anatomy, decoder_layers, decoder_of, dimensions, logits_of, output_projection
 from .models.replay import Beginning, KeyValues, KnownKeys, LayerCall, can_be_cut, cut_call, handed_keys, read_after, read_beginning, recorded_calls, repeated, run_layer, taken_rows
 from .models.loading import model_fingerprint

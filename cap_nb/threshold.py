@@ -16,7 +16,7 @@ import torch
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import nn
-from .models.bad_input import BadInput, check_choice, check_sparsity
+from .core.errors import BadInput, check_choice, check_sparsity
 from .models.anatomy import Projection, projections
 from .regions import region_factors
 

@@ -15,7 +15,7 @@ from cap_nb.analysis import (METHOD_LOOKS, OTHER_LOOKS, PAPER_NUMBERS, answer_ta
                              method_looks, method_table, paired_difference, paper_table, plot_head_importance, plot_importance_distribution,
                              plot_sparsity_curves, save_figure, table_csv, table_latex, table_markdown, table_notes)
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
-from cap_nb.models.bad_input import BadInput
+from cap_nb.core.errors import BadInput
 from conftest import ROOT
 
 

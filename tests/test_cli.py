@@ -11,14 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cap_nb.models.files import read_json
+from cap_nb.core.files import read_json
 from cap_nb.models.loading import load_model, save_model
-from cap_nb.run.cli import app
-from cap_nb.run.folder import load_run
+from cap_nb.command_line import app
+from cap_nb.jobs.records import load_run
 from conftest import ROOT
 
 FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]
-PROGRAM = [sys.executable, "-c", "from cap_nb.run.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from cap_nb.command_line import main; main()"]
 
 
 def cap(*words):

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from cap_nb.calibration import BENCHMARK_NAMES, load_problems, target_text
 from cap_nb.evaluation import (AnswerRecord, Evaluation, LossRecord, accuracy, bootstrap_interval, evaluation_problems, extract_answer, generate_greedy,
                                generate_naive, load_evaluation, normal_answer, perplexity, save_evaluation, strict_pattern, wilson_interval, window_losses)
-from cap_nb.models.bad_input import BadInput
+from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
-from cap_nb.run.proofs import TINY_MODELS, tiny_model
+from cap_nb.experiments.proofs import TINY_MODELS, tiny_model
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SHAPE = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

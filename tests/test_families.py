@@ -11,18 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from cap_nb.beyond.head_removal import prune_heads, weights_removed
+from cap_nb.methods.whole_heads import prune_heads, weights_removed
 from cap_nb.models.anatomy import anatomy, check_anatomy, expert_counts, masked_expert, projections, recorded_routes
-from cap_nb.models.bad_input import BadInput
+from cap_nb.core.errors import BadInput
 from cap_nb.models.families import FAMILIES, family_of
 from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.run.planning import read_sizes
+from cap_nb.jobs.planning import read_sizes
 from cap_nb.run import proofs
-from cap_nb.run.folder import mask_fingerprint
-from cap_nb.run.job import copied_weights, put_back
-from cap_nb.run.methods import prune
-from cap_nb.run.proofs import PROOFS, TINY_MODELS, measured_proof, proofs_of, tiny_calibration, tiny_factors, tiny_model
-from cap_nb.run.streaming import checkpoint_fingerprint, prune_checkpoint
+from cap_nb.jobs.records import mask_fingerprint
+from cap_nb.jobs.job import copied_weights, put_back
+from cap_nb.methods.prune import prune
+from cap_nb.experiments.proofs import PROOFS, TINY_MODELS, measured_proof, proofs_of, tiny_calibration, tiny_factors, tiny_model
+from cap_nb.methods.streaming import checkpoint_fingerprint, prune_checkpoint
 from cap_nb.scoring import masked_head
 from cap_nb.threshold import plot_zeros, prune_cap
 from conftest import ROOT
@@ -62,7 +62,7 @@ def test_the_other_order_is_noticed(monkeypatch, name):
 
 def test_the_table_in_the_documentation_is_of_today():
     """It stands in a slow cell, so its output is kept; every variant and every proof must be in it, and nothing that failed."""
-    notebook = json.loads((ROOT / "nbs/models/06_supported.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((ROOT / "nbs/results/05_supported_families.ipynb").read_text(encoding="utf-8"))
     shown = [o for c in notebook["cells"] if c["id"] == "s007" for o in c["outputs"]]
     table = "".join(shown[0]["data"]["text/html"])
     assert "no (" not in table

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from cap_nb.baselines.magnitude import prune_magnitude
+from cap_nb.methods.magnitude import prune_magnitude
 from cap_nb.evaluation import accuracy, evaluation_problems
-from cap_nb.models.bad_input import BadInput
+from cap_nb.core.errors import BadInput
 from cap_nb.models.loading import load_model, save_model
-from cap_nb.run.harness import harness_answers, harness_benchmarks, verdict_differences, write_harness_task
+from cap_nb.experiments.harness import harness_answers, harness_benchmarks, verdict_differences, write_harness_task
 
 pytest.importorskip("lm_eval", reason="the optional extra is not installed: pip install 'cap_nb[harness]'")
 TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")

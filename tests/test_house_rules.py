@@ -5,16 +5,16 @@ import re
 import pytest
 
 from conftest import ROOT
-from notebooks_on_disk import NOTEBOOKS, SOURCES, cells, label, module_of
+from notebooks_on_disk import NOTEBOOKS, SOURCES, cells, label, module_of, notebooks_tool
 
 MODULES = sorted(p for p in (ROOT / "cap_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
-ROOMS = ["models", "00", "01", "02", "03", "04", "05", "baselines", "beyond", "06", "run"]
+FLOORS = notebooks_tool.floors()
 
 
-def room(path):
-    """A notebook's place in the order that imports follow: its room, then its number inside the room."""
-    folder = path.parent.relative_to(ROOT / "nbs").as_posix()
-    return (ROOMS.index(path.stem[:2]), path.stem) if folder == "." else (ROOMS.index(folder), path.stem)
+def place(path):
+    """A notebook's place in the order that imports follow: its floor, then its line in nbs/order.txt; None where it may import anything."""
+    name = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+    return None if FLOORS[name] is None else (FLOORS[name], list(FLOORS).index(name))
 
 
 def imported_modules(text, module):
@@ -87,19 +87,29 @@ def test_modules_are_silent_and_lean(path):
     assert "trust_remote_code=True" not in text.replace(" ", "")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=label)
-def test_no_module_imports_a_later_room(path):
-    places = {module_of(p): room(p) for p in SOURCES}
-    module = module_of(path)
-    text = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
-    for name in imported_modules(text, module):
-        if name in places and name != module:
-            assert places[name] < places[module], f"{module} imports {name}, which comes later"
+def test_order_names_every_notebook_once():
+    """nbs/order.txt is the one list: what it lacks would be neither read nor tested."""
+    there = {p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    lines = [line.split()[1] for line in notebooks_tool.ORDER.read_text(encoding="utf-8").splitlines() if line.strip()]
+    assert sorted(lines) == sorted(there)
+
+
+def later_imports(path):
+    """What the cells of a notebook import from modules that come after it."""
+    places, own = {module_of(p): place(p) for p in SOURCES}, place(path)
+    code = [c.source for c in cells(path) if c.kind == "code" and not c.source.lstrip().startswith(("%", "!"))]
+    names = [name for text in code for name in imported_modules(text, module_of(path) or "")]
+    return sorted({name for name in names if name in places and own is not None and places[name] > own})
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
+def test_no_cell_imports_a_later_module(path):
+    assert not later_imports(path), f"{label(path)} imports what comes after it: {later_imports(path)}"
 
 
 def test_order_is_noticed():
-    """The rule above can fail: scoring comes after the models, and run after everything."""
-    assert room(ROOT / "nbs/models/03_x.ipynb") < room(ROOT / "nbs/00_calibration.ipynb") < room(ROOT / "nbs/05_evaluation.ipynb")
-    assert room(ROOT / "nbs/05_evaluation.ipynb") < room(ROOT / "nbs/baselines/00_magnitude.ipynb") < room(ROOT / "nbs/06_analysis.ipynb")
-    assert room(ROOT / "nbs/06_analysis.ipynb") < room(ROOT / "nbs/run/00_methods.ipynb") < room(ROOT / "nbs/run/01_folder.ipynb")
-    assert imported_modules("from ..models import files", "cap_nb.run.job") == ["cap_nb.models", "cap_nb.models.files"]
+    """The rule above can fail: the floors go from the errors to the command line."""
+    names = ["core/00_errors", "models/01_anatomy", "00_calibration", "01_scoring", "02_importance", "methods/07_prune", "05_evaluation", "06_analysis", "command_line"]
+    places = [place(ROOT / "nbs" / f"{name}.ipynb") for name in names]
+    assert places == sorted(places) and len(set(places)) == len(places)
+    assert imported_modules("from ..models import files", "cap_nb.jobs.job") == ["cap_nb.models", "cap_nb.models.files"]

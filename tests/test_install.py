@@ -50,7 +50,7 @@ def test_wheel(built):
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "cap_nb").rglob("*.py")}
     assert modules <= names
     assert checkpoint_files() <= names
-    assert "cap = cap_nb.run.cli:main" in entry_points
+    assert "cap = cap_nb.command_line:main" in entry_points
 
 
 def test_the_lab_model_loads_from_the_wheel(built, tmp_path):

@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from cap_nb.baselines.criteria import Given, prune_by
+from cap_nb.methods.criteria import Given, prune_by
 from cap_nb.calibration import IGNORED, Calibration, Example, calibration_set, collate, token_batches
 from cap_nb.models.anatomy import projections
-from cap_nb.models.bad_input import BadInput
+from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
 from cap_nb.run import planning
-from cap_nb.run.job import Job
-from cap_nb.run.planning import *
+from cap_nb.jobs.job import Job
+from cap_nb.jobs.planning import *
 from cap_nb.scoring import intact_pass, resumed_losses, score_heads, score_heads_naive, target_losses
 from cap_nb.threshold import prune_cap
 

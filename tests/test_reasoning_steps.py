@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from cap_nb.beyond.reasoning_steps import (ERROR_CATEGORIES, arithmetic_check, category_shares, completeness, conclusion_of, equations_in, error_category,
+from cap_nb.experiments.reasoning_steps import (ERROR_CATEGORIES, arithmetic_check, category_shares, completeness, conclusion_of, equations_in, error_category,
                                            grounded_share, incoherent, lab_facts_check, plot_error_mixture, reasoning_report, reasoning_reports,
                                            reasoning_steps, step_reports)
 from cap_nb.calibration import Problem, load_problems, target_text
 from cap_nb.evaluation import AnswerRecord, Evaluation, extract_answer
-from cap_nb.models.bad_input import BadInput
+from cap_nb.core.errors import BadInput
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 LABELLED = json.loads((Path(__file__).parent / "hand_labelled.json").read_text(encoding="utf-8"))

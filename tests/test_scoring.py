@@ -21,7 +21,7 @@ SMALL = ["score", "--model", "lab", "--n", "4", "--batch-tokens", "512"]
 
 
 def cap(*args):
-    return [sys.executable, "-m", "cap_nb.run.cli", *map(str, args)]
+    return [sys.executable, "-m", "cap_nb.command_line", *map(str, args)]
 
 
 def finish(command, **options):
@@ -96,7 +96,7 @@ def test_a_second_process_on_the_same_store_is_refused(tmp_path, undisturbed):
 
 def launched(out, processes=2):
     return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
-            "--dynamo_backend", "no", "--main_process_port", "0", "-m", "cap_nb.run.cli", *SMALL, "--device", "cpu", "--out", str(out)]
+            "--dynamo_backend", "no", "--main_process_port", "0", "-m", "cap_nb.command_line", *SMALL, "--device", "cpu", "--out", str(out)]
 
 
 def test_two_processes_give_the_bytes_of_one(tmp_path, undisturbed):

@@ -17,15 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from cap_nb.baselines.criteria import CRITERIA, Measured, dense_norms, scores_from
+from cap_nb.methods.criteria import CRITERIA, Measured, dense_norms, scores_from
 from cap_nb.calibration import IGNORED, Calibration, Example
 from cap_nb.models.anatomy import projections
-from cap_nb.models.bad_input import BadInput
+from cap_nb.core.errors import BadInput
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.regions import region_factors
 from cap_nb.run import streaming
-from cap_nb.run.methods import prune
-from cap_nb.run.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms
+from cap_nb.methods.prune import prune
+from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms
 from cap_nb.threshold import magnitude_criterion, prune_cap, prune_globally, prune_report, zero_within
 from conftest import ROOT
 
@@ -426,8 +426,8 @@ def write_large(folder, layers=6):
 
 MEASURED = """
 import sys, torch
-from cap_nb.run.folder import memory_taken
-from cap_nb.run.streaming import prune_checkpoint
+from cap_nb.jobs.records import memory_taken
+from cap_nb.methods.streaming import prune_checkpoint
 with memory_taken(torch.device("cpu")) as taken: report = prune_checkpoint(sys.argv[1], sys.argv[2], 0.5, torch.ones(6, 12))
 print(report.reached, report.weights, taken[0])
 """

@@ -20,20 +20,18 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["models", "", "baselines", "beyond", "run", "benchmarks"]
+ORDER = ROOT / "nbs" / "order.txt"
+
+
+def floors() -> dict[str, int | None]:
+    """Every notebook of nbs/order.txt, in reading order, with its floor; a notebook that may import anything has none."""
+    lines = [line.split() for line in ORDER.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {path: None if floor == "-" else int(floor) for floor, path in lines}
 
 
 def reading_order(root: Path = ROOT) -> list[Path]:
-    """Every notebook, room by room, the index last because it shows what the others made."""
-    nbs = root / "nbs"
-    found = [p for p in nbs.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(nbs).parts)]
-
-    def place(path: Path):
-        room = path.parent.relative_to(nbs).as_posix()
-        room = "" if room == "." else room
-        return path.stem == "index", ROOMS.index(room) if room in ROOMS else len(ROOMS), str(path)
-
-    return sorted(found, key=place)
+    """Every notebook in the order of nbs/order.txt."""
+    return [root / "nbs" / f"{path}.ipynb" for path in floors()]
 
 
 def directives(source: str) -> dict[str, str]:
