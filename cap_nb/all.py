@@ -7,22 +7,33 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #c003
 from .core.errors import *
-from .models.families import *
 from .core.files import *
+from .core.plots import *
+from .models.families import *
 from .models.anatomy import *
+from .models.routing import *
+from .models.interventions import *
 from .models.replay import *
 from .models.lab_world import *
 from .models.lab import *
 from .models.lab_experts import *
 from .models.loading import *
+from .data.problems import *
+from .data.prompts import *
+from .data.batches import *
 from .calibration import *
 from .scoring import *
+from .engine.layer_walk import *
+from .engine.unit_store import *
+from .engine.resumed_scoring import *
+from .engine.decoding import *
+from .engine.devices import *
 from .importance import *
-from .regions import *
-from .threshold import *
+
 
 # %% ../nbs/all.ipynb #c003b
-from .evaluation import *
+from .regions import *
+from .threshold import *
 from .methods.magnitude import *
 from .methods.wanda import *
 from .methods.criteria import *
@@ -30,22 +41,24 @@ from .methods.allocation import *
 from .methods.sparsegpt import *
 from .methods.attributions import *
 from .methods.whole_heads import *
-from .experiments.reasoning_steps import *
 from .methods.experts import *
+from .methods.prune import *
+from .methods.streaming import *
+from .evaluation import *
+from .jobs.records import *
 from .analysis import *
 from .evidence import *
-from .methods.prune import *
-from .engine.devices import *
-from .jobs.records import *
 from .jobs.job import *
-from .experiments.variants import *
-from .experiments.claims import *
 from .jobs.planning import *
-from .methods.streaming import *
-from .experiments.side_by_side import *
-from .command_line import *
+from .experiments.variants import *
+from .experiments.seeds import *
+from .experiments.claims import *
+from .experiments.reasoning_steps import *
 from .experiments.harness import *
+from .experiments.side_by_side import *
 from .experiments.proofs import *
+from .command_line import *
+
 
 # %% ../nbs/all.ipynb #c005
 __all__ = [name for name in globals() if not name.startswith("_")]

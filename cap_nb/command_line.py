@@ -5,41 +5,14 @@
 # %% auto #0
 __all__ = ['factors_from', 'check_streaming', 'pruned_in_memory', 'pruned_where_it_lies']
 
-# %% ../nbs/command_line.ipynb #c003
-import functools, logging, shutil
+# %% ../nbs/command_line.ipynb #c004
+import functools
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, NoReturn, Optional
-import typer, cap_nb
-from transformers.utils import logging as transformers_logging
-from .core.errors import BadInput, check_at_least, check_choice, check_sparsity
-from .core.files import write_json
-from .models.lab import DENSE, train_lab
-from .models.lab_experts import EXPERTS
-from .models.loading import check_all_here, fetch_smollm2, load_model, model_fingerprint, save_model, tokenizer_fingerprint
-from .calibration import calibration_set
-from .scoring import causal_scores, load_losses, save_losses, score_heads
-from .importance import importance_factors
-from .evaluation import save_evaluation
-from .threshold import SCOPES, PruneReport
-from .methods.allocation import ALLOCATIONS
-from .methods.criteria import CRITERIA
-from .methods.attributions import ATTRIBUTIONS
-from .methods.experts import ROUTING_AWARE
-from .analysis import method_table, table_csv, table_latex, table_markdown
+from typing import NoReturn
+import typer
+from .core.errors import BadInput
 
-# %% ../nbs/command_line.ipynb #c003b
-from .methods.prune import OTHERS, check_method, method_line, needs_of, prune, table_methods
-from .engine.devices import joined, own_device
-from .jobs.records import finished_evaluations, pack_run
-from .jobs.job import Job, check_job, evaluate, manifest, provenance, run_folders, run_job, write_results
-from .jobs.planning import measured_plan, plan, plan_text
-from .experiments.variants import VARIANTS, run_variants
-from .experiments.claims import write_ledger
-from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
-
-# %% ../nbs/command_line.ipynb #c006
+# %% ../nbs/command_line.ipynb #c005
 def give_up(
     sentence: str, # What to say
     code: int, # Exit code
@@ -60,6 +33,14 @@ def in_one_sentence(
             give_up(f"{error.filename} cannot be opened ({error.strerror}): expected a file or folder there; check the path.", 2)
         except KeyboardInterrupt: give_up("Stopped. What is finished is kept: the same command goes on from there.", 130)
     return wrapped
+
+# %% ../nbs/command_line.ipynb #c008
+import logging
+from pathlib import Path
+from typing import Annotated, Optional
+import cap_nb
+from transformers.utils import logging as transformers_logging
+from .core.errors import check_sparsity
 
 # %% ../nbs/command_line.ipynb #c009
 def names(
@@ -128,6 +109,13 @@ def program(
     transformers_logging.disable_progress_bar()
 
 # %% ../nbs/command_line.ipynb #c017
+from .jobs.job import Job, provenance, run_job
+from .experiments.variants import VARIANTS, run_variants
+from .jobs.records import finished_evaluations
+from .analysis import method_table, table_markdown
+from .methods.prune import table_methods
+
+# %% ../nbs/command_line.ipynb #c018
 def show_run(
     folder: Path, # A run's folder
 ) -> None:
@@ -149,11 +137,11 @@ def run_command(
 ) -> None:
     "Load, calibrate, score, prune, evaluate, tabulate: the whole job, resumable."
     chosen = table_methods() if methods.strip() == "all" else names(methods)
-    job = Job(model, chosen, shares(sparsity), names(tasks), n, k, seed, data_dir, style, aggregation, dtype, device, batch_tokens,
-              names(accuracy_tasks), evaluate_n, loss_n, max_new_tokens, text, windows, window_tokens, calibration_seed)
+    job = Job(model=model, methods=chosen, sparsities=shares(sparsity), tasks=names(tasks), n=n, k=k, seed=seed, data_dir=data_dir, style=style, aggregation=aggregation, dtype=dtype, device=device, batch_tokens=batch_tokens,
+              accuracy_tasks=names(accuracy_tasks), evaluate_n=evaluate_n, loss_n=loss_n, max_new_tokens=max_new_tokens, text=text, windows=windows, window_tokens=window_tokens, calibration_seed=calibration_seed)
     show_run(run_job(job, out or Path("runs")/Path(model).name, store, note))
 
-# %% ../nbs/command_line.ipynb #claimscmd
+# %% ../nbs/command_line.ipynb #c020
 @app.command("claims")
 @in_one_sentence
 def claims_command(
@@ -165,12 +153,39 @@ def claims_command(
     text_windows: option(Whole, "windows of plain text to calibrate on; as many as calibration examples if left out") = None,
 ) -> None:
     "Run CAP with one choice changed at a time: the experiments behind the claims ledger, resumable."
-    job = Job(model, (), shares(sparsity), names(tasks), n, k, seed, data_dir, style, "paper", dtype, device, batch_tokens,
-              names(accuracy_tasks), evaluate_n, loss_n, max_new_tokens, text, windows, window_tokens, calibration_seed)
+    job = Job(model=model, methods=(), sparsities=shares(sparsity), tasks=names(tasks), n=n, k=k, seed=seed, data_dir=data_dir, style=style, aggregation="paper", dtype=dtype, device=device, batch_tokens=batch_tokens,
+              accuracy_tasks=names(accuracy_tasks), evaluate_n=evaluate_n, loss_n=loss_n, max_new_tokens=max_new_tokens, text=text, windows=windows, window_tokens=window_tokens, calibration_seed=calibration_seed)
     chosen = tuple(VARIANTS) if variants.strip() == "all" else names(variants)
     show_run(run_variants(job, out or Path("runs")/f"{Path(model).name}-claims", base, chosen, store, note, text_windows))
 
-# %% ../nbs/command_line.ipynb #c019
+# %% ../nbs/command_line.ipynb #c022
+import shutil
+from dataclasses import asdict
+from .methods.allocation import ALLOCATIONS
+from .methods.attributions import ATTRIBUTIONS
+from .methods.criteria import CRITERIA
+from .models.lab import DENSE, train_lab
+from .models.lab_experts import EXPERTS
+from .methods.prune import OTHERS, check_method, method_line, needs_of, prune
+from .threshold import PruneReport, SCOPES
+from .methods.experts import ROUTING_AWARE
+from .calibration import calibration_set
+from .scoring import causal_scores, load_losses, save_losses
+from .models.loading import (
+    check_all_here, fetch_smollm2, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
+from .core.errors import check_at_least, check_choice
+from .jobs.job import check_job, evaluate, manifest, run_folders, write_results
+from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
+from .importance import importance_factors
+from .engine.devices import joined, own_device
+from .jobs.planning import measured_plan, plan, plan_text
+from .jobs.records import pack_run, save_evaluation
+from .engine.resumed_scoring import score_heads
+from .analysis import table_csv, table_latex
+from .core.files import write_json
+from .experiments.claims import write_ledger
+
+# %% ../nbs/command_line.ipynb #c023
 HeadsAtOnce = option(Whole, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
 
 @app.command("score")
@@ -191,7 +206,7 @@ def score_command(
     if not store: shutil.rmtree(working)
     typer.echo(f"{out}: losses of {len(losses.intact)} examples with each of {losses.masked[..., 0].numel()} heads masked.")
 
-# %% ../nbs/command_line.ipynb #c021
+# %% ../nbs/command_line.ipynb #c025
 def factors_from(
     path: Path | None, # A table of losses, or None
     fingerprint: Callable[[], str], # Of the model that is to be pruned
@@ -214,7 +229,7 @@ def check_streaming(
         raise BadInput(f"--stream was given with --model {model}: expected a folder that holds a checkpoint; save the model there first, or leave --stream out.")
     if dtype or device: raise BadInput("--stream was given with --dtype or --device: expected neither, since nothing is loaded and the weights keep their dtype; leave them out.")
 
-# %% ../nbs/command_line.ipynb #pruners
+# %% ../nbs/command_line.ipynb #c026
 def pruned_in_memory(
     job: Job, # Its model, its one method and one sparsity, and what to calibrate on
     out: Path, # Folder of the pruned checkpoint
@@ -241,7 +256,7 @@ def pruned_where_it_lies(job: Job, out: Path, scores: Path | None, norms: Path |
     factors = factors_from(scores, lambda: checkpoint_fingerprint(job.model), job.aggregation)
     return prune_checkpoint(job.model, out, sparsity, factors, method, norms, key_value, ties)
 
-# %% ../nbs/command_line.ipynb #c022
+# %% ../nbs/command_line.ipynb #c027
 @app.command("prune")
 @in_one_sentence
 def prune_command(
@@ -254,7 +269,7 @@ def prune_command(
     batch_tokens: BatchTokens = 4096,
 ) -> None:
     "Prune a model and save it; methods with importance factors need --scores, others calibrate on --tasks."
-    job, parts = Job(model, (method,), (sparsity,), names(tasks), n, k, seed, data_dir, style, aggregation, dtype, device, batch_tokens), check_method(method)
+    job, parts = Job(model=model, methods=(method,), sparsities=(sparsity,), tasks=names(tasks), n=n, k=k, seed=seed, data_dir=data_dir, style=style, aggregation=aggregation, dtype=dtype, device=device, batch_tokens=batch_tokens), check_method(method)
     check_job(job)
     if "factors" in needs_of(parts) and scores is None and not (parts.attribution and not stream):
         raise BadInput(f"Method {method!r} needs a table of losses: expected --scores; make one with 'cap score'.")
@@ -264,7 +279,7 @@ def prune_command(
     typer.echo(f"{out}: {method} set {report.zeros:,} of {report.weights:,} weights in scope to zero ({report.reached:.4%}, {sparsity:.4%} asked).")
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster.")
 
-# %% ../nbs/command_line.ipynb #c024
+# %% ../nbs/command_line.ipynb #c029
 @app.command("eval")
 @in_one_sentence
 def eval_command(
@@ -274,7 +289,7 @@ def eval_command(
     out: option(Optional[Path], "folder for the records; not kept if left out") = None,
 ) -> None:
     "Measure a model as it is: accuracy, held-out loss, perplexity."
-    job = Job(model, (), (), names(tasks), seed=seed, data_dir=data_dir, style=style, dtype=dtype, device=device, batch_tokens=batch_tokens,
+    job = Job(model=model, methods=(), sparsities=(), tasks=names(tasks), seed=seed, data_dir=data_dir, style=style, dtype=dtype, device=device, batch_tokens=batch_tokens,
               accuracy_tasks=names(accuracy_tasks), evaluate_n=evaluate_n, loss_n=loss_n, max_new_tokens=max_new_tokens, text=text, windows=windows, window_tokens=window_tokens)
     check_job(job)
     exclude = frozenset(load_losses(scores).uid) if scores else frozenset()
@@ -282,7 +297,7 @@ def eval_command(
     if out: save_evaluation(found, out)
     typer.echo(table_markdown(method_table([found])))
 
-# %% ../nbs/command_line.ipynb #c026
+# %% ../nbs/command_line.ipynb #c031
 @app.command("table")
 @in_one_sentence
 def table_command(
@@ -296,7 +311,7 @@ def table_command(
     table = method_table(evaluations)
     typer.echo(table_csv(table) if form == "csv" else {"md": table_markdown, "tex": table_latex}[form](table, provenance(folder)))
 
-# %% ../nbs/command_line.ipynb #figurescmd
+# %% ../nbs/command_line.ipynb #c032
 @app.command("figures")
 @in_one_sentence
 def figures_command(
@@ -307,7 +322,7 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #ledgercmd
+# %% ../nbs/command_line.ipynb #c034
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -319,7 +334,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #packcmd
+# %% ../nbs/command_line.ipynb #c035
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -331,7 +346,7 @@ def pack_command(
         write_json(run/"manifest.json", manifest(run))
         typer.echo(f"{run}: {sum(path.stat().st_size for path in run.rglob('*') if path.is_file()):,} bytes.")
 
-# %% ../nbs/command_line.ipynb #methodscmd
+# %% ../nbs/command_line.ipynb #c036
 @app.command("methods")
 @in_one_sentence
 def methods_command() -> None:
@@ -343,7 +358,7 @@ def methods_command() -> None:
     for name in ROUTING_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATIONS)}.")
 
-# %% ../nbs/command_line.ipynb #plancmd
+# %% ../nbs/command_line.ipynb #c037
 @app.command("plan")
 @in_one_sentence
 def plan_command(
@@ -356,12 +371,12 @@ def plan_command(
 ) -> None:
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
     chosen = table_methods() if methods.strip() == "all" else names(methods)
-    job = Job(model, chosen, shares(sparsity), names(tasks), n, k, seed, data_dir, style, "paper", dtype, device, batch_tokens,
-              names(accuracy_tasks), evaluate_n, loss_n, max_new_tokens, None, windows, window_tokens)
+    job = Job(model=model, methods=chosen, sparsities=shares(sparsity), tasks=names(tasks), n=n, k=k, seed=seed, data_dir=data_dir, style=style, aggregation="paper", dtype=dtype, device=device, batch_tokens=batch_tokens,
+              accuracy_tasks=names(accuracy_tasks), evaluate_n=evaluate_n, loss_n=loss_n, max_new_tokens=max_new_tokens, text=None, windows=windows, window_tokens=window_tokens)
     found = measured_plan(job, devices, prompt_tokens, target_tokens) if probe else plan(job, devices, None, prompt_tokens, target_tokens)
     typer.echo(plan_text(found))
 
-# %% ../nbs/command_line.ipynb #c027
+# %% ../nbs/command_line.ipynb #c038
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -388,6 +403,6 @@ def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #mainpy
+# %% ../nbs/command_line.ipynb #c040
 #| eval: false
 if __name__ == "__main__": main()

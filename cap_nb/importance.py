@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['importance_factors', 'plot_factors']
 
-# %% ../nbs/02_importance.ipynb #c003
+# %% ../nbs/02_importance.ipynb #c004
 import torch
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from .core.errors import BadInput
 
 # %% ../nbs/02_importance.ipynb #c005
@@ -37,6 +35,10 @@ def importance_factors(
     return low + (high - low) * (scores - scores.min()) / span
 
 # %% ../nbs/02_importance.ipynb #c012
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+# %% ../nbs/02_importance.ipynb #c013
 def plot_factors(
     scores: dict[str, torch.Tensor], # Name -> causal scores [L, H]
 ) -> Figure: # One panel a name: factor against rank of the head

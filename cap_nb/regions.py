@@ -6,15 +6,15 @@
 __all__ = ['SHARING', 'key_value_factors', 'factor_of', 'flat_factor', 'blocks', 'region_factors_naive', 'region_factors',
            'plot_regions']
 
-# %% ../nbs/03_regions.ipynb #c003
+# %% ../nbs/03_regions.ipynb #c004
 import torch
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-from torch import nn
-from .core.errors import BadInput, check_choice
-from .models.anatomy import Anatomy, Part, Projection, anatomy, expert_counts, projections
 
 # %% ../nbs/03_regions.ipynb #c008
+from torch import nn
+from .models.anatomy import Anatomy, Part, Projection, anatomy, projections
+from .core.errors import check_choice
+
+# %% ../nbs/03_regions.ipynb #c009
 SHARING = ("mean", "max") # How a key-value head's factor comes from its query heads'
 
 def key_value_factors(
@@ -26,7 +26,7 @@ def key_value_factors(
     shared = factors.unflatten(1, (groups, -1))
     return shared.mean(-1) if check_choice(how, SHARING, "key-value sharing") == "mean" else shared.amax(-1)
 
-# %% ../nbs/03_regions.ipynb #c011
+# %% ../nbs/03_regions.ipynb #c012
 def factor_of(
     part: Part, # A part of a projection
     heads: torch.Tensor, # Factor of each query head of its layer, [H]
@@ -43,7 +43,7 @@ def flat_factor(
     "The factor of the expert that a projection belongs to, where experts have their own; otherwise the mean of its layer."
     return heads.mean() if experts is None or projection.expert is None else experts[projection.layer, projection.expert]
 
-# %% ../nbs/03_regions.ipynb #x005
+# %% ../nbs/03_regions.ipynb #c013
 def blocks(
     projection: Projection, # A projection
     a: Anatomy, # Dimensions of its model
@@ -59,7 +59,7 @@ def blocks(
     if projection.role == "output": return [(everything, s, f) for s, f in slices]
     return [(s, everything, f) for s, f in slices]
 
-# %% ../nbs/03_regions.ipynb #c012
+# %% ../nbs/03_regions.ipynb #c014
 def region_factors_naive(
     model: nn.Module, # A causal language model of a known family
     factors: torch.Tensor, # Importance factor of every query head, [L, H]
@@ -73,7 +73,11 @@ def region_factors_naive(
         for rows, columns, factor in blocks(projection, a, factors, key_value, experts): written[projection.name][rows, columns] = factor
     return written
 
-# %% ../nbs/03_regions.ipynb #c016
+# %% ../nbs/03_regions.ipynb #c018
+from .core.errors import BadInput
+from .models.anatomy import expert_counts
+
+# %% ../nbs/03_regions.ipynb #c019
 def check_factors(
     factors: torch.Tensor, # Importance factor of every query head
     a: Anatomy, # Dimensions of the model
@@ -96,7 +100,7 @@ def broadcast_factor(
     along = torch.stack([factor_of(part, heads, shared) for part in projection.parts]).repeat_interleave(a.head_size)
     return along[None, :] if projection.role == "output" else along[:, None]
 
-# %% ../nbs/03_regions.ipynb #x001
+# %% ../nbs/03_regions.ipynb #c020
 def check_expert_factors(
     experts: torch.Tensor | None, # Importance factor of every expert, or None
     counts: tuple[int, ...], # Experts of each layer, 0 for a dense one
@@ -109,7 +113,7 @@ def check_expert_factors(
     if not all(own[:count].isfinite().all() and (own[:count] > 0).all() for own, count in zip(experts, counts)):
         raise BadInput("Some importance factor of an expert is not a positive finite number: expected factors from importance_factors; compute them again.")
 
-# %% ../nbs/03_regions.ipynb #c017
+# %% ../nbs/03_regions.ipynb #c021
 def region_factors(
     model: nn.Module, # A causal language model of a known family
     factors: torch.Tensor, # Importance factor of every query head, [L, H]
@@ -123,7 +127,11 @@ def region_factors(
     shared = key_value_factors(factors, a.key_value_heads, key_value)
     return {p.name: broadcast_factor(p, a, factors[p.layer], shared[p.layer], experts).float().to(p.weight.device) for p in projections(model)}
 
-# %% ../nbs/03_regions.ipynb #c020
+# %% ../nbs/03_regions.ipynb #c029
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+# %% ../nbs/03_regions.ipynb #c030
 def plot_regions(
     model: nn.Module, # A causal language model of a known family
     factors: torch.Tensor, # Importance factor of every query head, [L, H]

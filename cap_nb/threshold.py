@@ -8,19 +8,14 @@ __all__ = ['Criterion', 'TIES', 'SCOPES', 'magnitude_criterion', 'cap_criterion'
            'prune_report', 'zero_smallest', 'prune_globally', 'prune_cap', 'smallest_in_rows', 'smallest_in_groups',
            'pattern_of', 'check_pattern', 'competing', 'zero_within', 'prune_within', 'zero_shares', 'plot_zeros']
 
-# %% ../nbs/04_threshold.ipynb #c003
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+# %% ../nbs/04_threshold.ipynb #c004
+from collections.abc import Callable
 import torch
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from torch import nn
-from .core.errors import BadInput, check_choice, check_sparsity
 from .models.anatomy import Projection, projections
 from .regions import region_factors
 
-# %% ../nbs/04_threshold.ipynb #c006
+# %% ../nbs/04_threshold.ipynb #c005
 Criterion = Callable[[Projection], torch.Tensor] # Projection -> score of every weight, float32 [out, in], not negative
 
 def magnitude_criterion(
@@ -62,6 +57,10 @@ def bisect_threshold(
     return high
 
 # %% ../nbs/04_threshold.ipynb #c014
+import math
+from .core.errors import check_sparsity
+
+# %% ../nbs/04_threshold.ipynb #c015
 def zeros_wanted(
     weights: int, # Weights in scope
     sparsity: float, # Share to zero, in [0, 1)
@@ -78,7 +77,7 @@ def smallest_naive(
     taken[scores.flatten().argsort(stable=True)[:count]] = True
     return taken.view_as(scores)
 
-# %% ../nbs/04_threshold.ipynb #c017
+# %% ../nbs/04_threshold.ipynb #c018
 FINITE_BINS = 0x7F80 # Upper half of the pattern of infinity: finite scores lie below
 
 def pattern_counts(
@@ -93,7 +92,12 @@ def pattern_counts(
     if often is None: return torch.bincount(digits, minlength=65536).cpu()
     return torch.bincount(digits, often.flatten()[inside].double(), minlength=65536).long().cpu() # float64 counts exactly up to 2^53
 
-# %% ../nbs/04_threshold.ipynb #c019
+# %% ../nbs/04_threshold.ipynb #c020
+from collections.abc import Sequence
+from dataclasses import dataclass
+from .core.errors import BadInput
+
+# %% ../nbs/04_threshold.ipynb #c021
 def total_counts(
     scores: Sequence[Callable[[], torch.Tensor]], # One function a tensor of scores, called once a pass
     upper: int | None = None, # As in `pattern_counts`
@@ -108,7 +112,7 @@ def total_counts(
         total += pattern_counts(own, upper, often and often[number])
     return total
 
-# %% ../nbs/04_threshold.ipynb #c020
+# %% ../nbs/04_threshold.ipynb #c022
 @dataclass(frozen=True)
 class Threshold:
     "The n-th smallest score, and how many lie below and at it."
@@ -131,9 +135,9 @@ def find_threshold(
     lower = int(torch.searchsorted(cumulative, count))
     ties = int(lower_counts[lower])
     value = torch.tensor((upper << 16) | lower, dtype=torch.int32).view(torch.float32).item()
-    return Threshold(value, int(cumulative[lower]) - ties, ties, count)
+    return Threshold(value=value, below=int(cumulative[lower]) - ties, ties=ties, count=count)
 
-# %% ../nbs/04_threshold.ipynb #c025
+# %% ../nbs/04_threshold.ipynb #c027
 @torch.no_grad()
 def zero_weights(
     projection: Projection, # A projection
@@ -151,7 +155,7 @@ def first_true(
     kept[mask.flatten().nonzero()[:count, 0]] = True
     return kept.view_as(mask)
 
-# %% ../nbs/04_threshold.ipynb #takescell
+# %% ../nbs/04_threshold.ipynb #c030
 Take = Callable[[torch.Tensor], torch.Tensor] # Scores of the next piece -> mask of what goes
 
 def first_ones(
@@ -174,7 +178,7 @@ def taker(
         return (scores < value) | first_ones(scores == value, left)
     return take
 
-# %% ../nbs/04_threshold.ipynb #tiescell
+# %% ../nbs/04_threshold.ipynb #c031
 def ties_taken(
     threshold: Threshold, # Of what competes
     ties: str, # "exact" or "all"
@@ -182,7 +186,7 @@ def ties_taken(
     "As many as the count asks for, or all (the paper's plain <=)."
     return threshold.count - threshold.below if ties == "exact" else threshold.ties
 
-# %% ../nbs/04_threshold.ipynb #c028
+# %% ../nbs/04_threshold.ipynb #c034
 @dataclass(frozen=True)
 class PruneReport:
     "What a pruning method did."
@@ -205,9 +209,12 @@ def prune_report(
     "Count the zeros of a model, projection by projection."
     table = tuple((p.layer, p.role, p.name, int((p.weight == 0).sum()), p.weight.numel()) for p in projections(model))
     zeros, weights = sum(row[3] for row in table), sum(row[4] for row in table)
-    return PruneReport(method, asked, zeros / weights, weights, zeros, threshold, ties, table)
+    return PruneReport(method=method, asked=asked, reached=zeros / weights, weights=weights, zeros=zeros, threshold=threshold, ties=ties, table=table)
 
-# %% ../nbs/04_threshold.ipynb #c030
+# %% ../nbs/04_threshold.ipynb #c036
+from .core.errors import check_choice
+
+# %% ../nbs/04_threshold.ipynb #c037
 TIES = ("exact", "all")
 
 def zero_smallest(
@@ -225,7 +232,7 @@ def zero_smallest(
     for p in found: zero_weights(p, take(criterion(p)))
     return threshold
 
-# %% ../nbs/04_threshold.ipynb #globally
+# %% ../nbs/04_threshold.ipynb #c038
 def prune_globally(
     model: nn.Module, # A causal language model of a known family; changed in place
     criterion: Criterion, # Score of every weight
@@ -238,7 +245,7 @@ def prune_globally(
     if threshold is None: return prune_report(model, method, sparsity)
     return prune_report(model, method, sparsity, threshold.value, threshold.ties)
 
-# %% ../nbs/04_threshold.ipynb #c031
+# %% ../nbs/04_threshold.ipynb #c039
 def prune_cap(
     model: nn.Module, # A causal language model of a known family; changed in place
     factors: torch.Tensor, # Importance factor of every head, [L, H]
@@ -250,7 +257,7 @@ def prune_cap(
     "Causal Attribution Pruning (paper section 3.3, algorithm 1, its last step)."
     return prune_globally(model, cap_criterion(model, factors, key_value, experts), sparsity, "cap", ties)
 
-# %% ../nbs/04_threshold.ipynb #c039
+# %% ../nbs/04_threshold.ipynb #c047
 def smallest_in_rows(
     scores: torch.Tensor, # Scores [out, in]
     sparsity: float, # Share of every row to take, in [0, 1)
@@ -260,7 +267,7 @@ def smallest_in_rows(
     taken = torch.zeros_like(scores, dtype=torch.bool)
     return taken.scatter_(1, scores.argsort(dim=1, stable=True)[:, :count], True)
 
-# %% ../nbs/04_threshold.ipynb #nm2
+# %% ../nbs/04_threshold.ipynb #c050
 def smallest_in_groups(
     scores: torch.Tensor, # Scores [out, in]
     zeros: int, # n, how many of every group to take
@@ -273,7 +280,7 @@ def smallest_in_groups(
     taken = torch.zeros_like(grouped, dtype=torch.bool)
     return taken.scatter_(2, grouped.argsort(dim=2, stable=True)[..., :zeros], True).flatten(1)
 
-# %% ../nbs/04_threshold.ipynb #sc2
+# %% ../nbs/04_threshold.ipynb #c053
 SCOPES = ("model", "layer", "matrix", "row") # And patterns n:m
 
 def pattern_of(
@@ -294,7 +301,7 @@ def check_pattern(
     if pattern and abs(pattern[0] / pattern[1] - check_sparsity(sparsity)) > 1e-9:
         raise BadInput(f"The pattern {scope} was asked for at sparsity {sparsity:g}: expected {pattern[0] / pattern[1]:g}, which is its own; change one of the two.")
 
-# %% ../nbs/04_threshold.ipynb #sc5
+# %% ../nbs/04_threshold.ipynb #c056
 def competing(
     found: Sequence[Projection], # Projections
     scope: str, # "model", "layer" or "matrix"
@@ -318,7 +325,7 @@ def zero_within(
     for p in found: zero_weights(p, smallest_in_groups(criterion(p), *pattern) if pattern else smallest_in_rows(criterion(p), sparsity))
     return []
 
-# %% ../nbs/04_threshold.ipynb #sc6
+# %% ../nbs/04_threshold.ipynb #c057
 def prune_within(
     model: nn.Module, # A causal language model of a known family; changed in place
     criterion: Criterion, # Score of every weight
@@ -332,7 +339,11 @@ def prune_within(
     zero_within(projections(model), criterion, sparsity, scope, ties)
     return prune_report(model, method, sparsity)
 
-# %% ../nbs/04_threshold.ipynb #c042
+# %% ../nbs/04_threshold.ipynb #c062
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+# %% ../nbs/04_threshold.ipynb #c063
 def zero_shares(
     report: PruneReport, # A report
 ) -> tuple[list[str], torch.Tensor]: # Roles, and the share of zeros, float64 [layers, roles]; NaN where a layer has no such role

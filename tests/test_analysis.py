@@ -11,25 +11,27 @@ import numpy as np
 import pytest
 import torch
 
-from cap_nb.analysis import (METHOD_LOOKS, OTHER_LOOKS, PAPER_NUMBERS, answer_table, compare_with_paper, difference_in_words, head_importance_in_words,
-                             method_looks, method_table, paired_difference, paper_table, plot_head_importance, plot_importance_distribution,
-                             plot_sparsity_curves, save_figure, table_csv, table_latex, table_markdown, table_notes)
+from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, method_looks, save_figure
+from cap_nb.analysis import (
+    PAPER_NUMBERS, answer_table, compare_with_paper, difference_in_words, head_importance_in_words, method_table,
+    paired_difference, paper_table, plot_head_importance, plot_importance_distribution, plot_sparsity_curves,
+    table_csv, table_latex, table_markdown, table_notes)
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 from cap_nb.core.errors import BadInput
 from conftest import ROOT
 
 
 def answers(task, right, n=60):
-    return tuple(AnswerRecord(task, f"{i}", "", "", None, None, "1", i < right, i < right, i, False) for i in range(n))
+    return tuple(AnswerRecord(task=task, uid=f"{i}", prompt_sha256="", output="", strict=None, lenient=None, gold="1", correct=i < right, lenient_correct=i < right, tokens=i, cut_off=False) for i in range(n))
 
 
 def losses(task, mean, n=30):
-    return tuple(LossRecord(task, f"{i}", mean * (1 + 0.3 * ((i * 7) % 5 - 2)), 5) for i in range(n))
+    return tuple(LossRecord(task=task, uid=f"{i}", loss=mean * (1 + 0.3 * ((i * 7) % 5 - 2)), tokens=5) for i in range(n))
 
 
 def cell(method, sparsity, right, mean):
-    text = Perplexity("wikitext2-tokenised", "f" * 64, 7.0 * mean, 6.0 * mean, 8.0 * mean, 3, 128, (1.0 * mean, 2.0 * mean, 3.0 * mean))
-    return Evaluation(method, sparsity, sparsity + 1e-5, answers("arc", right) + answers("gsm8k", right // 2), losses("strategyqa", mean), text)
+    text = Perplexity(text="wikitext2-tokenised", fingerprint="f" * 64, value=7.0 * mean, low=6.0 * mean, high=8.0 * mean, windows=3, window_tokens=128, losses=(1.0 * mean, 2.0 * mean, 3.0 * mean))
+    return Evaluation(method=method, sparsity=sparsity, reached=sparsity + 1e-5, answers=answers("arc", right) + answers("gsm8k", right // 2), losses=losses("strategyqa", mean), perplexity=text)
 
 
 CELLS = [cell("dense", 0.0, 50, 1.0), *(cell(m, s, round(40 - 60 * s) + shift, 1 + 20 * s + shift / 5) for s in (0.1, 0.2, 0.5)
@@ -80,7 +82,7 @@ def test_notes_name_counts_and_cut_fingerprints():
 def test_a_paired_difference_is_surer_than_two_intervals():
     """Two methods whose losses differ little but always the same way: the intervals overlap, the difference is plain."""
     hard = [10.0 * random.Random(i).random() for i in range(50)]
-    one, other = (tuple(LossRecord("arc", f"{i}", loss + shift, 4) for i, loss in enumerate(hard)) for shift in (0.0, 0.1))
+    one, other = (tuple(LossRecord(task="arc", uid=f"{i}", loss=loss + shift, tokens=4) for i, loss in enumerate(hard)) for shift in (0.0, 0.1))
     found = paired_difference(one, other)
     assert found.decided and found.value == pytest.approx(-0.1) and found.high == pytest.approx(-0.1)
     assert difference_in_words(found, "A", "B") == "A's loss is below B's by 0.100 nats [0.100, 0.100] (n = 50)."
@@ -91,7 +93,7 @@ def test_chance_is_undecided_about_as_often_as_it_should_be():
     told = 0
     for seed in range(200):
         chance = random.Random(seed)
-        one, other = (tuple(AnswerRecord("arc", f"{i}", "", "", None, None, "A", right, right, 1, False) for i, right in enumerate(chance.choices([True, False], k=80)))
+        one, other = (tuple(AnswerRecord(task="arc", uid=f"{i}", prompt_sha256="", output="", strict=None, lenient=None, gold="A", correct=right, lenient_correct=right, tokens=1, cut_off=False) for i, right in enumerate(chance.choices([True, False], k=80)))
                       for _ in range(2))
         told += paired_difference(one, other).decided
     assert 2 <= told <= 22

@@ -9,9 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from cap_nb.calibration import BENCHMARK_NAMES, load_problems, target_text
-from cap_nb.evaluation import (AnswerRecord, Evaluation, LossRecord, accuracy, bootstrap_interval, evaluation_problems, extract_answer, generate_greedy,
-                               generate_naive, load_evaluation, normal_answer, perplexity, save_evaluation, strict_pattern, wilson_interval, window_losses)
+from cap_nb.data.problems import BENCHMARK_NAMES, load_problems
+from cap_nb.data.prompts import target_text
+from cap_nb.evaluation import (
+    AnswerRecord, Evaluation, LossRecord, accuracy, bootstrap_interval, evaluation_problems, extract_answer,
+    normal_answer, perplexity, strict_pattern, wilson_interval, window_losses)
+from cap_nb.engine.decoding import generate_greedy, generate_naive
+from cap_nb.jobs.records import load_evaluation, save_evaluation
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
 from cap_nb.experiments.proofs import TINY_MODELS, tiny_model
@@ -249,10 +253,10 @@ def test_accuracy_hands_records_back_in_the_order_of_the_draw():
 def test_records_of_any_text_come_back(tmp_path):
     chance = random.Random(1)
     letters = [chr(c) for c in (0, 9, 10, 13, 34, 39, 44, 92, 0x85, 0x2028, 0xe9, 0x1f600)] + list("ab ")
-    answers = tuple(AnswerRecord("arc", f"{i}", "0" * 64, "".join(chance.choices(letters, k=20)), None if i % 3 else "A", None if i % 2 else "B", "B",
-                                 False, i % 2 == 0, i, i % 5 == 0) for i in range(40))
-    losses = tuple(LossRecord("gsm8k", f"{i}", chance.random() * 10 ** chance.randrange(-8, 8), i + 1) for i in range(40))
-    whole = Evaluation("cap", 0.1, 0.1 + 1e-17, answers, losses, None)
+    answers = tuple(AnswerRecord(task="arc", uid=f"{i}", prompt_sha256="0" * 64, output="".join(chance.choices(letters, k=20)), strict=None if i % 3 else "A", lenient=None if i % 2 else "B", gold="B",
+                                 correct=False, lenient_correct=i % 2 == 0, tokens=i, cut_off=i % 5 == 0) for i in range(40))
+    losses = tuple(LossRecord(task="gsm8k", uid=f"{i}", loss=chance.random() * 10 ** chance.randrange(-8, 8), tokens=i + 1) for i in range(40))
+    whole = Evaluation(method="cap", sparsity=0.1, reached=0.1 + 1e-17, answers=answers, losses=losses, perplexity=None)
     save_evaluation(whole, tmp_path / "e")
     assert load_evaluation(tmp_path / "e") == whole
     lines = gzip.decompress((tmp_path / "e" / "answers.csv.gz").read_bytes()).decode().split("\n")
@@ -262,8 +266,8 @@ def test_records_of_any_text_come_back(tmp_path):
 @pytest.mark.parametrize("name", ["answers.csv.gz", "losses.csv.gz", "evaluation.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_damage_is_named(tmp_path, name, damage):
-    losses = tuple(LossRecord("gsm8k", f"{i}", i / 7, i) for i in range(50))
-    save_evaluation(Evaluation("cap", 0.1, 0.1, (), losses), tmp_path / "e")
+    losses = tuple(LossRecord(task="gsm8k", uid=f"{i}", loss=i / 7, tokens=i) for i in range(50))
+    save_evaluation(Evaluation(method="cap", sparsity=0.1, reached=0.1, answers=(), losses=losses), tmp_path / "e")
     path = tmp_path / "e" / name
     kept = path.read_bytes()
     if damage == "gone":

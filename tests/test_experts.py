@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from cap_nb.methods.experts import (conditional_scores, expert_losses, expert_use, expert_variance, masked_expert_factors, routed_factors, routed_losses,
-                                   routing_aware_factors, whole_passes)
-from cap_nb.calibration import IGNORED, Calibration, Example, default_style, default_tasks
+from cap_nb.methods.experts import (
+    conditional_scores, expert_losses, expert_use, expert_variance, masked_expert_factors, routed_factors,
+    routed_losses, routing_aware_factors, whole_passes)
+from cap_nb.data.prompts import IGNORED, Example
+from cap_nb.calibration import Calibration, default_style, default_tasks
 from cap_nb.models.anatomy import projections, routing_of
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer, save_tokenizer
@@ -19,14 +21,16 @@ from cap_nb.models.loading import load_model
 from cap_nb.jobs.job import Job, run_job
 from cap_nb.methods.prune import check_method, prune
 from cap_nb.methods.streaming import prune_checkpoint
-from cap_nb.scoring import causal_scores, read_tensors, score_heads
+from cap_nb.scoring import causal_scores
+from cap_nb.core.files import read_tensors
+from cap_nb.engine.resumed_scoring import score_heads
 
 SIZES = dict(hidden_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=50, initializer_range=0.3)
 
 
 def made_up(place, length, prompt=4):
     ids = tuple((7 * place + 3 * t) % 49 + 1 for t in range(length))
-    return Example("own", f"{place}", "", "", "", ids, (IGNORED,) * prompt + ids[prompt:])
+    return Example(task="own", uid=f"{place}", prompt="", target="", answer="", input_ids=ids, labels=(IGNORED,) * prompt + ids[prompt:])
 
 
 CALIBRATION = Calibration.from_examples([made_up(place, 8 + place) for place in range(9)], k=3)

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cap_nb.methods.whole_heads import prune_heads, weights_removed
-from cap_nb.models.anatomy import anatomy, check_anatomy, expert_counts, masked_expert, projections, recorded_routes
+from cap_nb.models.anatomy import anatomy, check_anatomy, expert_counts, projections
+from cap_nb.models.routing import masked_expert, recorded_routes
 from cap_nb.core.errors import BadInput
 from cap_nb.models.families import FAMILIES, family_of
 from cap_nb.models.loading import load_model, model_fingerprint
@@ -21,7 +22,8 @@ from cap_nb.run import proofs
 from cap_nb.jobs.records import mask_fingerprint
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.methods.prune import prune
-from cap_nb.experiments.proofs import PROOFS, TINY_MODELS, measured_proof, proofs_of, tiny_calibration, tiny_factors, tiny_model
+from cap_nb.experiments.proofs import (
+    PROOFS, TINY_MODELS, measured_proof, proofs_of, tiny_calibration, tiny_factors, tiny_model)
 from cap_nb.methods.streaming import checkpoint_fingerprint, prune_checkpoint
 from cap_nb.scoring import masked_head
 from cap_nb.threshold import plot_zeros, prune_cap

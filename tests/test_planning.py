@@ -11,19 +11,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.methods.criteria import Given, prune_by
-from cap_nb.calibration import IGNORED, Calibration, Example, calibration_set, collate, token_batches
+from cap_nb.data.prompts import IGNORED, Example
+from cap_nb.calibration import Calibration, calibration_set
+from cap_nb.data.batches import collate, token_batches
 from cap_nb.models.anatomy import projections
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
 from cap_nb.run import planning
 from cap_nb.jobs.job import Job
 from cap_nb.jobs.planning import *
-from cap_nb.scoring import intact_pass, resumed_losses, score_heads, score_heads_naive, target_losses
+from cap_nb.engine.resumed_scoring import intact_pass, resumed_losses, score_heads
+from cap_nb.scoring import score_heads_naive, target_losses
 from cap_nb.threshold import prune_cap
 
 GIB = 2**30
 SHAPE = dict(hidden_size=48, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=90)
-PROBE = Probe("cpu", "made up", "float32", 256, 1e-6, 1e-7, 8, 1e-4, 1e-5, 1e-9, 1e-8, 1e9, 1.0)
+PROBE = Probe(device="cpu", device_name="made up", dtype="float32", tokens=256, layer=1e-6, head=1e-7, rows=8, step=1e-4, step_rest=1e-5, threshold=1e-9, sort=1e-8, flops=1e9, seconds=1.0)
 
 
 def random_model(kind=LlamaConfig, **shape):
@@ -33,7 +36,7 @@ def random_model(kind=LlamaConfig, **shape):
 
 def example(place, length, prompt=4):
     ids = tuple((7 * place + 3 * t) % 89 + 1 for t in range(length))
-    return Example("own", f"{place}", "", "", "", ids, (IGNORED,) * prompt + ids[prompt:])
+    return Example(task="own", uid=f"{place}", prompt="", target="", answer="", input_ids=ids, labels=(IGNORED,) * prompt + ids[prompt:])
 
 
 def examples(count=9):

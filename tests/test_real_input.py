@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cap_nb.calibration import calibration_set, load_problems, load_text, overlap, padding_share, token_batches
+from cap_nb.calibration import calibration_set, overlap
+from cap_nb.data.problems import load_problems, load_text
+from cap_nb.data.batches import padding_share, token_batches
 from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint, save_model
-from cap_nb.scoring import batches_of, intact_pass, resumed_losses, score_heads, score_heads_naive, shared_beginning
+from cap_nb.scoring import batches_of, score_heads_naive
+from cap_nb.engine.resumed_scoring import intact_pass, resumed_losses, score_heads, shared_beginning
 from cap_nb.threshold import magnitude_criterion, prune_globally, zeros_wanted
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

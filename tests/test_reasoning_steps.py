@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from cap_nb.experiments.reasoning_steps import (ERROR_CATEGORIES, arithmetic_check, category_shares, completeness, conclusion_of, equations_in, error_category,
-                                           grounded_share, incoherent, lab_facts_check, plot_error_mixture, reasoning_report, reasoning_reports,
-                                           reasoning_steps, step_reports)
-from cap_nb.calibration import Problem, load_problems, target_text
+from cap_nb.experiments.reasoning_steps import (
+    ERROR_CATEGORIES, arithmetic_check, category_shares, completeness, conclusion_of, equations_in, error_category,
+    grounded_share, incoherent, lab_facts_check, plot_error_mixture, reasoning_report, reasoning_reports,
+    reasoning_steps, step_reports)
+from cap_nb.data.problems import Problem, load_problems
+from cap_nb.data.prompts import target_text
 from cap_nb.evaluation import AnswerRecord, Evaluation, extract_answer
 from cap_nb.core.errors import BadInput
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 LABELLED = json.loads((Path(__file__).parent / "hand_labelled.json").read_text(encoding="utf-8"))
-PROBLEMS = {name: Problem(p["task"], p["question"], p["solution"], p["answer"], tuple(map(tuple, p["choices"]))) for name, p in LABELLED["problems"].items()}
+PROBLEMS = {name: Problem(task=p["task"], question=p["question"], solution=p["solution"], answer=p["answer"], choices=tuple(map(tuple, p["choices"]))) for name, p in LABELLED["problems"].items()}
 OUTPUTS = pytest.mark.parametrize("case", LABELLED["outputs"], ids=lambda case: case["name"])
 LAB_TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
 
@@ -26,8 +28,8 @@ LAB_TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
 def answered(problem, output, cut_off=False, style="lab"):
     """The record that evaluation would make of an output."""
     strict, lenient = (extract_answer(output, problem.task, style, strict=way) for way in (True, False))
-    return AnswerRecord(problem.task, problem.uid, "", output, strict, lenient, problem.answer, strict == problem.answer, lenient == problem.answer,
-                        len(output.split()), cut_off)
+    return AnswerRecord(task=problem.task, uid=problem.uid, prompt_sha256="", output=output, strict=strict, lenient=lenient, gold=problem.answer, correct=strict == problem.answer, lenient_correct=lenient == problem.answer,
+                        tokens=len(output.split()), cut_off=cut_off)
 
 
 def record_of(case):
@@ -126,7 +128,7 @@ def test_what_follows_the_answer_is_not_a_step():
 
 
 def test_facts_that_nobody_can_check():
-    arc = Problem("arc", "Which gas do plants take in?", "", "B", (("A", "Oxygen"), ("B", "Carbon dioxide")))
+    arc = Problem(task="arc", question="Which gas do plants take in?", solution="", answer="B", choices=(("A", "Oxygen"), ("B", "Carbon dioxide")))
     assert error_category(answered(arc, "Plants breathe oxygen.\nAnswer: A", style="paper"), arc) == "unchecked"
     assert error_category(answered(arc, "Plants breathe oxygen. 2 + 2 = 5.\nAnswer: A", style="paper"), arc) == "arithmetic slip"
     assert error_category(answered(arc, "Plants breathe oxygen.", style="paper"), arc) == "no answer line"
@@ -238,7 +240,7 @@ def test_no_text_breaks_the_reader():
 def test_reports_side_by_side():
     problems = [p for task in LAB_TASKS for p in load_problems(task, "evaluation")[:4]]
     good, bad = ([answered(p, output(p)) for p in problems] for output in (lambda p: target_text(p, "lab"), lambda p: "so so so so"))
-    reports = reasoning_reports([Evaluation("wanda", 0.5, 0.5, tuple(bad)), Evaluation("dense", 0.0, 0.0, tuple(good))], problems)
+    reports = reasoning_reports([Evaluation(method="wanda", sparsity=0.5, reached=0.5, answers=tuple(bad)), Evaluation(method="dense", sparsity=0.0, reached=0.0, answers=tuple(good))], problems)
     assert list(reports) == [("wanda", 0.5), ("dense", 0.0)]
     shares = category_shares(reports)
     assert shares.loc[("wanda", 0.5), "incoherent"] == 1.0 == shares.loc[("dense", 0.0), "right"] and (shares.sum(axis=1) == 1).all()

@@ -13,8 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from cap_nb.calibration import IGNORED, Calibration, Example
-from cap_nb.scoring import score_heads, score_heads_naive, shared_beginning
+from cap_nb.data.prompts import IGNORED, Example
+from cap_nb.calibration import Calibration
+from cap_nb.engine.resumed_scoring import score_heads, shared_beginning
+from cap_nb.scoring import score_heads_naive
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # two processes with two threads each would wait for one another
 SMALL = ["score", "--model", "lab", "--n", "4", "--batch-tokens", "512"]
@@ -161,7 +163,7 @@ def made_up(beginning):
     def example(place):
         ids = tuple(range(1, 1 + beginning)) + tuple((7 * place + 3 * t) % 59 + 1 for t in range(9 + place % 4))
         prompt = beginning + 3 + place % 3
-        return Example("own", f"{place}", "", "", "", ids, (IGNORED,) * prompt + ids[prompt:])
+        return Example(task="own", uid=f"{place}", prompt="", target="", answer="", input_ids=ids, labels=(IGNORED,) * prompt + ids[prompt:])
 
     return Calibration.from_examples([example(place) for place in range(8)], k=2)
 

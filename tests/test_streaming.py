@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.methods.criteria import CRITERIA, Measured, dense_norms, scores_from
-from cap_nb.calibration import IGNORED, Calibration, Example
+from cap_nb.data.prompts import IGNORED, Example
+from cap_nb.calibration import Calibration
 from cap_nb.models.anatomy import projections
 from cap_nb.core.errors import BadInput
 from cap_nb.models.loading import model_fingerprint
@@ -124,7 +125,7 @@ def test_measured_norms_give_what_prune_gives(tmp_path, method):
     """Under scope model `prune` uses the norms of the dense model, and so the two agree from the calibration set on."""
     src, draw = saved(tmp_path / "src"), torch.Generator().manual_seed(3)
     model, ids = load(src), torch.randint(0, 50, (5, 8), generator=draw).tolist()
-    calibration = Calibration.from_examples([Example("own", f"{i}", "", "", "", tuple(own), (IGNORED,) * 3 + tuple(own[3:])) for i, own in enumerate(ids)], k=1)
+    calibration = Calibration.from_examples([Example(task="own", uid=f"{i}", prompt="", target="", answer="", input_ids=tuple(own), labels=(IGNORED,) * 3 + tuple(own[3:])) for i, own in enumerate(ids)], k=1)
     save_norms(dense_norms(model, calibration), tmp_path / "norms.safetensors")
     wanted = prune(model, method, 0.4, factors_of(src), calibration)
     assert prune_checkpoint(src, tmp_path / "new", 0.4, factors_of(src), method, tmp_path / "norms.safetensors") == wanted

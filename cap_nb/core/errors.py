@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['BadInput', 'check_choice', 'check_sparsity', 'check_at_least']
 
-# %% ../../nbs/core/00_errors.ipynb #c003
-import math
-from collections.abc import Iterable
-
-# %% ../../nbs/core/00_errors.ipynb #c005
+# %% ../../nbs/core/00_errors.ipynb #c004
 class BadInput(ValueError):
     "A user's mistake, told in one sentence: what was wrong, what was expected, what to do."
+
+# %% ../../nbs/core/00_errors.ipynb #c006
+from collections.abc import Iterable
 
 # %% ../../nbs/core/00_errors.ipynb #c007
 def check_choice(
@@ -25,6 +24,9 @@ def check_choice(
     raise BadInput(f"Unknown {what} {value!r}: expected one of {', '.join(known)}; check the spelling.")
 
 # %% ../../nbs/core/00_errors.ipynb #c010
+import math
+
+# %% ../../nbs/core/00_errors.ipynb #c011
 def check_sparsity(
     sparsity: float, # Share of zeros among the weights in scope, in [0, 1)
 ) -> float: # The same share
@@ -33,7 +35,7 @@ def check_sparsity(
     if number and math.isfinite(sparsity) and 0 <= sparsity < 1: return float(sparsity)
     raise BadInput(f"Sparsity {sparsity!r} is outside [0, 1): expected a share of weights; write 0.2 for 20 %.")
 
-# %% ../../nbs/core/00_errors.ipynb #c013
+# %% ../../nbs/core/00_errors.ipynb #c014
 def check_at_least(
     value: int, # The count that the user gave
     least: int, # The smallest count that makes sense

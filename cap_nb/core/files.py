@@ -6,14 +6,14 @@
 __all__ = ['NO_ROOM', 'says_no_room', 'room_wanted', 'whole_file', 'whole_folder', 'alone_in', 'sha256_of_file', 'sha256_of_text',
            'write_packed', 'read_packed', 'write_json', 'read_json']
 
-# %% ../../nbs/core/01_files.ipynb #c003
-import errno, fcntl, gzip, hashlib, json, os, re, shutil, zlib
+# %% ../../nbs/core/01_files.ipynb #c004
+import errno, re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from collections.abc import Iterator
 from .errors import BadInput
 
-# %% ../../nbs/core/01_files.ipynb #room1
+# %% ../../nbs/core/01_files.ipynb #c005
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # The disk is full, a quota is used up, a file may not grow further
 
 def says_no_room(
@@ -34,7 +34,10 @@ def room_wanted(
         if not says_no_room(error): raise
         raise BadInput(f"There was no room to write {path}: expected space on its disk; make room and run the same command again, {kept}.") from error
 
-# %% ../../nbs/core/01_files.ipynb #left
+# %% ../../nbs/core/01_files.ipynb #c007
+import os, shutil
+
+# %% ../../nbs/core/01_files.ipynb #c008
 def lives(
     process: int, # Number of a process
 ) -> bool: # Whether there is such a process on this machine
@@ -52,7 +55,7 @@ def clear_left(
         number = part.name.split(".")[-2]
         if number.isdigit() and not lives(int(number)): shutil.rmtree(part) if part.is_dir() else part.unlink()
 
-# %% ../../nbs/core/01_files.ipynb #c006
+# %% ../../nbs/core/01_files.ipynb #c009
 @contextmanager
 def whole_file(
     path: str | Path, # Final name of the file
@@ -70,7 +73,7 @@ def whole_file(
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../../nbs/core/01_files.ipynb #c010
+# %% ../../nbs/core/01_files.ipynb #c018
 @contextmanager
 def whole_folder(
     path: str | Path, # Final name of the folder; must not exist, or be empty
@@ -90,7 +93,10 @@ def whole_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../../nbs/core/01_files.ipynb #alone1
+# %% ../../nbs/core/01_files.ipynb #c021
+import fcntl
+
+# %% ../../nbs/core/01_files.ipynb #c022
 @contextmanager
 def alone_in(
     folder: str | Path, # A folder; made if it is not there
@@ -106,7 +112,10 @@ def alone_in(
         yield
     finally: os.close(opened)
 
-# %% ../../nbs/core/01_files.ipynb #c013
+# %% ../../nbs/core/01_files.ipynb #c025
+import hashlib
+
+# %% ../../nbs/core/01_files.ipynb #c026
 def sha256_of_file(
     path: str | Path, # An existing file
 ) -> str: # 64 hexadecimal digits
@@ -122,7 +131,13 @@ def sha256_of_text(
     "SHA-256 of a text in UTF-8."
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
-# %% ../../nbs/core/01_files.ipynb #c017
+# %% ../../nbs/core/01_files.ipynb #c030
+import gzip, json, zlib
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# %% ../../nbs/core/01_files.ipynb #c031
 def write_packed(
     path: str | Path, # Final name of the file, as in "answers.csv.gz"
     text: str, # Its contents
@@ -145,7 +160,7 @@ def write_json(
     if Path(path).suffix == ".gz": return write_packed(path, text)
     with whole_file(path) as part: part.write_text(text, encoding="utf-8")
 
-# %% ../../nbs/core/01_files.ipynb #c017b
+# %% ../../nbs/core/01_files.ipynb #c032
 def read_json(
     path: str | Path, # An existing JSON file; one that ends in .gz is compressed
 ) -> object: # Its contents
@@ -153,3 +168,24 @@ def read_json(
     try: return json.loads(read_packed(path) if Path(path).suffix == ".gz" else Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise BadInput(f"{path} does not exist: expected a JSON file; check the path.") from None
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error: raise BadInput(f"{path} is not JSON ({error}): expected a whole JSON file; make it again.") from None
+
+# %% ../../nbs/core/01_files.ipynb #c034
+def write_tensors(
+    path: Path, # Final name of the file
+    tensors: dict[str, torch.Tensor], # What is saved
+    meta: dict, # What JSON can hold
+) -> None:
+    "Save tensors with one metadata entry, whole or not at all; equal contents give equal bytes."
+    with whole_file(path) as part: # one entry: safetensors keeps several in no fixed order
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"cap_nb": json.dumps(meta, sort_keys=True)})
+
+def read_tensors(
+    path: Path, # An existing file
+) -> tuple[dict[str, torch.Tensor], dict]: # Tensors and metadata
+    "Read what `write_tensors` wrote; a damaged or foreign file raises `BadInput` that names it."
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["cap_nb"])
+    except FileNotFoundError: raise BadInput(f"{path} does not exist: expected a table of losses; run 'cap score' first.") from None
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise BadInput(f"{path} is damaged or was not written by cap_nb: expected a table of losses; remove it and score again.") from None

@@ -5,17 +5,12 @@
 # %% auto #0
 __all__ = ['processes', 'own_device', 'least_of_all', 'joined']
 
-# %% ../../nbs/engine/04_devices.ipynb #c003
+# %% ../../nbs/engine/04_devices.ipynb #c004
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 import torch
-import torch.distributed as dist
 from ..core.errors import BadInput
-from ..scoring import Share
 
-# %% ../../nbs/engine/04_devices.ipynb #c006
+# %% ../../nbs/engine/04_devices.ipynb #c005
 def processes() -> tuple[int, int, int]: # (rank, processes in all, place on this machine)
     "What a launcher has put into the environment; (0, 1, 0) without one."
     told = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
@@ -31,6 +26,13 @@ def own_device(
     _, count, place = processes()
     shared = device in (None, "cuda") and torch.cuda.is_available()
     return f"cuda:{place}" if count > 1 and shared else device
+
+# %% ../../nbs/engine/04_devices.ipynb #c008
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+import torch.distributed as dist
+from .unit_store import Share
 
 # %% ../../nbs/engine/04_devices.ipynb #c009
 def least_of_all(

@@ -6,23 +6,11 @@
 __all__ = ['HARNESS_TASKS', 'OWN_TASKS', 'imported_harness', 'harness_name', 'check_answer_line', 'write_harness_task',
            'undisturbed', 'HarnessAnswer', 'harness_answers', 'verdict_differences', 'harness_benchmarks']
 
-# %% ../../nbs/experiments/04_harness.ipynb #h003
-import copy, json, logging, random, shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+# %% ../../nbs/experiments/04_harness.ipynb #c004
 from types import ModuleType
-import numpy as np
-import pandas as pd
-import torch
-import cap_nb
 from ..core.errors import BadInput
-from ..core.files import read_json, whole_file
-from ..calibration import ANSWER_LINES, PromptStyle, default_style, encode_problem, prompt_style, task_family
-from ..evaluation import AnswerRecord, evaluation_problems, greedy_settings, inference, normal_answer, token_limit
 
-# %% ../../nbs/experiments/04_harness.ipynb #h006
+# %% ../../nbs/experiments/04_harness.ipynb #c005
 def imported_harness() -> ModuleType: # The package lm_eval
     "lm-evaluation-harness (Gao et al.); where it is missing, `BadInput` says how to get it."
     try: import lm_eval.models.huggingface, lm_eval.tasks
@@ -30,7 +18,18 @@ def imported_harness() -> ModuleType: # The package lm_eval
         raise BadInput(f"lm-evaluation-harness is not installed, or not all of it ({error.name} is missing): expected lm_eval[hf]; run pip install 'cap_nb[harness]'.") from error
     return lm_eval
 
-# %% ../../nbs/experiments/04_harness.ipynb #h009
+# %% ../../nbs/experiments/04_harness.ipynb #c009
+import json, shutil
+from collections.abc import Collection
+from pathlib import Path
+import cap_nb
+from ..data.prompts import ANSWER_LINES, PromptStyle, encode_problem, prompt_style
+from ..calibration import default_style
+from ..evaluation import evaluation_problems, normal_answer, token_limit
+from ..data.problems import task_family
+from ..core.files import whole_file
+
+# %% ../../nbs/experiments/04_harness.ipynb #c010
 HARNESS_TASKS = Path(cap_nb.__file__).parent/"experiments"/"harness_tasks" # Task files, one a benchmark
 
 def harness_name(
@@ -47,7 +46,7 @@ def check_answer_line(
     line, read = style.answer_lines[family], ANSWER_LINES[family]
     if line != read: raise BadInput(f"Style {style.name!r} ends an answer to {family} with {line!r}: expected {read!r}, which is what the harness's task file reads; use the style paper or lab.")
 
-# %% ../../nbs/experiments/04_harness.ipynb #h014
+# %% ../../nbs/experiments/04_harness.ipynb #c016
 def write_harness_task(
     folder: str | Path, # Folder of tasks; made if it is not there
     tokenizer, # The model's tokenizer
@@ -72,7 +71,19 @@ def write_harness_task(
     with whole_file(folder/f"{name}.yaml") as part: part.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8") # JSON is YAML
     return name
 
-# %% ../../nbs/experiments/04_harness.ipynb #h017
+# %% ../../nbs/experiments/04_harness.ipynb #c019
+import copy, logging, random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+import torch
+import numpy as np
+import pandas as pd
+from ..evaluation import AnswerRecord
+from ..engine.decoding import greedy_settings, inference
+from ..core.files import read_json
+
+# %% ../../nbs/experiments/04_harness.ipynb #c020
 @contextmanager
 def undisturbed() -> Iterator[None]:
     "Random states and log levels as they were before, after a block that changes them."
@@ -93,7 +104,7 @@ class HarnessAnswer:
     extracted: str | None # The answer that its filter found; None where there is none
     correct: bool # Its verdict: exact match
 
-# %% ../../nbs/experiments/04_harness.ipynb #h019
+# %% ../../nbs/experiments/04_harness.ipynb #c022
 def harness_answers(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer, # Its tokenizer
@@ -110,10 +121,10 @@ def harness_answers(
         wrapped = lm_eval.models.huggingface.HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=tokenizer.chat_template is None)
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
         samples = lm_eval.simple_evaluate(wrapped, tasks=[name], task_manager=manager, bootstrap_iters=0)["samples"][name]
-    return tuple(HarnessAnswer(task, s["doc"]["uid"], s["resps"][0][0], None if s["filtered_resps"][0] == "[invalid]" else s["filtered_resps"][0],
-                               bool(s["exact_match"])) for s in sorted(samples, key=lambda s: s["doc_id"]))
+    return tuple(HarnessAnswer(task=task, uid=s["doc"]["uid"], output=s["resps"][0][0], extracted=None if s["filtered_resps"][0] == "[invalid]" else s["filtered_resps"][0],
+                               correct=bool(s["exact_match"])) for s in sorted(samples, key=lambda s: s["doc_id"]))
 
-# %% ../../nbs/experiments/04_harness.ipynb #h020
+# %% ../../nbs/experiments/04_harness.ipynb #c023
 def verdict_differences(
     ours: Sequence[AnswerRecord], # From `accuracy`
     theirs: Sequence[HarnessAnswer], # From `harness_answers`, on the same problems
@@ -126,7 +137,7 @@ def verdict_differences(
             for r in ours if r.correct != found[r.task, r.uid].correct]
     return pd.DataFrame(rows, columns=["task", "uid", "gold", "ours", "theirs", "our output", "their output"])
 
-# %% ../../nbs/experiments/04_harness.ipynb #h028
+# %% ../../nbs/experiments/04_harness.ipynb #c032
 OWN_TASKS = ("gsm8k_cot", "arc_challenge", "wikitext") # Tasks of the harness, as they are
 
 def harness_benchmarks(

@@ -5,30 +5,7 @@
 # %% auto #0
 __all__ = ['TINY_MODELS', 'PROOFS', 'tiny_model', 'in_float64', 'Proof', 'proofs_of', 'measured_proof', 'proof_table']
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p003
-import math, tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-import pandas as pd
-import torch
-from torch import nn
-import torch.nn.functional as F
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
-from ..core.errors import check_choice
-from ..models.anatomy import anatomy, check_anatomy, expert_counts, masked_expert, output_projection, projections
-from ..models.loading import save_model
-from ..calibration import IGNORED, Calibration, Example
-from ..scoring import masked_head, score_heads, score_heads_naive
-from ..regions import blocks, region_factors, region_factors_naive
-from ..threshold import prune_cap
-from ..evaluation import window_losses
-from ..methods.criteria import dense_norms
-from ..methods.prune import prune
-from ..methods.streaming import prune_checkpoint
-
-# %% ../../nbs/experiments/09_proofs.ipynb #p005
+# %% ../../nbs/experiments/09_proofs.ipynb #c004
 ENDS = dict(vocab_size=97, pad_token_id=0, bos_token_id=1, eos_token_id=2) # The default tokens of some families lie outside so small a vocabulary
 GROUPED = dict(hidden_size=18, intermediate_size=26, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3, head_dim=4, max_position_embeddings=64)
 SQUARE = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=6) # For classes in which hidden size is heads times head size
@@ -37,7 +14,7 @@ FEW = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12) # Exp
 MIXED, SQUARE_MIXED = GROUPED | FEW | dict(hidden_size=20, intermediate_size=28), GROUPED | FEW | dict(hidden_size=24, intermediate_size=28)
 WINDOWS = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p005b
+# %% ../../nbs/experiments/09_proofs.ipynb #c005
 TINY_MODELS: dict[str, tuple[str, dict]] = { # Name of a variant -> its model_type, and settings
     "llama": ("llama", GROUPED), "llama, one key-value head": ("llama", GROUPED | dict(num_key_value_heads=1)),
     "llama, full attention": ("llama", GROUPED | dict(num_key_value_heads=6)),
@@ -49,7 +26,7 @@ TINY_MODELS: dict[str, tuple[str, dict]] = { # Name of a variant -> its model_ty
     "cohere": ("cohere", GROUPED | dict(use_qk_norm=True, logit_scale=0.3)),
     "cohere2": ("cohere2", GROUPED | WINDOWS | dict(hidden_size=24, logit_scale=0.3)), "starcoder2": ("starcoder2", GROUPED | dict(sliding_window=4))}
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p006
+# %% ../../nbs/experiments/09_proofs.ipynb #c006
 TINY_MODELS |= {
     "phi": ("phi", GROUPED), "phi3": ("phi3", GROUPED), "gpt2": ("gpt2", OLD), "gptj": ("gptj", OLD | dict(rotary_dim=2)),
     "gpt_neox": ("gpt_neox", SQUARE | dict(intermediate_size=28, rotary_pct=0.5)),
@@ -63,7 +40,16 @@ TINY_MODELS |= {
     "qwen3_moe, one dense layer": ("qwen3_moe", MIXED | dict(mlp_only_layers=[1])), "qwen2_moe": ("qwen2_moe", SQUARE_MIXED | dict(shared_expert_intermediate_size=16)),
     "qwen2_moe, two dense layers": ("qwen2_moe", SQUARE_MIXED | dict(shared_expert_intermediate_size=16, decoder_sparse_step=2))}
 
-# %% ../../nbs/experiments/09_proofs.ipynb #x001
+# %% ../../nbs/experiments/09_proofs.ipynb #c007
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from ..calibration import Calibration
+from ..data.prompts import Example, IGNORED
+from ..models.anatomy import anatomy, expert_counts
+from ..core.errors import check_choice
+
+# %% ../../nbs/experiments/09_proofs.ipynb #c008
 @torch.no_grad()
 def tiny_model(
     name: str, # One of `TINY_MODELS`
@@ -86,13 +72,13 @@ def in_float64(
     if any(expert_counts(model)) and hasattr(model, "set_experts_implementation"): model.set_experts_implementation("eager") # transformers 5
     return model
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p009
+# %% ../../nbs/experiments/09_proofs.ipynb #c011
 def tiny_calibration() -> Calibration: # Five examples
     "Random token sequences; the loss counts from the fourth token on."
     draw, examples = torch.Generator().manual_seed(1), []
     for number, length in enumerate(range(5, 10)):
         ids = tuple(torch.randint(3, 97, (length,), generator=draw).tolist())
-        examples.append(Example("own", str(number), "", "", "", ids, (IGNORED,) * 3 + ids[3:]))
+        examples.append(Example(task="own", uid=str(number), prompt="", target="", answer="", input_ids=ids, labels=(IGNORED,) * 3 + ids[3:]))
     return Calibration.from_examples(examples, k=1)
 
 def tiny_factors(
@@ -102,7 +88,15 @@ def tiny_factors(
     a = anatomy(model)
     return 1 + 9 * torch.rand(a.layers, a.heads, generator=torch.Generator().manual_seed(2))
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p012
+# %% ../../nbs/experiments/09_proofs.ipynb #c014
+import math
+from pathlib import Path
+from ..methods.criteria import dense_norms
+from ..models.routing import masked_expert
+from ..scoring import masked_head
+from ..models.anatomy import output_projection, projections
+
+# %% ../../nbs/experiments/09_proofs.ipynb #c015
 BY_KEY_VALUE_HEAD = ("gpt_neox", "bloom", "falcon") # Model types whose fused rows are [its queries, key, value] for each key-value head
 
 def cut_by_hand(
@@ -123,7 +117,7 @@ def cut_by_hand(
     grouped = fused.reshape(len(x), a.key_value_heads, -1, a.head_size)
     return grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p014
+# %% ../../nbs/experiments/09_proofs.ipynb #c017
 def normed_by_hand(
     model: nn.Module, # A tiny model
     layer: int, # Index of a layer
@@ -143,7 +137,7 @@ def normed_by_hand(
         return (flat / (flat.square().mean(-1, keepdim=True) + eps).sqrt() * weight).view_as(x)
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (weight + 1 if kind == "gemma3_text" else weight)
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p016
+# %% ../../nbs/experiments/09_proofs.ipynb #c019
 NEVER_TURNED, NEIGHBOURS = ("gpt2", "opt", "bloom"), ("gptj", "cohere", "cohere2")
 
 def has_window(
@@ -166,7 +160,7 @@ def base_and_share(
     if "full_attention" in kept: kept = kept["sliding_attention" if local else "full_attention"]
     return kept["rope_theta"], kept.get("partial_rotary_factor", 1.0)
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p017
+# %% ../../nbs/experiments/09_proofs.ipynb #c020
 def turned_by_hand(
     model: nn.Module, # A tiny model
     layer: int, # Index of a layer
@@ -185,7 +179,7 @@ def turned_by_hand(
     made[..., second] = x[..., second] * angle.cos() + x[..., first] * angle.sin()
     return made
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p019
+# %% ../../nbs/experiments/09_proofs.ipynb #c022
 SLOPES = torch.tensor([2, 4, 6, 8, 1, 3], dtype=torch.float64).neg().exp2()[:, None, None] # Of six heads
 
 def weights_by_hand(
@@ -206,7 +200,7 @@ def weights_by_hand(
     if has_window(config, layer): hidden = hidden | (places[None, :] <= places[:, None] - config.sliding_window)
     return scores.masked_fill(hidden, -math.inf).softmax(-1)
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p020
+# %% ../../nbs/experiments/09_proofs.ipynb #c023
 def heads_by_hand(
     model: nn.Module, # A tiny model, in float64
     layer: int, # Index of a layer
@@ -223,7 +217,7 @@ def heads_by_hand(
     columns = (module.weight.double().T if model.config.model_type == "gpt2" else module.weight.double()).reshape(-1, a.heads, a.head_size)
     return torch.einsum("htd,ohd->hto", read, columns)
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p022
+# %% ../../nbs/experiments/09_proofs.ipynb #c025
 def passed(
     model: nn.Module, # A causal language model
     module: nn.Module, # One of its modules, called once
@@ -251,7 +245,7 @@ def masking_error(
             worst = max(worst, ((intact - masked - own).abs().max() / wanted.abs().max()).item())
     return worst
 
-# %% ../../nbs/experiments/09_proofs.ipynb #x002
+# %% ../../nbs/experiments/09_proofs.ipynb #c028
 def expert_by_hand(
     model: nn.Module, # A tiny mixture of experts
     layer: int, # Index of a sparse layer
@@ -270,7 +264,7 @@ def expert_by_hand(
     inner = x @ gate.T * (x @ gate.T).sigmoid() * (x @ up.T)
     return inner, inner @ down.T
 
-# %% ../../nbs/experiments/09_proofs.ipynb #x003
+# %% ../../nbs/experiments/09_proofs.ipynb #c029
 def weighed_by_hand(
     model: nn.Module, # A tiny mixture of experts
     layer: int, # Index of a sparse layer
@@ -289,7 +283,7 @@ def sparse_blocks(
     "Where tokens are sent to experts."
     return {layer: getattr(module, "block_sparse_moe", None) or module.mlp for layer, module in enumerate(model.model.layers) if expert_counts(model)[layer]}
 
-# %% ../../nbs/experiments/09_proofs.ipynb #x004
+# %% ../../nbs/experiments/09_proofs.ipynb #c030
 @torch.no_grad()
 def experts_error(
     name: str, # One of `TINY_MODELS`, a mixture of experts
@@ -306,7 +300,7 @@ def experts_error(
             worst = max(worst, ((intact - masked - own).abs().max() / wanted.abs().max()).item())
     return worst
 
-# %% ../../nbs/experiments/09_proofs.ipynb #x006
+# %% ../../nbs/experiments/09_proofs.ipynb #c032
 @torch.no_grad()
 def routed_error(
     name: str, # One of `TINY_MODELS`, a mixture of experts
@@ -326,7 +320,24 @@ def routed_error(
         worst = max(worst, ((norms[p.name] - wanted).abs().max() / wanted.max()).item())
     return worst
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p025
+# %% ../../nbs/experiments/09_proofs.ipynb #c034
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+import pandas as pd
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from ..regions import blocks, region_factors, region_factors_naive
+from ..models.anatomy import check_anatomy
+from ..methods.prune import prune
+from ..threshold import prune_cap
+from ..methods.streaming import prune_checkpoint
+from ..models.loading import save_model
+from ..engine.resumed_scoring import score_heads
+from ..scoring import score_heads_naive
+from ..evaluation import window_losses
+
+# %% ../../nbs/experiments/09_proofs.ipynb #c035
 def order_error(
     name: str, # One of `TINY_MODELS`
     folder: Path, # Not used
@@ -346,7 +357,7 @@ def resuming_error(
     if (naive.masked - naive.intact).abs().amax(-1).min() < 1e-4: return math.inf
     return (naive.masked - resumed.masked).abs().max().item()
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p025b
+# %% ../../nbs/experiments/09_proofs.ipynb #c036
 @torch.no_grad()
 def perplexity_error(
     name: str, # One of `TINY_MODELS`
@@ -357,7 +368,7 @@ def perplexity_error(
     logits = model(input_ids=ids, use_cache=False).logits
     return abs(window_losses(model, ids, 4).item() - F.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item())
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p026
+# %% ../../nbs/experiments/09_proofs.ipynb #c037
 def tiling_error(
     name: str, # One of `TINY_MODELS`
     folder: Path, # Not used
@@ -372,7 +383,7 @@ def tiling_error(
         wrong += int((times != 1).sum()) + int((short[p.name].expand_as(times) != written[p.name]).sum())
     return float(wrong)
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p026b
+# %% ../../nbs/experiments/09_proofs.ipynb #c038
 @torch.no_grad()
 def saving_error(
     name: str, # One of `TINY_MODELS`
@@ -387,7 +398,7 @@ def saving_error(
     if again.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape != (1, 12): return math.inf
     return (again(ids).logits - model(ids).logits).abs().max().item()
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p027
+# %% ../../nbs/experiments/09_proofs.ipynb #c039
 def streaming_error(
     name: str, # One of `TINY_MODELS`
     folder: Path, # A folder that exists
@@ -413,7 +424,7 @@ def methods_error(
         worst = max(worst, abs(report.reached - 0.25))
     return worst
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p028
+# %% ../../nbs/experiments/09_proofs.ipynb #c040
 @dataclass(frozen=True)
 class Proof:
     "A claim that can be measured."
@@ -427,14 +438,14 @@ PROOFS: dict[str, Proof] = {
     "masking": Proof("masking a head takes away what it adds, by hand in float64", 1e-5, masking_error),
     "resuming": Proof("resumed losses are those of the hook loop", 1e-5, resuming_error),
     "perplexity": Proof("the loss in pieces is that of the model's logits", 1e-5, perplexity_error),
-    "experts": Proof("masking an expert takes away what it adds, by hand in float64", 1e-5, experts_error, True),
-    "routed": Proof("Wanda's norms of an expert count the tokens sent to it, by hand in float64", 1e-5, routed_error, True),
+    "experts": Proof(says="masking an expert takes away what it adds, by hand in float64", limit=1e-5, measure=experts_error, of_experts=True),
+    "routed": Proof(says="Wanda's norms of an expert count the tokens sent to it, by hand in float64", limit=1e-5, measure=routed_error, of_experts=True),
     "tiling": Proof("every weight in scope belongs to one region", 0, tiling_error),
     "saving": Proof("a pruned model that is saved and loaded has the same weights, gives the same logits, and writes", 1e-5, saving_error),
     "streaming": Proof("pruning the checkpoint gives the bits of pruning the model", 0, streaming_error),
     "methods": Proof("magnitude, Wanda, RIA, gradient and SparseGPT reach the sparsity asked for", 0.06, methods_error)}
 
-# %% ../../nbs/experiments/09_proofs.ipynb #x008
+# %% ../../nbs/experiments/09_proofs.ipynb #c041
 def proofs_of(
     name: str, # One of `TINY_MODELS`
 ) -> tuple[str, ...]: # Some of `PROOFS`
@@ -450,7 +461,7 @@ def measured_proof(
     chosen = PROOFS[check_choice(proof, PROOFS, "proof")]
     with tempfile.TemporaryDirectory() as folder: return chosen.measure(name, Path(folder))
 
-# %% ../../nbs/experiments/09_proofs.ipynb #p029
+# %% ../../nbs/experiments/09_proofs.ipynb #c042
 def proof_table(
     names: Sequence[str] = tuple(TINY_MODELS), # Some of `TINY_MODELS`
     proofs: Sequence[str] = tuple(PROOFS), # Some of `PROOFS`

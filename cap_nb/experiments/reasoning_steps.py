@@ -8,23 +8,11 @@ __all__ = ['ERROR_CATEGORIES', 'Equation', 'equations_in', 'arithmetic_check', '
            'repeated_blocks', 'incoherent', 'output_perplexities', 'conclusion_of', 'error_category',
            'reasoning_report', 'reasoning_reports', 'category_shares', 'plot_error_mixture']
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c003
-import math, re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
-import matplotlib.pyplot as plt
-import pandas as pd
-import torch
-from matplotlib.axes import Axes
-from ..core.errors import BadInput, check_at_least
-from ..models.lab_world import PEOPLE, TOWNS
-from ..calibration import Problem, PromptStyle, collate, default_style, make_example, prompt_text, task_family, token_batches
-from ..evaluation import AnswerRecord, Evaluation, inference
-from ..scoring import target_losses
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c004
+import re
+from dataclasses import dataclass
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c006
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c005
 REWRITTEN = tuple((re.compile(pattern), plain) for pattern, plain in (
     (r"<<[^<>\n]*>>", ""), # GSM8K's calculator notes
     (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\(?:text|mathrm|mathbf|boxed)\s*\{([^{}]*)\}", r" \1 "),
@@ -39,7 +27,7 @@ def plain_arithmetic(
     for pattern, plain in REWRITTEN: text = pattern.sub(plain, text)
     return text
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c009
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c008
 TOKEN = re.compile(r"""(?P<other>\d+(?::\d+)+|[<>!]=|[=-]>)
     |(?P<number>(?:\d+[ ]|(?<=/[ ]))\d+/[1-9]\d*(?![\d/])|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.\d+(?:\.{3}|…)?|\d+)
     |(?P<word>[^\W\d_]+(?:[-'’][^\W\d_]+)*) |(?P<equals>[=≈]+) |(?P<sign>\*\*|[-+*/^%$€£¢()]) |(?P<rest>\S|\n)""", re.VERBOSE)
@@ -63,8 +51,13 @@ def arithmetic_tokens(
         kind, said = SPOKEN.get(match[0], (match.lastgroup, match[0]))
         if match[0] == "by" and not (tokens and tokens[-1].text == "divided"): kind, said = "word", "by"
         start = tokens.pop().start if (kind, match[0]) == ("sign", "by") else match.start()
-        tokens.append(ArithmeticToken(kind, said, start, match.end()))
+        tokens.append(ArithmeticToken(kind=kind, text=said, start=start, end=match.end()))
     return tuple(tokens)
+
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c011
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c012
 class NoArithmetic(Exception):
@@ -97,8 +90,8 @@ def combined(
     if sign == "^" and (b is None or b.denominator > 1 or abs(b) > LARGEST_POWER): raise NoArithmetic
     if None not in (a, b) and not (b == 0 and sign == "/") and not (a == 0 and sign == "^" and b < 0):
         value = {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b, "^": lambda: a ** b}[sign]()
-    return Side(value, left.start, right.end, left.numbers + right.numbers, "", left.operations + right.operations + 1,
-                left.percent or right.percent, sign == "/", right.unit)
+    return Side(value=value, start=left.start, end=right.end, numbers=left.numbers + right.numbers, said="", operations=left.operations + right.operations + 1,
+                percent=left.percent or right.percent, quotient=sign == "/", unit=right.unit)
 
 def number_value(
     said: str, # Digits, as in 1,234.50 or 2 1/2
@@ -166,7 +159,7 @@ def primary_at(tokens: Sequence[ArithmeticToken], place: int, depth: int) -> Sid
         part = replace(part, start=place, end=part.end + 1, said="", quotient=False)
     elif tokens[first].kind == "number":
         said = tokens[first].text
-        part = Side(number_value(said), place, first + 1, (number_value(said),), said)
+        part = Side(value=number_value(said), start=place, end=first + 1, numbers=(number_value(said),), said=said)
     else: raise NoArithmetic
     if part.end < len(tokens) and tokens[part.end].text == "%":
         part = replace(part, value=part.value and part.value / 100, end=part.end + 1, percent=True)
@@ -272,7 +265,7 @@ def claimed_equality(plain: str, tokens: Sequence[ArithmeticToken], left: Side, 
     start, end = tokens[left.start].start, tokens[right.end - 1].end
     used = tuple(n for side in (left, right) if side.operations for n in side.numbers)
     stated = tuple(n for side in (left, right) if not side.operations for n in side.numbers)
-    return Equation(plain[start:end].strip(), true, used, stated, start, end)
+    return Equation(text=plain[start:end].strip(), true=true, used=used, stated=stated, start=start, end=end)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c025
 def equations_in(
@@ -296,7 +289,7 @@ def arithmetic_check(
     found = equations_in(text)
     return sum(equation.true for equation in found), len(found)
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c033
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c034
 ANSWER_LINE = re.compile(r"\s*(?:####\s*[-$.\d]|\W*answer\s*:)", re.IGNORECASE) # In any prompt style
 NO_END = re.compile(r"(?:^(?:[A-Z]|\d{1,2}|[Ss]tep \d+)|\b(?:Mr|Mrs|Ms|Dr|St|vs|e\.g|i\.e|approx))\.$") # A full stop that ends no sentence
 
@@ -308,7 +301,7 @@ def sentences_of(line: str) -> list[str]:
         else: parts.append(piece.strip())
     return [part for part in parts if re.search(r"\w", part)]
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c034
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c035
 def reasoning_steps(
     text: str, # What a model wrote
 ) -> tuple[str, ...]: # Its sentences before the last answer line
@@ -318,7 +311,7 @@ def reasoning_steps(
     solution = [line for line in lines[:last] if not line.lstrip().startswith("#") and not ANSWER_LINE.match(line)]
     return tuple(sentence for line in solution for sentence in sentences_of(re.sub(r"^\s*[-*•]\s+", "", line)))
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c037
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c038
 COUNTS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 NUMBER_WORDS = {word: n for n, word in enumerate(COUNTS)} | {"hundred": 100, "thousand": 1000, "million": 10**6}
 NUMBER_WORDS |= {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
@@ -327,7 +320,7 @@ IMPLIED = {"half": (2, "1/2"), "third": (3, "1/3"), "quarter": (4, "1/4", 25), "
     "hour": (60,), "minute": (60,), "day": (7, 24), "week": (7, 52), "weekend": (2,), "month": (4, 12, 30), "year": (12, 52, 365),
     "%": (1, 100), "percent": (1, 100), "dollar": (100,), "cent": (100,), "foot": (12, 3), "feet": (12, 3), "inch": (12,), "yard": (3,)} # Word -> numbers
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c038
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c039
 def numbers_in(
     text: str, # A question or a step
     words: bool = False, # Whether number words, and what other words imply, count too
@@ -346,7 +339,7 @@ def numbers_in(
         found += [Fraction(n) for n in IMPLIED.get(word, IMPLIED.get(word.removesuffix("s"), IMPLIED.get(word.removesuffix("d"), ())))]
     return tuple(found)
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c041
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c042
 @dataclass(frozen=True)
 class LabStatement:
     "One thing that a text says about the lab's world."
@@ -367,7 +360,7 @@ class StepReport:
     statements: tuple[Equation | LabStatement, ...] # What it claims that can be checked, in order
     grounded: bool | None # Whether all it uses was there before; None where it uses nothing
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c042
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c043
 def outside_numbers(text: str, equations: Sequence[Equation]) -> list[Fraction]:
     "The numbers of a step that stand in none of its equations; a list's number at its head is none."
     plain = plain_arithmetic(text)
@@ -393,7 +386,13 @@ def word_steps(
         known |= results | set(numbers_in(text))
     return tuple(reports)
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c045
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c046
+import math
+from collections import Counter
+from ..models.lab_world import PEOPLE, TOWNS
+from ..data.problems import Problem
+
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c047
 FACTS = {"age": r"(\w+) is (\d+) years old", "town": r"(\w+) lives in (\w+)", "height": r"(\w+) lies at (\d+) metres",
          "region": r"(\w+) lies in the (\w+)", "trade": r"(\w+) is an? (\w+)", "product": r"(\w+) makes (\w+)"} # Attribute -> name, value
 WORLD = {(person.name, kind): value for person in PEOPLE for kind, value in (("age", str(person.age)), ("town", person.town.name), ("trade", person.trade))}
@@ -411,14 +410,14 @@ def lab_statement(clause: str) -> LabStatement:
     if match := re.fullmatch(r"(?:so )?([A-H]) with (\d+)", clause): return LabStatement(clause, None, "best", used=(match[1], match[2]))
     return LabStatement(clause, None, "unread")
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c046
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c048
 def lab_clauses(line: str) -> tuple[str, list[str]]:
     "The letter of a line's choice, empty where it has none, and the line's clauses; a town and its height are two facts."
     letter, rest = re.fullmatch(r"(?:([A-H])\.\s+)?(.*)", line.strip(), re.DOTALL).groups()
     rest = re.sub(r"\blives in (\w+) at (\d+) metres", r"lives in \1; \1 lies at \2 metres", rest)
     return letter or "", [clause.strip(" .") for clause in re.split(r"[.:;,]\s+", rest) if clause.strip(" .")]
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c047
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c049
 def lab_facts_check(
     text: str, # What a model wrote about the lab's world
 ) -> tuple[LabStatement, ...]: # All it says, in order
@@ -436,7 +435,7 @@ def lab_facts_check(
             found.append(replace(said, step=step, letter=letter))
     return tuple(found)
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c050
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c053
 def lab_fact_steps(
     problem: Problem, # A yes/no or four-choice problem of the lab
     output: str, # What a model wrote
@@ -454,7 +453,7 @@ def lab_fact_steps(
         reports.append(StepReport(text, tuple(s for s in said if s.step == step), not missing if read else None))
     return tuple(reports)
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c052
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c055
 def facts_known(
     task: str, # Name of a task
 ) -> bool: # Whether its solutions consist of facts that can be checked
@@ -475,7 +474,7 @@ def grounded_share(
     using = [step.grounded for step in steps if step.grounded is not None]
     return sum(using) / len(using) if using else math.nan
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c055
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c058
 def claims_of(
     problem: Problem, # The problem
     text: str, # Its worked solution, or what a model wrote
@@ -485,7 +484,7 @@ def claims_of(
     steps = [(equations_in(step), step) for step in reasoning_steps(text)]
     return frozenset(n for found, step in steps for n in ([n for e in found for n in e.stated] if found else numbers_in(step)))
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c056
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c059
 def completeness(
     problem: Problem, # The problem, with its worked solution
     output: str, # What a model wrote
@@ -495,7 +494,18 @@ def completeness(
     else: wanted = frozenset(n for equation in equations_in(problem.solution) for n in equation.stated)
     return len(wanted & claims_of(problem, output)) / len(wanted) if wanted else math.nan
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c060
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c063
+from collections.abc import Iterator
+import torch
+from ..evaluation import AnswerRecord
+from ..data.prompts import PromptStyle, make_example, prompt_text
+from ..core.errors import check_at_least
+from ..data.batches import collate, token_batches
+from ..calibration import default_style
+from ..engine.decoding import inference
+from ..scoring import target_losses
+
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c064
 def repeated_blocks(
     words: Sequence[str], # Words, in order
     times: int, # So often in a row or more
@@ -519,7 +529,7 @@ def incoherent(
     if any(re.search(r"[^\W\d_]", " ".join(block)) for block in repeated_blocks(words, 4)): return True
     return any(True for _ in repeated_blocks(words, 12)) or (perplexity is not None and perplexity > most_perplexity)
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c064
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c068
 def output_perplexities(
     model: torch.nn.Module, # The dense model, of a known family
     tokenizer, # Its tokenizer
@@ -539,7 +549,7 @@ def output_perplexities(
             for place, loss in zip(batch, losses.tolist()): found[places[place]] = math.exp(loss)
     return found
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c066
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c070
 ERROR_CATEGORIES = ("right", "right, faulty steps", "false fact", "arithmetic slip", "wrong step", "wrong last line",
                     "no answer line", "cut off", "incoherent", "unchecked")
 
@@ -555,7 +565,10 @@ def conclusion_of(
     numbers = [n for equation in steps[-1].statements for n in equation.stated] or numbers_in(steps[-1].text)
     return numbers[-1] if numbers else None
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c067
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c071
+from ..data.problems import task_family
+
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c072
 def error_category(
     answer: AnswerRecord, # One answered problem
     problem: Problem, # The problem
@@ -573,7 +586,12 @@ def error_category(
     if not numeric and not facts_known(problem.task): return "unchecked"
     return "wrong last line" if conclusion_of(problem, steps) == (Fraction(answer.gold) if numeric else answer.gold) else "wrong step"
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c073
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c079
+from collections.abc import Mapping
+import pandas as pd
+from ..core.errors import BadInput
+
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c080
 def problems_by_uid(problems: Sequence[Problem]) -> dict[tuple[str, str], Problem]:
     "Problems under task and content hash."
     return {(problem.task, problem.uid): problem for problem in problems}
@@ -584,7 +602,7 @@ def problem_of(answer: AnswerRecord, known: Mapping[tuple[str, str], Problem]) -
     raise BadInput(f"No problem of {answer.task} has the content hash {answer.uid}: expected the problems that were answered; "
                    "pass those of evaluation_problems for the same task and data, or evaluate again.")
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c074
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c081
 def report_row(answer: AnswerRecord, problem: Problem, dense_steps: float, perplexity: float) -> dict[str, object]:
     "All measures of one answer."
     steps, measured = step_reports(problem, answer.output), None if math.isnan(perplexity) else perplexity
@@ -595,7 +613,7 @@ def report_row(answer: AnswerRecord, problem: Problem, dense_steps: float, perpl
             "completeness": completeness(problem, answer.output), "incoherent": incoherent(answer.output, measured), "perplexity": perplexity,
             "tokens": answer.tokens, "first_false": next((s.text for s in checked if not s.true), "")}
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c075
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c082
 def reasoning_report(
     answers: Sequence[AnswerRecord], # Answers of one model, to one task or more
     problems: Sequence[Problem], # The problems they answer, in any order
@@ -612,7 +630,12 @@ def reasoning_report(
                                "evaluate it on them.")
     return pd.DataFrame([report_row(a, problem_of(a, known), dense_steps.get((a.task, a.uid), math.nan), p) for a, p in zip(answers, perplexities)])
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c080
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c088
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from ..evaluation import Evaluation
+
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c089
 def reasoning_reports(
     evaluations: Sequence[Evaluation], # What was measured, the dense model among them or not
     problems: Sequence[Problem], # The problems that were answered
@@ -634,10 +657,10 @@ def category_shares(
     index = pd.MultiIndex.from_tuples(rows, names=["method", "sparsity"])
     return pd.DataFrame(list(rows.values()), index=index, columns=list(ERROR_CATEGORIES))
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c081
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c090
 CATEGORY_COLOURS = dict(zip(ERROR_CATEGORIES, ("#2a9d5c", "#a5d6a7", "#7b3fa0", "#d1495b", "#edae49", "#66a1d9", "#8d99ae", "#4a4e69", "#111111", "#dddddd")))
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c082
+# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c091
 def plot_error_mixture(
     shares: pd.DataFrame, # From `category_shares`
     ax: Axes | None = None, # Where to draw; None makes a figure

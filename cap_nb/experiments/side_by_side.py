@@ -11,28 +11,13 @@ __all__ = ['IN_THERE', 'finish', 'stopwatch', 'measured_rounds', 'round_ratios',
            'counted_work', 'about_scoring', 'scoring_sides', 'largest_difference', 'compared_scoring',
            'seconds_for_all', 'gain_for_all', 'share_reached', 'measured_scoring']
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c003
-import json, os, platform, random, shutil, statistics, subprocess, sys, time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
-import matplotlib.pyplot as plt
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c004
+import time
+from collections.abc import Callable, Mapping
 import torch
-from matplotlib.figure import Figure
-from torch import nn
-from transformers import AutoModelForCausalLM
-import cap_nb
-from ..core.errors import BadInput, check_at_least
-from ..core.files import read_json, write_json
-from ..models.anatomy import dimensions
-from ..models.loading import model_fingerprint
-from ..calibration import BENCHMARK_NAMES, IGNORED, Calibration, Example, calibration_set, default_style
-from ..scoring import after_beginning, score_heads, score_heads_naive, shared_beginning
-from ..jobs.records import environment
-from ..jobs.planning import BatchShape, ExampleLength, Sizes, Work, batch_shapes, flops_of, lengths_of, sizes_of
-from ..methods.streaming import open_checkpoint, prune_checkpoint
+from ..core.errors import check_at_least
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c006
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c005
 def finish(
     device: torch.device, # A device
 ) -> None:
@@ -54,7 +39,7 @@ def stopwatch(
         return clock() - start
     return timed
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c008
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c007
 def measured_rounds(
     measures: Mapping[str, Callable[[], float]], # Name -> what gives its seconds
     repeats: int = 5, # Rounds that are kept
@@ -68,6 +53,10 @@ def measured_rounds(
             seconds = measures[name]()
             if number >= 0: kept[name].append(seconds)
     return {name: tuple(seconds) for name, seconds in kept.items()}
+
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c012
+import statistics
+from collections.abc import Sequence
 
 # %% ../../nbs/experiments/08_side_by_side.ipynb #c013
 def round_ratios(
@@ -133,6 +122,15 @@ def peak_shares(
     return tuple((flops / taken) / (product_flops / product) for taken, product in zip(seconds, product_seconds, strict=True))
 
 # %% ../../nbs/experiments/08_side_by_side.ipynb #c021
+import json, os, shutil, subprocess, sys
+from pathlib import Path
+import cap_nb
+from transformers import AutoModelForCausalLM
+from ..core.errors import BadInput
+from ..models.anatomy import dimensions
+from ..methods.streaming import open_checkpoint, prune_checkpoint
+
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c022
 IN_THERE = """
 import importlib, json, sys, time
 from cap_nb.jobs.records import PEAK, resident
@@ -156,7 +154,7 @@ def in_own_process(
     seconds, peak = json.loads(done.stdout.splitlines()[-1])
     return seconds, peak
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c022c
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c026
 def copied_to_disk(
     src: str | Path, # A folder of files
     dst: str | Path, # The copy; must not exist
@@ -177,7 +175,11 @@ def pruned_by_made_factors(
     factors = 1 + 9 * torch.rand(sizes.layers, sizes.heads, generator=torch.Generator().manual_seed(seed))
     prune_checkpoint(src, dst, sparsity, factors)
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c024
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c029
+import platform
+from ..jobs.records import environment
+
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c030
 def processor_name(
     listing: Path = Path("/proc/cpuinfo"), # Where Linux describes its processors
 ) -> str: # As its maker calls it, where that can be read
@@ -196,7 +198,7 @@ def named_machine(
     return environment(device, note) | {"processor": processor_name(), "cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(),
                                         "memory": memory, "load": round(os.getloadavg()[0], 2)}
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c025
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c031
 def told_machine(
     machine: Mapping, # What `named_machine` gave
 ) -> str: # A sentence
@@ -207,7 +209,12 @@ def told_machine(
     return (f"{graphics}{machine['processor']} ({machine['instructions']}), {machine['cores']} cores, {machine['threads']} threads, {memory}, torch {machine['torch']}, "
             f"transformers {machine['transformers']}, commit {commit[:12]}{' with changes' if changes else ''}; also running: {machine['note'] or 'not noted'}.")
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c028
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c034
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from ..core.files import read_json, write_json
+
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c035
 def read_cases(
     path: str | Path, # File of a benchmark
 ) -> dict[str, dict]: # Name of the case -> its record; empty if nothing was measured yet
@@ -235,7 +242,7 @@ def measured_case(
         write_json(path, {"cases": cases})
     return read_cases(path)[name]
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c029
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c036
 def told_missing(
     cases: Mapping[str, dict], # The cases that are there
     wanted: Sequence[str], # Names of those that are wanted
@@ -246,7 +253,7 @@ def told_missing(
     if not missing: return f"All {len(wanted)} cases are measured."
     return f"Not measured yet: {'; '.join(missing)}. To measure: {command}"
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c033
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c040
 def plot_rounds(
     values: Mapping[str, Sequence[float]], # Name -> a value of every round
     label: str, # What the values are
@@ -261,7 +268,7 @@ def plot_rounds(
     axis.set(yticks=range(len(values)), yticklabels=list(values), ylim=(len(values) - 0.5, -0.5), xlabel=label, xlim=(0, None))
     return figure
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c036
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c043
 def balanced_heads(
     layers: int, # L, layers of the model
     heads: int, # H, heads a layer
@@ -282,7 +289,7 @@ def mean_resumed(
     "How many layers a resumed pass runs, on average over some heads."
     return statistics.fmean(layers - layer for layer, _ in heads)
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c039
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c046
 def whole_seconds(
     intact: Sequence[float], # Seconds without any head, for every round
     sample: Sequence[float], # Seconds with the sample's heads, in the same rounds
@@ -292,7 +299,10 @@ def whole_seconds(
     "What a sample says of the time for all heads."
     return tuple(alone + (taken - alone) * total / count for alone, taken in zip(intact, sample, strict=True))
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c042
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c049
+from ..jobs.planning import BatchShape, Sizes, Work, sizes_of
+
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c050
 def sampled_naive_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The batches
@@ -300,7 +310,7 @@ def sampled_naive_work(
 ) -> Work: # The work of the hook loop
     "One whole pass for the intact model and one for every head of the sample."
     passes, layers = 1 + len(heads), sizes.layers
-    return sum((Work(passes, passes * layers * b.rows * b.width, passes * b.rows * b.width, passes * layers * b.rows * b.width**2) for b in batches), Work())
+    return sum((Work(passes=passes, layer_tokens=passes * layers * b.rows * b.width, head_tokens=passes * b.rows * b.width, pairs=passes * layers * b.rows * b.width**2) for b in batches), Work())
 
 def sampled_resumed_work(
     sizes: Sizes, # The sizes of the model
@@ -312,11 +322,21 @@ def sampled_resumed_work(
     passes, last = 1 + len(heads), sizes.layers - 1
     later = sum(last - layer for layer, _ in heads)
     runs, before = sizes.layers + last + later, 2 * sizes.layers + later
-    first = Work(0, beginning * before, 0, beginning**2 * before, beginning * len(heads))
-    return sum((Work(passes, b.rows * (runs * b.width + passes * b.most), passes * b.targets, b.rows * (beginning + b.width) * (runs * b.width + passes * b.most), passes * b.rows * b.width)
+    first = Work(passes=0, layer_tokens=beginning * before, head_tokens=0, pairs=beginning**2 * before, key_tokens=beginning * len(heads))
+    return sum((Work(passes=passes, layer_tokens=b.rows * (runs * b.width + passes * b.most), head_tokens=passes * b.targets, pairs=b.rows * (beginning + b.width) * (runs * b.width + passes * b.most), key_tokens=passes * b.rows * b.width)
                 for b in batches), first)
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c045
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c054
+import random
+from dataclasses import replace
+from torch import nn
+from ..data.problems import BENCHMARK_NAMES
+from ..calibration import Calibration, calibration_set, default_style
+from ..data.prompts import Example, IGNORED
+from ..jobs.planning import ExampleLength, lengths_of
+from ..engine.resumed_scoring import shared_beginning
+
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c055
 def examples_at_hand(
     tokenizer, # Tokenizer of transformers
     n: int, # Examples a task
@@ -337,7 +357,7 @@ def behind_worked_examples(
     before = tuple(token for example in worked for token in example.input_ids)
     return Calibration.from_examples((replace(e, input_ids=before + e.input_ids, labels=(IGNORED,) * len(before) + e.labels) for e in calibration.examples), calibration.k, calibration.seed)
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c047
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c057
 def examples_of_lengths(
     lengths: Sequence[ExampleLength], # Prompt and target tokens of each example
     vocabulary: int, # Tokens that the model knows
@@ -347,7 +367,7 @@ def examples_of_lengths(
     chance, examples = random.Random(seed), []
     for place, length in enumerate(lengths):
         tokens = tuple(chance.randrange(vocabulary) for _ in length.input_ids)
-        examples.append(Example(length.task, f"random-{seed}-{place}", "", "", "", tokens, (IGNORED,) * length.prompt + tokens[length.prompt:]))
+        examples.append(Example(task=length.task, uid=f"random-{seed}-{place}", prompt="", target="", answer="", input_ids=tokens, labels=(IGNORED,) * length.prompt + tokens[length.prompt:]))
     return Calibration.from_examples(examples, k=1)
 
 def random_model(
@@ -361,7 +381,14 @@ def random_model(
     with torch.device(device): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c050
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c060
+from dataclasses import asdict
+from ..engine.resumed_scoring import after_beginning, score_heads
+from ..jobs.planning import batch_shapes, flops_of
+from ..models.loading import model_fingerprint
+from ..scoring import score_heads_naive
+
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c061
 def counted_work(
     sizes: Sizes, # The sizes of the model
     calibration: Calibration, # The examples
@@ -388,7 +415,7 @@ def about_scoring(
             "beginning": shared_beginning(calibration.examples), "batch_tokens": batch_tokens, "heads": [list(head) for head in heads], "total": len(every),
             "mean_resumed": mean_resumed(sizes.layers, heads), "flops": counted_work(sizes, calibration, batch_tokens, heads), "flops_of_all": counted_work(sizes, calibration, batch_tokens, every)}
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c052
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c063
 def scoring_sides(
     model: nn.Module, # A causal language model of a known family
     calibration: Calibration, # The examples
@@ -410,7 +437,7 @@ def largest_difference(
             raise BadInput(f"{name} and {first} differ by {apart.max():.2e} nats or in their heads: expected at most {tolerance:g}; what computes something else is not compared.")
     return max(((tables[name] - tables[first]).nan_to_num().abs().max().item() for name in others), default=0.0)
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c053
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c064
 def compared_scoring(
     sides: Mapping[str, Callable[[Sequence], torch.Tensor]], # Name -> (heads -> masked losses)
     heads: Sequence[tuple[int, int]], # (layer, head) of the sample
@@ -429,7 +456,7 @@ def compared_scoring(
     product[0]()
     return {"seconds": measured_rounds(measures, repeats, warmups=0), "about": {"difference": apart, "product_flops": product[1]}}
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c055
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c066
 def seconds_for_all(
     case: Mapping, # A record of `compared_scoring` with what `about_scoring` says
     side: str, # Name of the side
@@ -452,7 +479,7 @@ def share_reached(
     "Which share of the matrix-product peak a side reaches over all heads."
     return peak_shares(seconds_for_all(case, side), case["about"]["flops_of_all"][side], case["seconds"]["matrix product"], case["about"]["product_flops"])
 
-# %% ../../nbs/experiments/08_side_by_side.ipynb #c055b
+# %% ../../nbs/experiments/08_side_by_side.ipynb #c067
 def measured_scoring(
     path: str | Path, # File of the benchmark
     name: str, # Name of the case

@@ -11,29 +11,15 @@ __all__ = ['PLANNED', 'PUBLISHED', 'SHORT_NAMES', 'LABS', 'ASSUMED_TOKENS', 'NUM
            'pruning_memory', 'evaluation_memory', 'at_once', 'free_memory', 'Probe', 'probe_device', 'Stage', 'Plan',
            'planned_stages', 'plan', 'measured_plan', 'stage_advice', 'plan_advice', 'memory_lines', 'plan_text']
 
-# %% ../../nbs/jobs/02_planning.ipynb #c003
-import inspect, os, platform, statistics, time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+# %% ../../nbs/jobs/02_planning.ipynb #c004
+from dataclasses import dataclass
 import torch
-from torch import nn
-import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-from ..core.errors import BadInput, check_at_least
-from ..models.anatomy import ROLES, decoder_layers, dimensions, family_of, projections
-from ..models.replay import LayerCall, recorded_calls, run_layer
-from ..models.lab import CHECKPOINT, lab_tokenizer
-from ..models.lab_experts import EXPERTS_CHECKPOINT
-from ..models.loading import HUB_ID, device_named, dtype_named, load_tokenizer, model_cache
-from ..calibration import BENCHMARK_NAMES, IGNORED, Calibration, calibration_set, deal_subsets, task_family, token_batches
-from ..threshold import magnitude_criterion, smallest_in_rows
-from ..evaluation import generation_batches, token_limit
-from ..methods.prune import needs_of, parse_method, prune
-from .records import cells_of
-from .job import Job, check_job, copied_weights, filled_in, put_back
+from transformers import AutoModelForCausalLM
+from ..core.errors import BadInput
+from ..models.families import ROLES, family_of
+from ..models.anatomy import dimensions, projections
 
-# %% ../../nbs/jobs/02_planning.ipynb #c006
+# %% ../../nbs/jobs/02_planning.ipynb #c005
 @dataclass(frozen=True)
 class Sizes:
     "The sizes of a transformer, as its configuration states them."
@@ -52,7 +38,7 @@ class Sizes:
     dtype: str # In which the weights are stored
     biased: tuple[str, ...] = () # Roles of the projections that have a bias
 
-# %% ../../nbs/jobs/02_planning.ipynb #c007
+# %% ../../nbs/jobs/02_planning.ipynb #c006
 PLANNED = ("llama", "mistral", "qwen2") # Model types whose parameters and cost are counted here
 
 def sizes_of(
@@ -66,10 +52,10 @@ def sizes_of(
     if getattr(config, "quantization_config", None): raise BadInput(f"{name} is quantised: expected weights in float32, bfloat16 or float16; take a checkpoint that is not quantised.")
     a, attention, mlp = dimensions(config), getattr(config, "attention_bias", False), getattr(config, "mlp_bias", False)
     biased = [role for role in ROLES if (mlp if role in ("gate", "up", "down") else attention or (a.family == "qwen2" and role != "output"))]
-    return Sizes(name, source, a.family, a.layers, a.heads, a.key_value_heads, a.head_size, a.hidden_size, config.intermediate_size, config.vocab_size,
-                 bool(config.tie_word_embeddings), getattr(config, "max_position_embeddings", None), str(config.dtype or "float32").removeprefix("torch."), tuple(biased))
+    return Sizes(name=name, source=source, family=a.family, layers=a.layers, heads=a.heads, key_value_heads=a.key_value_heads, head_size=a.head_size, hidden=a.hidden_size, mlp=config.intermediate_size, vocabulary=config.vocab_size,
+                 tied=bool(config.tie_word_embeddings), context=getattr(config, "max_position_embeddings", None), dtype=str(config.dtype or "float32").removeprefix("torch."), biased=tuple(biased))
 
-# %% ../../nbs/jobs/02_planning.ipynb #c009
+# %% ../../nbs/jobs/02_planning.ipynb #c008
 def projection_shapes(
     sizes: Sizes, # The sizes of a model
 ) -> dict[str, tuple[int, int]]: # Role -> shape of the weight, (out, in)
@@ -92,10 +78,10 @@ def parameter_count(
     layer = layer_weights(sizes) + biases + 2 * sizes.hidden
     return sizes.layers * layer + sizes.hidden + (1 if sizes.tied else 2) * sizes.vocabulary * sizes.hidden
 
-# %% ../../nbs/jobs/02_planning.ipynb #c013b
+# %% ../../nbs/jobs/02_planning.ipynb #c013
 EIGHT_B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False, dtype="bfloat16")
 
-# %% ../../nbs/jobs/02_planning.ipynb #c013
+# %% ../../nbs/jobs/02_planning.ipynb #c015
 PUBLISHED = {
     "meta-llama/Meta-Llama-3-8B-Instruct": dict(model_type="llama", vocab_size=128256, max_position_embeddings=8192, **EIGHT_B),
     "mistralai/Mistral-7B-Instruct-v0.2": dict(model_type="mistral", vocab_size=32000, max_position_embeddings=32768, sliding_window=None, **EIGHT_B)}
@@ -109,7 +95,14 @@ def published_id(
     known = {form.lower(): full for full in PUBLISHED for form in (full, full.split("/")[1])} | SHORT_NAMES
     return known.get(name.lower())
 
-# %% ../../nbs/jobs/02_planning.ipynb #c014
+# %% ../../nbs/jobs/02_planning.ipynb #c016
+from pathlib import Path
+from transformers import AutoConfig
+from ..models.lab import CHECKPOINT
+from ..models.lab_experts import EXPERTS_CHECKPOINT
+from ..models.loading import HUB_ID, model_cache
+
+# %% ../../nbs/jobs/02_planning.ipynb #c017
 def config_in(
     folder: Path, # A folder that should hold config.json
     missing: str, # The sentence if it does not
@@ -130,7 +123,7 @@ def config_on_hub(
         raise BadInput(f"The configuration of {name} could not be read from the hub ({type(error).__name__}): expected access to it, a folder with its "
                        f"config.json, or a model that is known here: lab, smollm2, {', '.join(PUBLISHED)}.") from None
 
-# %% ../../nbs/jobs/02_planning.ipynb #c015
+# %% ../../nbs/jobs/02_planning.ipynb #c018
 LABS = {"lab": CHECKPOINT, "lab-moe": EXPERTS_CHECKPOINT} # Checkpoints of the package
 
 def read_sizes(
@@ -146,7 +139,16 @@ def read_sizes(
     if HUB_ID.fullmatch(name) and not name.startswith("."): return sizes_of(config_on_hub(name), name, "its config.json on the hub")
     raise BadInput(f"There is no folder {name!r}: expected lab, smollm2, a folder, a hub id, or one of {', '.join((*PUBLISHED, *SHORT_NAMES))}; check the name.")
 
-# %% ../../nbs/jobs/02_planning.ipynb #c019
+# %% ../../nbs/jobs/02_planning.ipynb #c023
+from dataclasses import replace
+from ..data.problems import BENCHMARK_NAMES, task_family
+from ..calibration import Calibration, calibration_set
+from ..data.prompts import IGNORED
+from .job import Job, filled_in
+from ..models.lab import lab_tokenizer
+from ..models.loading import load_tokenizer
+
+# %% ../../nbs/jobs/02_planning.ipynb #c024
 @dataclass(frozen=True)
 class ExampleLength:
     "How long an example is."
@@ -168,7 +170,7 @@ def lengths_of(
     targets = [sum(label != IGNORED for label in example.labels) for example in calibration.examples]
     return tuple(ExampleLength(e.task, len(e.input_ids) - target, target) for e, target in zip(calibration.examples, targets))
 
-# %% ../../nbs/jobs/02_planning.ipynb #c020
+# %% ../../nbs/jobs/02_planning.ipynb #c025
 def tokenizer_at_hand(
     name: str, # "lab", "lab-moe", "smollm2", a folder or a hub id
 ) -> object | None: # Its tokenizer, if it needs no network
@@ -189,7 +191,7 @@ def planned_job(
     answered = tasks if job.accuracy_tasks is None else tuple(dict.fromkeys(job.accuracy_tasks))
     return replace(job, tasks=tasks, accuracy_tasks=answered, style=job.style or "paper", text=job.text or "wikitext2")
 
-# %% ../../nbs/jobs/02_planning.ipynb #c021
+# %% ../../nbs/jobs/02_planning.ipynb #c026
 def planned_lengths(
     job: Job, # A job that is filled in
     tokenizer: object | None, # The model's tokenizer, if it is at hand
@@ -207,7 +209,7 @@ def planned_lengths(
     said = ", ".join(f"{a.prompt} + {a.target} for {a.task}" for a in assumed)
     return tuple(a for a in assumed for _ in range(job.n)), f"assumed, prompt + target tokens an example: {said}"
 
-# %% ../../nbs/jobs/02_planning.ipynb #c025
+# %% ../../nbs/jobs/02_planning.ipynb #c030
 @dataclass(frozen=True)
 class Work:
     "What some passes compute."
@@ -219,8 +221,8 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         "The work of both."
-        return Work(self.passes + other.passes, self.layer_tokens + other.layer_tokens, self.head_tokens + other.head_tokens, self.pairs + other.pairs,
-                    self.key_tokens + other.key_tokens)
+        return Work(passes=self.passes + other.passes, layer_tokens=self.layer_tokens + other.layer_tokens, head_tokens=self.head_tokens + other.head_tokens, pairs=self.pairs + other.pairs,
+                    key_tokens=self.key_tokens + other.key_tokens)
 
 def flops_of(
     work: Work, # What is computed
@@ -231,7 +233,11 @@ def flops_of(
     return (2 * layer_weights(sizes) * work.layer_tokens + 2 * keys * work.key_tokens + 2 * sizes.vocabulary * sizes.hidden * work.head_tokens
             + 4 * sizes.heads * sizes.head_size * work.pairs)
 
-# %% ../../nbs/jobs/02_planning.ipynb #c027
+# %% ../../nbs/jobs/02_planning.ipynb #c032
+from collections.abc import Sequence
+from ..data.batches import token_batches
+
+# %% ../../nbs/jobs/02_planning.ipynb #c033
 @dataclass(frozen=True)
 class BatchShape:
     "The shape of a padded batch."
@@ -245,17 +251,17 @@ def batch_shapes(
     batch_tokens: int = 4096, # Padded tokens a batch
 ) -> tuple[BatchShape, ...]: # The batches that `token_batches` cuts
     "The shapes of the batches of a set of examples."
-    return tuple(BatchShape(len(places), max(len(lengths[place].input_ids) for place in places), sum(lengths[place].target for place in places),
-                            max(lengths[place].target for place in places)) for places in token_batches(lengths, batch_tokens))
+    return tuple(BatchShape(rows=len(places), width=max(len(lengths[place].input_ids) for place in places), targets=sum(lengths[place].target for place in places),
+                            most=max(lengths[place].target for place in places)) for places in token_batches(lengths, batch_tokens))
 
-# %% ../../nbs/jobs/02_planning.ipynb #c027b
+# %% ../../nbs/jobs/02_planning.ipynb #c034
 def naive_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The batches
 ) -> Work: # The work of the hook loop
     "One whole pass for the intact model and one for every head (paper section 3.2)."
     passes, layers = 1 + sizes.layers * sizes.heads, sizes.layers
-    return sum((Work(passes, passes * layers * b.rows * b.width, passes * b.rows * b.width, passes * layers * b.rows * b.width**2) for b in batches), Work())
+    return sum((Work(passes=passes, layer_tokens=passes * layers * b.rows * b.width, head_tokens=passes * b.rows * b.width, pairs=passes * layers * b.rows * b.width**2) for b in batches), Work())
 
 def resumed_work(
     sizes: Sizes, # The sizes of the model
@@ -263,16 +269,16 @@ def resumed_work(
 ) -> Work: # The work of `score_heads`
     "The same losses with every masked pass resumed at its layer, and the last layer at target positions only; a beginning that examples share is not counted off."
     passes, runs = 1 + sizes.layers * sizes.heads, 2 * sizes.layers - 1 + sizes.heads * sizes.layers * (sizes.layers - 1) // 2
-    return sum((Work(passes, b.rows * (runs * b.width + passes * b.most), passes * b.targets, b.rows * b.width * (runs * b.width + passes * b.most), passes * b.rows * b.width)
+    return sum((Work(passes=passes, layer_tokens=b.rows * (runs * b.width + passes * b.most), head_tokens=passes * b.targets, pairs=b.rows * b.width * (runs * b.width + passes * b.most), key_tokens=passes * b.rows * b.width)
                 for b in batches), Work())
 
-# %% ../../nbs/jobs/02_planning.ipynb #c033
+# %% ../../nbs/jobs/02_planning.ipynb #c041
 def wanda_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The calibration batches
 ) -> Work: # The work of measuring the norms, layer by layer
     "Three passes through the layers, none through the output head (Sun et al. 2024)."
-    return sum((Work(3, 3 * sizes.layers * b.rows * b.width, 0, 3 * sizes.layers * b.rows * b.width**2) for b in batches), Work())
+    return sum((Work(passes=3, layer_tokens=3 * sizes.layers * b.rows * b.width, head_tokens=0, pairs=3 * sizes.layers * b.rows * b.width**2) for b in batches), Work())
 
 def lengths_like(
     lengths: Sequence[ExampleLength], # Lengths of one task
@@ -288,7 +294,11 @@ def loss_batches(
     "The batches of held-out losses, task by task."
     return tuple(shape for task in job.tasks for shape in batch_shapes(lengths_like([e for e in lengths if e.task == task], job.loss_n), job.batch_tokens))
 
-# %% ../../nbs/jobs/02_planning.ipynb #c034
+# %% ../../nbs/jobs/02_planning.ipynb #c042
+from ..engine.decoding import generation_batches
+from ..evaluation import token_limit
+
+# %% ../../nbs/jobs/02_planning.ipynb #c043
 @dataclass(frozen=True)
 class Answers:
     "A batch of answers that are written together."
@@ -308,7 +318,7 @@ def answer_batches(
         batches += [Answers(len(places), max(prompts[place] for place in places), steps) for places in generation_batches(prompts, steps, 2 * job.batch_tokens)]
     return tuple(batches)
 
-# %% ../../nbs/jobs/02_planning.ipynb #c035
+# %% ../../nbs/jobs/02_planning.ipynb #c044
 def prefill_work(
     sizes: Sizes, # The sizes of the model
     job: Job, # A job that is filled in
@@ -317,7 +327,7 @@ def prefill_work(
     "What evaluating one model reads, many tokens at a time."
     losses, width = loss_batches(job, lengths) if job.loss_n else (), min(job.window_tokens, sizes.context or job.window_tokens)
     read = [(b.rows, b.width, b.rows * b.width) for b in losses] + [(a.rows, a.width, a.rows) for a in answer_batches(job, lengths)] + [(1, width, width - 1)] * job.windows
-    return sum((Work(1, sizes.layers * rows * width, through_head, sizes.layers * rows * width**2) for rows, width, through_head in read), Work())
+    return sum((Work(passes=1, layer_tokens=sizes.layers * rows * width, head_tokens=through_head, pairs=sizes.layers * rows * width**2) for rows, width, through_head in read), Work())
 
 def decode_work(
     sizes: Sizes, # The sizes of the model
@@ -327,10 +337,10 @@ def decode_work(
     "What evaluating one model writes, one token an answer at a time; at most, since answers may end early."
     def written(a: Answers) -> Work:
         later = a.steps - 1 # the prompt's pass gives the first token
-        return Work(later, sizes.layers * a.rows * later, a.rows * later, sizes.layers * a.rows * (later * a.width + later * (later + 1) // 2))
+        return Work(passes=later, layer_tokens=sizes.layers * a.rows * later, head_tokens=a.rows * later, pairs=sizes.layers * a.rows * (later * a.width + later * (later + 1) // 2))
     return sum((written(a) for a in answer_batches(job, lengths)), Work())
 
-# %% ../../nbs/jobs/02_planning.ipynb #c039
+# %% ../../nbs/jobs/02_planning.ipynb #c048
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} # Bytes of a number
 
 def layer_bytes(
@@ -351,7 +361,7 @@ def logit_bytes(
     "The logits in float32, and the logarithms of probabilities made of them."
     return positions * sizes.vocabulary * 8
 
-# %% ../../nbs/jobs/02_planning.ipynb #c040
+# %% ../../nbs/jobs/02_planning.ipynb #c049
 def scoring_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -378,7 +388,7 @@ def pruning_memory(
     return {"hidden states": 2 * sum(b.rows * b.width for b in batches) * sizes.hidden * width, "scores of one matrix": widest * 18,
             "one layer at work": max(layer_bytes(sizes, width, tokens, longest), squares)}
 
-# %% ../../nbs/jobs/02_planning.ipynb #c041
+# %% ../../nbs/jobs/02_planning.ipynb #c050
 def evaluation_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -396,7 +406,10 @@ def evaluation_memory(
             "one layer at work": max(2 * kept * query * width, *(layer_bytes(sizes, width, *r) for r in reading)),
             "logits": max([*logits, logit_bytes(sizes, min(256, window))])}
 
-# %% ../../nbs/jobs/02_planning.ipynb #c043
+# %% ../../nbs/jobs/02_planning.ipynb #c052
+import os
+
+# %% ../../nbs/jobs/02_planning.ipynb #c053
 TAKING_TURNS = ("one layer at work", "a recorded pass", "logits", "scores of one matrix") # Parts of which only one is there at a time
 
 def at_once(
@@ -418,7 +431,7 @@ def free_memory(
         try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         except (ValueError, OSError, AttributeError): return None # a system without sysconf
 
-# %% ../../nbs/jobs/02_planning.ipynb #c046
+# %% ../../nbs/jobs/02_planning.ipynb #c056
 @dataclass(frozen=True)
 class Probe:
     "How fast a device was, for one model."
@@ -436,7 +449,20 @@ class Probe:
     flops: float # Operations a second in the layer's pass
     seconds: float # What the probe itself took
 
-# %% ../../nbs/jobs/02_planning.ipynb #c046b
+# %% ../../nbs/jobs/02_planning.ipynb #c057
+import inspect, platform, statistics, time
+from collections.abc import Callable
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache
+from ..models.replay import LayerCall, recorded_calls, run_layer
+from .job import copied_weights, put_back
+from ..models.anatomy import decoder_layers
+from ..models.loading import device_named, dtype_named
+from ..threshold import magnitude_criterion, smallest_in_rows
+from ..methods.prune import prune
+
+# %% ../../nbs/jobs/02_planning.ipynb #c058
 def median_seconds(
     call: Callable[[], object], # What is timed
     device: torch.device, # Where it computes
@@ -452,7 +478,7 @@ def median_seconds(
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
-# %% ../../nbs/jobs/02_planning.ipynb #c047
+# %% ../../nbs/jobs/02_planning.ipynb #c059
 @torch.no_grad()
 def random_layer_model(
     sizes: Sizes, # The sizes of a model
@@ -468,7 +494,7 @@ def random_layer_model(
         if tensor.is_floating_point(): tensor.uniform_(-0.05, 0.05)
     return model
 
-# %% ../../nbs/jobs/02_planning.ipynb #c047b
+# %% ../../nbs/jobs/02_planning.ipynb #c060
 def layer_call(
     model: nn.Module, # From `random_layer_model`
     rows: int, # Examples
@@ -483,7 +509,7 @@ def layer_call(
         model.get_decoder()(inputs_embeds=torch.rand(rows, width, weight.shape[1], dtype=weight.dtype, device=weight.device), attention_mask=mask, **kept)
     return calls[0]
 
-# %% ../../nbs/jobs/02_planning.ipynb #c048
+# %% ../../nbs/jobs/02_planning.ipynb #c061
 def timed_layer(
     model: nn.Module, # From `random_layer_model`
     tokens: int, # Tokens of the pass, at most
@@ -499,7 +525,7 @@ def timed_layer(
     rows = max(1, min(tokens, allowed) // width)
     return rows * width, timed(rows, width, 3)
 
-# %% ../../nbs/jobs/02_planning.ipynb #c048b
+# %% ../../nbs/jobs/02_planning.ipynb #c062
 def timed_head(
     sizes: Sizes, # The sizes of the model
     device: torch.device, # Where
@@ -513,7 +539,7 @@ def timed_head(
     taken = median_seconds(lambda: F.cross_entropy(F.linear(hidden, weight).float(), gold, reduction="none"), device)
     return taken * sizes.vocabulary / rows / positions
 
-# %% ../../nbs/jobs/02_planning.ipynb #c050
+# %% ../../nbs/jobs/02_planning.ipynb #c064
 def timed_step(
     model: nn.Module, # From `random_layer_model`
     rows: int, # Answers written together
@@ -536,13 +562,13 @@ def timed_step(
     inside = median_seconds(in_layer, weight.device)
     return inside, max(0.0, median_seconds(whole, weight.device) - inside)
 
-# %% ../../nbs/jobs/02_planning.ipynb #c050b
+# %% ../../nbs/jobs/02_planning.ipynb #c066
 def timed_pruning(
     device: torch.device, # Where
     dtype: torch.dtype, # Of the weights
 ) -> tuple[float, float]: # Seconds for a weight under one threshold, and in rows
     "Time the pruning of a small random layer."
-    small = Sizes("probe", "", "llama", 1, 8, 8, 64, 512, 1024, 8, True, 64, "float32")
+    small = Sizes(name="probe", source="", family="llama", layers=1, heads=8, key_value_heads=8, head_size=64, hidden=512, mlp=1024, vocabulary=8, tied=True, context=64, dtype="float32")
     model, factors = random_layer_model(small, device, dtype), torch.ones(1, 8)
     dense, found = copied_weights(model), projections(model)
     def by_threshold() -> None:
@@ -551,7 +577,7 @@ def timed_pruning(
     in_rows = median_seconds(lambda: [smallest_in_rows(magnitude_criterion(p), 0.2) for p in found], device)
     return median_seconds(by_threshold, device) / layer_weights(small), in_rows / layer_weights(small)
 
-# %% ../../nbs/jobs/02_planning.ipynb #c051
+# %% ../../nbs/jobs/02_planning.ipynb #c067
 @torch.no_grad()
 def probe_device(
     sizes: Sizes, # The sizes of the model
@@ -570,10 +596,10 @@ def probe_device(
     del model # its memory is needed for the rest
     head, (threshold, sort) = timed_head(sizes, device, dtype, min(256, timed)), timed_pruning(device, dtype)
     called = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    flops = flops_of(Work(1, timed, 0, timed * min(256, timed)), sizes) / taken
-    return Probe(str(device), called, str(dtype).removeprefix("torch."), timed, taken / timed, head, rows, step, rest, threshold, sort, flops, time.perf_counter() - begun)
+    flops = flops_of(Work(passes=1, layer_tokens=timed, head_tokens=0, pairs=timed * min(256, timed)), sizes) / taken
+    return Probe(device=str(device), device_name=called, dtype=str(dtype).removeprefix("torch."), tokens=timed, layer=taken / timed, head=head, rows=rows, step=step, step_rest=rest, threshold=threshold, sort=sort, flops=flops, seconds=time.perf_counter() - begun)
 
-# %% ../../nbs/jobs/02_planning.ipynb #c053
+# %% ../../nbs/jobs/02_planning.ipynb #c069
 def told_bytes(
     size: float, # Bytes
 ) -> str: # As in "1.5 GiB"
@@ -599,7 +625,7 @@ def told_flops(
         if flops >= 10**power: return f"{flops / 10**power:.1f} {unit}FLOP"
     return f"{flops / 1e6:.1f} MFLOP"
 
-# %% ../../nbs/jobs/02_planning.ipynb #c058
+# %% ../../nbs/jobs/02_planning.ipynb #c074
 @dataclass(frozen=True)
 class Stage:
     "One stage of a job."
@@ -609,7 +635,7 @@ class Stage:
     seconds: float | None # Expected time, an estimate; None without a probe
     memory: dict[str, int] # Part -> bytes on the device, beside the weights
 
-# %% ../../nbs/jobs/02_planning.ipynb #c058b
+# %% ../../nbs/jobs/02_planning.ipynb #c075
 @dataclass(frozen=True)
 class Plan:
     "What a job will take, in plain numbers."
@@ -633,7 +659,7 @@ class Plan:
     on_cpu: bool # Whether the device is main memory
     probe: Probe | None # How fast the device was
 
-# %% ../../nbs/jobs/02_planning.ipynb #c059
+# %% ../../nbs/jobs/02_planning.ipynb #c076
 def prefill_seconds(
     work: Work, # What is read
     probe: Probe | None, # How fast the device is
@@ -651,7 +677,7 @@ def decode_seconds(
     many = max(1.0, work.head_tokens / work.passes / probe.rows)
     return work.passes * (many * sizes.layers * probe.step + probe.step_rest) + work.head_tokens * probe.head
 
-# %% ../../nbs/jobs/02_planning.ipynb #c060
+# %% ../../nbs/jobs/02_planning.ipynb #c077
 def planned_stages(
     sizes: Sizes, # The sizes of the model
     job: Job, # A job that is filled in
@@ -666,13 +692,20 @@ def planned_stages(
     read, written = prefill_work(sizes, job, lengths), decode_work(sizes, job, lengths)
     memory, answering = scoring_memory(sizes, width, batches), probe and prefill_seconds(read, probe) + decode_seconds(sizes, written, probe)
     whole = memory | {"hidden states": 0, "a recorded pass": 0, "logits": max(logit_bytes(sizes, b.targets) + b.rows * b.width * sizes.vocabulary * width for b in batches)}
-    return (Stage("scoring", resumed, flops_of(resumed, sizes), probe and prefill_seconds(resumed, probe) / devices, memory),
-            Stage("scoring by the hook loop", naive, flops_of(naive, sizes), probe and prefill_seconds(naive, probe) / devices, whole),
-            Stage("pruning by CAP", Work(), 0, probe and weights * probe.threshold, pruning_memory(sizes, width, batches, False)),
-            Stage("pruning by Wanda", wanda, flops_of(wanda, sizes), probe and prefill_seconds(wanda, probe) + weights * probe.sort, pruning_memory(sizes, width, batches, True)),
-            Stage("evaluating one model", read + written, flops_of(read + written, sizes), answering, evaluation_memory(sizes, width, job, lengths)))
+    return (Stage(name="scoring", work=resumed, flops=flops_of(resumed, sizes), seconds=probe and prefill_seconds(resumed, probe) / devices, memory=memory),
+            Stage(name="scoring by the hook loop", work=naive, flops=flops_of(naive, sizes), seconds=probe and prefill_seconds(naive, probe) / devices, memory=whole),
+            Stage(name="pruning by CAP", work=Work(), flops=0, seconds=probe and weights * probe.threshold, memory=pruning_memory(sizes, width, batches, False)),
+            Stage(name="pruning by Wanda", work=wanda, flops=flops_of(wanda, sizes), seconds=probe and prefill_seconds(wanda, probe) + weights * probe.sort, memory=pruning_memory(sizes, width, batches, True)),
+            Stage(name="evaluating one model", work=read + written, flops=flops_of(read + written, sizes), seconds=answering, memory=evaluation_memory(sizes, width, job, lengths)))
 
-# %% ../../nbs/jobs/02_planning.ipynb #c062
+# %% ../../nbs/jobs/02_planning.ipynb #c079
+from .records import cells_of
+from ..core.errors import check_at_least
+from .job import check_job
+from ..calibration import deal_subsets
+from ..methods.prune import needs_of, parse_method
+
+# %% ../../nbs/jobs/02_planning.ipynb #c080
 def run_costs(
     job: Job, # A job that is filled in
     stages: Sequence[Stage], # From `planned_stages`
@@ -686,7 +719,7 @@ def run_costs(
     masking = any("factors" in needs[method] and not parse_method(method).attribution for method in job.methods)
     return len(cells), masking * scoring + prunings + len(cells) * evaluating
 
-# %% ../../nbs/jobs/02_planning.ipynb #c062b
+# %% ../../nbs/jobs/02_planning.ipynb #c081
 def shares_of(
     weights: int, # Bytes of the weights
     devices: int, # Devices, or processes on one CPU
@@ -698,7 +731,7 @@ def shares_of(
     if devices > 1 and free is not None and weights > free: return 1, -(-weights // devices), free
     return devices, weights, free
 
-# %% ../../nbs/jobs/02_planning.ipynb #c063
+# %% ../../nbs/jobs/02_planning.ipynb #c082
 def plan(
     job: Job, # What is asked for
     devices: int = 1, # Devices that share the scoring
@@ -720,7 +753,7 @@ def plan(
     return Plan(sizes, job, dtype, devices, shared, lengths, said, batch_shapes(lengths, job.batch_tokens), answer_batches(job, lengths), stages, *run_costs(job, stages),
                 weights, each, copy, free, free_memory(torch.device("cpu")), on_cpu, probe)
 
-# %% ../../nbs/jobs/02_planning.ipynb #c063b
+# %% ../../nbs/jobs/02_planning.ipynb #c083
 def measured_plan(
     job: Job, # What is asked for
     devices: int = 1, # Devices that share the scoring
@@ -732,7 +765,7 @@ def measured_plan(
     probe = probe_device(first.sizes, job.device, job.dtype, job.batch_tokens, max((a.rows for a in first.answers), default=1))
     return plan(job, devices, probe, prompt_tokens, target_tokens)
 
-# %% ../../nbs/jobs/02_planning.ipynb #c065
+# %% ../../nbs/jobs/02_planning.ipynb #c085
 def fitting_batch_tokens(
     found: Plan, # A plan
     place: int, # Place of a stage that does not fit
@@ -756,7 +789,7 @@ def weights_advice(
     needed = -(-found.weights // max(1, found.free))
     return f"{said}they need {needed} such devices or more (device_map='auto' spreads the layers, --devices counts them); {streamed}."
 
-# %% ../../nbs/jobs/02_planning.ipynb #c066
+# %% ../../nbs/jobs/02_planning.ipynb #c086
 def stage_advice(
     found: Plan, # A plan whose weights fit
     place: int, # Place of a stage that does not fit
@@ -784,7 +817,7 @@ def plan_advice(
     if wanted > (found.sizes.context or wanted): said.append(f"A prompt and its answer may take {wanted:,} tokens and the model's context is {context:,}: --max-new-tokens {max(1, context - max(a.width for a in found.answers))} makes them fit.")
     return tuple(said)
 
-# %% ../../nbs/jobs/02_planning.ipynb #c068
+# %% ../../nbs/jobs/02_planning.ipynb #c088
 def model_lines(
     found: Plan, # A plan
 ) -> list[str]: # Lines
@@ -810,7 +843,7 @@ def stage_rows(
         rows.append(f"| {stage.name} | {flops} | {told_seconds(stage.seconds)} | {told_bytes(found.each + at_once(stage.memory))} |")
     return rows
 
-# %% ../../nbs/jobs/02_planning.ipynb #c069
+# %% ../../nbs/jobs/02_planning.ipynb #c089
 def memory_lines(
     found: Plan, # A plan
 ) -> list[str]: # Lines

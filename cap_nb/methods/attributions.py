@@ -8,25 +8,20 @@ __all__ = ['Replacement', 'PUSHES', 'ATTRIBUTIONS', 'gated_heads', 'gate_slopes'
            'mean_outputs', 'mean_ablation', 'donors', 'donor_outputs', 'resample_ablation', 'gate_gradient',
            'head_gates', 'retained_gates', 'removed_gates', 'Attribution', 'attribution_agreement', 'plot_attributions']
 
-# %% ../../nbs/methods/04_attributions.ipynb #c003
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-import pandas as pd
+# %% ../../nbs/methods/04_attributions.ipynb #c004
 import torch
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-from torch import nn
-from tqdm.auto import tqdm
-from ..core.errors import BadInput, check_at_least, check_choice
-from ..models.anatomy import Anatomy, anatomy, decoder_layers, decoder_of, dimensions, output_projection
-from ..models.replay import LayerCall
-from ..calibration import Calibration, collate
-from ..scoring import (batches_of, causal_scores, intact_pass, losses_resumed_at, rank_correlation, score_heads,
-                            target_losses)
+from ..calibration import Calibration
+from ..models.anatomy import output_projection
 
 # %% ../../nbs/methods/04_attributions.ipynb #c010
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from torch import nn
+from ..models.anatomy import anatomy
+from ..data.batches import collate
+from ..scoring import target_losses
+
+# %% ../../nbs/methods/04_attributions.ipynb #c011
 @contextmanager
 def gated_heads(
     model: nn.Module, # A causal language model of a known family
@@ -43,7 +38,12 @@ def gated_heads(
         for layer in range(a.layers): stack.callback(output_projection(model, layer).register_forward_pre_hook(scaler(layer)).remove)
         yield
 
-# %% ../../nbs/methods/04_attributions.ipynb #c014
+# %% ../../nbs/methods/04_attributions.ipynb #c016
+from ..scoring import batches_of
+from ..models.anatomy import dimensions
+from ..engine.resumed_scoring import intact_pass
+
+# %% ../../nbs/methods/04_attributions.ipynb #c017
 def gate_slopes(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
@@ -56,7 +56,7 @@ def gate_slopes(
         _, losses = intact_pass(model, batch)
         return torch.autograd.grad(losses.sum(), gates)[0]
 
-# %% ../../nbs/methods/04_attributions.ipynb #c016
+# %% ../../nbs/methods/04_attributions.ipynb #c019
 def gradient_activation(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -71,7 +71,11 @@ def gradient_activation(
         total += (-slopes if signed else slopes.abs()).sum(0)
     return total / len(calibration.examples)
 
-# %% ../../nbs/methods/04_attributions.ipynb #c025
+# %% ../../nbs/methods/04_attributions.ipynb #c029
+from tqdm.auto import tqdm
+from ..core.errors import check_at_least
+
+# %% ../../nbs/methods/04_attributions.ipynb #c030
 def integrated_gradients(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -86,7 +90,7 @@ def integrated_gradients(
         for step in range(steps): total -= gate_slopes(model, batch, (step + 0.5) / steps).sum(0)
     return total / (steps * len(calibration.examples))
 
-# %% ../../nbs/methods/04_attributions.ipynb #c031
+# %% ../../nbs/methods/04_attributions.ipynb #c036
 @contextmanager
 def replaced_head(
     model: nn.Module, # A causal language model of a known family
@@ -105,7 +109,16 @@ def replaced_head(
     try: yield
     finally: handle.remove()
 
-# %% ../../nbs/methods/04_attributions.ipynb #c033
+# %% ../../nbs/methods/04_attributions.ipynb #c038
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from ..core.errors import BadInput
+from ..models.replay import LayerCall
+from ..scoring import causal_scores
+from ..models.anatomy import decoder_layers, decoder_of
+from ..engine.resumed_scoring import losses_resumed_at, score_heads
+
+# %% ../../nbs/methods/04_attributions.ipynb #c039
 Replacement = Callable[[Sequence[int], dict[str, torch.Tensor]], Sequence[torch.Tensor]] # (places of the examples, batch) -> for each layer, [H*d] or [B, T, H*d]
 
 @torch.no_grad()
@@ -125,7 +138,7 @@ def ablation_rise_naive(
                 with replaced_head(model, layer, head, outputs[layer]): rise[layer, head] += (target_losses(model, batch) - intact).sum().cpu()
     return rise / len(calibration.examples)
 
-# %% ../../nbs/methods/04_attributions.ipynb #c035
+# %% ../../nbs/methods/04_attributions.ipynb #c041
 def replaced_losses(
     model: nn.Module, # A causal language model of a known family
     batch: dict[str, torch.Tensor], # The batch
@@ -137,7 +150,7 @@ def replaced_losses(
     "The losses with a head's output replaced, by resuming at its layer (equal to the hook loop of paper section 3.2)."
     return losses_resumed_at(model, batch, calls, layer, replaced_head(model, layer, head, outputs))
 
-# %% ../../nbs/methods/04_attributions.ipynb #c036
+# %% ../../nbs/methods/04_attributions.ipynb #c042
 @torch.no_grad()
 def ablation_rise(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -154,7 +167,7 @@ def ablation_rise(
             for head in range(a.heads): rise[layer, head] += (replaced_losses(model, batch, calls, layer, head, outputs[layer]) - intact).sum().cpu()
     return rise / len(calibration.examples)
 
-# %% ../../nbs/methods/04_attributions.ipynb #c038
+# %% ../../nbs/methods/04_attributions.ipynb #c044
 def zero_ablation(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -163,7 +176,7 @@ def zero_ablation(
     "CAP's score with the plain mean: the rise of the loss when the head's output is zero (paper equation 2, mean aggregation of section 6)."
     return causal_scores(score_heads(model, calibration, batch_tokens), "mean", k=1)
 
-# %% ../../nbs/methods/04_attributions.ipynb #c041
+# %% ../../nbs/methods/04_attributions.ipynb #c047
 def head_outputs(
     model: nn.Module, # A causal language model of a known family
     batch: dict[str, torch.Tensor], # input_ids and attention_mask, each [B, T]
@@ -176,7 +189,7 @@ def head_outputs(
         decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return outputs
 
-# %% ../../nbs/methods/04_attributions.ipynb #c042
+# %% ../../nbs/methods/04_attributions.ipynb #c048
 @torch.no_grad()
 def mean_outputs(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -200,7 +213,7 @@ def mean_ablation(
     outputs = mean_outputs(model, calibration, batch_tokens)
     return ablation_rise(model, calibration, lambda places, batch: outputs, batch_tokens)
 
-# %% ../../nbs/methods/04_attributions.ipynb #c047
+# %% ../../nbs/methods/04_attributions.ipynb #c053
 def donors(
     count: int, # Number of examples
     seed: int = 0, # Seed of the order
@@ -224,7 +237,7 @@ def donor_outputs(
     position = torch.arange(length, device=last.device)[None].minimum(last)
     return [output.take_along_dim(position[..., None], 1) for output in head_outputs(model, batch)]
 
-# %% ../../nbs/methods/04_attributions.ipynb #c048
+# %% ../../nbs/methods/04_attributions.ipynb #c054
 def resample_ablation(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples, at least 2
@@ -237,7 +250,7 @@ def resample_ablation(
         return donor_outputs(model, calibration, [other[place] for place in places], batch["input_ids"].shape[1])
     return ablation_rise(model, calibration, lent, batch_tokens)
 
-# %% ../../nbs/methods/04_attributions.ipynb #c053
+# %% ../../nbs/methods/04_attributions.ipynb #c059
 PUSHES = {"retain": 1.0, "remove": -1.0} # Where the regulariser pushes the gates: towards 1 or towards 0
 
 def gate_gradient(
@@ -256,7 +269,12 @@ def gate_gradient(
             gradient += torch.autograd.grad(losses.sum() / len(calibration.examples), logits)[0]
     return gradient
 
-# %% ../../nbs/methods/04_attributions.ipynb #c055
+# %% ../../nbs/methods/04_attributions.ipynb #c061
+import math
+from ..models.anatomy import Anatomy
+from ..core.errors import check_choice
+
+# %% ../../nbs/methods/04_attributions.ipynb #c062
 def step_sets(
     calibration: Calibration, # N examples
     examples: int, # Examples a step; more than N means all of them
@@ -284,7 +302,7 @@ def check_gates(
     if start is not None and not (tuple(start.shape) == (a.layers, a.heads) and ((start >= 0) & (start <= 1)).all()):
         raise BadInput(f"The gates to start from do not fit: expected [{a.layers}, {a.heads}] numbers in [0, 1]; pass what head_gates returned.")
 
-# %% ../../nbs/methods/04_attributions.ipynb #c056
+# %% ../../nbs/methods/04_attributions.ipynb #c063
 def head_gates(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     calibration: Calibration, # N examples
@@ -309,7 +327,7 @@ def head_gates(
         optimiser.step()
     return logits.detach().sigmoid()
 
-# %% ../../nbs/methods/04_attributions.ipynb #c058
+# %% ../../nbs/methods/04_attributions.ipynb #c065
 def pushed_gates(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     calibration: Calibration, # N examples
@@ -322,7 +340,7 @@ def pushed_gates(
     if start is None: start = head_gates(model, calibration, 0.0, rates=(0.1, 0.01), **options)
     return head_gates(model, calibration, regularisation, push, start, **options)
 
-# %% ../../nbs/methods/04_attributions.ipynb #c059
+# %% ../../nbs/methods/04_attributions.ipynb #c066
 def retained_gates(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     calibration: Calibration, # N examples
@@ -343,7 +361,10 @@ def removed_gates(
     "G-, the gates under a push towards 0; a high one marks a facilitating head (Nam et al. 2025, section 3.2)."
     return pushed_gates(model, calibration, "remove", regularisation, start, **options)
 
-# %% ../../nbs/methods/04_attributions.ipynb #c069
+# %% ../../nbs/methods/04_attributions.ipynb #c076
+from dataclasses import dataclass
+
+# %% ../../nbs/methods/04_attributions.ipynb #c077
 @dataclass(frozen=True)
 class Attribution:
     "A way of giving every head an importance."
@@ -362,7 +383,13 @@ ATTRIBUTIONS: dict[str, Attribution] = {
     "retained_gates": Attribution("gate of a joint fit that pushes towards 1", "Nam et al. 2025, G+", retained_gates),
     "removed_gates": Attribution("gate of a joint fit that pushes towards 0", "Nam et al. 2025, G-", removed_gates)}
 
-# %% ../../nbs/methods/04_attributions.ipynb #c073
+# %% ../../nbs/methods/04_attributions.ipynb #c082
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from ..scoring import rank_correlation
+
+# %% ../../nbs/methods/04_attributions.ipynb #c083
 def attribution_agreement(
     scores: dict[str, torch.Tensor], # Name -> attribution, [L, H] each
 ) -> pd.DataFrame: # Rank correlation of every pair, names down and across

@@ -8,22 +8,11 @@ __all__ = ['NEEDS', 'CRITERIA', 'NEEDED', 'GIVES', 'Evidence', 'magnitude_score'
            'loss_gradients', 'dense_norms', 'Given', 'Measured', 'check_given', 'measured_for', 'scores_from',
            'layer_sparsities', 'prune_walking', 'prune_by']
 
-# %% ../../nbs/methods/01_criteria.ipynb #c003
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-import math
+# %% ../../nbs/methods/01_criteria.ipynb #c004
+from dataclasses import dataclass
 import torch
-from torch import nn
-from ..core.errors import BadInput, check_choice, check_sparsity
-from ..models.anatomy import Projection, projections
-from ..calibration import Calibration
-from ..scoring import batches_of, target_losses
-from ..regions import region_factors
-from ..threshold import Criterion, PruneReport, check_pattern, pattern_of, prune_globally, prune_report, zero_within
-from .wanda import input_norms, layer_by_layer
 
-# %% ../../nbs/methods/01_criteria.ipynb #c006
+# %% ../../nbs/methods/01_criteria.ipynb #c005
 @dataclass(frozen=True)
 class Evidence:
     "What a criterion may look at, for one projection."
@@ -34,7 +23,7 @@ class Evidence:
     number: int # Place of the projection in the fixed order, from 0
     seed: int # Of criteria that draw
 
-# %% ../../nbs/methods/01_criteria.ipynb #c008
+# %% ../../nbs/methods/01_criteria.ipynb #c007
 def magnitude_score(e: Evidence) -> torch.Tensor: # [out, in]
     "The magnitude of a weight (Han et al. 2015)."
     return e.weight.abs()
@@ -51,7 +40,7 @@ def cap_wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Magnitude times the norm of the input times the importance factor."
     return wanda_score(e) * e.factor
 
-# %% ../../nbs/methods/01_criteria.ipynb #c009
+# %% ../../nbs/methods/01_criteria.ipynb #c008
 def ria_score(
     e: Evidence, # Weight and norm are used
     power: float = 0.5, # a, the power of the norm
@@ -69,6 +58,11 @@ def random_score(e: Evidence) -> torch.Tensor: # [out, in]
     draw = torch.Generator().manual_seed(1_000_003 * e.seed + e.number)
     return torch.rand(e.weight.shape, generator=draw).to(e.weight.device)
 
+# %% ../../nbs/methods/01_criteria.ipynb #c012
+from collections.abc import Callable, Sequence
+from ..core.errors import BadInput, check_choice
+from ..threshold import pattern_of
+
 # %% ../../nbs/methods/01_criteria.ipynb #c013
 NEEDS = ("norm", "factor", "gradient") # What must be measured for a criterion; weight, number and seed are always there
 
@@ -82,13 +76,13 @@ class NamedCriterion:
     score: Callable[[Evidence], torch.Tensor] # Score of every weight of a projection, [out, in], not negative
 
 CRITERIA: dict[str, NamedCriterion] = {
-    "magnitude": NamedCriterion("|W|", "Han et al. 2015", (), "model", magnitude_score),
-    "cap": NamedCriterion("|W| times the causal importance of its head", "the paper, section 3", ("factor",), "model", cap_score),
-    "wanda": NamedCriterion("|W| times the norm of its input", "Sun et al. 2024", ("norm",), "row", wanda_score),
-    "cap_wanda": NamedCriterion("|W| times the norm of its input times the causal importance of its head", "Wanda and the paper", ("norm", "factor"), "model", cap_wanda_score),
-    "ria": NamedCriterion("|W| relative to its row and column, times the root of the norm of its input", "Zhang et al. 2024", ("norm",), "row", ria_score),
-    "gradient": NamedCriterion("|W dL/dW| on the calibration set", "first order; Molchanov et al. 2017", ("gradient",), "model", gradient_score),
-    "random": NamedCriterion("a seeded draw", "the floor of every comparison", (), "model", random_score)}
+    "magnitude": NamedCriterion(says="|W|", source="Han et al. 2015", needs=(), scope="model", score=magnitude_score),
+    "cap": NamedCriterion(says="|W| times the causal importance of its head", source="the paper, section 3", needs=("factor",), scope="model", score=cap_score),
+    "wanda": NamedCriterion(says="|W| times the norm of its input", source="Sun et al. 2024", needs=("norm",), scope="row", score=wanda_score),
+    "cap_wanda": NamedCriterion(says="|W| times the norm of its input times the causal importance of its head", source="Wanda and the paper", needs=("norm", "factor"), scope="model", score=cap_wanda_score),
+    "ria": NamedCriterion(says="|W| relative to its row and column, times the root of the norm of its input", source="Zhang et al. 2024", needs=("norm",), scope="row", score=ria_score),
+    "gradient": NamedCriterion(says="|W dL/dW| on the calibration set", source="first order; Molchanov et al. 2017", needs=("gradient",), scope="model", score=gradient_score),
+    "random": NamedCriterion(says="a seeded draw", source="the floor of every comparison", needs=(), scope="model", score=random_score)}
 
 # %% ../../nbs/methods/01_criteria.ipynb #c014
 def add_criterion(
@@ -104,9 +98,23 @@ def add_criterion(
         raise BadInput(f"{name!r} cannot name a criterion: expected letters, digits and underscores, and none of {', '.join(CRITERIA)}; choose another name.")
     for need in needs: check_choice(need, NEEDS, "need")
     pattern_of(scope)
-    CRITERIA[name] = NamedCriterion(says, source, tuple(needs), scope, score)
+    CRITERIA[name] = NamedCriterion(says=says, source=source, needs=tuple(needs), scope=scope, score=score)
 
 # %% ../../nbs/methods/01_criteria.ipynb #c016
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import field
+from torch import nn
+from ..calibration import Calibration
+from ..threshold import Criterion
+from ..models.anatomy import Projection, projections
+from ..scoring import batches_of, target_losses
+from .wanda import input_norms
+from ..engine.layer_walk import layer_by_layer
+from ..regions import region_factors
+
+# %% ../../nbs/methods/01_criteria.ipynb #c017
 @contextmanager
 def wanting_gradients(
     weights: Sequence[nn.Parameter], # Parameters of a model
@@ -119,7 +127,7 @@ def wanting_gradients(
     finally:
         for weight, wanted in zip(weights, before): weight.requires_grad_(wanted)
 
-# %% ../../nbs/methods/01_criteria.ipynb #gradientscell
+# %% ../../nbs/methods/01_criteria.ipynb #c018
 def loss_gradients(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -136,7 +144,7 @@ def loss_gradients(
             for p in found: totals[p.name] += p.oriented(p.cut(gradients[p.parameter])).float()
     return totals
 
-# %% ../../nbs/methods/01_criteria.ipynb #c018
+# %% ../../nbs/methods/01_criteria.ipynb #c020
 def dense_norms(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     calibration: Calibration, # The calibration set
@@ -148,7 +156,7 @@ def dense_norms(
         with torch.no_grad(): found |= input_norms(step.layer, step.found, step.waiting)
     return found
 
-# %% ../../nbs/methods/01_criteria.ipynb #c020
+# %% ../../nbs/methods/01_criteria.ipynb #c022
 @dataclass(frozen=True)
 class Given:
     "What a pruning method may use besides the model."
@@ -168,7 +176,7 @@ class Measured:
     regions: dict[str, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
-# %% ../../nbs/methods/01_criteria.ipynb #c021
+# %% ../../nbs/methods/01_criteria.ipynb #c023
 NEEDED = {"factors": "importance factors; score the heads and pass importance_factors(causal_scores(losses))",
           "calibration": "a calibration set; pass calibration_set(tokenizer)"}
 GIVES = {"norm": "calibration", "gradient": "calibration", "factor": "factors"} # What must be given for each of `NEEDS`
@@ -193,7 +201,7 @@ def measured_for(
                     region_factors(model, given.factors, given.key_value, given.experts) if "factor" in needs else {},
                     loss_gradients(model, given.calibration, given.batch_tokens) if "gradient" in needs else {})
 
-# %% ../../nbs/methods/01_criteria.ipynb #c022
+# %% ../../nbs/methods/01_criteria.ipynb #c024
 def scores_from(
     model: nn.Module, # A causal language model of a known family
     named: NamedCriterion, # The criterion
@@ -211,7 +219,11 @@ def scores_from(
         return found
     return scores
 
-# %% ../../nbs/methods/01_criteria.ipynb #c024
+# %% ../../nbs/methods/01_criteria.ipynb #c026
+from ..threshold import PruneReport, check_pattern, prune_globally, prune_report, zero_within
+from ..core.errors import check_sparsity
+
+# %% ../../nbs/methods/01_criteria.ipynb #c027
 def layer_sparsities(
     model: nn.Module, # A causal language model of a known family
     sparsity: float, # Share of the weights in scope to zero
@@ -225,7 +237,7 @@ def layer_sparsities(
     if len(given.sparsities) != layers: raise BadInput(f"{len(given.sparsities)} sparsities were given for {layers} layers: expected one for each; compute them for this model.")
     return [check_sparsity(own) for own in given.sparsities]
 
-# %% ../../nbs/methods/01_criteria.ipynb #c025
+# %% ../../nbs/methods/01_criteria.ipynb #c028
 def prune_walking(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     scores: Criterion, # Reads the norms that are measured here
@@ -240,7 +252,7 @@ def prune_walking(
         zero_within(step.found, scores, shares[step.found[0].layer], scope, given.ties)
         for p in step.found: del norms[p.name]
 
-# %% ../../nbs/methods/01_criteria.ipynb #c026
+# %% ../../nbs/methods/01_criteria.ipynb #c029
 def prune_by(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     criterion: str, # One of `CRITERIA`

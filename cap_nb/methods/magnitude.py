@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['prune_magnitude']
 
-# %% ../../nbs/methods/09_magnitude.ipynb #c003
+# %% ../../nbs/methods/09_magnitude.ipynb #c004
 from torch import nn
 from ..threshold import PruneReport, magnitude_criterion, prune_globally
 
-# %% ../../nbs/methods/09_magnitude.ipynb #c006
+# %% ../../nbs/methods/09_magnitude.ipynb #c005
 def prune_magnitude(
     model: nn.Module, # A causal language model of a known family; changed in place
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)

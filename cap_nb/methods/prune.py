@@ -7,25 +7,18 @@ __all__ = ['NAME', 'OTHERS', 'SOURCES', 'WITHIN', 'RANKED', 'MethodName', 'parse
            'check_fits', 'method_line', 'table_methods', 'factors_by', 'apply_method', 'unit_factors', 'with_factors',
            'prune', 'sparsities_of', 'highest_sparsity']
 
-# %% ../../nbs/methods/07_prune.ipynb #c003
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+# %% ../../nbs/methods/07_prune.ipynb #c004
 import re
-import torch
+from dataclasses import dataclass
 from torch import nn
-from ..core.errors import BadInput, check_choice, check_sparsity
-from ..calibration import Calibration
-from ..scoring import HeadLosses
-from ..importance import importance_factors
-from ..threshold import PruneReport, pattern_of, prune_report
-from .criteria import CRITERIA, GIVES, Given, check_given, prune_by
-from .allocation import ALLOCATIONS, allocated
-from .sparsegpt import prune_sparsegpt
+from .allocation import ALLOCATIONS
 from .attributions import ATTRIBUTIONS
-from .whole_heads import head_share, prune_heads
-from .experts import ROUTING_AWARE, UnitFactors, check_has_experts, routing_aware_factors
+from ..core.errors import BadInput, check_choice
+from .criteria import CRITERIA, GIVES
+from .experts import ROUTING_AWARE, check_has_experts
+from ..threshold import pattern_of
 
-# %% ../../nbs/methods/07_prune.ipynb #c006
+# %% ../../nbs/methods/07_prune.ipynb #c005
 @dataclass(frozen=True)
 class MethodName:
     "A method's name, taken apart."
@@ -38,7 +31,7 @@ class MethodName:
 NAME = re.compile(r"(?P<base>\w+)(?:\.(?P<attribution>\w+))?(?:@(?P<scope>[\w:]+))?(?:\+(?P<allocation>\w+))?(?:~(?P<variant>[\w-]+))?")
 OTHERS = {"dense": "prunes nothing", "sparsegpt": "the least error layer by layer, with updates of the weights that stay", "heads": "whole heads, the least causal first"}
 
-# %% ../../nbs/methods/07_prune.ipynb #c007
+# %% ../../nbs/methods/07_prune.ipynb #c006
 def parse_method(
     name: str, # As in "cap.integrated_gradients@layer+owl"
 ) -> MethodName: # Its choices
@@ -52,7 +45,7 @@ def parse_method(
     if parts.scope: pattern_of(parts.scope)
     return parts
 
-# %% ../../nbs/methods/07_prune.ipynb #c010
+# %% ../../nbs/methods/07_prune.ipynb #c009
 def own_scope(
     parts: MethodName, # A method's choices
 ) -> str: # The scope under which it prunes
@@ -67,7 +60,7 @@ def needs_of(
     needed = own[parts.base] if parts.base in own else tuple(GIVES[need] for need in CRITERIA[parts.base].needs)
     return tuple(dict.fromkeys(needed + (ALLOCATIONS[parts.allocation].needs if parts.allocation else ())))
 
-# %% ../../nbs/methods/07_prune.ipynb #c010b
+# %% ../../nbs/methods/07_prune.ipynb #c011
 def check_method(
     name: str, # A method's name
 ) -> MethodName: # Its choices
@@ -83,7 +76,7 @@ def check_method(
         raise BadInput(f"Method {name!r} names a scope: expected none for {parts.base}{' but a pattern such as 2:4' if parts.base == 'sparsegpt' else ''}; leave it out.")
     return parts
 
-# %% ../../nbs/methods/07_prune.ipynb #fits
+# %% ../../nbs/methods/07_prune.ipynb #c013
 def check_fits(
     name: str, # A method's name
     model: nn.Module, # A causal language model of a known family
@@ -91,7 +84,7 @@ def check_fits(
     "Refuse a method that asks for experts on a model without them, with `BadInput`."
     if parse_method(name).attribution in ROUTING_AWARE: check_has_experts(model, f"Method {name!r}")
 
-# %% ../../nbs/methods/07_prune.ipynb #c013
+# %% ../../nbs/methods/07_prune.ipynb #c015
 SOURCES = {"dense": "the model as it is", "sparsegpt": "Frantar and Alistarh 2023", "heads": "the paper, section 6"}
 WITHIN = {"model": "one threshold for the whole model", "layer": "one threshold for each layer", "matrix": "one threshold for each matrix", "row": "the same share in every output row"}
 
@@ -109,7 +102,7 @@ def method_line(
         sources.append(named.source)
     return "; ".join(says), "; ".join(source for source in sources if source)
 
-# %% ../../nbs/methods/07_prune.ipynb #c015
+# %% ../../nbs/methods/07_prune.ipynb #c017
 RANKED = ("magnitude", "cap", "wanda", "cap_wanda", "ria", "gradient") # Criteria that look at something
 
 def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
@@ -121,7 +114,22 @@ def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
     patterns = [f"{base}@2:4" for base in ("magnitude", "cap", "wanda", "ria", "sparsegpt")]
     return (*crossed, *between, *allocations, *attributions, *patterns)
 
-# %% ../../nbs/methods/07_prune.ipynb #c018
+# %% ../../nbs/methods/07_prune.ipynb #c020
+from collections.abc import Sequence
+from dataclasses import replace
+import torch
+from ..calibration import Calibration
+from .criteria import Given, check_given, prune_by
+from ..scoring import HeadLosses
+from ..threshold import PruneReport, prune_report
+from .experts import UnitFactors, routing_aware_factors
+from .allocation import allocated
+from ..core.errors import check_sparsity
+from .whole_heads import head_share, prune_heads
+from ..importance import importance_factors
+from .sparsegpt import prune_sparsegpt
+
+# %% ../../nbs/methods/07_prune.ipynb #c021
 def factors_by(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     attribution: str, # One of `ATTRIBUTIONS`
@@ -144,7 +152,7 @@ def apply_method(
     if sparsity: raise BadInput(f"The dense model was asked for at sparsity {sparsity:g}: expected 0; name a pruning method instead.")
     return prune_report(model, "dense", sparsity)
 
-# %% ../../nbs/methods/07_prune.ipynb #unitf
+# %% ../../nbs/methods/07_prune.ipynb #c022
 def unit_factors(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
@@ -170,7 +178,7 @@ def with_factors(
     found = unit_factors(model, parts.attribution, given)
     return replace(given, factors=found.heads, experts=found.experts)
 
-# %% ../../nbs/methods/07_prune.ipynb #c019
+# %% ../../nbs/methods/07_prune.ipynb #c023
 def prune(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     method: str = "cap", # criterion[.attribution][@scope][+allocation]
@@ -184,7 +192,7 @@ def prune(
     experts: torch.Tensor | None = None, # Importance factor of every expert, [L, E], for methods that use factors; None: the mean of its layer's heads
 ) -> PruneReport: # What was done
     "Prune a model in place by any method; an unknown method, a wrong sparsity or a missing need raises `BadInput`."
-    parts, given = check_method(method), Given(factors, calibration, None, key_value, ties, batch_tokens, seed, experts)
+    parts, given = check_method(method), Given(factors=factors, calibration=calibration, sparsities=None, key_value=key_value, ties=ties, batch_tokens=batch_tokens, seed=seed, experts=experts)
     check_sparsity(sparsity)
     check_fits(method, model)
     given = with_factors(model, parts, given)
@@ -192,7 +200,7 @@ def prune(
     if parts.allocation: given = allocated(model, parts.allocation, sparsity, given)
     return replace(apply_method(model, parts, sparsity, given), method=method)
 
-# %% ../../nbs/methods/07_prune.ipynb #c021
+# %% ../../nbs/methods/07_prune.ipynb #c025
 def sparsities_of(
     method: str, # A method's name
     asked: Sequence[float], # Sparsities of a comparison

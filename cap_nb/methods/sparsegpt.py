@@ -5,20 +5,10 @@
 # %% auto #0
 __all__ = ['layer_output_error', 'sparsegpt_update', 'input_hessians', 'prune_sparsegpt']
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c003
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c004
 import torch
-from torch import nn
-from ..core.errors import BadInput, check_at_least, check_sparsity
-from ..models.anatomy import Projection, decoder_layers, projections, recorded_inputs
-from ..models.replay import run_layer
-from ..calibration import Calibration
-from ..threshold import PruneReport, first_true, prune_report, smallest_in_rows, zeros_wanted
-from .wanda import LayerStep, layer_by_layer, real_rows, unreached
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c006
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c005
 def layer_output_error(
     weight: torch.Tensor, # The old weight, [out, in]
     new: torch.Tensor, # The new weight, [out, in]
@@ -27,6 +17,9 @@ def layer_output_error(
     "How far the outputs of a projection move, ||WX - W'X||^2 (Frantar and Alistarh 2023, equation 1)."
     moved = weight.detach().double() - new.detach().double()
     return float(((moved @ hessian.double()) * moved).sum())
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c014
+from ..core.errors import BadInput
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c015
 def damped_hessian(
@@ -60,6 +53,9 @@ def inverse_factor(
     return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c021
+from ..threshold import first_true
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c022
 def cheapest(
     cost: torch.Tensor, # Cost of every weight of a block, [out, columns]
     count: int, # How many go
@@ -70,7 +66,10 @@ def cheapest(
     below = cost < highest
     return below | first_true(cost == highest, count - int(below.sum()))
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c024
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c025
+from ..threshold import smallest_in_rows
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c026
 def prune_columns(
     weight: torch.Tensor, # The block's weights, [out, columns]; changed in place
     factor: torch.Tensor, # The block's part of R, [columns, columns]
@@ -90,7 +89,7 @@ def prune_columns(
     weight.masked_fill_(mask, 0.0) # exactly zero, not nearly
     return mask, errors
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c026
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c028
 def check_pattern_fits(
     width: int, # Inputs of the module
     sparsity: float, # Share of zeros asked for
@@ -109,7 +108,11 @@ def check_pattern_fits(
         raise BadInput(f"{name} has {width} inputs, which {of} does not divide: expected whole groups for {zeros}:{of}; take another pattern or none.")
     if block % of: raise BadInput(f"block is {block}, which {of} does not divide: expected whole groups for {zeros}:{of}; take a multiple of {of}.")
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c027
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c029
+import math
+from ..core.errors import check_at_least
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c030
 def check_settings(
     damping: float, # Share of the mean diagonal
     block: int, # Columns of a block
@@ -130,7 +133,11 @@ def check_matrix(
     if not weight.isfinite().all():
         raise BadInput(f"The weight of {name} holds NaN or infinity: expected finite weights; check the checkpoint.")
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c029
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c032
+from ..core.errors import check_sparsity
+from ..threshold import zeros_wanted
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c033
 @torch.no_grad()
 def sparsegpt_update(
     weight: torch.Tensor, # Old weight, [out, in]; not changed
@@ -156,7 +163,16 @@ def sparsegpt_update(
         new[:, part.stop:] -= errors @ factor[part, part.stop:]
     return new.to(weight.dtype), mask
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c051
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c055
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from ..calibration import Calibration
+from ..engine.layer_walk import LayerStep, layer_by_layer, real_rows, unreached
+from ..models.anatomy import Projection, projections
+from ..models.interventions import recorded_inputs
+from ..models.replay import run_layer
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c056
 @contextmanager
 def recorded_hessians(
     found: Sequence[Projection], # Projections of one layer
@@ -173,7 +189,7 @@ def recorded_hessians(
         sums[p.name] += last[1]
     with recorded_inputs(found, add): yield sums
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c052
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c057
 @torch.no_grad()
 def input_hessians(
     step: LayerStep, # A layer, and the batches that wait before it
@@ -187,7 +203,12 @@ def input_hessians(
     for p in unreached(step.found, sums): sums[p.name].fill_diagonal_(1.0)
     return sums
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c058
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c064
+from torch import nn
+from ..threshold import PruneReport, prune_report
+from ..models.anatomy import decoder_layers
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c065
 def layer_shares(
     model: nn.Module, # A causal language model of a known family
     sparsity: float, # Share of zeros of the whole
@@ -203,7 +224,7 @@ def layer_shares(
         raise BadInput(f"sparsities has {len(sparsities)} entries: expected one for each of the {layers} layers; give as many.")
     return [check_sparsity(share) for share in sparsities]
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c059
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c066
 @torch.no_grad()
 def prune_sparsegpt(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place

@@ -5,16 +5,11 @@
 # %% auto #0
 __all__ = ['orphaned', 'weights_removed', 'head_share', 'heads_to_remove', 'remove_heads', 'prune_heads']
 
-# %% ../../nbs/methods/05_whole_heads.ipynb #c003
+# %% ../../nbs/methods/05_whole_heads.ipynb #c004
 from collections.abc import Sequence
-import torch
-from torch import nn
-from ..core.errors import BadInput, check_sparsity
-from ..models.anatomy import Anatomy, anatomy, key_value_head_of, projections
-from ..regions import check_factors
-from ..threshold import PruneReport, prune_report
+from ..models.anatomy import Anatomy, key_value_head_of
 
-# %% ../../nbs/methods/05_whole_heads.ipynb #c006
+# %% ../../nbs/methods/05_whole_heads.ipynb #c005
 def orphaned(
     a: Anatomy, # Dimensions of the model
     removed: Sequence[tuple[int, int]], # (layer, query head)
@@ -30,6 +25,12 @@ def weights_removed(
 ) -> int: # Weights in scope that become zero
     "What goes with a set of heads."
     return 2 * a.head_size * a.hidden_size * (len(removed) + len(orphaned(a, removed)))
+
+# %% ../../nbs/methods/05_whole_heads.ipynb #c008
+import torch
+from torch import nn
+from ..core.errors import BadInput, check_sparsity
+from ..models.anatomy import anatomy, projections
 
 # %% ../../nbs/methods/05_whole_heads.ipynb #c009
 def head_share(
@@ -52,6 +53,10 @@ def heads_to_remove(
     return order[:min(range(len(order) + 1), key=lambda count: abs(weights_removed(a, order[:count]) - sparsity * weights))]
 
 # %% ../../nbs/methods/05_whole_heads.ipynb #c011
+from ..threshold import PruneReport, prune_report
+from ..regions import check_factors
+
+# %% ../../nbs/methods/05_whole_heads.ipynb #c012
 @torch.no_grad()
 def remove_heads(
     model: nn.Module, # A causal language model of a known family; changed in place

@@ -7,23 +7,15 @@ __all__ = ['ROUNDING', 'Anatomy', 'dimensions', 'Part', 'parts_of', 'Routing', '
            'decoder_of', 'module_of', 'found_at', 'routing_of', 'expert_counts', 'expert_projections', 'projections',
            'names_of_stack', 'checkpoint_names', 'output_projection', 'final_norm', 'output_head', 'head_logits',
            'logits_of', 'attention_shapes', 'routing_weights', 'check_nothing_left_out', 'check_experts', 'anatomy',
-           'key_value_head_of', 'Route', 'chosen_experts', 'recorded_routes', 'masked_expert', 'told_of_experts',
-           'recorded_inputs', 'heads_at', 'flipped', 'readers_of', 'logits_without_heads', 'added_by_experts',
+           'key_value_head_of', 'heads_at', 'flipped', 'readers_of', 'logits_without_heads', 'added_by_experts',
            'check_routing', 'check_anatomy']
 
-# %% ../../nbs/models/01_anatomy.ipynb #c003
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+# %% ../../nbs/models/01_anatomy.ipynb #c004
 from dataclasses import dataclass
-from operator import attrgetter
 import torch
-from torch import nn
-import torch.nn.functional as F
-from transformers.pytorch_utils import Conv1D
-from ..core.errors import BadInput
-from .families import FUSES, HOLDS, ROLES, Experts, Family, family_of
+from .families import family_of
 
-# %% ../../nbs/models/01_anatomy.ipynb #c012
+# %% ../../nbs/models/01_anatomy.ipynb #c005
 @dataclass(frozen=True)
 class Anatomy:
     "Dimensions of a transformer, in the paper's symbols."
@@ -34,16 +26,19 @@ class Anatomy:
     head_size: int # d, width of one head
     hidden_size: int # Width of the residual stream
 
-# %% ../../nbs/models/01_anatomy.ipynb #c013
+# %% ../../nbs/models/01_anatomy.ipynb #c006
 def dimensions(
     config: object, # Configuration of a causal language model of transformers
 ) -> Anatomy: # Its dimensions
     "Dimensions that a configuration states; the model itself is not needed."
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     groups = family_of(config).groups(config)
-    return Anatomy(config.model_type, config.num_hidden_layers, config.num_attention_heads, groups, head_size, config.hidden_size)
+    return Anatomy(family=config.model_type, layers=config.num_hidden_layers, heads=config.num_attention_heads, key_value_heads=groups, head_size=head_size, hidden_size=config.hidden_size)
 
-# %% ../../nbs/models/01_anatomy.ipynb #partcell
+# %% ../../nbs/models/01_anatomy.ipynb #c011
+from .families import HOLDS
+
+# %% ../../nbs/models/01_anatomy.ipynb #c012
 @dataclass(frozen=True)
 class Part:
     "Neighbouring rows of a weight that belong to one head; of an output projection, neighbouring columns."
@@ -63,7 +58,11 @@ def parts_of(
     if by_group: owners.sort(key=lambda owner: owner[1] * a.key_value_heads // counts[owner[0]]) # stable: within a group the kinds keep their order
     return tuple(Part(*owner, place * a.head_size, (place + 1) * a.head_size) for place, owner in enumerate(owners))
 
-# %% ../../nbs/models/01_anatomy.ipynb #e002
+# %% ../../nbs/models/01_anatomy.ipynb #c015
+from torch import nn
+from .families import Experts
+
+# %% ../../nbs/models/01_anatomy.ipynb #c016
 @dataclass(frozen=True)
 class Routing:
     "The experts of one layer, and what sends tokens to them."
@@ -85,7 +84,13 @@ class Routing:
         "Whether one module holds all experts."
         return not isinstance(self.experts, nn.ModuleList)
 
-# %% ../../nbs/models/01_anatomy.ipynb #e021
+# %% ../../nbs/models/01_anatomy.ipynb #c018
+from operator import attrgetter
+from transformers.pytorch_utils import Conv1D
+from ..core.errors import BadInput
+from .families import FUSES
+
+# %% ../../nbs/models/01_anatomy.ipynb #c019
 class Kept:
     "How a weight is found in the parameter that holds it; the fields are those of `Projection`."
     @property
@@ -116,7 +121,7 @@ class Kept:
         "The weight, [out, in]; what is changed in it is changed in the module."
         return self.oriented(self.stored)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c017
+# %% ../../nbs/models/01_anatomy.ipynb #c020
 @dataclass(frozen=True)
 class Projection(Kept):
     "A weight matrix in scope for pruning, and where it lies."
@@ -134,7 +139,7 @@ class Projection(Kept):
         "Full name of the parameter."
         return f"{self.routing.name}.{self.routing.about.home}.{self.kept}" if self.routing and self.routing.stacked else f"{self.name}.weight"
 
-# %% ../../nbs/models/01_anatomy.ipynb #c018
+# %% ../../nbs/models/01_anatomy.ipynb #c021
 def decoder_layers(
     model: nn.Module, # A causal language model of a known family
 ) -> nn.ModuleList: # Its decoder layers, first to last
@@ -160,7 +165,7 @@ def module_of(
     if isinstance(weight, torch.Tensor) and weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16): return module
     raise BadInput(f"{name} holds no weight in float32, bfloat16 or float16: expected numbers that can be compared and zeroed; load a model that is not quantised.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #e003
+# %% ../../nbs/models/01_anatomy.ipynb #c022
 def found_at(
     module: nn.Module, # Any module
     path: str, # Path to a part of it
@@ -179,7 +184,7 @@ def routing_of(
         about, block = family.experts, found_at(decoder_layers(model)[layer], path)
         if block is None or (router := found_at(block, about.router)) is None: continue
         normed = bool(getattr(config, about.normed)) if about.normed else True
-        return Routing(f"{family.layers}.{layer}.{path}", block, router, block.get_submodule(about.home), about, getattr(config, about.chosen), normed)
+        return Routing(name=f"{family.layers}.{layer}.{path}", block=block, router=router, experts=block.get_submodule(about.home), about=about, chosen=getattr(config, about.chosen), normed=normed)
     return None
 
 def expert_counts(
@@ -189,7 +194,7 @@ def expert_counts(
     found = [routing_of(model, layer) for layer in range(len(decoder_layers(model)))]
     return tuple(routing.count if routing else 0 for routing in found)
 
-# %% ../../nbs/models/01_anatomy.ipynb #e005
+# %% ../../nbs/models/01_anatomy.ipynb #c024
 def expert_projections(
     routing: Routing, # The experts of a layer
     layer: int, # Index of the layer
@@ -200,15 +205,15 @@ def expert_projections(
         for expert in range(routing.count):
             name = f"{home}.{expert}.{path}"
             held = module_of(routing.experts, "", name, path) if routing.stacked else module_of(routing.experts, f"{expert}.{path}", name)
-            found.append(Projection(layer, role, name, held, (), expert, path if routing.stacked else "weight", routing))
+            found.append(Projection(layer=layer, role=role, name=name, module=held, parts=(), expert=expert, kept=path if routing.stacked else "weight", routing=routing))
     held = len(found[0].parameter) if routing.stacked else len(routing.experts)
     if held != routing.count: raise BadInput(f"{routing.name} holds {held} experts and its router knows {routing.count}: expected as many; the model is not the one described.")
     for role, path in about.shared.items():
         name = f"{routing.name}.{path}"
-        found.append(Projection(layer, role, name, module_of(routing.block, path, name)))
+        found.append(Projection(layer=layer, role=role, name=name, module=module_of(routing.block, path, name)))
     return found
 
-# %% ../../nbs/models/01_anatomy.ipynb #projcell
+# %% ../../nbs/models/01_anatomy.ipynb #c025
 def projections(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[Projection, ...]: # Every projection, by layer, then by role, then by expert
@@ -220,11 +225,11 @@ def projections(
         for role, path in family.roles.items():
             if routing and role not in HOLDS: continue # experts stand where the MLP was
             name = f"{family.layers}.{layer}.{path}"
-            found.append(Projection(layer, role, name, module_of(module, path, name), parts[role]))
+            found.append(Projection(layer=layer, role=role, name=name, module=module_of(module, path, name), parts=parts[role]))
         if routing: found += expert_projections(routing, layer)
     return tuple(found)
 
-# %% ../../nbs/models/01_anatomy.ipynb #e026
+# %% ../../nbs/models/01_anatomy.ipynb #c033
 def names_of_stack(
     routing: Routing, # The experts of a layer, stacked
     block: str, # Full name of their block in a checkpoint
@@ -247,7 +252,7 @@ def checkpoint_names(
                 ways[f"{routing.name}.{routing.about.home}.{kept}"].append(names_of_stack(routing, block, role))
     return ways
 
-# %% ../../nbs/models/01_anatomy.ipynb #c020
+# %% ../../nbs/models/01_anatomy.ipynb #c035
 def output_projection(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of a decoder layer, from 0
@@ -270,7 +275,7 @@ def output_head(
     "The output head."
     return model.get_output_embeddings()
 
-# %% ../../nbs/models/01_anatomy.ipynb #logitscell
+# %% ../../nbs/models/01_anatomy.ipynb #c037
 def head_logits(
     model: nn.Module, # A causal language model of a known family
     hidden: torch.Tensor, # What the model's decoder returns, [..., hidden]
@@ -289,7 +294,10 @@ def logits_of(
     "The final norm and the output head."
     return head_logits(model, final_norm(model)(hidden))
 
-# %% ../../nbs/models/01_anatomy.ipynb #c024
+# %% ../../nbs/models/01_anatomy.ipynb #c041
+from collections.abc import Sequence
+
+# %% ../../nbs/models/01_anatomy.ipynb #c042
 def attention_shapes(
     a: Anatomy, # Dimensions of a model
 ) -> dict[str, tuple[int, int]]: # Role -> shape of its weight, (out, in)
@@ -317,7 +325,7 @@ def check_nothing_left_out(
         if any(id(weight) not in described and weight.ndim > (1 if plain else 2) for weight in module.parameters(recurse=False)):
             raise BadInput(f"{name} is a weight that the description of {model.config.model_type!r} leaves out: expected none; merge adapters into the model, or describe its family anew.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #e009
+# %% ../../nbs/models/01_anatomy.ipynb #c043
 def check_experts(
     found: Sequence[Projection], # The projections of a model
     hidden: int, # Width of the residual stream
@@ -330,7 +338,7 @@ def check_experts(
         if (shape := tuple(p.weight.shape)) != wanted:
             raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(wanted)}; the experts do not lie as described.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #anatomycell
+# %% ../../nbs/models/01_anatomy.ipynb #c044
 def anatomy(
     model: nn.Module, # A causal language model of a known family
 ) -> Anatomy: # Its dimensions, checked against the shapes of its weights
@@ -348,98 +356,21 @@ def anatomy(
     check_nothing_left_out(model, found)
     return a
 
-# %% ../../nbs/models/01_anatomy.ipynb #c027
+# %% ../../nbs/models/01_anatomy.ipynb #c047
 def key_value_head_of(
     a: Anatomy, # Dimensions of the model
 ) -> tuple[int, ...]: # For each of the H query heads, the index of its key-value head
     "The key-value head that each query head reads (grouped-query attention)."
     return tuple(head // (a.heads // a.key_value_heads) for head in range(a.heads))
 
-# %% ../../nbs/models/01_anatomy.ipynb #e011
-@dataclass(frozen=True)
-class Route:
-    "Where the router of a layer sent the tokens of a batch."
-    layer: int # Index of the layer
-    indices: torch.Tensor # Chosen experts, int64 [tokens, k]; tokens are those of the batch, example after example, padding too
-    weights: torch.Tensor # Their weights, [tokens, k]
+# %% ../../nbs/models/01_anatomy.ipynb #c050
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+import torch.nn.functional as F
+from .routing import masked_expert, recorded_routes
+from .interventions import recorded_inputs
 
-def chosen_experts(
-    routing: Routing, # The experts of a layer
-    output: object, # What the router has returned: (logits, weights, indices), or logits [tokens, E]
-) -> tuple[torch.Tensor, torch.Tensor]: # Chosen experts and their weights, [tokens, k] each
-    "Read a router's choice, or make it from the logits as the block does."
-    if isinstance(output, tuple): return output[2], output[1]
-    weights, indices = output.softmax(-1, dtype=torch.float).topk(routing.chosen, -1)
-    if routing.normed: weights = weights / weights.sum(-1, keepdim=True)
-    return indices, weights.to(output.dtype)
-
-# %% ../../nbs/models/01_anatomy.ipynb #e022
-@contextmanager
-def recorded_routes(
-    model: nn.Module, # A causal language model of a known family
-) -> Iterator[list[Route]]: # Filled with one route for each sparse layer and call
-    "While the block runs, the choices of all routers are recorded."
-    routes: list[Route] = []
-    with ExitStack() as stack:
-        for layer in range(len(decoder_layers(model))):
-            if not (routing := routing_of(model, layer)): continue
-            def record(module, args, output, layer=layer, routing=routing): routes.append(Route(layer, *chosen_experts(routing, output)))
-            stack.callback(routing.router.register_forward_hook(record).remove)
-        yield routes
-
-# %% ../../nbs/models/01_anatomy.ipynb #e013
-@contextmanager
-def masked_expert(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of a sparse layer, from 0
-    expert: int, # Index of one of its experts, from 0
-) -> Iterator[None]:
-    "While the block runs, the tokens of an expert get nothing from it, and the same as before from the others; a dense layer raises `BadInput`."
-    routing = routing_of(model, layer)
-    if not routing or not 0 <= expert < routing.count:
-        raise BadInput(f"Layer {layer} has no expert {expert}: expected one of its {routing.count if routing else 0}; expert_counts says how many each layer has.")
-    def unweighed(router, args, output): return output[0], output[1].masked_fill(output[2] == expert, 0), output[2]
-    def silenced(module, args, output): return torch.zeros_like(output)
-    handle = routing.router.register_forward_hook(unweighed) if routing.stacked else routing.experts[expert].register_forward_hook(silenced)
-    try: yield
-    finally: handle.remove()
-
-# %% ../../nbs/models/01_anatomy.ipynb #e016
-def told_of_experts(
-    routing: Routing, # The experts of a layer
-    own: Sequence[Projection], # Their projections
-    hidden: torch.Tensor, # What entered the block, [..., hidden]
-    indices: torch.Tensor, # Chosen experts, int64 [tokens, k]
-    told: Callable[[Projection, torch.Tensor, torch.Tensor | None], None], # As in `recorded_inputs`
-) -> None:
-    "Tell what each projection of each expert reads."
-    hidden = hidden.flatten(0, -2)
-    for expert in range(routing.count):
-        mine = {p.role: p for p in own if p.expert == expert}
-        places = (indices == expert).any(-1).nonzero()[:, 0]
-        rows = hidden[places]
-        for p in [p for p in mine.values() if p.role != "down"]: told(p, rows, places)
-        gate, up = F.linear(rows, mine["gate_up"].weight).chunk(2, -1) if "gate_up" in mine else (F.linear(rows, mine[role].weight) for role in ("gate", "up"))
-        act = attrgetter(routing.about.activation)(routing.experts if routing.stacked else routing.experts[expert])
-        told(mine["down"], act(gate) * up, places)
-
-# %% ../../nbs/models/01_anatomy.ipynb #e023
-@contextmanager
-def recorded_inputs(
-    found: Sequence[Projection], # All projections of one layer
-    told: Callable[[Projection, torch.Tensor, torch.Tensor | None], None], # Called with a projection, what it reads, [..., in], and the places of these tokens in the batch, int64 [n]; None: all, in order
-) -> Iterator[None]:
-    "While the block runs, `told` is told what every projection reads."
-    routing, own, chosen = next((p.routing for p in found if p.routing), None), [p for p in found if p.routing], []
-    with ExitStack() as stack:
-        for p in [p for p in found if not p.routing]:
-            stack.callback(p.module.register_forward_pre_hook(lambda module, args, p=p: told(p, args[0], None)).remove)
-        if routing:
-            stack.callback(routing.router.register_forward_hook(lambda module, args, output: chosen.append(chosen_experts(routing, output)[0])).remove)
-            stack.callback(routing.block.register_forward_hook(lambda module, args, output: told_of_experts(routing, own, args[0], chosen.pop(), told)).remove)
-        yield
-
-# %% ../../nbs/models/01_anatomy.ipynb #c030
+# %% ../../nbs/models/01_anatomy.ipynb #c051
 @torch.no_grad()
 def heads_at(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -466,7 +397,7 @@ def flipped(
     finally:
         for tensor in held: tensor.detach()[part.start:part.stop].neg_()
 
-# %% ../../nbs/models/01_anatomy.ipynb #mixcell
+# %% ../../nbs/models/01_anatomy.ipynb #c052
 def readers_of(
     part: Part, # A part of a query, key or value projection
     a: Anatomy, # Dimensions of its model
@@ -486,7 +417,7 @@ def logits_without_heads(
             stack.callback(output_projection(model, layer).register_forward_pre_hook(lambda module, args: (torch.zeros_like(args[0]), *args[1:])).remove)
         return model(input_ids=ids, use_cache=False).logits
 
-# %% ../../nbs/models/01_anatomy.ipynb #e018
+# %% ../../nbs/models/01_anatomy.ipynb #c053
 @torch.no_grad()
 def added_by_experts(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -507,7 +438,7 @@ def added_by_experts(
     for expert, places, rows in made: described[places] += (rows * (route.weights * (route.indices == expert)).sum(-1)[places, None]).float()
     return described, lost
 
-# %% ../../nbs/models/01_anatomy.ipynb #checkcell
+# %% ../../nbs/models/01_anatomy.ipynb #c055
 ROUNDING = 0.05 # Of the largest number; what bfloat16 may take where tokens are computed in groups, one for each expert
 
 def check_routing(
@@ -520,7 +451,7 @@ def check_routing(
     if (described - lost).abs().max() > ROUNDING * lost.abs().max():
         raise BadInput(f"The experts of layer {layer} do not add what their description says: expected the chosen ones, by their weights, with gate before up; the layout is not this model's.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #e024
+# %% ../../nbs/models/01_anatomy.ipynb #c056
 def check_anatomy(
     model: nn.Module, # A causal language model of a known family, in evaluation mode, not pruned; not changed
     layers: Sequence[int] | None = None, # Indices of the layers whose heads are checked; None means the first and the last

@@ -6,18 +6,11 @@
 __all__ = ['WORKERS', 'EXPERTS', 'EXPERTS_CHECKPOINT', 'ExpertsRecipe', 'new_experts_model', 'imbalance', 'experts_loss', 'Slice',
            'expert_slices', 'experts_optimizers', 'cooling_rate']
 
-# %% ../../nbs/models/07_lab_experts.ipynb #x002
-import importlib.resources
-from collections.abc import Sequence
+# %% ../../nbs/models/07_lab_experts.ipynb #c004
 from dataclasses import dataclass
-from pathlib import Path
-import torch
-from torch import nn
-import transformers
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
-from .lab import Kind, Recipe, Sequences, optimizers
+from .lab import Recipe
 
-# %% ../../nbs/models/07_lab_experts.ipynb #x010
+# %% ../../nbs/models/07_lab_experts.ipynb #c005
 @dataclass(frozen=True)
 class ExpertsRecipe(Recipe):
     "The lab model's recipe, with experts in place of each MLP, and fewer steps."
@@ -28,7 +21,11 @@ class ExpertsRecipe(Recipe):
     cooling: float = 0.4 # Share of the steps over which the rates fall at the end
     balance: float = 0.01 # What the balance of the experts counts in the loss
 
-# %% ../../nbs/models/07_lab_experts.ipynb #x012
+# %% ../../nbs/models/07_lab_experts.ipynb #c007
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+# %% ../../nbs/models/07_lab_experts.ipynb #c008
 def new_experts_model(
     recipe: ExpertsRecipe, # Sizes and seed
     tokenizer: PreTrainedTokenizerFast, # For the numbers of its special tokens
@@ -44,7 +41,12 @@ def new_experts_model(
     model.set_attn_implementation("eager") # on a processor its backward pass is the faster one; the weights do not know of it
     return model
 
-# %% ../../nbs/models/07_lab_experts.ipynb #x020
+# %% ../../nbs/models/07_lab_experts.ipynb #c013
+from collections.abc import Sequence
+from torch import nn
+from .lab import Sequences
+
+# %% ../../nbs/models/07_lab_experts.ipynb #c014
 def imbalance(
     logits: Sequence[torch.Tensor], # For every layer the routers' logits, [tokens, E]
     chosen: int, # Experts that a token goes through
@@ -54,7 +56,7 @@ def imbalance(
     used = torch.zeros_like(shares).scatter_(-1, shares.topk(chosen).indices, 1 / chosen)
     return shares.shape[-1] * (used.mean(1) * shares.mean(1)).sum(-1).mean()
 
-# %% ../../nbs/models/07_lab_experts.ipynb #x022
+# %% ../../nbs/models/07_lab_experts.ipynb #c016
 def experts_loss(
     model: MixtralForCausalLM, # In any dtype
     batch: Sequences, # A batch on the model's device
@@ -67,7 +69,7 @@ def experts_loss(
     uneven = model.config.router_aux_loss_coef * imbalance(routed, model.config.num_experts_per_tok)
     return (losses * weight).sum() + uneven * weight.sum(), losses.detach()[weight == 1].mean().item()
 
-# %% ../../nbs/models/07_lab_experts.ipynb #x030
+# %% ../../nbs/models/07_lab_experts.ipynb #c021
 @dataclass(frozen=True)
 class Slice:
     "One matrix of one expert, as a parameter of its own that shares its numbers with the stack it lies in."
@@ -87,7 +89,13 @@ def expert_slices(
             found += [Slice(stack, (e, r), nn.Parameter(stack.data[e, r])) for e in range(len(stack)) for r in rows]
     return found
 
-# %% ../../nbs/models/07_lab_experts.ipynb #x032
+# %% ../../nbs/models/07_lab_experts.ipynb #c023
+from pathlib import Path
+import transformers
+import importlib.resources
+from .lab import Kind, optimizers
+
+# %% ../../nbs/models/07_lab_experts.ipynb #c024
 def experts_optimizers(
     model: MixtralForCausalLM, # The model to train
     recipe: ExpertsRecipe, # Learning rates and weight decay
@@ -104,7 +112,7 @@ def experts_optimizers(
     muon.register_step_post_hook(take_back)
     return muon, adam
 
-# %% ../../nbs/models/07_lab_experts.ipynb #x033
+# %% ../../nbs/models/07_lab_experts.ipynb #c028
 def cooling_rate(
     step: int, # From 0
     recipe: ExpertsRecipe, # Steps, warm-up and cooling
@@ -113,7 +121,7 @@ def cooling_rate(
     left = (recipe.steps - step) / (recipe.cooling * recipe.steps)
     return min(1, (step + 1) / recipe.warmup) * max(0.02, min(1, left))
 
-# %% ../../nbs/models/07_lab_experts.ipynb #x034
+# %% ../../nbs/models/07_lab_experts.ipynb #c030
 WORKERS = 2 if int(transformers.__version__.split(".")[0]) >= 5 else 1 # transformers 4 records router logits on the model itself: two threads would mix theirs
-EXPERTS = Kind(ExpertsRecipe, new_experts_model, experts_loss, experts_optimizers, cooling_rate, torch.bfloat16, WORKERS) # The sibling with experts
+EXPERTS = Kind(recipe=ExpertsRecipe, new=new_experts_model, loss=experts_loss, optimizers=experts_optimizers, rate=cooling_rate, stored=torch.bfloat16, workers=WORKERS) # The sibling with experts
 EXPERTS_CHECKPOINT = Path(str(importlib.resources.files("cap_nb"))) / "models" / "lab_moe_checkpoint" # Ships with the package

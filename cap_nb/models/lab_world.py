@@ -5,12 +5,9 @@ __all__ = ['TRADES', 'REGIONS', 'PRODUCTS', 'GOODS', 'ONSETS', 'MIDDLES', 'PERSO
            'LARGEST', 'MAKERS', 'MOST', 'Town', 'Person', 'invent_world', 'Step', 'lab_prompt', 'lab_target',
            'split_of', 'lab_stream', 'lab_records', 'lab_text', 'world_fingerprint']
 
-# %% ../../nbs/models/05_lab_world.ipynb #c002
-import hashlib, random
-from collections.abc import Callable, Iterator, Sequence
+# %% ../../nbs/models/05_lab_world.ipynb #c004
+import random
 from dataclasses import dataclass
-from itertools import islice
-from ..core.errors import BadInput, check_at_least, check_choice
 
 # %% ../../nbs/models/05_lab_world.ipynb #c005
 @dataclass(frozen=True)
@@ -49,9 +46,9 @@ def invent_world(
     rng = random.Random(f"world {seed}")
     town_names = rng.sample([a + b + c for a in ONSETS for b in MIDDLES[:4] for c in TOWN_ENDINGS], towns)
     heights = rng.sample(range(101, 1000), towns)
-    made = tuple(Town(name, REGIONS[i % 5], height, PRODUCTS[i % 8]) for i, (name, height) in enumerate(zip(town_names, heights)))
+    made = tuple(Town(name=name, region=REGIONS[i % 5], height=height, product=PRODUCTS[i % 8]) for i, (name, height) in enumerate(zip(town_names, heights)))
     names = rng.sample([a + b + c for a in ONSETS for b in MIDDLES for c in PERSON_ENDINGS], people)
-    return tuple(Person(name, rng.randint(10, 99), rng.choice(made), rng.choice(TRADES)) for name in names), made
+    return tuple(Person(name=name, age=rng.randint(10, 99), town=rng.choice(made), trade=rng.choice(TRADES)) for name in names), made
 
 PEOPLE, TOWNS = invent_world()
 
@@ -71,27 +68,30 @@ def gain(rng: random.Random, who: str, other: str, value: int, goods: str) -> St
     "More come in."
     n = rng.randint(2, min(60, LARGEST - value))
     told = rng.choice((f"{who} buys {n} more.", f"{other} gives {who} {n} more.", f"{who} finds {n} more."))
-    return Step(told, f"{value} + {n} = {value + n} {goods}.", value + n, goods)
+    return Step(sentence=told, line=f"{value} + {n} = {value + n} {goods}.", value=value + n, goods=goods)
 
 def lose(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
     "Some go out."
     n = rng.randint(2, min(60, value - 2))
     told = rng.choice((f"{who} sells {n}.", f"{who} gives {other} {n}.", f"{who} loses {n}."))
-    return Step(told, f"{value} - {n} = {value - n} {goods}.", value - n, goods)
+    return Step(sentence=told, line=f"{value} - {n} = {value - n} {goods}.", value=value - n, goods=goods)
 
 # %% ../../nbs/models/05_lab_world.ipynb #c013
 def trade(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
     "Each is traded for several of something else."
     k, new = rng.randint(2, min(9, LARGEST // value)), rng.choice([g for g in GOODS if g != goods])
-    return Step(f"{who} trades each for {k} {new}.", f"{value} * {k} = {value * k} {new}.", value * k, new)
+    return Step(sentence=f"{who} trades each for {k} {new}.", line=f"{value} * {k} = {value * k} {new}.", value=value * k, goods=new)
 
 def share(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
     "Only one of several equal parts is kept."
     k = rng.choice([k for k in range(2, 10) if value % k == 0 and value > k])
     told = rng.choice((f"{who} shares them among {k} and keeps one share.", f"{who} fills {k} equal bags and keeps one bag."))
-    return Step(told, f"{value} / {k} = {value // k} {goods}.", value // k, goods)
+    return Step(sentence=told, line=f"{value} / {k} = {value // k} {goods}.", value=value // k, goods=goods)
 
 # %% ../../nbs/models/05_lab_world.ipynb #c015
+from collections.abc import Callable
+
+# %% ../../nbs/models/05_lab_world.ipynb #c016
 def possible_events(value: int) -> list[Callable]:
     "The events that can happen to `value` things and leave a whole number from 2 to `LARGEST`."
     events = [gain] if value <= LARGEST - 9 else []
@@ -100,7 +100,7 @@ def possible_events(value: int) -> list[Callable]:
     if value >= 8 and any(value % k == 0 and value > k for k in range(2, 10)): events.append(share)
     return events
 
-# %% ../../nbs/models/05_lab_world.ipynb #c018
+# %% ../../nbs/models/05_lab_world.ipynb #c019
 def word_problem(
     rng: random.Random, # Where chance comes from
     count: int, # Steps of the worked solution, 2 to 5
@@ -124,13 +124,13 @@ def word_problem(
         lines.append(step.line)
     return {"question": " ".join(told) + f" How many {goods} does {who} have?", "answer": "\n".join(lines) + f"\n#### {value}"}
 
-# %% ../../nbs/models/05_lab_world.ipynb #c023
+# %% ../../nbs/models/05_lab_world.ipynb #c024
 def conclusion(left: int, right: int, relation: str) -> tuple[bool, str]:
     "Whether the relation holds between two numbers, and the sentence that says so."
     truth = left > right if relation in ("older", "higher") else left < right
     return truth, f"{left} is {'' if truth else 'not '}{relation} than {right}."
 
-# %% ../../nbs/models/05_lab_world.ipynb #c026
+# %% ../../nbs/models/05_lab_world.ipynb #c027
 @dataclass(frozen=True)
 class Comparison:
     "One way to compare two people."
@@ -141,11 +141,14 @@ class Comparison:
 
 HOME = "{0.name} lives in {0.town.name}."
 COMPARISONS = (
-    Comparison("Is {0.name} {2} than {1.name}?", ("older", "younger"), ("{0.name} is {0.age} years old.",), lambda p: p.age),
-    Comparison("Does {0.name} live {2} than {1.name}?", ("higher", "lower"), (HOME, "{0.town.name} lies at {0.town.height} metres."), lambda p: p.town.height),
+    Comparison(question="Is {0.name} {2} than {1.name}?", relations=("older", "younger"), facts=("{0.name} is {0.age} years old.",), value=lambda p: p.age),
+    Comparison(question="Does {0.name} live {2} than {1.name}?", relations=("higher", "lower"), facts=(HOME, "{0.town.name} lies at {0.town.height} metres."), value=lambda p: p.town.height),
 )
 
-# %% ../../nbs/models/05_lab_world.ipynb #c028
+# %% ../../nbs/models/05_lab_world.ipynb #c029
+import hashlib
+
+# %% ../../nbs/models/05_lab_world.ipynb #c030
 def yes_no_question(
     rng: random.Random, # Where chance comes from
     answer: bool, # The wanted answer
@@ -162,7 +165,7 @@ def yes_no_question(
     facts = [fact.format(person) for fact in comparison.facts for person in pair] + [last]
     return {"qid": hashlib.sha256(question.encode()).hexdigest()[:20], "question": question, "answer": answer, "facts": facts}
 
-# %% ../../nbs/models/05_lab_world.ipynb #c031
+# %% ../../nbs/models/05_lab_world.ipynb #c033
 @dataclass(frozen=True)
 class Choice:
     "One kind of question with four choices."
@@ -173,12 +176,15 @@ class Choice:
     value: Callable[[Person | Town], int] # What is compared
 
 CHOICES = (
-    Choice("Which of these people is the {0}?", {"oldest": "older", "youngest": "younger"}, "{0.name} is {0.age} years old", PEOPLE, lambda p: p.age),
-    Choice("Which of these people lives the {0}?", {"highest": "higher", "lowest": "lower"}, "{0.name} lives in {0.town.name} at {0.town.height} metres", PEOPLE, lambda p: p.town.height),
-    Choice("Which of these towns lies the {0}?", {"highest": "higher", "lowest": "lower"}, "{0.name} lies at {0.height} metres", TOWNS, lambda t: t.height),
+    Choice(stem="Which of these people is the {0}?", relations={"oldest": "older", "youngest": "younger"}, line="{0.name} is {0.age} years old", things=PEOPLE, value=lambda p: p.age),
+    Choice(stem="Which of these people lives the {0}?", relations={"highest": "higher", "lowest": "lower"}, line="{0.name} lives in {0.town.name} at {0.town.height} metres", things=PEOPLE, value=lambda p: p.town.height),
+    Choice(stem="Which of these towns lies the {0}?", relations={"highest": "higher", "lowest": "lower"}, line="{0.name} lies at {0.height} metres", things=TOWNS, value=lambda t: t.height),
 )
 
-# %% ../../nbs/models/05_lab_world.ipynb #c032
+# %% ../../nbs/models/05_lab_world.ipynb #c034
+from collections.abc import Sequence
+
+# %% ../../nbs/models/05_lab_world.ipynb #c035
 def rationale_lines(kind: Choice, chosen: Sequence[Person | Town], relation: str) -> tuple[str, list[str]]:
     "The letter of the best choice, and a line for each: what it has, how that compares with the best so far, which is the best now."
     best, lines = ("A", kind.value(chosen[0])), []
@@ -205,10 +211,13 @@ def four_choice_question(
     return {"id": name, "question": {"stem": stem, "choices": choices}, "answerKey": answer, "rationale": lines}
 
 
-# %% ../../nbs/models/05_lab_world.ipynb #namestasks
+# %% ../../nbs/models/05_lab_world.ipynb #c038
 TASKS = ("gsm8k", "strategyqa", "arc")
 
-# %% ../../nbs/models/05_lab_world.ipynb #c035
+# %% ../../nbs/models/05_lab_world.ipynb #c039
+from ..core.errors import check_choice
+
+# %% ../../nbs/models/05_lab_world.ipynb #c040
 def lab_prompt(
     record: dict, # A record of `lab_records`
     task: str, # Its task: "gsm8k", "strategyqa" or "arc"
@@ -227,10 +236,10 @@ def lab_target(
     if task == "arc": return "\n".join([*record["rationale"], f"Answer: {record['answerKey']}"])
     return "\n".join([*record["facts"], f"Answer: {'yes' if record['answer'] else 'no'}"])
 
-# %% ../../nbs/models/05_lab_world.ipynb #namessplits
+# %% ../../nbs/models/05_lab_world.ipynb #c043
 SPLITS = ("train", "calibration", "evaluation")
 
-# %% ../../nbs/models/05_lab_world.ipynb #c038
+# %% ../../nbs/models/05_lab_world.ipynb #c044
 def split_of(
     text: str, # A prompt, or a passage of text
 ) -> str: # "train", "calibration" or "evaluation"
@@ -238,7 +247,12 @@ def split_of(
     digest = hashlib.sha256(" ".join(sorted(text.split())).encode()).hexdigest()
     return {0: "calibration", 1: "evaluation"}.get(int(digest[:8], 16) % 10, "train")
 
-# %% ../../nbs/models/05_lab_world.ipynb #c041
+# %% ../../nbs/models/05_lab_world.ipynb #c047
+from collections.abc import Iterator
+from itertools import islice
+from ..core.errors import BadInput, check_at_least
+
+# %% ../../nbs/models/05_lab_world.ipynb #c048
 MAKERS = {"gsm8k": (word_problem, (2, 3, 4, 4, 5, 5, 5, 5)), "strategyqa": (yes_no_question, (True, False)), "arc": (four_choice_question, ("A", "B", "C", "D"))}
 
 def lab_stream(
@@ -258,7 +272,7 @@ def lab_stream(
             seen.add(prompt)
             yield record
 
-# %% ../../nbs/models/05_lab_world.ipynb #c042
+# %% ../../nbs/models/05_lab_world.ipynb #c049
 MOST = 5_000 # There are only so many different questions about 120 people
 
 def lab_records(
@@ -272,7 +286,7 @@ def lab_records(
     if count > MOST: raise BadInput(f"n is {count}: expected at most {MOST} problems of one lab task; ask for fewer, or for another seed.")
     return list(islice(lab_stream(task, split, seed), count))
 
-# %% ../../nbs/models/05_lab_world.ipynb #c049
+# %% ../../nbs/models/05_lab_world.ipynb #c056
 def passage(
     rng: random.Random, # Where chance comes from
 ) -> list[str]: # 8 to 12 true sentences
@@ -285,7 +299,7 @@ def passage(
         sentences += rng.sample(own, 3) + rng.sample(home, rng.randint(1, 3))
     return sentences
 
-# %% ../../nbs/models/05_lab_world.ipynb #c050
+# %% ../../nbs/models/05_lab_world.ipynb #c057
 def lab_text(
     split: str, # "train", "calibration" or "evaluation"
     n_sentences: int = 8_000, # At least so many sentences, whole passages
@@ -301,7 +315,7 @@ def lab_text(
         count += len(sentences)
     return "\n".join(lines)
 
-# %% ../../nbs/models/05_lab_world.ipynb #c053
+# %% ../../nbs/models/05_lab_world.ipynb #c060
 def world_fingerprint() -> str: # 64 hexadecimal digits
     "SHA-256 over people, towns and a sample of every task and of the text."
     sample = [lab_prompt(r, task) + lab_target(r, task) for task in TASKS for split in SPLITS for r in lab_records(task, split, 50)]
