@@ -31,7 +31,7 @@ from .engine.devices import *
 from .importance import *
 
 
-# %% ../nbs/all.ipynb #c003b
+# %% ../nbs/all.ipynb #c004
 from .regions import *
 from .threshold import *
 from .methods.magnitude import *
@@ -47,7 +47,6 @@ from .methods.streaming import *
 from .evaluation import *
 from .jobs.records import *
 from .analysis import *
-from .evidence import *
 from .jobs.job import *
 from .jobs.planning import *
 from .experiments.variants import *
@@ -60,5 +59,5 @@ from .experiments.proofs import *
 from .command_line import *
 
 
-# %% ../nbs/all.ipynb #c005
+# %% ../nbs/all.ipynb #c006
 __all__ = [name for name in globals() if not name.startswith("_")]
