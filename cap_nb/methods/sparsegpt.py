@@ -169,7 +169,7 @@ from contextlib import contextmanager
 from ..calibration import Calibration
 from ..engine.layer_walk import LayerStep, layer_by_layer, real_rows, unreached
 from ..models.anatomy import Projection, projections
-from ..models.interventions import recorded_inputs
+from ..models.routing import recorded_inputs
 from ..models.replay import run_layer
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c056

@@ -15,7 +15,7 @@ from ..models.anatomy import Projection
 from ..threshold import PruneReport, magnitude_criterion, prune_report, smallest_in_rows, zero_weights
 from ..engine.layer_walk import Waiting, layer_by_layer, real_rows, unreached
 from ..core.errors import check_sparsity
-from ..models.interventions import recorded_inputs
+from ..models.routing import recorded_inputs
 from ..models.replay import run_layer
 
 # %% ../../nbs/methods/00_wanda.ipynb #c005
