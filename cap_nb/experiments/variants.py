@@ -275,8 +275,8 @@ def prune_part(
     known = measured_for(model, named.needs, given, walking)
     scores = scores_from(model, named, known, given.seed)
     for step in layer_by_layer(model, given.calibration, given.batch_tokens, "pruning") if walking else ():
-        with torch.no_grad(): known.norms.update(input_norms(step.layer, step.found, step.waiting))
-        zero_within([p for p in step.found if in_part(p, part)], scores, sparsity, scope)
+        with torch.no_grad(): known.norms.update(input_norms(step.layer, step.projections, step.batches))
+        zero_within([p for p in step.projections if in_part(p, part)], scores, sparsity, scope)
     if not walking: zero_within(own, scores, sparsity, scope)
     return prune_report(model, method, sparsity)
 
