@@ -280,7 +280,8 @@ def put_back(
     for p in projections(model): p.stored.copy_(copies[p.name])
 
 # %% ../../nbs/jobs/01_job.ipynb #c034
-from ..evaluation import Evaluation, accuracy, held_out_losses, perplexity
+from ..engine.decoding import Decoding
+from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from ..threshold import prune_report
 from .records import together
 
@@ -293,11 +294,12 @@ def measured(
     exclude: frozenset[str], # Content hashes of the calibration set
 ) -> dict: # The part of an `Evaluation` that the piece fills
     "Measure one piece."
-    drawn = {"seed": job.seed, "data_dir": job.data_dir, "style": job.style, "exclude": exclude}
+    def drawn(n): return evaluation_problems(piece.on, n, job.seed, job.data_dir, exclude)
     if piece.kind == "accuracy":
-        return {"answers": accuracy(model, tokenizer, piece.on, job.evaluate_n, max_new_tokens=job.max_new_tokens, batch_tokens=2 * job.batch_tokens, **drawn)}
+        decoding = Decoding(batch_tokens=2 * job.batch_tokens)
+        return {"answers": answer_problems(model, tokenizer, drawn(job.evaluate_n), job.style, job.max_new_tokens, decoding=decoding)}
     if piece.kind == "loss":
-        return {"losses": held_out_losses(model, tokenizer, piece.on, job.loss_n, batch_tokens=job.batch_tokens, **drawn)}
+        return {"losses": problem_losses(model, tokenizer, drawn(job.loss_n), job.style, job.batch_tokens)}
     return {"perplexity": perplexity(model, tokenizer, piece.on, job.data_dir, job.windows, job.window_tokens)}
 
 # %% ../../nbs/jobs/01_job.ipynb #c038
