@@ -109,9 +109,9 @@ def program(
     transformers_logging.disable_progress_bar()
 
 # %% ../nbs/command_line.ipynb #c017
-from .jobs.job import Job, provenance, run_job
+from .jobs.job import Job, run_job
 from .experiments.variants import VARIANTS, run_variants
-from .jobs.records import finished_evaluations
+from .jobs.records import load_run
 from .analysis import method_table, table_markdown
 from .methods.prune import table_methods
 
@@ -120,7 +120,8 @@ def show_run(
     folder: Path, # A run's folder
 ) -> None:
     "Print a run's table, what its accuracies hide, and where its figures are."
-    typer.echo(table_markdown(method_table(finished_evaluations(folder)), provenance(folder)))
+    run = load_run(folder)
+    typer.echo(table_markdown(method_table(run.evaluations), run.provenance))
     if (answers := folder/"tables"/"answers.md").exists(): typer.echo(answers.read_text(encoding="utf-8"))
     typer.echo("Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))))
     typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
@@ -159,7 +160,7 @@ def claims_command(
     show_run(run_variants(job, out or Path("runs")/f"{Path(model).name}-claims", base, chosen, store, note, text_windows))
 
 # %% ../nbs/command_line.ipynb #c022
-import shutil
+import csv, shutil
 from dataclasses import asdict, replace
 from .methods.allocation import ALLOCATIONS
 from .methods.attributions import ATTRIBUTIONS
@@ -311,10 +312,11 @@ def table_command(
 ) -> None:
     "Print the table of a run, finished or not."
     check_choice(form, ("md", "csv", "tex"), "format")
-    evaluations = finished_evaluations(folder)
-    if not evaluations: raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
-    table = method_table(evaluations)
-    typer.echo(table_csv(table) if form == "csv" else {"md": table_markdown, "tex": table_latex}[form](table, provenance(folder)))
+    run = load_run(folder)
+    if not run.evaluations:
+        raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
+    table = method_table(run.evaluations)
+    typer.echo(table_csv(table) if form == "csv" else {"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
 
 # %% ../nbs/command_line.ipynb #c032
 @app.command("figures")

@@ -18,7 +18,7 @@ from cap_nb.core.errors import BadInput
 from cap_nb.models.families import FAMILIES, family_of
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.jobs.planning import read_sizes
-from cap_nb.run import proofs
+from cap_nb.experiments import proofs
 from cap_nb.jobs.records import mask_fingerprint
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.methods.prune import prune

@@ -24,7 +24,7 @@ from cap_nb.models.anatomy import projections
 from cap_nb.core.errors import BadInput
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.regions import Factors, region_factors
-from cap_nb.run import streaming
+from cap_nb.methods import streaming
 from cap_nb.methods.prune import prune
 from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms
 from cap_nb.threshold import magnitude_criterion, prune_cap, prune_globally, prune_report, zero_within
@@ -385,7 +385,7 @@ def test_too_little_room_is_told_before_work_begins(tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys, torch
-from cap_nb.run import streaming
+from cap_nb.methods import streaming
 write_rows, calls = streaming.write_rows, []
 def killed(*arguments):
     calls.append(1)
@@ -427,7 +427,7 @@ def write_large(folder, layers=6):
 
 MEASURED = """
 import sys, torch
-from cap_nb.jobs.records import memory_taken
+from cap_nb.core.memory import memory_taken
 from cap_nb.methods.streaming import prune_checkpoint
 with memory_taken(torch.device("cpu")) as taken: report = prune_checkpoint(sys.argv[1], sys.argv[2], 0.5, torch.ones(6, 12))
 print(report.reached, report.weights, taken[0])

@@ -153,7 +153,7 @@ def dense_norms(
     "The input norms of every projection of the model as it is (Sun et al. 2024, without their layer-by-layer order)."
     found = {}
     for step in layer_by_layer(model, calibration, batch_tokens, "norms"):
-        with torch.no_grad(): found |= input_norms(step.layer, step.found, step.waiting)
+        with torch.no_grad(): found |= input_norms(step.layer, step.projections, step.batches)
     return found
 
 # %% ../../nbs/methods/01_criteria.ipynb #c022
@@ -249,9 +249,9 @@ def prune_walking(
 ) -> None:
     "Prune layer after layer, each scored on what the pruned layers before it give (the order of Sun et al. 2024)."
     for step in layer_by_layer(model, given.calibration, given.batch_tokens, "pruning"):
-        with torch.no_grad(): norms |= input_norms(step.layer, step.found, step.waiting)
-        zero_within(step.found, scores, shares[step.found[0].layer], scope, given.ties)
-        for p in step.found: del norms[p.name]
+        with torch.no_grad(): norms |= input_norms(step.layer, step.projections, step.batches)
+        zero_within(step.projections, scores, shares[step.projections[0].layer], scope, given.ties)
+        for p in step.projections: del norms[p.name]
 
 # %% ../../nbs/methods/01_criteria.ipynb #c029
 def prune_by(
