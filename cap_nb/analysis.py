@@ -14,6 +14,7 @@ import math
 from .evaluation import AnswerRecord, Evaluation, LossRecord
 
 # %% ../nbs/06_analysis.ipynb #c010
+from .jobs.records import row_order
 from .data.problems import task_family
 
 # %% ../nbs/06_analysis.ipynb #c011
@@ -34,16 +35,7 @@ def task_title(
     "A task's name in tables and figures."
     return ("Lab " if task.startswith("lab-") else "") + TASK_TITLES[task_family(task)]
 
-# %% ../nbs/06_analysis.ipynb #c012
-def row_order(
-    evaluation: Evaluation, # An evaluation
-) -> tuple: # Sorts before that of a later row
-    "Sorting key of a row of Table 1: dense first, then by sparsity, baselines before CAP, other methods last by name."
-    known = list(METHOD_TITLES)
-    rank = known.index(evaluation.method) if evaluation.method in known else len(known)
-    return evaluation.method != "dense", evaluation.sparsity, rank, evaluation.method
-
-# %% ../nbs/06_analysis.ipynb #c015
+# %% ../nbs/06_analysis.ipynb #c014
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -52,7 +44,7 @@ from .core.errors import BadInput
 from .data.problems import TASKS
 from .evaluation import summarise_answers, summarise_losses
 
-# %% ../nbs/06_analysis.ipynb #c016
+# %% ../nbs/06_analysis.ipynb #c015
 CELL = ("value", "low", "high", "n") # What a cell of the table holds
 
 def cells_of(
@@ -70,7 +62,7 @@ def cells_of(
         cells[f"{name} perplexity"] = (text.value, text.low, text.high, text.windows)
     return cells
 
-# %% ../nbs/06_analysis.ipynb #c017
+# %% ../nbs/06_analysis.ipynb #c016
 def column_order(
     columns: Iterable[str], # Names of columns, in any order
 ) -> list[str]: # Accuracies, then losses, then perplexities, tasks in the paper's order
@@ -90,7 +82,7 @@ def row_names(
                        f"expected one for each method and sparsity; leave one out.")
     return pd.MultiIndex.from_tuples(names, names=["Method", "Sparsity"])
 
-# %% ../nbs/06_analysis.ipynb #c018
+# %% ../nbs/06_analysis.ipynb #c017
 def method_table(
     evaluations: Iterable[Evaluation], # What was measured, in any order
 ) -> pd.DataFrame: # Rows (Method, Sparsity); columns ("Reached", "value"), then (name, value | low | high | n)
@@ -106,7 +98,7 @@ def method_table(
             table[column, part] = [row[column][i] if column in row else math.nan for row in cells]
     return pd.DataFrame(table, index=index)
 
-# %% ../nbs/06_analysis.ipynb #c023
+# %% ../nbs/06_analysis.ipynb #c022
 def digits_of_column(
     column: str, # Name of the column
     value: float, # A value in it
@@ -127,7 +119,7 @@ def cell_text(
     digits = digits_of_column(column, value)
     return f"{value:{digits}} [{low:{digits}}, {high:{digits}}]"
 
-# %% ../nbs/06_analysis.ipynb #c024
+# %% ../nbs/06_analysis.ipynb #c023
 def columns_of(
     table: pd.DataFrame, # From `method_table`
 ) -> list[str]: # Names of the columns that were measured
@@ -144,7 +136,7 @@ def table_cells(
         rows.append([method, f"{100 * sparsity:g} %", f"{row['Reached', 'value']:.2f} %", *cells])
     return ["Method", "Sparsity", "Reached", *columns], rows
 
-# %% ../nbs/06_analysis.ipynb #c027
+# %% ../nbs/06_analysis.ipynb #c026
 def value_text(
     value: object, # A value of the provenance: text, number, list or dictionary
 ) -> str: # In one line
@@ -155,7 +147,7 @@ def value_text(
     if isinstance(value, (list, tuple)): return ", ".join(map(value_text, value))
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(value))
 
-# %% ../nbs/06_analysis.ipynb #c028
+# %% ../nbs/06_analysis.ipynb #c027
 READING = ("Accuracy: strict last line, per cent, 95 % Wilson interval. "
            "Loss: nats a target token; loss and perplexity: 95 % bootstrap interval.")
 
@@ -169,7 +161,7 @@ def table_notes(
     sources = [f"{key}: {value_text(value)}" for key, value in (provenance or {}).items()]
     return [READING, f"Problems or windows: {counts}.", *sources]
 
-# %% ../nbs/06_analysis.ipynb #c030
+# %% ../nbs/06_analysis.ipynb #c029
 def markdown_rows(
     header: Sequence[str], # Names of the columns
     rows: Iterable[Sequence[str]], # Cells of each row
@@ -179,7 +171,7 @@ def markdown_rows(
     rule = ["---"] * names + ["---:"] * (len(header) - names)
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *rows))
 
-# %% ../nbs/06_analysis.ipynb #c031
+# %% ../nbs/06_analysis.ipynb #c030
 def table_markdown(
     table: pd.DataFrame, # From `method_table`
     provenance: Mapping | None = None, # Where the numbers come from
@@ -195,7 +187,7 @@ def table_csv(
     flat.columns = [name if part == "value" else f"{name} {part}" for name, part in table.columns]
     return flat.to_csv(lineterminator="\n")
 
-# %% ../nbs/06_analysis.ipynb #c035
+# %% ../nbs/06_analysis.ipynb #c034
 ESCAPED = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 ESCAPED |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
@@ -212,7 +204,7 @@ def latex_row(
     small = [re.sub(r"(\S+) (\[.*\])", r"\1 {\\scriptsize \2}", latex_text(cell)) for cell in cells]
     return " & ".join(small) + r" \\"
 
-# %% ../nbs/06_analysis.ipynb #c036
+# %% ../nbs/06_analysis.ipynb #c035
 def table_latex(
     table: pd.DataFrame, # From `method_table`
     provenance: Mapping | None = None, # Where the numbers come from
@@ -229,7 +221,7 @@ def table_latex(
     names = [" & ".join(map(latex_text, header)) + r" \\", r"\midrule"]
     return "\n".join([*notes, *top, *names, *lines, r"\bottomrule", r"\end{tabular}", ""])
 
-# %% ../nbs/06_analysis.ipynb #c039
+# %% ../nbs/06_analysis.ipynb #c038
 def answer_table(
     evaluations: Iterable[Evaluation], # What was measured
 ) -> pd.DataFrame: # Rows (Method, Sparsity, Task); shares in per cent, length in tokens
@@ -252,7 +244,7 @@ def answer_markdown(
             for (method, sparsity, task), row in zip(answers.index, answers.to_numpy())]
     return markdown_rows([*answers.index.names, *answers.columns], rows, names=3)
 
-# %% ../nbs/06_analysis.ipynb #c042
+# %% ../nbs/06_analysis.ipynb #c041
 def paired_values(
     first: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of one method
     second: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of the other, on the same problems
@@ -266,14 +258,14 @@ def paired_values(
     if kinds == {AnswerRecord}: return [100.0 * (ones[key].correct - others[key].correct) for key in ones], "points"
     return [ones[key].loss - others[key].loss for key in ones], "nats"
 
-# %% ../nbs/06_analysis.ipynb #c043
+# %% ../nbs/06_analysis.ipynb #c042
 from dataclasses import dataclass
 from typing import TypeVar
 import numpy as np
 from .evaluation import bootstrap_interval
 from .core.errors import check_at_least
 
-# %% ../nbs/06_analysis.ipynb #c046
+# %% ../nbs/06_analysis.ipynb #c045
 def mcnemar_exact(
     gained: int, # b, problems that only the first method solves
     lost: int, # c, problems that only the second method solves
@@ -285,7 +277,7 @@ def mcnemar_exact(
     tail = sum(math.comb(coins, heads) for heads in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**coins) # whole numbers up to the division: exact for any count
 
-# %% ../nbs/06_analysis.ipynb #c051
+# %% ../nbs/06_analysis.ipynb #c050
 EXACT_FLIPS = 16 # Differences up to which every pattern of signs is tried
 
 def drawn_flips(
@@ -301,7 +293,7 @@ def drawn_flips(
         count += int((np.abs((1.0 - 2.0 * drawn) @ differences) >= reach).sum())
     return count
 
-# %% ../nbs/06_analysis.ipynb #c052
+# %% ../nbs/06_analysis.ipynb #c051
 def sign_flip_test(
     differences: Sequence[float], # One difference a problem, in any unit
     seed: int = 0, # Seed of the patterns, where they are drawn
@@ -320,7 +312,7 @@ def sign_flip_test(
     check_at_least(seed, 0, "The seed")
     return (1 + drawn_flips(signed, reach, check_at_least(flips, 1, "flips"), seed)) / (1 + flips)
 
-# %% ../nbs/06_analysis.ipynb #c058
+# %% ../nbs/06_analysis.ipynb #c057
 def holm(
     p_values: Sequence[float], # p-values of a family of comparisons, in any order
 ) -> tuple[float, ...]: # Corrected p-values, in the same order
@@ -332,10 +324,10 @@ def holm(
         highest = corrected[index] = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
     return tuple(corrected)
 
-# %% ../nbs/06_analysis.ipynb #c062
+# %% ../nbs/06_analysis.ipynb #c061
 Key = TypeVar("Key") # Whatever names a comparison in its family
 
-# %% ../nbs/06_analysis.ipynb #c063
+# %% ../nbs/06_analysis.ipynb #c062
 LEVEL = 0.05 # Accepted probability of any false claim in a family of comparisons
 FEWEST_PAIRS = 20 # Below this a percentile bootstrap is too sure of itself
 
@@ -364,7 +356,7 @@ class Comparison:
         "Whether a difference from zero may be claimed, on either side."
         return self.within(0, math.inf) or self.within(-math.inf, 0)
 
-# %% ../nbs/06_analysis.ipynb #c067
+# %% ../nbs/06_analysis.ipynb #c066
 def compare(
     first: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of one method
     second: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of the other, on the same problems
@@ -388,7 +380,7 @@ def correct_family(
     name = f"the {len(comparisons)} comparisons of {family}"
     return {key: replace(comparison, holm=corrected.get(key), family=name) for key, comparison in comparisons.items()}
 
-# %% ../nbs/06_analysis.ipynb #c071
+# %% ../nbs/06_analysis.ipynb #c070
 DIGITS = {"points": 1, "nats": 3} # Of a unit; others have two
 
 def number_format(
@@ -409,7 +401,7 @@ def rounded_text(
     "A number without a minus zero."
     return f"{float(f'{number:{digits}}') + 0.0:{sign}{digits}}"
 
-# %% ../nbs/06_analysis.ipynb #c072
+# %% ../nbs/06_analysis.ipynb #c071
 def interval_text(
     comparison: Comparison, # A comparison
 ) -> str: # As in "+5.0 [+0.5, +9.5]"; empty where nothing was measured
@@ -433,7 +425,7 @@ def comparison_text(
     "A comparison in a cell of a table."
     return f"{interval_text(comparison)} {comparison_mark(comparison)}".rstrip()
 
-# %% ../nbs/06_analysis.ipynb #c073
+# %% ../nbs/06_analysis.ipynb #c072
 def p_text(
     p: float, # A p-value
 ) -> str: # As in "0.031", or "< 0.001"
@@ -447,7 +439,7 @@ def p_words(
     shown, name = p_text(comparison.holm), "Holm's p" if comparison.family else "p"
     return f"{name} {shown}" if shown.startswith("<") else f"{name} = {shown}"
 
-# %% ../nbs/06_analysis.ipynb #xx
+# %% ../nbs/06_analysis.ipynb #c073
 def comparison_words(
     comparison: Comparison, # A difference in points or nats
     first: str, # Name of the first method
@@ -628,7 +620,6 @@ def compare_with_paper(
     return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=["Sparsity", "Measure"]))
 
 # %% ../nbs/06_analysis.ipynb #c097
-from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -892,44 +883,3 @@ def plot_zeros_by_method(
     figure.colorbar(picture, ax=panels, label="share of zeros")
     figure.suptitle(f"{reports[0].asked:.0%} asked; projections {', '.join(roles)}", fontsize=9)
     return figure
-
-# %% ../nbs/06_analysis.ipynb #c130
-SESSION = ("python", "torch", "transformers", "cap_nb", "device", "device_name", "threads") # What its numbers depend on
-ASKED = ("model", "calibration", "style", "aggregation", "evaluation") # What a table's notes say of a configuration
-
-def provenance_of(
-    configuration: Mapping, # Contents of run.json
-    sessions: Sequence[Mapping] = (), # Contents of environment.json
-) -> dict: # Heading -> what stands behind it
-    "The notes below a run's table: its settings, and the versions and device of every session that worked on it."
-    notes = {key: configuration[key] for key in ASKED if key in configuration}
-    kept = [{key: session[key] for key in SESSION if key in session} for session in sessions]
-    distinct = [session for i, session in enumerate(kept) if session not in kept[:i]]
-    names = ["session"] if len(distinct) == 1 else [f"session {i}" for i in range(1, len(distinct) + 1)]
-    return notes | dict(zip(names, distinct))
-
-# %% ../nbs/06_analysis.ipynb #c131
-from .scoring import causal_scores, load_losses
-from .jobs.records import load_evaluation
-from .core.files import read_json
-
-# %% ../nbs/06_analysis.ipynb #c132
-@dataclass(frozen=True)
-class RunRecords:
-    "What tables and figures of a run are made from."
-    scores: torch.Tensor | None # Causal scores in nats, [L, H]; None if no heads were scored
-    evaluations: tuple[Evaluation, ...] # What was measured, in the order of Table 1
-    provenance: dict # Where the numbers come from, for `table_notes`
-
-def read_records(
-    folder: str | Path, # A run's folder
-) -> RunRecords: # Its scores, evaluations and provenance
-    "Read what a run measured, as far as it is finished; a folder that is none, or a damaged file, raises `BadInput`."
-    folder = Path(folder)
-    configuration = read_json(folder/"run.json")
-    sessions, losses = folder/"environment.json", folder/"losses.safetensors"
-    cells = [path.parent for path in sorted(folder.glob("evaluations/*/evaluation.json")) if path.parent.name[0] != "."]
-    scores = None
-    if losses.exists(): scores = causal_scores(load_losses(losses), configuration.get("aggregation", "paper"))
-    provenance = provenance_of(configuration, read_json(sessions) if sessions.exists() else ())
-    return RunRecords(scores, tuple(sorted(map(load_evaluation, cells), key=row_order)), provenance)

@@ -96,8 +96,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 import pandas as pd
 from ..evaluation import AnswerRecord, Evaluation
-from ..analysis import comparable_parts, read_records
-from ..core.files import read_json
+from ..analysis import comparable_parts
+from ..jobs.records import load_run
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c025
 def problem_values(
@@ -149,13 +149,13 @@ def read_seeds(
     "Runs that differ in nothing but their calibration draw; fewer than two, or other differences, raise `BadInput`."
     runs, settings = {}, None
     for path in sorted(Path(folder).glob("*/run.json")):
-        configuration = read_json(path)
-        settings = settings or settings_but_seed(configuration)
-        if (seed := configuration["calibration"]["seed"]) in runs:
+        run = load_run(path.parent)
+        settings = settings or settings_but_seed(run.configuration)
+        if (seed := run.configuration["calibration"]["seed"]) in runs:
             raise BadInput(f"{path.parent} has calibration seed {seed}, which another run there has: "
                            f"expected one run a seed; move it away.")
-        check_settings(path.parent, settings_but_seed(configuration), settings)
-        runs[seed] = read_records(path.parent).evaluations
+        check_settings(path.parent, settings_but_seed(run.configuration), settings)
+        runs[seed] = run.evaluations
     if len(runs) < 2:
         raise BadInput(f"{folder} holds {len(runs)} runs: expected at least two, each in a folder of its own; "
                        f"run 'cap run --calibration-seed' with several seeds.")
@@ -164,9 +164,9 @@ def read_seeds(
 # %% ../../nbs/experiments/01_seeds.ipynb #c036
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ..analysis import (
-    CAP_PAIRS, correct_family, markdown_rows, method_title, rounded_text, row_order, shared_cells)
+from ..analysis import CAP_PAIRS, correct_family, markdown_rows, method_title, rounded_text, shared_cells
 from ..core.plots import blank_figure, in_style, method_looks
+from ..jobs.records import row_order
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c037
 PARTS = ("Calibration", "Problems", "Rest") # Standard deviations of one run's number
@@ -186,7 +186,7 @@ def cells_over_seeds(
 # %% ../../nbs/experiments/01_seeds.ipynb #c038
 def seed_table(
     runs: Mapping[int, Sequence[Evaluation]], # Calibration seed -> what its run measured, from `read_seeds`
-) -> pd.DataFrame: # Rows (Method, Sparsity, Measure); means with intervals, and standard deviations of one run's number
+) -> pd.DataFrame: # Rows (Method, Sparsity, Measure); means with intervals, standard deviations of one run's number
     "Means over calibration seeds and problems, and the part that each has in the uncertainty of a single run."
     rows = {}
     for (method, sparsity), evaluations in cells_over_seeds(runs).items():
@@ -219,8 +219,12 @@ def differences_over_seeds(
     "The layout of every difference between two methods."
     cells = cells_over_seeds(runs)
     shared = shared_cells([evaluations[0] for evaluations in cells.values()], pairs)
-    return {(method_title(a.method), method_title(b.method), a.sparsity, measure): layout for a, b in shared
-            for measure, layout in layout_differences(cells[a.method, a.sparsity], cells[b.method, b.sparsity]).items()}
+    layouts = {}
+    for first, second in shared:
+        name = method_title(first.method), method_title(second.method), first.sparsity
+        both = cells[first.method, first.sparsity], cells[second.method, second.sparsity]
+        layouts |= {(*name, measure): layout for measure, layout in layout_differences(*both).items()}
+    return layouts
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c040
 def compare_over_seeds(
@@ -247,10 +251,11 @@ def seed_note(
     table: pd.DataFrame, # From `seed_table`
 ) -> str: # A line for below the table
     "How a table over seeds is to be read."
-    return (f"Means over {table['Seeds'].iloc[0]:.0f} calibration seeds, in per cent or nats, with a 95 % interval that "
-            "covers the choice of calibration and of evaluation problems. It may pass 100, where Wilson's interval for "
-            "a single run would not. Last columns: the standard deviations that calibration, evaluation problems and "
-            "the rest give to the number of a single run.")
+    seeds = f"{table['Seeds'].iloc[0]:.0f} calibration seeds"
+    return (f"Means over {seeds}, in per cent or nats, with a 95 % interval that covers the choice of "
+            "calibration and of evaluation problems. It may pass 100, where Wilson's interval for a single run would "
+            "not. Last columns: the standard deviations that calibration, evaluation problems and the rest give to "
+            "the number of a single run.")
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c042
 def seed_markdown(
@@ -267,9 +272,9 @@ def draw_seeds(
     ax: Axes, # A panel
     means: pd.DataFrame, # Rows (Method, Sparsity) of `seed_table` for one measure
     numbers: Mapping[tuple[str, float], np.ndarray], # (method, sparsity) -> a number for each seed
+    looks: Mapping[str, tuple[str, str]], # Method -> colour and marker
 ) -> None:
     "One measure: each seed's number beside the mean over seeds and its interval."
-    looks = method_looks([method for method, _ in numbers])
     for i, ((method, sparsity), values) in enumerate(numbers.items()):
         row, (colour, marker) = means.loc[method_title(method), sparsity], looks[method]
         error = [[row["Mean"] - row["Low"]], [row["High"] - row["Mean"]]]
@@ -287,12 +292,13 @@ def plot_seed_spread(
     "Every calibration seed's number beside the mean over seeds and its interval."
     layouts = {cell: seed_layouts(evaluations) for cell, evaluations in cells_over_seeds(runs).items()}
     measures = list(dict.fromkeys(table.index.get_level_values("Measure")))
+    looks = method_looks([method for method, _ in layouts])
     wide = min(4, len(measures))
     tall = -(-len(measures) // wide)
     figure, panels = blank_figure(tall, wide, (3.5 * wide, 2.5 * tall + 0.3))
     for ax, measure in zip(panels.flat, measures):
         numbers = {cell: layout[measure].mean(axis=1) for cell, layout in layouts.items() if measure in layout}
-        draw_seeds(ax, table.xs(measure, level="Measure"), numbers)
+        draw_seeds(ax, table.xs(measure, level="Measure"), numbers, looks)
         ax.set_title(measure)
     for ax in panels.flat[len(measures):]: ax.axis("off")
     figure.suptitle(title)
