@@ -31,7 +31,7 @@ from .engine.devices import *
 from .importance import *
 
 
-# %% ../nbs/all.ipynb #c003b
+# %% ../nbs/all.ipynb #c004
 from .regions import *
 from .threshold import *
 from .methods.magnitude import *
@@ -48,6 +48,8 @@ from .evaluation import *
 from .jobs.records import *
 from .analysis import *
 from .evidence import *
+from .jobs.settings import *
+from .jobs.report import *
 from .jobs.job import *
 from .jobs.planning import *
 from .experiments.variants import *
@@ -60,5 +62,5 @@ from .experiments.proofs import *
 from .command_line import *
 
 
-# %% ../nbs/all.ipynb #c005
+# %% ../nbs/all.ipynb #c006
 __all__ = [name for name in globals() if not name.startswith("_")]
