@@ -18,6 +18,7 @@ from .models.lab_world import *
 from .models.lab import *
 from .models.lab_experts import *
 from .models.loading import *
+from .models.checks import *
 from .data.problems import *
 from .data.prompts import *
 from .data.batches import *
@@ -31,7 +32,7 @@ from .engine.devices import *
 from .importance import *
 
 
-# %% ../nbs/all.ipynb #c003b
+# %% ../nbs/all.ipynb #c004
 from .regions import *
 from .threshold import *
 from .methods.magnitude import *
@@ -56,9 +57,8 @@ from .experiments.claims import *
 from .experiments.reasoning_steps import *
 from .experiments.harness import *
 from .experiments.side_by_side import *
-from .experiments.proofs import *
 from .command_line import *
 
 
-# %% ../nbs/all.ipynb #c005
+# %% ../nbs/all.ipynb #c006
 __all__ = [name for name in globals() if not name.startswith("_")]
