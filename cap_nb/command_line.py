@@ -109,9 +109,9 @@ def program(
     transformers_logging.disable_progress_bar()
 
 # %% ../nbs/command_line.ipynb #c017
-from .jobs.job import Job, provenance, run_job
+from .jobs.job import Job, run_job
 from .experiments.variants import VARIANTS, run_variants
-from .jobs.records import finished_evaluations
+from .jobs.records import load_run
 from .analysis import method_table, table_markdown
 from .methods.prune import table_methods
 
@@ -120,7 +120,8 @@ def show_run(
     folder: Path, # A run's folder
 ) -> None:
     "Print a run's table, what its accuracies hide, and where its figures are."
-    typer.echo(table_markdown(method_table(finished_evaluations(folder)), provenance(folder)))
+    run = load_run(folder)
+    typer.echo(table_markdown(method_table(run.evaluations), run.provenance))
     if (answers := folder/"tables"/"answers.md").exists(): typer.echo(answers.read_text(encoding="utf-8"))
     typer.echo("Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))))
     typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
@@ -159,14 +160,15 @@ def claims_command(
     show_run(run_variants(job, out or Path("runs")/f"{Path(model).name}-claims", base, chosen, store, note, text_windows))
 
 # %% ../nbs/command_line.ipynb #c022
-import shutil
-from dataclasses import asdict
+import csv, shutil
+from dataclasses import asdict, replace
 from .methods.allocation import ALLOCATIONS
 from .methods.attributions import ATTRIBUTIONS
-from .methods.criteria import CRITERIA
+from .methods.criteria import CRITERIA, Given
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
-from .methods.prune import OTHERS, check_method, method_line, needs_of, prune
+from .methods.prune import OTHERS, check_method, method_line, needs_of, prune, unit_factors
+from .regions import Factors
 from .threshold import PruneReport, SCOPES
 from .methods.experts import ROUTING_AWARE
 from .calibration import calibration_set
@@ -211,13 +213,13 @@ def factors_from(
     path: Path | None, # A table of losses, or None
     fingerprint: Callable[[], str], # Of the model that is to be pruned
     aggregation: str, # How losses become scores
-) -> object: # Importance factor of every head, [L, H], or None without a table
+) -> Factors | None: # Importance factors of the heads, or None without a table
     "Importance factors from a table of losses; one of another model raises `BadInput`."
     if path is None: return None
     losses = load_losses(path)
     if losses.meta.get("model") != fingerprint():
         raise BadInput(f"{path} was measured on other weights or another dtype: expected this model's; score it first, with the same --dtype.")
-    return importance_factors(causal_scores(losses, aggregation))
+    return Factors(heads=importance_factors(causal_scores(losses, aggregation)))
 
 def check_streaming(
     model: str, # As --model was given
@@ -244,7 +246,10 @@ def pruned_in_memory(
     wanted = "calibration" in needs_of(parts) or (parts.attribution and scores is None)
     calibration = calibration_set(tokenizer, job.tasks, job.n, job.k, job.seed, job.data_dir, job.style) if wanted else None
     factors = factors_from(scores, lambda: model_fingerprint(model), job.aggregation)
-    report = prune(model, method, sparsity, factors, calibration, key_value, ties, job.batch_tokens, job.seed)
+    if factors is None and parts.attribution:
+        factors = unit_factors(model, parts.attribution, Given(calibration=calibration, batch_tokens=job.batch_tokens))
+    factors = factors and replace(factors, key_value=key_value)
+    report = prune(model, method, sparsity, factors, calibration, ties, job.batch_tokens, job.seed)
     save_model(model, tokenizer, out)
     return report
 
@@ -254,7 +259,8 @@ def pruned_where_it_lies(job: Job, out: Path, scores: Path | None, norms: Path |
     check_streaming(job.model, job.dtype, job.device)
     check_streamed(method, sparsity, ties)
     factors = factors_from(scores, lambda: checkpoint_fingerprint(job.model), job.aggregation)
-    return prune_checkpoint(job.model, out, sparsity, factors, method, norms, key_value, ties)
+    factors = factors and replace(factors, key_value=key_value)
+    return prune_checkpoint(job.model, out, sparsity, factors, method, norms, ties)
 
 # %% ../nbs/command_line.ipynb #c027
 @app.command("prune")
@@ -306,10 +312,11 @@ def table_command(
 ) -> None:
     "Print the table of a run, finished or not."
     check_choice(form, ("md", "csv", "tex"), "format")
-    evaluations = finished_evaluations(folder)
-    if not evaluations: raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
-    table = method_table(evaluations)
-    typer.echo(table_csv(table) if form == "csv" else {"md": table_markdown, "tex": table_latex}[form](table, provenance(folder)))
+    run = load_run(folder)
+    if not run.evaluations:
+        raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
+    table = method_table(run.evaluations)
+    typer.echo(table_csv(table) if form == "csv" else {"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
 
 # %% ../nbs/command_line.ipynb #c032
 @app.command("figures")

@@ -26,6 +26,7 @@ from cap_nb.models.checks import check_anatomy
 from cap_nb.models.families import FAMILIES, Family, family_of, under
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.models.routing import masked_expert, recorded_routes
+from cap_nb.regions import Factors
 from cap_nb.scoring import masked_head
 from cap_nb.threshold import plot_zeros, prune_cap
 
@@ -150,12 +151,12 @@ def test_experts_of_a_moe_have_factors_of_their_own(name):
     first = counts.index(4)
     experts = torch.full((len(counts), 4), 5.0)
     experts[first, 2] = 1.0
-    report = prune(model, "cap", 0.5, factors, experts=experts)
+    report = prune(model, "cap", 0.5, Factors(factors, experts))
     table = zip(projections(model), report.table)
     shares = {(p.layer, p.expert): row[3] / row[4] for p, row in table if p.role == "down"}
     assert shares[first, 2] > max(shares[first, other] for other in (0, 1, 3)) + 0.2
     with pytest.raises(BadInput, match="expected \\[3, 4\\], one an expert"):
-        prune(tiny_model(name), "cap", 0.5, factors, experts=experts[:, :3])
+        prune(tiny_model(name), "cap", 0.5, Factors(factors, experts[:, :3]))
 
 
 SPARSITIES = dict.fromkeys(("cap", "cap@matrix", "cap_wanda@layer", "random", "gradient@row", "wanda+owl",

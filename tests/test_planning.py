@@ -17,7 +17,7 @@ from cap_nb.data.batches import collate, token_batches
 from cap_nb.models.anatomy import projections
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
-from cap_nb.run import planning
+from cap_nb.jobs import planning
 from cap_nb.jobs.job import Job
 from cap_nb.jobs.planning import *
 from cap_nb.engine.resumed_scoring import intact_pass, resumed_losses, score_heads

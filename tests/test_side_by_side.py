@@ -5,7 +5,7 @@ import re
 import pytest
 
 from cap_nb.core.errors import BadInput
-from cap_nb.jobs.records import PEAK
+from cap_nb.core.memory import PEAK
 from cap_nb.experiments.side_by_side import in_own_process, measured_case, measured_rounds, read_cases, told_missing
 from conftest import ROOT
 from notebooks_on_disk import NOTEBOOKS, cells, label

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from ..core.errors import BadInput, check_at_least
 from ..evidence import CAP_PAIRS, compared_pairs, corrected_table, measure_name
 from ..evaluation import Evaluation
-from ..analysis import FEWEST_PAIRS, comparable_parts, markdown_rows, method_title, row_order
+from ..analysis import FEWEST_PAIRS, comparable_parts, markdown_rows, method_title
+from ..jobs.records import row_order
 from ..core.plots import blank_figure, in_style, method_looks
 from ..core.files import read_json
 from ..analysis import read_records

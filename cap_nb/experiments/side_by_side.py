@@ -133,7 +133,7 @@ from ..methods.streaming import open_checkpoint, prune_checkpoint
 # %% ../../nbs/experiments/08_side_by_side.ipynb #c022
 IN_THERE = """
 import importlib, json, sys, time
-from cap_nb.jobs.records import PEAK, resident
+from cap_nb.core.memory import PEAK, resident
 place, given = json.loads(sys.argv[1])
 function = getattr(importlib.import_module(place.split(":")[0]), place.split(":")[1])
 start = time.perf_counter()

@@ -6,9 +6,9 @@
 __all__ = ['FOLLOWED', 'Job', 'check_job', 'filled_in', 'Piece', 'pieces_of', 'problems_fingerprint', 'evaluation_data',
            'calibrated_on', 'configuration', 'Ready', 'prepare', 'timed', 'costed', 'scored', 'attribution_factors',
            'attributed', 'copied_weights', 'put_back', 'measured', 'evaluate', 'finish_piece', 'finish_cell',
-           'possible_cells', 'scores_csv', 'write_text', 'run_scores', 'provenance', 'manifest', 'run_folders',
-           'factor_stages', 'cost_table', 'cost_markdown', 'kind_of', 'curve_groups', 'zeros_figures', 'tell_room',
-           'write_tables', 'write_results', 'finish_cells', 'run_job']
+           'possible_cells', 'scores_csv', 'write_text', 'manifest', 'run_folders', 'factor_stages', 'cost_table',
+           'cost_markdown', 'kind_of', 'curve_groups', 'zeros_figures', 'tell_room', 'write_tables', 'write_results',
+           'finish_cells', 'run_job']
 
 # %% ../../nbs/jobs/01_job.ipynb #c004
 from dataclasses import dataclass, replace
@@ -179,10 +179,12 @@ from pathlib import Path
 import torch
 from ..methods.criteria import Given
 from ..scoring import HeadLosses, causal_scores, load_losses, save_losses
-from ..methods.experts import ROUTING_AWARE, UnitFactors
+from ..methods.experts import ROUTING_AWARE
+from ..regions import Factors
 from ..importance import importance_factors
-from .records import memory_taken, note_memory, note_time
+from ..core.memory import memory_taken
 from ..methods.prune import needs_of, parse_method, unit_factors
+from .records import note_memory, note_time
 from ..core.files import read_tensors, write_tensors
 from ..engine.resumed_scoring import score_heads
 
@@ -232,7 +234,7 @@ def attribution_factors(
     folder: Path, # The run's folder
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
     losses: HeadLosses | None, # The heads' table of losses, for what starts from it
-) -> UnitFactors: # Importance factors of every head, and of every expert where they have their own
+) -> Factors: # Importance factors of every head, and of every expert where they have their own
     "The factors of an attribution, computed only if they are not there; those of something else raise `BadInput`."
     path, given, how = folder/"attributions"/f"{attribution}.safetensors", Given(calibration=ready.calibration, batch_tokens=ready.job.batch_tokens), ready.job.aggregation
     origin = {"model": ready.configuration["model"]["fingerprint"], "calibration": ready.calibration.fingerprint, "attribution": attribution}
@@ -243,20 +245,20 @@ def attribution_factors(
         write_tensors(path, {"factors": found.heads} | ({} if found.experts is None else {"experts": found.experts}) | found.kept, origin)
     tensors, kept = read_tensors(path)
     if kept != origin: raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and run again.")
-    return UnitFactors(tensors["factors"], tensors.get("experts"))
+    return Factors(tensors["factors"], tensors.get("experts"))
 
 # %% ../../nbs/jobs/01_job.ipynb #c028
 def attributed(
     ready: Ready, # The job
     folder: Path, # The run's folder
     store: Path | None, # Folder of tables of losses shared between runs, or None
-) -> dict[str, UnitFactors]: # Method -> importance factors, for the methods that use some
+) -> dict[str, Factors]: # Method -> importance factors, for the methods that use some
     "The factors of every method of a job, each measured once."
     using = {method: parse_method(method).attribution for method in ready.job.methods if "factors" in needs_of(parse_method(method))}
     from_losses = [name for name in using.values() if name is None or name in ROUTING_AWARE]
     losses = scored(ready, folder, store) if from_losses else None
     found = {name: attribution_factors(ready, folder, name, losses) for name in dict.fromkeys(using.values()) if name}
-    if None in using.values(): found[None] = UnitFactors(importance_factors(causal_scores(losses, ready.job.aggregation)))
+    if None in using.values(): found[None] = Factors(importance_factors(causal_scores(losses, ready.job.aggregation)))
     return {method: found[name] for method, name in using.items()}
 
 # %% ../../nbs/jobs/01_job.ipynb #c030
@@ -279,10 +281,10 @@ def put_back(
     for p in projections(model): p.stored.copy_(copies[p.name])
 
 # %% ../../nbs/jobs/01_job.ipynb #c034
-from ..evaluation import Evaluation
-from .records import together
-from ..evaluation import accuracy, held_out_losses, perplexity
+from ..engine.decoding import Decoding
+from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from ..threshold import prune_report
+from .records import together
 
 # %% ../../nbs/jobs/01_job.ipynb #c035
 def measured(
@@ -293,11 +295,12 @@ def measured(
     exclude: frozenset[str], # Content hashes of the calibration set
 ) -> dict: # The part of an `Evaluation` that the piece fills
     "Measure one piece."
-    drawn = {"seed": job.seed, "data_dir": job.data_dir, "style": job.style, "exclude": exclude}
+    def drawn(n): return evaluation_problems(piece.on, n, job.seed, job.data_dir, exclude)
     if piece.kind == "accuracy":
-        return {"answers": accuracy(model, tokenizer, piece.on, job.evaluate_n, max_new_tokens=job.max_new_tokens, batch_tokens=2 * job.batch_tokens, **drawn)}
+        decoding = Decoding(batch_tokens=2 * job.batch_tokens)
+        return {"answers": answer_problems(model, tokenizer, drawn(job.evaluate_n), job.style, job.max_new_tokens, decoding=decoding)}
     if piece.kind == "loss":
-        return {"losses": held_out_losses(model, tokenizer, piece.on, job.loss_n, batch_tokens=job.batch_tokens, **drawn)}
+        return {"losses": problem_losses(model, tokenizer, drawn(job.loss_n), job.style, job.batch_tokens)}
     return {"perplexity": perplexity(model, tokenizer, piece.on, job.data_dir, job.windows, job.window_tokens)}
 
 # %% ../../nbs/jobs/01_job.ipynb #c038
@@ -378,13 +381,12 @@ def possible_cells(
 import math, statistics
 import pandas as pd
 from ..evaluation import AnswerRecord, limit_for
+from .records import Run, load_run
 from ..analysis import (
     answer_markdown, answer_table, markdown_rows, method_table, plot_head_importance, plot_importance_distribution,
     plot_sparsity_curves, plot_zeros_by_method, table_csv, table_latex, table_markdown)
-from .records import finished_evaluations, load_run, read_run
-from ..analysis import provenance_of
-from ..core.files import read_json, sha256_of_file, whole_file, write_json
 from ..core.plots import save_figure
+from ..core.files import sha256_of_file, whole_file, write_json
 
 # %% ../../nbs/jobs/01_job.ipynb #c048
 def scores_csv(
@@ -403,22 +405,6 @@ def write_text(
     with whole_file(path) as part: part.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/jobs/01_job.ipynb #c050
-def run_scores(
-    folder: str | Path, # A run's folder
-) -> tuple[torch.Tensor, torch.Tensor] | None: # Scores and factors, [L, H] each; None if no heads were scored
-    "Causal scores and importance factors of a run, from its table of losses."
-    kept, path = read_run(folder), Path(folder)/"losses.safetensors"
-    if not path.exists(): return None
-    scores = causal_scores(load_losses(path), kept["aggregation"])
-    return scores, importance_factors(scores)
-
-def provenance(
-    folder: str | Path, # A run's folder
-) -> dict: # What stands below a table
-    "Where a table's numbers come from: model, data, prompts, settings, versions."
-    return provenance_of(read_run(folder), read_json(Path(folder)/"environment.json"))
-
-# %% ../../nbs/jobs/01_job.ipynb #c051
 def manifest(
     folder: str | Path, # A run's folder
 ) -> dict: # "made" and "made from", each: path within the folder -> SHA-256
@@ -438,7 +424,7 @@ def run_folders(
     if not found: raise BadInput(f"{folder} holds no run: expected a folder that 'cap run' made, or one with such folders in it; check the path.")
     return found
 
-# %% ../../nbs/jobs/01_job.ipynb #c053
+# %% ../../nbs/jobs/01_job.ipynb #c052
 def factor_stages(
     method: str, # A method's name
 ) -> tuple[str, ...]: # Stages of the run that measured its factors; none if it uses none
@@ -449,19 +435,18 @@ def factor_stages(
     return ("scoring",) * (parts.attribution in ROUTING_AWARE) + (f"attribution/{parts.attribution}",)
 
 def cost_table(
-    folder: str | Path, # A run's folder
+    run: Run, # A run, read from its folder
 ) -> pd.DataFrame: # Index: method; columns: seconds for factors, seconds for one pruning, peak memory in MiB
     "What each method of a run took, as far as it was measured."
-    seconds, taken = (read_json(path) if (path := Path(folder)/name).exists() else {} for name in ("timings.json", "memory.json"))
-    rows = {}
-    for method in dict.fromkeys(method for method, _ in cells_of(read_run(folder)) if method != "dense"):
-        stages, factors = [f"{cell_name(m, s)}/prune" for m, s in cells_of(read_run(folder)) if m == method], factor_stages(method)
+    seconds, taken, cells, rows = run.timings, run.memory, cells_of(run.configuration), {}
+    for method in dict.fromkeys(method for method, _ in cells if method != "dense"):
+        stages, factors = [f"{cell_name(m, s)}/prune" for m, s in cells if m == method], factor_stages(method)
         own, peaks = [seconds[stage] for stage in stages if stage in seconds], [taken[stage] for stage in (*stages, *factors) if stage in taken]
         known = factors and all(stage in seconds for stage in factors)
         if own: rows[method] = (sum(seconds[stage] for stage in factors) if known else None, statistics.median(own), max(peaks) / 2**20 if peaks else None)
     return pd.DataFrame.from_dict(rows, "index", columns=["Factors (s)", "Pruning (s)", "Memory (MiB)"]).rename_axis("Method")
 
-# %% ../../nbs/jobs/01_job.ipynb #c054
+# %% ../../nbs/jobs/01_job.ipynb #c053
 def cost_markdown(
     costs: pd.DataFrame, # From `cost_table`
 ) -> str: # Markdown
@@ -470,7 +455,7 @@ def cost_markdown(
     rows = [[method, *(told(number, form) for number, form in zip(own, (".1f", ".2f", ".0f")))] for method, own in zip(costs.index, costs.to_numpy(dtype=float))]
     return markdown_rows([costs.index.name, *costs.columns], rows)
 
-# %% ../../nbs/jobs/01_job.ipynb #c057
+# %% ../../nbs/jobs/01_job.ipynb #c056
 FOLLOWED = 8 # Methods in one figure
 
 def kind_of(
@@ -493,15 +478,15 @@ def curve_groups(
     own = {kind: {m for m in methods if kind_of(m) == kind} for kind in kinds}
     return {f"sparsity_curves_{kind}": [e for e in evaluations if e.method in (*own[kind], "dense", "cap", "wanda")] for kind in kinds if own[kind] - {"cap", "wanda"}}
 
-# %% ../../nbs/jobs/01_job.ipynb #c058
+# %% ../../nbs/jobs/01_job.ipynb #c057
 def zeros_figures(
-    folder: Path, # A run's folder
+    run: Run, # A run, read from its folder
 ) -> dict: # Name -> figure; for every sparsity one
     "Where the zeros of every method went, a figure for each sparsity."
-    reports = [report for report, _ in load_run(folder).reports if report.method != "dense"]
+    reports = [report for report, _ in run.reports if report.method != "dense"]
     return {f"zeros_{round(100 * s)}": plot_zeros_by_method([r for r in reports if r.asked == s]) for s in sorted({r.asked for r in reports})}
 
-# %% ../../nbs/jobs/01_job.ipynb #c061
+# %% ../../nbs/jobs/01_job.ipynb #c060
 def tell_room(
     dense: Sequence[AnswerRecord], # Answers of the dense model
 ) -> None:
@@ -510,37 +495,41 @@ def tell_room(
         try: limit_for([answer for answer in dense if answer.task == task])
         except BadInput as lacking: logging.getLogger(__name__).warning("%s: %s", task, lacking)
 
-# %% ../../nbs/jobs/01_job.ipynb #c064
+# %% ../../nbs/jobs/01_job.ipynb #c063
 def write_tables(
     folder: Path, # A run's folder
-    evaluations: Sequence[Evaluation], # What is finished
+    run: Run, # What is finished of it
 ) -> None:
     "Table 1 of a run in Markdown, CSV and LaTeX, and beside it what its accuracies hide."
-    table, origin = method_table(evaluations), provenance(folder)
+    table, origin, costs = method_table(run.evaluations), run.provenance, cost_table(run)
     write_text(folder/"tables"/"table.md", table_markdown(table, origin))
     write_text(folder/"tables"/"table.csv", table_csv(table))
     write_text(folder/"tables"/"table.tex", table_latex(table, origin))
-    if any(evaluation.answers for evaluation in evaluations): write_text(folder/"tables"/"answers.md", answer_markdown(answer_table(evaluations)))
-    write_text(folder/"tables"/"costs.csv", cost_table(folder).to_csv())
-    write_text(folder/"tables"/"costs.md", cost_markdown(cost_table(folder)))
+    if any(evaluation.answers for evaluation in run.evaluations):
+        write_text(folder/"tables"/"answers.md", answer_markdown(answer_table(run.evaluations)))
+    write_text(folder/"tables"/"costs.csv", costs.to_csv())
+    write_text(folder/"tables"/"costs.md", cost_markdown(costs))
 
-# %% ../../nbs/jobs/01_job.ipynb #c066
+# %% ../../nbs/jobs/01_job.ipynb #c065
 def write_results(
     folder: str | Path, # A run's folder
 ) -> None:
     "Tables and figures of what is finished; nothing finished raises `BadInput`."
-    folder, evaluations, scores = Path(folder), finished_evaluations(folder), run_scores(folder)
-    if not evaluations: raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
-    write_tables(folder, evaluations)
-    tell_room([answer for evaluation in evaluations if evaluation.method == "dense" for answer in evaluation.answers])
-    figures = {name: plot_sparsity_curves(chosen) for name, chosen in curve_groups(evaluations).items()} | zeros_figures(folder)
-    if scores is not None:
-        write_text(folder/"tables"/"scores.csv", scores_csv(*scores))
-        figures |= {"head_importance": plot_head_importance(scores[0]), "importance_distribution": plot_importance_distribution(scores[0])}
+    folder, run = Path(folder), load_run(folder)
+    if not run.evaluations:
+        raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
+    write_tables(folder, run)
+    tell_room([answer for e in run.evaluations if e.method == "dense" for answer in e.answers])
+    figures = {name: plot_sparsity_curves(chosen) for name, chosen in curve_groups(run.evaluations).items()}
+    figures |= zeros_figures(run)
+    if (scores := run.scores) is not None:
+        write_text(folder/"tables"/"scores.csv", scores_csv(scores, importance_factors(scores)))
+        figures["head_importance"] = plot_head_importance(scores)
+        figures["importance_distribution"] = plot_importance_distribution(scores)
     for name, figure in figures.items(): save_figure(figure, folder/"figures"/name)
     write_json(folder/"manifest.json", manifest(folder))
 
-# %% ../../nbs/jobs/01_job.ipynb #c069
+# %% ../../nbs/jobs/01_job.ipynb #c068
 def finish_cells(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -554,11 +543,11 @@ def finish_cells(
     write_results(folder)
     if (folder/"unfinished").exists() and not any((folder/"unfinished").iterdir()): (folder/"unfinished").rmdir()
 
-# %% ../../nbs/jobs/01_job.ipynb #c070
+# %% ../../nbs/jobs/01_job.ipynb #c069
 from ..core.files import alone_in
 from .records import environment, note_environment, open_run
 
-# %% ../../nbs/jobs/01_job.ipynb #c071
+# %% ../../nbs/jobs/01_job.ipynb #c070
 def run_job(
     job: Job, # What is asked for
     folder: str | Path, # The run's folder; made, or taken up again
@@ -572,7 +561,7 @@ def run_job(
         note_environment(folder, environment(ready.configuration["model"]["device"], note))
         factors = attributed(ready, folder, store and Path(store))
         def pruner(method: str, sparsity: float) -> PruneReport:
-            own = factors.get(method)
-            return prune(ready.model, method, sparsity, own and own.heads, ready.calibration, batch_tokens=ready.job.batch_tokens, seed=ready.job.seed, experts=own and own.experts)
+            return prune(ready.model, method, sparsity, factors.get(method), ready.calibration,
+                         batch_tokens=ready.job.batch_tokens, seed=ready.job.seed)
         finish_cells(ready, folder, possible_cells(ready), pruner)
     return folder

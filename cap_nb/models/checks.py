@@ -13,6 +13,7 @@ from torch import nn
 from ..core.errors import BadInput
 from .anatomy import (
     Anatomy, Part, Projection, dimensions, key_value_head_of, output_projection, projections)
+from .interventions import changed_input, watching
 
 # %% ../../nbs/models/09_checks.ipynb #c005
 @torch.no_grad()
@@ -23,10 +24,7 @@ def heads_at(
 ) -> torch.Tensor: # What its heads give to the output projection, [B, T, H, d]
     "The heads' outputs; an output projection that is not called once, or with another width, raises `BadInput`."
     a, inputs = dimensions(model.config), []
-    def record(module: nn.Module, args: tuple) -> None: inputs.append(args[0].clone())
-    handle = output_projection(model, layer).register_forward_pre_hook(record)
-    try: model(input_ids=ids, use_cache=False)
-    finally: handle.remove()
+    with changed_input(output_projection(model, layer), watching(inputs.append)): model(input_ids=ids, use_cache=False)
     width = a.heads * a.head_size
     if len(inputs) == 1 and inputs[0].shape[-1] == width: return inputs[0].unflatten(-1, (a.heads, a.head_size))
     raise BadInput(f"The output projection of layer {layer} was called {len(inputs)} times, with widths "
@@ -73,8 +71,7 @@ def check_rows(
 # %% ../../nbs/models/09_checks.ipynb #c017
 import torch.nn.functional as F
 from .anatomy import routing_of
-from .interventions import recorded_inputs
-from .routing import Route, recorded_routes
+from .routing import Route, recorded_inputs, recorded_routes
 
 # %% ../../nbs/models/09_checks.ipynb #c018
 def expert_outputs(
@@ -106,6 +103,7 @@ def added_by_experts(
 
 # %% ../../nbs/models/09_checks.ipynb #c020
 from contextlib import ExitStack
+from .interventions import changed_output
 from .routing import masked_expert
 
 # %% ../../nbs/models/09_checks.ipynb #c021
@@ -116,10 +114,7 @@ def block_output(
 ) -> torch.Tensor: # What the module returns, [B * T, hidden]
     "The output of a module while the model runs; of a tuple, its first part."
     outputs = []
-    def record(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None: outputs.append(output)
-    handle = block.register_forward_hook(record)
-    try: model(input_ids=ids, use_cache=False)
-    finally: handle.remove()
+    with changed_output(block, watching(outputs.append)): model(input_ids=ids, use_cache=False)
     hidden = outputs[0] if isinstance(outputs[0], torch.Tensor) else outputs[0][0]
     return hidden.flatten(0, -2)
 
@@ -160,10 +155,9 @@ def logits_without_heads(
     ids: torch.Tensor, # Token ids, int64 [B, T]
 ) -> torch.Tensor: # Logits with every head of every layer masked, [B, T, vocabulary]
     "The model without attention."
-    def zero(module: nn.Module, args: tuple) -> tuple: return (torch.zeros_like(args[0]), *args[1:])
     with ExitStack() as stack:
         for layer in range(len(decoder_layers(model))):
-            stack.callback(output_projection(model, layer).register_forward_pre_hook(zero).remove)
+            stack.enter_context(changed_input(output_projection(model, layer), torch.zeros_like))
         return model(input_ids=ids, use_cache=False).logits
 
 def check_tokens_part(
