@@ -26,6 +26,7 @@ from cap_nb.experiments.proofs import (
     PROOFS, TINY_MODELS, measured_proof, proofs_of, tiny_calibration, tiny_factors, tiny_model)
 from cap_nb.methods.streaming import checkpoint_fingerprint, prune_checkpoint
 from cap_nb.scoring import masked_head
+from cap_nb.regions import Factors
 from cap_nb.threshold import plot_zeros, prune_cap
 from conftest import ROOT
 
@@ -139,12 +140,12 @@ def test_experts_of_a_moe_have_factors_of_their_own(name):
     counts, factors = expert_counts(model), tiny_factors(model)
     own = torch.full((len(counts), 4), 5.0)
     own[counts.index(4), 2] = 1.0
-    report = prune(model, "cap", 0.5, factors, experts=own)
+    report = prune(model, "cap", 0.5, Factors(factors, own))
     shares = {(p.layer, p.expert): row[3] / row[4] for p, row in zip(projections(model), report.table) if p.role == "down"}
     first = counts.index(4)
     assert shares[first, 2] > max(shares[first, other] for other in (0, 1, 3)) + 0.2
     with pytest.raises(BadInput, match="expected \\[3, 4\\], one an expert"):
-        prune(tiny_model(name), "cap", 0.5, factors, experts=own[:, :3])
+        prune(tiny_model(name), "cap", 0.5, Factors(factors, own[:, :3]))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe, two dense layers"])

@@ -327,7 +327,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from ..regions import blocks, region_factors, region_factors_naive
+from ..regions import as_factors, blocks, layer_factors, region_factors, region_factors_naive
 from ..models.anatomy import check_anatomy
 from ..methods.prune import prune
 from ..threshold import prune_cap
@@ -375,11 +375,12 @@ def tiling_error(
 ) -> float: # Weights that belong to no region or to more than one
     "How many weights the regions leave out or take twice, or give another factor in their smallest form than written out."
     model, wrong = tiny_model(name), 0
-    a, factors = anatomy(model), tiny_factors(model)
+    factors = tiny_factors(model)
+    layers = layer_factors(as_factors(factors), anatomy(model))
     short, written = region_factors(model, factors), region_factors_naive(model, factors)
     for p in projections(model):
         times = torch.zeros(p.weight.shape)
-        for rows, columns, _ in blocks(p, a, factors): times[rows, columns] += 1
+        for rows, columns, _ in blocks(p, layers[p.layer]): times[rows, columns] += 1
         wrong += int((times != 1).sum()) + int((short[p.name].expand_as(times) != written[p.name]).sum())
     return float(wrong)
 

@@ -179,7 +179,8 @@ from pathlib import Path
 import torch
 from ..methods.criteria import Given
 from ..scoring import HeadLosses, causal_scores, load_losses, save_losses
-from ..methods.experts import ROUTING_AWARE, UnitFactors
+from ..methods.experts import ROUTING_AWARE
+from ..regions import Factors
 from ..importance import importance_factors
 from ..core.memory import memory_taken
 from ..methods.prune import needs_of, parse_method, unit_factors
@@ -233,7 +234,7 @@ def attribution_factors(
     folder: Path, # The run's folder
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
     losses: HeadLosses | None, # The heads' table of losses, for what starts from it
-) -> UnitFactors: # Importance factors of every head, and of every expert where they have their own
+) -> Factors: # Importance factors of every head, and of every expert where they have their own
     "The factors of an attribution, computed only if they are not there; those of something else raise `BadInput`."
     path, given, how = folder/"attributions"/f"{attribution}.safetensors", Given(calibration=ready.calibration, batch_tokens=ready.job.batch_tokens), ready.job.aggregation
     origin = {"model": ready.configuration["model"]["fingerprint"], "calibration": ready.calibration.fingerprint, "attribution": attribution}
@@ -244,20 +245,20 @@ def attribution_factors(
         write_tensors(path, {"factors": found.heads} | ({} if found.experts is None else {"experts": found.experts}) | found.kept, origin)
     tensors, kept = read_tensors(path)
     if kept != origin: raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and run again.")
-    return UnitFactors(tensors["factors"], tensors.get("experts"))
+    return Factors(tensors["factors"], tensors.get("experts"))
 
 # %% ../../nbs/jobs/01_job.ipynb #c028
 def attributed(
     ready: Ready, # The job
     folder: Path, # The run's folder
     store: Path | None, # Folder of tables of losses shared between runs, or None
-) -> dict[str, UnitFactors]: # Method -> importance factors, for the methods that use some
+) -> dict[str, Factors]: # Method -> importance factors, for the methods that use some
     "The factors of every method of a job, each measured once."
     using = {method: parse_method(method).attribution for method in ready.job.methods if "factors" in needs_of(parse_method(method))}
     from_losses = [name for name in using.values() if name is None or name in ROUTING_AWARE]
     losses = scored(ready, folder, store) if from_losses else None
     found = {name: attribution_factors(ready, folder, name, losses) for name in dict.fromkeys(using.values()) if name}
-    if None in using.values(): found[None] = UnitFactors(importance_factors(causal_scores(losses, ready.job.aggregation)))
+    if None in using.values(): found[None] = Factors(importance_factors(causal_scores(losses, ready.job.aggregation)))
     return {method: found[name] for method, name in using.items()}
 
 # %% ../../nbs/jobs/01_job.ipynb #c030
@@ -280,7 +281,8 @@ def put_back(
     for p in projections(model): p.stored.copy_(copies[p.name])
 
 # %% ../../nbs/jobs/01_job.ipynb #c034
-from ..evaluation import Evaluation, accuracy, held_out_losses, perplexity
+from ..engine.decoding import Decoding
+from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from ..threshold import prune_report
 from .records import together
 
@@ -293,11 +295,12 @@ def measured(
     exclude: frozenset[str], # Content hashes of the calibration set
 ) -> dict: # The part of an `Evaluation` that the piece fills
     "Measure one piece."
-    drawn = {"seed": job.seed, "data_dir": job.data_dir, "style": job.style, "exclude": exclude}
+    def drawn(n): return evaluation_problems(piece.on, n, job.seed, job.data_dir, exclude)
     if piece.kind == "accuracy":
-        return {"answers": accuracy(model, tokenizer, piece.on, job.evaluate_n, max_new_tokens=job.max_new_tokens, batch_tokens=2 * job.batch_tokens, **drawn)}
+        decoding = Decoding(batch_tokens=2 * job.batch_tokens)
+        return {"answers": answer_problems(model, tokenizer, drawn(job.evaluate_n), job.style, job.max_new_tokens, decoding=decoding)}
     if piece.kind == "loss":
-        return {"losses": held_out_losses(model, tokenizer, piece.on, job.loss_n, batch_tokens=job.batch_tokens, **drawn)}
+        return {"losses": problem_losses(model, tokenizer, drawn(job.loss_n), job.style, job.batch_tokens)}
     return {"perplexity": perplexity(model, tokenizer, piece.on, job.data_dir, job.windows, job.window_tokens)}
 
 # %% ../../nbs/jobs/01_job.ipynb #c038
@@ -558,7 +561,7 @@ def run_job(
         note_environment(folder, environment(ready.configuration["model"]["device"], note))
         factors = attributed(ready, folder, store and Path(store))
         def pruner(method: str, sparsity: float) -> PruneReport:
-            own = factors.get(method)
-            return prune(ready.model, method, sparsity, own and own.heads, ready.calibration, batch_tokens=ready.job.batch_tokens, seed=ready.job.seed, experts=own and own.experts)
+            return prune(ready.model, method, sparsity, factors.get(method), ready.calibration,
+                         batch_tokens=ready.job.batch_tokens, seed=ready.job.seed)
         finish_cells(ready, folder, possible_cells(ready), pruner)
     return folder

@@ -367,8 +367,7 @@ def key_value_head_of(
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 import torch.nn.functional as F
-from .routing import masked_expert, recorded_routes
-from .interventions import recorded_inputs
+from .routing import masked_expert, recorded_inputs, recorded_routes
 
 # %% ../../nbs/models/01_anatomy.ipynb #c051
 @torch.no_grad()
