@@ -11,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test matrix matrix-here notebooks benchmarks readme check-sync check-readme check-notebooks check-pytest check-some check-transformers
+.PHONY: help env demo test matrix matrix-here notebooks benchmarks readme check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
 
 PYTHON ?= python3
 DEMO ?= runs/demo
@@ -66,9 +66,10 @@ benchmarks: env
 readme: env
 	"$(BIN)/python" tools/readme.py
 
-# The four checks run in this order; pytest's summary is the last thing printed.
+# The five checks run in this order; pytest's summary is the last thing printed.
 test: env
 	@$(MAKE) --no-print-directory check-sync
+	@$(MAKE) --no-print-directory check-style
 	@$(MAKE) --no-print-directory check-readme
 	@$(MAKE) --no-print-directory check-notebooks
 	@$(MAKE) --no-print-directory check-pytest
@@ -98,6 +99,11 @@ check-sync: env
 	"$(BIN)/nbdev_clean"
 	@$(GIT) --no-pager diff --exit-code --stat -- nbs cap_nb || { echo "The notebooks, exported and cleaned, differ from what is committed: edit notebooks only, run nbdev_export and nbdev_clean, commit both." >&2; exit 1; }
 	@untracked="$$($(GIT) status --porcelain -- nbs cap_nb)"; [ -z "$$untracked" ] || { echo "Not committed under nbs or cap_nb:" >&2; echo "$$untracked" >&2; exit 1; }
+
+check-style: env
+	@echo "== style of notebooks and modules"
+	"$(BIN)/ruff" check --quiet nbs
+	"$(BIN)/ruff" check --quiet --ignore E501 cap_nb # nbdev wraps __all__ as it likes; the other lines are the notebooks'
 
 check-readme: env
 	@echo "== README.md is what nbs/index.ipynb makes"

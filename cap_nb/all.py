@@ -18,6 +18,7 @@ from .models.lab_world import *
 from .models.lab import *
 from .models.lab_experts import *
 from .models.loading import *
+from .models.checks import *
 from .data.problems import *
 from .data.prompts import *
 from .data.batches import *
@@ -58,7 +59,6 @@ from .experiments.claims import *
 from .experiments.reasoning_steps import *
 from .experiments.harness import *
 from .experiments.side_by_side import *
-from .experiments.proofs import *
 from .command_line import *
 
 

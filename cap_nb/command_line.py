@@ -282,26 +282,28 @@ def score_command(
     typer.echo(f"{out}: losses of {len(losses.intact)} examples with each of {heads} heads masked.")
 
 # %% ../nbs/command_line.ipynb #c035
-import torch
 from .importance import importance_factors
+from .regions import Factors
 from .scoring import causal_scores, load_losses
 
 # %% ../nbs/command_line.ipynb #c036
 def factors_from(
-    path: Path | None, # A table of losses, or None
+    pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
     fingerprint: Callable[[], str], # Of the model that is to be pruned
     aggregation: str, # How losses become scores
-) -> torch.Tensor | None: # Importance factor of every head, [L, H]; None without a table
+) -> Factors | None: # Importance factors of the heads; None without a table
     "Importance factors from a table of losses; one of another model raises `BadInput`."
-    if path is None: return None
-    losses = load_losses(path)
+    if pruning.scores is None: return None
+    losses = load_losses(pruning.scores)
     if losses.meta.get("model") != fingerprint():
-        raise BadInput(f"{path} was measured on other weights or another dtype: expected this model's; score it first, "
+        raise BadInput(f"{pruning.scores} was measured on other weights or another dtype: expected this model's; score it first, "
                        "with the same --dtype.")
-    return importance_factors(causal_scores(losses, aggregation))
+    return Factors(heads=importance_factors(causal_scores(losses, aggregation)), key_value=pruning.key_value)
 
 # %% ../nbs/command_line.ipynb #c038
-from .methods.prune import check_method, needs_of, prune
+from dataclasses import replace
+from .methods.criteria import Given
+from .methods.prune import check_method, needs_of, prune, unit_factors
 from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
 from .models.loading import check_all_here, model_fingerprint, save_model
 from .threshold import PruneReport
@@ -318,8 +320,11 @@ def pruned_in_memory(
     check_all_here(model)
     calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
     calibration = job_calibration(job, tokenizer) if calibrated else None
-    factors = factors_from(pruning.scores, lambda: model_fingerprint(model), job.prune.aggregation)
-    report = prune(model, pruning.method, pruning.sparsity, factors, calibration, pruning.key_value, pruning.ties,
+    factors = factors_from(pruning, lambda: model_fingerprint(model), job.prune.aggregation)
+    if factors is None and parts.attribution:
+        given = Given(calibration=calibration, batch_tokens=job.model.batch_tokens)
+        factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
+    report = prune(model, pruning.method, pruning.sparsity, factors, calibration, pruning.ties,
                    job.model.batch_tokens, job.calibrate.seed)
     save_model(model, tokenizer, out)
     return report
@@ -346,9 +351,8 @@ def pruned_from_disk(
     "Prune a folder's checkpoint without loading it."
     check_streaming(job, pruning)
     source = job.model.name
-    factors = factors_from(pruning.scores, lambda: checkpoint_fingerprint(source), job.prune.aggregation)
-    return prune_checkpoint(source, out, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.key_value,
-                            pruning.ties)
+    factors = factors_from(pruning, lambda: checkpoint_fingerprint(source), job.prune.aggregation)
+    return prune_checkpoint(source, out, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
 
 # %% ../nbs/command_line.ipynb #c041
 from dataclasses import asdict

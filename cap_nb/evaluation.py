@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DIGITS', 'NUMBER', 'ANSWERS', 'LEADS', 'LOOSE', 'normal_number', 'normal_answer', 'strict_pattern', 'strict_answer',
            'lenient_answer', 'extract_answer', 'evaluation_problems', 'AnswerRecord', 'answer_record', 'prompt_tokens',
-           'token_limit', 'accuracy', 'limit_for', 'wilson_interval', 'AccuracySummary', 'summarise_answers',
-           'bootstrap_interval', 'LossRecord', 'held_out_losses', 'LossSummary', 'summarise_losses', 'text_windows',
-           'window_losses_naive', 'window_losses', 'Perplexity', 'perplexity', 'perplexity_in_words', 'Evaluation']
+           'token_limit', 'answer_problems', 'accuracy', 'limit_for', 'wilson_interval', 'AccuracySummary',
+           'summarise_answers', 'bootstrap_interval', 'LossRecord', 'problem_losses', 'held_out_losses', 'LossSummary',
+           'summarise_losses', 'text_windows', 'window_losses_naive', 'window_losses', 'Perplexity', 'perplexity',
+           'perplexity_in_words', 'Evaluation']
 
 # %% ../nbs/05_evaluation.ipynb #c003
 import logging
@@ -124,7 +125,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
 from .data.prompts import Example, IGNORED, encode_problem
-from .engine.decoding import Generation, generate_greedy
+from .engine.decoding import Decoding, Generation, generate_greedy
 from .calibration import default_style
 
 # %% ../nbs/05_evaluation.ipynb #c027
@@ -171,6 +172,35 @@ def token_limit(
     return 192 if task.startswith("lab-") else 512
 
 # %% ../nbs/05_evaluation.ipynb #c032
+def one_task(
+    items: Sequence[Problem | AnswerRecord], # Problems or records
+) -> str: # The task they all belong to
+    "The one task of problems or records; several, or none, raise `BadInput`."
+    tasks = sorted({item.task for item in items})
+    if len(tasks) != 1: raise BadInput(f"The problems belong to {len(tasks)} tasks: expected those of one, whose limit and answer line they share.")
+    return tasks[0]
+
+# %% ../nbs/05_evaluation.ipynb #c033
+def answer_problems(
+    model: torch.nn.Module, # A causal language model of transformers
+    tokenizer, # Its tokenizer
+    problems: Sequence[Problem], # Problems of one task, as from `evaluation_problems`
+    style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
+    max_new_tokens: int | None = None, # Tokens that an answer may take; None means `token_limit`
+    shots: Sequence[Problem] = (), # Worked examples in front of each problem; none is the paper's way
+    stop_early: bool = True, # Whether a whole answer line ends an answer; False writes on, and the last line counts
+    decoding: Decoding = Decoding(), # How batches are decoded
+) -> tuple[AnswerRecord, ...]: # One record a problem, in the order of the problems
+    "Answers by greedy chain-of-thought decoding (paper section 4, Appendix B); problems of two tasks raise `BadInput`."
+    task, style = one_task(problems), prompt_style(style or default_style(tokenizer))
+    examples = [encode_problem(tokenizer, problem, style, shots) for problem in problems]
+    prompts = [prompt_tokens(example) for example in examples]
+    line = strict_pattern(style, task_family(task)) if stop_early else None
+    limit = token_limit(task) if max_new_tokens is None else max_new_tokens
+    written = generate_greedy(model, tokenizer, prompts, limit, line, decoding)
+    return tuple(answer_record(example, said, tokenizer, style) for example, said in zip(examples, written))
+
+# %% ../nbs/05_evaluation.ipynb #c034
 def accuracy(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer, # Its tokenizer
@@ -179,21 +209,12 @@ def accuracy(
     seed: int = 0, # Seed of the draw
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
-    exclude: Collection[str] = frozenset(), # Content hashes of the calibration set
     max_new_tokens: int | None = None, # Tokens that an answer may take; None means `token_limit`
-    batch_tokens: int = 8192, # Tokens a batch may hold, those yet to be written included
-    shots: Sequence[Problem] = (), # Worked examples in front of each problem; none is the paper's way
-    stop_early: bool = True, # Whether a whole answer line ends an answer; else the last one of all that is written counts
-    cache: str = "dynamic", # "dynamic" or "static"
-) -> tuple[AnswerRecord, ...]: # One record a problem
-    "Answers by greedy chain-of-thought decoding (paper section 4, Appendix B); `BadInput` for a wrong task, style or n."
-    style, limit = prompt_style(style or default_style(tokenizer)), token_limit(task) if max_new_tokens is None else max_new_tokens
-    examples = [encode_problem(tokenizer, p, style, shots) for p in evaluation_problems(task, n, seed, data_dir, exclude)]
-    line = strict_pattern(style, task_family(task)) if stop_early else None
-    written = generate_greedy(model, tokenizer, [prompt_tokens(example) for example in examples], limit, batch_tokens, line, cache)
-    return tuple(answer_record(example, said, tokenizer, style) for example, said in zip(examples, written))
+) -> tuple[AnswerRecord, ...]: # One record a problem, in the order of the draw
+    "Draw problems of a task and answer them (paper section 4); `BadInput` for a wrong task, style or n."
+    return answer_problems(model, tokenizer, evaluation_problems(task, n, seed, data_dir), style, max_new_tokens)
 
-# %% ../nbs/05_evaluation.ipynb #c036
+# %% ../nbs/05_evaluation.ipynb #c038
 def limit_for(
     dense: Sequence[AnswerRecord], # The dense model's answers to one task
     share: float = 0.995, # Share of them that must have room
@@ -205,10 +226,10 @@ def limit_for(
         raise BadInput(f"{cut} of the dense model's {n} answers were cut off at {max(r.tokens for r in dense)} tokens: expected at most {1 - share:.1%}; answer again with a larger max_new_tokens.")
     return max(token_limit(*tasks), sorted(record.tokens for record in dense)[math.ceil(share * n) - 1])
 
-# %% ../nbs/05_evaluation.ipynb #c039
+# %% ../nbs/05_evaluation.ipynb #c041
 import statistics
 
-# %% ../nbs/05_evaluation.ipynb #c040
+# %% ../nbs/05_evaluation.ipynb #c042
 def wilson_interval(
     successes: int, # c, right answers
     n: int, # n, answers
@@ -222,7 +243,7 @@ def wilson_interval(
     half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
     return (centre - half if successes else 0.0), (centre + half if successes < n else 1.0) # at the ends rounding would miss 0 or 1
 
-# %% ../nbs/05_evaluation.ipynb #c043
+# %% ../nbs/05_evaluation.ipynb #c045
 @dataclass(frozen=True)
 class AccuracySummary:
     "What the records of one task say together."
@@ -236,7 +257,7 @@ class AccuracySummary:
     mean_tokens: float # Mean length of an output, in tokens
     cut_off: float # Share of outputs that the limit cut off
 
-# %% ../nbs/05_evaluation.ipynb #c044
+# %% ../nbs/05_evaluation.ipynb #c046
 def summarise_answers(
     records: Sequence[AnswerRecord], # Records, of one task or more
 ) -> tuple[AccuracySummary, ...]: # A summary for each task, in order of appearance
@@ -249,10 +270,10 @@ def summarise_answers(
             sum(r.strict is not None for r in own) / n, sum(r.tokens for r in own) / n, sum(r.cut_off for r in own) / n))
     return tuple(summaries)
 
-# %% ../nbs/05_evaluation.ipynb #c047
+# %% ../nbs/05_evaluation.ipynb #c049
 import numpy as np
 
-# %% ../nbs/05_evaluation.ipynb #c048
+# %% ../nbs/05_evaluation.ipynb #c050
 def bootstrap_interval(
     values: Sequence[float], # One value an example
     seed: int = 0, # Seed of the resampling
@@ -268,7 +289,7 @@ def bootstrap_interval(
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
-# %% ../nbs/05_evaluation.ipynb #c052
+# %% ../nbs/05_evaluation.ipynb #c054
 @dataclass(frozen=True)
 class LossRecord:
     "The loss of one problem's worked solution."
@@ -277,7 +298,7 @@ class LossRecord:
     loss: float # Mean cross-entropy over the target tokens, in nats
     tokens: int # Target tokens
 
-# %% ../nbs/05_evaluation.ipynb #c053
+# %% ../nbs/05_evaluation.ipynb #c055
 def check_finite_losses(
     losses: Sequence[float], # Losses, one an example or window
     names: Sequence[str], # Name of each, for the sentence
@@ -287,13 +308,34 @@ def check_finite_losses(
     if bad: raise BadInput(f"The loss of {bad[0]} is not a finite number ({len(bad)} of {len(losses)} are not): "
                            f"expected finite losses; the weights or the dtype are broken, try float32.")
 
-# %% ../nbs/05_evaluation.ipynb #c054
+# %% ../nbs/05_evaluation.ipynb #c056
 from tqdm.auto import tqdm
 from .data.batches import collate, token_batches
 from .engine.decoding import inference
 from .scoring import target_losses
 
-# %% ../nbs/05_evaluation.ipynb #c055
+# %% ../nbs/05_evaluation.ipynb #c057
+def problem_losses(
+    model: torch.nn.Module, # A causal language model of transformers
+    tokenizer, # Its tokenizer
+    problems: Sequence[Problem], # Problems, as from `evaluation_problems`
+    style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
+    batch_tokens: int = 4096, # Padded tokens a batch may hold
+) -> tuple[LossRecord, ...]: # One record a problem, in the order of the problems
+    "Target losses (the loss of paper Eq. 1) of problems; a loss that is not finite raises `BadInput`."
+    style = style or default_style(tokenizer)
+    examples = [encode_problem(tokenizer, problem, style) for problem in problems]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0 # masked: any token will do
+    losses = [0.0] * len(examples)
+    with inference(model):
+        for batch in tqdm(token_batches(examples, batch_tokens), desc="held-out loss", leave=False):
+            of_batch = target_losses(model, collate([examples[i] for i in batch], pad, model.device))
+            for index, loss in zip(batch, of_batch.tolist()): losses[index] = loss
+    check_finite_losses(losses, [f"problem {e.uid} of {e.task}" for e in examples])
+    return tuple(LossRecord(task=e.task, uid=e.uid, loss=loss, tokens=sum(label != IGNORED for label in e.labels))
+                 for e, loss in zip(examples, losses))
+
+# %% ../nbs/05_evaluation.ipynb #c058
 def held_out_losses(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer, # Its tokenizer
@@ -302,21 +344,11 @@ def held_out_losses(
     seed: int = 0, # Seed of the draw, the same as accuracy's
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
-    exclude: Collection[str] = frozenset(), # Content hashes of the calibration set
-    batch_tokens: int = 4096, # Padded tokens a batch may hold
-) -> tuple[LossRecord, ...]: # One record a problem
-    "Target losses (the loss of paper Eq. 1) on problems that were not calibrated on; a NaN raises `BadInput`."
-    style, losses = style or default_style(tokenizer), {}
-    examples = [encode_problem(tokenizer, p, style) for p in evaluation_problems(task, n, seed, data_dir, exclude)]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0 # masked: any token will do
-    with inference(model):
-        for batch in tqdm(token_batches(examples, batch_tokens), desc="held-out loss", leave=False):
-            found = target_losses(model, collate([examples[place] for place in batch], pad, model.device))
-            losses.update(zip(batch, found.tolist()))
-    check_finite_losses([losses[place] for place in range(len(examples))], [f"problem {e.uid} of {task}" for e in examples])
-    return tuple(LossRecord(task=task, uid=e.uid, loss=losses[place], tokens=sum(label != IGNORED for label in e.labels)) for place, e in enumerate(examples))
+) -> tuple[LossRecord, ...]: # One record a problem, in the order of the draw
+    "Draw problems of a task and take the loss of their worked solutions (the loss of paper Eq. 1)."
+    return problem_losses(model, tokenizer, evaluation_problems(task, n, seed, data_dir), style)
 
-# %% ../nbs/05_evaluation.ipynb #c058
+# %% ../nbs/05_evaluation.ipynb #c061
 @dataclass(frozen=True)
 class LossSummary:
     "What the loss records of one task say together."
@@ -334,7 +366,7 @@ def summarise_losses(
     own = {task: [r.loss for r in records if r.task == task] for task in dict.fromkeys(r.task for r in records)}
     return tuple(LossSummary(task, len(losses), sum(losses) / len(losses), *bootstrap_interval(losses, seed)) for task, losses in own.items())
 
-# %% ../nbs/05_evaluation.ipynb #c061
+# %% ../nbs/05_evaluation.ipynb #c064
 def text_windows(
     ids: Sequence[int], # Token ids of the whole text
     windows: int = 100, # Windows wanted
@@ -349,7 +381,7 @@ def text_windows(
     count = min(windows, len(ids) // width)
     return torch.tensor(ids[:count * width]).view(count, width)
 
-# %% ../nbs/05_evaluation.ipynb #c064
+# %% ../nbs/05_evaluation.ipynb #c067
 def window_losses_naive(
     model: torch.nn.Module, # A causal language model of transformers
     windows: torch.Tensor, # Token ids, int64 [windows, tokens]
@@ -359,11 +391,11 @@ def window_losses_naive(
         chances = model(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
         return -chances.gather(-1, windows[:, 1:, None])[..., 0].mean(1)
 
-# %% ../nbs/05_evaluation.ipynb #c065
+# %% ../nbs/05_evaluation.ipynb #c068
 from .models.anatomy import decoder_of, head_logits
 from .data.problems import load_text
 
-# %% ../nbs/05_evaluation.ipynb #c066
+# %% ../nbs/05_evaluation.ipynb #c069
 def window_losses(
     model: torch.nn.Module, # A causal language model of a known family
     windows: torch.Tensor, # Token ids, int64 [windows, tokens], on the model's device
@@ -380,7 +412,7 @@ def window_losses(
             total += losses.view_as(wanted).cpu().double().sum(1)
     return total / (windows.shape[1] - 1)
 
-# %% ../nbs/05_evaluation.ipynb #c068
+# %% ../nbs/05_evaluation.ipynb #c071
 @dataclass(frozen=True)
 class Perplexity:
     "A perplexity, and what it was measured on."
@@ -395,7 +427,7 @@ class Perplexity:
     windows_asked: int = 100 # Windows asked for
     window_tokens_asked: int = 2048 # Tokens asked for in each
 
-# %% ../nbs/05_evaluation.ipynb #c069
+# %% ../nbs/05_evaluation.ipynb #c072
 def perplexity(
     model: torch.nn.Module, # A causal language model of a known family
     tokenizer, # Its tokenizer
@@ -416,7 +448,7 @@ def perplexity(
     value, low, high = torch.tensor([losses.mean(), *bootstrap_interval(losses.tolist(), seed)]).double().exp().tolist()
     return Perplexity(source.name, source.fingerprint, value, low, high, *cut.shape, tuple(losses.tolist()), windows, window_tokens)
 
-# %% ../nbs/05_evaluation.ipynb #c072
+# %% ../nbs/05_evaluation.ipynb #c075
 def perplexity_in_words(
     found: Perplexity, # A perplexity
 ) -> str: # One sentence
@@ -426,7 +458,7 @@ def perplexity_in_words(
     return (f"{found.text}: perplexity {found.value:.2f} [{found.low:.2f}, {found.high:.2f}] over {found.windows} "
             f"windows of {found.window_tokens:,} tokens{short}.")
 
-# %% ../nbs/05_evaluation.ipynb #c075
+# %% ../nbs/05_evaluation.ipynb #c078
 @dataclass(frozen=True)
 class Evaluation:
     "What was measured of one model."

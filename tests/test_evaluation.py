@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from proofs import TINY_MODELS, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from cap_nb.data.problems import BENCHMARK_NAMES, load_problems
@@ -14,11 +15,10 @@ from cap_nb.data.prompts import target_text
 from cap_nb.evaluation import (
     AnswerRecord, Evaluation, LossRecord, accuracy, bootstrap_interval, evaluation_problems, extract_answer,
     normal_answer, perplexity, strict_pattern, wilson_interval, window_losses)
-from cap_nb.engine.decoding import generate_greedy, generate_naive
+from cap_nb.engine.decoding import Decoding, generate_greedy, generate_naive
 from cap_nb.jobs.records import load_evaluation, save_evaluation
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
-from cap_nb.experiments.proofs import TINY_MODELS, tiny_model
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SHAPE = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -88,7 +88,7 @@ def test_any_batch_writes_what_the_naive_loop_writes(tiny, budget):
     tiny.generation_config.eos_token_id = [3, *(said[len(said) // 2] for said in free[2:4] if said)]
     naive = [generate_naive(tiny, Stop, prompt, 16) for prompt in prompts]
     assert any(not said.cut_off for said in naive)
-    assert generate_greedy(tiny, Stop, prompts, 16, budget) == naive
+    assert generate_greedy(tiny, Stop, prompts, 16, decoding=Decoding(batch_tokens=budget)) == naive
 
 
 class Recited:
@@ -117,11 +117,11 @@ def reciting():
 def test_writing_ends_behind_a_whole_answer_line(budget, piece):
     """The rows of a batch end at different places: by an answer line in mid-text, by a second one, by the stop token, by the limit."""
     model, prompts, line = reciting(), [[2, 3], [3, 2, 8], [12], [13]], strict_pattern("paper", "gsm8k")
-    written = generate_greedy(model, Recited(), prompts, 6, budget, line, piece=piece)
+    written = generate_greedy(model, Recited(), prompts, 6, line, Decoding(batch_tokens=budget, piece=piece))
     assert [Recited().decode(said.tokens) for said in written] == ["Six times two.\n#### 12\n\n", "\n\nNo: \n#### 13\n", "\nand on", "and on"]
     assert [said.cut_off for said in written] == [False] * 4
     assert written == [generate_naive(model, Recited(), prompt, 6, line) for prompt in prompts]
-    shorter = generate_greedy(model, Recited(), prompts, 5, budget, line, piece=piece)
+    shorter = generate_greedy(model, Recited(), prompts, 5, line, Decoding(batch_tokens=budget, piece=piece))
     assert [len(said.tokens) for said in shorter] == [5, 5, 2, 1] and [said.cut_off for said in shorter] == [True, False, False, False]
 
 
@@ -137,12 +137,12 @@ def test_a_model_without_stop_tokens_ends_by_its_answer_line():
     model, tokenizer, line = reciting(), Recited(), strict_pattern("paper", "gsm8k")
     model.generation_config.eos_token_id = tokenizer.eos_token_id = None
     for piece in (1, 4, 64):
-        assert [len(said.tokens) for said in generate_greedy(model, tokenizer, [[2, 3], [6]], 9, line=line, piece=piece)] == [6, 3]
+        assert [len(said.tokens) for said in generate_greedy(model, tokenizer, [[2, 3], [6]], 9, line, Decoding(piece=piece))] == [6, 3]
 
 
 def test_caches_agree(tiny):
     prompts = [[5] * length for length in (1, 7, 30, 12)]
-    grown, fixed = (generate_greedy(tiny, Stop, prompts, 16, cache=cache) for cache in ("dynamic", "static"))
+    grown, fixed = (generate_greedy(tiny, Stop, prompts, 16, decoding=Decoding(cache=cache)) for cache in ("dynamic", "static"))
     assert grown == fixed
 
 
@@ -158,7 +158,7 @@ def test_every_family_writes_alone_what_it_writes_in_a_batch(name):
     naive = [generate_naive(model, tokenizer, prompt, 10) for prompt in prompts]
     assert len({len(said.tokens) for said in naive}) > 1
     for piece in (3, 64):
-        assert generate_greedy(model, tokenizer, prompts, 10, 10_000, piece=piece) == naive
+        assert generate_greedy(model, tokenizer, prompts, 10, decoding=Decoding(batch_tokens=10_000, piece=piece)) == naive
 
 
 def test_no_prompts_no_answers(tiny):

@@ -1,6 +1,10 @@
-"""The house rules that a machine can check: short cells, enough prose, silent modules, imports that run one way."""
+"""The house rules that a machine can check, beside what ruff checks: short cells and lines, enough prose, silent modules,
+imports that run one way, one way through the book, few public names."""
 import ast
+import functools
+import inspect
 import re
+import subprocess
 
 import pytest
 
@@ -48,9 +52,14 @@ def test_outputs_name_no_machine(path):
     assert "site-packages/" not in text and str(ROOT) + "/" not in text
 
 
+def is_import_cell(cell):
+    body = [] if cell.source.lstrip().startswith(("%", "!")) else ast.parse(cell.source).body
+    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=label)
 def test_there_is_prose_for_the_code(path):
-    code_cells = sum(c.kind == "code" for c in cells(path))
+    code_cells = sum(c.kind == "code" and not is_import_cell(c) for c in cells(path))
     assert prose_words(path) >= 15 * code_cells, f"{prose_words(path)} words for {code_cells} code cells"
 
 
@@ -64,6 +73,89 @@ def test_imports_stand_alone(path):
         imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in body]
         assert not any(imports) or all(imports), f"an import shares its cell: {cell.source.splitlines()[:4]}"
         assert not any(imports) or not {"slow", "gpu"} & cell.directives.keys(), "an import stands in a slow or gpu cell"
+
+
+def long_lines(text, width=120):
+    """Lines that are too long; a table's row and a formula cannot be broken."""
+    return [line for line in text.splitlines() if len(line) > width and not line.lstrip().startswith(("|", "$$", "!["))]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
+def test_lines_are_short(path):
+    """ruff looks at code cells only."""
+    assert not [line for c in cells(path) for line in long_lines(c.source)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_lines_of_modules_are_short(path):
+    """nbdev writes `__all__`, and wraps it as it likes."""
+    text = re.sub(r"^__all__ = \[.*?\]$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert not long_lines(text)
+
+
+def test_next_leads_through_every_notebook():
+    """From the index, "Next" visits every notebook once, in the order of nbs/order.txt; the last one leads back to the index."""
+    for path, following in zip(NOTEBOOKS, [*NOTEBOOKS[1:], NOTEBOOKS[0]]):
+        last = [c.source for c in cells(path) if c.kind == "markdown"][-1]
+        links = re.findall(r"^Next: \[[^\]]+\]\(([^)]+)\)", last, flags=re.M)
+        assert [(path.parent / link).resolve() for link in links] == [following], f"{label(path)}: Next leads to {links}, not to {label(following)}"
+
+
+@functools.cache
+def dataclass_names():
+    """The names of the package's dataclasses."""
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in MODULES]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return {node.name for node in classes if any("dataclass" in ast.unparse(d) for d in node.decorator_list)}
+
+
+def filled_by_position(text, names, most=3):
+    """Calls that fill a dataclass by position beyond its first fields."""
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [ast.unparse(call)[:80] for call in calls if call.func.id in names and len(call.args) > most]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
+def test_dataclasses_are_filled_by_keyword(path):
+    code = [c.source for c in cells(path) if c.kind == "code" and not c.source.lstrip().startswith(("%", "!"))]
+    assert not [call for text in code for call in filled_by_position(text, dataclass_names())]
+
+
+def test_filling_by_position_is_noticed():
+    assert filled_by_position("Anatomy('llama', 2, 4, 2)", {"Anatomy"}) and not filled_by_position("Anatomy('llama', 2, 4)", {"Anatomy"})
+
+
+def test_the_scoring_chapter_is_the_papers():
+    """Equation 2 comes in the first half of at most 60 cells."""
+    chapter = cells(ROOT / "nbs" / "01_scoring.ipynb")
+    second = next(i for i, c in enumerate(chapter) if c.kind == "markdown" and r"\operatorname{median}_k m_k(h)" in c.source)
+    assert len(chapter) <= 60 and second < len(chapter) / 2
+
+
+def test_few_files_are_tracked():
+    tracked = subprocess.run(["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(tracked) <= 320, f"{len(tracked)} files are tracked"
+
+
+def undocumented(thing):
+    """What a public function or class lacks: a docstring, or a comment behind a parameter or field."""
+    lines = inspect.getsource(thing).splitlines()
+    missing = [] if inspect.getdoc(thing) else ["a docstring"]
+    names = inspect.signature(thing).parameters if inspect.isfunction(thing) else getattr(thing, "__dataclass_fields__", {})
+    for name in names:
+        if not any(re.match(rf"\s*\*{{0,2}}{name}\b[^#]*#\s*\S", line) for line in lines):
+            missing.append(f"a comment on {name}")
+    return missing
+
+
+def test_public_means_documented():
+    """About a hundred names, each with a docstring, and with what every parameter is."""
+    import cap_nb.all
+
+    public = {name: getattr(cap_nb.all, name) for name in cap_nb.all.__all__}
+    assert len(public) <= 130, f"{len(public)} public names"
+    bare = {name: undocumented(v) for name, v in public.items() if (inspect.isfunction(v) or inspect.isclass(v)) and undocumented(v)}
+    assert not bare, bare
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=label)

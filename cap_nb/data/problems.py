@@ -18,6 +18,7 @@ import json
 from dataclasses import dataclass
 from ..core.errors import check_choice
 from ..core.files import sha256_of_text
+from ..models.lab_world import as_drawn
 
 # %% ../../nbs/data/00_problems.ipynb #c007
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Problem:
 
     @property
     def uid(self) -> str:
-        "Content hash of question and choices: 16 hexadecimal digits."
+        "Content hash of question and choices, names of the lab as drawn: 16 hexadecimal digits."
         said = json.dumps([task_family(self.task), self.question, self.choices], ensure_ascii=False)
-        return sha256_of_text(said)[:16]
+        return sha256_of_text(as_drawn(said))[:16]
 
 # %% ../../nbs/data/00_problems.ipynb #c008
 BENCHMARK_NAMES = ("gsm8k", "strategyqa", "arc") # The three benchmarks of the paper (section 3.1)

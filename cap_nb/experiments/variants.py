@@ -138,7 +138,7 @@ from ..evaluation import AnswerRecord, answer_record, prompt_tokens, token_limit
 from ..evaluation import Evaluation
 from ..jobs.records import load_evaluation, save_evaluation
 from ..jobs.job import Ready, timed
-from ..engine.decoding import generate_greedy
+from ..engine.decoding import Decoding, generate_greedy
 from ..data.prompts import make_example
 
 # %% ../../nbs/experiments/00_variants.ipynb #c024
@@ -156,7 +156,7 @@ def own_answers(
         with timed(folder, "chains"):
             for task in dict.fromkeys(example.task for example in ready.calibration.examples):
                 examples = [example for example in ready.calibration.examples if example.task == task]
-                said = generate_greedy(ready.model, ready.tokenizer, [prompt_tokens(e) for e in examples], job.evaluate.max_new_tokens or token_limit(task), 2 * job.model.batch_tokens)
+                said = generate_greedy(ready.model, ready.tokenizer, [prompt_tokens(e) for e in examples], job.evaluate.max_new_tokens or token_limit(task), decoding=Decoding(batch_tokens=2 * job.model.batch_tokens))
                 records += [answer_record(e, its, ready.tokenizer, job.calibrate.style) for e, its in zip(examples, said)]
         save_evaluation(Evaluation(method="dense", sparsity=0.0, reached=0.0, answers=tuple(records)), place)
     return load_evaluation(place).answers
@@ -246,6 +246,7 @@ def factors_of_variants(
 from torch import nn
 from ..methods.criteria import CRITERIA, Given, measured_for, scores_from
 from ..models.anatomy import Projection, projections
+from ..regions import Factors
 from ..threshold import PruneReport, prune_report, zero_within
 from ..core.errors import check_choice
 from ..methods.wanda import input_norms
@@ -275,8 +276,8 @@ def prune_part(
     known = measured_for(model, named.needs, given, walking)
     scores = scores_from(model, named, known, given.seed)
     for step in layer_by_layer(model, given.calibration, given.batch_tokens, "pruning") if walking else ():
-        with torch.no_grad(): known.norms.update(input_norms(step.layer, step.found, step.waiting))
-        zero_within([p for p in step.found if in_part(p, part)], scores, sparsity, scope)
+        with torch.no_grad(): known.norms.update(input_norms(step.layer, step.projections, step.batches))
+        zero_within([p for p in step.projections if in_part(p, part)], scores, sparsity, scope)
     if not walking: zero_within(own, scores, sparsity, scope)
     return prune_report(model, method, sparsity)
 
@@ -289,9 +290,10 @@ def prune_variant(
 ) -> PruneReport: # What was done, under the variant's name
     "Prune a job's model by a variant."
     variant, job = VARIANTS.get(name, Variant("", "dense")), ready.job
-    given = Given(factors=factors, calibration=ready.calibration, sparsities=None, key_value=variant.key_value, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
+    if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value)
+    given = Given(factors=factors, calibration=ready.calibration, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
     if variant.part: return replace(prune_part(ready.model, variant.method, variant.part, sparsity, given), method=name)
-    report = prune(ready.model, variant.method, sparsity, factors, ready.calibration, variant.key_value, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
+    report = prune(ready.model, variant.method, sparsity, factors, ready.calibration, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
     return replace(report, method=name)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c038

@@ -262,8 +262,9 @@ def run_losses(
 from ..core.files import read_tensors, write_tensors
 from ..importance import importance_factors
 from ..methods.criteria import Given
-from ..methods.experts import ROUTING_AWARE, UnitFactors
+from ..methods.experts import ROUTING_AWARE
 from ..methods.prune import needs_of, parse_method, unit_factors
+from ..regions import Factors
 from ..scoring import causal_scores
 
 # %% ../../nbs/jobs/03_job.ipynb #c035
@@ -278,7 +279,7 @@ def attribution_origin(
 
 def save_attribution(
     path: Path, # File of the factors
-    factors: UnitFactors, # Factors of heads, perhaps of experts, and what else is kept of them
+    factors: Factors, # Factors of heads, perhaps of experts, and what else is kept of them
     origin: dict[str, str], # From `attribution_origin`
 ) -> None:
     "Write an attribution's factors."
@@ -292,7 +293,7 @@ def attribution_factors(
     folder: Path, # The run's folder
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
     losses: HeadLosses | None, # The heads' table of losses, for what starts from it
-) -> UnitFactors: # Importance factors of every head, and of every expert where they have their own
+) -> Factors: # Importance factors of every head, and of every expert where they have their own
     "The factors of an attribution, computed only if they are not there; those of another model raise `BadInput`."
     path, origin = folder/"attributions"/f"{attribution}.safetensors", attribution_origin(ready, attribution)
     if not path.exists():
@@ -304,14 +305,14 @@ def attribution_factors(
     if kept != origin:
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
                        "run again.")
-    return UnitFactors(tensors["factors"], tensors.get("experts"))
+    return Factors(tensors["factors"], tensors.get("experts"))
 
 # %% ../../nbs/jobs/03_job.ipynb #c038
 def factors_by_method(
     ready: Ready, # The job
     folder: Path, # The run's folder
     store: Path | None, # Folder of tables of losses shared between runs, or None
-) -> dict[str, UnitFactors]: # Method -> importance factors, for the methods that use some
+) -> dict[str, Factors]: # Method -> importance factors, for the methods that use some
     "The factors of every method of a job, each measured once."
     parsed = {method: parse_method(method) for method in ready.job.prune.methods}
     attributions = {method: parts.attribution for method, parts in parsed.items() if "factors" in needs_of(parts)}
@@ -321,7 +322,7 @@ def factors_by_method(
                if name}
     if None in attributions.values():
         scores = causal_scores(losses, ready.job.prune.aggregation)
-        factors[None] = UnitFactors(importance_factors(scores))
+        factors[None] = Factors(importance_factors(scores))
     return {method: factors[name] for method, name in attributions.items()}
 
 # %% ../../nbs/jobs/03_job.ipynb #c040
@@ -344,7 +345,8 @@ def put_back(
     for p in projections(model): p.stored.copy_(copies[p.name])
 
 # %% ../../nbs/jobs/03_job.ipynb #c044
-from ..evaluation import Evaluation, accuracy, held_out_losses, perplexity
+from ..engine.decoding import Decoding
+from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from .records import together
 from ..threshold import prune_report
 
@@ -358,13 +360,15 @@ def measure_piece(
 ) -> dict: # The part of an `Evaluation` that the piece fills
     "Measure one piece."
     data, evaluation, batch_tokens = job.calibrate, job.evaluate, job.model.batch_tokens
-    draw = {"seed": data.seed, "data_dir": data.data_dir, "style": data.style, "exclude": exclude}
+    def drawn(n: int) -> tuple[Problem, ...]:
+        return evaluation_problems(piece.on, n, data.seed, data.data_dir, exclude)
     if piece.kind == "accuracy":
-        return {"answers": accuracy(model, tokenizer, piece.on, evaluation.evaluate_n,
-                                    max_new_tokens=evaluation.max_new_tokens, batch_tokens=2 * batch_tokens, **draw)}
+        problems, decoding = drawn(evaluation.evaluate_n), Decoding(batch_tokens=2 * batch_tokens)
+        return {"answers": answer_problems(model, tokenizer, problems, data.style, evaluation.max_new_tokens,
+                                           decoding=decoding)}
     if piece.kind == "loss":
-        return {"losses": held_out_losses(model, tokenizer, piece.on, evaluation.loss_n, batch_tokens=batch_tokens,
-                                          **draw)}
+        problems = drawn(evaluation.loss_n)
+        return {"losses": problem_losses(model, tokenizer, problems, data.style, batch_tokens)}
     return {"perplexity": perplexity(model, tokenizer, piece.on, data.data_dir, evaluation.windows,
                                      evaluation.window_tokens)}
 
@@ -478,13 +482,11 @@ def finish_cells(
 # %% ../../nbs/jobs/03_job.ipynb #c059
 def method_pruner(
     ready: Ready, # The job
-    factors: dict[str, UnitFactors], # From `factors_by_method`
+    factors: dict[str, Factors], # From `factors_by_method`
 ) -> Pruner: # Prunes the job's model
     "How a job prunes: by the method's name, with its factors."
     def pruner(method: str, sparsity: float) -> PruneReport:
-        units = factors.get(method)
-        heads, experts = (units.heads, units.experts) if units else (None, None)
-        return prune(ready.model, method, sparsity, heads, ready.calibration, experts=experts,
+        return prune(ready.model, method, sparsity, factors.get(method), ready.calibration,
                      batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
     return pruner
 

@@ -15,16 +15,36 @@ CHAT_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'assistant' %}<lab>{
 from collections.abc import Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from .lab_world import TASKS, lab_prompt, lab_records, lab_target, lab_text
+from .lab_world import TASKS, as_drawn, lab_prompt, lab_records, lab_target, lab_text
 
 # %% ../../nbs/models/06_lab.ipynb #c006
 def tokenizer_corpus() -> Iterator[str]:
-    "Training problems and text from which the vocabulary is counted."
+    "Training problems and text from which the vocabulary is counted, names as drawn."
     for task in TASKS:
-        for record in lab_records(task, "train", 4_000, "tokenizer"): yield lab_prompt(record, task) + "\n" + lab_target(record, task)
-    yield from lab_text("train", 8_000, "tokenizer").split("\n")
+        for record in lab_records(task, "train", 4_000, "tokenizer"):
+            yield as_drawn(lab_prompt(record, task) + "\n" + lab_target(record, task))
+    yield from as_drawn(lab_text("train", 8_000, "tokenizer")).split("\n")
 
 # %% ../../nbs/models/06_lab.ipynb #c008
+import json
+from .lab_world import SPELT
+
+# %% ../../nbs/models/06_lab.ipynb #c009
+def respelt(
+    inner: Tokenizer, # Byte-pair encoding, counted on names as drawn
+) -> Tokenizer: # The same ids for the same text, names as written
+    "Replace the tokens of drawn names by the names of `SPELT`; a vocabulary that cannot spell one is left as it is."
+    described = json.loads(inner.to_str())
+    vocabulary, merges = described["model"]["vocab"], described["model"]["merges"]
+    for syllables, name in SPELT.items():
+        drawn = "".join(syllables)
+        if drawn not in vocabulary or name[1:] not in vocabulary: continue
+        vocabulary[name] = vocabulary.pop(drawn)
+        last = [i for i, pair in enumerate(merges) if "".join(pair) == drawn]
+        merges[last[0]] = [name[0], name[1:]]
+    return Tokenizer.from_str(json.dumps(described))
+
+# %% ../../nbs/models/06_lab.ipynb #c011
 def train_tokenizer(
     size: int = 768, # At most so many tokens
 ) -> PreTrainedTokenizerFast: # With the lab's special tokens and chat template
@@ -34,17 +54,17 @@ def train_tokenizer(
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[PAD, END, ASK, LAB_TOKEN], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
     inner.train_from_iterator(tokenizer_corpus(), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD, eos_token=END, additional_special_tokens=[ASK, LAB_TOKEN],
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=respelt(inner), pad_token=PAD, eos_token=END, additional_special_tokens=[ASK, LAB_TOKEN],
         model_max_length=512, clean_up_tokenization_spaces=False, padding_side="left")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
-# %% ../../nbs/models/06_lab.ipynb #c013
+# %% ../../nbs/models/06_lab.ipynb #c016
 from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# %% ../../nbs/models/06_lab.ipynb #c014
+# %% ../../nbs/models/06_lab.ipynb #c017
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what the trained model will be."
@@ -66,7 +86,7 @@ class Recipe:
     weight_decay: float = 0.01
     prompt_weight: float = 0.1 # Of a prompt token in the loss; a target token has 1
 
-# %% ../../nbs/models/06_lab.ipynb #c015
+# %% ../../nbs/models/06_lab.ipynb #c018
 def new_model(
     recipe: Recipe, # Sizes and seed
     tokenizer: PreTrainedTokenizerFast, # For the numbers of its special tokens
@@ -79,18 +99,18 @@ def new_model(
         max_position_embeddings=recipe.window, tie_word_embeddings=True, initializer_range=recipe.spread,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
 
-# %% ../../nbs/models/06_lab.ipynb #c019
+# %% ../../nbs/models/06_lab.ipynb #c022
 @dataclass(frozen=True)
 class Sequences:
     "A batch for training, padded on the right."
     tokens: torch.Tensor # int64 [B, T]
     weight: torch.Tensor # float32 [B, T - 1]: what predicting the next token counts
 
-# %% ../../nbs/models/06_lab.ipynb #c020
+# %% ../../nbs/models/06_lab.ipynb #c023
 import itertools, random
 from collections.abc import Sequence
 
-# %% ../../nbs/models/06_lab.ipynb #c021
+# %% ../../nbs/models/06_lab.ipynb #c024
 def padded(pairs: Sequence[tuple[list[int], list[int]]], prompt_weight: float) -> Sequences:
     "Prompt and target tokens as one batch; padding counts nothing, and needs no mask since no token attends to what follows it."
     longest = max(len(prompt) + len(target) for prompt, target in pairs)
@@ -101,7 +121,7 @@ def padded(pairs: Sequence[tuple[list[int], list[int]]], prompt_weight: float) -
         weight[row, :len(prompt)], weight[row, len(prompt):end] = prompt_weight, 1.0
     return Sequences(tokens, weight[:, 1:])
 
-# %% ../../nbs/models/06_lab.ipynb #c024
+# %% ../../nbs/models/06_lab.ipynb #c027
 def problem_batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, task: str, pool: int) -> list[Sequences]:
     "The batches of one task for `recipe.pool` steps: of like length within a batch, in random order."
     size = recipe.batch[TASKS.index(task)]
@@ -113,7 +133,7 @@ def problem_batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, task: st
     random.Random(pool).shuffle(batches)
     return batches
 
-# %% ../../nbs/models/06_lab.ipynb #c025
+# %% ../../nbs/models/06_lab.ipynb #c028
 def text_batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, pool: int) -> list[Sequences]:
     "Windows of plain text for `recipe.pool` steps; every token counts."
     text = lab_text("train", recipe.pool * recipe.window // 6, f"{recipe.seed} {pool}")
@@ -121,7 +141,7 @@ def text_batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, pool: int) 
     starts = range(0, recipe.pool * recipe.window, recipe.window)
     return [padded([([], tokens[start:start + recipe.window])], 0.0) for start in starts]
 
-# %% ../../nbs/models/06_lab.ipynb #c027
+# %% ../../nbs/models/06_lab.ipynb #c030
 def training_batches(
     tokenizer: PreTrainedTokenizerFast, # The lab's
     recipe: Recipe, # Batch sizes and seed
@@ -133,7 +153,7 @@ def training_batches(
         skip = first % recipe.pool if pool == first // recipe.pool else 0
         yield from map(list, list(zip(*columns))[skip:])
 
-# %% ../../nbs/models/06_lab.ipynb #c030
+# %% ../../nbs/models/06_lab.ipynb #c033
 def weighted_loss(
     model: LlamaForCausalLM, # In any dtype
     batch: Sequences, # A batch on the model's device
@@ -145,13 +165,13 @@ def weighted_loss(
     weight = batch.weight[counted]
     return (losses * weight).sum(), losses.detach()[weight == 1].mean().item()
 
-# %% ../../nbs/models/06_lab.ipynb #c033
+# %% ../../nbs/models/06_lab.ipynb #c036
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from torch import nn
 
-# %% ../../nbs/models/06_lab.ipynb #c034
+# %% ../../nbs/models/06_lab.ipynb #c037
 def gradients(model: nn.Module, batch: Sequences, total: float, loss_of: Callable = weighted_loss) -> tuple[tuple[torch.Tensor, ...], float]:
     "Gradient of the batch's share of the loss for every parameter, and its mean loss; bfloat16 autocast."
     with torch.autocast("cpu", torch.bfloat16): loss, mean = loss_of(model, batch)
@@ -166,11 +186,11 @@ def one_core_each(workers: int) -> Iterator[ThreadPoolExecutor]:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as threads: yield threads
     finally: torch.set_num_threads(before)
 
-# %% ../../nbs/models/06_lab.ipynb #c036
+# %% ../../nbs/models/06_lab.ipynb #c039
 import math
 from ..core.errors import BadInput
 
-# %% ../../nbs/models/06_lab.ipynb #c037
+# %% ../../nbs/models/06_lab.ipynb #c040
 def optimizers(
     model: nn.Module, # The model to train
     recipe: Recipe, # Learning rates and weight decay
@@ -185,7 +205,7 @@ def optimizers(
     return (torch.optim.Muon([*matrices, *more], lr=recipe.matrix_rate, weight_decay=recipe.weight_decay),
             torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay))
 
-# %% ../../nbs/models/06_lab.ipynb #c038
+# %% ../../nbs/models/06_lab.ipynb #c041
 def rate_factor(
     step: int, # From 0
     recipe: Recipe, # Steps and warm-up
@@ -193,7 +213,7 @@ def rate_factor(
     "Linear warm-up times a cosine that ends at a fiftieth (Loshchilov and Hutter 2017)."
     return min(1, (step + 1) / recipe.warmup) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / recipe.steps)))
 
-# %% ../../nbs/models/06_lab.ipynb #c040
+# %% ../../nbs/models/06_lab.ipynb #c043
 def take_step(model: nn.Module, both: Sequence, batches: list[Sequences], factor: float, threads: ThreadPoolExecutor, loss_of: Callable = weighted_loss) -> list[float]:
     "One optimiser step on all tasks together; the mean loss of each. Gradients are added in a fixed order: same seed, same weights."
     total = sum(batch.weight.sum().item() for batch in batches)
@@ -208,7 +228,7 @@ def take_step(model: nn.Module, both: Sequence, batches: list[Sequences], factor
         optimizer.zero_grad()
     return means
 
-# %% ../../nbs/models/06_lab.ipynb #c042
+# %% ../../nbs/models/06_lab.ipynb #c045
 @dataclass(frozen=True)
 class Kind:
     "What a training does in its own way for one kind of model."
@@ -222,7 +242,7 @@ class Kind:
 
 DENSE = Kind() # The lab model itself
 
-# %% ../../nbs/models/06_lab.ipynb #c044
+# %% ../../nbs/models/06_lab.ipynb #c047
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -230,7 +250,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from ..core.files import read_json, write_json
 
-# %% ../../nbs/models/06_lab.ipynb #c045
+# %% ../../nbs/models/06_lab.ipynb #c048
 def save_state(work: Path, model: nn.Module, both: Sequence, log: dict) -> None:
     "Save a training; the JSON file names the tensors' file, so that a half-written state is never taken for a whole one."
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
@@ -243,7 +263,7 @@ def save_state(work: Path, model: nn.Module, both: Sequence, log: dict) -> None:
     for old in work.glob("state-*.safetensors"):
         if old.name != name: old.unlink()
 
-# %% ../../nbs/models/06_lab.ipynb #c046
+# %% ../../nbs/models/06_lab.ipynb #c049
 def load_state(work: Path, model: nn.Module, both: Sequence) -> dict:
     "Put a saved state back into model and optimisers, and return its log."
     log = read_json(work / "state.json")
@@ -257,7 +277,7 @@ def load_state(work: Path, model: nn.Module, both: Sequence) -> dict:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return log
 
-# %% ../../nbs/models/06_lab.ipynb #c051
+# %% ../../nbs/models/06_lab.ipynb #c054
 def opened_log(model: nn.Module, both: Sequence, recipe: Recipe, work: Path) -> dict:
     "A new training's log, or the saved one with its state put back; a state by another recipe raises `BadInput`."
     log = {"recipe": asdict(recipe) | {"batch": list(recipe.batch)}, "step": 0, "seconds": 0.0, "sessions": 0, "loss": []}
@@ -267,7 +287,7 @@ def opened_log(model: nn.Module, both: Sequence, recipe: Recipe, work: Path) -> 
         log = load_state(work, model, both)
     return log | {"sessions": log["sessions"] + 1}
 
-# %% ../../nbs/models/06_lab.ipynb #c052
+# %% ../../nbs/models/06_lab.ipynb #c055
 def train(model: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, work: Path, kind: Kind = DENSE, save_every: int = 100) -> dict:
     "Train from the last state in `work`, or from the start; the log holds the mean loss of each task over every 50 steps."
     both, columns = kind.optimizers(model, recipe), [*TASKS, "text"]
@@ -284,7 +304,7 @@ def train(model: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, 
             if log["step"] % save_every == 0 or log["step"] == recipe.steps: save_state(work, model, both, log)
     return log
 
-# %% ../../nbs/models/06_lab.ipynb #c054
+# %% ../../nbs/models/06_lab.ipynb #c057
 @torch.inference_mode()
 def greedy_answers(
     model: LlamaForCausalLM, # In evaluation mode
@@ -302,7 +322,7 @@ def greedy_answers(
         answers |= dict(zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True)))
     return [answers[i] for i in range(len(texts))]
 
-# %% ../../nbs/models/06_lab.ipynb #c055
+# %% ../../nbs/models/06_lab.ipynb #c058
 def lab_solved(
     model: LlamaForCausalLM, # In evaluation mode
     tokenizer: PreTrainedTokenizerFast, # The lab's
@@ -315,12 +335,12 @@ def lab_solved(
     answers = greedy_answers(model, tokenizer, [lab_prompt(r, task) for r in records])
     return sum(answer.split("\n")[-1] == lab_target(r, task).split("\n")[-1] for answer, r in zip(answers, records))
 
-# %% ../../nbs/models/06_lab.ipynb #c058
+# %% ../../nbs/models/06_lab.ipynb #c061
 import importlib.resources
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from ..core.files import sha256_of_file, whole_folder
 
-# %% ../../nbs/models/06_lab.ipynb #c059
+# %% ../../nbs/models/06_lab.ipynb #c062
 def write_checksums(folder: Path) -> None:
     "SHA256SUMS.json over every other file of a checkpoint."
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS.json")
@@ -332,7 +352,7 @@ def check_checksums(folder: Path) -> None:
         if not (folder / name).is_file() or sha256_of_file(folder / name) != expected:
             raise BadInput(f"{folder / name} is missing or has changed: expected the file with SHA-256 {expected[:16]}...; install the package again.")
 
-# %% ../../nbs/models/06_lab.ipynb #c061
+# %% ../../nbs/models/06_lab.ipynb #c064
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     "tokenizer.json and tokenizer_config.json, chat template included."
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
@@ -351,7 +371,7 @@ def save_checkpoint(folder: Path, model: nn.Module, tokenizer: PreTrainedTokeniz
         write_json(part / "training.json", log)
         write_checksums(part)
 
-# %% ../../nbs/models/06_lab.ipynb #c062
+# %% ../../nbs/models/06_lab.ipynb #c065
 def add_to_log(
     folder: str | Path, # A checkpoint
     **entries: object, # What to write into its training.json
@@ -362,7 +382,7 @@ def add_to_log(
     write_json(folder / "training.json", read_json(folder / "training.json") | entries)
     write_checksums(folder)
 
-# %% ../../nbs/models/06_lab.ipynb #c063
+# %% ../../nbs/models/06_lab.ipynb #c066
 CHECKPOINT = Path(str(importlib.resources.files("cap_nb"))) / "models" / "lab_checkpoint" # Ships with the package
 
 def lab_tokenizer(
@@ -382,25 +402,25 @@ def lab_model(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
     return model.to(device or "cpu").eval(), tokenizer
 
-# %% ../../nbs/models/06_lab.ipynb #c065
+# %% ../../nbs/models/06_lab.ipynb #c068
 import argparse, os, platform
 from ..core.errors import check_at_least
 from .lab_world import world_fingerprint
 
-# %% ../../nbs/models/06_lab.ipynb #c066
+# %% ../../nbs/models/06_lab.ipynb #c069
 def circumstances() -> dict[str, object]:
     "What a training ran on."
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
     return {"versions": versions | {"python": platform.python_version()}, "machine": platform.machine(), "cores": os.cpu_count()}
 
-# %% ../../nbs/models/06_lab.ipynb #c067
+# %% ../../nbs/models/06_lab.ipynb #c070
 @torch.no_grad()
 def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     "The same model, its weights rounded to what a dtype can hold; their own dtype stays."
     for weight in model.parameters(): weight.copy_(weight.to(dtype))
     return model
 
-# %% ../../nbs/models/06_lab.ipynb #c068
+# %% ../../nbs/models/06_lab.ipynb #c071
 def train_lab(
     folder: str | Path, # Where the checkpoint will be; must not exist
     steps: int | None = None, # Optimiser steps; None means the recipe's
@@ -425,7 +445,7 @@ def train_lab(
     save_checkpoint(folder, model.to(kind.stored), tokenizer, log)
     return log
 
-# %% ../../nbs/models/06_lab.ipynb #c072
+# %% ../../nbs/models/06_lab.ipynb #c075
 def main(
     arguments: Sequence[str] | None = None, # As on the command line; None means the command line's own
 ) -> None:
@@ -438,5 +458,5 @@ def main(
     try: train_lab(given.out, given.steps, given.seed)
     except BadInput as error: parser.exit(2, f"{error}\n")
 
-# %% ../../nbs/models/06_lab.ipynb #c073
+# %% ../../nbs/models/06_lab.ipynb #c076
 if __name__ == "__main__" and "__file__" in globals(): main() # A notebook is called __main__ too, but has no __file__
