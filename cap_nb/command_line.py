@@ -32,7 +32,8 @@ def in_one_sentence(
         except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
             give_up(f"{error.filename} cannot be opened ({error.strerror}): expected a file or folder there; check the "
                     "path.", 2)
-        except KeyboardInterrupt: give_up("Stopped. What is finished is kept: the same command goes on from there.", 130)
+        except KeyboardInterrupt:
+            give_up("Stopped. What is finished is kept: the same command goes on from there.", 130)
     return wrapped
 
 # %% ../nbs/command_line.ipynb #c008
@@ -66,7 +67,7 @@ def read_sparsities(
 
 # %% ../nbs/command_line.ipynb #c012
 import inspect, re
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Annotated
 from .jobs.settings import Job, SinglePruning, changed
 
@@ -124,7 +125,8 @@ def with_options(
         def wrapped(**words):
             values = {option.field: option.read(words.pop(option.parameter.name)) for option in options}
             return command(**{parameter: build(**values)}, **words)
-        others = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != parameter]
+        others = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+                  for p in signature.parameters.values() if p.name != parameter]
         every = [*(option.parameter for option in options), *others]
         wrapped.__signature__ = signature.replace(parameters=every)
         wrapped.__annotations__ = {p.name: p.annotation for p in every}
@@ -239,23 +241,14 @@ def claims_command(
 
 # %% ../nbs/command_line.ipynb #c032
 import shutil
-from .calibration import Calibration, calibration_set
 from .engine.devices import joined, own_device
 from .engine.resumed_scoring import score_heads
-from .jobs.job import check_job
+from .jobs.job import check_job, job_calibration
 from .models.loading import load_model, tokenizer_fingerprint
 from .scoring import save_losses
 
 # %% ../nbs/command_line.ipynb #c033
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
-
-def job_calibration(
-    job: Job, # What the options say
-    tokenizer, # The model's tokenizer
-) -> Calibration: # The calibration set
-    "The calibration set of a job."
-    data = job.calibrate
-    return calibration_set(tokenizer, data.tasks, data.n, data.k, data.seed, data.data_dir, data.style)
 
 @app.command("score")
 @in_one_sentence
@@ -296,8 +289,8 @@ def factors_from(
     if pruning.scores is None: return None
     losses = load_losses(pruning.scores)
     if losses.meta.get("model") != fingerprint():
-        raise BadInput(f"{pruning.scores} was measured on other weights or another dtype: expected this model's; score it first, "
-                       "with the same --dtype.")
+        raise BadInput(f"{pruning.scores} was measured on other weights or another dtype: expected this model's; "
+                       "score it first, with the same --dtype.")
     return Factors(heads=importance_factors(causal_scores(losses, aggregation)), key_value=pruning.key_value)
 
 # %% ../nbs/command_line.ipynb #c038
