@@ -55,7 +55,6 @@ from .experiments.seeds import *
 from .experiments.claims import *
 from .experiments.reasoning_steps import *
 from .experiments.harness import *
-from .experiments.side_by_side import *
 from .experiments.proofs import *
 from .command_line import *
 
