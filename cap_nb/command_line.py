@@ -161,13 +161,14 @@ def claims_command(
 
 # %% ../nbs/command_line.ipynb #c022
 import csv, shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from .methods.allocation import ALLOCATIONS
 from .methods.attributions import ATTRIBUTIONS
-from .methods.criteria import CRITERIA
+from .methods.criteria import CRITERIA, Given
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
-from .methods.prune import OTHERS, check_method, method_line, needs_of, prune
+from .methods.prune import OTHERS, check_method, method_line, needs_of, prune, unit_factors
+from .regions import Factors
 from .threshold import PruneReport, SCOPES
 from .methods.experts import ROUTING_AWARE
 from .calibration import calibration_set
@@ -212,13 +213,13 @@ def factors_from(
     path: Path | None, # A table of losses, or None
     fingerprint: Callable[[], str], # Of the model that is to be pruned
     aggregation: str, # How losses become scores
-) -> object: # Importance factor of every head, [L, H], or None without a table
+) -> Factors | None: # Importance factors of the heads, or None without a table
     "Importance factors from a table of losses; one of another model raises `BadInput`."
     if path is None: return None
     losses = load_losses(path)
     if losses.meta.get("model") != fingerprint():
         raise BadInput(f"{path} was measured on other weights or another dtype: expected this model's; score it first, with the same --dtype.")
-    return importance_factors(causal_scores(losses, aggregation))
+    return Factors(heads=importance_factors(causal_scores(losses, aggregation)))
 
 def check_streaming(
     model: str, # As --model was given
@@ -245,7 +246,10 @@ def pruned_in_memory(
     wanted = "calibration" in needs_of(parts) or (parts.attribution and scores is None)
     calibration = calibration_set(tokenizer, job.tasks, job.n, job.k, job.seed, job.data_dir, job.style) if wanted else None
     factors = factors_from(scores, lambda: model_fingerprint(model), job.aggregation)
-    report = prune(model, method, sparsity, factors, calibration, key_value, ties, job.batch_tokens, job.seed)
+    if factors is None and parts.attribution:
+        factors = unit_factors(model, parts.attribution, Given(calibration=calibration, batch_tokens=job.batch_tokens))
+    factors = factors and replace(factors, key_value=key_value)
+    report = prune(model, method, sparsity, factors, calibration, ties, job.batch_tokens, job.seed)
     save_model(model, tokenizer, out)
     return report
 
@@ -255,7 +259,8 @@ def pruned_where_it_lies(job: Job, out: Path, scores: Path | None, norms: Path |
     check_streaming(job.model, job.dtype, job.device)
     check_streamed(method, sparsity, ties)
     factors = factors_from(scores, lambda: checkpoint_fingerprint(job.model), job.aggregation)
-    return prune_checkpoint(job.model, out, sparsity, factors, method, norms, key_value, ties)
+    factors = factors and replace(factors, key_value=key_value)
+    return prune_checkpoint(job.model, out, sparsity, factors, method, norms, ties)
 
 # %% ../nbs/command_line.ipynb #c027
 @app.command("prune")

@@ -127,9 +127,8 @@ def test_names_that_mean_nothing(method):
 
 def test_factors_of_heads_alone_are_refused_in_memory_and_streamed(tmp_path):
     model, heads = mixtral(), torch.ones(3, 4)
-    for given in ({"factors": heads}, {"experts": torch.ones(3, 5)}):
-        with pytest.raises(BadInput, match="expected both, or neither"):
-            prune(model, "cap.routed", 0.3, calibration=CALIBRATION, **given)
+    with pytest.raises(BadInput, match="expected both, or neither"):
+        prune(model, "cap.routed", 0.3, heads, CALIBRATION)
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(BadInput, match="cannot be streamed"):
         prune_checkpoint(tmp_path / "model", tmp_path / "pruned", 0.3, heads, "cap.routed")
@@ -143,7 +142,7 @@ def test_by_name_is_by_hand():
     named, by_hand = mixtral(), mixtral()
     factors = routing_aware_factors(by_hand, "masked_experts", CALIBRATION)
     prune(named, "cap.masked_experts", 0.4, calibration=CALIBRATION)
-    report = prune(by_hand, "cap", 0.4, factors.heads, experts=factors.experts)
+    report = prune(by_hand, "cap", 0.4, factors)
     assert abs(report.reached - 0.4) < 1e-3
     assert all(torch.equal(p.weight, q.weight) for p, q in zip(projections(named), projections(by_hand)))
     plain = mixtral()

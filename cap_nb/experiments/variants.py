@@ -247,6 +247,7 @@ def factors_of_variants(
 from torch import nn
 from ..methods.criteria import CRITERIA, Given, measured_for, scores_from
 from ..models.anatomy import Projection, projections
+from ..regions import Factors
 from ..threshold import PruneReport, prune_report, zero_within
 from ..core.errors import check_choice
 from ..methods.wanda import input_norms
@@ -290,9 +291,10 @@ def prune_variant(
 ) -> PruneReport: # What was done, under the variant's name
     "Prune a job's model by a variant."
     variant, job = VARIANTS.get(name, Variant("", "dense")), ready.job
-    given = Given(factors=factors, calibration=ready.calibration, sparsities=None, key_value=variant.key_value, batch_tokens=job.batch_tokens, seed=job.seed)
+    if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value)
+    given = Given(factors=factors, calibration=ready.calibration, batch_tokens=job.batch_tokens, seed=job.seed)
     if variant.part: return replace(prune_part(ready.model, variant.method, variant.part, sparsity, given), method=name)
-    report = prune(ready.model, variant.method, sparsity, factors, ready.calibration, variant.key_value, batch_tokens=job.batch_tokens, seed=job.seed)
+    report = prune(ready.model, variant.method, sparsity, factors, ready.calibration, batch_tokens=job.batch_tokens, seed=job.seed)
     return replace(report, method=name)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c038

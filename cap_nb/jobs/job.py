@@ -179,7 +179,8 @@ from pathlib import Path
 import torch
 from ..methods.criteria import Given
 from ..scoring import HeadLosses, causal_scores, load_losses, save_losses
-from ..methods.experts import ROUTING_AWARE, UnitFactors
+from ..methods.experts import ROUTING_AWARE
+from ..regions import Factors
 from ..importance import importance_factors
 from ..core.memory import memory_taken
 from ..methods.prune import needs_of, parse_method, unit_factors
@@ -233,7 +234,7 @@ def attribution_factors(
     folder: Path, # The run's folder
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
     losses: HeadLosses | None, # The heads' table of losses, for what starts from it
-) -> UnitFactors: # Importance factors of every head, and of every expert where they have their own
+) -> Factors: # Importance factors of every head, and of every expert where they have their own
     "The factors of an attribution, computed only if they are not there; those of something else raise `BadInput`."
     path, given, how = folder/"attributions"/f"{attribution}.safetensors", Given(calibration=ready.calibration, batch_tokens=ready.job.batch_tokens), ready.job.aggregation
     origin = {"model": ready.configuration["model"]["fingerprint"], "calibration": ready.calibration.fingerprint, "attribution": attribution}
@@ -244,20 +245,20 @@ def attribution_factors(
         write_tensors(path, {"factors": found.heads} | ({} if found.experts is None else {"experts": found.experts}) | found.kept, origin)
     tensors, kept = read_tensors(path)
     if kept != origin: raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and run again.")
-    return UnitFactors(tensors["factors"], tensors.get("experts"))
+    return Factors(tensors["factors"], tensors.get("experts"))
 
 # %% ../../nbs/jobs/01_job.ipynb #c028
 def attributed(
     ready: Ready, # The job
     folder: Path, # The run's folder
     store: Path | None, # Folder of tables of losses shared between runs, or None
-) -> dict[str, UnitFactors]: # Method -> importance factors, for the methods that use some
+) -> dict[str, Factors]: # Method -> importance factors, for the methods that use some
     "The factors of every method of a job, each measured once."
     using = {method: parse_method(method).attribution for method in ready.job.methods if "factors" in needs_of(parse_method(method))}
     from_losses = [name for name in using.values() if name is None or name in ROUTING_AWARE]
     losses = scored(ready, folder, store) if from_losses else None
     found = {name: attribution_factors(ready, folder, name, losses) for name in dict.fromkeys(using.values()) if name}
-    if None in using.values(): found[None] = UnitFactors(importance_factors(causal_scores(losses, ready.job.aggregation)))
+    if None in using.values(): found[None] = Factors(importance_factors(causal_scores(losses, ready.job.aggregation)))
     return {method: found[name] for method, name in using.items()}
 
 # %% ../../nbs/jobs/01_job.ipynb #c030
@@ -560,7 +561,7 @@ def run_job(
         note_environment(folder, environment(ready.configuration["model"]["device"], note))
         factors = attributed(ready, folder, store and Path(store))
         def pruner(method: str, sparsity: float) -> PruneReport:
-            own = factors.get(method)
-            return prune(ready.model, method, sparsity, own and own.heads, ready.calibration, batch_tokens=ready.job.batch_tokens, seed=ready.job.seed, experts=own and own.experts)
+            return prune(ready.model, method, sparsity, factors.get(method), ready.calibration,
+                         batch_tokens=ready.job.batch_tokens, seed=ready.job.seed)
         finish_cells(ready, folder, possible_cells(ready), pruner)
     return folder
