@@ -753,7 +753,7 @@ from matplotlib.figure import Figure
 from ..analysis import LEVEL, correct_family, interval_text, latex_text, markdown_rows, p_text
 from ..core.plots import blank_figure, in_style, save_figure
 from ..core.files import sha256_of_file, write_json
-from ..jobs.job import write_text
+from ..jobs.report import write_text
 
 # %% ../../nbs/experiments/02_claims.ipynb #c077
 COLUMNS = ("Section", "Unit", "Value", "Low", "High", "n", "p", "Holm", "Verdict", "Why")
