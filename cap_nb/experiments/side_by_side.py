@@ -334,7 +334,7 @@ from ..data.problems import BENCHMARK_NAMES
 from ..calibration import Calibration, calibration_set, default_style
 from ..data.prompts import Example, IGNORED
 from ..jobs.planning import ExampleLength, lengths_of
-from ..engine.resumed_scoring import shared_beginning
+from ..engine.resumed_scoring import shared_prefix
 
 # %% ../../nbs/experiments/08_side_by_side.ipynb #c055
 def examples_at_hand(
@@ -383,7 +383,7 @@ def random_model(
 
 # %% ../../nbs/experiments/08_side_by_side.ipynb #c060
 from dataclasses import asdict
-from ..engine.resumed_scoring import after_beginning, score_heads
+from ..engine.resumed_scoring import after_prefix, score_heads
 from ..jobs.planning import batch_shapes, flops_of
 from ..models.loading import model_fingerprint
 from ..scoring import score_heads_naive
@@ -396,8 +396,8 @@ def counted_work(
     heads: Sequence[tuple[int, int]], # (layer, head) of the sample
 ) -> dict[str, int]: # "hook loop" and "resumed" -> floating-point operations
     "The work of scoring some heads both ways, in floating-point operations."
-    begun = shared_beginning(calibration.examples)
-    rest = replace(calibration, examples=tuple(after_beginning(e, begun) for e in calibration.examples))
+    begun = shared_prefix(calibration.examples)
+    rest = replace(calibration, examples=tuple(after_prefix(e, begun) for e in calibration.examples))
     return {"hook loop": flops_of(sampled_naive_work(sizes, batch_shapes(lengths_of(calibration), batch_tokens), heads), sizes),
             "resumed": flops_of(sampled_resumed_work(sizes, batch_shapes(lengths_of(rest), batch_tokens), heads, begun), sizes)}
 
@@ -412,7 +412,7 @@ def about_scoring(
     every = [(layer, head) for layer in range(sizes.layers) for head in range(sizes.heads)]
     return {"model": model_fingerprint(model), "sizes": asdict(sizes), "dtype": str(weight.dtype).removeprefix("torch."), "calibration": calibration.fingerprint,
             "examples": len(calibration.examples), "tokens": sum(len(e.input_ids) for e in calibration.examples), "targets": sum(length.target for length in lengths_of(calibration)),
-            "beginning": shared_beginning(calibration.examples), "batch_tokens": batch_tokens, "heads": [list(head) for head in heads], "total": len(every),
+            "beginning": shared_prefix(calibration.examples), "batch_tokens": batch_tokens, "heads": [list(head) for head in heads], "total": len(every),
             "mean_resumed": mean_resumed(sizes.layers, heads), "flops": counted_work(sizes, calibration, batch_tokens, heads), "flops_of_all": counted_work(sizes, calibration, batch_tokens, every)}
 
 # %% ../../nbs/experiments/08_side_by_side.ipynb #c063
