@@ -112,7 +112,7 @@ from ..models.anatomy import Projection, projections
 from ..scoring import batches_of, target_losses
 from .wanda import input_norms
 from ..engine.layer_walk import layer_by_layer
-from ..regions import region_factors
+from ..regions import Factors, as_factors, region_factors
 
 # %% ../../nbs/methods/01_criteria.ipynb #c017
 @contextmanager
@@ -160,14 +160,15 @@ def dense_norms(
 @dataclass(frozen=True)
 class Given:
     "What a pruning method may use besides the model."
-    factors: torch.Tensor | None = None # Importance factor of every query head, [L, H]
+    factors: Factors | None = None # Importance factors; a tensor of those of the heads, [L, H], becomes `Factors`
     calibration: Calibration | None = None # The calibration set
     sparsities: tuple[float, ...] | None = None # A sparsity for every layer; None means the same for all
-    key_value: str = "mean" # How key-value heads get their factor: "mean" or "max"
     ties: str = "exact" # "exact", or "all" for the paper's plain <=
     batch_tokens: int = 4096 # Padded tokens a batch
     seed: int = 0 # Of methods that draw
-    experts: torch.Tensor | None = None # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
+
+    def __post_init__(self):
+        object.__setattr__(self, "factors", as_factors(self.factors))
 
 @dataclass(frozen=True)
 class Measured:
@@ -198,7 +199,7 @@ def measured_for(
 ) -> Measured: # What the criterion will look at
     "Measure on the dense model what a criterion needs."
     return Measured(dense_norms(model, given.calibration, given.batch_tokens) if "norm" in needs and not walking else {},
-                    region_factors(model, given.factors, given.key_value, given.experts) if "factor" in needs else {},
+                    region_factors(model, given.factors) if "factor" in needs else {},
                     loss_gradients(model, given.calibration, given.batch_tokens) if "gradient" in needs else {})
 
 # %% ../../nbs/methods/01_criteria.ipynb #c024

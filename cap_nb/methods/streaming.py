@@ -118,7 +118,7 @@ def tensors_of_weight(
     p: Projection, # A weight in scope
 ) -> tuple[StoredTensor, ...]: # The tensors whose rows, one below the other, are its own; none if it is missing
     "Where a weight lies; of a stack of experts, what belongs to its own."
-    held = checkpoint.held.get(p.held_in, ())
+    held = checkpoint.held.get(p.parameter_name, ())
     if not held or p.parameter.ndim == 2: return held
     count = p.routing.count
     if len(held) > 1: return held[len(held) // count * p.expert:len(held) // count * (p.expert + 1)]
@@ -216,7 +216,7 @@ from .criteria import CRITERIA, Evidence, Given, Measured, check_given
 from .prune import MethodName, check_method, own_scope
 from .experts import ROUTING_AWARE
 from ..threshold import TIES, check_pattern
-from ..regions import broadcast_factor, check_expert_factors, check_factors, key_value_factors
+from ..regions import Factors, region_factors
 from ..core.errors import check_choice, check_sparsity
 from ..models.anatomy import expert_counts
 from ..core.files import read_tensors, write_tensors
@@ -272,18 +272,12 @@ def checked_norms(
 # %% ../../nbs/methods/08_streaming.ipynb #c036
 def checked_regions(
     checkpoint: Checkpoint, # The checkpoint
-    factors: torch.Tensor | None, # Importance factor of every head, [L, H]
+    factors: Factors | torch.Tensor | None, # Importance factors; a tensor holds those of the heads, [L, H]
     method: str, # Name of the method, for the sentence
-    key_value: str, # How key-value heads get their factor
-    experts: torch.Tensor | None = None, # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
 ) -> dict[str, torch.Tensor]: # Module name -> float32 tensor that broadcasts over the weight
     "The factor of every weight (paper equation 4), as `region_factors` gives it, but in main memory; missing factors or another model's raise `BadInput`."
     check_given(method, Given(factors=factors), ["factors"])
-    a, factors, experts = anatomy(checkpoint.model), factors.cpu(), None if experts is None else experts.cpu()
-    check_factors(factors, a)
-    check_expert_factors(experts, expert_counts(checkpoint.model))
-    shared = key_value_factors(factors, a.key_value_heads, key_value)
-    return {p.name: broadcast_factor(p, a, factors[p.layer], shared[p.layer], experts).float() for p in projections(checkpoint.model)}
+    return region_factors(checkpoint.model, factors, "cpu")
 
 # %% ../../nbs/methods/08_streaming.ipynb #c040
 Scored = Callable[[StoredRows], tuple[torch.Tensor, torch.Tensor]] # Piece -> its rows, and their scores in float32
@@ -582,14 +576,12 @@ def ready_to_write(
 def what_is_known(
     checkpoint: Checkpoint, # The checkpoint
     method: str, # criterion[@scope]
-    factors: torch.Tensor | None, # Importance factors, [L, H]
+    factors: Factors | torch.Tensor | None, # Importance factors; a tensor holds those of the heads, [L, H]
     norms: dict[str, torch.Tensor] | str | Path | None, # Input norms
-    key_value: str, # How key-value heads get their factor
-    experts: torch.Tensor | None, # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
 ) -> Measured: # What the criterion looks at
     "Collect and check what a method needs besides the weights."
     needs = CRITERIA[check_method(method).base].needs
-    return Measured(checked_norms(checkpoint, norms, method) if "norm" in needs else {}, checked_regions(checkpoint, factors, method, key_value, experts) if "factor" in needs else {})
+    return Measured(checked_norms(checkpoint, norms, method) if "norm" in needs else {}, checked_regions(checkpoint, factors, method) if "factor" in needs else {})
 
 # %% ../../nbs/methods/08_streaming.ipynb #c079
 @torch.no_grad()
@@ -597,17 +589,15 @@ def prune_checkpoint(
     src: str | Path, # A folder saved by transformers, as safetensors; not changed
     dst: str | Path, # New folder; it appears when it is whole
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-    factors: torch.Tensor | None = None, # Importance factor of every query head, [L, H]; for cap and cap_wanda
+    factors: Factors | torch.Tensor | None = None, # Importance factors, for cap and cap_wanda; a tensor: the heads', [L, H]
     method: str = "cap", # criterion[@scope], the criterion one of `STREAMED`
     norms: dict[str, torch.Tensor] | str | Path | None = None, # Module name -> input norms [in], or a file of `save_norms`; for wanda and cap_wanda
-    key_value: str = "mean", # How key-value heads get their factor: "mean" or "max"
     ties: str = "exact", # "exact", or "all" for the paper's plain <=
     at_once: int = AT_ONCE, # Weights held at once; the result does not depend on it
-    experts: torch.Tensor | None = None, # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
 ) -> PruneReport: # What was done, as `prune` reports it
     "Prune a checkpoint without loading it (paper sections 3.3 and 3.4); every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, ties), open_checkpoint(src)
-    known, found, scope, zeros = what_is_known(checkpoint, method, factors, norms, key_value, experts), projections(checkpoint.model), own_scope(parts), {}
+    known, found, scope, zeros = what_is_known(checkpoint, method, factors, norms), projections(checkpoint.model), own_scope(parts), {}
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
         groups = [pieces_of_weights(checkpoint, group, at_once) for group in competing(found, scope if scope in ("model", "layer") else "matrix")]
