@@ -6,59 +6,31 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #c003
-from .core.errors import *
-from .core.files import *
-from .core.plots import *
-from .models.families import *
-from .models.anatomy import *
-from .models.routing import *
-from .models.interventions import *
-from .models.replay import *
-from .models.lab_world import *
-from .models.lab import *
-from .models.lab_experts import *
-from .models.loading import *
-from .data.problems import *
-from .data.prompts import *
-from .data.batches import *
-from .calibration import *
-from .scoring import *
-from .engine.layer_walk import *
-from .engine.unit_store import *
-from .engine.resumed_scoring import *
-from .engine.decoding import *
-from .engine.devices import *
-from .importance import *
-
-
-# %% ../nbs/all.ipynb #c003b
-from .regions import *
-from .threshold import *
-from .methods.magnitude import *
-from .methods.wanda import *
-from .methods.criteria import *
-from .methods.allocation import *
-from .methods.sparsegpt import *
-from .methods.attributions import *
-from .methods.whole_heads import *
-from .methods.experts import *
-from .methods.prune import *
-from .methods.streaming import *
-from .evaluation import *
-from .jobs.records import *
-from .analysis import *
-from .evidence import *
-from .jobs.job import *
-from .jobs.planning import *
-from .experiments.variants import *
-from .experiments.seeds import *
-from .experiments.claims import *
-from .experiments.reasoning_steps import *
-from .experiments.harness import *
-from .experiments.side_by_side import *
-from .experiments.proofs import *
-from .command_line import *
-
+import importlib
+import re
+from pathlib import Path
 
 # %% ../nbs/all.ipynb #c005
-__all__ = [name for name in globals() if not name.startswith("_")]
+def public_names(
+    package: Path, # The package's folder
+) -> dict[str, str]: # Public name -> full name of its module
+    "Every public name of the package and where it lives, without importing anything."
+    homes = {}
+    for path in sorted(package.rglob("*.py")):
+        module = ".".join((package.name, *path.relative_to(package).with_suffix("").parts))
+        listed = re.search(r"^__all__ = \[(.*?)\]", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        if listed and module != f"{package.name}.all": homes |= dict.fromkeys(re.findall(r"'(\w+)'", listed[1]), module)
+    return homes
+
+# %% ../nbs/all.ipynb #c009
+HOMES = public_names(Path(__file__).parent) if "__file__" in globals() else {} # a notebook is no file
+__all__ = sorted(HOMES)
+
+def public(
+    name: str, # A public name
+) -> object: # What it names
+    "Import a public name from its module; another name raises AttributeError."
+    if name not in HOMES: raise AttributeError(f"cap_nb has no public name {name!r}.")
+    return getattr(importlib.import_module(HOMES[name]), name)
+
+def __getattr__(name: str) -> object: return public(name)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from .models.anatomy import Projection, projections
-from .regions import region_factors
+from .regions import Factors, region_factors
 
 # %% ../nbs/04_threshold.ipynb #c005
 Criterion = Callable[[Projection], torch.Tensor] # Projection -> score of every weight, float32 [out, in], not negative
@@ -26,12 +26,10 @@ def magnitude_criterion(
 
 def cap_criterion(
     model: nn.Module, # A causal language model of a known family
-    factors: torch.Tensor, # Importance factor of every head, [L, H]
-    key_value: str = "mean", # How key-value heads get their factor
-    experts: torch.Tensor | None = None, # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
+    factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
 ) -> Criterion: # |W| * I
     "The criterion of CAP: magnitude times the factor of the weight's region (paper equation 4)."
-    found = region_factors(model, factors, key_value, experts)
+    found = region_factors(model, factors)
     return lambda projection: magnitude_criterion(projection) * found[projection.name]
 
 # %% ../nbs/04_threshold.ipynb #c009
@@ -248,14 +246,12 @@ def prune_globally(
 # %% ../nbs/04_threshold.ipynb #c039
 def prune_cap(
     model: nn.Module, # A causal language model of a known family; changed in place
-    factors: torch.Tensor, # Importance factor of every head, [L, H]
+    factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-    key_value: str = "mean", # How key-value heads get their factor
     ties: str = "exact", # "exact", or "all" for the paper's plain <=
-    experts: torch.Tensor | None = None, # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
 ) -> PruneReport: # What was done
     "Causal Attribution Pruning (paper section 3.3, algorithm 1, its last step)."
-    return prune_globally(model, cap_criterion(model, factors, key_value, experts), sparsity, "cap", ties)
+    return prune_globally(model, cap_criterion(model, factors), sparsity, "cap", ties)
 
 # %% ../nbs/04_threshold.ipynb #c047
 def smallest_in_rows(

@@ -23,7 +23,7 @@ from cap_nb.calibration import Calibration
 from cap_nb.models.anatomy import projections
 from cap_nb.core.errors import BadInput
 from cap_nb.models.loading import model_fingerprint
-from cap_nb.regions import region_factors
+from cap_nb.regions import Factors, region_factors
 from cap_nb.methods import streaming
 from cap_nb.methods.prune import prune
 from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms
@@ -157,12 +157,12 @@ def test_ties_are_taken_in_the_order_of_the_layers_not_of_the_shards(tmp_path, t
     factors = torch.ones_like(factors_of(src))
     factors[5:, ::2] = 2.0
     model = load(src)
-    wanted = prune_cap(model, factors, 0.6, key_value, ties)
+    wanted = prune_cap(model, Factors(factors, key_value=key_value), 0.6, ties)
     assert wanted.ties > 1000
-    report = prune_checkpoint(src, tmp_path / "new", 0.6, factors, key_value=key_value, ties=ties, at_once=300)
+    report = prune_checkpoint(src, tmp_path / "new", 0.6, Factors(factors, key_value=key_value), ties=ties, at_once=300)
     assert report == wanted
     dense = load(src)
-    regions = region_factors(dense, factors, key_value)
+    regions = region_factors(dense, Factors(factors, key_value=key_value))
     below = sum(int((magnitude_criterion(p) * regions[p.name] < wanted.threshold).sum()) for p in projections(dense))
     assert 0 < report.zeros - below < wanted.ties if ties == "exact" else report.zeros - below == wanted.ties
     same(tmp_path / "new", model, tmp_path, "1GB")
@@ -336,7 +336,7 @@ def test_a_wrong_call_is_refused_in_one_sentence(tmp_path):
              (dict(method="wanda", norms=norms | {name: -norms[name]}), f"The input norms of {name}"),
              (dict(method="ria"), "cannot be streamed"), (dict(method="wanda+owl"), "cannot be streamed"), (dict(method="wander"), "Unknown method"),
              (dict(factors=factors, sparsity=1.0), "outside [0, 1)"), (dict(factors=factors, ties="none"), "Unknown treatment of ties"),
-             (dict(factors=factors, key_value="median"), "Unknown key-value sharing"), (dict(factors=factors, method="cap@2:4"), "expected 0.5"),
+             (dict(factors=factors, method="cap@2:4"), "expected 0.5"),
              (dict(factors=factors, method="cap@3:4", sparsity=0.75), "does not divide into groups of 4")]
     for options, sentence in wrong:
         with pytest.raises(BadInput) as error:

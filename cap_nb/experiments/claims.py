@@ -607,7 +607,7 @@ from ..core.plots import blank_figure, in_style, save_figure
 from ..evidence import holm, probability_text
 from ..analysis import latex_text, markdown_rows
 from ..core.files import sha256_of_file, write_json
-from ..jobs.job import write_text
+from ..jobs.report import write_text
 
 # %% ../../nbs/experiments/02_claims.ipynb #c057
 def judged_claim(
@@ -746,7 +746,7 @@ def save_ledger(
     write_text(out/"ledger.csv", ledger.to_csv(lineterminator="\n"))
     write_text(out/"ledger.tex", ledger_latex(ledger))
     save_figure(plot_claims(ledger), out/"claims")
-    made = {name: sha256_of_file(out/name) for name in ("ledger.md", "ledger.csv", "ledger.tex", "claims.png", "claims.svg")}
+    made = {name: sha256_of_file(out/name) for name in ("ledger.md", "ledger.csv", "ledger.tex", "claims.png")}
     used = sorted(path for records in models for folder in records.folders for path in folder.rglob("manifest.json"))
     write_json(out/"manifest.json", {"made": made, "made from": {path.relative_to(figures).as_posix(): sha256_of_file(path) for path in used}})
     return out

@@ -50,7 +50,7 @@ def causal_shares(
     given: Given, # With the importance factors
 ) -> list[float]: # Mean factor of every layer, in [1, 10]
     "The mean importance factor of every layer's heads (what paper section 3.3 gives to the MLP)."
-    return given.factors.double().mean(1).tolist()
+    return given.factors.heads.double().mean(1).tolist()
 
 # %% ../../nbs/methods/02_allocation.ipynb #c013
 from collections.abc import Callable

@@ -112,7 +112,7 @@ from ..models.anatomy import Projection, projections
 from ..scoring import batches_of, target_losses
 from .wanda import input_norms
 from ..engine.layer_walk import layer_by_layer
-from ..regions import region_factors
+from ..regions import Factors, as_factors, region_factors
 
 # %% ../../nbs/methods/01_criteria.ipynb #c017
 @contextmanager
@@ -153,21 +153,22 @@ def dense_norms(
     "The input norms of every projection of the model as it is (Sun et al. 2024, without their layer-by-layer order)."
     found = {}
     for step in layer_by_layer(model, calibration, batch_tokens, "norms"):
-        with torch.no_grad(): found |= input_norms(step.layer, step.found, step.waiting)
+        with torch.no_grad(): found |= input_norms(step.layer, step.projections, step.batches)
     return found
 
 # %% ../../nbs/methods/01_criteria.ipynb #c022
 @dataclass(frozen=True)
 class Given:
     "What a pruning method may use besides the model."
-    factors: torch.Tensor | None = None # Importance factor of every query head, [L, H]
+    factors: Factors | None = None # Importance factors; a tensor of those of the heads, [L, H], becomes `Factors`
     calibration: Calibration | None = None # The calibration set
     sparsities: tuple[float, ...] | None = None # A sparsity for every layer; None means the same for all
-    key_value: str = "mean" # How key-value heads get their factor: "mean" or "max"
     ties: str = "exact" # "exact", or "all" for the paper's plain <=
     batch_tokens: int = 4096 # Padded tokens a batch
     seed: int = 0 # Of methods that draw
-    experts: torch.Tensor | None = None # Importance factor of every expert, [L, E]; None: the mean of its layer's heads
+
+    def __post_init__(self):
+        object.__setattr__(self, "factors", as_factors(self.factors))
 
 @dataclass(frozen=True)
 class Measured:
@@ -198,7 +199,7 @@ def measured_for(
 ) -> Measured: # What the criterion will look at
     "Measure on the dense model what a criterion needs."
     return Measured(dense_norms(model, given.calibration, given.batch_tokens) if "norm" in needs and not walking else {},
-                    region_factors(model, given.factors, given.key_value, given.experts) if "factor" in needs else {},
+                    region_factors(model, given.factors) if "factor" in needs else {},
                     loss_gradients(model, given.calibration, given.batch_tokens) if "gradient" in needs else {})
 
 # %% ../../nbs/methods/01_criteria.ipynb #c024
@@ -248,9 +249,9 @@ def prune_walking(
 ) -> None:
     "Prune layer after layer, each scored on what the pruned layers before it give (the order of Sun et al. 2024)."
     for step in layer_by_layer(model, given.calibration, given.batch_tokens, "pruning"):
-        with torch.no_grad(): norms |= input_norms(step.layer, step.found, step.waiting)
-        zero_within(step.found, scores, shares[step.found[0].layer], scope, given.ties)
-        for p in step.found: del norms[p.name]
+        with torch.no_grad(): norms |= input_norms(step.layer, step.projections, step.batches)
+        zero_within(step.projections, scores, shares[step.projections[0].layer], scope, given.ties)
+        for p in step.projections: del norms[p.name]
 
 # %% ../../nbs/methods/01_criteria.ipynb #c029
 def prune_by(

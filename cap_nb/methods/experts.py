@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Changed', 'KEPT', 'ROUTING_AWARE', 'check_has_experts', 'target_counts', 'target_routes', 'RoutedLosses',
            'summed_by_expert', 'whole_passes', 'resumed_passes', 'routed_losses', 'conditional_scores', 'expert_use',
-           'rise_by_expert', 'variance_parts', 'ExpertVariance', 'expert_variance', 'expert_losses', 'UnitFactors',
-           'pooled_factors', 'with_layer_mean', 'routed_factors', 'masked_expert_factors', 'routed_mean_factors',
-           'RoutingAware', 'routing_aware_factors', 'plot_expert_factors']
+           'rise_by_expert', 'variance_parts', 'ExpertVariance', 'expert_variance', 'expert_losses', 'pooled_factors',
+           'with_layer_mean', 'routed_factors', 'masked_expert_factors', 'routed_mean_factors', 'RoutingAware',
+           'routing_aware_factors', 'plot_expert_factors']
 
 # %% ../../nbs/methods/06_experts.ipynb #c004
 import torch
@@ -225,17 +225,10 @@ def expert_losses(
     return head_losses(model, calibration, masked, intact, batch_tokens)
 
 # %% ../../nbs/methods/06_experts.ipynb #c040
-from dataclasses import field
 from ..importance import importance_factors
+from ..regions import Factors
 
 # %% ../../nbs/methods/06_experts.ipynb #c041
-@dataclass(frozen=True)
-class UnitFactors:
-    "Importance factors of all units of a model."
-    heads: torch.Tensor # Of every query head, in [1, 10], float64 [L, H]
-    experts: torch.Tensor | None = None # Of every routed expert, float64 [L, E]; None gives experts what the paper gives them
-    kept: dict[str, torch.Tensor] = field(default_factory=dict) # What they were computed from, for the record of a run
-
 def pooled_factors(
     *scores: torch.Tensor, # Tables of scores of any shapes, in nats; NaN where there is none
 ) -> list[torch.Tensor]: # Their factors, in [1, 10], float64, of the same shapes; NaN where there is no score
@@ -248,9 +241,9 @@ def pooled_factors(
 def with_layer_mean(
     experts: torch.Tensor, # Factors of experts, [L, E], NaN where there is none
     heads: torch.Tensor, # Factors of heads, [L, H]
-) -> UnitFactors: # Without NaN
+) -> Factors: # Without NaN
     "Give experts without a factor of their own the mean of their layer's heads."
-    return UnitFactors(heads, experts.where(~experts.isnan(), heads.mean(1, keepdim=True)))
+    return Factors(heads, experts.where(~experts.isnan(), heads.mean(1, keepdim=True)))
 
 # %% ../../nbs/methods/06_experts.ipynb #c042
 KEPT = ("masked", "intact", "used", "tokens") # Fields of `RoutedLosses`, as a run keeps them
@@ -259,7 +252,7 @@ def routed_factors(
     routed: RoutedLosses, # Losses per routed expert
     losses: HeadLosses, # Losses of the same examples, for the heads' own scores
     how: str = "paper", # Aggregation
-) -> UnitFactors: # Of heads and experts
+) -> Factors: # Of heads and experts
     "An expert's factor is the mean over its layer's heads of their factor given the expert."
     heads, given = pooled_factors(causal_scores(losses, how), conditional_scores(routed, losses, how))
     return replace(with_layer_mean(given.mean(1), heads), kept={name: getattr(routed, name) for name in KEPT})
@@ -268,7 +261,7 @@ def masked_expert_factors(
     experts: HeadLosses, # Losses with experts masked
     losses: HeadLosses, # Losses with heads masked, of the same examples
     how: str = "paper", # Aggregation
-) -> UnitFactors: # Of heads and experts
+) -> Factors: # Of heads and experts
     "An expert's factor is that of its own causal score."
     heads, own = pooled_factors(causal_scores(losses, how), causal_scores(experts, how))
     return replace(with_layer_mean(own, heads), kept={"masked": experts.masked, "intact": experts.intact})
@@ -278,7 +271,7 @@ def routed_mean_factors(
     routed: RoutedLosses, # Losses per routed expert
     losses: HeadLosses, # Losses of the same examples, for the heads' own scores
     how: str = "paper", # Aggregation
-) -> UnitFactors: # Of heads and experts
+) -> Factors: # Of heads and experts
     "The control of `routed_factors`: the same line, and for every expert the mean of its layer's heads (paper section 3.3)."
     found = routed_factors(routed, losses, how)
     return with_layer_mean(torch.full_like(found.experts, math.nan), found.heads)
@@ -289,7 +282,7 @@ class RoutingAware:
     "A way of giving heads and experts their factors."
     says: str # What it measures, in a line
     source: str # Where it comes from
-    compute: Callable[..., UnitFactors] # (model, calibration, the heads' losses, aggregation, padded tokens a batch) -> factors
+    compute: Callable[..., Factors] # (model, calibration, the heads' losses, aggregation, padded tokens a batch) -> factors
 
 ROUTING_AWARE: dict[str, RoutingAware] = {
     "routed": RoutingAware("experts by their heads' scores on the tokens routed to them", "after the paper, section 5.4",
@@ -307,7 +300,7 @@ def routing_aware_factors(
     losses: HeadLosses | None = None, # The heads' table of losses on it; None measures it
     how: str = "paper", # Aggregation
     batch_tokens: int = 4096, # Padded tokens a batch
-) -> UnitFactors: # Of heads and experts
+) -> Factors: # Of heads and experts
     "Factors by name; an unknown name, a model without experts, or losses of other examples raise `BadInput`."
     named = ROUTING_AWARE[check_choice(name, ROUTING_AWARE, "routing-aware variant")]
     check_has_experts(model, f"Factors of experts, {name!r},")
@@ -322,7 +315,7 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/methods/06_experts.ipynb #c054
 def plot_expert_factors(
-    factors: dict[str, UnitFactors], # Name -> factors; without any of their own, experts are drawn with their layer's mean
+    factors: dict[str, Factors], # Name -> factors; without any of their own, experts are drawn with their layer's mean
     experts: int, # E
 ) -> Figure: # One panel a name
     "The importance factor of every expert, for several ways of finding it."

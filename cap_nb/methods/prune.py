@@ -122,7 +122,8 @@ from ..calibration import Calibration
 from .criteria import Given, check_given, prune_by
 from ..scoring import HeadLosses
 from ..threshold import PruneReport, prune_report
-from .experts import UnitFactors, routing_aware_factors
+from .experts import routing_aware_factors
+from ..regions import Factors, as_factors
 from .allocation import allocated
 from ..core.errors import check_sparsity
 from .whole_heads import head_share, prune_heads
@@ -146,7 +147,7 @@ def apply_method(
     given: Given, # What it needs, its factors and layer sparsities included
 ) -> PruneReport: # What was done
     "Hand a model to the method that a name stands for."
-    if parts.base == "heads": return prune_heads(model, given.factors, sparsity)
+    if parts.base == "heads": return prune_heads(model, given.factors.heads, sparsity)
     if parts.base == "sparsegpt": return prune_sparsegpt(model, given.calibration, sparsity, parts.scope and pattern_of(parts.scope), given.batch_tokens, sparsities=given.sparsities)
     if parts.base != "dense": return prune_by(model, parts.base, sparsity, parts.scope, given)
     if sparsity: raise BadInput(f"The dense model was asked for at sparsity {sparsity:g}: expected 0; name a pruning method instead.")
@@ -159,9 +160,9 @@ def unit_factors(
     given: Given, # With the calibration set
     losses: HeadLosses | None = None, # The heads' table of losses, for routing-aware factors; None measures it
     how: str = "paper", # Aggregation of routing-aware scores
-) -> UnitFactors: # Of heads, and of experts where the attribution gives them their own
+) -> Factors: # Of heads, and of experts where the attribution gives them their own
     "Importance factors by name."
-    if attribution not in ROUTING_AWARE: return UnitFactors(factors_by(model, attribution, given))
+    if attribution not in ROUTING_AWARE: return as_factors(factors_by(model, attribution, given))
     check_given(attribution, given, ["calibration"])
     return routing_aware_factors(model, attribution, given.calibration, losses, how, given.batch_tokens)
 
@@ -172,27 +173,25 @@ def with_factors(
 ) -> Given: # With the factors that the method's attribution makes, unless they were given
     "Fill in factors; those of heads alone for a method that asks for experts' raise `BadInput`."
     wants_experts = parts.attribution in ROUTING_AWARE
-    if wants_experts and (given.factors is None) != (given.experts is None):
-        raise BadInput(f"Attribution {parts.attribution!r} was given factors of heads or of experts alone: expected both, or neither; pass what routing_aware_factors returned, or leave the scores out.")
+    if wants_experts and given.factors is not None and given.factors.experts is None:
+        raise BadInput(f"Attribution {parts.attribution!r} was given factors of heads alone: expected both, or neither; pass what routing_aware_factors returned, or leave the scores out.")
     if not parts.attribution or given.factors is not None: return given
-    found = unit_factors(model, parts.attribution, given)
-    return replace(given, factors=found.heads, experts=found.experts)
+    return replace(given, factors=unit_factors(model, parts.attribution, given))
 
 # %% ../../nbs/methods/07_prune.ipynb #c023
 def prune(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     method: str = "cap", # criterion[.attribution][@scope][+allocation]
     sparsity: float = 0.2, # Share of the weights in scope to zero, in [0, 1)
-    factors: torch.Tensor | None = None, # Importance factor of every query head, [L, H]; for cap, cap_wanda, heads and +causal
+    factors: Factors | torch.Tensor | None = None, # Importance factors; a tensor holds those of the heads, [L, H]
     calibration: Calibration | None = None, # The calibration set; for methods that look at inputs, gradients or outliers
-    key_value: str = "mean", # How key-value heads get their factor: "mean" or "max"
     ties: str = "exact", # "exact", or "all" for the paper's plain <=
     batch_tokens: int = 4096, # Padded tokens a batch
     seed: int = 0, # Of methods that draw
-    experts: torch.Tensor | None = None, # Importance factor of every expert, [L, E], for methods that use factors; None: the mean of its layer's heads
 ) -> PruneReport: # What was done
     "Prune a model in place by any method; an unknown method, a wrong sparsity or a missing need raises `BadInput`."
-    parts, given = check_method(method), Given(factors=factors, calibration=calibration, sparsities=None, key_value=key_value, ties=ties, batch_tokens=batch_tokens, seed=seed, experts=experts)
+    parts = check_method(method)
+    given = Given(factors=factors, calibration=calibration, ties=ties, batch_tokens=batch_tokens, seed=seed)
     check_sparsity(sparsity)
     check_fits(method, model)
     given = with_factors(model, parts, given)

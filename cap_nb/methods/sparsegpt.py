@@ -169,7 +169,7 @@ from contextlib import contextmanager
 from ..calibration import Calibration
 from ..engine.layer_walk import LayerStep, layer_by_layer, real_rows, unreached
 from ..models.anatomy import Projection, projections
-from ..models.interventions import recorded_inputs
+from ..models.routing import recorded_inputs
 from ..models.replay import run_layer
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c056
@@ -195,12 +195,12 @@ def input_hessians(
     step: LayerStep, # A layer, and the batches that wait before it
 ) -> dict[str, torch.Tensor]: # Module name -> sum over tokens of the products of input features, float64 [in, in]
     "The Hessians of a layer's projections from one pass over the calibration set (Frantar and Alistarh 2023, H = X X^T); holds 8 * in^2 bytes for each projection."
-    mask, index = [step.waiting[0].mask], step.found[0].layer
-    with recorded_hessians(step.found, mask) as sums:
-        for batch in step.waiting:
+    mask, index = [step.batches[0].mask], step.projections[0].layer
+    with recorded_hessians(step.projections, mask) as sums:
+        for batch in step.batches:
             mask[0] = batch.mask
             run_layer(step.layer, batch.hidden, batch.calls[index])
-    for p in unreached(step.found, sums): sums[p.name].fill_diagonal_(1.0)
+    for p in unreached(step.projections, sums): sums[p.name].fill_diagonal_(1.0)
     return sums
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c064
@@ -243,7 +243,7 @@ def prune_sparsegpt(
         check_pattern_fits(p.weight.shape[1], sparsity, pattern, block, p.name)
     for step, share in zip(layer_by_layer(model, calibration, batch_tokens, "sparsegpt"), shares):
         hessians = input_hessians(step) if share else {} # nothing to zero: the layer stays as it is
-        for p in step.found if share else ():
+        for p in step.projections if share else ():
             new, _ = sparsegpt_update(p.weight, hessians.pop(p.name), share, pattern, block, damping, p.name)
             p.weight.copy_(new)
     return prune_report(model, "sparsegpt", sparsity)

@@ -13,9 +13,9 @@ from torch import nn
 from ..calibration import Calibration
 from ..models.anatomy import Projection
 from ..threshold import PruneReport, magnitude_criterion, prune_report, smallest_in_rows, zero_weights
-from ..engine.layer_walk import Waiting, layer_by_layer, real_rows, unreached
+from ..engine.layer_walk import BatchState, layer_by_layer, real_rows, unreached
 from ..core.errors import check_sparsity
-from ..models.interventions import recorded_inputs
+from ..models.routing import recorded_inputs
 from ..models.replay import run_layer
 
 # %% ../../nbs/methods/00_wanda.ipynb #c005
@@ -35,7 +35,7 @@ def recorded_squares(
 def input_norms(
     layer: nn.Module, # A decoder layer
     found: Sequence[Projection], # Its projections
-    waiting: Sequence[Waiting], # The batches before it
+    waiting: Sequence[BatchState], # The batches before it
 ) -> dict[str, torch.Tensor]: # Module name -> norm of every input feature, float32 [in]; 1 where no token came
     "The norms of the inputs of a layer's projections over the calibration set (Sun et al. 2024)."
     mask, index = [waiting[0].mask], found[0].layer
@@ -58,7 +58,7 @@ def prune_wanda(
     "Wanda, layer after layer, each output row to the same sparsity (Sun et al. 2024); holds the hidden states of all calibration tokens, [tokens, hidden]."
     check_sparsity(sparsity)
     for step in layer_by_layer(model, calibration, batch_tokens, "wanda"):
-        norms = input_norms(step.layer, step.found, step.waiting)
-        for p in step.found: zero_weights(p, smallest_in_rows(magnitude_criterion(p) * norms[p.name], sparsity))
+        norms = input_norms(step.layer, step.projections, step.batches)
+        for p in step.projections: zero_weights(p, smallest_in_rows(magnitude_criterion(p) * norms[p.name], sparsity))
     return prune_report(model, "wanda", sparsity)
 

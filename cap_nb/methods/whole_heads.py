@@ -54,7 +54,7 @@ def heads_to_remove(
 
 # %% ../../nbs/methods/05_whole_heads.ipynb #c011
 from ..threshold import PruneReport, prune_report
-from ..regions import check_factors
+from ..regions import check_head_factors
 
 # %% ../../nbs/methods/05_whole_heads.ipynb #c012
 @torch.no_grad()
@@ -76,6 +76,6 @@ def prune_heads(
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
 ) -> PruneReport: # What was done
     "The structural variant of CAP: remove whole heads in causal order (paper section 6); more than the heads hold, or scores of another model, raise `BadInput`."
-    check_factors(scores - scores.min() + 1, anatomy(model))
+    check_head_factors(scores - scores.min() + 1, anatomy(model))
     remove_heads(model, heads_to_remove(model, scores, sparsity))
     return prune_report(model, "heads", sparsity)
