@@ -22,7 +22,6 @@ from cap_nb.jobs.job import Job
 from cap_nb.jobs.planning import *
 from cap_nb.engine.resumed_scoring import intact_pass, resumed_losses, score_heads
 from cap_nb.scoring import score_heads_naive, target_losses
-from cap_nb.threshold import prune_cap
 
 GIB = 2**30
 SHAPE = dict(hidden_size=48, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=90)

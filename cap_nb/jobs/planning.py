@@ -459,7 +459,7 @@ from ..models.replay import LayerCall, recorded_calls, run_layer
 from .job import copied_weights, put_back
 from ..models.anatomy import decoder_layers
 from ..models.loading import device_named, dtype_named
-from ..threshold import magnitude_criterion, smallest_in_rows
+from ..threshold import smallest_in_rows
 from ..methods.prune import prune
 
 # %% ../../nbs/jobs/02_planning.ipynb #c058
@@ -574,7 +574,7 @@ def timed_pruning(
     def by_threshold() -> None:
         put_back(model, dense)
         prune(model, "cap", 0.2, factors)
-    in_rows = median_seconds(lambda: [smallest_in_rows(magnitude_criterion(p), 0.2) for p in found], device)
+    in_rows = median_seconds(lambda: [smallest_in_rows(p.weight.detach().abs().float(), 0.2) for p in found], device)
     return median_seconds(by_threshold, device) / layer_weights(small), in_rows / layer_weights(small)
 
 # %% ../../nbs/jobs/02_planning.ipynb #c067
