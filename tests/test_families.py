@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
 from cap_nb.jobs.job import copied_weights, put_back
-from cap_nb.jobs.planning import read_sizes
+from cap_nb.jobs.costs import read_sizes
 from cap_nb.jobs.records import mask_fingerprint
 from cap_nb.methods.prune import prune
 from cap_nb.methods.streaming import checkpoint_fingerprint, prune_checkpoint
