@@ -6,8 +6,8 @@
 __all__ = ['LEVEL', 'FEWEST_PAIRS', 'method_table', 'table_markdown', 'table_csv', 'table_latex', 'answer_table',
            'answer_markdown', 'mcnemar_exact', 'sign_flip_test', 'holm', 'Comparison', 'compare', 'correct_family',
            'comparison_words', 'compare_methods', 'comparison_markdown', 'comparison_grid', 'paper_table',
-           'compare_with_paper', 'plot_framework', 'plot_head_importance', 'head_importance_in_words',
-           'plot_importance_distribution', 'plot_sparsity_curves', 'plot_zeros_by_method']
+           'compare_with_paper', 'plot_head_importance', 'head_importance_in_words', 'plot_importance_distribution',
+           'plot_sparsity_curves', 'plot_zeros_by_method']
 
 # %% ../nbs/06_analysis.ipynb #c004
 import math
@@ -620,120 +620,13 @@ def compare_with_paper(
     return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=["Sparsity", "Measure"]))
 
 # %% ../nbs/06_analysis.ipynb #c097
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
-from .core.plots import blank_figure, in_style
-
-# %% ../nbs/06_analysis.ipynb #c098
-INK = "#333333" # Colour of lines and text
-STAGES = ("#E8F1F8", "#FDF3E1", "#FBE9E1") # Background of the three stages
-
-def draw_stage(ax: Axes, left: float, width: float, number: int, title: str) -> None:
-    "A stage of the framework: a rounded panel with a numbered title."
-    ax.add_patch(FancyBboxPatch((left, 0.1), width, 5.6, boxstyle="round,pad=0.02,rounding_size=0.15",
-                                facecolor=STAGES[number - 1], edgecolor="none"))
-    ax.text(left + width / 2, 5.35, f"{number}. {title}", ha="center", va="center", weight="bold", color=INK)
-
-def draw_note(ax: Axes, x: float, y: float, text: str, width: float = 1.7, height: float = 0.55) -> None:
-    "A white box with a line or two of text, centred at (x, y)."
-    ax.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, facecolor="white", edgecolor=INK,
-                                boxstyle="round,pad=0.02,rounding_size=0.08", lw=0.8))
-    ax.text(x, y, text, ha="center", va="center", fontsize=8, color=INK)
-
-def draw_label(ax: Axes, x: float, y: float, text: str, style: str = "normal", va: str = "center") -> None:
-    "A line or two of small text, centred at (x, y)."
-    ax.text(x, y, text, ha="center", va=va, fontsize=8, style=style, color=INK)
-
-def draw_arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    "An arrow between two points."
-    ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1.1})
-
-# %% ../nbs/06_analysis.ipynb #c099
-def draw_matrix(ax: Axes, x: float, y: float, values: np.ndarray, colours: str, size: float = 0.2) -> None:
-    "A small matrix of coloured squares whose top left corner is (x, y); NaN is an empty square."
-    palette = matplotlib.colormaps[colours]
-    for (row, column), value in np.ndenumerate(values):
-        colour = "white" if math.isnan(value) else palette(value)
-        corner = (x + column * size, y - (row + 1) * size)
-        ax.add_patch(Rectangle(corner, size, size, facecolor=colour, edgecolor=INK, lw=0.4))
-
-def drawn_weights() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Weights, factors and pruned weights of the drawing, each [6, 6] in [0, 1]; three heads have two rows each."
-    row, column = np.arange(6)[:, None], np.arange(6)
-    weights = ((7 * row + 11 * column + 3 * row * column) % 17 + 1) / 17
-    factors = np.repeat([0.25, 0.95, 0.5], 2)[:, None] * np.ones(6)
-    scores = weights * factors
-    return weights, factors, np.where(scores <= np.quantile(scores, 0.4), np.nan, weights)
-
-# %% ../nbs/06_analysis.ipynb #c100
-def draw_calibration(ax: Axes) -> None:
-    "Stage 1: three benchmarks, strata, K subsets (paper section 3.1)."
-    draw_stage(ax, 0.1, 2.6, 1, "Calibration")
-    benchmarks = [title.replace("Strategy", "Strategy\n") for title in TASK_TITLES.values()]
-    for i, title in enumerate(benchmarks): draw_note(ax, 0.62 + 0.8 * i, 4.6, title, 0.72)
-    for i in range(3): draw_arrow(ax, (0.62 + 0.8 * i, 4.27), (1.2 + 0.2 * i, 3.68))
-    draw_note(ax, 1.4, 3.4, "N problems with solutions,\neven over length quartiles", 2.3)
-    for i, name in enumerate(("subset 1", "...", "subset K")):
-        draw_arrow(ax, (1.2 + 0.2 * i, 3.1), (0.62 + 0.8 * i, 2.4))
-        draw_note(ax, 0.62 + 0.8 * i, 2.1, name, 0.72)
-    draw_label(ax, 1.4, 1.0, "disjoint from the\nevaluation problems", "italic")
-
-def draw_scoring(ax: Axes) -> None:
-    "Stage 2: one head masked at a time, a score from its losses (paper section 3.2)."
-    draw_stage(ax, 3.2, 3.0, 2, "Masking and scoring")
-    for head in range(4):
-        looks = {"facecolor": "white", "hatch": "xx"} if head == 2 else {"facecolor": "#0072B2"}
-        ax.add_patch(Rectangle((3.75 + 0.5 * head, 4.35), 0.4, 0.4, edgecolor=INK, lw=0.8, **looks))
-    draw_label(ax, 4.7, 4.2, "head h of layer l masked", va="top")
-    draw_arrow(ax, (4.7, 3.85), (4.7, 3.4))
-    draw_note(ax, 4.7, 3.1, "score = median$_k$ $m_k(h)$ - mean$_k$ $b_k$", 2.7)
-    draw_arrow(ax, (4.7, 2.8), (4.7, 2.35))
-    draw_matrix(ax, 4.1, 2.25, (5 * np.arange(5)[:, None] + 3 * np.arange(6)) % 9 / 9, "RdBu_r")
-    draw_label(ax, 4.7, 0.95, "scores, layers x heads")
-    draw_label(ax, 4.7, 0.5, "$m_k$: masked loss, $b_k$: intact loss", "italic")
-
-# %% ../nbs/06_analysis.ipynb #c101
-def draw_pruning(ax: Axes) -> None:
-    "Stage 3: factors from scores, one threshold for all weights (paper section 3.3)."
-    weights, factors, pruned = drawn_weights()
-    draw_stage(ax, 6.7, 4.2, 3, "Weight pruning")
-    draw_note(ax, 8.8, 4.6, "factor $I = 1 + 9$ (score - min) / (max - min)", 3.7)
-    draw_arrow(ax, (8.8, 4.3), (8.8, 3.95))
-    draw_matrix(ax, 7.0, 3.6, weights, "Greys")
-    draw_matrix(ax, 8.75, 3.6, factors, "Oranges")
-    draw_label(ax, 7.6, 3.75, "|W|", va="baseline")
-    draw_label(ax, 9.35, 3.75, "factor of each region", va="baseline")
-    ax.text(8.48, 3.0, "x", ha="center", va="center", fontsize=12, color=INK)
-    draw_arrow(ax, (8.8, 2.3), (8.8, 2.0))
-    draw_note(ax, 8.0, 1.35, "one global threshold:\n$|W| \\cdot I \\leq \\tau$ becomes 0", 2.3, 0.75)
-    draw_arrow(ax, (9.2, 1.35), (9.5, 1.35))
-    draw_matrix(ax, 9.55, 1.95, pruned, "Greys")
-    draw_label(ax, 10.15, 0.55, "zeros", va="baseline")
-    draw_label(ax, 8.0, 0.5, "regions: a head's rows or columns;\nMLP: mean factor of the layer", "italic")
-
-# %% ../nbs/06_analysis.ipynb #c102
-@in_style
-def plot_framework() -> Figure: # Figure 1
-    "The three-stage framework of CAP (paper Figure 1): calibration, masking and scoring, weight pruning."
-    figure, panels = blank_figure(1, 1, (10.5, 4.6))
-    ax = panels[0, 0]
-    ax.set(xlim=(0, 11), ylim=(0, 5.8))
-    ax.axis("off")
-    draw_calibration(ax)
-    draw_scoring(ax)
-    draw_pruning(ax)
-    draw_arrow(ax, (2.76, 2.9), (3.14, 2.9))
-    draw_arrow(ax, (6.26, 2.9), (6.64, 2.9))
-    return figure
-
-# %% ../nbs/06_analysis.ipynb #c108
 import torch
 import seaborn as sns
-from .core.plots import METHOD_LOOKS
+from matplotlib.figure import Figure
+from .core.framework import INK
+from .core.plots import METHOD_LOOKS, blank_figure, in_style
 
-# %% ../nbs/06_analysis.ipynb #c109
+# %% ../nbs/06_analysis.ipynb #c098
 @in_style
 def plot_head_importance(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
@@ -750,7 +643,7 @@ def plot_head_importance(
     ax.tick_params(axis="y", rotation=0)
     return figure
 
-# %% ../nbs/06_analysis.ipynb #c110
+# %% ../nbs/06_analysis.ipynb #c099
 def head_importance_in_words(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
 ) -> str: # A caption
@@ -762,7 +655,7 @@ def head_importance_in_words(
             f"The highest score is {values.max():.3g} nats (layer {layer}, head {head}); "
             f"the median is {np.median(values):.3g}, the lowest {values.min():.3g}.")
 
-# %% ../nbs/06_analysis.ipynb #c114
+# %% ../nbs/06_analysis.ipynb #c103
 @in_style
 def plot_importance_distribution(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
@@ -783,7 +676,11 @@ def plot_importance_distribution(
     ax.set(xlabel="Rank of the head", ylabel="Score (nats)", title=title)
     return figure
 
-# %% ../nbs/06_analysis.ipynb #c117
+# %% ../nbs/06_analysis.ipynb #c106
+from matplotlib.axes import Axes
+from .core.plots import method_looks
+
+# %% ../nbs/06_analysis.ipynb #c107
 def draw_dense(
     ax: Axes, # A panel
     cells: pd.DataFrame, # The dense model's cell: value, low, high
@@ -801,10 +698,7 @@ def unit_of_column(
     "What a column is measured in."
     return "nats" if column.endswith("loss") else "" if column.endswith("perplexity") else "Accuracy (%)"
 
-# %% ../nbs/06_analysis.ipynb #c118
-from .core.plots import method_looks
-
-# %% ../nbs/06_analysis.ipynb #c119
+# %% ../nbs/06_analysis.ipynb #c108
 def draw_curves(
     ax: Axes, # A panel
     table: pd.DataFrame, # From `method_table`
@@ -829,7 +723,7 @@ def draw_curves(
     ax.set_xticks(sorted({100 * sparsity for _, sparsity in cells.index if sparsity}))
     ax.set(title=column, xlabel="Sparsity (%)", ylabel=unit_of_column(column))
 
-# %% ../nbs/06_analysis.ipynb #c120
+# %% ../nbs/06_analysis.ipynb #c109
 def methods_in_order(
     evaluations: Iterable[Evaluation], # What was measured
 ) -> list[tuple[str, str]]: # (title, name) of each method, in the order of Table 1
@@ -839,7 +733,7 @@ def methods_in_order(
     methods = sorted({e.method for e in evaluations}, key=lambda method: (rank(method), method))
     return [(method_title(method), method) for method in methods]
 
-# %% ../nbs/06_analysis.ipynb #c121
+# %% ../nbs/06_analysis.ipynb #c110
 @in_style
 def plot_sparsity_curves(
     evaluations: Iterable[Evaluation], # What was measured
@@ -861,10 +755,10 @@ def plot_sparsity_curves(
     figure.suptitle(title)
     return figure
 
-# %% ../nbs/06_analysis.ipynb #c124
+# %% ../nbs/06_analysis.ipynb #c113
 from .threshold import PruneReport, zero_shares
 
-# %% ../nbs/06_analysis.ipynb #c125
+# %% ../nbs/06_analysis.ipynb #c114
 @in_style
 def plot_zeros_by_method(
     reports: Sequence[PruneReport], # What each method did to one model, at one sparsity
