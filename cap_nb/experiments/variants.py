@@ -86,6 +86,7 @@ def one_task(
                        f"{', '.join(sorted(set(losses.task)))}.")
     return only_examples(losses, indices)
 
+# %% ../../nbs/experiments/00_variants.ipynb #c015
 def even_tasks(
     losses: HeadLosses, # A table of losses
 ) -> HeadLosses: # The same, without unit
@@ -96,7 +97,7 @@ def even_tasks(
         scale[of_task] = rise[..., of_task].mean(-1).std()
     return replace(losses, masked=losses.masked / scale, intact=losses.intact / scale)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c016
+# %% ../../nbs/experiments/00_variants.ipynb #c017
 def bootstrap_scores(
     losses: HeadLosses, # A table of losses
     draws: int = 200, # Resamples
@@ -117,6 +118,7 @@ def variant_scores(
     elif variant.weighting: losses = one_task(losses, variant.weighting)
     return bootstrap_scores(losses) if variant.how == "bootstrap" else causal_scores(losses, variant.how, variant.k)
 
+# %% ../../nbs/experiments/00_variants.ipynb #c019
 def variant_factors(
     losses: HeadLosses, # The variant's table of losses
     variant: Variant, # The variant
@@ -126,14 +128,14 @@ def variant_factors(
     if variant.ranked: scores = scores.flatten().argsort().argsort().view_as(scores).double()
     return importance_factors(scores, high=variant.high)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c025
+# %% ../../nbs/experiments/00_variants.ipynb #c028
 import itertools
 from ..calibration import Calibration
 from ..data.prompts import Example, IGNORED
 from ..core.errors import check_at_least
 from ..core.files import sha256_of_text
 
-# %% ../../nbs/experiments/00_variants.ipynb #c026
+# %% ../../nbs/experiments/00_variants.ipynb #c029
 def window_starts(
     lengths: Sequence[int], # Length of every window, in tokens
     tokens: int, # Tokens of the text
@@ -154,7 +156,7 @@ def window_example(
     return Example(task="text", uid=sha256_of_text(str(ids))[:16], prompt="", target=tokenizer.decode(ids), answer="",
                    input_ids=ids, labels=(IGNORED, *ids[1:]))
 
-# %% ../../nbs/experiments/00_variants.ipynb #c027
+# %% ../../nbs/experiments/00_variants.ipynb #c030
 def text_calibration(
     tokenizer, # Tokenizer of transformers
     like: Calibration, # The calibration set whose number and lengths are copied
@@ -169,7 +171,7 @@ def text_calibration(
     cut = [tuple(ids[start:start + length]) for start, length in zip(window_starts(lengths, len(ids)), lengths)]
     return Calibration.from_examples([window_example(tokenizer, window) for window in cut], like.k, like.seed)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c032
+# %% ../../nbs/experiments/00_variants.ipynb #c035
 from pathlib import Path
 from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens, token_limit
 from ..engine.decoding import Decoding, generate_greedy
@@ -177,7 +179,7 @@ from ..jobs.job import Ready, timed
 from ..jobs.records import load_evaluation, save_evaluation
 from ..data.prompts import make_example
 
-# %% ../../nbs/experiments/00_variants.ipynb #c033
+# %% ../../nbs/experiments/00_variants.ipynb #c036
 FEWEST_CHAINS = 20 # Correct answers below which there is nothing to calibrate on
 
 def answers_to(
@@ -205,7 +207,7 @@ def calibration_answers(
         save_evaluation(Evaluation(method="dense", sparsity=0.0, reached=0.0, answers=tuple(records)), path)
     return load_evaluation(path).answers
 
-# %% ../../nbs/experiments/00_variants.ipynb #c034
+# %% ../../nbs/experiments/00_variants.ipynb #c037
 def chain_calibration(
     tokenizer, # Tokenizer of transformers
     like: Calibration, # The calibration set that was answered
@@ -217,14 +219,14 @@ def chain_calibration(
     examples = [make_example(tokenizer, e.prompt, right[e.task, e.uid], e.task, e.answer, e.uid) for e in answered]
     return Calibration.from_examples(examples, like.k, like.seed) if len(examples) >= FEWEST_CHAINS else None
 
-# %% ../../nbs/experiments/00_variants.ipynb #c036
+# %% ../../nbs/experiments/00_variants.ipynb #c039
 import logging
 from ..data.problems import load_text
 from ..methods.prune import needs_of
 from ..core.files import read_tensors, sha256_of_file, write_tensors
 from ..jobs.job import run_losses
 
-# %% ../../nbs/experiments/00_variants.ipynb #c037
+# %% ../../nbs/experiments/00_variants.ipynb #c040
 @dataclass(frozen=True)
 class Sources:
     "Where the variants' tables of losses come from."
@@ -248,7 +250,7 @@ def tasks_table(
                        "expected this job's; give the settings of that run, or leave --base out.")
     return losses, sources.base/"losses.safetensors"
 
-# %% ../../nbs/experiments/00_variants.ipynb #c038
+# %% ../../nbs/experiments/00_variants.ipynb #c041
 def other_calibration(
     ready: Ready, # The job; its model is dense
     folder: Path, # The run's folder
@@ -274,7 +276,7 @@ def variant_table(
     losses = run_losses(replace(ready, calibration=calibration), folder/which, sources.store)
     return losses, folder/which/"losses.safetensors"
 
-# %% ../../nbs/experiments/00_variants.ipynb #c040
+# %% ../../nbs/experiments/00_variants.ipynb #c043
 def kept_factors(
     path: Path, # File of the factors
     table: Table, # The table of losses
@@ -291,7 +293,7 @@ def kept_factors(
     raise BadInput(f"{path} holds other factors than its table gives now: expected the same; the table or the version "
                    "changed, give another folder.")
 
-# %% ../../nbs/experiments/00_variants.ipynb #c041
+# %% ../../nbs/experiments/00_variants.ipynb #c044
 log = logging.getLogger(__name__)
 
 def variant_tables(
@@ -320,7 +322,7 @@ def factors_of_variants(
                for name, variant in using.items() if variant.table in tables}
     return {name: factors.get(name) for name in names if name in factors or name not in using}
 
-# %% ../../nbs/experiments/00_variants.ipynb #c043
+# %% ../../nbs/experiments/00_variants.ipynb #c046
 from torch import nn
 from ..methods.criteria import CRITERIA, Given, measured_for, scores_from
 from ..regions import Factors
@@ -331,7 +333,7 @@ from ..methods.wanda import input_norms
 from ..engine.layer_walk import layer_by_layer
 from ..methods.prune import own_scope, prune
 
-# %% ../../nbs/experiments/00_variants.ipynb #c044
+# %% ../../nbs/experiments/00_variants.ipynb #c047
 def in_part(
     projection: Projection, # A projection
     part: str, # "attention" or "mlp"
@@ -357,7 +359,7 @@ def prune_part(
         zero_within([p for p in step.projections if in_part(p, part)], scores, sparsity, scope)
     return prune_report(model, method, sparsity)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c045
+# %% ../../nbs/experiments/00_variants.ipynb #c048
 def prune_variant(
     ready: Ready, # The job; its model is dense and changed in place
     name: str, # Name of a variant, or "dense"
@@ -376,16 +378,16 @@ def prune_variant(
                        seed=seed)
     return replace(report, method=name)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c047
+# %% ../../nbs/experiments/00_variants.ipynb #c050
 import shutil
 from ..jobs.settings import Job, changed
 from ..core.files import alone_in
 from ..jobs.records import cells_of, environment, note_environment, open_run
 from ..jobs.job import finish_cells, prepare
 
-# %% ../../nbs/experiments/00_variants.ipynb #c048
+# %% ../../nbs/experiments/00_variants.ipynb #c051
 def run_variants(
-    job: Job, # What is asked for; its methods play no part
+    job: Job, # What is wanted; its methods play no part
     folder: str | Path, # The run's folder; made, or taken up again
     base: str | Path | None = None, # Folder of a finished run whose table of losses is used; None measures one
     names: Sequence[str] = tuple(VARIANTS), # The variants
@@ -406,7 +408,6 @@ def run_variants(
         factors = factors_of_variants(ready, folder, names, sources)
         if not store: shutil.rmtree(sources.store, ignore_errors=True)
         cells = [cell for cell in cells_of(settings) if cell[0] in ("dense", *factors)]
-        def pruner(name: str, sparsity: float) -> PruneReport:
-            return prune_variant(ready, name, sparsity, factors.get(name))
+        def pruner(name: str, sparsity: float): return prune_variant(ready, name, sparsity, factors.get(name))
         finish_cells(ready, folder, cells, pruner)
     return folder
