@@ -324,7 +324,7 @@ def factors_of_variants(
 
 # %% ../../nbs/experiments/00_variants.ipynb #c046
 from torch import nn
-from ..methods.criteria import CRITERIA, Given, measured_for, scores_from
+from ..methods.criteria import CRITERIA, Given, measured_for, walks
 from ..regions import Factors
 from ..models.anatomy import Projection, projections
 from ..threshold import PruneReport, prune_report, zero_within
@@ -349,14 +349,13 @@ def prune_part(
     given: Given, # What the method needs
 ) -> PruneReport: # What was done; its share is of all weights in scope
     "Prune a part of every layer by a method's own criterion and scope."
-    named, scope = CRITERIA[method], own_scope(parse_method(method))
-    walking = "norm" in named.needs and scope != "model"
-    known = measured_for(model, named.needs, given, walking)
-    scores = scores_from(model, named, known, given.seed)
-    if not walking: zero_within([p for p in projections(model) if in_part(p, part)], scores, sparsity, scope)
+    criterion, scope = CRITERIA[method], own_scope(parse_method(method))
+    walking = walks(criterion, scope)
+    known = measured_for(model, criterion, given, walking)
+    if not walking: zero_within([p for p in projections(model) if in_part(p, part)], criterion, known, sparsity, scope)
     for step in layer_by_layer(model, given.calibration, given.batch_tokens, "pruning") if walking else ():
-        with torch.no_grad(): known.norms.update(input_norms(step.layer, step.projections, step.batches))
-        zero_within([p for p in step.projections if in_part(p, part)], scores, sparsity, scope)
+        known = replace(known, norms=input_norms(step))
+        zero_within([p for p in step.projections if in_part(p, part)], criterion, known, sparsity, scope)
     return prune_report(model, method, sparsity)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c048
