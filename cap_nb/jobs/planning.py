@@ -117,6 +117,7 @@ def random_layer_model(
         if tensor.is_floating_point(): tensor.uniform_(-0.05, 0.05)
     return model
 
+# %% ../../nbs/jobs/05_planning.ipynb #c016
 def layer_call(
     model: nn.Module, # From `random_layer_model`
     rows: int, # Examples
@@ -132,11 +133,11 @@ def layer_call(
     with recorded_calls(model) as calls: model.get_decoder()(inputs_embeds=embedded, attention_mask=mask, **cache)
     return calls[0]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c016
+# %% ../../nbs/jobs/05_planning.ipynb #c018
 import torch.nn.functional as F
 from ..models.anatomy import decoder_layers
 
-# %% ../../nbs/jobs/05_planning.ipynb #c017
+# %% ../../nbs/jobs/05_planning.ipynb #c019
 def timed_layer(
     model: nn.Module, # From `random_layer_model`
     tokens: int, # Tokens of the pass, at most
@@ -152,6 +153,7 @@ def timed_layer(
     rows = max(1, min(tokens, allowed) // width)
     return rows * width, timed(rows, width, 3)
 
+# %% ../../nbs/jobs/05_planning.ipynb #c020
 def timed_head(
     sizes: Sizes, # The sizes of the model
     device: torch.device, # Where
@@ -165,11 +167,11 @@ def timed_head(
     def losses() -> torch.Tensor: return F.cross_entropy(F.linear(hidden, weight).float(), gold, reduction="none")
     return median_seconds(losses, device) * sizes.vocabulary / rows / positions
 
-# %% ../../nbs/jobs/05_planning.ipynb #c019
+# %% ../../nbs/jobs/05_planning.ipynb #c022
 import inspect
 from transformers import DynamicCache
 
-# %% ../../nbs/jobs/05_planning.ipynb #c020
+# %% ../../nbs/jobs/05_planning.ipynb #c023
 def filled_cache(
     model: nn.Module, # From `random_layer_model`
     rows: int, # Answers written together
@@ -183,6 +185,7 @@ def filled_cache(
     decoder(inputs_embeds=embedded, **arguments)
     return arguments
 
+# %% ../../nbs/jobs/05_planning.ipynb #c024
 def timed_step(
     model: nn.Module, # From `random_layer_model`
     rows: int, # Answers written together
@@ -202,14 +205,14 @@ def timed_step(
     inside = median_seconds(in_layer, device)
     return inside, max(0.0, median_seconds(whole, device) - inside)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c022
+# %% ../../nbs/jobs/05_planning.ipynb #c026
 from .costs import layer_weights
 from .job import copied_weights, put_back
 from ..methods.prune import prune
 from ..models.anatomy import projections
 from ..threshold import smallest_in_rows
 
-# %% ../../nbs/jobs/05_planning.ipynb #c023
+# %% ../../nbs/jobs/05_planning.ipynb #c027
 PROBED = Sizes(name="probe", source="", family="llama", layers=1, heads=8, key_value_heads=8, head_size=64, hidden=512,
                mlp=1024, vocabulary=8, tied=True, context=64, dtype="float32") # A layer to time pruning on
 
@@ -229,13 +232,13 @@ def timed_pruning(
     sort = median_seconds(in_rows, device) / weights
     return median_seconds(under_threshold, device) / weights, sort
 
-# %% ../../nbs/jobs/05_planning.ipynb #c025
+# %% ../../nbs/jobs/05_planning.ipynb #c029
 import platform
 from ..core.errors import BadInput
 from .costs import Work, flops_of
 from ..models.loading import device_named, dtype_named
 
-# %% ../../nbs/jobs/05_planning.ipynb #c026
+# %% ../../nbs/jobs/05_planning.ipynb #c030
 def check_layer_fits(
     sizes: Sizes, # The sizes of the model
     device: torch.device, # Where
@@ -254,7 +257,7 @@ def device_title(
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
-# %% ../../nbs/jobs/05_planning.ipynb #c027
+# %% ../../nbs/jobs/05_planning.ipynb #c031
 @torch.no_grad()
 def probe_device(
     sizes: Sizes, # The sizes of the model
@@ -279,7 +282,7 @@ def probe_device(
         layer=layer / tokens, head=head, rows=rows, step=step, step_rest=rest, threshold=threshold, sort=sort,
         flops=flops / layer, seconds=time.perf_counter() - start)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c032
+# %% ../../nbs/jobs/05_planning.ipynb #c036
 from functools import cached_property
 from .costs import (
     NUMBER_BYTES, Answers, BatchShape, ExampleLength, answer_batches, batch_shapes, decode_work, evaluation_memory,
@@ -287,7 +290,7 @@ from .costs import (
     wanda_memory, wanda_work)
 from .settings import Job, changed
 
-# %% ../../nbs/jobs/05_planning.ipynb #c033
+# %% ../../nbs/jobs/05_planning.ipynb #c037
 @dataclass(frozen=True)
 class Workload:
     "What is to be done, on which model."
@@ -316,7 +319,7 @@ class Workload:
         "Weights that may be pruned."
         return self.sizes.layers * layer_weights(self.sizes)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c034
+# %% ../../nbs/jobs/05_planning.ipynb #c038
 @dataclass(frozen=True)
 class Stage:
     "One stage of a job."
@@ -343,7 +346,7 @@ def decode_seconds(
     times_rows = max(1.0, work.head_tokens / work.passes / probe.rows)
     return work.passes * (times_rows * sizes.layers * probe.step + probe.step_rest) + work.head_tokens * probe.head
 
-# %% ../../nbs/jobs/05_planning.ipynb #c036
+# %% ../../nbs/jobs/05_planning.ipynb #c040
 def scoring_stages(
     load: Workload, # What is to be done
     probe: Probe | None, # How fast the device is
@@ -368,7 +371,7 @@ def pruning_stages(
                   seconds=probe and prefill_seconds(work, probe) + weights * probe.sort,
                   memory=wanda_memory(sizes, load.number_bytes, load.batches)))
 
-# %% ../../nbs/jobs/05_planning.ipynb #c037
+# %% ../../nbs/jobs/05_planning.ipynb #c041
 def evaluation_stage(
     load: Workload, # What is to be done
     probe: Probe | None, # How fast the device is
@@ -388,12 +391,12 @@ def planned_stages(
     "Work, time and memory of every stage."
     return (*scoring_stages(load, probe, sharing), *pruning_stages(load, probe), evaluation_stage(load, probe))
 
-# %% ../../nbs/jobs/05_planning.ipynb #c039
+# %% ../../nbs/jobs/05_planning.ipynb #c043
 from collections.abc import Sequence
 from .records import cells_of
 from ..methods.prune import needs_of, parse_method
 
-# %% ../../nbs/jobs/05_planning.ipynb #c040
+# %% ../../nbs/jobs/05_planning.ipynb #c044
 def run_seconds(
     job: Job, # A job that is filled in
     stages: Sequence[Stage], # From `planned_stages`
@@ -408,7 +411,7 @@ def run_seconds(
     masking = any("factors" in needs[method] and not parsed[method].attribution for method in parsed)
     return masking * scoring + prunings + len(cells) * evaluating
 
-# %% ../../nbs/jobs/05_planning.ipynb #c042
+# %% ../../nbs/jobs/05_planning.ipynb #c046
 @dataclass(frozen=True)
 class Hardware:
     "Where a job runs, and how its weights lie there."
@@ -433,7 +436,7 @@ def shares(
         return {"sharing": 1, "each": -(-weights // devices), "free": free}
     return {"sharing": devices, "each": weights, "free": free}
 
-# %% ../../nbs/jobs/05_planning.ipynb #c043
+# %% ../../nbs/jobs/05_planning.ipynb #c047
 def planned_hardware(
     load: Workload, # What is to be done
     devices: int, # Devices that share the scoring
@@ -446,13 +449,13 @@ def planned_hardware(
     return Hardware(devices=devices, on_cpu=on_cpu, weights=weights, copy=load.weights_in_scope * width,
                     main=free_memory(torch.device("cpu")), **shares(weights, devices, free, on_cpu))
 
-# %% ../../nbs/jobs/05_planning.ipynb #c045
+# %% ../../nbs/jobs/05_planning.ipynb #c049
 from ..calibration import deal_subsets
 from ..core.errors import check_at_least
 from .costs import planned_job, planned_lengths, read_sizes, tokenizer_at_hand
 from .job import check_job
 
-# %% ../../nbs/jobs/05_planning.ipynb #c046
+# %% ../../nbs/jobs/05_planning.ipynb #c050
 @dataclass(frozen=True)
 class Plan:
     "What a job will take, in plain numbers."
@@ -464,7 +467,7 @@ class Plan:
     run_seconds: float | None # Expected time of the whole `cap run`, an estimate; None without a probe
     probe: Probe | None # How fast the device was
 
-# %% ../../nbs/jobs/05_planning.ipynb #c047
+# %% ../../nbs/jobs/05_planning.ipynb #c051
 def check_plan_counts(
     **counts: int | None, # Counts that the user gave, by name; None was not given
 ) -> None:
@@ -473,7 +476,7 @@ def check_plan_counts(
         option = name if name == "memory" else f"--{name.replace('_', '-')}"
         if count is not None: check_at_least(count, 1, option)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c048
+# %% ../../nbs/jobs/05_planning.ipynb #c052
 def plan(
     job: Job, # What is wanted
     devices: int = 1, # Devices that share the scoring
@@ -496,7 +499,7 @@ def plan(
     return Plan(load=load, lengths_from=origin, hardware=hardware, stages=stages, models=len(cells),
                 run_seconds=run_seconds(job, stages, cells), probe=probe)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c049
+# %% ../../nbs/jobs/05_planning.ipynb #c053
 def measured_plan(
     job: Job, # What is wanted
     devices: int = 1, # Devices that share the scoring
@@ -509,11 +512,11 @@ def measured_plan(
     probe = probe_device(load.sizes, job.model.device, job.model.dtype, job.model.batch_tokens, rows)
     return plan(job, devices, probe, prompt_tokens, target_tokens)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c053
+# %% ../../nbs/jobs/05_planning.ipynb #c057
 from .costs import at_once
 from dataclasses import replace
 
-# %% ../../nbs/jobs/05_planning.ipynb #c054
+# %% ../../nbs/jobs/05_planning.ipynb #c058
 STREAMED = ("pruning shard by shard ('cap prune --stream') needs no more than 2 GiB and one tensor, with scores made "
             "elsewhere")
 
@@ -540,7 +543,7 @@ def weights_advice(
     return (f"{start}they need {count} such devices or more (device_map='auto' spreads the layers, --devices counts "
             f"them); {STREAMED}.")
 
-# %% ../../nbs/jobs/05_planning.ipynb #c055
+# %% ../../nbs/jobs/05_planning.ipynb #c059
 def fitting_batch_tokens(
     planned: Plan, # A plan
     stage: Stage, # A stage of it that does not fit
@@ -563,6 +566,7 @@ def fitting_examples(
     rest = at_once(stage.memory | {"hidden states": 0})
     return max(0, planned.load.job.calibrate.n * (planned.hardware.free - planned.hardware.each - rest) // hidden)
 
+# %% ../../nbs/jobs/05_planning.ipynb #c061
 def stage_advice(
     planned: Plan, # A plan whose weights fit
     stage: Stage, # A stage of it that does not fit
@@ -576,7 +580,7 @@ def stage_advice(
     other = "--dtype bfloat16 halves it" if planned.load.dtype == "float32" else "a larger device is needed"
     return f"{start}{other}, or layers spread over more devices (device_map='auto')."
 
-# %% ../../nbs/jobs/05_planning.ipynb #c057
+# %% ../../nbs/jobs/05_planning.ipynb #c063
 def device_advice(
     planned: Plan, # A plan
 ) -> list[str]: # Sentences
@@ -596,7 +600,7 @@ def main_memory_advice(
     return [f"'cap run' keeps a copy of the weights in scope in main memory, {bytes_text(together)} together, and "
             f"there are {bytes_text(h.main)}: prune with 'cap prune --stream' and measure with 'cap eval'."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c058
+# %% ../../nbs/jobs/05_planning.ipynb #c064
 def context_advice(
     planned: Plan, # A plan
 ) -> list[str]: # Sentences
@@ -620,7 +624,7 @@ def plan_advice(
     "What will not fit, and which option makes it fit."
     return (*device_advice(planned), *main_memory_advice(planned), *context_advice(planned))
 
-# %% ../../nbs/jobs/05_planning.ipynb #c060
+# %% ../../nbs/jobs/05_planning.ipynb #c066
 def model_lines(
     load: Workload, # What is to be done
     origin: str, # Where the lengths of the examples come from
@@ -640,6 +644,7 @@ def model_lines(
         f"- Tokens: {tokens:,}, {targets:,} of them targets; in batches of up to {load.job.model.batch_tokens:,} "
         f"tokens ({len(load.batches)} in all), {padding:.1%} padding."]
 
+# %% ../../nbs/jobs/05_planning.ipynb #c067
 def scoring_line(
     planned: Plan, # A plan
 ) -> str: # A line
@@ -649,7 +654,7 @@ def scoring_line(
             f"they run {scoring.work.layer_tokens:,} tokens through a layer, the hook loop "
             f"{hook_loop.work.layer_tokens:,}, and {hook_loop.flops / scoring.flops:.2f} times the FLOPs.")
 
-# %% ../../nbs/jobs/05_planning.ipynb #c061
+# %% ../../nbs/jobs/05_planning.ipynb #c068
 def stage_rows(
     planned: Plan, # A plan
 ) -> list[str]: # A table in Markdown
@@ -676,7 +681,7 @@ def memory_lines(
     copy = f"- 'cap run' keeps a copy of the weights in scope in main memory: {bytes_text(h.copy)}."
     return [title, "", *lines, copy, f"- There is: {free} on a device, {main} of main memory."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c062
+# %% ../../nbs/jobs/05_planning.ipynb #c069
 def run_line(
     planned: Plan, # A plan
 ) -> str: # A line
@@ -702,7 +707,7 @@ def time_line(
     if h.each == h.weights: return line
     return f"{line} The weights are spread over the devices (device_map='auto'), which then work in turn."
 
-# %% ../../nbs/jobs/05_planning.ipynb #c063
+# %% ../../nbs/jobs/05_planning.ipynb #c070
 def fit_lines(
     planned: Plan, # A plan
 ) -> list[str]: # Lines
@@ -710,7 +715,7 @@ def fit_lines(
     if advice := plan_advice(planned): return ["What will not fit:", "", *(f"- {sentence}" for sentence in advice)]
     return ["Whether it fits is not known." if planned.hardware.free is None else "Everything fits."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c064
+# %% ../../nbs/jobs/05_planning.ipynb #c071
 def plan_text(
     planned: Plan, # A plan
 ) -> str: # Markdown, a page at most
