@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from cap_nb.methods.magnitude import prune_magnitude
-from cap_nb.evaluation import accuracy, evaluation_problems
+from cap_nb.methods.prune import prune
+from cap_nb.evaluation import answer_problems, evaluation_problems
 from cap_nb.core.errors import BadInput
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.experiments.harness import harness_answers, harness_benchmarks, verdict_differences, write_harness_task
@@ -19,13 +19,15 @@ TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
 def half():
     """The lab's model with half of its weights pruned: it makes mistakes of every kind."""
     model, tokenizer = load_model("lab", device="cpu")
-    prune_magnitude(model, 0.5)
+    prune(model, "magnitude", 0.5)
     return model, tokenizer
 
 
-def both(model, tokenizer, task, folder, **draw):
-    write_harness_task(folder, tokenizer, task, **draw)
-    return accuracy(model, tokenizer, task, **draw), harness_answers(model, tokenizer, folder, task)
+def both(model, tokenizer, task, folder, max_new_tokens=None, **draw):
+    problems = evaluation_problems(task, **draw)
+    write_harness_task(folder, tokenizer, problems, max_new_tokens=max_new_tokens)
+    ours = answer_problems(model, tokenizer, problems, max_new_tokens=max_new_tokens)
+    return ours, harness_answers(model, tokenizer, folder, task)
 
 
 @pytest.mark.parametrize("task", TASKS)
