@@ -406,6 +406,7 @@ def prefill_work(
     return sum((Work(passes=1, layer_tokens=sizes.layers * rows * width, head_tokens=through_head,
                      pairs=sizes.layers * rows * width**2) for rows, width, through_head in read), Work())
 
+# %% ../../nbs/jobs/04_costs.ipynb #c050
 def decode_work(
     sizes: Sizes, # The sizes of the model
     job: Job, # A job that is filled in
@@ -418,7 +419,7 @@ def decode_work(
         return Work(passes=later, layer_tokens=sizes.layers * a.rows * later, head_tokens=a.rows * later, pairs=pairs)
     return sum((written(a) for a in answer_batches(job, lengths)), Work())
 
-# %% ../../nbs/jobs/04_costs.ipynb #c052
+# %% ../../nbs/jobs/04_costs.ipynb #c054
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} # Bytes of a number
 
 def layer_bytes(
@@ -447,7 +448,7 @@ def hidden_bytes(
     "The hidden states of all batches after one layer."
     return sum(b.rows * b.width for b in batches) * sizes.hidden * width
 
-# %% ../../nbs/jobs/04_costs.ipynb #c053
+# %% ../../nbs/jobs/04_costs.ipynb #c055
 def scoring_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -471,7 +472,7 @@ def hook_loop_memory(
     parts = scoring_memory(sizes, width, batches)
     return parts | {"hidden states": 0, "a recorded pass": 0, "logits": logits}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c054
+# %% ../../nbs/jobs/04_costs.ipynb #c056
 def threshold_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -493,7 +494,7 @@ def wanda_memory(
     return {"hidden states": 2 * hidden_bytes(sizes, width, batches), "scores of one matrix": widest * 18,
             "one layer at work": max(layer_bytes(sizes, width, tokens, longest), squares)}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c055
+# %% ../../nbs/jobs/04_costs.ipynb #c057
 def evaluation_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -512,7 +513,7 @@ def evaluation_memory(
             "one layer at work": max(2 * kept * query * width, layer),
             "logits": max([*logits, logit_bytes(sizes, min(256, window))])}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c057
+# %% ../../nbs/jobs/04_costs.ipynb #c059
 TAKING_TURNS = ("one layer at work", "a recorded pass", "logits", "scores of one matrix") # Never two of them at a time
 
 def at_once(
