@@ -153,10 +153,10 @@ def paired_gains(
     on: str, # A benchmark, as in "gsm8k"; "tasks" for all together; "perplexity" for plain text
 ) -> Gains | None: # First over second; None if they share no measure of it
     "Gains of the first over the second, problem by problem: points of accuracy, else nats of loss saved."
-    def asked(measure):
+    def belongs(measure):
         column = paper_measure(measure)
         return column == on or (on == TASKS_TOGETHER and column != ON_TEXT)
-    parts = {measure: both for measure, both in comparable_parts(first, second).items() if asked(measure)}
+    parts = {measure: both for measure, both in comparable_parts(first, second).items() if belongs(measure)}
     answered = [both for measure, both in parts.items() if not measure.endswith("loss")]
     differences = [paired_values(*both) for both in answered or parts.values()]
     if not differences: return None
