@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_ROOM', 'says_no_room', 'room_wanted', 'whole_file', 'whole_folder', 'alone_in', 'sha256_of_file', 'sha256_of_text',
-           'write_packed', 'read_packed', 'write_json', 'read_json']
+           'write_packed', 'read_packed', 'json_text', 'write_json', 'read_json']
 
 # %% ../../nbs/core/01_files.ipynb #c004
 import errno, re
@@ -151,12 +151,18 @@ def read_packed(
     "The text of a compressed file; a damaged one raises OSError, EOFError or zlib.error."
     return gzip.decompress(Path(path).read_bytes()).decode("utf-8")
 
+def json_text(
+    content: object, # Anything that JSON can hold
+) -> str: # JSON with sorted keys, a line a value, ending in a newline
+    "A value as JSON; equal values give equal texts."
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
 def write_json(
     path: str | Path, # Final name of the file; one that ends in .gz is compressed
     content: object, # Anything that JSON can hold
 ) -> None:
     "Write `content` as JSON with sorted keys, whole or not at all."
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    text = json_text(content)
     if Path(path).suffix == ".gz": return write_packed(path, text)
     with whole_file(path) as part: part.write_text(text, encoding="utf-8")
 
