@@ -3,7 +3,7 @@
 # make matrix     the tests that meet transformers most, with 5 and then with 4.57, each in an environment of its own (SLOW=1: all notebooks and tests)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
 # make readme     README.md from nbs/index.ipynb
-# make benchmarks measure what nbs/benchmarks has not measured yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
+# make benchmarks measure what figures/benchmarks does not hold yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
 #
 # With a virtual environment active, it is used; otherwise .venv is made here. Variables: PYTHON (which interpreter makes .venv),
 # DEMO (the demo's run folder). The matrix has 4.57 in .venv-457, which it makes the first time.
@@ -58,10 +58,8 @@ notebooks: env
 	"$(BIN)/nbdev_clean"
 
 # The 16 GB checkpoint is left out unless it is asked for.
-BENCHMARKS = $(if $(LARGE),$(wildcard nbs/benchmarks/*.ipynb),$(filter-out %/03_streaming.ipynb,$(wildcard nbs/benchmarks/*.ipynb)))
 benchmarks: env
-	"$(BIN)/python" tools/notebooks.py --flags slow $(sort $(BENCHMARKS))
-	"$(BIN)/nbdev_clean"
+	for each in scoring scaling threshold generation $(if $(LARGE),streaming); do "$(BIN)/python" -m "tools.benchmarks.$$each"; done
 
 readme: env
 	"$(BIN)/python" tools/readme.py

@@ -5,60 +5,27 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/all.ipynb #c003
-from .core.errors import *
-from .core.files import *
-from .core.plots import *
-from .models.families import *
-from .models.anatomy import *
-from .models.routing import *
-from .models.interventions import *
-from .models.replay import *
-from .models.lab_world import *
-from .models.lab import *
-from .models.lab_experts import *
-from .models.loading import *
-from .data.problems import *
-from .data.prompts import *
-from .data.batches import *
-from .calibration import *
-from .scoring import *
-from .engine.layer_walk import *
-from .engine.unit_store import *
-from .engine.resumed_scoring import *
-from .engine.decoding import *
-from .engine.devices import *
-from .importance import *
+# %% ../nbs/all.ipynb #c002
+import ast
+import importlib
+from pathlib import Path
 
-
-# %% ../nbs/all.ipynb #c003b
-from .regions import *
-from .threshold import *
-from .methods.magnitude import *
-from .methods.wanda import *
-from .methods.criteria import *
-from .methods.allocation import *
-from .methods.sparsegpt import *
-from .methods.attributions import *
-from .methods.whole_heads import *
-from .methods.experts import *
-from .methods.prune import *
-from .methods.streaming import *
-from .evaluation import *
-from .jobs.records import *
-from .analysis import *
-from .evidence import *
-from .jobs.job import *
-from .jobs.planning import *
-from .experiments.variants import *
-from .experiments.seeds import *
-from .experiments.claims import *
-from .experiments.reasoning_steps import *
-from .experiments.harness import *
-from .experiments.side_by_side import *
-from .experiments.proofs import *
-from .command_line import *
-
+# %% ../nbs/all.ipynb #c004
+def public_names() -> dict[str, str]: # Public name -> full name of its module
+    "Every public name of the package and where it lives, without importing anything."
+    package, homes = Path(__file__).parent, {}
+    for path in sorted(package.rglob("*.py")):
+        module = ".".join(("cap_nb", *path.relative_to(package).with_suffix("").parts))
+        if path.stem in ("__init__", "_modidx") or module == "cap_nb.all": continue
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        lists = [node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+        homes |= {name: module for names in lists for name in ast.literal_eval(names)}
+    return homes
 
 # %% ../nbs/all.ipynb #c005
-__all__ = [name for name in globals() if not name.startswith("_")]
+HOMES = public_names() if "__file__" in globals() else {} # a notebook is no file
+__all__ = sorted(HOMES)
+
+def __getattr__(name: str) -> object:
+    if name not in HOMES: raise AttributeError(f"cap_nb has no public name {name!r}.")
+    return getattr(importlib.import_module(HOMES[name]), name)

@@ -121,7 +121,7 @@ def test_run_shows_table_and_figures(finished):
     assert "| Dense |" in said and "| CAP |" in said and "| Magnitude |" in said
     assert str(folder / "figures" / "head_importance.png") in said
     for name in ("run.json", "environment.json", "timings.json", "losses.safetensors", "tables/table.md", "tables/table.csv", "tables/table.tex",
-                 "tables/scores.csv", "figures/head_importance.svg", "figures/sparsity_curves.png", "reports/cap-0.5.json.gz"):
+                 "tables/scores.csv", "figures/head_importance.png", "figures/sparsity_curves.png", "reports/cap-0.5.json.gz"):
         assert (folder / name).is_file(), name
     assert not (folder / "unfinished").exists()
     assert read_json(folder / "environment.json")[0]["note"] == "a test"

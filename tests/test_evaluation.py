@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from proofs import TINY_MODELS, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from cap_nb.data.problems import BENCHMARK_NAMES, load_problems
@@ -18,7 +19,6 @@ from cap_nb.engine.decoding import Decoding, generate_greedy, generate_naive
 from cap_nb.jobs.records import load_evaluation, save_evaluation
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
-from cap_nb.experiments.proofs import TINY_MODELS, tiny_model
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SHAPE = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -82,6 +82,7 @@ def main() -> None:
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     flags = set(settings["DEFAULT"]["tst_flags"].split()) - set(asked.flags.split())
     os.environ.update(TQDM_DISABLE="1", PYTHONWARNINGS="ignore:IProgress not found", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    os.environ.pop("MPLBACKEND", None)  # a backend set from outside would keep the pictures out of the notebooks
     for path in asked.notebooks or reading_order():
         if not path.is_file():
             sys.exit(f"There is no notebook {path}.")

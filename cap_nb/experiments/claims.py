@@ -746,7 +746,7 @@ def save_ledger(
     write_text(out/"ledger.csv", ledger.to_csv(lineterminator="\n"))
     write_text(out/"ledger.tex", ledger_latex(ledger))
     save_figure(plot_claims(ledger), out/"claims")
-    made = {name: sha256_of_file(out/name) for name in ("ledger.md", "ledger.csv", "ledger.tex", "claims.png", "claims.svg")}
+    made = {name: sha256_of_file(out/name) for name in ("ledger.md", "ledger.csv", "ledger.tex", "claims.png")}
     used = sorted(path for records in models for folder in records.folders for path in folder.rglob("manifest.json"))
     write_json(out/"manifest.json", {"made": made, "made from": {path.relative_to(figures).as_posix(): sha256_of_file(path) for path in used}})
     return out

@@ -118,7 +118,7 @@ def tensors_of_weight(
     p: Projection, # A weight in scope
 ) -> tuple[StoredTensor, ...]: # The tensors whose rows, one below the other, are its own; none if it is missing
     "Where a weight lies; of a stack of experts, what belongs to its own."
-    held = checkpoint.held.get(p.held_in, ())
+    held = checkpoint.held.get(p.parameter_name, ())
     if not held or p.parameter.ndim == 2: return held
     count = p.routing.count
     if len(held) > 1: return held[len(held) // count * p.expert:len(held) // count * (p.expert + 1)]

@@ -1,0 +1,36 @@
+"""What tests share: one tiny Llama (and models of other classes with its sizes), and examples made of token ids."""
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from cap_nb.calibration import Calibration
+from cap_nb.data.prompts import IGNORED, Example
+
+# Head size 6 although hidden size over heads is 5, and two query heads to a key-value head: sizes that go wrong when
+# something is assumed
+TINY = dict(hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=6, vocab_size=50, max_position_embeddings=64, initializer_range=0.3)
+
+
+def tiny_config(kind=LlamaConfig, **settings):
+    """The configuration of `tiny_llama`, for tests that need no weights."""
+    return kind(**TINY | settings)
+
+
+def tiny_llama(kind=LlamaConfig, seed=0, **settings):
+    """A random Llama of 3 layers and 4 heads in float32; `kind` names another class, and settings replace those of
+    `TINY`."""
+    torch.manual_seed(seed)
+    loading = {key: settings.pop(key) for key in ("attn_implementation",) if key in settings}
+    return AutoModelForCausalLM.from_config(tiny_config(kind, **settings), **loading).float().eval()
+
+
+def made_up(number, length, prompt=4, vocabulary=50):
+    """An example whose tokens follow from its number; the loss counts from token `prompt` on."""
+    ids = tuple((7 * number + 3 * t) % (vocabulary - 1) + 1 for t in range(length))
+    return Example(task="own", uid=f"{number}", prompt="", target="", answer="", input_ids=ids,
+                   labels=(IGNORED,) * prompt + ids[prompt:])
+
+
+def made_up_calibration(count=9, shortest=8, k=3, **options):
+    """A calibration set of made-up examples, each one token longer than the last, so that batches have padding."""
+    return Calibration.from_examples([made_up(number, shortest + number, **options) for number in range(count)], k=k)

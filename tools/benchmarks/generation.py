@@ -1,0 +1,165 @@
+"""Writing answers
+
+> Greedy decoding here against lm-evaluation-harness's own backend for models of transformers, prompt for prompt.
+
+Paper: section 4 decodes greedily and does not say with what. In: the lab model and SmolLM2, the lab's problems and
+GSM8K's. Out: `figures/benchmarks/generation.json`, and what is said about it below.
+
+The records are made, on a machine that does nothing else, by
+
+    python -m tools.benchmarks.generation
+
+in an environment with the extra `harness`: `pip install -e '.[dev,harness]'`. A case that is on disk is not measured
+again. `CAP_NB_DATA` names the folder of the benchmarks' own files, if it is at hand; without it SmolLM2 is given the
+lab's problems. `CAP_NB_NOTE` says what else was running. SmolLM2 is fetched with `cap fetch smollm2`.
+"""
+
+import copy
+import importlib.util
+import os
+import time
+from pathlib import Path
+
+from cap_nb.calibration import default_style
+from cap_nb.core.errors import BadInput
+from cap_nb.data.problems import task_family
+from cap_nb.data.prompts import encode_problem
+from cap_nb.engine.decoding import Decoding, generate_greedy, greedy_settings, inference
+from cap_nb.evaluation import evaluation_problems, prompt_tokens, strict_pattern
+from cap_nb.experiments.harness import imported_harness, undisturbed
+from cap_nb.models.loading import load_model, model_cache, model_fingerprint
+from tools.side_by_side import measured_case, measured_rounds, stopwatch
+
+# Both sides get the same prompts as text, make tokens of them, write greedily in float32 on the processor up to the same
+# limit, and give text back. Both sort by length and call `generate` with its dynamic cache. They differ in how they cut
+# batches, in how they stop, and in that here the rows that have ended leave their batch every 64 tokens.
+#
+# A batch of the harness has a fixed number of rows. Ours has a fixed number of tokens; it is given as many as that number
+# of rows takes with the longest prompt, so neither side needs more memory than the other. The harness knows stop tokens
+# and fixed words, no form of a line. So one side of ours stops at stop tokens only, by the same rule; the other stops
+# behind a whole answer line too, as `accuracy` does. The harness's task, filters and counting are not timed.
+
+ROOT = Path(__file__).resolve().parents[2]
+path = ROOT / "figures" / "benchmarks" / "generation.json"
+data_dir, note = os.environ.get("CAP_NB_DATA"), os.environ.get("CAP_NB_NOTE", "")
+
+
+def ours(model, tokenizer, problems, style, limit, rows, line=None):
+    def texts():
+        prompts = [prompt_tokens(encode_problem(tokenizer, problem, style)) for problem in problems]
+        decoding = Decoding(batch_tokens=rows * (max(map(len, prompts)) + limit))
+        written = generate_greedy(model, tokenizer, prompts, limit, line, decoding)
+        return [tokenizer.decode(said.tokens, skip_special_tokens=True) for said in written]
+
+    return texts
+
+
+def theirs(model, tokenizer, problems, style, limit, rows):
+    lm_eval, asked = imported_harness(), {"do_sample": False, "until": [], "max_gen_toks": limit}
+    backend = lm_eval.models.huggingface.HFLM(
+        model, tokenizer=copy.deepcopy(tokenizer), batch_size=rows, add_bos_token=tokenizer.chat_template is None
+    )
+    prompts = [encode_problem(tokenizer, problem, style).prompt for problem in problems]
+    requests = [
+        lm_eval.api.instance.Instance("generate_until", {}, (prompt, asked), place)
+        for place, prompt in enumerate(prompts)
+    ]
+
+    def texts():
+        with undisturbed(), inference(model), greedy_settings(model, tokenizer, limit):
+            return backend.generate_until(requests, disable_tqdm=True)
+
+    return texts
+
+
+# Before anything is timed the texts are compared. By the same rule they must be the same, letter by letter; where ours
+# also stops at answer lines, each must be the beginning of the other.
+
+
+def check_texts(texts):
+    theirs, same, early = (texts[name] for name in ("harness", "stop tokens", "answer lines"))
+    apart = sum(a != b for a, b in zip(theirs, same, strict=True)) + sum(
+        not a.startswith(b) for a, b in zip(same, early, strict=True)
+    )
+    if apart:
+        raise BadInput(
+            f"{apart} texts differ: expected the same from both sides; what writes something else is not compared."
+        )
+    return sum(a != b for a, b in zip(same, early))
+
+
+def with_processor_time(call, kept):
+    def timed():
+        start, seconds = time.process_time(), stopwatch(call)()
+        kept.append(time.process_time() - start)
+        return seconds
+
+    return timed
+
+
+# Beside the seconds on the wall stand those that the processor spent on this process. On a machine that does nothing else
+# they are nearly equal; where others compute too, the wall tells of them as well.
+
+
+def timed_sides(sides, tokenizer, repeats):
+    texts = {name: side() for name, side in sides.items()}  # also the warm-up
+    about, spent = {"ended early": check_texts(texts)}, {name: [] for name in sides}
+    about["tokens"] = {
+        name: sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in written)
+        for name, written in texts.items()
+    }
+    seconds = measured_rounds(
+        {name: with_processor_time(side, spent[name]) for name, side in sides.items()}, repeats, warmups=0
+    )
+    return {"seconds": seconds | {f"{name}, processor": tuple(each) for name, each in spent.items()}, "about": about}
+
+
+def generation_case(path, name, weights, task, n, limit, rows=16, repeats=5, data_dir=None, other=None):
+    (model, tokenizer), kept = load_model(weights, "float32", "cpu"), {"weights": weights, "task": task}
+    given = (model, tokenizer, evaluation_problems(task, n, data_dir=data_dir), default_style(tokenizer), limit, rows)
+
+    def measure():
+        line = strict_pattern(default_style(tokenizer), task_family(task))
+        sides = {"harness": (other or theirs)(*given), "stop tokens": ours(*given), "answer lines": ours(*given, line)}
+        found = timed_sides(sides, tokenizer, repeats)
+        return found | {
+            "about": found["about"]
+            | kept
+            | {
+                "model": model_fingerprint(model),
+                "lm_eval": importlib.metadata.version("lm_eval") if not other else None,
+            }
+        }
+
+    return measured_case(path, name, {"repeats": repeats, "n": n, "limit": limit, "rows": rows}, measure, note=note)
+
+
+# The lab model writes short answers and ends them by itself. Its GSM8K answers have about 55 tokens, its ARC answers
+# about 130.
+
+# SmolLM2-135M-Instruct has the larger vocabulary and takes its time for every token, so what either side does between the
+# tokens weighs little. Few problems and a short limit, since every round writes them three times; no batch lasts longer
+# than a piece of 64 tokens here, so no row leaves it.
+
+# A try in small, so that the page runs where the harness is not installed: another side of ours stands in for it. What is
+# printed says nothing about time, but sides that write other texts are noticed.
+
+
+def main() -> None:
+    if importlib.util.find_spec("lm_eval"):
+        for task in ("lab-gsm8k", "lab-arc"):
+            print(generation_case(path, f"lab, {task}", "lab", task, 32, 192)["seconds"])
+    else:
+        print("lm-evaluation-harness is not installed here: see the top of this file.")
+    if not (model_cache() / "smollm2").is_dir():
+        print("SmolLM2 is not fetched: run 'cap fetch smollm2' first.")
+    elif importlib.util.find_spec("lm_eval"):
+        print(
+            generation_case(
+                path, "smollm2", "smollm2", "gsm8k" if data_dir else "lab-gsm8k", 4, 64, rows=4, data_dir=data_dir
+            )["seconds"]
+        )
+
+
+if __name__ == "__main__":
+    main()
