@@ -130,7 +130,7 @@ def test_run_shows_table_and_figures(finished):
 def test_what_is_recorded(finished):
     run = load_run(finished[0])
     calibrated = set(run.losses.uid)
-    assert [(e.method, e.sparsity) for e in run.evaluations] == [("dense", 0.0), ("cap", 0.5), ("magnitude", 0.5)]
+    assert [(e.method, e.sparsity) for e in run.evaluations] == [("dense", 0.0), ("magnitude", 0.5), ("cap", 0.5)]
     for (report, _), evaluation in zip(run.reports, run.evaluations):
         assert report.reached == evaluation.reached and abs(report.reached - report.asked) <= 1e-4
         assert len(evaluation.answers) == 6 and len(evaluation.losses) == 6 and evaluation.perplexity.windows == 1

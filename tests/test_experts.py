@@ -18,7 +18,8 @@ from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer, save_tokenizer
 from cap_nb.models.lab_experts import EXPERTS_CHECKPOINT, ExpertsRecipe, new_experts_model
 from cap_nb.models.loading import load_model
-from cap_nb.jobs.job import Job, run_job
+from cap_nb.jobs.job import run_job
+from cap_nb.jobs.settings import Job, changed
 from cap_nb.methods.prune import check_method, prune
 from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.scoring import causal_scores
@@ -115,7 +116,7 @@ def test_a_dense_model_is_refused_before_any_work(tmp_path):
         with pytest.raises(BadInput, match="LlamaForCausalLM has no routed experts: expected a mixture of experts"):
             prune(dense, method, 0.3, calibration=CALIBRATION)
     with pytest.raises(BadInput, match="Method 'cap.routed' was asked for, and LlamaForCausalLM has no routed experts"):
-        run_job(Job("lab", ("cap.routed",), n=2), tmp_path / "run")
+        run_job(changed(Job(), methods=("cap.routed",), n=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -167,7 +168,8 @@ def tiny_lab(tmp_path_factory):
 
 
 def test_a_run_keeps_both_tables_of_factors_and_takes_them_up_again(tiny_lab, tmp_path):
-    job = Job(str(tiny_lab), ("cap", "cap.routed", "cap.masked_experts"), (0.5,), n=3, k=1, accuracy_tasks=(), loss_n=2, windows=0)
+    job = changed(Job(), name=str(tiny_lab), methods=("cap", "cap.routed", "cap.masked_experts"), sparsities=(0.5,), n=3, k=1,
+                  accuracy_tasks=(), loss_n=2, windows=0)
     run_job(job, tmp_path / "run")
     kept = {name: read_tensors(tmp_path / "run" / "attributions" / f"{name}.safetensors")[0] for name in ("routed", "masked_experts")}
     assert all(tensors["experts"].shape == (2, 4) and tensors["factors"].shape == (2, 6) for tensors in kept.values())

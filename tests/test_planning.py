@@ -18,7 +18,7 @@ from cap_nb.models.anatomy import projections
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
 from cap_nb.jobs import planning
-from cap_nb.jobs.job import Job
+from cap_nb.jobs.settings import Job, changed
 from cap_nb.jobs.planning import *
 from cap_nb.engine.resumed_scoring import intact_pass, resumed_losses, score_heads
 from cap_nb.scoring import score_heads_naive, target_losses
@@ -133,26 +133,26 @@ def test_names_that_lead_nowhere_get_a_sentence(tmp_path, monkeypatch):
 
 def test_the_labs_lengths_are_counted_and_others_are_assumed_or_given():
     tokenizer = lab_tokenizer()
-    found = plan(Job(n=6), memory=GIB)
+    found = plan(changed(Job(), n=6), memory=GIB)
     calibration = calibration_set(tokenizer, n=6)
     assert [len(length.input_ids) for length in found.lengths] == [len(e.input_ids) for e in calibration.examples]
     assert [length.target for length in found.lengths] == [sum(label != IGNORED for label in e.labels) for e in calibration.examples]
     assert "counted" in found.lengths_from and [b.rows for b in found.batches] == [len(b) for b in token_batches(calibration.examples, 4096)]
-    assumed = plan(Job("mistral-7b", n=6), memory=GIB)
-    assert "assumed" in assumed.lengths_from and len(assumed.lengths) == 18 and assumed.job.tasks == ("gsm8k", "strategyqa", "arc")
-    given = plan(Job("mistral-7b", n=6), prompt_tokens=800, target_tokens=70, memory=GIB)
+    assumed = plan(changed(Job(), name="mistral-7b", n=6), memory=GIB)
+    assert "assumed" in assumed.lengths_from and len(assumed.lengths) == 18 and assumed.job.calibrate.tasks == ("gsm8k", "strategyqa", "arc")
+    given = plan(changed(Job(), name="mistral-7b", n=6), prompt_tokens=800, target_tokens=70, memory=GIB)
     assert {(length.prompt, length.target) for length in given.lengths} == {(800, 70)}
-    assert {(length.prompt, length.target) for length in plan(Job(n=6), prompt_tokens=50, target_tokens=9, memory=GIB).lengths} == {(50, 9)}
+    assert {(length.prompt, length.target) for length in plan(changed(Job(), n=6), prompt_tokens=50, target_tokens=9, memory=GIB).lengths} == {(50, 9)}
 
 
 def test_counts_that_cannot_be_are_refused():
     for wrong in (dict(devices=0), dict(prompt_tokens=0), dict(target_tokens=0), dict(memory=0)):
         with pytest.raises(BadInput, match="at least 1"):
-            plan(Job("llama-3-8b"), **wrong)
+            plan(changed(Job(), name="llama-3-8b"), **wrong)
     with pytest.raises(BadInput, match="k = 7 subsets of 6 examples"):
-        plan(Job("llama-3-8b", n=2, k=7))
+        plan(changed(Job(), name="llama-3-8b", n=2, k=7))
     with pytest.raises(BadInput, match="Unknown task"):
-        plan(Job("llama-3-8b", tasks=("nonsense",)))
+        plan(changed(Job(), name="llama-3-8b", tasks=("nonsense",)))
 
 
 # work
@@ -193,7 +193,7 @@ def test_passes_of_scoring_are_counted_layer_by_layer():
 def test_generation_and_losses_are_counted():
     model = random_model(attn_implementation="eager", max_position_embeddings=64)
     sizes, ids = sizes_of(model.config, "random", "a test"), torch.randint(1, 89, (3, 7))
-    job = Job(tasks=("gsm8k",), accuracy_tasks=("gsm8k",), evaluate_n=3, loss_n=3, windows=2, window_tokens=100, max_new_tokens=6)
+    job = changed(Job(), tasks=("gsm8k",), accuracy_tasks=("gsm8k",), evaluate_n=3, loss_n=3, windows=2, window_tokens=100, max_new_tokens=6)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
         target_losses(model, collate([example(place, 12, prompt=7) for place in range(3)], pad_id=0))
@@ -231,10 +231,10 @@ def test_the_memory_of_pruning_is_what_is_really_held(dtype, method):
 def test_the_memory_of_evaluation_is_what_is_really_held(dtype):
     model = random_model(vocab_size=1000).to(dtype)
     sizes, batch = sizes_of(model.config, "random", "a test"), collate([example(place, 40, prompt=20) for place in range(8)], pad_id=0)
-    job = Job(tasks=("gsm8k",), accuracy_tasks=(), loss_n=8, windows=0)
+    job = changed(Job(), tasks=("gsm8k",), accuracy_tasks=(), loss_n=8, windows=0)
     planned = at_once(evaluation_memory(sizes, dtype.itemsize, job, [ExampleLength("gsm8k", 20, 20)] * 8))
     assert 0.8 < peak(lambda: target_losses(model, batch)) / planned < 1.05
-    job = Job(tasks=("gsm8k",), accuracy_tasks=("gsm8k",), evaluate_n=8, loss_n=0, windows=0, max_new_tokens=100)
+    job = changed(Job(), tasks=("gsm8k",), accuracy_tasks=("gsm8k",), evaluate_n=8, loss_n=0, windows=0, max_new_tokens=100)
     planned = at_once(evaluation_memory(sizes, dtype.itemsize, job, [ExampleLength("gsm8k", 40, 1)] * 8))
     ask = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     assert 0.6 < peak(lambda: model.generate(**ask, max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0)) / planned < 1.1
@@ -248,14 +248,14 @@ def test_parts_take_turns():
 def test_memory_that_the_system_does_not_tell_is_said_to_be_unknown(monkeypatch):
     assert free_memory(torch.device("cpu")) > 0 and free_memory(torch.device("meta")) is None
     monkeypatch.setattr(planning, "free_memory", lambda device: None)
-    found = plan(Job("llama-3-8b"))
+    found = plan(changed(Job(), name="llama-3-8b"))
     assert found.free is None and plan_advice(found) == ()
     assert "unknown: this system does not tell" in plan_text(found) and "Whether it fits is not known." in plan_text(found)
 
 
 def gpu(gibibytes, devices=1, main=512, **job):
     """A plan for a device that need not be here, beside plenty of main memory."""
-    found = plan(Job(**dict(model="llama-3-8b") | job), devices, memory=int(gibibytes * GIB))
+    found = plan(changed(Job(), **dict(name="llama-3-8b") | job), devices, memory=int(gibibytes * GIB))
     return replace(found, main=main * GIB)
 
 
@@ -289,7 +289,7 @@ def test_weights_that_do_not_fit_are_met_by_dtype_devices_or_streaming():
 
 def test_processes_on_one_cpu_share_its_memory_and_are_no_faster(monkeypatch):
     monkeypatch.setattr(planning, "free_memory", lambda device: 20 * GIB)
-    one, two = (plan(Job("llama-3-8b", device="cpu"), devices, PROBE) for devices in (1, 2))
+    one, two = (plan(changed(Job(), name="llama-3-8b", device="cpu"), devices, PROBE) for devices in (1, 2))
     assert (one.free, two.free) == (20 * GIB, 10 * GIB)
     assert one.stages[0].seconds == two.stages[0].seconds
     assert any("--devices 1 makes them fit" in sentence for sentence in plan_advice(two))
@@ -306,7 +306,7 @@ def test_wandas_hidden_states_are_met_by_fewer_examples():
 def test_the_copy_in_main_memory_and_the_context_are_watched():
     assert any("copy of the weights in scope in main memory" in sentence for sentence in plan_advice(gpu(80, main=8)))
     assert any("--max-new-tokens 8062 makes them fit" in sentence for sentence in plan_advice(gpu(80, max_new_tokens=9000)))
-    found = plan(Job("llama-3-8b", batch_tokens=20_000), prompt_tokens=9000, memory=200 * GIB)
+    found = plan(changed(Job(), name="llama-3-8b", batch_tokens=20_000), prompt_tokens=9000, memory=200 * GIB)
     assert any("longest example has 9,095 tokens" in sentence for sentence in plan_advice(found))
 
 
@@ -334,22 +334,22 @@ def test_the_probe_is_bounded_and_refuses_what_does_not_fit(monkeypatch):
 
 
 def test_times_grow_with_the_work():
-    job = Job("mistral-7b", n=120)
-    once, twice = (plan(replace(job, n=n), probe=PROBE, memory=80 * GIB) for n in (120, 240))
+    job = changed(Job(), name="mistral-7b", n=120)
+    once, twice = (plan(changed(job, n=n), probe=PROBE, memory=80 * GIB) for n in (120, 240))
     assert twice.stages[0].seconds == pytest.approx(2 * once.stages[0].seconds, rel=0.01)
     assert once.stages[1].seconds > 1.8 * once.stages[0].seconds > 0
-    more = plan(replace(job, max_new_tokens=1024), probe=PROBE, memory=80 * GIB)
+    more = plan(changed(job, max_new_tokens=1024), probe=PROBE, memory=80 * GIB)
     assert more.stages[4].seconds > 1.5 * once.stages[4].seconds
     assert plan(job, devices=3, probe=PROBE, memory=80 * GIB).stages[0].seconds == pytest.approx(once.stages[0].seconds / 3)
     assert all(stage.seconds is None for stage in plan(job, memory=80 * GIB).stages) and plan(job, memory=80 * GIB).run_seconds is None
 
 
 def test_the_whole_run_is_its_parts():
-    found = plan(Job("mistral-7b", methods=("cap", "wanda", "magnitude"), sparsities=(0.1, 0.2)), probe=PROBE, memory=80 * GIB)
+    found = plan(changed(Job(), name="mistral-7b", methods=("cap", "wanda", "magnitude"), sparsities=(0.1, 0.2)), probe=PROBE, memory=80 * GIB)
     scoring, _, threshold, wanda, evaluating = (stage.seconds for stage in found.stages)
     assert found.models == 7
     assert found.run_seconds == pytest.approx(scoring + 4 * threshold + 2 * wanda + 7 * evaluating)
-    assert plan(Job("mistral-7b", methods=("magnitude",)), probe=PROBE, memory=80 * GIB).run_seconds == pytest.approx(3 * threshold + 4 * evaluating)
+    assert plan(changed(Job(), name="mistral-7b", methods=("magnitude",)), probe=PROBE, memory=80 * GIB).run_seconds == pytest.approx(3 * threshold + 4 * evaluating)
 
 
 # text
@@ -360,11 +360,11 @@ def test_the_text_says_where_the_numbers_come_from():
     for part in ("published configuration, not read from a file", "no weights were read", "1,024 heads", "assumed", "No times: this device was not probed", "estimate",
                  "8,030,261,248, 6,979,321,856 of them in scope", "80.0 GiB on a device"):
         assert part in said
-    timed = plan_text(plan(Job("lab", n=4), probe=PROBE))
+    timed = plan_text(plan(changed(Job(), name="lab", n=4), probe=PROBE))
     assert "counted on the calibration set itself" in timed and "Times are estimates from a probe of one layer on made up" in timed and "not probed" not in timed
 
 
 def test_plan_and_probe_in_one_call():
-    found = measured_plan(Job("lab", n=2, evaluate_n=3, loss_n=3, windows=1, batch_tokens=512))
+    found = measured_plan(changed(Job(), name="lab", n=2, evaluate_n=3, loss_n=3, windows=1, batch_tokens=512))
     assert all(stage.seconds > 0 for stage in found.stages) and found.probe.rows == max(a.rows for a in found.answers)
-    assert measured_plan(Job("lab", n=2, accuracy_tasks=(), loss_n=3, windows=0, batch_tokens=512)).probe.rows == 1
+    assert measured_plan(changed(Job(), name="lab", n=2, accuracy_tasks=(), loss_n=3, windows=0, batch_tokens=512)).probe.rows == 1

@@ -607,7 +607,7 @@ from ..core.plots import blank_figure, in_style, save_figure
 from ..evidence import holm, probability_text
 from ..analysis import latex_text, markdown_rows
 from ..core.files import sha256_of_file, write_json
-from ..jobs.job import write_text
+from ..jobs.report import write_text
 
 # %% ../../nbs/experiments/02_claims.ipynb #c057
 def judged_claim(

@@ -156,9 +156,8 @@ def own_answers(
         with timed(folder, "chains"):
             for task in dict.fromkeys(example.task for example in ready.calibration.examples):
                 examples = [example for example in ready.calibration.examples if example.task == task]
-                said = generate_greedy(ready.model, ready.tokenizer, [prompt_tokens(e) for e in examples], job.max_new_tokens or token_limit(task),
-                                       decoding=Decoding(batch_tokens=2 * job.batch_tokens))
-                records += [answer_record(e, its, ready.tokenizer, job.style) for e, its in zip(examples, said)]
+                said = generate_greedy(ready.model, ready.tokenizer, [prompt_tokens(e) for e in examples], job.evaluate.max_new_tokens or token_limit(task), decoding=Decoding(batch_tokens=2 * job.model.batch_tokens))
+                records += [answer_record(e, its, ready.tokenizer, job.calibrate.style) for e, its in zip(examples, said)]
         save_evaluation(Evaluation(method="dense", sparsity=0.0, reached=0.0, answers=tuple(records)), place)
     return load_evaluation(place).answers
 
@@ -178,7 +177,7 @@ import logging
 from ..data.problems import load_text
 from ..methods.prune import needs_of
 from ..core.files import read_tensors, sha256_of_file, write_tensors
-from ..jobs.job import scored
+from ..jobs.job import run_losses
 
 # %% ../../nbs/experiments/00_variants.ipynb #c028
 def tasks_table(
@@ -188,7 +187,7 @@ def tasks_table(
     store: Path, # Folder of unfinished tables, or one shared between runs
 ) -> tuple[HeadLosses, Path]: # The table, and its file
     "The table of the calibration set; one of another model or other examples raises `BadInput`."
-    if base is None: return scored(ready, folder, store), folder/"losses.safetensors"
+    if base is None: return run_losses(ready, folder, store), folder/"losses.safetensors"
     losses, wanted = load_losses(base/"losses.safetensors"), (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
     if (losses.meta.get("model"), losses.meta.get("calibration")) != wanted:
         raise BadInput(f"The table of losses in {base} was measured on another model or other examples: expected this job's; give the settings of that run, or leave --base out.")
@@ -205,10 +204,10 @@ def variant_table(
 ) -> tuple[HeadLosses, Path] | None: # The table, and its file; None if there are too few chains
     "The table that a variant's heads are scored on, measured only if it is not there."
     if which == "tasks": return tasks_table(ready, folder, base, store)
-    if which == "text": calibration = text_calibration(ready.tokenizer, ready.calibration, load_text(ready.job.text, ready.job.data_dir, "calibration").text, text_windows)
+    if which == "text": calibration = text_calibration(ready.tokenizer, ready.calibration, load_text(ready.job.evaluate.text, ready.job.calibrate.data_dir, "calibration").text, text_windows)
     else: calibration = chain_calibration(ready.tokenizer, ready.calibration, own_answers(ready, folder))
     if calibration is None: return None
-    return scored(replace(ready, calibration=calibration), folder/which, store), folder/which/"losses.safetensors"
+    return run_losses(replace(ready, calibration=calibration), folder/which, store), folder/which/"losses.safetensors"
 
 # %% ../../nbs/experiments/00_variants.ipynb #c031
 def kept_factors(
@@ -292,14 +291,15 @@ def prune_variant(
     "Prune a job's model by a variant."
     variant, job = VARIANTS.get(name, Variant("", "dense")), ready.job
     if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value)
-    given = Given(factors=factors, calibration=ready.calibration, batch_tokens=job.batch_tokens, seed=job.seed)
+    given = Given(factors=factors, calibration=ready.calibration, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
     if variant.part: return replace(prune_part(ready.model, variant.method, variant.part, sparsity, given), method=name)
-    report = prune(ready.model, variant.method, sparsity, factors, ready.calibration, batch_tokens=job.batch_tokens, seed=job.seed)
+    report = prune(ready.model, variant.method, sparsity, factors, ready.calibration, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
     return replace(report, method=name)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c038
 import shutil
-from ..jobs.job import Job, finish_cells, prepare
+from ..jobs.job import finish_cells, prepare
+from ..jobs.settings import Job, changed
 from ..core.files import alone_in
 from ..jobs.records import cells_of, environment, note_environment, open_run
 
@@ -315,7 +315,7 @@ def run_variants(
 ) -> Path: # The run's folder
     "Every variant at every sparsity, resumable; every mistake raises `BadInput` before work begins."
     for name in names: check_choice(name, VARIANTS, "variant")
-    ready, folder = prepare(replace(job, methods=())), Path(folder)
+    ready, folder = prepare(changed(job, methods=())), Path(folder)
     settings, unfinished = ready.configuration | {"methods": list(names)}, Path(store) if store else folder/"unfinished"/"scores"
     if base is not None: tasks_table(ready, folder, Path(base), unfinished) # refused before anything is written
     with alone_in(folder):

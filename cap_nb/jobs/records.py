@@ -509,11 +509,10 @@ from ..core.files import alone_in
 def remove_live_records(
     folder: Path, # The folder of a run that was packed
 ) -> None:
-    "Remove what the packed file holds, the folders that are empty then, and pictures in a second form."
+    "Remove what the packed file holds, and the folders that are empty then."
     for path in sorted(folder.rglob("*"), reverse=True): # what is in a folder comes before the folder
-        inside = path.relative_to(folder)
         if path.is_dir() and not any(path.iterdir()): path.rmdir()
-        elif path.is_file() and (is_record(inside) or inside.suffix == ".svg"): path.unlink()
+        elif path.is_file() and is_record(path.relative_to(folder)): path.unlink()
 
 # %% ../../nbs/jobs/00_records.ipynb #c077
 def pack_run(
