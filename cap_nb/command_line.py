@@ -66,10 +66,13 @@ def read_sparsities(
                        "0.1,0.2,0.5.") from None
 
 # %% ../nbs/command_line.ipynb #c012
-import inspect, re
+import inspect, logging, re
 from dataclasses import Field, dataclass, fields
+from pathlib import Path
 from typing import Annotated
-from .jobs.settings import Job, SinglePruning, changed
+import cap_nb
+from transformers.utils import logging as transformers_logging
+from .jobs.settings import Job, changed
 
 # %% ../nbs/command_line.ipynb #c013
 @dataclass(frozen=True)
@@ -145,9 +148,6 @@ def with_job(
     return with_options("job", options, lambda **settings: changed(Job(), **settings))
 
 # %% ../nbs/command_line.ipynb #c021
-from pathlib import Path
-
-# %% ../nbs/command_line.ipynb #c022
 def option(
     kind: type, # Type of the value
     about: str, # What `--help` says
@@ -162,12 +162,7 @@ Store = option(Path | None, "folder of tables of losses, shared between runs")
 Note = option(str, "a note for the record, such as what else was running")
 Seed = option(int, "seed of every draw")
 
-# %% ../nbs/command_line.ipynb #c024
-import logging
-import cap_nb
-from transformers.utils import logging as transformers_logging
-
-# %% ../nbs/command_line.ipynb #c025
+# %% ../nbs/command_line.ipynb #c023
 ABOUT = "Causal Attribution Pruning of reasoning language models."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
@@ -190,13 +185,13 @@ def program(
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     transformers_logging.disable_progress_bar()
 
-# %% ../nbs/command_line.ipynb #c027
-from .analysis import method_table, table_markdown
+# %% ../nbs/command_line.ipynb #c025
 from .experiments.variants import VARIANTS, run_variants
-from .jobs.job import run_job
 from .jobs.records import load_run
+from .analysis import method_table, table_markdown
+from .jobs.job import run_job
 
-# %% ../nbs/command_line.ipynb #c028
+# %% ../nbs/command_line.ipynb #c026
 def show_run(
     folder: Path, # A run's folder
 ) -> None:
@@ -219,7 +214,7 @@ def run_command(
     "Load, calibrate, score, prune, evaluate, tabulate: the whole job, resumable."
     show_run(run_job(job, out or Path("runs")/Path(job.model.name).name, store, note))
 
-# %% ../nbs/command_line.ipynb #c030
+# %% ../nbs/command_line.ipynb #c028
 TextWindows = option(int | None, "windows of plain text to calibrate on; as many as calibration examples if left out")
 
 @app.command("claims")
@@ -239,15 +234,15 @@ def claims_command(
     folder = out or Path("runs")/f"{Path(job.model.name).name}-claims"
     show_run(run_variants(job, folder, base, names, store, note, text_windows))
 
-# %% ../nbs/command_line.ipynb #c032
+# %% ../nbs/command_line.ipynb #c030
 import shutil
-from .engine.devices import joined, own_device
-from .engine.resumed_scoring import score_heads
 from .jobs.job import check_job, job_calibration
+from .engine.devices import joined, own_device
 from .models.loading import load_model, tokenizer_fingerprint
 from .scoring import save_losses
+from .engine.resumed_scoring import score_heads
 
-# %% ../nbs/command_line.ipynb #c033
+# %% ../nbs/command_line.ipynb #c031
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
 
 @app.command("score")
@@ -274,12 +269,20 @@ def score_command(
     heads = losses.masked[..., 0].numel()
     typer.echo(f"{out}: losses of {len(losses.intact)} examples with each of {heads} heads masked.")
 
-# %% ../nbs/command_line.ipynb #c035
-from .importance import importance_factors
+# %% ../nbs/command_line.ipynb #c033
+from dataclasses import asdict, replace
 from .regions import Factors
+from .methods.criteria import Given
+from .threshold import PruneReport
+from .jobs.settings import SinglePruning
 from .scoring import causal_scores, load_losses
+from .models.loading import check_all_here, model_fingerprint, save_model
+from .methods.prune import check_method, needs_of, prune, unit_factors
+from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
+from .importance import importance_factors
+from .core.files import write_json
 
-# %% ../nbs/command_line.ipynb #c036
+# %% ../nbs/command_line.ipynb #c034
 def factors_from(
     pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
     fingerprint: Callable[[], str], # Of the model that is to be pruned
@@ -293,15 +296,7 @@ def factors_from(
                        "score it first, with the same --dtype.")
     return Factors(heads=importance_factors(causal_scores(losses, aggregation)), key_value=pruning.key_value)
 
-# %% ../nbs/command_line.ipynb #c038
-from dataclasses import replace
-from .methods.criteria import Given
-from .methods.prune import check_method, needs_of, prune, unit_factors
-from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
-from .models.loading import check_all_here, model_fingerprint, save_model
-from .threshold import PruneReport
-
-# %% ../nbs/command_line.ipynb #c039
+# %% ../nbs/command_line.ipynb #c036
 def pruned_in_memory(
     job: Job, # Its model, its aggregation, and what to calibrate on
     pruning: SinglePruning, # How to prune
@@ -322,7 +317,7 @@ def pruned_in_memory(
     save_model(model, tokenizer, out)
     return report
 
-# %% ../nbs/command_line.ipynb #c040
+# %% ../nbs/command_line.ipynb #c037
 def check_streaming(
     job: Job, # Its model
     pruning: SinglePruning, # How to prune
@@ -347,11 +342,7 @@ def pruned_from_disk(
     factors = factors_from(pruning, lambda: checkpoint_fingerprint(source), job.prune.aggregation)
     return prune_checkpoint(source, out, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
 
-# %% ../nbs/command_line.ipynb #c041
-from dataclasses import asdict
-from .core.files import write_json
-
-# %% ../nbs/command_line.ipynb #c042
+# %% ../nbs/command_line.ipynb #c038
 def check_scores_given(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -380,11 +371,11 @@ def prune_command(
                f"({report.reached:.4%}, {pruning.sparsity:.4%} asked).")
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster.")
 
-# %% ../nbs/command_line.ipynb #c044
+# %% ../nbs/command_line.ipynb #c040
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c045
+# %% ../nbs/command_line.ipynb #c041
 @app.command("eval")
 @in_one_sentence
 @with_job("model", "calibrate", "evaluate", without=("n", "k", "calibration_seed"))
@@ -401,14 +392,15 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c047
-from .analysis import table_csv, table_latex
+# %% ../nbs/command_line.ipynb #c043
+import csv
 from .core.errors import check_choice
+from .jobs.records import pack_run, unpack_run
+from .jobs.report import run_folders, write_results
+from .analysis import table_csv, table_latex
 from .experiments.claims import write_ledger
-from .jobs.records import pack_run
-from .jobs.report import manifest, run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c048
+# %% ../nbs/command_line.ipynb #c044
 @app.command("table")
 @in_one_sentence
 def table_command(
@@ -436,7 +428,7 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c050
+# %% ../nbs/command_line.ipynb #c046
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -453,22 +445,36 @@ def ledger_command(
 def pack_command(
     folder: RunFolders,
 ) -> None:
-    "Bring the records of every run in a folder to their smallest form; what they say does not change."
+    "Put the records of every finished run in a folder into one file each; what they say does not change."
     for run in run_folders(folder):
         pack_run(run)
-        write_json(run/"manifest.json", manifest(run))
         size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
         typer.echo(f"{run}: {size:,} bytes.")
 
-# %% ../nbs/command_line.ipynb #c052
+@app.command("unpack")
+@in_one_sentence
+def unpack_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a packed run")],
+    target: Annotated[Path, typer.Argument(help="folder to make; it can be given to 'cap run --out'")],
+) -> None:
+    "Restore the folder of a packed run with a file for each record, so that the run can go on."
+    unpack_run(folder, target)
+    typer.echo(f"{target}: the live run.")
+
+# %% ../nbs/command_line.ipynb #c048
 from .methods.allocation import ALLOCATIONS
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
-from .methods.experts import ROUTING_AWARE
+from .models.lab import DENSE, train_lab
+from .models.lab_experts import EXPERTS
 from .methods.prune import OTHERS, method_line
+from .methods.experts import ROUTING_AWARE
 from .threshold import SCOPES
+from .core.errors import check_at_least
+from .models.loading import fetch_smollm2
+from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c053
+# %% ../nbs/command_line.ipynb #c049
 @app.command("methods")
 @in_one_sentence
 def methods_command() -> None:
@@ -481,10 +487,7 @@ def methods_command() -> None:
     for name in ROUTING_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATIONS)}.")
 
-# %% ../nbs/command_line.ipynb #c054
-from .jobs.planning import measured_plan, plan, plan_text
-
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c050
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -503,13 +506,7 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c057
-from .core.errors import check_at_least
-from .models.lab import DENSE, train_lab
-from .models.lab_experts import EXPERTS
-from .models.loading import fetch_smollm2
-
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c052
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -533,11 +530,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c059
+# %% ../nbs/command_line.ipynb #c053
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c061
+# %% ../nbs/command_line.ipynb #c055
 #| eval: false
 if __name__ == "__main__": main()
