@@ -6,14 +6,13 @@
 __all__ = ['run_job']
 
 # %% ../../nbs/jobs/03_job.ipynb #c004
-from ..scoring import AGGREGATIONS
-from .settings import Job, changed, check_counts
+from ..core.errors import BadInput, check_choice, check_sparsity
 from ..data.problems import TASKS, TEXTS
-from ..core.errors import check_choice, check_sparsity
-from ..methods.prune import check_method
-from ..calibration import default_style, default_tasks
-from ..models.loading import dtype_named, placed
 from ..data.prompts import prompt_style
+from .settings import Job, changed, check_counts
+from ..methods.prune import check_method
+from ..models.loading import dtype_named, placed
+from ..scoring import AGGREGATIONS
 
 # %% ../../nbs/jobs/03_job.ipynb #c005
 def check_job(
@@ -31,6 +30,9 @@ def check_job(
     placed(job.model.device)
 
 # %% ../../nbs/jobs/03_job.ipynb #c008
+from ..calibration import default_style, default_tasks
+
+# %% ../../nbs/jobs/03_job.ipynb #c009
 def distinct(
     values: tuple, # Values, some of them perhaps more than once
 ) -> tuple: # Each once, in order
@@ -51,10 +53,10 @@ def filled_in(
         calibration_seed=data.seed if data.calibration_seed is None else data.calibration_seed,
         methods=distinct(job.prune.methods), sparsities=distinct(job.prune.sparsities))
 
-# %% ../../nbs/jobs/03_job.ipynb #c010
-from dataclasses import dataclass
-
 # %% ../../nbs/jobs/03_job.ipynb #c011
+from dataclasses import dataclass, replace
+
+# %% ../../nbs/jobs/03_job.ipynb #c012
 @dataclass(frozen=True)
 class Piece:
     "One measurement of a cell."
@@ -75,20 +77,15 @@ def pieces_of(
     perplexities = [Piece("perplexity", job.evaluate.text)] if job.evaluate.windows else []
     return (*answers, *losses, *perplexities)
 
-# %% ../../nbs/jobs/03_job.ipynb #c014
+# %% ../../nbs/jobs/03_job.ipynb #c015
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
-from torch import nn
-from ..core.errors import BadInput
-from ..calibration import Calibration, calibration_set
-from ..data.problems import Problem, load_text
-from ..models.loading import check_all_here, load_model, model_fingerprint, tokenizer_fingerprint
-from ..methods.prune import check_fits
-from ..evaluation import evaluation_problems, token_limit
+from ..calibration import Calibration
 from ..core.files import sha256_of_text
+from ..data.problems import Problem, load_text
+from ..evaluation import evaluation_problems
 
-# %% ../../nbs/jobs/03_job.ipynb #c015
+# %% ../../nbs/jobs/03_job.ipynb #c016
 def problems_fingerprint(
     problems: Sequence[Problem], # Problems, in order
 ) -> str: # 64 hexadecimal digits
@@ -109,7 +106,13 @@ def evaluation_data(
             "loss": drawn(data.tasks, evaluation.loss_n) if evaluation.loss_n else {},
             "text": {name: load_text(name, data_dir=data.data_dir).fingerprint for name in texts}}
 
-# %% ../../nbs/jobs/03_job.ipynb #c017
+# %% ../../nbs/jobs/03_job.ipynb #c018
+from dataclasses import asdict
+from torch import nn
+from ..evaluation import token_limit
+from ..models.loading import model_fingerprint, tokenizer_fingerprint
+
+# %% ../../nbs/jobs/03_job.ipynb #c019
 def calibrated_on(
     calibration: Calibration, # The calibration set
 ) -> frozenset[str]: # Content hashes of its problems
@@ -127,7 +130,7 @@ def model_configuration(
             "tokenizer": tokenizer_fingerprint(tokenizer), "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type}
 
-# %% ../../nbs/jobs/03_job.ipynb #c018
+# %% ../../nbs/jobs/03_job.ipynb #c020
 def calibration_configuration(
     job: Job, # A job that is filled in
     calibration: Calibration, # The calibration set
@@ -146,7 +149,7 @@ def evaluation_configuration(
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
     return counts | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
 
-# %% ../../nbs/jobs/03_job.ipynb #c019
+# %% ../../nbs/jobs/03_job.ipynb #c021
 def configuration(
     job: Job, # A job that is filled in
     model: nn.Module, # The dense model
@@ -161,7 +164,12 @@ def configuration(
             "aggregation": job.prune.aggregation, "methods": list(job.prune.methods),
             "sparsities": list(job.prune.sparsities), "evaluation": evaluation_configuration(job, calibration)}
 
-# %% ../../nbs/jobs/03_job.ipynb #c021
+# %% ../../nbs/jobs/03_job.ipynb #c023
+from ..calibration import calibration_set
+from ..methods.prune import check_fits
+from ..models.loading import check_all_here, load_model
+
+# %% ../../nbs/jobs/03_job.ipynb #c024
 def job_calibration(
     job: Job, # The job
     tokenizer, # The model's tokenizer
@@ -196,24 +204,18 @@ def prepare(
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 
-# %% ../../nbs/jobs/03_job.ipynb #c028
+# %% ../../nbs/jobs/03_job.ipynb #c031
 import shutil, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from ..regions import Factors
-from ..methods.criteria import Given
-from ..scoring import HeadLosses, causal_scores, load_losses, save_losses
-from ..methods.experts import ROUTING_AWARE
-from ..importance import importance_factors
-from ..core.memory import memory_taken
-from ..methods.prune import needs_of, parse_method, unit_factors
-from .records import note_memory, note_time
-from ..core.files import read_tensors, write_tensors
 from ..engine.resumed_scoring import score_heads
+from ..core.memory import memory_taken
+from .records import note_memory, note_time
+from ..scoring import HeadLosses, load_losses, save_losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c029
+# %% ../../nbs/jobs/03_job.ipynb #c032
 @contextmanager
 def timed(
     folder: Path, # The run's folder
@@ -234,7 +236,7 @@ def time_and_memory_noted(
     with memory_taken(device) as taken, timed(folder, stage): yield
     note_memory(folder, stage, taken[0])
 
-# %% ../../nbs/jobs/03_job.ipynb #c030
+# %% ../../nbs/jobs/03_job.ipynb #c033
 def check_origin(
     path: Path, # File of the table of losses
     meta: dict, # What the table says of itself
@@ -263,7 +265,16 @@ def run_losses(
     check_origin(path, losses.meta, ready)
     return losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c032
+# %% ../../nbs/jobs/03_job.ipynb #c035
+from ..core.files import read_tensors, write_tensors
+from ..importance import importance_factors
+from ..methods.criteria import Given
+from ..methods.experts import ROUTING_AWARE
+from ..methods.prune import needs_of, parse_method, unit_factors
+from ..regions import Factors
+from ..scoring import causal_scores
+
+# %% ../../nbs/jobs/03_job.ipynb #c036
 def attribution_origin(
     ready: Ready, # The job
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
@@ -283,7 +294,7 @@ def save_attribution(
     experts = {} if factors.experts is None else {"experts": factors.experts}
     write_tensors(path, {"factors": factors.heads} | experts | factors.kept, origin)
 
-# %% ../../nbs/jobs/03_job.ipynb #c033
+# %% ../../nbs/jobs/03_job.ipynb #c037
 def attribution_factors(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -303,7 +314,7 @@ def attribution_factors(
                        "run again.")
     return Factors(tensors["factors"], tensors.get("experts"))
 
-# %% ../../nbs/jobs/03_job.ipynb #c035
+# %% ../../nbs/jobs/03_job.ipynb #c039
 def factors_by_method(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -321,11 +332,11 @@ def factors_by_method(
         factors[None] = Factors(importance_factors(scores))
     return {method: factors[name] for method, name in attributions.items()}
 
-# %% ../../nbs/jobs/03_job.ipynb #c037
+# %% ../../nbs/jobs/03_job.ipynb #c041
 from ..models.anatomy import projections
 from ..methods.prune import prune
 
-# %% ../../nbs/jobs/03_job.ipynb #c038
+# %% ../../nbs/jobs/03_job.ipynb #c042
 def copied_weights(
     model: nn.Module, # A causal language model of a known family
 ) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
@@ -340,13 +351,13 @@ def put_back(
     "Undo pruning."
     for p in projections(model): p.stored.copy_(copies[p.name])
 
-# %% ../../nbs/jobs/03_job.ipynb #c041
+# %% ../../nbs/jobs/03_job.ipynb #c045
 from ..engine.decoding import Decoding
 from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
-from ..threshold import prune_report
 from .records import together
+from ..threshold import prune_report
 
-# %% ../../nbs/jobs/03_job.ipynb #c042
+# %% ../../nbs/jobs/03_job.ipynb #c046
 def measure_piece(
     model: nn.Module, # The model as it is now
     tokenizer, # Its tokenizer
@@ -368,7 +379,7 @@ def measure_piece(
     return {"perplexity": perplexity(model, tokenizer, piece.on, data.data_dir, evaluation.windows,
                                      evaluation.window_tokens)}
 
-# %% ../../nbs/jobs/03_job.ipynb #c045
+# %% ../../nbs/jobs/03_job.ipynb #c049
 def evaluate(
     model: nn.Module, # A causal language model of a known family, pruned or not
     tokenizer, # Its tokenizer
@@ -382,18 +393,17 @@ def evaluate(
               for piece in pieces_of(job)]
     return together(pieces or [Evaluation(name, reached, reached)])
 
-# %% ../../nbs/jobs/03_job.ipynb #c048
+# %% ../../nbs/jobs/03_job.ipynb #c052
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from tqdm.auto import tqdm
-from ..threshold import PruneReport
 from cap_nb.jobs.records import (
     cell_name, cells_of, evaluation_folder, load_evaluation, mask_fingerprint, piece_folder, save_evaluation,
     save_report)
 from ..methods.prune import highest_sparsity
+from ..threshold import PruneReport
 
-# %% ../../nbs/jobs/03_job.ipynb #c049
+# %% ../../nbs/jobs/03_job.ipynb #c053
 def finish_piece(
     ready: Ready, # The job; its model is pruned
     folder: Path, # The run's folder
@@ -412,7 +422,7 @@ def finish_piece(
     bar.update()
     return load_evaluation(path)
 
-# %% ../../nbs/jobs/03_job.ipynb #c050
+# %% ../../nbs/jobs/03_job.ipynb #c054
 Pruner = Callable[[str, float], PruneReport] # Prunes the job's model, which is dense, by a method to a sparsity
 
 def prune_noted(
@@ -444,7 +454,7 @@ def finish_cell(
     save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), path)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
-# %% ../../nbs/jobs/03_job.ipynb #c052
+# %% ../../nbs/jobs/03_job.ipynb #c056
 log = logging.getLogger(__name__)
 
 def possible_cells(
@@ -459,12 +469,12 @@ def possible_cells(
                           method, 100 * sparsity, 100 * most)
     return tuple(possible)
 
-# %% ../../nbs/jobs/03_job.ipynb #c054
+# %% ../../nbs/jobs/03_job.ipynb #c058
 from ..core.files import alone_in
 from .records import environment, note_environment, open_run
 from .report import write_results
 
-# %% ../../nbs/jobs/03_job.ipynb #c055
+# %% ../../nbs/jobs/03_job.ipynb #c059
 def finish_cells(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -478,7 +488,7 @@ def finish_cells(
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
-# %% ../../nbs/jobs/03_job.ipynb #c056
+# %% ../../nbs/jobs/03_job.ipynb #c060
 def method_pruner(
     ready: Ready, # The job
     factors: dict[str, Factors], # From `factors_by_method`
@@ -489,7 +499,7 @@ def method_pruner(
                      batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
     return pruner
 
-# %% ../../nbs/jobs/03_job.ipynb #c057
+# %% ../../nbs/jobs/03_job.ipynb #c061
 def run_job(
     job: Job, # What is wanted
     folder: str | Path, # The run's folder; made, or continued
