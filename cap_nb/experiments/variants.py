@@ -47,8 +47,9 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from ..core.errors import BadInput
-from ..scoring import HeadLosses, causal_scores, load_losses
+from ..scoring import HeadLosses, causal_scores
 from ..importance import importance_factors
+from ..jobs.records import load_run
 from ..data.problems import task_family
 
 # %% ../../nbs/experiments/00_variants.ipynb #c010
@@ -134,11 +135,10 @@ def text_calibration(
     return Calibration.from_examples(examples, like.k, like.seed)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c023
-from ..evaluation import AnswerRecord, answer_record, prompt_tokens, token_limit
-from ..evaluation import Evaluation
-from ..jobs.records import load_evaluation, save_evaluation
-from ..jobs.job import Ready, timed
+from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens, token_limit
 from ..engine.decoding import Decoding, generate_greedy
+from ..jobs.job import Ready, timed
+from ..jobs.records import load_evaluation, save_evaluation
 from ..data.prompts import make_example
 
 # %% ../../nbs/experiments/00_variants.ipynb #c024
@@ -185,13 +185,17 @@ def tasks_table(
     folder: Path, # The run's folder
     base: Path | None, # Folder of a finished run on the same model and calibration set; None measures here
     store: Path, # Folder of unfinished tables, or one shared between runs
-) -> tuple[HeadLosses, Path]: # The table, and its file
+) -> tuple[HeadLosses, str]: # The table, and the SHA-256 of its file
     "The table of the calibration set; one of another model or other examples raises `BadInput`."
-    if base is None: return run_losses(ready, folder, store), folder/"losses.safetensors"
-    losses, wanted = load_losses(base/"losses.safetensors"), (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
-    if (losses.meta.get("model"), losses.meta.get("calibration")) != wanted:
-        raise BadInput(f"The table of losses in {base} was measured on another model or other examples: expected this job's; give the settings of that run, or leave --base out.")
-    return losses, base/"losses.safetensors"
+    if base is None:
+        return run_losses(ready, folder, store), sha256_of_file(folder/"losses.safetensors")
+    base_run, name = load_run(base), "losses.safetensors"
+    meta = base_run.losses.meta if base_run.losses else {}
+    wanted = (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
+    if (meta.get("model"), meta.get("calibration")) != wanted:
+        raise BadInput(f"{base} has no table of losses, or one of another model or other examples: expected this job's; "
+                       "give the settings of that run, or leave --base out.")
+    return base_run.losses, base_run.records.read(name, sha256_of_file)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c029
 def variant_table(
@@ -201,22 +205,23 @@ def variant_table(
     base: Path | None, # Folder of a finished run, or None
     store: Path, # Folder of unfinished tables
     text_windows: int | None = None, # Windows of plain text; None means as many as calibration examples
-) -> tuple[HeadLosses, Path] | None: # The table, and its file; None if there are too few chains
+) -> tuple[HeadLosses, str] | None: # The table, and the SHA-256 of its file; None if there are too few chains
     "The table that a variant's heads are scored on, measured only if it is not there."
     if which == "tasks": return tasks_table(ready, folder, base, store)
     if which == "text": calibration = text_calibration(ready.tokenizer, ready.calibration, load_text(ready.job.evaluate.text, ready.job.calibrate.data_dir, "calibration").text, text_windows)
     else: calibration = chain_calibration(ready.tokenizer, ready.calibration, own_answers(ready, folder))
     if calibration is None: return None
-    return run_losses(replace(ready, calibration=calibration), folder/which, store), folder/which/"losses.safetensors"
+    losses = run_losses(replace(ready, calibration=calibration), folder/which, store)
+    return losses, sha256_of_file(folder/which/"losses.safetensors")
 
 # %% ../../nbs/experiments/00_variants.ipynb #c031
 def kept_factors(
     path: Path, # File of the factors
-    table: tuple[HeadLosses, Path], # The table of losses, and its file
+    table: tuple[HeadLosses, str], # The table of losses, and the SHA-256 of its file
     variant: Variant, # The variant
 ) -> torch.Tensor: # Importance factor of every head, [L, H]
     "A variant's factors, written down with their origin; other factors from the same table raise `BadInput`."
-    factors, origin = variant_factors(table[0], variant), {"table": sha256_of_file(table[1])}
+    factors, origin = variant_factors(table[0], variant), {"table": table[1]}
     if path.exists():
         tensors, kept = read_tensors(path)
         if kept == origin and torch.allclose(tensors["factors"], factors, rtol=1e-9): return tensors["factors"]
@@ -245,8 +250,8 @@ def factors_of_variants(
 # %% ../../nbs/experiments/00_variants.ipynb #c034
 from torch import nn
 from ..methods.criteria import CRITERIA, Given, measured_for, scores_from
-from ..models.anatomy import Projection, projections
 from ..regions import Factors
+from ..models.anatomy import Projection, projections
 from ..threshold import PruneReport, prune_report, zero_within
 from ..core.errors import check_choice
 from ..methods.wanda import input_norms
@@ -298,10 +303,10 @@ def prune_variant(
 
 # %% ../../nbs/experiments/00_variants.ipynb #c038
 import shutil
-from ..jobs.job import finish_cells, prepare
 from ..jobs.settings import Job, changed
 from ..core.files import alone_in
 from ..jobs.records import cells_of, environment, note_environment, open_run
+from ..jobs.job import finish_cells, prepare
 
 # %% ../../nbs/experiments/00_variants.ipynb #c039
 def run_variants(

@@ -46,7 +46,7 @@ def records_from_text(
 # %% ../../nbs/jobs/00_records.ipynb #c010
 from pathlib import Path
 from ..core.errors import BadInput
-from ..core.files import json_text, read_json, whole_folder
+from ..core.files import json_text, read_json, sha256_of_text, whole_folder
 from ..evaluation import Evaluation, Perplexity
 
 # %% ../../nbs/jobs/00_records.ipynb #c011
@@ -56,8 +56,8 @@ def evaluation_texts(
     "The files of an evaluation."
     about = {name: getattr(evaluation, name) for name in ("method", "sparsity", "reached")}
     about["perplexity"] = evaluation.perplexity and asdict(evaluation.perplexity)
-    about |= {name: len(getattr(evaluation, name)) for name in RECORD_FILES}
     tables = {f"{name}.csv": records_as_text(getattr(evaluation, name), kind) for name, kind in RECORD_FILES.items()}
+    about["sha256"] = {name: sha256_of_text(text) for name, text in tables.items()}
     return tables | {"evaluation.json": json_text(about)}
 
 def perplexity_from(
@@ -80,13 +80,12 @@ def save_evaluation(
 def read_table(
     folder: Path, # An evaluation's folder
     name: str, # "answers" or "losses"
-    count: int, # How many records it must hold
+    about: dict, # Contents of its evaluation.json
 ) -> tuple: # Its records
-    "The records of one file; what does not fit raises ValueError."
+    "The records of one file; one that is not as it was saved raises ValueError."
     text = (folder/f"{name}.csv").read_bytes().decode("utf-8")
-    records = records_from_text(text, RECORD_FILES[name])
-    if len(records) != count: raise ValueError(f"{name}.csv holds {len(records)} records, not {count}")
-    return records
+    if sha256_of_text(text) != about["sha256"][f"{name}.csv"]: raise ValueError(f"{name}.csv is not as it was saved")
+    return records_from_text(text, RECORD_FILES[name])
 
 # %% ../../nbs/jobs/00_records.ipynb #c014
 def load_evaluation(
@@ -98,8 +97,8 @@ def load_evaluation(
     try:
         return Evaluation(
             method=about["method"], sparsity=about["sparsity"], reached=about["reached"],
-            answers=read_table(folder, "answers", about["answers"]),
-            losses=read_table(folder, "losses", about["losses"]), perplexity=perplexity_from(about["perplexity"]))
+            **{name: read_table(folder, name, about) for name in RECORD_FILES},
+            perplexity=perplexity_from(about["perplexity"]))
     except (OSError, KeyError, TypeError, ValueError) as error:
         message = f"{folder} holds no whole evaluation ({error}): expected the files of one; evaluate again."
         raise BadInput(message) from error
@@ -480,7 +479,7 @@ def records_of(
     return packed_records(folder/PACKED) if (folder/PACKED).exists() else live_records(folder)
 
 # %% ../../nbs/jobs/00_records.ipynb #c071
-from ..core.files import sha256_of_file, sha256_of_text
+from ..core.files import sha256_of_file
 
 # %% ../../nbs/jobs/00_records.ipynb #c072
 def record_hashes(
