@@ -5,27 +5,32 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/all.ipynb #c002
-import ast
+# %% ../nbs/all.ipynb #c003
 import importlib
+import re
 from pathlib import Path
 
-# %% ../nbs/all.ipynb #c004
-def public_names() -> dict[str, str]: # Public name -> full name of its module
+# %% ../nbs/all.ipynb #c005
+def public_names(
+    package: Path, # The package's folder
+) -> dict[str, str]: # Public name -> full name of its module
     "Every public name of the package and where it lives, without importing anything."
-    package, homes = Path(__file__).parent, {}
+    homes = {}
     for path in sorted(package.rglob("*.py")):
-        module = ".".join(("cap_nb", *path.relative_to(package).with_suffix("").parts))
-        if path.stem in ("__init__", "_modidx") or module == "cap_nb.all": continue
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        lists = [node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
-        homes |= {name: module for names in lists for name in ast.literal_eval(names)}
+        module = ".".join((package.name, *path.relative_to(package).with_suffix("").parts))
+        listed = re.search(r"^__all__ = \[(.*?)\]", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        if listed and module != f"{package.name}.all": homes |= dict.fromkeys(re.findall(r"'(\w+)'", listed[1]), module)
     return homes
 
-# %% ../nbs/all.ipynb #c005
-HOMES = public_names() if "__file__" in globals() else {} # a notebook is no file
+# %% ../nbs/all.ipynb #c009
+HOMES = public_names(Path(__file__).parent) if "__file__" in globals() else {} # a notebook is no file
 __all__ = sorted(HOMES)
 
-def __getattr__(name: str) -> object:
+def public(
+    name: str, # A public name
+) -> object: # What it names
+    "Import a public name from its module; another name raises AttributeError."
     if name not in HOMES: raise AttributeError(f"cap_nb has no public name {name!r}.")
     return getattr(importlib.import_module(HOMES[name]), name)
+
+def __getattr__(name: str) -> object: return public(name)

@@ -62,3 +62,11 @@ def test_the_lab_model_loads_from_the_wheel(built, tmp_path):
     ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "site")], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert int(ran.stdout.split()[-1]) > 100_000
+
+
+def test_nothing_heavy_is_imported_before_it_is_asked_for():
+    """By the import graph, not by the clock."""
+    heavy = ("torch", "transformers", "pandas", "matplotlib", "datasets")
+    code = f"import sys, cap_nb, cap_nb.all; dir(cap_nb); print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

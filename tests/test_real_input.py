@@ -11,7 +11,7 @@ from cap_nb.data.batches import padding_share, token_batches
 from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint, save_model
 from cap_nb.scoring import batches_of, score_heads_naive
-from cap_nb.engine.resumed_scoring import intact_pass, resumed_losses, score_heads, shared_beginning
+from cap_nb.engine.resumed_scoring import intact_pass, resumed_losses, score_heads, shared_prefix
 from cap_nb.threshold import magnitude_criterion, prune_globally, zeros_wanted
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -77,7 +77,7 @@ def test_naive_and_resumed_agree_over_the_depth(smollm2):
             assert (naive.intact[places] - intact).abs().max() < 1e-5
             for layer, head in heads:
                 assert (naive.masked[layer, head, places] - resumed_losses(model, batch, calls, layer, head)).abs().max() < 1e-5
-    assert shared_beginning(calibration.examples) >= 16, "the chat template's system text is shared by all examples"
+    assert shared_prefix(calibration.examples) >= 16, "the chat template's system text is shared by all examples"
     least = score_heads(model, calibration, heads=heads)
     assert (naive.intact - least.intact).abs().max() < 1e-5
     assert (naive.masked - least.masked).nan_to_num().abs().max() < 1e-5 and (~least.masked.isnan()).sum() == len(heads) * len(calibration.examples)

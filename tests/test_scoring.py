@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.calibration import Calibration
-from cap_nb.engine.resumed_scoring import score_heads, shared_beginning
+from cap_nb.engine.resumed_scoring import score_heads, shared_prefix
 from cap_nb.scoring import score_heads_naive
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # two processes with two threads each would wait for one another
+# two processes with two threads each would wait for one another
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 SMALL = ["score", "--model", "lab", "--n", "4", "--batch-tokens", "512"]
 
 
@@ -97,8 +98,10 @@ def test_a_second_process_on_the_same_store_is_refused(tmp_path, undisturbed):
 
 
 def launched(out, processes=2):
-    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
-            "--dynamo_backend", "no", "--main_process_port", "0", "-m", "cap_nb.command_line", *SMALL, "--device", "cpu", "--out", str(out)]
+    launcher = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+                "--dynamo_backend", "no", "--main_process_port", "0"]
+    scoring = ["-m", "cap_nb.command_line", *SMALL, "--device", "cpu", "--out", str(out)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *launcher, *scoring]
 
 
 def test_two_processes_give_the_bytes_of_one(tmp_path, undisturbed):
@@ -124,10 +127,10 @@ def test_a_launch_of_which_one_process_dies_is_taken_up_by_another(tmp_path, und
 
 def is_worker(pid, out):
     try:
-        told = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return str(out).encode() in told and b"--num_processes" not in told
+    return str(out).encode() in command and b"--num_processes" not in command
 
 
 # no room
@@ -150,8 +153,10 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, undisturbed):
 # the savings, on every family
 
 
-SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3, head_dim=10, initializer_range=0.4)
-CONFIGS = {"llama": LlamaConfig(**SIZES), "mistral": MistralConfig(**SIZES, sliding_window=9), "qwen2": Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})}
+SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
+             num_key_value_heads=3, initializer_range=0.4)
+CONFIGS = {"llama": LlamaConfig(**SIZES, head_dim=10), "mistral": MistralConfig(**SIZES, head_dim=10, sliding_window=9),
+           "qwen2": Qwen2Config(**SIZES)}
 
 
 def random_model(family, **more):
@@ -159,21 +164,23 @@ def random_model(family, **more):
     return AutoModelForCausalLM.from_config(CONFIGS[family], **more).eval()
 
 
-def made_up(beginning):
-    def example(place):
-        ids = tuple(range(1, 1 + beginning)) + tuple((7 * place + 3 * t) % 59 + 1 for t in range(9 + place % 4))
-        prompt = beginning + 3 + place % 3
-        return Example(task="own", uid=f"{place}", prompt="", target="", answer="", input_ids=ids, labels=(IGNORED,) * prompt + ids[prompt:])
+def example(index, prefix):
+    ids = tuple(range(1, 1 + prefix)) + tuple((7 * index + 3 * t) % 59 + 1 for t in range(9 + index % 4))
+    prompt = prefix + 3 + index % 3
+    labels = (IGNORED,) * prompt + ids[prompt:]
+    return Example(task="t", uid=f"{index}", prompt="", target="", answer="", input_ids=ids, labels=labels)
 
-    return Calibration.from_examples([example(place) for place in range(8)], k=2)
+
+def made_up(prefix):
+    return Calibration.from_examples([example(index, prefix) for index in range(8)], k=2)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("beginning", [0, 20])
+@pytest.mark.parametrize("prefix", [0, 20])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_saving_gives_the_losses_of_the_hook_loop(family, beginning, attention):
-    model, calibration = random_model(family, attn_implementation=attention), made_up(beginning)
-    assert shared_beginning(calibration.examples) == beginning
+def test_every_saving_gives_the_losses_of_the_hook_loop(family, prefix, attention):
+    model, calibration = random_model(family, attn_implementation=attention), made_up(prefix)
+    assert shared_prefix(calibration.examples) == prefix
     naive = score_heads_naive(model, calibration)
     for together in (1, 2, 4, 6):
         fast = score_heads(model, calibration, batch_tokens=60, heads_at_once=together)
@@ -197,19 +204,19 @@ def test_half_precision_scores_near_the_hook_loop(dtype):
     assert (fast.masked - naive.masked).abs().max() < 0.1  # nats; the losses are about ten
 
 
-def test_an_example_of_which_all_but_the_last_token_is_target_has_no_beginning_cut_off():
+def test_an_example_of_which_all_but_the_last_token_is_target_has_no_prefix_cut_off():
     calibration = made_up(20)
-    bare = replace(calibration, examples=tuple(replace(e, labels=(IGNORED, *e.input_ids[1:])) for e in calibration.examples))
-    assert shared_beginning(bare.examples) == 0
+    bare = [replace(e, labels=(IGNORED, *e.input_ids[1:])) for e in calibration.examples]
+    assert shared_prefix(bare) == 0
 
 
 def test_a_model_that_is_spread_over_memory_and_disk_scores_the_same(tmp_path):
     from accelerate import dispatch_model
 
     model, spread, calibration = random_model("llama"), random_model("llama"), made_up(20)
-    place = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "disk", "lm_head": "disk"}
-    place |= {f"model.layers.{layer}": where for layer, where in enumerate(("cpu", "disk", "disk"))}
-    spread = dispatch_model(spread, place, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "disk", "lm_head": "disk"}
+    device_map |= {f"model.layers.{layer}": device for layer, device in enumerate(("cpu", "disk", "disk"))}
+    spread = dispatch_model(spread, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert any(weight.is_meta for weight in spread.parameters())
     one, other = score_heads(model, calibration), score_heads(spread, calibration)
     assert torch.equal(one.masked, other.masked) and torch.equal(one.intact, other.intact) and one.meta == other.meta

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.memory import PEAK
-from cap_nb.engine.resumed_scoring import shared_beginning
+from cap_nb.engine.resumed_scoring import shared_prefix
 from cap_nb.jobs.planning import BatchShape, lengths_of, naive_work, resumed_work, sizes_of
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model
@@ -193,7 +193,7 @@ def test_examples_behind_worked_ones_and_of_given_lengths(lab):
     real, _ = examples_at_hand(lab[1], 2)
     worked = examples_at_hand(lab[1], 3, seed=1)[0].examples[:8]
     longer = behind_worked_examples(real, worked)
-    assert shared_beginning(longer.examples) >= sum(len(example.input_ids) for example in worked)
+    assert shared_prefix(longer.examples) >= sum(len(example.input_ids) for example in worked)
     assert lengths_of(examples_of_lengths(lengths_of(real), 50)) == lengths_of(real)
 
 

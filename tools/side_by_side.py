@@ -25,7 +25,7 @@ from cap_nb.core.errors import BadInput, check_at_least
 from cap_nb.core.files import read_json, write_json
 from cap_nb.data.problems import BENCHMARK_NAMES
 from cap_nb.data.prompts import IGNORED, Example
-from cap_nb.engine.resumed_scoring import after_beginning, score_heads, shared_beginning
+from cap_nb.engine.resumed_scoring import after_prefix, score_heads, shared_prefix
 from cap_nb.jobs.planning import BatchShape, ExampleLength, Sizes, Work, batch_shapes, flops_of, lengths_of, sizes_of
 from cap_nb.jobs.records import environment
 from cap_nb.methods.streaming import open_checkpoint, prune_checkpoint
@@ -470,8 +470,8 @@ def counted_work(
     heads: Sequence[tuple[int, int]],  # (layer, head) of the sample
 ) -> dict[str, int]:  # "hook loop" and "resumed" -> floating-point operations
     "The work of scoring some heads both ways, in floating-point operations."
-    begun = shared_beginning(calibration.examples)
-    rest = replace(calibration, examples=tuple(after_beginning(e, begun) for e in calibration.examples))
+    begun = shared_prefix(calibration.examples)
+    rest = replace(calibration, examples=tuple(after_prefix(e, begun) for e in calibration.examples))
     return {
         "hook loop": flops_of(
             sampled_naive_work(sizes, batch_shapes(lengths_of(calibration), batch_tokens), heads), sizes
@@ -499,7 +499,7 @@ def about_scoring(
         "examples": len(calibration.examples),
         "tokens": sum(len(e.input_ids) for e in calibration.examples),
         "targets": sum(length.target for length in lengths_of(calibration)),
-        "beginning": shared_beginning(calibration.examples),
+        "beginning": shared_prefix(calibration.examples),
         "batch_tokens": batch_tokens,
         "heads": [list(head) for head in heads],
         "total": len(every),
