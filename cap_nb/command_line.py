@@ -133,6 +133,7 @@ def with_options(
         return wrapped
     return decorate
 
+# %% ../nbs/command_line.ipynb #c020
 JOB_OPTIONS = {part.name: options_of(part.default_factory) for part in fields(Job)} # Part of a job -> its options
 
 def with_job(
@@ -144,10 +145,10 @@ def with_job(
                if (part in wanted or option.field in wanted) and option.field not in without]
     return with_options("job", options, lambda **settings: changed(Job(), **settings))
 
-# %% ../nbs/command_line.ipynb #c021
+# %% ../nbs/command_line.ipynb #c023
 from pathlib import Path
 
-# %% ../nbs/command_line.ipynb #c022
+# %% ../nbs/command_line.ipynb #c024
 def option(
     kind: type, # Type of the value
     about: str, # What `--help` says
@@ -162,12 +163,12 @@ Store = option(Path | None, "folder of tables of losses, shared between runs")
 Note = option(str, "a note for the record, such as what else was running")
 Seed = option(int, "seed of every draw")
 
-# %% ../nbs/command_line.ipynb #c024
+# %% ../nbs/command_line.ipynb #c026
 import logging
 import cap_nb
 from transformers.utils import logging as transformers_logging
 
-# %% ../nbs/command_line.ipynb #c025
+# %% ../nbs/command_line.ipynb #c027
 ABOUT = "Causal Attribution Pruning of reasoning language models."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
@@ -190,13 +191,13 @@ def program(
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     transformers_logging.disable_progress_bar()
 
-# %% ../nbs/command_line.ipynb #c027
+# %% ../nbs/command_line.ipynb #c029
 from .analysis import method_table, table_markdown
 from .experiments.variants import VARIANTS, run_variants
 from .jobs.job import run_job
 from .jobs.records import load_run
 
-# %% ../nbs/command_line.ipynb #c028
+# %% ../nbs/command_line.ipynb #c030
 def show_run(
     folder: Path, # A run's folder
 ) -> None:
@@ -219,7 +220,7 @@ def run_command(
     "Load, calibrate, score, prune, evaluate, tabulate: the whole job, resumable."
     show_run(run_job(job, out or Path("runs")/Path(job.model.name).name, store, note))
 
-# %% ../nbs/command_line.ipynb #c030
+# %% ../nbs/command_line.ipynb #c032
 TextWindows = option(int | None, "windows of plain text to calibrate on; as many as calibration examples if left out")
 
 @app.command("claims")
@@ -239,7 +240,7 @@ def claims_command(
     folder = out or Path("runs")/f"{Path(job.model.name).name}-claims"
     show_run(run_variants(job, folder, base, names, store, note, text_windows))
 
-# %% ../nbs/command_line.ipynb #c032
+# %% ../nbs/command_line.ipynb #c034
 import shutil
 from .engine.devices import joined, own_device
 from .engine.resumed_scoring import score_heads
@@ -247,7 +248,7 @@ from .jobs.job import check_job, job_calibration
 from .models.loading import load_model, tokenizer_fingerprint
 from .scoring import save_losses
 
-# %% ../nbs/command_line.ipynb #c033
+# %% ../nbs/command_line.ipynb #c035
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
 
 @app.command("score")
@@ -274,12 +275,12 @@ def score_command(
     heads = losses.masked[..., 0].numel()
     typer.echo(f"{out}: losses of {len(losses.intact)} examples with each of {heads} heads masked.")
 
-# %% ../nbs/command_line.ipynb #c035
+# %% ../nbs/command_line.ipynb #c037
 from .importance import importance_factors
 from .regions import Factors
 from .scoring import causal_scores, load_losses
 
-# %% ../nbs/command_line.ipynb #c036
+# %% ../nbs/command_line.ipynb #c038
 def factors_from(
     pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
     fingerprint: Callable[[], str], # Of the model that is to be pruned
@@ -293,7 +294,7 @@ def factors_from(
                        "score it first, with the same --dtype.")
     return Factors(heads=importance_factors(causal_scores(losses, aggregation)), key_value=pruning.key_value)
 
-# %% ../nbs/command_line.ipynb #c038
+# %% ../nbs/command_line.ipynb #c040
 from dataclasses import replace
 from .methods.criteria import Given
 from .methods.prune import check_method, needs_of, prune, unit_factors
@@ -301,7 +302,7 @@ from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_che
 from .models.loading import check_all_here, model_fingerprint, save_model
 from .threshold import PruneReport
 
-# %% ../nbs/command_line.ipynb #c039
+# %% ../nbs/command_line.ipynb #c041
 def pruned_in_memory(
     job: Job, # Its model, its aggregation, and what to calibrate on
     pruning: SinglePruning, # How to prune
@@ -322,7 +323,7 @@ def pruned_in_memory(
     save_model(model, tokenizer, out)
     return report
 
-# %% ../nbs/command_line.ipynb #c040
+# %% ../nbs/command_line.ipynb #c042
 def check_streaming(
     job: Job, # Its model
     pruning: SinglePruning, # How to prune
@@ -347,11 +348,11 @@ def pruned_from_disk(
     factors = factors_from(pruning, lambda: checkpoint_fingerprint(source), job.prune.aggregation)
     return prune_checkpoint(source, out, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
 
-# %% ../nbs/command_line.ipynb #c041
+# %% ../nbs/command_line.ipynb #c043
 from dataclasses import asdict
 from .core.files import write_json
 
-# %% ../nbs/command_line.ipynb #c042
+# %% ../nbs/command_line.ipynb #c044
 def check_scores_given(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -362,6 +363,7 @@ def check_scores_given(
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
 
+# %% ../nbs/command_line.ipynb #c045
 @app.command("prune")
 @in_one_sentence
 @with_options("pruning", options_of(SinglePruning), SinglePruning)
@@ -380,11 +382,11 @@ def prune_command(
                f"({report.reached:.4%}, {pruning.sparsity:.4%} asked).")
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster.")
 
-# %% ../nbs/command_line.ipynb #c044
+# %% ../nbs/command_line.ipynb #c047
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c045
+# %% ../nbs/command_line.ipynb #c048
 @app.command("eval")
 @in_one_sentence
 @with_job("model", "calibrate", "evaluate", without=("n", "k", "calibration_seed"))
@@ -401,14 +403,14 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c047
+# %% ../nbs/command_line.ipynb #c050
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c048
+# %% ../nbs/command_line.ipynb #c051
 @app.command("table")
 @in_one_sentence
 def table_command(
@@ -436,7 +438,7 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c050
+# %% ../nbs/command_line.ipynb #c053
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -469,7 +471,7 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c052
+# %% ../nbs/command_line.ipynb #c055
 from .methods.allocation import ALLOCATIONS
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
@@ -477,7 +479,7 @@ from .methods.experts import ROUTING_AWARE
 from .methods.prune import OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c053
+# %% ../nbs/command_line.ipynb #c056
 @app.command("methods")
 @in_one_sentence
 def methods_command() -> None:
@@ -490,10 +492,10 @@ def methods_command() -> None:
     for name in ROUTING_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATIONS)}.")
 
-# %% ../nbs/command_line.ipynb #c054
+# %% ../nbs/command_line.ipynb #c057
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c058
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -512,13 +514,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c057
+# %% ../nbs/command_line.ipynb #c060
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c061
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -542,11 +544,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c059
+# %% ../nbs/command_line.ipynb #c062
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c061
+# %% ../nbs/command_line.ipynb #c064
 #| eval: false
 if __name__ == "__main__": main()

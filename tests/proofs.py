@@ -34,7 +34,6 @@ from cap_nb.models.loading import save_model
 from cap_nb.models.routing import masked_expert
 from cap_nb.regions import as_factors, blocks, layer_factors, region_factors, region_factors_naive
 from cap_nb.scoring import masked_head, score_heads_naive
-from cap_nb.threshold import prune_cap
 
 RECORD = Path(__file__).resolve().parent.parent / "figures" / "families" / "proofs.json"
 
@@ -439,7 +438,7 @@ def saving_error(name, folder):
     Where in memory a weight lies may change the last bit of a logit.
     """
     model, ids = tiny_model(name), torch.arange(3, 12)[None]
-    prune_cap(model, tiny_factors(model), 0.3)
+    prune(model, "cap", 0.3, tiny_factors(model))
     save_model(model, None, folder / "pruned")
     again = AutoModelForCausalLM.from_pretrained(folder / "pruned").eval()
     if not all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True)):
@@ -460,7 +459,7 @@ def streaming_error(name, folder):
     model = tiny_model(name, torch.bfloat16)
     factors = tiny_factors(model)
     model.save_pretrained(folder / "dense", max_shard_size="4KB")
-    wanted = prune_cap(model, factors, 0.4)
+    wanted = prune(model, "cap", 0.4, factors)
     if prune_checkpoint(folder / "dense", folder / "streamed", 0.4, factors, at_once=100) != wanted:
         return math.inf
     model.save_pretrained(folder / "memory", max_shard_size="4KB")

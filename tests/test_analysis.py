@@ -13,9 +13,10 @@ import torch
 
 from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, method_looks, save_figure
 from cap_nb.analysis import (
-    PAPER_NUMBERS, answer_table, compare_with_paper, difference_in_words, head_importance_in_words, method_table,
-    paired_difference, paper_table, plot_head_importance, plot_importance_distribution, plot_sparsity_curves,
-    table_csv, table_latex, table_markdown, table_notes)
+    PAPER_NUMBERS, answer_table, compare, compare_methods, compare_with_paper, comparison_frame, comparison_grid,
+    comparison_mark, comparison_markdown, comparison_text, comparison_words, correct_family, head_importance_in_words,
+    holm, interval_text, method_table, pairs_with, paper_table, plot_head_importance, plot_importance_distribution,
+    plot_sparsity_curves, table_csv, table_latex, table_markdown, table_notes)
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 from cap_nb.core.errors import BadInput
 from conftest import ROOT
@@ -79,39 +80,65 @@ def test_notes_name_counts_and_cut_fingerprints():
     assert notes[2:] == ["model: fingerprint 0123456789ab", f"commit: {'a' * 40}"]
 
 
-def test_a_paired_difference_is_surer_than_two_intervals():
+def test_a_comparison_is_surer_than_two_intervals():
     """Two methods whose losses differ little but always the same way: the intervals overlap, the difference is plain."""
     hard = [10.0 * random.Random(i).random() for i in range(50)]
-    one, other = (tuple(LossRecord(task="arc", uid=f"{i}", loss=loss + shift, tokens=4) for i, loss in enumerate(hard)) for shift in (0.0, 0.1))
-    found = paired_difference(one, other)
-    assert found.decided and found.value == pytest.approx(-0.1) and found.high == pytest.approx(-0.1)
-    assert difference_in_words(found, "A", "B") == "A's loss is below B's by 0.100 nats [0.100, 0.100] (n = 50)."
+    one, other = (tuple(LossRecord(task="arc", uid=f"{i}", loss=loss + shift, tokens=4) for i, loss in enumerate(hard))
+                  for shift in (0.0, 0.1))
+    difference = compare(one, other)
+    assert difference.decided and difference.value == pytest.approx(-0.1) and difference.high == pytest.approx(-0.1)
+    assert comparison_words(difference, "A", "B") == "A's loss is below B's by 0.100 nats [0.100, 0.100] (n = 50, p < 0.001)."
 
 
-def test_chance_is_undecided_about_as_often_as_it_should_be():
-    """Two coins that are alike are told apart in about one comparison in twenty."""
-    told = 0
-    for seed in range(200):
-        chance = random.Random(seed)
-        one, other = (tuple(AnswerRecord(task="arc", uid=f"{i}", prompt_sha256="", output="", strict=None, lenient=None, gold="A", correct=right, lenient_correct=right, tokens=1, cut_off=False) for i, right in enumerate(chance.choices([True, False], k=80)))
-                      for _ in range(2))
-        told += paired_difference(one, other).decided
-    assert 2 <= told <= 22
+def coins(rng, n=80):
+    return tuple(AnswerRecord(task="arc", uid=f"{i}", prompt_sha256="", output="", strict=None, lenient=None, gold="A",
+                              correct=right, lenient_correct=right, tokens=1, cut_off=False)
+                 for i, right in enumerate(rng.choices([True, False], k=n)))
+
+
+def test_chance_decides_no_more_often_than_it_may():
+    """Two coins that are alike are told apart in at most one comparison in twenty; corrected over a family, hardly ever."""
+    rng = random.Random(0)
+    pairs = {seed: compare(coins(rng), coins(rng)) for seed in range(200)}
+    assert 1 <= sum(comparison.decided for comparison in pairs.values()) <= 18
+    assert not any(comparison.decided for comparison in correct_family(pairs).values())
 
 
 def test_order_and_mixture_of_records():
     one, other = answers("arc", 30), answers("arc", 20)
-    assert paired_difference(one, other) == paired_difference(one, other[::-1])
-    swapped = paired_difference(other, one)
-    assert swapped.value == -paired_difference(one, other).value
+    assert compare(one, other) == compare(one, other[::-1])
+    assert compare(other, one).value == -compare(one, other).value
     for wrong in (answers("gsm8k", 20), losses("arc", 1.0, n=60), other[:-1], ()):
         with pytest.raises(BadInput, match="same problems"):
-            paired_difference(one, wrong)
+            compare(one, wrong)
 
 
 def test_undecided_is_signed_and_has_no_minus_zero():
-    found = replace(paired_difference(answers("arc", 30), answers("arc", 30)), low=-0.01, high=2.0)
-    assert difference_in_words(found, "A", "B") == "A against B is undecided: +0.0 points [+0.0, +2.0] (n = 60)."
+    same = replace(compare(answers("arc", 30), answers("arc", 30)), low=-0.01, high=2.0)
+    assert comparison_words(same, "A", "B") == "A against B is undecided: +0.0 [+0.0, +2.0] points (n = 60, p = 1.000)."
+
+
+def test_one_decision_is_printed_everywhere():
+    """Sentence, long table, grid, mark and data frame say of every comparison what `decided` says."""
+    pairs = pairs_with("wanda", CELLS)
+    assert pairs == (("magnitude", "wanda"), ("cap", "wanda"), ("owl", "wanda"))
+    comparisons = compare_methods(CELLS, pairs)
+    rows = [line.split(" | ") for line in comparison_markdown(comparisons).splitlines()[2:2 + len(comparisons)]]
+    grid = comparison_grid(comparisons)
+    for (key, comparison), row in zip(comparisons.items(), rows):
+        marked = comparison_mark(comparison) in ("▲", "▼")
+        assert marked == comparison.decided == comparison_frame(comparisons).loc[key, "Decided"]
+        assert row[4] == comparison_text(comparison) and comparison_text(comparison) in grid
+        assert ("undecided" in comparison_words(comparison, *key[:2])) != comparison.decided
+    assert {comparison.decided for comparison in comparisons.values()} == {True, False}
+    assert comparison_frame(comparisons)["Holm"].tolist() == list(holm([c.p for c in comparisons.values()]))
+
+
+def test_tiny_numbers_are_not_printed_as_zero():
+    difference = replace(compare(losses("arc", 1.0), losses("arc", 1.0)), value=2e-4, low=1e-4, high=3e-4)
+    assert interval_text(difference) == "+0.00020 [+0.00010, +0.00030]"
+    assert interval_text(replace(difference, value=2e-6, low=1e-6, high=3e-6)) == "+2.0e-06 [+1.0e-06, +3.0e-06]"
+    assert interval_text(replace(difference, unit="share", value=0.25, low=float("nan"), high=float("nan"))) == "+0.25"
 
 
 def test_the_paper_s_table_is_the_paper_s():
@@ -125,11 +152,12 @@ def test_the_paper_s_table_is_the_paper_s():
 
 
 def test_comparison_with_the_paper_covers_what_both_have():
-    found = compare_with_paper(CELLS)
-    assert list(found.index) == [(s, measure) for s in (0.1, 0.2, 0.5) for measure in ("ARC-C.", "GSM8K", "StrategyQA loss", "Perplexity")]
-    assert (found["Here"] != "CAP").loc[(slice(None), "Perplexity")].all(), "the made-up CAP has the higher perplexity"
-    assert found.loc[(0.2, "GSM8K"), "Llama-3-8B-Instruct"] == "Wanda"
-    odd = compare_with_paper([replace(e, sparsity=0.3) for e in CELLS if e.sparsity == 0.2])
+    directions = compare_with_paper(compare_methods(CELLS))
+    measures = ("ARC-C.", "GSM8K", "StrategyQA loss", "Text loss")
+    assert list(directions.index) == [(s, measure) for s in (0.1, 0.2, 0.5) for measure in measures]
+    assert (directions["Here"] != "CAP").loc[(slice(None), "Text loss")].all(), "the made-up CAP has the higher perplexity"
+    assert directions.loc[(0.2, "GSM8K"), "Llama-3-8B-Instruct"] == "Wanda"
+    odd = compare_with_paper(compare_methods([replace(e, sparsity=0.3) for e in CELLS if e.sparsity == 0.2]))
     assert set(odd["Llama-3-8B-Instruct"]) == {"not reported"}
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
 from cap_nb.jobs.job import copied_weights, put_back
-from cap_nb.jobs.planning import read_sizes
+from cap_nb.jobs.costs import read_sizes
 from cap_nb.jobs.records import mask_fingerprint
 from cap_nb.methods.prune import prune
 from cap_nb.methods.streaming import checkpoint_fingerprint, prune_checkpoint
@@ -28,7 +28,7 @@ from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.models.routing import masked_expert, recorded_routes
 from cap_nb.regions import Factors
 from cap_nb.scoring import masked_head
-from cap_nb.threshold import plot_zeros, prune_cap
+from cap_nb.threshold import plot_zeros
 
 MIXTURES = [name for name, (kind, _) in TINY_MODELS.items() if FAMILIES[kind].experts]
 CLAIMS = [(name, claim) for name in TINY_MODELS for claim in PROOFS if name in MIXTURES or not PROOFS[claim].of_experts]
@@ -101,7 +101,7 @@ def test_a_checkpoint_of_the_decoder_alone_can_be_streamed(tmp_path, name, prefi
     file = tmp_path / "src" / "model.safetensors"
     save_file({key.removeprefix(prefix): t for key, t in load_file(file).items()}, file, metadata={"format": "pt"})
     factors = tiny_factors(model)
-    wanted = prune_cap(model, factors, 0.4)
+    wanted = prune(model, "cap", 0.4, factors)
     assert prune_checkpoint(tmp_path / "src", tmp_path / "new", 0.4, factors, at_once=64) == wanted
     assert len(checkpoint_fingerprint(tmp_path / "new")) == 64
     again, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval(), torch.arange(3, 12)[None]

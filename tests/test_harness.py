@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from cap_nb.methods.magnitude import prune_magnitude
+from cap_nb.methods.prune import prune
 from cap_nb.evaluation import accuracy, evaluation_problems
 from cap_nb.core.errors import BadInput
 from cap_nb.models.loading import load_model, save_model
@@ -19,7 +19,7 @@ TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
 def half():
     """The lab's model with half of its weights pruned: it makes mistakes of every kind."""
     model, tokenizer = load_model("lab", device="cpu")
-    prune_magnitude(model, 0.5)
+    prune(model, "magnitude", 0.5)
     return model, tokenizer
 
 

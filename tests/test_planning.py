@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.methods.criteria import Given, prune_by
 from cap_nb.data.prompts import IGNORED, Example
@@ -17,12 +17,15 @@ from cap_nb.data.batches import collate, token_batches
 from cap_nb.models.anatomy import projections
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
-from cap_nb.jobs import planning
+from cap_nb.jobs import costs, planning
+from cap_nb.jobs.costs import (
+    ExampleLength, at_once, batch_shapes, decode_work, evaluation_memory, flops_of, layer_weights, lengths_of,
+    naive_work, parameter_count, prefill_work, projection_shapes, read_sizes, resumed_work, scoring_memory, sizes_of,
+    threshold_memory, wanda_memory, wanda_work)
+from cap_nb.jobs.planning import Probe, free_memory, measured_plan, plan, plan_advice, plan_text, probe_device
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.jobs.planning import *
-from cap_nb.engine.resumed_scoring import intact_pass, resumed_losses, score_heads
+from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.scoring import score_heads_naive, target_losses
-from cap_nb.threshold import prune_cap
 
 GIB = 2**30
 SHAPE = dict(hidden_size=48, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=90)
@@ -94,7 +97,7 @@ def test_sizes_agree_with_a_real_model_read_from_a_folder(tmp_path, kind, tied):
 
 
 def test_the_published_models_need_no_network(monkeypatch):
-    monkeypatch.setattr(planning, "config_on_hub", lambda name: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(costs, "config_on_hub", lambda name: pytest.fail("the hub was asked"))
     counts = {"meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248, "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096}
     for name, count in counts.items():
         sizes = read_sizes(name)
@@ -135,14 +138,14 @@ def test_the_labs_lengths_are_counted_and_others_are_assumed_or_given():
     tokenizer = lab_tokenizer()
     found = plan(changed(Job(), n=6), memory=GIB)
     calibration = calibration_set(tokenizer, n=6)
-    assert [len(length.input_ids) for length in found.lengths] == [len(e.input_ids) for e in calibration.examples]
-    assert [length.target for length in found.lengths] == [sum(label != IGNORED for label in e.labels) for e in calibration.examples]
-    assert "counted" in found.lengths_from and [b.rows for b in found.batches] == [len(b) for b in token_batches(calibration.examples, 4096)]
+    assert [len(length.input_ids) for length in found.load.lengths] == [len(e.input_ids) for e in calibration.examples]
+    assert [length.target for length in found.load.lengths] == [sum(label != IGNORED for label in e.labels) for e in calibration.examples]
+    assert "counted" in found.lengths_from and [b.rows for b in found.load.batches] == [len(b) for b in token_batches(calibration.examples, 4096)]
     assumed = plan(changed(Job(), name="mistral-7b", n=6), memory=GIB)
-    assert "assumed" in assumed.lengths_from and len(assumed.lengths) == 18 and assumed.job.calibrate.tasks == ("gsm8k", "strategyqa", "arc")
+    assert "assumed" in assumed.lengths_from and len(assumed.load.lengths) == 18 and assumed.load.job.calibrate.tasks == ("gsm8k", "strategyqa", "arc")
     given = plan(changed(Job(), name="mistral-7b", n=6), prompt_tokens=800, target_tokens=70, memory=GIB)
-    assert {(length.prompt, length.target) for length in given.lengths} == {(800, 70)}
-    assert {(length.prompt, length.target) for length in plan(changed(Job(), n=6), prompt_tokens=50, target_tokens=9, memory=GIB).lengths} == {(50, 9)}
+    assert {(length.prompt, length.target) for length in given.load.lengths} == {(800, 70)}
+    assert {(length.prompt, length.target) for length in plan(changed(Job(), n=6), prompt_tokens=50, target_tokens=9, memory=GIB).load.lengths} == {(50, 9)}
 
 
 def test_counts_that_cannot_be_are_refused():
@@ -223,7 +226,8 @@ def test_the_memory_of_pruning_is_what_is_really_held(dtype, method):
     model, calibration = random_model(hidden_size=256, intermediate_size=1024).to(dtype), examples(30)
     given = Given(torch.ones(3, 4), calibration, batch_tokens=200)
     sizes = sizes_of(model.config, "random", "a test")
-    planned = at_once(pruning_memory(sizes, dtype.itemsize, batch_shapes(lengths_of(calibration), 200), method == "wanda"))
+    batches = batch_shapes(lengths_of(calibration), 200)
+    planned = at_once({"cap": threshold_memory(sizes, dtype.itemsize), "wanda": wanda_memory(sizes, dtype.itemsize, batches)}[method])
     assert 0.7 < peak(lambda: prune_by(model, method, 0.5, None, given)) / planned < 1.05
 
 
@@ -249,14 +253,14 @@ def test_memory_that_the_system_does_not_tell_is_said_to_be_unknown(monkeypatch)
     assert free_memory(torch.device("cpu")) > 0 and free_memory(torch.device("meta")) is None
     monkeypatch.setattr(planning, "free_memory", lambda device: None)
     found = plan(changed(Job(), name="llama-3-8b"))
-    assert found.free is None and plan_advice(found) == ()
+    assert found.hardware.free is None and plan_advice(found) == ()
     assert "unknown: this system does not tell" in plan_text(found) and "Whether it fits is not known." in plan_text(found)
 
 
 def gpu(gibibytes, devices=1, main=512, **job):
     """A plan for a device that need not be here, beside plenty of main memory."""
     found = plan(changed(Job(), **dict(name="llama-3-8b") | job), devices, memory=int(gibibytes * GIB))
-    return replace(found, main=main * GIB)
+    return replace(found, hardware=replace(found.hardware, main=main * GIB))
 
 
 def test_what_fits_gets_no_advice():
@@ -273,7 +277,7 @@ def test_smaller_batches_are_named_and_do_fit():
         name = next(stage.name for stage in found.stages if sentence.lower().startswith(stage.name.lower()))
         def needed(batch_tokens):
             again = gpu(18, batch_tokens=batch_tokens)
-            return again.each + at_once(next(stage for stage in again.stages if stage.name == name).memory)
+            return again.hardware.each + at_once(next(stage for stage in again.stages if stage.name == name).memory)
         assert needed(tokens) <= 18 * GIB < needed(2 * tokens)
 
 
@@ -283,14 +287,14 @@ def test_weights_that_do_not_fit_are_met_by_dtype_devices_or_streaming():
     only = plan_advice(gpu(10))
     assert len(only) == 1 and "2 such devices or more" in only[0] and "--stream" in only[0]
     spread = gpu(10, devices=2)
-    assert spread.each == spread.weights // 2 and spread.shared == 1 and not any("weights take" in sentence for sentence in plan_advice(spread))
-    assert gpu(80, devices=2).shared == 2 and gpu(80, devices=2).each == gpu(80).weights
+    assert spread.hardware.each == spread.hardware.weights // 2 and spread.hardware.sharing == 1 and not any("weights take" in sentence for sentence in plan_advice(spread))
+    assert gpu(80, devices=2).hardware.sharing == 2 and gpu(80, devices=2).hardware.each == gpu(80).hardware.weights
 
 
 def test_processes_on_one_cpu_share_its_memory_and_are_no_faster(monkeypatch):
     monkeypatch.setattr(planning, "free_memory", lambda device: 20 * GIB)
     one, two = (plan(changed(Job(), name="llama-3-8b", device="cpu"), devices, PROBE) for devices in (1, 2))
-    assert (one.free, two.free) == (20 * GIB, 10 * GIB)
+    assert (one.hardware.free, two.hardware.free) == (20 * GIB, 10 * GIB)
     assert one.stages[0].seconds == two.stages[0].seconds
     assert any("--devices 1 makes them fit" in sentence for sentence in plan_advice(two))
 
@@ -366,5 +370,5 @@ def test_the_text_says_where_the_numbers_come_from():
 
 def test_plan_and_probe_in_one_call():
     found = measured_plan(changed(Job(), name="lab", n=2, evaluate_n=3, loss_n=3, windows=1, batch_tokens=512))
-    assert all(stage.seconds > 0 for stage in found.stages) and found.probe.rows == max(a.rows for a in found.answers)
+    assert all(stage.seconds > 0 for stage in found.stages) and found.probe.rows == max(a.rows for a in found.load.answers)
     assert measured_plan(changed(Job(), name="lab", n=2, accuracy_tasks=(), loss_n=3, windows=0, batch_tokens=512)).probe.rows == 1

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from cap_nb.core.errors import BadInput
 from cap_nb.core.memory import PEAK
 from cap_nb.engine.resumed_scoring import shared_prefix
-from cap_nb.jobs.planning import BatchShape, lengths_of, naive_work, resumed_work, sizes_of
+from cap_nb.jobs.costs import BatchShape, lengths_of, naive_work, resumed_work, sizes_of
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model
 from conftest import ROOT

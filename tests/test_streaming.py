@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from cap_nb.methods.criteria import CRITERIA, Measured, dense_norms, scores_from
+from cap_nb.methods.criteria import CRITERIA, dense_norms
 from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.calibration import Calibration
 from cap_nb.models.anatomy import projections
@@ -27,7 +27,7 @@ from cap_nb.regions import Factors, region_factors
 from cap_nb.methods import streaming
 from cap_nb.methods.prune import prune
 from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms
-from cap_nb.threshold import magnitude_criterion, prune_cap, prune_globally, prune_report, zero_within
+from cap_nb.threshold import CAP, Measurements, prune_report, scores_of, zero_within
 from conftest import ROOT
 
 SHAPE = dict(hidden_size=18, intermediate_size=26, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3, head_dim=4, vocab_size=50)
@@ -90,7 +90,7 @@ def left_behind(folder):
 def test_cap_equals_pruning_in_memory(tmp_path, dtype, shape, sparsity):
     src = saved(tmp_path / "src", dtype, **shape)
     before, model = hashes(src), load(src)
-    wanted = prune_cap(model, factors_of(src), sparsity)
+    wanted = prune(model, "cap", sparsity, factors_of(src))
     assert prune_checkpoint(src, tmp_path / "new", sparsity, factors_of(src)) == wanted
     assert len(list(src.glob("*.safetensors"))) > 3 and hashes(src) == before
     same(tmp_path / "new", model, tmp_path)
@@ -110,8 +110,8 @@ def test_every_scope_equals_pruning_in_memory(tmp_path, method):
 def test_given_norms_equal_the_same_norms_in_memory(tmp_path, method, dtype):
     src = saved(tmp_path / "src", dtype)
     norms, model, base, scope = norms_of(src), load(src), *streaming_scope(method)
-    known = Measured(norms, region_factors(model, factors_of(src)))
-    zero_within(projections(model), scores_from(model, CRITERIA[base], known), 0.5, scope)
+    known = Measurements(norms=norms, regions=region_factors(model, factors_of(src)))
+    zero_within(projections(model), CRITERIA[base], known, 0.5, scope)
     save_norms(norms, tmp_path / "norms.safetensors")
     report = prune_checkpoint(src, tmp_path / "new", 0.5, factors_of(src), method, tmp_path / "norms.safetensors")
     wanted = prune_report(model, method, 0.5)
@@ -141,7 +141,7 @@ def streaming_scope(method):
 def test_other_families(tmp_path, kind):
     src = saved(tmp_path / "src", kind=kind)
     model = load(src)
-    wanted = prune_globally(model, magnitude_criterion, 0.3, "magnitude")
+    wanted = prune(model, "magnitude", 0.3)
     assert prune_checkpoint(src, tmp_path / "new", 0.3, method="magnitude") == wanted
     same(tmp_path / "new", model, tmp_path)
 
@@ -157,13 +157,13 @@ def test_ties_are_taken_in_the_order_of_the_layers_not_of_the_shards(tmp_path, t
     factors = torch.ones_like(factors_of(src))
     factors[5:, ::2] = 2.0
     model = load(src)
-    wanted = prune_cap(model, Factors(factors, key_value=key_value), 0.6, ties)
+    wanted = prune(model, "cap", 0.6, Factors(factors, key_value=key_value), ties=ties)
     assert wanted.ties > 1000
     report = prune_checkpoint(src, tmp_path / "new", 0.6, Factors(factors, key_value=key_value), ties=ties, at_once=300)
     assert report == wanted
     dense = load(src)
-    regions = region_factors(dense, Factors(factors, key_value=key_value))
-    below = sum(int((magnitude_criterion(p) * regions[p.name] < wanted.threshold).sum()) for p in projections(dense))
+    known = Measurements(regions=region_factors(dense, Factors(factors, key_value=key_value)))
+    below = sum(int((scores_of(CAP, p, known) < wanted.threshold).sum()) for p in projections(dense))
     assert 0 < report.zeros - below < wanted.ties if ties == "exact" else report.zeros - below == wanted.ties
     same(tmp_path / "new", model, tmp_path, "1GB")
 

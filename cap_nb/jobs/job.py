@@ -179,6 +179,7 @@ def job_calibration(
     seed = data.seed if data.calibration_seed is None else data.calibration_seed
     return calibration_set(tokenizer, data.tasks, data.n, data.k, seed, data.data_dir, data.style)
 
+# %% ../../nbs/jobs/03_job.ipynb #c026
 @dataclass(frozen=True)
 class Ready:
     "A job with all that it needs in memory."
@@ -204,7 +205,7 @@ def prepare(
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 
-# %% ../../nbs/jobs/03_job.ipynb #c031
+# %% ../../nbs/jobs/03_job.ipynb #c033
 import shutil, time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,7 +216,7 @@ from ..core.memory import memory_taken
 from .records import note_memory, note_time
 from ..scoring import HeadLosses, load_losses, save_losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c032
+# %% ../../nbs/jobs/03_job.ipynb #c034
 @contextmanager
 def timed(
     folder: Path, # The run's folder
@@ -236,7 +237,7 @@ def time_and_memory_noted(
     with memory_taken(device) as taken, timed(folder, stage): yield
     note_memory(folder, stage, taken[0])
 
-# %% ../../nbs/jobs/03_job.ipynb #c033
+# %% ../../nbs/jobs/03_job.ipynb #c035
 def check_origin(
     path: Path, # File of the table of losses
     meta: dict, # What the table says of itself
@@ -248,6 +249,7 @@ def check_origin(
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
                        "run again.")
 
+# %% ../../nbs/jobs/03_job.ipynb #c036
 def run_losses(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -265,7 +267,7 @@ def run_losses(
     check_origin(path, losses.meta, ready)
     return losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c035
+# %% ../../nbs/jobs/03_job.ipynb #c038
 from ..core.files import read_tensors, write_tensors
 from ..importance import importance_factors
 from ..methods.criteria import Given
@@ -274,7 +276,7 @@ from ..methods.prune import needs_of, parse_method, unit_factors
 from ..regions import Factors
 from ..scoring import causal_scores
 
-# %% ../../nbs/jobs/03_job.ipynb #c036
+# %% ../../nbs/jobs/03_job.ipynb #c039
 def attribution_origin(
     ready: Ready, # The job
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
@@ -294,7 +296,7 @@ def save_attribution(
     experts = {} if factors.experts is None else {"experts": factors.experts}
     write_tensors(path, {"factors": factors.heads} | experts | factors.kept, origin)
 
-# %% ../../nbs/jobs/03_job.ipynb #c037
+# %% ../../nbs/jobs/03_job.ipynb #c040
 def attribution_factors(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -314,7 +316,7 @@ def attribution_factors(
                        "run again.")
     return Factors(tensors["factors"], tensors.get("experts"))
 
-# %% ../../nbs/jobs/03_job.ipynb #c039
+# %% ../../nbs/jobs/03_job.ipynb #c042
 def factors_by_method(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -332,11 +334,11 @@ def factors_by_method(
         factors[None] = Factors(importance_factors(scores))
     return {method: factors[name] for method, name in attributions.items()}
 
-# %% ../../nbs/jobs/03_job.ipynb #c041
+# %% ../../nbs/jobs/03_job.ipynb #c044
 from ..models.anatomy import projections
 from ..methods.prune import prune
 
-# %% ../../nbs/jobs/03_job.ipynb #c042
+# %% ../../nbs/jobs/03_job.ipynb #c045
 def copied_weights(
     model: nn.Module, # A causal language model of a known family
 ) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
@@ -351,13 +353,13 @@ def put_back(
     "Undo pruning."
     for p in projections(model): p.stored.copy_(copies[p.name])
 
-# %% ../../nbs/jobs/03_job.ipynb #c045
+# %% ../../nbs/jobs/03_job.ipynb #c048
 from ..engine.decoding import Decoding
 from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from .records import together
 from ..threshold import prune_report
 
-# %% ../../nbs/jobs/03_job.ipynb #c046
+# %% ../../nbs/jobs/03_job.ipynb #c049
 def measure_piece(
     model: nn.Module, # The model as it is now
     tokenizer, # Its tokenizer
@@ -379,7 +381,7 @@ def measure_piece(
     return {"perplexity": perplexity(model, tokenizer, piece.on, data.data_dir, evaluation.windows,
                                      evaluation.window_tokens)}
 
-# %% ../../nbs/jobs/03_job.ipynb #c049
+# %% ../../nbs/jobs/03_job.ipynb #c052
 def evaluate(
     model: nn.Module, # A causal language model of a known family, pruned or not
     tokenizer, # Its tokenizer
@@ -393,7 +395,7 @@ def evaluate(
               for piece in pieces_of(job)]
     return together(pieces or [Evaluation(name, reached, reached)])
 
-# %% ../../nbs/jobs/03_job.ipynb #c052
+# %% ../../nbs/jobs/03_job.ipynb #c055
 import logging
 from collections.abc import Callable
 from tqdm.auto import tqdm
@@ -403,7 +405,7 @@ from cap_nb.jobs.records import (
 from ..methods.prune import highest_sparsity
 from ..threshold import PruneReport
 
-# %% ../../nbs/jobs/03_job.ipynb #c053
+# %% ../../nbs/jobs/03_job.ipynb #c056
 def finish_piece(
     ready: Ready, # The job; its model is pruned
     folder: Path, # The run's folder
@@ -422,7 +424,7 @@ def finish_piece(
     bar.update()
     return load_evaluation(path)
 
-# %% ../../nbs/jobs/03_job.ipynb #c054
+# %% ../../nbs/jobs/03_job.ipynb #c057
 Pruner = Callable[[str, float], PruneReport] # Prunes the job's model, which is dense, by a method to a sparsity
 
 def prune_noted(
@@ -436,6 +438,7 @@ def prune_noted(
     save_report(folder, report, mask_fingerprint(ready.model))
     return Evaluation(*cell, report.reached)
 
+# %% ../../nbs/jobs/03_job.ipynb #c059
 def finish_cell(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -454,7 +457,7 @@ def finish_cell(
     save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), path)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
-# %% ../../nbs/jobs/03_job.ipynb #c056
+# %% ../../nbs/jobs/03_job.ipynb #c061
 log = logging.getLogger(__name__)
 
 def possible_cells(
@@ -469,12 +472,12 @@ def possible_cells(
                           method, 100 * sparsity, 100 * most)
     return tuple(possible)
 
-# %% ../../nbs/jobs/03_job.ipynb #c058
+# %% ../../nbs/jobs/03_job.ipynb #c063
 from ..core.files import alone_in
 from .records import environment, note_environment, open_run
 from .report import write_results
 
-# %% ../../nbs/jobs/03_job.ipynb #c059
+# %% ../../nbs/jobs/03_job.ipynb #c064
 def finish_cells(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -488,7 +491,7 @@ def finish_cells(
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
-# %% ../../nbs/jobs/03_job.ipynb #c060
+# %% ../../nbs/jobs/03_job.ipynb #c065
 def method_pruner(
     ready: Ready, # The job
     factors: dict[str, Factors], # From `factors_by_method`
@@ -499,7 +502,7 @@ def method_pruner(
                      batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
     return pruner
 
-# %% ../../nbs/jobs/03_job.ipynb #c061
+# %% ../../nbs/jobs/03_job.ipynb #c066
 def run_job(
     job: Job, # What is wanted
     folder: str | Path, # The run's folder; made, or continued

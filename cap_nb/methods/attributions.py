@@ -336,6 +336,7 @@ def starting_gates(
     raise BadInput(f"The gates to start from do not fit: expected [{a.layers}, {a.heads}] numbers in [0, 1]; "
                    "pass what head_gates returned.")
 
+# %% ../../nbs/methods/04_attributions.ipynb #c086
 def head_gates(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     calibration: Calibration, # N examples
@@ -355,7 +356,7 @@ def head_gates(
         optimiser.step()
     return logits.detach().sigmoid()
 
-# %% ../../nbs/methods/04_attributions.ipynb #c088
+# %% ../../nbs/methods/04_attributions.ipynb #c090
 FREE_RATES = (0.1, 0.01) # Learning rates of the fit without a regulariser
 
 def pushed_gates(
@@ -371,7 +372,7 @@ def pushed_gates(
         start = head_gates(model, calibration, free, None, batch_tokens)
     return head_gates(model, calibration, fit, start, batch_tokens)
 
-# %% ../../nbs/methods/04_attributions.ipynb #c089
+# %% ../../nbs/methods/04_attributions.ipynb #c091
 def retained_gates(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     calibration: Calibration, # N examples
@@ -392,7 +393,7 @@ def removed_gates(
     "G-, the gates under a push towards 0; a high one marks a facilitating head (Nam et al. 2025, section 3.2)."
     return pushed_gates(model, calibration, replace(fit, push="remove"), start, batch_tokens)
 
-# %% ../../nbs/methods/04_attributions.ipynb #c098
+# %% ../../nbs/methods/04_attributions.ipynb #c100
 @dataclass(frozen=True)
 class Attribution:
     "A way of giving every head an importance."
@@ -400,7 +401,7 @@ class Attribution:
     source: str # Where it comes from
     compute: Callable[..., torch.Tensor] # (model, calibration, batch_tokens=..., options) -> float64 [L, H]
 
-# %% ../../nbs/methods/04_attributions.ipynb #c099
+# %% ../../nbs/methods/04_attributions.ipynb #c101
 def signed_gradient(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -409,7 +410,7 @@ def signed_gradient(
     "Gradient times activation with its sign: the first-order estimate of zero ablation."
     return gradient_activation(model, calibration, batch_tokens, signed=True)
 
-# %% ../../nbs/methods/04_attributions.ipynb #c100
+# %% ../../nbs/methods/04_attributions.ipynb #c102
 ATTRIBUTIONS: dict[str, Attribution] = {
     "zero_ablation": Attribution("rise of the loss when the head's output is zero",
                                  "the paper, section 3.2", zero_ablation),
@@ -426,13 +427,13 @@ ATTRIBUTIONS: dict[str, Attribution] = {
     "retained_gates": Attribution("gate of a joint fit that pushes towards 1", "Nam et al. 2025, G+", retained_gates),
     "removed_gates": Attribution("gate of a joint fit that pushes towards 0", "Nam et al. 2025, G-", removed_gates)}
 
-# %% ../../nbs/methods/04_attributions.ipynb #c105
+# %% ../../nbs/methods/04_attributions.ipynb #c107
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from ..scoring import rank_correlation
 
-# %% ../../nbs/methods/04_attributions.ipynb #c106
+# %% ../../nbs/methods/04_attributions.ipynb #c108
 def attribution_agreement(
     scores: dict[str, torch.Tensor], # Name -> attribution, [L, H] each
 ) -> pd.DataFrame: # Rank correlation of every pair, names down and across

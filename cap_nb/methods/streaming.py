@@ -251,11 +251,11 @@ def write_rows(
 # %% ../../nbs/methods/08_streaming.ipynb #c033
 from collections.abc import Callable
 from tqdm.auto import tqdm
-from .criteria import CRITERIA, Evidence, Given, Measured, check_given
+from .criteria import CRITERIA, Given, check_given
 from ..regions import Factors, region_factors
 from .prune import MethodName, check_method, own_scope
 from .experts import ROUTING_AWARE
-from ..threshold import TIES, check_pattern
+from ..threshold import TIES, Evidence, Measurements, check_pattern
 from ..core.errors import check_choice, check_sparsity
 from ..core.files import read_tensors, write_tensors
 
@@ -328,7 +328,7 @@ NOT_FINITE = "Some score of {} is not finite: expected finite weights; check the
 
 def scorer(
     base: str, # One of `STREAMED`
-    known: Measured, # Norms and factors
+    known: Measurements, # Norms and factors
     bar: tqdm, # Told how many weights were read
 ) -> Scored: # Reads and scores
     "A function that reads a piece and scores it; scores that are not finite raise `BadInput`."
@@ -336,7 +336,7 @@ def scorer(
         rows, name = read_rows(piece), piece.projection.name
         factor = known.regions.get(name)
         if factor is not None and len(factor) > 1: factor = factor[piece.first:piece.last]
-        scores = CRITERIA[base].score(Evidence(weight=rows.float(), norm=known.norms.get(name), factor=factor, gradient=None, number=0, seed=0))
+        scores = CRITERIA[base].score(Evidence(weight=rows.float(), norm=known.norms.get(name), factor=factor))
         low, high = scores.aminmax()
         if not (low >= 0 and high < torch.inf): raise BadInput(NOT_FINITE.format(name)) # NaN fails both comparisons
         bar.update(rows.numel())
@@ -387,7 +387,7 @@ TABLES_AT_MOST = 1 << 30 # Bytes of counts that are held at once
 
 def numbered_regions(
     pieces: Sequence[StoredRows], # What competes
-    known: Measured, # Its factors, if the criterion has any
+    known: Measurements, # Its factors, if the criterion has any
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: # Distinct factors [R]; module name -> which, as a weight
     "Number the regions of what competes; regions with one factor are one."
     names = dict.fromkeys(piece.projection.name for piece in pieces)
@@ -399,7 +399,7 @@ def numbered_regions(
 def can_count(
     pieces: Sequence[StoredRows], # What competes
     base: str, # Criterion
-    known: Measured, # Its factors, if the criterion has any
+    known: Measurements, # Its factors, if the criterion has any
 ) -> bool: # Whether the magnitudes can be counted
     "Whether a score is a magnitude of 16 bits times its region's factor, and the table small enough."
     kinds = {piece.tensor.kind for piece in pieces}
@@ -415,7 +415,7 @@ def scores_of_magnitudes(
 ) -> torch.Tensor: # Rising, float32 [how many magnitudes have a finite score]
     "The score of every magnitude in a region, by the criterion's own function."
     values = torch.arange(MAGNITUDES, dtype=torch.int16).view(kind).float()[None]
-    scores = CRITERIA[base].score(Evidence(weight=values, norm=None, factor=factor.view(1, 1), gradient=None, number=0, seed=0))[0]
+    scores = CRITERIA[base].score(Evidence(weight=values, factor=factor.view(1, 1)))[0]
     return scores[scores < torch.inf] # infinity and NaN have the last patterns
 
 # %% ../../nbs/methods/08_streaming.ipynb #c056
@@ -495,7 +495,7 @@ def sided(
 def taking_counted(
     pieces: Sequence[StoredRows], # What competes, in order
     base: str, # Criterion
-    known: Measured, # Its factors, if the criterion has any
+    known: Measurements, # Its factors, if the criterion has any
     count: int, # How many become zero, at least 1
     ties: str, # "exact" or "all"
     bar: tqdm, # Told how many weights were read
@@ -607,7 +607,7 @@ def streamed_report(
 def readings(
     pieces: Sequence[StoredRows], # What competes
     base: str, # Criterion
-    known: Measured, # What it looks at
+    known: Measurements, # What it looks at
     scope: str, # A scope, or a pattern
 ) -> int: # How often the weights are read
     "Once in rows and patterns; under a threshold twice where magnitudes can be counted, else three times."
@@ -618,7 +618,7 @@ def readings(
 def ready_to_write(
     pieces: Sequence[StoredRows], # What competes, in order
     base: str, # Criterion
-    known: Measured, # What it looks at
+    known: Measurements, # What it looks at
     sparsity: float, # Share of their weights to zero
     scope: str, # A scope, or a pattern
     ties: str, # "exact" or "all"
@@ -636,11 +636,11 @@ def what_is_known(
     method: str, # criterion[@scope]
     factors: Factors | torch.Tensor | None, # Importance factors; a tensor holds those of the heads, [L, H]
     norms: dict[str, torch.Tensor] | str | Path | None, # Input norms
-) -> Measured: # What the criterion looks at
+) -> Measurements: # What the criterion looks at
     "Collect and check what a method needs besides the weights."
     needs = CRITERIA[check_method(method).base].needs
-    return Measured(norms=checked_norms(checkpoint, norms, method) if "norm" in needs else {},
-                    regions=checked_regions(checkpoint, factors, method) if "factor" in needs else {})
+    return Measurements(norms=checked_norms(checkpoint, norms, method) if "norm" in needs else {},
+                        regions=checked_regions(checkpoint, factors, method) if "factor" in needs else {})
 
 # %% ../../nbs/methods/08_streaming.ipynb #c084
 @torch.no_grad()

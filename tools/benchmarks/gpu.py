@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from cap_nb.jobs.planning import PUBLISHED, lengths_of
+from cap_nb.jobs.costs import PUBLISHED, lengths_of
 from cap_nb.models.anatomy import anatomy
 from cap_nb.models.loading import load_model, model_cache
 from tools.side_by_side import (

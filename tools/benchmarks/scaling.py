@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig
 
 from cap_nb.engine.resumed_scoring import score_heads
-from cap_nb.jobs.planning import ExampleLength, sizes_of
+from cap_nb.jobs.costs import ExampleLength, sizes_of
 from tools.side_by_side import (
     balanced_heads,
     counted_work,

@@ -27,7 +27,7 @@ from transformers import AutoConfig, Cache
 
 from cap_nb.data.prompts import IGNORED
 from cap_nb.engine.resumed_scoring import score_heads
-from cap_nb.jobs.planning import PUBLISHED, lengths_of
+from cap_nb.jobs.costs import PUBLISHED, lengths_of
 from cap_nb.models.anatomy import anatomy, decoder_layers, output_projection
 from cap_nb.models.loading import load_model, model_cache
 from cap_nb.scoring import batches_of, mean_by_example

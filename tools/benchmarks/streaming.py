@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
-from cap_nb.jobs.planning import PUBLISHED
+from cap_nb.jobs.costs import PUBLISHED
 from cap_nb.methods.streaming import SHARD_INDEX, open_checkpoint
 from tools.side_by_side import in_own_process, measured_case, measured_rounds, read_cases
 
