@@ -18,7 +18,8 @@ def check_scores(
         raise BadInput(f"The scores have shape {list(scores.shape)}: expected layers x heads; give one score a head.")
     if not scores.isfinite().all():
         layer, head = (~scores.isfinite()).nonzero()[0].tolist()
-        raise BadInput(f"The score of head {head} of layer {layer} is {scores[layer, head].item()}: expected finite scores; score again.")
+        raise BadInput(f"The score of head {head} of layer {layer} is {scores[layer, head].item()}: "
+                       f"expected finite scores; score again.")
     return scores.double()
 
 # %% ../nbs/02_importance.ipynb #c006
@@ -27,9 +28,10 @@ def importance_factors(
     low: float = 1.0, # Factor of the lowest score
     high: float = 10.0, # Factor of the highest score
 ) -> torch.Tensor: # Importance factor of every head, in [low, high], float64 [L, H]
-    "Shift and scale scores to importance factors (paper equation 3); equal scores give `low` everywhere; a bad table or range raises `BadInput`."
+    "Shift and scale scores to factors (paper equation 3), equal ones to `low`; a bad table or range raises `BadInput`."
     scores = check_scores(scores)
-    if not 0 < low <= high: raise BadInput(f"The range of factors is [{low}, {high}]: expected 0 < low <= high; give another range.")
+    if not 0 < low <= high:
+        raise BadInput(f"The range of factors is [{low}, {high}]: expected 0 < low <= high; give another range.")
     span = scores.max() - scores.min()
     if span == 0: return torch.full_like(scores, low)
     return low + (high - low) * (scores - scores.min()) / span
@@ -43,9 +45,10 @@ def plot_factors(
     scores: dict[str, torch.Tensor], # Name -> causal scores [L, H]
 ) -> Figure: # One panel a name: factor against rank of the head
     "Importance factors of every head, sorted, for several sets of scores."
-    figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores), 2.6), sharey=True, squeeze=False, layout="constrained")
-    for axis, (name, own) in zip(axes[0], scores.items()):
-        factors = importance_factors(own).flatten().sort(descending=True).values
+    figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores), 2.6), sharey=True, squeeze=False,
+                                layout="constrained")
+    for axis, (name, table) in zip(axes[0], scores.items()):
+        factors = importance_factors(table).flatten().sort(descending=True).values
         axis.plot(range(1, len(factors) + 1), factors, marker=".", color="#0072B2")
         axis.set(title=name, xlabel="head, by rank", ylim=(0.5, 10.5))
     axes[0, 0].set_ylabel("importance factor")

@@ -1,4 +1,5 @@
-"""Routing-aware factors where routing is odd: experts that nothing reaches, dense layers in between, broken weights, other examples; and the sibling of the lab's model."""
+"""Routing-aware factors where routing is odd: experts that nothing reaches, dense layers in between, broken weights,
+other examples; and the sibling of the lab's model."""
 
 import json
 import logging
@@ -6,40 +7,32 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from fixtures import made_up_calibration, tiny_llama
+from transformers import MixtralConfig, Qwen3MoeConfig
 
+from cap_nb.calibration import default_style, default_tasks
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import read_tensors
+from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.jobs.job import run_job
+from cap_nb.jobs.settings import Job, changed
 from cap_nb.methods.experts import (
     conditional_scores, expert_losses, expert_use, expert_variance, masked_expert_factors, routed_factors,
     routed_losses, routing_aware_factors, whole_passes)
-from cap_nb.data.prompts import IGNORED, Example
-from cap_nb.calibration import Calibration, default_style, default_tasks
+from cap_nb.methods.prune import check_method, prune
+from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.models.anatomy import projections, routing_of
-from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer, save_tokenizer
 from cap_nb.models.lab_experts import EXPERTS_CHECKPOINT, ExpertsRecipe, new_experts_model
 from cap_nb.models.loading import load_model
-from cap_nb.jobs.job import run_job
-from cap_nb.jobs.settings import Job, changed
-from cap_nb.methods.prune import check_method, prune
-from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.scoring import causal_scores
-from cap_nb.core.files import read_tensors
-from cap_nb.engine.resumed_scoring import score_heads
 
-SIZES = dict(hidden_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=50, initializer_range=0.3)
+CALIBRATION = made_up_calibration()
 
 
-def made_up(place, length, prompt=4):
-    ids = tuple((7 * place + 3 * t) % 49 + 1 for t in range(length))
-    return Example(task="own", uid=f"{place}", prompt="", target="", answer="", input_ids=ids, labels=(IGNORED,) * prompt + ids[prompt:])
-
-
-CALIBRATION = Calibration.from_examples([made_up(place, 8 + place) for place in range(9)], k=3)
-
-
-def mixtral(**more):
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=12, num_local_experts=5, num_experts_per_tok=2, **more)).eval()
+def mixtral():
+    """Five experts, two a token; the router's weights are scaled up, so that its choices are clear ones."""
+    model = tiny_llama(MixtralConfig, intermediate_size=12, num_local_experts=5, num_experts_per_tok=2)
     for layer in range(3):
         routing_of(model, layer).router.weight.data *= 4
     return model
@@ -47,9 +40,8 @@ def mixtral(**more):
 
 def partly_dense():
     """Three layers, the middle one without experts."""
-    torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, intermediate_size=16, moe_intermediate_size=12, num_experts=6, num_experts_per_tok=3, norm_topk_prob=True, mlp_only_layers=[1],
-                                              decoder_sparse_step=1)).eval()
+    return tiny_llama(Qwen3MoeConfig, intermediate_size=16, moe_intermediate_size=12, num_experts=6,
+                      num_experts_per_tok=3, norm_topk_prob=True, mlp_only_layers=[1], decoder_sparse_step=1)
 
 
 # odd routing
@@ -58,7 +50,8 @@ def partly_dense():
 def test_an_expert_that_nothing_reaches_has_no_score_and_its_layer_s_mean():
     model = mixtral()
     router = routing_of(model, 1).router.weight.data
-    router[1], router[3], router[4] = -router[0], -router[2], 0  # two of the first four have logits above zero, so the last is never among the two largest
+    # two of the first four have logits above zero, so the last is never among the two largest
+    router[1], router[3], router[4] = -router[0], -router[2], 0
     routed, losses = routed_losses(model, CALIBRATION), score_heads(model, CALIBRATION)
     missing = (routed.used.transpose(1, 2) @ torch.nn.functional.one_hot(losses.subset, 3) == 0).any(-1)
     assert missing[1, 4] and routed.used[1, :, 4].sum() == 0
@@ -73,14 +66,15 @@ def test_dense_layers_between_sparse_ones():
     model = partly_dense()
     routed, losses = routed_losses(model, CALIBRATION), score_heads(model, CALIBRATION)
     assert routed.used[1].sum() == 0 and (routed.used[[0, 2]].sum(-1) == 3 * routed.tokens).all()
-    torch.testing.assert_close(routed.masked[[0, 2]].sum(-1) / (3 * routed.tokens), losses.masked[[0, 2]], atol=1e-5, rtol=0)
+    by_experts = routed.masked[[0, 2]].sum(-1) / (3 * routed.tokens)
+    torch.testing.assert_close(by_experts, losses.masked[[0, 2]], atol=1e-5, rtol=0)
     assert expert_use(routed)[1].sum() == 0
     by_unit = expert_losses(model, CALIBRATION)
     assert by_unit.masked[1].isnan().all() and by_unit.masked[[0, 2]].isfinite().all()
     for factors in (routed_factors(routed, losses), masked_expert_factors(by_unit, losses)):
         assert (factors.experts[1] == factors.heads[1].mean()).all()
-    found = expert_variance(routed, splits=4)
-    assert found.heads > 0 and found.experts > 0
+    variance = expert_variance(routed, splits=4)
+    assert variance.heads > 0 and variance.experts > 0
 
 
 def test_naive_and_resumed_agree_where_layers_are_dense_in_between():
@@ -97,7 +91,8 @@ def test_conditional_scores_average_to_the_score_and_ignore_the_batches():
     for batch_tokens in (20, 4096):
         routed = routed_losses(model, CALIBRATION, batch_tokens)
         given = conditional_scores(routed, losses, "mean").nan_to_num(0)
-        torch.testing.assert_close((given * expert_use(routed)[:, None]).sum(-1), causal_scores(losses, "mean"), atol=1e-5, rtol=0)
+        average = (given * expert_use(routed)[:, None]).sum(-1)
+        torch.testing.assert_close(average, causal_scores(losses, "mean"), atol=1e-5, rtol=0)
 
 
 # refusals
@@ -111,7 +106,7 @@ def test_a_loss_that_is_no_number_names_the_expert():
 
 
 def test_a_dense_model_is_refused_before_any_work(tmp_path):
-    dense = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=24)).eval()
+    dense = tiny_llama()
     for method in ("cap.routed", "cap_wanda.masked_experts"):
         with pytest.raises(BadInput, match="LlamaForCausalLM has no routed experts: expected a mixture of experts"):
             prune(dense, method, 0.3, calibration=CALIBRATION)
@@ -148,11 +143,12 @@ def test_by_name_is_by_hand():
     assert all(torch.equal(p.weight, q.weight) for p, q in zip(projections(named), projections(by_hand)))
     plain = mixtral()
     prune(plain, "cap", 0.4, factors.heads)
-    assert any(not torch.equal(p.weight, q.weight) for p, q in zip(projections(named), projections(plain)) if p.expert is not None)
+    pairs = [(p, q) for p, q in zip(projections(named), projections(plain)) if p.expert is not None]
+    assert any(not torch.equal(p.weight, q.weight) for p, q in pairs)
 
 
 def test_the_sibling_s_rotary_angles_have_the_base_it_was_trained_with():
-    """Read from the loaded model: transformers 4 and 5 find the number under two names, and fall back to different ones."""
+    """Read from the loaded model: transformers 4 and 5 know the number by two names and fall back to different ones."""
     model, _ = load_model("lab-moe", device="cpu")
     frequencies = model.model.rotary_emb.inv_freq
     torch.testing.assert_close(frequencies, 10_000.0 ** (-torch.arange(0, 32, 2) / 32), atol=1e-6, rtol=0)
@@ -168,11 +164,12 @@ def tiny_lab(tmp_path_factory):
 
 
 def test_a_run_keeps_both_tables_of_factors_and_takes_them_up_again(tiny_lab, tmp_path):
-    job = changed(Job(), name=str(tiny_lab), methods=("cap", "cap.routed", "cap.masked_experts"), sparsities=(0.5,), n=3, k=1,
-                  accuracy_tasks=(), loss_n=2, windows=0)
+    job = changed(Job(), name=str(tiny_lab), methods=("cap", "cap.routed", "cap.masked_experts"), sparsities=(0.5,),
+                  n=3, k=1, accuracy_tasks=(), loss_n=2, windows=0)
     run_job(job, tmp_path / "run")
-    kept = {name: read_tensors(tmp_path / "run" / "attributions" / f"{name}.safetensors")[0] for name in ("routed", "masked_experts")}
-    assert all(tensors["experts"].shape == (2, 4) and tensors["factors"].shape == (2, 6) for tensors in kept.values())
+    files = [tmp_path / "run" / "attributions" / f"{name}.safetensors" for name in ("routed", "masked_experts")]
+    for tensors in (read_tensors(file)[0] for file in files):
+        assert tensors["experts"].shape == (2, 4) and tensors["factors"].shape == (2, 6)
     timings = json.loads((tmp_path / "run" / "timings.json").read_text())
     run_job(job, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "timings.json").read_text()) == timings
