@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_json
+from cap_nb.core.files import read_json, sha256_of_file
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord
 from cap_nb.jobs.job import prepare
 from cap_nb.jobs.records import (
@@ -126,3 +126,10 @@ def test_figures_are_few_and_small():
     size = sum((ROOT / name).stat().st_size for name in listed)
     assert size <= 12e6, f"{size:,} bytes"
     assert [name for name in listed if name.endswith(".svg")] == ["figures/framework.svg"]
+
+
+def test_the_ledger_is_of_these_runs():
+    """The ledger's manifest names its own files and the manifests of the runs that it was made from, all as they are."""
+    listed = read_json(FIGURES / "claims" / "manifest.json")
+    assert {name: sha256_of_file(FIGURES / "claims" / name) for name in listed["made"]} == listed["made"]
+    assert {name: sha256_of_file(FIGURES / name) for name in listed["made from"]} == listed["made from"]
