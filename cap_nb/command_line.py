@@ -242,7 +242,7 @@ def claims_command(
 
 # %% ../nbs/command_line.ipynb #c034
 import shutil
-from .engine.devices import joined, own_device
+from .engine.devices import joined, device_of_process
 from .engine.resumed_scoring import score_heads
 from .jobs.job import check_job, job_calibration
 from .models.loading import load_model, tokenizer_fingerprint
@@ -261,7 +261,7 @@ def score_command(
     store: Store = None,
 ) -> None:
     "Measure the loss with every head masked in turn, and save the table."
-    job = changed(job, device=own_device(job.model.device))
+    job = changed(job, device=device_of_process(job.model.device))
     check_job(job)
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)

@@ -5,16 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from cap_nb.core.files import read_json
 from cap_nb.models.loading import load_model, save_model
-from cap_nb.command_line import app
+from cap_nb.command_line import RENAMED, app, field_comments
 from cap_nb.jobs.records import load_run
+from cap_nb.jobs.settings import Job
 from conftest import ROOT
 
 FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]
@@ -172,6 +175,22 @@ def test_tables_and_figures_are_made_again_from_the_records(finished, tmp_path):
     assert result.exit_code == 0 and "manifest.json" in result.stdout
     assert {p: p.read_bytes() for p in before} == before
     assert_one_sentence(cap("figures", tmp_path / "nowhere"), "holds no run")
+
+
+def test_every_setting_is_an_option_and_its_comment_the_help():
+    """The options of `cap run` are the fields of a job's parts: their names, defaults and comments."""
+    parameters = {parameter.name: parameter for parameter in typer.main.get_command(app).commands["run"].params}
+    for part in fields(Job):
+        comments = field_comments(part.default_factory)
+        for setting in fields(part.default_factory):
+            option = parameters[RENAMED.get(setting.name, setting.name)]
+            default = ",".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
+            assert option.help.startswith(comments[setting.name]) and option.default == default, setting.name
+
+
+def test_settings_need_no_torch():
+    code = "import sys, cap_nb.jobs.settings; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_ctrl_c_and_on(finished, tmp_path):
