@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cap_nb.methods.prune import prune
-from cap_nb.evaluation import accuracy, evaluation_problems
+from cap_nb.evaluation import answer_problems, evaluation_problems
 from cap_nb.core.errors import BadInput
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.experiments.harness import harness_answers, harness_benchmarks, verdict_differences, write_harness_task
@@ -23,9 +23,11 @@ def half():
     return model, tokenizer
 
 
-def both(model, tokenizer, task, folder, **draw):
-    write_harness_task(folder, tokenizer, task, **draw)
-    return accuracy(model, tokenizer, task, **draw), harness_answers(model, tokenizer, folder, task)
+def both(model, tokenizer, task, folder, max_new_tokens=None, **draw):
+    problems = evaluation_problems(task, **draw)
+    write_harness_task(folder, tokenizer, problems, max_new_tokens=max_new_tokens)
+    ours = answer_problems(model, tokenizer, problems, max_new_tokens=max_new_tokens)
+    return ours, harness_answers(model, tokenizer, folder, task)
 
 
 @pytest.mark.parametrize("task", TASKS)
