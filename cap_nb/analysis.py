@@ -269,7 +269,7 @@ def mcnemar_exact(
     gained: int, # b, problems that only the first method solves
     lost: int, # c, problems that only the second method solves
 ) -> float: # Two-sided p-value, in (0, 1]
-    "McNemar's exact test of two methods on the same problems; a count below zero raises `BadInput`."
+    "McNemar's exact test of two methods on the same problems (1947); a count below zero raises `BadInput`."
     check_at_least(gained, 0, "Number of problems that only the first method solves")
     check_at_least(lost, 0, "Number of problems that only the second method solves")
     coins = gained + lost
@@ -344,10 +344,10 @@ class Comparison:
 
     def within(self, least: float, most: float) -> bool:
         "The one rule of decision: whether it may be claimed that the number lies between `least` and `most`."
-        exact = math.isnan(self.low)
-        if self.n < self.fewest or math.isnan(self.value) or (exact and self.p is None): return False
-        if self.p is not None and not (self.holm is not None and self.holm <= LEVEL): return False
-        return least < (self.value if exact else self.low) and (self.value if exact else self.high) < most
+        tested = self.p is not None
+        if self.n < self.fewest or (tested and (self.holm is None or self.holm > LEVEL)): return False
+        if tested and math.isnan(self.low): return least < self.value < most # an exact test without an interval
+        return least < self.low and self.high < most # never true of NaN
 
     @property
     def decided(self) -> bool:

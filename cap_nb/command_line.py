@@ -407,8 +407,8 @@ def eval_command(
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
-from .jobs.records import pack_run
-from .jobs.report import manifest, run_folders, write_results
+from .jobs.records import pack_run, unpack_run
+from .jobs.report import run_folders, write_results
 
 # %% ../nbs/command_line.ipynb #c051
 @app.command("table")
@@ -455,12 +455,21 @@ def ledger_command(
 def pack_command(
     folder: RunFolders,
 ) -> None:
-    "Bring the records of every run in a folder to their smallest form; what they say does not change."
+    "Put the records of every finished run in a folder into one file each; what they say does not change."
     for run in run_folders(folder):
         pack_run(run)
-        write_json(run/"manifest.json", manifest(run))
         size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
         typer.echo(f"{run}: {size:,} bytes.")
+
+@app.command("unpack")
+@in_one_sentence
+def unpack_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a packed run")],
+    target: Annotated[Path, typer.Argument(help="folder to make; it can be given to 'cap run --out'")],
+) -> None:
+    "Restore the folder of a packed run with a file for each record, so that the run can go on."
+    unpack_run(folder, target)
+    typer.echo(f"{target}: the live run.")
 
 # %% ../nbs/command_line.ipynb #c055
 from .methods.allocation import ALLOCATIONS

@@ -22,21 +22,29 @@ from cap_nb.core.errors import BadInput
 from conftest import ROOT
 
 
-def answers(task, right, n=60):
-    return tuple(AnswerRecord(task=task, uid=f"{i}", prompt_sha256="", output="", strict=None, lenient=None, gold="1", correct=i < right, lenient_correct=i < right, tokens=i, cut_off=False) for i in range(n))
+def answer(task, i, right):
+    return AnswerRecord(task=task, uid=f"{i}", prompt_sha256="", output="", strict=None, lenient=None, gold="1",
+                        correct=right, lenient_correct=right, tokens=i, cut_off=False)
+
+
+def answers(task, solved, n=60):
+    return tuple(answer(task, i, i < solved) for i in range(n))
 
 
 def losses(task, mean, n=30):
     return tuple(LossRecord(task=task, uid=f"{i}", loss=mean * (1 + 0.3 * ((i * 7) % 5 - 2)), tokens=5) for i in range(n))
 
 
-def cell(method, sparsity, right, mean):
-    text = Perplexity(text="wikitext2-tokenised", fingerprint="f" * 64, value=7.0 * mean, low=6.0 * mean, high=8.0 * mean, windows=3, window_tokens=128, losses=(1.0 * mean, 2.0 * mean, 3.0 * mean))
-    return Evaluation(method=method, sparsity=sparsity, reached=sparsity + 1e-5, answers=answers("arc", right) + answers("gsm8k", right // 2), losses=losses("strategyqa", mean), perplexity=text)
+def cell(method, sparsity, solved, mean):
+    text = Perplexity(text="wikitext2-tokenised", fingerprint="f" * 64, value=7.0 * mean, low=6.0 * mean,
+                      high=8.0 * mean, windows=3, window_tokens=128, losses=(1.0 * mean, 2.0 * mean, 3.0 * mean))
+    return Evaluation(method=method, sparsity=sparsity, reached=sparsity + 1e-5, perplexity=text,
+                      answers=answers("arc", solved) + answers("gsm8k", solved // 2), losses=losses("strategyqa", mean))
 
 
-CELLS = [cell("dense", 0.0, 50, 1.0), *(cell(m, s, round(40 - 60 * s) + shift, 1 + 20 * s + shift / 5) for s in (0.1, 0.2, 0.5)
-                                        for m, shift in (("cap", 4), ("wanda", 2), ("magnitude", 0), ("owl", 1)))]
+SHIFTS = (("cap", 4), ("wanda", 2), ("magnitude", 0), ("owl", 1))
+CELLS = [cell("dense", 0.0, 50, 1.0), *(cell(method, s, round(40 - 60 * s) + shift, 1 + 20 * s + shift / 5)
+                                        for s in (0.1, 0.2, 0.5) for method, shift in SHIFTS)]
 COLUMNS = ["GSM8K", "ARC-C.", "StrategyQA loss", "WikiText-2 (tokenised) perplexity"]
 
 
@@ -91,9 +99,7 @@ def test_a_comparison_is_surer_than_two_intervals():
 
 
 def coins(rng, n=80):
-    return tuple(AnswerRecord(task="arc", uid=f"{i}", prompt_sha256="", output="", strict=None, lenient=None, gold="A",
-                              correct=right, lenient_correct=right, tokens=1, cut_off=False)
-                 for i, right in enumerate(rng.choices([True, False], k=n)))
+    return tuple(answer("arc", i, right) for i, right in enumerate(rng.choices([True, False], k=n)))
 
 
 def test_chance_decides_no_more_often_than_it_may():

@@ -1,6 +1,7 @@
 """The program `cap` from outside: exit codes, one sentence for a mistake and never a traceback, Ctrl-C, and a run that is taken up again."""
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_run_shows_table_and_figures(finished):
     assert "| Dense |" in said and "| CAP |" in said and "| Magnitude |" in said
     assert str(folder / "figures" / "head_importance.png") in said
     for name in ("run.json", "environment.json", "timings.json", "losses.safetensors", "tables/table.md", "tables/table.csv", "tables/table.tex",
-                 "tables/scores.csv", "figures/head_importance.png", "figures/sparsity_curves.png", "reports/cap-0.5.json.gz"):
+                 "tables/scores.csv", "figures/head_importance.png", "figures/sparsity_curves.png", "reports/cap-0.5.json"):
         assert (folder / name).is_file(), name
     assert not (folder / "unfinished").exists()
     assert read_json(folder / "environment.json")[0]["note"] == "a test"
@@ -175,6 +176,20 @@ def test_tables_and_figures_are_made_again_from_the_records(finished, tmp_path):
     assert result.exit_code == 0 and "manifest.json" in result.stdout
     assert {p: p.read_bytes() for p in before} == before
     assert_one_sentence(cap("figures", tmp_path / "nowhere"), "holds no run")
+
+
+def test_packing_changes_nothing_that_is_said(finished, tmp_path):
+    """A packed run gives the same table and is not continued; restored, it is the live run again."""
+    folder, packed, restored = finished[0], tmp_path / "packed", tmp_path / "restored"
+    shutil.copytree(folder, packed)
+    assert cap("pack", packed).exit_code == 0
+    assert {p.name for p in packed.iterdir()} == {"run.json", "manifest.json", "records.parquet", "tables", "figures"}
+    assert cap("table", packed).stdout == cap("table", folder).stdout
+    assert read_json(packed / "manifest.json") == read_json(folder / "manifest.json")
+    assert_one_sentence(cap("run", *FEW, "--methods", "wanda", "--sparsity", "0.25", "--out", packed), "is a packed run", "cap unpack")
+    assert cap("unpack", packed, restored).exit_code == 0
+    assert contents(restored) == contents(folder)
+    assert_one_sentence(cap("unpack", restored, tmp_path / "again"), "is not packed")
 
 
 def test_every_setting_is_an_option_and_its_comment_the_help():

@@ -1,5 +1,4 @@
-"""Evaluation against independent arithmetic: the score equation solved by bisection, decoding and perplexity on every supported family, records read back."""
-import gzip
+"""Evaluation against independent arithmetic: the score equation solved by bisection, decoding and perplexity on every supported family."""
 import math
 import random
 import statistics
@@ -13,10 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from cap_nb.data.problems import BENCHMARK_NAMES, load_problems
 from cap_nb.data.prompts import target_text
 from cap_nb.evaluation import (
-    AnswerRecord, Evaluation, LossRecord, accuracy, bootstrap_interval, evaluation_problems, extract_answer,
+    accuracy, bootstrap_interval, evaluation_problems, extract_answer,
     normal_answer, perplexity, strict_pattern, wilson_interval, window_losses)
 from cap_nb.engine.decoding import Decoding, generate_greedy, generate_naive
-from cap_nb.jobs.records import load_evaluation, save_evaluation
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
 
@@ -248,33 +246,3 @@ def test_accuracy_hands_records_back_in_the_order_of_the_draw():
     for wrong in ({"n": 0}, {"max_new_tokens": 0}, {"style": "terse"}):
         with pytest.raises(BadInput):
             accuracy(model, tokenizer, "lab-strategyqa", **{"n": 1, "max_new_tokens": 3} | wrong)
-
-
-def test_records_of_any_text_come_back(tmp_path):
-    chance = random.Random(1)
-    letters = [chr(c) for c in (0, 9, 10, 13, 34, 39, 44, 92, 0x85, 0x2028, 0xe9, 0x1f600)] + list("ab ")
-    answers = tuple(AnswerRecord(task="arc", uid=f"{i}", prompt_sha256="0" * 64, output="".join(chance.choices(letters, k=20)), strict=None if i % 3 else "A", lenient=None if i % 2 else "B", gold="B",
-                                 correct=False, lenient_correct=i % 2 == 0, tokens=i, cut_off=i % 5 == 0) for i in range(40))
-    losses = tuple(LossRecord(task="gsm8k", uid=f"{i}", loss=chance.random() * 10 ** chance.randrange(-8, 8), tokens=i + 1) for i in range(40))
-    whole = Evaluation(method="cap", sparsity=0.1, reached=0.1 + 1e-17, answers=answers, losses=losses, perplexity=None)
-    save_evaluation(whole, tmp_path / "e")
-    assert load_evaluation(tmp_path / "e") == whole
-    lines = gzip.decompress((tmp_path / "e" / "answers.csv.gz").read_bytes()).decode().split("\n")
-    assert len(lines) == 42 and lines[-1] == "", "one line a record"
-
-
-@pytest.mark.parametrize("name", ["answers.csv.gz", "losses.csv.gz", "evaluation.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
-def test_damage_is_named(tmp_path, name, damage):
-    losses = tuple(LossRecord(task="gsm8k", uid=f"{i}", loss=i / 7, tokens=i) for i in range(50))
-    save_evaluation(Evaluation(method="cap", sparsity=0.1, reached=0.1, answers=(), losses=losses), tmp_path / "e")
-    path = tmp_path / "e" / name
-    kept = path.read_bytes()
-    if damage == "gone":
-        path.unlink()
-    elif damage == "cut":
-        path.write_bytes(kept[:len(kept) // 2])
-    else:
-        path.write_bytes(kept[:len(kept) // 2] + bytes([kept[len(kept) // 2] ^ 255]) + kept[len(kept) // 2 + 1:])
-    with pytest.raises(BadInput, match="e"):
-        load_evaluation(tmp_path / "e")

@@ -141,53 +141,38 @@ def sha256_of_text(
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 # %% ../../nbs/core/01_files.ipynb #c034
-import gzip
+import json
 
 # %% ../../nbs/core/01_files.ipynb #c035
-def write_packed(
-    path: str | Path, # Final name of the file, as in "answers.csv.gz"
-    text: str, # Its contents
-) -> None:
-    "Write a text compressed by gzip, without name and date: equal texts give equal bytes."
-    with whole_file(path) as part: part.write_bytes(gzip.compress(text.encode("utf-8"), 9, mtime=0))
+def json_text(
+    content: object, # Anything that JSON can hold
+) -> str: # JSON with sorted keys, a line a value, ending in a newline
+    "A value as JSON; equal values give equal texts."
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
-def read_packed(
-    path: str | Path, # A file that `write_packed` wrote
-) -> str: # Its contents
-    "The text of a compressed file; a damaged one raises OSError, EOFError or zlib.error."
-    return gzip.decompress(Path(path).read_bytes()).decode("utf-8")
-
-# %% ../../nbs/core/01_files.ipynb #c036
-import json
-import zlib
-
-# %% ../../nbs/core/01_files.ipynb #c037
 def write_json(
-    path: str | Path, # Final name of the file; one that ends in .gz is compressed
+    path: str | Path, # Final name of the file
     content: object, # Anything that JSON can hold
 ) -> None:
-    "Write `content` as JSON with sorted keys, whole or not at all."
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    if Path(path).suffix == ".gz": return write_packed(path, text)
-    with whole_file(path) as part: part.write_text(text, encoding="utf-8")
+    "Write `content` as JSON, whole or not at all."
+    with whole_file(path) as part: part.write_text(json_text(content), encoding="utf-8")
 
 def read_json(
-    path: str | Path, # An existing JSON file; one that ends in .gz is compressed
+    path: str | Path, # An existing JSON file
 ) -> object: # Its contents
     "Read a JSON file; a missing or damaged one raises `BadInput` that names it."
-    packed = Path(path).suffix == ".gz"
-    try: return json.loads(read_packed(path) if packed else Path(path).read_text(encoding="utf-8"))
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: expected a JSON file; check the path.") from None
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except ValueError as error:
         raise BadInput(f"{path} is not JSON ({error}): expected a whole JSON file; make it again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c041
+# %% ../../nbs/core/01_files.ipynb #c039
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../../nbs/core/01_files.ipynb #c042
+# %% ../../nbs/core/01_files.ipynb #c040
 def write_tensors(
     path: Path, # Final name of the file
     tensors: dict[str, torch.Tensor], # What is saved
@@ -211,7 +196,7 @@ def read_tensors(
         raise BadInput(f"{path} is damaged or was not written by cap_nb: expected a table of losses; "
                        "remove it and score again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c046
+# %% ../../nbs/core/01_files.ipynb #c044
 def repository_root() -> Path: # The folder that holds settings.ini
     "The top of this repository, seen from the working directory; outside of it raises `BadInput`."
     here = Path.cwd()

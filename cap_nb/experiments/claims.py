@@ -31,7 +31,7 @@ from pathlib import Path
 from ..evaluation import AnswerRecord, Evaluation
 from ..core.errors import BadInput
 from ..scoring import HeadLosses
-from ..jobs.records import Run, load_evaluation, load_run, read_run, settings_of
+from ..jobs.records import Run, load_run, read_run, settings_of
 from ..core.files import read_json
 
 # %% ../../nbs/experiments/02_claims.ipynb #c011
@@ -92,21 +92,20 @@ def seed_runs(
 # %% ../../nbs/experiments/02_claims.ipynb #c014
 def seconds_of(
     run: Run, # The main run
-    claims: Path, # Folder of the variants' run, which may not be there
+    variants: Run | None, # The variants' run, if there is one
 ) -> dict[str, float]: # Stage -> seconds
     "What the stages of the main run took."
-    text = claims/"text"/"timings.json"
-    if "scoring" in run.timings or not text.exists(): return run.timings
+    if "scoring" in run.timings or variants is None: return run.timings
     # A main run that took its table of losses from elsewhere did not score. The table of plain text has the same heads,
     # and fewer windows than there are examples are less work, so that the share saved is not overstated.
-    return run.timings | read_json(text)
+    return run.timings | variants.records.read("text/timings.json", read_json, {})
 
 def chain_answers(
-    claims: Path, # Folder of the variants' run, which may not be there
+    variants: Run | None, # The variants' run, if there is one
 ) -> tuple[AnswerRecord, ...]: # The dense model's answers to the calibration problems; nothing if there are none
     "The answers that the variant with the model's own chains was calibrated on."
-    folder = claims/"chains"/"answers"
-    return load_evaluation(folder).answers if folder.exists() else ()
+    chains = variants.records.evaluations.get("chains/answers") if variants else None
+    return chains.answers if chains else ()
 
 # %% ../../nbs/experiments/02_claims.ipynb #c015
 def read_model(
@@ -122,7 +121,7 @@ def read_model(
     return ModelRecords(
         name=name, cells=cells_of_run(variants) | cells_of_run(run), losses=run.losses,
         reached={(report.method, report.asked): report.reached for report in reports},
-        seconds=seconds_of(run, claims), seeds=by_seed, seed_losses=seed_losses, answers=chain_answers(claims),
+        seconds=seconds_of(run, variants), seeds=by_seed, seed_losses=seed_losses, answers=chain_answers(variants),
         experts=cells_of_run(run_in(experts)), folders=tuple(folder for folder in folders if folder.exists()))
 
 # %% ../../nbs/experiments/02_claims.ipynb #c016
@@ -153,10 +152,10 @@ def paired_gains(
     on: str, # A benchmark, as in "gsm8k"; "tasks" for all together; "perplexity" for plain text
 ) -> Gains | None: # First over second; None if they share no measure of it
     "Gains of the first over the second, problem by problem: points of accuracy, else nats of loss saved."
-    def asked(measure):
+    def belongs(measure):
         column = paper_measure(measure)
         return column == on or (on == TASKS_TOGETHER and column != ON_TEXT)
-    parts = {measure: both for measure, both in comparable_parts(first, second).items() if asked(measure)}
+    parts = {measure: both for measure, both in comparable_parts(first, second).items() if belongs(measure)}
     answered = [both for measure, both in parts.items() if not measure.endswith("loss")]
     differences = [paired_values(*both) for both in answered or parts.values()]
     if not differences: return None

@@ -61,7 +61,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 import torch
 from ..core.errors import BadInput
-from ..scoring import HeadLosses, causal_scores, load_losses
+from ..scoring import HeadLosses, causal_scores
 from ..importance import importance_factors
 from ..data.problems import task_family
 
@@ -225,6 +225,7 @@ from ..data.problems import load_text
 from ..methods.prune import needs_of
 from ..core.files import read_tensors, sha256_of_file, write_tensors
 from ..jobs.job import run_losses
+from ..jobs.records import load_run
 
 # %% ../../nbs/experiments/00_variants.ipynb #c040
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class Sources:
     store: Path # Folder of unfinished tables, or one shared between runs
     text_windows: int | None = None # Windows of plain text; None means as many as calibration examples
 
-Table = tuple[HeadLosses, Path] # A table of losses, and its file
+Table = tuple[HeadLosses, str] # A table of losses, and the SHA-256 of its file
 
 def tasks_table(
     ready: Ready, # The job
@@ -242,13 +243,15 @@ def tasks_table(
     sources: Sources, # Where tables come from
 ) -> Table: # The table
     "The table of the calibration set; one of another model or other examples raises `BadInput`."
-    if sources.base is None: return run_losses(ready, folder, sources.store), folder/"losses.safetensors"
-    losses = load_losses(sources.base/"losses.safetensors")
+    name = "losses.safetensors"
+    if sources.base is None: return run_losses(ready, folder, sources.store), sha256_of_file(folder/name)
+    base = load_run(sources.base)
+    meta = base.losses.meta if base.losses is not None else {}
     wanted = (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
-    if (losses.meta.get("model"), losses.meta.get("calibration")) != wanted:
-        raise BadInput(f"The table of losses in {sources.base} was measured on another model or other examples: "
+    if (meta.get("model"), meta.get("calibration")) != wanted:
+        raise BadInput(f"{sources.base} has no table of losses, or one of another model or other examples: "
                        "expected this job's; give the settings of that run, or leave --base out.")
-    return losses, sources.base/"losses.safetensors"
+    return base.losses, base.records.read(name, sha256_of_file)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c041
 def other_calibration(
@@ -274,7 +277,7 @@ def variant_table(
     calibration = other_calibration(ready, folder, which, sources)
     if calibration is None: return None
     losses = run_losses(replace(ready, calibration=calibration), folder/which, sources.store)
-    return losses, folder/which/"losses.safetensors"
+    return losses, sha256_of_file(folder/which/"losses.safetensors")
 
 # %% ../../nbs/experiments/00_variants.ipynb #c043
 def kept_factors(
@@ -283,7 +286,7 @@ def kept_factors(
     variant: Variant, # The variant
 ) -> torch.Tensor: # Importance factor of every head, [L, H]
     "A variant's factors, written down with their origin; other factors from the same table raise `BadInput`."
-    factors, origin = variant_factors(table[0], variant), {"table": sha256_of_file(table[1])}
+    factors, origin = variant_factors(table[0], variant), {"table": table[1]}
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"factors": factors}, origin)

@@ -454,7 +454,7 @@ def finish_cell(
         return
     put_back(ready.model, dense)
     empty = prune_noted(ready, folder, cell, pruner)
-    save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), path, shared=True)
+    save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), path)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
 # %% ../../nbs/jobs/03_job.ipynb #c061

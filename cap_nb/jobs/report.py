@@ -29,22 +29,8 @@ def write_text(
 
 # %% ../../nbs/jobs/02_report.ipynb #c008
 from ..core.errors import BadInput
-from ..core.files import sha256_of_file
 
 # %% ../../nbs/jobs/02_report.ipynb #c009
-def manifest(
-    folder: str | Path, # A run's folder
-) -> dict: # "made" and "made from", each: path within the folder -> SHA-256
-    "Which tables and figures a run has, and the records that they were made from."
-    folder, listed = Path(folder), {"made": {}, "made from": {}}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        left_out = inside.parts[0] == "unfinished" or inside.as_posix() == "manifest.json"
-        if not path.is_file() or path.name.startswith(".") or left_out: continue
-        kind = "made" if inside.parts[0] in ("tables", "figures") else "made from"
-        listed[kind][inside.as_posix()] = sha256_of_file(path)
-    return listed
-
 def run_folders(
     folder: str | Path, # A run's folder, or one that holds some
 ) -> list[Path]: # Folders of runs, in order
@@ -58,9 +44,9 @@ def run_folders(
 # %% ../../nbs/jobs/02_report.ipynb #c013
 import math, statistics
 import pandas as pd
-from ..analysis import markdown_rows
-from .records import Run, cell_name, cells_of
 from ..methods.experts import ROUTING_AWARE
+from .records import Run, cell_name, cells_of
+from ..analysis import markdown_rows
 from ..methods.prune import needs_of, parse_method
 
 # %% ../../nbs/jobs/02_report.ipynb #c014
@@ -113,9 +99,11 @@ def cost_markdown(
     return markdown_rows([costs.index.name, *costs.columns], rows)
 
 # %% ../../nbs/jobs/02_report.ipynb #c020
-from collections.abc import Sequence
-from ..analysis import plot_zeros_by_method
+from collections.abc import Callable, Sequence
+from functools import partial
+from matplotlib.figure import Figure
 from ..evaluation import Evaluation
+from ..analysis import plot_zeros_by_method
 
 # %% ../../nbs/jobs/02_report.ipynb #c021
 CURVES_A_FIGURE = 8 # Methods that one figure of curves can show
@@ -146,10 +134,10 @@ def curve_groups(
 # %% ../../nbs/jobs/02_report.ipynb #c023
 def zeros_figures(
     run: Run, # A run, read from its folder
-) -> dict: # Name -> figure; for every sparsity one
+) -> dict[str, Callable[[], Figure]]: # Name -> how the figure is drawn; for every sparsity one
     "Where the zeros of every method went, a figure for each sparsity."
     reports = [report for report, _ in run.reports if report.method != "dense"]
-    return {f"zeros_{round(100 * sparsity)}": plot_zeros_by_method([r for r in reports if r.asked == sparsity])
+    return {f"zeros_{round(100 * sparsity)}": partial(plot_zeros_by_method, [r for r in reports if r.asked == sparsity])
             for sparsity in sorted({r.asked for r in reports})}
 
 # %% ../../nbs/jobs/02_report.ipynb #c025
@@ -166,39 +154,37 @@ def warn_of_cut_off(
         except BadInput as shortage: logging.getLogger(__name__).warning("%s: %s", task, shortage)
 
 # %% ../../nbs/jobs/02_report.ipynb #c030
+from .records import PACKED, load_run, manifest
 from ..analysis import (
     answer_markdown, answer_table, method_table, plot_head_importance, plot_importance_distribution,
     plot_sparsity_curves, table_csv, table_latex, table_markdown)
-from ..core.files import write_json
-from ..core.plots import save_figure
 from ..importance import importance_factors
-from .records import load_run
+from ..core.plots import save_figure
+from ..core.files import write_json
 
 # %% ../../nbs/jobs/02_report.ipynb #c031
-def write_tables(
-    folder: Path, # A run's folder
-    run: Run, # What is finished of it
-) -> None:
-    "Table 1 of a run in Markdown, CSV and LaTeX, what its accuracies hide, and what its methods cost."
+def table_texts(
+    run: Run, # What is finished of a run
+) -> dict[str, str]: # Path within the run's folder -> contents
+    "Table 1 of a run in Markdown, CSV and LaTeX, what its accuracies hide, its scores, and what its methods cost."
     table, origin, costs = method_table(run.evaluations), run.provenance, cost_table(run)
     texts = {"table.md": table_markdown(table, origin), "table.csv": table_csv(table),
              "table.tex": table_latex(table, origin), "costs.csv": costs.to_csv(), "costs.md": cost_markdown(costs)}
     if any(evaluation.answers for evaluation in run.evaluations):
         texts["answers.md"] = answer_markdown(answer_table(run.evaluations))
     if run.scores is not None: texts["scores.csv"] = scores_csv(run.scores, importance_factors(run.scores))
-    for name, text in texts.items(): write_text(folder/"tables"/name, text)
+    return {f"tables/{name}": text for name, text in texts.items()}
 
-def write_figures(
-    folder: Path, # A run's folder
-    run: Run, # What is finished of it
-) -> None:
+def figures_of(
+    run: Run, # What is finished of a run
+) -> dict[str, Callable[[], Figure]]: # Path within the run's folder, without ending -> how the figure is drawn
     "The figures of a run."
-    figures = {name: plot_sparsity_curves(group) for name, group in curve_groups(run.evaluations).items()}
+    figures = {name: partial(plot_sparsity_curves, group) for name, group in curve_groups(run.evaluations).items()}
     figures |= zeros_figures(run)
     if run.scores is not None:
-        figures["head_importance"] = plot_head_importance(run.scores)
-        figures["importance_distribution"] = plot_importance_distribution(run.scores)
-    for name, figure in figures.items(): save_figure(figure, folder/"figures"/name)
+        figures["head_importance"] = partial(plot_head_importance, run.scores)
+        figures["importance_distribution"] = partial(plot_importance_distribution, run.scores)
+    return {f"figures/{name}": draw for name, draw in figures.items()}
 
 # %% ../../nbs/jobs/02_report.ipynb #c032
 def write_results(
@@ -208,7 +194,10 @@ def write_results(
     folder, run = Path(folder), load_run(folder)
     if not run.evaluations:
         raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
-    write_tables(folder, run)
     warn_of_cut_off([answer for e in run.evaluations if e.method == "dense" for answer in e.answers])
-    write_figures(folder, run)
+    live = not (folder/PACKED).exists()
+    for name, text in table_texts(run).items():
+        if live or (folder/name).exists(): write_text(folder/name, text)
+    for name, draw in figures_of(run).items():
+        if live or (folder/f"{name}.png").exists(): save_figure(draw(), folder/name)
     write_json(folder/"manifest.json", manifest(folder))

@@ -1,0 +1,135 @@
+"""The records of runs: any text comes back, damage is named, and the committed runs hold what their tables and manifests say."""
+import math
+import random
+import re
+import subprocess
+
+import pytest
+
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import read_json, sha256_of_file
+from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord
+from cap_nb.jobs.job import prepare
+from cap_nb.jobs.records import (
+    PACKED, differences, load_evaluation, load_run, manifest, pack_run, read_run, save_evaluation, unpack_run)
+from cap_nb.jobs.report import run_folders, table_texts
+from cap_nb.jobs.settings import Job
+from cap_nb.models.lab_world import spelled
+from conftest import ROOT
+
+FIGURES = ROOT / "figures"
+RUNS = {folder.relative_to(FIGURES).as_posix(): folder for folder in run_folders(FIGURES)}
+committed = pytest.mark.parametrize("run", RUNS.values(), ids=list(RUNS))
+
+
+def test_records_of_any_text_come_back(tmp_path):
+    rng = random.Random(1)
+    letters = [chr(c) for c in (0, 9, 10, 13, 34, 39, 44, 92, 0x85, 0x2028, 0xe9, 0x1f600)] + list("ab ")
+    answers = tuple(AnswerRecord(
+        task="arc", uid=f"{i}", prompt_sha256="0" * 64, output="".join(rng.choices(letters, k=20)),
+        strict=None if i % 3 else "A", lenient=None if i % 2 else "B", gold="B", correct=False,
+        lenient_correct=i % 2 == 0, tokens=i, cut_off=i % 5 == 0) for i in range(40))
+    losses = tuple(LossRecord(task="gsm8k", uid=f"{i}", loss=rng.random() * 10 ** rng.randrange(-8, 8), tokens=i + 1)
+                   for i in range(40))
+    whole = Evaluation(method="cap", sparsity=0.1, reached=0.1 + 1e-17, answers=answers, losses=losses, perplexity=None)
+    save_evaluation(whole, tmp_path / "e")
+    assert load_evaluation(tmp_path / "e") == whole
+    lines = (tmp_path / "e" / "answers.csv").read_bytes().decode().split("\n")
+    assert len(lines) == 42 and lines[-1] == "", "one line a record"
+
+
+@pytest.mark.parametrize("name", ["answers.csv", "losses.csv", "evaluation.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_damage_is_named(tmp_path, name, damage):
+    losses = tuple(LossRecord(task="gsm8k", uid=f"{i}", loss=i / 7, tokens=i) for i in range(50))
+    save_evaluation(Evaluation(method="cap", sparsity=0.1, reached=0.1, answers=(), losses=losses), tmp_path / "e")
+    path = tmp_path / "e" / name
+    kept = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(kept[:len(kept) // 2])
+    else:
+        path.write_bytes(kept[:len(kept) // 2] + bytes([kept[len(kept) // 2] ^ 255]) + kept[len(kept) // 2 + 1:])
+    with pytest.raises(BadInput, match="e"):
+        load_evaluation(tmp_path / "e")
+
+
+def test_another_digit_is_noticed(tmp_path):
+    """A file that still reads well and says something else: no checksum of a compressed file stands behind it."""
+    losses = (LossRecord(task="gsm8k", uid="1", loss=0.25, tokens=7),)
+    save_evaluation(Evaluation(method="cap", sparsity=0.1, reached=0.1, losses=losses), tmp_path / "e")
+    path = tmp_path / "e" / "losses.csv"
+    path.write_text(path.read_text().replace("0.25", "0.24"))
+    with pytest.raises(BadInput, match="losses.csv is not as it was saved"):
+        load_evaluation(tmp_path / "e")
+
+
+@committed
+def test_a_committed_run_is_packed_and_whole(run):
+    """Every record, table and picture has the hash that the manifest gives it, and nothing else lies there."""
+    listed = read_json(run / "manifest.json")
+    assert manifest(run) == listed
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert files == {PACKED, "run.json", "manifest.json", *listed["made"]}
+    assert {name.rpartition(".")[2] for name in listed["made"] if name.startswith("figures/")} <= {"png"}
+
+
+def same_table(one, other):
+    """Whether two tables say the same: scores are sums, whose last digit differs from one processor to another."""
+    cells = [re.split(r"[,|\n]", text) for text in (one, other)]
+    return len(cells[0]) == len(cells[1]) and all(a == b or nearly(a, b) for a, b in zip(*cells))
+
+
+def nearly(one, other):
+    try:
+        return math.isclose(float(one), float(other), rel_tol=1e-9, abs_tol=1e-12)
+    except ValueError:
+        return False
+
+
+def test_tables_of_two_processors_are_the_same():
+    assert same_table("a,1.0000000000000002\n", "a,1.0\n") and not same_table("a,1.001\n", "a,1.0\n")
+    assert not same_table("a,1.0\n", "b,1.0\n") and not same_table("a,1.0\n", "a,1.0,2\n")
+
+
+@committed
+def test_a_committed_run_unpacks_to_its_tables(run, tmp_path):
+    """Restored, a run is the same, packs to the same records, and its tables follow from them."""
+    unpack_run(run, tmp_path / "live")
+    live = load_run(tmp_path / "live")
+    assert live.evaluations == load_run(run).evaluations
+    assert manifest(tmp_path / "live") == manifest(run)
+    texts, tables = table_texts(live), sorted((run / "tables").iterdir())
+    assert tables and [path.name for path in tables if not same_table(texts[f"tables/{path.name}"], path.read_text())] == []
+    pack_run(tmp_path / "live")
+    assert manifest(tmp_path / "live") == manifest(run)
+
+
+@committed
+def test_texts_of_a_committed_run_are_spelt_as_the_lab_spells(run):
+    records = load_run(run).records.evaluations.values()
+    texts = {text for e in records for a in e.answers for text in (a.output, a.strict, a.lenient, a.gold) if text}
+    assert [text for text in texts if spelled(text) != text] == []
+
+
+def test_the_demo_committed_is_the_demo_of_today():
+    """Model, tokenizer, calibration set, problems, text and prompts have the fingerprints that the committed run names."""
+    kept = read_run(FIGURES / "lab")
+    assert differences(kept, {"format": kept["format"]} | prepare(Job()).configuration) == ()
+
+
+def test_figures_are_few_and_small():
+    listed = subprocess.run(["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "ls-files", "figures"],
+                            capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(listed) <= 150, f"{len(listed)} files"
+    size = sum((ROOT / name).stat().st_size for name in listed)
+    assert size <= 12e6, f"{size:,} bytes"
+    assert [name for name in listed if name.endswith(".svg")] == ["figures/framework.svg"]
+
+
+def test_the_ledger_is_of_these_runs():
+    """The ledger's manifest names its own files and the manifests of the runs that it was made from, all as they are."""
+    listed = read_json(FIGURES / "claims" / "manifest.json")
+    assert {name: sha256_of_file(FIGURES / "claims" / name) for name in listed["made"]} == listed["made"]
+    assert {name: sha256_of_file(FIGURES / name) for name in listed["made from"]} == listed["made from"]
