@@ -266,7 +266,14 @@ from matplotlib.patches import Rectangle
 from .core.plots import blank_figure, in_style
 
 # %% ../nbs/01_scoring.ipynb #c055
-def draw_box(axes: Axes, left: float, bottom: float, width: float, text: str, color: str = "white") -> None:
+def draw_box(
+    axes: Axes, # Where to draw
+    left: float, # Its left side, in the axes' units
+    bottom: float, # Its bottom
+    width: float, # Its width
+    text: str, # Its label
+    color: str = "white", # Its colour
+) -> None:
     "A labelled box of height 0.8."
     axes.add_patch(Rectangle((left, bottom), width, 0.8, facecolor=color, edgecolor="black", linewidth=0.8))
     axes.text(left + width / 2, bottom + 0.4, text, ha="center", va="center")

@@ -202,6 +202,7 @@ def run_masked(
             hidden = run_layer(decoder_layers(model)[index], hidden, calls[index], cache)
     return hidden
 
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c028
 def masked_prefix(
     model: nn.Module, # A causal language model of a known family
     prefix: Prefix | None, # What all examples start with
@@ -216,7 +217,7 @@ def masked_prefix(
     cache.kept[last] = keys_and_values(decoder_layers(model)[last], hidden, calls[last])
     return cache
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c027
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c029
 def masked_losses(
     model: nn.Module, # A causal language model of a known family
     state: BatchState, # A batch before the masked layer
@@ -243,7 +244,7 @@ def intact_losses(
     hidden = last_layer_at_targets(model, state.hidden, state.calls[-1], targets, prefix and prefix.cache)
     return losses_at_targets(model, hidden, targets)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c029
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c031
 def prepare_batch(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # The examples
@@ -259,7 +260,7 @@ def prepare_batch(
     if not can_be_cut(last): return state, targets
     return state, replace(targets, call=cut_call(last, targets.positions, batch["labels"].shape[1], length))
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c034
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c036
 def heads_that_fit(
     heads: int, # H, heads a layer
     taken: int, # Bytes that one head's pass takes
@@ -284,12 +285,12 @@ def heads_by_memory(
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
     return heads_that_fit(heads, torch.cuda.max_memory_allocated(device) - held, free)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c037
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c039
 from pathlib import Path
 from .unit_store import Share, Unit, UnitStore, units_to_do
 from ..data.batches import token_batches
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c038
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c040
 @dataclass(frozen=True)
 class Request:
     "What a caller of `score_heads` wants."
@@ -309,7 +310,7 @@ class ScoringPlan:
     units: frozenset[Unit] # The units that this process computes
     store: UnitStore # Finished units
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c039
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c041
 def prepare_batches(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
@@ -328,7 +329,7 @@ def padded_tokens(
     "The size of a batch, on which memory and time depend."
     return state.hidden.shape[0] * state.hidden.shape[1]
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c040
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c042
 def heads_together(
     model: nn.Module, # The model
     request: Request, # What is wanted
@@ -348,7 +349,7 @@ def head_groups(
     "Cut the heads of a layer into passes."
     return tuple(tuple(heads[start:start + together]) for start in range(0, len(heads), together))
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c043
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c045
 def make_plan(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
@@ -368,13 +369,13 @@ def make_plan(
         units=units_to_do(store, costs, request.share))
     return plan, states
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c045
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c047
 from collections.abc import Iterator
 from tqdm.auto import tqdm
 from .layer_walk import advanced
 from .unit_store import check_finite, write_unit
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c046
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c048
 def uids_of(
     plan: ScoringPlan, # Holds the examples
     state: BatchState, # A batch of them
@@ -398,7 +399,7 @@ def unit_losses(
     write_unit(plan.store, unit, losses, uids)
     return losses
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c047
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c049
 def layer_losses(
     model: nn.Module, # The model
     plan: ScoringPlan, # The plan
@@ -426,7 +427,7 @@ def walk_and_score(
             if layer < last: states = [advanced(model, state, layer, cache) for state in states]
     return losses, [intact_losses(model, state, targets, plan.prefix) for state, targets in zip(states, plan.targets)]
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c049
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c051
 import math
 from ..models.anatomy import Anatomy, anatomy
 from ..core.errors import BadInput, check_at_least
@@ -435,7 +436,7 @@ from ..core.files import alone_in
 from .unit_store import losses_key, read_unit
 from ..models.loading import model_fingerprint
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c050
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c052
 def masked_table(
     plan: ScoringPlan, # The plan
     states: Sequence[BatchState], # All batches
@@ -454,6 +455,7 @@ def masked_table(
             table[layer, torch.tensor(rows)[:, None], torch.tensor(state.indices)] = values
     return table
 
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c053
 def intact_column(
     plan: ScoringPlan, # The plan
     states: Sequence[BatchState], # All batches
@@ -466,7 +468,7 @@ def intact_column(
         column[list(state.indices)] = values
     return column
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c052
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c055
 def check_request(
     store: str | Path | None, # Folder of finished tables and units
     heads_at_once: int | None, # Heads of a layer in one pass
@@ -494,7 +496,7 @@ def heads_by_layer(
     return tuple(tuple(head for head in range(a.heads) if heads is None or (layer, head) in heads)
                  for layer in range(a.layers))
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c054
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c057
 def computed_table(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
@@ -509,7 +511,7 @@ def computed_table(
     whole = intact_column(plan, states, intact)
     return head_losses(model, calibration, masked, whole, request.batch_tokens, fingerprint)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c055
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c058
 @torch.no_grad()
 def score_heads(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
