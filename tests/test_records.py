@@ -114,7 +114,7 @@ def test_texts_of_a_committed_run_are_spelt_as_the_lab_spells(run):
 
 
 def test_the_demo_committed_is_the_demo_of_today():
-    """Model, tokenizer, calibration set, problems, text and prompts have the fingerprints that the committed run names."""
+    """Model, tokenizer, calibration set, problems, text and prompts have the fingerprints that the run names."""
     kept = read_run(FIGURES / "lab")
     assert differences(kept, {"format": kept["format"]} | prepare(Job()).configuration) == ()
 
@@ -129,7 +129,7 @@ def test_figures_are_few_and_small():
 
 
 def test_the_ledger_is_of_these_runs():
-    """The ledger's manifest names its own files and the manifests of the runs that it was made from, all as they are."""
+    """The ledger's manifest names its own files and the manifests of the runs behind it, all as they are."""
     listed = read_json(FIGURES / "claims" / "manifest.json")
     assert {name: sha256_of_file(FIGURES / "claims" / name) for name in listed["made"]} == listed["made"]
     assert {name: sha256_of_file(FIGURES / name) for name in listed["made from"]} == listed["made from"]
