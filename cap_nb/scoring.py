@@ -319,8 +319,8 @@ def plot_losses(
     "The rise of the loss for every head and example (paper equation 1, before the mean)."
     layers, heads, count = losses.masked.shape
     order = sorted(range(count), key=lambda index: losses.task[index])
-    rise = (losses.masked - losses.intact)[..., order].flatten(0, 1)
-    largest = max(rise.abs().max().item(), 0.1)
+    rise = (losses.masked - losses.intact)[..., order].flatten(0, 1).numpy()
+    largest = max(abs(rise).max(), 0.1)
     figure, panels = blank_figure(1, 1, (6.5, 0.8 + 0.11 * layers * heads))
     axes, norm = panels[0, 0], SymLogNorm(linthresh=0.01, vmin=-largest, vmax=largest)
     image = axes.imshow(rise, norm=norm, cmap="RdBu_r", aspect="auto", interpolation="nearest")
@@ -340,17 +340,18 @@ def plot_score_intervals(
     how: str = "paper", # "paper", "paired" or "mean"
 ) -> Figure: # Heads from left to right, layer after layer
     "Causal scores with their 95 % bootstrap intervals (paper equation 2)."
-    scores, (low, high) = causal_scores(losses, how).flatten(), score_interval(losses, how)
+    scores = causal_scores(losses, how).flatten().numpy()
+    low, high = (bound.flatten().numpy() for bound in score_interval(losses, how))
     layers, heads, _ = losses.masked.shape
     figure, panels = blank_figure(1, 1, (6.5, 2.8))
     axes = panels[0, 0]
-    axes.vlines(range(len(scores)), low.flatten(), high.flatten(), color="#9ECAE1", linewidth=4)
+    axes.vlines(range(len(scores)), low, high, color="#9ECAE1", linewidth=4)
     axes.plot(scores, "o", color="#08519C", markersize=3)
     axes.axhline(0, color="black", linewidth=0.6)
     borders, centres, names = runs_of([f"layer {layer}" for layer in range(layers) for _ in range(heads)])
     for border in borders: axes.axvline(border, color="#CCCCCC", linewidth=0.6)
     axes.set_xticks(centres, names)
     axes.set_yscale("symlog", linthresh=0.01)
-    axes.set_ylim(-0.02, 2 * max(high.max().item(), 0.1))
+    axes.set_ylim(-0.02, 2 * max(high.max(), 0.1))
     axes.set_ylabel(f"causal score (nats), {how}")
     return figure

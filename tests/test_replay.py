@@ -1,7 +1,8 @@
 """Each notebook once more, with its exported cells replaced by an import of the module they became.
 
-nbdev_test runs a notebook's own cells, so a module that lacks an import, or that is stale, passes it. Here the tests in the notebook meet what users import.
-Cells flagged slow or gpu are passed over, as everywhere; each notebook runs in its own folder, as in nbdev_test.
+nbdev_test runs the cells of a notebook, so a module that lacks an import, or that is stale, passes it. Here the tests
+in the notebook meet what users import. Cells flagged slow or gpu are passed over, as everywhere; each notebook runs in
+its folder, as in nbdev_test.
 """
 import importlib
 import inspect
@@ -16,7 +17,8 @@ from execnb.shell import CaptureShell
 from conftest import ROOT
 from notebooks_on_disk import SOURCES, cells, label, module_of, notebooks_tool, skipped_flags
 
-IMPORT_ALL = "import {name} as _replayed\nglobals().update({{k: v for k, v in vars(_replayed).items() if not k.startswith('__')}})"
+IMPORT_ALL = """import {name} as _replayed
+globals().update({{k: v for k, v in vars(_replayed).items() if not k.startswith('__')}})"""
 
 
 def replay(path):
@@ -32,7 +34,8 @@ def replay(path):
         shell.run(source)
         if shell.exc:
             trace = "".join(traceback.format_exception(shell.exc))
-            pytest.fail(f"{path}, replayed against {module_of(path)}, failed in the cell\n\n{cell.source}\n\n{trace}", pytrace=False)
+            where = f"{path}, replayed against {module_of(path)}, failed in the cell"
+            pytest.fail(f"{where}\n\n{cell.source}\n\n{trace}", pytrace=False)
     return shell, replaced
 
 
@@ -48,7 +51,8 @@ def test_notebook_against_its_module(path, monkeypatch):
     assert module.__file__ == str(ROOT / (module_of(path).replace(".", "/") + ".py"))
     for name in getattr(module, "__all__", []):
         value = getattr(module, name)
-        if inspect.isfunction(value) or (inspect.isclass(value) and typing.get_origin(value) is None):  # Python 3.10 calls Callable[...] a class
+        is_class = inspect.isclass(value) and typing.get_origin(value) is None  # in Python 3.10 Callable[...] is one
+        if inspect.isfunction(value) or is_class:
             assert value.__module__.startswith("cap_nb."), f"{name} was not imported but defined in {label(path)}"
 
 
@@ -59,8 +63,10 @@ def test_there_are_notebooks():
 def test_a_broken_module_is_noticed(tmp_path, monkeypatch):
     """The replay fails when the module does not hold what the notebook's test expects."""
     monkeypatch.syspath_prepend(str(ROOT))
-    sources = ["#| default_exp models.bad_input", "#| export\ndef only_in_the_notebook(): return 1", "assert only_in_the_notebook() == 1"]
-    notebook = dict(cells=[dict(cell_type="code", source=[s], metadata={}, outputs=[], execution_count=None) for s in sources])
+    sources = ["#| default_exp core.errors", "#| export\ndef only_in_the_notebook(): return 1",
+               "assert only_in_the_notebook() == 1"]
+    cell = dict(cell_type="code", metadata={}, outputs=[], execution_count=None)
+    notebook = dict(cells=[cell | dict(source=[source]) for source in sources])
     path = tmp_path / "broken.ipynb"
     path.write_text(json.dumps(notebook))
     with pytest.raises(pytest.fail.Exception, match="only_in_the_notebook"):

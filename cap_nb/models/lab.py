@@ -250,6 +250,7 @@ def add_gradients(
     for parameter, grad in zip(model.parameters(), grads):
         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
+# %% ../../nbs/models/06_lab.ipynb #c045
 def take_step(
     model: nn.Module, # The model
     both: Sequence, # Muon, AdamW
@@ -270,7 +271,7 @@ def take_step(
         optimizer.zero_grad()
     return means
 
-# %% ../../nbs/models/06_lab.ipynb #c046
+# %% ../../nbs/models/06_lab.ipynb #c047
 @dataclass(frozen=True)
 class Kind:
     "What a training does in its own way for one kind of model."
@@ -284,7 +285,7 @@ class Kind:
 
 DENSE = Kind() # The lab model itself
 
-# %% ../../nbs/models/06_lab.ipynb #c048
+# %% ../../nbs/models/06_lab.ipynb #c049
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -292,7 +293,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from ..core.files import read_json, write_json
 
-# %% ../../nbs/models/06_lab.ipynb #c049
+# %% ../../nbs/models/06_lab.ipynb #c050
 def save_state(work: Path, model: nn.Module, both: Sequence, log: dict) -> None:
     "Save a training. The JSON file names the tensors' file: a half-written state is never taken for a whole one."
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
@@ -305,7 +306,7 @@ def save_state(work: Path, model: nn.Module, both: Sequence, log: dict) -> None:
     for old in work.glob("state-*.safetensors"):
         if old.name != name: old.unlink()
 
-# %% ../../nbs/models/06_lab.ipynb #c050
+# %% ../../nbs/models/06_lab.ipynb #c051
 def load_state(work: Path, model: nn.Module, both: Sequence) -> dict:
     "Put a saved state back into model and optimisers, and return its log."
     log = read_json(work / "state.json")
@@ -321,7 +322,7 @@ def load_state(work: Path, model: nn.Module, both: Sequence) -> dict:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return log
 
-# %% ../../nbs/models/06_lab.ipynb #c056
+# %% ../../nbs/models/06_lab.ipynb #c057
 def opened_log(model: nn.Module, both: Sequence, recipe: Recipe, work: Path) -> dict:
     "A new training's log, or the saved one with its state put back; a state by another recipe raises `BadInput`."
     as_read = asdict(recipe) | {"batch": list(recipe.batch)} # JSON has no tuples
@@ -333,7 +334,7 @@ def opened_log(model: nn.Module, both: Sequence, recipe: Recipe, work: Path) -> 
         log = load_state(work, model, both)
     return log | {"sessions": log["sessions"] + 1}
 
-# %% ../../nbs/models/06_lab.ipynb #c057
+# %% ../../nbs/models/06_lab.ipynb #c058
 def mean_losses(recent: list[list[float]]) -> dict[str, float]:
     "The mean loss of each task and of the text over some steps."
     return {name: sum(step[i] for step in recent) / len(recent) for i, name in enumerate([*TASKS, "text"])}
@@ -361,7 +362,7 @@ def train(
             if log["step"] % save_every == 0 or log["step"] == recipe.steps: save_state(work, model, both, log)
     return log
 
-# %% ../../nbs/models/06_lab.ipynb #c059
+# %% ../../nbs/models/06_lab.ipynb #c060
 @torch.inference_mode()
 def greedy_answers(
     model: LlamaForCausalLM, # In evaluation mode
@@ -384,7 +385,7 @@ def greedy_answers(
         answers |= dict(zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True)))
     return [answers[index] for index in range(len(texts))]
 
-# %% ../../nbs/models/06_lab.ipynb #c060
+# %% ../../nbs/models/06_lab.ipynb #c061
 def lab_solved(
     model: LlamaForCausalLM, # In evaluation mode
     tokenizer: PreTrainedTokenizerFast, # The lab's
@@ -397,12 +398,12 @@ def lab_solved(
     answers = greedy_answers(model, tokenizer, [lab_prompt(r, task) for r in records])
     return sum(answer.split("\n")[-1] == lab_target(r, task).split("\n")[-1] for answer, r in zip(answers, records))
 
-# %% ../../nbs/models/06_lab.ipynb #c063
+# %% ../../nbs/models/06_lab.ipynb #c064
 import importlib.resources
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from ..core.files import sha256_of_file, whole_folder
 
-# %% ../../nbs/models/06_lab.ipynb #c064
+# %% ../../nbs/models/06_lab.ipynb #c065
 def write_checksums(folder: Path) -> None:
     "SHA256SUMS.json over every other file of a checkpoint."
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS.json")
@@ -415,7 +416,7 @@ def check_checksums(folder: Path) -> None:
             raise BadInput(f"{folder / name} is missing or has changed: expected the file with SHA-256 "
                            f"{expected[:16]}...; install the package again.")
 
-# %% ../../nbs/models/06_lab.ipynb #c066
+# %% ../../nbs/models/06_lab.ipynb #c067
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     "tokenizer.json and tokenizer_config.json, chat template included."
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
@@ -437,7 +438,7 @@ def save_checkpoint(folder: Path, model: nn.Module, tokenizer: PreTrainedTokeniz
         write_json(part / "training.json", log)
         write_checksums(part)
 
-# %% ../../nbs/models/06_lab.ipynb #c067
+# %% ../../nbs/models/06_lab.ipynb #c068
 def add_to_log(
     folder: str | Path, # A checkpoint
     **entries: object, # What to write into its training.json
@@ -448,7 +449,7 @@ def add_to_log(
     write_json(folder / "training.json", read_json(folder / "training.json") | entries)
     write_checksums(folder)
 
-# %% ../../nbs/models/06_lab.ipynb #c068
+# %% ../../nbs/models/06_lab.ipynb #c069
 CHECKPOINT = Path(str(importlib.resources.files("cap_nb"))) / "models" / "lab_checkpoint" # Ships with the package
 
 def lab_tokenizer(
@@ -468,27 +469,27 @@ def lab_model(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
     return model.to(device or "cpu").eval(), tokenizer
 
-# %% ../../nbs/models/06_lab.ipynb #c070
+# %% ../../nbs/models/06_lab.ipynb #c071
 import os
 import platform
 from ..core.errors import check_at_least
 from .lab_world import world_fingerprint
 
-# %% ../../nbs/models/06_lab.ipynb #c071
+# %% ../../nbs/models/06_lab.ipynb #c072
 def circumstances() -> dict[str, object]:
     "What a training ran on."
     packages = ("torch", "transformers", "tokenizers", "safetensors")
     versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
     return {"versions": versions, "machine": platform.machine(), "cores": os.cpu_count()}
 
-# %% ../../nbs/models/06_lab.ipynb #c072
+# %% ../../nbs/models/06_lab.ipynb #c073
 @torch.no_grad()
 def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     "The same model, its weights rounded to what a dtype can hold; their own dtype stays."
     for weight in model.parameters(): weight.copy_(weight.to(dtype))
     return model
 
-# %% ../../nbs/models/06_lab.ipynb #c073
+# %% ../../nbs/models/06_lab.ipynb #c074
 def train_lab(
     folder: str | Path, # Where the checkpoint will be; must not exist
     steps: int | None = None, # Optimiser steps; None means the recipe's
@@ -515,10 +516,10 @@ def train_lab(
     save_checkpoint(folder, model.to(kind.stored), tokenizer, log)
     return log
 
-# %% ../../nbs/models/06_lab.ipynb #c077
+# %% ../../nbs/models/06_lab.ipynb #c078
 import argparse
 
-# %% ../../nbs/models/06_lab.ipynb #c078
+# %% ../../nbs/models/06_lab.ipynb #c079
 def main(
     arguments: Sequence[str] | None = None, # As on the command line; None means the command line's own
 ) -> None:
@@ -532,14 +533,14 @@ def main(
     try: train_lab(given.out, given.steps, given.seed)
     except BadInput as error: parser.exit(2, f"{error}\n")
 
-# %% ../../nbs/models/06_lab.ipynb #c079
+# %% ../../nbs/models/06_lab.ipynb #c080
 if __name__ == "__main__" and "__file__" in globals(): main() # A notebook is called __main__ too, but has no __file__
 
-# %% ../../nbs/models/06_lab.ipynb #c085
+# %% ../../nbs/models/06_lab.ipynb #c086
 from matplotlib.figure import Figure
 from ..core.plots import blank_figure, in_style
 
-# %% ../../nbs/models/06_lab.ipynb #c086
+# %% ../../nbs/models/06_lab.ipynb #c087
 @in_style
 def plot_training(
     log: dict, # A training log
