@@ -450,6 +450,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
+# %% ../nbs/command_line.ipynb #c055
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -471,7 +472,7 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c057
 from .methods.allocation import ALLOCATIONS
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
@@ -479,7 +480,7 @@ from .methods.experts import ROUTING_AWARE
 from .methods.prune import OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c056
+# %% ../nbs/command_line.ipynb #c058
 @app.command("methods")
 @in_one_sentence
 def methods_command() -> None:
@@ -492,10 +493,10 @@ def methods_command() -> None:
     for name in ROUTING_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATIONS)}.")
 
-# %% ../nbs/command_line.ipynb #c057
+# %% ../nbs/command_line.ipynb #c059
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c060
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -514,13 +515,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c060
+# %% ../nbs/command_line.ipynb #c062
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c061
+# %% ../nbs/command_line.ipynb #c063
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -544,11 +545,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c062
+# %% ../nbs/command_line.ipynb #c064
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c064
+# %% ../nbs/command_line.ipynb #c066
 #| eval: false
 if __name__ == "__main__": main()
