@@ -20,7 +20,7 @@ def masked_head(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of the decoder layer, from 0
     head: int, # Index of the query head, from 0
-) -> AbstractContextManager[None]: # Holds while its block runs
+) -> AbstractContextManager[None]: # The head is masked while its block runs
     "Set the head's slice of the output projection's input to zero at every position (paper section 3.2)."
     size = dimensions(model.config).head_size
     def mask(outputs: torch.Tensor) -> torch.Tensor:
@@ -94,8 +94,8 @@ def head_losses(
     calibration: Calibration, # The examples
     masked: torch.Tensor, # Float64 [L, H, N]
     intact: torch.Tensor, # Float64 [N]
-    batch_tokens: int, # Padded tokens a batch
-    fingerprint: str | None = None, # The model's fingerprint, where it is known; a large model's takes a while
+    batch_tokens: int, # Padded tokens per batch
+    fingerprint: str | None = None, # The model's fingerprint, if already known; None computes it
 ) -> HeadLosses: # The table with its provenance
     "Put a table together and note where its numbers come from."
     weight, examples = next(model.parameters()), calibration.examples
@@ -109,7 +109,7 @@ def head_losses(
 # %% ../nbs/01_scoring.ipynb #c025
 def batches_of(
     calibration: Calibration, # The examples
-    batch_tokens: int, # Padded tokens a batch
+    batch_tokens: int, # Padded tokens per batch
     device: torch.device, # Where the batches go
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]: # (indices of the examples, padded batch)
     "The batches of a calibration set, shortest examples first; padding is token 0, which no target ever sees."
@@ -121,7 +121,7 @@ def batches_of(
 def score_heads_naive(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
+    batch_tokens: int = 4096, # Padded tokens per batch
     heads: Sequence[tuple[int, int]] | None = None, # Only these (layer, head); the rest is NaN; None means all
 ) -> HeadLosses: # The table of losses
     "The table of losses by the paper's hook loop (section 3.2, equation 1): a whole pass for every head and batch."
@@ -152,7 +152,7 @@ def aggregate(
     intact: torch.Tensor, # Intact loss of each subset, [K], or whatever broadcasts over the masked ones
     how: str, # "paper", "paired" or "mean"
 ) -> torch.Tensor: # Scores [...]
-    "The three ways of making one score of K subsets; the median of an even number is the mean of the middle two."
+    "One score from the means of K subsets, in three ways; the median of an even K is the mean of the middle two."
     if how == "paper": return masked.quantile(0.5, dim=-1) - intact.mean(-1)
     if how == "paired": return (masked - intact).quantile(0.5, dim=-1)
     return (masked - intact).mean(-1)
@@ -183,7 +183,7 @@ def resampled(
     subset: torch.Tensor, # Subset of each example, int64 [N]
     rng: torch.Generator, # Source of the draws
 ) -> torch.Tensor: # How often each example was drawn, float64 [N]
-    "Draw as many examples from each subset as it has, with replacement."
+    "Resample the examples of each subset with replacement, as many as it has."
     counts = torch.zeros(len(subset), dtype=torch.float64)
     for s in subset.unique():
         members = (subset == s).nonzero()[:, 0]
@@ -280,7 +280,7 @@ def draw_box(
 def runs_of(
     names: Sequence[str], # A name for each row or column
 ) -> tuple[list[float], list[float], list[str]]: # Borders between runs of equal names, their centres, their names
-    "Where equal names stand together."
+    "Group a sequence of names into runs of equal neighbours."
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
     stops = starts[1:] + [len(names)]
     centres = [(start + stop - 1) / 2 for start, stop in zip(starts, stops)]
