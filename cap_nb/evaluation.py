@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['extract_answer', 'evaluation_problems', 'AnswerRecord', 'answer_problems', 'accuracy', 'wilson_interval',
-           'summarise_answers', 'limit_for', 'LossRecord', 'problem_losses', 'held_out_losses', 'bootstrap_interval',
-           'summarise_losses', 'Perplexity', 'perplexity', 'Evaluation']
+           'LossRecord', 'held_out_losses', 'bootstrap_interval', 'Perplexity', 'perplexity', 'Evaluation']
 
 # %% ../nbs/05_evaluation.ipynb #c006
 from .data.problems import load_problems

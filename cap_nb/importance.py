@@ -36,14 +36,14 @@ def importance_factors(
     if span == 0: return torch.full_like(scores, low)
     return low + (high - low) * (scores - scores.min()) / span
 
-# %% ../nbs/02_importance.ipynb #c012
+# %% ../nbs/02_importance.ipynb #c014
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-# %% ../nbs/02_importance.ipynb #c013
+# %% ../nbs/02_importance.ipynb #c015
 def plot_factors(
     scores: dict[str, torch.Tensor], # Name -> causal scores [L, H]
-) -> Figure: # One panel a name: factor against rank of the head
+) -> Figure: # One panel per name: factor against rank of the head
     "Importance factors of every head, sorted, for several sets of scores."
     figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores), 2.6), sharey=True, squeeze=False,
                                 layout="constrained")

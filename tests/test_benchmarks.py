@@ -7,7 +7,7 @@ from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.methods.streaming import open_checkpoint
 from cap_nb.models.loading import load_model
 from tools.benchmarks import generation, gpu, scaling, scoring, streaming, threshold
-from tools.side_by_side import balanced_heads, examples_at_hand, largest_difference
+from tools.side_by_side import ScoringRounds, balanced_heads, examples_at_hand, largest_difference
 
 
 def test_a_masked_head_is_not_lost_in_compiled_layers():
@@ -52,13 +52,16 @@ def _folder(path):
 
 def test_the_device_benchmark_in_small(tmp_path):
     toy = gpu.llama | dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60)
-    case = gpu.device_case(tmp_path / "toy.json", torch.device("cpu"), toy, n=1, chosen=2, each=1, repeats=1, squares=(8,), times=1)
+    rounds = ScoringRounds((8,), repeats=1, tolerance=0.05, times=1)
+    small = gpu.DeviceCase(shape=toy, n=1, chosen=2, each=1, rounds=rounds)
+    case = gpu.device_case(tmp_path / "toy.json", torch.device("cpu"), small)
     assert {len(values) for values in case["seconds"].values()} == {1}
 
 
 def test_other_texts_are_noticed(tmp_path):
     """Another side of ours stands in for the harness, so that this runs where the harness is not installed."""
-    case = generation.generation_case(tmp_path / "tried.json", "lab", "lab", "lab-strategyqa", 3, 50, rows=2, repeats=1, other=generation.ours)
+    small = generation.GenerationCase(weights="lab", task="lab-strategyqa", n=3, limit=50, rows=2, repeats=1)
+    case = generation.generation_case(tmp_path / "tried.json", "lab", small, other=generation.ours)
     assert [len(values) for values in case["seconds"].values()] == [1] * 6 and len(set(case["about"]["tokens"].values())) == 1
     assert generation.check_texts({"harness": ["a", "b"], "stop tokens": ["a", "b"], "answer lines": ["a", ""]}) == 1
     for wrong in (["a", "c"], ["a", "b more"]):

@@ -15,10 +15,10 @@ from cap_nb.models.loading import load_model
 from conftest import ROOT
 from tools.side_by_side import (
     about_scoring, balanced_heads, behind_worked_examples, compared_scoring, copied_to_disk, counted_work, examples_at_hand, examples_of_lengths,
-    fastest_product, gain_for_all, in_own_process, largest_difference, matrix_product, mean_resumed, measured_case, measured_rounds,
+    ScoringRounds, fastest_product, gain_for_all, in_own_process, largest_difference, matrix_product, mean_resumed, measured_case, measured_rounds,
     measured_scoring, named_machine, peak_shares, plot_rounds, processor_name, pruned_by_made_factors, random_model, read_cases, round_ratios,
-    sampled_naive_work, sampled_resumed_work, scoring_sides, seconds_for_all, share_reached, stopwatch, told_machine, told_missing, told_range,
-    told_wanted, whole_seconds)
+    sampled_naive_work, sampled_resumed_work, scoring_sides, seconds_for_all, share_reached, stopwatch, machine_text, missing_text, range_text,
+    wanted_text, whole_seconds)
 
 CPU = torch.device("cpu")
 RECORDS = sorted((ROOT / "figures" / "benchmarks").glob("*.json"))
@@ -37,7 +37,7 @@ def test_a_benchmark_that_was_stopped_goes_on(tmp_path):
     measured_case(path, "one", {"repeats": 2}, made)
     with pytest.raises(KeyboardInterrupt):
         measured_case(path, "two", {"repeats": 2}, stopped)
-    assert list(read_cases(path)) == ["one"] and "two" in told_missing(read_cases(path), ("one", "two"), "again")
+    assert list(read_cases(path)) == ["one"] and "two" in missing_text(read_cases(path), ("one", "two"), "again")
     measured_case(path, "two", {"repeats": 2}, lambda: made(5.0))
     assert measured_case(path, "one", {"repeats": 2}, stopped)["seconds"]["a"] == [1.0, 2.0]
     assert [case["seconds"]["a"][0] for case in read_cases(path).values()] == [1.0, 5.0]
@@ -58,7 +58,7 @@ def test_every_side_is_measured_once_a_round():
     assert [len(values) for values in seconds.values()] == [4] * 3 and min(map(min, seconds.values())) == 7
 
 
-@pytest.mark.skipif(not PEAK.exists(), reason="this system does not tell its peak memory")
+@pytest.mark.skipif(not PEAK.exists(), reason="this system does not report its peak memory")
 def test_memory_is_that_of_the_own_process():
     """400 MB held here do not count there; 200 MB held there do, though they are given back before the end."""
     _, little = in_own_process("builtins:bytearray")
@@ -74,7 +74,7 @@ def test_kept_records_say_where_they_come_from(path):
         assert min(len(values) for values in case["seconds"].values()) >= 5, f"{path.name}, {name}: fewer than five rounds"
         machine = case["machine"]
         assert machine["processor"] and machine["threads"] and machine["memory"] and machine["commit"], f"{path.name}, {name}: no machine"
-        assert {"load", "note"} <= machine.keys(), f"{path.name}, {name}: what else was running is not told"
+        assert {"load", "note"} <= machine.keys(), f"{path.name}, {name}: what else was running is not noted"
         assert str(ROOT) not in json.dumps(case)
 
 
@@ -102,9 +102,9 @@ def test_sides_take_turns_and_change_who_begins():
 def test_ratios_and_words():
     seconds = {"fast": (2.0, 4.0, 4.0), "slow": (5.0, 5.0, 7.0)}
     assert round_ratios(seconds, "slow", "fast") == (2.5, 1.25, 1.75)
-    assert told_range((2.5, 1.25, 1.75)) == "1.75 (1.25 to 2.50)" and told_range((3.0,), 0) == "3 (3 to 3)"
-    assert [told_wanted((2.5, 1.25, 1.75), value) for value in (1.75, 1.8)] == [", wanted 1.75 or more: reached", ", wanted 1.8 or more: MISSED"]
-    assert [told_wanted((3.0,), value, more=False) for value in (3, 2.5)] == [", wanted 3 or less: reached", ", wanted 2.5 or less: MISSED"]
+    assert range_text((2.5, 1.25, 1.75)) == "1.75 (1.25 to 2.50)" and range_text((3.0,), 0) == "3 (3 to 3)"
+    assert [wanted_text((2.5, 1.25, 1.75), value) for value in (1.75, 1.8)] == [", wanted 1.75 or more: reached", ", wanted 1.8 or more: MISSED"]
+    assert [wanted_text((3.0,), value, more=False) for value in (3, 2.5)] == [", wanted 3 or less: reached", ", wanted 2.5 or less: MISSED"]
     with pytest.raises(ValueError):
         round_ratios({"a": (1.0,), "b": (1.0, 2.0)}, "a", "b")
     assert whole_seconds((1.0, 2.0), (3.0, 4.0), 2, 10) == (11.0, 12.0) and whole_seconds((1.0,), (3.0,), 10, 10) == (3.0,)
@@ -141,17 +141,17 @@ def test_a_machine_has_a_name(tmp_path):
     assert processor_name(tmp_path / "cpuinfo") == "A Processor: 3000" and processor_name(tmp_path / "nowhere")
     made_up = {"device": "cpu", "device_name": "", "processor": "A", "instructions": "AVX2", "cores": 2, "threads": 2, "memory": 2**34,
                "torch": "2", "transformers": "5", "commit": "0123456789abcdef", "load": 0.1, "note": ""}
-    assert told_machine(made_up) == ("A (AVX2), 2 cores, 2 threads, 16 GiB, torch 2, transformers 5, commit 0123456789ab; "
+    assert machine_text(made_up) == ("A (AVX2), 2 cores, 2 threads, 16 GiB, torch 2, transformers 5, commit 0123456789ab; "
                                      "also running: not noted.")
-    assert "commit 0123456789ab with changes;" in told_machine(made_up | {"commit": "0123456789abcdef+changes"})
-    assert named_machine(CPU).keys() >= made_up.keys() and told_machine(named_machine(CPU, "tests"))
+    assert "commit 0123456789ab with changes;" in machine_text(made_up | {"commit": "0123456789abcdef+changes"})
+    assert named_machine(CPU).keys() >= made_up.keys() and machine_text(named_machine(CPU, "tests"))
 
 
 def test_a_damaged_record_is_refused(tmp_path):
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(BadInput, match="holds no cases"):
         read_cases(tmp_path / "bad.json")
-    assert read_cases(tmp_path / "none.json") == {} and told_missing({"one": {}}, ("one",), "") == "All 1 cases are measured."
+    assert read_cases(tmp_path / "none.json") == {} and missing_text({"one": {}}, ("one",), "") == "All 1 cases are measured."
 
 
 def test_rounds_are_drawn():
@@ -204,7 +204,7 @@ def test_scoring_is_compared_before_it_is_timed(lab, tmp_path):
     case = {"seconds": found["seconds"], "about": found["about"] | about_scoring(model, real, 4096, few)}
     assert gain_for_all(case) == (1.0, 1.0) and seconds_for_all(case, "resumed") == (1, 1) and case["about"]["difference"] < 1e-5
     assert share_reached(case)[0] == pytest.approx(case["about"]["flops_of_all"]["resumed"] / 1024)
-    kept = measured_scoring(tmp_path / "lab.json", "lab", model, real, few, (8,), repeats=1, data=said)
+    kept = measured_scoring(tmp_path / "lab.json", "lab", model, real, few, ScoringRounds((8,), repeats=1), data=said)
     assert (kept["about"]["data"], len(kept["seconds"]), read_cases(tmp_path / "lab.json")["lab"]) == (said, 5, kept)
     for other, why in ((lambda heads: sides["resumed"](heads) + 0.01, "is not compared"), (lambda heads: sides["resumed"](few[:1]), "in their heads")):
         with pytest.raises(BadInput, match=why):

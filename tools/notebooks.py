@@ -4,9 +4,9 @@
     python tools/notebooks.py nbs/00_calibration.ipynb  this one only
     python tools/notebooks.py --flags slow             slow cells too
 
-`jupyter nbconvert --execute` knows nothing of nbdev's flags, so a slow cell would run; here it is left alone, and keeps the outputs it has.
-Progress bars are switched off, and tqdm's warning that it cannot draw them: they hold times and this machine's paths, and a second run should
-leave no difference in git.
+`jupyter nbconvert --execute` knows nothing of nbdev's flags, so a slow cell would run; here it is left alone, and
+keeps the outputs it has. Progress bars are switched off, and tqdm's warning that it cannot draw them: they hold times
+and this machine's paths, and a second run should leave no difference in git.
 """
 import argparse
 import configparser
@@ -24,7 +24,7 @@ ORDER = ROOT / "nbs" / "order.txt"
 
 
 def floors() -> dict[str, int | None]:
-    """Every notebook of nbs/order.txt, in reading order, with its floor; a notebook that may import anything has none."""
+    """Every notebook of nbs/order.txt in reading order, with its floor; one that may import anything has none."""
     lines = [line.split() for line in ORDER.read_text(encoding="utf-8").splitlines() if line.strip()]
     return {path: None if floor == "-" else int(floor) for floor, path in lines}
 
@@ -81,7 +81,8 @@ def main() -> None:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     flags = set(settings["DEFAULT"]["tst_flags"].split()) - set(asked.flags.split())
-    os.environ.update(TQDM_DISABLE="1", PYTHONWARNINGS="ignore:IProgress not found", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    os.environ.update(TQDM_DISABLE="1", PYTHONWARNINGS="ignore:IProgress not found", PYTHONPATH=paths)
     os.environ.pop("MPLBACKEND", None)  # a backend set from outside would keep the pictures out of the notebooks
     for path in asked.notebooks or reading_order():
         if not path.is_file():

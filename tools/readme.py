@@ -1,8 +1,9 @@
 """Make README.md from nbs/index.ipynb, or with --check see whether it is up to date.
 
-nbdev_readme needs Quarto. This takes those of nbdev's own notebook processors that matter for a page of text (hide, hide_line, export) and lets
-nbconvert write the Markdown. Its link processor stays out: it would point at a documentation site that does not exist. Links in the index are
-relative to nbs/; in the README they are made relative to the top folder. Pictures are links to committed files, so that the README renders anywhere.
+nbdev_readme needs Quarto. This takes those of nbdev's own notebook processors that matter for a page of text (hide,
+hide_line, export) and lets nbconvert write the Markdown. Its link processor stays out: it would point at a documentation
+site that does not exist. Links in the index are relative to nbs/; in the README they are made relative to the top
+folder. Pictures are links to committed files, so that the README renders anywhere.
 """
 import argparse
 import os
@@ -43,7 +44,8 @@ def readme() -> str:
 
     text, resources = MarkdownExporter().from_notebook_node(processed_index())
     if resources.get("outputs"):
-        sys.exit("nbs/index.ipynb has a picture among its outputs, which a README cannot show: save it under figures/ and link to it in a Markdown cell.")
+        sys.exit("nbs/index.ipynb has a picture among its outputs, which a README cannot show: "
+                 "save it under figures/ and link to it in a Markdown cell.")
     text = links_from_the_top(text)
     text = "\n".join(line.rstrip() for line in text.splitlines())
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
@@ -58,7 +60,7 @@ def broken_links(text: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when README.md is not what the index makes")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when README.md is not up to date")
     asked = parser.parse_args()
     os.chdir(ROOT)
     made, target = readme(), ROOT / "README.md"
@@ -67,7 +69,8 @@ def main() -> None:
         if not target.is_file() or target.read_text(encoding="utf-8") != made:
             import difflib
             old = target.read_text(encoding="utf-8") if target.is_file() else ""
-            sys.stderr.writelines(difflib.unified_diff(old.splitlines(True), made.splitlines(True), "README.md", "from nbs/index.ipynb"))
+            lines = old.splitlines(True), made.splitlines(True)
+            sys.stderr.writelines(difflib.unified_diff(*lines, "README.md", "from nbs/index.ipynb"))
             sys.exit("README.md is not what nbs/index.ipynb makes: run `make readme` and commit it.")
         if broken:
             sys.exit("README.md links to files that are not there: " + ", ".join(broken))

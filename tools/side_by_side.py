@@ -1,4 +1,4 @@
-"""Time several ways of one computation in turn, and keep what was measured together with the machine that measured it."""
+"""Time several ways of one computation in turn, and keep what was measured with the machine that measured it."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -47,7 +47,7 @@ def finish(
 def stopwatch(
     call: Callable[[], object],  # What is timed
     device: torch.device = torch.device("cpu"),  # Where it computes
-    clock: Callable[[], float] = time.perf_counter,  # Tells the time in seconds
+    clock: Callable[[], float] = time.perf_counter,  # Gives the time in seconds
 ) -> Callable[[], float]:  # The same call; it gives its seconds
     "Put a stopwatch on a call."
 
@@ -86,7 +86,7 @@ def round_ratios(
     return tuple(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
-def told_range(
+def range_text(
     values: Sequence[float],  # A value of every round
     digits: int = 2,  # Digits after the point
 ) -> str:  # As in "2.61 (2.55 to 2.70)"
@@ -94,7 +94,7 @@ def told_range(
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def told_wanted(
+def wanted_text(
     values: Sequence[float],  # A value of every round
     wanted: float,  # What the median should be at least
     more: bool = True,  # False: at most
@@ -126,7 +126,7 @@ def fastest_product(
     dtype: torch.dtype,  # Of the matrices
     sizes: Sequence[int],  # Sizes to try
     repeats: int = 3,  # Calls of each, after one that does not count
-    clock: Callable[[], float] = time.perf_counter,  # Tells the time in seconds
+    clock: Callable[[], float] = time.perf_counter,  # Gives the time in seconds
 ) -> int:  # The size with most operations a second
     "The size of the square product that a device does fastest."
     rates = {}
@@ -148,11 +148,11 @@ def peak_shares(
     )
 
 
-IN_THERE = """
+IN_PROCESS = """
 import importlib, json, sys, time
 from cap_nb.core.memory import PEAK, resident
-place, given = json.loads(sys.argv[1])
-function = getattr(importlib.import_module(place.split(":")[0]), place.split(":")[1])
+path, given = json.loads(sys.argv[1])
+function = getattr(importlib.import_module(path.split(":")[0]), path.split(":")[1])
 start = time.perf_counter()
 function(**given)
 seconds = time.perf_counter() - start
@@ -163,19 +163,20 @@ print("\\n" + json.dumps([seconds, resident("VmHWM") if PEAK.exists() else None]
 def in_own_process(
     function: str,  # As in "shutil:copytree"
     **given: object,  # Its arguments by name; what JSON can hold
-) -> tuple[float, int | None]:  # Seconds, and bytes of main memory at most; None where the system does not tell
+) -> tuple[float, int | None]:  # Seconds, and bytes of main memory at most; None where the system does not report it
     "Call a function in a process of its own; one that fails there raises `BadInput`."
     above = Path(cap_nb.__file__).parent.parent
     paths = os.pathsep.join(filter(None, [str(above), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
-        [sys.executable, "-c", IN_THERE, json.dumps([function, given])],
+        [sys.executable, "-c", IN_PROCESS, json.dumps([function, given])],
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
     )
     if done.returncode:
         raise BadInput(
-            f"{function} failed in its own process, {done.stderr.strip().splitlines()[-1]}: expected it to end well; repair what it says."
+            f"{function} failed in its own process, {done.stderr.strip().splitlines()[-1]}: expected it to end well; "
+            "repair what it says."
         )
     seconds, peak = json.loads(done.stdout.splitlines()[-1])
     return seconds, peak
@@ -216,12 +217,12 @@ def processor_name(
 def named_machine(
     device: torch.device,  # Where is computed
     note: str = "",  # What else was running
-) -> dict:  # What `environment` tells, and more of the machine
+) -> dict:  # What `environment` says, and more of the machine
     "The machine, named, with its threads, memory and load."
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
-        memory = None  # a system that does not tell
+        memory = None  # a system that does not report it
     return environment(device, note) | {
         "processor": processor_name(),
         "cores": os.cpu_count(),
@@ -231,7 +232,7 @@ def named_machine(
     }
 
 
-def told_machine(
+def machine_text(
     machine: Mapping,  # What `named_machine` gave
 ) -> str:  # A sentence
     "A machine in words."
@@ -239,8 +240,9 @@ def told_machine(
     memory = f"{machine['memory'] / 2**30:.0f} GiB" if machine["memory"] else "unknown memory"
     commit, _, changes = (machine["commit"] or "unknown").partition("+")
     return (
-        f"{graphics}{machine['processor']} ({machine['instructions']}), {machine['cores']} cores, {machine['threads']} threads, {memory}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}, commit {commit[:12]}{' with changes' if changes else ''}; also running: {machine['note'] or 'not noted'}."
+        f"{graphics}{machine['processor']} ({machine['instructions']}), {machine['cores']} cores, "
+        f"{machine['threads']} threads, {memory}, torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"commit {commit[:12]}{' with changes' if changes else ''}; also running: {machine['note'] or 'not noted'}."
     )
 
 
@@ -265,19 +267,20 @@ def measured_case(
     note: str = "",  # What else was running
 ) -> dict:  # The record
     "The record of a case: read if it is there, else measured and written at once."
-    cases, asked = read_cases(path), json.loads(json.dumps(settings))
-    if name in cases and cases[name]["settings"] != asked:
+    cases, wanted = read_cases(path), json.loads(json.dumps(settings))  # a tuple is a list in JSON
+    if name in cases and cases[name]["settings"] != wanted:
         raise BadInput(
-            f"{path} holds {name!r} with other settings, {cases[name]['settings']}: expected {asked}; remove the case to measure it again."
+            f"{path} holds {name!r} with other settings, {cases[name]['settings']}: expected {wanted}; "
+            "remove the case to measure it again."
         )
     if name not in cases:
         machine = named_machine(device, note)
-        cases[name] = {"settings": asked, "machine": machine, **measure()}
+        cases[name] = {"settings": wanted, "machine": machine, **measure()}
         write_json(path, {"cases": cases})
     return read_cases(path)[name]
 
 
-def told_missing(
+def missing_text(
     cases: Mapping[str, dict],  # The cases that are there
     wanted: Sequence[str],  # Names of those that are wanted
     command: str,  # What measures them
@@ -320,11 +323,12 @@ def balanced_heads(
     "Some heads, fair to the layers; numbers that cannot be so raise `BadInput`."
     if not (2 <= chosen <= layers and (chosen % 2 == 0 or chosen == layers) and 1 <= each <= heads):
         raise BadInput(
-            f"{each} heads of {chosen} layers were asked for: expected 2 to {layers} layers, an even number or all, and 1 to {heads} heads of each; change the two."
+            f"{each} heads of {chosen} layers were asked for: expected 2 to {layers} layers, an even number or all, "
+            f"and 1 to {heads} heads of each; change the two."
         )
-    below = [place * (layers - 1) // (chosen - 1) for place in range(chosen // 2)]
+    below = [index * (layers - 1) // (chosen - 1) for index in range(chosen // 2)]
     middle = list(range(layers)) if chosen == layers else below + [layers - 1 - layer for layer in reversed(below)]
-    return tuple((layer, place * heads // each) for layer in middle for place in range(each))
+    return tuple((layer, index * heads // each) for layer in middle for index in range(each))
 
 
 def mean_resumed(
@@ -368,20 +372,20 @@ def sampled_naive_work(
 
 def sampled_resumed_work(
     sizes: Sizes,  # The sizes of the model
-    batches: Sequence[BatchShape],  # The batches, without the shared beginning
+    batches: Sequence[BatchShape],  # The batches, without the shared prefix
     heads: Sequence[tuple[int, int]],  # (layer, head) of the sample
-    beginning: int = 0,  # P, tokens of the shared beginning
+    prefix: int = 0,  # P, tokens of the shared prefix
 ) -> Work:  # The work of `score_heads`, one head at a time
-    "The same losses with every pass resumed at its layer, the last layer at targets only, the beginning once a head."
+    "The same losses with every pass resumed at its layer, the last layer at targets only, the prefix once a head."
     passes, last = 1 + len(heads), sizes.layers - 1
     later = sum(last - layer for layer, _ in heads)
     runs, before = sizes.layers + last + later, 2 * sizes.layers + later
     first = Work(
         passes=0,
-        layer_tokens=beginning * before,
+        layer_tokens=prefix * before,
         head_tokens=0,
-        pairs=beginning**2 * before,
-        key_tokens=beginning * len(heads),
+        pairs=prefix**2 * before,
+        key_tokens=prefix * len(heads),
     )
     return sum(
         (
@@ -389,7 +393,7 @@ def sampled_resumed_work(
                 passes=passes,
                 layer_tokens=b.rows * (runs * b.width + passes * b.most),
                 head_tokens=passes * b.targets,
-                pairs=b.rows * (beginning + b.width) * (runs * b.width + passes * b.most),
+                pairs=b.rows * (prefix + b.width) * (runs * b.width + passes * b.most),
                 key_tokens=passes * b.rows * b.width,
             )
             for b in batches
@@ -407,7 +411,8 @@ def examples_at_hand(
     "Real examples without a network: the paper's benchmarks from a folder, else the lab's tasks."
     from_files = data_dir is not None and default_style(tokenizer) != "lab"
     tasks = BENCHMARK_NAMES if from_files else tuple(f"lab-{name}" for name in BENCHMARK_NAMES)
-    said = f"{n} examples each of {', '.join(tasks)}, {'from the authors files' if from_files else 'generated'}, seed {seed}"
+    source = "from the authors files" if from_files else "generated"
+    said = f"{n} examples each of {', '.join(tasks)}, {source}, seed {seed}"
     return calibration_set(tokenizer, tasks, n, 1, seed, data_dir if from_files else None), said
 
 
@@ -433,13 +438,13 @@ def examples_of_lengths(
     seed: int = 0,  # Seed of the draw
 ) -> Calibration:  # As many examples, in one subset
     "Examples of random tokens with given lengths."
-    chance, examples = random.Random(seed), []
-    for place, length in enumerate(lengths):
-        tokens = tuple(chance.randrange(vocabulary) for _ in length.input_ids)
+    rng, examples = random.Random(seed), []
+    for index, length in enumerate(lengths):
+        tokens = tuple(rng.randrange(vocabulary) for _ in length.input_ids)
         examples.append(
             Example(
                 task=length.task,
-                uid=f"random-{seed}-{place}",
+                uid=f"random-{seed}-{index}",
                 prompt="",
                 target="",
                 answer="",
@@ -470,14 +475,14 @@ def counted_work(
     heads: Sequence[tuple[int, int]],  # (layer, head) of the sample
 ) -> dict[str, int]:  # "hook loop" and "resumed" -> floating-point operations
     "The work of scoring some heads both ways, in floating-point operations."
-    begun = shared_prefix(calibration.examples)
-    rest = replace(calibration, examples=tuple(after_prefix(e, begun) for e in calibration.examples))
+    prefix = shared_prefix(calibration.examples)
+    rest = replace(calibration, examples=tuple(after_prefix(e, prefix) for e in calibration.examples))
     return {
         "hook loop": flops_of(
             sampled_naive_work(sizes, batch_shapes(lengths_of(calibration), batch_tokens), heads), sizes
         ),
         "resumed": flops_of(
-            sampled_resumed_work(sizes, batch_shapes(lengths_of(rest), batch_tokens), heads, begun), sizes
+            sampled_resumed_work(sizes, batch_shapes(lengths_of(rest), batch_tokens), heads, prefix), sizes
         ),
     }
 
@@ -531,7 +536,8 @@ def largest_difference(
         apart = (tables[name] - tables[first])[~tables[first].isnan()].abs()
         if not torch.equal(tables[name].isnan(), tables[first].isnan()) or apart.max() > tolerance:
             raise BadInput(
-                f"{name} and {first} differ by {apart.max():.2e} nats or in their heads: expected at most {tolerance:g}; what computes something else is not compared."
+                f"{name} and {first} differ by {apart.max():.2e} nats or in their heads: expected at most "
+                f"{tolerance:g}; what computes something else is not compared."
             )
     return max(((tables[name] - tables[first]).nan_to_num().abs().max().item() for name in others), default=0.0)
 
@@ -543,7 +549,7 @@ def compared_scoring(
     repeats: int = 5,  # Rounds
     device: torch.device = torch.device("cpu"),  # Where it computes
     tolerance: float = 1e-4,  # How far the sides may be apart, in nats
-    clock: Callable[[], float] = time.perf_counter,  # Tells the time in seconds
+    clock: Callable[[], float] = time.perf_counter,  # Gives the time in seconds
 ) -> dict:  # "seconds" of every round, "about" the comparison
     "Time several ways of scoring the same heads in turn, after a check that they agree."
     apart = largest_difference({name: side(heads) for name, side in sides.items()}, tolerance)
@@ -593,38 +599,40 @@ def share_reached(
     )
 
 
+@dataclass(frozen=True)
+class ScoringRounds:
+    "How a scoring is compared with others."
+
+    squares: tuple[int, ...]  # Sizes of the matrix product to try
+    batch_tokens: int = 4096  # Padded tokens a batch
+    repeats: int = 5  # Rounds
+    tolerance: float = 1e-4  # How far the sides may be apart, in nats
+    times: int = 3  # Matrix products in one call
+
+
 def measured_scoring(
     path: str | Path,  # File of the benchmark
     name: str,  # Name of the case
     model: nn.Module,  # A causal language model of a known family
     calibration: Calibration,  # The examples
     heads: Sequence[tuple[int, int]],  # (layer, head) of the sample, or all
-    squares: Sequence[int],  # Sizes of the matrix product to try
-    batch_tokens: int = 4096,  # Padded tokens a batch
-    repeats: int = 5,  # Rounds
+    rounds: ScoringRounds,  # How the sides are compared
     more: Mapping[str, Callable[[Sequence], torch.Tensor]] | None = None,  # Further sides, as in `scoring_sides`
-    tolerance: float = 1e-4,  # How far the sides may be apart, in nats
-    times: int = 3,  # Matrix products in one call
     **said: str,  # What else is to be kept: which data, which weights, "note" for what else was running
 ) -> dict:  # The record of the case
     "The record of a scoring that is compared: read if it is there, else measured."
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
 
     def measure() -> dict:
-        product = matrix_product(fastest_product(device, dtype, squares), device, dtype, times)
-        found = compared_scoring(
-            scoring_sides(model, calibration, batch_tokens) | dict(more or {}),
-            heads,
-            product,
-            repeats,
-            device,
-            tolerance,
-        )
-        return found | {"about": found["about"] | about_scoring(model, calibration, batch_tokens, heads) | said}
+        product = matrix_product(fastest_product(device, dtype, rounds.squares), device, dtype, rounds.times)
+        sides = scoring_sides(model, calibration, rounds.batch_tokens) | dict(more or {})
+        compared = compared_scoring(sides, heads, product, rounds.repeats, device, rounds.tolerance)
+        about = about_scoring(model, calibration, rounds.batch_tokens, heads)
+        return compared | {"about": compared["about"] | about | said}
 
     settings = {
-        "repeats": repeats,
-        "batch_tokens": batch_tokens,
+        "repeats": rounds.repeats,
+        "batch_tokens": rounds.batch_tokens,
         "heads": len(heads),
         "examples": len(calibration.examples),
     }

@@ -18,6 +18,7 @@ import copy
 import importlib.util
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from cap_nb.calibration import default_style
@@ -30,14 +31,14 @@ from cap_nb.experiments.harness import imported_harness, undisturbed
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint
 from tools.side_by_side import measured_case, measured_rounds, stopwatch
 
-# Both sides get the same prompts as text, make tokens of them, write greedily in float32 on the processor up to the same
-# limit, and give text back. Both sort by length and call `generate` with its dynamic cache. They differ in how they cut
-# batches, in how they stop, and in that here the rows that have ended leave their batch every 64 tokens.
+# Both sides get the same prompts as text, make tokens of them, write greedily in float32 on the processor up to the
+# same limit, and give text back. Both sort by length and call `generate` with its dynamic cache. They differ in how
+# they cut batches, in how they stop, and in that here the rows that have ended leave their batch every 64 tokens.
 #
-# A batch of the harness has a fixed number of rows. Ours has a fixed number of tokens; it is given as many as that number
-# of rows takes with the longest prompt, so neither side needs more memory than the other. The harness knows stop tokens
-# and fixed words, no form of a line. So one side of ours stops at stop tokens only, by the same rule; the other stops
-# behind a whole answer line too, as `accuracy` does. The harness's task, filters and counting are not timed.
+# A batch of the harness has a fixed number of rows. Ours has a fixed number of tokens; it is given as many as that
+# number of rows takes with the longest prompt, so neither side needs more memory than the other. The harness knows stop
+# tokens and fixed words, no form of a line. So one side of ours stops at stop tokens only, by the same rule; the other
+# stops behind a whole answer line too, as `accuracy` does. The harness's task, filters and counting are not timed.
 
 ROOT = Path(__file__).resolve().parents[2]
 path = ROOT / "figures" / "benchmarks" / "generation.json"
@@ -55,14 +56,14 @@ def ours(model, tokenizer, problems, style, limit, rows, line=None):
 
 
 def theirs(model, tokenizer, problems, style, limit, rows):
-    lm_eval, asked = imported_harness(), {"do_sample": False, "until": [], "max_gen_toks": limit}
+    lm_eval, options = imported_harness(), {"do_sample": False, "until": [], "max_gen_toks": limit}
     backend = lm_eval.models.huggingface.HFLM(
         model, tokenizer=copy.deepcopy(tokenizer), batch_size=rows, add_bos_token=tokenizer.chat_template is None
     )
     prompts = [encode_problem(tokenizer, problem, style).prompt for problem in problems]
     requests = [
-        lm_eval.api.instance.Instance("generate_until", {}, (prompt, asked), place)
-        for place, prompt in enumerate(prompts)
+        lm_eval.api.instance.Instance("generate_until", {}, (prompt, options), index)
+        for index, prompt in enumerate(prompts)
     ]
 
     def texts():
@@ -73,7 +74,7 @@ def theirs(model, tokenizer, problems, style, limit, rows):
 
 
 # Before anything is timed the texts are compared. By the same rule they must be the same, letter by letter; where ours
-# also stops at answer lines, each must be the beginning of the other.
+# also stops at answer lines, each must be a prefix of the other.
 
 
 def check_texts(texts):
@@ -97,8 +98,8 @@ def with_processor_time(call, kept):
     return timed
 
 
-# Beside the seconds on the wall stand those that the processor spent on this process. On a machine that does nothing else
-# they are nearly equal; where others compute too, the wall tells of them as well.
+# Beside the seconds on the wall stand those that the processor spent on this process. On a machine that does nothing
+# else they are nearly equal; where others compute too, the wall includes them as well.
 
 
 def timed_sides(sides, tokenizer, repeats):
@@ -114,51 +115,63 @@ def timed_sides(sides, tokenizer, repeats):
     return {"seconds": seconds | {f"{name}, processor": tuple(each) for name, each in spent.items()}, "about": about}
 
 
-def generation_case(path, name, weights, task, n, limit, rows=16, repeats=5, data_dir=None, other=None):
-    (model, tokenizer), kept = load_model(weights, "float32", "cpu"), {"weights": weights, "task": task}
-    given = (model, tokenizer, evaluation_problems(task, n, data_dir=data_dir), default_style(tokenizer), limit, rows)
+@dataclass(frozen=True)
+class GenerationCase:
+    "Which model answers which problems, and how they are written."
+
+    weights: str  # Name of the model
+    task: str  # Name of the task
+    n: int  # Problems
+    limit: int  # New tokens an answer at most
+    rows: int = 16  # Prompts a batch of the harness
+    repeats: int = 5  # Rounds
+
+
+def generation_case(path, name, case, data_dir=None, other=None):
+    model, tokenizer = load_model(case.weights, "float32", "cpu")
+    problems, style = evaluation_problems(case.task, case.n, data_dir=data_dir), default_style(tokenizer)
+    given = (model, tokenizer, problems, style, case.limit, case.rows)
 
     def measure():
-        line = strict_pattern(default_style(tokenizer), task_family(task))
+        line = strict_pattern(style, task_family(case.task))
         sides = {"harness": (other or theirs)(*given), "stop tokens": ours(*given), "answer lines": ours(*given, line)}
-        found = timed_sides(sides, tokenizer, repeats)
-        return found | {
-            "about": found["about"]
-            | kept
-            | {
-                "model": model_fingerprint(model),
-                "lm_eval": importlib.metadata.version("lm_eval") if not other else None,
-            }
+        timed = timed_sides(sides, tokenizer, case.repeats)
+        kept = {
+            "weights": case.weights,
+            "task": case.task,
+            "model": model_fingerprint(model),
+            "lm_eval": importlib.metadata.version("lm_eval") if not other else None,
         }
+        return timed | {"about": timed["about"] | kept}
 
-    return measured_case(path, name, {"repeats": repeats, "n": n, "limit": limit, "rows": rows}, measure, note=note)
+    settings = {"repeats": case.repeats, "n": case.n, "limit": case.limit, "rows": case.rows}
+    return measured_case(path, name, settings, measure, note=note)
 
 
 # The lab model writes short answers and ends them by itself. Its GSM8K answers have about 55 tokens, its ARC answers
 # about 130.
 
-# SmolLM2-135M-Instruct has the larger vocabulary and takes its time for every token, so what either side does between the
-# tokens weighs little. Few problems and a short limit, since every round writes them three times; no batch lasts longer
-# than a piece of 64 tokens here, so no row leaves it.
+# SmolLM2-135M-Instruct has the larger vocabulary and takes its time for every token, so what either side does between
+# the tokens weighs little. Few problems and a short limit, since every round writes them three times; no batch lasts
+# longer than a piece of 64 tokens here, so no row leaves it.
 
-# A try in small, so that the page runs where the harness is not installed: another side of ours stands in for it. What is
-# printed says nothing about time, but sides that write other texts are noticed.
+# A try in small, so that the page runs where the harness is not installed: another side of ours stands in for it. What
+# is printed says nothing about time, but sides that write other texts are noticed.
 
 
 def main() -> None:
     if importlib.util.find_spec("lm_eval"):
         for task in ("lab-gsm8k", "lab-arc"):
-            print(generation_case(path, f"lab, {task}", "lab", task, 32, 192)["seconds"])
+            case = GenerationCase(weights="lab", task=task, n=32, limit=192)
+            print(generation_case(path, f"lab, {task}", case)["seconds"])
     else:
         print("lm-evaluation-harness is not installed here: see the top of this file.")
     if not (model_cache() / "smollm2").is_dir():
         print("SmolLM2 is not fetched: run 'cap fetch smollm2' first.")
     elif importlib.util.find_spec("lm_eval"):
-        print(
-            generation_case(
-                path, "smollm2", "smollm2", "gsm8k" if data_dir else "lab-gsm8k", 4, 64, rows=4, data_dir=data_dir
-            )["seconds"]
-        )
+        task = "gsm8k" if data_dir else "lab-gsm8k"
+        case = GenerationCase(weights="smollm2", task=task, n=4, limit=64, rows=4)
+        print(generation_case(path, "smollm2", case, data_dir=data_dir)["seconds"])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 > Scoring a model of Llama-3-8B's shape on one device: heads a minute, the time for all 1,024, and how far that is from
 > the floor that the operations set.
 
-Paper: section 3.4 tells of hours on an A100 for calibration sets of 128 examples a task. In: random bfloat16 weights,
+Paper: section 3.4 speaks of hours on an A100 for calibration sets of 128 examples a task. In: random bfloat16 weights,
 384 examples of real lengths. Out: `figures/benchmarks/gpu.json`. Wanted on one H100: the full scoring in under 45
 minutes, at least 1.9 times as fast as the hook loop, at 45 % or more of the matrix-product peak.
 
@@ -17,6 +17,7 @@ running.
 """
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from cap_nb.jobs.costs import PUBLISHED, lengths_of
 from cap_nb.models.anatomy import anatomy
 from cap_nb.models.loading import load_model, model_cache
 from tools.side_by_side import (
+    ScoringRounds,
     balanced_heads,
     examples_at_hand,
     examples_of_lengths,
@@ -45,34 +47,31 @@ data_dir, note = os.environ.get("CAP_NB_DATA"), os.environ.get("CAP_NB_NOTE", ""
 llama = PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"]
 
 
-def device_case(
-    path,
-    device,
-    settings=llama,
-    n=128,
-    chosen=4,
-    each=8,
-    repeats=5,
-    dtype=torch.bfloat16,
-    squares=(4096, 8192, 16384),
-    times=20,
-    tolerance=0.05,
-):
+@dataclass(frozen=True)
+class DeviceCase:
+    "What is scored on a device, and how often."
+
+    shape: dict = field(default_factory=lambda: llama)  # Configuration of the model
+    dtype: torch.dtype = torch.bfloat16  # Of its weights
+    n: int = 128  # Examples a task
+    chosen: int = 4  # Layers to take heads from
+    each: int = 8  # Heads of each of them
+    rounds: ScoringRounds = ScoringRounds((4096, 8192, 16384), tolerance=0.05, times=20)
+
+
+def device_case(path, device, case=DeviceCase()):
     tokenizer = load_model("smollm2" if (model_cache() / "smollm2").is_dir() else "lab", "float32", "cpu")[1]
-    real, said = examples_at_hand(tokenizer, n, data_dir)
-    model = random_model(AutoConfig.for_model(**settings), device, dtype)
+    real, said = examples_at_hand(tokenizer, case.n, data_dir)
+    model = random_model(AutoConfig.for_model(**case.shape), device, case.dtype)
     examples = examples_of_lengths(lengths_of(real), model.config.vocab_size)
-    heads = balanced_heads(anatomy(model).layers, anatomy(model).heads, chosen, each)
+    heads = balanced_heads(anatomy(model).layers, anatomy(model).heads, case.chosen, case.each)
     return measured_scoring(
         path,
         "llama-3-8b",
         model,
         examples,
         heads,
-        squares,
-        repeats=repeats,
-        tolerance=tolerance,
-        times=times,
+        case.rounds,
         data=f"random tokens, as long as {said}",
         weights="random, seed 0",
         note=note,

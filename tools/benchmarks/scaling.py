@@ -38,9 +38,9 @@ from tools.side_by_side import (
 # an example are prompt and the rest is target. One of the four is varied at a time, the others stay at the middle. All
 # points of an axis, and the matrix product, take turns in the same rounds.
 #
-# The seconds of a point are those that its heads take: the same call with no heads, right after it, is subtracted, in its
-# time as in its operations. It reads the intact model and takes the fingerprint of the weights, once however many heads
-# there are.
+# The seconds of a point are those that its heads take: the same call with no heads, right after it, is subtracted, in
+# its time as in its operations. It reads the intact model and takes the fingerprint of the weights, once however many
+# heads there are.
 
 ROOT = Path(__file__).resolve().parents[2]
 path = ROOT / "figures" / "benchmarks" / "scaling.json"
@@ -97,8 +97,8 @@ def axis_case(path, axis, values, middle=middle, repeats=5, shape=shape):
 # The machinery on a toy, where nothing is said about time: each point is measured in every round, and the work grows
 # along every axis.
 
-# One more case has all 30 layers and batches that are full: 16 examples of 256 tokens, one head of each of six layers. It
-# stands for a large calibration set, whose batches are as large as `batch_tokens` allows.
+# One more case has all 30 layers and batches that are full: 16 examples of 256 tokens, one head of each of six layers.
+# It stands for a large calibration set, whose batches are as large as `batch_tokens` allows.
 
 
 def full_case(path, repeats=5, name="full batches", layers=30, **sizes):

@@ -32,6 +32,7 @@ from cap_nb.models.anatomy import anatomy, decoder_layers, output_projection
 from cap_nb.models.loading import load_model, model_cache
 from cap_nb.scoring import batches_of, mean_by_example
 from tools.side_by_side import (
+    ScoringRounds,
     balanced_heads,
     behind_worked_examples,
     examples_at_hand,
@@ -54,15 +55,15 @@ def all_heads(model):
 
 
 # The hook loop is the paper's procedure, written plainly: a whole pass for every head. `score_heads` resumes at the
-# masked layer, runs the last layer and the output head at target positions only, and reads a beginning that all examples
+# masked layer, runs the last layer and the output head at target positions only, and reads a prefix that all examples
 # share once for each head. The lab model is small enough to score all of its 36 heads in every round.
 
-# SmolLM2-135M-Instruct has 270 heads. Both sides get the same six, one of each of six layers spread from the first to the
-# last; the mean number of layers that a resumed pass runs is that of all heads. The time without any head is measured
-# beside, and what the sample took beyond it is scaled to 270 heads.
+# SmolLM2-135M-Instruct has 270 heads. Both sides get the same six, one of each of six layers spread from the first to
+# the last; the mean number of layers that a resumed pass runs is that of all heads. The time without any head is
+# measured beside, and what the sample took beyond it is scaled to 270 heads.
 #
 # The second case puts the same eight worked examples before every prompt, as chain-of-thought prompting does. Its ratio
-# grows with the number of examples, since the hook loop reads the beginning once for every example. Here there are six
+# grows with the number of examples, since the hook loop reads the prefix once for every example. Here there are six
 # examples and two heads, for a hook loop over long prompts takes its time; so the ratio is a lower bound for a
 # calibration set of 384.
 
@@ -77,8 +78,7 @@ def smollm2_cases(path, repeats=5, n=12, shots=8, chosen=6):
         model,
         examples,
         balanced_heads(a.layers, a.heads, chosen, 1),
-        squares,
-        repeats=repeats,
+        ScoringRounds(squares, repeats=repeats),
         data=said,
         **kept,
     )
@@ -91,15 +91,14 @@ def smollm2_cases(path, repeats=5, n=12, shots=8, chosen=6):
         model,
         longer,
         balanced_heads(a.layers, a.heads, 2, 1),
-        squares,
-        repeats=repeats,
+        ScoringRounds(squares, repeats=repeats),
         data=f"{said}, each behind {shots} worked examples of {worked[0].task}",
         **kept,
     )
 
 
-# A Mistral of full width, cut to four layers, with random weights: the largest model here, 1.1 billion weights. It reads
-# random tokens with the lengths of real examples. The sample is one head of every layer.
+# A Mistral of full width, cut to four layers, with random weights: the largest model here, 1.1 billion weights. It
+# reads random tokens with the lengths of real examples. The sample is one head of every layer.
 
 
 def mistral_case(path, repeats=5, n=1, layers=4, each=1, **changes):
@@ -115,19 +114,18 @@ def mistral_case(path, repeats=5, n=1, layers=4, each=1, **changes):
         model,
         examples,
         heads,
-        squares,
-        repeats=repeats,
+        ScoringRounds(squares, repeats=repeats),
         data=f"random tokens, as long as {said}",
         weights="random, seed 0",
         note=note,
     )
 
 
-# Its users write the ablation of a head as a hook on `blocks.L.attn.hook_z` that sets one head's output to zero, and run
-# the whole model with it. The lab model and SmolLM2 are Llamas, so the library's own converter of Llama weights makes a
-# `HookedTransformer` of either, from the sizes in the configuration. The other side, `TransformerBridge`, wraps the model
-# of transformers as it is; it is what the library offers from version 4 on. Padding is on the right, where nothing that
-# counts can see it, so no mask is needed.
+# Its users write the ablation of a head as a hook on `blocks.L.attn.hook_z` that sets one head's output to zero, and
+# run the whole model with it. The lab model and SmolLM2 are Llamas, so the library's own converter of Llama weights
+# makes a `HookedTransformer` of either, from the sizes in the configuration. The other side, `TransformerBridge`, wraps
+# the model of transformers as it is; it is what the library offers from version 4 on. Padding is on the right, where
+# nothing that counts can see it, so no mask is needed.
 
 
 def hooked_transformer(model):
@@ -184,10 +182,10 @@ def lens_loop(hooked, model, calibration, batch_tokens, heads):
     table = torch.full(
         (anatomy(model).layers, anatomy(model).heads, len(calibration.examples)), torch.nan, dtype=torch.float64
     )
-    for places, batch in batches_of(calibration, batch_tokens, torch.device("cpu")):
+    for indices, batch in batches_of(calibration, batch_tokens, torch.device("cpu")):
         loss_with_hooks(hooked, batch, [])  # the intact model
         for layer, head in heads:
-            table[layer, head, places] = loss_with_hooks(
+            table[layer, head, indices] = loss_with_hooks(
                 hooked, batch, [(f"blocks.{layer}.attn.hook_z", zeroing(head))]
             )
     return table
@@ -215,8 +213,7 @@ def lens_case(path, name, repeats=5, n=4, chosen=10, each=1):
         model,
         examples,
         heads,
-        squares,
-        repeats=repeats,
+        ScoringRounds(squares, repeats=repeats),
         more=more,
         data=said,
         weights=name,
@@ -225,11 +222,11 @@ def lens_case(path, name, repeats=5, n=4, chosen=10, each=1):
     )
 
 
-# `torch.compile` may make a layer faster. A compiled layer does not see a hook that was registered after it was compiled,
-# so the masked layer must run as it is, and so must the recorded pass, whose cache would have every layer compiled anew;
-# only the layers after the masked one run compiled. The last layer, which is asked for its keys alone, also runs as it
-# is. What is compiled once serves all layers and batches, since lengths are left open; it is compiled during the first
-# calls, which are not timed. Random tokens of real lengths share no beginning, and so bring no cache.
+# `torch.compile` may make a layer faster. A compiled layer does not see a hook that was registered after it was
+# compiled, so the masked layer must run as it is, and so must the recorded pass, whose cache would have every layer
+# compiled anew; only the layers after the masked one run compiled. The last layer, which is asked for its keys alone,
+# also runs as it is. What is compiled once serves all layers and batches, since lengths are left open; it is compiled
+# during the first calls, which are not timed. Random tokens of real lengths share no prefix, and so bring no cache.
 
 
 def compile_layers(model, **options):
@@ -268,8 +265,7 @@ def compiled_case(path, name, repeats=5, n=4, chosen=10, each=1):
         model,
         examples,
         heads,
-        squares,
-        repeats=repeats,
+        ScoringRounds(squares, repeats=repeats),
         more={"compiled": once},
         data=f"random tokens, as long as {said}",
         weights=name,
@@ -277,22 +273,21 @@ def compiled_case(path, name, repeats=5, n=4, chosen=10, each=1):
     )
 
 
-# The two copies agree, checked on a few lab examples where no clock runs. Compiling is not tried here, because not every
-# machine has a C++ compiler: `backend="eager"` traces the layers and runs them as they are, which is enough to see that a
-# masked head is not lost.
+# The two copies agree, checked on a few lab examples where no clock runs. Compiling is not tried here, because not
+# every machine has a C++ compiler: `backend="eager"` traces the layers and runs them as they are, which is enough to
+# see that a masked head is not lost.
 
 
 def main() -> None:
     model, tokenizer = load_model("lab", "float32", "cpu")
     examples, said = examples_at_hand(tokenizer, 16)
-    measured_scoring(path, "lab", model, examples, all_heads(model), squares, data=said, weights="lab", note=note)[
-        "seconds"
-    ]
+    kept = dict(data=said, weights="lab", note=note)
+    print(measured_scoring(path, "lab", model, examples, all_heads(model), ScoringRounds(squares), **kept)["seconds"])
     if (model_cache() / "smollm2").is_dir():
         print(smollm2_cases(path)["seconds"])
     else:
         print("SmolLM2 is not fetched: run 'cap fetch smollm2' first.")
-    mistral_case(path)["seconds"] if "mistral, 4 layers" not in read_cases(path) else "measured already"
+    print("measured already" if "mistral, 4 layers" in read_cases(path) else mistral_case(path)["seconds"])
     if importlib.util.find_spec("transformer_lens"):
         print(lens_case(path, "lab", n=16, chosen=6, each=6)["seconds"])
         if (model_cache() / "smollm2").is_dir():

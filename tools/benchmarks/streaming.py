@@ -68,10 +68,10 @@ def random_checkpoint(folder, settings, most=2**30, seed=0):
     (folder / SHARD_INDEX).write_text(json.dumps(index))
 
 
-# Each side runs in a process of its own, which tells its seconds and its resident memory at most. A plain copy leaves its
-# bytes to the system, which writes them to the disk later; pruning returns when all is on the disk. So there are two
-# copies: the plain one, and one that also waits for the disk. Before each call the disk is brought to rest and the result
-# of the last call deleted, neither of which is timed.
+# Each side runs in a process of its own, which tells its seconds and its resident memory at most. A plain copy leaves
+# its bytes to the system, which writes them to the disk later; pruning returns when all is on the disk. So there are
+# two copies: the plain one, and one that also waits for the disk. Before each call the disk is brought to rest and the
+# result of the last call deleted, neither of which is timed.
 
 
 def fresh(function, src, dst, peaks, name, **given):
@@ -91,8 +91,8 @@ def streaming_sides(src, dst, peaks, sparsity=0.2):
     }
 
 
-# The method is CAP with made-up factors between 1 and 10, since a random model has no causal scores worth measuring. The
-# folder needs room for the checkpoint and one result, with a quarter to spare.
+# The method is CAP with made-up factors between 1 and 10, since a random model has no causal scores worth measuring.
+# The folder needs room for the checkpoint and one result, with a quarter to spare.
 
 
 def streaming_case(path, name, settings, scratch=None, repeats=5, most=2**30):
@@ -121,12 +121,13 @@ def check_room(folder, wanted=40 * 10**9):
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise BadInput(
-            f"{folder} has {free / 1e9:.0f} GB of free disk: expected {wanted / 1e9:.0f} GB; name another folder with CAP_NB_SCRATCH."
+            f"{folder} has {free / 1e9:.0f} GB of free disk: expected {wanted / 1e9:.0f} GB; "
+            "name another folder with CAP_NB_SCRATCH."
         )
 
 
-# The whole procedure on a toy of two layers, whose times say nothing: what is made can be opened, is cut into shards, and
-# is pruned.
+# The whole procedure on a toy of two layers, whose times say nothing: what is made can be opened, is cut into shards,
+# and is pruned.
 
 
 def main() -> None:

@@ -24,9 +24,9 @@ from cap_nb.core.memory import memory_taken
 from cap_nb.threshold import bisect_threshold, find_threshold, zeros_wanted
 from tools.side_by_side import measured_case, measured_rounds, stopwatch
 
-# Scores are magnitudes of normal numbers, times a factor between 1 and 10 for each piece. The histogram reads the pieces
-# twice, counting first the upper and then the lower half of the bits of every score, and holds one piece at a time. The
-# other three are given all scores in one vector, whose making is not in their time.
+# Scores are magnitudes of normal numbers, times a factor between 1 and 10 for each piece. The histogram reads the
+# pieces twice, counting first the upper and then the lower half of the bits of every score, and holds one piece at a
+# time. The other three are given all scores in one vector, whose making is not in their time.
 
 ROOT = Path(__file__).resolve().parents[2]
 path = ROOT / "figures" / "benchmarks" / "threshold.json"
@@ -51,9 +51,9 @@ def ways(pieces, sparsity):
     }
 
 
-# The first three give the same threshold to the last bit; bisection ends within a ten-thousandth of the sparsity, as the
-# paper's procedure does. Both are checked before anything is timed, and memory is what a way takes at most beyond what
-# was in use before it.
+# The first three give the same threshold to the last bit; bisection ends within a ten-thousandth of the sparsity, as
+# the paper's procedure does. Both are checked before anything is timed, and memory is what a way takes at most beyond
+# what was in use before it.
 
 
 def check_ways(found, pieces, sparsity):
