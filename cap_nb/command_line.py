@@ -122,9 +122,9 @@ def with_options(
     def decorate(command: Callable) -> Callable:
         signature = inspect.signature(command)
         @functools.wraps(command)
-        def wrapped(**words):
-            values = {option.field: option.read(words.pop(option.parameter.name)) for option in options}
-            return command(**{parameter: build(**values)}, **words)
+        def wrapped(**arguments):
+            values = {option.field: option.read(arguments.pop(option.parameter.name)) for option in options}
+            return command(**{parameter: build(**values)}, **arguments)
         others = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
                   for p in signature.parameters.values() if p.name != parameter]
         every = [*(option.parameter for option in options), *others]

@@ -14,25 +14,25 @@ from pathlib import Path
 from .errors import BadInput
 
 # %% ../../nbs/core/01_files.ipynb #c005
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # The disk is full, a quota is used up, a file may not grow further
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # Disk full, quota used up, file size limit reached
 
-def says_no_room(
+def is_disk_full(
     error: BaseException, # An error while something was written
 ) -> bool: # Whether there was no room for it
     "Whether an error means that there was no room on the disk."
-    if getattr(error, "errno", None) in NO_ROOM: return True
+    if getattr(error, "errno", None) in DISK_FULL: return True
     number = re.search(r"os error (\d+)", str(error)) # as safetensors writes it
-    return number is not None and int(number[1]) in NO_ROOM
+    return number is not None and int(number[1]) in DISK_FULL
 
 @contextmanager
-def room_wanted(
+def disk_full_reported(
     path: Path, # What the block writes, for the sentence
     kept: str, # What is not lost, for the sentence
 ) -> Iterator[None]:
     "Turn the errors of a full disk into `BadInput`."
     try: yield
     except Exception as error:
-        if not says_no_room(error): raise
+        if not is_disk_full(error): raise
         raise BadInput(f"There was no room to write {path}: expected space on its disk; make room and run "
                        f"the same command again, {kept}.") from error
 
@@ -41,22 +41,22 @@ import os
 import shutil
 
 # %% ../../nbs/core/01_files.ipynb #c009
-def lives(
-    process: int, # Number of a process
+def process_exists(
+    process: int, # Process id
 ) -> bool: # Whether there is such a process on this machine
-    "Whether a process is still there."
+    "Whether a process is still running."
     try: os.kill(process, 0) # signal 0 only asks
     except (ProcessLookupError, OverflowError): return False
     except PermissionError: return True # it belongs to another user
     return True
 
-def clear_left(
+def remove_leftovers(
     path: Path, # Final name of a file or folder
 ) -> None:
-    "Remove what processes that are gone have left half written under this name."
+    "Remove what dead processes left half written under this name."
     for part in path.parent.glob(f".{path.name}.*.part"):
         number = part.name.split(".")[-2]
-        if not number.isdigit() or lives(int(number)): continue
+        if not number.isdigit() or process_exists(int(number)): continue
         if part.is_dir(): shutil.rmtree(part)
         else: part.unlink()
 
@@ -68,10 +68,10 @@ def whole_file(
     "Write to the temporary path; the file takes its final name only if the block ends without an error."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    clear_left(path)
+    remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with room_wanted(path, "what was finished is kept"):
+        with disk_full_reported(path, "what was finished is kept"):
             yield temporary
             with open(temporary, "rb+") as file: os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -89,10 +89,10 @@ def whole_folder(
         raise BadInput(f"{path} exists already and is not an empty folder: expected a new name; "
                        "choose another or remove it.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    clear_left(path)
+    remove_leftovers(path)
     temporary.mkdir(parents=True)
     try:
-        with room_wanted(path, "nothing of it was left behind"):
+        with disk_full_reported(path, "nothing of it was left behind"):
             yield temporary
             if path.exists(): path.rmdir()
             os.replace(temporary, path)

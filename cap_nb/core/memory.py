@@ -10,7 +10,7 @@ from pathlib import Path
 
 # %% ../../nbs/core/03_memory.ipynb #c005
 PEAK = Path("/proc/self/status") # Linux: this process's memory, peak included
-RESET = Path("/proc/self/clear_refs") # Linux: writing 5 sets the peak back to the present
+RESET = Path("/proc/self/clear_refs") # Linux: writing 5 resets the peak to the current value
 
 def resident(
     field: str, # "VmHWM", the peak, or "VmRSS", now
@@ -25,10 +25,10 @@ from contextlib import contextmanager
 import torch
 
 # %% ../../nbs/core/03_memory.ipynb #c009
-def set_peak_back(
+def reset_peak(
     device: torch.device, # Where the model runs
 ) -> int | None: # Bytes in use now, or None if the system does not count
-    "Let the next peak be counted from now on."
+    "Reset the recorded peak to what is in use now."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -42,7 +42,7 @@ def memory_taken(
 ) -> Iterator[list[int | None]]: # One entry, filled at the end: bytes of peak above what was in use before, or None
     "Measure how much memory the block takes at most beyond what was in use before it."
     device, taken = torch.device(device), [None]
-    before = set_peak_back(device)
+    before = reset_peak(device)
     yield taken
     if before is None: return
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")

@@ -373,7 +373,7 @@ def make_plan(
 from collections.abc import Iterator
 from tqdm.auto import tqdm
 from .layer_walk import advanced
-from .unit_store import check_finite, write_unit
+from .unit_store import check_finite_table, write_unit
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c048
 def uids_of(
@@ -395,7 +395,7 @@ def unit_losses(
     losses = torch.cat([masked_losses(model, state, targets, unit.layer, heads, cache)
                         for heads, cache in zip(groups, caches)])
     uids = uids_of(plan, state)
-    check_finite(losses, unit.layer, uids, [head for heads in groups for head in heads])
+    check_finite_table(losses, unit.layer, uids, [head for heads in groups for head in heads])
     write_unit(plan.store, unit, losses, uids)
     return losses
 
@@ -464,7 +464,7 @@ def intact_column(
     "Assemble the intact losses of the batches; one that is not finite raises `BadInput`."
     column = torch.zeros(len(plan.calibration.examples), dtype=torch.float64)
     for state, values in zip(states, losses):
-        check_finite(values[None], None, uids_of(plan, state))
+        check_finite_table(values[None], None, uids_of(plan, state))
         column[list(state.indices)] = values
     return column
 

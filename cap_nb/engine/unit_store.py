@@ -72,7 +72,7 @@ def read_unit(
                    f"expected a store of this run; give another folder.")
 
 # %% ../../nbs/engine/01_unit_store.ipynb #c016
-def check_finite(
+def check_finite_table(
     losses: torch.Tensor, # Losses of one unit, [H, B], or intact losses, [1, B]
     layer: int | None, # Its layer; None for intact losses
     uids: Sequence[str], # Content hashes of its examples
@@ -100,11 +100,11 @@ class Share:
         self.minimum(0)
 
 # %% ../../nbs/engine/01_unit_store.ipynb #c020
-def deal_units(
+def assign_units(
     costs: Sequence[float], # Cost of each unit
     count: int, # Processes
 ) -> list[int]: # Rank of the process of each unit
-    "Deal units to processes: the most expensive first, each to the process that has least so far."
+    "Assign units to processes: the most expensive first, each to the process that has least so far."
     load, ranks = [0.0] * count, [0] * len(costs)
     for unit in sorted(range(len(costs)), key=lambda unit: -costs[unit]):
         ranks[unit] = min(range(count), key=lambda rank: load[rank])
@@ -116,9 +116,9 @@ def units_to_do(
     store: UnitStore, # Finished units
     costs: dict[Unit, float], # Cost of every unit of the table
     share: Share, # Which process this is
-) -> frozenset[Unit]: # Units that are missing and fall to this process
+) -> frozenset[Unit]: # Units that are missing and assigned to this process
     "The missing units of this process."
     missing = [unit for unit in costs if not store.holds(unit)]
-    ranks = deal_units([costs[unit] for unit in missing], share.count)
+    ranks = assign_units([costs[unit] for unit in missing], share.count)
     share.wait()
     return frozenset(unit for unit, rank in zip(missing, ranks) if rank == share.rank)

@@ -259,7 +259,7 @@ def gap_in_parts(
 import itertools
 from collections.abc import Sequence
 import torch
-from .variants import VARIANTS, one_task, only_examples, variant_scores
+from .variants import VARIANTS, losses_of_task, only_examples, variant_scores
 from ..scoring import causal_scores, rank_correlation, split_half_reliability
 from ..calibration import deal_subsets
 from .seeds import student_quantile
@@ -418,7 +418,7 @@ def agreement_of_tasks(
     other: str, # Another
 ) -> Statistic: # Table -> rank correlation of the two tasks' mean rises
     "How alike two tasks rank the heads."
-    return lambda losses: rank_correlation(mean_rise(one_task(losses, one)), mean_rise(one_task(losses, other)))
+    return lambda losses: rank_correlation(*(mean_rise(losses_of_task(losses, task)) for task in (one, other)))
 
 def halves_agree(
     sets: Sequence[HeadLosses], # Calibration sets

@@ -75,7 +75,7 @@ def only_examples(
     kept = {name: tuple(getattr(losses, name)[index] for index in indices) for name in ("stratum", "task", "uid")}
     return replace(losses, masked=losses.masked[..., indices], intact=losses.intact[indices], **kept)
 
-def one_task(
+def losses_of_task(
     losses: HeadLosses, # A table of losses
     family: str, # A benchmark, as in "gsm8k"
 ) -> HeadLosses: # The same with this benchmark's examples only
@@ -115,7 +115,7 @@ def variant_scores(
 ) -> torch.Tensor: # Score of every head, [L, H]
     "Causal scores (paper equation 2) with the variant's one change."
     if variant.weighting == "even": losses = even_tasks(losses)
-    elif variant.weighting: losses = one_task(losses, variant.weighting)
+    elif variant.weighting: losses = losses_of_task(losses, variant.weighting)
     return bootstrap_scores(losses) if variant.how == "bootstrap" else causal_scores(losses, variant.how, variant.k)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c019

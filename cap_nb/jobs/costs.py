@@ -161,7 +161,7 @@ def config_folder(
 def read_sizes(
     name: str, # "lab", "lab-moe", "smollm2", a folder, a hub id, or a short name such as llama-3-8b
 ) -> Sizes: # Its sizes
-    "The sizes of a model by name, from its configuration alone; a name that leads nowhere raises `BadInput`."
+    "The sizes of a model by name, from its configuration alone; a name that matches no model raises `BadInput`."
     if here := config_folder(name): return sizes_of(config_in(*here), name, "its config.json")
     if full := published_id(name):
         config = AutoConfig.for_model(**PUBLISHED[full])
@@ -328,11 +328,11 @@ def resumed_work(
                     pairs=b.rows * b.width * positions, key_tokens=passes * b.rows * b.width)
     return sum((of_batch(b) for b in batches), Work())
 
-# %% ../../nbs/jobs/04_costs.ipynb #c045
+# %% ../../nbs/jobs/04_costs.ipynb #c049
 from ..engine.decoding import generation_batches
 from ..evaluation import token_limit
 
-# %% ../../nbs/jobs/04_costs.ipynb #c046
+# %% ../../nbs/jobs/04_costs.ipynb #c050
 def wanda_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The calibration batches
@@ -358,7 +358,7 @@ def loss_batches(
     return tuple(shape for task in job.calibrate.tasks
                  for shape in batch_shapes(lengths_like(by_task[task], job.evaluate.loss_n), job.model.batch_tokens))
 
-# %% ../../nbs/jobs/04_costs.ipynb #c047
+# %% ../../nbs/jobs/04_costs.ipynb #c051
 @dataclass(frozen=True)
 class Answers:
     "A batch of answers that are written together."
@@ -385,7 +385,7 @@ def answer_batches(
     "The batches of generation, task by task."
     return tuple(batch for task in job.evaluate.accuracy_tasks for batch in task_answers(job, task, lengths))
 
-# %% ../../nbs/jobs/04_costs.ipynb #c048
+# %% ../../nbs/jobs/04_costs.ipynb #c052
 def window_width(
     sizes: Sizes, # The sizes of the model
     job: Job, # The job
@@ -406,7 +406,7 @@ def prefill_work(
     return sum((Work(passes=1, layer_tokens=sizes.layers * rows * width, head_tokens=through_head,
                      pairs=sizes.layers * rows * width**2) for rows, width, through_head in read), Work())
 
-# %% ../../nbs/jobs/04_costs.ipynb #c050
+# %% ../../nbs/jobs/04_costs.ipynb #c054
 def decode_work(
     sizes: Sizes, # The sizes of the model
     job: Job, # A job that is filled in
@@ -419,7 +419,7 @@ def decode_work(
         return Work(passes=later, layer_tokens=sizes.layers * a.rows * later, head_tokens=a.rows * later, pairs=pairs)
     return sum((written(a) for a in answer_batches(job, lengths)), Work())
 
-# %% ../../nbs/jobs/04_costs.ipynb #c054
+# %% ../../nbs/jobs/04_costs.ipynb #c058
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} # Bytes of a number
 
 def layer_bytes(
@@ -448,7 +448,7 @@ def hidden_bytes(
     "The hidden states of all batches after one layer."
     return sum(b.rows * b.width for b in batches) * sizes.hidden * width
 
-# %% ../../nbs/jobs/04_costs.ipynb #c055
+# %% ../../nbs/jobs/04_costs.ipynb #c059
 def scoring_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -472,7 +472,7 @@ def hook_loop_memory(
     parts = scoring_memory(sizes, width, batches)
     return parts | {"hidden states": 0, "a recorded pass": 0, "logits": logits}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c056
+# %% ../../nbs/jobs/04_costs.ipynb #c060
 def threshold_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -494,7 +494,7 @@ def wanda_memory(
     return {"hidden states": 2 * hidden_bytes(sizes, width, batches), "scores of one matrix": widest * 18,
             "one layer at work": max(layer_bytes(sizes, width, tokens, longest), squares)}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c057
+# %% ../../nbs/jobs/04_costs.ipynb #c061
 def evaluation_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -513,7 +513,7 @@ def evaluation_memory(
             "one layer at work": max(2 * kept * query * width, layer),
             "logits": max([*logits, logit_bytes(sizes, min(256, window))])}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c059
+# %% ../../nbs/jobs/04_costs.ipynb #c063
 TAKING_TURNS = ("one layer at work", "a recorded pass", "logits", "scores of one matrix") # Never two of them at a time
 
 def at_once(

@@ -98,14 +98,14 @@ def cost_markdown(
             for method, row in zip(costs.index, numbers)]
     return markdown_rows([costs.index.name, *costs.columns], rows)
 
-# %% ../../nbs/jobs/02_report.ipynb #c020
+# %% ../../nbs/jobs/02_report.ipynb #c025
 from collections.abc import Callable, Sequence
 from functools import partial
 from matplotlib.figure import Figure
 from ..evaluation import Evaluation
 from ..analysis import plot_zeros_by_method
 
-# %% ../../nbs/jobs/02_report.ipynb #c021
+# %% ../../nbs/jobs/02_report.ipynb #c026
 CURVES_A_FIGURE = 8 # Methods that one figure of curves can show
 KINDS = ("criteria", "scopes", "attributions", "allocations") # Figures of a run with more methods
 
@@ -131,7 +131,7 @@ def curve_groups(
     return {f"sparsity_curves_{kind}": [e for e in evaluations if e.method in (*members[kind], "dense", "cap", "wanda")]
             for kind in members if members[kind] - {"cap", "wanda"}}
 
-# %% ../../nbs/jobs/02_report.ipynb #c023
+# %% ../../nbs/jobs/02_report.ipynb #c028
 def zeros_figures(
     run: Run, # A run, read from its folder
 ) -> dict[str, Callable[[], Figure]]: # Name -> how the figure is drawn; for every sparsity one
@@ -140,11 +140,11 @@ def zeros_figures(
     return {f"zeros_{round(100 * sparsity)}": partial(plot_zeros_by_method, [r for r in reports if r.asked == sparsity])
             for sparsity in sorted({r.asked for r in reports})}
 
-# %% ../../nbs/jobs/02_report.ipynb #c025
+# %% ../../nbs/jobs/02_report.ipynb #c030
 import logging
 from ..evaluation import AnswerRecord, limit_for
 
-# %% ../../nbs/jobs/02_report.ipynb #c026
+# %% ../../nbs/jobs/02_report.ipynb #c031
 def warn_of_cut_off(
     dense: Sequence[AnswerRecord], # Answers of the dense model
 ) -> None:
@@ -153,7 +153,7 @@ def warn_of_cut_off(
         try: limit_for([answer for answer in dense if answer.task == task])
         except BadInput as shortage: logging.getLogger(__name__).warning("%s: %s", task, shortage)
 
-# %% ../../nbs/jobs/02_report.ipynb #c030
+# %% ../../nbs/jobs/02_report.ipynb #c035
 from .records import PACKED, load_run, manifest
 from ..analysis import (
     answer_markdown, answer_table, method_table, plot_head_importance, plot_importance_distribution,
@@ -162,7 +162,7 @@ from ..importance import importance_factors
 from ..core.plots import save_figure
 from ..core.files import write_json
 
-# %% ../../nbs/jobs/02_report.ipynb #c031
+# %% ../../nbs/jobs/02_report.ipynb #c036
 def table_texts(
     run: Run, # What is finished of a run
 ) -> dict[str, str]: # Path within the run's folder -> contents
@@ -186,7 +186,7 @@ def figures_of(
         figures["importance_distribution"] = partial(plot_importance_distribution, run.scores)
     return {f"figures/{name}": draw for name, draw in figures.items()}
 
-# %% ../../nbs/jobs/02_report.ipynb #c032
+# %% ../../nbs/jobs/02_report.ipynb #c037
 def write_results(
     folder: str | Path, # A run's folder
 ) -> None:

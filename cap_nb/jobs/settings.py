@@ -59,12 +59,12 @@ class Job:
     prune: PruneSettings = field(default_factory=PruneSettings) # Which methods, at which sparsities
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings) # What is measured afterwards
 
-# %% ../../nbs/jobs/01_settings.ipynb #c017
+# %% ../../nbs/jobs/01_settings.ipynb #c021
 def part_of_setting() -> dict[str, str]: # Name of a setting -> name of the part of `Job` that has it
     "Which part of a job each setting belongs to."
     return {setting.name: part.name for part in fields(Job) for setting in fields(part.default_factory)}
 
-# %% ../../nbs/jobs/01_settings.ipynb #c018
+# %% ../../nbs/jobs/01_settings.ipynb #c022
 def changed(
     job: Job, # A job
     **settings: object, # New values, by the names of the fields of its parts
@@ -77,7 +77,7 @@ def changed(
         job = replace(job, **{part: replace(getattr(job, part), **values)})
     return job
 
-# %% ../../nbs/jobs/01_settings.ipynb #c021
+# %% ../../nbs/jobs/01_settings.ipynb #c025
 LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "windows": 0, "window_tokens": 2} # Smallest
 
 def check_counts(
@@ -91,10 +91,10 @@ def check_counts(
         check_at_least(getattr(getattr(job, part_of_setting()[name]), name), least, f"--{name.replace('_', '-')}")
     if job.evaluate.max_new_tokens is not None: check_at_least(job.evaluate.max_new_tokens, 1, "--max-new-tokens")
 
-# %% ../../nbs/jobs/01_settings.ipynb #c024
+# %% ../../nbs/jobs/01_settings.ipynb #c028
 from pathlib import Path
 
-# %% ../../nbs/jobs/01_settings.ipynb #c025
+# %% ../../nbs/jobs/01_settings.ipynb #c029
 @dataclass(frozen=True)
 class SinglePruning:
     "How `cap prune` prunes a model."

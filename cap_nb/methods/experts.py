@@ -235,7 +235,7 @@ def expert_variance(
 
 # %% ../../nbs/methods/06_experts.ipynb #c051
 import math
-from ..engine.unit_store import check_finite
+from ..engine.unit_store import check_finite_table
 from ..models.routing import masked_expert
 from ..scoring import head_losses, mean_by_example
 
@@ -258,7 +258,7 @@ def expert_losses(
         intact[indices] = mean_by_example(changed(layers - 1, nullcontext()), counts).cpu()
         for layer, expert in units:
             rows = mean_by_example(changed(layer, masked_expert(model, layer, expert)), counts).cpu()
-            check_finite(rows[None], layer, [examples[index].uid for index in indices], (expert,), "expert")
+            check_finite_table(rows[None], layer, [examples[index].uid for index in indices], (expert,), "expert")
             masked[layer, expert, indices] = rows
     return head_losses(model, calibration, masked, intact, batch_tokens)
 

@@ -118,8 +118,8 @@ def routing_of(
         router = submodule_at(block, about.router) if block is not None else None
         if router is None: continue
         return Routing(
-            name=f"{family.layers}.{layer}.{path}", block=block, router=router, experts=block.get_submodule(about.home),
-            about=about, chosen=getattr(model.config, about.chosen),
+            name=f"{family.layers}.{layer}.{path}", block=block, router=router,
+            experts=block.get_submodule(about.holder), about=about, chosen=getattr(model.config, about.chosen),
             normed=bool(getattr(model.config, about.normed)) if about.normed else True)
     return None
 
@@ -183,7 +183,7 @@ class Projection(StoredWeight):
     def parameter_name(self) -> str:
         "Full name of the parameter that holds the weight."
         if not (self.routing and self.routing.stacked): return f"{self.name}.weight"
-        return f"{self.routing.name}.{self.routing.about.home}.{self.attribute}"
+        return f"{self.routing.name}.{self.routing.about.holder}.{self.attribute}"
 
 # %% ../../nbs/models/01_anatomy.ipynb #c037
 from ..core.errors import BadInput
@@ -217,7 +217,7 @@ def expert_projection(
     "One weight matrix of one expert, whether experts are stacked or a list."
     about, stacked = routing.about, routing.stacked
     path = about.stacked[role] if stacked else about.listed[role]
-    name = f"{routing.name}.{about.home}.{expert}.{path}"
+    name = f"{routing.name}.{about.holder}.{expert}.{path}"
     attribute = path if stacked else "weight"
     module = projection_module(routing.experts, "" if stacked else f"{expert}.{path}", name, attribute)
     return Projection(layer=layer, role=role, name=name, module=module, expert=expert, attribute=attribute,
@@ -276,8 +276,8 @@ def names_of_stack(
 ) -> tuple[str, ...]: # Names of the tensors that it is made of, in the order of its bytes
     "Expert after expert, and of a fused matrix one part after the other."
     paths = [routing.about.listed[part] for part in FUSES.get(role, (role,))]
-    home = f"{block}.{routing.about.home}"
-    return tuple(f"{home}.{expert}.{path}.weight" for expert in range(routing.count) for path in paths)
+    prefix = f"{block}.{routing.about.holder}"
+    return tuple(f"{prefix}.{expert}.{path}.weight" for expert in range(routing.count) for path in paths)
 
 def names_of_block(
     routing: Routing, # The experts of a layer
@@ -288,7 +288,7 @@ def names_of_block(
     ways = {name: (block + name.removeprefix(routing.name),) for name in names}
     if not routing.stacked: return ways
     for role, attribute in routing.about.stacked.items():
-        ways[f"{routing.name}.{routing.about.home}.{attribute}"] = names_of_stack(routing, block, role)
+        ways[f"{routing.name}.{routing.about.holder}.{attribute}"] = names_of_stack(routing, block, role)
     return ways
 
 # %% ../../nbs/models/01_anatomy.ipynb #c055

@@ -27,7 +27,7 @@ class Experts:
     shared: Mapping[str, str] = field(default_factory=dict) # Role -> path from the block to the expert of every token
     shared_gate: str = "" # Path from the block to what weighs that expert; never pruned
     router: str = "gate" # Path from the block to the router; never pruned
-    home: str = "experts" # Path from the block to the module that holds all experts, or to their list
+    holder: str = "experts" # Path from the block to the module that holds all experts, or to their list
     activation: str = "act_fn" # Path from that module, or from one expert, to the function between gate and up
     chosen: str = "num_experts_per_tok" # Setting of the configuration: experts a token
     normed: str = "" # Setting that says whether the weights of the chosen sum to 1; empty: they always do

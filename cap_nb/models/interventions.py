@@ -35,7 +35,7 @@ def changed_output(
 def watching(
     watch: Callable[[object], object], # Gets the tensor, or the tuple of tensors; what it returns is dropped
 ) -> Callable[[object], object]: # A change for `changed_input` or `changed_output` that changes nothing
-    "A change that hands on what it is given, after `watch` has seen it."
+    "A change that passes its input on unchanged, after `watch` has seen it."
     def change(value: object) -> object:
         watch(value)
         return value

@@ -476,7 +476,7 @@ from ..core.errors import check_at_least
 from .lab_world import world_fingerprint
 
 # %% ../../nbs/models/06_lab.ipynb #c072
-def circumstances() -> dict[str, object]:
+def training_environment() -> dict[str, object]:
     "What a training ran on."
     packages = ("torch", "transformers", "tokenizers", "safetensors")
     versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
@@ -512,7 +512,7 @@ def train_lab(
     rounded(model, kind.stored).eval() # what is evaluated is what is kept
     solved = {task: {"solved": lab_solved(model, tokenizer, task, n), "n": n} for task in TASKS}
     evaluation = {"split": "evaluation", "seed": 0, "dtype": "float32", "tasks": solved}
-    log |= {"evaluation": evaluation, "world": world_fingerprint()} | circumstances()
+    log |= {"evaluation": evaluation, "world": world_fingerprint()} | training_environment()
     save_checkpoint(folder, model.to(kind.stored), tokenizer, log)
     return log
 

@@ -312,7 +312,7 @@ from itertools import islice
 from ..core.errors import BadInput, check_at_least
 
 # %% ../../nbs/models/05_lab_world.ipynb #c064
-MAKERS = { # Task -> what draws a problem, and a hand of what is wanted of it
+MAKERS = { # Task -> what draws a problem, and a block of the answers or step counts wanted
     "gsm8k": (word_problem, (2, 3, 4, 4, 5, 5, 5, 5)),
     "strategyqa": (yes_no_question, (True, False)),
     "arc": (four_choice_question, ("A", "B", "C", "D")),
@@ -324,10 +324,10 @@ def lab_stream(
     seed: int | str = 0, # Another seed draws other problems of the same split
 ) -> Iterator[dict]: # Records without end, none twice
     "Draw problems of one task and split; an unknown name raises `BadInput`."
-    make, hand = MAKERS[check_choice(task, TASKS, "task")]
+    make, block = MAKERS[check_choice(task, TASKS, "task")]
     rng, seen = random.Random(f"{task} {check_choice(split, SPLITS, 'split')} {seed}"), set()
     while True:
-        for answer in rng.sample(hand, len(hand)):
+        for answer in rng.sample(block, len(block)):
             prompt = None
             while prompt is None or prompt in seen or split_of(prompt) != split:
                 record = make(rng, answer)

@@ -46,7 +46,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 # %% ../../nbs/models/08_loading.ipynb #c011
-def fetched(
+def parameter_values(
     model: nn.Module, # A causal language model
     name: str, # Name of one of its parameters
     weight: nn.Parameter, # The parameter
@@ -73,7 +73,7 @@ def model_fingerprint(
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, weight in model.named_parameters():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(fetched(model, name, weight).detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(parameter_values(model, name, weight).detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 # %% ../../nbs/models/08_loading.ipynb #c019
