@@ -59,8 +59,8 @@ def deal_subsets(
         raise BadInput(f"k = {k} subsets of {len(stratum)} examples: expected at least one example a subset; "
                        "lower --k or raise --n.")
     rng, dealt = random.Random(f"{seed}/deal"), []
-    for each in sorted(set(stratum)):
-        members = [index for index, its_stratum in enumerate(stratum) if its_stratum == each]
+    for s in sorted(set(stratum)):
+        members = [index for index, of_example in enumerate(stratum) if of_example == s]
         rng.shuffle(members)
         dealt += members
     subset = torch.zeros(len(stratum), dtype=torch.int64)
@@ -217,7 +217,7 @@ from .data.problems import Problem
 def overlap(
     calibration: Calibration, # The calibration set
     problems: Iterable[Problem], # Problems for evaluation
-) -> frozenset[str]: # Content hashes that stand in both
+) -> frozenset[str]: # Content hashes that occur in both
     "Content hashes shared by a calibration set and problems for evaluation (paper section 3.1); empty if disjoint."
     calibrated = frozenset(example.uid for example in calibration.examples)
     return calibrated & frozenset(problem.uid for problem in problems)

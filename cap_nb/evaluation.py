@@ -115,14 +115,14 @@ def evaluation_problems(
 ) -> tuple[Problem, ...]: # The problems, in the order of the draw
     "Problems for evaluation, none of them in `exclude` (paper section 3.1); too large an n raises `BadInput`."
     split = load_problems(task, "evaluation", data_dir)
-    kept = [problem for problem in split if problem.uid not in exclude]
-    dropped = len(split) - len(kept)
+    eligible = [problem for problem in split if problem.uid not in exclude]
+    dropped = len(split) - len(eligible)
     if dropped: log.warning("%s: %d problems left out, they were calibrated on", task, dropped)
-    n = check_at_least(len(kept) if n is None else n, 1, "n (problems for evaluation)")
-    if n > len(kept):
-        raise BadInput(f"{task} has {len(kept)} problems for evaluation but n = {n} were asked for: "
-                       f"expected at most {len(kept)}; lower n.")
-    return tuple(sorted(kept, key=lambda problem: sha256_of_text(f"{seed}/{problem.uid}"))[:n])
+    n = check_at_least(len(eligible) if n is None else n, 1, "n (problems for evaluation)")
+    if n > len(eligible):
+        raise BadInput(f"{task} has {len(eligible)} problems for evaluation but n = {n} were asked for: "
+                       f"expected at most {len(eligible)}; lower n.")
+    return tuple(sorted(eligible, key=lambda problem: sha256_of_text(f"{seed}/{problem.uid}"))[:n])
 
 # %% ../nbs/05_evaluation.ipynb #c036
 from dataclasses import dataclass
@@ -202,7 +202,7 @@ def answer_problems(
     shots: Sequence[Problem] = (), # Worked examples in front of each problem; none is the paper's way
     stop_early: bool = True, # Whether a whole answer line ends an answer; False writes on, and the last line counts
     decoding: Decoding = Decoding(), # How batches are decoded
-) -> tuple[AnswerRecord, ...]: # One record a problem, in the order of the problems
+) -> tuple[AnswerRecord, ...]: # One record per problem, in the order of the problems
     "Answers by greedy chain-of-thought decoding (paper section 4, Appendix B); problems of two tasks raise `BadInput`."
     task, style = one_task(problems), prompt_style(style or default_style(tokenizer))
     examples = [encode_problem(tokenizer, problem, style, shots) for problem in problems]
@@ -222,7 +222,7 @@ def accuracy(
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
     max_new_tokens: int | None = None, # Tokens that an answer may take; None means `token_limit`
-) -> tuple[AnswerRecord, ...]: # One record a problem, in the order of the draw
+) -> tuple[AnswerRecord, ...]: # One record per problem, in the order of the draw
     "Draw problems of a task and answer them (paper section 4); `BadInput` for a wrong task, style or n."
     return answer_problems(model, tokenizer, evaluation_problems(task, n, seed, data_dir), style, max_new_tokens)
 
@@ -248,7 +248,7 @@ def wilson_interval(
 # %% ../nbs/05_evaluation.ipynb #c058
 @dataclass(frozen=True)
 class AccuracySummary:
-    "What the records of one task say together."
+    "Summary of the answer records of one task."
     task: str # Name of the task
     n: int # Problems
     accuracy: float # Share of right strict answers: the paper's number
@@ -330,7 +330,7 @@ def problem_losses(
     problems: Sequence[Problem], # Problems, as from `evaluation_problems`
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
     batch_tokens: int = 4096, # Padded tokens a batch may hold
-) -> tuple[LossRecord, ...]: # One record a problem, in the order of the problems
+) -> tuple[LossRecord, ...]: # One record per problem, in the order of the problems
     "Target losses (the loss of paper Eq. 1) of problems; a loss that is not finite raises `BadInput`."
     style = style or default_style(tokenizer)
     examples = [encode_problem(tokenizer, problem, style) for problem in problems]
@@ -353,7 +353,7 @@ def held_out_losses(
     seed: int = 0, # Seed of the draw, the same as accuracy's
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
-) -> tuple[LossRecord, ...]: # One record a problem, in the order of the draw
+) -> tuple[LossRecord, ...]: # One record per problem, in the order of the draw
     "Draw problems of a task and take the losses of their worked solutions (the loss of paper Eq. 1)."
     return problem_losses(model, tokenizer, evaluation_problems(task, n, seed, data_dir), style)
 
@@ -376,7 +376,7 @@ def bootstrap_interval(
 # %% ../nbs/05_evaluation.ipynb #c097
 @dataclass(frozen=True)
 class LossSummary:
-    "What the loss records of one task say together."
+    "Summary of the loss records of one task."
     task: str # Name of the task
     n: int # Problems
     loss: float # Mean over problems of the mean target loss, in nats
@@ -496,10 +496,10 @@ def perplexity_in_words(
 # %% ../nbs/05_evaluation.ipynb #c122
 @dataclass(frozen=True)
 class Evaluation:
-    "What was measured of one model."
+    "All results of one model."
     method: str # Name of the pruning method, or "dense"
     sparsity: float # Share of zeros asked for, in [0, 1)
     reached: float # Share of zeros reached
-    answers: tuple[AnswerRecord, ...] = () # One record a problem that was answered
-    losses: tuple[LossRecord, ...] = () # One record a problem whose loss was measured
+    answers: tuple[AnswerRecord, ...] = () # One record per problem that was answered
+    losses: tuple[LossRecord, ...] = () # One record per problem whose loss was measured
     perplexity: Perplexity | None = None # Perplexity, where it was measured

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['score_heads']
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c004
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c007
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 import torch
@@ -18,7 +18,7 @@ from ..data.batches import collate
 from ..models.anatomy import decoder_layers, decoder_of, logits_of
 from ..scoring import masked_head, mean_by_example
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c005
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c008
 def token_losses(
     model: nn.Module, # A causal language model of a known family
     hidden: torch.Tensor, # Output of the last decoder layer where a target is predicted, [n, hidden]
@@ -40,7 +40,7 @@ def losses_from_hidden(
     losses = token_losses(model, hidden[:, :-1][is_target], labels[is_target])
     return mean_by_example(losses, is_target.sum(1).tolist())
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c006
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c009
 def intact_pass(
     model: nn.Module, # A causal language model of a known family
     batch: dict[str, torch.Tensor], # The batch
@@ -51,7 +51,7 @@ def intact_pass(
     last = run_layer(decoder_layers(model)[-1], calls[-1].hidden, calls[-1])
     return calls, losses_from_hidden(model, last, batch)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c007
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c010
 def hidden_resumed_at(
     model: nn.Module, # A causal language model of a known family
     calls: Sequence[LayerCall], # The calls that `intact_pass` recorded
@@ -74,7 +74,7 @@ def losses_resumed_at(
     "The losses with one layer changed, by resuming there."
     return losses_from_hidden(model, hidden_resumed_at(model, calls, layer, change), batch)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c008
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c011
 def resumed_losses(
     model: nn.Module, # A causal language model of a known family
     batch: dict[str, torch.Tensor], # The batch
@@ -85,7 +85,7 @@ def resumed_losses(
     "The masked losses by resuming at the masked layer (equal to the hook loop of paper section 3.2)."
     return losses_resumed_at(model, batch, calls, layer, masked_head(model, layer, head))
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c014
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c017
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from .layer_walk import BatchState, state_of_calls
@@ -95,7 +95,7 @@ from cap_nb.models.replay import (
 from ..models.interventions import changed_input
 from ..models.anatomy import dimensions, output_projection
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c015
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c018
 SHORTEST_PREFIX = 16 # Tokens; a shorter one saves less than its own passes cost
 
 def before_targets(
@@ -122,7 +122,7 @@ def after_prefix(
     "An example without its prefix."
     return replace(example, input_ids=example.input_ids[length:], labels=example.labels[length:])
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c018
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c021
 @dataclass(frozen=True)
 class Targets:
     "Where the targets of a batch are predicted, and how the last layer is called there."
@@ -141,7 +141,7 @@ def targets_of(
     real = torch.arange(positions.shape[1], device=labels.device) < counts[:, None]
     return Targets(positions=positions, real=real, tokens=labels[:, 1:][is_target])
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c021
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c024
 def last_layer_at_targets(
     model: nn.Module, # A causal language model of a known family
     hidden: torch.Tensor, # Input of the last layer, [B, T, hidden]
@@ -164,7 +164,7 @@ def losses_at_targets(
     losses = token_losses(model, hidden[targets.real.to(hidden.device)], targets.tokens)
     return mean_by_example(losses, targets.real.sum(1).tolist()).cpu()
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c023
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c026
 def masked_heads(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of the decoder layer, from 0
@@ -187,7 +187,7 @@ def copied_targets(
     return Targets(positions=targets.positions.repeat(copies, 1), real=targets.real.repeat(copies, 1),
                    tokens=targets.tokens.repeat(copies), call=call)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c026
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c029
 def run_masked(
     model: nn.Module, # A causal language model of a known family
     hidden: torch.Tensor, # Input of the masked layer, one copy for each head, [M*B, T, hidden]
@@ -202,7 +202,7 @@ def run_masked(
             hidden = run_layer(decoder_layers(model)[index], hidden, calls[index], cache)
     return hidden
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c028
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c031
 def masked_prefix(
     model: nn.Module, # A causal language model of a known family
     prefix: Prefix | None, # What all examples start with
@@ -217,7 +217,7 @@ def masked_prefix(
     cache.kept[last] = keys_and_values(decoder_layers(model)[last], hidden, calls[last])
     return cache
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c029
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c032
 def masked_losses(
     model: nn.Module, # A causal language model of a known family
     state: BatchState, # A batch before the masked layer
@@ -244,7 +244,7 @@ def intact_losses(
     hidden = last_layer_at_targets(model, state.hidden, state.calls[-1], targets, prefix and prefix.cache)
     return losses_at_targets(model, hidden, targets)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c031
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c034
 def prepare_batch(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # The examples
@@ -260,7 +260,7 @@ def prepare_batch(
     if not can_be_cut(last): return state, targets
     return state, replace(targets, call=cut_call(last, targets.positions, batch["labels"].shape[1], length))
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c036
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c039
 def heads_that_fit(
     heads: int, # H, heads per layer
     taken: int, # Bytes that one head's pass takes
@@ -285,12 +285,12 @@ def heads_by_memory(
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
     return heads_that_fit(heads, torch.cuda.max_memory_allocated(device) - held, free)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c039
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c042
 from pathlib import Path
 from .unit_store import Share, Unit, UnitStore, units_to_do
 from ..data.batches import token_batches
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c040
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c043
 @dataclass(frozen=True)
 class Request:
     "The arguments of a call of `score_heads`."
@@ -310,7 +310,7 @@ class ScoringPlan:
     units: frozenset[Unit] # The units that this process computes
     store: UnitStore # Finished units
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c041
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c044
 def prepare_batches(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
@@ -329,7 +329,7 @@ def padded_tokens(
     "The size of a batch, on which memory and time depend."
     return state.hidden.shape[0] * state.hidden.shape[1]
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c042
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c045
 def heads_together(
     model: nn.Module, # The model
     request: Request, # What is wanted
@@ -349,7 +349,7 @@ def head_groups(
     "Cut the heads of a layer into passes."
     return tuple(tuple(heads[start:start + together]) for start in range(0, len(heads), together))
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c045
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c048
 def make_plan(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
@@ -369,13 +369,13 @@ def make_plan(
         units=units_to_do(store, costs, request.share))
     return plan, states
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c047
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c050
 from collections.abc import Iterator
 from tqdm.auto import tqdm
 from .layer_walk import advanced
 from .unit_store import check_finite_table, write_unit
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c048
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c051
 def uids_of(
     plan: ScoringPlan, # Holds the examples
     state: BatchState, # A batch of them
@@ -399,7 +399,7 @@ def unit_losses(
     write_unit(plan.store, unit, losses, uids)
     return losses
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c049
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c052
 def layer_losses(
     model: nn.Module, # The model
     plan: ScoringPlan, # The plan
@@ -427,7 +427,7 @@ def walk_and_score(
             if layer < last: states = [advanced(model, state, layer, cache) for state in states]
     return losses, [intact_losses(model, state, targets, plan.prefix) for state, targets in zip(states, plan.targets)]
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c051
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c054
 import math
 from ..models.anatomy import Anatomy, anatomy
 from ..core.errors import BadInput, check_at_least
@@ -436,7 +436,7 @@ from ..core.files import alone_in
 from .unit_store import losses_key, read_unit
 from ..models.loading import model_fingerprint
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c052
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c055
 def masked_table(
     plan: ScoringPlan, # The plan
     states: Sequence[BatchState], # All batches
@@ -455,7 +455,7 @@ def masked_table(
             table[layer, torch.tensor(rows)[:, None], torch.tensor(state.indices)] = values
     return table
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c053
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c056
 def intact_column(
     plan: ScoringPlan, # The plan
     states: Sequence[BatchState], # All batches
@@ -468,7 +468,7 @@ def intact_column(
         column[list(state.indices)] = values
     return column
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c055
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c058
 def check_request(
     store: str | Path | None, # Folder of finished tables and units
     heads_at_once: int | None, # Heads of a layer in one pass
@@ -496,7 +496,7 @@ def heads_by_layer(
     return tuple(tuple(head for head in range(a.heads) if heads is None or (layer, head) in heads)
                  for layer in range(a.layers))
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c057
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c060
 def computed_table(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
@@ -511,7 +511,7 @@ def computed_table(
     whole = intact_column(plan, states, intact)
     return head_losses(model, calibration, masked, whole, request.batch_tokens, fingerprint)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c058
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c061
 @torch.no_grad()
 def score_heads(
     model: nn.Module, # A causal language model of a known family, in evaluation mode

@@ -65,11 +65,11 @@ def key_value_head_of(
     "The key-value head that each query head reads (grouped-query attention)."
     return tuple(head // (a.heads // a.key_value_heads) for head in range(a.heads))
 
-# %% ../../nbs/models/01_anatomy.ipynb #c022
+# %% ../../nbs/models/01_anatomy.ipynb #c023
 from torch import nn
 from .families import Experts
 
-# %% ../../nbs/models/01_anatomy.ipynb #c023
+# %% ../../nbs/models/01_anatomy.ipynb #c024
 @dataclass(frozen=True)
 class Routing:
     "The experts of one layer, and what sends tokens to them."
@@ -91,14 +91,14 @@ class Routing:
         "Whether one module holds all experts."
         return not isinstance(self.experts, nn.ModuleList)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c025
+# %% ../../nbs/models/01_anatomy.ipynb #c026
 def decoder_layers(
     model: nn.Module, # A causal language model of a known family
 ) -> nn.ModuleList: # Its decoder layers, first to last
     "The decoder layers of a model."
     return model.get_submodule(family_of(model.config).layers)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c026
+# %% ../../nbs/models/01_anatomy.ipynb #c027
 def submodule_at(
     module: nn.Module, # Any module
     path: str, # Path to a part of it
@@ -123,7 +123,7 @@ def routing_of(
             normed=bool(getattr(model.config, about.normed)) if about.normed else True)
     return None
 
-# %% ../../nbs/models/01_anatomy.ipynb #c027
+# %% ../../nbs/models/01_anatomy.ipynb #c028
 def expert_counts(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[int, ...]: # E of each layer; 0 for a dense one
@@ -131,11 +131,11 @@ def expert_counts(
     routings = [routing_of(model, layer) for layer in range(len(decoder_layers(model)))]
     return tuple(routing.count if routing else 0 for routing in routings)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c033
+# %% ../../nbs/models/01_anatomy.ipynb #c034
 import torch
 from transformers.pytorch_utils import Conv1D
 
-# %% ../../nbs/models/01_anatomy.ipynb #c034
+# %% ../../nbs/models/01_anatomy.ipynb #c035
 class StoredWeight:
     "How a weight is read from the parameter that holds it; the fields are those of `Projection`."
     @property
@@ -161,7 +161,7 @@ class StoredWeight:
         "A tensor that lies as the stored weight does, as [out, in], without copying it."
         return tensor.T if self.transposed else tensor
 
-# %% ../../nbs/models/01_anatomy.ipynb #c035
+# %% ../../nbs/models/01_anatomy.ipynb #c036
 @dataclass(frozen=True)
 class Projection(StoredWeight):
     "A weight matrix in scope for pruning, and where it lies."
@@ -185,10 +185,10 @@ class Projection(StoredWeight):
         if not (self.routing and self.routing.stacked): return f"{self.name}.weight"
         return f"{self.routing.name}.{self.routing.about.holder}.{self.attribute}"
 
-# %% ../../nbs/models/01_anatomy.ipynb #c037
+# %% ../../nbs/models/01_anatomy.ipynb #c038
 from ..core.errors import BadInput
 
-# %% ../../nbs/models/01_anatomy.ipynb #c038
+# %% ../../nbs/models/01_anatomy.ipynb #c039
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16) # Numbers that can be compared and zeroed
 
 def projection_module(
@@ -207,7 +207,7 @@ def projection_module(
     raise BadInput(f"{name} holds no weight in float32, bfloat16 or float16: expected numbers that can be compared "
                    "and zeroed; load a model that is not quantised.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c039
+# %% ../../nbs/models/01_anatomy.ipynb #c040
 def expert_projection(
     routing: Routing, # The experts of a layer
     layer: int, # Index of the layer
@@ -233,7 +233,7 @@ def check_expert_count(
         raise BadInput(f"{routing.name} holds {held} experts and its router knows {routing.count}: "
                        "expected as many; the model is not the one described.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c040
+# %% ../../nbs/models/01_anatomy.ipynb #c041
 def expert_projections(
     routing: Routing, # The experts of a layer
     layer: int, # Index of the layer
@@ -248,7 +248,7 @@ def expert_projections(
         matrices.append(Projection(layer=layer, role=role, name=name, module=module))
     return matrices
 
-# %% ../../nbs/models/01_anatomy.ipynb #c041
+# %% ../../nbs/models/01_anatomy.ipynb #c042
 def projections(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[Projection, ...]: # Every projection, by layer, then by role, then by expert
@@ -265,10 +265,10 @@ def projections(
         if routing: matrices += expert_projections(routing, layer)
     return tuple(matrices)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c053
+# %% ../../nbs/models/01_anatomy.ipynb #c054
 from .families import FUSES
 
-# %% ../../nbs/models/01_anatomy.ipynb #c054
+# %% ../../nbs/models/01_anatomy.ipynb #c055
 def names_of_stack(
     routing: Routing, # The experts of a layer, stacked
     block: str, # Full name of their block in a checkpoint
@@ -291,7 +291,7 @@ def names_of_block(
         ways[f"{routing.name}.{routing.about.holder}.{attribute}"] = names_of_stack(routing, block, role)
     return ways
 
-# %% ../../nbs/models/01_anatomy.ipynb #c055
+# %% ../../nbs/models/01_anatomy.ipynb #c056
 def checkpoint_names(
     model: nn.Module, # A causal language model of a known family
 ) -> dict[str, list[tuple[str, ...]]]: # Name of a parameter -> the ways to find it: tensors that hold it together
@@ -305,10 +305,10 @@ def checkpoint_names(
                 ways[name].append(tensors)
     return ways
 
-# %% ../../nbs/models/01_anatomy.ipynb #c059
+# %% ../../nbs/models/01_anatomy.ipynb #c060
 from operator import attrgetter
 
-# %% ../../nbs/models/01_anatomy.ipynb #c060
+# %% ../../nbs/models/01_anatomy.ipynb #c061
 def output_projection(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of a decoder layer, from 0
@@ -316,7 +316,7 @@ def output_projection(
     "The output projection of a layer: heads are masked at its input (paper section 3.2)."
     return decoder_layers(model)[layer].get_submodule(family_of(model.config).roles["output"])
 
-# %% ../../nbs/models/01_anatomy.ipynb #c061
+# %% ../../nbs/models/01_anatomy.ipynb #c062
 def decoder_of(
     model: nn.Module, # A causal language model of a known family
 ) -> nn.Module: # The model without its output head
@@ -333,7 +333,7 @@ def final_norm(
     steps = [module for module in steps if module is not None]
     return steps[0] if len(steps) == 1 else nn.Sequential(*steps)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c062
+# %% ../../nbs/models/01_anatomy.ipynb #c063
 def head_logits(
     model: nn.Module, # A causal language model of a known family
     hidden: torch.Tensor, # What the model's decoder returns, [..., hidden]
@@ -353,10 +353,10 @@ def logits_of(
     "The final norm and the output head."
     return head_logits(model, final_norm(model)(hidden))
 
-# %% ../../nbs/models/01_anatomy.ipynb #c069
+# %% ../../nbs/models/01_anatomy.ipynb #c070
 from collections.abc import Sequence
 
-# %% ../../nbs/models/01_anatomy.ipynb #c070
+# %% ../../nbs/models/01_anatomy.ipynb #c071
 def attention_shapes(
     a: Anatomy, # Dimensions of a model
 ) -> dict[str, tuple[int, int]]: # Role -> shape of its weight, (out, in)
@@ -376,7 +376,7 @@ def expert_shapes(
         return {"gate_up": (2 * width, hidden), "down": (hidden, width)}.get(role, (width, hidden))
     return {p.name: shape(p.role, inner[p.layer, p.expert]) for p in of_experts}
 
-# %% ../../nbs/models/01_anatomy.ipynb #c071
+# %% ../../nbs/models/01_anatomy.ipynb #c072
 def check_shapes(
     matrices: Sequence[Projection], # The projections of a model
     a: Anatomy, # Its dimensions
@@ -394,7 +394,7 @@ def check_shapes(
             raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(expected)}; "
                            "the experts do not lie as described.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c072
+# %% ../../nbs/models/01_anatomy.ipynb #c073
 def routing_weights(
     matrices: Sequence[Projection], # The projections of a model
 ) -> list[nn.Parameter]: # Parameters of routers, and of what weighs an expert that every token passes
@@ -418,7 +418,7 @@ def check_nothing_left_out(
             raise BadInput(f"{name} is a weight that the description of {model.config.model_type!r} leaves out: "
                            "expected none; merge adapters into the model, or describe its family anew.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c073
+# %% ../../nbs/models/01_anatomy.ipynb #c074
 def anatomy(
     model: nn.Module, # A causal language model of a known family
 ) -> Anatomy: # Its dimensions, checked against the shapes of its weights
