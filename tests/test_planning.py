@@ -254,7 +254,7 @@ def test_memory_that_the_system_does_not_tell_is_said_to_be_unknown(monkeypatch)
     monkeypatch.setattr(planning, "free_memory", lambda device: None)
     found = plan(changed(Job(), name="llama-3-8b"))
     assert found.hardware.free is None and plan_advice(found) == ()
-    assert "unknown: this system does not tell" in plan_text(found) and "Whether it fits is not known." in plan_text(found)
+    assert "unknown: this system does not report it" in plan_text(found) and "Whether it fits is not known." in plan_text(found)
 
 
 def gpu(gibibytes, devices=1, main=512, **job):
