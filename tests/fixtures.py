@@ -31,6 +31,7 @@ def made_up(number, length, prompt=4, vocabulary=50):
                    labels=(IGNORED,) * prompt + ids[prompt:])
 
 
-def made_up_calibration(count=9, shortest=8, k=3, **options):
-    """A calibration set of made-up examples, each one token longer than the last, so that batches have padding."""
-    return Calibration.from_examples([made_up(number, shortest + number, **options) for number in range(count)], k=k)
+def made_up_calibration(count=9, shortest=8, k=3, step=1, **options):
+    """A calibration set of made-up examples, each `step` tokens longer than the last, so that batches have padding."""
+    examples = [made_up(number, shortest + step * number, **options) for number in range(count)]
+    return Calibration.from_examples(examples, k=k)

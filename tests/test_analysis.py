@@ -168,7 +168,7 @@ def test_comparison_with_the_paper_covers_what_both_have():
 
 def test_methods_differ_in_looks():
     assert len({colour for colour, _ in (*METHOD_LOOKS.values(), *OTHER_LOOKS)}) == len(METHOD_LOOKS) + len(OTHER_LOOKS)
-    many = [f"method{place}" for place in range(len(OTHER_LOOKS))]
+    many = [f"method{index}" for index in range(len(OTHER_LOOKS))]
     looks = method_looks(["cap", *many])
     assert looks["cap"] == METHOD_LOOKS["cap"] and {looks[name] for name in many} == set(OTHER_LOOKS)
 

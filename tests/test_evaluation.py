@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures import tiny_llama
 from proofs import TINY_MODELS, tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
 from cap_nb.data.problems import BENCHMARK_NAMES, load_problems
 from cap_nb.data.prompts import target_text
@@ -19,9 +20,7 @@ from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-SHAPE = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "max_position_embeddings": 300, "initializer_range": 0.3}
-CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 
 
 class Stop:
@@ -32,9 +31,8 @@ class Stop:
 @pytest.fixture(params=CLASSES)
 def tiny(request):
     """A small random model of each supported family, in float32."""
-    torch.manual_seed(0)
-    config, kind = CLASSES[request.param]
-    return kind(config(**SHAPE, vocab_size=60, eos_token_id=3, pad_token_id=None, bos_token_id=1)).eval()
+    return tiny_llama(CLASSES[request.param], vocab_size=60, max_position_embeddings=300, eos_token_id=3,
+                      pad_token_id=None, bos_token_id=1)
 
 
 def bisected(share, n, z, low, high):
@@ -62,8 +60,8 @@ def test_wilson_solves_the_score_equation(n, confidence):
 def test_wilson_covers_what_it_says():
     """Over all outcomes of 40 draws, weighted by their chance, about 95 % of the intervals hold the truth."""
     for truth in (0.1, 0.5, 0.8):
-        chances = [math.comb(40, right) * truth ** right * (1 - truth) ** (40 - right) for right in range(41)]
-        held = sum(chance for right, chance in enumerate(chances) if wilson_interval(right, 40)[0] <= truth <= wilson_interval(right, 40)[1])
+        weights = [math.comb(40, right) * truth ** right * (1 - truth) ** (40 - right) for right in range(41)]
+        held = sum(weight for right, weight in enumerate(weights) if wilson_interval(right, 40)[0] <= truth <= wilson_interval(right, 40)[1])
         assert 0.92 < held < 0.98
 
 
@@ -80,8 +78,8 @@ def test_bootstrap_pieces_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("budget", [1, 90, 200, 10_000])
 def test_any_batch_writes_what_the_naive_loop_writes(tiny, budget):
-    chance = random.Random(0)
-    prompts = [[chance.randrange(4, 60) for _ in range(length)] for length in (1, 2, 9, 30, 17, 5, 5, 12)]
+    rng = random.Random(0)
+    prompts = [[rng.randrange(4, 60) for _ in range(length)] for length in (1, 2, 9, 30, 17, 5, 5, 12)]
     free = [generate_naive(tiny, Stop, prompt, 16).tokens for prompt in prompts]
     tiny.generation_config.eos_token_id = [3, *(said[len(said) // 2] for said in free[2:4] if said)]
     naive = [generate_naive(tiny, Stop, prompt, 16) for prompt in prompts]
@@ -147,8 +145,8 @@ def test_caches_agree(tiny):
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_every_family_writes_alone_what_it_writes_in_a_batch(name):
     """Prompts of unlike length, padded, with rows that leave the batch one after another."""
-    model, tokenizer, chance = tiny_model(name), Stop(), random.Random(0)
-    prompts = [[chance.randrange(4, model.config.vocab_size) for _ in range(length)] for length in (1, 9, 4, 6)]
+    model, tokenizer, rng = tiny_model(name), Stop(), random.Random(0)
+    prompts = [[rng.randrange(4, model.config.vocab_size) for _ in range(length)] for length in (1, 9, 4, 6)]
     model.generation_config.eos_token_id = tokenizer.eos_token_id = None
     free = [generate_naive(model, tokenizer, prompt, 10).tokens for prompt in prompts]
     ends = {token: {(*said, token).index(token) for said in free} for said in free for token in said}
@@ -166,8 +164,8 @@ def test_no_prompts_no_answers(tiny):
 def test_window_losses_of_every_family(tiny):
     windows = torch.randint(60, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        chances = tiny(windows).logits.double().log_softmax(-1)
-    by_hand = [-sum(float(chances[row, t - 1, windows[row, t]]) for t in range(1, 40)) / 39 for row in range(2)]
+        log_probs = tiny(windows).logits.double().log_softmax(-1)
+    by_hand = [-sum(float(log_probs[row, t - 1, windows[row, t]]) for t in range(1, 40)) / 39 for row in range(2)]
     for positions in (1, 13, 39, 40, 500):
         assert window_losses(tiny, windows, positions).tolist() == pytest.approx(by_hand, abs=1e-6)
 
@@ -183,8 +181,7 @@ def test_the_head_never_sees_more_than_was_allowed(tiny):
 def test_a_broken_model_is_named(tiny):
     """NaN weights give one sentence, not a number."""
     tokenizer = lab_tokenizer()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=len(tokenizer)))
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=300)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
     with pytest.raises(BadInput, match="window 0 of lab-text is not a finite number"):
         perplexity(model, tokenizer, "lab-text", windows=1, window_tokens=16)
@@ -229,7 +226,7 @@ def test_a_real_gold_solution_is_read_as_its_answer(task, style):
             assert extract_answer(target_text(problem, style), task, style, strict) == normal_answer(problem.answer, task)
 
 
-def test_excluded_problems_are_left_out_and_told(caplog):
+def test_excluded_problems_are_left_out_and_logged(caplog):
     problems = evaluation_problems("lab-arc", n=4)
     left = evaluation_problems("lab-arc", n=4, exclude={problems[0].uid, problems[2].uid})
     assert left[:2] == (problems[1], problems[3]) and not {p.uid for p in left} & {problems[0].uid, problems[2].uid}
@@ -238,8 +235,7 @@ def test_excluded_problems_are_left_out_and_told(caplog):
 
 def test_accuracy_hands_records_back_in_the_order_of_the_draw():
     tokenizer = lab_tokenizer()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=len(tokenizer))).eval()
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=300)
     records = accuracy(model, tokenizer, "lab-strategyqa", n=5, max_new_tokens=3)
     assert [r.uid for r in records] == [p.uid for p in evaluation_problems("lab-strategyqa", n=5)]
     assert all(r.gold in ("yes", "no") and len(r.prompt_sha256) == 64 and r.tokens <= 3 for r in records)

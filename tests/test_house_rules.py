@@ -1,4 +1,4 @@
-"""The house rules that a machine can check, beside what ruff checks: short cells and lines, enough prose, silent modules,
+"""The rules that a machine can check, beside what ruff checks: short cells and lines, enough prose, silent modules,
 imports that run one way, one way through the book, few public names."""
 import ast
 import functools

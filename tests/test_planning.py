@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from fixtures import made_up, made_up_calibration, tiny_config, tiny_llama
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.methods.criteria import Given, prune_by
-from cap_nb.data.prompts import IGNORED, Example
-from cap_nb.calibration import Calibration, calibration_set
+from cap_nb.data.prompts import IGNORED
+from cap_nb.calibration import calibration_set
 from cap_nb.data.batches import collate, token_batches
 from cap_nb.models.anatomy import projections
 from cap_nb.core.errors import BadInput
@@ -28,22 +29,17 @@ from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.scoring import score_heads_naive, target_losses
 
 GIB = 2**30
-SHAPE = dict(hidden_size=48, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=90)
+# Wider than `tiny_llama` is by itself: the plan counts what grows with the model, and so little else may weigh anything
+WIDER = dict(hidden_size=48, intermediate_size=160, head_dim=16, vocab_size=90, max_position_embeddings=2048)
 PROBE = Probe(device="cpu", device_name="made up", dtype="float32", tokens=256, layer=1e-6, head=1e-7, rows=8, step=1e-4, step_rest=1e-5, threshold=1e-9, sort=1e-8, flops=1e9, seconds=1.0)
 
 
 def random_model(kind=LlamaConfig, **shape):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(kind(**SHAPE | shape)).eval()
-
-
-def example(place, length, prompt=4):
-    ids = tuple((7 * place + 3 * t) % 89 + 1 for t in range(length))
-    return Example(task="own", uid=f"{place}", prompt="", target="", answer="", input_ids=ids, labels=(IGNORED,) * prompt + ids[prompt:])
+    return tiny_llama(kind, **WIDER | shape)
 
 
 def examples(count=9):
-    return Calibration.from_examples([example(place, 10 + 2 * place) for place in range(count)], k=3)
+    return made_up_calibration(count, shortest=10, step=2, vocabulary=90)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -125,7 +121,7 @@ def test_names_that_lead_nowhere_get_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(BadInput, match="anatomy of model type 'mamba'"):
         read_sizes(str(tmp_path))
-    quantised = LlamaConfig(**SHAPE).to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    quantised = tiny_config().to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(quantised))
     with pytest.raises(BadInput, match="is quantised"):
         read_sizes(str(tmp_path))
@@ -199,7 +195,7 @@ def test_generation_and_losses_are_counted():
     job = changed(Job(), tasks=("gsm8k",), accuracy_tasks=("gsm8k",), evaluate_n=3, loss_n=3, windows=2, window_tokens=100, max_new_tokens=6)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
-        target_losses(model, collate([example(place, 12, prompt=7) for place in range(3)], pad_id=0))
+        target_losses(model, collate([made_up(index, 12, 7, 90) for index in range(3)], pad_id=0))
         for _ in range(2):
             model(input_ids=torch.randint(1, 89, (1, 64)), use_cache=False)  # the context is shorter than the window asked for
     lengths = [ExampleLength("gsm8k", 7, 5)] * 3
@@ -213,7 +209,8 @@ def test_generation_and_losses_are_counted():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [dict(), dict(num_hidden_layers=8), dict(vocab_size=3000), dict(intermediate_size=64, num_attention_heads=8)])
 def test_the_memory_of_scoring_is_what_is_really_held(dtype, shape):
-    model, calibration = random_model(**shape).to(dtype), Calibration.from_examples([example(place, 47) for place in range(8)], k=1)
+    model = random_model(**shape).to(dtype)
+    calibration = made_up_calibration(8, shortest=47, k=1, step=0, vocabulary=90)
     sizes, shapes = sizes_of(model.config, "random", "a test"), batch_shapes(lengths_of(calibration), 400)
     assert len(shapes) == 1
     planned = at_once(scoring_memory(sizes, dtype.itemsize, shapes))
@@ -234,7 +231,8 @@ def test_the_memory_of_pruning_is_what_is_really_held(dtype, method):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_of_evaluation_is_what_is_really_held(dtype):
     model = random_model(vocab_size=1000).to(dtype)
-    sizes, batch = sizes_of(model.config, "random", "a test"), collate([example(place, 40, prompt=20) for place in range(8)], pad_id=0)
+    sizes = sizes_of(model.config, "random", "a test")
+    batch = collate([made_up(index, 40, 20, 90) for index in range(8)], pad_id=0)
     job = changed(Job(), tasks=("gsm8k",), accuracy_tasks=(), loss_n=8, windows=0)
     planned = at_once(evaluation_memory(sizes, dtype.itemsize, job, [ExampleLength("gsm8k", 20, 20)] * 8))
     assert 0.8 < peak(lambda: target_losses(model, batch)) / planned < 1.05
@@ -249,12 +247,12 @@ def test_parts_take_turns():
     assert at_once({"scores of one matrix": 3}) == 3 and at_once({}) == 0
 
 
-def test_memory_that_the_system_does_not_tell_is_said_to_be_unknown(monkeypatch):
+def test_memory_that_the_system_does_not_report_is_said_to_be_unknown(monkeypatch):
     assert free_memory(torch.device("cpu")) > 0 and free_memory(torch.device("meta")) is None
     monkeypatch.setattr(planning, "free_memory", lambda device: None)
     found = plan(changed(Job(), name="llama-3-8b"))
     assert found.hardware.free is None and plan_advice(found) == ()
-    assert "unknown: this system does not tell" in plan_text(found) and "Whether it fits is not known." in plan_text(found)
+    assert "unknown: this system does not report it" in plan_text(found) and "Whether it fits is not known." in plan_text(found)
 
 
 def gpu(gibibytes, devices=1, main=512, **job):

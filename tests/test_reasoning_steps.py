@@ -151,11 +151,11 @@ def gold_lines():
 def test_the_equations_of_gsm8k_are_found_and_true():
     """99.6 % true and 98 % found, where some of the rest are the authors' own slips; a line with its notes reads the same as without."""
     notes_in_all = missed = equations = true = 0
-    for place, (notes, plain, whole) in enumerate(gold_lines()):
+    for index, (notes, plain, whole) in enumerate(gold_lines()):
         found = equations_in(plain)
         notes_in_all, missed = notes_in_all + len(notes), missed + max(0, len(notes) - len(found))
         equations, true = equations + len(found), true + sum(e.true for e in found)
-        if place % 50 == 0:
+        if index % 50 == 0:
             assert equations_in(whole) == found
     assert notes_in_all > 25_000
     assert missed / notes_in_all < 0.02, f"{missed} of {notes_in_all} calculations were not found"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from fixtures import made_up, tiny_llama
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from cap_nb.data.prompts import IGNORED, Example
+from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import Calibration
 from cap_nb.engine.resumed_scoring import score_heads, shared_prefix
 from cap_nb.scoring import score_heads_naive
@@ -158,43 +159,36 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, undisturbed):
 # the savings, on every family
 
 
-SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
-             num_key_value_heads=3, initializer_range=0.4)
-CONFIGS = {"llama": LlamaConfig(**SIZES, head_dim=10), "mistral": MistralConfig(**SIZES, head_dim=10, sliding_window=9),
-           "qwen2": Qwen2Config(**SIZES)}
+FAMILIES = {"llama": dict(kind=LlamaConfig), "mistral": dict(kind=MistralConfig, sliding_window=9),
+            "qwen2": dict(kind=Qwen2Config)}
 
 
-def random_model(family, **more):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[family], **more).eval()
+def behind(prefix, example):
+    """The example behind as many tokens that all examples share."""
+    return replace(example, input_ids=(*range(1, 1 + prefix), *example.input_ids),
+                   labels=(IGNORED,) * prefix + example.labels)
 
 
-def example(index, prefix):
-    ids = tuple(range(1, 1 + prefix)) + tuple((7 * index + 3 * t) % 59 + 1 for t in range(9 + index % 4))
-    prompt = prefix + 3 + index % 3
-    labels = (IGNORED,) * prompt + ids[prompt:]
-    return Example(task="t", uid=f"{index}", prompt="", target="", answer="", input_ids=ids, labels=labels)
-
-
-def made_up(prefix):
-    return Calibration.from_examples([example(index, prefix) for index in range(8)], k=2)
+def with_prefix(prefix):
+    examples = [made_up(index, 9 + index % 4, prompt=3 + index % 3) for index in range(8)]
+    return Calibration.from_examples([behind(prefix, example) for example in examples], k=2)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("prefix", [0, 20])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_saving_gives_the_losses_of_the_hook_loop(family, prefix, attention):
-    model, calibration = random_model(family, attn_implementation=attention), made_up(prefix)
+    model, calibration = tiny_llama(**FAMILIES[family], attn_implementation=attention), with_prefix(prefix)
     assert shared_prefix(calibration.examples) == prefix
     naive = score_heads_naive(model, calibration)
-    for together in (1, 2, 4, 6):
+    for together in (1, 2, 3, 4):
         fast = score_heads(model, calibration, batch_tokens=60, heads_at_once=together)
         assert (fast.masked - naive.masked).abs().max() < 1e-5 and (fast.intact - naive.intact).abs().max() < 1e-5
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_different_batch_or_head_count_never_reads_units_of_another(tmp_path):
-    model, calibration = random_model("llama"), made_up(0)
+    model, calibration = tiny_llama(), with_prefix(0)
     for options in (dict(batch_tokens=60), dict(batch_tokens=30), dict(batch_tokens=60, heads_at_once=3)):
         score_heads(model, calibration, store=tmp_path, **options)
         next(tmp_path.glob("*.safetensors")).unlink()
@@ -203,14 +197,14 @@ def test_a_different_batch_or_head_count_never_reads_units_of_another(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_scores_near_the_hook_loop(dtype):
-    model, calibration = random_model("llama").to(dtype), made_up(20)
+    model, calibration = tiny_llama().to(dtype), with_prefix(20)
     naive, fast = score_heads_naive(model, calibration), score_heads(model, calibration)
     assert fast.masked.dtype == torch.float64 and fast.masked.isfinite().all()
     assert (fast.masked - naive.masked).abs().max() < 0.1  # nats; the losses are about ten
 
 
 def test_an_example_of_which_all_but_the_last_token_is_target_has_no_prefix_cut_off():
-    calibration = made_up(20)
+    calibration = with_prefix(20)
     bare = [replace(e, labels=(IGNORED, *e.input_ids[1:])) for e in calibration.examples]
     assert shared_prefix(bare) == 0
 
@@ -218,7 +212,7 @@ def test_an_example_of_which_all_but_the_last_token_is_target_has_no_prefix_cut_
 def test_a_model_that_is_spread_over_memory_and_disk_scores_the_same(tmp_path):
     from accelerate import dispatch_model
 
-    model, spread, calibration = random_model("llama"), random_model("llama"), made_up(20)
+    model, spread, calibration = tiny_llama(), tiny_llama(), with_prefix(20)
     device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "disk", "lm_head": "disk"}
     device_map |= {f"model.layers.{layer}": device for layer, device in enumerate(("cpu", "disk", "disk"))}
     spread = dispatch_model(spread, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)

@@ -4,7 +4,8 @@ import json
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from fixtures import tiny_config
+from transformers import AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.memory import PEAK
@@ -54,7 +55,7 @@ def test_every_side_is_measured_once_a_round():
     order = []
     sides = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
     seconds = measured_rounds(sides, repeats=4, warmups=2)
-    assert [sorted(order[place:place + 3]) for place in range(0, 18, 3)] == [["a", "b", "c"]] * 6
+    assert [sorted(order[start:start + 3]) for start in range(0, 18, 3)] == [["a", "b", "c"]] * 6
     assert [len(values) for values in seconds.values()] == [4] * 3 and min(map(min, seconds.values())) == 7
 
 
@@ -220,9 +221,8 @@ def test_all_heads_are_a_sample_too(lab):
 
 
 def test_a_random_model_is_scored_alike_by_both_sides(lab):
-    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=50)
-    small = random_model(config, dtype=torch.bfloat16)
+    small = random_model(tiny_config(), dtype=torch.bfloat16)
     assert (small.training, small.dtype) == (False, torch.bfloat16)
     alike = examples_of_lengths(lengths_of(examples_at_hand(lab[1], 2)[0]), 50)
-    tables = [side(balanced_heads(2, 2, 2, 1)) for side in scoring_sides(small.float(), alike, 512).values()]
+    tables = [side(balanced_heads(3, 4, 3, 1)) for side in scoring_sides(small.float(), alike, 512).values()]
     assert largest_difference(dict(zip("ab", tables)), 1e-4) < 1e-4

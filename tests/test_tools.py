@@ -16,7 +16,7 @@ readme_tool = tool("readme")
 def write_notebook(path, *sources):
     """A notebook of code cells, each with an old output."""
     old = dict(output_type="stream", name="stdout", text=["old\n"])
-    cells = [dict(cell_type="code", id=f"c{place}", source=[source], metadata={}, outputs=[old], execution_count=None) for place, source in enumerate(sources)]
+    cells = [dict(cell_type="code", id=f"c{index}", source=[source], metadata={}, outputs=[old], execution_count=None) for index, source in enumerate(sources)]
     kernel = dict(display_name="python3", language="python", name="python3")
     path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
 

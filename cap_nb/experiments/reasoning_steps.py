@@ -427,7 +427,7 @@ class LabStatement:
     step: int = 0 # In which step it stands
     letter: str = "" # The choice whose line it stands in
     subject: str = "" # The person or town that a fact is about
-    stated: tuple[str, ...] = () # Town, number, region or the like that it tells
+    stated: tuple[str, ...] = () # Town, number, region or the like that it states
     used: tuple[str, ...] = () # Numbers, regions or letters that it takes from before
     affirmed: bool | None = None # Whether a comparison says yes
 

@@ -675,7 +675,7 @@ def memory_lines(
     for stage in planned.stages:
         parts = ", ".join(f"{part} {bytes_text(size)}" for part, size in stage.memory.items() if size)
         lines.append(f"- {stage.name}: {parts}.")
-    free = "unknown: this system does not tell" if h.free is None else bytes_text(h.free)
+    free = "unknown: this system does not report it" if h.free is None else bytes_text(h.free)
     main = "unknown" if h.main is None else bytes_text(h.main)
     title = f"Memory beside the weights ({bytes_text(h.each)} on each device); a layer, logits and scores take turns:"
     copy = f"- 'cap run' keeps a copy of the weights in scope in main memory: {bytes_text(h.copy)}."

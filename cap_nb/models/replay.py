@@ -81,7 +81,7 @@ class PrefixCache:
         keys: torch.Tensor, # [B, G, T, d]; B is a multiple of the R rows that are kept
         values: torch.Tensor, # The same shape
         layer: int, # Index of the layer
-        *args: object, # What else a layer tells its cache; of no use here
+        *args: object, # What else a layer passes to its cache; of no use here
         **kwargs: object, # The same by name
     ) -> tuple[torch.Tensor, torch.Tensor]: # [B, G, P + T, d] each
         "Keep what comes first; put it before what comes later."

@@ -48,7 +48,7 @@ def shards_of(tensors, most):
 
 
 def random_checkpoint(folder, settings, most=2**30, seed=0):
-    config, chance = AutoConfig.for_model(**settings), torch.Generator().manual_seed(seed)
+    config, rng = AutoConfig.for_model(**settings), torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         tensors = dict(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).named_parameters())
     shards = shards_of(tensors, most)
@@ -57,7 +57,7 @@ def random_checkpoint(folder, settings, most=2**30, seed=0):
     config.save_pretrained(folder)
     for file, held in zip(names, shards):
         made = {
-            name: torch.empty(tensors[name].shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=chance)
+            name: torch.empty(tensors[name].shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=rng)
             for name in held
         }
         save_file(made, folder / file, metadata={"format": "pt"})
@@ -97,20 +97,20 @@ def streaming_sides(src, dst, peaks, sparsity=0.2):
 
 def streaming_case(path, name, settings, scratch=None, repeats=5, most=2**30):
     def measure():
-        peaks, place = {}, Path(tempfile.mkdtemp(prefix="cap_nb-", dir=scratch))
+        peaks, folder = {}, Path(tempfile.mkdtemp(prefix="cap_nb-", dir=scratch))
         try:
-            random_checkpoint(place / "src", settings, most)
-            seconds = measured_rounds(streaming_sides(place / "src", place / "dst", peaks), repeats, warmups=0)
-            found = open_checkpoint(place / "src")
+            random_checkpoint(folder / "src", settings, most)
+            seconds = measured_rounds(streaming_sides(folder / "src", folder / "dst", peaks), repeats, warmups=0)
+            checkpoint = open_checkpoint(folder / "src")
             about = {
-                "bytes": sum(shard.stat().st_size for shard in found.shards),
-                "shards": len(found.shards),
-                "weights": sum(p.numel() for p in found.model.parameters()),
+                "bytes": sum(shard.stat().st_size for shard in checkpoint.shards),
+                "shards": len(checkpoint.shards),
+                "weights": sum(p.numel() for p in checkpoint.model.parameters()),
                 "seed": 0,
             }
             return {"seconds": seconds, "about": about | {"peaks": peaks}}
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     return measured_case(
         path, name, {"repeats": repeats, "sparsity": 0.2, "method": "cap", "model": settings}, measure, note=note

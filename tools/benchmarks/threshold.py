@@ -34,9 +34,9 @@ cpu, note = torch.device("cpu"), os.environ.get("CAP_NB_NOTE", "")
 
 
 def made_scores(pieces, each, dtype, seed=0):
-    chance = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(each, generator=chance).to(dtype).float().abs() * (1 + 9 * torch.rand(1, generator=chance)))
+        (torch.randn(each, generator=rng).to(dtype).float().abs() * (1 + 9 * torch.rand(1, generator=rng)))
         for _ in range(pieces)
     ]
 
