@@ -482,18 +482,7 @@ def perplexity(
         window_tokens=cut.shape[1], losses=tuple(losses.tolist()), windows_asked=windows,
         window_tokens_asked=window_tokens)
 
-# %% ../nbs/05_evaluation.ipynb #c117
-def perplexity_in_words(
-    measured: Perplexity, # A perplexity
-) -> str: # One sentence
-    "What was measured, and whether it is less than what was asked for."
-    asked = (measured.windows_asked, measured.window_tokens_asked)
-    short = (measured.windows, measured.window_tokens) != asked
-    wish = f"; {asked[0]} of {asked[1]:,} were asked for" if short else ""
-    return (f"{measured.text}: perplexity {measured.value:.2f} [{measured.low:.2f}, {measured.high:.2f}] "
-            f"over {measured.windows} windows of {measured.window_tokens:,} tokens{wish}.")
-
-# %% ../nbs/05_evaluation.ipynb #c122
+# %% ../nbs/05_evaluation.ipynb #c121
 @dataclass(frozen=True)
 class Evaluation:
     "All results of one model."

@@ -329,7 +329,7 @@ NOT_FINITE = "Some score of {} is not finite: expected finite weights; check the
 def scorer(
     base: str, # One of `STREAMED`
     known: Measurements, # Norms and factors
-    bar: tqdm, # Told how many weights were read
+    bar: tqdm, # Progress bar, advanced by the weights that were read
 ) -> Scored: # Reads and scores
     "A function that reads a piece and scores it; scores that are not finite raise `BadInput`."
     def scored(piece: StoredRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -440,7 +440,7 @@ def count_magnitudes(
     pieces: Sequence[StoredRows], # What competes
     numbers: dict[str, torch.Tensor], # Module name -> number of the region, broadcast over the weight
     finite: Sequence[int], # For each region, how many magnitudes have a finite score
-    bar: tqdm, # Told how many weights were read
+    bar: tqdm, # Progress bar, advanced by the weights that were read
 ) -> torch.Tensor: # How often each magnitude stands in each region, int64 [R, 32768]
     "One reading; a weight whose score is not finite raises `BadInput`."
     counts = torch.zeros(len(finite), MAGNITUDES, dtype=torch.int64)
@@ -482,7 +482,7 @@ def sided(
     numbers: dict[str, torch.Tensor], # Module name -> number of the region, broadcast over the weight
     on: torch.Tensor, # For each region, the first pattern that is not below the threshold, int16 [R]
     above: torch.Tensor, # For each region, the first pattern above it, int16 [R]
-    bar: tqdm, # Told how many weights were read
+    bar: tqdm, # Progress bar, advanced by the weights that were read
 ) -> Scored: # Reads a piece, and says on which side of the threshold each weight is
     "A function that reads a piece and compares it with its regions' patterns."
     def scored(piece: StoredRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -498,7 +498,7 @@ def taking_counted(
     known: Measurements, # Its factors, if the criterion has any
     count: int, # How many become zero, at least 1
     ties: str, # "exact" or "all"
-    bar: tqdm, # Told how many weights were read
+    bar: tqdm, # Progress bar, advanced by the weights that were read
 ) -> tuple[Scored, Take, Threshold]: # Reads a piece and says its weights' sides; what goes; the threshold
     "How the smallest of what competes are taken, from one reading that counts magnitudes."
     factors, numbers = numbered_regions(pieces, known)
@@ -525,12 +525,12 @@ COPIED = 1 << 24 # Bytes copied at once
 def copy_around(
     source: Path, # A shard
     target: Path, # The new shard
-    open_places: Sequence[StoredTensor], # Tensors of the shard that are left out
+    left_out: Sequence[StoredTensor], # Tensors of the shard that are not copied
 ) -> None:
-    "Copy a shard except for some tensors, whose places stay open."
+    "Copy a shard except for some tensors, whose bytes stay zero."
     size = source.stat().st_size
     with open(source, "rb") as old, open(target, "wb") as new:
-        for start, end in [*sorted((stored.start, stored.end) for stored in open_places), (size, size)]:
+        for start, end in [*sorted((stored.start, stored.end) for stored in left_out), (size, size)]:
             for position in range(old.tell(), start, COPIED): new.write(old.read(min(COPIED, start - position)))
             old.seek(end)
             new.seek(end)
@@ -622,7 +622,7 @@ def ready_to_write(
     sparsity: float, # Share of their weights to zero
     scope: str, # A scope, or a pattern
     ties: str, # "exact" or "all"
-    bar: tqdm, # Told how many weights were read
+    bar: tqdm, # Progress bar, advanced by the weights that were read
 ) -> tuple[Scored, Take, Threshold | None]: # Reads a piece; what goes; the threshold
     "Find what the writing needs, in as few readings as the criterion allows."
     count = zeros_among(pieces, sparsity)
@@ -642,7 +642,7 @@ def what_is_known(
     return Measurements(norms=checked_norms(checkpoint, norms, method) if "norm" in needs else {},
                         regions=checked_regions(checkpoint, factors, method) if "factor" in needs else {})
 
-# %% ../../nbs/methods/08_streaming.ipynb #x
+# %% ../../nbs/methods/08_streaming.ipynb #c084
 def competing_pieces(
     checkpoint: Checkpoint, # The checkpoint
     scope: str, # A scope, or a pattern
@@ -652,7 +652,7 @@ def competing_pieces(
     groups = competing(projections(checkpoint.model), scope if scope in ("model", "layer") else "matrix")
     return [pieces_of_weights(checkpoint, group, at_once) for group in groups]
 
-# %% ../../nbs/methods/08_streaming.ipynb #c084
+# %% ../../nbs/methods/08_streaming.ipynb #c085
 @torch.no_grad()
 def prune_checkpoint(
     src: str | Path, # A folder saved by transformers, as safetensors; not changed
@@ -679,10 +679,10 @@ def prune_checkpoint(
         for shard in checkpoint.shards: sync(part/shard.name)
     return streamed_report(weights, method, sparsity, zeros, threshold if scope == "model" else None)
 
-# %% ../../nbs/methods/08_streaming.ipynb #c094
+# %% ../../nbs/methods/08_streaming.ipynb #c095
 import hashlib
 
-# %% ../../nbs/methods/08_streaming.ipynb #c095
+# %% ../../nbs/methods/08_streaming.ipynb #c096
 def add_bytes(
     digest: "hashlib._Hash", # A running hash
     stored: StoredTensor, # A tensor of a checkpoint
@@ -693,7 +693,7 @@ def add_bytes(
         for position in range(stored.start, stored.end, COPIED):
             digest.update(file.read(min(COPIED, stored.end - position)))
 
-# %% ../../nbs/methods/08_streaming.ipynb #c096
+# %% ../../nbs/methods/08_streaming.ipynb #c097
 def checkpoint_fingerprint(
     folder: str | Path, # A folder saved by transformers, as safetensors
 ) -> str: # 64 hexadecimal digits

@@ -372,10 +372,10 @@ def greedy_answers(
     batch: int = 100, # Prompts at a time, sorted by length
 ) -> list[str]: # What the model writes, without the end token
     "Greedy answers to a list of questions, in their order."
-    def asked(prompt):
+    def as_chat(prompt):
         chat = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    texts, answers = [asked(prompt) for prompt in prompts], {}
+    texts, answers = [as_chat(prompt) for prompt in prompts], {}
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     for chosen in (order[start:start + batch] for start in range(0, len(order), batch)):
         inputs = tokenizer([texts[index] for index in chosen], return_tensors="pt", padding=True,

@@ -86,7 +86,7 @@ LARGEST = 99 # No quantity in a word problem is larger
 @dataclass(frozen=True)
 class Step:
     "One event of a word problem."
-    sentence: str # As the question tells it
+    sentence: str # As the question states it
     line: str # As the worked solution computes it
     value: int # What there is after it
     goods: str # Of what

@@ -62,7 +62,7 @@ def check_all_here(
 ) -> nn.Module: # The same
     "Return a model whose weights are all on devices; one that is partly kept outside raises `BadInput`."
     if not any(weight.is_meta for weight in model.parameters()): return model
-    raise BadInput("Some weights found no room on any device and are kept outside of the model: expected all of them "
+    raise BadInput("Some weights fit on no device and are kept outside of the model: expected all of them "
                    "inside, to prune them; score with 'cap score --device auto' and prune with 'cap prune --stream'.")
 
 # %% ../../nbs/models/08_loading.ipynb #c012
