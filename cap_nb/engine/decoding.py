@@ -7,7 +7,7 @@ __all__ = ['Generation', 'Decoding', 'generate_greedy']
 
 # %% ../../nbs/engine/03_decoding.ipynb #c004
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
@@ -49,6 +49,7 @@ class Generation:
     "What a model wrote."
     tokens: tuple[int, ...] # Token ids, without prompt and stop token
     cut_off: bool # True if neither a stop token nor a whole answer line came within the limit
+    entropies: tuple[float, ...] = () # Entropy before each token, in nats, where it was noted
 
 # %% ../../nbs/engine/03_decoding.ipynb #c014
 def generate_naive(
@@ -123,7 +124,7 @@ class AnswerCriterion:
 
 # %% ../../nbs/engine/03_decoding.ipynb #c033
 import copy, inspect
-from transformers import DynamicCache, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 # %% ../../nbs/engine/03_decoding.ipynb #c034
 def growing_cache(
@@ -162,47 +163,58 @@ class Writing:
         for held in self.cache.values(): held.batch_select_indices(index)
 
 # %% ../../nbs/engine/03_decoding.ipynb #c038
+class Chooser(LogitsProcessor):
+    "What decides the next token in place of the highest logit."
+    entropies: list[list[float]] # Of each prompt of the batch, before each of its tokens, in nats
+
+    def begin(self, prompts: Sequence[int], width: int) -> None:
+        "Before a call of `generate` on these prompts of the batch, padded to `width` tokens."
+        self.prompts, self.width = list(prompts), width
+
+# %% ../../nbs/engine/03_decoding.ipynb #c039
 def write_piece(
     model: torch.nn.Module, # A causal language model of transformers
     batch: Writing, # The rows that still write; their `ids` grow
     settings: GenerationConfig, # Greedy settings, whose limit is this piece
     criterion: AnswerCriterion | None, # When an answer line ends a row; None means that only a stop token does
     width: int, # Tokens of the padded prompts
+    chooser: Chooser | None = None, # What decides the next token; None means the highest logit
 ) -> list[int | None]: # For each row the tokens it had when it ended, None if it did not
     "Let all rows write on until each has ended or the piece is full."
-    criteria = StoppingCriteriaList()
-    if criterion:
-        criterion.begin(len(batch.prompts), width)
-        criteria.append(criterion)
-    batch.ids = model.generate(input_ids=batch.ids, attention_mask=batch.mask, generation_config=settings,
-                               stopping_criteria=criteria, **batch.cache)
+    if criterion: criterion.begin(len(batch.prompts), width)
+    if chooser: chooser.begin(batch.prompts, width)
+    batch.ids = model.generate(
+        input_ids=batch.ids, attention_mask=batch.mask, generation_config=settings,
+        stopping_criteria=StoppingCriteriaList([criterion] if criterion else []),
+        logits_processor=LogitsProcessorList([chooser] if chooser else []), **batch.cache)
     stop, ends = settings.eos_token_id or (), criterion.ends if criterion else [None] * len(batch.prompts)
     def first_stop(tokens, end): return next((i for i, token in enumerate(tokens[:end]) if token in stop), end)
     return [first_stop(tokens, end) for tokens, end in zip(batch.ids[:, width:].tolist(), ends)]
 
-# %% ../../nbs/engine/03_decoding.ipynb #c039
+# %% ../../nbs/engine/03_decoding.ipynb #c040
 def generate_batch(
     model: torch.nn.Module, # A causal language model of transformers
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
     settings: GenerationConfig, # Greedy settings
     criterion: AnswerCriterion | None, # When an answer line ends an answer; None means that only a stop token does
     piece: int, # Tokens after which rows that have ended leave the batch
+    chooser: Chooser | None = None, # What decides the next token; None means the highest logit
 ) -> list[Generation]: # What the model wrote after each
-    "Greedy decoding of one batch, padded on the left, piece by piece."
+    "Decode one batch, padded on the left, piece by piece."
     ids, mask = padded_left(prompts, settings.pad_token_id, model.device)
     cache = {} if settings.cache_implementation else growing_cache(model)
     batch, written = Writing(prompts=list(range(len(prompts))), ids=ids, mask=mask, cache=cache), {}
     width, limit, some = ids.shape[1], ids.shape[1] + settings.max_new_tokens, copy.copy(settings)
     while batch.prompts:
         if cache: some.max_new_tokens = min(piece, limit - batch.ids.shape[1]) # a static cache is filled in one piece
-        ends = write_piece(model, batch, some, criterion, width)
-        full = batch.ids.shape[1] == limit
+        ends, full = write_piece(model, batch, some, criterion, width, chooser), batch.ids.shape[1] == limit
         for prompt, tokens, end in zip(batch.prompts, batch.ids[:, width:].tolist(), ends):
-            if end is not None or full: written[prompt] = Generation(tuple(tokens[:end]), end is None)
+            noted = chooser.entropies[prompt][:len(tokens[:end])] if chooser else ()
+            if end is not None or full: written[prompt] = Generation(tuple(tokens[:end]), end is None, tuple(noted))
         batch.keep([row for row, prompt in enumerate(batch.prompts) if prompt not in written])
     return [written[prompt] for prompt in range(len(prompts))]
 
-# %% ../../nbs/engine/03_decoding.ipynb #c041
+# %% ../../nbs/engine/03_decoding.ipynb #c042
 def generation_batches(
     lengths: Sequence[int], # Tokens of each prompt
     max_new_tokens: int, # Tokens that may be written after each
@@ -216,11 +228,11 @@ def generation_batches(
         else: batches.append([index])
     return batches
 
-# %% ../../nbs/engine/03_decoding.ipynb #c045
+# %% ../../nbs/engine/03_decoding.ipynb #c046
 from tqdm.auto import tqdm
 from ..core.errors import check_at_least
 
-# %% ../../nbs/engine/03_decoding.ipynb #c046
+# %% ../../nbs/engine/03_decoding.ipynb #c047
 @dataclass(frozen=True)
 class Decoding:
     "How batches are decoded: time and memory, not what is written."
@@ -228,7 +240,7 @@ class Decoding:
     cache: str = "dynamic" # "dynamic" or "static"
     piece: int = 64 # Tokens after which rows that have ended leave a batch; with a static cache they stay
 
-# %% ../../nbs/engine/03_decoding.ipynb #c047
+# %% ../../nbs/engine/03_decoding.ipynb #c048
 def check_room(
     model: torch.nn.Module, # A causal language model of transformers
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
@@ -240,7 +252,30 @@ def check_room(
         raise BadInput(f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
                        f"{context}: expected them to fit; lower max_new_tokens or leave worked examples out.")
 
-# %% ../../nbs/engine/03_decoding.ipynb #c048
+# %% ../../nbs/engine/03_decoding.ipynb #c049
+def generate_by(
+    model: torch.nn.Module, # A causal language model of transformers
+    tokenizer, # Its tokenizer
+    prompts: Sequence[Sequence[int]], # Token ids of each prompt
+    max_new_tokens: int, # The limit, in tokens
+    line: re.Pattern | None, # An answer line that ends the answer; None means that only a stop token does
+    decoding: Decoding, # How batches are decoded
+    chooser_of: Callable[[list[int]], Chooser | None], # From the prompts of a batch to what decides its tokens
+) -> list[Generation]: # What the model wrote after each prompt
+    "Decode many prompts; too little room in the model's context raises `BadInput`."
+    check_at_least(max_new_tokens, 1, "max_new_tokens")
+    check_at_least(decoding.piece, 1, "piece")
+    check_room(model, prompts, max_new_tokens)
+    written, criterion = [None] * len(prompts), AnswerCriterion(tokenizer, line) if line else None
+    batches = generation_batches([len(prompt) for prompt in prompts], max_new_tokens, decoding.batch_tokens)
+    with inference(model), greedy_settings(model, tokenizer, max_new_tokens, decoding.cache) as settings:
+        for batch in tqdm(batches, desc="generate", leave=False):
+            some, chooser = [prompts[i] for i in batch], chooser_of(batch)
+            said = generate_batch(model, some, settings, criterion, decoding.piece, chooser)
+            for index, generation in zip(batch, said): written[index] = generation
+    return written
+
+# %% ../../nbs/engine/03_decoding.ipynb #c050
 def generate_greedy(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer, # Its tokenizer
@@ -250,13 +285,96 @@ def generate_greedy(
     decoding: Decoding = Decoding(), # How batches are decoded
 ) -> list[Generation]: # What the model wrote after each prompt
     "Greedy decoding of many prompts (paper section 4); too little room in the model's context raises `BadInput`."
-    check_at_least(max_new_tokens, 1, "max_new_tokens")
-    check_at_least(decoding.piece, 1, "piece")
-    check_room(model, prompts, max_new_tokens)
-    written, criterion = [None] * len(prompts), AnswerCriterion(tokenizer, line) if line else None
-    batches = generation_batches([len(prompt) for prompt in prompts], max_new_tokens, decoding.batch_tokens)
-    with inference(model), greedy_settings(model, tokenizer, max_new_tokens, decoding.cache) as settings:
-        for batch in tqdm(batches, desc="generate", leave=False):
-            said = generate_batch(model, [prompts[i] for i in batch], settings, criterion, decoding.piece)
-            for index, generation in zip(batch, said): written[index] = generation
-    return written
+    return generate_by(model, tokenizer, prompts, max_new_tokens, line, decoding, lambda batch: None)
+
+# %% ../../nbs/engine/03_decoding.ipynb #c062
+import math
+
+# %% ../../nbs/engine/03_decoding.ipynb #c063
+@dataclass(frozen=True)
+class Sampling:
+    "How tokens are drawn."
+    temperature: float = 0.7 # Divides the logits; below 1 likely tokens become likelier
+    top_k: int = 50 # How many of the likeliest tokens may be drawn
+    seed: int = 0 # Of the draws, together with the name of each row
+
+def check_sampling(
+    sampling: Sampling, # How tokens are drawn
+) -> None:
+    "Raise `BadInput` for a temperature that is not above 0, or a top_k below 1."
+    check_at_least(sampling.top_k, 1, "top_k")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
+        raise BadInput(f"The temperature is {sampling.temperature}: expected a number above 0; give a larger one.")
+
+# %% ../../nbs/engine/03_decoding.ipynb #c064
+def drawn_tokens(
+    logits: torch.Tensor, # [rows, vocabulary]
+    numbers: torch.Tensor, # A number in [0, 1) for each row, float64 [rows]
+    sampling: Sampling, # How tokens are drawn
+) -> torch.Tensor: # Token ids, int64 [rows]
+    "For each row the first token, from the likeliest on, whose cumulated probability exceeds the row's number."
+    values, tokens = logits.topk(min(sampling.top_k, logits.shape[-1])) # from the highest on
+    cumulated = (values.double() / sampling.temperature).softmax(-1).cumsum(-1)
+    place = (cumulated <= numbers[:, None]).sum(-1).clamp(max=tokens.shape[-1] - 1) # the last sum may fall short of 1
+    return tokens.gather(-1, place[:, None])[:, 0]
+
+# %% ../../nbs/engine/03_decoding.ipynb #c068
+import random
+
+# %% ../../nbs/engine/03_decoding.ipynb #c069
+def row_numbers(
+    name: str, # What the numbers follow from
+    seed: int, # And the seed
+    count: int, # How many
+) -> list[float]: # In [0, 1)
+    "The uniform numbers of a row; the first ones do not depend on how many are asked for."
+    rng = random.Random(f"{seed}/{name}")
+    return [rng.random() for _ in range(count)]
+
+# %% ../../nbs/engine/03_decoding.ipynb #c073
+def entropies_of(
+    logits: torch.Tensor, # [rows, vocabulary]
+) -> torch.Tensor: # In nats, [rows]
+    "Entropy of each row's distribution over the vocabulary."
+    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
+
+# %% ../../nbs/engine/03_decoding.ipynb #c076
+class NumberChooser(Chooser):
+    "Draws tokens by given numbers, and notes the entropies."
+    def __init__(
+        self,
+        numbers: Sequence[Sequence[float]], # For each prompt of the batch a number a token; none decodes greedily
+        sampling: Sampling, # How tokens are drawn
+    ):
+        self.numbers, self.sampling, self.entropies = numbers, sampling, [[] for _ in numbers]
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        "The scores with the drawn token as the only possible one, [rows, vocabulary]."
+        step, given = ids.shape[1] - self.width, [self.numbers[prompt] for prompt in self.prompts]
+        for prompt, entropy in zip(self.prompts, entropies_of(scores).tolist()): self.entropies[prompt].append(entropy)
+        rows = torch.tensor([row for row, numbers in enumerate(given) if numbers], dtype=torch.int64, device=ids.device)
+        if not len(rows): return scores
+        numbers = torch.tensor([numbers[step] for numbers in given if numbers], dtype=torch.float64, device=ids.device)
+        tokens, scores = drawn_tokens(scores[rows], numbers, self.sampling), scores.clone()
+        scores[rows] = -torch.inf
+        scores[rows, tokens] = 0.0
+        return scores
+
+# %% ../../nbs/engine/03_decoding.ipynb #c079
+def generate_noted(
+    model: torch.nn.Module, # A causal language model of transformers
+    tokenizer, # Its tokenizer
+    prompts: Sequence[Sequence[int]], # Token ids of each prompt
+    max_new_tokens: int, # The limit, in tokens
+    line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
+    decoding: Decoding = Decoding(), # How batches are decoded
+    sampling: Sampling = Sampling(), # How tokens are drawn
+    names: Sequence[str | None] = (), # Whose numbers each row draws with; None or no names: greedily
+) -> list[Generation]: # What the model wrote after each prompt, with entropies
+    "Decode many prompts, by drawing where a row has a name; a temperature that is not above 0 raises `BadInput`."
+    check_sampling(sampling)
+    names = list(names) or [None] * len(prompts)
+    def chooser_of(batch: list[int]) -> NumberChooser:
+        return NumberChooser([[] if names[index] is None else row_numbers(names[index], sampling.seed, max_new_tokens)
+                              for index in batch], sampling)
+    return generate_by(model, tokenizer, prompts, max_new_tokens, line, decoding, chooser_of)
