@@ -221,11 +221,12 @@ def run_command(
     show_run(run_job(job, out or Path("runs")/Path(job.model.name).name, store, note))
 
 # %% ../nbs/command_line.ipynb #c032
+TARGETS = ("calibrate_on", "text_share", "text_tokens") # What is calibrated on, where that is not gold solutions
 TextWindows = option(int | None, "windows of plain text to calibrate on; as many as calibration examples if left out")
 
 @app.command("claims")
 @in_one_sentence
-@with_job("model", "calibrate", "sparsities", "evaluate")
+@with_job("model", "calibrate", "sparsities", "evaluate", without=TARGETS)
 def claims_command(
     job: Job, # What the options say
     variants: option(str, "variants, with commas, or all") = "all",
@@ -244,7 +245,7 @@ def claims_command(
 import shutil
 from .engine.devices import joined, device_of_process
 from .engine.resumed_scoring import score_heads
-from .jobs.job import check_job, job_calibration
+from .jobs.job import check_job, check_windows_fit, job_calibration
 from .models.loading import load_model, tokenizer_fingerprint
 from .scoring import save_losses
 
@@ -265,6 +266,7 @@ def score_command(
     check_job(job)
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
+    check_windows_fit(job, model)
     calibration, working = job_calibration(job, tokenizer), store or out.with_name(out.name + ".unfinished")
     with joined(model.device) as share:
         losses = score_heads(model, calibration, job.model.batch_tokens, working, tokenizer_fingerprint(tokenizer),
@@ -276,11 +278,40 @@ def score_command(
     typer.echo(f"{out}: losses of {len(losses.intact)} examples with each of {heads} heads masked.")
 
 # %% ../nbs/command_line.ipynb #c037
+from .jobs.chains import Answering, own_chains, task_counts, too_few
+
+# %% ../nbs/command_line.ipynb #c038
+Tries = option(int, "answers to each problem: the first is greedy, the others are drawn")
+Temperature = option(float, "temperature of the drawn answers")
+
+@app.command("chains")
+@in_one_sentence
+@with_job("model", "tasks", "data_dir", "style", "n", "seed", "max_new_tokens")
+def chains_command(
+    job: Job, # What the options say
+    out: Out,
+    tries: Tries = Answering.tries,
+    temperature: Temperature = Answering.temperature,
+) -> None:
+    "Let the model answer the problems of a calibration set: chains to calibrate on, resumable."
+    check_job(job)
+    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
+    answering = Answering(tries=tries, temperature=temperature, max_new_tokens=job.evaluate.max_new_tokens,
+                          batch_tokens=2 * job.model.batch_tokens, file=out)
+    data = job.calibrate
+    chains = own_chains(model, tokenizer, data.tasks, data.n, data.seed, data.data_dir, data.style, answering)
+    for count in task_counts(chains):
+        typer.echo(f"{count.task}: {count.problems} problems, {count.answers} answers, {count.right} of them right, "
+                   f"{count.kept} problems with a chain that is kept.")
+    for sentence in too_few(chains): typer.echo(sentence)
+    typer.echo(f"{out}: the chains; use them with --calibrate-on {out}.")
+
+# %% ../nbs/command_line.ipynb #c040
 from .importance import importance_factors
 from .regions import Factors
 from .scoring import causal_scores, load_losses
 
-# %% ../nbs/command_line.ipynb #c038
+# %% ../nbs/command_line.ipynb #c041
 def factors_from(
     pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
     fingerprint: Callable[[], str], # Of the model that is to be pruned
@@ -294,7 +325,7 @@ def factors_from(
                        "score it first, with the same --dtype.")
     return Factors(heads=importance_factors(causal_scores(losses, aggregation)), key_value=pruning.key_value)
 
-# %% ../nbs/command_line.ipynb #c040
+# %% ../nbs/command_line.ipynb #c043
 from dataclasses import replace
 from .methods.criteria import Given
 from .methods.prune import check_method, needs_of, prune, unit_factors
@@ -302,7 +333,7 @@ from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_che
 from .models.loading import check_all_here, model_fingerprint, save_model
 from .threshold import PruneReport
 
-# %% ../nbs/command_line.ipynb #c041
+# %% ../nbs/command_line.ipynb #c044
 def pruned_in_memory(
     job: Job, # Its model, its aggregation, and what to calibrate on
     pruning: SinglePruning, # How to prune
@@ -312,6 +343,7 @@ def pruned_in_memory(
     parts = check_method(pruning.method)
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
     check_all_here(model)
+    check_windows_fit(job, model)
     calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
     calibration = job_calibration(job, tokenizer) if calibrated else None
     factors = factors_from(pruning, lambda: model_fingerprint(model), job.prune.aggregation)
@@ -323,7 +355,7 @@ def pruned_in_memory(
     save_model(model, tokenizer, out)
     return report
 
-# %% ../nbs/command_line.ipynb #c042
+# %% ../nbs/command_line.ipynb #c045
 def check_streaming(
     job: Job, # Its model
     pruning: SinglePruning, # How to prune
@@ -348,11 +380,11 @@ def pruned_from_disk(
     factors = factors_from(pruning, lambda: checkpoint_fingerprint(source), job.prune.aggregation)
     return prune_checkpoint(source, out, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
 
-# %% ../nbs/command_line.ipynb #c043
+# %% ../nbs/command_line.ipynb #c046
 from dataclasses import asdict
 from .core.files import write_json
 
-# %% ../nbs/command_line.ipynb #c044
+# %% ../nbs/command_line.ipynb #c047
 def check_scores_given(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -363,7 +395,7 @@ def check_scores_given(
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
 
-# %% ../nbs/command_line.ipynb #c045
+# %% ../nbs/command_line.ipynb #c048
 @app.command("prune")
 @in_one_sentence
 @with_options("pruning", options_of(SinglePruning), SinglePruning)
@@ -382,14 +414,14 @@ def prune_command(
                f"({report.reached:.4%}, {pruning.sparsity:.4%} asked).")
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster.")
 
-# %% ../nbs/command_line.ipynb #c047
+# %% ../nbs/command_line.ipynb #c050
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c048
+# %% ../nbs/command_line.ipynb #c051
 @app.command("eval")
 @in_one_sentence
-@with_job("model", "calibrate", "evaluate", without=("n", "k", "calibration_seed"))
+@with_job("model", "calibrate", "evaluate", without=("n", "k", "calibration_seed", *TARGETS))
 def eval_command(
     job: Job, # What the options say
     scores: Scores = None,
@@ -403,14 +435,14 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c050
+# %% ../nbs/command_line.ipynb #c053
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c051
+# %% ../nbs/command_line.ipynb #c054
 @app.command("table")
 @in_one_sentence
 def table_command(
@@ -438,7 +470,7 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c053
+# %% ../nbs/command_line.ipynb #c056
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -450,7 +482,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c058
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -472,7 +504,7 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c057
+# %% ../nbs/command_line.ipynb #c060
 from .methods.allocation import ALLOCATIONS
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
@@ -480,7 +512,7 @@ from .methods.experts import ROUTING_AWARE
 from .methods.prune import OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c061
 @app.command("methods")
 @in_one_sentence
 def methods_command() -> None:
@@ -493,10 +525,10 @@ def methods_command() -> None:
     for name in ROUTING_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATIONS)}.")
 
-# %% ../nbs/command_line.ipynb #c059
+# %% ../nbs/command_line.ipynb #c062
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c060
+# %% ../nbs/command_line.ipynb #c063
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -515,13 +547,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c062
+# %% ../nbs/command_line.ipynb #c065
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c063
+# %% ../nbs/command_line.ipynb #c066
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -545,11 +577,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c064
+# %% ../nbs/command_line.ipynb #c067
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c066
+# %% ../nbs/command_line.ipynb #c069
 #| eval: false
 if __name__ == "__main__": main()

@@ -131,9 +131,9 @@ def variant_factors(
 # %% ../../nbs/experiments/00_variants.ipynb #c028
 import itertools
 from ..calibration import Calibration
-from ..data.prompts import Example, IGNORED
+from ..data.prompts import Example
 from ..core.errors import check_at_least
-from ..core.files import sha256_of_text
+from ..jobs.chains import window_example
 
 # %% ../../nbs/experiments/00_variants.ipynb #c029
 def window_starts(
@@ -148,16 +148,8 @@ def window_starts(
     used = itertools.accumulate(lengths[:-1], initial=0)
     return [start + left * index // len(lengths) for index, start in enumerate(used)] # what is left lies between them
 
-def window_example(
-    tokenizer, # Tokenizer of transformers
-    ids: tuple[int, ...], # Tokens of a window
-) -> Example: # All of them targets but the first
-    "A window of text as an example."
-    return Example(task="text", uid=sha256_of_text(str(ids))[:16], prompt="", target=tokenizer.decode(ids), answer="",
-                   input_ids=ids, labels=(IGNORED, *ids[1:]))
-
 # %% ../../nbs/experiments/00_variants.ipynb #c030
-def text_calibration(
+def text_like(
     tokenizer, # Tokenizer of transformers
     like: Calibration, # The calibration set whose number and lengths are copied
     text: str, # Plain text
@@ -171,17 +163,16 @@ def text_calibration(
     cut = [tuple(ids[start:start + length]) for start, length in zip(window_starts(lengths, len(ids)), lengths)]
     return Calibration.from_examples([window_example(tokenizer, window) for window in cut], like.k, like.seed)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c035
+# %% ../../nbs/experiments/00_variants.ipynb #c036
 from pathlib import Path
 from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens, token_limit
 from ..engine.decoding import Decoding, generate_greedy
+from ..jobs.chains import FEWEST_CHAINS
 from ..jobs.job import Ready, timed
 from ..jobs.records import load_evaluation, save_evaluation
 from ..data.prompts import make_example
 
-# %% ../../nbs/experiments/00_variants.ipynb #c036
-FEWEST_CHAINS = 20 # Correct answers below which there is nothing to calibrate on
-
+# %% ../../nbs/experiments/00_variants.ipynb #c037
 def answers_to(
     ready: Ready, # The job; its model is dense
     examples: Sequence[Example], # Calibration examples of one task
@@ -207,8 +198,8 @@ def calibration_answers(
         save_evaluation(Evaluation(method="dense", sparsity=0.0, reached=0.0, answers=tuple(records)), path)
     return load_evaluation(path).answers
 
-# %% ../../nbs/experiments/00_variants.ipynb #c037
-def chain_calibration(
+# %% ../../nbs/experiments/00_variants.ipynb #c038
+def chains_like(
     tokenizer, # Tokenizer of transformers
     like: Calibration, # The calibration set that was answered
     answers: Sequence[AnswerRecord], # The answers
@@ -219,7 +210,7 @@ def chain_calibration(
     examples = [make_example(tokenizer, e.prompt, right[e.task, e.uid], e.task, e.answer, e.uid) for e in answered]
     return Calibration.from_examples(examples, like.k, like.seed) if len(examples) >= FEWEST_CHAINS else None
 
-# %% ../../nbs/experiments/00_variants.ipynb #c039
+# %% ../../nbs/experiments/00_variants.ipynb #c040
 import logging
 from ..data.problems import load_text
 from ..methods.prune import needs_of
@@ -227,7 +218,7 @@ from ..core.files import read_tensors, sha256_of_file, write_tensors
 from ..jobs.job import run_losses
 from ..jobs.records import load_run
 
-# %% ../../nbs/experiments/00_variants.ipynb #c040
+# %% ../../nbs/experiments/00_variants.ipynb #c041
 @dataclass(frozen=True)
 class Sources:
     "Where the variants' tables of losses come from."
@@ -253,7 +244,7 @@ def tasks_table(
                        "expected this job's; give the settings of that run, or leave --base out.")
     return base.losses, base.records.read(name, sha256_of_file)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c041
+# %% ../../nbs/experiments/00_variants.ipynb #c042
 def other_calibration(
     ready: Ready, # The job; its model is dense
     folder: Path, # The run's folder
@@ -262,9 +253,9 @@ def other_calibration(
 ) -> Calibration | None: # What heads are scored on instead; None if there are too few chains
     "The calibration set of a variant that calibrates on other text."
     if which == "chains":
-        return chain_calibration(ready.tokenizer, ready.calibration, calibration_answers(ready, folder))
+        return chains_like(ready.tokenizer, ready.calibration, calibration_answers(ready, folder))
     text = load_text(ready.job.evaluate.text, ready.job.calibrate.data_dir, "calibration").text
-    return text_calibration(ready.tokenizer, ready.calibration, text, sources.text_windows)
+    return text_like(ready.tokenizer, ready.calibration, text, sources.text_windows)
 
 def variant_table(
     ready: Ready, # The job; its model is dense
@@ -279,7 +270,7 @@ def variant_table(
     losses = run_losses(replace(ready, calibration=calibration), folder/which, sources.store)
     return losses, sha256_of_file(folder/which/"losses.safetensors")
 
-# %% ../../nbs/experiments/00_variants.ipynb #c043
+# %% ../../nbs/experiments/00_variants.ipynb #c044
 def kept_factors(
     path: Path, # File of the factors
     table: Table, # The table of losses
@@ -296,7 +287,7 @@ def kept_factors(
     raise BadInput(f"{path} holds other factors than its table gives now: expected the same; the table or the version "
                    "changed, give another folder.")
 
-# %% ../../nbs/experiments/00_variants.ipynb #c044
+# %% ../../nbs/experiments/00_variants.ipynb #c045
 log = logging.getLogger(__name__)
 
 def variant_tables(
@@ -325,7 +316,7 @@ def factors_of_variants(
                for name, variant in using.items() if variant.table in tables}
     return {name: factors.get(name) for name in names if name in factors or name not in using}
 
-# %% ../../nbs/experiments/00_variants.ipynb #c046
+# %% ../../nbs/experiments/00_variants.ipynb #c047
 from torch import nn
 from ..methods.criteria import CRITERIA, Given, measured_for, walks
 from ..regions import Factors
@@ -336,7 +327,7 @@ from ..methods.wanda import input_norms
 from ..engine.layer_walk import layer_by_layer
 from ..methods.prune import own_scope, prune
 
-# %% ../../nbs/experiments/00_variants.ipynb #c047
+# %% ../../nbs/experiments/00_variants.ipynb #c048
 def in_part(
     projection: Projection, # A projection
     part: str, # "attention" or "mlp"
@@ -361,7 +352,7 @@ def prune_part(
         zero_within([p for p in step.projections if in_part(p, part)], criterion, known, sparsity, scope)
     return prune_report(model, method, sparsity)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c048
+# %% ../../nbs/experiments/00_variants.ipynb #c049
 def prune_variant(
     ready: Ready, # The job; its model is dense and changed in place
     name: str, # Name of a variant, or "dense"
@@ -380,14 +371,14 @@ def prune_variant(
                        seed=seed)
     return replace(report, method=name)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c050
+# %% ../../nbs/experiments/00_variants.ipynb #c051
 import shutil
 from ..jobs.settings import Job, changed
 from ..core.files import alone_in
 from ..jobs.records import cells_of, environment, note_environment, open_run
 from ..jobs.job import finish_cells, prepare
 
-# %% ../../nbs/experiments/00_variants.ipynb #c051
+# %% ../../nbs/experiments/00_variants.ipynb #c052
 def run_variants(
     job: Job, # What is wanted; its methods play no part
     folder: str | Path, # The run's folder; made, or taken up again

@@ -176,7 +176,7 @@ from ..calibration import Calibration
 from ..data.problems import BENCHMARK_NAMES, task_family
 from ..data.prompts import IGNORED
 from .job import distinct, filled_in, job_calibration
-from .settings import Job, changed
+from .settings import Job, changed, examples_by_kind
 from ..models.lab import lab_tokenizer
 from ..models.loading import load_tokenizer
 
@@ -240,14 +240,16 @@ def planned_lengths(
     target_tokens: int | None = None, # Tokens of every target; None means to count or assume
 ) -> tuple[tuple[ExampleLength, ...], str]: # One length an example, and where the lengths come from
     "The lengths of the calibration set, counted where that needs no network, else assumed."
-    data = job.calibrate
-    data_here = data.data_dir is not None or all(task.startswith("lab-") for task in data.tasks)
+    data, (n, windows) = job.calibrate, examples_by_kind(job.calibrate, len(job.calibrate.tasks))
+    of_lab = all(name.startswith("lab-") for name in (*data.tasks, *([job.evaluate.text] if windows else [])))
+    data_here = data.data_dir is not None or of_lab
     if tokenizer is not None and data_here and prompt_tokens is None and target_tokens is None:
         return lengths_of(job_calibration(job, tokenizer)), "counted on the calibration set itself"
     assumed = [assumed_length(task, prompt_tokens, target_tokens) for task in data.tasks]
     listed = ", ".join(f"{a.prompt} + {a.target} for {a.task}" for a in assumed)
-    lengths = tuple(a for a in assumed for _ in range(data.n))
-    return lengths, f"assumed, prompt + target tokens an example: {listed}"
+    lengths = tuple(a for a in assumed for _ in range(n)) + (ExampleLength("text", 1, data.text_tokens - 1),) * windows
+    text = f"; {windows} windows of text of {data.text_tokens} tokens" if windows else ""
+    return lengths, f"assumed, prompt + target tokens an example: {listed}{text}"
 
 # %% ../../nbs/jobs/04_costs.ipynb #c032
 @dataclass(frozen=True)
@@ -354,7 +356,8 @@ def loss_batches(
 ) -> tuple[BatchShape, ...]: # Batches of the held-out losses of one model; none if the job measures none
     "The batches of held-out losses, task by task."
     if not job.evaluate.loss_n: return ()
-    by_task = {task: [length for length in lengths if length.task == task] for task in job.calibrate.tasks}
+    by_task = {task: [length for length in lengths if length.task == task] or [assumed_length(task)]
+               for task in job.calibrate.tasks} # assumed where only text is calibrated on
     return tuple(shape for task in job.calibrate.tasks
                  for shape in batch_shapes(lengths_like(by_task[task], job.evaluate.loss_n), job.model.batch_tokens))
 

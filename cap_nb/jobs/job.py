@@ -9,12 +9,23 @@ __all__ = ['run_job']
 from ..core.errors import BadInput, check_choice, check_sparsity
 from ..data.problems import TASKS, TEXTS
 from ..data.prompts import prompt_style
-from .settings import Job, changed, check_counts
+from .chains import Chains, read_chains
+from .settings import CalibrateSettings, Job, changed, check_counts
 from ..methods.prune import check_method
 from ..models.loading import dtype_named, placed
 from ..scoring import AGGREGATIONS
 
 # %% ../../nbs/jobs/03_job.ipynb #c005
+def chains_of(
+    data: CalibrateSettings, # What is calibrated on
+) -> Chains | None: # The model's own answers; None for gold solutions and plain text
+    "The chains that a job is calibrated on; a file that holds none raises `BadInput`."
+    if data.calibrate_on in ("gold", "text"): return None
+    try: return read_chains(data.calibrate_on)
+    except BadInput as error:
+        raise BadInput(f"{str(error).rstrip('.')}; --calibrate-on also takes gold or text.") from None
+
+# %% ../../nbs/jobs/03_job.ipynb #c006
 def check_job(
     job: Job, # The job
 ) -> None:
@@ -26,13 +37,14 @@ def check_job(
     if job.calibrate.style: prompt_style(job.calibrate.style)
     if job.evaluate.text: check_choice(job.evaluate.text, TEXTS, "text")
     check_counts(job)
+    chains_of(job.calibrate)
     dtype_named(job.model.dtype)
     placed(job.model.device)
 
-# %% ../../nbs/jobs/03_job.ipynb #c008
+# %% ../../nbs/jobs/03_job.ipynb #c009
 from ..calibration import default_style, default_tasks
 
-# %% ../../nbs/jobs/03_job.ipynb #c009
+# %% ../../nbs/jobs/03_job.ipynb #c010
 def distinct(
     values: tuple, # Values, some of them perhaps more than once
 ) -> tuple: # Each once, in order
@@ -53,10 +65,10 @@ def filled_in(
         calibration_seed=data.seed if data.calibration_seed is None else data.calibration_seed,
         methods=distinct(job.prune.methods), sparsities=distinct(job.prune.sparsities))
 
-# %% ../../nbs/jobs/03_job.ipynb #c011
+# %% ../../nbs/jobs/03_job.ipynb #c012
 from dataclasses import dataclass, replace
 
-# %% ../../nbs/jobs/03_job.ipynb #c012
+# %% ../../nbs/jobs/03_job.ipynb #c013
 @dataclass(frozen=True)
 class Piece:
     "One measurement of a cell."
@@ -77,7 +89,7 @@ def pieces_of(
     perplexities = [Piece("perplexity", job.evaluate.text)] if job.evaluate.windows else []
     return (*answers, *losses, *perplexities)
 
-# %% ../../nbs/jobs/03_job.ipynb #c015
+# %% ../../nbs/jobs/03_job.ipynb #c016
 import json
 from collections.abc import Sequence
 from ..calibration import Calibration
@@ -85,7 +97,7 @@ from ..core.files import sha256_of_text
 from ..data.problems import Problem, load_text
 from ..evaluation import evaluation_problems
 
-# %% ../../nbs/jobs/03_job.ipynb #c016
+# %% ../../nbs/jobs/03_job.ipynb #c017
 def problems_fingerprint(
     problems: Sequence[Problem], # Problems, in order
 ) -> str: # 64 hexadecimal digits
@@ -106,13 +118,16 @@ def evaluation_data(
             "loss": drawn(data.tasks, evaluation.loss_n) if evaluation.loss_n else {},
             "text": {name: load_text(name, data_dir=data.data_dir).fingerprint for name in texts}}
 
-# %% ../../nbs/jobs/03_job.ipynb #c018
+# %% ../../nbs/jobs/03_job.ipynb #c019
+import shutil
 from dataclasses import asdict
+from pathlib import Path
 from torch import nn
 from ..evaluation import token_limit
+from .settings import share_of_text
 from ..models.loading import model_fingerprint, tokenizer_fingerprint
 
-# %% ../../nbs/jobs/03_job.ipynb #c019
+# %% ../../nbs/jobs/03_job.ipynb #c020
 def calibrated_on(
     calibration: Calibration, # The calibration set
 ) -> frozenset[str]: # Content hashes of its problems
@@ -130,7 +145,17 @@ def model_configuration(
             "tokenizer": tokenizer_fingerprint(tokenizer), "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type}
 
-# %% ../../nbs/jobs/03_job.ipynb #c020
+# %% ../../nbs/jobs/03_job.ipynb #c021
+def targets_configuration(
+    job: Job, # A job that is filled in
+) -> dict: # What JSON can hold; empty for gold solutions alone, as in runs that know nothing else
+    "What the targets are, if not gold solutions alone."
+    data, chains = job.calibrate, chains_of(job.calibrate)
+    settings = {} if data.calibrate_on == "gold" else {"on": "chains" if chains else "text"}
+    if chains: settings |= {"chains": chains.fingerprint, "written_by": chains.about["model"]}
+    if not share_of_text(data): return settings
+    return settings | {"text": job.evaluate.text, "text_share": share_of_text(data), "text_tokens": data.text_tokens}
+
 def calibration_configuration(
     job: Job, # A job that is filled in
     calibration: Calibration, # The calibration set
@@ -138,7 +163,7 @@ def calibration_configuration(
     "What a run is calibrated on."
     data = job.calibrate
     return {"tasks": list(data.tasks), "n": data.n, "k": data.k, "seed": data.calibration_seed,
-            "batch_tokens": job.model.batch_tokens, "fingerprint": calibration.fingerprint}
+            "batch_tokens": job.model.batch_tokens, "fingerprint": calibration.fingerprint} | targets_configuration(job)
 
 def evaluation_configuration(
     job: Job, # A job that is filled in
@@ -149,7 +174,7 @@ def evaluation_configuration(
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
     return counts | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
 
-# %% ../../nbs/jobs/03_job.ipynb #c021
+# %% ../../nbs/jobs/03_job.ipynb #c022
 def configuration(
     job: Job, # A job that is filled in
     model: nn.Module, # The dense model
@@ -164,22 +189,56 @@ def configuration(
             "aggregation": job.prune.aggregation, "methods": list(job.prune.methods),
             "sparsities": list(job.prune.sparsities), "evaluation": evaluation_configuration(job, calibration)}
 
-# %% ../../nbs/jobs/03_job.ipynb #c023
-from ..calibration import calibration_set
-from ..methods.prune import check_fits
-from ..models.loading import check_all_here, load_model
-
 # %% ../../nbs/jobs/03_job.ipynb #c024
+from ..calibration import calibration_set
+from .chains import chain_calibration, mixed_calibration, style_origin, text_calibration
+from .settings import examples_by_kind
+
+# %% ../../nbs/jobs/03_job.ipynb #c025
+def problem_calibration(
+    job: Job, # A job that is filled in
+    tokenizer, # The model's tokenizer
+    n: int, # Problems a task
+    chains: Chains | None, # The model's own answers, if they are the targets
+) -> Calibration: # Problems with gold solutions or chains as targets
+    "The part of a calibration set that is no text; chains of another style raise `BadInput`."
+    data = job.calibrate
+    if chains is None:
+        return calibration_set(tokenizer, data.tasks, n, data.k, data.calibration_seed, data.data_dir, data.style)
+    if chains.about["style"] != style_origin(data.style):
+        raise BadInput(f"{data.calibrate_on} was written in the style {chains.about['style']['called']}: expected "
+                       f"{prompt_style(data.style).name}, this run's; change --style or make the chains again.")
+    return chain_calibration(tokenizer, chains, data.tasks, n, data.k, data.calibration_seed)
+
 def job_calibration(
     job: Job, # The job
     tokenizer, # The model's tokenizer
 ) -> Calibration: # The calibration set
     "The calibration set that a job asks for (paper section 3.1)."
-    data = job.calibrate
-    seed = data.seed if data.calibration_seed is None else data.calibration_seed
-    return calibration_set(tokenizer, data.tasks, data.n, data.k, seed, data.data_dir, data.style)
+    job = filled_in(job, tokenizer)
+    data, text, chains = job.calibrate, job.evaluate.text, chains_of(job.calibrate)
+    n, windows = examples_by_kind(data, len(data.tasks))
+    problems = [problem_calibration(job, tokenizer, n, chains)] if n else []
+    if not windows: return problems[0]
+    plain = text_calibration(tokenizer, text, windows, data.text_tokens, 1, data.calibration_seed, data.data_dir)
+    return mixed_calibration([*problems, plain], data.k, data.calibration_seed)
 
-# %% ../../nbs/jobs/03_job.ipynb #c026
+# %% ../../nbs/jobs/03_job.ipynb #c027
+def check_windows_fit(
+    job: Job, # The job
+    model: nn.Module, # The model that is calibrated
+) -> None:
+    "Raise `BadInput` for windows of text to calibrate on that the model cannot read."
+    tokens, context = job.calibrate.text_tokens, getattr(model.config, "max_position_embeddings", None)
+    if share_of_text(job.calibrate) and context is not None and tokens > context:
+        raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
+                       "give fewer tokens.")
+
+# %% ../../nbs/jobs/03_job.ipynb #c029
+from ..methods.prune import check_fits
+from ..models.loading import check_all_here, load_model
+
+# %% ../../nbs/jobs/03_job.ipynb #c030
 @dataclass(frozen=True)
 class Ready:
     "A job with all that it needs in memory."
@@ -197,6 +256,7 @@ def prepare(
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
     check_all_here(model)
     for method in job.prune.methods: check_fits(method, model)
+    check_windows_fit(job, model)
     job = filled_in(job, tokenizer)
     if not pieces_of(job):
         raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or "
@@ -205,18 +265,17 @@ def prepare(
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 
-# %% ../../nbs/jobs/03_job.ipynb #c033
-import shutil, time
+# %% ../../nbs/jobs/03_job.ipynb #c041
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 import torch
 from ..engine.resumed_scoring import score_heads
 from ..core.memory import memory_taken
 from .records import note_memory, note_time
 from ..scoring import HeadLosses, load_losses, save_losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c034
+# %% ../../nbs/jobs/03_job.ipynb #c042
 @contextmanager
 def timed(
     folder: Path, # The run's folder
@@ -237,7 +296,7 @@ def time_and_memory_noted(
     with memory_taken(device) as taken, timed(folder, stage): yield
     note_memory(folder, stage, taken[0])
 
-# %% ../../nbs/jobs/03_job.ipynb #c035
+# %% ../../nbs/jobs/03_job.ipynb #c043
 def check_origin(
     path: Path, # File of the table of losses
     meta: dict, # What the table says of itself
@@ -249,7 +308,7 @@ def check_origin(
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
                        "run again.")
 
-# %% ../../nbs/jobs/03_job.ipynb #c036
+# %% ../../nbs/jobs/03_job.ipynb #c044
 def run_losses(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -267,7 +326,7 @@ def run_losses(
     check_origin(path, losses.meta, ready)
     return losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c038
+# %% ../../nbs/jobs/03_job.ipynb #c046
 from ..core.files import read_tensors, write_tensors
 from ..importance import importance_factors
 from ..methods.criteria import Given
@@ -276,7 +335,7 @@ from ..methods.prune import needs_of, parse_method, unit_factors
 from ..regions import Factors
 from ..scoring import causal_scores
 
-# %% ../../nbs/jobs/03_job.ipynb #c039
+# %% ../../nbs/jobs/03_job.ipynb #c047
 def attribution_origin(
     ready: Ready, # The job
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
@@ -296,7 +355,7 @@ def save_attribution(
     experts = {} if factors.experts is None else {"experts": factors.experts}
     write_tensors(path, {"factors": factors.heads} | experts | factors.kept, origin)
 
-# %% ../../nbs/jobs/03_job.ipynb #c040
+# %% ../../nbs/jobs/03_job.ipynb #c048
 def attribution_factors(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -316,7 +375,7 @@ def attribution_factors(
                        "run again.")
     return Factors(tensors["factors"], tensors.get("experts"))
 
-# %% ../../nbs/jobs/03_job.ipynb #c042
+# %% ../../nbs/jobs/03_job.ipynb #c050
 def factors_by_method(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -334,11 +393,11 @@ def factors_by_method(
         factors[None] = Factors(importance_factors(scores))
     return {method: factors[name] for method, name in attributions.items()}
 
-# %% ../../nbs/jobs/03_job.ipynb #c044
+# %% ../../nbs/jobs/03_job.ipynb #c052
 from ..models.anatomy import projections
 from ..methods.prune import prune
 
-# %% ../../nbs/jobs/03_job.ipynb #c045
+# %% ../../nbs/jobs/03_job.ipynb #c053
 def copied_weights(
     model: nn.Module, # A causal language model of a known family
 ) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
@@ -353,13 +412,13 @@ def put_back(
     "Undo pruning."
     for p in projections(model): p.stored.copy_(copies[p.name])
 
-# %% ../../nbs/jobs/03_job.ipynb #c048
+# %% ../../nbs/jobs/03_job.ipynb #c056
 from ..engine.decoding import Decoding
 from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from .records import together
 from ..threshold import prune_report
 
-# %% ../../nbs/jobs/03_job.ipynb #c049
+# %% ../../nbs/jobs/03_job.ipynb #c057
 def measure_piece(
     model: nn.Module, # The model as it is now
     tokenizer, # Its tokenizer
@@ -381,7 +440,7 @@ def measure_piece(
     return {"perplexity": perplexity(model, tokenizer, piece.on, data.data_dir, evaluation.windows,
                                      evaluation.window_tokens)}
 
-# %% ../../nbs/jobs/03_job.ipynb #c052
+# %% ../../nbs/jobs/03_job.ipynb #c060
 def evaluate(
     model: nn.Module, # A causal language model of a known family, pruned or not
     tokenizer, # Its tokenizer
@@ -395,7 +454,7 @@ def evaluate(
               for piece in pieces_of(job)]
     return together(pieces or [Evaluation(name, reached, reached)])
 
-# %% ../../nbs/jobs/03_job.ipynb #c055
+# %% ../../nbs/jobs/03_job.ipynb #c063
 import logging
 from collections.abc import Callable
 from tqdm.auto import tqdm
@@ -405,7 +464,7 @@ from cap_nb.jobs.records import (
 from ..methods.prune import highest_sparsity
 from ..threshold import PruneReport
 
-# %% ../../nbs/jobs/03_job.ipynb #c056
+# %% ../../nbs/jobs/03_job.ipynb #c064
 def finish_piece(
     ready: Ready, # The job; its model is pruned
     folder: Path, # The run's folder
@@ -424,7 +483,7 @@ def finish_piece(
     bar.update()
     return load_evaluation(path)
 
-# %% ../../nbs/jobs/03_job.ipynb #c057
+# %% ../../nbs/jobs/03_job.ipynb #c065
 Pruner = Callable[[str, float], PruneReport] # Prunes the job's model, which is dense, by a method to a sparsity
 
 def prune_noted(
@@ -438,7 +497,7 @@ def prune_noted(
     save_report(folder, report, mask_fingerprint(ready.model))
     return Evaluation(*cell, report.reached)
 
-# %% ../../nbs/jobs/03_job.ipynb #c059
+# %% ../../nbs/jobs/03_job.ipynb #c067
 def finish_cell(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -457,7 +516,7 @@ def finish_cell(
     save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), path)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
-# %% ../../nbs/jobs/03_job.ipynb #c061
+# %% ../../nbs/jobs/03_job.ipynb #c069
 log = logging.getLogger(__name__)
 
 def possible_cells(
@@ -472,12 +531,12 @@ def possible_cells(
                           method, 100 * sparsity, 100 * most)
     return tuple(possible)
 
-# %% ../../nbs/jobs/03_job.ipynb #c063
+# %% ../../nbs/jobs/03_job.ipynb #c071
 from ..core.files import alone_in
 from .records import environment, note_environment, open_run
 from .report import write_results
 
-# %% ../../nbs/jobs/03_job.ipynb #c064
+# %% ../../nbs/jobs/03_job.ipynb #c072
 def finish_cells(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -491,7 +550,7 @@ def finish_cells(
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
-# %% ../../nbs/jobs/03_job.ipynb #c065
+# %% ../../nbs/jobs/03_job.ipynb #c073
 def method_pruner(
     ready: Ready, # The job
     factors: dict[str, Factors], # From `factors_by_method`
@@ -502,7 +561,7 @@ def method_pruner(
                      batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
     return pruner
 
-# %% ../../nbs/jobs/03_job.ipynb #c066
+# %% ../../nbs/jobs/03_job.ipynb #c074
 def run_job(
     job: Job, # What is wanted
     folder: str | Path, # The run's folder; made, or continued

@@ -29,6 +29,9 @@ class CalibrateSettings:
     k: int = 3 # disjoint calibration subsets
     seed: int = 0 # seed of every draw
     calibration_seed: int | None = None # seed of the calibration draw alone; as --seed if left out
+    calibrate_on: str = "gold" # gold for worked solutions, text for plain text, or a file of chains from cap chains
+    text_share: float = 0.0 # share of the calibration examples that are windows of plain text, in [0, 1)
+    text_tokens: int = 256 # tokens a window of plain text to calibrate on
 
 # %% ../../nbs/jobs/01_settings.ipynb #c010
 @dataclass(frozen=True)
@@ -78,7 +81,32 @@ def changed(
     return job
 
 # %% ../../nbs/jobs/01_settings.ipynb #c025
-LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "windows": 0, "window_tokens": 2} # Smallest
+def share_of_text(
+    data: CalibrateSettings, # What is calibrated on
+) -> float: # In [0, 1]
+    "The share of the calibration examples that are plain text; one that cannot be raises `BadInput`."
+    if data.calibrate_on == "text" and data.text_share:
+        raise BadInput("--text-share was given with --calibrate-on text: expected one of them, since all is text "
+                       "already; leave --text-share out.")
+    if not 0 <= data.text_share < 1:
+        raise BadInput(f"--text-share is {data.text_share}: expected a share in [0, 1); write 0.25 for a quarter, or "
+                       "--calibrate-on text for all.")
+    return 1.0 if data.calibrate_on == "text" else data.text_share
+
+def examples_by_kind(
+    data: CalibrateSettings, # What is calibrated on
+    tasks: int, # Number of tasks
+) -> tuple[int, int]: # Problems a task, and windows of text in all
+    "How many problems a task and windows of text a calibration set has; none of a kind raises `BadInput`."
+    share, a_task = share_of_text(data), round(share_of_text(data) * data.n)
+    if 0 < share < 1 and not 0 < a_task < data.n:
+        raise BadInput(f"--text-share {share} of --n {data.n} is {a_task} windows of text a task: expected at least "
+                       "one window and one problem; raise --n or change the share.")
+    return data.n - a_task, a_task * tasks
+
+# %% ../../nbs/jobs/01_settings.ipynb #c028
+LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "windows": 0, "window_tokens": 2,
+         "text_tokens": 2} # Smallest
 
 def check_counts(
     job: Job, # A job
@@ -90,11 +118,12 @@ def check_counts(
     for name, least in LEAST.items():
         check_at_least(getattr(getattr(job, part_of_setting()[name]), name), least, f"--{name.replace('_', '-')}")
     if job.evaluate.max_new_tokens is not None: check_at_least(job.evaluate.max_new_tokens, 1, "--max-new-tokens")
+    share_of_text(job.calibrate)
 
-# %% ../../nbs/jobs/01_settings.ipynb #c028
+# %% ../../nbs/jobs/01_settings.ipynb #c031
 from pathlib import Path
 
-# %% ../../nbs/jobs/01_settings.ipynb #c029
+# %% ../../nbs/jobs/01_settings.ipynb #c032
 @dataclass(frozen=True)
 class SinglePruning:
     "How `cap prune` prunes a model."

@@ -1,0 +1,241 @@
+"""Own chains: a killed run gives the same file, damage is named, the rules keep what they should, and a run calibrates on them."""
+import itertools
+import random
+import signal
+import time
+
+import pytest
+
+from cap_nb.calibration import calibration_set
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import read_json
+from cap_nb.data.problems import load_problems, load_text
+from cap_nb.data.prompts import IGNORED
+from cap_nb.jobs.chains import (
+    Answering, Chain, Chains, chain_calibration, kept_chains, own_chains, read_chains, text_calibration, too_few, write_chains)
+from cap_nb.jobs.job import job_calibration, prepare
+from cap_nb.jobs.records import load_run
+from cap_nb.jobs.settings import Job, changed
+from cap_nb.models.loading import load_model
+from conftest import ROOT
+from test_cli import FEW, assert_one_sentence, cap, outside
+
+TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return load_model("lab", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def made(lab, tmp_path_factory):
+    """A file with the answers to six problems a task, in one greedy try."""
+    path = tmp_path_factory.mktemp("chains") / "lab.jsonl"
+    return own_chains(*lab, n=6, answering=Answering(tries=1, file=path)), path
+
+
+def stop_before(model, call):
+    """Make the model raise KeyboardInterrupt instead of its n-th call of `generate`, and count the calls."""
+    generate, calls = type(model).generate.__get__(model), []
+
+    def counted(**options):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return generate(**options)
+    model.generate = counted
+    return calls
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_anywhere_the_file_is_the_same(tmp_path, dtype):
+    """In bfloat16 too, where a text may depend on its batch: the batches are the same."""
+    model, tokenizer = load_model("lab", dtype, "cpu")
+
+    def make(name):
+        answering = Answering(tries=2, temperature=1.5, max_new_tokens=60, batch_tokens=250, file=tmp_path / name)
+        return own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
+
+    calls = stop_before(model, 0)
+    whole, needed = make("whole.jsonl"), len(calls)
+    assert needed == 4, "two batches in two tries, each written in one piece"
+    for call in (2, 1, 3):
+        stop_before(model, call)
+        with pytest.raises(KeyboardInterrupt):
+            make("killed.jsonl")
+        assert not (tmp_path / "killed.jsonl").exists()
+    calls = stop_before(model, 0)
+    assert make("killed.jsonl") == whole
+    assert len(calls) == needed - 3, "finished batches are not answered again"
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_damaged_part_is_named(lab, tmp_path):
+    model, tokenizer = lab
+    answering = Answering(tries=2, max_new_tokens=60, batch_tokens=250, file=tmp_path / "c.jsonl")
+    stop_before(model, 2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
+    finally:
+        del model.generate
+    part, = (tmp_path / "c.jsonl.unfinished").iterdir()
+    part.write_text(part.read_text().replace('"entropy": ', '"entropy": 1'))
+    with pytest.raises(BadInput, match="0-lab-gsm8k-0000.jsonl is damaged"):
+        own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "swap", "header"])
+def test_damage_is_noticed(made, tmp_path, damage):
+    lines = made[1].read_text().splitlines(keepends=True)
+    if damage == "flip":
+        lines[1] = lines[1].replace('"tokens": ', '"tokens": 1')
+    elif damage == "cut":
+        lines.pop()
+    elif damage == "swap":
+        lines[1], lines[2] = lines[2], lines[1]
+    else:
+        lines[0] = lines[0].replace('"temperature": 0.7', '"temperature": 0.8')
+    (tmp_path / "c.jsonl").write_text("".join(lines))
+    with pytest.raises(BadInput, match="is damaged or holds no chains"):
+        read_chains(tmp_path / "c.jsonl")
+
+
+def test_any_text_comes_back(tmp_path):
+    letters = [chr(c) for c in (0, 9, 10, 13, 34, 39, 92, 0x85, 0x2028, 0xe9, 0x1f600)] + list("ab ")
+    rng = random.Random(0)
+    chains = tuple(record("arc", f"{i}", 0, None, text="".join(rng.choices(letters, k=30))) for i in range(30))
+    write_chains(tmp_path / "c.jsonl", Chains({"seed": 0}, chains))
+    assert read_chains(tmp_path / "c.jsonl").chains == chains
+
+
+def record(task, uid, attempt, answer, text=None, cut_off=False):
+    """A made-up answer to a problem whose right answer is B."""
+    return Chain(task=task, uid=uid, prompt="?", text=f"so {answer}" if text is None else text, answer=answer, gold="B",
+                 attempt=attempt, entropy=0.0, tokens=2, cut_off=cut_off)
+
+
+@pytest.mark.parametrize("task", ["arc", "lab-strategyqa", "gsm8k"])
+def test_what_is_kept_by_trying_everything(task):
+    """All ways in which three tries can end, against the rules in other words."""
+    outcomes = [("B", "x", False), ("B", "y", False), ("B", "x ", True), ("A", "x", False), (None, "", True)]
+    for tries in itertools.product(outcomes, repeat=3):
+        chains = [record(task, "p", i, answer, text, cut) for i, (answer, text, cut) in enumerate(tries)]
+        right = [chain.answer == "B" and not chain.cut_off for chain in chains]
+        fine = task == "gsm8k" or sum(right) >= 2
+        firsts = [chain for i, chain in enumerate(chains) if right[i] and not any(
+            right[j] and chains[j].text == chain.text for j in range(i))]
+        assert kept_chains(chains, 9) == tuple(firsts if fine else [])
+        assert kept_chains(chains) == tuple(firsts[:1] if fine else [])
+
+
+def test_too_few_chains_are_said(made):
+    chains = made[0]
+    assert [sentence.split(":")[0] for sentence in too_few(chains)] == list(TASKS)
+    assert all("keep gold" in sentence for sentence in too_few(chains))
+    many = Chains({}, tuple(record("gsm8k", f"{i}", 0, "B") for i in range(20)))
+    assert too_few(many) == [] and len(too_few(Chains({}, many.chains[:19]))) == 1
+
+
+def test_targets_are_the_chains_and_problems_are_known(lab, made):
+    model, tokenizer = lab
+    calibration = chain_calibration(tokenizer, made[1], n=3, k=2)
+    texts = {(chain.task, chain.uid): chain.text.rstrip() for chain in made[0].chains}
+    gold = {e.uid: e for e in calibration_set(tokenizer, n=6, k=1).examples}
+    for e in calibration.examples:
+        assert tokenizer.decode([label for label in e.labels if label != IGNORED]) == texts[e.task, e.uid]
+        assert e.prompt == gold[e.uid].prompt and "Answer:" in e.target or "####" in e.target
+    assert chain_calibration(tokenizer, made[0], n=3, k=2) == calibration
+    assert chain_calibration(tokenizer, made[0], n=3, k=2, seed=1).fingerprint != calibration.fingerprint
+
+
+def test_text_is_never_what_perplexity_is_measured_on(lab):
+    held_out = load_text("lab-text").text
+    for seed in range(5):
+        windows = text_calibration(lab[1], "lab-text", n=10, tokens=120, seed=seed) # longer than the world's facts
+        assert not any(e.target.strip() in held_out for e in windows.examples)
+        assert all(e.labels == (IGNORED, *e.input_ids[1:]) for e in windows.examples)
+
+
+def test_the_default_calibration_is_as_it_was(lab):
+    """A job that names no targets has the configuration and the calibration set that it had before there were chains."""
+    job, tokenizer = changed(Job(), n=4, k=2), lab[1]
+    assert job_calibration(job, tokenizer) == calibration_set(tokenizer, n=4, k=2)
+    kept = read_json(ROOT / "figures" / "lab" / "run.json")["calibration"]
+    assert prepare(changed(Job(), device="cpu")).configuration["calibration"] == kept
+
+
+def test_a_run_on_chains_and_text(made, tmp_path):
+    """Every kind of method calibrates on them; run.json says what on; another file is another run."""
+    words = ["run", *FEW, "--methods", "cap,wanda,sparsegpt", "--sparsity", "0.5", "--text-share", "0.34", "--text-tokens", "30"]
+    result = cap(*words, "--calibrate-on", made[1], "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    said = read_json(tmp_path / "run" / "run.json")["calibration"]
+    assert (said["on"], said["chains"], said["text_share"], said["text_tokens"]) == ("chains", made[0].fingerprint, 0.34, 30)
+    run = load_run(tmp_path / "run")
+    assert {e.method for e in run.evaluations} == {"dense", "cap", "wanda", "sparsegpt"}
+    assert list(run.losses.task).count("text") == 3 and set(run.losses.uid) >= {run.losses.uid[0]}
+    assert_one_sentence(cap(*words, "--out", tmp_path / "run"), "holds a run with other settings", "calibration.")
+
+
+def test_problems_of_chains_are_not_evaluated_on(lab, tmp_path):
+    """A file may hold problems of the evaluation split, if somebody made it so: they are left out of the evaluation."""
+    model, tokenizer = lab
+    made = own_chains(model, tokenizer, ("lab-arc",), n=3, answering=Answering(tries=1))
+    stolen = load_problems("lab-arc", "evaluation")[0].uid
+    chains = tuple(Chain(**vars(chain) | {"uid": stolen if i == 0 else chain.uid}) for i, chain in enumerate(made.chains))
+    write_chains(tmp_path / "c.jsonl", Chains(made.about, chains))
+    job = changed(Job(), tasks=("lab-arc",), n=3, k=1, loss_n=len(load_problems("lab-arc", "evaluation")), windows=0,
+                  accuracy_tasks=(), device="cpu", calibrate_on=str(tmp_path / "c.jsonl"))
+    with pytest.raises(BadInput, match="problems for evaluation"):
+        prepare(job)
+    assert stolen in {e.uid for e in job_calibration(job, tokenizer).examples}
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["chains", "--out", "x", "--tasks", "gsm8K"], ["Unknown task 'gsm8K'"]),
+    (["chains", "--out", "x", "--tries", "0"], ["tries is 0"]),
+    (["chains", "--out", "x", "--temperature", "-1"], ["temperature is -1.0", "expected a number above 0"]),
+    (["chains", "--out", "x", "--temperature", "nan"], ["temperature is nan"]),
+    (["chains", "--out", "x", "--max-new-tokens", "0"], ["--max-new-tokens is 0"]),
+    (["chains", "--out", "x", "--max-new-tokens", "600"], ["exceed the model's context of 512"]),
+    (["chains", "--out", "x", "--style", "terse"], ["Unknown prompt style"]),
+    (["chains", "--out", ".", "--n", "1"], ["is not a file"]),
+    (["run", "--calibrate-on", "nowhere"], ["nowhere is not a file", "also takes gold or text"]),
+    (["run", "--calibrate-on", "text", "--text-tokens", "513"], ["exceed the model's context of 512"]),
+    (["score", "--out", "x", "--calibrate-on", "text", "--text-tokens", "513"], ["exceed the model's context of 512"]),
+    (["prune", "--out", "x", "--method", "wanda", "--text-share", "0.001"], ["expected at least one window and one problem"]),
+    (["run", "--calibrate-on", "text", "--n", "1000", "--text-tokens", "500"], ["The text has", "windows of 500 tokens"]),
+    (["plan", "--text-share", "1"], ["expected a share in [0, 1)"]),
+])
+def test_mistakes_are_one_sentence(words, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_one_sentence(cap(*words, "--device", "cpu") if words[0] != "plan" else cap(*words), *parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_stopped_by_ctrl_c_and_taken_up_again(tmp_path):
+    words = ["chains", "--n", "4", "--tries", "3", "--batch-tokens", "250", "--device", "cpu", "--out", "c.jsonl"]
+    process = outside(*words, folder=tmp_path)
+    parts, until = tmp_path / "c.jsonl.unfinished", time.monotonic() + 300
+    while not list(parts.glob("*.jsonl")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "goes on from there" in errors and "Traceback" not in errors
+    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.jsonl")}
+    again = outside(*words, folder=tmp_path)
+    output, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    assert "keep gold" in output and output.strip().endswith("--calibrate-on c.jsonl.")
+    assert finished and not parts.exists() and len(read_chains(tmp_path / "c.jsonl").chains) == 3 * 4 * 3
+
+
+def test_a_plan_counts_chains_and_text(made):
+    """The plan reads the lengths of the calibration set that the run will have."""
+    plain, mixed = (cap("plan", "--no-probe", "--n", "4", *words) for words in
+                    ([], ["--calibrate-on", str(made[1]), "--text-share", "0.5", "--text-tokens", "100"]))
+    assert plain.exit_code == mixed.exit_code == 0, mixed.output
+    assert "12 examples" in plain.output and "12 examples" in mixed.output and plain.output != mixed.output
