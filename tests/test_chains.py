@@ -17,7 +17,6 @@ from cap_nb.jobs.job import job_calibration, prepare
 from cap_nb.jobs.records import load_run
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.models.loading import load_model
-from conftest import ROOT
 from test_cli import FEW, assert_one_sentence, cap, outside
 
 TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
@@ -160,11 +159,8 @@ def test_text_is_never_what_perplexity_is_measured_on(lab):
 
 
 def test_the_default_calibration_is_as_it_was(lab):
-    """A job that names no targets has the configuration and the calibration set that it had before there were chains."""
-    job, tokenizer = changed(Job(), n=4, k=2), lab[1]
-    assert job_calibration(job, tokenizer) == calibration_set(tokenizer, n=4, k=2)
-    kept = read_json(ROOT / "figures" / "lab" / "run.json")["calibration"]
-    assert prepare(changed(Job(), device="cpu")).configuration["calibration"] == kept
+    """A job that names no targets has the calibration set that it had before there were chains (its configuration: test_records)."""
+    assert job_calibration(changed(Job(), n=4, k=2), lab[1]) == calibration_set(lab[1], n=4, k=2)
 
 
 def test_a_run_on_chains_and_text(made, tmp_path):
@@ -176,7 +172,8 @@ def test_a_run_on_chains_and_text(made, tmp_path):
     assert (said["on"], said["chains"], said["text_share"], said["text_tokens"]) == ("chains", made[0].fingerprint, 0.34, 30)
     run = load_run(tmp_path / "run")
     assert {e.method for e in run.evaluations} == {"dense", "cap", "wanda", "sparsegpt"}
-    assert list(run.losses.task).count("text") == 3 and set(run.losses.uid) >= {run.losses.uid[0]}
+    assert list(run.losses.task).count("text") == 3
+    assert {uid for uid, task in zip(run.losses.uid, run.losses.task) if task != "text"} <= {chain.uid for chain in made[0].chains}
     assert_one_sentence(cap(*words, "--out", tmp_path / "run"), "holds a run with other settings", "calibration.")
 
 
@@ -217,7 +214,7 @@ def test_mistakes_are_one_sentence(words, parts, tmp_path, monkeypatch):
 
 
 def test_stopped_by_ctrl_c_and_taken_up_again(tmp_path):
-    words = ["chains", "--n", "4", "--tries", "3", "--batch-tokens", "250", "--device", "cpu", "--out", "c.jsonl"]
+    words = ["chains", "--n", "2", "--tries", "2", "--max-new-tokens", "60", "--batch-tokens", "60", "--device", "cpu", "--out", "c.jsonl"]
     process = outside(*words, folder=tmp_path)
     parts, until = tmp_path / "c.jsonl.unfinished", time.monotonic() + 300
     while not list(parts.glob("*.jsonl")) and process.poll() is None and time.monotonic() < until:
@@ -225,12 +222,12 @@ def test_stopped_by_ctrl_c_and_taken_up_again(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "goes on from there" in errors and "Traceback" not in errors
-    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.jsonl")}
+    finished = [path.name for path in parts.glob("*.jsonl")]
     again = outside(*words, folder=tmp_path)
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert "keep gold" in output and output.strip().endswith("--calibrate-on c.jsonl.")
-    assert finished and not parts.exists() and len(read_chains(tmp_path / "c.jsonl").chains) == 3 * 4 * 3
+    assert 0 < len(finished) < 12 and not parts.exists() and len(read_chains(tmp_path / "c.jsonl").chains) == 3 * 2 * 2
 
 
 def test_a_plan_counts_chains_and_text(made):

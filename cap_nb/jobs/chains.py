@@ -384,6 +384,7 @@ def check_chains(
         raise BadInput("The chains were written with another tokenizer or chat template: expected this model's, since "
                        "prompts are kept as text; make them with 'cap chains' for this model.")
 
+# %% ../../nbs/jobs/06_chains.ipynb #c068
 def chain_pool(
     tokenizer, # Tokenizer of transformers
     chains: Chains, # All answers
@@ -408,7 +409,7 @@ def drawn_chains(
                        f"most {len(pool)}; lower --n, answer more problems with 'cap chains', or keep gold.")
     return [example for example, _ in draw_stratified(pool, n or len(pool), seed)]
 
-# %% ../../nbs/jobs/06_chains.ipynb #c068
+# %% ../../nbs/jobs/06_chains.ipynb #c069
 def chain_calibration(
     tokenizer, # Tokenizer of transformers
     chains: Chains | str | Path, # Answers from `own_chains`, or the file that holds them
@@ -425,12 +426,12 @@ def chain_calibration(
                 for example in drawn_chains(chain_pool(tokenizer, chains, task, per_problem), task, n, seed)]
     return Calibration.from_examples(examples, k, seed)
 
-# %% ../../nbs/jobs/06_chains.ipynb #c072
+# %% ../../nbs/jobs/06_chains.ipynb #c073
 import random
 from ..data.problems import load_text
 from ..data.prompts import IGNORED
 
-# %% ../../nbs/jobs/06_chains.ipynb #c073
+# %% ../../nbs/jobs/06_chains.ipynb #c074
 def drawn_blocks(
     ids: Sequence[int], # Tokens of a whole text
     n: int, # Blocks wanted
@@ -455,7 +456,7 @@ def window_example(
     return Example(task="text", uid=sha256_of_text(str(ids))[:16], prompt="", target=tokenizer.decode(ids), answer="",
                    input_ids=ids, labels=(IGNORED, *ids[1:]))
 
-# %% ../../nbs/jobs/06_chains.ipynb #c076
+# %% ../../nbs/jobs/06_chains.ipynb #c077
 def text_calibration(
     tokenizer, # Tokenizer of transformers
     text: str = "wikitext2", # Name of the text: "wikitext2" or "lab-text"

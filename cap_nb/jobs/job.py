@@ -210,6 +210,7 @@ def problem_calibration(
                        f"{prompt_style(data.style).name}, this run's; change --style or make the chains again.")
     return chain_calibration(tokenizer, chains, data.tasks, n, data.k, data.calibration_seed)
 
+# %% ../../nbs/jobs/03_job.ipynb #c026
 def job_calibration(
     job: Job, # The job
     tokenizer, # The model's tokenizer
@@ -223,7 +224,7 @@ def job_calibration(
     plain = text_calibration(tokenizer, text, windows, data.text_tokens, 1, data.calibration_seed, data.data_dir)
     return mixed_calibration([*problems, plain], data.k, data.calibration_seed)
 
-# %% ../../nbs/jobs/03_job.ipynb #c027
+# %% ../../nbs/jobs/03_job.ipynb #c028
 def check_windows_fit(
     job: Job, # The job
     model: nn.Module, # The model that is calibrated
@@ -234,11 +235,11 @@ def check_windows_fit(
         raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
                        "give fewer tokens.")
 
-# %% ../../nbs/jobs/03_job.ipynb #c029
+# %% ../../nbs/jobs/03_job.ipynb #c030
 from ..methods.prune import check_fits
 from ..models.loading import check_all_here, load_model
 
-# %% ../../nbs/jobs/03_job.ipynb #c030
+# %% ../../nbs/jobs/03_job.ipynb #c031
 @dataclass(frozen=True)
 class Ready:
     "A job with all that it needs in memory."
@@ -265,7 +266,7 @@ def prepare(
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 
-# %% ../../nbs/jobs/03_job.ipynb #c041
+# %% ../../nbs/jobs/03_job.ipynb #c042
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -275,7 +276,7 @@ from ..core.memory import memory_taken
 from .records import note_memory, note_time
 from ..scoring import HeadLosses, load_losses, save_losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c042
+# %% ../../nbs/jobs/03_job.ipynb #c043
 @contextmanager
 def timed(
     folder: Path, # The run's folder
@@ -296,7 +297,7 @@ def time_and_memory_noted(
     with memory_taken(device) as taken, timed(folder, stage): yield
     note_memory(folder, stage, taken[0])
 
-# %% ../../nbs/jobs/03_job.ipynb #c043
+# %% ../../nbs/jobs/03_job.ipynb #c044
 def check_origin(
     path: Path, # File of the table of losses
     meta: dict, # What the table says of itself
@@ -308,7 +309,7 @@ def check_origin(
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
                        "run again.")
 
-# %% ../../nbs/jobs/03_job.ipynb #c044
+# %% ../../nbs/jobs/03_job.ipynb #c045
 def run_losses(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -326,7 +327,7 @@ def run_losses(
     check_origin(path, losses.meta, ready)
     return losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c046
+# %% ../../nbs/jobs/03_job.ipynb #c047
 from ..core.files import read_tensors, write_tensors
 from ..importance import importance_factors
 from ..methods.criteria import Given
@@ -335,7 +336,7 @@ from ..methods.prune import needs_of, parse_method, unit_factors
 from ..regions import Factors
 from ..scoring import causal_scores
 
-# %% ../../nbs/jobs/03_job.ipynb #c047
+# %% ../../nbs/jobs/03_job.ipynb #c048
 def attribution_origin(
     ready: Ready, # The job
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
@@ -355,7 +356,7 @@ def save_attribution(
     experts = {} if factors.experts is None else {"experts": factors.experts}
     write_tensors(path, {"factors": factors.heads} | experts | factors.kept, origin)
 
-# %% ../../nbs/jobs/03_job.ipynb #c048
+# %% ../../nbs/jobs/03_job.ipynb #c049
 def attribution_factors(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -375,7 +376,7 @@ def attribution_factors(
                        "run again.")
     return Factors(tensors["factors"], tensors.get("experts"))
 
-# %% ../../nbs/jobs/03_job.ipynb #c050
+# %% ../../nbs/jobs/03_job.ipynb #c051
 def factors_by_method(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -393,11 +394,11 @@ def factors_by_method(
         factors[None] = Factors(importance_factors(scores))
     return {method: factors[name] for method, name in attributions.items()}
 
-# %% ../../nbs/jobs/03_job.ipynb #c052
+# %% ../../nbs/jobs/03_job.ipynb #c053
 from ..models.anatomy import projections
 from ..methods.prune import prune
 
-# %% ../../nbs/jobs/03_job.ipynb #c053
+# %% ../../nbs/jobs/03_job.ipynb #c054
 def copied_weights(
     model: nn.Module, # A causal language model of a known family
 ) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
@@ -412,13 +413,13 @@ def put_back(
     "Undo pruning."
     for p in projections(model): p.stored.copy_(copies[p.name])
 
-# %% ../../nbs/jobs/03_job.ipynb #c056
+# %% ../../nbs/jobs/03_job.ipynb #c057
 from ..engine.decoding import Decoding
 from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from .records import together
 from ..threshold import prune_report
 
-# %% ../../nbs/jobs/03_job.ipynb #c057
+# %% ../../nbs/jobs/03_job.ipynb #c058
 def measure_piece(
     model: nn.Module, # The model as it is now
     tokenizer, # Its tokenizer
@@ -440,7 +441,7 @@ def measure_piece(
     return {"perplexity": perplexity(model, tokenizer, piece.on, data.data_dir, evaluation.windows,
                                      evaluation.window_tokens)}
 
-# %% ../../nbs/jobs/03_job.ipynb #c060
+# %% ../../nbs/jobs/03_job.ipynb #c061
 def evaluate(
     model: nn.Module, # A causal language model of a known family, pruned or not
     tokenizer, # Its tokenizer
@@ -454,7 +455,7 @@ def evaluate(
               for piece in pieces_of(job)]
     return together(pieces or [Evaluation(name, reached, reached)])
 
-# %% ../../nbs/jobs/03_job.ipynb #c063
+# %% ../../nbs/jobs/03_job.ipynb #c064
 import logging
 from collections.abc import Callable
 from tqdm.auto import tqdm
@@ -464,7 +465,7 @@ from cap_nb.jobs.records import (
 from ..methods.prune import highest_sparsity
 from ..threshold import PruneReport
 
-# %% ../../nbs/jobs/03_job.ipynb #c064
+# %% ../../nbs/jobs/03_job.ipynb #c065
 def finish_piece(
     ready: Ready, # The job; its model is pruned
     folder: Path, # The run's folder
@@ -483,7 +484,7 @@ def finish_piece(
     bar.update()
     return load_evaluation(path)
 
-# %% ../../nbs/jobs/03_job.ipynb #c065
+# %% ../../nbs/jobs/03_job.ipynb #c066
 Pruner = Callable[[str, float], PruneReport] # Prunes the job's model, which is dense, by a method to a sparsity
 
 def prune_noted(
@@ -497,7 +498,7 @@ def prune_noted(
     save_report(folder, report, mask_fingerprint(ready.model))
     return Evaluation(*cell, report.reached)
 
-# %% ../../nbs/jobs/03_job.ipynb #c067
+# %% ../../nbs/jobs/03_job.ipynb #c068
 def finish_cell(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -516,7 +517,7 @@ def finish_cell(
     save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), path)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
-# %% ../../nbs/jobs/03_job.ipynb #c069
+# %% ../../nbs/jobs/03_job.ipynb #c070
 log = logging.getLogger(__name__)
 
 def possible_cells(
@@ -531,12 +532,12 @@ def possible_cells(
                           method, 100 * sparsity, 100 * most)
     return tuple(possible)
 
-# %% ../../nbs/jobs/03_job.ipynb #c071
+# %% ../../nbs/jobs/03_job.ipynb #c072
 from ..core.files import alone_in
 from .records import environment, note_environment, open_run
 from .report import write_results
 
-# %% ../../nbs/jobs/03_job.ipynb #c072
+# %% ../../nbs/jobs/03_job.ipynb #c073
 def finish_cells(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -550,7 +551,7 @@ def finish_cells(
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
-# %% ../../nbs/jobs/03_job.ipynb #c073
+# %% ../../nbs/jobs/03_job.ipynb #c074
 def method_pruner(
     ready: Ready, # The job
     factors: dict[str, Factors], # From `factors_by_method`
@@ -561,7 +562,7 @@ def method_pruner(
                      batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
     return pruner
 
-# %% ../../nbs/jobs/03_job.ipynb #c074
+# %% ../../nbs/jobs/03_job.ipynb #c075
 def run_job(
     job: Job, # What is wanted
     folder: str | Path, # The run's folder; made, or continued
