@@ -57,21 +57,45 @@ def causal_shares(
     return given.factors.heads.double().mean(1).tolist()
 
 # %% ../../nbs/methods/02_allocation.ipynb #c013
+def layer_weights(
+    model: nn.Module, # A causal language model of a known family
+) -> list[int]: # Weights in scope of every layer
+    "How many weights each layer has in scope."
+    return [sum(p.weight.numel() for p in layer) for layer in competing(projections(model), "layer")]
+
+def shares_of_layers(
+    model: nn.Module, # A causal language model of a known family
+    sparsities: Sequence[float], # A sparsity for every layer
+) -> dict[str, float]: # Module name -> the share of its layer
+    "Give every projection its layer's share."
+    return {p.name: sparsities[p.layer] for p in projections(model)}
+
+# %% ../../nbs/methods/02_allocation.ipynb #c015
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from ..core.errors import check_choice
 from .criteria import check_given
 
-# %% ../../nbs/methods/02_allocation.ipynb #c014
+# %% ../../nbs/methods/02_allocation.ipynb #c016
+Shares = Callable[[nn.Module, Given, float], dict[str, float]] # Model, inputs, sparsity -> share of every projection
+
 @dataclass(frozen=True)
 class Allocation:
-    "A way to give each layer its own sparsity."
+    "A way to give each projection its own share of zeros."
     says: str # What it looks at, in a few words
     source: str # Where it comes from
     needs: tuple[str, ...] # Fields of `Given` that must be there
-    signal: Callable[[nn.Module, Given], Sequence[float]] # How much each layer should be spared
+    shares: Shares # The share of every projection, whose mean over the weights is the sparsity asked for
 
-def equal_shares(
+def by_signal(
+    signal: Callable[[nn.Module, Given], Sequence[float]], # How much each layer should be spared
+) -> Shares: # Shares by OWL's map
+    "Shares from a signal of each layer, by the map of OWL (Yin et al. 2024)."
+    def shares(model: nn.Module, given: Given, sparsity: float) -> dict[str, float]:
+        return shares_of_layers(model, spread_sparsity(signal(model, given), layer_weights(model), sparsity))
+    return shares
+
+# %% ../../nbs/methods/02_allocation.ipynb #c017
+def equal_signal(
     model: nn.Module, # A causal language model of a known family
     given: Given, # Not looked at
 ) -> list[float]: # 1 for every layer
@@ -79,21 +103,20 @@ def equal_shares(
     return [1.0] * (projections(model)[-1].layer + 1)
 
 ALLOCATIONS: dict[str, Allocation] = {
-    "uniform": Allocation(says="every layer the same", source="", needs=(), signal=equal_shares),
+    "uniform": Allocation(says="every layer the same", source="", needs=(), shares=by_signal(equal_signal)),
     "owl": Allocation(says="layers with more outliers lose less", source="Yin et al. 2024", needs=("calibration",),
-                      signal=outlier_shares),
+                      shares=by_signal(outlier_shares)),
     "causal": Allocation(says="layers with more causal heads lose less", source="the paper's factors under OWL's map",
-                         needs=("factors",), signal=causal_shares)}
+                         needs=("factors",), shares=by_signal(causal_shares))}
 
-# %% ../../nbs/methods/02_allocation.ipynb #c015
+# %% ../../nbs/methods/02_allocation.ipynb #c018
 def allocated(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    allocation: str, # One of `ALLOCATIONS`
+    name: str, # Name of an allocation
+    allocation: Allocation, # The allocation
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
     given: Given, # What the allocation needs
-) -> Given: # The same with a sparsity for every layer
-    "Give each layer its own sparsity; an unknown name or a missing need raises `BadInput`."
-    named = ALLOCATIONS[check_choice(allocation, ALLOCATIONS, "allocation")]
-    check_given(allocation, given, named.needs)
-    weights = [sum(p.weight.numel() for p in layer) for layer in competing(projections(model), "layer")]
-    return replace(given, sparsities=spread_sparsity(named.signal(model, given), weights, sparsity))
+) -> Given: # The same with a share for every projection
+    "Give each projection its own share of zeros; a missing need raises `BadInput`."
+    check_given(name, given, allocation.needs)
+    return replace(given, shares=allocation.shares(model, given, sparsity))
