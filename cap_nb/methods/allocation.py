@@ -11,6 +11,16 @@ import torch
 from ..core.errors import BadInput, check_sparsity
 
 # %% ../../nbs/methods/02_allocation.ipynb #c005
+def finite_by_layer(
+    signal: Sequence[float], # A number for each layer
+    weights: Sequence[int], # Weights in scope of each layer
+) -> tuple[torch.Tensor, torch.Tensor]: # The two, float64 [L]
+    "Both as tensors; a signal that is not finite raises `BadInput`."
+    d, w = (torch.tensor(values, dtype=torch.float64) for values in (signal, weights))
+    if d.isfinite().all(): return d, w
+    raise BadInput("Some layer's signal is not finite: expected a number for each layer; "
+                   "check the scores and the model's weights for NaN.")
+
 def spread_sparsity(
     signal: Sequence[float], # d, how much each layer should be spared, any unit
     weights: Sequence[int], # w, weights in scope of each layer
@@ -19,16 +29,14 @@ def spread_sparsity(
 ) -> tuple[float, ...]: # A sparsity for every layer, in [0, 1)
     "Sparsities by layer around a mean (the map of OWL, with weights); a signal that is not finite raises `BadInput`."
     s = check_sparsity(sparsity)
-    d, w = (torch.tensor(values, dtype=torch.float64) for values in (signal, weights))
-    if not d.isfinite().all():
-        raise BadInput("Some layer's signal is not finite: expected a number for each layer; "
-                       "check the scores and the model's weights for NaN.")
+    d, w = finite_by_layer(signal, weights)
     width = 2 * min(spread, s / 2, (1 - s) / 2)
     r = (d - d.min()) / (d.max() - d.min()) if d.max() > d.min() else torch.zeros_like(d)
     shares = s + width * ((w * r).sum() / w.sum() - r)
     return tuple(shares.clamp(0, 1 - 1e-12).tolist())
 
 # %% ../../nbs/methods/02_allocation.ipynb #c008
+from collections.abc import Iterator
 from torch import nn
 from .criteria import Given, dense_norms
 from .wanda import WANDA
@@ -36,19 +44,93 @@ from ..threshold import Measurements, competing, scores_of
 from ..models.anatomy import projections
 
 # %% ../../nbs/methods/02_allocation.ipynb #c009
+def layer_scores(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
+    given: Given, # With the calibration set
+) -> Iterator[torch.Tensor]: # For one layer after the other: the score of every weight, float32 [weights]
+    "Wanda's scores on the dense model, a layer at a time."
+    known = Measurements(norms=dense_norms(model, given.calibration, given.batch_tokens))
+    for layer in competing(projections(model), "layer"):
+        yield torch.cat([scores_of(WANDA, p, known).flatten() for p in layer])
+
+# %% ../../nbs/methods/02_allocation.ipynb #c011
 def outlier_shares(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     given: Given, # With the calibration set
     multiple: float = 5.0, # M, how many times the layer's mean makes an outlier
 ) -> list[float]: # Share of outliers of every layer, in [0, 1]
     "The layerwise outlier distribution (Yin et al. 2024)."
-    known, shares = Measurements(norms=dense_norms(model, given.calibration, given.batch_tokens)), []
-    for layer in competing(projections(model), "layer"):
-        scores = torch.cat([scores_of(WANDA, p, known).flatten() for p in layer])
-        shares.append((scores > multiple * scores.mean(dtype=torch.float64)).double().mean().item())
-    return shares
+    return [(scores > multiple * scores.mean(dtype=torch.float64)).double().mean().item()
+            for scores in layer_scores(model, given)]
 
-# %% ../../nbs/methods/02_allocation.ipynb #c011
+# %% ../../nbs/methods/02_allocation.ipynb #c013
+DLP_WIDTH = 0.15 # alpha, half the distance between the sparsities of the first and the last in rank
+
+def relative_importance(
+    unimportance: Sequence[float], # S, of every layer, not negative
+) -> list[float]: # I of every layer, in [0, 1]
+    "The relative importance of layers (Chen et al. 2025)."
+    total = sum(unimportance) or 1.0 # all 0 where more than half of every layer is 0: then all are alike
+    return [1 - s / total for s in unimportance]
+
+def median_importance(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
+    given: Given, # With the calibration set
+) -> list[float]: # I of every layer, in [0, 1]
+    "The relative importance of layers from the median of their scores (Chen et al. 2025)."
+    return relative_importance([scores.median().item() for scores in layer_scores(model, given)])
+
+# %% ../../nbs/methods/02_allocation.ipynb #c017
+def hill_exponent(
+    weight: torch.Tensor, # W, [out, in]
+) -> float: # alpha, at least 1; the smaller, the heavier the tail
+    "The exponent of the upper half of a matrix's spectrum by Hill's estimator (Lu et al. 2024)."
+    if not weight.isfinite().all(): return float("nan") # refused by the map, in a sentence
+    eigenvalues = torch.linalg.svdvals(weight.detach().float()).square() # of the smaller of W^T W and W W^T; falling
+    k = len(eigenvalues) // 2
+    return 1 + (k / (eigenvalues[:k] / eigenvalues[k]).log().sum()).item()
+
+def tail_exponents(
+    model: nn.Module, # A causal language model of a known family; not changed
+    given: Given, # Not looked at
+) -> list[float]: # Mean alpha of every layer's matrices, at least 1
+    "How light the tail of each layer's spectra is (Lu et al. 2024)."
+    exponents = [[hill_exponent(p.weight) for p in layer] for layer in competing(projections(model), "layer")]
+    return [sum(layer) / len(layer) for layer in exponents]
+
+# %% ../../nbs/methods/02_allocation.ipynb #c022
+def scaled_sparsity(
+    exponents: Sequence[float], # q, how much of each layer should go, any unit
+    weights: Sequence[int], # w, weights in scope of each layer
+    sparsity: float, # S, share of the model's weights to zero, in [0, 1)
+    spread: float = 0.3, # tau, in [0, 1]; less where a share would pass 1
+) -> tuple[float, ...]: # A sparsity for every layer, in [0, 1)
+    "Sparsities by layer in proportion to a mean (Lu et al. 2024); exponents that are not finite raise `BadInput`."
+    s = check_sparsity(sparsity)
+    q, w = finite_by_layer(exponents, weights)
+    r = (q - q.min()) / (q.max() - q.min()) if q.max() > q.min() else torch.zeros_like(q)
+    mean = (w * r).sum().item() / w.sum().item()
+    if 1 + s > 2 * mean: spread = min(spread, (1 - s) / (1 + s - 2 * mean))
+    shares = s * (1 - spread + 2 * spread * r) / (1 - spread + 2 * spread * mean)
+    return tuple(shares.clamp(0, 1 - 1e-12).tolist())
+
+# %% ../../nbs/methods/02_allocation.ipynb #c029
+def rising_sparsity(
+    weights: Sequence[int], # w, weights in scope of each layer
+    sparsity: float, # S, share of the model's weights to zero, in [0, 1)
+    beta: float | None = None, # What each layer loses more than the one before; None: as wide as DLP
+) -> tuple[float, ...]: # A sparsity for every layer, in [0, 1)
+    "Sparsities that rise in equal steps (Huang et al. 2025); a beta too large, or negative, raises `BadInput`."
+    s, steps = check_sparsity(sparsity), max(len(weights) - 1, 1)
+    beta = min(2 * DLP_WIDTH, s, 1 - s) / steps if beta is None else beta
+    w, depth = torch.tensor(weights, dtype=torch.float64), torch.arange(len(weights), dtype=torch.float64)
+    shares = s + beta * (depth - (w * depth).sum() / w.sum())
+    if not (beta >= 0 and shares.min() > -1e-9 and shares.max() < 1 + 1e-9):
+        raise BadInput(f"With beta {beta!r} sparsities fall with depth or leave [0, 1]: expected 0 to about "
+                       f"{2 * min(s, 1 - s) / steps:.3g} for {len(weights)} layers at {s:g}; give one of these.")
+    return tuple(shares.clamp(0, 1 - 1e-12).tolist())
+
+# %% ../../nbs/methods/02_allocation.ipynb #c035
 def causal_shares(
     model: nn.Module, # Not looked at
     given: Given, # With the importance factors
@@ -56,22 +138,56 @@ def causal_shares(
     "The mean importance factor of every layer's heads (what paper section 3.3 gives to the MLP)."
     return given.factors.heads.double().mean(1).tolist()
 
-# %% ../../nbs/methods/02_allocation.ipynb #c013
+# %% ../../nbs/methods/02_allocation.ipynb #c037
+def layer_weights(
+    model: nn.Module, # A causal language model of a known family
+) -> list[int]: # Weights in scope of every layer
+    "How many weights each layer has in scope."
+    return [sum(p.weight.numel() for p in layer) for layer in competing(projections(model), "layer")]
+
+def shares_of_layers(
+    model: nn.Module, # A causal language model of a known family
+    sparsities: Sequence[float], # A sparsity for every layer
+) -> dict[str, float]: # Module name -> the share of its layer
+    "Give every projection its layer's share."
+    return {p.name: sparsities[p.layer] for p in projections(model)}
+
+# %% ../../nbs/methods/02_allocation.ipynb #c039
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from ..core.errors import check_choice
+from functools import partial
 from .criteria import check_given
 
-# %% ../../nbs/methods/02_allocation.ipynb #c014
+# %% ../../nbs/methods/02_allocation.ipynb #c040
+Shares = Callable[[nn.Module, Given, float], dict[str, float]] # Model, inputs, sparsity -> share of every projection
+
 @dataclass(frozen=True)
 class Allocation:
-    "A way to give each layer its own sparsity."
+    "A way to give each projection its own share of zeros."
     says: str # What it looks at, in a few words
     source: str # Where it comes from
     needs: tuple[str, ...] # Fields of `Given` that must be there
-    signal: Callable[[nn.Module, Given], Sequence[float]] # How much each layer should be spared
+    shares: Shares # The share of every projection, whose mean over the weights is the sparsity asked for
 
-def equal_shares(
+def by_signal(
+    signal: Callable[[nn.Module, Given], Sequence[float]], # A number for each layer
+    to_sparsities: Callable[..., Sequence[float]] = spread_sparsity, # Map from signal, weights and sparsity
+) -> Shares: # Shares by this map
+    "Shares from a signal of each layer; without another map by that of OWL (Yin et al. 2024)."
+    def shares(model: nn.Module, given: Given, sparsity: float) -> dict[str, float]:
+        return shares_of_layers(model, to_sparsities(signal(model, given), layer_weights(model), sparsity))
+    return shares
+
+def by_line(
+    beta: float | None = None, # What each layer loses more than the one before; None: as wide as DLP
+) -> Shares: # Shares that rise with depth
+    "Shares in an arithmetic progression (Huang et al. 2025)."
+    def shares(model: nn.Module, given: Given, sparsity: float) -> dict[str, float]:
+        return shares_of_layers(model, rising_sparsity(layer_weights(model), sparsity, beta))
+    return shares
+
+# %% ../../nbs/methods/02_allocation.ipynb #c041
+def equal_signal(
     model: nn.Module, # A causal language model of a known family
     given: Given, # Not looked at
 ) -> list[float]: # 1 for every layer
@@ -79,21 +195,27 @@ def equal_shares(
     return [1.0] * (projections(model)[-1].layer + 1)
 
 ALLOCATIONS: dict[str, Allocation] = {
-    "uniform": Allocation(says="every layer the same", source="", needs=(), signal=equal_shares),
+    "uniform": Allocation(says="every layer the same", source="", needs=(), shares=by_signal(equal_signal)),
     "owl": Allocation(says="layers with more outliers lose less", source="Yin et al. 2024", needs=("calibration",),
-                      signal=outlier_shares),
+                      shares=by_signal(outlier_shares)),
+    "dlp": Allocation(says="layers with a larger median score lose more", source="Chen et al. 2025",
+                      needs=("calibration",),
+                      shares=by_signal(median_importance, partial(spread_sparsity, spread=DLP_WIDTH))),
+    "alpha": Allocation(says="layers whose spectra have heavier tails lose less", source="Lu et al. 2024", needs=(),
+                        shares=by_signal(tail_exponents, scaled_sparsity)),
+    "atp": Allocation(says="every layer loses more than the one before", source="Huang et al. 2025", needs=(),
+                      shares=by_line()),
     "causal": Allocation(says="layers with more causal heads lose less", source="the paper's factors under OWL's map",
-                         needs=("factors",), signal=causal_shares)}
+                         needs=("factors",), shares=by_signal(causal_shares))}
 
-# %% ../../nbs/methods/02_allocation.ipynb #c015
+# %% ../../nbs/methods/02_allocation.ipynb #c042
 def allocated(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    allocation: str, # One of `ALLOCATIONS`
+    name: str, # Name of an allocation
+    allocation: Allocation, # The allocation
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
     given: Given, # What the allocation needs
-) -> Given: # The same with a sparsity for every layer
-    "Give each layer its own sparsity; an unknown name or a missing need raises `BadInput`."
-    named = ALLOCATIONS[check_choice(allocation, ALLOCATIONS, "allocation")]
-    check_given(allocation, given, named.needs)
-    weights = [sum(p.weight.numel() for p in layer) for layer in competing(projections(model), "layer")]
-    return replace(given, sparsities=spread_sparsity(named.signal(model, given), weights, sparsity))
+) -> Given: # The same with a share for every projection
+    "Give each projection its own share of zeros; a missing need raises `BadInput`."
+    check_given(name, given, allocation.needs)
+    return replace(given, shares=allocation.shares(model, given, sparsity))

@@ -139,7 +139,7 @@ class Given:
     "What a pruning method may use besides the model."
     factors: Factors | torch.Tensor | None = None # Importance factors; a tensor holds those of the heads, [L, H]
     calibration: Calibration | None = None # The calibration set
-    sparsities: tuple[float, ...] | None = None # A sparsity for every layer; None means the same for all
+    shares: dict[str, float] | None = None # Module name -> share to zero; None means the same for all
     ties: str = "exact" # "exact", or "all" for the paper's plain <=
     batch_tokens: int = 4096 # Padded tokens per batch
     seed: int = 0 # Seed of methods that draw random scores
@@ -183,8 +183,8 @@ def measured_for(
 
 # %% ../../nbs/methods/01_criteria.ipynb #c031
 from ..core.errors import check_sparsity
-from .wanda import zero_layer_by_layer
-from ..threshold import PruneReport, check_pattern, prune_report, zero_within, Threshold
+from .wanda import uniform_shares, zero_layer_by_layer, zero_shares_within
+from ..threshold import PruneReport, Threshold, check_pattern, competing, prune_report, zero_within
 
 # %% ../../nbs/methods/01_criteria.ipynb #c032
 def walks(
@@ -194,41 +194,39 @@ def walks(
     "Whether a method takes Wanda's walk through the layers."
     return "norm" in criterion.needs and scope != "model"
 
-def layer_sparsities(
+def projection_shares(
     model: nn.Module, # A causal language model of a known family
     sparsity: float, # Share of the weights in scope to zero
-    given: Given, # With a sparsity for every layer, or without
+    given: Given, # With a share for every projection, or without
     scope: str, # Name of the scope
-) -> list[float]: # A sparsity for every layer
-    "The sparsity of every layer; a wrong number of them, or a scope that cannot have them, raises `BadInput`."
-    layers = projections(model)[-1].layer + 1
-    if given.sparsities is None: return [sparsity] * layers
+) -> dict[str, float]: # Module name -> share to zero
+    "The share of zeros of every projection; names that do not fit, or a scope that fixes them, raise `BadInput`."
+    uniform = uniform_shares(model, sparsity)
+    if given.shares is None: return uniform
     if scope == "model" or ":" in scope:
-        raise BadInput(f"Sparsities by layer were given with scope {scope!r}, which leaves no choice between layers: "
+        raise BadInput(f"Shares by projection were given with scope {scope!r}, which leaves no choice between layers: "
                        f"expected layer, matrix or row; name one of these.")
-    if len(given.sparsities) != layers:
-        raise BadInput(f"{len(given.sparsities)} sparsities were given for {layers} layers: "
-                       f"expected one for each; compute them for this model.")
-    return [check_sparsity(share) for share in given.sparsities]
+    if given.shares.keys() != uniform.keys():
+        raise BadInput(f"Shares of {len(given.shares)} projections were given for {len(uniform)}, or their names do "
+                       f"not fit: expected one for each; compute them for this model.")
+    return {name: check_sparsity(share) for name, share in given.shares.items()}
 
 # %% ../../nbs/methods/01_criteria.ipynb #c033
 def zero_by(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     criterion: Criterion, # The criterion
     scope: str, # The scope
-    shares: Sequence[float], # Sparsity of every layer; all the same under the scope of the model
+    shares: dict[str, float], # Module name -> share to zero; all the same under the scope of the model
     given: Given, # What the criterion needs
 ) -> Threshold | None: # The threshold of the whole model, if there is one
     "Measure, then zero: the whole model at once, in Wanda's walk, or each layer by itself."
-    walking = walks(criterion, scope)
+    walking, scoped = walks(criterion, scope), projections(model)
     known = measured_for(model, criterion, given, walking)
-    if scope == "model": return zero_within(projections(model), criterion, known, shares[0], scope, given.ties)[0]
+    if scope == "model": return zero_within(scoped, criterion, known, shares[scoped[0].name], scope, given.ties)[0]
     if walking:
         zero_layer_by_layer(model, given.calibration, shares, criterion, known, scope, given.ties, given.batch_tokens)
         return None
-    for layer, share in enumerate(shares):
-        in_layer = [p for p in projections(model) if p.layer == layer]
-        zero_within(in_layer, criterion, known, share, scope, given.ties)
+    for layer in competing(scoped, "layer"): zero_shares_within(layer, criterion, known, shares, scope, given.ties)
     return None
 
 # %% ../../nbs/methods/01_criteria.ipynb #c034
@@ -245,6 +243,6 @@ def prune_by(
     check_pattern(scope, check_sparsity(sparsity))
     method = f"{name}@{scope}"
     check_given(method, given, [GIVES[need] for need in criterion.needs])
-    shares = layer_sparsities(model, sparsity, given, scope)
+    shares = projection_shares(model, sparsity, given, scope)
     threshold = zero_by(model, criterion, scope, shares, given)
     return prune_report(model, method, sparsity, threshold)

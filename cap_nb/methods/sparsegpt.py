@@ -194,34 +194,32 @@ def input_hessians(
     return sums
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c065
-from collections.abc import Sequence
+from collections.abc import Callable
 from torch import nn
 from ..calibration import Calibration
 from ..engine.layer_walk import layer_by_layer
-from ..models.anatomy import decoder_layers, projections
+from .wanda import uniform_shares
+from ..models.anatomy import projections
 from ..threshold import PruneReport, prune_report
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c066
-def layer_shares(
-    model: nn.Module, # A causal language model of a known family
-    sparsity: float, # Share of zeros of the whole
-    pattern: tuple[int, int] | None, # (zeros, of), or None
-    sparsities: Sequence[float] | None, # Share of zeros of every layer, or None
-) -> list[float]: # Share of zeros of every layer
-    "The sparsity of every layer: its own, or the one for all."
-    layers = len(decoder_layers(model))
-    check_sparsity(sparsity)
-    if sparsities is None: return [sparsity] * layers
-    if pattern is not None:
-        raise BadInput("Both a pattern and sparsities were given: a pattern is the same in every layer; "
-                       "leave one of them out.")
-    if len(sparsities) != layers:
-        raise BadInput(f"sparsities has {len(sparsities)} entries: "
-                       f"expected one for each of the {layers} layers; give as many.")
-    return [check_sparsity(share) for share in sparsities]
+Hessians = dict[str, torch.Tensor] # Module name -> sum over tokens of the products of input features, [in, in]
+LayerSolver = Callable[[LayerStep, Hessians], None] # Prunes the projections of a layer in place
+
+@torch.no_grad()
+def solve_layer_by_layer(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
+    calibration: Calibration, # The calibration set; the same as CAP's for a fair comparison
+    shares: dict[str, float], # Module name -> share to zero; a layer with nothing to zero stays as it is
+    solver: LayerSolver, # What is done with a layer
+    batch_tokens: int = 4096, # Padded tokens a batch
+    name: str = "solving", # What the progress bar says
+) -> None:
+    "Prune layer after layer, each from the Hessians of its inputs in the model as pruned so far."
+    for step in layer_by_layer(model, calibration, batch_tokens, name):
+        if any(shares[p.name] for p in step.projections): solver(step, input_hessians(step))
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c067
-@torch.no_grad()
 def prune_sparsegpt(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     calibration: Calibration, # The calibration set; the same as CAP's for a fair comparison
@@ -230,18 +228,16 @@ def prune_sparsegpt(
     batch_tokens: int = 4096, # Padded tokens a batch
     block: int = 128, # Columns whose zeros are chosen together
     damping: float = 0.01, # Share of the mean diagonal that is added to the diagonal
-    sparsities: Sequence[float] | None = None, # Share to zero of every layer; None means `sparsity` for all
+    shares: dict[str, float] | None = None, # Module name -> share to zero; None means `sparsity` for all
 ) -> PruneReport: # What was done
     "SparseGPT (Frantar and Alistarh 2023) on a model; a wrong request raises `BadInput` before a weight changes."
-    shares = layer_shares(model, sparsity, pattern, sparsities)
+    shares = uniform_shares(model, sparsity) if shares is None else shares
     check_settings(damping, block)
     for p in projections(model) if pattern is not None else ():
         check_pattern_fits(p.weight.shape[1], sparsity, pattern, block, p.name)
-    for step in layer_by_layer(model, calibration, batch_tokens, "sparsegpt"):
-        share = shares[step.index]
-        if share == 0: continue # nothing to zero: the layer stays as it is
-        hessians = input_hessians(step)
+    def solver(step: LayerStep, hessians: Hessians) -> None:
         for p in step.projections:
-            new, _ = sparsegpt_update(p.weight, hessians.pop(p.name), share, pattern, block, damping, p.name)
+            new, _ = sparsegpt_update(p.weight, hessians.pop(p.name), shares[p.name], pattern, block, damping, p.name)
             p.weight.copy_(new)
+    solve_layer_by_layer(model, calibration, shares, solver, batch_tokens, "sparsegpt")
     return prune_report(model, "sparsegpt", sparsity)

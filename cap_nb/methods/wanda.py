@@ -72,17 +72,41 @@ def input_norms(
 
 # %% ../../nbs/methods/00_wanda.ipynb #c015
 from collections.abc import Sequence
-from dataclasses import replace
 from torch import nn
-from ..calibration import Calibration
-from ..engine.layer_walk import layer_by_layer
+from ..core.errors import check_sparsity
+from ..models.anatomy import projections
 from ..threshold import Measurements, zero_within
 
 # %% ../../nbs/methods/00_wanda.ipynb #c016
+def uniform_shares(
+    model: nn.Module, # A causal language model of a known family
+    sparsity: float, # Share to zero, in [0, 1)
+) -> dict[str, float]: # Module name -> that share
+    "The same share of zeros for every projection."
+    return dict.fromkeys((p.name for p in projections(model)), check_sparsity(sparsity))
+
+def zero_shares_within(
+    group: Sequence[Projection], # The projections of a layer; changed in place
+    criterion: Criterion, # Score of every weight
+    known: Measurements, # What was measured on the model
+    shares: dict[str, float], # Module name -> share to zero, in [0, 1)
+    scope: str, # A scope within a layer
+    ties: str, # "exact", or "all" for a plain <=
+) -> None:
+    "Zero the smallest scores within a scope, each projection to its own share."
+    for share in dict.fromkeys(shares[p.name] for p in group):
+        zero_within([p for p in group if shares[p.name] == share], criterion, known, share, scope, ties)
+
+# %% ../../nbs/methods/00_wanda.ipynb #c018
+from dataclasses import replace
+from ..calibration import Calibration
+from ..engine.layer_walk import layer_by_layer
+
+# %% ../../nbs/methods/00_wanda.ipynb #c019
 def zero_layer_by_layer(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     calibration: Calibration, # The calibration set; the same as CAP's for a fair comparison
-    sparsities: Sequence[float], # Share to zero, in [0, 1), one for each layer
+    shares: dict[str, float], # Module name -> share to zero, in [0, 1); `uniform_shares` gives all the same
     criterion: Criterion = WANDA, # Score of every weight
     known: Measurements = Measurements(), # Measurements that the criterion reads besides the norms
     scope: str = "row", # A scope within a layer
@@ -92,4 +116,4 @@ def zero_layer_by_layer(
     "Prune layer after layer (Sun et al. 2024); holds the hidden states of all calibration tokens, [tokens, hidden]."
     for step in layer_by_layer(model, calibration, batch_tokens, criterion.name):
         measured = replace(known, norms=input_norms(step))
-        zero_within(step.projections, criterion, measured, sparsities[step.index], scope, ties)
+        zero_shares_within(step.projections, criterion, measured, shares, scope, ties)
