@@ -13,7 +13,7 @@ from .evaluation import AnswerRecord, Evaluation, LossRecord
 
 # %% ../nbs/06_analysis.ipynb #c010
 from .jobs.records import row_order
-from .data.problems import task_family
+from .data.problems import COPIES, LAB_TASKS, task_family
 
 # %% ../nbs/06_analysis.ipynb #c011
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
@@ -31,7 +31,7 @@ def task_title(
     task: str, # Name of a task
 ) -> str: # The name that tables show; a lab task is marked as one
     "A task's name in tables and figures."
-    return ("Lab " if task.startswith("lab-") else "") + TASK_TITLES[task_family(task)]
+    return ("Lab " * (task in LAB_TASKS)) + TASK_TITLES[task_family(task)] + ", changed" * (task in COPIES)
 
 # %% ../nbs/06_analysis.ipynb #c014
 import re

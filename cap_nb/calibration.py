@@ -114,15 +114,14 @@ def calibration_from_examples(
     return Calibration(examples=examples, stratum=tuple(stratum), k=k, seed=seed)
 
 # %% ../nbs/00_calibration.ipynb #c040
-from .data.problems import TASKS
+from .data.problems import BENCHMARK_NAMES, LAB_TASKS
 
 # %% ../nbs/00_calibration.ipynb #c041
 def default_tasks(
     tokenizer, # Tokenizer of transformers
 ) -> tuple[str, ...]: # The lab's three tasks for the lab's tokenizer, the paper's benchmarks otherwise
     "The tasks that a model is calibrated and evaluated on unless the user names others (paper section 3.1)."
-    lab = "<lab>" in tokenizer.get_vocab()
-    return tuple(task for task in TASKS if task.startswith("lab-") == lab)
+    return LAB_TASKS if "<lab>" in tokenizer.get_vocab() else BENCHMARK_NAMES
 
 def default_style(
     tokenizer, # Tokenizer of transformers

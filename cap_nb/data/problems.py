@@ -30,13 +30,15 @@ class Problem:
 
 # %% ../../nbs/data/00_problems.ipynb #c007
 BENCHMARK_NAMES = ("gsm8k", "strategyqa", "arc") # The three benchmarks of the paper (section 3.1)
-TASKS = BENCHMARK_NAMES + tuple(f"lab-{name}" for name in BENCHMARK_NAMES) # The lab's tasks mirror them
+LAB_TASKS = tuple(f"lab-{name}" for name in BENCHMARK_NAMES) # They mirror the benchmarks
+COPIES = ("gsm8k_changed",) # A benchmark's problems with changed numbers, for evaluation only
+TASKS = BENCHMARK_NAMES + LAB_TASKS + COPIES
 
 def task_family(
     task: str, # Name of a task, as in "lab-arc"
 ) -> str: # The benchmark that it mirrors, as in "arc"
     "The benchmark whose format a task has; an unknown task raises `BadInput`."
-    return check_choice(task, TASKS, "task").removeprefix("lab-")
+    return check_choice(task, TASKS, "task").removeprefix("lab-").removesuffix("_changed")
 
 # %% ../../nbs/data/00_problems.ipynb #c011
 import re
@@ -178,6 +180,8 @@ def from_hub(
                        f"network access or its files in a folder; give --data-dir.") from error
 
 # %% ../../nbs/data/00_problems.ipynb #c038
+import functools
+from .changed_numbers import changed_records
 from ..models.lab_world import lab_records
 
 # %% ../../nbs/data/00_problems.ipynb #c039
@@ -186,6 +190,13 @@ def split_of(
 ) -> str: # "evaluation" for a quarter of all contents, "calibration" for the rest
     "The split of a problem by its content hash."
     return "evaluation" if int(problem.uid[:4], 16) % 4 == 0 else "calibration"
+
+@functools.cache
+def copied_records(
+    path: Path, # A benchmark file
+) -> list[dict]: # Its records with changed numbers, made once a process
+    "The copies of the records of a file that have one."
+    return changed_records(records_of_file(path))
 
 def source_records(
     task: str, # Name of the task
@@ -196,8 +207,14 @@ def source_records(
     family = task_family(task)
     benchmark = BENCHMARKS[family]
     if task.startswith("lab-"): return lab_records(family, split)
-    if data_dir is not None: return records_of_file(benchmark_file(benchmark, split, Path(data_dir)))
-    return from_hub(*benchmark.hub, benchmark.splits[split])
+    if task in COPIES and split != "evaluation":
+        raise BadInput(f"{task} has no problems for calibration: expected it among the tasks that are answered only; "
+                       f"calibrate on {family}.")
+    if data_dir is not None:
+        path = benchmark_file(benchmark, split, Path(data_dir))
+        return copied_records(path) if task in COPIES else records_of_file(path)
+    records = from_hub(*benchmark.hub, benchmark.splits[split])
+    return changed_records(records) if task in COPIES else records
 
 # %% ../../nbs/data/00_problems.ipynb #c040
 def read_problems(
@@ -216,9 +233,6 @@ def read_problems(
     return tuple(problems.values())
 
 # %% ../../nbs/data/00_problems.ipynb #c041
-import functools
-
-# %% ../../nbs/data/00_problems.ipynb #c042
 @functools.cache
 def lab_problems(
     task: str, # Name of a lab task
@@ -227,23 +241,24 @@ def lab_problems(
     "The problems of a lab task."
     return read_problems(task, split, None)
 
-# %% ../../nbs/data/00_problems.ipynb #c043
+# %% ../../nbs/data/00_problems.ipynb #c042
 def load_problems(
-    task: str, # "gsm8k", "strategyqa", "arc", or one of them with "lab-" before it
+    task: str, # One of `TASKS`, as in "gsm8k", "lab-gsm8k" or "gsm8k_changed"
     split: str, # "calibration" or "evaluation"
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub (the lab's tasks need neither)
 ) -> tuple[Problem, ...]: # The problems of the split, each content once
     "The problems of a task (paper section 3.1); an unknown task, a missing file or a bad record raises `BadInput`."
     check_choice(split, SPLITS, "split")
-    if task_family(task) != task: return lab_problems(task, split)
+    check_choice(task, TASKS, "task")
+    if task in LAB_TASKS: return lab_problems(task, split)
     problems = read_problems(task, split, data_dir)
     if task == "strategyqa" and data_dir is not None: return tuple(p for p in problems if split_of(p) == split)
     return problems
 
-# %% ../../nbs/data/00_problems.ipynb #c049
+# %% ../../nbs/data/00_problems.ipynb #c048
 from ..models.lab_world import lab_text
 
-# %% ../../nbs/data/00_problems.ipynb #c050
+# %% ../../nbs/data/00_problems.ipynb #c049
 @dataclass(frozen=True)
 class Text:
     "A text for perplexity."
@@ -255,13 +270,13 @@ class Text:
         "SHA-256 of the text: 64 hexadecimal digits."
         return sha256_of_text(self.text)
 
-# %% ../../nbs/data/00_problems.ipynb #c051
+# %% ../../nbs/data/00_problems.ipynb #c050
 TEXTS = ("wikitext2", "lab-text")
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3")
 WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation"} # Split -> the hub's name of it
 WIKITEXT_FILES = {"evaluation": "test.txt", "calibration": "valid.txt"} # Split -> file in the folder wikitext2
 
-# %% ../../nbs/data/00_problems.ipynb #c052
+# %% ../../nbs/data/00_problems.ipynb #c051
 def load_text(
     name: str, # "wikitext2" or "lab-text"
     data_dir: str | Path | None = None, # Folder that holds wikitext2/test.txt and valid.txt; None means the hub

@@ -13,22 +13,26 @@ from .allocation import ALLOCATIONS
 from .attributions import ATTRIBUTIONS
 from .criteria import CRITERIA
 from .experts import ROUTING_AWARE
+from .recovery import RECOVERIES, recovery_steps
 from ..threshold import pattern_of
 
 # %% ../../nbs/methods/12_prune.ipynb #c005
 @dataclass(frozen=True)
 class MethodName:
     "The parts of a method's name."
-    base: str # A criterion, "dense", "sparsegpt" or "heads"
+    base: str # A criterion, "dense", "sparsegpt", "alps" or "heads"
     attribution: str | None = None # One of `ATTRIBUTIONS` or `ROUTING_AWARE`; None means masking, as the paper does
     scope: str | None = None # "model", "layer", "matrix", "row" or n:m; None means the base's own
     allocation: str | None = None # One of `ALLOCATIONS`; None means the same for every layer
+    recovery: str | None = None # "swaps", "update" or "swaps^update"; None means that nothing is repaired
     variant: str | None = None # What 'cap claims' changes in it; None means nothing
 
 NAME = re.compile(r"(?P<base>\w+)(?:\.(?P<attribution>\w+))?(?:@(?P<scope>[\w:]+))?"
-                  r"(?:\+(?P<allocation>\w+))?(?:~(?P<variant>[\w-]+))?")
+                  r"(?:\+(?P<allocation>\w+))?(?:\^(?P<recovery>[\w^]+))?(?:~(?P<variant>[\w-]+))?")
 OTHERS = {"dense": "prunes nothing", "heads": "whole heads, the least causal first",
-          "sparsegpt": "the least error layer by layer, with updates of the weights that stay"}
+          "sparsegpt": "the least error layer by layer, with updates of the weights that stay",
+          "alps": "zeros and weights that stay sought together, layer by layer"}
+SOLVERS = ("sparsegpt", "alps") # Those that update weights
 
 # %% ../../nbs/methods/12_prune.ipynb #c006
 def parse_method(
@@ -37,13 +41,14 @@ def parse_method(
     "Parse a method's name; a name that cannot be read, or an unknown part, raises `BadInput`."
     match = NAME.fullmatch(name)
     if not match:
-        raise BadInput(f"Method {name!r} cannot be read: expected criterion[.attribution][@scope][+allocation], "
-                       f"as in wanda@model; 'cap methods' lists them.")
+        raise BadInput(f"Method {name!r} cannot be read: expected criterion[.attribution][@scope][+allocation]"
+                       f"[^recovery], as in wanda@model; 'cap methods' lists them.")
     parts = MethodName(**match.groupdict())
     check_choice(parts.base, (*CRITERIA, *OTHERS), "method")
     if parts.attribution: check_choice(parts.attribution, (*ATTRIBUTIONS, *ROUTING_AWARE), "attribution")
     if parts.allocation: check_choice(parts.allocation, ALLOCATIONS, "allocation")
     if parts.scope: pattern_of(parts.scope)
+    if parts.recovery: recovery_steps(parts.recovery)
     return parts
 
 # %% ../../nbs/methods/12_prune.ipynb #c010
@@ -60,10 +65,11 @@ def needs_of(
     parts: MethodName, # A method's choices
 ) -> tuple[str, ...]: # Fields of `Given`
     "What a method must be given."
-    others = {"dense": (), "sparsegpt": ("calibration",), "heads": ("factors",)}
+    others = {"dense": (), "sparsegpt": ("calibration",), "alps": ("calibration",), "heads": ("factors",)}
     criterion = CRITERIA.get(parts.base)
     needs = tuple(GIVES[need] for need in criterion.needs) if criterion else others[parts.base]
     if parts.allocation: needs += ALLOCATIONS[parts.allocation].needs
+    if parts.recovery: needs += ("calibration",)
     return tuple(dict.fromkeys(needs))
 
 # %% ../../nbs/methods/12_prune.ipynb #c014
@@ -91,11 +97,23 @@ def check_scope(
     if parts.allocation and (pattern or scope == "model" or parts.base in ("dense", "heads")):
         raise BadInput(f"Method {name!r} gives layers their own sparsity, but its scope leaves no choice between "
                        f"layers: expected @layer, @matrix or @row; name one.")
-    if parts.scope and parts.base in OTHERS and not (parts.base == "sparsegpt" and pattern):
-        but = " but a pattern such as 2:4" if parts.base == "sparsegpt" else ""
+    if parts.scope and parts.base in OTHERS and not (parts.base in SOLVERS and pattern):
+        but = " but a pattern such as 2:4" if parts.base in SOLVERS else ""
         raise BadInput(f"Method {name!r} names a scope: expected none for {parts.base}{but}; leave it out.")
 
 # %% ../../nbs/methods/12_prune.ipynb #c016
+def check_recovery(
+    name: str, # A method's name
+    parts: MethodName, # Its choices
+) -> None:
+    "Refuse a recovery where there is nothing to recover, or where it is the method's own work, with `BadInput`."
+    if parts.recovery and parts.base in ("dense", "heads"):
+        raise BadInput(f"Method {name!r} names a recovery: expected none for {parts.base}; leave ^{parts.recovery} out.")
+    if parts.recovery and parts.base == "alps":
+        raise BadInput(f"Method {name!r} names a recovery: expected none for alps, which ends with the update; "
+                       f"leave ^{parts.recovery} out.")
+
+# %% ../../nbs/methods/12_prune.ipynb #c017
 def check_method(
     name: str, # A method's name
 ) -> MethodName: # Its choices
@@ -105,13 +123,14 @@ def check_method(
         raise BadInput(f"Method {name!r} is a variant: expected a method without ~; 'cap claims' runs variants.")
     check_attribution(name, parts)
     check_scope(name, parts)
+    check_recovery(name, parts)
     return parts
 
-# %% ../../nbs/methods/12_prune.ipynb #c018
+# %% ../../nbs/methods/12_prune.ipynb #c019
 from torch import nn
 from .experts import check_has_experts
 
-# %% ../../nbs/methods/12_prune.ipynb #c019
+# %% ../../nbs/methods/12_prune.ipynb #c020
 def check_fits(
     name: str, # A method's name
     model: nn.Module, # A causal language model of a known family
@@ -119,8 +138,9 @@ def check_fits(
     "Refuse a method that names experts on a model without them, with `BadInput`."
     if parse_method(name).attribution in ROUTING_AWARE: check_has_experts(model, f"Method {name!r}")
 
-# %% ../../nbs/methods/12_prune.ipynb #c021
-SOURCES = {"dense": "the model as it is", "sparsegpt": "Frantar and Alistarh 2023", "heads": "the paper, section 6"}
+# %% ../../nbs/methods/12_prune.ipynb #c022
+SOURCES = {"dense": "the model as it is", "sparsegpt": "Frantar and Alistarh 2023", "heads": "the paper, section 6",
+           "alps": "Meng et al. 2024"}
 WITHIN = {"model": "one threshold for the whole model", "layer": "one threshold for each layer",
           "matrix": "one threshold for each matrix", "row": "the same share in every output row"}
 
@@ -132,7 +152,7 @@ def scope_line(
     if pattern: return (f"{pattern[0]} zeros among every {pattern[1]} neighbours",)
     return () if parts.base in OTHERS else (WITHIN[own_scope(parts)],)
 
-# %% ../../nbs/methods/12_prune.ipynb #c022
+# %% ../../nbs/methods/12_prune.ipynb #c023
 def method_line(
     name: str, # A method's name
 ) -> tuple[str, str]: # What it does, and where it comes from
@@ -141,11 +161,12 @@ def method_line(
     base = CRITERIA.get(parts.base)
     extras = [attributions[parts.attribution]] if parts.attribution else []
     extras += [ALLOCATIONS[parts.allocation]] if parts.allocation else []
+    extras += [RECOVERIES[step] for step in recovery_steps(parts.recovery)] if parts.recovery else []
     says = [base.says if base else OTHERS[parts.base], *scope_line(parts), *(extra.says for extra in extras)]
     sources = [base.source if base else SOURCES[parts.base], *(extra.source for extra in extras)]
     return "; ".join(says), "; ".join(source for source in sources if source)
 
-# %% ../../nbs/methods/12_prune.ipynb #c024
+# %% ../../nbs/methods/12_prune.ipynb #c025
 RANKED = ("magnitude", "cap", "wanda", "cap_wanda", "ria", "gradient") # All criteria but random
 
 def with_scope(
@@ -160,18 +181,20 @@ def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
     crossed = [with_scope(base, scope) for base in RANKED for scope in ("model", "row")]
     between = [with_scope(base, scope) for base in ("magnitude", "cap") for scope in ("layer", "matrix")]
     allocations = ["wanda+owl", "wanda+causal", "sparsegpt", "sparsegpt+owl", "heads", "random"]
+    solved = ["wanda^swaps", "wanda^update", "wanda^swaps^update", "sparsegpt^update", "alps"]
     attributions = [f"cap.{name}" for name in ATTRIBUTIONS if name != "zero_ablation"]
-    patterns = [f"{base}@2:4" for base in ("magnitude", "cap", "wanda", "ria", "sparsegpt")]
-    return (*crossed, *between, *allocations, *attributions, *patterns)
+    patterns = [f"{base}@2:4" for base in ("magnitude", "cap", "wanda", "ria", "sparsegpt", "alps")]
+    return (*crossed, *between, *allocations, *solved, *attributions, *patterns)
 
-# %% ../../nbs/methods/12_prune.ipynb #c027
+# %% ../../nbs/methods/12_prune.ipynb #c028
+import torch
 from ..importance import importance_factors
 from .criteria import Given, check_given
 from .experts import routing_aware_factors
 from ..regions import Factors
 from ..scoring import HeadLosses
 
-# %% ../../nbs/methods/12_prune.ipynb #c028
+# %% ../../nbs/methods/12_prune.ipynb #c029
 def unit_factors(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
@@ -186,10 +209,10 @@ def unit_factors(
     scores = ATTRIBUTIONS[attribution].compute(model, given.calibration, batch_tokens=given.batch_tokens)
     return Factors(heads=importance_factors(scores))
 
-# %% ../../nbs/methods/12_prune.ipynb #c029
+# %% ../../nbs/methods/12_prune.ipynb #c030
 from dataclasses import replace
 
-# %% ../../nbs/methods/12_prune.ipynb #c030
+# %% ../../nbs/methods/12_prune.ipynb #c031
 def with_factors(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     parts: MethodName, # A method's choices
@@ -203,13 +226,76 @@ def with_factors(
                        f"or neither; pass what routing_aware_factors returned, or leave the scores out.")
     return given
 
-# %% ../../nbs/methods/12_prune.ipynb #c032
-from .criteria import prune_by
-from .sparsegpt import prune_sparsegpt
-from .whole_heads import prune_heads
-from ..threshold import PruneReport, prune_report
-
 # %% ../../nbs/methods/12_prune.ipynb #c033
+from collections.abc import Callable, Sequence
+from .criteria import measured_for, projection_shares, prune_by, walks
+from .joint import joint_update
+from .recovery import by_criterion, by_masks, recovering
+from .sparsegpt import LayerSolver, by_matrix, check_pattern_fits, solve_layer_by_layer, sparsegpt_update
+from .wanda import uniform_shares
+from .whole_heads import prune_heads
+from ..models.anatomy import projections
+from ..threshold import PruneReport, check_pattern, prune_report
+
+# %% ../../nbs/methods/12_prune.ipynb #c034
+def masks_on_dense(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; as before afterwards
+    parts: MethodName, # A method whose criterion is scored on the dense model
+    sparsity: float, # Share of the weights in scope to zero
+    given: Given, # What it needs
+) -> dict[str, torch.Tensor]: # Module name -> which weights go, bool [out, in]
+    "The zeros of a criterion on the dense model; holds a copy of the weights in scope meanwhile."
+    dense = {p.name: p.weight.detach().clone() for p in projections(model)}
+    prune_by(model, parts.base, sparsity, parts.scope, given)
+    masks = {p.name: p.weight == 0 for p in projections(model)}
+    with torch.no_grad():
+        for p in projections(model): p.weight.copy_(dense[p.name])
+    return masks
+
+# %% ../../nbs/methods/12_prune.ipynb #c035
+def matrix_solver(
+    base: str, # One of `SOLVERS`
+    pattern: tuple[int, int] | None, # (zeros, of), or None
+) -> Callable[..., torch.Tensor]: # Weight, Hessian, share and name -> new weight
+    "How a solver treats one projection."
+    update = {"sparsegpt": sparsegpt_update, "alps": joint_update}[base]
+    return lambda weight, hessian, share, name: update(weight, hessian, share, pattern, name=name)[0]
+
+def layer_solver(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; as before afterwards
+    parts: MethodName, # A method that walks with Hessians
+    sparsity: float, # Share of the weights in scope to zero
+    given: Given, # What it needs
+) -> LayerSolver: # How it prunes a layer, before recovery
+    "How a method prunes a layer in the walk with Hessians."
+    scope = own_scope(parts)
+    if parts.base in SOLVERS:
+        return by_matrix(matrix_solver(parts.base, pattern_of(scope)), projection_shares(model, sparsity, given, scope))
+    criterion = CRITERIA[parts.base]
+    if not walks(criterion, scope): return by_masks(masks_on_dense(model, parts, sparsity, given))
+    shares = projection_shares(model, sparsity, given, scope)
+    return by_criterion(criterion, measured_for(model, criterion, given, walking=True), shares, scope)
+
+# %% ../../nbs/methods/12_prune.ipynb #c036
+@torch.no_grad()
+def prune_with_hessians(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
+    parts: MethodName, # A solver, or a criterion with a recovery
+    sparsity: float, # Share of the weights in scope to zero
+    given: Given, # What it needs
+) -> PruneReport: # What was done
+    "Walk through the layers, prune each and recover; a pattern that does not fit raises `BadInput` before."
+    pattern = pattern_of(own_scope(parts))
+    check_pattern(own_scope(parts), sparsity)
+    for p in projections(model) if pattern else ():
+        check_pattern_fits(p.weight.shape[1], sparsity, pattern, pattern[1], p.name)
+    shares = uniform_shares(model, sparsity) if given.shares is None else given.shares
+    solver = layer_solver(model, parts, sparsity, given)
+    if parts.recovery: solver = recovering(solver, recovery_steps(parts.recovery), pattern)
+    solve_layer_by_layer(model, given.calibration, shares, solver, given.batch_tokens, parts.base)
+    return prune_report(model, parts.base, sparsity)
+
+# %% ../../nbs/methods/12_prune.ipynb #c037
 def apply_method(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     parts: MethodName, # The method
@@ -218,25 +304,21 @@ def apply_method(
 ) -> PruneReport: # What was done
     "Prune a model by the method that a name selects."
     if parts.base == "heads": return prune_heads(model, given.factors.heads, sparsity)
-    if parts.base == "sparsegpt":
-        pattern = parts.scope and pattern_of(parts.scope)
-        return prune_sparsegpt(model, given.calibration, sparsity, pattern, given.batch_tokens,
-                               shares=given.shares)
+    if parts.base in SOLVERS or parts.recovery: return prune_with_hessians(model, parts, sparsity, given)
     if parts.base != "dense": return prune_by(model, parts.base, sparsity, parts.scope, given)
     if sparsity:
         raise BadInput(f"The dense model was asked for at sparsity {sparsity:g}: expected 0; name a pruning method.")
     return prune_report(model, "dense", sparsity)
 
-# %% ../../nbs/methods/12_prune.ipynb #c034
-import torch
+# %% ../../nbs/methods/12_prune.ipynb #c038
 from ..calibration import Calibration
 from ..core.errors import check_sparsity
 from .allocation import allocated
 
-# %% ../../nbs/methods/12_prune.ipynb #c035
+# %% ../../nbs/methods/12_prune.ipynb #c039
 def prune(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
-    method: str = "cap", # criterion[.attribution][@scope][+allocation]
+    method: str = "cap", # criterion[.attribution][@scope][+allocation][^recovery]
     sparsity: float = 0.2, # Share of the weights in scope to zero, in [0, 1)
     factors: Factors | torch.Tensor | None = None, # Importance factors; a tensor holds those of the heads, [L, H]
     calibration: Calibration | None = None, # The calibration set, for methods that need data
@@ -255,11 +337,10 @@ def prune(
         given = allocated(model, parts.allocation, ALLOCATIONS[parts.allocation], sparsity, given)
     return replace(apply_method(model, parts, sparsity, given), method=method)
 
-# %% ../../nbs/methods/12_prune.ipynb #c041
-from collections.abc import Sequence
+# %% ../../nbs/methods/12_prune.ipynb #c045
 from .whole_heads import head_share
 
-# %% ../../nbs/methods/12_prune.ipynb #c042
+# %% ../../nbs/methods/12_prune.ipynb #c046
 def sparsities_of(
     method: str, # A method's name
     sparsities: Sequence[float], # Sparsities of a comparison

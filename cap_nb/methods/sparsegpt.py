@@ -219,7 +219,19 @@ def solve_layer_by_layer(
     for step in layer_by_layer(model, calibration, batch_tokens, name):
         if any(shares[p.name] for p in step.projections): solver(step, input_hessians(step))
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c067
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c068
+MatrixSolver = Callable[[torch.Tensor, torch.Tensor, float, str], torch.Tensor] # Weight, Hessian, share, name -> weight
+
+def by_matrix(
+    solver: MatrixSolver, # Gives the new weight of one projection
+    shares: dict[str, float], # Module name -> share to zero
+) -> LayerSolver: # The same for a layer
+    "Solve every projection of a layer by itself."
+    def solve(step: LayerStep, hessians: Hessians) -> None:
+        for p in step.projections: p.weight.copy_(solver(p.weight, hessians[p.name], shares[p.name], p.name))
+    return solve
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c069
 def prune_sparsegpt(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     calibration: Calibration, # The calibration set; the same as CAP's for a fair comparison
@@ -235,9 +247,7 @@ def prune_sparsegpt(
     check_settings(damping, block)
     for p in projections(model) if pattern is not None else ():
         check_pattern_fits(p.weight.shape[1], sparsity, pattern, block, p.name)
-    def solver(step: LayerStep, hessians: Hessians) -> None:
-        for p in step.projections:
-            new, _ = sparsegpt_update(p.weight, hessians.pop(p.name), shares[p.name], pattern, block, damping, p.name)
-            p.weight.copy_(new)
-    solve_layer_by_layer(model, calibration, shares, solver, batch_tokens, "sparsegpt")
+    def solver(weight: torch.Tensor, hessian: torch.Tensor, share: float, name: str) -> torch.Tensor:
+        return sparsegpt_update(weight, hessian, share, pattern, block, damping, name)[0]
+    solve_layer_by_layer(model, calibration, shares, by_matrix(solver, shares), batch_tokens, "sparsegpt")
     return prune_report(model, "sparsegpt", sparsity)
