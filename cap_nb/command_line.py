@@ -505,11 +505,10 @@ def unpack_command(
     typer.echo(f"{target}: the live run.")
 
 # %% ../nbs/command_line.ipynb #c060
-from .methods.allocation import ALLOCATIONS
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
-from .methods.prune import OTHERS, method_line
+from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
 # %% ../nbs/command_line.ipynb #c061
@@ -517,13 +516,14 @@ from .threshold import SCOPES
 @in_one_sentence
 def methods_command() -> None:
     "List the methods, each with what it does and where it comes from."
-    typer.echo("A name is criterion[.attribution][@scope][+allocation]; --methods all means all of these:\n")
+    typer.echo("A name is criterion[.attribution][@scope][+allocation][^recovery]; --methods all means all of these:\n")
     for name in ("dense", *table_methods()): typer.echo(f"  {name:28} {' ('.join(method_line(name))})")
     typer.echo(f"\nCriteria: {', '.join(CRITERIA)}. Others: {', '.join(OTHERS)}.")
     typer.echo(f"Attributions: {', '.join(ATTRIBUTIONS)}.")
     typer.echo("On a mixture of experts also, where experts get factors of their own:\n")
     for name in ROUTING_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
-    typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATIONS)}.")
+    typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.")
+    typer.echo("Recoveries: swaps, update, swaps^update.")
 
 # %% ../nbs/command_line.ipynb #c062
 from .jobs.planning import measured_plan, plan, plan_text

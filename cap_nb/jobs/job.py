@@ -396,7 +396,7 @@ def factors_by_method(
 
 # %% ../../nbs/jobs/03_job.ipynb #c053
 from ..models.anatomy import projections
-from ..methods.prune import prune
+from ..methods.prune import prune_given
 
 # %% ../../nbs/jobs/03_job.ipynb #c054
 def copied_weights(
@@ -555,11 +555,13 @@ def finish_cells(
 def method_pruner(
     ready: Ready, # The job
     factors: dict[str, Factors], # From `factors_by_method`
+    folder: Path, # The run's folder, where measured budgets are kept
 ) -> Pruner: # Prunes the job's model
     "How a job prunes: by the method's name, with its factors."
     def pruner(method: str, sparsity: float) -> PruneReport:
-        return prune(ready.model, method, sparsity, factors.get(method), ready.calibration,
-                     batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
+        given = Given(factors=factors.get(method), calibration=ready.calibration, store=folder/"budgets",
+                      batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
+        return prune_given(ready.model, method, sparsity, given)
     return pruner
 
 # %% ../../nbs/jobs/03_job.ipynb #c075
@@ -575,5 +577,5 @@ def run_job(
         open_run(folder, ready.configuration)
         note_environment(folder, environment(ready.configuration["model"]["device"], note))
         factors = factors_by_method(ready, folder, store and Path(store))
-        finish_cells(ready, folder, possible_cells(ready), method_pruner(ready, factors))
+        finish_cells(ready, folder, possible_cells(ready), method_pruner(ready, factors, folder))
     return folder

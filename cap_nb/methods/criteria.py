@@ -131,6 +131,7 @@ def dense_norms(
 
 # %% ../../nbs/methods/01_criteria.ipynb #c024
 from dataclasses import dataclass
+from pathlib import Path
 from ..regions import Factors, as_factors
 
 # %% ../../nbs/methods/01_criteria.ipynb #c025
@@ -143,6 +144,7 @@ class Given:
     ties: str = "exact" # "exact", or "all" for the paper's plain <=
     batch_tokens: int = 4096 # Padded tokens per batch
     seed: int = 0 # Seed of methods that draw random scores
+    store: Path | None = None # Folder where measurements that take long are kept; None keeps none
 
     def __post_init__(self):
         object.__setattr__(self, "factors", as_factors(self.factors))

@@ -9,21 +9,37 @@ __all__ = ['prune']
 import re
 from dataclasses import dataclass
 from ..core.errors import BadInput, check_choice
-from .allocation import ALLOCATIONS
+from torch import nn
+from .allocation import ALLOCATIONS, Allocation
 from .attributions import ATTRIBUTIONS
-from .criteria import CRITERIA
+from .budgets import BudgetSettings, measured_budgets
+from .criteria import CRITERIA, Given
 from .experts import ROUTING_AWARE
 from .recovery import RECOVERIES, recovery_steps
 from ..threshold import pattern_of
 
 # %% ../../nbs/methods/12_prune.ipynb #c005
+def divergence_shares(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
+    given: Given, # With the calibration set
+    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
+) -> dict[str, float]: # Module name -> share to zero
+    "Budgets from interventions, measured with Wanda's criterion, without moves."
+    settings = BudgetSettings(examples=min(24, len(given.calibration.examples)), seed=given.seed)
+    return measured_budgets(model, given.calibration, sparsity, settings, given.store).modules
+
+ALLOCATORS = ALLOCATIONS | {"kl": Allocation(
+    says="attentions and MLPs that move the predictions more, pruned alone, lose less", needs=("calibration",),
+    source="interventions, as in the paper, on parts of layers", shares=divergence_shares)}
+
+# %% ../../nbs/methods/12_prune.ipynb #c006
 @dataclass(frozen=True)
 class MethodName:
     "The parts of a method's name."
     base: str # A criterion, "dense", "sparsegpt", "alps" or "heads"
     attribution: str | None = None # One of `ATTRIBUTIONS` or `ROUTING_AWARE`; None means masking, as the paper does
     scope: str | None = None # "model", "layer", "matrix", "row" or n:m; None means the base's own
-    allocation: str | None = None # One of `ALLOCATIONS`; None means the same for every layer
+    allocation: str | None = None # One of `ALLOCATORS`; None means the same for every layer
     recovery: str | None = None # "swaps", "update" or "swaps^update"; None means that nothing is repaired
     variant: str | None = None # What 'cap claims' changes in it; None means nothing
 
@@ -34,7 +50,7 @@ OTHERS = {"dense": "prunes nothing", "heads": "whole heads, the least causal fir
           "alps": "zeros and weights that stay sought together, layer by layer"}
 SOLVERS = ("sparsegpt", "alps") # Those that update weights
 
-# %% ../../nbs/methods/12_prune.ipynb #c006
+# %% ../../nbs/methods/12_prune.ipynb #c007
 def parse_method(
     name: str, # As in "cap.integrated_gradients@layer+owl"
 ) -> MethodName: # Its choices
@@ -46,15 +62,15 @@ def parse_method(
     parts = MethodName(**match.groupdict())
     check_choice(parts.base, (*CRITERIA, *OTHERS), "method")
     if parts.attribution: check_choice(parts.attribution, (*ATTRIBUTIONS, *ROUTING_AWARE), "attribution")
-    if parts.allocation: check_choice(parts.allocation, ALLOCATIONS, "allocation")
+    if parts.allocation: check_choice(parts.allocation, ALLOCATORS, "allocation")
     if parts.scope: pattern_of(parts.scope)
     if parts.recovery: recovery_steps(parts.recovery)
     return parts
 
-# %% ../../nbs/methods/12_prune.ipynb #c010
+# %% ../../nbs/methods/12_prune.ipynb #c011
 from .criteria import GIVES
 
-# %% ../../nbs/methods/12_prune.ipynb #c011
+# %% ../../nbs/methods/12_prune.ipynb #c012
 def own_scope(
     parts: MethodName, # A method's choices
 ) -> str: # The scope under which it prunes
@@ -68,11 +84,11 @@ def needs_of(
     others = {"dense": (), "sparsegpt": ("calibration",), "alps": ("calibration",), "heads": ("factors",)}
     criterion = CRITERIA.get(parts.base)
     needs = tuple(GIVES[need] for need in criterion.needs) if criterion else others[parts.base]
-    if parts.allocation: needs += ALLOCATIONS[parts.allocation].needs
+    if parts.allocation: needs += ALLOCATORS[parts.allocation].needs
     if parts.recovery: needs += ("calibration",)
     return tuple(dict.fromkeys(needs))
 
-# %% ../../nbs/methods/12_prune.ipynb #c014
+# %% ../../nbs/methods/12_prune.ipynb #c015
 def check_attribution(
     name: str, # A method's name
     parts: MethodName, # Its choices
@@ -86,7 +102,7 @@ def check_attribution(
         raise BadInput(f"Method {name!r} gives experts factors of their own and uses none: "
                        f"expected cap or cap_wanda; leave .{parts.attribution} out.")
 
-# %% ../../nbs/methods/12_prune.ipynb #c015
+# %% ../../nbs/methods/12_prune.ipynb #c016
 def check_scope(
     name: str, # A method's name
     parts: MethodName, # Its choices
@@ -101,7 +117,7 @@ def check_scope(
         but = " but a pattern such as 2:4" if parts.base in SOLVERS else ""
         raise BadInput(f"Method {name!r} names a scope: expected none for {parts.base}{but}; leave it out.")
 
-# %% ../../nbs/methods/12_prune.ipynb #c016
+# %% ../../nbs/methods/12_prune.ipynb #c017
 def check_recovery(
     name: str, # A method's name
     parts: MethodName, # Its choices
@@ -113,7 +129,7 @@ def check_recovery(
         raise BadInput(f"Method {name!r} names a recovery: expected none for alps, which ends with the update; "
                        f"leave ^{parts.recovery} out.")
 
-# %% ../../nbs/methods/12_prune.ipynb #c017
+# %% ../../nbs/methods/12_prune.ipynb #c018
 def check_method(
     name: str, # A method's name
 ) -> MethodName: # Its choices
@@ -126,11 +142,10 @@ def check_method(
     check_recovery(name, parts)
     return parts
 
-# %% ../../nbs/methods/12_prune.ipynb #c019
-from torch import nn
+# %% ../../nbs/methods/12_prune.ipynb #c020
 from .experts import check_has_experts
 
-# %% ../../nbs/methods/12_prune.ipynb #c020
+# %% ../../nbs/methods/12_prune.ipynb #c021
 def check_fits(
     name: str, # A method's name
     model: nn.Module, # A causal language model of a known family
@@ -138,7 +153,7 @@ def check_fits(
     "Refuse a method that names experts on a model without them, with `BadInput`."
     if parse_method(name).attribution in ROUTING_AWARE: check_has_experts(model, f"Method {name!r}")
 
-# %% ../../nbs/methods/12_prune.ipynb #c022
+# %% ../../nbs/methods/12_prune.ipynb #c023
 SOURCES = {"dense": "the model as it is", "sparsegpt": "Frantar and Alistarh 2023", "heads": "the paper, section 6",
            "alps": "Meng et al. 2024"}
 WITHIN = {"model": "one threshold for the whole model", "layer": "one threshold for each layer",
@@ -152,7 +167,7 @@ def scope_line(
     if pattern: return (f"{pattern[0]} zeros among every {pattern[1]} neighbours",)
     return () if parts.base in OTHERS else (WITHIN[own_scope(parts)],)
 
-# %% ../../nbs/methods/12_prune.ipynb #c023
+# %% ../../nbs/methods/12_prune.ipynb #c024
 def method_line(
     name: str, # A method's name
 ) -> tuple[str, str]: # What it does, and where it comes from
@@ -160,13 +175,13 @@ def method_line(
     parts, attributions = check_method(name), ATTRIBUTIONS | ROUTING_AWARE
     base = CRITERIA.get(parts.base)
     extras = [attributions[parts.attribution]] if parts.attribution else []
-    extras += [ALLOCATIONS[parts.allocation]] if parts.allocation else []
+    extras += [ALLOCATORS[parts.allocation]] if parts.allocation else []
     extras += [RECOVERIES[step] for step in recovery_steps(parts.recovery)] if parts.recovery else []
     says = [base.says if base else OTHERS[parts.base], *scope_line(parts), *(extra.says for extra in extras)]
     sources = [base.source if base else SOURCES[parts.base], *(extra.source for extra in extras)]
     return "; ".join(says), "; ".join(source for source in sources if source)
 
-# %% ../../nbs/methods/12_prune.ipynb #c025
+# %% ../../nbs/methods/12_prune.ipynb #c026
 RANKED = ("magnitude", "cap", "wanda", "cap_wanda", "ria", "gradient") # All criteria but random
 
 def with_scope(
@@ -180,21 +195,22 @@ def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
     "The methods of the whole comparison."
     crossed = [with_scope(base, scope) for base in RANKED for scope in ("model", "row")]
     between = [with_scope(base, scope) for base in ("magnitude", "cap") for scope in ("layer", "matrix")]
-    allocations = ["wanda+owl", "wanda+causal", "sparsegpt", "sparsegpt+owl", "heads", "random"]
-    solved = ["wanda^swaps", "wanda^update", "wanda^swaps^update", "sparsegpt^update", "alps"]
+    allocations = [f"wanda+{name}" for name in ALLOCATORS if name != "uniform"]
+    others = ["sparsegpt", "sparsegpt+owl", "heads", "random"]
+    solved = ["wanda^swaps", "wanda^update", "wanda^swaps^update", "sparsegpt^update", "sparsegpt+kl", "alps", "alps+kl"]
     attributions = [f"cap.{name}" for name in ATTRIBUTIONS if name != "zero_ablation"]
     patterns = [f"{base}@2:4" for base in ("magnitude", "cap", "wanda", "ria", "sparsegpt", "alps")]
-    return (*crossed, *between, *allocations, *solved, *attributions, *patterns)
+    return (*crossed, *between, *allocations, *others, *solved, *attributions, *patterns)
 
-# %% ../../nbs/methods/12_prune.ipynb #c028
+# %% ../../nbs/methods/12_prune.ipynb #c029
 import torch
 from ..importance import importance_factors
-from .criteria import Given, check_given
+from .criteria import check_given
 from .experts import routing_aware_factors
 from ..regions import Factors
 from ..scoring import HeadLosses
 
-# %% ../../nbs/methods/12_prune.ipynb #c029
+# %% ../../nbs/methods/12_prune.ipynb #c030
 def unit_factors(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
@@ -209,10 +225,10 @@ def unit_factors(
     scores = ATTRIBUTIONS[attribution].compute(model, given.calibration, batch_tokens=given.batch_tokens)
     return Factors(heads=importance_factors(scores))
 
-# %% ../../nbs/methods/12_prune.ipynb #c030
+# %% ../../nbs/methods/12_prune.ipynb #c031
 from dataclasses import replace
 
-# %% ../../nbs/methods/12_prune.ipynb #c031
+# %% ../../nbs/methods/12_prune.ipynb #c032
 def with_factors(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     parts: MethodName, # A method's choices
@@ -226,7 +242,7 @@ def with_factors(
                        f"or neither; pass what routing_aware_factors returned, or leave the scores out.")
     return given
 
-# %% ../../nbs/methods/12_prune.ipynb #c033
+# %% ../../nbs/methods/12_prune.ipynb #c034
 from collections.abc import Callable, Sequence
 from .criteria import measured_for, projection_shares, prune_by, walks
 from .joint import joint_update
@@ -237,7 +253,7 @@ from .whole_heads import prune_heads
 from ..models.anatomy import projections
 from ..threshold import PruneReport, check_pattern, prune_report
 
-# %% ../../nbs/methods/12_prune.ipynb #c034
+# %% ../../nbs/methods/12_prune.ipynb #c035
 def masks_on_dense(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; as before afterwards
     parts: MethodName, # A method whose criterion is scored on the dense model
@@ -252,7 +268,7 @@ def masks_on_dense(
         for p in projections(model): p.weight.copy_(dense[p.name])
     return masks
 
-# %% ../../nbs/methods/12_prune.ipynb #c035
+# %% ../../nbs/methods/12_prune.ipynb #c036
 def matrix_solver(
     base: str, # One of `SOLVERS`
     pattern: tuple[int, int] | None, # (zeros, of), or None
@@ -276,7 +292,7 @@ def layer_solver(
     shares = projection_shares(model, sparsity, given, scope)
     return by_criterion(criterion, measured_for(model, criterion, given, walking=True), shares, scope)
 
-# %% ../../nbs/methods/12_prune.ipynb #c036
+# %% ../../nbs/methods/12_prune.ipynb #c037
 @torch.no_grad()
 def prune_with_hessians(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
@@ -295,7 +311,7 @@ def prune_with_hessians(
     solve_layer_by_layer(model, given.calibration, shares, solver, given.batch_tokens, parts.base)
     return prune_report(model, parts.base, sparsity)
 
-# %% ../../nbs/methods/12_prune.ipynb #c037
+# %% ../../nbs/methods/12_prune.ipynb #c038
 def apply_method(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     parts: MethodName, # The method
@@ -310,12 +326,29 @@ def apply_method(
         raise BadInput(f"The dense model was asked for at sparsity {sparsity:g}: expected 0; name a pruning method.")
     return prune_report(model, "dense", sparsity)
 
-# %% ../../nbs/methods/12_prune.ipynb #c038
+# %% ../../nbs/methods/12_prune.ipynb #c039
 from ..calibration import Calibration
 from ..core.errors import check_sparsity
 from .allocation import allocated
 
-# %% ../../nbs/methods/12_prune.ipynb #c039
+# %% ../../nbs/methods/12_prune.ipynb #c040
+def prune_given(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
+    method: str, # criterion[.attribution][@scope][+allocation][^recovery]
+    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
+    given: Given, # What the method may use
+) -> PruneReport: # What was done
+    "Prune a model by any method; an unknown method, a wrong sparsity or a missing input raises `BadInput`."
+    parts = check_method(method)
+    check_sparsity(sparsity)
+    check_fits(method, model)
+    given = with_factors(model, parts, given)
+    check_given(method, given, needs_of(parts))
+    if parts.allocation:
+        given = allocated(model, parts.allocation, ALLOCATORS[parts.allocation], sparsity, given)
+    return replace(apply_method(model, parts, sparsity, given), method=method)
+
+# %% ../../nbs/methods/12_prune.ipynb #c041
 def prune(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     method: str = "cap", # criterion[.attribution][@scope][+allocation][^recovery]
@@ -327,20 +360,13 @@ def prune(
     seed: int = 0, # Seed of methods that draw random scores
 ) -> PruneReport: # What was done
     "Prune a model in place by any method; an unknown method, a wrong sparsity or a missing input raises `BadInput`."
-    parts = check_method(method)
-    check_sparsity(sparsity)
-    check_fits(method, model)
     given = Given(factors=factors, calibration=calibration, ties=ties, batch_tokens=batch_tokens, seed=seed)
-    given = with_factors(model, parts, given)
-    check_given(method, given, needs_of(parts))
-    if parts.allocation:
-        given = allocated(model, parts.allocation, ALLOCATIONS[parts.allocation], sparsity, given)
-    return replace(apply_method(model, parts, sparsity, given), method=method)
+    return prune_given(model, method, sparsity, given)
 
-# %% ../../nbs/methods/12_prune.ipynb #c045
+# %% ../../nbs/methods/12_prune.ipynb #c047
 from .whole_heads import head_share
 
-# %% ../../nbs/methods/12_prune.ipynb #c046
+# %% ../../nbs/methods/12_prune.ipynb #c048
 def sparsities_of(
     method: str, # A method's name
     sparsities: Sequence[float], # Sparsities of a comparison
