@@ -191,6 +191,7 @@ def split_of(
     "The split of a problem by its content hash."
     return "evaluation" if int(problem.uid[:4], 16) % 4 == 0 else "calibration"
 
+# %% ../../nbs/data/00_problems.ipynb #c040
 @functools.cache
 def copied_records(
     path: Path, # A benchmark file
@@ -216,7 +217,7 @@ def source_records(
     records = from_hub(*benchmark.hub, benchmark.splits[split])
     return changed_records(records) if task in COPIES else records
 
-# %% ../../nbs/data/00_problems.ipynb #c040
+# %% ../../nbs/data/00_problems.ipynb #c041
 def read_problems(
     task: str, # Name of the task
     split: str, # "calibration" or "evaluation"
@@ -232,7 +233,7 @@ def read_problems(
         problems.setdefault(problem.uid, problem)
     return tuple(problems.values())
 
-# %% ../../nbs/data/00_problems.ipynb #c041
+# %% ../../nbs/data/00_problems.ipynb #c042
 @functools.cache
 def lab_problems(
     task: str, # Name of a lab task
@@ -241,7 +242,7 @@ def lab_problems(
     "The problems of a lab task."
     return read_problems(task, split, None)
 
-# %% ../../nbs/data/00_problems.ipynb #c042
+# %% ../../nbs/data/00_problems.ipynb #c043
 def load_problems(
     task: str, # One of `TASKS`, as in "gsm8k", "lab-gsm8k" or "gsm8k_changed"
     split: str, # "calibration" or "evaluation"
@@ -255,10 +256,10 @@ def load_problems(
     if task == "strategyqa" and data_dir is not None: return tuple(p for p in problems if split_of(p) == split)
     return problems
 
-# %% ../../nbs/data/00_problems.ipynb #c048
+# %% ../../nbs/data/00_problems.ipynb #c049
 from ..models.lab_world import lab_text
 
-# %% ../../nbs/data/00_problems.ipynb #c049
+# %% ../../nbs/data/00_problems.ipynb #c050
 @dataclass(frozen=True)
 class Text:
     "A text for perplexity."
@@ -270,13 +271,13 @@ class Text:
         "SHA-256 of the text: 64 hexadecimal digits."
         return sha256_of_text(self.text)
 
-# %% ../../nbs/data/00_problems.ipynb #c050
+# %% ../../nbs/data/00_problems.ipynb #c051
 TEXTS = ("wikitext2", "lab-text")
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3")
 WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation"} # Split -> the hub's name of it
 WIKITEXT_FILES = {"evaluation": "test.txt", "calibration": "valid.txt"} # Split -> file in the folder wikitext2
 
-# %% ../../nbs/data/00_problems.ipynb #c051
+# %% ../../nbs/data/00_problems.ipynb #c052
 def load_text(
     name: str, # "wikitext2" or "lab-text"
     data_dir: str | Path | None = None, # Folder that holds wikitext2/test.txt and valid.txt; None means the hub

@@ -124,7 +124,8 @@ def check_recovery(
 ) -> None:
     "Refuse a recovery where there is nothing to recover, or where it is the method's own work, with `BadInput`."
     if parts.recovery and parts.base in ("dense", "heads"):
-        raise BadInput(f"Method {name!r} names a recovery: expected none for {parts.base}; leave ^{parts.recovery} out.")
+        raise BadInput(f"Method {name!r} names a recovery: expected none for {parts.base}; "
+                       f"leave ^{parts.recovery} out.")
     if parts.recovery and parts.base == "alps":
         raise BadInput(f"Method {name!r} names a recovery: expected none for alps, which ends with the update; "
                        f"leave ^{parts.recovery} out.")
@@ -197,7 +198,8 @@ def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
     between = [with_scope(base, scope) for base in ("magnitude", "cap") for scope in ("layer", "matrix")]
     allocations = [f"wanda+{name}" for name in ALLOCATORS if name != "uniform"]
     others = ["sparsegpt", "sparsegpt+owl", "heads", "random"]
-    solved = ["wanda^swaps", "wanda^update", "wanda^swaps^update", "sparsegpt^update", "sparsegpt+kl", "alps", "alps+kl"]
+    solved = ["wanda^swaps", "wanda^update", "wanda^swaps^update", "sparsegpt^update", "sparsegpt+kl", "alps",
+              "alps+kl"]
     attributions = [f"cap.{name}" for name in ATTRIBUTIONS if name != "zero_ablation"]
     patterns = [f"{base}@2:4" for base in ("magnitude", "cap", "wanda", "ria", "sparsegpt", "alps")]
     return (*crossed, *between, *allocations, *others, *solved, *attributions, *patterns)

@@ -18,7 +18,7 @@ class Recovery:
 
 RECOVERIES: dict[str, Recovery] = {
     "swaps": Recovery("then zeros change places within their row while the layer's error falls", "Zimmer et al. 2025"),
-    "update": Recovery("then least squares for the weights that stay", "Meng et al. 2024, section 3.2")}
+    "update": Recovery("then least squares for the weights that stay", "Meng et al. 2024")}
 
 def recovery_steps(
     name: str, # As in "swaps", "update" or "swaps^update"
