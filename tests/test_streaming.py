@@ -333,7 +333,9 @@ def test_a_wrong_call_is_refused_in_one_sentence(tmp_path):
              (dict(method="wanda", norms={k: v for k, v in norms.items() if k != name}), f"The input norms of {name}"),
              (dict(method="wanda", norms=norms | {name: norms[name][1:]}), f"The input norms of {name}"),
              (dict(method="wanda", norms=norms | {name: -norms[name]}), f"The input norms of {name}"),
-             (dict(method="ria"), "cannot be streamed"), (dict(method="wanda+owl"), "cannot be streamed"), (dict(method="wander"), "Unknown method"),
+             (dict(method="ria"), "cannot be streamed"), (dict(method="wanda+owl"), "cannot be streamed"),
+             (dict(method="magnitude@row^swaps"), "cannot be streamed"),
+             (dict(method="wander"), "Unknown method"),
              (dict(factors=factors, sparsity=1.0), "outside [0, 1)"), (dict(factors=factors, ties="none"), "Unknown treatment of ties"),
              (dict(factors=factors, method="cap@2:4"), "expected 0.5"),
              (dict(factors=factors, method="cap@3:8", sparsity=0.375), "does not divide into groups of 8")]

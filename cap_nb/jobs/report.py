@@ -107,7 +107,7 @@ from ..analysis import plot_zeros_by_method
 
 # %% ../../nbs/jobs/02_report.ipynb #c026
 CURVES_A_FIGURE = 8 # Methods that one figure of curves can show
-KINDS = ("criteria", "scopes", "attributions", "allocations") # Figures of a run with more methods
+KINDS = ("criteria", "scopes", "attributions", "allocations", "solvers") # Figures of a run with more methods
 
 def kind_of(
     method: str, # A method's name
@@ -116,6 +116,7 @@ def kind_of(
     parts = parse_method(method)
     if parts.variant: return parts.variant.partition("-")[0]
     if parts.scope and ":" in parts.scope: return "patterns"
+    if parts.recovery or parts.base == "alps": return "solvers"
     if parts.attribution or parts.base == "heads": return "attributions"
     if parts.allocation: return "allocations"
     return "scopes" if parts.scope else "criteria"

@@ -271,7 +271,8 @@ def check_streamed(
     parts = check_method(method)
     check_choice(ties, TIES, "treatment of ties")
     check_pattern(own_scope(parts), check_sparsity(sparsity))
-    if parts.base in STREAMED and not parts.allocation and parts.attribution not in ROUTING_AWARE: return parts
+    whole = parts.allocation or parts.recovery or parts.attribution in ROUTING_AWARE # needs more of the model
+    if parts.base in STREAMED and not whole: return parts
     raise BadInput(f"Method {method!r} cannot be streamed: expected {', '.join(STREAMED)}, with a scope or without; "
                    "load the model and prune it in memory.")
 
