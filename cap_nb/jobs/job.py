@@ -120,10 +120,10 @@ def evaluation_data(
 
 # %% ../../nbs/jobs/03_job.ipynb #c019
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from torch import nn
 from ..evaluation import token_limit
+from .chains import style_origin
 from .settings import share_of_text
 from ..models.loading import model_fingerprint, tokenizer_fingerprint
 
@@ -182,16 +182,15 @@ def configuration(
     calibration: Calibration, # The calibration set
 ) -> dict: # What JSON can hold
     "What the numbers of a run follow from."
-    style = prompt_style(job.calibrate.style)
     return {"model": model_configuration(job, model, tokenizer),
             "calibration": calibration_configuration(job, calibration),
-            "style": {"called": style.name, "fingerprint": sha256_of_text(json.dumps(asdict(style), sort_keys=True))},
+            "style": style_origin(job.calibrate.style),
             "aggregation": job.prune.aggregation, "methods": list(job.prune.methods),
             "sparsities": list(job.prune.sparsities), "evaluation": evaluation_configuration(job, calibration)}
 
 # %% ../../nbs/jobs/03_job.ipynb #c024
 from ..calibration import calibration_set
-from .chains import chain_calibration, mixed_calibration, style_origin, text_calibration
+from .chains import chain_calibration, mixed_calibration, text_calibration
 from .settings import examples_by_kind
 
 # %% ../../nbs/jobs/03_job.ipynb #c025

@@ -212,6 +212,17 @@ from .sparsegpt import check_matrix, check_pattern_fits
 
 # %% ../../nbs/methods/04_swaps.ipynb #c052
 def check_mask(
+    mask: torch.Tensor, # Which weights are removed
+    weight: torch.Tensor, # [out, in]
+    name: str, # Name of the module
+) -> None:
+    "Raise `BadInput` if a mask is not a boolean tensor of the weight's shape."
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise BadInput(f"The mask of {name} is {mask.dtype} {list(mask.shape)}: "
+                       f"expected torch.bool {list(weight.shape)}, True where a weight is removed; make it so.")
+
+# %% ../../nbs/methods/04_swaps.ipynb #c053
+def check_start(
     weight: torch.Tensor, # [out, in]
     mask: torch.Tensor, # Which weights are removed
     hessian: torch.Tensor, # [in, in]
@@ -223,9 +234,7 @@ def check_mask(
     if not hessian.isfinite().all():
         raise BadInput(f"The Hessian of {name} holds NaN or infinity: expected finite inputs; "
                        f"check the weights before it, or run the model in float32.")
-    if mask.dtype != torch.bool or mask.shape != weight.shape:
-        raise BadInput(f"The mask of {name} is {mask.dtype} {list(mask.shape)}: "
-                       f"expected torch.bool {list(weight.shape)}, True where a weight is removed; make it so.")
+    check_mask(mask, weight, name)
     if pattern is None: return
     check_pattern_fits(weight.shape[1], float(mask.double().mean()), pattern, weight.shape[1], name)
     zeros, of = pattern
@@ -233,10 +242,10 @@ def check_mask(
         raise BadInput(f"The mask of {name} is not {zeros}:{of}: expected {zeros} removed of every {of} inputs; "
                        f"start from a mask of this pattern.")
 
-# %% ../../nbs/methods/04_swaps.ipynb #c054
+# %% ../../nbs/methods/04_swaps.ipynb #c055
 from functools import partial
 
-# %% ../../nbs/methods/04_swaps.ipynb #c055
+# %% ../../nbs/methods/04_swaps.ipynb #c056
 WEIGHTS_AT_ONCE = 2 ** 22 # Rows are taken in parts of so many weights
 
 @torch.no_grad()
@@ -252,7 +261,7 @@ def swapped_mask(
     "Exchange removed for kept weights while the error of the row's output falls (Zimmer et al. 2025), in float32."
     check_at_least(candidates, 1, "candidates (of each side)")
     check_at_least(most, 0, "most (exchanges of a row)")
-    check_mask(weight, mask, hessian, pattern, name)
+    check_start(weight, mask, hessian, pattern, name)
     gram = hessian.detach().float().contiguous()
     if pattern is None: choose = partial(cheapest_columns, count=min(candidates, len(gram)))
     else: choose = partial(cheapest_groups, count=candidates, pattern=pattern)

@@ -111,20 +111,11 @@ def cholesky_on_support(
 import logging
 from ..core.errors import check_at_least, check_choice
 from .sparsegpt import check_matrix, check_settings
+from .swaps import check_mask
 
 # %% ../../nbs/methods/05_update.ipynb #c027
 log = logging.getLogger(__name__)
-SOLVERS = ("cg", "cholesky")
-
-def check_mask(
-    mask: torch.Tensor, # What is removed
-    weight: torch.Tensor, # The weight
-    name: str, # Name of the module
-) -> None:
-    "Raise `BadInput` if a mask is not a boolean tensor of the weight's shape."
-    if mask.dtype != torch.bool or mask.shape != weight.shape:
-        raise BadInput(f"The mask of {name} is {mask.dtype} of shape {list(mask.shape)}: expected torch.bool of shape "
-                       f"{list(weight.shape)}, true where a weight is removed; check the mask.")
+LINEAR_SOLVERS = ("cg", "cholesky")
 
 # %% ../../nbs/methods/05_update.ipynb #c028
 def restored(
@@ -153,7 +144,7 @@ def updated_weight(
     check_settings(damping, 1)
     check_matrix(weight, hessian, name)
     check_mask(mask, weight, name)
-    check_choice(how, SOLVERS, "solver")
+    check_choice(how, LINEAR_SOLVERS, "solver")
     check_at_least(steps, 1, "steps")
     layer = scaled_layer(weight if how == "cg" else weight.double(), hessian, damping, name)
     if how == "cholesky": new = cholesky_on_support(layer, mask)
