@@ -105,6 +105,7 @@ def check_hessian(
         raise BadInput(f"{path} has no Hessian of {p.name} with {width} inputs: expected one for each projection of "
                        "this model; measure them on it.")
 
+# %% ../../nbs/methods/15_given_hessians.ipynb #c021
 def open_hessians(
     folder: str | Path, # A folder of Hessians
     checkpoint: Checkpoint, # The checkpoint that they are for
@@ -123,7 +124,7 @@ def open_hessians(
     raise BadInput(f"{folder} holds Hessians of another model, of another dtype or of several measurements: expected "
                    "those of this checkpoint; measure them on it, without --dtype.")
 
-# %% ../../nbs/methods/15_given_hessians.ipynb #c024
+# %% ../../nbs/methods/15_given_hessians.ipynb #c025
 from ..core.errors import check_sparsity
 from .prune import SOLVERS, MethodName, check_method, matrix_solver, own_scope
 from .experts import ROUTING_AWARE
@@ -132,7 +133,7 @@ from .sparsegpt import MadeOnce, check_pattern_fits
 from .streaming import STREAMED
 from ..threshold import check_pattern, pattern_of
 
-# %% ../../nbs/methods/15_given_hessians.ipynb #c025
+# %% ../../nbs/methods/15_given_hessians.ipynb #c026
 def check_solved(
     method: str, # A solver, or criterion[@scope]^recovery
     sparsity: float, # Share of the weights in scope to zero
@@ -148,7 +149,7 @@ def check_solved(
     raise BadInput(f"Method {method!r} cannot be streamed: expected {', '.join((*SOLVERS, *STREAMED))} without an "
                    "allocation, and a recovery or none; load the model and prune it in memory.")
 
-# %% ../../nbs/methods/15_given_hessians.ipynb #c027
+# %% ../../nbs/methods/15_given_hessians.ipynb #c028
 def solved_weight(
     weight: torch.Tensor, # The dense weight, [out, in]
     pruned: torch.Tensor | None, # What the criterion left of it, [out, in]; None for a solver
@@ -165,11 +166,11 @@ def solved_weight(
     if not parts.recovery: return pruned
     return recovered_weight(weight, pruned == 0, hessian, recovery_steps(parts.recovery), pattern, name)
 
-# %% ../../nbs/methods/15_given_hessians.ipynb #c029
+# %% ../../nbs/methods/15_given_hessians.ipynb #c030
 from dataclasses import replace
 from .streaming import pieces_of_weights, read_rows, write_rows
 
-# %% ../../nbs/methods/15_given_hessians.ipynb #c030
+# %% ../../nbs/methods/15_given_hessians.ipynb #c031
 def read_weight(
     checkpoint: Checkpoint, # The checkpoint
     p: Projection, # A weight in scope
@@ -193,7 +194,7 @@ def write_weight(
         write_rows(piece, weight[piece.first:piece.last], folder)
     return int((weight == 0).sum())
 
-# %% ../../nbs/methods/15_given_hessians.ipynb #c032
+# %% ../../nbs/methods/15_given_hessians.ipynb #c033
 from ..core.files import whole_folder
 from .criteria import CRITERIA
 from .streaming import (
@@ -202,7 +203,7 @@ from ..regions import Factors
 from ..threshold import Measurements, PruneReport
 from tqdm.auto import tqdm
 
-# %% ../../nbs/methods/15_given_hessians.ipynb #c033
+# %% ../../nbs/methods/15_given_hessians.ipynb #c034
 def norms_of_hessians(
     given: GivenHessians, # Hessians
 ) -> dict[str, torch.Tensor]: # Module name -> norm of every input feature, float32 [in]
@@ -220,7 +221,7 @@ def known_of_hessians(
     norms = norms_of_hessians(given) if "norm" in CRITERIA[parts.base].needs else None
     return what_is_known(checkpoint, parts.base, factors, norms)
 
-# %% ../../nbs/methods/15_given_hessians.ipynb #c034
+# %% ../../nbs/methods/15_given_hessians.ipynb #c035
 def write_solved(
     checkpoint: Checkpoint, # The old checkpoint
     folder: Path, # The new folder; for a recovery with the criterion's zeros
@@ -237,7 +238,7 @@ def write_solved(
         zeros[p.name] = write_weight(checkpoint, p, new, folder)
     return zeros
 
-# %% ../../nbs/methods/15_given_hessians.ipynb #c035
+# %% ../../nbs/methods/15_given_hessians.ipynb #c036
 @torch.no_grad()
 def solve_checkpoint(
     src: str | Path, # A folder saved by transformers, as safetensors; not changed
