@@ -332,6 +332,7 @@ def factors_from(
 from dataclasses import replace
 from .methods.criteria import Given
 from .methods.prune import check_method, needs_of, prune, unit_factors
+from .methods.given_hessians import check_solved, save_hessians, solve_checkpoint
 from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
 from .models.loading import check_all_here, model_fingerprint, save_model
 from .threshold import PruneReport
@@ -343,6 +344,9 @@ def pruned_in_memory(
     out: Path, # Folder of the pruned checkpoint
 ) -> PruneReport: # What was done
     "Load a model, prune it, save it."
+    if pruning.hessians is not None:
+        raise BadInput("--hessians was given without --stream: expected both, since in memory every layer is measured "
+                       "after those before it were pruned; add --stream, or leave --hessians out.")
     parts = check_method(pruning.method)
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
     check_all_here(model)
@@ -370,7 +374,8 @@ def check_streaming(
     if job.model.dtype or job.model.device:
         raise BadInput("--stream was given with --dtype or --device: expected neither, since nothing is loaded and the "
                        "weights keep their dtype; leave them out.")
-    check_streamed(pruning.method, pruning.sparsity, pruning.ties)
+    if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
+    else: check_solved(pruning.method, pruning.sparsity)
 
 def pruned_from_disk(
     job: Job, # Its model, which is a folder, and how scores are made
@@ -381,13 +386,30 @@ def pruned_from_disk(
     check_streaming(job, pruning)
     source = job.model.name
     factors = factors_from(pruning, lambda: checkpoint_fingerprint(source), job.prune)
+    if pruning.hessians is not None:
+        return solve_checkpoint(source, out, pruning.sparsity, pruning.hessians, pruning.method, factors)
     return prune_checkpoint(source, out, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
 
 # %% ../nbs/command_line.ipynb #c046
+@app.command("hessians")
+@in_one_sentence
+@with_job("model", "calibrate", without=("calibration_seed",))
+def hessians_command(
+    job: Job, # What the options say
+    out: Out,
+) -> None:
+    "Measure the Hessians of a dense model's inputs, a file for each layer, for cap prune --stream; resumable."
+    check_job(job)
+    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
+    check_windows_fit(job, model)
+    save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
+    typer.echo(f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}.")
+
+# %% ../nbs/command_line.ipynb #c047
 from dataclasses import asdict
 from .core.files import write_json
 
-# %% ../nbs/command_line.ipynb #c047
+# %% ../nbs/command_line.ipynb #c048
 def check_scores_given(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -398,7 +420,7 @@ def check_scores_given(
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
 
-# %% ../nbs/command_line.ipynb #c048
+# %% ../nbs/command_line.ipynb #c049
 @app.command("prune")
 @in_one_sentence
 @with_options("pruning", options_of(SinglePruning), SinglePruning)
@@ -417,11 +439,11 @@ def prune_command(
                f"({report.reached:.4%}, {pruning.sparsity:.4%} asked).")
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster.")
 
-# %% ../nbs/command_line.ipynb #c050
+# %% ../nbs/command_line.ipynb #c051
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c051
+# %% ../nbs/command_line.ipynb #c052
 @app.command("eval")
 @in_one_sentence
 @with_job("model", "calibrate", "evaluate", without=("n", "k", "calibration_seed", *TARGETS))
@@ -438,14 +460,14 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c053
+# %% ../nbs/command_line.ipynb #c054
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c054
+# %% ../nbs/command_line.ipynb #c055
 @app.command("table")
 @in_one_sentence
 def table_command(
@@ -473,7 +495,7 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c056
+# %% ../nbs/command_line.ipynb #c057
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -485,7 +507,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c059
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -507,14 +529,14 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c060
+# %% ../nbs/command_line.ipynb #c061
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c061
+# %% ../nbs/command_line.ipynb #c062
 @app.command("methods")
 @in_one_sentence
 def methods_command() -> None:
@@ -528,10 +550,10 @@ def methods_command() -> None:
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.")
     typer.echo("Recoveries: swaps, update, swaps^update.")
 
-# %% ../nbs/command_line.ipynb #c062
+# %% ../nbs/command_line.ipynb #c063
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c063
+# %% ../nbs/command_line.ipynb #c064
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -550,13 +572,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c065
+# %% ../nbs/command_line.ipynb #c066
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c066
+# %% ../nbs/command_line.ipynb #c067
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -580,11 +602,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c067
+# %% ../nbs/command_line.ipynb #c068
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c069
+# %% ../nbs/command_line.ipynb #c070
 #| eval: false
 if __name__ == "__main__": main()

@@ -137,3 +137,4 @@ class SinglePruning:
     ties: str = "exact" # exact, or all for the paper's <=
     stream: bool = False # prune a folder's checkpoint without loading it
     norms: Path | None = None # with --stream: input norms for wanda and cap_wanda, made by save_norms
+    hessians: Path | None = None # with --stream: Hessians for solvers and recoveries, made by cap hessians

@@ -257,11 +257,12 @@ def with_factors(
     return given
 
 # %% ../../nbs/methods/12_prune.ipynb #c034
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from .criteria import measured_for, projection_shares, prune_by, walks
 from .joint import joint_update
 from .recovery import by_criterion, by_masks, recovering
-from .sparsegpt import LayerSolver, by_matrix, check_pattern_fits, solve_layer_by_layer, sparsegpt_update
+from .sparsegpt import (
+    LayerSolver, MatrixSolver, by_matrix, check_pattern_fits, solve_layer_by_layer, sparsegpt_update)
 from .wanda import uniform_shares
 from .whole_heads import prune_heads
 from ..models.anatomy import projections
@@ -286,10 +287,10 @@ def masks_on_dense(
 def matrix_solver(
     base: str, # One of `SOLVERS`
     pattern: tuple[int, int] | None, # (zeros, of), or None
-) -> Callable[..., torch.Tensor]: # Weight, Hessian, share and name -> new weight
+) -> MatrixSolver: # Gives the new weight of one projection
     "How a solver treats one projection."
     update = {"sparsegpt": sparsegpt_update, "alps": joint_update}[base]
-    return lambda weight, hessian, share, name: update(weight, hessian, share, pattern, name=name)[0]
+    return lambda weight, hessian, share, name, once: update(weight, hessian, share, pattern, name=name, once=once)[0]
 
 def layer_solver(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; as before afterwards
