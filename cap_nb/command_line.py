@@ -244,7 +244,7 @@ def claims_command(
 # %% ../nbs/command_line.ipynb #c034
 import shutil
 from .engine.devices import joined, device_of_process
-from .engine.resumed_scoring import score_heads
+from .engine.resumed_scoring import check_target, table_scorer
 from .jobs.job import check_job, check_windows_fit, job_calibration
 from .models.loading import load_model, tokenizer_fingerprint
 from .scoring import save_losses
@@ -254,14 +254,14 @@ HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit i
 
 @app.command("score")
 @in_one_sentence
-@with_job("model", "calibrate", without=("calibration_seed",))
+@with_job("model", "calibrate", "score_target", without=("calibration_seed",))
 def score_command(
     job: Job, # What the options say
     out: Out,
     heads_at_once: HeadsAtOnce = None,
     store: Store = None,
 ) -> None:
-    "Measure the loss with every head masked in turn, and save the table."
+    "Measure the loss, or the divergence from the intact model, with every head masked in turn, and save the table."
     job = changed(job, device=device_of_process(job.model.device))
     check_job(job)
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
@@ -269,13 +269,13 @@ def score_command(
     check_windows_fit(job, model)
     calibration, working = job_calibration(job, tokenizer), store or out.with_name(out.name + ".unfinished")
     with joined(model.device) as share:
-        losses = score_heads(model, calibration, job.model.batch_tokens, working, tokenizer_fingerprint(tokenizer),
-                             heads_at_once, share)
+        losses = table_scorer(job.prune.score_target)(
+            model, calibration, job.model.batch_tokens, working, tokenizer_fingerprint(tokenizer), heads_at_once, share)
     if share.rank: return
     save_losses(losses, out)
     if not store: shutil.rmtree(working)
-    heads = losses.masked[..., 0].numel()
-    typer.echo(f"{out}: losses of {len(losses.intact)} examples with each of {heads} heads masked.")
+    heads, measured = losses.masked[..., 0].numel(), {"loss": "losses", "divergence": "divergences"}[losses.target]
+    typer.echo(f"{out}: {measured} of {len(losses.intact)} examples with each of {heads} heads masked.")
 
 # %% ../nbs/command_line.ipynb #c037
 from .jobs.chains import Answering, own_chains, task_counts, too_few
@@ -308,6 +308,7 @@ def chains_command(
 
 # %% ../nbs/command_line.ipynb #c040
 from .importance import importance_factors
+from .jobs.settings import PruneSettings
 from .regions import Factors
 from .scoring import causal_scores, load_losses
 
@@ -315,15 +316,17 @@ from .scoring import causal_scores, load_losses
 def factors_from(
     pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
     fingerprint: Callable[[], str], # Of the model that is to be pruned
-    aggregation: str, # How losses become scores
+    settings: PruneSettings, # What the table should hold, and how that becomes scores
 ) -> Factors | None: # Importance factors of the heads; None without a table
-    "Importance factors from a table of losses; one of another model raises `BadInput`."
+    "Importance factors from a table of losses; one of another model or target raises `BadInput`."
     if pruning.scores is None: return None
     losses = load_losses(pruning.scores)
     if losses.meta.get("model") != fingerprint():
         raise BadInput(f"{pruning.scores} was measured on other weights or another dtype: expected this model's; "
                        "score it first, with the same --dtype.")
-    return Factors(heads=importance_factors(causal_scores(losses, aggregation)), key_value=pruning.key_value)
+    check_target(losses, settings.score_target, pruning.scores)
+    scores = causal_scores(losses, settings.aggregation)
+    return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
 # %% ../nbs/command_line.ipynb #c043
 from dataclasses import replace
@@ -336,7 +339,7 @@ from .threshold import PruneReport
 
 # %% ../nbs/command_line.ipynb #c044
 def pruned_in_memory(
-    job: Job, # Its model, its aggregation, and what to calibrate on
+    job: Job, # Its model, how scores are made, and what to calibrate on
     pruning: SinglePruning, # How to prune
     out: Path, # Folder of the pruned checkpoint
 ) -> PruneReport: # What was done
@@ -350,7 +353,7 @@ def pruned_in_memory(
     check_windows_fit(job, model)
     calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
     calibration = job_calibration(job, tokenizer) if calibrated else None
-    factors = factors_from(pruning, lambda: model_fingerprint(model), job.prune.aggregation)
+    factors = factors_from(pruning, lambda: model_fingerprint(model), job.prune)
     if factors is None and parts.attribution:
         given = Given(calibration=calibration, batch_tokens=job.model.batch_tokens)
         factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
@@ -375,14 +378,14 @@ def check_streaming(
     else: check_solved(pruning.method, pruning.sparsity)
 
 def pruned_from_disk(
-    job: Job, # Its model, which is a folder, and its aggregation
+    job: Job, # Its model, which is a folder, and how scores are made
     pruning: SinglePruning, # How to prune
     out: Path, # Folder of the pruned checkpoint
 ) -> PruneReport: # What was done
     "Prune a folder's checkpoint without loading it."
     check_streaming(job, pruning)
     source = job.model.name
-    factors = factors_from(pruning, lambda: checkpoint_fingerprint(source), job.prune.aggregation)
+    factors = factors_from(pruning, lambda: checkpoint_fingerprint(source), job.prune)
     if pruning.hessians is not None:
         return solve_checkpoint(source, out, pruning.sparsity, pruning.hessians, pruning.method, factors)
     return prune_checkpoint(source, out, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
@@ -421,7 +424,7 @@ def check_scores_given(
 @app.command("prune")
 @in_one_sentence
 @with_options("pruning", options_of(SinglePruning), SinglePruning)
-@with_job("model", "calibrate", "aggregation", without=("calibration_seed",))
+@with_job("model", "calibrate", "aggregation", "score_target", without=("calibration_seed",))
 def prune_command(
     job: Job, # What the options say of the model and the calibration set
     pruning: SinglePruning, # What they say of pruning
@@ -557,7 +560,7 @@ Probing = option(bool, "time this device on one layer, for the expected times", 
 
 @app.command("plan")
 @in_one_sentence
-@with_job("model", "calibrate", "methods", "sparsities", "evaluate", without=("calibration_seed", "text"))
+@with_job("model", "calibrate", "prune", "evaluate", without=("aggregation", "calibration_seed", "text"))
 def plan_command(
     job: Job, # What the options say
     devices: option(int, "devices that share the work") = 1,

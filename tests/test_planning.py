@@ -1,4 +1,5 @@
 """Plans from a configuration alone: counts against real models, operations against torch's counter, memory against what is really held at once."""
+import functools
 import json
 import math
 import weakref
@@ -26,7 +27,7 @@ from cap_nb.jobs.costs import (
     solver_memory, threshold_memory, wanda_memory, wanda_work)
 from cap_nb.jobs.planning import Probe, free_memory, measured_plan, plan, plan_advice, plan_text, probe_device
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.engine.resumed_scoring import score_divergences, score_heads
 from cap_nb.scoring import score_heads_naive, target_losses
 
 GIB = 2**30
@@ -182,7 +183,8 @@ def test_passes_of_scoring_are_counted_layer_by_layer():
     head = []
     handles.append(model.lm_head.register_forward_hook(lambda module, args, output: head.append(args[0].shape[:-1].numel())))
     sizes, batches = sizes_of(model.config, "random", "a test"), batch_shapes(lengths_of(calibration), 60)
-    for score, work in ((score_heads, resumed_work), (score_heads_naive, naive_work)):
+    of_divergences = functools.partial(resumed_work, target="divergence")
+    for score, work in ((score_heads, resumed_work), (score_heads_naive, naive_work), (score_divergences, of_divergences)):
         calls.clear(), head.clear()
         score(model, calibration, batch_tokens=60)
         assert (work(sizes, batches).layer_tokens, work(sizes, batches).head_tokens) == (sum(calls), sum(head))

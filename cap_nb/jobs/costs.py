@@ -320,13 +320,15 @@ def naive_work(
 def resumed_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The batches
-) -> Work: # The work of `score_heads`
+    target: str = "loss", # What is measured; for divergences the intact output head runs again beside every masked one
+) -> Work: # The work of `score_heads`, or `score_divergences`
     "The same losses with every masked pass resumed at its layer; what a shared prefix saves is not subtracted."
     passes = 1 + sizes.layers * sizes.heads
+    heads = passes if target == "loss" else 2 * (passes - 1)
     whole_layers = 2 * sizes.layers - 1 + sizes.heads * sizes.layers * (sizes.layers - 1) // 2
     def of_batch(b: BatchShape) -> Work:
         positions = whole_layers * b.width + passes * b.most # of one example, through one layer
-        return Work(passes=passes, layer_tokens=b.rows * positions, head_tokens=passes * b.targets,
+        return Work(passes=passes, layer_tokens=b.rows * positions, head_tokens=heads * b.targets,
                     pairs=b.rows * b.width * positions, key_tokens=passes * b.rows * b.width)
     return sum((of_batch(b) for b in batches), Work())
 

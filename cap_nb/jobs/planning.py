@@ -393,7 +393,8 @@ def scoring_stages(
 ) -> tuple[Stage, Stage]: # Scoring, and the hook loop for comparison
     "The two ways to the table of losses."
     sizes, batches, width = load.sizes, load.batches, load.number_bytes
-    ways = (("scoring", resumed_work(sizes, batches), scoring_memory(sizes, width, batches)),
+    resumed = resumed_work(sizes, batches, load.job.prune.score_target)
+    ways = (("scoring", resumed, scoring_memory(sizes, width, batches)),
             ("scoring by the hook loop", naive_work(sizes, batches), hook_loop_memory(sizes, width, batches)))
     return tuple(Stage(name=name, work=work, flops=flops_of(work, sizes), memory=memory,
                        seconds=probe and prefill_seconds(work, probe) / sharing) for name, work, memory in ways)

@@ -40,6 +40,7 @@ class PruneSettings:
     methods: tuple[str, ...] = ("cap", "wanda", "magnitude") # methods by name; 'cap methods' lists them
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.5) # shares of the weights in scope to zero
     aggregation: str = "paper" # how losses become scores: paper, paired or mean
+    score_target: str = "loss" # what masking a head is measured by: loss, or divergence from the intact predictions
 
 # %% ../../nbs/jobs/01_settings.ipynb #c012
 @dataclass(frozen=True)
