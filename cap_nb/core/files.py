@@ -180,10 +180,11 @@ def apart(
     seen, own = set(), {}
     for name, tensor in tensors.items():
         memory = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.detach().clone(memory_format=torch.contiguous_format) if memory in seen else tensor.contiguous()
+        own[name] = tensor.contiguous().clone() if memory in seen else tensor.contiguous()
         seen.add(memory)
     return own
 
+# %% ../../nbs/core/01_files.ipynb #c041
 def write_tensors(
     path: Path, # Final name of the file
     tensors: dict[str, torch.Tensor], # What is saved
@@ -207,7 +208,7 @@ def read_tensors(
         raise BadInput(f"{path} is damaged or was not written by cap_nb: expected a table of losses; "
                        "remove it and score again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c044
+# %% ../../nbs/core/01_files.ipynb #c045
 def repository_root() -> Path: # The folder that holds settings.ini
     "The top of this repository, seen from the working directory; outside of it raises `BadInput`."
     here = Path.cwd()

@@ -186,6 +186,7 @@ def calibration_configuration(
     return {"tasks": list(data.tasks), "n": data.n, "k": data.k, "seed": data.calibration_seed,
             "batch_tokens": job.model.batch_tokens, "fingerprint": calibration.fingerprint} | targets_configuration(job)
 
+# %% ../../nbs/jobs/03_job.ipynb #c022
 def evaluation_configuration(
     job: Job, # A job that is filled in
     calibration: Calibration, # The calibration set, which must not be evaluated on
@@ -196,7 +197,7 @@ def evaluation_configuration(
     split = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
     return counts | split | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
 
-# %% ../../nbs/jobs/03_job.ipynb #c022
+# %% ../../nbs/jobs/03_job.ipynb #c023
 def configuration(
     job: Job, # A job that is filled in
     model: nn.Module, # The dense model
@@ -212,12 +213,12 @@ def configuration(
                 "sparsities": list(job.prune.sparsities), "evaluation": evaluation_configuration(job, calibration)}
     return settings if target == "loss" else settings | {"score_target": target}
 
-# %% ../../nbs/jobs/03_job.ipynb #c024
+# %% ../../nbs/jobs/03_job.ipynb #c025
 from ..calibration import calibration_set
 from .chains import chain_calibration, mixed_calibration, text_calibration
 from .settings import examples_by_kind
 
-# %% ../../nbs/jobs/03_job.ipynb #c025
+# %% ../../nbs/jobs/03_job.ipynb #c026
 def problem_calibration(
     job: Job, # A job that is filled in
     tokenizer, # The model's tokenizer
@@ -233,7 +234,7 @@ def problem_calibration(
                        f"{prompt_style(data.style).name}, this run's; change --style or make the chains again.")
     return chain_calibration(tokenizer, chains, data.tasks, n, data.k, data.calibration_seed)
 
-# %% ../../nbs/jobs/03_job.ipynb #c026
+# %% ../../nbs/jobs/03_job.ipynb #c027
 def job_calibration(
     job: Job, # The job
     tokenizer, # The model's tokenizer
@@ -247,7 +248,7 @@ def job_calibration(
     plain = text_calibration(tokenizer, text, windows, data.text_tokens, 1, data.calibration_seed, data.data_dir)
     return mixed_calibration([*problems, plain], data.k, data.calibration_seed)
 
-# %% ../../nbs/jobs/03_job.ipynb #c028
+# %% ../../nbs/jobs/03_job.ipynb #c029
 def check_windows_fit(
     job: Job, # The job
     model: nn.Module, # The model that is calibrated
@@ -258,11 +259,11 @@ def check_windows_fit(
         raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
                        "give fewer tokens.")
 
-# %% ../../nbs/jobs/03_job.ipynb #c030
+# %% ../../nbs/jobs/03_job.ipynb #c031
 from ..methods.prune import check_fits
 from ..models.loading import check_all_here, load_model
 
-# %% ../../nbs/jobs/03_job.ipynb #c031
+# %% ../../nbs/jobs/03_job.ipynb #c032
 @dataclass(frozen=True)
 class Ready:
     "A job with all that it needs in memory."
@@ -289,7 +290,7 @@ def prepare(
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 
-# %% ../../nbs/jobs/03_job.ipynb #c042
+# %% ../../nbs/jobs/03_job.ipynb #c043
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -299,7 +300,7 @@ from ..core.memory import memory_taken
 from .records import note_memory, note_time
 from ..scoring import HeadLosses, load_losses, save_losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c043
+# %% ../../nbs/jobs/03_job.ipynb #c044
 @contextmanager
 def timed(
     folder: Path, # The run's folder
@@ -320,7 +321,7 @@ def time_and_memory_noted(
     with memory_taken(device) as taken, timed(folder, stage): yield
     note_memory(folder, stage, taken[0])
 
-# %% ../../nbs/jobs/03_job.ipynb #c044
+# %% ../../nbs/jobs/03_job.ipynb #c045
 def check_origin(
     path: Path, # File of the table of losses
     meta: dict, # What the table says of itself
@@ -332,7 +333,7 @@ def check_origin(
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
                        "run again.")
 
-# %% ../../nbs/jobs/03_job.ipynb #c045
+# %% ../../nbs/jobs/03_job.ipynb #c046
 def run_losses(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -352,7 +353,7 @@ def run_losses(
     check_target(losses, ready.job.prune.score_target, path)
     return losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c047
+# %% ../../nbs/jobs/03_job.ipynb #c048
 from ..core.files import read_tensors, write_tensors
 from ..importance import importance_factors
 from ..methods.criteria import Given
@@ -360,7 +361,7 @@ from ..methods.prune import needs_of, parse_method, unit_factors
 from ..regions import Factors
 from ..scoring import causal_scores
 
-# %% ../../nbs/jobs/03_job.ipynb #c048
+# %% ../../nbs/jobs/03_job.ipynb #c049
 def attribution_origin(
     ready: Ready, # The job
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
@@ -380,7 +381,7 @@ def save_attribution(
     experts = {} if factors.experts is None else {"experts": factors.experts}
     write_tensors(path, {"factors": factors.heads} | experts | factors.kept, origin)
 
-# %% ../../nbs/jobs/03_job.ipynb #c049
+# %% ../../nbs/jobs/03_job.ipynb #c050
 def attribution_factors(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -400,7 +401,7 @@ def attribution_factors(
                        "run again.")
     return Factors(tensors["factors"], tensors.get("experts"))
 
-# %% ../../nbs/jobs/03_job.ipynb #c051
+# %% ../../nbs/jobs/03_job.ipynb #c052
 def factors_by_method(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -418,11 +419,11 @@ def factors_by_method(
         factors[None] = Factors(importance_factors(scores))
     return {method: factors[name] for method, name in attributions.items()}
 
-# %% ../../nbs/jobs/03_job.ipynb #c053
+# %% ../../nbs/jobs/03_job.ipynb #c054
 from ..models.anatomy import projections
 from ..methods.prune import prune_given
 
-# %% ../../nbs/jobs/03_job.ipynb #c054
+# %% ../../nbs/jobs/03_job.ipynb #c055
 def copied_weights(
     model: nn.Module, # A causal language model of a known family
 ) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
@@ -437,13 +438,13 @@ def put_back(
     "Undo pruning."
     for p in projections(model): p.stored.copy_(copies[p.name])
 
-# %% ../../nbs/jobs/03_job.ipynb #c057
+# %% ../../nbs/jobs/03_job.ipynb #c058
 from ..engine.decoding import Decoding
 from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from .records import together
 from ..threshold import prune_report
 
-# %% ../../nbs/jobs/03_job.ipynb #c058
+# %% ../../nbs/jobs/03_job.ipynb #c059
 def measure_piece(
     model: nn.Module, # The model as it is now
     tokenizer, # Its tokenizer
@@ -464,7 +465,7 @@ def measure_piece(
     text = load_text(piece.on, data.data_dir, evaluation.evaluate_on)
     return {"perplexity": perplexity(model, tokenizer, text, None, evaluation.windows, evaluation.window_tokens)}
 
-# %% ../../nbs/jobs/03_job.ipynb #c064
+# %% ../../nbs/jobs/03_job.ipynb #c065
 def evaluate(
     model: nn.Module, # A causal language model of a known family, pruned or not
     tokenizer, # Its tokenizer
@@ -478,7 +479,7 @@ def evaluate(
               for piece in pieces_of(job)]
     return together(pieces or [Evaluation(name, reached, reached)])
 
-# %% ../../nbs/jobs/03_job.ipynb #c067
+# %% ../../nbs/jobs/03_job.ipynb #c068
 import logging
 from collections.abc import Callable
 from tqdm.auto import tqdm
@@ -488,7 +489,7 @@ from cap_nb.jobs.records import (
 from ..methods.prune import highest_sparsity
 from ..threshold import PruneReport
 
-# %% ../../nbs/jobs/03_job.ipynb #c068
+# %% ../../nbs/jobs/03_job.ipynb #c069
 def finish_piece(
     ready: Ready, # The job; its model is pruned
     folder: Path, # The run's folder
@@ -507,7 +508,7 @@ def finish_piece(
     bar.update()
     return load_evaluation(path)
 
-# %% ../../nbs/jobs/03_job.ipynb #c069
+# %% ../../nbs/jobs/03_job.ipynb #c070
 Pruner = Callable[[str, float], PruneReport] # Prunes the job's model, which is dense, by a method to a sparsity
 
 def prune_noted(
@@ -521,7 +522,7 @@ def prune_noted(
     save_report(folder, report, mask_fingerprint(ready.model))
     return Evaluation(*cell, report.reached)
 
-# %% ../../nbs/jobs/03_job.ipynb #c071
+# %% ../../nbs/jobs/03_job.ipynb #c072
 def finish_cell(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -540,7 +541,7 @@ def finish_cell(
     save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), path)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
-# %% ../../nbs/jobs/03_job.ipynb #c073
+# %% ../../nbs/jobs/03_job.ipynb #c074
 log = logging.getLogger(__name__)
 
 def possible_cells(
@@ -555,12 +556,12 @@ def possible_cells(
                           method, 100 * sparsity, 100 * most)
     return tuple(possible)
 
-# %% ../../nbs/jobs/03_job.ipynb #c075
+# %% ../../nbs/jobs/03_job.ipynb #c076
 from ..core.files import alone_in
 from .records import environment, note_environment, open_run
 from .report import write_results
 
-# %% ../../nbs/jobs/03_job.ipynb #c076
+# %% ../../nbs/jobs/03_job.ipynb #c077
 def finish_cells(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -574,7 +575,7 @@ def finish_cells(
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
-# %% ../../nbs/jobs/03_job.ipynb #c077
+# %% ../../nbs/jobs/03_job.ipynb #c078
 def method_pruner(
     ready: Ready, # The job
     factors: dict[str, Factors], # From `factors_by_method`
@@ -587,7 +588,7 @@ def method_pruner(
         return prune_given(ready.model, method, sparsity, given)
     return pruner
 
-# %% ../../nbs/jobs/03_job.ipynb #c078
+# %% ../../nbs/jobs/03_job.ipynb #c079
 def run_job(
     job: Job, # What is wanted
     folder: str | Path, # The run's folder; made, or continued
