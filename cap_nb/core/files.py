@@ -197,6 +197,82 @@ def read_tensors(
                        "remove it and score again.") from None
 
 # %% ../../nbs/core/01_files.ipynb #c044
+from dataclasses import dataclass
+
+# %% ../../nbs/core/01_files.ipynb #c045
+@dataclass(frozen=True)
+class StoredTensor:
+    "Where the bytes of a tensor lie."
+    file: Path # A safetensors file
+    start: int # Its first byte in the file
+    end: int # The byte after its last
+    kind: str # Its dtype as the format names it, as in "BF16"
+    shape: tuple[int, ...] # Its shape
+
+def stored_tensor(
+    file: Path, # A safetensors file
+    begin: int, # Where the tensors begin in it
+    entry: dict, # What its header says of one tensor
+) -> StoredTensor: # Where the tensor lies
+    "One entry of a header."
+    start, end = (begin + offset for offset in entry["data_offsets"])
+    return StoredTensor(file=file, start=start, end=end, kind=entry["dtype"], shape=tuple(entry["shape"]))
+
+# %% ../../nbs/core/01_files.ipynb #c046
+def stored_tensors(
+    file: Path, # A safetensors file
+) -> dict[str, StoredTensor]: # Name -> where it lies
+    "Read the header of a safetensors file; a missing or damaged file raises `BadInput`."
+    try:
+        with safe_open(file, framework="pt"): pass # compares the header with the file's length
+    except FileNotFoundError:
+        raise BadInput(f"{file} does not exist: expected a shard that the index names; "
+                       "fetch the checkpoint again.") from None
+    except SafetensorError:
+        raise BadInput(f"{file} is damaged or no safetensors file: expected a whole one; "
+                       "fetch the checkpoint again.") from None
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: stored_tensor(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+
+# %% ../../nbs/core/01_files.ipynb #c047
+PIECE = 1 << 23 # Bytes that are read at once; whole numbers, 8 of them or more, whatever their dtype
+
+def pieces_of(
+    stored: StoredTensor, # Where a tensor lies
+) -> Iterator[bytes]: # Its bytes, `PIECE` at a time
+    "Read a stored tensor piece by piece; a file that has become shorter raises `BadInput`."
+    with open(stored.file, "rb") as file:
+        file.seek(stored.start)
+        for position in range(stored.start, stored.end, PIECE):
+            piece = file.read(min(PIECE, stored.end - position))
+            if len(piece) != min(PIECE, stored.end - position):
+                raise BadInput(f"{stored.file} became shorter while it was read: expected a checkpoint that nobody "
+                               "changes; try again.")
+            yield piece
+
+# %% ../../nbs/core/01_files.ipynb #c051
+SHARD_INDEX = "model.safetensors.index.json"
+
+def shard_files(
+    folder: Path, # A checkpoint folder
+) -> tuple[Path, ...]: # Its safetensors files
+    "The files that hold a checkpoint's weights; a folder without them raises `BadInput`."
+    if not (folder/"config.json").is_file():
+        raise BadInput(f"{folder} holds no config.json: expected a folder saved by transformers; check the path.")
+    if (folder/"model.safetensors").is_file(): return (folder/"model.safetensors",)
+    if not (folder/SHARD_INDEX).is_file():
+        raise BadInput(f"{folder} holds neither model.safetensors nor {SHARD_INDEX}: expected weights in that format, "
+                       "not pickles; convert them first.")
+    try: names = sorted({Path(name) for name in read_json(folder/SHARD_INDEX)["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError): names = []
+    if not names or any(name.parent != Path(".") or not name.name for name in names):
+        raise BadInput(f"{folder/SHARD_INDEX} is no index of shards: expected a weight_map of files in the same "
+                       "folder; fetch the checkpoint again.")
+    return tuple(folder/name for name in names)
+
+# %% ../../nbs/core/01_files.ipynb #c054
 def repository_root() -> Path: # The folder that holds settings.ini
     "The top of this repository, seen from the working directory; outside of it raises `BadInput`."
     here = Path.cwd()
