@@ -113,4 +113,4 @@ check-notebooks: env
 
 check-pytest: env
 	@echo "== pytest"
-	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest --durations=15
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest -n 2 --dist worksteal --durations=15

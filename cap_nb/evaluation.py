@@ -98,7 +98,7 @@ def extract_answer(
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from .core.errors import check_at_least
+from .core.errors import check_at_least, check_choice
 from .core.files import sha256_of_text
 from .data.problems import Problem
 
@@ -112,12 +112,14 @@ def evaluation_problems(
     seed: int = 0, # Seed of the draw
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub (the lab's tasks need neither)
     exclude: Collection[str] = frozenset(), # Content hashes that must not be evaluated on: the calibration set's
+    split: str = "evaluation", # "evaluation", or "validation" for problems to choose methods on
 ) -> tuple[Problem, ...]: # The problems, in the order of the draw
     "Problems for evaluation, none of them in `exclude` (paper section 3.1); too large an n raises `BadInput`."
-    split = load_problems(task, "evaluation", data_dir)
-    eligible = [problem for problem in split if problem.uid not in exclude]
-    dropped = len(split) - len(eligible)
-    if dropped: log.warning("%s: %d problems left out, they were calibrated on", task, dropped)
+    held_out = check_choice(split, ("evaluation", "validation"), "split") == "evaluation"
+    problems = load_problems(task, "evaluation" if held_out else "calibration", data_dir)
+    eligible = [problem for problem in problems if problem.uid not in exclude]
+    dropped = len(problems) - len(eligible)
+    if dropped and held_out: log.warning("%s: %d problems left out, they were calibrated on", task, dropped)
     n = check_at_least(len(eligible) if n is None else n, 1, "n (problems for evaluation)")
     if n > len(eligible):
         raise BadInput(f"{task} has {len(eligible)} problems for evaluation but n = {n} were asked for: "
@@ -422,7 +424,7 @@ def window_losses_naive(
         return -log_probs.gather(-1, windows[:, 1:, None])[..., 0].mean(1)
 
 # %% ../nbs/05_evaluation.ipynb #c109
-from .data.problems import load_text
+from .data.problems import Text, load_text
 from .models.anatomy import decoder_of, head_logits
 
 # %% ../nbs/05_evaluation.ipynb #c110
@@ -461,8 +463,8 @@ class Perplexity:
 def perplexity(
     model: torch.nn.Module, # A causal language model of a known family
     tokenizer, # Its tokenizer
-    text: str = "wikitext2", # Name of the text
-    data_dir: str | Path | None = None, # Folder that holds the text; None means the hub
+    text: str | Text = "wikitext2", # Name of the text, or a text
+    data_dir: str | Path | None = None, # Folder that holds a text given by name; None means the hub
     windows: int = 100, # Windows asked for
     window_tokens: int = 2048, # Tokens asked for in each
     batch_windows: int = 1, # Windows in one forward pass
@@ -470,7 +472,8 @@ def perplexity(
 ) -> Perplexity: # The perplexity with its interval over windows
     "Perplexity on plain text (paper section 3.4); a loss that is not finite raises `BadInput`."
     check_at_least(batch_windows, 1, "batch_windows")
-    source, context = load_text(text, data_dir=data_dir), getattr(model.config, "max_position_embeddings", None)
+    source = text if isinstance(text, Text) else load_text(text, data_dir)
+    context = getattr(model.config, "max_position_embeddings", None)
     cut = text_windows(tokenizer(source.text, verbose=False)["input_ids"], windows, window_tokens, context)
     batches = tqdm(cut.to(model.device).split(batch_windows), desc="perplexity", leave=False)
     losses = torch.cat([window_losses(model, batch) for batch in batches])

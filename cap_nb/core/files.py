@@ -220,6 +220,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 # %% ../../nbs/core/01_files.ipynb #c047
+def apart(
+    tensors: dict[str, torch.Tensor], # Tensors, of which some may be the same
+) -> dict[str, torch.Tensor]: # The same, contiguous, in memory of their own, as safetensors asks
+    "Copy what shares memory with a tensor before it."
+    seen, own = set(), {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.detach().clone(memory_format=torch.contiguous_format) if memory in seen else tensor.contiguous()
+        seen.add(memory)
+    return own
+
 def write_tensors(
     path: Path, # Final name of the file
     tensors: dict[str, torch.Tensor], # What is saved
@@ -228,7 +239,7 @@ def write_tensors(
     "Save tensors with one metadata entry, whole or not at all; equal contents give equal bytes."
     metadata = {"cap_nb": json.dumps(meta, sort_keys=True)}
     with whole_file(path) as part:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+        save_file(apart(tensors), part, metadata=metadata)
 
 def read_tensors(
     path: Path, # An existing file

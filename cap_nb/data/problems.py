@@ -277,14 +277,23 @@ WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d6
 WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation"} # Split -> the hub's name of it
 WIKITEXT_FILES = {"evaluation": "test.txt", "calibration": "valid.txt"} # Split -> file in the folder wikitext2
 
+def halves(
+    text: str, # A text of at least two lines
+) -> tuple[str, str]: # Its two halves, which make it up again
+    "Cut a text at the line break that follows its middle."
+    middle = text.index("\n", len(text) // 2) + 1
+    return text[:middle], text[middle:]
+
 # %% ../../nbs/data/00_problems.ipynb #c052
 def load_text(
     name: str, # "wikitext2" or "lab-text"
     data_dir: str | Path | None = None, # Folder that holds wikitext2/test.txt and valid.txt; None means the hub
-    split: str = "evaluation", # "evaluation", or "calibration" for a text that shares nothing with it
+    split: str = "evaluation", # "evaluation"; "calibration", a text apart; "validation", that one's second half
 ) -> Text: # The text
     "The text of a name (paper section 3.4: WikiText-2, Merity et al. 2017); the lab's text needs no files."
-    check_choice(split, SPLITS, "split")
+    if check_choice(split, (*SPLITS, "validation"), "split") == "validation":
+        whole = load_text(name, data_dir, "calibration")
+        return Text(whole.name, halves(whole.text)[1])
     if check_choice(name, TEXTS, "text") == "lab-text": return Text("lab-text", lab_text(split))
     if data_dir is None:
         rows = from_hub(*WIKITEXT, WIKITEXT_SPLITS[split])

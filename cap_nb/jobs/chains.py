@@ -428,7 +428,7 @@ def chain_calibration(
 
 # %% ../../nbs/jobs/06_chains.ipynb #c073
 import random
-from ..data.problems import load_text
+from ..data.problems import halves, load_text
 from ..data.prompts import IGNORED
 
 # %% ../../nbs/jobs/06_chains.ipynb #c074
@@ -467,7 +467,8 @@ def text_calibration(
     data_dir: str | Path | None = None, # Folder that holds wikitext2/valid.txt; None means the hub
 ) -> Calibration: # Windows under the task name "text"
     "A calibration set of plain text that no perplexity is measured on; too short a text raises `BadInput`."
-    ids = tokenizer(load_text(text, data_dir, "calibration").text, verbose=False)["input_ids"]
+    first_half, _ = halves(load_text(text, data_dir, "calibration").text) # the second one is for validation
+    ids = tokenizer(first_half, verbose=False)["input_ids"]
     windows = drawn_blocks(ids, n, tokens, seed)
     return Calibration.from_examples([window_example(tokenizer, window) for window in windows], k, seed)
 

@@ -104,6 +104,15 @@ def problems_fingerprint(
     "SHA-256 over what the problems say, their solutions and their answers."
     return sha256_of_text(json.dumps([[p.task, p.uid, p.solution, p.answer] for p in problems]))
 
+def drawn_problems(
+    job: Job, # A job that is filled in
+    task: str, # Name of a task
+    n: int, # Problems to draw
+    exclude: frozenset[str], # Content hashes of the calibration set
+) -> tuple[Problem, ...]: # The problems, in the order of the draw
+    "What a job is measured on, drawn from its split; too large an n raises `BadInput`."
+    return evaluation_problems(task, n, job.calibrate.seed, job.calibrate.data_dir, exclude, job.evaluate.evaluate_on)
+
 def evaluation_data(
     job: Job, # A job that is filled in
     exclude: frozenset[str], # Content hashes of the calibration set
@@ -111,12 +120,11 @@ def evaluation_data(
     "Fingerprints of all that a run is evaluated on; too large a number raises `BadInput`."
     data, evaluation = job.calibrate, job.evaluate
     def drawn(tasks: Sequence[str], n: int) -> dict[str, str]:
-        problems = {task: evaluation_problems(task, n, data.seed, data.data_dir, exclude) for task in tasks}
-        return {task: problems_fingerprint(problems[task]) for task in tasks}
-    texts = (evaluation.text,) if evaluation.windows else ()
+        return {task: problems_fingerprint(drawn_problems(job, task, n, exclude)) for task in tasks}
+    texts = [load_text(evaluation.text, data.data_dir, evaluation.evaluate_on)] if evaluation.windows else []
     return {"accuracy": drawn(evaluation.accuracy_tasks, evaluation.evaluate_n),
             "loss": drawn(data.tasks, evaluation.loss_n) if evaluation.loss_n else {},
-            "text": {name: load_text(name, data_dir=data.data_dir).fingerprint for name in texts}}
+            "text": {evaluation.text: text.fingerprint for text in texts}}
 
 # %% ../../nbs/jobs/03_job.ipynb #c019
 import shutil
@@ -172,7 +180,8 @@ def evaluation_configuration(
     "What a run is measured on."
     counts = {name: getattr(job.evaluate, name) for name in ("evaluate_n", "loss_n", "windows", "window_tokens")}
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
-    return counts | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
+    split = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
+    return counts | split | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
 
 # %% ../../nbs/jobs/03_job.ipynb #c022
 def configuration(
@@ -428,19 +437,18 @@ def measure_piece(
 ) -> dict: # The part of an `Evaluation` that the piece fills
     "Measure one piece."
     data, evaluation, batch_tokens = job.calibrate, job.evaluate, job.model.batch_tokens
-    def drawn(n: int) -> tuple[Problem, ...]:
-        return evaluation_problems(piece.on, n, data.seed, data.data_dir, exclude)
     if piece.kind == "accuracy":
-        problems, decoding = drawn(evaluation.evaluate_n), Decoding(batch_tokens=2 * batch_tokens)
+        problems = drawn_problems(job, piece.on, evaluation.evaluate_n, exclude)
+        decoding = Decoding(batch_tokens=2 * batch_tokens)
         return {"answers": answer_problems(model, tokenizer, problems, data.style, evaluation.max_new_tokens,
                                            decoding=decoding)}
     if piece.kind == "loss":
-        problems = drawn(evaluation.loss_n)
+        problems = drawn_problems(job, piece.on, evaluation.loss_n, exclude)
         return {"losses": problem_losses(model, tokenizer, problems, data.style, batch_tokens)}
-    return {"perplexity": perplexity(model, tokenizer, piece.on, data.data_dir, evaluation.windows,
-                                     evaluation.window_tokens)}
+    text = load_text(piece.on, data.data_dir, evaluation.evaluate_on)
+    return {"perplexity": perplexity(model, tokenizer, text, None, evaluation.windows, evaluation.window_tokens)}
 
-# %% ../../nbs/jobs/03_job.ipynb #c061
+# %% ../../nbs/jobs/03_job.ipynb #c064
 def evaluate(
     model: nn.Module, # A causal language model of a known family, pruned or not
     tokenizer, # Its tokenizer
@@ -454,7 +462,7 @@ def evaluate(
               for piece in pieces_of(job)]
     return together(pieces or [Evaluation(name, reached, reached)])
 
-# %% ../../nbs/jobs/03_job.ipynb #c064
+# %% ../../nbs/jobs/03_job.ipynb #c067
 import logging
 from collections.abc import Callable
 from tqdm.auto import tqdm
@@ -464,7 +472,7 @@ from cap_nb.jobs.records import (
 from ..methods.prune import highest_sparsity
 from ..threshold import PruneReport
 
-# %% ../../nbs/jobs/03_job.ipynb #c065
+# %% ../../nbs/jobs/03_job.ipynb #c068
 def finish_piece(
     ready: Ready, # The job; its model is pruned
     folder: Path, # The run's folder
@@ -483,7 +491,7 @@ def finish_piece(
     bar.update()
     return load_evaluation(path)
 
-# %% ../../nbs/jobs/03_job.ipynb #c066
+# %% ../../nbs/jobs/03_job.ipynb #c069
 Pruner = Callable[[str, float], PruneReport] # Prunes the job's model, which is dense, by a method to a sparsity
 
 def prune_noted(
@@ -497,7 +505,7 @@ def prune_noted(
     save_report(folder, report, mask_fingerprint(ready.model))
     return Evaluation(*cell, report.reached)
 
-# %% ../../nbs/jobs/03_job.ipynb #c068
+# %% ../../nbs/jobs/03_job.ipynb #c071
 def finish_cell(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -516,7 +524,7 @@ def finish_cell(
     save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), path)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
-# %% ../../nbs/jobs/03_job.ipynb #c070
+# %% ../../nbs/jobs/03_job.ipynb #c073
 log = logging.getLogger(__name__)
 
 def possible_cells(
@@ -531,12 +539,12 @@ def possible_cells(
                           method, 100 * sparsity, 100 * most)
     return tuple(possible)
 
-# %% ../../nbs/jobs/03_job.ipynb #c072
+# %% ../../nbs/jobs/03_job.ipynb #c075
 from ..core.files import alone_in
 from .records import environment, note_environment, open_run
 from .report import write_results
 
-# %% ../../nbs/jobs/03_job.ipynb #c073
+# %% ../../nbs/jobs/03_job.ipynb #c076
 def finish_cells(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -550,7 +558,7 @@ def finish_cells(
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
-# %% ../../nbs/jobs/03_job.ipynb #c074
+# %% ../../nbs/jobs/03_job.ipynb #c077
 def method_pruner(
     ready: Ready, # The job
     factors: dict[str, Factors], # From `factors_by_method`
@@ -563,7 +571,7 @@ def method_pruner(
         return prune_given(ready.model, method, sparsity, given)
     return pruner
 
-# %% ../../nbs/jobs/03_job.ipynb #c075
+# %% ../../nbs/jobs/03_job.ipynb #c078
 def run_job(
     job: Job, # What is wanted
     folder: str | Path, # The run's folder; made, or continued

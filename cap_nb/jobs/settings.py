@@ -52,6 +52,7 @@ class EvaluateSettings:
     text: str | None = None # text for perplexity: wikitext2 or lab-text; the model's own if left out
     windows: int = 100 # windows of the text; 0 for no perplexity
     window_tokens: int = 2048 # tokens a window
+    evaluate_on: str = "evaluation" # evaluation for held-out problems and text; validation to choose methods on
 
 # %% ../../nbs/jobs/01_settings.ipynb #c014
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ def check_counts(
     for name, least in LEAST.items():
         check_at_least(getattr(getattr(job, part_of_setting()[name]), name), least, f"--{name.replace('_', '-')}")
     if job.evaluate.max_new_tokens is not None: check_at_least(job.evaluate.max_new_tokens, 1, "--max-new-tokens")
+    check_choice(job.evaluate.evaluate_on, ("evaluation", "validation"), "split to evaluate on")
     share_of_text(job.calibrate)
 
 # %% ../../nbs/jobs/01_settings.ipynb #c031

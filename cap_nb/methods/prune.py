@@ -49,18 +49,30 @@ OTHERS = {"dense": "prunes nothing", "heads": "whole heads, the least causal fir
           "sparsegpt": "the least error layer by layer, with updates of the weights that stay",
           "alps": "zeros and weights that stay sought together, layer by layer"}
 SOLVERS = ("sparsegpt", "alps") # Those that update weights
+WHOLE = "cap_solved"
+
+def written_out(
+    name: str, # A method's name
+) -> str: # The same, with what `WHOLE` stands for in its place
+    "What a name stands for; a choice added to `cap_solved`, other than a pattern, raises `BadInput`."
+    if not re.match(rf"{WHOLE}\b", name): return name
+    if name == WHOLE: return "alps+kl"
+    pattern = re.fullmatch(rf"{WHOLE}@(\d+:\d+)", name) # leaves no choice between parts of the model: no budgets
+    if pattern: return f"alps@{pattern[1]}"
+    raise BadInput(f"Method {name!r} adds to a method that is whole: expected {WHOLE}, or {WHOLE}@ and a pattern such as "
+                   f"2:4; leave the rest out.")
 
 # %% ../../nbs/methods/12_prune.ipynb #c007
 def parse_method(
     name: str, # As in "cap.integrated_gradients@layer+owl"
 ) -> MethodName: # Its choices
     "Parse a method's name; a name that cannot be read, or an unknown part, raises `BadInput`."
-    match = NAME.fullmatch(name)
+    match = NAME.fullmatch(written_out(name))
     if not match:
         raise BadInput(f"Method {name!r} cannot be read: expected criterion[.attribution][@scope][+allocation]"
                        f"[^recovery], as in wanda@model; 'cap methods' lists them.")
     parts = MethodName(**match.groupdict())
-    check_choice(parts.base, (*CRITERIA, *OTHERS), "method")
+    check_choice(parts.base, (*CRITERIA, *OTHERS, WHOLE), "method")
     if parts.attribution: check_choice(parts.attribution, (*ATTRIBUTIONS, *ROUTING_AWARE), "attribution")
     if parts.allocation: check_choice(parts.allocation, ALLOCATORS, "allocation")
     if parts.scope: pattern_of(parts.scope)
@@ -199,7 +211,7 @@ def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
     allocations = [f"wanda+{name}" for name in ALLOCATORS if name != "uniform"]
     others = ["sparsegpt", "sparsegpt+owl", "heads", "random"]
     solved = ["wanda^swaps", "wanda^update", "wanda^swaps^update", "sparsegpt^update", "sparsegpt+kl", "alps",
-              "alps+kl"]
+              "cap_solved"]
     attributions = [f"cap.{name}" for name in ATTRIBUTIONS if name != "zero_ablation"]
     patterns = [f"{base}@2:4" for base in ("magnitude", "cap", "wanda", "ria", "sparsegpt", "alps")]
     return (*crossed, *between, *allocations, *others, *solved, *attributions, *patterns)
