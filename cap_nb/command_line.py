@@ -244,7 +244,7 @@ def claims_command(
 # %% ../nbs/command_line.ipynb #c034
 import shutil
 from .engine.devices import joined, device_of_process
-from .engine.resumed_scoring import score_heads
+from .engine.resumed_scoring import check_target, table_scorer
 from .jobs.job import check_job, check_windows_fit, job_calibration
 from .models.loading import load_model, tokenizer_fingerprint
 from .scoring import save_losses
@@ -254,14 +254,14 @@ HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit i
 
 @app.command("score")
 @in_one_sentence
-@with_job("model", "calibrate", without=("calibration_seed",))
+@with_job("model", "calibrate", "score_target", without=("calibration_seed",))
 def score_command(
     job: Job, # What the options say
     out: Out,
     heads_at_once: HeadsAtOnce = None,
     store: Store = None,
 ) -> None:
-    "Measure the loss with every head masked in turn, and save the table."
+    "Measure the loss, or the divergence from the intact model, with every head masked in turn, and save the table."
     job = changed(job, device=device_of_process(job.model.device))
     check_job(job)
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
@@ -269,13 +269,13 @@ def score_command(
     check_windows_fit(job, model)
     calibration, working = job_calibration(job, tokenizer), store or out.with_name(out.name + ".unfinished")
     with joined(model.device) as share:
-        losses = score_heads(model, calibration, job.model.batch_tokens, working, tokenizer_fingerprint(tokenizer),
-                             heads_at_once, share)
+        losses = table_scorer(job.prune.score_target)(
+            model, calibration, job.model.batch_tokens, working, tokenizer_fingerprint(tokenizer), heads_at_once, share)
     if share.rank: return
     save_losses(losses, out)
     if not store: shutil.rmtree(working)
-    heads = losses.masked[..., 0].numel()
-    typer.echo(f"{out}: losses of {len(losses.intact)} examples with each of {heads} heads masked.")
+    heads, measured = losses.masked[..., 0].numel(), {"loss": "losses", "divergence": "divergences"}[losses.target]
+    typer.echo(f"{out}: {measured} of {len(losses.intact)} examples with each of {heads} heads masked.")
 
 # %% ../nbs/command_line.ipynb #c037
 from .jobs.chains import Answering, own_chains, task_counts, too_few
@@ -308,6 +308,7 @@ def chains_command(
 
 # %% ../nbs/command_line.ipynb #c040
 from .importance import importance_factors
+from .jobs.settings import PruneSettings
 from .regions import Factors
 from .scoring import causal_scores, load_losses
 
@@ -315,38 +316,44 @@ from .scoring import causal_scores, load_losses
 def factors_from(
     pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
     fingerprint: Callable[[], str], # Of the model that is to be pruned
-    aggregation: str, # How losses become scores
+    settings: PruneSettings, # What the table should hold, and how that becomes scores
 ) -> Factors | None: # Importance factors of the heads; None without a table
-    "Importance factors from a table of losses; one of another model raises `BadInput`."
+    "Importance factors from a table of losses; one of another model or target raises `BadInput`."
     if pruning.scores is None: return None
     losses = load_losses(pruning.scores)
     if losses.meta.get("model") != fingerprint():
         raise BadInput(f"{pruning.scores} was measured on other weights or another dtype: expected this model's; "
                        "score it first, with the same --dtype.")
-    return Factors(heads=importance_factors(causal_scores(losses, aggregation)), key_value=pruning.key_value)
+    check_target(losses, settings.score_target, pruning.scores)
+    scores = causal_scores(losses, settings.aggregation)
+    return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
 # %% ../nbs/command_line.ipynb #c043
 from dataclasses import replace
 from .methods.criteria import Given
 from .methods.prune import check_method, needs_of, prune, unit_factors
+from .methods.given_hessians import check_solved, save_hessians, solve_checkpoint
 from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
 from .models.loading import check_all_here, model_fingerprint, save_model
 from .threshold import PruneReport
 
 # %% ../nbs/command_line.ipynb #c044
 def pruned_in_memory(
-    job: Job, # Its model, its aggregation, and what to calibrate on
+    job: Job, # Its model, how scores are made, and what to calibrate on
     pruning: SinglePruning, # How to prune
     out: Path, # Folder of the pruned checkpoint
 ) -> PruneReport: # What was done
     "Load a model, prune it, save it."
+    if pruning.hessians is not None:
+        raise BadInput("--hessians was given without --stream: expected both, since in memory every layer is measured "
+                       "after those before it were pruned; add --stream, or leave --hessians out.")
     parts = check_method(pruning.method)
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
     check_all_here(model)
     check_windows_fit(job, model)
     calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
     calibration = job_calibration(job, tokenizer) if calibrated else None
-    factors = factors_from(pruning, lambda: model_fingerprint(model), job.prune.aggregation)
+    factors = factors_from(pruning, lambda: model_fingerprint(model), job.prune)
     if factors is None and parts.attribution:
         given = Given(calibration=calibration, batch_tokens=job.model.batch_tokens)
         factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
@@ -367,24 +374,42 @@ def check_streaming(
     if job.model.dtype or job.model.device:
         raise BadInput("--stream was given with --dtype or --device: expected neither, since nothing is loaded and the "
                        "weights keep their dtype; leave them out.")
-    check_streamed(pruning.method, pruning.sparsity, pruning.ties)
+    if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
+    else: check_solved(pruning.method, pruning.sparsity)
 
 def pruned_from_disk(
-    job: Job, # Its model, which is a folder, and its aggregation
+    job: Job, # Its model, which is a folder, and how scores are made
     pruning: SinglePruning, # How to prune
     out: Path, # Folder of the pruned checkpoint
 ) -> PruneReport: # What was done
     "Prune a folder's checkpoint without loading it."
     check_streaming(job, pruning)
     source = job.model.name
-    factors = factors_from(pruning, lambda: checkpoint_fingerprint(source), job.prune.aggregation)
+    factors = factors_from(pruning, lambda: checkpoint_fingerprint(source), job.prune)
+    if pruning.hessians is not None:
+        return solve_checkpoint(source, out, pruning.sparsity, pruning.hessians, pruning.method, factors)
     return prune_checkpoint(source, out, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
 
 # %% ../nbs/command_line.ipynb #c046
+@app.command("hessians")
+@in_one_sentence
+@with_job("model", "calibrate", without=("calibration_seed",))
+def hessians_command(
+    job: Job, # What the options say
+    out: Out,
+) -> None:
+    "Measure the Hessians of a dense model's inputs, a file for each layer, for cap prune --stream; resumable."
+    check_job(job)
+    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
+    check_windows_fit(job, model)
+    save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
+    typer.echo(f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}.")
+
+# %% ../nbs/command_line.ipynb #c047
 from dataclasses import asdict
 from .core.files import write_json
 
-# %% ../nbs/command_line.ipynb #c047
+# %% ../nbs/command_line.ipynb #c048
 def check_scores_given(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -395,11 +420,11 @@ def check_scores_given(
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
 
-# %% ../nbs/command_line.ipynb #c048
+# %% ../nbs/command_line.ipynb #c049
 @app.command("prune")
 @in_one_sentence
 @with_options("pruning", options_of(SinglePruning), SinglePruning)
-@with_job("model", "calibrate", "aggregation", without=("calibration_seed",))
+@with_job("model", "calibrate", "aggregation", "score_target", without=("calibration_seed",))
 def prune_command(
     job: Job, # What the options say of the model and the calibration set
     pruning: SinglePruning, # What they say of pruning
@@ -415,18 +440,18 @@ def prune_command(
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster; "
                "'cap export' packs it.")
 
-# %% ../nbs/command_line.ipynb #c050
+# %% ../nbs/command_line.ipynb #c051
 from .portable.format import Manifest
 from .portable.small_files import export_folder, restore_folder
 
-# %% ../nbs/command_line.ipynb #c051
+# %% ../nbs/command_line.ipynb #c052
 def bytes_of(
     manifest: Manifest, # What a packed folder holds
 ) -> tuple[int, int]: # Bytes of the original files, and of what is in their place
     "How large a folder is, and how large it is packed."
     return sum(entry.bytes for entry in manifest.files), sum(entry.stored_bytes for entry in manifest.files)
 
-# %% ../nbs/command_line.ipynb #c052
+# %% ../nbs/command_line.ipynb #c053
 @app.command("export")
 @in_one_sentence
 def export_command(
@@ -452,11 +477,11 @@ def restore_command(
     dense, _ = bytes_of(manifest := restore_folder(folder, out, base))
     typer.echo(f"{out}: {len(manifest.files)} files, {dense:,} bytes, each with the hash that it had.")
 
-# %% ../nbs/command_line.ipynb #c054
+# %% ../nbs/command_line.ipynb #c055
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c056
 @app.command("eval")
 @in_one_sentence
 @with_job("model", "calibrate", "evaluate", without=("n", "k", "calibration_seed", *TARGETS))
@@ -473,14 +498,14 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c057
+# %% ../nbs/command_line.ipynb #c058
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c059
 @app.command("table")
 @in_one_sentence
 def table_command(
@@ -508,7 +533,7 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c060
+# %% ../nbs/command_line.ipynb #c061
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -520,7 +545,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c062
+# %% ../nbs/command_line.ipynb #c063
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -542,14 +567,14 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c064
+# %% ../nbs/command_line.ipynb #c065
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c065
+# %% ../nbs/command_line.ipynb #c066
 @app.command("methods")
 @in_one_sentence
 def methods_command() -> None:
@@ -563,17 +588,17 @@ def methods_command() -> None:
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.")
     typer.echo("Recoveries: swaps, update, swaps^update.")
 
-# %% ../nbs/command_line.ipynb #c066
+# %% ../nbs/command_line.ipynb #c067
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c067
+# %% ../nbs/command_line.ipynb #c068
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
 
 @app.command("plan")
 @in_one_sentence
-@with_job("model", "calibrate", "methods", "sparsities", "evaluate", without=("calibration_seed", "text"))
+@with_job("model", "calibrate", "prune", "evaluate", without=("aggregation", "calibration_seed", "text"))
 def plan_command(
     job: Job, # What the options say
     devices: option(int, "devices that share the work") = 1,
@@ -585,13 +610,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c069
+# %% ../nbs/command_line.ipynb #c070
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c070
+# %% ../nbs/command_line.ipynb #c071
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -615,11 +640,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c071
+# %% ../nbs/command_line.ipynb #c072
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c073
+# %% ../nbs/command_line.ipynb #c074
 #| eval: false
 if __name__ == "__main__": main()

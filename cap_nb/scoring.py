@@ -88,6 +88,11 @@ class HeadLosses:
         "Subset of each example, int64 [N]."
         return deal_subsets(self.stratum, self.k, self.seed)
 
+    @property
+    def target(self) -> str:
+        "What was measured: loss, or divergence from the intact model."
+        return self.meta.get("target", "loss")
+
 # %% ../nbs/01_scoring.ipynb #c023
 def head_losses(
     model: nn.Module, # The model

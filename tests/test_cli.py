@@ -19,6 +19,7 @@ from cap_nb.models.loading import load_model, save_model
 from cap_nb.command_line import RENAMED, app, field_comments
 from cap_nb.jobs.records import load_run
 from cap_nb.jobs.settings import Job
+from cap_nb.scoring import load_losses
 from conftest import ROOT
 
 FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]
@@ -84,6 +85,8 @@ def test_a_calibration_seed_leaves_the_evaluation_alone(finished, tmp_path):
     (["run", "--style", "poem"], ["Unknown prompt style 'poem'"]),
     (["eval", "--model", "no such folder"], ["There is no folder"]),
     (["score", "--out", "x.safetensors", "--tasks", "none"], ["No task is named"]),
+    (["run", "--score-target", "accuracy"], ["Unknown score target 'accuracy'"]),
+    (["run", "--model", "lab-moe", "--methods", "cap.routed", "--score-target", "divergence"], ["experts are scored by losses"]),
     (["prune", "--out", "x", "--sparsity", "1"], ["outside [0, 1)"]),
     (["prune", "--out", "x"], ["needs a table of losses"]),
     (["prune", "--out", "x", "--scores", "nowhere.safetensors"], ["nowhere.safetensors does not exist"]),
@@ -154,8 +157,23 @@ def test_another_sparsity_scores_nothing_again(finished):
     assert read_json(folder / "timings.json")["scoring"] == scored
 
 
+def test_divergences_are_scored_pruned_by_and_not_taken_for_losses(finished, tmp_path):
+    few, table = ["--n", "2", "--k", "1", "--tasks", "lab-arc", "--device", "cpu"], tmp_path / "d.safetensors"
+    result = cap("score", *few, "--score-target", "divergence", "--out", table)
+    assert result.exit_code == 0 and "divergences of 2 examples with each of 36 heads" in result.stdout, result.output
+    losses = load_losses(table)
+    assert losses.target == "divergence" and losses.masked.min() >= 0
+    prune = ["prune", "--device", "cpu", "--sparsity", "0.3", "--out", tmp_path / "pruned", "--scores"]
+    assert_one_sentence(cap(*prune, table), "d.safetensors holds divergences: expected losses")
+    assert_one_sentence(cap(*prune, finished[0] / "losses.safetensors", "--score-target", "divergence"), "holds losses: expected divergences")
+    assert not (tmp_path / "pruned").exists()
+    result = cap(*prune, table, "--score-target", "divergence")
+    assert result.exit_code == 0 and "30.0000%" in result.stdout, result.output
+
+
 def test_a_folder_is_one_run(finished):
     folder, _ = finished
+    assert_one_sentence(cap("run", *FEW, "--score-target", "divergence", "--out", folder), "score_target (None, now divergence)")
     assert_one_sentence(cap("run", *FEW, "--seed", "1", "--out", folder), "other settings", "calibration.seed (0, now 1)")
 
 

@@ -1,4 +1,5 @@
 """Plans from a configuration alone: counts against real models, operations against torch's counter, memory against what is really held at once."""
+import functools
 import json
 import math
 import weakref
@@ -12,6 +13,7 @@ from fixtures import made_up, made_up_calibration, tiny_config, tiny_llama
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.methods.criteria import Given, prune_by
+from cap_nb.methods.prune import prune
 from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import calibration_set
 from cap_nb.data.batches import collate, token_batches
@@ -22,10 +24,10 @@ from cap_nb.jobs import costs, planning
 from cap_nb.jobs.costs import (
     ExampleLength, at_once, batch_shapes, decode_work, evaluation_memory, flops_of, layer_weights, lengths_of,
     naive_work, parameter_count, prefill_work, projection_shapes, read_sizes, resumed_work, scoring_memory, sizes_of,
-    threshold_memory, wanda_memory, wanda_work)
+    solver_memory, threshold_memory, wanda_memory, wanda_work)
 from cap_nb.jobs.planning import Probe, free_memory, measured_plan, plan, plan_advice, plan_text, probe_device
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.engine.resumed_scoring import score_divergences, score_heads
 from cap_nb.scoring import score_heads_naive, target_losses
 
 GIB = 2**30
@@ -181,7 +183,8 @@ def test_passes_of_scoring_are_counted_layer_by_layer():
     head = []
     handles.append(model.lm_head.register_forward_hook(lambda module, args, output: head.append(args[0].shape[:-1].numel())))
     sizes, batches = sizes_of(model.config, "random", "a test"), batch_shapes(lengths_of(calibration), 60)
-    for score, work in ((score_heads, resumed_work), (score_heads_naive, naive_work)):
+    of_divergences = functools.partial(resumed_work, target="divergence")
+    for score, work in ((score_heads, resumed_work), (score_heads_naive, naive_work), (score_divergences, of_divergences)):
         calls.clear(), head.clear()
         score(model, calibration, batch_tokens=60)
         assert (work(sizes, batches).layer_tokens, work(sizes, batches).head_tokens) == (sum(calls), sum(head))
@@ -226,6 +229,16 @@ def test_the_memory_of_pruning_is_what_is_really_held(dtype, method):
     batches = batch_shapes(lengths_of(calibration), 200)
     planned = at_once({"cap": threshold_memory(sizes, dtype.itemsize), "wanda": wanda_memory(sizes, dtype.itemsize, batches)}[method])
     assert 0.7 < peak(lambda: prune_by(model, method, 0.5, None, given)) / planned < 1.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["sparsegpt", "alps", "wanda^swaps", "wanda^update", "cap^swaps^update"])
+def test_the_memory_of_solving_is_what_is_really_held(dtype, method):
+    model, calibration = random_model(hidden_size=256, intermediate_size=1024).to(dtype), examples(12)
+    sizes, batches = sizes_of(model.config, "random", "a test"), batch_shapes(lengths_of(calibration), 200)
+    planned = at_once(solver_memory(sizes, dtype.itemsize, batches, planning.solved_parts(method), planning.on_dense(method)))
+    held = peak(lambda: prune(model, method, 0.5, torch.ones(3, 4), calibration, batch_tokens=200))
+    assert 0.6 < held / planned < 1.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -352,6 +365,29 @@ def test_the_whole_run_is_its_parts():
     assert found.models == 7
     assert found.run_seconds == pytest.approx(scoring + 4 * threshold + 2 * wanda + 7 * evaluating)
     assert plan(changed(Job(), name="mistral-7b", methods=("magnitude",)), probe=PROBE, memory=80 * GIB).run_seconds == pytest.approx(3 * threshold + 4 * evaluating)
+
+
+SOLVING = planning.SolverSpeed(hessian=1e-12, sparsegpt=1e-10, joint=1e-11, swaps=1e-7)
+
+
+def test_solvers_recoveries_and_budgets_are_stages_of_their_own():
+    methods = ("wanda", "sparsegpt", "sparsegpt+kl", "alps+kl", "wanda^swaps^update")
+    job = changed(Job(), name="mistral-7b", methods=methods, sparsities=(0.1, 0.2))
+    found = plan(job, probe=replace(PROBE, solving=SOLVING), memory=200 * GIB)
+    named = {stage.name: stage for stage in found.stages}
+    added = ["pruning by sparsegpt", "pruning by alps", "pruning by wanda^swaps^update", "budgets from interventions"]
+    assert list(named)[5:] == added
+    wanda, evaluating = found.stages[3:5]
+    assert all(named[name].seconds > wanda.seconds and named[name].flops > wanda.flops for name in added)
+    sparsegpt, alps, recovered, budgets = (named[name].seconds for name in added)
+    assert found.run_seconds == pytest.approx(2 * (wanda.seconds + 2 * sparsegpt + alps + recovered) + budgets + found.models * evaluating.seconds)
+    assert "budgets from interventions" in plan_text(found)
+
+
+def test_solvers_have_no_time_if_they_were_not_probed():
+    found = plan(changed(Job(), name="mistral-7b", methods=("alps",)), probe=PROBE, memory=200 * GIB)
+    assert found.stages[5].seconds is None and found.stages[0].seconds > 0 and found.run_seconds is None
+    assert "| pruning by alps |" in plan_text(found) and "not probed" in plan_text(found)
 
 
 # text

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import Calibration
-from cap_nb.engine.resumed_scoring import score_heads, shared_prefix
+from cap_nb.engine.resumed_scoring import divergences_naive, score_divergences, score_heads, shared_prefix
 from cap_nb.scoring import score_heads_naive
 
 # two processes with two threads each would wait for one another
@@ -185,6 +185,25 @@ def test_every_saving_gives_the_losses_of_the_hook_loop(family, prefix, attentio
         fast = score_heads(model, calibration, batch_tokens=60, heads_at_once=together)
         assert (fast.masked - naive.masked).abs().max() < 1e-5 and (fast.intact - naive.intact).abs().max() < 1e-5
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("prefix", [0, 20])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_divergences_are_those_of_the_hook_loop_and_never_below_zero(family, prefix):
+    model, calibration = tiny_llama(**FAMILIES[family]), with_prefix(prefix)
+    naive = divergences_naive(model, calibration)
+    for together in (1, 3):
+        fast = score_divergences(model, calibration, batch_tokens=60, heads_at_once=together)
+        assert (fast.masked - naive).abs().max() < 1e-5 and fast.masked.min() >= 0 and not fast.intact.any()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_losses_and_divergences_share_a_store_without_being_mixed_up(tmp_path):
+    model, calibration = tiny_llama(), with_prefix(0)
+    tables = [score(model, calibration, store=tmp_path) for score in (score_heads, score_divergences) * 2]
+    assert [table.target for table in tables] == ["loss", "divergence"] * 2 and "target" not in tables[0].meta
+    assert torch.equal(tables[0].masked, tables[2].masked) and torch.equal(tables[1].masked, tables[3].masked)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_a_different_batch_or_head_count_never_reads_units_of_another(tmp_path):

@@ -24,10 +24,14 @@ from cap_nb.core.errors import BadInput
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.regions import Factors, region_factors
 from cap_nb.methods import streaming
-from cap_nb.methods.prune import prune
-from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms
+from cap_nb.methods.prune import check_method, prune
+from cap_nb.methods import given_hessians as given_hessians_module
+from cap_nb.methods.given_hessians import layer_file, norms_of_hessians, open_hessians, save_hessians, solve_checkpoint, solved_weight
+from cap_nb.methods.sparsegpt import MadeOnce
+from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms, write_rows
 from cap_nb.threshold import CAP, Measurements, prune_report, scores_of, zero_within
 from conftest import ROOT
+from proofs import TINY_MODELS, tiny_calibration, tiny_model
 
 IDS = torch.arange(12)[None]
 
@@ -448,3 +452,66 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     open_checkpoint(tmp_path / "new")
     for folder in ("src", "new"):
         shutil.rmtree(tmp_path / folder)
+
+
+# given Hessians
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("method", ["sparsegpt", "alps", "wanda^swaps^update"])
+def test_every_layout_is_solved_as_in_memory(tmp_path, kind, method):
+    """Fused and transposed weights, experts in stacks: each matrix as a contiguous copy of the loaded model's, solved by itself."""
+    name = next(name for name, (model_type, _) in TINY_MODELS.items() if model_type == kind)
+    tiny_model(name).save_pretrained(tmp_path / "src", max_shard_size="8KB")
+    calibration = tiny_calibration()
+    save_hessians(load(tmp_path / "src"), calibration, tmp_path / "G")
+    report = solve_checkpoint(tmp_path / "src", tmp_path / "new", 0.5, tmp_path / "G", method)
+    model, new, parts, once = load(tmp_path / "src"), load(tmp_path / "new"), check_method(method), MadeOnce()
+    given = open_hessians(tmp_path / "G", open_checkpoint(tmp_path / "src"), checkpoint_fingerprint(tmp_path / "src"))
+    dense = {p.name: p.weight.detach().clone().contiguous() for p in projections(model)}
+    if parts.base == "wanda":
+        zero_within(projections(model), CRITERIA["wanda"], Measurements(norms=norms_of_hessians(given)), 0.5, "row")
+    with torch.no_grad():
+        for p in projections(model):
+            pruned = p.weight.clone().contiguous() if parts.base == "wanda" else None
+            p.weight.copy_(solved_weight(dense[p.name], pruned, given.read(p.name), parts, 0.5, p.name, once))
+    assert all(torch.equal(p.weight, q.weight) for p, q in zip(projections(new), projections(model), strict=True))
+    assert report == prune_report(model, method, 0.5)
+    outside = {id(p.parameter) for p in projections(new)}
+    assert all(torch.equal(a, b) for a, b in zip(new.parameters(), load(tmp_path / "src").parameters()) if id(a) not in outside)
+
+
+def test_hessians_of_another_model_or_half_a_folder_are_refused(tmp_path):
+    src, other = saved(tmp_path / "src"), saved(tmp_path / "other", torch.float32)
+    save_hessians(load(src), made_up_calibration(12, shortest=8), tmp_path / "G")
+    with pytest.raises(BadInput, match="of another model"):
+        solve_checkpoint(other, tmp_path / "new", 0.5, tmp_path / "G")
+    with pytest.raises(BadInput, match="another model or other examples"):
+        save_hessians(load(other), made_up_calibration(12, shortest=8), tmp_path / "G")
+    whole = layer_file(tmp_path / "G", 1).read_bytes()
+    for damage in (whole[:-1], b""):
+        layer_file(tmp_path / "G", 1).write_bytes(damage)
+        with pytest.raises(BadInput, match="layer-00001.safetensors holds no Hessians"):
+            solve_checkpoint(src, tmp_path / "new", 0.5, tmp_path / "G")
+    layer_file(tmp_path / "G", 1).unlink()
+    with pytest.raises(BadInput, match="holds no Hessians"):
+        solve_checkpoint(src, tmp_path / "new", 0.5, tmp_path / "G")
+    assert left_behind(tmp_path) == []
+    save_hessians(load(src), made_up_calibration(12, shortest=8), tmp_path / "G")
+    assert layer_file(tmp_path / "G", 1).read_bytes() == whole
+
+
+def test_an_error_while_solving_leaves_nothing(tmp_path, monkeypatch):
+    src = saved(tmp_path / "src")
+    save_hessians(load(src), made_up_calibration(12, shortest=8), tmp_path / "G")
+    before, calls = hashes(src), []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_rows(*arguments)
+    monkeypatch.setattr(given_hessians_module, "write_rows", full)
+    with pytest.raises(BadInput, match="no room"):
+        solve_checkpoint(src, tmp_path / "new", 0.5, tmp_path / "G", "sparsegpt")
+    assert len(calls) == 6 and left_behind(tmp_path) == [] and hashes(src) == before

@@ -86,6 +86,64 @@ def resumed_losses(
     return losses_resumed_at(model, batch, calls, layer, masked_head(model, layer, head))
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c017
+import math
+from ..models.anatomy import anatomy, final_norm, head_logits
+from ..scoring import batches_of
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c018
+TARGETS = ("loss", "divergence") # What masking a head is measured by
+
+def divergence_of_logits(
+    intact: torch.Tensor, # Logits of the intact model, [..., vocabulary]
+    changed: torch.Tensor, # Logits of the changed one, of the same shape
+) -> torch.Tensor: # KL(intact || changed), in nats, float32 [...]
+    "How far predictions have moved, by the definition."
+    log_p, log_q = intact.float().log_softmax(-1), changed.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c022
+def target_logits(
+    model: nn.Module, # A causal language model
+    batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
+) -> list[torch.Tensor]: # For each example, the logits where a target is predicted, [targets, vocabulary]
+    "What the model says at the targets, by a whole pass."
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
+    return [row[labels != IGNORED] for row, labels in zip(logits, batch["labels"][:, 1:])]
+
+@torch.no_grad()
+def divergences_naive(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode
+    calibration: Calibration, # N examples
+    batch_tokens: int = 4096, # Padded tokens per batch
+) -> torch.Tensor: # Divergence with each head masked, in nats, float64 [L, H, N]
+    "The divergences of all heads by the hook loop: a whole pass for every head and batch."
+    a = anatomy(model)
+    table = torch.zeros(a.layers, a.heads, len(calibration.examples), dtype=torch.float64)
+    for indices, batch in batches_of(calibration, batch_tokens, next(model.parameters()).device):
+        intact = target_logits(model, batch)
+        for layer, head in ((layer, head) for layer in range(a.layers) for head in range(a.heads)):
+            with masked_head(model, layer, head): masked = target_logits(model, batch)
+            means = [divergence_of_logits(*pair).double().mean() for pair in zip(intact, masked)]
+            table[layer, head, indices] = torch.stack(means).cpu()
+    return table
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c025
+def token_divergences(
+    model: nn.Module, # A causal language model of a known family
+    intact: torch.Tensor, # What its output head reads at the targets when it is intact, [n, hidden]
+    changed: Sequence[torch.Tensor], # The same after each of m changes, [n, hidden] each
+    rows: int = 256, # Positions at once (bounds memory: about 3 + m float32 tensors of rows * vocabulary)
+) -> torch.Tensor: # KL(intact || changed) at every target, in nats, float32 [m, n]
+    "How far predictions are from those of the intact model, computed in float32."
+    parts = []
+    for start in range(0, len(intact), rows):
+        here = slice(start, start + rows)
+        log_p = head_logits(model, intact[here]).float().log_softmax(-1)
+        log_qs = [head_logits(model, other[here]).float().log_softmax(-1) for other in changed]
+        parts.append(torch.stack([(log_p.exp() * (log_p - log_q)).sum(-1) for log_q in log_qs]))
+    return torch.cat(parts, 1)
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c029
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from .layer_walk import BatchState, state_of_calls
@@ -95,7 +153,7 @@ from cap_nb.models.replay import (
 from ..models.interventions import changed_input
 from ..models.anatomy import dimensions, output_projection
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c018
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c030
 SHORTEST_PREFIX = 16 # Tokens; a shorter one saves less than its own passes cost
 
 def before_targets(
@@ -122,7 +180,7 @@ def after_prefix(
     "An example without its prefix."
     return replace(example, input_ids=example.input_ids[length:], labels=example.labels[length:])
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c021
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c033
 @dataclass(frozen=True)
 class Targets:
     "Where the targets of a batch are predicted, and how the last layer is called there."
@@ -130,6 +188,7 @@ class Targets:
     real: torch.Tensor # Which of the positions do predict a target, bool [B, S]
     tokens: torch.Tensor # The target tokens, example after example, int64 [n]
     call: LayerCall | None = None # The last layer's call at the positions; None if it cannot be cut
+    intact: torch.Tensor | None = None # What the intact output head reads there, [n, hidden]; None: losses are measured
 
 def targets_of(
     labels: torch.Tensor, # Labels of a batch, int64 [B, T]
@@ -141,7 +200,7 @@ def targets_of(
     real = torch.arange(positions.shape[1], device=labels.device) < counts[:, None]
     return Targets(positions=positions, real=real, tokens=labels[:, 1:][is_target])
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c024
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c036
 def last_layer_at_targets(
     model: nn.Module, # A causal language model of a known family
     hidden: torch.Tensor, # Input of the last layer, [B, T, hidden]
@@ -155,16 +214,21 @@ def last_layer_at_targets(
     known = KnownKeys(keys_and_values(layer, hidden, call, cache))
     return run_layer(layer, hidden_at(hidden, targets.positions), targets.call, known)
 
-def losses_at_targets(
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c038
+def measured_at_targets(
     model: nn.Module, # A causal language model of a known family
-    hidden: torch.Tensor, # Output of the last layer at the target positions, [B, S, hidden]
+    hidden: torch.Tensor, # Output of the last layer at the target positions, [M*B, S, hidden], copy after copy
     targets: Targets, # Which of them count, and what they should predict
-) -> torch.Tensor: # Mean cross-entropy of each example, in nats, float64 [B], on the processor
-    "The loss of each example from the hidden states at its targets."
-    losses = token_losses(model, hidden[targets.real.to(hidden.device)], targets.tokens)
-    return mean_by_example(losses, targets.real.sum(1).tolist()).cpu()
+) -> torch.Tensor: # Mean over the targets of each example, in nats, float64 [M*B], on the processor
+    "The loss of each example from the hidden states at its targets, or its divergence from the intact model."
+    hidden = hidden[targets.real.to(hidden.device)]
+    if targets.intact is None: values = token_losses(model, hidden, targets.tokens)
+    else:
+        copies = final_norm(model)(hidden).split(len(targets.intact))
+        values = token_divergences(model, targets.intact, copies).flatten().clamp_min(0)
+    return mean_by_example(values, targets.real.sum(1).tolist()).cpu()
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c026
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c040
 def masked_heads(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of the decoder layer, from 0
@@ -182,12 +246,12 @@ def copied_targets(
     targets: Targets, # Targets of a batch
     copies: int, # How often the batch is repeated
 ) -> Targets: # Targets of the repeated batch
-    "The targets of a batch that is repeated, copy after copy."
+    "The targets of a batch that is repeated, copy after copy; what is intact is the same for all."
     call = targets.call and repeated(targets.call, copies)
-    return Targets(positions=targets.positions.repeat(copies, 1), real=targets.real.repeat(copies, 1),
+    return replace(targets, positions=targets.positions.repeat(copies, 1), real=targets.real.repeat(copies, 1),
                    tokens=targets.tokens.repeat(copies), call=call)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c029
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c043
 def run_masked(
     model: nn.Module, # A causal language model of a known family
     hidden: torch.Tensor, # Input of the masked layer, one copy for each head, [M*B, T, hidden]
@@ -202,7 +266,7 @@ def run_masked(
             hidden = run_layer(decoder_layers(model)[index], hidden, calls[index], cache)
     return hidden
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c031
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c045
 def masked_prefix(
     model: nn.Module, # A causal language model of a known family
     prefix: Prefix | None, # What all examples start with
@@ -217,7 +281,7 @@ def masked_prefix(
     cache.kept[last] = keys_and_values(decoder_layers(model)[last], hidden, calls[last])
     return cache
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c032
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c046
 def masked_losses(
     model: nn.Module, # A causal language model of a known family
     state: BatchState, # A batch before the masked layer
@@ -225,14 +289,14 @@ def masked_losses(
     layer: int, # The masked layer
     heads: Sequence[int], # The masked heads, M
     cache: PrefixCache | None, # Keys and values from `masked_prefix` for these heads
-) -> torch.Tensor: # Loss of each example with each head masked, in nats, float64 [M, B]
+) -> torch.Tensor: # Loss (or divergence) of each example with each head masked, in nats, float64 [M, B]
     "The masked losses of some heads of a layer, in one pass (paper equation 1)."
     copies, last = len(heads), len(state.calls) - 1
     calls, targets = [repeated(call, copies) for call in state.calls], copied_targets(targets, copies)
     hidden = run_masked(model, state.hidden.repeat(copies, 1, 1), calls, layer, heads, cache)
     with masked_heads(model, layer, heads) if layer == last else nullcontext():
         hidden = last_layer_at_targets(model, hidden, calls[last], targets, cache)
-    return losses_at_targets(model, hidden, targets).view(copies, -1)
+    return measured_at_targets(model, hidden, targets).view(copies, -1)
 
 def intact_losses(
     model: nn.Module, # A causal language model of a known family
@@ -240,27 +304,43 @@ def intact_losses(
     targets: Targets, # Its targets
     prefix: Prefix | None, # What all examples start with
 ) -> torch.Tensor: # Loss of each example, in nats, float64 [B]
-    "The intact losses of a batch that has reached the last layer."
+    "The intact losses of a batch that has reached the last layer; divergences from itself, which are zero."
+    if targets.intact is not None: return torch.zeros(len(targets.real), dtype=torch.float64)
     hidden = last_layer_at_targets(model, state.hidden, state.calls[-1], targets, prefix and prefix.cache)
-    return losses_at_targets(model, hidden, targets)
+    return measured_at_targets(model, hidden, targets)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c034
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c048
+def with_intact(
+    model: nn.Module, # A causal language model of a known family
+    targets: Targets, # Targets of a batch
+    last: LayerCall, # How the last layer was called in the intact pass, its input included
+    prefix: Prefix | None, # What all examples start with
+) -> Targets: # The targets, with what the intact output head reads there
+    "Keep what divergences are measured from: numbers [n, hidden], not [n, vocabulary]."
+    hidden = last_layer_at_targets(model, last.hidden, last, targets, prefix and prefix.cache)
+    return replace(targets, intact=final_norm(model)(hidden[targets.real.to(hidden.device)]))
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c049
+@torch.no_grad()
 def prepare_batch(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # The examples
     indices: Sequence[int], # Indices of the batch's examples
     prefix: Prefix | None, # What all examples start with
+    target: str = "loss", # What will be measured, one of `TARGETS`
 ) -> tuple[BatchState, Targets]: # The batch before the first layer, and its targets
     "One intact pass over a batch without its prefix."
     device, length = model.get_input_embeddings().weight.device, prefix.length if prefix else 0
     examples = [after_prefix(calibration.examples[index], length) for index in indices]
     batch = collate(examples, pad_id=0, device=device)
-    state = state_of_calls(read_after_prefix(model, batch, prefix), batch["attention_mask"], indices)
+    calls = read_after_prefix(model, batch, prefix)
+    state = state_of_calls(calls, batch["attention_mask"], indices)
     targets, last = targets_of(batch["labels"]), state.calls[-1]
-    if not can_be_cut(last): return state, targets
-    return state, replace(targets, call=cut_call(last, targets.positions, batch["labels"].shape[1], length))
+    if can_be_cut(last):
+        targets = replace(targets, call=cut_call(last, targets.positions, batch["labels"].shape[1], length))
+    return state, with_intact(model, targets, calls[-1], prefix) if target == "divergence" else targets
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c039
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c054
 def heads_that_fit(
     heads: int, # H, heads per layer
     taken: int, # Bytes that one head's pass takes
@@ -285,12 +365,12 @@ def heads_by_memory(
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
     return heads_that_fit(heads, torch.cuda.max_memory_allocated(device) - held, free)
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c042
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c057
 from pathlib import Path
 from .unit_store import Share, Unit, UnitStore, units_to_do
 from ..data.batches import token_batches
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c043
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c058
 @dataclass(frozen=True)
 class Request:
     "The arguments of a call of `score_heads`."
@@ -299,6 +379,7 @@ class Request:
     units: Path | None # Folder under which finished units are kept, or None
     share: Share # Which process this is
     heads: tuple[tuple[int, ...], ...] # For each layer, the heads that are wanted
+    target: str = "loss" # What is measured, one of `TARGETS`
 
 @dataclass(frozen=True)
 class ScoringPlan:
@@ -310,17 +391,18 @@ class ScoringPlan:
     units: frozenset[Unit] # The units that this process computes
     store: UnitStore # Finished units
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c044
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c059
 def prepare_batches(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
     batch_tokens: int, # Padded tokens per batch
+    target: str, # What will be measured
 ) -> tuple[Prefix | None, list[BatchState], list[Targets]]: # The prefix, and the batches before the first layer
     "Read the shared prefix, cut what follows it into batches, and make the intact pass over each."
     length = shared_prefix(calibration.examples)
     prefix = read_prefix(model, calibration.examples[0].input_ids[:length]) if length else None
     batches = token_batches([after_prefix(e, length) for e in calibration.examples], batch_tokens)
-    prepared = [prepare_batch(model, calibration, indices, prefix) for indices in batches]
+    prepared = [prepare_batch(model, calibration, indices, prefix, target) for indices in batches]
     return prefix, [state for state, _ in prepared], [targets for _, targets in prepared]
 
 def padded_tokens(
@@ -329,7 +411,7 @@ def padded_tokens(
     "The size of a batch, on which memory and time depend."
     return state.hidden.shape[0] * state.hidden.shape[1]
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c045
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c060
 def heads_together(
     model: nn.Module, # The model
     request: Request, # What is wanted
@@ -349,14 +431,14 @@ def head_groups(
     "Cut the heads of a layer into passes."
     return tuple(tuple(heads[start:start + together]) for start in range(0, len(heads), together))
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c048
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c063
 def make_plan(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
     request: Request, # What is wanted
 ) -> tuple[ScoringPlan, list[BatchState]]: # The plan, and all batches before the first layer
     "Prepare the batches, group the heads, and take this process's share of the missing units."
-    prefix, states, targets = prepare_batches(model, calibration, request.batch_tokens)
+    prefix, states, targets = prepare_batches(model, calibration, request.batch_tokens, request.target)
     together = heads_together(model, request, prefix, states, targets)
     name = f"{request.batch_tokens}-{prefix.length if prefix else 0}-{together}"
     store = UnitStore(request.units and request.units/name)
@@ -369,13 +451,13 @@ def make_plan(
         units=units_to_do(store, costs, request.share))
     return plan, states
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c050
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c065
 from collections.abc import Iterator
 from tqdm.auto import tqdm
 from .layer_walk import advanced
 from .unit_store import check_finite_table, write_unit
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c051
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c066
 def uids_of(
     plan: ScoringPlan, # Holds the examples
     state: BatchState, # A batch of them
@@ -394,12 +476,12 @@ def unit_losses(
     targets, groups = plan.targets[unit.batch], plan.groups[unit.layer]
     losses = torch.cat([masked_losses(model, state, targets, unit.layer, heads, cache)
                         for heads, cache in zip(groups, caches)])
-    uids = uids_of(plan, state)
-    check_finite_table(losses, unit.layer, uids, [head for heads in groups for head in heads])
+    uids, measured = uids_of(plan, state), "loss" if targets.intact is None else "divergence"
+    check_finite_table(losses, unit.layer, uids, [head for heads in groups for head in heads], measured=measured)
     write_unit(plan.store, unit, losses, uids)
     return losses
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c052
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c067
 def layer_losses(
     model: nn.Module, # The model
     plan: ScoringPlan, # The plan
@@ -427,16 +509,15 @@ def walk_and_score(
             if layer < last: states = [advanced(model, state, layer, cache) for state in states]
     return losses, [intact_losses(model, state, targets, plan.prefix) for state, targets in zip(states, plan.targets)]
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c054
-import math
-from ..models.anatomy import Anatomy, anatomy
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c069
+from ..models.anatomy import Anatomy
 from ..core.errors import BadInput, check_at_least
 from ..scoring import HeadLosses, head_losses, load_losses, save_losses
 from ..core.files import alone_in
 from .unit_store import losses_key, read_unit
 from ..models.loading import model_fingerprint
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c055
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c070
 def masked_table(
     plan: ScoringPlan, # The plan
     states: Sequence[BatchState], # All batches
@@ -455,7 +536,7 @@ def masked_table(
             table[layer, torch.tensor(rows)[:, None], torch.tensor(state.indices)] = values
     return table
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c056
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c071
 def intact_column(
     plan: ScoringPlan, # The plan
     states: Sequence[BatchState], # All batches
@@ -468,7 +549,7 @@ def intact_column(
         column[list(state.indices)] = values
     return column
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c058
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c073
 def check_request(
     store: str | Path | None, # Folder of finished tables and units
     heads_at_once: int | None, # Heads of a layer in one pass
@@ -496,22 +577,43 @@ def heads_by_layer(
     return tuple(tuple(head for head in range(a.heads) if heads is None or (layer, head) in heads)
                  for layer in range(a.layers))
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c060
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c075
 def computed_table(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
     request: Request, # What is wanted
     fingerprint: str, # The model's fingerprint
-) -> HeadLosses: # The table of losses
+) -> HeadLosses: # The table of losses, or of divergences
     "Compute the units of this process, wait for those of the others, and put the table together."
     plan, states = make_plan(model, calibration, request)
     losses, intact = walk_and_score(model, plan, states)
     request.share.wait() # the units of all processes are in the store
     masked = masked_table(plan, states, losses, dimensions(model.config).heads)
     whole = intact_column(plan, states, intact)
-    return head_losses(model, calibration, masked, whole, request.batch_tokens, fingerprint)
+    table = head_losses(model, calibration, masked, whole, request.batch_tokens, fingerprint)
+    return table if request.target == "loss" else replace(table, meta=table.meta | {"target": request.target})
 
-# %% ../../nbs/engine/02_resumed_scoring.ipynb #c061
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c076
+def stored_table(
+    model: nn.Module, # The model
+    calibration: Calibration, # The examples
+    request: Request, # What is wanted; its folder of units is chosen here
+    store: str | Path | None, # Folder of finished tables and units; None stores nothing
+    tokenizer_fingerprint: str, # Part of the store's key
+) -> HeadLosses: # The table
+    "Read a finished table, or compute it and keep it; goes on where a killed run stopped."
+    fingerprint = model_fingerprint(model)
+    key = losses_key(model, calibration, tokenizer_fingerprint, fingerprint, request.target)
+    finished, units = store and Path(store)/f"{key}.safetensors", store and Path(store)/f"{key}-units"
+    if finished and finished.exists():
+        return replace(load_losses(finished), k=calibration.k, seed=calibration.seed, stratum=calibration.stratum)
+    with alone_in(units) if units and request.share.rank == 0 else nullcontext():
+        losses = computed_table(model, calibration, replace(request, units=units), fingerprint)
+        if finished and request.share.rank == 0: save_losses(losses, finished)
+        request.share.wait() # nobody leaves, and clears up, before everybody has read
+    return losses
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c078
 @torch.no_grad()
 def score_heads(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -525,14 +627,47 @@ def score_heads(
 ) -> HeadLosses: # The table of losses
     "The table of losses with the least work (paper section 3.2, equation 1); resumes where a killed run stopped."
     check_request(store, heads_at_once, share, heads)
-    wanted, fingerprint = heads_by_layer(anatomy(model), heads), model_fingerprint(model)
-    key = losses_key(model, calibration, tokenizer_fingerprint, fingerprint)
-    finished, units = store and Path(store)/f"{key}.safetensors", store and Path(store)/f"{key}-units"
-    if finished and finished.exists():
-        return replace(load_losses(finished), k=calibration.k, seed=calibration.seed, stratum=calibration.stratum)
-    request = Request(batch_tokens=batch_tokens, heads_at_once=heads_at_once, units=units, share=share, heads=wanted)
-    with alone_in(units) if units and share.rank == 0 else nullcontext():
-        losses = computed_table(model, calibration, request, fingerprint)
-        if finished and share.rank == 0: save_losses(losses, finished)
-        share.wait() # nobody leaves, and clears up, before everybody has read
-    return losses
+    wanted = heads_by_layer(anatomy(model), heads)
+    request = Request(batch_tokens=batch_tokens, heads_at_once=heads_at_once, units=None, share=share, heads=wanted)
+    return stored_table(model, calibration, request, store, tokenizer_fingerprint)
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c080
+from collections.abc import Callable
+from ..core.errors import check_choice
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c081
+@torch.no_grad()
+def score_divergences(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode
+    calibration: Calibration, # N examples
+    batch_tokens: int = 4096, # Padded tokens per batch
+    store: str | Path | None = None, # Folder of finished tables and units; None stores nothing
+    tokenizer_fingerprint: str = "", # Part of the store's key
+    heads_at_once: int | None = None, # Heads of a layer in one pass; None means as many as fit, and 1 on a CPU
+    share: Share = Share(), # Which of several processes this is; several need a store that all of them see
+    heads: Sequence[tuple[int, int]] | None = None, # Only these (layer, head), without a store; the rest is NaN
+) -> HeadLosses: # The table: divergences in place of masked losses, zeros in place of intact ones
+    "The table of divergences from the intact model, as `score_heads` makes that of losses."
+    check_request(store, heads_at_once, share, heads)
+    request = Request(batch_tokens=batch_tokens, heads_at_once=heads_at_once, units=None, share=share,
+                      heads=heads_by_layer(anatomy(model), heads), target="divergence")
+    return stored_table(model, calibration, request, store, tokenizer_fingerprint)
+
+def table_scorer(
+    target: str, # What masking a head is measured by, one of `TARGETS`
+) -> Callable[..., HeadLosses]: # `score_heads` or `score_divergences`
+    "How a table with this target is made; an unknown one raises `BadInput`."
+    check_choice(target, TARGETS, "score target")
+    return {"loss": score_heads, "divergence": score_divergences}[target]
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #c083
+def check_target(
+    losses: HeadLosses, # A table
+    wanted: str, # What it should hold, one of `TARGETS`
+    called: str | Path, # What to call it in the sentence, as in its file
+) -> None:
+    "Raise `BadInput` for a table of losses where divergences are asked for, and the reverse."
+    names = {"loss": "losses", "divergence": "divergences"}
+    if losses.target == check_choice(wanted, TARGETS, "score target"): return
+    raise BadInput(f"{called} holds {names.get(losses.target, losses.target)}: expected {names[wanted]}; "
+                   f"give --score-target {losses.target}, or make another table with 'cap score'.")

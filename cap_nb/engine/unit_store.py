@@ -23,11 +23,12 @@ def losses_key(
     calibration: Calibration, # The examples
     tokenizer_fingerprint: str = "", # Fingerprint of the tokenizer, if it is to be part of the key
     fingerprint: str | None = None, # The model's fingerprint, where it is known already
+    target: str = "loss", # What is measured; losses have the key of old, without it
 ) -> str: # 16 hexadecimal digits
-    "The key of a table of losses: model, tokenizer, tokens and labels, dtype; not names, not K, not sparsity."
+    "The key of a table: model, tokenizer, tokens and labels, dtype, target; not names, not K, not sparsity."
     dtype = str(next(model.parameters()).dtype)
     parts = [fingerprint or model_fingerprint(model), tokenizer_fingerprint, calibration.fingerprint, dtype]
-    return sha256_of_text("\n".join(parts))[:16]
+    return sha256_of_text("\n".join(parts if target == "loss" else [*parts, target]))[:16]
 
 # %% ../../nbs/engine/01_unit_store.ipynb #c010
 class Unit(NamedTuple):
@@ -78,12 +79,14 @@ def check_finite_table(
     uids: Sequence[str], # Content hashes of its examples
     heads: Sequence[int] = (), # The heads of the rows; none for intact losses
     unit: str = "head", # What was masked, for the sentence
+    measured: str = "loss", # What was measured, for the sentence
 ) -> None:
     "Raise `BadInput` that names head, layer and example if a loss is NaN or infinite."
     wrong = (~losses.isfinite()).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
-        which = "The intact loss" if layer is None else f"The loss with {unit} {heads[row]} of layer {layer} masked"
+        masked = "" if layer is None else f" with {unit} {heads[row]} of layer {layer} masked"
+        which = f"The {measured}{masked}" if masked else f"The intact {measured}"
         raise BadInput(f"{which} is {losses[row, column].item()} on example {uids[column]}: "
                        f"expected a finite number; score in float32 or bfloat16, or check the weights.")
 

@@ -21,6 +21,8 @@ class Variant:
     weighting: str | None = None # "even": every task on one scale; a benchmark's name: its task alone; None: neither
     high: float = 10.0 # Factor of the highest score
     ranked: bool = False # Whether ranks take the place of scores
+    permuted: int | None = None # Seed under which factors change heads; None: every head keeps its own
+    in_layers: bool = False # Whether factors change heads within their layer only
     key_value: str = "mean" # Factor of a key-value head from its query heads: "mean" or "max"
     part: str | None = None # "attention" or "mlp": prune there only, to the sparsity of its own weights
 
@@ -53,10 +55,16 @@ WEIGHTINGS |= {f"cap~weighting-{name}": Variant(f"calibrated on {name} alone", w
                for name in ("gsm8k", "strategyqa", "arc")}
 
 # %% ../../nbs/experiments/00_variants.ipynb #c010
-VARIANTS = {"cap": Variant("nothing: CAP as the paper has it"), **part_variants(), **CALIBRATIONS, **SUBSETS, **RANGES,
-            **FACTORS, **WEIGHTINGS} # Name -> variant
+CONTROLS = {f"cap~permuted-{seed}": Variant(f"the same factors on other heads of the model, draw {seed}", permuted=seed)
+            for seed in range(3)}
+CONTROLS |= {"cap~permuted-in-layers": Variant("the same factors on other heads of their layer", permuted=0,
+                                               in_layers=True)}
 
-# %% ../../nbs/experiments/00_variants.ipynb #c013
+# %% ../../nbs/experiments/00_variants.ipynb #c012
+VARIANTS = {"cap": Variant("nothing: CAP as the paper has it"), **part_variants(), **CALIBRATIONS, **SUBSETS, **RANGES,
+            **FACTORS, **WEIGHTINGS, **CONTROLS} # Name -> variant
+
+# %% ../../nbs/experiments/00_variants.ipynb #c015
 from collections.abc import Sequence
 from dataclasses import replace
 import torch
@@ -65,7 +73,7 @@ from ..scoring import HeadLosses, causal_scores
 from ..importance import importance_factors
 from ..data.problems import task_family
 
-# %% ../../nbs/experiments/00_variants.ipynb #c014
+# %% ../../nbs/experiments/00_variants.ipynb #c016
 def only_examples(
     losses: HeadLosses, # A table of losses
     indices: Sequence[int], # Examples to keep, in order
@@ -86,7 +94,7 @@ def losses_of_task(
                        f"{', '.join(sorted(set(losses.task)))}.")
     return only_examples(losses, indices)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c015
+# %% ../../nbs/experiments/00_variants.ipynb #c017
 def even_tasks(
     losses: HeadLosses, # A table of losses
 ) -> HeadLosses: # The same, without unit
@@ -97,7 +105,7 @@ def even_tasks(
         scale[of_task] = rise[..., of_task].mean(-1).std()
     return replace(losses, masked=losses.masked / scale, intact=losses.intact / scale)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c017
+# %% ../../nbs/experiments/00_variants.ipynb #c019
 def bootstrap_scores(
     losses: HeadLosses, # A table of losses
     draws: int = 200, # Resamples
@@ -118,7 +126,18 @@ def variant_scores(
     elif variant.weighting: losses = losses_of_task(losses, variant.weighting)
     return bootstrap_scores(losses) if variant.how == "bootstrap" else causal_scores(losses, variant.how, variant.k)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c019
+# %% ../../nbs/experiments/00_variants.ipynb #c021
+def permuted_factors(
+    factors: torch.Tensor, # Importance factor of every head, [L, H]
+    seed: int, # Seed of the permutation
+    in_layers: bool = False, # Whether factors change heads within their layer only
+) -> torch.Tensor: # The same factors on other heads, [L, H]
+    "The control: factors permuted over all heads, or over the heads of each layer."
+    rng, rows = torch.Generator().manual_seed(seed), factors if in_layers else factors.view(1, -1)
+    orders = torch.stack([torch.randperm(rows.shape[1], generator=rng) for _ in rows])
+    return rows.gather(1, orders).view_as(factors)
+
+# %% ../../nbs/experiments/00_variants.ipynb #c022
 def variant_factors(
     losses: HeadLosses, # The variant's table of losses
     variant: Variant, # The variant
@@ -126,16 +145,20 @@ def variant_factors(
     "Importance factors (paper equation 3) with the variant's one change."
     scores = variant_scores(losses, variant)
     if variant.ranked: scores = scores.flatten().argsort().argsort().view_as(scores).double()
-    return importance_factors(scores, high=variant.high)
+    factors = importance_factors(scores, high=variant.high)
+    return factors if variant.permuted is None else permuted_factors(factors, variant.permuted, variant.in_layers)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c028
+# %% ../../nbs/experiments/00_variants.ipynb #c033
+from ..methods.prune import prune
+
+# %% ../../nbs/experiments/00_variants.ipynb #c041
 import itertools
 from ..calibration import Calibration
 from ..data.prompts import Example
 from ..core.errors import check_at_least
 from ..jobs.chains import window_example
 
-# %% ../../nbs/experiments/00_variants.ipynb #c029
+# %% ../../nbs/experiments/00_variants.ipynb #c042
 def window_starts(
     lengths: Sequence[int], # Length of every window, in tokens
     tokens: int, # Tokens of the text
@@ -148,7 +171,7 @@ def window_starts(
     used = itertools.accumulate(lengths[:-1], initial=0)
     return [start + left * index // len(lengths) for index, start in enumerate(used)] # what is left lies between them
 
-# %% ../../nbs/experiments/00_variants.ipynb #c030
+# %% ../../nbs/experiments/00_variants.ipynb #c043
 def text_like(
     tokenizer, # Tokenizer of transformers
     like: Calibration, # The calibration set whose number and lengths are copied
@@ -163,7 +186,7 @@ def text_like(
     cut = [tuple(ids[start:start + length]) for start, length in zip(window_starts(lengths, len(ids)), lengths)]
     return Calibration.from_examples([window_example(tokenizer, window) for window in cut], like.k, like.seed)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c036
+# %% ../../nbs/experiments/00_variants.ipynb #c049
 from pathlib import Path
 from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens, token_limit
 from ..engine.decoding import Decoding, generate_greedy
@@ -172,7 +195,7 @@ from ..jobs.job import Ready, timed
 from ..jobs.records import load_evaluation, save_evaluation
 from ..data.prompts import make_example
 
-# %% ../../nbs/experiments/00_variants.ipynb #c037
+# %% ../../nbs/experiments/00_variants.ipynb #c050
 def answers_to(
     ready: Ready, # The job; its model is dense
     examples: Sequence[Example], # Calibration examples of one task
@@ -198,7 +221,7 @@ def calibration_answers(
         save_evaluation(Evaluation(method="dense", sparsity=0.0, reached=0.0, answers=tuple(records)), path)
     return load_evaluation(path).answers
 
-# %% ../../nbs/experiments/00_variants.ipynb #c038
+# %% ../../nbs/experiments/00_variants.ipynb #c051
 def chains_like(
     tokenizer, # Tokenizer of transformers
     like: Calibration, # The calibration set that was answered
@@ -210,15 +233,16 @@ def chains_like(
     examples = [make_example(tokenizer, e.prompt, right[e.task, e.uid], e.task, e.answer, e.uid) for e in answered]
     return Calibration.from_examples(examples, like.k, like.seed) if len(examples) >= FEWEST_CHAINS else None
 
-# %% ../../nbs/experiments/00_variants.ipynb #c040
+# %% ../../nbs/experiments/00_variants.ipynb #c053
 import logging
 from ..data.problems import load_text
+from ..engine.resumed_scoring import check_target
 from ..methods.prune import needs_of
 from ..core.files import read_tensors, sha256_of_file, write_tensors
 from ..jobs.job import run_losses
 from ..jobs.records import load_run
 
-# %% ../../nbs/experiments/00_variants.ipynb #c041
+# %% ../../nbs/experiments/00_variants.ipynb #c054
 @dataclass(frozen=True)
 class Sources:
     "Where the variants' tables of losses come from."
@@ -233,7 +257,7 @@ def tasks_table(
     folder: Path, # The run's folder
     sources: Sources, # Where tables come from
 ) -> Table: # The table
-    "The table of the calibration set; one of another model or other examples raises `BadInput`."
+    "The table of the calibration set; one of another model, other examples or another target raises `BadInput`."
     name = "losses.safetensors"
     if sources.base is None: return run_losses(ready, folder, sources.store), sha256_of_file(folder/name)
     base = load_run(sources.base)
@@ -242,9 +266,10 @@ def tasks_table(
     if (meta.get("model"), meta.get("calibration")) != wanted:
         raise BadInput(f"{sources.base} has no table of losses, or one of another model or other examples: "
                        "expected this job's; give the settings of that run, or leave --base out.")
+    check_target(base.losses, ready.job.prune.score_target, sources.base)
     return base.losses, base.records.read(name, sha256_of_file)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c042
+# %% ../../nbs/experiments/00_variants.ipynb #c055
 def other_calibration(
     ready: Ready, # The job; its model is dense
     folder: Path, # The run's folder
@@ -270,7 +295,7 @@ def variant_table(
     losses = run_losses(replace(ready, calibration=calibration), folder/which, sources.store)
     return losses, sha256_of_file(folder/which/"losses.safetensors")
 
-# %% ../../nbs/experiments/00_variants.ipynb #c044
+# %% ../../nbs/experiments/00_variants.ipynb #c057
 def kept_factors(
     path: Path, # File of the factors
     table: Table, # The table of losses
@@ -287,7 +312,7 @@ def kept_factors(
     raise BadInput(f"{path} holds other factors than its table gives now: expected the same; the table or the version "
                    "changed, give another folder.")
 
-# %% ../../nbs/experiments/00_variants.ipynb #c045
+# %% ../../nbs/experiments/00_variants.ipynb #c058
 log = logging.getLogger(__name__)
 
 def variant_tables(
@@ -316,7 +341,7 @@ def factors_of_variants(
                for name, variant in using.items() if variant.table in tables}
     return {name: factors.get(name) for name in names if name in factors or name not in using}
 
-# %% ../../nbs/experiments/00_variants.ipynb #c047
+# %% ../../nbs/experiments/00_variants.ipynb #c060
 from torch import nn
 from ..methods.criteria import CRITERIA, Given, measured_for, walks
 from ..regions import Factors
@@ -325,9 +350,9 @@ from ..threshold import PruneReport, prune_report, zero_within
 from ..core.errors import check_choice
 from ..methods.wanda import input_norms
 from ..engine.layer_walk import layer_by_layer
-from ..methods.prune import own_scope, prune
+from ..methods.prune import own_scope
 
-# %% ../../nbs/experiments/00_variants.ipynb #c048
+# %% ../../nbs/experiments/00_variants.ipynb #c061
 def in_part(
     projection: Projection, # A projection
     part: str, # "attention" or "mlp"
@@ -352,7 +377,7 @@ def prune_part(
         zero_within([p for p in step.projections if in_part(p, part)], criterion, known, sparsity, scope)
     return prune_report(model, method, sparsity)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c049
+# %% ../../nbs/experiments/00_variants.ipynb #c062
 def prune_variant(
     ready: Ready, # The job; its model is dense and changed in place
     name: str, # Name of a variant, or "dense"
@@ -371,14 +396,14 @@ def prune_variant(
                        seed=seed)
     return replace(report, method=name)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c051
+# %% ../../nbs/experiments/00_variants.ipynb #c064
 import shutil
 from ..jobs.settings import Job, changed
 from ..core.files import alone_in
 from ..jobs.records import cells_of, environment, note_environment, open_run
 from ..jobs.job import finish_cells, prepare
 
-# %% ../../nbs/experiments/00_variants.ipynb #c052
+# %% ../../nbs/experiments/00_variants.ipynb #c065
 def run_variants(
     job: Job, # What is wanted; its methods play no part
     folder: str | Path, # The run's folder; made, or taken up again

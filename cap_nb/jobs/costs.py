@@ -320,13 +320,15 @@ def naive_work(
 def resumed_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The batches
-) -> Work: # The work of `score_heads`
+    target: str = "loss", # What is measured; for divergences the intact output head runs again beside every masked one
+) -> Work: # The work of `score_heads`, or `score_divergences`
     "The same losses with every masked pass resumed at its layer; what a shared prefix saves is not subtracted."
     passes = 1 + sizes.layers * sizes.heads
+    heads = passes if target == "loss" else 2 * (passes - 1)
     whole_layers = 2 * sizes.layers - 1 + sizes.heads * sizes.layers * (sizes.layers - 1) // 2
     def of_batch(b: BatchShape) -> Work:
         positions = whole_layers * b.width + passes * b.most # of one example, through one layer
-        return Work(passes=passes, layer_tokens=b.rows * positions, head_tokens=passes * b.targets,
+        return Work(passes=passes, layer_tokens=b.rows * positions, head_tokens=heads * b.targets,
                     pairs=b.rows * b.width * positions, key_tokens=passes * b.rows * b.width)
     return sum((of_batch(b) for b in batches), Work())
 
@@ -423,6 +425,96 @@ def decode_work(
     return sum((written(a) for a in answer_batches(job, lengths)), Work())
 
 # %% ../../nbs/jobs/04_costs.ipynb #c058
+from ..methods.budgets import BudgetSettings
+from ..methods.joint import JointSettings
+
+# %% ../../nbs/jobs/04_costs.ipynb #c059
+READ_TOGETHER = (("query", "key", "value"), ("output",), ("gate", "up"), ("down",)) # Roles that read the same tensor
+
+def inputs_read(
+    sizes: Sizes, # The sizes of a model
+) -> list[tuple[int, tuple[int, ...]]]: # n, and the rows of each matrix that reads it, for every distinct input
+    "The inputs of a layer's projections."
+    shapes = projection_shapes(sizes)
+    return [(shapes[roles[0]][1], tuple(shapes[role][0] for role in roles)) for roles in READ_TOGETHER]
+
+def hessian_flops(
+    sizes: Sizes, # The sizes of the model
+    lengths: Sequence[ExampleLength], # Lengths of the calibration set
+) -> int: # Operations
+    "Two for every token and pair of input features (Frantar and Alistarh 2023)."
+    tokens = sum(len(length.input_ids) for length in lengths)
+    return 2 * tokens * sizes.layers * sum(width**2 for width, _ in inputs_read(sizes))
+
+# %% ../../nbs/jobs/04_costs.ipynb #c060
+@dataclass(frozen=True)
+class Solving:
+    "What is computed from Hessians."
+    products: int = 0 # Operations of matrix products
+    others: int = 0 # Operations of factorisations, and of columns one after the other
+
+    def __add__(self, other: "Solving") -> "Solving":
+        "The operations of both."
+        return Solving(products=self.products + other.products, others=self.others + other.others)
+
+UPDATE_STEPS = 200 # Steps of conjugate gradients at most, as `updated_weight` has it
+SOLVED = ("sparsegpt", "alps", "update", "swaps") # What is counted from Hessians
+
+# %% ../../nbs/jobs/04_costs.ipynb #c061
+def sparsegpt_solving(
+    width: int, # n
+    rows: Sequence[int], # Rows of each matrix that reads this input
+) -> Solving: # SparseGPT
+    "One factor for all, then block after block (algorithm 1)."
+    block = min(128, width)
+    return Solving(products=sum(rows) * width * (width - block), others=4 * width**3 // 3 + sum(rows) * width * block)
+
+def joint_solving(
+    width: int, # n
+    rows: Sequence[int], # Rows of each matrix that reads this input
+    settings: JointSettings = JointSettings(), # Limits of the solver
+) -> Solving: # The joint solver, at most
+    "A product an iteration and a step; an inverse, or a factor for few rows, whenever the penalty changes."
+    looks, products = -(-settings.iterations // settings.every), settings.iterations + settings.steps + 3
+    inverses = sum(width**3 // (3 if 4 * r < width else 1) for r in rows)
+    return Solving(products=2 * sum(rows) * width**2 * products, others=looks * inverses)
+
+# %% ../../nbs/jobs/04_costs.ipynb #c062
+def solving(
+    sizes: Sizes, # The sizes of the model
+    part: str, # One of `SOLVED`
+) -> Solving: # Of all layers
+    "What a solver or a recovery computes from the Hessians, at most."
+    total = Solving()
+    for width, rows in inputs_read(sizes):
+        if part == "sparsegpt": total += sparsegpt_solving(width, rows)
+        elif part == "alps": total += joint_solving(width, rows)
+        else: total += Solving(products=2 * sum(rows) * width**2 * (UPDATE_STEPS + 2 if part == "update" else 2))
+    return Solving(products=sizes.layers * total.products, others=sizes.layers * total.others)
+
+# %% ../../nbs/jobs/04_costs.ipynb #c068
+def budget_lengths(
+    lengths: Sequence[ExampleLength], # Lengths of the calibration set
+) -> list[ExampleLength]: # Of the examples on which regions are pruned alone
+    "Examples of all lengths."
+    return lengths_like(sorted(lengths, key=lambda e: len(e.input_ids)), min(BudgetSettings().examples, len(lengths)))
+
+def budget_work(
+    sizes: Sizes, # The sizes of the model
+    batches: Sequence[BatchShape], # All calibration batches, for the norms
+    few: Sequence[BatchShape], # Batches of the examples on which regions are pruned alone
+) -> Work: # The work of measuring budgets from interventions
+    "The dense model's norms, then every region alone at every level, resumed at its layer."
+    layers, levels = sizes.layers, len(BudgetSettings().levels)
+    whole = 3 * layers - 2 + levels * layers * (layers - 1) # recorded, once to the end, walked; then the regions
+    last = 1 + 2 * levels * layers # passes whose last layer sees targets only
+    def of_batch(b: BatchShape) -> Work:
+        positions = whole * b.width + last * b.most # of one example, through one layer
+        return Work(passes=last, layer_tokens=b.rows * positions, head_tokens=2 * layers * (1 + levels) * b.targets,
+                    pairs=b.rows * b.width * positions, key_tokens=last * b.rows * b.width)
+    return sum((of_batch(b) for b in few), wanda_work(sizes, batches))
+
+# %% ../../nbs/jobs/04_costs.ipynb #c072
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} # Bytes of a number
 
 def layer_bytes(
@@ -451,7 +543,7 @@ def hidden_bytes(
     "The hidden states of all batches after one layer."
     return sum(b.rows * b.width for b in batches) * sizes.hidden * width
 
-# %% ../../nbs/jobs/04_costs.ipynb #c059
+# %% ../../nbs/jobs/04_costs.ipynb #c073
 def scoring_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -475,7 +567,7 @@ def hook_loop_memory(
     parts = scoring_memory(sizes, width, batches)
     return parts | {"hidden states": 0, "a recorded pass": 0, "logits": logits}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c060
+# %% ../../nbs/jobs/04_costs.ipynb #c074
 def threshold_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -497,7 +589,57 @@ def wanda_memory(
     return {"hidden states": 2 * hidden_bytes(sizes, width, batches), "scores of one matrix": widest * 18,
             "one layer at work": max(layer_bytes(sizes, width, tokens, longest), squares)}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c061
+# %% ../../nbs/jobs/04_costs.ipynb #c076
+def matrix_memory(
+    part: str, # One of `SOLVED`
+    width: int, # n
+    rows: int, # Rows of the matrix
+    together: int, # Matrices that read the same input
+) -> int: # Bytes
+    "What solving one matrix holds beside its Hessian."
+    square, weights = width**2, width * rows
+    if part == "sparsegpt": return max(40 * square, 4 * square + 17 * weights)
+    kept = 8 * 4 * square if together > 1 else 0
+    if part == "alps": return kept + 16 * square + 40 * weights
+    if part == "update": return 16 * square + 28 * weights
+    return 31 * min(weights, 2**22) + 16 * 256 * 64**2 + 5 * weights
+
+# %% ../../nbs/jobs/04_costs.ipynb #c077
+def solver_memory(
+    sizes: Sizes, # The sizes of the model
+    width: int, # Bytes of a number
+    batches: Sequence[BatchShape], # The calibration batches
+    parts: Sequence[str], # Some of `SOLVED`
+    on_dense: bool = False, # Whether masks are chosen on the dense model first
+) -> dict[str, int]: # Part -> bytes, beside the weights
+    "What a walk with Hessians holds."
+    widest, inputs = max(n for n, _ in inputs_read(sizes)), inputs_read(sizes)
+    tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
+    products = tokens * (widest * (width + 4) + 2 * sizes.hidden * width) + 4 * widest**2 # of a batch
+    one = max(matrix_memory(part, n, r, len(rows)) for part in parts for n, rows in inputs for r in rows)
+    copies = layer_weights(sizes) * width if {"swaps", "update"} & set(parts) else 0
+    masks = sizes.layers * layer_weights(sizes) * (1 + width) if on_dense else 0
+    return {"hidden states": 2 * hidden_bytes(sizes, width, batches),
+            "Hessians of a layer": 4 * sum(n**2 for n, _ in inputs),
+            "copies of a layer": copies, "masks and dense weights": masks,
+            "one layer at work": max(layer_bytes(sizes, width, tokens, longest), products), "one matrix solved": one}
+
+# %% ../../nbs/jobs/04_costs.ipynb #c078
+def budget_memory(
+    sizes: Sizes, # The sizes of the model
+    width: int, # Bytes of a number
+    batches: Sequence[BatchShape], # Batches of the examples on which regions are pruned alone
+) -> dict[str, int]: # Part -> bytes, beside the weights
+    "What budgets hold: states, two bytes of rank a weight, the dense weights of a region, logits of all levels."
+    tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
+    levels, region = len(BudgetSettings().levels), max(3 * sizes.mlp, 4 * sizes.heads * sizes.head_size) * sizes.hidden
+    ends = (1 + levels) * sum(b.targets for b in batches) * sizes.hidden * width
+    return {"hidden states": 2 * hidden_bytes(sizes, width, batches) + ends,
+            "ranks of all weights": 2 * sizes.layers * layer_weights(sizes), "copies of a layer": region * width,
+            "one layer at work": layer_bytes(sizes, width, tokens, longest),
+            "logits": (3 + levels) * 4 * min(256, max(b.targets for b in batches)) * sizes.vocabulary}
+
+# %% ../../nbs/jobs/04_costs.ipynb #c079
 def evaluation_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -516,8 +658,9 @@ def evaluation_memory(
             "one layer at work": max(2 * kept * query * width, layer),
             "logits": max([*logits, logit_bytes(sizes, min(256, window))])}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c063
-TAKING_TURNS = ("one layer at work", "a recorded pass", "logits", "scores of one matrix") # Never two of them at a time
+# %% ../../nbs/jobs/04_costs.ipynb #c081
+TAKING_TURNS = ("one layer at work", "a recorded pass", "logits", "scores of one matrix",
+                "one matrix solved") # Never two of them at a time
 
 def at_once(
     memory: dict[str, int], # Part -> bytes

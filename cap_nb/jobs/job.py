@@ -9,8 +9,10 @@ __all__ = ['run_job']
 from ..core.errors import BadInput, check_choice, check_sparsity
 from ..data.problems import TASKS, TEXTS
 from ..data.prompts import prompt_style
+from ..engine.resumed_scoring import TARGETS
 from .chains import Chains, read_chains
 from .settings import CalibrateSettings, Job, changed, check_counts
+from ..methods.experts import ROUTING_AWARE
 from ..methods.prune import check_method
 from ..models.loading import dtype_named, placed
 from ..scoring import AGGREGATIONS
@@ -26,6 +28,16 @@ def chains_of(
         raise BadInput(f"{str(error).rstrip('.')}; --calibrate-on also takes gold or text.") from None
 
 # %% ../../nbs/jobs/03_job.ipynb #c006
+def check_score_target(
+    job: Job, # The job
+) -> None:
+    "Raise `BadInput` for an unknown score target, and for a method that weighs losses where divergences are asked for."
+    if check_choice(job.prune.score_target, TARGETS, "score target") == "loss": return
+    for method in job.prune.methods:
+        if check_method(method).attribution in ROUTING_AWARE:
+            raise BadInput(f"Method {method!r} was given --score-target {job.prune.score_target}: expected loss, since "
+                           "experts are scored by losses; leave --score-target or the method out.")
+
 def check_job(
     job: Job, # The job
 ) -> None:
@@ -34,6 +46,7 @@ def check_job(
     for sparsity in job.prune.sparsities: check_sparsity(sparsity)
     for task in (*(job.calibrate.tasks or ()), *(job.evaluate.accuracy_tasks or ())): check_choice(task, TASKS, "task")
     check_choice(job.prune.aggregation, AGGREGATIONS, "aggregation")
+    check_score_target(job)
     if job.calibrate.style: prompt_style(job.calibrate.style)
     if job.evaluate.text: check_choice(job.evaluate.text, TEXTS, "text")
     check_counts(job)
@@ -190,12 +203,14 @@ def configuration(
     tokenizer, # Its tokenizer
     calibration: Calibration, # The calibration set
 ) -> dict: # What JSON can hold
-    "What the numbers of a run follow from."
-    return {"model": model_configuration(job, model, tokenizer),
-            "calibration": calibration_configuration(job, calibration),
-            "style": style_origin(job.calibrate.style),
-            "aggregation": job.prune.aggregation, "methods": list(job.prune.methods),
-            "sparsities": list(job.prune.sparsities), "evaluation": evaluation_configuration(job, calibration)}
+    "What the numbers of a run follow from; a score target only if it is not the paper's, as old runs know no other."
+    target = job.prune.score_target
+    settings = {"model": model_configuration(job, model, tokenizer),
+                "calibration": calibration_configuration(job, calibration),
+                "style": style_origin(job.calibrate.style),
+                "aggregation": job.prune.aggregation, "methods": list(job.prune.methods),
+                "sparsities": list(job.prune.sparsities), "evaluation": evaluation_configuration(job, calibration)}
+    return settings if target == "loss" else settings | {"score_target": target}
 
 # %% ../../nbs/jobs/03_job.ipynb #c024
 from ..calibration import calibration_set
@@ -279,7 +294,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 import torch
-from ..engine.resumed_scoring import score_heads
+from ..engine.resumed_scoring import check_target, table_scorer
 from ..core.memory import memory_taken
 from .records import note_memory, note_time
 from ..scoring import HeadLosses, load_losses, save_losses
@@ -327,19 +342,20 @@ def run_losses(
     path, unfinished = folder/"losses.safetensors", folder/"unfinished"/"scores"
     if not path.exists():
         tokenizer, batch_tokens = ready.configuration["model"]["tokenizer"], ready.job.model.batch_tokens
+        score = table_scorer(ready.job.prune.score_target)
         with time_and_memory_noted(folder, "scoring", ready.model.device):
-            losses = score_heads(ready.model, ready.calibration, batch_tokens, store or unfinished, tokenizer)
+            losses = score(ready.model, ready.calibration, batch_tokens, store or unfinished, tokenizer)
         save_losses(losses, path)
         shutil.rmtree(unfinished, ignore_errors=True)
     losses = load_losses(path)
     check_origin(path, losses.meta, ready)
+    check_target(losses, ready.job.prune.score_target, path)
     return losses
 
 # %% ../../nbs/jobs/03_job.ipynb #c047
 from ..core.files import read_tensors, write_tensors
 from ..importance import importance_factors
 from ..methods.criteria import Given
-from ..methods.experts import ROUTING_AWARE
 from ..methods.prune import needs_of, parse_method, unit_factors
 from ..regions import Factors
 from ..scoring import causal_scores

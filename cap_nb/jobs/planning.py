@@ -58,6 +58,15 @@ from dataclasses import dataclass
 
 # %% ../../nbs/jobs/05_planning.ipynb #c011
 @dataclass(frozen=True)
+class SolverSpeed:
+    "How fast a device solved for one small matrix."
+    hessian: float # Seconds for an operation of adding up a Hessian
+    sparsegpt: float # Seconds for an operation of SparseGPT
+    joint: float # Seconds for an operation of the joint solver, or of the update
+    swaps: float # Seconds for a weight whose mask is improved by swaps
+
+# %% ../../nbs/jobs/05_planning.ipynb #c012
+@dataclass(frozen=True)
 class Probe:
     "How fast a device was, for one model."
     device: str # As in "cpu" or "cuda:0"
@@ -73,8 +82,9 @@ class Probe:
     sort: float # Seconds for a weight when pruning in rows
     flops: float # Operations a second in the layer's pass
     seconds: float # What the probe itself took
+    solving: SolverSpeed | None = None # Of solvers; None means not timed
 
-# %% ../../nbs/jobs/05_planning.ipynb #c012
+# %% ../../nbs/jobs/05_planning.ipynb #c013
 import statistics, time
 from collections.abc import Callable
 from torch import nn
@@ -82,7 +92,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .costs import Sizes
 from ..models.replay import LayerCall, recorded_calls, run_layer
 
-# %% ../../nbs/jobs/05_planning.ipynb #c013
+# %% ../../nbs/jobs/05_planning.ipynb #c014
 def median_seconds(
     call: Callable[[], object], # What is timed
     device: torch.device, # Where it computes
@@ -98,7 +108,7 @@ def median_seconds(
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
-# %% ../../nbs/jobs/05_planning.ipynb #c014
+# %% ../../nbs/jobs/05_planning.ipynb #c015
 @torch.no_grad()
 def random_layer_model(
     sizes: Sizes, # The sizes of a model
@@ -117,7 +127,7 @@ def random_layer_model(
         if tensor.is_floating_point(): tensor.uniform_(-0.05, 0.05)
     return model
 
-# %% ../../nbs/jobs/05_planning.ipynb #c016
+# %% ../../nbs/jobs/05_planning.ipynb #c017
 def layer_call(
     model: nn.Module, # From `random_layer_model`
     rows: int, # Examples
@@ -133,11 +143,11 @@ def layer_call(
     with recorded_calls(model) as calls: model.get_decoder()(inputs_embeds=embedded, attention_mask=mask, **cache)
     return calls[0]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c018
+# %% ../../nbs/jobs/05_planning.ipynb #c019
 import torch.nn.functional as F
 from ..models.anatomy import decoder_layers
 
-# %% ../../nbs/jobs/05_planning.ipynb #c019
+# %% ../../nbs/jobs/05_planning.ipynb #c020
 def timed_layer(
     model: nn.Module, # From `random_layer_model`
     tokens: int, # Tokens of the pass, at most
@@ -153,7 +163,7 @@ def timed_layer(
     rows = max(1, min(tokens, allowed) // width)
     return rows * width, timed(rows, width, 3)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c020
+# %% ../../nbs/jobs/05_planning.ipynb #c021
 def timed_head(
     sizes: Sizes, # The sizes of the model
     device: torch.device, # Where
@@ -167,11 +177,11 @@ def timed_head(
     def losses() -> torch.Tensor: return F.cross_entropy(F.linear(hidden, weight).float(), gold, reduction="none")
     return median_seconds(losses, device) * sizes.vocabulary / rows / positions
 
-# %% ../../nbs/jobs/05_planning.ipynb #c022
+# %% ../../nbs/jobs/05_planning.ipynb #c023
 import inspect
 from transformers import DynamicCache
 
-# %% ../../nbs/jobs/05_planning.ipynb #c023
+# %% ../../nbs/jobs/05_planning.ipynb #c024
 def filled_cache(
     model: nn.Module, # From `random_layer_model`
     rows: int, # Answers written together
@@ -185,7 +195,7 @@ def filled_cache(
     decoder(inputs_embeds=embedded, **arguments)
     return arguments
 
-# %% ../../nbs/jobs/05_planning.ipynb #c024
+# %% ../../nbs/jobs/05_planning.ipynb #c025
 def timed_step(
     model: nn.Module, # From `random_layer_model`
     rows: int, # Answers written together
@@ -205,14 +215,14 @@ def timed_step(
     inside = median_seconds(in_layer, device)
     return inside, max(0.0, median_seconds(whole, device) - inside)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c026
+# %% ../../nbs/jobs/05_planning.ipynb #c027
 from .costs import layer_weights
 from .job import copied_weights, put_back
 from ..methods.prune import prune
 from ..models.anatomy import projections
 from ..threshold import smallest_in_rows
 
-# %% ../../nbs/jobs/05_planning.ipynb #c027
+# %% ../../nbs/jobs/05_planning.ipynb #c028
 PROBED = Sizes(name="probe", source="", family="llama", layers=1, heads=8, key_value_heads=8, head_size=64, hidden=512,
                mlp=1024, vocabulary=8, tied=True, context=64, dtype="float32") # A layer to time pruning on
 
@@ -232,13 +242,41 @@ def timed_pruning(
     sort = median_seconds(in_rows, device) / weights
     return median_seconds(under_threshold, device) / weights, sort
 
-# %% ../../nbs/jobs/05_planning.ipynb #c029
+# %% ../../nbs/jobs/05_planning.ipynb #c030
+from .costs import Solving, joint_solving, sparsegpt_solving
+from ..methods.joint import JointSettings, joint_update
+from ..methods.sparsegpt import products, sparsegpt_update
+from ..methods.swaps import swapped_mask
+
+# %% ../../nbs/jobs/05_planning.ipynb #c031
+def timed_solvers(
+    device: torch.device, # Where
+    rows: int = 256, # Rows of the matrix
+    width: int = 512, # Its columns
+    tokens: int = 1024, # Tokens of its Hessian
+) -> SolverSpeed: # How fast the device was
+    "Time solvers on one random matrix."
+    rng = torch.Generator().manual_seed(0)
+    mixing, inputs, weight = (torch.randn(*shape, generator=rng).to(device)
+                              for shape in ((width, width), (tokens, width), (rows, width)))
+    inputs = inputs @ mixing
+    hessian, limit = products(inputs), JointSettings(still=-1.0, tolerance=0.0)
+    mask = smallest_in_rows(weight.abs() * hessian.diagonal().sqrt(), 0.5)
+    def rate(solving: Solving, solve: Callable[[], object]) -> float:
+        return median_seconds(solve, device) / (solving.products + solving.others)
+    return SolverSpeed(
+        hessian=median_seconds(lambda: products(inputs), device) / (2 * tokens * width**2),
+        sparsegpt=rate(sparsegpt_solving(width, (rows,)), lambda: sparsegpt_update(weight, hessian, 0.5)),
+        joint=rate(joint_solving(width, (rows,)), lambda: joint_update(weight, hessian, 0.5, settings=limit)),
+        swaps=median_seconds(lambda: swapped_mask(weight, mask, hessian), device) / weight.numel())
+
+# %% ../../nbs/jobs/05_planning.ipynb #c033
 import platform
 from ..core.errors import BadInput
 from .costs import Work, flops_of
 from ..models.loading import device_named, dtype_named
 
-# %% ../../nbs/jobs/05_planning.ipynb #c030
+# %% ../../nbs/jobs/05_planning.ipynb #c034
 def check_layer_fits(
     sizes: Sizes, # The sizes of the model
     device: torch.device, # Where
@@ -257,7 +295,7 @@ def device_title(
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
-# %% ../../nbs/jobs/05_planning.ipynb #c031
+# %% ../../nbs/jobs/05_planning.ipynb #c035
 @torch.no_grad()
 def probe_device(
     sizes: Sizes, # The sizes of the model
@@ -266,6 +304,7 @@ def probe_device(
     tokens: int = 4096, # Tokens of the timed pass, at most
     rows: int = 8, # Answers of the timed step
     seconds: float = 4.0, # What timing the layer may take
+    solvers: bool = False, # Whether solvers and recoveries are timed too
 ) -> Probe: # How fast the device was
     "Time this device on one random layer of a model's sizes; a layer that does not fit raises `BadInput`."
     start, device, dtype = time.perf_counter(), device_named(device), dtype_named(dtype or sizes.dtype)
@@ -280,9 +319,9 @@ def probe_device(
     return Probe(
         device=str(device), device_name=device_title(device), dtype=str(dtype).removeprefix("torch."), tokens=tokens,
         layer=layer / tokens, head=head, rows=rows, step=step, step_rest=rest, threshold=threshold, sort=sort,
-        flops=flops / layer, seconds=time.perf_counter() - start)
+        flops=flops / layer, solving=timed_solvers(device) if solvers else None, seconds=time.perf_counter() - start)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c036
+# %% ../../nbs/jobs/05_planning.ipynb #c040
 from functools import cached_property
 from .costs import (
     NUMBER_BYTES, Answers, BatchShape, ExampleLength, answer_batches, batch_shapes, decode_work, evaluation_memory,
@@ -290,7 +329,7 @@ from .costs import (
     wanda_memory, wanda_work)
 from .settings import Job, changed
 
-# %% ../../nbs/jobs/05_planning.ipynb #c037
+# %% ../../nbs/jobs/05_planning.ipynb #c041
 @dataclass(frozen=True)
 class Workload:
     "What is to be done, on which model."
@@ -319,7 +358,7 @@ class Workload:
         "Weights that may be pruned."
         return self.sizes.layers * layer_weights(self.sizes)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c038
+# %% ../../nbs/jobs/05_planning.ipynb #c042
 @dataclass(frozen=True)
 class Stage:
     "One stage of a job."
@@ -346,7 +385,7 @@ def decode_seconds(
     times_rows = max(1.0, work.head_tokens / work.passes / probe.rows)
     return work.passes * (times_rows * sizes.layers * probe.step + probe.step_rest) + work.head_tokens * probe.head
 
-# %% ../../nbs/jobs/05_planning.ipynb #c040
+# %% ../../nbs/jobs/05_planning.ipynb #c044
 def scoring_stages(
     load: Workload, # What is to be done
     probe: Probe | None, # How fast the device is
@@ -354,7 +393,8 @@ def scoring_stages(
 ) -> tuple[Stage, Stage]: # Scoring, and the hook loop for comparison
     "The two ways to the table of losses."
     sizes, batches, width = load.sizes, load.batches, load.number_bytes
-    ways = (("scoring", resumed_work(sizes, batches), scoring_memory(sizes, width, batches)),
+    resumed = resumed_work(sizes, batches, load.job.prune.score_target)
+    ways = (("scoring", resumed, scoring_memory(sizes, width, batches)),
             ("scoring by the hook loop", naive_work(sizes, batches), hook_loop_memory(sizes, width, batches)))
     return tuple(Stage(name=name, work=work, flops=flops_of(work, sizes), memory=memory,
                        seconds=probe and prefill_seconds(work, probe) / sharing) for name, work, memory in ways)
@@ -371,7 +411,7 @@ def pruning_stages(
                   seconds=probe and prefill_seconds(work, probe) + weights * probe.sort,
                   memory=wanda_memory(sizes, load.number_bytes, load.batches)))
 
-# %% ../../nbs/jobs/05_planning.ipynb #c041
+# %% ../../nbs/jobs/05_planning.ipynb #c045
 def evaluation_stage(
     load: Workload, # What is to be done
     probe: Probe | None, # How fast the device is
@@ -383,35 +423,117 @@ def evaluation_stage(
     return Stage(name="evaluating one model", work=read + written, flops=flops_of(read + written, sizes),
                  seconds=seconds, memory=evaluation_memory(sizes, load.number_bytes, job, lengths))
 
+# %% ../../nbs/jobs/05_planning.ipynb #c047
+from collections.abc import Sequence
+from .costs import (
+    SOLVED, budget_lengths, budget_memory, budget_work, hessian_flops, solver_memory, solving)
+from ..methods.criteria import CRITERIA, walks
+from ..methods.prune import own_scope, parse_method
+
+# %% ../../nbs/jobs/05_planning.ipynb #c048
+BUDGETS = "budgets from interventions" # Name of their stage
+
+def solved_parts(
+    method: str, # Name of a method
+) -> tuple[str, ...]: # Those of `SOLVED` that it runs, in order; none for a method that only zeroes
+    "What a method computes from Hessians."
+    parts = parse_method(method)
+    return tuple(name for name in (parts.base, *(parts.recovery or "").split("^")) if name in SOLVED)
+
+# %% ../../nbs/jobs/05_planning.ipynb #c049
+def on_dense(
+    method: str, # Name of a method
+) -> bool: # Whether its masks are chosen on the dense model, before the walk
+    "A threshold over the whole model knows no layers."
+    parts = parse_method(method)
+    return parts.base in CRITERIA and not walks(CRITERIA[parts.base], own_scope(parts))
+
+def stage_name(
+    method: str, # Name of a method that solves or recovers
+) -> str: # Name of its stage
+    "Methods that differ in their allocation alone share a stage."
+    return f"pruning by {method.replace(f'+{parse_method(method).allocation}', '')}"
+
+def solving_seconds(
+    load: Workload, # What is to be done
+    part: str, # One of `SOLVED`
+    speed: SolverSpeed, # How fast the device solves
+) -> float: # Seconds
+    "The time of a solver or a recovery beside the walk and the Hessians."
+    counted, rate = solving(load.sizes, part), speed.sparsegpt if part == "sparsegpt" else speed.joint
+    return load.weights_in_scope * speed.swaps if part == "swaps" else rate * (counted.products + counted.others)
+
+# %% ../../nbs/jobs/05_planning.ipynb #c050
+def solver_stage(
+    load: Workload, # What is to be done
+    probe: Probe | None, # How fast the device is
+    method: str, # A method that solves or recovers
+) -> Stage: # One pruning by it
+    "A walk with Hessians, and what is computed from them."
+    sizes, names, speed = load.sizes, solved_parts(method), probe and probe.solving
+    work, hessians = wanda_work(sizes, load.batches), hessian_flops(sizes, load.lengths)
+    solved = [solving(sizes, name) for name in names]
+    seconds = speed and (prefill_seconds(work, probe) + hessians * speed.hessian + load.weights_in_scope * probe.sort
+                         + sum(solving_seconds(load, name, speed) for name in names))
+    return Stage(name=stage_name(method), work=work, seconds=seconds,
+                 flops=flops_of(work, sizes) + hessians + sum(s.products + s.others for s in solved),
+                 memory=solver_memory(sizes, load.number_bytes, load.batches, names, on_dense(method)))
+
+def budget_stage(
+    load: Workload, # What is to be done
+    probe: Probe | None, # How fast the device is
+) -> Stage: # Measuring them once
+    "Norms of the dense model, then every region pruned alone."
+    sizes, few = load.sizes, batch_shapes(budget_lengths(load.lengths), load.job.model.batch_tokens)
+    work = budget_work(sizes, load.batches, few)
+    return Stage(name=BUDGETS, work=work, flops=flops_of(work, sizes),
+                 seconds=probe and prefill_seconds(work, probe) + load.weights_in_scope * probe.sort,
+                 memory=budget_memory(sizes, load.number_bytes, few))
+
+# %% ../../nbs/jobs/05_planning.ipynb #c051
+def method_stages(
+    load: Workload, # What is to be done
+    probe: Probe | None, # How fast the device is
+) -> tuple[Stage, ...]: # One for every method that solves or recovers, and one for budgets if a method has them
+    "The stages that the job's methods add."
+    methods = load.job.prune.methods
+    stages = {stage_name(method): solver_stage(load, probe, method) for method in methods if solved_parts(method)}
+    budgets = any(parse_method(method).allocation == "kl" for method in methods)
+    return (*stages.values(), *([budget_stage(load, probe)] if budgets else []))
+
 def planned_stages(
     load: Workload, # What is to be done
     probe: Probe | None = None, # How fast the device is
     sharing: int = 1, # How many times faster than one the devices score
-) -> tuple[Stage, ...]: # Scoring, the hook loop, pruning by CAP and by Wanda, evaluation of one model
+) -> tuple[Stage, ...]: # Scoring, hook loop, pruning by CAP and by Wanda, evaluation, then the methods' own
     "Work, time and memory of every stage."
-    return (*scoring_stages(load, probe, sharing), *pruning_stages(load, probe), evaluation_stage(load, probe))
+    return (*scoring_stages(load, probe, sharing), *pruning_stages(load, probe), evaluation_stage(load, probe),
+            *method_stages(load, probe))
 
-# %% ../../nbs/jobs/05_planning.ipynb #c043
-from collections.abc import Sequence
+# %% ../../nbs/jobs/05_planning.ipynb #c053
 from .records import cells_of
-from ..methods.prune import needs_of, parse_method
+from ..methods.prune import needs_of
 
-# %% ../../nbs/jobs/05_planning.ipynb #c044
+# %% ../../nbs/jobs/05_planning.ipynb #c054
 def run_seconds(
     job: Job, # A job that is filled in
     stages: Sequence[Stage], # From `planned_stages`
     cells: Sequence[tuple[str, float]], # (method, sparsity) of every model that is evaluated
 ) -> float | None: # Seconds; None without a probe
     "What the whole of `cap run` takes."
-    scoring, _, threshold, wanda, evaluating = (stage.seconds for stage in stages)
-    if scoring is None: return None
+    scoring, _, threshold, wanda, evaluating, *_ = (stage.seconds for stage in stages)
+    by_name = {stage.name: stage.seconds for stage in stages}
+    if None in by_name.values(): return None
     parsed = {method: parse_method(method) for method in job.prune.methods}
     needs = {method: needs_of(parts) for method, parts in parsed.items()}
-    prunings = sum(wanda if "calibration" in needs[method] else threshold for method, _ in cells if method != "dense")
+    def pruning(method: str) -> float:
+        if solved_parts(method): return by_name[stage_name(method)]
+        return wanda if "calibration" in needs[method] else threshold
+    prunings = by_name.get(BUDGETS, 0.0) + sum(pruning(method) for method, _ in cells if method != "dense")
     masking = any("factors" in needs[method] and not parsed[method].attribution for method in parsed)
     return masking * scoring + prunings + len(cells) * evaluating
 
-# %% ../../nbs/jobs/05_planning.ipynb #c046
+# %% ../../nbs/jobs/05_planning.ipynb #c056
 @dataclass(frozen=True)
 class Hardware:
     "Where a job runs, and how its weights lie there."
@@ -436,7 +558,7 @@ def shares(
         return {"sharing": 1, "each": -(-weights // devices), "free": free}
     return {"sharing": devices, "each": weights, "free": free}
 
-# %% ../../nbs/jobs/05_planning.ipynb #c047
+# %% ../../nbs/jobs/05_planning.ipynb #c057
 def planned_hardware(
     load: Workload, # What is to be done
     devices: int, # Devices that share the scoring
@@ -449,25 +571,25 @@ def planned_hardware(
     return Hardware(devices=devices, on_cpu=on_cpu, weights=weights, copy=load.weights_in_scope * width,
                     main=free_memory(torch.device("cpu")), **shares(weights, devices, free, on_cpu))
 
-# %% ../../nbs/jobs/05_planning.ipynb #c049
+# %% ../../nbs/jobs/05_planning.ipynb #c059
 from ..calibration import deal_subsets
 from ..core.errors import check_at_least
 from .costs import planned_job, planned_lengths, read_sizes, tokenizer_at_hand
 from .job import check_job
 
-# %% ../../nbs/jobs/05_planning.ipynb #c050
+# %% ../../nbs/jobs/05_planning.ipynb #c060
 @dataclass(frozen=True)
 class Plan:
     "What a job will take, in plain numbers."
     load: Workload # What is to be done, on which model
     lengths_from: str # Where the lengths of the examples come from
     hardware: Hardware # Where it is done
-    stages: tuple[Stage, ...] # Scoring, the hook loop, pruning by CAP and by Wanda, evaluation of one model
+    stages: tuple[Stage, ...] # Scoring, hook loop, pruning by CAP and by Wanda, evaluation, then the methods' own
     models: int # Models that `cap run` evaluates: the dense one, and every method at every sparsity
     run_seconds: float | None # Expected time of the whole `cap run`, an estimate; None without a probe
     probe: Probe | None # How fast the device was
 
-# %% ../../nbs/jobs/05_planning.ipynb #c051
+# %% ../../nbs/jobs/05_planning.ipynb #c061
 def check_plan_counts(
     **counts: int | None, # Counts that the user gave, by name; None was not given
 ) -> None:
@@ -476,7 +598,7 @@ def check_plan_counts(
         option = name if name == "memory" else f"--{name.replace('_', '-')}"
         if count is not None: check_at_least(count, 1, option)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c052
+# %% ../../nbs/jobs/05_planning.ipynb #c062
 def plan(
     job: Job, # What is wanted
     devices: int = 1, # Devices that share the scoring
@@ -499,7 +621,7 @@ def plan(
     return Plan(load=load, lengths_from=origin, hardware=hardware, stages=stages, models=len(cells),
                 run_seconds=run_seconds(job, stages, cells), probe=probe)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c053
+# %% ../../nbs/jobs/05_planning.ipynb #c063
 def measured_plan(
     job: Job, # What is wanted
     devices: int = 1, # Devices that share the scoring
@@ -509,14 +631,15 @@ def measured_plan(
     "The plan of a job with times, from a short probe of this device."
     load = plan(job, devices, None, prompt_tokens, target_tokens).load
     rows = max((answers.rows for answers in load.answers), default=1)
-    probe = probe_device(load.sizes, job.model.device, job.model.dtype, job.model.batch_tokens, rows)
+    solvers = any(solved_parts(method) for method in job.prune.methods)
+    probe = probe_device(load.sizes, job.model.device, job.model.dtype, job.model.batch_tokens, rows, solvers=solvers)
     return plan(job, devices, probe, prompt_tokens, target_tokens)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c057
+# %% ../../nbs/jobs/05_planning.ipynb #c067
 from .costs import at_once
 from dataclasses import replace
 
-# %% ../../nbs/jobs/05_planning.ipynb #c058
+# %% ../../nbs/jobs/05_planning.ipynb #c068
 STREAMED = ("pruning shard by shard ('cap prune --stream') needs no more than 2 GiB and one tensor, with scores made "
             "elsewhere")
 
@@ -543,7 +666,7 @@ def weights_advice(
     return (f"{start}they need {count} such devices or more (device_map='auto' spreads the layers, --devices counts "
             f"them); {STREAMED}.")
 
-# %% ../../nbs/jobs/05_planning.ipynb #c059
+# %% ../../nbs/jobs/05_planning.ipynb #c069
 def fitting_batch_tokens(
     planned: Plan, # A plan
     stage: Stage, # A stage of it that does not fit
@@ -566,7 +689,7 @@ def fitting_examples(
     rest = at_once(stage.memory | {"hidden states": 0})
     return max(0, planned.load.job.calibrate.n * (planned.hardware.free - planned.hardware.each - rest) // hidden)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c061
+# %% ../../nbs/jobs/05_planning.ipynb #c071
 def stage_advice(
     planned: Plan, # A plan whose weights fit
     stage: Stage, # A stage of it that does not fit
@@ -580,7 +703,7 @@ def stage_advice(
     other = "--dtype bfloat16 halves it" if planned.load.dtype == "float32" else "a larger device is needed"
     return f"{start}{other}, or layers spread over more devices (device_map='auto')."
 
-# %% ../../nbs/jobs/05_planning.ipynb #c063
+# %% ../../nbs/jobs/05_planning.ipynb #c073
 def device_advice(
     planned: Plan, # A plan
 ) -> list[str]: # Sentences
@@ -600,7 +723,7 @@ def main_memory_advice(
     return [f"'cap run' keeps a copy of the weights in scope in main memory, {bytes_text(together)} together, and "
             f"there are {bytes_text(h.main)}: prune with 'cap prune --stream' and measure with 'cap eval'."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c064
+# %% ../../nbs/jobs/05_planning.ipynb #c074
 def context_advice(
     planned: Plan, # A plan
 ) -> list[str]: # Sentences
@@ -624,7 +747,7 @@ def plan_advice(
     "What will not fit, and which option makes it fit."
     return (*device_advice(planned), *main_memory_advice(planned), *context_advice(planned))
 
-# %% ../../nbs/jobs/05_planning.ipynb #c066
+# %% ../../nbs/jobs/05_planning.ipynb #c076
 def model_lines(
     load: Workload, # What is to be done
     origin: str, # Where the lengths of the examples come from
@@ -644,7 +767,7 @@ def model_lines(
         f"- Tokens: {tokens:,}, {targets:,} of them targets; in batches of up to {load.job.model.batch_tokens:,} "
         f"tokens ({len(load.batches)} in all), {padding:.1%} padding."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c067
+# %% ../../nbs/jobs/05_planning.ipynb #c077
 def scoring_line(
     planned: Plan, # A plan
 ) -> str: # A line
@@ -654,7 +777,7 @@ def scoring_line(
             f"they run {scoring.work.layer_tokens:,} tokens through a layer, the hook loop "
             f"{hook_loop.work.layer_tokens:,}, and {hook_loop.flops / scoring.flops:.2f} times the FLOPs.")
 
-# %% ../../nbs/jobs/05_planning.ipynb #c068
+# %% ../../nbs/jobs/05_planning.ipynb #c078
 def stage_rows(
     planned: Plan, # A plan
 ) -> list[str]: # A table in Markdown
@@ -681,7 +804,7 @@ def memory_lines(
     copy = f"- 'cap run' keeps a copy of the weights in scope in main memory: {bytes_text(h.copy)}."
     return [title, "", *lines, copy, f"- There is: {free} on a device, {main} of main memory."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c069
+# %% ../../nbs/jobs/05_planning.ipynb #c079
 def run_line(
     planned: Plan, # A plan
 ) -> str: # A line
@@ -707,7 +830,7 @@ def time_line(
     if h.each == h.weights: return line
     return f"{line} The weights are spread over the devices (device_map='auto'), which then work in turn."
 
-# %% ../../nbs/jobs/05_planning.ipynb #c070
+# %% ../../nbs/jobs/05_planning.ipynb #c080
 def fit_lines(
     planned: Plan, # A plan
 ) -> list[str]: # Lines
@@ -715,7 +838,7 @@ def fit_lines(
     if advice := plan_advice(planned): return ["What will not fit:", "", *(f"- {sentence}" for sentence in advice)]
     return ["Whether it fits is not known." if planned.hardware.free is None else "Everything fits."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c071
+# %% ../../nbs/jobs/05_planning.ipynb #c081
 def plan_text(
     planned: Plan, # A plan
 ) -> str: # Markdown, a page at most

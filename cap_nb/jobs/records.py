@@ -563,7 +563,7 @@ def row_order(
 
 # %% ../../nbs/jobs/00_records.ipynb #c085
 SESSION = ("python", "torch", "transformers", "cap_nb", "device", "device_name", "threads") # What numbers depend on
-SETTINGS = ("model", "calibration", "style", "aggregation", "evaluation") # Parts of a configuration worth a note
+SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "evaluation") # Parts worth a note
 
 def provenance_of(
     configuration: dict, # Contents of run.json

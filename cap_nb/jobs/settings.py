@@ -40,6 +40,7 @@ class PruneSettings:
     methods: tuple[str, ...] = ("cap", "wanda", "magnitude") # methods by name; 'cap methods' lists them
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.5) # shares of the weights in scope to zero
     aggregation: str = "paper" # how losses become scores: paper, paired or mean
+    score_target: str = "loss" # what masking a head is measured by: loss, or divergence from the intact predictions
 
 # %% ../../nbs/jobs/01_settings.ipynb #c012
 @dataclass(frozen=True)
@@ -136,3 +137,4 @@ class SinglePruning:
     ties: str = "exact" # exact, or all for the paper's <=
     stream: bool = False # prune a folder's checkpoint without loading it
     norms: Path | None = None # with --stream: input norms for wanda and cap_wanda, made by save_norms
+    hessians: Path | None = None # with --stream: Hessians for solvers and recoveries, made by cap hessians

@@ -9,34 +9,16 @@ __all__ = ['Budgets', 'measured_budgets', 'plot_budgets']
 import math
 import torch
 from torch import nn
-
-# %% ../../nbs/methods/11_budgets.ipynb #c009
 from collections.abc import Sequence
 from ..data.prompts import IGNORED
-from ..models.anatomy import head_logits
+from ..engine.resumed_scoring import token_divergences
 
-# %% ../../nbs/methods/11_budgets.ipynb #c010
-def token_divergences(
-    model: nn.Module, # A causal language model of a known family
-    intact: torch.Tensor, # What its output head reads at the targets when it is intact, [n, hidden]
-    changed: Sequence[torch.Tensor], # The same after each of m changes, [n, hidden] each
-    rows: int = 256, # Positions at once (bounds memory: about 3 + m float32 tensors of rows * vocabulary)
-) -> torch.Tensor: # KL(intact || changed) at every target, in nats, float32 [m, n]
-    "How far predictions are from those of the intact model, computed in float32."
-    parts = []
-    for start in range(0, len(intact), rows):
-        here = slice(start, start + rows)
-        log_p = head_logits(model, intact[here]).float().log_softmax(-1)
-        log_qs = [head_logits(model, other[here]).float().log_softmax(-1) for other in changed]
-        parts.append(torch.stack([(log_p.exp() * (log_p - log_q)).sum(-1) for log_q in log_qs]))
-    return torch.cat(parts, 1)
-
-# %% ../../nbs/methods/11_budgets.ipynb #c015
+# %% ../../nbs/methods/11_budgets.ipynb #c009
 from dataclasses import asdict, dataclass
 from ..models.anatomy import Projection, projections
 from ..models.families import HOLDS
 
-# %% ../../nbs/methods/11_budgets.ipynb #c016
+# %% ../../nbs/methods/11_budgets.ipynb #c010
 @dataclass(frozen=True)
 class Region:
     "A part of the model that gets one share of zeros: a layer's attention, or its MLP with all its experts."
@@ -50,7 +32,7 @@ class Region:
         "As in 3.attention."
         return f"{self.layer}.{self.kind}"
 
-# %% ../../nbs/methods/11_budgets.ipynb #c017
+# %% ../../nbs/methods/11_budgets.ipynb #c011
 def sublayers(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[Region, ...]: # Layer by layer, attention first
@@ -68,14 +50,14 @@ def projections_of(
     "The projections of a region."
     return [p for p in projections(model) if p.name in region.modules]
 
-# %% ../../nbs/methods/11_budgets.ipynb #c020
+# %% ../../nbs/methods/11_budgets.ipynb #c014
 from collections.abc import Callable
 from ..calibration import Calibration
 from .criteria import dense_norms
 from .wanda import WANDA
 from ..threshold import Criterion, Measurements, scores_of
 
-# %% ../../nbs/methods/11_budgets.ipynb #c021
+# %% ../../nbs/methods/11_budgets.ipynb #c015
 @dataclass(frozen=True)
 class Local:
     "A way to prune one matrix, whatever happens to the others."
@@ -91,7 +73,7 @@ def row_ranks(
     ranks = torch.arange(width, dtype=dtype, device=scores.device).expand_as(order)
     return torch.empty_like(order, dtype=dtype).scatter_(1, order, ranks)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c022
+# %% ../../nbs/methods/11_budgets.ipynb #c016
 def local_in_rows(
     name: str, # What it is called
     criterion: Criterion, # Score of every weight
@@ -113,11 +95,11 @@ def wanda_local(
     "Wanda's criterion with the norms of the dense model (Sun et al. 2024, without their layer-by-layer order)."
     return local_in_rows("wanda", WANDA, Measurements(norms=dense_norms(model, calibration, batch_tokens)))
 
-# %% ../../nbs/methods/11_budgets.ipynb #c027
+# %% ../../nbs/methods/11_budgets.ipynb #c021
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# %% ../../nbs/methods/11_budgets.ipynb #c028
+# %% ../../nbs/methods/11_budgets.ipynb #c022
 Prune = Callable[[Sequence[float]], None] # Sets the share of every region, in place
 
 @contextmanager
@@ -141,14 +123,14 @@ def pruned_regions(
     finally:
         for group in groups: put_back(group)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c036
+# %% ../../nbs/methods/11_budgets.ipynb #c029
 from ..data.batches import token_batches
 from ..engine.layer_walk import BatchState, advanced
 from ..engine.resumed_scoring import Targets, last_layer_at_targets, prepare_batch
 from ..models.anatomy import final_norm
 from ..scoring import mean_by_example
 
-# %% ../../nbs/methods/11_budgets.ipynb #c037
+# %% ../../nbs/methods/11_budgets.ipynb #c030
 def final_states(
     model: nn.Module, # A causal language model of a known family
     state: BatchState, # A batch before a layer
@@ -168,7 +150,7 @@ class PreparedBatch:
     targets: Targets # Where targets are predicted
     intact: torch.Tensor # What the output head reads there in the intact model, [n, hidden]
 
-# %% ../../nbs/methods/11_budgets.ipynb #c038
+# %% ../../nbs/methods/11_budgets.ipynb #c031
 def prepared_batches(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # The examples
@@ -191,7 +173,7 @@ def divergences_by_example(
     tokens = token_divergences(model, batch.intact, changed)
     return torch.stack([mean_by_example(row, counts) for row in tokens]).cpu()
 
-# %% ../../nbs/methods/11_budgets.ipynb #c040
+# %% ../../nbs/methods/11_budgets.ipynb #c033
 @torch.no_grad()
 def region_divergences(
     model: nn.Module, # The dense model
@@ -212,13 +194,13 @@ def region_divergences(
         table[:, list(batch.state.indices)] = divergences_by_example(model, batch, end)
     return table
 
-# %% ../../nbs/methods/11_budgets.ipynb #c042
+# %% ../../nbs/methods/11_budgets.ipynb #c035
 from dataclasses import field
 from pathlib import Path
 from ..core.errors import BadInput
 from ..core.files import read_tensors, write_tensors
 
-# %% ../../nbs/methods/11_budgets.ipynb #c043
+# %% ../../nbs/methods/11_budgets.ipynb #c036
 @dataclass(frozen=True)
 class Divergences:
     "How far the predictions move when each region is pruned alone."
@@ -233,7 +215,7 @@ class Divergences:
         "n, weights in scope of each region, float64 [R]."
         return torch.tensor([region.weights for region in self.regions], dtype=torch.float64)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c045
+# %% ../../nbs/methods/11_budgets.ipynb #c038
 def stored_unit(
     path: Path | None, # Its file; None keeps nothing
     about: dict, # What it was measured on, as JSON has it
@@ -247,7 +229,7 @@ def stored_unit(
     raise BadInput(f"{path} holds another measurement than the one asked for: "
                    f"expected a store of this run; give another folder.")
 
-# %% ../../nbs/methods/11_budgets.ipynb #c046
+# %% ../../nbs/methods/11_budgets.ipynb #c039
 def check_levels(
     levels: Sequence[float], # Shares to which regions are pruned
 ) -> tuple[float, ...]: # The same
@@ -269,11 +251,11 @@ def check_finite_divergences(
     raise BadInput(f"The divergence with {region.name} pruned is {kl[level, example].item()} on example "
                    f"{uids[example]}: expected a finite number; measure in float32 or bfloat16, or check the weights.")
 
-# %% ../../nbs/methods/11_budgets.ipynb #c047
+# %% ../../nbs/methods/11_budgets.ipynb #c040
 from dataclasses import replace
 from tqdm.auto import tqdm
 
-# %% ../../nbs/methods/11_budgets.ipynb #c048
+# %% ../../nbs/methods/11_budgets.ipynb #c041
 @torch.no_grad()
 def measured_divergences(
     model: nn.Module, # A causal language model of a known family, dense, in evaluation mode; not changed in the end
@@ -297,10 +279,10 @@ def measured_divergences(
         check_finite_divergences(rows[-1], region, uids)
     return Divergences(kl=torch.stack(rows), levels=levels, regions=regions, uid=uids)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c061
+# %% ../../nbs/methods/11_budgets.ipynb #c054
 import logging
 
-# %% ../../nbs/methods/11_budgets.ipynb #c062
+# %% ../../nbs/methods/11_budgets.ipynb #c055
 log = logging.getLogger(__name__)
 
 def raised_means(
@@ -315,7 +297,7 @@ def raised_means(
                        "check the calibration set and the levels.")
     return means.maximum(least), (means >= least).all(1)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c063
+# %% ../../nbs/methods/11_budgets.ipynb #c056
 def power_law(
     means: torch.Tensor, # Mean divergence of each region at each level, in nats, [R, m]
     levels: Sequence[float], # The levels, m of them
@@ -330,10 +312,10 @@ def power_law(
     power = max(power, lowest)
     return (y.mean(1) - power * x.mean()).exp(), power
 
-# %% ../../nbs/methods/11_budgets.ipynb #c072
+# %% ../../nbs/methods/11_budgets.ipynb #c065
 from ..core.errors import check_sparsity
 
-# %% ../../nbs/methods/11_budgets.ipynb #c073
+# %% ../../nbs/methods/11_budgets.ipynb #c066
 def check_cap(
     sparsity: float, # Share of the model's weights to zero
     cap: float, # The largest share that a region may get
@@ -343,7 +325,7 @@ def check_cap(
     raise BadInput(f"The cap is {cap:g} at sparsity {sparsity:g}: expected at least the sparsity and below 1; "
                    f"0.95 is usual.")
 
-# %% ../../nbs/methods/11_budgets.ipynb #c074
+# %% ../../nbs/methods/11_budgets.ipynb #c067
 def cheapest_shares(
     costs: torch.Tensor, # K, positive, in nats, [R]
     power: float, # p, above 1
@@ -364,10 +346,10 @@ def cheapest_shares(
         low, high = (middle, high) if (n * shares(middle)).sum() < sparsity * n.sum() else (low, middle)
     return shares(high)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c082
+# %% ../../nbs/methods/11_budgets.ipynb #c075
 from ..scoring import rank_correlation
 
-# %% ../../nbs/methods/11_budgets.ipynb #c083
+# %% ../../nbs/methods/11_budgets.ipynb #c076
 @dataclass(frozen=True)
 class Agreement:
     "Budgets from some examples against budgets from the others."
@@ -377,7 +359,7 @@ class Agreement:
     excess: float # Predicted sum with shares from the few, over the least, minus 1, under the others' costs
     equal: float # The same with equal shares
 
-# %% ../../nbs/methods/11_budgets.ipynb #c084
+# %% ../../nbs/methods/11_budgets.ipynb #c077
 def agreement(
     table: Divergences, # Divergences of N examples
     few: torch.Tensor, # Whether an example belongs to the small part, bool [N]
@@ -392,7 +374,7 @@ def agreement(
                      apart=float((n * (shares - best).abs()).sum() / n.sum()),
                      excess=float(reached / least) - 1, equal=float(equal / least) - 1)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c085
+# %% ../../nbs/methods/11_budgets.ipynb #c078
 def agreements(
     table: Divergences, # Divergences of N examples
     sparsity: float, # Sparsity of the model
@@ -409,10 +391,10 @@ def agreements(
         medians.append(Agreement(examples=count, ranks=ranks, apart=apart, excess=excess, equal=equal))
     return medians
 
-# %% ../../nbs/methods/11_budgets.ipynb #c089
+# %% ../../nbs/methods/11_budgets.ipynb #c082
 import random
 
-# %% ../../nbs/methods/11_budgets.ipynb #c090
+# %% ../../nbs/methods/11_budgets.ipynb #c083
 @dataclass(frozen=True)
 class BudgetSettings:
     "How budgets are measured and corrected."
@@ -436,7 +418,7 @@ class Move:
     again: tuple[float, float] | None # The same on more examples; None if the first look was enough
     accepted: bool # Whether it was made
 
-# %% ../../nbs/methods/11_budgets.ipynb #c091
+# %% ../../nbs/methods/11_budgets.ipynb #c084
 def proposal(
     shares: torch.Tensor, # Share of each region, float64 [R]
     weights: torch.Tensor, # n, weights of each region, float64 [R]
@@ -450,7 +432,7 @@ def proposal(
     step = settings.step * min(weights[sparser], weights[denser])
     return sparser, denser, float(min(step, room[sparser], zeros[denser]))
 
-# %% ../../nbs/methods/11_budgets.ipynb #c092
+# %% ../../nbs/methods/11_budgets.ipynb #c085
 def after_move(
     shares: torch.Tensor, # Share of each region, float64 [R]
     weights: torch.Tensor, # n, weights of each region, float64 [R]
@@ -464,7 +446,7 @@ def after_move(
     moved[denser] -= count / weights[denser]
     return moved.clamp(min=0)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c093
+# %% ../../nbs/methods/11_budgets.ipynb #c086
 Measure = Callable[[torch.Tensor, Sequence[int]], float] # (shares, indices of examples) -> divergence
 
 def tried_move(
@@ -485,7 +467,7 @@ def tried_move(
     return Move(sparser=sparser, denser=denser, weights=count, first=first, again=again,
                 accepted=again is not None and again[1] < again[0])
 
-# %% ../../nbs/methods/11_budgets.ipynb #c094
+# %% ../../nbs/methods/11_budgets.ipynb #c087
 def made(
     shares: torch.Tensor, # Share of each region, float64 [R]
     weights: torch.Tensor, # n, weights of each region, float64 [R]
@@ -513,12 +495,12 @@ def moved_shares(
         keep(moves)
     return shares, tuple(moves)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c101
+# %% ../../nbs/methods/11_budgets.ipynb #c094
 from ..data.batches import collate
 from ..data.prompts import Example
 from ..models.anatomy import decoder_of
 
-# %% ../../nbs/methods/11_budgets.ipynb #c102
+# %% ../../nbs/methods/11_budgets.ipynb #c095
 def target_states(
     model: nn.Module, # A causal language model of a known family
     examples: Sequence[Example], # Examples of one batch
@@ -540,7 +522,7 @@ def states_of_examples(
         states |= zip(indices, target_states(model, [examples[index] for index in indices]))
     return [states[index] for index in range(len(examples))]
 
-# %% ../../nbs/methods/11_budgets.ipynb #c103
+# %% ../../nbs/methods/11_budgets.ipynb #c096
 def whole_model_measure(
     model: nn.Module, # The dense model, in evaluation mode
     examples: Sequence[Example], # The examples to draw from
@@ -557,7 +539,7 @@ def whole_model_measure(
         return torch.stack([token_divergences(model, one, [other])[0].double().mean().cpu() for one, other in pairs])
     return measure
 
-# %% ../../nbs/methods/11_budgets.ipynb #c104
+# %% ../../nbs/methods/11_budgets.ipynb #c097
 @torch.no_grad()
 def whole_divergences(
     model: nn.Module, # The dense model, in evaluation mode; dense again afterwards
@@ -571,7 +553,7 @@ def whole_divergences(
         measure = whole_model_measure(model, calibration.examples, prune, batch_tokens)
         return torch.stack([measure(shares, range(len(calibration.examples))) for shares in allocations])
 
-# %% ../../nbs/methods/11_budgets.ipynb #c108
+# %% ../../nbs/methods/11_budgets.ipynb #c101
 @dataclass(frozen=True)
 class Budgets:
     "A share of zeros for every region, and the measurements that it comes from."
@@ -593,7 +575,7 @@ class Budgets:
         "How many moves were accepted."
         return sum(move.accepted for move in self.moves)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c109
+# %% ../../nbs/methods/11_budgets.ipynb #c102
 def modules_of(
     regions: Sequence[Region], # Regions
     shares: torch.Tensor, # Share of each, [R]
@@ -611,10 +593,10 @@ def solved_budgets(
     shares = cheapest_shares(costs, power, table.weights, sparsity, cap)
     return Budgets(table=table, sparsity=sparsity, costs=costs, power=power, solved=shares, shares=shares)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c111
+# %% ../../nbs/methods/11_budgets.ipynb #c104
 from ..core.files import read_json, write_json
 
-# %% ../../nbs/methods/11_budgets.ipynb #c112
+# %% ../../nbs/methods/11_budgets.ipynb #c105
 def save_budgets(
     budgets: Budgets, # The budgets
     path: Path, # Final name of the file
@@ -627,7 +609,7 @@ def save_budgets(
              "moves": [asdict(move) for move in budgets.moves]}
     write_tensors(path, tensors, about)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c113
+# %% ../../nbs/methods/11_budgets.ipynb #c106
 def move_of(
     entry: dict, # A move as JSON has it
 ) -> Move: # The move
@@ -646,7 +628,7 @@ def load_budgets(
     return Budgets(table=table, sparsity=about["sparsity"], power=about["power"],
                    moves=tuple(move_of(entry) for entry in about["moves"]), **tensors)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c115
+# %% ../../nbs/methods/11_budgets.ipynb #c108
 def spread_over_strata(
     calibration: Calibration, # N examples
     count: int, # How many are wanted; all if there are no more
@@ -659,13 +641,13 @@ def spread_over_strata(
     chosen = [order[(2 * rank + 1) * len(order) // (2 * count)] for rank in range(count)]
     return Calibration.from_examples([calibration.examples[index] for index in chosen], k=1, seed=seed)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c117
+# %% ../../nbs/methods/11_budgets.ipynb #c110
 from contextlib import nullcontext
 from ..core.errors import check_at_least
 from ..core.files import alone_in, json_text, sha256_of_text
 from ..models.loading import model_fingerprint
 
-# %% ../../nbs/methods/11_budgets.ipynb #c118
+# %% ../../nbs/methods/11_budgets.ipynb #c111
 def check_settings(
     settings: BudgetSettings, # The settings
     sparsity: float, # Share of all weights to zero
@@ -683,7 +665,7 @@ def check_settings(
         raise BadInput(f"Moves were asked for at sparsity {sparsity:g} and cap {settings.cap:g}: expected a sparsity "
                        f"between 0 and the cap, where there is something to move; set moves to 0.")
 
-# %% ../../nbs/methods/11_budgets.ipynb #c119
+# %% ../../nbs/methods/11_budgets.ipynb #c112
 def budgets_origin(
     model: nn.Module, # The dense model
     calibration: Calibration, # The calibration set
@@ -701,7 +683,7 @@ def key_of(
     "A short key of a value; equal values have equal keys."
     return sha256_of_text(json_text(content))[:16]
 
-# %% ../../nbs/methods/11_budgets.ipynb #c120
+# %% ../../nbs/methods/11_budgets.ipynb #c113
 def corrected(
     model: nn.Module, # The dense model, in evaluation mode; dense again afterwards
     calibration: Calibration, # The examples that moves draw from
@@ -721,7 +703,7 @@ def corrected(
                                      settings, done, keep)
     return replace(budgets, shares=shares, moves=moves)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c121
+# %% ../../nbs/methods/11_budgets.ipynb #c114
 @torch.no_grad()
 def measured_budgets(
     model: nn.Module, # A causal language model of a known family, dense, in evaluation mode; not changed in the end
@@ -747,15 +729,15 @@ def measured_budgets(
         if finished: save_budgets(budgets, finished)
     return budgets
 
-# %% ../../nbs/methods/11_budgets.ipynb #c127
+# %% ../../nbs/methods/11_budgets.ipynb #c120
 import matplotlib
 from matplotlib.figure import Figure
 from ..core.plots import blank_figure, in_style
 
-# %% ../../nbs/methods/11_budgets.ipynb #c128
+# %% ../../nbs/methods/11_budgets.ipynb #c121
 KINDS = {"attention": ("#0072B2", "o"), "mlp": ("#D55E00", "s")} # Colour and marker
 
-# %% ../../nbs/methods/11_budgets.ipynb #c129
+# %% ../../nbs/methods/11_budgets.ipynb #c122
 @in_style
 def plot_budgets(
     budgets: Budgets, # The budgets
@@ -777,7 +759,7 @@ def plot_budgets(
     for panel in (left, right): panel.legend(fontsize="small")
     return figure
 
-# %% ../../nbs/methods/11_budgets.ipynb #c132
+# %% ../../nbs/methods/11_budgets.ipynb #c125
 def random_shares(
     weights: torch.Tensor, # n, weights of each region, float64 [R]
     sparsity: float, # Share of all weights to zero, in (0, cap]
@@ -798,7 +780,7 @@ def predicted_by_power(
     "What the fitted power law says of whole allocations."
     return (budgets.costs * shares ** budgets.power).sum().item()
 
-# %% ../../nbs/methods/11_budgets.ipynb #c133
+# %% ../../nbs/methods/11_budgets.ipynb #c126
 def predicted_by_lines(
     table: Divergences, # Divergences with each region pruned alone
     shares: torch.Tensor, # Share of each region, float64 [R]
@@ -811,7 +793,7 @@ def predicted_by_lines(
     slope = (high - low) / (x[left + 1] - x[left])
     return (low + slope * (wanted - x[left])).exp().sum().item()
 
-# %% ../../nbs/methods/11_budgets.ipynb #c136
+# %% ../../nbs/methods/11_budgets.ipynb #c129
 @in_style
 def plot_additivity(
     predicted: torch.Tensor, # Sum over single regions, in nats, [S, 1 + A]; the first of a row were solved for
@@ -830,7 +812,7 @@ def plot_additivity(
     panel.legend(fontsize="small", title="sparsity")
     return figure
 
-# %% ../../nbs/methods/11_budgets.ipynb #c141
+# %% ../../nbs/methods/11_budgets.ipynb #c134
 def permuted_shares(
     regions: Sequence[Region], # The regions, R of them
     shares: torch.Tensor, # Share of each, [R]

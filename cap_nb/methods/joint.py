@@ -44,27 +44,38 @@ def next_rho(
     return rho * next(factor for share, factor in growth if changed >= share)
 
 # %% ../../nbs/methods/06_joint.ipynb #c015
+from collections.abc import Callable
 from .update import ScaledLayer
 
 # %% ../../nbs/methods/06_joint.ipynb #c016
-def inverse_with(
+def factor_with(
     layer: ScaledLayer, # The problem; the diagonal of its Hessian is 1
     rho: float, # Penalty
-) -> torch.Tensor: # (G + rho I)^-1, same dtype [in, in]
-    "The inverse of the Hessian with the penalty on its diagonal; a failure raises `BadInput` that names the module."
+) -> torch.Tensor: # Lower Cholesky factor of G + rho I, same dtype [in, in]
+    "Factor the Hessian with the penalty on its diagonal; a failure raises `BadInput` that names the module."
     penalised = layer.gram.clone()
     penalised.diagonal().add_(rho)
     factor, failed = torch.linalg.cholesky_ex(penalised)
-    if not failed: return torch.cholesky_inverse(factor)
+    if not failed: return factor
     raise BadInput(f"The Hessian of {layer.name} has negative eigenvalues: expected a sum of products of inputs; "
                    f"check where it comes from.")
 
-# %% ../../nbs/methods/06_joint.ipynb #c020
-from collections.abc import Callable, Iterator
+def dividing_by(
+    layer: ScaledLayer, # The problem
+    rho: float, # Penalty
+) -> Callable[[torch.Tensor], torch.Tensor]: # Rows [n, in] -> rows times (G + rho I)^-1, same shape and dtype
+    "A function that multiplies rows by the inverse; for few rows of weights it does without the inverse."
+    factor, few = factor_with(layer, rho), 4 * len(layer.weight) < len(layer.gram)
+    if few: return lambda rows: torch.cholesky_solve(rows.T, factor).T
+    inverse = torch.cholesky_inverse(factor)
+    return lambda rows: rows @ inverse
+
+# %% ../../nbs/methods/06_joint.ipynb #c022
+from collections.abc import Iterator
 from .sparsegpt import cheapest
 from ..threshold import smallest_in_groups, smallest_in_rows, zeros_wanted
 
-# %% ../../nbs/methods/06_joint.ipynb #c021
+# %% ../../nbs/methods/06_joint.ipynb #c023
 Choose = Callable[[torch.Tensor], torch.Tensor] # Magnitudes [out, in] -> what goes, bool [out, in]
 
 def chooser(
@@ -77,7 +88,7 @@ def chooser(
     if scope == "row": return lambda sizes: smallest_in_rows(sizes, sparsity)
     return lambda sizes: cheapest(sizes, zeros_wanted(sizes.numel(), sparsity))
 
-# %% ../../nbs/methods/06_joint.ipynb #c023
+# %% ../../nbs/methods/06_joint.ipynb #c025
 @dataclass(frozen=True)
 class JointStep:
     "The joint solver, whenever it looks at its mask."
@@ -87,21 +98,23 @@ class JointStep:
     mask: torch.Tensor # What is removed, bool [out, in]
     weight: torch.Tensor # D, scaled, zero at the mask [out, in]
 
+Dividing = Callable[[ScaledLayer, float], Callable[[torch.Tensor], torch.Tensor]] # As `dividing_by`
 LOWERED, HARDLY = 2, 0.005 # A first rho that changes less than a share of 0.005 is lowered, at most twice
 
-# %% ../../nbs/methods/06_joint.ipynb #c024
+# %% ../../nbs/methods/06_joint.ipynb #c026
 def joint_steps(
     layer: ScaledLayer, # The problem
     choose: Choose, # Which magnitudes go
     settings: JointSettings, # How it runs
+    dividing: Dividing = dividing_by, # Multiplies by the inverse for a penalty
 ) -> Iterator[JointStep]: # Every look at the mask; the last one holds the result
     "Choose mask and weights together by ADMM with a growing penalty (Meng et al. 2024, algorithm 1)."
     target, rho, lowered, moving = layer.weight @ layer.gram, settings.rho, 0, False
     last = choose(layer.weight.abs())
     new, dual = layer.weight.masked_fill(last, 0.0), torch.zeros_like(layer.weight)
-    inverse = inverse_with(layer, rho)
+    divided = dividing(layer, rho)
     for iteration in range(1, settings.iterations + 1):
-        both = torch.addmm(dual, (target - dual).add_(new, alpha=rho), inverse, beta=1 / rho) # B + V / rho
+        both = divided((target - dual).add_(new, alpha=rho)).add_(dual, alpha=1 / rho) # B + V / rho
         mask = choose(both.abs())
         new = both.masked_fill(mask, 0.0)
         dual = both.sub_(new).mul_(rho)
@@ -109,17 +122,28 @@ def joint_steps(
         changed, last = int((mask != last).sum()) / max(1, int((~mask).sum())), mask
         yield JointStep(iteration=iteration, rho=rho, changed=changed, mask=mask, weight=new)
         moving = moving or changed >= HARDLY or lowered == LOWERED
-        if moving and changed <= settings.still: return
+        if moving and changed <= settings.still or iteration == settings.iterations: return
         lowered += not moving
         rho = next_rho(rho, changed, settings.growth) if moving else rho / 5
-        inverse = inverse_with(layer, rho)
+        divided = dividing(layer, rho)
 
-# %% ../../nbs/methods/06_joint.ipynb #c028
-from ..core.errors import check_sparsity
-from .sparsegpt import check_matrix, check_pattern_fits, check_settings
+# %% ../../nbs/methods/06_joint.ipynb #c030
+from .sparsegpt import MadeOnce, check_problem
 from .update import conjugate_gradients, restored, scaled_layer
 
-# %% ../../nbs/methods/06_joint.ipynb #c029
+# %% ../../nbs/methods/06_joint.ipynb #c031
+def dividing_once(
+    hessian: torch.Tensor, # The Hessian, as it was handed in
+    damping: float, # Its damping
+    once: MadeOnce, # What earlier projections made from it
+) -> Dividing: # The same as `dividing_by`
+    "Remember what a penalty took, for the next projection with as many inputs."
+    def dividing(layer: ScaledLayer, rho: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        few = 4 * len(layer.weight) < len(layer.gram) # solved for, not inverted
+        return once.get(hessian, ("divided", damping, rho, few, layer.gram.dtype), lambda: dividing_by(layer, rho))
+    return dividing
+
+# %% ../../nbs/methods/06_joint.ipynb #c032
 @torch.no_grad()
 def joint_update(
     weight: torch.Tensor, # Old weight, any float dtype [out, in]; not changed
@@ -129,15 +153,14 @@ def joint_update(
     damping: float = 0.01, # Share of the mean diagonal that is added to the diagonal
     name: str = "the matrix", # Name of the module, for messages
     settings: JointSettings = JointSettings(), # How the solver runs
+    once: MadeOnce | None = None, # What earlier projections made from the same Hessian; None means nothing
 ) -> tuple[torch.Tensor, torch.Tensor]: # The new weight, in the old dtype, and which went, bool; both [out, in]
     "Mask and weights of one matrix together, by ADMM and then least squares (ALPS, Meng et al. 2024), in float32."
-    check_sparsity(sparsity)
-    check_settings(damping, 1)
-    check_matrix(weight, hessian, name)
-    if pattern is not None: check_pattern_fits(weight.shape[1], sparsity, pattern, weight.shape[1], name)
+    check_problem(weight, hessian, sparsity, pattern, weight.shape[-1], damping, name)
     layer, choose = scaled_layer(weight, hessian, damping, name), chooser(sparsity, pattern, settings.scope)
     mask = choose(layer.weight.abs())
     if not mask.any(): return weight.detach().clone(), mask
-    for step in joint_steps(layer, choose, settings): pass
+    dividing = dividing_once(hessian, damping, once) if once else dividing_by
+    for step in joint_steps(layer, choose, settings, dividing): pass
     new, _ = conjugate_gradients(layer, step.mask, step.weight, settings.steps, settings.tolerance)
     return restored(weight, layer, new, step.mask), step.mask

@@ -49,30 +49,18 @@ OTHERS = {"dense": "prunes nothing", "heads": "whole heads, the least causal fir
           "sparsegpt": "the least error layer by layer, with updates of the weights that stay",
           "alps": "zeros and weights that stay sought together, layer by layer"}
 SOLVERS = ("sparsegpt", "alps") # Those that update weights
-WHOLE = "cap_solved"
-
-def written_out(
-    name: str, # A method's name
-) -> str: # The same, with what `WHOLE` stands for in its place
-    "What a name stands for; a choice added to `cap_solved`, other than a pattern, raises `BadInput`."
-    if not re.match(rf"{WHOLE}\b", name): return name
-    if name == WHOLE: return "alps+kl"
-    pattern = re.fullmatch(rf"{WHOLE}@(\d+:\d+)", name) # leaves no choice between parts of the model: no budgets
-    if pattern: return f"alps@{pattern[1]}"
-    raise BadInput(f"Method {name!r} adds to a method that is whole: expected {WHOLE}, or {WHOLE}@ and a pattern such as "
-                   f"2:4; leave the rest out.")
 
 # %% ../../nbs/methods/12_prune.ipynb #c007
 def parse_method(
     name: str, # As in "cap.integrated_gradients@layer+owl"
 ) -> MethodName: # Its choices
     "Parse a method's name; a name that cannot be read, or an unknown part, raises `BadInput`."
-    match = NAME.fullmatch(written_out(name))
+    match = NAME.fullmatch(name)
     if not match:
         raise BadInput(f"Method {name!r} cannot be read: expected criterion[.attribution][@scope][+allocation]"
                        f"[^recovery], as in wanda@model; 'cap methods' lists them.")
     parts = MethodName(**match.groupdict())
-    check_choice(parts.base, (*CRITERIA, *OTHERS, WHOLE), "method")
+    check_choice(parts.base, (*CRITERIA, *OTHERS), "method")
     if parts.attribution: check_choice(parts.attribution, (*ATTRIBUTIONS, *ROUTING_AWARE), "attribution")
     if parts.allocation: check_choice(parts.allocation, ALLOCATORS, "allocation")
     if parts.scope: pattern_of(parts.scope)
@@ -211,7 +199,7 @@ def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
     allocations = [f"wanda+{name}" for name in ALLOCATORS if name != "uniform"]
     others = ["sparsegpt", "sparsegpt+owl", "heads", "random"]
     solved = ["wanda^swaps", "wanda^update", "wanda^swaps^update", "sparsegpt^update", "sparsegpt+kl", "alps",
-              "cap_solved"]
+              "alps+kl"]
     attributions = [f"cap.{name}" for name in ATTRIBUTIONS if name != "zero_ablation"]
     patterns = [f"{base}@2:4" for base in ("magnitude", "cap", "wanda", "ria", "sparsegpt", "alps")]
     return (*crossed, *between, *allocations, *others, *solved, *attributions, *patterns)
@@ -257,11 +245,12 @@ def with_factors(
     return given
 
 # %% ../../nbs/methods/12_prune.ipynb #c034
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from .criteria import measured_for, projection_shares, prune_by, walks
 from .joint import joint_update
 from .recovery import by_criterion, by_masks, recovering
-from .sparsegpt import LayerSolver, by_matrix, check_pattern_fits, solve_layer_by_layer, sparsegpt_update
+from .sparsegpt import (
+    LayerSolver, MatrixSolver, by_matrix, check_pattern_fits, solve_layer_by_layer, sparsegpt_update)
 from .wanda import uniform_shares
 from .whole_heads import prune_heads
 from ..models.anatomy import projections
@@ -286,10 +275,10 @@ def masks_on_dense(
 def matrix_solver(
     base: str, # One of `SOLVERS`
     pattern: tuple[int, int] | None, # (zeros, of), or None
-) -> Callable[..., torch.Tensor]: # Weight, Hessian, share and name -> new weight
+) -> MatrixSolver: # Gives the new weight of one projection
     "How a solver treats one projection."
     update = {"sparsegpt": sparsegpt_update, "alps": joint_update}[base]
-    return lambda weight, hessian, share, name: update(weight, hessian, share, pattern, name=name)[0]
+    return lambda weight, hessian, share, name, once: update(weight, hessian, share, pattern, name=name, once=once)[0]
 
 def layer_solver(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; as before afterwards

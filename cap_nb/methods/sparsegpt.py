@@ -43,11 +43,12 @@ def inverse_factor(
     damped: torch.Tensor, # The Hessian with its damping, float64 [in, in]
     damping: float, # The damping that it has, for the sentence
     name: str, # Name of the module, for the sentence
+    dtype: torch.dtype = torch.float64, # In which the Hessian was added up
 ) -> torch.Tensor: # R, upper triangular, float64 [in, in], with R^T R the inverse of the Hessian
     "The upper Cholesky factor of the inverse Hessian (algorithm 1); a failure raises `BadInput` that names the module."
     lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    rounding = len(damped) * torch.finfo(damped.dtype).eps * damped.diagonal().flip(0)
-    if failed or not (lower.diagonal().square() > rounding).all():
+    rounding = max(len(damped) * torch.finfo(damped.dtype).eps, 8 * torch.finfo(dtype).eps)
+    if failed or not (lower.diagonal().square() > rounding * damped.diagonal().flip(0)).all():
         raise BadInput(f"The Hessian of {name} is not positive definite with damping {damping:g}: expected a Cholesky "
                        f"factorisation; raise the damping (0.01 is usual), take more calibration examples, "
                        f"or run the model in float32.")
@@ -142,10 +143,59 @@ def check_matrix(
         raise BadInput(f"The weight of {name} holds NaN or infinity: expected finite weights; check the checkpoint.")
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c032
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c033
+@dataclass(frozen=True)
+class MadeOnce:
+    "What was made from the Hessian seen last, for the next projection that reads the same inputs."
+    seen: list[torch.Tensor] = field(default_factory=list) # That Hessian, or nothing yet
+    made: dict[tuple, object] = field(default_factory=dict) # How it was made -> what
+    most: int = 8 # Things that are kept; each may take as much memory as the Hessian
+
+    def get(self, hessian: torch.Tensor, how: tuple, make: Callable[[], object]) -> object:
+        "What `make` makes of this very Hessian; made anew only if it is not remembered."
+        if not self.seen or self.seen[0] is not hessian:
+            self.made.clear()
+            self.seen[:] = [hessian]
+        if how in self.made: return self.made[how]
+        new = make()
+        if len(self.made) < self.most: self.made[how] = new
+        return new
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c036
 from ..core.errors import check_sparsity
 from ..threshold import zeros_wanted
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c033
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c037
+def check_problem(
+    weight: torch.Tensor, # Old weight
+    hessian: torch.Tensor, # Its Hessian
+    sparsity: float, # Share of the matrix to zero
+    pattern: tuple[int, int] | None, # (zeros, of), or None
+    block: int, # Columns of a block
+    damping: float, # Share of the mean diagonal
+    name: str, # Name of the module
+) -> None:
+    "Raise `BadInput` for anything that cannot be solved."
+    check_sparsity(sparsity)
+    check_settings(damping, block)
+    check_matrix(weight, hessian, name)
+    if pattern is not None: check_pattern_fits(weight.shape[1], sparsity, pattern, block, name)
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c038
+def factored(
+    hessian: torch.Tensor, # Sum over tokens of the products of input features, [in, in]
+    damping: float, # Share of the mean diagonal that is added to the diagonal
+    name: str, # Name of the module, for messages
+    dtype: torch.dtype, # In which the matrix is pruned
+) -> tuple[torch.Tensor, torch.Tensor]: # R, upper triangular [in, in], and which columns are dead, bool [in]
+    "All that SparseGPT needs of a Hessian."
+    damped, dead = damped_hessian(hessian, damping, name)
+    return inverse_factor(damped, damping, name, hessian.dtype).to(dtype), dead
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c039
 @torch.no_grad()
 def sparsegpt_update(
     weight: torch.Tensor, # Old weight, [out, in]; not changed
@@ -155,15 +205,14 @@ def sparsegpt_update(
     block: int = 128, # Columns whose zeros are chosen together
     damping: float = 0.01, # Share of the mean diagonal that is added to the diagonal
     name: str = "the matrix", # Name of the module, for messages
+    once: MadeOnce | None = None, # What earlier projections made from the same Hessian; None means nothing
 ) -> tuple[torch.Tensor, torch.Tensor]: # The new weight, in the old dtype, and which went, bool; both [out, in]
     "SparseGPT on one matrix (algorithm 1), in float32; dead columns become zero even beyond the sparsity."
-    check_sparsity(sparsity)
-    check_settings(damping, block)
-    check_matrix(weight, hessian, name)
-    if pattern is not None: check_pattern_fits(weight.shape[1], sparsity, pattern, block, name)
-    damped, dead = damped_hessian(hessian, damping, name)
-    new = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).masked_fill(dead, 0.0)
-    factor = inverse_factor(damped, damping, name).to(new.dtype)
+    check_problem(weight, hessian, sparsity, pattern, block, damping, name)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    make = lambda: factored(hessian, damping, name, dtype)
+    factor, dead = (once or MadeOnce()).get(hessian, ("factor", damping, dtype), make)
+    new = weight.detach().to(dtype).masked_fill(dead, 0.0)
     mask, rows = torch.zeros_like(new, dtype=torch.bool), len(new)
     for start in range(0, new.shape[1], block):
         part = slice(start, min(start + block, new.shape[1]))
@@ -172,29 +221,28 @@ def sparsegpt_update(
         new[:, part.stop:] -= errors @ factor[part, part.stop:]
     return new.to(weight.dtype), mask
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c055
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c063
 from ..engine.layer_walk import LayerStep, unreached
 from .wanda import input_sums
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c056
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c064
 def products(
     inputs: torch.Tensor, # [n, in]
-) -> torch.Tensor: # Sum over the tokens of the products of input features, float64 [in, in]
+) -> torch.Tensor: # Sum over the tokens of the products of input features, float32 (float64 of float64) [in, in]
     "What SparseGPT adds up."
     real = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-    return (real.T @ real).double()
+    return real.T @ real
 
 @torch.no_grad()
 def input_hessians(
     step: LayerStep, # A layer, and the batches before it
-) -> dict[str, torch.Tensor]: # Module name -> sum over tokens of the products of input features, float64 [in, in]
-    "H = X X^T of a layer's projections (Frantar and Alistarh 2023); holds 8 * in^2 bytes for each projection."
+) -> dict[str, torch.Tensor]: # Module name -> sum over tokens of the products of input features, float32 [in, in]
+    "H = X X^T of a layer's projections (Frantar and Alistarh 2023); holds 4 * in^2 bytes for each distinct input."
     sums = input_sums(step, products)
     for p in unreached(step.projections, sums): sums[p.name].fill_diagonal_(1.0)
     return sums
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c065
-from collections.abc import Callable
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c073
 from torch import nn
 from ..calibration import Calibration
 from ..engine.layer_walk import layer_by_layer
@@ -202,7 +250,7 @@ from .wanda import uniform_shares
 from ..models.anatomy import projections
 from ..threshold import PruneReport, prune_report
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c066
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c074
 Hessians = dict[str, torch.Tensor] # Module name -> sum over tokens of the products of input features, [in, in]
 LayerSolver = Callable[[LayerStep, Hessians], None] # Prunes the projections of a layer in place
 
@@ -219,19 +267,21 @@ def solve_layer_by_layer(
     for step in layer_by_layer(model, calibration, batch_tokens, name):
         if any(shares[p.name] for p in step.projections): solver(step, input_hessians(step))
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c068
-MatrixSolver = Callable[[torch.Tensor, torch.Tensor, float, str], torch.Tensor] # Weight, Hessian, share, name -> weight
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c076
+# Weight, Hessian, share, name, what was made from the same Hessian -> new weight
+MatrixSolver = Callable[[torch.Tensor, torch.Tensor, float, str, MadeOnce], torch.Tensor]
 
 def by_matrix(
     solver: MatrixSolver, # Gives the new weight of one projection
     shares: dict[str, float], # Module name -> share to zero
 ) -> LayerSolver: # The same for a layer
-    "Solve every projection of a layer by itself."
+    "Solve every projection of a layer by itself; what follows from a Hessian alone is made once."
     def solve(step: LayerStep, hessians: Hessians) -> None:
-        for p in step.projections: p.weight.copy_(solver(p.weight, hessians[p.name], shares[p.name], p.name))
+        once = MadeOnce()
+        for p in step.projections: p.weight.copy_(solver(p.weight, hessians[p.name], shares[p.name], p.name, once))
     return solve
 
-# %% ../../nbs/methods/03_sparsegpt.ipynb #c069
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c077
 def prune_sparsegpt(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     calibration: Calibration, # The calibration set; the same as CAP's for a fair comparison
@@ -247,7 +297,7 @@ def prune_sparsegpt(
     check_settings(damping, block)
     for p in projections(model) if pattern is not None else ():
         check_pattern_fits(p.weight.shape[1], sparsity, pattern, block, p.name)
-    def solver(weight: torch.Tensor, hessian: torch.Tensor, share: float, name: str) -> torch.Tensor:
-        return sparsegpt_update(weight, hessian, share, pattern, block, damping, name)[0]
+    def solver(weight: torch.Tensor, hessian: torch.Tensor, share: float, name: str, once: MadeOnce) -> torch.Tensor:
+        return sparsegpt_update(weight, hessian, share, pattern, block, damping, name, once)[0]
     solve_layer_by_layer(model, calibration, shares, by_matrix(solver, shares), batch_tokens, "sparsegpt")
     return prune_report(model, "sparsegpt", sparsity)

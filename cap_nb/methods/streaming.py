@@ -193,7 +193,7 @@ from collections.abc import Callable
 from tqdm.auto import tqdm
 from .criteria import CRITERIA, Given, check_given
 from ..regions import Factors, region_factors
-from .prune import MethodName, check_method, own_scope
+from .prune import SOLVERS, MethodName, check_method, own_scope
 from .experts import ROUTING_AWARE
 from ..threshold import TIES, Evidence, Measurements, check_pattern
 from ..core.errors import check_choice, check_sparsity
@@ -213,6 +213,9 @@ def check_streamed(
     check_pattern(own_scope(parts), check_sparsity(sparsity))
     whole = parts.allocation or parts.recovery or parts.attribution in ROUTING_AWARE # needs more of the model
     if parts.base in STREAMED and not whole: return parts
+    if parts.base in SOLVERS or parts.recovery:
+        raise BadInput(f"Method {method!r} cannot be streamed without Hessians: expected a folder of them, made by "
+                       "'cap hessians'; give it with --hessians, or load the model and prune it in memory.")
     raise BadInput(f"Method {method!r} cannot be streamed: expected {', '.join(STREAMED)}, with a scope or without; "
                    "load the model and prune it in memory.")
 
@@ -594,6 +597,26 @@ def competing_pieces(
     return [pieces_of_weights(checkpoint, group, at_once) for group in groups]
 
 # %% ../../nbs/methods/13_streaming.ipynb #c081
+def write_pruned(
+    checkpoint: Checkpoint, # The old checkpoint
+    folder: Path, # The new folder, with everything but the weights in scope
+    parts: MethodName, # A criterion and its scope
+    sparsity: float, # Share of the weights in scope to zero
+    known: Measurements, # What the criterion looks at
+    ties: str, # "exact" or "all"
+    at_once: int, # Weights held at once
+) -> tuple[dict[str, int], Threshold | None]: # Module name -> zeros; the threshold, if it is of the whole model
+    "Find what goes, group after group, and write every weight in scope."
+    scope, zeros, groups = own_scope(parts), {}, competing_pieces(checkpoint, own_scope(parts), at_once)
+    weights = sum(p.weight.numel() for p in projections(checkpoint.model))
+    passes = readings(groups[0], parts.base, known, scope) * weights
+    with tqdm(desc=parts.base, total=passes, unit="weight", unit_scale=True) as bar:
+        for pieces in groups:
+            scored, take, threshold = ready_to_write(pieces, parts.base, known, sparsity, scope, ties, bar)
+            zeros |= write_zeros(pieces, scored, take, folder)
+    return zeros, threshold if scope == "model" else None
+
+# %% ../../nbs/methods/13_streaming.ipynb #c082
 @torch.no_grad()
 def prune_checkpoint(
     src: str | Path, # A folder saved by transformers, as safetensors; not changed
@@ -607,23 +630,17 @@ def prune_checkpoint(
 ) -> PruneReport: # What was done, as `prune` reports it
     "Prune a checkpoint without loading it (paper 3.3 and 3.4); every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, ties), open_checkpoint(src)
-    known, scope, zeros = what_is_known(checkpoint, method, factors, norms), own_scope(parts), {}
-    weights = projections(checkpoint.model)
+    known = what_is_known(checkpoint, method, factors, norms)
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
-        groups = competing_pieces(checkpoint, scope, at_once)
-        passes = readings(groups[0], parts.base, known, scope) * sum(p.weight.numel() for p in weights)
-        with tqdm(desc=method, total=passes, unit="weight", unit_scale=True) as bar:
-            for pieces in groups:
-                scored, take, threshold = ready_to_write(pieces, parts.base, known, sparsity, scope, ties, bar)
-                zeros |= write_zeros(pieces, scored, take, part)
+        zeros, threshold = write_pruned(checkpoint, part, parts, sparsity, known, ties, at_once)
         for shard in checkpoint.shards: sync(part/shard.name)
-    return streamed_report(weights, method, sparsity, zeros, threshold if scope == "model" else None)
-
-# %% ../../nbs/methods/13_streaming.ipynb #c091
-import hashlib
+    return streamed_report(projections(checkpoint.model), method, sparsity, zeros, threshold)
 
 # %% ../../nbs/methods/13_streaming.ipynb #c092
+import hashlib
+
+# %% ../../nbs/methods/13_streaming.ipynb #c093
 def add_bytes(
     digest: "hashlib._Hash", # A running hash
     stored: StoredTensor, # A tensor of a checkpoint
@@ -634,7 +651,7 @@ def add_bytes(
         for position in range(stored.start, stored.end, COPIED):
             digest.update(file.read(min(COPIED, stored.end - position)))
 
-# %% ../../nbs/methods/13_streaming.ipynb #c093
+# %% ../../nbs/methods/13_streaming.ipynb #c094
 def checkpoint_fingerprint(
     folder: str | Path, # A folder saved by transformers, as safetensors
 ) -> str: # 64 hexadecimal digits

@@ -19,42 +19,58 @@ WANDA = Criterion(name="wanda", score=wanda_score, needs=("norm",), scope="row",
 
 # %% ../../nbs/methods/00_wanda.ipynb #c009
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from ..core.errors import BadInput
 from ..engine.layer_walk import LayerStep, real_rows
 from ..models.anatomy import Projection
 from ..models.replay import run_layer
 from ..models.routing import recorded_inputs
 
 # %% ../../nbs/methods/00_wanda.ipynb #c010
-Statistic = Callable[[torch.Tensor], torch.Tensor] # Inputs [n, in] -> what is added up over their tokens, float64
+Statistic = Callable[[torch.Tensor], torch.Tensor] # Inputs [n, in] -> a new tensor, what is added up over their tokens
 
+@dataclass(frozen=True)
+class InputSums:
+    "What has been added up over the inputs of a layer's projections, one sum for those that read the same tensor."
+    first: dict[str, str] = field(default_factory=dict) # Module name -> the first one that reads the same tensor
+    sums: dict[str, torch.Tensor] = field(default_factory=dict) # Name of such a first one -> sum so far
+
+# %% ../../nbs/methods/00_wanda.ipynb #c011
 def adder(
-    sums: dict[str, torch.Tensor], # Module name -> sum so far; changed in place
+    found: InputSums, # Sums so far; changed in place
     mask: torch.Tensor, # Attention mask of the batch, [B, T]
     statistic: Statistic, # What is added up over the tokens
 ) -> Callable[[Projection, torch.Tensor, torch.Tensor | None], None]: # Called with each projection's input
     "A callback that adds the statistic of a projection's input over the tokens that are not padding."
-    last = [None, None] # The input seen last, and its statistic
+    last = [None, ""] # The input seen last, and the first projection that read it
     def add(p: Projection, inputs: torch.Tensor, tokens: torch.Tensor | None) -> None:
-        if last[0] is not inputs: last[:] = inputs, statistic(real_rows(inputs, tokens, mask))
-        sums[p.name] += last[1]
+        same = last[0] is inputs
+        if not same: last[:] = inputs, p.name
+        if found.first.setdefault(p.name, last[1]) != last[1]:
+            raise BadInput(f"{p.name} shares its input with others in some batches only: expected the same in all; "
+                           "the layer cannot be pruned from sums over its inputs.")
+        if same: return
+        added = statistic(real_rows(inputs, tokens, mask))
+        found.sums[p.name] = found.sums[p.name].add_(added) if p.name in found.sums else added
     return add
 
+# %% ../../nbs/methods/00_wanda.ipynb #c012
 @torch.no_grad()
 def input_sums(
     step: LayerStep, # A layer, and the batches before it
     statistic: Statistic, # What is added up over the tokens
-) -> dict[str, torch.Tensor]: # Module name -> its sum over all tokens that are not padding
+) -> dict[str, torch.Tensor]: # Module name -> its sum over all tokens that are not padding; the same for some
     "Run a layer over the calibration set, and add up a statistic of its projections' inputs."
-    sums = {p.name: statistic(p.weight.new_zeros(0, p.weight.shape[1])) for p in step.projections}
+    found = InputSums()
     for batch in step.batches:
-        with recorded_inputs(step.projections, adder(sums, batch.mask, statistic)):
+        with recorded_inputs(step.projections, adder(found, batch.mask, statistic)):
             run_layer(step.layer, batch.hidden, batch.calls[step.index])
-    return sums
+    return {p.name: found.sums[found.first[p.name]] for p in step.projections}
 
-# %% ../../nbs/methods/00_wanda.ipynb #c012
+# %% ../../nbs/methods/00_wanda.ipynb #c014
 from ..engine.layer_walk import unreached
 
-# %% ../../nbs/methods/00_wanda.ipynb #c013
+# %% ../../nbs/methods/00_wanda.ipynb #c015
 def squares(
     inputs: torch.Tensor, # [n, in]
 ) -> torch.Tensor: # Sum over the tokens of the squared input, float64 [in]
@@ -67,17 +83,17 @@ def input_norms(
 ) -> dict[str, torch.Tensor]: # Module name -> norm of every input feature, float32 [in]; 1 where no token came
     "The norms of the inputs of a layer's projections over the calibration set (Sun et al. 2024)."
     sums, sequences = input_sums(step, squares), sum(len(batch.mask) for batch in step.batches)
-    for p in unreached(step.projections, sums): sums[p.name] += sequences
+    for p in unreached(step.projections, sums): sums[p.name].fill_(sequences)
     return {name: (total / sequences).sqrt().float() for name, total in sums.items()}
 
-# %% ../../nbs/methods/00_wanda.ipynb #c015
+# %% ../../nbs/methods/00_wanda.ipynb #c017
 from collections.abc import Sequence
 from torch import nn
 from ..core.errors import check_sparsity
 from ..models.anatomy import projections
 from ..threshold import Measurements, zero_within
 
-# %% ../../nbs/methods/00_wanda.ipynb #c016
+# %% ../../nbs/methods/00_wanda.ipynb #c018
 def uniform_shares(
     model: nn.Module, # A causal language model of a known family
     sparsity: float, # Share to zero, in [0, 1)
@@ -97,12 +113,12 @@ def zero_shares_within(
     for share in dict.fromkeys(shares[p.name] for p in group):
         zero_within([p for p in group if shares[p.name] == share], criterion, known, share, scope, ties)
 
-# %% ../../nbs/methods/00_wanda.ipynb #c018
+# %% ../../nbs/methods/00_wanda.ipynb #c020
 from dataclasses import replace
 from ..calibration import Calibration
 from ..engine.layer_walk import layer_by_layer
 
-# %% ../../nbs/methods/00_wanda.ipynb #c019
+# %% ../../nbs/methods/00_wanda.ipynb #c021
 def zero_layer_by_layer(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     calibration: Calibration, # The calibration set; the same as CAP's for a fair comparison
