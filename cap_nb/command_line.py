@@ -437,13 +437,51 @@ def prune_command(
     write_json(out/"prune_report.json", asdict(report))
     typer.echo(f"{out}: {pruning.method} set {report.zeros:,} of {report.weights:,} weights in scope to zero "
                f"({report.reached:.4%}, {pruning.sparsity:.4%} asked).")
-    typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster.")
+    typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster; "
+               "'cap export' packs it.")
 
 # %% ../nbs/command_line.ipynb #c051
+from .portable.format import Manifest
+from .portable.small_files import export_folder, restore_folder
+
+# %% ../nbs/command_line.ipynb #c052
+def bytes_of(
+    manifest: Manifest, # What a packed folder holds
+) -> tuple[int, int]: # Bytes of the original files, and of what is in their place
+    "How large a folder is, and how large it is packed."
+    return sum(entry.bytes for entry in manifest.files), sum(entry.stored_bytes for entry in manifest.files)
+
+# %% ../nbs/command_line.ipynb #c053
+@app.command("export")
+@in_one_sentence
+def export_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    out: Out,
+    form: option(str, "bitmask, or delta: masks alone beside a base", "--format") = "bitmask",
+    base: option(str | None, "for a delta: the model that was pruned, as lab or a folder") = None,
+) -> None:
+    "Pack a pruned checkpoint into a smaller folder, from which 'cap restore' makes it again; resumable."
+    dense, packed = bytes_of(manifest := export_folder(folder, out, form, base))
+    beside = f" beside {manifest.base['name']}" if manifest.base else ""
+    typer.echo(f"{out}: a {form}{beside} of {len(manifest.files)} files, {packed:,} bytes instead of {dense:,} "
+               f"({packed / dense:.1%}).")
+
+@app.command("restore")
+@in_one_sentence
+def restore_command(
+    folder: Annotated[Path, typer.Argument(help="folder that 'cap export' made")],
+    out: Out,
+    base: option(str | None, "for a delta: the model that was pruned, as lab or a folder") = None,
+) -> None:
+    "Make the folder of a packed checkpoint again, byte for byte; resumable."
+    dense, _ = bytes_of(manifest := restore_folder(folder, out, base))
+    typer.echo(f"{out}: {len(manifest.files)} files, {dense:,} bytes, each with the hash that it had.")
+
+# %% ../nbs/command_line.ipynb #c055
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c052
+# %% ../nbs/command_line.ipynb #c056
 @app.command("eval")
 @in_one_sentence
 @with_job("model", "calibrate", "evaluate", without=("n", "k", "calibration_seed", *TARGETS))
@@ -460,14 +498,14 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c054
+# %% ../nbs/command_line.ipynb #c058
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c059
 @app.command("table")
 @in_one_sentence
 def table_command(
@@ -495,7 +533,7 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c057
+# %% ../nbs/command_line.ipynb #c061
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -507,7 +545,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c059
+# %% ../nbs/command_line.ipynb #c063
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -529,14 +567,14 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c061
+# %% ../nbs/command_line.ipynb #c065
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c062
+# %% ../nbs/command_line.ipynb #c066
 @app.command("methods")
 @in_one_sentence
 def methods_command() -> None:
@@ -550,10 +588,10 @@ def methods_command() -> None:
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.")
     typer.echo("Recoveries: swaps, update, swaps^update.")
 
-# %% ../nbs/command_line.ipynb #c063
+# %% ../nbs/command_line.ipynb #c067
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c064
+# %% ../nbs/command_line.ipynb #c068
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -572,13 +610,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c066
+# %% ../nbs/command_line.ipynb #c070
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c067
+# %% ../nbs/command_line.ipynb #c071
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -602,11 +640,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c068
+# %% ../nbs/command_line.ipynb #c072
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c070
+# %% ../nbs/command_line.ipynb #c074
 #| eval: false
 if __name__ == "__main__": main()

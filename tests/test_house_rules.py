@@ -149,11 +149,12 @@ def undocumented(thing):
 
 
 def test_public_means_documented():
-    """About a hundred names, each with a docstring, and with what every parameter is."""
+    """About a hundred names, each with a docstring, and with what every parameter is; the last four are for what becomes of a
+    pruned folder (packing and restoring it, and two to come)."""
     import cap_nb.all
 
     public = {name: getattr(cap_nb.all, name) for name in cap_nb.all.__all__}
-    assert len(public) <= 120, f"{len(public)} public names"
+    assert len(public) <= 124, f"{len(public)} public names"
     bare = {name: undocumented(v) for name, v in public.items() if (inspect.isfunction(v) or inspect.isclass(v)) and undocumented(v)}
     assert not bare, bare
 

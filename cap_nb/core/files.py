@@ -79,15 +79,21 @@ def whole_file(
         temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/core/01_files.ipynb #c021
+def check_new_folder(
+    path: Path, # Name of a folder that is to be made
+) -> None:
+    "Raise `BadInput` unless the name is free, or that of an empty folder."
+    if path.is_symlink() or path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise BadInput(f"{path} exists already and is not an empty folder: expected a new name; "
+                       "choose another or remove it.")
+
 @contextmanager
 def whole_folder(
     path: str | Path, # Final name of the folder; must not exist, or be empty
 ) -> Iterator[Path]: # Temporary folder to write into, beside the final one
     "Fill the temporary folder; it takes its final name only if the block ends without an error."
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise BadInput(f"{path} exists already and is not an empty folder: expected a new name; "
-                       "choose another or remove it.")
+    check_new_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     remove_leftovers(path)
     temporary.mkdir(parents=True)
@@ -122,9 +128,50 @@ def alone_in(
     finally: os.close(opened)
 
 # %% ../../nbs/core/01_files.ipynb #c028
-import hashlib
+from collections.abc import Collection
 
 # %% ../../nbs/core/01_files.ipynb #c029
+HALF_WRITTEN = re.compile(r"\..+\.\d+\.part") # Names that `whole_file` writes to
+
+def check_unfinished(
+    working: Path, # A folder that an earlier attempt may have left
+    names: Collection[str], # Files that it may hold, relative to it
+) -> None:
+    "Remove half-written files; anything that no attempt could have left raises `BadInput`."
+    folders = {above.as_posix() for name in names for above in Path(name).parents}
+    for path in [working, *sorted(working.rglob("*"))]:
+        name = path.relative_to(working).as_posix()
+        known = name in (folders if path.is_dir() else names) or path == working
+        if not path.is_symlink() and known: continue
+        if path.is_symlink() or path.is_dir() or not HALF_WRITTEN.fullmatch(path.name):
+            raise BadInput(f"{path} is no part of what is to be made: expected what an earlier attempt left; remove "
+                           f"{working.name} or choose another name.")
+        path.unlink()
+
+# %% ../../nbs/core/01_files.ipynb #c030
+@contextmanager
+def resumed_folder(
+    path: str | Path, # Final name of the folder; must not exist, or be empty
+    names: Collection[str], # Files that it will hold, relative to it
+) -> Iterator[Path]: # The folder to work in, with what an earlier attempt finished
+    "Fill NAME.unfinished, which takes its final name if the block ends without an error, and else stays to be resumed."
+    path = Path(path)
+    check_new_folder(path)
+    working = path.with_name(f"{path.name}.unfinished")
+    try:
+        with alone_in(working), disk_full_reported(path, "what was finished is kept"):
+            check_new_folder(path)
+            check_unfinished(working, names)
+            yield working
+            if path.exists(): path.rmdir()
+            os.replace(working, path)
+    finally:
+        if working.is_dir() and not any(working.iterdir()): working.rmdir()
+
+# %% ../../nbs/core/01_files.ipynb #c035
+import hashlib
+
+# %% ../../nbs/core/01_files.ipynb #c036
 def sha256_of_file(
     path: str | Path, # An existing file
 ) -> str: # 64 hexadecimal digits
@@ -140,10 +187,10 @@ def sha256_of_text(
     "SHA-256 of a text in UTF-8."
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
-# %% ../../nbs/core/01_files.ipynb #c034
+# %% ../../nbs/core/01_files.ipynb #c041
 import json
 
-# %% ../../nbs/core/01_files.ipynb #c035
+# %% ../../nbs/core/01_files.ipynb #c042
 def json_text(
     content: object, # Anything that JSON can hold
 ) -> str: # JSON with sorted keys, a line a value, ending in a newline
@@ -167,12 +214,12 @@ def read_json(
     except ValueError as error:
         raise BadInput(f"{path} is not JSON ({error}): expected a whole JSON file; make it again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c039
+# %% ../../nbs/core/01_files.ipynb #c046
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../../nbs/core/01_files.ipynb #c040
+# %% ../../nbs/core/01_files.ipynb #c047
 def apart(
     tensors: dict[str, torch.Tensor], # Tensors, of which some may be the same
 ) -> dict[str, torch.Tensor]: # The same, contiguous, in memory of their own, as safetensors asks
@@ -184,7 +231,7 @@ def apart(
         seen.add(memory)
     return own
 
-# %% ../../nbs/core/01_files.ipynb #c041
+# %% ../../nbs/core/01_files.ipynb #c048
 def write_tensors(
     path: Path, # Final name of the file
     tensors: dict[str, torch.Tensor], # What is saved
@@ -208,7 +255,83 @@ def read_tensors(
         raise BadInput(f"{path} is damaged or was not written by cap_nb: expected a table of losses; "
                        "remove it and score again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c045
+# %% ../../nbs/core/01_files.ipynb #c052
+from dataclasses import dataclass
+
+# %% ../../nbs/core/01_files.ipynb #c053
+@dataclass(frozen=True)
+class StoredTensor:
+    "Where the bytes of a tensor lie."
+    file: Path # A safetensors file
+    start: int # Its first byte in the file
+    end: int # The byte after its last
+    kind: str # Its dtype as the format names it, as in "BF16"
+    shape: tuple[int, ...] # Its shape
+
+def stored_tensor(
+    file: Path, # A safetensors file
+    begin: int, # Where the tensors begin in it
+    entry: dict, # What its header says of one tensor
+) -> StoredTensor: # Where the tensor lies
+    "One entry of a header."
+    start, end = (begin + offset for offset in entry["data_offsets"])
+    return StoredTensor(file=file, start=start, end=end, kind=entry["dtype"], shape=tuple(entry["shape"]))
+
+# %% ../../nbs/core/01_files.ipynb #c054
+def stored_tensors(
+    file: Path, # A safetensors file
+) -> dict[str, StoredTensor]: # Name -> where it lies
+    "Read the header of a safetensors file; a missing or damaged file raises `BadInput`."
+    try:
+        with safe_open(file, framework="pt"): pass # compares the header with the file's length
+    except FileNotFoundError:
+        raise BadInput(f"{file} does not exist: expected a shard that the index names; "
+                       "fetch the checkpoint again.") from None
+    except SafetensorError:
+        raise BadInput(f"{file} is damaged or no safetensors file: expected a whole one; "
+                       "fetch the checkpoint again.") from None
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: stored_tensor(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+
+# %% ../../nbs/core/01_files.ipynb #c055
+PIECE = 1 << 23 # Bytes that are read at once; whole numbers, 8 of them or more, whatever their dtype
+
+def pieces_of(
+    stored: StoredTensor, # Where a tensor lies
+) -> Iterator[bytes]: # Its bytes, `PIECE` at a time
+    "Read a stored tensor piece by piece; a file that has become shorter raises `BadInput`."
+    with open(stored.file, "rb") as file:
+        file.seek(stored.start)
+        for position in range(stored.start, stored.end, PIECE):
+            piece = file.read(min(PIECE, stored.end - position))
+            if len(piece) != min(PIECE, stored.end - position):
+                raise BadInput(f"{stored.file} became shorter while it was read: expected a checkpoint that nobody "
+                               "changes; try again.")
+            yield piece
+
+# %% ../../nbs/core/01_files.ipynb #c059
+SHARD_INDEX = "model.safetensors.index.json"
+
+def shard_files(
+    folder: Path, # A checkpoint folder
+) -> tuple[Path, ...]: # Its safetensors files
+    "The files that hold a checkpoint's weights; a folder without them raises `BadInput`."
+    if not (folder/"config.json").is_file():
+        raise BadInput(f"{folder} holds no config.json: expected a folder saved by transformers; check the path.")
+    if (folder/"model.safetensors").is_file(): return (folder/"model.safetensors",)
+    if not (folder/SHARD_INDEX).is_file():
+        raise BadInput(f"{folder} holds neither model.safetensors nor {SHARD_INDEX}: expected weights in that format, "
+                       "not pickles; convert them first.")
+    try: names = sorted({Path(name) for name in read_json(folder/SHARD_INDEX)["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError): names = []
+    if not names or any(name.parent != Path(".") or not name.name for name in names):
+        raise BadInput(f"{folder/SHARD_INDEX} is no index of shards: expected a weight_map of files in the same "
+                       "folder; fetch the checkpoint again.")
+    return tuple(folder/name for name in names)
+
+# %% ../../nbs/core/01_files.ipynb #c062
 def repository_root() -> Path: # The folder that holds settings.ini
     "The top of this repository, seen from the working directory; outside of it raises `BadInput`."
     here = Path.cwd()

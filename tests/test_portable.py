@@ -1,0 +1,444 @@
+"""Packed folders from outside: awkward checkpoints come back byte for byte, kills and damage do no harm, memory stays small, and mistakes are a sentence."""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures import tiny_llama
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
+from typer.testing import CliRunner
+
+from cap_nb.command_line import app
+from cap_nb.core import files as files_module
+from cap_nb.core.errors import BadInput
+from cap_nb.methods.prune import prune
+from cap_nb.models.anatomy import projections
+from cap_nb.models.loading import load_model, model_fingerprint
+from cap_nb.portable import format as format_module
+from cap_nb.portable import small_files
+from cap_nb.portable.format import CHECKSUM, MANIFEST, Manifest, PackedFile, read_manifest, write_manifest
+from cap_nb.portable.small_files import export_folder, restore_folder
+from conftest import ROOT
+
+PACKED = ".packed.safetensors"
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def state(folder):
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def saved(folder, dtype=torch.bfloat16, kind=LlamaConfig, shards="16KB", sparsity=0.5, **shape):
+    """A small checkpoint with half of its weights zero, some of them negative zeros, and a NaN with a payload outside the scope."""
+    model = tiny_llama(kind, **shape).to(dtype)
+    model.save_pretrained(folder.with_name("base"), max_shard_size=shards)
+    if sparsity:
+        prune(model, "magnitude", sparsity)
+    model.save_pretrained(folder, max_shard_size=shards)
+    (folder / "tokenizer.json").write_text('{"made": "up"}\n')
+    return folder
+
+
+def made_awkward(folder):
+    """Negative zeros, NaN, and a header with padding of its own, in every shard."""
+    for shard in folder.glob("*.safetensors"):
+        data = shard.read_bytes()
+        begin = 8 + int.from_bytes(data[:8], "little")
+        header, body = data[8:begin] + b" " * 24, bytearray(data[begin:])
+        width = {"BF16": 2, "F16": 2, "F32": 4}[next(t["dtype"] for name, t in json.loads(header).items() if name != "__metadata__")]
+        body[:width] = b"\0" * (width - 1) + b"\x80"
+        body[width:2 * width] = b"\x05" + b"\0" * (width - 3) + b"\xc0\x7f" if width == 4 else b"\xa5\x7f"
+        shard.write_bytes(len(header).to_bytes(8, "little") + header + body)
+
+
+CASES = {
+    "bfloat16": dict(), "float16": dict(dtype=torch.float16), "float32": dict(dtype=torch.float32), "one file": dict(shards="1GB"),
+    "tied": dict(tie_word_embeddings=True), "experts": dict(kind=MixtralConfig, num_local_experts=4), "dense": dict(sparsity=0),
+    "odd sizes": dict(hidden_size=21, num_attention_heads=3, num_key_value_heads=3, intermediate_size=23, vocab_size=51),
+}
+
+
+@pytest.mark.parametrize("case, piece", [*((case, 1 << 23) for case in CASES), ("odd sizes", 64), ("float32", 192)])
+def test_the_round_trip_is_byte_equal(tmp_path, monkeypatch, case, piece):
+    """Whole, and in pieces that are far smaller than the tensors."""
+    for module in (files_module, format_module):
+        monkeypatch.setattr(module, "PIECE", piece)
+    src = saved(tmp_path / "src", **CASES[case])
+    export_folder(src, tmp_path / "delta", "delta", tmp_path / "base")
+    restore_folder(tmp_path / "delta", tmp_path / "again", tmp_path / "base")
+    assert contents(tmp_path / "again") == contents(src)
+    made_awkward(src)
+    export_folder(src, tmp_path / "small")
+    restore_folder(tmp_path / "small", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(src)
+    packed = load_file(next((tmp_path / "small").glob(f"*{PACKED}")))
+    assert (b"kept" in b" ".join(name.encode() for path in (tmp_path / "small").glob(f"*{PACKED}") for name in load_file(path))) == (case != "dense")
+    assert "header" in packed
+
+
+def test_the_base_may_lie_in_other_shards(tmp_path):
+    src = saved(tmp_path / "src")
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "one", max_shard_size="1GB")
+    manifest = export_folder(src, tmp_path / "delta", "delta", tmp_path / "one")
+    restore_folder(tmp_path / "delta", tmp_path / "again", tmp_path / "base")
+    assert contents(tmp_path / "again") == contents(src)
+    assert manifest.base["name"] == "one" and str(tmp_path) not in (tmp_path / "delta" / MANIFEST).read_text()
+
+
+def test_strange_tensors_come_back(tmp_path):
+    """Empty tensors, single numbers, odd counts, every dtype, names that safetensors allows, and numbers that are all zero."""
+    draw = torch.Generator().manual_seed(0)
+    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+             torch.float8_e4m3fn, torch.complex64]
+    tensors = {f"{kind}/{count} ü": (torch.randn(count, generator=draw) * (torch.rand(count, generator=draw) < 0.3)).to(kind)
+               for kind in kinds for count in (0, 1, 7, 8, 9, 130)}
+    tensors |= {"plain/header": torch.zeros(40), "header": torch.zeros(3, 0, 5), "mask/x": torch.zeros(()), "kept/x": torch.ones(2, 3)}
+    src = tmp_path / "src"
+    (src / "deep" / "er").mkdir(parents=True)
+    (src / "config.json").write_text("{}")
+    (src / "deep" / "er" / "empty").touch()
+    save_file(tensors, src / "model.safetensors", metadata={"b": "2", "a": "1"})
+    export_folder(src, tmp_path / "small")
+    restore_folder(tmp_path / "small", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(src)
+    export_folder(src, tmp_path / "delta", "delta", src)
+    restore_folder(tmp_path / "delta", tmp_path / "back2", src)
+    assert contents(tmp_path / "back2") == contents(src)
+
+
+def test_a_folder_of_links_becomes_a_folder_of_files(tmp_path):
+    blobs, src = saved(tmp_path / "blobs"), tmp_path / "src"
+    src.mkdir()
+    for path in blobs.iterdir():
+        (src / path.name).symlink_to(path)
+    export_folder(src, tmp_path / "small")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in (tmp_path / "small").iterdir():
+        (linked / path.name).symlink_to(path)
+    restore_folder(linked, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(blobs) and not any(path.is_symlink() for path in (tmp_path / "back").iterdir())
+
+
+@pytest.mark.parametrize("case", ["bfloat16", "tied", "experts", "one file"])
+def test_loaded_as_it_is(tmp_path, case, monkeypatch):
+    """The weights, the dtype and the generation configuration of the folder; on one device or spread."""
+    from cap_nb.models.lab import lab_tokenizer
+    src = saved(tmp_path / "src", **CASES[case])
+    lab_tokenizer().save_pretrained(src)
+    (src / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    export_folder(src, tmp_path / "small")
+    wanted, _ = load_model(str(src), device="cpu")
+    for options in (dict(device="cpu"), dict(device="auto"), dict(device="cpu", dtype="float32")):
+        model, tokenizer = load_model(str(tmp_path / "small"), **options)
+        plain, _ = load_model(str(src), **options)
+        assert model_fingerprint(model) == model_fingerprint(plain) and not model.training
+        assert model.generation_config.max_new_tokens == plain.generation_config.max_new_tokens == 7
+    assert len(tokenizer) == len(lab_tokenizer()) and model_fingerprint(wanted) != model_fingerprint(model)
+
+
+def test_other_checkpoints_of_the_hub(tmp_path):
+    """GPT-2 stores [in, out], and its decoder alone without a prefix."""
+    config = GPT2Config(n_embd=24, n_layer=2, n_head=4, vocab_size=50, n_positions=32)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    prune(model, "magnitude", 0.4)
+    model.transformer.save_pretrained(tmp_path / "src")
+    export_folder(tmp_path / "src", tmp_path / "small")
+    restore_folder(tmp_path / "small", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "src")
+    weights = format_module.packed_weights(tmp_path / "small")
+    stored = load_file(tmp_path / "src" / "model.safetensors")
+    assert weights.keys() == stored.keys() and all(torch.equal(weights[name], stored[name]) for name in stored)
+
+
+@pytest.mark.parametrize("dtype, whole, masks", [(torch.bfloat16, 0.57, 0.063), (torch.float32, 0.54, 0.032)], ids=str)
+def test_sizes_with_all_their_headers(tmp_path, dtype, whole, masks):
+    """The files of weights, less the tensors that are not pruned, as a share of the pruned matrices."""
+    shape = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
+    src = saved(tmp_path / "src", dtype, shards="4MB", **shape)
+    matrices = sum(p.weight.numel() * dtype.itemsize for p in projections(tiny_llama(**shape)))
+    for out, (form, base), most in (("small", ("bitmask", None), whole), ("delta", ("delta", tmp_path / "base"), masks)):
+        export_folder(src, tmp_path / out, form, base)
+        packed = list((tmp_path / out).glob(f"*{PACKED}"))
+        plain = sum(t.nbytes for path in packed for name, t in load_file(path).items() if name.startswith("plain/"))
+        share = (sum(path.stat().st_size for path in packed) - plain) / matrices
+        assert most - 0.012 < share < most, f"{form}: {share:.2%}"
+
+
+def test_a_delta_names_the_first_tensor_that_differs(tmp_path):
+    src = saved(tmp_path / "src", shards="1GB")
+    tensors = load_file(src / "model.safetensors")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"):
+        tensors[name][3, 3] = 9
+    save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"Tensor model\.layers\.1\.mlp\.up_proj\.weight differs from the base's") as error:
+        export_folder(src, tmp_path / "delta", "delta", tmp_path / "base")
+    assert "\n" not in str(error.value) and not [path for path in tmp_path.iterdir() if "delta" in path.name]
+
+
+# Kills, and disks that break
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cap_nb.portable import small_files
+step, src, out, base, at = sys.argv[1:]
+opened, left = open, iter(range(int(at)))
+class Dying:
+    def __init__(self, file): self.file = file
+    def __getattr__(self, name): return getattr(self.file, name)
+    def __enter__(self): return self
+    def __exit__(self, *error): self.file.close()
+    def write(self, data):
+        if next(left, None) is None:
+            self.file.write(bytes(data)[:3]); self.file.flush(); os.kill(os.getpid(), signal.SIGKILL)
+        return self.file.write(data)
+def dying(path, mode="r", *rest): return Dying(opened(path, mode, *rest)) if mode == "wb" else opened(path, mode, *rest)
+import cap_nb.portable.format as format_module
+format_module.open = dying
+if step == "export": small_files.export_folder(src, out, "delta" if base else "bitmask", base or None)
+else: small_files.restore_folder(src, out, base or None)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+@pytest.mark.parametrize("step, form", [("export", "bitmask"), ("export", "delta"), ("restore", "bitmask"), ("restore", "delta")])
+def test_a_killed_process_loses_one_file_at_most(tmp_path, step, form):
+    """At a random write: nothing under the final name, finished files are not written again, and the end is the same."""
+    src, base = saved(tmp_path / "src"), tmp_path / "base" if form == "delta" else None
+    export_folder(src, tmp_path / "small", form, base)
+    source, wanted = (src, contents(tmp_path / "small")) if step == "export" else (tmp_path / "small", contents(src))
+    moments = np.random.default_rng(len(step + form)).integers(0, 16, 2)
+    for at in moments:
+        done = subprocess.run([sys.executable, "-c", KILLED, step, str(source), str(tmp_path / "out"), str(base or ""), str(at)],
+                              cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not (tmp_path / "out").exists()
+        left = contents(tmp_path / "out.unfinished")
+        assert all(wanted[name] == data for name, data in left.items() if not name.endswith(".part")), "half written under a final name"
+        assert any(name.endswith(".part") for name in left)
+    finished = {name: kept for name, kept in state(tmp_path / "out.unfinished").items() if not name.endswith(".part")}
+    if step == "export":
+        export_folder(src, tmp_path / "out", form, base)
+    else:
+        restore_folder(source, tmp_path / "out", base)
+    assert contents(tmp_path / "out") == wanted and not (tmp_path / "out.unfinished").exists()
+    assert finished.items() <= state(tmp_path / "out").items(), "a finished file was written again"
+
+
+def test_a_source_that_changed_between_two_attempts_is_packed_again(tmp_path, monkeypatch):
+    src = saved(tmp_path / "src")
+    monkeypatch.setattr(small_files, "write_manifest", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_folder(src, tmp_path / "small")
+    monkeypatch.undo()
+    shard = sorted(src.glob("*.safetensors"))[1]
+    save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    (src / "tokenizer.json").write_text("another")
+    export_folder(src, tmp_path / "small")
+    restore_folder(tmp_path / "small", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(src)
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    src, looked_at = saved(tmp_path / "src", shards="1GB"), small_files.looked_at
+
+    def changing(shard, *arguments):
+        found = looked_at(shard, *arguments)
+        save_file({name: torch.ones_like(tensor) for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+        return found
+    monkeypatch.setattr(small_files, "looked_at", changing)
+    with pytest.raises(BadInput, match="changed while it was read"):
+        export_folder(src, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_too_little_disk_is_refused_before_work_begins(tmp_path, monkeypatch):
+    src, usage = saved(tmp_path / "src"), namedtuple("usage", "total used free")
+    export_folder(src, tmp_path / "small")
+    monkeypatch.setattr(small_files.shutil, "disk_usage", lambda path: usage(1000, 0, 1000))
+    for step in (lambda: export_folder(src, tmp_path / "new"), lambda: restore_folder(tmp_path / "small", tmp_path / "new")):
+        with pytest.raises(BadInput, match="the disk has 1,000 left"):
+            step()
+        assert not [path for path in tmp_path.iterdir() if "new" in path.name]
+
+
+# Damage, and folders that were made to do harm
+
+def test_every_flipped_bit_is_named(tmp_path):
+    """In every file of a packed folder, at the start, in the middle, at the end."""
+    src = saved(tmp_path / "src", shards="8KB", num_hidden_layers=1)
+    export_folder(src, tmp_path / "small")
+    for path in sorted((tmp_path / "small").iterdir()):
+        good = path.read_bytes()
+        for at in (0, len(good) // 2, len(good) - (2 if path.name == CHECKSUM else 1)):
+            path.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1:])
+            if path.name == CHECKSUM and at > 64:
+                continue  # the name beside the hash is for people
+            with pytest.raises(BadInput) as error:
+                restore_folder(tmp_path / "small", tmp_path / "new")
+            assert path.name.removesuffix(".sha256") in str(error.value) and "\n" not in str(error.value)
+            assert not [left for left in tmp_path.iterdir() if "new" in left.name]
+        path.write_bytes(good)
+    restore_folder(tmp_path / "small", tmp_path / "new")
+
+
+def hashed(folder, files, **changes):
+    """Write a list with a good hash, whatever it says."""
+    write_manifest(folder, replace(Manifest(kind="bitmask", base=None, files=tuple(files)), **changes))
+
+
+@pytest.mark.parametrize("name", ["../out", "a/../../out", "/tmp/cap_nb_out", "a//b", "", ".", "a/.", "..\\out", "a\nb", "x" * 300])
+def test_no_name_leads_out(tmp_path, name):
+    src = saved(tmp_path / "src")
+    manifest = export_folder(src, tmp_path / "small")
+    hashed(tmp_path / "small", (replace(entry, name=name) if entry.name == "tokenizer.json" else entry for entry in manifest.files))
+    before = sorted(tmp_path.iterdir())
+    for step in (lambda: restore_folder(tmp_path / "small", tmp_path / "new"), lambda: load_model(str(tmp_path / "small"))):
+        with pytest.raises(BadInput, match="names a file") as error:
+            step()
+        assert "\n" not in str(error.value) and sorted(tmp_path.iterdir()) == before
+
+
+def test_lists_that_do_not_fit_together(tmp_path):
+    src = saved(tmp_path / "src")
+    first, *rest = export_folder(src, tmp_path / "small").files
+    for files in ([first, first, *rest], [replace(first, name=f"{first.name}/x", stored=f"{first.name}/x"), first, *rest],
+                  [replace(first, stored="../src/config.json"), *rest], [replace(first, bytes="many"), *rest], [replace(first, name=3), *rest]):
+        hashed(tmp_path / "small", files)
+        with pytest.raises(BadInput, match="packed.json is damaged"):
+            restore_folder(tmp_path / "small", tmp_path / "new")
+    for changes in (dict(kind="delta"), dict(kind="delta", base={}), dict(base={"name": "a", "sha256": "b"}), dict(kind=["bitmask"])):
+        hashed(tmp_path / "small", [first, *rest], **changes)
+        with pytest.raises(BadInput, match="packed.json is damaged"):
+            restore_folder(tmp_path / "small", tmp_path / "new")
+    for text in ("[]", "3", "null", '{"format": "cap_nb packed folder", "version": 1}', "{", ""):
+        (tmp_path / "small" / MANIFEST).write_text(text)
+        (tmp_path / "small" / CHECKSUM).write_text(hashlib.sha256(text.encode()).hexdigest())
+        with pytest.raises(BadInput, match="packed.json"):
+            restore_folder(tmp_path / "small", tmp_path / "new")
+    assert not [left for left in tmp_path.iterdir() if "new" in left.name]
+
+
+def test_a_delta_inside_a_bitmask_is_damage(tmp_path):
+    """The hashes are right, the list says bitmask, and the shard needs a base."""
+    src = saved(tmp_path / "src", shards="1GB")
+    export_folder(src, tmp_path / "delta", "delta", tmp_path / "base")
+    manifest = read_manifest(tmp_path / "delta")
+    hashed(tmp_path / "delta", manifest.files)
+    with pytest.raises(BadInput, match="is damaged"):
+        restore_folder(tmp_path / "delta", tmp_path / "new")
+    with pytest.raises(BadInput, match="is damaged"):
+        load_model(str(tmp_path / "delta"))
+
+
+def test_links_in_an_unfinished_folder_are_refused(tmp_path):
+    src = saved(tmp_path / "src")
+    (src / "deep").mkdir()
+    (src / "deep" / "file").write_text("text")
+    export_folder(src, tmp_path / "small")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "new.unfinished").mkdir()
+    (tmp_path / "new.unfinished" / "deep").symlink_to(tmp_path / "outside")
+    with pytest.raises(BadInput, match="is no part of what is to be made"):
+        restore_folder(tmp_path / "small", tmp_path / "new")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_packed_file_is_a_dataclass_of_the_page():
+    """The page and the list have the same keys."""
+    page = (ROOT / "nbs" / "portable" / "00_format.ipynb").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in PackedFile.__dataclass_fields__) and all(f"`{name}`" in page for name in Manifest.__dataclass_fields__)
+
+
+# Memory
+
+def write_large(folder, layers):
+    """A single file, written tensor by tensor, three quarters of each matrix zero; one tensor of 100 MB among them."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    shapes = {"embed": (12000, 4096)} | {f"layers.{layer}.{name}": (1536, 4096) for layer in range(layers) for name in ("a", "b", "c")}
+    for name, shape in shapes.items():
+        size = 2 * shape[0] * shape[1]
+        header[name], at = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}, at + size
+    draw = np.random.default_rng(0)
+    noise = draw.integers(1, 1 << 16, 1 << 20).astype("<u2") * (draw.random(1 << 20) < 0.25).astype("<u2")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for number, shape in enumerate(shapes.values()):
+            for left in range(shape[0] * shape[1], 0, -len(noise)):
+                file.write(np.roll(noise, number)[:left].tobytes())
+
+
+MEASURED = """
+import sys, torch
+from cap_nb.core.memory import memory_taken
+from cap_nb.portable.small_files import export_folder, restore_folder
+src, small, back, form, base = sys.argv[1:]
+cpu = torch.device("cpu")
+with memory_taken(cpu) as packing: export_folder(src, small, form, base or None)
+with memory_taken(cpu) as restoring: restore_folder(small, back, base or None)
+print(packing[0], restoring[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak memory, and lets it be set back")
+@pytest.mark.parametrize("form", ["bitmask", "delta"])
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path, form):
+    write_large(tmp_path / "src", 6)
+    size = (tmp_path / "src" / "model.safetensors").stat().st_size
+    words = [tmp_path / "src", tmp_path / "small", tmp_path / "back", form, tmp_path / "src" if form == "delta" else ""]
+    done = subprocess.run([sys.executable, "-c", MEASURED, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    assert done.returncode == 0, done.stderr
+    for taken in map(int, done.stdout.split()):
+        assert size > 300e6 and taken < 80e6, f"{taken / 1e6:.0f} MB for a checkpoint of {size / 1e6:.0f} MB"
+    hashes = [files_module.sha256_of_file(tmp_path / name / "model.safetensors") for name in ("src", "back")]
+    assert hashes[0] == hashes[1]
+
+
+# The command line
+
+def cap(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
+    src = saved(tmp_path / "src")
+    monkeypatch.chdir(tmp_path)
+    assert cap("export", "src", "--out", "small").exit_code == 0
+    assert cap("export", "src", "--format", "delta", "--base", "base", "--out", "delta").exit_code == 0
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "pickles").mkdir()
+    (tmp_path / "pickles" / "config.json").write_text("{}")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for words, part in {
+            "export nowhere --out x": "nowhere holds no config.json", "export file --out x": "holds no config.json",
+            "export pickles --out x": "holds neither model.safetensors", "export src --out small": "exists already", "export src --out file": "exists already",
+            "export src --out src/x": "lies in src", "export small --out x": "is packed already", "export src --format zip --out x": "Unknown format 'zip'",
+            "export src --format delta --out x": "without a base", "export src --base base --out x": "with a base: expected none",
+            "export src --format delta --base nowhere --out x": "There is no base 'nowhere'", "export src --format delta --base lab --out x": "and the base's is",
+            "export src --format delta --base small --out x": "does not exist", "export base --format delta --base src --out x": "differs from the base's",
+            "restore nowhere --out x": "holds no packed.json", "restore src --out x": "holds no packed.json", "restore small --out small": "exists already",
+            "restore small --out small/x": "lies in small", "restore small --base base --out x": "with a base: expected none",
+            "restore delta --out x": "expected their base, base", "restore delta --base src --out x": "src is not the base of delta",
+            "restore delta --base nowhere --out x": "There is no base", "eval --model delta": "holds masks only"}.items():
+        result = cap(*words.split())
+        assert result.exit_code == 2 and result.stdout == "", f"{words}: {result.output} {result.exception!r}"
+        assert part in result.stderr and len(result.stderr.strip().splitlines()) == 1, f"{words}: {result.stderr}"
+        assert sorted(path.name for path in tmp_path.iterdir()) == before, words
+    assert cap("restore", "delta", "--base", "base", "--out", "back").exit_code == 0 and contents(tmp_path / "back") == contents(src)
