@@ -344,9 +344,10 @@ def pruned_in_memory(
     out: Path, # Folder of the pruned checkpoint
 ) -> PruneReport: # What was done
     "Load a model, prune it, save it."
-    if pruning.hessians is not None:
-        raise BadInput("--hessians was given without --stream: expected both, since in memory every layer is measured "
-                       "after those before it were pruned; add --stream, or leave --hessians out.")
+    for name in ("norms", "hessians"):
+        if getattr(pruning, name) is not None:
+            raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
+                           f"measured after those before it were pruned; add --stream, or leave --{name} out.")
     parts = check_method(pruning.method)
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
     check_all_here(model)

@@ -122,9 +122,9 @@ def test_the_demo_committed_is_the_demo_of_today():
 def test_figures_are_few_and_small():
     listed = subprocess.run(["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "ls-files", "figures"],
                             capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(listed) <= 150, f"{len(listed)} files"
+    assert len(listed) <= 200, f"{len(listed)} files"  # 147 before the runs that chose and judged a method
     size = sum((ROOT / name).stat().st_size for name in listed)
-    assert size <= 12e6, f"{size:,} bytes"
+    assert size <= 14e6, f"{size:,} bytes"
     assert [name for name in listed if name.endswith(".svg")] == ["figures/framework.svg"]
 
 
