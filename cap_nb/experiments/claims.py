@@ -50,6 +50,7 @@ class ModelRecords:
     seed_losses: Mapping[int, HeadLosses] = field(default_factory=dict) # Calibration seed -> table of losses
     answers: tuple[AnswerRecord, ...] = () # The dense model's answers to the calibration problems
     experts: Cells = field(default_factory=dict) # Cells of a mixture of experts
+    held_out: Mapping[int, Cells] = field(default_factory=dict) # Calibration seed -> cells that judged a frozen method
     folders: tuple[Path, ...] = () # Where all this was read
 
 # %% ../../nbs/experiments/02_claims.ipynb #c012
@@ -114,6 +115,7 @@ def read_model(
 ) -> ModelRecords: # What was run on it
     "Everything that was run on a model; runs that do not belong together raise `BadInput`."
     main, claims, seeds, claims_seeds, experts = folders = [Path(figures)/f"{name}_{kind}" for kind in RUNS]
+    folders.append(judged := Path(figures)/"held_out"/name)
     check_same(main, claims)
     run, variants = load_run(main), run_in(claims)
     reports = [report for source in (run, variants) if source for report, _ in source.reports]
@@ -122,7 +124,8 @@ def read_model(
         name=name, cells=cells_of_run(variants) | cells_of_run(run), losses=run.losses,
         reached={(report.method, report.asked): report.reached for report in reports},
         seconds=seconds_of(run, variants), seeds=by_seed, seed_losses=seed_losses, answers=chain_answers(variants),
-        experts=cells_of_run(run_in(experts)), folders=tuple(folder for folder in folders if folder.exists()))
+        experts=cells_of_run(run_in(experts)), held_out=seed_runs(judged)[0],
+        folders=tuple(folder for folder in folders if folder.exists()))
 
 # %% ../../nbs/experiments/02_claims.ipynb #c016
 def models_in(
@@ -742,11 +745,27 @@ CHOICE_QUESTIONS = (
     Claim(section="", says="Gold solutions keep more than the model's own chains", unit=GAIN,
           cases={f"{100 * s:g} %": gold_over_chains(s) for s in (0.2, 0.5)}))
 
-# %% ../../nbs/experiments/02_claims.ipynb #c074
-CLAIMS = (*MAIN_CLAIMS, *MLP_CLAIMS, *CALIBRATION_CLAIMS, *SUBSET_CLAIMS, *HEAD_CLAIMS, *RANKING_QUESTIONS,
-          *CHOICE_QUESTIONS) # Every claim of the ledger, in its order
+# %% ../../nbs/experiments/02_claims.ipynb #c075
+def judged_once(
+    first: str, # A method
+    second: str, # Another
+) -> Callable[[str, float], Case]: # (what it is measured on, sparsity) -> gain of the first over the second
+    "One method against another in the runs that judged a frozen method, over their calibration seeds."
+    def question(on: str, s: float) -> Case:
+        ask = over_seeds(first, second, on, s)
+        return lambda records, confidence: ask(replace(records, cells={}, seeds=records.held_out), confidence)
+    return question
 
-# %% ../../nbs/experiments/02_claims.ipynb #c077
+FROZEN_QUESTIONS = tuple(
+    Claim(section="", says=f"The joint solver, frozen on validation problems, keeps more than {called}", unit=GAIN,
+          cases=each_task(judged_once("alps", other), 0.2, 0.5))
+    for other, called in (("wanda", "Wanda"), ("sparsegpt", "SparseGPT"), ("cap", "CAP")))
+
+# %% ../../nbs/experiments/02_claims.ipynb #c076
+CLAIMS = (*MAIN_CLAIMS, *MLP_CLAIMS, *CALIBRATION_CLAIMS, *SUBSET_CLAIMS, *HEAD_CLAIMS, *RANKING_QUESTIONS,
+          *CHOICE_QUESTIONS, *FROZEN_QUESTIONS) # Every claim of the ledger, in its order
+
+# %% ../../nbs/experiments/02_claims.ipynb #c079
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
@@ -755,7 +774,7 @@ from ..core.plots import blank_figure, in_style, save_figure
 from ..core.files import sha256_of_file, write_json
 from ..jobs.report import write_text
 
-# %% ../../nbs/experiments/02_claims.ipynb #c078
+# %% ../../nbs/experiments/02_claims.ipynb #c080
 COLUMNS = ("Section", "Unit", "Value", "Low", "High", "n", "p", "Holm", "Verdict", "Why")
 
 def reason(
@@ -778,7 +797,7 @@ def answered_cases(
     if len(answers) > 1: answers = ask(answers, 1 - LEVEL / len(answers))
     return correct_family(answers, f"this claim on {records.name}")
 
-# %% ../../nbs/experiments/02_claims.ipynb #c079
+# %% ../../nbs/experiments/02_claims.ipynb #c081
 def judged_claim(
     claim: Claim, # A claim
     records: ModelRecords, # What was run on a model
@@ -788,7 +807,7 @@ def judged_claim(
     return {label: (answers.get(label), verdict(answers.get(label), claim.ranges.get(label, claim.expected)))
             for label in claim.cases}
 
-# %% ../../nbs/experiments/02_claims.ipynb #c080
+# %% ../../nbs/experiments/02_claims.ipynb #c082
 def claims_ledger(
     models: Sequence[ModelRecords], # What was run on each model
     claims: Sequence[Claim] = CLAIMS, # The claims
@@ -804,7 +823,7 @@ def claims_ledger(
     names = pd.MultiIndex.from_tuples(rows, names=["Claim", "Case", "Model"])
     return pd.DataFrame(list(rows.values()), names, list(COLUMNS))
 
-# %% ../../nbs/experiments/02_claims.ipynb #c085
+# %% ../../nbs/experiments/02_claims.ipynb #c087
 def number_text(
     row: pd.Series, # A row of the ledger
 ) -> str: # As in "+1.5 [-2.0, +5.0]"
@@ -831,7 +850,7 @@ def ledger_rows(
         rows.append([cells[0]["Section"] or "ours", claim, case, *map(cell_of, cells)])
     return ["Section", "Claim", "Case", *models], rows
 
-# %% ../../nbs/experiments/02_claims.ipynb #c086
+# %% ../../nbs/experiments/02_claims.ipynb #c088
 READING_NOTES = (
     "Gains are points of strict accuracy, or nats of held-out loss saved where no answers were generated; more is "
     "better in both.",
@@ -849,7 +868,7 @@ def ledger_notes(
     cases = "; ".join(f"{model}: {counts(model)}" for model in counted.index)
     return [f"Cases: {cases}.", *READING_NOTES]
 
-# %% ../../nbs/experiments/02_claims.ipynb #c087
+# %% ../../nbs/experiments/02_claims.ipynb #c089
 def ledger_markdown(
     ledger: pd.DataFrame, # From `claims_ledger`
 ) -> str: # Markdown
@@ -858,7 +877,7 @@ def ledger_markdown(
     notes = "".join(f"- {note}\n" for note in ledger_notes(ledger))
     return markdown_rows(header, rows, names=len(header)) + "\n" + notes
 
-# %% ../../nbs/experiments/02_claims.ipynb #c088
+# %% ../../nbs/experiments/02_claims.ipynb #c090
 def ledger_latex(
     ledger: pd.DataFrame, # From `claims_ledger`
 ) -> str: # A longtable for the packages longtable and booktabs
@@ -870,7 +889,7 @@ def ledger_latex(
     notes = [f"% {note}" for note in ledger_notes(ledger)]
     return "\n".join([*notes, *top, *map(line, rows), r"\bottomrule", r"\end{longtable}", ""])
 
-# %% ../../nbs/experiments/02_claims.ipynb #c091
+# %% ../../nbs/experiments/02_claims.ipynb #c093
 VERDICT_COLOURS = {SUPPORTED: "#0072B2", CONTRADICTED: "#D55E00", UNDECIDED: "#D0D0D0"}
 
 def draw_case(
@@ -884,7 +903,7 @@ def draw_case(
         ax.plot(4.2 + 2.9 * i, y, "s", ms=6, color=VERDICT_COLOURS[row["Verdict"]])
         ax.text(4.35 + 2.9 * i, y, number_text(row) or row["Why"], fontsize=6, va="center", color=ink)
 
-# %% ../../nbs/experiments/02_claims.ipynb #c092
+# %% ../../nbs/experiments/02_claims.ipynb #c094
 def draw_claims(
     ax: plt.Axes, # A panel
     ledger: pd.DataFrame, # Rows of the ledger that go there
@@ -904,7 +923,7 @@ def draw_claims(
     for i, model in enumerate(models): ax.text(4.1 + 2.9 * i, -0.2, model, fontsize=8, weight="bold")
     ax.axis("off")
 
-# %% ../../nbs/experiments/02_claims.ipynb #c093
+# %% ../../nbs/experiments/02_claims.ipynb #c095
 @in_style
 def plot_claims(
     ledger: pd.DataFrame, # From `claims_ledger`
@@ -924,7 +943,7 @@ def plot_claims(
     figure.legend(handles=marks, loc="outside lower center", ncols=3)
     return figure
 
-# %% ../../nbs/experiments/02_claims.ipynb #c095
+# %% ../../nbs/experiments/02_claims.ipynb #c097
 def save_ledger(
     ledger: pd.DataFrame, # From `claims_ledger`
     models: Sequence[ModelRecords], # What it was made from
@@ -943,7 +962,7 @@ def save_ledger(
     write_json(out/"manifest.json", {"made": made, "made from": sources})
     return out
 
-# %% ../../nbs/experiments/02_claims.ipynb #c096
+# %% ../../nbs/experiments/02_claims.ipynb #c098
 def write_ledger(
     figures: str | Path, # Folder that holds the runs' folders
     models: Sequence[str] | None = None, # Names of models; None means all that have a whole comparison
