@@ -278,10 +278,10 @@ WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation"} # Split ->
 WIKITEXT_FILES = {"evaluation": "test.txt", "calibration": "valid.txt"} # Split -> file in the folder wikitext2
 
 def halves(
-    text: str, # A text of at least two lines
+    text: str, # A text
 ) -> tuple[str, str]: # Its two halves, which make it up again
-    "Cut a text at the line break that follows its middle."
-    middle = text.index("\n", len(text) // 2) + 1
+    "Cut a text at the line break that follows its middle, or in the middle if none does."
+    middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
     return text[:middle], text[middle:]
 
 # %% ../../nbs/data/00_problems.ipynb #c052
