@@ -230,6 +230,7 @@ def named_pair(
     return (replace(first, method=name(one, first.method)),
             replace(second, method=name(other, second.method), sparsity=first.sparsity))
 
+# %% ../../nbs/jobs/07_results.ipynb #c049
 def compare_runs(
     runs: Folders, # Two runs or more, the first being what the others are held against; or one
     methods: Sequence[str] | None = None, # Methods to compare; None: all
@@ -250,7 +251,7 @@ def compare_runs(
                        "hold with 'cap table'.")
     return compare_methods(cells.values(), tuple(named), seed=seed)
 
-# %% ../../nbs/jobs/07_results.ipynb #c060
+# %% ../../nbs/jobs/07_results.ipynb #c061
 import math
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -259,7 +260,7 @@ from ..analysis import comparison_mark
 from ..core.framework import INK
 from ..core.plots import blank_figure, in_style
 
-# %% ../../nbs/jobs/07_results.ipynb #c061
+# %% ../../nbs/jobs/07_results.ipynb #c062
 MARK_LOOKS = {"▲": ("#0072B2", "better"), "▼": ("#D55E00", "worse"), "": ("#8A8A8A", "undecided")} # Colour, name
 
 def draw_differences(
@@ -279,7 +280,7 @@ def draw_differences(
     ax.ticklabel_format(axis="x", scilimits=(-2, 3))
     ax.xaxis.get_offset_text().set_fontsize(7)
 
-# %% ../../nbs/jobs/07_results.ipynb #c062
+# %% ../../nbs/jobs/07_results.ipynb #c063
 def lines_of(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_runs` or `compare_methods`
 ) -> dict[float, list[tuple[str, str]]]: # Sparsity -> (first, second) of its rows
@@ -288,6 +289,7 @@ def lines_of(
     for first, second, sparsity, _ in comparisons: lines.setdefault(sparsity, {})[first, second] = None
     return {sparsity: list(lines[sparsity]) for sparsity in sorted(lines)}
 
+# %% ../../nbs/jobs/07_results.ipynb #c064
 @in_style
 def plot_comparisons(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_runs` or `compare_methods`
@@ -309,13 +311,13 @@ def plot_comparisons(
     figure.suptitle("First less second, 95 % intervals", fontsize=9)
     return figure
 
-# %% ../../nbs/jobs/07_results.ipynb #c066
+# %% ../../nbs/jobs/07_results.ipynb #c068
 from ..analysis import comparison_frame, comparison_markdown
 from ..core.files import sha256_of_file, whole_folder, write_json
 from ..core.plots import save_figure
 from .report import write_text
 
-# %% ../../nbs/jobs/07_results.ipynb #c067
+# %% ../../nbs/jobs/07_results.ipynb #c069
 def comparison_csv(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_runs`
 ) -> str: # Comma-separated values, all digits
