@@ -172,6 +172,7 @@ def test_push_to_hub_carries_the_key(place, monkeypatch):
     for owner in (hub, huggingface_hub.HfApi):  # transformers 4 has functions, 5 calls methods
         monkeypatch.setattr(owner, "create_repo", create_repo, raising=False)
         monkeypatch.setattr(owner, "create_commit", create_commit, raising=False)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: huggingface_hub.ModelCard("---\ntags: []\n---\n"))
     AutoModelForCausalLM.from_pretrained(place / "half").push_to_hub("owner/name")
     assert made[0] == "owner/name" and json.loads(committed["config.json"])[KEY] == read_record(place / "half")
     assert committed["model.safetensors"] == (place / "half" / "model.safetensors").read_bytes()
@@ -229,7 +230,7 @@ def test_other_zeros_are_said_to_be_others(place, tmp_path):
     """Same base, method and sparsity, another calibration set than the run's."""
     done("prune", "--method", "wanda", "--sparsity", "0.5", *FEW, "--out", tmp_path / "w")
     text = model_card(tmp_path / "w", ROOT / "figures" / "lab", "owner/base")
-    assert "but not exactly these zeros" in text and huggingface_hub.ModelCard(text).data.base_model == "owner/base" and "# base, 50.00 %" in text
+    assert "but not to exactly these zeros" in text and huggingface_hub.ModelCard(text).data.base_model == "owner/base" and "# base, 50.00 %" in text
 
 
 def test_weights_that_were_changed_are_noticed(place, tmp_path):

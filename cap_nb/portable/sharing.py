@@ -297,6 +297,8 @@ def sparsity_line(
             f"of {report.weights:,}; projections of attention and MLP, no embeddings, norms, biases or head)")
 
 # %% ../../nbs/portable/04_sharing.ipynb #c059
+KNOWN = {*ALWAYS, *OF_REPORT, "scope", "ties", "calibration", "scores", "before"} # Entries with a line of their own
+
 def facts(
     folder: Path, # The pruned folder
     record: dict, # What it says of itself
@@ -313,6 +315,7 @@ def facts(
         "Table of losses": "scores" in record and value_text(record["scores"]),
         "Pruned before": before and f"by {before['method']}, to {per_cent(before['asked'])}",
         "Made with": f"cap_nb {record['version']}"}
+    lines |= {name.capitalize(): value_text(value) for name, value in record.items() if name not in KNOWN}
     return "".join(f"- {name}: {line}\n" for name, line in lines.items() if line)
 
 # %% ../../nbs/portable/04_sharing.ipynb #c062
@@ -340,9 +343,9 @@ def measured_section(
     "The table of a run, with its intervals, and whether its zeros are the folder's."
     model = run.configuration["model"] | {"name": record["base"]["name"]} # not where it lay
     table = table_markdown(method_table(cell_for(record, run, name)), run.provenance | {"model": model})
-    same = "exactly the zeros of this folder" if has_zeros(record, run, mask) else (
-        "the same method at the same sparsity, but not exactly these zeros: another calibration set, dtype or machine")
-    return f"## Measured\n\nThe run pruned to {same}.\n\n{table.rstrip()}"
+    same = "exactly the zeros of this folder (the weights that stay were not compared)"
+    other = "the same sparsity by the same method, but not to exactly these zeros: another calibration set or machine"
+    return f"## Measured\n\nThe run pruned to {same if has_zeros(record, run, mask) else other}.\n\n{table.rstrip()}"
 
 # %% ../../nbs/portable/04_sharing.ipynb #c064
 def beginning(
