@@ -350,7 +350,16 @@ def factors_from(
     scores = causal_scores(losses, settings.aggregation)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
-# %% ../nbs/command_line.ipynb #c045
+# %% ../nbs/command_line.ipynb #c046
+from .core.files import check_new_folder
+from .calibration import Calibration
+from .jobs.job import filled_in, targets_configuration
+from .methods.given_hessians import file_note, layer_file
+from .methods.streaming import load_norms
+from .portable.sharing import (
+    base_record, calibration_record, made_and_noted, note_on_model, pruning_record, publish, scores_record, write_card)
+
+# %% ../nbs/command_line.ipynb #c047
 from dataclasses import replace
 from .methods.criteria import Given
 from .methods.prune import check_method, needs_of, prune, unit_factors
@@ -359,33 +368,79 @@ from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_che
 from .models.loading import check_all_here, model_fingerprint, save_model
 from .threshold import PruneReport
 
-# %% ../nbs/command_line.ipynb #c046
+# %% ../nbs/command_line.ipynb #c048
+def set_of_measurements(
+    pruning: SinglePruning, # How a checkpoint is pruned on disk
+) -> dict | None: # What JSON can hold; None if nothing was measured
+    "What norms or Hessians say of the set that they were measured on."
+    if pruning.norms is not None: return load_norms(pruning.norms)[1]
+    if pruning.hessians is None: return None
+    note = file_note(layer_file(pruning.hessians, 0))
+    return {"fingerprint": note["calibration"], "sequences": note["sequences"]}
+
+def record_of(
+    job: Job, # Its settings, for the aggregation of scores
+    pruning: SinglePruning, # How it was pruned
+    report: PruneReport, # What was done
+    base: dict, # What was pruned
+    calibration: dict | None, # What the method was calibrated on
+) -> dict: # What config.json will say
+    "The record of a pruning."
+    scores = None
+    if pruning.scores is not None and "factors" in needs_of(check_method(pruning.method)):
+        scores = scores_record(load_losses(pruning.scores), job.prune.aggregation) | {"key_value": pruning.key_value}
+    return pruning_record(report, base, pruning.ties, calibration, scores)
+
+# %% ../nbs/command_line.ipynb #c049
+def note_in_memory(
+    job: Job, # Its model, and what was calibrated on
+    pruning: SinglePruning, # How it was pruned
+    report: PruneReport, # What was done
+    loaded: tuple, # The pruned model, its tokenizer, and its fingerprint before
+    calibration: Calibration | None, # The calibration set, if the method has one
+) -> None:
+    "Let a pruned model's configuration say how it was pruned."
+    model, tokenizer, fingerprint = loaded
+    base, on = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None)), None
+    if calibration: on = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
+    note_on_model(model, record_of(job, pruning, report, base, on))
+
+# %% ../nbs/command_line.ipynb #c050
+def check_in_memory(
+    pruning: SinglePruning, # How to prune
+) -> None:
+    "Raise `BadInput` for what only a pruning on disk can use."
+    for name in ("norms", "hessians"):
+        if getattr(pruning, name) is not None:
+            raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
+                           f"measured after those before it were pruned; add --stream, or leave --{name} out.")
+
+# %% ../nbs/command_line.ipynb #c051
 def pruned_in_memory(
     job: Job, # Its model, how scores are made, and what to calibrate on
     pruning: SinglePruning, # How to prune
     out: Path, # Folder of the pruned checkpoint
 ) -> PruneReport: # What was done
     "Load a model, prune it, save it."
-    for name in ("norms", "hessians"):
-        if getattr(pruning, name) is not None:
-            raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
-                           f"measured after those before it were pruned; add --stream, or leave --{name} out.")
+    check_in_memory(pruning)
     parts = check_method(pruning.method)
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
     check_all_here(model)
     check_windows_fit(job, model)
     calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
     calibration = job_calibration(job, tokenizer) if calibrated else None
-    factors = factors_from(pruning, lambda: model_fingerprint(model), job.prune)
+    fingerprint = model_fingerprint(model)
+    factors = factors_from(pruning, lambda: fingerprint, job.prune)
     if factors is None and parts.attribution:
         given = Given(calibration=calibration, batch_tokens=job.model.batch_tokens)
         factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
     report = prune(model, pruning.method, pruning.sparsity, factors, calibration, pruning.ties,
                    job.model.batch_tokens, job.calibrate.seed)
+    note_in_memory(job, pruning, report, (model, tokenizer, fingerprint), calibration)
     save_model(model, tokenizer, out)
     return report
 
-# %% ../nbs/command_line.ipynb #c047
+# %% ../nbs/command_line.ipynb #c052
 def check_streaming(
     job: Job, # Its model
     pruning: SinglePruning, # How to prune
@@ -400,6 +455,7 @@ def check_streaming(
     if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
     else: check_solved(pruning.method, pruning.sparsity)
 
+# %% ../nbs/command_line.ipynb #c053
 def pruned_from_disk(
     job: Job, # Its model, which is a folder, and how scores are made
     pruning: SinglePruning, # How to prune
@@ -407,13 +463,17 @@ def pruned_from_disk(
 ) -> PruneReport: # What was done
     "Prune a folder's checkpoint without loading it."
     check_streaming(job, pruning)
-    source = job.model.name
-    factors = factors_from(pruning, lambda: checkpoint_fingerprint(source), job.prune)
-    if pruning.hessians is not None:
-        return solve_checkpoint(source, out, pruning.sparsity, pruning.hessians, pruning.method, factors)
-    return prune_checkpoint(source, out, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
+    source, fingerprint = job.model.name, checkpoint_fingerprint(job.model.name)
+    factors, base = factors_from(pruning, lambda: fingerprint, job.prune), base_record(source, fingerprint)
+    def make(new: Path) -> PruneReport:
+        if pruning.hessians is not None:
+            return solve_checkpoint(source, new, pruning.sparsity, pruning.hessians, pruning.method, factors)
+        return prune_checkpoint(source, new, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
+    def record(report: PruneReport) -> dict:
+        return record_of(job, pruning, report, base, set_of_measurements(pruning))
+    return made_and_noted(out, make, record)
 
-# %% ../nbs/command_line.ipynb #c048
+# %% ../nbs/command_line.ipynb #c054
 @app.command("hessians")
 @in_one_sentence
 @with_job("model", "calibrate", without=("calibration_seed",))
@@ -428,11 +488,7 @@ def hessians_command(
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
     typer.echo(f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}.")
 
-# %% ../nbs/command_line.ipynb #c049
-from dataclasses import asdict
-from .core.files import write_json
-
-# %% ../nbs/command_line.ipynb #c050
+# %% ../nbs/command_line.ipynb #c055
 def check_scores_given(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -443,7 +499,7 @@ def check_scores_given(
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
 
-# %% ../nbs/command_line.ipynb #c051
+# %% ../nbs/command_line.ipynb #c056
 @app.command("prune")
 @in_one_sentence
 @with_options("pruning", options_of(SinglePruning), SinglePruning)
@@ -456,25 +512,25 @@ def prune_command(
     "Prune a model and save it; methods with importance factors need --scores, others calibrate on --tasks."
     check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
     check_scores_given(pruning)
+    check_new_folder(out)
     report = (pruned_from_disk if pruning.stream else pruned_in_memory)(job, pruning, out)
-    write_json(out/"prune_report.json", asdict(report))
     typer.echo(f"{out}: {pruning.method} set {report.zeros:,} of {report.weights:,} weights in scope to zero "
                f"({report.reached:.4%}, {pruning.sparsity:.4%} asked).")
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster; "
                "'cap export' packs it.")
 
-# %% ../nbs/command_line.ipynb #c053
+# %% ../nbs/command_line.ipynb #c058
 from .portable.format import Manifest
 from .portable.small_files import export_folder, restore_folder
 
-# %% ../nbs/command_line.ipynb #c054
+# %% ../nbs/command_line.ipynb #c059
 def bytes_of(
     manifest: Manifest, # What a packed folder holds
 ) -> tuple[int, int]: # Bytes of the original files, and of what is in their place
     "How large a folder is, and how large it is packed."
     return sum(entry.bytes for entry in manifest.files), sum(entry.stored_bytes for entry in manifest.files)
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c060
 @app.command("export")
 @in_one_sentence
 def export_command(
@@ -500,11 +556,38 @@ def restore_command(
     dense, _ = bytes_of(manifest := restore_folder(folder, out, base))
     typer.echo(f"{out}: {len(manifest.files)} files, {dense:,} bytes, each with the hash that it had.")
 
-# %% ../nbs/command_line.ipynb #c057
+# %% ../nbs/command_line.ipynb #c062
+@app.command("card")
+@in_one_sentence
+def card_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    run: option(Path | None, "folder of a finished run on the same base, for the table") = None,
+    base: option(str | None, "id of the base on the hub, as owner/name, if a folder was pruned") = None,
+    force: option(bool, "replace another README.md", "--force") = False,
+) -> None:
+    "Write a pruned folder's model card, README.md, from what it says of itself, its zeros and a run's records."
+    typer.echo(f"{write_card(folder, run, base, force)}: the model card.")
+
+@app.command("publish")
+@in_one_sentence
+def publish_command(
+    folder: Annotated[Path, typer.Argument(help="pruned folder with its card, packed or not")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the hub")],
+    dry_run: option(bool, "list what would be uploaded, and upload nothing", "--dry-run") = False,
+    private: option(bool, "make the repository private, if it is made", "--private") = False,
+    message: option(str | None, "of the commit; method and sparsity if left out") = None,
+) -> None:
+    "Upload a pruned folder to the hub; what does not belong there is refused."
+    upload = publish(folder, repository, dry_run, private, message)
+    for file in upload.files: typer.echo(f"{file.bytes:>15,}  {file.sha256}  {file.name}")
+    typer.echo(f"{repository}: {len(upload.files)} files, commit message {upload.message!r}.")
+    typer.echo("Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}")
+
+# %% ../nbs/command_line.ipynb #c064
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c065
 @app.command("eval")
 @in_one_sentence
 @with_job("model", "calibrate", "evaluate", without=("n", "k", "calibration_seed", *TARGETS))
@@ -521,14 +604,14 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c060
+# %% ../nbs/command_line.ipynb #c067
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c061
+# %% ../nbs/command_line.ipynb #c068
 @app.command("table")
 @in_one_sentence
 def table_command(
@@ -556,7 +639,7 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c063
+# %% ../nbs/command_line.ipynb #c070
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -568,7 +651,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c065
+# %% ../nbs/command_line.ipynb #c072
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -590,14 +673,14 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c067
+# %% ../nbs/command_line.ipynb #c074
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c068
+# %% ../nbs/command_line.ipynb #c075
 @app.command("methods")
 @in_one_sentence
 def methods_command() -> None:
@@ -611,10 +694,10 @@ def methods_command() -> None:
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.")
     typer.echo("Recoveries: swaps, update, swaps^update.")
 
-# %% ../nbs/command_line.ipynb #c069
+# %% ../nbs/command_line.ipynb #c076
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c070
+# %% ../nbs/command_line.ipynb #c077
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -633,13 +716,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c072
+# %% ../nbs/command_line.ipynb #c079
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c073
+# %% ../nbs/command_line.ipynb #c080
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -663,11 +746,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c074
+# %% ../nbs/command_line.ipynb #c081
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c076
+# %% ../nbs/command_line.ipynb #c083
 #| eval: false
 if __name__ == "__main__": main()
