@@ -10,9 +10,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from typer.testing import CliRunner
 
 from cap_nb.command_line import KNOWN, app
-from cap_nb.core.files import read_json, sha256_of_file
+from cap_nb.core.files import sha256_of_file
 from cap_nb.jobs.job import run_job
-from cap_nb.jobs.records import load_run, pack_run
+from cap_nb.jobs.records import load_run, pack_run, read_run
 from cap_nb.jobs.results import compare_runs, results_frame
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.jobs.sweeps import read_index, tracked
@@ -66,7 +66,7 @@ def test_what_a_sweep_leaves(sweep):
     assert index["config_sha256"] == sha256_of_file(sweep / "sweep.yaml")
     assert (index["varies"], index["on_the_command_line"]) == (["n"], ["k", "out"])
     for run, n in zip(index["runs"], (3, 4)):
-        about = read_json(out / run["folder"] / "run.json")
+        about = read_run(out / run["folder"])
         assert run["finished"] and run["settings"]["n"] == about["calibration"]["n"] == n and about["calibration"]["k"] == 2
         assert about["methods"] == ["cap"] and about["sparsities"] == [0.5]
     table = pd.read_csv(out / "results.csv")

@@ -348,7 +348,7 @@ def tracked(
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c053
 from dataclasses import fields
-from ..core.files import read_json, write_json
+from ..core.files import read_checked, write_checked
 from .records import GROWING
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c054
@@ -367,7 +367,7 @@ def read_index(
 ) -> dict: # Its index
     "The index of a sweep; a folder that holds none raises `BadInput`."
     path = Path(folder)/INDEX
-    kept = read_json(path) if path.is_file() else None
+    kept = read_checked(path) if path.is_file() else None
     if not isinstance(kept, dict) or kept.get("format") != INDEX_FORMAT:
         raise BadInput(f"{folder} is not a sweep's folder: expected one with {INDEX}, as made by 'cap run --config'; "
                        "give another folder with --out.")
@@ -441,12 +441,12 @@ def run_sweep(
     check_ready(config, {run["folder"]: jobs[run["folder"]] for run in unfinished}, folder)
     with alone_in(folder):
         write_text(folder/config.name, config.text)
-        write_json(folder/INDEX, index)
+        write_checked(folder/INDEX, index)
         for run in tqdm(unfinished, desc="sweep", unit="run"):
             place = folder/run["folder"]
             with tracked(track, place) as follow:
                 run_job(jobs[run["folder"]], place, store or folder/"losses", note, follow)
             run["finished"] = True
-            write_json(folder/INDEX, index)
+            write_checked(folder/INDEX, index)
         write_sweep_results(config, jobs, folder)
     return folder
