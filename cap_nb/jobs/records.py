@@ -379,7 +379,7 @@ class Records:
         with self.opened(name) as path: return reader(path)
 
 # %% ../../nbs/jobs/00_records.ipynb #c059
-NO_RECORDS = ("tables", "figures", "unfinished", "run.json", "manifest.json", PACKED) # What else a folder holds
+NO_RECORDS = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED) # What else there is
 
 def is_record(
     inside: Path, # Path within a run's folder
