@@ -1,0 +1,190 @@
+"""A user's own file from outside: `cap` with --plugin, in methods, plans, runs and tables; what is refused, and what is recorded."""
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from cap_nb.command_line import app
+from cap_nb.core.additions import ADDED, PLUGINS
+from cap_nb.core.files import read_json
+from cap_nb.data.problems import TASKS, TEXTS
+from cap_nb.methods.attributions import ATTRIBUTIONS
+from cap_nb.methods.criteria import CRITERIA, OTHER_NAMES
+from cap_nb.methods.prune import ALLOCATORS, OTHERS
+
+FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]
+PLUGIN = """
+import torch
+from cap_nb.jobs.plugins import add_allocation, add_attribution, add_criterion, add_task, add_text
+from cap_nb.models.anatomy import anatomy
+
+def by_index(model, calibration, batch_tokens):
+    a = anatomy(model)
+    return torch.arange(a.layers * a.heads).view(a.layers, a.heads)
+
+add_criterion("root_wanda", lambda e: e.weight.abs() * e.norm.sqrt(), needs=["norm"], says="|W| times the root of the norm")
+add_attribution("by_index", by_index, says="later heads matter more")
+add_allocation("first_half", lambda model, known: [2 if layer < 3 else 1 for layer in range(anatomy(model).layers)])
+add_task("sums", "sums.jsonl", answer="[0-9]+", prompt="What is {question}?", line="= {answer}")
+add_text("notes", "notes.txt")
+"""
+METHODS = "root_wanda,cap.by_index,wanda+first_half"
+
+
+def cap(*words):
+    """Run the program in this process."""
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def refused(result, *parts):
+    """Exit code 2 and one sentence with all the parts."""
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("cap: ") and all(part in line for part in parts), line
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    """A plugin with its data beside it."""
+    folder = tmp_path_factory.mktemp("own")
+    sums = [{"question": f"{a} + {b}", "answer": a + b} for a in range(2, 10) for b in range(3, 9)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sums))
+    (folder / "notes.txt").write_text("\n".join(f"The cat number {n} sat on the mat and saw the dog." for n in range(60)))
+    (folder / "my.py").write_text(PLUGIN)
+    return folder / "my.py"
+
+
+@pytest.fixture(scope="module")
+def finished(plugin, tmp_path_factory):
+    """A run that uses a criterion, an attribution, an allocation, a task and a text of the plugin."""
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    words = ["run", "--plugin", plugin, *FEW, "--methods", METHODS, "--sparsity", "0.3", "--tasks", "sums", "--text", "notes", "--out", out]
+    result = cap(*words)
+    assert result.exit_code == 0, result.output
+    return out, result.stdout, words
+
+
+def test_a_run_names_what_was_added(finished):
+    """The table has a row for each method, columns for task and text, and says which file they come from."""
+    out, said, _ = finished
+    for method in METHODS.split(","):
+        assert re.search(rf"^\| {re.escape(method)} \| 30 %", said, re.M), said
+    assert "| sums | sums loss | notes perplexity |" in said and "plugins: my.py" in said
+    costs = (out / "tables" / "costs.md").read_text()
+    assert all(method in costs for method in METHODS.split(","))
+
+
+def test_the_halves_differ_as_they_should(finished):
+    """What the allocation says is what the layers lose."""
+    table = read_json(finished[0] / "reports" / "wanda+first_half-0.3.json")["table"]
+    shares = {}
+    for layer, *_, zeros, weights in table:
+        there = shares.setdefault(layer, [0, 0])
+        there[0], there[1] = there[0] + zeros, there[1] + weights
+    for layer, (zeros, weights) in shares.items():
+        assert abs(zeros / weights - (0.4 if layer < 3 else 0.2)) < 0.01, shares
+
+
+def test_the_file_is_recorded_and_must_stay(finished, plugin, tmp_path):
+    """Without the file, or with another of its name, the run is refused; the same command with one more finds everything done."""
+    out, _, words = finished
+    noted = read_json(out / "run.json")["plugins"]
+    assert list(noted) == ["my.py"] and len(noted["my.py"]) == 64
+    refused(cap("run", *FEW, "--tasks", "lab-arc", "--methods", "magnitude", "--out", out), "was made with my.py", "--plugin")
+    for file in ("sums.jsonl", "notes.txt"):
+        (tmp_path / file).write_bytes((plugin.parent / file).read_bytes())
+    (tmp_path / "my.py").write_text(PLUGIN + "# changed\n")
+    refused(cap(*[tmp_path / "my.py" if word == plugin else word for word in words]), "another my.py", "--out")
+    refused(cap("figures", out), "was made with my.py")
+    (tmp_path / "more.py").write_text("from cap_nb.jobs.plugins import add_criterion\nadd_criterion('more', lambda e: e.weight ** 2)\n")
+    assert cap(*words, "--plugin", tmp_path / "more.py").exit_code == 0
+    assert sorted(read_json(out / "run.json")["plugins"]) == ["more.py", "my.py"]
+
+
+def test_a_table_needs_no_plugin(finished):
+    """Records can be read by those who do not want to execute another's file."""
+    for form in ("md", "csv", "tex"):
+        result = cap("table", finished[0], "--format", form)
+        assert result.exit_code == 0 and "sums" in result.stdout, result.output
+    assert "root_wanda" in result.stdout.replace("\\", "")
+
+
+def test_methods_and_plans_know_them(plugin):
+    """Both list the names, the plan with what they need; afterwards they are gone."""
+    methods = cap("methods", "--plugin", plugin)
+    assert "|W| times the root of the norm" in methods.stdout and "attribution by_index (my.py)" in methods.stdout
+    assert "wanda+first_half" in methods.stdout and "cap.by_index" in methods.stdout
+    plan = cap("plan", "--plugin", plugin, "--no-probe", *FEW[:4], "--methods", METHODS, "--tasks", "sums")
+    assert plan.exit_code == 0 and "3 examples of sums" in plan.stdout and "counted on the calibration set itself" in plan.stdout
+    assert "Not counted: the attributions by_index." in plan.stdout
+    assert "root_wanda" not in cap("methods").stdout and not PLUGINS
+    for name, table in (("root_wanda", CRITERIA), ("by_index", ATTRIBUTIONS), ("first_half", ALLOCATORS), ("sums", TASKS), ("notes", TEXTS)):
+        assert name not in table and not any(a.name == name for a in ADDED)
+
+
+def test_a_pruning_and_an_evaluation(plugin, tmp_path):
+    """One pruning by an own criterion, calibrated on an own task, measured on an own text; the report names the file."""
+    out = tmp_path / "pruned"
+    result = cap("prune", "--plugin", plugin, "--method", "root_wanda", "--sparsity", "0.5", "--tasks", "sums", "--n", "3", "--k", "2", "--out", out, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    report = read_json(out / "prune_report.json")
+    assert report["method"] == "root_wanda" and list(report["plugins"]) == ["my.py"]
+    result = cap("eval", "--plugin", plugin, "--model", out, *FEW[4:], "--tasks", "sums", "--text", "notes")
+    assert result.exit_code == 0 and "notes perplexity" in result.stdout, result.output
+    refused(cap("eval", "--model", out, *FEW[4:], "--text", "notes"), "Unknown text 'notes'")
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("def broken(:\n", ["my.py, line 1"]),
+    ("x = 1\ny = x / 0\n", ["my.py, line 2", "ZeroDivisionError"]),
+    ("def f():\n    raise KeyError('x')\nf()\n", ["my.py, line 2", "KeyError"]),
+    ("import nothing_of_this_name\n", ["my.py, line 1", "nothing_of_this_name"]),
+    ("import sys\nsys.exit(3)\n", ["my.py, line 2", "SystemExit"]),
+    ("from cap_nb.jobs.plugins import add_criterion\nadd_criterion('cap', lambda e: e)\n", ["my.py, line 2", "'cap' cannot name a criterion"]),
+    ("from cap_nb.jobs.plugins import add_criterion\nadd_criterion('a+b', lambda e: e)\n", ["my.py, line 2", "cannot name"]),
+    ("from cap_nb.jobs.plugins import add_criterion\nadd_criterion('mine', lambda: 0)\n", ["my.py, line 2", "f(evidence)"]),
+    ("from cap_nb.jobs.plugins import add_text\nadd_text('mine', 'nowhere.txt')\n", ["my.py, line 2", "nowhere.txt", "missing"])])
+def test_a_mistake_in_the_file_is_one_sentence(tmp_path, text, parts):
+    (tmp_path / "my.py").write_text(text)
+    refused(cap("methods", "--plugin", tmp_path / "my.py"), *parts)
+    assert not PLUGINS
+
+
+def test_a_mistake_when_it_is_called_is_one_sentence(tmp_path):
+    (tmp_path / "my.py").write_text("from cap_nb.jobs.plugins import add_criterion\nadd_criterion('mine', lambda e: e.weight / e.nothing)\n")
+    result = cap("prune", "--plugin", tmp_path / "my.py", "--method", "mine", "--n", "3", "--k", "2", "--out", tmp_path / "x", "--device", "cpu")
+    refused(result, "criterion 'mine' failed", "line 2", "nothing")
+    assert not (tmp_path / "x").exists()
+
+
+def test_files_that_are_no_plugins(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "my.py").write_text(f"x = {name!r}\n")
+    (tmp_path / "my.txt").write_text("")
+    refused(cap("methods", "--plugin", tmp_path / "my.txt"), "is no plugin")
+    refused(cap("methods", "--plugin", tmp_path / "nowhere.py"), "is no plugin")
+    refused(cap("methods", "--plugin", tmp_path / "a" / "my.py", "--plugin", tmp_path / "b" / "my.py"), "Two plugins are called my.py")
+    assert cap("methods", "--plugin", tmp_path / "a" / "my.py", "--plugin", tmp_path / "a" / "my.py").exit_code == 0
+
+
+def test_no_folder_brings_a_plugin_along(finished, plugin, tmp_path):
+    """A file in a run's folder or beside data is never executed."""
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    (trap / "my.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    (trap / "run.json").write_text((finished[0] / "run.json").read_text())
+    for command in (["table", trap], ["figures", trap], ["run", "--data-dir", trap, "--tasks", "arc", *FEW, "--out", tmp_path / "o"]):
+        assert cap(*command).exit_code == 2
+    assert not (tmp_path / "executed").exists()
+
+
+def test_names_of_other_methods_are_reserved():
+    assert set(OTHERS) <= set(OTHER_NAMES)
+
+
+def test_help_says_that_the_file_is_executed():
+    for command in ("run", "claims", "score", "chains", "hessians", "prune", "eval", "table", "figures", "methods", "plan"):
+        said = re.sub(r"[\s│]+", " ", CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout)
+        assert "--plugin" in said and "which is executed" in said, said
