@@ -3,6 +3,7 @@ import json
 import re
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from cap_nb.command_line import app
@@ -11,7 +12,10 @@ from cap_nb.core.files import read_json
 from cap_nb.data.problems import TASKS, TEXTS
 from cap_nb.methods.attributions import ATTRIBUTIONS
 from cap_nb.methods.criteria import CRITERIA, OTHER_NAMES
+from cap_nb.jobs.plugins import plugins_loaded
+from cap_nb.jobs.records import load_run, read_run
 from cap_nb.methods.prune import ALLOCATORS, OTHERS
+from cap_nb.models.loading import load_model, save_model
 
 FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]
 PLUGIN = """
@@ -75,9 +79,11 @@ def test_a_run_names_what_was_added(finished):
     assert all(method in costs for method in METHODS.split(","))
 
 
-def test_the_halves_differ_as_they_should(finished):
+def test_the_halves_differ_as_they_should(finished, plugin):
     """What the allocation says is what the layers lose."""
-    table = read_json(finished[0] / "reports" / "wanda+first_half-0.3.json")["table"]
+    with plugins_loaded([plugin]):
+        run = load_run(finished[0])
+    (table,) = [report.table for report, _ in run.reports if report.method == "wanda+first_half"]
     shares = {}
     for layer, *_, zeros, weights in table:
         there = shares.setdefault(layer, [0, 0])
@@ -89,7 +95,7 @@ def test_the_halves_differ_as_they_should(finished):
 def test_the_file_is_recorded_and_must_stay(finished, plugin, tmp_path):
     """Without the file, or with another of its name, the run is refused; the same command with one more finds everything done."""
     out, _, words = finished
-    noted = read_json(out / "run.json")["plugins"]
+    noted = read_run(out)["plugins"]
     assert list(noted) == ["my.py"] and len(noted["my.py"]) == 64
     refused(cap("run", *FEW, "--tasks", "lab-arc", "--methods", "magnitude", "--out", out), "was made with my.py", "--plugin")
     for file in ("sums.jsonl", "notes.txt"):
@@ -99,7 +105,7 @@ def test_the_file_is_recorded_and_must_stay(finished, plugin, tmp_path):
     refused(cap("figures", out), "was made with my.py")
     (tmp_path / "more.py").write_text("from cap_nb.jobs.plugins import add_criterion\nadd_criterion('more', lambda e: e.weight ** 2)\n")
     assert cap(*words, "--plugin", tmp_path / "more.py").exit_code == 0
-    assert sorted(read_json(out / "run.json")["plugins"]) == ["more.py", "my.py"]
+    assert sorted(read_run(out)["plugins"]) == ["more.py", "my.py"]
 
 
 def test_a_table_needs_no_plugin(finished):
@@ -133,6 +139,52 @@ def test_a_pruning_and_an_evaluation(plugin, tmp_path):
     result = cap("eval", "--plugin", plugin, "--model", out, *FEW[4:], "--tasks", "sums", "--text", "notes")
     assert result.exit_code == 0 and "notes perplexity" in result.stdout, result.output
     refused(cap("eval", "--model", out, *FEW[4:], "--text", "notes"), "Unknown text 'notes'")
+
+
+FAMILY = """
+from operator import attrgetter
+from torch.nn import ModuleList
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from cap_nb.jobs.plugins import add_family
+from cap_nb.models.families import Family, under
+
+class Other(LlamaConfig): model_type = "other"
+
+class OtherLayer(LlamaDecoderLayer):
+    self_attn, mlp = (property(attrgetter(name)) for name in ("attention", "feed"))
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.attention, self.feed = self._modules.pop("self_attn"), self._modules.pop("mlp")
+
+class OtherForCausalLM(LlamaForCausalLM):
+    config_class = Other
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers = ModuleList(OtherLayer(config, i) for i in range(config.num_hidden_layers))
+
+AutoConfig.register("other", Other, exist_ok=True)
+AutoModelForCausalLM.register(Other, OtherForCausalLM, exist_ok=True)
+attention = under("attention", query="q_proj", key="k_proj", value="v_proj", output="o_proj")
+feed = under("feed", gate="gate_proj", up="up_proj", down="down_proj")
+add_family("other", Family(layers="model.layers", final_norm="model.norm", roles=attention | feed))
+"""
+
+
+def test_a_model_of_an_own_family(tmp_path):
+    """A class that neither transformers nor the package knows is planned, pruned and measured."""
+    (tmp_path / "family.py").write_text(FAMILY)
+    lab, tokenizer = load_model("lab", "float32", "cpu")
+    with plugins_loaded([tmp_path / "family.py"]):
+        settings = {name: value for name, value in lab.config.to_dict().items() if name not in ("model_type", "architectures", "transformers_version")}
+        save_model(AutoModelForCausalLM.from_config(AutoConfig.for_model("other", **settings)), tokenizer, tmp_path / "model")
+    words = ["--plugin", tmp_path / "family.py", "--model", tmp_path / "model"]
+    plan = cap("plan", *words, "--no-probe", *FEW[:4], "--tasks", "lab-arc")
+    assert plan.exit_code == 0 and f"{sum(weight.numel() for weight in lab.parameters()):,}" in plan.stdout, plan.output
+    pruned = cap("prune", *words, "--method", "magnitude", "--sparsity", "0.5", "--out", tmp_path / "pruned", "--device", "cpu")
+    assert pruned.exit_code == 0 and "50.0000%" in pruned.stdout, pruned.output
+    measured = cap("eval", *words[:3], tmp_path / "pruned", *FEW[4:], "--tasks", "lab-arc")
+    assert measured.exit_code == 0 and "| pruned | 50 %" in measured.stdout, measured.output
 
 
 @pytest.mark.parametrize("text, parts", [
