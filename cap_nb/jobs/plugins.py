@@ -108,7 +108,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from ..core.additions import ADDED, LOADING, WORD, take_back
 from ..data.problems import BENCHMARKS, SPLITS, TASKS, Benchmark, Problem, load_problems
-from ..data.prompts import OWN_WORDINGS
+from ..data.prompts import OWN_LINES, OWN_PROMPTS
 from ..evaluation import ANSWERS, LOOSE, NORMAL
 from .costs import ASSUMED_TOKENS
 
@@ -206,8 +206,8 @@ def add_task(
     check_takes(normal, whose, "answer")
     benchmark = Benchmark(read=problem_reader(read, answer), files=files_by_split(files, whose), hub=None, splits={})
     before = len(ADDED)
-    add("task", name, [(TASKS, name), (BENCHMARKS, benchmark), (OWN_WORDINGS, (prompt, line)), (ANSWERS, answer),
-                       (LOOSE, rf"(?<!\w)({answer})(?!\w)"), (NORMAL, in_a_sentence(normal, whose)),
+    add("task", name, [(TASKS, name), (BENCHMARKS, benchmark), (OWN_PROMPTS, prompt), (OWN_LINES, line),
+                       (ANSWERS, answer), (LOOSE, rf"(?<!\w)({answer})(?!\w)"), (NORMAL, in_a_sentence(normal, whose)),
                        (ASSUMED_TOKENS, (1, 1))], [read, normal], (answer, prompt, line))
     try: ASSUMED_TOKENS[name] = read_whole(name)
     except BadInput:
