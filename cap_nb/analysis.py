@@ -13,7 +13,7 @@ from .evaluation import AnswerRecord, Evaluation, LossRecord
 
 # %% ../nbs/06_analysis.ipynb #c010
 from .jobs.records import row_order
-from .data.problems import COPIES, LAB_TASKS, task_family
+from .data.problems import COPIES, LAB_TASKS, TASKS, task_family
 
 # %% ../nbs/06_analysis.ipynb #c011
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
@@ -31,6 +31,7 @@ def task_title(
     task: str, # Name of a task
 ) -> str: # The name that tables show; a lab task is marked as one
     "A task's name in tables and figures."
+    if task not in TASKS or task_family(task) not in TASK_TITLES: return task # one of the user's
     return ("Lab " * (task in LAB_TASKS)) + TASK_TITLES[task_family(task)] + ", changed" * (task in COPIES)
 
 # %% ../nbs/06_analysis.ipynb #c014
@@ -39,7 +40,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 import pandas as pd
 from .core.errors import BadInput
-from .data.problems import TASKS
 from .evaluation import summarise_answers, summarise_losses
 
 # %% ../nbs/06_analysis.ipynb #c015
@@ -49,7 +49,8 @@ def cells_of(
     evaluation: Evaluation, # An evaluation
 ) -> dict[str, tuple[float, float, float, int]]: # Column -> value, low, high, n
     "The cells of one row: accuracies in per cent (Wilson), losses in nats and perplexity (bootstrap)."
-    def in_order(summaries): return sorted(summaries, key=lambda summary: TASKS.index(summary.task))
+    order = [*TASKS, *dict.fromkeys(record.task for record in (*evaluation.answers, *evaluation.losses))]
+    def in_order(summaries): return sorted(summaries, key=lambda summary: order.index(summary.task))
     cells = {}
     for s in in_order(summarise_answers(evaluation.answers)):
         cells[task_title(s.task)] = (100 * s.accuracy, 100 * s.low, 100 * s.high, s.n)

@@ -214,13 +214,35 @@ def program(
     transformers_logging.disable_progress_bar()
 
 # %% ../nbs/command_line.ipynb #c031
+from .core.additions import ADDED, additions_noted
+from .jobs.plugins import plugins_loaded
+
+# %% ../nbs/command_line.ipynb #c032
+Plugin = option(list[Path] | None, "your own Python file, which is executed: it adds criteria, attributions, "
+                "allocations, tasks, texts or families; may be given several times", "--plugin")
+
+def with_plugins(
+    command: Callable, # A command
+) -> Callable: # The same with --plugin
+    "Load the user's plugins before a command, and take them back after it."
+    signature = inspect.signature(command)
+    @functools.wraps(command)
+    def wrapped(plugin: list[Path] | None = None, **arguments):
+        with plugins_loaded(plugin or ()): return command(**arguments)
+    one_more = inspect.Parameter("plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Plugin)
+    every = [*signature.parameters.values(), one_more]
+    wrapped.__signature__ = signature.replace(parameters=every)
+    wrapped.__annotations__ = {p.name: p.annotation for p in every}
+    return wrapped
+
+# %% ../nbs/command_line.ipynb #c034
 from .analysis import method_table, table_markdown
 from .experiments.variants import VARIANTS, run_variants
 from .jobs.job import run_job
 from .jobs.records import load_run
 from .jobs.sweeps import Known, read_config, read_index, run_sweep, sweep_jobs, tracked, whole_options
 
-# %% ../nbs/command_line.ipynb #c032
+# %% ../nbs/command_line.ipynb #c035
 WHOLE = {"out": Path, "store": Path, "note": str, "track": str} # Options of a run that a sweep has once -> their type
 LISTS = {setting.name for part in fields(Job) for setting in fields(part.default_factory) if setting.type in READERS}
 
@@ -246,7 +268,7 @@ KNOWN |= {name: Known(name, "whole", functools.partial(read_as, kind)) for name,
 KNOWN = {name.replace("_", "-"): known for name, known in KNOWN.items()}
 
 
-# %% ../nbs/command_line.ipynb #c033
+# %% ../nbs/command_line.ipynb #c036
 def run_config(
     context: typer.Context, # The command as it was called
     base: Job, # What the command line says, else the defaults
@@ -269,7 +291,7 @@ def show_sweep(
     typer.echo(f"Numbers of all runs: {folder/'results.csv'}   compare some: cap compare RUN RUN")
 
 
-# %% ../nbs/command_line.ipynb #c034
+# %% ../nbs/command_line.ipynb #c037
 def show_run(
     folder: Path, # A run's folder
 ) -> None:
@@ -281,9 +303,10 @@ def show_run(
     typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
 
 
-# %% ../nbs/command_line.ipynb #c035
+# %% ../nbs/command_line.ipynb #c038
 @app.command("run")
 @in_one_sentence
+@with_plugins
 @with_job("model", "calibrate", "prune", "evaluate")
 def run_command(
     job: Job, # What the options say
@@ -300,12 +323,13 @@ def run_command(
     folder = out or Path("runs")/Path(job.model.name).name
     with tracked(track, folder) as follow: show_run(run_job(job, folder, store, note, follow))
 
-# %% ../nbs/command_line.ipynb #c037
+# %% ../nbs/command_line.ipynb #c040
 TARGETS = ("calibrate_on", "text_share", "text_tokens") # What is calibrated on, where that is not gold solutions
 TextWindows = option(int | None, "windows of plain text to calibrate on; as many as calibration examples if left out")
 
 @app.command("claims")
 @in_one_sentence
+@with_plugins
 @with_job("model", "calibrate", "sparsities", "evaluate", without=TARGETS)
 def claims_command(
     job: Job, # What the options say
@@ -321,7 +345,7 @@ def claims_command(
     folder = out or Path("runs")/f"{Path(job.model.name).name}-claims"
     show_run(run_variants(job, folder, base, names, store, note, text_windows))
 
-# %% ../nbs/command_line.ipynb #c039
+# %% ../nbs/command_line.ipynb #c042
 import shutil
 from .engine.devices import joined, device_of_process
 from .engine.resumed_scoring import check_target, table_scorer
@@ -329,11 +353,13 @@ from .jobs.job import check_job, check_windows_fit, job_calibration
 from .models.loading import load_model, tokenizer_fingerprint
 from .scoring import save_losses
 
-# %% ../nbs/command_line.ipynb #c040
+# %% ../nbs/command_line.ipynb #c043
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
 
+# %% ../nbs/command_line.ipynb #c044
 @app.command("score")
 @in_one_sentence
+@with_plugins
 @with_job("model", "calibrate", "score_target", without=("calibration_seed",))
 def score_command(
     job: Job, # What the options say
@@ -357,15 +383,16 @@ def score_command(
     heads, measured = losses.masked[..., 0].numel(), {"loss": "losses", "divergence": "divergences"}[losses.target]
     typer.echo(f"{out}: {measured} of {len(losses.intact)} examples with each of {heads} heads masked.")
 
-# %% ../nbs/command_line.ipynb #c042
+# %% ../nbs/command_line.ipynb #c046
 from .jobs.chains import Answering, own_chains, task_counts, too_few
 
-# %% ../nbs/command_line.ipynb #c043
+# %% ../nbs/command_line.ipynb #c047
 Tries = option(int, "answers to each problem: the first is greedy, the others are drawn")
 Temperature = option(float, "temperature of the drawn answers")
 
 @app.command("chains")
 @in_one_sentence
+@with_plugins
 @with_job("model", "tasks", "data_dir", "style", "n", "seed", "max_new_tokens")
 def chains_command(
     job: Job, # What the options say
@@ -386,13 +413,13 @@ def chains_command(
     for sentence in too_few(chains): typer.echo(sentence)
     typer.echo(f"{out}: the chains; use them with --calibrate-on {out}.")
 
-# %% ../nbs/command_line.ipynb #c045
+# %% ../nbs/command_line.ipynb #c049
 from .importance import importance_factors
 from .jobs.settings import PruneSettings
 from .regions import Factors
 from .scoring import causal_scores, load_losses
 
-# %% ../nbs/command_line.ipynb #c046
+# %% ../nbs/command_line.ipynb #c050
 def factors_from(
     pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
     fingerprint: Callable[[], str], # Of the model that is to be pruned
@@ -408,7 +435,7 @@ def factors_from(
     scores = causal_scores(losses, settings.aggregation)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
-# %% ../nbs/command_line.ipynb #c049
+# %% ../nbs/command_line.ipynb #c053
 from .core.files import check_new_folder
 from .calibration import Calibration
 from .jobs.job import filled_in, targets_configuration
@@ -417,7 +444,7 @@ from .methods.streaming import load_norms
 from .portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, publish, scores_record, write_card)
 
-# %% ../nbs/command_line.ipynb #c050
+# %% ../nbs/command_line.ipynb #c054
 from dataclasses import replace
 from .methods.criteria import Given
 from .methods.prune import check_method, needs_of, prune, unit_factors
@@ -426,7 +453,7 @@ from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_che
 from .models.loading import check_all_here, model_fingerprint, save_model
 from .threshold import PruneReport
 
-# %% ../nbs/command_line.ipynb #c051
+# %% ../nbs/command_line.ipynb #c055
 def set_of_measurements(
     pruning: SinglePruning, # How a checkpoint is pruned on disk
 ) -> dict | None: # What JSON can hold; None if nothing was measured
@@ -447,9 +474,10 @@ def record_of(
     scores = None
     if pruning.scores is not None and "factors" in needs_of(check_method(pruning.method)):
         scores = scores_record(load_losses(pruning.scores), job.prune.aggregation) | {"key_value": pruning.key_value}
-    return pruning_record(report, base, pruning.ties, calibration, scores)
+    noted = {"plugins": additions_noted()} if additions_noted() else {}
+    return pruning_record(report, base, pruning.ties, calibration, scores) | noted
 
-# %% ../nbs/command_line.ipynb #c052
+# %% ../nbs/command_line.ipynb #c056
 def note_in_memory(
     job: Job, # Its model, and what was calibrated on
     pruning: SinglePruning, # How it was pruned
@@ -463,7 +491,7 @@ def note_in_memory(
     if calibration: on = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
     note_on_model(model, record_of(job, pruning, report, base, on))
 
-# %% ../nbs/command_line.ipynb #c053
+# %% ../nbs/command_line.ipynb #c057
 def check_in_memory(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -473,7 +501,7 @@ def check_in_memory(
             raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
                            f"measured after those before it were pruned; add --stream, or leave --{name} out.")
 
-# %% ../nbs/command_line.ipynb #c054
+# %% ../nbs/command_line.ipynb #c058
 def pruned_in_memory(
     job: Job, # Its model, how scores are made, and what to calibrate on
     pruning: SinglePruning, # How to prune
@@ -498,7 +526,7 @@ def pruned_in_memory(
     save_model(model, tokenizer, out)
     return report
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c059
 def check_streaming(
     job: Job, # Its model
     pruning: SinglePruning, # How to prune
@@ -513,7 +541,7 @@ def check_streaming(
     if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
     else: check_solved(pruning.method, pruning.sparsity)
 
-# %% ../nbs/command_line.ipynb #c056
+# %% ../nbs/command_line.ipynb #c060
 def pruned_from_disk(
     job: Job, # Its model, which is a folder, and how scores are made
     pruning: SinglePruning, # How to prune
@@ -531,9 +559,10 @@ def pruned_from_disk(
         return record_of(job, pruning, report, base, set_of_measurements(pruning))
     return made_and_noted(out, make, record)
 
-# %% ../nbs/command_line.ipynb #c057
+# %% ../nbs/command_line.ipynb #c061
 @app.command("hessians")
 @in_one_sentence
+@with_plugins
 @with_job("model", "calibrate", without=("calibration_seed",))
 def hessians_command(
     job: Job, # What the options say
@@ -546,7 +575,7 @@ def hessians_command(
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
     typer.echo(f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}.")
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c062
 def check_scores_given(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -557,9 +586,10 @@ def check_scores_given(
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
 
-# %% ../nbs/command_line.ipynb #c059
+# %% ../nbs/command_line.ipynb #c063
 @app.command("prune")
 @in_one_sentence
+@with_plugins
 @with_options("pruning", options_of(SinglePruning), SinglePruning)
 @with_job("model", "calibrate", "aggregation", "score_target", without=("calibration_seed",))
 def prune_command(
@@ -577,18 +607,18 @@ def prune_command(
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster; "
                "'cap export' packs it.")
 
-# %% ../nbs/command_line.ipynb #c061
+# %% ../nbs/command_line.ipynb #c065
 from .portable.format import Manifest
 from .portable.small_files import export_folder, restore_folder
 
-# %% ../nbs/command_line.ipynb #c062
+# %% ../nbs/command_line.ipynb #c066
 def bytes_of(
     manifest: Manifest, # What a packed folder holds
 ) -> tuple[int, int]: # Bytes of the original files, and of what is in their place
     "How large a folder is, and how large it is packed."
     return sum(entry.bytes for entry in manifest.files), sum(entry.stored_bytes for entry in manifest.files)
 
-# %% ../nbs/command_line.ipynb #c063
+# %% ../nbs/command_line.ipynb #c067
 @app.command("export")
 @in_one_sentence
 def export_command(
@@ -614,7 +644,7 @@ def restore_command(
     dense, _ = bytes_of(manifest := restore_folder(folder, out, base))
     typer.echo(f"{out}: {len(manifest.files)} files, {dense:,} bytes, each with the hash that it had.")
 
-# %% ../nbs/command_line.ipynb #c065
+# %% ../nbs/command_line.ipynb #c069
 @app.command("card")
 @in_one_sentence
 def card_command(
@@ -641,13 +671,14 @@ def publish_command(
     typer.echo(f"{repository}: {len(upload.files)} files, commit message {upload.message!r}.")
     typer.echo("Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}")
 
-# %% ../nbs/command_line.ipynb #c067
+# %% ../nbs/command_line.ipynb #c071
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c068
+# %% ../nbs/command_line.ipynb #c072
 @app.command("eval")
 @in_one_sentence
+@with_plugins
 @with_job("model", "calibrate", "evaluate", without=("n", "k", "calibration_seed", *TARGETS))
 def eval_command(
     job: Job, # What the options say
@@ -662,16 +693,17 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c070
+# %% ../nbs/command_line.ipynb #c074
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c071
+# %% ../nbs/command_line.ipynb #c075
 @app.command("table")
 @in_one_sentence
+@with_plugins
 def table_command(
     folder: Annotated[Path, typer.Argument(help="a run's folder")],
     form: option(str, "md, csv or tex", "--format") = "md",
@@ -685,10 +717,12 @@ def table_command(
     if form == "csv": typer.echo(table_csv(table))
     else: typer.echo({"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
 
+# %% ../nbs/command_line.ipynb #c076
 RunFolders = Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")]
 
 @app.command("figures")
 @in_one_sentence
+@with_plugins
 def figures_command(
     folder: RunFolders,
 ) -> None:
@@ -697,12 +731,12 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c074
+# %% ../nbs/command_line.ipynb #c079
 from .analysis import comparison_markdown
 from .jobs.results import compare_runs, comparison_csv, save_comparison
 
 
-# %% ../nbs/command_line.ipynb #c075
+# %% ../nbs/command_line.ipynb #c080
 @app.command("compare")
 @in_one_sentence
 def compare_command(
@@ -724,7 +758,7 @@ def compare_command(
         typer.echo(f"Tables and figure: {out}")
 
 
-# %% ../nbs/command_line.ipynb #c076
+# %% ../nbs/command_line.ipynb #c081
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -736,7 +770,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c078
+# %% ../nbs/command_line.ipynb #c083
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -758,16 +792,17 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c080
+# %% ../nbs/command_line.ipynb #c085
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c081
+# %% ../nbs/command_line.ipynb #c086
 @app.command("methods")
 @in_one_sentence
+@with_plugins
 def methods_command() -> None:
     "List the methods, each with what it does and where it comes from."
     typer.echo("A name is criterion[.attribution][@scope][+allocation][^recovery]; --methods all means all of these:\n")
@@ -778,17 +813,19 @@ def methods_command() -> None:
     for name in ROUTING_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.")
     typer.echo("Recoveries: swaps, update, swaps^update.")
+    if ADDED: typer.echo("Added: " + ", ".join(f"{a.kind} {a.name} ({a.plugin or 'session'})" for a in ADDED) + ".")
 
-# %% ../nbs/command_line.ipynb #c082
+# %% ../nbs/command_line.ipynb #c087
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c083
+# %% ../nbs/command_line.ipynb #c088
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
 
 @app.command("plan")
 @in_one_sentence
+@with_plugins
 @with_job("model", "calibrate", "prune", "evaluate", without=("aggregation", "calibration_seed", "text"))
 def plan_command(
     job: Job, # What the options say
@@ -801,13 +838,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c085
+# %% ../nbs/command_line.ipynb #c090
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c086
+# %% ../nbs/command_line.ipynb #c091
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -831,11 +868,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c087
+# %% ../nbs/command_line.ipynb #c092
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c089
+# %% ../nbs/command_line.ipynb #c094
 #| eval: false
 if __name__ == "__main__": main()

@@ -31,15 +31,17 @@ def normal_number(
     if "." in plain: plain = plain.rstrip("0").rstrip(".")
     return "0" if plain in ("-0", "") else plain
 
+NORMAL = {"gsm8k": normal_number} # Benchmark -> the one spelling of an answer; others are compared as they are
+
 def normal_answer(
     answer: str, # An answer of any benchmark
     family: str, # gsm8k, strategyqa or arc
 ) -> str: # The spelling in which answers are compared
     "The spelling in which an answer is compared with another."
-    return normal_number(answer) if family == "gsm8k" else answer
+    return NORMAL.get(family, str)(answer)
 
 # %% ../nbs/05_evaluation.ipynb #c017
-from .data.prompts import PromptStyle, prompt_style
+from .data.prompts import PromptStyle, answer_line_of, prompt_style
 
 # %% ../nbs/05_evaluation.ipynb #c018
 def strict_pattern(
@@ -47,7 +49,7 @@ def strict_pattern(
     family: str, # gsm8k, strategyqa or arc
 ) -> re.Pattern: # Matches a whole answer line; its one group is the answer
     "The pattern of a style's answer line (paper Appendix B); a style without room for the answer raises `BadInput`."
-    before, marker, after = prompt_style(style).answer_lines[family].partition("{answer}")
+    before, marker, after = answer_line_of(style, family).partition("{answer}")
     if not marker:
         raise BadInput(f"The answer line {before!r} has no place for the answer: expected {{answer}} in it; "
                        "add that to the prompt style.")

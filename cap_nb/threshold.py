@@ -18,6 +18,7 @@ class Evidence:
     factor: torch.Tensor | None = None # Importance factor of every weight's region, float32, broadcasts over the weight
     norm: torch.Tensor | None = None # Norm of every input feature over the calibration set, float32 [in]
     gradient: torch.Tensor | None = None # Gradient of the mean calibration loss, float32 [out, in]
+    hessian: torch.Tensor | None = None # Sum over tokens of the products of input features, [in, in]
     index: int | None = None # Index of the projection in the fixed order, from 0
     seed: int = 0 # Seed of criteria that draw random scores
 
@@ -26,7 +27,7 @@ class Criterion:
     "How a method scores weights; those with the smallest scores become zero."
     name: str # As in "wanda"
     score: Callable[[Evidence], torch.Tensor] # Score of every weight of a projection, [out, in], not negative
-    needs: tuple[str, ...] = () # What must be measured: some of "factor", "norm", "gradient"
+    needs: tuple[str, ...] = () # What must be measured: some of "factor", "norm", "gradient", "hessian"
     scope: str = "model" # The scope in which its authors use it
     says: str = "" # The score of a weight, in a few words
     source: str = "" # The publication that it comes from
@@ -56,13 +57,15 @@ class Measurements:
     regions: dict[str, torch.Tensor] = field(default_factory=dict) # Factor of every weight, broadcast, float32
     norms: dict[str, torch.Tensor] = field(default_factory=dict) # Norm of every input feature, [in]
     gradients: dict[str, torch.Tensor] = field(default_factory=dict) # Gradient of the calibration loss, [out, in]
+    hessians: dict[str, torch.Tensor] = field(default_factory=dict) # Sum of the products of input features, [in, in]
     order: dict[str, int] = field(default_factory=dict) # Index of every projection in the fixed order
     seed: int = 0 # Seed of criteria that draw random scores
 
     def of(self, p: Projection) -> Evidence:
         "The evidence for one projection."
         return Evidence(weight=p.weight.detach().float(), factor=self.regions.get(p.name), norm=self.norms.get(p.name),
-                        gradient=self.gradients.get(p.name), index=self.order.get(p.name), seed=self.seed)
+                        gradient=self.gradients.get(p.name), hessian=self.hessians.get(p.name),
+                        index=self.order.get(p.name), seed=self.seed)
 
 # %% ../nbs/04_threshold.ipynb #c013
 def scores_of(

@@ -32,13 +32,14 @@ class Problem:
 BENCHMARK_NAMES = ("gsm8k", "strategyqa", "arc") # The three benchmarks of the paper (section 3.1)
 LAB_TASKS = tuple(f"lab-{name}" for name in BENCHMARK_NAMES) # They mirror the benchmarks
 COPIES = ("gsm8k_changed",) # A benchmark's problems with changed numbers, for evaluation only
-TASKS = BENCHMARK_NAMES + LAB_TASKS + COPIES
+TASKS = {task: task.removeprefix("lab-").removesuffix("_changed") # Task -> the benchmark whose format it has
+         for task in BENCHMARK_NAMES + LAB_TASKS + COPIES}
 
 def task_family(
     task: str, # Name of a task, as in "lab-arc"
 ) -> str: # The benchmark that it mirrors, as in "arc"
     "The benchmark whose format a task has; an unknown task raises `BadInput`."
-    return check_choice(task, TASKS, "task").removeprefix("lab-").removesuffix("_changed")
+    return TASKS[check_choice(task, TASKS, "task")]
 
 # %% ../../nbs/data/00_problems.ipynb #c011
 import re
@@ -156,7 +157,7 @@ class Benchmark:
     "Where the records of a benchmark come from, and how one is read."
     read: Callable[[Mapping, str], Problem] # Record -> problem
     files: Mapping[str, tuple[str, ...]] # Split -> file names below the data folder; the first that exists is read
-    hub: tuple[str, str | None, str] # Name, configuration and pinned revision of the dataset on the hub
+    hub: tuple[str, str | None, str] | None # Name, configuration, pinned revision on the hub; None: files of the user
     splits: Mapping[str, str] # Split -> the hub's name of it
 
 SPLITS = ("calibration", "evaluation")
@@ -265,6 +266,7 @@ def source_records(
     family = task_family(task)
     benchmark = BENCHMARKS[family]
     if task.startswith("lab-"): return lab_records(family, split)
+    if benchmark.hub is None: return records_of_file(Path(benchmark.files[split][0]))
     if task in COPIES and split != "evaluation":
         raise BadInput(f"{task} has no problems for calibration: expected it among the tasks that are answered only; "
                        f"calibrate on {family}.")
@@ -310,8 +312,9 @@ def load_problems(
     check_choice(task, TASKS, "task")
     if task in LAB_TASKS: return lab_problems(task, split)
     problems = read_problems(task, split, data_dir)
-    if task == "strategyqa" and data_dir is not None: return tuple(p for p in problems if split_of(p) == split)
-    return problems
+    benchmark = BENCHMARKS[task_family(task)]
+    shared = len(set(benchmark.files.values())) == 1 and (data_dir is not None or benchmark.hub is None) # one file
+    return tuple(p for p in problems if split_of(p) == split) if shared else problems
 
 # %% ../../nbs/data/00_problems.ipynb #c052
 from ..models.lab_world import lab_text
@@ -329,10 +332,17 @@ class Text:
         return sha256_of_text(self.text)
 
 # %% ../../nbs/data/00_problems.ipynb #c054
-TEXTS = ("wikitext2", "lab-text")
+TEXTS: dict[str, dict[str, Path] | None] = {"wikitext2": None, "lab-text": None} # Text -> split -> file of the user
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3")
 WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation"} # Split -> the hub's name of it
 WIKITEXT_FILES = {"evaluation": "test.txt", "calibration": "valid.txt"} # Split -> file in the folder wikitext2
+
+def is_here(
+    name: str, # Name of a task or a text
+) -> bool: # Whether it is generated, or lies in a file of the user's
+    "Whether a task or text needs neither the hub nor a folder."
+    own = name in BENCHMARKS and BENCHMARKS[name].hub is None
+    return name.startswith("lab-") or own or TEXTS.get(name) is not None
 
 def halves(
     text: str, # A text
@@ -351,6 +361,18 @@ def with_words_in(
     raise BadInput(f"{path} holds no words: expected a text to measure perplexity on; fetch it again.")
 
 # %% ../../nbs/data/00_problems.ipynb #c056
+def own_text(
+    name: str, # Name of the text
+    files: dict[str, Path], # Split -> file
+    split: str, # "evaluation" or "calibration"
+) -> Text: # The text
+    "A text of the user's own; one that has no file for the split raises `BadInput`."
+    if split not in files:
+        raise BadInput(f"The text {name} has no file for {split}: expected one apart from that of the evaluation; "
+                       "name it when the text is added.")
+    return Text(name, files[split].read_text(encoding="utf-8"))
+
+# %% ../../nbs/data/00_problems.ipynb #c057
 def load_text(
     name: str, # "wikitext2" or "lab-text"
     data_dir: str | Path | None = None, # Folder that holds wikitext2/test.txt and valid.txt; None means the hub
@@ -361,6 +383,7 @@ def load_text(
         whole = load_text(name, data_dir, "calibration")
         return Text(whole.name, halves(whole.text)[1])
     if check_choice(name, TEXTS, "text") == "lab-text": return Text("lab-text", lab_text(split))
+    if own := TEXTS[name]: return own_text(name, own, split)
     if data_dir is None:
         rows = from_hub(*WIKITEXT, WIKITEXT_SPLITS[split])
         return Text("wikitext2-raw", "\n\n".join(row["text"] for row in rows))

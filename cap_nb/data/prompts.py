@@ -55,13 +55,32 @@ def prompt_style(
     if isinstance(style, PromptStyle): return style
     return PROMPT_STYLES[check_choice(style, PROMPT_STYLES, "prompt style")]
 
+# %% ../../nbs/data/01_prompts.ipynb #c011
+OWN_PROMPTS: dict[str, str] = {} # Task of the user's -> its template, in styles that have none for it
+OWN_LINES: dict[str, str] = {} # Task of the user's -> its answer line, in styles that have none for it
+
+def template_of(
+    style: str | PromptStyle, # The prompt style
+    family: str, # The benchmark whose format a task has, or a task of the user's
+) -> str: # With {question}
+    "How a style asks."
+    return (OWN_PROMPTS | dict(prompt_style(style).prompts))[family]
+
+def answer_line_of(
+    style: str | PromptStyle, # The prompt style
+    family: str, # The benchmark whose format a task has, or a task of the user's
+) -> str: # With {answer}
+    "The last line that a style wants."
+    return (OWN_LINES | dict(prompt_style(style).answer_lines))[family]
+
+# %% ../../nbs/data/01_prompts.ipynb #c012
 def question_text(
     problem: Problem, # The problem
     style: str | PromptStyle, # The prompt style
 ) -> str: # What the user says
     "What the user says, before the chat template."
     choices = "\n".join(f"{letter}. {text}" for letter, text in problem.choices)
-    template = prompt_style(style).prompts[task_family(problem.task)]
+    template = template_of(style, task_family(problem.task))
     return template.format(question=problem.question, choices=choices)
 
 def target_text(
@@ -69,13 +88,13 @@ def target_text(
     style: str | PromptStyle, # The prompt style
 ) -> str: # The worked solution and the answer line
     "What the model should say: the worked solution, then the answer line (paper section 3.1)."
-    line = prompt_style(style).answer_lines[task_family(problem.task)].format(answer=problem.answer)
+    line = answer_line_of(style, task_family(problem.task)).format(answer=problem.answer)
     return f"{problem.solution}\n{line}" if problem.solution else line
 
-# %% ../../nbs/data/01_prompts.ipynb #c014
+# %% ../../nbs/data/01_prompts.ipynb #c016
 from collections.abc import Sequence
 
-# %% ../../nbs/data/01_prompts.ipynb #c015
+# %% ../../nbs/data/01_prompts.ipynb #c017
 def prompt_text(
     tokenizer, # Tokenizer of transformers
     problem: Problem, # The problem
@@ -90,10 +109,10 @@ def prompt_text(
     chat = [{"role": role, "content": said} for role, said in turns]
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
-# %% ../../nbs/data/01_prompts.ipynb #c021
+# %% ../../nbs/data/01_prompts.ipynb #c023
 IGNORED = -100 # The label of a position that does not count
 
-# %% ../../nbs/data/01_prompts.ipynb #c022
+# %% ../../nbs/data/01_prompts.ipynb #c024
 @dataclass(frozen=True)
 class Example:
     "A problem as tokens: what is read, and which of it counts."
@@ -105,11 +124,11 @@ class Example:
     input_ids: tuple[int, ...] # Tokens of prompt and target
     labels: tuple[int, ...] # The same, with IGNORED in place of the prompt
 
-# %% ../../nbs/data/01_prompts.ipynb #c023
+# %% ../../nbs/data/01_prompts.ipynb #c025
 from ..core.errors import BadInput
 from ..core.files import sha256_of_text
 
-# %% ../../nbs/data/01_prompts.ipynb #c024
+# %% ../../nbs/data/01_prompts.ipynb #c026
 def make_example(
     tokenizer, # Tokenizer of transformers
     prompt: str, # The prompt, special tokens included as text
@@ -128,7 +147,7 @@ def make_example(
     return Example(task=task, uid=uid, prompt=prompt, target=target, answer=answer,
                    input_ids=tuple(before + after), labels=(IGNORED,) * len(before) + tuple(after))
 
-# %% ../../nbs/data/01_prompts.ipynb #c025
+# %% ../../nbs/data/01_prompts.ipynb #c027
 def encode_problem(
     tokenizer, # Tokenizer of transformers
     problem: Problem, # The problem

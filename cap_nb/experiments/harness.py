@@ -40,6 +40,9 @@ def check_answer_line(
     family: str, # gsm8k, strategyqa or arc
 ) -> None:
     "Raise `BadInput` for a style whose answer line the task files do not read."
+    if family not in ANSWER_LINES:
+        raise BadInput(f"{family} has no task file for the harness: expected one of {', '.join(ANSWER_LINES)}; "
+                       "measure it with 'cap eval'.")
     line, read = style.answer_lines[family], ANSWER_LINES[family]
     if line != read:
         raise BadInput(f"Style {style.name!r} ends an answer to {family} with {line!r}: expected {read!r}, which is "

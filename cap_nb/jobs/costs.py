@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/jobs/04_costs.ipynb #c004
 from dataclasses import dataclass
 from ..core.errors import BadInput
+from ..core.additions import ADDED
 from ..models.anatomy import dimensions
 from ..models.families import ROLES, family_of
 
@@ -33,13 +34,21 @@ class Sizes:
 # %% ../../nbs/jobs/04_costs.ipynb #c006
 PLANNED = ("llama", "mistral", "qwen2") # Model types whose parameters and cost are counted here
 
+def added_like_llama(
+    config: object, # Configuration of a model
+) -> bool: # Whether its family is the user's, with the seven projections of Llama's layers
+    "Whether a family that was added can be counted as Llama is."
+    own = any(a.kind == "family" and a.name == config.model_type for a in ADDED)
+    return own and set(family_of(config).roles) == set(ROLES) and family_of(config).experts is None
+
+# %% ../../nbs/jobs/04_costs.ipynb #c007
 def check_counted(
     config: object, # Configuration of a causal language model of transformers
     name: str, # What the user called it
 ) -> None:
     "Raise `BadInput` for a family whose cost is not counted here, and for a quantised checkpoint."
     family_of(config)
-    if config.model_type not in PLANNED:
+    if config.model_type not in PLANNED and not added_like_llama(config):
         raise BadInput(f"The cost of model type {config.model_type!r} is not counted yet: expected one of "
                        f"{', '.join(PLANNED)}; pruning it works, planning does not.")
     if getattr(config, "quantization_config", None):
@@ -55,7 +64,7 @@ def biased_roles(
     if config.model_type == "qwen2": biased |= {"query": True, "key": True, "value": True}
     return tuple(role for role in ROLES if biased[role])
 
-# %% ../../nbs/jobs/04_costs.ipynb #c007
+# %% ../../nbs/jobs/04_costs.ipynb #c008
 def sizes_of(
     config: object, # Configuration of a causal language model of transformers
     name: str, # What the user called it
@@ -64,13 +73,15 @@ def sizes_of(
     "The sizes that a configuration states; a family that is not known, or a quantised checkpoint, raises `BadInput`."
     check_counted(config, name)
     a = dimensions(config)
-    return Sizes(
+    sizes = Sizes(
         name=name, source=source, family=a.family, layers=a.layers, heads=a.heads, key_value_heads=a.key_value_heads,
         head_size=a.head_size, hidden=a.hidden_size, mlp=config.intermediate_size, vocabulary=config.vocab_size,
         tied=bool(config.tie_word_embeddings), context=getattr(config, "max_position_embeddings", None),
         dtype=str(config.dtype or "float32").removeprefix("torch."), biased=biased_roles(config))
+    if added_like_llama(config): check_parameters(config, sizes)
+    return sizes
 
-# %% ../../nbs/jobs/04_costs.ipynb #c009
+# %% ../../nbs/jobs/04_costs.ipynb #c010
 def projection_shapes(
     sizes: Sizes, # The sizes of a model
 ) -> dict[str, tuple[int, int]]: # Role -> shape of the weight, (out, in)
@@ -94,12 +105,28 @@ def parameter_count(
     layer = layer_weights(sizes) + biases + 2 * sizes.hidden
     return sizes.layers * layer + sizes.hidden + (1 if sizes.tied else 2) * sizes.vocabulary * sizes.hidden
 
-# %% ../../nbs/jobs/04_costs.ipynb #c015
+# %% ../../nbs/jobs/04_costs.ipynb #c012
+import torch
+from transformers import AutoModelForCausalLM
+
+# %% ../../nbs/jobs/04_costs.ipynb #c013
+def check_parameters(
+    config: object, # Configuration of a model whose family was added
+    sizes: Sizes, # What was made of it
+) -> None:
+    "Raise `BadInput` if a model of a family that was added has other parameters than are counted."
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+    there, counted = sum(weight.numel() for weight in model.parameters()), parameter_count(sizes)
+    if there != counted:
+        raise BadInput(f"A model of type {config.model_type!r} has {there:,} parameters and {counted:,} are counted: "
+                       "expected those of Llama; pruning it works, planning does not.")
+
+# %% ../../nbs/jobs/04_costs.ipynb #c019
 EIGHT_B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                num_key_value_heads=8, tie_word_embeddings=False, dtype="bfloat16")
 LLAMA, MISTRAL = "meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2"
 
-# %% ../../nbs/jobs/04_costs.ipynb #c016
+# %% ../../nbs/jobs/04_costs.ipynb #c020
 PUBLISHED = {
     LLAMA: dict(model_type="llama", vocab_size=128256, max_position_embeddings=8192, **EIGHT_B),
     MISTRAL: dict(model_type="mistral", vocab_size=32000, max_position_embeddings=32768, sliding_window=None,
@@ -113,14 +140,14 @@ def published_id(
     known = {form.lower(): full for full in PUBLISHED for form in (full, full.split("/")[1])} | SHORT_NAMES
     return known.get(name.lower())
 
-# %% ../../nbs/jobs/04_costs.ipynb #c017
+# %% ../../nbs/jobs/04_costs.ipynb #c021
 from pathlib import Path
 from transformers import AutoConfig
 from ..models.lab import CHECKPOINT
 from ..models.lab_experts import EXPERTS_CHECKPOINT
 from ..models.loading import HUB_ID, config_of, model_cache
 
-# %% ../../nbs/jobs/04_costs.ipynb #c018
+# %% ../../nbs/jobs/04_costs.ipynb #c022
 def config_in(
     folder: Path, # A folder that should hold config.json
     missing: str, # The sentence if it does not
@@ -140,7 +167,7 @@ def config_on_hub(
                        "access to it, a folder with its config.json, or a model that is known here: lab, smollm2, "
                        f"{', '.join(PUBLISHED)}.") from None
 
-# %% ../../nbs/jobs/04_costs.ipynb #c019
+# %% ../../nbs/jobs/04_costs.ipynb #c023
 LABS = {"lab": CHECKPOINT, "lab-moe": EXPERTS_CHECKPOINT} # Checkpoints of the package
 
 def config_folder(
@@ -168,16 +195,16 @@ def read_sizes(
     raise BadInput(f"There is no folder {name!r}: expected lab, smollm2, a folder, a hub id, or one of "
                    f"{', '.join((*PUBLISHED, *SHORT_NAMES))}; check the name.")
 
-# %% ../../nbs/jobs/04_costs.ipynb #c024
+# %% ../../nbs/jobs/04_costs.ipynb #c028
 from ..calibration import Calibration
-from ..data.problems import BENCHMARK_NAMES, task_family
+from ..data.problems import BENCHMARK_NAMES, is_here, task_family
 from ..data.prompts import IGNORED
 from .job import distinct, filled_in, job_calibration
 from .settings import Job, changed, examples_by_kind
 from ..models.lab import lab_tokenizer
 from ..models.loading import load_tokenizer
 
-# %% ../../nbs/jobs/04_costs.ipynb #c025
+# %% ../../nbs/jobs/04_costs.ipynb #c029
 @dataclass(frozen=True)
 class ExampleLength:
     "How long an example is."
@@ -200,7 +227,7 @@ def lengths_of(
     return tuple(ExampleLength(e.task, len(e.input_ids) - target, target)
                  for e, target in zip(calibration.examples, targets))
 
-# %% ../../nbs/jobs/04_costs.ipynb #c026
+# %% ../../nbs/jobs/04_costs.ipynb #c030
 def tokenizer_at_hand(
     name: str, # "lab", "lab-moe", "smollm2", a folder or a hub id
 ) -> object | None: # Its tokenizer, if it needs no network
@@ -220,7 +247,7 @@ def planned_job(
     return changed(job, tasks=tasks, accuracy_tasks=answered, style=job.calibrate.style or "paper",
                    text=job.evaluate.text or "wikitext2")
 
-# %% ../../nbs/jobs/04_costs.ipynb #c027
+# %% ../../nbs/jobs/04_costs.ipynb #c031
 def assumed_length(
     task: str, # Name of a task
     prompt_tokens: int | None = None, # Tokens of a prompt, if the user says so
@@ -238,8 +265,8 @@ def planned_lengths(
 ) -> tuple[tuple[ExampleLength, ...], str]: # One length an example, and where the lengths come from
     "The lengths of the calibration set, counted where that needs no network, else assumed."
     data, (n, windows) = job.calibrate, examples_by_kind(job.calibrate, len(job.calibrate.tasks))
-    of_lab = all(name.startswith("lab-") for name in (*data.tasks, *([job.evaluate.text] if windows else [])))
-    data_here = data.data_dir is not None or of_lab
+    all_here = all(is_here(name) for name in (*data.tasks, *([job.evaluate.text] if windows else [])))
+    data_here = data.data_dir is not None or all_here
     if tokenizer is not None and data_here and prompt_tokens is None and target_tokens is None:
         return lengths_of(job_calibration(job, tokenizer)), "counted on the calibration set itself"
     assumed = [assumed_length(task, prompt_tokens, target_tokens) for task in data.tasks]
@@ -248,7 +275,7 @@ def planned_lengths(
     text = f"; {windows} windows of text of {data.text_tokens} tokens" if windows else ""
     return lengths, f"assumed, prompt + target tokens an example: {listed}{text}"
 
-# %% ../../nbs/jobs/04_costs.ipynb #c032
+# %% ../../nbs/jobs/04_costs.ipynb #c036
 @dataclass(frozen=True)
 class Work:
     "What some passes compute."
@@ -275,11 +302,11 @@ def flops_of(
             + 2 * sizes.vocabulary * sizes.hidden * work.head_tokens
             + 4 * sizes.heads * sizes.head_size * work.pairs)
 
-# %% ../../nbs/jobs/04_costs.ipynb #c034
+# %% ../../nbs/jobs/04_costs.ipynb #c038
 from collections.abc import Sequence
 from ..data.batches import token_batches
 
-# %% ../../nbs/jobs/04_costs.ipynb #c035
+# %% ../../nbs/jobs/04_costs.ipynb #c039
 @dataclass(frozen=True)
 class BatchShape:
     "The shape of a padded batch."
@@ -303,7 +330,7 @@ def batch_shapes(
     "The shapes of the batches of a set of examples."
     return tuple(batch_shape([lengths[index] for index in indices]) for indices in token_batches(lengths, batch_tokens))
 
-# %% ../../nbs/jobs/04_costs.ipynb #c037
+# %% ../../nbs/jobs/04_costs.ipynb #c041
 def naive_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The batches
@@ -329,11 +356,11 @@ def resumed_work(
                     pairs=b.rows * b.width * positions, key_tokens=passes * b.rows * b.width)
     return sum((of_batch(b) for b in batches), Work())
 
-# %% ../../nbs/jobs/04_costs.ipynb #c049
+# %% ../../nbs/jobs/04_costs.ipynb #c053
 from ..engine.decoding import generation_batches
 from ..evaluation import token_limit
 
-# %% ../../nbs/jobs/04_costs.ipynb #c050
+# %% ../../nbs/jobs/04_costs.ipynb #c054
 def wanda_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The calibration batches
@@ -360,7 +387,7 @@ def loss_batches(
     return tuple(shape for task in job.calibrate.tasks
                  for shape in batch_shapes(lengths_like(by_task[task], job.evaluate.loss_n), job.model.batch_tokens))
 
-# %% ../../nbs/jobs/04_costs.ipynb #c051
+# %% ../../nbs/jobs/04_costs.ipynb #c055
 @dataclass(frozen=True)
 class Answers:
     "A batch of answers that are written together."
@@ -387,7 +414,7 @@ def answer_batches(
     "The batches of generation, task by task."
     return tuple(batch for task in job.evaluate.accuracy_tasks for batch in task_answers(job, task, lengths))
 
-# %% ../../nbs/jobs/04_costs.ipynb #c052
+# %% ../../nbs/jobs/04_costs.ipynb #c056
 def window_width(
     sizes: Sizes, # The sizes of the model
     job: Job, # The job
@@ -408,7 +435,7 @@ def prefill_work(
     return sum((Work(passes=1, layer_tokens=sizes.layers * rows * width, head_tokens=through_head,
                      pairs=sizes.layers * rows * width**2) for rows, width, through_head in read), Work())
 
-# %% ../../nbs/jobs/04_costs.ipynb #c054
+# %% ../../nbs/jobs/04_costs.ipynb #c058
 def decode_work(
     sizes: Sizes, # The sizes of the model
     job: Job, # A job that is filled in
@@ -421,11 +448,11 @@ def decode_work(
         return Work(passes=later, layer_tokens=sizes.layers * a.rows * later, head_tokens=a.rows * later, pairs=pairs)
     return sum((written(a) for a in answer_batches(job, lengths)), Work())
 
-# %% ../../nbs/jobs/04_costs.ipynb #c058
+# %% ../../nbs/jobs/04_costs.ipynb #c062
 from ..methods.budgets import BudgetSettings
 from ..methods.joint import JointSettings
 
-# %% ../../nbs/jobs/04_costs.ipynb #c059
+# %% ../../nbs/jobs/04_costs.ipynb #c063
 READ_TOGETHER = (("query", "key", "value"), ("output",), ("gate", "up"), ("down",)) # Roles that read the same tensor
 
 def inputs_read(
@@ -443,7 +470,7 @@ def hessian_flops(
     tokens = sum(len(length.input_ids) for length in lengths)
     return 2 * tokens * sizes.layers * sum(width**2 for width, _ in inputs_read(sizes))
 
-# %% ../../nbs/jobs/04_costs.ipynb #c060
+# %% ../../nbs/jobs/04_costs.ipynb #c064
 @dataclass(frozen=True)
 class Solving:
     "What is computed from Hessians."
@@ -457,7 +484,7 @@ class Solving:
 UPDATE_STEPS = 200 # Steps of conjugate gradients at most, as `updated_weight` has it
 SOLVED = ("sparsegpt", "alps", "update", "swaps") # What is counted from Hessians
 
-# %% ../../nbs/jobs/04_costs.ipynb #c061
+# %% ../../nbs/jobs/04_costs.ipynb #c065
 def sparsegpt_solving(
     width: int, # n
     rows: Sequence[int], # Rows of each matrix that reads this input
@@ -476,7 +503,7 @@ def joint_solving(
     inverses = sum(width**3 // (3 if 4 * r < width else 1) for r in rows)
     return Solving(products=2 * sum(rows) * width**2 * products, others=looks * inverses)
 
-# %% ../../nbs/jobs/04_costs.ipynb #c062
+# %% ../../nbs/jobs/04_costs.ipynb #c066
 def solving(
     sizes: Sizes, # The sizes of the model
     part: str, # One of `SOLVED`
@@ -489,7 +516,7 @@ def solving(
         else: total += Solving(products=2 * sum(rows) * width**2 * (UPDATE_STEPS + 2 if part == "update" else 2))
     return Solving(products=sizes.layers * total.products, others=sizes.layers * total.others)
 
-# %% ../../nbs/jobs/04_costs.ipynb #c068
+# %% ../../nbs/jobs/04_costs.ipynb #c072
 def budget_lengths(
     lengths: Sequence[ExampleLength], # Lengths of the calibration set
 ) -> list[ExampleLength]: # Of the examples on which regions are pruned alone
@@ -511,7 +538,7 @@ def budget_work(
                     pairs=b.rows * b.width * positions, key_tokens=last * b.rows * b.width)
     return sum((of_batch(b) for b in few), wanda_work(sizes, batches))
 
-# %% ../../nbs/jobs/04_costs.ipynb #c072
+# %% ../../nbs/jobs/04_costs.ipynb #c076
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} # Bytes of a number
 
 def layer_bytes(
@@ -540,7 +567,7 @@ def hidden_bytes(
     "The hidden states of all batches after one layer."
     return sum(b.rows * b.width for b in batches) * sizes.hidden * width
 
-# %% ../../nbs/jobs/04_costs.ipynb #c073
+# %% ../../nbs/jobs/04_costs.ipynb #c077
 def scoring_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -564,7 +591,7 @@ def hook_loop_memory(
     parts = scoring_memory(sizes, width, batches)
     return parts | {"hidden states": 0, "a recorded pass": 0, "logits": logits}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c074
+# %% ../../nbs/jobs/04_costs.ipynb #c078
 def threshold_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -586,7 +613,7 @@ def wanda_memory(
     return {"hidden states": 2 * hidden_bytes(sizes, width, batches), "scores of one matrix": widest * 18,
             "one layer at work": max(layer_bytes(sizes, width, tokens, longest), squares)}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c076
+# %% ../../nbs/jobs/04_costs.ipynb #c080
 def matrix_memory(
     part: str, # One of `SOLVED`
     width: int, # n
@@ -601,7 +628,7 @@ def matrix_memory(
     if part == "update": return 16 * square + 28 * weights
     return 31 * min(weights, 2**22) + 16 * 256 * 64**2 + 5 * weights
 
-# %% ../../nbs/jobs/04_costs.ipynb #c077
+# %% ../../nbs/jobs/04_costs.ipynb #c081
 def solver_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -613,7 +640,7 @@ def solver_memory(
     widest, inputs = max(n for n, _ in inputs_read(sizes)), inputs_read(sizes)
     tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
     products = tokens * (widest * (width + 4) + 2 * sizes.hidden * width) + 4 * widest**2 # of a batch
-    one = max(matrix_memory(part, n, r, len(rows)) for part in parts for n, rows in inputs for r in rows)
+    one = max((matrix_memory(part, n, r, len(rows)) for part in parts for n, rows in inputs for r in rows), default=0)
     copies = layer_weights(sizes) * width if {"swaps", "update"} & set(parts) else 0
     masks = sizes.layers * layer_weights(sizes) * (1 + width) if on_dense else 0
     return {"hidden states": 2 * hidden_bytes(sizes, width, batches),
@@ -621,7 +648,27 @@ def solver_memory(
             "copies of a layer": copies, "masks and dense weights": masks,
             "one layer at work": max(layer_bytes(sizes, width, tokens, longest), products), "one matrix solved": one}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c078
+# %% ../../nbs/jobs/04_costs.ipynb #c083
+def gradient_work(
+    sizes: Sizes, # The sizes of the model
+    batches: Sequence[BatchShape], # The calibration batches
+) -> Work: # The work of one gradient of the calibration loss
+    "A pass over all examples, and twice as much backwards."
+    return sum((Work(passes=3, layer_tokens=3 * sizes.layers * b.rows * b.width, head_tokens=3 * b.targets,
+                     pairs=3 * sizes.layers * b.rows * b.width**2) for b in batches), Work())
+
+def gradient_memory(
+    sizes: Sizes, # The sizes of the model
+    width: int, # Bytes of a number
+    batches: Sequence[BatchShape], # The calibration batches
+) -> dict[str, int]: # Part -> bytes, beside the weights
+    "What a gradient holds: sums in float32, one batch's gradients, and what every layer keeps on the way forward."
+    tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
+    return {"gradients": sizes.layers * layer_weights(sizes) * (4 + width),
+            "activations of a batch": sizes.layers * layer_bytes(sizes, width, tokens, longest),
+            "logits": 2 * logit_bytes(sizes, max(b.targets for b in batches))}
+
+# %% ../../nbs/jobs/04_costs.ipynb #c084
 def budget_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -636,7 +683,7 @@ def budget_memory(
             "one layer at work": layer_bytes(sizes, width, tokens, longest),
             "logits": (3 + levels) * 4 * min(256, max(b.targets for b in batches)) * sizes.vocabulary}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c079
+# %% ../../nbs/jobs/04_costs.ipynb #c085
 def evaluation_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -655,7 +702,7 @@ def evaluation_memory(
             "one layer at work": max(2 * kept * query * width, layer),
             "logits": max([*logits, logit_bytes(sizes, min(256, window))])}
 
-# %% ../../nbs/jobs/04_costs.ipynb #c081
+# %% ../../nbs/jobs/04_costs.ipynb #c087
 TAKING_TURNS = ("one layer at work", "a recorded pass", "logits", "scores of one matrix",
                 "one matrix solved") # Never two of them at a time
 

@@ -143,6 +143,7 @@ def evaluation_data(
 import shutil
 from pathlib import Path
 from torch import nn
+from ..core.additions import additions_noted
 from ..evaluation import token_limit
 from .chains import style_origin
 from .settings import share_of_text
@@ -211,7 +212,8 @@ def configuration(
                 "style": style_origin(job.calibrate.style),
                 "aggregation": job.prune.aggregation, "methods": list(job.prune.methods),
                 "sparsities": list(job.prune.sparsities), "evaluation": evaluation_configuration(job, calibration)}
-    return settings if target == "loss" else settings | {"score_target": target}
+    if target != "loss": settings["score_target"] = target
+    return settings | ({"plugins": noted} if (noted := additions_noted()) else {})
 
 # %% ../../nbs/jobs/03_job.ipynb #c025
 from ..calibration import calibration_set

@@ -425,13 +425,14 @@ def evaluation_stage(
 
 # %% ../../nbs/jobs/05_planning.ipynb #c047
 from collections.abc import Sequence
-from .costs import (
-    SOLVED, budget_lengths, budget_memory, budget_work, hessian_flops, solver_memory, solving)
+from cap_nb.jobs.costs import (
+    SOLVED, budget_lengths, budget_memory, budget_work, gradient_memory, gradient_work, hessian_flops, solver_memory,
+    solving)
 from ..methods.criteria import CRITERIA, walks
-from ..methods.prune import own_scope, parse_method
+from ..methods.prune import ALLOCATORS, own_scope, parse_method, with_hessian
 
 # %% ../../nbs/jobs/05_planning.ipynb #c048
-BUDGETS = "budgets from interventions" # Name of their stage
+BUDGETS, GRADIENT = "budgets from interventions", "gradient of the calibration loss" # Names of stages
 
 def solved_parts(
     method: str, # Name of a method
@@ -439,6 +440,20 @@ def solved_parts(
     "What a method computes from Hessians."
     parts = parse_method(method)
     return tuple(name for name in (parts.base, *(parts.recovery or "").split("^")) if name in SOLVED)
+
+def has_hessians(
+    method: str, # Name of a method
+) -> bool: # Whether it walks with Hessians, to solve or to score
+    "Whether a method's pruning is a stage of its own."
+    return bool(solved_parts(method)) or with_hessian(parse_method(method))
+
+def gradients_of(
+    method: str, # Name of a method
+) -> int: # How many times a pruning computes it
+    "How often a method's criterion and allocation need the gradient."
+    parts = parse_method(method)
+    of_criterion = CRITERIA[parts.base].needs if parts.base in CRITERIA else ()
+    return (*of_criterion, *(ALLOCATORS[parts.allocation].measures if parts.allocation else ())).count("gradient")
 
 # %% ../../nbs/jobs/05_planning.ipynb #c049
 def on_dense(
@@ -491,15 +506,28 @@ def budget_stage(
                  memory=budget_memory(sizes, load.number_bytes, few))
 
 # %% ../../nbs/jobs/05_planning.ipynb #c051
+def gradient_stage(
+    load: Workload, # What is to be done
+    probe: Probe | None, # How fast the device is
+) -> Stage: # Measuring it once
+    "There and back over the calibration set; the way back is taken to be as fast as the way there."
+    work = gradient_work(load.sizes, load.batches)
+    return Stage(name=GRADIENT, work=work, flops=flops_of(work, load.sizes),
+                 seconds=probe and prefill_seconds(work, probe),
+                 memory=gradient_memory(load.sizes, load.number_bytes, load.batches))
+
+# %% ../../nbs/jobs/05_planning.ipynb #c052
 def method_stages(
     load: Workload, # What is to be done
     probe: Probe | None, # How fast the device is
 ) -> tuple[Stage, ...]: # One for every method that solves or recovers, and one for budgets if a method has them
     "The stages that the job's methods add."
     methods = load.job.prune.methods
-    stages = {stage_name(method): solver_stage(load, probe, method) for method in methods if solved_parts(method)}
+    stages = {stage_name(method): solver_stage(load, probe, method) for method in methods if has_hessians(method)}
     budgets = any(parse_method(method).allocation == "kl" for method in methods)
-    return (*stages.values(), *([budget_stage(load, probe)] if budgets else []))
+    gradients = any(gradients_of(method) for method in methods)
+    return (*stages.values(), *([budget_stage(load, probe)] if budgets else []),
+            *([gradient_stage(load, probe)] if gradients else []))
 
 def planned_stages(
     load: Workload, # What is to be done
@@ -510,11 +538,17 @@ def planned_stages(
     return (*scoring_stages(load, probe, sharing), *pruning_stages(load, probe), evaluation_stage(load, probe),
             *method_stages(load, probe))
 
-# %% ../../nbs/jobs/05_planning.ipynb #c053
-from .records import cells_of
-from ..methods.prune import needs_of
-
 # %% ../../nbs/jobs/05_planning.ipynb #c054
+from .records import cells_of
+from ..methods.prune import MethodName, needs_of
+
+# %% ../../nbs/jobs/05_planning.ipynb #c055
+def walk_of_criterion(
+    parts: MethodName, # A method's choices
+) -> bool: # Whether its criterion walks through the layers for norms
+    "Whether the criterion itself, without an allocation, measures norms."
+    return parts.base in CRITERIA and "norm" in CRITERIA[parts.base].needs
+
 def run_seconds(
     job: Job, # A job that is filled in
     stages: Sequence[Stage], # From `planned_stages`
@@ -527,13 +561,16 @@ def run_seconds(
     parsed = {method: parse_method(method) for method in job.prune.methods}
     needs = {method: needs_of(parts) for method, parts in parsed.items()}
     def pruning(method: str) -> float:
-        if solved_parts(method): return by_name[stage_name(method)]
-        return wanda if "calibration" in needs[method] else threshold
+        allocation = ALLOCATORS.get(parsed[method].allocation)
+        measuring = wanda if allocation and "norm" in allocation.measures else 0.0
+        measuring += gradients_of(method) and gradients_of(method) * by_name[GRADIENT]
+        if has_hessians(method): return measuring + by_name[stage_name(method)]
+        return measuring + (wanda if walk_of_criterion(parsed[method]) else threshold)
     prunings = by_name.get(BUDGETS, 0.0) + sum(pruning(method) for method, _ in cells if method != "dense")
     masking = any("factors" in needs[method] and not parsed[method].attribution for method in parsed)
     return masking * scoring + prunings + len(cells) * evaluating
 
-# %% ../../nbs/jobs/05_planning.ipynb #c056
+# %% ../../nbs/jobs/05_planning.ipynb #c057
 @dataclass(frozen=True)
 class Hardware:
     "Where a job runs, and how its weights lie there."
@@ -558,7 +595,7 @@ def shares(
         return {"sharing": 1, "each": -(-weights // devices), "free": free}
     return {"sharing": devices, "each": weights, "free": free}
 
-# %% ../../nbs/jobs/05_planning.ipynb #c057
+# %% ../../nbs/jobs/05_planning.ipynb #c058
 def planned_hardware(
     load: Workload, # What is to be done
     devices: int, # Devices that share the scoring
@@ -571,13 +608,13 @@ def planned_hardware(
     return Hardware(devices=devices, on_cpu=on_cpu, weights=weights, copy=load.weights_in_scope * width,
                     main=free_memory(torch.device("cpu")), **shares(weights, devices, free, on_cpu))
 
-# %% ../../nbs/jobs/05_planning.ipynb #c059
+# %% ../../nbs/jobs/05_planning.ipynb #c060
 from ..calibration import deal_subsets
 from ..core.errors import check_at_least
 from .costs import planned_job, planned_lengths, read_sizes, tokenizer_at_hand
 from .job import check_job
 
-# %% ../../nbs/jobs/05_planning.ipynb #c060
+# %% ../../nbs/jobs/05_planning.ipynb #c061
 @dataclass(frozen=True)
 class Plan:
     "What a job will take, in plain numbers."
@@ -589,7 +626,7 @@ class Plan:
     run_seconds: float | None # Expected time of the whole `cap run`, an estimate; None without a probe
     probe: Probe | None # How fast the device was
 
-# %% ../../nbs/jobs/05_planning.ipynb #c061
+# %% ../../nbs/jobs/05_planning.ipynb #c062
 def check_plan_counts(
     **counts: int | None, # Counts that the user gave, by name; None was not given
 ) -> None:
@@ -598,7 +635,7 @@ def check_plan_counts(
         option = name if name == "memory" else f"--{name.replace('_', '-')}"
         if count is not None: check_at_least(count, 1, option)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c062
+# %% ../../nbs/jobs/05_planning.ipynb #c063
 def plan(
     job: Job, # What is wanted
     devices: int = 1, # Devices that share the scoring
@@ -621,7 +658,7 @@ def plan(
     return Plan(load=load, lengths_from=origin, hardware=hardware, stages=stages, models=len(cells),
                 run_seconds=run_seconds(job, stages, cells), probe=probe)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c063
+# %% ../../nbs/jobs/05_planning.ipynb #c064
 def measured_plan(
     job: Job, # What is wanted
     devices: int = 1, # Devices that share the scoring
@@ -631,15 +668,15 @@ def measured_plan(
     "The plan of a job with times, from a short probe of this device."
     load = plan(job, devices, None, prompt_tokens, target_tokens).load
     rows = max((answers.rows for answers in load.answers), default=1)
-    solvers = any(solved_parts(method) for method in job.prune.methods)
+    solvers = any(has_hessians(method) for method in job.prune.methods)
     probe = probe_device(load.sizes, job.model.device, job.model.dtype, job.model.batch_tokens, rows, solvers=solvers)
     return plan(job, devices, probe, prompt_tokens, target_tokens)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c067
+# %% ../../nbs/jobs/05_planning.ipynb #c068
 from .costs import at_once
 from dataclasses import replace
 
-# %% ../../nbs/jobs/05_planning.ipynb #c068
+# %% ../../nbs/jobs/05_planning.ipynb #c069
 STREAMED = ("pruning shard by shard ('cap prune --stream') needs no more than 2 GiB and one tensor, with scores made "
             "elsewhere")
 
@@ -666,7 +703,7 @@ def weights_advice(
     return (f"{start}they need {count} such devices or more (device_map='auto' spreads the layers, --devices counts "
             f"them); {STREAMED}.")
 
-# %% ../../nbs/jobs/05_planning.ipynb #c069
+# %% ../../nbs/jobs/05_planning.ipynb #c070
 def fitting_batch_tokens(
     planned: Plan, # A plan
     stage: Stage, # A stage of it that does not fit
@@ -689,7 +726,7 @@ def fitting_examples(
     rest = at_once(stage.memory | {"hidden states": 0})
     return max(0, planned.load.job.calibrate.n * (planned.hardware.free - planned.hardware.each - rest) // hidden)
 
-# %% ../../nbs/jobs/05_planning.ipynb #c071
+# %% ../../nbs/jobs/05_planning.ipynb #c072
 def stage_advice(
     planned: Plan, # A plan whose weights fit
     stage: Stage, # A stage of it that does not fit
@@ -703,7 +740,7 @@ def stage_advice(
     other = "--dtype bfloat16 halves it" if planned.load.dtype == "float32" else "a larger device is needed"
     return f"{start}{other}, or layers spread over more devices (device_map='auto')."
 
-# %% ../../nbs/jobs/05_planning.ipynb #c073
+# %% ../../nbs/jobs/05_planning.ipynb #c074
 def device_advice(
     planned: Plan, # A plan
 ) -> list[str]: # Sentences
@@ -723,7 +760,7 @@ def main_memory_advice(
     return [f"'cap run' keeps a copy of the weights in scope in main memory, {bytes_text(together)} together, and "
             f"there are {bytes_text(h.main)}: prune with 'cap prune --stream' and measure with 'cap eval'."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c074
+# %% ../../nbs/jobs/05_planning.ipynb #c075
 def context_advice(
     planned: Plan, # A plan
 ) -> list[str]: # Sentences
@@ -747,7 +784,7 @@ def plan_advice(
     "What will not fit, and which option makes it fit."
     return (*device_advice(planned), *main_memory_advice(planned), *context_advice(planned))
 
-# %% ../../nbs/jobs/05_planning.ipynb #c076
+# %% ../../nbs/jobs/05_planning.ipynb #c077
 def model_lines(
     load: Workload, # What is to be done
     origin: str, # Where the lengths of the examples come from
@@ -767,7 +804,7 @@ def model_lines(
         f"- Tokens: {tokens:,}, {targets:,} of them targets; in batches of up to {load.job.model.batch_tokens:,} "
         f"tokens ({len(load.batches)} in all), {padding:.1%} padding."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c077
+# %% ../../nbs/jobs/05_planning.ipynb #c078
 def scoring_line(
     planned: Plan, # A plan
 ) -> str: # A line
@@ -777,7 +814,7 @@ def scoring_line(
             f"they run {scoring.work.layer_tokens:,} tokens through a layer, the hook loop "
             f"{hook_loop.work.layer_tokens:,}, and {hook_loop.flops / scoring.flops:.2f} times the FLOPs.")
 
-# %% ../../nbs/jobs/05_planning.ipynb #c078
+# %% ../../nbs/jobs/05_planning.ipynb #c079
 def stage_rows(
     planned: Plan, # A plan
 ) -> list[str]: # A table in Markdown
@@ -804,7 +841,7 @@ def memory_lines(
     copy = f"- 'cap run' keeps a copy of the weights in scope in main memory: {bytes_text(h.copy)}."
     return [title, "", *lines, copy, f"- There is: {free} on a device, {main} of main memory."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c079
+# %% ../../nbs/jobs/05_planning.ipynb #c080
 def run_line(
     planned: Plan, # A plan
 ) -> str: # A line
@@ -815,7 +852,8 @@ def run_line(
     if limits:
         line += (f" Evaluation is counted as if every answer took all of its {' or '.join(map(str, limits))} tokens; "
                  "answers that end early take less.")
-    return line
+    named = {parse_method(method).attribution for method in planned.load.job.prune.methods} - {None}
+    return line + (f" Not counted: the attributions {', '.join(sorted(named))}." if named else "")
 
 def time_line(
     planned: Plan, # A plan
@@ -830,7 +868,7 @@ def time_line(
     if h.each == h.weights: return line
     return f"{line} The weights are spread over the devices (device_map='auto'), which then work in turn."
 
-# %% ../../nbs/jobs/05_planning.ipynb #c080
+# %% ../../nbs/jobs/05_planning.ipynb #c081
 def fit_lines(
     planned: Plan, # A plan
 ) -> list[str]: # Lines
@@ -838,7 +876,7 @@ def fit_lines(
     if advice := plan_advice(planned): return ["What will not fit:", "", *(f"- {sentence}" for sentence in advice)]
     return ["Whether it fits is not known." if planned.hardware.free is None else "Everything fits."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c081
+# %% ../../nbs/jobs/05_planning.ipynb #c082
 def plan_text(
     planned: Plan, # A plan
 ) -> str: # Markdown, a page at most

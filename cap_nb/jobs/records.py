@@ -105,7 +105,7 @@ def load_evaluation(
         raise BadInput(message) from error
 
 # %% ../../nbs/jobs/00_records.ipynb #c020
-GROWING = ("methods", "sparsities") # What may be added to a finished run
+GROWING = ("methods", "sparsities", "plugins") # What may be added to a finished run
 NAMES = ("name",) # What a model is called does not matter
 
 def settings_of(
@@ -139,6 +139,9 @@ def differences(
 from ..core.files import write_checked
 
 # %% ../../nbs/jobs/00_records.ipynb #c025
+from ..core.additions import check_additions
+
+# %% ../../nbs/jobs/00_records.ipynb #c026
 FORMAT = 3 # Of the folder; a later one that cannot read this one will say so
 PACKED = "records.parquet" # All records of a packed run
 
@@ -148,6 +151,7 @@ def check_continues(
     asked: dict, # What is asked for now
 ) -> None:
     "Raise `BadInput` unless a run can go on with what is asked."
+    check_additions(kept.get("plugins", {}), str(folder))
     if differ := differences(kept, asked):
         raise BadInput(f"{folder} holds a run with other settings, {'; '.join(differ[:3])}: expected the same ones; "
                        "give another folder with --out.")
@@ -155,7 +159,7 @@ def check_continues(
         raise BadInput(f"{folder} is a packed run: expected one with a file for each record; "
                        f"restore it in a new folder with 'cap unpack {folder} NEW' and go on there.")
 
-# %% ../../nbs/jobs/00_records.ipynb #c026
+# %% ../../nbs/jobs/00_records.ipynb #c027
 def open_run(
     folder: str | Path, # The run's folder; made if it is not there
     configuration: dict, # What is asked: settings, "methods" and "sparsities"
@@ -172,7 +176,7 @@ def open_run(
     write_checked(folder/"run.json", asked)
     return asked
 
-# %% ../../nbs/jobs/00_records.ipynb #c027
+# %% ../../nbs/jobs/00_records.ipynb #c028
 def read_run(
     folder: str | Path, # A run's folder
 ) -> dict: # Its configuration
@@ -187,7 +191,7 @@ def read_run(
                        "use the version that made it.")
     return kept
 
-# %% ../../nbs/jobs/00_records.ipynb #c031
+# %% ../../nbs/jobs/00_records.ipynb #c032
 import importlib.metadata
 import os
 import platform
@@ -195,7 +199,7 @@ import subprocess
 import torch
 import cap_nb
 
-# %% ../../nbs/jobs/00_records.ipynb #c032
+# %% ../../nbs/jobs/00_records.ipynb #c033
 def commit_of_package() -> str | None: # As in "3f2a9c1...", with "+changes" if the package differs
     "The commit of the checkout that this package runs from; None outside of one."
     def git(*words: str) -> str:
@@ -213,7 +217,7 @@ def device_name(
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
 
-# %% ../../nbs/jobs/00_records.ipynb #c033
+# %% ../../nbs/jobs/00_records.ipynb #c034
 def environment(
     device: torch.device, # Where the model runs
     note: str = "", # The user's note, such as what else was running
@@ -234,14 +238,14 @@ def note_environment(
     known = read_checked(path) if path.exists() else []
     if session not in known: write_checked(path, known + [session])
 
-# %% ../../nbs/jobs/00_records.ipynb #c036
+# %% ../../nbs/jobs/00_records.ipynb #c037
 import hashlib
 import numpy as np
 from torch import nn
 from ..models.anatomy import projections
 from ..threshold import PruneReport
 
-# %% ../../nbs/jobs/00_records.ipynb #c037
+# %% ../../nbs/jobs/00_records.ipynb #c038
 def mask_fingerprint(
     model: nn.Module, # A causal language model of a known family
 ) -> str: # 64 hexadecimal digits
@@ -252,7 +256,7 @@ def mask_fingerprint(
         digest.update(np.packbits((p.stored == 0).cpu().numpy()))
     return digest.hexdigest()
 
-# %% ../../nbs/jobs/00_records.ipynb #c041
+# %% ../../nbs/jobs/00_records.ipynb #c042
 def cell_name(
     method: str, # Name of the method
     sparsity: float, # Sparsity asked for
@@ -270,7 +274,7 @@ def read_report(
         raise BadInput(f"{path} is not a report: expected one written by 'cap run'; remove it and run again.") from None
     return PruneReport(**kept, table=table), mask
 
-# %% ../../nbs/jobs/00_records.ipynb #c042
+# %% ../../nbs/jobs/00_records.ipynb #c043
 def save_report(
     folder: str | Path, # A run's folder
     report: PruneReport, # What the method did
@@ -284,7 +288,7 @@ def save_report(
                        "versions or device changed, give another folder.")
     write_checked(path, asdict(report) | {"mask": mask})
 
-# %% ../../nbs/jobs/00_records.ipynb #c045
+# %% ../../nbs/jobs/00_records.ipynb #c046
 def together(
     pieces: list[Evaluation], # Pieces of one cell, in order
 ) -> Evaluation: # One evaluation
@@ -298,7 +302,7 @@ def together(
     perplexities = [piece.perplexity for piece in pieces if piece.perplexity is not None]
     return replace(pieces[0], answers=answers, losses=losses, perplexity=next(iter(perplexities), None))
 
-# %% ../../nbs/jobs/00_records.ipynb #c047
+# %% ../../nbs/jobs/00_records.ipynb #c048
 def evaluation_folder(
     folder: str | Path, # A run's folder
     method: str, # Name of the method
@@ -316,10 +320,10 @@ def piece_folder(
     "The folder of a finished piece."
     return Path(folder)/"unfinished"/cell_name(method, sparsity)/piece
 
-# %% ../../nbs/jobs/00_records.ipynb #c049
+# %% ../../nbs/jobs/00_records.ipynb #c050
 from ..methods.prune import sparsities_of
 
-# %% ../../nbs/jobs/00_records.ipynb #c050
+# %% ../../nbs/jobs/00_records.ipynb #c051
 def cells_of(
     configuration: dict, # A run's configuration
 ) -> tuple[tuple[str, float], ...]: # (method, sparsity) of every cell
@@ -329,7 +333,7 @@ def cells_of(
     every = sorted({sparsity for sparsities in runs.values() for sparsity in sparsities})
     return (("dense", 0.0), *((method, s) for s in every for method in methods if s in runs[method]))
 
-# %% ../../nbs/jobs/00_records.ipynb #c053
+# %% ../../nbs/jobs/00_records.ipynb #c054
 def note_time(
     folder: str | Path, # A run's folder
     stage: str, # As in "scoring" or "cap-0.2/accuracy-arc"
@@ -350,13 +354,13 @@ def note_memory(
     known = read_checked(path) if path.exists() else {}
     if taken is not None: write_checked(path, known | {stage: max(known.get(stage, 0), taken)})
 
-# %% ../../nbs/jobs/00_records.ipynb #c056
+# %% ../../nbs/jobs/00_records.ipynb #c057
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# %% ../../nbs/jobs/00_records.ipynb #c057
+# %% ../../nbs/jobs/00_records.ipynb #c058
 @dataclass(frozen=True)
 class Records:
     "What a run recorded, live or packed."
@@ -378,7 +382,7 @@ class Records:
         if name not in self.files: return missing
         with self.opened(name) as path: return reader(path)
 
-# %% ../../nbs/jobs/00_records.ipynb #c059
+# %% ../../nbs/jobs/00_records.ipynb #c060
 NO_RECORDS = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED) # What else there is
 
 def is_record(
@@ -398,12 +402,12 @@ def live_records(
     files = {name.as_posix(): folder/name for name in names if name.parent not in places}
     return Records(evaluations=evaluations, files=files)
 
-# %% ../../nbs/jobs/00_records.ipynb #c062
+# %% ../../nbs/jobs/00_records.ipynb #c063
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ..core.files import whole_file
 
-# %% ../../nbs/jobs/00_records.ipynb #c063
+# %% ../../nbs/jobs/00_records.ipynb #c064
 ARROW = {str: pa.string(), str | None: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 COLUMNS = (
     {"record": pa.string(), "place": pa.string()}
@@ -423,7 +427,7 @@ def evaluation_rows(
         about["perplexity"] = {name: value for name, value in vars(text).items() if name != "losses"}
     yield {"record": "evaluation", "place": place, "content": json_text(about).encode()}
 
-# %% ../../nbs/jobs/00_records.ipynb #c064
+# %% ../../nbs/jobs/00_records.ipynb #c065
 def records_table(
     records: Records, # What a run recorded
 ) -> pa.Table: # A row for each answer, loss, window, evaluation and file
@@ -444,7 +448,7 @@ def write_packed_records(
             table, part, row_group_size=max(1, len(table)), use_dictionary=texts, dictionary_pagesize_limit=1 << 26,
             compression="zstd", compression_level=19)
 
-# %% ../../nbs/jobs/00_records.ipynb #c067
+# %% ../../nbs/jobs/00_records.ipynb #c068
 def evaluation_from(
     rows: dict[str, list[dict]], # Kind of record -> the rows of one place
 ) -> Evaluation: # The evaluation
@@ -471,7 +475,7 @@ def packed_records(
     evaluations = {name: evaluation_from(kinds) for name, kinds in places.items() if "file" not in kinds}
     return Records(evaluations=evaluations, files=files)
 
-# %% ../../nbs/jobs/00_records.ipynb #c068
+# %% ../../nbs/jobs/00_records.ipynb #c069
 def records_of(
     folder: str | Path, # A run's folder
 ) -> Records: # What it recorded
@@ -483,7 +487,7 @@ def records_of(
     raise BadInput(f"{folder/PACKED} is not the file that manifest.json beside it names: expected both as 'cap pack' "
                    "wrote them; get them anew.")
 
-# %% ../../nbs/jobs/00_records.ipynb #c071
+# %% ../../nbs/jobs/00_records.ipynb #c072
 def record_hashes(
     records: Records, # What a run recorded
 ) -> dict[str, str]: # Path within a live run's folder -> SHA-256 of the file
@@ -504,11 +508,11 @@ def manifest(
             "made from": record_hashes(records) | {"run.json": sha256_of_file(folder/"run.json")},
             } | ({"packed": sha256_of_file(packed)} if packed.exists() else {})
 
-# %% ../../nbs/jobs/00_records.ipynb #c074
+# %% ../../nbs/jobs/00_records.ipynb #c075
 import shutil
 from ..core.files import alone_in
 
-# %% ../../nbs/jobs/00_records.ipynb #c075
+# %% ../../nbs/jobs/00_records.ipynb #c076
 def remove_live_records(
     folder: Path, # The folder of a run that was packed
 ) -> None:
@@ -517,7 +521,7 @@ def remove_live_records(
         if path.is_dir() and not any(path.iterdir()): path.rmdir()
         elif path.is_file() and is_record(path.relative_to(folder)): path.unlink()
 
-# %% ../../nbs/jobs/00_records.ipynb #c076
+# %% ../../nbs/jobs/00_records.ipynb #c077
 def pack_run(
     folder: str | Path, # The folder of a finished run
 ) -> None:
@@ -536,7 +540,7 @@ def pack_run(
         write_checked(folder/"manifest.json", manifest(folder))
         remove_live_records(folder)
 
-# %% ../../nbs/jobs/00_records.ipynb #c077
+# %% ../../nbs/jobs/00_records.ipynb #c078
 def unpack_run(
     folder: str | Path, # The folder of a packed run
     target: str | Path, # Folder to make; must not exist, or be empty
@@ -555,7 +559,7 @@ def unpack_run(
         for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name)
         write_checked(part/"manifest.json", manifest(part))
 
-# %% ../../nbs/jobs/00_records.ipynb #c081
+# %% ../../nbs/jobs/00_records.ipynb #c082
 PAPERS_ROWS = ("dense", "wanda", "magnitude", "cap") # Rows of Table 1, from top to bottom
 
 def row_order(
@@ -566,9 +570,10 @@ def row_order(
     rank = PAPERS_ROWS.index(method) if method in PAPERS_ROWS else len(PAPERS_ROWS)
     return method != "dense", evaluation.sparsity, rank, method
 
-# %% ../../nbs/jobs/00_records.ipynb #c084
+# %% ../../nbs/jobs/00_records.ipynb #c085
 SESSION = ("python", "torch", "transformers", "cap_nb", "device", "device_name", "threads") # What numbers depend on
-SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "evaluation") # Parts worth a note
+SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "evaluation",
+            "plugins") # Parts worth a note
 
 def provenance_of(
     configuration: dict, # Contents of run.json
@@ -581,10 +586,10 @@ def provenance_of(
     if len(distinct) == 1: return notes | {"session": distinct[0]}
     return notes | {f"session {number}": session for number, session in enumerate(distinct, 1)}
 
-# %% ../../nbs/jobs/00_records.ipynb #c086
+# %% ../../nbs/jobs/00_records.ipynb #c087
 from ..scoring import HeadLosses, causal_scores, load_losses
 
-# %% ../../nbs/jobs/00_records.ipynb #c087
+# %% ../../nbs/jobs/00_records.ipynb #c088
 @dataclass(frozen=True)
 class Run:
     "A run, read from its folder."
@@ -607,13 +612,25 @@ class Run:
         "Where the numbers come from, for the notes below a table."
         return provenance_of(self.configuration, self.sessions)
 
-# %% ../../nbs/jobs/00_records.ipynb #c088
+# %% ../../nbs/jobs/00_records.ipynb #c090
+def cells_found(
+    configuration: dict, # A run's configuration
+    records: Records, # What it recorded
+) -> tuple[tuple[str, float], ...]: # (method, sparsity) of every cell that may be finished
+    "The cells of a run; where a method's plugin is not loaded, those that were measured."
+    try: return cells_of(configuration)
+    except BadInput:
+        if not configuration.get("plugins"): raise
+        finished = (e for place, e in records.evaluations.items() if place.startswith("evaluations/"))
+        return tuple((e.method, e.sparsity) for e in finished)
+
+# %% ../../nbs/jobs/00_records.ipynb #c091
 def load_run(
     folder: str | Path, # A run's folder, live or packed
 ) -> Run: # All of it, as far as it is finished
     "Read a run; a folder that is none, one of another format, or a damaged file raises `BadInput`."
     configuration, records = read_run(folder), records_of(folder)
-    names = [cell_name(*cell) for cell in cells_of(configuration)]
+    names = [cell_name(*cell) for cell in cells_found(configuration, records)]
     reports = (records.read(f"reports/{name}.json", read_report) for name in names)
     finished = (records.evaluations.get(f"evaluations/{name}") for name in names)
     return Run(

@@ -155,6 +155,7 @@ def warn_of_cut_off(
         except BadInput as shortage: logging.getLogger(__name__).warning("%s: %s", task, shortage)
 
 # %% ../../nbs/jobs/02_report.ipynb #c035
+from ..core.additions import check_additions
 from .records import PACKED, load_run, manifest
 from ..analysis import (
     answer_markdown, answer_table, method_table, plot_head_importance, plot_importance_distribution,
@@ -193,6 +194,7 @@ def write_results(
 ) -> None:
     "Tables, figures and manifest of what is finished; nothing finished raises `BadInput`."
     folder, run = Path(folder), load_run(folder)
+    check_additions(run.configuration.get("plugins", {}), str(folder))
     if not run.evaluations:
         raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
     warn_of_cut_off([answer for e in run.evaluations if e.method == "dense" for answer in e.answers])

@@ -168,6 +168,7 @@ class Allocation:
     source: str # Where it comes from
     needs: tuple[str, ...] # Fields of `Given` that must be there
     shares: Shares # The share of every projection, whose mean over the weights is the sparsity asked for
+    measures: tuple[str, ...] = () # What it measures on the dense model, for plans: "norm", "gradient"
 
 def by_signal(
     signal: Callable[[nn.Module, Given], Sequence[float]], # A number for each layer
@@ -197,9 +198,9 @@ def equal_signal(
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Allocation(says="every layer the same", source="", needs=(), shares=by_signal(equal_signal)),
     "owl": Allocation(says="layers with more outliers lose less", source="Yin et al. 2024", needs=("calibration",),
-                      shares=by_signal(outlier_shares)),
+                      shares=by_signal(outlier_shares), measures=("norm",)),
     "dlp": Allocation(says="layers with a larger median score lose more", source="Chen et al. 2025",
-                      needs=("calibration",),
+                      needs=("calibration",), measures=("norm",),
                       shares=by_signal(median_importance, partial(spread_sparsity, spread=DLP_WIDTH))),
     "alpha": Allocation(says="layers whose spectra have heavier tails lose less", source="Lu et al. 2024", needs=(),
                         shares=by_signal(tail_exponents, scaled_sparsity)),

@@ -52,13 +52,15 @@ CRITERIA: dict[str, Criterion] = {criterion.name: criterion for criterion in (
 
 # %% ../../nbs/methods/01_criteria.ipynb #c013
 from collections.abc import Callable, Sequence
+from ..core.additions import add, check_new_name, check_takes, in_a_sentence
 from ..core.errors import BadInput, check_choice
 from ..threshold import pattern_of
 
-# %% ../../nbs/methods/01_criteria.ipynb #c014
-NEEDS = ("norm", "factor", "gradient") # What must be measured for a criterion; weight, index and seed are always there
-
 # %% ../../nbs/methods/01_criteria.ipynb #c015
+NEEDS = ("norm", "factor", "gradient", "hessian") # Measured for a criterion; weight, index and seed are always there
+OTHER_NAMES = ("dense", "heads", "sparsegpt", "alps", "all", "none") # Mean something else among the names of methods
+
+# %% ../../nbs/methods/01_criteria.ipynb #c016
 def add_criterion(
     name: str, # Letters, digits and underscores; not one of `CRITERIA` yet
     score: Callable[[Evidence], torch.Tensor], # Score of every weight of a projection, [out, in], not negative
@@ -68,14 +70,19 @@ def add_criterion(
     source: str = "yours", # Where it comes from
 ) -> None:
     "Make a criterion known by name for the rest of the session; a taken name or an unknown need raises `BadInput`."
-    if name in CRITERIA or not name.isidentifier():
-        raise BadInput(f"{name!r} cannot name a criterion: expected letters, digits and underscores, "
-                       f"and none of {', '.join(CRITERIA)}; choose another name.")
+    check_new_name(name, "criterion", (*CRITERIA, *OTHER_NAMES))
+    whose = f"criterion {name!r}"
+    check_takes(score, whose, "evidence")
     for need in needs: check_choice(need, NEEDS, "need")
     pattern_of(scope)
-    CRITERIA[name] = Criterion(name=name, score=score, needs=tuple(needs), scope=scope, says=says, source=source)
+    if "hessian" in needs and scope == "model":
+        raise BadInput(f"The {whose} needs Hessians under a scope of all layers: expected layer, matrix or row, since "
+                       "those of one layer are held at a time; choose one.")
+    criterion = Criterion(name=name, score=in_a_sentence(score, whose), needs=tuple(needs), scope=scope, says=says,
+                          source=source)
+    add("criterion", name, [(CRITERIA, criterion)], [score], (tuple(needs), scope))
 
-# %% ../../nbs/methods/01_criteria.ipynb #c017
+# %% ../../nbs/methods/01_criteria.ipynb #c018
 from collections.abc import Iterator
 from contextlib import contextmanager
 from torch import nn
@@ -83,7 +90,7 @@ from ..calibration import Calibration
 from ..models.anatomy import projections
 from ..scoring import batches_of, target_losses
 
-# %% ../../nbs/methods/01_criteria.ipynb #c018
+# %% ../../nbs/methods/01_criteria.ipynb #c019
 @contextmanager
 def wanting_gradients(
     weights: Sequence[nn.Parameter], # Parameters of a model
@@ -96,7 +103,7 @@ def wanting_gradients(
     finally:
         for weight, wanted in zip(weights, before): weight.requires_grad_(wanted)
 
-# %% ../../nbs/methods/01_criteria.ipynb #c019
+# %% ../../nbs/methods/01_criteria.ipynb #c020
 def loss_gradients(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -114,11 +121,11 @@ def loss_gradients(
             for p in scope: totals[p.name] += p.oriented(p.cut(gradients[p.parameter])).float()
     return totals
 
-# %% ../../nbs/methods/01_criteria.ipynb #c021
+# %% ../../nbs/methods/01_criteria.ipynb #c022
 from ..engine.layer_walk import layer_by_layer
 from .wanda import input_norms
 
-# %% ../../nbs/methods/01_criteria.ipynb #c022
+# %% ../../nbs/methods/01_criteria.ipynb #c023
 def dense_norms(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     calibration: Calibration, # The calibration set
@@ -129,12 +136,12 @@ def dense_norms(
     for step in layer_by_layer(model, calibration, batch_tokens, "norms"): norms |= input_norms(step)
     return norms
 
-# %% ../../nbs/methods/01_criteria.ipynb #c024
+# %% ../../nbs/methods/01_criteria.ipynb #c025
 from dataclasses import dataclass
 from pathlib import Path
 from ..regions import Factors, as_factors
 
-# %% ../../nbs/methods/01_criteria.ipynb #c025
+# %% ../../nbs/methods/01_criteria.ipynb #c026
 @dataclass(frozen=True)
 class Given:
     "What a pruning method may use besides the model."
@@ -149,8 +156,9 @@ class Given:
     def __post_init__(self):
         object.__setattr__(self, "factors", as_factors(self.factors))
 
-# %% ../../nbs/methods/01_criteria.ipynb #c026
-GIVES = {"norm": "calibration", "gradient": "calibration", "factor": "factors"} # What must be given for each of `NEEDS`
+# %% ../../nbs/methods/01_criteria.ipynb #c027
+GIVES = {"norm": "calibration", "gradient": "calibration", "hessian": "calibration",
+         "factor": "factors"} # What must be given for each of `NEEDS`
 NEEDED = {"factors": "importance factors; score the heads and pass importance_factors(causal_scores(losses))",
           "calibration": "a calibration set; pass calibration_set(tokenizer)"}
 
@@ -164,11 +172,11 @@ def check_given(
         if getattr(given, field_name) is None:
             raise BadInput(f"Method {name!r} was called without {field_name}: expected {NEEDED[field_name]}.")
 
-# %% ../../nbs/methods/01_criteria.ipynb #c028
+# %% ../../nbs/methods/01_criteria.ipynb #c029
 from ..regions import region_factors
 from ..threshold import Measurements
 
-# %% ../../nbs/methods/01_criteria.ipynb #c029
+# %% ../../nbs/methods/01_criteria.ipynb #c030
 def measured_for(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     criterion: Criterion, # Names what must be measured
@@ -183,18 +191,18 @@ def measured_for(
         gradients=loss_gradients(model, *data) if "gradient" in needs else {},
         order={p.name: index for index, p in enumerate(projections(model))}, seed=given.seed)
 
-# %% ../../nbs/methods/01_criteria.ipynb #c031
+# %% ../../nbs/methods/01_criteria.ipynb #c032
 from ..core.errors import check_sparsity
 from .wanda import uniform_shares, zero_layer_by_layer, zero_shares_within
 from ..threshold import PruneReport, Threshold, check_pattern, competing, prune_report, zero_within
 
-# %% ../../nbs/methods/01_criteria.ipynb #c032
+# %% ../../nbs/methods/01_criteria.ipynb #c033
 def walks(
     criterion: Criterion, # A criterion
     scope: str, # The scope in which it is used
 ) -> bool: # Whether each layer is scored on the pruned layers before it
     "Whether a method takes Wanda's walk through the layers."
-    return "norm" in criterion.needs and scope != "model"
+    return bool({"norm", "hessian"} & set(criterion.needs)) and scope != "model"
 
 def projection_shares(
     model: nn.Module, # A causal language model of a known family
@@ -213,7 +221,7 @@ def projection_shares(
                        f"not fit: expected one for each; compute them for this model.")
     return {name: check_sparsity(share) for name, share in given.shares.items()}
 
-# %% ../../nbs/methods/01_criteria.ipynb #c033
+# %% ../../nbs/methods/01_criteria.ipynb #c034
 def zero_by(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     criterion: Criterion, # The criterion
@@ -231,7 +239,7 @@ def zero_by(
     for layer in competing(scoped, "layer"): zero_shares_within(layer, criterion, known, shares, scope, given.ties)
     return None
 
-# %% ../../nbs/methods/01_criteria.ipynb #c034
+# %% ../../nbs/methods/01_criteria.ipynb #c035
 def prune_by(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     name: str, # One of `CRITERIA`

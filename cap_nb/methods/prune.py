@@ -103,6 +103,12 @@ def check_attribution(
                        f"expected cap or cap_wanda; leave .{parts.attribution} out.")
 
 # %% ../../nbs/methods/12_prune.ipynb #c016
+def with_hessian(
+    parts: MethodName, # A method's choices
+) -> bool: # Whether its criterion looks at Hessians
+    "Whether a criterion needs the walk with Hessians though nothing is solved."
+    return parts.base in CRITERIA and "hessian" in CRITERIA[parts.base].needs
+
 def check_scope(
     name: str, # A method's name
     parts: MethodName, # Its choices
@@ -113,6 +119,9 @@ def check_scope(
     if parts.allocation and (pattern or scope == "model" or parts.base in ("dense", "heads")):
         raise BadInput(f"Method {name!r} gives layers their own sparsity, but its scope leaves no choice between "
                        f"layers: expected @layer, @matrix or @row; name one.")
+    if with_hessian(parts) and scope == "model":
+        raise BadInput(f"Method {name!r} needs Hessians under a scope of all layers: expected @layer, @matrix or @row, "
+                       "since those of one layer are held at a time; name one.")
     if parts.scope and parts.base in OTHERS and not (parts.base in SOLVERS and pattern):
         but = " but a pattern such as 2:4" if parts.base in SOLVERS else ""
         raise BadInput(f"Method {name!r} names a scope: expected none for {parts.base}{but}; leave it out.")
@@ -183,7 +192,7 @@ def method_line(
     return "; ".join(says), "; ".join(source for source in sources if source)
 
 # %% ../../nbs/methods/12_prune.ipynb #c026
-RANKED = ("magnitude", "cap", "wanda", "cap_wanda", "ria", "gradient") # All criteria but random
+RANKED = ("magnitude", "cap", "wanda", "cap_wanda", "ria", "gradient") # All of the package but random
 
 def with_scope(
     base: str, # A criterion
@@ -202,7 +211,8 @@ def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
               "alps+kl"]
     attributions = [f"cap.{name}" for name in ATTRIBUTIONS if name != "zero_ablation"]
     patterns = [f"{base}@2:4" for base in ("magnitude", "cap", "wanda", "ria", "sparsegpt", "alps")]
-    return (*crossed, *between, *allocations, *others, *solved, *attributions, *patterns)
+    own = [name for name in CRITERIA if name not in (*RANKED, "random")]
+    return (*crossed, *between, *allocations, *others, *solved, *attributions, *patterns, *own)
 
 # %% ../../nbs/methods/12_prune.ipynb #c029
 import torch
@@ -323,7 +333,8 @@ def apply_method(
 ) -> PruneReport: # What was done
     "Prune a model by the method that a name selects."
     if parts.base == "heads": return prune_heads(model, given.factors.heads, sparsity)
-    if parts.base in SOLVERS or parts.recovery: return prune_with_hessians(model, parts, sparsity, given)
+    if parts.base in SOLVERS or parts.recovery or with_hessian(parts):
+        return prune_with_hessians(model, parts, sparsity, given)
     if parts.base != "dense": return prune_by(model, parts.base, sparsity, parts.scope, given)
     if sparsity:
         raise BadInput(f"The dense model was asked for at sparsity {sparsity:g}: expected 0; name a pruning method.")

@@ -81,7 +81,8 @@ def by_criterion(
     def solve(step: LayerStep, hessians: Hessians) -> None:
         sequences = sum(len(batch.mask) for batch in step.batches)
         norms = {name: (hessian.diagonal() / sequences).sqrt().float() for name, hessian in hessians.items()}
-        zero_shares_within(step.projections, criterion, replace(known, norms=norms), shares, scope, "exact")
+        measured = replace(known, norms=norms, hessians=hessians)
+        zero_shares_within(step.projections, criterion, measured, shares, scope, "exact")
     return solve
 
 def by_masks(

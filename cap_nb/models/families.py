@@ -141,6 +141,9 @@ def family_of(
                    "class or describe its family with add_family of cap_nb.models.families.")
 
 # %% ../../nbs/models/00_families.ipynb #c036
+from ..core.additions import WORD, add, check_new_name, check_takes
+
+# %% ../../nbs/models/00_families.ipynb #c037
 def add_family(
     model_type: str, # model_type of the configurations that it describes
     family: Family, # Where the parts lie
@@ -148,6 +151,11 @@ def add_family(
     "Make a family known for this session; a known model type, or roles that cannot be, raise `BadInput`."
     if model_type in FAMILIES:
         raise BadInput(f"Model type {model_type!r} is known already: expected a new one; use the family it has.")
+    check_new_name(model_type, "family", (), WORD)
+    if not isinstance(family, Family):
+        raise BadInput(f"The family of {model_type!r} is a {type(family).__name__}: expected a Family, which says "
+                       "where the parts lie; make one.")
+    check_takes(family.groups, f"family {model_type!r}", "config")
     named = f"The family of {model_type!r} has roles"
     unknown = sorted(set(family.roles) - set(ALL_ROLES))
     if unknown:
@@ -157,4 +165,4 @@ def add_family(
     if not {"output", "down"} <= set(family.roles) or fused == separate:
         raise BadInput(f"{named} {', '.join(family.roles)}: expected output, down, and either query, key and value "
                        "or query_key_value; add what is missing.")
-    FAMILIES[model_type] = family
+    add("family", model_type, [(FAMILIES, family)], [family.groups], sorted(family.roles.items()))
