@@ -1,0 +1,133 @@
+"""A GGUF file from outside: where its rows lie, what is left after an error, what `load_model`, the program and llama.cpp make of it."""
+import importlib.util
+import os
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from typer.testing import CliRunner
+
+from cap_nb.command_line import app
+from cap_nb.core import files
+from cap_nb.core.errors import BadInput
+from cap_nb.models.lab import lab_tokenizer
+from cap_nb.models.loading import load_model, load_tokenizer
+from cap_nb.portable import quantised
+from cap_nb.portable.quantised import export_gguf, planned_tensors, rows_of
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("gguf"), reason="the package gguf is not installed")
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+KINDS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}
+
+
+def byte_tokenizer():
+    """A byte-level BPE of one merge that cuts text as GPT-2 does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    letters = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ2"]
+    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[("Ġ", "2")]))
+    inner.add_special_tokens(["<|endoftext|>"])
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def saved(folder, kind="llama", tokenizer=None, shards="100KB", **more):
+    """A random model in float16, half of it zero, in several files."""
+    torch.manual_seed(0)
+    model, tokenizer = KINDS[kind][0](KINDS[kind][1](**SIZES | {"vocab_size": 258} | more)), tokenizer or byte_tokenizer()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(10 * (torch.rand_like(weight) < 0.5) if weight.dim() > 1 else 1.0)
+    model.half().save_pretrained(folder, max_shard_size=shards)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_rows_lie_where_llama_cpp_expects_them(tmp_path):
+    """Row by row, from the formula: 2j and 2j + 1 of a head hold rows j and j + d/2; other tensors and Qwen2's keep their order."""
+    from gguf import GGUFReader
+    from safetensors.torch import load_file
+    for kind in KINDS:
+        folder = saved(tmp_path / kind, kind)
+        export_gguf(folder, tmp_path / f"{kind}.gguf")
+        tensors = {t.name: t.data for t in GGUFReader(tmp_path / f"{kind}.gguf").tensors}
+        weights = {name: w.numpy() for file in folder.glob("*.safetensors") for name, w in load_file(file).items()}
+        for role, heads in (("q", 4), ("k", 2), ("v", 2)):
+            there, here = tensors[f"blk.1.attn_{role}.weight"], weights[f"model.layers.1.self_attn.{role}_proj.weight"]
+            order = np.array([16 * h + j + 8 * half for h in range(heads) for j in range(8) for half in (0, 1)])
+            assert np.array_equal(there, here[order] if kind == "llama" and role != "v" else here)
+        assert len(tensors) == len(weights)
+
+
+def test_a_tensor_is_read_some_rows_at_a_time(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "src")
+    config = LlamaConfig.from_pretrained(folder)
+    monkeypatch.setattr(files, "PIECE", 2048)
+    for planned in planned_tensors(folder, config, "f16"):
+        pieces = list(rows_of(planned))
+        assert max(piece.size for piece in pieces) <= max(1024, planned.shape[-1] * (planned.head_size or 1))
+        assert len(pieces) > 1 or len(planned.shape) == 1
+
+
+def test_nothing_is_left_after_an_error(tmp_path, monkeypatch):
+    folder, written = saved(tmp_path / "src"), []
+
+    def broken(*given):
+        written.append(given)
+        if len(written) == 4:
+            raise OSError("the disk broke")
+        return quantised.Zeros()
+    monkeypatch.setattr(quantised, "padded_write", broken)
+    with pytest.raises(OSError, match="the disk broke"):
+        export_gguf(folder, tmp_path / "x.gguf")
+    assert sorted(os.listdir(tmp_path)) == ["src"]
+
+
+@pytest.mark.parametrize("kind, tied", [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False)])
+def test_load_model_reads_it(tmp_path, kind, tied):
+    folder = saved(tmp_path / "src", kind, tie_word_embeddings=tied)
+    export_gguf(folder, tmp_path / "x.gguf")
+    (there, _), (back, tokenizer) = load_model(str(folder), "float32", "cpu"), load_model(str(tmp_path / "x.gguf"), device="cpu")
+    ids = tokenizer("1 +", return_tensors="pt").input_ids # not " 2", which transformers cuts as Qwen2 does in a Qwen2
+    assert ids.tolist() == load_tokenizer(str(folder))("1 +", return_tensors="pt").input_ids.tolist()
+    with torch.no_grad():
+        assert torch.equal(there(ids).logits, back(ids).logits)
+
+
+def test_a_file_without_a_tokenizer_is_a_sentence(tmp_path):
+    export_gguf(saved(tmp_path / "src", tokenizer=lab_tokenizer(), vocab_size=711), tmp_path / "x.gguf")
+    with pytest.raises(BadInput, match="has no tokenizer"):
+        load_model(str(tmp_path / "x.gguf"), device="cpu")
+
+
+def test_the_program_writes_it(tmp_path):
+    folder = saved(tmp_path / "src")
+    done = CliRunner().invoke(app, ["gguf", str(folder), "--out", str(tmp_path / "x.gguf"), "--dtype", "q8_0"])
+    assert done.exit_code == 0 and "q8_0" in done.stdout and (tmp_path / "x.gguf").exists()
+    for words, part in ((["gguf", str(folder), "--out", str(tmp_path / "x.gguf")], "not taken"), (["gguf", "nowhere", "--out", "y.gguf"], "nowhere")):
+        again = CliRunner().invoke(app, words)
+        assert again.exit_code == 2 and part in again.stderr and len(again.stderr.strip().splitlines()) == 1
+
+
+SLOWED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10_000.0}
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "slowed", "forgotten"])
+def test_llama_cpp_writes_the_same(tmp_path, monkeypatch, case):
+    """The next token's five likeliest, with their log-probabilities; with slowed rotations too, and not if these are forgotten."""
+    llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not at hand (package xllamacpp)")
+    kind = case if case in KINDS else "llama"
+    folder = saved(tmp_path / "src", kind, **({} if case in KINDS else {"rope_scaling": SLOWED}))
+    if case == "forgotten":
+        monkeypatch.setattr(quantised, "rotation_divisors", lambda config: None)
+    export_gguf(folder, tmp_path / "x.gguf")
+    settings = llama.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = str(tmp_path / "x.gguf"), 64, 1, False, 0
+    model, ids = load_model(str(folder), "float32", "cpu")[0], [5, 80, 33, 120, 7, 61] * 5
+    asked = {"prompt": ids, "n_predict": 1, "temperature": 0, "logprobs": 5}
+    answer = llama.Server(settings).handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    with torch.no_grad():
+        ours = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    apart = max(abs(token["logprob"] - float(ours[token["id"]])) for token in answer)
+    assert (apart < 0.02 and answer[0]["id"] == int(ours.argmax())) == (case != "forgotten")

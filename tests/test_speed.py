@@ -1,0 +1,104 @@
+"""Dense and pruned side by side, where nothing is said of time: products agree in every shape, and what is measured is what was asked for."""
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+from cap_nb.command_line import app
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import read_checked
+from cap_nb.models.loading import load_model
+from cap_nb.portable.speed import (
+    BACKENDS, SpeedSettings, bench_folder, computed_by, csr_product, filled, lacks_package, linears_of, most_gained, openvino_product, zeros_in)
+from tools.benchmarks import speed as benchmark
+
+CPU = torch.device("cpu")
+SPARSE = [name for name in ("csr", "scipy") if not BACKENDS[name].missing(CPU)]
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("shape", [(7, 5), (1, 9), (16, 16)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sparse_product_is_the_dense_one(name, shape, sparsity, dtype):
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=rng).to(dtype) * (torch.rand(shape, generator=rng) >= sparsity)
+    for rows in (1, 2, 33):
+        x = torch.randn(rows, shape[1], generator=rng).to(dtype)
+        got = BACKENDS[name].product(weight)(x)
+        assert got.dtype == dtype and torch.allclose(got.float(), x.float() @ weight.float().T, atol=1e-5 if dtype is torch.float32 else 0.05)
+
+
+def test_biases_and_batches_go_through():
+    linear, x = nn.Linear(6, 4), torch.randn(2, 3, 6)
+    wanted = linear(x)
+    with computed_by({linear: csr_product(linear.weight)}):
+        assert torch.allclose(linear(x), wanted, atol=1e-6)
+    with pytest.raises(ZeroDivisionError), computed_by({linear: csr_product(linear.weight)}):
+        raise ZeroDivisionError
+    assert torch.equal(linear(x), wanted) and "forward" not in vars(linear)
+
+
+def test_zeros_are_filled_and_nothing_else():
+    lab, _ = load_model("lab", "float32", "cpu")
+    first = linears_of(lab)[0]
+    with torch.no_grad():
+        first.weight[:, ::2] = 0
+    dense = filled(lab)
+    there, here = linears_of(dense)[0].weight, first.weight
+    assert zeros_in(dense) == 0 and zeros_in(lab) > 0 and torch.equal(there[:, 1::2], here[:, 1::2])
+
+
+def test_a_model_without_linear_modules_is_a_sentence():
+    with pytest.raises(BadInput, match="elsewhere than in linear modules"):
+        linears_of(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
+
+
+@pytest.mark.skipif(bool(lacks_package("openvino")), reason="OpenVINO is not installed")
+@pytest.mark.parametrize("packed", [True, False])
+def test_openvino_is_near_the_dense_product(packed):
+    rng = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, 128, generator=rng), torch.randn(9, 128, generator=rng)
+    weight = weight * (weight.abs() > 0.67)
+    product, wanted = openvino_product(weight, packed), x @ weight.T
+    for rows in (9, 1):
+        assert (product(x[:rows]) - wanted[:rows]).abs().max() < 0.1 * wanted.abs().max()
+
+
+def test_prefill_and_decode_compute_what_they_should(monkeypatch):
+    """The tokens that a model is given, in order: the prompt at once, then each token with the keys and values of those before it."""
+    seen, lab = [], load_model("lab", "float32", "cpu")[0]
+    lab.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args[0].shape, any("cache" == name or "past" in name for name in kwargs))), with_kwargs=True)
+    monkeypatch.setattr("cap_nb.portable.speed.load_model", lambda name, dtype, device: (lab, None))
+    bench_folder("x", "y", SpeedSettings(batches=(3,), prompt=7, steps=2, rounds=1, backends=("torch",), device="cpu"), clock=itertools.count().__next__)
+    prefill, decode = ((3, 7), False), [((3, 1), True)] * 2
+    assert [(tuple(shape), past) for shape, past in seen] == [prefill] * 4 + [prefill] * 2 + decode * 4
+
+
+def test_the_program_measures(tmp_path):
+    words = ["bench", "lab", "--batches", "1,2", "--prompt", "4", "--steps", "1", "--rounds", "2", "--backends", "torch", "--device", "cpu", "--note", "a test"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "r.json")])
+    assert done.exit_code == 0 and "also running: a test" in done.stdout
+    record = read_checked(tmp_path / "r.json")
+    assert set(record["seconds"]) == {f"{phase}, batch {batch}" for phase in ("prefill", "decode") for batch in (1, 2)}
+    assert all(len(rounds) == 2 and min(rounds) > 0 for sides in record["seconds"].values() for rounds in sides.values())
+
+
+def test_the_benchmark_in_small(tmp_path):
+    """Two shapes' worth of structure, no time: sides, rounds, and that a wrong product is noticed."""
+    case = benchmark.layer_case(tmp_path / "l.json", "toy", (24, 16), batch=2, times=1, sparsities=(0.5, 0.9), repeats=2)
+    wanted = {"torch", "torch, bfloat16", *(f"{name}, {s}" for name in SPARSE for s in (0.5, 0.9))}
+    assert set(case["seconds"]) == wanted and {len(v) for v in case["seconds"].values()} == {2}
+    weights = benchmark.layer_weights((24, 16), (0.5,))
+    assert abs((weights[0.5] == 0).float().mean() - 0.5) < 0.01
+    few = SpeedSettings(batches=(1,), prompt=4, steps=1, rounds=1, backends=("torch", "csr"), dtype="float32", device="cpu")
+    made = benchmark.model_case(tmp_path / "m.json", "lab", "lab", 0.5, few)
+    assert set(made["seconds"]["decode, batch 1"]) == {"dense, torch", "pruned, torch", "pruned, csr"}
+    assert abs(made["about"]["models"]["pruned"]["zeros"] - 0.5) < 1e-3
+
+
+def test_bounds_by_hand():
+    assert most_gained("2:4", 2, 0.5) == 2 / 1.125 and most_gained("bitmask", 4, 0.5) == 4 / 2.125 and most_gained("dense", 2, 0.9) == 1
