@@ -22,7 +22,8 @@ setup(
     packages=find_packages(include=["cap_nb", "cap_nb.*"]),
     package_data={"cap_nb": ["models/lab_checkpoint/*", "models/lab_moe_checkpoint/*", "experiments/harness_tasks/*.yaml"]},
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split(), "smollm2": settings["smollm2_requirements"].split(),
+    extras_require={"gguf": settings["gguf_requirements"].split(), "speed": settings["speed_requirements"].split(),
+                    "dev": settings["dev_requirements"].split(), "smollm2": settings["smollm2_requirements"].split(),
                     "harness": settings["harness_requirements"].split()},
     entry_points={"console_scripts": settings["console_scripts"].split(), "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"]},
 )

@@ -87,13 +87,22 @@ def read_sparsities(
         raise BadInput(f"Sparsity {text!r} is not a list of numbers: expected shares with commas; write "
                        "0.1,0.2,0.5.") from None
 
-# %% ../nbs/command_line.ipynb #c014
+# %% ../nbs/command_line.ipynb #c012
+def read_counts(
+    text: str, # As in "1,16"
+) -> tuple[int, ...]: # (1, 16)
+    "A list of whole numbers; what is none raises `BadInput`."
+    try: return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise BadInput(f"{text!r} is not a list of whole numbers: expected some with commas; write 1,16.") from None
+
+# %% ../nbs/command_line.ipynb #c015
 import inspect, re
 from dataclasses import Field, dataclass, fields
 from typing import Annotated, get_args
 from .jobs.settings import Job, SinglePruning, changed
 
-# %% ../nbs/command_line.ipynb #c015
+# %% ../nbs/command_line.ipynb #c016
 @dataclass(frozen=True)
 class FieldOption:
     "An option that is made from a field of a dataclass."
@@ -102,7 +111,8 @@ class FieldOption:
     read: Callable[[object], object] # From what the user wrote to the field's value
 
 RENAMED = {"name": "model", "sparsities": "sparsity"} # Fields whose option is called otherwise
-READERS = {tuple[str, ...]: read_names, tuple[str, ...] | None: read_names, tuple[float, ...]: read_sparsities}
+READERS = {tuple[int, ...]: read_counts,
+           tuple[str, ...]: read_names, tuple[str, ...] | None: read_names, tuple[float, ...]: read_sparsities}
 LIST_HELP = {"methods": "with commas, or all; the dense model is always measured",
              "accuracy_tasks": "with commas, none for none"} # Others: with commas
 
@@ -112,7 +122,7 @@ def field_comments(
     "What the source of a dataclass says of its fields."
     return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(settings), re.MULTILINE))
 
-# %% ../nbs/command_line.ipynb #c016
+# %% ../nbs/command_line.ipynb #c017
 def field_option(
     setting: Field, # A field with a default
     comment: str, # Its comment
@@ -134,7 +144,7 @@ def options_of(
     comments = field_comments(settings)
     return [field_option(setting, comments[setting.name]) for setting in fields(settings)]
 
-# %% ../nbs/command_line.ipynb #c020
+# %% ../nbs/command_line.ipynb #c021
 def with_options(
     parameter: str, # Parameter of a command that takes the value
     options: list[FieldOption], # Options that take its place
@@ -155,7 +165,7 @@ def with_options(
         return wrapped
     return decorate
 
-# %% ../nbs/command_line.ipynb #c022
+# %% ../nbs/command_line.ipynb #c023
 JOB_OPTIONS = {part.name: options_of(part.default_factory) for part in fields(Job)} # Part of a job -> its options
 
 def with_job(
@@ -167,10 +177,10 @@ def with_job(
                if (part in wanted or option.field in wanted) and option.field not in without]
     return with_options("job", options, lambda **settings: changed(Job(), **settings))
 
-# %% ../nbs/command_line.ipynb #c025
+# %% ../nbs/command_line.ipynb #c026
 from pathlib import Path
 
-# %% ../nbs/command_line.ipynb #c026
+# %% ../nbs/command_line.ipynb #c027
 def option(
     kind: type, # Type of the value
     about: str, # What `--help` says
@@ -185,12 +195,12 @@ Store = option(Path | None, "folder of tables of losses, shared between runs")
 Note = option(str, "a note for the record, such as what else was running")
 Seed = option(int, "seed of every draw")
 
-# %% ../nbs/command_line.ipynb #c028
+# %% ../nbs/command_line.ipynb #c029
 import logging
 import cap_nb
 from transformers.utils import logging as transformers_logging
 
-# %% ../nbs/command_line.ipynb #c029
+# %% ../nbs/command_line.ipynb #c030
 ABOUT = "Causal Attribution Pruning of reasoning language models."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
@@ -213,11 +223,11 @@ def program(
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     transformers_logging.disable_progress_bar()
 
-# %% ../nbs/command_line.ipynb #c031
+# %% ../nbs/command_line.ipynb #c032
 from .core.additions import ADDED, additions_noted
 from .jobs.plugins import plugins_loaded
 
-# %% ../nbs/command_line.ipynb #c032
+# %% ../nbs/command_line.ipynb #c033
 Plugin = option(list[Path] | None, "your own Python file, which is executed: it adds criteria, attributions, "
                 "allocations, tasks, texts or families; may be given several times", "--plugin")
 
@@ -235,14 +245,14 @@ def with_plugins(
     wrapped.__annotations__ = {p.name: p.annotation for p in every}
     return wrapped
 
-# %% ../nbs/command_line.ipynb #c034
+# %% ../nbs/command_line.ipynb #c035
 from .analysis import method_table, table_markdown
 from .experiments.variants import VARIANTS, run_variants
 from .jobs.job import run_job
 from .jobs.records import load_run
 from .jobs.sweeps import Known, read_config, read_index, run_sweep, sweep_jobs, tracked, whole_options
 
-# %% ../nbs/command_line.ipynb #c035
+# %% ../nbs/command_line.ipynb #c036
 WHOLE = {"out": Path, "store": Path, "note": str, "track": str} # Options of a run that a sweep has once -> their type
 LISTS = {setting.name for part in fields(Job) for setting in fields(part.default_factory) if setting.type in READERS}
 
@@ -268,7 +278,7 @@ KNOWN |= {name: Known(name, "whole", functools.partial(read_as, kind)) for name,
 KNOWN = {name.replace("_", "-"): known for name, known in KNOWN.items()}
 
 
-# %% ../nbs/command_line.ipynb #c036
+# %% ../nbs/command_line.ipynb #c037
 def run_config(
     context: typer.Context, # The command as it was called
     base: Job, # What the command line says, else the defaults
@@ -291,7 +301,7 @@ def show_sweep(
     typer.echo(f"Numbers of all runs: {folder/'results.csv'}   compare some: cap compare RUN RUN")
 
 
-# %% ../nbs/command_line.ipynb #c037
+# %% ../nbs/command_line.ipynb #c038
 def show_run(
     folder: Path, # A run's folder
 ) -> None:
@@ -303,7 +313,7 @@ def show_run(
     typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
 
 
-# %% ../nbs/command_line.ipynb #c038
+# %% ../nbs/command_line.ipynb #c039
 @app.command("run")
 @in_one_sentence
 @with_plugins
@@ -323,7 +333,7 @@ def run_command(
     folder = out or Path("runs")/Path(job.model.name).name
     with tracked(track, folder) as follow: show_run(run_job(job, folder, store, note, follow))
 
-# %% ../nbs/command_line.ipynb #c040
+# %% ../nbs/command_line.ipynb #c041
 TARGETS = ("calibrate_on", "text_share", "text_tokens") # What is calibrated on, where that is not gold solutions
 TextWindows = option(int | None, "windows of plain text to calibrate on; as many as calibration examples if left out")
 
@@ -345,7 +355,7 @@ def claims_command(
     folder = out or Path("runs")/f"{Path(job.model.name).name}-claims"
     show_run(run_variants(job, folder, base, names, store, note, text_windows))
 
-# %% ../nbs/command_line.ipynb #c042
+# %% ../nbs/command_line.ipynb #c043
 import shutil
 from .engine.devices import joined, device_of_process
 from .engine.resumed_scoring import check_target, table_scorer
@@ -353,10 +363,10 @@ from .jobs.job import check_job, check_windows_fit, job_calibration
 from .models.loading import load_model, tokenizer_fingerprint
 from .scoring import save_losses
 
-# %% ../nbs/command_line.ipynb #c043
+# %% ../nbs/command_line.ipynb #c044
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
 
-# %% ../nbs/command_line.ipynb #c044
+# %% ../nbs/command_line.ipynb #c045
 @app.command("score")
 @in_one_sentence
 @with_plugins
@@ -383,10 +393,10 @@ def score_command(
     heads, measured = losses.masked[..., 0].numel(), {"loss": "losses", "divergence": "divergences"}[losses.target]
     typer.echo(f"{out}: {measured} of {len(losses.intact)} examples with each of {heads} heads masked.")
 
-# %% ../nbs/command_line.ipynb #c046
+# %% ../nbs/command_line.ipynb #c047
 from .jobs.chains import Answering, own_chains, task_counts, too_few
 
-# %% ../nbs/command_line.ipynb #c047
+# %% ../nbs/command_line.ipynb #c048
 Tries = option(int, "answers to each problem: the first is greedy, the others are drawn")
 Temperature = option(float, "temperature of the drawn answers")
 
@@ -413,13 +423,13 @@ def chains_command(
     for sentence in too_few(chains): typer.echo(sentence)
     typer.echo(f"{out}: the chains; use them with --calibrate-on {out}.")
 
-# %% ../nbs/command_line.ipynb #c049
+# %% ../nbs/command_line.ipynb #c050
 from .importance import importance_factors
 from .jobs.settings import PruneSettings
 from .regions import Factors
 from .scoring import causal_scores, load_losses
 
-# %% ../nbs/command_line.ipynb #c050
+# %% ../nbs/command_line.ipynb #c051
 def factors_from(
     pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
     fingerprint: Callable[[], str], # Of the model that is to be pruned
@@ -435,7 +445,7 @@ def factors_from(
     scores = causal_scores(losses, settings.aggregation)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
-# %% ../nbs/command_line.ipynb #c053
+# %% ../nbs/command_line.ipynb #c054
 from .core.files import check_new_folder
 from .calibration import Calibration
 from .jobs.job import filled_in, targets_configuration
@@ -444,7 +454,7 @@ from .methods.streaming import load_norms
 from .portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, publish, scores_record, write_card)
 
-# %% ../nbs/command_line.ipynb #c054
+# %% ../nbs/command_line.ipynb #c055
 from dataclasses import replace
 from .methods.criteria import Given
 from .methods.prune import check_method, needs_of, prune, unit_factors
@@ -453,7 +463,7 @@ from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_che
 from .models.loading import check_all_here, model_fingerprint, save_model
 from .threshold import PruneReport
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c056
 def set_of_measurements(
     pruning: SinglePruning, # How a checkpoint is pruned on disk
 ) -> dict | None: # What JSON can hold; None if nothing was measured
@@ -477,7 +487,7 @@ def record_of(
     noted = {"plugins": additions_noted()} if additions_noted() else {}
     return pruning_record(report, base, pruning.ties, calibration, scores) | noted
 
-# %% ../nbs/command_line.ipynb #c056
+# %% ../nbs/command_line.ipynb #c057
 def note_in_memory(
     job: Job, # Its model, and what was calibrated on
     pruning: SinglePruning, # How it was pruned
@@ -491,7 +501,7 @@ def note_in_memory(
     if calibration: on = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
     note_on_model(model, record_of(job, pruning, report, base, on))
 
-# %% ../nbs/command_line.ipynb #c057
+# %% ../nbs/command_line.ipynb #c058
 def check_in_memory(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -501,7 +511,7 @@ def check_in_memory(
             raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
                            f"measured after those before it were pruned; add --stream, or leave --{name} out.")
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c059
 def pruned_in_memory(
     job: Job, # Its model, how scores are made, and what to calibrate on
     pruning: SinglePruning, # How to prune
@@ -526,7 +536,7 @@ def pruned_in_memory(
     save_model(model, tokenizer, out)
     return report
 
-# %% ../nbs/command_line.ipynb #c059
+# %% ../nbs/command_line.ipynb #c060
 def check_streaming(
     job: Job, # Its model
     pruning: SinglePruning, # How to prune
@@ -541,7 +551,7 @@ def check_streaming(
     if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
     else: check_solved(pruning.method, pruning.sparsity)
 
-# %% ../nbs/command_line.ipynb #c060
+# %% ../nbs/command_line.ipynb #c061
 def pruned_from_disk(
     job: Job, # Its model, which is a folder, and how scores are made
     pruning: SinglePruning, # How to prune
@@ -559,7 +569,7 @@ def pruned_from_disk(
         return record_of(job, pruning, report, base, set_of_measurements(pruning))
     return made_and_noted(out, make, record)
 
-# %% ../nbs/command_line.ipynb #c061
+# %% ../nbs/command_line.ipynb #c062
 @app.command("hessians")
 @in_one_sentence
 @with_plugins
@@ -575,7 +585,7 @@ def hessians_command(
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
     typer.echo(f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}.")
 
-# %% ../nbs/command_line.ipynb #c062
+# %% ../nbs/command_line.ipynb #c063
 def check_scores_given(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -586,7 +596,7 @@ def check_scores_given(
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
 
-# %% ../nbs/command_line.ipynb #c063
+# %% ../nbs/command_line.ipynb #c064
 @app.command("prune")
 @in_one_sentence
 @with_plugins
@@ -607,18 +617,18 @@ def prune_command(
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster; "
                "'cap export' packs it.")
 
-# %% ../nbs/command_line.ipynb #c065
+# %% ../nbs/command_line.ipynb #c066
 from .portable.format import Manifest
 from .portable.small_files import export_folder, restore_folder
 
-# %% ../nbs/command_line.ipynb #c066
+# %% ../nbs/command_line.ipynb #c067
 def bytes_of(
     manifest: Manifest, # What a packed folder holds
 ) -> tuple[int, int]: # Bytes of the original files, and of what is in their place
     "How large a folder is, and how large it is packed."
     return sum(entry.bytes for entry in manifest.files), sum(entry.stored_bytes for entry in manifest.files)
 
-# %% ../nbs/command_line.ipynb #c067
+# %% ../nbs/command_line.ipynb #c068
 @app.command("export")
 @in_one_sentence
 def export_command(
@@ -644,7 +654,38 @@ def restore_command(
     dense, _ = bytes_of(manifest := restore_folder(folder, out, base))
     typer.echo(f"{out}: {len(manifest.files)} files, {dense:,} bytes, each with the hash that it had.")
 
-# %% ../nbs/command_line.ipynb #c069
+# %% ../nbs/command_line.ipynb #c070
+from .core.files import write_checked
+from .portable.quantised import export_gguf, gguf_sentence
+from .portable.speed import SpeedSettings, bench_folder, speed_text
+
+# %% ../nbs/command_line.ipynb #c071
+@app.command("gguf")
+@in_one_sentence
+def gguf_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a checkpoint, pruned or not; Llama or Qwen2")],
+    out: option(Path, "the new file, NAME.gguf"),
+    dtype: option(str, "of the matrices: f16, q8_0, bf16 or f32") = "f16",
+) -> None:
+    "Write a checkpoint as one GGUF file for llama.cpp; what was zero stays zero."
+    typer.echo(gguf_sentence(export_gguf(folder, out, dtype)))
+
+@app.command("bench")
+@in_one_sentence
+@with_options("settings", options_of(SpeedSettings), SpeedSettings)
+def bench_command(
+    settings: SpeedSettings, # What the options say
+    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    against: option(str | None, "the model that was pruned; if left out, the folder with its zeros filled") = None,
+    out: option(Path | None, "file for the record, NAME.json; not kept if left out") = None,
+    note: Note = "",
+) -> None:
+    "Measure tokens a second of a dense and a pruned model, taking turns, in every way that can run here."
+    record = bench_folder(folder, against, settings, note)
+    if out: write_checked(out, record)
+    typer.echo(speed_text(record))
+
+# %% ../nbs/command_line.ipynb #c073
 @app.command("card")
 @in_one_sentence
 def card_command(
@@ -671,11 +712,11 @@ def publish_command(
     typer.echo(f"{repository}: {len(upload.files)} files, commit message {upload.message!r}.")
     typer.echo("Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}")
 
-# %% ../nbs/command_line.ipynb #c071
+# %% ../nbs/command_line.ipynb #c075
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c072
+# %% ../nbs/command_line.ipynb #c076
 @app.command("eval")
 @in_one_sentence
 @with_plugins
@@ -693,14 +734,14 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c074
+# %% ../nbs/command_line.ipynb #c078
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c075
+# %% ../nbs/command_line.ipynb #c079
 @app.command("table")
 @in_one_sentence
 @with_plugins
@@ -717,7 +758,7 @@ def table_command(
     if form == "csv": typer.echo(table_csv(table))
     else: typer.echo({"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
 
-# %% ../nbs/command_line.ipynb #c076
+# %% ../nbs/command_line.ipynb #c080
 RunFolders = Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")]
 
 @app.command("figures")
@@ -731,12 +772,12 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c079
+# %% ../nbs/command_line.ipynb #c083
 from .analysis import comparison_markdown
 from .jobs.results import compare_runs, comparison_csv, save_comparison
 
 
-# %% ../nbs/command_line.ipynb #c080
+# %% ../nbs/command_line.ipynb #c084
 @app.command("compare")
 @in_one_sentence
 def compare_command(
@@ -758,7 +799,7 @@ def compare_command(
         typer.echo(f"Tables and figure: {out}")
 
 
-# %% ../nbs/command_line.ipynb #c081
+# %% ../nbs/command_line.ipynb #c085
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -770,7 +811,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c083
+# %% ../nbs/command_line.ipynb #c087
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -792,14 +833,14 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c085
+# %% ../nbs/command_line.ipynb #c089
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c086
+# %% ../nbs/command_line.ipynb #c090
 @app.command("methods")
 @in_one_sentence
 @with_plugins
@@ -815,10 +856,10 @@ def methods_command() -> None:
     typer.echo("Recoveries: swaps, update, swaps^update.")
     if ADDED: typer.echo("Added: " + ", ".join(f"{a.kind} {a.name} ({a.plugin or 'session'})" for a in ADDED) + ".")
 
-# %% ../nbs/command_line.ipynb #c087
+# %% ../nbs/command_line.ipynb #c091
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c088
+# %% ../nbs/command_line.ipynb #c092
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -838,13 +879,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c090
+# %% ../nbs/command_line.ipynb #c094
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c091
+# %% ../nbs/command_line.ipynb #c095
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -868,11 +909,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c092
+# %% ../nbs/command_line.ipynb #c096
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c094
+# %% ../nbs/command_line.ipynb #c098
 #| eval: false
 if __name__ == "__main__": main()

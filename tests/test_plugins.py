@@ -130,11 +130,11 @@ def test_methods_and_plans_know_them(plugin):
 
 
 def test_a_pruning_and_an_evaluation(plugin, tmp_path):
-    """One pruning by an own criterion, calibrated on an own task, measured on an own text; the report names the file."""
+    """One pruning by an own criterion, calibrated on an own task, measured on an own text; the record in config.json names the file."""
     out = tmp_path / "pruned"
     result = cap("prune", "--plugin", plugin, "--method", "root_wanda", "--sparsity", "0.5", "--tasks", "sums", "--n", "3", "--k", "2", "--out", out, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    report = read_json(out / "prune_report.json")
+    report = read_json(out / "config.json")["cap_nb"]
     assert report["method"] == "root_wanda" and list(report["plugins"]) == ["my.py"]
     result = cap("eval", "--plugin", plugin, "--model", out, *FEW[4:], "--tasks", "sums", "--text", "notes")
     assert result.exit_code == 0 and "notes perplexity" in result.stdout, result.output

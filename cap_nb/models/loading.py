@@ -312,12 +312,22 @@ def check_gguf_readable() -> None:
     "Raise `BadInput` if the package through which transformers reads GGUF is not installed."
     if importlib.util.find_spec("gguf") is None: # transformers' own error is long
         raise BadInput("The package gguf is not installed: expected it for reading GGUF; "
-                       "pip install 'cap_nb[smollm2]'.")
+                       "pip install 'cap_nb[gguf]'.")
 
 # %% ../../nbs/models/08_loading.ipynb #c054
-from ..core.files import write_json
+def check_gguf_tokenizer(
+    file: Path, # A GGUF file
+) -> None:
+    "Raise `BadInput` if a GGUF file says that it has no tokenizer."
+    from gguf import GGUFReader
+    kind = GGUFReader(file).get_field("tokenizer.ggml.model")
+    if kind is None or bytes(kind.parts[kind.data[0]]) in (b"none", b"no_vocab"):
+        raise BadInput(f"{file} has no tokenizer: expected one; load the folder that the file was made from.")
 
 # %% ../../nbs/models/08_loading.ipynb #c055
+from ..core.files import write_json
+
+# %% ../../nbs/models/08_loading.ipynb #c056
 def fetch_smollm2(
     folder: str | Path | None = None, # New folder for the converted model; None means `model_cache()/smollm2`
 ) -> Path: # The folder
@@ -332,10 +342,10 @@ def fetch_smollm2(
         write_json(part/"SHA256SUMS.json", {path.name: sha256_of_file(path) for path in sorted(part.iterdir())})
     return folder
 
-# %% ../../nbs/models/08_loading.ipynb #c056
+# %% ../../nbs/models/08_loading.ipynb #c057
 from ..core.files import read_json
 
-# %% ../../nbs/models/08_loading.ipynb #c057
+# %% ../../nbs/models/08_loading.ipynb #c058
 def load_smollm2(
     dtype: torch.dtype | None, # None means as stored, float32
     device: torch.device | str, # Where the model goes; "auto" spreads it
@@ -351,7 +361,7 @@ def load_smollm2(
         check_sha256(folder/name, wanted)
     return load_folder(folder, dtype, device)
 
-# %% ../../nbs/models/08_loading.ipynb #c059
+# %% ../../nbs/models/08_loading.ipynb #c060
 def load_gguf(
     file: Path, # A GGUF file
     dtype: torch.dtype | None, # None means float32
@@ -364,17 +374,20 @@ def load_gguf(
         if isinstance(error, BadInput): raise
         raise BadInput(f"{file} could not be read ({type(error).__name__}): expected a GGUF file of a model that "
                        "transformers knows; convert it to safetensors.") from None
-    model, tokenizer = dequantised(file)
+    try: model, tokenizer = dequantised(file)
+    except (KeyError, ValueError):
+        check_gguf_tokenizer(file)
+        raise
     anatomy(model)
     log.warning("%s was dequantised: its weights are those of the quantised model written out as numbers, "
                 "not those of the original", file)
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c061
+# %% ../../nbs/models/08_loading.ipynb #c062
 from .lab import lab_model
 from .lab_experts import EXPERTS_CHECKPOINT
 
-# %% ../../nbs/models/08_loading.ipynb #c062
+# %% ../../nbs/models/08_loading.ipynb #c063
 def load_model(
     name: str | Path, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name[@commit])
     dtype: str | torch.dtype | None = None, # "float32", "bfloat16", "float16"; None means as stored
