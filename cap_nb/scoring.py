@@ -215,7 +215,7 @@ def score_interval(
     low, high = torch.stack(scores).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     return low, high
 
-# %% ../nbs/01_scoring.ipynb #c047
+# %% ../nbs/01_scoring.ipynb #c046
 def rank_correlation(
     a: torch.Tensor, # Scores, any shape
     b: torch.Tensor, # Scores of the same shape
@@ -238,11 +238,11 @@ def split_half_reliability(
         correlations.append(rank_correlation(first, second))
     return correlations
 
-# %% ../nbs/01_scoring.ipynb #c050
+# %% ../nbs/01_scoring.ipynb #c049
 from pathlib import Path
 from .core.files import read_tensors, write_tensors
 
-# %% ../nbs/01_scoring.ipynb #c051
+# %% ../nbs/01_scoring.ipynb #c050
 def check_table(
     losses: HeadLosses, # A table of losses
 ) -> None:
@@ -258,7 +258,7 @@ def check_table(
         raise ValueError(f"{name} has numbers that are no finite losses")
     deal_subsets(losses.stratum, losses.k, losses.seed)
 
-# %% ../nbs/01_scoring.ipynb #c052
+# %% ../nbs/01_scoring.ipynb #c051
 def save_losses(
     losses: HeadLosses, # The table
     path: str | Path, # Final name of the file
@@ -281,14 +281,14 @@ def load_losses(
                        "path.") from None
     return losses
 
-# %% ../nbs/01_scoring.ipynb #c055
+# %% ../nbs/01_scoring.ipynb #c054
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from .core.plots import blank_figure, in_style
 
-# %% ../nbs/01_scoring.ipynb #c056
+# %% ../nbs/01_scoring.ipynb #c055
 def draw_box(
     axes: Axes, # Where to draw
     left: float, # Its left side, in the axes' units
@@ -310,7 +310,7 @@ def runs_of(
     centres = [(start + stop - 1) / 2 for start, stop in zip(starts, stops)]
     return [start - 0.5 for start in starts[1:]], centres, [names[start] for start in starts]
 
-# %% ../nbs/01_scoring.ipynb #c057
+# %% ../nbs/01_scoring.ipynb #c056
 @in_style
 def plot_head_mask(
     heads: int = 4, # Query heads of the layer
@@ -334,7 +334,7 @@ def plot_head_mask(
     axes.text(width + 0.2, 3.4, f"Z, side by side:\nthe mask sets $z_{masked}$ to 0", va="center", color="#B2182B")
     return figure
 
-# %% ../nbs/01_scoring.ipynb #c058
+# %% ../nbs/01_scoring.ipynb #c057
 @in_style
 def plot_losses(
     losses: HeadLosses, # A table of losses
@@ -356,7 +356,7 @@ def plot_losses(
     figure.colorbar(image, label="masked minus intact loss (nats)")
     return figure
 
-# %% ../nbs/01_scoring.ipynb #c059
+# %% ../nbs/01_scoring.ipynb #c058
 @in_style
 def plot_score_intervals(
     losses: HeadLosses, # A table of losses

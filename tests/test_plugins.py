@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from cap_nb.command_line import app
 from cap_nb.core.additions import ADDED, PLUGINS
-from cap_nb.core.files import read_json
 from cap_nb.data.problems import TASKS, TEXTS
 from cap_nb.methods.attributions import ATTRIBUTIONS
 from cap_nb.methods.criteria import CRITERIA, OTHER_NAMES
@@ -16,6 +15,7 @@ from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import load_run, read_run
 from cap_nb.methods.prune import ALLOCATORS, OTHERS
 from cap_nb.models.loading import load_model, save_model
+from cap_nb.portable.sharing import read_record
 
 FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]
 PLUGIN = """
@@ -130,12 +130,12 @@ def test_methods_and_plans_know_them(plugin):
 
 
 def test_a_pruning_and_an_evaluation(plugin, tmp_path):
-    """One pruning by an own criterion, calibrated on an own task, measured on an own text; the record in config.json names the file."""
+    """One pruning by an own criterion, calibrated on an own task, measured on an own text; the pruned folder names the file."""
     out = tmp_path / "pruned"
     result = cap("prune", "--plugin", plugin, "--method", "root_wanda", "--sparsity", "0.5", "--tasks", "sums", "--n", "3", "--k", "2", "--out", out, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    report = read_json(out / "config.json")["cap_nb"]
-    assert report["method"] == "root_wanda" and list(report["plugins"]) == ["my.py"]
+    record = read_record(out)
+    assert record["method"] == "root_wanda" and list(record["plugins"]) == ["my.py"]
     result = cap("eval", "--plugin", plugin, "--model", out, *FEW[4:], "--tasks", "sums", "--text", "notes")
     assert result.exit_code == 0 and "notes perplexity" in result.stdout, result.output
     refused(cap("eval", "--model", out, *FEW[4:], "--text", "notes"), "Unknown text 'notes'")
