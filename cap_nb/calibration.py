@@ -45,7 +45,7 @@ def draw_stratified(
 
 # %% ../nbs/00_calibration.ipynb #c027
 import torch
-from .core.errors import check_at_least
+from .core.errors import check_at_least, check_seed
 
 # %% ../nbs/00_calibration.ipynb #c028
 def deal_subsets(
@@ -146,9 +146,11 @@ def calibration_set(
 ) -> Calibration: # n examples a task, drawn over length quartiles, dealt into K subsets
     "The calibration set of the paper (section 3.1, 3.4); wrong tasks, n or k raise `BadInput`."
     check_at_least(n, 1, "n (examples a task)")
-    style = style or default_style(tokenizer)
+    check_seed(seed)
+    style, tasks = style or default_style(tokenizer), default_tasks(tokenizer) if tasks is None else tasks
+    if not tasks: raise BadInput("No task is named: expected at least one to calibrate on; name some, or give None.")
     examples, stratum = [], []
-    for rank, task in enumerate(tasks or default_tasks(tokenizer)):
+    for rank, task in enumerate(tasks):
         pool = [encode_problem(tokenizer, p, style) for p in load_problems(task, "calibration", data_dir)]
         for example, quartile in draw_stratified(pool, n, seed):
             examples.append(example)

@@ -7,6 +7,10 @@ __all__ = []
 
 # %% ../nbs/command_line.ipynb #c004
 import functools
+import importlib.metadata
+import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 import typer
@@ -21,33 +25,51 @@ def give_up(
     typer.echo(f"cap: {sentence}", err=True)
     raise typer.Exit(code)
 
+# %% ../nbs/command_line.ipynb #c006
+def bug_report(
+    error: Exception, # What nobody foresaw
+) -> str: # The sentence
+    "Keep command, versions and traceback in a file, for whoever mends it."
+    number, report = tempfile.mkstemp(prefix="cap-bug-", suffix=".txt")
+    versions = {name: importlib.metadata.version(name) for name in ("cap_nb", "torch", "transformers")}
+    lines = [f"command: {sys.argv[1:]}", f"python: {sys.version}", f"versions: {versions}"]
+    with open(number, "w", encoding="utf-8") as file:
+        file.write("\n".join([*lines, *traceback.format_exception(error)]))
+    said = " ".join(str(error).split())[:120]
+    return (f"This is a bug in cap_nb ({type(error).__name__}: {said}): expected a sentence about what was wrong; "
+            f"please send {report}, which holds the command, the versions and the traceback.")
+
+# %% ../nbs/command_line.ipynb #c007
 def in_one_sentence(
     command: Callable, # A command
 ) -> Callable: # The same, with a sentence for every mistake
-    "Turn `BadInput`, files that cannot be opened, and Ctrl-C into a sentence and an exit code."
+    "Turn `BadInput`, errors of the file system, Ctrl-C, and what nobody foresaw into a sentence and an exit code."
     @functools.wraps(command)
     def wrapped(*args, **options):
         try: return command(*args, **options)
+        except (typer.Exit, typer.Abort): raise
         except BadInput as error: give_up(str(error), 2)
-        except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-            give_up(f"{error.filename} cannot be opened ({error.strerror}): expected a file or folder there; check the "
-                    "path.", 2)
+        except OSError as error:
+            give_up(f"{error.filename or 'A file'} cannot be opened or written ({error.strerror or error}): expected a "
+                    "file or folder there; check the path.", 2)
         except KeyboardInterrupt:
             give_up("Stopped. What is finished is kept: the same command goes on from there.", 130)
+        except Exception as error: give_up(bug_report(error), 1)
     return wrapped
 
-# %% ../nbs/command_line.ipynb #c008
+# %% ../nbs/command_line.ipynb #c010
 from .core.errors import check_sparsity
 from .methods.prune import table_methods
 
-# %% ../nbs/command_line.ipynb #c009
+# %% ../nbs/command_line.ipynb #c011
 def read_names(
     text: str | None, # As in "cap,wanda"; None means not given
 ) -> tuple[str, ...] | None: # ("cap", "wanda"); () for "none"
     "A list of names."
     if text is None: return None
     if text.strip() == "none": return ()
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    if names := tuple(name.strip() for name in text.split(",") if name.strip()): return names
+    raise BadInput("No name is given: expected names with commas between them; write some, or none.")
 
 def read_methods(
     text: str, # As in "cap,wanda"
@@ -65,13 +87,13 @@ def read_sparsities(
         raise BadInput(f"Sparsity {text!r} is not a list of numbers: expected shares with commas; write "
                        "0.1,0.2,0.5.") from None
 
-# %% ../nbs/command_line.ipynb #c012
+# %% ../nbs/command_line.ipynb #c014
 import inspect, re
 from dataclasses import Field, dataclass, fields
-from typing import Annotated
+from typing import Annotated, get_args
 from .jobs.settings import Job, SinglePruning, changed
 
-# %% ../nbs/command_line.ipynb #c013
+# %% ../nbs/command_line.ipynb #c015
 @dataclass(frozen=True)
 class FieldOption:
     "An option that is made from a field of a dataclass."
@@ -90,7 +112,7 @@ def field_comments(
     "What the source of a dataclass says of its fields."
     return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(settings), re.MULTILINE))
 
-# %% ../nbs/command_line.ipynb #c014
+# %% ../nbs/command_line.ipynb #c016
 def field_option(
     setting: Field, # A field with a default
     comment: str, # Its comment
@@ -112,7 +134,7 @@ def options_of(
     comments = field_comments(settings)
     return [field_option(setting, comments[setting.name]) for setting in fields(settings)]
 
-# %% ../nbs/command_line.ipynb #c018
+# %% ../nbs/command_line.ipynb #c020
 def with_options(
     parameter: str, # Parameter of a command that takes the value
     options: list[FieldOption], # Options that take its place
@@ -133,7 +155,7 @@ def with_options(
         return wrapped
     return decorate
 
-# %% ../nbs/command_line.ipynb #c020
+# %% ../nbs/command_line.ipynb #c022
 JOB_OPTIONS = {part.name: options_of(part.default_factory) for part in fields(Job)} # Part of a job -> its options
 
 def with_job(
@@ -145,10 +167,10 @@ def with_job(
                if (part in wanted or option.field in wanted) and option.field not in without]
     return with_options("job", options, lambda **settings: changed(Job(), **settings))
 
-# %% ../nbs/command_line.ipynb #c023
+# %% ../nbs/command_line.ipynb #c025
 from pathlib import Path
 
-# %% ../nbs/command_line.ipynb #c024
+# %% ../nbs/command_line.ipynb #c026
 def option(
     kind: type, # Type of the value
     about: str, # What `--help` says
@@ -163,12 +185,12 @@ Store = option(Path | None, "folder of tables of losses, shared between runs")
 Note = option(str, "a note for the record, such as what else was running")
 Seed = option(int, "seed of every draw")
 
-# %% ../nbs/command_line.ipynb #c026
+# %% ../nbs/command_line.ipynb #c028
 import logging
 import cap_nb
 from transformers.utils import logging as transformers_logging
 
-# %% ../nbs/command_line.ipynb #c027
+# %% ../nbs/command_line.ipynb #c029
 ABOUT = "Causal Attribution Pruning of reasoning language models."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
@@ -191,13 +213,63 @@ def program(
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     transformers_logging.disable_progress_bar()
 
-# %% ../nbs/command_line.ipynb #c029
+# %% ../nbs/command_line.ipynb #c031
 from .analysis import method_table, table_markdown
 from .experiments.variants import VARIANTS, run_variants
 from .jobs.job import run_job
 from .jobs.records import load_run
+from .jobs.sweeps import Known, read_config, read_index, run_sweep, sweep_jobs, tracked, whole_options
 
-# %% ../nbs/command_line.ipynb #c030
+# %% ../nbs/command_line.ipynb #c032
+WHOLE = {"out": Path, "store": Path, "note": str, "track": str} # Options of a run that a sweep has once -> their type
+LISTS = {setting.name for part in fields(Job) for setting in fields(part.default_factory) if setting.type in READERS}
+
+def read_as(
+    kind: type, # Type of an option, as in int | None
+    text: str, # What the user wrote
+) -> object: # The value
+    "A value of an option from its text; another type's raises `BadInput`."
+    [single] = {*(get_args(kind) or [kind])} - {type(None)}
+    try: return single(text)
+    except ValueError:
+        raise BadInput(f"{text!r} is no {'whole ' * (single is int)}number: expected one; correct it.") from None
+
+def known_option(
+    of_job: FieldOption, # An option that is made from a field of a job
+) -> Known: # How a file gives it
+    "An option of a job as a file may give it, read as on the command line."
+    def read(text: str) -> object: return of_job.read(read_as(get_args(of_job.parameter.annotation)[0], text))
+    return Known(of_job.field, "list" if of_job.field in LISTS else "one", read)
+
+KNOWN = {option.parameter.name: known_option(option) for group in JOB_OPTIONS.values() for option in group}
+KNOWN |= {name: Known(name, "whole", functools.partial(read_as, kind)) for name, kind in WHOLE.items()}
+KNOWN = {name.replace("_", "-"): known for name, known in KNOWN.items()}
+
+
+# %% ../nbs/command_line.ipynb #c033
+def run_config(
+    context: typer.Context, # The command as it was called
+    base: Job, # What the command line says, else the defaults
+    path: Path, # The file of options
+    whole: dict[str, object], # The same for the options in `WHOLE`
+) -> Path: # The sweep's folder
+    "Run what a file asks for; an option that the command line gives wins over the file."
+    given = tuple(name for name in KNOWN
+                  if context.get_parameter_source(name.replace("-", "_")).name == "COMMANDLINE")
+    config = read_config(path, KNOWN).without(given)
+    whole = whole | whole_options(config, KNOWN)
+    out = whole.pop("out") or Path("runs")/path.stem
+    return run_sweep(config, sweep_jobs(config, KNOWN, base), out, **whole)
+
+def show_sweep(
+    folder: Path, # A sweep's folder
+) -> None:
+    "Print the runs of a sweep and where their numbers are."
+    for run in read_index(folder)["runs"]: typer.echo(str(folder/run["folder"]))
+    typer.echo(f"Numbers of all runs: {folder/'results.csv'}   compare some: cap compare RUN RUN")
+
+
+# %% ../nbs/command_line.ipynb #c034
 def show_run(
     folder: Path, # A run's folder
 ) -> None:
@@ -208,19 +280,27 @@ def show_run(
     typer.echo("Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))))
     typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
 
+
+# %% ../nbs/command_line.ipynb #c035
 @app.command("run")
 @in_one_sentence
 @with_job("model", "calibrate", "prune", "evaluate")
 def run_command(
     job: Job, # What the options say
-    out: option(Path | None, "the run's folder; runs/MODEL if left out") = None,
+    context: typer.Context, # The command as it was called
+    out: option(Path | None, "the run's folder; runs/MODEL if left out, or runs/CONFIG for a sweep") = None,
     store: Store = None,
     note: Note = "",
+    config: option(Path | None, "YAML file of options; lists cross, a run for each combination") = None,
+    track: option(str | None, "tensorboard, wandb, trackio or another tracker of accelerate follows the run") = None,
 ) -> None:
     "Load, calibrate, score, prune, evaluate, tabulate: the whole job, resumable."
-    show_run(run_job(job, out or Path("runs")/Path(job.model.name).name, store, note))
+    whole = {"out": out, "store": store, "note": note, "track": track}
+    if config is not None: return show_sweep(run_config(context, job, config, whole))
+    folder = out or Path("runs")/Path(job.model.name).name
+    with tracked(track, folder) as follow: show_run(run_job(job, folder, store, note, follow))
 
-# %% ../nbs/command_line.ipynb #c032
+# %% ../nbs/command_line.ipynb #c037
 TARGETS = ("calibrate_on", "text_share", "text_tokens") # What is calibrated on, where that is not gold solutions
 TextWindows = option(int | None, "windows of plain text to calibrate on; as many as calibration examples if left out")
 
@@ -241,7 +321,7 @@ def claims_command(
     folder = out or Path("runs")/f"{Path(job.model.name).name}-claims"
     show_run(run_variants(job, folder, base, names, store, note, text_windows))
 
-# %% ../nbs/command_line.ipynb #c034
+# %% ../nbs/command_line.ipynb #c039
 import shutil
 from .engine.devices import joined, device_of_process
 from .engine.resumed_scoring import check_target, table_scorer
@@ -249,7 +329,7 @@ from .jobs.job import check_job, check_windows_fit, job_calibration
 from .models.loading import load_model, tokenizer_fingerprint
 from .scoring import save_losses
 
-# %% ../nbs/command_line.ipynb #c035
+# %% ../nbs/command_line.ipynb #c040
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
 
 @app.command("score")
@@ -277,10 +357,10 @@ def score_command(
     heads, measured = losses.masked[..., 0].numel(), {"loss": "losses", "divergence": "divergences"}[losses.target]
     typer.echo(f"{out}: {measured} of {len(losses.intact)} examples with each of {heads} heads masked.")
 
-# %% ../nbs/command_line.ipynb #c037
+# %% ../nbs/command_line.ipynb #c042
 from .jobs.chains import Answering, own_chains, task_counts, too_few
 
-# %% ../nbs/command_line.ipynb #c038
+# %% ../nbs/command_line.ipynb #c043
 Tries = option(int, "answers to each problem: the first is greedy, the others are drawn")
 Temperature = option(float, "temperature of the drawn answers")
 
@@ -306,13 +386,13 @@ def chains_command(
     for sentence in too_few(chains): typer.echo(sentence)
     typer.echo(f"{out}: the chains; use them with --calibrate-on {out}.")
 
-# %% ../nbs/command_line.ipynb #c040
+# %% ../nbs/command_line.ipynb #c045
 from .importance import importance_factors
 from .jobs.settings import PruneSettings
 from .regions import Factors
 from .scoring import causal_scores, load_losses
 
-# %% ../nbs/command_line.ipynb #c041
+# %% ../nbs/command_line.ipynb #c046
 def factors_from(
     pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
     fingerprint: Callable[[], str], # Of the model that is to be pruned
@@ -328,7 +408,16 @@ def factors_from(
     scores = causal_scores(losses, settings.aggregation)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
-# %% ../nbs/command_line.ipynb #c043
+# %% ../nbs/command_line.ipynb #c049
+from .core.files import check_new_folder
+from .calibration import Calibration
+from .jobs.job import filled_in, targets_configuration
+from .methods.given_hessians import file_note, layer_file
+from .methods.streaming import load_norms
+from .portable.sharing import (
+    base_record, calibration_record, made_and_noted, note_on_model, pruning_record, publish, scores_record, write_card)
+
+# %% ../nbs/command_line.ipynb #c050
 from dataclasses import replace
 from .methods.criteria import Given
 from .methods.prune import check_method, needs_of, prune, unit_factors
@@ -337,33 +426,79 @@ from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_che
 from .models.loading import check_all_here, model_fingerprint, save_model
 from .threshold import PruneReport
 
-# %% ../nbs/command_line.ipynb #c044
+# %% ../nbs/command_line.ipynb #c051
+def set_of_measurements(
+    pruning: SinglePruning, # How a checkpoint is pruned on disk
+) -> dict | None: # What JSON can hold; None if nothing was measured
+    "What norms or Hessians say of the set that they were measured on."
+    if pruning.norms is not None: return load_norms(pruning.norms)[1]
+    if pruning.hessians is None: return None
+    note = file_note(layer_file(pruning.hessians, 0))
+    return {"fingerprint": note["calibration"], "sequences": note["sequences"]}
+
+def record_of(
+    job: Job, # Its settings, for the aggregation of scores
+    pruning: SinglePruning, # How it was pruned
+    report: PruneReport, # What was done
+    base: dict, # What was pruned
+    calibration: dict | None, # What the method was calibrated on
+) -> dict: # What config.json will say
+    "The record of a pruning."
+    scores = None
+    if pruning.scores is not None and "factors" in needs_of(check_method(pruning.method)):
+        scores = scores_record(load_losses(pruning.scores), job.prune.aggregation) | {"key_value": pruning.key_value}
+    return pruning_record(report, base, pruning.ties, calibration, scores)
+
+# %% ../nbs/command_line.ipynb #c052
+def note_in_memory(
+    job: Job, # Its model, and what was calibrated on
+    pruning: SinglePruning, # How it was pruned
+    report: PruneReport, # What was done
+    loaded: tuple, # The pruned model, its tokenizer, and its fingerprint before
+    calibration: Calibration | None, # The calibration set, if the method has one
+) -> None:
+    "Let a pruned model's configuration say how it was pruned."
+    model, tokenizer, fingerprint = loaded
+    base, on = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None)), None
+    if calibration: on = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
+    note_on_model(model, record_of(job, pruning, report, base, on))
+
+# %% ../nbs/command_line.ipynb #c053
+def check_in_memory(
+    pruning: SinglePruning, # How to prune
+) -> None:
+    "Raise `BadInput` for what only a pruning on disk can use."
+    for name in ("norms", "hessians"):
+        if getattr(pruning, name) is not None:
+            raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
+                           f"measured after those before it were pruned; add --stream, or leave --{name} out.")
+
+# %% ../nbs/command_line.ipynb #c054
 def pruned_in_memory(
     job: Job, # Its model, how scores are made, and what to calibrate on
     pruning: SinglePruning, # How to prune
     out: Path, # Folder of the pruned checkpoint
 ) -> PruneReport: # What was done
     "Load a model, prune it, save it."
-    for name in ("norms", "hessians"):
-        if getattr(pruning, name) is not None:
-            raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
-                           f"measured after those before it were pruned; add --stream, or leave --{name} out.")
+    check_in_memory(pruning)
     parts = check_method(pruning.method)
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
     check_all_here(model)
     check_windows_fit(job, model)
     calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
     calibration = job_calibration(job, tokenizer) if calibrated else None
-    factors = factors_from(pruning, lambda: model_fingerprint(model), job.prune)
+    fingerprint = model_fingerprint(model)
+    factors = factors_from(pruning, lambda: fingerprint, job.prune)
     if factors is None and parts.attribution:
         given = Given(calibration=calibration, batch_tokens=job.model.batch_tokens)
         factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
     report = prune(model, pruning.method, pruning.sparsity, factors, calibration, pruning.ties,
                    job.model.batch_tokens, job.calibrate.seed)
+    note_in_memory(job, pruning, report, (model, tokenizer, fingerprint), calibration)
     save_model(model, tokenizer, out)
     return report
 
-# %% ../nbs/command_line.ipynb #c045
+# %% ../nbs/command_line.ipynb #c055
 def check_streaming(
     job: Job, # Its model
     pruning: SinglePruning, # How to prune
@@ -378,6 +513,7 @@ def check_streaming(
     if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
     else: check_solved(pruning.method, pruning.sparsity)
 
+# %% ../nbs/command_line.ipynb #c056
 def pruned_from_disk(
     job: Job, # Its model, which is a folder, and how scores are made
     pruning: SinglePruning, # How to prune
@@ -385,13 +521,17 @@ def pruned_from_disk(
 ) -> PruneReport: # What was done
     "Prune a folder's checkpoint without loading it."
     check_streaming(job, pruning)
-    source = job.model.name
-    factors = factors_from(pruning, lambda: checkpoint_fingerprint(source), job.prune)
-    if pruning.hessians is not None:
-        return solve_checkpoint(source, out, pruning.sparsity, pruning.hessians, pruning.method, factors)
-    return prune_checkpoint(source, out, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
+    source, fingerprint = job.model.name, checkpoint_fingerprint(job.model.name)
+    factors, base = factors_from(pruning, lambda: fingerprint, job.prune), base_record(source, fingerprint)
+    def make(new: Path) -> PruneReport:
+        if pruning.hessians is not None:
+            return solve_checkpoint(source, new, pruning.sparsity, pruning.hessians, pruning.method, factors)
+        return prune_checkpoint(source, new, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
+    def record(report: PruneReport) -> dict:
+        return record_of(job, pruning, report, base, set_of_measurements(pruning))
+    return made_and_noted(out, make, record)
 
-# %% ../nbs/command_line.ipynb #c046
+# %% ../nbs/command_line.ipynb #c057
 @app.command("hessians")
 @in_one_sentence
 @with_job("model", "calibrate", without=("calibration_seed",))
@@ -406,11 +546,7 @@ def hessians_command(
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
     typer.echo(f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}.")
 
-# %% ../nbs/command_line.ipynb #c047
-from dataclasses import asdict
-from .core.files import write_json
-
-# %% ../nbs/command_line.ipynb #c048
+# %% ../nbs/command_line.ipynb #c058
 def check_scores_given(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -421,7 +557,7 @@ def check_scores_given(
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
 
-# %% ../nbs/command_line.ipynb #c049
+# %% ../nbs/command_line.ipynb #c059
 @app.command("prune")
 @in_one_sentence
 @with_options("pruning", options_of(SinglePruning), SinglePruning)
@@ -434,25 +570,25 @@ def prune_command(
     "Prune a model and save it; methods with importance factors need --scores, others calibrate on --tasks."
     check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
     check_scores_given(pruning)
+    check_new_folder(out)
     report = (pruned_from_disk if pruning.stream else pruned_in_memory)(job, pruning, out)
-    write_json(out/"prune_report.json", asdict(report))
     typer.echo(f"{out}: {pruning.method} set {report.zeros:,} of {report.weights:,} weights in scope to zero "
                f"({report.reached:.4%}, {pruning.sparsity:.4%} asked).")
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster; "
                "'cap export' packs it.")
 
-# %% ../nbs/command_line.ipynb #c051
+# %% ../nbs/command_line.ipynb #c061
 from .portable.format import Manifest
 from .portable.small_files import export_folder, restore_folder
 
-# %% ../nbs/command_line.ipynb #c052
+# %% ../nbs/command_line.ipynb #c062
 def bytes_of(
     manifest: Manifest, # What a packed folder holds
 ) -> tuple[int, int]: # Bytes of the original files, and of what is in their place
     "How large a folder is, and how large it is packed."
     return sum(entry.bytes for entry in manifest.files), sum(entry.stored_bytes for entry in manifest.files)
 
-# %% ../nbs/command_line.ipynb #c053
+# %% ../nbs/command_line.ipynb #c063
 @app.command("export")
 @in_one_sentence
 def export_command(
@@ -478,11 +614,38 @@ def restore_command(
     dense, _ = bytes_of(manifest := restore_folder(folder, out, base))
     typer.echo(f"{out}: {len(manifest.files)} files, {dense:,} bytes, each with the hash that it had.")
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c065
+@app.command("card")
+@in_one_sentence
+def card_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    run: option(Path | None, "folder of a finished run on the same base, for the table") = None,
+    base: option(str | None, "id of the base on the hub, as owner/name, if a folder was pruned") = None,
+    force: option(bool, "replace another README.md", "--force") = False,
+) -> None:
+    "Write a pruned folder's model card, README.md, from what it says of itself, its zeros and a run's records."
+    typer.echo(f"{write_card(folder, run, base, force)}: the model card.")
+
+@app.command("publish")
+@in_one_sentence
+def publish_command(
+    folder: Annotated[Path, typer.Argument(help="pruned folder with its card, packed or not")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the hub")],
+    dry_run: option(bool, "list what would be uploaded, and upload nothing", "--dry-run") = False,
+    private: option(bool, "make the repository private, if it is made", "--private") = False,
+    message: option(str | None, "of the commit; method and sparsity if left out") = None,
+) -> None:
+    "Upload a pruned folder to the hub; what does not belong there is refused."
+    upload = publish(folder, repository, dry_run, private, message)
+    for file in upload.files: typer.echo(f"{file.bytes:>15,}  {file.sha256}  {file.name}")
+    typer.echo(f"{repository}: {len(upload.files)} files, commit message {upload.message!r}.")
+    typer.echo("Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}")
+
+# %% ../nbs/command_line.ipynb #c067
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c056
+# %% ../nbs/command_line.ipynb #c068
 @app.command("eval")
 @in_one_sentence
 @with_job("model", "calibrate", "evaluate", without=("n", "k", "calibration_seed", *TARGETS))
@@ -499,14 +662,14 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c070
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c059
+# %% ../nbs/command_line.ipynb #c071
 @app.command("table")
 @in_one_sentence
 def table_command(
@@ -534,7 +697,34 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c061
+# %% ../nbs/command_line.ipynb #c074
+from .analysis import comparison_markdown
+from .jobs.results import compare_runs, comparison_csv, save_comparison
+
+
+# %% ../nbs/command_line.ipynb #c075
+@app.command("compare")
+@in_one_sentence
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs; the others are held against the first")],
+    methods: option(str | None, "methods to compare, with commas; all if left out", "--method") = None,
+    against: option(str | None, "the first run's method to compare with; the same one if left out") = None,
+    sparsity: option(str | None, "sparsities to compare, with commas; all if left out") = None,
+    form: option(str, "md or csv", "--format") = "md",
+    out: option(Path | None, "folder for the tables and the figure; only printed if left out") = None,
+    seed: Seed = 0,
+) -> None:
+    "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
+    check_choice(form, ("md", "csv"), "format")
+    if out: check_new_folder(out)
+    compared = compare_runs(runs, read_names(methods), against, sparsity and read_sparsities(sparsity), seed)
+    typer.echo({"md": comparison_markdown, "csv": comparison_csv}[form](compared))
+    if out:
+        save_comparison(compared, runs, out)
+        typer.echo(f"Tables and figure: {out}")
+
+
+# %% ../nbs/command_line.ipynb #c076
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -546,7 +736,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c063
+# %% ../nbs/command_line.ipynb #c078
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -568,14 +758,14 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c065
+# %% ../nbs/command_line.ipynb #c080
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c066
+# %% ../nbs/command_line.ipynb #c081
 @app.command("methods")
 @in_one_sentence
 def methods_command() -> None:
@@ -589,10 +779,10 @@ def methods_command() -> None:
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.")
     typer.echo("Recoveries: swaps, update, swaps^update.")
 
-# %% ../nbs/command_line.ipynb #c067
+# %% ../nbs/command_line.ipynb #c082
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c068
+# %% ../nbs/command_line.ipynb #c083
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -611,13 +801,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c070
+# %% ../nbs/command_line.ipynb #c085
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c071
+# %% ../nbs/command_line.ipynb #c086
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -641,11 +831,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c072
+# %% ../nbs/command_line.ipynb #c087
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c074
+# %% ../nbs/command_line.ipynb #c089
 #| eval: false
 if __name__ == "__main__": main()

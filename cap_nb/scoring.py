@@ -243,6 +243,22 @@ from pathlib import Path
 from .core.files import read_tensors, write_tensors
 
 # %% ../nbs/01_scoring.ipynb #c051
+def check_table(
+    losses: HeadLosses, # A table of losses
+) -> None:
+    "Raise ValueError unless all parts of a table belong together."
+    n = len(losses.intact)
+    if losses.masked.ndim != 3 or losses.masked.shape[-1] != n or losses.intact.ndim != 1:
+        raise ValueError(f"masked has the shape {tuple(losses.masked.shape)} for {n} examples")
+    for name in ("stratum", "task", "uid"):
+        if (count := len(getattr(losses, name))) != n: raise ValueError(f"{name} has {count} entries, not {n}")
+    for name in ("masked", "intact"):
+        values = getattr(losses, name)
+        if values.is_floating_point() and values.isfinite().all(): continue
+        raise ValueError(f"{name} has numbers that are no finite losses")
+    deal_subsets(losses.stratum, losses.k, losses.seed)
+
+# %% ../nbs/01_scoring.ipynb #c052
 def save_losses(
     losses: HeadLosses, # The table
     path: str | Path, # Final name of the file
@@ -256,20 +272,23 @@ def load_losses(
 ) -> HeadLosses: # The table
     "Load a table of losses; a missing, damaged or foreign file raises `BadInput`."
     tensors, about = read_tensors(Path(path))
-    if "masked" not in tensors or "intact" not in tensors:
-        raise BadInput(f"{path} holds no table of losses: expected a file written by 'cap score'; check the path.")
-    stratum, task, uid = (tuple(about[name]) for name in ("stratum", "task", "uid"))
-    return HeadLosses(masked=tensors["masked"], intact=tensors["intact"], stratum=stratum, task=task, uid=uid,
-                      k=about["k"], seed=about["seed"], meta=about["meta"])
+    try:
+        columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
+        losses = HeadLosses(**tensors, **columns, **{name: about[name] for name in ("k", "seed", "meta")})
+        check_table(losses)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} holds no table of losses ({error}): expected a file written by 'cap score'; check the "
+                       "path.") from None
+    return losses
 
-# %% ../nbs/01_scoring.ipynb #c054
+# %% ../nbs/01_scoring.ipynb #c055
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from .core.plots import blank_figure, in_style
 
-# %% ../nbs/01_scoring.ipynb #c055
+# %% ../nbs/01_scoring.ipynb #c056
 def draw_box(
     axes: Axes, # Where to draw
     left: float, # Its left side, in the axes' units
@@ -291,7 +310,7 @@ def runs_of(
     centres = [(start + stop - 1) / 2 for start, stop in zip(starts, stops)]
     return [start - 0.5 for start in starts[1:]], centres, [names[start] for start in starts]
 
-# %% ../nbs/01_scoring.ipynb #c056
+# %% ../nbs/01_scoring.ipynb #c057
 @in_style
 def plot_head_mask(
     heads: int = 4, # Query heads of the layer
@@ -315,7 +334,7 @@ def plot_head_mask(
     axes.text(width + 0.2, 3.4, f"Z, side by side:\nthe mask sets $z_{masked}$ to 0", va="center", color="#B2182B")
     return figure
 
-# %% ../nbs/01_scoring.ipynb #c057
+# %% ../nbs/01_scoring.ipynb #c058
 @in_style
 def plot_losses(
     losses: HeadLosses, # A table of losses
@@ -337,7 +356,7 @@ def plot_losses(
     figure.colorbar(image, label="masked minus intact loss (nats)")
     return figure
 
-# %% ../nbs/01_scoring.ipynb #c058
+# %% ../nbs/01_scoring.ipynb #c059
 @in_style
 def plot_score_intervals(
     losses: HeadLosses, # A table of losses

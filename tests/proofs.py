@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.calibration import Calibration
+from cap_nb.core.files import write_checked
 from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.evaluation import window_losses
@@ -526,9 +527,8 @@ def write_record(path=RECORD):
     families = {name: kind for name, (kind, _) in TINY_MODELS.items()}
     made = {"date": datetime.date.today().isoformat(), "torch": torch.__version__,
             "transformers": transformers.__version__}
-    record = {"made": made, "claims": claims, "families": families, "errors": errors}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    in_order = {"claims": list(claims), "families": list(families)}
+    write_checked(path, {"made": made, "claims": claims, "families": families, "errors": errors, "in order": in_order})
 
 
 if __name__ == "__main__":

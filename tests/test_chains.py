@@ -8,7 +8,7 @@ import pytest
 
 from cap_nb.calibration import calibration_set
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_json
+from cap_nb.core.files import read_checked
 from cap_nb.data.problems import load_problems, load_text
 from cap_nb.data.prompts import IGNORED
 from cap_nb.jobs.chains import (
@@ -168,7 +168,7 @@ def test_a_run_on_chains_and_text(made, tmp_path):
     words = ["run", *FEW, "--methods", "cap,wanda,sparsegpt", "--sparsity", "0.5", "--text-share", "0.34", "--text-tokens", "30"]
     result = cap(*words, "--calibrate-on", made[1], "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    said = read_json(tmp_path / "run" / "run.json")["calibration"]
+    said = read_checked(tmp_path / "run" / "run.json")["calibration"]
     assert (said["on"], said["chains"], said["text_share"], said["text_tokens"]) == ("chains", made[0].fingerprint, 0.34, 30)
     run = load_run(tmp_path / "run")
     assert {e.method for e in run.evaluations} == {"dense", "cap", "wanda", "sparsegpt"}

@@ -14,7 +14,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from cap_nb.core.files import read_json
+from cap_nb.core.files import read_checked, sha256_of_file
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.command_line import RENAMED, app, field_comments
 from cap_nb.jobs.records import load_run
@@ -61,7 +61,7 @@ def test_a_calibration_seed_leaves_the_evaluation_alone(finished, tmp_path):
     """Runs that differ in --calibration-seed calibrate on other problems and are evaluated on the same."""
     result = cap("run", *FEW, "--methods", "magnitude", "--sparsity", "0.5", "--calibration-seed", "7", "--out", tmp_path / "seven")
     assert result.exit_code == 0, result.output
-    zero, seven = (read_json(folder / "run.json") for folder in (finished[0], tmp_path / "seven"))
+    zero, seven = (read_checked(folder / "run.json") for folder in (finished[0], tmp_path / "seven"))
     assert seven["calibration"]["seed"] == 7 and zero["calibration"]["seed"] == 0
     assert seven["evaluation"] == zero["evaluation"] and seven["calibration"]["fingerprint"] != zero["calibration"]["fingerprint"]
 
@@ -131,7 +131,7 @@ def test_run_shows_table_and_figures(finished):
                  "tables/scores.csv", "figures/head_importance.png", "figures/sparsity_curves.png", "reports/cap-0.5.json"):
         assert (folder / name).is_file(), name
     assert not (folder / "unfinished").exists()
-    assert read_json(folder / "environment.json")[0]["note"] == "a test"
+    assert read_checked(folder / "environment.json")[0]["note"] == "a test"
 
 
 def test_what_is_recorded(finished):
@@ -149,12 +149,12 @@ def test_what_is_recorded(finished):
 def test_another_sparsity_scores_nothing_again(finished):
     folder, _ = finished
     before = {p: p.stat().st_mtime_ns for p in [folder / "losses.safetensors", *(folder / "evaluations/cap-0.5").iterdir()]}
-    scored = read_json(folder / "timings.json")["scoring"]
+    scored = read_checked(folder / "timings.json")["scoring"]
     result = cap("run", *FEW, "--methods", "wanda", "--sparsity", "0.25", "--out", folder)
     assert result.exit_code == 0, result.output
     assert "| Wanda |" in result.stdout and "| CAP |" in result.stdout
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert read_json(folder / "timings.json")["scoring"] == scored
+    assert read_checked(folder / "timings.json")["scoring"] == scored
 
 
 def test_divergences_are_scored_pruned_by_and_not_taken_for_losses(finished, tmp_path):
@@ -203,7 +203,8 @@ def test_packing_changes_nothing_that_is_said(finished, tmp_path):
     assert cap("pack", packed).exit_code == 0
     assert {p.name for p in packed.iterdir()} == {"run.json", "manifest.json", "records.parquet", "tables", "figures"}
     assert cap("table", packed).stdout == cap("table", folder).stdout
-    assert read_json(packed / "manifest.json") == read_json(folder / "manifest.json")
+    listed = read_checked(packed / "manifest.json")
+    assert listed.pop("packed") == sha256_of_file(packed / "records.parquet") and listed == read_checked(folder / "manifest.json")
     assert_one_sentence(cap("run", *FEW, "--methods", "wanda", "--sparsity", "0.25", "--out", packed), "is a packed run", "cap unpack")
     assert cap("unpack", packed, restored).exit_code == 0
     assert contents(restored) == contents(folder)

@@ -1,7 +1,6 @@
 """Routing-aware factors where routing is odd: experts that nothing reaches, dense layers in between, broken weights,
 other examples; and the sibling of the lab's model."""
 
-import json
 import logging
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 
 from cap_nb.calibration import default_style, default_tasks
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_tensors
+from cap_nb.core.files import read_checked, read_tensors
 from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.settings import Job, changed
@@ -170,9 +169,9 @@ def test_a_run_keeps_both_tables_of_factors_and_takes_them_up_again(tiny_lab, tm
     files = [tmp_path / "run" / "attributions" / f"{name}.safetensors" for name in ("routed", "masked_experts")]
     for tensors in (read_tensors(file)[0] for file in files):
         assert tensors["experts"].shape == (2, 4) and tensors["factors"].shape == (2, 6)
-    timings = json.loads((tmp_path / "run" / "timings.json").read_text())
+    timings = read_checked(tmp_path / "run" / "timings.json")
     run_job(job, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "timings.json").read_text()) == timings
+    assert read_checked(tmp_path / "run" / "timings.json") == timings
     costs = (tmp_path / "run" / "tables" / "costs.csv").read_text().splitlines()
     seconds = {line.split(",")[0]: float(line.split(",")[1]) for line in costs[1:]}
     assert seconds["cap.routed"] == pytest.approx(timings["scoring"] + timings["attribution/routed"])

@@ -1,5 +1,4 @@
 """Every claim about every family, on tiny random models of the true classes; and models that are refused."""
-import json
 import logging
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
+from cap_nb.core.files import read_checked
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.jobs.costs import read_sizes
 from cap_nb.jobs.records import mask_fingerprint
@@ -46,10 +46,11 @@ def test_claim(name, claim):
 def test_the_record_that_the_documentation_shows_is_of_these_claims():
     """The page of supported models reads the record: every variant and every claim is in it, and nothing that
     failed."""
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    record = read_checked(RECORD)
     assert record["families"] == {name: kind for name, (kind, _) in TINY_MODELS.items()}
     assert record["claims"] == {claim: {"says": proof.says, "limit": proof.limit} for claim, proof in PROOFS.items()}
-    assert [(name, claim) for name, errors in record["errors"].items() for claim in errors] == CLAIMS
+    assert record["in order"] == {"claims": list(PROOFS), "families": list(TINY_MODELS)}
+    assert {(name, claim) for name, errors in record["errors"].items() for claim in errors} == {*CLAIMS}
     assert all(record["errors"][name][claim] <= PROOFS[claim].limit for name, claim in CLAIMS)
 
 

@@ -2,16 +2,17 @@
 import math
 import random
 import re
+import shutil
 import subprocess
 
 import pytest
 
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_json, sha256_of_file
+from cap_nb.core.files import read_checked, read_json, sha256_of_file
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord
 from cap_nb.jobs.job import prepare
 from cap_nb.jobs.records import (
-    PACKED, differences, load_evaluation, load_run, manifest, pack_run, read_run, save_evaluation, unpack_run)
+    PACKED, differences, is_record, load_evaluation, load_run, manifest, pack_run, read_run, save_evaluation, unpack_run)
 from cap_nb.jobs.report import run_folders, table_texts
 from cap_nb.jobs.settings import Job
 from cap_nb.models.lab_world import spelled
@@ -68,7 +69,7 @@ def test_another_digit_is_noticed(tmp_path):
 @committed
 def test_a_committed_run_is_packed_and_whole(run):
     """Every record, table and picture has the hash that the manifest gives it, and nothing else lies there."""
-    listed = read_json(run / "manifest.json")
+    listed = read_checked(run / "manifest.json")
     assert manifest(run) == listed
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert files == {PACKED, "run.json", "manifest.json", *listed["made"]}
@@ -133,3 +134,30 @@ def test_the_ledger_is_of_these_runs():
     listed = read_json(FIGURES / "claims" / "manifest.json")
     assert {name: sha256_of_file(FIGURES / "claims" / name) for name in listed["made"]} == listed["made"]
     assert {name: sha256_of_file(FIGURES / name) for name in listed["made from"]} == listed["made from"]
+
+
+def with_a_bit_flipped(path, place):
+    """The bytes of a file as they were, after one of its bits was flipped."""
+    kept = path.read_bytes()
+    at = int(place * len(kept))
+    path.write_bytes(kept[:at] + bytes([kept[at] ^ 1]) + kept[at + 1:])
+    return kept
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.95])
+def test_a_flipped_bit_in_any_record_is_never_believed(tmp_path, place):
+    """A digit that became another one still reads well: only the checksum knows. Live and packed."""
+    unpack_run(FIGURES / "qwen_answers", tmp_path / "live")
+    shutil.copytree(FIGURES / "qwen_answers", tmp_path / "packed")
+    records = [path for path in (tmp_path / "live").rglob("*") if path.is_file() and is_record(path.relative_to(tmp_path / "live"))]
+    believed = []
+    for path in [*records, tmp_path / "live" / "run.json", *(tmp_path / "packed" / name for name in (PACKED, "run.json", "manifest.json"))]:
+        kept = with_a_bit_flipped(path, place)
+        try:
+            load_run(tmp_path / path.relative_to(tmp_path).parts[0])
+            believed.append(path.name)
+        except BadInput as error:
+            assert path.name in str(error) or path.parent.name in str(error), f"{path} is not named: {error}"
+        path.write_bytes(kept)
+    assert not believed and len(records) > 15
+    assert len(load_run(tmp_path / "live").evaluations) == len(load_run(tmp_path / "packed").evaluations) == 4

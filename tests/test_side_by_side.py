@@ -8,6 +8,7 @@ from fixtures import tiny_config
 from transformers import AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
+from cap_nb.core.files import write_checked
 from cap_nb.core.memory import PEAK
 from cap_nb.engine.resumed_scoring import shared_prefix
 from cap_nb.jobs.costs import BatchShape, lengths_of, naive_work, resumed_work, sizes_of
@@ -149,7 +150,7 @@ def test_a_machine_has_a_name(tmp_path):
 
 
 def test_a_damaged_record_is_refused(tmp_path):
-    (tmp_path / "bad.json").write_text("[]")
+    write_checked(tmp_path / "bad.json", [])
     with pytest.raises(BadInput, match="holds no cases"):
         read_cases(tmp_path / "bad.json")
     assert read_cases(tmp_path / "none.json") == {} and missing_text({"one": {}}, ("one",), "") == "All 1 cases are measured."

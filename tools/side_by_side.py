@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import cap_nb
 from cap_nb.calibration import Calibration, calibration_set, default_style
 from cap_nb.core.errors import BadInput, check_at_least
-from cap_nb.core.files import read_json, write_json
+from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.problems import BENCHMARK_NAMES
 from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.engine.resumed_scoring import after_prefix, score_heads, shared_prefix
@@ -252,7 +252,7 @@ def read_cases(
     "The cases of a benchmark; a damaged file raises `BadInput`."
     if not Path(path).exists():
         return {}
-    kept = read_json(path)
+    kept = read_checked(path)
     if isinstance(kept, dict) and isinstance(kept.get("cases"), dict):
         return kept["cases"]
     raise BadInput(f"{path} holds no cases: expected a file that a benchmark wrote; remove it and measure again.")
@@ -276,7 +276,7 @@ def measured_case(
     if name not in cases:
         machine = named_machine(device, note)
         cases[name] = {"settings": wanted, "machine": machine, **measure()}
-        write_json(path, {"cases": cases})
+        write_checked(path, {"cases": cases})
     return read_cases(path)[name]
 
 

@@ -44,3 +44,12 @@ def check_at_least(
     "Return `value` if it is a whole number of at least `least`; otherwise raise `BadInput`."
     if isinstance(value, int) and not isinstance(value, bool) and value >= least: return value
     raise BadInput(f"{what} is {value!r}: expected a whole number of at least {least}; give a larger one.")
+
+# %% ../../nbs/core/00_errors.ipynb #c017
+def check_seed(
+    seed: int, # The seed that the user gave
+    what: str = "seed", # What it is called, as in "--seed"
+) -> int: # The same seed
+    "Return `seed` if it is a whole number of at most 63 bits, which every generator takes; otherwise raise `BadInput`."
+    if isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2 ** 63: return seed
+    raise BadInput(f"{what} is {seed!r}: expected a whole number from 0 to 2^63 - 1; give a smaller one.")

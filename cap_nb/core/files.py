@@ -188,9 +188,21 @@ def sha256_of_text(
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 # %% ../../nbs/core/01_files.ipynb #c041
+def read_text(
+    path: str | Path, # A file
+) -> str: # Its text
+    "The text of a file in UTF-8; one that is missing or something else raises `BadInput`."
+    try: return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not text in UTF-8 (byte {error.start}): expected the file as it was published; "
+                       "fetch it again, or convert it.") from None
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}): expected a file; check the path.") from None
+
+# %% ../../nbs/core/01_files.ipynb #c044
 import json
 
-# %% ../../nbs/core/01_files.ipynb #c042
+# %% ../../nbs/core/01_files.ipynb #c045
 def json_text(
     content: object, # Anything that JSON can hold
 ) -> str: # JSON with sorted keys, a line a value, ending in a newline
@@ -211,15 +223,42 @@ def read_json(
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: expected a JSON file; check the path.") from None
-    except ValueError as error:
+    except IsADirectoryError:
+        raise BadInput(f"{path} is a folder: expected a JSON file; check the path.") from None
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON ({error}): expected a whole JSON file; make it again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c046
+# %% ../../nbs/core/01_files.ipynb #c049
+def checked_text(
+    content: object, # Anything that JSON can hold
+) -> str: # JSON with the keys "content" and "sha256"
+    "A value beside the SHA-256 of its own text."
+    as_read = json.loads(json_text(content)) # keys are texts then, and tuples lists
+    return json_text({"content": as_read, "sha256": sha256_of_text(json_text(as_read))})
+
+def write_checked(
+    path: str | Path, # Final name of the file
+    content: object, # Anything that JSON can hold
+) -> None:
+    "Write `content` as JSON beside its checksum, whole or not at all."
+    with whole_file(path) as part: part.write_text(checked_text(content), encoding="utf-8")
+
+def read_checked(
+    path: str | Path, # A file that `write_checked` wrote
+) -> object: # Its content
+    "Read what `write_checked` wrote; whatever is not as it was saved raises `BadInput` that names it."
+    kept = read_json(path)
+    if isinstance(kept, dict) and set(kept) == {"content", "sha256"}:
+        if kept["sha256"] == sha256_of_text(json_text(kept["content"])): return kept["content"]
+    raise BadInput(f"{path} is not as cap_nb saved it, its checksum says: expected no bit flipped and nothing edited "
+                   "by hand; restore the file, or remove it and let it be made again.")
+
+# %% ../../nbs/core/01_files.ipynb #c056
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../../nbs/core/01_files.ipynb #c047
+# %% ../../nbs/core/01_files.ipynb #c057
 def apart(
     tensors: dict[str, torch.Tensor], # Tensors, of which some may be the same
 ) -> dict[str, torch.Tensor]: # The same, contiguous, in memory of their own, as safetensors asks
@@ -231,34 +270,70 @@ def apart(
         seen.add(memory)
     return own
 
-# %% ../../nbs/core/01_files.ipynb #c048
+# %% ../../nbs/core/01_files.ipynb #c058
+def sha256_of_tensor(
+    tensor: torch.Tensor, # Any tensor
+) -> str: # 64 hexadecimal digits
+    "SHA-256 of a tensor's dtype, shape and bytes."
+    flat = tensor.detach().cpu().contiguous().flatten()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if len(flat): digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
 def write_tensors(
     path: Path, # Final name of the file
     tensors: dict[str, torch.Tensor], # What is saved
     meta: dict, # What JSON can hold
 ) -> None:
-    "Save tensors with one metadata entry, whole or not at all; equal contents give equal bytes."
-    metadata = {"cap_nb": json.dumps(meta, sort_keys=True)}
+    "Save tensors, words about them and checksums, whole or not at all; equal contents give equal bytes."
+    words = json.loads(json_text(meta))
+    sums = {"meta": sha256_of_text(json_text(words)), "tensors": {n: sha256_of_tensor(t) for n, t in tensors.items()}}
+    entry = json.dumps({"meta": words, "sha256": sums}, sort_keys=True)
     with whole_file(path) as part:
-        save_file(apart(tensors), part, metadata=metadata)
+        save_file(apart(tensors), part, metadata={"cap_nb": entry})
 
-def read_tensors(
-    path: Path, # An existing file
-) -> tuple[dict[str, torch.Tensor], dict]: # Tensors and metadata
-    "Read what `write_tensors` wrote; a damaged or foreign file raises `BadInput` that names it."
+# %% ../../nbs/core/01_files.ipynb #c059
+@contextmanager
+def opened_tensors(
+    path: Path, # A file that `write_tensors` wrote
+) -> Iterator[tuple]: # The file as safetensors opens it, the words, and the checksum of each tensor
+    "Open a file of tensors and check its words; whatever is missing, damaged or foreign raises `BadInput`."
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["cap_nb"])
+            entry = json.loads(file.metadata()["cap_nb"])
+            words, sums = entry["meta"], entry["sha256"]
+            if sums["meta"] != sha256_of_text(json_text(words)): raise ValueError("other words than were saved")
+            if set(sums["tensors"]) != set(file.keys()): raise ValueError("other tensors than were saved")
+            yield file, words, sums["tensors"]
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: expected a table of losses; run 'cap score' first.") from None
-    except (SafetensorError, KeyError, TypeError, ValueError):
-        raise BadInput(f"{path} is damaged or was not written by cap_nb: expected a table of losses; "
-                       "remove it and score again.") from None
+    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError):
+        raise BadInput(f"{path} is damaged, or was not written by this version of cap_nb: expected tensors with their "
+                       "checksums; remove it, and have it made again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c052
+# %% ../../nbs/core/01_files.ipynb #c060
+def checked_tensor(
+    file: object, # As safetensors opens it
+    name: str, # Name of a tensor in it
+    sums: dict[str, str], # Name -> checksum
+) -> torch.Tensor: # The tensor
+    "Read one tensor; other bytes than were saved raise ValueError."
+    tensor = file.get_tensor(name)
+    if sha256_of_tensor(tensor) != sums[name]: raise ValueError(f"other numbers in {name} than were saved")
+    return tensor
+
+def read_tensors(
+    path: Path, # A file that `write_tensors` wrote
+    names: Collection[str] | None = None, # The tensors that are wanted; None for all
+) -> tuple[dict[str, torch.Tensor], dict]: # Tensors and metadata
+    "Read what `write_tensors` wrote; a damaged or foreign file raises `BadInput` that names it."
+    with opened_tensors(path) as (file, words, sums):
+        return {name: checked_tensor(file, name, sums) for name in (sums if names is None else names)}, words
+
+# %% ../../nbs/core/01_files.ipynb #c066
 from dataclasses import dataclass
 
-# %% ../../nbs/core/01_files.ipynb #c053
+# %% ../../nbs/core/01_files.ipynb #c067
 @dataclass(frozen=True)
 class StoredTensor:
     "Where the bytes of a tensor lie."
@@ -277,7 +352,7 @@ def stored_tensor(
     start, end = (begin + offset for offset in entry["data_offsets"])
     return StoredTensor(file=file, start=start, end=end, kind=entry["dtype"], shape=tuple(entry["shape"]))
 
-# %% ../../nbs/core/01_files.ipynb #c054
+# %% ../../nbs/core/01_files.ipynb #c068
 def stored_tensors(
     file: Path, # A safetensors file
 ) -> dict[str, StoredTensor]: # Name -> where it lies
@@ -295,7 +370,7 @@ def stored_tensors(
         header = json.loads(opened.read(length))
     return {name: stored_tensor(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
 
-# %% ../../nbs/core/01_files.ipynb #c055
+# %% ../../nbs/core/01_files.ipynb #c069
 PIECE = 1 << 23 # Bytes that are read at once; whole numbers, 8 of them or more, whatever their dtype
 
 def pieces_of(
@@ -311,7 +386,7 @@ def pieces_of(
                                "changes; try again.")
             yield piece
 
-# %% ../../nbs/core/01_files.ipynb #c059
+# %% ../../nbs/core/01_files.ipynb #c073
 SHARD_INDEX = "model.safetensors.index.json"
 
 def shard_files(
@@ -331,7 +406,7 @@ def shard_files(
                        "folder; fetch the checkpoint again.")
     return tuple(folder/name for name in names)
 
-# %% ../../nbs/core/01_files.ipynb #c062
+# %% ../../nbs/core/01_files.ipynb #c076
 def repository_root() -> Path: # The folder that holds settings.ini
     "The top of this repository, seen from the working directory; outside of it raises `BadInput`."
     here = Path.cwd()

@@ -9,7 +9,7 @@ __all__ = ['Problem', 'load_problems', 'Text', 'load_text']
 import json
 from dataclasses import dataclass
 from ..core.errors import check_choice
-from ..core.files import sha256_of_text
+from ..core.files import read_text, sha256_of_text
 from ..models.lab_world import as_drawn
 
 # %% ../../nbs/data/00_problems.ipynb #c005
@@ -43,32 +43,66 @@ def task_family(
 # %% ../../nbs/data/00_problems.ipynb #c011
 import re
 from collections.abc import Mapping
+from typing import Annotated
+from pydantic import AfterValidator, BaseModel, StrictBool, StringConstraints, ValidationError, model_validator
 
 # %% ../../nbs/data/00_problems.ipynb #c012
+def with_words(
+    text: str, # A text of a record
+) -> str: # The same text
+    "Raise ValueError for a text without words, or with half a surrogate pair."
+    if not text.strip(): raise ValueError("it is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in text): raise ValueError("it holds half a surrogate pair")
+    return text
+
+Words = Annotated[str, StringConstraints(strict=True), AfterValidator(with_words)]
+
+def fitting(
+    schema: type[BaseModel], # What a record should look like
+    record: Mapping, # A record as it was read
+) -> BaseModel: # Its fields, checked
+    "A record in the form of a schema; the first field that does not fit raises ValueError."
+    try: return schema.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'as a whole'}: {first['msg']}") from None
+
+# %% ../../nbs/data/00_problems.ipynb #c014
+class Gsm8kRecord(BaseModel):
+    "A record of GSM8K; its answer ends in '#### number'."
+    question: Words
+    answer: Annotated[Words, StringConstraints(pattern=r"####\s*-?[\d,]*\.?\d+\s*$")]
+
 def read_gsm8k(
     record: Mapping, # {"question", "answer"} as the authors publish it
     task: str = "gsm8k", # Name of the task that the problem will carry
 ) -> Problem: # The problem
     "A GSM8K record as a problem (Cobbe et al. 2021), its `<<...>>` annotations removed."
-    solution, _, answer = record["answer"].rpartition("####")
-    if not solution: raise ValueError("its answer has no line '#### number'")
+    fields = fitting(Gsm8kRecord, record)
+    solution, _, answer = fields.answer.rpartition("####")
     clean = re.sub(r"<<[^<>]*>>", "", solution).strip()
     number = answer.strip().replace(",", "")
-    return Problem(task=task, question=record["question"].strip(), solution=clean, answer=number)
+    return Problem(task=task, question=fields.question.strip(), solution=clean, answer=number)
 
-# %% ../../nbs/data/00_problems.ipynb #c016
+# %% ../../nbs/data/00_problems.ipynb #c018
+class StrategyqaRecord(BaseModel):
+    "A record of StrategyQA; the hub's copy has its facts in one text."
+    question: Words
+    answer: StrictBool
+    facts: Words | list[Words]
+
 def read_strategyqa(
     record: Mapping, # {"question", "answer": bool, "facts": list or str}
     task: str = "strategyqa", # Name of the task that the problem will carry
 ) -> Problem: # The problem
     "A StrategyQA record as a problem (Geva et al. 2021): its facts are the worked solution."
-    if not isinstance(record["answer"], bool): raise ValueError("its answer is not true or false")
-    facts = [record["facts"]] if isinstance(record["facts"], str) else record["facts"]
+    fields = fitting(StrategyqaRecord, record)
+    facts = [fields.facts] if isinstance(fields.facts, str) else fields.facts
     solution = "\n".join(fact.strip() for fact in facts)
-    answer = "yes" if record["answer"] else "no"
-    return Problem(task=task, question=record["question"].strip(), solution=solution, answer=answer)
+    return Problem(task=task, question=fields.question.strip(), solution=solution,
+                   answer="yes" if fields.answer else "no")
 
-# %% ../../nbs/data/00_problems.ipynb #c020
+# %% ../../nbs/data/00_problems.ipynb #c022
 def arc_columns(
     record: Mapping, # An ARC record in AI2's form or in the hub's
 ) -> tuple[str, list[str], list[str]]: # Question, labels and texts of the choices
@@ -79,23 +113,44 @@ def arc_columns(
     choices = question["choices"]
     return question["stem"], [choice["label"] for choice in choices], [choice["text"] for choice in choices]
 
-# %% ../../nbs/data/00_problems.ipynb #c021
+# %% ../../nbs/data/00_problems.ipynb #c023
+LETTERS = "ABCDEFGH" # Choices are relabelled with these
+
+class ArcRecord(BaseModel):
+    "A record of ARC in columns: from two to eight choices, each with a label of its own, and the key among them."
+    question: Words
+    labels: list[Words]
+    texts: list[Words]
+    key: Words
+
+    @model_validator(mode="after")
+    def fits_together(self) -> "ArcRecord":
+        "Raise ValueError unless labels, texts and key belong together."
+        count, labels = len(self.texts), len(self.labels)
+        if not 2 <= count <= len(LETTERS): raise ValueError(f"there are {count} choices, not 2 to {len(LETTERS)}")
+        if labels != count: raise ValueError(f"there are {labels} labels for {count} choices")
+        if len({*self.labels}) < labels: raise ValueError("two choices have one label")
+        if self.key not in self.labels: raise ValueError(f"its answer {self.key!r} is none of its choices")
+        return self
+
+# %% ../../nbs/data/00_problems.ipynb #c024
 def read_arc(
     record: Mapping, # A record in AI2's form or in the hub's
     task: str = "arc", # Name of the task that the problem will carry
 ) -> Problem: # The problem, its choices relabelled A, B, C, ...
     "An ARC record as a problem (Clark et al. 2018)."
     question, labels, texts = arc_columns(record)
-    if record["answerKey"] not in labels: raise ValueError(f"its answer {record['answerKey']!r} is none of its choices")
-    choices = tuple(zip("ABCDEFGH", (text.strip() for text in texts)))
-    answer, _ = choices[labels.index(record["answerKey"])]
+    columns = {"question": question, "labels": labels, "texts": texts, "key": record["answerKey"]}
+    fields = fitting(ArcRecord, columns)
+    choices = tuple(zip(LETTERS, (text.strip() for text in fields.texts)))
+    answer, _ = choices[fields.labels.index(fields.key)]
     solution = "\n".join(record.get("rationale", ()))
-    return Problem(task=task, question=question.strip(), solution=solution, answer=answer, choices=choices)
+    return Problem(task=task, question=fields.question.strip(), solution=solution, answer=answer, choices=choices)
 
-# %% ../../nbs/data/00_problems.ipynb #c025
+# %% ../../nbs/data/00_problems.ipynb #c028
 from collections.abc import Callable
 
-# %% ../../nbs/data/00_problems.ipynb #c026
+# %% ../../nbs/data/00_problems.ipynb #c029
 @dataclass(frozen=True)
 class Benchmark:
     "Where the records of a benchmark come from, and how one is read."
@@ -107,7 +162,7 @@ class Benchmark:
 SPLITS = ("calibration", "evaluation")
 HUB_SPLITS = {"calibration": "train", "evaluation": "test"}
 
-# %% ../../nbs/data/00_problems.ipynb #c027
+# %% ../../nbs/data/00_problems.ipynb #c030
 GSM8K = Benchmark(
     read=read_gsm8k,
     files={"calibration": ("gsm8k/train.jsonl",), "evaluation": ("gsm8k/test.jsonl",)},
@@ -123,29 +178,31 @@ ARC = Benchmark(
     hub=("allenai/ai2_arc", "ARC-Challenge", "210d026faf9955653af8916fad021475a3f00453"), splits=HUB_SPLITS)
 BENCHMARKS = {"gsm8k": GSM8K, "strategyqa": STRATEGYQA, "arc": ARC}
 
-# %% ../../nbs/data/00_problems.ipynb #c029
+# %% ../../nbs/data/00_problems.ipynb #c032
 from pathlib import Path
 from ..core.errors import BadInput
 
-# %% ../../nbs/data/00_problems.ipynb #c030
+# %% ../../nbs/data/00_problems.ipynb #c033
 def records_of_file(
     path: Path, # A .json file (a list) or a .jsonl file (an object a line)
 ) -> list[dict]: # Its records
     "The records of a benchmark file; a damaged one raises `BadInput` that names the line."
-    text, number, records = path.read_text(encoding="utf-8"), 1, []
+    text, number, records = read_text(path), 1, []
     try:
-        if path.suffix == ".json": return json.loads(text)
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip(): records.append(json.loads(line))
-    except ValueError:
+        if path.suffix == ".json": records = json.loads(text)
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip(): records.append(json.loads(line))
+    except (ValueError, RecursionError):
         raise BadInput(f"{path}, line {number} is not JSON: expected the file as its authors published it; "
                        "fetch it again.") from None
-    return records
+    if isinstance(records, list) and records: return records
+    raise BadInput(f"{path} holds no list of records: expected the file as its authors published it; fetch it again.")
 
-# %% ../../nbs/data/00_problems.ipynb #c031
+# %% ../../nbs/data/00_problems.ipynb #c034
 import logging
 
-# %% ../../nbs/data/00_problems.ipynb #c032
+# %% ../../nbs/data/00_problems.ipynb #c035
 log = logging.getLogger(__name__)
 
 def benchmark_file(
@@ -165,7 +222,7 @@ def benchmark_file(
         log.info("%s is not there: %s is read for %s instead", names[0], existing[0].name, split)
     return existing[0]
 
-# %% ../../nbs/data/00_problems.ipynb #c036
+# %% ../../nbs/data/00_problems.ipynb #c039
 def from_hub(
     name: str, # Name of the dataset on the hub
     configuration: str | None, # Its configuration
@@ -179,19 +236,19 @@ def from_hub(
         raise BadInput(f"The dataset {name} could not be loaded from the hub ({type(error).__name__}): expected "
                        f"network access or its files in a folder; give --data-dir.") from error
 
-# %% ../../nbs/data/00_problems.ipynb #c038
+# %% ../../nbs/data/00_problems.ipynb #c041
 import functools
 from .changed_numbers import changed_records
 from ..models.lab_world import lab_records
 
-# %% ../../nbs/data/00_problems.ipynb #c039
+# %% ../../nbs/data/00_problems.ipynb #c042
 def split_of(
     problem: Problem, # A problem of a benchmark that has one file for both splits
 ) -> str: # "evaluation" for a quarter of all contents, "calibration" for the rest
     "The split of a problem by its content hash."
     return "evaluation" if int(problem.uid[:4], 16) % 4 == 0 else "calibration"
 
-# %% ../../nbs/data/00_problems.ipynb #c040
+# %% ../../nbs/data/00_problems.ipynb #c043
 @functools.cache
 def copied_records(
     path: Path, # A benchmark file
@@ -217,7 +274,7 @@ def source_records(
     records = from_hub(*benchmark.hub, benchmark.splits[split])
     return changed_records(records) if task in COPIES else records
 
-# %% ../../nbs/data/00_problems.ipynb #c041
+# %% ../../nbs/data/00_problems.ipynb #c044
 def read_problems(
     task: str, # Name of the task
     split: str, # "calibration" or "evaluation"
@@ -227,13 +284,13 @@ def read_problems(
     read, problems = BENCHMARKS[task_family(task)].read, {}
     for number, record in enumerate(source_records(task, split, data_dir), 1):
         try: problem = read(record, task)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadInput(f"Record {number} of {task} ({split}) cannot be read, {error}: expected the authors' "
                            "format; repair or remove it.") from None
         problems.setdefault(problem.uid, problem)
     return tuple(problems.values())
 
-# %% ../../nbs/data/00_problems.ipynb #c042
+# %% ../../nbs/data/00_problems.ipynb #c045
 @functools.cache
 def lab_problems(
     task: str, # Name of a lab task
@@ -242,7 +299,7 @@ def lab_problems(
     "The problems of a lab task."
     return read_problems(task, split, None)
 
-# %% ../../nbs/data/00_problems.ipynb #c043
+# %% ../../nbs/data/00_problems.ipynb #c046
 def load_problems(
     task: str, # One of `TASKS`, as in "gsm8k", "lab-gsm8k" or "gsm8k_changed"
     split: str, # "calibration" or "evaluation"
@@ -256,10 +313,10 @@ def load_problems(
     if task == "strategyqa" and data_dir is not None: return tuple(p for p in problems if split_of(p) == split)
     return problems
 
-# %% ../../nbs/data/00_problems.ipynb #c049
+# %% ../../nbs/data/00_problems.ipynb #c052
 from ..models.lab_world import lab_text
 
-# %% ../../nbs/data/00_problems.ipynb #c050
+# %% ../../nbs/data/00_problems.ipynb #c053
 @dataclass(frozen=True)
 class Text:
     "A text for perplexity."
@@ -271,7 +328,7 @@ class Text:
         "SHA-256 of the text: 64 hexadecimal digits."
         return sha256_of_text(self.text)
 
-# %% ../../nbs/data/00_problems.ipynb #c051
+# %% ../../nbs/data/00_problems.ipynb #c054
 TEXTS = ("wikitext2", "lab-text")
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3")
 WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation"} # Split -> the hub's name of it
@@ -284,7 +341,16 @@ def halves(
     middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
     return text[:middle], text[middle:]
 
-# %% ../../nbs/data/00_problems.ipynb #c052
+# %% ../../nbs/data/00_problems.ipynb #c055
+def with_words_in(
+    path: Path, # A file of text
+) -> str: # Its text
+    "The text of a file; one without words raises `BadInput`."
+    text = read_text(path)
+    if text.strip(): return text
+    raise BadInput(f"{path} holds no words: expected a text to measure perplexity on; fetch it again.")
+
+# %% ../../nbs/data/00_problems.ipynb #c056
 def load_text(
     name: str, # "wikitext2" or "lab-text"
     data_dir: str | Path | None = None, # Folder that holds wikitext2/test.txt and valid.txt; None means the hub
@@ -302,4 +368,4 @@ def load_text(
     if not path.is_file():
         raise BadInput(f"{path} does not exist: expected WikiText-2's text there; "
                        "put it in place or leave --data-dir out.")
-    return Text("wikitext2-tokenised", path.read_text(encoding="utf-8"))
+    return Text("wikitext2-tokenised", with_words_in(path))

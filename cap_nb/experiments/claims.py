@@ -32,7 +32,7 @@ from ..evaluation import AnswerRecord, Evaluation
 from ..core.errors import BadInput
 from ..scoring import HeadLosses
 from ..jobs.records import Run, load_run, read_run, settings_of
-from ..core.files import read_json
+from ..core.files import read_checked
 
 # %% ../../nbs/experiments/02_claims.ipynb #c011
 Cells = Mapping[tuple[str, float], Evaluation] # (method or variant, sparsity) -> what was measured
@@ -99,7 +99,7 @@ def seconds_of(
     if "scoring" in run.timings or variants is None: return run.timings
     # A main run that took its table of losses from elsewhere did not score. The table of plain text has the same heads,
     # and fewer windows than there are examples are less work, so that the share saved is not overstated.
-    return run.timings | variants.records.read("text/timings.json", read_json, {})
+    return run.timings | variants.records.read("text/timings.json", read_checked, {})
 
 def chain_answers(
     variants: Run | None, # The variants' run, if there is one
@@ -746,6 +746,14 @@ CHOICE_QUESTIONS = (
           cases={f"{100 * s:g} %": gold_over_chains(s) for s in (0.2, 0.5)}))
 
 # %% ../../nbs/experiments/02_claims.ipynb #c075
+PERMUTED_QUESTIONS = (
+    Claim(section="", says="CAP keeps more than with its factors permuted over all heads", unit=GAIN,
+          cases={label: case for index in range(3) for label, case in
+                 all_tasks("cap", f"cap~permuted-{index}", 0.2, 0.5, called=f"permutation {index}").items()}),
+    Claim(section="", says="CAP keeps more than with its factors permuted within each layer", unit=GAIN,
+          cases=all_tasks("cap", "cap~permuted-in-layers", 0.2, 0.5)))
+
+# %% ../../nbs/experiments/02_claims.ipynb #c077
 def judged_once(
     first: str, # A method
     second: str, # Another
@@ -761,11 +769,11 @@ FROZEN_QUESTIONS = tuple(
           cases=each_task(judged_once("alps", other), 0.2, 0.5))
     for other, called in (("wanda", "Wanda"), ("sparsegpt", "SparseGPT"), ("cap", "CAP")))
 
-# %% ../../nbs/experiments/02_claims.ipynb #c076
+# %% ../../nbs/experiments/02_claims.ipynb #c078
 CLAIMS = (*MAIN_CLAIMS, *MLP_CLAIMS, *CALIBRATION_CLAIMS, *SUBSET_CLAIMS, *HEAD_CLAIMS, *RANKING_QUESTIONS,
-          *CHOICE_QUESTIONS, *FROZEN_QUESTIONS) # Every claim of the ledger, in its order
+          *CHOICE_QUESTIONS, *PERMUTED_QUESTIONS, *FROZEN_QUESTIONS) # Every claim of the ledger, in its order
 
-# %% ../../nbs/experiments/02_claims.ipynb #c079
+# %% ../../nbs/experiments/02_claims.ipynb #c081
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
@@ -774,7 +782,7 @@ from ..core.plots import blank_figure, in_style, save_figure
 from ..core.files import sha256_of_file, write_json
 from ..jobs.report import write_text
 
-# %% ../../nbs/experiments/02_claims.ipynb #c080
+# %% ../../nbs/experiments/02_claims.ipynb #c082
 COLUMNS = ("Section", "Unit", "Value", "Low", "High", "n", "p", "Holm", "Verdict", "Why")
 
 def reason(
@@ -797,7 +805,7 @@ def answered_cases(
     if len(answers) > 1: answers = ask(answers, 1 - LEVEL / len(answers))
     return correct_family(answers, f"this claim on {records.name}")
 
-# %% ../../nbs/experiments/02_claims.ipynb #c081
+# %% ../../nbs/experiments/02_claims.ipynb #c083
 def judged_claim(
     claim: Claim, # A claim
     records: ModelRecords, # What was run on a model
@@ -807,7 +815,7 @@ def judged_claim(
     return {label: (answers.get(label), verdict(answers.get(label), claim.ranges.get(label, claim.expected)))
             for label in claim.cases}
 
-# %% ../../nbs/experiments/02_claims.ipynb #c082
+# %% ../../nbs/experiments/02_claims.ipynb #c084
 def claims_ledger(
     models: Sequence[ModelRecords], # What was run on each model
     claims: Sequence[Claim] = CLAIMS, # The claims
@@ -823,7 +831,7 @@ def claims_ledger(
     names = pd.MultiIndex.from_tuples(rows, names=["Claim", "Case", "Model"])
     return pd.DataFrame(list(rows.values()), names, list(COLUMNS))
 
-# %% ../../nbs/experiments/02_claims.ipynb #c087
+# %% ../../nbs/experiments/02_claims.ipynb #c089
 def number_text(
     row: pd.Series, # A row of the ledger
 ) -> str: # As in "+1.5 [-2.0, +5.0]"
@@ -850,7 +858,7 @@ def ledger_rows(
         rows.append([cells[0]["Section"] or "ours", claim, case, *map(cell_of, cells)])
     return ["Section", "Claim", "Case", *models], rows
 
-# %% ../../nbs/experiments/02_claims.ipynb #c088
+# %% ../../nbs/experiments/02_claims.ipynb #c090
 READING_NOTES = (
     "Gains are points of strict accuracy, or nats of held-out loss saved where no answers were generated; more is "
     "better in both.",
@@ -868,7 +876,7 @@ def ledger_notes(
     cases = "; ".join(f"{model}: {counts(model)}" for model in counted.index)
     return [f"Cases: {cases}.", *READING_NOTES]
 
-# %% ../../nbs/experiments/02_claims.ipynb #c089
+# %% ../../nbs/experiments/02_claims.ipynb #c091
 def ledger_markdown(
     ledger: pd.DataFrame, # From `claims_ledger`
 ) -> str: # Markdown
@@ -877,7 +885,7 @@ def ledger_markdown(
     notes = "".join(f"- {note}\n" for note in ledger_notes(ledger))
     return markdown_rows(header, rows, names=len(header)) + "\n" + notes
 
-# %% ../../nbs/experiments/02_claims.ipynb #c090
+# %% ../../nbs/experiments/02_claims.ipynb #c092
 def ledger_latex(
     ledger: pd.DataFrame, # From `claims_ledger`
 ) -> str: # A longtable for the packages longtable and booktabs
@@ -889,7 +897,7 @@ def ledger_latex(
     notes = [f"% {note}" for note in ledger_notes(ledger)]
     return "\n".join([*notes, *top, *map(line, rows), r"\bottomrule", r"\end{longtable}", ""])
 
-# %% ../../nbs/experiments/02_claims.ipynb #c093
+# %% ../../nbs/experiments/02_claims.ipynb #c095
 VERDICT_COLOURS = {SUPPORTED: "#0072B2", CONTRADICTED: "#D55E00", UNDECIDED: "#D0D0D0"}
 
 def draw_case(
@@ -903,7 +911,7 @@ def draw_case(
         ax.plot(4.2 + 2.9 * i, y, "s", ms=6, color=VERDICT_COLOURS[row["Verdict"]])
         ax.text(4.35 + 2.9 * i, y, number_text(row) or row["Why"], fontsize=6, va="center", color=ink)
 
-# %% ../../nbs/experiments/02_claims.ipynb #c094
+# %% ../../nbs/experiments/02_claims.ipynb #c096
 def draw_claims(
     ax: plt.Axes, # A panel
     ledger: pd.DataFrame, # Rows of the ledger that go there
@@ -923,7 +931,7 @@ def draw_claims(
     for i, model in enumerate(models): ax.text(4.1 + 2.9 * i, -0.2, model, fontsize=8, weight="bold")
     ax.axis("off")
 
-# %% ../../nbs/experiments/02_claims.ipynb #c095
+# %% ../../nbs/experiments/02_claims.ipynb #c097
 @in_style
 def plot_claims(
     ledger: pd.DataFrame, # From `claims_ledger`
@@ -943,7 +951,7 @@ def plot_claims(
     figure.legend(handles=marks, loc="outside lower center", ncols=3)
     return figure
 
-# %% ../../nbs/experiments/02_claims.ipynb #c097
+# %% ../../nbs/experiments/02_claims.ipynb #c099
 def save_ledger(
     ledger: pd.DataFrame, # From `claims_ledger`
     models: Sequence[ModelRecords], # What it was made from
@@ -962,7 +970,7 @@ def save_ledger(
     write_json(out/"manifest.json", {"made": made, "made from": sources})
     return out
 
-# %% ../../nbs/experiments/02_claims.ipynb #c098
+# %% ../../nbs/experiments/02_claims.ipynb #c100
 def write_ledger(
     figures: str | Path, # Folder that holds the runs' folders
     models: Sequence[str] | None = None, # Names of models; None means all that have a whole comparison

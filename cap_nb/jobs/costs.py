@@ -118,7 +118,7 @@ from pathlib import Path
 from transformers import AutoConfig
 from ..models.lab import CHECKPOINT
 from ..models.lab_experts import EXPERTS_CHECKPOINT
-from ..models.loading import HUB_ID, model_cache
+from ..models.loading import HUB_ID, config_of, model_cache
 
 # %% ../../nbs/jobs/04_costs.ipynb #c018
 def config_in(
@@ -127,10 +127,7 @@ def config_in(
 ) -> object: # The configuration
     "Read a folder's config.json and nothing else; one that cannot be read raises `BadInput`."
     if not (folder/"config.json").is_file(): raise BadInput(missing)
-    try: return AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{folder/'config.json'} cannot be read ({type(error).__name__}): expected a configuration that "
-                       "transformers knows; fetch it again.") from None
+    return config_of(folder)
 
 def config_on_hub(
     name: str, # owner/name or owner/name@commit

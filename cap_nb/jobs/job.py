@@ -273,12 +273,12 @@ class Ready:
     calibration: Calibration # The calibration set
     configuration: dict # What `run.json` will hold
 
-def prepare(
-    job: Job, # The job
+def prepare_loaded(
+    job: Job, # The job, checked
+    model: nn.Module, # Its model
+    tokenizer, # The model's tokenizer
 ) -> Ready: # The job with model, calibration set and configuration
-    "Check, load and draw; whatever is wrong raises `BadInput` here, before any work."
-    check_job(job)
-    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
+    "Check against the model and draw; whatever is wrong raises `BadInput`."
     check_all_here(model)
     for method in job.prune.methods: check_fits(method, model)
     check_windows_fit(job, model)
@@ -290,7 +290,15 @@ def prepare(
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 
-# %% ../../nbs/jobs/03_job.ipynb #c043
+# %% ../../nbs/jobs/03_job.ipynb #c033
+def prepare(
+    job: Job, # The job
+) -> Ready: # The job with model, calibration set and configuration
+    "Check, load and draw; whatever is wrong raises `BadInput` here, before any work."
+    check_job(job)
+    return prepare_loaded(job, *load_model(job.model.name, job.model.dtype, job.model.device))
+
+# %% ../../nbs/jobs/03_job.ipynb #c044
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -300,7 +308,7 @@ from ..core.memory import memory_taken
 from .records import note_memory, note_time
 from ..scoring import HeadLosses, load_losses, save_losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c044
+# %% ../../nbs/jobs/03_job.ipynb #c045
 @contextmanager
 def timed(
     folder: Path, # The run's folder
@@ -321,7 +329,7 @@ def time_and_memory_noted(
     with memory_taken(device) as taken, timed(folder, stage): yield
     note_memory(folder, stage, taken[0])
 
-# %% ../../nbs/jobs/03_job.ipynb #c045
+# %% ../../nbs/jobs/03_job.ipynb #c046
 def check_origin(
     path: Path, # File of the table of losses
     meta: dict, # What the table says of itself
@@ -333,7 +341,7 @@ def check_origin(
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
                        "run again.")
 
-# %% ../../nbs/jobs/03_job.ipynb #c046
+# %% ../../nbs/jobs/03_job.ipynb #c047
 def run_losses(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -353,7 +361,7 @@ def run_losses(
     check_target(losses, ready.job.prune.score_target, path)
     return losses
 
-# %% ../../nbs/jobs/03_job.ipynb #c048
+# %% ../../nbs/jobs/03_job.ipynb #c049
 from ..core.files import read_tensors, write_tensors
 from ..importance import importance_factors
 from ..methods.criteria import Given
@@ -361,7 +369,7 @@ from ..methods.prune import needs_of, parse_method, unit_factors
 from ..regions import Factors
 from ..scoring import causal_scores
 
-# %% ../../nbs/jobs/03_job.ipynb #c049
+# %% ../../nbs/jobs/03_job.ipynb #c050
 def attribution_origin(
     ready: Ready, # The job
     attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
@@ -381,7 +389,7 @@ def save_attribution(
     experts = {} if factors.experts is None else {"experts": factors.experts}
     write_tensors(path, {"factors": factors.heads} | experts | factors.kept, origin)
 
-# %% ../../nbs/jobs/03_job.ipynb #c050
+# %% ../../nbs/jobs/03_job.ipynb #c051
 def attribution_factors(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -401,7 +409,7 @@ def attribution_factors(
                        "run again.")
     return Factors(tensors["factors"], tensors.get("experts"))
 
-# %% ../../nbs/jobs/03_job.ipynb #c052
+# %% ../../nbs/jobs/03_job.ipynb #c053
 def factors_by_method(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -419,11 +427,11 @@ def factors_by_method(
         factors[None] = Factors(importance_factors(scores))
     return {method: factors[name] for method, name in attributions.items()}
 
-# %% ../../nbs/jobs/03_job.ipynb #c054
+# %% ../../nbs/jobs/03_job.ipynb #c055
 from ..models.anatomy import projections
 from ..methods.prune import prune_given
 
-# %% ../../nbs/jobs/03_job.ipynb #c055
+# %% ../../nbs/jobs/03_job.ipynb #c056
 def copied_weights(
     model: nn.Module, # A causal language model of a known family
 ) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
@@ -438,13 +446,13 @@ def put_back(
     "Undo pruning."
     for p in projections(model): p.stored.copy_(copies[p.name])
 
-# %% ../../nbs/jobs/03_job.ipynb #c058
+# %% ../../nbs/jobs/03_job.ipynb #c059
 from ..engine.decoding import Decoding
 from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from .records import together
 from ..threshold import prune_report
 
-# %% ../../nbs/jobs/03_job.ipynb #c059
+# %% ../../nbs/jobs/03_job.ipynb #c060
 def measure_piece(
     model: nn.Module, # The model as it is now
     tokenizer, # Its tokenizer
@@ -465,7 +473,7 @@ def measure_piece(
     text = load_text(piece.on, data.data_dir, evaluation.evaluate_on)
     return {"perplexity": perplexity(model, tokenizer, text, None, evaluation.windows, evaluation.window_tokens)}
 
-# %% ../../nbs/jobs/03_job.ipynb #c065
+# %% ../../nbs/jobs/03_job.ipynb #c066
 def evaluate(
     model: nn.Module, # A causal language model of a known family, pruned or not
     tokenizer, # Its tokenizer
@@ -479,7 +487,7 @@ def evaluate(
               for piece in pieces_of(job)]
     return together(pieces or [Evaluation(name, reached, reached)])
 
-# %% ../../nbs/jobs/03_job.ipynb #c068
+# %% ../../nbs/jobs/03_job.ipynb #c069
 import logging
 from collections.abc import Callable
 from tqdm.auto import tqdm
@@ -489,7 +497,7 @@ from cap_nb.jobs.records import (
 from ..methods.prune import highest_sparsity
 from ..threshold import PruneReport
 
-# %% ../../nbs/jobs/03_job.ipynb #c069
+# %% ../../nbs/jobs/03_job.ipynb #c070
 def finish_piece(
     ready: Ready, # The job; its model is pruned
     folder: Path, # The run's folder
@@ -508,7 +516,7 @@ def finish_piece(
     bar.update()
     return load_evaluation(path)
 
-# %% ../../nbs/jobs/03_job.ipynb #c070
+# %% ../../nbs/jobs/03_job.ipynb #c071
 Pruner = Callable[[str, float], PruneReport] # Prunes the job's model, which is dense, by a method to a sparsity
 
 def prune_noted(
@@ -522,7 +530,7 @@ def prune_noted(
     save_report(folder, report, mask_fingerprint(ready.model))
     return Evaluation(*cell, report.reached)
 
-# %% ../../nbs/jobs/03_job.ipynb #c072
+# %% ../../nbs/jobs/03_job.ipynb #c073
 def finish_cell(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -541,7 +549,7 @@ def finish_cell(
     save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), path)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
-# %% ../../nbs/jobs/03_job.ipynb #c074
+# %% ../../nbs/jobs/03_job.ipynb #c075
 log = logging.getLogger(__name__)
 
 def possible_cells(
@@ -556,26 +564,31 @@ def possible_cells(
                           method, 100 * sparsity, 100 * most)
     return tuple(possible)
 
-# %% ../../nbs/jobs/03_job.ipynb #c076
+# %% ../../nbs/jobs/03_job.ipynb #c077
 from ..core.files import alone_in
 from .records import environment, note_environment, open_run
 from .report import write_results
 
-# %% ../../nbs/jobs/03_job.ipynb #c077
+# %% ../../nbs/jobs/03_job.ipynb #c078
+Follow = Callable[[dict], Callable[[Evaluation], None]] # Gets a run's configuration, gives what is told of its cells
+
 def finish_cells(
     ready: Ready, # The job
     folder: Path, # The run's folder
     cells: Sequence[tuple[str, float]], # (method, sparsity) of every cell
     pruner: Pruner, # Prunes the job's model
+    finished: Callable[[Evaluation], None] | None = None, # Told of every cell, those of earlier sessions too
 ) -> None:
     "Prune and measure every cell that is not finished, then write tables and figures."
     dense, pieces, unfinished = copied_weights(ready.model), pieces_of(ready.job), folder/"unfinished"
     with tqdm(total=len(cells) * len(pieces), unit="piece") as bar:
-        for cell in cells: finish_cell(ready, folder, cell, pruner, dense, bar)
+        for cell in cells:
+            finish_cell(ready, folder, cell, pruner, dense, bar)
+            if finished: finished(load_evaluation(evaluation_folder(folder, *cell)))
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
-# %% ../../nbs/jobs/03_job.ipynb #c078
+# %% ../../nbs/jobs/03_job.ipynb #c079
 def method_pruner(
     ready: Ready, # The job
     factors: dict[str, Factors], # From `factors_by_method`
@@ -588,18 +601,20 @@ def method_pruner(
         return prune_given(ready.model, method, sparsity, given)
     return pruner
 
-# %% ../../nbs/jobs/03_job.ipynb #c079
+# %% ../../nbs/jobs/03_job.ipynb #c080
 def run_job(
     job: Job, # What is wanted
     folder: str | Path, # The run's folder; made, or continued
     store: str | Path | None = None, # Folder of tables of losses shared between runs; None: the run's folder
     note: str = "", # The user's note for the record, such as what else was running
+    follow: Follow | None = None, # Follows the run's cells, as a tracker does
 ) -> Path: # The run's folder
     "The whole experiment (paper section 4), resumable; every mistake raises `BadInput` before work begins."
     ready, folder = prepare(job), Path(folder)
     with alone_in(folder):
-        open_run(folder, ready.configuration)
+        opened = open_run(folder, ready.configuration)
         note_environment(folder, environment(ready.configuration["model"]["device"], note))
+        finished = follow(opened) if follow else None
         factors = factors_by_method(ready, folder, store and Path(store))
-        finish_cells(ready, folder, possible_cells(ready), method_pruner(ready, factors, folder))
+        finish_cells(ready, folder, possible_cells(ready), method_pruner(ready, factors, folder), finished)
     return folder

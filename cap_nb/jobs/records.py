@@ -46,7 +46,8 @@ def records_from_text(
 # %% ../../nbs/jobs/00_records.ipynb #c010
 from pathlib import Path
 from ..core.errors import BadInput
-from ..core.files import json_text, read_json, sha256_of_text, whole_folder
+from ..core.files import (
+    checked_text, json_text, read_checked, sha256_of_file, sha256_of_text, whole_folder)
 from ..evaluation import Evaluation, Perplexity
 
 # %% ../../nbs/jobs/00_records.ipynb #c011
@@ -58,7 +59,7 @@ def evaluation_texts(
     about["perplexity"] = evaluation.perplexity and asdict(evaluation.perplexity)
     tables = {f"{name}.csv": records_as_text(getattr(evaluation, name), kind) for name, kind in RECORD_FILES.items()}
     about["sha256"] = {name: sha256_of_text(text) for name, text in tables.items()}
-    return tables | {"evaluation.json": json_text(about)}
+    return tables | {"evaluation.json": checked_text(about)}
 
 def perplexity_from(
     about: dict | None, # A perplexity as JSON holds it
@@ -93,7 +94,7 @@ def load_evaluation(
 ) -> Evaluation: # The evaluation
     "Read an evaluation; a missing or damaged file raises `BadInput` that names it."
     folder = Path(folder)
-    about = read_json(folder/"evaluation.json")
+    about = read_checked(folder/"evaluation.json")
     try:
         return Evaluation(
             method=about["method"], sparsity=about["sparsity"], reached=about["reached"],
@@ -135,10 +136,10 @@ def differences(
     return tuple(f"{key} ({shown(a.get(key))}, now {shown(b.get(key))})" for key in differ)
 
 # %% ../../nbs/jobs/00_records.ipynb #c024
-from ..core.files import write_json
+from ..core.files import write_checked
 
 # %% ../../nbs/jobs/00_records.ipynb #c025
-FORMAT = 2 # Of the folder; a later one that cannot read this one will say so
+FORMAT = 3 # Of the folder; a later one that cannot read this one will say so
 PACKED = "records.parquet" # All records of a packed run
 
 def check_continues(
@@ -168,7 +169,7 @@ def open_run(
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder} is there and is not a run's folder: expected a new name; "
                        "give another folder with --out.")
-    write_json(folder/"run.json", asked)
+    write_checked(folder/"run.json", asked)
     return asked
 
 # %% ../../nbs/jobs/00_records.ipynb #c027
@@ -180,7 +181,7 @@ def read_run(
     if not path.is_file():
         raise BadInput(f"{folder} is not a run's folder: expected one with run.json, as made by 'cap run'; "
                        "check the path.")
-    kept = read_json(path)
+    kept = read_checked(path)
     if not isinstance(kept, dict) or kept.get("format") != FORMAT:
         raise BadInput(f"{folder} has another format than this version of cap_nb reads: expected format {FORMAT}; "
                        "use the version that made it.")
@@ -230,8 +231,8 @@ def note_environment(
 ) -> None:
     "Add a session's environment to the run, unless it is there already."
     path = Path(folder)/"environment.json"
-    known = read_json(path) if path.exists() else []
-    if session not in known: write_json(path, known + [session])
+    known = read_checked(path) if path.exists() else []
+    if session not in known: write_checked(path, known + [session])
 
 # %% ../../nbs/jobs/00_records.ipynb #c036
 import hashlib
@@ -263,7 +264,7 @@ def read_report(
     path: str | Path, # A file that `save_report` wrote
 ) -> tuple[PruneReport, str]: # The report, and the fingerprint of the zeros
     "Read a report; a missing or damaged one raises `BadInput`."
-    kept = read_json(path)
+    kept = read_checked(path)
     try: mask, table = kept.pop("mask"), tuple(tuple(row) for row in kept.pop("table"))
     except (KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} is not a report: expected one written by 'cap run'; remove it and run again.") from None
@@ -278,10 +279,10 @@ def save_report(
     "Keep a report; one that is there already must be of the same zeros, or `BadInput` is raised."
     name = cell_name(report.method, report.asked)
     path = Path(folder)/"reports"/f"{name}.json"
-    if path.exists() and (kept := read_json(path)["mask"]) != mask:
+    if path.exists() and (kept := read_checked(path)["mask"]) != mask:
         raise BadInput(f"Pruning {name} again gave other zeros ({mask[:12]}, not {kept[:12]}): expected the same; "
                        "versions or device changed, give another folder.")
-    write_json(path, asdict(report) | {"mask": mask})
+    write_checked(path, asdict(report) | {"mask": mask})
 
 # %% ../../nbs/jobs/00_records.ipynb #c045
 def together(
@@ -336,8 +337,8 @@ def note_time(
 ) -> None:
     "Add seconds to a stage of the run."
     path = Path(folder)/"timings.json"
-    known = read_json(path) if path.exists() else {}
-    write_json(path, known | {stage: round(known.get(stage, 0.0) + seconds, 3)})
+    known = read_checked(path) if path.exists() else {}
+    write_checked(path, known | {stage: round(known.get(stage, 0.0) + seconds, 3)})
 
 def note_memory(
     folder: str | Path, # A run's folder
@@ -346,8 +347,8 @@ def note_memory(
 ) -> None:
     "Note the most memory that a stage of the run took beyond what was in use before it."
     path = Path(folder)/"memory.json"
-    known = read_json(path) if path.exists() else {}
-    if taken is not None: write_json(path, known | {stage: max(known.get(stage, 0), taken)})
+    known = read_checked(path) if path.exists() else {}
+    if taken is not None: write_checked(path, known | {stage: max(known.get(stage, 0), taken)})
 
 # %% ../../nbs/jobs/00_records.ipynb #c056
 import tempfile
@@ -378,7 +379,7 @@ class Records:
         with self.opened(name) as path: return reader(path)
 
 # %% ../../nbs/jobs/00_records.ipynb #c059
-NO_RECORDS = ("tables", "figures", "unfinished", "run.json", "manifest.json", PACKED) # What else a folder holds
+NO_RECORDS = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED) # What else there is
 
 def is_record(
     inside: Path, # Path within a run's folder
@@ -474,14 +475,15 @@ def packed_records(
 def records_of(
     folder: str | Path, # A run's folder
 ) -> Records: # What it recorded
-    "The records of a run, live or packed."
+    "The records of a run, live or packed; a packed file that is not as it was written raises `BadInput`."
     folder = Path(folder)
-    return packed_records(folder/PACKED) if (folder/PACKED).exists() else live_records(folder)
+    if not (folder/PACKED).exists(): return live_records(folder)
+    if read_checked(folder/"manifest.json").get("packed") == sha256_of_file(folder/PACKED):
+        return packed_records(folder/PACKED)
+    raise BadInput(f"{folder/PACKED} is not the file that manifest.json beside it names: expected both as 'cap pack' "
+                   "wrote them; get them anew.")
 
 # %% ../../nbs/jobs/00_records.ipynb #c071
-from ..core.files import sha256_of_file
-
-# %% ../../nbs/jobs/00_records.ipynb #c072
 def record_hashes(
     records: Records, # What a run recorded
 ) -> dict[str, str]: # Path within a live run's folder -> SHA-256 of the file
@@ -493,18 +495,20 @@ def record_hashes(
 
 def manifest(
     folder: str | Path, # A run's folder
-) -> dict: # "made" and "made from", each: path within the folder -> SHA-256
+) -> dict: # "made" and "made from", each: path within the folder -> SHA-256; and "packed", the packed file's
     "Which tables and pictures a run has, and the records that they were made from."
-    folder = Path(folder)
+    folder, packed = Path(folder), Path(folder)/PACKED
     made = [path for name in ("tables", "figures") for path in sorted((folder/name).glob("[!.]*"))]
+    records = packed_records(packed) if packed.exists() else live_records(folder)
     return {"made": {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in made},
-            "made from": record_hashes(records_of(folder)) | {"run.json": sha256_of_file(folder/"run.json")}}
+            "made from": record_hashes(records) | {"run.json": sha256_of_file(folder/"run.json")},
+            } | ({"packed": sha256_of_file(packed)} if packed.exists() else {})
 
-# %% ../../nbs/jobs/00_records.ipynb #c075
+# %% ../../nbs/jobs/00_records.ipynb #c074
 import shutil
 from ..core.files import alone_in
 
-# %% ../../nbs/jobs/00_records.ipynb #c076
+# %% ../../nbs/jobs/00_records.ipynb #c075
 def remove_live_records(
     folder: Path, # The folder of a run that was packed
 ) -> None:
@@ -513,7 +517,7 @@ def remove_live_records(
         if path.is_dir() and not any(path.iterdir()): path.rmdir()
         elif path.is_file() and is_record(path.relative_to(folder)): path.unlink()
 
-# %% ../../nbs/jobs/00_records.ipynb #c077
+# %% ../../nbs/jobs/00_records.ipynb #c076
 def pack_run(
     folder: str | Path, # The folder of a finished run
 ) -> None:
@@ -529,10 +533,10 @@ def pack_run(
             if record_hashes(packed_records(folder/PACKED)) != record_hashes(records):
                 (folder/PACKED).unlink()
                 raise AssertionError(f"the records of {folder} would not be the same")
+        write_checked(folder/"manifest.json", manifest(folder))
         remove_live_records(folder)
-        write_json(folder/"manifest.json", manifest(folder))
 
-# %% ../../nbs/jobs/00_records.ipynb #c078
+# %% ../../nbs/jobs/00_records.ipynb #c077
 def unpack_run(
     folder: str | Path, # The folder of a packed run
     target: str | Path, # Folder to make; must not exist, or be empty
@@ -549,8 +553,9 @@ def unpack_run(
             (part/name).parent.mkdir(parents=True, exist_ok=True)
             (part/name).write_bytes(content)
         for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name)
+        write_checked(part/"manifest.json", manifest(part))
 
-# %% ../../nbs/jobs/00_records.ipynb #c082
+# %% ../../nbs/jobs/00_records.ipynb #c081
 PAPERS_ROWS = ("dense", "wanda", "magnitude", "cap") # Rows of Table 1, from top to bottom
 
 def row_order(
@@ -561,7 +566,7 @@ def row_order(
     rank = PAPERS_ROWS.index(method) if method in PAPERS_ROWS else len(PAPERS_ROWS)
     return method != "dense", evaluation.sparsity, rank, method
 
-# %% ../../nbs/jobs/00_records.ipynb #c085
+# %% ../../nbs/jobs/00_records.ipynb #c084
 SESSION = ("python", "torch", "transformers", "cap_nb", "device", "device_name", "threads") # What numbers depend on
 SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "evaluation") # Parts worth a note
 
@@ -576,10 +581,10 @@ def provenance_of(
     if len(distinct) == 1: return notes | {"session": distinct[0]}
     return notes | {f"session {number}": session for number, session in enumerate(distinct, 1)}
 
-# %% ../../nbs/jobs/00_records.ipynb #c087
+# %% ../../nbs/jobs/00_records.ipynb #c086
 from ..scoring import HeadLosses, causal_scores, load_losses
 
-# %% ../../nbs/jobs/00_records.ipynb #c088
+# %% ../../nbs/jobs/00_records.ipynb #c087
 @dataclass(frozen=True)
 class Run:
     "A run, read from its folder."
@@ -602,7 +607,7 @@ class Run:
         "Where the numbers come from, for the notes below a table."
         return provenance_of(self.configuration, self.sessions)
 
-# %% ../../nbs/jobs/00_records.ipynb #c089
+# %% ../../nbs/jobs/00_records.ipynb #c088
 def load_run(
     folder: str | Path, # A run's folder, live or packed
 ) -> Run: # All of it, as far as it is finished
@@ -615,5 +620,6 @@ def load_run(
         configuration=configuration, records=records, losses=records.read("losses.safetensors", load_losses),
         reports=tuple(report for report in reports if report is not None),
         evaluations=tuple(sorted((e for e in finished if e is not None), key=row_order)),
-        sessions=tuple(records.read("environment.json", read_json, ())),
-        timings=records.read("timings.json", read_json, {}), memory=records.read("memory.json", read_json, {}))
+        sessions=tuple(records.read("environment.json", read_checked, ())),
+        timings=records.read("timings.json", read_checked, {}),
+        memory=records.read("memory.json", read_checked, {}))

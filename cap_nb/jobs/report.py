@@ -161,7 +161,7 @@ from ..analysis import (
     plot_sparsity_curves, table_csv, table_latex, table_markdown)
 from ..importance import importance_factors
 from ..core.plots import save_figure
-from ..core.files import write_json
+from ..core.files import write_checked
 
 # %% ../../nbs/jobs/02_report.ipynb #c036
 def table_texts(
@@ -201,4 +201,4 @@ def write_results(
         if live or (folder/name).exists(): write_text(folder/name, text)
     for name, draw in figures_of(run).items():
         if live or (folder/f"{name}.png").exists(): save_figure(draw(), folder/name)
-    write_json(folder/"manifest.json", manifest(folder))
+    write_checked(folder/"manifest.json", manifest(folder))

@@ -7,7 +7,7 @@ __all__ = ['ModelSettings', 'CalibrateSettings', 'PruneSettings', 'EvaluateSetti
 
 # %% ../../nbs/jobs/01_settings.ipynb #c004
 from dataclasses import dataclass, field, fields, replace
-from ..core.errors import BadInput, check_at_least, check_choice
+from ..core.errors import BadInput, check_at_least, check_choice, check_seed
 
 # %% ../../nbs/jobs/01_settings.ipynb #c006
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ def check_counts(
     for name, least in LEAST.items():
         check_at_least(getattr(getattr(job, part_of_setting()[name]), name), least, f"--{name.replace('_', '-')}")
     if job.evaluate.max_new_tokens is not None: check_at_least(job.evaluate.max_new_tokens, 1, "--max-new-tokens")
+    check_seed(job.calibrate.seed, "--seed")
+    check_seed(job.calibrate.calibration_seed or 0, "--calibration-seed")
     check_choice(job.evaluate.evaluate_on, ("evaluation", "validation"), "split to evaluate on")
     share_of_text(job.calibrate)
 

@@ -594,7 +594,7 @@ def solved_budgets(
     return Budgets(table=table, sparsity=sparsity, costs=costs, power=power, solved=shares, shares=shares)
 
 # %% ../../nbs/methods/11_budgets.ipynb #c104
-from ..core.files import read_json, write_json
+from ..core.files import read_checked, write_checked
 
 # %% ../../nbs/methods/11_budgets.ipynb #c105
 def save_budgets(
@@ -694,8 +694,8 @@ def corrected(
 ) -> Budgets: # The budgets after the moves
     "Correct budgets by moves on the whole pruned model; goes on where a killed run stopped."
     if not settings.moves: return budgets
-    done = [move_of(entry) for entry in read_json(path)] if path and path.exists() else []
-    keep = (lambda moves: write_json(path, [asdict(move) for move in moves])) if path else (lambda moves: None)
+    done = [move_of(entry) for entry in read_checked(path)] if path and path.exists() else []
+    keep = (lambda moves: write_checked(path, [asdict(move) for move in moves])) if path else (lambda moves: None)
     with pruned_regions(model, budgets.table.regions, local) as prune:
         by_example = whole_model_measure(model, calibration.examples, prune, settings.batch_tokens)
         measure = lambda shares, indices: by_example(shares, indices).mean().item()

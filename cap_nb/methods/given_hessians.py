@@ -13,11 +13,9 @@ from ..engine.layer_walk import layer_by_layer
 from .sparsegpt import input_hessians
 
 # %% ../../nbs/methods/14_given_hessians.ipynb #c009
-import json
 from pathlib import Path
-from safetensors import SafetensorError, safe_open
 from ..core.errors import BadInput
-from ..core.files import alone_in, write_tensors
+from ..core.files import alone_in, opened_tensors, read_tensors, write_tensors
 from ..models.loading import model_fingerprint
 
 # %% ../../nbs/methods/14_given_hessians.ipynb #c010
@@ -33,8 +31,8 @@ def file_note(
 ) -> dict: # What was measured, and which projection reads which tensor
     "The note of a layer's file; a missing, damaged or foreign file raises `BadInput`."
     try:
-        with safe_open(path, framework="pt") as file: return json.loads(file.metadata()["cap_nb"])["hessians"]
-    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+        with opened_tensors(path) as (_, words, _): return words["hessians"]
+    except (BadInput, KeyError):
         raise BadInput(f"{path} holds no Hessians: expected a whole file for every layer, made by 'cap hessians'; "
                        "check the folder, or measure them again.") from None
 
@@ -88,7 +86,7 @@ class GivenHessians:
         if not self.last or self.last[0] != self.where[name]:
             self.last.clear() # the old one goes before the new one comes
             path, tensor = self.where[name]
-            with safe_open(path, framework="pt") as file: self.last[:] = self.where[name], file.get_tensor(tensor)
+            self.last[:] = self.where[name], read_tensors(path, [tensor])[0][tensor]
         return self.last[1]
 
 # %% ../../nbs/methods/14_given_hessians.ipynb #c020
@@ -99,8 +97,8 @@ def check_hessian(
 ) -> None:
     "Raise `BadInput` unless the file has a Hessian of the projection's width."
     width, shape = p.weight.shape[1], None
-    with safe_open(path, framework="pt") as file:
-        if read.get(p.name) in file.keys(): shape = file.get_slice(read[p.name]).get_shape()
+    with opened_tensors(path) as (file, _, sums):
+        if read.get(p.name) in sums: shape = file.get_slice(read[p.name]).get_shape()
     if shape != [width, width]:
         raise BadInput(f"{path} has no Hessian of {p.name} with {width} inputs: expected one for each projection of "
                        "this model; measure them on it.")

@@ -19,9 +19,9 @@ import shutil
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from torch import nn
-from transformers import AutoConfig
 from ..models.anatomy import Projection, anatomy, checkpoint_names, projections
 from ..models.families import family_of
+from ..models.loading import config_of, opened_by_transformers
 
 # %% ../../nbs/methods/13_streaming.ipynb #c014
 def meta_model(
@@ -33,7 +33,8 @@ def meta_model(
     if settings.get("quantization_config"):
         raise BadInput(f"{folder} is quantised: expected weights in float32, bfloat16 or float16; "
                        "take a checkpoint that is not quantised.")
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    config = config_of(folder)
+    with opened_by_transformers(folder), torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
     anatomy(model)
     return model
 
@@ -583,6 +584,9 @@ def what_is_known(
 ) -> Measurements: # What the criterion looks at
     "Collect and check what a method needs besides the weights."
     needs = CRITERIA[check_method(method).base].needs
+    if norms is not None and "norm" not in needs:
+        raise BadInput(f"Norms were given for {method!r}, which uses none: expected them with wanda or cap_wanda only; "
+                       "leave them out.")
     return Measurements(norms=checked_norms(checkpoint, norms, method) if "norm" in needs else {},
                         regions=checked_regions(checkpoint, factors, method) if "factor" in needs else {})
 

@@ -249,11 +249,20 @@ def expert_projections(
     return matrices
 
 # %% ../../nbs/models/01_anatomy.ipynb #c042
+def configuration(
+    model: nn.Module, # Any module
+) -> object: # Its configuration
+    "A model's configuration; a module that has none raises `BadInput`."
+    if hasattr(model, "config"): return model.config
+    raise BadInput(f"A {type(model).__name__} has no configuration: expected a causal language model of transformers; "
+                   "load one with load_model.")
+
+# %% ../../nbs/models/01_anatomy.ipynb #c043
 def projections(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[Projection, ...]: # Every projection, by layer, then by role, then by expert
     "Every weight matrix in scope for pruning, in the fixed order (paper section 3.3)."
-    family, a, matrices = family_of(model.config), dimensions(model.config), []
+    family, a, matrices = family_of(configuration(model)), dimensions(model.config), []
     parts = {role: parts_of(role, a, family.by_group) for role in family.roles}
     for layer, module in enumerate(decoder_layers(model)):
         routing = routing_of(model, layer)
@@ -265,10 +274,10 @@ def projections(
         if routing: matrices += expert_projections(routing, layer)
     return tuple(matrices)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c054
+# %% ../../nbs/models/01_anatomy.ipynb #c056
 from .families import FUSES
 
-# %% ../../nbs/models/01_anatomy.ipynb #c055
+# %% ../../nbs/models/01_anatomy.ipynb #c057
 def names_of_stack(
     routing: Routing, # The experts of a layer, stacked
     block: str, # Full name of their block in a checkpoint
@@ -291,7 +300,7 @@ def names_of_block(
         ways[f"{routing.name}.{routing.about.holder}.{attribute}"] = names_of_stack(routing, block, role)
     return ways
 
-# %% ../../nbs/models/01_anatomy.ipynb #c056
+# %% ../../nbs/models/01_anatomy.ipynb #c058
 def checkpoint_names(
     model: nn.Module, # A causal language model of a known family
 ) -> dict[str, list[tuple[str, ...]]]: # Name of a parameter -> the ways to find it: tensors that hold it together
@@ -305,10 +314,10 @@ def checkpoint_names(
                 ways[name].append(tensors)
     return ways
 
-# %% ../../nbs/models/01_anatomy.ipynb #c060
+# %% ../../nbs/models/01_anatomy.ipynb #c062
 from operator import attrgetter
 
-# %% ../../nbs/models/01_anatomy.ipynb #c061
+# %% ../../nbs/models/01_anatomy.ipynb #c063
 def output_projection(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of a decoder layer, from 0
@@ -316,7 +325,7 @@ def output_projection(
     "The output projection of a layer: heads are masked at its input (paper section 3.2)."
     return decoder_layers(model)[layer].get_submodule(family_of(model.config).roles["output"])
 
-# %% ../../nbs/models/01_anatomy.ipynb #c062
+# %% ../../nbs/models/01_anatomy.ipynb #c064
 def decoder_of(
     model: nn.Module, # A causal language model of a known family
 ) -> nn.Module: # The model without its output head
@@ -333,7 +342,7 @@ def final_norm(
     steps = [module for module in steps if module is not None]
     return steps[0] if len(steps) == 1 else nn.Sequential(*steps)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c063
+# %% ../../nbs/models/01_anatomy.ipynb #c065
 def head_logits(
     model: nn.Module, # A causal language model of a known family
     hidden: torch.Tensor, # What the model's decoder returns, [..., hidden]
@@ -353,10 +362,10 @@ def logits_of(
     "The final norm and the output head."
     return head_logits(model, final_norm(model)(hidden))
 
-# %% ../../nbs/models/01_anatomy.ipynb #c070
+# %% ../../nbs/models/01_anatomy.ipynb #c072
 from collections.abc import Sequence
 
-# %% ../../nbs/models/01_anatomy.ipynb #c071
+# %% ../../nbs/models/01_anatomy.ipynb #c073
 def attention_shapes(
     a: Anatomy, # Dimensions of a model
 ) -> dict[str, tuple[int, int]]: # Role -> shape of its weight, (out, in)
@@ -376,7 +385,7 @@ def expert_shapes(
         return {"gate_up": (2 * width, hidden), "down": (hidden, width)}.get(role, (width, hidden))
     return {p.name: shape(p.role, inner[p.layer, p.expert]) for p in of_experts}
 
-# %% ../../nbs/models/01_anatomy.ipynb #c072
+# %% ../../nbs/models/01_anatomy.ipynb #c074
 def check_shapes(
     matrices: Sequence[Projection], # The projections of a model
     a: Anatomy, # Its dimensions
@@ -394,7 +403,7 @@ def check_shapes(
             raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(expected)}; "
                            "the experts do not lie as described.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c073
+# %% ../../nbs/models/01_anatomy.ipynb #c075
 def routing_weights(
     matrices: Sequence[Projection], # The projections of a model
 ) -> list[nn.Parameter]: # Parameters of routers, and of what weighs an expert that every token passes
@@ -418,12 +427,12 @@ def check_nothing_left_out(
             raise BadInput(f"{name} is a weight that the description of {model.config.model_type!r} leaves out: "
                            "expected none; merge adapters into the model, or describe its family anew.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c074
+# %% ../../nbs/models/01_anatomy.ipynb #c076
 def anatomy(
     model: nn.Module, # A causal language model of a known family
 ) -> Anatomy: # Its dimensions, checked against the shapes of its weights
     "Dimensions of a model, checked against every projection; an unknown family or a mismatch raises `BadInput`."
-    family_of(model.config)
+    family_of(configuration(model))
     a = dimensions(model.config)
     if a.heads % a.key_value_heads:
         raise BadInput(f"{a.heads} query heads do not divide into {a.key_value_heads} key-value heads: "

