@@ -102,14 +102,14 @@ class HeldZeros(TrainerCallback):
         self.stack.close()
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c037
-from ..core.errors import check_at_least
+from ..core.errors import check_at_least, check_seed
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c038
 @dataclass(frozen=True)
 class FineTuning:
     "How a pruned model is trained further."
     steps: int = 300 # optimiser steps
-    lr: float = 1e-3 # highest learning rate of AdamW
+    lr: float = 1e-4 # highest learning rate of AdamW
     rank: int | None = None # rank of the change of each matrix; if left out, every weight that is not zero is trained
     examples: int = 16 # calibration examples a step
     warmup: float = 0.1 # share of the steps in which the learning rate rises
@@ -117,21 +117,25 @@ class FineTuning:
     batch_tokens: int = 4096 # padded tokens a batch; a step is cut into as many as it needs
     seed: int = 0 # seed of the order of the examples and of low-rank matrices
 
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c039
 def check_settings(
     settings: FineTuning, # How a model is to be trained
 ) -> None:
     "Raise `BadInput` for the first setting that cannot be."
     for name in ("steps", "examples", "batch_tokens"): check_at_least(getattr(settings, name), 1, name)
     if settings.rank is not None: check_at_least(settings.rank, 1, "rank")
-    for name, most in (("lr", float("inf")), ("weight_decay", float("inf")), ("warmup", 1.0)):
-        if not 0 <= getattr(settings, name) <= most or getattr(settings, name) == float("inf"):
-            limit = "at least 0" if most > 1 else "a share from 0 to 1"
-            raise BadInput(f"{name} is {getattr(settings, name)!r}: expected {limit}; give another.")
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c041
-import random
+    check_seed(settings.seed)
+    for name, most in (("lr", None), ("weight_decay", None), ("warmup", 1)):
+        value = getattr(settings, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+        if not number or most is not None and value > most:
+            limit = "a share from 0 to 1" if most else "a number of at least 0"
+            raise BadInput(f"{name} is {value!r}: expected {limit}; give another.")
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c042
+import random
+
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c043
 def rate_factor(
     step: int, # From 0
     settings: FineTuning, # Steps and warm-up
@@ -159,12 +163,12 @@ def examples_of_step(
     orders = {number: order_of_pass(number, count, settings.seed) for number in passes}
     return [orders[place // count][place % count] for place in places]
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c045
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c046
 from collections.abc import Sequence
 from ..data.batches import token_batches
 from ..data.prompts import Example
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c046
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c047
 def add_gradients(
     model: nn.Module, # The model that is trained
     examples: Sequence[Example], # The examples of a step
@@ -179,10 +183,10 @@ def add_gradients(
         total += loss.item()
     return total
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c049
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c050
 from torch.nn.utils import parametrize
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c050
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c051
 class MaskedLowRank(nn.Module):
     "What is added to a weight: the product of two thin matrices, zero where the weight is."
     def __init__(self, weight: torch.Tensor, rank: int, rng: torch.Generator) -> None:
@@ -199,7 +203,7 @@ class MaskedLowRank(nn.Module):
         change = (self.up @ self.down).masked_fill(self.zeros, -0.0) # what changes no bit of either zero
         return (weight + change).to(weight.dtype)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c053
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c054
 @contextmanager
 def trained_in_full(
     model: nn.Module, # A pruned model
@@ -213,7 +217,7 @@ def trained_in_full(
         for name, parameter in model.named_parameters():
             parameter.data, parameter.grad = parameter.data.to(kinds[name]), None
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c054
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c055
 @torch.no_grad()
 def take_change_off(
     module: nn.Module, # A module whose parameter has a change
@@ -235,7 +239,7 @@ def put_in_order(
         delattr(module, name)
         module.register_parameter(name, parameter)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c055
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c056
 @contextmanager
 def trained_by_rank(
     model: nn.Module, # A pruned model
@@ -258,13 +262,13 @@ def trained_by_rank(
         for module, names in orders.items(): put_in_order(module, names)
         for parameter, was in wanted: parameter.requires_grad_(was)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c060
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c061
 from dataclasses import asdict
 from pathlib import Path
 from ..calibration import Calibration
 from ..core.files import read_tensors, write_tensors
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c061
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c062
 STATE = "training.safetensors" # Name of the file of the state
 SLOTS = ("step", "exp_avg", "exp_avg_sq") # What AdamW remembers of a parameter
 
@@ -284,7 +288,7 @@ def adamw(
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c062
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c063
 def save_training(
     folder: Path, # Where the state lies
     trained: dict[str, nn.Parameter], # What is trained, by name
@@ -298,7 +302,7 @@ def save_training(
         tensors |= {f"{slot}.{name}": optimiser.state[parameter][slot] for slot in SLOTS}
     write_tensors(folder/STATE, tensors, about | {"losses": losses})
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c063
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c064
 def read_training(
     path: Path, # File of the state
     about: dict, # What the training follows from
@@ -313,7 +317,7 @@ def read_training(
                        "and examples; choose another folder or remove it.")
     return tensors, known["losses"]
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c064
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c065
 @torch.no_grad()
 def load_training(
     folder: Path, # Where the state may lie
@@ -330,11 +334,11 @@ def load_training(
         optimiser.state[parameter] = {"step": tensors[f"step.{name}"]} | moments
     return losses
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c066
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c067
 import math
 from tqdm.auto import tqdm
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c067
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c068
 def take_step(
     model: nn.Module, # The model
     optimiser: torch.optim.AdamW, # Of all that is trained
@@ -353,7 +357,7 @@ def take_step(
     optimiser.zero_grad()
     return loss
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c068
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c069
 def train_on(
     model: nn.Module, # The model, inside of the block in which it is trained
     examples: Sequence[Example], # All examples
@@ -373,12 +377,12 @@ def train_on(
             save_training(folder, trained, optimiser, about, losses)
     return tuple(losses)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c070
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c071
 from contextlib import AbstractContextManager, nullcontext
 from ..core.files import alone_in
 from ..models.loading import check_all_here, model_fingerprint
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c071
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c072
 @dataclass(frozen=True)
 class Recovery:
     "What a training of a pruned model did."
@@ -390,7 +394,7 @@ class Recovery:
     weights: int # Weights in scope
     losses: tuple[float, ...] # Mean loss of the examples of each step, before the step, in nats
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c072
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c073
 @contextmanager
 def in_evaluation_mode(
     model: nn.Module, # A model
@@ -408,7 +412,7 @@ def way_of_training(
     "All weights that are not zero, or low-rank changes."
     return trained_in_full(model) if settings.rank is None else trained_by_rank(model, settings.rank, settings.seed)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c073
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c074
 def recover(
     model: nn.Module, # A pruned causal language model of a known family; changed in place
     calibration: Calibration, # The examples that it is trained on
@@ -428,39 +432,48 @@ def recover(
         zeros=sum(int(each.zeros.sum()) for each in held), weights=sum(each.zeros.numel() for each in held),
         losses=losses)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c075
-import shutil
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c076
 from ..core.files import check_new_folder, whole_folder, write_json
 from ..models.loading import save_model
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c076
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c077
 REPORT = "recovery_report.json" # Name of the report in a saved folder
 
+def note_training(
+    model: nn.Module, # The model as it was trained; its configuration is changed
+    report: Recovery, # What was done
+) -> None:
+    "Add a training to what a model's configuration says of its pruning, if it says anything."
+    record = getattr(model.config, "cap_nb", None)
+    if not record: return
+    about = asdict(report.settings) | {"calibration": report.calibration, "weights before": report.before}
+    earlier = {"before": record["fine-tuning"]} if "fine-tuning" in record else {}
+    model.config.cap_nb = record | {"fine-tuning": about | earlier}
+
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c078
 def recover_into(
     out: str | Path, # New folder
     model: nn.Module, # A pruned causal language model of a known family; changed in place
     tokenizer: object, # Its tokenizer
     calibration: Calibration, # The examples that it is trained on
     settings: FineTuning = FineTuning(), # How it is trained
-    source: str | Path | None = None, # Folder that it came from, if it did
 ) -> Recovery: # What was done
     "Train a pruned model further and save it; after a kill the same call goes on."
-    out, kept = Path(out), source and Path(source)/"prune_report.json"
-    check_new_folder(out)
+    check_new_folder(out := Path(out))
     working = out.with_name(f"{out.name}.unfinished")
     report = recover(model, calibration, settings, working)
+    note_training(model, report)
     with whole_folder(out) as part:
         save_model(model, tokenizer, part)
         write_json(part/REPORT, asdict(report))
-        if kept and kept.is_file(): shutil.copyfile(kept, part/kept.name)
     (working/STATE).unlink()
     if not any(working.iterdir()): working.rmdir()
     return report
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c087
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c089
 from ..core.errors import check_sparsity
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c088
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c090
 def iterative_magnitude(
     model: nn.Module, # A causal language model of a known family; changed in place
     calibration: Calibration, # The examples that it is retrained on
@@ -478,10 +491,10 @@ def iterative_magnitude(
         reports.append(recover(model, calibration, settings, place))
     return tuple(reports)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c091
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c093
 import importlib.util
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c092
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c094
 def masked_change(
     layer: nn.Module, # A LoRA layer of peft that knows its zeros
     name: str, # Name of an adapter
@@ -503,7 +516,7 @@ class MaskedVariant:
         "A new weight with the change in it."
         return orig_weight + masked_change(module, active_adapter).to(orig_weight.dtype)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c093
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c095
 class MergedVariant(MaskedVariant):
     "The same, with what peft asks for where a weight is changed in place."
     @staticmethod
@@ -521,7 +534,7 @@ class MergedVariant(MaskedVariant):
         "No: a masked change has no low rank."
         return False
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c094
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c096
 def mask_adapters(
     model: nn.Module, # A pruned model with LoRA adapters, from peft's `get_peft_model`; changed in place
 ) -> int: # Layers whose adapters are masked
