@@ -1,0 +1,222 @@
+"""Masked fine-tuning from outside: other families, a killed process, a training that breaks, peft, and the command."""
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from fixtures import made_up_calibration, tiny_llama
+from torch.optim.optimizer import _global_optimizer_post_hooks
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
+from typer.testing import CliRunner
+
+from cap_nb.command_line import app
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import read_json, read_tensors
+from cap_nb.methods.prune import prune
+from cap_nb.models.anatomy import projections
+from cap_nb.models.loading import load_model, model_fingerprint
+from cap_nb.portable.fine_tuning import REPORT, STATE, FineTuning, HeldZeros, held_zeros, mask_adapters, recover
+from conftest import ROOT
+
+FEW = FineTuning(steps=3, lr=1e-2, examples=4, weight_decay=0.1)
+
+
+def tiny(kind):
+    if kind is GPT2Config:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=64)).eval()
+    return tiny_llama(kind)
+
+
+def zeros_of(model):
+    return {p.name: p.weight == 0 for p in projections(model)}
+
+
+def assert_held(model, before):
+    for p in projections(model):
+        assert not p.weight[before[p.name]].any(), p.name
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Qwen2Config, GPT2Config, MixtralConfig], ids=lambda kind: kind.model_type)
+def test_every_family_keeps_its_zeros_and_what_it_was(kind, dtype, rank):
+    """Biases, transposed weights, stacks of experts; names, order, dtypes, buffers and flags are those of before, and other weights have moved."""
+    model = tiny(kind).to(dtype)
+    if kind is MixtralConfig and dtype is torch.bfloat16 and rank:
+        pytest.skip("transformers multiplies stacks of experts in bfloat16 only if their sizes are multiples of 8")
+    prune(model, "magnitude", 0.5)
+    frozen = next(model.parameters()).requires_grad_(False)
+    before, weights = zeros_of(model), {name: p.detach().clone() for name, p in model.named_parameters()}
+    flags, buffers = [p.requires_grad for p in model.parameters()], {name: b.clone() for name, b in model.named_buffers()}
+    report = recover(model, made_up_calibration(), replace(FEW, rank=rank))
+    assert_held(model, before)
+    after = dict(model.named_parameters())
+    assert list(after) == list(weights) and all(after[name].dtype == dtype for name in after)
+    assert [p.requires_grad for p in after.values()] == flags and all(p.grad is None for p in after.values())
+    assert all(torch.equal(b, buffers[name]) and b.dtype == buffers[name].dtype for name, b in model.named_buffers())
+    assert torch.equal(frozen, next(iter(weights.values())))
+    assert all(not torch.equal(after[p.parameter_name], weights[p.parameter_name]) for p in projections(model))
+    assert report.before != report.after == model_fingerprint(model)
+
+
+def test_a_broken_low_rank_training_leaves_the_model_as_it_was():
+    model = tiny_llama()
+    prune(model, "magnitude", 0.5)
+    before = model_fingerprint(model)
+    with pytest.raises(BadInput, match="not a finite number"):
+        recover(model, made_up_calibration(), FineTuning(steps=40, lr=1e30, examples=4, rank=2))
+    assert model_fingerprint(model) == before
+
+
+class Breaks(TrainerCallback):
+    def on_step_end(self, args, state, control, **others):
+        raise RuntimeError("the power went")
+
+
+def test_a_trainer_that_breaks_lets_go_with_its_callback(tmp_path):
+    """With gradients added up over batches and a learning rate for which everything moves."""
+    model, hooks = tiny_llama(), len(_global_optimizer_post_hooks)
+    prune(model, "magnitude", 0.5)
+    before, rows = zeros_of(model), [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in made_up_calibration(step=0).examples]
+    arguments = TrainingArguments(tmp_path, max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2, learning_rate=0.1,
+                                  weight_decay=0.1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[HeldZeros(), Breaks()])
+    with pytest.raises(RuntimeError, match="the power went"):
+        trainer.train()
+    assert len(_global_optimizer_post_hooks) == hooks + 1
+    assert_held(model, before)
+    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if not isinstance(c, Breaks)]
+    trainer.train()
+    assert_held(model, before)
+    assert len(_global_optimizer_post_hooks) == hooks
+    trainer.add_callback(Breaks())
+    with pytest.raises(RuntimeError, match="the power went"):
+        trainer.train()
+    del trainer
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) == hooks
+
+
+def test_two_optimisers_a_scheduler_and_frozen_weights():
+    model = tiny_llama()
+    prune(model, "magnitude", 0.5)
+    before, matrices = zeros_of(model), [p.parameter for p in projections(model)]
+    matrices[0].requires_grad_(False)
+    loss = lambda: model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
+    with held_zeros(model):
+        both = [torch.optim.SGD(matrices[1::2], lr=0.1, momentum=0.9), torch.optim.LBFGS(matrices[2::2], max_iter=3)]
+        for _ in range(2):
+            for optimiser in both:
+                def closure():
+                    optimiser.zero_grad()
+                    value = loss()
+                    value.backward()
+                    return value
+                optimiser.step(closure)
+                assert_held(model, before)
+
+
+KILLED = """
+import sys
+from fixtures import made_up_calibration, tiny_llama
+from cap_nb.methods.prune import prune
+from cap_nb.portable.fine_tuning import FineTuning, recover
+model = tiny_llama()
+prune(model, "magnitude", 0.5)
+print("ready", flush=True)
+recover(model, made_up_calibration(), FineTuning(steps=100000, lr=1e-3, examples=4), sys.argv[1], save_every=2)
+"""
+
+
+def test_a_killed_process_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    """Killed somewhere; the state that it left, taken up in the middle, leads where an undisturbed training leads."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "work")], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    while not (tmp_path / "work" / STATE).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(read_tensors(tmp_path / "work" / STATE)[1]["losses"])
+    settings = FineTuning(steps=100000, lr=1e-3, examples=4)
+
+    def up_to(step, folder):
+        """Training broken off by hand after so many steps: what the model is then, without what a broken training throws away."""
+        model, seen = tiny_llama(), []
+        prune(model, "magnitude", 0.5)
+        clip = torch.nn.utils.clip_grad_norm_
+
+        def clipped(parameters, most):
+            seen.append(torch.cat([p.grad.flatten() for p in parameters]))
+            if len(seen) == step:
+                raise KeyboardInterrupt
+            return clip(parameters, most)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+            recover(model, made_up_calibration(), settings, folder, save_every=1000000)
+        return seen[-1]
+    assert torch.equal(up_to(done + 3, None), up_to(3, tmp_path / "work"))
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, GPT2Config], ids=lambda kind: kind.model_type)
+def test_peft(kind):
+    """Trained by AdamW with dropout and decay, merged safely or not, unmerged again: zeros are zeros; adapters of another kind are refused."""
+    peft = pytest.importorskip("peft", reason="the extra 'recover' is not installed")
+    names = ["c_attn", "c_proj"] if kind is GPT2Config else ["q_proj", "down_proj"]
+    for safe in (False, True):
+        model = tiny(kind)
+        prune(model, "magnitude", 0.5)
+        before = zeros_of(model)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, lora_dropout=0.1, fan_in_fan_out=kind is GPT2Config))
+        assert mask_adapters(adapted) == 6
+        optimiser, ids = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.1), torch.arange(8)[None]
+        for _ in range(3):
+            adapted(input_ids=ids, labels=ids).loss.backward()
+            optimiser.step()
+        adapted.eval()
+        with torch.no_grad():
+            trained = adapted(input_ids=ids).logits
+            adapted.merge_adapter()
+            assert torch.allclose(adapted(input_ids=ids).logits, trained, atol=1e-4)
+            adapted.unmerge_adapter()
+            merged = adapted.merge_and_unload(safe_merge=safe)
+            assert torch.allclose(merged(input_ids=ids).logits, trained, atol=1e-4)
+        assert_held(merged, before)
+    model = tiny(kind)
+    prune(model, "magnitude", 0.5)
+    with pytest.raises(BadInput, match="without DoRA"):
+        mask_adapters(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, use_dora=True, fan_in_fan_out=kind is GPT2Config)))
+
+
+def cap(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command(tmp_path):
+    """In bfloat16, by rank and in full; what is said of the pruning stays, and mistakes are a sentence that leaves nothing behind."""
+    data = ("--device", "cpu", "--tasks", "lab-strategyqa", "--n", 2, "--k", 1)
+    assert cap("prune", "--method", "wanda", "--sparsity", 0.5, "--dtype", "bfloat16", *data, "--out", tmp_path / "pruned").exit_code == 0
+    words = ("recover", "--model", tmp_path / "pruned", *data, "--steps", 2, "--examples", 2)
+    for name, more in (("full", ()), ("rank", ("--rank", 2, "--lr", 0.01))):
+        done = cap(*words, *more, "--out", tmp_path / name)
+        assert done.exit_code == 0, done.output
+        model, _ = load_model(str(tmp_path / name), device="cpu")
+        assert_held(model, zeros_of(load_model(str(tmp_path / "pruned"), device="cpu")[0]))
+        assert model.dtype == torch.bfloat16
+        assert read_json(tmp_path / name / REPORT)["after"] == model_fingerprint(model)
+        before, after = (read_json(tmp_path / folder / "config.json")["cap_nb"] for folder in ("pruned", name))
+        assert after.pop("fine-tuning")["steps"] == 2 and after == before
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == ["full", "pruned", "rank"]
+    for more, part in ((("--steps", 0, "--out", tmp_path / "x"), "steps is 0"), (("--lr", -1, "--out", tmp_path / "x"), "lr is -1.0"),
+                       (("--out", tmp_path / "full"), "exists already"), (("--model", "lab", "--out", tmp_path / "x"), "hold no zero")):
+        done = cap(*words, *more)
+        assert done.exit_code == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
