@@ -713,10 +713,35 @@ def publish_command(
     typer.echo("Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}")
 
 # %% ../nbs/command_line.ipynb #c075
+from .portable.fine_tuning import FineTuning, check_settings, recover_into
+
+# %% ../nbs/command_line.ipynb #c076
+TUNING = [each for each in options_of(FineTuning) if each.field not in ("batch_tokens", "seed")] # those are the job's
+
+@app.command("recover")
+@in_one_sentence
+@with_options("tuning", TUNING, dict)
+@with_job("model", "calibrate", without=("calibration_seed",))
+def recover_command(
+    job: Job, # What the options say of the model and the examples
+    tuning: dict, # What they say of the training: fields of `FineTuning`
+    out: Out,
+) -> None:
+    "Train a pruned model further while every zero stays zero, and save it; resumable."
+    check_job(job)
+    settings = FineTuning(batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed, **tuning)
+    check_settings(settings)
+    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
+    check_windows_fit(job, model)
+    report = recover_into(out, model, tokenizer, job_calibration(job, tokenizer), settings)
+    typer.echo(f"{out}: {settings.steps} steps, the loss of the first {report.losses[0]:.4f}, of the last "
+               f"{report.losses[-1]:.4f}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
+
+# %% ../nbs/command_line.ipynb #c078
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c076
+# %% ../nbs/command_line.ipynb #c079
 @app.command("eval")
 @in_one_sentence
 @with_plugins
@@ -734,14 +759,14 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c078
+# %% ../nbs/command_line.ipynb #c081
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c079
+# %% ../nbs/command_line.ipynb #c082
 @app.command("table")
 @in_one_sentence
 @with_plugins
@@ -758,7 +783,7 @@ def table_command(
     if form == "csv": typer.echo(table_csv(table))
     else: typer.echo({"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
 
-# %% ../nbs/command_line.ipynb #c080
+# %% ../nbs/command_line.ipynb #c083
 RunFolders = Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")]
 
 @app.command("figures")
@@ -772,12 +797,12 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c083
+# %% ../nbs/command_line.ipynb #c086
 from .analysis import comparison_markdown
 from .jobs.results import compare_runs, comparison_csv, save_comparison
 
 
-# %% ../nbs/command_line.ipynb #c084
+# %% ../nbs/command_line.ipynb #c087
 @app.command("compare")
 @in_one_sentence
 def compare_command(
@@ -799,7 +824,7 @@ def compare_command(
         typer.echo(f"Tables and figure: {out}")
 
 
-# %% ../nbs/command_line.ipynb #c085
+# %% ../nbs/command_line.ipynb #c088
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -811,7 +836,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c087
+# %% ../nbs/command_line.ipynb #c090
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -833,14 +858,14 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c089
+# %% ../nbs/command_line.ipynb #c092
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c090
+# %% ../nbs/command_line.ipynb #c093
 @app.command("methods")
 @in_one_sentence
 @with_plugins
@@ -856,10 +881,10 @@ def methods_command() -> None:
     typer.echo("Recoveries: swaps, update, swaps^update.")
     if ADDED: typer.echo("Added: " + ", ".join(f"{a.kind} {a.name} ({a.plugin or 'session'})" for a in ADDED) + ".")
 
-# %% ../nbs/command_line.ipynb #c091
+# %% ../nbs/command_line.ipynb #c094
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c092
+# %% ../nbs/command_line.ipynb #c095
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -879,13 +904,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c094
+# %% ../nbs/command_line.ipynb #c097
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c095
+# %% ../nbs/command_line.ipynb #c098
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -909,11 +934,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c096
+# %% ../nbs/command_line.ipynb #c099
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c098
+# %% ../nbs/command_line.ipynb #c101
 #| eval: false
 if __name__ == "__main__": main()

@@ -18,7 +18,7 @@ from statistics import mean
 from torch import nn
 
 from cap_nb.calibration import Calibration, calibration_set
-from cap_nb.core.files import read_json, whole_file, write_json
+from cap_nb.core.files import read_checked, whole_file, write_checked
 from cap_nb.data.problems import LAB_TASKS, Problem
 from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.evaluation import evaluation_problems, problem_losses
@@ -128,9 +128,9 @@ def kept(work: Path, name: str, measure) -> dict:
     "What a file holds, measured if it is not there."
     path = work / f"{name}.json"
     if not path.exists():
-        write_json(path, measure())
+        write_checked(path, measure())
         print(name, flush=True)
-    return read_json(path)
+    return read_checked(path)
 
 
 def main(work: Path) -> None:

@@ -277,6 +277,14 @@ def source_records(
     return changed_records(records) if task in COPIES else records
 
 # %% ../../nbs/data/00_problems.ipynb #c044
+def what_is_wrong(
+    error: Exception, # What a reader raised
+) -> str: # In a few words
+    "What a record lacks, without the words of the interpreter."
+    if isinstance(error, KeyError): return f"it has no {error}"
+    return str(error) if isinstance(error, ValueError) else "a part of it is null or of another kind"
+
+# %% ../../nbs/data/00_problems.ipynb #c045
 def read_problems(
     task: str, # Name of the task
     split: str, # "calibration" or "evaluation"
@@ -287,12 +295,12 @@ def read_problems(
     for number, record in enumerate(source_records(task, split, data_dir), 1):
         try: problem = read(record, task)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"Record {number} of {task} ({split}) cannot be read, {error}: expected the authors' "
+            raise BadInput(f"Record {number} of {task} ({split}) cannot be read, {what_is_wrong(error)}: expected the authors' "
                            "format; repair or remove it.") from None
         problems.setdefault(problem.uid, problem)
     return tuple(problems.values())
 
-# %% ../../nbs/data/00_problems.ipynb #c045
+# %% ../../nbs/data/00_problems.ipynb #c046
 @functools.cache
 def lab_problems(
     task: str, # Name of a lab task
@@ -301,7 +309,7 @@ def lab_problems(
     "The problems of a lab task."
     return read_problems(task, split, None)
 
-# %% ../../nbs/data/00_problems.ipynb #c046
+# %% ../../nbs/data/00_problems.ipynb #c047
 def load_problems(
     task: str, # One of `TASKS`, as in "gsm8k", "lab-gsm8k" or "gsm8k_changed"
     split: str, # "calibration" or "evaluation"
@@ -316,10 +324,10 @@ def load_problems(
     shared = len(set(benchmark.files.values())) == 1 and (data_dir is not None or benchmark.hub is None) # one file
     return tuple(p for p in problems if split_of(p) == split) if shared else problems
 
-# %% ../../nbs/data/00_problems.ipynb #c052
+# %% ../../nbs/data/00_problems.ipynb #c053
 from ..models.lab_world import lab_text
 
-# %% ../../nbs/data/00_problems.ipynb #c053
+# %% ../../nbs/data/00_problems.ipynb #c054
 @dataclass(frozen=True)
 class Text:
     "A text for perplexity."
@@ -331,7 +339,7 @@ class Text:
         "SHA-256 of the text: 64 hexadecimal digits."
         return sha256_of_text(self.text)
 
-# %% ../../nbs/data/00_problems.ipynb #c054
+# %% ../../nbs/data/00_problems.ipynb #c055
 TEXTS: dict[str, dict[str, Path] | None] = {"wikitext2": None, "lab-text": None} # Text -> split -> file of the user
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3")
 WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation"} # Split -> the hub's name of it
@@ -351,7 +359,7 @@ def halves(
     middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
     return text[:middle], text[middle:]
 
-# %% ../../nbs/data/00_problems.ipynb #c055
+# %% ../../nbs/data/00_problems.ipynb #c056
 def with_words_in(
     path: Path, # A file of text
 ) -> str: # Its text
@@ -360,7 +368,7 @@ def with_words_in(
     if text.strip(): return text
     raise BadInput(f"{path} holds no words: expected a text to measure perplexity on; fetch it again.")
 
-# %% ../../nbs/data/00_problems.ipynb #c056
+# %% ../../nbs/data/00_problems.ipynb #c057
 def own_text(
     name: str, # Name of the text
     files: dict[str, Path], # Split -> file
@@ -372,7 +380,7 @@ def own_text(
                        "name it when the text is added.")
     return Text(name, files[split].read_text(encoding="utf-8"))
 
-# %% ../../nbs/data/00_problems.ipynb #c057
+# %% ../../nbs/data/00_problems.ipynb #c058
 def load_text(
     name: str, # "wikitext2" or "lab-text"
     data_dir: str | Path | None = None, # Folder that holds wikitext2/test.txt and valid.txt; None means the hub
