@@ -295,8 +295,8 @@ def read_problems(
     for number, record in enumerate(source_records(task, split, data_dir), 1):
         try: problem = read(record, task)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"Record {number} of {task} ({split}) cannot be read, {what_is_wrong(error)}: expected the authors' "
-                           "format; repair or remove it.") from None
+            raise BadInput(f"Record {number} of {task} ({split}) cannot be read, {what_is_wrong(error)}: expected the "
+                           "authors' format; repair or remove it.") from None
         problems.setdefault(problem.uid, problem)
     return tuple(problems.values())
 
