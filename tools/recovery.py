@@ -8,7 +8,6 @@ run took for all of them the rate that was best for magnitude, and its held-out 
 others. Low-rank changes have ten times magnitude's rate, untried.
 """
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ from statistics import mean
 from torch import nn
 
 from cap_nb.calibration import Calibration, calibration_set
-from cap_nb.core.files import read_checked, whole_file, write_checked
+from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.problems import LAB_TASKS, Problem
 from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.evaluation import evaluation_problems, problem_losses
@@ -140,8 +139,7 @@ def main(work: Path) -> None:
     rates = {m: min(of, key=lambda rate: of[rate]["after"]) for m, of in tries.items()}
     rows = {name: kept(work, name, lambda: row(name, rates, work)) for name in ROWS}
     content = about() | {"tried": {m: {f"{r:g}": v for r, v in of.items()} for m, of in tries.items()}, "rows": rows}
-    with whole_file(OUT) as part:
-        part.write_text(json.dumps(content, sort_keys=True) + "\n", encoding="utf-8")
+    write_checked(OUT, content)
 
 
 if __name__ == "__main__":
