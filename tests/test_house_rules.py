@@ -202,7 +202,7 @@ def test_no_cell_imports_a_later_module(path):
 
 def test_order_is_noticed():
     """The rule above can fail: the floors go from the errors to the command line."""
-    names = ["core/00_errors", "models/01_anatomy", "00_calibration", "01_scoring", "02_importance", "methods/12_prune", "05_evaluation", "06_analysis", "command_line"]
+    names = ["core/00_errors", "models/01_anatomy", "00_calibration", "01_scoring", "02_importance", "methods/13_prune", "05_evaluation", "06_analysis", "command_line"]
     places = [place(ROOT / "nbs" / f"{name}.ipynb") for name in names]
     assert places == sorted(places) and len(set(places)) == len(places)
     assert imported_modules("from ..models import files", "cap_nb.jobs.job") == ["cap_nb.models", "cap_nb.models.files"]
