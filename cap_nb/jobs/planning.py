@@ -428,7 +428,7 @@ from collections.abc import Sequence
 from cap_nb.jobs.costs import (
     SOLVED, budget_lengths, budget_memory, budget_work, gradient_memory, gradient_work, hessian_flops, solver_memory,
     solving)
-from ..methods.criteria import CRITERIA, walks
+from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
 from ..methods.prune import ALLOCATORS, own_scope, parse_method, with_hessian
 
 # %% ../../nbs/jobs/05_planning.ipynb #c048
@@ -453,7 +453,9 @@ def gradients_of(
     "How often a method's criterion and allocation need the gradient."
     parts = parse_method(method)
     of_criterion = CRITERIA[parts.base].needs if parts.base in CRITERIA else ()
-    return (*of_criterion, *(ALLOCATORS[parts.allocation].measures if parts.allocation else ())).count("gradient")
+    of_allocation = ALLOCATORS[parts.allocation].measures if parts.allocation else ()
+    times = dict.fromkeys(DERIVATIVES, 1) | {"path_gradient": PATH_POINTS}
+    return sum(times.get(need, 0) for need in (*of_criterion, *of_allocation))
 
 # %% ../../nbs/jobs/05_planning.ipynb #c049
 def on_dense(

@@ -394,6 +394,18 @@ def removed_gates(
     return pushed_gates(model, calibration, replace(fit, push="remove"), start, batch_tokens)
 
 # %% ../../nbs/methods/08_attributions.ipynb #c100
+from ..engine.relevance import head_relevance
+
+# %% ../../nbs/methods/08_attributions.ipynb #c101
+def relevance(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode
+    calibration: Calibration, # N examples
+    batch_tokens: int = 4096, # Padded tokens a batch
+) -> torch.Tensor: # Mean relevance of every head for the gold logit, float64 [L, H]
+    "Layer-wise relevance propagation, heads as components (Hatefi et al. 2025)."
+    batches = batches_of(calibration, batch_tokens, next(model.parameters()).device)
+    return sum(head_relevance(model, batch).sum(0) for _, batch in batches) / len(calibration.examples)
+
 @dataclass(frozen=True)
 class Attribution:
     "A way of giving every head an importance."
@@ -401,7 +413,7 @@ class Attribution:
     source: str # Where it comes from
     compute: Callable[..., torch.Tensor] # (model, calibration, batch_tokens=..., options) -> float64 [L, H]
 
-# %% ../../nbs/methods/08_attributions.ipynb #c101
+# %% ../../nbs/methods/08_attributions.ipynb #c102
 def signed_gradient(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -410,7 +422,7 @@ def signed_gradient(
     "Gradient times activation with its sign: the first-order estimate of zero ablation."
     return gradient_activation(model, calibration, batch_tokens, signed=True)
 
-# %% ../../nbs/methods/08_attributions.ipynb #c102
+# %% ../../nbs/methods/08_attributions.ipynb #c103
 ATTRIBUTIONS: dict[str, Attribution] = {
     "zero_ablation": Attribution("rise of the loss when the head's output is zero",
                                  "the paper, section 3.2", zero_ablation),
@@ -424,16 +436,18 @@ ATTRIBUTIONS: dict[str, Attribution] = {
                                    "Michel et al. 2019, with the sign kept", signed_gradient),
     "integrated_gradients": Attribution("slopes collected while all heads grow from zero",
                                         "Sundararajan et al. 2017; Hatefi et al. 2025", integrated_gradients),
+    "relevance": Attribution("the part of the gold logit that passes through the head",
+                             "Achtibat et al. 2024; Hatefi et al. 2025", relevance),
     "retained_gates": Attribution("gate of a joint fit that pushes towards 1", "Nam et al. 2025, G+", retained_gates),
     "removed_gates": Attribution("gate of a joint fit that pushes towards 0", "Nam et al. 2025, G-", removed_gates)}
 
-# %% ../../nbs/methods/08_attributions.ipynb #c107
+# %% ../../nbs/methods/08_attributions.ipynb #c108
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from ..scoring import rank_correlation
 
-# %% ../../nbs/methods/08_attributions.ipynb #c108
+# %% ../../nbs/methods/08_attributions.ipynb #c109
 def attribution_agreement(
     scores: dict[str, torch.Tensor], # Name -> attribution, [L, H] each
 ) -> pd.DataFrame: # Rank correlation of every pair, names down and across

@@ -26,7 +26,7 @@ def ria_score(
 
 # %% ../../nbs/methods/01_criteria.ipynb #c006
 def gradient_score(e: Evidence) -> torch.Tensor: # [out, in]
-    "The first-order change of the calibration loss when the weight becomes zero, without its sign."
+    "Weight times derivative, without its sign; of the loss: its first-order change when the weight becomes zero."
     return (e.weight * e.gradient).abs()
 
 def random_score(e: Evidence) -> torch.Tensor: # [out, in]
@@ -45,10 +45,15 @@ RIA = Criterion(name="ria", score=ria_score, needs=("norm",), scope="row", sourc
                 says="|W| relative to its row and column, times the root of the norm of its input")
 GRADIENT = Criterion(name="gradient", score=gradient_score, needs=("gradient",),
                      says="|W dL/dW| on the calibration set", source="first order; Molchanov et al. 2017")
+INTEGRATED = Criterion(name="integrated_gradients", score=gradient_score, needs=("path_gradient",),
+                       says="|W| times the mean |dL/dW| signed along the path from no weights to W",
+                       source="Sundararajan et al. 2017; Hatefi et al. 2024")
+RELEVANCE = Criterion(name="relevance", score=gradient_score, needs=("relevance",), source="Hatefi et al. 2024, 2025",
+                      says="the share of the gold logit that passes through the weight, without its sign")
 RANDOM = Criterion(name="random", score=random_score, says="a seeded draw", source="the floor of every comparison")
 
 CRITERIA: dict[str, Criterion] = {criterion.name: criterion for criterion in (
-    MAGNITUDE, CAP, WANDA, CAP_WANDA, RIA, GRADIENT, RANDOM)}
+    MAGNITUDE, CAP, WANDA, CAP_WANDA, RIA, GRADIENT, INTEGRATED, RELEVANCE, RANDOM)}
 
 # %% ../../nbs/methods/01_criteria.ipynb #c013
 from collections.abc import Callable, Sequence
@@ -57,7 +62,8 @@ from ..core.errors import BadInput, check_choice
 from ..threshold import pattern_of
 
 # %% ../../nbs/methods/01_criteria.ipynb #c015
-NEEDS = ("norm", "factor", "gradient", "hessian") # Measured for a criterion; weight, index and seed are always there
+DERIVATIVES = ("gradient", "path_gradient", "relevance") # Each is given as `Evidence.gradient`
+NEEDS = ("norm", "factor", *DERIVATIVES, "hessian") # Measured for a criterion; weight, index and seed are always there
 OTHER_NAMES = ("dense", "heads", "sparsegpt", "alps", "all", "none") # Mean something else among the names of methods
 
 # %% ../../nbs/methods/01_criteria.ipynb #c016
@@ -74,6 +80,9 @@ def add_criterion(
     whose = f"criterion {name!r}"
     check_takes(score, whose, "evidence")
     for need in needs: check_choice(need, NEEDS, "need")
+    if len(both := set(needs) & set(DERIVATIVES)) > 1:
+        raise BadInput(f"The {whose} needs {' and '.join(sorted(both))}: expected one of them, since each is given as "
+                       "the gradient; choose one.")
     pattern_of(scope)
     if "hessian" in needs and scope == "model":
         raise BadInput(f"The {whose} needs Hessians under a scope of all layers: expected layer, matrix or row, since "
@@ -87,6 +96,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from torch import nn
 from ..calibration import Calibration
+from ..engine.relevance import gold_logits, relevance_rules
 from ..models.anatomy import projections
 from ..scoring import batches_of, target_losses
 
@@ -108,24 +118,68 @@ def loss_gradients(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
     batch_tokens: int = 4096, # Padded tokens per batch
-) -> dict[str, torch.Tensor]: # Module name -> gradient of the mean loss of the examples, float32 [out, in]
+    measure: Callable[..., torch.Tensor] = target_losses, # (model, batch) -> what is differentiated, [B]
+) -> dict[str, torch.Tensor]: # Module name -> gradient of the mean over the examples, float32 [out, in]
     "The gradient of the calibration loss for every weight in scope; holds a float32 copy of them."
     scope, device = projections(model), next(model.parameters()).device
     weights = list(dict.fromkeys(p.parameter for p in scope)) # stacked experts share one
     totals = {p.name: torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device) for p in scope}
     with wanting_gradients(weights):
         for _, batch in batches_of(calibration, batch_tokens, device):
-            loss = target_losses(model, batch).sum() / len(calibration.examples)
-            slopes = torch.autograd.grad(loss, weights, materialize_grads=True) # zero for experts without tokens
+            mean = measure(model, batch).sum() / len(calibration.examples)
+            slopes = torch.autograd.grad(mean, weights, materialize_grads=True) # zero for experts without tokens
             gradients = dict(zip(weights, slopes))
             for p in scope: totals[p.name] += p.oriented(p.cut(gradients[p.parameter])).float()
     return totals
 
 # %% ../../nbs/methods/01_criteria.ipynb #c022
+def relevance_gradients(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode
+    calibration: Calibration, # N examples
+    batch_tokens: int = 4096, # Padded tokens per batch
+) -> dict[str, torch.Tensor]: # Module name -> what makes a weight its relevance when multiplied by it, [out, in]
+    "The derivative of the mean gold logit under the rules of relevance (Hatefi et al. 2025)."
+    with relevance_rules(model): slopes = loss_gradients(model, calibration, batch_tokens, gold_logits)
+    for p in projections(model):
+        if p.role == "gate_up" and p.expert is not None and p.routing.stacked: slopes[p.name] /= 2
+    return slopes
+
+@contextmanager
+def scaled_weights(
+    model: nn.Module, # A causal language model of a known family
+    by: float, # Factor of every weight in scope
+) -> Iterator[None]:
+    "While the block runs, every weight in scope is multiplied by a number; then it is what it was, bit for bit."
+    kept = {weight: weight.detach().clone() for weight in {p.parameter: None for p in projections(model)}}
+    try:
+        for weight in kept: weight.data.mul_(by)
+        yield
+    finally:
+        for weight, before in kept.items(): weight.data.copy_(before)
+
+# %% ../../nbs/methods/01_criteria.ipynb #c023
+PATH_POINTS = 8 # Of a path of integrated gradients; each costs a forward and a backward pass
+
+def path_gradients(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; the same afterwards
+    calibration: Calibration, # N examples
+    batch_tokens: int = 4096, # Padded tokens per batch
+    points: int = PATH_POINTS, # Points of the path, midpoint rule
+) -> dict[str, torch.Tensor]: # Module name -> mean gradient along the path, float32 [out, in]
+    "The gradient averaged while all weights in scope grow from zero (Sundararajan et al. 2017, equation 1)."
+    total = {}
+    for point in range(points):
+        with scaled_weights(model, (point + 0.5) / points): slopes = loss_gradients(model, calibration, batch_tokens)
+        total = {name: total.get(name, 0) + slope / points for name, slope in slopes.items()}
+    return total
+
+MEASURES = {"gradient": loss_gradients, "path_gradient": path_gradients, "relevance": relevance_gradients}
+
+# %% ../../nbs/methods/01_criteria.ipynb #c025
 from ..engine.layer_walk import layer_by_layer
 from .wanda import input_norms
 
-# %% ../../nbs/methods/01_criteria.ipynb #c023
+# %% ../../nbs/methods/01_criteria.ipynb #c026
 def dense_norms(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     calibration: Calibration, # The calibration set
@@ -136,12 +190,12 @@ def dense_norms(
     for step in layer_by_layer(model, calibration, batch_tokens, "norms"): norms |= input_norms(step)
     return norms
 
-# %% ../../nbs/methods/01_criteria.ipynb #c025
+# %% ../../nbs/methods/01_criteria.ipynb #c028
 from dataclasses import dataclass
 from pathlib import Path
 from ..regions import Factors, as_factors
 
-# %% ../../nbs/methods/01_criteria.ipynb #c026
+# %% ../../nbs/methods/01_criteria.ipynb #c029
 @dataclass(frozen=True)
 class Given:
     "What a pruning method may use besides the model."
@@ -156,9 +210,8 @@ class Given:
     def __post_init__(self):
         object.__setattr__(self, "factors", as_factors(self.factors))
 
-# %% ../../nbs/methods/01_criteria.ipynb #c027
-GIVES = {"norm": "calibration", "gradient": "calibration", "hessian": "calibration",
-         "factor": "factors"} # What must be given for each of `NEEDS`
+# %% ../../nbs/methods/01_criteria.ipynb #c030
+GIVES = {**dict.fromkeys(NEEDS, "calibration"), "factor": "factors"} # What must be given for each of `NEEDS`
 NEEDED = {"factors": "importance factors; score the heads and pass importance_factors(causal_scores(losses))",
           "calibration": "a calibration set; pass calibration_set(tokenizer)"}
 
@@ -172,11 +225,11 @@ def check_given(
         if getattr(given, field_name) is None:
             raise BadInput(f"Method {name!r} was called without {field_name}: expected {NEEDED[field_name]}.")
 
-# %% ../../nbs/methods/01_criteria.ipynb #c029
+# %% ../../nbs/methods/01_criteria.ipynb #c032
 from ..regions import region_factors
 from ..threshold import Measurements
 
-# %% ../../nbs/methods/01_criteria.ipynb #c030
+# %% ../../nbs/methods/01_criteria.ipynb #c033
 def measured_for(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     criterion: Criterion, # Names what must be measured
@@ -185,18 +238,19 @@ def measured_for(
 ) -> Measurements: # Regions, norms and gradients, as far as the criterion needs them
     "Measure on the dense model what a criterion needs."
     needs, data = criterion.needs, (given.calibration, given.batch_tokens)
+    derivative = next((need for need in needs if need in DERIVATIVES), None)
     return Measurements(
         regions=region_factors(model, given.factors) if "factor" in needs else {},
         norms=dense_norms(model, *data) if "norm" in needs and not walking else {},
-        gradients=loss_gradients(model, *data) if "gradient" in needs else {},
+        gradients=MEASURES[derivative](model, *data) if derivative else {},
         order={p.name: index for index, p in enumerate(projections(model))}, seed=given.seed)
 
-# %% ../../nbs/methods/01_criteria.ipynb #c032
+# %% ../../nbs/methods/01_criteria.ipynb #c035
 from ..core.errors import check_sparsity
 from .wanda import uniform_shares, zero_layer_by_layer, zero_shares_within
 from ..threshold import PruneReport, Threshold, check_pattern, competing, prune_report, zero_within
 
-# %% ../../nbs/methods/01_criteria.ipynb #c033
+# %% ../../nbs/methods/01_criteria.ipynb #c036
 def walks(
     criterion: Criterion, # A criterion
     scope: str, # The scope in which it is used
@@ -221,7 +275,7 @@ def projection_shares(
                        f"not fit: expected one for each; compute them for this model.")
     return {name: check_sparsity(share) for name, share in given.shares.items()}
 
-# %% ../../nbs/methods/01_criteria.ipynb #c034
+# %% ../../nbs/methods/01_criteria.ipynb #c037
 def zero_by(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     criterion: Criterion, # The criterion
@@ -239,7 +293,7 @@ def zero_by(
     for layer in competing(scoped, "layer"): zero_shares_within(layer, criterion, known, shares, scope, given.ties)
     return None
 
-# %% ../../nbs/methods/01_criteria.ipynb #c035
+# %% ../../nbs/methods/01_criteria.ipynb #c038
 def prune_by(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     name: str, # One of `CRITERIA`

@@ -192,7 +192,8 @@ def method_line(
     return "; ".join(says), "; ".join(source for source in sources if source)
 
 # %% ../../nbs/methods/13_prune.ipynb #c026
-RANKED = ("magnitude", "cap", "wanda", "cap_wanda", "ria", "gradient") # All of the package but random
+RANKED = ("magnitude", "cap", "wanda", "cap_wanda", "ria", "gradient", "integrated_gradients",
+          "relevance") # All of the package but random
 
 def with_scope(
     base: str, # A criterion

@@ -1,0 +1,69 @@
+"""Relevance on tiny models of every family: no value changes, and with constant attention nothing is lost."""
+from contextlib import nullcontext
+
+import pytest
+import torch
+from proofs import TINY_MODELS, tiny_calibration, tiny_model
+
+from cap_nb.engine.relevance import differentiable, gold_logits, head_relevance, relevance_rules
+from cap_nb.models.anatomy import decoder_layers, dimensions, final_norm
+from cap_nb.models.interventions import changed_input, hook_count, watching
+from cap_nb.scoring import batches_of
+
+CPU = torch.device("cpu")
+
+
+def first_batch(name):
+    model = tiny_model(name)
+    torch.manual_seed(1)
+    for weight in (w for key, w in model.named_parameters() if key.endswith("bias")):
+        torch.nn.init.normal_(weight, std=0.3)
+    _, batch = next(batches_of(tiny_calibration(), 4096, CPU))
+    return model, batch
+
+
+def arriving(model, batch, attention):
+    """Relevance at the input of the first layer, what biases hold, and the sum of the logits that are explained."""
+    inputs, parts = [], [*decoder_layers(model), final_norm(model), model.get_output_embeddings()]
+    biases = [w for part in parts for key, w in part.named_parameters() if key.endswith("bias")]
+    with relevance_rules(model, attention), differentiable(model):
+        with changed_input(decoder_layers(model)[0], watching(inputs.append)):
+            logits = gold_logits(model, batch).sum()
+        slopes = torch.autograd.grad(logits, inputs + biases, allow_unused=True)
+    held = sum((w * s).sum() for w, s in zip(inputs + biases, slopes) if s is not None)
+    return held.item(), logits.item()
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_nothing_is_lost_with_constant_attention(name):
+    model, batch = first_batch(name)
+    arrived, logits = arriving(model, batch, "constant")
+    assert abs(arrived - logits) <= 1e-4 * max(1.0, abs(logits))
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_rules_change_no_value(name):
+    model, batch = first_batch(name)
+    with torch.no_grad():
+        before = gold_logits(model, batch)
+        with relevance_rules(model):
+            assert torch.equal(gold_logits(model, batch), before)
+
+
+def test_a_forgotten_rule_is_noticed(monkeypatch):
+    """The sum can fail: without the half at the product of gate and up it does."""
+    model, batch = first_batch("llama")
+    monkeypatch.setattr("cap_nb.engine.relevance.halved_input", lambda module: nullcontext())
+    arrived, logits = arriving(model, batch, "constant")
+    assert abs(arrived - logits) > 1e-2
+
+
+def test_relevance_of_a_head_whose_output_is_zero_is_zero():
+    model, batch = first_batch("llama")
+    size = dimensions(model.config).head_size
+    with torch.no_grad():
+        decoder_layers(model)[1].self_attn.o_proj.weight[:, :size] = 0
+    relevance = head_relevance(model, batch)
+    assert (relevance[:, 1, 0] == 0).all() and (relevance[:, 1, 1:] != 0).any()
+
