@@ -393,10 +393,10 @@ def removed_gates(
     "G-, the gates under a push towards 0; a high one marks a facilitating head (Nam et al. 2025, section 3.2)."
     return pushed_gates(model, calibration, replace(fit, push="remove"), start, batch_tokens)
 
-# %% ../../nbs/methods/08_attributions.ipynb #c100
+# %% ../../nbs/methods/08_attributions.ipynb #c104
 from ..engine.relevance import head_relevance
 
-# %% ../../nbs/methods/08_attributions.ipynb #c101
+# %% ../../nbs/methods/08_attributions.ipynb #c105
 def relevance(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -413,7 +413,7 @@ class Attribution:
     source: str # Where it comes from
     compute: Callable[..., torch.Tensor] # (model, calibration, batch_tokens=..., options) -> float64 [L, H]
 
-# %% ../../nbs/methods/08_attributions.ipynb #c102
+# %% ../../nbs/methods/08_attributions.ipynb #c106
 def signed_gradient(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -422,7 +422,7 @@ def signed_gradient(
     "Gradient times activation with its sign: the first-order estimate of zero ablation."
     return gradient_activation(model, calibration, batch_tokens, signed=True)
 
-# %% ../../nbs/methods/08_attributions.ipynb #c103
+# %% ../../nbs/methods/08_attributions.ipynb #c107
 ATTRIBUTIONS: dict[str, Attribution] = {
     "zero_ablation": Attribution("rise of the loss when the head's output is zero",
                                  "the paper, section 3.2", zero_ablation),
@@ -441,13 +441,13 @@ ATTRIBUTIONS: dict[str, Attribution] = {
     "retained_gates": Attribution("gate of a joint fit that pushes towards 1", "Nam et al. 2025, G+", retained_gates),
     "removed_gates": Attribution("gate of a joint fit that pushes towards 0", "Nam et al. 2025, G-", removed_gates)}
 
-# %% ../../nbs/methods/08_attributions.ipynb #c108
+# %% ../../nbs/methods/08_attributions.ipynb #c112
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from ..scoring import rank_correlation
 
-# %% ../../nbs/methods/08_attributions.ipynb #c109
+# %% ../../nbs/methods/08_attributions.ipynb #c113
 def attribution_agreement(
     scores: dict[str, torch.Tensor], # Name -> attribution, [L, H] each
 ) -> pd.DataFrame: # Rank correlation of every pair, names down and across
