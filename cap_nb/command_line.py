@@ -799,6 +799,7 @@ def figures_command(
 
 # %% ../nbs/command_line.ipynb #c086
 from .analysis import comparison_markdown
+from .jobs.repeat import repeat_run
 from .jobs.results import compare_runs, comparison_csv, save_comparison
 
 
@@ -825,6 +826,27 @@ def compare_command(
 
 
 # %% ../nbs/command_line.ipynb #c088
+@app.command("repeat")
+@in_one_sentence
+@with_plugins
+def repeat_command(
+    folder: Annotated[Path, typer.Argument(help="a run's folder, live or packed")],
+    out: Out,
+    methods: option(str | None, "methods to do again, with commas; all if left out") = None,
+    sparsity: option(str | None, "sparsities to do again, with commas; all if left out") = None,
+    model: option(str | None, "where the model is now; as the run says if left out") = None,
+    device: option(str | None, "as the run says if left out") = None,
+    data_dir: option(str | None, "folder of benchmark files; the hub if left out") = None,
+    calibrate_on: option(str | None, "file of chains, for a run that was calibrated on them") = None,
+) -> None:
+    "Do a run again from its folder alone, and say what differs; exit code 1 if anything does."
+    places = {"name": model, "device": device, "data_dir": data_dir, "calibrate_on": calibrate_on}
+    places = {name: place for name, place in places.items() if place is not None}
+    table = repeat_run(folder, out, read_names(methods), sparsity and read_sparsities(sparsity), **places)
+    typer.echo(table.to_string(index=False, na_rep=""))
+    if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
+
+# %% ../nbs/command_line.ipynb #c089
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -836,7 +858,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c090
+# %% ../nbs/command_line.ipynb #c091
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -858,14 +880,14 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c092
+# %% ../nbs/command_line.ipynb #c093
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c093
+# %% ../nbs/command_line.ipynb #c094
 @app.command("methods")
 @in_one_sentence
 @with_plugins
@@ -881,10 +903,10 @@ def methods_command() -> None:
     typer.echo("Recoveries: swaps, update, swaps^update.")
     if ADDED: typer.echo("Added: " + ", ".join(f"{a.kind} {a.name} ({a.plugin or 'session'})" for a in ADDED) + ".")
 
-# %% ../nbs/command_line.ipynb #c094
+# %% ../nbs/command_line.ipynb #c095
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c095
+# %% ../nbs/command_line.ipynb #c096
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -904,13 +926,13 @@ def plan_command(
     planned = measured_plan if probe else plan
     typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
 
-# %% ../nbs/command_line.ipynb #c097
+# %% ../nbs/command_line.ipynb #c098
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c098
+# %% ../nbs/command_line.ipynb #c099
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -934,11 +956,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c099
+# %% ../nbs/command_line.ipynb #c100
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c101
+# %% ../nbs/command_line.ipynb #c102
 #| eval: false
 if __name__ == "__main__": main()

@@ -1,0 +1,66 @@
+"""`cap repeat`: a run done again from its folder, and what it says when something differs."""
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cap_nb.command_line import app
+from cap_nb.core.files import read_checked, write_checked
+from cap_nb.jobs.job import prepare, run_job
+from cap_nb.jobs.records import load_run, pack_run
+from cap_nb.jobs.repeat import compare_repeated, job_of
+from cap_nb.jobs.settings import Job, changed
+
+SMALL = changed(Job(), n=2, k=1, methods=("magnitude",), sparsities=(0.5,), accuracy_tasks=("lab-arc",), evaluate_n=2, loss_n=2, windows=0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return run_job(SMALL, tmp_path_factory.mktemp("repeat") / "run")
+
+
+def test_a_packed_run_is_repeated_to_the_bit(run, tmp_path):
+    shutil.copytree(run, tmp_path / "packed")
+    pack_run(tmp_path / "packed")
+    said = CliRunner().invoke(app, ["repeat", str(tmp_path / "packed"), "--out", str(tmp_path / "again")])
+    assert said.exit_code == 0, said.output
+    table = compare_repeated(load_run(run), load_run(tmp_path / "again"))
+    assert table["compared"].tolist() == table["equal"].tolist() and {"accuracy", "loss"} <= set(table["what"])
+
+
+def test_another_number_is_noticed(run):
+    first = load_run(run)
+    [dense, pruned] = first.evaluations
+    losses = (replace(pruned.losses[0], loss=pruned.losses[0].loss + 0.25), *pruned.losses[1:])
+    table = compare_repeated(replace(first, evaluations=(dense, replace(pruned, losses=losses))), first).set_index("what")
+    assert table.loc["loss", "compared"] - table.loc["loss", "equal"] == 1
+    assert table.loc["loss", "largest"] == pytest.approx(0.25)
+    assert table.loc["accuracy", "compared"] == table.loc["accuracy", "equal"]
+
+
+def test_other_data_is_noticed_at_the_command_line(run, tmp_path):
+    """The run says that it was calibrated on something else: exit code 1, and the row says so."""
+    shutil.copytree(run, tmp_path / "other")
+    kept = read_checked(run / "run.json")
+    kept["calibration"]["fingerprint"] = 64 * "0"
+    write_checked(tmp_path / "other" / "run.json", kept)
+    said = CliRunner().invoke(app, ["repeat", str(tmp_path / "other"), "--out", str(tmp_path / "again")])
+    assert said.exit_code == 1 and "setting calibration.fingerprint (000000000000, now" in said.output
+
+
+def test_a_method_that_the_run_has_not_is_refused(run, tmp_path):
+    said = CliRunner().invoke(app, ["repeat", str(run), "--out", str(tmp_path / "again"), "--methods", "ria"])
+    assert said.exit_code == 2 and "The run has no method ria" in said.output
+
+
+@pytest.mark.parametrize("settings", [
+    {"seed": 3}, {"seed": 3, "calibration_seed": 0}, {"text_share": 0.5}, {"calibrate_on": "text"}, {"max_new_tokens": 9},
+    {"score_target": "divergence", "methods": ("cap",)}, {"aggregation": "mean"}, {"evaluate_on": "validation"}])
+def test_a_job_comes_back_from_its_configuration(settings):
+    """What `configuration` writes for a job is what it writes for the job read back from it."""
+    ready = prepare(changed(SMALL, **settings))
+    again = prepare(job_of(ready.configuration, settings.get("seed")))
+    assert again.configuration == ready.configuration
+    assert torch.equal(torch.tensor(again.calibration.examples[0].input_ids), torch.tensor(ready.calibration.examples[0].input_ids))
