@@ -335,7 +335,7 @@ def guessed_bounds(
     low, high = (((means + bound.view(shape)) * share).sum(-1) for bound in bounds)
     return low, high
 
-# %% ../../nbs/methods/17_screening.ipynb #c045
+# %% ../../nbs/methods/17_screening.ipynb #c047
 from torch import nn
 from ..calibration import Calibration
 from ..data.batches import token_batches
@@ -345,7 +345,7 @@ from ..engine.unit_store import check_finite_table
 from .attributions import gated_heads
 from ..models.anatomy import dimensions
 
-# %% ../../nbs/methods/17_screening.ipynb #c046
+# %% ../../nbs/methods/17_screening.ipynb #c048
 def losses_and_slopes(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
@@ -358,7 +358,7 @@ def losses_and_slopes(
         slopes = torch.autograd.grad(losses.sum(), gates)[0]
     return {"intact": losses.detach().cpu(), "slopes": -slopes.permute(1, 2, 0).cpu()}
 
-# %% ../../nbs/methods/17_screening.ipynb #c048
+# %% ../../nbs/methods/17_screening.ipynb #c050
 @torch.no_grad()
 def masked_on_batch(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -380,7 +380,7 @@ def masked_on_batch(
         if wanted[layer + 1:].any(): state = advanced(model, state, layer, None)
     return table
 
-# %% ../../nbs/methods/17_screening.ipynb #c050
+# %% ../../nbs/methods/17_screening.ipynb #c052
 def wanted_batches(
     calibration: Calibration, # N examples
     wanted: torch.Tensor, # Which cells are to be measured, bool [L, H, N]
@@ -395,7 +395,7 @@ def wanted_batches(
         batches += [([members[i] for i in batch], heads) for batch in cut]
     return batches
 
-# %% ../../nbs/methods/17_screening.ipynb #c056
+# %% ../../nbs/methods/17_screening.ipynb #c058
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -406,7 +406,7 @@ from ..engine.unit_store import losses_key
 from ..models.loading import model_fingerprint
 from ..scoring import head_losses
 
-# %% ../../nbs/methods/17_screening.ipynb #c057
+# %% ../../nbs/methods/17_screening.ipynb #c059
 def kept(
     folder: Path | None, # Where finished batches are kept; None keeps nothing
     about: dict, # What the batch is: JSON, from which its name follows
@@ -420,7 +420,7 @@ def kept(
     if found == about: return tensors
     raise BadInput(f"{path} holds other examples than its name says: expected a store of this run; remove it.")
 
-# %% ../../nbs/methods/17_screening.ipynb #c058
+# %% ../../nbs/methods/17_screening.ipynb #c060
 @dataclass(frozen=True)
 class Screening:
     "A model and how it is screened."
@@ -440,7 +440,7 @@ class Screening:
         a = dimensions(self.model.config)
         return a.layers, a.heads, len(self.calibration.examples)
 
-# %% ../../nbs/methods/17_screening.ipynb #c059
+# %% ../../nbs/methods/17_screening.ipynb #c061
 def all_slopes(
     screening: Screening, # The model and its examples
 ) -> dict[str, torch.Tensor]: # "intact", float64 [N], and "slopes", float64 [L, H, N]
@@ -457,7 +457,7 @@ def all_slopes(
         for name in found: found[name][..., indices] = part[name]
     return found
 
-# %% ../../nbs/methods/17_screening.ipynb #c060
+# %% ../../nbs/methods/17_screening.ipynb #c062
 def measure_cells(
     screening: Screening, # The model and its examples
     intact: torch.Tensor, # Intact losses, [N]
@@ -474,7 +474,7 @@ def measure_cells(
         table[:, :, indices] = kept(screening.folder, about, make)["masked"]
     return table - intact
 
-# %% ../../nbs/methods/17_screening.ipynb #c061
+# %% ../../nbs/methods/17_screening.ipynb #c063
 def screened_table(
     screening: Screening, # The model and its examples
     budget: float, # Share of the masked passes that may be spent
@@ -490,7 +490,7 @@ def screened_table(
     about = {"budget": budget, "seed": seed, "spent": share_spent(~rise.isnan())}
     return PartialLosses(replace(losses, meta=losses.meta | {"screened": about}), known["slopes"])
 
-# %% ../../nbs/methods/17_screening.ipynb #c062
+# %% ../../nbs/methods/17_screening.ipynb #c064
 def screen_heads(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -510,7 +510,7 @@ def screen_heads(
     with alone_in(folder) if folder else nullcontext():
         return screened_table(screening, budget, seed, fingerprint)
 
-# %% ../../nbs/methods/17_screening.ipynb #c064
+# %% ../../nbs/methods/17_screening.ipynb #c066
 def screened_scores(
     partial: PartialLosses, # A table with gaps
     confidence: float = 0.95, # Of each head's interval
@@ -522,10 +522,10 @@ def screened_scores(
     low, high = guessed_bounds(partial.rise, partial.slopes, task, place, (1 - confidence) / 2, reach)
     return estimated(partial.rise, partial.slopes, task).scores, low, high
 
-# %% ../../nbs/methods/17_screening.ipynb #c069
+# %% ../../nbs/methods/17_screening.ipynb #c071
 from ..scoring import causal_scores, load_losses
 
-# %% ../../nbs/methods/17_screening.ipynb #c070
+# %% ../../nbs/methods/17_screening.ipynb #c072
 def save_partial(
     partial: PartialLosses, # A table with gaps
     path: str | Path, # Final name of the file
@@ -547,7 +547,7 @@ def partial_from(
     if not same or "screened" not in losses.meta: raise ValueError("its parts do not belong together")
     return PartialLosses(losses, tensors["slopes"])
 
-# %% ../../nbs/methods/17_screening.ipynb #c071
+# %% ../../nbs/methods/17_screening.ipynb #c073
 def load_any(
     path: str | Path, # A file that 'cap score' wrote
 ) -> HeadLosses | PartialLosses: # What it holds
