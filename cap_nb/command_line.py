@@ -358,15 +358,59 @@ def claims_command(
 # %% ../nbs/command_line.ipynb #c043
 import shutil
 from .engine.devices import joined, device_of_process
+from .engine.unit_store import Share
 from .engine.resumed_scoring import check_target, table_scorer
+from .calibration import Calibration
 from .jobs.job import check_job, check_windows_fit, job_calibration
+from .methods.screening import save_partial, screen_heads
 from .models.loading import load_model, tokenizer_fingerprint
 from .scoring import save_losses
 
 # %% ../nbs/command_line.ipynb #c044
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
+Budget = option(float | None, "share of the masked passes to spend, as 0.25, for mean scores; all if left out")
+
+def score_in_part(
+    job: Job, # What the options say
+    loaded: tuple, # The model and its tokenizer
+    calibration: Calibration, # The examples
+    out: Path, # Where the table with gaps goes
+    working: Path, # Folder of finished batches
+    budget: float, # Share of the masked passes
+    heads_at_once: int | None, # Heads of a layer in one pass
+) -> None:
+    "Measure what a budget allows, save it and say what it was."
+    if job.prune.score_target != "loss":
+        raise BadInput("--budget was given with --score-target divergence: expected losses, since a divergence has no "
+                       "first-order estimate; leave one of the two out.")
+    model, tokenizer = loaded
+    partial = screen_heads(model, calibration, budget, job.calibrate.seed, job.model.batch_tokens, working,
+                           tokenizer_fingerprint(tokenizer), heads_at_once)
+    save_partial(partial, out)
+    cells, spent = partial.measured, partial.losses.meta["screened"]["spent"]
+    typer.echo(f"{out}: {int(cells.sum()):,} of {cells.numel():,} losses with a head masked, {spent:.1%} of the work "
+               "of all; it gives mean scores: use it with --aggregation mean.")
 
 # %% ../nbs/command_line.ipynb #c045
+def score_whole(
+    job: Job, # What the options say
+    loaded: tuple, # The model and its tokenizer
+    calibration: Calibration, # The examples
+    out: Path, # Where the table goes
+    working: Path, # Folder of finished units
+    heads_at_once: int | None, # Heads of a layer in one pass
+    share: Share, # Which of several processes this is
+) -> None:
+    "Measure the whole table, save it and say what it is; the first process does that for all."
+    model, tokenizer = loaded
+    losses = table_scorer(job.prune.score_target)(
+        model, calibration, job.model.batch_tokens, working, tokenizer_fingerprint(tokenizer), heads_at_once, share)
+    if share.rank: return
+    save_losses(losses, out)
+    heads, measured = losses.masked[..., 0].numel(), {"loss": "losses", "divergence": "divergences"}[losses.target]
+    typer.echo(f"{out}: {measured} of {len(losses.intact)} examples with each of {heads} heads masked.")
+
+# %% ../nbs/command_line.ipynb #c046
 @app.command("score")
 @in_one_sentence
 @with_plugins
@@ -376,6 +420,7 @@ def score_command(
     out: Out,
     heads_at_once: HeadsAtOnce = None,
     store: Store = None,
+    budget: Budget = None,
 ) -> None:
     "Measure the loss, or the divergence from the intact model, with every head masked in turn, and save the table."
     job = changed(job, device=device_of_process(job.model.device))
@@ -385,18 +430,14 @@ def score_command(
     check_windows_fit(job, model)
     calibration, working = job_calibration(job, tokenizer), store or out.with_name(out.name + ".unfinished")
     with joined(model.device) as share:
-        losses = table_scorer(job.prune.score_target)(
-            model, calibration, job.model.batch_tokens, working, tokenizer_fingerprint(tokenizer), heads_at_once, share)
-    if share.rank: return
-    save_losses(losses, out)
-    if not store: shutil.rmtree(working)
-    heads, measured = losses.masked[..., 0].numel(), {"loss": "losses", "divergence": "divergences"}[losses.target]
-    typer.echo(f"{out}: {measured} of {len(losses.intact)} examples with each of {heads} heads masked.")
-
-# %% ../nbs/command_line.ipynb #c047
-from .jobs.chains import Answering, own_chains, task_counts, too_few
+        if budget is not None: score_in_part(job, (model, tokenizer), calibration, out, working, budget, heads_at_once)
+        else: score_whole(job, (model, tokenizer), calibration, out, working, heads_at_once, share)
+    if not share.rank and not store: shutil.rmtree(working)
 
 # %% ../nbs/command_line.ipynb #c048
+from .jobs.chains import Answering, own_chains, task_counts, too_few
+
+# %% ../nbs/command_line.ipynb #c049
 Tries = option(int, "answers to each problem: the first is greedy, the others are drawn")
 Temperature = option(float, "temperature of the drawn answers")
 
@@ -423,13 +464,13 @@ def chains_command(
     for sentence in too_few(chains): typer.echo(sentence)
     typer.echo(f"{out}: the chains; use them with --calibrate-on {out}.")
 
-# %% ../nbs/command_line.ipynb #c050
+# %% ../nbs/command_line.ipynb #c051
 from .importance import importance_factors
 from .jobs.settings import PruneSettings
+from .methods.screening import read_scores
 from .regions import Factors
-from .scoring import causal_scores, load_losses
 
-# %% ../nbs/command_line.ipynb #c051
+# %% ../nbs/command_line.ipynb #c052
 def factors_from(
     pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
     fingerprint: Callable[[], str], # Of the model that is to be pruned
@@ -437,15 +478,14 @@ def factors_from(
 ) -> Factors | None: # Importance factors of the heads; None without a table
     "Importance factors from a table of losses; one of another model or target raises `BadInput`."
     if pruning.scores is None: return None
-    losses = load_losses(pruning.scores)
+    losses, scores = read_scores(pruning.scores, settings.aggregation)
     if losses.meta.get("model") != fingerprint():
         raise BadInput(f"{pruning.scores} was measured on other weights or another dtype: expected this model's; "
                        "score it first, with the same --dtype.")
     check_target(losses, settings.score_target, pruning.scores)
-    scores = causal_scores(losses, settings.aggregation)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
-# %% ../nbs/command_line.ipynb #c054
+# %% ../nbs/command_line.ipynb #c055
 from .core.files import check_new_folder
 from .calibration import Calibration
 from .jobs.job import filled_in, targets_configuration
@@ -454,7 +494,7 @@ from .methods.streaming import load_norms
 from .portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, publish, scores_record, write_card)
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c056
 from dataclasses import replace
 from .methods.criteria import Given
 from .methods.prune import check_method, needs_of, prune, unit_factors
@@ -463,7 +503,7 @@ from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_che
 from .models.loading import check_all_here, model_fingerprint, save_model
 from .threshold import PruneReport
 
-# %% ../nbs/command_line.ipynb #c056
+# %% ../nbs/command_line.ipynb #c057
 def set_of_measurements(
     pruning: SinglePruning, # How a checkpoint is pruned on disk
 ) -> dict | None: # What JSON can hold; None if nothing was measured
@@ -483,11 +523,13 @@ def record_of(
     "The record of a pruning."
     scores = None
     if pruning.scores is not None and "factors" in needs_of(check_method(pruning.method)):
-        scores = scores_record(load_losses(pruning.scores), job.prune.aggregation) | {"key_value": pruning.key_value}
+        losses, _ = read_scores(pruning.scores, job.prune.aggregation)
+        scores = scores_record(losses, job.prune.aggregation) | {"key_value": pruning.key_value}
+        if "screened" in losses.meta: scores |= {"screened": losses.meta["screened"]}
     noted = {"plugins": additions_noted()} if additions_noted() else {}
     return pruning_record(report, base, pruning.ties, calibration, scores) | noted
 
-# %% ../nbs/command_line.ipynb #c057
+# %% ../nbs/command_line.ipynb #c058
 def note_in_memory(
     job: Job, # Its model, and what was calibrated on
     pruning: SinglePruning, # How it was pruned
@@ -501,7 +543,7 @@ def note_in_memory(
     if calibration: on = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
     note_on_model(model, record_of(job, pruning, report, base, on))
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c059
 def check_in_memory(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -511,7 +553,7 @@ def check_in_memory(
             raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
                            f"measured after those before it were pruned; add --stream, or leave --{name} out.")
 
-# %% ../nbs/command_line.ipynb #c059
+# %% ../nbs/command_line.ipynb #c060
 def pruned_in_memory(
     job: Job, # Its model, how scores are made, and what to calibrate on
     pruning: SinglePruning, # How to prune
@@ -536,7 +578,7 @@ def pruned_in_memory(
     save_model(model, tokenizer, out)
     return report
 
-# %% ../nbs/command_line.ipynb #c060
+# %% ../nbs/command_line.ipynb #c061
 def check_streaming(
     job: Job, # Its model
     pruning: SinglePruning, # How to prune
@@ -551,7 +593,7 @@ def check_streaming(
     if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
     else: check_solved(pruning.method, pruning.sparsity)
 
-# %% ../nbs/command_line.ipynb #c061
+# %% ../nbs/command_line.ipynb #c062
 def pruned_from_disk(
     job: Job, # Its model, which is a folder, and how scores are made
     pruning: SinglePruning, # How to prune
@@ -569,7 +611,7 @@ def pruned_from_disk(
         return record_of(job, pruning, report, base, set_of_measurements(pruning))
     return made_and_noted(out, make, record)
 
-# %% ../nbs/command_line.ipynb #c062
+# %% ../nbs/command_line.ipynb #c063
 @app.command("hessians")
 @in_one_sentence
 @with_plugins
@@ -585,7 +627,7 @@ def hessians_command(
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
     typer.echo(f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}.")
 
-# %% ../nbs/command_line.ipynb #c063
+# %% ../nbs/command_line.ipynb #c064
 def check_scores_given(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -596,7 +638,7 @@ def check_scores_given(
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
 
-# %% ../nbs/command_line.ipynb #c064
+# %% ../nbs/command_line.ipynb #c065
 @app.command("prune")
 @in_one_sentence
 @with_plugins
@@ -617,18 +659,18 @@ def prune_command(
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster; "
                "'cap export' packs it.")
 
-# %% ../nbs/command_line.ipynb #c066
+# %% ../nbs/command_line.ipynb #c067
 from .portable.format import Manifest
 from .portable.small_files import export_folder, restore_folder
 
-# %% ../nbs/command_line.ipynb #c067
+# %% ../nbs/command_line.ipynb #c068
 def bytes_of(
     manifest: Manifest, # What a packed folder holds
 ) -> tuple[int, int]: # Bytes of the original files, and of what is in their place
     "How large a folder is, and how large it is packed."
     return sum(entry.bytes for entry in manifest.files), sum(entry.stored_bytes for entry in manifest.files)
 
-# %% ../nbs/command_line.ipynb #c068
+# %% ../nbs/command_line.ipynb #c069
 @app.command("export")
 @in_one_sentence
 def export_command(
@@ -654,12 +696,12 @@ def restore_command(
     dense, _ = bytes_of(manifest := restore_folder(folder, out, base))
     typer.echo(f"{out}: {len(manifest.files)} files, {dense:,} bytes, each with the hash that it had.")
 
-# %% ../nbs/command_line.ipynb #c070
+# %% ../nbs/command_line.ipynb #c071
 from .core.files import write_checked
 from .portable.quantised import export_gguf, gguf_sentence
 from .portable.speed import SpeedSettings, bench_folder, speed_text
 
-# %% ../nbs/command_line.ipynb #c071
+# %% ../nbs/command_line.ipynb #c072
 @app.command("gguf")
 @in_one_sentence
 def gguf_command(
@@ -685,7 +727,7 @@ def bench_command(
     if out: write_checked(out, record)
     typer.echo(speed_text(record))
 
-# %% ../nbs/command_line.ipynb #c073
+# %% ../nbs/command_line.ipynb #c074
 @app.command("card")
 @in_one_sentence
 def card_command(
@@ -712,10 +754,10 @@ def publish_command(
     typer.echo(f"{repository}: {len(upload.files)} files, commit message {upload.message!r}.")
     typer.echo("Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}")
 
-# %% ../nbs/command_line.ipynb #c075
+# %% ../nbs/command_line.ipynb #c076
 from .portable.fine_tuning import FineTuning, check_settings, recover_into
 
-# %% ../nbs/command_line.ipynb #c076
+# %% ../nbs/command_line.ipynb #c077
 TUNING = [each for each in options_of(FineTuning) if each.field not in ("batch_tokens", "seed")] # those are the job's
 
 @app.command("recover")
@@ -737,11 +779,11 @@ def recover_command(
     typer.echo(f"{out}: {settings.steps} steps, the loss of the first {report.losses[0]:.4f}, of the last "
                f"{report.losses[-1]:.4f}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
 
-# %% ../nbs/command_line.ipynb #c078
+# %% ../nbs/command_line.ipynb #c079
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c079
+# %% ../nbs/command_line.ipynb #c080
 @app.command("eval")
 @in_one_sentence
 @with_plugins
@@ -753,20 +795,20 @@ def eval_command(
 ) -> None:
     "Measure a model as it is: accuracy, held-out loss, perplexity."
     check_job(job)
-    exclude = frozenset(load_losses(scores).uid) if scores else frozenset()
+    exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
     evaluation = evaluate(model, tokenizer, job, Path(job.model.name).name, exclude)
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c081
+# %% ../nbs/command_line.ipynb #c082
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c082
+# %% ../nbs/command_line.ipynb #c083
 @app.command("table")
 @in_one_sentence
 @with_plugins
@@ -783,7 +825,7 @@ def table_command(
     if form == "csv": typer.echo(table_csv(table))
     else: typer.echo({"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
 
-# %% ../nbs/command_line.ipynb #c083
+# %% ../nbs/command_line.ipynb #c084
 RunFolders = Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")]
 
 @app.command("figures")
@@ -797,13 +839,13 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c086
+# %% ../nbs/command_line.ipynb #c087
 from .analysis import comparison_markdown
 from .jobs.repeat import repeat_run
 from .jobs.results import compare_runs, comparison_csv, save_comparison
 
 
-# %% ../nbs/command_line.ipynb #c087
+# %% ../nbs/command_line.ipynb #c088
 @app.command("compare")
 @in_one_sentence
 def compare_command(
@@ -825,7 +867,7 @@ def compare_command(
         typer.echo(f"Tables and figure: {out}")
 
 
-# %% ../nbs/command_line.ipynb #c088
+# %% ../nbs/command_line.ipynb #c089
 @app.command("repeat")
 @in_one_sentence
 @with_plugins
@@ -846,7 +888,7 @@ def repeat_command(
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
 
-# %% ../nbs/command_line.ipynb #c089
+# %% ../nbs/command_line.ipynb #c090
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -858,7 +900,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c091
+# %% ../nbs/command_line.ipynb #c092
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -880,14 +922,14 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c093
+# %% ../nbs/command_line.ipynb #c094
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c094
+# %% ../nbs/command_line.ipynb #c095
 @app.command("methods")
 @in_one_sentence
 @with_plugins
@@ -903,10 +945,10 @@ def methods_command() -> None:
     typer.echo("Recoveries: swaps, update, swaps^update.")
     if ADDED: typer.echo("Added: " + ", ".join(f"{a.kind} {a.name} ({a.plugin or 'session'})" for a in ADDED) + ".")
 
-# %% ../nbs/command_line.ipynb #c095
+# %% ../nbs/command_line.ipynb #c096
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c096
+# %% ../nbs/command_line.ipynb #c097
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -921,18 +963,20 @@ def plan_command(
     prompt_tokens: PromptTokens = None,
     target_tokens: TargetTokens = None,
     probe: Probing = True,
+    budget: Budget = None,
 ) -> None:
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
     planned = measured_plan if probe else plan
-    typer.echo(plan_text(planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)))
+    made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
+    typer.echo(plan_text(made, budget))
 
-# %% ../nbs/command_line.ipynb #c098
+# %% ../nbs/command_line.ipynb #c099
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c099
+# %% ../nbs/command_line.ipynb #c100
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -956,11 +1000,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c100
+# %% ../nbs/command_line.ipynb #c101
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c102
+# %% ../nbs/command_line.ipynb #c103
 #| eval: false
 if __name__ == "__main__": main()

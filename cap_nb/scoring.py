@@ -272,6 +272,9 @@ def load_losses(
 ) -> HeadLosses: # The table
     "Load a table of losses; a missing, damaged or foreign file raises `BadInput`."
     tensors, about = read_tensors(Path(path))
+    if "slopes" in tensors:
+        raise BadInput(f"{path} was measured in part, with --budget: expected a whole table of losses; score without "
+                       "--budget, or use it where only mean scores are needed, as in cap prune --aggregation mean.")
     try:
         columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
         losses = HeadLosses(**tensors, **columns, **{name: about[name] for name in ("k", "seed", "meta")})

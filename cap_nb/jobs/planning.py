@@ -807,6 +807,34 @@ def model_lines(
         f"tokens ({len(load.batches)} in all), {padding:.1%} padding."]
 
 # %% ../../nbs/jobs/05_planning.ipynb #c078
+def screened_work(
+    load: Workload, # What is to be done
+    budget: float, # Share of the masked passes
+) -> Work: # What `cap score --budget` computes
+    "A share of the masked passes; slopes, a backward pass being about as much as a forward one; and intact passes."
+    sizes, whole = load.sizes, resumed_work(load.sizes, load.batches)
+    forward = Work(layer_tokens=sizes.layers * sum(b.rows * b.width for b in load.batches),
+                   head_tokens=sum(b.targets for b in load.batches),
+                   pairs=sizes.layers * sum(b.rows * b.width**2 for b in load.batches))
+    part = Work(**{name: round(budget * value) for name, value in vars(whole).items()})
+    return part + forward + forward + forward
+
+# %% ../../nbs/jobs/05_planning.ipynb #c079
+def budget_line(
+    planned: Plan, # A plan
+    budget: float, # Share of the masked passes
+) -> str: # A line
+    "What scoring takes within a budget."
+    if not 0 < budget <= 1:
+        raise BadInput(f"The budget is {budget}: expected a share of the masked passes in (0, 1]; write 0.25.")
+    work, whole = screened_work(planned.load, budget), planned.stages[0]
+    share = flops_of(work, planned.load.sizes) / whole.flops
+    time = f", {seconds_text(whole.seconds * share)} (estimate)" if whole.seconds else ""
+    return (f"- Scoring with --budget {budget:g}: {work.passes:,} passes' worth, {flops_text(share * whole.flops)}, "
+            f"{share:.0%} of the whole{time}; slopes and intact passes included. The backward pass keeps what every "
+            "layer computes of a batch, which the memory below leaves out.")
+
+# %% ../../nbs/jobs/05_planning.ipynb #c082
 def scoring_line(
     planned: Plan, # A plan
 ) -> str: # A line
@@ -816,7 +844,7 @@ def scoring_line(
             f"they run {scoring.work.layer_tokens:,} tokens through a layer, the hook loop "
             f"{hook_loop.work.layer_tokens:,}, and {hook_loop.flops / scoring.flops:.2f} times the FLOPs.")
 
-# %% ../../nbs/jobs/05_planning.ipynb #c079
+# %% ../../nbs/jobs/05_planning.ipynb #c083
 def stage_rows(
     planned: Plan, # A plan
 ) -> list[str]: # A table in Markdown
@@ -843,7 +871,7 @@ def memory_lines(
     copy = f"- 'cap run' keeps a copy of the weights in scope in main memory: {bytes_text(h.copy)}."
     return [title, "", *lines, copy, f"- There is: {free} on a device, {main} of main memory."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c080
+# %% ../../nbs/jobs/05_planning.ipynb #c084
 def run_line(
     planned: Plan, # A plan
 ) -> str: # A line
@@ -870,7 +898,7 @@ def time_line(
     if h.each == h.weights: return line
     return f"{line} The weights are spread over the devices (device_map='auto'), which then work in turn."
 
-# %% ../../nbs/jobs/05_planning.ipynb #c081
+# %% ../../nbs/jobs/05_planning.ipynb #c085
 def fit_lines(
     planned: Plan, # A plan
 ) -> list[str]: # Lines
@@ -878,14 +906,16 @@ def fit_lines(
     if advice := plan_advice(planned): return ["What will not fit:", "", *(f"- {sentence}" for sentence in advice)]
     return ["Whether it fits is not known." if planned.hardware.free is None else "Everything fits."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c082
+# %% ../../nbs/jobs/05_planning.ipynb #c086
 def plan_text(
     planned: Plan, # A plan
+    budget: float | None = None, # Share of the masked passes, as for 'cap score --budget'
 ) -> str: # Markdown, a page at most
     "A plan as text: counts, times labelled as estimates, memory by part, and what will not fit."
     sizes, load = planned.load.sizes, planned.load
     title = f"Plan for {sizes.name} in {load.dtype}, from {sizes.source}; no weights were read."
     model = [*model_lines(load, planned.lengths_from), scoring_line(planned)]
+    if budget is not None: model.append(budget_line(planned, budget))
     blocks = [[title], model, stage_rows(planned), [run_line(planned), time_line(planned)],
               memory_lines(planned), fit_lines(planned)]
     return "\n\n".join("\n".join(block) for block in blocks)
