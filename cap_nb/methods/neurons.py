@@ -44,6 +44,7 @@ def zeroed_columns(
     finally:
         with torch.no_grad(): weight[:, columns] = kept
 
+# %% ../../nbs/methods/12_neurons.ipynb #c011
 def masked_neurons(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of the decoder layer, from 0
@@ -60,13 +61,13 @@ def masked_neurons(
     if down.routing: return zeroed_columns(down.weight, index)
     return changed_input(down.module, lambda inputs: inputs.index_fill(-1, index.to(inputs.device), 0))
 
-# %% ../../nbs/methods/12_neurons.ipynb #c016
+# %% ../../nbs/methods/12_neurons.ipynb #c017
 import math
 from .criteria import wanting_gradients
 from ..models.anatomy import expert_counts
 from ..scoring import batches_of, target_losses
 
-# %% ../../nbs/methods/12_neurons.ipynb #c017
+# %% ../../nbs/methods/12_neurons.ipynb #c018
 def neuron_projections(
     model: nn.Module, # A causal language model of a known family
 ) -> list[Projection]: # Down projections, one for each row of a table of neurons
@@ -91,7 +92,7 @@ def place_of(
     "Where the neurons that a projection reads stand in a table of neurons."
     return (p.layer,) if p.expert is None else (p.layer, p.expert)
 
-# %% ../../nbs/methods/12_neurons.ipynb #c018
+# %% ../../nbs/methods/12_neurons.ipynb #c019
 def neuron_estimates(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -109,3 +110,156 @@ def neuron_estimates(
                 slope = p.oriented(p.cut(slopes[p.parameter]))
                 table[place_of(p)] -= (p.weight.detach().float() * slope.float()).sum(0).double().cpu()
     return table
+
+# %% ../../nbs/methods/12_neurons.ipynb #c026
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from .experts import Changed, resumed_passes, target_counts
+from ..models.anatomy import decoder_layers
+from ..scoring import mean_by_example
+
+# %% ../../nbs/methods/12_neurons.ipynb #c027
+@dataclass(frozen=True)
+class NeuronGroup:
+    "Neurons of one MLP, or of one expert, that are masked together."
+    layer: int # Index of the decoder layer
+    neurons: tuple[int, ...] # Their indices
+    expert: int | None = None # Index of the routed expert; None: the MLP of a layer without experts
+
+GroupRises = Callable[[NeuronGroup], torch.Tensor] # Rise of each example's loss with a group masked, float64 [N]
+
+# %% ../../nbs/methods/12_neurons.ipynb #c028
+@torch.no_grad()
+def group_rises(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode
+    calibration: Calibration, # N examples
+    batch_tokens: int = 4096, # Padded tokens a batch
+    passes: Callable[..., Changed] = resumed_passes, # How losses with a change are computed; or `whole_passes`
+) -> GroupRises: # Masks a group and gives the rises, in nats
+    "Prepare the exact masking of groups (paper equation 1, groups of neurons as units)."
+    batches, last = batches_of(calibration, batch_tokens, next(model.parameters()).device), len(decoder_layers(model)) - 1
+    prepared = [(indices, target_counts(batch)[1], passes(model, batch)) for indices, batch in batches]
+    @torch.no_grad()
+    def losses(layer: int, change: Callable[[], AbstractContextManager]) -> torch.Tensor:
+        rows = torch.zeros(len(calibration.examples), dtype=torch.float64)
+        for indices, counts, changed in prepared:
+            rows[indices] = mean_by_example(changed(layer, change()), counts).cpu()
+        return rows
+    intact = losses(last, nullcontext)
+    return lambda group: losses(
+        group.layer, lambda: masked_neurons(model, group.layer, group.neurons, group.expert)) - intact
+
+# %% ../../nbs/methods/12_neurons.ipynb #c037
+from dataclasses import replace
+from tqdm.auto import tqdm
+from ..core.errors import check_at_least, check_choice
+from ..models.routing import recorded_inputs
+
+# %% ../../nbs/methods/12_neurons.ipynb #c038
+@torch.no_grad()
+def neuron_activations(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode
+    calibration: Calibration, # N examples
+    layer: int, # Index of the decoder layer
+    expert: int | None = None, # Index of a routed expert; None: the MLP of a layer without experts
+    batch_tokens: int = 4096, # Padded tokens a batch
+) -> torch.Tensor: # Activations, float32 [tokens, M]; of an expert, at the tokens that are routed to it
+    "What the down projection of an MLP or an expert reads; padding is left out."
+    down, kept = down_projection(model, layer, expert), []
+    in_layer = [p for p in projections(model) if p.layer == layer]
+    for _, batch in batches_of(calibration, batch_tokens, next(model.parameters()).device):
+        real = batch["attention_mask"].flatten().bool()
+        def record(p: Projection, inputs: torch.Tensor, tokens: torch.Tensor | None) -> None:
+            if p.name == down.name: kept.append(inputs.flatten(0, -2)[real if tokens is None else real[tokens]])
+        with recorded_inputs(in_layer, record): target_losses(model, batch)
+    return torch.cat(kept).float()
+
+# %% ../../nbs/methods/12_neurons.ipynb #c039
+def coactivation_order(
+    activations: torch.Tensor, # [tokens, M]
+) -> torch.Tensor: # Indices of neurons, int64 [M]; neurons that go together are neighbours
+    "Cut neurons in two by the leading eigenvector of their correlations, and each half again."
+    centred = activations.double() - activations.double().mean(0)
+    scaled = centred / centred.norm(dim=0).clamp_min(1e-30)
+    correlation = scaled.T @ scaled
+    def ordered(index: torch.Tensor) -> torch.Tensor:
+        if len(index) < 3: return index
+        leading = torch.linalg.eigh(correlation[index][:, index]).eigenvectors[:, -1]
+        leading = leading * leading[leading.abs().argmax()].sign() # an eigenvector's sign means nothing
+        half = -(-len(index) // 2)
+        by_loading = index[leading.argsort(descending=True, stable=True)]
+        return torch.cat([ordered(by_loading[:half].sort().values), ordered(by_loading[half:].sort().values)])
+    return ordered(torch.arange(len(correlation)))
+
+# %% ../../nbs/methods/12_neurons.ipynb #c042
+ORDERS = ("contiguous", "random", "coactivation", "estimate")
+
+def neuron_groups(
+    order: torch.Tensor, # Indices of the neurons of an MLP or an expert, int64 [M]
+    count: int, # Groups
+    layer: int, # Index of the decoder layer
+    expert: int | None = None, # Index of the routed expert, if it is one's
+) -> list[NeuronGroup]: # Groups of nearly equal size
+    "Cut an order of neurons into groups of neighbours."
+    return [NeuronGroup(layer=layer, neurons=tuple(part.tolist()), expert=expert)
+            for part in order.tensor_split(count) if len(part)]
+
+def neuron_order(
+    how: str, # One of `ORDERS`
+    estimates: torch.Tensor, # First-order estimates of the MLP's or the expert's neurons, [M]
+    activations: torch.Tensor | None = None, # [tokens, M]; for "coactivation" alone
+    seed: int = 0, # Of "random"
+) -> torch.Tensor: # Indices of neurons, int64 [M]
+    "The neurons of an MLP in one of four orders; an unknown one, or one that lacks activations, raises `BadInput`."
+    width = len(estimates)
+    if check_choice(how, ORDERS, "order of neurons") == "contiguous": return torch.arange(width)
+    if how == "random": return torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+    if how == "estimate": return estimates.argsort(descending=True, stable=True)
+    if activations is None:
+        raise BadInput("An order by co-activation was asked for without activations: "
+                       "expected those of the layer; pass neuron_activations(...).")
+    return coactivation_order(activations)
+
+# %% ../../nbs/methods/12_neurons.ipynb #c045
+@dataclass(frozen=True)
+class MaskedGroup:
+    "A group that was masked in a search."
+    group: NeuronGroup # The neurons
+    rise: float # Mean rise of the examples' losses, in nats
+    parent: int | None = None # Index in the search of the group that it is a half of; None for a first one
+
+def halves(
+    group: NeuronGroup, # Two neurons or more
+) -> tuple[NeuronGroup, NeuronGroup]: # First and second half, in the group's order
+    "Cut a group in two."
+    middle = -(-len(group.neurons) // 2)
+    return replace(group, neurons=group.neurons[:middle]), replace(group, neurons=group.neurons[middle:])
+
+# %% ../../nbs/methods/12_neurons.ipynb #c046
+def split_where_it_matters(
+    rises: GroupRises, # Masks a group, from `group_rises`
+    groups: Sequence[NeuronGroup], # To begin with
+    budget: int, # Masked passes over the calibration set
+) -> list[MaskedGroup]: # Every group that was masked, in order
+    "Halve the group with the largest |rise| until the budget is spent; one below the first groups raises `BadInput`."
+    check_at_least(budget, len(groups), "budget (masked passes)")
+    def masked(group: NeuronGroup, parent: int | None = None) -> MaskedGroup:
+        return MaskedGroup(group, rises(group).mean().item(), parent)
+    found = [masked(group) for group in tqdm(groups, desc="masking neurons", unit="group")]
+    whole = set(range(len(found)))
+    while len(found) + 2 <= budget:
+        can_be_halved = [index for index in whole if len(found[index].group.neurons) > 1]
+        if not can_be_halved: break
+        largest = max(can_be_halved, key=lambda index: abs(found[index].rise))
+        whole.remove(largest)
+        whole |= {len(found), len(found) + 1}
+        found += [masked(half, largest) for half in halves(found[largest].group)]
+    return found
+
+def smallest_groups(
+    found: Sequence[MaskedGroup], # A search
+) -> list[MaskedGroup]: # Those that were not split further; together they hold every neuron once
+    "What a search has come down to."
+    parents = {each.parent for each in found}
+    return [each for index, each in enumerate(found) if index not in parents]
