@@ -96,22 +96,24 @@ def place_of(
 def neuron_estimates(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
+    batch_tokens: int = 4096, # Padded tokens a batch; without a sign, each example is a batch
+    signed: bool = True, # False: the mean over examples of the estimate's size, which says how much a neuron is used
 ) -> torch.Tensor: # Estimated rise of the mean loss when a neuron is masked, in nats, float64 [L, M] or [L, E, M]
     "Gradient times activation of every neuron, in one backward pass a batch; in a mixture, within each expert."
     table, downs = neuron_table(model), neuron_projections(model)
     weights, device = list(dict.fromkeys(p.parameter for p in downs)), next(model.parameters()).device
     for p in downs: table[place_of(p)] = 0
     with wanting_gradients(weights):
-        for _, batch in batches_of(calibration, batch_tokens, device):
-            loss = target_losses(model, batch).sum() / len(calibration.examples)
+        for _, batch in batches_of(calibration, batch_tokens if signed else 1, device):
+            loss = target_losses(model, batch).sum()
             slopes = dict(zip(weights, torch.autograd.grad(loss, weights, materialize_grads=True)))
             for p in downs:
                 slope = p.oriented(p.cut(slopes[p.parameter]))
-                table[place_of(p)] -= (p.weight.detach().float() * slope.float()).sum(0).double().cpu()
-    return table
+                estimate = -(p.weight.detach().float() * slope.float()).sum(0).double().cpu()
+                table[place_of(p)] += estimate if signed else estimate.abs()
+    return table / len(calibration.examples)
 
-# %% ../../nbs/methods/12_neurons.ipynb #c026
+# %% ../../nbs/methods/12_neurons.ipynb #c027
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -119,7 +121,7 @@ from .experts import Changed, resumed_passes, target_counts
 from ..models.anatomy import decoder_layers
 from ..scoring import mean_by_example
 
-# %% ../../nbs/methods/12_neurons.ipynb #c027
+# %% ../../nbs/methods/12_neurons.ipynb #c028
 @dataclass(frozen=True)
 class NeuronGroup:
     "Neurons of one MLP, or of one expert, that are masked together."
@@ -129,7 +131,7 @@ class NeuronGroup:
 
 GroupRises = Callable[[NeuronGroup], torch.Tensor] # Rise of each example's loss with a group masked, float64 [N]
 
-# %% ../../nbs/methods/12_neurons.ipynb #c028
+# %% ../../nbs/methods/12_neurons.ipynb #c029
 @torch.no_grad()
 def group_rises(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -138,7 +140,8 @@ def group_rises(
     passes: Callable[..., Changed] = resumed_passes, # How losses with a change are computed; or `whole_passes`
 ) -> GroupRises: # Masks a group and gives the rises, in nats
     "Prepare the exact masking of groups (paper equation 1, groups of neurons as units)."
-    batches, last = batches_of(calibration, batch_tokens, next(model.parameters()).device), len(decoder_layers(model)) - 1
+    batches = batches_of(calibration, batch_tokens, next(model.parameters()).device)
+    last = len(decoder_layers(model)) - 1
     prepared = [(indices, target_counts(batch)[1], passes(model, batch)) for indices, batch in batches]
     @torch.no_grad()
     def losses(layer: int, change: Callable[[], AbstractContextManager]) -> torch.Tensor:
@@ -150,13 +153,13 @@ def group_rises(
     return lambda group: losses(
         group.layer, lambda: masked_neurons(model, group.layer, group.neurons, group.expert)) - intact
 
-# %% ../../nbs/methods/12_neurons.ipynb #c037
+# %% ../../nbs/methods/12_neurons.ipynb #c038
 from dataclasses import replace
 from tqdm.auto import tqdm
 from ..core.errors import check_at_least, check_choice
 from ..models.routing import recorded_inputs
 
-# %% ../../nbs/methods/12_neurons.ipynb #c038
+# %% ../../nbs/methods/12_neurons.ipynb #c039
 @torch.no_grad()
 def neuron_activations(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -175,7 +178,7 @@ def neuron_activations(
         with recorded_inputs(in_layer, record): target_losses(model, batch)
     return torch.cat(kept).float()
 
-# %% ../../nbs/methods/12_neurons.ipynb #c039
+# %% ../../nbs/methods/12_neurons.ipynb #c040
 def coactivation_order(
     activations: torch.Tensor, # [tokens, M]
 ) -> torch.Tensor: # Indices of neurons, int64 [M]; neurons that go together are neighbours
@@ -192,7 +195,7 @@ def coactivation_order(
         return torch.cat([ordered(by_loading[:half].sort().values), ordered(by_loading[half:].sort().values)])
     return ordered(torch.arange(len(correlation)))
 
-# %% ../../nbs/methods/12_neurons.ipynb #c042
+# %% ../../nbs/methods/12_neurons.ipynb #c043
 ORDERS = ("contiguous", "random", "coactivation", "estimate")
 
 def neuron_groups(
@@ -221,7 +224,7 @@ def neuron_order(
                        "expected those of the layer; pass neuron_activations(...).")
     return coactivation_order(activations)
 
-# %% ../../nbs/methods/12_neurons.ipynb #c045
+# %% ../../nbs/methods/12_neurons.ipynb #c046
 @dataclass(frozen=True)
 class MaskedGroup:
     "A group that was masked in a search."
@@ -236,7 +239,7 @@ def halves(
     middle = -(-len(group.neurons) // 2)
     return replace(group, neurons=group.neurons[:middle]), replace(group, neurons=group.neurons[middle:])
 
-# %% ../../nbs/methods/12_neurons.ipynb #c046
+# %% ../../nbs/methods/12_neurons.ipynb #c047
 def split_where_it_matters(
     rises: GroupRises, # Masks a group, from `group_rises`
     groups: Sequence[NeuronGroup], # To begin with
@@ -263,3 +266,121 @@ def smallest_groups(
     "What a search has come down to."
     parents = {each.parent for each in found}
     return [each for index, each in enumerate(found) if index not in parents]
+
+# %% ../../nbs/methods/12_neurons.ipynb #c051
+from .experts import pooled_factors
+
+# %% ../../nbs/methods/12_neurons.ipynb #c052
+SPREAD = 2.0 # s, the largest factor of an MLP over its least, where the layer's mean is shared out
+
+def neuron_factors(
+    estimates: torch.Tensor, # First-order estimates, [L, M] or [L, E, M]; NaN where there is no neuron
+) -> torch.Tensor: # Importance factors in [1, 10], float64, of the same shape
+    "Equation 3 of the paper over the neurons alone."
+    return pooled_factors(estimates)[0]
+
+def shared_out(
+    sizes: torch.Tensor, # Mean size of the estimates, [L, M] or [L, E, M]; NaN where there is no neuron
+    heads: torch.Tensor, # Importance factor of every head, [L, H]
+    spread: float = SPREAD, # s, the largest factor of an MLP over its least
+) -> torch.Tensor: # Importance factors, float64, of the shape of the sizes
+    "The mean factor of a layer's heads, shared out among the neurons of each MLP by rank."
+    rank = sizes.argsort(dim=-1, stable=True).argsort(-1).double() / max(1, sizes.shape[-1] - 1)
+    mean = heads.double().mean(1).view(-1, *[1] * (sizes.ndim - 1))
+    return (mean * 2 * (1 + (spread - 1) * rank) / (1 + spread)).masked_fill(sizes.isnan(), math.nan)
+
+# %% ../../nbs/methods/12_neurons.ipynb #c056
+from ..calibration import Calibration
+from ..engine.resumed_scoring import score_heads
+from ..importance import importance_factors
+from .experts import ROUTING_AWARE, RoutingAware, routing_aware_factors
+from ..regions import Factors
+from ..scoring import HeadLosses, causal_scores
+
+# %% ../../nbs/methods/12_neurons.ipynb #c057
+@dataclass(frozen=True)
+class NeuronAware:
+    "A way of giving neurons their factors."
+    says: str # What it measures, in a line
+    source: str # Where it comes from
+    signed: bool # Whether it starts from signed estimates, or from their sizes
+    factors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] # (estimates, heads' factors) -> neurons' factors
+
+NEURON_AWARE: dict[str, NeuronAware] = {
+    "neurons": NeuronAware(
+        says="MLP neurons by equation 3, from first-order estimates", source="after the paper, section 7",
+        signed=True, factors=lambda estimates, heads: neuron_factors(estimates)),
+    "neurons_in_layer": NeuronAware(
+        says="MLP neurons share out their layer's mean by the size of first-order estimates",
+        source="after the paper, section 7", signed=False, factors=shared_out)}
+UNIT_AWARE: dict[str, RoutingAware | NeuronAware] = ROUTING_AWARE | NEURON_AWARE # Factors of more than heads
+
+# %% ../../nbs/methods/12_neurons.ipynb #c058
+def unit_aware_factors(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
+    name: str, # One of `UNIT_AWARE`
+    calibration: Calibration, # The calibration set
+    losses: HeadLosses | None = None, # The heads' table of losses on it; None computes it
+    how: str = "paper", # Aggregation
+    batch_tokens: int = 4096, # Padded tokens a batch
+) -> Factors: # Of heads, and of experts or neurons
+    "Factors by name; an unknown name, or losses of other examples, raise `BadInput`."
+    if check_choice(name, UNIT_AWARE, "attribution of units") in ROUTING_AWARE:
+        return routing_aware_factors(model, name, calibration, losses, how, batch_tokens)
+    losses = losses or score_heads(model, calibration, batch_tokens)
+    if losses.uid != tuple(example.uid for example in calibration.examples):
+        raise BadInput("The table of losses and the calibration set hold different examples: "
+                       "expected the same, in the same order; score again.")
+    heads, named = importance_factors(causal_scores(losses, how)), NEURON_AWARE[name]
+    estimates = neuron_estimates(model, calibration, batch_tokens, named.signed)
+    return Factors(heads=heads, neurons=named.factors(estimates, heads), kept={"estimates": estimates})
+
+# %% ../../nbs/methods/12_neurons.ipynb #c063
+from ..core.errors import check_sparsity
+from ..regions import check_neuron_factors
+from ..threshold import PruneReport, prune_report
+
+# %% ../../nbs/methods/12_neurons.ipynb #c064
+@torch.no_grad()
+def remove_neurons(
+    model: nn.Module, # A causal language model of a known family; changed in place
+    removed: torch.Tensor, # Which neurons go, bool [L, M] or [L, E, M]
+) -> None:
+    "Set the rows and the column of some neurons to zero; biases stay, and nothing reads what they make."
+    places = {(p.layer, p.expert): removed[place_of(p)] for p in neuron_projections(model)}
+    for p in projections(model):
+        gone = places.get((p.layer, p.expert))
+        if gone is None or p.role not in ("gate", "up", "gate_up", "down"): continue
+        gone = gone.to(p.weight.device)
+        if p.role == "down": p.weight[:, gone] = 0.0
+        else: p.weight[gone.repeat(p.weight.shape[0] // len(gone))] = 0.0
+
+# %% ../../nbs/methods/12_neurons.ipynb #c065
+def neurons_to_remove(
+    model: nn.Module, # A causal language model of a known family
+    scores: torch.Tensor, # A score for every neuron, [L, M] or [L, E, M]; the lowest go first
+    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
+) -> torch.Tensor: # Which neurons go, bool, of the shape of the scores
+    "The neurons whose removal comes nearest to a sparsity; more than the neurons hold raises `BadInput`."
+    downs = neuron_projections(model)
+    owners, weights = {(p.layer, p.expert) for p in downs}, sum(p.weight.numel() for p in projections(model))
+    held = sum(p.weight.numel() for p in projections(model) if not p.parts and (p.layer, p.expert) in owners)
+    if check_sparsity(sparsity) * weights > held:
+        raise BadInput(f"Sparsity {sparsity:g} was asked of removing neurons, which hold {held / weights:.1%} of the "
+                       "weights in scope: expected at most that; ask for less, or use another method.")
+    count = round(sparsity * weights / (held / sum(p.weight.shape[1] for p in downs)))
+    removed = torch.zeros(scores.numel(), dtype=torch.bool)
+    removed[scores.nan_to_num(math.inf).flatten().argsort(stable=True)[:count].cpu()] = True
+    return removed.view(scores.shape)
+
+# %% ../../nbs/methods/12_neurons.ipynb #c066
+def prune_neurons(
+    model: nn.Module, # A causal language model of a known family; changed in place
+    scores: torch.Tensor, # A score for every neuron, [L, M] or [L, E, M]; the lowest go first
+    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
+) -> PruneReport: # What was done
+    "Remove whole neurons in rising order of a score; too high a sparsity or foreign scores raise `BadInput`."
+    check_neuron_factors(scores.nan_to_num(math.inf) - scores.nan_to_num(math.inf).min() + 1, projections(model),
+                         expert_counts(model))
+    remove_neurons(model, neurons_to_remove(model, scores, sparsity))
+    return prune_report(model, "neurons", sparsity)
