@@ -274,10 +274,10 @@ from .experts import pooled_factors
 SPREAD = 2.0 # s, the largest factor of an MLP over its least, where the layer's mean is shared out
 
 def neuron_factors(
-    estimates: torch.Tensor, # First-order estimates, [L, M] or [L, E, M]; NaN where there is no neuron
+    sizes: torch.Tensor, # Mean size of the estimates, [L, M] or [L, E, M]; NaN where there is no neuron
 ) -> torch.Tensor: # Importance factors in [1, 10], float64, of the same shape
     "Equation 3 of the paper over the neurons alone."
-    return pooled_factors(estimates)[0]
+    return pooled_factors(sizes)[0]
 
 def shared_out(
     sizes: torch.Tensor, # Mean size of the estimates, [L, M] or [L, E, M]; NaN where there is no neuron
@@ -303,16 +303,15 @@ class NeuronAware:
     "A way of giving neurons their factors."
     says: str # What it measures, in a line
     source: str # Where it comes from
-    signed: bool # Whether it starts from signed estimates, or from their sizes
-    factors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] # (estimates, heads' factors) -> neurons' factors
+    factors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] # (sizes, heads' factors) -> neurons' factors
 
 NEURON_AWARE: dict[str, NeuronAware] = {
     "neurons": NeuronAware(
-        says="MLP neurons by equation 3, from first-order estimates", source="after the paper, section 7",
-        signed=True, factors=lambda estimates, heads: neuron_factors(estimates)),
+        says="MLP neurons by equation 3, from the size of first-order estimates", source="after the paper, section 7",
+        factors=lambda sizes, heads: neuron_factors(sizes)),
     "neurons_in_layer": NeuronAware(
         says="MLP neurons share out their layer's mean by the size of first-order estimates",
-        source="after the paper, section 7", signed=False, factors=shared_out)}
+        source="after the paper, section 7", factors=shared_out)}
 UNIT_AWARE: dict[str, RoutingAware | NeuronAware] = ROUTING_AWARE | NEURON_AWARE # Factors of more than heads
 
 # %% ../../nbs/methods/12_neurons.ipynb #c058
@@ -331,9 +330,8 @@ def unit_aware_factors(
     if losses.uid != tuple(example.uid for example in calibration.examples):
         raise BadInput("The table of losses and the calibration set hold different examples: "
                        "expected the same, in the same order; score again.")
-    heads, named = importance_factors(causal_scores(losses, how)), NEURON_AWARE[name]
-    estimates = neuron_estimates(model, calibration, batch_tokens, named.signed)
-    return Factors(heads=heads, neurons=named.factors(estimates, heads), kept={"estimates": estimates})
+    heads, sizes = importance_factors(causal_scores(losses, how)), neuron_estimates(model, calibration, signed=False)
+    return Factors(heads=heads, neurons=NEURON_AWARE[name].factors(sizes, heads), kept={"sizes": sizes})
 
 # %% ../../nbs/methods/12_neurons.ipynb #c063
 from ..core.errors import check_sparsity

@@ -1,0 +1,239 @@
+"""MLP neurons, causally: estimates against exact masking, groups as they are split, pruning with a factor a neuron.
+
+    python tools/neurons.py MODEL WORK [SECONDS] [DATA]
+
+MODEL is lab or smollm2. Every piece is a file in WORK and is not measured twice; no new piece is begun after SECONDS,
+and what is there by then is written to figures/neurons/MODEL.json. Held-out problems and text are those of the run of
+all methods of the same model, so that its records can stand beside these, problem by problem.
+"""
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cap_nb.calibration import Calibration, calibration_set
+from cap_nb.core.files import read_checked, write_checked
+from cap_nb.evaluation import evaluation_problems, perplexity, problem_losses
+from cap_nb.importance import importance_factors
+from cap_nb.jobs.job import problems_fingerprint
+from cap_nb.jobs.records import environment, load_run
+from cap_nb.methods.neurons import (
+    NEURON_AWARE, GroupRises, MaskedGroup, NeuronGroup, group_rises, neuron_activations, neuron_estimates,
+    neuron_factors, neuron_groups, neuron_order, shared_out, split_where_it_matters)
+from cap_nb.methods.prune import parse_method, prune
+from cap_nb.models.loading import load_model, model_fingerprint
+from cap_nb.regions import Factors
+from cap_nb.scoring import causal_scores
+
+FIGURES = Path(__file__).resolve().parent.parent / "figures"
+NOTE = "other processes ran on the other core"
+
+
+@dataclass(frozen=True)
+class Study:
+    "What is measured on a model."
+    dtype: str  # In which the model runs
+    tasks: tuple[str, ...]  # Tasks of calibration and evaluation
+    text: str  # Text of the perplexity
+    validation: int  # Problems a task to choose on
+    judged: int  # Examples a task on which neurons and groups are masked
+    singles: int  # Neurons a layer that are masked alone, drawn at random
+    budget: int  # Masked groups of each search
+    orders: tuple[str, ...]  # Orders of the searches
+    cells: tuple[tuple[str, float], ...]  # Methods and sparsities
+
+
+WITH = ("cap.neurons", "cap_wanda.neurons@row", "cap.neurons_in_layer", "cap_wanda.neurons_in_layer@row")
+CELLS = tuple((method, sparsity) for sparsity in (0.5, 0.2) for method in WITH)
+ORDERS = ("contiguous", "random", "coactivation", "estimate")
+STUDIES = {
+    "lab": Study(dtype="float32", tasks=("lab-gsm8k", "lab-strategyqa", "lab-arc"), text="lab-text", validation=40,
+                 judged=8, singles=24, budget=96, orders=ORDERS, cells=CELLS),
+    "smollm2": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2", validation=5,
+                     judged=2, singles=3, budget=70, orders=ORDERS, cells=CELLS)}
+
+
+@dataclass(frozen=True)
+class Ready:
+    "A study with its model."
+    name: str  # Name of the model
+    study: Study  # What is measured
+    model: nn.Module  # The model
+    tokenizer: object  # Its tokenizer
+    data: str | None  # Folder of benchmark files
+    settings: dict  # Configuration of the run whose examples are taken
+    calibration: Calibration  # That run's calibration set
+    work: Path  # Folder of the pieces
+    until: float  # Time after which no piece is begun
+
+    def piece(self, name: str, measure: Callable[[], object]) -> object:
+        "What a file holds, measured if it is not there; None when it is too late to begin."
+        path = self.work / f"{name.replace('/', ' ')}.json"
+        if not path.exists():
+            if time.time() > self.until:
+                return None
+            began = time.time()
+            write_checked(path, measure())
+            print(f"{name}: {time.time() - began:.0f} s", flush=True)
+        return read_checked(path)
+
+
+def ready(name: str, work: Path, seconds: float, data: str | None) -> Ready:
+    "Load the model and the calibration set of the run of all methods."
+    study, until = STUDIES[name], time.time() + seconds
+    model, tokenizer = load_model(name, study.dtype, "cpu")
+    run = load_run(FIGURES / f"{name}_methods")
+    settings = run.configuration
+    calibration = calibration_set(tokenizer, study.tasks, settings["calibration"]["n"], data_dir=data)
+    assert calibration.fingerprint == settings["calibration"]["fingerprint"]
+    assert model_fingerprint(model) == settings["model"]["fingerprint"]
+    return Ready(name=name, study=study, model=model, tokenizer=tokenizer, data=data, settings=settings,
+                 calibration=calibration, work=work, until=until)
+
+
+def table(values: torch.Tensor) -> list:
+    "A table with as many digits as anybody reads."
+    return [[float(f"{value:.5g}") for value in row] for row in values.tolist()]
+
+
+def judges(r: Ready) -> Calibration:
+    "The few examples on which neurons and groups are masked."
+    wanted = [[e for e in r.calibration.examples if e.task == task][:r.study.judged] for task in r.study.tasks]
+    return Calibration.from_examples([example for examples in wanted for example in examples], k=1)
+
+
+def estimates(r: Ready, on: str, signed: bool) -> torch.Tensor | None:
+    "First-order estimates on all calibration examples, or on those of the judge."
+    examples = r.calibration if on == "all" else judges(r)
+    found = r.piece(f"estimates {on} {'signed' if signed else 'sizes'}",
+                    lambda: table(neuron_estimates(r.model, examples, signed=signed)))
+    return found and torch.tensor(found, dtype=torch.float64)
+
+
+def singles(r: Ready, rises: GroupRises, width: int) -> list:
+    "The exact rise of neurons drawn at random in every layer: [layer, neuron, rise]."
+    rng, rows = torch.Generator().manual_seed(0), []
+    for layer in range(r.model.config.num_hidden_layers):
+        for neuron in torch.randperm(width, generator=rng)[:r.study.singles].sort().values.tolist():
+            rise = rises(NeuronGroup(layer, (neuron,))).mean().item()
+            rows.append([layer, neuron, float(f"{rise:.5g}")])
+    return rows
+
+
+def search(r: Ready, rises: GroupRises, how: str, signed: torch.Tensor) -> list:
+    "A search that begins with whole MLPs: [layer, size, rise, sum of the estimates, parent]."
+    groups = []
+    for layer, row in enumerate(signed):
+        activations = neuron_activations(r.model, judges(r), layer) if how == "coactivation" else None
+        groups += neuron_groups(neuron_order(how, row, activations), 1, layer)
+    def row_of(each: MaskedGroup) -> list:
+        estimate = signed[each.group.layer][list(each.group.neurons)].sum().item()
+        numbers = [float(f"{number:.5g}") for number in (each.rise, estimate)]
+        return [each.group.layer, len(each.group.neurons), *numbers, each.parent]
+    return [row_of(each) for each in split_where_it_matters(rises, groups, r.study.budget)]
+
+
+def remembered(r: Ready) -> GroupRises:
+    "Exact masking that prepares its passes when first asked, and masks no group twice."
+    known, prepared = {}, []
+    def rises(group: NeuronGroup) -> torch.Tensor:
+        key = (group.layer, frozenset(group.neurons))
+        if key not in known:
+            if not prepared:
+                prepared.append(group_rises(r.model, judges(r)))
+            known[key] = prepared[0](group)
+        return known[key]
+    return rises
+
+
+def head_factors(r: Ready) -> torch.Tensor:
+    "Equation 3 from that run's table of head losses."
+    return importance_factors(causal_scores(load_run(FIGURES / r.name).losses))
+
+
+def factors_of(r: Ready, method: str) -> Factors:
+    "The factors that a method uses."
+    heads = head_factors(r)
+    named = NEURON_AWARE[parse_method(method).attribution]
+    return Factors(heads=heads, neurons=named.factors(estimates(r, "all", False), heads))
+
+
+def permuted(factors: torch.Tensor) -> torch.Tensor:
+    "The control: the factors of each MLP on other neurons of it."
+    order = torch.rand(factors.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
+    return factors.gather(1, order)
+
+
+def ways(r: Ready) -> dict[str, torch.Tensor | None]:
+    "What was tried: names of ways to neurons' factors."
+    signed, sizes, heads = estimates(r, "all", True), estimates(r, "all", False), head_factors(r)
+    on_line = importance_factors(torch.cat([causal_scores(load_run(FIGURES / r.name).losses), signed], 1))
+    by_line = neuron_factors(sizes)
+    found = {"the layer's mean": None, "equation 3, signed": neuron_factors(signed), "equation 3": by_line,
+             "one line with the heads, signed": on_line[:, heads.shape[1]:],
+             "equation 3, permuted in layers": permuted(by_line),
+             "equation 3, all the mean": torch.full_like(by_line, by_line.mean().item())}
+    for spread in (2.0, 5.0, 20.0):
+        found[f"shared out, spread {spread:g}"] = shared_out(sizes, heads, spread)
+    found["shared out, spread 2, permuted"] = permuted(shared_out(sizes, heads, 2.0))
+    return found
+
+
+def tried(r: Ready, dense: dict[str, torch.Tensor]) -> dict:
+    "Mean loss of validation problems after CAP at 50 %, for each way to neurons' factors; Wanda beside them."
+    exclude = {example.uid for example in r.calibration.examples}
+    problems = [p for task in r.study.tasks
+                for p in evaluation_problems(task, r.study.validation, 0, r.data, exclude, "validation")]
+    found, cases = {}, [("wanda", "wanda", None), *(("cap", name, way) for name, way in ways(r).items())]
+    for method, name, neurons in cases:
+        prune(r.model, method, 0.5, Factors(heads=head_factors(r), neurons=neurons), r.calibration)
+        losses = [record.loss for record in problem_losses(r.model, r.tokenizer, problems)]
+        r.model.load_state_dict(dense)
+        found[name] = [float(f"{loss:.5g}") for loss in losses]
+    return {"n": len(problems), "fingerprint": problems_fingerprint(problems), "losses": found}
+
+
+def cell(r: Ready, method: str, sparsity: float, dense: dict[str, torch.Tensor]) -> dict:
+    "Prune, measure on the held-out problems and text of that run, and put the weights back."
+    report = prune(r.model, method, sparsity, factors_of(r, method), r.calibration)
+    evaluation, exclude = r.settings["evaluation"], {example.uid for example in r.calibration.examples}
+    losses = []
+    for task in r.study.tasks:
+        problems = evaluation_problems(task, evaluation["loss_n"], 0, r.data, exclude)
+        assert problems_fingerprint(problems) == evaluation["data"]["loss"][task]
+        records = problem_losses(r.model, r.tokenizer, problems)
+        losses += [[o.task, o.uid, float(f"{o.loss:.6g}"), o.tokens] for o in records]
+    text = perplexity(r.model, r.tokenizer, r.study.text, r.data, evaluation["windows"], evaluation["window_tokens"])
+    r.model.load_state_dict(dense)
+    return {"reached": report.reached, "losses": losses, "windows": [float(f"{loss:.6g}") for loss in text.losses]}
+
+
+def main(name: str, work: Path, seconds: float, data: str | None) -> None:
+    "Measure what is not there yet, and write it all."
+    r = ready(name, work, seconds, data)
+    dense = {key: value.clone() for key, value in r.model.state_dict().items()}
+    content = {"model": {"name": name, "fingerprint": r.settings["model"]["fingerprint"], "dtype": r.study.dtype},
+               "calibration": {name: r.settings["calibration"][name] for name in ("n", "seed", "fingerprint")},
+               "judged": {"n": r.study.judged, "fingerprint": judges(r).fingerprint}, "budget": r.study.budget,
+               "environment": environment(r.model.device, NOTE)}
+    rises, signed, sizes = remembered(r), estimates(r, "judged", True), estimates(r, "judged", False)
+    content["singles"] = r.piece("singles", lambda: singles(r, rises, signed.shape[1]))
+    content["estimates"] = [[float(f"{t[layer, neuron]:.5g}") for t in (signed, sizes)]
+                            for layer, neuron, _ in content["singles"] or ()]
+    cells = {}
+    content["tried"] = r.piece("tried", lambda: tried(r, dense))
+    for method, sparsity in r.study.cells:
+        cells[f"{method}/{sparsity}"] = r.piece(f"{method}/{sparsity}", lambda: cell(r, method, sparsity, dense))
+    content["searches"] = {how: r.piece(f"search {how}", lambda: search(r, rises, how, signed))
+                           for how in r.study.orders}
+    content["cells"] = {key: value for key, value in cells.items() if value}
+    write_checked(FIGURES / "neurons" / f"{name}.json", content)
+
+
+if __name__ == "__main__":
+    name, work, seconds, data = [*sys.argv[1:], *("1e9", None)[len(sys.argv) - 3:]]
+    main(name, Path(work), float(seconds), data)
