@@ -23,7 +23,7 @@ from cap_nb.jobs.job import problems_fingerprint
 from cap_nb.jobs.records import environment, load_run
 from cap_nb.methods.neurons import (
     NEURON_AWARE, GroupRises, MaskedGroup, NeuronGroup, group_rises, neuron_activations, neuron_estimates,
-    neuron_factors, neuron_groups, neuron_order, shared_out, split_where_it_matters)
+    neuron_factors, neuron_groups, neuron_order, split_where_it_matters)
 from cap_nb.methods.prune import parse_method, prune
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.regions import Factors
@@ -47,7 +47,7 @@ class Study:
     cells: tuple[tuple[str, float], ...]  # Methods and sparsities
 
 
-WITH = ("cap.neurons", "cap_wanda.neurons@row", "cap.neurons_in_layer", "cap_wanda.neurons_in_layer@row")
+WITH = ("cap.neurons_wide", "cap_wanda.neurons_wide@row", "cap.neurons", "cap_wanda.neurons@row")
 CELLS = tuple((method, sparsity) for sparsity in (0.5, 0.2) for method in WITH)
 ORDERS = ("contiguous", "random", "coactivation", "estimate")
 STUDIES = {
@@ -159,7 +159,7 @@ def factors_of(r: Ready, method: str) -> Factors:
     "The factors that a method uses."
     heads = head_factors(r)
     named = NEURON_AWARE[parse_method(method).attribution]
-    return Factors(heads=heads, neurons=named.factors(estimates(r, "all", False), heads))
+    return Factors(heads=heads, neurons=neuron_factors(estimates(r, "all", False), named.high))
 
 
 def permuted(factors: torch.Tensor) -> torch.Tensor:
@@ -170,31 +170,40 @@ def permuted(factors: torch.Tensor) -> torch.Tensor:
 
 def ways(r: Ready) -> dict[str, torch.Tensor | None]:
     "What was tried: names of ways to neurons' factors."
-    signed, sizes, heads = estimates(r, "all", True), estimates(r, "all", False), head_factors(r)
-    on_line = importance_factors(torch.cat([causal_scores(load_run(FIGURES / r.name).losses), signed], 1))
-    by_line = neuron_factors(sizes)
-    found = {"the layer's mean": None, "equation 3, signed": neuron_factors(signed), "equation 3": by_line,
-             "one line with the heads, signed": on_line[:, heads.shape[1]:],
-             "equation 3, permuted in layers": permuted(by_line),
-             "equation 3, all the mean": torch.full_like(by_line, by_line.mean().item())}
-    for spread in (2.0, 5.0, 20.0):
-        found[f"shared out, spread {spread:g}"] = shared_out(sizes, heads, spread)
-    found["shared out, spread 2, permuted"] = permuted(shared_out(sizes, heads, 2.0))
+    signed, sizes = estimates(r, "all", True), estimates(r, "all", False)
+    heads = causal_scores(load_run(FIGURES / r.name).losses)
+    on_line = importance_factors(torch.cat([heads, sizes], 1))[:, heads.shape[1]:]
+    found = {"the layer's mean": None, "1 to 30": neuron_factors(sizes, 30.0), "1 to 10": neuron_factors(sizes),
+             "1 to 30, permuted": permuted(neuron_factors(sizes, 30.0)),
+             "1 to 10, permuted": permuted(neuron_factors(sizes)), "1 to 100": neuron_factors(sizes, 100.0),
+             "1 to 10, signed": neuron_factors(signed), "one line with the heads": on_line}
+    for spread in (2.0, 10.0):
+        found[f"the layer's mean, by rank, {spread:g}:1"] = by_rank(sizes, head_factors(r), spread)
     return found
 
 
-def tried(r: Ready, dense: dict[str, torch.Tensor]) -> dict:
-    "Mean loss of validation problems after CAP at 50 %, for each way to neurons' factors; Wanda beside them."
+def by_rank(sizes: torch.Tensor, heads: torch.Tensor, spread: float) -> torch.Tensor:
+    "The mean factor of a layer's heads, shared out among its neurons by rank."
+    rank = sizes.argsort(dim=1, stable=True).argsort(1).double() / (sizes.shape[1] - 1)
+    return heads.mean(1, keepdim=True) * 2 * (1 + (spread - 1) * rank) / (1 + spread)
+
+
+def after_cap(r: Ready, method: str, neurons: torch.Tensor | None, dense: dict[str, torch.Tensor]) -> dict:
+    "Losses of validation problems after pruning half of the weights."
     exclude = {example.uid for example in r.calibration.examples}
     problems = [p for task in r.study.tasks
                 for p in evaluation_problems(task, r.study.validation, 0, r.data, exclude, "validation")]
-    found, cases = {}, [("wanda", "wanda", None), *(("cap", name, way) for name, way in ways(r).items())]
-    for method, name, neurons in cases:
-        prune(r.model, method, 0.5, Factors(heads=head_factors(r), neurons=neurons), r.calibration)
-        losses = [record.loss for record in problem_losses(r.model, r.tokenizer, problems)]
-        r.model.load_state_dict(dense)
-        found[name] = [float(f"{loss:.5g}") for loss in losses]
-    return {"n": len(problems), "fingerprint": problems_fingerprint(problems), "losses": found}
+    prune(r.model, method, 0.5, Factors(heads=head_factors(r), neurons=neurons), r.calibration)
+    losses = [float(f"{record.loss:.5g}") for record in problem_losses(r.model, r.tokenizer, problems)]
+    r.model.load_state_dict(dense)
+    return {"fingerprint": problems_fingerprint(problems), "losses": losses}
+
+
+def tried(r: Ready, dense: dict[str, torch.Tensor]) -> dict[str, dict]:
+    "CAP with each way to neurons' factors, and Wanda, on validation problems."
+    cases = {"wanda": ("wanda", None), **{name: ("cap", neurons) for name, neurons in ways(r).items()}}
+    found = {name: r.piece(f"tried {name}", lambda: after_cap(r, *case, dense)) for name, case in cases.items()}
+    return {name: each for name, each in found.items() if each}
 
 
 def cell(r: Ready, method: str, sparsity: float, dense: dict[str, torch.Tensor]) -> dict:
@@ -221,13 +230,13 @@ def main(name: str, work: Path, seconds: float, data: str | None) -> None:
                "judged": {"n": r.study.judged, "fingerprint": judges(r).fingerprint}, "budget": r.study.budget,
                "environment": environment(r.model.device, NOTE)}
     rises, signed, sizes = remembered(r), estimates(r, "judged", True), estimates(r, "judged", False)
+    cells = {}
+    for method, sparsity in r.study.cells:
+        cells[f"{method}/{sparsity}"] = r.piece(f"{method}/{sparsity}", lambda: cell(r, method, sparsity, dense))
     content["singles"] = r.piece("singles", lambda: singles(r, rises, signed.shape[1]))
     content["estimates"] = [[float(f"{t[layer, neuron]:.5g}") for t in (signed, sizes)]
                             for layer, neuron, _ in content["singles"] or ()]
-    cells = {}
-    content["tried"] = r.piece("tried", lambda: tried(r, dense))
-    for method, sparsity in r.study.cells:
-        cells[f"{method}/{sparsity}"] = r.piece(f"{method}/{sparsity}", lambda: cell(r, method, sparsity, dense))
+    content["tried"] = tried(r, dense)
     content["searches"] = {how: r.piece(f"search {how}", lambda: search(r, rises, how, signed))
                            for how in r.study.orders}
     content["cells"] = {key: value for key, value in cells.items() if value}

@@ -271,23 +271,12 @@ def smallest_groups(
 from .experts import pooled_factors
 
 # %% ../../nbs/methods/12_neurons.ipynb #c052
-SPREAD = 2.0 # s, the largest factor of an MLP over its least, where the layer's mean is shared out
-
 def neuron_factors(
     sizes: torch.Tensor, # Mean size of the estimates, [L, M] or [L, E, M]; NaN where there is no neuron
-) -> torch.Tensor: # Importance factors in [1, 10], float64, of the same shape
+    high: float = 10.0, # Factor of the neuron that is used most; the least is 1
+) -> torch.Tensor: # Importance factors in [1, high], float64, of the same shape
     "Equation 3 of the paper over the neurons alone."
-    return pooled_factors(sizes)[0]
-
-def shared_out(
-    sizes: torch.Tensor, # Mean size of the estimates, [L, M] or [L, E, M]; NaN where there is no neuron
-    heads: torch.Tensor, # Importance factor of every head, [L, H]
-    spread: float = SPREAD, # s, the largest factor of an MLP over its least
-) -> torch.Tensor: # Importance factors, float64, of the shape of the sizes
-    "The mean factor of a layer's heads, shared out among the neurons of each MLP by rank."
-    rank = sizes.argsort(dim=-1, stable=True).argsort(-1).double() / max(1, sizes.shape[-1] - 1)
-    mean = heads.double().mean(1).view(-1, *[1] * (sizes.ndim - 1))
-    return (mean * 2 * (1 + (spread - 1) * rank) / (1 + spread)).masked_fill(sizes.isnan(), math.nan)
+    return 1 + (high - 1) / 9 * (pooled_factors(sizes)[0] - 1)
 
 # %% ../../nbs/methods/12_neurons.ipynb #c056
 from ..calibration import Calibration
@@ -303,15 +292,13 @@ class NeuronAware:
     "A way of giving neurons their factors."
     says: str # What it measures, in a line
     source: str # Where it comes from
-    factors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] # (sizes, heads' factors) -> neurons' factors
+    high: float # Factor of the neuron that is used most
 
 NEURON_AWARE: dict[str, NeuronAware] = {
-    "neurons": NeuronAware(
-        says="MLP neurons by equation 3, from the size of first-order estimates", source="after the paper, section 7",
-        factors=lambda sizes, heads: neuron_factors(sizes)),
-    "neurons_in_layer": NeuronAware(
-        says="MLP neurons share out their layer's mean by the size of first-order estimates",
-        source="after the paper, section 7", factors=shared_out)}
+    "neurons": NeuronAware(says="MLP neurons by equation 3, from the size of first-order estimates",
+                           source="after the paper, section 7", high=10.0),
+    "neurons_wide": NeuronAware(says="the same with neurons' factors from 1 to 30",
+                                source="after the paper, section 7", high=30.0)}
 UNIT_AWARE: dict[str, RoutingAware | NeuronAware] = ROUTING_AWARE | NEURON_AWARE # Factors of more than heads
 
 # %% ../../nbs/methods/12_neurons.ipynb #c058
@@ -331,7 +318,7 @@ def unit_aware_factors(
         raise BadInput("The table of losses and the calibration set hold different examples: "
                        "expected the same, in the same order; score again.")
     heads, sizes = importance_factors(causal_scores(losses, how)), neuron_estimates(model, calibration, signed=False)
-    return Factors(heads=heads, neurons=NEURON_AWARE[name].factors(sizes, heads), kept={"sizes": sizes})
+    return Factors(heads=heads, neurons=neuron_factors(sizes, NEURON_AWARE[name].high), kept={"sizes": sizes})
 
 # %% ../../nbs/methods/12_neurons.ipynb #c063
 from ..core.errors import check_sparsity
