@@ -6,18 +6,22 @@ MODEL is lab or smollm2. Every piece is a file in WORK and is not measured twice
 and what is there by then is written to figures/neurons/MODEL.json. Held-out problems and text are those of the run of
 all methods of the same model, so that its records can stand beside these, problem by problem.
 """
+import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import nn
 
+from cap_nb.analysis import compare_methods
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.core.files import read_checked, write_checked
-from cap_nb.evaluation import evaluation_problems, perplexity, problem_losses
+from cap_nb.evaluation import (
+    Evaluation, LossRecord, Perplexity, bootstrap_interval, evaluation_problems, perplexity, problem_losses)
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.job import problems_fingerprint
 from cap_nb.jobs.records import environment, load_run
@@ -47,8 +51,8 @@ class Study:
     cells: tuple[tuple[str, float], ...]  # Methods and sparsities
 
 
-WITH = ("cap.neurons_wide", "cap_wanda.neurons_wide@row", "cap.neurons", "cap_wanda.neurons@row")
-CELLS = tuple((method, sparsity) for sparsity in (0.5, 0.2) for method in WITH)
+CELLS = tuple((method, sparsity) for method in ("cap.neurons_wide", "cap.neurons", "cap_wanda.neurons_wide@row")
+              for sparsity in (0.5, 0.2))
 ORDERS = ("contiguous", "random", "coactivation", "estimate")
 STUDIES = {
     "lab": Study(dtype="float32", tasks=("lab-gsm8k", "lab-strategyqa", "lab-arc"), text="lab-text", validation=40,
@@ -217,8 +221,34 @@ def cell(r: Ready, method: str, sparsity: float, dense: dict[str, torch.Tensor])
         records = problem_losses(r.model, r.tokenizer, problems)
         losses += [[o.task, o.uid, float(f"{o.loss:.6g}"), o.tokens] for o in records]
     text = perplexity(r.model, r.tokenizer, r.study.text, r.data, evaluation["windows"], evaluation["window_tokens"])
+    assert text.fingerprint in evaluation["data"]["text"].values()
     r.model.load_state_dict(dense)
     return {"reached": report.reached, "losses": losses, "windows": [float(f"{loss:.6g}") for loss in text.losses]}
+
+
+def evaluation_of(method: str, sparsity: float, found: dict, like: Perplexity) -> Evaluation:
+    "A cell as the evaluations of that run are, its perplexity on the same windows."
+    losses = tuple(LossRecord(task=task, uid=uid, loss=loss, tokens=tokens)
+                   for task, uid, loss, tokens in found["losses"])
+    ends = bootstrap_interval(found["windows"])
+    value, low, high = torch.tensor([mean(found["windows"]), *ends], dtype=torch.float64).exp().tolist()
+    text = replace(like, value=value, low=low, high=high, losses=tuple(found["windows"]))
+    return Evaluation(method=method, sparsity=sparsity, reached=found["reached"], losses=losses, perplexity=text)
+
+
+def beside_that_run(r: Ready, cells: dict[str, dict]) -> dict:
+    "Means of our cells and of that run's, and every paired difference to Wanda and to the method without neurons."
+    known = load_run(FIGURES / f"{r.name}_methods").evaluations
+    like = next(each.perplexity for each in known if each.method == "dense")
+    ours = [evaluation_of(key.split("/")[0], float(key.split("/")[1]), found, like) for key, found in cells.items()]
+    names = list(dict.fromkeys(each.method for each in ours))
+    pairs = [(method, other) for method in names for other in sorted({"wanda", re.sub(r"\.\w+", "", method)})]
+    measured = [each for each in known if each.method in {"dense"}.union(*pairs)] + ours
+    found = compare_methods(measured, pairs, f"the comparisons of {r.name}'s neurons")
+    rows = [[each.method, each.sparsity, mean(o.loss for o in each.losses), each.perplexity.value] for each in measured]
+    return {"rows": [[*row[:2], *(float(f"{number:.5g}") for number in row[2:])] for row in rows],
+            "differences": [[*key, *(float(f"{number:.4g}") for number in (c.value, c.low, c.high)), c.decided, c.n]
+                            for key, c in found.items()]}
 
 
 def main(name: str, work: Path, seconds: float, data: str | None) -> None:
@@ -230,16 +260,18 @@ def main(name: str, work: Path, seconds: float, data: str | None) -> None:
                "judged": {"n": r.study.judged, "fingerprint": judges(r).fingerprint}, "budget": r.study.budget,
                "environment": environment(r.model.device, NOTE)}
     rises, signed, sizes = remembered(r), estimates(r, "judged", True), estimates(r, "judged", False)
-    cells = {}
-    for method, sparsity in r.study.cells:
-        cells[f"{method}/{sparsity}"] = r.piece(f"{method}/{sparsity}", lambda: cell(r, method, sparsity, dense))
+    found = {f"{method}/{sparsity}": r.piece(f"{method}/{sparsity}", lambda: cell(r, method, sparsity, dense))
+             for method, sparsity in r.study.cells}
+    cells = {key: value for key, value in found.items() if value}
+    content["beside"] = beside_that_run(r, cells) if cells else None
+    content["cells"] = {key: value | {"losses": [row[2] for row in value["losses"]]}  # in the order of that run
+                        for key, value in cells.items()}
     content["singles"] = r.piece("singles", lambda: singles(r, rises, signed.shape[1]))
     content["estimates"] = [[float(f"{t[layer, neuron]:.5g}") for t in (signed, sizes)]
                             for layer, neuron, _ in content["singles"] or ()]
-    content["tried"] = tried(r, dense)
     content["searches"] = {how: r.piece(f"search {how}", lambda: search(r, rises, how, signed))
                            for how in r.study.orders}
-    content["cells"] = {key: value for key, value in cells.items() if value}
+    content["tried"] = tried(r, dense)
     write_checked(FIGURES / "neurons" / f"{name}.json", content)
 
 
