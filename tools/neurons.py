@@ -46,6 +46,7 @@ class Study:
     validation: int  # Problems a task to choose on
     judged: int  # Examples a task on which neurons and groups are masked
     singles: int  # Neurons a layer that are masked alone, drawn at random
+    last: int  # Of so many layers, the last ones, whose passes are short
     budget: int  # Masked groups of each search
     orders: tuple[str, ...]  # Orders of the searches
     cells: tuple[tuple[str, float], ...]  # Methods and sparsities
@@ -56,9 +57,9 @@ CELLS = tuple((method, sparsity) for method in ("cap.neurons_wide", "cap.neurons
 ORDERS = ("contiguous", "random", "coactivation", "estimate")
 STUDIES = {
     "lab": Study(dtype="float32", tasks=("lab-gsm8k", "lab-strategyqa", "lab-arc"), text="lab-text", validation=40,
-                 judged=8, singles=24, budget=96, orders=ORDERS, cells=CELLS),
+                 judged=8, singles=24, last=6, budget=96, orders=ORDERS, cells=CELLS),
     "smollm2": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2", validation=5,
-                     judged=2, singles=3, budget=70, orders=ORDERS, cells=CELLS)}
+                     judged=2, singles=2, last=7, budget=50, orders=ORDERS, cells=CELLS)}
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,9 @@ def singles(r: Ready, rises: GroupRises, width: int) -> list:
     rng, rows = torch.Generator().manual_seed(0), []
     for layer in range(r.model.config.num_hidden_layers):
         for neuron in torch.randperm(width, generator=rng)[:r.study.singles].sort().values.tolist():
-            rise = rises(NeuronGroup(layer, (neuron,))).mean().item()
-            rows.append([layer, neuron, float(f"{rise:.5g}")])
+            if layer >= r.model.config.num_hidden_layers - r.study.last:
+                rise = rises(NeuronGroup(layer, (neuron,))).mean().item()
+                rows.append([layer, neuron, float(f"{rise:.5g}")])
     return rows
 
 
@@ -142,13 +144,14 @@ def search(r: Ready, rises: GroupRises, how: str, signed: torch.Tensor) -> list:
 
 
 def remembered(r: Ready) -> GroupRises:
-    "Exact masking that prepares its passes when first asked, and masks no group twice."
+    "Exact masking in float32 (bfloat16 rounds one neuron away), prepared when first asked; masks no group twice."
     known, prepared = {}, []
     def rises(group: NeuronGroup) -> torch.Tensor:
         key = (group.layer, frozenset(group.neurons))
         if key not in known:
             if not prepared:
-                prepared.append(group_rises(r.model, judges(r)))
+                exact = r.model if r.study.dtype == "float32" else load_model(r.name, "float32", "cpu")[0]
+                prepared.append(group_rises(exact, judges(r)))
             known[key] = prepared[0](group)
         return known[key]
     return rises
@@ -205,6 +208,8 @@ def after_cap(r: Ready, method: str, neurons: torch.Tensor | None, dense: dict[s
 
 def tried(r: Ready, dense: dict[str, torch.Tensor]) -> dict[str, dict]:
     "CAP with each way to neurons' factors, and Wanda, on validation problems."
+    if estimates(r, "all", True) is None or estimates(r, "all", False) is None:
+        return {}
     cases = {"wanda": ("wanda", None), **{name: ("cap", neurons) for name, neurons in ways(r).items()}}
     found = {name: r.piece(f"tried {name}", lambda: after_cap(r, *case, dense)) for name, case in cases.items()}
     return {name: each for name, each in found.items() if each}
@@ -260,17 +265,17 @@ def main(name: str, work: Path, seconds: float, data: str | None) -> None:
                "judged": {"n": r.study.judged, "fingerprint": judges(r).fingerprint}, "budget": r.study.budget,
                "environment": environment(r.model.device, NOTE)}
     rises, signed, sizes = remembered(r), estimates(r, "judged", True), estimates(r, "judged", False)
+    content["singles"] = r.piece("singles", lambda: singles(r, rises, signed.shape[1]))
+    content["estimates"] = [[float(f"{t[layer, neuron]:.5g}") for t in (signed, sizes)]
+                            for layer, neuron, _ in content["singles"] or ()]
+    content["searches"] = {how: r.piece(f"search {how}", lambda: search(r, rises, how, signed))
+                           for how in r.study.orders}
     found = {f"{method}/{sparsity}": r.piece(f"{method}/{sparsity}", lambda: cell(r, method, sparsity, dense))
              for method, sparsity in r.study.cells}
     cells = {key: value for key, value in found.items() if value}
     content["beside"] = beside_that_run(r, cells) if cells else None
     content["cells"] = {key: value | {"losses": [row[2] for row in value["losses"]]}  # in the order of that run
                         for key, value in cells.items()}
-    content["singles"] = r.piece("singles", lambda: singles(r, rises, signed.shape[1]))
-    content["estimates"] = [[float(f"{t[layer, neuron]:.5g}") for t in (signed, sizes)]
-                            for layer, neuron, _ in content["singles"] or ()]
-    content["searches"] = {how: r.piece(f"search {how}", lambda: search(r, rises, how, signed))
-                           for how in r.study.orders}
     content["tried"] = tried(r, dense)
     write_checked(FIGURES / "neurons" / f"{name}.json", content)
 
