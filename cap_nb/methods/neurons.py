@@ -297,7 +297,7 @@ class NeuronAware:
 NEURON_AWARE: dict[str, NeuronAware] = {
     "neurons": NeuronAware(says="MLP neurons by equation 3, from the size of first-order estimates",
                            source="after the paper, section 7", high=10.0),
-    "neurons_wide": NeuronAware(says="the same with neurons' factors from 1 to 30",
+    "neurons_wide": NeuronAware(says="MLP neurons from 1 to 30, from the size of first-order estimates",
                                 source="after the paper, section 7", high=30.0)}
 UNIT_AWARE: dict[str, RoutingAware | NeuronAware] = ROUTING_AWARE | NEURON_AWARE # Factors of more than heads
 
