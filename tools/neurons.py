@@ -1,0 +1,285 @@
+"""MLP neurons, causally: estimates against exact masking, groups as they are split, pruning with a factor a neuron.
+
+    python tools/neurons.py MODEL WORK [SECONDS] [DATA]
+
+MODEL is lab or smollm2. Every piece is a file in WORK and is not measured twice; no new piece is begun after SECONDS,
+and what is there by then is written to figures/neurons/MODEL.json. Held-out problems and text are those of the run of
+all methods of the same model, so that its records can stand beside these, problem by problem.
+"""
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import nn
+
+from cap_nb.analysis import compare_methods
+from cap_nb.calibration import Calibration, calibration_set
+from cap_nb.core.files import read_checked, write_checked
+from cap_nb.evaluation import (
+    Evaluation, LossRecord, Perplexity, bootstrap_interval, evaluation_problems, perplexity, problem_losses)
+from cap_nb.importance import importance_factors
+from cap_nb.jobs.job import problems_fingerprint
+from cap_nb.jobs.records import environment, load_run
+from cap_nb.methods.neurons import (
+    NEURON_AWARE, GroupRises, MaskedGroup, NeuronGroup, group_rises, neuron_activations, neuron_estimates,
+    neuron_factors, neuron_groups, neuron_order, split_where_it_matters)
+from cap_nb.methods.prune import parse_method, prune
+from cap_nb.models.loading import load_model, model_fingerprint
+from cap_nb.regions import Factors
+from cap_nb.scoring import causal_scores
+
+FIGURES = Path(__file__).resolve().parent.parent / "figures"
+NOTE = "other processes ran on the other core"
+
+
+@dataclass(frozen=True)
+class Study:
+    "What is measured on a model."
+    dtype: str  # In which the model runs
+    tasks: tuple[str, ...]  # Tasks of calibration and evaluation
+    text: str  # Text of the perplexity
+    validation: int  # Problems a task to choose on
+    judged: int  # Examples a task on which neurons and groups are masked
+    singles: int  # Neurons a layer that are masked alone, drawn at random
+    last: int  # Of so many layers, the last ones, whose passes are short
+    budget: int  # Masked groups of each search
+    orders: tuple[str, ...]  # Orders of the searches
+    cells: tuple[tuple[str, float], ...]  # Methods and sparsities
+
+
+CELLS = tuple((method, sparsity) for method in ("cap.neurons_wide", "cap.neurons", "cap_wanda.neurons_wide@row")
+              for sparsity in (0.5, 0.2))
+ORDERS = ("contiguous", "random", "coactivation", "estimate")
+STUDIES = {
+    "lab": Study(dtype="float32", tasks=("lab-gsm8k", "lab-strategyqa", "lab-arc"), text="lab-text", validation=40,
+                 judged=8, singles=24, last=6, budget=96, orders=ORDERS, cells=CELLS),
+    "smollm2": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2", validation=5,
+                     judged=2, singles=2, last=7, budget=50, orders=ORDERS, cells=CELLS)}
+
+
+@dataclass(frozen=True)
+class Ready:
+    "A study with its model."
+    name: str  # Name of the model
+    study: Study  # What is measured
+    model: nn.Module  # The model
+    tokenizer: object  # Its tokenizer
+    data: str | None  # Folder of benchmark files
+    settings: dict  # Configuration of the run whose examples are taken
+    calibration: Calibration  # That run's calibration set
+    work: Path  # Folder of the pieces
+    until: float  # Time after which no piece is begun
+
+    def piece(self, name: str, measure: Callable[[], object]) -> object:
+        "What a file holds, measured if it is not there; None when it is too late to begin."
+        path = self.work / f"{name.replace('/', ' ')}.json"
+        if not path.exists():
+            if time.time() > self.until:
+                return None
+            began = time.time()
+            write_checked(path, measure())
+            print(f"{name}: {time.time() - began:.0f} s", flush=True)
+        return read_checked(path)
+
+
+def ready(name: str, work: Path, seconds: float, data: str | None) -> Ready:
+    "Load the model and the calibration set of the run of all methods."
+    study, until = STUDIES[name], time.time() + seconds
+    model, tokenizer = load_model(name, study.dtype, "cpu")
+    run = load_run(FIGURES / f"{name}_methods")
+    settings = run.configuration
+    calibration = calibration_set(tokenizer, study.tasks, settings["calibration"]["n"], data_dir=data)
+    assert calibration.fingerprint == settings["calibration"]["fingerprint"]
+    assert model_fingerprint(model) == settings["model"]["fingerprint"]
+    return Ready(name=name, study=study, model=model, tokenizer=tokenizer, data=data, settings=settings,
+                 calibration=calibration, work=work, until=until)
+
+
+def table(values: torch.Tensor) -> list:
+    "A table with as many digits as anybody reads."
+    return [[float(f"{value:.5g}") for value in row] for row in values.tolist()]
+
+
+def judges(r: Ready) -> Calibration:
+    "The few examples on which neurons and groups are masked."
+    wanted = [[e for e in r.calibration.examples if e.task == task][:r.study.judged] for task in r.study.tasks]
+    return Calibration.from_examples([example for examples in wanted for example in examples], k=1)
+
+
+def estimates(r: Ready, on: str, signed: bool) -> torch.Tensor | None:
+    "First-order estimates on all calibration examples, or on those of the judge."
+    examples = r.calibration if on == "all" else judges(r)
+    found = r.piece(f"estimates {on} {'signed' if signed else 'sizes'}",
+                    lambda: table(neuron_estimates(r.model, examples, signed=signed)))
+    return found and torch.tensor(found, dtype=torch.float64)
+
+
+def singles(r: Ready, rises: GroupRises, width: int) -> list:
+    "The exact rise of neurons drawn at random in every layer: [layer, neuron, rise]."
+    rng, rows = torch.Generator().manual_seed(0), []
+    for layer in range(r.model.config.num_hidden_layers):
+        for neuron in torch.randperm(width, generator=rng)[:r.study.singles].sort().values.tolist():
+            if layer >= r.model.config.num_hidden_layers - r.study.last:
+                rise = rises(NeuronGroup(layer, (neuron,))).mean().item()
+                rows.append([layer, neuron, float(f"{rise:.5g}")])
+    return rows
+
+
+def search(r: Ready, rises: GroupRises, how: str, signed: torch.Tensor) -> list:
+    "A search that begins with whole MLPs: [layer, size, rise, sum of the estimates, parent]."
+    groups = []
+    for layer, row in enumerate(signed):
+        activations = neuron_activations(r.model, judges(r), layer) if how == "coactivation" else None
+        groups += neuron_groups(neuron_order(how, row, activations), 1, layer)
+    def row_of(each: MaskedGroup) -> list:
+        estimate = signed[each.group.layer][list(each.group.neurons)].sum().item()
+        numbers = [float(f"{number:.5g}") for number in (each.rise, estimate)]
+        return [each.group.layer, len(each.group.neurons), *numbers, each.parent]
+    return [row_of(each) for each in split_where_it_matters(rises, groups, r.study.budget)]
+
+
+def remembered(r: Ready) -> GroupRises:
+    "Exact masking in float32 (bfloat16 rounds one neuron away), prepared when first asked; masks no group twice."
+    known, prepared = {}, []
+    def rises(group: NeuronGroup) -> torch.Tensor:
+        key = (group.layer, frozenset(group.neurons))
+        if key not in known:
+            if not prepared:
+                exact = r.model if r.study.dtype == "float32" else load_model(r.name, "float32", "cpu")[0]
+                prepared.append(group_rises(exact, judges(r)))
+            known[key] = prepared[0](group)
+        return known[key]
+    return rises
+
+
+def head_factors(r: Ready) -> torch.Tensor:
+    "Equation 3 from that run's table of head losses."
+    return importance_factors(causal_scores(load_run(FIGURES / r.name).losses))
+
+
+def factors_of(r: Ready, method: str) -> Factors:
+    "The factors that a method uses."
+    heads = head_factors(r)
+    named = NEURON_AWARE[parse_method(method).attribution]
+    return Factors(heads=heads, neurons=neuron_factors(estimates(r, "all", False), named.high))
+
+
+def permuted(factors: torch.Tensor) -> torch.Tensor:
+    "The control: the factors of each MLP on other neurons of it."
+    order = torch.rand(factors.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
+    return factors.gather(1, order)
+
+
+def ways(r: Ready) -> dict[str, torch.Tensor | None]:
+    "What was tried: names of ways to neurons' factors."
+    signed, sizes = estimates(r, "all", True), estimates(r, "all", False)
+    heads = causal_scores(load_run(FIGURES / r.name).losses)
+    on_line = importance_factors(torch.cat([heads, sizes], 1))[:, heads.shape[1]:]
+    found = {"the layer's mean": None, "1 to 30": neuron_factors(sizes, 30.0), "1 to 10": neuron_factors(sizes),
+             "1 to 30, permuted": permuted(neuron_factors(sizes, 30.0)),
+             "1 to 10, permuted": permuted(neuron_factors(sizes)), "1 to 100": neuron_factors(sizes, 100.0),
+             "1 to 10, signed": neuron_factors(signed), "one line with the heads": on_line}
+    for spread in (2.0, 10.0):
+        found[f"the layer's mean, by rank, {spread:g}:1"] = by_rank(sizes, head_factors(r), spread)
+    return found
+
+
+def by_rank(sizes: torch.Tensor, heads: torch.Tensor, spread: float) -> torch.Tensor:
+    "The mean factor of a layer's heads, shared out among its neurons by rank."
+    rank = sizes.argsort(dim=1, stable=True).argsort(1).double() / (sizes.shape[1] - 1)
+    return heads.mean(1, keepdim=True) * 2 * (1 + (spread - 1) * rank) / (1 + spread)
+
+
+def after_cap(r: Ready, method: str, neurons: torch.Tensor | None, dense: dict[str, torch.Tensor]) -> dict:
+    "Losses of validation problems after pruning half of the weights."
+    exclude = {example.uid for example in r.calibration.examples}
+    problems = [p for task in r.study.tasks
+                for p in evaluation_problems(task, r.study.validation, 0, r.data, exclude, "validation")]
+    prune(r.model, method, 0.5, Factors(heads=head_factors(r), neurons=neurons), r.calibration)
+    losses = [float(f"{record.loss:.5g}") for record in problem_losses(r.model, r.tokenizer, problems)]
+    r.model.load_state_dict(dense)
+    return {"fingerprint": problems_fingerprint(problems), "losses": losses}
+
+
+def tried(r: Ready, dense: dict[str, torch.Tensor]) -> dict[str, dict]:
+    "CAP with each way to neurons' factors, and Wanda, on validation problems."
+    if estimates(r, "all", True) is None or estimates(r, "all", False) is None:
+        return {}
+    cases = {"wanda": ("wanda", None), **{name: ("cap", neurons) for name, neurons in ways(r).items()}}
+    found = {name: r.piece(f"tried {name}", lambda: after_cap(r, *case, dense)) for name, case in cases.items()}
+    return {name: each for name, each in found.items() if each}
+
+
+def cell(r: Ready, method: str, sparsity: float, dense: dict[str, torch.Tensor]) -> dict:
+    "Prune, measure on the held-out problems and text of that run, and put the weights back."
+    report = prune(r.model, method, sparsity, factors_of(r, method), r.calibration)
+    evaluation, exclude = r.settings["evaluation"], {example.uid for example in r.calibration.examples}
+    losses = []
+    for task in r.study.tasks:
+        problems = evaluation_problems(task, evaluation["loss_n"], 0, r.data, exclude)
+        assert problems_fingerprint(problems) == evaluation["data"]["loss"][task]
+        records = problem_losses(r.model, r.tokenizer, problems)
+        losses += [[o.task, o.uid, float(f"{o.loss:.6g}"), o.tokens] for o in records]
+    text = perplexity(r.model, r.tokenizer, r.study.text, r.data, evaluation["windows"], evaluation["window_tokens"])
+    assert text.fingerprint in evaluation["data"]["text"].values()
+    r.model.load_state_dict(dense)
+    return {"reached": report.reached, "losses": losses, "windows": [float(f"{loss:.6g}") for loss in text.losses]}
+
+
+def evaluation_of(method: str, sparsity: float, found: dict, like: Perplexity) -> Evaluation:
+    "A cell as the evaluations of that run are, its perplexity on the same windows."
+    losses = tuple(LossRecord(task=task, uid=uid, loss=loss, tokens=tokens)
+                   for task, uid, loss, tokens in found["losses"])
+    ends = bootstrap_interval(found["windows"])
+    value, low, high = torch.tensor([mean(found["windows"]), *ends], dtype=torch.float64).exp().tolist()
+    text = replace(like, value=value, low=low, high=high, losses=tuple(found["windows"]))
+    return Evaluation(method=method, sparsity=sparsity, reached=found["reached"], losses=losses, perplexity=text)
+
+
+def beside_that_run(r: Ready, cells: dict[str, dict]) -> dict:
+    "Means of our cells and of that run's, and every paired difference to Wanda and to the method without neurons."
+    known = load_run(FIGURES / f"{r.name}_methods").evaluations
+    like = next(each.perplexity for each in known if each.method == "dense")
+    ours = [evaluation_of(key.split("/")[0], float(key.split("/")[1]), found, like) for key, found in cells.items()]
+    names = list(dict.fromkeys(each.method for each in ours))
+    pairs = [(method, other) for method in names for other in sorted({"wanda", re.sub(r"\.\w+", "", method)})]
+    measured = [each for each in known if each.method in {"dense"}.union(*pairs)] + ours
+    found = compare_methods(measured, pairs, f"the comparisons of {r.name}'s neurons")
+    rows = [[each.method, each.sparsity, mean(o.loss for o in each.losses), each.perplexity.value] for each in measured]
+    return {"rows": [[*row[:2], *(float(f"{number:.5g}") for number in row[2:])] for row in rows],
+            "differences": [[*key, *(float(f"{number:.4g}") for number in (c.value, c.low, c.high)), c.decided, c.n]
+                            for key, c in found.items()]}
+
+
+def main(name: str, work: Path, seconds: float, data: str | None) -> None:
+    "Measure what is not there yet, and write it all."
+    r = ready(name, work, seconds, data)
+    dense = {key: value.clone() for key, value in r.model.state_dict().items()}
+    content = {"model": {"name": name, "fingerprint": r.settings["model"]["fingerprint"], "dtype": r.study.dtype},
+               "calibration": {name: r.settings["calibration"][name] for name in ("n", "seed", "fingerprint")},
+               "judged": {"n": r.study.judged, "fingerprint": judges(r).fingerprint}, "budget": r.study.budget,
+               "environment": environment(r.model.device, NOTE)}
+    rises, signed, sizes = remembered(r), estimates(r, "judged", True), estimates(r, "judged", False)
+    content["singles"] = r.piece("singles", lambda: singles(r, rises, signed.shape[1]))
+    content["estimates"] = [[float(f"{t[layer, neuron]:.5g}") for t in (signed, sizes)]
+                            for layer, neuron, _ in content["singles"] or ()]
+    content["searches"] = {how: r.piece(f"search {how}", lambda: search(r, rises, how, signed))
+                           for how in r.study.orders}
+    found = {f"{method}/{sparsity}": r.piece(f"{method}/{sparsity}", lambda: cell(r, method, sparsity, dense))
+             for method, sparsity in r.study.cells}
+    cells = {key: value for key, value in found.items() if value}
+    content["beside"] = beside_that_run(r, cells) if cells else None
+    content["cells"] = {key: value | {"losses": [row[2] for row in value["losses"]]}  # in the order of that run
+                        for key, value in cells.items()}
+    content["tried"] = tried(r, dense)
+    write_checked(FIGURES / "neurons" / f"{name}.json", content)
+
+
+if __name__ == "__main__":
+    name, work, seconds, data = [*sys.argv[1:], *("1e9", None)[len(sys.argv) - 3:]]
+    main(name, Path(work), float(seconds), data)
