@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "figures" / "shrink"
 SPARSITIES = (0.1, 0.2)
 CHOICES = (*NEURON_SCORES, "random")
-EXAMPLES, PROBLEMS = {"lab": 64, "smollm2": 24}, {"lab": 100, "smollm2": 20}  # A task
+EXAMPLES, PROBLEMS = {"lab": 64, "smollm2": 16}, {"lab": 100, "smollm2": 12}  # A task
 TASKS = {"lab": LAB_TASKS, "smollm2": ("gsm8k", "strategyqa", "arc")}
 TRAINING = FineTuning(steps=150, examples=6, lr=1e-3)  # Of the lab model, on other examples
 NOTE = "other processes were running on the machine's other core"
@@ -112,14 +112,14 @@ class Bench:
         for s in SPARSITIES:
             for method in ("cap", "wanda"):
                 rows[f"{method} {s:g}"] = lambda method=method, s=s: self.zeroed(method, s)
+        for fit in (False, True):
             for choice in CHOICES:
-                rows[f"{choice} {s:g}"] = lambda choice=choice, s=s: self.smaller(choice, s, False)
-                rows[f"{choice}, fit {s:g}"] = lambda choice=choice, s=s: self.smaller(choice, s, True)
-            if self.name != "lab" or s > 0.154:  # a key-value head of the lab's is 15.4 %
-                rows[f"contribution, a head, fit {s:g}"] = lambda s=s: self.smaller("contribution", s, True, fewer)
-            if self.name == "lab":
-                rows[f"contribution, fit, trained {s:g}"] = lambda s=s: self.trained(
-                    self.smaller("contribution", s, True))
+                for s in SPARSITIES:
+                    name = f"{choice}, fit {s:g}" if fit else f"{choice} {s:g}"
+                    rows[name] = lambda choice=choice, s=s, fit=fit: self.smaller(choice, s, fit)
+        rows["contribution, a head, fit 0.2"] = lambda: self.smaller("contribution", 0.2, True, fewer)
+        for s in SPARSITIES if self.name == "lab" else ():
+            rows[f"contribution, fit, trained {s:g}"] = lambda s=s: self.trained(self.smaller("contribution", s, True))
         return rows
 
     def about(self) -> dict:
