@@ -3,17 +3,18 @@
     python tools/additivity.py lab
     python tools/additivity.py smollm2 DATA    # DATA: folder of benchmark files
 
-Writes figures/additivity/MODEL.json, part by part. On the lab model all pairs; on SmolLM2 the pairs within the 12 heads
-with the highest scores, and within 12 drawn at random.
+Writes figures/additivity/MODEL.json, part by part; a part that is there is not measured again. On the lab model all
+pairs; on SmolLM2 the pairs within the 12 heads with the highest scores, and within 12 drawn at random.
 """
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from cap_nb.calibration import Calibration, calibration_set
-from cap_nb.core.files import write_checked
+from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.problems import LAB_TASKS
 from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.jobs.records import environment, load_run
@@ -25,10 +26,9 @@ from cap_nb.scoring import batches_of
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "figures" / "additivity"
 TASKS = {"lab": LAB_TASKS, "smollm2": ("gsm8k", "strategyqa", "arc")}
-EXAMPLES = {"lab": 32, "smollm2": 4}  # A task, for single heads and growing sets
-PAIR_EXAMPLES = {"lab": 32, "smollm2": 4}  # A task, for pairs
+EXAMPLES = {"lab": 16, "smollm2": 2}  # A task
 FEW = 12  # Heads whose pairs are masked on SmolLM2
-NOTE = "other processes were running on the machine's other core"
+NOTE = "other processes were running on both of the machine's cores"
 
 
 def rounded(values: torch.Tensor, digits: int = 4) -> list:
@@ -49,6 +49,14 @@ def pairs_of(model, calibration: Calibration, heads: list) -> dict:
     singles = (table.diagonal(dim1=0, dim2=1).T - intact)
     return {"heads": heads, "n": len(intact), "calibration": calibration.fingerprint,
             "single": mean_and_error(singles), "interaction": mean_and_error(interactions(table, intact))}
+
+
+def singles_of(model, calibration: Calibration) -> dict:
+    "Rises with every head masked alone: example by example, head after head, and their means and mean sizes."
+    scored = score_heads(model, calibration)
+    rises = scored.masked - scored.intact[None, None]
+    return {"rises": rounded(rises.flatten(0, 1)), "mean": rounded(rises.mean(-1)),
+            "size": rounded(rises.abs().mean(-1)), "intact": rounded(scored.intact.mean())}
 
 
 def grown(model, calibration: Calibration, orders: dict, singles: torch.Tensor) -> dict:
@@ -75,35 +83,32 @@ def main(name: str, data: str | None) -> None:
     model, tokenizer = load_model(name, "float32", "cpu")
     layers, heads = load_run(ROOT / "figures" / name).losses.masked.shape[:2]
     every, start = [(layer, head) for layer in range(layers) for head in range(heads)], time.monotonic()
-    def drawn(n: int) -> Calibration:
-        return calibration_set(tokenizer, TASKS[name], n, data_dir=data)
-    calibration = drawn(EXAMPLES[name])
-    content = {"model": {"name": name, "fingerprint": model_fingerprint(model), "dtype": "float32", "device": "cpu"},
-               "calibration": {"n": EXAMPLES[name], "seed": 0, "fingerprint": calibration.fingerprint},
-               "task": [e.task for e in calibration.examples], "environment": environment(model.device, NOTE)}
+    calibration = calibration_set(tokenizer, TASKS[name], EXAMPLES[name], data_dir=data)
+    about = {"model": {"name": name, "fingerprint": model_fingerprint(model), "dtype": "float32", "device": "cpu"},
+             "calibration": {"n": EXAMPLES[name], "seed": 0, "fingerprint": calibration.fingerprint}}
+    path = OUT / f"{name}.json"
+    content = read_checked(path) if path.exists() else about
+    if {key: content[key] for key in about} != about:
+        raise SystemExit(f"{path} is about something else: move it away")
+    content |= {"task": [e.task for e in calibration.examples], "environment": environment(model.device, NOTE)}
 
-    def keep(part: str, value: object) -> None:
-        content[part] = value
-        content["seconds"] = content.get("seconds", {}) | {part: round(time.monotonic() - start)}
-        write_checked(OUT / f"{name}.json", content)
-        print(part, content["seconds"][part], flush=True)
+    def kept(part: str, measure: Callable[[], dict]) -> dict:
+        if part not in content:
+            content[part] = measure()
+            write_checked(path, content)
+            print(part, round(time.monotonic() - start), flush=True)
+        return content[part]
 
-    scored = score_heads(model, calibration)
-    rises = (scored.masked - scored.intact).flatten(0, 1)
-    singles, rise = dict(zip(every, rises)), rises.mean(-1)
-    keep("single", {"mean": rounded(rise.view(layers, heads)), "intact": rounded(scored.intact.mean()),
-                    "size": rounded(rises.abs().mean(-1).view(layers, heads))})
-    by_score = [every[index] for index in rise.argsort().tolist()]
+    rises = torch.tensor(kept("single", lambda: singles_of(model, calibration))["rises"], dtype=torch.float64)
+    singles, by_score = dict(zip(every, rises)), [every[index] for index in rises.mean(-1).argsort().tolist()]
     shuffled = [every[index] for index in torch.randperm(len(every), generator=torch.Generator().manual_seed(0))]
-    keep("grown", grown(model, calibration, {"lowest scores first": by_score, "random order": shuffled,
-                                             "highest scores first": by_score[::-1]}, singles))
-    few = drawn(PAIR_EXAMPLES[name])
-    if len(every) <= 40:
-        keep("pairs", pairs_of(model, few, every))
-    else:
-        keep("pairs", pairs_of(model, few, sorted(by_score[-FEW:])))
-        keep("random_pairs", pairs_of(model, few, sorted(shuffled[:FEW])))
-    keep("first_order", first_order(model, calibration))
+    orders = {"lowest scores first": by_score, "random order": shuffled, "highest scores first": by_score[::-1]}
+    kept("grown", lambda: grown(model, calibration, orders, singles))
+    few = every if len(every) <= 40 else sorted(by_score[-FEW:])
+    kept("pairs", lambda: pairs_of(model, calibration, few))
+    if len(every) > 40:
+        kept("random_pairs", lambda: pairs_of(model, calibration, sorted(shuffled[:FEW])))
+    kept("first_order", lambda: first_order(model, calibration))
 
 
 if __name__ == "__main__":
