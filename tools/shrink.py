@@ -152,7 +152,7 @@ def speed(work: Path) -> None:
         any_scores = torch.rand(model.config.num_hidden_layers, neurons, generator=torch.Generator().manual_seed(0))
         sides = {"dense": model} | {f"{s:g}": shrink(model, any_scores, None, neurons_to_keep(model, s))
                                     for s in (*SPARSITIES, 0.5)}
-        settings = SpeedSettings(batches=(1, 4), prompt=128, steps=16, rounds=5)
+        settings = SpeedSettings(batches=(1,), prompt=128, steps=16, rounds=5)
         taken = kept(work, f"speed {name}", lambda: speeds_of({k: Side(m, {}) for k, m in sides.items()}, settings))
         cases[name] = {"seconds": taken, "settings": asdict(settings),
                        "environment": environment(model.device, NOTE)}
