@@ -1,0 +1,106 @@
+"""Shrinking, family by family: what may go, that the smaller model is the larger one with something masked, and that
+its folder loads again."""
+import re
+from contextlib import ExitStack
+
+import pytest
+import torch
+from fixtures import tiny_llama
+from proofs import TINY_MODELS, tiny_model
+from transformers import AutoModelForCausalLM
+
+from cap_nb.core.errors import BadInput
+from cap_nb.methods.neurons import masked_neurons
+from cap_nb.models.anatomy import anatomy, key_value_head_of
+from cap_nb.models.families import FAMILIES
+from cap_nb.portable.shrink import group_scores, highest, shrink, widths_of
+from cap_nb.scoring import masked_head
+from conftest import ROOT
+
+MIXTURES = {kind for kind, family in FAMILIES.items() if family.experts}
+HEADS_STAY = {"olmo2", "gpt2", "gptj", "gpt_neox", "opt", "falcon", "bloom"} | MIXTURES
+NEURONS_STAY = {"bloom"} | MIXTURES
+
+
+def kind_of(name):
+    return TINY_MODELS[name][0]
+
+
+def drawn_scores(model):
+    rng, a = torch.Generator().manual_seed(1), anatomy(model)
+    return (torch.rand(a.layers, units, generator=rng) for units in (widths_of(model)[0], a.heads))
+
+
+def masked_logits(model, neurons, groups, ids):
+    a, (wide, _) = anatomy(model), widths_of(model)
+    with torch.no_grad(), ExitStack() as stack:
+        for layer in range(a.layers):
+            stack.enter_context(masked_neurons(model, layer, sorted(set(range(wide)) - set(neurons[layer].tolist()))))
+            for head in (h for h in range(a.heads) if key_value_head_of(a)[h] not in groups[layer]):
+                stack.enter_context(masked_head(model, layer, head))
+        return model(ids).logits
+
+
+def assert_masking(model, kept, groups_kept, folder):
+    """The smaller model, and the one that plain transformers loads from its folder, give the logits of masking."""
+    of_neurons, of_heads = drawn_scores(model)
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    groups = highest(group_scores(of_heads, widths_of(model)[1]), groups_kept)
+    wanted = masked_logits(model, highest(of_neurons, kept), groups, ids)
+    small = shrink(model, of_neurons, of_heads, kept, groups_kept)
+    small.save_pretrained(folder)
+    for each in (small, AutoModelForCausalLM.from_pretrained(folder).eval()):
+        assert widths_of(each) == (kept, groups_kept)
+        with torch.no_grad():
+            torch.testing.assert_close(each(ids).logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_neurons_go(name, tmp_path):
+    model = tiny_model(name)
+    if kind_of(name) in MIXTURES:
+        with pytest.raises(BadInput, match="with experts cannot be shrunk"):
+            widths_of(model)
+        return
+    neurons, groups = widths_of(model)
+    if kind_of(name) in NEURONS_STAY:
+        with pytest.raises(BadInput, match="no setting for the width of its MLP"):
+            shrink(model, *drawn_scores(model), neurons - 3)
+    else:
+        assert_masking(model, neurons - 3, groups, tmp_path / "small")
+
+
+@pytest.mark.parametrize("name", [name for name in TINY_MODELS if kind_of(name) not in MIXTURES])
+def test_key_value_heads_go(name, tmp_path):
+    model = tiny_model(name)
+    neurons, groups = widths_of(model)
+    if groups == 1:
+        pytest.skip("there is one key-value head, and it stays")
+    if kind_of(name) in HEADS_STAY or kind_of(name) == "cohere" and model.config.use_qk_norm:
+        with pytest.raises(BadInput, match="key-value heads"):
+            shrink(model, *drawn_scores(model), neurons, 1)
+    else:
+        assert_masking(model, neurons, 1, tmp_path / "small")
+
+
+def test_the_page_names_these_families():
+    table = (ROOT / "nbs" / "portable" / "06_shrink.ipynb").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in row.split("|")[1:4]] for row in re.findall(r"\|[^\n]*\|", table)]
+    said = {cells[0]: cells[1:] for cells in rows if len(cells) == 3 and set(cells[1:]) <= {"yes", "no"}}
+    names = {"llama": "Llama", "olmo2": "OLMo-2", "gpt2": "GPT-2", "gptj": "GPT-J", "gpt_neox": "GPT-NeoX",
+             "opt": "OPT", "falcon": "Falcon", "bloom": "Bloom",
+             "qwen3": "Qwen3", "phi3": "Phi-3", "starcoder2": "Starcoder2"}
+    for kind, name in names.items():
+        [answers] = [answers for row, answers in said.items() if re.search(rf"(^|, ){re.escape(name)}(,|:|$)", row)]
+        assert answers == ["no" if kind in which else "yes" for which in (NEURONS_STAY, HEADS_STAY)], name
+
+
+def test_a_number_of_heads_that_a_configuration_does_not_take_is_a_sentence():
+    """Llama's configuration wants the hidden size to be a multiple of the heads; transformers 4 does not ask."""
+    model = tiny_llama(hidden_size=24, num_attention_heads=6, num_key_value_heads=6)
+    try:
+        small = shrink(model, *drawn_scores(model), 20, 5)
+    except BadInput as error:
+        assert "cannot have 5 of 6 key-value heads" in str(error)
+    else:
+        assert widths_of(small) == (20, 5)
