@@ -1,0 +1,252 @@
+"""The hub, for real: `cap run --model owner/name@commit` without --data-dir against a hub on loopback, and one sentence for whatever a hub can do."""
+import json
+
+import pytest
+
+from cap_nb.command_line import app  # noqa: F401  imported before the worker is started, so that a broken import is told here
+from cap_nb.data.problems import ARC, GSM8K, STRATEGYQA, WIKITEXT, read_arc, read_gsm8k, read_strategyqa
+from cap_nb.jobs.records import load_run
+from hub import TOKEN, Fault, Hub, Machine, Repo, arc_rows, data_sets, gsm8k_rows, llama_files, strategyqa_rows, wikitext_rows
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FEW = "--n 6 --k 2 --evaluate-n 2 --loss-n 2 --max-new-tokens 4 --windows 2 --window-tokens 64 --device cpu --methods magnitude --sparsity 0.5"
+LOADING = "plan --model"  # Fetches config.json alone
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def hub(place):
+    with Hub() as serving:
+        files = llama_files(place / "saved")
+        serving.add(Repo("tiny/llama", files))
+        serving.add(Repo("tiny/shards", llama_files(place / "shards", "20kB")))
+        serving.add(Repo("tiny/gated", files, gated=True))
+        serving.add(Repo("tiny/pickles", {name: body for name, body in files.items() if not name.endswith(".safetensors")}))
+        for repo in data_sets():
+            serving.add(repo)
+        yield serving
+
+
+@pytest.fixture(scope="module")
+def machine(hub, place):
+    made = Machine(hub.url, place)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """A machine whose hub is not there; the address is read at import."""
+    made = Machine("http://127.0.0.1:9", place)
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def well_behaved(hub):
+    """No fault of an earlier test is left, and what was asked is counted anew."""
+    hub.faults.clear()
+    hub.asked.clear()
+
+
+def loads(model, prune=""):
+    """Python that loads a model and says what it is."""
+    return f"from cap_nb.all import load_model; m, t = load_model({model!r}, device='cpu'); print(m.config._commit_hash, m.config._name_or_path, len(t)); {prune}"
+
+
+def assert_one_sentence(outcome, *parts, seconds=10):
+    """Exit code 2, one line, nothing of the client's, and soon."""
+    lines = outcome.err.strip().splitlines()
+    assert outcome.code == 2 and outcome.out == "", outcome
+    assert len(lines) == 1 and lines[0].startswith("cap: ") and ": expected " in lines[0] and lines[0].endswith("."), outcome.err
+    for part in parts:
+        assert part in lines[0], lines[0]
+    assert outcome.seconds < seconds, outcome.seconds
+
+
+# ---- the whole road ----
+@pytest.fixture(scope="module")
+def finished(machine, place, hub):
+    hub.asked.clear()
+    outcome = machine.run(f"run --model tiny/llama@{COMMIT} {FEW} --out runs/first")
+    return outcome, list(hub.asked)
+
+
+def test_a_run_from_the_hub_alone(finished, place):
+    """Model, three benchmarks and WikiText-2 come from the hub, pickles and code do not."""
+    outcome, asked = finished
+    assert outcome.code == 0, outcome.err
+    assert all("were cut off at 4 tokens" in line for line in outcome.err.strip().splitlines()), outcome.err
+    run = load_run(place / "runs" / "first")
+    assert [one.method for one in run.evaluations] == ["dense", "magnitude"] and "WikiText-2" in outcome.out
+    fetched = {path.split("/resolve/")[1] for method, path in asked if method == "GET" and "/resolve/" in path} | {path.split("/", 5)[-1] for method, path in asked if "/cdn/" in path}
+    assert not [name for name in fetched if name.endswith((".bin", ".py")) or "socratic" in name or "Easy" in name or "103" in name], fetched
+    pinned = {path.split("/resolve/")[1].split("/")[0] for method, path in asked if "/resolve/" in path}
+    assert pinned == {COMMIT, GSM8K.hub[2], STRATEGYQA.hub[2], ARC.hub[2], WIKITEXT[2]}, "every file is asked for at a pinned commit"
+
+
+def test_the_second_run_asks_nothing(finished, machine, hub, place):
+    again = machine.run(f"run --model tiny/llama@{COMMIT} {FEW} --out runs/second")
+    assert again.code == 0 and hub.asked == [], (again.err, hub.asked)
+    assert (place / "runs/first/tables/table.csv").read_bytes() == (place / "runs/second/tables/table.csv").read_bytes()
+
+
+@pytest.mark.parametrize("before", ["", "import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = True; "], ids=["no hub", "offline"])
+@pytest.mark.parametrize("model", [f"tiny/llama@{COMMIT}", "tiny/llama"], ids=["a commit", "the newest"])
+def test_without_a_hub_the_cache_is_enough(finished, machine, alone, before, model):
+    assert machine.run(python=loads("tiny/llama")).code == 0  # which commit is the newest is known then
+    outcome = alone.run(python=f"{before}from cap_nb.all import load_problems; {loads(model)} print(len(load_problems('arc', 'evaluation')))")
+    assert outcome.out.split() == [COMMIT, "tiny/llama", "258", "16"] and outcome.seconds < 5, outcome.err
+
+
+def test_what_is_pruned_names_the_repository(finished, machine, place):
+    outcome = machine.run(f"prune --model tiny/llama@{COMMIT} --method magnitude --sparsity 0.5 --device cpu --out pruned")
+    assert outcome.code == 0, outcome.err
+    config = json.loads((place / "pruned" / "config.json").read_text())
+    base = config["cap_nb"]["base"]
+    assert (base["name"], base["commit"], base["license"]) == ("tiny/llama", COMMIT, "apache-2.0")
+    saved = "".join(path.read_text() for path in (place / "pruned").glob("*.json"))
+    assert "snapshots" not in saved and str(place) not in saved, "a path of this machine is in what is shared"
+
+
+@pytest.mark.parametrize("task, rows, read", [("gsm8k", gsm8k_rows, read_gsm8k), ("strategyqa", strategyqa_rows, read_strategyqa), ("arc", arc_rows, read_arc)])
+def test_every_record_arrives(finished, machine, task, rows, read):
+    for split, name in (("calibration", "train"), ("evaluation", "test")):
+        outcome = machine.run(python=f"from cap_nb.all import load_problems\nfor p in load_problems({task!r}, {split!r}): print(p.uid)")
+        assert outcome.out.split() == [read(row).uid for row in rows(name)], outcome.err
+
+
+def test_the_text_is_joined_as_published(finished, machine):
+    outcome = machine.run(python="from cap_nb.all import load_text; t = load_text('wikitext2'); print(t.name, t.fingerprint)")
+    from cap_nb.data.problems import Text
+    assert outcome.out.split() == ["wikitext2-raw", Text("", "\n\n".join(row["text"] for row in wikitext_rows("test"))).fingerprint], outcome.err
+
+
+def test_datasets_reads_the_same(machine):
+    """The reference: what the library `datasets` makes of the same hub."""
+    code = """
+from cap_nb.data.problems import ARC, GSM8K, STRATEGYQA, WIKITEXT, from_hub
+from datasets import disable_progress_bars, load_dataset
+disable_progress_bars()
+for (name, configuration, revision), split in ((GSM8K.hub, "train"), (ARC.hub, "test"), (STRATEGYQA.hub, "test"), (WIKITEXT, "test")):
+    theirs = list(load_dataset(name, configuration, revision=revision, split=split, cache_dir="datasets"))
+    print(len(theirs), theirs == from_hub(name, configuration, revision, split))
+"""
+    outcome = machine.run(python=code)
+    assert outcome.out.split() == ["16", "True", "16", "True", "16", "True", "43", "True"], outcome.err + outcome.out
+
+
+def test_a_branch_is_resolved_and_said(machine, hub):
+    outcome = machine.run(python=loads("tiny/shards"), cache="branch")
+    assert outcome.out.split() == [COMMIT, "tiny/shards", "258"], outcome.err
+    assert f"tiny/shards was loaded unpinned at commit {COMMIT}" in outcome.err
+    hub.asked.clear()
+    again = machine.run(python=loads("tiny/shards"), cache="branch")
+    assert again.code == 0 and not [path for method, path in hub.asked if method == "GET" and "resolve" in path], "only the name is looked up again"
+
+
+def test_strategyqa_as_json(machine, hub):
+    """The hub's copy may lie there as JSON; the reader takes both."""
+    old = hub.repos["dataset", STRATEGYQA.hub[0]]
+    hub.add(next(repo for repo in data_sets("json") if repo.name == old.name))
+    outcome = machine.run(python="from cap_nb.all import load_problems; print(len(load_problems('strategyqa', 'calibration')))", cache="json")
+    hub.add(old)
+    assert outcome.out.split() == ["16"], outcome.err
+
+
+# ---- what is refused ----
+def test_no_such_repository(machine):
+    assert_one_sentence(machine.run(f"{LOADING} tiny/nothing"), "model tiny/nothing is not there, or is private", "hf auth login")
+    assert_one_sentence(machine.run(f"run --model tiny/nothing {FEW} --out runs/none"), "tiny/nothing is not there")
+
+
+def test_no_such_commit(machine):
+    assert_one_sentence(machine.run(f"{LOADING} tiny/llama@{'f' * 40}"), "has no such revision")
+
+
+def test_a_gated_repository(machine):
+    refused = machine.run(f"run --model tiny/gated@{COMMIT} {FEW} --out runs/gated", cache="gated")
+    assert_one_sentence(refused, "tiny/gated", "asks for permission", "hf auth login")
+    allowed = machine.run(python=loads(f"tiny/gated@{COMMIT}"), cache="gated", HF_TOKEN=TOKEN)
+    assert allowed.out.split()[0] == COMMIT and TOKEN not in allowed.err + allowed.out, allowed.err
+
+
+def test_pickles_alone_are_refused(machine, hub):
+    assert_one_sentence(machine.run(f"run --model tiny/pickles {FEW} --out runs/pickles", cache="pickles"), "no safetensors", "not pickles")
+    assert not [path for _, path in hub.asked if path.endswith(".bin")]
+
+
+def test_a_repository_without_a_file(machine, hub):
+    hub.add(Repo("tiny/empty", {"README.md": b"nothing"}))
+    assert_one_sentence(machine.run(f"{LOADING} tiny/empty"), "lacks a file that is needed (status 404)")
+
+
+# ---- what goes wrong ----
+def test_without_a_hub(alone, place):
+    for command in (f"run --model tiny/llama {FEW} --out none", f"{LOADING} tiny/llama", "prune --model tiny/llama --method magnitude --out none"):
+        assert_one_sentence(alone.run(command, cache="nobody"), "http://127.0.0.1:9 gives no answer", seconds=3)
+    assert not (place / "none").exists()
+
+
+def test_a_hub_that_does_not_answer(machine, hub):
+    hub.misbehave("tiny/llama", Fault(silent=4), times=9, method="HEAD")
+    assert_one_sentence(machine.run(f"{LOADING} tiny/llama", cache="silent"), "gives no answer")
+
+
+def test_a_data_set_out_of_reach_names_the_option(machine, hub):
+    hub.misbehave("datasets/openai", Fault(status=503), times=9, method="HEAD")
+    outcome = machine.run(f"run --model lab --tasks gsm8k {FEW} --accuracy-tasks none --windows 0 --out runs/data", cache="data")
+    assert outcome.code == 2 and "--data-dir" in outcome.err and "status 503" in outcome.err, outcome.err
+    assert "Traceback" not in outcome.err and "Retry" not in outcome.err
+
+
+def test_a_busy_hub_is_asked_again(machine, hub):
+    hub.misbehave("config.json", Fault(status=429, headers={"Retry-After": "1"}), method="HEAD")
+    hub.misbehave("/cdn/", Fault(status=429, headers={"Retry-After": "1"}))
+    outcome = machine.run(python=loads(f"tiny/llama@{COMMIT}"), cache="busy")
+    assert outcome.code == 0 and outcome.out.split()[0] == COMMIT, outcome.err
+    assert outcome.err.count("The hub is busy (status 429): another try in 1 s") == 2 and "Rate limited" not in outcome.err
+
+
+@pytest.mark.parametrize("headers, seconds", [({"Retry-After": "3600"}, "3600"), ({"RateLimit": '"api";r=0;t=280', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}, "280")])
+@pytest.mark.parametrize("part, method", [("config.json", "HEAD"), ("/cdn/", "GET")])
+def test_a_long_wait_is_the_users_decision(machine, hub, headers, seconds, part, method):
+    hub.misbehave(part, Fault(status=429, headers=headers), times=9, method=method)
+    outcome = machine.run(f"run --model tiny/llama@{COMMIT} {FEW} --out runs/wait", cache=f"wait-{seconds}-{method}")
+    assert_one_sentence(outcome, "too many requests", f"wait {seconds} seconds")
+
+
+def test_a_broken_connection_is_taken_up(machine, hub):
+    """Half of the weights, then the rest by a range request."""
+    hub.misbehave("/cdn/", Fault(cut=0.5))
+    outcome = machine.run(python=loads(f"tiny/llama@{COMMIT}"), cache="half")
+    assert outcome.code == 0 and "Trying to resume" not in outcome.err, outcome.err
+    assert len([1 for method, path in hub.asked if method == "GET" and "/cdn/" in path]) == 2
+
+
+def test_a_connection_that_always_breaks(machine, hub):
+    hub.misbehave("/cdn/", Fault(cut=1e-9), times=99)
+    outcome = machine.run(f"run --model tiny/llama@{COMMIT} {FEW} --out runs/broken", cache="broken")
+    assert_one_sentence(outcome, "came only in part, the connection broke", "run the same command again")
+
+
+@pytest.mark.parametrize("part, name", [("/cdn/model", "model.safetensors"), ("resolve-cache/model/tiny/llama/tokenizer.json", "tokenizer.json")])
+def test_a_wrong_checksum(machine, hub, part, name):
+    """The right length and one bit: the client takes it, this kit does not, and the next run fetches it again."""
+    hub.misbehave(part, Fault(flip=True))
+    command = f"run --model tiny/llama@{COMMIT} {FEW} --out runs/flipped"
+    assert_one_sentence(machine.run(command, cache=f"flipped-{name}"), f"{name} from the hub is damaged", "run the same command again")
+    again = machine.run(python=loads(f"tiny/llama@{COMMIT}"), cache=f"flipped-{name}")
+    assert again.code == 0, again.err
+
+
+def test_a_wrong_checksum_in_a_data_set(machine, hub):
+    hub.misbehave("/cdn/dataset/openai", Fault(flip=True))
+    code = "from cap_nb.all import load_problems; print(len(load_problems('gsm8k', 'evaluation')))"
+    outcome = machine.run(python=f"from cap_nb.core.errors import BadInput\ntry: {code.split('; ')[0]}; load_problems('gsm8k', 'evaluation')\nexcept BadInput as e: print(e)", cache="flipped-data")
+    assert "test-00000-of-00001.parquet from the hub is damaged" in outcome.out, outcome.err
+    assert machine.run(python=code, cache="flipped-data").out.split() == ["16"]
