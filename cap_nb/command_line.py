@@ -465,12 +465,27 @@ def chains_command(
     typer.echo(f"{out}: the chains; use them with --calibrate-on {out}.")
 
 # %% ../nbs/command_line.ipynb #c051
+import torch
 from .importance import importance_factors
 from .jobs.settings import PruneSettings
 from .methods.screening import read_scores
 from .regions import Factors
+from .scoring import HeadLosses
 
 # %% ../nbs/command_line.ipynb #c052
+def matching_scores(
+    path: Path, # A table of losses
+    fingerprint: str, # Of the model that it should be about
+    settings: PruneSettings, # What it should hold, and how that becomes scores
+) -> tuple[HeadLosses, torch.Tensor]: # The table, and the scores in nats, float64 [L, H]
+    "Load a table of losses and its scores; one of another model or target raises `BadInput`."
+    losses, scores = read_scores(path, settings.aggregation)
+    if losses.meta.get("model") != fingerprint:
+        raise BadInput(f"{path} was measured on other weights or another dtype: expected this model's; "
+                       "score it first, with the same --dtype.")
+    check_target(losses, settings.score_target, path)
+    return losses, scores
+
 def factors_from(
     pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
     fingerprint: Callable[[], str], # Of the model that is to be pruned
@@ -478,11 +493,7 @@ def factors_from(
 ) -> Factors | None: # Importance factors of the heads; None without a table
     "Importance factors from a table of losses; one of another model or target raises `BadInput`."
     if pruning.scores is None: return None
-    losses, scores = read_scores(pruning.scores, settings.aggregation)
-    if losses.meta.get("model") != fingerprint():
-        raise BadInput(f"{pruning.scores} was measured on other weights or another dtype: expected this model's; "
-                       "score it first, with the same --dtype.")
-    check_target(losses, settings.score_target, pruning.scores)
+    _, scores = matching_scores(pruning.scores, fingerprint(), settings)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
 # %% ../nbs/command_line.ipynb #c055
@@ -755,9 +766,57 @@ def publish_command(
     typer.echo("Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}")
 
 # %% ../nbs/command_line.ipynb #c076
-from .portable.fine_tuning import FineTuning, check_settings, recover_into
+from cap_nb.portable.shrink import Shrinking, Shrunk, check_shrinking, shrink_to, shrunk_record
 
 # %% ../nbs/command_line.ipynb #c077
+def shrunk_in_memory(
+    job: Job, # Its model, how scores are made, and what to calibrate on
+    how: Shrinking, # How to shrink
+    out: Path, # Folder of the smaller checkpoint
+) -> Shrunk: # What became of the model
+    "Load a model, shrink it, save it."
+    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
+    check_all_here(model)
+    check_windows_fit(job, model)
+    check_shrinking(model, how)
+    fingerprint, scores, table = model_fingerprint(model), None, None
+    if how.scores is not None:
+        table, scores = matching_scores(how.scores, fingerprint, job.prune)
+    calibration = job_calibration(job, tokenizer)
+    small, report = shrink_to(model, calibration, how, scores, job.model.batch_tokens)
+    base = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None))
+    on = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
+    by = table and scores_record(table, job.prune.aggregation)
+    note_on_model(small, shrunk_record(report, how, base, on, by))
+    save_model(small, tokenizer, out)
+    return report
+
+# %% ../nbs/command_line.ipynb #c078
+@app.command("shrink")
+@in_one_sentence
+@with_plugins
+@with_options("how", options_of(Shrinking), Shrinking)
+@with_job("model", "calibrate", "aggregation", "score_target", without=("calibration_seed",))
+def shrink_command(
+    job: Job, # What the options say of the model and the calibration set
+    how: Shrinking, # What they say of shrinking
+    out: Out,
+) -> None:
+    "Cut whole neurons, and key-value heads with --groups, out of a model, and save the smaller one."
+    check_job(changed(job, sparsities=(how.sparsity,)))
+    check_new_folder(out)
+    report = shrunk_in_memory(job, how, out)
+    typer.echo(f"{out}: {report.before - report.weights:,} of {report.before:,} weights in scope are cut out "
+               f"({1 - report.weights / report.before:.4%}, {how.sparsity:.4%} asked); a layer keeps "
+               f"{report.neurons[0]} of {report.neurons[1]} neurons and {report.groups[0]} of {report.groups[1]} "
+               "key-value heads.")
+    typer.echo(f"The folder is smaller and faster by itself, and less accurate; 'cap bench {out} --against "
+               f"{job.model.name}' measures the one, 'cap eval' the other, and 'cap recover' trains it.")
+
+# %% ../nbs/command_line.ipynb #c080
+from .portable.fine_tuning import FineTuning, check_settings, recover_into
+
+# %% ../nbs/command_line.ipynb #c081
 TUNING = [each for each in options_of(FineTuning) if each.field not in ("batch_tokens", "seed")] # those are the job's
 
 @app.command("recover")
@@ -779,11 +838,11 @@ def recover_command(
     typer.echo(f"{out}: {settings.steps} steps, the loss of the first {report.losses[0]:.4f}, of the last "
                f"{report.losses[-1]:.4f}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
 
-# %% ../nbs/command_line.ipynb #c079
+# %% ../nbs/command_line.ipynb #c083
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c080
+# %% ../nbs/command_line.ipynb #c084
 @app.command("eval")
 @in_one_sentence
 @with_plugins
@@ -801,14 +860,14 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c082
+# %% ../nbs/command_line.ipynb #c086
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c083
+# %% ../nbs/command_line.ipynb #c087
 @app.command("table")
 @in_one_sentence
 @with_plugins
@@ -825,7 +884,7 @@ def table_command(
     if form == "csv": typer.echo(table_csv(table))
     else: typer.echo({"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
 
-# %% ../nbs/command_line.ipynb #c084
+# %% ../nbs/command_line.ipynb #c088
 RunFolders = Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")]
 
 @app.command("figures")
@@ -839,13 +898,13 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c087
+# %% ../nbs/command_line.ipynb #c091
 from .analysis import comparison_markdown
 from .jobs.repeat import repeat_run
 from .jobs.results import compare_runs, comparison_csv, save_comparison
 
 
-# %% ../nbs/command_line.ipynb #c088
+# %% ../nbs/command_line.ipynb #c092
 @app.command("compare")
 @in_one_sentence
 def compare_command(
@@ -867,7 +926,7 @@ def compare_command(
         typer.echo(f"Tables and figure: {out}")
 
 
-# %% ../nbs/command_line.ipynb #c089
+# %% ../nbs/command_line.ipynb #c093
 @app.command("repeat")
 @in_one_sentence
 @with_plugins
@@ -888,7 +947,7 @@ def repeat_command(
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
 
-# %% ../nbs/command_line.ipynb #c090
+# %% ../nbs/command_line.ipynb #c094
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -900,7 +959,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c092
+# %% ../nbs/command_line.ipynb #c096
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -922,14 +981,15 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c094
+# %% ../nbs/command_line.ipynb #c098
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
+from .methods.neurons import NEURON_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c095
+# %% ../nbs/command_line.ipynb #c099
 @app.command("methods")
 @in_one_sentence
 @with_plugins
@@ -941,14 +1001,16 @@ def methods_command() -> None:
     typer.echo(f"Attributions: {', '.join(ATTRIBUTIONS)}.")
     typer.echo("On a mixture of experts also, where experts get factors of their own:\n")
     for name in ROUTING_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
+    typer.echo("With a factor for every MLP neuron:\n")
+    for name in NEURON_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
     typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.")
     typer.echo("Recoveries: swaps, update, swaps^update.")
     if ADDED: typer.echo("Added: " + ", ".join(f"{a.kind} {a.name} ({a.plugin or 'session'})" for a in ADDED) + ".")
 
-# %% ../nbs/command_line.ipynb #c096
+# %% ../nbs/command_line.ipynb #c100
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c097
+# %% ../nbs/command_line.ipynb #c101
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -970,13 +1032,13 @@ def plan_command(
     made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
     typer.echo(plan_text(made, budget))
 
-# %% ../nbs/command_line.ipynb #c099
+# %% ../nbs/command_line.ipynb #c103
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c100
+# %% ../nbs/command_line.ipynb #c104
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -1000,11 +1062,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c101
+# %% ../nbs/command_line.ipynb #c105
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c103
+# %% ../nbs/command_line.ipynb #c107
 #| eval: false
 if __name__ == "__main__": main()

@@ -29,11 +29,12 @@ from dataclasses import dataclass, field
 # %% ../nbs/03_regions.ipynb #c014
 @dataclass(frozen=True)
 class Factors:
-    "The importance factors of a model's heads and experts; an unknown `key_value` raises `BadInput`."
+    "The importance factors of a model's heads, experts and neurons; an unknown `key_value` raises `BadInput`."
     heads: torch.Tensor # Importance factor of every query head, [L, H]
     experts: torch.Tensor | None = None # Importance factor of every routed expert, [L, E]; None: their layer's mean
     key_value: str = "mean" # How key-value heads get their factor: "mean" or "max" of their query heads
     kept: dict[str, torch.Tensor] = field(default_factory=dict) # Tables of losses behind the factors, for the records
+    neurons: torch.Tensor | None = None # Of every MLP neuron, [L, M], in a mixture [L, E, M]; None: as without neurons
 
     def __post_init__(self):
         check_choice(self.key_value, SHARING, "key-value sharing")
@@ -52,10 +53,11 @@ from .models.anatomy import Anatomy, Part, Projection, anatomy, projections
 # %% ../nbs/03_regions.ipynb #c019
 @dataclass(frozen=True)
 class LayerFactors:
-    "The factors of one layer: query heads, key-value heads, experts."
+    "The factors of one layer: query heads, key-value heads, experts, neurons."
     query: torch.Tensor # Of each query head, [H]
     key_value: torch.Tensor # Of each key-value head, [G]
     experts: torch.Tensor | None # Of each routed expert, [E]; None: the mean of the query heads
+    neurons: torch.Tensor | None = None # Of each neuron, [M], in a mixture [E, M]; None: the factor of their matrix
 
     def of_part(self, part: Part) -> torch.Tensor:
         "The factor of the head that a part of a projection belongs to, a scalar tensor."
@@ -66,6 +68,13 @@ class LayerFactors:
         has_factor = self.experts is not None and projection.expert is not None
         return self.experts[projection.expert] if has_factor else self.query.mean()
 
+    def of_neurons(self, projection: Projection) -> torch.Tensor | None:
+        "The factor of every neuron that a projection makes or reads; None where it makes or reads none with a factor."
+        in_table = self.neurons is not None and (self.neurons.ndim == 2) == (projection.expert is not None)
+        if not in_table or projection.role not in ("gate", "up", "gate_up", "down"): return None
+        neurons = self.neurons if projection.expert is None else self.neurons[projection.expert]
+        return neurons.repeat(2) if projection.role == "gate_up" else neurons # rows of the gate, then of up
+
 # %% ../nbs/03_regions.ipynb #c020
 def layer_factors(
     factors: Factors, # Factors of a model
@@ -74,8 +83,9 @@ def layer_factors(
     "The factors of every layer, those of key-value heads included."
     shared = key_value_factors(factors.heads, a.key_value_heads, factors.key_value)
     experts = [None] * a.layers if factors.experts is None else factors.experts
-    return [LayerFactors(query=query, key_value=group, experts=expert)
-            for query, group, expert in zip(factors.heads, shared, experts)]
+    neurons = [None] * a.layers if factors.neurons is None else factors.neurons
+    return [LayerFactors(query=query, key_value=group, experts=expert, neurons=in_layer)
+            for query, group, expert, in_layer in zip(factors.heads, shared, experts, neurons)]
 
 # %% ../nbs/03_regions.ipynb #c022
 def blocks(
@@ -84,9 +94,11 @@ def blocks(
 ) -> list[tuple[slice, slice, float]]: # (rows, columns, factor) of each region
     "The regions of a projection as slices of its weight (paper section 3.3, region mapping)."
     everything = slice(None)
-    if not projection.parts: return [(everything, everything, layer.of_rest(projection).item())]
-    slices = [(slice(part.start, part.stop), layer.of_part(part).item()) for part in projection.parts]
-    if projection.role == "output": return [(everything, columns, factor) for columns, factor in slices]
+    neurons = layer.of_neurons(projection)
+    if neurons is not None: slices = [(slice(m, m + 1), factor) for m, factor in enumerate(neurons.tolist())]
+    elif not projection.parts: return [(everything, everything, layer.of_rest(projection).item())]
+    else: slices = [(slice(part.start, part.stop), layer.of_part(part).item()) for part in projection.parts]
+    if projection.role in ("output", "down"): return [(everything, columns, factor) for columns, factor in slices]
     return [(rows, everything, factor) for rows, factor in slices]
 
 # %% ../nbs/03_regions.ipynb #c023
@@ -109,11 +121,14 @@ def broadcast_factor(
     head_size: int, # Rows or columns of a head
 ) -> torch.Tensor: # [out, 1], [1, in] or [1, 1]
     "The factor of a projection in the smallest form that broadcasts over its weight."
-    if not projection.parts: return layer.of_rest(projection).reshape(1, 1)
-    along = torch.stack([layer.of_part(part) for part in projection.parts]).repeat_interleave(head_size)
-    return along[None, :] if projection.role == "output" else along[:, None]
+    along = layer.of_neurons(projection)
+    if along is None and not projection.parts: return layer.of_rest(projection).reshape(1, 1)
+    if along is None:
+        along = torch.stack([layer.of_part(part) for part in projection.parts]).repeat_interleave(head_size)
+    return along[None, :] if projection.role in ("output", "down") else along[:, None]
 
 # %% ../nbs/03_regions.ipynb #c031
+from collections.abc import Sequence
 from .core.errors import BadInput
 from .models.anatomy import expert_counts
 
@@ -147,6 +162,24 @@ def check_expert_factors(
                        "expected factors from importance_factors; compute them again.")
 
 # %% ../nbs/03_regions.ipynb #c034
+def check_neuron_factors(
+    neurons: torch.Tensor, # Importance factor of every neuron, expected [L, M], or [L, E, M] in a mixture
+    matrices: Sequence[Projection], # The projections of a model
+    counts: tuple[int, ...], # Experts of each layer, 0 for a dense one
+) -> None:
+    "Raise `BadInput` unless every neuron of every MLP, or of every routed expert, has a positive finite factor."
+    mixture = max(counts) > 0
+    downs = [p for p in matrices if p.role == "down" and (p.expert is not None) == mixture]
+    expected = [len(counts), *([max(counts)] if mixture else []), downs[0].weight.shape[1]]
+    if list(neurons.shape) != expected or any(p.weight.shape[1] != expected[-1] for p in downs):
+        raise BadInput(f"The factors of neurons have shape {list(neurons.shape)}: expected {expected}, "
+                       f"one a neuron; they belong to another model.")
+    rows = torch.stack([neurons[p.layer] if p.expert is None else neurons[p.layer, p.expert] for p in downs])
+    if not (rows.isfinite().all() and (rows > 0).all()):
+        raise BadInput("Some importance factor of a neuron is not a positive finite number: "
+                       "expected factors from importance_factors; compute them again.")
+
+# %% ../nbs/03_regions.ipynb #c035
 def region_factors(
     model: nn.Module, # A causal language model of a known family
     factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
@@ -156,15 +189,16 @@ def region_factors(
     factors, a = as_factors(factors), anatomy(model)
     check_head_factors(factors.heads, a)
     if factors.experts is not None: check_expert_factors(factors.experts, expert_counts(model))
+    if factors.neurons is not None: check_neuron_factors(factors.neurons, projections(model), expert_counts(model))
     layers = layer_factors(factors, a)
     return {p.name: broadcast_factor(p, layers[p.layer], a.head_size).float().to(device or p.weight.device)
             for p in projections(model)}
 
-# %% ../nbs/03_regions.ipynb #c045
+# %% ../nbs/03_regions.ipynb #c049
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-# %% ../nbs/03_regions.ipynb #c046
+# %% ../nbs/03_regions.ipynb #c050
 def panels_of(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of the layer
@@ -175,7 +209,7 @@ def panels_of(
         if p.layer == layer: panels.setdefault((p.role, p.expert is None), []).append(p)
     return panels
 
-# %% ../nbs/03_regions.ipynb #c047
+# %% ../nbs/03_regions.ipynb #c051
 def plot_regions(
     model: nn.Module, # A causal language model of a known family
     factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]

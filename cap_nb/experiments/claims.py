@@ -51,6 +51,7 @@ class ModelRecords:
     answers: tuple[AnswerRecord, ...] = () # The dense model's answers to the calibration problems
     experts: Cells = field(default_factory=dict) # Cells of a mixture of experts
     held_out: Mapping[int, Cells] = field(default_factory=dict) # Calibration seed -> cells that judged a frozen method
+    together: Mapping = field(default_factory=dict) # Heads masked together, as tools/additivity.py measures them
     folders: tuple[Path, ...] = () # Where all this was read
 
 # %% ../../nbs/experiments/02_claims.ipynb #c012
@@ -116,6 +117,7 @@ def read_model(
     "Everything that was run on a model; runs that do not belong together raise `BadInput`."
     main, claims, seeds, claims_seeds, experts = folders = [Path(figures)/f"{name}_{kind}" for kind in RUNS]
     folders.append(judged := Path(figures)/"held_out"/name)
+    additivity = Path(figures)/"additivity"/f"{name}.json"
     check_same(main, claims)
     run, variants = load_run(main), run_in(claims)
     reports = [report for source in (run, variants) if source for report, _ in source.reports]
@@ -125,6 +127,7 @@ def read_model(
         reached={(report.method, report.asked): report.reached for report in reports},
         seconds=seconds_of(run, variants), seeds=by_seed, seed_losses=seed_losses, answers=chain_answers(variants),
         experts=cells_of_run(run_in(experts)), held_out=seed_runs(judged)[0],
+        together=read_checked(additivity) if additivity.exists() else {},
         folders=tuple(folder for folder in folders if folder.exists()))
 
 # %% ../../nbs/experiments/02_claims.ipynb #c016
@@ -769,11 +772,30 @@ FROZEN_QUESTIONS = tuple(
           cases=each_task(judged_once("alps", other), 0.2, 0.5))
     for other, called in (("wanda", "Wanda"), ("sparsegpt", "SparseGPT"), ("cap", "CAP")))
 
-# %% ../../nbs/experiments/02_claims.ipynb #c078
-CLAIMS = (*MAIN_CLAIMS, *MLP_CLAIMS, *CALIBRATION_CLAIMS, *SUBSET_CLAIMS, *HEAD_CLAIMS, *RANKING_QUESTIONS,
-          *CHOICE_QUESTIONS, *PERMUTED_QUESTIONS, *FROZEN_QUESTIONS) # Every claim of the ledger, in its order
+# %% ../../nbs/experiments/02_claims.ipynb #c079
+def beyond_the_sum(
+    order: str, # In which order the set grew, as in "random order"
+) -> Case: # Joint rise of the set that is nearest to a fifth of the heads, less the sum of their single rises
+    "Heads masked together against the sum of their scores, example by example."
+    def case(records: ModelRecords, confidence: float) -> Comparison | None:
+        if order not in records.together.get("grown", {}): return None
+        grown = records.together["grown"][order]
+        wanted = len(grown["order"]) / 5
+        place = min(range(len(grown["sizes"])), key=lambda index: abs(grown["sizes"][index] - wanted))
+        return gain_comparison(np.subtract(grown["measured"][place], grown["summed"][place]), "nats", confidence)
+    return case
+
+TOGETHER_QUESTIONS = (
+    Claim(section="", says="A fifth of the heads, masked together, cost no more than their scores sum up to",
+          unit="nats beyond the sum", expected=BELOW,
+          cases={order: beyond_the_sum(order) for order in ("lowest scores first", "random order")}),)
 
 # %% ../../nbs/experiments/02_claims.ipynb #c081
+CLAIMS = (*MAIN_CLAIMS, *MLP_CLAIMS, *CALIBRATION_CLAIMS, *SUBSET_CLAIMS, *HEAD_CLAIMS, *RANKING_QUESTIONS,
+          *CHOICE_QUESTIONS, *PERMUTED_QUESTIONS, *FROZEN_QUESTIONS,
+          *TOGETHER_QUESTIONS) # Every claim of the ledger, in its order
+
+# %% ../../nbs/experiments/02_claims.ipynb #c084
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
@@ -782,7 +804,7 @@ from ..core.plots import blank_figure, in_style, save_figure
 from ..core.files import sha256_of_file, write_json
 from ..jobs.report import write_text
 
-# %% ../../nbs/experiments/02_claims.ipynb #c082
+# %% ../../nbs/experiments/02_claims.ipynb #c085
 COLUMNS = ("Section", "Unit", "Value", "Low", "High", "n", "p", "Holm", "Verdict", "Why")
 
 def reason(
@@ -805,7 +827,7 @@ def answered_cases(
     if len(answers) > 1: answers = ask(answers, 1 - LEVEL / len(answers))
     return correct_family(answers, f"this claim on {records.name}")
 
-# %% ../../nbs/experiments/02_claims.ipynb #c083
+# %% ../../nbs/experiments/02_claims.ipynb #c086
 def judged_claim(
     claim: Claim, # A claim
     records: ModelRecords, # What was run on a model
@@ -815,7 +837,7 @@ def judged_claim(
     return {label: (answers.get(label), verdict(answers.get(label), claim.ranges.get(label, claim.expected)))
             for label in claim.cases}
 
-# %% ../../nbs/experiments/02_claims.ipynb #c084
+# %% ../../nbs/experiments/02_claims.ipynb #c087
 def claims_ledger(
     models: Sequence[ModelRecords], # What was run on each model
     claims: Sequence[Claim] = CLAIMS, # The claims
@@ -831,7 +853,7 @@ def claims_ledger(
     names = pd.MultiIndex.from_tuples(rows, names=["Claim", "Case", "Model"])
     return pd.DataFrame(list(rows.values()), names, list(COLUMNS))
 
-# %% ../../nbs/experiments/02_claims.ipynb #c089
+# %% ../../nbs/experiments/02_claims.ipynb #c092
 def number_text(
     row: pd.Series, # A row of the ledger
 ) -> str: # As in "+1.5 [-2.0, +5.0]"
@@ -858,7 +880,7 @@ def ledger_rows(
         rows.append([cells[0]["Section"] or "ours", claim, case, *map(cell_of, cells)])
     return ["Section", "Claim", "Case", *models], rows
 
-# %% ../../nbs/experiments/02_claims.ipynb #c090
+# %% ../../nbs/experiments/02_claims.ipynb #c093
 READING_NOTES = (
     "Gains are points of strict accuracy, or nats of held-out loss saved where no answers were generated; more is "
     "better in both.",
@@ -876,7 +898,7 @@ def ledger_notes(
     cases = "; ".join(f"{model}: {counts(model)}" for model in counted.index)
     return [f"Cases: {cases}.", *READING_NOTES]
 
-# %% ../../nbs/experiments/02_claims.ipynb #c091
+# %% ../../nbs/experiments/02_claims.ipynb #c094
 def ledger_markdown(
     ledger: pd.DataFrame, # From `claims_ledger`
 ) -> str: # Markdown
@@ -885,7 +907,7 @@ def ledger_markdown(
     notes = "".join(f"- {note}\n" for note in ledger_notes(ledger))
     return markdown_rows(header, rows, names=len(header)) + "\n" + notes
 
-# %% ../../nbs/experiments/02_claims.ipynb #c092
+# %% ../../nbs/experiments/02_claims.ipynb #c095
 def ledger_latex(
     ledger: pd.DataFrame, # From `claims_ledger`
 ) -> str: # A longtable for the packages longtable and booktabs
@@ -897,7 +919,7 @@ def ledger_latex(
     notes = [f"% {note}" for note in ledger_notes(ledger)]
     return "\n".join([*notes, *top, *map(line, rows), r"\bottomrule", r"\end{longtable}", ""])
 
-# %% ../../nbs/experiments/02_claims.ipynb #c095
+# %% ../../nbs/experiments/02_claims.ipynb #c098
 VERDICT_COLOURS = {SUPPORTED: "#0072B2", CONTRADICTED: "#D55E00", UNDECIDED: "#D0D0D0"}
 
 def draw_case(
@@ -911,7 +933,7 @@ def draw_case(
         ax.plot(4.2 + 2.9 * i, y, "s", ms=6, color=VERDICT_COLOURS[row["Verdict"]])
         ax.text(4.35 + 2.9 * i, y, number_text(row) or row["Why"], fontsize=6, va="center", color=ink)
 
-# %% ../../nbs/experiments/02_claims.ipynb #c096
+# %% ../../nbs/experiments/02_claims.ipynb #c099
 def draw_claims(
     ax: plt.Axes, # A panel
     ledger: pd.DataFrame, # Rows of the ledger that go there
@@ -931,7 +953,7 @@ def draw_claims(
     for i, model in enumerate(models): ax.text(4.1 + 2.9 * i, -0.2, model, fontsize=8, weight="bold")
     ax.axis("off")
 
-# %% ../../nbs/experiments/02_claims.ipynb #c097
+# %% ../../nbs/experiments/02_claims.ipynb #c100
 @in_style
 def plot_claims(
     ledger: pd.DataFrame, # From `claims_ledger`
@@ -951,7 +973,7 @@ def plot_claims(
     figure.legend(handles=marks, loc="outside lower center", ncols=3)
     return figure
 
-# %% ../../nbs/experiments/02_claims.ipynb #c099
+# %% ../../nbs/experiments/02_claims.ipynb #c102
 def save_ledger(
     ledger: pd.DataFrame, # From `claims_ledger`
     models: Sequence[ModelRecords], # What it was made from
@@ -970,7 +992,7 @@ def save_ledger(
     write_json(out/"manifest.json", {"made": made, "made from": sources})
     return out
 
-# %% ../../nbs/experiments/02_claims.ipynb #c100
+# %% ../../nbs/experiments/02_claims.ipynb #c103
 def write_ledger(
     figures: str | Path, # Folder that holds the runs' folders
     models: Sequence[str] | None = None, # Names of models; None means all that have a whole comparison

@@ -12,7 +12,7 @@ from ..data.prompts import prompt_style
 from ..engine.resumed_scoring import TARGETS
 from .chains import Chains, read_chains
 from .settings import CalibrateSettings, Job, changed, check_counts
-from ..methods.experts import ROUTING_AWARE
+from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import check_method
 from ..models.loading import dtype_named, placed
 from ..scoring import AGGREGATIONS
@@ -34,9 +34,9 @@ def check_score_target(
     "Raise `BadInput` for an unknown score target, and for a method that weighs losses where divergences are asked for."
     if check_choice(job.prune.score_target, TARGETS, "score target") == "loss": return
     for method in job.prune.methods:
-        if check_method(method).attribution in ROUTING_AWARE:
+        if check_method(method).attribution in UNIT_AWARE:
             raise BadInput(f"Method {method!r} was given --score-target {job.prune.score_target}: expected loss, since "
-                           "experts are scored by losses; leave --score-target or the method out.")
+                           "neurons and experts are scored by losses; leave --score-target or the method out.")
 
 def check_job(
     job: Job, # The job
@@ -374,30 +374,30 @@ from ..scoring import causal_scores
 # %% ../../nbs/jobs/03_job.ipynb #c050
 def attribution_origin(
     ready: Ready, # The job
-    attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
+    attribution: str, # One of `ATTRIBUTIONS` or `UNIT_AWARE`
 ) -> dict[str, str]: # What the file of the factors says of itself
     "What an attribution's factors follow from."
     origin = {"model": ready.configuration["model"]["fingerprint"], "calibration": ready.calibration.fingerprint,
               "attribution": attribution}
-    return origin | ({"aggregation": ready.job.prune.aggregation} if attribution in ROUTING_AWARE else {})
+    return origin | ({"aggregation": ready.job.prune.aggregation} if attribution in UNIT_AWARE else {})
 
 def save_attribution(
     path: Path, # File of the factors
-    factors: Factors, # Factors of heads, perhaps of experts, and what else is kept of them
+    factors: Factors, # Factors of heads, perhaps of experts or neurons, and what else is kept of them
     origin: dict[str, str], # From `attribution_origin`
 ) -> None:
     "Write an attribution's factors."
     path.parent.mkdir(parents=True, exist_ok=True)
-    experts = {} if factors.experts is None else {"experts": factors.experts}
-    write_tensors(path, {"factors": factors.heads} | experts | factors.kept, origin)
+    units = {name: getattr(factors, name) for name in ("experts", "neurons") if getattr(factors, name) is not None}
+    write_tensors(path, {"factors": factors.heads} | units | factors.kept, origin)
 
 # %% ../../nbs/jobs/03_job.ipynb #c051
 def attribution_factors(
     ready: Ready, # The job
     folder: Path, # The run's folder
-    attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
+    attribution: str, # One of `ATTRIBUTIONS` or `UNIT_AWARE`
     losses: HeadLosses | None, # The heads' table of losses, for what starts from it
-) -> Factors: # Importance factors of every head, and of every expert where they have their own
+) -> Factors: # Importance factors of every head, and of every expert or neuron where they have their own
     "The factors of an attribution, computed only if they are not there; those of another model raise `BadInput`."
     path, origin = folder/"attributions"/f"{attribution}.safetensors", attribution_origin(ready, attribution)
     if not path.exists():
@@ -409,7 +409,7 @@ def attribution_factors(
     if kept != origin:
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
                        "run again.")
-    return Factors(tensors["factors"], tensors.get("experts"))
+    return Factors(tensors["factors"], tensors.get("experts"), neurons=tensors.get("neurons"))
 
 # %% ../../nbs/jobs/03_job.ipynb #c053
 def factors_by_method(
@@ -420,7 +420,7 @@ def factors_by_method(
     "The factors of every method of a job, each measured once."
     parsed = {method: parse_method(method) for method in ready.job.prune.methods}
     attributions = {method: parts.attribution for method, parts in parsed.items() if "factors" in needs_of(parts)}
-    masking = any(name is None or name in ROUTING_AWARE for name in attributions.values())
+    masking = any(name is None or name in UNIT_AWARE for name in attributions.values())
     losses = run_losses(ready, folder, store) if masking else None
     factors = {name: attribution_factors(ready, folder, name, losses) for name in distinct(tuple(attributions.values()))
                if name}

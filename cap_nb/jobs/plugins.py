@@ -16,7 +16,7 @@ from ..calibration import Calibration
 from ..core.additions import add, check_new_name, check_takes, in_a_sentence
 from ..core.errors import BadInput
 from ..methods.attributions import ATTRIBUTIONS, Attribution
-from ..methods.experts import ROUTING_AWARE
+from ..methods.neurons import UNIT_AWARE
 from ..models.anatomy import anatomy
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c018
@@ -41,7 +41,7 @@ def add_attribution(
     source: str = "yours", # Where it comes from
 ) -> None:
     "Make an attribution known by name for the rest of the session; a name or function that cannot be is refused."
-    check_new_name(name, "attribution", (*ATTRIBUTIONS, *ROUTING_AWARE))
+    check_new_name(name, "attribution", (*ATTRIBUTIONS, *UNIT_AWARE))
     check_takes(compute, whose := f"attribution {name!r}", "model", "calibration", "batch_tokens")
     attribution = Attribution(says=says, source=source, compute=checked_scores(compute, whose))
     add("attribution", name, [(ATTRIBUTIONS, attribution)], [compute])

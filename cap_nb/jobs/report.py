@@ -44,7 +44,7 @@ def run_folders(
 # %% ../../nbs/jobs/02_report.ipynb #c013
 import math, statistics
 import pandas as pd
-from ..methods.experts import ROUTING_AWARE
+from ..methods.neurons import UNIT_AWARE
 from .records import Run, cell_name, cells_of
 from ..analysis import markdown_rows
 from ..methods.prune import needs_of, parse_method
@@ -57,7 +57,7 @@ def factor_stages(
     parts = parse_method(method)
     if "factors" not in needs_of(parts): return ()
     if not parts.attribution: return ("scoring",)
-    return ("scoring",) * (parts.attribution in ROUTING_AWARE) + (f"attribution/{parts.attribution}",)
+    return ("scoring",) * (parts.attribution in UNIT_AWARE) + (f"attribution/{parts.attribution}",)
 
 # %% ../../nbs/jobs/02_report.ipynb #c016
 def method_costs(

@@ -125,7 +125,7 @@ def open_hessians(
 # %% ../../nbs/methods/15_given_hessians.ipynb #c025
 from ..core.errors import check_sparsity
 from .prune import SOLVERS, MethodName, check_method, matrix_solver, own_scope
-from .experts import ROUTING_AWARE
+from .neurons import UNIT_AWARE
 from .recovery import recovered_weight, recovery_steps
 from .sparsegpt import MadeOnce, check_pattern_fits
 from .streaming import STREAMED
@@ -142,7 +142,7 @@ def check_solved(
     if parts.base not in SOLVERS and not parts.recovery:
         raise BadInput(f"Method {method!r} uses no Hessians: expected a solver or a recovery, as in sparsegpt or "
                        "wanda^swaps; leave --hessians out.")
-    whole = parts.allocation or parts.attribution in ROUTING_AWARE # needs more of the model
+    whole = parts.allocation or parts.attribution in UNIT_AWARE # needs more of the model
     if parts.base in (*SOLVERS, *STREAMED) and not whole: return parts
     raise BadInput(f"Method {method!r} cannot be streamed: expected {', '.join((*SOLVERS, *STREAMED))} without an "
                    "allocation, and a recovery or none; load the model and prune it in memory.")

@@ -15,6 +15,7 @@ from .attributions import ATTRIBUTIONS
 from .budgets import BudgetSettings, measured_budgets
 from .criteria import CRITERIA, Given
 from .experts import ROUTING_AWARE
+from .neurons import NEURON_AWARE, UNIT_AWARE
 from .recovery import RECOVERIES, recovery_steps
 from ..threshold import pattern_of
 
@@ -37,7 +38,7 @@ ALLOCATORS = ALLOCATIONS | {"kl": Allocation(
 class MethodName:
     "The parts of a method's name."
     base: str # A criterion, "dense", "sparsegpt", "alps" or "heads"
-    attribution: str | None = None # One of `ATTRIBUTIONS` or `ROUTING_AWARE`; None means masking, as the paper does
+    attribution: str | None = None # One of `ATTRIBUTIONS` or `UNIT_AWARE`; None means masking, as the paper does
     scope: str | None = None # "model", "layer", "matrix", "row" or n:m; None means the base's own
     allocation: str | None = None # One of `ALLOCATORS`; None means the same for every layer
     recovery: str | None = None # "swaps", "update" or "swaps^update"; None means that nothing is repaired
@@ -61,7 +62,7 @@ def parse_method(
                        f"[^recovery], as in wanda@model; 'cap methods' lists them.")
     parts = MethodName(**match.groupdict())
     check_choice(parts.base, (*CRITERIA, *OTHERS), "method")
-    if parts.attribution: check_choice(parts.attribution, (*ATTRIBUTIONS, *ROUTING_AWARE), "attribution")
+    if parts.attribution: check_choice(parts.attribution, (*ATTRIBUTIONS, *UNIT_AWARE), "attribution")
     if parts.allocation: check_choice(parts.allocation, ALLOCATORS, "allocation")
     if parts.scope: pattern_of(parts.scope)
     if parts.recovery: recovery_steps(parts.recovery)
@@ -97,9 +98,9 @@ def check_attribution(
     if parts.attribution and "factors" not in needs_of(parts):
         raise BadInput(f"Method {name!r} names an attribution but uses no importance factors: "
                        f"expected cap, cap_wanda, heads or +causal; leave .{parts.attribution} out.")
-    uses_experts = parts.base in CRITERIA and "factor" in CRITERIA[parts.base].needs
-    if parts.attribution in ROUTING_AWARE and not uses_experts:
-        raise BadInput(f"Method {name!r} gives experts factors of their own and uses none: "
+    uses_units = parts.base in CRITERIA and "factor" in CRITERIA[parts.base].needs
+    if parts.attribution in UNIT_AWARE and not uses_units:
+        raise BadInput(f"Method {name!r} gives experts or neurons their own factors and uses none: "
                        f"expected cap or cap_wanda; leave .{parts.attribution} out.")
 
 # %% ../../nbs/methods/13_prune.ipynb #c016
@@ -182,7 +183,7 @@ def method_line(
     name: str, # A method's name
 ) -> tuple[str, str]: # What it does, and where it comes from
     "A method in one line, with its sources; a name that means nothing raises `BadInput`."
-    parts, attributions = check_method(name), ATTRIBUTIONS | ROUTING_AWARE
+    parts, attributions = check_method(name), ATTRIBUTIONS | UNIT_AWARE
     base = CRITERIA.get(parts.base)
     extras = [attributions[parts.attribution]] if parts.attribution else []
     extras += [ALLOCATORS[parts.allocation]] if parts.allocation else []
@@ -219,22 +220,22 @@ def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
 import torch
 from ..importance import importance_factors
 from .criteria import check_given
-from .experts import routing_aware_factors
+from .neurons import unit_aware_factors
 from ..regions import Factors
 from ..scoring import HeadLosses
 
 # %% ../../nbs/methods/13_prune.ipynb #c030
 def unit_factors(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    attribution: str, # One of `ATTRIBUTIONS` or `ROUTING_AWARE`
+    attribution: str, # One of `ATTRIBUTIONS` or `UNIT_AWARE`
     given: Given, # With the calibration set
-    losses: HeadLosses | None = None, # The heads' table of losses, for routing-aware factors; None measures it
-    how: str = "paper", # Aggregation of routing-aware scores
-) -> Factors: # Of heads, and of experts where the attribution gives them their own
+    losses: HeadLosses | None = None, # The heads' table of losses, for what starts from it; None measures it
+    how: str = "paper", # Aggregation of the scores that start from it
+) -> Factors: # Of heads, and of experts or neurons where the attribution gives them their own
     "Importance factors from another attribution than masking; a missing calibration set raises `BadInput`."
     check_given(attribution, given, ["calibration"])
-    if attribution in ROUTING_AWARE:
-        return routing_aware_factors(model, attribution, given.calibration, losses, how, given.batch_tokens)
+    if attribution in UNIT_AWARE:
+        return unit_aware_factors(model, attribution, given.calibration, losses, how, given.batch_tokens)
     scores = ATTRIBUTIONS[attribution].compute(model, given.calibration, batch_tokens=given.batch_tokens)
     return Factors(heads=importance_factors(scores))
 
@@ -247,12 +248,13 @@ def with_factors(
     parts: MethodName, # A method's choices
     given: Given, # What the user gave
 ) -> Given: # With the factors that the method's attribution makes, unless they were given
-    "Fill in factors; those of heads alone for a method that needs experts' raise `BadInput`."
+    "Fill in factors; those of heads alone for a method that needs more raise `BadInput`."
     if not parts.attribution: return given
     if given.factors is None: return replace(given, factors=unit_factors(model, parts.attribution, given))
-    if parts.attribution in ROUTING_AWARE and given.factors.experts is None:
+    units = "neurons" if parts.attribution in NEURON_AWARE else "experts"
+    if parts.attribution in UNIT_AWARE and getattr(given.factors, units) is None:
         raise BadInput(f"Attribution {parts.attribution!r} was given factors of heads alone: expected both, "
-                       f"or neither; pass what routing_aware_factors returned, or leave the scores out.")
+                       f"or neither; pass what unit_aware_factors returned, or leave the scores out.")
     return given
 
 # %% ../../nbs/methods/13_prune.ipynb #c034

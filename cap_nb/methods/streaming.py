@@ -195,7 +195,7 @@ from tqdm.auto import tqdm
 from .criteria import CRITERIA, Given, check_given
 from ..regions import Factors, region_factors
 from .prune import SOLVERS, MethodName, check_method, own_scope
-from .experts import ROUTING_AWARE
+from .neurons import UNIT_AWARE
 from ..threshold import TIES, Evidence, Measurements, check_pattern
 from ..core.errors import check_choice, check_sparsity
 from ..core.files import read_tensors, write_tensors
@@ -212,7 +212,7 @@ def check_streamed(
     parts = check_method(method)
     check_choice(ties, TIES, "treatment of ties")
     check_pattern(own_scope(parts), check_sparsity(sparsity))
-    whole = parts.allocation or parts.recovery or parts.attribution in ROUTING_AWARE # needs more of the model
+    whole = parts.allocation or parts.recovery or parts.attribution in UNIT_AWARE # needs more of the model
     if parts.base in STREAMED and not whole: return parts
     if parts.base in SOLVERS or parts.recovery:
         raise BadInput(f"Method {method!r} cannot be streamed without Hessians: expected a folder of them, made by "
@@ -641,10 +641,10 @@ def prune_checkpoint(
         for shard in checkpoint.shards: sync(part/shard.name)
     return streamed_report(projections(checkpoint.model), method, sparsity, zeros, threshold)
 
-# %% ../../nbs/methods/14_streaming.ipynb #c092
+# %% ../../nbs/methods/14_streaming.ipynb #c094
 import hashlib
 
-# %% ../../nbs/methods/14_streaming.ipynb #c093
+# %% ../../nbs/methods/14_streaming.ipynb #c095
 def add_bytes(
     digest: "hashlib._Hash", # A running hash
     stored: StoredTensor, # A tensor of a checkpoint
@@ -655,7 +655,7 @@ def add_bytes(
         for position in range(stored.start, stored.end, COPIED):
             digest.update(file.read(min(COPIED, stored.end - position)))
 
-# %% ../../nbs/methods/14_streaming.ipynb #c094
+# %% ../../nbs/methods/14_streaming.ipynb #c096
 def checkpoint_fingerprint(
     folder: str | Path, # A folder saved by transformers, as safetensors
 ) -> str: # 64 hexadecimal digits

@@ -48,7 +48,8 @@ def held_parameters(
     "Note where a model's projections are zero; a model without any zero there raises `BadInput`."
     scope = {p.parameter_name: p.parameter for p in projections(model)}
     held = tuple(held_parameter(name, parameter) for name, parameter in scope.items())
-    if not any(each.zeros.any() for each in held):
+    shrunk = "removed" in (getattr(model.config, "cap_nb", None) or {}) # nothing to hold, and something to recover
+    if not shrunk and not any(each.zeros.any() for each in held):
         raise BadInput("The model's projections hold no zero: expected a pruned model; prune it first.")
     return held
 

@@ -353,7 +353,9 @@ def beginning(
     report: PruneReport, # What was counted in its weights
 ) -> str: # Markdown
     "The title, and a warning if the weights are not as the pruning left them."
-    title = f"# {record['base']['name'].split('/')[-1]}, {per_cent(report.reached)} of its projections' weights zero"
+    share, done = report.reached, "zero"
+    if "removed" in record: share, done = record["removed"] / (record["removed"] + record["weights"]), "cut out"
+    title = f"# {record['base']['name'].split('/')[-1]}, {per_cent(share)} of its projections' weights {done}"
     if report.zeros == record["zeros"]: return title
     return f"{title}\n\n{CHANGED.format(record['zeros'], report.zeros)}"
 
@@ -382,7 +384,8 @@ def model_card(
     report, mask = zeros_of_folder(folder, record["method"], record["asked"])
     parts = [f"{front_matter(record['base'])}\n{beginning(record, report)}", facts(folder, record, report).rstrip()]
     if kept: parts.append(measured_section(record, mask, kept, str(run)))
-    parts += [layers_section(report), LOADING.format(name=folder.resolve().name), ZEROS]
+    parts += [layers_section(report), LOADING.format(name=folder.resolve().name)]
+    if "removed" not in record: parts.append(ZEROS)
     return "\n\n".join(parts) + "\n"
 
 # %% ../../nbs/portable/04_sharing.ipynb #c071
@@ -500,8 +503,9 @@ def commit_message(
 ) -> str: # A line
     "What a commit says of a folder."
     record = read_record(folder)
-    share = per_cent(record["zeros"] / record["weights"])
-    return f"{record['base']['name']}, {record['method']}, {share} zero (cap_nb {record['version']})"
+    cut, done = record.get("removed", 0), "cut out" if "removed" in record else "zero"
+    share = per_cent((record["zeros"] + cut) / (record["weights"] + cut))
+    return f"{record['base']['name']}, {record['method']}, {share} {done} (cap_nb {record['version']})"
 
 # %% ../../nbs/portable/04_sharing.ipynb #c086
 def publish(
