@@ -1,6 +1,8 @@
 # make demo       environment, install, then the whole job on the embedded lab model
 # make test       everything CI checks
 # make matrix     the tests that meet transformers most, with 5 and then with 4.57, each in an environment of its own (SLOW=1: all notebooks and tests)
+# make soak       every reader is fed FUZZ (100,000) spoilt files (hours)
+# make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
 # make readme     README.md from nbs/index.ipynb
 # make benchmarks measure what figures/benchmarks does not hold yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
@@ -11,10 +13,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test matrix matrix-here notebooks benchmarks readme check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
+.PHONY: help env demo test soak audit matrix matrix-here notebooks benchmarks readme check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
 
 PYTHON ?= python3
 DEMO ?= runs/demo
+FUZZ ?= 100000
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.cap_nb-installed
@@ -60,6 +63,17 @@ notebooks: env
 # The 16 GB checkpoint is left out unless it is asked for.
 benchmarks: env
 	for each in scoring scaling threshold generation $(if $(LARGE),streaming); do "$(BIN)/python" -m "tools.benchmarks.$$each"; done
+
+soak: env
+	CAP_NB_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_nothing_let_in.py -k whatever
+
+# The tools come into an environment of their own, and look at the project's from outside.
+audit: env
+	@tools="$$(mktemp -d)"; trap 'rm -rf "$$tools"' EXIT; \
+	"$(BIN)/python" -m venv "$$tools/venv"; "$$tools/venv/bin/python" -m pip install --quiet --disable-pip-version-check pip-audit pip-licenses; \
+	echo "== licences"; "$$tools/venv/bin/pip-licenses" --python "$(BIN)/python" --order license; \
+	echo "== known faults"; "$(BIN)/python" -m pip freeze --exclude-editable | grep '==' | sed 's/+[a-z0-9.]*//' > "$$tools/installed.txt"; \
+	"$$tools/venv/bin/pip-audit" --no-deps --disable-pip -r "$$tools/installed.txt"
 
 readme: env
 	"$(BIN)/python" tools/readme.py

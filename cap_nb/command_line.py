@@ -245,14 +245,23 @@ def with_plugins(
     wrapped.__annotations__ = {p.name: p.annotation for p in every}
     return wrapped
 
-# %% ../nbs/command_line.ipynb #c035
+# %% ../nbs/command_line.ipynb #c034
+def short_name(
+    model: str, # A model's name, a folder, or owner/name@commit
+) -> str: # Its last part, which leads nowhere else
+    "What a model's run is called: the folder's own name for . and .., and never nothing."
+    last = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
+    return last if last not in ("", ".", "..") else "model"
+
+
+# %% ../nbs/command_line.ipynb #c036
 from .analysis import method_table, table_markdown
 from .experiments.variants import VARIANTS, run_variants
 from .jobs.job import run_job
 from .jobs.records import load_run
 from .jobs.sweeps import Known, read_config, read_index, run_sweep, sweep_jobs, tracked, whole_options
 
-# %% ../nbs/command_line.ipynb #c036
+# %% ../nbs/command_line.ipynb #c037
 WHOLE = {"out": Path, "store": Path, "note": str, "track": str} # Options of a run that a sweep has once -> their type
 LISTS = {setting.name for part in fields(Job) for setting in fields(part.default_factory) if setting.type in READERS}
 
@@ -278,7 +287,7 @@ KNOWN |= {name: Known(name, "whole", functools.partial(read_as, kind)) for name,
 KNOWN = {name.replace("_", "-"): known for name, known in KNOWN.items()}
 
 
-# %% ../nbs/command_line.ipynb #c037
+# %% ../nbs/command_line.ipynb #c038
 def run_config(
     context: typer.Context, # The command as it was called
     base: Job, # What the command line says, else the defaults
@@ -290,7 +299,7 @@ def run_config(
                   if context.get_parameter_source(name.replace("-", "_")).name == "COMMANDLINE")
     config = read_config(path, KNOWN).without(given)
     whole = whole | whole_options(config, KNOWN)
-    out = whole.pop("out") or Path("runs")/path.stem
+    out = whole.pop("out") or Path("runs")/short_name(path.stem)
     return run_sweep(config, sweep_jobs(config, KNOWN, base), out, **whole)
 
 def show_sweep(
@@ -301,7 +310,7 @@ def show_sweep(
     typer.echo(f"Numbers of all runs: {folder/'results.csv'}   compare some: cap compare RUN RUN")
 
 
-# %% ../nbs/command_line.ipynb #c038
+# %% ../nbs/command_line.ipynb #c039
 def show_run(
     folder: Path, # A run's folder
 ) -> None:
@@ -313,7 +322,7 @@ def show_run(
     typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
 
 
-# %% ../nbs/command_line.ipynb #c039
+# %% ../nbs/command_line.ipynb #c040
 @app.command("run")
 @in_one_sentence
 @with_plugins
@@ -330,10 +339,10 @@ def run_command(
     "Load, calibrate, score, prune, evaluate, tabulate: the whole job, resumable."
     whole = {"out": out, "store": store, "note": note, "track": track}
     if config is not None: return show_sweep(run_config(context, job, config, whole))
-    folder = out or Path("runs")/Path(job.model.name).name
+    folder = out or Path("runs")/short_name(job.model.name)
     with tracked(track, folder) as follow: show_run(run_job(job, folder, store, note, follow))
 
-# %% ../nbs/command_line.ipynb #c041
+# %% ../nbs/command_line.ipynb #c042
 TARGETS = ("calibrate_on", "text_share", "text_tokens") # What is calibrated on, where that is not gold solutions
 TextWindows = option(int | None, "windows of plain text to calibrate on; as many as calibration examples if left out")
 
@@ -352,10 +361,10 @@ def claims_command(
 ) -> None:
     "Run CAP with one choice changed at a time: the experiments behind the claims ledger, resumable."
     names = tuple(VARIANTS) if variants.strip() == "all" else read_names(variants)
-    folder = out or Path("runs")/f"{Path(job.model.name).name}-claims"
+    folder = out or Path("runs")/f"{short_name(job.model.name)}-claims"
     show_run(run_variants(job, folder, base, names, store, note, text_windows))
 
-# %% ../nbs/command_line.ipynb #c043
+# %% ../nbs/command_line.ipynb #c044
 import shutil
 from .engine.devices import joined, device_of_process
 from .engine.unit_store import Share
@@ -366,7 +375,7 @@ from .methods.screening import save_partial, screen_heads
 from .models.loading import load_model, tokenizer_fingerprint
 from .scoring import save_losses
 
-# %% ../nbs/command_line.ipynb #c044
+# %% ../nbs/command_line.ipynb #c045
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
 Budget = option(float | None, "share of the masked passes to spend, as 0.25, for mean scores; all if left out")
 
@@ -391,7 +400,7 @@ def score_in_part(
     typer.echo(f"{out}: {int(cells.sum()):,} of {cells.numel():,} losses with a head masked, {spent:.1%} of the work "
                "of all; it gives mean scores: use it with --aggregation mean.")
 
-# %% ../nbs/command_line.ipynb #c045
+# %% ../nbs/command_line.ipynb #c046
 def score_whole(
     job: Job, # What the options say
     loaded: tuple, # The model and its tokenizer
@@ -410,7 +419,7 @@ def score_whole(
     heads, measured = losses.masked[..., 0].numel(), {"loss": "losses", "divergence": "divergences"}[losses.target]
     typer.echo(f"{out}: {measured} of {len(losses.intact)} examples with each of {heads} heads masked.")
 
-# %% ../nbs/command_line.ipynb #c046
+# %% ../nbs/command_line.ipynb #c047
 @app.command("score")
 @in_one_sentence
 @with_plugins
@@ -434,10 +443,10 @@ def score_command(
         else: score_whole(job, (model, tokenizer), calibration, out, working, heads_at_once, share)
     if not share.rank and not store: shutil.rmtree(working)
 
-# %% ../nbs/command_line.ipynb #c048
+# %% ../nbs/command_line.ipynb #c049
 from .jobs.chains import Answering, own_chains, task_counts, too_few
 
-# %% ../nbs/command_line.ipynb #c049
+# %% ../nbs/command_line.ipynb #c050
 Tries = option(int, "answers to each problem: the first is greedy, the others are drawn")
 Temperature = option(float, "temperature of the drawn answers")
 
@@ -464,7 +473,7 @@ def chains_command(
     for sentence in too_few(chains): typer.echo(sentence)
     typer.echo(f"{out}: the chains; use them with --calibrate-on {out}.")
 
-# %% ../nbs/command_line.ipynb #c051
+# %% ../nbs/command_line.ipynb #c052
 import torch
 from .importance import importance_factors
 from .jobs.settings import PruneSettings
@@ -472,7 +481,7 @@ from .methods.screening import read_scores
 from .regions import Factors
 from .scoring import HeadLosses
 
-# %% ../nbs/command_line.ipynb #c052
+# %% ../nbs/command_line.ipynb #c053
 def matching_scores(
     path: Path, # A table of losses
     fingerprint: str, # Of the model that it should be about
@@ -496,7 +505,7 @@ def factors_from(
     _, scores = matching_scores(pruning.scores, fingerprint(), settings)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c056
 from .core.files import check_new_folder
 from .calibration import Calibration
 from .jobs.job import filled_in, targets_configuration
@@ -505,7 +514,7 @@ from .methods.streaming import load_norms
 from .portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, publish, scores_record, write_card)
 
-# %% ../nbs/command_line.ipynb #c056
+# %% ../nbs/command_line.ipynb #c057
 from dataclasses import replace
 from .methods.criteria import Given
 from .methods.prune import check_method, needs_of, prune, unit_factors
@@ -514,7 +523,7 @@ from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_che
 from .models.loading import check_all_here, model_fingerprint, save_model
 from .threshold import PruneReport
 
-# %% ../nbs/command_line.ipynb #c057
+# %% ../nbs/command_line.ipynb #c058
 def set_of_measurements(
     pruning: SinglePruning, # How a checkpoint is pruned on disk
 ) -> dict | None: # What JSON can hold; None if nothing was measured
@@ -540,7 +549,7 @@ def record_of(
     noted = {"plugins": additions_noted()} if additions_noted() else {}
     return pruning_record(report, base, pruning.ties, calibration, scores) | noted
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c059
 def note_in_memory(
     job: Job, # Its model, and what was calibrated on
     pruning: SinglePruning, # How it was pruned
@@ -554,7 +563,7 @@ def note_in_memory(
     if calibration: on = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
     note_on_model(model, record_of(job, pruning, report, base, on))
 
-# %% ../nbs/command_line.ipynb #c059
+# %% ../nbs/command_line.ipynb #c060
 def check_in_memory(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -564,7 +573,7 @@ def check_in_memory(
             raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
                            f"measured after those before it were pruned; add --stream, or leave --{name} out.")
 
-# %% ../nbs/command_line.ipynb #c060
+# %% ../nbs/command_line.ipynb #c061
 def pruned_in_memory(
     job: Job, # Its model, how scores are made, and what to calibrate on
     pruning: SinglePruning, # How to prune
@@ -589,7 +598,7 @@ def pruned_in_memory(
     save_model(model, tokenizer, out)
     return report
 
-# %% ../nbs/command_line.ipynb #c061
+# %% ../nbs/command_line.ipynb #c062
 def check_streaming(
     job: Job, # Its model
     pruning: SinglePruning, # How to prune
@@ -604,7 +613,7 @@ def check_streaming(
     if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
     else: check_solved(pruning.method, pruning.sparsity)
 
-# %% ../nbs/command_line.ipynb #c062
+# %% ../nbs/command_line.ipynb #c063
 def pruned_from_disk(
     job: Job, # Its model, which is a folder, and how scores are made
     pruning: SinglePruning, # How to prune
@@ -622,7 +631,7 @@ def pruned_from_disk(
         return record_of(job, pruning, report, base, set_of_measurements(pruning))
     return made_and_noted(out, make, record)
 
-# %% ../nbs/command_line.ipynb #c063
+# %% ../nbs/command_line.ipynb #c064
 @app.command("hessians")
 @in_one_sentence
 @with_plugins
@@ -638,7 +647,7 @@ def hessians_command(
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
     typer.echo(f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}.")
 
-# %% ../nbs/command_line.ipynb #c064
+# %% ../nbs/command_line.ipynb #c065
 def check_scores_given(
     pruning: SinglePruning, # How to prune
 ) -> None:
@@ -649,7 +658,7 @@ def check_scores_given(
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
 
-# %% ../nbs/command_line.ipynb #c065
+# %% ../nbs/command_line.ipynb #c066
 @app.command("prune")
 @in_one_sentence
 @with_plugins
@@ -670,18 +679,18 @@ def prune_command(
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster; "
                "'cap export' packs it.")
 
-# %% ../nbs/command_line.ipynb #c067
+# %% ../nbs/command_line.ipynb #c068
 from .portable.format import Manifest
 from .portable.small_files import export_folder, restore_folder
 
-# %% ../nbs/command_line.ipynb #c068
+# %% ../nbs/command_line.ipynb #c069
 def bytes_of(
     manifest: Manifest, # What a packed folder holds
 ) -> tuple[int, int]: # Bytes of the original files, and of what is in their place
     "How large a folder is, and how large it is packed."
     return sum(entry.bytes for entry in manifest.files), sum(entry.stored_bytes for entry in manifest.files)
 
-# %% ../nbs/command_line.ipynb #c069
+# %% ../nbs/command_line.ipynb #c070
 @app.command("export")
 @in_one_sentence
 def export_command(
@@ -707,12 +716,12 @@ def restore_command(
     dense, _ = bytes_of(manifest := restore_folder(folder, out, base))
     typer.echo(f"{out}: {len(manifest.files)} files, {dense:,} bytes, each with the hash that it had.")
 
-# %% ../nbs/command_line.ipynb #c071
+# %% ../nbs/command_line.ipynb #c072
 from .core.files import write_checked
 from .portable.quantised import export_gguf, gguf_sentence
 from .portable.speed import SpeedSettings, bench_folder, speed_text
 
-# %% ../nbs/command_line.ipynb #c072
+# %% ../nbs/command_line.ipynb #c073
 @app.command("gguf")
 @in_one_sentence
 def gguf_command(
@@ -738,7 +747,7 @@ def bench_command(
     if out: write_checked(out, record)
     typer.echo(speed_text(record))
 
-# %% ../nbs/command_line.ipynb #c074
+# %% ../nbs/command_line.ipynb #c075
 @app.command("card")
 @in_one_sentence
 def card_command(
@@ -765,10 +774,10 @@ def publish_command(
     typer.echo(f"{repository}: {len(upload.files)} files, commit message {upload.message!r}.")
     typer.echo("Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}")
 
-# %% ../nbs/command_line.ipynb #c076
+# %% ../nbs/command_line.ipynb #c077
 from cap_nb.portable.shrink import Shrinking, Shrunk, check_shrinking, shrink_to, shrunk_record
 
-# %% ../nbs/command_line.ipynb #c077
+# %% ../nbs/command_line.ipynb #c078
 def shrunk_in_memory(
     job: Job, # Its model, how scores are made, and what to calibrate on
     how: Shrinking, # How to shrink
@@ -791,7 +800,7 @@ def shrunk_in_memory(
     save_model(small, tokenizer, out)
     return report
 
-# %% ../nbs/command_line.ipynb #c078
+# %% ../nbs/command_line.ipynb #c079
 @app.command("shrink")
 @in_one_sentence
 @with_plugins
@@ -813,10 +822,10 @@ def shrink_command(
     typer.echo(f"The folder is smaller and faster by itself, and less accurate; 'cap bench {out} --against "
                f"{job.model.name}' measures the one, 'cap eval' the other, and 'cap recover' trains it.")
 
-# %% ../nbs/command_line.ipynb #c080
+# %% ../nbs/command_line.ipynb #c081
 from .portable.fine_tuning import FineTuning, check_settings, recover_into
 
-# %% ../nbs/command_line.ipynb #c081
+# %% ../nbs/command_line.ipynb #c082
 TUNING = [each for each in options_of(FineTuning) if each.field not in ("batch_tokens", "seed")] # those are the job's
 
 @app.command("recover")
@@ -838,11 +847,11 @@ def recover_command(
     typer.echo(f"{out}: {settings.steps} steps, the loss of the first {report.losses[0]:.4f}, of the last "
                f"{report.losses[-1]:.4f}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
 
-# %% ../nbs/command_line.ipynb #c083
+# %% ../nbs/command_line.ipynb #c084
 from .jobs.job import evaluate
 from .jobs.records import save_evaluation
 
-# %% ../nbs/command_line.ipynb #c084
+# %% ../nbs/command_line.ipynb #c085
 @app.command("eval")
 @in_one_sentence
 @with_plugins
@@ -860,14 +869,14 @@ def eval_command(
     if out: save_evaluation(evaluation, out)
     typer.echo(table_markdown(method_table([evaluation])))
 
-# %% ../nbs/command_line.ipynb #c086
+# %% ../nbs/command_line.ipynb #c087
 from .analysis import table_csv, table_latex
 from .core.errors import check_choice
 from .experiments.claims import write_ledger
 from .jobs.records import pack_run, unpack_run
 from .jobs.report import run_folders, write_results
 
-# %% ../nbs/command_line.ipynb #c087
+# %% ../nbs/command_line.ipynb #c088
 @app.command("table")
 @in_one_sentence
 @with_plugins
@@ -884,7 +893,7 @@ def table_command(
     if form == "csv": typer.echo(table_csv(table))
     else: typer.echo({"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
 
-# %% ../nbs/command_line.ipynb #c088
+# %% ../nbs/command_line.ipynb #c089
 RunFolders = Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")]
 
 @app.command("figures")
@@ -898,13 +907,13 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c091
+# %% ../nbs/command_line.ipynb #c092
 from .analysis import comparison_markdown
 from .jobs.repeat import repeat_run
 from .jobs.results import compare_runs, comparison_csv, save_comparison
 
 
-# %% ../nbs/command_line.ipynb #c092
+# %% ../nbs/command_line.ipynb #c093
 @app.command("compare")
 @in_one_sentence
 def compare_command(
@@ -926,7 +935,7 @@ def compare_command(
         typer.echo(f"Tables and figure: {out}")
 
 
-# %% ../nbs/command_line.ipynb #c093
+# %% ../nbs/command_line.ipynb #c094
 @app.command("repeat")
 @in_one_sentence
 @with_plugins
@@ -947,7 +956,7 @@ def repeat_command(
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
 
-# %% ../nbs/command_line.ipynb #c094
+# %% ../nbs/command_line.ipynb #c095
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -959,7 +968,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c096
+# %% ../nbs/command_line.ipynb #c097
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -981,7 +990,7 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c098
+# %% ../nbs/command_line.ipynb #c099
 from .methods.attributions import ATTRIBUTIONS
 from .methods.criteria import CRITERIA
 from .methods.experts import ROUTING_AWARE
@@ -989,7 +998,7 @@ from .methods.neurons import NEURON_AWARE
 from .methods.prune import ALLOCATORS, OTHERS, method_line
 from .threshold import SCOPES
 
-# %% ../nbs/command_line.ipynb #c099
+# %% ../nbs/command_line.ipynb #c100
 @app.command("methods")
 @in_one_sentence
 @with_plugins
@@ -1007,10 +1016,10 @@ def methods_command() -> None:
     typer.echo("Recoveries: swaps, update, swaps^update.")
     if ADDED: typer.echo("Added: " + ", ".join(f"{a.kind} {a.name} ({a.plugin or 'session'})" for a in ADDED) + ".")
 
-# %% ../nbs/command_line.ipynb #c100
+# %% ../nbs/command_line.ipynb #c101
 from .jobs.planning import measured_plan, plan, plan_text
 
-# %% ../nbs/command_line.ipynb #c101
+# %% ../nbs/command_line.ipynb #c102
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -1032,13 +1041,13 @@ def plan_command(
     made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
     typer.echo(plan_text(made, budget))
 
-# %% ../nbs/command_line.ipynb #c103
+# %% ../nbs/command_line.ipynb #c104
 from .core.errors import check_at_least
 from .models.lab import DENSE, train_lab
 from .models.lab_experts import EXPERTS
 from .models.loading import fetch_smollm2
 
-# %% ../nbs/command_line.ipynb #c104
+# %% ../nbs/command_line.ipynb #c105
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -1062,11 +1071,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c105
+# %% ../nbs/command_line.ipynb #c106
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c107
+# %% ../nbs/command_line.ipynb #c108
 #| eval: false
 if __name__ == "__main__": main()

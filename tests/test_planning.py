@@ -109,7 +109,7 @@ def test_the_published_models_need_no_network(monkeypatch):
 
 def test_names_that_lead_nowhere_get_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("CAP_NB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(BadInput, match="owner/none could not be read from the hub.*lab, smollm2, meta-llama/Meta-Llama-3-8B-Instruct"):
+    with pytest.raises(BadInput, match="owner/none is not in the cache, and HF_HUB_OFFLINE.*lab, smollm2, meta-llama/Meta-Llama-3-8B-Instruct"):
         read_sizes("owner/none")
     with pytest.raises(BadInput, match="cap fetch smollm2"):
         read_sizes("smollm2")

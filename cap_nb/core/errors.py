@@ -7,12 +7,18 @@ __all__ = ['BadInput']
 
 # %% ../../nbs/core/00_errors.ipynb #c004
 class BadInput(ValueError):
-    "A user's mistake in one sentence: what was wrong, what was expected, what to do."
+    "A user's mistake in one sentence, on one line: what was wrong, what was expected, what to do."
+    def __init__(
+        self,
+        sentence: str = "", # The sentence; what cannot be printed in it, as in a file's name, becomes a space
+    ):
+        super().__init__("".join(letter if letter.isprintable() else " " for letter in str(sentence)))
 
-# %% ../../nbs/core/00_errors.ipynb #c006
+
+# %% ../../nbs/core/00_errors.ipynb #c008
 from collections.abc import Iterable
 
-# %% ../../nbs/core/00_errors.ipynb #c007
+# %% ../../nbs/core/00_errors.ipynb #c009
 def check_choice(
     value: str, # The name that the user gave
     choices: Iterable[str], # Every name that would be accepted
@@ -23,10 +29,10 @@ def check_choice(
     if value in known: return value
     raise BadInput(f"Unknown {what} {value!r}: expected one of {', '.join(known)}; check the spelling.")
 
-# %% ../../nbs/core/00_errors.ipynb #c011
+# %% ../../nbs/core/00_errors.ipynb #c013
 import math
 
-# %% ../../nbs/core/00_errors.ipynb #c012
+# %% ../../nbs/core/00_errors.ipynb #c014
 def check_sparsity(
     sparsity: float, # Share of zeros among the weights in scope, in [0, 1)
 ) -> float: # The same share
@@ -35,7 +41,7 @@ def check_sparsity(
     if number and math.isfinite(sparsity) and 0 <= sparsity < 1: return float(sparsity)
     raise BadInput(f"Sparsity {sparsity!r} is outside [0, 1): expected a share of weights; write 0.2 for 20 %.")
 
-# %% ../../nbs/core/00_errors.ipynb #c016
+# %% ../../nbs/core/00_errors.ipynb #c018
 def check_at_least(
     value: int, # The count that the user gave
     least: int, # The smallest count that makes sense
@@ -45,7 +51,7 @@ def check_at_least(
     if isinstance(value, int) and not isinstance(value, bool) and value >= least: return value
     raise BadInput(f"{what} is {value!r}: expected a whole number of at least {least}; give a larger one.")
 
-# %% ../../nbs/core/00_errors.ipynb #c017
+# %% ../../nbs/core/00_errors.ipynb #c019
 def check_seed(
     seed: int, # The seed that the user gave
     what: str = "seed", # What it is called, as in "--seed"

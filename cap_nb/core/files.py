@@ -40,7 +40,19 @@ def disk_full_reported(
 import os
 import shutil
 
-# %% ../../nbs/core/01_files.ipynb #c009
+# %% ../../nbs/core/01_files.ipynb #c010
+def usual_modes(
+    path: Path, # A file, or a folder with all that is in it
+) -> None:
+    "Give files that a library kept to their owner the modes that the user's umask asks for."
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        private = not file.is_symlink() and file.is_file() and file.stat().st_mode & 0o777 == 0o600
+        if private: os.chmod(file, 0o666 & ~mask)
+
+
+# %% ../../nbs/core/01_files.ipynb #c011
 def process_exists(
     process: int, # Process id
 ) -> bool: # Whether there is such a process on this machine
@@ -57,10 +69,10 @@ def remove_leftovers(
     for part in path.parent.glob(f".{path.name}.*.part"):
         number = part.name.split(".")[-2]
         if not number.isdigit() or process_exists(int(number)): continue
-        if part.is_dir(): shutil.rmtree(part)
+        if part.is_dir() and not part.is_symlink(): shutil.rmtree(part)
         else: part.unlink()
 
-# %% ../../nbs/core/01_files.ipynb #c010
+# %% ../../nbs/core/01_files.ipynb #c012
 @contextmanager
 def whole_file(
     path: str | Path, # Final name of the file
@@ -70,15 +82,30 @@ def whole_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True) # a link that waits under this name is not followed
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         with disk_full_reported(path, "what was finished is kept"):
             yield temporary
             with open(temporary, "rb+") as file: os.fsync(file.fileno())
+            usual_modes(temporary)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../../nbs/core/01_files.ipynb #c021
+# %% ../../nbs/core/01_files.ipynb #c023
+def check_no_links(
+    folder: Path, # A folder of ours
+) -> None:
+    "Raise `BadInput` for a link inside: what is written below it would land elsewhere."
+    for above, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if (path := Path(above)/name).is_symlink():
+                raise BadInput(f"{path} is a link: expected files and folders of its own in {folder.name}; remove it, "
+                               "or give another folder.")
+
+
+# %% ../../nbs/core/01_files.ipynb #c024
 def check_new_folder(
     path: Path, # Name of a folder that is to be made
 ) -> None:
@@ -100,18 +127,20 @@ def whole_folder(
     try:
         with disk_full_reported(path, "nothing of it was left behind"):
             yield temporary
+            usual_modes(temporary)
             if path.exists(): path.rmdir()
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../../nbs/core/01_files.ipynb #c024
+# %% ../../nbs/core/01_files.ipynb #c027
 import fcntl
 
-# %% ../../nbs/core/01_files.ipynb #c025
+# %% ../../nbs/core/01_files.ipynb #c028
 @contextmanager
 def alone_in(
     folder: str | Path, # A folder; made if it is not there
+    links: bool = False, # Whether links inside it are let pass, since who calls looks for them
 ) -> Iterator[None]:
     "Keep other processes out of a folder while the block runs; one that tries raises `BadInput`."
     folder = Path(folder)
@@ -124,13 +153,14 @@ def alone_in(
         except BlockingIOError:
             raise BadInput(f"Another process is at work in {folder}: expected to be alone there; wait for it, "
                            "or name another folder.") from None
+        if not links: check_no_links(folder)
         yield
     finally: os.close(opened)
 
-# %% ../../nbs/core/01_files.ipynb #c028
+# %% ../../nbs/core/01_files.ipynb #c031
 from collections.abc import Collection
 
-# %% ../../nbs/core/01_files.ipynb #c029
+# %% ../../nbs/core/01_files.ipynb #c032
 HALF_WRITTEN = re.compile(r"\..+\.\d+\.part") # Names that `whole_file` writes to
 
 def check_unfinished(
@@ -148,7 +178,18 @@ def check_unfinished(
                            f"{working.name} or choose another name.")
         path.unlink()
 
-# %% ../../nbs/core/01_files.ipynb #c030
+# %% ../../nbs/core/01_files.ipynb #c033
+def check_inside(
+    name: str, # Name of a file, relative to a folder, with / between folders
+    where: str | Path, # Who says so, for the sentence
+) -> str: # The same name
+    "Raise `BadInput` for a name that could lead out of its folder."
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if all(part not in ("", ".", "..") and part.isprintable() and "\\" not in part for part in parts): return name
+    raise BadInput(f"{where} names a file {name!r}: expected a name inside the folder; trust it no further.")
+
+
+# %% ../../nbs/core/01_files.ipynb #c034
 @contextmanager
 def resumed_folder(
     path: str | Path, # Final name of the folder; must not exist, or be empty
@@ -159,19 +200,20 @@ def resumed_folder(
     check_new_folder(path)
     working = path.with_name(f"{path.name}.unfinished")
     try:
-        with alone_in(working), disk_full_reported(path, "what was finished is kept"):
+        with alone_in(working, links=True), disk_full_reported(path, "what was finished is kept"):
             check_new_folder(path)
             check_unfinished(working, names)
             yield working
+            usual_modes(working)
             if path.exists(): path.rmdir()
             os.replace(working, path)
     finally:
         if working.is_dir() and not any(working.iterdir()): working.rmdir()
 
-# %% ../../nbs/core/01_files.ipynb #c035
+# %% ../../nbs/core/01_files.ipynb #c039
 import hashlib
 
-# %% ../../nbs/core/01_files.ipynb #c036
+# %% ../../nbs/core/01_files.ipynb #c040
 def sha256_of_file(
     path: str | Path, # An existing file
 ) -> str: # 64 hexadecimal digits
@@ -187,22 +229,61 @@ def sha256_of_text(
     "SHA-256 of a text in UTF-8."
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
-# %% ../../nbs/core/01_files.ipynb #c041
+# %% ../../nbs/core/01_files.ipynb #c045
+import stat
+
+# %% ../../nbs/core/01_files.ipynb #c046
+MOST_TEXT = 1 << 27 # Bytes of a text that is read whole: JSON takes up to thirty times as much as objects
+
+def text_bytes(
+    path: str | Path, # A file
+) -> bytes: # What is in it
+    "The bytes of a text; a device, a pipe, or more than `MOST_TEXT` raises `BadInput` before anything is read."
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+        raise BadInput(f"{path} is no ordinary file: expected one that has an end; copy what is wanted into one.")
+    if about.st_size > MOST_TEXT:
+        raise BadInput(f"{path} has {about.st_size:,} bytes: expected a text of at most {MOST_TEXT:,}; check the path.")
+    return Path(path).read_bytes()
+
 def read_text(
     path: str | Path, # A file
 ) -> str: # Its text
     "The text of a file in UTF-8; one that is missing or something else raises `BadInput`."
-    try: return Path(path).read_bytes().decode("utf-8")
+    try: return text_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not text in UTF-8 (byte {error.start}): expected the file as it was published; "
                        "fetch it again, or convert it.") from None
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}): expected a file; check the path.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c044
+
+# %% ../../nbs/core/01_files.ipynb #c048
+from pyarrow import parquet
+
+# %% ../../nbs/core/01_files.ipynb #c049
+MOST_ROWS, MOST_UNPACKED = 5_000_000, 1 << 30 # Rows of a table in parquet; its bytes in memory
+
+def rows_of_parquet(
+    path: str | Path, # A file in parquet
+) -> list[dict]: # Its rows
+    "The rows of a table; more than `MOST_ROWS`, or more bytes than `MOST_UNPACKED`, raise `BadInput`."
+    rows, taken = [], 0
+    with parquet.ParquetFile(path) as table:
+        if table.metadata.num_rows > MOST_ROWS: taken = MOST_UNPACKED + 1
+        for batch in table.iter_batches(1 << 12) if not taken else ():
+            taken += batch.nbytes
+            if taken > MOST_UNPACKED: break
+            rows += batch.to_pylist()
+    if taken <= MOST_UNPACKED: return rows
+    raise BadInput(f"{path} is too large: expected at most {MOST_ROWS:,} rows and {MOST_UNPACKED:,} bytes unpacked; "
+                   "check where it came from.")
+
+
+# %% ../../nbs/core/01_files.ipynb #c052
 import json
 
-# %% ../../nbs/core/01_files.ipynb #c045
+# %% ../../nbs/core/01_files.ipynb #c053
 def json_text(
     content: object, # Anything that JSON can hold
 ) -> str: # JSON with sorted keys, a line a value, ending in a newline
@@ -220,7 +301,7 @@ def read_json(
     path: str | Path, # An existing JSON file
 ) -> object: # Its contents
     "Read a JSON file; a missing or damaged one raises `BadInput` that names it."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    try: return json.loads(text_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: expected a JSON file; check the path.") from None
     except IsADirectoryError:
@@ -228,7 +309,7 @@ def read_json(
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON ({error}): expected a whole JSON file; make it again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c049
+# %% ../../nbs/core/01_files.ipynb #c057
 def checked_text(
     content: object, # Anything that JSON can hold
 ) -> str: # JSON with the keys "content" and "sha256"
@@ -249,16 +330,18 @@ def read_checked(
     "Read what `write_checked` wrote; whatever is not as it was saved raises `BadInput` that names it."
     kept = read_json(path)
     if isinstance(kept, dict) and set(kept) == {"content", "sha256"}:
-        if kept["sha256"] == sha256_of_text(json_text(kept["content"])): return kept["content"]
+        try: found = sha256_of_text(json_text(kept["content"]))
+        except (ValueError, RecursionError): found = None # half a surrogate pair, or nesting too deep to write
+        if kept["sha256"] == found: return kept["content"]
     raise BadInput(f"{path} is not as cap_nb saved it, its checksum says: expected no bit flipped and nothing edited "
                    "by hand; restore the file, or remove it and let it be made again.")
 
-# %% ../../nbs/core/01_files.ipynb #c056
+# %% ../../nbs/core/01_files.ipynb #c064
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../../nbs/core/01_files.ipynb #c057
+# %% ../../nbs/core/01_files.ipynb #c065
 def apart(
     tensors: dict[str, torch.Tensor], # Tensors, of which some may be the same
 ) -> dict[str, torch.Tensor]: # The same, contiguous, in memory of their own, as safetensors asks
@@ -270,7 +353,7 @@ def apart(
         seen.add(memory)
     return own
 
-# %% ../../nbs/core/01_files.ipynb #c058
+# %% ../../nbs/core/01_files.ipynb #c066
 def sha256_of_tensor(
     tensor: torch.Tensor, # Any tensor
 ) -> str: # 64 hexadecimal digits
@@ -292,13 +375,38 @@ def write_tensors(
     with whole_file(path) as part:
         save_file(apart(tensors), part, metadata={"cap_nb": entry})
 
-# %% ../../nbs/core/01_files.ipynb #c059
+# %% ../../nbs/core/01_files.ipynb #c067
+MOST_HEADER = 1 << 26 # Bytes of a header of safetensors
+
+def memory_here() -> int: # Bytes
+    "The main memory of this machine."
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+def check_sizes(
+    path: Path, # A file of safetensors
+    most: int | None = None, # Bytes that it may have; None means any number
+) -> None:
+    "Raise `BadInput` for a file whose header or whole is absurdly large; one that is missing raises `OSError`."
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise BadInput(f"{path} is no ordinary file: expected one of tensors; check the path.")
+    with open(path, "rb") as file: header = int.from_bytes(file.read(8), "little")
+    if header > min(MOST_HEADER, about.st_size):
+        raise BadInput(f"{path} is damaged, its header would have {header:,} bytes: expected at most {MOST_HEADER:,} "
+                       "within the file; fetch or make it again.")
+    if most is not None and about.st_size > most:
+        raise BadInput(f"{path} has {about.st_size:,} bytes: expected at most {most:,}, the memory of this machine; "
+                       "check the path.")
+
+
+# %% ../../nbs/core/01_files.ipynb #c068
 @contextmanager
 def opened_tensors(
     path: Path, # A file that `write_tensors` wrote
 ) -> Iterator[tuple]: # The file as safetensors opens it, the words, and the checksum of each tensor
     "Open a file of tensors and check its words; whatever is missing, damaged or foreign raises `BadInput`."
     try:
+        check_sizes(path, memory_here())
         with safe_open(path, framework="pt") as file:
             entry = json.loads(file.metadata()["cap_nb"])
             words, sums = entry["meta"], entry["sha256"]
@@ -307,11 +415,12 @@ def opened_tensors(
             yield file, words, sums["tensors"]
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: expected a table of losses; run 'cap score' first.") from None
-    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError):
+    except BadInput: raise
+    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise BadInput(f"{path} is damaged, or was not written by this version of cap_nb: expected tensors with their "
                        "checksums; remove it, and have it made again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c060
+# %% ../../nbs/core/01_files.ipynb #c069
 def checked_tensor(
     file: object, # As safetensors opens it
     name: str, # Name of a tensor in it
@@ -330,10 +439,10 @@ def read_tensors(
     with opened_tensors(path) as (file, words, sums):
         return {name: checked_tensor(file, name, sums) for name in (sums if names is None else names)}, words
 
-# %% ../../nbs/core/01_files.ipynb #c066
+# %% ../../nbs/core/01_files.ipynb #c075
 from dataclasses import dataclass
 
-# %% ../../nbs/core/01_files.ipynb #c067
+# %% ../../nbs/core/01_files.ipynb #c076
 @dataclass(frozen=True)
 class StoredTensor:
     "Where the bytes of a tensor lie."
@@ -352,17 +461,18 @@ def stored_tensor(
     start, end = (begin + offset for offset in entry["data_offsets"])
     return StoredTensor(file=file, start=start, end=end, kind=entry["dtype"], shape=tuple(entry["shape"]))
 
-# %% ../../nbs/core/01_files.ipynb #c068
+# %% ../../nbs/core/01_files.ipynb #c077
 def stored_tensors(
     file: Path, # A safetensors file
 ) -> dict[str, StoredTensor]: # Name -> where it lies
     "Read the header of a safetensors file; a missing or damaged file raises `BadInput`."
     try:
+        check_sizes(file)
         with safe_open(file, framework="pt"): pass # compares the header with the file's length
     except FileNotFoundError:
         raise BadInput(f"{file} does not exist: expected a shard that the index names; "
                        "fetch the checkpoint again.") from None
-    except SafetensorError:
+    except (SafetensorError, OSError):
         raise BadInput(f"{file} is damaged or no safetensors file: expected a whole one; "
                        "fetch the checkpoint again.") from None
     with open(file, "rb") as opened:
@@ -370,7 +480,7 @@ def stored_tensors(
         header = json.loads(opened.read(length))
     return {name: stored_tensor(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
 
-# %% ../../nbs/core/01_files.ipynb #c069
+# %% ../../nbs/core/01_files.ipynb #c078
 PIECE = 1 << 23 # Bytes that are read at once; whole numbers, 8 of them or more, whatever their dtype
 
 def pieces_of(
@@ -386,7 +496,7 @@ def pieces_of(
                                "changes; try again.")
             yield piece
 
-# %% ../../nbs/core/01_files.ipynb #c073
+# %% ../../nbs/core/01_files.ipynb #c082
 SHARD_INDEX = "model.safetensors.index.json"
 
 def shard_files(
@@ -406,7 +516,27 @@ def shard_files(
                        "folder; fetch the checkpoint again.")
     return tuple(folder/name for name in names)
 
-# %% ../../nbs/core/01_files.ipynb #c076
+# %% ../../nbs/core/01_files.ipynb #c084
+def checkpoint_tensors(
+    folder: Path, # A checkpoint folder
+) -> dict[str, StoredTensor]: # Name -> where it lies
+    "Every tensor of a checkpoint; one that two shards have, or that the index misplaces, raises `BadInput`."
+    shards, tensors = shard_files(folder), {}
+    for shard in shards:
+        found = stored_tensors(shard)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise BadInput(f"{shard} holds {twice[0]}, which {tensors[twice[0]].file.name} holds too: expected each "
+                           "tensor once; fetch the checkpoint again.")
+        tensors |= found
+    listed = {} if shards[0].name == "model.safetensors" else read_json(folder/SHARD_INDEX)["weight_map"]
+    for name, place in listed.items():
+        if name not in tensors or tensors[name].file.name != place:
+            raise BadInput(f"{folder/SHARD_INDEX} says that {place} holds {name}, and it does not: expected the index "
+                           "of these shards; fetch the checkpoint again.")
+    return tensors
+
+
+# %% ../../nbs/core/01_files.ipynb #c088
 def repository_root() -> Path: # The folder that holds settings.ini
     "The top of this repository, seen from the working directory; outside of it raises `BadInput`."
     here = Path.cwd()

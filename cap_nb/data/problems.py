@@ -224,32 +224,90 @@ def benchmark_file(
     return existing[0]
 
 # %% ../../nbs/data/00_problems.ipynb #c039
+from collections.abc import Iterable
+from ..core.hub import Repository, Wanted, folder_from_hub
+
+# %% ../../nbs/data/00_problems.ipynb #c040
+TABLES = (".parquet", ".jsonl", ".json") # Formats in which the hub has records
+
+def split_files(
+    names: Iterable[str], # Names of a repository's files
+    configuration: str | None, # A configuration of the data set, or None
+    split: str, # The hub's name of the split
+) -> list[str]: # Names of the split's files
+    "The files of a split: in the configuration's folder, with the split's name in theirs."
+    def fits(name: str) -> bool:
+        folder, _, file = name.rpartition("/")
+        of_split = re.search(rf"(^|[^a-z]){split}([^a-z]|$)", file.lower()) and file.endswith(TABLES)
+        return bool(of_split) and folder in ((configuration,) if configuration else ("", "data", "default"))
+    found = sorted(filter(fits, names))
+    return [name for name in found if name.rpartition(".")[2] == found[0].rpartition(".")[2]]
+
+def split_complete(
+    names: Iterable[str], # Names of the files at hand
+    configuration: str | None, # A configuration of the data set, or None
+    split: str, # The hub's name of the split
+) -> bool: # Whether all files of the split are there
+    "Whether as many files of a split are there as their names say."
+    found = split_files(names, configuration, split)
+    wanted = re.search(r"-of-(\d+)", found[0]) if found else None
+    return bool(found) and len(found) == int(wanted[1] if wanted else 1)
+
+
+# %% ../../nbs/data/00_problems.ipynb #c042
+import pyarrow
+from ..core.files import rows_of_parquet
+from pyarrow import parquet
+
+# %% ../../nbs/data/00_problems.ipynb #c043
+def records_of_table(
+    path: Path, # A file in one of the formats `TABLES`
+) -> list[dict]: # Its records
+    "The records of a data set's file; a damaged one raises `BadInput`."
+    if path.suffix != ".parquet": return records_of_file(path)
+    from datasets import Features # takes a moment to import, and a folder of files does without
+    try:
+        features = Features.from_arrow_schema(parquet.read_schema(path))
+        return [features.decode_example(row) for row in rows_of_parquet(path)]
+    except BadInput: raise
+    except (pyarrow.ArrowException, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise BadInput(f"{path.name} cannot be read ({type(error).__name__}): expected a table in parquet; fetch it "
+                       "again.") from None
+
+
+# %% ../../nbs/data/00_problems.ipynb #c044
 def from_hub(
-    name: str, # Name of the dataset on the hub
+    name: str, # Name of the data set on the hub
     configuration: str | None, # Its configuration
     revision: str, # The pinned commit
     split: str, # The hub's name of the split
 ) -> list[dict]: # The records
-    "Records of a dataset on the hub at a pinned revision; out of reach raises `BadInput`."
-    from datasets import load_dataset
-    try: return list(load_dataset(name, configuration, revision=revision, split=split))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"The dataset {name} could not be loaded from the hub ({type(error).__name__}): expected "
-                       f"network access or its files in a folder; give --data-dir.") from error
+    "Records of a data set on the hub at a pinned revision; out of reach raises `BadInput`."
+    def of_split(names: Iterable[str]) -> list[str]:
+        if files := split_files(names, configuration, split): return files
+        raise BadInput(f"{name} has no files of the split {split}: expected some in parquet or JSON; give --data-dir.")
+    def below(folder: Path) -> list[str]:
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    def complete(folder: Path) -> bool: return split_complete(below(folder), configuration, split)
+    wanted = Wanted(first="README.md", files=of_split, complete=complete,
+                    instead="put its files in a folder for --data-dir")
+    folder = folder_from_hub(Repository(name, "dataset", revision), wanted)
+    return [record for file in of_split(below(folder)) for record in records_of_table(folder/file)]
 
-# %% ../../nbs/data/00_problems.ipynb #c041
+
+# %% ../../nbs/data/00_problems.ipynb #c046
 import functools
 from .changed_numbers import changed_records
 from ..models.lab_world import lab_records
 
-# %% ../../nbs/data/00_problems.ipynb #c042
+# %% ../../nbs/data/00_problems.ipynb #c047
 def split_of(
     problem: Problem, # A problem of a benchmark that has one file for both splits
 ) -> str: # "evaluation" for a quarter of all contents, "calibration" for the rest
     "The split of a problem by its content hash."
     return "evaluation" if int(problem.uid[:4], 16) % 4 == 0 else "calibration"
 
-# %% ../../nbs/data/00_problems.ipynb #c043
+# %% ../../nbs/data/00_problems.ipynb #c048
 @functools.cache
 def copied_records(
     path: Path, # A benchmark file
@@ -276,7 +334,7 @@ def source_records(
     records = from_hub(*benchmark.hub, benchmark.splits[split])
     return changed_records(records) if task in COPIES else records
 
-# %% ../../nbs/data/00_problems.ipynb #c044
+# %% ../../nbs/data/00_problems.ipynb #c049
 def what_is_wrong(
     error: Exception, # What a reader raised
 ) -> str: # In a few words
@@ -284,7 +342,7 @@ def what_is_wrong(
     if isinstance(error, KeyError): return f"it has no {error}"
     return str(error) if isinstance(error, ValueError) else "a part of it is null or of another kind"
 
-# %% ../../nbs/data/00_problems.ipynb #c045
+# %% ../../nbs/data/00_problems.ipynb #c050
 def read_problems(
     task: str, # Name of the task
     split: str, # "calibration" or "evaluation"
@@ -300,7 +358,7 @@ def read_problems(
         problems.setdefault(problem.uid, problem)
     return tuple(problems.values())
 
-# %% ../../nbs/data/00_problems.ipynb #c046
+# %% ../../nbs/data/00_problems.ipynb #c051
 @functools.cache
 def lab_problems(
     task: str, # Name of a lab task
@@ -309,7 +367,7 @@ def lab_problems(
     "The problems of a lab task."
     return read_problems(task, split, None)
 
-# %% ../../nbs/data/00_problems.ipynb #c047
+# %% ../../nbs/data/00_problems.ipynb #c052
 def load_problems(
     task: str, # One of `TASKS`, as in "gsm8k", "lab-gsm8k" or "gsm8k_changed"
     split: str, # "calibration" or "evaluation"
@@ -324,10 +382,10 @@ def load_problems(
     shared = len(set(benchmark.files.values())) == 1 and (data_dir is not None or benchmark.hub is None) # one file
     return tuple(p for p in problems if split_of(p) == split) if shared else problems
 
-# %% ../../nbs/data/00_problems.ipynb #c053
+# %% ../../nbs/data/00_problems.ipynb #c058
 from ..models.lab_world import lab_text
 
-# %% ../../nbs/data/00_problems.ipynb #c054
+# %% ../../nbs/data/00_problems.ipynb #c059
 @dataclass(frozen=True)
 class Text:
     "A text for perplexity."
@@ -339,7 +397,7 @@ class Text:
         "SHA-256 of the text: 64 hexadecimal digits."
         return sha256_of_text(self.text)
 
-# %% ../../nbs/data/00_problems.ipynb #c055
+# %% ../../nbs/data/00_problems.ipynb #c060
 TEXTS: dict[str, dict[str, Path] | None] = {"wikitext2": None, "lab-text": None} # Text -> split -> file of the user
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3")
 WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation"} # Split -> the hub's name of it
@@ -359,7 +417,7 @@ def halves(
     middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
     return text[:middle], text[middle:]
 
-# %% ../../nbs/data/00_problems.ipynb #c056
+# %% ../../nbs/data/00_problems.ipynb #c061
 def with_words_in(
     path: Path, # A file of text
 ) -> str: # Its text
@@ -368,7 +426,7 @@ def with_words_in(
     if text.strip(): return text
     raise BadInput(f"{path} holds no words: expected a text to measure perplexity on; fetch it again.")
 
-# %% ../../nbs/data/00_problems.ipynb #c057
+# %% ../../nbs/data/00_problems.ipynb #c062
 def own_text(
     name: str, # Name of the text
     files: dict[str, Path], # Split -> file
@@ -378,9 +436,9 @@ def own_text(
     if split not in files:
         raise BadInput(f"The text {name} has no file for {split}: expected one apart from that of the evaluation; "
                        "name it when the text is added.")
-    return Text(name, files[split].read_text(encoding="utf-8"))
+    return Text(name, read_text(files[split]))
 
-# %% ../../nbs/data/00_problems.ipynb #c058
+# %% ../../nbs/data/00_problems.ipynb #c063
 def load_text(
     name: str, # "wikitext2" or "lab-text"
     data_dir: str | Path | None = None, # Folder that holds wikitext2/test.txt and valid.txt; None means the hub

@@ -72,7 +72,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from ..core.errors import BadInput
-from ..core.files import sha256_of_text, whole_file
+from ..core.files import sha256_of_text, text_bytes, whole_file
 
 # %% ../../nbs/jobs/06_chains.ipynb #c018
 @dataclass(frozen=True)
@@ -115,10 +115,11 @@ def read_chains(
     if not path.is_file():
         raise BadInput(f"{path} is not a file: expected one with chains; make it with 'cap chains'.")
     try:
-        header, *records = [json.loads(line) for line in path.read_bytes().decode("utf-8").split("\n") if line]
+        header, *records = [json.loads(line) for line in text_bytes(path).decode("utf-8").split("\n") if line]
         chains = Chains(header["about"], tuple(Chain(**record) for record in records))
         if header["sha256"] != chains.fingerprint: raise ValueError("its checksum is another")
-    except (KeyError, TypeError, ValueError) as error:
+    except BadInput: raise
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is damaged or holds no chains ({error}): expected a file as 'cap chains' wrote it; "
                        "make it again.") from None
     return chains

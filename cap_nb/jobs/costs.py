@@ -141,8 +141,10 @@ def published_id(
     return known.get(name.lower())
 
 # %% ../../nbs/jobs/04_costs.ipynb #c021
+from collections.abc import Sequence
 from pathlib import Path
 from transformers import AutoConfig
+from ..core.hub import Repository, Wanted, folder_from_hub
 from ..models.lab import CHECKPOINT
 from ..models.lab_experts import EXPERTS_CHECKPOINT
 from ..models.loading import HUB_ID, config_of, model_cache
@@ -161,11 +163,10 @@ def config_on_hub(
 ) -> object: # The configuration
     "Fetch a model's config.json from the hub and nothing else; out of reach raises `BadInput`."
     source, revision = HUB_ID.fullmatch(name).groups()
-    try: return AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"The configuration of {name} could not be read from the hub ({type(error).__name__}): expected "
-                       "access to it, a folder with its config.json, or a model that is known here: lab, smollm2, "
-                       f"{', '.join(PUBLISHED)}.") from None
+    def alone(names: Sequence[str]) -> list[str]: return [file for file in names if file == "config.json"]
+    instead = f"name a folder with its config.json, lab, smollm2, {', '.join(PUBLISHED)}"
+    wanted = Wanted(first="config.json", files=alone, complete=lambda folder: True, instead=instead)
+    return config_of(folder_from_hub(Repository(source, revision=revision), wanted))
 
 # %% ../../nbs/jobs/04_costs.ipynb #c023
 LABS = {"lab": CHECKPOINT, "lab-moe": EXPERTS_CHECKPOINT} # Checkpoints of the package
@@ -303,7 +304,6 @@ def flops_of(
             + 4 * sizes.heads * sizes.head_size * work.pairs)
 
 # %% ../../nbs/jobs/04_costs.ipynb #c038
-from collections.abc import Sequence
 from ..data.batches import token_batches
 
 # %% ../../nbs/jobs/04_costs.ipynb #c039

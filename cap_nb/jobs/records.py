@@ -405,7 +405,7 @@ def live_records(
 # %% ../../nbs/jobs/00_records.ipynb #c063
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ..core.files import whole_file
+from ..core.files import check_inside, rows_of_parquet, whole_file
 
 # %% ../../nbs/jobs/00_records.ipynb #c064
 ARROW = {str: pa.string(), str | None: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
@@ -462,20 +462,27 @@ def evaluation_from(
         **about, answers=records(AnswerRecord, rows.get("answer", [])),
         losses=records(LossRecord, rows.get("loss", [])), perplexity=perplexity_from(text))
 
+
+# %% ../../nbs/jobs/00_records.ipynb #c069
 def packed_records(
     path: Path, # A file that `write_packed_records` wrote
 ) -> Records: # What the run recorded
     "The records of a packed run; a damaged file raises `BadInput`."
-    try: rows = pq.read_table(path).to_pylist()
+    try: rows = rows_of_parquet(path)
     except (OSError, pa.ArrowException) as error:
         raise BadInput(f"{path} is damaged ({error}): expected the records of a packed run; get it anew.") from error
     places = {}
-    for row in rows: places.setdefault(row["place"], {}).setdefault(row["record"], []).append(row)
+    if rows and not rows[0].keys() >= {"place", "record", "content"}:
+        raise BadInput(f"{path} lacks the columns of a packed run: expected what 'cap pack' wrote; get it anew.")
+    for row in rows: places.setdefault(check_inside(row["place"], path), {}).setdefault(row["record"], []).append(row)
     files = {name: kinds["file"][0]["content"] for name, kinds in places.items() if "file" in kinds}
-    evaluations = {name: evaluation_from(kinds) for name, kinds in places.items() if "file" not in kinds}
+    try: evaluations = {name: evaluation_from(kinds) for name, kinds in places.items() if "file" not in kinds}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is no packed run ({type(error).__name__}): expected what 'cap pack' wrote; get it "
+                       "anew.") from None
     return Records(evaluations=evaluations, files=files)
 
-# %% ../../nbs/jobs/00_records.ipynb #c069
+# %% ../../nbs/jobs/00_records.ipynb #c070
 def records_of(
     folder: str | Path, # A run's folder
 ) -> Records: # What it recorded
@@ -487,7 +494,7 @@ def records_of(
     raise BadInput(f"{folder/PACKED} is not the file that manifest.json beside it names: expected both as 'cap pack' "
                    "wrote them; get them anew.")
 
-# %% ../../nbs/jobs/00_records.ipynb #c072
+# %% ../../nbs/jobs/00_records.ipynb #c073
 def record_hashes(
     records: Records, # What a run recorded
 ) -> dict[str, str]: # Path within a live run's folder -> SHA-256 of the file
@@ -508,11 +515,11 @@ def manifest(
             "made from": record_hashes(records) | {"run.json": sha256_of_file(folder/"run.json")},
             } | ({"packed": sha256_of_file(packed)} if packed.exists() else {})
 
-# %% ../../nbs/jobs/00_records.ipynb #c075
-import shutil
-from ..core.files import alone_in
-
 # %% ../../nbs/jobs/00_records.ipynb #c076
+import shutil
+from ..core.files import alone_in, check_no_links
+
+# %% ../../nbs/jobs/00_records.ipynb #c077
 def remove_live_records(
     folder: Path, # The folder of a run that was packed
 ) -> None:
@@ -521,7 +528,7 @@ def remove_live_records(
         if path.is_dir() and not any(path.iterdir()): path.rmdir()
         elif path.is_file() and is_record(path.relative_to(folder)): path.unlink()
 
-# %% ../../nbs/jobs/00_records.ipynb #c077
+# %% ../../nbs/jobs/00_records.ipynb #c078
 def pack_run(
     folder: str | Path, # The folder of a finished run
 ) -> None:
@@ -540,7 +547,7 @@ def pack_run(
         write_checked(folder/"manifest.json", manifest(folder))
         remove_live_records(folder)
 
-# %% ../../nbs/jobs/00_records.ipynb #c078
+# %% ../../nbs/jobs/00_records.ipynb #c079
 def unpack_run(
     folder: str | Path, # The folder of a packed run
     target: str | Path, # Folder to make; must not exist, or be empty
@@ -552,6 +559,7 @@ def unpack_run(
         raise BadInput(f"{folder} is not packed: expected a run with {PACKED}; it can be used as it is.")
     records = packed_records(folder/PACKED)
     with whole_folder(target) as part:
+        check_no_links(folder)
         shutil.copytree(folder, part, ignore=shutil.ignore_patterns(PACKED), dirs_exist_ok=True)
         for name, content in records.files.items():
             (part/name).parent.mkdir(parents=True, exist_ok=True)
@@ -559,7 +567,7 @@ def unpack_run(
         for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name)
         write_checked(part/"manifest.json", manifest(part))
 
-# %% ../../nbs/jobs/00_records.ipynb #c082
+# %% ../../nbs/jobs/00_records.ipynb #c083
 PAPERS_ROWS = ("dense", "wanda", "magnitude", "cap") # Rows of Table 1, from top to bottom
 
 def row_order(
@@ -570,7 +578,7 @@ def row_order(
     rank = PAPERS_ROWS.index(method) if method in PAPERS_ROWS else len(PAPERS_ROWS)
     return method != "dense", evaluation.sparsity, rank, method
 
-# %% ../../nbs/jobs/00_records.ipynb #c085
+# %% ../../nbs/jobs/00_records.ipynb #c086
 SESSION = ("python", "torch", "transformers", "cap_nb", "device", "device_name", "threads") # What numbers depend on
 SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "evaluation",
             "plugins") # Parts worth a note
@@ -586,10 +594,10 @@ def provenance_of(
     if len(distinct) == 1: return notes | {"session": distinct[0]}
     return notes | {f"session {number}": session for number, session in enumerate(distinct, 1)}
 
-# %% ../../nbs/jobs/00_records.ipynb #c087
+# %% ../../nbs/jobs/00_records.ipynb #c088
 from ..scoring import HeadLosses, causal_scores, load_losses
 
-# %% ../../nbs/jobs/00_records.ipynb #c088
+# %% ../../nbs/jobs/00_records.ipynb #c089
 @dataclass(frozen=True)
 class Run:
     "A run, read from its folder."
@@ -612,7 +620,7 @@ class Run:
         "Where the numbers come from, for the notes below a table."
         return provenance_of(self.configuration, self.sessions)
 
-# %% ../../nbs/jobs/00_records.ipynb #c090
+# %% ../../nbs/jobs/00_records.ipynb #c091
 def cells_found(
     configuration: dict, # A run's configuration
     records: Records, # What it recorded
@@ -624,7 +632,7 @@ def cells_found(
         finished = (e for place, e in records.evaluations.items() if place.startswith("evaluations/"))
         return tuple((e.method, e.sparsity) for e in finished)
 
-# %% ../../nbs/jobs/00_records.ipynb #c091
+# %% ../../nbs/jobs/00_records.ipynb #c092
 def load_run(
     folder: str | Path, # A run's folder, live or packed
 ) -> Run: # All of it, as far as it is finished

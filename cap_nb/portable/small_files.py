@@ -41,7 +41,7 @@ def files_of(
 # %% ../../nbs/portable/01_small_files.ipynb #c012
 from dataclasses import dataclass
 from ..core.errors import check_choice
-from ..core.files import StoredTensor, stored_tensors
+from ..core.files import StoredTensor, checkpoint_tensors, stored_tensors
 from ..models.lab import CHECKPOINT
 from ..models.lab_experts import EXPERTS_CHECKPOINT
 from ..models.loading import model_cache
@@ -64,7 +64,7 @@ def open_base(
     if not folder.is_dir():
         raise BadInput(f"There is no base {name!r}: expected lab, lab-moe, smollm2 (once fetched) or a folder; for a "
                        "model of the hub, name the folder into which it was downloaded.")
-    tensors = {tensor: stored for shard in shard_files(folder) for tensor, stored in stored_tensors(shard).items()}
+    tensors = checkpoint_tensors(folder)
     return Base(name=name if name in known else folder.resolve().name, sha256=base_sha256(tensors), tensors=tensors)
 
 # %% ../../nbs/portable/01_small_files.ipynb #c014
