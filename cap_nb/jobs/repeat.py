@@ -120,6 +120,7 @@ def narrowed(
     kept = {"methods": tuple(methods or job.prune.methods), "sparsities": tuple(sparsities or job.prune.sparsities)}
     return changed(job, **kept)
 
+# %% ../../nbs/jobs/10_repeat.ipynb #c020
 def same_job(
     kept: dict, # Contents of a run.json
     part: tuple[Sequence[str] | None, Sequence[float] | None], # Methods and sparsities to do again; None: all
@@ -135,7 +136,7 @@ def same_job(
     drawn = prepare(jobs[0]).configuration["evaluation"]["data"]
     return jobs[drawn != kept["evaluation"]["data"]]
 
-# %% ../../nbs/jobs/10_repeat.ipynb #c020
+# %% ../../nbs/jobs/10_repeat.ipynb #c021
 def repeat_run(
     folder: str | Path, # A run's folder, live or packed
     out: str | Path, # Folder of the second run; made, or continued where a killed one stopped
