@@ -79,7 +79,7 @@ def test_a_calibration_seed_leaves_the_evaluation_alone(finished, tmp_path):
     (["run", "--n", "0"], ["--n is 0"]),
     (["run", "--n", "1", "--tasks", "lab-arc", "--k", "5"], ["k = 5 subsets of 1 examples"]),
     (["run", "--model", "no such folder"], ["There is no folder 'no such folder'"]),
-    (["run", "--model", "nobody/nothing"], ["nobody/nothing is neither a folder here"]),
+    (["run", "--model", "nobody/nothing"], ["nobody/nothing is not in the cache"]),
     (["run", "--tasks", "gsm8k", "--data-dir", "no/data"], ["no/data is not a folder"]),
     (["run", "--dtype", "float8"], ["Unknown dtype 'float8'"]),
     (["run", "--style", "poem"], ["Unknown prompt style 'poem'"]),

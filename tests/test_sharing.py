@@ -118,10 +118,10 @@ def test_a_base_gives_away_no_path(tmp_path, monkeypatch):
         assert sharing.base_record(str(tmp_path / "mine"), "f") == {"name": "mine", "fingerprint": "f"} | licence
     monkeypatch.chdir(tmp_path / "mine")
     assert sharing.base_record(".", "f")["name"] == "mine"
-    monkeypatch.setattr(sharing, "hf_hub_download", lambda name, file, revision: (_ for _ in ()).throw(huggingface_hub.errors.LocalEntryNotFoundError("offline")))
+    monkeypatch.setattr(sharing, "hf_hub_download", lambda name, file, revision, local_files_only: (_ for _ in ()).throw(huggingface_hub.errors.LocalEntryNotFoundError("offline")))
     assert sharing.base_record("owner/name@abc", "f") == {"name": "owner/name", "fingerprint": "f", "commit": "abc"}
     (tmp_path / "card").write_text("---\nlicense: llama3\n---\n")
-    monkeypatch.setattr(sharing, "hf_hub_download", lambda name, file, revision: str(tmp_path / "card"))
+    monkeypatch.setattr(sharing, "hf_hub_download", lambda name, file, revision, local_files_only: str(tmp_path / "card"))
     assert sharing.base_record("owner/name", "f", "def") == {"name": "owner/name", "fingerprint": "f", "commit": "def", "license": "llama3"}
 
 

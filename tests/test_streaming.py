@@ -309,7 +309,7 @@ DAMAGE = {
     "index leads out": (lambda src: (src / INDEX).write_text('{"weight_map": {"a": "../src/model.safetensors"}}'), "is no index of shards"),
     "missing shard": (lambda src: sorted(src.glob("*.safetensors"))[2].unlink(), "a shard that the index names"),
     "cut off": (cut_off, "is damaged"),
-    "missing weight": (without(KEY), f"holds no tensor {KEY}"),
+    "missing weight": (without(KEY), KEY),
     "8 bits": (without(KEY, lambda w: w.to(torch.int8)), f"{KEY} is stored as I8"),
     "other shape": (without(KEY, lambda w: w[:-1].contiguous()), f"{KEY} has shape [11, 20]: expected [12, 20]"),
     "not a number": (without(KEY, with_nan), "is not finite"),

@@ -142,9 +142,9 @@ def repeat_run(
     out: str | Path, # Folder of the second run; made, or continued where a killed one stopped
     methods: Sequence[str] | None = None, # Methods to do again; None: all
     sparsities: Sequence[float] | None = None, # Sparsities to do again; None: all
-    **places: str, # name, device, data_dir, calibrate_on: where things are now, if not where the run says
+    places: dict[str, str] | None = None, # Where things are now, by name, device, data_dir and calibrate_on
 ) -> pd.DataFrame: # As `compare_repeated`
     "Do a run again and say what differs; what is missing raises `BadInput` before any work."
     kept = read_run(folder)
-    run_job(same_job(kept, (methods, sparsities), places), out)
+    run_job(same_job(kept, (methods, sparsities), places or {}), out)
     return compare_repeated(load_run(folder), load_run(out))
