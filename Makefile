@@ -4,7 +4,7 @@
 # make soak       every reader is fed FUZZ (100,000) spoilt files (hours)
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
-# make readme     README.md from nbs/index.ipynb
+# make readme     README.md from nbs/index.ipynb, and the stubs for type checkers from the modules
 # make benchmarks measure what figures/benchmarks does not hold yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
 #
 # With a virtual environment active, it is used; otherwise .venv is made here. Variables: PYTHON (which interpreter makes .venv),
@@ -77,6 +77,7 @@ audit: env
 
 readme: env
 	"$(BIN)/python" tools/readme.py
+	"$(BIN)/python" tools/stubs.py
 
 # The five checks run in this order; pytest's summary is the last thing printed.
 test: env
@@ -118,8 +119,9 @@ check-style: env
 	"$(BIN)/ruff" check --quiet --ignore E501 cap_nb # nbdev wraps __all__ as it likes; the other lines are the notebooks'
 
 check-readme: env
-	@echo "== README.md is what nbs/index.ipynb makes"
+	@echo "== README.md is what nbs/index.ipynb makes, and the stubs are what the modules make"
 	"$(BIN)/python" tools/readme.py --check
+	"$(BIN)/python" tools/stubs.py --check
 
 check-notebooks: env
 	@echo "== notebooks run"

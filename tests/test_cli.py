@@ -268,11 +268,6 @@ def test_help_and_simple_mistakes_load_nothing_heavy(words):
     assert said.stdout.splitlines()[-1] == "loaded []", said.stdout[-300:] + said.stderr[-300:]
 
 
-def test_importing_the_package_loads_nothing_heavy():
-    code = f"import sys, cap_nb\nassert 'prune' in dir(cap_nb)\nprint([name for name in {HEAVY} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout == "[]\n"
-
-
 def test_options_that_are_written_out_are_those_of_the_function():
     """`cap chains` states two defaults itself, so that its help need not load the chains."""
     import inspect

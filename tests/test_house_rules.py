@@ -8,11 +8,12 @@ import subprocess
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, tool
 from notebooks_on_disk import NOTEBOOKS, SOURCES, cells, label, module_of, notebooks_tool
 
 MODULES = sorted(p for p in (ROOT / "cap_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 FLOORS = notebooks_tool.floors()
+stubs_tool = tool("stubs")
 
 
 def place(path):
@@ -206,3 +207,8 @@ def test_order_is_noticed():
     places = [place(ROOT / "nbs" / f"{name}.ipynb") for name in names]
     assert places == sorted(places) and len(set(places)) == len(places)
     assert imported_modules("from ..models import files", "cap_nb.jobs.job") == ["cap_nb.models", "cap_nb.models.files"]
+
+
+def test_type_checkers_know_the_public_names():
+    """The stubs are up to date."""
+    assert all(path.read_text(encoding="utf-8") == text for path, text in stubs_tool.stubs().items()), "run python tools/stubs.py"
