@@ -18,13 +18,13 @@ def length_quartiles(
     for rank, index in enumerate(ranked): quartile[index] = 4 * rank // len(lengths)
     return quartile
 
-# %% ../nbs/00_calibration.ipynb #c019
+# %% ../nbs/00_calibration.ipynb #c017
 import random
 from collections import Counter
 from .core.errors import BadInput
 from .data.prompts import IGNORED, Example
 
-# %% ../nbs/00_calibration.ipynb #c020
+# %% ../nbs/00_calibration.ipynb #c018
 def draw_stratified(
     pool: Sequence[Example], # Every example of one task
     n: int, # Examples to draw
@@ -43,11 +43,11 @@ def draw_stratified(
         drawn += [(example, q) for example in rng.sample(members, wanted[q])]
     return drawn
 
-# %% ../nbs/00_calibration.ipynb #c024
+# %% ../nbs/00_calibration.ipynb #c022
 import torch
 from .core.errors import check_at_least, check_seed
 
-# %% ../nbs/00_calibration.ipynb #c025
+# %% ../nbs/00_calibration.ipynb #c023
 def deal_subsets(
     stratum: Sequence[int], # Stratum of each of the N examples
     k: int, # Number of subsets, K
@@ -67,13 +67,13 @@ def deal_subsets(
     subset[torch.tensor(dealt)] = torch.arange(len(dealt)) % k
     return subset
 
-# %% ../nbs/00_calibration.ipynb #c032
+# %% ../nbs/00_calibration.ipynb #c030
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from .core.files import sha256_of_text
 
-# %% ../nbs/00_calibration.ipynb #c033
+# %% ../nbs/00_calibration.ipynb #c031
 @dataclass(frozen=True)
 class Calibration:
     "N examples, dealt into K disjoint subsets."
@@ -97,7 +97,7 @@ class Calibration:
         "A calibration set of your own examples; each task is cut into its own length quartiles."
         return calibration_from_examples(tuple(examples), k, seed)
 
-# %% ../nbs/00_calibration.ipynb #c035
+# %% ../nbs/00_calibration.ipynb #c033
 def calibration_from_examples(
     examples: tuple[Example, ...], # A user's own examples
     k: int, # Number of subsets
@@ -113,10 +113,10 @@ def calibration_from_examples(
     deal_subsets(stratum, k, seed) # a k that does not fit is refused here, not later
     return Calibration(examples=examples, stratum=tuple(stratum), k=k, seed=seed)
 
-# %% ../nbs/00_calibration.ipynb #c039
+# %% ../nbs/00_calibration.ipynb #c037
 from .data.problems import BENCHMARK_NAMES, LAB_TASKS
 
-# %% ../nbs/00_calibration.ipynb #c040
+# %% ../nbs/00_calibration.ipynb #c038
 def default_tasks(
     tokenizer, # Tokenizer of transformers
 ) -> tuple[str, ...]: # The lab's three tasks for the lab's tokenizer, the paper's benchmarks otherwise
@@ -129,12 +129,12 @@ def default_style(
     "The prompt style of a model unless the user names another."
     return "lab" if "<lab>" in tokenizer.get_vocab() else "paper"
 
-# %% ../nbs/00_calibration.ipynb #c045
+# %% ../nbs/00_calibration.ipynb #c043
 from pathlib import Path
 from .data.problems import load_problems
 from .data.prompts import PromptStyle, encode_problem
 
-# %% ../nbs/00_calibration.ipynb #c046
+# %% ../nbs/00_calibration.ipynb #c044
 def calibration_set(
     tokenizer, # Tokenizer of transformers
     tasks: Sequence[str] | None = None, # Names of tasks; None means `default_tasks`
@@ -158,10 +158,10 @@ def calibration_set(
     deal_subsets(stratum, k, seed) # a k that does not fit is refused here, not later
     return Calibration(examples=tuple(examples), stratum=tuple(stratum), k=k, seed=seed)
 
-# %% ../nbs/00_calibration.ipynb #c055
+# %% ../nbs/00_calibration.ipynb #c053
 from .data.problems import Problem
 
-# %% ../nbs/00_calibration.ipynb #c056
+# %% ../nbs/00_calibration.ipynb #c054
 def overlap(
     calibration: Calibration, # The calibration set
     problems: Iterable[Problem], # Problems for evaluation
@@ -170,14 +170,14 @@ def overlap(
     calibrated = frozenset(example.uid for example in calibration.examples)
     return calibrated & frozenset(problem.uid for problem in problems)
 
-# %% ../nbs/00_calibration.ipynb #c061
+# %% ../nbs/00_calibration.ipynb #c059
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from .core.plots import blank_figure, in_style
 
-# %% ../nbs/00_calibration.ipynb #c062
+# %% ../nbs/00_calibration.ipynb #c060
 def quartile_boundaries(
     lengths: np.ndarray, # Tokens of each example of one task
     quartile: np.ndarray, # Quartile of each
@@ -188,7 +188,7 @@ def quartile_boundaries(
     shortest = [lengths[quartile == q].min() for q in held]
     return [float(low + high) / 2 for low, high in zip(longest, shortest[1:])]
 
-# %% ../nbs/00_calibration.ipynb #c066
+# %% ../nbs/00_calibration.ipynb #c064
 def draw_lengths(
     panel: Axes, # Where to draw
     lengths: np.ndarray, # Tokens of each example of one task
@@ -205,7 +205,7 @@ def draw_lengths(
     for boundary in quartile_boundaries(lengths, quartile): panel.axvline(boundary, color="black", ls="--", lw=0.8)
     panel.set_ylabel("examples")
 
-# %% ../nbs/00_calibration.ipynb #c067
+# %% ../nbs/00_calibration.ipynb #c065
 @in_style
 def plot_calibration(
     calibration: Calibration, # The calibration set
@@ -223,10 +223,10 @@ def plot_calibration(
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
-# %% ../nbs/00_calibration.ipynb #c071
+# %% ../nbs/00_calibration.ipynb #c069
 from matplotlib.patches import Patch, Rectangle
 
-# %% ../nbs/00_calibration.ipynb #c072
+# %% ../nbs/00_calibration.ipynb #c070
 TOKEN_LOOKS = { # Of prompt and target
     "prompt: read, not scored": {"facecolor": "#D9D9D9", "edgecolor": "black", "linewidth": 0.6},
     "target: scored": {"facecolor": "#CDE7F7", "edgecolor": "black", "linewidth": 1.6},
@@ -245,7 +245,7 @@ def token_boxes(
         left += width + 0.3
     return boxes
 
-# %% ../nbs/00_calibration.ipynb #c073
+# %% ../nbs/00_calibration.ipynb #c071
 @in_style
 def plot_example(
     example: Example, # One example
