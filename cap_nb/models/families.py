@@ -24,7 +24,7 @@ class Experts:
     "Where the experts of a sparse layer lie, and what sends tokens to them."
     blocks: tuple[str, ...] # Paths from the decoder layer to the block of router and experts; the first to exist counts
     listed: Mapping[str, str] # Role -> path from one expert to its module, in a list and in checkpoints; {}: no lists
-    stacked: Mapping[str, str] = field(default_factory=dict) # Role -> parameter of all experts, [E, out, in]
+    stacked: Mapping[str, str] = field(default_factory=dict) # Role -> parameter of all experts, mostly [E, out, in]
     shared: Mapping[str, str] = field(default_factory=dict) # Role -> path from the block to the expert of every token
     shared_gate: str = "" # Path from the block to what weighs that expert; never pruned
     router: str = "gate" # Path from the block to the router; never pruned
@@ -57,7 +57,7 @@ class Family:
     layers: str # Path from the model to the list of decoder layers
     final_norm: str # Path from the model to the norm after the last layer; a model may have None there
     roles: Mapping[str, str] # Role of a projection -> path from the decoder layer to its module
-    by_group: bool = False # Whether a fused query_key_value goes key-value head by key-value head
+    by_group: bool = False # Whether what is fused goes key-value head by key-value head
     after_norm: str = "" # Path from the model to what lies between that norm and the output head, if anything does
     multiplied_by: str = "" # Setting of the configuration by which logits are multiplied
     divided_by: str = "" # Setting by which logits are divided
