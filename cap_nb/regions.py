@@ -71,7 +71,7 @@ class LayerFactors:
         in_table = self.neurons is not None and (self.neurons.ndim == 2) == (projection.expert is not None)
         if not in_table or projection.role not in ("gate", "up", "gate_up", "down"): return None
         neurons = self.neurons if projection.expert is None else self.neurons[projection.expert]
-        return neurons.repeat(2) if projection.role == "gate_up" else neurons # rows of the gate, then of up
+        return projection.of_rows(neurons)
 
 # %% ../nbs/03_regions.ipynb #c022
 def layer_factors(
@@ -116,13 +116,14 @@ def region_factors_naive(
 def broadcast_factor(
     projection: Projection, # A projection
     layer: LayerFactors, # Factors of its layer
-    head_size: int, # Rows or columns of a head
 ) -> torch.Tensor: # [out, 1], [1, in] or [1, 1]
     "The factor of a projection in the smallest form that broadcasts over its weight."
     along = layer.of_neurons(projection)
     if along is None and not projection.parts: return layer.of_rest(projection).reshape(1, 1)
     if along is None:
-        along = torch.stack([layer.of_part(part) for part in projection.parts]).repeat_interleave(head_size)
+        widths = torch.tensor([part.stop - part.start for part in projection.parts])
+        along = torch.stack([layer.of_part(part) for part in projection.parts])
+        along = along.repeat_interleave(widths.to(along.device))
     return along[None, :] if projection.role in ("output", "down") else along[:, None]
 
 # %% ../nbs/03_regions.ipynb #c033
@@ -189,7 +190,7 @@ def region_factors(
     if factors.experts is not None: check_expert_factors(factors.experts, expert_counts(model))
     if factors.neurons is not None: check_neuron_factors(factors.neurons, projections(model), expert_counts(model))
     layers = layer_factors(factors, a)
-    return {p.name: broadcast_factor(p, layers[p.layer], a.head_size).float().to(device or p.weight.device)
+    return {p.name: broadcast_factor(p, layers[p.layer]).float().to(device or p.weight.device)
             for p in projections(model)}
 
 # %% ../nbs/03_regions.ipynb #c053

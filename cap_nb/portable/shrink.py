@@ -31,9 +31,12 @@ def widths_of(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[int, int]: # M, neurons, and G, key-value heads, of every layer
     "The widths of a dense model; a mixture of experts raises `BadInput`."
-    groups, matrices = anatomy(model).key_value_heads, projections(model)
+    a, matrices = anatomy(model), projections(model)
+    if a.widths:
+        raise BadInput(f"A {a.family} has latent attention and cannot be shrunk: expected heads whose rows all come "
+                       "from the hidden state; set weights to zero with 'cap prune' instead.")
     widths = {p.weight.shape[1] for p in matrices if p.role == "down"}
-    if len(widths) == 1 and not any(p.routing for p in matrices): return widths.pop(), groups
+    if len(widths) == 1 and not any(p.routing for p in matrices): return widths.pop(), a.key_value_heads
     raise BadInput(f"A {model.config.model_type} with experts cannot be shrunk: expected a dense model with one width; "
                    "set weights to zero with 'cap prune' instead.")
 
