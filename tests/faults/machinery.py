@@ -3,6 +3,7 @@
 A process that dies by SIGKILL leaves what the file system held at that moment. So it is enough to look at every moment before
 a change: an audit hook counts the changes below the run's folder, and acts before one of them.
 """
+import functools
 import json
 import logging
 import os
@@ -26,12 +27,13 @@ from cap_nb.jobs.settings import Job, changed
 
 SOAK = int(os.environ.get("CAP_NB_FUZZ", 0)) > 0  # `make soak` tries all there is; `make test` a few
 WORDS = ("run --device cpu --n 2 --k 1 --tasks lab-arc --methods cap,magnitude --sparsity 0.5 --accuracy-tasks lab-arc --evaluate-n 2 --loss-n 2 "
-         "--windows 1 --window-tokens 32").split()
+         "--windows 1 --window-tokens 32 --max-new-tokens 4").split()
 SMALL = changed(Job(), n=2, k=1, tasks=("lab-arc",), methods=("cap", "magnitude"), sparsities=(0.5,), accuracy_tasks=("lab-arc",), evaluate_n=2,
-                loss_n=2, windows=1, window_tokens=32, device="cpu")
+                loss_n=2, windows=1, window_tokens=32, max_new_tokens=4, device="cpu")
 # What may differ between two runs: how long and how much, and what is made from that. `environment.json` names the commit, which may change meanwhile.
 MAY_DIFFER = ("timings.json", "memory.json", "environment.json", "tables/costs.csv", "tables/costs.md")
 PREPARED = {}
+text_once = functools.cache(jobs.load_text)
 
 
 def prepared(job):
@@ -108,15 +110,18 @@ def alone(work, channel):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         torch.set_num_threads(1)
-        jobs.prepare = prepared
+        jobs.prepare, jobs.load_text = prepared, text_once
         code = work() or 0
     except SystemExit as left:
         code = left.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            code = 120  # as the interpreter does at its end
         os._exit(code)
 
 
@@ -190,6 +195,15 @@ def differing(folder, other):
 
 
 def undisturbed(folder):
-    """A run to which nothing happens."""
-    run_job(SMALL, folder)
+    """A run to which nothing happens, in this process: its children find fonts and libraries ready. The model is dense again afterwards."""
+    dense, original = jobs.copied_weights(prepared(SMALL).model), (jobs.prepare, jobs.load_text)
+    jobs.prepare, jobs.load_text = prepared, text_once
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run_job(SMALL, folder)
+    finally:
+        torch.set_num_threads(threads)
+        jobs.prepare, jobs.load_text = original
+        jobs.put_back(prepared(SMALL).model, dense)
     return folder

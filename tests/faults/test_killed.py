@@ -1,4 +1,5 @@
 """Killed, and gone on: whatever moment it was, the run ends with the bytes of one that nothing happened to."""
+import itertools
 import os
 import random
 import shutil
@@ -6,6 +7,9 @@ import signal
 
 import pytest
 
+from cap_nb.core.files import read_checked, read_tensors
+from cap_nb.core.stopping import STOPPED
+from cap_nb.jobs.records import load_evaluation
 from faults.machinery import SOAK, contents, differing, run_in, signalled_before
 
 # A moment in each part of a run, in the order in which they come
@@ -24,11 +28,32 @@ MOMENTS = {
 }
 
 
-def test_killed_in_every_part_and_gone_on(whole, tmp_path):
-    """One run that dies eleven times."""
-    for moment, wanted in MOMENTS.items():
-        code, said = run_in(tmp_path / "run", signalled_before(wanted))
-        assert code == -signal.SIGKILL, f"{moment}: {said}"
+def left_in_order(folder):
+    """Nothing under a temporary name, and what has a name is whole."""
+    assert not list(folder.rglob(".*.part"))
+    for path in folder.rglob("*.safetensors"):
+        read_tensors(path)
+    for path in folder.rglob("evaluation.json"):
+        load_evaluation(path.parent)
+    for path in folder.rglob("*.json"):
+        read_checked(path)
+
+
+def stopped(folder, moment, number):
+    """Run until a moment at which a signal comes; a stop is one sentence and its code, and leaves no half of anything."""
+    code, said = run_in(folder, signalled_before(MOMENTS[moment], number))
+    if number == signal.SIGKILL:
+        assert code == -number, f"{moment}: {said}"
+        return
+    assert (code, said.strip().splitlines()[-1:]) == (128 + number, [f"cap: {STOPPED}"]), f"{moment}: {said}"
+    assert said.count("cap:") == 1 and "Traceback" not in said and "Error" not in said, said
+    left_in_order(folder)
+
+
+def test_killed_and_stopped_in_every_part_and_gone_on(whole, tmp_path):
+    """One run that is ended eleven times, by SIGKILL, SIGTERM and Ctrl-C in turn."""
+    for moment, number in zip(MOMENTS, itertools.cycle((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))):
+        stopped(tmp_path / "run", moment, number)
     code, said = run_in(tmp_path / "run")
     assert code == 0, said
     assert differing(tmp_path / "run", whole) == []
@@ -75,7 +100,7 @@ def test_a_random_moment(whole, tmp_path, seed):
     """Killed by the clock, up to three times, in the first seconds of a run."""
     rng = random.Random(seed)
     for _ in range(rng.randint(1, 3)):
-        moment = rng.uniform(0, 4)
+        moment = rng.uniform(0, 2.5)
 
         def alarm():
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
