@@ -186,7 +186,7 @@ def test_the_order_of_examples_does_not_matter(model, order, seed):
 DTYPES = {torch.float64: 1e-4, torch.float32: 0, torch.bfloat16: 0.5, torch.float16: 0.1}  # Nats from float32
 
 
-@tries(2)
+@tries(1)
 @given(LLAMAS, st.integers(0, 9))
 def test_dtypes_and_threads_differ_within_bounds(model, seed):
     drawn, threads = examples(4, seed), torch.get_num_threads()
