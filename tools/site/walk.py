@@ -39,8 +39,10 @@ LOOK = """() => {
   };
 }"""
 WIDE = """() => document.documentElement.scrollWidth <= innerWidth ? [] :
-  [...document.querySelectorAll("article *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1)
-    .slice(0, 3).map(e => e.tagName + "." + e.className).concat([`${document.documentElement.scrollWidth} px`])"""
+  [...document.querySelectorAll("article *")].filter(e => {
+    for (let p = e.parentElement; p; p = p.parentElement) if (getComputedStyle(p).overflowX === "auto") return false;
+    return e.getBoundingClientRect().right > innerWidth + 1;
+  }).slice(0, 3).map(e => e.outerHTML.slice(0, 80)).concat([`${document.documentElement.scrollWidth} px`])"""
 
 
 def chromium() -> str | None:
@@ -126,8 +128,9 @@ class Walk:
         """The switch changes the page's colours."""
         self.page.goto((self.site / "index.html").as_uri())
         seen = set()
-        for _ in range(3):
+        for mode in ("light", "dark"):
             self.page.locator("button.theme-switch-button:visible").first.click()
+            self.page.locator(f"button.theme-change-button[data-mode={mode}]:visible").first.click(timeout=5000)
             seen.add(self.page.evaluate("getComputedStyle(document.body).backgroundColor"))
         if len(seen) < 2:
             self.fault(f"the switch leaves the background {seen}")
