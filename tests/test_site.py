@@ -42,8 +42,8 @@ def test_headings_go_down_step_by_step(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
 def test_links_lead_somewhere(path):
     """Files that are there, and headings that are there, as GitHub and the site spell them."""
-    text = "\n".join(re.sub(r"^```.*?^```|`[^`\n]*`", "", c.source, flags=re.M | re.S) for c in cells(path) if c.kind == "markdown")
-    for _, target in stage.LINK.findall(text):
+    text = "\n\n".join(c.source for c in cells(path) if c.kind == "markdown")
+    for target in [found[2] for found in stage.LINK_OR_CODE.finditer(text) if found[2]]:
         if not re.match(r"[a-z]+:", target):
             there, _, part = target.partition("#")
             to = (path.parent / there).resolve() if there else path
@@ -59,6 +59,7 @@ def test_links_hold_on_the_site():
     assert moved == ("[a](../01_scoring.ipynb#who) `[b](../c.md)` [c](../CONTRIBUTING.md) ![f](../figures/framework.png) [w](https://a.b) "
                      "[d](#here) e (`figures/lab`) g (`nbs/02_importance.ipynb`)")
     assert links.files == {"figures/framework.png"}
+    assert links.moved("[`a` b](../README.md)", "nbs/index.ipynb") == "[`a` b](index.ipynb)"
     assert links.moved("[a](README.md) [b](nbs/01_scoring.ipynb)", "SECURITY.md") == "[a](index.ipynb) [b](01_scoring.ipynb)"
     assert links.moved("[try](../tools/site/pages/x.html)", "nbs/index.ipynb") == '<a href="pages/x.html">try</a>'
 
@@ -73,6 +74,19 @@ def test_a_notebook_keeps_its_code_and_outputs():
     marked = [c for c in made if "exported" in c["metadata"].get("tags", [])]
     assert len(marked) == sum("#| export" in "".join(c["source"]) for c in before) and "first" in marked[0]["metadata"]["tags"]
     assert [c["outputs"] for c in made if c.get("outputs")] == [c["outputs"] for c in before if c.get("outputs")]
+
+
+def test_quartos_folds_are_folds():
+    from execnb.nbio import dict2nb
+    from nbdev.process import NBProcessor
+
+    text = '#| code-fold: true\n#| code-summary: "Solution 1"\n# 4.\nprint(4)'
+    kinds = [dict(cell_type="code", metadata={}, outputs=[], source=source) for source in (text, "#| eval: false\nx = 1", "# plain\ny = {1: 2}")]
+    notebook = dict2nb(dict(cells=kinds, metadata={}, nbformat=4, nbformat_minor=5))
+    NBProcessor(nb=notebook, procs=[stage.folded], process=True)
+    assert [c.source for c in notebook.cells] == ["# 4.\nprint(4)", "x = 1", "# plain\ny = {1: 2}"]
+    assert notebook.cells[0].metadata["tags"] == ["hide-cell"] and "tags" not in notebook.cells[1].metadata
+    assert notebook.cells[0].metadata["mystnb"]["code_prompt_show"] == "Solution 1"
 
 
 def missing():

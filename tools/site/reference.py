@@ -31,8 +31,10 @@ def table(thing) -> list[str]:
     """The parameters or fields of a public name, from the comments behind them (fastcore's docments)."""
     from fastcore.docments import docments
 
-    rows = []
-    for name, doc in docments(thing, full=True, returns=True).items():
+    rows, found = [], docments(thing, full=True, returns=True)
+    if not any(doc.docment for doc in found.values()):
+        return []
+    for name, doc in found.items():
         if name in ("self", "cls") or (name == "return" and (inspect.isclass(thing) or not doc.docment)):
             continue
         has_default = doc.default is not inspect.Parameter.empty and name != "return"

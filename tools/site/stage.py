@@ -20,6 +20,7 @@ TITLES = {"core": "Core: errors, files, plots", "models": "Models", "data": "Dat
           "methods": "Methods", "jobs": "Jobs: what cap run does", "portable": "A pruned model elsewhere",
           "experiments": "Experiments", "results": "Results", "teaching": "Teaching"}
 LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\(([^)\s]+)\)")
+LINK_OR_CODE = re.compile(rf"^```.*?^```|{LINK.pattern}|`[^`\n]*`", flags=re.M | re.S)  # a link in code is none
 THUMB = 480  # pixels, twice what is shown
 
 
@@ -60,8 +61,7 @@ class Links:
 
     def moved(self, text: str, page: str) -> str:
         """A page's text with every link moved, outside code."""
-        parts = re.split(r"(^```.*?^```|`[^`\n]*`)", text, flags=re.M | re.S)
-        return "".join(p if i % 2 else LINK.sub(lambda m: self.link(m[1], m[2], page), p) for i, p in enumerate(parts))
+        return LINK_OR_CODE.sub(lambda m: self.link(m[1], m[2], page) if m[2] else m[0], text)
 
     def link(self, said: str, target: str, page: str) -> str:
         """One link. A page that is not built, a folder or a foreign text is only named."""
@@ -89,6 +89,17 @@ def tagged(kind: str, says: str):
     return processor
 
 
+def folded(cell) -> None:
+    """Quarto's directives, which nbdev leaves in the text of a cell: a folded cell is a folded one here."""
+    said = cell.directives_ if cell.cell_type == "code" else {}
+    if said.get("code-fold:") == ["true"]:
+        cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-cell"]
+        title = " ".join(said.get("code-summary:", ["Code"])).strip("\"'")
+        cell.metadata["mystnb"] = {"code_prompt_show": title, "code_prompt_hide": title}
+    if any(word.endswith(":") for word in said):
+        cell.source = re.sub(r"\A(?:#\| *[\w-]+:.*\n?)+", "", cell.source)
+
+
 def processed(name: str, links: Links) -> dict:
     """A notebook with nbdev's directives applied and links that hold on the site."""
     from execnb.nbio import nb2dict, read_nb
@@ -105,7 +116,7 @@ def processed(name: str, links: Links) -> dict:
     notebook = read_nb(ROOT / "nbs" / f"{name}.ipynb")
     flags = [tagged("export", "exported"), tagged("exporti", "exported"), tagged("slow", "slow"), tagged("gpu", "slow")]
     NBProcessor(nb=notebook, process=True, procs=[strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics,
-                                                  *flags, default_exp_, hide_, move_links])
+                                                  *flags, folded, default_exp_, hide_, move_links])
     for cell in [c for c in notebook.cells if "exported" in c.metadata.get("tags", [])][:1]:
         cell.metadata["tags"].append("first")  # it says what the mark means
     return nb2dict(notebook)
@@ -131,7 +142,7 @@ def pictures(notebook: dict, name: str, out: Path) -> list[tuple[str, str, str]]
         drawn = [o["data"]["image/png"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
         for png in drawn[:1]:
             label = f"figure-{name.replace('/', '-')}-{len(found) + 1}".replace("_", "-")
-            cell["metadata"]["mystnb"] = {"image": {"alt": f"Figure: {re.sub('[`$]', '', heading)}"}}
+            cell["metadata"].setdefault("mystnb", {})["image"] = {"alt": f"Figure: {re.sub('[`$]', '', heading)}"}
             cells.append({"cell_type": "markdown", "metadata": {}, "source": f"({label})="})
             picture = Image.open(io.BytesIO(base64.b64decode("".join(png)))).convert("RGB")
             picture.thumbnail((THUMB, THUMB))
@@ -146,7 +157,7 @@ def pictures(notebook: dict, name: str, out: Path) -> list[tuple[str, str, str]]
 def gallery(shown: list[tuple[str, str, str]], titles: dict[str, str]) -> str:
     """The page of all pictures, in reading order."""
     said = f"The {len(shown)} figures of the notebooks in reading order. Each leads to where it is drawn and read."
-    lines = ["# Gallery", "", said, ""]
+    lines = ["---", "nosearch: true", "---", "# Gallery", "", said, ""]  # its words are those of the pages
     for page, found in itertools.groupby(shown, lambda s: s[2]):
         lines += [f"## {titles[page]}", "", "::::{container} gallery"]
         for label, heading, _ in found:

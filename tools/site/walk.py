@@ -20,6 +20,7 @@ QUIET = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-bac
          "--disable-component-update --disable-sync").split()
 LOOK = """() => {
   const text = document.querySelector("article") || document.body, shown = e => e.getBoundingClientRect();
+  text.querySelectorAll("details").forEach(fold => { fold.open = true; });
   const raw = document.createTreeWalker(text, NodeFilter.SHOW_TEXT), left = [];
   while (raw.nextNode()) {
     const {data, parentElement} = raw.currentNode;
