@@ -112,6 +112,10 @@ def processed(name: str, links: Links) -> dict:
     def move_links(cell):
         if cell.cell_type == "markdown":
             cell.source = links.moved(cell.source, f"nbs/{name}.ipynb")
+        for output in cell.get("outputs", []):
+            if "text/markdown" in output.get("data", {}):
+                text = "".join(output["data"]["text/markdown"])
+                output["data"]["text/markdown"] = links.moved(text, f"nbs/{name}.ipynb")
 
     notebook = read_nb(ROOT / "nbs" / f"{name}.ipynb")
     flags = [tagged("export", "exported"), tagged("exporti", "exported"), tagged("slow", "slow"), tagged("gpu", "slow")]
