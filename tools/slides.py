@@ -20,7 +20,8 @@ STYLE = """
 html { font: 22px/1.45 system-ui, sans-serif; color: #1c2733; background: #fff }
 body { margin: 0 } h1 { font-size: 2.2rem } h2 { color: #2c5a8c } blockquote { margin: 0; font-size: 1.3rem }
 section { display: none; box-sizing: border-box; min-height: 100vh; padding: 5vh 6vw; max-width: 56rem; margin: auto }
-section.on { display: block } img { width: 100%; max-height: 60vh; object-fit: contain; object-position: left } math[display=block] { font-size: 1.5rem; margin: 1em 0 }
+section.on { display: block } img { width: 100%; max-height: 52vh; object-fit: contain; object-position: left } 
+math { font-family: "STIX Two Math", "Cambria Math", "Latin Modern Math", math } math[display=block] { font-size: 1.5rem; margin: 1em 0 }
 code { font-size: .85em } table { border-collapse: collapse } td, th { padding: .2em .6em; border-bottom: 1px solid #ccc; text-align: left }
 footer { position: fixed; right: 1rem; bottom: .5rem; font-size: .7rem; color: #777 }
 @media (prefers-color-scheme: dark) { html { color: #e6e9ee; background: #15191f } h2 { color: #8cb8e8 } img { background: #fff } }
@@ -47,7 +48,7 @@ def formula(tex: str, display: bool) -> str:
     from latex2mathml.converter import convert
 
     try:
-        return convert(tex.strip(), display="block" if display else "inline")
+        return convert(tex.strip().replace(r"\setminus", r"\backslash"), display="block" if display else "inline")
     except Exception as error:  # its own kinds of error are many
         print(f"left as written: {tex.strip()} ({error!r})", file=sys.stderr)
         return f"<code>{html.escape(tex)}</code>"
@@ -67,7 +68,7 @@ def rendered(text: str) -> str:
     text = "".join(part if i % 2 else MATH.sub(keep, part) for i, part in enumerate(code))
     text = re.sub(r"(?<!!)\[([^\]]+)\]\((?![a-z]+://)[^)]*\)", r"\1", text)
     made = mistune.create_markdown(plugins=["table", "strikethrough"])(text)
-    return re.sub("\ue000(\\d+)\ue001", lambda match: kept[int(match[1])], made)
+    return re.sub("\ue000(\\d+)\ue001([,.;:)]?)", lambda match: f'<span style="white-space: nowrap">{kept[int(match[1])]}{match[2]}</span>', made)
 
 
 def cells_of(path: Path) -> list[dict]:
@@ -90,14 +91,14 @@ def heading_before(cells: list[dict], index: int, upto: str = "") -> str:
 
 
 def equation(cells: list[dict]) -> tuple[str, str] | None:
-    """The first displayed formula with its heading and the paragraph that leads to it."""
+    """The first displayed formula under a heading that promises one, else the first, with the paragraph that leads to it."""
+    found = []
     for index, cell in enumerate(cells):
-        found = re.search(r"\$\$.+?\$\$", cell["source"], re.S) if cell["cell_type"] == "markdown" else None
-        if found:
-            before = cell["source"][:found.start()]
+        for match in re.finditer(r"\$\$.+?\$\$", cell["source"], re.S) if cell["cell_type"] == "markdown" else ():
+            before = cell["source"][:match.start()]
             lead = before.strip().split("\n\n")[-1]
-            return heading_before(cells, index, before), f"{'' if lead.startswith('#') else lead}\n\n{found[0]}"
-    return None
+            found.append((heading_before(cells, index, before), f"{'' if lead.startswith(('#', '$$')) else lead}\n\n{match[0]}"))
+    return next((one for one in found if "equation" in one[0].lower()), found[0] if found else None)
 
 
 def picture(cells: list[dict]) -> tuple[str, str, str] | None:
@@ -107,7 +108,8 @@ def picture(cells: list[dict]) -> tuple[str, str, str] | None:
             if "image/png" in output.get("data", {}):
                 png = "".join(output["data"]["image/png"]).replace("\n", "")
                 below = next((c["source"] for c in cells[index + 1:] if c["cell_type"] == "markdown"), "").split("\n\n")[0]
-                return heading_before(cells, index), "" if below.startswith("#") else below, f"data:image/png;base64,{png}"
+                whole = re.match(r"(?!#).*[.?!)](?=\s|$)", below, re.S)  # Whole sentences: what leads on to a formula is no caption
+                return heading_before(cells, index), whole[0] if whole else "", f"data:image/png;base64,{png}"
     return None
 
 
