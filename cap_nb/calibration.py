@@ -118,13 +118,13 @@ from .data.problems import BENCHMARK_NAMES, LAB_TASKS
 
 # %% ../nbs/00_calibration.ipynb #c038
 def default_tasks(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
 ) -> tuple[str, ...]: # The lab's three tasks for the lab's tokenizer, the paper's benchmarks otherwise
     "The tasks that a model is calibrated and evaluated on unless the user names others (paper section 3.1)."
     return LAB_TASKS if "<lab>" in tokenizer.get_vocab() else BENCHMARK_NAMES
 
 def default_style(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
 ) -> str: # "lab" for the lab's tokenizer, "paper" otherwise
     "The prompt style of a model unless the user names another."
     return "lab" if "<lab>" in tokenizer.get_vocab() else "paper"
@@ -136,7 +136,7 @@ from .data.prompts import PromptStyle, encode_problem
 
 # %% ../nbs/00_calibration.ipynb #c044
 def calibration_set(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     tasks: Sequence[str] | None = None, # Names of tasks; None means `default_tasks`
     n: int = 128, # Examples a task
     k: int = 3, # Number of subsets, K
@@ -249,7 +249,7 @@ def token_boxes(
 @in_style
 def plot_example(
     example: Example, # One example
-    tokenizer, # The tokenizer that made it
+    tokenizer: object, # The tokenizer that made it
     across: float = 74, # Width of a line, in letters
 ) -> Figure: # The tokens in reading order, each with its label
     "One example token by token: what is only read, and what counts in the loss (paper section 3.1)."

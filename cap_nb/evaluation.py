@@ -153,7 +153,7 @@ class AnswerRecord:
 def answer_record(
     example: Example, # The problem as tokens
     said: Generation, # What the model wrote
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     style: str | PromptStyle, # The prompt style
 ) -> AnswerRecord: # The record
     "The record of one answered problem (paper Appendix B)."
@@ -199,7 +199,7 @@ def one_task(
 # %% ../nbs/05_evaluation.ipynb #c046
 def answer_problems(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     problems: Sequence[Problem], # Problems of one task, as from `evaluation_problems`
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
     max_new_tokens: int | None = None, # Tokens that an answer may take; None means `token_limit`
@@ -219,7 +219,7 @@ def answer_problems(
 # %% ../nbs/05_evaluation.ipynb #c048
 def accuracy(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     task: str, # Name of the task
     n: int | None = None, # Problems to draw; None means all
     seed: int = 0, # Seed of the draw
@@ -330,7 +330,7 @@ def check_finite_losses(
 # %% ../nbs/05_evaluation.ipynb #c099
 def problem_losses(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     problems: Sequence[Problem], # Problems, as from `evaluation_problems`
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
     batch_tokens: int = 4096, # Padded tokens a batch may hold
@@ -351,7 +351,7 @@ def problem_losses(
 # %% ../nbs/05_evaluation.ipynb #c100
 def held_out_losses(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     task: str, # Name of the task
     n: int | None = None, # Problems to draw; None means all
     seed: int = 0, # Seed of the draw, the same as accuracy's
@@ -464,7 +464,7 @@ class Perplexity:
 # %% ../nbs/05_evaluation.ipynb #c125
 def perplexity(
     model: torch.nn.Module, # A causal language model of a known family
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     text: str | Text = "wikitext2", # Name of the text, or a text
     data_dir: str | Path | None = None, # Folder that holds a text given by name; None means the hub
     windows: int = 100, # Windows asked for

@@ -210,5 +210,12 @@ def test_order_is_noticed():
 
 
 def test_type_checkers_know_the_public_names():
-    """The stubs are up to date."""
+    """The stubs are up to date, and what a public function takes and gives has a type that can be looked up."""
+    import typing
+
+    import cap_nb.all
+
     assert all(path.read_text(encoding="utf-8") == text for path, text in stubs_tool.stubs().items()), "run python tools/stubs.py"
+    functions = {name: value for name in cap_nb.all.__all__ if inspect.isfunction(value := getattr(cap_nb.all, name))}
+    bare = {name: (set(inspect.signature(f).parameters) | {"return"}) - set(typing.get_type_hints(f)) for name, f in functions.items()}
+    assert not any(bare.values()), {name: missing for name, missing in bare.items() if missing}

@@ -173,7 +173,7 @@ def window_starts(
 
 # %% ../../nbs/experiments/00_variants.ipynb #c043
 def text_like(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     like: Calibration, # The calibration set whose number and lengths are copied
     text: str, # Plain text
     windows: int | None = None, # How many windows, copied from examples evenly spread over the set; None: one for each
@@ -223,7 +223,7 @@ def calibration_answers(
 
 # %% ../../nbs/experiments/00_variants.ipynb #c051
 def chains_like(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     like: Calibration, # The calibration set that was answered
     answers: Sequence[AnswerRecord], # The answers
 ) -> Calibration | None: # The correct ones as targets; None if they are fewer than FEWEST_CHAINS

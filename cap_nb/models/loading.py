@@ -84,7 +84,7 @@ import json
 
 # %% ../../nbs/models/08_loading.ipynb #c020
 def tokenizer_fingerprint(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
 ) -> str: # 64 hexadecimal digits
     "SHA-256 over vocabulary and chat template."
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -97,7 +97,7 @@ from ..core.files import checkpoint_tensors, shard_files, whole_folder
 # %% ../../nbs/models/08_loading.ipynb #c023
 def save_model(
     model: nn.Module, # The model
-    tokenizer, # Its tokenizer; None saves the model alone
+    tokenizer: object, # Its tokenizer; None saves the model alone
     folder: str | Path, # New folder
 ) -> None:
     "Save model and tokenizer as safetensors in shards of at most 4 GB (paper section 3.4), whole or not at all."
