@@ -114,8 +114,9 @@ def processed(name: str, links: Links) -> dict:
             cell.source = links.moved(cell.source, f"nbs/{name}.ipynb")
         for output in cell.get("outputs", []):
             if "text/markdown" in output.get("data", {}):
-                text = "".join(output["data"]["text/markdown"])
-                output["data"]["text/markdown"] = links.moved(text, f"nbs/{name}.ipynb")
+                text = links.moved("".join(output["data"]["text/markdown"]), f"nbs/{name}.ipynb")
+                # Sphinx leaves the links of outputs alone, so here they get the name that the page will have.
+                output["data"]["text/markdown"] = re.sub(r"(\]\([^)\s:]+)\.(?:ipynb|md)(?=[)#])", r"\1.html", text)
 
     notebook = read_nb(ROOT / "nbs" / f"{name}.ipynb")
     flags = [tagged("export", "exported"), tagged("exporti", "exported"), tagged("slow", "slow"), tagged("gpu", "slow")]
