@@ -5,6 +5,7 @@
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
 # make readme     README.md from nbs/index.ipynb, and the stubs for type checkers from the modules
+# make docs       the site, _docs/html/index.html, from the notebooks as they are executed, and a walk through it in Chromium (check-docs)
 # make benchmarks measure what figures/benchmarks does not hold yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
 #
 # With a virtual environment active, it is used; otherwise .venv is made here. Variables: PYTHON (which interpreter makes .venv),
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak audit matrix matrix-here notebooks benchmarks readme check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
+.PHONY: help env demo test soak audit matrix matrix-here notebooks benchmarks readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
 
 PYTHON ?= python3
 DEMO ?= runs/demo
@@ -26,6 +27,7 @@ MATRIX_NEW := transformers>=5,<6
 MATRIX_OLD := transformers>=4.57,<4.58
 MATRIX_OLD_VENV := $(CURDIR)/.venv-457
 MATRIX_TESTS := families replay scoring streaming evaluation
+KATEX := katex@~0.19.1 # Renders the site's formulas while it is built
 PINNED := # What is installed beyond what settings.ini asks for; the matrix sets it
 # An environment that serves another checkout of this project is installed into again.
 ifneq ($(shell cat "$(STAMP)" 2>/dev/null),$(CURDIR))
@@ -79,6 +81,19 @@ audit: env
 readme: env
 	"$(BIN)/python" tools/readme.py
 	"$(BIN)/python" tools/stubs.py
+
+# The sources are laid out, Sphinx builds them, and a warning fails; outputs are the committed ones.
+docs: env
+	@command -v npm >/dev/null || { echo "The site's formulas are rendered by KaTeX, which npm brings: install Node.js and npm" >&2; exit 1; }
+	@"$(BIN)/python" -c "import myst_nb, sphinx_book_theme, playwright" 2>/dev/null || "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e '.[dev,docs]'
+	@mkdir -p _docs/node && npm install --prefix _docs/node --silent --no-audit --no-fund --no-save "$(strip $(KATEX))"
+	@rm -rf _docs/extra _docs/doctrees _docs/html
+	"$(BIN)/python" tools/site/stage.py
+	"$(BIN)/python" -m sphinx -q -W -n --keep-going -b html -c tools/site -d _docs/doctrees _docs/source _docs/html
+	@$(MAKE) --no-print-directory check-docs
+
+check-docs: env
+	"$(BIN)/python" tools/site/walk.py
 
 # The five checks run in this order; pytest's summary is the last thing printed.
 test: env

@@ -23,7 +23,8 @@ setup(
     package_data={"cap_nb": ["models/lab_checkpoint/*", "models/lab_moe_checkpoint/*", "experiments/harness_tasks/*.yaml", "py.typed", "*.pyi"]},
     install_requires=settings["requirements"].split(),
     extras_require={"gguf": settings["gguf_requirements"].split(), "speed": settings["speed_requirements"].split(),
-                    "dev": settings["dev_requirements"].split(), "smollm2": settings["smollm2_requirements"].split(),
+                    "dev": settings["dev_requirements"].split(), "docs": settings["docs_requirements"].split(),
+                    "smollm2": settings["smollm2_requirements"].split(),
                     "harness": settings["harness_requirements"].split(), "recover": settings["recover_requirements"].split()},
     entry_points={"console_scripts": settings["console_scripts"].split(), "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"]},
 )
