@@ -1,10 +1,10 @@
 # make demo       environment, install, then the whole job on the embedded lab model
 # make test       everything CI checks
 # make matrix     the tests that meet transformers most, with 5 and then with 4.57, each in an environment of its own (SLOW=1: all notebooks and tests)
-# make soak       every reader is fed FUZZ (100,000) spoilt files (hours)
+# make soak       every reader is fed FUZZ (100,000) spoilt files (hours), and every notebook meets its module
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
-# make readme     README.md from nbs/index.ipynb
+# make readme     README.md from nbs/index.ipynb, and the stubs for type checkers from the modules
 # make benchmarks measure what figures/benchmarks does not hold yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
 #
 # With a virtual environment active, it is used; otherwise .venv is made here. Variables: PYTHON (which interpreter makes .venv),
@@ -66,6 +66,7 @@ benchmarks: env
 
 soak: env
 	CAP_NB_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_nothing_let_in.py -k whatever
+	CAP_NB_SOAK=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_replay.py
 
 # The tools come into an environment of their own, and look at the project's from outside.
 audit: env
@@ -77,6 +78,7 @@ audit: env
 
 readme: env
 	"$(BIN)/python" tools/readme.py
+	"$(BIN)/python" tools/stubs.py
 
 # The five checks run in this order; pytest's summary is the last thing printed.
 test: env
@@ -103,7 +105,7 @@ check-transformers: env
 	  sys.exit(None if t.__version__ in wanted.specifier else f"{wanted} is wanted there: remove that environment, or install it there")' "$(PINNED)" "$(notdir $(VENV))"
 
 check-some: env
-	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest $(MATRIX_TESTS:%=tests/test_%.py)
+	CAP_NB_SOAK=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest $(MATRIX_TESTS:%=tests/test_%.py)
 
 check-sync: env
 	@echo "== notebooks and modules in step"
@@ -118,8 +120,9 @@ check-style: env
 	"$(BIN)/ruff" check --quiet --ignore E501 cap_nb # nbdev wraps __all__ as it likes; the other lines are the notebooks'
 
 check-readme: env
-	@echo "== README.md is what nbs/index.ipynb makes"
+	@echo "== README.md is what nbs/index.ipynb makes, and the stubs are what the modules make"
 	"$(BIN)/python" tools/readme.py --check
+	"$(BIN)/python" tools/stubs.py --check
 
 check-notebooks: env
 	@echo "== notebooks run"

@@ -7,15 +7,15 @@ __all__ = ['method_table', 'table_markdown', 'table_csv', 'Comparison', 'compare
            'compare_with_paper', 'plot_head_importance', 'plot_importance_distribution', 'plot_sparsity_curves',
            'plot_zeros_by_method']
 
-# %% ../nbs/06_analysis.ipynb #c004
+# %% ../nbs/06_analysis.ipynb #c005
 import math
 from .evaluation import AnswerRecord, Evaluation, LossRecord
 
-# %% ../nbs/06_analysis.ipynb #c010
+# %% ../nbs/06_analysis.ipynb #c011
 from .jobs.records import row_order
 from .data.problems import COPIES, LAB_TASKS, TASKS, task_family
 
-# %% ../nbs/06_analysis.ipynb #c011
+# %% ../nbs/06_analysis.ipynb #c012
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
 TASK_TITLES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "arc": "ARC-C."} # Benchmark -> the paper's name for it
 TEXT_TITLES = {
@@ -34,7 +34,7 @@ def task_title(
     if task not in TASKS or task_family(task) not in TASK_TITLES: return task # one of the user's
     return ("Lab " * (task in LAB_TASKS)) + TASK_TITLES[task_family(task)] + ", changed" * (task in COPIES)
 
-# %% ../nbs/06_analysis.ipynb #c014
+# %% ../nbs/06_analysis.ipynb #c015
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -42,7 +42,7 @@ import pandas as pd
 from .core.errors import BadInput
 from .evaluation import summarise_answers, summarise_losses
 
-# %% ../nbs/06_analysis.ipynb #c015
+# %% ../nbs/06_analysis.ipynb #c016
 CELL = ("value", "low", "high", "n") # What a cell of the table holds
 
 def cells_of(
@@ -61,7 +61,7 @@ def cells_of(
         cells[f"{name} perplexity"] = (text.value, text.low, text.high, text.windows)
     return cells
 
-# %% ../nbs/06_analysis.ipynb #c016
+# %% ../nbs/06_analysis.ipynb #c017
 def column_order(
     columns: Iterable[str], # Names of columns, in any order
 ) -> list[str]: # Accuracies, then losses, then perplexities, tasks in the paper's order
@@ -81,7 +81,7 @@ def row_names(
                        f"expected one for each method and sparsity; leave one out.")
     return pd.MultiIndex.from_tuples(names, names=["Method", "Sparsity"])
 
-# %% ../nbs/06_analysis.ipynb #c017
+# %% ../nbs/06_analysis.ipynb #c018
 def method_table(
     evaluations: Iterable[Evaluation], # What was measured, in any order
 ) -> pd.DataFrame: # Rows (Method, Sparsity); columns ("Reached", "value"), then (name, value | low | high | n)
@@ -97,7 +97,7 @@ def method_table(
             table[column, part] = [row[column][i] if column in row else math.nan for row in cells]
     return pd.DataFrame(table, index=index)
 
-# %% ../nbs/06_analysis.ipynb #c022
+# %% ../nbs/06_analysis.ipynb #c023
 def digits_of_column(
     column: str, # Name of the column
     value: float, # A value in it
@@ -118,7 +118,7 @@ def cell_text(
     digits = digits_of_column(column, value)
     return f"{value:{digits}} [{low:{digits}}, {high:{digits}}]"
 
-# %% ../nbs/06_analysis.ipynb #c023
+# %% ../nbs/06_analysis.ipynb #c024
 def columns_of(
     table: pd.DataFrame, # From `method_table`
 ) -> list[str]: # Names of the columns that were measured
@@ -135,7 +135,7 @@ def table_cells(
         rows.append([method, f"{100 * sparsity:g} %", f"{row['Reached', 'value']:.2f} %", *cells])
     return ["Method", "Sparsity", "Reached", *columns], rows
 
-# %% ../nbs/06_analysis.ipynb #c026
+# %% ../nbs/06_analysis.ipynb #c027
 def value_text(
     value: object, # A value of the provenance: text, number, list or dictionary
 ) -> str: # In one line
@@ -146,7 +146,7 @@ def value_text(
     if isinstance(value, (list, tuple)): return ", ".join(map(value_text, value))
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(value))
 
-# %% ../nbs/06_analysis.ipynb #c027
+# %% ../nbs/06_analysis.ipynb #c028
 READING = ("Accuracy: strict last line, per cent, 95 % Wilson interval. "
            "Loss: nats a target token; loss and perplexity: 95 % bootstrap interval.")
 
@@ -160,7 +160,7 @@ def table_notes(
     sources = [f"{key}: {value_text(value)}" for key, value in (provenance or {}).items()]
     return [READING, f"Problems or windows: {counts}.", *sources]
 
-# %% ../nbs/06_analysis.ipynb #c029
+# %% ../nbs/06_analysis.ipynb #c030
 def markdown_rows(
     header: Sequence[str], # Names of the columns
     rows: Iterable[Sequence[str]], # Cells of each row
@@ -170,7 +170,7 @@ def markdown_rows(
     rule = ["---"] * names + ["---:"] * (len(header) - names)
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *rows))
 
-# %% ../nbs/06_analysis.ipynb #c030
+# %% ../nbs/06_analysis.ipynb #c031
 def table_markdown(
     table: pd.DataFrame, # From `method_table`
     provenance: Mapping | None = None, # Where the numbers come from
@@ -186,7 +186,7 @@ def table_csv(
     flat.columns = [name if part == "value" else f"{name} {part}" for name, part in table.columns]
     return flat.to_csv(lineterminator="\n")
 
-# %% ../nbs/06_analysis.ipynb #c034
+# %% ../nbs/06_analysis.ipynb #c035
 ESCAPED = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 ESCAPED |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
@@ -203,7 +203,7 @@ def latex_row(
     small = [re.sub(r"(\S+) (\[.*\])", r"\1 {\\scriptsize \2}", latex_text(cell)) for cell in cells]
     return " & ".join(small) + r" \\"
 
-# %% ../nbs/06_analysis.ipynb #c035
+# %% ../nbs/06_analysis.ipynb #c036
 def table_latex(
     table: pd.DataFrame, # From `method_table`
     provenance: Mapping | None = None, # Where the numbers come from
@@ -220,7 +220,7 @@ def table_latex(
     names = [" & ".join(map(latex_text, header)) + r" \\", r"\midrule"]
     return "\n".join([*notes, *top, *names, *lines, r"\bottomrule", r"\end{tabular}", ""])
 
-# %% ../nbs/06_analysis.ipynb #c038
+# %% ../nbs/06_analysis.ipynb #c039
 def answer_table(
     evaluations: Iterable[Evaluation], # What was measured
 ) -> pd.DataFrame: # Rows (Method, Sparsity, Task); shares in per cent, length in tokens
@@ -235,7 +235,7 @@ def answer_table(
     index = pd.MultiIndex.from_tuples(rows, names=["Method", "Sparsity", "Task"])
     return pd.DataFrame(list(rows.values()), index, ["Strict", "Lenient", "Format followed", "Tokens", "Cut off"])
 
-# %% ../nbs/06_analysis.ipynb #c039
+# %% ../nbs/06_analysis.ipynb #c040
 def answer_markdown(
     answers: pd.DataFrame, # From `answer_table`
 ) -> str: # Markdown
@@ -244,7 +244,7 @@ def answer_markdown(
             for (method, sparsity, task), row in zip(answers.index, answers.to_numpy())]
     return markdown_rows([*answers.index.names, *answers.columns], rows, names=3)
 
-# %% ../nbs/06_analysis.ipynb #c042
+# %% ../nbs/06_analysis.ipynb #c043
 def paired_values(
     first: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of one method
     second: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of the other, on the same problems
@@ -258,14 +258,14 @@ def paired_values(
     if kinds == {AnswerRecord}: return [100.0 * (ones[key].correct - others[key].correct) for key in ones], "points"
     return [ones[key].loss - others[key].loss for key in ones], "nats"
 
-# %% ../nbs/06_analysis.ipynb #c043
+# %% ../nbs/06_analysis.ipynb #c044
 from dataclasses import dataclass
 from typing import TypeVar
 import numpy as np
 from .evaluation import bootstrap_interval
 from .core.errors import check_at_least
 
-# %% ../nbs/06_analysis.ipynb #c046
+# %% ../nbs/06_analysis.ipynb #c047
 def mcnemar_exact(
     gained: int, # b, problems that only the first method solves
     lost: int, # c, problems that only the second method solves
@@ -277,7 +277,7 @@ def mcnemar_exact(
     tail = sum(math.comb(coins, heads) for heads in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**coins) # whole numbers up to the division: exact for any count
 
-# %% ../nbs/06_analysis.ipynb #c051
+# %% ../nbs/06_analysis.ipynb #c052
 EXACT_FLIPS = 16 # Differences up to which every pattern of signs is tried
 
 def drawn_flips(
@@ -293,7 +293,7 @@ def drawn_flips(
         count += int((np.abs((1.0 - 2.0 * drawn) @ differences) >= reach).sum())
     return count
 
-# %% ../nbs/06_analysis.ipynb #c052
+# %% ../nbs/06_analysis.ipynb #c053
 def sign_flip_test(
     differences: Sequence[float], # One difference a problem, in any unit
     seed: int = 0, # Seed of the patterns, where they are drawn
@@ -312,7 +312,7 @@ def sign_flip_test(
     check_at_least(seed, 0, "The seed")
     return (1 + drawn_flips(signed, reach, check_at_least(flips, 1, "flips"), seed)) / (1 + flips)
 
-# %% ../nbs/06_analysis.ipynb #c058
+# %% ../nbs/06_analysis.ipynb #c059
 def holm(
     p_values: Sequence[float], # p-values of a family of comparisons, in any order
 ) -> tuple[float, ...]: # Corrected p-values, in the same order
@@ -324,12 +324,12 @@ def holm(
         highest = corrected[index] = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
     return tuple(corrected)
 
-# %% ../nbs/06_analysis.ipynb #c062
+# %% ../nbs/06_analysis.ipynb #c063
 Key = TypeVar("Key") # Whatever names a comparison in its family
 LEVEL = 0.05 # Accepted probability of any false claim in a family of comparisons
 FEWEST_PAIRS = 20 # Below this a percentile bootstrap is too sure of itself
 
-# %% ../nbs/06_analysis.ipynb #c063
+# %% ../nbs/06_analysis.ipynb #c064
 @dataclass(frozen=True)
 class Comparison:
     "A difference on the same problems, with all that decides whether it may be claimed."
@@ -355,7 +355,7 @@ class Comparison:
         "Whether a difference from zero may be claimed, on either side."
         return self.within(0, math.inf) or self.within(-math.inf, 0)
 
-# %% ../nbs/06_analysis.ipynb #c067
+# %% ../nbs/06_analysis.ipynb #c068
 def compare(
     first: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of one method
     second: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of the other, on the same problems
@@ -369,7 +369,7 @@ def compare(
     low, high = bootstrap_interval(values, seed)
     return Comparison(value=sum(values) / len(values), low=low, high=high, unit=unit, n=len(values), p=p, holm=p)
 
-# %% ../nbs/06_analysis.ipynb #c068
+# %% ../nbs/06_analysis.ipynb #c069
 def correct_family(
     comparisons: Mapping[Key, Comparison], # Comparisons that are claimed together, by any name
     family: str = "this table", # What they stand in
@@ -380,7 +380,7 @@ def correct_family(
     name = f"the {len(comparisons)} comparisons of {family}"
     return {key: replace(comparison, holm=corrected.get(key), family=name) for key, comparison in comparisons.items()}
 
-# %% ../nbs/06_analysis.ipynb #c072
+# %% ../nbs/06_analysis.ipynb #c073
 DIGITS = {"points": 1, "nats": 3} # Of a unit; others have two
 
 def number_format(
@@ -401,7 +401,7 @@ def rounded_text(
     "A number without a minus zero."
     return f"{float(f'{number:{digits}}') + 0.0:{sign}{digits}}"
 
-# %% ../nbs/06_analysis.ipynb #c073
+# %% ../nbs/06_analysis.ipynb #c074
 def interval_text(
     comparison: Comparison, # A comparison
 ) -> str: # As in "+5.0 [+0.5, +9.5]"; empty where nothing was measured
@@ -425,7 +425,7 @@ def comparison_text(
     "A comparison in a cell of a table."
     return f"{interval_text(comparison)} {comparison_mark(comparison)}".rstrip()
 
-# %% ../nbs/06_analysis.ipynb #c074
+# %% ../nbs/06_analysis.ipynb #c075
 def p_text(
     p: float, # A p-value
 ) -> str: # As in "0.031", or "< 0.001"
@@ -439,7 +439,7 @@ def p_words(
     shown, name = p_text(comparison.holm), "Holm's p" if comparison.family else "p"
     return f"{name} {shown}" if shown.startswith("<") else f"{name} = {shown}"
 
-# %% ../nbs/06_analysis.ipynb #c075
+# %% ../nbs/06_analysis.ipynb #c076
 def comparison_words(
     comparison: Comparison, # A difference in points or nats
     first: str, # Name of the first method
@@ -458,7 +458,7 @@ def comparison_words(
     sides = f"{first} is {side} {second}" if comparison.unit == "points" else f"{first}'s loss is {side} {second}'s"
     return f"{sides} by {size} {comparison.unit} [{low}, {high}] {behind}."
 
-# %% ../nbs/06_analysis.ipynb #c079
+# %% ../nbs/06_analysis.ipynb #c080
 TEXT_LOSS = "Text loss" # What a text is compared by: the losses of its windows
 
 def window_records(
@@ -482,7 +482,7 @@ def comparable_parts(
     if first.perplexity and second.perplexity: parts[TEXT_LOSS] = window_records(first), window_records(second)
     return parts
 
-# %% ../nbs/06_analysis.ipynb #c080
+# %% ../nbs/06_analysis.ipynb #c081
 CAP_PAIRS = (("cap", "wanda"), ("cap", "magnitude")) # What the paper compares, and what the factor adds
 COMPARED = ("First", "Second", "Sparsity", "Measure") # What names a comparison
 
@@ -508,7 +508,7 @@ def pairs_with(
     methods = dict.fromkeys(e.method for e in sorted(evaluations, key=row_order))
     return tuple((method, second) for method in methods if method not in ("dense", second))
 
-# %% ../nbs/06_analysis.ipynb #c081
+# %% ../nbs/06_analysis.ipynb #c082
 def compare_methods(
     evaluations: Iterable[Evaluation], # What was measured, all on the same problems
     pairs: Sequence[tuple[str, str]] = CAP_PAIRS, # Methods to compare, as names
@@ -522,7 +522,7 @@ def compare_methods(
     flips = max(9_999, 100 * len(records) - 1) # so that the least p-value, times the size of the family, is 0.01
     return correct_family({key: compare(*both, seed, flips) for key, both in records.items()}, family)
 
-# %% ../nbs/06_analysis.ipynb #c082
+# %% ../nbs/06_analysis.ipynb #c083
 def comparison_frame(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_methods`
 ) -> pd.DataFrame: # Rows COMPARED; a column for every number of a comparison
@@ -540,7 +540,7 @@ def comparison_note(
             f"at least {FEWEST_PAIRS} pairs, and p is at most {LEVEL} after Holm's correction over {family}. "
             f"No mark: undecided.")
 
-# %% ../nbs/06_analysis.ipynb #c083
+# %% ../nbs/06_analysis.ipynb #c084
 def comparison_markdown(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_methods` or `compare_over_seeds`
 ) -> str: # Markdown, with a note on how to read it
@@ -550,7 +550,7 @@ def comparison_markdown(
     header = [*COMPARED, "Difference", "Unit", "n", "p", "Holm"]
     return markdown_rows(header, rows, names=4) + f"\n- {comparison_note(comparisons)}\n"
 
-# %% ../nbs/06_analysis.ipynb #c084
+# %% ../nbs/06_analysis.ipynb #c085
 def comparison_grid(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_methods`, all with one second method
 ) -> str: # Markdown, with a note on how to read it
@@ -564,7 +564,10 @@ def comparison_grid(
     note = f"Second: {second}. {comparison_note(comparisons)}"
     return markdown_rows(["Sparsity", "First", *measures], rows, names=2) + f"\n- {note}\n"
 
-# %% ../nbs/06_analysis.ipynb #c091
+# %% ../nbs/06_analysis.ipynb #c092
+from .core.plots import METHOD_LOOKS, blank_figure, in_style
+
+# %% ../nbs/06_analysis.ipynb #c099
 PAPER_COLUMNS = ("gsm8k", "strategyqa", "arc", "perplexity")
 PAPER_NUMBERS = {
     "Llama-3-8B-Instruct": {
@@ -578,7 +581,7 @@ PAPER_NUMBERS = {
         ("wanda", 0.2): (43.6, 63.8, 34.9, 5.89), ("cap", 0.2): (44.4, 64.8, 33.4, 5.93),
         ("wanda", 0.5): (11.5, 49.5, 44.7, 9.82), ("cap", 0.5): (27.3, 53.0, 52.6, 10.5)}}
 
-# %% ../nbs/06_analysis.ipynb #c092
+# %% ../nbs/06_analysis.ipynb #c100
 def paper_table() -> pd.DataFrame: # Rows (Model, Method, Sparsity); accuracies in per cent, perplexity
     "Table 1 as the paper prints it: the authors' numbers, none of them measured here."
     rows = {(model, METHOD_TITLES[method], sparsity): numbers for model, printed in PAPER_NUMBERS.items()
@@ -586,7 +589,7 @@ def paper_table() -> pd.DataFrame: # Rows (Model, Method, Sparsity); accuracies 
     names = pd.MultiIndex.from_tuples(rows, names=["Model", "Method", "Sparsity"])
     return pd.DataFrame(list(rows.values()), index=names, columns=[*TASK_TITLES.values(), "Perplexity"])
 
-# %% ../nbs/06_analysis.ipynb #c093
+# %% ../nbs/06_analysis.ipynb #c101
 def paper_direction(
     measure: str, # gsm8k, strategyqa, arc or perplexity
     sparsity: float, # 0.1, 0.2 or 0.5
@@ -605,7 +608,7 @@ def paper_measure(
     if measure == TEXT_LOSS: return "perplexity"
     return next(task for task, title in TASK_TITLES.items() if title in measure)
 
-# %% ../nbs/06_analysis.ipynb #c097
+# %% ../nbs/06_analysis.ipynb #c105
 def compare_with_paper(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_methods`
 ) -> pd.DataFrame: # Rows (Sparsity, Measure); the paper's favourite for each of its models, ours, and a sentence
@@ -620,14 +623,13 @@ def compare_with_paper(
     if not rows: raise BadInput("There is no comparison of CAP with Wanda: expected one at least; run both methods.")
     return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=["Sparsity", "Measure"]))
 
-# %% ../nbs/06_analysis.ipynb #c100
+# %% ../nbs/06_analysis.ipynb #c108
 import torch
 import seaborn as sns
 from matplotlib.figure import Figure
 from .core.framework import INK
-from .core.plots import METHOD_LOOKS, blank_figure, in_style
 
-# %% ../nbs/06_analysis.ipynb #c101
+# %% ../nbs/06_analysis.ipynb #c109
 @in_style
 def plot_head_importance(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
@@ -644,7 +646,7 @@ def plot_head_importance(
     ax.tick_params(axis="y", rotation=0)
     return figure
 
-# %% ../nbs/06_analysis.ipynb #c102
+# %% ../nbs/06_analysis.ipynb #c110
 def head_importance_in_words(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
 ) -> str: # A caption
@@ -656,7 +658,7 @@ def head_importance_in_words(
             f"The highest score is {values.max():.3g} nats (layer {layer}, head {head}); "
             f"the median is {np.median(values):.3g}, the lowest {values.min():.3g}.")
 
-# %% ../nbs/06_analysis.ipynb #c106
+# %% ../nbs/06_analysis.ipynb #c114
 @in_style
 def plot_importance_distribution(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
@@ -677,11 +679,11 @@ def plot_importance_distribution(
     ax.set(xlabel="Rank of the head", ylabel="Score (nats)", title=title)
     return figure
 
-# %% ../nbs/06_analysis.ipynb #c109
+# %% ../nbs/06_analysis.ipynb #c117
 from matplotlib.axes import Axes
 from .core.plots import method_looks
 
-# %% ../nbs/06_analysis.ipynb #c110
+# %% ../nbs/06_analysis.ipynb #c118
 def draw_dense(
     ax: Axes, # A panel
     cells: pd.DataFrame, # The dense model's cell: value, low, high
@@ -699,7 +701,7 @@ def unit_of_column(
     "What a column is measured in."
     return "nats" if column.endswith("loss") else "" if column.endswith("perplexity") else "Accuracy (%)"
 
-# %% ../nbs/06_analysis.ipynb #c111
+# %% ../nbs/06_analysis.ipynb #c119
 def draw_curves(
     ax: Axes, # A panel
     table: pd.DataFrame, # From `method_table`
@@ -724,7 +726,7 @@ def draw_curves(
     ax.set_xticks(sorted({100 * sparsity for _, sparsity in cells.index if sparsity}))
     ax.set(title=column, xlabel="Sparsity (%)", ylabel=unit_of_column(column))
 
-# %% ../nbs/06_analysis.ipynb #c112
+# %% ../nbs/06_analysis.ipynb #c120
 def methods_in_order(
     evaluations: Iterable[Evaluation], # What was measured
 ) -> list[tuple[str, str]]: # (title, name) of each method, in the order of Table 1
@@ -734,7 +736,7 @@ def methods_in_order(
     methods = sorted({e.method for e in evaluations}, key=lambda method: (rank(method), method))
     return [(method_title(method), method) for method in methods]
 
-# %% ../nbs/06_analysis.ipynb #c113
+# %% ../nbs/06_analysis.ipynb #c121
 @in_style
 def plot_sparsity_curves(
     evaluations: Iterable[Evaluation], # What was measured
@@ -756,10 +758,10 @@ def plot_sparsity_curves(
     figure.suptitle(title)
     return figure
 
-# %% ../nbs/06_analysis.ipynb #c116
+# %% ../nbs/06_analysis.ipynb #c124
 from .threshold import PruneReport, zero_shares
 
-# %% ../nbs/06_analysis.ipynb #c117
+# %% ../nbs/06_analysis.ipynb #c125
 @in_style
 def plot_zeros_by_method(
     reports: Sequence[PruneReport], # What each method did to one model, at one sparsity

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 import typer
-from .core.errors import BadInput
+from .core.errors import BadInput, check_at_least, check_choice, check_sparsity
 
 # %% ../nbs/command_line.ipynb #c005
 def give_up(
@@ -58,10 +58,6 @@ def in_one_sentence(
     return wrapped
 
 # %% ../nbs/command_line.ipynb #c010
-from .core.errors import check_sparsity
-from .methods.prune import table_methods
-
-# %% ../nbs/command_line.ipynb #c011
 def read_names(
     text: str | None, # As in "cap,wanda"; None means not given
 ) -> tuple[str, ...] | None: # ("cap", "wanda"); () for "none"
@@ -75,7 +71,9 @@ def read_methods(
     text: str, # As in "cap,wanda"
 ) -> tuple[str, ...]: # ("cap", "wanda"); every method of the table for "all"
     "A list of methods."
-    return tuple(table_methods()) if text.strip() == "all" else read_names(text)
+    if text.strip() != "all": return read_names(text)
+    from cap_nb.methods.prune import table_methods
+    return tuple(table_methods())
 
 def read_sparsities(
     text: str, # As in "0.1,0.2"
@@ -87,7 +85,7 @@ def read_sparsities(
         raise BadInput(f"Sparsity {text!r} is not a list of numbers: expected shares with commas; write "
                        "0.1,0.2,0.5.") from None
 
-# %% ../nbs/command_line.ipynb #c012
+# %% ../nbs/command_line.ipynb #c011
 def read_counts(
     text: str, # As in "1,16"
 ) -> tuple[int, ...]: # (1, 16)
@@ -96,13 +94,13 @@ def read_counts(
     except ValueError:
         raise BadInput(f"{text!r} is not a list of whole numbers: expected some with commas; write 1,16.") from None
 
-# %% ../nbs/command_line.ipynb #c015
+# %% ../nbs/command_line.ipynb #c014
 import inspect, re
 from dataclasses import Field, dataclass, fields
 from typing import Annotated, get_args
-from .jobs.settings import Job, SinglePruning, changed
+from .jobs.settings import FineTuning, Job, Shrinking, SinglePruning, SpeedSettings, changed
 
-# %% ../nbs/command_line.ipynb #c016
+# %% ../nbs/command_line.ipynb #c015
 @dataclass(frozen=True)
 class FieldOption:
     "An option that is made from a field of a dataclass."
@@ -122,7 +120,7 @@ def field_comments(
     "What the source of a dataclass says of its fields."
     return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(settings), re.MULTILINE))
 
-# %% ../nbs/command_line.ipynb #c017
+# %% ../nbs/command_line.ipynb #c016
 def field_option(
     setting: Field, # A field with a default
     comment: str, # Its comment
@@ -144,7 +142,7 @@ def options_of(
     comments = field_comments(settings)
     return [field_option(setting, comments[setting.name]) for setting in fields(settings)]
 
-# %% ../nbs/command_line.ipynb #c021
+# %% ../nbs/command_line.ipynb #c020
 def with_options(
     parameter: str, # Parameter of a command that takes the value
     options: list[FieldOption], # Options that take its place
@@ -165,7 +163,7 @@ def with_options(
         return wrapped
     return decorate
 
-# %% ../nbs/command_line.ipynb #c023
+# %% ../nbs/command_line.ipynb #c022
 JOB_OPTIONS = {part.name: options_of(part.default_factory) for part in fields(Job)} # Part of a job -> its options
 
 def with_job(
@@ -175,12 +173,12 @@ def with_job(
     "Replace a command's parameter `job` by the options that make one."
     options = [option for part, group in JOB_OPTIONS.items() for option in group
                if (part in wanted or option.field in wanted) and option.field not in without]
-    return with_options("job", options, lambda **settings: changed(Job(), **settings))
+    return with_options("job", options, functools.partial(changed, Job()))
 
-# %% ../nbs/command_line.ipynb #c026
+# %% ../nbs/command_line.ipynb #c025
 from pathlib import Path
 
-# %% ../nbs/command_line.ipynb #c027
+# %% ../nbs/command_line.ipynb #c026
 def option(
     kind: type, # Type of the value
     about: str, # What `--help` says
@@ -195,12 +193,11 @@ Store = option(Path | None, "folder of tables of losses, shared between runs")
 Note = option(str, "a note for the record, such as what else was running")
 Seed = option(int, "seed of every draw")
 
-# %% ../nbs/command_line.ipynb #c029
+# %% ../nbs/command_line.ipynb #c028
 import logging
 import cap_nb
-from transformers.utils import logging as transformers_logging
 
-# %% ../nbs/command_line.ipynb #c030
+# %% ../nbs/command_line.ipynb #c029
 ABOUT = "Causal Attribution Pruning of reasoning language models."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
@@ -221,13 +218,8 @@ def program(
 ) -> None:
     "Causal Attribution Pruning of reasoning language models."
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    transformers_logging.disable_progress_bar()
 
-# %% ../nbs/command_line.ipynb #c032
-from .core.additions import ADDED, additions_noted
-from .jobs.plugins import plugins_loaded
-
-# %% ../nbs/command_line.ipynb #c033
+# %% ../nbs/command_line.ipynb #c031
 Plugin = option(list[Path] | None, "your own Python file, which is executed: it adds criteria, attributions, "
                 "allocations, tasks, texts or families; may be given several times", "--plugin")
 
@@ -238,14 +230,16 @@ def with_plugins(
     signature = inspect.signature(command)
     @functools.wraps(command)
     def wrapped(plugin: list[Path] | None = None, **arguments):
-        with plugins_loaded(plugin or ()): return command(**arguments)
+        if not plugin: return command(**arguments)
+        from cap_nb.jobs.plugins import plugins_loaded
+        with plugins_loaded(plugin): return command(**arguments)
     one_more = inspect.Parameter("plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Plugin)
     every = [*signature.parameters.values(), one_more]
     wrapped.__signature__ = signature.replace(parameters=every)
     wrapped.__annotations__ = {p.name: p.annotation for p in every}
     return wrapped
 
-# %% ../nbs/command_line.ipynb #c034
+# %% ../nbs/command_line.ipynb #c032
 def short_name(
     model: str, # A model's name, a folder, or owner/name@commit
 ) -> str: # Its last part, which leads nowhere else
@@ -253,15 +247,7 @@ def short_name(
     last = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
     return last if last not in ("", ".", "..") else "model"
 
-
-# %% ../nbs/command_line.ipynb #c036
-from .analysis import method_table, table_markdown
-from .experiments.variants import VARIANTS, run_variants
-from .jobs.job import run_job
-from .jobs.records import load_run
-from .jobs.sweeps import Known, read_config, read_index, run_sweep, sweep_jobs, tracked, whole_options
-
-# %% ../nbs/command_line.ipynb #c037
+# %% ../nbs/command_line.ipynb #c034
 WHOLE = {"out": Path, "store": Path, "note": str, "track": str} # Options of a run that a sweep has once -> their type
 LISTS = {setting.name for part in fields(Job) for setting in fields(part.default_factory) if setting.type in READERS}
 
@@ -275,19 +261,17 @@ def read_as(
     except ValueError:
         raise BadInput(f"{text!r} is no {'whole ' * (single is int)}number: expected one; correct it.") from None
 
-def known_option(
-    of_job: FieldOption, # An option that is made from a field of a job
-) -> Known: # How a file gives it
-    "An option of a job as a file may give it, read as on the command line."
-    def read(text: str) -> object: return of_job.read(read_as(get_args(of_job.parameter.annotation)[0], text))
-    return Known(of_job.field, "list" if of_job.field in LISTS else "one", read)
+def known_options() -> dict[str, object]: # Name of an option -> how a file gives it
+    "Every option of `cap run` as a file may give it, read as on the command line."
+    from cap_nb.jobs.sweeps import Known
+    def of_job(option: FieldOption) -> Known:
+        def read(text: str) -> object: return option.read(read_as(get_args(option.parameter.annotation)[0], text))
+        return Known(option.field, "list" if option.field in LISTS else "one", read)
+    known = {option.parameter.name: of_job(option) for group in JOB_OPTIONS.values() for option in group}
+    known |= {name: Known(name, "whole", functools.partial(read_as, kind)) for name, kind in WHOLE.items()}
+    return {name.replace("_", "-"): each for name, each in known.items()}
 
-KNOWN = {option.parameter.name: known_option(option) for group in JOB_OPTIONS.values() for option in group}
-KNOWN |= {name: Known(name, "whole", functools.partial(read_as, kind)) for name, kind in WHOLE.items()}
-KNOWN = {name.replace("_", "-"): known for name, known in KNOWN.items()}
-
-
-# %% ../nbs/command_line.ipynb #c038
+# %% ../nbs/command_line.ipynb #c035
 def run_config(
     context: typer.Context, # The command as it was called
     base: Job, # What the command line says, else the defaults
@@ -295,34 +279,37 @@ def run_config(
     whole: dict[str, object], # The same for the options in `WHOLE`
 ) -> Path: # The sweep's folder
     "Run what a file asks for; an option that the command line gives wins over the file."
-    given = tuple(name for name in KNOWN
+    from cap_nb.jobs.sweeps import read_config, run_sweep, sweep_jobs, whole_options
+    known = known_options()
+    given = tuple(name for name in known
                   if context.get_parameter_source(name.replace("-", "_")).name == "COMMANDLINE")
-    config = read_config(path, KNOWN).without(given)
-    whole = whole | whole_options(config, KNOWN)
+    config = read_config(path, known).without(given)
+    whole = whole | whole_options(config, known)
     out = whole.pop("out") or Path("runs")/short_name(path.stem)
-    return run_sweep(config, sweep_jobs(config, KNOWN, base), out, **whole)
+    return run_sweep(config, sweep_jobs(config, known, base), out, **whole)
 
 def show_sweep(
     folder: Path, # A sweep's folder
 ) -> None:
     "Print the runs of a sweep and where their numbers are."
+    from cap_nb.jobs.sweeps import read_index
     for run in read_index(folder)["runs"]: typer.echo(str(folder/run["folder"]))
     typer.echo(f"Numbers of all runs: {folder/'results.csv'}   compare some: cap compare RUN RUN")
 
-
-# %% ../nbs/command_line.ipynb #c039
+# %% ../nbs/command_line.ipynb #c036
 def show_run(
     folder: Path, # A run's folder
 ) -> None:
     "Print a run's table, what its accuracies hide, and where its figures are."
+    from cap_nb.analysis import method_table, table_markdown
+    from cap_nb.jobs.records import load_run
     run = load_run(folder)
     typer.echo(table_markdown(method_table(run.evaluations), run.provenance))
     if (answers := folder/"tables"/"answers.md").exists(): typer.echo(answers.read_text(encoding="utf-8"))
     typer.echo("Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))))
     typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
 
-
-# %% ../nbs/command_line.ipynb #c040
+# %% ../nbs/command_line.ipynb #c037
 @app.command("run")
 @in_one_sentence
 @with_plugins
@@ -339,10 +326,12 @@ def run_command(
     "Load, calibrate, score, prune, evaluate, tabulate: the whole job, resumable."
     whole = {"out": out, "store": store, "note": note, "track": track}
     if config is not None: return show_sweep(run_config(context, job, config, whole))
+    from cap_nb.jobs.job import run_job
+    from cap_nb.jobs.sweeps import tracked
     folder = out or Path("runs")/short_name(job.model.name)
     with tracked(track, folder) as follow: show_run(run_job(job, folder, store, note, follow))
 
-# %% ../nbs/command_line.ipynb #c042
+# %% ../nbs/command_line.ipynb #c039
 TARGETS = ("calibrate_on", "text_share", "text_tokens") # What is calibrated on, where that is not gold solutions
 TextWindows = option(int | None, "windows of plain text to calibrate on; as many as calibration examples if left out")
 
@@ -360,66 +349,16 @@ def claims_command(
     text_windows: TextWindows = None,
 ) -> None:
     "Run CAP with one choice changed at a time: the experiments behind the claims ledger, resumable."
+    from cap_nb.experiments.variants import VARIANTS, run_variants
     names = tuple(VARIANTS) if variants.strip() == "all" else read_names(variants)
     folder = out or Path("runs")/f"{short_name(job.model.name)}-claims"
     show_run(run_variants(job, folder, base, names, store, note, text_windows))
 
-# %% ../nbs/command_line.ipynb #c044
-import shutil
-from .engine.devices import joined, device_of_process
-from .engine.unit_store import Share
-from .engine.resumed_scoring import check_target, table_scorer
-from .calibration import Calibration
-from .jobs.job import check_job, check_windows_fit, job_calibration
-from .methods.screening import save_partial, screen_heads
-from .models.loading import load_model, tokenizer_fingerprint
-from .scoring import save_losses
-
-# %% ../nbs/command_line.ipynb #c045
+# %% ../nbs/command_line.ipynb #c041
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
 Budget = option(float | None, "share of the masked passes to spend, as 0.25, for mean scores; all if left out")
 
-def score_in_part(
-    job: Job, # What the options say
-    loaded: tuple, # The model and its tokenizer
-    calibration: Calibration, # The examples
-    out: Path, # Where the table with gaps goes
-    working: Path, # Folder of finished batches
-    budget: float, # Share of the masked passes
-    heads_at_once: int | None, # Heads of a layer in one pass
-) -> None:
-    "Measure what a budget allows, save it and say what it was."
-    if job.prune.score_target != "loss":
-        raise BadInput("--budget was given with --score-target divergence: expected losses, since a divergence has no "
-                       "first-order estimate; leave one of the two out.")
-    model, tokenizer = loaded
-    partial = screen_heads(model, calibration, budget, job.calibrate.seed, job.model.batch_tokens, working,
-                           tokenizer_fingerprint(tokenizer), heads_at_once)
-    save_partial(partial, out)
-    cells, spent = partial.measured, partial.losses.meta["screened"]["spent"]
-    typer.echo(f"{out}: {int(cells.sum()):,} of {cells.numel():,} losses with a head masked, {spent:.1%} of the work "
-               "of all; it gives mean scores: use it with --aggregation mean.")
-
-# %% ../nbs/command_line.ipynb #c046
-def score_whole(
-    job: Job, # What the options say
-    loaded: tuple, # The model and its tokenizer
-    calibration: Calibration, # The examples
-    out: Path, # Where the table goes
-    working: Path, # Folder of finished units
-    heads_at_once: int | None, # Heads of a layer in one pass
-    share: Share, # Which of several processes this is
-) -> None:
-    "Measure the whole table, save it and say what it is; the first process does that for all."
-    model, tokenizer = loaded
-    losses = table_scorer(job.prune.score_target)(
-        model, calibration, job.model.batch_tokens, working, tokenizer_fingerprint(tokenizer), heads_at_once, share)
-    if share.rank: return
-    save_losses(losses, out)
-    heads, measured = losses.masked[..., 0].numel(), {"loss": "losses", "divergence": "divergences"}[losses.target]
-    typer.echo(f"{out}: {measured} of {len(losses.intact)} examples with each of {heads} heads masked.")
-
-# %% ../nbs/command_line.ipynb #c047
+# %% ../nbs/command_line.ipynb #c042
 @app.command("score")
 @in_one_sentence
 @with_plugins
@@ -432,21 +371,10 @@ def score_command(
     budget: Budget = None,
 ) -> None:
     "Measure the loss, or the divergence from the intact model, with every head masked in turn, and save the table."
-    job = changed(job, device=device_of_process(job.model.device))
-    check_job(job)
-    if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
-    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
-    check_windows_fit(job, model)
-    calibration, working = job_calibration(job, tokenizer), store or out.with_name(out.name + ".unfinished")
-    with joined(model.device) as share:
-        if budget is not None: score_in_part(job, (model, tokenizer), calibration, out, working, budget, heads_at_once)
-        else: score_whole(job, (model, tokenizer), calibration, out, working, heads_at_once, share)
-    if not share.rank and not store: shutil.rmtree(working)
+    from cap_nb.single_steps import score_into
+    typer.echo(score_into(job, out, heads_at_once, store, budget))
 
-# %% ../nbs/command_line.ipynb #c049
-from .jobs.chains import Answering, own_chains, task_counts, too_few
-
-# %% ../nbs/command_line.ipynb #c050
+# %% ../nbs/command_line.ipynb #c044
 Tries = option(int, "answers to each problem: the first is greedy, the others are drawn")
 Temperature = option(float, "temperature of the drawn answers")
 
@@ -457,181 +385,14 @@ Temperature = option(float, "temperature of the drawn answers")
 def chains_command(
     job: Job, # What the options say
     out: Out,
-    tries: Tries = Answering.tries,
-    temperature: Temperature = Answering.temperature,
+    tries: Tries = 4,
+    temperature: Temperature = 0.7,
 ) -> None:
     "Let the model answer the problems of a calibration set: chains to calibrate on, resumable."
-    check_job(job)
-    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
-    answering = Answering(tries=tries, temperature=temperature, max_new_tokens=job.evaluate.max_new_tokens,
-                          batch_tokens=2 * job.model.batch_tokens, file=out)
-    data = job.calibrate
-    chains = own_chains(model, tokenizer, data.tasks, data.n, data.seed, data.data_dir, data.style, answering)
-    for count in task_counts(chains):
-        typer.echo(f"{count.task}: {count.problems} problems, {count.answers} answers, {count.right} of them right, "
-                   f"{count.kept} problems with a chain that is kept.")
-    for sentence in too_few(chains): typer.echo(sentence)
-    typer.echo(f"{out}: the chains; use them with --calibrate-on {out}.")
+    from cap_nb.single_steps import answer_into
+    for sentence in answer_into(job, out, tries, temperature): typer.echo(sentence)
 
-# %% ../nbs/command_line.ipynb #c052
-import torch
-from .importance import importance_factors
-from .jobs.settings import PruneSettings
-from .methods.screening import read_scores
-from .regions import Factors
-from .scoring import HeadLosses
-
-# %% ../nbs/command_line.ipynb #c053
-def matching_scores(
-    path: Path, # A table of losses
-    fingerprint: str, # Of the model that it should be about
-    settings: PruneSettings, # What it should hold, and how that becomes scores
-) -> tuple[HeadLosses, torch.Tensor]: # The table, and the scores in nats, float64 [L, H]
-    "Load a table of losses and its scores; one of another model or target raises `BadInput`."
-    losses, scores = read_scores(path, settings.aggregation)
-    if losses.meta.get("model") != fingerprint:
-        raise BadInput(f"{path} was measured on other weights or another dtype: expected this model's; "
-                       "score it first, with the same --dtype.")
-    check_target(losses, settings.score_target, path)
-    return losses, scores
-
-def factors_from(
-    pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
-    fingerprint: Callable[[], str], # Of the model that is to be pruned
-    settings: PruneSettings, # What the table should hold, and how that becomes scores
-) -> Factors | None: # Importance factors of the heads; None without a table
-    "Importance factors from a table of losses; one of another model or target raises `BadInput`."
-    if pruning.scores is None: return None
-    _, scores = matching_scores(pruning.scores, fingerprint(), settings)
-    return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
-
-# %% ../nbs/command_line.ipynb #c056
-from .core.files import check_new_folder
-from .calibration import Calibration
-from .jobs.job import filled_in, targets_configuration
-from .methods.given_hessians import file_note, layer_file
-from .methods.streaming import load_norms
-from .portable.sharing import (
-    base_record, calibration_record, made_and_noted, note_on_model, pruning_record, publish, scores_record, write_card)
-
-# %% ../nbs/command_line.ipynb #c057
-from dataclasses import replace
-from .methods.criteria import Given
-from .methods.prune import check_method, needs_of, prune, unit_factors
-from .methods.given_hessians import check_solved, save_hessians, solve_checkpoint
-from .methods.streaming import check_streamed, checkpoint_fingerprint, prune_checkpoint
-from .models.loading import check_all_here, model_fingerprint, save_model
-from .threshold import PruneReport
-
-# %% ../nbs/command_line.ipynb #c058
-def set_of_measurements(
-    pruning: SinglePruning, # How a checkpoint is pruned on disk
-) -> dict | None: # What JSON can hold; None if nothing was measured
-    "What norms or Hessians say of the set that they were measured on."
-    if pruning.norms is not None: return load_norms(pruning.norms)[1]
-    if pruning.hessians is None: return None
-    note = file_note(layer_file(pruning.hessians, 0))
-    return {"fingerprint": note["calibration"], "sequences": note["sequences"]}
-
-def record_of(
-    job: Job, # Its settings, for the aggregation of scores
-    pruning: SinglePruning, # How it was pruned
-    report: PruneReport, # What was done
-    base: dict, # What was pruned
-    calibration: dict | None, # What the method was calibrated on
-) -> dict: # What config.json will say
-    "The record of a pruning."
-    scores = None
-    if pruning.scores is not None and "factors" in needs_of(check_method(pruning.method)):
-        losses, _ = read_scores(pruning.scores, job.prune.aggregation)
-        scores = scores_record(losses, job.prune.aggregation) | {"key_value": pruning.key_value}
-        if "screened" in losses.meta: scores |= {"screened": losses.meta["screened"]}
-    noted = {"plugins": additions_noted()} if additions_noted() else {}
-    return pruning_record(report, base, pruning.ties, calibration, scores) | noted
-
-# %% ../nbs/command_line.ipynb #c059
-def note_in_memory(
-    job: Job, # Its model, and what was calibrated on
-    pruning: SinglePruning, # How it was pruned
-    report: PruneReport, # What was done
-    loaded: tuple, # The pruned model, its tokenizer, and its fingerprint before
-    calibration: Calibration | None, # The calibration set, if the method has one
-) -> None:
-    "Let a pruned model's configuration say how it was pruned."
-    model, tokenizer, fingerprint = loaded
-    base, on = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None)), None
-    if calibration: on = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
-    note_on_model(model, record_of(job, pruning, report, base, on))
-
-# %% ../nbs/command_line.ipynb #c060
-def check_in_memory(
-    pruning: SinglePruning, # How to prune
-) -> None:
-    "Raise `BadInput` for what only a pruning on disk can use."
-    for name in ("norms", "hessians"):
-        if getattr(pruning, name) is not None:
-            raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
-                           f"measured after those before it were pruned; add --stream, or leave --{name} out.")
-
-# %% ../nbs/command_line.ipynb #c061
-def pruned_in_memory(
-    job: Job, # Its model, how scores are made, and what to calibrate on
-    pruning: SinglePruning, # How to prune
-    out: Path, # Folder of the pruned checkpoint
-) -> PruneReport: # What was done
-    "Load a model, prune it, save it."
-    check_in_memory(pruning)
-    parts = check_method(pruning.method)
-    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
-    check_all_here(model)
-    check_windows_fit(job, model)
-    calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
-    calibration = job_calibration(job, tokenizer) if calibrated else None
-    fingerprint = model_fingerprint(model)
-    factors = factors_from(pruning, lambda: fingerprint, job.prune)
-    if factors is None and parts.attribution:
-        given = Given(calibration=calibration, batch_tokens=job.model.batch_tokens)
-        factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
-    report = prune(model, pruning.method, pruning.sparsity, factors, calibration, pruning.ties,
-                   job.model.batch_tokens, job.calibrate.seed)
-    note_in_memory(job, pruning, report, (model, tokenizer, fingerprint), calibration)
-    save_model(model, tokenizer, out)
-    return report
-
-# %% ../nbs/command_line.ipynb #c062
-def check_streaming(
-    job: Job, # Its model
-    pruning: SinglePruning, # How to prune
-) -> None:
-    "Raise `BadInput` unless a checkpoint can be pruned where it lies."
-    if not Path(job.model.name).is_dir():
-        raise BadInput(f"--stream was given with --model {job.model.name}: expected a folder that holds a checkpoint; "
-                       "save the model there first, or leave --stream out.")
-    if job.model.dtype or job.model.device:
-        raise BadInput("--stream was given with --dtype or --device: expected neither, since nothing is loaded and the "
-                       "weights keep their dtype; leave them out.")
-    if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
-    else: check_solved(pruning.method, pruning.sparsity)
-
-# %% ../nbs/command_line.ipynb #c063
-def pruned_from_disk(
-    job: Job, # Its model, which is a folder, and how scores are made
-    pruning: SinglePruning, # How to prune
-    out: Path, # Folder of the pruned checkpoint
-) -> PruneReport: # What was done
-    "Prune a folder's checkpoint without loading it."
-    check_streaming(job, pruning)
-    source, fingerprint = job.model.name, checkpoint_fingerprint(job.model.name)
-    factors, base = factors_from(pruning, lambda: fingerprint, job.prune), base_record(source, fingerprint)
-    def make(new: Path) -> PruneReport:
-        if pruning.hessians is not None:
-            return solve_checkpoint(source, new, pruning.sparsity, pruning.hessians, pruning.method, factors)
-        return prune_checkpoint(source, new, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
-    def record(report: PruneReport) -> dict:
-        return record_of(job, pruning, report, base, set_of_measurements(pruning))
-    return made_and_noted(out, make, record)
-
-# %% ../nbs/command_line.ipynb #c064
+# %% ../nbs/command_line.ipynb #c048
 @app.command("hessians")
 @in_one_sentence
 @with_plugins
@@ -641,24 +402,11 @@ def hessians_command(
     out: Out,
 ) -> None:
     "Measure the Hessians of a dense model's inputs, a file for each layer, for cap prune --stream; resumable."
-    check_job(job)
-    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
-    check_windows_fit(job, model)
-    save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
+    from cap_nb.single_steps import hessians_into
+    hessians_into(job, out)
     typer.echo(f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}.")
 
-# %% ../nbs/command_line.ipynb #c065
-def check_scores_given(
-    pruning: SinglePruning, # How to prune
-) -> None:
-    "Raise `BadInput` if a method needs a table of losses and has none."
-    parts = check_method(pruning.method)
-    measures_factors = parts.attribution and not pruning.stream
-    if "factors" in needs_of(parts) and pruning.scores is None and not measures_factors:
-        raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
-                       "score'.")
-
-# %% ../nbs/command_line.ipynb #c066
+# %% ../nbs/command_line.ipynb #c049
 @app.command("prune")
 @in_one_sentence
 @with_plugins
@@ -670,27 +418,21 @@ def prune_command(
     out: Out,
 ) -> None:
     "Prune a model and save it; methods with importance factors need --scores, others calibrate on --tasks."
-    check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
-    check_scores_given(pruning)
-    check_new_folder(out)
-    report = (pruned_from_disk if pruning.stream else pruned_in_memory)(job, pruning, out)
+    from cap_nb.single_steps import prune_into
+    report = prune_into(job, pruning, out)
     typer.echo(f"{out}: {pruning.method} set {report.zeros:,} of {report.weights:,} weights in scope to zero "
                f"({report.reached:.4%}, {pruning.sparsity:.4%} asked).")
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster; "
                "'cap export' packs it.")
 
-# %% ../nbs/command_line.ipynb #c068
-from .portable.format import Manifest
-from .portable.small_files import export_folder, restore_folder
-
-# %% ../nbs/command_line.ipynb #c069
+# %% ../nbs/command_line.ipynb #c051
 def bytes_of(
-    manifest: Manifest, # What a packed folder holds
+    manifest: object, # What a packed folder holds
 ) -> tuple[int, int]: # Bytes of the original files, and of what is in their place
     "How large a folder is, and how large it is packed."
     return sum(entry.bytes for entry in manifest.files), sum(entry.stored_bytes for entry in manifest.files)
 
-# %% ../nbs/command_line.ipynb #c070
+# %% ../nbs/command_line.ipynb #c052
 @app.command("export")
 @in_one_sentence
 def export_command(
@@ -700,6 +442,7 @@ def export_command(
     base: option(str | None, "for a delta: the model that was pruned, as lab or a folder") = None,
 ) -> None:
     "Pack a pruned checkpoint into a smaller folder, from which 'cap restore' makes it again; resumable."
+    from cap_nb.portable.small_files import export_folder
     dense, packed = bytes_of(manifest := export_folder(folder, out, form, base))
     beside = f" beside {manifest.base['name']}" if manifest.base else ""
     typer.echo(f"{out}: a {form}{beside} of {len(manifest.files)} files, {packed:,} bytes instead of {dense:,} "
@@ -713,15 +456,11 @@ def restore_command(
     base: option(str | None, "for a delta: the model that was pruned, as lab or a folder") = None,
 ) -> None:
     "Make the folder of a packed checkpoint again, byte for byte; resumable."
+    from cap_nb.portable.small_files import restore_folder
     dense, _ = bytes_of(manifest := restore_folder(folder, out, base))
     typer.echo(f"{out}: {len(manifest.files)} files, {dense:,} bytes, each with the hash that it had.")
 
-# %% ../nbs/command_line.ipynb #c072
-from .core.files import write_checked
-from .portable.quantised import export_gguf, gguf_sentence
-from .portable.speed import SpeedSettings, bench_folder, speed_text
-
-# %% ../nbs/command_line.ipynb #c073
+# %% ../nbs/command_line.ipynb #c054
 @app.command("gguf")
 @in_one_sentence
 def gguf_command(
@@ -730,8 +469,10 @@ def gguf_command(
     dtype: option(str, "of the matrices: f16, q8_0, bf16 or f32") = "f16",
 ) -> None:
     "Write a checkpoint as one GGUF file for llama.cpp; what was zero stays zero."
+    from cap_nb.portable.quantised import export_gguf, gguf_sentence
     typer.echo(gguf_sentence(export_gguf(folder, out, dtype)))
 
+# %% ../nbs/command_line.ipynb #c055
 @app.command("bench")
 @in_one_sentence
 @with_options("settings", options_of(SpeedSettings), SpeedSettings)
@@ -743,11 +484,13 @@ def bench_command(
     note: Note = "",
 ) -> None:
     "Measure tokens a second of a dense and a pruned model, taking turns, in every way that can run here."
+    from cap_nb.core.files import write_checked
+    from cap_nb.portable.speed import bench_folder, speed_text
     record = bench_folder(folder, against, settings, note)
     if out: write_checked(out, record)
     typer.echo(speed_text(record))
 
-# %% ../nbs/command_line.ipynb #c075
+# %% ../nbs/command_line.ipynb #c057
 @app.command("card")
 @in_one_sentence
 def card_command(
@@ -757,8 +500,10 @@ def card_command(
     force: option(bool, "replace another README.md", "--force") = False,
 ) -> None:
     "Write a pruned folder's model card, README.md, from what it says of itself, its zeros and a run's records."
+    from cap_nb.portable.sharing import write_card
     typer.echo(f"{write_card(folder, run, base, force)}: the model card.")
 
+# %% ../nbs/command_line.ipynb #c058
 @app.command("publish")
 @in_one_sentence
 def publish_command(
@@ -769,38 +514,13 @@ def publish_command(
     message: option(str | None, "of the commit; method and sparsity if left out") = None,
 ) -> None:
     "Upload a pruned folder to the hub; what does not belong there is refused."
+    from cap_nb.portable.sharing import publish
     upload = publish(folder, repository, dry_run, private, message)
     for file in upload.files: typer.echo(f"{file.bytes:>15,}  {file.sha256}  {file.name}")
     typer.echo(f"{repository}: {len(upload.files)} files, commit message {upload.message!r}.")
     typer.echo("Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}")
 
-# %% ../nbs/command_line.ipynb #c077
-from cap_nb.portable.shrink import Shrinking, Shrunk, check_shrinking, shrink_to, shrunk_record
-
-# %% ../nbs/command_line.ipynb #c078
-def shrunk_in_memory(
-    job: Job, # Its model, how scores are made, and what to calibrate on
-    how: Shrinking, # How to shrink
-    out: Path, # Folder of the smaller checkpoint
-) -> Shrunk: # What became of the model
-    "Load a model, shrink it, save it."
-    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
-    check_all_here(model)
-    check_windows_fit(job, model)
-    check_shrinking(model, how)
-    fingerprint, scores, table = model_fingerprint(model), None, None
-    if how.scores is not None:
-        table, scores = matching_scores(how.scores, fingerprint, job.prune)
-    calibration = job_calibration(job, tokenizer)
-    small, report = shrink_to(model, calibration, how, scores, job.model.batch_tokens)
-    base = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None))
-    on = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
-    by = table and scores_record(table, job.prune.aggregation)
-    note_on_model(small, shrunk_record(report, how, base, on, by))
-    save_model(small, tokenizer, out)
-    return report
-
-# %% ../nbs/command_line.ipynb #c079
+# %% ../nbs/command_line.ipynb #c060
 @app.command("shrink")
 @in_one_sentence
 @with_plugins
@@ -812,9 +532,8 @@ def shrink_command(
     out: Out,
 ) -> None:
     "Cut whole neurons, and key-value heads with --groups, out of a model, and save the smaller one."
-    check_job(changed(job, sparsities=(how.sparsity,)))
-    check_new_folder(out)
-    report = shrunk_in_memory(job, how, out)
+    from cap_nb.single_steps import shrink_into
+    report = shrink_into(job, how, out)
     typer.echo(f"{out}: {report.before - report.weights:,} of {report.before:,} weights in scope are cut out "
                f"({1 - report.weights / report.before:.4%}, {how.sparsity:.4%} asked); a layer keeps "
                f"{report.neurons[0]} of {report.neurons[1]} neurons and {report.groups[0]} of {report.groups[1]} "
@@ -822,10 +541,7 @@ def shrink_command(
     typer.echo(f"The folder is smaller and faster by itself, and less accurate; 'cap bench {out} --against "
                f"{job.model.name}' measures the one, 'cap eval' the other, and 'cap recover' trains it.")
 
-# %% ../nbs/command_line.ipynb #c081
-from .portable.fine_tuning import FineTuning, check_settings, recover_into
-
-# %% ../nbs/command_line.ipynb #c082
+# %% ../nbs/command_line.ipynb #c062
 TUNING = [each for each in options_of(FineTuning) if each.field not in ("batch_tokens", "seed")] # those are the job's
 
 @app.command("recover")
@@ -838,20 +554,12 @@ def recover_command(
     out: Out,
 ) -> None:
     "Train a pruned model further while every zero stays zero, and save it; resumable."
-    check_job(job)
-    settings = FineTuning(batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed, **tuning)
-    check_settings(settings)
-    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
-    check_windows_fit(job, model)
-    report = recover_into(out, model, tokenizer, job_calibration(job, tokenizer), settings)
-    typer.echo(f"{out}: {settings.steps} steps, the loss of the first {report.losses[0]:.4f}, of the last "
+    from cap_nb.single_steps import train_into
+    report = train_into(job, tuning, out)
+    typer.echo(f"{out}: {len(report.losses)} steps, the loss of the first {report.losses[0]:.4f}, of the last "
                f"{report.losses[-1]:.4f}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
 
-# %% ../nbs/command_line.ipynb #c084
-from .jobs.job import evaluate
-from .jobs.records import save_evaluation
-
-# %% ../nbs/command_line.ipynb #c085
+# %% ../nbs/command_line.ipynb #c064
 @app.command("eval")
 @in_one_sentence
 @with_plugins
@@ -862,21 +570,11 @@ def eval_command(
     out: option(Path | None, "folder for the records; not kept if left out") = None,
 ) -> None:
     "Measure a model as it is: accuracy, held-out loss, perplexity."
-    check_job(job)
-    exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
-    model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
-    evaluation = evaluate(model, tokenizer, job, Path(job.model.name).name, exclude)
-    if out: save_evaluation(evaluation, out)
-    typer.echo(table_markdown(method_table([evaluation])))
+    from cap_nb.analysis import method_table, table_markdown
+    from cap_nb.single_steps import evaluate_alone
+    typer.echo(table_markdown(method_table([evaluate_alone(job, scores, out)])))
 
-# %% ../nbs/command_line.ipynb #c087
-from .analysis import table_csv, table_latex
-from .core.errors import check_choice
-from .experiments.claims import write_ledger
-from .jobs.records import pack_run, unpack_run
-from .jobs.report import run_folders, write_results
-
-# %% ../nbs/command_line.ipynb #c088
+# %% ../nbs/command_line.ipynb #c066
 @app.command("table")
 @in_one_sentence
 @with_plugins
@@ -886,6 +584,8 @@ def table_command(
 ) -> None:
     "Print the table of a run, finished or not."
     check_choice(form, ("md", "csv", "tex"), "format")
+    from cap_nb.analysis import method_table, table_csv, table_latex, table_markdown
+    from cap_nb.jobs.records import load_run
     run = load_run(folder)
     if not run.evaluations:
         raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
@@ -893,7 +593,7 @@ def table_command(
     if form == "csv": typer.echo(table_csv(table))
     else: typer.echo({"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
 
-# %% ../nbs/command_line.ipynb #c089
+# %% ../nbs/command_line.ipynb #c067
 RunFolders = Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")]
 
 @app.command("figures")
@@ -903,17 +603,12 @@ def figures_command(
     folder: RunFolders,
 ) -> None:
     "Make the tables, figures and manifest of every run in a folder again, from the records alone."
+    from cap_nb.jobs.report import run_folders, write_results
     for run in run_folders(folder):
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c092
-from .analysis import comparison_markdown
-from .jobs.repeat import repeat_run
-from .jobs.results import compare_runs, comparison_csv, save_comparison
-
-
-# %% ../nbs/command_line.ipynb #c093
+# %% ../nbs/command_line.ipynb #c070
 @app.command("compare")
 @in_one_sentence
 def compare_command(
@@ -927,6 +622,9 @@ def compare_command(
 ) -> None:
     "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
     check_choice(form, ("md", "csv"), "format")
+    from cap_nb.analysis import comparison_markdown
+    from cap_nb.core.files import check_new_folder
+    from cap_nb.jobs.results import compare_runs, comparison_csv, save_comparison
     if out: check_new_folder(out)
     compared = compare_runs(runs, read_names(methods), against, sparsity and read_sparsities(sparsity), seed)
     typer.echo({"md": comparison_markdown, "csv": comparison_csv}[form](compared))
@@ -934,8 +632,7 @@ def compare_command(
         save_comparison(compared, runs, out)
         typer.echo(f"Tables and figure: {out}")
 
-
-# %% ../nbs/command_line.ipynb #c094
+# %% ../nbs/command_line.ipynb #c071
 @app.command("repeat")
 @in_one_sentence
 @with_plugins
@@ -952,11 +649,12 @@ def repeat_command(
     "Do a run again from its folder alone, and say what differs; exit code 1 if anything does."
     places = {"name": model, "device": device, "data_dir": data_dir, "calibrate_on": calibrate_on}
     places = {name: place for name, place in places.items() if place is not None}
+    from cap_nb.jobs.repeat import repeat_run
     table = repeat_run(folder, out, read_names(methods), sparsity and read_sparsities(sparsity), places)
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
 
-# %% ../nbs/command_line.ipynb #c095
+# %% ../nbs/command_line.ipynb #c072
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -964,17 +662,20 @@ def ledger_command(
     models: option(str | None, "models, with commas; all that are there if left out") = None,
 ) -> None:
     "Put the paper's claims to the test of finished runs: a verdict for each claim and model, as table and figure."
+    from cap_nb.experiments.claims import write_ledger
     out = write_ledger(folder, read_names(models))
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c097
+# %% ../nbs/command_line.ipynb #c074
 @app.command("pack")
 @in_one_sentence
 def pack_command(
     folder: RunFolders,
 ) -> None:
     "Put the records of every finished run in a folder into one file each; what they say does not change."
+    from cap_nb.jobs.records import pack_run
+    from cap_nb.jobs.report import run_folders
     for run in run_folders(folder):
         pack_run(run)
         size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
@@ -987,39 +688,20 @@ def unpack_command(
     target: Annotated[Path, typer.Argument(help="folder to make; it can be given to 'cap run --out'")],
 ) -> None:
     "Restore the folder of a packed run with a file for each record, so that the run can go on."
+    from cap_nb.jobs.records import unpack_run
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c099
-from .methods.attributions import ATTRIBUTIONS
-from .methods.criteria import CRITERIA
-from .methods.experts import ROUTING_AWARE
-from .methods.neurons import NEURON_AWARE
-from .methods.prune import ALLOCATORS, OTHERS, method_line
-from .threshold import SCOPES
-
-# %% ../nbs/command_line.ipynb #c100
+# %% ../nbs/command_line.ipynb #c076
 @app.command("methods")
 @in_one_sentence
 @with_plugins
 def methods_command() -> None:
     "List the methods, each with what it does and where it comes from."
-    typer.echo("A name is criterion[.attribution][@scope][+allocation][^recovery]; --methods all means all of these:\n")
-    for name in ("dense", *table_methods()): typer.echo(f"  {name:28} {' ('.join(method_line(name))})")
-    typer.echo(f"\nCriteria: {', '.join(CRITERIA)}. Others: {', '.join(OTHERS)}.")
-    typer.echo(f"Attributions: {', '.join(ATTRIBUTIONS)}.")
-    typer.echo("On a mixture of experts also, where experts get factors of their own:\n")
-    for name in ROUTING_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
-    typer.echo("With a factor for every MLP neuron:\n")
-    for name in NEURON_AWARE: typer.echo(f"  {f'cap.{name}':28} {' ('.join(method_line(f'cap.{name}'))})")
-    typer.echo(f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.")
-    typer.echo("Recoveries: swaps, update, swaps^update.")
-    if ADDED: typer.echo("Added: " + ", ".join(f"{a.kind} {a.name} ({a.plugin or 'session'})" for a in ADDED) + ".")
+    from cap_nb.methods.prune import method_list
+    typer.echo(method_list())
 
-# %% ../nbs/command_line.ipynb #c101
-from .jobs.planning import measured_plan, plan, plan_text
-
-# %% ../nbs/command_line.ipynb #c102
+# %% ../nbs/command_line.ipynb #c077
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -1037,17 +719,12 @@ def plan_command(
     budget: Budget = None,
 ) -> None:
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
+    from cap_nb.jobs.planning import measured_plan, plan, plan_text
     planned = measured_plan if probe else plan
     made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
     typer.echo(plan_text(made, budget))
 
-# %% ../nbs/command_line.ipynb #c104
-from .core.errors import check_at_least
-from .models.lab import DENSE, train_lab
-from .models.lab_experts import EXPERTS
-from .models.loading import fetch_smollm2
-
-# %% ../nbs/command_line.ipynb #c105
+# %% ../nbs/command_line.ipynb #c079
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -1055,6 +732,7 @@ def fetch_command(
 ) -> None:
     "Download, verify and convert a real model once; afterwards --model NAME finds it."
     check_choice(name, ("smollm2",), "model to fetch")
+    from cap_nb.models.loading import fetch_smollm2
     typer.echo(f"{fetch_smollm2()}: ready; use it with --model {name}.")
 
 @app.command("train-lab")
@@ -1067,15 +745,17 @@ def train_lab_command(
 ) -> None:
     """Train the lab model anew, or its sibling with experts (most of an hour on two cores); stopped, the same command
     goes on."""
+    from cap_nb.models.lab import DENSE, train_lab
+    from cap_nb.models.lab_experts import EXPERTS
     if steps is not None: check_at_least(steps, 1, "--steps")
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c106
+# %% ../nbs/command_line.ipynb #c080
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c108
+# %% ../nbs/command_line.ipynb #c082
 #| eval: false
 if __name__ == "__main__": main()

@@ -6,21 +6,21 @@
 __all__ = ['extract_answer', 'evaluation_problems', 'AnswerRecord', 'answer_problems', 'accuracy', 'wilson_interval',
            'LossRecord', 'held_out_losses', 'bootstrap_interval', 'Perplexity', 'perplexity', 'Evaluation']
 
-# %% ../nbs/05_evaluation.ipynb #c006
+# %% ../nbs/05_evaluation.ipynb #c007
 from .data.problems import load_problems
 from .engine.decoding import generate_greedy
 
-# %% ../nbs/05_evaluation.ipynb #c011
+# %% ../nbs/05_evaluation.ipynb #c012
 import re
 from decimal import Decimal
 from .core.errors import BadInput
 
-# %% ../nbs/05_evaluation.ipynb #c012
+# %% ../nbs/05_evaluation.ipynb #c013
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)" # With or without thousands separators
 NUMBER = rf"(?:-?\$?|\$-){DIGITS}" # 72, -5, $1,234.50, -$3
 ANSWERS = {"gsm8k": NUMBER, "strategyqa": "yes|no", "arc": "[A-H]"} # Benchmark -> what an answer looks like
 
-# %% ../nbs/05_evaluation.ipynb #c013
+# %% ../nbs/05_evaluation.ipynb #c014
 def normal_number(
     text: str, # A number as people write it
 ) -> str: # The same number in plain digits
@@ -40,10 +40,10 @@ def normal_answer(
     "The spelling in which an answer is compared with another."
     return NORMAL.get(family, str)(answer)
 
-# %% ../nbs/05_evaluation.ipynb #c017
+# %% ../nbs/05_evaluation.ipynb #c018
 from .data.prompts import PromptStyle, answer_line_of, prompt_style
 
-# %% ../nbs/05_evaluation.ipynb #c018
+# %% ../nbs/05_evaluation.ipynb #c019
 def strict_pattern(
     style: str | PromptStyle, # The prompt style
     family: str, # gsm8k, strategyqa or arc
@@ -64,7 +64,7 @@ def strict_answer(
     matches = (strict_pattern(style, family).fullmatch(line.strip()) for line in text.split("\n"))
     return next((match[1] for match in reversed(list(matches)) if match), None)
 
-# %% ../nbs/05_evaluation.ipynb #c022
+# %% ../nbs/05_evaluation.ipynb #c023
 LEADS = r"(?i:answer(?:\s+is)?\s*:|answer\s+is)[\s*_(\"'`]*" # "the answer is", "Answer: **"
 LOOSE = {"gsm8k": rf"(?<![\w.])({NUMBER})", "strategyqa": r"\b(?i:(yes|no))\b",
          "arc": r"(?<![\w'])((?:A(?!\s+[a-z])|[B-H])(?![\w']))"} # Benchmark -> an answer anywhere in a text
@@ -81,10 +81,10 @@ def lenient_answer(
     if not answers: return None
     return answers[-1].lower() if family == "strategyqa" else answers[-1]
 
-# %% ../nbs/05_evaluation.ipynb #c026
+# %% ../nbs/05_evaluation.ipynb #c027
 from .data.problems import task_family
 
-# %% ../nbs/05_evaluation.ipynb #c027
+# %% ../nbs/05_evaluation.ipynb #c028
 def extract_answer(
     text: str, # What the model wrote
     task: str, # Name of the task, as in "lab-gsm8k"
@@ -96,7 +96,7 @@ def extract_answer(
     answer = (strict_answer if strict else lenient_answer)(text, style, family)
     return None if answer is None else normal_answer(answer, family)
 
-# %% ../nbs/05_evaluation.ipynb #c030
+# %% ../nbs/05_evaluation.ipynb #c031
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -104,10 +104,10 @@ from .core.errors import check_at_least, check_choice
 from .core.files import sha256_of_text
 from .data.problems import Problem
 
-# %% ../nbs/05_evaluation.ipynb #c031
+# %% ../nbs/05_evaluation.ipynb #c032
 log = logging.getLogger(__name__)
 
-# %% ../nbs/05_evaluation.ipynb #c032
+# %% ../nbs/05_evaluation.ipynb #c033
 def evaluation_problems(
     task: str, # Name of the task
     n: int | None = None, # Problems to draw; None means all
@@ -128,12 +128,12 @@ def evaluation_problems(
                        f"expected at most {len(eligible)}; lower n.")
     return tuple(sorted(eligible, key=lambda problem: sha256_of_text(f"{seed}/{problem.uid}"))[:n])
 
-# %% ../nbs/05_evaluation.ipynb #c036
+# %% ../nbs/05_evaluation.ipynb #c037
 from dataclasses import dataclass
 from .data.prompts import IGNORED, Example
 from .engine.decoding import Generation
 
-# %% ../nbs/05_evaluation.ipynb #c037
+# %% ../nbs/05_evaluation.ipynb #c038
 @dataclass(frozen=True)
 class AnswerRecord:
     "One problem, answered."
@@ -149,11 +149,11 @@ class AnswerRecord:
     tokens: int # Tokens written, the stop token not counted
     cut_off: bool # Whether the limit cut it off
 
-# %% ../nbs/05_evaluation.ipynb #c038
+# %% ../nbs/05_evaluation.ipynb #c039
 def answer_record(
     example: Example, # The problem as tokens
     said: Generation, # What the model wrote
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     style: str | PromptStyle, # The prompt style
 ) -> AnswerRecord: # The record
     "The record of one answered problem (paper Appendix B)."
@@ -171,16 +171,16 @@ def prompt_tokens(
     "The prompt's tokens, exactly as they were in calibration."
     return example.input_ids[:next(index for index, label in enumerate(example.labels) if label != IGNORED)]
 
-# %% ../nbs/05_evaluation.ipynb #c039
+# %% ../nbs/05_evaluation.ipynb #c040
 from .data.prompts import encode_problem
 
-# %% ../nbs/05_evaluation.ipynb #c043
+# %% ../nbs/05_evaluation.ipynb #c044
 from collections.abc import Sequence
 import torch
 from .calibration import default_style
 from .engine.decoding import Decoding
 
-# %% ../nbs/05_evaluation.ipynb #c044
+# %% ../nbs/05_evaluation.ipynb #c045
 def token_limit(
     task: str, # Name of the task
 ) -> int: # Tokens that an answer may take
@@ -196,10 +196,10 @@ def one_task(
     raise BadInput(f"The problems or answers belong to {len(tasks)} tasks: expected those of one; "
                    "the limits and answer lines of tasks differ.")
 
-# %% ../nbs/05_evaluation.ipynb #c045
+# %% ../nbs/05_evaluation.ipynb #c046
 def answer_problems(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     problems: Sequence[Problem], # Problems of one task, as from `evaluation_problems`
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
     max_new_tokens: int | None = None, # Tokens that an answer may take; None means `token_limit`
@@ -216,10 +216,10 @@ def answer_problems(
     written = generate_greedy(model, tokenizer, prompts, limit, line, decoding)
     return tuple(answer_record(example, said, tokenizer, style) for example, said in zip(examples, written))
 
-# %% ../nbs/05_evaluation.ipynb #c047
+# %% ../nbs/05_evaluation.ipynb #c048
 def accuracy(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     task: str, # Name of the task
     n: int | None = None, # Problems to draw; None means all
     seed: int = 0, # Seed of the draw
@@ -230,10 +230,10 @@ def accuracy(
     "Draw problems of a task and answer them (paper section 4); `BadInput` for a wrong task, style or n."
     return answer_problems(model, tokenizer, evaluation_problems(task, n, seed, data_dir), style, max_new_tokens)
 
-# %% ../nbs/05_evaluation.ipynb #c052
+# %% ../nbs/05_evaluation.ipynb #c062
 import statistics
 
-# %% ../nbs/05_evaluation.ipynb #c053
+# %% ../nbs/05_evaluation.ipynb #c063
 def wilson_interval(
     successes: int, # c, right answers
     n: int, # n, answers
@@ -249,7 +249,7 @@ def wilson_interval(
     # at the ends rounding would miss 0 or 1
     return (centre - half if successes else 0.0), (centre + half if successes < n else 1.0)
 
-# %% ../nbs/05_evaluation.ipynb #c058
+# %% ../nbs/05_evaluation.ipynb #c068
 @dataclass(frozen=True)
 class AccuracySummary:
     "Summary of the answer records of one task."
@@ -263,7 +263,7 @@ class AccuracySummary:
     mean_tokens: float # Mean length of an output, in tokens
     cut_off: float # Share of outputs that the limit cut off
 
-# %% ../nbs/05_evaluation.ipynb #c059
+# %% ../nbs/05_evaluation.ipynb #c069
 def summary_of_task(
     task: str, # Name of the task
     records: Sequence[AnswerRecord], # Its records
@@ -276,7 +276,7 @@ def summary_of_task(
         followed=sum(r.strict is not None for r in records) / n, mean_tokens=sum(r.tokens for r in records) / n,
         cut_off=sum(r.cut_off for r in records) / n)
 
-# %% ../nbs/05_evaluation.ipynb #c060
+# %% ../nbs/05_evaluation.ipynb #c070
 def summarise_answers(
     records: Sequence[AnswerRecord], # Records, of one task or more
 ) -> tuple[AccuracySummary, ...]: # A summary for each task, in order of appearance
@@ -284,10 +284,10 @@ def summarise_answers(
     tasks = dict.fromkeys(record.task for record in records)
     return tuple(summary_of_task(task, [record for record in records if record.task == task]) for task in tasks)
 
-# %% ../nbs/05_evaluation.ipynb #c078
+# %% ../nbs/05_evaluation.ipynb #c090
 import math
 
-# %% ../nbs/05_evaluation.ipynb #c079
+# %% ../nbs/05_evaluation.ipynb #c091
 def limit_for(
     dense: Sequence[AnswerRecord], # The dense model's answers to one task
     share: float = 0.995, # Share of them that must have room
@@ -300,14 +300,14 @@ def limit_for(
                        f"expected at most {1 - share:.1%}; answer again with a larger max_new_tokens.")
     return max(token_limit(task), lengths[math.ceil(share * n) - 1])
 
-# %% ../nbs/05_evaluation.ipynb #c084
+# %% ../nbs/05_evaluation.ipynb #c096
 import numpy as np
 from tqdm.auto import tqdm
 from .data.batches import collate, token_batches
 from .engine.decoding import inference
 from .scoring import target_losses
 
-# %% ../nbs/05_evaluation.ipynb #c085
+# %% ../nbs/05_evaluation.ipynb #c097
 @dataclass(frozen=True)
 class LossRecord:
     "The loss of one problem's worked solution."
@@ -316,7 +316,7 @@ class LossRecord:
     loss: float # Mean cross-entropy over the target tokens, in nats
     tokens: int # Target tokens
 
-# %% ../nbs/05_evaluation.ipynb #c086
+# %% ../nbs/05_evaluation.ipynb #c098
 def check_finite_losses(
     losses: Sequence[float], # Losses, one an example or window
     names: Sequence[str], # Name of each, for the sentence
@@ -327,10 +327,10 @@ def check_finite_losses(
         raise BadInput(f"The loss of {bad[0]} is not a finite number ({len(bad)} of {len(losses)} are not): "
                        "expected finite losses; the weights or the dtype are broken, try float32.")
 
-# %% ../nbs/05_evaluation.ipynb #c087
+# %% ../nbs/05_evaluation.ipynb #c099
 def problem_losses(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     problems: Sequence[Problem], # Problems, as from `evaluation_problems`
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
     batch_tokens: int = 4096, # Padded tokens a batch may hold
@@ -348,10 +348,10 @@ def problem_losses(
     return tuple(LossRecord(task=e.task, uid=e.uid, loss=loss, tokens=sum(label != IGNORED for label in e.labels))
                  for e, loss in zip(examples, losses))
 
-# %% ../nbs/05_evaluation.ipynb #c088
+# %% ../nbs/05_evaluation.ipynb #c100
 def held_out_losses(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     task: str, # Name of the task
     n: int | None = None, # Problems to draw; None means all
     seed: int = 0, # Seed of the draw, the same as accuracy's
@@ -361,7 +361,7 @@ def held_out_losses(
     "Draw problems of a task and take the losses of their worked solutions (the loss of paper Eq. 1)."
     return problem_losses(model, tokenizer, evaluation_problems(task, n, seed, data_dir), style)
 
-# %% ../nbs/05_evaluation.ipynb #c093
+# %% ../nbs/05_evaluation.ipynb #c105
 def bootstrap_interval(
     values: Sequence[float], # One value an example
     seed: int = 0, # Seed of the resampling
@@ -377,7 +377,7 @@ def bootstrap_interval(
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
-# %% ../nbs/05_evaluation.ipynb #c097
+# %% ../nbs/05_evaluation.ipynb #c109
 @dataclass(frozen=True)
 class LossSummary:
     "Summary of the loss records of one task."
@@ -387,7 +387,7 @@ class LossSummary:
     low: float # Lower end of its 95 % bootstrap interval
     high: float # Upper end
 
-# %% ../nbs/05_evaluation.ipynb #c098
+# %% ../nbs/05_evaluation.ipynb #c110
 def summarise_losses(
     records: Sequence[LossRecord], # Records, of one task or more
     seed: int = 0, # Seed of the bootstrap
@@ -400,7 +400,7 @@ def summarise_losses(
         summaries.append(LossSummary(task=task, n=len(losses), loss=sum(losses) / len(losses), low=low, high=high))
     return tuple(summaries)
 
-# %% ../nbs/05_evaluation.ipynb #c104
+# %% ../nbs/05_evaluation.ipynb #c116
 def text_windows(
     ids: Sequence[int], # Token ids of the whole text
     windows: int = 100, # Windows wanted
@@ -415,7 +415,7 @@ def text_windows(
     count = min(windows, len(ids) // width)
     return torch.tensor(ids[:count * width]).view(count, width)
 
-# %% ../nbs/05_evaluation.ipynb #c108
+# %% ../nbs/05_evaluation.ipynb #c120
 def window_losses_naive(
     model: torch.nn.Module, # A causal language model of transformers
     windows: torch.Tensor, # Token ids, int64 [windows, tokens]
@@ -425,11 +425,11 @@ def window_losses_naive(
         log_probs = model(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
         return -log_probs.gather(-1, windows[:, 1:, None])[..., 0].mean(1)
 
-# %% ../nbs/05_evaluation.ipynb #c109
+# %% ../nbs/05_evaluation.ipynb #c121
 from .data.problems import Text, load_text
 from .models.anatomy import decoder_of, head_logits
 
-# %% ../nbs/05_evaluation.ipynb #c110
+# %% ../nbs/05_evaluation.ipynb #c122
 def window_losses(
     model: torch.nn.Module, # A causal language model of a known family
     windows: torch.Tensor, # Token ids, int64 [windows, tokens], on the model's device
@@ -446,7 +446,7 @@ def window_losses(
             total += losses.view_as(targets).cpu().double().sum(1)
     return total / (windows.shape[1] - 1)
 
-# %% ../nbs/05_evaluation.ipynb #c112
+# %% ../nbs/05_evaluation.ipynb #c124
 @dataclass(frozen=True)
 class Perplexity:
     "A perplexity, and what it was measured on."
@@ -461,10 +461,10 @@ class Perplexity:
     windows_asked: int = 100 # Windows asked for
     window_tokens_asked: int = 2048 # Tokens asked for in each
 
-# %% ../nbs/05_evaluation.ipynb #c113
+# %% ../nbs/05_evaluation.ipynb #c125
 def perplexity(
     model: torch.nn.Module, # A causal language model of a known family
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     text: str | Text = "wikitext2", # Name of the text, or a text
     data_dir: str | Path | None = None, # Folder that holds a text given by name; None means the hub
     windows: int = 100, # Windows asked for
@@ -487,7 +487,7 @@ def perplexity(
         window_tokens=cut.shape[1], losses=tuple(losses.tolist()), windows_asked=windows,
         window_tokens_asked=window_tokens)
 
-# %% ../nbs/05_evaluation.ipynb #c121
+# %% ../nbs/05_evaluation.ipynb #c133
 @dataclass(frozen=True)
 class Evaluation:
     "All results of one model."

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['importance_factors', 'plot_factors']
 
-# %% ../nbs/02_importance.ipynb #c004
+# %% ../nbs/02_importance.ipynb #c005
 import torch
 from .core.errors import BadInput
 
-# %% ../nbs/02_importance.ipynb #c005
+# %% ../nbs/02_importance.ipynb #c006
 def check_scores(
     scores: torch.Tensor, # Causal scores [L, H]
 ) -> torch.Tensor: # The same in float64
@@ -22,7 +22,7 @@ def check_scores(
                        f"expected finite scores; score again.")
     return scores.double()
 
-# %% ../nbs/02_importance.ipynb #c006
+# %% ../nbs/02_importance.ipynb #c007
 def importance_factors(
     scores: torch.Tensor, # Causal score of every head, [L, H]
     low: float = 1.0, # Factor of the lowest score
@@ -36,17 +36,49 @@ def importance_factors(
     if span == 0: return torch.full_like(scores, low)
     return low + (high - low) * (scores - scores.min()) / span
 
-# %% ../nbs/02_importance.ipynb #c014
-import matplotlib.pyplot as plt
+# %% ../nbs/02_importance.ipynb #c020
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from .core.plots import blank_figure, in_style
 
-# %% ../nbs/02_importance.ipynb #c015
+# %% ../nbs/02_importance.ipynb #c021
+def draw_scale(
+    axes: Axes, # Where to draw
+    scores: torch.Tensor, # Causal scores [L, H]
+) -> None:
+    "Equation 3 as a line, with a dot for every head and dashes from its score to its factor."
+    x, y = scores.flatten().tolist(), importance_factors(scores).flatten().tolist()
+    left = min(x) - 0.1 * (max(x) - min(x))
+    axes.vlines(x, 0, y, color="#999999", linestyle="--", linewidth=0.6)
+    axes.hlines(y, left, x, color="#999999", linestyle="--", linewidth=0.6)
+    axes.plot([min(x), max(x)], [min(y), max(y)], color="black", linewidth=1)
+    axes.plot(x, y, "o", color="#0072B2", markersize=5)
+    axes.axvline(0, color="black", linestyle=":", linewidth=1)
+    axes.axhspan(0, 1, facecolor="#DDDDDD", zorder=0)
+    near = f"no factor below 1, {sum(factor < 1.5 for factor in y)} of {len(y)} below 1.5"
+    axes.text(max(x), 0.45, near, ha="right", va="center", bbox={"facecolor": "#DDDDDD", "edgecolor": "none", "pad": 1})
+    axes.set(xlim=(left, None), ylim=(0, 10.5), yticks=range(1, 11), xlabel="causal score (nats)")
+
+# %% ../nbs/02_importance.ipynb #c022
+@in_style
+def plot_scale(
+    scores: dict[str, torch.Tensor], # Name -> causal scores [L, H]
+) -> Figure: # One panel per name
+    "How causal scores become importance factors (paper equation 3)."
+    figure, panels = blank_figure(1, len(scores), (3.75 * len(scores), 3))
+    for axes, (name, table) in zip(panels[0], scores.items()):
+        draw_scale(axes, table)
+        axes.set_title(name)
+    panels[0, 0].set_ylabel("importance factor")
+    return figure
+
+# %% ../nbs/02_importance.ipynb #c023
+@in_style
 def plot_factors(
     scores: dict[str, torch.Tensor], # Name -> causal scores [L, H]
 ) -> Figure: # One panel per name: factor against rank of the head
     "Importance factors of every head, sorted, for several sets of scores."
-    figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores), 2.6), sharey=True, squeeze=False,
-                                layout="constrained")
+    figure, axes = blank_figure(1, len(scores), (3.2 * len(scores), 2.6))
     for axis, (name, table) in zip(axes[0], scores.items()):
         factors = importance_factors(table).flatten().sort(descending=True).values
         axis.plot(range(1, len(factors) + 1), factors, marker=".", color="#0072B2")

@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['Factors', 'region_factors', 'plot_regions']
 
-# %% ../nbs/03_regions.ipynb #c004
-import torch
-
 # %% ../nbs/03_regions.ipynb #c008
+import torch
 from .core.errors import check_choice
 
 # %% ../nbs/03_regions.ipynb #c009
@@ -23,10 +21,10 @@ def key_value_factors(
     shared = heads.unflatten(1, (groups, -1))
     return shared.mean(-1) if check_choice(how, SHARING, "key-value sharing") == "mean" else shared.amax(-1)
 
-# %% ../nbs/03_regions.ipynb #c013
+# %% ../nbs/03_regions.ipynb #c015
 from dataclasses import dataclass, field
 
-# %% ../nbs/03_regions.ipynb #c014
+# %% ../nbs/03_regions.ipynb #c016
 @dataclass(frozen=True)
 class Factors:
     "The importance factors of a model's heads, experts and neurons; an unknown `key_value` raises `BadInput`."
@@ -39,18 +37,18 @@ class Factors:
     def __post_init__(self):
         check_choice(self.key_value, SHARING, "key-value sharing")
 
-# %% ../nbs/03_regions.ipynb #c015
+# %% ../nbs/03_regions.ipynb #c017
 def as_factors(
     factors: Factors | torch.Tensor | None, # Factors, or a tensor of the heads' factors alone, [L, H]
 ) -> Factors | None: # None stays None
     "Wrap a plain tensor of head factors in `Factors`."
     return Factors(heads=factors) if isinstance(factors, torch.Tensor) else factors
 
-# %% ../nbs/03_regions.ipynb #c018
+# %% ../nbs/03_regions.ipynb #c020
 from torch import nn
 from .models.anatomy import Anatomy, Part, Projection, anatomy, projections
 
-# %% ../nbs/03_regions.ipynb #c019
+# %% ../nbs/03_regions.ipynb #c021
 @dataclass(frozen=True)
 class LayerFactors:
     "The factors of one layer: query heads, key-value heads, experts, neurons."
@@ -73,9 +71,9 @@ class LayerFactors:
         in_table = self.neurons is not None and (self.neurons.ndim == 2) == (projection.expert is not None)
         if not in_table or projection.role not in ("gate", "up", "gate_up", "down"): return None
         neurons = self.neurons if projection.expert is None else self.neurons[projection.expert]
-        return neurons.repeat(2) if projection.role == "gate_up" else neurons # rows of the gate, then of up
+        return projection.of_rows(neurons)
 
-# %% ../nbs/03_regions.ipynb #c020
+# %% ../nbs/03_regions.ipynb #c022
 def layer_factors(
     factors: Factors, # Factors of a model
     a: Anatomy, # Dimensions of the model
@@ -87,7 +85,7 @@ def layer_factors(
     return [LayerFactors(query=query, key_value=group, experts=expert, neurons=in_layer)
             for query, group, expert, in_layer in zip(factors.heads, shared, experts, neurons)]
 
-# %% ../nbs/03_regions.ipynb #c022
+# %% ../nbs/03_regions.ipynb #c024
 def blocks(
     projection: Projection, # A projection
     layer: LayerFactors, # Factors of its layer
@@ -101,7 +99,7 @@ def blocks(
     if projection.role in ("output", "down"): return [(everything, columns, factor) for columns, factor in slices]
     return [(rows, everything, factor) for rows, factor in slices]
 
-# %% ../nbs/03_regions.ipynb #c023
+# %% ../nbs/03_regions.ipynb #c025
 def region_factors_naive(
     model: nn.Module, # A causal language model of a known family
     factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
@@ -114,25 +112,26 @@ def region_factors_naive(
         written[projection.name] = matrix
     return written
 
-# %% ../nbs/03_regions.ipynb #c029
+# %% ../nbs/03_regions.ipynb #c031
 def broadcast_factor(
     projection: Projection, # A projection
     layer: LayerFactors, # Factors of its layer
-    head_size: int, # Rows or columns of a head
 ) -> torch.Tensor: # [out, 1], [1, in] or [1, 1]
     "The factor of a projection in the smallest form that broadcasts over its weight."
     along = layer.of_neurons(projection)
     if along is None and not projection.parts: return layer.of_rest(projection).reshape(1, 1)
     if along is None:
-        along = torch.stack([layer.of_part(part) for part in projection.parts]).repeat_interleave(head_size)
+        widths = torch.tensor([part.stop - part.start for part in projection.parts])
+        along = torch.stack([layer.of_part(part) for part in projection.parts])
+        along = along.repeat_interleave(widths.to(along.device))
     return along[None, :] if projection.role in ("output", "down") else along[:, None]
 
-# %% ../nbs/03_regions.ipynb #c031
+# %% ../nbs/03_regions.ipynb #c033
 from collections.abc import Sequence
 from .core.errors import BadInput
 from .models.anatomy import expert_counts
 
-# %% ../nbs/03_regions.ipynb #c032
+# %% ../nbs/03_regions.ipynb #c034
 def check_head_factors(
     heads: torch.Tensor, # Importance factor of every query head, expected [L, H]
     a: Anatomy, # Dimensions of the model
@@ -145,7 +144,7 @@ def check_head_factors(
         raise BadInput("Some importance factor is not a positive finite number: "
                        "expected factors from importance_factors; compute them again.")
 
-# %% ../nbs/03_regions.ipynb #c033
+# %% ../nbs/03_regions.ipynb #c035
 def check_expert_factors(
     experts: torch.Tensor, # Importance factor of every routed expert, expected [L, E]
     counts: tuple[int, ...], # Experts of each layer, 0 for a dense one
@@ -161,7 +160,7 @@ def check_expert_factors(
         raise BadInput("Some importance factor of an expert is not a positive finite number: "
                        "expected factors from importance_factors; compute them again.")
 
-# %% ../nbs/03_regions.ipynb #c034
+# %% ../nbs/03_regions.ipynb #c036
 def check_neuron_factors(
     neurons: torch.Tensor, # Importance factor of every neuron, expected [L, M], or [L, E, M] in a mixture
     matrices: Sequence[Projection], # The projections of a model
@@ -179,7 +178,7 @@ def check_neuron_factors(
         raise BadInput("Some importance factor of a neuron is not a positive finite number: "
                        "expected factors from importance_factors; compute them again.")
 
-# %% ../nbs/03_regions.ipynb #c035
+# %% ../nbs/03_regions.ipynb #c037
 def region_factors(
     model: nn.Module, # A causal language model of a known family
     factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
@@ -191,14 +190,17 @@ def region_factors(
     if factors.experts is not None: check_expert_factors(factors.experts, expert_counts(model))
     if factors.neurons is not None: check_neuron_factors(factors.neurons, projections(model), expert_counts(model))
     layers = layer_factors(factors, a)
-    return {p.name: broadcast_factor(p, layers[p.layer], a.head_size).float().to(device or p.weight.device)
+    return {p.name: broadcast_factor(p, layers[p.layer]).float().to(device or p.weight.device)
             for p in projections(model)}
 
-# %% ../nbs/03_regions.ipynb #c049
-import matplotlib.pyplot as plt
+# %% ../nbs/03_regions.ipynb #c053
+import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Polygon, Rectangle
+from .core.plots import blank_figure, in_style
 
-# %% ../nbs/03_regions.ipynb #c050
+# %% ../nbs/03_regions.ipynb #c054
 def panels_of(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of the layer
@@ -209,7 +211,8 @@ def panels_of(
         if p.layer == layer: panels.setdefault((p.role, p.expert is None), []).append(p)
     return panels
 
-# %% ../nbs/03_regions.ipynb #c051
+# %% ../nbs/03_regions.ipynb #c055
+@in_style
 def plot_regions(
     model: nn.Module, # A causal language model of a known family
     factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
@@ -217,11 +220,91 @@ def plot_regions(
 ) -> Figure: # One panel per projection; the routed experts of a role share one
     "The importance factor of every weight of one layer, as a picture of each projection (paper section 3.3)."
     regions, panels = region_factors(model, factors, "cpu"), panels_of(model, layer)
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 2.4), layout="constrained")
+    figure, (axes,) = blank_figure(1, len(panels), (12, 2.4))
     for axis, ((role, alone), shown) in zip(axes, panels.items()):
         factor = torch.cat([regions[p.name].expand_as(p.weight) for p in shown])
         picture = axis.imshow(factor, vmin=1, vmax=10, cmap="viridis", aspect="auto", interpolation="nearest")
         size = " x ".join(map(str, shown[0].weight.shape))
         axis.set(title=f"{role}\n{size if alone else f'{len(shown)} of {size}'}", xticks=[], yticks=[])
+        axis.spines[:].set_visible(True)
     figure.colorbar(picture, ax=axes, label="importance factor", shrink=0.8)
+    return figure
+
+# %% ../nbs/03_regions.ipynb #c058
+OWN = {"facecolor": "#9ED2F2", "hatch": "////"} # A region of the head alone
+SHARED = {"facecolor": "#F3CF80", "hatch": "xxxx"} # One that it shares
+
+def draw_matrix(
+    axes: Axes, # Where to draw; a unit is a row or a column
+    corner: tuple[float, float], # Lower left corner
+    block: tuple[int, int], # Width and height of one block
+    names: Sequence[str], # Names of the blocks, from the top or, where they are upright, from the left
+    marked: int, # Index of the marked block
+    look: dict, # How the marked block looks
+) -> None:
+    "A matrix to scale, cut into blocks of rows or, where a block is higher than wide, of columns."
+    (left, bottom), (width, height) = corner, block
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for index, name in enumerate(names):
+        upright = height > width
+        x, y = (index * width, 0) if upright else (0, (len(names) - 1 - index) * height)
+        filled = look if index == marked else {"facecolor": "white"}
+        axes.add_patch(Rectangle((left + x, bottom + y), width, height, edgecolor="black", linewidth=0.8, **filled))
+        axes.text(left + x + width / 2, bottom + y + height / 2, name, ha="center", va="center", bbox=white)
+
+# %% ../nbs/03_regions.ipynb #c059
+def draw_sharing(
+    axes: Axes, # Where to draw
+    left: tuple[float, float], # Where the query projection ends and where the key projection begins
+    each: int, # Query heads that share a key-value head
+    size: int, # Rows of a head
+    groups: int, # Key-value heads
+    marked: int, # Index of the marked key-value head
+) -> None:
+    "Bands from the rows of query heads to those of the key-value head that they share."
+    tall, low = groups * each * size, groups * (each - 1) * size / 2
+    for group in range(groups):
+        top, shared_top = tall - group * each * size, low + (groups - group) * size
+        corners = [(left[0], top), (left[0], top - each * size), (left[1], shared_top - size), (left[1], shared_top)]
+        color = SHARED["facecolor"] if group == marked else "#E6E6E6"
+        axes.add_patch(Polygon(corners, facecolor=color, alpha=0.6, edgecolor="white"))
+
+# %% ../nbs/03_regions.ipynb #c060
+def label_matrices(
+    axes: Axes, # Where to draw
+    shapes: dict[str, tuple[float, int, int]], # Name -> (left side, rows, columns)
+    tall: int, # Rows of the highest matrix
+) -> None:
+    "Name and shape above each matrix, all of them centred at one height."
+    for name, (left, rows, columns) in shapes.items():
+        text = f"$W_{name}$, {rows} x {columns}"
+        axes.text(left + columns / 2, (tall + rows) / 2 + 1, text, ha="center", va="bottom")
+    right = max(left + columns for left, _, columns in shapes.values())
+    axes.set(xlim=(-1, right + 1), ylim=(-1, tall + 4), aspect="equal")
+    axes.axis("off")
+
+# %% ../nbs/03_regions.ipynb #c061
+@in_style
+@matplotlib.rc_context({"hatch.linewidth": 0.5})
+def plot_head_region(
+    head: int = 2, # Index of the query head
+    heads: int = 4, # Query heads of the layer
+    groups: int = 2, # Key-value heads of the layer
+    size: int = 6, # Rows or columns of a head
+    hidden: int = 20, # Size of the residual stream
+) -> Figure: # The four projections of attention, to scale
+    "The rows and columns of one head, and those of the key-value head that it shares (paper section 3.3)."
+    figure, panels = blank_figure(1, 1, (7.5, 2.7))
+    axes, each, tall, narrow = panels[0, 0], heads // groups, heads * size, groups * size
+    own, key, value, output = head // each, hidden + 9, 2 * hidden + 14, 3 * hidden + 23
+    draw_sharing(axes, (hidden, key), each, size, groups, own)
+    draw_matrix(axes, (0, 0), (hidden, size), [f"head {h}" for h in range(heads)], head, OWN)
+    for left in (key, value):
+        names = [f"key-value {group}" for group in range(groups)]
+        draw_matrix(axes, (left, (tall - narrow) / 2), (hidden, size), names, own, SHARED)
+    draw_matrix(axes, (output, (tall - hidden) / 2), (size, hidden), [str(h) for h in range(heads)], head, OWN)
+    label_matrices(axes, {"q": (0, tall, hidden), "k": (key, narrow, hidden), "v": (value, narrow, hidden),
+                          "o": (output, hidden, tall)}, tall)
+    sharers = " and ".join(str(h) for h in range(heads) if h // each == own)
+    axes.text(value - 2.5, (tall - narrow) / 2 - 1, f"shared by heads {sharers}", ha="center", va="top")
     return figure

@@ -29,12 +29,19 @@ def masked_head(
         return masked
     return changed_input(output_projection(model, layer), mask)
 
-# %% ../nbs/01_scoring.ipynb #c015
+# %% ../nbs/01_scoring.ipynb #c014
 from collections.abc import Iterator, Sequence
 import torch.nn.functional as F
 from .data.batches import collate, token_batches
+from dataclasses import dataclass, field
+import math
+import transformers
+from .calibration import deal_subsets
+from .models.anatomy import anatomy
+from .core.errors import BadInput, check_choice
+from .models.loading import model_fingerprint
 
-# %% ../nbs/01_scoring.ipynb #c016
+# %% ../nbs/01_scoring.ipynb #c015
 def mean_by_example(
     losses: torch.Tensor, # Loss of every target token of a batch, example after example
     counts: Sequence[int], # Target tokens of each example
@@ -52,7 +59,7 @@ def target_token_losses(
     is_target = labels != IGNORED
     return F.cross_entropy(logits[is_target].float(), labels[is_target], reduction="none")
 
-# %% ../nbs/01_scoring.ipynb #c017
+# %% ../nbs/01_scoring.ipynb #c016
 def target_losses(
     model: nn.Module, # A causal language model
     batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
@@ -61,16 +68,7 @@ def target_losses(
     counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
     return mean_by_example(target_token_losses(model, batch), counts)
 
-# %% ../nbs/01_scoring.ipynb #c021
-from dataclasses import dataclass, field
-import math
-import transformers
-from .calibration import deal_subsets
-from .models.anatomy import anatomy
-from .core.errors import BadInput, check_choice
-from .models.loading import model_fingerprint
-
-# %% ../nbs/01_scoring.ipynb #c022
+# %% ../nbs/01_scoring.ipynb #c019
 @dataclass(frozen=True)
 class HeadLosses:
     "Losses of a calibration set, intact and with each head masked."
@@ -93,7 +91,16 @@ class HeadLosses:
         "What was measured: loss, or divergence from the intact model."
         return self.meta.get("target", "loss")
 
-# %% ../nbs/01_scoring.ipynb #c023
+# %% ../nbs/01_scoring.ipynb #c020
+def batches_of(
+    calibration: Calibration, # The examples
+    batch_tokens: int, # Padded tokens per batch
+    device: torch.device, # Where the batches go
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]: # (indices of the examples, padded batch)
+    "The batches of a calibration set, shortest examples first; padding is token 0, which no target ever sees."
+    for indices in token_batches(calibration.examples, batch_tokens):
+        yield indices, collate([calibration.examples[index] for index in indices], pad_id=0, device=device)
+
 def head_losses(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
@@ -111,17 +118,7 @@ def head_losses(
         masked=masked, intact=intact, stratum=calibration.stratum, task=tuple(e.task for e in examples),
         uid=tuple(e.uid for e in examples), k=calibration.k, seed=calibration.seed, meta=meta)
 
-# %% ../nbs/01_scoring.ipynb #c025
-def batches_of(
-    calibration: Calibration, # The examples
-    batch_tokens: int, # Padded tokens per batch
-    device: torch.device, # Where the batches go
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]: # (indices of the examples, padded batch)
-    "The batches of a calibration set, shortest examples first; padding is token 0, which no target ever sees."
-    for indices in token_batches(calibration.examples, batch_tokens):
-        yield indices, collate([calibration.examples[index] for index in indices], pad_id=0, device=device)
-
-# %% ../nbs/01_scoring.ipynb #c026
+# %% ../nbs/01_scoring.ipynb #c022
 @torch.no_grad()
 def score_heads_naive(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -141,7 +138,7 @@ def score_heads_naive(
             masked[layer, head, indices] = losses.cpu()
     return head_losses(model, calibration, masked, intact, batch_tokens)
 
-# %% ../nbs/01_scoring.ipynb #c029
+# %% ../nbs/01_scoring.ipynb #c025
 def subset_means(
     values: torch.Tensor, # [..., N]
     subset: torch.Tensor, # Subset of each example, int64 [N]
@@ -162,7 +159,7 @@ def aggregate(
     if how == "paired": return (masked - intact).quantile(0.5, dim=-1)
     return (masked - intact).mean(-1)
 
-# %% ../nbs/01_scoring.ipynb #c030
+# %% ../nbs/01_scoring.ipynb #c026
 AGGREGATIONS = ("paper", "paired", "mean")
 
 def causal_scores(
@@ -175,15 +172,7 @@ def causal_scores(
     subset = losses.subset if k is None else deal_subsets(losses.stratum, k, losses.seed)
     return aggregate(subset_means(losses.masked, subset), subset_means(losses.intact, subset), how)
 
-# %% ../nbs/01_scoring.ipynb #c034
-def median_subset(
-    losses: HeadLosses, # The table of losses; an odd K has a median subset
-) -> torch.Tensor: # For every head, the subset whose mean masked loss is the median, int64 [L, H]
-    "The subset that the median of paper equation 2 picks for each head (of an even K, the lower of the middle two)."
-    means = subset_means(losses.masked, losses.subset)
-    return means.argsort(dim=-1)[..., (means.shape[-1] - 1) // 2]
-
-# %% ../nbs/01_scoring.ipynb #c042
+# %% ../nbs/01_scoring.ipynb #c033
 def resampled(
     subset: torch.Tensor, # Subset of each example, int64 [N]
     rng: torch.Generator, # Source of the draws
@@ -196,7 +185,7 @@ def resampled(
         counts += torch.bincount(drawn, minlength=len(subset))
     return counts
 
-# %% ../nbs/01_scoring.ipynb #c043
+# %% ../nbs/01_scoring.ipynb #c034
 def score_interval(
     losses: HeadLosses, # The table of losses
     how: str = "paper", # "paper", "paired" or "mean"
@@ -215,7 +204,7 @@ def score_interval(
     low, high = torch.stack(scores).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     return low, high
 
-# %% ../nbs/01_scoring.ipynb #c046
+# %% ../nbs/01_scoring.ipynb #c035
 def rank_correlation(
     a: torch.Tensor, # Scores, any shape
     b: torch.Tensor, # Scores of the same shape
@@ -238,11 +227,16 @@ def split_half_reliability(
         correlations.append(rank_correlation(first, second))
     return correlations
 
-# %% ../nbs/01_scoring.ipynb #c049
+# %% ../nbs/01_scoring.ipynb #c038
 from pathlib import Path
 from .core.files import read_tensors, write_tensors
+from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from .core.plots import blank_figure, in_style
 
-# %% ../nbs/01_scoring.ipynb #c050
+# %% ../nbs/01_scoring.ipynb #c039
 def check_table(
     losses: HeadLosses, # A table of losses
 ) -> None:
@@ -258,7 +252,7 @@ def check_table(
         raise ValueError(f"{name} has numbers that are no finite losses")
     deal_subsets(losses.stratum, losses.k, losses.seed)
 
-# %% ../nbs/01_scoring.ipynb #c051
+# %% ../nbs/01_scoring.ipynb #c040
 def save_losses(
     losses: HeadLosses, # The table
     path: str | Path, # Final name of the file
@@ -284,26 +278,81 @@ def load_losses(
                        "path.") from None
     return losses
 
-# %% ../nbs/01_scoring.ipynb #c054
-from matplotlib.axes import Axes
-from matplotlib.colors import SymLogNorm
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from .core.plots import blank_figure, in_style
+# %% ../nbs/01_scoring.ipynb #c042
+BLOCK, PLAIN, CUT = "#CDE7F7", "#DDDDDD", "#B34700" # What belongs to a head, what does not, the mask
 
-# %% ../nbs/01_scoring.ipynb #c055
 def draw_box(
     axes: Axes, # Where to draw
-    left: float, # Its left side, in the axes' units
-    bottom: float, # Its bottom
-    width: float, # Its width
-    text: str, # Its label
-    color: str = "white", # Its colour
+    corner: tuple[float, float], # Its lower left corner, in the axes' units
+    size: tuple[float, float], # Its width and height
+    text: str = "", # Its label
+    **look, # How it looks, as matplotlib's Rectangle takes it
 ) -> None:
-    "A labelled box of height 0.8."
-    axes.add_patch(Rectangle((left, bottom), width, 0.8, facecolor=color, edgecolor="black", linewidth=0.8))
-    axes.text(left + width / 2, bottom + 0.4, text, ha="center", va="center")
+    "A labelled box."
+    axes.add_patch(Rectangle(corner, *size, **({"facecolor": PLAIN, "edgecolor": "black", "linewidth": 0.8} | look)))
+    axes.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center")
 
+def draw_path(
+    axes: Axes, # Where to draw
+    *points: tuple[float, float], # Its corners, in the axes' units
+    width: float = 0.9, # Of the line
+) -> None:
+    "A line through some points that ends in an arrow."
+    arrow = {"arrowstyle": "->", "linewidth": width, "shrinkA": 0, "shrinkB": 0}
+    axes.plot(*zip(*points[:-1]), color="black", linewidth=width)
+    axes.annotate("", points[-1], points[-2], arrowprops=arrow)
+
+# %% ../nbs/01_scoring.ipynb #c043
+def draw_heads(
+    axes: Axes, # Where to draw
+    heads: int, # Query heads of the layer
+    masked: int, # Index of the masked head
+) -> None:
+    "The heads of a layer and their slices of Z, one of them zero."
+    for head in range(heads):
+        row = heads - head
+        draw_path(axes, (3.3, heads / 2 + 1), (4.2, row + 0.5))
+        draw_path(axes, (6.3, row + 0.5), (7.4, row + 0.5))
+        draw_box(axes, (4.2, row + 0.1), (2.1, 0.8), f"head {head}", facecolor=BLOCK)
+        look = {"facecolor": "white", "hatch": "/////", "edgecolor": CUT} if head == masked else {"facecolor": BLOCK}
+        draw_box(axes, (7.4, row), (1.2, 1), "" if head == masked else f"$z_{head}$", **look)
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    axes.text(8, heads - masked + 0.5, "0", ha="center", va="center", color=CUT, weight="bold", bbox=white)
+    draw_box(axes, (7.4, 1), (1.2, heads), facecolor="none", linewidth=1.6)
+
+def draw_words(
+    axes: Axes, # Where to draw
+    words: Sequence[tuple[float, float, str]], # (x, y, text)
+) -> None:
+    "Texts, centred at their points."
+    for x, y, text in words: axes.text(x, y, text, ha="center", va="center")
+
+# %% ../nbs/01_scoring.ipynb #c044
+@in_style
+def plot_head_mask(
+    heads: int = 4, # Query heads of the layer
+    masked: int = 2, # Index of the masked head
+) -> Figure: # The drawing
+    "Draw a decoder layer and the point where one head is masked (paper section 3.2)."
+    figure, panels = blank_figure(1, 1, (7.5, 3.3))
+    axes, y = panels[0, 0], heads / 2 + 1 # the height at which the blocks stand
+    axes.set(xlim=(-0.1, 17.1), ylim=(-0.8, heads + 2.7))
+    axes.axis("off")
+    draw_path(axes, (0, 0), (17, 0), width=2.2)
+    for points in (((0.8, 0), (0.8, y), (1.6, y)), ((8.6, y), (10.4, y)), ((11.7, y), (12.5, y), (12.5, 0.3)),
+                   ((13.2, 0), (13.2, y), (13.8, y)), ((15.6, y), (16.2, y), (16.2, 0.3))): draw_path(axes, *points)
+    draw_box(axes, (1.6, y - 1.5), (1.7, 3), "$W_q$\n$W_k$\n$W_v$")
+    draw_heads(axes, heads, masked)
+    draw_box(axes, (10.4, 1), (1.3, heads), "$W_o$")
+    draw_box(axes, (13.8, y - 0.8), (1.8, 1.6), "MLP")
+    draw_words(axes, ((1.4, -0.55, "residual stream"), (2.45, y - 2.05, "project:\nq, k, v"), (5.25, 0.55, "attend"),
+                      (7.9, 0.55, "concatenate: Z"), (11.2, 0.55, "mix the heads")))
+    for x in (12.5, 16.2): axes.text(x, 0, "+", ha="center", va="center", bbox={"boxstyle": "circle", "fc": "white"})
+    axes.vlines(9.5, 0.8, heads + 1.5, color=CUT, linestyle="--", linewidth=1.6)
+    axes.text(9.5, heads + 1.7, f"the mask cuts here:\nslice {masked} of Z becomes 0", ha="center", color=CUT)
+    return figure
+
+# %% ../nbs/01_scoring.ipynb #c045
 def runs_of(
     names: Sequence[str], # A name for each row or column
 ) -> tuple[list[float], list[float], list[str]]: # Borders between runs of equal names, their centres, their names
@@ -313,31 +362,7 @@ def runs_of(
     centres = [(start + stop - 1) / 2 for start, stop in zip(starts, stops)]
     return [start - 0.5 for start in starts[1:]], centres, [names[start] for start in starts]
 
-# %% ../nbs/01_scoring.ipynb #c056
-@in_style
-def plot_head_mask(
-    heads: int = 4, # Query heads of the layer
-    masked: int = 2, # Index of the masked head
-) -> Figure: # The drawing
-    "Draw an attention block and the point where one head is masked (paper section 3.2)."
-    figure, panels = blank_figure(1, 1, (6.5, 3.4))
-    axes, width, arrow = panels[0, 0], 2 * heads, {"arrowstyle": "->", "linewidth": 0.8}
-    axes.set(xlim=(-0.1, width + 4), ylim=(-0.1, 6.1))
-    axes.axis("off")
-    draw_box(axes, 0, 0, width, "input of the layer")
-    draw_box(axes, 0, 4.6, width, "output projection: mixes the heads", "#DDDDDD")
-    for head in range(heads):
-        text, color = ("0", "white") if head == masked else (f"$z_{head}$", "#C6DBEF")
-        draw_box(axes, 2 * head + 0.15, 1.5, 1.7, f"head {head}", "#9ECAE1")
-        draw_box(axes, 2 * head, 3, 2, text, color)
-        for low, high in ((0.8, 1.5), (2.3, 3), (3.8, 4.6)):
-            axes.annotate("", (2 * head + 1, high), (2 * head + 1, low), arrowprops=arrow)
-    axes.plot(2 * masked + 1, 2.65, "x", color="#B2182B", markersize=10, markeredgewidth=2.5)
-    axes.annotate("", (width / 2, 6.1), (width / 2, 5.4), arrowprops=arrow)
-    axes.text(width + 0.2, 3.4, f"Z, side by side:\nthe mask sets $z_{masked}$ to 0", va="center", color="#B2182B")
-    return figure
-
-# %% ../nbs/01_scoring.ipynb #c057
+# %% ../nbs/01_scoring.ipynb #c046
 @in_style
 def plot_losses(
     losses: HeadLosses, # A table of losses
@@ -359,7 +384,7 @@ def plot_losses(
     figure.colorbar(image, label="masked minus intact loss (nats)")
     return figure
 
-# %% ../nbs/01_scoring.ipynb #c058
+# %% ../nbs/01_scoring.ipynb #c047
 @in_style
 def plot_score_intervals(
     losses: HeadLosses, # A table of losses
@@ -381,3 +406,11 @@ def plot_score_intervals(
     axes.set_ylim(-0.02, 2 * max(high.max(), 0.1))
     axes.set_ylabel(f"causal score (nats), {how}")
     return figure
+
+# %% ../nbs/01_scoring.ipynb #c051
+def median_subset(
+    losses: HeadLosses, # The table of losses; an odd K has a median subset
+) -> torch.Tensor: # For every head, the subset whose mean masked loss is the median, int64 [L, H]
+    "The subset that the median of paper equation 2 picks for each head (of an even K, the lower of the middle two)."
+    means = subset_means(losses.masked, losses.subset)
+    return means.argsort(dim=-1)[..., (means.shape[-1] - 1) // 2]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Evidence', 'Criterion', 'plot_threshold', 'PruneReport', 'plot_zeros']
 
-# %% ../nbs/04_threshold.ipynb #c004
+# %% ../nbs/04_threshold.ipynb #c005
 from collections.abc import Callable
 from dataclasses import dataclass, field
 import torch
 
-# %% ../nbs/04_threshold.ipynb #c005
+# %% ../nbs/04_threshold.ipynb #c006
 @dataclass(frozen=True)
 class Evidence:
     "What a criterion may look at, for one projection."
@@ -32,7 +32,7 @@ class Criterion:
     says: str = "" # The score of a weight, in a few words
     source: str = "" # The publication that it comes from
 
-# %% ../nbs/04_threshold.ipynb #c007
+# %% ../nbs/04_threshold.ipynb #c008
 def magnitude_score(e: Evidence) -> torch.Tensor: # [out, in]
     "The magnitude of a weight (Han et al. 2015)."
     return e.weight.abs()
@@ -45,12 +45,12 @@ MAGNITUDE = Criterion(name="magnitude", score=magnitude_score, says="|W|", sourc
 CAP = Criterion(name="cap", score=cap_score, needs=("factor",),
                 says="|W| times the causal importance of its head", source="the paper, section 3")
 
-# %% ../nbs/04_threshold.ipynb #c011
+# %% ../nbs/04_threshold.ipynb #c012
 import math
 from .core.errors import BadInput
 from .models.anatomy import Projection
 
-# %% ../nbs/04_threshold.ipynb #c012
+# %% ../nbs/04_threshold.ipynb #c013
 @dataclass(frozen=True)
 class Measurements:
     "The measurements on a model that criteria read, by module name."
@@ -67,7 +67,7 @@ class Measurements:
                         gradient=self.gradients.get(p.name), hessian=self.hessians.get(p.name),
                         index=self.order.get(p.name), seed=self.seed)
 
-# %% ../nbs/04_threshold.ipynb #c013
+# %% ../nbs/04_threshold.ipynb #c014
 def scores_of(
     criterion: Criterion, # The criterion
     p: Projection, # A projection
@@ -82,11 +82,11 @@ def scores_of(
                        f"and the model and calibration set for NaN.")
     return scores
 
-# %% ../nbs/04_threshold.ipynb #c019
+# %% ../nbs/04_threshold.ipynb #c020
 from torch import nn
 from .models.anatomy import projections
 
-# %% ../nbs/04_threshold.ipynb #c020
+# %% ../nbs/04_threshold.ipynb #c021
 def all_scores(
     model: nn.Module, # A causal language model of a known family
     criterion: Criterion, # The criterion
@@ -95,31 +95,7 @@ def all_scores(
     "Every score in one vector: simple, and as large as the model."
     return torch.cat([scores_of(criterion, p, known).flatten() for p in projections(model)])
 
-# %% ../nbs/04_threshold.ipynb #c023
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-
-# %% ../nbs/04_threshold.ipynb #c024
-def plot_threshold(
-    scores: torch.Tensor, # Score of every weight, any shape
-    factors: torch.Tensor, # Factor of every weight's region, same shape; one line each, so a dozen at most
-    tau: float, # The threshold
-    bins: int = 30, # Bins from a thousandth of the largest score to the largest, on a logarithmic axis
-) -> Figure: # Share of a region's weights in each bin; the dashed line is the threshold
-    "The distribution of scores for each factor, with the threshold (paper section 3.3)."
-    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
-    edges = scores.max() * torch.logspace(-3, 0, bins + 1)
-    for factor in factors.unique():
-        region = scores[factors == factor]
-        share = torch.histogram(region.float(), edges).hist / len(region)
-        lost = (region <= tau).double().mean()
-        axis.stairs(share, edges, color=plt.cm.viridis((factor - 1) / 9), label=f"I = {factor:g}: {lost:.0%} go")
-    axis.axvline(tau, color="black", linestyle="--", linewidth=1)
-    axis.set(xlabel="|W| I", ylabel="share of the region's weights", xscale="log")
-    axis.legend(fontsize="small")
-    return figure
-
-# %% ../nbs/04_threshold.ipynb #c027
+# %% ../nbs/04_threshold.ipynb #c026
 def bisect_threshold(
     scores: torch.Tensor, # Score of every weight in scope
     sparsity: float, # Share of weights to zero
@@ -134,10 +110,62 @@ def bisect_threshold(
         low, high = (middle, high) if share < sparsity else (low, middle)
     return high
 
-# %% ../nbs/04_threshold.ipynb #c032
+# %% ../nbs/04_threshold.ipynb #c029
+from collections.abc import Sequence
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from .core.plots import blank_figure, in_style
+
+# %% ../nbs/04_threshold.ipynb #c030
+def draw_scores(
+    axis: Axes, # A row of the picture
+    scores: torch.Tensor, # Scores of a group of weights, [n]
+    taus: Sequence[float], # Thresholds, rising
+    edges: torch.Tensor, # Edges of the bins, rising, the thresholds among them, [bins + 1]
+) -> None:
+    "The scores of one group: dark what the first threshold takes, lighter what the next ones take."
+    height = torch.histogram(scores.float(), edges).hist / len(scores) / edges.log10().diff()
+    cuts = [0, *torch.searchsorted(edges, torch.tensor(taus)).tolist(), len(height)]
+    for shade, start, stop in zip(np.linspace(0.3, 1, len(cuts) - 1), cuts, cuts[1:]):
+        axis.stairs(height[start:stop], edges[start:stop + 1], fill=True, color=f"{shade:.2f}")
+    axis.stairs(height, edges, color="black", linewidth=0.8)
+    for tau in taus:
+        axis.axvline(tau, color="black", linestyle="--", linewidth=0.8)
+        axis.annotate(f"{(scores <= tau).double().mean():.0%}", (tau, 1), (-2, -1), ("data", "axes fraction"),
+                      textcoords="offset points", ha="right", va="top", fontsize=8)
+    axis.set(xscale="log", xlim=(edges[0], edges[-1]), yticks=[])
+    axis.spines["left"].set_visible(False)
+    axis.margins(y=0.3)
+
+# %% ../nbs/04_threshold.ipynb #c031
+@in_style
+def plot_threshold(
+    scores: torch.Tensor, # Score of every weight, any shape
+    factors: torch.Tensor, # Factor of every weight's region, or any number that tells groups apart, same shape
+    tau: float | Sequence[float], # The threshold, or several that rise
+    bins: int = 60, # Bins from a ten-thousandth of the largest score to the largest, on a logarithmic axis
+    names: Sequence[str] | None = None, # Names of the groups, in the order of their numbers; None means their factors
+) -> Figure: # A row for each group, a dozen at most
+    "The distribution of scores in each group, and the share that a threshold removes (paper section 3.3)."
+    groups, taus = factors.unique(), [tau] if isinstance(tau, float) else list(tau)
+    figure, panels = blank_figure(len(groups), 1, (7, 0.6 + 0.9 * len(groups)))
+    edges = torch.cat([scores.max() * torch.logspace(-4, 0, bins + 1), torch.tensor(taus)]).unique()
+    for axis, group, name in zip(panels[:, 0], groups, names or [f"I = {group:g}" for group in groups]):
+        draw_scores(axis, scores[factors == group], taus, edges)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.tick_params(labelbottom=axis is panels[-1, 0])
+    for tau in taus:
+        panels[0, 0].annotate(f"{(scores <= tau).double().mean():.0%}", (tau, 1), (-2, 2), ("data", "axes fraction"),
+                              textcoords="offset points", ha="right", weight="bold")
+    panels[0, 0].set_title("of all weights:", loc="left", weight="bold", fontsize=9)
+    panels[-1, 0].set_xlabel("|W| I")
+    return figure
+
+# %% ../nbs/04_threshold.ipynb #c041
 from .core.errors import check_sparsity
 
-# %% ../nbs/04_threshold.ipynb #c033
+# %% ../nbs/04_threshold.ipynb #c042
 def zeros_wanted(
     weights: int, # Weights in scope
     sparsity: float, # Share to zero, in [0, 1)
@@ -154,7 +182,7 @@ def smallest_naive(
     taken[scores.flatten().argsort(stable=True)[:count]] = True
     return taken.view_as(scores)
 
-# %% ../nbs/04_threshold.ipynb #c036
+# %% ../nbs/04_threshold.ipynb #c045
 def pattern_counts(
     scores: torch.Tensor, # Non-negative float32 scores
     upper: int | None = None, # None counts upper halves; a bin counts the lower halves within it
@@ -168,10 +196,7 @@ def pattern_counts(
     weights = repeats.flatten()[inside].double() # float64 counts exactly up to 2^53
     return torch.bincount(digits, weights, minlength=65536).long().cpu()
 
-# %% ../nbs/04_threshold.ipynb #c040
-from collections.abc import Sequence
-
-# %% ../nbs/04_threshold.ipynb #c041
+# %% ../nbs/04_threshold.ipynb #c049
 def total_counts(
     scores: Sequence[Callable[[], torch.Tensor]], # One function per tensor of scores, called once in each pass
     upper: int | None = None, # As in `pattern_counts`
@@ -187,7 +212,7 @@ def total_counts(
         total += pattern_counts(tensor, upper, repeats and repeats[index])
     return total
 
-# %% ../nbs/04_threshold.ipynb #c043
+# %% ../nbs/04_threshold.ipynb #c051
 @dataclass(frozen=True)
 class Threshold:
     "The n-th smallest score, and how many lie below and at it."
@@ -212,7 +237,7 @@ def find_threshold(
     value = torch.tensor((upper << 16) | lower, dtype=torch.int32).view(torch.float32).item()
     return Threshold(value=value, below=int(cumulative[lower]) - ties, ties=ties, count=count)
 
-# %% ../nbs/04_threshold.ipynb #c048
+# %% ../nbs/04_threshold.ipynb #c056
 @torch.no_grad()
 def zero_weights(
     projection: Projection, # A projection
@@ -221,7 +246,7 @@ def zero_weights(
     "Set weights to exactly zero, in place (paper section 3.4)."
     projection.weight.masked_fill_(mask.to(projection.weight.device), 0.0)
 
-# %% ../nbs/04_threshold.ipynb #c050
+# %% ../nbs/04_threshold.ipynb #c058
 def first_true(
     mask: torch.Tensor, # Boolean, any shape
     count: int, # Number of true entries to keep
@@ -231,7 +256,7 @@ def first_true(
     first[mask.flatten().nonzero()[:count, 0]] = True
     return first.view_as(mask)
 
-# %% ../nbs/04_threshold.ipynb #c053
+# %% ../nbs/04_threshold.ipynb #c061
 Take = Callable[[torch.Tensor], torch.Tensor] # Scores of the next tensor -> boolean mask of what is pruned
 
 def first_ones(
@@ -254,7 +279,7 @@ def taker(
         return (scores < value) | first_ones(scores == value, left)
     return take
 
-# %% ../nbs/04_threshold.ipynb #c054
+# %% ../nbs/04_threshold.ipynb #c062
 def ties_taken(
     threshold: Threshold, # The threshold, with its counts
     ties: str, # "exact" or "all"
@@ -262,10 +287,10 @@ def ties_taken(
     "As many ties as the count asks for, or all (the paper's plain <=)."
     return threshold.count - threshold.below if ties == "exact" else threshold.ties
 
-# %% ../nbs/04_threshold.ipynb #c057
+# %% ../nbs/04_threshold.ipynb #c065
 from .core.errors import check_choice
 
-# %% ../nbs/04_threshold.ipynb #c058
+# %% ../nbs/04_threshold.ipynb #c066
 TIES = ("exact", "all") # Prune those at tau in order until the count is right, or all: the paper's plain S <= tau
 
 def zero_smallest(
@@ -284,7 +309,7 @@ def zero_smallest(
     for p in group: zero_weights(p, take(scores_of(criterion, p, known)))
     return threshold
 
-# %% ../nbs/04_threshold.ipynb #c060
+# %% ../nbs/04_threshold.ipynb #c068
 @dataclass(frozen=True)
 class PruneReport:
     "What a pruning method did."
@@ -297,7 +322,7 @@ class PruneReport:
     ties: int # Scores that were equal to the threshold before pruning
     table: tuple[tuple[int, str, str, int, int], ...] # (layer, role, name, zeros, weights) of every projection
 
-# %% ../nbs/04_threshold.ipynb #c061
+# %% ../nbs/04_threshold.ipynb #c069
 def prune_report(
     model: nn.Module, # The pruned model
     method: str, # Name of the method
@@ -310,17 +335,22 @@ def prune_report(
     return PruneReport(method=method, asked=asked, reached=zeros / weights, weights=weights, zeros=zeros, table=table,
                        threshold=threshold and threshold.value, ties=threshold.ties if threshold else 0)
 
-# %% ../nbs/04_threshold.ipynb #c074
+# %% ../nbs/04_threshold.ipynb #c082
 def smallest_in_rows(
     scores: torch.Tensor, # Scores [out, in]
     sparsity: float, # Share of every row to take, in [0, 1)
 ) -> torch.Tensor: # Boolean [out, in]: the smallest floor(in * sparsity) of every row, equal scores in order
-    "The smallest scores of every row by a stable sort (the scope of Wanda, Sun et al. 2024)."
+    "The smallest scores of every row, without sorting it (the scope of Wanda, Sun et al. 2024)."
     count = math.floor(scores.shape[1] * check_sparsity(sparsity) + 1e-9) # 0.7 * 10 is 6.999...
-    taken = torch.zeros_like(scores, dtype=torch.bool)
-    return taken.scatter_(1, scores.argsort(dim=1, stable=True)[:, :count], True)
+    if not count: return torch.zeros_like(scores, dtype=torch.bool)
+    highest = scores.kthvalue(count, dim=1, keepdim=True).values
+    taken = scores <= highest
+    many = (taken.sum(1) > count).nonzero()[:, 0] # rows in which equal scores stand at the threshold
+    equal, room = scores[many] == highest[many], count - (scores[many] < highest[many]).sum(1, keepdim=True)
+    taken[many] &= ~equal | (equal.cumsum(1) <= room)
+    return taken
 
-# %% ../nbs/04_threshold.ipynb #c077
+# %% ../nbs/04_threshold.ipynb #c085
 def smallest_in_groups(
     scores: torch.Tensor, # Scores [out, in]
     zeros: int, # n, how many of every group to take
@@ -334,7 +364,7 @@ def smallest_in_groups(
     taken = torch.zeros_like(grouped, dtype=torch.bool)
     return taken.scatter_(2, grouped.argsort(dim=2, stable=True)[..., :zeros], True).flatten(1)
 
-# %% ../nbs/04_threshold.ipynb #c080
+# %% ../nbs/04_threshold.ipynb #c088
 SCOPES = ("model", "layer", "matrix", "row") # And patterns n:m
 
 def pattern_of(
@@ -349,7 +379,7 @@ def pattern_of(
     raise BadInput(f"Unknown scope {scope!r}: expected one of {', '.join(SCOPES)}, "
                    f"or a pattern such as 2:4 (2 zeros among every 4); check the spelling.")
 
-# %% ../nbs/04_threshold.ipynb #c081
+# %% ../nbs/04_threshold.ipynb #c089
 def check_pattern(
     scope: str, # As in "row" or "2:4"
     sparsity: float, # Share to zero
@@ -360,7 +390,7 @@ def check_pattern(
         raise BadInput(f"The pattern {scope} was asked for at sparsity {sparsity:g}: "
                        f"expected {pattern[0] / pattern[1]:g}, which is its own; change one of the two.")
 
-# %% ../nbs/04_threshold.ipynb #c084
+# %% ../nbs/04_threshold.ipynb #c092
 def competing(
     group: Sequence[Projection], # Projections
     scope: str, # "model", "layer" or "matrix"
@@ -380,7 +410,7 @@ def smallest_within(
     pattern = pattern_of(scope)
     return smallest_in_groups(scores, *pattern) if pattern else smallest_in_rows(scores, sparsity)
 
-# %% ../nbs/04_threshold.ipynb #c085
+# %% ../nbs/04_threshold.ipynb #c093
 def zero_within(
     group: Sequence[Projection], # Projections; changed in place
     criterion: Criterion, # Score of every weight
@@ -396,7 +426,7 @@ def zero_within(
         return []
     return [zero_smallest(rivals, criterion, known, sparsity, ties) for rivals in competing(group, scope)]
 
-# %% ../nbs/04_threshold.ipynb #c090
+# %% ../nbs/04_threshold.ipynb #c098
 def zero_shares(
     report: PruneReport, # A report
 ) -> tuple[list[str], torch.Tensor]: # Roles; shares of zeros, float64 [layers, roles], NaN where a layer lacks the role
@@ -408,13 +438,14 @@ def zero_shares(
         weights[layers.index(layer), roles.index(role)] += size
     return roles, zeros / weights
 
-# %% ../nbs/04_threshold.ipynb #c092
+# %% ../nbs/04_threshold.ipynb #c100
+@in_style
 def plot_zeros(
     report: PruneReport, # A report
 ) -> Figure: # Layers down, roles across, colour is the share of zeros
     "Where the zeros went: the share of zeros of every projection."
     roles, share = zero_shares(report)
-    figure, axis = plt.subplots(figsize=(5, 1.2 + 0.22 * len(share)), layout="constrained")
+    figure, ((axis,),) = blank_figure(1, 1, (5, 1.2 + 0.22 * len(share)))
     picture = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="magma", aspect="auto")
     axis.set(xticks=range(len(roles)), xticklabels=roles, ylabel="layer",
              title=f"{report.method}, {report.asked:.0%} asked, {report.reached:.2%} reached")

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import SkipTest
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,16 @@ WINDOWS = dict(sliding_window=4, layer_types=["sliding_attention", "full_attenti
 NEOX = SQUARE | dict(intermediate_size=28, rotary_pct=0.5)
 OPT = SQUARE | dict(ffn_dim=28, max_position_embeddings=64)
 SHARED = SQUARE_MIXED | dict(shared_expert_intermediate_size=16)
+STABLE = SQUARE | dict(intermediate_size=26, num_key_value_heads=3, partial_rotary_factor=0.5)
+GRANITE = dict(logits_scaling=3.0, attention_multiplier=0.4, residual_multiplier=0.5, embedding_multiplier=2.0)
+# plain rotary angles, in the words of transformers 4 and 5: the default's grow with the length
+SINKS = GROUPED | WINDOWS | dict(hidden_size=20, intermediate_size=12, num_local_experts=4, num_experts_per_tok=2,
+                                 rope_scaling=None, rope_parameters=dict(rope_type="default", rope_theta=150_000.0))
+# a query has 6 rows, 4 of them rotated, a key of its own 2, a value 3
+LATENT = SQUARE | dict(
+    intermediate_size=28, num_key_value_heads=6, q_lora_rank=12, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=2,
+    v_head_dim=3, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=12,
+    routed_scaling_factor=1.5, max_position_embeddings=64)
 
 TINY_MODELS: dict[str, tuple[str, dict]] = {  # name of a variant -> its model_type and settings
     "llama": ("llama", GROUPED),
@@ -73,11 +84,18 @@ TINY_MODELS: dict[str, tuple[str, dict]] = {  # name of a variant -> its model_t
     "gemma2": ("gemma2", GROUPED | WINDOWS | dict(query_pre_attn_scalar=8, attn_logit_softcapping=2.0,
                                                   final_logit_softcapping=5.0)),
     "gemma3": ("gemma3_text", GROUPED | WINDOWS | dict(query_pre_attn_scalar=8, final_logit_softcapping=5.0)),
-    "granite": ("granite", GROUPED | dict(logits_scaling=3.0, attention_multiplier=0.4, residual_multiplier=0.5,
-                                          embedding_multiplier=2.0)),
+    "granite": ("granite", GROUPED | GRANITE),
     "cohere": ("cohere", GROUPED | dict(use_qk_norm=True, logit_scale=0.3)),
     "cohere2": ("cohere2", GROUPED | WINDOWS | dict(hidden_size=24, logit_scale=0.3)),
     "starcoder2": ("starcoder2", GROUPED | dict(sliding_window=4)),
+    "stablelm": ("stablelm", STABLE | dict(qk_layernorm=True)),
+    "stablelm, parallel": ("stablelm", STABLE | dict(use_parallel_residual=True, use_qkv_bias=True)),
+    "nemotron": ("nemotron", GROUPED | dict(partial_rotary_factor=0.5)),
+    "glm4": ("glm4", GROUPED | dict(head_dim=8, partial_rotary_factor=0.5, attention_bias=True)),
+    "arcee": ("arcee", GROUPED),
+    "ernie4_5": ("ernie4_5", GROUPED | dict(use_bias=True)),
+    "olmo3": ("olmo3", GROUPED | WINDOWS),
+    "seed_oss": ("seed_oss", GROUPED),
     "phi": ("phi", GROUPED),
     "phi3": ("phi3", GROUPED),
     "gpt2": ("gpt2", OLD),
@@ -97,7 +115,19 @@ TINY_MODELS: dict[str, tuple[str, dict]] = {  # name of a variant -> its model_t
     "qwen3_moe, one dense layer": ("qwen3_moe", MIXED | dict(mlp_only_layers=[1])),
     "qwen2_moe": ("qwen2_moe", SHARED),
     "qwen2_moe, two dense layers": ("qwen2_moe", SHARED | dict(decoder_sparse_step=2)),
+    "granitemoe": ("granitemoe", GRANITE | SQUARE | dict(intermediate_size=12, num_key_value_heads=3,
+                                                         num_local_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": ("gpt_oss", SINKS),
+    "glm4_moe, one dense layer": ("glm4_moe", LATENT | GROUPED | dict(
+        hidden_size=20, use_qk_norm=True, partial_rotary_factor=0.5, first_k_dense_replace=1, n_group=2, topk_group=1)),
+    "deepseek_v2, queries without a latent": ("deepseek_v2", LATENT | dict(q_lora_rank=None)),
+    "deepseek_v3, one dense layer": ("deepseek_v3", LATENT | dict(first_k_dense_replace=1, n_group=2, topk_group=1)),
 }
+
+
+NEEDS_5 = {  # name of a variant -> what transformers 4 does
+    "stablelm": "expects a bias of norms that have none when it draws weights",
+    "granitemoe": "keeps the experts of Granite-MoE elsewhere"}
 
 
 @torch.no_grad()
@@ -105,12 +135,17 @@ def tiny_model(name, dtype=torch.float32):
     """A tiny model of a family's true class; every parameter is random, biases and norms too, so that none can be
     forgotten unseen."""
     kind, settings = TINY_MODELS[name]
+    if name in NEEDS_5 and transformers.__version__ < "5":
+        raise SkipTest(f"transformers {transformers.__version__} {NEEDS_5[name]}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ENDS | settings)).float().eval()
     rng = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         weight.add_(0.2 * torch.randn(weight.shape, generator=rng))
+    for correction in (each for key, each in model.named_buffers() if key.endswith("e_score_correction_bias")):
+        # positive, because transformers 4 gives the experts of the worse half 0
+        correction.add_(0.2 * torch.randn(correction.shape, generator=rng).abs())
     return model.to(dtype)
 
 
@@ -119,17 +154,21 @@ def in_float64(name):
     model = tiny_model(name, torch.float64)
     if any(expert_counts(model)) and hasattr(model, "set_experts_implementation"):  # transformers 5
         model.set_experts_implementation("eager")
+    elif name.startswith(("deepseek_v3", "glm4_moe")):
+        # transformers 4 adds up in the dtype of the experts' weights, which is float32
+        for module in (each for each in model.modules() if type(each).__name__.endswith("TopkRouter")):
+            module.register_forward_hook(lambda module, args, output: (output[0], output[1].double()))
     return model
 
 
-def tiny_calibration():
+def tiny_calibration(begin=()):
     """Five random sequences of 5 to 9 tokens: the batch is padded, and longer than the windows; the loss counts from
-    the fourth token on."""
+    the fourth token on. All may begin with the same tokens."""
     rng, examples = torch.Generator().manual_seed(1), []
     for number, length in enumerate(range(5, 10)):
         ids = tuple(torch.randint(3, 97, (length,), generator=rng).tolist())
-        examples.append(Example(task="own", uid=str(number), prompt="", target="", answer="", input_ids=ids,
-                                labels=(IGNORED,) * 3 + ids[3:]))
+        examples.append(Example(task="own", uid=str(number), prompt="", target="", answer="", input_ids=(*begin, *ids),
+                                labels=(IGNORED,) * (len(begin) + 3) + ids[3:]))
     return Calibration.from_examples(examples, k=1)
 
 
@@ -144,7 +183,8 @@ def tiny_factors(model):
 
 # their fused rows are [its queries, key, value] for each key-value head
 BY_KEY_VALUE_HEAD = ("gpt_neox", "bloom", "falcon")
-NEVER_TURNED, NEIGHBOURS = ("gpt2", "opt", "bloom"), ("gptj", "cohere", "cohere2")
+NEVER_TURNED = ("gpt2", "opt", "bloom")
+NEIGHBOURS = ("gptj", "cohere", "cohere2", "glm4", "ernie4_5", "deepseek_v2", "deepseek_v3")
 # of the linear bias of six heads
 SLOPES = torch.tensor([2, 4, 6, 8, 1, 3], dtype=torch.float64).neg().exp2()[:, None, None]
 
@@ -171,10 +211,15 @@ def cut_by_hand(model, layer, x):
 def normed_by_hand(model, layer, x, which):
     """Queries or keys, x [T, heads, d], after the norm `which` ("q_norm" or "k_norm"), if the family has it.
 
-    Qwen3 and Gemma 3 norm each head by its root mean square (Gemma's weight is what is added to 1), OLMo-2 and OLMoE
-    all heads together; Cohere standardises each head and has a weight for every one of them.
+    Qwen3 and Gemma 3 norm each head by its root mean square (Gemma's weight is what is added to 1), OLMo-2, 3 and OLMoE
+    all heads together; Cohere and StableLM standardise each head and have a weight for every one of them.
     """
     kind, named = model.config.model_type, dict(model.named_parameters())
+    if kind == "stablelm" and model.config.qk_layernorm:
+        name = f"model.layers.{layer}.self_attn.{which[0]}_layernorm.norms"
+        weights = [named[f"{name}.{head}.weight"].double() for head in range(x.shape[1])]
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + model.config.layer_norm_eps).sqrt() * torch.stack(weights)
     weight = named.get(f"model.layers.{layer}.self_attn.{which}.weight")
     if weight is None:
         return x
@@ -182,7 +227,7 @@ def normed_by_hand(model, layer, x, which):
     if kind == "cohere":
         x = x - x.mean(-1, keepdim=True)
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-    if kind in ("olmo2", "olmoe"):
+    if kind in ("olmo2", "olmo3", "olmoe"):
         flat = x.flatten(1)
         return (flat / (flat.square().mean(-1, keepdim=True) + eps).sqrt() * weight).view_as(x)
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (weight + 1 if kind == "gemma3_text" else weight)
@@ -222,7 +267,7 @@ def turned_by_hand(model, layer, x):
 
     Pairs of coordinates are turned by an angle that grows with the position.
 
-    Most families pair coordinate i with i + r/2 among the first r; GPT-J and Cohere pair neighbours.
+    Most families pair coordinate i with i + r/2 among the first r; GPT-J, Cohere and some later ones pair neighbours.
     """
     config, kind = model.config, model.config.model_type
     if not is_turned(config, layer):
@@ -240,14 +285,15 @@ def turned_by_hand(model, layer, x):
     return turned
 
 
-def weights_by_hand(model, layer, query, key):
-    """Attention weights, [H, T, T], of queries and repeated keys, [T, H, d] each.
+def scores_by_hand(model, layer, query, key):
+    """What goes into the softmax, [H, T, T], from queries and repeated keys, [T, H, d] each.
 
     The scale is 1 / sqrt(d) unless the configuration has another; Gemma 2 bends the scores; Bloom and one Falcon add a
     bias that grows linearly with the key's position, with one slope a head; a window hides what is further back.
     """
     config, kind, size, position = model.config, model.config.model_type, query.shape[-1], torch.arange(len(query))
-    scale = getattr(config, "query_pre_attn_scalar", size) ** -0.5 if kind != "granite" else config.attention_multiplier
+    scale = getattr(config, "query_pre_attn_scalar", size) ** -0.5
+    scale = config.attention_multiplier if "granite" in kind else scale
     scores = torch.einsum("thd,shd->hts", query, key) * scale
     cap = getattr(config, "attn_logit_softcapping", None)
     if cap and config._attn_implementation == "eager":  # the other kernels of transformers 4 have no cap
@@ -259,19 +305,44 @@ def weights_by_hand(model, layer, query, key):
     hidden = position[None, :] > position[:, None]
     if has_window(config, layer):
         hidden = hidden | (position[None, :] <= position[:, None] - config.sliding_window)
-    return scores.masked_fill(hidden, -math.inf).softmax(-1)
+    return scores.masked_fill(hidden, -math.inf)
+
+
+def latent_by_hand(model, layer, x):
+    """Query, key and value of every head, [T, H, ...] each, in latent attention: the rotated key is all heads'."""
+    config, prefix = model.config, f"model.layers.{layer}.self_attn."
+    named = {key.removeprefix(prefix): w.double() for key, w in model.named_parameters() if key.startswith(prefix)}
+
+    def from_latent(latent, which):
+        return latent / (latent.square().mean(-1, keepdim=True) + 1e-6).sqrt() * named[f"{which}_a_layernorm.weight"]
+
+    heads, rank, plain = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
+    query = x @ named["q_proj.weight"].T if config.q_lora_rank is None else (
+        from_latent(x @ named["q_a_proj.weight"].T, "q") @ named["q_b_proj.weight"].T)
+    query, down = query.unflatten(-1, (heads, -1)), x @ named["kv_a_proj_with_mqa.weight"].T
+    rotated = turned_by_hand(model, layer, down[:, None, rank:]).expand(-1, heads, -1)
+    both = (from_latent(down[:, :rank], "kv") @ named["kv_b_proj.weight"].T).unflatten(-1, (heads, -1))
+    query = torch.cat([query[..., :plain], turned_by_hand(model, layer, query[..., plain:])], -1)
+    return query, torch.cat([both[..., :plain], rotated], -1), both[..., plain:]
 
 
 def heads_by_hand(model, layer, x):
     """What each head adds to the attention's output, [H, T, hidden], from what enters the attention, x [T, hidden]
-    (paper section 3.2)."""
+    (paper section 3.2). In gpt-oss a sink takes part in the softmax as a key without a value."""
     a = anatomy(model)
     repeats = a.heads // a.key_value_heads
-    query, key, value = cut_by_hand(model, layer, x)
-    query = turned_by_hand(model, layer, normed_by_hand(model, layer, query, "q_norm"))
-    # Cohere's norm has a weight for every key-value head, so keys are normed before they are repeated
-    key = turned_by_hand(model, layer, normed_by_hand(model, layer, key, "k_norm").repeat_interleave(repeats, 1))
-    weights = weights_by_hand(model, layer, query, key)
+    if a.family in ("deepseek_v2", "deepseek_v3"):
+        query, key, value = latent_by_hand(model, layer, x)
+    else:
+        query, key, value = cut_by_hand(model, layer, x)
+        query = turned_by_hand(model, layer, normed_by_hand(model, layer, query, "q_norm"))
+        # Cohere's norm has a weight for every key-value head, so keys are normed before they are repeated
+        key = turned_by_hand(model, layer, normed_by_hand(model, layer, key, "k_norm").repeat_interleave(repeats, 1))
+    scores = scores_by_hand(model, layer, query, key)
+    sinks = dict(model.named_parameters()).get(f"model.layers.{layer}.self_attn.sinks")
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, len(x), 1)], -1)
+    weights = scores.softmax(-1)[..., :len(x)]
     read = torch.einsum("hts,shd->htd", weights, value.repeat_interleave(repeats, 1))
     weight = output_projection(model, layer).weight.double()
     columns = (weight.T if model.config.model_type == "gpt2" else weight).reshape(-1, a.heads, a.head_size)
@@ -309,8 +380,9 @@ def masking_error(name, folder):
 
 
 # Experts by hand: the router's logits become probabilities, the two largest are kept, and made to sum to 1 where the
-# configuration says so (Mixtral always does); an expert multiplies what gate and up give, gate through x sigmoid(x),
-# and down leads back.
+# configuration says so (some always do); an expert multiplies what gate and up give, gate through x sigmoid(x), and
+# down leads back. gpt-oss has another product, and biases. DeepSeek multiplies the weights by a number; V3 and GLM-4.5
+# take sigmoids, not a softmax, and both experts of the better half, chosen with a correction that weights do not have.
 
 
 def sparse_blocks(model):
@@ -324,6 +396,15 @@ def expert_by_hand(model, layer, expert, x):
     """What enters the down projection of an expert and what leaves it, [n, ...] each; weights are looked up as
     either version names them."""
     named, block = dict(model.named_parameters()), f"model.layers.{layer}.mlp"
+    if model.config.model_type == "gpt_oss":
+        both, b, down, c = (named[f"{block}.experts.{each}"][expert] for each in (
+            "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"))
+        gate, up = (x @ both + b).unflatten(-1, (-1, 2)).unbind(-1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        inner = (up + 1) * gate * (1.702 * gate).sigmoid()
+        return inner, inner @ down + c
+    if model.config.model_type == "granitemoe":
+        block = f"model.layers.{layer}.block_sparse_moe"
     if f"{block}.experts.down_proj" in named:
         gate, up = named[f"{block}.experts.gate_up_proj"][expert].chunk(2)
         down = named[f"{block}.experts.down_proj"][expert]
@@ -338,13 +419,25 @@ def expert_by_hand(model, layer, expert, x):
 
 def weighed_by_hand(model, layer, x):
     """Weight of every expert for every token, 0 for those that were not chosen, [n, E]."""
-    named, config = dict(model.named_parameters()), model.config
-    names = [f"model.layers.{layer}.{block}.gate.weight" for block in ("mlp", "block_sparse_moe")]
-    router = next(named[name] for name in names if name in named)
-    probabilities = (x @ router.T).softmax(-1)
+    named, config, kind = dict(model.named_parameters()), model.config, model.config.model_type
+    names = [f"model.layers.{layer}.{block}" for block in ("mlp.gate", "block_sparse_moe.gate", "mlp.router",
+                                                           "block_sparse_moe.router")]
+    router = next(name for name in names if f"{name}.weight" in named)
+    logits = x @ named[f"{router}.weight"].T
+    if kind == "gpt_oss":
+        logits = logits + named[f"{router}.bias"]
+    if kind in ("deepseek_v3", "glm4_moe"):
+        correction = model.get_buffer(f"{router}.e_score_correction_bias")
+        halves = (logits.sigmoid() + correction).unflatten(-1, (2, 2)).sum(-1)
+        kept = logits.sigmoid() * (halves == halves.amax(-1, keepdim=True)).repeat_interleave(2, -1)
+        return config.routed_scaling_factor * kept / kept.sum(-1, keepdim=True)
+    probabilities = logits.softmax(-1)
     second = probabilities.sort(-1, descending=True).values[:, 1:2]
     kept = probabilities.where(probabilities >= second, 0.0)
-    return kept / kept.sum(-1, keepdim=True) if config.model_type == "mixtral" or config.norm_topk_prob else kept
+    if kind == "deepseek_v2":
+        return config.routed_scaling_factor * kept
+    normed = kind in ("mixtral", "granitemoe", "gpt_oss") or config.norm_topk_prob
+    return kept / kept.sum(-1, keepdim=True) if normed else kept
 
 
 @torch.no_grad()

@@ -255,3 +255,25 @@ def test_no_times_in_other_files(finished):
     for path in folder.rglob("*"):
         if path.suffix in (".json", ".md", ".csv", ".tex", ".svg") and path.name != "timings.json":
             assert not re.search(r"20\d\d-\d\d-\d\dT?\d*", path.read_text(encoding="utf-8")), path
+
+
+HEAVY = ("torch", "transformers", "accelerate", "datasets", "pandas", "numpy", "matplotlib", "seaborn")
+
+
+@pytest.mark.parametrize("words", [("--help",), ("run", "--help"), ("prune", "--help"), ("--version",), ("run", "--sparsity", "lots"), ("table",)], ids=" ".join)
+def test_help_and_simple_mistakes_load_nothing_heavy(words):
+    """How long `cap --help` takes depends on the machine; what it imports does not."""
+    code = f"import sys\nfrom cap_nb.command_line import main\ntry: main()\nexcept SystemExit: pass\nprint('\\nloaded', [name for name in {HEAVY} if name in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+    assert said.stdout.splitlines()[-1] == "loaded []", said.stdout[-300:] + said.stderr[-300:]
+
+
+def test_options_that_are_written_out_are_those_of_the_function():
+    """`cap chains` states two defaults itself, so that its help need not load the chains."""
+    import inspect
+
+    from cap_nb.command_line import chains_command
+    from cap_nb.jobs.chains import Answering
+
+    given = inspect.signature(inspect.unwrap(chains_command)).parameters
+    assert (given["tries"].default, given["temperature"].default) == (Answering.tries, Answering.temperature)

@@ -1,6 +1,7 @@
 """Every claim about every family, on tiny random models of the true classes; and models that are refused."""
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import proofs
@@ -15,19 +16,23 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
+from cap_nb.engine.resumed_scoring import score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.jobs.costs import read_sizes
 from cap_nb.jobs.records import mask_fingerprint
 from cap_nb.methods.prune import prune
 from cap_nb.methods.streaming import checkpoint_fingerprint, prune_checkpoint
-from cap_nb.methods.whole_heads import prune_heads, weights_removed
+from cap_nb.methods.experts import expert_losses, whole_passes
+from cap_nb.methods.neurons import masked_neurons, prune_neurons
+from cap_nb.methods.whole_heads import prune_heads, sizes_of_heads, weights_removed
 from cap_nb.models.anatomy import anatomy, expert_counts, projections
-from cap_nb.models.checks import check_anatomy
-from cap_nb.models.families import FAMILIES, Family, family_of, under
+from cap_nb.models.checks import check_anatomy, check_tokens_independent
+from cap_nb.models.families import ATTENTION, FAMILIES, HOLDS, HYBRIDS, Family, family_of, under
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.models.routing import masked_expert, recorded_routes
-from cap_nb.regions import Factors
-from cap_nb.scoring import masked_head
+from cap_nb.portable.quantised import check_in_gguf
+from cap_nb.regions import Factors, region_factors
+from cap_nb.scoring import masked_head, score_heads_naive
 from cap_nb.threshold import plot_zeros
 
 MIXTURES = [name for name, (kind, _) in TINY_MODELS.items() if FAMILIES[kind].experts]
@@ -69,7 +74,8 @@ def test_a_description_that_forgets_what_is_done_to_the_logits_is_noticed(monkey
             assert "shapes cannot be multiplied" in str(error)
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "bloom", "falcon, three key-value heads", "phi3", "gpt2"])
+@pytest.mark.parametrize("name", ["gpt_neox", "bloom", "falcon, three key-value heads", "phi3", "gpt2",
+                                  "deepseek_v3, one dense layer"])
 def test_the_other_order_is_noticed(monkeypatch, name):
     """All shapes agree and every weight lies in one region; only the live model tells that the rows are another
     head's."""
@@ -80,13 +86,14 @@ def test_the_other_order_is_noticed(monkeypatch, name):
         proof_error(name, "order")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3", "falcon, three key-value heads", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3", "falcon, three key-value heads", "opt", "gpt_oss",
+                                  "deepseek_v3, one dense layer"])
 def test_removing_heads_leaves_no_trace_of_them(name):
     """With the lowest heads gone, the model is the one in which they are masked."""
     model, ids = tiny_model(name), torch.arange(3, 12)[None]
     scores = tiny_factors(model)
     scores[1, 4] = 0.0
-    removed = weights_removed(anatomy(model), [(1, 4)])
+    removed = weights_removed(anatomy(model), sizes_of_heads(model), [(1, 4)])
     report = prune_heads(model, scores, removed / sum(p.weight.numel() for p in projections(model)))
     assert report.zeros == removed
     masked = tiny_model(name)
@@ -110,11 +117,89 @@ def test_a_checkpoint_of_the_decoder_alone_can_be_streamed(tmp_path, name, prefi
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "granitemoe"])
+@pytest.mark.parametrize("kind", ["phimoe", "ernie4_5_moe"])
 def test_other_mixtures_of_experts_are_refused(kind):
     expected = f"'{kind}' is a mixture of experts that is not described: expected one of llama"
     with pytest.raises(BadInput, match=expected):
         family_of(AutoConfig.for_model(kind))
+
+
+@pytest.mark.skipif(transformers.__version__ >= "5", reason="transformers 5 keeps the experts beside the router")
+def test_granite_moe_of_transformers_4_is_refused():
+    kind, settings = TINY_MODELS["granitemoe"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **proofs.ENDS | settings))
+    with pytest.raises(BadInput, match="block_sparse_moe holds no experts: expected them beside the router"):
+        anatomy(model)
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_hybrids_are_refused_with_the_reason(kind):
+    with pytest.raises(BadInput, match=f"'{kind}' has {HYBRIDS[kind]}: expected tokens to meet in attention heads"):
+        family_of(SimpleNamespace(model_type=kind, num_experts=4))
+
+
+def test_what_a_falcon_h1_is_refused_for_is_true(monkeypatch):
+    """Its heads could be found; with all of them masked, its tokens still meet."""
+    monkeypatch.delitem(HYBRIDS, "falcon_h1")
+    roles = ATTENTION | under("feed_forward", gate="gate_proj", up="up_proj", down="down_proj")
+    monkeypatch.setitem(FAMILIES, "falcon_h1", Family("model.layers", "model.final_layernorm", roles))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            "falcon_h1", **proofs.ENDS, **proofs.GROUPED, mamba_d_ssm=24, mamba_n_heads=6, mamba_d_head=4,
+            mamba_d_state=4, mamba_n_groups=1, mamba_chunk_size=4)).float().eval()
+    with pytest.raises(BadInput, match="mamba.conv1d is a weight that the description of 'falcon_h1' leaves out"):
+        anatomy(model)
+    with pytest.raises(BadInput, match="the tokens still learn of each other"):
+        check_tokens_independent(model, torch.arange(3, 9)[None])
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe"])
+def test_a_neuron_of_fused_experts_has_its_rows_of_gate_and_up(name):
+    """In gpt-oss they alternate, in Granite-MoE gate lies above up; removing neurons is masking them."""
+    model, ids = tiny_model(name), torch.arange(3, 12)[None]
+    both = next(p for p in projections(model) if p.role == "gate_up" and p.expert == 1)
+    neurons = torch.arange(3 * 4 * 12).view(3, 4, 12) + 1.0
+    rows = region_factors(model, Factors(tiny_factors(model), neurons=neurons))[both.name][:, 0]
+    pairs = rows.view(12, 2).T if name == "gpt_oss" else rows.view(2, 12)
+    assert torch.equal(pairs, neurons[0, 1].expand(2, 12))
+    down = next(p for p in projections(model) if p.role == "down").weight
+    per_neuron = 3 * down.shape[0]
+    report = prune_neurons(model, neurons, 5 * per_neuron / sum(p.weight.numel() for p in projections(model)))
+    assert report.zeros == 5 * per_neuron
+    masked = tiny_model(name)
+    with torch.no_grad(), masked_neurons(masked, 0, range(5), expert=0):
+        assert torch.allclose(model(ids).logits, masked(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v2, queries without a latent"])
+def test_sinks_and_latents_bear_a_shared_beginning_and_heads_at_once(name):
+    """Resumed scoring runs what all examples begin with once; here that is longer than a window."""
+    model, calibration = tiny_model(name), tiny_calibration(begin=range(20, 40))
+    naive = score_heads_naive(model, calibration)
+    assert shared_prefix(calibration.examples) == 20
+    for together in (1, 3):
+        fast = score_heads(model, calibration, batch_tokens=60, heads_at_once=together)
+        assert (fast.masked - naive.masked).abs().max() < 1e-5
+    naive, fast = expert_losses(model, calibration, 60, whole_passes), expert_losses(model, calibration)
+    assert torch.allclose(naive.masked, fast.masked, atol=1e-5, equal_nan=True)
+
+
+def test_latents_belong_to_the_layer_and_what_they_become_to_heads():
+    """The matrices that make the latents have the mean factor of their layer's heads, as its MLP has."""
+    model = tiny_model("deepseek_v3, one dense layer")
+    factors = tiny_factors(model)
+    regions = region_factors(model, factors)
+    for p in (p for p in projections(model) if p.layer == 1 and p.role in HOLDS):
+        width = {"query": 6, "key_value": 2 + 3, "output": 3}.get(p.role)
+        by_hand = factors[1].repeat_interleave(width) if width else factors[1].mean()
+        assert torch.allclose(regions[p.name].flatten(), by_hand), p.name
+
+
+@pytest.mark.parametrize("kind", sorted(set(FAMILIES) - {"llama", "qwen2"}))
+def test_gguf_files_of_other_families_are_left_to_llama_cpp(kind):
+    with pytest.raises(BadInput, match=f"model is of the family {kind}: expected llama or qwen2; for others use"):
+        check_in_gguf(SimpleNamespace(model_type=kind), "model")
 
 
 def test_experts_are_claimed_of_mixtures_only():
@@ -135,11 +220,12 @@ def test_a_wrong_hand_is_noticed_in_a_moe(monkeypatch, name):
 def test_routers_of_a_moe_are_never_pruned(name):
     """All that has two axes in a layer is pruned, except routers and the gate of an expert that all tokens pass."""
     model = tiny_model(name)
-    matrices = {key: weight for key, weight in model.named_parameters() if ".layers." in key and weight.ndim > 1}
+    matrices = {key: weight for key, weight in model.named_parameters()
+                if ".layers." in key and weight.ndim > 1 and not key.endswith("bias")}
     report = prune(model, "magnitude", 0.5)
     kept = [key for key, weight in matrices.items() if not (weight == 0).any()]
     sparse = sum(count > 0 for count in expert_counts(model))
-    assert all(key.endswith((".gate.weight", "shared_expert_gate.weight")) for key in kept)
+    assert all(key.endswith((".gate.weight", "router.weight", "shared_expert_gate.weight")) for key in kept)
     assert len(kept) == sparse * (2 if "qwen2" in name else 1)
     assert report.weights == sum(weight.numel() for key, weight in matrices.items() if key not in kept)
 
@@ -165,7 +251,7 @@ SPARSITIES = dict.fromkeys(("cap", "cap@matrix", "cap_wanda@layer", "random", "g
 SPARSITIES |= {"wanda@2:4": 0.5, "sparsegpt@2:4": 0.5, "heads": 0.1}
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe, two dense layers"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe, two dense layers", "gpt_oss"])
 def test_every_method_prunes_a_moe_and_can_be_undone(name):
     model = tiny_model(name)
     dense, copies, before = model_fingerprint(model), copied_weights(model), mask_fingerprint(model)

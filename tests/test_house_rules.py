@@ -8,11 +8,12 @@ import subprocess
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, tool
 from notebooks_on_disk import NOTEBOOKS, SOURCES, cells, label, module_of, notebooks_tool
 
 MODULES = sorted(p for p in (ROOT / "cap_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 FLOORS = notebooks_tool.floors()
+stubs_tool = tool("stubs")
 
 
 def place(path):
@@ -206,3 +207,15 @@ def test_order_is_noticed():
     places = [place(ROOT / "nbs" / f"{name}.ipynb") for name in names]
     assert places == sorted(places) and len(set(places)) == len(places)
     assert imported_modules("from ..models import files", "cap_nb.jobs.job") == ["cap_nb.models", "cap_nb.models.files"]
+
+
+def test_type_checkers_know_the_public_names():
+    """The stubs are up to date, and what a public function takes and gives has a type that can be looked up."""
+    import typing
+
+    import cap_nb.all
+
+    assert all(path.read_text(encoding="utf-8") == text for path, text in stubs_tool.stubs().items()), "run python tools/stubs.py"
+    functions = {name: value for name in cap_nb.all.__all__ if inspect.isfunction(value := getattr(cap_nb.all, name))}
+    bare = {name: (set(inspect.signature(f).parameters) | {"return"}) - set(typing.get_type_hints(f)) for name, f in functions.items()}
+    assert not any(bare.values()), {name: missing for name, missing in bare.items() if missing}

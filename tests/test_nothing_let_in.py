@@ -21,7 +21,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from cap_nb.command_line import KNOWN, app, short_name
+from cap_nb.command_line import app, known_options, short_name
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import check_inside, checkpoint_tensors, read_checked, read_json, read_tensors, stored_tensors, whole_file, whole_folder, write_checked, write_tensors
@@ -282,7 +282,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path, monkeypatch):
 @pytest.mark.parametrize("read", [read_json, read_checked, records_of_file, stored_tensors, read_tensors, read_config])
 def test_devices_are_no_files(read):
     with pytest.raises(BadInput):
-        read(Path("/dev/zero"), KNOWN) if read is read_config else read(Path("/dev/zero"))
+        read(Path("/dev/zero"), known_options()) if read is read_config else read(Path("/dev/zero"))
 
 
 # ---- every reader, fuzzed ----
@@ -364,7 +364,7 @@ READERS = {
     "manifest": (lambda path: read_manifest(path.parent), "packed.json", json_like("format", "version", "kind", "base", "files")),
     "configuration": (lambda path: config_of(path.parent), "config.json", json_like("model_type", "hidden_size", "num_attention_heads", "vocab_size", "rope_parameters") |
                       st.dictionaries(st.sampled_from(["hidden_size", "num_attention_heads", "rope_parameters", "dtype", "torch_dtype", "num_hidden_layers"]), VALUES).map(lambda one: as_json({"model_type": "llama"} | one))),
-    "options": (lambda path: read_config(path, KNOWN), "x.yaml", st.text(max_size=60).map(lambda s: s.encode("utf-8", "replace")) | json_like("n", "model", "methods", "sparsity") | st.binary(max_size=40)),
+    "options": (lambda path: read_config(path, known_options()), "x.yaml", st.text(max_size=60).map(lambda s: s.encode("utf-8", "replace")) | json_like("n", "model", "methods", "sparsity") | st.binary(max_size=40)),
 }
 
 

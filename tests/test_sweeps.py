@@ -9,7 +9,7 @@ import typer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from typer.testing import CliRunner
 
-from cap_nb.command_line import KNOWN, app
+from cap_nb.command_line import app, known_options
 from cap_nb.core.files import sha256_of_file
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.records import load_run, pack_run, read_run
@@ -53,9 +53,9 @@ def sweep(tmp_path_factory):
 def test_a_file_may_give_every_option():
     """All that `cap run` has, but the file itself, `--help`, and `--plugin`: a user's code runs only when the command line says so."""
     [command] = [c for name, c in typer.main.get_command(app).commands.items() if name == "run"]
-    assert set(KNOWN) == {p.opts[0].removeprefix("--") for p in command.params} - {"config", "help", "plugin"}
+    assert set(known_options()) == {p.opts[0].removeprefix("--") for p in command.params} - {"config", "help", "plugin"}
     of_jobs = {f.name for part in dataclasses.fields(Job) for f in dataclasses.fields(part.default_factory)}
-    assert {known.field for known in KNOWN.values() if known.kind != "whole"} == of_jobs
+    assert {known.field for known in known_options().values() if known.kind != "whole"} == of_jobs
 
 
 def test_what_a_sweep_leaves(sweep):

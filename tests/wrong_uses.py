@@ -33,6 +33,7 @@ from cap_nb.scoring import HeadLosses, causal_scores, load_losses, save_losses
 
 RECORD = Path(__file__).resolve().parent.parent / "figures" / "bad_input" / "uses.json"
 FEW = "--n 3 --k 1 --evaluate-n 2 --loss-n 2 --windows 0 --accuracy-tasks none --device cpu"
+FEW_EXAMPLES = "--n 3 --k 1 --device cpu"
 RUN, PRUNE, EVAL = f"run {FEW} --out PLACE/new", "prune --out PLACE/new", "eval --out PLACE/new"
 
 
@@ -86,6 +87,19 @@ COMMANDS = {
                     "export PLACE/model --format zip --out PLACE/new", "export PLACE/model --format delta --out PLACE/new",
                     "export PLACE/model --format bitmask --base lab --out PLACE/new", "restore PLACE/folder --out PLACE/new", "restore PLACE/model --out PLACE/new",
                     "export PLACE/model --format bitmask --out PLACE/model/inside"],
+    "taking it home": [f"recover {FEW_EXAMPLES} --out PLACE/new {options}" for options in (
+        "", "--steps 0", "--lr 0", "--lr nan", "--rank 0", "--warmup 2", "--examples 0", "--weight-decay -1", "--model PLACE/nothing")]
+    + [f"shrink {FEW_EXAMPLES} --out PLACE/new {options}" for options in (
+        "--sparsity 1", "--sparsity nan", "--groups 0", "--groups 99", "--neurons-by luck", "--scores PLACE/nothing --groups 1", "--model PLACE/nothing")]
+    + ["gguf PLACE/nothing --out PLACE/new.gguf", "gguf PLACE/folder --out PLACE/new.gguf", "gguf PLACE/model --out PLACE/new.gguf --dtype q2",
+       "gguf PLACE/model --out PLACE/new.bin", "bench PLACE/nothing", "bench PLACE/folder", "bench PLACE/model --rounds 0", "bench PLACE/model --batches 0",
+       "bench PLACE/model --backends magic", "bench PLACE/model --device tpu", "bench PLACE/model --against PLACE/nothing", "card PLACE/nothing", "card PLACE/folder",
+       "card PLACE/model --run PLACE/folder", "card PLACE/model --base no/such/id", "publish PLACE/model owner/name --dry-run", "publish PLACE/folder owner/name --dry-run",
+       "publish PLACE/nothing owner/name --dry-run", "publish PLACE/model a/b/c --dry-run"],
+    "comparing and repeating": ["compare PLACE/nothing PLACE/folder", "compare PLACE/folder", "compare PLACE/edited_run PLACE/old_run", "compare PLACE/nothing --sparsity lots",
+                                "compare PLACE/nothing --format pdf", "compare PLACE/nothing --out PLACE/folder", "repeat PLACE/nothing --out PLACE/new",
+                                "repeat PLACE/folder --out PLACE/new", "repeat PLACE/edited_run --out PLACE/new", "repeat PLACE/nothing --sparsity 2 --out PLACE/new"],
+    "files of options": [f"run --config PLACE/{name} --out PLACE/new" for name in ("nothing.yaml", "folder", "list_meta.safetensors", "file.txt")],
 }
 
 

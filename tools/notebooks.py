@@ -52,6 +52,14 @@ def is_skipped(source: str, flags: set[str]) -> bool:
     return bool(flags & said.keys()) or said.get("eval", "").lower() == "false"
 
 
+def fold_solutions(notebook) -> None:
+    """Hide source and output of the cells that say `#| code-fold: true`, which JupyterLab then shows as a bar to open."""
+    for cell in notebook.cells:
+        cell.metadata.pop("jupyter", None)
+        if cell.cell_type == "code" and directives(cell.source).get("code-fold") == "true":
+            cell.metadata["jupyter"] = {"outputs_hidden": True, "source_hidden": True}
+
+
 class FlaggedClient(NotebookClient):
     """A notebook client that passes over the cells nbdev passes over."""
 
@@ -70,6 +78,7 @@ def execute(path: Path, flags: set[str]) -> None:
                            extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}})
     client.skipped_flags = flags
     client.execute()
+    fold_solutions(notebook)
     nbformat.write(notebook, path)
 
 

@@ -96,7 +96,7 @@ from collections.abc import Sequence
 
 # %% ../../nbs/data/01_prompts.ipynb #c017
 def prompt_text(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     problem: Problem, # The problem
     style: str | PromptStyle, # The prompt style
     shots: Sequence[Problem] = (), # Worked examples that come before
@@ -130,7 +130,7 @@ from ..core.files import sha256_of_text
 
 # %% ../../nbs/data/01_prompts.ipynb #c026
 def make_example(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     prompt: str, # The prompt, special tokens included as text
     target: str, # What the model should say
     task: str = "own", # Name of the task, for your own examples
@@ -149,7 +149,7 @@ def make_example(
 
 # %% ../../nbs/data/01_prompts.ipynb #c027
 def encode_problem(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     problem: Problem, # The problem
     style: str | PromptStyle, # The prompt style
     shots: Sequence[Problem] = (), # Worked examples that come before

@@ -23,7 +23,7 @@ def answer_is_whole(
 # %% ../../nbs/engine/03_decoding.ipynb #c010
 def stop_tokens(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
 ) -> tuple[int, ...]: # Token ids that end an answer, ascending
     "Tokens that end an answer: those of the model's configuration and the tokenizer's."
     ids = getattr(model.generation_config, "eos_token_id", None)
@@ -54,7 +54,7 @@ class Generation:
 # %% ../../nbs/engine/03_decoding.ipynb #c014
 def generate_naive(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     prompt: Sequence[int], # Token ids of the prompt
     max_new_tokens: int, # The limit, in tokens
     line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
@@ -81,7 +81,7 @@ CACHES = {"dynamic": None, "static": "static"} # Name of a cache -> its name in 
 @contextmanager
 def greedy_settings(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     max_new_tokens: int, # The limit, in tokens
     cache: str = "dynamic", # "dynamic" or "static"
 ) -> Iterator[GenerationConfig]: # The only settings in force inside the block
@@ -104,7 +104,7 @@ class AnswerCriterion:
     "A stopping criterion for `generate`: a row ends behind its first whole answer line (paper Appendix B)."
     def __init__(
         self,
-        tokenizer, # The model's tokenizer
+        tokenizer: object, # The model's tokenizer
         line: re.Pattern, # Matches an answer line
     ):
         self.tokenizer, self.line = tokenizer, line
@@ -255,7 +255,7 @@ def check_room(
 # %% ../../nbs/engine/03_decoding.ipynb #c049
 def generate_by(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
     max_new_tokens: int, # The limit, in tokens
     line: re.Pattern | None, # An answer line that ends the answer; None means that only a stop token does
@@ -278,7 +278,7 @@ def generate_by(
 # %% ../../nbs/engine/03_decoding.ipynb #c050
 def generate_greedy(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
     max_new_tokens: int, # The limit, in tokens
     line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
@@ -363,7 +363,7 @@ class NumberChooser(Chooser):
 # %% ../../nbs/engine/03_decoding.ipynb #c079
 def generate_noted(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
     max_new_tokens: int, # The limit, in tokens
     line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does

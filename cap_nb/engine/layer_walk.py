@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/engine/00_layer_walk.ipynb #c004
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 import torch
 from torch import nn
 from ..models.anatomy import decoder_layers, decoder_of
@@ -32,15 +34,28 @@ def state_of_calls(
     return BatchState(hidden=calls[0].hidden, mask=mask, calls=others, indices=tuple(indices))
 
 # %% ../../nbs/engine/00_layer_walk.ipynb #c006
+@contextmanager
+def first_layer_alone(
+    model: nn.Module, # A causal language model of a known family
+) -> Iterator[None]:
+    "While the block runs, a forward pass computes the first layer, and every later one gives the same output again."
+    first, *others = decoder_layers(model)
+    made = []
+    def again(*args: object, **kwargs: object) -> object: return made[-1]
+    with ExitStack() as stack:
+        stack.enter_context(first.register_forward_hook(lambda layer, args, output: made.append(output)))
+        for layer in others: stack.enter_context(patch.object(layer, "forward", again))
+        yield
+
 @torch.no_grad()
 def initial_state(
     model: nn.Module, # A causal language model of a known family
     batch: dict[str, torch.Tensor], # input_ids and attention_mask, each [B, T]; padded on either side
     indices: Sequence[int] = (), # Indices of the examples in the calibration set
 ) -> BatchState: # The batch before the first layer
-    "Run the intact model once, to record the arguments of each layer."
+    "Record the arguments of each layer, which depend on the tokens' positions and not on what layers compute."
     decoder = decoder_of(model)
-    with recorded_calls(model) as calls:
+    with recorded_calls(model) as calls, first_layer_alone(model):
         decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return state_of_calls(calls, batch["attention_mask"], indices)
 
@@ -61,8 +76,8 @@ def real_rows(
     mask: torch.Tensor, # Attention mask of the batch, [B, T]
 ) -> torch.Tensor: # The inputs without padding, [n, in]
     "The inputs of a projection at the tokens that are not padding."
-    real = mask.flatten().bool()
-    return inputs.flatten(0, -2)[real if tokens is None else real[tokens]] # OPT hands its MLP [B*T, in]
+    real, rows = mask.flatten().bool(), inputs.flatten(0, -2) # OPT hands its MLP [B*T, in]
+    return rows if real.all() else rows[real if tokens is None else real[tokens]]
 
 # %% ../../nbs/engine/00_layer_walk.ipynb #c015
 from tqdm.auto import tqdm
@@ -77,7 +92,7 @@ class LayerStep:
     layer: nn.Module # The decoder layer
     index: int # Its index, from 0
     projections: tuple[Projection, ...] # Its projections
-    batches: tuple[BatchState, ...] # All batches of the calibration set
+    batches: Sequence[BatchState] # All batches of the calibration set; they go on when the next layer is asked for
 
 def layer_by_layer(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -90,8 +105,10 @@ def layer_by_layer(
     states = [initial_state(model, batch, indices) for indices, batch in batches_of(calibration, batch_tokens, device)]
     for index, layer in enumerate(tqdm(decoder_layers(model), desc=name, unit="layer")):
         in_layer = tuple(p for p in projections(model) if p.layer == index)
-        yield LayerStep(layer=layer, index=index, projections=in_layer, batches=tuple(states))
-        with torch.no_grad(): states = [advanced(model, state, index) for state in states]
+        yield LayerStep(layer=layer, index=index, projections=in_layer, batches=states)
+        if index + 1 == len(decoder_layers(model)): return # nobody reads what the last layer gives
+        for number, state in enumerate(states):
+            with torch.no_grad(): states[number] = advanced(model, state, index)
 
 # %% ../../nbs/engine/00_layer_walk.ipynb #c022
 import logging

@@ -76,12 +76,21 @@ def row_divisors(
     return torch.cat([torch.full((part.stop - part.start,), DIVISORS[attention][part.kind])
                       for part in projection.parts])
 
+def latent_divisors(
+    projection: Projection, # What makes the latent of keys and values, and below it the rotated key of all heads
+    rotated: int, # Rows of that key
+    attention: str, # One of `DIVISORS`
+) -> torch.Tensor: # By what the relevance of each row is divided, [out]
+    "The rotated key has the divisor of a key, and what becomes keys and values later has theirs there."
+    plain = torch.ones(len(projection.weight) - rotated)
+    return torch.cat([plain, torch.full((rotated,), DIVISORS[attention]["key"])])
+
 # %% ../../nbs/engine/05_relevance.ipynb #c019
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from cap_nb.core.errors import check_choice
-from cap_nb.models.anatomy import projections
+from cap_nb.core.errors import BadInput, check_choice
+from cap_nb.models.anatomy import dimensions, projections
 from cap_nb.models.interventions import changed_input, changed_output
 
 # %% ../../nbs/engine/05_relevance.ipynb #c020
@@ -96,10 +105,9 @@ def ruled_output(
 
 def attention_rule(
     projection: Projection, # A projection into the attention
-    attention: str, # One of `DIVISORS`
+    by: torch.Tensor, # By what the relevance of each row is divided, [out]
 ) -> AbstractContextManager[None]: # Holds while its block runs
     "Divide the relevance of queries, keys and values where they leave their projection."
-    by = row_divisors(projection, attention)
     return changed_output(projection.module, lambda values: uniform_rule(values, by.to(values)))
 
 # %% ../../nbs/engine/05_relevance.ipynb #c021
@@ -122,10 +130,19 @@ def halved_input(
     "The two factors of a product share its relevance."
     return changed_input(module, lambda values: uniform_rule(values, 2.0))
 
+def is_norm(
+    module: nn.Module, # Any module
+) -> bool: # Whether it is one
+    "Whether a module is a norm."
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.lower().endswith("norm")
+
 def routing_rules(
     routing: Routing, # The experts of a layer
 ) -> Iterator[AbstractContextManager[None]]: # Each holds while its block runs
     "The rules of a mixture: constant routing, and half for each factor in stacked experts."
+    if routing.about.product:
+        raise BadInput(f"{routing.name} multiplies gate and up in its own way: expected the activation of gate, times "
+                       "up, for which relevance has a rule; use another attribution.")
     yield constant_outputs(routing.router)
     if routing.about.shared_gate: yield constant_outputs(routing.block.get_submodule(routing.about.shared_gate))
     if routing.stacked: yield halved_input(routing.experts)
@@ -136,10 +153,12 @@ def projection_rules(
     attention: str, # One of `DIVISORS`
 ) -> Iterator[AbstractContextManager[None]]: # Each holds while its block runs
     "The rules at projections: into the attention, and at the product of gate and up."
-    gated = {"gate", "gate_up"} & {p.role for p in projections(model)}
+    gated, widths = {"gate", "gate_up"} & {p.role for p in projections(model)}, dimensions(model.config).widths
     for p in projections(model):
         stacked = p.expert is not None and p.routing.stacked
-        if p.parts and p.role != "output": yield attention_rule(p, attention)
+        if p.parts and p.role != "output": yield attention_rule(p, row_divisors(p, attention))
+        elif p.role == "key_value_latent":
+            yield attention_rule(p, latent_divisors(p, widths[0] - widths[1], attention))
         elif p.role == "down" and gated and not stacked: yield halved_input(p.module)
 
 # %% ../../nbs/engine/05_relevance.ipynb #c026
@@ -153,8 +172,7 @@ def relevance_rules(
     routings = [routing_of(model, layer) for layer in range(len(decoder_layers(model)))]
     with ExitStack() as stack:
         for module in model.modules():
-            if type(module).__name__.lower().endswith("norm"):
-                stack.enter_context(ruled_output(module, partial(norm_rule, module)))
+            if is_norm(module): stack.enter_context(ruled_output(module, partial(norm_rule, module)))
             elif is_activation(module): stack.enter_context(ruled_output(module, identity_rule))
         for rule in projection_rules(model, attention): stack.enter_context(rule)
         for routing in filter(None, routings):
@@ -163,7 +181,7 @@ def relevance_rules(
 
 # %% ../../nbs/engine/05_relevance.ipynb #c028
 from cap_nb.data.prompts import IGNORED
-from cap_nb.models.anatomy import decoder_of, dimensions, output_projection
+from cap_nb.models.anatomy import decoder_of, output_projection
 from cap_nb.models.interventions import watching
 from cap_nb.scoring import mean_by_example
 

@@ -60,7 +60,7 @@ from ..evaluation import normal_answer, one_task, token_limit
 # %% ../../nbs/experiments/04_harness.ipynb #c024
 def write_harness_task(
     folder: str | Path, # Folder of tasks; made if it is not there
-    tokenizer, # The model's tokenizer
+    tokenizer: object, # The model's tokenizer
     problems: Sequence[Problem], # Problems of one task, as from `evaluation_problems`
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
     max_new_tokens: int | None = None, # Tokens that an answer may take; None means `token_limit`
@@ -141,7 +141,7 @@ def harness_answer(
 # %% ../../nbs/experiments/04_harness.ipynb #c037
 def harness_answers(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     folder: str | Path, # Folder that `write_harness_task` wrote to
     task: str, # Name of our task
     batch_size: int = 16, # Prompts in one batch
@@ -186,7 +186,7 @@ BENCHMARK_TASKS = ("gsm8k_cot", "arc_challenge", "wikitext") # Tasks of the harn
 # %% ../../nbs/experiments/04_harness.ipynb #c050
 def harness_benchmarks(
     model: torch.nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     tasks: Sequence[str] = BENCHMARK_TASKS, # Names of the harness's own tasks
     limit: int | None = None, # Problems a task, the first ones; None means all
     batch_size: int = 8, # Requests in one batch

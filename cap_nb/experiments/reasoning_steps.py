@@ -680,7 +680,7 @@ def incoherent(
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c085
 def output_perplexities(
     model: torch.nn.Module, # The dense model, of a known family
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     answers: Sequence[AnswerRecord], # What a pruned model wrote
     problems: Sequence[Problem], # The problems they answer, in any order
     style: str | PromptStyle | None = None, # The prompt style that asked; None means `default_style`

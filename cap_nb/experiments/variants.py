@@ -173,7 +173,7 @@ def window_starts(
 
 # %% ../../nbs/experiments/00_variants.ipynb #c043
 def text_like(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     like: Calibration, # The calibration set whose number and lengths are copied
     text: str, # Plain text
     windows: int | None = None, # How many windows, copied from examples evenly spread over the set; None: one for each
@@ -223,7 +223,7 @@ def calibration_answers(
 
 # %% ../../nbs/experiments/00_variants.ipynb #c051
 def chains_like(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     like: Calibration, # The calibration set that was answered
     answers: Sequence[AnswerRecord], # The answers
 ) -> Calibration | None: # The correct ones as targets; None if they are fewer than FEWEST_CHAINS
@@ -349,6 +349,7 @@ from ..models.anatomy import Projection, projections
 from ..threshold import PruneReport, prune_report, zero_within
 from ..core.errors import check_choice
 from ..methods.wanda import input_norms
+from ..models.families import HOLDS
 from ..engine.layer_walk import layer_by_layer
 from ..methods.prune import own_scope
 
@@ -358,7 +359,7 @@ def in_part(
     part: str, # "attention" or "mlp"
 ) -> bool: # Whether it belongs there
     "Whether a projection belongs to the heads or to the MLP of its layer."
-    return bool(projection.parts) == (check_choice(part, PARTS, "part of a layer") == "attention")
+    return (projection.role in HOLDS) == (check_choice(part, PARTS, "part of a layer") == "attention")
 
 def prune_part(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place

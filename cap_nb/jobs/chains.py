@@ -192,7 +192,7 @@ def chain_of(
     example: Example, # The problem as tokens
     said: Generation, # What the model wrote, with entropies
     attempt: int, # Number of the try
-    tokenizer, # The model's tokenizer
+    tokenizer: object, # The model's tokenizer
     style: str | PromptStyle, # The prompt style
 ) -> Chain: # The record
     "The record of one answer."
@@ -204,7 +204,7 @@ def chain_of(
 # %% ../../nbs/jobs/06_chains.ipynb #c036
 def answered(
     model: nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     batch: AnswerBatch, # What to answer
     style: str | PromptStyle, # The prompt style
     answering: Answering, # How problems are answered
@@ -233,7 +233,7 @@ def style_origin(
 
 def chains_origin(
     model: nn.Module, # The model
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     examples: Sequence[Example], # The problems
     style: str | PromptStyle, # The prompt style
     answering: Answering, # How problems are answered
@@ -318,7 +318,7 @@ def in_order(
 # %% ../../nbs/jobs/06_chains.ipynb #c049
 def own_chains(
     model: nn.Module, # A causal language model of transformers
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     tasks: Sequence[str] | None = None, # Names of tasks; None means `default_tasks`
     n: int = 128, # Problems answered a task: those of a gold calibration set with this n and seed
     seed: int = 0, # Seed of the draw of problems and of the drawn answers
@@ -377,7 +377,7 @@ from ..data.prompts import make_example
 
 # %% ../../nbs/jobs/06_chains.ipynb #c067
 def check_chains(
-    tokenizer, # Tokenizer of the model that is to be calibrated
+    tokenizer: object, # Tokenizer of the model that is to be calibrated
     chains: Chains, # Answers, perhaps of another model
 ) -> None:
     "Raise `BadInput` for chains whose prompts were made for another tokenizer or chat template."
@@ -387,7 +387,7 @@ def check_chains(
 
 # %% ../../nbs/jobs/06_chains.ipynb #c068
 def chain_pool(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     chains: Chains, # All answers
     task: str, # The task
     per_problem: int, # At most so many chains of one problem
@@ -412,7 +412,7 @@ def drawn_chains(
 
 # %% ../../nbs/jobs/06_chains.ipynb #c069
 def chain_calibration(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     chains: Chains | str | Path, # Answers from `own_chains`, or the file that holds them
     tasks: Sequence[str] | None = None, # Tasks to take; None means all that were answered
     n: int | None = None, # Chains a task; None means all that are kept
@@ -450,7 +450,7 @@ def drawn_blocks(
     return [tuple(ids[tokens * start:tokens * (start + 1)]) for start in starts]
 
 def window_example(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     ids: tuple[int, ...], # Tokens of a window
 ) -> Example: # All of them targets but the first
     "A window of text as an example."
@@ -459,7 +459,7 @@ def window_example(
 
 # %% ../../nbs/jobs/06_chains.ipynb #c077
 def text_calibration(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
     text: str = "wikitext2", # Name of the text: "wikitext2" or "lab-text"
     n: int = 128, # Windows
     tokens: int = 256, # Tokens in each

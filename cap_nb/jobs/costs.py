@@ -365,9 +365,10 @@ def wanda_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The calibration batches
 ) -> Work: # The work of measuring the norms, layer by layer
-    "Three passes through the layers, none through the output head (Sun et al. 2024)."
-    return sum((Work(passes=3, layer_tokens=3 * sizes.layers * b.rows * b.width, head_tokens=0,
-                     pairs=3 * sizes.layers * b.rows * b.width**2) for b in batches), Work())
+    "Two passes through the layers, of which the last one needs a single one, and the first layer once more."
+    runs = 2 * sizes.layers # first: once for the arguments of all layers; last: what it gives is not needed
+    return sum((Work(passes=2, layer_tokens=runs * b.rows * b.width, head_tokens=0,
+                     pairs=runs * b.rows * b.width**2) for b in batches), Work())
 
 def lengths_like(
     lengths: Sequence[ExampleLength], # Lengths of one task
@@ -605,12 +606,12 @@ def wanda_memory(
     width: int, # Bytes of a number
     batches: Sequence[BatchShape], # The calibration batches
 ) -> dict[str, int]: # Part -> bytes, beside the weights
-    "What pruning layer by layer holds: hidden states before and after a layer, scores of the widest matrix, squares."
+    "What pruning layer by layer holds: hidden states before a layer, scores of the widest matrix, squares."
     widest = max(rows * columns for rows, columns in projection_shapes(sizes).values())
     tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
-    copies = 2 * width + 16 # bytes a number: a copy without padding, and twice float64
+    copies = 2 * width # bytes a number: as it is, and a copy without padding
     squares = tokens * (max(sizes.mlp, sizes.hidden) * copies + 2 * sizes.hidden * width)
-    return {"hidden states": 2 * hidden_bytes(sizes, width, batches), "scores of one matrix": widest * 18,
+    return {"hidden states": hidden_bytes(sizes, width, batches), "scores of one matrix": widest * 15,
             "one layer at work": max(layer_bytes(sizes, width, tokens, longest), squares)}
 
 # %% ../../nbs/jobs/04_costs.ipynb #c080
@@ -643,7 +644,7 @@ def solver_memory(
     one = max((matrix_memory(part, n, r, len(rows)) for part in parts for n, rows in inputs for r in rows), default=0)
     copies = layer_weights(sizes) * width if {"swaps", "update"} & set(parts) else 0
     masks = sizes.layers * layer_weights(sizes) * (1 + width) if on_dense else 0
-    return {"hidden states": 2 * hidden_bytes(sizes, width, batches),
+    return {"hidden states": hidden_bytes(sizes, width, batches),
             "Hessians of a layer": 4 * sum(n**2 for n, _ in inputs),
             "copies of a layer": copies, "masks and dense weights": masks,
             "one layer at work": max(layer_bytes(sizes, width, tokens, longest), products), "one matrix solved": one}

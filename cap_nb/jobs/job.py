@@ -66,7 +66,7 @@ def distinct(
 
 def filled_in(
     job: Job, # The job
-    tokenizer, # The model's tokenizer
+    tokenizer: object, # The model's tokenizer
 ) -> Job: # The same without None where the model decides
     "Fill in what depends on the model."
     data, evaluation, usual_style = job.calibrate, job.evaluate, default_style(tokenizer)
@@ -159,7 +159,7 @@ def calibrated_on(
 def model_configuration(
     job: Job, # A job that is filled in
     model: nn.Module, # The dense model
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
 ) -> dict: # What JSON can hold
     "Which model a run is about, by content, and how it computes."
     weight = next(model.parameters())
@@ -202,7 +202,7 @@ def evaluation_configuration(
 def configuration(
     job: Job, # A job that is filled in
     model: nn.Module, # The dense model
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     calibration: Calibration, # The calibration set
 ) -> dict: # What JSON can hold
     "What the numbers of a run follow from; a score target only if it is not the paper's, as old runs know no other."
@@ -223,7 +223,7 @@ from .settings import examples_by_kind
 # %% ../../nbs/jobs/03_job.ipynb #c026
 def problem_calibration(
     job: Job, # A job that is filled in
-    tokenizer, # The model's tokenizer
+    tokenizer: object, # The model's tokenizer
     n: int, # Problems a task
     chains: Chains | None, # The model's own answers, if they are the targets
 ) -> Calibration: # Problems with gold solutions or chains as targets
@@ -239,7 +239,7 @@ def problem_calibration(
 # %% ../../nbs/jobs/03_job.ipynb #c027
 def job_calibration(
     job: Job, # The job
-    tokenizer, # The model's tokenizer
+    tokenizer: object, # The model's tokenizer
 ) -> Calibration: # The calibration set
     "The calibration set that a job asks for (paper section 3.1)."
     job = filled_in(job, tokenizer)
@@ -278,7 +278,7 @@ class Ready:
 def prepare_loaded(
     job: Job, # The job, checked
     model: nn.Module, # Its model
-    tokenizer, # The model's tokenizer
+    tokenizer: object, # The model's tokenizer
 ) -> Ready: # The job with model, calibration set and configuration
     "Check against the model and draw; whatever is wrong raises `BadInput`."
     check_all_here(model)
@@ -457,7 +457,7 @@ from ..threshold import prune_report
 # %% ../../nbs/jobs/03_job.ipynb #c060
 def measure_piece(
     model: nn.Module, # The model as it is now
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     job: Job, # A job that is filled in
     piece: Piece, # What to measure
     exclude: frozenset[str], # Content hashes of the calibration set
@@ -478,7 +478,7 @@ def measure_piece(
 # %% ../../nbs/jobs/03_job.ipynb #c066
 def evaluate(
     model: nn.Module, # A causal language model of a known family, pruned or not
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     job: Job, # What to measure; its methods and sparsities play no part
     name: str, # What to call the model
     exclude: frozenset[str] = frozenset(), # Content hashes that it was calibrated on

@@ -322,6 +322,7 @@ def unit_aware_factors(
 
 # %% ../../nbs/methods/12_neurons.ipynb #c063
 from ..core.errors import check_sparsity
+from ..models.families import HOLDS
 from ..regions import check_neuron_factors
 from ..threshold import PruneReport, prune_report
 
@@ -338,7 +339,7 @@ def remove_neurons(
         if gone is None or p.role not in ("gate", "up", "gate_up", "down"): continue
         gone = gone.to(p.weight.device)
         if p.role == "down": p.weight[:, gone] = 0.0
-        else: p.weight[gone.repeat(p.weight.shape[0] // len(gone))] = 0.0
+        else: p.weight[p.of_rows(gone)] = 0.0
 
 # %% ../../nbs/methods/12_neurons.ipynb #c065
 def neurons_to_remove(
@@ -349,7 +350,7 @@ def neurons_to_remove(
     "The neurons whose removal comes nearest to a sparsity; more than the neurons hold raises `BadInput`."
     downs = neuron_projections(model)
     owners, weights = {(p.layer, p.expert) for p in downs}, sum(p.weight.numel() for p in projections(model))
-    held = sum(p.weight.numel() for p in projections(model) if not p.parts and (p.layer, p.expert) in owners)
+    held = sum(p.weight.numel() for p in projections(model) if p.role not in HOLDS and (p.layer, p.expert) in owners)
     if check_sparsity(sparsity) * weights > held:
         raise BadInput(f"Sparsity {sparsity:g} was asked of removing neurons, which hold {held / weights:.1%} of the "
                        "weights in scope: expected at most that; ask for less, or use another method.")

@@ -7,7 +7,9 @@ __all__ = ['prune']
 
 # %% ../../nbs/methods/13_prune.ipynb #c004
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from ..core.additions import ADDED
 from ..core.errors import BadInput, check_choice
 from torch import nn
 from .allocation import ALLOCATIONS, Allocation
@@ -17,7 +19,7 @@ from .criteria import CRITERIA, Given
 from .experts import ROUTING_AWARE
 from .neurons import NEURON_AWARE, UNIT_AWARE
 from .recovery import RECOVERIES, recovery_steps
-from ..threshold import pattern_of
+from ..threshold import SCOPES, pattern_of
 
 # %% ../../nbs/methods/13_prune.ipynb #c005
 def divergence_shares(
@@ -216,7 +218,28 @@ def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
     own = [name for name in CRITERIA if name not in (*RANKED, "random")]
     return (*crossed, *between, *allocations, *others, *solved, *attributions, *patterns, *own)
 
-# %% ../../nbs/methods/13_prune.ipynb #c029
+# %% ../../nbs/methods/13_prune.ipynb #c028
+def lines_of(
+    names: Iterable[str], # Methods by name
+) -> list[str]: # As in "  wanda     |weight| times the input's norm; ... (Sun et al. 2024)"
+    "A line for each method."
+    return [f"  {name:28} {' ('.join(method_line(name))})" for name in names]
+
+def method_list() -> str: # Lines
+    "How a method is named, the methods of the whole comparison, and the parts that a name may have."
+    lines = ["A name is criterion[.attribution][@scope][+allocation][^recovery]; --methods all means all of these:\n"]
+    lines += lines_of(("dense", *table_methods()))
+    lines += [f"\nCriteria: {', '.join(CRITERIA)}. Others: {', '.join(OTHERS)}.",
+              f"Attributions: {', '.join(ATTRIBUTIONS)}."]
+    lines += ["On a mixture of experts also, where experts get factors of their own:\n"]
+    lines += lines_of(f"cap.{name}" for name in ROUTING_AWARE)
+    lines += ["With a factor for every MLP neuron:\n", *lines_of(f"cap.{name}" for name in NEURON_AWARE)]
+    lines += [f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.",
+              "Recoveries: swaps, update, swaps^update."]
+    added = ", ".join(f"{each.kind} {each.name} ({each.plugin or 'session'})" for each in ADDED)
+    return "\n".join([*lines, *([f"Added: {added}."] if added else [])])
+
+# %% ../../nbs/methods/13_prune.ipynb #c032
 import torch
 from ..importance import importance_factors
 from .criteria import check_given
@@ -224,7 +247,7 @@ from .neurons import unit_aware_factors
 from ..regions import Factors
 from ..scoring import HeadLosses
 
-# %% ../../nbs/methods/13_prune.ipynb #c030
+# %% ../../nbs/methods/13_prune.ipynb #c033
 def unit_factors(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     attribution: str, # One of `ATTRIBUTIONS` or `UNIT_AWARE`
@@ -239,10 +262,10 @@ def unit_factors(
     scores = ATTRIBUTIONS[attribution].compute(model, given.calibration, batch_tokens=given.batch_tokens)
     return Factors(heads=importance_factors(scores))
 
-# %% ../../nbs/methods/13_prune.ipynb #c031
+# %% ../../nbs/methods/13_prune.ipynb #c034
 from dataclasses import replace
 
-# %% ../../nbs/methods/13_prune.ipynb #c032
+# %% ../../nbs/methods/13_prune.ipynb #c035
 def with_factors(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     parts: MethodName, # A method's choices
@@ -257,8 +280,7 @@ def with_factors(
                        f"or neither; pass what unit_aware_factors returned, or leave the scores out.")
     return given
 
-# %% ../../nbs/methods/13_prune.ipynb #c034
-from collections.abc import Sequence
+# %% ../../nbs/methods/13_prune.ipynb #c037
 from .criteria import measured_for, projection_shares, prune_by, walks
 from .joint import joint_update
 from .recovery import by_criterion, by_masks, recovering
@@ -269,7 +291,7 @@ from .whole_heads import prune_heads
 from ..models.anatomy import projections
 from ..threshold import PruneReport, check_pattern, prune_report
 
-# %% ../../nbs/methods/13_prune.ipynb #c035
+# %% ../../nbs/methods/13_prune.ipynb #c038
 def masks_on_dense(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; as before afterwards
     parts: MethodName, # A method whose criterion is scored on the dense model
@@ -284,7 +306,7 @@ def masks_on_dense(
         for p in projections(model): p.weight.copy_(dense[p.name])
     return masks
 
-# %% ../../nbs/methods/13_prune.ipynb #c036
+# %% ../../nbs/methods/13_prune.ipynb #c039
 def matrix_solver(
     base: str, # One of `SOLVERS`
     pattern: tuple[int, int] | None, # (zeros, of), or None
@@ -308,7 +330,7 @@ def layer_solver(
     shares = projection_shares(model, sparsity, given, scope)
     return by_criterion(criterion, measured_for(model, criterion, given, walking=True), shares, scope)
 
-# %% ../../nbs/methods/13_prune.ipynb #c037
+# %% ../../nbs/methods/13_prune.ipynb #c040
 @torch.no_grad()
 def prune_with_hessians(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
@@ -327,7 +349,7 @@ def prune_with_hessians(
     solve_layer_by_layer(model, given.calibration, shares, solver, given.batch_tokens, parts.base)
     return prune_report(model, parts.base, sparsity)
 
-# %% ../../nbs/methods/13_prune.ipynb #c038
+# %% ../../nbs/methods/13_prune.ipynb #c041
 def apply_method(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     parts: MethodName, # The method
@@ -343,12 +365,12 @@ def apply_method(
         raise BadInput(f"The dense model was asked for at sparsity {sparsity:g}: expected 0; name a pruning method.")
     return prune_report(model, "dense", sparsity)
 
-# %% ../../nbs/methods/13_prune.ipynb #c039
+# %% ../../nbs/methods/13_prune.ipynb #c042
 from ..calibration import Calibration
 from ..core.errors import check_sparsity
 from .allocation import allocated
 
-# %% ../../nbs/methods/13_prune.ipynb #c040
+# %% ../../nbs/methods/13_prune.ipynb #c043
 def prune_given(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     method: str, # criterion[.attribution][@scope][+allocation][^recovery]
@@ -365,7 +387,7 @@ def prune_given(
         given = allocated(model, parts.allocation, ALLOCATORS[parts.allocation], sparsity, given)
     return replace(apply_method(model, parts, sparsity, given), method=method)
 
-# %% ../../nbs/methods/13_prune.ipynb #c041
+# %% ../../nbs/methods/13_prune.ipynb #c044
 def prune(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     method: str = "cap", # criterion[.attribution][@scope][+allocation][^recovery]
@@ -380,10 +402,10 @@ def prune(
     given = Given(factors=factors, calibration=calibration, ties=ties, batch_tokens=batch_tokens, seed=seed)
     return prune_given(model, method, sparsity, given)
 
-# %% ../../nbs/methods/13_prune.ipynb #c047
+# %% ../../nbs/methods/13_prune.ipynb #c050
 from .whole_heads import head_share
 
-# %% ../../nbs/methods/13_prune.ipynb #c048
+# %% ../../nbs/methods/13_prune.ipynb #c051
 def sparsities_of(
     method: str, # A method's name
     sparsities: Sequence[float], # Sparsities of a comparison

@@ -21,10 +21,11 @@ def orphaned(
 
 def weights_removed(
     a: Anatomy, # Dimensions of the model
+    sizes: tuple[int, int], # Weights of a query head, and of a key-value head
     removed: Sequence[tuple[int, int]], # (layer, query head)
 ) -> int: # Weights in scope that become zero
     "What goes with a set of heads."
-    return 2 * a.head_size * a.hidden_size * (len(removed) + len(orphaned(a, removed)))
+    return sizes[0] * len(removed) + sizes[1] * len(orphaned(a, removed))
 
 # %% ../../nbs/methods/09_whole_heads.ipynb #c008
 import torch
@@ -32,7 +33,18 @@ from torch import nn
 from ..core.errors import BadInput, check_sparsity
 from ..models.anatomy import anatomy, projections
 
-# %% ../../nbs/methods/09_whole_heads.ipynb #c009
+# %% ../../nbs/methods/09_whole_heads.ipynb #c010
+def sizes_of_heads(
+    model: nn.Module, # A causal language model of a known family
+) -> tuple[int, int]: # Weights of a query head, and of a key-value head, in any layer
+    "The weights in scope that go with a head."
+    count = {"query": 0, "key": 0, "value": 0}
+    for p in (p for p in projections(model) if p.layer == 0):
+        across = p.weight.shape[0 if p.role == "output" else 1]
+        for part in (part for part in p.parts if part.index == 0): count[part.kind] += across * (part.stop - part.start)
+    return count["query"], count["key"] + count["value"]
+
+# %% ../../nbs/methods/09_whole_heads.ipynb #c011
 def head_share(
     model: nn.Module, # A causal language model of a known family
 ) -> float: # Share of the weights in scope, in (0, 1)
@@ -46,19 +58,20 @@ def heads_to_remove(
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
 ) -> list[tuple[int, int]]: # (layer, query head), in the order in which they go
     "The heads whose removal comes nearest to a sparsity (paper section 6); more than the heads hold raises `BadInput`."
-    a, most, weights = anatomy(model), head_share(model), sum(p.weight.numel() for p in projections(model))
+    a, most, sizes = anatomy(model), head_share(model), sizes_of_heads(model)
+    weights = sum(p.weight.numel() for p in projections(model))
     if check_sparsity(sparsity) > most:
         raise BadInput(f"Sparsity {sparsity:g} was asked of removing heads, which hold {most:.1%} of the weights "
                        f"in scope: expected at most that; ask for less, or use another method.")
     order = [divmod(index, a.heads) for index in scores.flatten().argsort(stable=True).tolist()]
-    def missed(count: int) -> float: return abs(weights_removed(a, order[:count]) - sparsity * weights)
+    def missed(count: int) -> float: return abs(weights_removed(a, sizes, order[:count]) - sparsity * weights)
     return order[:min(range(len(order) + 1), key=missed)]
 
-# %% ../../nbs/methods/09_whole_heads.ipynb #c011
+# %% ../../nbs/methods/09_whole_heads.ipynb #c013
 from ..threshold import PruneReport, prune_report
 from ..regions import check_head_factors
 
-# %% ../../nbs/methods/09_whole_heads.ipynb #c012
+# %% ../../nbs/methods/09_whole_heads.ipynb #c014
 @torch.no_grad()
 def remove_heads(
     model: nn.Module, # A causal language model of a known family; changed in place

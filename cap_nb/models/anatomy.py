@@ -17,21 +17,23 @@ class Anatomy:
     layers: int # L, decoder layers
     heads: int # H, query heads a layer
     key_value_heads: int # G, key-value heads a layer; H/G query heads share one
-    head_size: int # d, width of one head
+    head_size: int # d, width of one head where it is masked
     hidden_size: int # Width of the residual stream
+    widths: tuple[int, int, int] | None = None # Rows of a head's query, key and value where they differ; None: d each
 
 # %% ../../nbs/models/01_anatomy.ipynb #c006
 def dimensions(
     config: object, # Configuration of a causal language model of transformers
 ) -> Anatomy: # Its dimensions
     "Dimensions that a configuration states; the model itself is not needed."
+    widths = family_of(config).widths(config)
     return Anatomy(
         family=config.model_type, layers=config.num_hidden_layers, heads=config.num_attention_heads,
-        key_value_heads=family_of(config).groups(config),
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        hidden_size=config.hidden_size)
+        key_value_heads=family_of(config).groups(config), head_size=widths[-1], hidden_size=config.hidden_size,
+        widths=widths if len(set(widths)) > 1 else None)
 
 # %% ../../nbs/models/01_anatomy.ipynb #c012
+from itertools import accumulate
 from .families import HOLDS
 
 # %% ../../nbs/models/01_anatomy.ipynb #c013
@@ -54,22 +56,25 @@ def parts_of(
     owners = [(kind, index) for kind in HOLDS.get(role, ()) for index in range(counts[kind])]
     if by_group: # the sort is stable: within a group the kinds keep their order
         owners.sort(key=lambda owner: owner[1] * a.key_value_heads // counts[owner[0]])
-    starts = range(0, len(owners) * a.head_size, a.head_size)
-    return tuple(Part(kind=kind, index=index, start=start, stop=start + a.head_size)
-                 for (kind, index), start in zip(owners, starts))
+    widths = dict(zip(("query", "key", "value"), a.widths or (a.head_size,) * 3))
+    if role == "output": widths = {"query": a.head_size} # what a head reads there is as wide as its value
+    stops = list(accumulate(widths[kind] for kind, _ in owners))
+    return tuple(Part(kind=kind, index=index, start=stop - widths[kind], stop=stop)
+                 for (kind, index), stop in zip(owners, stops))
 
-# %% ../../nbs/models/01_anatomy.ipynb #c019
+# %% ../../nbs/models/01_anatomy.ipynb #c021
 def key_value_head_of(
     a: Anatomy, # Dimensions of the model
 ) -> tuple[int, ...]: # For each of the H query heads, the index of its key-value head
     "The key-value head that each query head reads (grouped-query attention)."
     return tuple(head // (a.heads // a.key_value_heads) for head in range(a.heads))
 
-# %% ../../nbs/models/01_anatomy.ipynb #c023
+# %% ../../nbs/models/01_anatomy.ipynb #c025
 from torch import nn
+from ..core.errors import BadInput
 from .families import Experts
 
-# %% ../../nbs/models/01_anatomy.ipynb #c024
+# %% ../../nbs/models/01_anatomy.ipynb #c026
 @dataclass(frozen=True)
 class Routing:
     "The experts of one layer, and what sends tokens to them."
@@ -91,14 +96,14 @@ class Routing:
         "Whether one module holds all experts."
         return not isinstance(self.experts, nn.ModuleList)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c026
+# %% ../../nbs/models/01_anatomy.ipynb #c028
 def decoder_layers(
     model: nn.Module, # A causal language model of a known family
 ) -> nn.ModuleList: # Its decoder layers, first to last
     "The decoder layers of a model."
     return model.get_submodule(family_of(model.config).layers)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c027
+# %% ../../nbs/models/01_anatomy.ipynb #c029
 def submodule_at(
     module: nn.Module, # Any module
     path: str, # Path to a part of it
@@ -107,23 +112,28 @@ def submodule_at(
     try: return module.get_submodule(path)
     except AttributeError: return None
 
+# %% ../../nbs/models/01_anatomy.ipynb #c030
 def routing_of(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of a decoder layer, from 0
 ) -> Routing | None: # Its experts; None for a dense layer
-    "The experts of a layer, and what sends tokens to them."
+    "The experts of a layer, and what sends tokens to them; a router without experts beside it raises `BadInput`."
     family, about = family_of(model.config), family_of(model.config).experts
     for path in about.blocks if about else ():
         block = submodule_at(decoder_layers(model)[layer], path)
         router = submodule_at(block, about.router) if block is not None else None
         if router is None: continue
+        name, experts = f"{family.layers}.{layer}.{path}", submodule_at(block, about.holder)
+        if experts is None:
+            raise BadInput(f"{name} holds no {about.holder}: expected them beside the router, where transformers 5 "
+                           f"keeps those of {model.config.model_type!r}; take that version.")
         return Routing(
-            name=f"{family.layers}.{layer}.{path}", block=block, router=router,
-            experts=block.get_submodule(about.holder), about=about, chosen=getattr(model.config, about.chosen),
+            name=name, block=block, router=router, experts=experts, about=about,
+            chosen=getattr(model.config, about.chosen),
             normed=bool(getattr(model.config, about.normed)) if about.normed else True)
     return None
 
-# %% ../../nbs/models/01_anatomy.ipynb #c028
+# %% ../../nbs/models/01_anatomy.ipynb #c031
 def expert_counts(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[int, ...]: # E of each layer; 0 for a dense one
@@ -131,11 +141,11 @@ def expert_counts(
     routings = [routing_of(model, layer) for layer in range(len(decoder_layers(model)))]
     return tuple(routing.count if routing else 0 for routing in routings)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c034
+# %% ../../nbs/models/01_anatomy.ipynb #c037
 import torch
 from transformers.pytorch_utils import Conv1D
 
-# %% ../../nbs/models/01_anatomy.ipynb #c035
+# %% ../../nbs/models/01_anatomy.ipynb #c038
 class StoredWeight:
     "How a weight is read from the parameter that holds it; the fields are those of `Projection`."
     @property
@@ -155,15 +165,35 @@ class StoredWeight:
     @property
     def transposed(self) -> bool:
         "Whether the weight is stored as [in, out]."
-        return isinstance(self.module, Conv1D)
+        return isinstance(self.module, Conv1D) or self.in_stack and self.routing.about.transposed
+
+    @property
+    def in_stack(self) -> bool:
+        "Whether the parameter holds the weights of all experts."
+        return self.expert is not None and self.routing.stacked
 
     def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
         "A tensor that lies as the stored weight does, as [out, in], without copying it."
         return tensor.T if self.transposed else tensor
 
-# %% ../../nbs/models/01_anatomy.ipynb #c036
+# %% ../../nbs/models/01_anatomy.ipynb #c039
+class Outputs(StoredWeight):
+    "What the rows of a weight make; the fields are those of `Projection`."
+    @property
+    def bias(self) -> torch.Tensor | None:
+        "What is added to the outputs, [out]; None if nothing is."
+        bias = getattr(self.module, f"{self.attribute}_bias" if self.in_stack else "bias", None)
+        return bias[self.expert] if self.in_stack and bias is not None else bias
+
+    def of_rows(self, by_neuron: torch.Tensor) -> torch.Tensor:
+        "Of one number a neuron, [M], that of every row of gate, up or both; of every column of down."
+        if self.role != "gate_up": return by_neuron
+        alternating = self.in_stack and self.routing.about.alternating
+        return by_neuron.repeat_interleave(2) if alternating else by_neuron.repeat(2)
+
+# %% ../../nbs/models/01_anatomy.ipynb #c040
 @dataclass(frozen=True)
-class Projection(StoredWeight):
+class Projection(Outputs):
     "A weight matrix in scope for pruning, and where it lies."
     layer: int # Index of its decoder layer, from 0
     role: str # As in query, output or up
@@ -182,13 +212,10 @@ class Projection(StoredWeight):
     @property
     def parameter_name(self) -> str:
         "Full name of the parameter that holds the weight."
-        if not (self.routing and self.routing.stacked): return f"{self.name}.weight"
+        if not self.in_stack: return f"{self.name}.weight"
         return f"{self.routing.name}.{self.routing.about.holder}.{self.attribute}"
 
-# %% ../../nbs/models/01_anatomy.ipynb #c038
-from ..core.errors import BadInput
-
-# %% ../../nbs/models/01_anatomy.ipynb #c039
+# %% ../../nbs/models/01_anatomy.ipynb #c042
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16) # Numbers that can be compared and zeroed
 
 def projection_module(
@@ -207,7 +234,7 @@ def projection_module(
     raise BadInput(f"{name} holds no weight in float32, bfloat16 or float16: expected numbers that can be compared "
                    "and zeroed; load a model that is not quantised.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c040
+# %% ../../nbs/models/01_anatomy.ipynb #c043
 def expert_projection(
     routing: Routing, # The experts of a layer
     layer: int, # Index of the layer
@@ -233,7 +260,7 @@ def check_expert_count(
         raise BadInput(f"{routing.name} holds {held} experts and its router knows {routing.count}: "
                        "expected as many; the model is not the one described.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c041
+# %% ../../nbs/models/01_anatomy.ipynb #c044
 def expert_projections(
     routing: Routing, # The experts of a layer
     layer: int, # Index of the layer
@@ -248,7 +275,7 @@ def expert_projections(
         matrices.append(Projection(layer=layer, role=role, name=name, module=module))
     return matrices
 
-# %% ../../nbs/models/01_anatomy.ipynb #c042
+# %% ../../nbs/models/01_anatomy.ipynb #c045
 def configuration(
     model: nn.Module, # Any module
 ) -> object: # Its configuration
@@ -257,7 +284,7 @@ def configuration(
     raise BadInput(f"A {type(model).__name__} has no configuration: expected a causal language model of transformers; "
                    "load one with load_model.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c043
+# %% ../../nbs/models/01_anatomy.ipynb #c046
 def projections(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[Projection, ...]: # Every projection, by layer, then by role, then by expert
@@ -274,10 +301,10 @@ def projections(
         if routing: matrices += expert_projections(routing, layer)
     return tuple(matrices)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c056
+# %% ../../nbs/models/01_anatomy.ipynb #c066
 from .families import FUSES
 
-# %% ../../nbs/models/01_anatomy.ipynb #c057
+# %% ../../nbs/models/01_anatomy.ipynb #c067
 def names_of_stack(
     routing: Routing, # The experts of a layer, stacked
     block: str, # Full name of their block in a checkpoint
@@ -293,14 +320,14 @@ def names_of_block(
     block: str, # Full name of their block in a checkpoint
 ) -> dict[str, tuple[str, ...]]: # Name of a parameter in the model -> names of the tensors that hold it together
     "How a checkpoint that calls the block so names its parameters."
-    names = [name for name, _ in routing.block.named_parameters(prefix=routing.name)]
-    ways = {name: (block + name.removeprefix(routing.name),) for name in names}
-    if not routing.stacked: return ways
+    names, stored = [name for name, _ in routing.block.named_parameters()], routing.about.stored
+    ways = {f"{routing.name}.{name}": (f"{block}.{stored.get(name, name)}",) for name in names}
+    if not (routing.stacked and routing.about.listed): return ways
     for role, attribute in routing.about.stacked.items():
         ways[f"{routing.name}.{routing.about.holder}.{attribute}"] = names_of_stack(routing, block, role)
     return ways
 
-# %% ../../nbs/models/01_anatomy.ipynb #c058
+# %% ../../nbs/models/01_anatomy.ipynb #c068
 def checkpoint_names(
     model: nn.Module, # A causal language model of a known family
 ) -> dict[str, list[tuple[str, ...]]]: # Name of a parameter -> the ways to find it: tensors that hold it together
@@ -314,10 +341,10 @@ def checkpoint_names(
                 ways[name].append(tensors)
     return ways
 
-# %% ../../nbs/models/01_anatomy.ipynb #c062
+# %% ../../nbs/models/01_anatomy.ipynb #c072
 from operator import attrgetter
 
-# %% ../../nbs/models/01_anatomy.ipynb #c063
+# %% ../../nbs/models/01_anatomy.ipynb #c073
 def output_projection(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of a decoder layer, from 0
@@ -325,7 +352,7 @@ def output_projection(
     "The output projection of a layer: heads are masked at its input (paper section 3.2)."
     return decoder_layers(model)[layer].get_submodule(family_of(model.config).roles["output"])
 
-# %% ../../nbs/models/01_anatomy.ipynb #c064
+# %% ../../nbs/models/01_anatomy.ipynb #c074
 def decoder_of(
     model: nn.Module, # A causal language model of a known family
 ) -> nn.Module: # The model without its output head
@@ -342,7 +369,7 @@ def final_norm(
     steps = [module for module in steps if module is not None]
     return steps[0] if len(steps) == 1 else nn.Sequential(*steps)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c065
+# %% ../../nbs/models/01_anatomy.ipynb #c075
 def head_logits(
     model: nn.Module, # A causal language model of a known family
     hidden: torch.Tensor, # What the model's decoder returns, [..., hidden]
@@ -362,18 +389,31 @@ def logits_of(
     "The final norm and the output head."
     return head_logits(model, final_norm(model)(hidden))
 
-# %% ../../nbs/models/01_anatomy.ipynb #c072
+# %% ../../nbs/models/01_anatomy.ipynb #c082
 from collections.abc import Sequence
 
-# %% ../../nbs/models/01_anatomy.ipynb #c073
+# %% ../../nbs/models/01_anatomy.ipynb #c083
+def latents_of(
+    matrices: Sequence[Projection], # The projections of a model
+    a: Anatomy, # Its dimensions
+) -> dict[str, int]: # Role -> width of the latent that it reads
+    "What the matrices that make latents give on; of keys' and values', without the rotated key."
+    rotated = a.widths[0] - a.widths[1] if a.widths else 0 # a query's rows that no key of its own head meets
+    return {p.role.removesuffix("_latent"): len(p.weight) - rotated * (p.role == "key_value_latent")
+            for p in matrices if p.role.endswith("_latent")}
+
 def attention_shapes(
     a: Anatomy, # Dimensions of a model
+    latents: dict[str, int], # Role -> width of the latent that it reads, if it reads one
 ) -> dict[str, tuple[int, int]]: # Role -> shape of its weight, (out, in)
     "The shapes that the dimensions demand of the attention projections."
-    query, shared = a.heads * a.head_size, a.key_value_heads * a.head_size
-    rows = {"query": query, "key": shared, "value": shared, "query_key_value": query + 2 * shared}
-    return {role: (count, a.hidden_size) for role, count in rows.items()} | {"output": (a.hidden_size, query)}
+    counts, widths = (a.heads, a.key_value_heads, a.key_value_heads), a.widths or (a.head_size,) * 3
+    rows = {kind: count * width for kind, count, width in zip(("query", "key", "value"), counts, widths)}
+    shapes = {role: (sum(rows[kind] for kind in kinds), latents.get(role, a.hidden_size))
+              for role, kinds in HOLDS.items() if kinds}
+    return shapes | {"output": (a.hidden_size, a.heads * a.head_size)}
 
+# %% ../../nbs/models/01_anatomy.ipynb #c084
 def expert_shapes(
     matrices: Sequence[Projection], # The projections of a model
     hidden: int, # Width of the residual stream
@@ -385,13 +425,14 @@ def expert_shapes(
         return {"gate_up": (2 * width, hidden), "down": (hidden, width)}.get(role, (width, hidden))
     return {p.name: shape(p.role, inner[p.layer, p.expert]) for p in of_experts}
 
-# %% ../../nbs/models/01_anatomy.ipynb #c074
+# %% ../../nbs/models/01_anatomy.ipynb #c085
 def check_shapes(
     matrices: Sequence[Projection], # The projections of a model
     a: Anatomy, # Its dimensions
 ) -> None:
     "Raise `BadInput` if a projection of the attention, or of an expert, has another shape than it must."
-    for_roles, for_experts = attention_shapes(a), expert_shapes(matrices, a.hidden_size)
+    for_roles = attention_shapes(a, latents_of(matrices, a))
+    for_experts = expert_shapes(matrices, a.hidden_size)
     for p in matrices:
         shape = tuple(p.weight.shape)
         expected = for_roles.get(p.role, shape)
@@ -403,7 +444,7 @@ def check_shapes(
             raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(expected)}; "
                            "the experts do not lie as described.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c075
+# %% ../../nbs/models/01_anatomy.ipynb #c086
 def routing_weights(
     matrices: Sequence[Projection], # The projections of a model
 ) -> list[nn.Parameter]: # Parameters of routers, and of what weighs an expert that every token passes
@@ -427,7 +468,7 @@ def check_nothing_left_out(
             raise BadInput(f"{name} is a weight that the description of {model.config.model_type!r} leaves out: "
                            "expected none; merge adapters into the model, or describe its family anew.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c076
+# %% ../../nbs/models/01_anatomy.ipynb #c087
 def anatomy(
     model: nn.Module, # A causal language model of a known family
 ) -> Anatomy: # Its dimensions, checked against the shapes of its weights

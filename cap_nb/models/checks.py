@@ -13,6 +13,7 @@ from torch import nn
 from ..core.errors import BadInput
 from .anatomy import (
     Anatomy, Part, Projection, dimensions, key_value_head_of, output_projection, projections)
+from .families import HOLDS
 from .interventions import changed_input, watching
 
 # %% ../../nbs/models/09_checks.ipynb #c005
@@ -37,17 +38,24 @@ def flipped(
     part: Part, # One of its parts
 ) -> Iterator[None]:
     "While the block runs, the rows of a part have the other sign, and so has their bias."
-    tensors = [t for t in (projection.weight, getattr(projection.module, "bias", None)) if t is not None]
+    tensors = [t for t in (projection.weight, projection.bias) if t is not None]
     for tensor in tensors: tensor.detach()[part.start:part.stop].neg_()
     try: yield
     finally:
         for tensor in tensors: tensor.detach()[part.start:part.stop].neg_()
 
+def rows_of_latent(
+    projection: Projection, # A projection of the attention that all heads of its layer share
+) -> list[Part]: # Its first and its last row, of which each stands for one that makes the latent
+    "What is flipped in a matrix without parts: of keys' and values', a row of the latent and one of the rotated key."
+    return [Part(kind="latent", index=row, start=row, stop=row + 1) for row in (0, len(projection.weight) - 1)]
+
 def readers_of(
     part: Part, # A part of a query, key or value projection
     a: Anatomy, # Dimensions of its model
 ) -> list[int]: # Indices of the query heads that depend on it
-    "A query head depends on its rows; those that read a key-value head depend on that head's."
+    "A query head depends on its rows, those that read a key-value head on that head's, and all on a latent."
+    if part.kind == "latent": return list(range(a.heads))
     if part.kind == "query": return [part.index]
     return [head for head, group in enumerate(key_value_head_of(a)) if group == part.index]
 
@@ -59,21 +67,21 @@ def check_rows(
 ) -> None:
     "Raise `BadInput` unless the rows of each part change the heads that they should."
     a, intact = dimensions(model.config), heads_at(model, layer, ids)
-    with_parts = [p for p in projections(model) if p.layer == layer and p.role != "output"]
-    for p, part in [(p, part) for p in with_parts for part in p.parts]:
+    of_heads = [p for p in projections(model) if p.layer == layer and p.role in HOLDS and p.role != "output"]
+    for p, part in [(p, part) for p in of_heads for part in p.parts or rows_of_latent(p)]:
         with flipped(p, part): changed = (heads_at(model, layer, ids) != intact).any(-1).any(1)[0]
         changed, expected = changed.nonzero()[:, 0].tolist(), readers_of(part, a)
         if changed != expected:
             raise BadInput(f"Rows {part.start} to {part.stop - 1} of {p.name} change the heads {changed}: expected "
-                           f"{expected}, as those of {part.kind} head {part.index}; "
-                           "the order described is not this model's.")
+                           f"{expected}, as those of {part.kind} {'row' if part.kind == 'latent' else 'head'} "
+                           f"{part.index}; the order described is not this model's.")
 
-# %% ../../nbs/models/09_checks.ipynb #c017
+# %% ../../nbs/models/09_checks.ipynb #c020
 import torch.nn.functional as F
 from .anatomy import routing_of
 from .routing import Route, recorded_inputs, recorded_routes
 
-# %% ../../nbs/models/09_checks.ipynb #c018
+# %% ../../nbs/models/09_checks.ipynb #c021
 def expert_outputs(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     layer: int, # Index of a sparse layer
@@ -82,7 +90,7 @@ def expert_outputs(
     "Where the tokens of a batch were sent, and what each expert makes of its tokens, by the description."
     outputs = {}
     def multiply(p: Projection, rows: torch.Tensor, tokens: torch.Tensor | None) -> None:
-        if p.expert is not None and p.role == "down": outputs[p.expert] = tokens, F.linear(rows, p.weight)
+        if p.expert is not None and p.role == "down": outputs[p.expert] = tokens, F.linear(rows, p.weight, p.bias)
     of_layer = [p for p in projections(model) if p.layer == layer]
     with recorded_routes(model) as routes, recorded_inputs(of_layer, multiply): model(input_ids=ids, use_cache=False)
     return next(route for route in routes if route.layer == layer), outputs
@@ -101,12 +109,12 @@ def added_by_experts(
         added[tokens] += (rows * weight).float()
     return added
 
-# %% ../../nbs/models/09_checks.ipynb #c020
+# %% ../../nbs/models/09_checks.ipynb #c023
 from contextlib import ExitStack
 from .interventions import changed_output
 from .routing import masked_expert
 
-# %% ../../nbs/models/09_checks.ipynb #c021
+# %% ../../nbs/models/09_checks.ipynb #c024
 def block_output(
     model: nn.Module, # A causal language model
     block: nn.Module, # One of its modules, called once
@@ -131,7 +139,7 @@ def lost_without_experts(
         for expert in range(routing.count): stack.enter_context(masked_expert(model, layer, expert))
         return (intact - block_output(model, routing.block, ids)).float()
 
-# %% ../../nbs/models/09_checks.ipynb #c025
+# %% ../../nbs/models/09_checks.ipynb #c028
 ROUNDING = 0.05 # Share of the largest number that bfloat16 may take where tokens are computed in groups, one an expert
 
 def check_routing(
@@ -145,10 +153,10 @@ def check_routing(
         raise BadInput(f"The experts of layer {layer} do not add what their description says: expected the chosen "
                        "ones, by their weights, with gate before up; the layout is not this model's.")
 
-# %% ../../nbs/models/09_checks.ipynb #c029
+# %% ../../nbs/models/09_checks.ipynb #c032
 from .anatomy import decoder_layers, expert_counts
 
-# %% ../../nbs/models/09_checks.ipynb #c030
+# %% ../../nbs/models/09_checks.ipynb #c033
 @torch.no_grad()
 def logits_without_heads(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -173,11 +181,11 @@ def check_tokens_independent(
         raise BadInput("With every head masked the tokens still learn of each other: expected the output projections "
                        "to be the only way; heads of this model cannot be masked there.")
 
-# %% ../../nbs/models/09_checks.ipynb #c034
+# %% ../../nbs/models/09_checks.ipynb #c037
 from collections.abc import Sequence
 from .anatomy import anatomy
 
-# %% ../../nbs/models/09_checks.ipynb #c035
+# %% ../../nbs/models/09_checks.ipynb #c038
 def check_anatomy(
     model: nn.Module, # A causal language model of a known family, in evaluation mode, not pruned; not changed
     layers: Sequence[int] | None = None, # Indices of the layers that are checked; None means the first and the last

@@ -7,10 +7,11 @@ __all__ = ['FAMILIES', 'Experts', 'Family', 'add_family']
 
 # %% ../../nbs/models/00_families.ipynb #c004
 ROLES = ("query", "key", "value", "output", "gate", "up", "down") # Of a layer in which nothing is fused
-ALL_ROLES = ("query_key_value", *ROLES[:4], "gate_up", *ROLES[4:]) # Every role, in the order of the walk
-HOLDS = { # Role -> kinds of the heads that it holds
-    "query": ("query",), "key": ("key",), "value": ("value",),
-    "query_key_value": ("query", "key", "value"), "output": ("query",)}
+ALL_ROLES = ("query_key_value", "query_latent", "query", "key_value_latent", "key_value", *ROLES[1:4],
+             "gate_up", *ROLES[4:]) # Every role, in the order of the walk
+HOLDS = { # Role in the attention -> kinds of the heads that it holds
+    "query": ("query",), "key": ("key",), "value": ("value",), "key_value": ("key", "value"),
+    "query_key_value": ("query", "key", "value"), "output": ("query",), "query_latent": (), "key_value_latent": ()}
 FUSES = {"gate_up": ("gate", "up")} # Role of an expert's matrix -> roles of those that lie in it, one above the other
 
 # %% ../../nbs/models/00_families.ipynb #c007
@@ -22,8 +23,8 @@ from dataclasses import dataclass, field
 class Experts:
     "Where the experts of a sparse layer lie, and what sends tokens to them."
     blocks: tuple[str, ...] # Paths from the decoder layer to the block of router and experts; the first to exist counts
-    listed: Mapping[str, str] # Role -> path from one expert to its module, in a list and in every checkpoint
-    stacked: Mapping[str, str] = field(default_factory=dict) # Role -> parameter of all experts, [E, out, in]
+    listed: Mapping[str, str] # Role -> path from one expert to its module, in a list and in checkpoints; {}: no lists
+    stacked: Mapping[str, str] = field(default_factory=dict) # Role -> parameter of all experts, mostly [E, out, in]
     shared: Mapping[str, str] = field(default_factory=dict) # Role -> path from the block to the expert of every token
     shared_gate: str = "" # Path from the block to what weighs that expert; never pruned
     router: str = "gate" # Path from the block to the router; never pruned
@@ -31,6 +32,10 @@ class Experts:
     activation: str = "act_fn" # Path from that module, or from one expert, to the function between gate and up
     chosen: str = "num_experts_per_tok" # Setting of the configuration: experts a token
     normed: str = "" # Setting that says whether the weights of the chosen sum to 1; empty: they always do
+    stored: Mapping[str, str] = field(default_factory=dict) # Parameter of the block -> its name in checkpoints
+    transposed: bool = False # Whether stacks are [E, in, out]
+    alternating: bool = False # Whether the rows of gate and up alternate in their stack
+    product: Callable | None = None # (holder, gate, up) -> what down reads; None: the activation of gate, times up
 
 # %% ../../nbs/models/00_families.ipynb #c010
 def plain_groups(
@@ -39,6 +44,12 @@ def plain_groups(
     "What `num_key_value_heads` says, or as many as there are query heads."
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
+def plain_widths(
+    config: object, # Configuration of a causal language model
+) -> tuple[int, int, int]: # Rows of a head's query, key and value
+    "The head size three times: `head_dim` where it is stated, else what the hidden size leaves for each head."
+    return (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,) * 3
+
 # %% ../../nbs/models/00_families.ipynb #c011
 @dataclass(frozen=True)
 class Family:
@@ -46,13 +57,15 @@ class Family:
     layers: str # Path from the model to the list of decoder layers
     final_norm: str # Path from the model to the norm after the last layer; a model may have None there
     roles: Mapping[str, str] # Role of a projection -> path from the decoder layer to its module
-    by_group: bool = False # Whether a fused query_key_value goes key-value head by key-value head
+    by_group: bool = False # Whether what is fused goes key-value head by key-value head
     after_norm: str = "" # Path from the model to what lies between that norm and the output head, if anything does
     multiplied_by: str = "" # Setting of the configuration by which logits are multiplied
     divided_by: str = "" # Setting by which logits are divided
     capped_at: str = "" # Setting c; logits x become c tanh(x / c)
     groups: Callable[[object], int] = plain_groups # Configuration -> key-value heads a layer
     experts: Experts | None = None # Where the experts of a sparse layer lie
+    widths: Callable[[object], tuple[int, int, int]] = plain_widths # Configuration -> rows of a query, key and value
+    where_none: "tuple[str, Family] | None" = None # A setting, and the family of a model that has None there
 
 # %% ../../nbs/models/00_families.ipynb #c013
 def under(
@@ -70,6 +83,8 @@ GEMMA = Family("model.layers", "model.norm", LLAMA_ROLES, capped_at="final_logit
 COHERE = Family("model.layers", "model.norm", LLAMA_ROLES, multiplied_by="logit_scale")
 GRANITE = Family("model.layers", "model.norm", LLAMA_ROLES, divided_by="logits_scaling")
 STARCODER2 = Family("model.layers", "model.norm", ATTENTION | under("mlp", up="c_fc", down="c_proj"))
+GATELESS = Family("model.layers", "model.norm", ATTENTION | under("mlp", up="up_proj", down="down_proj"))
+GLM4 = Family("model.layers", "model.norm", ATTENTION | under("mlp", gate_up="gate_up_proj", down="down_proj"))
 
 # %% ../../nbs/models/00_families.ipynb #c018
 PHI = Family("model.layers", "model.final_layernorm",
@@ -91,8 +106,28 @@ QWEN2_EXPERTS = replace(QWEN3_EXPERTS, shared=under("shared_expert", **GATED), s
 MIXTRAL = replace(LLAMA, experts=MIXTRAL_EXPERTS)
 QWEN3_MOE = replace(LLAMA, experts=QWEN3_EXPERTS)
 QWEN2_MOE = replace(LLAMA, experts=QWEN2_EXPERTS)
+DEEPSEEK_EXPERTS = replace(QWEN3_EXPERTS, shared=under("shared_experts", **GATED))
+GLM4_MOE = replace(LLAMA, experts=DEEPSEEK_EXPERTS)
 
-# %% ../../nbs/models/00_families.ipynb #c024
+# %% ../../nbs/models/00_families.ipynb #c025
+def clamped_product(
+    holder: object, # The module that holds all experts; it has the numbers alpha and c
+    gate: object, # g, tensor [n, width]
+    up: object, # u, tensor [n, width]
+) -> object: # What down reads, tensor [n, width]
+    "The product of gate and up in gpt-oss."
+    gate, up = gate.clamp(max=holder.limit), up.clamp(-holder.limit, holder.limit)
+    return (up + 1) * gate * (holder.alpha * gate).sigmoid()
+
+GRANITE_EXPERTS = Experts(("block_sparse_moe",), {}, STACKED, router="router", stored={
+    "experts.gate_up_proj": "input_linear.weight", "experts.down_proj": "output_linear.weight",
+    "router.weight": "router.layer.weight"})
+GRANITE_MOE = replace(GRANITE, experts=GRANITE_EXPERTS)
+GPT_OSS_EXPERTS = Experts(("mlp",), {}, STACKED, router="router", transposed=True, alternating=True,
+                          product=clamped_product)
+GPT_OSS = replace(LLAMA, experts=GPT_OSS_EXPERTS)
+
+# %% ../../nbs/models/00_families.ipynb #c029
 def falcon_groups(
     config: object, # Configuration of a Falcon model
 ) -> int: # G, key-value heads a layer
@@ -100,7 +135,7 @@ def falcon_groups(
     if config.new_decoder_architecture: return config.num_kv_heads
     return 1 if config.multi_query else config.num_attention_heads
 
-# %% ../../nbs/models/00_families.ipynb #c025
+# %% ../../nbs/models/00_families.ipynb #c030
 WIDE_MLP = under("mlp", up="dense_h_to_4h", down="dense_4h_to_h")
 PHI3_ATTENTION = under("self_attn", query_key_value="qkv_proj", output="o_proj")
 PHI3 = Family("model.layers", "model.norm", PHI3_ATTENTION | under("mlp", gate_up="gate_up_proj", down="down_proj"))
@@ -112,19 +147,51 @@ BLOOM_ATTENTION = under("self_attention", query_key_value="query_key_value", out
 BLOOM = Family("transformer.h", "transformer.ln_f", BLOOM_ATTENTION | WIDE_MLP, by_group=True)
 FALCON = Family("transformer.h", "transformer.ln_f", BLOOM.roles, by_group=True, groups=falcon_groups)
 
-# %% ../../nbs/models/00_families.ipynb #c029
+# %% ../../nbs/models/00_families.ipynb #c034
+def latent_widths(
+    config: object, # Configuration of a model with latent attention
+) -> tuple[int, int, int]: # Rows of a head's query, of its key, of its value
+    "A query is plain and rotated, a head's own key is plain: its rotated part is all heads'."
+    return (config.qk_nope_head_dim + config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim)
+
+def every_head(
+    config: object, # Configuration of a model with latent attention
+) -> int: # G, key-value heads a layer
+    "Every head has its own key and value."
+    return config.num_attention_heads
+
+# %% ../../nbs/models/00_families.ipynb #c035
+LATENT_QUERIES = under("self_attn", query_latent="q_a_proj", query="q_b_proj")
+LATENT_KEYS = under("self_attn", key_value_latent="kv_a_proj_with_mqa", key_value="kv_b_proj", output="o_proj")
+DEEPSEEK_DIRECT = Family("model.layers", "model.norm", # Queries straight from the hidden state, as in V2-Lite
+    under("self_attn", query="q_proj") | LATENT_KEYS | under("mlp", **GATED), by_group=True, groups=every_head,
+    experts=DEEPSEEK_EXPERTS, widths=latent_widths)
+DEEPSEEK = replace(DEEPSEEK_DIRECT, roles=LATENT_QUERIES | LATENT_KEYS | under("mlp", **GATED),
+                   where_none=("q_lora_rank", DEEPSEEK_DIRECT))
+
+# %% ../../nbs/models/00_families.ipynb #c039
 FAMILIES: dict[str, Family] = { # model_type of the configuration -> family
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "smollm3"), LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "smollm3", "stablelm", "ernie4_5",
+                     "olmo3", "seed_oss"), LLAMA),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), GEMMA),
     **dict.fromkeys(("cohere", "cohere2"), COHERE),
     "granite": GRANITE, "starcoder2": STARCODER2, "phi": PHI, "phi3": PHI3, "gpt2": GPT2, "gpt_neox": GPT_NEOX,
     "gptj": GPTJ, "opt": OPT, "bloom": BLOOM, "falcon": FALCON, "mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE,
-    **dict.fromkeys(("qwen3_moe", "olmoe"), QWEN3_MOE)}
+    **dict.fromkeys(("qwen3_moe", "olmoe"), QWEN3_MOE), **dict.fromkeys(("nemotron", "arcee"), GATELESS),
+    "glm4": GLM4, "glm4_moe": GLM4_MOE, "granitemoe": GRANITE_MOE, "gpt_oss": GPT_OSS,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), DEEPSEEK)}
 
-# %% ../../nbs/models/00_families.ipynb #c030
+# %% ../../nbs/models/00_families.ipynb #c040
+HYBRIDS = { # model_type -> where tokens meet outside the attention
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "a gated delta rule in most layers"),
+    **dict.fromkeys(("jamba", "bamba", "nemotron_h"), "a state space in most layers"),
+    "falcon_h1": "a state space beside the heads of every layer", "minimax": "linear attention in most layers",
+    "lfm2": "short convolutions in most layers", "recurrent_gemma": "a linear recurrence in most layers"}
+
+# %% ../../nbs/models/00_families.ipynb #c041
 from ..core.errors import BadInput
 
-# %% ../../nbs/models/00_families.ipynb #c031
+# %% ../../nbs/models/00_families.ipynb #c042
 # How configurations state a number of experts
 EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -133,17 +200,22 @@ def family_of(
 ) -> Family: # Where its parts lie
     "The family that a configuration names; an unknown one raises `BadInput` that names what is supported."
     kind, known = getattr(config, "model_type", type(config).__name__), ", ".join(FAMILIES)
-    if kind in FAMILIES: return FAMILIES[kind]
+    if kind in FAMILIES:
+        setting, other = FAMILIES[kind].where_none or ("", FAMILIES[kind])
+        return other if setting and getattr(config, setting, None) is None else FAMILIES[kind]
+    if kind in HYBRIDS:
+        raise BadInput(f"Model type {kind!r} has {HYBRIDS[kind]}: expected tokens to meet in attention heads alone, "
+                       "since only these can be masked; take a model that has them in every layer.")
     if any(getattr(config, name, None) for name in EXPERT_SETTINGS):
         raise BadInput(f"Model type {kind!r} is a mixture of experts that is not described: expected one of {known}; "
                        "say with add_family where its experts and its router lie.")
     raise BadInput(f"The anatomy of model type {kind!r} is not known: expected one of {known}; load a model of such a "
                    "class or describe its family with add_family of cap_nb.models.families.")
 
-# %% ../../nbs/models/00_families.ipynb #c036
+# %% ../../nbs/models/00_families.ipynb #c047
 from ..core.additions import WORD, add, check_new_name, check_takes
 
-# %% ../../nbs/models/00_families.ipynb #c037
+# %% ../../nbs/models/00_families.ipynb #c048
 def add_family(
     model_type: str, # model_type of the configurations that it describes
     family: Family, # Where the parts lie
@@ -155,7 +227,7 @@ def add_family(
     if not isinstance(family, Family):
         raise BadInput(f"The family of {model_type!r} is a {type(family).__name__}: expected a Family, which says "
                        "where the parts lie; make one.")
-    check_takes(family.groups, f"family {model_type!r}", "config")
+    for function in (family.groups, family.widths): check_takes(function, f"family {model_type!r}", "config")
     named = f"The family of {model_type!r} has roles"
     unknown = sorted(set(family.roles) - set(ALL_ROLES))
     if unknown:
@@ -165,4 +237,4 @@ def add_family(
     if not {"output", "down"} <= set(family.roles) or fused == separate:
         raise BadInput(f"{named} {', '.join(family.roles)}: expected output, down, and either query, key and value "
                        "or query_key_value; add what is missing.")
-    add("family", model_type, [(FAMILIES, family)], [family.groups], sorted(family.roles.items()))
+    add("family", model_type, [(FAMILIES, family)], [family.groups, family.widths], sorted(family.roles.items()))

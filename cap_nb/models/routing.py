@@ -17,7 +17,7 @@ from ..core.errors import BadInput
 from .anatomy import Projection, Routing, decoder_layers, routing_of
 from .interventions import changed_input, changed_output, watching
 
-# %% ../../nbs/models/03_routing.ipynb #c008
+# %% ../../nbs/models/03_routing.ipynb #c009
 @dataclass(frozen=True)
 class Route:
     "Where the router of a layer sent the tokens of a batch."
@@ -27,15 +27,18 @@ class Route:
 
 def chosen_experts(
     routing: Routing, # The experts of a layer
-    output: object, # What the router has returned: (logits, weights, indices), or logits [tokens, E]
+    output: object, # What the router has returned: its choice in one of the three orders, or logits [tokens, E]
 ) -> tuple[torch.Tensor, torch.Tensor]: # Chosen experts and their weights, [tokens, k] each
     "Read a router's choice, or make it from the logits as the block does."
-    if isinstance(output, tuple): return output[2], output[1]
+    if isinstance(output, tuple):
+        first, second = output[-2:]
+        if not first.is_floating_point(): return first, second
+        return second, first if len(output) == 3 else first.gather(-1, second)
     weights, indices = output.softmax(-1, dtype=torch.float).topk(routing.chosen, -1)
     if routing.normed: weights = weights / weights.sum(-1, keepdim=True)
     return indices, weights.to(output.dtype)
 
-# %% ../../nbs/models/03_routing.ipynb #c009
+# %% ../../nbs/models/03_routing.ipynb #c010
 @contextmanager
 def recorded_routes(
     model: nn.Module, # A causal language model of a known family
@@ -51,7 +54,7 @@ def recorded_routes(
             stack.enter_context(changed_output(routing.router, watching(record)))
         yield routes
 
-# %% ../../nbs/models/03_routing.ipynb #c012
+# %% ../../nbs/models/03_routing.ipynb #c015
 def masked_expert(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of a sparse layer, from 0
@@ -65,11 +68,12 @@ def masked_expert(
                        f"expert_counts says how many each layer has.")
     if not routing.stacked: return changed_output(routing.experts[expert], torch.zeros_like)
     def unweighted(output: tuple) -> tuple:
-        logits, weights, indices = output
-        return logits, weights.masked_fill(indices == expert, 0), indices
+        *logits, weights, indices = output
+        every = torch.arange(routing.count, device=indices.device) # the order of weights where all have one
+        return *logits, weights.masked_fill((indices if logits else every) == expert, 0), indices
     return changed_output(routing.router, unweighted)
 
-# %% ../../nbs/models/03_routing.ipynb #c017
+# %% ../../nbs/models/03_routing.ipynb #c020
 Record = Callable[[Projection, torch.Tensor, torch.Tensor | None], None] # projection, inputs [..., in], token indices
 
 def input_of_down(
@@ -78,14 +82,17 @@ def input_of_down(
     by_role: dict[str, Projection], # Its projections
     rows: torch.Tensor, # What the expert reads, [n, hidden]
 ) -> torch.Tensor: # [n, in of down]
-    "What the last projection of an expert reads: the activated gate times up."
-    if "gate_up" in by_role: gate, up = F.linear(rows, by_role["gate_up"].weight).chunk(2, -1)
-    else: gate, up = (F.linear(rows, by_role[role].weight) for role in ("gate", "up"))
+    "What the last projection of an expert reads: the product of gate and up."
+    about = routing.about
+    made = {role: F.linear(rows, p.weight, p.bias) for role, p in by_role.items() if role != "down"}
+    if "gate_up" not in made: gate, up = made["gate"], made["up"]
+    elif about.alternating: gate, up = made["gate_up"][:, ::2], made["gate_up"][:, 1::2]
+    else: gate, up = made["gate_up"].chunk(2, -1)
     holder = routing.experts if routing.stacked else routing.experts[expert]
-    activation = attrgetter(routing.about.activation)(holder)
-    return activation(gate) * up
+    if about.product: return about.product(holder, gate, up)
+    return attrgetter(about.activation)(holder)(gate) * up
 
-# %% ../../nbs/models/03_routing.ipynb #c018
+# %% ../../nbs/models/03_routing.ipynb #c021
 def record_expert_inputs(
     routing: Routing, # The experts of a layer
     routed: Sequence[Projection], # All projections of these experts
@@ -103,7 +110,7 @@ def record_expert_inputs(
             if role != "down": record(p, rows, tokens)
         record(by_role["down"], input_of_down(routing, expert, by_role, rows), tokens)
 
-# %% ../../nbs/models/03_routing.ipynb #c020
+# %% ../../nbs/models/03_routing.ipynb #c023
 def watch_experts(
     stack: ExitStack, # Holds the hooks
     routed: Sequence[Projection], # The projections of a layer's experts
@@ -117,7 +124,7 @@ def watch_experts(
     stack.enter_context(changed_output(routing.router, watching(note_choice)))
     stack.enter_context(changed_output(routing.block, watching(finish)))
 
-# %% ../../nbs/models/03_routing.ipynb #c021
+# %% ../../nbs/models/03_routing.ipynb #c024
 @contextmanager
 def recorded_inputs(
     layer_projections: Sequence[Projection], # All projections of one layer

@@ -169,7 +169,7 @@ def tokens_of(
 # %% ../../nbs/portable/03_quantised.ipynb #c039
 def add_special_ids(
     writer, # gguf's writer
-    tokenizer, # Tokenizer of transformers
+    tokenizer: object, # Tokenizer of transformers
 ) -> None:
     "The numbers of special tokens, and whether a text begins with one."
     for name in ("bos", "eos", "unk", "pad"):
@@ -181,7 +181,7 @@ def add_special_ids(
 # %% ../../nbs/portable/03_quantised.ipynb #c040
 def add_tokenizer(
     writer, # gguf's writer
-    tokenizer, # Tokenizer of transformers, with a fast backend
+    tokenizer: object, # Tokenizer of transformers, with a fast backend
     size: int, # Rows of the embedding
 ) -> str: # llama.cpp's name for its way of cutting text; empty if the vocabulary was left out
     "Write the tokenizer into the metadata, if llama.cpp has a name for it."
@@ -329,7 +329,7 @@ def add_sizes(
 def write_head(
     part: Path, # The file to write
     config: object, # Configuration of the model
-    tokenizer, # Its tokenizer
+    tokenizer: object, # Its tokenizer
     about: tuple[str, str], # What the model is called, and the dtype asked for
     plan: list[Planned], # Every tensor, in order
 ) -> tuple[str, int]: # The tokenizer's name, as of `add_tokenizer`, and the alignment

@@ -31,9 +31,12 @@ def widths_of(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[int, int]: # M, neurons, and G, key-value heads, of every layer
     "The widths of a dense model; a mixture of experts raises `BadInput`."
-    groups, matrices = anatomy(model).key_value_heads, projections(model)
+    a, matrices = anatomy(model), projections(model)
+    if a.widths:
+        raise BadInput(f"A {a.family} has latent attention and cannot be shrunk: expected heads whose rows all come "
+                       "from the hidden state; set weights to zero with 'cap prune' instead.")
     widths = {p.weight.shape[1] for p in matrices if p.role == "down"}
-    if len(widths) == 1 and not any(p.routing for p in matrices): return widths.pop(), groups
+    if len(widths) == 1 and not any(p.routing for p in matrices): return widths.pop(), a.key_value_heads
     raise BadInput(f"A {model.config.model_type} with experts cannot be shrunk: expected a dense model with one width; "
                    "set weights to zero with 'cap prune' instead.")
 
@@ -112,6 +115,7 @@ def check_plain(
 
 # %% ../../nbs/portable/06_shrink.ipynb #c022
 import copy
+from ..models.loading import without_bars
 
 # %% ../../nbs/portable/06_shrink.ipynb #c023
 def made_of(
@@ -121,7 +125,7 @@ def made_of(
 ) -> nn.Module: # The smaller model, on the same device
     "A model of the same class from a configuration and weights."
     options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-    small = type(model).from_pretrained(None, config=config, state_dict=weights, **options)
+    with without_bars(): small = type(model).from_pretrained(None, config=config, state_dict=weights, **options)
     small.generation_config = copy.deepcopy(model.generation_config)
     return small.to(model.device).eval()
 
@@ -277,20 +281,11 @@ def neurons_to_keep(
 
 # %% ../../nbs/portable/06_shrink.ipynb #c054
 from dataclasses import dataclass
-from pathlib import Path
 from ..core.errors import check_choice
+from ..jobs.settings import Shrinking
 from ..methods.attributions import gradient_activation
 
 # %% ../../nbs/portable/06_shrink.ipynb #c055
-@dataclass(frozen=True)
-class Shrinking:
-    "How `cap shrink` makes a model smaller."
-    sparsity: float = 0.2 # share of the weights in scope that go, in [0, 1)
-    groups: int | None = None # key-value heads a layer that stay, with their query heads; all if left out
-    neurons_by: str = "contribution" # what chooses the neurons: contribution, first-order or magnitude
-    no_fit: bool = False # leave the weights that stay as they are, without least squares
-    scores: Path | None = None # table of losses for the heads, made by cap score; first-order if left out
-
 @dataclass(frozen=True)
 class Shrunk:
     "What became of a model."

@@ -227,19 +227,9 @@ import copy
 import inspect
 import time
 from ..engine.decoding import inference
+from ..jobs.settings import SpeedSettings
 
 # %% ../../nbs/portable/05_speed.ipynb #c036
-@dataclass(frozen=True)
-class SpeedSettings:
-    "What is measured."
-    batches: tuple[int, ...] = (1, 16) # Users at a time
-    prompt: int = 128 # P, tokens of each prompt
-    steps: int = 32 # n, tokens to write
-    rounds: int = 5 # Rounds that are kept; one before them is not
-    backends: tuple[str, ...] = ("torch", "csr", "scipy", "2:4", "openvino", "openvino-dense") # Ways to compute
-    dtype: str | None = None # float32, bfloat16 or float16; as stored if left out
-    device: str | None = None # cpu or cuda; a GPU if there is one
-
 @dataclass(frozen=True)
 class Side:
     "A model and a way to compute its projections."

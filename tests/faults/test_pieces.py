@@ -1,0 +1,189 @@
+"""Pieces that vanish, are cut short or have a bit flipped between two sessions: made anew, or one sentence; never believed."""
+import itertools
+import random
+import re
+import shutil
+import signal
+
+import pytest
+
+from cap_nb.core.errors import BadInput
+from cap_nb.jobs.records import PACKED, load_run, pack_run, put_in_order, unpack_run
+from faults.machinery import MAY_DIFFER, SOAK, cap, contents, differing, in_child, one_sentence, run_in, signalled_before, watched
+
+STOPS = ("run.json", "environment.json")  # What cannot be made anew: damaged, it stops the run
+LOST = ("environment.json", "timings.json")  # What cannot be made anew: missing, it is told
+
+
+@pytest.fixture(scope="session")
+def killed(tmp_path_factory):
+    """A run that died while it measured, with finished and unfinished pieces of every kind."""
+    folder = tmp_path_factory.mktemp("faults") / "killed"
+    run_in(folder, signalled_before(r"rename unfinished/cap-0\.5/\.perplexity.*"))
+    for part in folder.rglob(".*.part"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    return folder
+
+
+def files_of(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def kinds_of(folder):
+    """One file of each kind, so that a few stand for all."""
+    kinds = {}
+    for name in files_of(folder):
+        kinds.setdefault((name.split("/")[0], name.rpartition(".")[2], name.count("/"), "answers" in name), name)
+    return sorted(kinds.values())
+
+
+def spoilt(path, how, rng):
+    """Spoil a file: a bit flipped, half of it cut off, gone."""
+    kept = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(kept[:len(kept) // 2])
+    else:
+        at = rng.randrange(len(kept))
+        path.write_bytes(kept[:at] + bytes([kept[at] ^ 1 << rng.randrange(8)]) + kept[at + 1:])
+
+
+def goes_on(folder, whole, name, said, code, how):
+    """The run went on to the bytes of an undisturbed one and named what it set aside, or stopped with a sentence that names it."""
+    if name in STOPS and how != "gone" or name == "run.json":
+        assert code == 2, said
+        one_sentence(said, name)
+        return
+    assert code == 0, said
+    aside = [path for path in folder.rglob("*.damaged")]
+    for path in aside:
+        assert f"It is set aside as {path.name} and made anew." in said
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if name in LOST and how == "gone":
+        assert f"has lost its {name}" in said
+    assert [other for other in differing(folder, whole) if other != name] == [] or name in MAY_DIFFER
+    assert name in MAY_DIFFER or differing(folder, whole) == []
+
+
+CASES = [(state, how) for state in ("killed", "whole") for how in ("flip", "cut", "gone")]
+
+
+@pytest.mark.skipif(not SOAK, reason="every file by itself is spoilt by make soak")
+@pytest.mark.parametrize("state, how", CASES)
+def test_every_piece_in_turn(state, how, whole, killed, tmp_path):
+    """Every file of a run by itself, flipped at three places."""
+    source, rng = {"whole": whole, "killed": killed}[state], random.Random(f"{state}{how}")
+    names = [name for name in files_of(source) for _ in range(3 if how == "flip" else 1)]
+    for number, name in enumerate(names):
+        folder = tmp_path / f"{number}"
+        shutil.copytree(source, folder)
+        spoilt(folder / name, how, rng)
+        code, said = run_in(folder)
+        goes_on(folder, whole, name, said, code, how)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("state, how", CASES if SOAK else [("killed", "mixed")])
+def test_many_pieces_at_once(state, how, whole, killed, tmp_path):
+    """One file of each kind, all in one folder: what can be made anew is; then one that cannot."""
+    source, rng = {"whole": whole, "killed": killed}[state], random.Random(f"{how}{state}")
+    folder = tmp_path / "run"
+    shutil.copytree(source, folder)
+    spoiling = [name for name in kinds_of(source) if name not in STOPS]
+    for name, turn in zip(spoiling, itertools.cycle(("flip", "gone", "cut"))):
+        spoilt(folder / name, turn if how == "mixed" else how, rng)
+    code, said = run_in(folder)
+    assert code == 0, said
+    aside = sorted(folder.rglob("*.damaged"))
+    assert len(aside) >= {"gone": 0, "mixed": 3}.get(how, 4)
+    for path in aside:
+        assert f"It is set aside as {path.name} and made anew." in said
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert differing(folder, whole) == []
+    spoilt(folder / "run.json", "flip" if how == "mixed" else how, rng)
+    code, said = run_in(folder)
+    assert code == 2, said
+    one_sentence(said, "run.json")
+
+
+@pytest.mark.parametrize("how", ["flip", "cut"])
+def test_the_environment_is_not_made_up(how, whole, tmp_path):
+    """Where earlier numbers came from nobody can compute: damage stops the run before any work; a missing file is told."""
+    shutil.copytree(whole, tmp_path / "run")
+    spoilt(tmp_path / "run" / "environment.json", how, random.Random(5))
+    code, said = run_in(tmp_path / "run")
+    assert code == 2, said
+    one_sentence(said, "environment.json")
+
+
+def test_readers_stop_at_every_damaged_record(whole, tmp_path):
+    """Commands that only read name the file, and say nothing of numbers."""
+    rng = random.Random(7)
+    shutil.copytree(whole, tmp_path / "run")
+    records = [name for name in files_of(whole) if not name.startswith(("tables", "figures", "manifest"))]
+    for name in records:
+        kept = (tmp_path / "run" / name).read_bytes()
+        for _ in range(40 if SOAK else 2):
+            spoilt(tmp_path / "run" / name, "flip", rng)
+            try:
+                assert load_run(tmp_path / "run").evaluations == load_run(whole).evaluations, f"{name}: other numbers"
+                assert name.endswith(".json"), f"{name} was believed"  # white space of JSON carries no number
+            except BadInput as error:
+                assert name.rpartition("/")[2] in str(error) or name.split("/")[-2] in str(error), error
+            (tmp_path / "run" / name).write_bytes(kept)
+
+
+# ---- packed runs ----
+@pytest.fixture
+def packed(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "packed")
+    pack_run(tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def test_a_damaged_pack_is_not_packed_or_unpacked_into_belief(packed, tmp_path):
+    """`cap pack` again would give a damaged file a new checksum, and `cap unpack` would give its numbers new files."""
+    rng = random.Random(3)
+    kept = (packed / PACKED).read_bytes()
+    for _ in range(200 if SOAK else 20):
+        spoilt(packed / PACKED, "flip", rng)
+        for attempt in (lambda: pack_run(packed), lambda: unpack_run(packed, tmp_path / "back"), lambda: load_run(packed)):
+            with pytest.raises(BadInput, match=PACKED):
+                attempt()
+        (packed / PACKED).write_bytes(kept)
+    assert not (tmp_path / "back").exists()
+    (packed / "manifest.json").unlink()
+    with pytest.raises(BadInput, match="manifest.json"):
+        pack_run(packed)
+    assert (packed / PACKED).read_bytes() == kept
+
+
+PACKING = ("rename .records.parquet.part", "rename .manifest.json.part", "remove evaluations/cap-0.5/losses.csv", "remove reports/cap-0.5.json")
+
+
+@pytest.mark.parametrize("moment", PACKING if SOAK else PACKING[1:3])
+def test_killed_while_it_packed(moment, whole, packed, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+
+    def work():
+        watched(tmp_path / "run", signalled_before(re.escape(moment)))
+        cap("pack", tmp_path / "run")()
+
+    assert in_child(work)[0] == -signal.SIGKILL
+    code, said = in_child(cap("pack", tmp_path / "run"))
+    assert code == 0, said
+    assert contents(tmp_path / "run") == contents(packed)
+    unpack_run(tmp_path / "run", tmp_path / "back")
+    assert differing(tmp_path / "back", whole) == []
+
+
+def test_a_foreign_file_is_left_alone(whole, tmp_path, caplog):
+    """Notes and models that somebody keeps in a run's folder are none of its pieces."""
+    shutil.copytree(whole, tmp_path / "run")
+    for name in ("notes.json", "model/model.safetensors", "model/config.json", "evaluations.txt"):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("mine")
+    put_in_order(tmp_path / "run")
+    assert not caplog.records and (tmp_path / "run" / "model/model.safetensors").read_text() == "mine"
+    assert differing(tmp_path / "run", whole) == ["evaluations.txt", "model/config.json", "model/model.safetensors", "notes.json"]

@@ -1,0 +1,248 @@
+"""What holds whatever the model: random tiny models of the true classes, drawn by hypothesis.
+
+A few models of a few families here; with CAP_NB_FUZZ (`make soak`), of every family, and many.
+"""
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from proofs import ENDS, TINY_MODELS
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cap_nb.calibration import Calibration
+from cap_nb.data.prompts import IGNORED, Example
+from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.prune import prune
+from cap_nb.models.anatomy import anatomy, decoder_layers, expert_counts, projections
+from cap_nb.models.loading import save_model
+from cap_nb.portable.small_files import export_folder, restore_folder
+from cap_nb.regions import Factors, blocks, layer_factors
+from cap_nb.threshold import zeros_wanted
+
+MANY = int(os.environ.get("CAP_NB_FUZZ", 0))
+FEW = ("llama", "gpt2", "gpt_neox", "phi3", "mixtral", "falcon, three key-value heads")
+NAMES = tuple(TINY_MODELS) if MANY else FEW
+
+
+def tries(few):
+    """So many random models, or sixty times as many in the soak."""
+    return settings(max_examples=60 * few if MANY else few, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=not MANY)
+
+
+# ---- random models ----
+def sizes(wanted, layers, groups, a_group, head, width):
+    """The settings of a variant with other sizes, as far as its class leaves a choice."""
+    heads, square = groups * a_group, "head_dim" not in wanted or wanted.get("hidden_size") == 24
+    hidden = heads * head if square else 4 * width
+    layers = 3 if "layer_types" in wanted or "mlp_only_layers" in wanted else layers
+    new = {"num_hidden_layers": layers, "n_layer": layers, "num_attention_heads": heads, "n_head": heads, "num_key_value_heads": groups, "num_kv_heads": groups,
+           "head_dim": head, "hidden_size": hidden, "n_embd": hidden, "intermediate_size": 4 * width + 4, "ffn_dim": 4 * width + 4, "n_inner": 4 * width + 4}
+    if wanted.get("word_embed_proj_dim") == wanted.get("hidden_size"):
+        new["word_embed_proj_dim"] = hidden
+    return wanted | {key: value for key, value in new.items() if key in wanted}
+
+
+@torch.no_grad()
+def built(name, seed, *shape):
+    """A model with random numbers in every parameter."""
+    kind, wanted = TINY_MODELS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ENDS | sizes(wanted, *shape))).float().eval()
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape))
+    return model
+
+
+MODELS = st.builds(built, st.sampled_from(NAMES), st.integers(0, 9), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 8]), st.integers(3, 9))
+LLAMAS = st.builds(built, st.just("llama"), st.integers(0, 9), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 8]), st.integers(3, 9))
+SHARES = st.floats(0, 0.99)
+SCOPES = st.sampled_from(["model", "layer", "matrix", "row"])
+
+
+def factors_of(model, seed=0):
+    """A random importance factor for every head."""
+    a = anatomy(model)
+    return 1 + 9 * torch.rand(a.layers, a.heads, generator=torch.Generator().manual_seed(seed))
+
+
+def masks(model):
+    return {p.name: (p.weight == 0).clone() for p in projections(model)}
+
+
+def copied(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def examples(count, seed, longest=12):
+    """Random token sequences, each of another length."""
+    rng, drawn = torch.Generator().manual_seed(seed), []
+    for number in range(count):
+        ids = tuple(torch.randint(3, 97, (longest - number,), generator=rng).tolist())
+        drawn.append(Example(task="own", uid=f"{number}", prompt="", target="", answer="", input_ids=ids, labels=(IGNORED,) * 3 + ids[3:]))
+    return drawn
+
+
+# ---- regions tile ----
+@tries(8)
+@given(MODELS, st.booleans())
+def test_every_weight_in_scope_lies_in_one_region(model, by_neuron):
+    """Counted weight by weight in a shadow of every parameter: once in scope, never outside, and only routers and gates of the layers are outside."""
+    a, mixture, neurons = anatomy(model), any(expert_counts(model)), None
+    if by_neuron and not mixture:
+        neurons = torch.ones(a.layers, next(p for p in projections(model) if p.role == "down").weight.shape[1])
+    layers = layer_factors(Factors(heads=factors_of(model), neurons=neurons), a)
+    shadow = {id(weight): torch.zeros(weight.shape, dtype=torch.int8) for weight in model.parameters()}
+    for p in projections(model):
+        counts = p.oriented(p.cut(shadow[id(p.parameter)]))
+        for rows, columns, _ in blocks(p, layers[p.layer]):
+            counts[rows, columns] += 1
+    inside = {id(weight) for weight in decoder_layers(model).parameters()}
+    for name, weight in model.named_parameters():
+        counts = shadow[id(weight)]
+        outside = id(weight) not in inside or weight.ndim < 2 or name.endswith(("gate.weight", "router.weight"))
+        assert (counts == (0 if outside else 1)).all(), f"{name}: {counts.unique().tolist()} regions"
+
+
+# ---- the count is exact ----
+@torch.no_grad()
+def coarse(model):
+    """Weights of a few values, zero among them, so that most scores are ties."""
+    for p in projections(model):
+        p.stored.copy_((4 * p.stored).round() / 4)
+
+
+@tries(10)
+@given(MODELS, SHARES, SCOPES)
+def test_the_count_is_exact_among_ties(model, sparsity, scope):
+    """As many zeros as were asked for where they were counted, and no fewer than there were."""
+    coarse(model)
+    matrices = projections(model)
+    groups = {"model": [matrices], "layer": [[p for p in matrices if p.layer == layer] for layer in range(len(decoder_layers(model)))],
+              "matrix": [[p] for p in matrices], "row": []}[scope]
+    expected = [max(zeros_wanted(sum(p.weight.numel() for p in group), sparsity), sum(int((p.weight == 0).sum()) for p in group)) for group in groups]
+    rows = [(p, (p.weight == 0).sum(1).clamp(min=int(p.weight.shape[1] * sparsity + 1e-9))) for p in matrices] if scope == "row" else []
+    report = prune(model, f"magnitude@{scope}", sparsity)
+    assert [sum(int((p.weight == 0).sum()) for p in group) for group in groups] == expected
+    assert all(torch.equal((p.weight == 0).sum(1), wanted) for p, wanted in rows)
+    assert report.zeros == sum(int((p.weight == 0).sum()) for p in matrices)
+
+
+# ---- more is more ----
+@tries(6)
+@given(MODELS, st.lists(SHARES, min_size=3, max_size=3), SCOPES, st.sampled_from(["magnitude", "cap", "random"]))
+def test_more_sparsity_never_fewer_zeros(model, shares, scope, criterion):
+    """Where a score does not depend on what was pruned before, the zeros of less are among the zeros of more."""
+    dense, before = copied(model), None
+    for share in sorted(shares):
+        model.load_state_dict(dense)
+        prune(model, f"{criterion}@{scope}", share, factors_of(model) if criterion == "cap" else None)
+        after = masks(model)
+        assert before is None or all((after[name] | ~mask).all() for name, mask in before.items())
+        before = after
+
+
+@tries(2)
+@given(MODELS, st.lists(SHARES, min_size=2, max_size=2))
+def test_more_sparsity_never_fewer_zeros_in_a_walk(model, shares):
+    """Wanda scores a layer behind pruned ones: other weights may go, never fewer."""
+    dense, zeros = copied(model), []
+    for share in sorted(shares):
+        model.load_state_dict(dense)
+        zeros.append(prune(model, "wanda", share, calibration=Calibration.from_examples(examples(3, 0), k=1)).zeros)
+    assert zeros == sorted(zeros)
+
+
+# ---- scoring ----
+def scored(model, drawn, batch_tokens=4096):
+    """The table of losses, in the order of the examples' names."""
+    losses = score_heads(model, Calibration.from_examples(drawn, k=1), batch_tokens)
+    order = sorted(range(len(drawn)), key=lambda index: drawn[index].uid)
+    return losses.masked[..., order], losses.intact[order]
+
+
+def apart(one, other):
+    """The largest difference of two tables, in nats."""
+    return max((a - b).abs().max().item() for a, b in zip(one, other))
+
+
+ACROSS = 1e-4  # Nats, in float32, between batches of different sizes; losses are about 5
+
+
+@tries(4)
+@given(MODELS, st.permutations(range(5)), st.integers(0, 9))
+def test_the_order_of_examples_does_not_matter(model, order, seed):
+    """Batches are made by length: the same ones in whatever order examples come, so the same bits; other batches give the same within a bound."""
+    drawn = examples(5, seed)
+    whole = scored(model, drawn, 24)
+    assert apart(whole, scored(model, [drawn[index] for index in order], 24)) == 0
+    assert apart(whole, scored(model, drawn, 4096)) < ACROSS
+    assert apart(whole, scored(model, drawn, 1)) < ACROSS
+
+
+DTYPES = {torch.float64: 1e-4, torch.float32: 0, torch.bfloat16: 0.5, torch.float16: 0.1}  # Nats from float32
+
+
+@tries(1)
+@given(LLAMAS, st.integers(0, 9))
+def test_dtypes_and_threads_differ_within_bounds(model, seed):
+    drawn, threads = examples(4, seed), torch.get_num_threads()
+    whole = scored(model, drawn)
+    try:
+        torch.set_num_threads(2 if threads == 1 else 1)
+        assert apart(whole, scored(model, drawn)) < ACROSS
+    finally:
+        torch.set_num_threads(threads)
+    for dtype, bound in DTYPES.items():
+        assert apart(whole, scored(model.to(dtype), drawn)) <= bound, dtype
+        model.float()
+
+
+# ---- saving ----
+@tries(3)
+@given(MODELS, SHARES, st.sampled_from([torch.float32, torch.bfloat16]))
+def test_pruning_and_saving_commute(model, share, dtype):
+    """Prune, save, load, or save, load, prune: the same bits, and the same report."""
+    model = model.to(dtype)
+    factors = factors_of(model)
+    with tempfile.TemporaryDirectory() as place:
+        save_model(model, None, Path(place) / "dense")
+        first = prune(model, "cap", share, factors)
+        save_model(model, None, Path(place) / "pruned")
+        loaded = [AutoModelForCausalLM.from_pretrained(Path(place) / name, dtype=dtype).eval() for name in ("pruned", "dense")]
+    assert prune(loaded[1], "cap", share, factors) == first
+    for one, other in zip(copied(loaded[0]).values(), copied(loaded[1]).values()):
+        assert torch.equal(one, other) and one.dtype == dtype
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@tries(3)
+@given(MODELS, SHARES, st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["1kB", "20kB", "1GB"]))
+def test_export_and_restore_are_inverse(model, share, dtype, shards):
+    """Packed by masks alone and by masks beside a base: every file of the folder comes back, byte for byte."""
+    model = model.to(dtype)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        model.save_pretrained(place / "base", max_shard_size=shards)
+        prune(model, "magnitude", share)
+        model.save_pretrained(place / "pruned", max_shard_size=shards)
+        export_folder(place / "pruned", place / "small")
+        restore_folder(place / "small", place / "again")
+        export_folder(place / "pruned", place / "delta", "delta", place / "base")
+        restore_folder(place / "delta", place / "back", place / "base")
+        assert files(place / "again") == files(place / "back") == files(place / "pruned")
+
+
+def test_the_sizes_are_really_drawn():
+    """Each family is built with sizes of its own, and none is refused by its class."""
+    for name in NAMES:
+        for shape in ((1, 1, 1, 4, 3), (3, 2, 3, 8, 9)):
+            a = anatomy(built(name, 0, *shape))
+            assert (a.heads, a.head_size) == (shape[1] * shape[2], shape[3]), name
+            assert a.key_value_heads in (shape[1], a.heads, 1), name
