@@ -225,7 +225,7 @@ ATTRIBUTIONS["explainable_masks"] = Attribution(
     "mask learned for each task under a penalty on open masks, averaged", "after Yu and Xiang 2023", explainable_masks)
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c046
-from .whole_heads import weights_removed
+from .whole_heads import sizes_of_heads, weights_removed
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c047
 def unit_weights(
@@ -233,8 +233,9 @@ def unit_weights(
 ) -> UnitTable: # Weights in scope that go with each unit, float64 [L, units]
     "What a unit costs; a query head counts its share of the key-value head that it reads."
     a = dimensions(model.config)
-    of_heads = weights_removed(a, [(0, head) for head in range(a.heads)]) / a.heads
-    of_mlp = sum(p.weight.numel() for p in projections(model) if not p.parts and p.layer == 0)
+    of_heads = weights_removed(a, sizes_of_heads(model), [(0, head) for head in range(a.heads)]) / a.heads
+    of_mlp = sum(p.weight.numel() for p in projections(model)
+                 if p.layer == 0 and p.role in ("gate", "up", "gate_up", "down"))
     ones = same_for_units(model, 1.0)
     return UnitTable(ones.heads * of_heads, ones.neurons * of_mlp / max(1, ones.neurons.shape[1]))
 
@@ -310,10 +311,10 @@ def weights_after(
     order: torch.Tensor, # Units in the order in which they go, int64 [n]; heads come first in their numbering
 ) -> torch.Tensor: # Weights in scope that are zero after each, float64 [n]
     "What has gone with the first units of an order, key-value heads without a query head included."
-    a, weights = anatomy(model), unit_weights(model)
+    a, weights, sizes = anatomy(model), unit_weights(model), sizes_of_heads(model)
     of_heads = order < weights.heads.numel()
     pairs = [divmod(unit, a.heads) for unit in order[of_heads].tolist()]
-    totals = torch.tensor([weights_removed(a, pairs[:count]) for count in range(len(pairs) + 1)]).double()
+    totals = torch.tensor([weights_removed(a, sizes, pairs[:count]) for count in range(len(pairs) + 1)]).double()
     added = torch.full((len(order),), weights.neurons.flatten()[:1].sum().item(), dtype=torch.float64)
     added[of_heads] = totals.diff()
     return added.cumsum(0)
