@@ -13,10 +13,10 @@ from ..core.additions import ADDED
 from ..core.errors import BadInput, check_choice
 from torch import nn
 from .allocation import ALLOCATIONS, Allocation
-from .attributions import ATTRIBUTIONS
 from .budgets import BudgetSettings, measured_budgets
 from .criteria import CRITERIA, Given
 from .experts import ROUTING_AWARE
+from .explainable_masks import ATTRIBUTIONS
 from .neurons import NEURON_AWARE, UNIT_AWARE
 from .recovery import RECOVERIES, recovery_steps
 from ..threshold import SCOPES, pattern_of
