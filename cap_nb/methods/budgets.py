@@ -554,6 +554,11 @@ def whole_divergences(
         return torch.stack([measure(shares, range(len(calibration.examples))) for shares in allocations])
 
 # %% ../../nbs/methods/11_budgets.ipynb #c101
+import matplotlib
+from matplotlib.figure import Figure
+from ..core.plots import blank_figure, in_style
+
+# %% ../../nbs/methods/11_budgets.ipynb #c109
 @dataclass(frozen=True)
 class Budgets:
     "A share of zeros for every region, and the measurements that it comes from."
@@ -575,7 +580,7 @@ class Budgets:
         "How many moves were accepted."
         return sum(move.accepted for move in self.moves)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c102
+# %% ../../nbs/methods/11_budgets.ipynb #c110
 def modules_of(
     regions: Sequence[Region], # Regions
     shares: torch.Tensor, # Share of each, [R]
@@ -593,10 +598,10 @@ def solved_budgets(
     shares = cheapest_shares(costs, power, table.weights, sparsity, cap)
     return Budgets(table=table, sparsity=sparsity, costs=costs, power=power, solved=shares, shares=shares)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c104
+# %% ../../nbs/methods/11_budgets.ipynb #c112
 from ..core.files import read_checked, write_checked
 
-# %% ../../nbs/methods/11_budgets.ipynb #c105
+# %% ../../nbs/methods/11_budgets.ipynb #c113
 def save_budgets(
     budgets: Budgets, # The budgets
     path: Path, # Final name of the file
@@ -609,7 +614,7 @@ def save_budgets(
              "moves": [asdict(move) for move in budgets.moves]}
     write_tensors(path, tensors, about)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c106
+# %% ../../nbs/methods/11_budgets.ipynb #c114
 def move_of(
     entry: dict, # A move as JSON has it
 ) -> Move: # The move
@@ -628,7 +633,7 @@ def load_budgets(
     return Budgets(table=table, sparsity=about["sparsity"], power=about["power"],
                    moves=tuple(move_of(entry) for entry in about["moves"]), **tensors)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c108
+# %% ../../nbs/methods/11_budgets.ipynb #c116
 def spread_over_strata(
     calibration: Calibration, # N examples
     count: int, # How many are wanted; all if there are no more
@@ -641,13 +646,13 @@ def spread_over_strata(
     chosen = [order[(2 * rank + 1) * len(order) // (2 * count)] for rank in range(count)]
     return Calibration.from_examples([calibration.examples[index] for index in chosen], k=1, seed=seed)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c110
+# %% ../../nbs/methods/11_budgets.ipynb #c118
 from contextlib import nullcontext
 from ..core.errors import check_at_least
 from ..core.files import alone_in, json_text, sha256_of_text
 from ..models.loading import model_fingerprint
 
-# %% ../../nbs/methods/11_budgets.ipynb #c111
+# %% ../../nbs/methods/11_budgets.ipynb #c119
 def check_settings(
     settings: BudgetSettings, # The settings
     sparsity: float, # Share of all weights to zero
@@ -665,7 +670,7 @@ def check_settings(
         raise BadInput(f"Moves were asked for at sparsity {sparsity:g} and cap {settings.cap:g}: expected a sparsity "
                        f"between 0 and the cap, where there is something to move; set moves to 0.")
 
-# %% ../../nbs/methods/11_budgets.ipynb #c112
+# %% ../../nbs/methods/11_budgets.ipynb #c120
 def budgets_origin(
     model: nn.Module, # The dense model
     calibration: Calibration, # The calibration set
@@ -683,7 +688,7 @@ def key_of(
     "A short key of a value; equal values have equal keys."
     return sha256_of_text(json_text(content))[:16]
 
-# %% ../../nbs/methods/11_budgets.ipynb #c113
+# %% ../../nbs/methods/11_budgets.ipynb #c121
 def corrected(
     model: nn.Module, # The dense model, in evaluation mode; dense again afterwards
     calibration: Calibration, # The examples that moves draw from
@@ -703,7 +708,7 @@ def corrected(
                                      settings, done, keep)
     return replace(budgets, shares=shares, moves=moves)
 
-# %% ../../nbs/methods/11_budgets.ipynb #c114
+# %% ../../nbs/methods/11_budgets.ipynb #c122
 @torch.no_grad()
 def measured_budgets(
     model: nn.Module, # A causal language model of a known family, dense, in evaluation mode; not changed in the end
@@ -729,15 +734,10 @@ def measured_budgets(
         if finished: save_budgets(budgets, finished)
     return budgets
 
-# %% ../../nbs/methods/11_budgets.ipynb #c120
-import matplotlib
-from matplotlib.figure import Figure
-from ..core.plots import blank_figure, in_style
-
-# %% ../../nbs/methods/11_budgets.ipynb #c121
+# %% ../../nbs/methods/11_budgets.ipynb #c128
 KINDS = {"attention": ("#0072B2", "o"), "mlp": ("#D55E00", "s")} # Colour and marker
 
-# %% ../../nbs/methods/11_budgets.ipynb #c122
+# %% ../../nbs/methods/11_budgets.ipynb #c129
 @in_style
 def plot_budgets(
     budgets: Budgets, # The budgets
@@ -759,7 +759,7 @@ def plot_budgets(
     for panel in (left, right): panel.legend(fontsize="small")
     return figure
 
-# %% ../../nbs/methods/11_budgets.ipynb #c125
+# %% ../../nbs/methods/11_budgets.ipynb #c132
 def random_shares(
     weights: torch.Tensor, # n, weights of each region, float64 [R]
     sparsity: float, # Share of all weights to zero, in (0, cap]
@@ -780,7 +780,7 @@ def predicted_by_power(
     "What the fitted power law says of whole allocations."
     return (budgets.costs * shares ** budgets.power).sum().item()
 
-# %% ../../nbs/methods/11_budgets.ipynb #c126
+# %% ../../nbs/methods/11_budgets.ipynb #c133
 def predicted_by_lines(
     table: Divergences, # Divergences with each region pruned alone
     shares: torch.Tensor, # Share of each region, float64 [R]
@@ -793,7 +793,7 @@ def predicted_by_lines(
     slope = (high - low) / (x[left + 1] - x[left])
     return (low + slope * (wanted - x[left])).exp().sum().item()
 
-# %% ../../nbs/methods/11_budgets.ipynb #c129
+# %% ../../nbs/methods/11_budgets.ipynb #c136
 @in_style
 def plot_additivity(
     predicted: torch.Tensor, # Sum over single regions, in nats, [S, 1 + A]; the first of a row were solved for
@@ -812,7 +812,7 @@ def plot_additivity(
     panel.legend(fontsize="small", title="sparsity")
     return figure
 
-# %% ../../nbs/methods/11_budgets.ipynb #c134
+# %% ../../nbs/methods/11_budgets.ipynb #c141
 def permuted_shares(
     regions: Sequence[Region], # The regions, R of them
     shares: torch.Tensor, # Share of each, [R]
