@@ -25,7 +25,8 @@ from cap_nb.jobs import job as jobs
 from cap_nb.jobs.job import prepare, run_job
 from cap_nb.jobs.settings import Job, changed
 
-SOAK = int(os.environ.get("CAP_NB_FUZZ", 0)) > 0  # `make soak` tries all there is; `make test` a few
+FUZZ = int(os.environ.get("CAP_NB_FUZZ", 0))
+SOAK = FUZZ > 0  # `make soak` tries all there is; `make test` a few
 WORDS = ("run --device cpu --n 2 --k 1 --tasks lab-arc --methods cap,magnitude --sparsity 0.5 --accuracy-tasks lab-arc --evaluate-n 2 --loss-n 2 "
          "--windows 1 --window-tokens 32 --max-new-tokens 4").split()
 SMALL = changed(Job(), n=2, k=1, tasks=("lab-arc",), methods=("cap", "magnitude"), sparsities=(0.5,), accuracy_tasks=("lab-arc",), evaluate_n=2,

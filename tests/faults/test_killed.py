@@ -10,7 +10,7 @@ import pytest
 from cap_nb.core.files import read_checked, read_tensors
 from cap_nb.core.stopping import STOPPED
 from cap_nb.jobs.records import load_evaluation
-from faults.machinery import SOAK, contents, differing, run_in, signalled_before
+from faults.machinery import FUZZ, SOAK, contents, differing, run_in, signalled_before
 
 # A moment in each part of a run, in the order in which they come
 MOMENTS = {
@@ -84,7 +84,7 @@ def test_every_moment(whole, tmp_path):
     assert code == 0, said
     moments, wrong = (tmp_path / "moments").read_text().split("\n"), {}
     assert len(moments) > 100
-    for index, name in enumerate(moments, 1):
+    for index, name in list(enumerate(moments, 1))[:: 1 if FUZZ >= 1000 else 17]:
         folder = tmp_path / f"at-{index}"
         code, said = run_in(folder)
         if code or differing(folder, whole):
