@@ -1,7 +1,7 @@
 # make demo       environment, install, then the whole job on the embedded lab model
 # make test       everything CI checks
 # make matrix     the tests that meet transformers most, with 5 and then with 4.57, each in an environment of its own (SLOW=1: all notebooks and tests)
-# make soak       every reader is fed FUZZ (100,000) spoilt files (hours), and every notebook meets its module
+# make soak       every reader is fed FUZZ (100,000) spoilt files (hours), runs are killed at every moment, and every notebook meets its module
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
 # make readme     README.md from nbs/index.ipynb, and the stubs for type checkers from the modules
@@ -68,6 +68,7 @@ benchmarks: env
 
 soak: env
 	CAP_NB_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_nothing_let_in.py -k whatever
+	CAP_NB_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/faults tests/test_invariants.py
 	CAP_NB_SOAK=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_replay.py
 
 # The tools come into an environment of their own, and look at the project's from outside.

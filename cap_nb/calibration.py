@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Calibration', 'calibration_set', 'overlap', 'plot_calibration']
 
-# %% ../nbs/00_calibration.ipynb #c013
+# %% ../nbs/00_calibration.ipynb #c014
 from collections.abc import Sequence
 
-# %% ../nbs/00_calibration.ipynb #c014
+# %% ../nbs/00_calibration.ipynb #c015
 def length_quartiles(
     lengths: Sequence[int], # Tokens of each example of a pool
 ) -> list[int]: # Quartile of each, 0 (shortest) to 3 (longest)
@@ -18,13 +18,13 @@ def length_quartiles(
     for rank, index in enumerate(ranked): quartile[index] = 4 * rank // len(lengths)
     return quartile
 
-# %% ../nbs/00_calibration.ipynb #c017
+# %% ../nbs/00_calibration.ipynb #c018
 import random
 from collections import Counter
 from .core.errors import BadInput
 from .data.prompts import IGNORED, Example
 
-# %% ../nbs/00_calibration.ipynb #c018
+# %% ../nbs/00_calibration.ipynb #c019
 def draw_stratified(
     pool: Sequence[Example], # Every example of one task
     n: int, # Examples to draw
@@ -43,11 +43,11 @@ def draw_stratified(
         drawn += [(example, q) for example in rng.sample(members, wanted[q])]
     return drawn
 
-# %% ../nbs/00_calibration.ipynb #c022
+# %% ../nbs/00_calibration.ipynb #c023
 import torch
 from .core.errors import check_at_least, check_seed
 
-# %% ../nbs/00_calibration.ipynb #c023
+# %% ../nbs/00_calibration.ipynb #c024
 def deal_subsets(
     stratum: Sequence[int], # Stratum of each of the N examples
     k: int, # Number of subsets, K
@@ -67,13 +67,13 @@ def deal_subsets(
     subset[torch.tensor(dealt)] = torch.arange(len(dealt)) % k
     return subset
 
-# %% ../nbs/00_calibration.ipynb #c030
+# %% ../nbs/00_calibration.ipynb #c031
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from .core.files import sha256_of_text
 
-# %% ../nbs/00_calibration.ipynb #c031
+# %% ../nbs/00_calibration.ipynb #c032
 @dataclass(frozen=True)
 class Calibration:
     "N examples, dealt into K disjoint subsets."
@@ -97,7 +97,7 @@ class Calibration:
         "A calibration set of your own examples; each task is cut into its own length quartiles."
         return calibration_from_examples(tuple(examples), k, seed)
 
-# %% ../nbs/00_calibration.ipynb #c033
+# %% ../nbs/00_calibration.ipynb #c034
 def calibration_from_examples(
     examples: tuple[Example, ...], # A user's own examples
     k: int, # Number of subsets
@@ -113,10 +113,10 @@ def calibration_from_examples(
     deal_subsets(stratum, k, seed) # a k that does not fit is refused here, not later
     return Calibration(examples=examples, stratum=tuple(stratum), k=k, seed=seed)
 
-# %% ../nbs/00_calibration.ipynb #c037
+# %% ../nbs/00_calibration.ipynb #c038
 from .data.problems import BENCHMARK_NAMES, LAB_TASKS
 
-# %% ../nbs/00_calibration.ipynb #c038
+# %% ../nbs/00_calibration.ipynb #c039
 def default_tasks(
     tokenizer: object, # Tokenizer of transformers
 ) -> tuple[str, ...]: # The lab's three tasks for the lab's tokenizer, the paper's benchmarks otherwise
@@ -129,12 +129,12 @@ def default_style(
     "The prompt style of a model unless the user names another."
     return "lab" if "<lab>" in tokenizer.get_vocab() else "paper"
 
-# %% ../nbs/00_calibration.ipynb #c043
+# %% ../nbs/00_calibration.ipynb #c044
 from pathlib import Path
 from .data.problems import load_problems
 from .data.prompts import PromptStyle, encode_problem
 
-# %% ../nbs/00_calibration.ipynb #c044
+# %% ../nbs/00_calibration.ipynb #c045
 def calibration_set(
     tokenizer: object, # Tokenizer of transformers
     tasks: Sequence[str] | None = None, # Names of tasks; None means `default_tasks`
@@ -158,10 +158,10 @@ def calibration_set(
     deal_subsets(stratum, k, seed) # a k that does not fit is refused here, not later
     return Calibration(examples=tuple(examples), stratum=tuple(stratum), k=k, seed=seed)
 
-# %% ../nbs/00_calibration.ipynb #c053
+# %% ../nbs/00_calibration.ipynb #c054
 from .data.problems import Problem
 
-# %% ../nbs/00_calibration.ipynb #c054
+# %% ../nbs/00_calibration.ipynb #c055
 def overlap(
     calibration: Calibration, # The calibration set
     problems: Iterable[Problem], # Problems for evaluation
@@ -170,14 +170,14 @@ def overlap(
     calibrated = frozenset(example.uid for example in calibration.examples)
     return calibrated & frozenset(problem.uid for problem in problems)
 
-# %% ../nbs/00_calibration.ipynb #c059
+# %% ../nbs/00_calibration.ipynb #c060
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from .core.plots import blank_figure, in_style
 
-# %% ../nbs/00_calibration.ipynb #c060
+# %% ../nbs/00_calibration.ipynb #c061
 def quartile_boundaries(
     lengths: np.ndarray, # Tokens of each example of one task
     quartile: np.ndarray, # Quartile of each
@@ -188,7 +188,7 @@ def quartile_boundaries(
     shortest = [lengths[quartile == q].min() for q in held]
     return [float(low + high) / 2 for low, high in zip(longest, shortest[1:])]
 
-# %% ../nbs/00_calibration.ipynb #c064
+# %% ../nbs/00_calibration.ipynb #c065
 def draw_lengths(
     panel: Axes, # Where to draw
     lengths: np.ndarray, # Tokens of each example of one task
@@ -205,7 +205,7 @@ def draw_lengths(
     for boundary in quartile_boundaries(lengths, quartile): panel.axvline(boundary, color="black", ls="--", lw=0.8)
     panel.set_ylabel("examples")
 
-# %% ../nbs/00_calibration.ipynb #c065
+# %% ../nbs/00_calibration.ipynb #c066
 @in_style
 def plot_calibration(
     calibration: Calibration, # The calibration set
@@ -223,10 +223,10 @@ def plot_calibration(
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
-# %% ../nbs/00_calibration.ipynb #c069
+# %% ../nbs/00_calibration.ipynb #c070
 from matplotlib.patches import Patch, Rectangle
 
-# %% ../nbs/00_calibration.ipynb #c070
+# %% ../nbs/00_calibration.ipynb #c071
 TOKEN_LOOKS = { # Of prompt and target
     "prompt: read, not scored": {"facecolor": "#D9D9D9", "edgecolor": "black", "linewidth": 0.6},
     "target: scored": {"facecolor": "#CDE7F7", "edgecolor": "black", "linewidth": 1.6},
@@ -245,7 +245,7 @@ def token_boxes(
         left += width + 0.3
     return boxes
 
-# %% ../nbs/00_calibration.ipynb #c071
+# %% ../nbs/00_calibration.ipynb #c072
 @in_style
 def plot_example(
     example: Example, # One example

@@ -8,13 +8,17 @@ __all__ = []
 # %% ../nbs/command_line.ipynb #c004
 import functools
 import importlib.metadata
+import os
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 import typer
-from .core.errors import BadInput, check_at_least, check_choice, check_sparsity
+from .core.errors import BadInput
+from .core.files import is_disk_full
+from .core.stopping import STOPPED, signals_answered, stop, check_at_least, check_choice, check_sparsity
 
 # %% ../nbs/command_line.ipynb #c005
 def give_up(
@@ -40,24 +44,42 @@ def bug_report(
             f"please send {report}, which holds the command, the versions and the traceback.")
 
 # %% ../nbs/command_line.ipynb #c007
+def about_files(
+    error: OSError, # From the file system
+) -> str: # The sentence
+    "What the file system refused, and what to do."
+    what = error.filename or "the program's output"
+    if is_disk_full(error):
+        return (f"There was no room to write {what}: expected space on its disk; make room and run the same command "
+                "again, what was finished is kept.")
+    return (f"{error.filename or 'A file'} cannot be opened or written ({error.strerror or error}): expected a file or "
+            "folder there; check the path.")
+
+def drop_output() -> None:
+    "Let what Python would still write at its end go nowhere, if there is no room or nobody reads."
+    try: sys.stdout.flush()
+    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+# %% ../nbs/command_line.ipynb #c008
 def in_one_sentence(
     command: Callable, # A command
 ) -> Callable: # The same, with a sentence for every mistake
-    "Turn `BadInput`, errors of the file system, Ctrl-C, and what nobody foresaw into a sentence and an exit code."
+    "Turn `BadInput`, errors of the file system, signals, and what nobody foresaw into a sentence and an exit code."
     @functools.wraps(command)
     def wrapped(*args, **options):
-        try: return command(*args, **options)
+        try:
+            with signals_answered(stop): return command(*args, **options)
         except (typer.Exit, typer.Abort): raise
         except BadInput as error: give_up(str(error), 2)
         except OSError as error:
-            give_up(f"{error.filename or 'A file'} cannot be opened or written ({error.strerror or error}): expected a "
-                    "file or folder there; check the path.", 2)
-        except KeyboardInterrupt:
-            give_up("Stopped. What is finished is kept: the same command goes on from there.", 130)
+            drop_output()
+            if isinstance(error, BrokenPipeError): raise typer.Exit(128 + signal.SIGPIPE) from None
+            give_up(about_files(error), 2)
+        except KeyboardInterrupt as stopped: give_up(STOPPED, getattr(stopped, "code", 130))
         except Exception as error: give_up(bug_report(error), 1)
     return wrapped
 
-# %% ../nbs/command_line.ipynb #c010
+# %% ../nbs/command_line.ipynb #c012
 def read_names(
     text: str | None, # As in "cap,wanda"; None means not given
 ) -> tuple[str, ...] | None: # ("cap", "wanda"); () for "none"
@@ -85,7 +107,7 @@ def read_sparsities(
         raise BadInput(f"Sparsity {text!r} is not a list of numbers: expected shares with commas; write "
                        "0.1,0.2,0.5.") from None
 
-# %% ../nbs/command_line.ipynb #c011
+# %% ../nbs/command_line.ipynb #c013
 def read_counts(
     text: str, # As in "1,16"
 ) -> tuple[int, ...]: # (1, 16)
@@ -94,13 +116,13 @@ def read_counts(
     except ValueError:
         raise BadInput(f"{text!r} is not a list of whole numbers: expected some with commas; write 1,16.") from None
 
-# %% ../nbs/command_line.ipynb #c014
+# %% ../nbs/command_line.ipynb #c016
 import inspect, re
 from dataclasses import Field, dataclass, fields
 from typing import Annotated, get_args
 from .jobs.settings import FineTuning, Job, Shrinking, SinglePruning, SpeedSettings, changed
 
-# %% ../nbs/command_line.ipynb #c015
+# %% ../nbs/command_line.ipynb #c017
 @dataclass(frozen=True)
 class FieldOption:
     "An option that is made from a field of a dataclass."
@@ -120,7 +142,7 @@ def field_comments(
     "What the source of a dataclass says of its fields."
     return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(settings), re.MULTILINE))
 
-# %% ../nbs/command_line.ipynb #c016
+# %% ../nbs/command_line.ipynb #c018
 def field_option(
     setting: Field, # A field with a default
     comment: str, # Its comment
@@ -142,7 +164,7 @@ def options_of(
     comments = field_comments(settings)
     return [field_option(setting, comments[setting.name]) for setting in fields(settings)]
 
-# %% ../nbs/command_line.ipynb #c020
+# %% ../nbs/command_line.ipynb #c022
 def with_options(
     parameter: str, # Parameter of a command that takes the value
     options: list[FieldOption], # Options that take its place
@@ -163,7 +185,7 @@ def with_options(
         return wrapped
     return decorate
 
-# %% ../nbs/command_line.ipynb #c022
+# %% ../nbs/command_line.ipynb #c024
 JOB_OPTIONS = {part.name: options_of(part.default_factory) for part in fields(Job)} # Part of a job -> its options
 
 def with_job(
@@ -175,10 +197,10 @@ def with_job(
                if (part in wanted or option.field in wanted) and option.field not in without]
     return with_options("job", options, functools.partial(changed, Job()))
 
-# %% ../nbs/command_line.ipynb #c025
+# %% ../nbs/command_line.ipynb #c027
 from pathlib import Path
 
-# %% ../nbs/command_line.ipynb #c026
+# %% ../nbs/command_line.ipynb #c028
 def option(
     kind: type, # Type of the value
     about: str, # What `--help` says
@@ -193,11 +215,11 @@ Store = option(Path | None, "folder of tables of losses, shared between runs")
 Note = option(str, "a note for the record, such as what else was running")
 Seed = option(int, "seed of every draw")
 
-# %% ../nbs/command_line.ipynb #c028
+# %% ../nbs/command_line.ipynb #c030
 import logging
 import cap_nb
 
-# %% ../nbs/command_line.ipynb #c029
+# %% ../nbs/command_line.ipynb #c031
 ABOUT = "Causal Attribution Pruning of reasoning language models."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
@@ -219,7 +241,7 @@ def program(
     "Causal Attribution Pruning of reasoning language models."
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
 
-# %% ../nbs/command_line.ipynb #c031
+# %% ../nbs/command_line.ipynb #c033
 Plugin = option(list[Path] | None, "your own Python file, which is executed: it adds criteria, attributions, "
                 "allocations, tasks, texts or families; may be given several times", "--plugin")
 
@@ -239,7 +261,7 @@ def with_plugins(
     wrapped.__annotations__ = {p.name: p.annotation for p in every}
     return wrapped
 
-# %% ../nbs/command_line.ipynb #c032
+# %% ../nbs/command_line.ipynb #c034
 def short_name(
     model: str, # A model's name, a folder, or owner/name@commit
 ) -> str: # Its last part, which leads nowhere else
@@ -247,7 +269,7 @@ def short_name(
     last = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
     return last if last not in ("", ".", "..") else "model"
 
-# %% ../nbs/command_line.ipynb #c034
+# %% ../nbs/command_line.ipynb #c036
 WHOLE = {"out": Path, "store": Path, "note": str, "track": str} # Options of a run that a sweep has once -> their type
 LISTS = {setting.name for part in fields(Job) for setting in fields(part.default_factory) if setting.type in READERS}
 
@@ -271,7 +293,7 @@ def known_options() -> dict[str, object]: # Name of an option -> how a file give
     known |= {name: Known(name, "whole", functools.partial(read_as, kind)) for name, kind in WHOLE.items()}
     return {name.replace("_", "-"): each for name, each in known.items()}
 
-# %% ../nbs/command_line.ipynb #c035
+# %% ../nbs/command_line.ipynb #c037
 def run_config(
     context: typer.Context, # The command as it was called
     base: Job, # What the command line says, else the defaults
@@ -296,7 +318,7 @@ def show_sweep(
     for run in read_index(folder)["runs"]: typer.echo(str(folder/run["folder"]))
     typer.echo(f"Numbers of all runs: {folder/'results.csv'}   compare some: cap compare RUN RUN")
 
-# %% ../nbs/command_line.ipynb #c036
+# %% ../nbs/command_line.ipynb #c038
 def show_run(
     folder: Path, # A run's folder
 ) -> None:
@@ -309,7 +331,7 @@ def show_run(
     typer.echo("Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))))
     typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
 
-# %% ../nbs/command_line.ipynb #c037
+# %% ../nbs/command_line.ipynb #c039
 @app.command("run")
 @in_one_sentence
 @with_plugins
@@ -331,7 +353,7 @@ def run_command(
     folder = out or Path("runs")/short_name(job.model.name)
     with tracked(track, folder) as follow: show_run(run_job(job, folder, store, note, follow))
 
-# %% ../nbs/command_line.ipynb #c039
+# %% ../nbs/command_line.ipynb #c041
 TARGETS = ("calibrate_on", "text_share", "text_tokens") # What is calibrated on, where that is not gold solutions
 TextWindows = option(int | None, "windows of plain text to calibrate on; as many as calibration examples if left out")
 
@@ -354,11 +376,11 @@ def claims_command(
     folder = out or Path("runs")/f"{short_name(job.model.name)}-claims"
     show_run(run_variants(job, folder, base, names, store, note, text_windows))
 
-# %% ../nbs/command_line.ipynb #c041
+# %% ../nbs/command_line.ipynb #c043
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
 Budget = option(float | None, "share of the masked passes to spend, as 0.25, for mean scores; all if left out")
 
-# %% ../nbs/command_line.ipynb #c042
+# %% ../nbs/command_line.ipynb #c044
 @app.command("score")
 @in_one_sentence
 @with_plugins
@@ -374,7 +396,7 @@ def score_command(
     from cap_nb.single_steps import score_into
     typer.echo(score_into(job, out, heads_at_once, store, budget))
 
-# %% ../nbs/command_line.ipynb #c044
+# %% ../nbs/command_line.ipynb #c046
 Tries = option(int, "answers to each problem: the first is greedy, the others are drawn")
 Temperature = option(float, "temperature of the drawn answers")
 
@@ -392,7 +414,7 @@ def chains_command(
     from cap_nb.single_steps import answer_into
     for sentence in answer_into(job, out, tries, temperature): typer.echo(sentence)
 
-# %% ../nbs/command_line.ipynb #c048
+# %% ../nbs/command_line.ipynb #c050
 @app.command("hessians")
 @in_one_sentence
 @with_plugins
@@ -406,7 +428,7 @@ def hessians_command(
     hessians_into(job, out)
     typer.echo(f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}.")
 
-# %% ../nbs/command_line.ipynb #c049
+# %% ../nbs/command_line.ipynb #c051
 @app.command("prune")
 @in_one_sentence
 @with_plugins
@@ -425,14 +447,14 @@ def prune_command(
     typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster; "
                "'cap export' packs it.")
 
-# %% ../nbs/command_line.ipynb #c051
+# %% ../nbs/command_line.ipynb #c053
 def bytes_of(
     manifest: object, # What a packed folder holds
 ) -> tuple[int, int]: # Bytes of the original files, and of what is in their place
     "How large a folder is, and how large it is packed."
     return sum(entry.bytes for entry in manifest.files), sum(entry.stored_bytes for entry in manifest.files)
 
-# %% ../nbs/command_line.ipynb #c052
+# %% ../nbs/command_line.ipynb #c054
 @app.command("export")
 @in_one_sentence
 def export_command(
@@ -460,7 +482,7 @@ def restore_command(
     dense, _ = bytes_of(manifest := restore_folder(folder, out, base))
     typer.echo(f"{out}: {len(manifest.files)} files, {dense:,} bytes, each with the hash that it had.")
 
-# %% ../nbs/command_line.ipynb #c054
+# %% ../nbs/command_line.ipynb #c056
 @app.command("gguf")
 @in_one_sentence
 def gguf_command(
@@ -472,7 +494,7 @@ def gguf_command(
     from cap_nb.portable.quantised import export_gguf, gguf_sentence
     typer.echo(gguf_sentence(export_gguf(folder, out, dtype)))
 
-# %% ../nbs/command_line.ipynb #c055
+# %% ../nbs/command_line.ipynb #c057
 @app.command("bench")
 @in_one_sentence
 @with_options("settings", options_of(SpeedSettings), SpeedSettings)
@@ -490,7 +512,7 @@ def bench_command(
     if out: write_checked(out, record)
     typer.echo(speed_text(record))
 
-# %% ../nbs/command_line.ipynb #c057
+# %% ../nbs/command_line.ipynb #c059
 @app.command("card")
 @in_one_sentence
 def card_command(
@@ -503,7 +525,7 @@ def card_command(
     from cap_nb.portable.sharing import write_card
     typer.echo(f"{write_card(folder, run, base, force)}: the model card.")
 
-# %% ../nbs/command_line.ipynb #c058
+# %% ../nbs/command_line.ipynb #c060
 @app.command("publish")
 @in_one_sentence
 def publish_command(
@@ -520,7 +542,7 @@ def publish_command(
     typer.echo(f"{repository}: {len(upload.files)} files, commit message {upload.message!r}.")
     typer.echo("Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}")
 
-# %% ../nbs/command_line.ipynb #c060
+# %% ../nbs/command_line.ipynb #c062
 @app.command("shrink")
 @in_one_sentence
 @with_plugins
@@ -541,7 +563,7 @@ def shrink_command(
     typer.echo(f"The folder is smaller and faster by itself, and less accurate; 'cap bench {out} --against "
                f"{job.model.name}' measures the one, 'cap eval' the other, and 'cap recover' trains it.")
 
-# %% ../nbs/command_line.ipynb #c062
+# %% ../nbs/command_line.ipynb #c064
 TUNING = [each for each in options_of(FineTuning) if each.field not in ("batch_tokens", "seed")] # those are the job's
 
 @app.command("recover")
@@ -559,7 +581,7 @@ def recover_command(
     typer.echo(f"{out}: {len(report.losses)} steps, the loss of the first {report.losses[0]:.4f}, of the last "
                f"{report.losses[-1]:.4f}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
 
-# %% ../nbs/command_line.ipynb #c064
+# %% ../nbs/command_line.ipynb #c066
 @app.command("eval")
 @in_one_sentence
 @with_plugins
@@ -574,7 +596,7 @@ def eval_command(
     from cap_nb.single_steps import evaluate_alone
     typer.echo(table_markdown(method_table([evaluate_alone(job, scores, out)])))
 
-# %% ../nbs/command_line.ipynb #c066
+# %% ../nbs/command_line.ipynb #c068
 @app.command("table")
 @in_one_sentence
 @with_plugins
@@ -593,7 +615,7 @@ def table_command(
     if form == "csv": typer.echo(table_csv(table))
     else: typer.echo({"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
 
-# %% ../nbs/command_line.ipynb #c067
+# %% ../nbs/command_line.ipynb #c069
 RunFolders = Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")]
 
 @app.command("figures")
@@ -608,7 +630,7 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c070
+# %% ../nbs/command_line.ipynb #c072
 @app.command("compare")
 @in_one_sentence
 def compare_command(
@@ -632,7 +654,7 @@ def compare_command(
         save_comparison(compared, runs, out)
         typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c071
+# %% ../nbs/command_line.ipynb #c073
 @app.command("repeat")
 @in_one_sentence
 @with_plugins
@@ -654,7 +676,7 @@ def repeat_command(
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
 
-# %% ../nbs/command_line.ipynb #c072
+# %% ../nbs/command_line.ipynb #c074
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
@@ -667,7 +689,7 @@ def ledger_command(
     typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
     typer.echo(f"Tables and figure: {out}")
 
-# %% ../nbs/command_line.ipynb #c074
+# %% ../nbs/command_line.ipynb #c076
 @app.command("pack")
 @in_one_sentence
 def pack_command(
@@ -692,7 +714,7 @@ def unpack_command(
     unpack_run(folder, target)
     typer.echo(f"{target}: the live run.")
 
-# %% ../nbs/command_line.ipynb #c076
+# %% ../nbs/command_line.ipynb #c078
 @app.command("methods")
 @in_one_sentence
 @with_plugins
@@ -701,7 +723,7 @@ def methods_command() -> None:
     from cap_nb.methods.prune import method_list
     typer.echo(method_list())
 
-# %% ../nbs/command_line.ipynb #c077
+# %% ../nbs/command_line.ipynb #c079
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
@@ -724,7 +746,7 @@ def plan_command(
     made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
     typer.echo(plan_text(made, budget))
 
-# %% ../nbs/command_line.ipynb #c079
+# %% ../nbs/command_line.ipynb #c081
 @app.command("fetch")
 @in_one_sentence
 def fetch_command(
@@ -751,11 +773,11 @@ def train_lab_command(
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 
-# %% ../nbs/command_line.ipynb #c080
+# %% ../nbs/command_line.ipynb #c082
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c082
+# %% ../nbs/command_line.ipynb #c084
 #| eval: false
 if __name__ == "__main__": main()

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/core/01_files.ipynb #c004
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from .errors import BadInput
@@ -37,6 +37,7 @@ def disk_full_reported(
                        f"the same command again, {kept}.") from error
 
 # %% ../../nbs/core/01_files.ipynb #c008
+import glob
 import os
 import shutil
 
@@ -62,38 +63,60 @@ def process_exists(
     except PermissionError: return True # it belongs to another user
     return True
 
+def remove(
+    path: Path, # A file, a folder with all that is in it, or a link
+) -> None:
+    "Remove a path; one that is gone already is no error."
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
+    else: path.unlink(missing_ok=True)
+
 def remove_leftovers(
     path: Path, # Final name of a file or folder
 ) -> None:
-    "Remove what dead processes left half written under this name."
-    for part in path.parent.glob(f".{path.name}.*.part"):
+    "Remove what dead processes left half written under this name, one with this process's number included."
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         number = part.name.split(".")[-2]
-        if not number.isdigit() or process_exists(int(number)): continue
-        if part.is_dir() and not part.is_symlink(): shutil.rmtree(part)
-        else: part.unlink()
+        if number.isdigit() and (int(number) == os.getpid() or not process_exists(int(number))): remove(part)
 
 # %% ../../nbs/core/01_files.ipynb #c012
+@contextmanager
+def named(
+    path: Path, # What the user knows
+) -> Iterator[None]:
+    "Let an error of the file system name this path, and not a temporary one beside it."
+    try: yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+def put_on_disk(
+    path: Path, # A file, or a folder with all that is in it
+) -> None:
+    "Wait until the bytes are on the disk."
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if not file.is_file(): continue
+        with open(file, "rb+") as opened: os.fsync(opened.fileno())
+
+# %% ../../nbs/core/01_files.ipynb #c013
 @contextmanager
 def whole_file(
     path: str | Path, # Final name of the file
 ) -> Iterator[Path]: # Temporary path to write to, in the same folder
     "Write to the temporary path; the file takes its final name only if the block ends without an error."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.unlink(missing_ok=True) # a link that waits under this name is not followed
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         with disk_full_reported(path, "what was finished is kept"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path) # a link that waits under the temporary name is not followed
+            with named(path): os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
-            with open(temporary, "rb+") as file: os.fsync(file.fileno())
+            put_on_disk(temporary)
             usual_modes(temporary)
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    finally: remove(temporary)
 
-# %% ../../nbs/core/01_files.ipynb #c023
+# %% ../../nbs/core/01_files.ipynb #c024
 def check_no_links(
     folder: Path, # A folder of ours
 ) -> None:
@@ -105,7 +128,7 @@ def check_no_links(
                                "or give another folder.")
 
 
-# %% ../../nbs/core/01_files.ipynb #c024
+# %% ../../nbs/core/01_files.ipynb #c025
 def check_new_folder(
     path: Path, # Name of a folder that is to be made
 ) -> None:
@@ -122,21 +145,21 @@ def whole_folder(
     path = Path(path)
     check_new_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    remove_leftovers(path)
-    temporary.mkdir(parents=True)
     try:
         with disk_full_reported(path, "nothing of it was left behind"):
+            remove_leftovers(path)
+            with named(path): temporary.mkdir(parents=True)
             yield temporary
+            put_on_disk(temporary)
             usual_modes(temporary)
             if path.exists(): path.rmdir()
             os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-# %% ../../nbs/core/01_files.ipynb #c027
-import fcntl
+    finally: remove(temporary)
 
 # %% ../../nbs/core/01_files.ipynb #c028
+import fcntl
+
+# %% ../../nbs/core/01_files.ipynb #c029
 @contextmanager
 def alone_in(
     folder: str | Path, # A folder; made if it is not there
@@ -146,7 +169,7 @@ def alone_in(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is not a folder: expected one, or a new name; give another.")
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_full_reported(folder, "nothing is lost"): folder.mkdir(parents=True, exist_ok=True)
     opened = os.open(folder, os.O_RDONLY)
     try:
         try: fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,10 +180,10 @@ def alone_in(
         yield
     finally: os.close(opened)
 
-# %% ../../nbs/core/01_files.ipynb #c031
+# %% ../../nbs/core/01_files.ipynb #c032
 from collections.abc import Collection
 
-# %% ../../nbs/core/01_files.ipynb #c032
+# %% ../../nbs/core/01_files.ipynb #c033
 HALF_WRITTEN = re.compile(r"\..+\.\d+\.part") # Names that `whole_file` writes to
 
 def check_unfinished(
@@ -178,7 +201,7 @@ def check_unfinished(
                            f"{working.name} or choose another name.")
         path.unlink()
 
-# %% ../../nbs/core/01_files.ipynb #c033
+# %% ../../nbs/core/01_files.ipynb #c034
 def check_inside(
     name: str, # Name of a file, relative to a folder, with / between folders
     where: str | Path, # Who says so, for the sentence
@@ -189,7 +212,7 @@ def check_inside(
     raise BadInput(f"{where} names a file {name!r}: expected a name inside the folder; trust it no further.")
 
 
-# %% ../../nbs/core/01_files.ipynb #c034
+# %% ../../nbs/core/01_files.ipynb #c035
 @contextmanager
 def resumed_folder(
     path: str | Path, # Final name of the folder; must not exist, or be empty
@@ -210,10 +233,10 @@ def resumed_folder(
     finally:
         if working.is_dir() and not any(working.iterdir()): working.rmdir()
 
-# %% ../../nbs/core/01_files.ipynb #c039
+# %% ../../nbs/core/01_files.ipynb #c040
 import hashlib
 
-# %% ../../nbs/core/01_files.ipynb #c040
+# %% ../../nbs/core/01_files.ipynb #c041
 def sha256_of_file(
     path: str | Path, # An existing file
 ) -> str: # 64 hexadecimal digits
@@ -229,10 +252,10 @@ def sha256_of_text(
     "SHA-256 of a text in UTF-8."
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
-# %% ../../nbs/core/01_files.ipynb #c045
+# %% ../../nbs/core/01_files.ipynb #c046
 import stat
 
-# %% ../../nbs/core/01_files.ipynb #c046
+# %% ../../nbs/core/01_files.ipynb #c047
 MOST_TEXT = 1 << 27 # Bytes of a text that is read whole: JSON takes up to thirty times as much as objects
 
 def text_bytes(
@@ -258,10 +281,10 @@ def read_text(
         raise BadInput(f"{path} cannot be read ({error.strerror}): expected a file; check the path.") from None
 
 
-# %% ../../nbs/core/01_files.ipynb #c048
+# %% ../../nbs/core/01_files.ipynb #c049
 from pyarrow import parquet
 
-# %% ../../nbs/core/01_files.ipynb #c049
+# %% ../../nbs/core/01_files.ipynb #c050
 MOST_ROWS, MOST_UNPACKED = 5_000_000, 1 << 30 # Rows of a table in parquet; its bytes in memory
 
 def rows_of_parquet(
@@ -280,10 +303,10 @@ def rows_of_parquet(
                    "check where it came from.")
 
 
-# %% ../../nbs/core/01_files.ipynb #c052
+# %% ../../nbs/core/01_files.ipynb #c053
 import json
 
-# %% ../../nbs/core/01_files.ipynb #c053
+# %% ../../nbs/core/01_files.ipynb #c054
 def json_text(
     content: object, # Anything that JSON can hold
 ) -> str: # JSON with sorted keys, a line a value, ending in a newline
@@ -309,7 +332,7 @@ def read_json(
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON ({error}): expected a whole JSON file; make it again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c057
+# %% ../../nbs/core/01_files.ipynb #c058
 def checked_text(
     content: object, # Anything that JSON can hold
 ) -> str: # JSON with the keys "content" and "sha256"
@@ -326,6 +349,7 @@ def write_checked(
 
 def read_checked(
     path: str | Path, # A file that `write_checked` wrote
+    mend: str = "restore the file, or remove it and let it be made again", # What to do, for the sentence
 ) -> object: # Its content
     "Read what `write_checked` wrote; whatever is not as it was saved raises `BadInput` that names it."
     kept = read_json(path)
@@ -334,14 +358,45 @@ def read_checked(
         except (ValueError, RecursionError): found = None # half a surrogate pair, or nesting too deep to write
         if kept["sha256"] == found: return kept["content"]
     raise BadInput(f"{path} is not as cap_nb saved it, its checksum says: expected no bit flipped and nothing edited "
-                   "by hand; restore the file, or remove it and let it be made again.")
+                   f"by hand; {mend}.")
 
-# %% ../../nbs/core/01_files.ipynb #c064
+# %% ../../nbs/core/01_files.ipynb #c065
+import logging
+
+# %% ../../nbs/core/01_files.ipynb #c066
+DAMAGED = ".damaged" # Ends the name of what was set aside
+log = logging.getLogger(__name__)
+
+def set_aside(
+    path: Path, # A file or folder
+    why: str, # A sentence that begins with what is wrong
+) -> None:
+    "Rename what is damaged, and warn; one that another process has renamed already is no error."
+    names = [path.with_name(f"{path.name}{DAMAGED}{number}") for number in ("", *range(2, 1000))]
+    aside = next(name for name in names if not os.path.lexists(name))
+    try: os.replace(path, aside)
+    except FileNotFoundError: return
+    log.warning("%s. It is set aside as %s and made anew.", why.partition(": expected")[0], aside.name)
+
+def sound(
+    path: Path, # A piece of work that can be done again
+    read: Callable[[Path], object], # Reads it; raises `BadInput` if it is not as it was saved
+) -> bool: # Whether it can be used
+    "Whether a piece is there and as it was saved; a damaged one is set aside and counts as missing."
+    if not path.exists(): return False
+    try: read(path)
+    except BadInput as error:
+        if isinstance(error.__context__, PermissionError): raise
+        set_aside(path, str(error))
+        return False
+    return True
+
+# %% ../../nbs/core/01_files.ipynb #c069
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../../nbs/core/01_files.ipynb #c065
+# %% ../../nbs/core/01_files.ipynb #c070
 def apart(
     tensors: dict[str, torch.Tensor], # Tensors, of which some may be the same
 ) -> dict[str, torch.Tensor]: # The same, contiguous, in memory of their own, as safetensors asks
@@ -353,7 +408,7 @@ def apart(
         seen.add(memory)
     return own
 
-# %% ../../nbs/core/01_files.ipynb #c066
+# %% ../../nbs/core/01_files.ipynb #c071
 def sha256_of_tensor(
     tensor: torch.Tensor, # Any tensor
 ) -> str: # 64 hexadecimal digits
@@ -375,7 +430,7 @@ def write_tensors(
     with whole_file(path) as part:
         save_file(apart(tensors), part, metadata={"cap_nb": entry})
 
-# %% ../../nbs/core/01_files.ipynb #c067
+# %% ../../nbs/core/01_files.ipynb #c072
 MOST_HEADER = 1 << 26 # Bytes of a header of safetensors
 
 def memory_here() -> int: # Bytes
@@ -399,7 +454,7 @@ def check_sizes(
                        "check the path.")
 
 
-# %% ../../nbs/core/01_files.ipynb #c068
+# %% ../../nbs/core/01_files.ipynb #c073
 @contextmanager
 def opened_tensors(
     path: Path, # A file that `write_tensors` wrote
@@ -415,12 +470,14 @@ def opened_tensors(
             yield file, words, sums["tensors"]
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: expected a table of losses; run 'cap score' first.") from None
+    except PermissionError:
+        raise BadInput(f"{path} cannot be read (Permission denied): expected a file that you may read.") from None
     except BadInput: raise
     except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise BadInput(f"{path} is damaged, or was not written by this version of cap_nb: expected tensors with their "
                        "checksums; remove it, and have it made again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c069
+# %% ../../nbs/core/01_files.ipynb #c074
 def checked_tensor(
     file: object, # As safetensors opens it
     name: str, # Name of a tensor in it
@@ -439,10 +496,10 @@ def read_tensors(
     with opened_tensors(path) as (file, words, sums):
         return {name: checked_tensor(file, name, sums) for name in (sums if names is None else names)}, words
 
-# %% ../../nbs/core/01_files.ipynb #c075
+# %% ../../nbs/core/01_files.ipynb #c080
 from dataclasses import dataclass
 
-# %% ../../nbs/core/01_files.ipynb #c076
+# %% ../../nbs/core/01_files.ipynb #c081
 @dataclass(frozen=True)
 class StoredTensor:
     "Where the bytes of a tensor lie."
@@ -461,7 +518,7 @@ def stored_tensor(
     start, end = (begin + offset for offset in entry["data_offsets"])
     return StoredTensor(file=file, start=start, end=end, kind=entry["dtype"], shape=tuple(entry["shape"]))
 
-# %% ../../nbs/core/01_files.ipynb #c077
+# %% ../../nbs/core/01_files.ipynb #c082
 def stored_tensors(
     file: Path, # A safetensors file
 ) -> dict[str, StoredTensor]: # Name -> where it lies
@@ -480,7 +537,7 @@ def stored_tensors(
         header = json.loads(opened.read(length))
     return {name: stored_tensor(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
 
-# %% ../../nbs/core/01_files.ipynb #c078
+# %% ../../nbs/core/01_files.ipynb #c083
 PIECE = 1 << 23 # Bytes that are read at once; whole numbers, 8 of them or more, whatever their dtype
 
 def pieces_of(
@@ -496,7 +553,7 @@ def pieces_of(
                                "changes; try again.")
             yield piece
 
-# %% ../../nbs/core/01_files.ipynb #c082
+# %% ../../nbs/core/01_files.ipynb #c087
 SHARD_INDEX = "model.safetensors.index.json"
 
 def shard_files(
@@ -516,7 +573,7 @@ def shard_files(
                        "folder; fetch the checkpoint again.")
     return tuple(folder/name for name in names)
 
-# %% ../../nbs/core/01_files.ipynb #c084
+# %% ../../nbs/core/01_files.ipynb #c089
 def checkpoint_tensors(
     folder: Path, # A checkpoint folder
 ) -> dict[str, StoredTensor]: # Name -> where it lies
@@ -536,7 +593,7 @@ def checkpoint_tensors(
     return tensors
 
 
-# %% ../../nbs/core/01_files.ipynb #c088
+# %% ../../nbs/core/01_files.ipynb #c093
 def repository_root() -> Path: # The folder that holds settings.ini
     "The top of this repository, seen from the working directory; outside of it raises `BadInput`."
     here = Path.cwd()

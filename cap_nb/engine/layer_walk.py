@@ -47,6 +47,7 @@ def first_layer_alone(
         for layer in others: stack.enter_context(patch.object(layer, "forward", again))
         yield
 
+# %% ../../nbs/engine/00_layer_walk.ipynb #c007
 @torch.no_grad()
 def initial_state(
     model: nn.Module, # A causal language model of a known family
@@ -69,7 +70,7 @@ def advanced(
     hidden = run_layer(decoder_layers(model)[layer], state.hidden, state.calls[layer], cache)
     return replace(state, hidden=hidden)
 
-# %% ../../nbs/engine/00_layer_walk.ipynb #c012
+# %% ../../nbs/engine/00_layer_walk.ipynb #c013
 def real_rows(
     inputs: torch.Tensor, # What a projection reads, [..., in]
     tokens: torch.Tensor | None, # Indices of these tokens in the flattened batch, int64 [n]; None: all, in order
@@ -79,13 +80,13 @@ def real_rows(
     real, rows = mask.flatten().bool(), inputs.flatten(0, -2) # OPT hands its MLP [B*T, in]
     return rows if real.all() else rows[real if tokens is None else real[tokens]]
 
-# %% ../../nbs/engine/00_layer_walk.ipynb #c015
+# %% ../../nbs/engine/00_layer_walk.ipynb #c016
 from tqdm.auto import tqdm
 from ..calibration import Calibration
 from ..models.anatomy import Projection, projections
 from ..scoring import batches_of
 
-# %% ../../nbs/engine/00_layer_walk.ipynb #c016
+# %% ../../nbs/engine/00_layer_walk.ipynb #c017
 @dataclass(frozen=True)
 class LayerStep:
     "A layer that is about to be pruned, and the batches before it."
@@ -110,10 +111,10 @@ def layer_by_layer(
         for number, state in enumerate(states):
             with torch.no_grad(): states[number] = advanced(model, state, index)
 
-# %% ../../nbs/engine/00_layer_walk.ipynb #c022
+# %% ../../nbs/engine/00_layer_walk.ipynb #c023
 import logging
 
-# %% ../../nbs/engine/00_layer_walk.ipynb #c023
+# %% ../../nbs/engine/00_layer_walk.ipynb #c024
 log = logging.getLogger(__name__)
 
 def unreached(

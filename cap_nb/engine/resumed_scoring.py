@@ -513,7 +513,7 @@ def walk_and_score(
 from ..models.anatomy import Anatomy
 from ..core.errors import BadInput, check_at_least
 from ..scoring import HeadLosses, head_losses, load_losses, save_losses
-from ..core.files import alone_in
+from ..core.files import alone_in, sound
 from .unit_store import losses_key, read_unit
 from ..models.loading import model_fingerprint
 
@@ -605,7 +605,7 @@ def stored_table(
     fingerprint = model_fingerprint(model)
     key = losses_key(model, calibration, tokenizer_fingerprint, fingerprint, request.target)
     finished, units = store and Path(store)/f"{key}.safetensors", store and Path(store)/f"{key}-units"
-    if finished and finished.exists():
+    if finished and sound(finished, load_losses):
         return replace(load_losses(finished), k=calibration.k, seed=calibration.seed, stratum=calibration.stratum)
     with alone_in(units) if units and request.share.rank == 0 else nullcontext():
         losses = computed_table(model, calibration, replace(request, units=units), fingerprint)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ..calibration import Calibration
 from ..core.errors import BadInput
-from ..core.files import read_tensors, sha256_of_text, write_tensors
+from ..core.files import read_tensors, sha256_of_text, sound, write_tensors
 from ..models.loading import model_fingerprint
 
 # %% ../../nbs/engine/01_unit_store.ipynb #c005
@@ -46,8 +46,8 @@ class UnitStore:
         return self.folder/f"batch-{unit.batch:04d}-layer-{unit.layer:03d}.safetensors"
 
     def holds(self, unit: Unit) -> bool:
-        "Whether the unit is finished."
-        return self.folder is not None and self.path(unit).exists()
+        "Whether the unit is finished; a damaged one is set aside."
+        return self.folder is not None and sound(self.path(unit), read_tensors)
 
 # %% ../../nbs/engine/01_unit_store.ipynb #c012
 def write_unit(

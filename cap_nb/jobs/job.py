@@ -357,7 +357,7 @@ def run_losses(
         with time_and_memory_noted(folder, "scoring", ready.model.device):
             losses = score(ready.model, ready.calibration, batch_tokens, store or unfinished, tokenizer)
         save_losses(losses, path)
-        shutil.rmtree(unfinished, ignore_errors=True)
+    if store is None: shutil.rmtree(unfinished, ignore_errors=True) # an earlier session may have died before this
     losses = load_losses(path)
     check_origin(path, losses.meta, ready)
     check_target(losses, ready.job.prune.score_target, path)
@@ -533,6 +533,21 @@ def prune_noted(
     return Evaluation(*cell, report.reached)
 
 # %% ../../nbs/jobs/03_job.ipynb #c073
+def report_anew(
+    ready: Ready, # The job
+    folder: Path, # The run's folder
+    cell: tuple[str, float], # Method and sparsity of a cell that is finished
+    pruner: Pruner, # Prunes the job's model
+    dense: dict[str, torch.Tensor], # The dense weights
+) -> None:
+    "Prune again for a report that is missing; another share of zeros than was measured raises `BadInput`."
+    put_back(ready.model, dense)
+    again, measured = prune_noted(ready, folder, cell, pruner), load_evaluation(evaluation_folder(folder, *cell))
+    if again.reached != measured.reached:
+        raise BadInput(f"Pruning {cell_name(*cell)} again gave {again.reached:.6f} zeros, not {measured.reached:.6f}: "
+                       "expected the same; versions or device changed, give another folder.")
+
+# %% ../../nbs/jobs/03_job.ipynb #c074
 def finish_cell(
     ready: Ready, # The job
     folder: Path, # The run's folder
@@ -544,6 +559,7 @@ def finish_cell(
     "Prune and measure one cell of the comparison, unless it is finished."
     pieces, path = pieces_of(ready.job), evaluation_folder(folder, *cell)
     if path.exists():
+        if not (folder/"reports"/f"{cell_name(*cell)}.json").exists(): report_anew(ready, folder, cell, pruner, dense)
         bar.update(len(pieces))
         return
     put_back(ready.model, dense)
@@ -551,7 +567,7 @@ def finish_cell(
     save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), path)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
-# %% ../../nbs/jobs/03_job.ipynb #c075
+# %% ../../nbs/jobs/03_job.ipynb #c076
 log = logging.getLogger(__name__)
 
 def possible_cells(
@@ -566,12 +582,12 @@ def possible_cells(
                           method, 100 * sparsity, 100 * most)
     return tuple(possible)
 
-# %% ../../nbs/jobs/03_job.ipynb #c077
+# %% ../../nbs/jobs/03_job.ipynb #c078
 from ..core.files import alone_in
 from .records import environment, note_environment, open_run
 from .report import write_results
 
-# %% ../../nbs/jobs/03_job.ipynb #c078
+# %% ../../nbs/jobs/03_job.ipynb #c079
 Follow = Callable[[dict], Callable[[Evaluation], None]] # Gets a run's configuration, gives what is told of its cells
 
 def finish_cells(
@@ -590,7 +606,7 @@ def finish_cells(
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
-# %% ../../nbs/jobs/03_job.ipynb #c079
+# %% ../../nbs/jobs/03_job.ipynb #c080
 def method_pruner(
     ready: Ready, # The job
     factors: dict[str, Factors], # From `factors_by_method`
@@ -603,7 +619,7 @@ def method_pruner(
         return prune_given(ready.model, method, sparsity, given)
     return pruner
 
-# %% ../../nbs/jobs/03_job.ipynb #c080
+# %% ../../nbs/jobs/03_job.ipynb #c081
 def run_job(
     job: Job, # What is wanted
     folder: str | Path, # The run's folder; made, or continued

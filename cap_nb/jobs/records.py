@@ -136,7 +136,8 @@ def differences(
     return tuple(f"{key} ({shown(a.get(key))}, now {shown(b.get(key))})" for key in differ)
 
 # %% ../../nbs/jobs/00_records.ipynb #c024
-from ..core.files import write_checked
+from ..core.files import (
+    DAMAGED, HALF_WRITTEN, read_tensors, remove, remove_leftovers, sound, write_checked)
 
 # %% ../../nbs/jobs/00_records.ipynb #c025
 from ..core.additions import check_additions
@@ -159,7 +160,43 @@ def check_continues(
         raise BadInput(f"{folder} is a packed run: expected one with a file for each record; "
                        f"restore it in a new folder with 'cap unpack {folder} NEW' and go on there.")
 
-# %% ../../nbs/jobs/00_records.ipynb #c027
+# %% ../../nbs/jobs/00_records.ipynb #c028
+import logging
+
+# %% ../../nbs/jobs/00_records.ipynb #c029
+log = logging.getLogger(__name__)
+
+PIECES = {load_evaluation: ("chains/answers", "unfinished/[!.]*-*/[!.]*"),
+          read_checked: ("timings.json", "memory.json", "reports/[!.]*.json"),
+          read_tensors: ("**/losses.safetensors", "attributions/[!.]*.safetensors", "factors/[!.]*.safetensors"),
+          } # How a piece that can be made anew is read -> where such pieces lie
+
+def set_damaged_aside(
+    folder: Path, # A run's folder
+) -> None:
+    "Set aside every damaged piece that can be made anew, and remove what earlier sessions left of finished cells."
+    for path in sorted(folder.glob("evaluations/[!.]*")):
+        if DAMAGED not in path.name: sound(path, load_evaluation)
+    for cell in sorted(folder.glob("unfinished/[!.]*-*")):
+        if (folder/"evaluations"/cell.name).exists(): remove(cell)
+    for read, patterns in PIECES.items():
+        for path in [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
+            if DAMAGED not in path.name: sound(path, read)
+
+
+# %% ../../nbs/jobs/00_records.ipynb #c030
+def put_in_order(
+    folder: Path, # A run's folder, of which this process has the lock
+) -> None:
+    "Before a run goes on: half-written files go, damaged pieces are set aside, what is lost for good is named."
+    for part in [part for part in folder.rglob(".*.part") if HALF_WRITTEN.fullmatch(part.name)]:
+        remove_leftovers(part.with_name(part.name[1:].rsplit(".", 2)[0]))
+    for name in ("environment.json", "timings.json"):
+        if any(folder.glob("evaluations/*")) and not (folder/name).exists():
+            log.warning("%s has lost its %s: what earlier sessions noted there cannot be made anew.", folder, name)
+    set_damaged_aside(folder)
+
+# %% ../../nbs/jobs/00_records.ipynb #c031
 def open_run(
     folder: str | Path, # The run's folder; made if it is not there
     configuration: dict, # What is asked: settings, "methods" and "sparsities"
@@ -168,15 +205,19 @@ def open_run(
     folder, asked = Path(folder), {"format": FORMAT} | configuration
     if (folder/"run.json").exists():
         check_continues(folder, kept := read_run(folder), asked)
+        put_in_order(folder)
         asked["methods"] = list(dict.fromkeys(kept["methods"] + asked["methods"]))
         asked["sparsities"] = sorted({*kept["sparsities"], *asked["sparsities"]})
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif (folder/"evaluations").exists():
+        raise BadInput(f"{folder} has lost its run.json: expected the file that says what run it is; restore it, or "
+                       "give another folder with --out.")
+    elif folder.exists() and (not folder.is_dir() or not all(HALF_WRITTEN.fullmatch(p.name) for p in folder.iterdir())):
         raise BadInput(f"{folder} is there and is not a run's folder: expected a new name; "
                        "give another folder with --out.")
     write_checked(folder/"run.json", asked)
     return asked
 
-# %% ../../nbs/jobs/00_records.ipynb #c028
+# %% ../../nbs/jobs/00_records.ipynb #c032
 def read_run(
     folder: str | Path, # A run's folder
 ) -> dict: # Its configuration
@@ -185,13 +226,13 @@ def read_run(
     if not path.is_file():
         raise BadInput(f"{folder} is not a run's folder: expected one with run.json, as made by 'cap run'; "
                        "check the path.")
-    kept = read_checked(path)
+    kept = read_checked(path, "restore the file, since no other one says what run this is")
     if not isinstance(kept, dict) or kept.get("format") != FORMAT:
         raise BadInput(f"{folder} has another format than this version of cap_nb reads: expected format {FORMAT}; "
                        "use the version that made it.")
     return kept
 
-# %% ../../nbs/jobs/00_records.ipynb #c032
+# %% ../../nbs/jobs/00_records.ipynb #c036
 import importlib.metadata
 import os
 import platform
@@ -199,7 +240,7 @@ import subprocess
 import torch
 import cap_nb
 
-# %% ../../nbs/jobs/00_records.ipynb #c033
+# %% ../../nbs/jobs/00_records.ipynb #c037
 def commit_of_package() -> str | None: # As in "3f2a9c1...", with "+changes" if the package differs
     "The commit of the checkout that this package runs from; None outside of one."
     def git(*words: str) -> str:
@@ -217,7 +258,7 @@ def device_name(
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
 
-# %% ../../nbs/jobs/00_records.ipynb #c034
+# %% ../../nbs/jobs/00_records.ipynb #c038
 def environment(
     device: torch.device, # Where the model runs
     note: str = "", # The user's note, such as what else was running
@@ -235,17 +276,18 @@ def note_environment(
 ) -> None:
     "Add a session's environment to the run, unless it is there already."
     path = Path(folder)/"environment.json"
-    known = read_checked(path) if path.exists() else []
+    mend = "restore the file, or remove it: where earlier numbers came from is not known then"
+    known = read_checked(path, mend) if path.exists() else []
     if session not in known: write_checked(path, known + [session])
 
-# %% ../../nbs/jobs/00_records.ipynb #c037
+# %% ../../nbs/jobs/00_records.ipynb #c041
 import hashlib
 import numpy as np
 from torch import nn
 from ..models.anatomy import projections
 from ..threshold import PruneReport
 
-# %% ../../nbs/jobs/00_records.ipynb #c038
+# %% ../../nbs/jobs/00_records.ipynb #c042
 def mask_fingerprint(
     model: nn.Module, # A causal language model of a known family
 ) -> str: # 64 hexadecimal digits
@@ -256,7 +298,7 @@ def mask_fingerprint(
         digest.update(np.packbits((p.stored == 0).cpu().numpy()))
     return digest.hexdigest()
 
-# %% ../../nbs/jobs/00_records.ipynb #c042
+# %% ../../nbs/jobs/00_records.ipynb #c046
 def cell_name(
     method: str, # Name of the method
     sparsity: float, # Sparsity asked for
@@ -274,7 +316,7 @@ def read_report(
         raise BadInput(f"{path} is not a report: expected one written by 'cap run'; remove it and run again.") from None
     return PruneReport(**kept, table=table), mask
 
-# %% ../../nbs/jobs/00_records.ipynb #c043
+# %% ../../nbs/jobs/00_records.ipynb #c047
 def save_report(
     folder: str | Path, # A run's folder
     report: PruneReport, # What the method did
@@ -288,7 +330,7 @@ def save_report(
                        "versions or device changed, give another folder.")
     write_checked(path, asdict(report) | {"mask": mask})
 
-# %% ../../nbs/jobs/00_records.ipynb #c046
+# %% ../../nbs/jobs/00_records.ipynb #c050
 def together(
     pieces: list[Evaluation], # Pieces of one cell, in order
 ) -> Evaluation: # One evaluation
@@ -302,7 +344,7 @@ def together(
     perplexities = [piece.perplexity for piece in pieces if piece.perplexity is not None]
     return replace(pieces[0], answers=answers, losses=losses, perplexity=next(iter(perplexities), None))
 
-# %% ../../nbs/jobs/00_records.ipynb #c048
+# %% ../../nbs/jobs/00_records.ipynb #c052
 def evaluation_folder(
     folder: str | Path, # A run's folder
     method: str, # Name of the method
@@ -320,10 +362,10 @@ def piece_folder(
     "The folder of a finished piece."
     return Path(folder)/"unfinished"/cell_name(method, sparsity)/piece
 
-# %% ../../nbs/jobs/00_records.ipynb #c050
+# %% ../../nbs/jobs/00_records.ipynb #c054
 from ..methods.prune import sparsities_of
 
-# %% ../../nbs/jobs/00_records.ipynb #c051
+# %% ../../nbs/jobs/00_records.ipynb #c055
 def cells_of(
     configuration: dict, # A run's configuration
 ) -> tuple[tuple[str, float], ...]: # (method, sparsity) of every cell
@@ -333,7 +375,7 @@ def cells_of(
     every = sorted({sparsity for sparsities in runs.values() for sparsity in sparsities})
     return (("dense", 0.0), *((method, s) for s in every for method in methods if s in runs[method]))
 
-# %% ../../nbs/jobs/00_records.ipynb #c054
+# %% ../../nbs/jobs/00_records.ipynb #c058
 def note_time(
     folder: str | Path, # A run's folder
     stage: str, # As in "scoring" or "cap-0.2/accuracy-arc"
@@ -354,13 +396,13 @@ def note_memory(
     known = read_checked(path) if path.exists() else {}
     if taken is not None: write_checked(path, known | {stage: max(known.get(stage, 0), taken)})
 
-# %% ../../nbs/jobs/00_records.ipynb #c057
+# %% ../../nbs/jobs/00_records.ipynb #c061
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# %% ../../nbs/jobs/00_records.ipynb #c058
+# %% ../../nbs/jobs/00_records.ipynb #c062
 @dataclass(frozen=True)
 class Records:
     "What a run recorded, live or packed."
@@ -382,14 +424,15 @@ class Records:
         if name not in self.files: return missing
         with self.opened(name) as path: return reader(path)
 
-# %% ../../nbs/jobs/00_records.ipynb #c060
+# %% ../../nbs/jobs/00_records.ipynb #c064
 NO_RECORDS = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED) # What else there is
 
 def is_record(
     inside: Path, # Path within a run's folder
 ) -> bool: # Whether it belongs to the records
-    "Whether a file is a record, and not made from some or half written."
-    return inside.parts[0] not in NO_RECORDS and not any(part.startswith(".") for part in inside.parts)
+    "Whether a file is a record, and not made from some, half written or damaged."
+    if inside.parts[0] in NO_RECORDS: return False
+    return not any(part.startswith(".") or DAMAGED in part for part in inside.parts)
 
 def live_records(
     folder: Path, # The folder of a live run
@@ -402,12 +445,12 @@ def live_records(
     files = {name.as_posix(): folder/name for name in names if name.parent not in places}
     return Records(evaluations=evaluations, files=files)
 
-# %% ../../nbs/jobs/00_records.ipynb #c063
+# %% ../../nbs/jobs/00_records.ipynb #c067
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ..core.files import check_inside, rows_of_parquet, whole_file
 
-# %% ../../nbs/jobs/00_records.ipynb #c064
+# %% ../../nbs/jobs/00_records.ipynb #c068
 ARROW = {str: pa.string(), str | None: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 COLUMNS = (
     {"record": pa.string(), "place": pa.string()}
@@ -427,7 +470,7 @@ def evaluation_rows(
         about["perplexity"] = {name: value for name, value in vars(text).items() if name != "losses"}
     yield {"record": "evaluation", "place": place, "content": json_text(about).encode()}
 
-# %% ../../nbs/jobs/00_records.ipynb #c065
+# %% ../../nbs/jobs/00_records.ipynb #c069
 def records_table(
     records: Records, # What a run recorded
 ) -> pa.Table: # A row for each answer, loss, window, evaluation and file
@@ -448,7 +491,7 @@ def write_packed_records(
             table, part, row_group_size=max(1, len(table)), use_dictionary=texts, dictionary_pagesize_limit=1 << 26,
             compression="zstd", compression_level=19)
 
-# %% ../../nbs/jobs/00_records.ipynb #c068
+# %% ../../nbs/jobs/00_records.ipynb #c072
 def evaluation_from(
     rows: dict[str, list[dict]], # Kind of record -> the rows of one place
 ) -> Evaluation: # The evaluation
@@ -463,7 +506,7 @@ def evaluation_from(
         losses=records(LossRecord, rows.get("loss", [])), perplexity=perplexity_from(text))
 
 
-# %% ../../nbs/jobs/00_records.ipynb #c069
+# %% ../../nbs/jobs/00_records.ipynb #c073
 def packed_records(
     path: Path, # A file that `write_packed_records` wrote
 ) -> Records: # What the run recorded
@@ -482,7 +525,7 @@ def packed_records(
                        "anew.") from None
     return Records(evaluations=evaluations, files=files)
 
-# %% ../../nbs/jobs/00_records.ipynb #c070
+# %% ../../nbs/jobs/00_records.ipynb #c074
 def records_of(
     folder: str | Path, # A run's folder
 ) -> Records: # What it recorded
@@ -494,7 +537,7 @@ def records_of(
     raise BadInput(f"{folder/PACKED} is not the file that manifest.json beside it names: expected both as 'cap pack' "
                    "wrote them; get them anew.")
 
-# %% ../../nbs/jobs/00_records.ipynb #c073
+# %% ../../nbs/jobs/00_records.ipynb #c077
 def record_hashes(
     records: Records, # What a run recorded
 ) -> dict[str, str]: # Path within a live run's folder -> SHA-256 of the file
@@ -515,11 +558,11 @@ def manifest(
             "made from": record_hashes(records) | {"run.json": sha256_of_file(folder/"run.json")},
             } | ({"packed": sha256_of_file(packed)} if packed.exists() else {})
 
-# %% ../../nbs/jobs/00_records.ipynb #c076
+# %% ../../nbs/jobs/00_records.ipynb #c080
 import shutil
 from ..core.files import alone_in, check_no_links
 
-# %% ../../nbs/jobs/00_records.ipynb #c077
+# %% ../../nbs/jobs/00_records.ipynb #c081
 def remove_live_records(
     folder: Path, # The folder of a run that was packed
 ) -> None:
@@ -528,7 +571,15 @@ def remove_live_records(
         if path.is_dir() and not any(path.iterdir()): path.rmdir()
         elif path.is_file() and is_record(path.relative_to(folder)): path.unlink()
 
-# %% ../../nbs/jobs/00_records.ipynb #c078
+# %% ../../nbs/jobs/00_records.ipynb #c082
+def is_packed(
+    folder: Path, # A run's folder
+) -> bool: # Whether its packed file is all that there is, or is known to be whole
+    "Whether a run was packed, as far as its manifest; else the packed file is of a session that was killed there."
+    if not (folder/PACKED).exists(): return False
+    return not (folder/"evaluations").exists() or "packed" in read_checked(folder/"manifest.json")
+
+# %% ../../nbs/jobs/00_records.ipynb #c083
 def pack_run(
     folder: str | Path, # The folder of a finished run
 ) -> None:
@@ -538,7 +589,8 @@ def pack_run(
     with alone_in(folder):
         if (folder/"unfinished").exists():
             raise BadInput(f"{folder} holds unfinished work: expected a finished run; let 'cap run' go on first.")
-        if not (folder/PACKED).exists():
+        if is_packed(folder): records_of(folder) # one that is damaged stops here
+        else:
             records = live_records(folder)
             write_packed_records(records, folder/PACKED)
             if record_hashes(packed_records(folder/PACKED)) != record_hashes(records):
@@ -547,7 +599,7 @@ def pack_run(
         write_checked(folder/"manifest.json", manifest(folder))
         remove_live_records(folder)
 
-# %% ../../nbs/jobs/00_records.ipynb #c079
+# %% ../../nbs/jobs/00_records.ipynb #c084
 def unpack_run(
     folder: str | Path, # The folder of a packed run
     target: str | Path, # Folder to make; must not exist, or be empty
@@ -557,7 +609,7 @@ def unpack_run(
     read_run(folder)
     if not (folder/PACKED).exists():
         raise BadInput(f"{folder} is not packed: expected a run with {PACKED}; it can be used as it is.")
-    records = packed_records(folder/PACKED)
+    records = records_of(folder)
     with whole_folder(target) as part:
         check_no_links(folder)
         shutil.copytree(folder, part, ignore=shutil.ignore_patterns(PACKED), dirs_exist_ok=True)
@@ -567,7 +619,7 @@ def unpack_run(
         for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name)
         write_checked(part/"manifest.json", manifest(part))
 
-# %% ../../nbs/jobs/00_records.ipynb #c083
+# %% ../../nbs/jobs/00_records.ipynb #c088
 PAPERS_ROWS = ("dense", "wanda", "magnitude", "cap") # Rows of Table 1, from top to bottom
 
 def row_order(
@@ -578,7 +630,7 @@ def row_order(
     rank = PAPERS_ROWS.index(method) if method in PAPERS_ROWS else len(PAPERS_ROWS)
     return method != "dense", evaluation.sparsity, rank, method
 
-# %% ../../nbs/jobs/00_records.ipynb #c086
+# %% ../../nbs/jobs/00_records.ipynb #c091
 SESSION = ("python", "torch", "transformers", "cap_nb", "device", "device_name", "threads") # What numbers depend on
 SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "evaluation",
             "plugins") # Parts worth a note
@@ -594,10 +646,10 @@ def provenance_of(
     if len(distinct) == 1: return notes | {"session": distinct[0]}
     return notes | {f"session {number}": session for number, session in enumerate(distinct, 1)}
 
-# %% ../../nbs/jobs/00_records.ipynb #c088
+# %% ../../nbs/jobs/00_records.ipynb #c093
 from ..scoring import HeadLosses, causal_scores, load_losses
 
-# %% ../../nbs/jobs/00_records.ipynb #c089
+# %% ../../nbs/jobs/00_records.ipynb #c094
 @dataclass(frozen=True)
 class Run:
     "A run, read from its folder."
@@ -620,7 +672,7 @@ class Run:
         "Where the numbers come from, for the notes below a table."
         return provenance_of(self.configuration, self.sessions)
 
-# %% ../../nbs/jobs/00_records.ipynb #c091
+# %% ../../nbs/jobs/00_records.ipynb #c096
 def cells_found(
     configuration: dict, # A run's configuration
     records: Records, # What it recorded
@@ -632,7 +684,7 @@ def cells_found(
         finished = (e for place, e in records.evaluations.items() if place.startswith("evaluations/"))
         return tuple((e.method, e.sparsity) for e in finished)
 
-# %% ../../nbs/jobs/00_records.ipynb #c092
+# %% ../../nbs/jobs/00_records.ipynb #c097
 def load_run(
     folder: str | Path, # A run's folder, live or packed
 ) -> Run: # All of it, as far as it is finished

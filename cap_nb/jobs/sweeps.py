@@ -348,7 +348,7 @@ def tracked(
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c053
 from dataclasses import fields
-from ..core.files import read_checked, write_checked
+from ..core.files import HALF_WRITTEN, read_checked, write_checked
 from .records import GROWING
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c054
@@ -367,7 +367,8 @@ def read_index(
 ) -> dict: # Its index
     "The index of a sweep; a folder that holds none raises `BadInput`."
     path = Path(folder)/INDEX
-    kept = read_checked(path) if path.is_file() else None
+    mend = "restore the file, since no other one says what runs these are"
+    kept = read_checked(path, mend) if path.is_file() else None
     if not isinstance(kept, dict) or kept.get("format") != INDEX_FORMAT:
         raise BadInput(f"{folder} is not a sweep's folder: expected one with {INDEX}, as made by 'cap run --config'; "
                        "give another folder with --out.")
@@ -391,7 +392,7 @@ def new_index(
 ) -> dict: # The index, runs that are finished marked so
     "The index of a sweep that begins or goes on; a folder of something else raises `BadInput`."
     used, asked, finished = [], {name: job_settings(job) for name, job in jobs.items()}, set()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or not all(HALF_WRITTEN.fullmatch(p.name) for p in folder.iterdir())):
         kept = read_index(folder)
         lost = [run["folder"] for run in kept["runs"] if not goes_on(run, asked.get(run["folder"]))]
         if lost:
@@ -399,7 +400,8 @@ def new_index(
                            "settings: expected a file that adds to it; give another folder with --out.")
         used = [name for name in kept["configs"] if name != config.name]
         finished = {run["folder"] for run in kept["runs"]
-                    if run["finished"] and run["settings"] == asked[run["folder"]]}
+                    if run["finished"] and run["settings"] == asked[run["folder"]]
+                    and (folder/run["folder"]/"run.json").is_file()}
     runs = [{"folder": name, "settings": settings, "finished": name in finished} for name, settings in asked.items()]
     return {"format": INDEX_FORMAT, "config_sha256": sha256_of_text(config.text), "configs": [*used, config.name],
             "on_the_command_line": list(config.overridden), "varies": [entry.option for entry in config.varied],
@@ -440,8 +442,8 @@ def run_sweep(
     unfinished = [run for run in index["runs"] if not run["finished"]]
     check_ready(config, {run["folder"]: jobs[run["folder"]] for run in unfinished}, folder)
     with alone_in(folder):
+        write_checked(folder/INDEX, index) # first: a folder without it is no sweep's
         write_text(folder/config.name, config.text)
-        write_checked(folder/INDEX, index)
         for run in tqdm(unfinished, desc="sweep", unit="run"):
             place = folder/run["folder"]
             with tracked(track, place) as follow:

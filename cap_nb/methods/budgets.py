@@ -198,7 +198,7 @@ def region_divergences(
 from dataclasses import field
 from pathlib import Path
 from ..core.errors import BadInput
-from ..core.files import read_tensors, write_tensors
+from ..core.files import read_tensors, sound, write_tensors
 
 # %% ../../nbs/methods/11_budgets.ipynb #c036
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def stored_unit(
 ) -> torch.Tensor: # Its divergences, float64 [m, N]
     "Read a unit that is finished, or measure and keep it; a file of other examples or levels raises `BadInput`."
     if path is None: return measure()
-    if not path.exists(): write_tensors(path, {"kl": measure()}, about)
+    if not sound(path, read_tensors): write_tensors(path, {"kl": measure()}, about)
     tensors, found = read_tensors(path)
     if found == about and "kl" in tensors: return tensors["kl"]
     raise BadInput(f"{path} holds another measurement than the one asked for: "
@@ -699,7 +699,7 @@ def corrected(
 ) -> Budgets: # The budgets after the moves
     "Correct budgets by moves on the whole pruned model; goes on where a killed run stopped."
     if not settings.moves: return budgets
-    done = [move_of(entry) for entry in read_checked(path)] if path and path.exists() else []
+    done = [move_of(entry) for entry in read_checked(path)] if path and sound(path, read_checked) else []
     keep = (lambda moves: write_checked(path, [asdict(move) for move in moves])) if path else (lambda moves: None)
     with pruned_regions(model, budgets.table.regions, local) as prune:
         by_example = whole_model_measure(model, calibration.examples, prune, settings.batch_tokens)
@@ -724,7 +724,7 @@ def measured_budgets(
     folder = store and Path(store)/f"budgets-{key_of(origin)}"
     key = key_of([sparsity, asdict(replace(settings, moves=0))]) # more moves go on from fewer
     finished = folder and folder/f"{key}-{settings.moves}-moves.safetensors"
-    if finished and finished.exists(): return load_budgets(finished)
+    if finished and sound(finished, read_tensors): return load_budgets(finished)
     local = local or wanda_local(model, calibration, settings.batch_tokens)
     with alone_in(folder) if folder else nullcontext():
         chosen = spread_over_strata(calibration, settings.examples, settings.seed)

@@ -400,7 +400,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 from tqdm.auto import tqdm
-from ..core.files import alone_in, read_tensors, sha256_of_text, write_tensors
+from ..core.files import alone_in, read_tensors, sha256_of_text, sound, write_tensors
 from ..data.batches import collate
 from ..engine.unit_store import losses_key
 from ..models.loading import model_fingerprint
@@ -415,7 +415,7 @@ def kept(
     "Read a finished batch, or compute and keep it."
     if folder is None: return make()
     path = folder/f"{about['what']}-{sha256_of_text(json.dumps(about, sort_keys=True))[:16]}.safetensors"
-    if not path.exists(): write_tensors(path, make(), about)
+    if not sound(path, read_tensors): write_tensors(path, make(), about)
     tensors, found = read_tensors(path)
     if found == about: return tensors
     raise BadInput(f"{path} holds other examples than its name says: expected a store of this run; remove it.")
