@@ -5,6 +5,8 @@
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
 # make readme     README.md from nbs/index.ipynb, and the stubs for type checkers from the modules
+# make lab        JupyterLab on chapter 0
+# make slides     build/slides.html: title, equation, picture and summary of each chapter, in one file
 # make docs       the site, _docs/html/index.html, from the notebooks as they are executed, and a walk through it in Chromium (check-docs)
 # make benchmarks measure what figures/benchmarks does not hold yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
 #
@@ -14,7 +16,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak audit matrix matrix-here notebooks benchmarks readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
+.PHONY: help env demo test soak audit matrix matrix-here notebooks lab slides benchmarks readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
 
 PYTHON ?= python3
 DEMO ?= runs/demo
@@ -81,6 +83,12 @@ audit: env
 
 readme: env
 	"$(BIN)/python" tools/readme.py
+
+lab: env
+	"$(BIN)/jupyter" lab nbs/00_calibration.ipynb
+
+slides: env
+	"$(BIN)/python" tools/slides.py
 	"$(BIN)/python" tools/stubs.py
 
 # The sources are laid out, Sphinx builds them, and a warning fails; outputs are the committed ones.
