@@ -83,13 +83,13 @@ audit: env
 
 readme: env
 	"$(BIN)/python" tools/readme.py
+	"$(BIN)/python" tools/stubs.py
 
 lab: env
 	"$(BIN)/jupyter" lab nbs/00_calibration.ipynb
 
 slides: env
 	"$(BIN)/python" tools/slides.py
-	"$(BIN)/python" tools/stubs.py
 
 # The sources are laid out, Sphinx builds them, and a warning fails; outputs are the committed ones.
 docs: env

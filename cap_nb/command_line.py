@@ -16,9 +16,9 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 import typer
-from .core.errors import BadInput
+from .core.errors import BadInput, check_at_least, check_choice, check_sparsity
 from .core.files import is_disk_full
-from .core.stopping import STOPPED, signals_answered, stop, check_at_least, check_choice, check_sparsity
+from .core.stopping import STOPPED, signals_answered, stop
 
 # %% ../nbs/command_line.ipynb #c005
 def give_up(
