@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import NoReturn
 import typer
 from .core.errors import BadInput, check_at_least, check_choice, check_sparsity
-from .core.files import is_disk_full
 from .core.stopping import STOPPED, signals_answered, stop
 
 # %% ../nbs/command_line.ipynb #c005
@@ -48,6 +47,7 @@ def about_files(
     error: OSError, # From the file system
 ) -> str: # The sentence
     "What the file system refused, and what to do."
+    from cap_nb.core.files import is_disk_full
     what = error.filename or "the program's output"
     if is_disk_full(error):
         return (f"There was no room to write {what}: expected space on its disk; make room and run the same command "
