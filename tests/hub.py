@@ -329,7 +329,7 @@ def llama_files(folder, shard="1GB"):
 # ---- a user's machine ----
 WORKER = """
 import json, os, sys, time
-import cap_nb.command_line, huggingface_hub.constants as constants
+import cap_nb.command_line, cap_nb.single_steps, cap_nb.experiments.claims, cap_nb.jobs.sweeps, huggingface_hub.constants as constants
 for line in sys.stdin:
     job = json.loads(line)
     start, child = time.monotonic(), os.fork()

@@ -40,10 +40,11 @@ def replay(path):
     return shell, replaced
 
 
-# The ten that take longest. Their cells and their module are the same text (`check-sync`), no name is missing in it (ruff), and other
+# The fifteen that take longest. Their cells and their module are the same text (`check-sync`), no name is missing in it (ruff), and other
 # tests import it; so running them twice in every CI finds little.
 LONG = {f"{name}.ipynb" for name in ("methods/08_attributions", "jobs/03_job", "methods/11_budgets", "jobs/06_chains", "jobs/05_planning", "experiments/00_variants",
-                                     "command_line", "methods/13_prune", "engine/02_resumed_scoring", "05_evaluation")}
+                                     "command_line", "methods/13_prune", "engine/02_resumed_scoring", "05_evaluation", "jobs/10_repeat", "methods/05_update",
+                                     "methods/06_joint", "methods/17_screening", "methods/15_given_hessians")}
 
 
 def test_the_long_ones_are_notebooks():
