@@ -75,7 +75,8 @@ def squares(
     inputs: torch.Tensor, # [n, in]
 ) -> torch.Tensor: # Sum over the tokens of the squared input, float64 [in]
     "The statistic that Wanda adds up: squared inputs."
-    return sum(rows.double().square().sum(0) for rows in inputs.split(512)) # float64 of few rows at a time
+    copies = (rows.to(torch.float64, copy=True) for rows in inputs.split(512)) # few rows at a time
+    return sum(copy.square_().sum(0) for copy in copies)
 
 @torch.no_grad()
 def input_norms(
