@@ -394,7 +394,8 @@ def score_command(
 ) -> None:
     "Measure the loss, or the divergence from the intact model, with every head masked in turn, and save the table."
     from cap_nb.single_steps import score_into
-    typer.echo(score_into(job, out, heads_at_once, store, budget))
+    said = score_into(job, out, heads_at_once, store, budget) # nothing from another process than the first
+    if said: typer.echo(said)
 
 # %% ../nbs/command_line.ipynb #c046
 Tries = option(int, "answers to each problem: the first is greedy, the others are drawn")

@@ -84,7 +84,6 @@ def score_into(
 ) -> str: # What the table is, in a sentence
     "Measure what masking each head does, and save the table."
     job = changed(job, device=device_of_process(job.model.device))
-    check_job(job)
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
     model, tokenizer = loaded = opened(job)
     calibration, working = job_calibration(job, tokenizer), store or out.with_name(out.name + ".unfinished")
@@ -349,7 +348,6 @@ def train_into(
 ) -> Recovery: # What was done
     "Train a pruned model further while every zero stays zero, and save it; the same call goes on after a kill."
     settings = FineTuning(batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed, **tuning)
-    check_job(job)
     check_settings(settings)
     model, tokenizer = opened(job)
     return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), settings)
@@ -366,7 +364,6 @@ def evaluate_alone(
     out: Path | None = None, # Folder for the records; not kept if left out
 ) -> Evaluation: # The records
     "Measure a model as it is: accuracy, held-out loss, perplexity."
-    check_job(job)
     exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
     model, tokenizer = opened(job)
     evaluation = evaluate(model, tokenizer, job, Path(job.model.name).name, exclude)
