@@ -392,3 +392,20 @@ def test_a_family_of_one_s_own_passes_the_claims(monkeypatch):
     for claim in proofs_of("mpt"):
         if claim != "masking":
             assert proof_error("mpt", claim) <= PROOFS[claim].limit, claim
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_layers_one_at_a_time_give_what_the_whole_model_gives(name):
+    """A layer's arguments are recorded while only the first layer computes: they must not depend on what layers compute."""
+    from cap_nb.engine.layer_walk import advanced, initial_state
+    from cap_nb.models.anatomy import decoder_layers, decoder_of, final_norm
+
+    model, ids = proofs.in_float64(name), torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    with torch.no_grad():
+        state = initial_state(model, {"input_ids": ids, "attention_mask": mask})
+        for layer in range(len(decoder_layers(model))):
+            state = advanced(model, state, layer)
+        whole = decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    torch.testing.assert_close(final_norm(model)(state.hidden)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-12)
