@@ -121,6 +121,7 @@ TINY_MODELS: dict[str, tuple[str, dict]] = {  # name of a variant -> its model_t
     "glm4_moe, one dense layer": ("glm4_moe", LATENT | GROUPED | dict(
         hidden_size=20, use_qk_norm=True, partial_rotary_factor=0.5, first_k_dense_replace=1, n_group=2, topk_group=1)),
     "deepseek_v2, queries without a latent": ("deepseek_v2", LATENT | dict(q_lora_rank=None)),
+    "deepseek_v2, queries from a latent": ("deepseek_v2", LATENT),
     "deepseek_v3, one dense layer": ("deepseek_v3", LATENT | dict(first_k_dense_replace=1, n_group=2, topk_group=1)),
 }
 
