@@ -2,6 +2,7 @@
 # make test       everything CI checks
 # make matrix     the tests that meet transformers most, with 5 and then with 4.57, each in an environment of its own (SLOW=1: all notebooks and tests)
 # make soak       every reader is fed FUZZ (100,000) spoilt files (hours), runs are killed at every moment, and every notebook meets its module
+# make dist       a source distribution and a wheel in dist/, and the wheel tried in an environment of its own (asks PyPI)
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
 # make readme     README.md from nbs/index.ipynb, and the stubs for type checkers from the modules
@@ -16,7 +17,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak audit matrix matrix-here notebooks lab slides benchmarks readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
+.PHONY: help env demo test soak dist audit matrix matrix-here notebooks lab slides benchmarks readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
 
 PYTHON ?= python3
 DEMO ?= runs/demo
@@ -72,6 +73,14 @@ soak: env
 	CAP_NB_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_nothing_let_in.py -k whatever
 	CAP_NB_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/faults tests/test_invariants.py
 	CAP_NB_SOAK=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_replay.py
+
+# What is published is tried as a stranger gets it: the wheel alone, and what it asks for.
+dist: env
+	@rm -rf dist && "$(BIN)/python" -m build --outdir dist . > /dev/null
+	@trial="$$(mktemp -d)"; trap 'rm -rf "$$trial"' EXIT; \
+	"$(BIN)/python" -m venv "$$trial/venv"; "$$trial/venv/bin/python" -m pip install --quiet --disable-pip-version-check dist/*.whl; \
+	cd "$$trial" && venv/bin/cap --version && venv/bin/cap run --model lab --methods cap --sparsity 0.5 --n 4 --evaluate-n 4 --loss-n 4 --windows 1 --out run
+	@ls -l dist
 
 # The tools come into an environment of their own, and look at the project's from outside.
 audit: env

@@ -1,4 +1,6 @@
 """The source distribution builds a wheel, and the wheel holds what a user needs: the modules, the lab's checkpoint, the command."""
+import configparser
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import cap_nb
 from conftest import ROOT
 
 
@@ -64,6 +67,17 @@ def test_the_lab_model_loads_from_the_wheel(built, tmp_path):
     ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "site")], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert int(ran.stdout.split()[-1]) > 100_000
+
+
+def test_one_version():
+    """A release names one number in every place, and the changes have a heading for it."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    version = parser["DEFAULT"]["version"]
+    [cited] = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    newest = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    assert version == cited == cap_nb.__version__
+    assert version in re.findall(r"[0-9.]*[0-9]", newest)
 
 
 def test_nothing_heavy_is_imported_before_it_is_asked_for():
