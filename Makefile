@@ -4,7 +4,7 @@
 # make soak       every reader is fed FUZZ (100,000) spoilt files (hours), runs are killed at every moment, and every notebook meets its module
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
-# make readme     README.md from nbs/index.ipynb, and the stubs for type checkers from the modules
+# make readme     README.md from nbs/index.ipynb; from the modules the stubs for type checkers and the list of methods
 # make lab        JupyterLab on chapter 0
 # make slides     build/slides.html: title, equation, picture and summary of each chapter, in one file
 # make docs       the site, _docs/html/index.html, from the notebooks as they are executed, and a walk through it in Chromium (check-docs)
@@ -144,7 +144,7 @@ check-style: env
 	"$(BIN)/ruff" check --quiet --ignore E501 cap_nb # nbdev wraps __all__ as it likes; the other lines are the notebooks'
 
 check-readme: env
-	@echo "== README.md is what nbs/index.ipynb makes, and the stubs are what the modules make"
+	@echo "== README.md is what nbs/index.ipynb makes; stubs and the list of methods are what the modules make"
 	"$(BIN)/python" tools/readme.py --check
 	"$(BIN)/python" tools/stubs.py --check
 
