@@ -1,13 +1,13 @@
-"""The versions that cap_nb runs with: every cell of a table in an environment of its own, with run-time requirements alone.
+"""The versions that cap_nb runs with: every cell of a table in an environment of its own, with what is needed to run.
 
     python tools/matrix.py                        # every cell: about ten minutes and 6 GB of disk each, one at a time
     python tools/matrix.py 3.11/oldest/newest     # Python/torch/transformers: this cell alone; several may be named
 
 For each cell a wheel of HEAD is installed in a temporary folder, with the oldest or the newest torch and transformers
 that settings.ini admits and the newest of everything else. There every public name is imported, `cap --help` and `cap
-methods` are called, and the lab's job is run on few examples. The result goes into figures/versions/versions.json, which
-nbs/results/05_supported_families shows; a cell that cannot be had stays there with the reason. An interpreter is found
-on PATH as python3.11 and the like.
+methods` are called, and the lab's job is run on few examples. The result goes into figures/versions/versions.json,
+which nbs/results/05_supported_families shows; a cell that cannot be had stays there with the reason. An interpreter is
+found on PATH as python3.11 and the like.
 """
 import argparse
 import configparser
@@ -46,9 +46,14 @@ class NotHad(Exception):
     "A cell that this machine cannot be given."
 
 
+def asked(cell):
+    "What a cell asks for."
+    return {"asked": dict(zip(("python", "torch", "transformers"), cell.split("/")))}
+
+
 def called(words, folder):
     "What a program prints; one that fails raises its last line."
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")}
     done = subprocess.run([str(word) for word in words], cwd=folder, capture_output=True, text=True,
                           env=kept | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "Agg"})
     if done.returncode:
@@ -78,7 +83,8 @@ def wheel_of_head(folder):
     "A wheel of what is committed."
     archive, source = folder / "head.tar", folder / "source"
     subprocess.run(["git", "-c", f"safe.directory={ROOT}", "archive", "--output", str(archive), "HEAD"], cwd=ROOT, check=True)
-    shutil.unpack_archive(archive, source, filter="data")
+    source.mkdir()
+    subprocess.run(["tar", "-xf", str(archive), "-C", str(source)], check=True)
     called([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source], folder)
     return next(folder.glob("*.whl"))
 
@@ -100,8 +106,8 @@ def installed(cell, wheel, folder):
 def checked(programs, folder):
     "What holds in an environment: the public names, the program's help and list, and the job on few examples."
     found = json.loads(called([programs / "python", "-c", IMPORTS], folder))
-    assert "Usage: cap" in called([programs / "cap", "--help"], folder)
-    assert "Sun et al. 2024" in called([programs / "cap", "methods"], folder)
+    for word, wanted in (("--help", "Usage: cap"), ("methods", "Sun et al. 2024")):
+        if wanted not in called([programs / "cap", word], folder): raise RuntimeError(f"cap {word} does not say {wanted!r}")
     called([programs / "cap", *DEMO, "--out", folder / "demo"], folder)
     table = called([programs / "cap", "table", folder / "demo", "--format", "csv"], folder)
     return found | {"table": list(csv.DictReader(io.StringIO(table)))}
@@ -109,11 +115,16 @@ def checked(programs, folder):
 
 def measured(cell, wheel):
     "A cell's entry in the record."
-    asked = dict(zip(("python", "torch", "transformers"), cell.split("/")))
     with tempfile.TemporaryDirectory(prefix="cap-matrix-") as folder:
-        try: return {"asked": asked, "result": "passed"} | checked(installed(cell, wheel, Path(folder)), Path(folder))
-        except NotHad as reason: return {"asked": asked, "result": f"not run: {reason}"}
-        except (RuntimeError, AssertionError) as error: return {"asked": asked, "result": f"failed: {error}"}
+        try: return asked(cell) | {"result": "passed"} | checked(installed(cell, wheel, Path(folder)), Path(folder))
+        except NotHad as reason: return asked(cell) | {"result": f"not run: {reason}"}
+        except RuntimeError as error: return asked(cell) | {"result": f"failed: {error}"}
+
+
+def with_cell(record, cell, entry):
+    "The record with a cell's new entry, every cell in order; what was run elsewhere stays if it cannot be run here."
+    if entry["result"].startswith("not run") and record.get(cell, entry)["result"] == "passed": entry = record[cell]
+    return {name: (record | {cell: entry}).get(name, asked(name) | {"result": "not run: not yet"}) for name in CELLS}
 
 
 def main():
@@ -123,14 +134,13 @@ def main():
     cells = parser.parse_args().cells or CELLS
     if unknown := set(cells) - set(CELLS): parser.error(f"unknown cells {', '.join(sorted(unknown))}: expected some of {', '.join(CELLS)}")
     commit = subprocess.run(["git", "-c", f"safe.directory={ROOT}", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    stamp = {"commit": commit.stdout.strip(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+    stamp = {"commit": commit.stdout.strip(), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         wheel = wheel_of_head(Path(folder))
         for cell in cells:
             entry = stamp | measured(cell, wheel)
-            known = read_checked(RECORD) if RECORD.exists() else {}
-            write_checked(RECORD, known | {cell: entry})
+            write_checked(RECORD, with_cell(read_checked(RECORD) if RECORD.exists() else {}, cell, entry))
             failed |= entry["result"].startswith("failed")
             print(f"{cell}: {entry['result']}", flush=True)
     sys.exit(int(failed))
