@@ -1,11 +1,13 @@
 # make demo       environment, install, then the whole job on the embedded lab model
 # make test       everything CI checks
-# make matrix     the tests that meet transformers most, with 5 and then with 4.57, each in an environment of its own (SLOW=1: all notebooks and tests)
+# make matrix     the tests that meet transformers most, with 5 and then with 4.57, each in an environment of its own (SLOW=1: all notebooks and tests);
+#                 then make versions
+# make versions   Python 3.10 to 3.13 with the oldest and newest torch and transformers, run-time requirements alone (CELLS=3.11/oldest/newest: one of them)
 # make soak       every reader is fed FUZZ (100,000) spoilt files (hours), runs are killed at every moment, and every notebook meets its module
 # make dist       a source distribution and a wheel in dist/, and the wheel tried in an environment of its own (asks PyPI)
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
-# make readme     README.md from nbs/index.ipynb, and the stubs for type checkers from the modules
+# make readme     README.md from nbs/index.ipynb; from the modules the stubs for type checkers and the list of methods
 # make lab        JupyterLab on chapter 0
 # make slides     build/slides.html: title, equation, picture and summary of each chapter, in one file
 # make docs       the site, _docs/html/index.html, from the notebooks as they are executed, and a walk through it in Chromium (check-docs)
@@ -17,7 +19,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak dist audit matrix matrix-here notebooks lab slides benchmarks readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
+.PHONY: help env demo test soak dist audit matrix versions matrix-here notebooks lab slides benchmarks readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
 
 PYTHON ?= python3
 DEMO ?= runs/demo
@@ -46,6 +48,7 @@ help:
 
 env: $(STAMP)
 
+# Compiling all that is installed takes a core most of a minute, and little of it is ever imported: Python compiles that itself, if it may keep it.
 $(STAMP): settings.ini setup.py
 	@if [ ! -x "$(BIN)/python" ]; then \
 	  command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) is not there: name an interpreter, for example: make demo PYTHON=python3.11" >&2; exit 1; }; \
@@ -54,7 +57,7 @@ $(STAMP): settings.ini setup.py
 	fi
 	@"$(BIN)/python" -c "$(RIGHT_PYTHON)"
 	@echo "Installing cap_nb and what it needs into $(VENV) (a few minutes the first time)"
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]' $(if $(PINNED),'$(PINNED)')
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile) -e '.[dev]' $(if $(PINNED),'$(PINNED)')
 	@printf '%s' "$(CURDIR)" > "$(STAMP)"
 
 demo: env
@@ -127,7 +130,10 @@ matrix:
 	for each in "$(VENV)|$(MATRIX_NEW)" "$(MATRIX_OLD_VENV)|$(MATRIX_OLD)"; do \
 	  $(MAKE) --no-print-directory matrix-here VENV="$${each%|*}" PINNED="$${each#*|}" 2>&1 | tee "$$log" && verdict=passed || { verdict=FAILED; failed=1; }; \
 	  said+=$$'\n'"$$verdict: $$(sed -n 's/^== with //p' "$$log"), $$(sed -nE 's/^=+ (.* in [0-9.]+s.*) =+$$/\1/p' "$$log" | tail -n 1)"; \
-	done; echo "$$said"; exit $$failed
+	done; $(MAKE) --no-print-directory versions || failed=1; echo "$$said"; exit $$failed
+
+versions: env
+	"$(BIN)/python" tools/matrix.py $(CELLS)
 
 matrix-here: env check-transformers $(if $(SLOW),check-notebooks check-pytest,check-some)
 
@@ -153,7 +159,7 @@ check-style: env
 	"$(BIN)/ruff" check --quiet --ignore E501 cap_nb # nbdev wraps __all__ as it likes; the other lines are the notebooks'
 
 check-readme: env
-	@echo "== README.md is what nbs/index.ipynb makes, and the stubs are what the modules make"
+	@echo "== README.md is what nbs/index.ipynb makes; stubs and the list of methods are what the modules make"
 	"$(BIN)/python" tools/readme.py --check
 	"$(BIN)/python" tools/stubs.py --check
 

@@ -716,13 +716,19 @@ def unpack_command(
     typer.echo(f"{target}: the live run.")
 
 # %% ../nbs/command_line.ipynb #c078
+def listed_methods() -> str: # Lines
+    "The list of methods: the package's own file, or with additions what the modules say now."
+    if "cap_nb.core.additions" not in sys.modules:
+        return (Path(cap_nb.__file__).parent/"methods.txt").read_text(encoding="utf-8").rstrip("\n")
+    from cap_nb.methods.prune import method_list
+    return method_list()
+
 @app.command("methods")
 @in_one_sentence
 @with_plugins
 def methods_command() -> None:
     "List the methods, each with what it does and where it comes from."
-    from cap_nb.methods.prune import method_list
-    typer.echo(method_list())
+    typer.echo(listed_methods())
 
 # %% ../nbs/command_line.ipynb #c079
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")

@@ -260,7 +260,7 @@ def test_no_times_in_other_files(finished):
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "pandas", "numpy", "matplotlib", "seaborn")
 
 
-@pytest.mark.parametrize("words", [("--help",), ("run", "--help"), ("prune", "--help"), ("--version",), ("run", "--sparsity", "lots"), ("table",)], ids=" ".join)
+@pytest.mark.parametrize("words", [("--help",), ("run", "--help"), ("prune", "--help"), ("methods",), ("methods", "--help"), ("--version",), ("run", "--sparsity", "lots"), ("table",)], ids=" ".join)
 def test_help_and_simple_mistakes_load_nothing_heavy(words):
     """How long `cap --help` takes depends on the machine; what it imports does not."""
     code = f"import sys\nfrom cap_nb.command_line import main\ntry: main()\nexcept SystemExit: pass\nprint('\\nloaded', [name for name in {HEAVY} if name in sys.modules])"

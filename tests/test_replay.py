@@ -1,8 +1,8 @@
-"""Each notebook once more, with its exported cells replaced by an import of the module they became.
+"""Notebooks once more, with their exported cells replaced by an import of the module they became.
 
 nbdev_test runs the cells of a notebook, so a module that lacks an import, or that is stale, passes it. Here the tests
-in the notebook meet what users import. Cells flagged slow or gpu are passed over, as everywhere; each notebook runs in
-its folder, as in nbdev_test.
+in the notebook meet what users import: in `make test` those that all else stands on, in `make soak` and `make matrix`
+every one. Cells flagged slow or gpu are passed over, as everywhere; each notebook runs in its folder, as in nbdev_test.
 """
 import importlib
 import inspect
@@ -40,27 +40,31 @@ def replay(path):
     return shell, replaced
 
 
-# The fifteen that take longest. Their cells and their module are the same text (`check-sync`), no name is missing in it (ruff), and other
-# tests import it; so running them twice in every CI finds little.
-LONG = {f"{name}.ipynb" for name in ("methods/08_attributions", "jobs/03_job", "methods/11_budgets", "jobs/06_chains", "jobs/05_planning", "experiments/00_variants",
-                                     "command_line", "methods/13_prune", "engine/02_resumed_scoring", "05_evaluation", "jobs/10_repeat", "methods/05_update",
-                                     "methods/06_joint", "methods/17_screening", "methods/15_given_hessians")}
+# Above this floor a replay repeats `make test`: a notebook's cells and its module are the same text (`check-sync`), no name is missing in it
+# (ruff), its cells have run (nbdev_test), and other notebooks import the module.
+FLOOR = 3
+FLOORS = notebooks_tool.floors()
+REPLAYED = [path for path in SOURCES if os.environ.get("CAP_NB_SOAK") or FLOORS[label(path).removesuffix(".ipynb")] <= FLOOR]
 
 
-def test_the_long_ones_are_notebooks():
-    assert LONG <= {label(path) for path in SOURCES}
+def test_what_all_else_stands_on_is_replayed():
+    folders = {path.parent.name for path in REPLAYED}
+    assert {"core", "models", "data"} <= folders and len(REPLAYED) >= 20
+    assert sum(FLOORS[label(path).removesuffix(".ipynb")] <= FLOOR for path in SOURCES) < len(SOURCES), "or the rule leaves nothing out"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=label)
+@pytest.mark.parametrize("path", REPLAYED, ids=label)
 def test_notebook_against_its_module(path, monkeypatch):
-    if label(path) in LONG and not os.environ.get("CAP_NB_SOAK"):
-        pytest.skip("takes long, and nbdev_test runs its cells: replayed by make soak and make matrix")
     monkeypatch.chdir(path.parent)
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.syspath_prepend(str(ROOT))
-    shell, replaced = replay(path)
+    _, replaced = replay(path)
     matplotlib.pyplot.close("all")
     assert replaced > 0, f"{label(path)} names a module and exports nothing"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=label)
+def test_public_names_are_imported_from_this_checkout(path):
     module = importlib.import_module(module_of(path))
     assert module.__file__ == str(ROOT / (module_of(path).replace(".", "/") + ".py"))
     for name in getattr(module, "__all__", []):

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
+from cap_nb.core.files import read_checked
 from conftest import ROOT, tool
 from notebooks_on_disk import NOTEBOOKS, label, notebooks_tool
 
-readme_tool = tool("readme")
+matrix_tool, readme_tool = tool("matrix"), tool("readme")
 
 
 def write_notebook(path, *sources):
@@ -84,7 +85,7 @@ def checkout(tmp_path):
         (bin_.parent / "site" / "transformers.py").write_text(f"__version__ = '{version}'\n")
         (bin_ / "python").write_text(f'''#!/bin/sh
 echo "$@" >> "{called}"
-case "$*" in *pytest*) echo "== 3 passed in 0.12s =="; [ ! -e "{bin_.parent}/broken" ];;
+case "$*" in *tools/matrix.py*) [ ! -e "{bin_.parent}/failing" ];; *pytest*) echo "== 3 passed in 0.12s =="; [ ! -e "{bin_.parent}/broken" ];;
   *) PYTHONPATH="{bin_.parent}/site:$PYTHONPATH" exec "{sys.executable}" "$@";; esac
 ''')
         (bin_ / "nbdev_test").write_text(f'#!/bin/sh\necho "nbdev_test" >> "{called}"\n')
@@ -97,6 +98,9 @@ def test_the_matrix_runs_in_both_environments(checkout):
     assert done.returncode == 0, done.stdout + done.stderr
     closing = done.stdout.split("== matrix\n")[1].splitlines()
     assert closing == ["passed: transformers 5.1.0 in .venv, 3 passed in 0.12s", "passed: transformers 4.57.6 in .venv-457, 3 passed in 0.12s"]
+    assert "tools/matrix.py" in (checkout / ".venv" / "called").read_text()
+    (checkout / ".venv" / "failing").touch()
+    assert make("matrix", makefile=checkout / "Makefile").returncode != 0, "a cell that fails is a failure"
     for name in (".venv", ".venv-457"):
         called = (checkout / name / "called").read_text()
         assert all(f"tests/test_{word}.py" in called for word in ("families", "replay", "scoring", "streaming")) and "nbdev_test" not in called
@@ -117,6 +121,18 @@ def test_the_matrix_refuses_the_wrong_transformers(checkout):
     done = make("matrix", makefile=checkout / "Makefile")
     assert done.returncode != 0 and "transformers<4.58,>=4.57 is wanted there" in done.stderr + done.stdout
     assert "pytest" not in (checkout / ".venv-457" / "called").read_text()
+
+
+def test_the_cells_of_the_matrix_and_their_record():
+    """What is oldest comes from settings.ini; every cell is in the record, was run or says why not, and none failed."""
+    assert matrix_tool.pins("oldest", "newest") == ["torch==2.4.*"] and matrix_tool.pins("newest", "oldest") == ["transformers==4.57.*"]
+    record = read_checked(matrix_tool.RECORD)
+    assert set(record) == set(matrix_tool.CELLS)
+    assert all(cell["result"] == "passed" or cell["result"].startswith("not run: ") for cell in record.values())
+    lacking = {"result": "not run: no Python 3.10 here"}
+    assert matrix_tool.with_cell({"3.10/oldest/oldest": {"result": "passed"}}, "3.10/oldest/oldest", lacking)["3.10/oldest/oldest"] == {"result": "passed"}
+    assert matrix_tool.with_cell({}, "3.10/oldest/oldest", lacking)["3.10/oldest/oldest"] == lacking
+    assert matrix_tool.with_cell({}, "3.10/oldest/oldest", lacking)["3.13/newest/newest"]["result"] == "not run: not yet"
 
 
 def test_ci_makes_no_second_environment():

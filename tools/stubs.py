@@ -1,7 +1,8 @@
-"""Make cap_nb/all.pyi and cap_nb/__init__.pyi, or with --check see whether they are up to date.
+"""Make cap_nb/all.pyi, cap_nb/__init__.pyi and cap_nb/methods.txt, or with --check see whether they are up to date.
 
 `cap_nb` and `cap_nb.all` import a public name when it is first asked for, which type checkers and editors cannot follow.
-The stubs say where each name lives; they are read and never run.
+The stubs say where each name lives; they are read and never run. The list of methods is what `cap methods` prints, so
+that it need not load the methods.
 """
 import argparse
 import sys
@@ -11,20 +12,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def stubs() -> dict[Path, str]:
-    """The stubs by path."""
+    """The files by path."""
     sys.path.insert(0, str(ROOT))
     from cap_nb.all import public_names
+    from cap_nb.methods.prune import method_list
 
     homes = public_names(ROOT / "cap_nb")
     lines = [f"from {home} import {name} as {name}" for name, home in sorted(homes.items())]
     text = "\n".join(["# Made by tools/stubs.py from the modules' __all__.", *lines, ""])
-    return {ROOT / "cap_nb" / "all.pyi": text, ROOT / "cap_nb" / "__init__.pyi": text + "__version__: str\n"}
+    here = ROOT / "cap_nb"
+    return {here / "all.pyi": text, here / "__init__.pyi": text + "__version__: str\n", here / "methods.txt": method_list() + "\n"}
 
 
 def main() -> None:
     """Write the stubs, or compare them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="say which stub differs, and write nothing")
+    parser.add_argument("--check", action="store_true", help="say which file differs, and write nothing")
     checking = parser.parse_args().check
     for path, text in stubs().items():
         if checking and (not path.exists() or path.read_text(encoding="utf-8") != text):
