@@ -264,7 +264,7 @@ def tasks_table(
     meta = base.losses.meta if base.losses is not None else {}
     wanted = (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
     if (meta.get("model"), meta.get("calibration")) != wanted:
-        raise BadInput(f"{sources.base} has no table of losses, or one of another model or other examples: "
+        raise BadInput(f"{sources.base} has no whole table of losses, or one of another model or other examples: "
                        "expected this job's; give the settings of that run, or leave --base out.")
     check_target(base.losses, ready.job.prune.score_target, sources.base)
     return base.losses, base.records.read(name, sha256_of_file)
@@ -416,6 +416,9 @@ def run_variants(
 ) -> Path: # The run's folder
     "Every variant at every sparsity, resumable; every mistake raises `BadInput` before work begins."
     for name in names: check_choice(name, VARIANTS, "variant")
+    if job.prune.budget is not None:
+        raise BadInput("Variants were given a budget: expected none, since medians and bootstraps take whole tables of "
+                       "losses; leave it out.")
     ready, folder = prepare(changed(job, methods=())), Path(folder)
     sources = Sources(base=Path(base) if base is not None else None, text_windows=text_windows,
                       store=Path(store) if store else folder/"unfinished"/"scores")
