@@ -404,6 +404,15 @@ from ..core.files import alone_in
 from ..jobs.records import cells_of, environment, note_environment, open_run
 from ..jobs.job import finish_cells, prepare
 
+# %% ../../nbs/experiments/00_variants.ipynb #62bf2dd2
+def check_no_budget(
+    job: Job, # What is wanted
+) -> None:
+    "Raise `BadInput` for a job that scores within a budget."
+    if job.prune.budget is None: return
+    raise BadInput("Variants were given a budget: expected none, since medians and bootstraps take whole tables of "
+                   "losses; leave it out.")
+
 # %% ../../nbs/experiments/00_variants.ipynb #c065
 def run_variants(
     job: Job, # What is wanted; its methods play no part
@@ -416,9 +425,7 @@ def run_variants(
 ) -> Path: # The run's folder
     "Every variant at every sparsity, resumable; every mistake raises `BadInput` before work begins."
     for name in names: check_choice(name, VARIANTS, "variant")
-    if job.prune.budget is not None:
-        raise BadInput("Variants were given a budget: expected none, since medians and bootstraps take whole tables of "
-                       "losses; leave it out.")
+    check_no_budget(job)
     ready, folder = prepare(changed(job, methods=())), Path(folder)
     sources = Sources(base=Path(base) if base is not None else None, text_windows=text_windows,
                       store=Path(store) if store else folder/"unfinished"/"scores")

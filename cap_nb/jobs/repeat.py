@@ -81,6 +81,7 @@ def loss_row(
     values = [table.flatten().tolist() + losses.intact.tolist() for table, losses in zip(masked, tables)]
     return row("table of losses", list(zip(*values)), max(abs(a - b) for a, b in zip(*values)))
 
+# %% ../../nbs/jobs/10_repeat.ipynb #3bc1e8aa
 def measured_rows(
     first: Run, # A run
     second: Run, # The same run, done again
