@@ -405,10 +405,12 @@ from ..jobs.records import cells_of, environment, note_environment, open_run
 from ..jobs.job import finish_cells, prepare
 
 # %% ../../nbs/experiments/00_variants.ipynb #62bf2dd2
-def check_no_budget(
+def check_variants(
     job: Job, # What is wanted
+    names: Sequence[str], # The variants
 ) -> None:
-    "Raise `BadInput` for a job that scores within a budget."
+    "Raise `BadInput` for an unknown variant, and for a job that scores within a budget."
+    for name in names: check_choice(name, VARIANTS, "variant")
     if job.prune.budget is None: return
     raise BadInput("Variants were given a budget: expected none, since medians and bootstraps take whole tables of "
                    "losses; leave it out.")
@@ -424,8 +426,7 @@ def run_variants(
     text_windows: int | None = None, # Windows of plain text to calibrate on; None means as many as calibration examples
 ) -> Path: # The run's folder
     "Every variant at every sparsity, resumable; every mistake raises `BadInput` before work begins."
-    for name in names: check_choice(name, VARIANTS, "variant")
-    check_no_budget(job)
+    check_variants(job, names)
     ready, folder = prepare(changed(job, methods=())), Path(folder)
     sources = Sources(base=Path(base) if base is not None else None, text_windows=text_windows,
                       store=Path(store) if store else folder/"unfinished"/"scores")
