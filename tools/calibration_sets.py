@@ -42,27 +42,21 @@ class Study:
     chains: Answering | None  # How the model answers training problems; None: not asked
     seeds: int = 3  # Calibration seeds
     sparsities: tuple[float, ...] = (0.2, 0.5)
-    windows: tuple[int, int] = (10, 512)  # Windows of held-out text, and tokens in each
+    windows: tuple[int, int] = (20, 128)  # Windows of held-out text, and tokens in each
 
 
 STUDIES = {
     "lab": Study(dtype="float32", tasks=("lab-gsm8k", "lab-strategyqa", "lab-arc"), text="lab-text",
-                 methods=("wanda", "sparsegpt", "cap"), n=24, judged=60, answered=30,
-                 chains=Answering(temperature=1.75, tries=6)),
+                 methods=("wanda", "sparsegpt", "cap"), n=12, judged=40, answered=0,
+                 chains=Answering(temperature=1.75, tries=4)),
     "smollm2": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2",
                      methods=("wanda", "sparsegpt"), n=12, judged=30, answered=0, chains=None,
-                     sparsities=(0.5,), windows=(6, 512))}
+                     sparsities=(0.5,), windows=(20, 128))}
 
 
 def as_examples(tokenizer: object, chains: tuple[Chain, ...]) -> list[Example]:
     "Chains as examples."
     return [make_example(tokenizer, c.prompt, c.text.rstrip(), c.task, c.gold, c.uid) for c in chains]
-
-
-def in_other_words(chains: tuple[Chain, ...], gold: dict) -> tuple[Chain, ...]:
-    "Right answers that do not repeat the gold solution, each text once."
-    right = {(c.task, c.uid, c.text.strip()): c for c in chains if c.right}
-    return tuple(c for (task, uid, text), c in right.items() if text != gold[task, uid])
 
 
 def trimmed(examples: list[Example], tokens: int, seed: int) -> list[Example]:
@@ -81,10 +75,9 @@ def calibration_sets(model, tokenizer, study: Study, seed: int, data: str | None
     if study.chains:
         answering = Answering(**vars(study.chains) | {"file": work / f"chains {seed}.jsonl"})
         chains = own_chains(model, tokenizer, study.tasks, study.n, seed, data, answering=answering)
-        kept, solutions = kept_chains(chains.chains), {(e.task, e.uid): e.target for e in gold}
+        kept = kept_chains(chains.chains)
         gold = [e for e in gold if (e.task, e.uid) in {(c.task, c.uid) for c in kept}]
         found["chains"] = as_examples(tokenizer, kept)
-        found["other words"] = as_examples(tokenizer, in_other_words(chains.chains, solutions))
     tokens = sum(len(e.input_ids) for e in gold)
     length = round(tokens / len(gold))
     found = {"gold": list(gold)} | found
@@ -103,7 +96,7 @@ def measured(model, tokenizer, study: Study, data: str | None) -> dict:
         if study.answered:
             answers = accuracy(model, tokenizer, task, study.answered, data_dir=data)
             right[task] = "".join(str(int(a.correct)) for a in answers)
-    text = perplexity(model, tokenizer, study.text, *study.windows, data_dir=data)
+    text = perplexity(model, tokenizer, study.text, data, *study.windows)
     return {"losses": losses, "right": right, "windows": [float(f"{loss:.5g}") for loss in text.losses]}
 
 
