@@ -10,8 +10,11 @@ example. SmolLM2 answers too few problems to have chains, so it is given gold an
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.core.files import read_checked, write_checked
@@ -47,7 +50,7 @@ class Study:
 
 STUDIES = {
     "lab": Study(dtype="float32", tasks=("lab-gsm8k", "lab-strategyqa", "lab-arc"), text="lab-text",
-                 methods=("wanda", "sparsegpt", "cap"), n=12, judged=40, answered=0,
+                 methods=("wanda", "sparsegpt", "cap"), n=8, judged=40, answered=0,
                  chains=Answering(temperature=1.75, tries=4)),
     "smollm2": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2",
                      methods=("wanda", "sparsegpt"), n=12, judged=30, answered=0, chains=None,
@@ -109,51 +112,74 @@ def cell(name: str, study: Study, chosen: tuple[str, float, Calibration], factor
     return measured(model, tokenizer, study, data)
 
 
+@dataclass(frozen=True)
+class Pieces:
+    "Files of finished cells."
+    work: Path  # Their folder
+    until: float  # Time after which none is begun
+
+    def get(self, name: str, measure: Callable[[], dict]) -> dict | None:
+        "What a file holds, measured if it is not there; None when it is too late to begin."
+        path = self.work / f"{name}.json"
+        if not path.exists():
+            if time.time() > self.until:
+                return None
+            began = time.process_time()
+            write_checked(path, measure())
+            print(f"{name}: {time.process_time() - began:.0f} s", flush=True)
+        return read_checked(path)
+
+
+def row(content: dict, key: tuple, found: dict) -> list:
+    "A cell of the record; all cells have the problems of the first."
+    for task, values in found["losses"].items():
+        assert content["problems"].setdefault(task, values["uid"]) == values["uid"]
+    losses = {task: values["loss"] for task, values in found["losses"].items()}
+    return [*key, losses | {"text": found["windows"]}, found["right"]]
+
+
+def about(calibration: Calibration) -> dict:
+    "What a calibration set holds."
+    examples = calibration.examples
+    return {"examples": len(examples), "fingerprint": calibration.fingerprint,
+            "tokens": sum(len(e.input_ids) for e in examples),
+            "targets": sum(label >= 0 for e in examples for label in e.labels)}
+
+
+def cells_of_set(name: str, model, chosen: tuple[str, int, Calibration], pieces: Pieces, data: str | None) -> list:
+    "Every method at every sparsity with one calibration set: keys and what was measured."
+    (how, seed, calibration), study, found = chosen, STUDIES[name], []
+
+    def factors():
+        def measure() -> dict:
+            return {"scores": causal_scores(score_heads(model, calibration)).tolist()}
+        scores = pieces.get(f"scores {how} {seed}", measure)
+        return scores and importance_factors(torch.tensor(scores["scores"], dtype=torch.float64))
+
+    for method in study.methods:
+        given = factors() if method == "cap" else None
+        for sparsity in study.sparsities if method != "cap" or given is not None else ():
+            measured = pieces.get(f"{method} {sparsity:g} {how} {seed}",
+                                  lambda: cell(name, study, (method, sparsity, calibration), given, data))
+            found += [((method, sparsity, how, seed), measured)] if measured else []
+    return found
+
+
 def main(name: str, work: Path, seconds: float = 1e9, data: str | None = None) -> None:
     "Measure cell after cell, and write what is there."
-    study, until = STUDIES[name], time.time() + float(seconds)
+    study, pieces = STUDIES[name], Pieces(work, time.time() + float(seconds))
     work.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(name, study.dtype, "cpu")
     content = {"model": {"name": name, "fingerprint": model_fingerprint(model), "dtype": study.dtype, "device": "cpu"},
                "n": study.n, "judged": study.judged, "answered": study.answered, "chains": repr(study.chains),
                "windows": study.windows, "sets": {}, "problems": {}, "cells": []}
-
-    def kept(key: str, measure) -> dict | None:
-        path = work / f"{key}.json"
-        if not path.exists():
-            if time.time() > until:
-                return None
-            began = time.process_time()
-            write_checked(path, measure())
-            print(f"{key}: {time.process_time() - began:.0f} s", flush=True)
-        return read_checked(path)
-
-    def add(key: tuple, found: dict | None) -> None:
-        if found is None:
-            return
-        for task, values in found["losses"].items():
-            assert content["problems"].setdefault(task, values["uid"]) == values["uid"]
-        losses = {task: values["loss"] for task, values in found["losses"].items()}
-        content["cells"].append([*key, losses | {"text": found["windows"]}, found["right"]])
-
-    add(("dense", 0.0, "", 0), kept("dense", lambda: cell(name, study, None, None, data)))
+    dense = pieces.get("dense", lambda: cell(name, study, None, None, data))
+    found = [(("dense", 0.0, "", 0), dense)] if dense else []
     for seed in range(study.seeds):
         for how, calibration in calibration_sets(model, tokenizer, study, seed, data, work).items():
-            content["sets"][f"{how} {seed}"] = {
-                "examples": len(calibration.examples), "fingerprint": calibration.fingerprint,
-                "tokens": sum(len(e.input_ids) for e in calibration.examples),
-                "targets": sum(label >= 0 for e in calibration.examples for label in e.labels)}
-            if time.time() > until:
-                continue
-            factors = None
-            for method in study.methods:
-                for sparsity in study.sparsities:
-                    def measure(method=method, sparsity=sparsity, calibration=calibration):
-                        nonlocal factors
-                        if method == "cap" and factors is None:
-                            factors = importance_factors(causal_scores(score_heads(model, calibration)))
-                        return cell(name, study, (method, sparsity, calibration), factors, data)
-                    add((method, sparsity, how, seed), kept(f"{method} {sparsity:g} {how} {seed}", measure))
+            content["sets"][f"{how} {seed}"] = about(calibration)
+            found += cells_of_set(name, model, (how, seed, calibration), pieces, data)
+    content["cells"] = [row(content, *each) for each in found]
     OUT.mkdir(parents=True, exist_ok=True)
     write_checked(OUT / f"{name}.json", content | {"environment": environment(model.device, NOTE)})
 
