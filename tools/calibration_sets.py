@@ -176,6 +176,8 @@ def main(name: str, work: Path, seconds: float = 1e9, data: str | None = None) -
     dense = pieces.get("dense", lambda: cell(name, study, None, None, data))
     found = [(("dense", 0.0, "", 0), dense)] if dense else []
     for seed in range(study.seeds):
+        if time.time() > pieces.until and not any(work.glob(f"* {seed}.json")):
+            continue
         for how, calibration in calibration_sets(model, tokenizer, study, seed, data, work).items():
             content["sets"][f"{how} {seed}"] = about(calibration)
             found += cells_of_set(name, model, (how, seed, calibration), pieces, data)
