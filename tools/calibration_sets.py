@@ -50,7 +50,7 @@ class Study:
 
 STUDIES = {
     "lab": Study(dtype="float32", tasks=("lab-gsm8k", "lab-strategyqa", "lab-arc"), text="lab-text",
-                 methods=("wanda", "sparsegpt", "cap"), n=8, judged=40, answered=0,
+                 methods=("wanda", "sparsegpt", "cap"), n=12, judged=40, answered=0,
                  chains=Answering(temperature=1.75, tries=4)),
     "smollm2": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2",
                      methods=("wanda", "sparsegpt"), n=12, judged=30, answered=0, chains=None,
