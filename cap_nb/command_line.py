@@ -738,7 +738,7 @@ Probing = option(bool, "time this device on one layer, for the expected times", 
 @app.command("plan")
 @in_one_sentence
 @with_plugins
-@with_job("model", "calibrate", "prune", "evaluate", without=("aggregation", "calibration_seed", "text"))
+@with_job("model", "calibrate", "prune", "evaluate", without=("aggregation", "calibration_seed", "text", "budget"))
 def plan_command(
     job: Job, # What the options say
     devices: option(int, "devices that share the work") = 1,

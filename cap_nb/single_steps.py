@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/single_steps.ipynb #c004
 from pathlib import Path
 from torch import nn
-from .jobs.job import check_job, check_windows_fit, job_calibration
+from .jobs.job import check_job, check_screening, check_windows_fit, job_calibration
 from .jobs.settings import Job, changed
 from .models.loading import load_model
 
@@ -44,9 +44,7 @@ def score_in_part(
     heads_at_once: int | None, # Heads of a layer in one pass
 ) -> str: # What it was, in a sentence
     "Measure what a budget allows, save it and say what it was."
-    if job.prune.score_target != "loss":
-        raise BadInput("--budget was given with --score-target divergence: expected losses, since a divergence has no "
-                       "first-order estimate; leave one of the two out.")
+    check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # how scores are made is asked later
     model, tokenizer = loaded
     partial = screen_heads(model, calibration, budget, job.calibrate.seed, job.model.batch_tokens, working,
                            tokenizer_fingerprint(tokenizer), heads_at_once)

@@ -87,6 +87,10 @@ def test_a_calibration_seed_leaves_the_evaluation_alone(finished, tmp_path):
     (["score", "--out", "x.safetensors", "--tasks", "none"], ["No task is named"]),
     (["run", "--score-target", "accuracy"], ["Unknown score target 'accuracy'"]),
     (["run", "--model", "lab-moe", "--methods", "cap.routed", "--score-target", "divergence"], ["experts are scored by losses"]),
+    (["run", "--budget", "0.25"], ["--budget was given with --aggregation paper", "give --aggregation mean"]),
+    (["run", "--budget", "1.5", "--aggregation", "mean"], ["The budget is 1.5"]),
+    (["run", "--budget", "0.5", "--aggregation", "mean", "--score-target", "divergence"], ["no first-order estimate"]),
+    (["run", "--budget", "0.5", "--aggregation", "mean", "--methods", "cap.neurons"], ["start from a whole table"]),
     (["prune", "--out", "x", "--sparsity", "1"], ["outside [0, 1)"]),
     (["prune", "--out", "x"], ["needs a table of losses"]),
     (["prune", "--out", "x", "--scores", "nowhere.safetensors"], ["nowhere.safetensors does not exist"]),
@@ -169,6 +173,19 @@ def test_divergences_are_scored_pruned_by_and_not_taken_for_losses(finished, tmp
     assert not (tmp_path / "pruned").exists()
     result = cap(*prune, table, "--score-target", "divergence")
     assert result.exit_code == 0 and "30.0000%" in result.stdout, result.output
+
+
+def test_a_run_within_a_budget_says_what_was_measured(tmp_path):
+    few = [*FEW, "--n", "4", "--accuracy-tasks", "none", "--tasks", "lab-arc", "--methods", "cap", "--sparsity", "0.5", "--aggregation", "mean"]
+    result = cap("run", *few, "--budget", "0.7", "--out", tmp_path / "part")
+    assert result.exit_code == 0 and "- budget: 0.7" in result.stdout, result.output
+    run, lines = load_run(tmp_path / "part"), (tmp_path / "part" / "tables" / "screening.csv").read_text().splitlines()
+    assert run.losses is None and not run.partial.measured.all() and not run.scores.isnan().any()
+    assert [int(line.split(",")[2]) for line in lines[1:]] == run.partial.measured.sum(-1).flatten().tolist()
+    assert cap("pack", tmp_path / "part").exit_code == 0 and torch.equal(load_run(tmp_path / "part").scores, run.scores)
+    assert_one_sentence(cap("run", *few, "--out", tmp_path / "part"), "budget (0.7, now None)")
+    claims = ["claims", *FEW, "--base", tmp_path / "part", "--out", tmp_path / "claims", "--tasks", "lab-arc", "--accuracy-tasks", "none"]
+    assert_one_sentence(cap(*claims), "has no whole table of losses")
 
 
 def test_a_folder_is_one_run(finished):

@@ -4,7 +4,7 @@
 
 First the first-order estimates of all heads on the examples of four committed runs (DATA: the folder of benchmark files,
 for SmolLM2 and Qwen), kept in WORK; then, from the tables alone, errors against cost and the coverage of intervals. The
-end is figures/screening/errors.json and figures/screening/coverage.json.
+end is figures/screening/errors.json and figures/screening/coverage.json, and draws.json for the claims ledger.
 """
 import sys
 from pathlib import Path
@@ -171,6 +171,21 @@ def kept(work: Path, name: str, measure) -> dict:
     return read_checked(path)
 
 
+def write_draws(work: Path, names: tuple[str, ...], data: str | None) -> None:
+    "The rank correlation of every draw at a quarter of the passes, model by model; models that are there are kept."
+    path = OUT / "draws.json"
+    rows = read_checked(path)["rows"] if path.exists() else {}
+    for name in names:
+        rise, slopes, task = table(name, work, data)
+        found = [in_rounds(lambda _: rise, slopes, task, COVERAGE_BUDGET, seed) for seed in range(DRAWS)]
+        values = [rank_correlation(estimated(part, slopes, task).scores, rise.mean(-1)) for part in found]
+        rows[name] = [float(f"{value:.5g}") for value in values]
+    about = {n: {"shape": list(load_run(ROOT / "figures" / n).losses.masked.shape)}
+             | load_run(ROOT / "figures" / n).losses.meta for n in rows}
+    write_checked(path, {"budget": COVERAGE_BUDGET, "draws": DRAWS, "rows": rows, "tables": about,
+                         "environment": environment(torch.device("cpu"))})
+
+
 def main(work: Path, data: str | None) -> None:
     "Measure what is not there yet, and write it all."
     work.mkdir(parents=True, exist_ok=True)
@@ -188,6 +203,7 @@ def main(work: Path, data: str | None) -> None:
     rows = {name: kept(work, f"coverage {name}", lambda: coverage(*parts)) for name, parts in chosen.items()}
     settings = {"draws": COVERAGE_DRAWS, "budget": COVERAGE_BUDGET, "confidence": 0.95}
     write_checked(OUT / "coverage.json", about | settings | {"rows": rows})
+    write_draws(work, RUNS, data)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class ModelRecords:
     experts: Cells = field(default_factory=dict) # Cells of a mixture of experts
     held_out: Mapping[int, Cells] = field(default_factory=dict) # Calibration seed -> cells that judged a frozen method
     together: Mapping = field(default_factory=dict) # Heads masked together, as tools/additivity.py measures them
+    screened: tuple[float, ...] = () # Rank correlation of each screening with the whole table, from tools/screening.py
     folders: tuple[Path, ...] = () # Where all this was read
 
 # %% ../../nbs/experiments/02_claims.ipynb #c012
@@ -109,6 +110,15 @@ def chain_answers(
     chains = variants.records.evaluations.get("chains/answers") if variants else None
     return chains.answers if chains else ()
 
+# %% ../../nbs/experiments/02_claims.ipynb #478868ef
+def screenings(
+    figures: Path, # Folder that holds the runs' folders
+    name: str, # Name of the model
+) -> tuple[float, ...]: # Rank correlation of each draw with the whole table; nothing if none was made
+    "What screening at a quarter of the masked passes gave, draw by draw."
+    draws = figures/"screening"/"draws.json"
+    return tuple(read_checked(draws)["rows"].get(name, ())) if draws.exists() else ()
+
 # %% ../../nbs/experiments/02_claims.ipynb #c015
 def read_model(
     figures: str | Path, # Folder that holds the runs' folders
@@ -127,7 +137,7 @@ def read_model(
         reached={(report.method, report.asked): report.reached for report in reports},
         seconds=seconds_of(run, variants), seeds=by_seed, seed_losses=seed_losses, answers=chain_answers(variants),
         experts=cells_of_run(run_in(experts)), held_out=seed_runs(judged)[0],
-        together=read_checked(additivity) if additivity.exists() else {},
+        together=read_checked(additivity) if additivity.exists() else {}, screened=screenings(Path(figures), name),
         folders=tuple(folder for folder in folders if folder.exists()))
 
 # %% ../../nbs/experiments/02_claims.ipynb #c016
@@ -790,10 +800,25 @@ TOGETHER_QUESTIONS = (
           unit="nats beyond the sum", expected=BELOW,
           cases={order: beyond_the_sum(order) for order in ("lowest scores first", "random order")}),)
 
+# %% ../../nbs/experiments/02_claims.ipynb #453f90dc
+def screened_ranks(
+    records: ModelRecords, # What was run on a model
+    confidence: float, # Of the interval
+) -> Comparison | None: # Mean rank correlation over the draws
+    "How well screening at a quarter of the passes ranks the heads."
+    if not records.screened: return None
+    low, high = bootstrap_interval(records.screened, 0, confidence)
+    return Comparison(value=float(np.mean(records.screened)), low=low, high=high, unit="rank correlation",
+                      n=len(records.screened))
+
+SCREENING_QUESTIONS = (
+    Claim(section="", says="A quarter of the masked passes ranks the heads as all do (correlation of at least 0.98)",
+          unit="rank correlation", expected=(0.98, math.inf), cases={"mean scores": screened_ranks}),)
+
 # %% ../../nbs/experiments/02_claims.ipynb #c081
 CLAIMS = (*MAIN_CLAIMS, *MLP_CLAIMS, *CALIBRATION_CLAIMS, *SUBSET_CLAIMS, *HEAD_CLAIMS, *RANKING_QUESTIONS,
           *CHOICE_QUESTIONS, *PERMUTED_QUESTIONS, *FROZEN_QUESTIONS,
-          *TOGETHER_QUESTIONS) # Every claim of the ledger, in its order
+          *TOGETHER_QUESTIONS, *SCREENING_QUESTIONS) # Every claim of the ledger, in its order
 
 # %% ../../nbs/experiments/02_claims.ipynb #c084
 import matplotlib.pyplot as plt

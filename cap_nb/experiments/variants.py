@@ -264,7 +264,7 @@ def tasks_table(
     meta = base.losses.meta if base.losses is not None else {}
     wanted = (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
     if (meta.get("model"), meta.get("calibration")) != wanted:
-        raise BadInput(f"{sources.base} has no table of losses, or one of another model or other examples: "
+        raise BadInput(f"{sources.base} has no whole table of losses, or one of another model or other examples: "
                        "expected this job's; give the settings of that run, or leave --base out.")
     check_target(base.losses, ready.job.prune.score_target, sources.base)
     return base.losses, base.records.read(name, sha256_of_file)
@@ -404,6 +404,17 @@ from ..core.files import alone_in
 from ..jobs.records import cells_of, environment, note_environment, open_run
 from ..jobs.job import finish_cells, prepare
 
+# %% ../../nbs/experiments/00_variants.ipynb #62bf2dd2
+def check_variants(
+    job: Job, # What is wanted
+    names: Sequence[str], # The variants
+) -> None:
+    "Raise `BadInput` for an unknown variant, and for a job that scores within a budget."
+    for name in names: check_choice(name, VARIANTS, "variant")
+    if job.prune.budget is None: return
+    raise BadInput("Variants were given a budget: expected none, since medians and bootstraps take whole tables of "
+                   "losses; leave it out.")
+
 # %% ../../nbs/experiments/00_variants.ipynb #c065
 def run_variants(
     job: Job, # What is wanted; its methods play no part
@@ -415,7 +426,7 @@ def run_variants(
     text_windows: int | None = None, # Windows of plain text to calibrate on; None means as many as calibration examples
 ) -> Path: # The run's folder
     "Every variant at every sparsity, resumable; every mistake raises `BadInput` before work begins."
-    for name in names: check_choice(name, VARIANTS, "variant")
+    check_variants(job, names)
     ready, folder = prepare(changed(job, methods=())), Path(folder)
     sources = Sources(base=Path(base) if base is not None else None, text_windows=text_windows,
                       store=Path(store) if store else folder/"unfinished"/"scores")

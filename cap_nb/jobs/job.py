@@ -14,6 +14,7 @@ from .chains import Chains, read_chains
 from .settings import CalibrateSettings, Job, changed, check_counts
 from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import check_method
+from ..methods.screening import check_budget
 from ..models.loading import dtype_named, placed
 from ..scoring import AGGREGATIONS
 
@@ -38,6 +39,25 @@ def check_score_target(
             raise BadInput(f"Method {method!r} was given --score-target {job.prune.score_target}: expected loss, since "
                            "neurons and experts are scored by losses; leave --score-target or the method out.")
 
+# %% ../../nbs/jobs/03_job.ipynb #816cb0b3
+def check_screening(
+    job: Job, # The job
+) -> None:
+    "Raise `BadInput` for what a table of losses with gaps cannot give."
+    if job.prune.budget is None: return
+    check_budget(job.prune.budget)
+    if job.prune.score_target != "loss":
+        raise BadInput("--budget was given with --score-target divergence: expected losses, since a divergence has no "
+                       "first-order estimate; leave one of the two out.")
+    if job.prune.aggregation != "mean":
+        raise BadInput(f"--budget was given with --aggregation {job.prune.aggregation}, which takes medians of whole "
+                       "subsets: expected mean; give --aggregation mean, or leave --budget out.")
+    for method in job.prune.methods:
+        if check_method(method).attribution in UNIT_AWARE:
+            raise BadInput(f"Method {method!r} was given --budget: expected none, since factors of neurons and experts "
+                           "start from a whole table of losses; leave --budget or the method out.")
+
+# %% ../../nbs/jobs/03_job.ipynb #ce60290c
 def check_job(
     job: Job, # The job
 ) -> None:
@@ -47,6 +67,7 @@ def check_job(
     for task in (*(job.calibrate.tasks or ()), *(job.evaluate.accuracy_tasks or ())): check_choice(task, TASKS, "task")
     check_choice(job.prune.aggregation, AGGREGATIONS, "aggregation")
     check_score_target(job)
+    check_screening(job)
     if job.calibrate.style: prompt_style(job.calibrate.style)
     if job.evaluate.text: check_choice(job.evaluate.text, TEXTS, "text")
     check_counts(job)
@@ -205,7 +226,7 @@ def configuration(
     tokenizer: object, # Its tokenizer
     calibration: Calibration, # The calibration set
 ) -> dict: # What JSON can hold
-    "What the numbers of a run follow from; a score target only if it is not the paper's, as old runs know no other."
+    "What the numbers of a run follow from; score target and budget only if not the paper's, as old runs know none."
     target = job.prune.score_target
     settings = {"model": model_configuration(job, model, tokenizer),
                 "calibration": calibration_configuration(job, calibration),
@@ -213,6 +234,7 @@ def configuration(
                 "aggregation": job.prune.aggregation, "methods": list(job.prune.methods),
                 "sparsities": list(job.prune.sparsities), "evaluation": evaluation_configuration(job, calibration)}
     if target != "loss": settings["score_target"] = target
+    if job.prune.budget is not None: settings["budget"] = job.prune.budget
     return settings | ({"plugins": noted} if (noted := additions_noted()) else {})
 
 # %% ../../nbs/jobs/03_job.ipynb #c025
@@ -308,7 +330,8 @@ import torch
 from ..engine.resumed_scoring import check_target, table_scorer
 from ..core.memory import memory_taken
 from .records import note_memory, note_time
-from ..scoring import HeadLosses, load_losses, save_losses
+from ..methods.screening import PartialLosses, load_any, save_partial, screen_heads, scores_of
+from ..scoring import HeadLosses, save_losses
 
 # %% ../../nbs/jobs/03_job.ipynb #c045
 @contextmanager
@@ -344,24 +367,51 @@ def check_origin(
                        "run again.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c047
+def save_measured(
+    ready: Ready, # The job
+    path: Path, # Where the table of losses goes
+    store: Path, # Folder of finished units or batches
+) -> None:
+    "Score the heads, all of them on every example or within the job's budget, and save the table."
+    settings, tokenizer = ready.job.prune, ready.configuration["model"]["tokenizer"]
+    common, batch_tokens = (ready.model, ready.calibration), ready.job.model.batch_tokens
+    if settings.budget is None:
+        save_losses(table_scorer(settings.score_target)(*common, batch_tokens, store, tokenizer), path)
+    else:
+        seed = ready.job.calibrate.calibration_seed
+        save_partial(screen_heads(*common, settings.budget, seed, batch_tokens, store, tokenizer), path)
+
+# %% ../../nbs/jobs/03_job.ipynb #80fac03e
+def check_same_budget(
+    path: Path, # File of the table of losses
+    meta: dict, # What the table says of itself
+    budget: float | None, # The job's budget
+) -> None:
+    "Raise `BadInput` for a table with gaps where a whole one is wanted, the other way round, or of another budget."
+    measured = meta.get("screened", {}).get("budget")
+    if measured == budget: return
+    def said(share: float | None) -> str: return "whole" if share is None else f"of a budget of {share:g}"
+    raise BadInput(f"{path} holds a table of losses that is {said(measured)}: expected one that is {said(budget)}; "
+                   "remove it and run again.")
+
+# %% ../../nbs/jobs/03_job.ipynb #374060b6
 def run_losses(
     ready: Ready, # The job
     folder: Path, # The run's folder
     store: Path | None, # Folder of tables shared between runs, or None
-) -> HeadLosses: # The table of losses
+) -> HeadLosses | PartialLosses: # The table of losses; with gaps if the job has a budget
     "The run's table of losses, measured only if it is not there; one of another model raises `BadInput`."
     path, unfinished = folder/"losses.safetensors", folder/"unfinished"/"scores"
     if not path.exists():
-        tokenizer, batch_tokens = ready.configuration["model"]["tokenizer"], ready.job.model.batch_tokens
-        score = table_scorer(ready.job.prune.score_target)
         with time_and_memory_noted(folder, "scoring", ready.model.device):
-            losses = score(ready.model, ready.calibration, batch_tokens, store or unfinished, tokenizer)
-        save_losses(losses, path)
+            save_measured(ready, path, store or unfinished)
     if store is None: shutil.rmtree(unfinished, ignore_errors=True) # an earlier session may have died before this
-    losses = load_losses(path)
+    table = load_any(path)
+    losses = table if isinstance(table, HeadLosses) else table.losses
     check_origin(path, losses.meta, ready)
     check_target(losses, ready.job.prune.score_target, path)
-    return losses
+    check_same_budget(path, losses.meta, ready.job.prune.budget)
+    return table
 
 # %% ../../nbs/jobs/03_job.ipynb #c049
 from ..core.files import read_tensors, write_tensors
@@ -369,7 +419,6 @@ from ..importance import importance_factors
 from ..methods.criteria import Given
 from ..methods.prune import needs_of, parse_method, unit_factors
 from ..regions import Factors
-from ..scoring import causal_scores
 
 # %% ../../nbs/jobs/03_job.ipynb #c050
 def attribution_origin(
@@ -396,7 +445,7 @@ def attribution_factors(
     ready: Ready, # The job
     folder: Path, # The run's folder
     attribution: str, # One of `ATTRIBUTIONS` or `UNIT_AWARE`
-    losses: HeadLosses | None, # The heads' table of losses, for what starts from it
+    losses: HeadLosses | None, # The heads' table of losses, for what starts from it, which is a whole one
 ) -> Factors: # Importance factors of every head, and of every expert or neuron where they have their own
     "The factors of an attribution, computed only if they are not there; those of another model raise `BadInput`."
     path, origin = folder/"attributions"/f"{attribution}.safetensors", attribution_origin(ready, attribution)
@@ -425,7 +474,7 @@ def factors_by_method(
     factors = {name: attribution_factors(ready, folder, name, losses) for name in distinct(tuple(attributions.values()))
                if name}
     if None in attributions.values():
-        scores = causal_scores(losses, ready.job.prune.aggregation)
+        scores = scores_of(losses, ready.job.prune.aggregation)
         factors[None] = Factors(importance_factors(scores))
     return {method: factors[name] for method, name in attributions.items()}
 

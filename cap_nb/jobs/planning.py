@@ -430,6 +430,7 @@ from cap_nb.jobs.costs import (
     solving)
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
 from ..methods.prune import ALLOCATORS, own_scope, parse_method, with_hessian
+from ..methods.screening import check_budget
 
 # %% ../../nbs/jobs/05_planning.ipynb #c048
 BUDGETS, GRADIENT = "budgets from interventions", "gradient of the calibration loss" # Names of stages
@@ -825,8 +826,7 @@ def budget_line(
     budget: float, # Share of the masked passes
 ) -> str: # A line
     "What scoring takes within a budget."
-    if not 0 < budget <= 1:
-        raise BadInput(f"The budget is {budget}: expected a share of the masked passes in (0, 1]; write 0.25.")
+    check_budget(budget)
     work, whole = screened_work(planned.load, budget), planned.stages[0]
     share = flops_of(work, planned.load.sizes) / whole.flops
     time = f", {seconds_text(whole.seconds * share)} (estimate)" if whole.seconds else ""

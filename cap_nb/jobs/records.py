@@ -632,7 +632,7 @@ def row_order(
 
 # %% ../../nbs/jobs/00_records.ipynb #c091
 SESSION = ("python", "torch", "transformers", "cap_nb", "device", "device_name", "threads") # What numbers depend on
-SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "evaluation",
+SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "budget", "evaluation",
             "plugins") # Parts worth a note
 
 def provenance_of(
@@ -647,7 +647,8 @@ def provenance_of(
     return notes | {f"session {number}": session for number, session in enumerate(distinct, 1)}
 
 # %% ../../nbs/jobs/00_records.ipynb #c093
-from ..scoring import HeadLosses, causal_scores, load_losses
+from ..methods.screening import PartialLosses, load_any, scores_of
+from ..scoring import HeadLosses
 
 # %% ../../nbs/jobs/00_records.ipynb #c094
 @dataclass(frozen=True)
@@ -655,7 +656,8 @@ class Run:
     "A run, read from its folder."
     configuration: dict # What was asked
     records: Records # All that was recorded, evaluations of no cell and files of every kind included
-    losses: HeadLosses | None # The table of losses, if heads were scored
+    losses: HeadLosses | None # The table of losses, if every cell of it was measured
+    partial: PartialLosses | None # The table with gaps, if heads were scored within a budget
     reports: tuple[tuple[PruneReport, str], ...] # What each method did, with the fingerprint of its zeros
     evaluations: tuple[Evaluation, ...] # What was measured, in the order of Table 1
     sessions: tuple[dict, ...] # Where it ran, an entry for each session with a difference
@@ -665,7 +667,8 @@ class Run:
     @property
     def scores(self) -> torch.Tensor | None:
         "Causal scores in nats by the run's aggregation, [L, H]; None if no heads were scored."
-        return None if self.losses is None else causal_scores(self.losses, self.configuration["aggregation"])
+        table = self.losses or self.partial
+        return None if table is None else scores_of(table, self.configuration["aggregation"])
 
     @property
     def provenance(self) -> dict:
@@ -693,8 +696,10 @@ def load_run(
     names = [cell_name(*cell) for cell in cells_found(configuration, records)]
     reports = (records.read(f"reports/{name}.json", read_report) for name in names)
     finished = (records.evaluations.get(f"evaluations/{name}") for name in names)
+    table = records.read("losses.safetensors", load_any)
     return Run(
-        configuration=configuration, records=records, losses=records.read("losses.safetensors", load_losses),
+        configuration=configuration, records=records, losses=table if isinstance(table, HeadLosses) else None,
+        partial=table if isinstance(table, PartialLosses) else None,
         reports=tuple(report for report in reports if report is not None),
         evaluations=tuple(sorted((e for e in finished if e is not None), key=row_order)),
         sessions=tuple(records.read("environment.json", read_checked, ())),

@@ -33,6 +33,7 @@ def job_of(
         text_share=0.0 if chosen == "text" else kept.get("text_share", 0.0), text_tokens=kept.get("text_tokens", 256),
         methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
         aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
+        budget=configuration.get("budget"),
         accuracy_tasks=tuple(answered), max_new_tokens=answer_limit(done["max_new_tokens"]),
         text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
         **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})
@@ -72,12 +73,15 @@ def loss_row(
     first: Run, # A run
     second: Run, # The same run, done again
 ) -> tuple | None: # A row of the table; None where one of them scored no heads
-    "The tables of losses, cell by cell."
-    if first.losses is None or second.losses is None: return None
-    if first.losses.masked.shape != second.losses.masked.shape: return row("table of losses", [(0, 1)])
-    values = [run.losses.masked.flatten().tolist() + run.losses.intact.tolist() for run in (first, second)]
+    "The tables of losses, cell by cell; gaps are equal where both tables have one."
+    tables = [run.losses or run.partial and run.partial.losses for run in (first, second)]
+    if None in tables: return None
+    if tables[0].masked.shape != tables[1].masked.shape: return row("table of losses", [(0, 1)])
+    masked = [table.masked.nan_to_num(-1.0) for table in tables] # no loss is negative
+    values = [table.flatten().tolist() + losses.intact.tolist() for table, losses in zip(masked, tables)]
     return row("table of losses", list(zip(*values)), max(abs(a - b) for a, b in zip(*values)))
 
+# %% ../../nbs/jobs/10_repeat.ipynb #3bc1e8aa
 def measured_rows(
     first: Run, # A run
     second: Run, # The same run, done again

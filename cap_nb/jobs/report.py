@@ -163,6 +163,17 @@ from ..analysis import (
 from ..importance import importance_factors
 from ..core.plots import save_figure
 from ..core.files import write_checked
+from ..methods.screening import PartialLosses, screened_scores
+
+# %% ../../nbs/jobs/02_report.ipynb #7edf74cb
+def screening_csv(
+    partial: PartialLosses, # A table of losses with gaps
+) -> str: # A line a head
+    "On how many examples each head was masked, and its score with the 95 % interval, as comma-separated values."
+    (scores, low, high), counts = screened_scores(partial), partial.measured.sum(-1)
+    rows = [f"{layer},{head},{counts[layer, head]},{scores[layer, head].item()!r},{low[layer, head].item()!r},"
+            f"{high[layer, head].item()!r}" for layer in range(len(scores)) for head in range(scores.shape[1])]
+    return "\n".join(["layer,head,measured,score,low,high", *rows]) + "\n"
 
 # %% ../../nbs/jobs/02_report.ipynb #c036
 def table_texts(
@@ -175,6 +186,7 @@ def table_texts(
     if any(evaluation.answers for evaluation in run.evaluations):
         texts["answers.md"] = answer_markdown(answer_table(run.evaluations))
     if run.scores is not None: texts["scores.csv"] = scores_csv(run.scores, importance_factors(run.scores))
+    if run.partial is not None: texts["screening.csv"] = screening_csv(run.partial)
     return {f"tables/{name}": text for name, text in texts.items()}
 
 def figures_of(

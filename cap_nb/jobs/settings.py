@@ -41,6 +41,7 @@ class PruneSettings:
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.5) # shares of the weights in scope to zero
     aggregation: str = "paper" # how losses become scores: paper, paired or mean
     score_target: str = "loss" # what masking a head is measured by: loss, or divergence from the intact predictions
+    budget: float | None = None # share of the masked passes to score with, as 0.25; all if left out
 
 # %% ../../nbs/jobs/01_settings.ipynb #c012
 @dataclass(frozen=True)

@@ -320,6 +320,22 @@ def unit_aware_factors(
     heads, sizes = importance_factors(causal_scores(losses, how)), neuron_estimates(model, calibration, signed=False)
     return Factors(heads=heads, neurons=neuron_factors(sizes, NEURON_AWARE[name].high), kept={"sizes": sizes})
 
+# %% ../../nbs/methods/12_neurons.ipynb #f179f862
+from .sparsegpt import MadeOnce, MatrixSolver
+
+# %% ../../nbs/methods/12_neurons.ipynb #cbe6a6e9
+def weighing(
+    solver: MatrixSolver, # Gives the new weight of one projection
+    factors: dict[str, torch.Tensor], # Module name -> factor of its rows or columns, from `region_factors`
+) -> MatrixSolver: # The same with outputs and inputs weighed
+    "Let a solver weigh each error by what the neuron or head is worth whose row or column it is in."
+    def solve(weight: torch.Tensor, hessian: torch.Tensor, share: float, name: str, once: MadeOnce) -> torch.Tensor:
+        factor = factors[name].to(hessian)
+        if factor.numel() == 1: return solver(weight, hessian, share, name, once)
+        if factor.shape[0] == 1: return solver(weight, factor.T * hessian * factor, share, name, once)
+        return (solver(weight.float() * factor, hessian, share, name, once) / factor).to(weight.dtype)
+    return solve
+
 # %% ../../nbs/methods/12_neurons.ipynb #c063
 from ..core.errors import check_sparsity
 from ..models.families import HOLDS

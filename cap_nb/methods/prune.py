@@ -87,6 +87,7 @@ def needs_of(
     others = {"dense": (), "sparsegpt": ("calibration",), "alps": ("calibration",), "heads": ("factors",)}
     criterion = CRITERIA.get(parts.base)
     needs = tuple(GIVES[need] for need in criterion.needs) if criterion else others[parts.base]
+    if parts.base in SOLVERS and parts.attribution in NEURON_AWARE: needs += ("factors",)
     if parts.allocation: needs += ALLOCATORS[parts.allocation].needs
     if parts.recovery: needs += ("calibration",)
     return tuple(dict.fromkeys(needs))
@@ -101,9 +102,10 @@ def check_attribution(
         raise BadInput(f"Method {name!r} names an attribution but uses no importance factors: "
                        f"expected cap, cap_wanda, heads or +causal; leave .{parts.attribution} out.")
     uses_units = parts.base in CRITERIA and "factor" in CRITERIA[parts.base].needs
+    uses_units |= parts.base in SOLVERS and parts.attribution in NEURON_AWARE
     if parts.attribution in UNIT_AWARE and not uses_units:
         raise BadInput(f"Method {name!r} gives experts or neurons their own factors and uses none: "
-                       f"expected cap or cap_wanda; leave .{parts.attribution} out.")
+                       f"expected cap or cap_wanda, or neurons for sparsegpt or alps; leave .{parts.attribution} out.")
 
 # %% ../../nbs/methods/13_prune.ipynb #c016
 def with_hessian(
@@ -233,7 +235,8 @@ def method_list() -> str: # Lines
               f"Attributions: {', '.join(ATTRIBUTIONS)}."]
     lines += ["On a mixture of experts also, where experts get factors of their own:\n"]
     lines += lines_of(f"cap.{name}" for name in ROUTING_AWARE)
-    lines += ["With a factor for every MLP neuron:\n", *lines_of(f"cap.{name}" for name in NEURON_AWARE)]
+    lines += ["With a factor for every MLP neuron:\n", *lines_of(f"{base}.{name}" for base in ("cap", "alps")
+                                                                    for name in NEURON_AWARE)]
     lines += [f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.",
               "Recoveries: swaps, update, swaps^update."]
     added = ", ".join(f"{each.kind} {each.name} ({each.plugin or 'session'})" for each in ADDED)
@@ -243,8 +246,8 @@ def method_list() -> str: # Lines
 import torch
 from ..importance import importance_factors
 from .criteria import check_given
-from .neurons import unit_aware_factors
-from ..regions import Factors
+from .neurons import unit_aware_factors, weighing
+from ..regions import Factors, region_factors
 from ..scoring import HeadLosses
 
 # %% ../../nbs/methods/13_prune.ipynb #c033
@@ -324,7 +327,9 @@ def layer_solver(
     "How a method prunes a layer in the walk with Hessians."
     scope = own_scope(parts)
     if parts.base in SOLVERS:
-        return by_matrix(matrix_solver(parts.base, pattern_of(scope)), projection_shares(model, sparsity, given, scope))
+        solver = matrix_solver(parts.base, pattern_of(scope))
+        if parts.attribution in NEURON_AWARE: solver = weighing(solver, region_factors(model, given.factors))
+        return by_matrix(solver, projection_shares(model, sparsity, given, scope))
     criterion = CRITERIA[parts.base]
     if not walks(criterion, scope): return by_masks(masks_on_dense(model, parts, sparsity, given))
     shares = projection_shares(model, sparsity, given, scope)

@@ -189,13 +189,19 @@ from ..core.errors import BadInput
 # %% ../../nbs/methods/17_screening.ipynb #c031
 ROUNDS, FIRST = 4, 0.6 # Rounds after the first, and the first one's share of the budget
 
+def check_budget(
+    budget: float, # Share of the masked passes
+) -> None:
+    "Raise `BadInput` for a budget that is no share."
+    if not 0 < budget <= 1:
+        raise BadInput(f"The budget is {budget}: expected a share of the masked passes in (0, 1]; write 0.25.")
+
 def first_counts(
     sizes: torch.Tensor, # Examples of each task, float64 [S]
     budget: float, # Share of the masked passes
 ) -> torch.Tensor: # Examples of each task that every head sees in the first round, float64 [S]
     "The first round: at least two examples a task, since one alone has no variance; too small a budget is refused."
-    if not 0 < budget <= 1:
-        raise BadInput(f"The budget is {budget}: expected a share of the masked passes in (0, 1]; write 0.25.")
+    check_budget(budget)
     least = (sizes.clamp_max(2).sum() / sizes.sum()).item()
     if budget < least:
         raise BadInput(f"A budget of {budget} gives every head fewer than two examples a task: expected at least "
@@ -559,13 +565,22 @@ def load_any(
         raise BadInput(f"{path} holds no table of losses ({error}): expected a file written by 'cap score'; check the "
                        "path.") from None
 
+def scores_of(
+    table: HeadLosses | PartialLosses, # A table of losses, whole or with gaps
+    how: str, # "paper", "paired" or "mean"
+    name: str | Path = "The table of losses", # Its file, for the sentence
+) -> torch.Tensor: # Scores in nats, float64 [L, H]
+    "Scores from a table of losses; any but the mean of a table with gaps raises `BadInput`."
+    if isinstance(table, HeadLosses): return causal_scores(table, how)
+    if how == "mean": return screened_scores(table)[0]
+    raise BadInput(f"{name} was measured in part, with --budget, and aggregation {how!r} takes medians of whole "
+                   "subsets: expected 'mean'; give --aggregation mean, or score without --budget.")
+
+# %% ../../nbs/methods/17_screening.ipynb #2888aa3a
 def read_scores(
     path: str | Path, # A file that 'cap score' wrote
     how: str, # "paper", "paired" or "mean"
 ) -> tuple[HeadLosses, torch.Tensor]: # The table, perhaps with gaps, and the scores in nats, float64 [L, H]
-    "Scores from a table of losses; any but the mean of a table with gaps raises `BadInput`."
+    "Scores from the file of a table of losses; any but the mean of a table with gaps raises `BadInput`."
     table = load_any(path)
-    if isinstance(table, HeadLosses): return table, causal_scores(table, how)
-    if how == "mean": return table.losses, screened_scores(table)[0]
-    raise BadInput(f"{path} was measured in part, with --budget, and aggregation {how!r} takes medians of whole "
-                   "subsets: expected 'mean'; give --aggregation mean, or score without --budget.")
+    return table if isinstance(table, HeadLosses) else table.losses, scores_of(table, how, path)

@@ -34,7 +34,8 @@ def scores_record(
 ) -> dict: # What JSON can hold
     "What config.json says of the table of losses."
     on = examples_record(losses.task, losses.k, losses.seed, losses.meta.get("calibration"))
-    return on | {"target": losses.target, "aggregation": aggregation}
+    within = {"budget": screened["budget"]} if (screened := losses.meta.get("screened")) else {} # measured in part
+    return on | {"target": losses.target, "aggregation": aggregation} | within
 
 # %% ../../nbs/portable/04_sharing.ipynb #c010
 import json

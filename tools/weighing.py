@@ -1,0 +1,60 @@
+"""What a neuron is worth, in the problem that a solver solves: held-out losses with errors weighed and not weighed.
+
+    python tools/weighing.py WORK [SECONDS]
+
+On the lab model, three calibration seeds. Every pruned model is a file in WORK and is not measured twice; none is begun
+after SECONDS. What is there by then is written to figures/neurons/weighed.json. Factors are those of `.neurons`, from 1
+to 10, and nothing is chosen here.
+"""
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from cap_nb.calibration import calibration_set
+from cap_nb.core.files import write_checked
+from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.jobs.records import environment
+from cap_nb.methods.neurons import unit_aware_factors
+from cap_nb.models.loading import load_model, model_fingerprint
+from cap_nb.regions import Factors
+from tools.calibration_sets import NOTE, Pieces, Study, about, cell, row
+
+OUT = Path(__file__).resolve().parent.parent / "figures" / "neurons" / "weighed.json"
+STUDY = Study(dtype="float32", tasks=("lab-gsm8k", "lab-strategyqa", "lab-arc"), text="lab-text", n=16, judged=60,
+              answered=0, chains=None, methods=("alps", "sparsegpt", "cap_wanda"), sparsities=(0.5, 0.2))
+SCOPES = {"cap_wanda": "@row"}  # As Wanda has it; the solvers have their own
+
+
+def factors_of(model, calibration, seed: int, pieces: Pieces) -> Factors | None:
+    "Factors of heads and neurons, measured once a seed."
+    def measure() -> dict:
+        found = unit_aware_factors(model, "neurons", calibration, score_heads(model, calibration))
+        return {"heads": found.heads.tolist(), "neurons": found.neurons.tolist()}
+    found = pieces.get(f"factors {seed}", measure)
+    return found and Factors(torch.tensor(found["heads"]), neurons=torch.tensor(found["neurons"]))
+
+
+def main(work: Path, seconds: float = 1e9) -> None:
+    "Measure cell after cell, and write what is there."
+    pieces, found, sets = Pieces(work, time.time() + float(seconds)), [], {}
+    work.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_model("lab", STUDY.dtype, "cpu")
+    for seed in range(STUDY.seeds):
+        calibration = calibration_set(tokenizer, STUDY.tasks, STUDY.n, 3, seed)
+        sets[seed], factors = about(calibration), factors_of(model, calibration, seed, pieces)
+        for sparsity in STUDY.sparsities if factors else ():
+            for method in [f"{base}{way}{SCOPES.get(base, '')}" for base in STUDY.methods for way in ("", ".neurons")]:
+                given = Factors(factors.heads) if method == "cap_wanda@row" else factors if "." in method else None
+                measured = pieces.get(f"{method} {sparsity:g} {seed}",
+                                      lambda: cell("lab", STUDY, (method, sparsity, calibration), given, None))
+                found += [((method, sparsity, "gold", seed), measured)] if measured else []
+    content = {"model": {"name": "lab", "fingerprint": model_fingerprint(model), "dtype": STUDY.dtype, "device": "cpu"},
+               "n": STUDY.n, "judged": STUDY.judged, "windows": STUDY.windows, "sets": sets, "problems": {}}
+    content["cells"] = [row(content, *each) for each in found]
+    write_checked(OUT, content | {"environment": environment(model.device, NOTE)})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
