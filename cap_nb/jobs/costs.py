@@ -494,7 +494,7 @@ def sparsegpt_solving(
 ) -> Solving: # SparseGPT
     "One factor for all, then block after block (algorithm 1)."
     block = min(128, width)
-    return Solving(products=sum(rows) * width * (width - block), others=4 * width**3 // 3 + sum(rows) * width * block)
+    return Solving(products=sum(rows) * width * (width - block), others=width**3 // 3 + sum(rows) * width * block)
 
 def joint_solving(
     width: int, # n
@@ -516,7 +516,9 @@ def solving(
     for width, rows in inputs_read(sizes):
         if part == "sparsegpt": total += sparsegpt_solving(width, rows)
         elif part == "alps": total += joint_solving(width, rows)
-        else: total += Solving(products=2 * sum(rows) * width**2 * (UPDATE_STEPS + 2 if part == "update" else 2))
+        elif part == "update":
+            total += Solving(products=2 * sum(rows) * width**2 * (UPDATE_STEPS + 1), others=len(rows) * width**3)
+        else: total += Solving(products=2 * sum(rows) * width**2 * 2)
     return Solving(products=sizes.layers * total.products, others=sizes.layers * total.others)
 
 # %% ../../nbs/jobs/04_costs.ipynb #c072
