@@ -227,6 +227,26 @@ def factored(
     damped, dead = damped_hessian(hessian, damping, name)
     return block_factors(damped, block, damping, name, hessian.dtype), dead
 
+# %% ../../nbs/methods/03_sparsegpt.ipynb #0597b7db
+def pruned_blocks(
+    old: torch.Tensor, # Old weight, [out, in]
+    factor: torch.Tensor, # From `block_factors`, float64 [in, in]
+    sparsity: float, # Share of the matrix to zero, in [0, 1)
+    pattern: tuple[int, int] | None, # (zeros, of) for N:M; None means anywhere in a block
+    block: int, # Columns of a block
+) -> tuple[torch.Tensor, torch.Tensor]: # The new weight, and which went, bool; both [out, in]
+    "Block after block: where it stands when its turn comes, then algorithm 1 within it."
+    new, mask, rows = torch.empty_like(old), torch.zeros_like(old, dtype=torch.bool), len(old)
+    moved = torch.zeros_like(old)
+    for start in range(0, old.shape[1], block):
+        part = slice(start, min(start + block, old.shape[1]))
+        count = zeros_wanted(rows * part.stop, sparsity) - zeros_wanted(rows * start, sparsity)
+        back = factor[:part.stop, part].to(old.dtype)
+        now = old[:, part] + moved[:, :start] @ back[:start]
+        new[:, part], mask[:, part] = prune_columns(now, back[start:], count, pattern)
+        moved[:, part] = old[:, part] - new[:, part]
+    return new, mask
+
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c039
 @torch.no_grad()
 def sparsegpt_update(
@@ -244,15 +264,8 @@ def sparsegpt_update(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     make = lambda: factored(hessian, damping, name, block)
     factor, dead = (once or MadeOnce()).get(hessian, ("factor", damping, block), make)
-    new, rows = weight.detach().to(dtype).masked_fill(dead, 0.0), len(weight)
-    mask, moved = torch.zeros_like(new, dtype=torch.bool), torch.zeros_like(new)
-    for start in range(0, new.shape[1], block):
-        part = slice(start, min(start + block, new.shape[1]))
-        count = zeros_wanted(rows * part.stop, sparsity) - zeros_wanted(rows * start, sparsity)
-        old, back = new[:, part].clone(), factor[:part.stop, part].to(dtype)
-        now = old + moved[:, :start] @ back[:start]
-        new[:, part], mask[:, part] = prune_columns(now, back[start:], count, pattern)
-        moved[:, part] = old - new[:, part]
+    old = weight.detach().to(dtype).masked_fill(dead, 0.0)
+    new, mask = pruned_blocks(old, factor, sparsity, pattern, block)
     return new.to(weight.dtype), mask
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c063
