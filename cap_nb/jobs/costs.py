@@ -494,7 +494,8 @@ def sparsegpt_solving(
 ) -> Solving: # SparseGPT
     "One factor for all, then block after block (algorithm 1)."
     block = min(128, width)
-    return Solving(products=(sum(rows) + 2 * block) * width * (width - block), others=width**3 // 3 + sum(rows) * width * block)
+    return Solving(products=(sum(rows) + 2 * block) * width * (width - block),
+                   others=width**3 // 3 + sum(rows) * width * block)
 
 def joint_solving(
     width: int, # n

@@ -74,6 +74,7 @@ def solved_on(
         direction.mul_(ratio(size, before)).add_(residual)
     return new, steps
 
+# %% ../../nbs/methods/05_update.ipynb #99862bc3
 def conjugate_gradients(
     layer: ScaledLayer, # The problem
     mask: torch.Tensor, # What is removed, bool [out, in]
