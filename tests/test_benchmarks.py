@@ -1,4 +1,8 @@
 """The benchmarks in small, where nothing is said of time: what they compare agrees, and what differs is noticed."""
+import threading
+from multiprocessing import Pipe
+
+import numpy as np
 import pytest
 import torch
 
@@ -6,7 +10,7 @@ from cap_nb.core.errors import BadInput
 from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.methods.streaming import open_checkpoint
 from cap_nb.models.loading import load_model
-from tools.benchmarks import generation, gpu, scaling, scoring, streaming, threshold
+from tools.benchmarks import generation, gpu, layer_problem, scaling, scoring, streaming, threshold
 from tools.side_by_side import ScoringRounds, balanced_heads, examples_at_hand, largest_difference
 
 
@@ -67,3 +71,23 @@ def test_other_texts_are_noticed(tmp_path):
     for wrong in (["a", "c"], ["a", "b more"]):
         with pytest.raises(BadInput, match="texts differ"):
             generation.check_texts({"harness": ["a", "b"], "stop tokens": ["a", "b"], "answer lines": wrong})
+
+
+TINY = layer_problem.llama | dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=60)
+CASES = {"a model": dict(shape=TINY, rows=2, tokens=40, threads=1), "a matrix": dict(matrix=(12, 32), tokens=64, threads=1)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_layer_problem_in_small(case):
+    """Every side, over the pipe by which it is asked: half of the weights are zero, and each round begins with the old ones."""
+    for side in layer_problem.solvers:
+        ours, theirs = Pipe()
+        worker = threading.Thread(target=layer_problem.live, args=(CASES[case], side, theirs))
+        worker.start()
+        memory, zeros, about = layer_problem.received(ours, side)
+        ours.send(True)
+        assert layer_problem.received(ours, side) > 0 and about and abs(np.unpackbits(zeros).mean() - 0.5) < 0.02
+        ours.send(False)
+        worker.join()
+    with pytest.raises(BadInput, match="holds no lib/prune.py"):
+        layer_problem.published_code("nowhere")

@@ -3,6 +3,8 @@ import pytest
 import torch
 
 from cap_nb.data.prompts import IGNORED
+from cap_nb.engine.layer_walk import layer_by_layer
+from cap_nb.methods import wanda
 from cap_nb.methods.budgets import measured_divergences, pruned_regions, sublayers, wanda_local
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import projections
@@ -10,6 +12,17 @@ from cap_nb.scoring import batches_of
 from proofs import TINY_MODELS, tiny_calibration, tiny_model
 
 LEVELS = (0.3, 0.6)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_nothing_is_missed_where_statistics_end_a_pass(name, monkeypatch):
+    """A pass that ends at the last projection's input gives the sums of a whole one: no projection is called twice."""
+    for step in layer_by_layer(tiny_model(name), tiny_calibration(), 30):
+        short = wanda.input_sums(step, wanda.squares)
+        with monkeypatch.context() as patched:
+            patched.setattr(wanda, "until_known", lambda record, names: record)
+            whole = wanda.input_sums(step, wanda.squares)
+        assert all(torch.equal(short[p.name], whole[p.name]) for p in step.projections)
 
 
 @torch.no_grad()

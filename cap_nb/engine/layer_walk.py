@@ -95,15 +95,18 @@ class LayerStep:
     projections: tuple[Projection, ...] # Its projections
     batches: Sequence[BatchState] # All batches of the calibration set; they go on when the next layer is asked for
 
+CACHED_TOKENS = 1024 # Tokens of a batch on a processor, at most
+
 def layer_by_layer(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # The calibration set
-    batch_tokens: int = 4096, # Padded tokens per batch
+    batch_tokens: int = 4096, # Padded tokens per batch; on a processor 1,024 at most
     name: str = "layer by layer", # What the progress bar says
 ) -> Iterator[LayerStep]: # Every layer in turn; change it before you ask for the next one
     "Walk through the layers with the calibration set; holds the hidden states of all its tokens, [tokens, hidden]."
     device = next(model.parameters()).device
-    states = [initial_state(model, batch, indices) for indices, batch in batches_of(calibration, batch_tokens, device)]
+    tokens = min(batch_tokens, CACHED_TOKENS) if device.type == "cpu" else batch_tokens
+    states = [initial_state(model, batch, indices) for indices, batch in batches_of(calibration, tokens, device)]
     for index, layer in enumerate(tqdm(decoder_layers(model), desc=name, unit="layer")):
         in_layer = tuple(p for p in projections(model) if p.layer == index)
         yield LayerStep(layer=layer, index=index, projections=in_layer, batches=states)

@@ -285,12 +285,13 @@ class Work:
     head_tokens: int = 0 # Tokens through the output head, summed over passes
     pairs: int = 0 # Pairs of positions in one layer's attention, summed over layers and passes
     key_tokens: int = 0 # Tokens of which a layer computes query, key and value only, summed over passes
+    short_tokens: int = 0 # Tokens among those of layers for which a layer ends before its down projection
 
     def __add__(self, other: "Work") -> "Work":
         "The work of both."
         return Work(passes=self.passes + other.passes, layer_tokens=self.layer_tokens + other.layer_tokens,
                     head_tokens=self.head_tokens + other.head_tokens, pairs=self.pairs + other.pairs,
-                    key_tokens=self.key_tokens + other.key_tokens)
+                    key_tokens=self.key_tokens + other.key_tokens, short_tokens=self.short_tokens + other.short_tokens)
 
 def flops_of(
     work: Work, # What is computed
@@ -300,6 +301,7 @@ def flops_of(
     shapes = projection_shapes(sizes)
     keys = sum(rows * columns for rows, columns in (shapes[role] for role in ("query", "key", "value")))
     return (2 * layer_weights(sizes) * work.layer_tokens + 2 * keys * work.key_tokens
+            - 2 * shapes["down"][0] * shapes["down"][1] * work.short_tokens
             + 2 * sizes.vocabulary * sizes.hidden * work.head_tokens
             + 4 * sizes.heads * sizes.head_size * work.pairs)
 
@@ -365,10 +367,10 @@ def wanda_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The calibration batches
 ) -> Work: # The work of measuring the norms, layer by layer
-    "Two passes through the layers, of which the last one needs a single one, and the first layer once more."
+    "A pass that measures, without down projections, and one that goes on, which the first layer has for the last."
     runs = 2 * sizes.layers # first: once for the arguments of all layers; last: what it gives is not needed
-    return sum((Work(passes=2, layer_tokens=runs * b.rows * b.width, head_tokens=0,
-                     pairs=runs * b.rows * b.width**2) for b in batches), Work())
+    return sum((Work(passes=2, layer_tokens=runs * b.rows * b.width, head_tokens=0, pairs=runs * b.rows * b.width**2,
+                     short_tokens=sizes.layers * b.rows * b.width) for b in batches), Work())
 
 def lengths_like(
     lengths: Sequence[ExampleLength], # Lengths of one task
@@ -492,7 +494,8 @@ def sparsegpt_solving(
 ) -> Solving: # SparseGPT
     "One factor for all, then block after block (algorithm 1)."
     block = min(128, width)
-    return Solving(products=sum(rows) * width * (width - block), others=4 * width**3 // 3 + sum(rows) * width * block)
+    return Solving(products=(sum(rows) + 2 * block) * width * (width - block),
+                   others=width**3 // 3 + sum(rows) * width * block)
 
 def joint_solving(
     width: int, # n
@@ -514,7 +517,9 @@ def solving(
     for width, rows in inputs_read(sizes):
         if part == "sparsegpt": total += sparsegpt_solving(width, rows)
         elif part == "alps": total += joint_solving(width, rows)
-        else: total += Solving(products=2 * sum(rows) * width**2 * (UPDATE_STEPS + 2 if part == "update" else 2))
+        elif part == "update":
+            total += Solving(products=2 * sum(rows) * width**2 * (UPDATE_STEPS + 1), others=len(rows) * width**3)
+        else: total += Solving(products=2 * sum(rows) * width**2 * 2)
     return Solving(products=sizes.layers * total.products, others=sizes.layers * total.others)
 
 # %% ../../nbs/jobs/04_costs.ipynb #c072

@@ -28,7 +28,7 @@ def damped_hessian(
     name: str, # Name of the module, for the sentence
 ) -> tuple[torch.Tensor, torch.Tensor]: # The Hessian to factor, float64 [in, in], and which columns are dead, bool [in]
     "Add the damping, and put 1 on the diagonal of dead columns; a Hessian that is not finite raises `BadInput`."
-    damped = hessian.detach().double().clone()
+    damped = hessian.detach().to(torch.float64, copy=True)
     if not damped.isfinite().all():
         raise BadInput(f"The Hessian of {name} holds NaN or infinity: expected finite inputs; "
                        f"check the weights before it, or run the model in float32.")
@@ -39,21 +39,40 @@ def damped_hessian(
     return damped, dead
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c017
-def inverse_factor(
-    damped: torch.Tensor, # The Hessian with its damping, float64 [in, in]
+def inverse_of_block(
+    block: torch.Tensor, # A block on the diagonal, less what the columns behind it explain, float64 [b, b]
+    diagonal: torch.Tensor, # The diagonal of the Hessian there, [b]
+    rounding: float, # Share of it that rounding can make of nothing
+) -> torch.Tensor | None: # Its R, upper triangular, float64 [b, b]; None if the block is not positive definite
+    "Factor a block in reverse order, and invert the factor."
+    lower, failed = torch.linalg.cholesky_ex(block.flip(0, 1))
+    if failed or not (lower.diagonal().square() > rounding * diagonal.flip(0)).all(): return None
+    identity = torch.eye(len(block), dtype=block.dtype, device=block.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c7cd45e2
+def block_factors(
+    damped: torch.Tensor, # The Hessian with its damping, float64 [in, in]; overwritten
+    block: int, # Columns of a block, counted from the first
     damping: float, # The damping that it has, for the sentence
     name: str, # Name of the module, for the sentence
     dtype: torch.dtype = torch.float64, # In which the Hessian was added up
-) -> torch.Tensor: # R, upper triangular, float64 [in, in], with R^T R the inverse of the Hessian
-    "The upper Cholesky factor of the inverse Hessian (algorithm 1); a failure raises `BadInput` that names the module."
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    rounding = max(len(damped) * torch.finfo(damped.dtype).eps, 8 * torch.finfo(dtype).eps)
-    if failed or not (lower.diagonal().square() > rounding * damped.diagonal().flip(0)).all():
-        raise BadInput(f"The Hessian of {name} is not positive definite with damping {damping:g}: expected a Cholesky "
-                       f"factorisation; raise the damping (0.01 is usual), take more calibration examples, "
-                       f"or run the model in float32.")
-    identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+) -> torch.Tensor: # The same memory: R_BB on the diagonal, C_B above it; what lies below the blocks means nothing
+    "All inverses of algorithm 1, block by block; a failure raises `BadInput` that names the module."
+    size, diagonal = len(damped), damped.diagonal().clone()
+    rounding = max(size * torch.finfo(damped.dtype).eps, 8 * torch.finfo(dtype).eps)
+    parts = [slice(start, min(start + block, size)) for start in range(0, size, block)]
+    for part in reversed(parts):
+        damped[:part.stop, part].addmm_(damped[:part.stop, part.stop:], damped[part, part.stop:].T, alpha=-1)
+        inverse = inverse_of_block(damped[part, part], diagonal[part], rounding)
+        if inverse is None:
+            raise BadInput(f"The Hessian of {name} is not positive definite with damping {damping:g}: expected a "
+                           f"Cholesky factorisation; raise the damping (0.01 is usual), take more calibration "
+                           f"examples, or run the model in float32.")
+        damped[part, part], above = inverse, damped[:part.start, part]
+        above.copy_(above @ inverse.T) # of U
+    for part in parts: damped[:part.start, part] = damped[:part.start, part] @ damped[part, part] # of C
+    return damped
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c021
 from ..threshold import first_true
@@ -72,25 +91,38 @@ def cheapest(
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c025
 from ..threshold import smallest_in_rows
 
+# %% ../../nbs/methods/03_sparsegpt.ipynb #c264cfe4
+def smallest_of_group(
+    columns: torch.Tensor, # The block's weights, those before j as they are by now, [columns, out]
+    errors: torch.Tensor, # Errors of the columns before j, [columns, out]
+    factor: torch.Tensor, # The block's part of R, [columns, columns]
+    j: int, # First column of the group
+    pattern: tuple[int, int], # (zeros, of)
+) -> torch.Tensor: # Which of the group go, bool [of, out]
+    "Choose within a group of N:M, on its weights as they are by then."
+    group = slice(j, j + pattern[1])
+    now = columns[group] - factor[:j, group].T @ errors[:j]
+    costs = now.abs() / factor.diagonal()[group, None]
+    return smallest_in_rows(costs.T.contiguous(), pattern[0] / pattern[1]).T
+
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c026
 def prune_columns(
-    weight: torch.Tensor, # The block's weights, [out, columns]; changed in place
+    weight: torch.Tensor, # The block's weights, [out, columns]; not changed
     factor: torch.Tensor, # The block's part of R, [columns, columns]
     count: int, # Weights that go, where there is no pattern
     pattern: tuple[int, int] | None, # (zeros, of), or None
-) -> tuple[torch.Tensor, torch.Tensor]: # Which went, bool, and the errors for the columns behind; both [out, columns]
-    "One block of algorithm 1: choose, remove, and pass the error on, column after column."
-    errors, scale = torch.zeros_like(weight), factor.diagonal()
-    if pattern is None: mask = cheapest(weight.abs() / scale, count)
-    else: mask = torch.zeros_like(weight, dtype=torch.bool)
-    for j in range(weight.shape[1]):
+) -> tuple[torch.Tensor, torch.Tensor]: # The new weights, and which went, bool; both [out, columns]
+    "One block of algorithm 1: choose and remove, column after column."
+    columns, scale = weight.T.clone(memory_format=torch.contiguous_format), factor.diagonal()
+    if pattern is None: mask = cheapest(weight.abs() / scale, count).T.contiguous()
+    else: mask = torch.zeros_like(columns, dtype=torch.bool)
+    errors = torch.zeros_like(columns)
+    for j in range(len(columns)):
         if pattern is not None and j % pattern[1] == 0:
-            group = slice(j, j + pattern[1])
-            mask[:, group] = smallest_in_rows(weight[:, group].abs() / scale[group], pattern[0] / pattern[1])
-        errors[:, j] = (weight[:, j] / scale[j]).masked_fill(~mask[:, j], 0.0)
-        weight[:, j:].addr_(errors[:, j], factor[j, j:], alpha=-1)
-    weight.masked_fill_(mask, 0.0) # exactly zero, not nearly
-    return mask, errors
+            mask[j:j + pattern[1]] = smallest_of_group(columns, errors, factor, j, pattern)
+        column = columns[j].addmv_(errors[:j].T, factor[:j, j], alpha=-1)
+        torch.div(column, scale[j], out=errors[j]).masked_fill_(~mask[j], 0.0)
+    return columns.masked_fill_(mask, 0.0).T, mask.T # exactly zero, not nearly
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c028
 def check_pattern_fits(
@@ -189,11 +221,31 @@ def factored(
     hessian: torch.Tensor, # Sum over tokens of the products of input features, [in, in]
     damping: float, # Share of the mean diagonal that is added to the diagonal
     name: str, # Name of the module, for messages
-    dtype: torch.dtype, # In which the matrix is pruned
-) -> tuple[torch.Tensor, torch.Tensor]: # R, upper triangular [in, in], and which columns are dead, bool [in]
+    block: int, # Columns whose zeros are chosen together
+) -> tuple[torch.Tensor, torch.Tensor]: # As `block_factors`, float64 [in, in], and which columns are dead, bool [in]
     "All that SparseGPT needs of a Hessian."
     damped, dead = damped_hessian(hessian, damping, name)
-    return inverse_factor(damped, damping, name, hessian.dtype).to(dtype), dead
+    return block_factors(damped, block, damping, name, hessian.dtype), dead
+
+# %% ../../nbs/methods/03_sparsegpt.ipynb #0597b7db
+def pruned_blocks(
+    old: torch.Tensor, # Old weight, [out, in]
+    factor: torch.Tensor, # From `block_factors`, float64 [in, in]
+    sparsity: float, # Share of the matrix to zero, in [0, 1)
+    pattern: tuple[int, int] | None, # (zeros, of) for N:M; None means anywhere in a block
+    block: int, # Columns of a block
+) -> tuple[torch.Tensor, torch.Tensor]: # The new weight, and which went, bool; both [out, in]
+    "Block after block: where it stands when its turn comes, then algorithm 1 within it."
+    new, mask, rows = torch.empty_like(old), torch.zeros_like(old, dtype=torch.bool), len(old)
+    moved = torch.zeros_like(old)
+    for start in range(0, old.shape[1], block):
+        part = slice(start, min(start + block, old.shape[1]))
+        count = zeros_wanted(rows * part.stop, sparsity) - zeros_wanted(rows * start, sparsity)
+        back = factor[:part.stop, part].to(old.dtype)
+        now = old[:, part] + moved[:, :start] @ back[:start]
+        new[:, part], mask[:, part] = prune_columns(now, back[start:], count, pattern)
+        moved[:, part] = old[:, part] - new[:, part]
+    return new, mask
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c039
 @torch.no_grad()
@@ -210,15 +262,10 @@ def sparsegpt_update(
     "SparseGPT on one matrix (algorithm 1), in float32; dead columns become zero even beyond the sparsity."
     check_problem(weight, hessian, sparsity, pattern, block, damping, name)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    make = lambda: factored(hessian, damping, name, dtype)
-    factor, dead = (once or MadeOnce()).get(hessian, ("factor", damping, dtype), make)
-    new = weight.detach().to(dtype).masked_fill(dead, 0.0)
-    mask, rows = torch.zeros_like(new, dtype=torch.bool), len(new)
-    for start in range(0, new.shape[1], block):
-        part = slice(start, min(start + block, new.shape[1]))
-        count = zeros_wanted(rows * part.stop, sparsity) - zeros_wanted(rows * start, sparsity)
-        mask[:, part], errors = prune_columns(new[:, part], factor[part, part], count, pattern)
-        new[:, part.stop:] -= errors @ factor[part, part.stop:]
+    make = lambda: factored(hessian, damping, name, block)
+    factor, dead = (once or MadeOnce()).get(hessian, ("factor", damping, block), make)
+    old = weight.detach().to(dtype).masked_fill(dead, 0.0)
+    new, mask = pruned_blocks(old, factor, sparsity, pattern, block)
     return new.to(weight.dtype), mask
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c063

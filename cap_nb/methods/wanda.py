@@ -19,6 +19,7 @@ WANDA = Criterion(name="wanda", score=wanda_score, needs=("norm",), scope="row",
 
 # %% ../../nbs/methods/00_wanda.ipynb #c009
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from ..core.errors import BadInput
 from ..engine.layer_walk import LayerStep, real_rows
@@ -54,16 +55,33 @@ def adder(
         found.sums[p.name] = found.sums[p.name].add_(added) if p.name in found.sums else added
     return add
 
+# %% ../../nbs/methods/00_wanda.ipynb #20f0fb12
+class InputsKnown(Exception):
+    "All projections of a layer have been recorded: what would follow in the pass is not wanted."
+
+def until_known(
+    record: Callable[[Projection, torch.Tensor, torch.Tensor | None], None], # Called with each projection's input
+    names: set[str], # Module names of the projections that are recorded
+) -> Callable[[Projection, torch.Tensor, torch.Tensor | None], None]: # The same, ending the pass behind the last one
+    "A callback that raises `InputsKnown` as soon as every projection has been recorded."
+    awaited = set(names)
+    def counted(p: Projection, inputs: torch.Tensor, tokens: torch.Tensor | None) -> None:
+        record(p, inputs, tokens)
+        awaited.discard(p.name)
+        if not awaited: raise InputsKnown
+    return counted
+
 # %% ../../nbs/methods/00_wanda.ipynb #c012
 @torch.no_grad()
 def input_sums(
     step: LayerStep, # A layer, and the batches before it
     statistic: Statistic, # What is added up over the tokens
 ) -> dict[str, torch.Tensor]: # Module name -> its sum over all tokens that are not padding; the same for some
-    "Run a layer over the calibration set, and add up a statistic of its projections' inputs."
-    found = InputSums()
+    "Run a layer over the calibration set as far as its last projection, and add up a statistic of what they read."
+    found, names = InputSums(), {p.name for p in step.projections}
     for batch in step.batches:
-        with recorded_inputs(step.projections, adder(found, batch.mask, statistic)):
+        record = until_known(adder(found, batch.mask, statistic), names)
+        with suppress(InputsKnown), recorded_inputs(step.projections, record):
             run_layer(step.layer, batch.hidden, batch.calls[step.index])
     return {p.name: found.sums[found.first[p.name]] for p in step.projections}
 
@@ -75,7 +93,8 @@ def squares(
     inputs: torch.Tensor, # [n, in]
 ) -> torch.Tensor: # Sum over the tokens of the squared input, float64 [in]
     "The statistic that Wanda adds up: squared inputs."
-    copies = (rows.to(torch.float64, copy=True) for rows in inputs.split(512)) # few rows at a time
+    few = max(1, 2**16 // inputs.shape[1]) # rows whose copy stays in the processor's cache
+    copies = (rows.to(torch.float64, copy=True) for rows in inputs.split(few))
     return sum(copy.square_().sum(0) for copy in copies)
 
 @torch.no_grad()
