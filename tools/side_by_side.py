@@ -376,30 +376,30 @@ def sampled_resumed_work(
     heads: Sequence[tuple[int, int]],  # (layer, head) of the sample
     prefix: int = 0,  # P, tokens of the shared prefix
 ) -> Work:  # The work of `score_heads`, one head at a time
-    "The same losses with every pass resumed at its layer, the last layer at targets only, the prefix once a head."
+    "The same losses: passes resumed behind the masked layer's attention, the last layer at targets, the prefix once a head."
     passes, last = 1 + len(heads), sizes.layers - 1
-    later = sum(last - layer for layer, _ in heads)
-    runs, before = sizes.layers + last + later, 2 * sizes.layers + later
+    at_last = sum(layer == last for layer, _ in heads)
+    before, later = len(heads) - at_last, sum(last - 1 - layer for layer, _ in heads if layer < last)
     first = Work(
-        passes=0,
-        layer_tokens=prefix * before,
-        head_tokens=0,
-        pairs=prefix**2 * before,
-        key_tokens=prefix * len(heads),
+        layer_tokens=prefix * (2 * sizes.layers + later + before),
+        given_tokens=prefix * before,
+        pairs=prefix**2 * (2 * sizes.layers + later),
+        key_tokens=prefix * before,
     )
-    return sum(
-        (
-            Work(
-                passes=passes,
-                layer_tokens=b.rows * (runs * b.width + passes * b.most),
-                head_tokens=passes * b.targets,
-                pairs=b.rows * (prefix + b.width) * (runs * b.width + passes * b.most),
-                key_tokens=passes * b.rows * b.width,
-            )
-            for b in batches
-        ),
-        first,
-    )
+
+    def of_batch(b: BatchShape) -> Work:
+        attending = (sizes.layers + later) * b.width + (passes - at_last) * b.most
+        given = before * b.width + at_last * b.most
+        return Work(
+            passes=passes,
+            layer_tokens=b.rows * (attending + given),
+            given_tokens=b.rows * given,
+            head_tokens=passes * b.targets,
+            pairs=b.rows * (prefix + b.width) * attending,
+            key_tokens=(passes - at_last) * b.rows * b.width,
+        )
+
+    return sum((of_batch(b) for b in batches), first)
 
 
 def examples_at_hand(

@@ -232,7 +232,8 @@ def lens_case(path, name, repeats=5, n=4, chosen=10, each=1):
 def compile_layers(model, **options):
     def chosen(layer, projection, plain, fast):
         def forward(*args, **given):
-            as_it_is = projection._forward_pre_hooks or any(isinstance(value, Cache) for value in given.values())
+            hooked = projection._forward_pre_hooks or projection._forward_hooks
+            as_it_is = hooked or any(isinstance(value, Cache) for value in given.values())
             return (plain if as_it_is else fast)(*args, **given)
 
         layer.forward = forward
