@@ -530,6 +530,7 @@ def score_layer(
         outputs.append(hidden)
     return outputs
 
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #aabe62d0
 def walk_and_score(
     model: nn.Module, # The model
     plan: ScoringPlan, # The plan
