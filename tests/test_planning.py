@@ -177,9 +177,9 @@ def test_operations_of_pruning_by_wanda_agree_with_torchs_counter():
 
 
 def test_passes_of_scoring_are_counted_layer_by_layer():
-    """Every call of every layer in a real scoring, against the plan's count."""
+    """Every call of every layer's MLP in a real scoring, against the plan's count of tokens through a layer."""
     model, calibration, calls = random_model(), examples(), []
-    handles = [layer.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[:2].numel())) for layer in model.model.layers]
+    handles = [layer.mlp.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[:2].numel())) for layer in model.model.layers]
     head = []
     handles.append(model.lm_head.register_forward_hook(lambda module, args, output: head.append(args[0].shape[:-1].numel())))
     sizes, batches = sizes_of(model.config, "random", "a test"), batch_shapes(lengths_of(calibration), 60)

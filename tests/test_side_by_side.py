@@ -188,7 +188,7 @@ def test_the_work_of_a_sample(lab):
     assert sampled_resumed_work(sizes, shapes, every) == resumed_work(sizes, shapes)
     few = balanced_heads(6, 6, 2, 1)
     alone, behind = (sampled_resumed_work(sizes, shapes[:1], few, prefix).layer_tokens for prefix in (0, 100))
-    assert alone == 3 * ((6 + 5 + 5) * 40 + 3 * 12) and behind - alone == 100 * (12 + 5)
+    assert alone == 3 * ((6 + 4 + 1) * 40 + 3 * 12) and behind - alone == 100 * (12 + 4 + 1)
 
 
 def test_examples_behind_worked_ones_and_of_given_lengths(lab):

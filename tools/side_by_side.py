@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 import cap_nb
@@ -376,30 +377,30 @@ def sampled_resumed_work(
     heads: Sequence[tuple[int, int]],  # (layer, head) of the sample
     prefix: int = 0,  # P, tokens of the shared prefix
 ) -> Work:  # The work of `score_heads`, one head at a time
-    "The same losses with every pass resumed at its layer, the last layer at targets only, the prefix once a head."
+    "The same losses, resumed behind the masked attention, the last layer at targets only, the prefix once a head."
     passes, last = 1 + len(heads), sizes.layers - 1
-    later = sum(last - layer for layer, _ in heads)
-    runs, before = sizes.layers + last + later, 2 * sizes.layers + later
+    at_last = sum(layer == last for layer, _ in heads)
+    before, later = len(heads) - at_last, sum(last - 1 - layer for layer, _ in heads if layer < last)
     first = Work(
-        passes=0,
-        layer_tokens=prefix * before,
-        head_tokens=0,
-        pairs=prefix**2 * before,
-        key_tokens=prefix * len(heads),
+        layer_tokens=prefix * (2 * sizes.layers + later + before),
+        given_tokens=prefix * before,
+        pairs=prefix**2 * (2 * sizes.layers + later),
+        key_tokens=prefix * before,
     )
-    return sum(
-        (
-            Work(
-                passes=passes,
-                layer_tokens=b.rows * (runs * b.width + passes * b.most),
-                head_tokens=passes * b.targets,
-                pairs=b.rows * (prefix + b.width) * (runs * b.width + passes * b.most),
-                key_tokens=passes * b.rows * b.width,
-            )
-            for b in batches
-        ),
-        first,
-    )
+
+    def of_batch(b: BatchShape) -> Work:
+        attending = (sizes.layers + later) * b.width + (passes - at_last) * b.most
+        given = before * b.width + at_last * b.most
+        return Work(
+            passes=passes,
+            layer_tokens=b.rows * (attending + given),
+            given_tokens=b.rows * given,
+            head_tokens=passes * b.targets,
+            pairs=b.rows * (prefix + b.width) * attending,
+            key_tokens=(passes - at_last) * b.rows * b.width,
+        )
+
+    return sum((of_batch(b) for b in batches), first)
 
 
 def examples_at_hand(
@@ -599,6 +600,58 @@ def share_reached(
     )
 
 
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": ("aten::_scaled_dot_product",),
+    "cross-entropy": ("aten::_log_softmax", "aten::nll_loss"),
+    "norms, rotary, MLP, residuals": (
+        *("aten::mul", "aten::add", "aten::silu", "aten::pow", "aten::mean", "aten::rsqrt", "aten::neg", "aten::sum"),
+        *("aten::div", "aten::gelu"),
+    ),
+    "copies": ("aten::cat", "aten::copy_", "aten::index", "aten::where", "aten::gather", "aten::fill_", "aten::repeat"),
+}  # Kind -> how the names of torch's operations begin; what else there is is "all else"
+
+
+def kind_of(
+    operation: str,  # Name of an operation of torch
+    shapes: Sequence,  # Shapes of what it is given
+    vocabulary: int,  # Tokens that the model knows
+) -> str:  # One of `KINDS`, "output head" or "all else"
+    "What an operation is a part of; a matrix product with the vocabulary in its shape is the output head's."
+    kind = next((kind for kind, names in KINDS.items() if operation.startswith(names)), "all else")
+    wide = any(vocabulary in shape for shape in shapes if isinstance(shape, (list, tuple)))
+    return "output head" if kind == "matrix products" and wide else kind
+
+
+def profiled_seconds(
+    call: Callable[[], object],  # What is profiled
+    vocabulary: int,  # Tokens that the model knows
+) -> dict[str, float]:  # Kind of work -> seconds of the calling thread
+    "Where the time of a call goes, by torch's profiler; a profile slows what it measures down."
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        call()
+    seconds = dict.fromkeys((*KINDS, "output head", "all else"), 0.0)
+    for event in profiled.key_averages(group_by_input_shape=True):
+        seconds[kind_of(event.key, event.input_shapes, vocabulary)] += event.self_cpu_time_total / 1e6
+    return seconds
+
+
+def scoring_profile(
+    sides: Mapping[str, Callable[[Sequence], torch.Tensor]],  # Name -> (heads -> masked losses)
+    heads: Sequence[tuple[int, int]],  # (layer, head) of the sample
+    total: int,  # Heads of the model
+    vocabulary: int,  # Tokens that the model knows
+) -> dict[str, dict[str, float]]:  # Name -> kind of work -> seconds for all heads
+    "Where the time of every side goes, scaled from the sample to all heads."
+    found = {}
+    for name, side in sides.items():
+        intact, sample = (profiled_seconds(lambda some=some: side(some), vocabulary) for some in ([], heads))
+        found[name] = {
+            kind: whole_seconds((intact[kind],), (taken,), len(heads), total)[0] for kind, taken in sample.items()
+        }
+    return found
+
+
 @dataclass(frozen=True)
 class ScoringRounds:
     "How a scoring is compared with others."
@@ -608,6 +661,7 @@ class ScoringRounds:
     repeats: int = 5  # Rounds
     tolerance: float = 1e-4  # How far the sides may be apart, in nats
     times: int = 3  # Matrix products in one call
+    profiled: bool = False  # Whether a profile of both sides is kept
 
 
 def measured_scoring(
@@ -627,8 +681,10 @@ def measured_scoring(
         product = matrix_product(fastest_product(device, dtype, rounds.squares), device, dtype, rounds.times)
         sides = scoring_sides(model, calibration, rounds.batch_tokens) | dict(more or {})
         compared = compared_scoring(sides, heads, product, rounds.repeats, device, rounds.tolerance)
-        about = about_scoring(model, calibration, rounds.batch_tokens, heads)
-        return compared | {"about": compared["about"] | about | said}
+        about = about_scoring(model, calibration, rounds.batch_tokens, heads) | said
+        if rounds.profiled:
+            about["profile"] = scoring_profile(sides, heads, about["total"], about["sizes"]["vocabulary"])
+        return compared | {"about": compared["about"] | about}
 
     settings = {
         "repeats": rounds.repeats,

@@ -6,7 +6,7 @@
 __all__ = ['score_heads']
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c007
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 import torch
 import torch.nn.functional as F
@@ -144,12 +144,12 @@ def token_divergences(
     return torch.cat(parts, 1)
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c029
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from .layer_walk import BatchState, state_of_calls
-from cap_nb.models.replay import (
-    KnownKeys, Prefix, PrefixCache, can_be_cut, cut_call, hidden_at, keys_and_values, read_after_prefix, read_prefix,
-    repeated)
+from .layer_walk import BatchState, first_layer_alone, state_of_calls
+from ..models.replay import (
+    KnownHeads, KnownKeys, Prefix, PrefixCache, can_be_cut, cut_call, given_heads, hidden_at, keys_and_values,
+    read_after_prefix, read_prefix, recorded_heads, repeated)
 from ..models.interventions import changed_input
 from ..models.anatomy import dimensions, output_projection
 
@@ -207,11 +207,12 @@ def last_layer_at_targets(
     call: LayerCall, # How the last layer is called
     targets: Targets, # Where targets are predicted
     cache: PrefixCache | None, # Keys and values of the prefix
+    given: bool = False, # Whether its heads are given, and no keys are wanted
 ) -> torch.Tensor: # Output of the last layer at the target positions, [B, S, hidden]
     "The last layer, at target positions only where that is possible."
     layer = decoder_layers(model)[-1]
     if targets.call is None: return hidden_at(run_layer(layer, hidden, call, cache), targets.positions)
-    known = KnownKeys(keys_and_values(layer, hidden, call, cache))
+    known = None if given else KnownKeys(keys_and_values(layer, hidden, call, cache))
     return run_layer(layer, hidden_at(hidden, targets.positions), targets.call, known)
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c038
@@ -252,17 +253,28 @@ def copied_targets(
                    tokens=targets.tokens.repeat(copies), call=call)
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c043
+@contextmanager
+def masked_run(
+    model: nn.Module, # A causal language model of a known family
+    layer: int, # The masked layer
+    heads: Sequence[int], # The masked heads, M
+    known: KnownHeads | None, # What the layer's heads give to one copy of the batch; None: attention is run
+) -> Iterator[None]:
+    "While the block runs, each copy of the batch has one of the heads masked, from known heads on if there are any."
+    given = given_heads(model, layer, known, len(heads)) if known else nullcontext()
+    with masked_heads(model, layer, heads), given: yield
+
 def run_masked(
     model: nn.Module, # A causal language model of a known family
     hidden: torch.Tensor, # Input of the masked layer, one copy for each head, [M*B, T, hidden]
     calls: Sequence[LayerCall], # How every layer is called
     layer: int, # The masked layer
-    heads: Sequence[int], # The masked heads, M
+    change: AbstractContextManager, # What `masked_run` gave
     cache: PrefixCache | None, # Keys and values of the prefix, read here or stored here
 ) -> torch.Tensor: # Input of the last layer, [M*B, T, hidden]
     "Run from the masked layer to the last but one; if the masked layer is the last, run nothing."
     for index in range(layer, len(calls) - 1):
-        with masked_heads(model, layer, heads) if index == layer else nullcontext():
+        with change if index == layer else nullcontext():
             hidden = run_layer(decoder_layers(model)[index], hidden, calls[index], cache)
     return hidden
 
@@ -272,12 +284,15 @@ def masked_prefix(
     prefix: Prefix | None, # What all examples start with
     layer: int, # The masked layer
     heads: Sequence[int], # The masked heads, M
-) -> PrefixCache | None: # Keys and values from that layer on, M rows, one for each head
+) -> PrefixCache | None: # Keys and values from that layer on; M rows, one for each head, or one for all in that layer
     "Run the prefix with heads masked, for its keys and values; of the last layer nothing else is computed."
     if prefix is None: return None
     cache, last, copies = PrefixCache(), len(prefix.calls) - 1, len(heads)
+    cache.kept[layer] = prefix.cache.kept[layer] # a mask changes nothing before the output projection
+    if layer == last: return cache
     calls = [repeated(call, copies) for call in prefix.calls]
-    hidden = run_masked(model, calls[layer].hidden.repeat(copies, 1, 1), calls, layer, heads, cache)
+    change = masked_run(model, layer, heads, prefix.heads[layer])
+    hidden = run_masked(model, calls[layer].hidden.repeat(copies, 1, 1), calls, layer, change, cache)
     cache.kept[last] = keys_and_values(decoder_layers(model)[last], hidden, calls[last])
     return cache
 
@@ -289,24 +304,39 @@ def masked_losses(
     layer: int, # The masked layer
     heads: Sequence[int], # The masked heads, M
     cache: PrefixCache | None, # Keys and values from `masked_prefix` for these heads
+    known: KnownHeads | None = None, # From `intact_step`; None: the layer's attention is run
 ) -> torch.Tensor: # Loss (or divergence) of each example with each head masked, in nats, float64 [M, B]
     "The masked losses of some heads of a layer, in one pass (paper equation 1)."
     copies, last = len(heads), len(state.calls) - 1
     calls, targets = [repeated(call, copies) for call in state.calls], copied_targets(targets, copies)
-    hidden = run_masked(model, state.hidden.repeat(copies, 1, 1), calls, layer, heads, cache)
-    with masked_heads(model, layer, heads) if layer == last else nullcontext():
-        hidden = last_layer_at_targets(model, hidden, calls[last], targets, cache)
+    change, here = masked_run(model, layer, heads, known), layer == last
+    hidden = run_masked(model, state.hidden.repeat(copies, 1, 1), calls, layer, change, cache)
+    with change if here else nullcontext():
+        hidden = last_layer_at_targets(model, hidden, calls[last], targets, cache, here and known is not None)
     return measured_at_targets(model, hidden, targets).view(copies, -1)
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #2c128497
+def intact_step(
+    model: nn.Module, # A causal language model of a known family
+    state: BatchState, # A batch before a layer
+    targets: Targets, # Its targets
+    layer: int, # Index of that layer
+    cache: PrefixCache | None = None, # Keys and values of the prefix
+) -> tuple[torch.Tensor, KnownHeads | None]: # Output of the layer (of the last: at targets), and what its heads gave
+    "Run one layer of the intact model, and keep what its output projection reads."
+    call, last = state.calls[layer], len(state.calls) - 1
+    with recorded_heads(model, layer) as kept:
+        if layer < last: hidden = run_layer(decoder_layers(model)[layer], state.hidden, call, cache)
+        else: hidden = last_layer_at_targets(model, state.hidden, call, targets, cache)
+    return hidden, kept[0] if kept else None
 
 def intact_losses(
     model: nn.Module, # A causal language model of a known family
-    state: BatchState, # A batch before the last layer
-    targets: Targets, # Its targets
-    prefix: Prefix | None, # What all examples start with
+    hidden: torch.Tensor, # Output of the last layer at targets, from `intact_step`
+    targets: Targets, # The targets
 ) -> torch.Tensor: # Loss of each example, in nats, float64 [B]
-    "The intact losses of a batch that has reached the last layer; divergences from itself, which are zero."
+    "The intact losses of a batch; divergences from itself, which are zero."
     if targets.intact is not None: return torch.zeros(len(targets.real), dtype=torch.float64)
-    hidden = last_layer_at_targets(model, state.hidden, state.calls[-1], targets, prefix and prefix.cache)
     return measured_at_targets(model, hidden, targets)
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c048
@@ -329,11 +359,13 @@ def prepare_batch(
     prefix: Prefix | None, # What all examples start with
     target: str = "loss", # What will be measured, one of `TARGETS`
 ) -> tuple[BatchState, Targets]: # The batch before the first layer, and its targets
-    "One intact pass over a batch without its prefix."
+    "Record how layers are called for a batch without its prefix."
     device, length = model.get_input_embeddings().weight.device, prefix.length if prefix else 0
     examples = [after_prefix(calibration.examples[index], length) for index in indices]
     batch = collate(examples, pad_id=0, device=device)
-    calls = read_after_prefix(model, batch, prefix)
+    unpadded = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
+    with nullcontext() if target == "divergence" else first_layer_alone(model):
+        calls = read_after_prefix(model, unpadded, prefix)
     state = state_of_calls(calls, batch["attention_mask"], indices)
     targets, last = targets_of(batch["labels"]), state.calls[-1]
     if can_be_cut(last):
@@ -398,7 +430,7 @@ def prepare_batches(
     batch_tokens: int, # Padded tokens per batch
     target: str, # What will be measured
 ) -> tuple[Prefix | None, list[BatchState], list[Targets]]: # The prefix, and the batches before the first layer
-    "Read the shared prefix, cut what follows it into batches, and make the intact pass over each."
+    "Read the shared prefix, cut what follows it into batches, and record how layers are called for each."
     length = shared_prefix(calibration.examples)
     prefix = read_prefix(model, calibration.examples[0].input_ids[:length]) if length else None
     batches = token_batches([after_prefix(e, length) for e in calibration.examples], batch_tokens)
@@ -452,9 +484,7 @@ def make_plan(
     return plan, states
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c065
-from collections.abc import Iterator
 from tqdm.auto import tqdm
-from .layer_walk import advanced
 from .unit_store import check_finite_table, write_unit
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c066
@@ -471,10 +501,11 @@ def unit_losses(
     state: BatchState, # The unit's batch, before the unit's layer
     unit: Unit, # The unit
     caches: Sequence[PrefixCache | None], # Keys and values from `masked_prefix`, for each group of the layer's heads
+    known: KnownHeads | None, # What the layer's heads gave to the batch
 ) -> torch.Tensor: # Masked losses, float64 [H, B]
     "Compute one unit, check it and write it to the store."
     targets, groups = plan.targets[unit.batch], plan.groups[unit.layer]
-    losses = torch.cat([masked_losses(model, state, targets, unit.layer, heads, cache)
+    losses = torch.cat([masked_losses(model, state, targets, unit.layer, heads, cache, known)
                         for heads, cache in zip(groups, caches)])
     uids, measured = uids_of(plan, state), "loss" if targets.intact is None else "divergence"
     check_finite_table(losses, unit.layer, uids, [head for heads in groups for head in heads], measured=measured)
@@ -482,32 +513,37 @@ def unit_losses(
     return losses
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c067
-def layer_losses(
+def score_layer(
     model: nn.Module, # The model
     plan: ScoringPlan, # The plan
-    states: Sequence[BatchState], # All batches, before this layer
+    states: list[BatchState], # All batches, before this layer
     layer: int, # The layer whose heads are masked in turn
-) -> Iterator[tuple[Unit, torch.Tensor]]: # This process's units of the layer with their masked losses, float64 [H, B]
-    "Compute this process's units of one layer."
-    units = [Unit(batch, layer) for batch in range(len(states)) if Unit(batch, layer) in plan.units]
-    if not units: return
-    caches = [masked_prefix(model, plan.prefix, layer, heads) for heads in plan.groups[layer]]
-    for unit in units: yield unit, unit_losses(model, plan, states[unit.batch], unit, caches)
+    losses: dict[Unit, torch.Tensor], # Gets this process's units of the layer, masked losses [H, B] each
+) -> list[torch.Tensor]: # Output of the layer for each batch; of the last layer at targets
+    "Run the intact layer batch by batch, and mask its heads on those batches that are this process's units."
+    units, outputs = {unit for unit in plan.units if unit.layer == layer}, []
+    caches = [masked_prefix(model, plan.prefix, layer, heads) for heads in plan.groups[layer]] if units else []
+    for batch, state in enumerate(states):
+        hidden, known = intact_step(model, state, plan.targets[batch], layer, plan.prefix and plan.prefix.cache)
+        if (unit := Unit(batch, layer)) in units:
+            losses[unit] = unit_losses(model, plan, state, unit, caches, known)
+        outputs.append(hidden)
+    return outputs
 
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #aabe62d0
 def walk_and_score(
     model: nn.Module, # The model
     plan: ScoringPlan, # The plan
     states: list[BatchState], # All batches, before the first layer
 ) -> tuple[dict[Unit, torch.Tensor], list[torch.Tensor]]: # Masked losses, [H, B] per unit; intact, [B] per batch
     "Move all batches through the intact layers together, computing the units of each layer on the way."
-    losses, last, cache = {}, len(plan.groups) - 1, plan.prefix and plan.prefix.cache
+    losses = {}
     with tqdm(total=len(plan.units), desc="scoring heads", unit="unit") as bar:
-        for layer in range(last + 1):
-            for unit, values in layer_losses(model, plan, states, layer):
-                losses[unit] = values
-                bar.update()
-            if layer < last: states = [advanced(model, state, layer, cache) for state in states]
-    return losses, [intact_losses(model, state, targets, plan.prefix) for state, targets in zip(states, plan.targets)]
+        for layer in range(len(plan.groups)):
+            outputs = score_layer(model, plan, states, layer, losses)
+            bar.update(len(losses) - bar.n)
+            states = [replace(state, hidden=hidden) for state, hidden in zip(states, outputs)]
+    return losses, [intact_losses(model, hidden, targets) for hidden, targets in zip(outputs, plan.targets)]
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c069
 from ..models.anatomy import Anatomy

@@ -286,12 +286,14 @@ class Work:
     pairs: int = 0 # Pairs of positions in one layer's attention, summed over layers and passes
     key_tokens: int = 0 # Tokens of which a layer computes query, key and value only, summed over passes
     short_tokens: int = 0 # Tokens among those of layers for which a layer ends before its down projection
+    given_tokens: int = 0 # Of `layer_tokens`, those of which a layer computes none of these three
 
     def __add__(self, other: "Work") -> "Work":
         "The work of both."
         return Work(passes=self.passes + other.passes, layer_tokens=self.layer_tokens + other.layer_tokens,
                     head_tokens=self.head_tokens + other.head_tokens, pairs=self.pairs + other.pairs,
-                    key_tokens=self.key_tokens + other.key_tokens, short_tokens=self.short_tokens + other.short_tokens)
+                    key_tokens=self.key_tokens + other.key_tokens, short_tokens=self.short_tokens + other.short_tokens,
+                    given_tokens=self.given_tokens + other.given_tokens)
 
 def flops_of(
     work: Work, # What is computed
@@ -300,7 +302,7 @@ def flops_of(
     "Two for every weight and token, and four for every pair of positions and channel of a head."
     shapes = projection_shapes(sizes)
     keys = sum(rows * columns for rows, columns in (shapes[role] for role in ("query", "key", "value")))
-    return (2 * layer_weights(sizes) * work.layer_tokens + 2 * keys * work.key_tokens
+    return (2 * layer_weights(sizes) * work.layer_tokens + 2 * keys * (work.key_tokens - work.given_tokens)
             - 2 * shapes["down"][0] * shapes["down"][1] * work.short_tokens
             + 2 * sizes.vocabulary * sizes.hidden * work.head_tokens
             + 4 * sizes.heads * sizes.head_size * work.pairs)
@@ -349,13 +351,15 @@ def resumed_work(
     target: str = "loss", # What is measured; for divergences the intact output head runs again beside every masked one
 ) -> Work: # The work of `score_heads`, or `score_divergences`
     "The same losses with every masked pass resumed at its layer; what a shared prefix saves is not subtracted."
-    passes = 1 + sizes.layers * sizes.heads
-    heads = passes if target == "loss" else 2 * (passes - 1)
-    whole_layers = 2 * sizes.layers - 1 + sizes.heads * sizes.layers * (sizes.layers - 1) // 2
+    layers, each, more = sizes.layers, sizes.heads, int(target != "loss") # more: the intact pass goes to the end
+    passes, known, run = 1 + layers * each, each * (layers - 1), layers + more * (layers - 1)
+    later = each * (layers - 1) * (layers - 2) // 2 # layers after the masked one and before the last
     def of_batch(b: BatchShape) -> Work:
-        positions = whole_layers * b.width + passes * b.most # of one example, through one layer
-        return Work(passes=passes, layer_tokens=b.rows * positions, head_tokens=heads * b.targets,
-                    pairs=b.rows * b.width * positions, key_tokens=passes * b.rows * b.width)
+        attending = (run + later) * b.width + (passes + more - each) * b.most # of one example, through one layer
+        given = known * b.width + each * b.most # of one example, through a layer whose heads are known
+        return Work(passes=passes, layer_tokens=b.rows * (attending + given), given_tokens=b.rows * given,
+                    head_tokens=(passes if not more else 2 * (passes - 1)) * b.targets,
+                    pairs=b.rows * b.width * attending, key_tokens=(passes + more - each) * b.rows * b.width)
     return sum((of_batch(b) for b in batches), Work())
 
 # %% ../../nbs/jobs/04_costs.ipynb #c053

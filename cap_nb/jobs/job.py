@@ -72,8 +72,8 @@ def check_job(
     if job.evaluate.text: check_choice(job.evaluate.text, TEXTS, "text")
     check_counts(job)
     chains_of(job.calibrate)
-    dtype_named(job.model.dtype)
     placed(job.model.device)
+    dtype_named(job.model.dtype, job.model.device)
 
 # %% ../../nbs/jobs/03_job.ipynb #c009
 from ..calibration import default_style, default_tasks

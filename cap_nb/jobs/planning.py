@@ -651,7 +651,8 @@ def plan(
     check_job(job)
     check_plan_counts(devices=devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens, memory=memory)
     sizes, tokenizer = read_sizes(job.model.name), tokenizer_at_hand(job.model.name)
-    dtype, job = str(dtype_named(job.model.dtype or sizes.dtype)).removeprefix("torch."), planned_job(job, tokenizer)
+    asked = dtype_named(job.model.dtype or sizes.dtype, job.model.device)
+    dtype, job = str(asked).removeprefix("torch."), planned_job(job, tokenizer)
     lengths, origin = planned_lengths(job, tokenizer, prompt_tokens, target_tokens)
     deal_subsets(range(len(lengths)), job.calibrate.k) # more subsets than examples are refused
     load = Workload(sizes=sizes, job=job, lengths=lengths, dtype=dtype)

@@ -14,7 +14,7 @@ from ..core.errors import BadInput, check_at_least, check_choice, check_seed
 class ModelSettings:
     "Which model, and how it is run."
     name: str = "lab" # lab, lab-moe, smollm2, a folder, or a hub id (owner/name@commit)
-    dtype: str | None = None # float32, bfloat16 or float16; as stored if left out
+    dtype: str | None = None # float32, bfloat16, float16 or fastest; as stored if left out
     device: str | None = None # cpu, cuda, cuda:N, mps, or auto to spread a large model; cuda if there is one
     batch_tokens: int = 4096 # padded tokens a batch
 

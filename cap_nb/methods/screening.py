@@ -345,8 +345,8 @@ def guessed_bounds(
 from torch import nn
 from ..calibration import Calibration
 from ..data.batches import token_batches
-from ..engine.layer_walk import advanced
-from ..engine.resumed_scoring import head_groups, heads_by_memory, intact_pass, masked_losses, prepare_batch
+from ..engine.resumed_scoring import (
+    head_groups, heads_by_memory, intact_pass, intact_step, masked_losses, prepare_batch)
 from ..engine.unit_store import check_finite_table
 from .attributions import gated_heads
 from ..models.anatomy import dimensions
@@ -379,11 +379,13 @@ def masked_on_batch(
     table = torch.full((*wanted.shape, len(indices)), torch.nan, dtype=torch.float64)
     for layer in range(len(wanted)):
         heads = wanted[layer].nonzero()[:, 0].tolist()
+        hidden, known = intact_step(model, state, targets, layer)
         for group in head_groups(heads, together):
-            losses = masked_losses(model, state, targets, layer, group, None)
+            losses = masked_losses(model, state, targets, layer, group, None, known)
             check_finite_table(losses, layer, [calibration.examples[i].uid for i in indices], group)
             table[layer, list(group)] = losses
-        if wanted[layer + 1:].any(): state = advanced(model, state, layer, None)
+        if not wanted[layer + 1:].any(): return table
+        state = replace(state, hidden=hidden)
     return table
 
 # %% ../../nbs/methods/17_screening.ipynb #c052

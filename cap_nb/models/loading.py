@@ -6,18 +6,49 @@
 __all__ = ['model_fingerprint', 'save_model', 'fetch_smollm2', 'load_model']
 
 # %% ../../nbs/models/08_loading.ipynb #c004
+import logging
+import time
+from functools import lru_cache
 import torch
 from ..core.errors import BadInput, check_choice
 
 # %% ../../nbs/models/08_loading.ipynb #c005
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WORTHWHILE = 1.25 # How many times as fast bfloat16 must be to be chosen
+
+@lru_cache
+def bfloat16_gain(
+    device: torch.device, # Where it is tried
+    size: int = 512, # Rows and columns of two square matrices
+    rounds: int = 7, # Products in each dtype, in turn, of which the fastest counts
+) -> float: # How many times as fast a product in bfloat16 is as one in float32
+    "Try both dtypes, once for each device in a process."
+    squares = {dtype: torch.ones(size, size, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16)}
+    fastest = dict.fromkeys(squares, float("inf"))
+    for dtype in list(squares) * (1 + rounds): # the first of each warms up, and is no faster than those that follow
+        start = time.perf_counter()
+        (squares[dtype] @ squares[dtype])[0, 0].item() # waits for the device
+        fastest[dtype] = min(fastest[dtype], time.perf_counter() - start)
+    return fastest[torch.float32] / fastest[torch.bfloat16]
+
+# %% ../../nbs/models/08_loading.ipynb #5198b9a2
+def faster_dtype(
+    gain: float, # How many times as fast a product in bfloat16 is as one in float32
+) -> torch.dtype: # bfloat16 or float32
+    "The dtype that `fastest` stands for; the log says which, and why."
+    dtype = torch.bfloat16 if gain >= WORTHWHILE else torch.float32
+    log.info("Matrix products in bfloat16 take 1/%.2f of the time of float32 here: 'fastest' is %s", gain, dtype)
+    return dtype
 
 def dtype_named(
-    dtype: str | torch.dtype | None, # "float32", "bfloat16", "float16", a torch dtype, or None
+    dtype: str | torch.dtype | None, # "float32", "bfloat16", "float16", "fastest", a torch dtype, or None
+    device: str | torch.device | None = None, # Where "fastest" is tried, as for `placed`; None: CUDA if present
 ) -> torch.dtype | None: # The torch dtype, or None
     "The torch dtype of a name; an unknown name raises `BadInput`."
     if dtype is None or isinstance(dtype, torch.dtype): return dtype
-    return DTYPES[check_choice(dtype, DTYPES, "dtype")]
+    if check_choice(dtype, (*DTYPES, "fastest"), "dtype") != "fastest": return DTYPES[dtype]
+    return faster_dtype(bfloat16_gain(device_named(None if device == "auto" else device)))
 
 # %% ../../nbs/models/08_loading.ipynb #c006
 def device_named(
@@ -452,11 +483,11 @@ from .lab_experts import EXPERTS_CHECKPOINT
 @without_bars()
 def load_model(
     name: str | Path, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name[@commit])
-    dtype: str | torch.dtype | None = None, # "float32", "bfloat16", "float16"; None means as stored
+    dtype: str | torch.dtype | None = None, # "float32", "bfloat16", "float16", "fastest"; None means as stored
     device: str | torch.device | None = None, # "cpu", "cuda", "auto" to spread a large model; None: CUDA if present
 ) -> tuple[nn.Module, object]: # Model in evaluation mode, and its tokenizer
     "Load a model by name (paper section 4); a name that leads nowhere, or a class without anatomy, raises `BadInput`."
-    name, dtype, device = str(name), dtype_named(dtype), placed(device)
+    name, dtype, device = str(name), dtype_named(dtype, device), placed(device)
     one = device_named(None) if device == "auto" else device
     if name == "lab": return lab_model(dtype, one) # small enough for any device
     if name == "lab-moe": return lab_model(dtype, one, EXPERTS_CHECKPOINT)

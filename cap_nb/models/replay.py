@@ -10,11 +10,13 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 from ..core.errors import BadInput
-from .anatomy import decoder_layers, decoder_of
+from .anatomy import decoder_layers, decoder_of, output_projection
+from .families import family_of
 
 # %% ../../nbs/models/04_replay.ipynb #c005
 @dataclass(frozen=True)
@@ -70,6 +72,52 @@ def run_layer(
     output = layer(hidden, **given)
     return output if isinstance(output, torch.Tensor) else output[0] # transformers 4 gives a tuple, 5 a tensor
 
+# %% ../../nbs/models/04_replay.ipynb #93c4b0ad
+@dataclass(frozen=True)
+class KnownHeads:
+    "What the heads of a layer gave in an intact run."
+    read: torch.Tensor # What the output projection read, [B, T, H*d]
+    others: tuple[None, ...] | None # Stands for what else attention returns; None if it returns a tensor alone
+
+def attention_of(
+    model: nn.Module, # A causal language model of a known family
+    layer: int, # Index of a decoder layer, from 0
+) -> nn.Module: # The module that holds its output projection
+    "The attention of a layer."
+    return decoder_layers(model)[layer].get_submodule(family_of(model.config).roles["output"].rpartition(".")[0])
+
+# %% ../../nbs/models/04_replay.ipynb #2901206c
+@contextmanager
+def recorded_heads(
+    model: nn.Module, # A causal language model of a known family
+    layer: int, # Index of a decoder layer, from 0
+) -> Iterator[list[KnownHeads]]: # Gets one item; none where attention goes on after the projection
+    "While the block runs, what the output projection of a layer reads is kept."
+    kept, seen = [], []
+    def projected(module: nn.Module, args: tuple, output: torch.Tensor) -> None: seen[:] = args[0], output
+    def attended(module: nn.Module, args: tuple, output: object) -> None:
+        first, *others = output if isinstance(output, tuple) else (output,)
+        if seen and first is seen[1]:
+            kept.append(KnownHeads(seen[0], (None,) * len(others) if isinstance(output, tuple) else None))
+        seen.clear()
+    with (output_projection(model, layer).register_forward_hook(projected),
+          attention_of(model, layer).register_forward_hook(attended)): yield kept
+
+# %% ../../nbs/models/04_replay.ipynb #474288f0
+@contextmanager
+def given_heads(
+    model: nn.Module, # A causal language model of a known family
+    layer: int, # Index of a decoder layer, from 0
+    known: KnownHeads, # What its heads gave
+    copies: int = 1, # How often the batch is repeated
+) -> Iterator[None]:
+    "While the block runs, the attention of a layer is only its output projection, of what the heads gave."
+    project = output_projection(model, layer)
+    def forward(*args: object, **kwargs: object) -> object:
+        made = project(known.read.repeat(copies, *[1] * (known.read.dim() - 1)) if copies > 1 else known.read)
+        return made if known.others is None else (made, *known.others)
+    with patch.object(attention_of(model, layer), "forward", forward): yield
+
 # %% ../../nbs/models/04_replay.ipynb #c013
 class PrefixCache:
     "Keys and values of a shared prefix, by layer, with the one method that a layer calls on its cache."
@@ -98,6 +146,7 @@ class Prefix:
     "The tokens that every example starts with, read once by the intact model."
     calls: tuple[LayerCall, ...] # How each layer was called, with its input, [1, P, hidden]
     cache: PrefixCache # Keys and values of every layer, one row
+    heads: tuple[KnownHeads | None, ...] = () # What the heads of every layer gave; None where that is not known
 
     @property
     def length(self) -> int:
@@ -129,8 +178,11 @@ def read_prefix(
     if any(call.cache is None for call in calls):
         raise BadInput(f"{type(model).__name__} gives its layers no cache: "
                        f"expected one for a shared prefix; score without it.")
-    for layer, call in zip(decoder_layers(model), calls): run_layer(layer, call.hidden, call, cache)
-    return Prefix(tuple(calls), cache)
+    heads = []
+    for index, call in enumerate(calls):
+        with recorded_heads(model, index) as kept: run_layer(decoder_layers(model)[index], call.hidden, call, cache)
+        heads.append(kept[0] if kept else None)
+    return Prefix(tuple(calls), cache, tuple(heads))
 
 # %% ../../nbs/models/04_replay.ipynb #c019
 def filled_cache(

@@ -27,19 +27,25 @@ from transformers import AutoConfig, Cache
 
 from cap_nb.data.prompts import IGNORED
 from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.importance import importance_factors
 from cap_nb.jobs.costs import PUBLISHED, lengths_of
+from cap_nb.methods.screening import screen_heads, screened_scores
 from cap_nb.models.anatomy import anatomy, decoder_layers, output_projection
-from cap_nb.models.loading import load_model, model_cache
-from cap_nb.scoring import batches_of, mean_by_example
+from cap_nb.models.loading import bfloat16_gain, load_model, model_cache
+from cap_nb.scoring import batches_of, causal_scores, mean_by_example, rank_correlation, score_heads_naive
 from tools.side_by_side import (
     ScoringRounds,
+    about_scoring,
     balanced_heads,
     behind_worked_examples,
     examples_at_hand,
     examples_of_lengths,
+    measured_case,
+    measured_rounds,
     measured_scoring,
     random_model,
     read_cases,
+    stopwatch,
 )
 
 # The settings. Squares are the sizes of the matrix product that are tried for the machine's peak. Everything is in
@@ -58,43 +64,95 @@ def all_heads(model):
 # masked layer, runs the last layer and the output head at target positions only, and reads a prefix that all examples
 # share once for each head. The lab model is small enough to score all of its 36 heads in every round.
 
-# SmolLM2-135M-Instruct has 270 heads. Both sides get the same six, one of each of six layers spread from the first to
+# SmolLM2-135M-Instruct has 270 heads. Both sides get the same four, one of each of four layers spread from the first to
 # the last; the mean number of layers that a resumed pass runs is that of all heads. The time without any head is
-# measured beside, and what the sample took beyond it is scaled to 270 heads.
-#
-# The second case puts the same eight worked examples before every prompt, as chain-of-thought prompting does. Its ratio
-# grows with the number of examples, since the hook loop reads the prefix once for every example. Here there are six
+# measured beside, and what the sample took beyond it is scaled to 270 heads. A profile says where the time goes.
+
+
+def smollm2_case(path, repeats=5, n=4, chosen=4):
+    model, tokenizer = load_model("smollm2", "float32", "cpu")
+    examples, said = examples_at_hand(tokenizer, n, data_dir)
+    a, rounds = anatomy(model), ScoringRounds(squares, repeats=repeats, profiled=True)
+    heads, kept = balanced_heads(a.layers, a.heads, chosen, 1), dict(weights="SmolLM2-135M-Instruct", note=note)
+    return measured_scoring(path, "smollm2", model, examples, heads, rounds, data=said, **kept)
+
+
+# Few-shot: the same worked examples stand before every prompt, as chain-of-thought prompting puts them there. The ratio
+# grows with the number of examples, since the hook loop reads the prefix once for every example. Here there are three
 # examples and two heads, for a hook loop over long prompts takes its time; so the ratio is a lower bound for a
 # calibration set of 384.
 
 
-def smollm2_cases(path, repeats=5, n=12, shots=8, chosen=6):
+def few_shot_case(path, repeats=5, n=1, shots=4):
     model, tokenizer = load_model("smollm2", "float32", "cpu")
-    examples, said = examples_at_hand(tokenizer, n, data_dir)
-    a, kept = anatomy(model), dict(weights="SmolLM2-135M-Instruct", note=note)
-    measured_scoring(
-        path,
-        "smollm2",
-        model,
-        examples,
-        balanced_heads(a.layers, a.heads, chosen, 1),
-        ScoringRounds(squares, repeats=repeats),
-        data=said,
-        **kept,
-    )
     worked = examples_at_hand(tokenizer, shots, data_dir, seed=1)[0].examples[:shots]
-    fewer, said = examples_at_hand(tokenizer, max(1, n // 6), data_dir)
-    longer = behind_worked_examples(fewer, worked)
+    fewer, said = examples_at_hand(tokenizer, n, data_dir)
+    a, rounds = anatomy(model), ScoringRounds(squares, repeats=repeats)
     return measured_scoring(
         path,
-        "smollm2, 8 worked examples",
+        f"smollm2, {shots} worked examples",
         model,
-        longer,
+        behind_worked_examples(fewer, worked),
         balanced_heads(a.layers, a.heads, 2, 1),
-        ScoringRounds(squares, repeats=repeats),
+        rounds,
         data=f"{said}, each behind {shots} worked examples of {worked[0].task}",
-        **kept,
+        weights="SmolLM2-135M-Instruct",
+        note=note,
     )
+
+
+# Screened: a quarter of the masked passes, with slopes for all heads, against both whole tables. All heads are wanted,
+# so this is done on the lab model. What a quarter costs in accuracy is kept beside: against the whole table measured
+# here, ranks of the scores and the largest relative error of a factor.
+
+
+def screened_case(path, repeats=5, n=16, budget=0.25):
+    model, tokenizer = load_model("lab", "float32", "cpu")
+    examples, said = examples_at_hand(tokenizer, n)
+    sides = {
+        "hook loop": lambda: score_heads_naive(model, examples),
+        "resumed": lambda: score_heads(model, examples),
+        "screened": lambda: screen_heads(model, examples, budget),
+    }
+
+    def measure():
+        true, found = causal_scores(sides["resumed"](), "mean"), screened_scores(sides["screened"]())[0]
+        off = (importance_factors(found) / importance_factors(true) - 1).abs()
+        errors = {"spearman": rank_correlation(found, true), "largest": off.max().item(), "median": off.median().item()}
+        seconds = measured_rounds({name: stopwatch(side) for name, side in sides.items()}, repeats, warmups=0)
+        about = about_scoring(model, examples, 4096, all_heads(model))
+        return {"seconds": seconds, "about": about | dict(budget=budget, errors=errors, data=said, weights="lab")}
+
+    settings = {"repeats": repeats, "examples": len(examples.examples), "budget": budget}
+    return measured_case(path, "lab, screened", settings, measure, note=note)
+
+
+# bfloat16 against float32, both resumed, on the same heads, each side with a model of its own; losses are in float32 on
+# both. How far they are apart is kept: the loss of an example with a head masked, and how much it rises by that.
+
+
+def bfloat16_case(path, repeats=5, n=2, chosen=4):
+    models = {dtype: load_model("smollm2", dtype, "cpu")[0] for dtype in ("float32", "bfloat16")}
+    examples, said = examples_at_hand(load_model("smollm2", "float32", "cpu")[1], n, data_dir)
+    a = anatomy(models["float32"])
+    heads = balanced_heads(a.layers, a.heads, chosen, 1)
+
+    def measure():
+        tables = {dtype: score_heads(model, examples, heads=heads) for dtype, model in models.items()}
+        apart = tables["bfloat16"].masked - tables["float32"].masked
+        rises = apart - (tables["bfloat16"].intact - tables["float32"].intact)
+        times = {}
+        for dtype, model in models.items():
+            for name, some in ((dtype, heads), (f"{dtype}, intact", [])):
+                times[name] = stopwatch(lambda model=model, some=some: score_heads(model, examples, heads=some))
+        about = about_scoring(models["float32"], examples, 4096, heads)
+        about |= {"data": said, "weights": "SmolLM2-135M-Instruct"}
+        found = {name: values.nan_to_num().abs().max().item() for name, values in (("loss", apart), ("rise", rises))}
+        about |= {"probe": bfloat16_gain(torch.device("cpu")), "differences": found}
+        return {"seconds": measured_rounds(times, repeats, warmups=0), "about": about}
+
+    settings = {"repeats": repeats, "examples": len(examples.examples), "heads": len(heads)}
+    return measured_case(path, "smollm2, bfloat16", settings, measure, note=note)
 
 
 # A Mistral of full width, cut to four layers, with random weights: the largest model here, 1.1 billion weights. It
@@ -232,7 +290,8 @@ def lens_case(path, name, repeats=5, n=4, chosen=10, each=1):
 def compile_layers(model, **options):
     def chosen(layer, projection, plain, fast):
         def forward(*args, **given):
-            as_it_is = projection._forward_pre_hooks or any(isinstance(value, Cache) for value in given.values())
+            hooked = projection._forward_pre_hooks or projection._forward_hooks
+            as_it_is = hooked or any(isinstance(value, Cache) for value in given.values())
             return (plain if as_it_is else fast)(*args, **given)
 
         layer.forward = forward
@@ -281,10 +340,12 @@ def compiled_case(path, name, repeats=5, n=4, chosen=10, each=1):
 def main() -> None:
     model, tokenizer = load_model("lab", "float32", "cpu")
     examples, said = examples_at_hand(tokenizer, 16)
-    kept = dict(data=said, weights="lab", note=note)
-    print(measured_scoring(path, "lab", model, examples, all_heads(model), ScoringRounds(squares), **kept)["seconds"])
+    kept, rounds = dict(data=said, weights="lab", note=note), ScoringRounds(squares, profiled=True)
+    print(measured_scoring(path, "lab", model, examples, all_heads(model), rounds, **kept)["seconds"])
+    print(screened_case(path)["seconds"])
     if (model_cache() / "smollm2").is_dir():
-        print(smollm2_cases(path)["seconds"])
+        for case in (smollm2_case, few_shot_case, bfloat16_case):
+            print(case(path)["seconds"])
     else:
         print("SmolLM2 is not fetched: run 'cap fetch smollm2' first.")
     print("measured already" if "mistral, 4 layers" in read_cases(path) else mistral_case(path)["seconds"])
