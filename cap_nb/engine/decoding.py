@@ -73,7 +73,7 @@ def generate_naive(
 
 # %% ../../nbs/engine/03_decoding.ipynb #a7fad65c
 from functools import cache as remembered
-from ..core.errors import BadInput, check_at_least
+from ..core.errors import BadInput, check_at_least, check_choice
 
 # %% ../../nbs/engine/03_decoding.ipynb #b24a9b33
 class Ending:
@@ -294,6 +294,7 @@ class Decoding:
     "How many prompts are decoded at once, and in which order: memory and time, not what is written."
     batch_tokens: int = 8192 # Tokens that the slots hold together, those yet to be written included
     expected: tuple[int, ...] = () # Tokens that each answer is expected to have; none: as long as its prompt
+    backend: str = "transformers" # What runs the model: "transformers", or "vllm" for greedy answers
 
 # %% ../../nbs/engine/03_decoding.ipynb #8bed0bdf
 def in_order(
@@ -416,6 +417,53 @@ def generate_by(
             written[index] = said
     return written
 
+# %% ../../nbs/engine/03_decoding.ipynb #b3c9c83e
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+# %% ../../nbs/engine/03_decoding.ipynb #29f72335
+def imported_vllm() -> ModuleType: # The package vllm
+    "vLLM; where it is missing, `BadInput` says so."
+    try: import vllm
+    except ImportError as error:
+        raise BadInput(f"vLLM is not installed, or not all of it ({error.name} is missing): expected it for the backend "
+                       "vllm; run pip install vllm, or take the backend transformers.") from error
+    return vllm
+
+def cut_at_end(
+    tokens: Sequence[int], # What was written, perhaps beyond the end
+    reason: str | None, # Why writing ended, "stop" where a stop token ended it that is not among the tokens
+    ending: Ending, # When a row has ended
+) -> Generation: # The same up to its end
+    "Tokens up to the end that our rules see; an answer that ended by no rule raises `BadInput`."
+    written = []
+    for token in tokens:
+        if said := ending.after(written, token): return said
+    if reason == "stop": return Generation(tuple(written), False)
+    raise BadInput(f"An answer ended after {len(written)} tokens because of {reason!r}: expected a stop token or the "
+                   "limit; take the backend transformers.")
+
+# %% ../../nbs/engine/03_decoding.ipynb #3da050d0
+def generate_with_vllm(
+    model: torch.nn.Module, # A causal language model of transformers
+    tokenizer: object, # Its tokenizer
+    prompts: Sequence[Sequence[int]], # Token ids of each prompt
+    max_new_tokens: int, # The limit, in tokens
+    line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
+) -> list[Generation]: # What the model wrote after each prompt
+    "Greedy decoding by vLLM (Kwon et al., 2023), with the weights as they are now."
+    vllm, stop = imported_vllm(), stop_tokens(model, tokenizer)
+    check_at_least(max_new_tokens, 1, "max_new_tokens")
+    check_room(model, prompts, max_new_tokens)
+    ending = Ending(tokenizer, stop, max_new_tokens, line)
+    settings = vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(stop), detokenize=False)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        writer = vllm.LLM(model=folder, dtype=dtype, skip_tokenizer_init=True)
+        said = writer.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], settings, use_tqdm=False)
+    return [cut_at_end(each.outputs[0].token_ids, each.outputs[0].finish_reason, ending) for each in said]
+
 # %% ../../nbs/engine/03_decoding.ipynb #5c79f8f6
 def generate_greedy(
     model: torch.nn.Module, # A causal language model of transformers
@@ -426,6 +474,8 @@ def generate_greedy(
     decoding: Decoding = Decoding(), # How many prompts at once, and in which order
 ) -> list[Generation]: # What the model wrote after each prompt
     "Greedy decoding of many prompts (paper section 4); too little room in the model's context raises `BadInput`."
+    if check_choice(decoding.backend, ("transformers", "vllm"), "backend") == "vllm":
+        return generate_with_vllm(model, tokenizer, prompts, max_new_tokens, line)
     return generate_by(model, tokenizer, prompts, max_new_tokens, line, decoding, Chooser())
 
 # %% ../../nbs/engine/03_decoding.ipynb #8089e193
