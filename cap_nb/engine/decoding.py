@@ -426,8 +426,8 @@ def imported_vllm() -> ModuleType: # The package vllm
     "vLLM; where it is missing, `BadInput` says so."
     try: import vllm
     except ImportError as error:
-        raise BadInput(f"vLLM is not installed, or not all of it ({error.name} is missing): expected it for the backend "
-                       "vllm; run pip install vllm, or take the backend transformers.") from error
+        raise BadInput(f"vLLM is not installed, or not all of it ({error.name} is missing): expected it for the "
+                       "backend vllm; run pip install vllm, or take the backend transformers.") from error
     return vllm
 
 def cut_at_end(
@@ -456,7 +456,8 @@ def generate_with_vllm(
     check_at_least(max_new_tokens, 1, "max_new_tokens")
     check_room(model, prompts, max_new_tokens)
     ending = Ending(tokenizer, stop, max_new_tokens, line)
-    settings = vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(stop), detokenize=False)
+    settings = vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(stop),
+                                   detokenize=False)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
