@@ -135,17 +135,17 @@ def test_a_model_without_stop_tokens_ends_by_its_answer_line():
         assert [len(said.tokens) for said in generate_greedy(model, tokenizer, [[2, 3], [6]], 9, line, Decoding(batch_tokens=budget))] == [6, 3]
 
 
-def test_slots_are_reused_moved_and_made_longer(tiny):
-    """Forty answers of unlike length through few slots: every row is the naive loop's, whatever happens to its slot."""
-    rng, seen = random.Random(1), []
-    prompts = [[rng.randrange(4, 60) for _ in range(rng.randrange(1, 12))] for _ in range(40)]
+def test_slots_are_reused_moved_and_made_longer():
+    """Sixteen answers of unlike length through few slots: every row is the naive loop's, whatever happens to its slot."""
+    tiny, rng, seen = tiny_llama(vocab_size=60, max_position_embeddings=300, eos_token_id=3), random.Random(1), []
+    prompts = [[rng.randrange(4, 60) for _ in range(rng.randrange(1, 12))] for _ in range(16)]
     tiny.generation_config.eos_token_id = [3, 7, 11]
-    naive = [generate_naive(tiny, Stop, prompt, 120) for prompt in prompts]
-    assert len({len(said.tokens) for said in naive}) > 5
+    naive = [generate_naive(tiny, Stop, prompt, 80) for prompt in prompts]
+    assert len({len(said.tokens) for said in naive}) > 4
     handle = tiny.model.register_forward_pre_hook(lambda module, args, given: seen.append(given["attention_mask"].shape), with_kwargs=True)
-    for budget in (45, 170, 300, 1200):
+    for budget in (40, 160, 300):
         seen.clear()
-        assert generate_greedy(tiny, Stop, prompts, 120, decoding=Decoding(batch_tokens=budget)) == naive
+        assert generate_greedy(tiny, Stop, prompts, 80, decoding=Decoding(batch_tokens=budget)) == naive
         assert all(rows * columns <= budget for rows, columns in seen if rows > 1)
     handle.remove()
 
@@ -160,11 +160,11 @@ def near_ties(model, prompt, said):
 def test_the_lab_model_writes_alone_what_it_writes_in_slots():
     """In float32, row for row; no row is excused, since none here has a tie nearer than 1e-3 (logits of other shapes differ by 1e-5 at most)."""
     model, tokenizer = lab_model(dtype=torch.float32, device="cpu")
-    problems = [p for task in ("lab-gsm8k", "lab-arc") for p in evaluation_problems(task, 6)]
+    problems = [p for task in ("lab-gsm8k", "lab-arc") for p in evaluation_problems(task, 3)]
     prompts = [prompt_tokens(encode_problem(tokenizer, problem, "lab")) for problem in problems]
     naive = [generate_naive(model, tokenizer, prompt, 192) for prompt in prompts]
-    print(min(near_ties(model, prompt, said) for prompt, said in zip(prompts, naive)))
-    for budget in (1, 500, 10_000):
+    assert min(near_ties(model, prompt, said) for prompt, said in zip(prompts, naive)) > 1e-3
+    for budget in (1, 300, 10_000):
         assert generate_greedy(model, tokenizer, prompts, 192, decoding=Decoding(batch_tokens=budget)) == naive
 
 

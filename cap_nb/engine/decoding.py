@@ -244,6 +244,7 @@ def move_back(
             memory[:, :, first - back:window.end - back] = memory[:, :, first:window.end].clone()
     window.starts[:], window.end = [start - back for start in window.starts], window.end - back
 
+# %% ../../nbs/engine/03_decoding.ipynb #b4152ed0
 def longer(
     slots: Slots, # The slots; as many rows write as are left after it
 ) -> None:
@@ -349,6 +350,7 @@ def next_to_join(
     free, quarter = slots.slots - len(slots.window.starts), max(1, slots.slots // 4)
     return [waiting.popleft() for _ in range(min(quarter, len(waiting)))] if free >= quarter else []
 
+# %% ../../nbs/engine/03_decoding.ipynb #5757ccb1
 def write_all(
     slots: Slots, # Without rows
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
