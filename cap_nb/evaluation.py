@@ -205,7 +205,7 @@ def answer_problems(
     max_new_tokens: int | None = None, # Tokens that an answer may take; None means `token_limit`
     shots: Sequence[Problem] = (), # Worked examples in front of each problem; none is the paper's way
     stop_early: bool = True, # Whether a whole answer line ends an answer; False writes on, and the last line counts
-    decoding: Decoding = Decoding(), # How batches are decoded
+    decoding: Decoding = Decoding(), # How many problems at once, in which order, and what runs the model
 ) -> tuple[AnswerRecord, ...]: # One record per problem, in the order of the problems
     "Answers by greedy chain-of-thought decoding (paper section 4, Appendix B); problems of two tasks raise `BadInput`."
     task, style = one_task(problems), prompt_style(style or default_style(tokenizer))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cap_nb.core.errors import BadInput
+from cap_nb.data.problems import load_problems
 from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.methods.streaming import open_checkpoint
 from cap_nb.models.loading import load_model
@@ -71,6 +72,11 @@ def test_other_texts_are_noticed(tmp_path):
     for wrong in (["a", "c"], ["a", "b more"]):
         with pytest.raises(BadInput, match="texts differ"):
             generation.check_texts({"harness": ["a", "b"], "stop tokens": ["a", "b"], "answer lines": wrong})
+    problems = load_problems("lab-arc", "evaluation")[:1]
+    right, wrong = (f"Answer: {letter}\n" for letter in (problems[0].answer, "H"))
+    assert generation.right_answers({"harness": [right], "stop tokens": [right]}, problems, "lab") == 1
+    with pytest.raises(BadInput, match="verdicts of stop tokens"):
+        generation.right_answers({"harness": [right], "stop tokens": [wrong]}, problems, "lab")
 
 
 TINY = layer_problem.llama | dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=60)

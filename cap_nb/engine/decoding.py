@@ -7,9 +7,9 @@ __all__ = ['Generation', 'Decoding', 'generate_greedy']
 
 # %% ../../nbs/engine/03_decoding.ipynb #c004
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 
 # %% ../../nbs/engine/03_decoding.ipynb #c005
@@ -71,150 +71,417 @@ def generate_naive(
                 return Generation(tuple(written), False)
     return Generation(tuple(written), True)
 
-# %% ../../nbs/engine/03_decoding.ipynb #c024
-from transformers import GenerationConfig
-from ..core.errors import BadInput
-
-# %% ../../nbs/engine/03_decoding.ipynb #c025
-CACHES = {"dynamic": None, "static": "static"} # Name of a cache -> its name in transformers, whose default is dynamic
-
-@contextmanager
-def greedy_settings(
-    model: torch.nn.Module, # A causal language model of transformers
-    tokenizer: object, # Its tokenizer
-    max_new_tokens: int, # The limit, in tokens
-    cache: str = "dynamic", # "dynamic" or "static"
-) -> Iterator[GenerationConfig]: # The only settings in force inside the block
-    "Greedy settings in place of the model's, which come back at the end (paper section 4)."
-    if cache not in CACHES: raise BadInput(f"There is no cache called {cache!r}: expected {' or '.join(CACHES)}.")
-    before, stop = model.generation_config, stop_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id
-    if pad is None: pad = stop[0] if stop else 0 # masked: any token will do
-    model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True,
-        cache_implementation=CACHES[cache], eos_token_id=list(stop) or None, pad_token_id=pad)
-    try: yield model.generation_config
-    finally: model.generation_config = before
-
-# %% ../../nbs/engine/03_decoding.ipynb #c028
+# %% ../../nbs/engine/03_decoding.ipynb #a7fad65c
 from functools import cache as remembered
+from ..core.errors import BadInput, check_at_least, check_choice
 
-# %% ../../nbs/engine/03_decoding.ipynb #c029
-class AnswerCriterion:
-    "A stopping criterion for `generate`: a row ends behind its first whole answer line (paper Appendix B)."
+# %% ../../nbs/engine/03_decoding.ipynb #b24a9b33
+class Ending:
+    "Decides after each token whether a row has ended (paper section 4, Appendix B)."
     def __init__(
         self,
         tokenizer: object, # The model's tokenizer
-        line: re.Pattern, # Matches an answer line
+        stop: Sequence[int], # Stop tokens
+        limit: int, # Tokens that may be written
+        line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
     ):
-        self.tokenizer, self.line = tokenizer, line
+        self.tokenizer, self.stop, self.limit, self.line = tokenizer, frozenset(stop), limit, line
         self.has_break = remembered(lambda token: "\n" in tokenizer.decode([token]))
 
-    def begin(self, rows: int, width: int) -> None:
-        "Before a call of `generate` on `rows` prompts of `width` tokens: no row has ended."
-        self.ends, self.width = [None] * rows, width
+    def after(self, written: list[int], token: int) -> Generation | None:
+        "Appends the token to what was written, unless it is a stop token; the answer if it has ended, or None."
+        if token in self.stop: return Generation(tuple(written), False)
+        written.append(token)
+        if self.line and self.has_break(token):
+            text = self.tokenizer.decode(written, skip_special_tokens=True)
+            if answer_is_whole(text, self.line): return Generation(tuple(written), False)
+        return Generation(tuple(written), True) if len(written) == self.limit else None
 
-    def __call__(self, ids: torch.Tensor, scores: object, **options: object) -> torch.Tensor:
-        "Which rows have ended, bool [rows]; `ids` are all tokens so far, [rows, positions]."
-        for row, token in enumerate(ids[:, -1].tolist()):
-            if self.ends[row] is None and self.has_break(token):
-                text = self.tokenizer.decode(ids[row, self.width:], skip_special_tokens=True)
-                if answer_is_whole(text, self.line): self.ends[row] = ids.shape[1] - self.width
-        return torch.tensor([end is not None for end in self.ends], device=ids.device)
+# %% ../../nbs/engine/03_decoding.ipynb #bee8786f
+import inspect
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-# %% ../../nbs/engine/03_decoding.ipynb #c033
-import copy, inspect
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+# %% ../../nbs/engine/03_decoding.ipynb #953de7fd
+@dataclass
+class Window:
+    "Which part of the slots holds rows that write."
+    starts: list[int] # First column of each such row; row i is in slot i
+    end: int # The column that the next token of every row takes
 
-# %% ../../nbs/engine/03_decoding.ipynb #c034
-def growing_cache(
-    model: torch.nn.Module, # A causal language model of transformers
-) -> dict[str, DynamicCache]: # Under the name that the model gives it
-    "An empty dynamic cache, as an argument of `generate`."
-    renamed = "cache" in inspect.signature(model.forward).parameters # since transformers 5.24
-    return {"cache" if renamed else "past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}
+class SlotLayer(DynamicLayer):
+    "Keys and values of one layer in memory that is taken once; the arguments are a layer that was read, and sizes."
+    def __init__(self, like: DynamicLayer, slots: int, columns: int, window: Window):
+        super().__init__()
+        self.window, self.is_initialized, self.device, self.dtype = window, True, like.keys.device, like.keys.dtype
+        self.keys, self.values = (each.new_zeros(slots, each.shape[1], columns, each.shape[3])
+                                  for each in (like.keys, like.values))
 
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *more: object, **options: object) -> tuple:
+        "Write a column, [rows, heads, 1, size]; give all columns to attend to, [rows, heads, columns, size]."
+        rows, first, end = len(self.window.starts), min(self.window.starts), self.window.end
+        for memory, new in ((self.keys, keys), (self.values, values)): memory[:rows, :, end] = new[:, :, 0]
+        return self.keys[:rows, :, first:end + 1], self.values[:rows, :, first:end + 1]
+
+    def get_seq_length(self, *more: object) -> int:
+        "Columns to attend to, without the one to come."
+        return self.window.end - min(self.window.starts)
+
+# %% ../../nbs/engine/03_decoding.ipynb #955b84b0
+class Reader:
+    "Asks a model what comes next."
+    def __init__(
+        self,
+        model: torch.nn.Module, # A causal language model of transformers
+    ):
+        self.model, self.device = model, model.device
+        self.named = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in self.named else "past_key_values" # renamed in transformers 5.24
+
+    def next_logits(
+        self,
+        ids: torch.Tensor, # Token ids that are read, int64 [rows, positions]
+        mask: torch.Tensor, # 1 for each column that a row may attend to, the new ones included, int64 [rows, columns]
+        cache: DynamicCache, # Keys and values of the columns before; those of `ids` are added
+    ) -> torch.Tensor: # [rows, vocabulary]
+        "Logits after the last position; a row's positions count from its first column."
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        asked = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        asked = {name: value for name, value in asked.items() if name in self.named}
+        return self.model(**asked, **{self.cache_name: cache}).logits[:, -1]
+
+# %% ../../nbs/engine/03_decoding.ipynb #770d7605
 def padded_left(
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
-    pad: int, # The padding token
     device: torch.device, # Where the tensors go
 ) -> tuple[torch.Tensor, torch.Tensor]: # Token ids and attention mask, int64 [rows, positions]
-    "Prompts that all end at the last column."
+    "Prompts that all end at the last column; padding is masked, so any token will do."
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     return ids, mask
 
-# %% ../../nbs/engine/03_decoding.ipynb #c037
+# %% ../../nbs/engine/03_decoding.ipynb #1ac0638b
 @dataclass
-class Writing:
-    "The rows of a batch that have not ended."
-    prompts: list[int] # Index of each row's prompt in the batch
-    ids: torch.Tensor # Token ids so far, padded on the left, [rows, positions]
-    mask: torch.Tensor # Attention mask of the positions that `ids` had before the last piece
-    cache: dict[str, DynamicCache] # The dynamic cache as an argument of `generate`; empty with a static one
+class Slots:
+    "A cache of fixed size whose rows come and go."
+    reader: Reader # Asks the model
+    budget: int # Tokens that all slots hold together
+    slots: int # Rows at most
+    columns: int # Columns of each slot
+    most: int # Columns that a slot may ever need
+    longest: int # Tokens of the longest row that is to join: they must fit before the column to come
+    window: Window # The rows that write
+    cache: DynamicCache # Their keys and values; without layers until a prompt was read
 
-    def keep(self, rows: Sequence[int]) -> None:
-        "Go on with these rows only; whatever they have written is attended to from now on."
-        index = torch.tensor(rows, dtype=torch.int64, device=self.ids.device)
-        mask = torch.nn.functional.pad(self.mask, (0, self.ids.shape[1] - self.mask.shape[1]), value=1)
-        self.prompts = [self.prompts[row] for row in rows]
-        self.ids, self.mask = self.ids[index], mask[index]
-        for held in self.cache.values(): held.batch_select_indices(index)
+def copy_row(
+    of: Sequence[DynamicLayer], # Layers to copy from
+    row: int, # Their row
+    columns: slice, # Its columns
+    to: tuple[Slots, int, slice], # Slots, row and columns to copy to
+) -> None:
+    "Copy keys and values of one row in every layer."
+    slots, place, there = to
+    for theirs, mine in zip(of, slots.cache.layers):
+        mine.keys[place, :, there] = theirs.keys[row, :, columns]
+        mine.values[place, :, there] = theirs.values[row, :, columns]
 
-# %% ../../nbs/engine/03_decoding.ipynb #c038
-class Chooser(LogitsProcessor):
-    "What decides the next token in place of the highest logit."
-    entropies: list[list[float]] # Of each prompt of the batch, before each of its tokens, in nats
+# %% ../../nbs/engine/03_decoding.ipynb #0105cc2d
+def join(
+    slots: Slots, # With as many slots free as there are prompts
+    prompts: Sequence[Sequence[int]], # Token ids of each prompt
+) -> torch.Tensor: # Their next logits, [prompts, vocabulary]
+    "Read prompts by themselves and put their keys and values behind the rows that write."
+    read, starts, end = DynamicCache(), slots.window.starts, slots.window.end
+    logits = slots.reader.next_logits(*padded_left(prompts, slots.reader.device), read)
+    if not slots.cache.layers:
+        slots.cache.layers = [SlotLayer(layer, slots.slots, slots.columns, slots.window) for layer in read.layers]
+    for row, prompt in enumerate(prompts):
+        copy_row(read.layers, row, slice(-len(prompt), None), (slots, len(starts), slice(end - len(prompt), end)))
+        starts.append(end - len(prompt))
+    return logits
 
-    def begin(self, prompts: Sequence[int], width: int) -> None:
-        "Before a call of `generate` on these prompts of the batch, padded to `width` tokens."
-        self.prompts, self.width = list(prompts), width
+def leave(
+    slots: Slots, # The slots
+    row: int, # A row that has ended
+) -> None:
+    "Free a row's slot; the last row takes it."
+    starts, last = slots.window.starts, len(slots.window.starts) - 1
+    held = slice(starts[last], slots.window.end)
+    if row < last: copy_row(slots.cache.layers, last, held, (slots, row, held))
+    starts[row] = starts[last]
+    starts.pop()
 
-# %% ../../nbs/engine/03_decoding.ipynb #c039
-def write_piece(
-    model: torch.nn.Module, # A causal language model of transformers
-    batch: Writing, # The rows that still write; their `ids` grow
-    settings: GenerationConfig, # Greedy settings, whose limit is this piece
-    criterion: AnswerCriterion | None, # When an answer line ends a row; None means that only a stop token does
-    width: int, # Tokens of the padded prompts
-    chooser: Chooser | None = None, # What decides the next token; None means the highest logit
-) -> list[int | None]: # For each row the tokens it had when it ended, None if it did not
-    "Let all rows write on until each has ended or the piece is full."
-    if criterion: criterion.begin(len(batch.prompts), width)
-    if chooser: chooser.begin(batch.prompts, width)
-    batch.ids = model.generate(
-        input_ids=batch.ids, attention_mask=batch.mask, generation_config=settings,
-        stopping_criteria=StoppingCriteriaList([criterion] if criterion else []),
-        logits_processor=LogitsProcessorList([chooser] if chooser else []), **batch.cache)
-    stop, ends = settings.eos_token_id or (), criterion.ends if criterion else [None] * len(batch.prompts)
-    def first_stop(tokens, end): return next((i for i, token in enumerate(tokens[:end]) if token in stop), end)
-    return [first_stop(tokens, end) for tokens, end in zip(batch.ids[:, width:].tolist(), ends)]
+# %% ../../nbs/engine/03_decoding.ipynb #f33b0976
+def write(
+    slots: Slots, # The slots
+    tokens: Sequence[int], # The newest token of every row
+) -> torch.Tensor: # The next logits, [rows, vocabulary]
+    "Read one more token in each row."
+    starts, end, device = slots.window.starts, slots.window.end, slots.reader.device
+    mask = torch.arange(min(starts), end + 1, device=device) >= torch.tensor(starts, device=device)[:, None]
+    ids = torch.tensor(tokens, device=device)[:, None]
+    logits = slots.reader.next_logits(ids, mask.long(), slots.cache)
+    slots.window.end += 1
+    return logits
 
-# %% ../../nbs/engine/03_decoding.ipynb #c040
-def generate_batch(
+# %% ../../nbs/engine/03_decoding.ipynb #d9883af3
+SPARE = 64 # Columns: fewer are not worth a move to the front
+
+def room_at_the_front(
+    slots: Slots, # The slots
+) -> int: # Columns
+    "By how much everything can move to the front, so that the longest row to join still fits before the next column."
+    return min(min(slots.window.starts), slots.window.end - slots.longest)
+
+def move_back(
+    slots: Slots, # The slots
+) -> None:
+    "Move what is attended to to the front."
+    window, first, back = slots.window, min(slots.window.starts), room_at_the_front(slots)
+    for layer in slots.cache.layers:
+        for memory in (layer.keys, layer.values):
+            memory[:, :, first - back:window.end - back] = memory[:, :, first:window.end].clone()
+    window.starts[:], window.end = [start - back for start in window.starts], window.end - back
+
+# %% ../../nbs/engine/03_decoding.ipynb #b4152ed0
+def longer(
+    slots: Slots, # The slots; as many rows write as are left after it
+) -> None:
+    "Take memory anew, for fewer and longer slots."
+    slots.columns, slots.slots = next_shape(slots)
+    first, end, layers = min(slots.window.starts), slots.window.end, slots.cache.layers
+    for index, layer in enumerate(layers):
+        layers[index] = SlotLayer(layer, slots.slots, slots.columns, slots.window)
+        for new, old in ((layers[index].keys, layer.keys), (layers[index].values, layer.values)):
+            rows = min(len(new), len(old)) # the rows that write are the first ones
+            new[:rows, :, first:end] = old[:rows, :, first:end]
+
+# %% ../../nbs/engine/03_decoding.ipynb #160a4157
+def next_shape(
+    slots: Slots, # The slots
+) -> tuple[int, int]: # Columns and number of slots
+    "The shape that slots have once they are longer."
+    columns = min(slots.columns + max(SPARE, slots.most // 4), slots.most)
+    return columns, min(slots.slots, max(1, slots.budget // columns))
+
+def make_room(
+    slots: Slots, # The slots, whose last column is taken
+    rows: list[int], # Names of the rows that write; those that have to wait are taken out
+    lengths: Sequence[int], # Tokens of each row so far
+) -> list[int]: # The rows that have to wait
+    "Make room for at least one more column: by a move to the front, or by fewer slots that are longer."
+    if slots.columns == slots.most or room_at_the_front(slots) >= SPARE // 2:
+        move_back(slots)
+        return []
+    lengths, waiting = list(lengths), []
+    while len(rows) > next_shape(slots)[1]: # the shortest row is read again at the least cost
+        row = lengths.index(min(lengths))
+        slots.longest = max(slots.longest, lengths[row])
+        waiting.append(rows[row])
+        leave(slots, row)
+        for each in (rows, lengths): each[row] = each[-1]; each.pop()
+    longer(slots)
+    return waiting
+
+# %% ../../nbs/engine/03_decoding.ipynb #451587a0
+import math
+from collections import deque
+from tqdm.auto import tqdm
+
+# %% ../../nbs/engine/03_decoding.ipynb #f0c11cfb
+@dataclass(frozen=True)
+class Decoding:
+    "How many prompts are decoded at once, and in which order: memory and time, not what is written."
+    batch_tokens: int = 8192 # Tokens that the slots hold together, those yet to be written included
+    expected: tuple[int, ...] = () # Tokens that each answer is expected to have; none: as long as its prompt
+    backend: str = "transformers" # What runs the model: "transformers", or "vllm" for greedy answers
+
+# %% ../../nbs/engine/03_decoding.ipynb #8bed0bdf
+def in_order(
+    prompts: Sequence[Sequence[int]], # Token ids of each prompt
+    expected: Sequence[int], # Tokens that each answer is expected to have, or none
+) -> list[int]: # Indices of the prompts
+    "The longest expected answer first; other than one number a prompt raises `BadInput`."
+    if expected and len(expected) != len(prompts):
+        raise BadInput(f"{len(expected)} lengths are expected of {len(prompts)} answers: expected one for each; "
+                       "give as many, or none.")
+    lengths = expected or [len(prompt) for prompt in prompts]
+    return sorted(range(len(prompts)), key=lambda index: -lengths[index])
+
+def empty_slots(
     model: torch.nn.Module, # A causal language model of transformers
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
-    settings: GenerationConfig, # Greedy settings
-    criterion: AnswerCriterion | None, # When an answer line ends an answer; None means that only a stop token does
-    piece: int, # Tokens after which rows that have ended leave the batch
-    chooser: Chooser | None = None, # What decides the next token; None means the highest logit
-) -> list[Generation]: # What the model wrote after each
-    "Decode one batch, padded on the left, piece by piece."
-    ids, mask = padded_left(prompts, settings.pad_token_id, model.device)
-    cache = {} if settings.cache_implementation else growing_cache(model)
-    batch, written = Writing(prompts=list(range(len(prompts))), ids=ids, mask=mask, cache=cache), {}
-    width, limit, some = ids.shape[1], ids.shape[1] + settings.max_new_tokens, copy.copy(settings)
-    while batch.prompts:
-        if cache: some.max_new_tokens = min(piece, limit - batch.ids.shape[1]) # a static cache is filled in one piece
-        ends, full = write_piece(model, batch, some, criterion, width, chooser), batch.ids.shape[1] == limit
-        for prompt, tokens, end in zip(batch.prompts, batch.ids[:, width:].tolist(), ends):
-            noted = chooser.entropies[prompt][:len(tokens[:end])] if chooser else ()
-            if end is not None or full: written[prompt] = Generation(tuple(tokens[:end]), end is None, tuple(noted))
-        batch.keep([row for row, prompt in enumerate(batch.prompts) if prompt not in written])
-    return [written[prompt] for prompt in range(len(prompts))]
+    max_new_tokens: int, # Tokens that may be written after each prompt
+    budget: int, # Tokens that the slots hold together; a larger prompt gets one slot
+) -> Slots: # Without rows
+    "As many slots as the budget holds, or as there are prompts."
+    longest = max(map(len, prompts))
+    room, most = longest + math.ceil(max_new_tokens / 4), longest + max_new_tokens + SPARE
+    count = max(1, min(len(prompts), budget // room))
+    return Slots(reader=Reader(model), budget=budget, slots=count, columns=max(room, min(most, budget // count)),
+                 most=most, longest=longest, window=Window([], longest), cache=DynamicCache())
 
-# %% ../../nbs/engine/03_decoding.ipynb #c042
+# %% ../../nbs/engine/03_decoding.ipynb #48b381dd
+class Chooser:
+    "What decides the next token of each row; here the likeliest one."
+    entropies: Sequence[Sequence[float]] | None = None # Of each prompt, before each of its tokens, where it is noted
+
+    def __call__(
+        self,
+        prompts: Sequence[int], # Index of each row's prompt
+        written: Sequence[Sequence[int]], # What each row wrote so far
+        logits: torch.Tensor, # [rows, vocabulary]
+    ) -> list[int]: # Token ids
+        "The next token of each row."
+        return logits.argmax(-1).tolist()
+
+    def noted(self, index: int, said: Generation) -> Generation:
+        "The answer to a prompt, with what was noted of it."
+        if self.entropies is None: return said
+        return replace(said, entropies=tuple(self.entropies[index][:len(said.tokens)]))
+
+# %% ../../nbs/engine/03_decoding.ipynb #bede5e21
+def next_to_join(
+    slots: Slots, # The slots
+    waiting: deque[int], # Prompts that wait; those that join are taken out
+) -> list[int]: # Prompts that join now; none while less than a quarter of the slots is free
+    "Whose turn it is."
+    free, quarter = slots.slots - len(slots.window.starts), max(1, slots.slots // 4)
+    return [waiting.popleft() for _ in range(min(quarter, len(waiting)))] if free >= quarter else []
+
+# %% ../../nbs/engine/03_decoding.ipynb #5757ccb1
+def write_all(
+    slots: Slots, # Without rows
+    prompts: Sequence[Sequence[int]], # Token ids of each prompt
+    order: Sequence[int], # Indices of the prompts
+    ending: Ending, # When a row has ended
+    chooser: Chooser, # What decides the next token
+) -> Iterator[tuple[int, Generation]]: # Index of a prompt and what was written after it, as rows end
+    "Write until every row has ended; prompts join as slots become free."
+    waiting, rows, written = deque(order), [], [[] for _ in prompts]
+    while waiting or rows:
+        new, before = next_to_join(slots, waiting), len(rows)
+        if new: logits, rows = join(slots, [[*prompts[index], *written[index]] for index in new]), rows + new
+        else:
+            if slots.window.end == slots.columns:
+                waiting.extendleft(make_room(slots, rows, [len(prompts[i]) + len(written[i]) for i in rows]))
+            logits, before = write(slots, [written[index][-1] for index in rows]), 0
+        tokens = chooser(rows[before:], [written[index] for index in rows[before:]], logits)
+        for row, token in reversed(list(enumerate(tokens, before))): # backwards: the last row takes a slot that is left
+            if said := ending.after(written[rows[row]], token):
+                yield rows[row], chooser.noted(rows[row], said)
+                leave(slots, row)
+                rows[row] = rows[-1]
+                rows.pop()
+
+# %% ../../nbs/engine/03_decoding.ipynb #5273114a
+def context_of(
+    config: object, # A model's configuration
+) -> int | None: # Tokens; None means no limit
+    "How many tokens a row may have; with longrope, where longer rows change what shorter ones compute, as before it."
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    before = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    if "longrope" in (rope.get("rope_type"), rope.get("type")) and before: return before
+    return getattr(config, "max_position_embeddings", None)
+
+def check_room(
+    model: torch.nn.Module, # A causal language model of transformers
+    prompts: Sequence[Sequence[int]], # Token ids of each prompt
+    max_new_tokens: int, # The limit, in tokens
+) -> None:
+    "Raise `BadInput` if the longest prompt and what may follow it exceed the model's context."
+    longest, context = max(map(len, prompts), default=0), context_of(model.config)
+    if context is not None and longest + max_new_tokens > context:
+        raise BadInput(f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
+                       f"{context}: expected them to fit; lower max_new_tokens or leave worked examples out.")
+
+# %% ../../nbs/engine/03_decoding.ipynb #68da5f66
+def generate_by(
+    model: torch.nn.Module, # A causal language model of transformers
+    tokenizer: object, # Its tokenizer
+    prompts: Sequence[Sequence[int]], # Token ids of each prompt
+    max_new_tokens: int, # The limit, in tokens
+    line: re.Pattern | None, # An answer line that ends the answer; None means that only a stop token does
+    decoding: Decoding, # How many prompts at once, and in which order
+    chooser: Chooser, # What decides the next token
+) -> list[Generation]: # What the model wrote after each prompt
+    "Decode many prompts; too little room in the model's context raises `BadInput`."
+    check_at_least(max_new_tokens, 1, "max_new_tokens")
+    check_room(model, prompts, max_new_tokens)
+    order, written = in_order(prompts, decoding.expected), [None] * len(prompts)
+    if not prompts: return written
+    slots = empty_slots(model, prompts, max_new_tokens, decoding.batch_tokens)
+    ending = Ending(tokenizer, stop_tokens(model, tokenizer), max_new_tokens, line)
+    with inference(model):
+        ended = write_all(slots, prompts, order, ending, chooser)
+        for index, said in tqdm(ended, desc="generate", unit="answer", total=len(prompts), leave=False):
+            written[index] = said
+    return written
+
+# %% ../../nbs/engine/03_decoding.ipynb #b3c9c83e
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+# %% ../../nbs/engine/03_decoding.ipynb #29f72335
+def imported_vllm() -> ModuleType: # The package vllm
+    "vLLM; where it is missing, `BadInput` says so."
+    try: import vllm
+    except ImportError as error:
+        raise BadInput(f"vLLM is not installed, or not all of it ({error.name} is missing): expected it for the "
+                       "backend vllm; run pip install vllm, or take the backend transformers.") from error
+    return vllm
+
+def cut_at_end(
+    tokens: Sequence[int], # What was written, perhaps beyond the end
+    reason: str | None, # Why writing ended, "stop" where a stop token ended it that is not among the tokens
+    ending: Ending, # When a row has ended
+) -> Generation: # The same up to its end
+    "Tokens up to the end that our rules see; an answer that ended by no rule raises `BadInput`."
+    written = []
+    for token in tokens:
+        if said := ending.after(written, token): return said
+    if reason == "stop": return Generation(tuple(written), False)
+    raise BadInput(f"An answer ended after {len(written)} tokens because of {reason!r}: expected a stop token or the "
+                   "limit; take the backend transformers.")
+
+# %% ../../nbs/engine/03_decoding.ipynb #3da050d0
+def generate_with_vllm(
+    model: torch.nn.Module, # A causal language model of transformers
+    tokenizer: object, # Its tokenizer
+    prompts: Sequence[Sequence[int]], # Token ids of each prompt
+    max_new_tokens: int, # The limit, in tokens
+    line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
+) -> list[Generation]: # What the model wrote after each prompt
+    "Greedy decoding by vLLM (Kwon et al., 2023), with the weights as they are now."
+    vllm, stop = imported_vllm(), stop_tokens(model, tokenizer)
+    check_at_least(max_new_tokens, 1, "max_new_tokens")
+    check_room(model, prompts, max_new_tokens)
+    ending = Ending(tokenizer, stop, max_new_tokens, line)
+    settings = vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(stop),
+                                   detokenize=False)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        writer = vllm.LLM(model=folder, dtype=dtype, skip_tokenizer_init=True)
+        said = writer.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], settings, use_tqdm=False)
+    return [cut_at_end(each.outputs[0].token_ids, each.outputs[0].finish_reason, ending) for each in said]
+
+# %% ../../nbs/engine/03_decoding.ipynb #5c79f8f6
+def generate_greedy(
+    model: torch.nn.Module, # A causal language model of transformers
+    tokenizer: object, # Its tokenizer
+    prompts: Sequence[Sequence[int]], # Token ids of each prompt
+    max_new_tokens: int, # The limit, in tokens
+    line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
+    decoding: Decoding = Decoding(), # How many prompts at once, and in which order
+) -> list[Generation]: # What the model wrote after each prompt
+    "Greedy decoding of many prompts (paper section 4); too little room in the model's context raises `BadInput`."
+    if check_choice(decoding.backend, ("transformers", "vllm"), "backend") == "vllm":
+        return generate_with_vllm(model, tokenizer, prompts, max_new_tokens, line)
+    return generate_by(model, tokenizer, prompts, max_new_tokens, line, decoding, Chooser())
+
+# %% ../../nbs/engine/03_decoding.ipynb #8089e193
 def generation_batches(
     lengths: Sequence[int], # Tokens of each prompt
     max_new_tokens: int, # Tokens that may be written after each
@@ -227,68 +494,6 @@ def generation_batches(
         if room: batches[-1].append(index)
         else: batches.append([index])
     return batches
-
-# %% ../../nbs/engine/03_decoding.ipynb #c046
-from tqdm.auto import tqdm
-from ..core.errors import check_at_least
-
-# %% ../../nbs/engine/03_decoding.ipynb #c047
-@dataclass(frozen=True)
-class Decoding:
-    "How batches are decoded: time and memory, not what is written."
-    batch_tokens: int = 8192 # Tokens a batch may hold, those yet to be written included
-    cache: str = "dynamic" # "dynamic" or "static"
-    piece: int = 64 # Tokens after which rows that have ended leave a batch; with a static cache they stay
-
-# %% ../../nbs/engine/03_decoding.ipynb #c048
-def check_room(
-    model: torch.nn.Module, # A causal language model of transformers
-    prompts: Sequence[Sequence[int]], # Token ids of each prompt
-    max_new_tokens: int, # The limit, in tokens
-) -> None:
-    "Raise `BadInput` if the longest prompt and what may follow it exceed the model's context."
-    longest, context = max(map(len, prompts), default=0), getattr(model.config, "max_position_embeddings", None)
-    if context is not None and longest + max_new_tokens > context:
-        raise BadInput(f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
-                       f"{context}: expected them to fit; lower max_new_tokens or leave worked examples out.")
-
-# %% ../../nbs/engine/03_decoding.ipynb #c049
-def generate_by(
-    model: torch.nn.Module, # A causal language model of transformers
-    tokenizer: object, # Its tokenizer
-    prompts: Sequence[Sequence[int]], # Token ids of each prompt
-    max_new_tokens: int, # The limit, in tokens
-    line: re.Pattern | None, # An answer line that ends the answer; None means that only a stop token does
-    decoding: Decoding, # How batches are decoded
-    chooser_of: Callable[[list[int]], Chooser | None], # From the prompts of a batch to what decides its tokens
-) -> list[Generation]: # What the model wrote after each prompt
-    "Decode many prompts; too little room in the model's context raises `BadInput`."
-    check_at_least(max_new_tokens, 1, "max_new_tokens")
-    check_at_least(decoding.piece, 1, "piece")
-    check_room(model, prompts, max_new_tokens)
-    written, criterion = [None] * len(prompts), AnswerCriterion(tokenizer, line) if line else None
-    batches = generation_batches([len(prompt) for prompt in prompts], max_new_tokens, decoding.batch_tokens)
-    with inference(model), greedy_settings(model, tokenizer, max_new_tokens, decoding.cache) as settings:
-        for batch in tqdm(batches, desc="generate", leave=False):
-            some, chooser = [prompts[i] for i in batch], chooser_of(batch)
-            said = generate_batch(model, some, settings, criterion, decoding.piece, chooser)
-            for index, generation in zip(batch, said): written[index] = generation
-    return written
-
-# %% ../../nbs/engine/03_decoding.ipynb #c050
-def generate_greedy(
-    model: torch.nn.Module, # A causal language model of transformers
-    tokenizer: object, # Its tokenizer
-    prompts: Sequence[Sequence[int]], # Token ids of each prompt
-    max_new_tokens: int, # The limit, in tokens
-    line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
-    decoding: Decoding = Decoding(), # How batches are decoded
-) -> list[Generation]: # What the model wrote after each prompt
-    "Greedy decoding of many prompts (paper section 4); too little room in the model's context raises `BadInput`."
-    return generate_by(model, tokenizer, prompts, max_new_tokens, line, decoding, lambda batch: None)
-
-# %% ../../nbs/engine/03_decoding.ipynb #c062
-import math
 
 # %% ../../nbs/engine/03_decoding.ipynb #c063
 @dataclass(frozen=True)
@@ -343,22 +548,25 @@ class NumberChooser(Chooser):
     "Draws tokens by given numbers, and notes the entropies."
     def __init__(
         self,
-        numbers: Sequence[Sequence[float]], # For each prompt of the batch a number a token; none decodes greedily
+        numbers: Sequence[Sequence[float]], # For each prompt a number a token; none decodes greedily
         sampling: Sampling, # How tokens are drawn
     ):
         self.numbers, self.sampling, self.entropies = numbers, sampling, [[] for _ in numbers]
 
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        "The scores with the drawn token as the only possible one, [rows, vocabulary]."
-        step, given = ids.shape[1] - self.width, [self.numbers[prompt] for prompt in self.prompts]
-        for prompt, entropy in zip(self.prompts, entropies_of(scores).tolist()): self.entropies[prompt].append(entropy)
-        rows = torch.tensor([row for row, numbers in enumerate(given) if numbers], dtype=torch.int64, device=ids.device)
-        if not len(rows): return scores
-        numbers = torch.tensor([numbers[step] for numbers in given if numbers], dtype=torch.float64, device=ids.device)
-        tokens, scores = drawn_tokens(scores[rows], numbers, self.sampling), scores.clone()
-        scores[rows] = -torch.inf
-        scores[rows, tokens] = 0.0
-        return scores
+    def __call__(
+        self,
+        prompts: Sequence[int], # Index of each row's prompt
+        written: Sequence[Sequence[int]], # What each row wrote so far
+        logits: torch.Tensor, # [rows, vocabulary]
+    ) -> list[int]: # Token ids
+        "The next token of each row; the entropies are noted."
+        for prompt, entropy in zip(prompts, entropies_of(logits).tolist()): self.entropies[prompt].append(entropy)
+        tokens, drawing = logits.argmax(-1), [row for row, prompt in enumerate(prompts) if self.numbers[prompt]]
+        if drawing:
+            numbers = [self.numbers[prompts[row]][len(written[row])] for row in drawing]
+            numbers = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+            tokens[drawing] = drawn_tokens(logits[drawing].float(), numbers, self.sampling)
+        return tokens.tolist()
 
 # %% ../../nbs/engine/03_decoding.ipynb #c079
 def generate_noted(
@@ -367,14 +575,12 @@ def generate_noted(
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
     max_new_tokens: int, # The limit, in tokens
     line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
-    decoding: Decoding = Decoding(), # How batches are decoded
+    decoding: Decoding = Decoding(), # How many prompts at once, and in which order
     sampling: Sampling = Sampling(), # How tokens are drawn
     names: Sequence[str | None] = (), # Whose numbers each row draws with; None or no names: greedily
 ) -> list[Generation]: # What the model wrote after each prompt, with entropies
     "Decode many prompts, by drawing where a row has a name; a temperature that is not above 0 raises `BadInput`."
     check_sampling(sampling)
     names = list(names) or [None] * len(prompts)
-    def chooser_of(batch: list[int]) -> NumberChooser:
-        return NumberChooser([[] if names[index] is None else row_numbers(names[index], sampling.seed, max_new_tokens)
-                              for index in batch], sampling)
-    return generate_by(model, tokenizer, prompts, max_new_tokens, line, decoding, chooser_of)
+    numbers = [[] if name is None else row_numbers(name, sampling.seed, max_new_tokens) for name in names]
+    return generate_by(model, tokenizer, prompts, max_new_tokens, line, decoding, NumberChooser(numbers, sampling))

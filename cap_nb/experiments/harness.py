@@ -117,7 +117,8 @@ def undisturbed() -> Iterator[None]:
 import copy
 from dataclasses import dataclass
 from ..core.files import read_json
-from ..engine.decoding import greedy_settings, inference
+from ..engine.decoding import inference, stop_tokens
+from transformers import GenerationConfig
 
 # %% ../../nbs/experiments/04_harness.ipynb #c036
 @dataclass(frozen=True)
@@ -137,6 +138,21 @@ def harness_answer(
     extracted = sample["filtered_resps"][0]
     return HarnessAnswer(task=task, uid=sample["doc"]["uid"], output=sample["resps"][0][0],
                          extracted=None if extracted == "[invalid]" else extracted, correct=bool(sample["exact_match"]))
+
+# %% ../../nbs/experiments/04_harness.ipynb #96ffe5e8
+@contextmanager
+def greedy_settings(
+    model: torch.nn.Module, # A causal language model of transformers
+    tokenizer: object, # Its tokenizer
+    max_new_tokens: int, # The limit, in tokens
+) -> Iterator[GenerationConfig]: # The only settings in force inside the block
+    "Greedy settings for `generate` in place of the model's, which come back at the end (paper section 4)."
+    before, stop, pad = model.generation_config, stop_tokens(model, tokenizer), tokenizer.pad_token_id
+    if pad is None: pad = stop[0] if stop else 0 # masked: any token will do
+    model.generation_config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
+                                               use_cache=True, eos_token_id=list(stop) or None, pad_token_id=pad)
+    try: yield model.generation_config
+    finally: model.generation_config = before
 
 # %% ../../nbs/experiments/04_harness.ipynb #c037
 def harness_answers(

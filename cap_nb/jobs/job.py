@@ -498,6 +498,8 @@ def put_back(
     for p in projections(model): p.stored.copy_(copies[p.name])
 
 # %% ../../nbs/jobs/03_job.ipynb #c059
+from collections.abc import Mapping
+from types import MappingProxyType
 from ..engine.decoding import Decoding
 from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from .records import together
@@ -510,12 +512,14 @@ def measure_piece(
     job: Job, # A job that is filled in
     piece: Piece, # What to measure
     exclude: frozenset[str], # Content hashes of the calibration set
+    lengths: Mapping[str, int] = MappingProxyType({}), # Content hash of a problem -> tokens expected; none: unknown
 ) -> dict: # The part of an `Evaluation` that the piece fills
     "Measure one piece."
     data, evaluation, batch_tokens = job.calibrate, job.evaluate, job.model.batch_tokens
     if piece.kind == "accuracy":
         problems = drawn_problems(job, piece.on, evaluation.evaluate_n, exclude)
-        decoding = Decoding(batch_tokens=2 * batch_tokens)
+        expected = tuple(lengths[problem.uid] for problem in problems) if lengths else ()
+        decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected)
         return {"answers": answer_problems(model, tokenizer, problems, data.style, evaluation.max_new_tokens,
                                            decoding=decoding)}
     if piece.kind == "loss":
@@ -548,6 +552,16 @@ from cap_nb.jobs.records import (
 from ..methods.prune import highest_sparsity
 from ..threshold import PruneReport
 
+# %% ../../nbs/jobs/03_job.ipynb #8ed8923e
+def dense_lengths(
+    folder: Path, # The run's folder
+    piece: Piece, # What is measured
+) -> dict[str, int]: # Content hash of a problem -> tokens of the dense model's answer; empty before it was measured
+    "How long the dense model's answers to a task were."
+    path = evaluation_folder(folder, "dense", 0.0)
+    if piece.kind != "accuracy" or not path.exists(): return {}
+    return {record.uid: record.tokens for record in load_evaluation(path).answers if record.task == piece.on}
+
 # %% ../../nbs/jobs/03_job.ipynb #c070
 def finish_piece(
     ready: Ready, # The job; its model is pruned
@@ -562,7 +576,8 @@ def finish_piece(
         bar.set_description(f"{cell.method} {cell.sparsity:.0%}, {piece.kind} {piece.on}")
         exclude = calibrated_on(ready.calibration)
         with timed(folder, f"{cell_name(cell.method, cell.sparsity)}/{piece.name}"):
-            records = measure_piece(ready.model, ready.tokenizer, ready.job, piece, exclude)
+            lengths = dense_lengths(folder, piece)
+            records = measure_piece(ready.model, ready.tokenizer, ready.job, piece, exclude, lengths)
         save_evaluation(replace(cell, **records), path)
     bar.update()
     return load_evaluation(path)

@@ -10,8 +10,9 @@ The records are made, on a machine that does nothing else, by
     python -m tools.benchmarks.generation
 
 in an environment with the extra `harness`: `pip install -e '.[dev,harness]'`. A case that is on disk is not measured
-again. `CAP_NB_DATA` names the folder of the benchmarks' own files, if it is at hand; without it SmolLM2 is given the
-lab's problems. `CAP_NB_NOTE` says what else was running. SmolLM2 is fetched with `cap fetch smollm2`.
+again: remove that file first to measure all of them anew, which takes about six minutes. `CAP_NB_DATA` names the folder
+of the benchmarks' own files, if it is at hand; without it SmolLM2 is given the lab's problems. `CAP_NB_NOTE` says what
+else was running. SmolLM2 is fetched with `cap fetch smollm2`.
 """
 
 import copy
@@ -25,20 +26,21 @@ from cap_nb.calibration import default_style
 from cap_nb.core.errors import BadInput
 from cap_nb.data.problems import task_family
 from cap_nb.data.prompts import encode_problem
-from cap_nb.engine.decoding import Decoding, generate_greedy, greedy_settings, inference
-from cap_nb.evaluation import evaluation_problems, prompt_tokens, strict_pattern
-from cap_nb.experiments.harness import imported_harness, undisturbed
+from cap_nb.engine.decoding import Decoding, generate_greedy, inference
+from cap_nb.evaluation import evaluation_problems, extract_answer, normal_answer, prompt_tokens, strict_pattern
+from cap_nb.experiments.harness import greedy_settings, imported_harness, undisturbed
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint
 from tools.side_by_side import measured_case, measured_rounds, stopwatch
 
 # Both sides get the same prompts as text, make tokens of them, write greedily in float32 on the processor up to the
-# same limit, and give text back. Both sort by length and call `generate` with its dynamic cache. They differ in how
-# they cut batches, in how they stop, and in that here the rows that have ended leave their batch every 64 tokens.
+# same limit, and give text back. The harness sorts by length and calls `generate`, a batch after the other, with a
+# dynamic cache; a batch lasts as long as its longest row. Ours lets rows leave and join in slots of one cache.
 #
-# A batch of the harness has a fixed number of rows. Ours has a fixed number of tokens; it is given as many as that
-# number of rows takes with the longest prompt, so neither side needs more memory than the other. The harness knows stop
-# tokens and fixed words, no form of a line. So one side of ours stops at stop tokens only, by the same rule; the other
-# stops behind a whole answer line too, as `accuracy` does. The harness's task, filters and counting are not timed.
+# A batch of the harness has a fixed number of rows. Our slots have a fixed number of tokens; they are given as many as
+# that number of rows takes with the longest prompt and the limit, so neither side needs more memory than the other.
+# The harness knows stop tokens and fixed words, no form of a line. So one side of ours stops at stop tokens only, by the
+# same rule; the other stops behind a whole answer line too, as `accuracy` does. The harness's task, filters and counting
+# are not timed.
 
 ROOT = Path(__file__).resolve().parents[2]
 path = ROOT / "figures" / "benchmarks" / "generation.json"
@@ -74,11 +76,13 @@ def theirs(model, tokenizer, problems, style, limit, rows):
 
 
 # Before anything is timed the texts are compared. By the same rule they must be the same, letter by letter; where ours
-# also stops at answer lines, each must be a prefix of the other.
+# also stops at answer lines, each must be a prefix of the other. Then the verdicts are: every text is read by the
+# paper's strict rule, and each answer must be right on both sides or wrong on both.
 
 
 def check_texts(texts):
-    theirs, same, early = (texts[name] for name in ("harness", "stop tokens", "answer lines"))
+    theirs, same = texts["harness"], texts["stop tokens"]
+    early = texts.get("answer lines", same)
     apart = sum(a != b for a, b in zip(theirs, same, strict=True)) + sum(
         not a.startswith(b) for a, b in zip(same, early, strict=True)
     )
@@ -87,6 +91,21 @@ def check_texts(texts):
             f"{apart} texts differ: expected the same from both sides; what writes something else is not compared."
         )
     return sum(a != b for a, b in zip(same, early))
+
+
+def right_answers(texts, problems, style):
+    family = task_family(problems[0].task)
+    gold = [normal_answer(problem.answer, family) for problem in problems]
+    right = {
+        name: [extract_answer(text, problem.task, style) == answer for text, problem, answer in zip(each, problems, gold)]
+        for name, each in texts.items()
+    }
+    apart = [name for name in right if right[name] != right["harness"]]
+    if apart:
+        raise BadInput(
+            f"The verdicts of {apart[0]} are not the harness's: expected the same on every problem; compare the texts."
+        )
+    return sum(right["harness"])
 
 
 def with_processor_time(call, kept):
@@ -102,9 +121,9 @@ def with_processor_time(call, kept):
 # else they are nearly equal; where others compute too, the wall includes them as well.
 
 
-def timed_sides(sides, tokenizer, repeats):
+def timed_sides(sides, tokenizer, repeats, verdicts):
     texts = {name: side() for name, side in sides.items()}  # also the warm-up
-    about, spent = {"ended early": check_texts(texts)}, {name: [] for name in sides}
+    about, spent = {"ended early": check_texts(texts), "right": verdicts(texts)}, {name: [] for name in sides}
     about["tokens"] = {
         name: sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in written)
         for name, written in texts.items()
@@ -125,6 +144,7 @@ class GenerationCase:
     limit: int  # New tokens an answer at most
     rows: int = 16  # Prompts a batch of the harness
     repeats: int = 5  # Rounds
+    lines: bool = True  # Whether a side stops at answer lines too; a side takes its time in every round
 
 
 def generation_case(path, name, case, data_dir=None, other=None):
@@ -134,8 +154,10 @@ def generation_case(path, name, case, data_dir=None, other=None):
 
     def measure():
         line = strict_pattern(style, task_family(case.task))
-        sides = {"harness": (other or theirs)(*given), "stop tokens": ours(*given), "answer lines": ours(*given, line)}
-        timed = timed_sides(sides, tokenizer, case.repeats)
+        sides = {"harness": (other or theirs)(*given), "stop tokens": ours(*given)}
+        if case.lines:
+            sides["answer lines"] = ours(*given, line)
+        timed = timed_sides(sides, tokenizer, case.repeats, lambda texts: right_answers(texts, problems, style))
         kept = {
             "weights": case.weights,
             "task": case.task,
@@ -151,9 +173,9 @@ def generation_case(path, name, case, data_dir=None, other=None):
 # The lab model writes short answers and ends them by itself. Its GSM8K answers have about 55 tokens, its ARC answers
 # about 130.
 
-# SmolLM2-135M-Instruct has the larger vocabulary and takes its time for every token, so what either side does between
-# the tokens weighs little. Few problems and a short limit, since every round writes them three times; no batch lasts
-# longer than a piece of 64 tokens here, so no row leaves it.
+# SmolLM2-135M-Instruct has the larger vocabulary, and reading its weights takes most of a step with few rows. Twelve
+# problems, so that batches of four follow one another, and a limit at which hardly an answer has ended: what is measured
+# is the step itself and how many rows the same memory holds. A side that stops at answer lines would do the same work.
 
 # A try in small, so that the page runs where the harness is not installed: another side of ours stands in for it. What
 # is printed says nothing about time, but sides that write other texts are noticed.
@@ -170,7 +192,7 @@ def main() -> None:
         print("SmolLM2 is not fetched: run 'cap fetch smollm2' first.")
     elif importlib.util.find_spec("lm_eval"):
         task = "gsm8k" if data_dir else "lab-gsm8k"
-        case = GenerationCase(weights="smollm2", task=task, n=4, limit=64, rows=4)
+        case = GenerationCase(weights="smollm2", task=task, n=12, limit=96, rows=4, lines=False)
         print(generation_case(path, "smollm2", case, data_dir=data_dir)["seconds"])
 
 
