@@ -196,7 +196,7 @@ def write_weight(
 from ..core.files import whole_folder
 from .criteria import CRITERIA
 from .streaming import (
-    AT_ONCE, checkpoint_fingerprint, lay_out, open_checkpoint, streamed_report, sync, what_is_known, write_pruned)
+    AT_ONCE, checkpoint_fingerprint, lay_out, open_checkpoint, streamed_report, what_is_known, write_pruned)
 from ..regions import Factors
 from ..threshold import Measurements, PruneReport
 from tqdm.auto import tqdm
@@ -256,5 +256,4 @@ def solve_checkpoint(
         lay_out(checkpoint, part)
         if known: write_pruned(checkpoint, part, parts, sparsity, known, "exact", AT_ONCE)
         zeros = write_solved(checkpoint, part, parts, sparsity, given)
-        for shard in checkpoint.shards: sync(part/shard.name)
     return streamed_report(weights, method, sparsity, zeros, None)

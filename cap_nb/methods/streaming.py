@@ -118,6 +118,43 @@ def open_checkpoint(
     for p in projections(model): check_stored(checkpoint, p)
     return checkpoint
 
+# %% ../../nbs/methods/14_streaming.ipynb #1c03ffb3
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from tqdm.auto import tqdm
+
+# %% ../../nbs/methods/14_streaming.ipynb #097ddef6
+THREADS, AHEAD = 3, 4 # Threads that read, compute and write; items that wait for their turn at most
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    "Threads that walk over pieces, and the progress bar that they advance."
+    pool: ThreadPoolExecutor # The threads
+    bar: tqdm # Advanced by the weights that were read
+
+    def ahead(self, items: Iterable, work: Callable) -> Iterator[tuple]:
+        "Each item with what `work` makes of it, in order; a few items are worked on ahead."
+        def quietly(item): # whether gradients are kept is each thread's own setting
+            with torch.no_grad(): return work(item)
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append((item, self.pool.submit(quietly, item)))
+                if len(waiting) > AHEAD: yield (first := waiting.popleft())[0], first[1].result()
+            while waiting: yield (first := waiting.popleft())[0], first[1].result()
+        finally:
+            for _, future in waiting: future.cancel()
+
+# %% ../../nbs/methods/14_streaming.ipynb #ca819c74
+@contextmanager
+def walking(
+    bar: tqdm, # Progress bar
+) -> Iterator[Walk]: # Threads to walk with
+    "Start threads; none is at work any more when the block ends, by an error or without."
+    with ThreadPoolExecutor(THREADS, "cap_nb-pieces") as pool: yield Walk(pool=pool, bar=bar)
+
 # %% ../../nbs/methods/14_streaming.ipynb #c023
 AT_ONCE = 1 << 20 # Weights in a piece
 
@@ -129,9 +166,6 @@ class StoredRows:
     first: int # Index of the first row
     last: int # Index after the last row
     before: int = 0 # Rows of the weight that lie in other tensors before this one
-
-# %% ../../nbs/methods/14_streaming.ipynb #c024
-from collections.abc import Sequence
 
 # %% ../../nbs/methods/14_streaming.ipynb #c025
 def pieces_of_weights(
@@ -151,6 +185,8 @@ def pieces_of_weights(
     return tuple(pieces)
 
 # %% ../../nbs/methods/14_streaming.ipynb #c026
+SHORTER = "{} became shorter while it was read: expected a checkpoint that nobody changes; try again."
+
 def lines_of(
     piece: StoredRows, # Which rows
 ) -> tuple[list[int], int]: # Where in the file each run of neighbouring bytes begins, and how many bytes each has
@@ -170,8 +206,7 @@ def read_rows(
         for offset, line in zip(offsets, held.view(torch.uint8).numpy()):
             file.seek(offset)
             if file.readinto(line) != size:
-                raise BadInput(f"{piece.tensor.file} became shorter while it was read: expected a checkpoint that "
-                               "nobody changes; try again.")
+                raise BadInput(SHORTER.format(piece.tensor.file))
     return held.T.contiguous() if piece.projection.transposed else held.view(piece.last - piece.first, -1)
 
 # %% ../../nbs/methods/14_streaming.ipynb #c027
@@ -190,8 +225,6 @@ def write_rows(
             file.write(line)
 
 # %% ../../nbs/methods/14_streaming.ipynb #c030
-from collections.abc import Callable
-from tqdm.auto import tqdm
 from .criteria import CRITERIA, Given, check_given
 from ..regions import Factors, region_factors
 from .prune import SOLVERS, MethodName, check_method, own_scope
@@ -274,7 +307,6 @@ NOT_FINITE = "Some score of {} is not finite: expected finite weights; check the
 def scorer(
     base: str, # One of `STREAMED`
     known: Measurements, # Norms and factors
-    bar: tqdm, # Progress bar, advanced by the weights that were read
 ) -> Scored: # Reads and scores
     "A function that reads a piece and scores it; scores that are not finite raise `BadInput`."
     def scored(piece: StoredRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,30 +316,113 @@ def scorer(
         scores = CRITERIA[base].score(Evidence(weight=rows.float(), norm=known.norms.get(name), factor=factor))
         low, high = scores.aminmax()
         if not (low >= 0 and high < torch.inf): raise BadInput(NOT_FINITE.format(name)) # NaN fails both comparisons
-        bar.update(rows.numel())
         return rows, scores
     return scored
 
 # %% ../../nbs/methods/14_streaming.ipynb #c044
-from cap_nb.threshold import (
-    Take, Threshold, find_threshold, pattern_of, smallest_in_groups, smallest_in_rows, taker, ties_taken,
-    zeros_wanted)
+from ..threshold import (
+    Take, Threshold, find_threshold, pattern_counts, pattern_of, smallest_in_groups, smallest_in_rows, taker,
+    ties_taken, zeros_wanted)
 
 # %% ../../nbs/methods/14_streaming.ipynb #c045
+def weights_of(
+    piece: StoredRows, # Some rows of a weight
+) -> int: # How many weights they are
+    "The size of a piece."
+    return (piece.last - piece.first) * piece.projection.weight.shape[1]
+
 def zeros_among(
     pieces: Sequence[StoredRows], # What competes
     sparsity: float, # Share of their weights to zero
 ) -> int: # How many
     "How many weights of some pieces become zero."
-    weights = sum((piece.last - piece.first) * piece.projection.weight.shape[1] for piece in pieces)
-    return zeros_wanted(weights, sparsity)
+    return zeros_wanted(sum(map(weights_of, pieces)), sparsity)
 
+def read_ahead(
+    walk: Walk, # Threads
+    pieces: Sequence[StoredRows], # What is read
+    work: Callable[[StoredRows], object], # Reads a piece, and makes something of it
+) -> Iterator[tuple[StoredRows, object]]: # Each piece with what was made of it, in order
+    "One reading in threads, which the progress bar counts."
+    for piece, made in walk.ahead(pieces, work):
+        walk.bar.update(weights_of(piece))
+        yield piece, made
+
+# %% ../../nbs/methods/14_streaming.ipynb #ea3a1020
+import logging
+
+# %% ../../nbs/methods/14_streaming.ipynb #944d5e05
+log = logging.getLogger(__name__)
+
+# %% ../../nbs/methods/14_streaming.ipynb #7d0e4381
+HALF, WINDOW, SAMPLED = 1 << 16, 5, 64 # Values of half a pattern; upper halves in a window; one row in so many is tried
+
+def sample_of(
+    pieces: Sequence[StoredRows], # Pieces
+) -> list[StoredRows]: # Some neighbouring rows of each, at least one, now from its beginning, now from its end
+    "One row in `SAMPLED`; where in a piece they lie goes round by the golden ratio, past every head in turn."
+    rows = [max(1, (piece.last - piece.first) // SAMPLED) for piece in pieces]
+    starts = [piece.first + int(0.618034 * index % 1 * (piece.last - piece.first - count + 1))
+              for index, (piece, count) in enumerate(zip(pieces, rows))]
+    return [replace(piece, first=start, last=start + count) for piece, start, count in zip(pieces, starts, rows)]
+
+def guessed_upper(
+    pieces: Sequence[StoredRows], # What competes
+    scored: Scored, # Reads and scores a piece
+    count: int, # How many become zero, at least 1
+    walk: Walk, # Threads
+) -> int: # The upper 16 bits that the threshold probably has
+    "Guess the upper half of the threshold's bit pattern from a sample of rows."
+    counts = sum(made for _, made in walk.ahead(sample_of(pieces), lambda piece: pattern_counts(scored(piece)[1])))
+    wanted = count / sum(map(weights_of, pieces)) * int(counts.sum())
+    return int(torch.searchsorted(counts.cumsum(0), max(1, round(wanted))))
+
+# %% ../../nbs/methods/14_streaming.ipynb #bcdedd62
+def count_scores(
+    pieces: Sequence[StoredRows], # What competes
+    scored: Scored, # Reads and scores a piece
+    first: int, # First upper half of the window
+    walk: Walk, # Threads
+) -> tuple[torch.Tensor, torch.Tensor]: # Counts, int64: of upper halves [65536]; of patterns in the window
+    "One reading; counts are exact, whatever the window."
+    def counted(piece: StoredRows) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = scored(piece)[1]
+        patterns = scores.flatten().view(torch.int32) - first * HALF
+        inside = patterns[(patterns >= 0) & (patterns < WINDOW * HALF)]
+        return pattern_counts(scores), torch.bincount(inside, minlength=WINDOW * HALF)
+    upper, window = torch.zeros(HALF, dtype=torch.int64), torch.zeros(WINDOW * HALF, dtype=torch.int64)
+    for _, (here, inside) in read_ahead(walk, pieces, counted):
+        upper += here
+        window += inside
+    return upper, window
+
+# %% ../../nbs/methods/14_streaming.ipynb #a2eb75e1
+def threshold_in_window(
+    pieces: Sequence[StoredRows], # What competes
+    scored: Scored, # Reads and scores a piece
+    count: int, # How many become zero, at least 1
+    walk: Walk, # Threads
+) -> Threshold: # What `find_threshold` gives
+    "The exact threshold in one reading and a sample; two readings more where the sample misled."
+    first = max(0, guessed_upper(pieces, scored, count, walk) - WINDOW // 2)
+    upper, window = count_scores(pieces, scored, first, walk)
+    upper[first:first + WINDOW] = 0 # these are counted one by one
+    counts = torch.cat([upper, window])
+    patterns = torch.cat([torch.arange(HALF) * HALF, torch.arange(WINDOW * HALF) + first * HALF])[counts > 0]
+    scores = patterns.int().view(torch.float32)
+    found = find_threshold([lambda: scores], count, [counts[counts > 0]])
+    if first <= int(torch.tensor(found.value).view(torch.int32)) >> 16 < first + WINDOW: return found
+    log.info("The sample of scores misled: they are counted in two readings more.")
+    return find_threshold([lambda piece=piece: scored(piece)[1] for piece in pieces], count)
+
+# %% ../../nbs/methods/14_streaming.ipynb #4f1e97d9
 def taking(
     pieces: Sequence[StoredRows], # What competes, in order
     scored: Scored, # Reads and scores a piece
     sparsity: float, # Share of their weights to zero
     scope: str, # A scope, or a pattern
     ties: str, # "exact" or "all"
+    walk: Walk, # Threads
 ) -> tuple[Take, Threshold | None]: # What goes; the threshold
     "How the smallest of what competes are taken, whatever the criterion."
     pattern = pattern_of(scope)
@@ -315,7 +430,7 @@ def taking(
     if scope == "row": return lambda scores: smallest_in_rows(scores, sparsity), None
     count = zeros_among(pieces, sparsity)
     if count == 0: return lambda scores: torch.zeros_like(scores, dtype=torch.bool), None
-    threshold = find_threshold([lambda piece=piece: scored(piece)[1] for piece in pieces], count)
+    threshold = threshold_in_window(pieces, scored, count, walk)
     return taker(threshold.value, ties_taken(threshold, ties)), threshold
 
 # %% ../../nbs/methods/14_streaming.ipynb #c048
@@ -381,21 +496,27 @@ def parts_of_regions(
     return list(zip(regions.tolist(), patterns.split(lengths.tolist(), 0 if len(numbers) > 1 else 1)))
 
 # %% ../../nbs/methods/14_streaming.ipynb #c055
+def magnitudes_of_piece(
+    piece: StoredRows, # Some rows of a weight
+    numbers: dict[str, torch.Tensor], # Module name -> number of the region, broadcast over the weight
+) -> list[tuple[int, torch.Tensor]]: # Number of a region; how often each magnitude stands in its part, int64 [32768]
+    "Read a piece and count."
+    patterns = bits_of(read_rows(piece)) & SIGNLESS
+    parts = parts_of_regions(patterns, rows_of(numbers[piece.projection.name], piece))
+    return [(number, torch.bincount(part.flatten(), minlength=MAGNITUDES)) for number, part in parts]
+
 def count_magnitudes(
     pieces: Sequence[StoredRows], # What competes
     numbers: dict[str, torch.Tensor], # Module name -> number of the region, broadcast over the weight
     finite: Sequence[int], # For each region, how many magnitudes have a finite score
-    bar: tqdm, # Progress bar, advanced by the weights that were read
+    walk: Walk, # Threads
 ) -> torch.Tensor: # How often each magnitude stands in each region, int64 [R, 32768]
     "One reading; a weight whose score is not finite raises `BadInput`."
     counts = torch.zeros(len(finite), MAGNITUDES, dtype=torch.int64)
-    for piece in pieces:
-        patterns, name = bits_of(read_rows(piece)) & SIGNLESS, piece.projection.name
-        for number, part in parts_of_regions(patterns, rows_of(numbers[name], piece)):
-            here = torch.bincount(part.flatten(), minlength=MAGNITUDES)
-            if here[finite[number]:].any(): raise BadInput(NOT_FINITE.format(name))
+    for piece, parts in read_ahead(walk, pieces, lambda piece: magnitudes_of_piece(piece, numbers)):
+        for number, here in parts:
+            if here[finite[number]:].any(): raise BadInput(NOT_FINITE.format(piece.projection.name))
             counts[number] += here
-        bar.update(patterns.numel())
     return counts
 
 # %% ../../nbs/methods/14_streaming.ipynb #c057
@@ -407,10 +528,10 @@ def sides_of(
     patterns: torch.Tensor, # Of magnitudes, int16 [rows, columns]
     on: torch.Tensor, # The first pattern that is not below the threshold, int16, broadcast over them
     above: torch.Tensor, # The first pattern above it, int16, broadcast over them
-) -> torch.Tensor: # 2 below the threshold, 1 on it, 0 above; int16
+) -> torch.Tensor: # 2 below the threshold, 1 on it, 0 above, int16; boolean, below or not, where none can be on it
     "On which side of the threshold magnitudes lie."
-    below = (patterns - on) >> 15
-    return below & 2 if torch.equal(on, above) else (below + ((patterns - above) >> 15)).neg_()
+    if torch.equal(on, above): return torch.from_numpy(np.less(patterns.numpy(), on.numpy()))
+    return (((patterns - on) >> 15) + ((patterns - above) >> 15)).neg_()
 
 def side_taker(
     ties: int, # How many of the weights on the threshold go
@@ -418,6 +539,7 @@ def side_taker(
     "What `taker` takes, by sides."
     left = [ties]
     def take(sides: torch.Tensor) -> torch.Tensor:
+        if sides.dtype == torch.bool: return sides
         below = (sides >> 1).bool()
         return below | first_ones((sides & 1).bool(), left) if left[0] else below
     return take
@@ -427,12 +549,10 @@ def sided(
     numbers: dict[str, torch.Tensor], # Module name -> number of the region, broadcast over the weight
     on: torch.Tensor, # For each region, the first pattern that is not below the threshold, int16 [R]
     above: torch.Tensor, # For each region, the first pattern above it, int16 [R]
-    bar: tqdm, # Progress bar, advanced by the weights that were read
 ) -> Scored: # Reads a piece, and says on which side of the threshold each weight is
     "A function that reads a piece and compares it with its regions' patterns."
     def scored(piece: StoredRows) -> tuple[torch.Tensor, torch.Tensor]:
         rows, region = read_rows(piece), rows_of(numbers[piece.projection.name], piece)
-        bar.update(rows.numel())
         return rows, sides_of(bits_of(rows) & SIGNLESS, on[region], above[region])
     return scored
 
@@ -443,17 +563,17 @@ def taking_counted(
     known: Measurements, # Its factors, if the criterion has any
     count: int, # How many become zero, at least 1
     ties: str, # "exact" or "all"
-    bar: tqdm, # Progress bar, advanced by the weights that were read
+    walk: Walk, # Threads
 ) -> tuple[Scored, Take, Threshold]: # Reads a piece and says its weights' sides; what goes; the threshold
     "How the smallest of what competes are taken, from one reading that counts magnitudes."
     factors, numbers = numbered_regions(pieces, known)
     scores = [scores_of_magnitudes(base, STORED_DTYPES[pieces[0].tensor.kind], factor) for factor in factors]
-    counts = count_magnitudes(pieces, numbers, [len(table) for table in scores], bar)
+    counts = count_magnitudes(pieces, numbers, [len(table) for table in scores], walk)
     tables = [lambda table=table: table for table in scores]
     threshold = find_threshold(tables, count, [row[:len(table)] for row, table in zip(counts, scores)])
     on, above = (torch.tensor([torch.searchsorted(table, threshold.value, right=right) for table in scores],
                               dtype=torch.int16) for right in (False, True))
-    return sided(numbers, on, above, bar), side_taker(ties_taken(threshold, ties)), threshold
+    return sided(numbers, on, above), side_taker(ties_taken(threshold, ties)), threshold
 
 # %% ../../nbs/methods/14_streaming.ipynb #c064
 def zero_rows(
@@ -461,24 +581,56 @@ def zero_rows(
     mask: torch.Tensor, # Boolean, same shape: the weights that become zero
 ) -> int: # Zeros among them afterwards
     "Set weights to exactly zero, in place (paper section 3.4), and count the zeros."
-    bits_of(rows).mul_(~mask)
-    return rows.numel() - np.count_nonzero((bits_of(rows) << 1).numpy())
+    bits = bits_of(rows).numpy()
+    np.multiply(bits, ~mask.numpy(), out=bits)
+    return bits.size - np.count_nonzero(bits << 1)
+
+# %% ../../nbs/methods/14_streaming.ipynb #b10cba45
+import errno
+import os
 
 # %% ../../nbs/methods/14_streaming.ipynb #c067
 COPIED = 1 << 24 # Bytes copied at once
+REFUSALS = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM) # A system that will not copy itself
+
+def copied_by_system(
+    old: int, # File that is read, as the system numbers it
+    new: int, # File that is written
+    start: int, # First byte
+    end: int, # The byte after the last
+) -> int: # Bytes that were copied; 0 where the system refuses
+    "Let the system copy bytes to the same place of another file."
+    if not hasattr(os, "copy_file_range"): return 0 # only Linux has it
+    try: return os.copy_file_range(old, new, end - start, start, start)
+    except OSError as error:
+        if error.errno not in REFUSALS: raise
+        return 0
+
+# %% ../../nbs/methods/14_streaming.ipynb #3adaaacb
+def copied_here(
+    old: int, # File that is read, as the system numbers it
+    new: int, # File that is written
+    start: int, # First byte
+    end: int, # The byte after the last
+) -> int: # Bytes that were copied; 0 at the end of the file
+    "Copy some bytes to the same place of another file, through this process."
+    return os.pwrite(new, os.pread(old, min(COPIED, end - start), start), start)
 
 def copy_around(
     source: Path, # A shard
     target: Path, # The new shard
     left_out: Sequence[StoredTensor], # Tensors of the shard that are not copied
 ) -> None:
-    "Copy a shard except for some tensors, whose bytes stay zero."
-    size = source.stat().st_size
+    "Copy a shard except for some tensors, whose bytes stay zero; a file that has become shorter raises `BadInput`."
+    size, start = source.stat().st_size, 0
     with open(source, "rb") as old, open(target, "wb") as new:
-        for start, end in [*sorted((stored.start, stored.end) for stored in left_out), (size, size)]:
-            for position in range(old.tell(), start, COPIED): new.write(old.read(min(COPIED, start - position)))
-            old.seek(end)
-            new.seek(end)
+        for end, resumed in [*sorted((stored.start, stored.end) for stored in left_out), (size, size)]:
+            while start < end:
+                copied = copied_by_system(old.fileno(), new.fileno(), start, end)
+                copied = copied or copied_here(old.fileno(), new.fileno(), start, end)
+                if not copied: raise BadInput(SHORTER.format(source))
+                start += copied
+            start = resumed
         new.truncate(size)
 
 # %% ../../nbs/methods/14_streaming.ipynb #c070
@@ -505,14 +657,17 @@ def lay_out(
         copy_around(shard, folder/shard.name, [stored for stored in weights if stored.file == shard])
 
 # %% ../../nbs/methods/14_streaming.ipynb #c072
-import os
+KEPT = 32 # Pieces between their writing and their being forgotten
 
-# %% ../../nbs/methods/14_streaming.ipynb #c073
-def sync(
-    file: Path, # A written file
+def let_go(
+    piece: StoredRows, # Some rows of a weight
+    folder: Path, # Folder whose file is meant
 ) -> None:
-    "Wait until a file's bytes are on the disk."
-    with open(file, "rb+") as opened: os.fsync(opened.fileno())
+    "Begin to put rows on the disk, and forget those that are there; where the system takes no such advice, nothing."
+    if not hasattr(os, "posix_fadvise"): return
+    offsets, size = lines_of(piece)
+    with open(folder/piece.tensor.file.name, "rb") as file:
+        os.posix_fadvise(file.fileno(), offsets[0], offsets[-1] + size - offsets[0], os.POSIX_FADV_DONTNEED)
 
 # %% ../../nbs/methods/14_streaming.ipynb #c075
 def write_zeros(
@@ -520,13 +675,20 @@ def write_zeros(
     scored: Scored, # Reads and scores a piece
     take: Take, # Scores of the next piece -> mask of what goes
     folder: Path, # The new folder
+    walk: Walk, # Threads
 ) -> dict[str, int]: # Module name -> zeros
-    "Write pieces with their zeros, and count them (paper section 3.4)."
-    zeros = dict.fromkeys((piece.projection.name for piece in pieces), 0)
-    for piece in pieces:
-        rows, scores = scored(piece)
-        zeros[piece.projection.name] += int(zero_rows(rows, take(scores)))
+    "Write pieces with their zeros, and count them (paper section 3.4); only the taking goes piece by piece."
+    zeros, recent = dict.fromkeys((piece.projection.name for piece in pieces), 0), deque()
+    def written(taken: tuple[StoredRows, torch.Tensor, torch.Tensor]) -> int:
+        piece, rows, mask = taken
+        count = zero_rows(rows, mask)
         write_rows(piece, rows, folder)
+        let_go(piece, folder)
+        recent.append(piece)
+        if len(recent) > KEPT: let_go(recent.popleft(), folder)
+        return int(count)
+    taken = ((piece, rows, take(scores)) for piece, (rows, scores) in read_ahead(walk, pieces, scored))
+    for (piece, *_), count in walk.ahead(taken, written): zeros[piece.projection.name] += count
     return zeros
 
 # %% ../../nbs/methods/14_streaming.ipynb #c076
@@ -550,14 +712,10 @@ def streamed_report(
 
 # %% ../../nbs/methods/14_streaming.ipynb #c078
 def readings(
-    pieces: Sequence[StoredRows], # What competes
-    base: str, # Criterion
-    known: Measurements, # What it looks at
     scope: str, # A scope, or a pattern
-) -> int: # How often the weights are read
-    "Once in rows and patterns; under a threshold twice where magnitudes can be counted, else three times."
-    if scope == "row" or pattern_of(scope): return 1
-    return 2 if can_count(pieces, base, known) else 3
+) -> int: # How often the weights are read, but for a sample
+    "Once in rows and patterns, twice under a threshold."
+    return 1 if scope == "row" or pattern_of(scope) else 2
 
 # %% ../../nbs/methods/14_streaming.ipynb #c079
 def ready_to_write(
@@ -567,13 +725,14 @@ def ready_to_write(
     sparsity: float, # Share of their weights to zero
     scope: str, # A scope, or a pattern
     ties: str, # "exact" or "all"
-    bar: tqdm, # Progress bar, advanced by the weights that were read
+    walk: Walk, # Threads
 ) -> tuple[Scored, Take, Threshold | None]: # Reads a piece; what goes; the threshold
     "Find what the writing needs, in as few readings as the criterion allows."
-    count = zeros_among(pieces, sparsity)
-    if count and readings(pieces, base, known, scope) == 2: return taking_counted(pieces, base, known, count, ties, bar)
-    scored = scorer(base, known, bar)
-    return scored, *taking(pieces, scored, sparsity, scope, ties)
+    count, under_threshold = zeros_among(pieces, sparsity), readings(scope) == 2
+    if count and under_threshold and can_count(pieces, base, known):
+        return taking_counted(pieces, base, known, count, ties, walk)
+    scored = scorer(base, known)
+    return scored, *taking(pieces, scored, sparsity, scope, ties, walk)
 
 # %% ../../nbs/methods/14_streaming.ipynb #c080
 def what_is_known(
@@ -612,12 +771,11 @@ def write_pruned(
 ) -> tuple[dict[str, int], Threshold | None]: # Module name -> zeros; the threshold, if it is of the whole model
     "Find what goes, group after group, and write every weight in scope."
     scope, zeros, groups = own_scope(parts), {}, competing_pieces(checkpoint, own_scope(parts), at_once)
-    weights = sum(p.weight.numel() for p in projections(checkpoint.model))
-    passes = readings(groups[0], parts.base, known, scope) * weights
-    with tqdm(desc=parts.base, total=passes, unit="weight", unit_scale=True) as bar:
+    passes = readings(scope) * sum(p.weight.numel() for p in projections(checkpoint.model))
+    with tqdm(desc=parts.base, total=passes, unit="weight", unit_scale=True) as bar, walking(bar) as walk:
         for pieces in groups:
-            scored, take, threshold = ready_to_write(pieces, parts.base, known, sparsity, scope, ties, bar)
-            zeros |= write_zeros(pieces, scored, take, folder)
+            scored, take, threshold = ready_to_write(pieces, parts.base, known, sparsity, scope, ties, walk)
+            zeros |= write_zeros(pieces, scored, take, folder, walk)
     return zeros, threshold if scope == "model" else None
 
 # %% ../../nbs/methods/14_streaming.ipynb #c083
@@ -638,7 +796,6 @@ def prune_checkpoint(
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
         zeros, threshold = write_pruned(checkpoint, part, parts, sparsity, known, ties, at_once)
-        for shard in checkpoint.shards: sync(part/shard.name)
     return streamed_report(projections(checkpoint.model), method, sparsity, zeros, threshold)
 
 # %% ../../nbs/methods/14_streaming.ipynb #c095
