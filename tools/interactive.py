@@ -1,7 +1,7 @@
 """The page of nbs/teaching/02_try_it.ipynb for readers without a kernel: every state computed before, in one file.
 
-    python tools/interactive.py              measure all states and write tools/site/pages/try_it.html (some minutes)
-    python tools/interactive.py --template   write it anew from the numbers that it holds, after a change of the template
+    python -m tools.interactive              measure all states and write tools/site/pages/try_it.html (some minutes)
+    python -m tools.interactive --template   write it anew from the numbers that it holds, after a change of the template
 
 The functions are the notebook's own: its cells are executed here. What the page can show is every method at every
 sparsity, with no head masked or one of all. The masks of one method and sparsity are decoded as one batch, a head masked
@@ -11,13 +11,14 @@ import argparse
 import base64
 import json
 import re
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+
+from tools.notebooks import is_skipped
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "teaching" / "02_try_it.ipynb"
@@ -30,9 +31,6 @@ LINES, WIDTH = 12, 76  # of an answer; what a ruined model says further is cut
 
 def notebook_names(path: Path = NOTEBOOK) -> dict:
     """What the cells of a notebook define, those aside that are passed over when it is executed."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    from notebooks import is_skipped
-
     names = {"__name__": "try_it"}
     for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
         source = "".join(cell["source"])
