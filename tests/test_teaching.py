@@ -148,3 +148,17 @@ def test_the_page_is_up_to_date_and_needs_nothing(lab):
     assert data["methods"] == lab["METHODS"] and len(data["states"]) == 1 + len(data["methods"]) * len(interactive.SPARSITIES)
     assert all(len(state["cells"]) == 2 * 3 * 37 for state in data["states"].values()) and len(page.encode()) < 400_000
     assert set(re.findall(r"""(?:src|href)=["'](?!data:|#)([^"']+)""", page)) == {"../index.html"} and "fetch(" not in page and "import(" not in page
+
+
+def test_what_notebook_and_page_say_is_in_the_numbers():
+    data = interactive.data_of(interactive.PAGE.read_text(encoding="utf-8"))
+
+    def answer(state, mask=0, problem=0):
+        _, wrong, correct = data["answers"][data["states"][state]["cells"][2 * (37 * problem + mask)]]
+        return wrong, correct
+
+    lost = {method: next(s for s in interactive.SPARSITIES if not answer(f"{method} {s}")[1]) for method in data["methods"].values()}
+    assert lost == {"magnitude": 0.5, "cap": 0.5, "wanda": 0.5, "alps": 0.7}
+    assert sum(not answer("dense 0", mask)[1] for mask in range(1, 37)) == 9
+    assert all(answer("dense 0", mask, problem)[1] for mask in range(19, 37) for problem in range(3)), "layers 3 to 5"
+    assert answer("magnitude 0.6", problem=2) == (1, 1), "right after a wrong step"
