@@ -1,11 +1,11 @@
 """The page of nbs/teaching/02_try_it.ipynb for readers without a kernel: every state computed before, in one file.
 
     python -m tools.interactive              measure all states and write tools/site/pages/try_it.html (some minutes)
-    python -m tools.interactive --template   write it anew from the numbers that it holds, after a change of the template
+    python -m tools.interactive --template   write it anew from its own numbers, after a change of the template
 
 The functions are the notebook's own: its cells are executed here. What the page can show is every method at every
-sparsity, with no head masked or one of all. The masks of one method and sparsity are decoded as one batch, a head masked
-in each row; tests/test_teaching.py compares that with the notebook, which masks one head for one problem.
+sparsity, with no head masked or one of all. The masks of one method and sparsity are decoded as one batch, with a head
+masked in each row; tests/test_teaching.py compares that with the notebook, which masks one head for one problem.
 """
 import argparse
 import base64
@@ -88,7 +88,7 @@ def shown_lines(text: str) -> list[str]:
 
 
 def state_of(lab: dict, method: str, sparsity: float, lines: Table, said: Table) -> dict:
-    """What the page shows of a method and sparsity: shares in per mille, the zeros of one matrix, a cell a head and problem."""
+    """What the page shows of a method and sparsity: shares (per mille), zeros of a matrix, a cell a head and problem."""
     reached = lab["pruned"](method, sparsity).reached
     zero = (lab["model"].model.layers[0].self_attn.o_proj.weight == 0).numpy()
     cells = []
@@ -120,7 +120,7 @@ def measured(lab: dict) -> dict:
     """All that the page shows."""
     lines, said = Table(), Table()
     asked = [("dense", 0.0), *((m, s) for m in lab["METHODS"].values() for s in SPARSITIES)]
-    states = {f"{method} {sparsity:g}": state_of(lab, method, sparsity, lines, said) for method, sparsity in tqdm(asked)}
+    states = {f"{method} {share:g}": state_of(lab, method, share, lines, said) for method, share in tqdm(asked)}
     problems = [{"task": p.task, "question": p.question + "".join(f"\n{letter}. {text}" for letter, text in p.choices),
                  "right": lab["right"][p.task].splitlines()} for p in lab["problems"]]
     return {"about": about(lab), "methods": lab["METHODS"], "sparsities": [0, *SPARSITIES], "problems": problems,
@@ -145,7 +145,7 @@ def main() -> None:
     data = data_of(PAGE.read_text(encoding="utf-8")) if parser.parse_args().template else measured(notebook_names())
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(made := page_of(data), encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)}: {len(made.encode()) / 1000:.0f} KB, {len(data['states'])} states, {len(data['answers'])} answers")
+    print(f"{PAGE.name}: {len(made.encode()) / 1000:.0f} KB, {len(data['states'])} states, {len(data['answers'])} answers")
 
 
 if __name__ == "__main__":

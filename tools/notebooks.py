@@ -62,7 +62,7 @@ def fold_solutions(notebook) -> None:
 
 
 def drop_widgets(notebook) -> None:
-    """Take out what only a live kernel can draw: pages of widgets, and tqdm's bars, which where ipywidgets is ignore TQDM_DISABLE."""
+    """Take out what only a live kernel can draw: widgets, tqdm's bars among them, which heed no TQDM_DISABLE."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
