@@ -53,6 +53,12 @@ def test_outputs_name_no_machine(path):
     assert "site-packages/" not in text and str(ROOT) + "/" not in text
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
+def test_no_widget_is_kept(path):
+    """Without its kernel it shows nothing, and its name is another each time: tools/notebooks.py leaves it out."""
+    assert "application/vnd.jupyter.widget" not in path.read_text(encoding="utf-8")
+
+
 def is_import_cell(cell):
     body = [] if cell.source.lstrip().startswith(("%", "!")) else ast.parse(cell.source).body
     return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)

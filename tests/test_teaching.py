@@ -1,11 +1,15 @@
-"""The glossary's entries and links, the cell for Colab, the slides."""
+"""The glossary's entries and links, the cell for Colab, the slides, the widgets and the page that holds what they would show."""
 import json
 import re
 
 import pytest
+import torch
 
+from cap_nb.models.anatomy import projections
+from cap_nb.models.loading import load_model
 from conftest import ROOT, tool
 from notebooks_on_disk import NOTEBOOKS, cells, label
+from tools import interactive
 
 glossary, slides = tool("glossary"), tool("slides")
 ENTRIES = glossary.entries()
@@ -91,3 +95,70 @@ def test_a_slide_shows_what_the_notebook_holds(tmp_path):
     assert "<h2>Form</h2>" in form and "See" in form and "<msub>" in form and 'display="block"' in form
     assert "data:image/png;base64,aGVsbG8=" in picture and "What to see in it." in picture
     assert "<code>$5</code>" in summary and "None" not in summary
+
+
+@pytest.fixture(scope="module")
+def lab():
+    """What the cells of the notebook with the widgets define, as the page's numbers are made from them."""
+    return interactive.notebook_names()
+
+
+def test_the_widgets_do_what_they_say(lab):
+    def zeros(): return sum(int((p.weight == 0).sum()) for p in projections(lab["model"])) / sum(p.weight.numel() for p in projections(lab["model"]))
+
+    for method, sparsity in (("magnitude", 0.3), ("cap", 0.3), ("wanda", 0.5)):
+        lab["method"].value, lab["sparsity"].value = method, sparsity
+        assert zeros() == pytest.approx(sparsity, abs=1e-4)
+    said, drawn, head = lab["said"].value, lab["drawn"].value, (0, 5)
+    lab["buttons"][head].click()
+    assert lab["buttons"][head].description == "✗" and lab["drawn"].value != drawn
+    loss, before = (float(re.search(r"Loss ([0-9.]+)", text)[1]) for text in (lab["said"].value, said))
+    assert loss > before and zeros() == pytest.approx(0.5)
+    lab["buttons"][head].click()
+    assert (lab["said"].value, lab["drawn"].value) == (said, drawn)
+    lab["problem"].value = lab["problems"][1]
+    assert lab["problems"][1].question in lab["said"].value
+    lab["sparsity"].value = 0
+    fresh = load_model("lab", "float32", "cpu")[0].state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in lab["model"].state_dict().items())
+
+
+@pytest.mark.parametrize("method, sparsity, head", [("dense", 0, (0, 5)), ("cap", 0.5, None), ("wanda", 0.4, (1, 2))])
+def test_the_page_holds_what_the_notebook_computes(lab, method, sparsity, head):
+    """Its cells were decoded in a batch with a head masked in each row; here one problem is answered with one head masked."""
+    data = interactive.data_of(interactive.PAGE.read_text(encoding="utf-8"))
+    state, heads = data["states"][f"{method} {sparsity}"], [None, *interactive.heads_of(lab)]
+    assert lab["pruned"](method, sparsity).reached == pytest.approx(state["reached"], abs=1e-4)
+    assert (1000 * lab["shares"]()).round().int().tolist() == state["shares"]
+    for number, problem in enumerate(lab["problems"]):
+        answer, loss = lab["answered"](problem, [head] if head else [])
+        index = 2 * (number * len(heads) + heads.index(head))
+        lines, wrong, correct = data["answers"][state["cells"][index]]
+        assert [data["lines"][line] for line in lines] == interactive.shown_lines(answer.output)
+        first = lab["first_wrong"](answer.output, lab["right"][problem.task])
+        assert (wrong, correct) == (-1 if first is None else first, answer.correct)
+        assert state["cells"][index + 1] == pytest.approx(loss, abs=0.001)
+
+
+def test_the_page_is_up_to_date_and_needs_nothing(lab):
+    page = interactive.PAGE.read_text(encoding="utf-8")
+    data, now = interactive.data_of(page), interactive.about(lab)
+    assert interactive.page_of(data) == page, "run python -m tools.interactive --template"
+    assert [data["about"][name] for name in ("model", "calibration", "scores", "seed", "n")] == [now[name] for name in ("model", "calibration", "scores", "seed", "n")]
+    assert data["methods"] == lab["METHODS"] and len(data["states"]) == 1 + len(data["methods"]) * len(interactive.SPARSITIES)
+    assert all(len(state["cells"]) == 2 * 3 * 37 for state in data["states"].values()) and len(page.encode()) < 400_000
+    assert set(re.findall(r"""(?:src|href)=["'](?!data:|#)([^"']+)""", page)) == {"../index.html"} and "fetch(" not in page and "import(" not in page
+
+
+def test_what_notebook_and_page_say_is_in_the_numbers():
+    data = interactive.data_of(interactive.PAGE.read_text(encoding="utf-8"))
+
+    def answer(state, mask=0, problem=0):
+        _, wrong, correct = data["answers"][data["states"][state]["cells"][2 * (37 * problem + mask)]]
+        return wrong, correct
+
+    lost = {method: next(s for s in interactive.SPARSITIES if not answer(f"{method} {s}")[1]) for method in data["methods"].values()}
+    assert lost == {"magnitude": 0.5, "cap": 0.5, "wanda": 0.5, "alps": 0.7}
+    assert sum(not answer("dense 0", mask)[1] for mask in range(1, 37)) == 9
+    assert all(answer("dense 0", mask, problem)[1] for mask in range(19, 37) for problem in range(3)), "layers 3 to 5"
+    assert answer("magnitude 0.6", problem=2) == (1, 1), "right after a wrong step"

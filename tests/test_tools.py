@@ -50,6 +50,12 @@ def test_the_first_error_stops_and_nothing_is_written(tmp_path):
     assert execute(tmp_path / "nowhere.ipynb").returncode != 0
 
 
+def test_widgets_are_not_kept(tmp_path):
+    """A widget's name is drawn anew each time, and without its kernel it shows nothing."""
+    write_notebook(tmp_path / "a.ipynb", "from IPython.display import display", f"display({{'{notebooks_tool.WIDGET}': {{}}}}, raw=True); print('kept')")
+    assert execute(tmp_path / "a.ipynb").returncode == 0 and outputs(tmp_path / "a.ipynb") == ["", "kept\n"]
+
+
 def test_reading_order():
     order = [label(path) for path in NOTEBOOKS]
     assert order[:2] == ["index.ipynb", "00_calibration.ipynb"]

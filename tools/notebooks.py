@@ -21,6 +21,7 @@ from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ROOT / "nbs" / "order.txt"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def floors() -> dict[str, int | None]:
@@ -60,6 +61,13 @@ def fold_solutions(notebook) -> None:
             cell.metadata["jupyter"] = {"outputs_hidden": True, "source_hidden": True}
 
 
+def drop_widgets(notebook) -> None:
+    """Take out what only a live kernel can draw: widgets, tqdm's bars among them, which heed no TQDM_DISABLE."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+
+
 class FlaggedClient(NotebookClient):
     """A notebook client that passes over the cells nbdev passes over."""
 
@@ -75,10 +83,12 @@ def execute(path: Path, flags: set[str]) -> None:
     """Run one notebook in its own folder, as nbdev_test does, and write it back with its outputs."""
     notebook = nbformat.read(path, as_version=4)
     client = FlaggedClient(notebook, timeout=None, kernel_name="python3", record_timing=False, coalesce_streams=True,
+                           store_widget_state=False,
                            extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}})
     client.skipped_flags = flags
     client.execute()
     fold_solutions(notebook)
+    drop_widgets(notebook)
     nbformat.write(notebook, path)
 
 

@@ -162,7 +162,9 @@ def pictures(notebook: dict, name: str, out: Path) -> list[tuple[str, str, str]]
 def gallery(shown: list[tuple[str, str, str]], titles: dict[str, str]) -> str:
     """The page of all pictures, in reading order."""
     said = f"The {len(shown)} figures of the notebooks in reading order. Each leads to where it is drawn and read."
-    lines = ["---", "nosearch: true", "---", "# Gallery", "", said, ""]  # its words are those of the pages
+    beside = ('Beside them stand <a href="pages/try_it.html">a page to try pruning by hand</a> and '
+              '<a href="pages/slides.html">slides of the chapters</a>.')
+    lines = ["---", "nosearch: true", "---", "# Gallery", "", said, beside, ""]  # its words are those of the pages
     for page, found in itertools.groupby(shown, lambda s: s[2]):
         lines += [f"## {titles[page]}", "", "::::{container} gallery"]
         for label, heading, _ in found:
@@ -197,6 +199,8 @@ def stage(out: Path, names: list[str]) -> None:
     import nbformat
     from reference import reference
 
+    from tools.slides import CHOSEN, deck
+
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     links = Links(names)
@@ -220,8 +224,9 @@ def stage(out: Path, names: list[str]) -> None:
     for name in sorted(links.files):
         (out / site_path(name)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, out / site_path(name))
-    if (ROOT / "tools/site/pages").is_dir():  # self-contained pages, taken as they are
-        shutil.copytree(ROOT / "tools/site/pages", out.parent / "extra" / "pages", dirs_exist_ok=True)
+    pages = out.parent / "extra" / "pages"  # self-contained ones, taken as they are
+    shutil.copytree(ROOT / "tools/site/pages", pages, dirs_exist_ok=True)
+    (pages / "slides.html").write_text(deck(CHOSEN), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 From the index by "Next" to the last page, then every other page of the sidebar and the reference. On each: pictures
 load, formulas are rendered, links lead somewhere, nothing is fetched that is not a file of the site, the console stays
-silent, and at a phone's width nothing is wider than the screen. Then the search, and the switch from light to dark.
+silent, and at a phone's width nothing is wider than the screen. Then the search, the switch from light to dark, and the
+page on which a reader prunes by hand: its slider and a head are moved by keyboard and mouse.
 """
 import argparse
 import os
@@ -137,6 +138,33 @@ class Walk:
             self.fault(f"the switch leaves the background {seen}")
 
 
+    def prune_by_hand(self) -> None:
+        """Slider, method and heads change the numbers they should, and two clicks on a head change nothing."""
+        page, told = self.page, {}
+        page.goto((self.site / "pages" / "try_it.html").as_uri())
+
+        def expect(step, changed):
+            seen = {part: page.inner_text(f"#{part}") for part in ("verdict", "shares", "answer")}
+            if told and {part for part in seen if seen[part] != told[part]} != set(changed):
+                self.fault(f"after {step} not {' and '.join(changed) or 'nothing'} changed")
+            told.update(seen)
+
+        expect("opening", ())
+        page.press("#sparsity", "End")
+        expect("the slider's end", ("verdict", "shares", "answer"))
+        page.locator("#methods input").last.check()
+        expect("another method", ("verdict", "shares", "answer"))
+        page.press("#sparsity", "Home")
+        page.locator("#heads button").first.focus()
+        expect("the slider's start", ("verdict", "shares", "answer"))
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Space")
+        expect("masking a head", ("verdict", "answer"))
+        page.locator("#heads button[aria-pressed=true]").click()
+        page.locator("#heads button").first.dblclick()
+        expect("masking and freeing", ("verdict", "answer"))
+
+
 def walk(site: Path, shots: Path | None = None) -> tuple[list[str], dict]:
     """What is wrong with a built site, and what was seen."""
     from playwright.sync_api import sync_playwright
@@ -148,6 +176,7 @@ def walk(site: Path, shots: Path | None = None) -> tuple[list[str], dict]:
         reader.the_rest()
         reader.search("importance factor", "02_importance.html")
         reader.light_and_dark()
+        reader.prune_by_hand()
         if shots:
             pictures(reader.page, site.resolve(), shots)
         browser.close()
@@ -157,9 +186,10 @@ def walk(site: Path, shots: Path | None = None) -> tuple[list[str], dict]:
 def pictures(page, site: Path, shots: Path) -> None:
     """Screenshots to look at."""
     shots.mkdir(parents=True, exist_ok=True)
-    for name in ("index", "01_scoring", "03_regions", "04_threshold", "results/00_table_1", "api/chapters", "gallery"):
+    for name in ("index", "01_scoring", "03_regions", "04_threshold", "results/00_table_1", "api/chapters", "gallery", "pages/try_it"):
         for mode, size in (("light", DESK), ("dark", DESK), ("light", PHONE)):
             page.set_viewport_size(size)
+            page.emulate_media(color_scheme=mode)
             page.goto((site / f"{name}.html").as_uri())
             page.evaluate(f"document.documentElement.dataset.theme = document.documentElement.dataset.mode = '{mode}'")
             page.screenshot(path=shots / f"{name.replace('/', '-')}-{mode}-{size['width']}.png",

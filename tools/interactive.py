@@ -1,0 +1,152 @@
+"""The page of nbs/teaching/02_try_it.ipynb for readers without a kernel: every state computed before, in one file.
+
+    python -m tools.interactive              measure all states and write tools/site/pages/try_it.html (some minutes)
+    python -m tools.interactive --template   write it anew from its own numbers, after a change of the template
+
+The functions are the notebook's own: its cells are executed here. What the page can show is every method at every
+sparsity, with no head masked or one of all. The masks of one method and sparsity are decoded as one batch, with a head
+masked in each row; tests/test_teaching.py compares that with the notebook, which masks one head for one problem.
+"""
+import argparse
+import base64
+import json
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from tools.notebooks import is_skipped
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "nbs" / "teaching" / "02_try_it.ipynb"
+TEMPLATE, PAGE = ROOT / "tools" / "site" / "try_it.html", ROOT / "tools" / "site" / "pages" / "try_it.html"
+DATA = re.compile(r'(<script type="application/json" id="data">)(.*?)(</script>)', re.S)
+SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+SEED, N = 0, 16  # of the notebook's calibration set, a task
+LINES, WIDTH = 12, 76  # of an answer; what a ruined model says further is cut
+
+
+def notebook_names(path: Path = NOTEBOOK) -> dict:
+    """What the cells of a notebook define, those aside that are passed over when it is executed."""
+    names = {"__name__": "try_it"}
+    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and not is_skipped(source, {"slow", "gpu"}):
+            exec(compile(source, f"{path.name}, cell {number}", "exec"), names)
+    return names
+
+
+def heads_of(lab: dict) -> list[tuple[int, int]]:
+    """Every head of the lab model."""
+    return [tuple(head) for head in np.ndindex(tuple(lab["scores"].shape))]
+
+
+def one_head_a_row(lab: dict, rows: int) -> ExitStack:
+    """While the block runs, row 0 of a batch is intact and each other one has a head masked."""
+    from cap_nb.models.anatomy import dimensions, output_projection
+    from cap_nb.models.interventions import changed_input
+
+    size, heads, stack = dimensions(lab["model"].config).head_size, heads_of(lab), ExitStack()
+    for layer in range(lab["model"].config.num_hidden_layers):
+        kept = torch.ones(rows, 1, output_projection(lab["model"], layer).weight.shape[1])
+        for row, (of, head) in enumerate(heads, start=1):
+            kept[row, :, head * size:(head + 1) * size] *= of != layer
+        stack.enter_context(changed_input(output_projection(lab["model"], layer), lambda z, kept=kept: z * kept))
+    return stack
+
+
+def answers_of(lab: dict, problem) -> list[tuple]:
+    """(answer, loss) with no head masked and with each head masked, for the model as it is."""
+    from cap_nb.engine.decoding import Decoding
+    from cap_nb.evaluation import answer_problems, problem_losses
+
+    rows = 1 + lab["scores"].numel()
+    with one_head_a_row(lab, rows):  # a row keeps its place: one batch, which no ended row leaves
+        whole = Decoding(batch_tokens=10**6, piece=128)
+        answers = answer_problems(lab["model"], lab["tokenizer"], [problem] * rows, max_new_tokens=128, decoding=whole)
+        losses = problem_losses(lab["model"], lab["tokenizer"], [problem] * rows, batch_tokens=10**6)
+    return list(zip(answers, (record.loss for record in losses)))
+
+
+class Table:
+    """Values that occur often, each kept once and named by its number."""
+
+    def __init__(self):
+        self.numbers = {}
+
+    def number(self, value) -> int:
+        return self.numbers.setdefault(value, len(self.numbers))
+
+
+def shown_lines(text: str) -> list[str]:
+    """An answer as the page shows it."""
+    cut = [line if len(line) <= WIDTH else line[:WIDTH] + "…" for line in text.splitlines()]
+    return cut if len(cut) <= LINES else [*cut[:LINES], "…"]
+
+
+def state_of(lab: dict, method: str, sparsity: float, lines: Table, said: Table) -> dict:
+    """What the page shows of a method and sparsity: shares (per mille), zeros of a matrix, a cell a head and problem."""
+    reached = lab["pruned"](method, sparsity).reached
+    zero = (lab["model"].model.layers[0].self_attn.o_proj.weight == 0).numpy()
+    cells = []
+    for problem in lab["problems"]:
+        right = lab["right"][problem.task]
+        for answer, loss in answers_of(lab, problem):
+            wrong = lab["first_wrong"](answer.output, right)
+            numbers = tuple(lines.number(line) for line in shown_lines(answer.output))
+            cells += [said.number((numbers, -1 if wrong is None else wrong, int(answer.correct))), round(loss, 3)]
+    return {"reached": round(reached, 4), "zeros": base64.b64encode(np.packbits(zero)).decode(),
+            "shares": (1000 * lab["shares"]()).round().int().tolist(), "cells": cells}
+
+
+def about(lab: dict) -> dict:
+    """Where the page's numbers come from."""
+    from cap_nb.jobs.records import environment, load_run
+    from cap_nb.models.loading import model_fingerprint
+
+    lab["pruned"]("dense", 0.0)
+    run = load_run(ROOT / "figures" / "lab")
+    session = environment(torch.device("cpu"))
+    kept = ("python", "torch", "transformers", "cap_nb", "device", "threads")
+    return {"model": model_fingerprint(lab["model"]), "dtype": "float32", "seed": SEED, "n": N,
+            "calibration": lab["calibration"].fingerprint, "scores": run.configuration["calibration"]["fingerprint"],
+            **{name: session[name] for name in kept}}
+
+
+def measured(lab: dict) -> dict:
+    """All that the page shows."""
+    lines, said = Table(), Table()
+    asked = [("dense", 0.0), *((m, s) for m in lab["METHODS"].values() for s in SPARSITIES)]
+    states = {f"{method} {share:g}": state_of(lab, method, share, lines, said) for method, share in tqdm(asked)}
+    problems = [{"task": p.task, "question": p.question + "".join(f"\n{letter}. {text}" for letter, text in p.choices),
+                 "right": lab["right"][p.task].splitlines()} for p in lab["problems"]]
+    return {"about": about(lab), "methods": lab["METHODS"], "sparsities": [0, *SPARSITIES], "problems": problems,
+            "scores": [[round(score, 5) for score in row] for row in lab["scores"].tolist()],
+            "lines": list(lines.numbers), "answers": [[list(n), *rest] for n, *rest in said.numbers], "states": states}
+
+
+def page_of(data: dict) -> str:
+    """The page: the template with the data in it."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    return DATA.sub(lambda m: m[1] + text + m[3], TEMPLATE.read_text(encoding="utf-8"))
+
+
+def data_of(page: str) -> dict:
+    """The data that a page holds."""
+    return json.loads(DATA.search(page)[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--template", action="store_true", help="measure nothing")
+    data = data_of(PAGE.read_text(encoding="utf-8")) if parser.parse_args().template else measured(notebook_names())
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(made := page_of(data), encoding="utf-8")
+    print(f"{PAGE.name}: {len(made.encode()) / 1000:.0f} KB, {len(data['states'])} states, {len(data['answers'])} answers")
+
+
+if __name__ == "__main__":
+    main()
