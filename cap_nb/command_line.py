@@ -379,6 +379,7 @@ def claims_command(
 # %% ../nbs/command_line.ipynb #c043
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
 Budget = option(float | None, "share of the masked passes to spend, as 0.25, for mean scores; all if left out")
+Join = option(bool, "help another process that makes the same --out: take units that are left, make no file")
 
 # %% ../nbs/command_line.ipynb #c044
 @app.command("score")
@@ -391,10 +392,11 @@ def score_command(
     heads_at_once: HeadsAtOnce = None,
     store: Store = None,
     budget: Budget = None,
+    join: Join = False,
 ) -> None:
     "Measure the loss, or the divergence from the intact model, with every head masked in turn, and save the table."
     from cap_nb.single_steps import score_into
-    said = score_into(job, out, heads_at_once, store, budget) # nothing from another process than the first
+    said = score_into(job, out, heads_at_once, store, budget, join) # nothing from another process than the first
     if said: typer.echo(said)
 
 # %% ../nbs/command_line.ipynb #c046

@@ -44,7 +44,10 @@ def minimum_of_all(
 ) -> int: # The smallest of all processes' numbers
     "The minimum over all processes; returns when every process has called it."
     tensor = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    try: dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    except RuntimeError as error:
+        raise BadInput(f"Another process of this launch has ended ({str(error).splitlines()[0][:100]}): expected all to "
+                       "stay to the end; finished units are kept, so start again with any number of processes.") from None
     return int(tensor.item())
 
 @contextmanager
