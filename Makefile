@@ -9,6 +9,7 @@
 # make slides     build/slides.html: title, equation, picture and summary of each chapter, in one file
 # make docs       the site, _docs/html/index.html, from the notebooks as they are executed, and a walk through it in Chromium (check-docs)
 # make benchmarks measure what figures/benchmarks does not hold yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
+# make gpu        everything that wants a CUDA device, measured in less than 20 minutes and kept in figures/benchmarks/gpu.json (DRY=1: tried small, on the processor)
 #
 # With a virtual environment active, it is used; otherwise .venv is made here. Variables: PYTHON (which interpreter makes .venv),
 # DEMO (the demo's run folder). The matrix has 4.57 in .venv-457, which it makes the first time.
@@ -16,7 +17,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak audit matrix matrix-here notebooks lab slides benchmarks readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
+.PHONY: help env demo test soak audit matrix matrix-here notebooks lab slides benchmarks gpu readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
 
 PYTHON ?= python3
 DEMO ?= runs/demo
@@ -66,7 +67,11 @@ notebooks: env
 
 # The 16 GB checkpoint is left out unless it is asked for.
 benchmarks: env
-	for each in scoring scaling threshold generation $(if $(LARGE),streaming); do "$(BIN)/python" -m "tools.benchmarks.$$each"; done
+	for each in scoring scaling processes threshold generation $(if $(LARGE),streaming); do "$(BIN)/python" -m "tools.benchmarks.$$each"; done
+
+# A case that is on disk is not measured again, so a machine that was lent for minutes can go on later.
+gpu: env
+	"$(BIN)/python" -m tools.benchmarks.gpu $(if $(DRY),--dry-run)
 
 soak: env
 	CAP_NB_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_nothing_let_in.py -k whatever

@@ -729,6 +729,7 @@ def methods_command() -> None:
 # %% ../nbs/command_line.ipynb #c079
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
+Described = option(str | None, "a device that need not be here, as h100 or h100,link=50: what bounds each stage there")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
 
 @app.command("plan")
@@ -742,12 +743,17 @@ def plan_command(
     target_tokens: TargetTokens = None,
     probe: Probing = True,
     budget: Budget = None,
+    accelerator: Described = None,
 ) -> None:
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
     from cap_nb.jobs.planning import measured_plan, plan, plan_text
-    planned = measured_plan if probe else plan
+    from cap_nb.jobs.scale import described, scale_text
+    device = accelerator and described(accelerator)
+    if device: planned = functools.partial(plan, memory=int(device.memory * 1e9)) # this machine says nothing about it
+    else: planned = measured_plan if probe else plan
     made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
     typer.echo(plan_text(made, budget))
+    if accelerator: typer.echo(f"\n{scale_text(made, accelerator)}")
 
 # %% ../nbs/command_line.ipynb #c081
 @app.command("fetch")
