@@ -489,7 +489,8 @@ def layer_losses(
         unit = Unit(batch, layer)
         with claimed(plan.store, unit) as free:
             if not free: continue
-            if caches is None: caches = [masked_prefix(model, plan.prefix, layer, heads) for heads in plan.groups[layer]]
+            if caches is None:
+                caches = [masked_prefix(model, plan.prefix, layer, heads) for heads in plan.groups[layer]]
             losses = unit_losses(model, plan, state, unit, caches)
         yield unit, losses
 

@@ -909,7 +909,8 @@ def time_line(
                 f"{p.tokens:,} tokens at {flops_text(p.flops)}/s; it took {seconds_text(p.seconds)}.")
     if h.group > 1:
         line += f" Each copy of the weights is spread over {h.group} devices (device_map='auto'), which work in turn."
-    return line if h.sharing == 1 else f"{line} Scoring is shared by {h.sharing} copies of the model, at this speed each."
+    if h.sharing > 1: line += f" Scoring is shared by {h.sharing} copies of the model, each of this speed."
+    return line
 
 # %% ../../nbs/jobs/05_planning.ipynb #c085
 def fit_lines(
