@@ -47,8 +47,8 @@ def minimum_of_all(
     try: dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:100]
-        raise BadInput(f"Another process of this launch has ended ({reason}): expected all to stay to the end; finished "
-                       "units are kept, so start again with any number of processes.") from None
+        raise BadInput(f"Another process of this launch has ended ({reason}): expected all to stay to the end; what is "
+                       "finished is kept, so start again with any number of processes.") from None
     return int(tensor.item())
 
 @contextmanager

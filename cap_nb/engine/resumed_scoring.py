@@ -516,7 +516,7 @@ def walk_and_score(
 from ..models.anatomy import Anatomy
 from ..core.errors import BadInput, check_at_least
 from ..scoring import HeadLosses, head_losses, load_losses, save_losses
-from ..core.files import alone_in, busy, sound
+from ..core.files import alone_in, busy, disk_full_reported, sound
 from .unit_store import losses_key, read_unit
 from ..models.loading import model_fingerprint
 
@@ -540,7 +540,8 @@ def every_unit(
 ) -> tuple[ScoringPlan, list[BatchState], dict[Unit, torch.Tensor], list[torch.Tensor]]: # And what was computed here
     "Compute units until none is missing: plan, batches, this process's units, intact losses [B] of each batch."
     plan, states = make_plan(model, calibration, request)
-    if plan.store.folder: plan.store.folder.mkdir(parents=True, exist_ok=True)
+    with disk_full_reported(plan.store.folder, "what was finished is kept"):
+        if plan.store.folder: plan.store.folder.mkdir(parents=True, exist_ok=True)
     losses: dict[Unit, torch.Tensor] = {}
     intact = walk_and_score(model, plan, states, losses)
     while anything_missing(plan, losses):
@@ -664,15 +665,11 @@ def score_heads(
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #9921c116
 def check_at_work(
     units: Path, # Folder of the units of one table
-    settings: Path, # Folder in it, of units with one's own settings
 ) -> None:
-    "Raise `BadInput` unless a process is at work on a table, with these settings."
+    "Raise `BadInput` unless a process is at work on a table."
     if not units.is_dir() or not busy(units):
         raise BadInput(f"No process is at work in {units}: expected one to help, with the same model, examples and "
                        "dtype; start that one first, or do not join.")
-    if not settings.is_dir():
-        raise BadInput(f"The process at work in {units} has not begun, or has other settings: expected {settings.name} "
-                       "for tokens a batch, shared tokens and heads a pass; wait for it, or use the same.")
 
 @torch.no_grad()
 def help_scoring(
@@ -685,8 +682,11 @@ def help_scoring(
     "Compute units that are left of a table on which another process is at work; `BadInput` if none is."
     key = losses_key(model, calibration, tokenizer_fingerprint, target=request.target)
     units = Path(store)/f"{key}-units"
+    check_at_work(units)
     plan, states = make_plan(model, calibration, replace(request, units=units))
-    check_at_work(units, plan.store.folder)
+    if not plan.store.folder.is_dir():
+        raise BadInput(f"The process at work in {units} has not begun, or has other settings: expected the same "
+                       "--batch-tokens and --heads-at-once; wait for it, or use the same.")
     losses: dict[Unit, torch.Tensor] = {}
     with suppress(FileNotFoundError): # the other process has all units, and has removed their folder
         walk_and_score(model, plan, states, losses)

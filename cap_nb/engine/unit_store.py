@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ..calibration import Calibration
 from ..core.errors import BadInput
-from ..core.files import read_tensors, sha256_of_text, sound, write_tensors
+from ..core.files import disk_full_reported, read_tensors, sha256_of_text, sound, write_tensors
 from ..models.loading import model_fingerprint
 
 # %% ../../nbs/engine/01_unit_store.ipynb #c005
@@ -118,7 +118,8 @@ def claimed(
     if store.folder is None:
         yield True
         return
-    opened = os.open(store.folder/"claims", os.O_RDWR | os.O_CREAT, 0o666)
+    with disk_full_reported(store.folder, "what was finished is kept"):
+        opened = os.open(store.folder/"claims", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try: fcntl.lockf(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, unit.layer * 2**20 + unit.batch)
         except (BlockingIOError, PermissionError): free = False # another process is at work on it
