@@ -732,6 +732,7 @@ TargetTokens = option(int | None, "tokens of every target; counted or assumed if
 Described = option(str | None, "a device that need not be here, as h100 or h100,link=50: what bounds each stage there")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
 
+# %% ../nbs/command_line.ipynb #ea315b79
 @app.command("plan")
 @in_one_sentence
 @with_plugins

@@ -180,6 +180,7 @@ def alone_in(
         yield
     finally: os.close(opened)
 
+# %% ../../nbs/core/01_files.ipynb #add7b700
 def busy(
     folder: str | Path, # A folder that is there
 ) -> bool: # Whether another process is alone in it

@@ -533,6 +533,7 @@ def anything_missing(
                 if missing: return True
     return False
 
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #d36c494a
 def every_unit(
     model: nn.Module, # The model
     calibration: Calibration, # The examples
@@ -671,6 +672,7 @@ def check_at_work(
         raise BadInput(f"No process is at work in {units}: expected one to help, with the same model, examples and "
                        "dtype; start that one first, or do not join.")
 
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #6649c44b
 @torch.no_grad()
 def help_scoring(
     model: nn.Module, # The same model as the other process's

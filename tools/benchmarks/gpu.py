@@ -96,16 +96,18 @@ def peak_case(path, device, squares=(4096, 8192, 16384), times=20, repeats=5):
 
 def agreement_case(path, device, weights="smollm2", n=8, repeats=3):
     def measure():
-        tables, sides, about = {}, {}, {}
+        tables, seconds, about = {}, {}, {"model": {}}
         for dtype in ("float32", "bfloat16", "float16"):
             model, tokenizer = load_model(weights, dtype, device)
             examples, about["data"] = examples_at_hand(tokenizer, n, data_dir)
-            about |= {"calibration": examples.fingerprint}
-            about.setdefault("model", {})[dtype] = model_fingerprint(model)
-            tables[dtype] = score_heads(model, examples)
-            sides[dtype] = stopwatch(lambda model=model, examples=examples: score_heads(model, examples), device)
+            about["calibration"], about["model"][dtype] = examples.fingerprint, model_fingerprint(model)
+
+            def score(model=model, examples=examples, dtype=dtype):
+                tables[dtype] = score_heads(model, examples)
+
+            seconds |= measured_rounds({dtype: stopwatch(score, device)}, repeats, warmups=0)
         about["agreement"] = {name: apart(tables["float32"], tables[name]) for name in ("bfloat16", "float16")}
-        return {"seconds": measured_rounds(sides, repeats), "about": about}
+        return {"seconds": seconds, "about": about}
 
     name, asked = f"agreement, {weights}", {"weights": weights, "n": n, "repeats": repeats}
     return measured_case(path, name, asked, measure, device, note)
