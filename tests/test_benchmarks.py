@@ -60,7 +60,7 @@ def test_every_measurement_of_a_device_in_small(tmp_path):
     """`make gpu DRY=1`: all cases are measured and summed up; what is on disk, or would end too late, is not measured."""
     said = gpu.dry_run(tmp_path)
     cases = read_cases(tmp_path / "gpu.json")
-    assert list(cases) == ["peak", "agreement, lab", "llama-3-8b", "writing", "published figure"]
+    assert set(cases) == {"peak", "agreement, lab", "llama-3-8b", "writing", "published figure"}
     assert sum(line.endswith(": measured.") for line in said) == 5 and len(said) == 5 + 3 + 1 + 4 + 2 + 1
     assert cases["published figure"]["about"]["pruned"][0] > 0 and cases["writing"]["about"]["tokens"]["2"] > 0
     again = gpu.measure_all([gpu.Measurement("peak", 1, None), gpu.Measurement("long", 9999, None)], tmp_path / "gpu.json", torch.device("cpu"))
