@@ -12,6 +12,7 @@
 # make slides     build/slides.html: title, equation, picture and summary of each chapter, in one file
 # make docs       the site, _docs/html/index.html, from the notebooks as they are executed, and a walk through it in Chromium (check-docs)
 # make benchmarks measure what figures/benchmarks does not hold yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
+# make gpu        everything that wants a CUDA device, measured in less than 20 minutes and kept in figures/benchmarks/gpu.json (DRY=1: tried small, on the processor)
 #
 # With a virtual environment active, it is used; otherwise .venv is made here. Variables: PYTHON (which interpreter makes .venv),
 # DEMO (the demo's run folder). The matrix has 4.57 in .venv-457, which it makes the first time.
@@ -19,7 +20,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak dist audit matrix versions matrix-here notebooks lab slides benchmarks readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
+.PHONY: help env demo test soak dist audit matrix versions matrix-here notebooks lab slides benchmarks gpu readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
 
 PYTHON ?= python3
 DEMO ?= runs/demo
@@ -70,12 +71,16 @@ notebooks: env
 
 # The 16 GB checkpoint is left out unless it is asked for.
 benchmarks: env
-	for each in scoring scaling threshold generation $(if $(LARGE),streaming); do "$(BIN)/python" -m "tools.benchmarks.$$each"; done
+	for each in scoring scaling processes threshold generation $(if $(LARGE),streaming); do "$(BIN)/python" -m "tools.benchmarks.$$each"; done
+
+# A case that is on disk is not measured again, so a machine that was lent for minutes can go on later.
+gpu: env
+	"$(BIN)/python" -m tools.benchmarks.gpu $(if $(DRY),--dry-run)
 
 soak: env
 	CAP_NB_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_nothing_let_in.py -k whatever
 	CAP_NB_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/faults tests/test_invariants.py
-	CAP_NB_SOAK=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_replay.py
+	CAP_NB_SOAK=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_replay.py tests/test_devices.py
 
 # What is published is tried as a stranger gets it: the wheel alone, and what it asks for.
 dist: env

@@ -379,6 +379,7 @@ def claims_command(
 # %% ../nbs/command_line.ipynb #c043
 HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
 Budget = option(float | None, "share of the masked passes to spend, as 0.25, for mean scores; all if left out")
+Join = option(bool, "help another process that makes the same --out: take units that are left, make no file")
 
 # %% ../nbs/command_line.ipynb #c044
 @app.command("score")
@@ -391,10 +392,11 @@ def score_command(
     heads_at_once: HeadsAtOnce = None,
     store: Store = None,
     budget: Budget = None,
+    join: Join = False,
 ) -> None:
     "Measure the loss, or the divergence from the intact model, with every head masked in turn, and save the table."
     from cap_nb.single_steps import score_into
-    said = score_into(job, out, heads_at_once, store, budget) # nothing from another process than the first
+    said = score_into(job, out, heads_at_once, store, budget, join) # nothing from another process than the first
     if said: typer.echo(said)
 
 # %% ../nbs/command_line.ipynb #c046
@@ -733,8 +735,10 @@ def methods_command() -> None:
 # %% ../nbs/command_line.ipynb #c079
 PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
+Described = option(str | None, "a device that need not be here, as h100 or h100,link=50: what bounds each stage there")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
 
+# %% ../nbs/command_line.ipynb #ea315b79
 @app.command("plan")
 @in_one_sentence
 @with_plugins
@@ -746,12 +750,17 @@ def plan_command(
     target_tokens: TargetTokens = None,
     probe: Probing = True,
     budget: Budget = None,
+    accelerator: Described = None,
 ) -> None:
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
     from cap_nb.jobs.planning import measured_plan, plan, plan_text
-    planned = measured_plan if probe else plan
+    from cap_nb.jobs.scale import described, scale_text
+    device = accelerator and described(accelerator)
+    if device: planned = functools.partial(plan, memory=int(device.memory * 1e9)) # this machine says nothing about it
+    else: planned = measured_plan if probe else plan
     made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
     typer.echo(plan_text(made, budget))
+    if accelerator: typer.echo(f"\n{scale_text(made, accelerator)}")
 
 # %% ../nbs/command_line.ipynb #c081
 @app.command("fetch")

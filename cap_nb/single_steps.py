@@ -27,9 +27,10 @@ import shutil
 from .calibration import Calibration
 from .core.errors import BadInput
 from .engine.devices import device_of_process, joined
-from .engine.resumed_scoring import check_target, table_scorer
+from .engine.resumed_scoring import Request, check_target, heads_by_layer, help_scoring, table_scorer
 from .engine.unit_store import Share
 from .methods.screening import save_partial, screen_heads
+from .models.anatomy import anatomy
 from .models.loading import tokenizer_fingerprint
 from .scoring import save_losses
 
@@ -72,6 +73,22 @@ def score_whole(
     heads, measured = losses.masked[..., 0].numel(), {"loss": "losses", "divergence": "divergences"}[losses.target]
     return f"{out}: {measured} of {len(losses.intact)} examples with each of {heads} heads masked."
 
+# %% ../nbs/single_steps.ipynb #09bd27b6
+def help_score(
+    job: Job, # What the options say
+    loaded: tuple, # The model and its tokenizer
+    calibration: Calibration, # The examples
+    out: Path, # The table that another process makes
+    working: Path, # Folder of finished units
+    heads_at_once: int | None, # Heads of a layer in one pass
+) -> str: # What was done, in a sentence
+    "Compute units that are left of another process's table."
+    model, tokenizer = loaded
+    request = Request(batch_tokens=job.model.batch_tokens, heads_at_once=heads_at_once, units=None, share=Share(),
+                      heads=heads_by_layer(anatomy(model), None), target=job.prune.score_target)
+    done = help_scoring(model, calibration, working, request, tokenizer_fingerprint(tokenizer))
+    return f"{done} units of {out} were computed here; the process that was there first makes the file."
+
 # %% ../nbs/single_steps.ipynb #c011
 def score_into(
     job: Job, # What is scored, on what
@@ -79,12 +96,14 @@ def score_into(
     heads_at_once: int | None = None, # Heads of a layer in one pass; as many as fit if left out
     store: Path | None = None, # Folder of finished units, shared between runs; beside the file if left out
     budget: float | None = None, # Share of the masked passes; all if left out
+    join: bool = False, # Whether to help another process that makes the same file, and make none
 ) -> str: # What the table is, in a sentence
     "Measure what masking each head does, and save the table."
     job = changed(job, device=device_of_process(job.model.device))
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
     model, tokenizer = loaded = opened(job)
     calibration, working = job_calibration(job, tokenizer), store or out.with_name(out.name + ".unfinished")
+    if join: return help_score(job, loaded, calibration, out, working, heads_at_once)
     with joined(model.device) as share:
         if budget is not None: said = score_in_part(job, loaded, calibration, out, working, budget, heads_at_once)
         else: said = score_whole(job, loaded, calibration, out, working, heads_at_once, share)

@@ -11,8 +11,8 @@ from cap_nb.data.problems import load_problems
 from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.methods.streaming import open_checkpoint
 from cap_nb.models.loading import load_model
-from tools.benchmarks import generation, gpu, layer_problem, scaling, scoring, streaming, threshold
-from tools.side_by_side import ScoringRounds, balanced_heads, examples_at_hand, largest_difference
+from tools.benchmarks import generation, gpu, layer_problem, processes, scaling, scoring, streaming, threshold
+from tools.side_by_side import ScoringRounds, balanced_heads, examples_at_hand, largest_difference, read_cases
 
 
 def test_a_masked_head_is_not_lost_in_compiled_layers():
@@ -55,12 +55,33 @@ def _folder(path):
     return path
 
 
-def test_the_device_benchmark_in_small(tmp_path):
-    toy = gpu.llama | dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60)
-    rounds = ScoringRounds((8,), repeats=1, tolerance=0.05, times=1)
-    small = gpu.DeviceCase(shape=toy, n=1, chosen=2, each=1, rounds=rounds)
-    case = gpu.device_case(tmp_path / "toy.json", torch.device("cpu"), small)
-    assert {len(values) for values in case["seconds"].values()} == {1}
+def test_processes_are_timed_and_their_tables_compared(tmp_path):
+    toy = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=50)
+    case = processes.processes_case(tmp_path / "toy.json", 1, dict(layers=2, tokens=8, examples=2, shape=toy), same=(), context="fork")
+    assert case["about"]["same bytes"] == [1, 2] and len(processes.efficiency(case)) == 1 and 0.5 < case["about"]["predicted"] < 1
+
+
+def test_every_measurement_of_a_device_in_small(tmp_path):
+    """`make gpu DRY=1`: all cases are measured and summed up; what is on disk, or would end too late, is not measured."""
+    said = gpu.dry_run(tmp_path)
+    cases = read_cases(tmp_path / "gpu.json")
+    assert set(cases) == {"peak", "agreement, lab", "llama-3-8b", "writing", "published figure"}
+    assert sum(line.endswith(": measured.") for line in said) == 5 and len(said) == 5 + 3 + 1 + 4 + 2 + 1
+    assert cases["published figure"]["about"]["pruned"][0] > 0 and cases["writing"]["about"]["tokens"]["2"] > 0
+    again = gpu.measure_all([gpu.Measurement("peak", 1, None), gpu.Measurement("long", 9999, None)], tmp_path / "gpu.json", torch.device("cpu"))
+    assert "on disk already" in again[0] and "not begun" in again[1]
+
+
+def test_the_published_figure_needs_its_weights_and_documents(tmp_path, monkeypatch):
+    monkeypatch.setenv("CAP_NB_LLAMA2", str(tmp_path))
+    assert "CAP_NB_LLAMA2 must name a folder" in gpu.at_hand() and len(gpu.measurements()[0]) == 4
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "c4.json").write_text('{"text": "short"}\n')
+    monkeypatch.setenv("CAP_NB_C4", str(tmp_path / "c4.json"))
+    cases, missing = gpu.measurements()
+    assert [case.name for case in cases][-1] == "published figure" and not missing and sum(case.seconds for case in cases) < gpu.LIMIT
+    with pytest.raises(BadInput, match="has 0 documents of more than 9 tokens"):
+        gpu.text_sequences(None, str(tmp_path / "c4.json"), 1, 9)
 
 
 def test_other_texts_are_noticed(tmp_path):

@@ -66,6 +66,13 @@ def test_a_calibration_seed_leaves_the_evaluation_alone(finished, tmp_path):
     assert seven["evaluation"] == zero["evaluation"] and seven["calibration"]["fingerprint"] != zero["calibration"]["fingerprint"]
 
 
+def test_a_plan_for_devices_that_are_not_here_says_what_bounds_each_stage():
+    result = cap("plan", "--model", "llama-3-70b", "--devices", "8", "--accelerator", "h100,link=50")
+    assert result.exit_code == 0, result.output
+    assert "At least, on 8 x h100,link=50" in result.output and "| scoring |" in result.output and "spread over 2 devices" not in result.output.split("At least")[1]
+    assert "4, on 2 devices each" in result.output
+
+
 @pytest.mark.parametrize("words, parts", [
     (["run", "--tasks", "gsm8K"], ["Unknown task 'gsm8K'", "expected one of"]),
     (["run", "--accuracy-tasks", "arcs"], ["Unknown task 'arcs'"]),
@@ -94,9 +101,11 @@ def test_a_calibration_seed_leaves_the_evaluation_alone(finished, tmp_path):
     (["prune", "--out", "x", "--sparsity", "1"], ["outside [0, 1)"]),
     (["prune", "--out", "x"], ["needs a table of losses"]),
     (["prune", "--out", "x", "--scores", "nowhere.safetensors"], ["nowhere.safetensors does not exist"]),
+    (["plan", "--model", "llama-3-8b", "--accelerator", "h1000"], ["Unknown accelerator 'h1000'", "expected one of a100, h100, h200"]),
+    (["score", "--out", "x.safetensors", "--n", "2", "--join"], ["No process is at work"]),
     (["table", "nowhere"], ["nowhere is not a run's folder"]),
     (["fetch", "llama"], ["Unknown model to fetch 'llama'"]),
-], ids=lambda value: " ".join(value) if value and value[0] in ("run", "eval", "score", "prune", "table", "fetch") else "")
+], ids=lambda value: " ".join(value) if value and value[0] in ("run", "eval", "score", "prune", "plan", "table", "fetch") else "")
 def test_a_mistake_is_one_sentence(words, parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_one_sentence(cap(*words), *parts)

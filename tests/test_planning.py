@@ -26,6 +26,7 @@ from cap_nb.jobs.costs import (
     naive_work, parameter_count, prefill_work, projection_shapes, read_sizes, resumed_work, scoring_memory, sizes_of,
     solver_memory, threshold_memory, wanda_memory, wanda_work)
 from cap_nb.jobs.planning import Probe, free_memory, measured_plan, plan, plan_advice, plan_text, probe_device
+from cap_nb.jobs.scale import Claimer, claims, scale_text, unit_flops
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.engine.resumed_scoring import score_divergences, score_heads
 from cap_nb.scoring import score_heads_naive, target_losses
@@ -406,3 +407,38 @@ def test_plan_and_probe_in_one_call():
     found = measured_plan(changed(Job(), name="lab", n=2, evaluate_n=3, loss_n=3, windows=1, batch_tokens=512))
     assert all(stage.seconds > 0 for stage in found.stages) and found.probe.rows == max(a.rows for a in found.load.answers)
     assert measured_plan(changed(Job(), name="lab", n=2, accuracy_tasks=(), loss_n=3, windows=0, batch_tokens=512)).probe.rows == 1
+
+
+# scale
+
+
+def test_a_model_too_large_for_a_device_is_spread_over_as_few_as_hold_it():
+    for name, devices, shape in (("llama-3-8b", 8, (1, 8)), ("llama-3-70b", 8, (2, 4)), ("mixtral-8x22b", 8, (4, 2)), ("mixtral-8x22b", 2, (2, 1)), ("llama-3-70b", 7, (2, 3))):
+        h = plan(changed(Job(), name=name), devices, memory=80 * 10**9).hardware
+        assert (h.group, h.sharing) == shape and (h.group == devices or h.each <= 80 * 10**9)
+
+
+def test_published_shapes_have_their_published_sizes():
+    assert parameter_count(read_sizes("llama-3-70b")) == 70_553_706_496 and parameter_count(read_sizes("mixtral-8x22b")) == 140_620_634_112
+    with pytest.raises(BadInput, match="sparsegpt on a mixture of experts is not counted"):
+        plan(changed(Job(), name="mixtral-8x22b", methods=("sparsegpt",)), memory=80 * GIB)
+
+
+def test_what_bounds_each_stage_is_said():
+    found = plan(changed(Job(), name="llama-3-8b"), 8, memory=80 * 10**9)
+    rows = {cells[1].strip(): cells[-2].strip() for cells in (line.split("|") for line in scale_text(found, "h100").splitlines()) if len(cells) > 3}
+    assert {name: rows[name] for name in ("loading the weights", "scoring", "pruning by CAP", "writing answers")} == {
+        "loading the weights": "disk", "scoring": "compute", "pruning by CAP": "memory", "writing answers": "memory"}
+    slow = plan(changed(Job(), name="llama-3-70b"), 2, memory=80 * 10**9)
+    assert " link |" in scale_text(slow, "h100,link=0.001")
+    with pytest.raises(BadInput, match="is that of 16 bits"):
+        scale_text(plan(changed(Job(), name="llama-3-8b", dtype="float32"), memory=80 * 10**9), "h100")
+
+
+def test_more_copies_finish_earlier_and_less_efficiently():
+    found = plan(changed(Job(), name="llama-3-8b"), memory=80 * 10**9).load
+    units = unit_flops(found.sizes, found.batches)
+    ends = [claims(units, [Claimer()] * count)[0] for count in (1, 2, 8, 64)]
+    assert ends[0] == sum(units) and ends == sorted(ends, reverse=True) and all(end * count >= sum(units) for end, count in zip(ends, (1, 2, 8, 64)))
+    half, done = claims(units, [Claimer(), Claimer(speed=0.5)])
+    assert half < 1.02 * sum(units) / 1.5 and done[1] < done[0] and sum(done) == len(units)

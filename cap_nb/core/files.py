@@ -180,6 +180,17 @@ def alone_in(
         yield
     finally: os.close(opened)
 
+# %% ../../nbs/core/01_files.ipynb #add7b700
+def busy(
+    folder: str | Path, # A folder that is there
+) -> bool: # Whether another process is alone in it
+    "Whether a process keeps others out of a folder."
+    opened = os.open(folder, os.O_RDONLY)
+    try: fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return True
+    finally: os.close(opened)
+    return False
+
 # %% ../../nbs/core/01_files.ipynb #c032
 from collections.abc import Collection
 

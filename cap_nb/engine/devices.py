@@ -42,9 +42,13 @@ from .unit_store import Share
 def minimum_of_all(
     number: int, # This process's number
 ) -> int: # The smallest of all processes' numbers
-    "The minimum over all processes; returns when every process has called it."
+    "The minimum over all processes, when every one has called it; one that has ended raises `BadInput`."
     tensor = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    try: dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:100]
+        raise BadInput(f"Another process of this launch has ended ({reason}): expected all to stay to the end; what is "
+                       "finished is kept, so start again with any number of processes.") from None
     return int(tensor.item())
 
 @contextmanager

@@ -144,7 +144,7 @@ def token_divergences(
     return torch.cat(parts, 1)
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c029
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from .layer_walk import BatchState, first_layer_alone, state_of_calls
 from ..models.replay import (
@@ -399,7 +399,7 @@ def heads_by_memory(
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c057
 from pathlib import Path
-from .unit_store import Share, Unit, UnitStore, units_to_do
+from .unit_store import Share, Unit, UnitStore
 from ..data.batches import token_batches
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c058
@@ -415,13 +415,12 @@ class Request:
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    "The units that this process computes, and what they need."
+    "The units of a table, and what they need."
     calibration: Calibration # The examples
     prefix: Prefix | None # What all examples start with
     targets: tuple[Targets, ...] # Targets of each batch
     groups: tuple[tuple[tuple[int, ...], ...], ...] # For each layer, the heads that are masked together in each pass
-    units: frozenset[Unit] # The units that this process computes
-    store: UnitStore # Finished units
+    store: UnitStore # Finished units, and those that are claimed
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c059
 def prepare_batches(
@@ -469,23 +468,19 @@ def make_plan(
     calibration: Calibration, # The examples
     request: Request, # What is wanted
 ) -> tuple[ScoringPlan, list[BatchState]]: # The plan, and all batches before the first layer
-    "Prepare the batches, group the heads, and take this process's share of the missing units."
+    "Prepare the batches, group the heads, and name the folder of the units."
     prefix, states, targets = prepare_batches(model, calibration, request.batch_tokens, request.target)
     together = heads_together(model, request, prefix, states, targets)
     name = f"{request.batch_tokens}-{prefix.length if prefix else 0}-{together}"
-    store = UnitStore(request.units and request.units/name)
-    layers = len(request.heads)
-    costs = {Unit(batch, layer): padded_tokens(state) * (layers - layer)
-             for layer in range(layers) if request.heads[layer] for batch, state in enumerate(states)}
     plan = ScoringPlan(
-        calibration=calibration, prefix=prefix, targets=tuple(targets), store=store,
-        groups=tuple(head_groups(heads, together) for heads in request.heads),
-        units=units_to_do(store, costs, request.share))
+        calibration=calibration, prefix=prefix, targets=tuple(targets),
+        store=UnitStore(request.units and request.units/name),
+        groups=tuple(head_groups(heads, together) for heads in request.heads))
     return plan, states
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c065
 from tqdm.auto import tqdm
-from .unit_store import check_finite_table, write_unit
+from .unit_store import check_finite_table, claimed, write_unit
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c066
 def uids_of(
@@ -518,16 +513,20 @@ def score_layer(
     plan: ScoringPlan, # The plan
     states: list[BatchState], # All batches, before this layer
     layer: int, # The layer whose heads are masked in turn
-    losses: dict[Unit, torch.Tensor], # Gets this process's units of the layer, masked losses [H, B] each
+    losses: dict[Unit, torch.Tensor], # Gets the masked losses, float64 [H, B], of each unit that is computed here
+    bar: tqdm, # Progress bar, advanced by every batch, whoever masks its heads
 ) -> list[torch.Tensor]: # Output of the layer for each batch; of the last layer at targets
-    "Run the intact layer batch by batch, and mask its heads on those batches that are this process's units."
-    units, outputs = {unit for unit in plan.units if unit.layer == layer}, []
-    caches = [masked_prefix(model, plan.prefix, layer, heads) for heads in plan.groups[layer]] if units else []
+    "Run the intact layer batch by batch, and mask its heads on those batches that this process claims."
+    caches, outputs = None, []
     for batch, state in enumerate(states):
         hidden, known = intact_step(model, state, plan.targets[batch], layer, plan.prefix and plan.prefix.cache)
-        if (unit := Unit(batch, layer)) in units:
-            losses[unit] = unit_losses(model, plan, state, unit, caches, known)
+        unit = Unit(batch, layer)
+        with claimed(plan.store, unit) if plan.groups[layer] else nullcontext(False) as free:
+            if free:
+                caches = caches or [masked_prefix(model, plan.prefix, layer, heads) for heads in plan.groups[layer]]
+                losses[unit] = unit_losses(model, plan, state, unit, caches, known)
         outputs.append(hidden)
+        bar.update()
     return outputs
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #aabe62d0
@@ -535,23 +534,52 @@ def walk_and_score(
     model: nn.Module, # The model
     plan: ScoringPlan, # The plan
     states: list[BatchState], # All batches, before the first layer
-) -> tuple[dict[Unit, torch.Tensor], list[torch.Tensor]]: # Masked losses, [H, B] per unit; intact, [B] per batch
-    "Move all batches through the intact layers together, computing the units of each layer on the way."
-    losses = {}
-    with tqdm(total=len(plan.units), desc="scoring heads", unit="unit") as bar:
+    losses: dict[Unit, torch.Tensor], # Gets the masked losses, float64 [H, B], of each unit that is computed here
+) -> list[torch.Tensor]: # Intact losses, [B] per batch
+    "Move all batches through the intact layers together, computing units of each layer on the way."
+    with tqdm(total=len(plan.groups) * len(states), desc="scoring heads", unit="unit") as bar:
         for layer in range(len(plan.groups)):
-            outputs = score_layer(model, plan, states, layer, losses)
-            bar.update(len(losses) - bar.n)
+            outputs = score_layer(model, plan, states, layer, losses, bar)
             states = [replace(state, hidden=hidden) for state, hidden in zip(states, outputs)]
-    return losses, [intact_losses(model, hidden, targets) for hidden, targets in zip(outputs, plan.targets)]
+    return [intact_losses(model, hidden, targets) for hidden, targets in zip(outputs, plan.targets)]
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c069
 from ..models.anatomy import Anatomy
 from ..core.errors import BadInput, check_at_least
 from ..scoring import HeadLosses, head_losses, load_losses, save_losses
-from ..core.files import alone_in, sound
+from ..core.files import alone_in, busy, disk_full_reported, sound
 from .unit_store import losses_key, read_unit
 from ..models.loading import model_fingerprint
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #ba52e23a
+def anything_missing(
+    plan: ScoringPlan, # The plan
+    losses: dict[Unit, torch.Tensor], # Units that this process has computed
+) -> bool: # Whether a unit is neither among them nor in the store
+    "Wait for the units that other processes are at work on; one that a process left unfinished is missing."
+    for layer, groups in enumerate(plan.groups):
+        for unit in (Unit(batch, layer) for batch in range(len(plan.targets)) if groups):
+            if unit in losses: continue
+            with claimed(plan.store, unit, wait=True) as missing:
+                if missing: return True
+    return False
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #d36c494a
+def every_unit(
+    model: nn.Module, # The model
+    calibration: Calibration, # The examples
+    request: Request, # What is wanted
+) -> tuple[ScoringPlan, list[BatchState], dict[Unit, torch.Tensor], list[torch.Tensor]]: # And what was computed here
+    "Compute units until none is missing: plan, batches, this process's units, intact losses [B] of each batch."
+    plan, states = make_plan(model, calibration, request)
+    with disk_full_reported(plan.store.folder, "what was finished is kept"):
+        if plan.store.folder: plan.store.folder.mkdir(parents=True, exist_ok=True)
+    losses: dict[Unit, torch.Tensor] = {}
+    intact = walk_and_score(model, plan, states, losses)
+    while anything_missing(plan, losses):
+        again = prepare_batches(model, calibration, request.batch_tokens, request.target)[1]
+        walk_and_score(model, plan, again, losses)
+    return plan, states, losses, intact
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c070
 def masked_table(
@@ -621,9 +649,8 @@ def computed_table(
     fingerprint: str, # The model's fingerprint
 ) -> HeadLosses: # The table of losses, or of divergences
     "Compute the units of this process, wait for those of the others, and put the table together."
-    plan, states = make_plan(model, calibration, request)
-    losses, intact = walk_and_score(model, plan, states)
-    request.share.wait() # the units of all processes are in the store
+    plan, states, losses, intact = every_unit(model, calibration, request)
+    request.share.wait() # nobody goes on before everybody has all units
     masked = masked_table(plan, states, losses, dimensions(model.config).heads)
     whole = intact_column(plan, states, intact)
     table = head_losses(model, calibration, masked, whole, request.batch_tokens, fingerprint)
@@ -666,6 +693,37 @@ def score_heads(
     wanted = heads_by_layer(anatomy(model), heads)
     request = Request(batch_tokens=batch_tokens, heads_at_once=heads_at_once, units=None, share=share, heads=wanted)
     return stored_table(model, calibration, request, store, tokenizer_fingerprint)
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #9921c116
+def check_at_work(
+    units: Path, # Folder of the units of one table
+) -> None:
+    "Raise `BadInput` unless a process is at work on a table."
+    if not units.is_dir() or not busy(units):
+        raise BadInput(f"No process is at work in {units}: expected one to help, with the same model, examples and "
+                       "dtype; start that one first, or do not join.")
+
+# %% ../../nbs/engine/02_resumed_scoring.ipynb #6649c44b
+@torch.no_grad()
+def help_scoring(
+    model: nn.Module, # The same model as the other process's
+    calibration: Calibration, # The same examples
+    store: str | Path, # Folder in which the other process is at work
+    request: Request, # The same wishes; its folder of units is chosen here
+    tokenizer_fingerprint: str = "", # Part of the store's key
+) -> int: # Units that this process computed
+    "Compute units that are left of a table on which another process is at work; `BadInput` if none is."
+    key = losses_key(model, calibration, tokenizer_fingerprint, target=request.target)
+    units = Path(store)/f"{key}-units"
+    check_at_work(units)
+    plan, states = make_plan(model, calibration, replace(request, units=units))
+    if not plan.store.folder.is_dir():
+        raise BadInput(f"The process at work in {units} has not begun, or has other settings: expected the same "
+                       "--batch-tokens and --heads-at-once; wait for it, or use the same.")
+    losses: dict[Unit, torch.Tensor] = {}
+    with suppress(FileNotFoundError): # the other process has all units, and has removed their folder
+        walk_and_score(model, plan, states, losses)
+    return len(losses)
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c080
 from collections.abc import Callable

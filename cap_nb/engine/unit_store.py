@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ..calibration import Calibration
 from ..core.errors import BadInput
-from ..core.files import read_tensors, sha256_of_text, sound, write_tensors
+from ..core.files import disk_full_reported, read_tensors, sha256_of_text, sound, write_tensors
 from ..models.loading import model_fingerprint
 
 # %% ../../nbs/engine/01_unit_store.ipynb #c005
@@ -102,26 +102,27 @@ class Share:
         "Return when all processes have come here."
         self.minimum(0)
 
-# %% ../../nbs/engine/01_unit_store.ipynb #c020
-def assign_units(
-    costs: Sequence[float], # Cost of each unit
-    count: int, # Processes
-) -> list[int]: # Rank of the process of each unit
-    "Assign units to processes: the most expensive first, each to the process that has least so far."
-    load, ranks = [0.0] * count, [0] * len(costs)
-    for unit in sorted(range(len(costs)), key=lambda unit: -costs[unit]):
-        ranks[unit] = min(range(count), key=lambda rank: load[rank])
-        load[ranks[unit]] += costs[unit]
-    return ranks
+# %% ../../nbs/engine/01_unit_store.ipynb #27437e58
+import fcntl, os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-# %% ../../nbs/engine/01_unit_store.ipynb #c023
-def units_to_do(
-    store: UnitStore, # Finished units
-    costs: dict[Unit, float], # Cost of every unit of the table
-    share: Share, # Which process this is
-) -> frozenset[Unit]: # Units that are missing and assigned to this process
-    "The missing units of this process."
-    missing = [unit for unit in costs if not store.holds(unit)]
-    ranks = assign_units([costs[unit] for unit in missing], share.count)
-    share.wait()
-    return frozenset(unit for unit, rank in zip(missing, ranks) if rank == share.rank)
+# %% ../../nbs/engine/01_unit_store.ipynb #c98fccb4
+@contextmanager
+def claimed(
+    store: UnitStore, # Where the unit belongs; without a folder there is nobody else
+    unit: Unit, # Which unit is wanted
+    wait: bool = False, # Whether to wait for a process that is at work on it
+) -> Iterator[bool]: # Whether this process is to compute it: it is missing, and nobody else is at work on it
+    "Keep other processes from a unit while the block runs; a folder that is gone raises `FileNotFoundError`."
+    if store.folder is None:
+        yield True
+        return
+    with disk_full_reported(store.folder, "what was finished is kept"):
+        opened = os.open(store.folder/"claims", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try: fcntl.lockf(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, unit.layer * 2**20 + unit.batch)
+        except (BlockingIOError, PermissionError): free = False # another process is at work on it
+        else: free = not store.holds(unit)
+        yield free
+    finally: os.close(opened)

@@ -30,9 +30,11 @@ class Sizes:
     context: int | None # Longest sequence, in tokens; None means no limit
     dtype: str # In which the weights are stored
     biased: tuple[str, ...] = () # Roles of the projections that have a bias
+    experts: int = 0 # E, MLPs of a layer among which a router chooses; 0 in a dense model
+    chosen: int = 1 # MLPs of a layer that a token passes
 
 # %% ../../nbs/jobs/04_costs.ipynb #c006
-PLANNED = ("llama", "mistral", "qwen2") # Model types whose parameters and cost are counted here
+PLANNED = ("llama", "mistral", "qwen2", "mixtral") # Model types whose parameters and cost are counted here
 
 def added_like_llama(
     config: object, # Configuration of a model
@@ -77,14 +79,15 @@ def sizes_of(
         name=name, source=source, family=a.family, layers=a.layers, heads=a.heads, key_value_heads=a.key_value_heads,
         head_size=a.head_size, hidden=a.hidden_size, mlp=config.intermediate_size, vocabulary=config.vocab_size,
         tied=bool(config.tie_word_embeddings), context=getattr(config, "max_position_embeddings", None),
-        dtype=str(config.dtype or "float32").removeprefix("torch."), biased=biased_roles(config))
+        dtype=str(config.dtype or "float32").removeprefix("torch."), biased=biased_roles(config),
+        experts=getattr(config, "num_local_experts", 0), chosen=getattr(config, "num_experts_per_tok", 1))
     if added_like_llama(config): check_parameters(config, sizes)
     return sizes
 
 # %% ../../nbs/jobs/04_costs.ipynb #c010
 def projection_shapes(
     sizes: Sizes, # The sizes of a model
-) -> dict[str, tuple[int, int]]: # Role -> shape of the weight, (out, in)
+) -> dict[str, tuple[int, int]]: # Role -> shape of the weight, (out, in); of a mixture, those of one expert
     "The shape of every projection of a layer, in the fixed order."
     query, key_value = sizes.heads * sizes.head_size, sizes.key_value_heads * sizes.head_size
     hidden, mlp = sizes.hidden, sizes.mlp
@@ -95,15 +98,31 @@ def layer_weights(
     sizes: Sizes, # The sizes of a model
 ) -> int: # Weights in scope of one layer
     "How many weights the projections of a layer have (paper section 3.3)."
-    return sum(rows * columns for rows, columns in projection_shapes(sizes).values())
+    counted = sum(rows * columns for rows, columns in projection_shapes(sizes).values())
+    return counted + max(0, sizes.experts - 1) * 3 * sizes.mlp * sizes.hidden
 
+def token_weights(
+    sizes: Sizes, # The sizes of a model
+) -> int: # Weights, the router's included
+    "How many weights of a layer a token is multiplied by: all, or in a mixture the chosen experts' and the router's."
+    unused = max(0, sizes.experts - sizes.chosen) * 3 * sizes.mlp * sizes.hidden
+    return layer_weights(sizes) - unused + sizes.experts * sizes.hidden
+
+# %% ../../nbs/jobs/04_costs.ipynb #3e7b703b
 def parameter_count(
     sizes: Sizes, # The sizes of a model
-) -> int: # All parameters: projections, biases, norms, embedding and output head
+) -> int: # All parameters: projections, biases, routers, norms, embedding and output head
     "How many parameters a model has."
     biases = sum(projection_shapes(sizes)[role][0] for role in sizes.biased)
-    layer = layer_weights(sizes) + biases + 2 * sizes.hidden
+    layer = layer_weights(sizes) + biases + sizes.experts * sizes.hidden + 2 * sizes.hidden
     return sizes.layers * layer + sizes.hidden + (1 if sizes.tied else 2) * sizes.vocabulary * sizes.hidden
+
+def widest_matrix(
+    sizes: Sizes, # The sizes of a model
+) -> int: # Weights
+    "The most weights of one matrix in scope; in a mixture gate and up of an expert lie in one."
+    shapes = projection_shapes(sizes).values()
+    return max(rows * columns for rows, columns in shapes) * (2 if sizes.experts else 1)
 
 # %% ../../nbs/jobs/04_costs.ipynb #c012
 import torch
@@ -124,14 +143,24 @@ def check_parameters(
 # %% ../../nbs/jobs/04_costs.ipynb #c019
 EIGHT_B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                num_key_value_heads=8, tie_word_embeddings=False, dtype="bfloat16")
+SEVENTY_B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                 num_key_value_heads=8, tie_word_embeddings=False, dtype="bfloat16")
+EIGHT_TIMES_22B = dict(hidden_size=6144, intermediate_size=16384, num_hidden_layers=56, num_attention_heads=48,
+                       num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=False,
+                       dtype="bfloat16")
 LLAMA, MISTRAL = "meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2"
+LLAMA_70B, MIXTRAL = "meta-llama/Meta-Llama-3-70B-Instruct", "mistralai/Mixtral-8x22B-v0.1"
 
 # %% ../../nbs/jobs/04_costs.ipynb #c020
 PUBLISHED = {
     LLAMA: dict(model_type="llama", vocab_size=128256, max_position_embeddings=8192, **EIGHT_B),
     MISTRAL: dict(model_type="mistral", vocab_size=32000, max_position_embeddings=32768, sliding_window=None,
-                  **EIGHT_B)}
-SHORT_NAMES = {"llama-3-8b": LLAMA, "llama-3-8b-instruct": LLAMA, "mistral-7b": MISTRAL} # Besides ids without owner
+                  **EIGHT_B),
+    LLAMA_70B: dict(model_type="llama", vocab_size=128256, max_position_embeddings=8192, **SEVENTY_B),
+    MIXTRAL: dict(model_type="mixtral", vocab_size=32000, max_position_embeddings=65536, sliding_window=None,
+                  **EIGHT_TIMES_22B)}
+SHORT_NAMES = {"llama-3-8b": LLAMA, "llama-3-8b-instruct": LLAMA, "mistral-7b": MISTRAL, "llama-3-70b": LLAMA_70B,
+               "mixtral-8x22b": MIXTRAL} # Besides ids without owner
 
 def published_id(
     name: str, # A hub id with or without its owner, or a short name; upper and lower case are the same
@@ -302,7 +331,7 @@ def flops_of(
     "Two for every weight and token, and four for every pair of positions and channel of a head."
     shapes = projection_shapes(sizes)
     keys = sum(rows * columns for rows, columns in (shapes[role] for role in ("query", "key", "value")))
-    return (2 * layer_weights(sizes) * work.layer_tokens + 2 * keys * (work.key_tokens - work.given_tokens)
+    return (2 * token_weights(sizes) * work.layer_tokens + 2 * keys * (work.key_tokens - work.given_tokens)
             - 2 * shapes["down"][0] * shapes["down"][1] * work.short_tokens
             + 2 * sizes.vocabulary * sizes.hidden * work.head_tokens
             + 4 * sizes.heads * sizes.head_size * work.pairs)
@@ -373,8 +402,9 @@ def wanda_work(
 ) -> Work: # The work of measuring the norms, layer by layer
     "A pass that measures, without down projections, and one that goes on, which the first layer has for the last."
     runs = 2 * sizes.layers # first: once for the arguments of all layers; last: what it gives is not needed
+    short = 0 if sizes.experts else sizes.layers # in a mixture only the last expert would be left out
     return sum((Work(passes=2, layer_tokens=runs * b.rows * b.width, head_tokens=0, pairs=runs * b.rows * b.width**2,
-                     short_tokens=sizes.layers * b.rows * b.width) for b in batches), Work())
+                     short_tokens=short * b.rows * b.width) for b in batches), Work())
 
 def lengths_like(
     lengths: Sequence[ExampleLength], # Lengths of one task
@@ -559,7 +589,7 @@ def layer_bytes(
 ) -> int: # Bytes
     "What one decoder layer holds at its widest: the MLP's three wide tensors or attention's, with the mask."
     query, key_value = sizes.heads * sizes.head_size, sizes.key_value_heads * sizes.head_size
-    attention, mlp = 5 * query + 2 * key_value + 3 * sizes.hidden, 3 * sizes.mlp + 3 * sizes.hidden
+    attention, mlp = 5 * query + 2 * key_value + 3 * sizes.hidden, sizes.chosen * (3 * sizes.mlp + 3 * sizes.hidden)
     return tokens * (width * max(mlp, attention) + longest * (1 + width))
 
 def logit_bytes(
@@ -607,8 +637,7 @@ def threshold_memory(
     width: int, # Bytes of a number
 ) -> dict[str, int]: # Part -> bytes, beside the weights
     "What pruning under one threshold holds: scores of the widest matrix, and histograms of their bits."
-    widest = max(rows * columns for rows, columns in projection_shapes(sizes).values())
-    return {"scores of one matrix": widest * (13 if width == 4 else 17) + 4 * 65_536 * 8}
+    return {"scores of one matrix": widest_matrix(sizes) * (13 if width == 4 else 17) + 4 * 65_536 * 8}
 
 def wanda_memory(
     sizes: Sizes, # The sizes of the model
@@ -616,11 +645,10 @@ def wanda_memory(
     batches: Sequence[BatchShape], # The calibration batches
 ) -> dict[str, int]: # Part -> bytes, beside the weights
     "What pruning layer by layer holds: hidden states before a layer, scores of the widest matrix, squares."
-    widest = max(rows * columns for rows, columns in projection_shapes(sizes).values())
     tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
     copies = 2 * width # bytes a number: as it is, and a copy without padding
-    squares = tokens * (max(sizes.mlp, sizes.hidden) * copies + 2 * sizes.hidden * width)
-    return {"hidden states": hidden_bytes(sizes, width, batches), "scores of one matrix": widest * 15,
+    squares = tokens * (max(sizes.chosen * sizes.mlp, sizes.hidden) * copies + 2 * sizes.hidden * width)
+    return {"hidden states": hidden_bytes(sizes, width, batches), "scores of one matrix": widest_matrix(sizes) * 15,
             "one layer at work": max(layer_bytes(sizes, width, tokens, longest), squares)}
 
 # %% ../../nbs/jobs/04_costs.ipynb #c080

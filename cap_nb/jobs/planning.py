@@ -120,7 +120,8 @@ def random_layer_model(
         sizes.family, hidden_size=sizes.hidden, intermediate_size=sizes.mlp, num_hidden_layers=1,
         num_attention_heads=sizes.heads, num_key_value_heads=sizes.key_value_heads, head_dim=sizes.head_size,
         vocab_size=8, max_position_embeddings=sizes.context or 4096, pad_token_id=None, bos_token_id=None,
-        eos_token_id=None)
+        eos_token_id=None,
+        **({"num_local_experts": sizes.experts, "num_experts_per_tok": sizes.chosen} if sizes.experts else {}))
     with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device).eval()
     for tensor in (*model.parameters(), *model.buffers()):
@@ -519,6 +520,17 @@ def gradient_stage(
                  seconds=probe and prefill_seconds(work, probe),
                  memory=gradient_memory(load.sizes, load.number_bytes, load.batches))
 
+# %% ../../nbs/jobs/05_planning.ipynb #57bfac0d
+def check_counted_methods(
+    sizes: Sizes, # The sizes of the model
+    methods: Sequence[str], # Names of methods
+) -> None:
+    "Raise `BadInput` for what is not counted in a mixture of experts: solvers, recoveries, budgets and gradients."
+    for method in methods if sizes.experts else ():
+        if has_hessians(method) or gradients_of(method) or parse_method(method).allocation == "kl":
+            raise BadInput(f"The cost of {method} on a mixture of experts is not counted: expected a method that only "
+                           "zeroes, such as cap or wanda; leave it out of the plan.")
+
 # %% ../../nbs/jobs/05_planning.ipynb #c052
 def method_stages(
     load: Workload, # What is to be done
@@ -526,6 +538,7 @@ def method_stages(
 ) -> tuple[Stage, ...]: # One for every method that solves or recovers, and one for budgets if a method has them
     "The stages that the job's methods add."
     methods = load.job.prune.methods
+    check_counted_methods(load.sizes, methods)
     stages = {stage_name(method): solver_stage(load, probe, method) for method in methods if has_hessians(method)}
     budgets = any(parse_method(method).allocation == "kl" for method in methods)
     gradients = any(gradients_of(method) for method in methods)
@@ -579,6 +592,7 @@ class Hardware:
     "Where a job runs, and how its weights lie there."
     devices: int # Devices, or processes on one CPU
     on_cpu: bool # Whether the device is main memory
+    group: int # Devices that hold one copy of the weights together
     sharing: int # How many times faster than one they score
     weights: int # Bytes of the weights
     each: int # Bytes of the weights on one device; less than all of them if they are spread
@@ -591,12 +605,11 @@ def shares(
     devices: int, # Devices, or processes on one CPU
     free: int | None, # Bytes that a device has to give; None means unknown
     on_cpu: bool, # Whether the devices are processes on one CPU
-) -> dict[str, int | None]: # Sharing, each and free, as in `Hardware`
+) -> dict[str, int | None]: # Group, sharing, each and free, as in `Hardware`
     "How several devices divide work, weights and memory."
-    if on_cpu: return {"sharing": 1, "each": weights, "free": free and free // devices}
-    if devices > 1 and free is not None and weights > free:
-        return {"sharing": 1, "each": -(-weights // devices), "free": free}
-    return {"sharing": devices, "each": weights, "free": free}
+    if on_cpu: return {"group": 1, "sharing": 1, "each": weights, "free": free and free // devices}
+    group = 1 if free is None else min(devices, -(-weights // max(1, free)))
+    return {"group": group, "sharing": devices // group, "each": -(-weights // group), "free": free}
 
 # %% ../../nbs/jobs/05_planning.ipynb #c058
 def planned_hardware(
@@ -895,9 +908,10 @@ def time_line(
     if p:
         line = (f"Times are estimates from a probe of one layer on {p.device_name} ({p.device}, {p.dtype}), "
                 f"{p.tokens:,} tokens at {flops_text(p.flops)}/s; it took {seconds_text(p.seconds)}.")
-    if h.sharing > 1: return f"{line} Scoring is shared by {h.sharing} devices of this speed."
-    if h.each == h.weights: return line
-    return f"{line} The weights are spread over the devices (device_map='auto'), which then work in turn."
+    if h.group > 1:
+        line += f" Each copy of the weights is spread over {h.group} devices (device_map='auto'), which work in turn."
+    if h.sharing > 1: line += f" Scoring is shared by {h.sharing} copies of the model, each of this speed."
+    return line
 
 # %% ../../nbs/jobs/05_planning.ipynb #c085
 def fit_lines(

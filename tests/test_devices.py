@@ -1,0 +1,187 @@
+"""One table of losses by several processes: the bytes of one process; and a process that dies, is slow, or comes later."""
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures import made_up_calibration, tiny_llama
+
+from cap_nb.core.errors import BadInput
+from cap_nb.engine import resumed_scoring
+from cap_nb.engine.devices import joined
+from cap_nb.engine.resumed_scoring import Request, heads_by_layer, help_scoring, score_heads
+from cap_nb.engine.unit_store import Share
+from cap_nb.models.anatomy import anatomy
+
+PROCESSES = multiprocessing.get_context("fork")  # what is imported already need not be imported again
+UNITS = 3 * 5  # layers and batches of the model and the examples below
+BATCH_TOKENS = 33
+
+
+def model_and_examples():
+    return tiny_llama(), made_up_calibration(9)
+
+
+def finished(store):
+    return [path for path in Path(store).rglob("batch-*.safetensors")]
+
+
+def table_bytes(store):
+    return next(Path(store).glob("*.safetensors")).read_bytes()
+
+
+def until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.002)
+
+
+def counted_units(store, before):
+    """How many units this process computes, and what happens before each is written."""
+    written, write = [], resumed_scoring.write_unit
+
+    def counting(*arguments):
+        before(store, len(written))
+        write(*arguments)
+        written.append(arguments[1])
+
+    resumed_scoring.write_unit = counting
+    return written
+
+
+def nothing(store, number):
+    """Before a unit is written, nothing happens."""
+
+
+def launched_rank(rank, count, port, store, said, before=nothing):
+    """What a launcher would start: one of several processes that score together."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    written = counted_units(store, before)
+    try:
+        with joined(torch.device("cpu")) as share:
+            score_heads(*model_and_examples(), BATCH_TOKENS, store, share=share)
+        said.put((rank, len(written), ""))
+    except BadInput as error:
+        said.put((rank, len(written), str(error)))
+
+
+def alone(store, said, before=nothing):
+    """A process that no launcher started, and that makes the table."""
+    written = counted_units(store, before)
+    score_heads(*model_and_examples(), BATCH_TOKENS, store)
+    said.put(("owner", len(written), ""))
+
+
+def helper(store, said, before=nothing):
+    """A process that comes later and helps."""
+    counted_units(store, before)
+    model, examples = model_and_examples()
+    request = Request(batch_tokens=BATCH_TOKENS, heads_at_once=None, units=None, share=Share(), heads=heads_by_layer(anatomy(model), None))
+    try:
+        said.put(("helper", help_scoring(model, examples, store, request), ""))
+    except BadInput as error:
+        said.put(("helper", 0, str(error)))
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def started(target, *arguments):
+    process = PROCESSES.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def together(count, store, before=None):
+    """Start so many processes and wait for them: name -> (units, sentence) of those that ended by themselves."""
+    port, said = free_port(), PROCESSES.Queue()
+    ranks = [started(launched_rank, rank, count, port, store, said, (before or {}).get(rank, nothing)) for rank in range(count)]
+    for process in ranks:
+        process.join(300)
+    alive = sum(process.exitcode == 0 for process in ranks)
+    return {name: (units, sentence) for name, units, sentence in (said.get(timeout=10) for _ in range(alive))}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    store = tmp_path_factory.mktemp("one")
+    score_heads(*model_and_examples(), BATCH_TOKENS, store)
+    assert len(finished(store)) == UNITS
+    return table_bytes(store)
+
+
+soak = pytest.mark.skipif(not os.environ.get("CAP_NB_SOAK"), reason="eight processes in make soak")
+
+
+@pytest.mark.parametrize("count", [2, 4, pytest.param(8, marks=soak)])
+def test_any_number_of_processes_gives_the_bytes_of_one(tmp_path, undisturbed, count):
+    done = together(count, tmp_path)
+    assert table_bytes(tmp_path) == undisturbed and len(done) == count
+    assert sum(units for units, _ in done.values()) == UNITS  # nothing is computed twice
+
+
+def test_a_process_that_dies_ends_the_others_with_a_sentence_and_fewer_go_on(tmp_path, undisturbed):
+    def dies(store, number):
+        if number == 1:
+            os._exit(9)
+
+    done = together(3, tmp_path, {2: dies})
+    assert set(done) == {0, 1} and all("Another process of this launch has ended" in sentence for _, sentence in done.values())
+    assert not list(tmp_path.glob("*.safetensors"))
+    kept = {path: path.stat().st_mtime_ns for path in finished(tmp_path)}
+    again = together(2, tmp_path)
+    assert table_bytes(tmp_path) == undisturbed and len(kept) > 0
+    assert sum(units for units, _ in again.values()) == UNITS - len(kept) and {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_slow_process_takes_fewer_units(tmp_path, undisturbed):
+    """The slow one is at its first unit while the other one does all but this."""
+    done = together(2, tmp_path, {1: lambda store, number: until(lambda: len(finished(store)) == UNITS - 1) if number == 0 else None})
+    assert (done[0][0], done[1][0]) == (UNITS - 1, 1) and table_bytes(tmp_path) == undisturbed
+
+
+def test_a_process_that_comes_later_takes_what_is_left(tmp_path, undisturbed):
+    said = PROCESSES.Queue()
+    owner = started(alone, tmp_path, said, lambda store, number: until(lambda: len(finished(store)) >= 5) if number == 0 else None)
+    until(lambda: list(tmp_path.rglob("claims")))
+    late = started(helper, tmp_path, said)
+    done = {name: units for name, units, _ in (said.get(timeout=120) for _ in range(2))}
+    owner.join(300), late.join(300)
+    assert done["helper"] >= 5 and sum(done.values()) == UNITS and table_bytes(tmp_path) == undisturbed
+
+
+def test_a_helper_that_dies_at_a_unit_is_made_up_for(tmp_path, undisturbed):
+    """The owner passes over the helper's unit, waits for it, and computes it when the helper has died."""
+    def dies_last(store, number):
+        until(lambda: len(finished(store)) == UNITS - 1)
+        os._exit(9)
+
+    said = PROCESSES.Queue()
+    owner = started(alone, tmp_path, said, lambda store, number: until(lambda: (store/"helper is at work").exists()) if number == 0 else None)
+    until(lambda: list(tmp_path.rglob("claims")))
+    late = started(helper, tmp_path, said, lambda store, number: ((store/"helper is at work").touch(), dies_last(store, number)))
+    assert said.get(timeout=120)[:2] == ("owner", UNITS)
+    owner.join(300), late.join(300)
+    assert late.exitcode == 9 and table_bytes(tmp_path) == undisturbed
+
+
+def test_a_helper_needs_someone_to_help(tmp_path):
+    said = PROCESSES.Queue()
+    started(helper, tmp_path, said).join(300)
+    assert "No process is at work" in said.get(timeout=10)[2]
+    owner = started(alone, tmp_path, said, lambda store, number: until(lambda: (store/"go on").exists()) if number == 0 else None)
+    until(lambda: list(tmp_path.rglob("claims")))
+    request = Request(batch_tokens=20, heads_at_once=None, units=None, share=Share(), heads=heads_by_layer(anatomy(tiny_llama()), None))
+    with pytest.raises(BadInput, match="has other settings"):
+        help_scoring(*model_and_examples(), tmp_path, request)
+    (tmp_path/"go on").touch()
+    owner.join(300)
+    assert owner.exitcode == 0
