@@ -8,7 +8,6 @@ hand, in float64 and without anything that the package knows about layouts: fuse
 papers of these models describe them.
 """
 import datetime
-import json
 import math
 import tempfile
 from collections.abc import Callable

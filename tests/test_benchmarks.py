@@ -12,7 +12,7 @@ from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.methods.streaming import open_checkpoint
 from cap_nb.models.loading import load_model
 from tools.benchmarks import generation, gpu, layer_problem, processes, scaling, scoring, streaming, threshold
-from tools.side_by_side import ScoringRounds, balanced_heads, examples_at_hand, largest_difference, read_cases
+from tools.side_by_side import balanced_heads, examples_at_hand, largest_difference, read_cases
 
 
 def test_a_masked_head_is_not_lost_in_compiled_layers():

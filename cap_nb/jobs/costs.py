@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/jobs/04_costs.ipynb #c004
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from ..core.errors import BadInput
 from ..core.additions import ADDED
 from ..models.anatomy import dimensions
@@ -319,10 +319,7 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         "The work of both."
-        return Work(passes=self.passes + other.passes, layer_tokens=self.layer_tokens + other.layer_tokens,
-                    head_tokens=self.head_tokens + other.head_tokens, pairs=self.pairs + other.pairs,
-                    key_tokens=self.key_tokens + other.key_tokens, short_tokens=self.short_tokens + other.short_tokens,
-                    given_tokens=self.given_tokens + other.given_tokens)
+        return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 def flops_of(
     work: Work, # What is computed
