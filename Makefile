@@ -12,7 +12,7 @@
 # make slides     build/slides.html: title, equation, picture and summary of each chapter, in one file
 # make docs       the site, _docs/html/index.html, from the notebooks as they are executed, and a walk through it in Chromium (check-docs)
 # make benchmarks measure what figures/benchmarks does not hold yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
-# make gpu        everything that wants a CUDA device, measured in less than 20 minutes and kept in figures/benchmarks/gpu.json (DRY=1: tried small, on the processor)
+# make gpu        what wants a CUDA device, measured within a limit of 20 minutes and kept in figures/benchmarks/gpu.json (DRY=1: tried small, on the processor)
 #
 # With a virtual environment active, it is used; otherwise .venv is made here. Variables: PYTHON (which interpreter makes .venv),
 # DEMO (the demo's run folder). The matrix has 4.57 in .venv-457, which it makes the first time.

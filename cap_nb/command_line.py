@@ -759,6 +759,7 @@ def plan_command(
     if device: planned = functools.partial(plan, memory=int(device.memory * 1e9)) # this machine says nothing about it
     else: planned = measured_plan if probe else plan
     made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
+    if accelerator: described(accelerator, made.load.dtype) # refused before a plan is printed
     typer.echo(plan_text(made, budget))
     if accelerator: typer.echo(f"\n{scale_text(made, accelerator)}")
 

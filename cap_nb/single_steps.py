@@ -99,6 +99,9 @@ def score_into(
     join: bool = False, # Whether to help another process that makes the same file, and make none
 ) -> str: # What the table is, in a sentence
     "Measure what masking each head does, and save the table."
+    if join and budget is not None:
+        raise BadInput("--join was given with --budget: expected a whole table, since its rounds are not shared; leave "
+                       "one of the two out.")
     job = changed(job, device=device_of_process(job.model.device))
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
     model, tokenizer = loaded = opened(job)

@@ -11,6 +11,8 @@ from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.data.problems import load_problems, load_text
 from cap_nb.data.prompts import IGNORED
+from cap_nb.engine.decoding import generate_noted
+from cap_nb.jobs import chains
 from cap_nb.jobs.chains import (
     Answering, Chain, Chains, chain_calibration, kept_chains, own_chains, read_chains, text_calibration, too_few, write_chains)
 from cap_nb.jobs.job import job_calibration, prepare
@@ -34,21 +36,21 @@ def made(lab, tmp_path_factory):
     return own_chains(*lab, n=6, answering=Answering(tries=1, file=path)), path
 
 
-def stop_before(model, call):
-    """Make the model raise KeyboardInterrupt instead of its n-th call of `generate`, and count the calls."""
-    generate, calls = type(model).generate.__get__(model), []
+def stop_before(monkeypatch, call):
+    """Raise KeyboardInterrupt in place of the n-th batch of answers, and count the batches."""
+    calls = []
 
-    def counted(**options):
+    def counted(*arguments):
         calls.append(1)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return generate(**options)
-    model.generate = counted
+        return generate_noted(*arguments)
+    monkeypatch.setattr(chains, "generate_noted", counted)
     return calls
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_killed_anywhere_the_file_is_the_same(tmp_path, dtype):
+def test_killed_anywhere_the_file_is_the_same(tmp_path, monkeypatch, dtype):
     """In bfloat16 too, where a text may depend on its batch: the batches are the same."""
     model, tokenizer = load_model("lab", dtype, "cpu")
 
@@ -56,30 +58,27 @@ def test_killed_anywhere_the_file_is_the_same(tmp_path, dtype):
         answering = Answering(tries=2, temperature=1.5, max_new_tokens=60, batch_tokens=250, file=tmp_path / name)
         return own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
 
-    calls = stop_before(model, 0)
+    calls = stop_before(monkeypatch, 0)
     whole, needed = make("whole.jsonl"), len(calls)
     assert needed == 4, "two batches in two tries, each written in one piece"
     for call in (2, 1, 3):
-        stop_before(model, call)
+        stop_before(monkeypatch, call)
         with pytest.raises(KeyboardInterrupt):
             make("killed.jsonl")
         assert not (tmp_path / "killed.jsonl").exists()
-    calls = stop_before(model, 0)
+    calls = stop_before(monkeypatch, 0)
     assert make("killed.jsonl") == whole
     assert len(calls) == needed - 3, "finished batches are not answered again"
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_a_damaged_part_is_named(lab, tmp_path):
+def test_a_damaged_part_is_named(lab, tmp_path, monkeypatch):
     model, tokenizer = lab
     answering = Answering(tries=2, max_new_tokens=60, batch_tokens=250, file=tmp_path / "c.jsonl")
-    stop_before(model, 2)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
-    finally:
-        del model.generate
+    stop_before(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
     part, = (tmp_path / "c.jsonl.unfinished").iterdir()
     part.write_text(part.read_text().replace('"entropy": ', '"entropy": 1'))
     with pytest.raises(BadInput, match="0-lab-gsm8k-0000.jsonl is damaged"):

@@ -172,17 +172,19 @@ def test_a_neuron_of_fused_experts_has_its_rows_of_gate_and_up(name):
         assert torch.allclose(model(ids).logits, masked(ids).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v2, queries without a latent"])
+@pytest.mark.parametrize("name", ["bloom", "gpt_oss", "deepseek_v2, queries without a latent"])
 def test_sinks_and_latents_bear_a_shared_beginning_and_heads_at_once(name):
-    """Resumed scoring runs what all examples begin with once; here that is longer than a window."""
+    """Resumed scoring runs what all examples begin with once; here that is longer than a window. BLOOM's attention does not
+    return what its output projection gives, so a masked layer runs its attention."""
     model, calibration = tiny_model(name), tiny_calibration(begin=range(20, 40))
     naive = score_heads_naive(model, calibration)
     assert shared_prefix(calibration.examples) == 20
     for together in (1, 3):
         fast = score_heads(model, calibration, batch_tokens=60, heads_at_once=together)
         assert (fast.masked - naive.masked).abs().max() < 1e-5
-    naive, fast = expert_losses(model, calibration, 60, whole_passes), expert_losses(model, calibration)
-    assert torch.allclose(naive.masked, fast.masked, atol=1e-5, equal_nan=True)
+    if name != "bloom":
+        naive, fast = expert_losses(model, calibration, 60, whole_passes), expert_losses(model, calibration)
+        assert torch.allclose(naive.masked, fast.masked, atol=1e-5, equal_nan=True)
 
 
 def test_latents_belong_to_the_layer_and_what_they_become_to_heads():

@@ -28,6 +28,7 @@ from cap_nb.jobs.costs import (
 from cap_nb.jobs.planning import Probe, free_memory, measured_plan, plan, plan_advice, plan_text, probe_device
 from cap_nb.jobs.scale import Claimer, claims, scale_text, unit_flops
 from cap_nb.jobs.settings import Job, changed
+from cap_nb.engine.decoding import Decoding, generate_greedy
 from cap_nb.engine.resumed_scoring import score_divergences, score_heads
 from cap_nb.scoring import score_heads_naive, target_losses
 
@@ -242,6 +243,11 @@ def test_the_memory_of_solving_is_what_is_really_held(dtype, method):
     assert 0.6 < held / planned < 1.1
 
 
+class NoStop:
+    """As much of a tokenizer as decoding asks for; no token ends an answer."""
+    eos_token_id = pad_token_id = None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_of_evaluation_is_what_is_really_held(dtype):
     model = random_model(vocab_size=1000).to(dtype)
@@ -252,8 +258,9 @@ def test_the_memory_of_evaluation_is_what_is_really_held(dtype):
     assert 0.8 < peak(lambda: target_losses(model, batch)) / planned < 1.05
     job = changed(Job(), tasks=("gsm8k",), accuracy_tasks=("gsm8k",), evaluate_n=8, loss_n=0, windows=0, max_new_tokens=100)
     planned = at_once(evaluation_memory(sizes, dtype.itemsize, job, [ExampleLength("gsm8k", 40, 1)] * 8))
-    ask = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    assert 0.6 < peak(lambda: model.generate(**ask, max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0)) / planned < 1.1
+    prompts, decoding = batch["input_ids"].tolist(), Decoding(batch_tokens=2 * job.model.batch_tokens)
+    model.generation_config.eos_token_id = None
+    assert 0.6 < peak(lambda: generate_greedy(model, NoStop, prompts, 100, decoding=decoding)) / planned < 1.1
 
 
 def test_parts_take_turns():

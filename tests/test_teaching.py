@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cap_nb.models.anatomy import projections
+from cap_nb.models.interventions import hook_count
 from cap_nb.models.loading import load_model
 from conftest import ROOT, tool
 from notebooks_on_disk import NOTEBOOKS, cells, label
@@ -138,6 +139,18 @@ def test_the_page_holds_what_the_notebook_computes(lab, method, sparsity, head):
         first = lab["first_wrong"](answer.output, lab["right"][problem.task])
         assert (wrong, correct) == (-1 if first is None else first, answer.correct)
         assert state["cells"][index + 1] == pytest.approx(loss, abs=0.001)
+
+
+def test_an_answer_for_every_mask(lab, monkeypatch):
+    """Two of the heads: the tool answers with each of them masked, as the notebook does, and leaves no hook."""
+    masked, problem = [(0, 5), (1, 2)], lab["problems"][0]
+    monkeypatch.setattr(interactive, "heads_of", lambda lab: masked)
+    lab["pruned"]("dense", 0)
+    made = interactive.answers_of(lab, problem)
+    asked = [lab["answered"](problem, heads) for heads in ([], *([head] for head in masked))]
+    assert [answer.output for answer, _ in made] == [answer.output for answer, _ in asked]
+    assert [loss for _, loss in made] == pytest.approx([loss for _, loss in asked], abs=1e-4)
+    assert hook_count(lab["model"]) == 0
 
 
 def test_the_page_is_up_to_date_and_needs_nothing(lab):

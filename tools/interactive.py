@@ -11,7 +11,7 @@ import argparse
 import base64
 import json
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -60,14 +60,15 @@ def one_head_a_row(lab: dict, rows: int) -> ExitStack:
 
 def answers_of(lab: dict, problem) -> list[tuple]:
     """(answer, loss) with no head masked and with each head masked, for the model as it is."""
-    from cap_nb.engine.decoding import Decoding
     from cap_nb.evaluation import answer_problems, problem_losses
+    from cap_nb.scoring import masked_head
 
-    rows = 1 + lab["scores"].numel()
-    with one_head_a_row(lab, rows):  # a row keeps its place: one batch, which no ended row leaves
-        whole = Decoding(batch_tokens=10**6, piece=128)
-        answers = answer_problems(lab["model"], lab["tokenizer"], [problem] * rows, max_new_tokens=128, decoding=whole)
-        losses = problem_losses(lab["model"], lab["tokenizer"], [problem] * rows, batch_tokens=10**6)
+    answers = []
+    for head in (None, *heads_of(lab)):  # rows change places while answers are written, so a head at a time
+        with masked_head(lab["model"], *head) if head else nullcontext():
+            answers += answer_problems(lab["model"], lab["tokenizer"], [problem], max_new_tokens=128)
+    with one_head_a_row(lab, len(answers)):
+        losses = problem_losses(lab["model"], lab["tokenizer"], [problem] * len(answers), batch_tokens=10**6)
     return list(zip(answers, (record.loss for record in losses)))
 
 

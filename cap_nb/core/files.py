@@ -186,7 +186,7 @@ def busy(
 ) -> bool: # Whether another process is alone in it
     "Whether a process keeps others out of a folder."
     opened = os.open(folder, os.O_RDONLY)
-    try: fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try: fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB) # shared: two that ask do not see each other
     except BlockingIOError: return True
     finally: os.close(opened)
     return False

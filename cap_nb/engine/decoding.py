@@ -183,8 +183,9 @@ def copy_row(
     "Copy keys and values of one row in every layer."
     slots, place, there = to
     for theirs, mine in zip(of, slots.cache.layers):
-        mine.keys[place, :, there] = theirs.keys[row, :, columns]
-        mine.values[place, :, there] = theirs.values[row, :, columns]
+        for memory, old in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            memory[place, :, :there.start] = 0 # an earlier row may have left NaN, which no mask stops
+            memory[place, :, there] = old[row, :, columns]
 
 # %% ../../nbs/engine/03_decoding.ipynb #0105cc2d
 def join(
@@ -226,7 +227,7 @@ def write(
     return logits
 
 # %% ../../nbs/engine/03_decoding.ipynb #d9883af3
-SPARE = 64 # Columns: fewer are not worth a move to the front
+SPARE = 64 # Columns by which slots grow at least, and which the longest have to spare; for half of it rows are moved
 
 def room_at_the_front(
     slots: Slots, # The slots
@@ -292,7 +293,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/engine/03_decoding.ipynb #f0c11cfb
 @dataclass(frozen=True)
 class Decoding:
-    "How many prompts are decoded at once, and in which order: memory and time, not what is written."
+    "How many prompts are decoded at once, and in which order: memory and time; what is written, up to rounding only."
     batch_tokens: int = 8192 # Tokens that the slots hold together, those yet to be written included
     expected: tuple[int, ...] = () # Tokens that each answer is expected to have; none: as long as its prompt
     backend: str = "transformers" # What runs the model: "transformers", or "vllm" for greedy answers
@@ -345,10 +346,10 @@ class Chooser:
 def next_to_join(
     slots: Slots, # The slots
     waiting: deque[int], # Prompts that wait; those that join are taken out
-) -> list[int]: # Prompts that join now; none while less than a quarter of the slots is free
+) -> list[int]: # Prompts that join now; none while fewer slots are free than a quarter of them, or than prompts wait
     "Whose turn it is."
-    free, quarter = slots.slots - len(slots.window.starts), max(1, slots.slots // 4)
-    return [waiting.popleft() for _ in range(min(quarter, len(waiting)))] if free >= quarter else []
+    free, some = slots.slots - len(slots.window.starts), min(max(1, slots.slots // 4), len(waiting))
+    return [waiting.popleft() for _ in range(some)] if free >= some else []
 
 # %% ../../nbs/engine/03_decoding.ipynb #5757ccb1
 def write_all(

@@ -144,7 +144,7 @@ def token_divergences(
     return torch.cat(parts, 1)
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c029
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from .layer_walk import BatchState, first_layer_alone, state_of_calls
 from ..models.replay import (
@@ -288,7 +288,8 @@ def masked_prefix(
     "Run the prefix with heads masked, for its keys and values; of the last layer nothing else is computed."
     if prefix is None: return None
     cache, last, copies = PrefixCache(), len(prefix.calls) - 1, len(heads)
-    cache.kept[layer] = prefix.cache.kept[layer] # a mask changes nothing before the output projection
+    if layer == last or prefix.heads[layer]: # a mask changes nothing before the output projection
+        cache.kept[layer] = prefix.cache.kept[layer] # where attention is run, the layer keeps them itself
     if layer == last: return cache
     calls = [repeated(call, copies) for call in prefix.calls]
     change = masked_run(model, layer, heads, prefix.heads[layer])
@@ -511,13 +512,13 @@ def unit_losses(
 def score_layer(
     model: nn.Module, # The model
     plan: ScoringPlan, # The plan
-    states: list[BatchState], # All batches, before this layer
+    states: list[BatchState], # All batches, before this layer; moved on in place, the last layer at targets only
     layer: int, # The layer whose heads are masked in turn
     losses: dict[Unit, torch.Tensor], # Gets the masked losses, float64 [H, B], of each unit that is computed here
     bar: tqdm, # Progress bar, advanced by every batch, whoever masks its heads
-) -> list[torch.Tensor]: # Output of the layer for each batch; of the last layer at targets
+) -> None:
     "Run the intact layer batch by batch, and mask its heads on those batches that this process claims."
-    caches, outputs = None, []
+    caches = None
     for batch, state in enumerate(states):
         hidden, known = intact_step(model, state, plan.targets[batch], layer, plan.prefix and plan.prefix.cache)
         unit = Unit(batch, layer)
@@ -525,30 +526,28 @@ def score_layer(
             if free:
                 caches = caches or [masked_prefix(model, plan.prefix, layer, heads) for heads in plan.groups[layer]]
                 losses[unit] = unit_losses(model, plan, state, unit, caches, known)
-        outputs.append(hidden)
+        states[batch] = replace(state, hidden=hidden)
         bar.update()
-    return outputs
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #aabe62d0
 def walk_and_score(
     model: nn.Module, # The model
     plan: ScoringPlan, # The plan
-    states: list[BatchState], # All batches, before the first layer
+    states: list[BatchState], # All batches, before the first layer; moved on in place, so that each is held once
     losses: dict[Unit, torch.Tensor], # Gets the masked losses, float64 [H, B], of each unit that is computed here
 ) -> list[torch.Tensor]: # Intact losses, [B] per batch
     "Move all batches through the intact layers together, computing units of each layer on the way."
     with tqdm(total=len(plan.groups) * len(states), desc="scoring heads", unit="unit") as bar:
         for layer in range(len(plan.groups)):
-            outputs = score_layer(model, plan, states, layer, losses, bar)
-            states = [replace(state, hidden=hidden) for state, hidden in zip(states, outputs)]
-    return [intact_losses(model, hidden, targets) for hidden, targets in zip(outputs, plan.targets)]
+            score_layer(model, plan, states, layer, losses, bar)
+    return [intact_losses(model, state.hidden, targets) for state, targets in zip(states, plan.targets)]
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c069
 from ..models.anatomy import Anatomy
 from ..core.errors import BadInput, check_at_least
 from ..scoring import HeadLosses, head_losses, load_losses, save_losses
 from ..core.files import alone_in, busy, disk_full_reported, sound
-from .unit_store import losses_key, read_unit
+from .unit_store import CLAIMS, losses_key, read_unit
 from ..models.loading import model_fingerprint
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #ba52e23a
@@ -573,7 +572,9 @@ def every_unit(
     "Compute units until none is missing: plan, batches, this process's units, intact losses [B] of each batch."
     plan, states = make_plan(model, calibration, request)
     with disk_full_reported(plan.store.folder, "what was finished is kept"):
-        if plan.store.folder: plan.store.folder.mkdir(parents=True, exist_ok=True)
+        if plan.store.folder:
+            plan.store.folder.mkdir(parents=True, exist_ok=True)
+            (plan.store.folder/CLAIMS).touch()
     losses: dict[Unit, torch.Tensor] = {}
     intact = walk_and_score(model, plan, states, losses)
     while anything_missing(plan, losses):
@@ -717,12 +718,13 @@ def help_scoring(
     units = Path(store)/f"{key}-units"
     check_at_work(units)
     plan, states = make_plan(model, calibration, replace(request, units=units))
-    if not plan.store.folder.is_dir():
+    if not (plan.store.folder/CLAIMS).exists():
         raise BadInput(f"The process at work in {units} has not begun, or has other settings: expected the same "
                        "--batch-tokens and --heads-at-once; wait for it, or use the same.")
     losses: dict[Unit, torch.Tensor] = {}
-    with suppress(FileNotFoundError): # the other process has all units, and has removed their folder
-        walk_and_score(model, plan, states, losses)
+    try: walk_and_score(model, plan, states, losses)
+    except FileNotFoundError:
+        if plan.store.folder.is_dir(): raise # else the other process has all units, and has removed their folder
     return len(losses)
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c080

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ..calibration import Calibration
 from ..core.errors import BadInput
-from ..core.files import disk_full_reported, read_tensors, sha256_of_text, sound, write_tensors
+from ..core.files import read_tensors, sha256_of_text, sound, write_tensors
 from ..models.loading import model_fingerprint
 
 # %% ../../nbs/engine/01_unit_store.ipynb #c005
@@ -107,7 +107,13 @@ import fcntl, os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# %% ../../nbs/engine/01_unit_store.ipynb #27d64e4b
+NO_LOCKS = ("{} is on a file system without locks ({}): expected one whose locks hold for all processes that share it; "
+            "name another folder.")
+
 # %% ../../nbs/engine/01_unit_store.ipynb #c98fccb4
+CLAIMS = "claims" # File in a store's folder: a process locks the byte of the unit that it is at work on
+
 @contextmanager
 def claimed(
     store: UnitStore, # Where the unit belongs; without a folder there is nobody else
@@ -118,11 +124,12 @@ def claimed(
     if store.folder is None:
         yield True
         return
-    with disk_full_reported(store.folder, "what was finished is kept"):
-        opened = os.open(store.folder/"claims", os.O_RDWR | os.O_CREAT, 0o666)
+    opened, byte = os.open(store.folder/CLAIMS, os.O_RDWR), unit.layer * 2**20 + unit.batch # fewer than 2**20 batches
     try:
-        try: fcntl.lockf(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, unit.layer * 2**20 + unit.batch)
+        try: fcntl.lockf(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
         except (BlockingIOError, PermissionError): free = False # another process is at work on it
+        except OSError as error: raise BadInput(NO_LOCKS.format(store.folder, error.strerror)) from None
         else: free = not store.holds(unit)
+        if not os.fstat(opened).st_nlink: raise FileNotFoundError(store.folder) # removed while this process waited
         yield free
     finally: os.close(opened)

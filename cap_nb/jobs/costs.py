@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/jobs/04_costs.ipynb #c004
+import math
 from dataclasses import dataclass, fields
 from ..core.errors import BadInput
 from ..core.additions import ADDED
@@ -389,7 +390,7 @@ def resumed_work(
     return sum((of_batch(b) for b in batches), Work())
 
 # %% ../../nbs/jobs/04_costs.ipynb #c053
-from ..engine.decoding import generation_batches
+from ..engine.decoding import SPARE, generation_batches
 from ..evaluation import token_limit
 
 # %% ../../nbs/jobs/04_costs.ipynb #c054
@@ -549,7 +550,7 @@ def solving(
         if part == "sparsegpt": total += sparsegpt_solving(width, rows)
         elif part == "alps": total += joint_solving(width, rows)
         elif part == "update":
-            total += Solving(products=2 * sum(rows) * width**2 * (UPDATE_STEPS + 1), others=len(rows) * width**3)
+            total += Solving(products=2 * sum(rows) * width**2 * (UPDATE_STEPS + 3), others=len(rows) * width**3)
         else: total += Solving(products=2 * sum(rows) * width**2 * 2)
     return Solving(products=sizes.layers * total.products, others=sizes.layers * total.others)
 
@@ -613,10 +614,9 @@ def scoring_memory(
     "What scoring holds at its fullest batch."
     tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
     positions, layer = min(1024, max(b.targets for b in batches)), layer_bytes(sizes, width, tokens, longest)
-    # while the calls are recorded, inputs, keys and values of the layers before are there too
-    before = (sizes.layers - 1) * tokens * (sizes.hidden + 2 * sizes.key_value_heads * sizes.head_size) * width
-    return {"hidden states": hidden_bytes(sizes, width, batches), "one layer at work": layer,
-            "a recorded pass": before + layer, "logits": logit_bytes(sizes, positions)}
+    one = tokens * (sizes.heads * sizes.head_size + sizes.hidden + longest) * width
+    return {"hidden states": hidden_bytes(sizes, width, batches), "heads, output and mask of a batch": one,
+            "one layer at work": layer, "logits": logit_bytes(sizes, positions)}
 
 def hook_loop_memory(
     sizes: Sizes, # The sizes of the model
@@ -626,7 +626,7 @@ def hook_loop_memory(
     "What the hook loop holds: no hidden states, but the logits of whole batches."
     logits = max(logit_bytes(sizes, b.targets) + b.rows * b.width * sizes.vocabulary * width for b in batches)
     parts = scoring_memory(sizes, width, batches)
-    return parts | {"hidden states": 0, "a recorded pass": 0, "logits": logits}
+    return parts | {"hidden states": 0, "heads, output and mask of a batch": 0, "logits": logits}
 
 # %% ../../nbs/jobs/04_costs.ipynb #c078
 def threshold_memory(
@@ -657,10 +657,10 @@ def matrix_memory(
 ) -> int: # Bytes
     "What solving one matrix holds beside its Hessian."
     square, weights = width**2, width * rows
-    if part == "sparsegpt": return max(40 * square, 4 * square + 17 * weights)
+    if part == "sparsegpt": return 8 * square + max(square, 17 * weights)
     kept = 8 * 4 * square if together > 1 else 0
     if part == "alps": return kept + 16 * square + 40 * weights
-    if part == "update": return 16 * square + 28 * weights
+    if part == "update": return max(30 * square, 12 * square + 28 * weights)
     return 31 * min(weights, 2**22) + 16 * 256 * 64**2 + 5 * weights
 
 # %% ../../nbs/jobs/04_costs.ipynb #c081
@@ -718,6 +718,17 @@ def budget_memory(
             "one layer at work": layer_bytes(sizes, width, tokens, longest),
             "logits": (3 + levels) * 4 * min(256, max(b.targets for b in batches)) * sizes.vocabulary}
 
+# %% ../../nbs/jobs/04_costs.ipynb #c8a5a530
+def slot_tokens(
+    answers: Sequence[Answers], # Batches of one task's answers
+    budget: int, # Tokens that the decoder's slots hold together
+) -> int: # Tokens whose keys and values are held at the fullest
+    "The decoder's slots, grown as far as they may, and beside them the prompts that join."
+    longest, steps = max(a.width for a in answers), answers[0].steps
+    slots = max(1, min(sum(a.rows for a in answers), budget // (longest + math.ceil(steps / 4))))
+    most = longest + steps + SPARE
+    return min(max(budget, most), slots * most) + max(1, slots // 4) * longest
+
 # %% ../../nbs/jobs/04_costs.ipynb #c085
 def evaluation_memory(
     sizes: Sizes, # The sizes of the model
@@ -727,8 +738,9 @@ def evaluation_memory(
 ) -> dict[str, int]: # Part -> bytes, beside the weights
     "What evaluation holds at its fullest: keys and values of the answers, one layer, logits of the held-out losses."
     answers, losses = answer_batches(job, lengths), loss_batches(job, lengths)
+    tasks = [task_answers(job, task, lengths) for task in job.evaluate.accuracy_tasks]
     window = window_width(sizes, job) if job.evaluate.windows else 0
-    kept = max((a.rows * (a.width + a.steps) for a in answers), default=0) # tokens in the cache
+    kept = max((slot_tokens(each, 2 * job.model.batch_tokens) for each in tasks), default=0)
     key_value, query = sizes.key_value_heads * sizes.head_size, sizes.heads * sizes.head_size
     reading = [(batch.rows * batch.width, batch.width) for batch in (*losses, *answers)] + [(window, window)]
     layer = max(layer_bytes(sizes, width, tokens, longest) for tokens, longest in reading)
@@ -738,8 +750,7 @@ def evaluation_memory(
             "logits": max([*logits, logit_bytes(sizes, min(256, window))])}
 
 # %% ../../nbs/jobs/04_costs.ipynb #c087
-TAKING_TURNS = ("one layer at work", "a recorded pass", "logits", "scores of one matrix",
-                "one matrix solved") # Never two of them at a time
+TAKING_TURNS = ("one layer at work", "logits", "scores of one matrix", "one matrix solved") # Never two at a time
 
 def at_once(
     memory: dict[str, int], # Part -> bytes

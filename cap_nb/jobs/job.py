@@ -54,8 +54,8 @@ def check_screening(
                        "subsets: expected mean; give --aggregation mean, or leave --budget out.")
     for method in job.prune.methods:
         if check_method(method).attribution in UNIT_AWARE:
-            raise BadInput(f"Method {method!r} was given --budget: expected none, since factors of neurons and experts "
-                           "start from a whole table of losses; leave --budget or the method out.")
+            raise BadInput(f"Method {method!r} was asked for with --budget: expected a whole table, from which "
+                           "factors of neurons and experts start; leave --budget or the method out.")
 
 # %% ../../nbs/jobs/03_job.ipynb #ce60290c
 def check_job(
@@ -390,8 +390,8 @@ def check_same_budget(
     "Raise `BadInput` for a table with gaps where a whole one is wanted, the other way round, or of another budget."
     measured = meta.get("screened", {}).get("budget")
     if measured == budget: return
-    def said(share: float | None) -> str: return "whole" if share is None else f"of a budget of {share:g}"
-    raise BadInput(f"{path} holds a table of losses that is {said(measured)}: expected one that is {said(budget)}; "
+    def said(share: float | None) -> str: return "a whole table" if share is None else f"one with a budget of {share:g}"
+    raise BadInput(f"{path} holds {said(measured)}: expected {said(budget)}; "
                    "remove it and run again.")
 
 # %% ../../nbs/jobs/03_job.ipynb #374060b6
@@ -518,7 +518,7 @@ def measure_piece(
     data, evaluation, batch_tokens = job.calibrate, job.evaluate, job.model.batch_tokens
     if piece.kind == "accuracy":
         problems = drawn_problems(job, piece.on, evaluation.evaluate_n, exclude)
-        expected = tuple(lengths[problem.uid] for problem in problems) if lengths else ()
+        expected = tuple(lengths.get(problem.uid, 0) for problem in problems) if lengths else ()
         decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected)
         return {"answers": answer_problems(model, tokenizer, problems, data.style, evaluation.max_new_tokens,
                                            decoding=decoding)}

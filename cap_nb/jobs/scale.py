@@ -64,7 +64,7 @@ def masked_passes(
     sizes: Sizes, # The sizes of a model
 ) -> tuple[int, int]: # Layers that the masked passes of one batch run, and those that its intact passes run
     "How many layers scoring runs a batch through, one head in a pass."
-    return sizes.heads * sizes.layers * (sizes.layers + 1) // 2, 2 * sizes.layers
+    return sizes.heads * sizes.layers * (sizes.layers + 1) // 2, sizes.layers + 1
 
 def scoring_reads(
     sizes: Sizes, # The sizes of a model
@@ -73,8 +73,9 @@ def scoring_reads(
     "The weights that scoring reads, those of the output head included."
     (masked, intact), ends = masked_passes(sizes), sizes.layers * sizes.heads
     layer, shapes = layer_reads(sizes, max(b.rows * b.width for b in batches)), projection_shapes(sizes)
-    end = sizes.vocabulary * sizes.hidden + sum(math.prod(shapes[role]) for role in ("query", "key", "value"))
-    return len(batches) * (masked * layer + ends * end), len(batches) * (intact * layer + end)
+    head, keys = sizes.vocabulary * sizes.hidden, sum(math.prod(shapes[role]) for role in ("query", "key", "value"))
+    by_masked = masked * layer + ends * head - sizes.heads * keys # LH left out, (L - 1)H read twice
+    return len(batches) * by_masked, len(batches) * (intact * layer + head + keys)
 
 # %% ../../nbs/jobs/11_scale.ipynb #67bc0577
 def boundaries(
@@ -91,7 +92,7 @@ def scoring_moves(
 ) -> int: # Numbers
     "The hidden states that cross a boundary between devices while a table is made."
     tokens = sum(b.rows * b.width for b in batches)
-    return sum(2 + sizes.heads * (layer + 1) for layer in boundaries(sizes.layers, group)) * tokens * sizes.hidden
+    return sum(1 + sizes.heads * (layer + 1) for layer in boundaries(sizes.layers, group)) * tokens * sizes.hidden
 
 # %% ../../nbs/jobs/11_scale.ipynb #c5cfff9c
 def unit_flops(
@@ -100,9 +101,11 @@ def unit_flops(
 ) -> list[int]: # Operations of every unit, in the order in which they are claimed
     "The operations of the units: layer after layer, batch after batch."
     def of_unit(layer: int, b: BatchShape) -> int:
-        positions = sizes.heads * ((sizes.layers - 1 - layer) * b.width + b.most) # of one example, through one layer
-        return flops_of(Work(layer_tokens=b.rows * positions, pairs=b.rows * b.width * positions,
-                             head_tokens=sizes.heads * b.targets, key_tokens=sizes.heads * b.rows * b.width), sizes)
+        later = sizes.layers - 1 - layer # layers behind the masked one; the last layer runs at targets
+        given, read = (b.width, (later - 1) * b.width + b.most) if later else (b.most, 0) # of one example
+        masked = Work(layer_tokens=b.rows * (given + read), given_tokens=b.rows * given, head_tokens=b.targets,
+                      pairs=b.rows * b.width * read, key_tokens=b.rows * b.width * bool(later))
+        return sizes.heads * flops_of(masked, sizes)
     return [of_unit(layer, b) for layer in range(sizes.layers) for b in batches]
 
 # %% ../../nbs/jobs/11_scale.ipynb #3df5b455

@@ -333,7 +333,8 @@ def weighing(
         factor = factors[name].to(hessian)
         if factor.numel() == 1: return solver(weight, hessian, share, name, once)
         if factor.shape[0] == 1: return solver(weight, factor.T * hessian * factor, share, name, once)
-        return (solver(weight.float() * factor, hessian, share, name, once) / factor).to(weight.dtype)
+        scaled = weight.to(torch.promote_types(weight.dtype, torch.float32)) * factor
+        return (solver(scaled, hessian, share, name, once) / factor).to(weight.dtype)
     return solve
 
 # %% ../../nbs/methods/12_neurons.ipynb #c063

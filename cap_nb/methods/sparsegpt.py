@@ -28,10 +28,11 @@ def damped_hessian(
     name: str, # Name of the module, for the sentence
 ) -> tuple[torch.Tensor, torch.Tensor]: # The Hessian to factor, float64 [in, in], and which columns are dead, bool [in]
     "Add the damping, and put 1 on the diagonal of dead columns; a Hessian that is not finite raises `BadInput`."
-    damped = hessian.detach().to(torch.float64, copy=True)
-    if not damped.isfinite().all():
+    low, high = hessian.detach().aminmax() # NaN fails both comparisons; isfinite would need as much memory again
+    if not (low > -torch.inf and high < torch.inf):
         raise BadInput(f"The Hessian of {name} holds NaN or infinity: expected finite inputs; "
                        f"check the weights before it, or run the model in float32.")
+    damped = hessian.detach().to(torch.float64, copy=True)
     diagonal = damped.diagonal()
     dead = diagonal == 0
     if not dead.all(): diagonal += damping * diagonal[~dead].mean()
@@ -40,7 +41,7 @@ def damped_hessian(
 
 # %% ../../nbs/methods/03_sparsegpt.ipynb #c017
 def inverse_of_block(
-    block: torch.Tensor, # A block on the diagonal, less what the columns behind it explain, float64 [b, b]
+    block: torch.Tensor, # A block on the diagonal, less what the columns after it explain, float64 [b, b]
     diagonal: torch.Tensor, # The diagonal of the Hessian there, [b]
     rounding: float, # Share of it that rounding can make of nothing
 ) -> torch.Tensor | None: # Its R, upper triangular, float64 [b, b]; None if the block is not positive definite

@@ -411,7 +411,8 @@ def threshold_in_window(
     patterns = torch.cat([torch.arange(HALF) * HALF, torch.arange(WINDOW * HALF) + first * HALF])[counts > 0]
     scores = patterns.int().view(torch.float32)
     found = find_threshold([lambda: scores], count, [counts[counts > 0]])
-    if first <= int(torch.tensor(found.value).view(torch.int32)) >> 16 < first + WINDOW: return found
+    upper_half = int(torch.tensor(found.value, dtype=torch.float32).view(torch.int32)) >> 16
+    if first <= upper_half < first + WINDOW: return found
     log.info("The sample of scores misled: they are counted in two readings more.")
     return find_threshold([lambda piece=piece: scored(piece)[1] for piece in pieces], count)
 
@@ -591,7 +592,7 @@ import os
 
 # %% ../../nbs/methods/14_streaming.ipynb #c067
 COPIED = 1 << 24 # Bytes copied at once
-REFUSALS = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM) # A system that will not copy itself
+REFUSALS = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM) # From a system that cannot copy
 
 def copied_by_system(
     old: int, # File that is read, as the system numbers it
@@ -714,7 +715,7 @@ def streamed_report(
 def readings(
     scope: str, # A scope, or a pattern
 ) -> int: # How often the weights are read, but for a sample
-    "Once in rows and patterns, twice under a threshold."
+    "Once in rows and patterns, twice under a threshold (two more, not counted, where the sample misleads)."
     return 1 if scope == "row" or pattern_of(scope) else 2
 
 # %% ../../nbs/methods/14_streaming.ipynb #c079
@@ -767,7 +768,7 @@ def write_pruned(
     sparsity: float, # Share of the weights in scope to zero
     known: Measurements, # What the criterion looks at
     ties: str, # "exact" or "all"
-    at_once: int, # Weights held at once
+    at_once: int, # Weights in a piece
 ) -> tuple[dict[str, int], Threshold | None]: # Module name -> zeros; the threshold, if it is of the whole model
     "Find what goes, group after group, and write every weight in scope."
     scope, zeros, groups = own_scope(parts), {}, competing_pieces(checkpoint, own_scope(parts), at_once)
@@ -788,7 +789,7 @@ def prune_checkpoint(
     method: str = "cap", # criterion[@scope], the criterion one of `STREAMED`
     norms: dict[str, torch.Tensor] | str | Path | None = None, # For wanda: module name -> norms [in], or a saved file
     ties: str = "exact", # "exact", or "all" for the paper's plain <=
-    at_once: int = AT_ONCE, # Weights held at once; the result does not depend on it
+    at_once: int = AT_ONCE, # Weights in a piece; the result does not depend on it
 ) -> PruneReport: # What was done, as `prune` reports it
     "Prune a checkpoint without loading it (paper 3.3 and 3.4); every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, ties), open_checkpoint(src)

@@ -176,13 +176,12 @@ def solved_by_cg(
     steps: int, # Steps at most
     tolerance: float, # Largest residual of a row
 ) -> torch.Tensor: # Kept weights, scaled, zero at the mask [out, in]
-    "By the removed weights where the Hessian has an inverse, by the kept ones where it has none."
-    inverse = inverse_problem(layer)
+    "By the removed weights where the Hessian has an inverse; what they leave, and all where it has none, by the kept."
+    inverse, new, taken = inverse_problem(layer), layer.weight.masked_fill(mask, 0.0), 0
     if inverse: new, taken = from_removed(layer, inverse, mask, steps, tolerance)
-    else:
-        layer = replace(layer, gram=layer.gram.to(layer.weight.dtype))
-        new, taken = conjugate_gradients(layer, mask, layer.weight.masked_fill(mask, 0.0), steps, tolerance)
-    log.debug("%s: %d steps of conjugate gradients of %d", layer.name, taken, steps)
+    layer = replace(layer, gram=layer.gram.to(layer.weight.dtype))
+    new, more = conjugate_gradients(layer, mask, new, steps, tolerance)
+    log.debug("%s: %d steps of conjugate gradients, then %d on kept weights, of %d", layer.name, taken, more, steps)
     return new
 
 # %% ../../nbs/methods/05_update.ipynb #c029

@@ -62,7 +62,7 @@ class InputsKnown(Exception):
 def until_known(
     record: Callable[[Projection, torch.Tensor, torch.Tensor | None], None], # Called with each projection's input
     names: set[str], # Module names of the projections that are recorded
-) -> Callable[[Projection, torch.Tensor, torch.Tensor | None], None]: # The same, ending the pass behind the last one
+) -> Callable[[Projection, torch.Tensor, torch.Tensor | None], None]: # The same, ending the pass after the last one
     "A callback that raises `InputsKnown` as soon as every projection has been recorded."
     awaited = set(names)
     def counted(p: Projection, inputs: torch.Tensor, tokens: torch.Tensor | None) -> None:
