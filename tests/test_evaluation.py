@@ -159,7 +159,7 @@ def test_a_row_that_overflows_spoils_no_later_one():
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [63, 6, 7, 8, 9, 10, 11, 12], [7, 8], [9, 3, 4]]
     alone = [generate_naive(broken, Stop, prompt, 8) for prompt in prompts]
     assert generate_greedy(broken, Stop, prompts, 8, decoding=Decoding(batch_tokens=24)) == alone
-    assert len(alone[2].tokens) > 1 < len(alone[3].tokens)
+    assert len(alone[2].tokens) > 1
 
 
 def near_ties(model, prompt, said):

@@ -550,7 +550,7 @@ def solving(
         if part == "sparsegpt": total += sparsegpt_solving(width, rows)
         elif part == "alps": total += joint_solving(width, rows)
         elif part == "update":
-            total += Solving(products=2 * sum(rows) * width**2 * (UPDATE_STEPS + 3), others=len(rows) * width**3)
+            total += Solving(products=2 * sum(rows) * width**2 * (2 * UPDATE_STEPS + 3), others=len(rows) * width**3)
         else: total += Solving(products=2 * sum(rows) * width**2 * 2)
     return Solving(products=sizes.layers * total.products, others=sizes.layers * total.others)
 
@@ -568,7 +568,7 @@ def budget_work(
 ) -> Work: # The work of measuring budgets from interventions
     "The dense model's norms, then every region alone at every level, resumed at its layer."
     layers, levels = sizes.layers, len(BudgetSettings().levels)
-    whole = 3 * layers - 2 + levels * layers * (layers - 1) # recorded, once to the end, walked; then the regions
+    whole = 2 * layers - 1 + levels * layers * (layers - 1) # the first layer, once to the end, walked; then the regions
     last = 1 + 2 * levels * layers # passes whose last layer sees targets only
     def of_batch(b: BatchShape) -> Work:
         positions = whole * b.width + last * b.most # of one example, through one layer
