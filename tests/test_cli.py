@@ -97,7 +97,7 @@ def test_a_plan_for_devices_that_are_not_here_says_what_bounds_each_stage():
     (["run", "--budget", "0.25"], ["--budget was given with --aggregation paper", "give --aggregation mean"]),
     (["run", "--budget", "1.5", "--aggregation", "mean"], ["The budget is 1.5"]),
     (["run", "--budget", "0.5", "--aggregation", "mean", "--score-target", "divergence"], ["no first-order estimate"]),
-    (["run", "--budget", "0.5", "--aggregation", "mean", "--methods", "cap.neurons"], ["start from a whole table"]),
+    (["run", "--budget", "0.5", "--aggregation", "mean", "--methods", "cap.neurons"], ["expected a whole table"]),
     (["prune", "--out", "x", "--sparsity", "1"], ["outside [0, 1)"]),
     (["prune", "--out", "x"], ["needs a table of losses"]),
     (["prune", "--out", "x", "--scores", "nowhere.safetensors"], ["nowhere.safetensors does not exist"]),
