@@ -126,7 +126,7 @@ def test_the_widgets_do_what_they_say(lab):
 
 @pytest.mark.parametrize("method, sparsity, head", [("dense", 0, (0, 5)), ("cap", 0.5, None), ("wanda", 0.4, (1, 2))])
 def test_the_page_holds_what_the_notebook_computes(lab, method, sparsity, head):
-    """Its cells were decoded in a batch with a head masked in each row; here one problem is answered with one head masked."""
+    """One problem is answered here with one head masked."""
     data = interactive.data_of(interactive.PAGE.read_text(encoding="utf-8"))
     state, heads = data["states"][f"{method} {sparsity}"], [None, *interactive.heads_of(lab)]
     assert lab["pruned"](method, sparsity).reached == pytest.approx(state["reached"], abs=1e-4)
@@ -156,7 +156,8 @@ def test_an_answer_for_every_mask(lab, monkeypatch):
 def test_the_page_is_up_to_date_and_needs_nothing(lab):
     page = interactive.PAGE.read_text(encoding="utf-8")
     data, now = interactive.data_of(page), interactive.about(lab)
-    assert interactive.page_of(data) == page, "run python -m tools.interactive --template"
+    other = data | {"sparsities": [0, 0.5]}
+    assert interactive.data_of(interactive.page_of(other)) == other and interactive.page_of(data) == page
     assert [data["about"][name] for name in ("model", "calibration", "scores", "seed", "n")] == [now[name] for name in ("model", "calibration", "scores", "seed", "n")]
     assert data["methods"] == lab["METHODS"] and len(data["states"]) == 1 + len(data["methods"]) * len(interactive.SPARSITIES)
     assert all(len(state["cells"]) == 2 * 3 * 37 for state in data["states"].values()) and len(page.encode()) < 400_000

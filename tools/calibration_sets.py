@@ -7,6 +7,7 @@ Every pruned model is a file in WORK and is not measured twice; none is begun af
 written to figures/calibration_sets/MODEL.json. All sets of a seed have the tokens of the smallest one, to within one
 example. SmolLM2 answers too few problems to have chains, so it is given gold and text, and not CAP.
 """
+import os
 import random
 import sys
 import time
@@ -29,7 +30,7 @@ from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.scoring import causal_scores
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "calibration_sets"
-NOTE = "other processes were running on both of the machine's cores"
+NOTE = os.environ.get("CAP_NB_NOTE", "")  # What else was running
 
 
 @dataclass(frozen=True)

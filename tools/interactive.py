@@ -1,13 +1,11 @@
 """The page of nbs/teaching/02_try_it.ipynb for readers without a kernel: every state computed before, in one file.
 
-    python -m tools.interactive              measure all states and write tools/site/pages/try_it.html (some minutes)
-    python -m tools.interactive --template   write it anew from its own numbers, after a change of the template
+    python -m tools.interactive     measure all states and put them into tools/site/pages/try_it.html (a while)
 
 The functions are the notebook's own: its cells are executed here. What the page can show is every method at every
-sparsity, with no head masked or one of all. The masks of one method and sparsity are decoded as one batch, with a head
-masked in each row; tests/test_teaching.py compares that with the notebook, which masks one head for one problem.
+sparsity, with no head masked or one of all. Its text and script are edited in the page itself; only the numbers are
+replaced. tests/test_teaching.py compares them with the notebook, which masks one head for one problem.
 """
-import argparse
 import base64
 import json
 import re
@@ -22,7 +20,7 @@ from tools.notebooks import is_skipped
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "teaching" / "02_try_it.ipynb"
-TEMPLATE, PAGE = ROOT / "tools" / "site" / "try_it.html", ROOT / "tools" / "site" / "pages" / "try_it.html"
+PAGE = ROOT / "tools" / "site" / "pages" / "try_it.html"
 DATA = re.compile(r'(<script type="application/json" id="data">)(.*?)(</script>)', re.S)
 SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SEED, N = 0, 16  # of the notebook's calibration set, a task
@@ -130,9 +128,9 @@ def measured(lab: dict) -> dict:
 
 
 def page_of(data: dict) -> str:
-    """The page: the template with the data in it."""
+    """The page as it is, with these numbers in it."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-    return DATA.sub(lambda m: m[1] + text + m[3], TEMPLATE.read_text(encoding="utf-8"))
+    return DATA.sub(lambda m: m[1] + text + m[3], PAGE.read_text(encoding="utf-8"))
 
 
 def data_of(page: str) -> dict:
@@ -141,10 +139,7 @@ def data_of(page: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--template", action="store_true", help="measure nothing")
-    data = data_of(PAGE.read_text(encoding="utf-8")) if parser.parse_args().template else measured(notebook_names())
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    data = measured(notebook_names())
     PAGE.write_text(made := page_of(data), encoding="utf-8")
     print(f"{PAGE.name}: {len(made.encode()) / 1000:.0f} KB, {len(data['states'])} states, {len(data['answers'])} answers")
 

@@ -1,6 +1,6 @@
 """What a neuron is worth, in the problem that a solver solves: held-out losses with errors weighed and not weighed.
 
-    python tools/weighing.py WORK [SECONDS]
+    python -m tools.weighing WORK [SECONDS]
 
 On the lab model, three calibration seeds. Every pruned model is a file in WORK and is not measured twice; none is begun
 after SECONDS. What is there by then is written to figures/neurons/weighed.json. Factors are those of `.neurons`, from 1
