@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/single_steps.ipynb #c004
 from pathlib import Path
 from torch import nn
-from .jobs.job import check_job, check_screening, check_windows_fit, job_calibration
+from .jobs.job import check_job, check_screening, check_windows_fit, filled_in, job_calibration
 from .jobs.settings import Job, changed
 from .models.loading import load_model
 
@@ -47,7 +47,8 @@ def score_in_part(
     "Measure what a budget allows, save it and say what it was."
     check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # how scores are made is asked later
     model, tokenizer = loaded
-    partial = screen_heads(model, calibration, budget, job.calibrate.seed, job.model.batch_tokens, working,
+    seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
+    partial = screen_heads(model, calibration, budget, seed, job.model.batch_tokens, working,
                            tokenizer_fingerprint(tokenizer), heads_at_once)
     save_partial(partial, out)
     cells, spent = partial.measured, partial.losses.meta["screened"]["spent"]
@@ -171,7 +172,7 @@ def factors_from(
 from dataclasses import replace
 from .core.additions import additions_noted
 from .core.files import check_new_folder
-from .jobs.job import filled_in, targets_configuration
+from .jobs.job import targets_configuration
 from .methods.criteria import Given
 from .methods.given_hessians import check_solved, file_note, layer_file, save_hessians, solve_checkpoint
 from .methods.prune import check_method, needs_of, prune, unit_factors
