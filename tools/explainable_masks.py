@@ -3,7 +3,7 @@
     python tools/explainable_masks.py lab
     CAP_NB_DATA=FOLDER python tools/explainable_masks.py smollm2
 
-About five minutes on one core for the lab, about twenty for SmolLM2. Writes figures/explainable_masks/NAME.json, which
+About five minutes on one core for the lab, about ten for SmolLM2. Writes figures/explainable_masks/NAME.json, which
 nbs/methods/19_explainable_masks reads; CAP_NB_NOTE says what else was running. Held-out problems are those on which the
 run of all methods of the same model is judged.
 """
@@ -11,7 +11,7 @@ import copy
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,14 +41,16 @@ class Setting:
     n: int  # calibration examples a task
     k: int  # subsets of the calibration set; they play no part here but in its fingerprint
     held_out: int  # problems a task
+    masks: MaskFit = MaskFit()
     thresholds: ThresholdFit = ThresholdFit()
     again: bool = True  # whether the masks are fitted a second time, with their examples in another order
 
 
 SETTINGS = {
     "lab": Setting("lab", "float32", 32, 1, 100),
-    # the calibration set of its run of all methods; one fit takes as long as all else together
-    "smollm2": Setting("smollm2_methods", "bfloat16", 16, 3, 20, ThresholdFit(steps=10, examples=12), again=False)}
+    # the calibration set of its run of all methods; fewer examples a step, so that it takes minutes
+    "smollm2": Setting("smollm2_methods", "bfloat16", 16, 3, 20, MaskFit(examples=8), ThresholdFit(steps=8, examples=8),
+                       again=False)}
 
 
 def rounded(table: torch.Tensor, digits: int = 4) -> list:
@@ -99,12 +101,12 @@ def main(name: str) -> None:
     tasks, task_of = tasks_of(calibration)
     passes, count = text_passes(model, calibration), len(calibration.examples)
     losses = load_run(FIGURES / setting.run).losses
-    record = {"tasks": tasks, "n": setting.n, "held out": setting.held_out, "fit": asdict(MaskFit()),
+    record = {"tasks": tasks, "n": setting.n, "held out": setting.held_out, "fit": asdict(setting.masks),
               "thresholds fit": asdict(setting.thresholds),
               "calibration": calibration.fingerprint, "model": model_fingerprint(model), "seed": 0,
               "environment": environment("cpu", os.environ.get("CAP_NB_NOTE", "")) | {"dtype": setting.dtype}}
     began = time.time()
-    masks = fit_masks(model, passes, task_of)
+    masks = fit_masks(model, passes, task_of, setting.masks)
     record["seconds"] = round(time.time() - began, 1)
     scores = aggregated(masks)
     record["masks"] = {"heads": rounded(masks.heads), "neurons": kept_neurons(masks)}
@@ -114,7 +116,7 @@ def main(name: str) -> None:
         "between tasks": [[round(rank_correlation(row, other), 3) for other in masks.heads] for row in masks.heads],
         "aggregated": round(rank_correlation(scores.heads, causal_scores(losses)), 3)}
     if setting.again:
-        again = aggregated(fit_masks(model, passes, task_of, MaskFit(seed=1)))
+        again = aggregated(fit_masks(model, passes, task_of, replace(setting.masks, seed=1)))
         record["agreement"] |= {
             "two seeds, heads": round(rank_correlation(scores.heads, again.heads), 3),
             "two seeds, neurons": round(rank_correlation(scores.neurons, again.neurons), 3)}
