@@ -1,13 +1,13 @@
 """Relevance beside lxt, the code of AttnLRP's authors
 
-> The same heads, neurons and single weights, on a tiny Llama and on SmolLM2, by our rules and by theirs.
+> The same heads, on a tiny Llama and on SmolLM2, by our rules and by theirs.
 
 Paper: section 2 (Hatefi et al. 2025). In: lxt, and SmolLM2 where it was fetched with its benchmark files. Out:
 `figures/relevance/lxt.json`, which nbs/engine/05_relevance reads. lxt is no requirement of this kit and needs
 transformers 4; in an environment of its own:
 
     pip install -e . 'transformers<4.58' zennit torchvision && pip install --no-deps lxt==2.1
-    CAP_NB_DATA=FOLDER python -m tools.relevance            # two minutes; CAP_NB_NOTE says what else was running
+    CAP_NB_DATA=FOLDER python -m tools.relevance            # a minute; CAP_NB_NOTE says what else was running
 
 lxt replaces methods of classes for the rest of the process: ours are computed first.
 """
@@ -25,8 +25,7 @@ from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.core.files import write_checked
 from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.engine.relevance import differentiable, gold_logits, head_relevance
-from cap_nb.methods.criteria import loss_gradients, relevance_gradients
-from cap_nb.models.anatomy import decoder_layers, dimensions, output_projection, projections
+from cap_nb.models.anatomy import decoder_layers, dimensions, output_projection
 from cap_nb.models.interventions import changed_input, watching
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.scoring import batches_of, rank_correlation
@@ -68,26 +67,6 @@ def over_batches(model, calibration, relevance):
     return torch.cat([relevance(model, batch) for _, batch in batches_of(calibration, 2048, torch.device("cpu"))])
 
 
-def plain_gradients(model, calibration, batch_tokens):
-    """The derivative of the mean gold logit by whatever derivatives the model's code has now."""
-    return loss_gradients(model, calibration, batch_tokens, gold_logits)
-
-
-def of_weights(model, calibration, gradients):
-    """Relevance of single weights, a matrix each, and of neurons: what leaves them through the down projections."""
-    slopes = gradients(model, calibration, 2048)
-    weights = {p.name: p.weight.detach() * slopes[p.name] for p in projections(model)}
-    return {"weights": weights, "neurons": {p.name: weights[p.name].sum(0) for p in projections(model) if p.role == "down"}}
-
-
-def furthest(ours, theirs):
-    """The largest difference and the largest relevance, over all matrices or layers."""
-    return {
-        "largest difference": max((ours[name] - theirs[name]).abs().max().item() for name in ours),
-        "largest relevance": max(table.abs().max().item() for table in ours.values()),
-    }
-
-
 def compared(ours, theirs, model, calibration):
     of_heads = [table.mean(0) for table in (ours, theirs)]
     return {
@@ -110,7 +89,6 @@ def main() -> None:
         models["SmolLM2-135M-Instruct"] = (model, calibration_set(tokenizer, n=N, seed=SEED, data_dir=data))
     ours = {name: over_batches(*pair, head_relevance) for name, pair in models.items()}
     plain = {name: over_batches(*pair, input_times_gradient) for name, pair in models.items()}
-    ours_of_weights = {name: of_weights(*pair, relevance_gradients) for name, pair in models.items()}
 
     from lxt.efficient import monkey_patch
 
@@ -119,8 +97,6 @@ def main() -> None:
     for name, pair in models.items():
         theirs = over_batches(*pair, input_times_gradient)
         record["models"][name] = compared(ours[name], theirs, *pair)
-        of_others = of_weights(*pair, plain_gradients)
-        record["models"][name] |= {what: furthest(ours_of_weights[name][what], of_others[what]) for what in of_others}
         record["models"][name]["largest difference of a plain gradient"] = (plain[name] - theirs).abs().max().item()
     record["versions"] = {name: importlib.metadata.version(name) for name in ("lxt", "torch", "transformers")}
     FOLDER.mkdir(parents=True, exist_ok=True)
