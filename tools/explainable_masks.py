@@ -120,6 +120,9 @@ def main(name: str) -> None:
         record["agreement"] |= {
             "two seeds, heads": round(rank_correlation(scores.heads, again.heads), 3),
             "two seeds, neurons": round(rank_correlation(scores.neurons, again.neurons), 3)}
+    target = FIGURES / "explainable_masks" / f"{name}.json"
+    target.parent.mkdir(exist_ok=True)
+    write_checked(target, record)  # what a run that is stopped here has found
     print(record["agreement"], record["seconds"], flush=True)
 
     uids = {example.uid for example in calibration.examples}
@@ -146,9 +149,7 @@ def main(name: str) -> None:
             print(way, sparsity, report.reached, gone.heads.sum(1).tolist(), gone.neurons.sum(1).tolist(),
                   [round(mean, 3) for mean in means], flush=True)
     record["compared"] = compared(record)
-    folder = FIGURES / "explainable_masks"
-    folder.mkdir(exist_ok=True)
-    write_checked(folder / f"{name}.json", record)
+    write_checked(target, record)
 
 
 if __name__ == "__main__":
