@@ -2,6 +2,7 @@
 
 Tests that are about the start itself start an interpreter instead.
 """
+import functools
 import logging
 import os
 import signal
@@ -13,8 +14,9 @@ import traceback
 
 import torch
 
-import cap_nb.command_line  # noqa: F401  before the first fork, so that no child reads it again
+import cap_nb.command_line, cap_nb.single_steps, cap_nb.jobs.sweeps  # noqa: E401, F401  before the first fork, so that no child reads them again
 from cap_nb.core.stopping import main
+from cap_nb.data.problems import LAB_TASKS, load_problems
 
 
 def alone(work, out, err):
@@ -50,10 +52,17 @@ def cap(*words):
     return work
 
 
+@functools.cache
+def problems_drawn():
+    """The lab's problems, which a process draws once, are drawn here and not in every child."""
+    return [load_problems(task, part) for task in LAB_TASKS for part in ("calibration", "evaluation")]
+
+
 class Program:
     """Work in a forked process, with the methods that a process of `subprocess` has."""
 
     def __init__(self, work, folder=None):
+        problems_drawn()
         self.returncode, self.said, self.complained = None, tempfile.TemporaryFile(), tempfile.TemporaryFile()
         self.pid = os.fork()
         if not self.pid:

@@ -322,6 +322,7 @@ class Work:
         "The work of both."
         return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
+# %% ../../nbs/jobs/04_costs.ipynb #e397f788
 def layer_products(
     work: Work, # What is computed
     sizes: Sizes, # Of which model
