@@ -1,13 +1,16 @@
 """Relevance on tiny models of every family: no value changes, and with constant attention nothing is lost."""
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from proofs import TINY_MODELS, tiny_calibration, tiny_model
 
 from cap_nb.core.errors import BadInput
-from cap_nb.engine.relevance import differentiable, gold_logits, head_relevance, relevance_rules
+from cap_nb.engine.relevance import (
+    PRODUCT_RULES, clamped_rule, differentiable, gold_logits, head_relevance, relevance_rules)
 from cap_nb.models.anatomy import decoder_layers, dimensions, final_norm
+from cap_nb.models.families import clamped_product
 from cap_nb.models.interventions import changed_input, hook_count, watching
 from cap_nb.scoring import batches_of
 
@@ -23,10 +26,14 @@ def first_batch(name):
     return model, batch
 
 
-def arriving(model, batch, attention):
-    """Relevance at the input of the first layer, what biases hold, and the sum of the logits that are explained."""
+def arriving(model, batch, attention, monkeypatch):
+    """Relevance at the input of the first layer, what biases hold, and the sum of the logits that are explained.
+
+    The 1 that gpt-oss adds to up is a bias that is no parameter: the rule is given one."""
     inputs, parts = [], [*decoder_layers(model), final_norm(model), model.get_output_embeddings()]
     biases = [w for part in parts for key, w in part.named_parameters() if key.endswith("bias")]
+    biases.append(torch.ones((), requires_grad=True))
+    monkeypatch.setitem(PRODUCT_RULES, clamped_product, partial(clamped_rule, one=biases[-1]))
     with relevance_rules(model, attention), differentiable(model):
         with changed_input(decoder_layers(model)[0], watching(inputs.append)):
             logits = gold_logits(model, batch).sum()
@@ -35,25 +42,23 @@ def arriving(model, batch, attention):
     return held.item(), logits.item()
 
 
-RULED = [name for name in TINY_MODELS if name != "gpt_oss"]
-
-
-def test_a_product_without_a_rule_is_refused():
+def test_a_product_without_a_rule_is_refused(monkeypatch):
     model, batch = first_batch("gpt_oss")
+    monkeypatch.delitem(PRODUCT_RULES, clamped_product)
     with pytest.raises(BadInput, match="model.layers.0.mlp multiplies gate and up in its own way"):
         head_relevance(model, batch)
     assert hook_count(model) == 0
 
 
-@pytest.mark.parametrize("name", RULED)
-def test_nothing_is_lost_with_constant_attention(name):
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_nothing_is_lost_with_constant_attention(name, monkeypatch):
     model, batch = first_batch(name)
-    arrived, logits = arriving(model, batch, "constant")
+    arrived, logits = arriving(model, batch, "constant", monkeypatch)
     assert abs(arrived - logits) <= 1e-4 * max(1.0, abs(logits))
     assert hook_count(model) == 0
 
 
-@pytest.mark.parametrize("name", RULED)
+@pytest.mark.parametrize("name", TINY_MODELS)
 def test_rules_change_no_value(name):
     model, batch = first_batch(name)
     with torch.no_grad():
@@ -66,7 +71,7 @@ def test_a_forgotten_rule_is_noticed(monkeypatch):
     """The sum can fail: without the half at the product of gate and up it does."""
     model, batch = first_batch("llama")
     monkeypatch.setattr("cap_nb.engine.relevance.halved_input", lambda module: nullcontext())
-    arrived, logits = arriving(model, batch, "constant")
+    arrived, logits = arriving(model, batch, "constant", monkeypatch)
     assert abs(arrived - logits) > 1e-2
 
 

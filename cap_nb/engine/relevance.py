@@ -121,9 +121,14 @@ def constant_outputs(
     return changed_output(module, cut)
 
 # %% ../../nbs/engine/05_relevance.ipynb #c023
-from cap_nb.models.anatomy import Routing, decoder_layers, routing_of
+from dataclasses import replace
+import torch.nn.functional as F
+from cap_nb.models.anatomy import Routing, decoder_layers, expert_projections, routing_of
+from cap_nb.models.families import clamped_product
+from cap_nb.models.interventions import watching
+from cap_nb.models.routing import chosen_experts, input_of_down
 
-# %% ../../nbs/engine/05_relevance.ipynb #c024
+# %% ../../nbs/engine/05_relevance.ipynb #8ac26783
 def halved_input(
     module: nn.Module, # A module that reads a product of two, or leads to one
 ) -> AbstractContextManager[None]: # Holds while its block runs
@@ -136,16 +141,68 @@ def is_norm(
     "Whether a module is a norm."
     return isinstance(module, nn.LayerNorm) or type(module).__name__.lower().endswith("norm")
 
+# %% ../../nbs/engine/05_relevance.ipynb #c024
+def clamped_rule(
+    holder: object, # The module that holds all experts; it has the numbers alpha and c
+    gate: torch.Tensor, # g, [n, width]
+    up: torch.Tensor, # u, [n, width]
+    one: float | torch.Tensor = 1.0, # What is added to up; as a tensor, its relevance can be asked for
+) -> torch.Tensor: # What down reads, [n, width]
+    "The product of gpt-oss under its rule: identity for either factor, half each, the 1 a bias."
+    clamped, up_clamped = gate.clamp(max=holder.limit), up.clamp(-holder.limit, holder.limit)
+    swish = identity_rule(gate, clamped * (holder.alpha * clamped).sigmoid())
+    return uniform_rule((identity_rule(up, up_clamped) + one) * swish, 2.0)
+
+PRODUCT_RULES = {clamped_product: clamped_rule} # What a family puts between gate and up -> its rule
+
+# %% ../../nbs/engine/05_relevance.ipynb #b1f1af80
+def experts_under_rule(
+    routing: Routing, # The experts of a layer, with the rule in the product's place
+    layer: int, # Index of the layer
+    hidden: torch.Tensor, # What they read, [tokens, hidden]
+    chosen: torch.Tensor, # Experts of each token, int64 [tokens, k]
+    weights: torch.Tensor, # Their weights, [tokens, k]
+) -> torch.Tensor: # What they add, [tokens, hidden]
+    "What stacked experts return, computed once more from their description."
+    total, matrices = torch.zeros_like(hidden), expert_projections(routing, layer)
+    for expert in chosen.unique().tolist():
+        by_role = {p.role: p for p in matrices if p.expert == expert}
+        tokens = (chosen == expert).any(-1).nonzero()[:, 0]
+        inner, down = input_of_down(routing, expert, by_role, hidden[tokens]), by_role["down"]
+        weight = (weights * (chosen == expert)).sum(-1)[tokens, None].detach()
+        total = total.index_add(0, tokens, (F.linear(inner, down.weight, down.bias) * weight).to(total))
+    return total
+
+# %% ../../nbs/engine/05_relevance.ipynb #66ae0b28
+@contextmanager
+def product_rule(
+    routing: Routing, # Stacked experts with a product of their own
+    layer: int, # Index of the layer
+) -> Iterator[None]:
+    "While the block runs, what the experts return is differentiated by the rule of their product."
+    ruled = replace(routing, about=replace(routing.about, product=PRODUCT_RULES[routing.about.product]))
+    read, choices = [], []
+    def note_choice(output: object) -> None: choices.append(chosen_experts(routing, output))
+    def under_rule(output: torch.Tensor) -> torch.Tensor:
+        hidden = read.pop().flatten(0, -2)
+        formula = experts_under_rule(ruled, layer, hidden, *choices.pop())
+        return with_gradient_of(output, formula.view_as(output))
+    with changed_input(routing.experts, watching(read.append)), changed_output(routing.experts, under_rule):
+        with changed_output(routing.router, watching(note_choice)): yield
+
+# %% ../../nbs/engine/05_relevance.ipynb #4deafd3c
 def routing_rules(
     routing: Routing, # The experts of a layer
+    layer: int, # Index of the layer
 ) -> Iterator[AbstractContextManager[None]]: # Each holds while its block runs
     "The rules of a mixture: constant routing, and half for each factor in stacked experts."
-    if routing.about.product:
+    if routing.about.product not in (None, *PRODUCT_RULES):
         raise BadInput(f"{routing.name} multiplies gate and up in its own way: expected the activation of gate, times "
-                       "up, for which relevance has a rule; use another attribution.")
+                       "up, or what gpt-oss does, for which relevance has rules; use another attribution.")
     yield constant_outputs(routing.router)
     if routing.about.shared_gate: yield constant_outputs(routing.block.get_submodule(routing.about.shared_gate))
-    if routing.stacked: yield halved_input(routing.experts)
+    if routing.about.product: yield product_rule(routing, layer)
+    elif routing.stacked: yield halved_input(routing.experts)
 
 # %% ../../nbs/engine/05_relevance.ipynb #c025
 def projection_rules(
@@ -175,14 +232,13 @@ def relevance_rules(
             if is_norm(module): stack.enter_context(ruled_output(module, partial(norm_rule, module)))
             elif is_activation(module): stack.enter_context(ruled_output(module, identity_rule))
         for rule in projection_rules(model, attention): stack.enter_context(rule)
-        for routing in filter(None, routings):
-            for rule in routing_rules(routing): stack.enter_context(rule)
+        for layer, routing in enumerate(routings):
+            for rule in routing_rules(routing, layer) if routing else (): stack.enter_context(rule)
         yield
 
 # %% ../../nbs/engine/05_relevance.ipynb #c028
 from cap_nb.data.prompts import IGNORED
 from cap_nb.models.anatomy import decoder_of, output_projection
-from cap_nb.models.interventions import watching
 from cap_nb.scoring import mean_by_example
 
 # %% ../../nbs/engine/05_relevance.ipynb #c029

@@ -141,7 +141,7 @@ def relevance_gradients(
     "The derivative of the mean gold logit under the rules of relevance (Hatefi et al. 2025)."
     with relevance_rules(model): slopes = loss_gradients(model, calibration, batch_tokens, gold_logits)
     for p in projections(model):
-        if p.role == "gate_up" and p.expert is not None and p.routing.stacked: slopes[p.name] /= 2
+        if p.role == "gate_up" and p.in_stack and not p.routing.about.product: slopes[p.name] /= 2
     return slopes
 
 @contextmanager

@@ -113,6 +113,21 @@ def neuron_estimates(
                 table[place_of(p)] += estimate if signed else estimate.abs()
     return table / len(calibration.examples)
 
+# %% ../../nbs/methods/12_neurons.ipynb #1d55d9d1
+from .criteria import relevance_gradients
+
+# %% ../../nbs/methods/12_neurons.ipynb #427db363
+def neuron_relevance(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode
+    calibration: Calibration, # N examples
+    batch_tokens: int = 4096, # Padded tokens a batch
+) -> torch.Tensor: # Mean relevance of every neuron for the gold logit, float64 [L, M] or [L, E, M]
+    "The relevance that passes through each neuron (Hatefi et al. 2025, with neurons as components)."
+    table, slopes = neuron_table(model), relevance_gradients(model, calibration, batch_tokens)
+    for p in neuron_projections(model):
+        table[place_of(p)] = (p.weight.detach().float() * slopes[p.name]).sum(0).double().cpu()
+    return table
+
 # %% ../../nbs/methods/12_neurons.ipynb #c027
 from collections.abc import Callable
 from contextlib import nullcontext
