@@ -132,7 +132,7 @@ def default_style(
 # %% ../nbs/00_calibration.ipynb #c044
 from pathlib import Path
 from .data.problems import load_problems
-from .data.prompts import PromptStyle, encode_problem
+from .data.prompts import PromptStyle, encode_problems
 
 # %% ../nbs/00_calibration.ipynb #c045
 def calibration_set(
@@ -151,7 +151,7 @@ def calibration_set(
     if not tasks: raise BadInput("No task is named: expected at least one to calibrate on; name some, or give None.")
     examples, stratum = [], []
     for rank, task in enumerate(tasks):
-        pool = [encode_problem(tokenizer, p, style) for p in load_problems(task, "calibration", data_dir)]
+        pool = encode_problems(tokenizer, load_problems(task, "calibration", data_dir), style)
         for example, quartile in draw_stratified(pool, n, seed):
             examples.append(example)
             stratum.append(4 * rank + quartile)

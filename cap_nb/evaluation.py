@@ -172,7 +172,7 @@ def prompt_tokens(
     return example.input_ids[:next(index for index, label in enumerate(example.labels) if label != IGNORED)]
 
 # %% ../nbs/05_evaluation.ipynb #c040
-from .data.prompts import encode_problem
+from .data.prompts import encode_problem, encode_problems
 
 # %% ../nbs/05_evaluation.ipynb #c044
 from collections.abc import Sequence
@@ -209,7 +209,7 @@ def answer_problems(
 ) -> tuple[AnswerRecord, ...]: # One record per problem, in the order of the problems
     "Answers by greedy chain-of-thought decoding (paper section 4, Appendix B); problems of two tasks raise `BadInput`."
     task, style = one_task(problems), prompt_style(style or default_style(tokenizer))
-    examples = [encode_problem(tokenizer, problem, style, shots) for problem in problems]
+    examples = encode_problems(tokenizer, problems, style, shots)
     prompts = [prompt_tokens(example) for example in examples]
     line = strict_pattern(style, task_family(task)) if stop_early else None
     limit = token_limit(task) if max_new_tokens is None else max_new_tokens
@@ -337,7 +337,7 @@ def problem_losses(
 ) -> tuple[LossRecord, ...]: # One record per problem, in the order of the problems
     "Target losses (the loss of paper Eq. 1) of problems; a loss that is not finite raises `BadInput`."
     style = style or default_style(tokenizer)
-    examples = [encode_problem(tokenizer, problem, style) for problem in problems]
+    examples = encode_problems(tokenizer, problems, style)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0 # masked: any token will do
     losses = [math.nan] * len(examples)
     with inference(model):

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and tokenizers that used threads before a fork say so on stderr
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported: no test may reach for the network
 
 import matplotlib

@@ -4,6 +4,7 @@ import random
 import signal
 import time
 
+import programs
 import pytest
 
 from cap_nb.calibration import calibration_set
@@ -19,7 +20,7 @@ from cap_nb.jobs.job import job_calibration, prepare
 from cap_nb.jobs.records import load_run
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.models.loading import load_model
-from test_cli import FEW, assert_one_sentence, cap, outside
+from test_cli import FEW, assert_one_sentence, cap
 
 TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
 
@@ -214,7 +215,7 @@ def test_mistakes_are_one_sentence(words, parts, tmp_path, monkeypatch):
 
 def test_stopped_by_ctrl_c_and_taken_up_again(tmp_path):
     words = ["chains", "--n", "2", "--tries", "2", "--max-new-tokens", "60", "--batch-tokens", "60", "--device", "cpu", "--out", "c.jsonl"]
-    process = outside(*words, folder=tmp_path)
+    process = programs.Program(programs.cap(*words), folder=tmp_path)
     parts, until = tmp_path / "c.jsonl.unfinished", time.monotonic() + 300
     while not list(parts.glob("*.jsonl")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
@@ -222,7 +223,7 @@ def test_stopped_by_ctrl_c_and_taken_up_again(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "goes on from there" in errors and "Traceback" not in errors
     finished = [path.name for path in parts.glob("*.jsonl")]
-    again = outside(*words, folder=tmp_path)
+    again = programs.Program(programs.cap(*words), folder=tmp_path)
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert "keep gold" in output and output.strip().endswith("--calibrate-on c.jsonl.")

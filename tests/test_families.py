@@ -134,7 +134,7 @@ def test_granite_moe_of_transformers_4_is_refused():
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_hybrids_are_refused_with_the_reason(kind):
-    with pytest.raises(BadInput, match=f"'{kind}' has {HYBRIDS[kind]}: expected tokens to meet in attention heads"):
+    with pytest.raises(BadInput, match=f"'{kind}' has {HYBRIDS[kind]}: expected tokens to affect each other in attention heads"):
         family_of(SimpleNamespace(model_type=kind, num_experts=4))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures import made_up, tiny_llama
+from programs import Program, cap, finished
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.data.prompts import IGNORED
@@ -24,18 +25,6 @@ from cap_nb.scoring import score_heads_naive
 # two processes with two threads each would wait for one another
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 SMALL = ["score", "--model", "lab", "--n", "4", "--batch-tokens", "512"]
-
-
-def cap(*args):
-    return [sys.executable, "-m", "cap_nb.command_line", *map(str, args)]
-
-
-def start(command, **options):
-    return subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def finish(command, **options):
-    return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=900, **options)
 
 
 def units(out):
@@ -52,7 +41,7 @@ def wait_for_units(out, process, number):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("scores")/"S.safetensors"
-    done = finish(cap(*SMALL, "--out", out))
+    done = finished(cap(*SMALL, "--out", out))
     assert done.returncode == 0, done.stderr
     return out.read_bytes()
 
@@ -63,13 +52,13 @@ def undisturbed(tmp_path_factory):
 def test_a_killed_scoring_goes_on_and_gives_the_same_bytes(tmp_path, undisturbed):
     out = tmp_path/"S.safetensors"
     for number in (1, 7, 16):
-        process = start(cap(*SMALL, "--out", out))
+        process = Program(cap(*SMALL, "--out", out))
         wait_for_units(out, process, number)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not out.exists()
     kept = {path: path.stat().st_mtime_ns for path in units(out)}
-    process = start(cap(*SMALL, "--out", out))
+    process = Program(cap(*SMALL, "--out", out))
     wait_for_units(out, process, len(kept) + 1)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # what was finished is not measured again
     assert process.wait(timeout=900) == 0
@@ -79,13 +68,13 @@ def test_a_killed_scoring_goes_on_and_gives_the_same_bytes(tmp_path, undisturbed
 
 def test_a_damaged_unit_is_named_and_measured_anew(tmp_path, undisturbed):
     out = tmp_path/"S.safetensors"
-    process = start(cap(*SMALL, "--out", out))
+    process = Program(cap(*SMALL, "--out", out))
     wait_for_units(out, process, 3)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     damaged = units(out)[0]
     damaged.write_bytes(damaged.read_bytes()[:40])
-    done = finish(cap(*SMALL, "--out", out))
+    done = finished(cap(*SMALL, "--out", out))
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert f"{damaged.name} is damaged" in done.stderr and f"set aside as {damaged.name}.damaged" in done.stderr
     assert out.read_bytes() == undisturbed
@@ -96,10 +85,10 @@ def test_a_damaged_unit_is_named_and_measured_anew(tmp_path, undisturbed):
 
 def test_a_second_process_on_the_same_store_is_refused_or_helps(tmp_path, undisturbed):
     out = tmp_path/"S.safetensors"
-    first = start(cap(*SMALL, "--out", out))
+    first = Program(cap(*SMALL, "--out", out))
     wait_for_units(out, first, 1)
     first.send_signal(signal.SIGSTOP)
-    second, helper = finish(cap(*SMALL, "--out", out)), finish(cap(*SMALL, "--out", out, "--join"))
+    second, helper = finished(cap(*SMALL, "--out", out)), finished(cap(*SMALL, "--out", out, "--join"))
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 2 and "Another process is at work" in second.stderr
     assert helper.returncode == 0 and "units of" in helper.stdout and not helper.stdout.startswith("0 units"), helper.stderr
@@ -116,7 +105,7 @@ def launched(out, processes=2):
 
 def test_two_processes_give_the_bytes_of_one(tmp_path, undisturbed):
     out = tmp_path/"S.safetensors"
-    done = finish(launched(out))
+    done = subprocess.run(launched(out), env=ONE_THREAD, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == undisturbed
     assert done.stdout.count("losses of 12 examples") == 1  # only one process speaks
@@ -124,14 +113,14 @@ def test_two_processes_give_the_bytes_of_one(tmp_path, undisturbed):
 
 def test_a_launch_of_which_one_process_dies_is_taken_up_by_another(tmp_path, undisturbed):
     out = tmp_path/"S.safetensors"
-    launch = start(launched(out), start_new_session=True)
+    launch = subprocess.Popen(launched(out), env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     wait_for_units(out, launch, 3)
     workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(int(pid), out)]
     assert len(workers) == 2
     os.kill(max(workers), signal.SIGKILL)
     assert launch.wait(timeout=900) != 0
     assert not out.exists() and len(units(out)) >= 3
-    assert finish(cap(*SMALL, "--out", out)).returncode == 0
+    assert finished(cap(*SMALL, "--out", out)).returncode == 0
     assert out.read_bytes() == undisturbed
 
 
@@ -153,10 +142,10 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, undisturbed):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # units are smaller, the table is not
 
-    done = finish(cap(*SMALL, "--out", out), preexec_fn=little_room)
+    done = finished(lambda: (little_room(), cap(*SMALL, "--out", out)()))
     assert done.returncode == 2 and "There was no room to write" in done.stderr and "Traceback" not in done.stderr
     assert not out.exists() and len(units(out)) > 0
-    assert finish(cap(*SMALL, "--out", out)).returncode == 0
+    assert finished(cap(*SMALL, "--out", out)).returncode == 0
     assert out.read_bytes() == undisturbed
 
 

@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: bars are no part of a sentence
 import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -203,7 +204,7 @@ PYTHON = {
     "accuracy(model, tokenizer, 'nothing')": on_lab(lambda m, t, p: accuracy(m, t, "nothing")),
     "accuracy(model, tokenizer, 'lab-arc', n=0)": on_lab(lambda m, t, p: accuracy(m, t, "lab-arc", n=0)),
     "held_out_losses(model, tokenizer, 'nothing')": on_lab(lambda m, t, p: held_out_losses(m, t, "nothing")),
-    "perplexity(model, tokenizer, windows=0)": on_lab(lambda m, t, p: perplexity(m, t, windows=0)),
+    "perplexity(model, tokenizer, 'lab-text', windows=0)": on_lab(lambda m, t, p: perplexity(m, t, 'lab-text', windows=0)),
     "evaluation_problems('lab-arc', 0)": lambda p: evaluation_problems("lab-arc", 0),
     "load_model('lab', dtype='int4')": lambda p: load_model("lab", dtype="int4"),
     "load_model('lab', device='meta')": lambda p: load_model("lab", device="meta"),

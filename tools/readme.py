@@ -1,8 +1,8 @@
 """Make README.md from nbs/index.ipynb, or with --check see whether it is up to date.
 
 nbdev_readme needs Quarto. This takes those of nbdev's own notebook processors that matter for a page of text (hide,
-hide_line, export) and lets nbconvert write the Markdown. Its link processor stays out: it would point at a documentation
-site that does not exist. Links in the index are relative to nbs/; in the README they are made relative to the top
+hide_line, export) and lets nbconvert write the Markdown, without the code that makes the table. Its link processor stays
+out: it would point at a documentation site that does not exist. Links in the index are relative to nbs/; in the README they are made relative to the top
 folder. Pictures are links to committed files, so that the README renders anywhere.
 """
 import argparse
@@ -42,7 +42,7 @@ def readme() -> str:
     """The README's whole text."""
     from nbconvert import MarkdownExporter
 
-    text, resources = MarkdownExporter().from_notebook_node(processed_index())
+    text, resources = MarkdownExporter(exclude_input=True).from_notebook_node(processed_index())
     if resources.get("outputs"):
         sys.exit("nbs/index.ipynb has a picture among its outputs, which a README cannot show: "
                  "save it under figures/ and link to it in a Markdown cell.")

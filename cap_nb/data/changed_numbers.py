@@ -18,7 +18,7 @@ class Refused(Exception):
 class Number:
     "A number where it stands in a text."
     start: int # Place of its first character
-    end: int # Place behind its last character
+    end: int # Place after its last character
     value: Fraction # What it says
 
 NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+\.[0-9]+|(?<!\w)\.[0-9]+|[0-9]+")
@@ -86,7 +86,7 @@ class Step:
     leaves: tuple[Number, ...] # The numbers of the left side
     result: Number # Its right side
     values: tuple[Fraction, ...] # The intermediate values of the original, as `operations` lists them
-    end: int # Place behind the annotation, where the text repeats the result
+    end: int # Place after the annotation, where the text repeats the result
 
 def step_of(
     found: re.Match, # An annotation

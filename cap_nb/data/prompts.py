@@ -92,7 +92,7 @@ def target_text(
     return f"{problem.solution}\n{line}" if problem.solution else line
 
 # %% ../../nbs/data/01_prompts.ipynb #c016
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # %% ../../nbs/data/01_prompts.ipynb #c017
 def prompt_text(
@@ -129,6 +129,22 @@ from ..core.errors import BadInput
 from ..core.files import sha256_of_text
 
 # %% ../../nbs/data/01_prompts.ipynb #c026
+def joined_example(
+    task: str, # Name of the task
+    uid: str, # Content hash
+    prompt: str, # The prompt as text
+    target: str, # The target as text
+    answer: str, # The gold answer
+    before: list[int], # Tokens of the prompt
+    after: list[int], # Tokens of the target
+) -> Example: # Prompt and target, one after the other
+    "An example from what was tokenised separately; an empty part raises `BadInput`."
+    if not before or not after:
+        raise BadInput(f"An example of {task} has an empty prompt or target: expected text in both; remove it.")
+    return Example(task=task, uid=uid, prompt=prompt, target=target, answer=answer,
+                   input_ids=tuple(before + after), labels=(IGNORED,) * len(before) + tuple(after))
+
+# %% ../../nbs/data/01_prompts.ipynb #b354f2ad
 def make_example(
     tokenizer: object, # Tokenizer of transformers
     prompt: str, # The prompt, special tokens included as text
@@ -141,11 +157,8 @@ def make_example(
     bare = tokenizer.chat_template is not None # the template has written the special tokens already
     before = tokenizer(prompt, add_special_tokens=not bare)["input_ids"]
     after = tokenizer(target, add_special_tokens=False)["input_ids"]
-    if not before or not after:
-        raise BadInput(f"An example of {task} has an empty prompt or target: expected text in both; remove it.")
     uid = uid or sha256_of_text(prompt + "\0" + target)[:16]
-    return Example(task=task, uid=uid, prompt=prompt, target=target, answer=answer,
-                   input_ids=tuple(before + after), labels=(IGNORED,) * len(before) + tuple(after))
+    return joined_example(task, uid, prompt, target, answer, before, after)
 
 # %% ../../nbs/data/01_prompts.ipynb #c027
 def encode_problem(
@@ -157,3 +170,20 @@ def encode_problem(
     "A problem as tokens under a prompt style (paper section 3.1)."
     prompt, target = prompt_text(tokenizer, problem, style, shots), target_text(problem, style)
     return make_example(tokenizer, prompt, target, task=problem.task, answer=problem.answer, uid=problem.uid)
+
+# %% ../../nbs/data/01_prompts.ipynb #d5c8920e
+def encode_problems(
+    tokenizer: object, # Tokenizer of transformers
+    problems: Iterable[Problem], # The problems
+    style: str | PromptStyle, # The prompt style
+    shots: Sequence[Problem] = (), # Worked examples that come before each
+) -> list[Example]: # What `encode_problem` gives for each
+    "Problems as tokens under a prompt style, with two calls of the tokenizer."
+    problems = tuple(problems)
+    texts = [(prompt_text(tokenizer, p, style, shots), target_text(p, style)) for p in problems]
+    if not texts: return []
+    bare = tokenizer.chat_template is not None
+    before = tokenizer([prompt for prompt, _ in texts], add_special_tokens=not bare)["input_ids"]
+    after = tokenizer([target for _, target in texts], add_special_tokens=False)["input_ids"]
+    return [joined_example(p.task, p.uid, *text, p.answer, *tokens)
+            for p, text, *tokens in zip(problems, texts, before, after, strict=True)]

@@ -54,7 +54,7 @@ from collections.abc import Sequence
 from ..calibration import default_style
 from ..core.files import whole_file
 from ..data.problems import Problem, task_family
-from ..data.prompts import encode_problem
+from ..data.prompts import encode_problem, encode_problems
 from ..evaluation import normal_answer, one_task, token_limit
 
 # %% ../../nbs/experiments/04_harness.ipynb #c024
@@ -69,7 +69,7 @@ def write_harness_task(
     folder, task, style = Path(folder), one_task(problems), prompt_style(style or default_style(tokenizer))
     family, name = task_family(task), harness_name(task)
     check_answer_line(style, family)
-    examples = [encode_problem(tokenizer, problem, style) for problem in problems]
+    examples = encode_problems(tokenizer, problems, style)
     rows = [{"uid": e.uid, "prompt": e.prompt, "gold": normal_answer(e.answer, family)} for e in examples]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     with whole_file(folder/f"{name}.jsonl") as part: part.write_text(lines, encoding="utf-8")

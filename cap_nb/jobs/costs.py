@@ -322,16 +322,23 @@ class Work:
         "The work of both."
         return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
+# %% ../../nbs/jobs/04_costs.ipynb #e397f788
+def layer_products(
+    work: Work, # What is computed
+    sizes: Sizes, # Of which model
+) -> int: # Multiplications
+    "One for every weight that a token meets; a layer that starts late or ends early counts in part."
+    shapes = projection_shapes(sizes)
+    keys = sum(rows * columns for rows, columns in (shapes[role] for role in ("query", "key", "value")))
+    return (token_weights(sizes) * work.layer_tokens + keys * (work.key_tokens - work.given_tokens)
+            - shapes["down"][0] * shapes["down"][1] * work.short_tokens)
+
 def flops_of(
     work: Work, # What is computed
     sizes: Sizes, # Of which model
 ) -> int: # Floating-point operations; a multiplication and an addition are two
     "Two for every weight and token, and four for every pair of positions and channel of a head."
-    shapes = projection_shapes(sizes)
-    keys = sum(rows * columns for rows, columns in (shapes[role] for role in ("query", "key", "value")))
-    return (2 * token_weights(sizes) * work.layer_tokens + 2 * keys * (work.key_tokens - work.given_tokens)
-            - 2 * shapes["down"][0] * shapes["down"][1] * work.short_tokens
-            + 2 * sizes.vocabulary * sizes.hidden * work.head_tokens
+    return (2 * layer_products(work, sizes) + 2 * sizes.vocabulary * sizes.hidden * work.head_tokens
             + 4 * sizes.heads * sizes.head_size * work.pairs)
 
 # %% ../../nbs/jobs/04_costs.ipynb #c038

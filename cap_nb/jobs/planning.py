@@ -326,8 +326,8 @@ def probe_device(
 from functools import cached_property
 from .costs import (
     NUMBER_BYTES, Answers, BatchShape, ExampleLength, answer_batches, batch_shapes, decode_work, evaluation_memory,
-    hook_loop_memory, naive_work, parameter_count, prefill_work, resumed_work, scoring_memory, threshold_memory,
-    wanda_memory, wanda_work)
+    hook_loop_memory, layer_products, naive_work, parameter_count, prefill_work, resumed_work, scoring_memory,
+    threshold_memory, token_weights, wanda_memory, wanda_work)
 from .settings import Job, changed
 
 # %% ../../nbs/jobs/05_planning.ipynb #c041
@@ -370,11 +370,13 @@ class Stage:
     memory: dict[str, int] # Part -> bytes on the device, beside the weights
 
 def prefill_seconds(
+    sizes: Sizes, # The sizes of the model
     work: Work, # What is read
     probe: Probe, # How fast the device is
 ) -> float: # Seconds
-    "The time of passes over many tokens."
-    return work.layer_tokens * probe.layer + work.head_tokens * probe.head
+    "The time of passes over many tokens; of a layer that starts late or ends early, the share of its products."
+    whole = layer_products(work, sizes) / token_weights(sizes) # tokens through whole layers
+    return whole * probe.layer + work.head_tokens * probe.head
 
 def decode_seconds(
     sizes: Sizes, # The sizes of the model
@@ -398,7 +400,7 @@ def scoring_stages(
     ways = (("scoring", resumed, scoring_memory(sizes, width, batches)),
             ("scoring by the hook loop", naive_work(sizes, batches), hook_loop_memory(sizes, width, batches)))
     return tuple(Stage(name=name, work=work, flops=flops_of(work, sizes), memory=memory,
-                       seconds=probe and prefill_seconds(work, probe) / sharing) for name, work, memory in ways)
+                       seconds=probe and prefill_seconds(sizes, work, probe) / sharing) for name, work, memory in ways)
 
 def pruning_stages(
     load: Workload, # What is to be done
@@ -409,7 +411,7 @@ def pruning_stages(
     return (Stage(name="pruning by CAP", work=Work(), flops=0, seconds=probe and weights * probe.threshold,
                   memory=threshold_memory(sizes, load.number_bytes)),
             Stage(name="pruning by Wanda", work=work, flops=flops_of(work, sizes),
-                  seconds=probe and prefill_seconds(work, probe) + weights * probe.sort,
+                  seconds=probe and prefill_seconds(sizes, work, probe) + weights * probe.sort,
                   memory=wanda_memory(sizes, load.number_bytes, load.batches)))
 
 # %% ../../nbs/jobs/05_planning.ipynb #c045
@@ -420,7 +422,7 @@ def evaluation_stage(
     "The evaluation of one model: reading, then writing."
     sizes, job, lengths = load.sizes, load.job, load.lengths
     read, written = prefill_work(sizes, job, lengths), decode_work(sizes, job, lengths)
-    seconds = probe and prefill_seconds(read, probe) + decode_seconds(sizes, written, probe)
+    seconds = probe and prefill_seconds(sizes, read, probe) + decode_seconds(sizes, written, probe)
     return Stage(name="evaluating one model", work=read + written, flops=flops_of(read + written, sizes),
                  seconds=seconds, memory=evaluation_memory(sizes, load.number_bytes, job, lengths))
 
@@ -492,7 +494,8 @@ def solver_stage(
     sizes, names, speed = load.sizes, solved_parts(method), probe and probe.solving
     work, hessians = wanda_work(sizes, load.batches), hessian_flops(sizes, load.lengths)
     solved = [solving(sizes, name) for name in names]
-    seconds = speed and (prefill_seconds(work, probe) + hessians * speed.hessian + load.weights_in_scope * probe.sort
+    seconds = speed and (prefill_seconds(sizes, work, probe) + hessians * speed.hessian
+                         + load.weights_in_scope * probe.sort
                          + sum(solving_seconds(load, name, speed) for name in names))
     return Stage(name=stage_name(method), work=work, seconds=seconds,
                  flops=flops_of(work, sizes) + hessians + sum(s.products + s.others for s in solved),
@@ -506,7 +509,7 @@ def budget_stage(
     sizes, few = load.sizes, batch_shapes(budget_lengths(load.lengths), load.job.model.batch_tokens)
     work = budget_work(sizes, load.batches, few)
     return Stage(name=BUDGETS, work=work, flops=flops_of(work, sizes),
-                 seconds=probe and prefill_seconds(work, probe) + load.weights_in_scope * probe.sort,
+                 seconds=probe and prefill_seconds(sizes, work, probe) + load.weights_in_scope * probe.sort,
                  memory=budget_memory(sizes, load.number_bytes, few))
 
 # %% ../../nbs/jobs/05_planning.ipynb #c051
@@ -517,7 +520,7 @@ def gradient_stage(
     "There and back over the calibration set; the way back is taken to be as fast as the way there."
     work = gradient_work(load.sizes, load.batches)
     return Stage(name=GRADIENT, work=work, flops=flops_of(work, load.sizes),
-                 seconds=probe and prefill_seconds(work, probe),
+                 seconds=probe and prefill_seconds(load.sizes, work, probe),
                  memory=gradient_memory(load.sizes, load.number_bytes, load.batches))
 
 # %% ../../nbs/jobs/05_planning.ipynb #57bfac0d

@@ -697,7 +697,7 @@ def corrected(
     local: Local, # How a matrix is pruned
     path: Path | None = None, # Keeps the moves; None keeps nothing
 ) -> Budgets: # The budgets after the moves
-    "Correct budgets by moves on the whole pruned model; goes on where a killed run stopped."
+    "Correct budgets by moves on the whole pruned model; continues where a killed run stopped."
     if not settings.moves: return budgets
     done = [move_of(entry) for entry in read_checked(path)] if path and sound(path, read_checked) else []
     keep = (lambda moves: write_checked(path, [asdict(move) for move in moves])) if path else (lambda moves: None)

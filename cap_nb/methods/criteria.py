@@ -46,7 +46,7 @@ RIA = Criterion(name="ria", score=ria_score, needs=("norm",), scope="row", sourc
 GRADIENT = Criterion(name="gradient", score=gradient_score, needs=("gradient",),
                      says="|W dL/dW| on the calibration set", source="first order; Molchanov et al. 2017")
 INTEGRATED = Criterion(name="integrated_gradients", score=gradient_score, needs=("path_gradient",),
-                       says="|W| times the mean |dL/dW| signed along the path from no weights to W",
+                       says="|W times the mean of dL/dW on the path from no weights to W|",
                        source="Sundararajan et al. 2017; Hatefi et al. 2024")
 RELEVANCE = Criterion(name="relevance", score=gradient_score, needs=("relevance",), source="Hatefi et al. 2024, 2025",
                       says="the share of the gold logit that passes through the weight, without its sign")

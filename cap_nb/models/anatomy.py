@@ -397,7 +397,7 @@ def latents_of(
     matrices: Sequence[Projection], # The projections of a model
     a: Anatomy, # Its dimensions
 ) -> dict[str, int]: # Role -> width of the latent that it reads
-    "What the matrices that make latents give on; of keys' and values', without the rotated key."
+    "How wide the latents are that come out of their matrices; of keys' and values', without the rotated key."
     rotated = a.widths[0] - a.widths[1] if a.widths else 0 # a query's rows that no key of its own head meets
     return {p.role.removesuffix("_latent"): len(p.weight) - rotated * (p.role == "key_value_latent")
             for p in matrices if p.role.endswith("_latent")}

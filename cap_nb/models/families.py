@@ -182,7 +182,7 @@ FAMILIES: dict[str, Family] = { # model_type of the configuration -> family
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), DEEPSEEK)}
 
 # %% ../../nbs/models/00_families.ipynb #c040
-HYBRIDS = { # model_type -> where tokens meet outside the attention
+HYBRIDS = { # model_type -> where tokens affect each other outside the attention
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "a gated delta rule in most layers"),
     **dict.fromkeys(("jamba", "bamba", "nemotron_h"), "a state space in most layers"),
     "falcon_h1": "a state space beside the heads of every layer", "minimax": "linear attention in most layers",
@@ -204,8 +204,9 @@ def family_of(
         setting, other = FAMILIES[kind].where_none or ("", FAMILIES[kind])
         return other if setting and getattr(config, setting, None) is None else FAMILIES[kind]
     if kind in HYBRIDS:
-        raise BadInput(f"Model type {kind!r} has {HYBRIDS[kind]}: expected tokens to meet in attention heads alone, "
-                       "since only these can be masked; take a model that has them in every layer.")
+        raise BadInput(f"Model type {kind!r} has {HYBRIDS[kind]}: expected tokens to affect each other "
+                       "in attention heads alone, since only these can be masked; take a model that has them in every "
+                       "layer.")
     if any(getattr(config, name, None) for name in EXPERT_SETTINGS):
         raise BadInput(f"Model type {kind!r} is a mixture of experts that is not described: expected one of {known}; "
                        "say with add_family where its experts and its router lie.")
@@ -220,7 +221,7 @@ def add_family(
     model_type: str, # model_type of the configurations that it describes
     family: Family, # Where the parts lie
 ) -> None:
-    "Make a family known for this session; a known model type, or roles that cannot be, raise `BadInput`."
+    "Make a family known for this session; a known model type, or roles that do not fit together, raise `BadInput`."
     if model_type in FAMILIES:
         raise BadInput(f"Model type {model_type!r} is known already: expected a new one; use the family it has.")
     check_new_name(model_type, "family", (), WORD)

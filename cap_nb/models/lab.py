@@ -165,7 +165,7 @@ def text_batches(
 def training_batches(
     tokenizer: PreTrainedTokenizerFast, # The lab's
     recipe: Recipe, # Batch sizes and seed
-    first: int = 0, # The step to begin at, as when a stopped training goes on
+    first: int = 0, # The step to begin at, as when a stopped training continues
 ) -> Iterator[list[Sequences]]: # For every step one batch of each task, and one of text
     "The data of every step from `first` on, without end."
     for pool in itertools.count(first // recipe.pool):
@@ -498,7 +498,7 @@ def train_lab(
     kind: Kind = DENSE, # Which kind of model
     **sizes: object, # Other fields of its recipe
 ) -> dict: # The training log
-    "Train, evaluate and save the lab model, or go on with a stopped training; a folder that exists raises `BadInput`."
+    "Train, evaluate and save the lab model, or continue a stopped training; a folder that exists raises `BadInput`."
     steps = kind.recipe.steps if steps is None else check_at_least(steps, 1, "steps")
     folder, recipe = Path(folder), kind.recipe(steps=steps, seed=seed, **sizes)
     work = Path(work) if work else folder.with_name(folder.name + ".work")
@@ -524,7 +524,7 @@ def main(
 ) -> None:
     "The command `python -m cap_nb.models.lab`: train the lab model."
     parser = argparse.ArgumentParser(prog="python -m cap_nb.models.lab",
-                                     description="Train the lab model; a stopped training goes on where it was.")
+                                     description="Train the lab model; a stopped training continues where it was.")
     parser.add_argument("--out", required=True, help="folder of the checkpoint; must not exist")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")

@@ -260,10 +260,12 @@ def four_choice_question(
     "Draw a question with four choices, no two equal, of which the one at the wanted letter is right."
     kind = rng.choices(CHOICES, weights=(2, 2, 1))[0]
     superlative, letter = rng.choice(list(kind.relations)), ""
+    extreme = min if kind.relations[superlative] in ("younger", "lower") else max
     while letter != answer:
         chosen = rng.sample(kind.candidates, 4)
-        if len({kind.value(candidate) for candidate in chosen}) < 4: continue
-        letter, lines = rationale_lines(kind, chosen, kind.relations[superlative])
+        values = [kind.value(candidate) for candidate in chosen]
+        if len(set(values)) == 4: letter = "ABCD"[values.index(extreme(values))]
+    letter, lines = rationale_lines(kind, chosen, kind.relations[superlative])
     stem = kind.stem.format(superlative)
     words = " ".join([stem, *(candidate.name for candidate in chosen)])
     choices = [{"text": candidate.name, "label": label} for label, candidate in zip("ABCD", chosen)]

@@ -91,7 +91,7 @@ def attention_of(
 def recorded_heads(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of a decoder layer, from 0
-) -> Iterator[list[KnownHeads]]: # Gets one item; none where attention goes on after the projection
+) -> Iterator[list[KnownHeads]]: # Gets one item; none where attention does more after the projection
     "While the block runs, what the output projection of a layer reads is kept."
     kept, seen = [], []
     def projected(module: nn.Module, args: tuple, output: torch.Tensor) -> None: seen[:] = args[0], output
@@ -159,7 +159,7 @@ def run_decoder(
     mask: torch.Tensor, # Attention mask over the prefix and these tokens, [B, P + T]
     cache: DynamicCache, # Holds the prefix; grows
 ) -> None:
-    "Run a model's decoder behind what a cache holds."
+    "Run a model's decoder after what a cache holds."
     decoder = decoder_of(model)
     names = inspect.signature(decoder.forward).parameters
     name = "cache" if "cache" in names else "past_key_values" # transformers renamed it in 5.24
@@ -187,7 +187,7 @@ def read_prefix(
 # %% ../../nbs/models/04_replay.ipynb #c019
 def filled_cache(
     prefix: Prefix | None, # A shared prefix, or None
-    rows: int, # B, examples that will stand behind it
+    rows: int, # B, examples that will follow it
 ) -> DynamicCache: # A cache of transformers that holds the prefix B times
     "The cache that a model is given with a batch."
     cache = DynamicCache()
@@ -201,7 +201,7 @@ def read_after_prefix(
     batch: dict[str, torch.Tensor], # input_ids and attention_mask of what follows the prefix, [B, T] each
     prefix: Prefix | None, # None means that there is no prefix
 ) -> tuple[LayerCall, ...]: # How each layer was called
-    "One pass of the intact model behind the prefix, its calls recorded."
+    "One pass of the intact model after the prefix, its calls recorded."
     tokens, mask = batch["input_ids"], batch["attention_mask"]
     cache = filled_cache(prefix, len(tokens))
     if prefix: mask = torch.cat([mask.new_ones(len(tokens), cache.get_seq_length()), mask], 1)

@@ -12,18 +12,16 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 import matplotlib.pyplot  # noqa: F401  before the first fork, so that no child reads it again
 import torch
 
-import cap_nb.command_line  # noqa: F401
 from cap_nb.core.files import read_checked
-from cap_nb.core.stopping import main
 from cap_nb.jobs import job as jobs
 from cap_nb.jobs.job import prepare, run_job
 from cap_nb.jobs.settings import Job, changed
+from programs import alone, cap
 
 FUZZ = int(os.environ.get("CAP_NB_FUZZ", 0))
 SOAK = FUZZ > 0  # `make soak` tries all there is; `make test` a few
@@ -77,7 +75,7 @@ def started(work):
     said = tempfile.TemporaryFile()
     process = os.fork()
     if not process:
-        alone(work, said.fileno())
+        alone(with_what_is_ready(work), said.fileno(), said.fileno())
     return process, said
 
 
@@ -100,38 +98,12 @@ def in_child(work, limit=120):
     return ended(*started(work), limit)
 
 
-def alone(work, channel):
-    """The child's whole life."""
-    code = 99
-    try:
-        os.dup2(channel, 1)
-        os.dup2(channel, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        logging.root.handlers.clear()  # pytest's own
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        torch.set_num_threads(1)
+def with_what_is_ready(work):
+    """The same work, which finds the model, the problems and the text made ready."""
+    def prepared_work():
         jobs.prepare, jobs.load_text = prepared, text_once
-        code = work() or 0
-    except SystemExit as left:
-        code = left.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except OSError:
-            code = 120  # as the interpreter does at its end
-        os._exit(code)
-
-
-def cap(*words):
-    """The program, as a user would start it."""
-    def work():
-        sys.argv = ["cap", *map(str, words)]
-        main()
-    return work
+        return work()
+    return prepared_work
 
 
 def running_in(folder, act=None, words=WORDS, before=None):

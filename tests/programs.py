@@ -1,0 +1,106 @@
+"""The program in a forked process: what this one has imported need not be imported again, which costs two cores several seconds each time.
+
+Tests that are about the start itself start an interpreter instead.
+"""
+import functools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+
+import torch
+
+import cap_nb.command_line, cap_nb.single_steps, cap_nb.jobs.sweeps  # noqa: E401, F401  before the first fork, so that no child reads them again
+from cap_nb.core.stopping import main
+from cap_nb.data.problems import LAB_TASKS, load_problems
+
+
+def alone(work, out, err):
+    """The whole life of a forked process: do some work, write what it says to two open files, and end with its exit code."""
+    code = 99
+    try:
+        for number, channel in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out), (2, err)):
+            os.dup2(channel, number)
+        sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False)
+        logging.root.handlers.clear()  # pytest's own
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a suite in the background may have inherited an ignored Ctrl-C
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        torch.set_num_threads(1)
+        code = work() or 0
+    except SystemExit as left:
+        code = left.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            code = 120  # as the interpreter does at its end
+        os._exit(code)
+
+
+def cap(*words):
+    """Work: the program, as a user would start it."""
+    def work():
+        sys.argv = ["cap", *map(str, words)]
+        main()
+    return work
+
+
+@functools.cache
+def problems_drawn():
+    """The lab's problems, which a process draws once, are drawn here and not in every child."""
+    return [load_problems(task, part) for task in LAB_TASKS for part in ("calibration", "evaluation")]
+
+
+class Program:
+    """Work in a forked process, with the methods that a process of `subprocess` has."""
+
+    def __init__(self, work, folder=None):
+        problems_drawn()
+        self.returncode, self.said, self.complained = None, tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.pid = os.fork()
+        if not self.pid:
+            os.chdir(folder or ".")
+            alone(work, self.said.fileno(), self.complained.fileno())
+
+    def poll(self):
+        """The exit code (a signal negative), or None while it is at work."""
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self, timeout=300):
+        """The exit code; a process that takes longer is killed."""
+        last = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > last:
+                self.send_signal(signal.SIGKILL)
+                raise subprocess.TimeoutExpired("a forked process", timeout)
+            time.sleep(0.005)
+        return self.returncode
+
+    def communicate(self, timeout=300):
+        """What it said on both channels, once it has ended."""
+        self.wait(timeout)
+        with self.said, self.complained:
+            self.said.seek(0)
+            self.complained.seek(0)
+            return self.said.read().decode(), self.complained.read().decode()
+
+
+def finished(work, folder=None, timeout=300):
+    """Do some work in a forked process: the process, with `stdout` and `stderr`."""
+    program = Program(work, folder)
+    program.stdout, program.stderr = program.communicate(timeout)
+    return program
