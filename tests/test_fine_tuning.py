@@ -233,7 +233,7 @@ def test_what_recovery_is_measured_by(tmp_path, monkeypatch):
     found = read_checked(tmp_path / "lab.json")["cases"]["toy"]
     [(row, tried)] = found["tried"].items()
     assert set(found["rows"]) == {row} and found["rows"][row]["settings"]["lr"] == float(min(tried, key=lambda rate: tried[rate]["after"]))
-    assert len(found["rows"][row]["after"]) == len(found["problems"]["evaluation"]["uid"]) == 2
+    assert len(found["rows"][row]["after"].split()) == len(found["problems"]["evaluation"]["uid"].split()) == 2
     assert found["trained_on"]["own chains"][0]["problems"] == 6
     monkeypatch.setattr(recovery, "measured", None)
     recovery.main("toy", tmp_path / "work")

@@ -165,7 +165,7 @@ def about(bench: Bench) -> dict:
     split = {name: {"n": n, "seed": seed, "fingerprint": problems_fingerprint(problems[name])}
              for name, n, seed in (("validation", case.validation, 0), ("evaluation", case.held_out, 1)) if n}
     held_out = problems["evaluation"]
-    split["evaluation"] |= {"task": [p.task for p in held_out], "uid": [p.uid for p in held_out]}
+    split["evaluation"] |= {"task": " ".join(p.task for p in held_out), "uid": " ".join(p.uid for p in held_out)}
     model = {"name": case.model, "fingerprint": model_fingerprint(bench.dense), "dtype": "float32", "device": "cpu",
              "products": case.products}
     return {"model": model, "sparsity": case.sparsity, "problems": split,
@@ -190,7 +190,9 @@ def row_of(tries: Mapping[float, dict]) -> tuple[dict, dict]:
     tried = {f"{rate:g}": {when: mean(found[when]["validation"]) for when in ("before", "after")}
              for rate, found in tries.items() if found["after"]["validation"]}
     best = min(tries, key=lambda rate: tried[f"{rate:g}"]["after"] if tried else 0)
-    return tries[best] | {when: tries[best][when]["evaluation"] for when in ("before", "after")}, tried
+    found = {when: tries[best][when]["evaluation"] for when in ("before", "after")}
+    found["training"] = tries[best]["training"]
+    return tries[best] | {name: " ".join(map(repr, losses)) for name, losses in found.items()}, tried
 
 
 def write_case(name: str, model: str, content: dict) -> None:
