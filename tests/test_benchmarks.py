@@ -1,4 +1,6 @@
 """The benchmarks in small, where nothing is said of time: what they compare agrees, and what differs is noticed."""
+import importlib
+import itertools
 import threading
 from multiprocessing import Pipe
 
@@ -42,12 +44,29 @@ def test_four_ways_to_a_threshold_agree(dtype):
         threshold.check_ways(wrong, scores, 0.2)
 
 
-def test_a_checkpoint_in_shards_is_made_and_pruned(tmp_path):
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=100)
-    streaming.random_checkpoint(_folder(tmp_path / "src"), streaming.llama | sizes, 50_000)
+def in_this_process(function, **given):
+    module, name = function.split(":")
+    getattr(importlib.import_module(module), name)(**given)
+    return 0.0, 1
+
+
+def test_a_checkpoint_in_shards_is_made_pruned_packed_and_restored(tmp_path, monkeypatch):
+    """A folder that comes back with another hash is no record."""
+    monkeypatch.setattr(streaming, "in_own_process", in_this_process)
+    llama = streaming.llama | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=100)
+    streaming.random_checkpoint(_folder(tmp_path / "src"), llama, 50_000)
     peaks = {}
     streaming.streaming_sides(tmp_path / "src", tmp_path / "dst", peaks)["prune"]()
     assert len(open_checkpoint(tmp_path / "src").shards) > 3 and len(peaks["prune"]) == 1 and open_checkpoint(tmp_path / "dst")
+    case = streaming.packed_case(tmp_path / "s.json", "toy", llama, tmp_path, 50_000)
+    about, packed = case["about"], case["about"]["packed"]
+    assert set(about["peaks"]) == {"prune", *(f"{step}, {form}" for step in ("export", "restore") for form in packed)}
+    assert packed["delta"]["bytes"] < packed["bitmask"]["bytes"] < about["bytes"] and about["matrices"] / 2 < packed["bitmask"]["matrices"]
+    different = itertools.count()
+    monkeypatch.setattr(streaming, "hashes_of", lambda folder: {"a": next(different)})
+    with pytest.raises(BadInput, match="bitmask differs"):
+        streaming.packed_case(tmp_path / "s.json", "other", llama, tmp_path, 50_000)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("cap_nb-")] == [] and set(read_cases(tmp_path / "s.json")) == {"toy"}
 
 
 def _folder(path):

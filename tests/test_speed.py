@@ -66,6 +66,8 @@ def test_openvino_is_near_the_dense_product(packed):
     product, wanted = openvino_product(weight, packed), x @ weight.T
     for rows in (9, 1):
         assert (product(x[:rows]) - wanted[:rows]).abs().max() < 0.1 * wanted.abs().max()
+    unpacks = packed and not BACKENDS["openvino"].missing(CPU)
+    assert ("sparse" in benchmark.openvino_kernel(weight, packed)) == unpacks
 
 
 def test_prefill_and_decode_compute_what_they_should(monkeypatch):

@@ -13,6 +13,17 @@ from ..core.errors import BadInput
 from ..models.anatomy import projections
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c010
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64} # Bytes a number -> integers of that width
+
+@torch.no_grad()
+def zero_where(
+    numbers: torch.Tensor, # Of any floating point; changed in place
+    zeros: torch.Tensor, # Which become zero, bool, same shape
+) -> None:
+    "Zeros in place, NaN and infinity included; on a processor several times as fast as `masked_fill_`."
+    alive = zeros.view(torch.int8).to(numbers.device) - 1 # 0 or -1, which has every bit set
+    numbers.view(BITS[numbers.element_size()]).bitwise_and_(alive)
+
 @dataclass(frozen=True, eq=False)
 class HeldParameter:
     "A parameter and where it is zero."
@@ -24,13 +35,12 @@ class HeldParameter:
     @torch.no_grad()
     def put_back(self) -> None:
         "Make every zero a zero again, in place."
-        self.parameter.masked_fill_(self.zeros.to(self.parameter.device), 0.0)
+        zero_where(self.parameter, self.zeros)
         if self.negative is not None: self.parameter.masked_fill_(self.negative.to(self.parameter.device), -0.0)
 
-    @torch.no_grad()
     def mask_gradient(self, parameter: nn.Parameter) -> None:
         "Take what belongs to zeros out of a gradient, in place."
-        parameter.grad.masked_fill_(self.zeros.to(parameter.grad.device), 0.0)
+        zero_where(parameter.grad, self.zeros)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c011
 def held_parameter(

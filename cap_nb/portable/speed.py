@@ -104,21 +104,42 @@ def openvino_graph(
     return openvino.Model([op.matmul(op.fake_quantize(x, low, high, low, high, 256), wide, False, True)], [x])
 
 # %% ../../nbs/portable/05_speed.ipynb #c018
+def openvino_compiled(
+    weight: torch.Tensor, # [out, in]
+    reach: float, # Largest input that 8 bits hold
+    packed: bool = True, # Whether zeros are to be packed away
+) -> object: # A compiled model of OpenVINO
+    "A projection as OpenVINO will compute it."
+    import openvino
+    rate, graph = 0.0 if packed else 1.0, openvino_graph(weight.detach().float().cpu(), reach)
+    settings = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": rate, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    return openvino.Core().compile_model(graph, "CPU", settings)
+
 def openvino_product(
     weight: torch.Tensor, # [out, in]
     packed: bool = True, # Whether zeros are to be packed away
 ) -> Product: # Its product with inputs, in 8 bits
     "OpenVINO's product; the graph is compiled at the first inputs, whose spread it must know."
-    import openvino
-    weight, rate, kept = weight.detach().float().cpu(), 0.0 if packed else 1.0, []
-    settings = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": rate, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    kept = []
     def product(x):
         if not kept:
-            graph = openvino_graph(weight, REACH * float(x.float().std()))
-            kept.append(openvino.Core().compile_model(graph, "CPU", settings).create_infer_request())
+            compiled = openvino_compiled(weight, REACH * float(x.float().std()), packed)
+            kept.append(compiled.create_infer_request())
         kept[0].infer({0: x.float().numpy()})
         return torch.from_numpy(kept[0].get_output_tensor(0).data.copy()).to(x.dtype)
     return product
+
+# %% ../../nbs/portable/05_speed.ipynb #adfa3413
+def openvino_kernel(
+    weight: torch.Tensor, # [out, in]
+    packed: bool = True, # Whether zeros are to be packed away
+) -> str: # As in "brgemm_avx512_amx_sparse_i8"
+    "What OpenVINO calls the kernel that it multiplies by on this processor."
+    compiled = openvino_compiled(weight, REACH, packed)
+    compiled.create_infer_request().infer({0: np.zeros((1, weight.shape[1]), np.float32)}) # it chooses at the first
+    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    named = {node["layerType"].astype(str): node["primitiveType"].astype(str) for node in nodes}
+    return named["FullyConnected"]
 
 # %% ../../nbs/portable/05_speed.ipynb #c020
 def processor_says(

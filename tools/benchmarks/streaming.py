@@ -1,12 +1,15 @@
 """Checkpoints larger than memory
 
-> Prune a checkpoint of Llama-3-8B's shape, and compare time and memory with a plain copy of its files.
+> Prune a checkpoint of Llama-3-8B's shape, and compare time and memory with a plain copy of its files; pack it, and
+> restore it.
 
 Paper: sections 3.3 and 3.4. In: a checkpoint of exactly that shape with random bfloat16 weights, 16 GB, made here shard
 by shard. Out: `figures/benchmarks/streaming.json`. Wanted: at most twice the time of a plain copy, and at most 3 GiB
-resident. Five rounds take some eight minutes.
+resident. Five rounds take some eight minutes. Then, once: half of the weights zero by magnitude, packed as a bitmask
+and as a delta, and restored from both, for `figures/benchmarks/small_files.json`. Wanted: every byte again, and at most
+3 GiB resident in each step.
 
-The records are made, on a machine that does nothing else and has 40 GB of free disk, by
+The records are made, on a machine that does nothing else and has 50 GB of free disk, by
 
     python -m tools.benchmarks.streaming
 
@@ -25,8 +28,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
+from cap_nb.core.files import sha256_of_file, sha256_of_text, stored_tensors
 from cap_nb.jobs.costs import PUBLISHED
 from cap_nb.methods.streaming import SHARD_INDEX, open_checkpoint
+from cap_nb.models.anatomy import projections
+from cap_nb.portable.format import PACKED
 from tools.side_by_side import in_own_process, measured_case, measured_rounds, read_cases
 
 # Names and shapes come from the model on the meta device, which holds no numbers. Tensors fill a shard up to its size,
@@ -34,6 +40,7 @@ from tools.side_by_side import in_own_process, measured_case, measured_rounds, r
 
 ROOT = Path(__file__).resolve().parents[2]
 path = ROOT / "figures" / "benchmarks" / "streaming.json"
+small = path.with_name("small_files.json")
 note, llama = os.environ.get("CAP_NB_NOTE", ""), PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"]
 
 
@@ -126,7 +133,67 @@ def streaming_case(path, name, settings, scratch=None, repeats=5, most=2**30):
     )
 
 
-def check_room(folder, wanted=40 * 10**9):
+# Packed and restored, each step in a process of its own. The pruned folder is deleted before it is restored, since the
+# disk has no room for both; the hashes of its files are kept, and those of what comes back are held against them.
+
+
+def hashes_of(folder):
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {file.relative_to(folder).as_posix(): sha256_of_file(file) for file in files}
+
+
+def packed_sizes(packed):
+    "Bytes of all files, and of what stands for the packed matrices: masks, kept numbers and all headers."
+    sizes = {file: file.stat().st_size for file in packed.rglob("*") if file.is_file()}
+    weights = [file for file in sizes if file.name.endswith(PACKED)]
+    tensors = [pair for file in weights for pair in stored_tensors(file).items()]
+    plain = sum(stored.end - stored.start for name, stored in tensors if name.startswith("plain/"))
+    return {"bytes": sum(sizes.values()), "matrices": sum(sizes[file] for file in weights) - plain}
+
+
+def packed_steps(folder, sparsity):
+    "Prune, pack and restore; gives seconds and peaks of every step, and what came of it."
+    base, pruned = str(folder / "base"), folder / "pruned"
+    bases, files = {"bitmask": None, "delta": base}, "cap_nb.portable.small_files"
+    seconds, peaks, forms = {}, {}, {}
+
+    def step(name, function, **given):
+        taken, peaks[name] = in_own_process(function, **given)
+        seconds[name] = (taken,)
+
+    pruning = dict(src=base, dst=str(pruned), sparsity=sparsity, method="magnitude")
+    step("prune", "cap_nb.methods.streaming:prune_checkpoint", **pruning)
+    wanted, scope = hashes_of(pruned), projections(open_checkpoint(pruned).model)
+    about = {"bytes": sum(file.stat().st_size for file in pruned.iterdir()), "files": len(wanted), "seed": 0,
+             "matrices": 2 * sum(p.weight.numel() for p in scope), "sha256": sha256_of_text(json.dumps(wanted))}
+    for form, given in bases.items():
+        packed = str(folder / form)
+        step(f"export, {form}", f"{files}:export_folder", folder=str(pruned), out=packed, form=form, base=given)
+        forms[form] = packed_sizes(folder / form)
+    shutil.rmtree(pruned)
+    for form, given in bases.items():
+        step(f"restore, {form}", f"{files}:restore_folder", folder=str(folder / form), out=str(pruned), base=given)
+        if hashes_of(pruned) != wanted:
+            raise BadInput(f"What came back from the {form} differs: expected every byte again; do not record it.")
+        for done in (pruned, folder / form):
+            shutil.rmtree(done)
+    return {"seconds": seconds, "about": about | {"peaks": peaks, "packed": forms}}
+
+
+def packed_case(path, name, settings, scratch=None, most=2**30, sparsity=0.5):
+    def measure():
+        folder = Path(tempfile.mkdtemp(prefix="cap_nb-", dir=scratch))
+        try:
+            random_checkpoint(folder / "base", settings, most)
+            return packed_steps(folder, sparsity)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    asked = {"sparsity": sparsity, "method": "magnitude", "dtype": "bfloat16", "model": settings}
+    return measured_case(path, name, asked, measure, note=note)
+
+
+def check_room(folder, wanted=50 * 10**9):
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise BadInput(
@@ -141,9 +208,10 @@ def check_room(folder, wanted=40 * 10**9):
 
 def main() -> None:
     scratch = os.environ.get("CAP_NB_SCRATCH") or tempfile.gettempdir()
-    if "llama-3-8b" not in read_cases(path):
+    if any("llama-3-8b" not in read_cases(file) for file in (path, small)):
         check_room(scratch)
-    streaming_case(path, "llama-3-8b", llama, scratch)["seconds"]
+    streaming_case(path, "llama-3-8b", llama, scratch)
+    packed_case(small, "llama-3-8b", llama, scratch)
 
 
 if __name__ == "__main__":
