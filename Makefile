@@ -78,6 +78,7 @@ gpu: env
 	"$(BIN)/python" -m tools.benchmarks.gpu $(if $(DRY),--dry-run)
 
 soak: env
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check atheris || echo "No atheris here: readers are fuzzed by hypothesis alone"
 	CAP_NB_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_nothing_let_in.py -k whatever
 	CAP_NB_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/faults tests/test_invariants.py
 	CAP_NB_SOAK=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_replay.py tests/test_devices.py
