@@ -7,7 +7,7 @@ __all__ = ['Factors', 'region_factors', 'plot_regions']
 
 # %% ../nbs/03_regions.ipynb #c008
 import torch
-from .core.errors import check_choice
+from .core.errors import arguments_answered, check_choice
 
 # %% ../nbs/03_regions.ipynb #c009
 SHARING = ("mean", "max") # How the factor of a key-value head follows from those of its query heads
@@ -179,6 +179,7 @@ def check_neuron_factors(
                        "expected factors from importance_factors; compute them again.")
 
 # %% ../nbs/03_regions.ipynb #c037
+@arguments_answered
 def region_factors(
     model: nn.Module, # A causal language model of a known family
     factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
@@ -212,6 +213,7 @@ def panels_of(
     return panels
 
 # %% ../nbs/03_regions.ipynb #c055
+@arguments_answered
 @in_style
 def plot_regions(
     model: nn.Module, # A causal language model of a known family

@@ -47,7 +47,7 @@ CAP = Criterion(name="cap", score=cap_score, needs=("factor",),
 
 # %% ../nbs/04_threshold.ipynb #c012
 import math
-from .core.errors import BadInput
+from .core.errors import BadInput, arguments_answered
 from .models.anatomy import Projection
 
 # %% ../nbs/04_threshold.ipynb #c013
@@ -139,6 +139,7 @@ def draw_scores(
     axis.margins(y=0.3)
 
 # %% ../nbs/04_threshold.ipynb #c031
+@arguments_answered
 @in_style
 def plot_threshold(
     scores: torch.Tensor, # Score of every weight, any shape
@@ -439,6 +440,7 @@ def zero_shares(
     return roles, zeros / weights
 
 # %% ../nbs/04_threshold.ipynb #c100
+@arguments_answered
 @in_style
 def plot_zeros(
     report: PruneReport, # A report

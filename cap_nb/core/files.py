@@ -371,6 +371,20 @@ def read_checked(
     raise BadInput(f"{path} is not as cap_nb saved it, its checksum says: expected no bit flipped and nothing edited "
                    f"by hand; {mend}.")
 
+# %% ../../nbs/core/01_files.ipynb #cc52ec16
+@contextmanager
+def taken_as(
+    path: str | Path, # A file whose checksum is right
+    what: str, # What its content is taken for, as in "a report"
+) -> Iterator[None]:
+    "Turn an error while content is taken apart into `BadInput`: the file holds something else."
+    try: yield
+    except BadInput: raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        raise BadInput(f"{path} is not {what} ({said}): expected one that cap_nb wrote; remove it, or give "
+                       "another.") from error
+
 # %% ../../nbs/core/01_files.ipynb #c065
 import logging
 
@@ -476,6 +490,7 @@ def opened_tensors(
         with safe_open(path, framework="pt") as file:
             entry = json.loads(file.metadata()["cap_nb"])
             words, sums = entry["meta"], entry["sha256"]
+            if not isinstance(words, dict): raise TypeError("no words about the tensors")
             if sums["meta"] != sha256_of_text(json_text(words)): raise ValueError("other words than were saved")
             if set(sums["tensors"]) != set(file.keys()): raise ValueError("other tensors than were saved")
             yield file, words, sums["tensors"]

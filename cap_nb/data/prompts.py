@@ -44,7 +44,7 @@ PROMPT_STYLES = {
 }
 
 # %% ../../nbs/data/01_prompts.ipynb #c009
-from ..core.errors import check_choice
+from ..core.errors import arguments_answered, check_choice
 from .problems import Problem, task_family
 
 # %% ../../nbs/data/01_prompts.ipynb #c010
@@ -129,6 +129,7 @@ from ..core.errors import BadInput
 from ..core.files import sha256_of_text
 
 # %% ../../nbs/data/01_prompts.ipynb #c026
+@arguments_answered
 def make_example(
     tokenizer: object, # Tokenizer of transformers
     prompt: str, # The prompt, special tokens included as text

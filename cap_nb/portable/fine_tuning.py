@@ -9,7 +9,7 @@ __all__ = ['held_zeros', 'HeldZeros', 'recover']
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered
 from ..models.anatomy import projections
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c010
@@ -255,7 +255,7 @@ def trained_by_rank(
 from dataclasses import asdict
 from pathlib import Path
 from ..calibration import Calibration
-from ..core.files import read_tensors, write_tensors
+from ..core.files import read_tensors, taken_as, write_tensors
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c062
 STATE = "training.safetensors" # Name of the file of the state
@@ -304,7 +304,7 @@ def read_training(
     if differ:
         raise BadInput(f"{path} belongs to another training ({', '.join(differ)}): expected the same settings, model "
                        "and examples; choose another folder or remove it.")
-    return tensors, known["losses"]
+    with taken_as(path, "the state of a training"): return tensors, known["losses"]
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c065
 @torch.no_grad()
@@ -402,6 +402,7 @@ def way_of_training(
     return trained_in_full(model) if settings.rank is None else trained_by_rank(model, settings.rank, settings.seed)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c074
+@arguments_answered
 def recover(
     model: nn.Module, # A pruned causal language model of a known family; changed in place
     calibration: Calibration, # The examples that it is trained on
