@@ -60,6 +60,17 @@ def drop_output() -> None:
     try: sys.stdout.flush()
     except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+# %% ../nbs/command_line.ipynb #6d5e8c34
+NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens or the number that "
+             "was raised, and see 'cap plan'.")
+
+def lacks_memory(
+    error: Exception, # Any error
+) -> bool: # Whether memory ran out
+    "Whether an error says that there was no memory left."
+    said = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in said)
+
 # %% ../nbs/command_line.ipynb #c008
 def in_one_sentence(
     command: Callable, # A command
@@ -76,7 +87,9 @@ def in_one_sentence(
             if isinstance(error, BrokenPipeError): raise typer.Exit(128 + signal.SIGPIPE) from None
             give_up(about_files(error), 2)
         except KeyboardInterrupt as stopped: give_up(STOPPED, getattr(stopped, "code", 130))
-        except Exception as error: give_up(bug_report(error), 1)
+        except Exception as error:
+            if lacks_memory(error): give_up(NO_MEMORY, 2)
+            give_up(bug_report(error), 1)
     return wrapped
 
 # %% ../nbs/command_line.ipynb #c012
@@ -755,13 +768,13 @@ def plan_command(
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
     from cap_nb.jobs.planning import measured_plan, plan, plan_text
     from cap_nb.jobs.scale import described, scale_text
-    device = accelerator and described(accelerator)
+    device = None if accelerator is None else described(accelerator)
     if device: planned = functools.partial(plan, memory=int(device.memory * 1e9)) # this machine says nothing about it
     else: planned = measured_plan if probe else plan
     made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
-    if accelerator: described(accelerator, made.load.dtype) # refused before a plan is printed
+    if device: described(accelerator, made.load.dtype) # refused before a plan is printed
     typer.echo(plan_text(made, budget))
-    if accelerator: typer.echo(f"\n{scale_text(made, accelerator)}")
+    if device: typer.echo(f"\n{scale_text(made, accelerator)}")
 
 # %% ../nbs/command_line.ipynb #c081
 @app.command("fetch")

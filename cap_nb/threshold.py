@@ -75,8 +75,11 @@ def scores_of(
 ) -> torch.Tensor: # Score of every weight, float32 [out, in], not negative
     "The score of every weight of a projection; scores that are negative or not finite raise `BadInput`."
     scores = criterion.score(known.of(p))
-    finite = scores.min() >= 0 and scores.max() < math.inf # NaN fails both comparisons
-    if scores.shape != p.weight.shape or not finite:
+    if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
+        raise BadInput(f"The scores of {p.name} are no numbers ({type(scores).__name__}): expected a floating-point "
+                       "tensor, one score for each weight; check the criterion.")
+    fitting = scores.shape == p.weight.shape and scores.min() >= 0 and scores.max() < math.inf # NaN fails both
+    if not fitting:
         raise BadInput(f"The scores of {p.name} have shape {list(scores.shape)}, or some is negative or not finite: "
                        f"expected one finite score of at least 0 for each weight; check the criterion, "
                        f"and the model and calibration set for NaN.")

@@ -268,7 +268,7 @@ def executed(
         raise BadInput(f"{path.name}, {what_went_wrong(error, str(path))}.") from error
     except SyntaxError as error:
         raise BadInput(f"{path.name}, line {error.lineno}: {error.msg}: expected Python; correct it.") from error
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise BadInput(f"{path.name}, {what_went_wrong(error, str(path))}: expected a plugin that runs to its end; "
                        "correct it.") from error
 

@@ -151,5 +151,8 @@ def repeat_run(
 ) -> pd.DataFrame: # As `compare_repeated`
     "Do a run again and say what differs; what is missing raises `BadInput` before any work."
     kept = read_run(folder)
+    if Path(out).resolve() == Path(folder).resolve():
+        raise BadInput(f"{out} is the run itself: expected another folder, since a run that is finished would be "
+                       "compared with itself; give a new name.")
     run_job(same_job(kept, (methods, sparsities), places or {}), out)
     return compare_repeated(load_run(folder), load_run(out))

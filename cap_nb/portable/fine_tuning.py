@@ -104,22 +104,22 @@ class HeldZeros(TrainerCallback):
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c037
 from ..core.errors import check_at_least, check_seed
-from ..jobs.settings import FineTuning
+from ..jobs.settings import MOST, FineTuning
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c039
 def check_settings(
     settings: FineTuning, # How a model is to be trained
 ) -> None:
     "Raise `BadInput` for the first setting that cannot be."
-    for name in ("steps", "examples", "batch_tokens"): check_at_least(getattr(settings, name), 1, name)
-    if settings.rank is not None: check_at_least(settings.rank, 1, "rank")
+    for name in ("steps", "examples", "batch_tokens"): check_at_least(getattr(settings, name), 1, name, MOST)
+    if settings.rank is not None: check_at_least(settings.rank, 1, "rank", MOST)
     check_seed(settings.seed)
-    for name, most in (("lr", None), ("weight_decay", None), ("warmup", 1)):
+    for name, most in (("lr", 1e38), ("weight_decay", 1e38), ("warmup", 1)): # the largest that float32 takes
         value = getattr(settings, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
-        if not number or most is not None and value > most:
-            limit = "a share from 0 to 1" if most else "a number of at least 0"
-            raise BadInput(f"{name} is {value!r}: expected {limit}; give another.")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and 0 <= value <= most: continue
+        limit = "a share from 0 to 1" if most == 1 else f"a number from 0 to {most:g}"
+        raise BadInput(f"{name} is {value!r}: expected {limit}; give another.")
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c042
 import random

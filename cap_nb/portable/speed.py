@@ -227,7 +227,7 @@ import copy
 import inspect
 import time
 from ..engine.decoding import inference
-from ..jobs.settings import SpeedSettings
+from ..jobs.settings import MOST, SpeedSettings
 
 # %% ../../nbs/portable/05_speed.ipynb #c036
 @dataclass(frozen=True)
@@ -347,9 +347,9 @@ def check_speed_settings(
     settings: SpeedSettings, # What is measured
 ) -> None:
     "Raise `BadInput` for settings that cannot be measured."
-    for name in ("prompt", "steps", "rounds"): check_at_least(getattr(settings, name), 1, name)
+    for name in ("prompt", "steps", "rounds"): check_at_least(getattr(settings, name), 1, name, MOST)
     check_at_least(len(settings.batches), 1, "The number of batch sizes")
-    for batch in settings.batches: check_at_least(batch, 1, "batches")
+    for batch in settings.batches: check_at_least(batch, 1, "batches", MOST)
     for name in settings.backends: check_choice(name, BACKENDS, "backend")
 
 def check_same_sizes(
