@@ -61,8 +61,8 @@ def drop_output() -> None:
     except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 # %% ../nbs/command_line.ipynb #6d5e8c34
-NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens or the number that "
-             "was raised, and see 'cap plan'.")
+NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens or the number "
+             "that was raised, and see 'cap plan'.")
 
 def lacks_memory(
     error: Exception, # Any error
