@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 import typer
-from .core.errors import BadInput, check_at_least, check_choice, check_sparsity
+from .core.errors import BadInput, check_at_least, check_choice, check_seed, check_sparsity
 from .core.stopping import STOPPED, signals_answered, stop
 
 # %% ../nbs/command_line.ipynb #c005
@@ -133,7 +133,7 @@ def read_counts(
 import inspect, re
 from dataclasses import Field, dataclass, fields
 from typing import Annotated, get_args
-from .jobs.settings import FineTuning, Job, Shrinking, SinglePruning, SpeedSettings, changed
+from .jobs.settings import MOST, FineTuning, Job, Shrinking, SinglePruning, SpeedSettings, changed
 
 # %% ../nbs/command_line.ipynb #c017
 @dataclass(frozen=True)
@@ -386,6 +386,7 @@ def claims_command(
     "Run CAP with one choice changed at a time: the experiments behind the claims ledger, resumable."
     from cap_nb.experiments.variants import VARIANTS, run_variants
     names = tuple(VARIANTS) if variants.strip() == "all" else read_names(variants)
+    if text_windows is not None: check_at_least(text_windows, 1, "--text-windows", MOST)
     folder = out or Path("runs")/f"{short_name(job.model.name)}-claims"
     show_run(run_variants(job, folder, base, names, store, note, text_windows))
 
@@ -800,6 +801,7 @@ def train_lab_command(
     from cap_nb.models.lab import DENSE, train_lab
     from cap_nb.models.lab_experts import EXPERTS
     if steps is not None: check_at_least(steps, 1, "--steps")
+    check_seed(seed, "--seed")
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 

@@ -321,9 +321,16 @@ import json
 def json_text(
     content: object, # Anything that JSON can hold
 ) -> str: # JSON with sorted keys, a line a value, ending in a newline
-    "A value as JSON; equal values give equal texts."
-    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    "A value as JSON; equal values give equal texts. Bytes of a name or note that are no text raise `BadInput`."
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    if text.isascii(): return text
+    try: text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{text[max(0, error.start - 20):error.end]!r} is to be saved and holds bytes that are no text: "
+                       "expected UTF-8; write names and notes in it.") from None
+    return text
 
+# %% ../../nbs/core/01_files.ipynb #4cb47e9a
 def write_json(
     path: str | Path, # Final name of the file
     content: object, # Anything that JSON can hold

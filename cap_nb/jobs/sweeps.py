@@ -173,6 +173,7 @@ def read_config(
     text = file_text(path)
     for key, node in composed(path, text).value:
         line, option = key.start_mark.line + 1, str(key.value).replace("_", "-")
+        if not isinstance(key, yaml.ScalarNode): raise mistake(path, line, "no name was found: expected one; write it.")
         try:
             about = known[check_choice(option, known, "option")]
             if option in entries: raise ValueError(f"it stands in line {entries[option].line} already")
