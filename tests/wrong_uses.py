@@ -45,6 +45,20 @@ class Use:
 
 
 # ---- the command line: PLACE is a folder with everything that `prepared` makes ----
+OPTION_FILES = {
+    "anchor": "n: &a 3\nk: *a", "tag": "n: !!python/object/apply:os.system [id]", "deep": "[" * 1000, "twice": "n: 3\nn: 4", "empty_list": "n: []",
+    "within": "n: {a: 1}", "several": "---\nn: 3\n---\nn: 4", "merge": "<<: {n: 3}", "list_for_name": "? [a, b]\n: 3", "number_for_name": "3: 3", "float": "n: 3.0",
+    "date": "n: 2024-01-01", "nan": "sparsity: [.nan]", "many": f"n: {list(range(1, 1200))}", "no_text": 'data-dir: "\\ud800"\nmodel: nothing', "config": "config: other.yaml",
+    "whole_list": "note: [a, b]", "nothing_in_it": "# n: 3", "device": "device: [cpu, meta]"}
+CRITERION = "from cap_nb.all import add_criterion\nadd_criterion({})\n"
+PLUGIN_FILES = {
+    "leaves": "import sys\nsys.exit(3)", "generator": "raise GeneratorExit", "recursion": "def f(): f()\nf()", "syntax": "def (", "no_function": CRITERION.format("'mine', 7"),
+    "taken": CRITERION.format("'magnitude', lambda known: known.weight"), "no_need": CRITERION.format("'mine', lambda known: known.weight, ('luck',)"),
+    "no_name": CRITERION.format("7, lambda known: known.weight"), "no_file": "from cap_nb.all import add_text\nadd_text('moby', 7)",
+    "no_family": "from cap_nb.all import add_family\nadd_family('mine', 'x')", "device_for_file": "from cap_nb.all import add_task\nadd_task('sums', '/dev/zero', 'x')",
+    "use_text": CRITERION.format("'mine', lambda known: 'x'"), "use_list": CRITERION.format("'mine', lambda known: [1]"),
+    "use_booleans": CRITERION.format("'mine', lambda known: known.weight > 0"), "use_row": CRITERION.format("'mine', lambda known: known.weight[:1].abs()"),
+    "use_nan": CRITERION.format("'mine', lambda known: known.weight * float('nan')"), "use_division": CRITERION.format("'mine', lambda known: 1 / 0")}
 DEVICES = ["meta", "xpu", "hip", "vulkan", "mps", "cuda", "cuda:99", "tpu", "xla", "cpu:x", "cpu:7", "''", "auto:1"]
 COMMANDS = {
     "devices": [f"{PRUNE} --method magnitude --device {name}" for name in DEVICES] + [f"{RUN} --device meta", f"{EVAL} --device vulkan"],
@@ -91,7 +105,8 @@ COMMANDS = {
         "", "--steps 0", "--lr 0", "--lr nan", "--rank 0", "--warmup 2", "--examples 0", "--weight-decay -1", "--model PLACE/nothing")]
     + [f"shrink {FEW_EXAMPLES} --out PLACE/new {options}" for options in (
         "--sparsity 1", "--sparsity nan", "--groups 0", "--groups 99", "--neurons-by luck", "--scores PLACE/nothing --groups 1", "--model PLACE/nothing")]
-    + ["gguf PLACE/nothing --out PLACE/new.gguf", "gguf PLACE/folder --out PLACE/new.gguf", "gguf PLACE/model --out PLACE/new.gguf --dtype q2",
+    + [f"recover {FEW_EXAMPLES} --out PLACE/new {options}" for options in ("--lr 1e300", "--examples 1000000000000", "--warmup nan")]
+    + ["bench PLACE/model --prompt 1000000000000", "bench PLACE/model --batches 1,,1", "gguf PLACE/nothing --out PLACE/new.gguf", "gguf PLACE/folder --out PLACE/new.gguf", "gguf PLACE/model --out PLACE/new.gguf --dtype q2",
        "gguf PLACE/model --out PLACE/new.bin", "bench PLACE/nothing", "bench PLACE/folder", "bench PLACE/model --rounds 0", "bench PLACE/model --batches 0",
        "bench PLACE/model --backends magic", "bench PLACE/model --device tpu", "bench PLACE/model --against PLACE/nothing", "card PLACE/nothing", "card PLACE/folder",
        "card PLACE/model --run PLACE/folder", "card PLACE/model --base no/such/id", "publish PLACE/model owner/name --dry-run", "publish PLACE/folder owner/name --dry-run",
@@ -99,7 +114,23 @@ COMMANDS = {
     "comparing and repeating": ["compare PLACE/nothing PLACE/folder", "compare PLACE/folder", "compare PLACE/edited_run PLACE/old_run", "compare PLACE/nothing --sparsity lots",
                                 "compare PLACE/nothing --format pdf", "compare PLACE/nothing --out PLACE/folder", "repeat PLACE/nothing --out PLACE/new",
                                 "repeat PLACE/folder --out PLACE/new", "repeat PLACE/edited_run --out PLACE/new", "repeat PLACE/nothing --sparsity 2 --out PLACE/new"],
-    "files of options": [f"run --config PLACE/{name} --out PLACE/new" for name in ("nothing.yaml", "folder", "list_meta.safetensors", "file.txt")],
+    "files of options": [f"run --config PLACE/{name} --out PLACE/new" for name in (
+        "nothing.yaml", "folder", "list_meta.safetensors", "file.txt", *(f"{name}.yaml" for name in OPTION_FILES))],
+    "scoring in part": [f"score {FEW_EXAMPLES} --out PLACE/new.safetensors {options}" for options in (
+        "--budget 0", "--budget nan", "--budget 1.5", "--budget 0.01", "--budget 0.5 --join", "--join", "--heads-at-once 0", "--budget 0.9 --heads-at-once -3",
+        "--score-target divergence --budget 0.5", "--store PLACE/file.txt", "--calibrate-on /dev/zero")]
+    + [f"{RUN} --budget 0.5 --methods cap", "prune --method magnitude --scores PLACE/nothing --out PLACE/new --stream"],
+    "planning": [f"plan --no-probe {options}" for options in (
+        "--devices 0", "--devices 1000000000000", "--prompt-tokens 0", "--target-tokens -5", "--budget 0", "--budget nan", "--n 100000000000",
+        "--evaluate-n 1000000000000", "--accelerator ''", "--accelerator rtx", "--accelerator h100,link=nan", "--accelerator h100,peak=inf",
+        "--accelerator h100,memory=1e300", "--accelerator h100,foo=1", "--accelerator h100,link", "--accelerator h100 --dtype float32", "--style ''")],
+    "chains and claims": [f"chains {FEW_EXAMPLES.replace('--k 1 ', '')} --max-new-tokens 4 --out PLACE/new.jsonl {options}" for options in (
+        "--tries 0", "--temperature 0", "--temperature nan", "--tasks none", "--max-new-tokens 0")]
+    + [f"claims {FEW} --out PLACE/new {options}" for options in ("--variants nothing", "--variants ''", "--base PLACE/nothing", "--text-windows 0")]
+    + ["train-lab --steps 0 --out PLACE/new", "train-lab --steps 1 --seed -1 --out PLACE/new", "train-lab --steps 1 --out PLACE/folder",
+       "eval --windows 0 --loss-n 0 --accuracy-tasks none --device cpu"],
+    "plugins": [f"methods --plugin PLACE/{name}" for name in ("nothing.py", "file.txt", "folder", *(f"{name}.py" for name in PLUGIN_FILES if name[:3] != "use"))]
+    + [f"{PRUNE} --method mine --plugin PLACE/{name}.py" for name in PLUGIN_FILES if name[:3] == "use"],
 }
 
 
@@ -240,6 +271,10 @@ def prepared(place):
     (place / "folder" / "something").write_text("here already")
     (place / "file.txt").write_text("a text")
     (place / "dangling").symlink_to(place / "nowhere" / "at" / "all")
+    for name, text in OPTION_FILES.items():
+        (place / f"{name}.yaml").write_text(text)
+    for name, text in PLUGIN_FILES.items():
+        (place / f"{name}.py").write_text(text)
     model_folder(place / "model")
     for name, changes in {"no_heads": {"num_attention_heads": 0}, "half_heads": {"num_attention_heads": 2.5}, "negative_layers": {"num_hidden_layers": -1},
                           "unknown_class": {"model_type": "no_such_model", "architectures": ["NoSuchModel"]},
