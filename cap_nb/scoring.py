@@ -41,7 +41,7 @@ import math
 import transformers
 from .calibration import deal_subsets
 from .models.anatomy import anatomy
-from .core.errors import BadInput, check_choice
+from .core.errors import BadInput, check_at_least, check_choice
 from .models.loading import model_fingerprint
 
 # %% ../nbs/01_scoring.ipynb #c015
@@ -202,7 +202,7 @@ def score_interval(
 ) -> tuple[torch.Tensor, torch.Tensor]: # Lower and upper bound of every score, float64 [L, H] each
     "Percentile bootstrap intervals of the causal scores over examples; an unknown aggregation raises `BadInput`."
     check_choice(how, AGGREGATIONS, "aggregation")
-    check_confidence(confidence)
+    check_confidence(confidence), check_at_least(draws, 1, "draws", 10**6)
     rng, subset, scores = torch.Generator().manual_seed(seed), losses.subset, []
     for _ in range(draws):
         counts = resampled(subset, rng)
@@ -219,9 +219,13 @@ def rank_correlation(
     b: torch.Tensor, # Scores of the same shape
 ) -> float: # Spearman's rank correlation, -1 to 1
     "Spearman's rank correlation of two sets of scores without ties."
+    if a.shape != b.shape or not a.numel():
+        raise BadInput(f"The scores have shapes {list(a.shape)} and {list(b.shape)}: expected equal ones that are not "
+                       "empty; give two tables of the same heads.")
     ranks = [x.flatten().argsort().argsort().double() for x in (a, b)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
+# %% ../nbs/01_scoring.ipynb #0bc4b179
 @arguments_answered
 def split_half_reliability(
     losses: HeadLosses, # The table of losses
@@ -229,6 +233,7 @@ def split_half_reliability(
     seed: int = 0, # Seed of the splits
 ) -> list[float]: # Rank correlation of the two halves, for each split
     "Rank correlation between mean scores of random halves of the calibration set."
+    check_at_least(splits, 1, "splits", 10**6)
     rng, rise, correlations = torch.Generator().manual_seed(seed), losses.masked - losses.intact, []
     half = len(losses.intact) // 2
     for _ in range(splits):

@@ -141,6 +141,16 @@ def draw_scores(
     axis.spines["left"].set_visible(False)
     axis.margins(y=0.3)
 
+# %% ../nbs/04_threshold.ipynb #c68a7e98
+def check_alike(
+    scores: torch.Tensor, # Score of every weight
+    factors: torch.Tensor, # A number for every weight
+) -> None:
+    "Raise `BadInput` unless there is one finite score and one factor for each weight."
+    if scores.shape == factors.shape and scores.numel() and scores.isfinite().all(): return
+    raise BadInput(f"The scores have shape {list(scores.shape)} and the factors {list(factors.shape)}, or some is not "
+                   "finite: expected one of each for every weight; give two tensors of one shape.")
+
 # %% ../nbs/04_threshold.ipynb #c031
 @arguments_answered
 @in_style
@@ -152,7 +162,8 @@ def plot_threshold(
     names: Sequence[str] | None = None, # Names of the groups, in the order of their numbers; None means their factors
 ) -> Figure: # A row for each group, a dozen at most
     "The distribution of scores in each group, and the share that a threshold removes (paper section 3.3)."
-    groups, taus = factors.unique(), [tau] if isinstance(tau, float) else list(tau)
+    check_alike(scores, factors)
+    groups, taus = factors.unique(), [float(tau)] if isinstance(tau, (int, float)) else list(tau)
     figure, panels = blank_figure(len(groups), 1, (7, 0.6 + 0.9 * len(groups)))
     edges = torch.cat([scores.max() * torch.logspace(-4, 0, bins + 1), torch.tensor(taus)]).unique()
     for axis, group, name in zip(panels[:, 0], groups, names or [f"I = {group:g}" for group in groups]):

@@ -124,14 +124,42 @@ def has_no_numbers(
 # %% ../../nbs/core/00_errors.ipynb #6ddfbb52
 import functools
 import inspect
+import os
 import re
+from pathlib import Path
 
-# %% ../../nbs/core/00_errors.ipynb #9b6cb1da
+# %% ../../nbs/core/00_errors.ipynb #bad31955
+def check_tokenizer(tokenizer: object, what: str) -> None:
+    "Raise `BadInput` for what is no tokenizer."
+    if callable(getattr(tokenizer, "get_vocab", None)): return
+    raise BadInput(f"{what} is of type {type(tokenizer).__name__}: expected a tokenizer; load it with load_model.")
+
+def check_model(model: object, what: str) -> None:
+    "Raise `BadInput` for a module that is no model of transformers."
+    if hasattr(model, "config"): return
+    raise BadInput(f"{what} is a {type(model).__name__}: expected a causal language model; load one with load_model.")
+
+def check_table(table: object, what: str) -> None:
+    "Raise `BadInput` for a tensor that is empty, or whose numbers are whole or not finite."
+    if not hasattr(table, "is_floating_point"): return
+    if table.is_floating_point() and table.numel() and table.isfinite().all(): return
+    raise BadInput(f"{what} is a tensor of {table.dtype}, {list(table.shape)}: expected finite floating-point numbers; "
+                   "give one for each head.")
+
+def check_path(path: str | os.PathLike, what: str) -> None:
+    "Raise `BadInput` for a path that no file system takes."
+    text = os.fspath(path)
+    if text and "\0" not in text and text == text.encode("utf-8", "replace").decode(): return
+    raise BadInput(f"{what} is {text!r}: expected the path of a file or folder; write one.")
+
+# %% ../../nbs/core/00_errors.ipynb #03d93d1e
 COUNTS = ("batch_size", "batch_tokens", "batch_windows", "bins", "draws", "heads_at_once", "k", "max_new_tokens", "n",
           "resamples", "save_every", "splits", "steps", "windows") # Names of what is counted from 1
-RANGES = {"seed": check_seed} # Name -> what checks a value of the right kind
-RANGES |= dict.fromkeys(COUNTS, lambda value, what: check_at_least(value, 1, what))
+RANGES = {"seed": check_seed, "tokenizer": check_tokenizer, "model": check_model}
+RANGES |= dict.fromkeys(("scores", "factors", "neuron_scores", "head_scores"), check_table)
+RANGES |= dict.fromkeys(COUNTS, lambda value, what: check_at_least(value, 1, what)) # Name -> what checks its value
 
+# %% ../../nbs/core/00_errors.ipynb #9b6cb1da
 def check_argument(
     value: object, # What was given
     kind: object, # What was asked for, as an annotation says it
@@ -145,7 +173,9 @@ def check_argument(
         raise BadInput(f"{what} is {is_that}: expected {wanted}; give that instead.")
     if has_no_numbers(value):
         raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
-    if value is not None and (check := RANGES.get(what.partition(" ")[0])): check(value, what)
+    if isinstance(value, (str, os.PathLike)) and fits(Path(), kind): check_path(value, what)
+    check = RANGES.get(what.partition(" ")[0])
+    if check and (value is not None or kind is object): check(value, what)
 
 # %% ../../nbs/core/00_errors.ipynb #99b476aa
 from contextvars import ContextVar

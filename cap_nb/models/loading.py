@@ -130,7 +130,7 @@ from ..core.files import checkpoint_tensors, shard_files, whole_folder
 @arguments_answered
 def save_model(
     model: nn.Module, # The model
-    tokenizer: object, # Its tokenizer; None saves the model alone
+    tokenizer: object | None, # Its tokenizer; None saves the model alone
     folder: str | Path, # New folder
 ) -> None:
     "Save model and tokenizer as safetensors in shards of at most 4 GB (paper section 3.4), whole or not at all."
