@@ -220,12 +220,10 @@ def rank_correlation(
 ) -> float: # Spearman's rank correlation, -1 to 1
     "Spearman's rank correlation of two sets of scores without ties."
     if a.shape != b.shape or not a.numel():
-        raise BadInput(f"The scores have shapes {list(a.shape)} and {list(b.shape)}: expected equal ones that are not "
-                       "empty; give two tables of the same heads.")
+        raise BadInput(f"Scores of the shapes {list(a.shape)} and {list(b.shape)}: expected equal ones; give such.")
     ranks = [x.flatten().argsort().argsort().double() for x in (a, b)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
-# %% ../nbs/01_scoring.ipynb #0bc4b179
 @arguments_answered
 def split_half_reliability(
     losses: HeadLosses, # The table of losses

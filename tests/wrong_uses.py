@@ -24,12 +24,16 @@ from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import write_checked, write_tensors
 from cap_nb.data.problems import load_problems, load_text
-from cap_nb.evaluation import accuracy, evaluation_problems, held_out_losses, perplexity
-from cap_nb.importance import importance_factors
+from cap_nb.evaluation import accuracy, bootstrap_interval, evaluation_problems, held_out_losses, perplexity
+from cap_nb.importance import importance_factors, plot_factors
+from cap_nb.jobs.job import run_job
+from cap_nb.jobs.planning import plan
+from cap_nb.jobs.settings import Job, changed
 from cap_nb.methods.prune import prune
 from cap_nb.models.lab import lab_model
 from cap_nb.models.loading import load_model
-from cap_nb.scoring import HeadLosses, causal_scores, load_losses, save_losses
+from cap_nb.scoring import HeadLosses, causal_scores, load_losses, masked_head, rank_correlation, save_losses, score_interval
+from fixtures import tiny_llama
 
 RECORD = Path(__file__).resolve().parent.parent / "figures" / "bad_input" / "uses.json"
 FEW = "--n 3 --k 1 --evaluate-n 2 --loss-n 2 --windows 0 --accuracy-tasks none --device cpu"
@@ -243,6 +247,30 @@ PYTHON = {
     "load_problems('gsm8k', 'evaluation', 'nowhere')": lambda p: load_problems("gsm8k", "evaluation", "nowhere"),
     "load_text('nothing')": lambda p: load_text("nothing"),
     "load_losses(a folder)": lambda p: load_losses(p / "folder"),
+    "load_losses(None)": lambda p: load_losses(None),
+    "save_losses(losses, 'a\\0b')": lambda p: save_losses(tables(), "a\0b"),
+    "prune(7, 'magnitude', 0.5)": lambda p: prune(7, "magnitude", 0.5),
+    "prune(model.to('meta'), 'magnitude', 0.5)": lambda p: prune(tiny_llama().to("meta"), "magnitude", 0.5),
+    "importance_factors([[1.0, 2.0]])": lambda p: importance_factors([[1.0, 2.0]]),
+    "importance_factors(torch.rand(2, 2, device='meta'))": lambda p: importance_factors(torch.rand(2, 2, device="meta")),
+    "causal_scores('losses.safetensors')": lambda p: causal_scores("losses.safetensors"),
+    "score_interval(losses, draws=0)": lambda p: score_interval(tables(), draws=0),
+    "score_interval(losses, draws=10 ** 30)": lambda p: score_interval(tables(), draws=10 ** 30),
+    "score_interval(losses, confidence=95)": lambda p: score_interval(tables(), confidence=95),
+    "bootstrap_interval([1.0, 2.0], confidence=1)": lambda p: bootstrap_interval([1.0, 2.0], confidence=1),
+    "bootstrap_interval([1.0, 2.0], seed=-1)": lambda p: bootstrap_interval([1.0, 2.0], seed=-1),
+    "rank_correlation(torch.rand(2), torch.rand(3))": lambda p: rank_correlation(torch.rand(2), torch.rand(3)),
+    "masked_head(model, 0, 99)": lambda p: masked_head(tiny_llama(), 0, 99),
+    "masked_head(model, -1, 0)": lambda p: masked_head(tiny_llama(), -1, 0),
+    "masked_head(torch.nn.Linear(2, 2), 0, 0)": lambda p: masked_head(torch.nn.Linear(2, 2), 0, 0),
+    "calibration_set(7)": lambda p: calibration_set(7),
+    "accuracy(model, tokenizer, 'lab-arc', n='3')": on_lab(lambda m, t, p: accuracy(m, t, "lab-arc", n="3")),
+    "perplexity(model, tokenizer, text=7)": on_lab(lambda m, t, p: perplexity(m, t, text=7)),
+    "plot_factors({})": lambda p: plot_factors({}),
+    "run_job('lab', 'new')": lambda p: run_job("lab", p / "new"),
+    "run_job(Job(model='lab'), 'new')": lambda p: run_job(Job(model="lab"), p / "new"),
+    "plan(changed(Job(), methods='cap'))": lambda p: plan(changed(Job(), methods="cap")),
+    "plan(changed(Job(), n=10 ** 11))": lambda p: plan(changed(Job(), n=10 ** 11)),
 }
 
 

@@ -148,9 +148,13 @@ def check_table(table: object, what: str) -> None:
 
 def check_path(path: str | os.PathLike, what: str) -> None:
     "Raise `BadInput` for a path that no file system takes."
-    text = os.fspath(path)
-    if text and "\0" not in text and text == text.encode("utf-8", "replace").decode(): return
+    if (text := os.fspath(path)) and "\0" not in text: return
     raise BadInput(f"{what} is {text!r}: expected the path of a file or folder; write one.")
+
+def check_text(text: str, what: str) -> None:
+    "Raise `BadInput` for half a surrogate pair, which no file and no tokenizer takes."
+    if text == text.encode("utf-8", "replace").decode(): return
+    raise BadInput(f"{what} holds half a surrogate pair: expected text that UTF-8 can hold; remove it.")
 
 # %% ../../nbs/core/00_errors.ipynb #03d93d1e
 COUNTS = ("batch_size", "batch_tokens", "batch_windows", "bins", "draws", "heads_at_once", "k", "max_new_tokens", "n",
@@ -173,7 +177,8 @@ def check_argument(
         raise BadInput(f"{what} is {is_that}: expected {wanted}; give that instead.")
     if has_no_numbers(value):
         raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
-    if isinstance(value, (str, os.PathLike)) and fits(Path(), kind): check_path(value, what)
+    if isinstance(value, (str, os.PathLike)): check_text(os.fspath(value), what)
+    if isinstance(value, (str, os.PathLike)) and kind is not object and fits(Path(), kind): check_path(value, what)
     check = RANGES.get(what.partition(" ")[0])
     if check and (value is not None or kind is object): check(value, what)
 
