@@ -247,7 +247,7 @@ PYTHON = {
     "load_problems('gsm8k', 'evaluation', 'nowhere')": lambda p: load_problems("gsm8k", "evaluation", "nowhere"),
     "load_text('nothing')": lambda p: load_text("nothing"),
     "load_losses(a folder)": lambda p: load_losses(p / "folder"),
-    "load_losses(None)": lambda p: load_losses(None),
+    "load_losses(7)": lambda p: load_losses(7),
     "save_losses(losses, 'a\\0b')": lambda p: save_losses(tables(), "a\0b"),
     "prune(7, 'magnitude', 0.5)": lambda p: prune(7, "magnitude", 0.5),
     "prune(model.to('meta'), 'magnitude', 0.5)": lambda p: prune(tiny_llama().to("meta"), "magnitude", 0.5),
