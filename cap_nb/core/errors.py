@@ -179,7 +179,7 @@ def check_argument(
         raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
     if isinstance(value, (str, os.PathLike)): check_text(os.fspath(value), what)
     if isinstance(value, (str, os.PathLike)) and kind is not object and fits(Path(), kind): check_path(value, what)
-    check = RANGES.get(what.partition(" ")[0])
+    check = RANGES.get(what.partition(" of ")[0]) if what.endswith("()") else None
     if check and (value is not None or kind is object): check(value, what)
 
 # %% ../../nbs/core/00_errors.ipynb #99b476aa

@@ -113,7 +113,7 @@ def check_kinds(
 ) -> None:
     "Raise `BadInput` for the first setting that is not what its field says."
     for part in fields(job):
-        check_argument(getattr(job, part.name), part.type, f"{part.name} of the job")
+        check_argument(getattr(job, part.name), part.type, f"part {part.name} of a job")
         for setting in fields(part.type):
             check_argument(getattr(getattr(job, part.name), setting.name), setting.type, f"setting {setting.name}")
 
