@@ -119,6 +119,7 @@ def evaluation_problems(
     split: str = "evaluation", # "evaluation", or "validation" for problems to choose methods on
 ) -> tuple[Problem, ...]: # The problems, in the order of the draw
     "Problems for evaluation, none of them in `exclude` (paper section 3.1); too large an n raises `BadInput`."
+    check_seed(seed)
     held_out = check_choice(split, ("evaluation", "validation"), "split") == "evaluation"
     problems = load_problems(task, "evaluation" if held_out else "calibration", data_dir)
     eligible = [problem for problem in problems if problem.uid not in exclude]

@@ -31,8 +31,9 @@ def importance_factors(
 ) -> torch.Tensor: # Importance factor of every head, in [low, high], float64 [L, H]
     "Shift and scale scores to factors (paper equation 3), equal ones to `low`; a bad table or range raises `BadInput`."
     scores = check_scores(scores)
-    if not 0 < low <= high:
-        raise BadInput(f"The range of factors is [{low}, {high}]: expected 0 < low <= high; give another range.")
+    if not 0 < low <= high < float("inf"):
+        raise BadInput(f"The range of factors is [{low}, {high}]: expected 0 < low <= high, and no infinity; give "
+                       "another range.")
     span = scores.max() - scores.min()
     if span == 0: return torch.full_like(scores, low)
     return low + (high - low) * (scores - scores.min()) / span

@@ -219,8 +219,8 @@ def rank_correlation(
     b: torch.Tensor, # Scores of the same shape
 ) -> float: # Spearman's rank correlation, -1 to 1
     "Spearman's rank correlation of two sets of scores without ties."
-    if a.shape != b.shape or not a.numel():
-        raise BadInput(f"Scores of the shapes {list(a.shape)} and {list(b.shape)}: expected equal ones; give such.")
+    if a.shape != b.shape or not a.numel() or not (a.isfinite() & b.isfinite()).all():
+        raise BadInput(f"Scores of {list(a.shape)} and {list(b.shape)}: expected one shape and finite numbers; check.")
     ranks = [x.flatten().argsort().argsort().double() for x in (a, b)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 

@@ -249,6 +249,9 @@ PYTHON = {
     "load_losses(a folder)": lambda p: load_losses(p / "folder"),
     "load_losses(7)": lambda p: load_losses(7),
     "save_losses(losses, 'a\\0b')": lambda p: save_losses(tables(), "a\0b"),
+    "save_losses(losses, a pipe)": lambda p: save_losses(tables(), p / "pipe"),
+    "importance_factors(torch.rand(2, 2), high=inf)": lambda p: importance_factors(torch.rand(2, 2), high=float("inf")),
+    "evaluation_problems('lab-arc', 2, seed='x')": lambda p: evaluation_problems("lab-arc", 2, seed="x"),
     "prune(7, 'magnitude', 0.5)": lambda p: prune(7, "magnitude", 0.5),
     "prune(model.to('meta'), 'magnitude', 0.5)": lambda p: prune(tiny_llama().to("meta"), "magnitude", 0.5),
     "importance_factors([[1.0, 2.0]])": lambda p: importance_factors([[1.0, 2.0]]),
@@ -298,6 +301,7 @@ def prepared(place):
     (place / "folder").mkdir(parents=True)
     (place / "folder" / "something").write_text("here already")
     (place / "file.txt").write_text("a text")
+    os.mkfifo(place / "pipe")
     (place / "dangling").symlink_to(place / "nowhere" / "at" / "all")
     for name, text in OPTION_FILES.items():
         (place / f"{name}.yaml").write_text(text)

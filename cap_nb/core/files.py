@@ -104,6 +104,8 @@ def whole_file(
 ) -> Iterator[Path]: # Temporary path to write to, in the same folder
     "Write to the temporary path; the file takes its final name only if the block ends without an error."
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_symlink():
+        raise BadInput(f"{path} is a folder or a device: expected a file, or a new name; give another.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with disk_full_reported(path, "what was finished is kept"):
