@@ -78,6 +78,7 @@ gpu: env
 	"$(BIN)/python" -m tools.benchmarks.gpu $(if $(DRY),--dry-run)
 
 soak: env
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check atheris || echo "No atheris here: readers are fuzzed by hypothesis alone"
 	CAP_NB_FUZZ=$(FUZZ) HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_nothing_let_in.py -k whatever
 	CAP_NB_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/faults tests/test_invariants.py
 	CAP_NB_SOAK=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_replay.py tests/test_devices.py
@@ -90,13 +91,13 @@ dist: env
 	cd "$$trial" && venv/bin/cap --version && venv/bin/cap run --model lab --methods cap --sparsity 0.5 --n 4 --evaluate-n 4 --loss-n 4 --windows 1 --out run
 	@ls -l dist
 
-# The tools come into an environment of their own, and look at the project's from outside.
+# The tools come into an environment of their own, and look at the project's from outside. Strict: what could not be looked up is no success.
 audit: env
 	@tools="$$(mktemp -d)"; trap 'rm -rf "$$tools"' EXIT; \
 	"$(BIN)/python" -m venv "$$tools/venv"; "$$tools/venv/bin/python" -m pip install --quiet --disable-pip-version-check pip-audit pip-licenses; \
 	echo "== licences"; "$$tools/venv/bin/pip-licenses" --python "$(BIN)/python" --order license; \
 	echo "== known faults"; "$(BIN)/python" -m pip freeze --exclude-editable | grep '==' | sed 's/+[a-z0-9.]*//' > "$$tools/installed.txt"; \
-	"$$tools/venv/bin/pip-audit" --no-deps --disable-pip -r "$$tools/installed.txt"
+	"$$tools/venv/bin/pip-audit" --strict --no-deps --disable-pip -r "$$tools/installed.txt"
 
 readme: env
 	"$(BIN)/python" tools/readme.py

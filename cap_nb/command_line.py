@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 import typer
-from .core.errors import BadInput, check_at_least, check_choice, check_sparsity
+from .core.errors import BadInput, check_at_least, check_choice, check_seed, check_sparsity
 from .core.stopping import STOPPED, signals_answered, stop
 
 # %% ../nbs/command_line.ipynb #c005
@@ -60,6 +60,17 @@ def drop_output() -> None:
     try: sys.stdout.flush()
     except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+# %% ../nbs/command_line.ipynb #6d5e8c34
+NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens or the number "
+             "that was raised, and see 'cap plan'.")
+
+def lacks_memory(
+    error: Exception, # Any error
+) -> bool: # Whether memory ran out
+    "Whether an error says that there was no memory left."
+    said = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in said)
+
 # %% ../nbs/command_line.ipynb #c008
 def in_one_sentence(
     command: Callable, # A command
@@ -76,7 +87,9 @@ def in_one_sentence(
             if isinstance(error, BrokenPipeError): raise typer.Exit(128 + signal.SIGPIPE) from None
             give_up(about_files(error), 2)
         except KeyboardInterrupt as stopped: give_up(STOPPED, getattr(stopped, "code", 130))
-        except Exception as error: give_up(bug_report(error), 1)
+        except Exception as error:
+            if lacks_memory(error): give_up(NO_MEMORY, 2)
+            give_up(bug_report(error), 1)
     return wrapped
 
 # %% ../nbs/command_line.ipynb #c012
@@ -120,7 +133,7 @@ def read_counts(
 import inspect, re
 from dataclasses import Field, dataclass, fields
 from typing import Annotated, get_args
-from .jobs.settings import FineTuning, Job, Shrinking, SinglePruning, SpeedSettings, changed
+from .jobs.settings import MOST, FineTuning, Job, Shrinking, SinglePruning, SpeedSettings, changed
 
 # %% ../nbs/command_line.ipynb #c017
 @dataclass(frozen=True)
@@ -373,6 +386,7 @@ def claims_command(
     "Run CAP with one choice changed at a time: the experiments behind the claims ledger, resumable."
     from cap_nb.experiments.variants import VARIANTS, run_variants
     names = tuple(VARIANTS) if variants.strip() == "all" else read_names(variants)
+    if text_windows is not None: check_at_least(text_windows, 1, "--text-windows", MOST)
     folder = out or Path("runs")/f"{short_name(job.model.name)}-claims"
     show_run(run_variants(job, folder, base, names, store, note, text_windows))
 
@@ -755,13 +769,13 @@ def plan_command(
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
     from cap_nb.jobs.planning import measured_plan, plan, plan_text
     from cap_nb.jobs.scale import described, scale_text
-    device = accelerator and described(accelerator)
+    device = None if accelerator is None else described(accelerator)
     if device: planned = functools.partial(plan, memory=int(device.memory * 1e9)) # this machine says nothing about it
     else: planned = measured_plan if probe else plan
     made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
-    if accelerator: described(accelerator, made.load.dtype) # refused before a plan is printed
+    if device: described(accelerator, made.load.dtype) # refused before a plan is printed
     typer.echo(plan_text(made, budget))
-    if accelerator: typer.echo(f"\n{scale_text(made, accelerator)}")
+    if device: typer.echo(f"\n{scale_text(made, accelerator)}")
 
 # %% ../nbs/command_line.ipynb #c081
 @app.command("fetch")
@@ -787,6 +801,7 @@ def train_lab_command(
     from cap_nb.models.lab import DENSE, train_lab
     from cap_nb.models.lab_experts import EXPERTS
     if steps is not None: check_at_least(steps, 1, "--steps")
+    check_seed(seed, "--seed")
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
 

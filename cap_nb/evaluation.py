@@ -13,7 +13,7 @@ from .engine.decoding import generate_greedy
 # %% ../nbs/05_evaluation.ipynb #c012
 import re
 from decimal import Decimal
-from .core.errors import BadInput
+from .core.errors import BadInput, arguments_answered
 
 # %% ../nbs/05_evaluation.ipynb #c013
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)" # With or without thousands separators
@@ -85,6 +85,7 @@ def lenient_answer(
 from .data.problems import task_family
 
 # %% ../nbs/05_evaluation.ipynb #c028
+@arguments_answered
 def extract_answer(
     text: str, # What the model wrote
     task: str, # Name of the task, as in "lab-gsm8k"
@@ -100,7 +101,7 @@ def extract_answer(
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from .core.errors import check_at_least, check_choice
+from .core.errors import check_at_least, check_choice, check_confidence, check_seed
 from .core.files import sha256_of_text
 from .data.problems import Problem
 
@@ -108,6 +109,7 @@ from .data.problems import Problem
 log = logging.getLogger(__name__)
 
 # %% ../nbs/05_evaluation.ipynb #c033
+@arguments_answered
 def evaluation_problems(
     task: str, # Name of the task
     n: int | None = None, # Problems to draw; None means all
@@ -117,6 +119,7 @@ def evaluation_problems(
     split: str = "evaluation", # "evaluation", or "validation" for problems to choose methods on
 ) -> tuple[Problem, ...]: # The problems, in the order of the draw
     "Problems for evaluation, none of them in `exclude` (paper section 3.1); too large an n raises `BadInput`."
+    check_seed(seed)
     held_out = check_choice(split, ("evaluation", "validation"), "split") == "evaluation"
     problems = load_problems(task, "evaluation" if held_out else "calibration", data_dir)
     eligible = [problem for problem in problems if problem.uid not in exclude]
@@ -197,6 +200,7 @@ def one_task(
                    "the limits and answer lines of tasks differ.")
 
 # %% ../nbs/05_evaluation.ipynb #c046
+@arguments_answered
 def answer_problems(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer
@@ -217,6 +221,7 @@ def answer_problems(
     return tuple(answer_record(example, said, tokenizer, style) for example, said in zip(examples, written))
 
 # %% ../nbs/05_evaluation.ipynb #c048
+@arguments_answered
 def accuracy(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer
@@ -234,6 +239,7 @@ def accuracy(
 import statistics
 
 # %% ../nbs/05_evaluation.ipynb #c063
+@arguments_answered
 def wilson_interval(
     successes: int, # c, right answers
     n: int, # n, answers
@@ -241,6 +247,7 @@ def wilson_interval(
 ) -> tuple[float, float]: # (low, high), shares in [0, 1]
     "Wilson's score interval of a share (Wilson 1927); counts that cannot be raise `BadInput`."
     check_at_least(n, 1, "n (answers)")
+    check_confidence(confidence)
     if not 0 <= successes <= n:
         raise BadInput(f"{successes} right answers of {n}: expected a count from 0 to {n}; count again.")
     z, share = statistics.NormalDist().inv_cdf((1 + confidence) / 2), successes / n
@@ -349,6 +356,7 @@ def problem_losses(
                  for e, loss in zip(examples, losses))
 
 # %% ../nbs/05_evaluation.ipynb #c100
+@arguments_answered
 def held_out_losses(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer
@@ -362,6 +370,7 @@ def held_out_losses(
     return problem_losses(model, tokenizer, evaluation_problems(task, n, seed, data_dir), style)
 
 # %% ../nbs/05_evaluation.ipynb #c105
+@arguments_answered
 def bootstrap_interval(
     values: Sequence[float], # One value an example
     seed: int = 0, # Seed of the resampling
@@ -370,7 +379,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]: # (low, high)
     "Percentile bootstrap interval of a mean (Efron 1979); no values raise `BadInput`."
     if check_at_least(len(values), 1, "The number of values to resample") == 1: return -math.inf, math.inf
-    values, rng, means = np.asarray(values, dtype=np.float64), np.random.default_rng(seed), []
+    check_confidence(confidence), check_at_least(resamples, 1, "resamples")
+    values, rng, means = np.asarray(values, dtype=np.float64), np.random.default_rng(check_seed(seed)), []
     while len(means) < resamples: # in pieces: ten thousand resamples of a long list would not fit in memory
         rows = min(resamples - len(means), max(1, 1_000_000 // len(values)))
         means.extend(values[rng.integers(len(values), size=(rows, len(values)))].mean(axis=1))
@@ -462,6 +472,7 @@ class Perplexity:
     window_tokens_asked: int = 2048 # Tokens asked for in each
 
 # %% ../nbs/05_evaluation.ipynb #c125
+@arguments_answered
 def perplexity(
     model: torch.nn.Module, # A causal language model of a known family
     tokenizer: object, # Its tokenizer

@@ -7,7 +7,7 @@ __all__ = ['importance_factors', 'plot_factors']
 
 # %% ../nbs/02_importance.ipynb #c005
 import torch
-from .core.errors import BadInput
+from .core.errors import BadInput, arguments_answered
 
 # %% ../nbs/02_importance.ipynb #c006
 def check_scores(
@@ -23,6 +23,7 @@ def check_scores(
     return scores.double()
 
 # %% ../nbs/02_importance.ipynb #c007
+@arguments_answered
 def importance_factors(
     scores: torch.Tensor, # Causal score of every head, [L, H]
     low: float = 1.0, # Factor of the lowest score
@@ -30,8 +31,9 @@ def importance_factors(
 ) -> torch.Tensor: # Importance factor of every head, in [low, high], float64 [L, H]
     "Shift and scale scores to factors (paper equation 3), equal ones to `low`; a bad table or range raises `BadInput`."
     scores = check_scores(scores)
-    if not 0 < low <= high:
-        raise BadInput(f"The range of factors is [{low}, {high}]: expected 0 < low <= high; give another range.")
+    if not 0 < low <= high < float("inf"):
+        raise BadInput(f"The range of factors is [{low}, {high}]: expected 0 < low <= high, and no infinity; give "
+                       "another range.")
     span = scores.max() - scores.min()
     if span == 0: return torch.full_like(scores, low)
     return low + (high - low) * (scores - scores.min()) / span
@@ -73,6 +75,7 @@ def plot_scale(
     return figure
 
 # %% ../nbs/02_importance.ipynb #c023
+@arguments_answered
 @in_style
 def plot_factors(
     scores: dict[str, torch.Tensor], # Name -> causal scores [L, H]

@@ -7,7 +7,7 @@ __all__ = ['Factors', 'region_factors', 'plot_regions']
 
 # %% ../nbs/03_regions.ipynb #c008
 import torch
-from .core.errors import check_choice
+from .core.errors import arguments_answered, check_choice, check_index
 
 # %% ../nbs/03_regions.ipynb #c009
 SHARING = ("mean", "max") # How the factor of a key-value head follows from those of its query heads
@@ -179,6 +179,7 @@ def check_neuron_factors(
                        "expected factors from importance_factors; compute them again.")
 
 # %% ../nbs/03_regions.ipynb #c037
+@arguments_answered
 def region_factors(
     model: nn.Module, # A causal language model of a known family
     factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
@@ -212,6 +213,7 @@ def panels_of(
     return panels
 
 # %% ../nbs/03_regions.ipynb #c055
+@arguments_answered
 @in_style
 def plot_regions(
     model: nn.Module, # A causal language model of a known family
@@ -219,6 +221,7 @@ def plot_regions(
     layer: int = 0, # Index of the layer to show
 ) -> Figure: # One panel per projection; the routed experts of a role share one
     "The importance factor of every weight of one layer, as a picture of each projection (paper section 3.3)."
+    check_index(layer, anatomy(model).layers, "layer")
     regions, panels = region_factors(model, factors, "cpu"), panels_of(model, layer)
     figure, (axes,) = blank_figure(1, len(panels), (12, 2.4))
     for axis, ((role, alone), shown) in zip(axes, panels.items()):

@@ -11,18 +11,21 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 from .calibration import Calibration
+from .core.errors import arguments_answered, check_confidence, check_index
 from .data.prompts import IGNORED
 from .models.anatomy import dimensions, output_projection
 from .models.interventions import changed_input
 
 # %% ../nbs/01_scoring.ipynb #c008
+@arguments_answered
 def masked_head(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of the decoder layer, from 0
     head: int, # Index of the query head, from 0
 ) -> AbstractContextManager[None]: # The head is masked while its block runs
     "Set the head's slice of the output projection's input to zero at every position (paper section 3.2)."
-    size = dimensions(model.config).head_size
+    about = dimensions(model.config)
+    size, head = about.head_size, check_index(head, about.heads, "head")
     def mask(outputs: torch.Tensor) -> torch.Tensor:
         masked = outputs.clone()
         masked[..., head * size:(head + 1) * size] = 0
@@ -38,7 +41,7 @@ import math
 import transformers
 from .calibration import deal_subsets
 from .models.anatomy import anatomy
-from .core.errors import BadInput, check_choice
+from .core.errors import BadInput, check_at_least, check_choice
 from .models.loading import model_fingerprint
 
 # %% ../nbs/01_scoring.ipynb #c015
@@ -60,6 +63,7 @@ def target_token_losses(
     return F.cross_entropy(logits[is_target].float(), labels[is_target], reduction="none")
 
 # %% ../nbs/01_scoring.ipynb #c016
+@arguments_answered
 def target_losses(
     model: nn.Module, # A causal language model
     batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
@@ -119,6 +123,7 @@ def head_losses(
         uid=tuple(e.uid for e in examples), k=calibration.k, seed=calibration.seed, meta=meta)
 
 # %% ../nbs/01_scoring.ipynb #c022
+@arguments_answered
 @torch.no_grad()
 def score_heads_naive(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -162,6 +167,7 @@ def aggregate(
 # %% ../nbs/01_scoring.ipynb #c026
 AGGREGATIONS = ("paper", "paired", "mean")
 
+@arguments_answered
 def causal_scores(
     losses: HeadLosses, # The table of losses
     how: str = "paper", # "paper", "paired" or "mean"
@@ -186,6 +192,7 @@ def resampled(
     return counts
 
 # %% ../nbs/01_scoring.ipynb #c034
+@arguments_answered
 def score_interval(
     losses: HeadLosses, # The table of losses
     how: str = "paper", # "paper", "paired" or "mean"
@@ -195,6 +202,7 @@ def score_interval(
 ) -> tuple[torch.Tensor, torch.Tensor]: # Lower and upper bound of every score, float64 [L, H] each
     "Percentile bootstrap intervals of the causal scores over examples; an unknown aggregation raises `BadInput`."
     check_choice(how, AGGREGATIONS, "aggregation")
+    check_confidence(confidence), check_at_least(draws, 1, "draws", 10**6)
     rng, subset, scores = torch.Generator().manual_seed(seed), losses.subset, []
     for _ in range(draws):
         counts = resampled(subset, rng)
@@ -205,20 +213,25 @@ def score_interval(
     return low, high
 
 # %% ../nbs/01_scoring.ipynb #c035
+@arguments_answered
 def rank_correlation(
     a: torch.Tensor, # Scores, any shape
     b: torch.Tensor, # Scores of the same shape
 ) -> float: # Spearman's rank correlation, -1 to 1
     "Spearman's rank correlation of two sets of scores without ties."
+    if a.shape != b.shape or not a.numel() or not (a.isfinite() & b.isfinite()).all():
+        raise BadInput(f"Scores of {list(a.shape)} and {list(b.shape)}: expected one shape and finite numbers; check.")
     ranks = [x.flatten().argsort().argsort().double() for x in (a, b)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
+@arguments_answered
 def split_half_reliability(
     losses: HeadLosses, # The table of losses
     splits: int = 20, # Random splits into two halves
     seed: int = 0, # Seed of the splits
 ) -> list[float]: # Rank correlation of the two halves, for each split
     "Rank correlation between mean scores of random halves of the calibration set."
+    check_at_least(splits, 1, "splits", 10**6)
     rng, rise, correlations = torch.Generator().manual_seed(seed), losses.masked - losses.intact, []
     half = len(losses.intact) // 2
     for _ in range(splits):
@@ -253,6 +266,7 @@ def check_table(
     deal_subsets(losses.stratum, losses.k, losses.seed)
 
 # %% ../nbs/01_scoring.ipynb #c040
+@arguments_answered
 def save_losses(
     losses: HeadLosses, # The table
     path: str | Path, # Final name of the file
@@ -261,6 +275,7 @@ def save_losses(
     about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
     write_tensors(Path(path), {"masked": losses.masked, "intact": losses.intact}, about)
 
+@arguments_answered
 def load_losses(
     path: str | Path, # A file that `save_losses` wrote
 ) -> HeadLosses: # The table
@@ -385,6 +400,7 @@ def plot_losses(
     return figure
 
 # %% ../nbs/01_scoring.ipynb #c047
+@arguments_answered
 @in_style
 def plot_score_intervals(
     losses: HeadLosses, # A table of losses

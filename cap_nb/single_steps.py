@@ -385,6 +385,10 @@ def evaluate_alone(
     out: Path | None = None, # Folder for the records; not kept if left out
 ) -> Evaluation: # The records
     "Measure a model as it is: accuracy, held-out loss, perplexity."
+    asked = job.evaluate
+    if asked.accuracy_tasks == () and not asked.loss_n and not asked.windows:
+        raise BadInput("Nothing is to be measured: expected answers, losses or perplexity; name --accuracy-tasks, or "
+                       "raise --loss-n or --windows.")
     exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
     model, tokenizer = opened(job)
     evaluation = evaluate(model, tokenizer, job, Path(job.model.name).name, exclude)

@@ -47,7 +47,7 @@ CAP = Criterion(name="cap", score=cap_score, needs=("factor",),
 
 # %% ../nbs/04_threshold.ipynb #c012
 import math
-from .core.errors import BadInput
+from .core.errors import BadInput, arguments_answered
 from .models.anatomy import Projection
 
 # %% ../nbs/04_threshold.ipynb #c013
@@ -75,8 +75,11 @@ def scores_of(
 ) -> torch.Tensor: # Score of every weight, float32 [out, in], not negative
     "The score of every weight of a projection; scores that are negative or not finite raise `BadInput`."
     scores = criterion.score(known.of(p))
-    finite = scores.min() >= 0 and scores.max() < math.inf # NaN fails both comparisons
-    if scores.shape != p.weight.shape or not finite:
+    if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
+        raise BadInput(f"The scores of {p.name} are no numbers ({type(scores).__name__}): expected a floating-point "
+                       "tensor, one score for each weight; check the criterion.")
+    fitting = scores.shape == p.weight.shape and scores.min() >= 0 and scores.max() < math.inf # NaN fails both
+    if not fitting:
         raise BadInput(f"The scores of {p.name} have shape {list(scores.shape)}, or some is negative or not finite: "
                        f"expected one finite score of at least 0 for each weight; check the criterion, "
                        f"and the model and calibration set for NaN.")
@@ -138,7 +141,18 @@ def draw_scores(
     axis.spines["left"].set_visible(False)
     axis.margins(y=0.3)
 
+# %% ../nbs/04_threshold.ipynb #c68a7e98
+def check_alike(
+    scores: torch.Tensor, # Score of every weight
+    factors: torch.Tensor, # A number for every weight
+) -> None:
+    "Raise `BadInput` unless there is one finite score and one factor for each weight."
+    if scores.shape == factors.shape and scores.numel() and scores.isfinite().all(): return
+    raise BadInput(f"The scores have shape {list(scores.shape)} and the factors {list(factors.shape)}, or some is not "
+                   "finite: expected one of each for every weight; give two tensors of one shape.")
+
 # %% ../nbs/04_threshold.ipynb #c031
+@arguments_answered
 @in_style
 def plot_threshold(
     scores: torch.Tensor, # Score of every weight, any shape
@@ -148,7 +162,8 @@ def plot_threshold(
     names: Sequence[str] | None = None, # Names of the groups, in the order of their numbers; None means their factors
 ) -> Figure: # A row for each group, a dozen at most
     "The distribution of scores in each group, and the share that a threshold removes (paper section 3.3)."
-    groups, taus = factors.unique(), [tau] if isinstance(tau, float) else list(tau)
+    check_alike(scores, factors)
+    groups, taus = factors.unique(), [float(tau)] if isinstance(tau, (int, float)) else list(tau)
     figure, panels = blank_figure(len(groups), 1, (7, 0.6 + 0.9 * len(groups)))
     edges = torch.cat([scores.max() * torch.logspace(-4, 0, bins + 1), torch.tensor(taus)]).unique()
     for axis, group, name in zip(panels[:, 0], groups, names or [f"I = {group:g}" for group in groups]):
@@ -439,6 +454,7 @@ def zero_shares(
     return roles, zeros / weights
 
 # %% ../nbs/04_threshold.ipynb #c100
+@arguments_answered
 @in_style
 def plot_zeros(
     report: PruneReport, # A report

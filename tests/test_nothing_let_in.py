@@ -1,21 +1,29 @@
 """Nothing let in: no pickle, no code of a checkpoint, no name that leads out of a folder, no link that is followed, nothing absurd that takes the memory.
 
 The readers are fuzzed with a few examples each here, and with CAP_NB_FUZZ=100000 each by `make soak`: whatever is read gives a value or `BadInput`.
+The soak keeps what it did in figures/bad_input/fuzzed.json, which the page of wrong uses shows.
 """
 import ast
+import datetime
+import importlib.util
 import io
 import json
 import os
 import pickle
+import platform
 import resource
 import stat
+import subprocess
+import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import pyarrow
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
@@ -24,13 +32,19 @@ from typer.testing import CliRunner
 from cap_nb.command_line import app, known_options, short_name
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import check_inside, checkpoint_tensors, read_checked, read_json, read_tensors, stored_tensors, whole_file, whole_folder, write_checked, write_tensors
+from cap_nb.core.files import (
+    SHARD_INDEX, check_inside, checked_text, checkpoint_tensors, read_checked, read_json, read_tensors, read_text, stored_tensors, whole_file, whole_folder,
+    write_checked, write_tensors)
 from cap_nb.data.problems import records_of_file, records_of_table
 from cap_nb.jobs import records as run_records
 from cap_nb.jobs.chains import read_chains
-from cap_nb.jobs.records import packed_records, unpack_run
-from cap_nb.jobs.sweeps import read_config
+from cap_nb.jobs.records import commit_of_package, load_evaluation, packed_records, read_report, read_run, unpack_run
+from cap_nb.jobs.sweeps import INDEX, read_config, read_index
+from cap_nb.methods.budgets import load_budgets
+from cap_nb.methods.screening import read_scores
+from cap_nb.methods.streaming import load_norms
 from cap_nb.models.loading import config_of, load_model
+from cap_nb.portable.fine_tuning import read_training
 from cap_nb.portable.format import open_shard, read_manifest
 from cap_nb.scoring import load_losses
 from conftest import ROOT
@@ -288,7 +302,10 @@ def test_devices_are_no_files(read):
 
 # ---- every reader, fuzzed ----
 MANY = int(os.environ.get("CAP_NB_FUZZ", 0))
-FUZZ = settings(max_examples=MANY or 25, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=not MANY)
+FUZZED = ROOT / "figures" / "bad_input" / "fuzzed.json"
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a disk would take most of the time
+AT_ONCE = 2_000  # Inputs of one search: hypothesis remembers all of them, and becomes slow
+FUZZ = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from([2 ** 70, "\ud800", "../x", "a" * 300]),
                       lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4), max_leaves=8)
 DEEP = st.integers(1, 100_000).map(lambda n: b"[" * n)
@@ -327,7 +344,7 @@ HEADERS = st.dictionaries(st.sampled_from(["x", "masked", "intact", "__metadata_
 
 def written(write):
     """The bytes of a file that is as it should be."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         write(Path(folder) / "good")
         return (Path(folder) / "good").read_bytes()
 
@@ -350,12 +367,36 @@ def table(rows):
 
 ROWS = table([{"record": "file", "place": f"p{i}", "content": b"x" * i} for i in range(20)])
 PLAIN = VALUES.filter(lambda value: "\ud800" not in json.dumps(value, ensure_ascii=False))
+
+
+def right_sum(*keys):
+    """JSON beside its right checksum: whatever it says, it is as it was saved."""
+    return (PLAIN | st.dictionaries(st.sampled_from(keys), PLAIN)).map(lambda content: checked_text(content).encode())
+
+
+def right_sums(*keys):
+    """Tensors with the right checksums, and words that fit them or not."""
+    return st.dictionaries(st.sampled_from(keys), PLAIN).map(meta) | PLAIN.map(meta) | spoilt(GOOD)
+
+
+REPORT = {"method": "cap", "asked": 0.5, "reached": 0.5, "weights": 8, "zeros": 4, "threshold": 0.1, "ties": 0, "table": [], "mask": "0"}
 READERS = {
     "read_json": (read_json, "x.json", json_like("a")),
     "read_checked": (read_checked, "x.json", json_like("content", "sha256") | spoilt(CHECKED)),
     "read_tensors": (read_tensors, "x.safetensors", st.binary(max_size=80) | HEADERS | spoilt(GOOD)),
     "stored_tensors": (stored_tensors, "x.safetensors", st.binary(max_size=80) | HEADERS | spoilt(GOOD)),
-    "load_losses": (load_losses, "x.safetensors", st.dictionaries(st.sampled_from(["stratum", "task", "uid", "k", "seed", "meta"]), PLAIN).map(meta) | spoilt(GOOD)),
+    "load_losses": (load_losses, "x.safetensors", right_sums("stratum", "task", "uid", "k", "seed", "meta")),
+    "scores": (lambda path: read_scores(path, "mean"), "x.safetensors", right_sums("stratum", "task", "uid", "k", "seed", "meta")),
+    "norms": (load_norms, "x.safetensors", right_sums("norms")),
+    "budgets": (load_budgets, "x.safetensors", right_sums("regions", "levels", "uid", "meta", "sparsity", "power", "moves")),
+    "training": (lambda path: read_training(path, {"steps": 3}), "x.safetensors", right_sums("steps", "losses")),
+    "report": (read_report, "x.json", right_sum(*REPORT) | st.tuples(st.sampled_from(list(REPORT)), PLAIN).map(lambda one: checked_text(REPORT | dict([one])).encode())),
+    "run": (lambda path: read_run(path.parent), "run.json", right_sum("format", "methods", "sparsities", "model")),
+    "sweep": (lambda path: read_index(path.parent), INDEX, right_sum("format", "runs")),
+    "evaluation": (lambda path: load_evaluation(path.parent), "evaluation.json", right_sum("method", "sparsity", "reached", "perplexity", "sha256")),
+    "text": (read_text, "x.txt", st.binary(max_size=200) | st.text(max_size=90).map(lambda text: text.encode("utf-16"))),
+    "index of shards": (lambda path: checkpoint_tensors(path.parent), SHARD_INDEX, json_like("weight_map", "metadata") |
+                        st.dictionaries(st.text(max_size=5), PLAIN | st.just("x.safetensors")).map(lambda found: as_json({"weight_map": found}))),
     "json records": (records_of_file, "x.json", json_like("question", "answer", "facts")),
     "jsonl records": (records_of_file, "x.jsonl", json_like("question", "answer", "choices", "answerKey")),
     "parquet records": (records_of_table, "x.parquet", st.binary(max_size=80) | spoilt(ROWS)),
@@ -369,19 +410,51 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_whatever_is_read_gives_a_value_or_one_sentence(reader, tmp_path):
-    read, name, contents = READERS[reader]
-    before = memory()
+def searched(read, path, contents, wanted):
+    """Let a reader have so many inputs: how many it read, and how many it refused in one sentence. Whatever else it does is raised."""
+    found = Counter()
 
-    @FUZZ
-    @given(contents)
-    def fuzz(content):
-        (tmp_path / name).write_bytes(content)
+    def one(content):
+        path.write_bytes(content)
         try:
-            read(tmp_path / name)
+            read(path)
+            found["read"] += 1
         except BadInput as error:
+            found["refused"] += 1
             assert len(str(error).splitlines()) == 1 and len(str(error)) < 2_000, str(error)[:300]
 
-    fuzz()
+    number = 0
+    while found.total() < wanted:
+        search = given(contents)(settings(FUZZ, max_examples=min(AT_ONCE, wanted - found.total()))(one))
+        hypothesis.seed(number)(search)()
+        number += 1
+    return found
+
+
+def fuzz_noted(reader, **noted):
+    """Keep what a soak did with a reader."""
+    kept = read_checked(FUZZED) if FUZZED.exists() else {}
+    about = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": commit_of_package(), "python": platform.python_version(),
+             "hypothesis": hypothesis.__version__, "torch": torch.__version__}
+    kept[reader] = kept.get(reader, {}) | about | noted
+    write_checked(FUZZED, {name: kept[name] for name in READERS if name in kept})
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_whatever_is_read_gives_a_value_or_one_sentence(reader):
+    read, name, contents = READERS[reader]
+    before = memory()
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+        (Path(folder) / "config.json").write_text("{}")
+        found = searched(read, Path(folder) / name, contents, MANY or 25)
     assert memory() - before < 1 << 30
+    if MANY:
+        fuzz_noted(reader, inputs=found.total(), **found)
+
+
+@pytest.mark.skipif(not MANY or not importlib.util.find_spec("atheris"), reason="make soak, where atheris can be installed")
+@pytest.mark.parametrize("reader", READERS)
+def test_whatever_reaches_new_lines_gives_a_value_or_one_sentence(reader):
+    done = subprocess.run([sys.executable, ROOT / "tests" / "coverage_fuzz.py", reader, f"{MANY}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    fuzz_noted(reader, **{"coverage-guided inputs": MANY})

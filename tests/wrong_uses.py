@@ -25,12 +25,16 @@ from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import write_checked, write_tensors
 from cap_nb.data.problems import load_problems, load_text
-from cap_nb.evaluation import accuracy, evaluation_problems, held_out_losses, perplexity
-from cap_nb.importance import importance_factors
+from cap_nb.evaluation import accuracy, bootstrap_interval, evaluation_problems, held_out_losses, perplexity
+from cap_nb.importance import importance_factors, plot_factors
+from cap_nb.jobs.job import run_job
+from cap_nb.jobs.planning import plan
+from cap_nb.jobs.settings import Job, changed
 from cap_nb.methods.prune import prune
 from cap_nb.models.lab import lab_model
 from cap_nb.models.loading import load_model
-from cap_nb.scoring import HeadLosses, causal_scores, load_losses, save_losses
+from cap_nb.scoring import HeadLosses, causal_scores, load_losses, masked_head, rank_correlation, save_losses, score_interval
+from fixtures import tiny_llama
 
 RECORD = Path(__file__).resolve().parent.parent / "figures" / "bad_input" / "uses.json"
 FEW = "--n 3 --k 1 --evaluate-n 2 --loss-n 2 --windows 0 --accuracy-tasks none --device cpu"
@@ -46,6 +50,20 @@ class Use:
 
 
 # ---- the command line: PLACE is a folder with everything that `prepared` makes ----
+OPTION_FILES = {
+    "anchor": "n: &a 3\nk: *a", "tag": "n: !!python/object/apply:os.system [id]", "deep": "[" * 1000, "twice": "n: 3\nn: 4", "empty_list": "n: []",
+    "within": "n: {a: 1}", "several": "---\nn: 3\n---\nn: 4", "merge": "<<: {n: 3}", "list_for_name": "? [a, b]\n: 3", "number_for_name": "3: 3", "float": "n: 3.0",
+    "date": "n: 2024-01-01", "nan": "sparsity: [.nan]", "many": f"n: {list(range(1, 1200))}", "no_text": 'data-dir: "\\ud800"\nmodel: nothing', "config": "config: other.yaml",
+    "whole_list": "note: [a, b]", "nothing_in_it": "# n: 3", "device": "device: [cpu, meta]"}
+CRITERION = "from cap_nb.all import add_criterion\nadd_criterion({})\n"
+PLUGIN_FILES = {
+    "leaves": "import sys\nsys.exit(3)", "generator": "raise GeneratorExit", "recursion": "def f(): f()\nf()", "syntax": "def (", "no_function": CRITERION.format("'mine', 7"),
+    "taken": CRITERION.format("'magnitude', lambda known: known.weight"), "no_need": CRITERION.format("'mine', lambda known: known.weight, ('luck',)"),
+    "no_name": CRITERION.format("7, lambda known: known.weight"), "no_file": "from cap_nb.all import add_text\nadd_text('moby', 7)",
+    "no_family": "from cap_nb.all import add_family\nadd_family('mine', 'x')", "device_for_file": "from cap_nb.all import add_task\nadd_task('sums', '/dev/zero', 'x')",
+    "use_text": CRITERION.format("'mine', lambda known: 'x'"), "use_list": CRITERION.format("'mine', lambda known: [1]"),
+    "use_booleans": CRITERION.format("'mine', lambda known: known.weight > 0"), "use_row": CRITERION.format("'mine', lambda known: known.weight[:1].abs()"),
+    "use_nan": CRITERION.format("'mine', lambda known: known.weight * float('nan')"), "use_division": CRITERION.format("'mine', lambda known: 1 / 0")}
 DEVICES = ["meta", "xpu", "hip", "vulkan", "mps", "cuda", "cuda:99", "tpu", "xla", "cpu:x", "cpu:7", "''", "auto:1"]
 COMMANDS = {
     "devices": [f"{PRUNE} --method magnitude --device {name}" for name in DEVICES] + [f"{RUN} --device meta", f"{EVAL} --device vulkan"],
@@ -92,7 +110,8 @@ COMMANDS = {
         "", "--steps 0", "--lr 0", "--lr nan", "--rank 0", "--warmup 2", "--examples 0", "--weight-decay -1", "--model PLACE/nothing")]
     + [f"shrink {FEW_EXAMPLES} --out PLACE/new {options}" for options in (
         "--sparsity 1", "--sparsity nan", "--groups 0", "--groups 99", "--neurons-by luck", "--scores PLACE/nothing --groups 1", "--model PLACE/nothing")]
-    + ["gguf PLACE/nothing --out PLACE/new.gguf", "gguf PLACE/folder --out PLACE/new.gguf", "gguf PLACE/model --out PLACE/new.gguf --dtype q2",
+    + [f"recover {FEW_EXAMPLES} --out PLACE/new {options}" for options in ("--lr 1e300", "--examples 1000000000000", "--warmup nan")]
+    + ["bench PLACE/model --prompt 1000000000000", "bench PLACE/model --batches 1,,1", "gguf PLACE/nothing --out PLACE/new.gguf", "gguf PLACE/folder --out PLACE/new.gguf", "gguf PLACE/model --out PLACE/new.gguf --dtype q2",
        "gguf PLACE/model --out PLACE/new.bin", "bench PLACE/nothing", "bench PLACE/folder", "bench PLACE/model --rounds 0", "bench PLACE/model --batches 0",
        "bench PLACE/model --backends magic", "bench PLACE/model --device tpu", "bench PLACE/model --against PLACE/nothing", "card PLACE/nothing", "card PLACE/folder",
        "card PLACE/model --run PLACE/folder", "card PLACE/model --base no/such/id", "publish PLACE/model owner/name --dry-run", "publish PLACE/folder owner/name --dry-run",
@@ -100,7 +119,23 @@ COMMANDS = {
     "comparing and repeating": ["compare PLACE/nothing PLACE/folder", "compare PLACE/folder", "compare PLACE/edited_run PLACE/old_run", "compare PLACE/nothing --sparsity lots",
                                 "compare PLACE/nothing --format pdf", "compare PLACE/nothing --out PLACE/folder", "repeat PLACE/nothing --out PLACE/new",
                                 "repeat PLACE/folder --out PLACE/new", "repeat PLACE/edited_run --out PLACE/new", "repeat PLACE/nothing --sparsity 2 --out PLACE/new"],
-    "files of options": [f"run --config PLACE/{name} --out PLACE/new" for name in ("nothing.yaml", "folder", "list_meta.safetensors", "file.txt")],
+    "files of options": [f"run --config PLACE/{name} --out PLACE/new" for name in (
+        "nothing.yaml", "folder", "list_meta.safetensors", "file.txt", *(f"{name}.yaml" for name in OPTION_FILES))],
+    "scoring in part": [f"score {FEW_EXAMPLES} --out PLACE/new.safetensors {options}" for options in (
+        "--budget 0", "--budget nan", "--budget 1.5", "--budget 0.01", "--budget 0.5 --join", "--join", "--heads-at-once 0", "--budget 0.9 --heads-at-once -3",
+        "--score-target divergence --budget 0.5", "--store PLACE/file.txt", "--calibrate-on /dev/zero")]
+    + [f"{RUN} --budget 0.5 --methods cap", "prune --method magnitude --scores PLACE/nothing --out PLACE/new --stream"],
+    "planning": [f"plan --no-probe {options}" for options in (
+        "--devices 0", "--devices 1000000000000", "--prompt-tokens 0", "--target-tokens -5", "--budget 0", "--budget nan", "--n 100000000000",
+        "--evaluate-n 1000000000000", "--accelerator ''", "--accelerator rtx", "--accelerator h100,link=nan", "--accelerator h100,peak=inf",
+        "--accelerator h100,memory=1e300", "--accelerator h100,foo=1", "--accelerator h100,link", "--accelerator h100 --dtype float32", "--style ''")],
+    "chains and claims": [f"chains {FEW_EXAMPLES.replace('--k 1 ', '')} --max-new-tokens 4 --out PLACE/new.jsonl {options}" for options in (
+        "--tries 0", "--temperature 0", "--temperature nan", "--tasks none", "--max-new-tokens 0")]
+    + [f"claims {FEW} --out PLACE/new {options}" for options in ("--variants nothing", "--variants ''", "--base PLACE/nothing", "--text-windows 0")]
+    + ["train-lab --steps 0 --out PLACE/new", "train-lab --steps 1 --seed -1 --out PLACE/new", "train-lab --steps 1 --out PLACE/folder",
+       "eval --windows 0 --loss-n 0 --accuracy-tasks none --device cpu"],
+    "plugins": [f"methods --plugin PLACE/{name}" for name in ("nothing.py", "file.txt", "folder", *(f"{name}.py" for name in PLUGIN_FILES if name[:3] != "use"))]
+    + [f"{PRUNE} --method mine --plugin PLACE/{name}.py" for name in PLUGIN_FILES if name[:3] == "use"],
 }
 
 
@@ -213,6 +248,33 @@ PYTHON = {
     "load_problems('gsm8k', 'evaluation', 'nowhere')": lambda p: load_problems("gsm8k", "evaluation", "nowhere"),
     "load_text('nothing')": lambda p: load_text("nothing"),
     "load_losses(a folder)": lambda p: load_losses(p / "folder"),
+    "load_losses(7)": lambda p: load_losses(7),
+    "save_losses(losses, 'a\\0b')": lambda p: save_losses(tables(), "a\0b"),
+    "save_losses(losses, a pipe)": lambda p: save_losses(tables(), p / "pipe"),
+    "importance_factors(torch.rand(2, 2), high=inf)": lambda p: importance_factors(torch.rand(2, 2), high=float("inf")),
+    "evaluation_problems('lab-arc', 2, seed='x')": lambda p: evaluation_problems("lab-arc", 2, seed="x"),
+    "prune(7, 'magnitude', 0.5)": lambda p: prune(7, "magnitude", 0.5),
+    "prune(model.to('meta'), 'magnitude', 0.5)": lambda p: prune(tiny_llama().to("meta"), "magnitude", 0.5),
+    "importance_factors([[1.0, 2.0]])": lambda p: importance_factors([[1.0, 2.0]]),
+    "importance_factors(torch.rand(2, 2, device='meta'))": lambda p: importance_factors(torch.rand(2, 2, device="meta")),
+    "causal_scores('losses.safetensors')": lambda p: causal_scores("losses.safetensors"),
+    "score_interval(losses, draws=0)": lambda p: score_interval(tables(), draws=0),
+    "score_interval(losses, draws=10 ** 30)": lambda p: score_interval(tables(), draws=10 ** 30),
+    "score_interval(losses, confidence=95)": lambda p: score_interval(tables(), confidence=95),
+    "bootstrap_interval([1.0, 2.0], confidence=1)": lambda p: bootstrap_interval([1.0, 2.0], confidence=1),
+    "bootstrap_interval([1.0, 2.0], seed=-1)": lambda p: bootstrap_interval([1.0, 2.0], seed=-1),
+    "rank_correlation(torch.rand(2), torch.rand(3))": lambda p: rank_correlation(torch.rand(2), torch.rand(3)),
+    "masked_head(model, 0, 99)": lambda p: masked_head(tiny_llama(), 0, 99),
+    "masked_head(model, -1, 0)": lambda p: masked_head(tiny_llama(), -1, 0),
+    "masked_head(torch.nn.Linear(2, 2), 0, 0)": lambda p: masked_head(torch.nn.Linear(2, 2), 0, 0),
+    "calibration_set(7)": lambda p: calibration_set(7),
+    "accuracy(model, tokenizer, 'lab-arc', n='3')": on_lab(lambda m, t, p: accuracy(m, t, "lab-arc", n="3")),
+    "perplexity(model, tokenizer, text=7)": on_lab(lambda m, t, p: perplexity(m, t, text=7)),
+    "plot_factors({})": lambda p: plot_factors({}),
+    "run_job('lab', 'new')": lambda p: run_job("lab", p / "new"),
+    "run_job(Job(model='lab'), 'new')": lambda p: run_job(Job(model="lab"), p / "new"),
+    "plan(changed(Job(), methods='cap'))": lambda p: plan(changed(Job(), methods="cap")),
+    "plan(changed(Job(), n=10 ** 11))": lambda p: plan(changed(Job(), n=10 ** 11)),
 }
 
 
@@ -240,7 +302,12 @@ def prepared(place):
     (place / "folder").mkdir(parents=True)
     (place / "folder" / "something").write_text("here already")
     (place / "file.txt").write_text("a text")
+    os.mkfifo(place / "pipe")
     (place / "dangling").symlink_to(place / "nowhere" / "at" / "all")
+    for name, text in OPTION_FILES.items():
+        (place / f"{name}.yaml").write_text(text)
+    for name, text in PLUGIN_FILES.items():
+        (place / f"{name}.py").write_text(text)
     model_folder(place / "model")
     for name, changes in {"no_heads": {"num_attention_heads": 0}, "half_heads": {"num_attention_heads": 2.5}, "negative_layers": {"num_hidden_layers": -1},
                           "unknown_class": {"model_type": "no_such_model", "architectures": ["NoSuchModel"]},

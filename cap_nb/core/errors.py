@@ -46,9 +46,13 @@ def check_at_least(
     value: int, # The count that the user gave
     least: int, # The smallest count that makes sense
     what: str, # What is counted, as in "n (examples a task)"
+    most: int = 2 ** 63 - 1, # The largest
 ) -> int: # The same count
-    "Return `value` if it is a whole number of at least `least`; otherwise raise `BadInput`."
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least: return value
+    "Return `value` if it is a whole number from `least` to `most`; otherwise raise `BadInput`."
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and least <= value <= most: return value
+    if whole and value > most:
+        raise BadInput(f"{what} is {value}: expected a whole number of at most {most:,}; give a smaller one.")
     raise BadInput(f"{what} is {value!r}: expected a whole number of at least {least}; give a larger one.")
 
 # %% ../../nbs/core/00_errors.ipynb #c019
@@ -59,3 +63,149 @@ def check_seed(
     "Return `seed` if it is a whole number of at most 63 bits, which every generator takes; otherwise raise `BadInput`."
     if isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2 ** 63: return seed
     raise BadInput(f"{what} is {seed!r}: expected a whole number from 0 to 2^63 - 1; give a smaller one.")
+
+# %% ../../nbs/core/00_errors.ipynb #fdb16415
+import operator
+
+# %% ../../nbs/core/00_errors.ipynb #fb41035c
+def check_index(
+    index: int, # The index that the user gave
+    count: int, # How many there are
+    what: str, # What they are, as in "layer"
+) -> int: # The same index
+    "Return `index` if it is a whole number from 0 to `count` - 1; otherwise raise `BadInput`."
+    if 0 <= operator.index(index) < count: return index
+    raise BadInput(f"{what} is {index!r}: expected a whole number from 0 to {count - 1}; choose one of them.")
+
+# %% ../../nbs/core/00_errors.ipynb #ddcc7c79
+import numbers
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import UnionType
+from typing import Union, get_args, get_origin
+
+# %% ../../nbs/core/00_errors.ipynb #57f46846
+NUMBERS = {int: numbers.Integral, float: numbers.Real}
+SEVERAL = (Sequence, Collection, Iterable, list, tuple) # Kinds for which whatever has items will do
+
+def fits(
+    value: object, # What was given
+    kind: object, # What was asked for, as an annotation says it
+) -> bool: # Whether it is of that kind, as far as can be seen without using it up
+    "Whether a value is what an annotation says; a text is no list, and `True` no number."
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType): return any(fits(value, part) for part in parts)
+    if origin in NUMBERS: return isinstance(value, NUMBERS[origin]) and not isinstance(value, bool)
+    if origin in SEVERAL:
+        if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)): return False
+        items = tuple(value) if parts and isinstance(value, (list, tuple, set, frozenset)) else ()
+        kinds = parts if origin is tuple and ... not in parts else parts[:1] * len(items)
+        return not items or len(items) == len(kinds) and all(map(fits, items, kinds))
+    if parts and origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(fits(*pair) for item in value.items() for pair in zip(item, parts))
+    return not isinstance(origin, type) or isinstance(value, origin)
+
+# %% ../../nbs/core/00_errors.ipynb #7238a17a
+def check_confidence(
+    confidence: float, # Share of the draws inside an interval
+    what: str = "confidence", # What it is called
+) -> float: # The same share
+    "Return `confidence` if it lies between 0 and 1; otherwise raise `BadInput`."
+    if fits(confidence, float) and 0 < confidence < 1: return confidence
+    raise BadInput(f"{what} is {confidence!r}: expected a share between 0 and 1; write 0.95.")
+
+def has_no_numbers(
+    value: object, # A tensor, a module, or something else
+) -> bool: # Whether it is, or holds, a tensor without numbers
+    "Whether a value is of torch's meta device."
+    module = hasattr(value, "named_parameters") and not isinstance(value, type)
+    tensors = value.parameters() if module else (value,)
+    return any(getattr(tensor, "is_meta", False) is True for tensor in tensors)
+
+# %% ../../nbs/core/00_errors.ipynb #6ddfbb52
+import functools
+import inspect
+import os
+import re
+from pathlib import Path
+
+# %% ../../nbs/core/00_errors.ipynb #bad31955
+def check_tokenizer(tokenizer: object, what: str) -> None:
+    "Raise `BadInput` for what is no tokenizer."
+    if callable(getattr(tokenizer, "get_vocab", None)): return
+    raise BadInput(f"{what} is of type {type(tokenizer).__name__}: expected a tokenizer; load it with load_model.")
+
+def check_model(model: object, what: str) -> None:
+    "Raise `BadInput` for a module that is no model of transformers."
+    if hasattr(model, "config"): return
+    raise BadInput(f"{what} is a {type(model).__name__}: expected a causal language model; load one with load_model.")
+
+def check_table(table: object, what: str) -> None:
+    "Raise `BadInput` for a tensor that is empty, or whose numbers are whole or not finite."
+    if not hasattr(table, "is_floating_point"): return
+    if table.is_floating_point() and table.numel() and table.isfinite().all(): return
+    raise BadInput(f"{what} is a tensor of {table.dtype}, {list(table.shape)}: expected finite floating-point numbers; "
+                   "give one for each head.")
+
+def check_path(path: str | os.PathLike, what: str) -> None:
+    "Raise `BadInput` for a path that no file system takes."
+    if (text := os.fspath(path)) and "\0" not in text: return
+    raise BadInput(f"{what} is {text!r}: expected the path of a file or folder; write one.")
+
+def check_text(text: str, what: str) -> None:
+    "Raise `BadInput` for half a surrogate pair, which no file and no tokenizer takes."
+    if text == text.encode("utf-8", "replace").decode(): return
+    raise BadInput(f"{what} holds half a surrogate pair: expected text that UTF-8 can hold; remove it.")
+
+# %% ../../nbs/core/00_errors.ipynb #03d93d1e
+COUNTS = ("batch_size", "batch_tokens", "batch_windows", "bins", "draws", "heads_at_once", "k", "max_new_tokens", "n",
+          "resamples", "save_every", "splits", "steps", "windows") # Names of what is counted from 1
+RANGES = {"seed": check_seed, "tokenizer": check_tokenizer, "model": check_model}
+RANGES |= dict.fromkeys(("scores", "factors", "neuron_scores", "head_scores"), check_table)
+RANGES |= dict.fromkeys(COUNTS, lambda value, what: check_at_least(value, 1, what)) # Name -> what checks its value
+
+# %% ../../nbs/core/00_errors.ipynb #9b6cb1da
+def check_argument(
+    value: object, # What was given
+    kind: object, # What was asked for, as an annotation says it
+    what: str, # Where it was given, as in "n of accuracy()"
+) -> None:
+    "Raise `BadInput` for a value of another kind, without numbers, or out of the range that its name has everywhere."
+    if not fits(value, kind):
+        plain = isinstance(value, (str, int, float, type(None))) and len(repr(value)) <= 60
+        is_that = repr(value) if plain else f"of type {type(value).__name__}"
+        wanted = re.sub(r"(\w+\.)+", "", inspect.formatannotation(kind))
+        raise BadInput(f"{what} is {is_that}: expected {wanted}; give that instead.")
+    if has_no_numbers(value):
+        raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
+    if isinstance(value, (str, os.PathLike)): check_text(os.fspath(value), what)
+    if isinstance(value, (str, os.PathLike)) and kind is not object and fits(Path(), kind): check_path(value, what)
+    check = RANGES.get(what.partition(" of ")[0]) if what.endswith("()") else None
+    if check and (value is not None or kind is object): check(value, what)
+
+# %% ../../nbs/core/00_errors.ipynb #99b476aa
+from contextvars import ContextVar
+
+# %% ../../nbs/core/00_errors.ipynb #0d0b5df5
+INSIDE = ContextVar("inside", default=False) # Whether a public function is at work already
+
+def arguments_answered(
+    function: Callable, # A public function, annotated
+) -> Callable: # The same
+    "Turn an error that an argument explains into `BadInput`; every other error passes."
+    signature = inspect.signature(function)
+    @functools.wraps(function)
+    def wrapped(*given, **named):
+        outermost = INSIDE.set(True) if not INSIDE.get() else None
+        try: return function(*given, **named)
+        except BadInput: raise
+        except Exception as error:
+            if outermost is None: raise
+            try: arguments = signature.bind(*given, **named).arguments
+            except TypeError: raise error from None # Python's own sentence: one is missing, or unknown
+            for name, value in arguments.items():
+                try: check_argument(value, signature.parameters[name].annotation, f"{name} of {function.__name__}()")
+                except BadInput as said: raise said from error
+            raise
+        finally:
+            if outermost is not None: INSIDE.reset(outermost)
+    return wrapped

@@ -104,6 +104,8 @@ def whole_file(
 ) -> Iterator[Path]: # Temporary path to write to, in the same folder
     "Write to the temporary path; the file takes its final name only if the block ends without an error."
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_symlink():
+        raise BadInput(f"{path} is a folder or a device: expected a file, or a new name; give another.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with disk_full_reported(path, "what was finished is kept"):
@@ -321,9 +323,16 @@ import json
 def json_text(
     content: object, # Anything that JSON can hold
 ) -> str: # JSON with sorted keys, a line a value, ending in a newline
-    "A value as JSON; equal values give equal texts."
-    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    "A value as JSON; equal values give equal texts. Bytes of a name or note that are no text raise `BadInput`."
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    if text.isascii(): return text
+    try: text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{text[max(0, error.start - 20):error.end]!r} is to be saved and holds bytes that are no text: "
+                       "expected UTF-8; write names and notes in it.") from None
+    return text
 
+# %% ../../nbs/core/01_files.ipynb #4cb47e9a
 def write_json(
     path: str | Path, # Final name of the file
     content: object, # Anything that JSON can hold
@@ -370,6 +379,20 @@ def read_checked(
         if kept["sha256"] == found: return kept["content"]
     raise BadInput(f"{path} is not as cap_nb saved it, its checksum says: expected no bit flipped and nothing edited "
                    f"by hand; {mend}.")
+
+# %% ../../nbs/core/01_files.ipynb #cc52ec16
+@contextmanager
+def taken_as(
+    path: str | Path, # A file whose checksum is right
+    what: str, # What its content is taken for, as in "a report"
+) -> Iterator[None]:
+    "Turn an error while content is taken apart into `BadInput`: the file holds something else."
+    try: yield
+    except BadInput: raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        raise BadInput(f"{path} is not {what} ({said}): expected one that cap_nb wrote; remove it, or give "
+                       "another.") from error
 
 # %% ../../nbs/core/01_files.ipynb #c065
 import logging
@@ -476,6 +499,7 @@ def opened_tensors(
         with safe_open(path, framework="pt") as file:
             entry = json.loads(file.metadata()["cap_nb"])
             words, sums = entry["meta"], entry["sha256"]
+            if not isinstance(words, dict): raise TypeError("no words about the tensors")
             if sums["meta"] != sha256_of_text(json_text(words)): raise ValueError("other words than were saved")
             if set(sums["tensors"]) != set(file.keys()): raise ValueError("other tensors than were saved")
             yield file, words, sums["tensors"]

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/core/02_plots.ipynb #c004
 from collections.abc import Sequence
+from .errors import BadInput, check_choice
 
 # %% ../../nbs/core/02_plots.ipynb #c005
 METHOD_LOOKS = { # Colour, marker
@@ -46,13 +47,14 @@ def blank_figure(
     size: tuple[float, float], # Width and height in inches
 ) -> tuple[Figure, np.ndarray]: # The figure and its panels, [rows, columns]
     "An empty figure, closed for pyplot so that a notebook shows it once."
+    if rows < 1 or columns < 1:
+        raise BadInput("There is nothing to draw: expected something for one panel at least; give some.")
     figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
     plt.close(figure)
     return figure, panels
 
 # %% ../../nbs/core/02_plots.ipynb #c013
 from pathlib import Path
-from .errors import check_choice
 from .files import whole_file
 
 # %% ../../nbs/core/02_plots.ipynb #c014

@@ -8,7 +8,7 @@ __all__ = ['Problem', 'load_problems', 'Text', 'load_text']
 # %% ../../nbs/data/00_problems.ipynb #c004
 import json
 from dataclasses import dataclass
-from ..core.errors import check_choice
+from ..core.errors import arguments_answered, check_choice
 from ..core.files import read_text, sha256_of_text
 from ..models.lab_world import as_drawn
 
@@ -368,6 +368,7 @@ def lab_problems(
     return read_problems(task, split, None)
 
 # %% ../../nbs/data/00_problems.ipynb #c052
+@arguments_answered
 def load_problems(
     task: str, # One of `TASKS`, as in "gsm8k", "lab-gsm8k" or "gsm8k_changed"
     split: str, # "calibration" or "evaluation"
@@ -439,6 +440,7 @@ def own_text(
     return Text(name, read_text(files[split]))
 
 # %% ../../nbs/data/00_problems.ipynb #c063
+@arguments_answered
 def load_text(
     name: str, # "wikitext2" or "lab-text"
     data_dir: str | Path | None = None, # Folder that holds wikitext2/test.txt and valid.txt; None means the hub

@@ -44,7 +44,7 @@ PROMPT_STYLES = {
 }
 
 # %% ../../nbs/data/01_prompts.ipynb #c009
-from ..core.errors import check_choice
+from ..core.errors import arguments_answered, check_choice
 from .problems import Problem, task_family
 
 # %% ../../nbs/data/01_prompts.ipynb #c010
@@ -145,6 +145,7 @@ def joined_example(
                    input_ids=tuple(before + after), labels=(IGNORED,) * len(before) + tuple(after))
 
 # %% ../../nbs/data/01_prompts.ipynb #b354f2ad
+@arguments_answered
 def make_example(
     tokenizer: object, # Tokenizer of transformers
     prompt: str, # The prompt, special tokens included as text

@@ -73,7 +73,7 @@ def generate_naive(
 
 # %% ../../nbs/engine/03_decoding.ipynb #a7fad65c
 from functools import cache as remembered
-from ..core.errors import BadInput, check_at_least, check_choice
+from ..core.errors import BadInput, arguments_answered, check_at_least, check_choice
 
 # %% ../../nbs/engine/03_decoding.ipynb #b24a9b33
 class Ending:
@@ -469,6 +469,7 @@ def generate_with_vllm(
     return [cut_at_end(each.outputs[0].token_ids, each.outputs[0].finish_reason, ending) for each in said]
 
 # %% ../../nbs/engine/03_decoding.ipynb #5c79f8f6
+@arguments_answered
 def generate_greedy(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer

@@ -544,7 +544,7 @@ def walk_and_score(
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c069
 from ..models.anatomy import Anatomy
-from ..core.errors import BadInput, check_at_least
+from ..core.errors import BadInput, arguments_answered, check_at_least
 from ..scoring import HeadLosses, head_losses, load_losses, save_losses
 from ..core.files import alone_in, busy, disk_full_reported, sound
 from .unit_store import CLAIMS, losses_key, read_unit
@@ -678,6 +678,7 @@ def stored_table(
     return losses
 
 # %% ../../nbs/engine/02_resumed_scoring.ipynb #c078
+@arguments_answered
 @torch.no_grad()
 def score_heads(
     model: nn.Module, # A causal language model of a known family, in evaluation mode

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..evaluation import AnswerRecord, Evaluation
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered
 from ..scoring import HeadLosses
 from ..jobs.records import Run, load_run, read_run, settings_of
 from ..core.files import read_checked
@@ -863,6 +863,7 @@ def judged_claim(
             for label in claim.cases}
 
 # %% ../../nbs/experiments/02_claims.ipynb #c087
+@arguments_answered
 def claims_ledger(
     models: Sequence[ModelRecords], # What was run on each model
     claims: Sequence[Claim] = CLAIMS, # The claims
@@ -979,6 +980,7 @@ def draw_claims(
     ax.axis("off")
 
 # %% ../../nbs/experiments/02_claims.ipynb #c100
+@arguments_answered
 @in_style
 def plot_claims(
     ledger: pd.DataFrame, # From `claims_ledger`
@@ -1018,6 +1020,7 @@ def save_ledger(
     return out
 
 # %% ../../nbs/experiments/02_claims.ipynb #c103
+@arguments_answered
 def write_ledger(
     figures: str | Path, # Folder that holds the runs' folders
     models: Sequence[str] | None = None, # Names of models; None means all that have a whole comparison

@@ -59,6 +59,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from ..core.errors import arguments_answered
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c014
 class NoArithmetic(Exception):
@@ -347,6 +348,7 @@ def equations_in(
     return tuple(equations)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c031
+@arguments_answered
 def arithmetic_check(
     text: str, # What a model wrote
 ) -> tuple[int, int]: # (true equations, equations)
@@ -370,6 +372,7 @@ def sentences_of(
     return [part for part in parts if re.search(r"\w", part)]
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c042
+@arguments_answered
 def reasoning_steps(
     text: str, # What a model wrote
 ) -> tuple[str, ...]: # Its sentences before the last answer line
@@ -734,6 +737,7 @@ def false_or_broken(
     return None
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c090
+@arguments_answered
 def error_category(
     answer: AnswerRecord, # One answered problem
     problem: Problem, # The problem
@@ -805,6 +809,7 @@ def steps_of_dense(
     return [steps[answer.task, answer.uid] for answer in answers]
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c103
+@arguments_answered
 def reasoning_report(
     answers: Sequence[AnswerRecord], # Answers of one model, to one task or more
     problems: Sequence[Problem], # The problems they answer, in any order
@@ -855,6 +860,7 @@ COLOURS = ("#2a9d5c", "#a5d6a7", "#7b3fa0", "#d1495b", "#edae49", "#66a1d9", "#8
 CATEGORY_COLOURS = dict(zip(ERROR_CATEGORIES, COLOURS))
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c114
+@arguments_answered
 def plot_error_mixture(
     shares: pd.DataFrame, # From `category_shares`
     ax: Axes | None = None, # Where to draw; None makes a figure

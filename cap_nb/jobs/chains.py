@@ -71,7 +71,7 @@ def kept_chains(
 import json
 from dataclasses import asdict
 from pathlib import Path
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered
 from ..core.files import sha256_of_text, text_bytes, whole_file
 
 # %% ../../nbs/jobs/06_chains.ipynb #c018
@@ -411,6 +411,7 @@ def drawn_chains(
     return [example for example, _ in draw_stratified(pool, n or len(pool), seed)]
 
 # %% ../../nbs/jobs/06_chains.ipynb #c069
+@arguments_answered
 def chain_calibration(
     tokenizer: object, # Tokenizer of transformers
     chains: Chains | str | Path, # Answers from `own_chains`, or the file that holds them
@@ -458,6 +459,7 @@ def window_example(
                    input_ids=ids, labels=(IGNORED, *ids[1:]))
 
 # %% ../../nbs/jobs/06_chains.ipynb #c077
+@arguments_answered
 def text_calibration(
     tokenizer: object, # Tokenizer of transformers
     text: str = "wikitext2", # Name of the text: "wikitext2" or "lab-text"
@@ -473,6 +475,7 @@ def text_calibration(
     windows = drawn_blocks(ids, n, tokens, seed)
     return Calibration.from_examples([window_example(tokenizer, window) for window in windows], k, seed)
 
+@arguments_answered
 def mixed_calibration(
     parts: Sequence[Calibration], # Calibration sets: gold solutions, chains, text
     k: int = 3, # Number of subsets, K

@@ -6,12 +6,12 @@
 __all__ = ['run_job']
 
 # %% ../../nbs/jobs/03_job.ipynb #c004
-from ..core.errors import BadInput, check_choice, check_sparsity
+from ..core.errors import BadInput, arguments_answered, check_choice, check_sparsity
 from ..data.problems import TASKS, TEXTS
 from ..data.prompts import prompt_style
 from ..engine.resumed_scoring import TARGETS
 from .chains import Chains, read_chains
-from .settings import CalibrateSettings, Job, changed, check_counts
+from .settings import CalibrateSettings, Job, changed, check_counts, check_kinds
 from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import check_method
 from ..methods.screening import check_budget
@@ -61,15 +61,16 @@ def check_screening(
 def check_job(
     job: Job, # The job
 ) -> None:
-    "Raise `BadInput` for the first name or count that is not accepted."
+    "Raise `BadInput` for the first setting that is not accepted."
+    check_kinds(job)
     for method in job.prune.methods: check_method(method)
     for sparsity in job.prune.sparsities: check_sparsity(sparsity)
     for task in (*(job.calibrate.tasks or ()), *(job.evaluate.accuracy_tasks or ())): check_choice(task, TASKS, "task")
     check_choice(job.prune.aggregation, AGGREGATIONS, "aggregation")
     check_score_target(job)
     check_screening(job)
-    if job.calibrate.style: prompt_style(job.calibrate.style)
-    if job.evaluate.text: check_choice(job.evaluate.text, TEXTS, "text")
+    if job.calibrate.style is not None: prompt_style(job.calibrate.style)
+    if job.evaluate.text is not None: check_choice(job.evaluate.text, TEXTS, "text")
     check_counts(job)
     chains_of(job.calibrate)
     placed(job.model.device)
@@ -684,6 +685,7 @@ def method_pruner(
     return pruner
 
 # %% ../../nbs/jobs/03_job.ipynb #c081
+@arguments_answered
 def run_job(
     job: Job, # What is wanted
     folder: str | Path, # The run's folder; made, or continued

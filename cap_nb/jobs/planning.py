@@ -273,7 +273,7 @@ def timed_solvers(
 
 # %% ../../nbs/jobs/05_planning.ipynb #c033
 import platform
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered
 from .costs import Work, flops_of
 from ..models.loading import device_named, dtype_named
 
@@ -632,6 +632,7 @@ from ..calibration import deal_subsets
 from ..core.errors import check_at_least
 from .costs import planned_job, planned_lengths, read_sizes, tokenizer_at_hand
 from .job import check_job
+from .settings import MOST
 
 # %% ../../nbs/jobs/05_planning.ipynb #c061
 @dataclass(frozen=True)
@@ -649,12 +650,13 @@ class Plan:
 def check_plan_counts(
     **counts: int | None, # Counts that the user gave, by name; None was not given
 ) -> None:
-    "Raise `BadInput` for a count that is less than one."
+    "Raise `BadInput` for a count that is less than one, or absurdly large."
     for name, count in counts.items():
         option = name if name == "memory" else f"--{name.replace('_', '-')}"
-        if count is not None: check_at_least(count, 1, option)
+        if count is not None: check_at_least(count, 1, option, 2 ** 63 - 1 if name == "memory" else MOST)
 
 # %% ../../nbs/jobs/05_planning.ipynb #c063
+@arguments_answered
 def plan(
     job: Job, # What is wanted
     devices: int = 1, # Devices that share the scoring
@@ -925,6 +927,7 @@ def fit_lines(
     return ["Whether it fits is not known." if planned.hardware.free is None else "Everything fits."]
 
 # %% ../../nbs/jobs/05_planning.ipynb #c086
+@arguments_answered
 def plan_text(
     planned: Plan, # A plan
     budget: float | None = None, # Share of the masked passes, as for 'cap score --budget'

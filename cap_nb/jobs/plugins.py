@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ..calibration import Calibration
 from ..core.additions import add, check_new_name, check_takes, in_a_sentence
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered
 from ..methods.attributions import ATTRIBUTIONS, Attribution
 from ..methods.neurons import UNIT_AWARE
 from ..models.anatomy import anatomy
@@ -34,6 +34,7 @@ def checked_scores(
                        f"by {a.heads} heads, all finite; correct it.")
     return scores
 
+@arguments_answered
 def add_attribution(
     name: str, # Letters, digits and underscores; not one of `ATTRIBUTIONS` yet
     compute: Callable[[nn.Module, Calibration, int], torch.Tensor], # Model, calibration set, batch tokens -> [L, H]
@@ -190,6 +191,7 @@ def read_whole(
     return asked // (4 * len(some)) + 1, written // (4 * len(some)) + 1
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c046
+@arguments_answered
 def add_task(
     name: str, # Letters, digits, hyphens and underscores; not one of `TASKS` yet
     files: str | Path | Mapping[str, str | Path], # .jsonl or .json; or "calibration" and "evaluation" -> file
@@ -218,6 +220,7 @@ def add_task(
 from ..data.problems import TEXTS
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c055
+@arguments_answered
 def add_text(
     name: str, # Letters, digits, hyphens and underscores; not one of `TEXTS` yet
     evaluation: str | Path, # A file of plain text, UTF-8, to evaluate on
@@ -265,7 +268,7 @@ def executed(
         raise BadInput(f"{path.name}, {what_went_wrong(error, str(path))}.") from error
     except SyntaxError as error:
         raise BadInput(f"{path.name}, line {error.lineno}: {error.msg}: expected Python; correct it.") from error
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise BadInput(f"{path.name}, {what_went_wrong(error, str(path))}: expected a plugin that runs to its end; "
                        "correct it.") from error
 

@@ -45,7 +45,7 @@ def records_from_text(
 
 # %% ../../nbs/jobs/00_records.ipynb #c010
 from pathlib import Path
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered
 from ..core.files import (
     checked_text, json_text, read_checked, sha256_of_file, sha256_of_text, whole_folder)
 from ..evaluation import Evaluation, Perplexity
@@ -137,7 +137,7 @@ def differences(
 
 # %% ../../nbs/jobs/00_records.ipynb #c024
 from ..core.files import (
-    DAMAGED, HALF_WRITTEN, read_tensors, remove, remove_leftovers, sound, write_checked)
+    DAMAGED, HALF_WRITTEN, read_tensors, remove, remove_leftovers, sound, taken_as, write_checked)
 
 # %% ../../nbs/jobs/00_records.ipynb #c025
 from ..core.additions import check_additions
@@ -311,10 +311,9 @@ def read_report(
 ) -> tuple[PruneReport, str]: # The report, and the fingerprint of the zeros
     "Read a report; a missing or damaged one raises `BadInput`."
     kept = read_checked(path)
-    try: mask, table = kept.pop("mask"), tuple(tuple(row) for row in kept.pop("table"))
-    except (KeyError, TypeError, AttributeError):
-        raise BadInput(f"{path} is not a report: expected one written by 'cap run'; remove it and run again.") from None
-    return PruneReport(**kept, table=table), mask
+    with taken_as(path, "a report"):
+        mask, table = kept.pop("mask"), tuple(tuple(row) for row in kept.pop("table"))
+        return PruneReport(**kept, table=table), mask
 
 # %% ../../nbs/jobs/00_records.ipynb #c047
 def save_report(
@@ -580,6 +579,7 @@ def is_packed(
     return not (folder/"evaluations").exists() or "packed" in read_checked(folder/"manifest.json")
 
 # %% ../../nbs/jobs/00_records.ipynb #c083
+@arguments_answered
 def pack_run(
     folder: str | Path, # The folder of a finished run
 ) -> None:
@@ -600,6 +600,7 @@ def pack_run(
         remove_live_records(folder)
 
 # %% ../../nbs/jobs/00_records.ipynb #c084
+@arguments_answered
 def unpack_run(
     folder: str | Path, # The folder of a packed run
     target: str | Path, # Folder to make; must not exist, or be empty
@@ -688,6 +689,7 @@ def cells_found(
         return tuple((e.method, e.sparsity) for e in finished)
 
 # %% ../../nbs/jobs/00_records.ipynb #c097
+@arguments_answered
 def load_run(
     folder: str | Path, # A run's folder, live or packed
 ) -> Run: # All of it, as far as it is finished

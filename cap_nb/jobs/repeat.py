@@ -6,7 +6,7 @@
 __all__ = ['repeat_run']
 
 # %% ../../nbs/jobs/10_repeat.ipynb #c004
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered
 from ..evaluation import token_limit
 from .records import read_run
 from .settings import Job, changed
@@ -141,6 +141,7 @@ def same_job(
     return jobs[drawn != kept["evaluation"]["data"]]
 
 # %% ../../nbs/jobs/10_repeat.ipynb #c021
+@arguments_answered
 def repeat_run(
     folder: str | Path, # A run's folder, live or packed
     out: str | Path, # Folder of the second run; made, or continued where a killed one stopped
@@ -150,5 +151,8 @@ def repeat_run(
 ) -> pd.DataFrame: # As `compare_repeated`
     "Do a run again and say what differs; what is missing raises `BadInput` before any work."
     kept = read_run(folder)
+    if Path(out).resolve() == Path(folder).resolve():
+        raise BadInput(f"{out} is the run itself: expected another folder, since a run that is finished would be "
+                       "compared with itself; give a new name.")
     run_job(same_job(kept, (methods, sparsities), places or {}), out)
     return compare_repeated(load_run(folder), load_run(out))

@@ -36,8 +36,9 @@ def described(
     for key in given: check_choice(key, numbers, "number of an accelerator")
     try: values = {key: float(value) for key, value in given.items()}
     except ValueError: values = {"": 0.0}
-    if any(not value > 0 for value in values.values()):
-        raise BadInput(f"{text!r} does not describe a device: expected numbers above zero, as in h100,link=50.")
+    if any(not 0 < value <= 1e9 for value in values.values()):
+        raise BadInput(f"{text!r} does not describe a device: expected numbers above zero, up to a billion, as in "
+                       "h100,link=50.")
     if dtype == "float32" and "peak" not in values:
         raise BadInput(f"The peak of {name} is that of 16 bits: expected one for float32; write {name},peak=60 or so, "
                        "or --dtype bfloat16.")

@@ -7,7 +7,7 @@ __all__ = ['ModelSettings', 'CalibrateSettings', 'PruneSettings', 'EvaluateSetti
 
 # %% ../../nbs/jobs/01_settings.ipynb #c004
 from dataclasses import dataclass, field, fields, replace
-from ..core.errors import BadInput, check_at_least, check_choice, check_seed
+from ..core.errors import BadInput, check_argument, check_at_least, check_choice, check_seed
 
 # %% ../../nbs/jobs/01_settings.ipynb #c006
 @dataclass(frozen=True)
@@ -107,20 +107,32 @@ def examples_by_kind(
                        "one window and one problem; raise --n or change the share.")
     return data.n - a_task, a_task * tasks
 
+# %% ../../nbs/jobs/01_settings.ipynb #3cfaea51
+def check_kinds(
+    job: Job, # A job
+) -> None:
+    "Raise `BadInput` for the first setting that is not what its field says."
+    for part in fields(job):
+        check_argument(getattr(job, part.name), part.type, f"part {part.name} of a job")
+        for setting in fields(part.type):
+            check_argument(getattr(getattr(job, part.name), setting.name), setting.type, f"setting {setting.name}")
+
 # %% ../../nbs/jobs/01_settings.ipynb #c028
 LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "windows": 0, "window_tokens": 2,
          "text_tokens": 2} # Smallest
+MOST = 10**7 # Of anything that is counted: a list of more would take the memory, and no benchmark has so many
 
 def check_counts(
     job: Job, # A job
 ) -> None:
-    "Raise `BadInput` for the first count that is too small, and for a job without tasks."
+    "Raise `BadInput` for the first count that is too small or too large, and for a job without tasks."
     if job.calibrate.tasks == ():
         raise BadInput("No task is named: expected at least one to calibrate on; name some, or leave the choice to the "
                        "model.")
     for name, least in LEAST.items():
-        check_at_least(getattr(getattr(job, part_of_setting()[name]), name), least, f"--{name.replace('_', '-')}")
-    if job.evaluate.max_new_tokens is not None: check_at_least(job.evaluate.max_new_tokens, 1, "--max-new-tokens")
+        value = getattr(getattr(job, part_of_setting()[name]), name)
+        check_at_least(value, least, f"--{name.replace('_', '-')}", MOST)
+    if (tokens := job.evaluate.max_new_tokens) is not None: check_at_least(tokens, 1, "--max-new-tokens", MOST)
     check_seed(job.calibrate.seed, "--seed")
     check_seed(job.calibrate.calibration_seed or 0, "--calibration-seed")
     check_choice(job.evaluate.evaluate_on, ("evaluation", "validation"), "split to evaluate on")

@@ -8,7 +8,7 @@ __all__ = ['run_sweep']
 # %% ../../nbs/jobs/08_sweeps.ipynb #c004
 from pathlib import Path
 import yaml
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c005
 MOST_BYTES, MOST_DEEP = 1 << 16, 3 # Of a file; of lists within its one mapping
@@ -173,6 +173,7 @@ def read_config(
     text = file_text(path)
     for key, node in composed(path, text).value:
         line, option = key.start_mark.line + 1, str(key.value).replace("_", "-")
+        if not isinstance(key, yaml.ScalarNode): raise mistake(path, line, "no name was found: expected one; write it.")
         try:
             about = known[check_choice(option, known, "option")]
             if option in entries: raise ValueError(f"it stands in line {entries[option].line} already")
@@ -428,6 +429,7 @@ def write_sweep_results(
     write_text(folder/"results.csv", frame.to_csv(index=False, lineterminator="\n"))
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c060
+@arguments_answered
 def run_sweep(
     config: Config, # The file of options
     jobs: Mapping[str, Job], # From `sweep_jobs`

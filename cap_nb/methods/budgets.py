@@ -197,8 +197,8 @@ def region_divergences(
 # %% ../../nbs/methods/11_budgets.ipynb #c035
 from dataclasses import field
 from pathlib import Path
-from ..core.errors import BadInput
-from ..core.files import read_tensors, sound, write_tensors
+from ..core.errors import BadInput, arguments_answered
+from ..core.files import read_tensors, sound, taken_as, write_tensors
 
 # %% ../../nbs/methods/11_budgets.ipynb #c036
 @dataclass(frozen=True)
@@ -625,13 +625,14 @@ def move_of(
 def load_budgets(
     path: Path, # A file that `save_budgets` wrote
 ) -> Budgets: # The budgets
-    "Read saved budgets."
+    "Read saved budgets; a damaged or foreign file raises `BadInput`."
     tensors, about = read_tensors(path)
-    regions = tuple(Region(**entry | {"modules": tuple(entry["modules"])}) for entry in about["regions"])
-    table = Divergences(kl=tensors.pop("kl"), levels=tuple(about["levels"]), regions=regions,
-                        uid=tuple(about["uid"]), meta=about["meta"])
-    return Budgets(table=table, sparsity=about["sparsity"], power=about["power"],
-                   moves=tuple(move_of(entry) for entry in about["moves"]), **tensors)
+    with taken_as(path, "a file of budgets"):
+        regions = tuple(Region(**entry | {"modules": tuple(entry["modules"])}) for entry in about["regions"])
+        table = Divergences(kl=tensors.pop("kl"), levels=tuple(about["levels"]), regions=regions,
+                            uid=tuple(about["uid"]), meta=about["meta"])
+        return Budgets(table=table, sparsity=about["sparsity"], power=about["power"],
+                       moves=tuple(move_of(entry) for entry in about["moves"]), **tensors)
 
 # %% ../../nbs/methods/11_budgets.ipynb #c116
 def spread_over_strata(
@@ -709,6 +710,7 @@ def corrected(
     return replace(budgets, shares=shares, moves=moves)
 
 # %% ../../nbs/methods/11_budgets.ipynb #c122
+@arguments_answered
 @torch.no_grad()
 def measured_budgets(
     model: nn.Module, # A causal language model of a known family, dense, in evaluation mode; not changed in the end
@@ -738,6 +740,7 @@ def measured_budgets(
 KINDS = {"attention": ("#0072B2", "o"), "mlp": ("#D55E00", "s")} # Colour and marker
 
 # %% ../../nbs/methods/11_budgets.ipynb #c129
+@arguments_answered
 @in_style
 def plot_budgets(
     budgets: Budgets, # The budgets

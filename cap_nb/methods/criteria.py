@@ -58,7 +58,7 @@ CRITERIA: dict[str, Criterion] = {criterion.name: criterion for criterion in (
 # %% ../../nbs/methods/01_criteria.ipynb #c013
 from collections.abc import Callable, Sequence
 from ..core.additions import add, check_new_name, check_takes, in_a_sentence
-from ..core.errors import BadInput, check_choice
+from ..core.errors import BadInput, arguments_answered, check_choice
 from ..threshold import pattern_of
 
 # %% ../../nbs/methods/01_criteria.ipynb #c015
@@ -67,6 +67,7 @@ NEEDS = ("norm", "factor", *DERIVATIVES, "hessian") # Measured for a criterion; 
 OTHER_NAMES = ("dense", "heads", "sparsegpt", "alps", "all", "none") # Mean something else among the names of methods
 
 # %% ../../nbs/methods/01_criteria.ipynb #c016
+@arguments_answered
 def add_criterion(
     name: str, # Letters, digits and underscores; not one of `CRITERIA` yet
     score: Callable[[Evidence], torch.Tensor], # Score of every weight of a projection, [out, in], not negative
@@ -180,6 +181,7 @@ from ..engine.layer_walk import layer_by_layer
 from .wanda import input_norms
 
 # %% ../../nbs/methods/01_criteria.ipynb #c026
+@arguments_answered
 def dense_norms(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     calibration: Calibration, # The calibration set

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ..core.additions import ADDED
-from ..core.errors import BadInput, check_choice
+from ..core.errors import BadInput, arguments_answered, check_choice
 from torch import nn
 from .allocation import ALLOCATIONS, Allocation
 from .budgets import BudgetSettings, measured_budgets
@@ -393,6 +393,7 @@ def prune_given(
     return replace(apply_method(model, parts, sparsity, given), method=method)
 
 # %% ../../nbs/methods/13_prune.ipynb #c044
+@arguments_answered
 def prune(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     method: str = "cap", # criterion[.attribution][@scope][+allocation][^recovery]

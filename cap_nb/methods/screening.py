@@ -184,7 +184,7 @@ def longer_prefixes(
 
 # %% ../../nbs/methods/17_screening.ipynb #c030
 from collections.abc import Callable
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered, check_at_least, check_confidence, check_seed
 
 # %% ../../nbs/methods/17_screening.ipynb #c031
 ROUNDS, FIRST = 4, 0.6 # Rounds after the first, and the first one's share of the budget
@@ -499,6 +499,7 @@ def screened_table(
     return PartialLosses(replace(losses, meta=losses.meta | {"screened": about}), known["slopes"])
 
 # %% ../../nbs/methods/17_screening.ipynb #c064
+@arguments_answered
 def screen_heads(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -511,6 +512,8 @@ def screen_heads(
 ) -> PartialLosses: # The table of losses, NaN where nothing was measured, and slopes for all
     "Mask heads where that tells most about factors and ranks, within a budget; resumes where a killed run stopped."
     first_counts(by_task(task_indices(tuple(e.task for e in calibration.examples))).sum(0), budget) # or refuse it now
+    check_seed(seed)
+    if heads_at_once is not None: check_at_least(heads_at_once, 1, "heads_at_once")
     fingerprint = model_fingerprint(model)
     key = losses_key(model, calibration, tokenizer_fingerprint, fingerprint)
     folder = None if store is None else Path(store)/f"{key}-screened-{batch_tokens}"
@@ -519,12 +522,14 @@ def screen_heads(
         return screened_table(screening, budget, seed, fingerprint)
 
 # %% ../../nbs/methods/17_screening.ipynb #c066
+@arguments_answered
 def screened_scores(
     partial: PartialLosses, # A table with gaps
     confidence: float = 0.95, # Of each head's interval
     reach: float = 2.0, # Stated: no residual is more than this many times as far from zero as the farthest seen
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Scores in nats, lower and upper bounds, float64 [L, H] each
     "Mean causal scores from a table with gaps, with intervals by betting that hold if the stated range does."
+    check_confidence(confidence)
     task = task_indices(partial.losses.task)
     place = places(task, partial.losses.meta["screened"]["seed"])
     low, high = guessed_bounds(partial.rise, partial.slopes, task, place, (1 - confidence) / 2, reach)

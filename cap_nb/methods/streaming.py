@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 # %% ../../nbs/methods/14_streaming.ipynb #c009
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered
 from ..core.files import SHARD_INDEX, StoredTensor, checkpoint_tensors, read_json, shard_files
 
 # %% ../../nbs/methods/14_streaming.ipynb #c014
@@ -254,6 +254,7 @@ def check_streamed(
                    "load the model and prune it in memory.")
 
 # %% ../../nbs/methods/14_streaming.ipynb #c034
+@arguments_answered
 def save_norms(
     norms: dict[str, torch.Tensor], # Module name -> norm of every input feature, [in]
     path: str | Path, # Final name of the file, as in norms.safetensors
@@ -262,6 +263,7 @@ def save_norms(
     "Save input norms (Sun et al. 2024) with a note on where they come from; equal norms give equal bytes."
     write_tensors(Path(path), {name: norm.float().cpu() for name, norm in norms.items()}, {"norms": meta or {}})
 
+@arguments_answered
 def load_norms(
     path: str | Path, # A file that `save_norms` wrote
 ) -> tuple[dict[str, torch.Tensor], dict]: # The norms, and the note
@@ -780,6 +782,7 @@ def write_pruned(
     return zeros, threshold if scope == "model" else None
 
 # %% ../../nbs/methods/14_streaming.ipynb #c083
+@arguments_answered
 @torch.no_grad()
 def prune_checkpoint(
     src: str | Path, # A folder saved by transformers, as safetensors; not changed
@@ -814,6 +817,7 @@ def add_bytes(
             digest.update(file.read(min(COPIED, stored.end - position)))
 
 # %% ../../nbs/methods/14_streaming.ipynb #c097
+@arguments_answered
 def checkpoint_fingerprint(
     folder: str | Path, # A folder saved by transformers, as safetensors
 ) -> str: # 64 hexadecimal digits

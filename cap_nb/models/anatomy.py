@@ -71,7 +71,7 @@ def key_value_head_of(
 
 # %% ../../nbs/models/01_anatomy.ipynb #c025
 from torch import nn
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered, check_index
 from .families import Experts
 
 # %% ../../nbs/models/01_anatomy.ipynb #c026
@@ -285,6 +285,7 @@ def configuration(
                    "load one with load_model.")
 
 # %% ../../nbs/models/01_anatomy.ipynb #c046
+@arguments_answered
 def projections(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[Projection, ...]: # Every projection, by layer, then by role, then by expert
@@ -345,12 +346,14 @@ def checkpoint_names(
 from operator import attrgetter
 
 # %% ../../nbs/models/01_anatomy.ipynb #c073
+@arguments_answered
 def output_projection(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of a decoder layer, from 0
 ) -> nn.Module: # Its output projection, weight [hidden, H*d]
     "The output projection of a layer: heads are masked at its input (paper section 3.2)."
-    return decoder_layers(model)[layer].get_submodule(family_of(model.config).roles["output"])
+    layers = decoder_layers(model)
+    return layers[check_index(layer, len(layers), "layer")].get_submodule(family_of(model.config).roles["output"])
 
 # %% ../../nbs/models/01_anatomy.ipynb #c074
 def decoder_of(
@@ -469,6 +472,7 @@ def check_nothing_left_out(
                            "expected none; merge adapters into the model, or describe its family anew.")
 
 # %% ../../nbs/models/01_anatomy.ipynb #c087
+@arguments_answered
 def anatomy(
     model: nn.Module, # A causal language model of a known family
 ) -> Anatomy: # Its dimensions, checked against the shapes of its weights

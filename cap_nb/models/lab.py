@@ -290,7 +290,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from tqdm.auto import tqdm
-from ..core.files import read_checked, read_json, read_tensors, write_checked, write_json, write_tensors
+from ..core.files import (
+    check_inside, read_checked, read_json, read_tensors, taken_as, write_checked, write_json, write_tensors)
 
 # %% ../../nbs/models/06_lab.ipynb #c050
 def save_state(work: Path, model: nn.Module, both: Sequence, log: dict) -> None:
@@ -307,18 +308,18 @@ def save_state(work: Path, model: nn.Module, both: Sequence, log: dict) -> None:
 
 # %% ../../nbs/models/06_lab.ipynb #c051
 def load_state(work: Path, model: nn.Module, both: Sequence) -> dict:
-    "Put a saved state back into model and optimisers, and return its log."
+    "Put a saved state back into model and optimisers, and return its log; a foreign one raises `BadInput`."
     log = read_checked(work / "state.json")
-    tensors, _ = read_tensors(work / log["tensors"])
-    with torch.no_grad():
+    with taken_as(work / "state.json", "the state of a training"), torch.no_grad():
+        tensors, _ = read_tensors(work / check_inside(log["tensors"], work / "state.json"))
         for name, parameter in model.named_parameters(): parameter.copy_(tensors[f"model.{name}"])
-    for i, optimizer in enumerate(both):
-        state = {}
-        for name, value in tensors.items():
-            if not name.startswith(f"optimizer.{i}."): continue
-            _, _, key, slot = name.split(".", 3)
-            state.setdefault(int(key), {})[slot] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        for i, optimizer in enumerate(both):
+            state = {}
+            for name, value in tensors.items():
+                if not name.startswith(f"optimizer.{i}."): continue
+                _, _, key, slot = name.split(".", 3)
+                state.setdefault(int(key), {})[slot] = value
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return log
 
 # %% ../../nbs/models/06_lab.ipynb #c057

@@ -276,7 +276,7 @@ def four_choice_question(
 TASKS = ("gsm8k", "strategyqa", "arc")
 
 # %% ../../nbs/models/05_lab_world.ipynb #c054
-from ..core.errors import check_choice
+from ..core.errors import arguments_answered, check_choice
 
 # %% ../../nbs/models/05_lab_world.ipynb #c055
 def lab_prompt(
@@ -341,6 +341,7 @@ def lab_stream(
 MOST = 5_000 # There are only so many different questions about 120 people
 
 # %% ../../nbs/models/05_lab_world.ipynb #c066
+@arguments_answered
 def lab_records(
     task: str, # "gsm8k", "strategyqa" or "arc"
     split: str, # "train", "calibration" or "evaluation"
@@ -370,6 +371,7 @@ def passage(
     return sentences
 
 # %% ../../nbs/models/05_lab_world.ipynb #c074
+@arguments_answered
 def lab_text(
     split: str, # "train", "calibration" or "evaluation"
     n_sentences: int = 8_000, # At least so many sentences, whole passages

@@ -10,7 +10,7 @@ import logging
 import time
 from functools import lru_cache
 import torch
-from ..core.errors import BadInput, check_choice
+from ..core.errors import BadInput, arguments_answered, check_choice
 
 # %% ../../nbs/models/08_loading.ipynb #c005
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ def check_all_here(
                    "inside, to prune them; score with 'cap score --device auto' and prune with 'cap prune --stream'.")
 
 # %% ../../nbs/models/08_loading.ipynb #c012
+@arguments_answered
 def model_fingerprint(
     model: nn.Module, # A causal language model
 ) -> str: # 64 hexadecimal digits
@@ -126,9 +127,10 @@ from pathlib import Path
 from ..core.files import checkpoint_tensors, shard_files, whole_folder
 
 # %% ../../nbs/models/08_loading.ipynb #c023
+@arguments_answered
 def save_model(
     model: nn.Module, # The model
-    tokenizer: object, # Its tokenizer; None saves the model alone
+    tokenizer: object | None, # Its tokenizer; None saves the model alone
     folder: str | Path, # New folder
 ) -> None:
     "Save model and tokenizer as safetensors in shards of at most 4 GB (paper section 3.4), whole or not at all."
@@ -420,6 +422,7 @@ def check_gguf_tokenizer(
 from ..core.files import write_json
 
 # %% ../../nbs/models/08_loading.ipynb #c064
+@arguments_answered
 def fetch_smollm2(
     folder: str | Path | None = None, # New folder for the converted model; None means `model_cache()/smollm2`
 ) -> Path: # The folder
@@ -480,6 +483,7 @@ from .lab import lab_model
 from .lab_experts import EXPERTS_CHECKPOINT
 
 # %% ../../nbs/models/08_loading.ipynb #c071
+@arguments_answered
 @without_bars()
 def load_model(
     name: str | Path, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name[@commit])

@@ -9,7 +9,7 @@ __all__ = ['held_zeros', 'HeldZeros', 'recover']
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered
 from ..models.anatomy import projections
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c010
@@ -114,22 +114,22 @@ class HeldZeros(TrainerCallback):
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c037
 from ..core.errors import check_at_least, check_seed
-from ..jobs.settings import FineTuning
+from ..jobs.settings import MOST, FineTuning
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c039
 def check_settings(
     settings: FineTuning, # How a model is to be trained
 ) -> None:
     "Raise `BadInput` for the first setting that cannot be."
-    for name in ("steps", "examples", "batch_tokens"): check_at_least(getattr(settings, name), 1, name)
-    if settings.rank is not None: check_at_least(settings.rank, 1, "rank")
+    for name in ("steps", "examples", "batch_tokens"): check_at_least(getattr(settings, name), 1, name, MOST)
+    if settings.rank is not None: check_at_least(settings.rank, 1, "rank", MOST)
     check_seed(settings.seed)
-    for name, most in (("lr", None), ("weight_decay", None), ("warmup", 1)):
+    for name, most in (("lr", 1e38), ("weight_decay", 1e38), ("warmup", 1)): # the largest that float32 takes
         value = getattr(settings, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
-        if not number or most is not None and value > most:
-            limit = "a share from 0 to 1" if most else "a number of at least 0"
-            raise BadInput(f"{name} is {value!r}: expected {limit}; give another.")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and 0 <= value <= most: continue
+        limit = "a share from 0 to 1" if most == 1 else f"a number from 0 to {most:g}"
+        raise BadInput(f"{name} is {value!r}: expected {limit}; give another.")
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c042
 import random
@@ -265,7 +265,7 @@ def trained_by_rank(
 from dataclasses import asdict
 from pathlib import Path
 from ..calibration import Calibration
-from ..core.files import read_tensors, write_tensors
+from ..core.files import read_tensors, taken_as, write_tensors
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c062
 STATE = "training.safetensors" # Name of the file of the state
@@ -314,7 +314,7 @@ def read_training(
     if differ:
         raise BadInput(f"{path} belongs to another training ({', '.join(differ)}): expected the same settings, model "
                        "and examples; choose another folder or remove it.")
-    return tensors, known["losses"]
+    with taken_as(path, "the state of a training"): return tensors, known["losses"]
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c065
 @torch.no_grad()
@@ -412,6 +412,7 @@ def way_of_training(
     return trained_in_full(model) if settings.rank is None else trained_by_rank(model, settings.rank, settings.seed)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c074
+@arguments_answered
 def recover(
     model: nn.Module, # A pruned causal language model of a known family; changed in place
     calibration: Calibration, # The examples that it is trained on

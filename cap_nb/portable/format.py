@@ -418,7 +418,7 @@ def check_files(
     if len(names) < len(manifest.files) or names & above or not fitting or manifest.kind not in KINDS:
         raise ValueError("the names do not fit together")
     sizes = [size for entry in manifest.files for size in (entry.bytes, entry.stored_bytes)]
-    if not all(type(size) is int for size in sizes): raise ValueError("a size is no number")
+    if not sizes or not all(type(size) is int and size >= 0 for size in sizes): raise ValueError("a size is no number")
     wanted = {"name", "sha256"} if manifest.kind == "delta" else set()
     if set(manifest.base or ()) != wanted: raise ValueError("a delta has a base, and nothing else has one")
 

@@ -107,7 +107,7 @@ def pruning_record(
 
 # %% ../../nbs/portable/04_sharing.ipynb #c021
 from torch import nn
-from ..core.errors import BadInput
+from ..core.errors import BadInput, arguments_answered
 from ..core.files import read_json, whole_file
 
 # %% ../../nbs/portable/04_sharing.ipynb #c022
@@ -371,6 +371,7 @@ def layers_section(
 from .format import MANIFEST
 
 # %% ../../nbs/portable/04_sharing.ipynb #c066
+@arguments_answered
 def model_card(
     folder: str | Path, # Folder of a pruned checkpoint, which says how it was pruned
     run: str | Path | None = None, # Folder of a finished run on the same base, for the table; None leaves it out
@@ -510,6 +511,7 @@ def commit_message(
     return f"{record['base']['name']}, {record['method']}, {share} {done} (cap_nb {record['version']})"
 
 # %% ../../nbs/portable/04_sharing.ipynb #c086
+@arguments_answered
 def publish(
     folder: str | Path, # A pruned folder with its card; packed or not
     repository: str, # owner/name on the hub; made if it is not there

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.errors import BadInput, check_choice
+from ..core.errors import BadInput, arguments_answered, check_choice
 
 # %% ../../nbs/portable/05_speed.ipynb #c012
 Product = Callable[[torch.Tensor], torch.Tensor] # From inputs [rows, in] to outputs [rows, out]
@@ -248,7 +248,7 @@ import copy
 import inspect
 import time
 from ..engine.decoding import inference
-from ..jobs.settings import SpeedSettings
+from ..jobs.settings import MOST, SpeedSettings
 
 # %% ../../nbs/portable/05_speed.ipynb #c036
 @dataclass(frozen=True)
@@ -368,9 +368,9 @@ def check_speed_settings(
     settings: SpeedSettings, # What is measured
 ) -> None:
     "Raise `BadInput` for settings that cannot be measured."
-    for name in ("prompt", "steps", "rounds"): check_at_least(getattr(settings, name), 1, name)
+    for name in ("prompt", "steps", "rounds"): check_at_least(getattr(settings, name), 1, name, MOST)
     check_at_least(len(settings.batches), 1, "The number of batch sizes")
-    for batch in settings.batches: check_at_least(batch, 1, "batches")
+    for batch in settings.batches: check_at_least(batch, 1, "batches", MOST)
     for name in settings.backends: check_choice(name, BACKENDS, "backend")
 
 def check_same_sizes(
@@ -404,6 +404,7 @@ def sides_of(
     return sides, {name: what for name, what in lacking.items() if what}
 
 # %% ../../nbs/portable/05_speed.ipynb #c050
+@arguments_answered
 def bench_folder(
     folder: str | Path, # A pruned folder, or a model by name
     against: str | Path | None = None, # The model that was pruned; None: the folder with its zeros filled
