@@ -175,7 +175,7 @@ def prompt_tokens(
     return example.input_ids[:next(index for index, label in enumerate(example.labels) if label != IGNORED)]
 
 # %% ../nbs/05_evaluation.ipynb #c040
-from .data.prompts import encode_problem, encode_problems
+from .data.prompts import encode_problems
 
 # %% ../nbs/05_evaluation.ipynb #c044
 from collections.abc import Sequence

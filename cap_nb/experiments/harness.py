@@ -54,7 +54,7 @@ from collections.abc import Sequence
 from ..calibration import default_style
 from ..core.files import whole_file
 from ..data.problems import Problem, task_family
-from ..data.prompts import encode_problem, encode_problems
+from ..data.prompts import encode_problems
 from ..evaluation import normal_answer, one_task, token_limit
 
 # %% ../../nbs/experiments/04_harness.ipynb #c024
