@@ -16,7 +16,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 import typer
-from .core.errors import BadInput, check_at_least, check_choice, check_seed, check_sparsity
+from .core.errors import (
+    BadInput, check_at_least, check_choice, check_seed, check_sparsity, lacks_memory)
 from .core.stopping import STOPPED, signals_answered, stop
 
 # %% ../nbs/command_line.ipynb #c005
@@ -63,13 +64,6 @@ def drop_output() -> None:
 # %% ../nbs/command_line.ipynb #6d5e8c34
 NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens or the number "
              "that was raised, and see 'cap plan'.")
-
-def lacks_memory(
-    error: Exception, # Any error
-) -> bool: # Whether memory ran out
-    "Whether an error says that there was no memory left."
-    said = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in said)
 
 # %% ../nbs/command_line.ipynb #c008
 def in_one_sentence(

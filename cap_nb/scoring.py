@@ -231,7 +231,7 @@ def split_half_reliability(
     seed: int = 0, # Seed of the splits
 ) -> list[float]: # Rank correlation of the two halves, for each split
     "Rank correlation between mean scores of random halves of the calibration set."
-    check_at_least(splits, 1, "splits", 10**6)
+    check_at_least(splits, 1, "splits", 10**6), check_at_least(len(losses.intact), 2, "The number of examples to split")
     rng, rise, correlations = torch.Generator().manual_seed(seed), losses.masked - losses.intact, []
     half = len(losses.intact) // 2
     for _ in range(splits):

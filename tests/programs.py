@@ -19,29 +19,40 @@ from cap_nb.core.stopping import main
 from cap_nb.data.problems import LAB_TASKS, load_problems
 
 
-def alone(work, out, err):
+def alone(work, out, err, folder=None):
     """The whole life of a forked process: do some work, write what it says to two open files, and end with its exit code."""
     code = 99
     try:
         for number, channel in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out), (2, err)):
             os.dup2(channel, number)
         sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False)
+        os.chdir(folder or ".")
         logging.root.handlers.clear()  # pytest's own
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a suite in the background may have inherited an ignored Ctrl-C
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         torch.set_num_threads(1)
-        code = work() or 0
+        code = work()
     except SystemExit as left:
-        code = left.code or 0
+        code = left.code
     except BaseException:
         traceback.print_exc()
     finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except OSError:
-            code = 120  # as the interpreter does at its end
-        os._exit(code)
+        ended_with(code)
+
+
+def ended_with(code):
+    """Leave as the interpreter does at its end; whatever happens, this process does not go on."""
+    try:
+        if code is not None and not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    except OSError:
+        os._exit(120)
+    finally:
+        os._exit(99)
 
 
 def cap(*words):
@@ -66,8 +77,7 @@ class Program:
         self.returncode, self.said, self.complained = None, tempfile.TemporaryFile(), tempfile.TemporaryFile()
         self.pid = os.fork()
         if not self.pid:
-            os.chdir(folder or ".")
-            alone(work, self.said.fileno(), self.complained.fileno())
+            alone(work, self.said.fileno(), self.complained.fileno(), folder)
 
     def poll(self):
         """The exit code (a signal negative), or None while it is at work."""

@@ -449,12 +449,13 @@ def test_whatever_is_read_gives_a_value_or_one_sentence(reader):
         found = searched(read, Path(folder) / name, contents, MANY or 25)
     assert memory() - before < 1 << 30
     if MANY:
-        fuzz_noted(reader, inputs=found.total(), **found)
+        fuzz_noted(reader, inputs=found.total(), read=found["read"], refused=found["refused"])
 
 
 @pytest.mark.skipif(not MANY or not importlib.util.find_spec("atheris"), reason="make soak, where atheris can be installed")
 @pytest.mark.parametrize("reader", READERS)
 def test_whatever_reaches_new_lines_gives_a_value_or_one_sentence(reader):
-    done = subprocess.run([sys.executable, ROOT / "tests" / "coverage_fuzz.py", reader, f"{MANY}"], capture_output=True, text=True, cwd=ROOT)
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+        done = subprocess.run([sys.executable, ROOT / "tests" / "coverage_fuzz.py", reader, f"{MANY}", folder], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     fuzz_noted(reader, **{"coverage-guided inputs": MANY})

@@ -138,11 +138,12 @@ def is_worker(pid, out):
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, undisturbed):
     out = tmp_path/"S.safetensors"
 
-    def little_room():
+    def with_little_room():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # units are smaller, the table is not
+        return cap(*SMALL, "--out", out)()
 
-    done = finished(lambda: (little_room(), cap(*SMALL, "--out", out)()))
+    done = finished(with_little_room)
     assert done.returncode == 2 and "There was no room to write" in done.stderr and "Traceback" not in done.stderr
     assert not out.exists() and len(units(out)) > 0
     assert finished(cap(*SMALL, "--out", out)).returncode == 0

@@ -2,13 +2,14 @@
 
     python tools/recovery.py CASE WORK [DATA]    # a name of CASES; DATA: folder of benchmark files, for SmolLM2
 
-Every training with one learning rate is a file in WORK and is not measured twice. The end is a case of
-figures/recovery/MODEL.json, written anew after every method. Where several rates are tried, the best one is taken for
-each method, by validation problems. A first run of the lab at 50 % took for all methods the rate that was best for
-magnitude, and its held-out problems were looked at; so these are others. Low-rank changes have ten times magnitude's
-rate, untried. CAP_NB_NOTE says what else was running.
+Every training with one learning rate is a file in a folder of WORK, one a case, and is not measured twice. The end is
+a case of figures/recovery/MODEL.json, written anew after every method. Where several rates are tried, the best one is
+taken for each method, by validation problems. A first run of the lab at 50 % took for all methods the rate that was
+best for magnitude, and its held-out problems were looked at; so these are others. Low-rank changes have ten times
+magnitude's rate, untried. CAP_NB_NOTE says what else was running.
 """
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -204,6 +205,7 @@ def write_case(name: str, model: str, content: dict) -> None:
 
 def main(name: str, work: Path, data: str | None = None) -> None:
     "Measure what is not there yet, row after row, and write the case anew after each."
+    work = work / re.sub(r"\W+", "-", name).strip("-")
     work.mkdir(parents=True, exist_ok=True)
     bench, rows, tried = Bench(name, work, data), {}, {}
     case, content = bench.case, about(bench) | ({"stages": STAGES} if "iterative" in CASES[name].beside else {})

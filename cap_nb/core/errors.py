@@ -31,6 +31,7 @@ def check_choice(
 
 # %% ../../nbs/core/00_errors.ipynb #c013
 import math
+import numbers
 
 # %% ../../nbs/core/00_errors.ipynb #c014
 def check_sparsity(
@@ -49,8 +50,8 @@ def check_at_least(
     most: int = 2 ** 63 - 1, # The largest
 ) -> int: # The same count
     "Return `value` if it is a whole number from `least` to `most`; otherwise raise `BadInput`."
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and least <= value <= most: return value
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if whole and least <= value <= most: return int(value)
     if whole and value > most:
         raise BadInput(f"{what} is {value}: expected a whole number of at most {most:,}; give a smaller one.")
     raise BadInput(f"{what} is {value!r}: expected a whole number of at least {least}; give a larger one.")
@@ -61,7 +62,8 @@ def check_seed(
     what: str = "seed", # What it is called, as in "--seed"
 ) -> int: # The same seed
     "Return `seed` if it is a whole number of at most 63 bits, which every generator takes; otherwise raise `BadInput`."
-    if isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2 ** 63: return seed
+    whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    if whole and 0 <= seed < 2 ** 63: return int(seed)
     raise BadInput(f"{what} is {seed!r}: expected a whole number from 0 to 2^63 - 1; give a smaller one.")
 
 # %% ../../nbs/core/00_errors.ipynb #fdb16415
@@ -78,7 +80,6 @@ def check_index(
     raise BadInput(f"{what} is {index!r}: expected a whole number from 0 to {count - 1}; choose one of them.")
 
 # %% ../../nbs/core/00_errors.ipynb #ddcc7c79
-import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import UnionType
 from typing import Union, get_args, get_origin
@@ -159,7 +160,8 @@ def check_text(text: str, what: str) -> None:
 # %% ../../nbs/core/00_errors.ipynb #03d93d1e
 COUNTS = ("batch_size", "batch_tokens", "batch_windows", "bins", "draws", "heads_at_once", "k", "max_new_tokens", "n",
           "resamples", "save_every", "splits", "steps", "windows") # Names of what is counted from 1
-RANGES = {"seed": check_seed, "tokenizer": check_tokenizer, "model": check_model}
+RANGES = {"tokenizer": check_tokenizer, "model": check_model,
+          "seed": lambda value, what: isinstance(value, str) or check_seed(value, what)} # a text where one is asked for
 RANGES |= dict.fromkeys(("scores", "factors", "neuron_scores", "head_scores"), check_table)
 RANGES |= dict.fromkeys(COUNTS, lambda value, what: check_at_least(value, 1, what)) # Name -> what checks its value
 
@@ -184,28 +186,48 @@ def check_argument(
 
 # %% ../../nbs/core/00_errors.ipynb #99b476aa
 from contextvars import ContextVar
+from typing import TypeVar
+
+# %% ../../nbs/core/00_errors.ipynb #eb6b9f40
+def lacks_memory(
+    error: Exception, # Any error
+) -> bool: # Whether memory ran out
+    "Whether an error says that there was no memory left."
+    said = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in said)
+
+def wrong_argument(
+    signature: inspect.Signature, # Of a public function
+    name: str, # Its name
+    given: tuple, # What it was given by place
+    named: dict, # What it was given by name
+) -> BadInput | None: # A sentence on the first argument that is wrong; None if none is
+    "Look through the arguments of a call that failed; one that Python itself refuses raises `TypeError`."
+    for argument, value in signature.bind(*given, **named).arguments.items():
+        try: check_argument(value, signature.parameters[argument].annotation, f"{argument} of {name}()")
+        except BadInput as said: return said
+    return None
 
 # %% ../../nbs/core/00_errors.ipynb #0d0b5df5
 INSIDE = ContextVar("inside", default=False) # Whether a public function is at work already
+F = TypeVar("F", bound=Callable)
 
 def arguments_answered(
-    function: Callable, # A public function, annotated
-) -> Callable: # The same
-    "Turn an error that an argument explains into `BadInput`; every other error passes."
+    function: F, # A public function, annotated
+) -> F: # The same
+    "Turn an error that an argument explains into `BadInput`; every other error passes, the machine's own among them."
     signature = inspect.signature(function)
     @functools.wraps(function)
     def wrapped(*given, **named):
         outermost = INSIDE.set(True) if not INSIDE.get() else None
         try: return function(*given, **named)
-        except BadInput: raise
+        except (BadInput, OSError): raise
         except Exception as error:
-            if outermost is None: raise
-            try: arguments = signature.bind(*given, **named).arguments
-            except TypeError: raise error from None # Python's own sentence: one is missing, or unknown
-            for name, value in arguments.items():
-                try: check_argument(value, signature.parameters[name].annotation, f"{name} of {function.__name__}()")
-                except BadInput as said: raise said from error
-            raise
+            if outermost is None or lacks_memory(error): raise
+            try: said = wrong_argument(signature, function.__name__, given, named)
+            except Exception: said = None # looking at an argument may fail too; the first error is the one to show
+            if said is None: raise
+            raise said from error
         finally:
             if outermost is not None: INSIDE.reset(outermost)
     return wrapped

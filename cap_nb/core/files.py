@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from .errors import BadInput
+from .errors import BadInput, lacks_memory
 
 # %% ../../nbs/core/01_files.ipynb #c005
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # Disk full, quota used up, file size limit reached
@@ -104,7 +104,7 @@ def whole_file(
 ) -> Iterator[Path]: # Temporary path to write to, in the same folder
     "Write to the temporary path; the file takes its final name only if the block ends without an error."
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_symlink():
+    if path.exists() and not path.is_file():
         raise BadInput(f"{path} is a folder or a device: expected a file, or a new name; give another.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -390,6 +390,7 @@ def taken_as(
     try: yield
     except BadInput: raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if lacks_memory(error): raise
         said = f"{type(error).__name__}: {str(error)[:200]}"
         raise BadInput(f"{path} is not {what} ({said}): expected one that cap_nb wrote; remove it, or give "
                        "another.") from error
