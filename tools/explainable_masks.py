@@ -3,7 +3,7 @@
     python tools/explainable_masks.py lab
     CAP_NB_DATA=FOLDER python tools/explainable_masks.py smollm2
 
-About five minutes on one core for the lab, a quarter of an hour or more for SmolLM2. Writes
+About five minutes on one core for the lab, a quarter of an hour for SmolLM2. Writes
 figures/explainable_masks/NAME.json, which nbs/methods/19_explainable_masks reads; CAP_NB_NOTE says what else was
 running. Held-out problems are those on which the run of all methods of the same model is judged.
 """
