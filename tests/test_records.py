@@ -126,7 +126,7 @@ def test_figures_are_few_and_small():
                             capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(listed) <= 240, f"{len(listed)} files"  # 201 before what recovery, rounding and speed recorded
     size = sum((ROOT / name).stat().st_size for name in listed)
-    assert size <= 15e6, f"{size:,} bytes"
+    assert size <= 15.5e6, f"{size:,} bytes"  # 14.9 million before attributions on SmolLM2 and more wrong uses were recorded
     assert [name for name in listed if name.endswith(".svg")] == ["figures/framework.svg"]
 
 
