@@ -72,9 +72,10 @@ def problems_drawn():
 class Program:
     """Work in a forked process, with the methods that a process of `subprocess` has."""
 
-    def __init__(self, work, folder=None):
+    def __init__(self, work, folder=None, together=False):
         problems_drawn()
-        self.returncode, self.said, self.complained = None, tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.returncode, self.said = None, tempfile.TemporaryFile()
+        self.complained = self.said if together else tempfile.TemporaryFile()
         self.pid = os.fork()
         if not self.pid:
             alone(work, self.said.fileno(), self.complained.fileno(), folder)
@@ -101,12 +102,12 @@ class Program:
         return self.returncode
 
     def communicate(self, timeout=300):
-        """What it said on both channels, once it has ended."""
+        """What it said on both channels, once it has ended; if they go together, both times all of it."""
         self.wait(timeout)
-        with self.said, self.complained:
-            self.said.seek(0)
-            self.complained.seek(0)
-            return self.said.read().decode(), self.complained.read().decode()
+        self.said.seek(0)
+        said = self.said.read().decode()
+        self.complained.seek(0)
+        return said, self.complained.read().decode()
 
 
 def finished(work, folder=None, timeout=300):

@@ -33,13 +33,20 @@ def check_choice(
 import math
 import numbers
 
+# %% ../../nbs/core/00_errors.ipynb #3d90ed30
+def is_number(
+    value: object, # What was given
+    kind: type = numbers.Real, # Of which kind; `numbers.Integral` is whole
+) -> bool: # Whether it is one; `True` is none
+    "Whether a value is a number, numpy's included."
+    return isinstance(value, kind) and not isinstance(value, bool)
+
 # %% ../../nbs/core/00_errors.ipynb #c014
 def check_sparsity(
     sparsity: float, # Share of zeros among the weights in scope, in [0, 1)
 ) -> float: # The same share
     "Return `sparsity` if it lies in [0, 1); otherwise raise `BadInput`."
-    number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
-    if number and math.isfinite(sparsity) and 0 <= sparsity < 1: return float(sparsity)
+    if is_number(sparsity) and math.isfinite(sparsity) and 0 <= sparsity < 1: return float(sparsity)
     raise BadInput(f"Sparsity {sparsity!r} is outside [0, 1): expected a share of weights; write 0.2 for 20 %.")
 
 # %% ../../nbs/core/00_errors.ipynb #c018
@@ -50,7 +57,7 @@ def check_at_least(
     most: int = 2 ** 63 - 1, # The largest
 ) -> int: # The same count
     "Return `value` if it is a whole number from `least` to `most`; otherwise raise `BadInput`."
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    whole = is_number(value, numbers.Integral)
     if whole and least <= value <= most: return int(value)
     if whole and value > most:
         raise BadInput(f"{what} is {value}: expected a whole number of at most {most:,}; give a smaller one.")
@@ -62,8 +69,7 @@ def check_seed(
     what: str = "seed", # What it is called, as in "--seed"
 ) -> int: # The same seed
     "Return `seed` if it is a whole number of at most 63 bits, which every generator takes; otherwise raise `BadInput`."
-    whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
-    if whole and 0 <= seed < 2 ** 63: return int(seed)
+    if is_number(seed, numbers.Integral) and 0 <= seed < 2 ** 63: return int(seed)
     raise BadInput(f"{what} is {seed!r}: expected a whole number from 0 to 2^63 - 1; give a smaller one.")
 
 # %% ../../nbs/core/00_errors.ipynb #fdb16415
@@ -95,7 +101,7 @@ def fits(
     "Whether a value is what an annotation says; a text is no list, and `True` no number."
     origin, parts = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, UnionType): return any(fits(value, part) for part in parts)
-    if origin in NUMBERS: return isinstance(value, NUMBERS[origin]) and not isinstance(value, bool)
+    if origin in NUMBERS: return is_number(value, NUMBERS[origin])
     if origin in SEVERAL:
         if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)): return False
         items = tuple(value) if parts and isinstance(value, (list, tuple, set, frozenset)) else ()
@@ -170,6 +176,7 @@ def check_argument(
     value: object, # What was given
     kind: object, # What was asked for, as an annotation says it
     what: str, # Where it was given, as in "n of accuracy()"
+    name: str = "", # A name that has the same range everywhere; without it, no range is checked
 ) -> None:
     "Raise `BadInput` for a value of another kind, without numbers, or out of the range that its name has everywhere."
     if not fits(value, kind):
@@ -181,8 +188,7 @@ def check_argument(
         raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
     if isinstance(value, (str, os.PathLike)): check_text(os.fspath(value), what)
     if isinstance(value, (str, os.PathLike)) and kind is not object and fits(Path(), kind): check_path(value, what)
-    check = RANGES.get(what.partition(" of ")[0]) if what.endswith("()") else None
-    if check and (value is not None or kind is object): check(value, what)
+    if name in RANGES and (value is not None or kind is object): RANGES[name](value, what)
 
 # %% ../../nbs/core/00_errors.ipynb #99b476aa
 from contextvars import ContextVar
@@ -204,7 +210,8 @@ def wrong_argument(
 ) -> BadInput | None: # A sentence on the first argument that is wrong; None if none is
     "Look through the arguments of a call that failed; one that Python itself refuses raises `TypeError`."
     for argument, value in signature.bind(*given, **named).arguments.items():
-        try: check_argument(value, signature.parameters[argument].annotation, f"{argument} of {name}()")
+        kind = signature.parameters[argument].annotation
+        try: check_argument(value, kind, f"{argument} of {name}()", argument)
         except BadInput as said: return said
     return None
 

@@ -11,7 +11,7 @@ from .sparsegpt import damped_hessian
 
 # %% ../../nbs/methods/05_update.ipynb #c011
 from dataclasses import dataclass
-from ..core.errors import BadInput
+from ..core.errors import BadInput, is_number
 
 # %% ../../nbs/methods/05_update.ipynb #c012
 @dataclass(frozen=True)
@@ -207,17 +207,13 @@ def updated_weight(
     else: new = cholesky_on_support(layer, mask)
     return restored(weight, layer, new, mask)
 
-# %% ../../nbs/methods/05_update.ipynb #c055
-import math
-
 # %% ../../nbs/methods/05_update.ipynb #c056
 def shrunk_hessian(
     hessian: torch.Tensor, # Sum over tokens of the products of input features, [in, in]; not changed
     share: float, # a, what is taken from everything beside the diagonal, in [0, 1]
 ) -> torch.Tensor: # (1 - a) G + a diag(G), same dtype [in, in]
     "Shrink a Hessian towards its diagonal; a share outside [0, 1] raises `BadInput`."
-    number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if not (number and math.isfinite(share) and 0 <= share <= 1):
+    if not (is_number(share) and 0 <= share <= 1): # NaN is not
         raise BadInput(f"share is {share!r}: expected how much to shrink, from 0 (not at all) to 1 (to the diagonal); "
                        f"0.03 is a cautious one.")
     shrunk = hessian.detach() * (1 - share)

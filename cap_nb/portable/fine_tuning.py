@@ -13,7 +13,7 @@ from ..core.errors import BadInput, arguments_answered
 from ..models.anatomy import projections
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c010
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64} # Bytes a number -> integers of that width
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64} # Bytes a number -> integers of that width
 
 @torch.no_grad()
 def zero_where(
@@ -113,7 +113,7 @@ class HeldZeros(TrainerCallback):
         self.stack.close()
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c037
-from ..core.errors import check_at_least, check_seed
+from ..core.errors import check_at_least, check_seed, is_number
 from ..jobs.settings import MOST, FineTuning
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c039
@@ -126,8 +126,7 @@ def check_settings(
     check_seed(settings.seed)
     for name, most in (("lr", 1e38), ("weight_decay", 1e38), ("warmup", 1)): # the largest that float32 takes
         value = getattr(settings, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and 0 <= value <= most: continue
+        if is_number(value) and 0 <= value <= most: continue
         limit = "a share from 0 to 1" if most == 1 else f"a number from 0 to {most:g}"
         raise BadInput(f"{name} is {value!r}: expected {limit}; give another.")
 

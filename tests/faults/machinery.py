@@ -5,12 +5,10 @@ a change: an audit hook counts the changes below the run's folder, and acts befo
 """
 import functools
 import json
-import logging
 import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from cap_nb.core.files import read_checked
 from cap_nb.jobs import job as jobs
 from cap_nb.jobs.job import prepare, run_job
 from cap_nb.jobs.settings import Job, changed
-from programs import alone, cap
+from programs import Program, cap
 
 FUZZ = int(os.environ.get("CAP_NB_FUZZ", 0))
 SOAK = FUZZ > 0  # `make soak` tries all there is; `make test` a few
@@ -71,31 +69,19 @@ def watched(folder, act):
 
 
 def started(work):
-    """Begin some work in a process of its own: its number, and where it says what."""
-    said = tempfile.TemporaryFile()
-    process = os.fork()
-    if not process:
-        alone(with_what_is_ready(work), said.fileno(), said.fileno())
-    return process, said
+    """Begin some work in a process of its own, both channels in one."""
+    return Program(with_what_is_ready(work), together=True)
 
 
-def ended(process, said, limit=120):
+def ended(process, limit=120):
     """Wait for a process: its exit code (a signal negative), and what it said on both channels."""
-    last = time.monotonic() + limit
-    while (found := os.waitpid(process, os.WNOHANG))[0] == 0:
-        time.sleep(0.005)
-        if time.monotonic() > last:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            raise AssertionError(f"still at work after {limit} s")
-    with said:
-        said.seek(0)
-        return os.waitstatus_to_exitcode(found[1]), said.read().decode()
+    said, _ = process.communicate(limit)
+    return process.returncode, said
 
 
 def in_child(work, limit=120):
     """Do some work in a process of its own; its exit code and what it said."""
-    return ended(*started(work), limit)
+    return ended(started(work), limit)
 
 
 def with_what_is_ready(work):

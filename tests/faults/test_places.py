@@ -151,12 +151,12 @@ def test_locks_numbers_and_clocks(whole, tmp_path, monkeypatch):
     number, as in a container it has every time. Files from the year 2040 and a clock that runs backwards from 1970 decide nothing."""
     folder = tmp_path / "run"
     first = started(running_in(folder, stands_still))
-    os.waitpid(first[0], os.WUNTRACED)
+    os.waitpid(first.pid, os.WUNTRACED)
     code, said = run_in(folder)
     assert code == 2, said
     one_sentence(said, f"Another process is at work in {folder}")
-    os.kill(first[0], signal.SIGKILL)
-    assert ended(*first)[0] == -signal.SIGKILL
+    first.send_signal(signal.SIGKILL)
+    assert ended(first)[0] == -signal.SIGKILL
     code, said = run_in(folder, signalled_before(r"rename reports/\.cap-0\.5.*"))
     assert code == -signal.SIGKILL, said
     back = iter(range(10 ** 6, 0, -1))
