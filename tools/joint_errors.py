@@ -1,4 +1,4 @@
-"""What the joint solver leaves of SparseGPT's error in every projection of SmolLM2 at 50 %: the record behind methods/06.
+"""What the joint solver leaves of SparseGPT's error in every projection of SmolLM2 at 50 %, for methods/06.
 
     python tools/joint_errors.py DATA    # folder of benchmark files; about ten minutes of one core
 
@@ -46,7 +46,8 @@ def main(data: str) -> None:
     about = {"name": "SmolLM2-135M-Instruct", "fingerprint": model_fingerprint(model), "dtype": "float32"}
     data = {"n": N, "seed": SEED, "fingerprint": calibration.fingerprint,
             "tokens": sum(len(e.input_ids) for e in calibration.examples)}
-    content = {"model": about, "calibration": data, "sparsity": SPARSITY, "shares": shares_of_sparsegpt(model, calibration)}
+    shares = shares_of_sparsegpt(model, calibration)
+    content = {"model": about, "calibration": data, "sparsity": SPARSITY, "shares": shares}
     write_checked(OUT, content | {"environment": environment(model.device, os.environ.get("CAP_NB_NOTE", ""))})
 
 
