@@ -18,7 +18,7 @@ from cap_nb.engine.layer_walk import layer_by_layer
 from cap_nb.jobs.records import environment
 from cap_nb.methods.joint import joint_update
 from cap_nb.methods.sparsegpt import input_hessians, sparsegpt_update
-from cap_nb.methods.update import layer_output_error
+from cap_nb.methods.sparsegpt import layer_output_error
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
 
