@@ -179,29 +179,30 @@ def test_a_neuron_of_fused_experts_has_its_rows_of_gate_and_up(name):
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "bloom", "gemma", "mixtral"])
 def test_neurons_screening_and_pairs_agree_with_the_long_way(name):
-    """First order against a change of one per cent, and every resumed loss against a whole pass."""
+    """First order against a change of one per cent (in an earlier layer it would send tokens to other experts), and every resumed loss against a whole pass."""
     model, examples, heads = tiny_model(name), tiny_calibration(), [(2, 1), (0, 0), (0, 3), (1, 5)]
-    exact, batch = tiny_model(name).double(), collate(examples.examples, pad_id=0)
+    batch = collate(examples.examples, pad_id=0)
     group = NeuronGroup(1, (0, 3), 2 if name in MIXTURES else None)
     long, resumed = (group_rises(model, examples, passes=passes)(group) for passes in (whole_passes, resumed_passes))
     torch.testing.assert_close(resumed, long, atol=1e-5, rtol=1e-4)
-    column = down_projection(exact, 1, group.expert).weight.detach()[:, 3]
+    column = down_projection(model, 1, group.expert).weight.detach()[:, 3]
     def by_differences(scaled):
         with torch.no_grad():
             return ((scaled(0.99) - scaled(1.01)) / 0.02).item()
     def of_neuron(factor):
+        kept = column.clone()
         column.mul_(factor)
-        loss = target_losses(exact, batch).mean()
-        column.div_(factor)
+        loss = target_losses(model, batch).mean()
+        column.copy_(kept)
         return loss
     def of_head(factor):
-        gates = torch.ones(3, 6, dtype=torch.float64).index_put((torch.tensor(1), torch.tensor(5)), torch.tensor(factor).double())
-        with gated_heads(exact, gates):
-            return target_losses(exact, batch).mean()
+        gates = torch.ones(3, 6, dtype=torch.float64).index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(factor).double())
+        with gated_heads(model, gates):
+            return target_losses(model, batch).mean()
     estimate = neuron_estimates(model, examples)[(1, 2, 3) if name in MIXTURES else (1, 3)].item()
-    assert estimate == pytest.approx(by_differences(of_neuron), abs=1e-4)
+    assert estimate == pytest.approx(by_differences(of_neuron), abs=5e-4)
     naive, screened = score_heads_naive(model, examples), screen_heads(model, examples, 0.7)
-    assert screened.slopes[1, 5].mean().item() == pytest.approx(by_differences(of_head), abs=1e-4)
+    assert screened.slopes[2, 1].mean().item() == pytest.approx(by_differences(of_head), abs=5e-4)
     assert 0 < screened.measured.double().mean() < 1
     torch.testing.assert_close(screened.losses.masked[screened.measured], naive.masked[screened.measured], atol=1e-5, rtol=1e-4)
     pairs = pair_losses(model, examples, heads)[0]
