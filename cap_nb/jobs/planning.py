@@ -400,6 +400,7 @@ def screened_work(
     part = Work(**{name: round(load.job.prune.budget * value) for name, value in vars(whole).items()})
     return part + forward + forward + forward
 
+# %% ../../nbs/jobs/05_planning.ipynb #2f1a7119
 def left_behind(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
@@ -434,8 +435,7 @@ def scoring_stages(
     ways = (("scoring", scoring, memory, 1 if within else sharing),
             ("scoring by the hook loop", naive_work(sizes, batches), hook_loop_memory(sizes, width, batches), sharing))
     return tuple(Stage(name=name, work=work, flops=flops_of(work, sizes), memory=memory,
-                       seconds=probe and prefill_seconds(sizes, work, probe) / times)
-                 for name, work, memory, times in ways)
+                       seconds=probe and prefill_seconds(sizes, work, probe) / by) for name, work, memory, by in ways)
 
 def pruning_stages(
     load: Workload, # What is to be done
