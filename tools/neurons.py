@@ -2,9 +2,9 @@
 
     python tools/neurons.py MODEL WORK [SECONDS] [DATA]
 
-MODEL is lab, lab_moe or smollm2. Every piece is a file in WORK and is not measured twice; no new piece is begun after SECONDS,
-and what is there by then is written to figures/neurons/MODEL.json. Held-out problems and text are those of the run of
-all methods of the same model, so that its records can stand beside these, problem by problem.
+MODEL is lab, lab_moe or smollm2. Every piece is a file in WORK and is not measured twice; no new piece is begun after
+SECONDS, and what is there by then is written to figures/neurons/MODEL.json. Held-out problems and text are those of the
+run of all methods of the same model, so that its records can stand beside these, problem by problem.
 """
 import re
 import sys

@@ -76,7 +76,7 @@ def uniform(rise, slopes, task, share: float, seed: int):
 
 
 def undecided(found) -> torch.Tensor:
-    "Heads whose interval meets another's, or whose factor may be off by more than 5 %; twice the standard error, [L, H]."
+    "Heads whose interval of two standard errors meets another's, or whose factor may be off by more than 5 %, [L, H]."
     scores, half = found.scores.flatten(), 2 * found.variance.sqrt().flatten()
     meets = (scores[:, None] - scores).abs() <= half[:, None] + half
     factors = 1 + 9 * (scores - scores.min()) / (scores.max() - scores.min())

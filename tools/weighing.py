@@ -40,7 +40,7 @@ def factors_of(model, calibration, seed: int, pieces: Pieces) -> Factors | None:
 
 
 def differences(content: dict) -> list:
-    "Weighed less not weighed, over seeds and problems: [method, sparsity, on, two means, value, low, high, p, decided]."
+    "Weighed less not weighed, over seeds and problems: [method, sparsity, on, means, value, low, high, p, decided]."
     cells = {(method, sparsity, seed): losses for method, sparsity, _, seed, losses, _ in content["cells"]}
     found, means = {}, {}
     for method, sparsity in dict.fromkeys(key[:2] for key in cells if "." in key[0]):
