@@ -567,6 +567,7 @@ def shrink_command(
     "Cut whole neurons, and key-value heads with --groups, out of a model, and save the smaller one."
     from cap_nb.single_steps import shrink_into
     report = shrink_into(job, how, out)
+    typer.echo("Mean loss of the calibration examples: {:.4f} nats before, {:.4f} after.".format(*report.losses))
     typer.echo(f"{out}: {report.before - report.weights:,} of {report.before:,} weights in scope are cut out "
                f"({1 - report.weights / report.before:.4%}, {how.sparsity:.4%} asked); a layer keeps "
                f"{report.neurons[0]} of {report.neurons[1]} neurons and {report.groups[0]} of {report.groups[1]} "
@@ -764,11 +765,12 @@ def plan_command(
     from cap_nb.jobs.planning import measured_plan, plan, plan_text
     from cap_nb.jobs.scale import described, scale_text
     device = None if accelerator is None else described(accelerator)
+    if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
     if device: planned = functools.partial(plan, memory=int(device.memory * 1e9)) # this machine says nothing about it
     else: planned = measured_plan if probe else plan
     made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
     if device: described(accelerator, made.load.dtype) # refused before a plan is printed
-    typer.echo(plan_text(made, budget))
+    typer.echo(plan_text(made))
     if device: typer.echo(f"\n{scale_text(made, accelerator)}")
 
 # %% ../nbs/command_line.ipynb #c081

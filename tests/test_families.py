@@ -16,14 +16,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
+from cap_nb.data.batches import collate
 from cap_nb.engine.resumed_scoring import score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.jobs.costs import read_sizes
 from cap_nb.jobs.records import mask_fingerprint
 from cap_nb.methods.prune import prune
 from cap_nb.methods.streaming import checkpoint_fingerprint, prune_checkpoint
-from cap_nb.methods.experts import expert_losses, whole_passes
-from cap_nb.methods.neurons import masked_neurons, prune_neurons
+from cap_nb.methods.additivity import masked_together, pair_losses
+from cap_nb.methods.attributions import gated_heads
+from cap_nb.methods.experts import expert_losses, resumed_passes, whole_passes
+from cap_nb.methods.neurons import (
+    NeuronGroup, down_projection, group_rises, masked_neurons, neuron_estimates, prune_neurons)
+from cap_nb.methods.screening import screen_heads
 from cap_nb.methods.whole_heads import prune_heads, sizes_of_heads, weights_removed
 from cap_nb.models.anatomy import anatomy, expert_counts, projections
 from cap_nb.models.checks import check_anatomy, check_tokens_independent
@@ -32,7 +37,7 @@ from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.models.routing import masked_expert, recorded_routes
 from cap_nb.portable.quantised import check_in_gguf
 from cap_nb.regions import Factors, region_factors
-from cap_nb.scoring import masked_head, score_heads_naive
+from cap_nb.scoring import masked_head, score_heads_naive, target_losses
 from cap_nb.threshold import plot_zeros
 
 MIXTURES = [name for name, (kind, _) in TINY_MODELS.items() if FAMILIES[kind].experts]
@@ -170,6 +175,40 @@ def test_a_neuron_of_fused_experts_has_its_rows_of_gate_and_up(name):
     masked = tiny_model(name)
     with torch.no_grad(), masked_neurons(masked, 0, range(5), expert=0):
         assert torch.allclose(model(ids).logits, masked(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "bloom", "gemma", "mixtral"])
+def test_neurons_screening_and_pairs_agree_with_the_long_way(name):
+    """First order against a change of one per cent (in an earlier layer it would send tokens to other experts), and every resumed loss against a whole pass."""
+    model, examples, heads = tiny_model(name), tiny_calibration(), [(2, 1), (0, 0), (0, 3), (1, 5)]
+    batch = collate(examples.examples, pad_id=0)
+    group = NeuronGroup(1, (0, 3), 2 if name in MIXTURES else None)
+    long, resumed = (group_rises(model, examples, passes=passes)(group) for passes in (whole_passes, resumed_passes))
+    torch.testing.assert_close(resumed, long, atol=1e-5, rtol=1e-4)
+    column = down_projection(model, 1, group.expert).weight.detach()[:, 3]
+    def by_differences(scaled):
+        with torch.no_grad():
+            return ((scaled(0.99) - scaled(1.01)) / 0.02).item()
+    def of_neuron(factor):
+        kept = column.clone()
+        column.mul_(factor)
+        loss = target_losses(model, batch).mean()
+        column.copy_(kept)
+        return loss
+    def of_head(factor):
+        gates = torch.ones(3, 6, dtype=torch.float64).index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(factor).double())
+        with gated_heads(model, gates):
+            return target_losses(model, batch).mean()
+    estimate = neuron_estimates(model, examples)[(1, 2, 3) if name in MIXTURES else (1, 3)].item()
+    assert estimate == pytest.approx(by_differences(of_neuron), abs=5e-4)
+    naive, screened = score_heads_naive(model, examples), screen_heads(model, examples, 0.7)
+    assert screened.slopes[2, 1].mean().item() == pytest.approx(by_differences(of_head), abs=5e-4)
+    assert 0 < screened.measured.double().mean() < 1
+    torch.testing.assert_close(screened.losses.masked[screened.measured], naive.masked[screened.measured], atol=1e-5, rtol=1e-4)
+    pairs = pair_losses(model, examples, heads)[0]
+    for a, b in ((0, 1), (1, 2), (3, 3)):
+        with torch.no_grad(), masked_together(model, [heads[a], heads[b]]):
+            torch.testing.assert_close(pairs[a, b], target_losses(model, batch).double(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["bloom", "gpt_oss", "deepseek_v2, queries without a latent"])

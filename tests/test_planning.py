@@ -14,6 +14,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.methods.criteria import Given, prune_by
 from cap_nb.methods.prune import prune
+from cap_nb.methods.screening import screen_heads
 from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import calibration_set
 from cap_nb.data.batches import collate, token_batches
@@ -261,6 +262,27 @@ def test_the_memory_of_evaluation_is_what_is_really_held(dtype):
     prompts, decoding = batch["input_ids"].tolist(), Decoding(batch_tokens=2 * job.model.batch_tokens)
     model.generation_config.eos_token_id = None
     assert 0.6 < peak(lambda: generate_greedy(model, NoStop, prompts, 100, decoding=decoding)) / planned < 1.1
+
+
+def test_scoring_within_a_budget_is_planned_as_it_runs():
+    """Stage, time, memory and what fits are those of screening, whose backward pass holds every layer of a batch."""
+    model, calibration = random_model(attn_implementation="eager"), examples(12)
+    within = changed(Job(), name="llama-3-8b", budget=0.5, aggregation="mean")
+    part, whole = (plan(job, probe=PROBE, memory=80 * GIB) for job in (within, changed(Job(), name="llama-3-8b")))
+    load = replace(part.load, sizes=sizes_of(model.config, "random", "a test"), lengths=tuple(lengths_of(calibration)))
+    for dtype in (torch.float32, torch.bfloat16):
+        run = functools.partial(screen_heads, random_model().to(dtype), calibration, 0.5)
+        held = at_once(planning.screened_memory(replace(load, dtype=str(dtype).removeprefix("torch."))))
+        assert 0.8 < peak(run) / held < 1.05
+    with FlopCounterMode(display=False) as counter:
+        screen_heads(model, calibration, 0.5)
+    assert 0.85 < flops_of(planning.screened_work(load), load.sizes) / counter.get_total_flops() < 1.1
+    saved = whole.stages[0].seconds - part.stages[0].seconds
+    assert saved > 0.4 * whole.stages[0].seconds and part.run_seconds == pytest.approx(whole.run_seconds - saved)
+    tight = (whole.hardware.each + at_once(whole.stages[0].memory)) / GIB + 1
+    assert not any(said.startswith("Scoring") for said in plan_advice(gpu(tight)))
+    assert any(said.startswith("Scoring needs") for said in plan_advice(gpu(tight, budget=0.5, aggregation="mean")))
+    assert "slopes and intact passes included" in plan_text(part) and "Scoring with --budget" not in plan_text(whole)
 
 
 def test_parts_take_turns():

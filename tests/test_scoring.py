@@ -27,13 +27,13 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 SMALL = ["score", "--model", "lab", "--n", "4", "--batch-tokens", "512"]
 
 
-def units(out):
-    return sorted(out.with_name(out.name + ".unfinished").rglob("batch-*.safetensors"))
+def units(out, kind="batch"):
+    return sorted(out.with_name(out.name + ".unfinished").rglob(f"{kind}-*.safetensors"))
 
 
-def wait_for_units(out, process, number):
+def wait_for_units(out, process, number, kind="batch"):
     """Until so many units are finished; a process that ends before is a failure of the test."""
-    while len(units(out)) < number:
+    while len(units(out, kind)) < number:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
 
@@ -51,7 +51,7 @@ def undisturbed(tmp_path_factory):
 
 def test_a_killed_scoring_goes_on_and_gives_the_same_bytes(tmp_path, undisturbed):
     out = tmp_path/"S.safetensors"
-    for number in (1, 7, 16):
+    for number in (1, 16):
         process = Program(cap(*SMALL, "--out", out))
         wait_for_units(out, process, number)
         process.send_signal(signal.SIGKILL)
@@ -64,6 +64,24 @@ def test_a_killed_scoring_goes_on_and_gives_the_same_bytes(tmp_path, undisturbed
     assert process.wait(timeout=900) == 0
     assert out.read_bytes() == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["S.safetensors"]
+
+
+def test_a_killed_screening_goes_on_and_gives_the_same_bytes(tmp_path):
+    """Killed among the slopes, and in a later round, whose choice follows from what is kept."""
+    once, out = tmp_path/"once.safetensors", tmp_path/"S.safetensors"
+    few = [*SMALL, "--tasks", "lab-arc", "--budget", "0.7", "--out"]
+    assert finished(cap(*few, once)).returncode == 0
+    for kind, number in (("slopes", 1), ("masked", 4)):
+        process = Program(cap(*few, out))
+        wait_for_units(out, process, number, kind)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not out.exists()
+    kept = {path: path.stat().st_mtime_ns for path in (*units(out, "slopes"), *units(out, "masked"))}
+    process = Program(cap(*few, out))
+    wait_for_units(out, process, len(units(out, "masked")) + 1, "masked")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert process.wait() == 0 and out.read_bytes() == once.read_bytes()
 
 
 def test_a_damaged_unit_is_named_and_measured_anew(tmp_path, undisturbed):

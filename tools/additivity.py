@@ -4,8 +4,10 @@
     python tools/additivity.py smollm2 DATA    # DATA: folder of benchmark files
 
 Writes figures/additivity/MODEL.json, part by part; a part that is there is not measured again. On the lab model all
-pairs; on SmolLM2 the pairs within the 12 heads with the highest scores, and within 12 drawn at random.
+pairs, and what CAP zeroes in one unit (a head, a key-value head, an MLP) alone, against all of it together; on SmolLM2
+the pairs within the 12 heads with the highest scores, and within 12 drawn at random.
 """
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -17,11 +19,14 @@ from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.problems import LAB_TASKS
 from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.importance import importance_factors
 from cap_nb.jobs.records import environment, load_run
 from cap_nb.methods.additivity import graddrop, growing, interactions, pair_losses, set_losses
 from cap_nb.methods.attributions import gate_slopes
+from cap_nb.methods.prune import prune
+from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.scoring import batches_of
+from cap_nb.scoring import batches_of, causal_scores, target_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "figures" / "additivity"
@@ -78,6 +83,57 @@ def first_order(model, calibration: Calibration) -> dict:
             "graddrop": rounded(graddrop(model, calibration))}
 
 
+def units_of(projection, zeroed: torch.Tensor):
+    "What is zeroed of a matrix, by unit: its query heads, its key-value heads, or the layer's MLP."
+    if not projection.parts:
+        yield ("MLP", projection.layer, 0), zeroed
+    for part in projection.parts:
+        where, only = slice(part.start, part.stop), torch.zeros_like(zeroed)
+        rows = (slice(None), where) if projection.role == "output" else (where,)
+        only[rows] = zeroed[rows]
+        yield ("head" if part.kind == "query" else "key-value head", projection.layer, part.index), only
+
+
+def zeroed_by_cap(model, factors: torch.Tensor, sparsity: float) -> dict:
+    "Unit -> the weights of it that CAP zeroes, module by module."
+    pruned, units = copy.deepcopy(model), {}
+    prune(pruned, "cap", sparsity, factors)
+    for before, after in zip(projections(model), projections(pruned)):
+        for unit, zeroed in units_of(before, (after.weight == 0) & (before.weight != 0)):
+            units.setdefault(unit, []).append((before, zeroed))
+    return units
+
+
+@torch.no_grad()
+def rise_of(model, calibration: Calibration, zeroed: list) -> torch.Tensor:
+    "Rise of every example's loss with some weights at zero, which are put back."
+    def losses() -> torch.Tensor:
+        found = torch.zeros(len(calibration.examples), dtype=torch.float64)
+        for indices, batch in batches_of(calibration, 4096, model.device):
+            found[indices] = target_losses(model, batch)
+        return found
+    intact, kept = losses(), [(p, p.weight.clone()) for p, _ in zeroed]
+    for p, where in zeroed:
+        p.weight[where] = 0.0
+    found = losses() - intact
+    for p, weight in reversed(kept):
+        p.weight.copy_(weight)
+    return found
+
+
+def thinned(model, calibration: Calibration, factors: torch.Tensor, sparsity: float) -> dict:
+    "What CAP zeroes in each unit alone, summed, against the same together: query heads, attention, everything."
+    units = zeroed_by_cap(model, factors, sparsity)
+    alone, found = {unit: rise_of(model, calibration, zeroed) for unit, zeroed in units.items()}, {}
+    for name, kinds in {"heads": ("head",), "attention": ("head", "key-value head"), "MLPs": ("MLP",),
+                        "all": ("head", "key-value head", "MLP")}.items():
+        chosen = [unit for unit in units if unit[0] in kinds]
+        together = rise_of(model, calibration, [pair for unit in chosen for pair in units[unit]])
+        summed = sum(alone[unit] for unit in chosen)
+        found[name] = {"units": len(chosen), "measured": rounded(together), "summed": rounded(summed)}
+    return found
+
+
 def main(name: str, data: str | None) -> None:
     "Measure and write, part by part."
     model, tokenizer = load_model(name, "float32", "cpu")
@@ -108,6 +164,9 @@ def main(name: str, data: str | None) -> None:
     kept("pairs", lambda: pairs_of(model, calibration, few))
     if len(every) > 40:
         kept("random_pairs", lambda: pairs_of(model, calibration, sorted(shuffled[:FEW])))
+    if len(every) <= 40:
+        factors = importance_factors(causal_scores(load_run(ROOT / "figures" / name).losses))
+        kept("thinned", lambda: {f"{s:g}": thinned(model, calibration, factors, s) for s in (0.2, 0.5)})
     kept("first_order", lambda: first_order(model, calibration))
 
 

@@ -2,9 +2,9 @@
 
     python tools/neurons.py MODEL WORK [SECONDS] [DATA]
 
-MODEL is lab or smollm2. Every piece is a file in WORK and is not measured twice; no new piece is begun after SECONDS,
-and what is there by then is written to figures/neurons/MODEL.json. Held-out problems and text are those of the run of
-all methods of the same model, so that its records can stand beside these, problem by problem.
+MODEL is lab, lab_moe or smollm2. Every piece is a file in WORK and is not measured twice; no new piece is begun after
+SECONDS, and what is there by then is written to figures/neurons/MODEL.json. Held-out problems and text are those of the
+run of all methods of the same model, so that its records can stand beside these, problem by problem.
 """
 import re
 import sys
@@ -24,7 +24,7 @@ from cap_nb.evaluation import (
     Evaluation, LossRecord, Perplexity, bootstrap_interval, evaluation_problems, perplexity, problem_losses)
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.job import problems_fingerprint
-from cap_nb.jobs.records import environment, load_run
+from cap_nb.jobs.records import Run, environment, load_run
 from cap_nb.methods.neurons import (
     NEURON_AWARE, GroupRises, MaskedGroup, NeuronGroup, group_rises, neuron_activations, neuron_estimates,
     neuron_factors, neuron_groups, neuron_order, split_where_it_matters)
@@ -34,7 +34,7 @@ from cap_nb.regions import Factors
 from cap_nb.scoring import causal_scores
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
-NOTE = "other processes ran on the other core"
+NOTE = "other processes ran on both cores"
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Study:
     budget: int  # Masked groups of each search
     orders: tuple[str, ...]  # Orders of the searches
     cells: tuple[tuple[str, float], ...]  # Methods and sparsities
+    experts: int = 0  # Experts of a layer; their neurons stand behind one another in the tables of the pieces
 
 
 CELLS = tuple((method, sparsity) for method in ("cap.neurons_wide", "cap.neurons", "cap_wanda.neurons_wide@row")
@@ -60,6 +61,7 @@ STUDIES = {
                  judged=8, singles=24, last=6, budget=96, orders=ORDERS, cells=CELLS),
     "smollm2": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2", validation=5,
                      judged=2, singles=2, last=7, budget=50, orders=ORDERS, cells=CELLS)}
+STUDIES["lab_moe"] = replace(STUDIES["lab"], experts=8, cells=CELLS[:4])  # No run of it has cap_wanda
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,17 @@ class Ready:
         return read_checked(path)
 
 
+def run_of(name: str) -> Run:
+    "The run of all methods; a mixture has but one."
+    folder = FIGURES / f"{name}_methods"
+    return load_run(folder if folder.exists() else FIGURES / name)
+
+
 def ready(name: str, work: Path, seconds: float, data: str | None) -> Ready:
     "Load the model and the calibration set of the run of all methods."
     study, until = STUDIES[name], time.time() + seconds
-    model, tokenizer = load_model(name, study.dtype, "cpu")
-    run = load_run(FIGURES / f"{name}_methods")
-    settings = run.configuration
+    model, tokenizer = load_model(name.replace("_", "-"), study.dtype, "cpu")
+    settings = run_of(name).configuration
     calibration = calibration_set(tokenizer, study.tasks, settings["calibration"]["n"], data_dir=data)
     assert calibration.fingerprint == settings["calibration"]["fingerprint"]
     assert model_fingerprint(model) == settings["model"]["fingerprint"]
@@ -101,8 +108,19 @@ def ready(name: str, work: Path, seconds: float, data: str | None) -> Ready:
 
 
 def table(values: torch.Tensor) -> list:
-    "A table with as many digits as anybody reads."
-    return [[float(f"{value:.5g}") for value in row] for row in values.tolist()]
+    "A table with as many digits as anybody reads, [L, M] or [L, E M]."
+    return [[float(f"{value:.5g}") for value in row] for row in values.flatten(1).tolist()]
+
+
+def by_expert(r: Ready, values: torch.Tensor) -> torch.Tensor:
+    "A table as the package has it: in a mixture, [L, E, M]."
+    return values.unflatten(1, (r.study.experts, -1)) if r.study.experts else values
+
+
+def masked_alone(r: Ready, layer: int, place: int, width: int) -> NeuronGroup:
+    "A neuron by its place among a layer's neurons; in a mixture, among those of all its experts."
+    each = width // r.study.experts if r.study.experts else width
+    return NeuronGroup(layer, (place % each,), place // each if r.study.experts else None)
 
 
 def judges(r: Ready) -> Calibration:
@@ -125,19 +143,20 @@ def singles(r: Ready, rises: GroupRises, width: int) -> list:
     for layer in range(r.model.config.num_hidden_layers):
         for neuron in torch.randperm(width, generator=rng)[:r.study.singles].sort().values.tolist():
             if layer >= r.model.config.num_hidden_layers - r.study.last:
-                rise = rises(NeuronGroup(layer, (neuron,))).mean().item()
+                rise = rises(masked_alone(r, layer, neuron, width)).mean().item()
                 rows.append([layer, neuron, float(f"{rise:.5g}")])
     return rows
 
 
 def search(r: Ready, rises: GroupRises, how: str, signed: torch.Tensor) -> list:
-    "A search that begins with whole MLPs: [layer, size, rise, sum of the estimates, parent]."
-    groups = []
-    for layer, row in enumerate(signed):
-        activations = neuron_activations(r.model, judges(r), layer) if how == "coactivation" else None
-        groups += neuron_groups(neuron_order(how, row, activations), 1, layer)
+    "A search that begins with whole MLPs or experts: [layer, size, rise, sum of the estimates, parent]."
+    groups, parts = [], signed.unflatten(1, (r.study.experts or 1, -1))
+    for layer, expert in ((layer, expert) for layer in range(len(parts)) for expert in range(parts.shape[1])):
+        where = (layer, expert if r.study.experts else None)
+        activations = neuron_activations(r.model, judges(r), *where) if how == "coactivation" else None
+        groups += neuron_groups(neuron_order(how, parts[layer, expert], activations), 1, *where)
     def row_of(each: MaskedGroup) -> list:
-        estimate = signed[each.group.layer][list(each.group.neurons)].sum().item()
+        estimate = parts[each.group.layer, each.group.expert or 0][list(each.group.neurons)].sum().item()
         numbers = [float(f"{number:.5g}") for number in (each.rise, estimate)]
         return [each.group.layer, len(each.group.neurons), *numbers, each.parent]
     return [row_of(each) for each in split_where_it_matters(rises, groups, r.study.budget)]
@@ -147,7 +166,7 @@ def remembered(r: Ready) -> GroupRises:
     "Exact masking in float32 (bfloat16 rounds one neuron away), prepared when first asked; masks no group twice."
     known, prepared = {}, []
     def rises(group: NeuronGroup) -> torch.Tensor:
-        key = (group.layer, frozenset(group.neurons))
+        key = (group.layer, group.expert, frozenset(group.neurons))
         if key not in known:
             if not prepared:
                 exact = r.model if r.study.dtype == "float32" else load_model(r.name, "float32", "cpu")[0]
@@ -166,7 +185,7 @@ def factors_of(r: Ready, method: str) -> Factors:
     "The factors that a method uses."
     heads = head_factors(r)
     named = NEURON_AWARE[parse_method(method).attribution]
-    return Factors(heads=heads, neurons=neuron_factors(estimates(r, "all", False), named.high))
+    return Factors(heads=heads, neurons=neuron_factors(by_expert(r, estimates(r, "all", False)), named.high))
 
 
 def permuted(factors: torch.Tensor) -> torch.Tensor:
@@ -208,7 +227,7 @@ def after_cap(r: Ready, method: str, neurons: torch.Tensor | None, dense: dict[s
 
 def tried(r: Ready, dense: dict[str, torch.Tensor]) -> dict[str, dict]:
     "CAP with each way to neurons' factors, and Wanda, on validation problems."
-    if estimates(r, "all", True) is None or estimates(r, "all", False) is None:
+    if r.study.experts or estimates(r, "all", True) is None or estimates(r, "all", False) is None:
         return {}
     cases = {"wanda": ("wanda", None), **{name: ("cap", neurons) for name, neurons in ways(r).items()}}
     found = {name: r.piece(f"tried {name}", lambda: after_cap(r, *case, dense)) for name, case in cases.items()}
@@ -243,7 +262,7 @@ def evaluation_of(method: str, sparsity: float, found: dict, like: Perplexity) -
 
 def beside_that_run(r: Ready, cells: dict[str, dict]) -> dict:
     "Means of our cells and of that run's, and every paired difference to Wanda and to the method without neurons."
-    known = load_run(FIGURES / f"{r.name}_methods").evaluations
+    known = run_of(r.name).evaluations
     like = next(each.perplexity for each in known if each.method == "dense")
     ours = [evaluation_of(key.split("/")[0], float(key.split("/")[1]), found, like) for key, found in cells.items()]
     names = list(dict.fromkeys(each.method for each in ours))
@@ -268,14 +287,14 @@ def main(name: str, work: Path, seconds: float, data: str | None) -> None:
     content["singles"] = r.piece("singles", lambda: singles(r, rises, signed.shape[1]))
     content["estimates"] = [[float(f"{t[layer, neuron]:.5g}") for t in (signed, sizes)]
                             for layer, neuron, _ in content["singles"] or ()]
-    content["searches"] = {how: r.piece(f"search {how}", lambda: search(r, rises, how, signed))
-                           for how in r.study.orders}
     found = {f"{method}/{sparsity}": r.piece(f"{method}/{sparsity}", lambda: cell(r, method, sparsity, dense))
              for method, sparsity in r.study.cells}
     cells = {key: value for key, value in found.items() if value}
     content["beside"] = beside_that_run(r, cells) if cells else None
     content["cells"] = {key: value | {"losses": [row[2] for row in value["losses"]]}  # in the order of that run
                         for key, value in cells.items()}
+    content["searches"] = {how: r.piece(f"search {how}", lambda: search(r, rises, how, signed))
+                           for how in r.study.orders}
     content["tried"] = tried(r, dense)
     write_checked(FIGURES / "neurons" / f"{name}.json", content)
 

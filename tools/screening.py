@@ -17,8 +17,8 @@ from cap_nb.data.batches import collate, token_batches
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.records import environment, load_run
 from cap_nb.methods.screening import (
-    ROUNDS, bernstein_half, betting_bounds, by_task, each_cell, estimated, first_counts, guessed_bounds, hoeffding_half,
-    in_rounds, losses_and_slopes, places, prefixes, share_spent, task_indices)
+    FACTOR_GOAL, ROUNDS, bernstein_half, betting_bounds, by_task, each_cell, estimated, first_counts, guessed_bounds,
+    hoeffding_half, in_rounds, losses_and_slopes, places, prefixes, share_spent, task_indices)
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.scoring import rank_correlation
 
@@ -75,16 +75,42 @@ def uniform(rise, slopes, task, share: float, seed: int):
     return torch.where(prefixes(counts, task, places(task, seed)), rise, torch.nan)
 
 
+def undecided(found) -> torch.Tensor:
+    "Heads whose interval of two standard errors meets another's, or whose factor may be off by more than 5 %, [L, H]."
+    scores, half = found.scores.flatten(), 2 * found.variance.sqrt().flatten()
+    meets = (scores[:, None] - scores).abs() <= half[:, None] + half
+    factors = 1 + 9 * (scores - scores.min()) / (scores.max() - scores.min())
+    off = 9 * half / (scores.max() - scores.min()) / factors
+    return ((meets.sum(1) > 1) | (off > FACTOR_GOAL)).view(found.scores.shape)
+
+
+def eliminated(rise, slopes, task, budget: float, seed: int):
+    "Successive elimination: after the common first round, the undecided heads get equally many more examples."
+    sizes, place, (layers, heads, n) = by_task(task).sum(0), places(task, seed), slopes.shape
+    cost = torch.arange(layers, 0, -1).double()[:, None].expand(layers, heads)
+    counts = first_counts(sizes, budget).expand(layers, heads, -1)
+    for left in range(ROUNDS, 0, -1):
+        part = torch.where(prefixes(counts, task, place), rise, torch.nan)
+        active = undecided(estimated(part, slopes, task)) & (counts < sizes).any(-1)
+        spend = (budget * n * cost.sum() - (counts.sum(-1) * cost).sum()) / left
+        more = spend / (active * cost).sum().clamp_min(1) * sizes / n
+        counts = torch.minimum(sizes, counts + (active[..., None] * more).floor())
+    return torch.where(prefixes(counts, task, place), rise, torch.nan)
+
+
 def ways(rise, slopes, task, budget: float, seed: int) -> dict:
-    "Name -> the table with gaps, and the slopes that its estimate uses."
-    none, found = torch.zeros_like(slopes), uniform(rise, slopes, task, budget, seed)
-    rows = {"examples at random": (found, none), "with slopes": (found, slopes)}
+    "Name -> what makes the table with gaps, and the slopes that its estimate uses."
+    none = torch.zeros_like(slopes)
+    def at_random():
+        return uniform(rise, slopes, task, budget, seed)
+    rows = {"examples at random": (at_random, none), "with slopes": (at_random, slopes)}
     try:
         first_counts(by_task(task).sum(0), budget)
     except ValueError:
         return rows
-    return rows | {"with slopes, adaptive": (in_rounds(lambda _: rise, slopes, task, budget, seed), slopes),
-                   "adaptive without slopes": (in_rounds(lambda _: rise, none, task, budget, seed), none)}
+    return rows | {"with slopes, elimination": (lambda: eliminated(rise, slopes, task, budget, seed), slopes),
+                   "with slopes, adaptive": (lambda: in_rounds(lambda _: rise, slopes, task, budget, seed), slopes),
+                   "adaptive without slopes": (lambda: in_rounds(lambda _: rise, none, task, budget, seed), none)}
 
 
 def errors(scores: torch.Tensor, true: torch.Tensor) -> dict:
@@ -93,13 +119,15 @@ def errors(scores: torch.Tensor, true: torch.Tensor) -> dict:
     return {"spearman": rank_correlation(scores, true), "largest": off.max().item(), "median": off.median().item()}
 
 
-def curve(rise, slopes, task, draws_wanted: int = DRAWS) -> dict:
-    "Errors of every way at every budget, means over draws."
+def curve(rise, slopes, task, draws_wanted: int = DRAWS, only: tuple[str, ...] | None = None) -> dict:
+    "Errors of every way, or of some, at every budget, means over draws."
     true, rows = rise.mean(-1), {"slopes alone": [{"spent": 0.0} | errors(slopes.mean(-1), rise.mean(-1))]}
     for budget in BUDGETS:
         draws = {}
         for seed in range(draws_wanted):
-            for name, (part, used) in ways(rise, slopes, task, budget, seed).items():
+            chosen = ways(rise, slopes, task, budget, seed)
+            for name, (make, used) in ((name, chosen[name]) for name in only or chosen if name in chosen):
+                part = make()
                 found = {"spent": share_spent(~part.isnan())} | errors(estimated(part, used, task).scores, true)
                 draws.setdefault(name, []).append(found)
         for name, all_of in draws.items():
@@ -184,6 +212,14 @@ def write_draws(work: Path, names: tuple[str, ...], data: str | None) -> None:
              | load_run(ROOT / "figures" / n).losses.meta for n in rows}
     write_checked(path, {"budget": COVERAGE_BUDGET, "draws": DRAWS, "rows": rows, "tables": about,
                          "environment": environment(torch.device("cpu"))})
+
+
+def write_elimination(work: Path, names: tuple[str, ...], data: str | None) -> None:
+    "Adds successive elimination to tables of errors.json that were measured without it."
+    content = read_checked(OUT / "errors.json")
+    for name in names:
+        content["rows"][name] |= curve(*table(name, work, data), only=("with slopes, elimination",))
+    write_checked(OUT / "errors.json", content)
 
 
 def main(work: Path, data: str | None) -> None:

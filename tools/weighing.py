@@ -10,11 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from cap_nb.analysis import correct_family
 from cap_nb.calibration import calibration_set
 from cap_nb.core.files import write_checked
 from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.experiments.seeds import split_variance
 from cap_nb.jobs.records import environment
 from cap_nb.methods.neurons import unit_aware_factors
 from cap_nb.models.loading import load_model, model_fingerprint
@@ -36,6 +39,22 @@ def factors_of(model, calibration, seed: int, pieces: Pieces) -> Factors | None:
     return found and Factors(torch.tensor(found["heads"]), neurons=torch.tensor(found["neurons"]))
 
 
+def differences(content: dict) -> list:
+    "Weighed less not weighed, over seeds and problems: [method, sparsity, on, means, value, low, high, p, decided]."
+    cells = {(method, sparsity, seed): losses for method, sparsity, _, seed, losses, _ in content["cells"]}
+    found, means = {}, {}
+    for method, sparsity in dict.fromkeys(key[:2] for key in cells if "." in key[0]):
+        both = [(name, sparsity) for name in (method.replace(".neurons", ""), method)]
+        whole = [seed for seed in range(STUDY.seeds) if all((*key, seed) in cells for key in both)]
+        for on in cells[method, sparsity, whole[0]] if len(whole) > 1 else ():
+            plain, weighed = (np.array([cells[(*key, seed)][on] for seed in whole]) for key in both)
+            key = (method, sparsity, on)
+            found[key], means[key] = split_variance(weighed - plain).comparison("nats"), (plain.mean(), weighed.mean())
+    told = correct_family(found, "figures/neurons/weighed")
+    return [[*key, *(float(f"{number:.4g}") for number in (*means[key], c.value, c.low, c.high, c.holm)), c.decided]
+            for key, c in told.items()]
+
+
 def main(work: Path, seconds: float = 1e9) -> None:
     "Measure cell after cell, and write what is there."
     pieces, found, sets = Pieces(work, time.time() + float(seconds)), [], {}
@@ -53,6 +72,7 @@ def main(work: Path, seconds: float = 1e9) -> None:
     content = {"model": {"name": "lab", "fingerprint": model_fingerprint(model), "dtype": STUDY.dtype, "device": "cpu"},
                "n": STUDY.n, "judged": STUDY.judged, "windows": STUDY.windows, "sets": sets, "problems": {}}
     content["cells"] = [row(content, *each) for each in found]
+    content["differences"] = differences(content)
     write_checked(OUT, content | {"environment": environment(model.device, NOTE)})
 
 

@@ -52,7 +52,8 @@ class ModelRecords:
     experts: Cells = field(default_factory=dict) # Cells of a mixture of experts
     held_out: Mapping[int, Cells] = field(default_factory=dict) # Calibration seed -> cells that judged a frozen method
     together: Mapping = field(default_factory=dict) # Heads masked together, as tools/additivity.py measures them
-    screened: tuple[float, ...] = () # Rank correlation of each screening with the whole table, from tools/screening.py
+    screened: Mapping[str, tuple[float, ...]] = field(default_factory=dict) # Case -> rank correlation of each draw
+    units: Mapping[str, Mapping] = field(default_factory=dict) # Name of a study of neurons -> its record, as it is
     folders: tuple[Path, ...] = () # Where all this was read
 
 # %% ../../nbs/experiments/02_claims.ipynb #c012
@@ -111,13 +112,44 @@ def chain_answers(
     return chains.answers if chains else ()
 
 # %% ../../nbs/experiments/02_claims.ipynb #478868ef
+SCREENED = {"mean scores": "{model}", "mean scores, experts": "{model}_moe"} # Case of screening -> name of its table
+
 def screenings(
     figures: Path, # Folder that holds the runs' folders
     name: str, # Name of the model
-) -> tuple[float, ...]: # Rank correlation of each draw with the whole table; nothing if none was made
-    "What screening at a quarter of the masked passes gave, draw by draw."
+) -> dict[str, tuple[float, ...]]: # Case -> rank correlation of each draw with the whole table, where any was made
+    "What screening at a quarter of the masked passes gave, draw by draw, on a model and on its mixture of experts."
     draws = figures/"screening"/"draws.json"
-    return tuple(read_checked(draws)["rows"].get(name, ())) if draws.exists() else ()
+    rows = read_checked(draws)["rows"] if draws.exists() else {}
+    tables = {case: table.format(model=name) for case, table in SCREENED.items()}
+    return {case: tuple(rows[table]) for case, table in tables.items() if table in rows}
+
+# %% ../../nbs/experiments/02_claims.ipynb #1bb77814
+UNIT_STUDIES = {"weighed": "neurons/weighed", "shrunk": "shrink/{model}"} # Records of studies of neurons
+
+def unit_studies(
+    figures: Path, # Folder that holds the runs' folders
+    name: str, # Name of the model
+) -> dict[str, dict]: # Name of a study -> its record, where it was made on this model
+    "What tools/weighing.py and tools/shrink.py measured."
+    paths = {study: figures/f"{path.format(model=name)}.json" for study, path in UNIT_STUDIES.items()}
+    found = {study: read_checked(path) for study, path in paths.items() if path.exists()}
+    return {study: record for study, record in found.items() if record["model"]["name"] == name}
+
+def neuron_cells(
+    figures: Path, # Folder that holds the runs' folders
+    name: str, # Name of the model
+    cells: Cells, # Those of the main run
+) -> dict[tuple[str, float], Evaluation]: # Methods with a factor a neuron: losses on the problems of the main run
+    "What tools/neurons.py measured, in the order of the main run's problems."
+    path, found = figures/"neurons"/f"{name}.json", {}
+    for key, cell in (read_checked(path)["cells"] if path.exists() else {}).items():
+        method, sparsity = key.split("/")
+        like = cells["cap", float(sparsity)]
+        losses = tuple(replace(of, loss=loss) for of, loss in zip(like.losses, cell["losses"], strict=True))
+        found[method, float(sparsity)] = replace(like, method=method, reached=cell["reached"], losses=losses,
+                                                 answers=(), perplexity=None)
+    return found
 
 # %% ../../nbs/experiments/02_claims.ipynb #c015
 def read_model(
@@ -132,12 +164,14 @@ def read_model(
     run, variants = load_run(main), run_in(claims)
     reports = [report for source in (run, variants) if source for report, _ in source.reports]
     by_seed, seed_losses = seed_runs(seeds, claims_seeds)
+    cells = cells_of_run(variants) | cells_of_run(run)
     return ModelRecords(
-        name=name, cells=cells_of_run(variants) | cells_of_run(run), losses=run.losses,
+        name=name, cells=cells | neuron_cells(Path(figures), name, cells), losses=run.losses,
         reached={(report.method, report.asked): report.reached for report in reports},
         seconds=seconds_of(run, variants), seeds=by_seed, seed_losses=seed_losses, answers=chain_answers(variants),
         experts=cells_of_run(run_in(experts)), held_out=seed_runs(judged)[0],
         together=read_checked(additivity) if additivity.exists() else {}, screened=screenings(Path(figures), name),
+        units=unit_studies(Path(figures), name),
         folders=tuple(folder for folder in folders if folder.exists()))
 
 # %% ../../nbs/experiments/02_claims.ipynb #c016
@@ -802,23 +836,62 @@ TOGETHER_QUESTIONS = (
 
 # %% ../../nbs/experiments/02_claims.ipynb #453f90dc
 def screened_ranks(
-    records: ModelRecords, # What was run on a model
-    confidence: float, # Of the interval
-) -> Comparison | None: # Mean rank correlation over the draws
+    which: str, # One of `SCREENED`
+) -> Case: # Mean rank correlation over the draws
     "How well screening at a quarter of the passes ranks the heads."
-    if not records.screened: return None
-    low, high = bootstrap_interval(records.screened, 0, confidence)
-    return Comparison(value=float(np.mean(records.screened)), low=low, high=high, unit="rank correlation",
-                      n=len(records.screened))
+    def case(records: ModelRecords, confidence: float) -> Comparison | None:
+        if not (draws := records.screened.get(which)): return None
+        low, high = bootstrap_interval(draws, 0, confidence)
+        return Comparison(value=float(np.mean(draws)), low=low, high=high, unit="rank correlation", n=len(draws))
+    return case
 
 SCREENING_QUESTIONS = (
     Claim(section="", says="A quarter of the masked passes ranks the heads as all do (correlation of at least 0.98)",
-          unit="rank correlation", expected=(0.98, math.inf), cases={"mean scores": screened_ranks}),)
+          unit="rank correlation", expected=(0.98, math.inf),
+          cases={which: screened_ranks(which) for which in SCREENED}),)
+
+# %% ../../nbs/experiments/02_claims.ipynb #5dfc63e5
+def weighed_errors(
+    solver: str, # Name of a solver, as in "alps"
+    sparsity: float, # Of both
+) -> Case: # Loss without weights less the loss with them, over calibration seeds
+    "Whether errors weighed by what neurons are worth keep more, all tasks together."
+    def case(records: ModelRecords, confidence: float) -> Comparison | None:
+        cells = {(method, seed): np.concatenate([losses[task] for task in records.units["weighed"]["problems"]])
+                 for method, s, _, seed, losses, _ in records.units.get("weighed", {"cells": ()})["cells"]
+                 if s == sparsity}
+        seeds = [seed for method, seed in cells if method == solver and (f"{solver}.neurons", seed) in cells]
+        if len(seeds) < 2: return None
+        gains = np.stack([cells[solver, seed] - cells[f"{solver}.neurons", seed] for seed in seeds])
+        return split_variance(gains, confidence).comparison("nats")
+    return case
+
+def cut_out(
+    share: float, # Of the weights in scope
+) -> Case: # Loss with Wanda's zeros less the loss with neurons cut out
+    "Whole neurons, chosen by contribution and fitted, against as many zeros of Wanda's, all tasks together."
+    def case(records: ModelRecords, confidence: float) -> Comparison | None:
+        rows = records.units.get("shrunk", {"rows": {}})["rows"]
+        pair = [rows.get(f"{name} {share:g}") for name in ("wanda", "contribution, fit")]
+        return gain_comparison(np.subtract(*(row["losses"] for row in pair)), "nats", confidence) if all(pair) else None
+    return case
+
+# %% ../../nbs/experiments/02_claims.ipynb #9c2579ec
+NEURON_QUESTIONS = (
+    Claim(section="", says="CAP keeps more with a factor a neuron, from 1 to 30, than with the layer's mean", unit=GAIN,
+          cases=all_tasks("cap.neurons_wide", "cap", 0.2, 0.5)),
+    Claim(section="", says="CAP with a factor a neuron, from 1 to 30, keeps more than Wanda", unit=GAIN,
+          cases=each_task(lambda on, s: compared("cap.neurons_wide", "wanda", on, s), 0.2, 0.5)),
+    Claim(section="", says="Solvers keep more with errors weighed by what neurons are worth", unit=GAIN,
+          cases={f"{called}, {100 * s:g} %": weighed_errors(solver, s) for s in (0.2, 0.5)
+                 for solver, called in (("alps", "joint"), ("sparsegpt", "SparseGPT"))}),
+    Claim(section="", says="Whole neurons cut out keep more than as many zeros of Wanda's", unit=GAIN,
+          cases={f"{100 * share:g} %": cut_out(share) for share in (0.1, 0.2)}))
 
 # %% ../../nbs/experiments/02_claims.ipynb #c081
 CLAIMS = (*MAIN_CLAIMS, *MLP_CLAIMS, *CALIBRATION_CLAIMS, *SUBSET_CLAIMS, *HEAD_CLAIMS, *RANKING_QUESTIONS,
           *CHOICE_QUESTIONS, *PERMUTED_QUESTIONS, *FROZEN_QUESTIONS,
-          *TOGETHER_QUESTIONS, *SCREENING_QUESTIONS) # Every claim of the ledger, in its order
+          *TOGETHER_QUESTIONS, *SCREENING_QUESTIONS, *NEURON_QUESTIONS) # Every claim of the ledger, in its order
 
 # %% ../../nbs/experiments/02_claims.ipynb #c084
 import matplotlib.pyplot as plt

@@ -326,8 +326,8 @@ def probe_device(
 from functools import cached_property
 from .costs import (
     NUMBER_BYTES, Answers, BatchShape, ExampleLength, answer_batches, batch_shapes, decode_work, evaluation_memory,
-    hook_loop_memory, layer_products, naive_work, parameter_count, prefill_work, resumed_work, scoring_memory,
-    threshold_memory, token_weights, wanda_memory, wanda_work)
+    hook_loop_memory, layer_bytes, layer_products, logit_bytes, naive_work, parameter_count, prefill_work, resumed_work,
+    scoring_memory, threshold_memory, token_weights, wanda_memory, wanda_work)
 from .settings import Job, changed
 
 # %% ../../nbs/jobs/05_planning.ipynb #c041
@@ -388,6 +388,39 @@ def decode_seconds(
     times_rows = max(1.0, work.head_tokens / work.passes / probe.rows)
     return work.passes * (times_rows * sizes.layers * probe.step + probe.step_rest) + work.head_tokens * probe.head
 
+# %% ../../nbs/jobs/05_planning.ipynb #24d44e64
+def screened_work(
+    load: Workload, # What is to be done, within a budget
+) -> Work: # What scoring computes
+    "A share of the masked passes; slopes, a backward pass being about as much as a forward one; and intact passes."
+    sizes, whole = load.sizes, resumed_work(load.sizes, load.batches)
+    forward = Work(layer_tokens=sizes.layers * sum(b.rows * b.width for b in load.batches),
+                   head_tokens=sum(b.targets for b in load.batches),
+                   pairs=sizes.layers * sum(b.rows * b.width**2 for b in load.batches))
+    part = Work(**{name: round(load.job.prune.budget * value) for name, value in vars(whole).items()})
+    return part + forward + forward + forward
+
+# %% ../../nbs/jobs/05_planning.ipynb #2f1a7119
+def left_behind(
+    sizes: Sizes, # The sizes of the model
+    width: int, # Bytes of a number
+    tokens: int, # Padded tokens of the batch
+) -> int: # Bytes
+    "What one decoder layer keeps for the way back: inputs of its products, and of its norms in float32."
+    query, key_value = sizes.heads * sizes.head_size, sizes.key_value_heads * sizes.head_size
+    kept = 4 * sizes.chosen * sizes.mlp + 3 * query + 2 * key_value + 3 * sizes.hidden
+    return tokens * (width * kept + 16 * sizes.hidden)
+
+def screened_memory(
+    load: Workload, # What is to be done, within a budget
+) -> dict[str, int]: # Part -> bytes, beside the weights
+    "What slopes hold at the fullest batch: what every layer keeps on the way forward, a layer at work, and logits."
+    sizes, batches, width = load.sizes, load.batches, load.number_bytes
+    tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
+    return {"activations of a batch": sizes.layers * left_behind(sizes, width, tokens),
+            "one layer at work": layer_bytes(sizes, width, tokens, longest),
+            "logits": 2 * logit_bytes(sizes, max(b.targets for b in batches))}
+
 # %% ../../nbs/jobs/05_planning.ipynb #c044
 def scoring_stages(
     load: Workload, # What is to be done
@@ -396,11 +429,13 @@ def scoring_stages(
 ) -> tuple[Stage, Stage]: # Scoring, and the hook loop for comparison
     "The two ways to the table of losses."
     sizes, batches, width = load.sizes, load.batches, load.number_bytes
-    resumed = resumed_work(sizes, batches, load.job.prune.score_target)
-    ways = (("scoring", resumed, scoring_memory(sizes, width, batches)),
-            ("scoring by the hook loop", naive_work(sizes, batches), hook_loop_memory(sizes, width, batches)))
+    within = load.job.prune.budget is not None
+    scoring = screened_work(load) if within else resumed_work(sizes, batches, load.job.prune.score_target)
+    memory = screened_memory(load) if within else scoring_memory(sizes, width, batches)
+    ways = (("scoring", scoring, memory, 1 if within else sharing),
+            ("scoring by the hook loop", naive_work(sizes, batches), hook_loop_memory(sizes, width, batches), sharing))
     return tuple(Stage(name=name, work=work, flops=flops_of(work, sizes), memory=memory,
-                       seconds=probe and prefill_seconds(sizes, work, probe) / sharing) for name, work, memory in ways)
+                       seconds=probe and prefill_seconds(sizes, work, probe) / by) for name, work, memory, by in ways)
 
 def pruning_stages(
     load: Workload, # What is to be done
@@ -433,7 +468,6 @@ from cap_nb.jobs.costs import (
     solving)
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
 from ..methods.prune import ALLOCATORS, own_scope, parse_method, with_hessian
-from ..methods.screening import check_budget
 
 # %% ../../nbs/jobs/05_planning.ipynb #c048
 BUDGETS, GRADIENT = "budgets from interventions", "gradient of the calibration loss" # Names of stages
@@ -633,6 +667,7 @@ from ..core.errors import check_at_least
 from .costs import planned_job, planned_lengths, read_sizes, tokenizer_at_hand
 from .job import check_job
 from .settings import MOST
+from ..methods.screening import by_task, first_counts, task_indices
 
 # %% ../../nbs/jobs/05_planning.ipynb #c061
 @dataclass(frozen=True)
@@ -673,6 +708,8 @@ def plan(
     dtype, job = str(asked).removeprefix("torch."), planned_job(job, tokenizer)
     lengths, origin = planned_lengths(job, tokenizer, prompt_tokens, target_tokens)
     deal_subsets(range(len(lengths)), job.calibrate.k) # more subsets than examples are refused
+    if job.prune.budget is not None: # so is a budget that no task has two examples of
+        first_counts(by_task(task_indices(tuple(length.task for length in lengths))).sum(0), job.prune.budget)
     load = Workload(sizes=sizes, job=job, lengths=lengths, dtype=dtype)
     hardware = planned_hardware(load, devices, memory)
     stages = planned_stages(load, probe, hardware.sharing)
@@ -826,38 +863,23 @@ def model_lines(
         f"- Tokens: {tokens:,}, {targets:,} of them targets; in batches of up to {load.job.model.batch_tokens:,} "
         f"tokens ({len(load.batches)} in all), {padding:.1%} padding."]
 
-# %% ../../nbs/jobs/05_planning.ipynb #c078
-def screened_work(
-    load: Workload, # What is to be done
-    budget: float, # Share of the masked passes
-) -> Work: # What `cap score --budget` computes
-    "A share of the masked passes; slopes, a backward pass being about as much as a forward one; and intact passes."
-    sizes, whole = load.sizes, resumed_work(load.sizes, load.batches)
-    forward = Work(layer_tokens=sizes.layers * sum(b.rows * b.width for b in load.batches),
-                   head_tokens=sum(b.targets for b in load.batches),
-                   pairs=sizes.layers * sum(b.rows * b.width**2 for b in load.batches))
-    part = Work(**{name: round(budget * value) for name, value in vars(whole).items()})
-    return part + forward + forward + forward
-
 # %% ../../nbs/jobs/05_planning.ipynb #c079
 def budget_line(
-    planned: Plan, # A plan
-    budget: float, # Share of the masked passes
+    planned: Plan, # A plan within a budget
 ) -> str: # A line
-    "What scoring takes within a budget."
-    check_budget(budget)
-    work, whole = screened_work(planned.load, budget), planned.stages[0]
-    share = flops_of(work, planned.load.sizes) / whole.flops
-    time = f", {seconds_text(whole.seconds * share)} (estimate)" if whole.seconds else ""
-    return (f"- Scoring with --budget {budget:g}: {work.passes:,} passes' worth, {flops_text(share * whole.flops)}, "
-            f"{share:.0%} of the whole{time}; slopes and intact passes included. The backward pass keeps what every "
-            "layer computes of a batch, which the memory below leaves out.")
+    "What scoring takes within a budget, against the whole table."
+    load, scoring = planned.load, planned.stages[0]
+    whole = flops_of(resumed_work(load.sizes, load.batches), load.sizes)
+    return (f"- Scoring with --budget {load.job.prune.budget:g}: {scoring.work.passes:,} passes' worth, "
+            f"{flops_text(scoring.flops)}, {scoring.flops / whole:.0%} of the whole table's; slopes and intact passes "
+            "included.")
 
 # %% ../../nbs/jobs/05_planning.ipynb #c082
 def scoring_line(
     planned: Plan, # A plan
 ) -> str: # A line
     "How many passes scoring makes, and what resuming them saves."
+    if planned.load.job.prune.budget is not None: return budget_line(planned)
     s, (scoring, hook_loop) = planned.load.sizes, planned.stages[:2]
     return (f"- Scoring: {s.layers * s.heads:,} heads, so {scoring.work.passes:,} passes; resumed at the masked layer "
             f"they run {scoring.work.layer_tokens:,} tokens through a layer, the hook loop "
@@ -930,13 +952,11 @@ def fit_lines(
 @arguments_answered
 def plan_text(
     planned: Plan, # A plan
-    budget: float | None = None, # Share of the masked passes, as for 'cap score --budget'
 ) -> str: # Markdown, a page at most
     "A plan as text: counts, times labelled as estimates, memory by part, and what will not fit."
     sizes, load = planned.load.sizes, planned.load
     title = f"Plan for {sizes.name} in {load.dtype}, from {sizes.source}; no weights were read."
     model = [*model_lines(load, planned.lengths_from), scoring_line(planned)]
-    if budget is not None: model.append(budget_line(planned, budget))
     blocks = [[title], model, stage_rows(planned), [run_line(planned), time_line(planned)],
               memory_lines(planned), fit_lines(planned)]
     return "\n\n".join("\n".join(block) for block in blocks)

@@ -165,6 +165,11 @@ def scoring_floor(
     load, h = planned.load, planned.hardware
     sizes, batches, width, stage = load.sizes, load.batches, load.number_bytes, planned.stages[0]
     units, (masked, intact) = unit_flops(sizes, batches), scoring_reads(sizes, batches)
+    part = load.job.prune.budget
+    if part is not None: # by one copy: its share of the masked passes, slopes there and back, intact passes again
+        return Floor(stage=stage.name, passes=stage.work.passes, flops=stage.flops, resident=needed(planned, stage),
+                     moved=part * scoring_moves(sizes, batches, h.group) * width,
+                     read=(part * masked + 3 * intact) * width)
     share = claims(units, [Claimer()] * h.sharing)[0] / sum(units) # of the masked passes
     table = 8 * sizes.layers * sizes.heads * len(load.lengths)
     moved = scoring_moves(sizes, batches, h.group) * width / h.sharing + table * (h.sharing - 1) / h.sharing

@@ -285,6 +285,7 @@ from dataclasses import dataclass
 from ..core.errors import check_choice
 from ..jobs.settings import Shrinking
 from ..methods.attributions import gradient_activation
+from ..scoring import batches_of, target_losses
 
 # %% ../../nbs/portable/06_shrink.ipynb #c055
 @dataclass(frozen=True)
@@ -294,6 +295,18 @@ class Shrunk:
     weights: int # Weights in scope that are left
     neurons: tuple[int, int] # Neurons a layer that stayed, and of how many
     groups: tuple[int, int] # Key-value heads a layer that stayed, and of how many
+    losses: tuple[float, float] # Mean loss of the calibration examples before and after, in nats
+
+# %% ../../nbs/portable/06_shrink.ipynb #02d69822
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode
+    calibration: Calibration, # N examples
+    batch_tokens: int = 4096, # Padded tokens a batch
+) -> float: # Mean over the examples of the loss on their targets, in nats
+    "What a model loses on the examples, in one pass."
+    batches = batches_of(calibration, batch_tokens, next(model.parameters()).device)
+    return sum(target_losses(model, batch).sum().item() for _, batch in batches) / len(calibration.examples)
 
 # %% ../../nbs/portable/06_shrink.ipynb #c056
 def check_shrinking(
@@ -319,6 +332,7 @@ def shrink_to(
 ) -> tuple[nn.Module, Shrunk]: # The smaller model, and what became of it
     "Score, choose, let the rest take over, and cut; what cannot be raises `BadInput`."
     kept, (neurons, groups) = check_shrinking(model, how), widths_of(model)
+    loss = mean_loss(model, calibration, batch_tokens)
     if how.groups and head_scores is None: head_scores = gradient_activation(model, calibration, batch_tokens, True)
     scores = NEURON_SCORES[how.neurons_by](model, calibration, batch_tokens), head_scores, kept, how.groups
     before = sum(p.weight.numel() for p in projections(model))
@@ -327,7 +341,8 @@ def shrink_to(
         take_over(model, *staying(model, *scores), calibration, batch_tokens)
     small = shrink(model, *scores)
     left = sum(p.weight.numel() for p in projections(small))
-    return small, Shrunk(before=before, weights=left, neurons=(kept, neurons), groups=(how.groups or groups, groups))
+    return small, Shrunk(before=before, weights=left, neurons=(kept, neurons), groups=(how.groups or groups, groups),
+                         losses=(loss, mean_loss(small, calibration, batch_tokens)))
 
 # %% ../../nbs/portable/06_shrink.ipynb #c062
 import cap_nb
@@ -349,5 +364,6 @@ def shrunk_record(
              "zeros": 0, "removed": report.before - report.weights, "base": base, "calibration": calibration,
              "says": SAYS.format(by=how.neurons_by, heads=heads, fit="" if how.no_fit else FITS),
              "source": "Michel et al. 2019; Ma et al. 2023; least squares as in Frantar and Alistarh 2023",
-             "neurons a layer": list(report.neurons), "key-value heads a layer": list(report.groups)}
+             "neurons a layer": list(report.neurons), "key-value heads a layer": list(report.groups),
+             "calibration loss": list(report.losses)}
     return about | ({"scores": scores} if scores else {})
