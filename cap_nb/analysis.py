@@ -262,7 +262,9 @@ def paired_values(
     return [ones[key].loss - others[key].loss for key in ones], "nats"
 
 # %% ../nbs/06_analysis.ipynb #c044
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 import numpy as np
 from .evaluation import bootstrap_interval
@@ -282,7 +284,28 @@ def mcnemar_exact(
 
 # %% ../nbs/06_analysis.ipynb #c052
 EXACT_FLIPS = 16 # Differences up to which every pattern of signs is tried
+MOST_KEPT = 2 ** 25 # Signs of a draw that is kept for the next comparison
 
+def sign_patterns(
+    pairs: int, # Differences
+    flips: int, # Patterns to draw
+    seed: int, # Seed of the draws
+) -> Iterator[np.ndarray]: # 1 where a sign is turned, int8 [patterns, pairs], in pieces
+    "Random patterns of signs."
+    rng, rows = np.random.default_rng(seed), max(1, 1_000_000 // pairs)
+    for start in range(0, flips, rows): # in pieces, for memory
+        yield rng.integers(2, size=(min(rows, flips - start), pairs), dtype=np.int8)
+
+@lru_cache(maxsize=4)
+def kept_patterns(
+    pairs: int, # Differences
+    flips: int, # Patterns to draw
+    seed: int, # Seed of the draws
+) -> tuple[np.ndarray, ...]: # As from `sign_patterns`
+    "Random patterns of signs, drawn once."
+    return tuple(sign_patterns(pairs, flips, seed))
+
+# %% ../nbs/06_analysis.ipynb #f98ba976
 def drawn_flips(
     differences: np.ndarray, # Differences that are not zero
     reach: float, # Size of the sum that a pattern must reach
@@ -290,11 +313,9 @@ def drawn_flips(
     seed: int, # Seed of the draws
 ) -> int: # Patterns that reach it
     "How many random patterns of signs give a sum at least as far from zero."
-    rng, count, rows = np.random.default_rng(seed), 0, max(1, 1_000_000 // len(differences))
-    for start in range(0, flips, rows): # in pieces, for memory
-        drawn = rng.integers(2, size=(min(rows, flips - start), len(differences)), dtype=np.int8)
-        count += int((np.abs((1.0 - 2.0 * drawn) @ differences) >= reach).sum())
-    return count
+    draw = kept_patterns if len(differences) * flips <= MOST_KEPT else sign_patterns
+    pieces, total = draw(len(differences), flips, seed), differences.sum()
+    return sum(int((np.abs(total - 2.0 * (piece @ differences)) >= reach).sum()) for piece in pieces)
 
 # %% ../nbs/06_analysis.ipynb #c053
 def sign_flip_test(

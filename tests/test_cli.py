@@ -256,7 +256,7 @@ def test_settings_need_no_torch():
 
 def test_ctrl_c_and_on(finished, tmp_path):
     """Interrupted while scoring, the command says so in a sentence; given again it ends with the same bytes as a run that was left in peace."""
-    words = ["run", *FEW, "--tasks", "lab-arc", "--n", "24", "--batch-tokens", "256", "--methods", "cap", "--sparsity", "0.5", "--accuracy-tasks", "none"]
+    words = ["run", *FEW, "--tasks", "lab-arc", "--n", "8", "--batch-tokens", "128", "--methods", "cap", "--sparsity", "0.5", "--accuracy-tasks", "none"]
     process = programs.Program(programs.cap(*words, "--out", "stopped"), folder=tmp_path)
     units, until = tmp_path / "stopped/unfinished/scores", time.monotonic() + 300
     while not list(units.glob("*-units/*/batch-0001-*")) and process.poll() is None and time.monotonic() < until:

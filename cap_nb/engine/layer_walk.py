@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from ..models.anatomy import decoder_layers, decoder_of
-from ..models.replay import LayerCall, recorded_calls, run_layer
+from ..models.replay import LayerCall, named_arguments, recorded_calls, run_layer
 
 # %% ../../nbs/engine/00_layer_walk.ipynb #c005
 @dataclass(frozen=True)
@@ -47,6 +47,23 @@ def first_layer_alone(
         for layer in others: stack.enter_context(patch.object(layer, "forward", again))
         yield
 
+# %% ../../nbs/engine/00_layer_walk.ipynb #128da681
+@contextmanager
+def layers_skipped(
+    model: nn.Module, # A causal language model of a known family
+) -> Iterator[None]:
+    "While the block runs, a forward pass computes no layer: each gives its input again, in the form of its output."
+    decoder, (first, *others), made = decoder_of(model), decoder_layers(model), []
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    with first_layer_alone(model), first.register_forward_hook(lambda layer, args, output: made.append(output)):
+        decoder(input_ids=token, use_cache=False)
+    def again(*args: object, **kwargs: object) -> object:
+        hidden = next(iter(named_arguments(first, args, kwargs).values()))
+        return hidden if isinstance(made[0], torch.Tensor) else (hidden, *made[0][1:])
+    with ExitStack() as stack:
+        for layer in (first, *others): stack.enter_context(patch.object(layer, "forward", again))
+        yield
+
 # %% ../../nbs/engine/00_layer_walk.ipynb #c007
 @torch.no_grad()
 def initial_state(
@@ -56,7 +73,7 @@ def initial_state(
 ) -> BatchState: # The batch before the first layer
     "Record the arguments of each layer, which depend on the tokens' positions and not on what layers compute."
     decoder = decoder_of(model)
-    with recorded_calls(model) as calls, first_layer_alone(model):
+    with layers_skipped(model), recorded_calls(model) as calls:
         decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return state_of_calls(calls, batch["attention_mask"], indices)
 

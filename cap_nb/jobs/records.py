@@ -22,13 +22,13 @@ def records_as_text(
     kind: type, # Which kind
 ) -> str: # Comma-separated values below a header
     "Records as a table of text, a line each; None is the empty cell, an output is a JSON string."
-    table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow([field.name for field in fields(kind)])
+    table, names = io.StringIO(), [field.name for field in fields(kind)]
+    rows, quoted = csv.writer(table, lineterminator="\n"), {"output"} & set(names)
+    rows.writerow(names)
     for record in records:
-        cells = asdict(record)
-        if "output" in cells: cells["output"] = json.dumps(cells["output"], ensure_ascii=True)
-        rows.writerow("" if cell is None else str(cell) for cell in cells.values())
+        cells = vars(record)
+        if quoted: cells = cells | {"output": json.dumps(cells["output"], ensure_ascii=True)}
+        rows.writerow(cells.values())
     return table.getvalue()
 
 # %% ../../nbs/jobs/00_records.ipynb #c006
@@ -37,11 +37,12 @@ def records_from_text(
     kind: type, # AnswerRecord or LossRecord
 ) -> tuple: # Its records
     "Records read from a table of text; a table of another shape raises ValueError."
-    table = csv.DictReader(io.StringIO(text))
+    table = csv.reader(io.StringIO(text))
     readers = {field.name: FROM_TEXT[field.type] for field in fields(kind)}
     if kind is AnswerRecord: readers["output"] = json.loads
-    if table.fieldnames != list(readers): raise ValueError("its columns are not those of the records")
-    return tuple(kind(**{name: read(row[name]) for name, read in readers.items()}) for row in table)
+    if next(table, None) != list(readers): raise ValueError("its columns are not those of the records")
+    return tuple(
+        kind(**{name: read(cell) for (name, read), cell in zip(readers.items(), row, strict=True)}) for row in table)
 
 # %% ../../nbs/jobs/00_records.ipynb #c010
 from pathlib import Path

@@ -18,124 +18,194 @@ def row_errors(
     removed = weight.detach().double() * mask
     return ((removed @ hessian.double()) * removed).sum(1)
 
-# %% ../../nbs/methods/04_swaps.ipynb #c018
-def side_costs(
-    weight: torch.Tensor, # [rows, in]
-    diagonal: torch.Tensor, # Diagonal of G, [in]
-    correlations: torch.Tensor, # c = G r of every row, [rows, in]
-    mask: torch.Tensor, # Which weights are removed, bool [rows, in]
-) -> torch.Tensor: # [rows, in]
-    "What the error changes by when one weight alone changes sides: w^2 G_jj + 2 w c_j if it goes, - if it returns."
-    return weight * (weight * diagonal + torch.where(mask, -2.0, 2.0) * correlations)
-
-# %% ../../nbs/methods/04_swaps.ipynb #c020
+# %% ../../nbs/methods/04_swaps.ipynb #0a9ad54d
 import math
-
-# %% ../../nbs/methods/04_swaps.ipynb #c021
-def cheapest_columns(
-    cost: torch.Tensor, # From `side_costs`, [rows, in]
-    mask: torch.Tensor, # Which weights are removed, bool [rows, in]
-    count: int, # Candidates of each side
-) -> tuple[torch.Tensor, torch.Tensor]: # Columns, kept first [rows, 2 count]; forbidden pairs [rows, count, count]
-    "The kept weights that are cheapest to remove, and the removed ones that are cheapest to return."
-    kept = cost.masked_fill(mask, math.inf).topk(count, dim=1, largest=False, sorted=False)
-    removed = cost.masked_fill(~mask, math.inf).topk(count, dim=1, largest=False, sorted=False)
-    forbidden = kept.values.isinf()[:, :, None] | removed.values.isinf()[:, None, :]
-    return torch.cat([kept.indices, removed.indices], dim=1), forbidden
-
-# %% ../../nbs/methods/04_swaps.ipynb #c025
-def cheapest_groups(
-    cost: torch.Tensor, # From `side_costs`, [rows, in]
-    mask: torch.Tensor, # Which weights are removed, bool [rows, in]; `zeros` in every group
-    count: int, # Candidates of each side, at least one group's
-    pattern: tuple[int, int], # (zeros, of)
-) -> tuple[torch.Tensor, torch.Tensor]: # Columns, kept ones first, [rows, slots]; forbidden pairs, [kept, removed]
-    "The columns of the groups with the cheapest removal and return, and which pairs would cross groups."
-    zeros, of = pattern
-    cost, mask = (values.unflatten(1, (-1, of)) for values in (cost, mask))
-    best = cost.masked_fill(mask, math.inf).amin(2) + cost.masked_fill(~mask, math.inf).amin(2)
-    groups = min(best.shape[1], max(1, count // max(zeros, of - zeros)))
-    chosen = best.topk(groups, dim=1, largest=False).indices[:, :, None]
-    order = mask.gather(1, chosen.expand(-1, -1, of)).int().argsort(dim=2, stable=True) # kept ones first
-    kept, removed = (of * chosen + order).split([of - zeros, zeros], dim=2)
-    number = torch.arange(groups, device=cost.device)
-    forbidden = number.repeat_interleave(of - zeros)[:, None] != number.repeat_interleave(zeros)
-    return torch.cat([kept.flatten(1), removed.flatten(1)], dim=1), forbidden
-
-# %% ../../nbs/methods/04_swaps.ipynb #c029
-def terms_among(
-    weight: torch.Tensor, # [rows, in]
-    columns: torch.Tensor, # Chosen columns of every row, int64 [rows, slots]
-    gram: torch.Tensor, # G, contiguous [in, in]
-) -> torch.Tensor: # [rows, slots, slots]
-    "The terms w_i G_ij w_j of the error between the chosen columns of every row."
-    values = weight.gather(1, columns)
-    at = columns[:, :, None] * len(gram) + columns[:, None, :]
-    terms = gram.view(-1).index_select(0, at.view(-1)).view(at.shape) # twice as fast as gram[i, j]
-    return terms.mul_(values[:, :, None]).mul_(values[:, None, :])
-
-# %% ../../nbs/methods/04_swaps.ipynb #c031
-def exchange(
-    values: torch.Tensor, # [rows, slots, ...]; changed in place
-    first: torch.Tensor, # A slot of every row, int64 [rows]
-    second: torch.Tensor, # Another one; where it is the same, nothing changes
-) -> None:
-    "Exchange the contents of two slots in every row."
-    rows = torch.arange(len(values), device=values.device)
-    values[rows, first], values[rows, second] = values[rows, second], values[rows, first]
-
-# %% ../../nbs/methods/04_swaps.ipynb #c034
-def best_pairs(
-    terms: torch.Tensor, # w_i G_ij w_j, [rows, slots, slots]
-    overlaps: torch.Tensor, # w_i c_i, [rows, slots]
-    barrier: torch.Tensor, # 0, or infinity where a pair is forbidden, [kept, removed] or [rows, kept, removed]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Change of the error, slot that goes, slot that returns; [rows]
-    "The pair of each row that lowers its error most."
-    kept, removed = barrier.shape[-2:]
-    own = terms.diagonal(dim1=1, dim2=2)
-    goes, returns = (own + 2 * overlaps)[:, :kept], (own - 2 * overlaps)[:, kept:]
-    change = (goes[:, :, None] + returns[:, None, :]).add_(terms[:, :kept, kept:], alpha=-2).add_(barrier)
-    best, pair = change.flatten(1).min(1)
-    return best, pair // removed, kept + pair % removed
-
-# %% ../../nbs/methods/04_swaps.ipynb #c036
-SWAPS_A_PASS = 8 # Exchanges for one choice of candidates: with more the candidates age, with fewer more is read
-
-def swap_slots(
-    terms: torch.Tensor, # w_i G_ij w_j, [rows, slots, slots]; changed in place, as are the overlaps
-    overlaps: torch.Tensor, # w_i c_i, [rows, slots]
-    forbidden: torch.Tensor, # Pairs that must not be exchanged, bool [kept, removed] or [rows, kept, removed]
-    slack: torch.Tensor, # What an exchange must lower the error by, [rows]
-    left: torch.Tensor, # Exchanges that a row may still make, int64 [rows]; counted down in place
-) -> torch.Tensor: # Which slot's content now lies in each slot, int64 [rows, slots]
-    "Exchange the best pair of every row, time after time; exact within the chosen columns."
-    rows = torch.arange(len(terms), device=terms.device)
-    order = torch.arange(terms.shape[1], device=terms.device).repeat(len(terms), 1)
-    barrier = torch.zeros_like(forbidden, dtype=terms.dtype).masked_fill_(forbidden, math.inf)
-    for _ in range(SWAPS_A_PASS):
-        best, first, second = best_pairs(terms, overlaps, barrier)
-        going = (best < -slack) & (left > 0)
-        if not going.any(): break
-        second = torch.where(going, second, first)
-        overlaps += terms[rows, first] - terms[rows, second]
-        for values in (terms, terms.transpose(1, 2), overlaps, order): exchange(values, first, second)
-        left -= going.long()
-    return order
-
-# %% ../../nbs/methods/04_swaps.ipynb #c040
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# %% ../../nbs/methods/04_swaps.ipynb #c041
+# %% ../../nbs/methods/04_swaps.ipynb #75000d69
 @dataclass(frozen=True)
 class Rows:
     "Rows on their way to a local minimum; all but weight and slack are changed in place."
     weight: torch.Tensor # Float32 [rows, in]
     mask: torch.Tensor # Which weights are removed, bool [rows, in]
-    correlations: torch.Tensor # c = G r, float32 [rows, in]
+    goes: torch.Tensor # w^2 G_jj of kept weights, infinity for removed ones, float32 [rows, in]
+    returns: torch.Tensor # The same of removed weights, infinity for kept ones
+    overlaps: torch.Tensor # w_j c_j, where c = G r, float32 [rows, in]
     slack: torch.Tensor # What an exchange must lower the error by, float32 [rows]
     left: torch.Tensor # Exchanges that a row may still make, int64 [rows]
 
+def part_of(
+    state: object, # A dataclass of tensors whose first dimension is the same
+    rows: torch.Tensor, # Indices along it, int64
+) -> object: # Another one of its kind; a copy
+    "Some rows of all tensors."
+    return type(state)(**{name: values.index_select(0, rows) for name, values in vars(state).items()})
+
+# %% ../../nbs/methods/04_swaps.ipynb #9d634be6
+SLACK = 1e-6 # Share of a row's terms that an exchange must lower its error by: some roundings of float32
+
+def fresh_rows(
+    weight: torch.Tensor, # Float32 [rows, in]
+    mask: torch.Tensor, # Which weights are removed, bool [rows, in]; kept and changed by passes
+    gram: torch.Tensor, # G, float32 [in, in]
+    left: torch.Tensor, # Exchanges that a row may still make, int64 [rows]
+) -> Rows: # Their state
+    "The state of rows, with c = G r computed from the mask."
+    gone = mask.to(weight.dtype)
+    overlaps, alone = ((weight * gone) @ gram).mul_(weight), weight.square().mul_(gram.diagonal())
+    size = torch.linalg.vecdot(alone, gone) + torch.linalg.vecdot(overlaps, gone).abs()
+    returns = gone.reciprocal().sub_(1).add_(alone) # 1/1 - 1 is 0, and 1/0 - 1 infinity: faster than by a bool mask
+    goes = alone.add_(gone.neg_().add_(1).reciprocal_().sub_(1))
+    return Rows(weight=weight, mask=mask, goes=goes, returns=returns, overlaps=overlaps, slack=SLACK * size, left=left)
+
+def side_costs(
+    state: Rows, # Rows
+) -> tuple[torch.Tensor, torch.Tensor]: # If a weight goes, if it returns; [rows, in] each
+    "What the error changes by when one weight alone changes sides; infinity where it is on the other side."
+    return torch.add(state.goes, state.overlaps, alpha=2), torch.add(state.returns, state.overlaps, alpha=-2)
+
+# %% ../../nbs/methods/04_swaps.ipynb #abe8a019
+def smallest_columns(
+    values: torch.Tensor, # [rows, in]
+    count: int, # How many, at most in
+) -> torch.Tensor: # In no order, int64 [rows, count]
+    "The columns of the smallest values of every row, by way of the groups of columns that can hold them."
+    width = values.shape[1]
+    size = next(size for size in range(math.isqrt(width // count), 0, -1) if width % size == 0)
+    least = values.unflatten(1, (size, -1)).amin(1)
+    groups = least.topk(count, dim=1, largest=False, sorted=False).indices
+    columns = groups[:, None, :] + least.shape[1] * torch.arange(size, device=values.device)[:, None]
+    found = values.gather(1, columns.flatten(1)).topk(count, dim=1, largest=False, sorted=False).indices
+    return columns.flatten(1).gather(1, found)
+
+def cheapest_columns(
+    goes: torch.Tensor, # Costs from `side_costs`, [rows, in]
+    returns: torch.Tensor, # The same, if a weight returns
+    count: int, # Candidates of each side
+) -> tuple[torch.Tensor, torch.Tensor]: # Columns, kept first [rows, 2 count]; barrier [count, count]
+    "The kept weights that are cheapest to remove, and the removed ones that are cheapest to return."
+    columns = torch.cat([smallest_columns(goes, count), smallest_columns(returns, count)], dim=1)
+    return columns, torch.zeros(count, count, dtype=goes.dtype, device=goes.device)
+
+# %% ../../nbs/methods/04_swaps.ipynb #8cdb64e4
+def cheapest_groups(
+    goes: torch.Tensor, # Costs from `side_costs`, [rows, in]; infinite for `zeros` weights of every group
+    returns: torch.Tensor, # The same, if a weight returns; infinite for the others
+    count: int, # Candidates of each side, at least one group's
+    pattern: tuple[int, int], # (zeros, of)
+) -> tuple[torch.Tensor, torch.Tensor]: # Columns, kept ones first, [rows, slots]; barrier, [kept, removed]
+    "The columns of the groups with the cheapest removal and return, and a barrier between groups."
+    zeros, of = pattern
+    goes, returns = (costs.unflatten(1, (-1, of)) for costs in (goes, returns))
+    best = goes.amin(2) + returns.amin(2)
+    groups = min(best.shape[1], max(1, count // max(zeros, of - zeros)))
+    chosen = best.topk(groups, dim=1, largest=False).indices[:, :, None]
+    order = goes.isinf().gather(1, chosen.expand(-1, -1, of)).int().argsort(dim=2, stable=True) # kept ones first
+    kept, removed = (of * chosen + order).split([of - zeros, zeros], dim=2)
+    number = torch.arange(groups, device=goes.device)
+    others = number.repeat_interleave(of - zeros)[:, None] != number.repeat_interleave(zeros)
+    barrier = torch.zeros(others.shape, dtype=goes.dtype, device=goes.device).masked_fill_(others, math.inf)
+    return torch.cat([kept.flatten(1), removed.flatten(1)], dim=1), barrier
+
+# %% ../../nbs/methods/04_swaps.ipynb #8ffbc439
+@dataclass(frozen=True)
+class Slots:
+    "The small problems of some rows; overlaps, order, table and left are changed in place."
+    columns: torch.Tensor # The chosen columns, int32 or int64 [rows, slots]
+    weight: torch.Tensor # Their weights, [rows, slots]
+    alone: torch.Tensor # w_i^2 G_ii; infinity for a weight of the wrong side, [rows, slots]
+    overlaps: torch.Tensor # w_i c_i, [rows, slots]
+    order: torch.Tensor # Which of the chosen lies in each slot, int64 [rows, slots]
+    table: torch.Tensor # -2 w_i G_ij w_j between kept and removed slots, plus the barrier, [rows, kept, removed]
+    slack: torch.Tensor # What an exchange must lower the error by, [rows]
+    left: torch.Tensor # Exchanges that a row may still make, int64 [rows]
+
+def products_with(
+    columns: torch.Tensor, # As in `Slots`
+    weight: torch.Tensor, # As in `Slots`
+    first: torch.Tensor, # Which of the chosen, int64 [rows, a]
+    second: torch.Tensor, # With which others, int64 [rows, b]
+    gram: torch.Tensor, # G, contiguous [in, in]
+) -> torch.Tensor: # [rows, a, b]
+    "The terms w_i G_ij w_j between chosen weights of every row."
+    at = (columns.gather(1, first) * len(gram))[:, :, None] + columns.gather(1, second)[:, None, :]
+    terms = gram.view(-1).index_select(0, at.view(-1)).view(at.shape) # twice as fast as gram[i, j]
+    return terms.mul_(weight.gather(1, first)[:, :, None]).mul_(weight.gather(1, second)[:, None, :])
+
+# %% ../../nbs/methods/04_swaps.ipynb #367cc01d
+def slots_of(
+    state: Rows, # Some rows
+    columns: torch.Tensor, # Their chosen columns, kept ones first, int64 [rows, slots]
+    barrier: torch.Tensor, # Infinity for pairs of slots that must not be exchanged, else 0, [kept, removed]
+    gram: torch.Tensor, # G, contiguous [in, in]
+) -> Slots: # Each of the chosen in the slot of its number
+    "The small problems of rows."
+    kept, removed = columns.split(barrier.shape, dim=1)
+    alone = torch.cat([state.goes.gather(1, kept), state.returns.gather(1, removed)], dim=1)
+    order = torch.arange(columns.shape[1], device=columns.device).repeat(len(columns), 1)
+    weight, short = state.weight.gather(1, columns), columns.to(torch.int32 if gram.numel() < 2**31 else torch.int64)
+    table = products_with(short, weight, *order.split(barrier.shape, dim=1), gram).mul_(-2).add_(barrier)
+    return Slots(columns=short, weight=weight, alone=alone, overlaps=state.overlaps.gather(1, columns), order=order,
+                 table=table, slack=state.slack, left=state.left.clone())
+
+# %% ../../nbs/methods/04_swaps.ipynb #5047b78c
+def best_pairs(
+    slots: Slots, # The small problems
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Change of the error; kept slot; removed slot, from 0; [rows]
+    "The pair of each row that lowers its error most."
+    kept, rows = slots.table.shape[1], torch.arange(len(slots.table), device=slots.table.device)
+    alone, overlaps = slots.alone.gather(1, slots.order), slots.overlaps.gather(1, slots.order)
+    goes, returns = (alone + 2 * overlaps)[:, :kept], (alone - 2 * overlaps)[:, kept:]
+    least, first = (slots.table + returns[:, None, :]).amin(2).add_(goes).min(1)
+    return least, first, (slots.table[rows, first] + returns).argmin(1)
+
+# %% ../../nbs/methods/04_swaps.ipynb #01ab9c64
+def exchange(
+    slots: Slots, # The small problems; changed in place
+    rows: torch.Tensor, # Which of them exchange, int64 [n]
+    first: torch.Tensor, # The kept slot of each, int64 [n]
+    second: torch.Tensor, # Its removed slot, counted from 0, int64 [n]
+    barrier: torch.Tensor, # As for `slots_of`
+    gram: torch.Tensor, # G, contiguous [in, in]
+) -> None:
+    "Exchange the weights in two slots, and carry that into overlaps and table."
+    order, kept, each = slots.order[rows], len(barrier), torch.arange(len(rows), device=rows.device)
+    pair = torch.stack([order[each, first], order[each, kept + second]], dim=1)
+    terms = products_with(slots.columns[rows], slots.weight[rows], pair, torch.arange(
+        order.shape[1], device=rows.device).expand_as(order), gram)
+    slots.overlaps.index_add_(0, rows, terms[:, 0] - terms[:, 1])
+    order[each, first], order[each, kept + second] = pair[:, 1], pair[:, 0]
+    went, came = terms.mul_(-2).gather(2, order[:, None].expand_as(terms)).unbind(1)
+    slots.table[rows, first] = came[:, kept:] + barrier[first]
+    slots.table[rows, :, second] = went[:, :kept] + barrier.T[second]
+    slots.order[rows] = order
+    slots.left[rows] -= 1
+
+# %% ../../nbs/methods/04_swaps.ipynb #fa543d2f
+SWAPS_A_PASS = 8 # Exchanges for one choice of candidates: with more the candidates age, with fewer more is read
+GOING = 0.75 # Share of rows that go on, below which those that are done are left out
+
+def swap_slots(
+    part: Slots, # The small problems; used up
+    barrier: torch.Tensor, # As for `slots_of`
+    gram: torch.Tensor, # G, contiguous [in, in]
+) -> tuple[torch.Tensor, torch.Tensor]: # What lies in each slot, int64 [rows, slots]; exchanges that are left, [rows]
+    "Exchange the best pair of every row, time after time; exact within the chosen columns."
+    order, left, index = part.order.clone(), part.left.clone(), torch.arange(len(part.order), device=part.order.device)
+    for _ in range(SWAPS_A_PASS):
+        least, first, second = best_pairs(part)
+        rows = ((least < -part.slack) & (part.left > 0)).nonzero()[:, 0]
+        if not len(rows): break
+        first, second = first[rows], second[rows]
+        if len(rows) < GOING * len(index):
+            order[index], left[index] = part.order, part.left
+            part, index, rows = part_of(part, rows), index[rows], torch.arange(len(rows), device=rows.device)
+        exchange(part, rows, first, second, barrier, gram)
+    order[index], left[index] = part.order, part.left
+    return order, left
+
+# %% ../../nbs/methods/04_swaps.ipynb #5b31b6af
 Choice = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] # As `cheapest_columns`
 
 def sides_changed(
@@ -145,46 +215,52 @@ def sides_changed(
     "Which weights changed sides; one that went and came back did not."
     return (order < kept).long() - (torch.arange(order.shape[1], device=order.device) < kept).long()
 
-# %% ../../nbs/methods/04_swaps.ipynb #c043
+def put_on_sides(
+    state: Rows, # All rows; changed in place
+    rows: torch.Tensor, # Indices of some, int64
+    columns: torch.Tensor, # Columns of each, int64 [these rows, n]
+    change: torch.Tensor, # As `sides_changed` gives it, [these rows, n]
+) -> None:
+    "Carry what changed sides into mask and costs."
+    row, slot = change.nonzero().unbind(1)
+    at = rows[row], columns[row, slot]
+    state.mask[at] = change[row, slot] > 0
+    state.goes[at], state.returns[at] = state.returns[at], state.goes[at]
+
+# %% ../../nbs/methods/04_swaps.ipynb #b6445558
 def swap_pass(
     state: Rows, # All rows; those below are changed in place
     rows: torch.Tensor, # Indices of the rows of this pass, int64
     gram: torch.Tensor, # G, float32, contiguous [in, in]
     choose: Choice, # How candidates are chosen
-) -> torch.Tensor: # Indices of the rows that exchanged something and may go on, int64
+) -> torch.Tensor: # How many exchanges each of these rows made, int64
     "One choice of candidates, and the exchanges among them."
-    weight, mask, left = state.weight[rows], state.mask[rows], state.left[rows]
-    correlations = state.correlations[rows]
-    columns, forbidden = choose(side_costs(weight, gram.diagonal(), correlations, mask), mask)
-    overlaps = (weight * correlations).gather(1, columns)
-    order = swap_slots(terms_among(weight, columns, gram), overlaps, forbidden, state.slack[rows], left)
-    change = sides_changed(order, forbidden.shape[-2])
-    slots = change.abs().topk(min(2 * SWAPS_A_PASS, change.shape[1]), dim=1, sorted=False).indices
-    columns, change = columns.gather(1, order).gather(1, slots), change.gather(1, slots)
-    flips = torch.zeros_like(mask, dtype=torch.int8).scatter_add_(1, columns, change.abs().to(torch.int8))
-    went = weight.gather(1, columns) * change
+    part = part_of(state, rows)
+    columns, barrier = choose(*side_costs(part))
+    order, left = swap_slots(slots_of(part, columns, barrier, gram), barrier, gram)
+    columns, change = columns.gather(1, order), sides_changed(order, len(barrier))
+    put_on_sides(state, rows, columns, change)
+    some = change.abs().topk(min(2 * SWAPS_A_PASS, change.shape[1]), dim=1, sorted=False).indices
+    columns, change = columns.gather(1, some), change.gather(1, some)
+    went = part.weight.gather(1, columns) * change
     moved = torch.nn.functional.embedding_bag(columns, gram, mode="sum", per_sample_weights=went)
-    state.mask[rows], state.correlations[rows] = mask ^ flips.bool(), correlations + moved
-    swapped, state.left[rows] = left < state.left[rows], left
-    return rows[swapped & (left > 0)]
+    state.overlaps[rows], state.left[rows] = part.overlaps.addcmul_(part.weight, moved), left
+    return part.left - left
 
-# %% ../../nbs/methods/04_swaps.ipynb #c045
-SLACK = 1e-6 # Share of a row's terms that an exchange must lower its error by: some roundings of float32
-
-def fresh_rows(
-    weight: torch.Tensor, # Float32 [rows, in]
-    mask: torch.Tensor, # Which weights are removed, bool [rows, in]
+# %% ../../nbs/methods/04_swaps.ipynb #8e2d34c2
+def renewed(
+    state: Rows, # All rows; those below are changed in place
+    rows: torch.Tensor, # Indices of rows at a minimum, int64
     gram: torch.Tensor, # G, float32 [in, in]
-    left: torch.Tensor, # Exchanges that a row may still make, int64 [rows]
-) -> Rows: # Their state
-    "The state of rows, with c = G r computed from the mask."
-    removed = weight * mask
-    correlations = removed @ gram
-    size = removed.square() @ gram.diagonal() + (removed * correlations).sum(1).abs()
-    return Rows(weight=weight, mask=mask, correlations=correlations, slack=SLACK * size, left=left)
+) -> torch.Tensor: # Those whose minimum rounding may have hidden, int64
+    "Compute c = G r anew from the mask, and tell for which rows that matters."
+    part = fresh_rows(state.weight[rows], state.mask[rows], gram, state.left[rows])
+    moved = 4 * (part.overlaps - state.overlaps[rows]).abs_().amax(1)
+    state.overlaps[rows], state.slack[rows] = part.overlaps, part.slack
+    return rows[moved > part.slack]
 
-# %% ../../nbs/methods/04_swaps.ipynb #c047
-ROWS_A_PIECE = 256
+# %% ../../nbs/methods/04_swaps.ipynb #ba03bf38
+WEIGHTS_A_PIECE = 2 ** 18
 
 def swap_rows(
     weight: torch.Tensor, # Float32 [rows, in]
@@ -194,17 +270,16 @@ def swap_rows(
     most: int, # Exchanges of a row
 ) -> torch.Tensor: # The new mask, bool [rows, in]
     "Exchange until every row stands at a minimum among its candidates, or has made all its exchanges."
-    mask, active = mask.clone(), torch.arange(len(weight), device=weight.device)
-    left = torch.full_like(active, most)
+    active, size = torch.arange(len(weight), device=weight.device), max(64, WEIGHTS_A_PIECE // len(gram))
+    state = fresh_rows(weight, mask.clone(), gram, torch.full_like(active, most))
     while len(active):
-        state = fresh_rows(weight[active], mask[active], gram, left[active])
-        moving = torch.arange(len(active), device=weight.device)
+        moving, standing = active, []
         while len(moving):
-            moving = torch.cat([swap_pass(state, piece, gram, choose) for piece in moving.split(ROWS_A_PIECE)])
-        swapped = state.left < left[active]
-        mask[active], left[active] = state.mask, state.left
-        active = active[swapped & (state.left > 0)]
-    return mask
+            made = torch.cat([swap_pass(state, piece, gram, choose) for piece in moving.split(size)])
+            standing.append(moving[(made == 0) & (state.left[moving] > 0)])
+            moving = moving[(made > 0) & (state.left[moving] > 0)]
+        active = torch.cat([renewed(state, piece, gram) for piece in torch.cat(standing).split(size)])
+    return state.mask
 
 # %% ../../nbs/methods/04_swaps.ipynb #c051
 from ..core.errors import BadInput, check_at_least
