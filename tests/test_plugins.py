@@ -186,7 +186,7 @@ def test_a_model_of_an_own_family(tmp_path):
     assert pruned.exit_code == 0 and "50.0000%" in pruned.stdout, pruned.output
     job = ["--tasks", "lab-arc", "--methods", "magnitude", "--sparsity", "0.5"]
     run = cap("run", *words, *FEW, *job, "--text", "lab-text", "--out", tmp_path / "run")
-    assert run.exit_code == 0 and re.search(r"^\| magnitude \| 50 %", run.stdout, re.M) and "plugins: family.py" in run.stdout, run.output
+    assert run.exit_code == 0 and re.search(r"^\| magnitude \| 50 %", run.stdout, re.M | re.I) and "plugins: family.py" in run.stdout, run.output
     table = cap("table", tmp_path / "run")  # its reader need not execute the family's file
     assert table.exit_code == 0 and "plugins: family.py" in table.stdout and table.stdout in run.stdout, table.output
     at_home = ["--plugin", tmp_path / "family.py"], tmp_path / "pruned"

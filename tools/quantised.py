@@ -211,7 +211,7 @@ def main(words):
         measure_order(OUT / "order.json")
         return
     if words[:1] == ["int8"]:
-        measure_order(OUT / "int8.json", bits=(ROWS, *TORCHAO), shakes=0)
+        measure_order(OUT / "int8.json", n=100, bits=(ROWS, *TORCHAO), shakes=0)
         return
     path = OUT / "files.json"
     for name in words[1:]:
