@@ -541,6 +541,7 @@ def card_command(
 # %% ../nbs/command_line.ipynb #c060
 @app.command("publish")
 @in_one_sentence
+@with_plugins
 def publish_command(
     folder: Annotated[Path, typer.Argument(help="pruned folder with its card, packed or not")],
     repository: Annotated[str, typer.Argument(help="owner/name on the hub")],

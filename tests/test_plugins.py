@@ -192,7 +192,8 @@ def test_a_model_of_an_own_family(tmp_path):
     at_home = ["--plugin", tmp_path / "family.py"], tmp_path / "pruned"
     speed = cap("bench", *at_home[0], at_home[1], "--batches", "1", "--prompt", "4", "--steps", "1", "--rounds", "1", "--backends", "torch", "--device", "cpu")
     assert speed.exit_code == 0 and "pruned 50.0%" in speed.stdout, speed.output
-    assert cap("card", *at_home[0], at_home[1]).exit_code == 0
+    for shared in (["card", at_home[1]], ["publish", at_home[1], "owner/name", "--dry-run"]):
+        assert cap(*shared, *at_home[0]).exit_code == 0
     trained = cap("recover", *at_home[0], "--model", at_home[1], "--tasks", "lab-arc", "--n", "2", "--k", "1", "--steps", "1", "--device", "cpu", "--out", tmp_path / "t")
     assert trained.exit_code == 0 and "as before" in trained.stdout, trained.output
     refused(cap("bench", at_home[1]), "other")
@@ -249,7 +250,7 @@ def test_names_of_other_methods_are_reserved():
 
 def test_help_says_that_the_file_is_executed():
     """All commands but those that copy files, read records, or know two families only."""
-    without = set("export restore gguf publish compare ledger pack unpack fetch train-lab".split())
+    without = set("export restore gguf compare ledger pack unpack fetch train-lab".split())
     for command in typer.main.get_command(app).commands:
         said = re.sub(r"[\s│]+", " ", CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout)
         assert ("--plugin" in said and "which is executed" in said) == (command not in without), said
