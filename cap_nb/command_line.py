@@ -508,6 +508,7 @@ def gguf_command(
 # %% ../nbs/command_line.ipynb #c057
 @app.command("bench")
 @in_one_sentence
+@with_plugins
 @with_options("settings", options_of(SpeedSettings), SpeedSettings)
 def bench_command(
     settings: SpeedSettings, # What the options say
@@ -526,6 +527,7 @@ def bench_command(
 # %% ../nbs/command_line.ipynb #c059
 @app.command("card")
 @in_one_sentence
+@with_plugins
 def card_command(
     folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
     run: option(Path | None, "folder of a finished run on the same base, for the table") = None,
@@ -539,6 +541,7 @@ def card_command(
 # %% ../nbs/command_line.ipynb #c060
 @app.command("publish")
 @in_one_sentence
+@with_plugins
 def publish_command(
     folder: Annotated[Path, typer.Argument(help="pruned folder with its card, packed or not")],
     repository: Annotated[str, typer.Argument(help="owner/name on the hub")],
@@ -572,14 +575,15 @@ def shrink_command(
                f"({1 - report.weights / report.before:.4%}, {how.sparsity:.4%} asked); a layer keeps "
                f"{report.neurons[0]} of {report.neurons[1]} neurons and {report.groups[0]} of {report.groups[1]} "
                "key-value heads.")
-    typer.echo(f"The folder is smaller and faster by itself, and less accurate; 'cap bench {out} --against "
-               f"{job.model.name}' measures the one, 'cap eval' the other, and 'cap recover' trains it.")
+    typer.echo("The folder is smaller by itself, and less accurate: 'cap eval' measures by how much, and 'cap recover' "
+               f"trains it. Whether it is faster here, 'cap bench {out} --against {job.model.name}' tells.")
 
 # %% ../nbs/command_line.ipynb #c064
 TUNING = [each for each in options_of(FineTuning) if each.field not in ("batch_tokens", "seed")] # those are the job's
 
 @app.command("recover")
 @in_one_sentence
+@with_plugins
 @with_options("tuning", TUNING, dict)
 @with_job("model", "calibrate", without=("calibration_seed",))
 def recover_command(

@@ -1,17 +1,21 @@
 """Sparse and quantised: the records behind nbs/portable/03_quantised.
 
 In: the lab model, and real models that are at hand. Out: `figures/quantised/order.json`, the held-out losses of every
-order of pruning and rounding; and `figures/quantised/files.json`, what became of real models in GGUF files.
+order of pruning and rounding; `figures/quantised/int8.json`, the same in the int8 arithmetic of torchao and beside it;
+and `figures/quantised/files.json`, what became of real models in GGUF files.
 
     python -m tools.quantised order                      # minutes
+    python -m tools.quantised int8                       # minutes; wants torchao, in an environment of its own
     python -m tools.quantised files smollm2 FOLDER ...   # each model a minute; a case that is there is not made again
 
 Where the package xllamacpp is installed (llama.cpp with an interface for Python), the second also lets llama.cpp go on
 with three texts from each file, and counts the tokens that it has in common with transformers.
 """
 
+import importlib.metadata
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -33,11 +37,35 @@ TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
 TEXTS = ("Question: Tom has 12 apples and buys 35 more. How many", "def add(a, b):\n    return", "The capital of France is")
 
 
+ROWS, TORCHAO = "8, rows", ("torchao", "torchao, inputs too")  # Our own 8 bits with a scale a row; torchao's int8
+
+
+def by_torchao(model, inputs):
+    "Let torchao compute the projections in int8: weights with a scale a row, and inputs with one a token if asked for."
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+    linears = {projection.module for projection in projections(model)}
+    config = Int8DynamicActivationInt8WeightConfig() if inputs else Int8WeightOnlyConfig()
+    quantize_(model, config, filter_fn=lambda module, name: module in linears)
+
+
+@torch.no_grad()
+def read_back(model):
+    "Put plain numbers in the place of codes, in place; weights that are plain stay as they are."
+    for projection in projections(model):
+        if type(projection.module.weight) is not torch.nn.Parameter:
+            projection.module.weight = torch.nn.Parameter(projection.module.weight.dequantize())
+
+
 @torch.no_grad()
 def rounded(model, bits, group=32):
     "Round every weight in scope, in place."
+    if bits in TORCHAO:
+        by_torchao(model, inputs=bits != TORCHAO[0])
+        return
     for projection in projections(model):
-        projection.weight.copy_(rounded_to_nearest(projection.weight, bits, group))
+        of = (8, projection.weight.shape[1]) if bits == ROWS else (bits, group)
+        projection.weight.copy_(rounded_to_nearest(projection.weight, *of))
 
 
 @torch.no_grad()
@@ -59,7 +87,7 @@ def steps_of(cell, sparsity, calibration):
         "rounded": (round_it,),
         "pruned": (prune_it,),
         "prune, round": (prune_it, round_it),
-        "round, prune": (round_it, prune_it, round_it),
+        "round, prune": (round_it, read_back, prune_it, round_it),
         "shake, prune": (lambda m: shaken(m, bits, seed), prune_it),
     }[order]
 
@@ -99,11 +127,14 @@ def measure_order(path, n=300, sparsity=0.5, methods=("magnitude", "wanda", "alp
         model = load_model("lab", "float32", "cpu")[0]
         for step in steps_of(cell, sparsity, calibration):
             step(model)
-        zeros = [(p.weight == 0).float().mean().item() for p in projections(model)]
         losses = [record.loss for record in problem_losses(model, tokenizer, problems, "lab")]
+        read_back(model)
+        zeros = [(p.weight == 0).float().mean().item() for p in projections(model)]
         kept = dict(zip(("order", "method", "bits", "seed"), cell)) | {"zeros": sum(zeros) / len(zeros), "losses": in_hundred_thousandths(losses)}
         cells.append(kept | {"model": model_fingerprint(model)[:16]})
-        write_checked(path, about | {"machine": environment(torch.device("cpu")), "cells": cells})
+        machine = environment(torch.device("cpu"), os.environ.get("CAP_NB_NOTE", ""))
+        machine |= {"torchao": importlib.metadata.version("torchao")} if set(bits) & set(TORCHAO) else {}
+        write_checked(path, about | {"machine": machine, "cells": cells})
         print(*cell, round(sum(losses) / len(losses), 4), flush=True)
 
 
@@ -179,12 +210,15 @@ def main(words):
     if words[:1] == ["order"]:
         measure_order(OUT / "order.json")
         return
+    if words[:1] == ["int8"]:
+        measure_order(OUT / "int8.json", n=100, bits=(ROWS, *TORCHAO), shakes=0)
+        return
     path = OUT / "files.json"
     for name in words[1:]:
         cases = read_checked(path) if path.exists() else {}
         label = Path(name).name
         if label not in cases:
-            machine = environment(torch.device("cpu"))
+            machine = environment(torch.device("cpu"), os.environ.get("CAP_NB_NOTE", ""))
             write_checked(path, cases | {label: measure_files(name) | {"machine": machine}})
         print(json.dumps(read_checked(path)[label], indent=1))
 

@@ -59,13 +59,13 @@ class Case:
     products: str = "highest"  # Precision of float32 products in training and losses, as torch calls it
 
 
-FIVE = ("magnitude", "alps", "wanda", "sparsegpt", "cap")
+FIVE, LONGER = ("magnitude", "alps", "wanda", "sparsegpt", "cap"), FineTuning(steps=200, examples=6)
 CASES = {
     "gold, 50 %": Case(methods=FIVE, beside=("dense", "iterative", "magnitude, rank 8")),
-    "gold, 60 %": Case(methods=FIVE, sparsity=0.6),
-    "own chains, 50 %": Case(methods=FIVE, chains=True),
+    "gold, 60 %": Case(methods=FIVE, sparsity=0.6, settings=LONGER),
+    "own chains, 50 %": Case(methods=FIVE, chains=True, settings=LONGER),
     "smollm2, gold, 50 %": Case(
-        model="smollm2", tasks=BENCHMARK_NAMES, methods=("magnitude", "alps", "wanda", "sparsegpt"), beside=("dense",),
+        model="smollm2", tasks=BENCHMARK_NAMES, methods=("magnitude", "wanda"), beside=("dense",),
         settings=FineTuning(steps=100, examples=1), pruned_with=8, trained_on=100, held_out=20, validation=0,
         rates=(1e-4,), products="medium")}
 MORE = {("gold, 50 %", "magnitude"): (2.5e-4, 4e-3)}  # Rates that were tried too
