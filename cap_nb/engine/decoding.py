@@ -486,6 +486,7 @@ def held_by_vllm(
         try: yield held
         finally: held.writer = None
 
+# %% ../../nbs/engine/03_decoding.ipynb #a3ffefe1
 def generate_with_vllm(
     held: HeldModel, # The model
     tokenizer: object, # Its tokenizer
