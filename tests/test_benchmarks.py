@@ -142,8 +142,7 @@ def test_a_pruned_model_is_asked_in_the_order_of_the_dense_answers(tmp_path):
     assert case["about"]["differ"] == 0 and case["about"]["tokens"] > 0 and set(case["about"]["calls"]) == {"by prompts", "by dense answers"}
 
 
-def test_a_screening_is_timed_against_a_sample_of_the_other_sides(tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "operations", lambda model, call: 1)
+def test_a_screening_is_timed_against_a_sample_of_the_other_sides(tmp_path):
     examples, heads = examples_at_hand(load_model("lab", "float32", "cpu")[1], 4)[0], balanced_heads(6, 6, 2, 1)
     case = scoring.screened_case(tmp_path / "s.json", "lab", examples, "made", heads, repeats=1, budget=0.5)
     assert set(case["seconds"]) == {"hook loop", "resumed", "screened", "hook loop, intact", "resumed, intact"}

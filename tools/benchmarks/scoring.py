@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, Cache
 
 from cap_nb.calibration import Calibration, calibration_set
@@ -146,22 +145,9 @@ def few_shot_case(path, repeats=5, n=1, shots=4):
     )
 
 
-# Screened: a quarter of the masked passes, with slopes for all heads, against both whole tables. Which passes are made
-# follows from what the first ones say, so its operations are counted by torch during a call of its own. On the lab model
-# all heads are scored by every side, and what a quarter costs in accuracy is kept beside: against the whole table
+# Screened: a quarter of the masked passes, with slopes for all heads, against both whole tables. On the lab
+# model all heads are scored by every side, and what a quarter costs in accuracy is kept beside: against the whole table
 # measured here, ranks of the scores and the largest relative error of a factor.
-
-
-def operations(model, call):
-    "Floating-point operations of a call; torch's counter does not know the processor's fused attention."
-    usual = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        with FlopCounterMode(display=False) as counter:
-            call()
-    finally:
-        model.set_attn_implementation(usual)
-    return counter.get_total_flops()
 
 
 def screening_errors(model, examples, budget):
@@ -185,7 +171,6 @@ def screened_case(path, weights, examples, said, sample=None, repeats=5, budget=
 
     def measure():
         about = about_scoring(model, examples, 4096, heads) | dict(budget=budget, data=said, weights=weights)
-        about["flops_of_all"]["screened"] = operations(model, sides["screened"])
         if not sample:
             about["errors"] = screening_errors(model, examples, budget)
         seconds = measured_rounds({name: stopwatch(side) for name, side in sides.items()}, repeats, warmups=0)
