@@ -520,6 +520,7 @@ def backend_of(
     else:
         with held_by_vllm(model) as held: yield held
 
+# %% ../../nbs/jobs/03_job.ipynb #82679b37
 def measure_piece(
     model: nn.Module, # The model as it is now
     tokenizer: object, # Its tokenizer
