@@ -755,7 +755,8 @@ Probing = option(bool, "time this device on one layer, for the expected times", 
 @app.command("plan")
 @in_one_sentence
 @with_plugins
-@with_job("model", "calibrate", "prune", "evaluate", without=("aggregation", "calibration_seed", "text", "budget"))
+@with_job("model", "calibrate", "prune", "evaluate",
+          without=("aggregation", "calibration_seed", "text", "budget", "backend"))
 def plan_command(
     job: Job, # What the options say
     devices: option(int, "devices that share the work") = 1,

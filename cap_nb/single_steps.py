@@ -392,5 +392,5 @@ def evaluate_alone(
     exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
     model, tokenizer = opened(job)
     evaluation = evaluate(model, tokenizer, job, Path(job.model.name).name, exclude)
-    if out: save_evaluation(evaluation, out)
+    if out: save_evaluation(evaluation, out, job.evaluate.backend)
     return evaluation

@@ -1,6 +1,7 @@
 """The benchmarks in small, where nothing is said of time: what they compare agrees, and what differs is noticed."""
 import importlib
 import itertools
+import subprocess
 import threading
 from multiprocessing import Pipe
 
@@ -13,7 +14,7 @@ from cap_nb.data.problems import load_problems
 from cap_nb.engine.resumed_scoring import score_heads
 from cap_nb.methods.streaming import open_checkpoint
 from cap_nb.models.loading import load_model
-from tools.benchmarks import generation, gpu, layer_problem, processes, scaling, scoring, streaming, threshold
+from tools.benchmarks import generation, gpu, layer_problem, processes, scaling, scoring, start, streaming, suite, threshold
 from tools.side_by_side import balanced_heads, examples_at_hand, largest_difference, read_cases
 
 
@@ -56,6 +57,7 @@ def test_a_checkpoint_in_shards_is_made_pruned_packed_and_restored(tmp_path, mon
     llama = streaming.llama | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=100)
     streaming.random_checkpoint(_folder(tmp_path / "src"), llama, 50_000)
     peaks = {}
+    streaming.streaming_sides(tmp_path / "src", tmp_path / "wanda", {}, "wanda")["prune"]()
     streaming.streaming_sides(tmp_path / "src", tmp_path / "dst", peaks)["prune"]()
     assert len(open_checkpoint(tmp_path / "src").shards) > 3 and len(peaks["prune"]) == 1 and open_checkpoint(tmp_path / "dst")
     case = streaming.packed_case(tmp_path / "s.json", "toy", llama, tmp_path, 50_000)
@@ -117,6 +119,33 @@ def test_other_texts_are_noticed(tmp_path):
     assert generation.right_answers({"harness": [right], "stop tokens": [right]}, problems, "lab") == 1
     with pytest.raises(BadInput, match="verdicts of stop tokens"):
         generation.right_answers({"harness": [right], "stop tokens": [wrong]}, problems, "lab")
+
+
+def test_commands_are_timed_each_in_a_process_of_its_own(tmp_path):
+    commands = {"a": [start.PYTHON, "-c", "sum(range(10**6))"], "b": [start.PYTHON, "-c", "pass"]}
+    assert [len(values) for values in start.start_case(tmp_path / "s.json", commands, 1)["seconds"].values()] == [1] * 4
+    with pytest.raises(BadInput, match="expected it to end well"):
+        start.start_case(tmp_path / "t.json", {"wrong": [start.PYTHON, "-c", "1/0"]}, 1)
+
+
+def test_the_suite_is_timed_in_a_fresh_clone(tmp_path):
+    (tmp_path / "Makefile").write_text("demo:\n\t@echo done > made; echo shown\ntest:\n\t@cat made\n")
+    for words in (["init", "--quiet"], ["add", "Makefile"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "-m", "a"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    assert suite.suite_case(tmp_path / "s.json", tmp_path)["about"]["last line"] == {"demo": ["shown"], "test": ["done"]}
+    with pytest.raises(BadInput, match="make lint failed"):
+        suite.suite_case(tmp_path / "t.json", tmp_path, ("lint",))
+
+
+def test_a_pruned_model_is_asked_in_the_order_of_the_dense_answers(tmp_path):
+    case = generation.ordered_case(tmp_path / "o.json", "lab-strategyqa", 0.5, n=6, limit=30, repeats=1)
+    assert case["about"]["differ"] == 0 and case["about"]["tokens"] > 0 and set(case["about"]["calls"]) == {"by prompts", "by dense answers"}
+
+
+def test_a_screening_is_timed_against_a_sample_of_the_other_sides(tmp_path):
+    examples, heads = examples_at_hand(load_model("lab", "float32", "cpu")[1], 4)[0], balanced_heads(6, 6, 2, 1)
+    case = scoring.screened_case(tmp_path / "s.json", "lab", examples, "made", heads, repeats=1, budget=0.5)
+    assert set(case["seconds"]) == {"hook loop", "resumed", "screened", "hook loop, intact", "resumed, intact"}
 
 
 TINY = layer_problem.llama | dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=60)

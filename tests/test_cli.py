@@ -1,4 +1,5 @@
 """The program `cap` from outside: exit codes, one sentence for a mistake and never a traceback, Ctrl-C, and a run that is taken up again."""
+import json
 import os
 import re
 import shutil
@@ -8,14 +9,18 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import programs
 import pytest
 import torch
 import typer
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from cap_nb.core.files import read_checked, sha256_of_file
+from cap_nb.engine.decoding import generate_naive
+from cap_nb.models.lab import lab_tokenizer
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.command_line import RENAMED, app, field_comments
 from cap_nb.jobs.records import load_run
@@ -183,6 +188,33 @@ def test_divergences_are_scored_pruned_by_and_not_taken_for_losses(finished, tmp
     assert not (tmp_path / "pruned").exists()
     result = cap(*prune, table, "--score-target", "divergence")
     assert result.exit_code == 0 and "30.0000%" in result.stdout, result.output
+
+
+def stand_in():
+    """vLLM's stand-in of engine/03, for the lab."""
+    cells = json.loads((ROOT / "nbs/engine/03_decoding.ipynb").read_text())["cells"]
+    [source] = ["".join(cell["source"]) for cell in cells if "class StandIn" in "".join(cell["source"])]
+    space = {"LlamaForCausalLM": LlamaForCausalLM, "SimpleNamespace": SimpleNamespace, "generate_naive": generate_naive, "tokenizer": lab_tokenizer()}
+    exec(source, space)
+    return space["StandIn"]
+
+
+def test_vllm_writes_the_answers_of_a_run(finished, tmp_path, monkeypatch):
+    """Behind the same records, with each model loaded once for all tasks; refused where it is missing."""
+    words, only = [*FEW, "--backend", "vllm"], ["--methods", "magnitude", "--sparsity", "0.5"]
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for refused in (cap("run", *words, *only, "--out", tmp_path / "run"), cap("eval", *words[4:], "--out", tmp_path / "eval")):
+        assert_one_sentence(refused, "vLLM is not installed", "run pip install vllm, or take the backend transformers")
+    assert_one_sentence(cap("run", *FEW, "--backend", "sglang"), "Unknown backend 'sglang'", "transformers, vllm")
+    assert not (tmp_path / "run").exists()
+    vllm = SimpleNamespace(LLM=stand_in(), SamplingParams=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    done, measured = cap("run", *words, *only, "--out", tmp_path / "run"), cap("eval", *words[4:], "--loss-n", "0", "--out", tmp_path / "eval")
+    assert (done.exit_code, measured.exit_code, vllm.LLM.made) == (0, 0, 3), done.output + measured.output
+    ours, theirs = ({e.method: e.answers for e in load_run(folder).evaluations} for folder in (finished[0], tmp_path / "run"))
+    assert theirs == {method: ours[method] for method in ("dense", "magnitude")}
+    assert load_run(tmp_path / "run").configuration["evaluation"]["backend"] == "vllm" == read_checked(tmp_path / "eval/evaluation.json")["backend"]
+    assert_one_sentence(cap("run", *FEW, *only, "--out", tmp_path / "run"), "evaluation.backend (vllm, now None)")
 
 
 def test_a_run_within_a_budget_says_what_was_measured(tmp_path):

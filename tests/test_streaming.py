@@ -236,6 +236,15 @@ def test_bytes_that_nobody_prunes_are_copied_where_the_system_refuses(tmp_path, 
     assert hashes(tmp_path / "new") == hashes(tmp_path / "plain")
 
 
+def test_bytes_that_nobody_prunes_are_not_read_where_the_system_copies(tmp_path, monkeypatch):
+    src = saved(tmp_path / "src")
+    with open(src / "config.json") as old, open(tmp_path / "tried", "w") as new:
+        if not streaming.copied_by_system(old.fileno(), new.fileno(), 0, 2):
+            pytest.skip("this file system does not copy by itself")
+    monkeypatch.setattr(streaming, "copied_here", None)  # nothing may call it
+    prune_checkpoint(src, tmp_path / "new", 0.4, factors_of(src))
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.ENOSPC, "No space left on device")], ids=["broken", "full"])
 def test_a_copy_that_fails_is_no_refusal(tmp_path, monkeypatch, error):
     def failing(*given):

@@ -30,7 +30,7 @@ from cap_nb.engine.resumed_scoring import after_prefix, score_heads, shared_pref
 from cap_nb.jobs.costs import BatchShape, ExampleLength, Sizes, Work, batch_shapes, flops_of, lengths_of, sizes_of
 from cap_nb.jobs.records import environment
 from cap_nb.methods.streaming import open_checkpoint, prune_checkpoint
-from cap_nb.models.anatomy import dimensions
+from cap_nb.models.anatomy import dimensions, projections
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.scoring import score_heads_naive
 
@@ -204,6 +204,18 @@ def pruned_by_made_factors(
     sizes = dimensions(open_checkpoint(src).model.config)
     factors = 1 + 9 * torch.rand(sizes.layers, sizes.heads, generator=torch.Generator().manual_seed(seed))
     prune_checkpoint(src, dst, sparsity, factors)
+
+
+def pruned_by_made_norms(
+    src: str | Path,  # A checkpoint folder
+    dst: str | Path,  # New folder
+    sparsity: float,  # Share of the weights in scope to zero, in [0, 1)
+    seed: int = 0,  # Seed of the norms
+) -> None:
+    "Prune a checkpoint by Wanda with random input norms between 1 and 2."
+    rng, scope = torch.Generator().manual_seed(seed), projections(open_checkpoint(src).model)
+    norms = {p.name: 1 + torch.rand(p.weight.shape[1], generator=rng) for p in scope}
+    prune_checkpoint(src, dst, sparsity, method="wanda", norms=norms)
 
 
 def processor_name(

@@ -296,7 +296,7 @@ class Decoding:
     "How many prompts are decoded at once, and in which order: memory and time; what is written, up to rounding only."
     batch_tokens: int = 8192 # Tokens that the slots hold together, those yet to be written included
     expected: tuple[int, ...] = () # Tokens that each answer is expected to have; none: as long as its prompt
-    backend: str = "transformers" # What runs the model: "transformers", or "vllm" for greedy answers
+    backend: object = "transformers" # What writes greedy answers: one of WRITERS, or what `held_by_vllm` gives
 
 # %% ../../nbs/engine/03_decoding.ipynb #8bed0bdf
 def in_order(
@@ -425,6 +425,8 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 
 # %% ../../nbs/engine/03_decoding.ipynb #29f72335
+WRITERS = ("transformers", "vllm") # Programs that write answers
+
 def imported_vllm() -> ModuleType: # The package vllm
     "vLLM; where it is missing, `BadInput` says so."
     try: import vllm
@@ -447,25 +449,60 @@ def cut_at_end(
                    "limit; take the backend transformers.")
 
 # %% ../../nbs/engine/03_decoding.ipynb #3da050d0
+@dataclass
+class HeldModel:
+    "A model as vLLM holds it, with the weights that it had when it was first to write."
+    model: torch.nn.Module # A causal language model of transformers
+    folder: str # Where it is saved for vLLM
+    writer: object = None # vLLM's own; None before it is first needed
+
+def memory_for_vllm(
+    device: torch.device, # Where the model is
+) -> dict[str, float]: # What vLLM is told
+    "Half of what is free beside the model, which stays; a processor's memory is left to vLLM."
+    if device.type != "cuda": return {}
+    free, whole = torch.cuda.mem_get_info(device)
+    return {"gpu_memory_utilization": free / whole / 2}
+
+def writer_of(
+    held: HeldModel, # The model
+) -> object: # A vllm.LLM
+    "vLLM with the model's weights, loaded at the first call."
+    if held.writer is None:
+        vllm, dtype = imported_vllm(), str(next(held.model.parameters()).dtype).removeprefix("torch.")
+        held.model.save_pretrained(held.folder)
+        held.writer = vllm.LLM(model=held.folder, dtype=dtype, skip_tokenizer_init=True,
+                               **memory_for_vllm(held.model.device))
+    return held.writer
+
+# %% ../../nbs/engine/03_decoding.ipynb #9b668a5c
+@contextmanager
+def held_by_vllm(
+    model: torch.nn.Module, # A causal language model of transformers, whose weights stay as they are meanwhile
+) -> Iterator[HeldModel]: # For `Decoding`
+    "While the block runs, vLLM answers with the model that it loads once; afterwards it lets go of it."
+    with TemporaryDirectory() as folder:
+        held = HeldModel(model, folder)
+        try: yield held
+        finally: held.writer = None
+
+# %% ../../nbs/engine/03_decoding.ipynb #a3ffefe1
 def generate_with_vllm(
-    model: torch.nn.Module, # A causal language model of transformers
+    held: HeldModel, # The model
     tokenizer: object, # Its tokenizer
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
     max_new_tokens: int, # The limit, in tokens
     line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
 ) -> list[Generation]: # What the model wrote after each prompt
-    "Greedy decoding by vLLM (Kwon et al., 2023), with the weights as they are now."
-    vllm, stop = imported_vllm(), stop_tokens(model, tokenizer)
+    "Greedy decoding by vLLM (Kwon et al., 2023)."
+    vllm, stop = imported_vllm(), stop_tokens(held.model, tokenizer)
     check_at_least(max_new_tokens, 1, "max_new_tokens")
-    check_room(model, prompts, max_new_tokens)
-    ending = Ending(tokenizer, stop, max_new_tokens, line)
+    check_room(held.model, prompts, max_new_tokens)
     settings = vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(stop),
                                    detokenize=False)
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        writer = vllm.LLM(model=folder, dtype=dtype, skip_tokenizer_init=True)
-        said = writer.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], settings, use_tqdm=False)
+    asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    said = writer_of(held).generate(asked, settings, use_tqdm=False)
+    ending = Ending(tokenizer, stop, max_new_tokens, line)
     return [cut_at_end(each.outputs[0].token_ids, each.outputs[0].finish_reason, ending) for each in said]
 
 # %% ../../nbs/engine/03_decoding.ipynb #5c79f8f6
@@ -479,9 +516,12 @@ def generate_greedy(
     decoding: Decoding = Decoding(), # How many prompts at once, and in which order
 ) -> list[Generation]: # What the model wrote after each prompt
     "Greedy decoding of many prompts (paper section 4); too little room in the model's context raises `BadInput`."
-    if check_choice(decoding.backend, ("transformers", "vllm"), "backend") == "vllm":
-        return generate_with_vllm(model, tokenizer, prompts, max_new_tokens, line)
-    return generate_by(model, tokenizer, prompts, max_new_tokens, line, decoding, Chooser())
+    by, asked = decoding.backend, (tokenizer, prompts, max_new_tokens, line)
+    if isinstance(by, HeldModel):
+        if by.model is model: return generate_with_vllm(by, *asked)
+        raise BadInput("vLLM holds another model: expected the one that is to write; call held_by_vllm with it.")
+    if check_choice(by, WRITERS, "backend") == "transformers": return generate_by(model, *asked, decoding, Chooser())
+    with held_by_vllm(model) as held: return generate_with_vllm(held, *asked)
 
 # %% ../../nbs/engine/03_decoding.ipynb #8089e193
 def generation_batches(

@@ -9,6 +9,7 @@ __all__ = ['run_job']
 from ..core.errors import BadInput, arguments_answered, check_choice, check_sparsity
 from ..data.problems import TASKS, TEXTS
 from ..data.prompts import prompt_style
+from ..engine.decoding import WRITERS, imported_vllm
 from ..engine.resumed_scoring import TARGETS
 from .chains import Chains, read_chains
 from .settings import CalibrateSettings, Job, changed, check_counts, check_kinds
@@ -71,6 +72,7 @@ def check_job(
     check_screening(job)
     if job.calibrate.style is not None: prompt_style(job.calibrate.style)
     if job.evaluate.text is not None: check_choice(job.evaluate.text, TEXTS, "text")
+    if check_choice(job.evaluate.backend, WRITERS, "backend") == "vllm": imported_vllm()
     check_counts(job)
     chains_of(job.calibrate)
     placed(job.model.device)
@@ -217,8 +219,9 @@ def evaluation_configuration(
     "What a run is measured on."
     counts = {name: getattr(job.evaluate, name) for name in ("evaluate_n", "loss_n", "windows", "window_tokens")}
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
-    split = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
-    return counts | split | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
+    unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
+    if job.evaluate.backend != "transformers": unusual["backend"] = job.evaluate.backend
+    return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
 
 # %% ../../nbs/jobs/03_job.ipynb #c023
 def configuration(
@@ -501,18 +504,30 @@ def put_back(
 # %% ../../nbs/jobs/03_job.ipynb #c059
 from collections.abc import Mapping
 from types import MappingProxyType
-from ..engine.decoding import Decoding
+from ..engine.decoding import Decoding, held_by_vllm
 from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from .records import together
 from ..threshold import prune_report
 
 # %% ../../nbs/jobs/03_job.ipynb #c060
+@contextmanager
+def backend_of(
+    job: Job, # The job
+    model: nn.Module, # The model as it is while the block runs
+) -> Iterator[object]: # For `Decoding`
+    "What writes a model's answers; vLLM loads the model once, for all tasks."
+    if job.evaluate.backend == "transformers": yield "transformers"
+    else:
+        with held_by_vllm(model) as held: yield held
+
+# %% ../../nbs/jobs/03_job.ipynb #82679b37
 def measure_piece(
     model: nn.Module, # The model as it is now
     tokenizer: object, # Its tokenizer
     job: Job, # A job that is filled in
     piece: Piece, # What to measure
     exclude: frozenset[str], # Content hashes of the calibration set
+    backend: object = "transformers", # From `backend_of`
     lengths: Mapping[str, int] = MappingProxyType({}), # Content hash of a problem -> tokens expected; none: unknown
 ) -> dict: # The part of an `Evaluation` that the piece fills
     "Measure one piece."
@@ -520,7 +535,7 @@ def measure_piece(
     if piece.kind == "accuracy":
         problems = drawn_problems(job, piece.on, evaluation.evaluate_n, exclude)
         expected = tuple(lengths.get(problem.uid, 0) for problem in problems) if lengths else ()
-        decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected)
+        decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected, backend=backend)
         return {"answers": answer_problems(model, tokenizer, problems, data.style, evaluation.max_new_tokens,
                                            decoding=decoding)}
     if piece.kind == "loss":
@@ -539,8 +554,9 @@ def evaluate(
 ) -> Evaluation: # The records, under the sparsity that the model has
     "Measure a model as it is."
     job, reached = filled_in(job, tokenizer), prune_report(model, name, 0.0).reached
-    pieces = [Evaluation(name, reached, reached, **measure_piece(model, tokenizer, job, piece, exclude))
-              for piece in pieces_of(job)]
+    with backend_of(job, model) as backend:
+        pieces = [Evaluation(name, reached, reached, **measure_piece(model, tokenizer, job, piece, exclude, backend))
+                  for piece in pieces_of(job)]
     return together(pieces or [Evaluation(name, reached, reached)])
 
 # %% ../../nbs/jobs/03_job.ipynb #c069
@@ -570,6 +586,7 @@ def finish_piece(
     cell: Evaluation, # Method, sparsity and what was reached, without records
     piece: Piece, # What to measure
     bar: tqdm, # Moves on by one
+    backend: object, # From `backend_of`
 ) -> Evaluation: # The cell with this piece's records only
     "Measure a piece, or read it if it was finished before."
     path = piece_folder(folder, cell.method, cell.sparsity, piece.name)
@@ -578,7 +595,7 @@ def finish_piece(
         exclude = calibrated_on(ready.calibration)
         with timed(folder, f"{cell_name(cell.method, cell.sparsity)}/{piece.name}"):
             lengths = dense_lengths(folder, piece)
-            records = measure_piece(ready.model, ready.tokenizer, ready.job, piece, exclude, lengths)
+            records = measure_piece(ready.model, ready.tokenizer, ready.job, piece, exclude, backend, lengths)
         save_evaluation(replace(cell, **records), path)
     bar.update()
     return load_evaluation(path)
@@ -629,7 +646,9 @@ def finish_cell(
         return
     put_back(ready.model, dense)
     empty = prune_noted(ready, folder, cell, pruner)
-    save_evaluation(together([finish_piece(ready, folder, empty, piece, bar) for piece in pieces]), path)
+    with backend_of(ready.job, ready.model) as backend:
+        measured = [finish_piece(ready, folder, empty, piece, bar, backend) for piece in pieces]
+    save_evaluation(together(measured), path, ready.job.evaluate.backend)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
 # %% ../../nbs/jobs/03_job.ipynb #c076

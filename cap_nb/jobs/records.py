@@ -54,9 +54,11 @@ from ..evaluation import Evaluation, Perplexity
 # %% ../../nbs/jobs/00_records.ipynb #c011
 def evaluation_texts(
     evaluation: Evaluation, # An evaluation
+    backend: str = "transformers", # What wrote the answers; the usual one is not named, as in older records
 ) -> dict[str, str]: # Name of a file -> its contents
     "The files of an evaluation."
     about = {name: getattr(evaluation, name) for name in ("method", "sparsity", "reached")}
+    if backend != "transformers": about["backend"] = backend
     about["perplexity"] = evaluation.perplexity and asdict(evaluation.perplexity)
     tables = {f"{name}.csv": records_as_text(getattr(evaluation, name), kind) for name, kind in RECORD_FILES.items()}
     about["sha256"] = {name: sha256_of_text(text) for name, text in tables.items()}
@@ -72,10 +74,11 @@ def perplexity_from(
 def save_evaluation(
     evaluation: Evaluation, # An evaluation
     folder: str | Path, # Folder to make; must not exist, or be empty
+    backend: str = "transformers", # What wrote the answers
 ) -> None:
     "Write an evaluation's records; equal records give equal bytes. A folder in use raises `BadInput`."
     with whole_folder(folder) as part:
-        for name, text in evaluation_texts(evaluation).items():
+        for name, text in evaluation_texts(evaluation, backend).items():
             (part/name).write_text(text, encoding="utf-8", newline="")
 
 # %% ../../nbs/jobs/00_records.ipynb #c013

@@ -33,7 +33,7 @@ def job_of(
         text_share=0.0 if chosen == "text" else kept.get("text_share", 0.0), text_tokens=kept.get("text_tokens", 256),
         methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
         aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
-        budget=configuration.get("budget"),
+        budget=configuration.get("budget"), backend=done.get("backend", "transformers"),
         accuracy_tasks=tuple(answered), max_new_tokens=answer_limit(done["max_new_tokens"]),
         text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
         **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})

@@ -55,6 +55,7 @@ class EvaluateSettings:
     windows: int = 100 # windows of the text; 0 for no perplexity
     window_tokens: int = 2048 # tokens a window
     evaluate_on: str = "evaluation" # evaluation for held-out problems and text; validation to choose methods on
+    backend: str = "transformers" # what writes the answers: transformers, or vllm where that is installed
 
 # %% ../../nbs/jobs/01_settings.ipynb #c014
 @dataclass(frozen=True, kw_only=True)

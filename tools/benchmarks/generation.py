@@ -29,6 +29,7 @@ from cap_nb.data.prompts import encode_problem
 from cap_nb.engine.decoding import Decoding, generate_greedy, inference
 from cap_nb.evaluation import evaluation_problems, extract_answer, normal_answer, prompt_tokens, strict_pattern
 from cap_nb.experiments.harness import greedy_settings, imported_harness, undisturbed
+from cap_nb.methods.prune import prune
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint
 from tools.side_by_side import measured_case, measured_rounds, stopwatch
 
@@ -170,6 +171,44 @@ def generation_case(path, name, case, data_dir=None, other=None):
     return measured_case(path, name, settings, measure, note=note)
 
 
+# In a job a pruned model answers the same problems as the dense one did, and those that were long are asked first. The
+# lab pruned by magnitude, with what `cap run` gives its decoder: once in the order of the dense model's answers, once in
+# that of the prompts. The calls of the model are counted beside, since they do not depend on the machine.
+
+
+def counted_calls(model, call):
+    calls = []
+    with model.register_forward_pre_hook(lambda *given: calls.append(1)):
+        written = call()
+    return len(calls), [said.tokens for said in written]
+
+
+def ordered_case(path, task, sparsity, n=200, limit=192, repeats=5):
+    model, tokenizer = load_model("lab", "float32", "cpu")
+    problems, style = evaluation_problems(task, n), default_style(tokenizer)
+    prompts = [prompt_tokens(encode_problem(tokenizer, problem, style)) for problem in problems]
+    line = strict_pattern(style, task_family(task))
+
+    def answers(expected=()):
+        return generate_greedy(model, tokenizer, prompts, limit, line, Decoding(expected=expected))
+
+    def measure():
+        dense = tuple(len(said.tokens) for said in answers())
+        prune(model, "magnitude", sparsity)
+        sides = {"by prompts": answers, "by dense answers": lambda: answers(dense)}
+        counted, spent = {name: counted_calls(model, side) for name, side in sides.items()}, {name: [] for name in sides}
+        timed = {name: with_processor_time(side, spent[name]) for name, side in sides.items()}
+        seconds = measured_rounds(timed, repeats, warmups=0)
+        seconds |= {f"{name}, processor": tuple(each) for name, each in spent.items()}
+        first, second = (texts for _, texts in counted.values())
+        about = {"calls": {name: calls for name, (calls, _) in counted.items()}, "task": task, "weights": "lab"}
+        about |= {"differ": sum(a != b for a, b in zip(first, second)), "model": model_fingerprint(model)}
+        return {"seconds": seconds, "about": about | {"tokens": sum(map(len, first)), "dense tokens": sum(dense)}}
+
+    settings = {"repeats": repeats, "n": n, "limit": limit, "method": "magnitude", "sparsity": sparsity}
+    return measured_case(path, f"lab, {task}, ordered at {sparsity:.0%}", settings, measure, note=note)
+
+
 # The lab model writes short answers and ends them by itself. Its GSM8K answers have about 55 tokens, its ARC answers
 # about 130.
 
@@ -182,6 +221,9 @@ def generation_case(path, name, case, data_dir=None, other=None):
 
 
 def main() -> None:
+    for task in ("lab-gsm8k", "lab-arc"):
+        for sparsity in (0.2, 0.5):
+            print(ordered_case(path, task, sparsity)["seconds"])
     if importlib.util.find_spec("lm_eval"):
         for task in ("lab-gsm8k", "lab-arc"):
             case = GenerationCase(weights="lab", task=task, n=32, limit=192)

@@ -55,6 +55,7 @@ CASES = {
     "smollm2": dict(layers=6, rows=8, tokens=512, sides=("wanda", "sparsegpt")),
     "smollm2, solvers": dict(layers=2, rows=8, tokens=512, sides=solvers),
     "llama-3-8b, one layer": dict(shape=llama, rows=2, tokens=256, sides=("wanda",)),
+    "llama-3-8b, one layer, SparseGPT": dict(shape=llama, rows=2, tokens=256, sides=("sparsegpt",)),
     "llama-3-8b, 512 rows of 4096": dict(matrix=(512, 4096), tokens=1024, sides=solvers),
     "llama-3-8b, 512 rows of 14336": dict(matrix=(512, 14336), tokens=1024, sides=("sparsegpt",)),
 }
@@ -183,6 +184,7 @@ def on_matrix(case, side):
         else:
             linear.weight.data = new()
 
+    reset()
     return reset, call, lambda: linear.weight == 0, {"seed": 0}
 
 

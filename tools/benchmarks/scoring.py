@@ -25,13 +25,15 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, Cache
 
+from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.data.prompts import IGNORED
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.engine.resumed_scoring import after_prefix, masked_prefix, prepare_batch, score_heads, shared_prefix
 from cap_nb.importance import importance_factors
-from cap_nb.jobs.costs import PUBLISHED, lengths_of
+from cap_nb.jobs.costs import PUBLISHED, ExampleLength, batch_shapes, lengths_of
 from cap_nb.methods.screening import screen_heads, screened_scores
 from cap_nb.models.anatomy import anatomy, decoder_layers, output_projection
-from cap_nb.models.loading import bfloat16_gain, load_model, model_cache
+from cap_nb.models.loading import bfloat16_gain, load_model, model_cache, model_fingerprint
+from cap_nb.models.replay import read_prefix, run_layer
 from cap_nb.scoring import batches_of, causal_scores, mean_by_example, rank_correlation, score_heads_naive
 from tools.side_by_side import (
     ScoringRounds,
@@ -69,12 +71,54 @@ def all_heads(model):
 # measured beside, and what the sample took beyond it is scaled to 270 heads. A profile says where the time goes.
 
 
-def smollm2_case(path, repeats=5, n=4, chosen=4):
+def smollm2_case(path, repeats=5, n=4, chosen=4, name="smollm2"):
     model, tokenizer = load_model("smollm2", "float32", "cpu")
     examples, said = examples_at_hand(tokenizer, n, data_dir)
     a, rounds = anatomy(model), ScoringRounds(squares, repeats=repeats, profiled=True)
     heads, kept = balanced_heads(a.layers, a.heads, chosen, 1), dict(weights="SmolLM2-135M-Instruct", note=note)
-    return measured_scoring(path, "smollm2", model, examples, heads, rounds, data=said, **kept)
+    return measured_scoring(path, name, model, examples, heads, rounds, data=said, **kept)
+
+
+# Where the rest of the promise goes. A call of a layer has a price of its own, whatever the number of tokens: its weights
+# are read once, and some forty operations begin. So layers in the middle are timed on batches of one example each, of
+# growing length, and on the shared beginning, for one masked head and for nine at once. The batches that both sides make
+# of the examples above are kept beside, as rows and tokens.
+
+
+def layer_call_case(path, repeats=5, n=4, tokens=(24, 48, 96, 192, 384, 768, 1536, 3072), between=(5, 11)):
+    model, tokenizer = load_model("smollm2", "float32", "cpu")
+    examples, said = examples_at_hand(tokenizer, n, data_dir)
+    length, layers = shared_prefix(examples.examples), decoder_layers(model)
+    prefix = read_prefix(model, examples.examples[0].input_ids[:length])
+    rest = Calibration.from_examples((after_prefix(e, length) for e in examples.examples), k=1)
+    shapes = {"hook loop": batch_shapes(lengths_of(examples)), "resumed": batch_shapes(lengths_of(rest))}
+
+    @torch.no_grad()
+    def through(state):
+        hidden = state.hidden
+        for index in range(*between):
+            hidden = run_layer(layers[index], hidden, state.calls[index])
+
+    def of_tokens(count):
+        made = examples_of_lengths([ExampleLength("made", count - 10, 10)], model.config.vocab_size)
+        state, _ = prepare_batch(model, made, [0], None)
+        return stopwatch(lambda: through(state))
+
+    @torch.no_grad()
+    def beginning(heads):
+        masked_prefix(model, prefix, between[0], heads)
+
+    def measure():
+        sides = {f"{count} tokens": of_tokens(count) for count in tokens}
+        for count in (1, 9):
+            sides[f"beginning, {count} heads"] = stopwatch(lambda count=count: beginning(range(count)))
+        about = {"layers": between[1] - between[0], "layers of the beginning": len(layers) - 1 - between[0]}
+        about |= {"prefix": length, "batches": {side: [[b.rows, b.width] for b in batches] for side, batches in shapes.items()}}
+        about |= {"model": model_fingerprint(model), "calibration": examples.fingerprint, "data": said}
+        return {"seconds": measured_rounds(sides, repeats), "about": about}
+
+    settings = {"repeats": repeats, "tokens": list(tokens), "between": list(between), "examples": n}
+    return measured_case(path.with_name("layer_calls.json"), "smollm2", settings, measure, note=note)
 
 
 # Few-shot: the same worked examples stand before every prompt, as chain-of-thought prompting puts them there. The ratio
@@ -101,30 +145,50 @@ def few_shot_case(path, repeats=5, n=1, shots=4):
     )
 
 
-# Screened: a quarter of the masked passes, with slopes for all heads, against both whole tables. All heads are wanted,
-# so this is done on the lab model. What a quarter costs in accuracy is kept beside: against the whole table measured
-# here, ranks of the scores and the largest relative error of a factor.
+# Screened: a quarter of the masked passes, with slopes for all heads, against both whole tables. On the lab
+# model all heads are scored by every side, and what a quarter costs in accuracy is kept beside: against the whole table
+# measured here, ranks of the scores and the largest relative error of a factor.
 
 
-def screened_case(path, repeats=5, n=16, budget=0.25):
-    model, tokenizer = load_model("lab", "float32", "cpu")
-    examples, said = examples_at_hand(tokenizer, n)
-    sides = {
-        "hook loop": lambda: score_heads_naive(model, examples),
-        "resumed": lambda: score_heads(model, examples),
-        "screened": lambda: screen_heads(model, examples, budget),
+def screening_errors(model, examples, budget):
+    true = causal_scores(score_heads(model, examples), "mean")
+    found, _, _ = screened_scores(screen_heads(model, examples, budget))
+    off = (importance_factors(found) / importance_factors(true) - 1).abs()
+    return {"spearman": rank_correlation(found, true), "largest": off.max().item(), "median": off.median().item()}
+
+
+def screened_case(path, weights, examples, said, sample=None, repeats=5, budget=0.25):
+    model, _ = load_model(weights, "float32", "cpu")
+    heads = sample or all_heads(model)
+    ways = {
+        "hook loop": lambda heads: score_heads_naive(model, examples, heads=heads),
+        "resumed": lambda heads: score_heads(model, examples, heads=heads),
     }
+    sides = {name: lambda way=way: way(heads) for name, way in ways.items()}
+    sides["screened"] = lambda: screen_heads(model, examples, budget)
+    if sample:
+        sides |= {f"{name}, intact": lambda way=way: way([]) for name, way in ways.items()}
 
     def measure():
-        true, found = causal_scores(sides["resumed"](), "mean"), screened_scores(sides["screened"]())[0]
-        off = (importance_factors(found) / importance_factors(true) - 1).abs()
-        errors = {"spearman": rank_correlation(found, true), "largest": off.max().item(), "median": off.median().item()}
+        about = about_scoring(model, examples, 4096, heads) | dict(budget=budget, data=said, weights=weights)
+        if not sample:
+            about["errors"] = screening_errors(model, examples, budget)
         seconds = measured_rounds({name: stopwatch(side) for name, side in sides.items()}, repeats, warmups=0)
-        about = about_scoring(model, examples, 4096, all_heads(model))
-        return {"seconds": seconds, "about": about | dict(budget=budget, errors=errors, data=said, weights="lab")}
+        return {"seconds": seconds, "about": about}
 
     settings = {"repeats": repeats, "examples": len(examples.examples), "budget": budget}
-    return measured_case(path, "lab, screened", settings, measure, note=note)
+    return measured_case(path, f"{weights}, screened", settings, measure, note=note)
+
+
+# On SmolLM2 a whole table of the usual examples takes too long, and a budget needs some examples of each task: ten
+# problems of one task, of which the screening masks all heads, and the other sides the same four as above.
+
+
+def screened_smollm2_case(path, n=10, chosen=4):
+    model, tokenizer = load_model("smollm2", "float32", "cpu")
+    task, a = "arc" if data_dir else "lab-arc", anatomy(model)
+    said, heads = f"{n} examples of {task}, seed 0", balanced_heads(a.layers, a.heads, chosen, 1)
+    return screened_case(path, "smollm2", calibration_set(tokenizer, (task,), n, 1, 0, data_dir), said, heads)
 
 
 # bfloat16 against float32, both resumed, on the same heads, each side with a model of its own; losses are in float32 on
@@ -342,9 +406,10 @@ def main() -> None:
     examples, said = examples_at_hand(tokenizer, 16)
     kept, rounds = dict(data=said, weights="lab", note=note), ScoringRounds(squares, profiled=True)
     print(measured_scoring(path, "lab", model, examples, all_heads(model), rounds, **kept)["seconds"])
-    print(screened_case(path)["seconds"])
+    print(screened_case(path, "lab", examples, said)["seconds"])
     if (model_cache() / "smollm2").is_dir():
-        for case in (smollm2_case, few_shot_case, bfloat16_case):
+        print(layer_call_case(path)["seconds"], smollm2_case(path, n=8, name="smollm2, 24 examples")["seconds"])
+        for case in (smollm2_case, few_shot_case, screened_smollm2_case, bfloat16_case):
             print(case(path)["seconds"])
     else:
         print("SmolLM2 is not fetched: run 'cap fetch smollm2' first.")

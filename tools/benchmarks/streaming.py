@@ -5,9 +5,9 @@
 
 Paper: sections 3.3 and 3.4. In: a checkpoint of exactly that shape with random bfloat16 weights, 16 GB, made here shard
 by shard. Out: `figures/benchmarks/streaming.json`. Wanted: at most twice the time of a plain copy, and at most 3 GiB
-resident. Five rounds take some eight minutes. Then, once: half of the weights zero by magnitude, packed as a bitmask
-and as a delta, and restored from both, for `figures/benchmarks/small_files.json`. Wanted: every byte again, and at most
-3 GiB resident in each step.
+resident, for CAP and for Wanda with given norms. Five rounds of either take some ten minutes. Then, once: half of the
+weights zero by magnitude, packed as a bitmask and as a delta, and restored from both, for
+`figures/benchmarks/small_files.json`. Wanted: every byte again, and at most 3 GiB resident in each step.
 
 The records are made, on a machine that does nothing else and has 50 GB of free disk, by
 
@@ -94,25 +94,26 @@ def fresh(function, src, dst, peaks, name, **given):
     return seconds
 
 
-def streaming_sides(src, dst, peaks, sparsity=0.2):
-    here = "tools.side_by_side"
+def streaming_sides(src, dst, peaks, method="cap", sparsity=0.2):
+    here, made = "tools.side_by_side", {"cap": "factors", "wanda": "norms"}[method]
     return {
         "copy": lambda: fresh("shutil:copytree", src, dst, peaks, "copy"),
         "copy to disk": lambda: fresh(f"{here}:copied_to_disk", src, dst, peaks, "copy to disk"),
-        "prune": lambda: fresh(f"{here}:pruned_by_made_factors", src, dst, peaks, "prune", sparsity=sparsity),
+        "prune": lambda: fresh(f"{here}:pruned_by_made_{made}", src, dst, peaks, "prune", sparsity=sparsity),
     }
 
 
-# The method is CAP with made-up factors between 1 and 10, since a random model has no causal scores worth measuring.
-# The folder needs room for the checkpoint and one result, with a quarter to spare.
+# CAP gets made-up factors between 1 and 10, and Wanda made-up norms between 1 and 2, since a random model has no causal
+# scores worth measuring. The folder needs room for the checkpoint and one result, with a quarter to spare.
 
 
-def streaming_case(path, name, settings, scratch=None, repeats=5, most=2**30):
+def streaming_case(path, name, settings, method="cap", scratch=None, repeats=5, most=2**30):
     def measure():
         peaks, folder = {}, Path(tempfile.mkdtemp(prefix="cap_nb-", dir=scratch))
         try:
             random_checkpoint(folder / "src", settings, most)
-            seconds = measured_rounds(streaming_sides(folder / "src", folder / "dst", peaks), repeats, warmups=0)
+            sides = streaming_sides(folder / "src", folder / "dst", peaks, method)
+            seconds = measured_rounds(sides, repeats, warmups=0)
             checkpoint = open_checkpoint(folder / "src")
             about = {
                 "bytes": sum(shard.stat().st_size for shard in checkpoint.shards),
@@ -127,7 +128,7 @@ def streaming_case(path, name, settings, scratch=None, repeats=5, most=2**30):
     return measured_case(
         path,
         name,
-        {"repeats": repeats, "sparsity": 0.2, "method": "cap", "model": settings, "source": "on the disk"},
+        {"repeats": repeats, "sparsity": 0.2, "method": method, "model": settings, "source": "on the disk"},
         measure,
         note=note,
     )
@@ -208,9 +209,10 @@ def check_room(folder, wanted=50 * 10**9):
 
 def main() -> None:
     scratch = os.environ.get("CAP_NB_SCRATCH") or tempfile.gettempdir()
-    if any("llama-3-8b" not in read_cases(file) for file in (path, small)):
+    if not {"llama-3-8b", "llama-3-8b, wanda"} <= set(read_cases(path)) or "llama-3-8b" not in read_cases(small):
         check_room(scratch)
-    streaming_case(path, "llama-3-8b", llama, scratch)
+    streaming_case(path, "llama-3-8b", llama, "cap", scratch)
+    streaming_case(path, "llama-3-8b, wanda", llama, "wanda", scratch)
     packed_case(small, "llama-3-8b", llama, scratch)
 
 

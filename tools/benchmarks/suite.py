@@ -1,0 +1,40 @@
+"""The suite and the demo
+
+> How long `make demo` takes with its installation, and `make test` after it, in a fresh clone.
+
+Out: `figures/benchmarks/suite.json`. Wanted on two cores: five minutes for the demo, fifteen for the suite. On a
+machine that does nothing else, half an hour, once: python -m tools.benchmarks.suite. `CAP_NB_NOTE` as elsewhere.
+"""
+
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from cap_nb.core.errors import BadInput
+from tools.side_by_side import measured_case
+
+ROOT = Path(__file__).resolve().parents[2]
+path, note = ROOT / "figures" / "benchmarks" / "suite.json", os.environ.get("CAP_NB_NOTE", "")
+
+
+def suite_case(path, source=ROOT, targets=("demo", "test")):
+    def measure():
+        seconds, last = {}, {}
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(["git", "clone", "--quiet", str(source), folder], check=True)
+            clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS")}
+            for target in targets:
+                start = time.perf_counter()
+                done = subprocess.run(["make", target], cwd=folder, env=clean, capture_output=True, text=True)
+                seconds[target], last[target] = (time.perf_counter() - start,), done.stdout.strip().splitlines()[-1:]
+                if done.returncode:
+                    raise BadInput(f"make {target} failed: expected it to end well; it said {done.stderr[-300:]!r}.")
+        return {"seconds": seconds, "about": {"last line": last}}
+
+    return measured_case(path, "fresh clone", {"repeats": 1, "targets": list(targets)}, measure, note=note)
+
+
+if __name__ == "__main__":
+    print(suite_case(path)["seconds"])
