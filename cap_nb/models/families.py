@@ -200,6 +200,7 @@ def family_of(
 ) -> Family: # Where its parts lie
     "The family that a configuration names; an unknown one raises `BadInput` that names what is supported."
     kind, known = getattr(config, "model_type", type(config).__name__), ", ".join(FAMILIES)
+    if not isinstance(kind, str): kind = None # as a file may say
     if kind in FAMILIES:
         setting, other = FAMILIES[kind].where_none or ("", FAMILIES[kind])
         return other if setting and getattr(config, setting, None) is None else FAMILIES[kind]
