@@ -45,8 +45,8 @@ def bug_report(
             f"please send {report}, which holds the command, the versions and the traceback.")
 
 # %% ../nbs/command_line.ipynb #c007
-WANTED = {errno.ENOENT: "a file there, or for a new one a folder that takes it", errno.EACCES: "leave to use it",
-          errno.EPERM: "leave to use it", errno.EROFS: "a disk that takes new files", errno.ENOTDIR: "only folders on "
+WANTED = {errno.ENOENT: "a file there, or for a new one a folder that takes it", errno.EACCES: "one that you may use",
+          errno.EPERM: "one that you may use", errno.EROFS: "a disk that takes new files", errno.ENOTDIR: "only folders on "
           "the way to it", errno.EISDIR: "a file, not a folder", errno.ENAMETOOLONG: "a shorter name"}
 
 def about_files(
@@ -258,6 +258,7 @@ from typer.core import TyperGroup
 UNREADABLE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 EXPECTED = {"NoSuchOption": "an option that it has", "MissingParameter": "it to be given", "BadOptionUsage": "a value",
             "BadParameter": "a value that fits"} # Kinds of errors of the parser
+NUMBERS = {"integer": "a whole number", "float": "a number", "number": "a number"} # Words of the parser -> ours
 
 @contextmanager
 def parsed_in_one_sentence() -> Iterator[None]:
@@ -268,6 +269,8 @@ def parsed_in_one_sentence() -> Iterator[None]:
         if kind == "NoArgsIsHelpError": raise
         name = context.info_name if context is not None and context.parent else ""
         said, expected = error.format_message().rstrip("."), EXPECTED.get(kind, "a command and what it takes")
+        if kind == "BadParameter" and (number := next((word for word in NUMBERS if word in said.lower()), None)):
+            said, expected = said.partition(": ")[0], NUMBERS[number]
         give_up(f"{said}: expected {expected}; see '{' '.join(('cap', *filter(None, [name])))} --help'.", 2)
 
 # %% ../nbs/command_line.ipynb #52dd72fc

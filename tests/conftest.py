@@ -29,7 +29,7 @@ def tool(name: str):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """Keep what a soak did, for the page of wrong uses: tests, and what they counted, of every folder or file that was run whole."""
+    """Keep what a soak did, for the page of wrong uses: tests, and what they counted, of every file that was run whole."""
     fuzz, said = int(os.environ.get("CAP_NB_FUZZ", 0)), session.config.pluginmanager.get_plugin("terminalreporter")
     if not fuzz or said is None or session.config.option.keyword or any("::" in word for word in session.config.args):
         return
@@ -39,12 +39,11 @@ def pytest_sessionfinish(session, exitstatus):
     from cap_nb.jobs.records import commit_of_package
 
     kept = read_checked(SOAKED) if SOAKED.exists() else {}
-    for name in ("tests/faults", "tests/test_invariants.py"):
-        of_it = {outcome: [one for one in said.stats.get(outcome, ()) if one.nodeid.startswith(name)] for outcome in ("passed", "failed", "error")}
-        if not any(of_it.values()):
-            continue
+    ended = [(outcome, one) for outcome in ("passed", "failed", "error") for one in said.stats.get(outcome, ())]
+    for name in sorted({one.nodeid.partition("::")[0] for _, one in ended}):
+        of_it = {outcome: [one for kind, one in ended if kind == outcome and one.nodeid.startswith(f"{name}::")] for outcome in ("passed", "failed", "error")}
         counted = sum((Counter(dict(one.user_properties)) for one in of_it["passed"]), Counter())
         kept[name] = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": commit_of_package(), "python": platform.python_version(),
                       "torch": torch.__version__, "CAP_NB_FUZZ": fuzz, "minutes": round((time.monotonic() - BEGUN) / 60), "tests passed": len(of_it["passed"]),
                       "tests failed": len(of_it["failed"]) + len(of_it["error"]), **dict(sorted(counted.items()))}
-    write_checked(SOAKED, kept)
+    write_checked(SOAKED, dict(sorted(kept.items())))

@@ -156,7 +156,11 @@ SAYING = {
 def drawn_by_hypothesis(contents, count=200):
     """Some inputs that hypothesis draws."""
     found = []
-    given(contents)(settings(FUZZ, max_examples=count, derandomize=True)(found.append))()
+
+    def keep(content):
+        found.append(content)
+
+    given(contents)(settings(FUZZ, max_examples=count, derandomize=True)(keep))()
     return found
 
 

@@ -68,9 +68,7 @@ def remove(
 ) -> None:
     "Remove a path; one that is gone already is no error."
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
-    else:
-        try: path.unlink(missing_ok=True)
-        except NotADirectoryError: pass # what lies above it is a file
+    elif os.path.lexists(path): path.unlink(missing_ok=True) # a disk that may only be read complains of either
 
 def remove_leftovers(
     path: Path, # Final name of a file or folder
@@ -78,7 +76,8 @@ def remove_leftovers(
     "Remove what dead processes left half written under this name, one with this process's number included."
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         number = part.name.split(".")[-2]
-        if number.isdigit() and (int(number) == os.getpid() or not process_exists(int(number))): remove(part)
+        if number.isdigit() and (int(number) == os.getpid() or not process_exists(int(number))):
+            with named(path): remove(part) # a disk that may only be read keeps it
 
 # %% ../../nbs/core/01_files.ipynb #c012
 @contextmanager
