@@ -46,8 +46,9 @@ def bug_report(
 
 # %% ../nbs/command_line.ipynb #c007
 WANTED = {errno.ENOENT: "a file there, or for a new one a folder that takes it", errno.EACCES: "one that you may use",
-          errno.EPERM: "one that you may use", errno.EROFS: "a disk that takes new files", errno.ENOTDIR: "only folders on "
-          "the way to it", errno.EISDIR: "a file, not a folder", errno.ENAMETOOLONG: "a shorter name"}
+          errno.EPERM: "one that you may use", errno.EROFS: "a disk that takes new files",
+          errno.ENOTDIR: "only folders on the way to it", errno.EISDIR: "a file, not a folder",
+          errno.ENAMETOOLONG: "a shorter name"} # What was expected where the file system refused
 
 def about_files(
     error: OSError, # From the file system

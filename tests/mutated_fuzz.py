@@ -99,7 +99,7 @@ def tensors_about(rng, words):
     """Some tensors under some names, with these words about them and the right checksums."""
     chosen = {name: name for name in ("masked", "intact")} if rng.random() < 0.5 else {rng.choice(list(TENSORS)): rng.choice(list(TENSORS)) for _ in range(rng.randrange(4))}
     sums = {"meta": sha256_of_text(json_text(words)), "tensors": {name: SUMS[tensor] for name, tensor in chosen.items()}}
-    return save({name: TENSORS[tensor] for name, tensor in chosen.items()}, {"cap_nb": json.dumps({"meta": words, "sha256": sums}, sort_keys=True)})
+    return save({name: TENSORS[tensor].clone() for name, tensor in chosen.items()}, {"cap_nb": json.dumps({"meta": words, "sha256": sums}, sort_keys=True)})
 
 
 def plain(rng, value):

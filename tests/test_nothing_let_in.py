@@ -59,6 +59,7 @@ from cap_nb.scoring import load_losses
 from conftest import ROOT
 from fixtures import tiny_llama
 from hub import byte_tokenizer
+from test_quantised import saved
 
 SOURCES = sorted([*(ROOT / "cap_nb").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
@@ -401,7 +402,7 @@ def model_files():
         tokenizer = byte_tokenizer()
         tiny_llama(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        export_gguf(folder, folder / "m.gguf", "f32")
+        export_gguf(saved(Path(name) / "other"), folder / "m.gguf")
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
