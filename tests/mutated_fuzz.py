@@ -74,7 +74,8 @@ def said_otherwise(rng, value):
     for _ in range(rng.choice((1, 1, 2, 3))):
         place = rng.choice(places_in(value))
         if not place or rng.random() < 0.1:
-            place.append(rng.choice(ODD)) if isinstance(place, list) else place.update({rng.choice(("a", "", "sha256", "__class__")): rng.choice(ODD)})
+            new = json.loads(json.dumps(rng.choice(ODD)))
+            place.append(new) if isinstance(place, list) else place.update({rng.choice(("a", "", "sha256", "__class__")): new})
             continue
         key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
         kind = rng.randrange(5)
@@ -115,12 +116,11 @@ def a_line_each(rng, values):
 
 
 def as_table(rng, rows):
-    try:
-        table = pyarrow.Table.from_pylist(rows)
-    except (pyarrow.ArrowException, AttributeError, TypeError, ValueError, OverflowError):
-        return plain(rng, rows)  # no table can hold this
     file = io.BytesIO()
-    parquet.write_table(table, file)
+    try:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    except (pyarrow.ArrowException, AttributeError, LookupError, TypeError, ValueError, OverflowError):
+        return plain(rng, rows)  # no table can hold this
     return file.getvalue()
 
 

@@ -644,7 +644,7 @@ def shard_files(
                        "not pickles; convert them first.")
     try: names = sorted({Path(name) for name in read_json(folder/SHARD_INDEX)["weight_map"].values()})
     except (KeyError, TypeError, AttributeError): names = []
-    if not names or any(name.parent != Path(".") or not name.name for name in names):
+    if not names or any(name.parent != Path(".") or not name.name or not name.name.isprintable() for name in names):
         raise BadInput(f"{folder/SHARD_INDEX} is no index of shards: expected a weight_map of files in the same "
                        "folder; fetch the checkpoint again.")
     return tuple(folder/name for name in names)
