@@ -516,10 +516,13 @@ def packed_records(
     places = {}
     if rows and not rows[0].keys() >= {"place", "record", "content"}:
         raise BadInput(f"{path} lacks the columns of a packed run: expected what 'cap pack' wrote; get it anew.")
-    for row in rows: places.setdefault(check_inside(row["place"], path), {}).setdefault(row["record"], []).append(row)
-    files = {name: kinds["file"][0]["content"] for name, kinds in places.items() if "file" in kinds}
-    try: evaluations = {name: evaluation_from(kinds) for name, kinds in places.items() if "file" not in kinds}
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    try:
+        for row in rows:
+            places.setdefault(check_inside(row["place"], path), {}).setdefault(row["record"], []).append(row)
+        files = {name: kinds["file"][0]["content"] for name, kinds in places.items() if "file" in kinds}
+        evaluations = {name: evaluation_from(kinds) for name, kinds in places.items() if "file" not in kinds}
+    except BadInput: raise
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is no packed run ({type(error).__name__}): expected what 'cap pack' wrote; get it "
                        "anew.") from None
     return Records(evaluations=evaluations, files=files)
