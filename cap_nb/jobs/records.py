@@ -511,7 +511,8 @@ def packed_records(
 ) -> Records: # What the run recorded
     "The records of a packed run; a damaged file raises `BadInput`."
     try: rows = rows_of_parquet(path)
-    except (OSError, pa.ArrowException) as error:
+    except BadInput: raise
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise BadInput(f"{path} is damaged ({error}): expected the records of a packed run; get it anew.") from error
     places = {}
     if rows and not rows[0].keys() >= {"place", "record", "content"}:
