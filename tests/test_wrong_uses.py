@@ -25,7 +25,7 @@ def place():
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("use, shown", zip(USES, SHOWN), ids=[f"{i}" for i in range(len(USES))])
+@pytest.mark.parametrize("use, shown", list(zip(USES, SHOWN)), ids=[f"{i}" for i in range(len(USES))])
 def test_a_wrong_use_gets_one_sentence(use, shown, place):
     """The one that the page shows, but for what another machine says otherwise."""
     if not can_be_tried(use, place):
