@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/command_line.ipynb #c004
+import errno
 import functools
 import importlib.metadata
 import os
@@ -44,6 +45,11 @@ def bug_report(
             f"please send {report}, which holds the command, the versions and the traceback.")
 
 # %% ../nbs/command_line.ipynb #c007
+WANTED = {errno.ENOENT: "a file there, or for a new one a folder that takes it", errno.EACCES: "one that you may use",
+          errno.EPERM: "one that you may use", errno.EROFS: "a disk that takes new files",
+          errno.ENOTDIR: "only folders on the way to it", errno.EISDIR: "a file, not a folder",
+          errno.ENAMETOOLONG: "a shorter name"} # What was expected where the file system refused
+
 def about_files(
     error: OSError, # From the file system
 ) -> str: # The sentence
@@ -53,8 +59,8 @@ def about_files(
     if is_disk_full(error):
         return (f"There was no room to write {what}: expected space on its disk; make room and run the same command "
                 "again, what was finished is kept.")
-    return (f"{error.filename or 'A file'} cannot be opened or written ({error.strerror or error}): expected a file or "
-            "folder there; check the path.")
+    return (f"{error.filename or 'A file'} cannot be opened or written ({error.strerror or error}): expected "
+            f"{WANTED.get(error.errno, 'a file or folder there')}; check the path, or give another.")
 
 def drop_output() -> None:
     "Let what Python would still write at its end go nowhere, if there is no room or nobody reads."
@@ -126,8 +132,24 @@ def read_counts(
 # %% ../nbs/command_line.ipynb #c016
 import inspect, re
 from dataclasses import Field, dataclass, fields
+from pathlib import Path
 from typing import Annotated, get_args
 from .jobs.settings import MOST, FineTuning, Job, Shrinking, SinglePruning, SpeedSettings, changed
+
+# %% ../nbs/command_line.ipynb #0f7f54ff
+def path_given(
+    text: str | Path, # What the user wrote
+) -> Path: # The path
+    "The path of a file or folder; nothing is none, though Python takes it for the folder where one is."
+    if str(text): return Path(text)
+    raise typer.BadParameter("it is empty")
+
+def as_path(
+    kind: type, # Type of a value
+) -> dict: # What typer is told besides
+    "How a path is read; nothing for other types."
+    paths = (Path, Path | None, list[Path], list[Path] | None)
+    return {"parser": path_given, "metavar": "PATH"} if kind in paths else {}
 
 # %% ../nbs/command_line.ipynb #c017
 @dataclass(frozen=True)
@@ -160,7 +182,7 @@ def field_option(
     if kind in READERS:
         kind, default = (str | None, None) if default is None else (str, ",".join(map(str, default)))
         comment += f" ({LIST_HELP.get(setting.name, 'with commas')})"
-    annotation = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", help=comment)]
+    annotation = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", help=comment, **as_path(kind))]
     parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
     return FieldOption(setting.name, parameter, read)
 
@@ -204,9 +226,6 @@ def with_job(
                if (part in wanted or option.field in wanted) and option.field not in without]
     return with_options("job", options, functools.partial(changed, Job()))
 
-# %% ../nbs/command_line.ipynb #c027
-from pathlib import Path
-
 # %% ../nbs/command_line.ipynb #c028
 def option(
     kind: type, # Type of the value
@@ -214,7 +233,14 @@ def option(
     *names: str, # Its names, if not that of the parameter
 ) -> object: # An annotation that typer reads
     "The annotation of an option."
-    return Annotated[kind, typer.Option(*names, help=about)]
+    return Annotated[kind, typer.Option(*names, help=about, **as_path(kind))]
+
+def argument(
+    kind: type, # Type of the value: a path, or a list of them
+    about: str, # What `--help` says
+) -> object: # An annotation that typer reads
+    "The annotation of an argument that is a path."
+    return Annotated[kind, typer.Argument(help=about, parser=path_given, show_default=False)]
 
 Out = option(Path, "where the result goes")
 Scores = option(Path | None, "table of losses, made by cap score")
@@ -224,11 +250,44 @@ Seed = option(int, "seed of every draw")
 
 # %% ../nbs/command_line.ipynb #c030
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 import cap_nb
+from typer.core import TyperGroup
+
+# %% ../nbs/command_line.ipynb #fb3a0f74
+UNREADABLE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+EXPECTED = {"NoSuchOption": "an option that it has", "MissingParameter": "it to be given", "BadOptionUsage": "a value",
+            "BadParameter": "a value that fits"} # Kinds of errors of the parser
+NUMBERS = {"integer": "a whole number", "float": "a number", "number": "a number"} # Words of the parser -> ours
+
+@contextmanager
+def parsed_in_one_sentence() -> Iterator[None]:
+    "Turn what the parser of the command line raises into a sentence; a request for help passes."
+    try: yield
+    except UNREADABLE as error:
+        kind, context = type(error).__name__, getattr(error, "ctx", None)
+        if kind == "NoArgsIsHelpError": raise
+        name = context.info_name if context is not None and context.parent else ""
+        said, expected = error.format_message().rstrip("."), EXPECTED.get(kind, "a command and what it takes")
+        if kind == "BadParameter" and (number := next((word for word in NUMBERS if word in said.lower()), None)):
+            said, expected = said.partition(": ")[0], NUMBERS[number]
+        give_up(f"{said}: expected {expected}; see '{' '.join(('cap', *filter(None, [name])))} --help'.", 2)
+
+# %% ../nbs/command_line.ipynb #52dd72fc
+class Program(TyperGroup):
+    "The program's commands, with a sentence for what cannot be parsed."
+    def make_context(self, *words: object, **others: object) -> object:
+        "Read the program's own options."
+        with parsed_in_one_sentence(): return super().make_context(*words, **others)
+
+    def invoke(self, context: object) -> object:
+        "Read a command's options, and call it."
+        with parsed_in_one_sentence(): return super().invoke(context)
 
 # %% ../nbs/command_line.ipynb #c031
 ABOUT = "Causal Attribution Pruning of reasoning language models."
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
+app = typer.Typer(cls=Program, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
 def say_version(
     wanted: bool, # Whether --version was given
@@ -469,7 +528,7 @@ def bytes_of(
 @app.command("export")
 @in_one_sentence
 def export_command(
-    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    folder: argument(Path, "folder of a pruned checkpoint"),
     out: Out,
     form: option(str, "bitmask, or delta: masks alone beside a base", "--format") = "bitmask",
     base: option(str | None, "for a delta: the model that was pruned, as lab or a folder") = None,
@@ -484,7 +543,7 @@ def export_command(
 @app.command("restore")
 @in_one_sentence
 def restore_command(
-    folder: Annotated[Path, typer.Argument(help="folder that 'cap export' made")],
+    folder: argument(Path, "folder that 'cap export' made"),
     out: Out,
     base: option(str | None, "for a delta: the model that was pruned, as lab or a folder") = None,
 ) -> None:
@@ -497,7 +556,7 @@ def restore_command(
 @app.command("gguf")
 @in_one_sentence
 def gguf_command(
-    folder: Annotated[Path, typer.Argument(help="folder of a checkpoint, pruned or not; Llama or Qwen2")],
+    folder: argument(Path, "folder of a checkpoint, pruned or not; Llama or Qwen2"),
     out: option(Path, "the new file, NAME.gguf"),
     dtype: option(str, "of the matrices: f16, q8_0, bf16 or f32") = "f16",
 ) -> None:
@@ -512,7 +571,7 @@ def gguf_command(
 @with_options("settings", options_of(SpeedSettings), SpeedSettings)
 def bench_command(
     settings: SpeedSettings, # What the options say
-    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    folder: argument(Path, "folder of a pruned checkpoint"),
     against: option(str | None, "the model that was pruned; if left out, the folder with its zeros filled") = None,
     out: option(Path | None, "file for the record, NAME.json; not kept if left out") = None,
     note: Note = "",
@@ -529,7 +588,7 @@ def bench_command(
 @in_one_sentence
 @with_plugins
 def card_command(
-    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    folder: argument(Path, "folder of a pruned checkpoint"),
     run: option(Path | None, "folder of a finished run on the same base, for the table") = None,
     base: option(str | None, "id of the base on the hub, as owner/name, if a folder was pruned") = None,
     force: option(bool, "replace another README.md", "--force") = False,
@@ -543,7 +602,7 @@ def card_command(
 @in_one_sentence
 @with_plugins
 def publish_command(
-    folder: Annotated[Path, typer.Argument(help="pruned folder with its card, packed or not")],
+    folder: argument(Path, "pruned folder with its card, packed or not"),
     repository: Annotated[str, typer.Argument(help="owner/name on the hub")],
     dry_run: option(bool, "list what would be uploaded, and upload nothing", "--dry-run") = False,
     private: option(bool, "make the repository private, if it is made", "--private") = False,
@@ -617,7 +676,7 @@ def eval_command(
 @in_one_sentence
 @with_plugins
 def table_command(
-    folder: Annotated[Path, typer.Argument(help="a run's folder")],
+    folder: argument(Path, "a run's folder"),
     form: option(str, "md, csv or tex", "--format") = "md",
 ) -> None:
     "Print the table of a run, finished or not."
@@ -632,7 +691,7 @@ def table_command(
     else: typer.echo({"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
 
 # %% ../nbs/command_line.ipynb #c069
-RunFolders = Annotated[Path, typer.Argument(help="a run's folder, or one that holds some")]
+RunFolders = argument(Path, "a run's folder, or one that holds some")
 
 @app.command("figures")
 @in_one_sentence
@@ -650,7 +709,7 @@ def figures_command(
 @app.command("compare")
 @in_one_sentence
 def compare_command(
-    runs: Annotated[list[Path], typer.Argument(help="folders of runs; the others are held against the first")],
+    runs: argument(list[Path], "folders of runs; the others are held against the first"),
     methods: option(str | None, "methods to compare, with commas; all if left out", "--method") = None,
     against: option(str | None, "the first run's method to compare with; the same one if left out") = None,
     sparsity: option(str | None, "sparsities to compare, with commas; all if left out") = None,
@@ -675,7 +734,7 @@ def compare_command(
 @in_one_sentence
 @with_plugins
 def repeat_command(
-    folder: Annotated[Path, typer.Argument(help="a run's folder, live or packed")],
+    folder: argument(Path, "a run's folder, live or packed"),
     out: Out,
     methods: option(str | None, "methods to do again, with commas; all if left out") = None,
     sparsity: option(str | None, "sparsities to do again, with commas; all if left out") = None,
@@ -696,7 +755,7 @@ def repeat_command(
 @app.command("ledger")
 @in_one_sentence
 def ledger_command(
-    folder: Annotated[Path, typer.Argument(help="folder with MODEL_methods and MODEL_claims for each model")],
+    folder: argument(Path, "folder with MODEL_methods and MODEL_claims for each model"),
     models: option(str | None, "models, with commas; all that are there if left out") = None,
 ) -> None:
     "Put the paper's claims to the test of finished runs: a verdict for each claim and model, as table and figure."
@@ -722,8 +781,8 @@ def pack_command(
 @app.command("unpack")
 @in_one_sentence
 def unpack_command(
-    folder: Annotated[Path, typer.Argument(help="folder of a packed run")],
-    target: Annotated[Path, typer.Argument(help="folder to make; it can be given to 'cap run --out'")],
+    folder: argument(Path, "folder of a packed run"),
+    target: argument(Path, "folder to make; it can be given to 'cap run --out'"),
 ) -> None:
     "Restore the folder of a packed run with a file for each record, so that the run can go on."
     from cap_nb.jobs.records import unpack_run

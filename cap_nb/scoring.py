@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 import math
 import transformers
 from .calibration import deal_subsets
-from .models.anatomy import anatomy
+from .models.anatomy import anatomy, check_length
 from .core.errors import BadInput, check_at_least, check_choice
 from .models.loading import model_fingerprint
 
@@ -56,7 +56,8 @@ def target_token_losses(
     model: nn.Module, # A causal language model
     batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
 ) -> torch.Tensor: # Cross-entropy of every target token, example after example, in nats, float32 [n]
-    "The loss of each target token of a batch."
+    "The loss of each target token of a batch; rows longer than the model's context raise `BadInput`."
+    check_length(model, batch["input_ids"].shape[1])
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     is_target = labels != IGNORED

@@ -1,7 +1,11 @@
 """What several tests share: where the checkout is, and its notebooks in reading order."""
+import datetime
 import importlib.util
 import os
+import platform
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and tokenizers that used threads before a fork say so on stderr
@@ -11,6 +15,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
+SOAKED = ROOT / "figures" / "bad_input" / "soaked.json"
+BEGUN = time.monotonic()
 
 
 def tool(name: str):
@@ -20,3 +26,24 @@ def tool(name: str):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Keep what a soak did, for the page of wrong uses: tests, and what they counted, of every file that was run whole."""
+    fuzz, said = int(os.environ.get("CAP_NB_FUZZ", 0)), session.config.pluginmanager.get_plugin("terminalreporter")
+    if not fuzz or said is None or session.config.option.keyword or any("::" in word for word in session.config.args):
+        return
+    import torch
+
+    from cap_nb.core.files import read_checked, write_checked
+    from cap_nb.jobs.records import commit_of_package
+
+    kept = read_checked(SOAKED) if SOAKED.exists() else {}
+    ended = [(outcome, one) for outcome in ("passed", "failed", "error") for one in said.stats.get(outcome, ())]
+    for name in sorted({one.nodeid.partition("::")[0] for _, one in ended}):
+        of_it = {outcome: [one for kind, one in ended if kind == outcome and one.nodeid.startswith(f"{name}::")] for outcome in ("passed", "failed", "error")}
+        counted = sum((Counter(dict(one.user_properties)) for one in of_it["passed"]), Counter())
+        kept[name] = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": commit_of_package(), "python": platform.python_version(),
+                      "torch": torch.__version__, "CAP_NB_FUZZ": fuzz, "minutes": round((time.monotonic() - BEGUN) / 60), "tests passed": len(of_it["passed"]),
+                      "tests failed": len(of_it["failed"]) + len(of_it["error"]), **dict(sorted(counted.items()))}
+    write_checked(SOAKED, dict(sorted(kept.items())))

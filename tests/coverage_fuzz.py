@@ -13,7 +13,7 @@ import atheris
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 with atheris.instrument_imports(include=["cap_nb"]):
-    from test_nothing_let_in import READERS
+    from test_nothing_let_in import READERS, lay_out
 
 from cap_nb.core.errors import BadInput
 
@@ -24,7 +24,7 @@ def main(reader, runs, folder):
     """Fuzz one reader in a folder, which its caller removes."""
     read, name, contents = READERS[reader]
     (folder / "seeds").mkdir()
-    (folder / "config.json").write_text("{}")
+    lay_out(folder, reader)
     warnings.simplefilter("ignore")  # hypothesis would rather have no examples drawn here
     for number in range(100):
         (folder / "seeds" / f"{number}").write_bytes(contents.example())

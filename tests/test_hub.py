@@ -204,6 +204,11 @@ def test_a_data_set_out_of_reach_names_the_option(machine, hub):
     assert "Traceback" not in outcome.err and "Retry" not in outcome.err
 
 
+def test_a_hub_that_forbids(machine, hub):
+    hub.misbehave("config.json", Fault(status=403), times=9, method="HEAD")
+    assert_one_sentence(machine.run(f"{LOADING} tiny/llama", cache="forbidden"), "may not be read (status 403)", "check your token")
+
+
 def test_a_busy_hub_is_asked_again(machine, hub):
     hub.misbehave("config.json", Fault(status=429, headers={"Retry-After": "1"}), method="HEAD")
     hub.misbehave("/cdn/", Fault(status=429, headers={"Retry-After": "1"}))

@@ -2,6 +2,7 @@
 
 A few models of a few families here; with CAP_NB_FUZZ (`make soak`), of every family, and many.
 """
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -12,14 +13,19 @@ from hypothesis import strategies as st
 from proofs import ENDS, TINY_MODELS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cap_nb.calibration import Calibration
+from cap_nb.calibration import Calibration, calibration_set
+from cap_nb.data.problems import load_problems
 from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.evaluation import problem_losses
+from cap_nb.importance import importance_factors
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import anatomy, decoder_layers, expert_counts, projections
+from cap_nb.models.lab import lab_model
 from cap_nb.models.loading import save_model
 from cap_nb.portable.small_files import export_folder, restore_folder
 from cap_nb.regions import Factors, blocks, layer_factors
+from cap_nb.scoring import causal_scores
 from cap_nb.threshold import zeros_wanted
 
 MANY = int(os.environ.get("CAP_NB_FUZZ", 0))
@@ -201,6 +207,40 @@ def test_dtypes_and_threads_differ_within_bounds(model, seed):
     for dtype, bound in DTYPES.items():
         assert apart(whole, scored(model.to(dtype), drawn)) <= bound, dtype
         model.float()
+
+
+PRUNED_ALIKE = {torch.float64: 0.999, torch.float32: 0.999, torch.float16: 0.95, torch.bfloat16: 0.9}  # Least share of weights that are zero in both or in none
+
+
+def held_out_and_masks(model, tokenizer, problems, batch_tokens):
+    """Held-out losses, and which weights CAP and Wanda set to zero in copies, all computed in batches of a size."""
+    held, drawn = [one.loss for one in problem_losses(model, tokenizer, problems, batch_tokens=batch_tokens)], calibration_set(tokenizer, tasks=("lab-arc",), n=4, k=1)
+    factors, zeros = importance_factors(causal_scores(score_heads(model, drawn, batch_tokens))), []
+    for method in ("cap", "wanda"):
+        pruned = copy.deepcopy(model)
+        prune(pruned, method, 0.5, factors if method == "cap" else None, calibration=drawn, batch_tokens=batch_tokens)
+        zeros.append(torch.cat([mask.flatten() for mask in masks(pruned).values()]))
+    return torch.tensor(held), zeros
+
+
+def test_held_out_losses_and_masks_stay_within_the_stated_bounds():
+    """Batches, threads and dtypes, as the page on repeating states them, on the lab's model."""
+    model, tokenizer = lab_model()
+    problems, threads = load_problems("lab-arc", "evaluation")[:6], torch.get_num_threads()
+    held, zeros = held_out_and_masks(model, tokenizer, problems, 4096)
+
+    def check(found, bound, alike, what):
+        assert (found[0] - held).abs().max() <= bound, what
+        assert min((one == other).double().mean() for one, other in zip(found[1], zeros)) >= alike, what
+
+    check(held_out_and_masks(model, tokenizer, problems, 1), ACROSS, PRUNED_ALIKE[torch.float32], "batches")
+    try:
+        torch.set_num_threads(2 if threads == 1 else 1)
+        check(held_out_and_masks(model, tokenizer, problems, 4096), ACROSS, PRUNED_ALIKE[torch.float32], "threads")
+    finally:
+        torch.set_num_threads(threads)
+    for dtype, bound in DTYPES.items():
+        check(held_out_and_masks(copy.deepcopy(model).to(dtype), tokenizer, problems, 4096), bound, PRUNED_ALIKE[dtype], dtype)
 
 
 # ---- saving ----

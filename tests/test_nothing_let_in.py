@@ -5,18 +5,22 @@ The soak keeps what it did in figures/bad_input/fuzzed.json, which the page of w
 """
 import ast
 import datetime
+import faulthandler
+import functools
 import importlib.util
 import io
 import json
 import os
 import pickle
 import platform
-import resource
+import re
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -33,25 +37,31 @@ from cap_nb.command_line import app, known_options, short_name
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import (
-    SHARD_INDEX, check_inside, checked_text, checkpoint_tensors, read_checked, read_json, read_tensors, read_text, stored_tensors, whole_file, whole_folder,
-    write_checked, write_tensors)
+    SHARD_INDEX, check_inside, checked_text, checkpoint_tensors, read_checked, read_checksums, read_json, read_tensors, read_text, sealed, sha256_of_file, stored_tensors,
+    whole_file, whole_folder, write_checked, write_tensors)
 from cap_nb.data.problems import records_of_file, records_of_table
 from cap_nb.jobs import records as run_records
 from cap_nb.jobs.chains import read_chains
-from cap_nb.jobs.records import commit_of_package, load_evaluation, packed_records, read_report, read_run, unpack_run
+from cap_nb.engine.unit_store import Unit, UnitStore, read_unit
+from cap_nb.evaluation import Evaluation
+from cap_nb.jobs.records import commit_of_package, load_evaluation, packed_records, read_report, read_run, save_evaluation, unpack_run
 from cap_nb.jobs.sweeps import INDEX, read_config, read_index
 from cap_nb.methods.budgets import load_budgets
 from cap_nb.methods.screening import read_scores
 from cap_nb.methods.streaming import load_norms
-from cap_nb.models.loading import config_of, load_model
+from cap_nb.models.lab import load_state, save_state
+from cap_nb.models.loading import config_of, load_gguf, load_model, load_tokenizer
 from cap_nb.portable.fine_tuning import read_training
-from cap_nb.portable.format import open_shard, read_manifest
+from cap_nb.portable.format import CHECKSUM, open_shard, read_manifest
+from cap_nb.portable.quantised import export_gguf
+from cap_nb.portable.sharing import ALWAYS, read_record
 from cap_nb.scoring import load_losses
 from conftest import ROOT
 from fixtures import tiny_llama
 from hub import byte_tokenizer
+from test_quantised import saved
 
-SOURCES = sorted((ROOT / "cap_nb").rglob("*.py"))
+SOURCES = sorted([*(ROOT / "cap_nb").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 
@@ -81,8 +91,9 @@ def test_no_shell_is_built():
 
 
 def test_code_runs_only_from_plugins():
-    """`exec` stands in one place, and `trust_remote_code` is False wherever it stands."""
-    assert [path.name for path, tree in TREES.items() for call in calls(tree) if ast.unparse(call.func) == "exec"] == ["plugins.py"]
+    """`exec` stands in one place of the package, and `trust_remote_code` is False wherever it stands."""
+    found = [path for path, tree in TREES.items() for call in calls(tree) if ast.unparse(call.func) == "exec"]
+    assert [path.name for path in found if path.is_relative_to(ROOT / "cap_nb")] == ["plugins.py"]
     trusted = [word.value for tree in TREES.values() for call in calls(tree) for word in call.keywords if word.arg == "trust_remote_code"]
     assert trusted and all(isinstance(value, ast.Constant) and value.value is False for value in trusted)
 
@@ -264,13 +275,17 @@ def sparse(path, size, start=b""):
     return path
 
 
-def memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak(anew=False):
+    """The most memory of this process, in bytes, since the last time that it was asked for anew; so an earlier peak hides no later one."""
+    if anew:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MOST_UNPACKED", 1 << 27)  # the real limit takes seconds to exceed
-    before = memory()
+    before = peak(anew=True)
     terabyte = 1 << 40
     for suffix, read in ((".json", read_json), (".json", read_checked), (".jsonl", records_of_file), (".json", records_of_file), (".jsonl", read_chains)):
         with pytest.raises(BadInput, match="expected a text of at most"):
@@ -291,7 +306,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path, monkeypatch):
     for name in ("rows", "wide"):
         with pytest.raises(BadInput, match="is too large: expected at most"):
             records_of_table(tmp_path / f"{name}.parquet")
-    assert memory() - before < 1 << 30
+    assert peak() - before < 1 << 30
 
 
 @pytest.mark.parametrize("read", [read_json, read_checked, records_of_file, stored_tensors, read_tensors, read_config])
@@ -379,6 +394,61 @@ def right_sums(*keys):
     return st.dictionaries(st.sampled_from(keys), PLAIN).map(meta) | PLAIN.map(meta) | spoilt(GOOD)
 
 
+@functools.cache
+def model_files():
+    """A tiny Llama as transformers saves it, what belongs to it, and the same in GGUF."""
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
+        folder = Path(name) / "m"
+        tokenizer = byte_tokenizer()
+        tiny_llama(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        export_gguf(saved(Path(name) / "other"), folder / "m.gguf")
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def good(name):
+    """What spoils one of these files, which are made when they are asked for."""
+    return st.deferred(lambda: spoilt(model_files()[name]))
+
+
+@functools.cache
+def beside(reader):
+    """What a reader finds in its folder besides the file that is spoilt, by name."""
+    about = {"config.json": b"{}"}
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
+        folder = Path(name)
+        if reader == "evaluation":
+            save_evaluation(Evaluation(method="cap", sparsity=0.5, reached=0.5), folder)
+        if reader == "state of a training":
+            save_state(folder, *training())
+        about |= {path.name: path.read_bytes() for path in folder.iterdir()}
+    return about | ({name: body for name, body in model_files().items() if "token" in name} if "tokenizer" in reader else {})
+
+
+def lay_out(folder, reader):
+    """Write what a reader finds besides the file that is spoilt."""
+    for name, body in beside(reader).items():
+        (folder / name).write_bytes(body)
+
+
+def training():
+    """A model with two optimisers, and the log of their training."""
+    model = torch.nn.Linear(2, 2)
+    both = [torch.optim.Adam([parameter]) for parameter in model.parameters()]
+    model(torch.ones(2)).sum().backward()
+    for optimizer in both:
+        optimizer.step()
+    return model, both, {"step": 1, "recipe": {}, "loss": [0.5]}
+
+
+def manifest_of(path):
+    """A list of files whose own checksum is right."""
+    (path.parent / CHECKSUM).write_text(f"{sha256_of_file(path)}  {path.name}\n")
+    return read_manifest(path.parent)
+
+
+NOTE = dict.fromkeys(ALWAYS, "x") | {"zeros": 3, "weights": 6, "asked": 0.5, "base": {"name": "x", "fingerprint": "0"}}
+SLOW = ("GGUF", "tokenizer", "configuration of a tokenizer")  # Read by transformers, in milliseconds
 REPORT = {"method": "cap", "asked": 0.5, "reached": 0.5, "weights": 8, "zeros": 4, "threshold": 0.1, "ties": 0, "table": [], "mask": "0"}
 READERS = {
     "read_json": (read_json, "x.json", json_like("a")),
@@ -403,31 +473,70 @@ READERS = {
     "packed records": (packed_records, "x.parquet", spoilt(ROWS) | st.lists(st.fixed_dictionaries({"record": st.sampled_from(["file", "loss", "evaluation"]), "place": st.text(max_size=5), "content": st.binary(max_size=9)}), max_size=3).map(table)),
     "chains": (read_chains, "x.jsonl", json_like("about", "sha256", "task", "uid")),
     "packed shard": (open_shard, "x.packed.safetensors", HEADERS | spoilt(GOOD)),
-    "manifest": (lambda path: read_manifest(path.parent), "packed.json", json_like("format", "version", "kind", "base", "files")),
+    "manifest": (manifest_of, "packed.json", json_like("format", "version", "kind", "base", "files")),
     "configuration": (lambda path: config_of(path.parent), "config.json", json_like("model_type", "hidden_size", "num_attention_heads", "vocab_size", "rope_parameters") |
                       st.dictionaries(st.sampled_from(["hidden_size", "num_attention_heads", "rope_parameters", "dtype", "torch_dtype", "num_hidden_layers"]), VALUES).map(lambda one: as_json({"model_type": "llama"} | one))),
+    "note on a pruning": (lambda path: read_record(path.parent), "config.json", json_like("cap_nb", "model_type") |
+                          st.dictionaries(st.sampled_from(list(NOTE)), PLAIN).map(lambda some: as_json({"cap_nb": sealed(NOTE | some)}))),
+    "checksums": (read_checksums, "SHA256SUMS.json", json_like("a", "../a", "")),
+    "unit": (lambda path: read_unit(UnitStore(path.parent), Unit(0, 0), ["a", "b", "c"], 2), "batch-0000-layer-000.safetensors", right_sums("uids")),
+    "state of a training": (lambda path: load_state(path.parent, *training()[:2]), "state.json", right_sum("tensors", "step", "recipe") | json_like("content", "sha256")),
+    "tokenizer": (lambda path: load_tokenizer(str(path.parent)), "tokenizer.json", json_like("version", "model", "added_tokens", "pre_tokenizer") | good("tokenizer.json")),
+    "configuration of a tokenizer": (lambda path: load_tokenizer(str(path.parent)), "tokenizer_config.json",
+                                     json_like("tokenizer_class", "auto_map", "extra_special_tokens", "chat_template") | good("tokenizer_config.json")),
+    "GGUF": (lambda path: load_gguf(path, None, torch.device("cpu")), "x.gguf", st.binary(max_size=80).map(lambda rest: b"GGUF" + rest) | good("m.gguf")),
     "options": (lambda path: read_config(path, known_options()), "x.yaml", st.text(max_size=60).map(lambda s: s.encode("utf-8", "replace")) | json_like("n", "model", "methods", "sparsity") | st.binary(max_size=40)),
 }
 
 
+SECONDS = 10  # that a reader may take for an input
+
+
+class TooSlow(BaseException):
+    """An input takes a reader too long; nobody catches this by accident."""
+
+
+@contextmanager
+def soon_over(seconds=SECONDS):
+    """Raise where the program is after so many seconds; where it does not come back from a library, end it with a traceback."""
+    def too_slow(*_):
+        raise TooSlow(f"an input took {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, too_slow)
+    try:
+        yield lambda: signal.setitimer(signal.ITIMER_REAL, seconds)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def fed(read, path, content):
+    """Let a reader have an input: whether it was read, or refused in one sentence. Whatever else it does is raised."""
+    path.write_bytes(content)
+    try:
+        read(path)
+        return "read"
+    except BadInput as error:
+        assert len(str(error).splitlines()) == 1 and len(str(error)) < 2_000, str(error)[:300]
+        return "refused"
+
+
 def searched(read, path, contents, wanted):
-    """Let a reader have so many inputs: how many it read, and how many it refused in one sentence. Whatever else it does is raised."""
+    """Let a reader have so many inputs: how many it read, and how many it refused."""
     found = Counter()
 
     def one(content):
-        path.write_bytes(content)
-        try:
-            read(path)
-            found["read"] += 1
-        except BadInput as error:
-            found["refused"] += 1
-            assert len(str(error).splitlines()) == 1 and len(str(error)) < 2_000, str(error)[:300]
+        wind_up()
+        found[fed(read, path, content)] += 1
 
     number = 0
-    while found.total() < wanted:
-        search = given(contents)(settings(FUZZ, max_examples=min(AT_ONCE, wanted - found.total()))(one))
-        hypothesis.seed(number)(search)()
-        number += 1
+    with soon_over() as wind_up:
+        while found.total() < wanted:
+            faulthandler.dump_traceback_later(600 + SECONDS * 2, exit=True)
+            search = given(contents)(settings(FUZZ, max_examples=min(AT_ONCE, wanted - found.total()))(one))
+            hypothesis.seed(number)(search)()
+            number += 1
     return found
 
 
@@ -444,11 +553,11 @@ def fuzz_noted(reader, **noted):
 @pytest.mark.parametrize("reader", READERS)
 def test_whatever_is_read_gives_a_value_or_one_sentence(reader):
     read, name, contents = READERS[reader]
-    before = memory()
+    before = peak(anew=True)
     with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
-        (Path(folder) / "config.json").write_text("{}")
-        found = searched(read, Path(folder) / name, contents, MANY or 25)
-    assert memory() - before < 1 << 30
+        lay_out(Path(folder), reader)
+        found = searched(read, Path(folder) / name, contents, MANY or (5 if reader in SLOW else 25))
+    assert peak() - before < 1 << 30
     if MANY:
         fuzz_noted(reader, inputs=found.total(), read=found["read"], refused=found["refused"])
 

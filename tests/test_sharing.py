@@ -321,7 +321,7 @@ def test_mistakes_are_one_sentence(place, tmp_path, monkeypatch):
     lab = ROOT / "figures" / "lab"
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     for words, part in {
-            "card nowhere": "nowhere/config.json does not exist", "card dense": "has no whole entry cap_nb", f"card {tmp_path}/own": "has no whole entry cap_nb",
+            "card nowhere": "nowhere/config.json does not exist", "card dense": "has no whole entry cap_nb", f"card {tmp_path}/own": "holds no object",
             "card half": "README.md is there already", "card half --run nowhere": "nowhere is not a run's folder", "card half --base x": "is no id of the hub",
             f"card half --run {lab.with_name('smollm2')}": "expected the base lab", f"card half --run {lab.with_name('lab_moe')}": "expected the base lab",
             "publish half name --dry-run": "expected owner/name", "publish half a/b/c --dry-run": "expected owner/name", "publish half ../x --dry-run": "expected owner/name",

@@ -5,10 +5,13 @@
 A use of the command line must end with exit code 2 and one line on the error channel; one in Python must raise
 `BadInput`. Every sentence says what was wrong, what was expected, and what to do.
 """
+import ctypes
 import json
 import os
+import re
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -17,13 +20,14 @@ from pathlib import Path
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: bars are no part of a sentence
 import torch
 from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import write_checked, write_tensors
+from cap_nb.core.files import sealed, write_checked, write_tensors
 from cap_nb.data.problems import load_problems, load_text
 from cap_nb.evaluation import accuracy, bootstrap_interval, evaluation_problems, held_out_losses, perplexity
 from cap_nb.importance import importance_factors, plot_factors
@@ -32,9 +36,11 @@ from cap_nb.jobs.planning import plan
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.methods.prune import prune
 from cap_nb.models.lab import lab_model
-from cap_nb.models.loading import load_model
+from cap_nb.models.loading import load_model, save_model
 from cap_nb.scoring import HeadLosses, causal_scores, load_losses, masked_head, rank_correlation, save_losses, score_interval
+from cap_nb.engine.resumed_scoring import score_heads
 from fixtures import tiny_llama
+from programs import cap, finished
 
 RECORD = Path(__file__).resolve().parent.parent / "figures" / "bad_input" / "uses.json"
 FEW = "--n 3 --k 1 --evaluate-n 2 --loss-n 2 --windows 0 --accuracy-tasks none --device cpu"
@@ -81,12 +87,19 @@ COMMANDS = {
         "--methods wanda.mean_ablation", "--methods ''", "--methods +owl", "--methods ^swaps", "--methods cap..mean", "--methods wanda^swaps^swaps",
         "--tasks gsm9k", "--tasks ''", "--accuracy-tasks gsm9k", "--text moby-dick", "--style shouting", "--aggregation mode", "--score-target luck",
         "--dtype int8", "--dtype float8", "--evaluate-on training", "--calibrate-on PLACE/nothing", "--calibrate-on text --text-share 0.5",
-        "--model nothing", "--model owner/name/too/deep", "--model ''", "--model PLACE", "--key-value mean")]
+        "--model nothing", "--model owner/name/too/deep", "--model ''", "--model PLACE", "--key-value mean", "--n", "--n many")]
     + [f"{PRUNE} --method cap --scores PLACE/scores.safetensors --key-value median", f"{PRUNE} --method magnitude --ties some", "nothing", "run --nothing"],
     "model folders": [f"{PRUNE} --method magnitude --model PLACE/{name}" for name in (
         "no_config", "config_text", "config_list", "config_binary", "no_heads", "half_heads", "negative_layers", "unknown_class", "pickled", "cut_off",
-        "not_safetensors", "index_outside", "index_list", "index_missing", "file.txt")]
-    + [f"plan --model PLACE/{name}" for name in ("no_heads", "half_heads", "negative_layers", "huge_numbers", "text_numbers", "config_list", "nothing")],
+        "not_safetensors", "index_outside", "index_list", "index_missing", "file.txt", "no_tokenizer", "edited_note")]
+    + [f"plan --model PLACE/{name}" for name in ("no_heads", "half_heads", "negative_layers", "huge_numbers", "text_numbers", "config_list", "nothing")]
+    + [f"{PRUNE} --method magnitude --stream --model PLACE/{name}" for name in ("config_list", "config_text", "list_for_type", "edited_note")],
+    "examples beyond a model's context": [f"score {FEW_EXAMPLES} --model PLACE/short --tasks lab-arc --out PLACE/new.safetensors",
+        f"{RUN} --model PLACE/short --tasks lab-arc", f"{RUN} --model PLACE/short --tasks lab-arc --methods wanda",
+        f"{EVAL} --model PLACE/short --accuracy-tasks lab-arc --evaluate-n 2 --loss-n 0 --windows 0", f"{EVAL} --model PLACE/short --accuracy-tasks none --tasks lab-arc --loss-n 2 --windows 0",
+        *(f"{PRUNE} {FEW_EXAMPLES} --model PLACE/short --tasks lab-arc --method {method}" for method in ("wanda", "gradient", "relevance", "sparsegpt", "wanda+kl")),
+        f"recover {FEW_EXAMPLES} --model PLACE/short_pruned --tasks lab-arc --out PLACE/new", f"shrink {FEW_EXAMPLES} --model PLACE/short --tasks lab-arc --out PLACE/new --groups 1",
+        "bench PLACE/model --prompt 100000 --backends torch"],
     "scores": [f"{PRUNE} --method cap --scores PLACE/{name}" for name in (
         "nothing", "folder", "file.txt", "plain.safetensors", "list_meta.safetensors", "short_intact.safetensors", "short_stratum.safetensors",
         "bools.safetensors", "wrong_heads.safetensors", "nan.safetensors", "k_zero.safetensors", "flipped.safetensors", "scores.safetensors")]
@@ -99,7 +112,15 @@ COMMANDS = {
     "outputs": ["prune --method magnitude --out PLACE/folder", "prune --method magnitude --out PLACE/file.txt", "prune --method magnitude --out PLACE/dangling",
                 f"prune --method magnitude --out PLACE/{'n' * 300}", "prune --method magnitude --out /proc/nowhere/new", "prune --method magnitude --out PLACE/file.txt/new",
                 f"run {FEW} --out PLACE/folder", f"run {FEW} --out PLACE/file.txt", f"run {FEW} --out PLACE/{'n' * 300}", "score --out PLACE/folder --n 3 --k 1",
-                f"score --n 3 --k 1 --out PLACE/{'n' * 300}", "prune --method magnitude"],
+                f"score --n 3 --k 1 --out PLACE/{'n' * 300}", "prune --method magnitude",
+                "prune --method magnitude --out ''", f"run {FEW} --out ''", "score --n 3 --k 1 --out ''", "table ''"],
+    "folders of others": ["prune --method magnitude --out PLACE/locked/new", "prune --method magnitude --out PLACE/new", f"run {FEW} --out PLACE/locked/new",
+                          "score --n 3 --k 1 --out PLACE/locked/new.safetensors", "table PLACE/locked", "table PLACE/locked/run", f"run {FEW} --config PLACE/locked/x.yaml --out PLACE/new",
+                          "prune --method magnitude --model PLACE/locked/model --out PLACE/new", f"run {FEW} --tasks gsm8k --data-dir PLACE/locked --out PLACE/new",
+                          "prune --method cap --scores PLACE/locked/scores.safetensors --out PLACE/new"],
+    "read-only disks": ["prune --method magnitude --out PLACE/disk/new", f"run {FEW} --out PLACE/disk/new", "score --n 3 --k 1 --out PLACE/disk/new.safetensors",
+                        "eval --windows 0 --loss-n 2 --accuracy-tasks none --out PLACE/disk/new", "train-lab --steps 1 --out PLACE/disk/new",
+                        f"chains {FEW_EXAMPLES.replace('--k 1 ', '')} --max-new-tokens 4 --out PLACE/disk/new.jsonl"],
     "finished runs": [f"{command} PLACE/{name}" for command in ("table", "figures", "pack", "ledger") for name in ("nothing", "folder", "file.txt")]
     + ["unpack PLACE/folder PLACE/new", "unpack PLACE/nothing PLACE/new", "table PLACE/edited_run", "table PLACE/old_run", "table PLACE/list_run"],
     "small files": ["export PLACE/nothing --format bitmask --out PLACE/new", "export PLACE/folder --format bitmask --out PLACE/new",
@@ -207,6 +228,11 @@ def on_lab(action):
     return lambda place: action(*lab_model(), place)
 
 
+def beyond(place, action):
+    """Do something with a model of 16 positions and its tokenizer."""
+    return action(*load_model(place / "short", device="cpu"))
+
+
 def few(tokenizer):
     return calibration_set(tokenizer, tasks=("lab-arc",), n=3, k=1)
 
@@ -273,6 +299,9 @@ PYTHON = {
     "plot_factors({})": lambda p: plot_factors({}),
     "run_job('lab', 'new')": lambda p: run_job("lab", p / "new"),
     "run_job(Job(model='lab'), 'new')": lambda p: run_job(Job(model="lab"), p / "new"),
+    "score_heads(model, calibration), examples beyond the context": lambda p: beyond(p, lambda m, t: score_heads(m, few(t))),
+    "prune(model, 'wanda', 0.5, calibration=calibration), beyond the context": lambda p: beyond(p, lambda m, t: prune(m, "wanda", 0.5, calibration=few(t))),
+    "held_out_losses(model, tokenizer, 'lab-arc', n=2), beyond the context": lambda p: beyond(p, lambda m, t: held_out_losses(m, t, "lab-arc", n=2)),
     "plan(changed(Job(), methods='cap'))": lambda p: plan(changed(Job(), methods="cap")),
     "plan(changed(Job(), n=10 ** 11))": lambda p: plan(changed(Job(), n=10 ** 11)),
 }
@@ -292,6 +321,7 @@ def model_folder(folder, **changes):
     """The lab model's folder with another configuration."""
     model, tokenizer = lab_model()
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
     return folder
@@ -309,7 +339,11 @@ def prepared(place):
     for name, text in PLUGIN_FILES.items():
         (place / f"{name}.py").write_text(text)
     model_folder(place / "model")
-    for name, changes in {"no_heads": {"num_attention_heads": 0}, "half_heads": {"num_attention_heads": 2.5}, "negative_layers": {"num_hidden_layers": -1},
+    for path in model_folder(place / "no_tokenizer").glob("*token*"):
+        path.unlink()
+    note = {"version": "0", "method": "magnitude", "zeros": 3}
+    for name, changes in {"list_for_type": {"model_type": ["llama"]}, "edited_note": {"cap_nb": sealed(note) | {"zeros": 4}},
+                          "no_heads": {"num_attention_heads": 0}, "half_heads": {"num_attention_heads": 2.5}, "negative_layers": {"num_hidden_layers": -1},
                           "unknown_class": {"model_type": "no_such_model", "architectures": ["NoSuchModel"]},
                           "huge_numbers": {"hidden_size": 10 ** 30}, "text_numbers": {"hidden_size": "many"}}.items():
         model_folder(place / name, **changes)
@@ -325,7 +359,10 @@ def prepared(place):
         folder = model_folder(place / name)
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    short_models(place)
     prepared_scores(place)
+    (place / "disk").mkdir()
+    (place / "locked").mkdir(mode=0o700)
     for name, content in {"old_run": {"format": 1}, "list_run": [1]}.items():
         (place / name).mkdir()
         write_checked(place / name / "run.json", content)
@@ -333,6 +370,16 @@ def prepared(place):
     write_checked(place / "edited_run" / "run.json", {"format": 3, "methods": ["cap"], "sparsities": [0.2]})
     path = place / "edited_run" / "run.json"
     path.write_text(path.read_text().replace("0.2", "0.3"))
+
+
+def short_models(place):
+    """A model whose learned positions end at 16, and the same pruned."""
+    _, tokenizer = lab_model()
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=16, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=1)).eval()
+    for name in ("short", "short_pruned"):
+        save_model(model, tokenizer, place / name)
+        prune(model, "magnitude", 0.5)
 
 
 def prepared_scores(place):
@@ -350,6 +397,31 @@ def prepared_scores(place):
     path.write_bytes(data[:start + 40] + bytes([data[start + 40] ^ 1]) + data[start + 41:])
 
 
+def as_nobody(place):
+    """Go on as a user who owns nothing."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+def read_only(place):
+    """Go on where PLACE/disk is a disk that may only be read: in this process alone."""
+    if ctypes.CDLL(None, use_errno=True).unshare(0x20000):  # CLONE_NEWNS
+        raise OSError(ctypes.get_errno(), "no mounts of its own")
+    for words in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", "ro", "tmpfs", str(place / "disk")]):
+        subprocess.run(["mount", *words], check=True, capture_output=True)
+
+
+ELSEWHERE = {"folders of others": as_nobody, "read-only disks": read_only}  # Area -> what happens in a process before its uses
+
+
+def can_be_tried(use, place):
+    """Whether this user of this machine can make what a use needs."""
+    if use.area not in ELSEWHERE:
+        return True
+    return os.geteuid() == 0 and finished(lambda: ELSEWHERE[use.area](place)).returncode == 0
+
+
 def answer(use, place):
     """The sentence and the exit code (none in Python) of one use; an exception that no user should see is raised."""
     if use.outcome is not None:
@@ -359,14 +431,25 @@ def answer(use, place):
             return str(error), None
         raise AssertionError(f"{use.does} was accepted in silence")
     words = [word.strip("'").replace("PLACE", str(place)) for word in use.does.split()[1:]]
+    if use.area in ELSEWHERE:
+        done = finished(lambda: (ELSEWHERE[use.area](place), cap(*words)())[1])
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.stderr.strip(), done.returncode
     result = CliRunner().invoke(app, words)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 2, f"{use.does}: exit code {result.exit_code}: {result.output[-300:]}"
-    said = result.stderr.strip()
-    if said.startswith("Usage:"):  # typer's own message for a word that is no option: the line in its box
-        said = next(line.strip("\u2502 ") for line in said.splitlines() if line.startswith("\u2502"))
-    return said, 2
+    return result.stderr.strip(), 2
+
+
+def told(sentence, place):
+    """A sentence without the name of this place."""
+    return sentence.removeprefix("cap: ").replace(str(place), "PLACE")
+
+
+def in_our_words(sentence):
+    """A sentence without what another machine or version may say otherwise: what stands in brackets, and keys made of content."""
+    return re.sub(r"\(.*\)(?=:)|\([^()]*\)|\b[0-9a-f]{16}\b", "...", sentence)
 
 
 def cleared(place):
@@ -381,14 +464,15 @@ def write_record(path=RECORD):
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "place"
         prepared(place)
+        os.chmod(folder, 0o755)
         os.environ["HF_HUB_OFFLINE"] = "1"
-        told = []
+        rows = []
         for use in uses():
+            assert can_be_tried(use, place), f"{use.does} needs root, and mounts of its own"
             sentence, code = answer(use, place)
-            sentence = sentence.removeprefix("cap: ").replace(str(place), "PLACE")
-            told.append({"area": use.area, "use": use.does, "sentence": sentence, "exit code": code})
+            rows.append({"area": use.area, "use": use.does, "sentence": told(sentence, place), "exit code": code})
             cleared(place)
-    write_checked(path, told)
+    write_checked(path, rows)
 
 
 if __name__ == "__main__":

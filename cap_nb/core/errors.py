@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = ['BadInput']
 
+# %% ../../nbs/core/00_errors.ipynb #56df149f
+LONGEST = 1500 # Signs of a sentence; one that quotes more of a file loses its middle
+
 # %% ../../nbs/core/00_errors.ipynb #c004
 class BadInput(ValueError):
     "A user's mistake in one sentence, on one line: what was wrong, what was expected, what to do."
@@ -12,8 +15,8 @@ class BadInput(ValueError):
         self,
         sentence: str = "", # The sentence; what cannot be printed in it, as in a file's name, becomes a space
     ):
-        super().__init__("".join(letter if letter.isprintable() else " " for letter in str(sentence)))
-
+        said = "".join(letter if letter.isprintable() else " " for letter in str(sentence))
+        super().__init__(said if len(said) <= LONGEST else f"{said[:LONGEST // 2]} ... {said[-LONGEST // 2:]}")
 
 # %% ../../nbs/core/00_errors.ipynb #c008
 from collections.abc import Iterable

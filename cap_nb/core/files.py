@@ -68,7 +68,7 @@ def remove(
 ) -> None:
     "Remove a path; one that is gone already is no error."
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
-    else: path.unlink(missing_ok=True)
+    elif os.path.lexists(path): path.unlink(missing_ok=True) # a disk that may only be read complains of either
 
 def remove_leftovers(
     path: Path, # Final name of a file or folder
@@ -76,7 +76,8 @@ def remove_leftovers(
     "Remove what dead processes left half written under this name, one with this process's number included."
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         number = part.name.split(".")[-2]
-        if number.isdigit() and (int(number) == os.getpid() or not process_exists(int(number))): remove(part)
+        if number.isdigit() and (int(number) == os.getpid() or not process_exists(int(number))):
+            with named(path): remove(part) # a disk that may only be read keeps it
 
 # %% ../../nbs/core/01_files.ipynb #c012
 @contextmanager
@@ -352,6 +353,24 @@ def read_json(
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON ({error}): expected a whole JSON file; make it again.") from None
 
+# %% ../../nbs/core/01_files.ipynb #f22c2d96
+def read_object(
+    path: str | Path, # An existing JSON file
+) -> dict: # What it holds
+    "Read a JSON file that holds an object, names with values; any other raises `BadInput`."
+    content = read_json(path)
+    if isinstance(content, dict): return content
+    raise BadInput(f"{path} holds no object: expected names with values in JSON; restore the file.")
+
+def read_checksums(
+    path: str | Path, # A file SHA256SUMS.json
+) -> dict[str, str]: # Name of a file in the same folder -> its SHA-256
+    "Read the checksums of a folder's files; names that lead outside, and all else, raise `BadInput`."
+    sums = read_object(path)
+    if not sums or not all(isinstance(value, str) for value in sums.values()):
+        raise BadInput(f"{path} is no list of checksums: expected a SHA-256 for each file; fetch the folder again.")
+    return {check_inside(name, path): value for name, value in sums.items()}
+
 # %% ../../nbs/core/01_files.ipynb #c058
 def checked_text(
     content: object, # Anything that JSON can hold
@@ -379,6 +398,27 @@ def read_checked(
         if kept["sha256"] == found: return kept["content"]
     raise BadInput(f"{path} is not as cap_nb saved it, its checksum says: expected no bit flipped and nothing edited "
                    f"by hand; {mend}.")
+
+# %% ../../nbs/core/01_files.ipynb #fe7770d5
+def sealed(
+    entry: dict, # What JSON can hold
+) -> dict: # The same, as JSON gives it back, with the key "sha256"
+    "An entry with the SHA-256 of its own text in it."
+    plain = json.loads(json_text({name: value for name, value in entry.items() if name != "sha256"}))
+    return plain | {"sha256": sha256_of_text(json_text(plain))}
+
+def check_sealed(
+    entry: dict, # As it was read
+    where: str, # Where it stands, for the sentence
+) -> dict: # The same entry
+    "Raise `BadInput` for an entry, or an earlier one in it, that is not as `sealed` made it."
+    try: whole = sealed(entry)["sha256"] == entry["sha256"]
+    except (BadInput, KeyError, ValueError, RecursionError): whole = False
+    if not whole:
+        raise BadInput(f"{where} is not as cap_nb wrote it, its checksum says: expected no bit flipped and nothing "
+                       "edited by hand; restore the file, or make the folder again.")
+    if isinstance(before := entry.get("before"), dict) and "sha256" in before: check_sealed(before, where)
+    return entry
 
 # %% ../../nbs/core/01_files.ipynb #cc52ec16
 @contextmanager
@@ -604,7 +644,7 @@ def shard_files(
                        "not pickles; convert them first.")
     try: names = sorted({Path(name) for name in read_json(folder/SHARD_INDEX)["weight_map"].values()})
     except (KeyError, TypeError, AttributeError): names = []
-    if not names or any(name.parent != Path(".") or not name.name for name in names):
+    if not names or any(name.parent != Path(".") or not name.name or not name.name.isprintable() for name in names):
         raise BadInput(f"{folder/SHARD_INDEX} is no index of shards: expected a weight_map of files in the same "
                        "folder; fetch the checkpoint again.")
     return tuple(folder/name for name in names)

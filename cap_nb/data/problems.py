@@ -57,6 +57,8 @@ def with_words(
     return text
 
 Words = Annotated[str, StringConstraints(strict=True), AfterValidator(with_words)]
+SAID = {"missing": "it is missing", "string_type": "it is no text", "bool_type": "it is neither true nor false",
+        "list_type": "it is no list", "model_type": "it is no object"} # The validator's kinds of errors in plain words
 
 def fitting(
     schema: type[BaseModel], # What a record should look like
@@ -65,14 +67,23 @@ def fitting(
     "A record in the form of a schema; the first field that does not fit raises ValueError."
     try: return schema.model_validate(record)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'as a whole'}: {first['msg']}") from None
+        first = max(error.errors(), key=lambda one: len(one["loc"])) # the first of those that look deepest
+        where = [f"{part}" for part in first["loc"] if isinstance(part, int) or part in schema.model_fields]
+        said = first.get("ctx", {}).get("error") or SAID.get(first["type"], first["msg"])
+        raise ValueError(f"{'.'.join(where) or 'as a whole'}: {said}") from None
 
 # %% ../../nbs/data/00_problems.ipynb #c014
+def with_number(
+    text: str, # A worked solution
+) -> str: # The same text
+    "Raise ValueError unless a solution ends in '#### number'."
+    if re.search(r"####\s*-?[\d,]*\.?\d+\s*$", text): return text
+    raise ValueError("it does not end in '#### number'")
+
 class Gsm8kRecord(BaseModel):
     "A record of GSM8K; its answer ends in '#### number'."
     question: Words
-    answer: Annotated[Words, StringConstraints(pattern=r"####\s*-?[\d,]*\.?\d+\s*$")]
+    answer: Annotated[Words, AfterValidator(with_number)]
 
 def read_gsm8k(
     record: Mapping, # {"question", "answer"} as the authors publish it
@@ -128,8 +139,8 @@ class ArcRecord(BaseModel):
     def fits_together(self) -> "ArcRecord":
         "Raise ValueError unless labels, texts and key belong together."
         count, labels = len(self.texts), len(self.labels)
-        if not 2 <= count <= len(LETTERS): raise ValueError(f"there are {count} choices, not 2 to {len(LETTERS)}")
-        if labels != count: raise ValueError(f"there are {labels} labels for {count} choices")
+        if not 2 <= count <= len(LETTERS): raise ValueError(f"its choices are {count}, not 2 to {len(LETTERS)}")
+        if labels != count: raise ValueError(f"it has {labels} labels for {count} choices")
         if len({*self.labels}) < labels: raise ValueError("two choices have one label")
         if self.key not in self.labels: raise ValueError(f"its answer {self.key!r} is none of its choices")
         return self

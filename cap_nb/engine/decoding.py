@@ -74,6 +74,7 @@ def generate_naive(
 # %% ../../nbs/engine/03_decoding.ipynb #a7fad65c
 from functools import cache as remembered
 from ..core.errors import BadInput, arguments_answered, check_at_least, check_choice
+from ..models.anatomy import context_of
 
 # %% ../../nbs/engine/03_decoding.ipynb #b24a9b33
 class Ending:
@@ -377,15 +378,6 @@ def write_all(
                 rows.pop()
 
 # %% ../../nbs/engine/03_decoding.ipynb #5273114a
-def context_of(
-    config: object, # A model's configuration
-) -> int | None: # Tokens; None means no limit
-    "How many tokens a row may have; with longrope, where longer rows change what shorter ones compute, as before it."
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    before = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
-    if "longrope" in (rope.get("rope_type"), rope.get("type")) and before: return before
-    return getattr(config, "max_position_embeddings", None)
-
 def check_room(
     model: torch.nn.Module, # A causal language model of transformers
     prompts: Sequence[Sequence[int]], # Token ids of each prompt

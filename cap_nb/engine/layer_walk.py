@@ -72,7 +72,7 @@ def initial_state(
     indices: Sequence[int] = (), # Indices of the examples in the calibration set
 ) -> BatchState: # The batch before the first layer
     "Record the arguments of each layer, which depend on the tokens' positions and not on what layers compute."
-    decoder = decoder_of(model)
+    decoder = decoder_of(model, batch["input_ids"])
     with layers_skipped(model), recorded_calls(model) as calls:
         decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return state_of_calls(calls, batch["attention_mask"], indices)

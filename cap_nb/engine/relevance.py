@@ -247,8 +247,9 @@ def gold_logits(
     batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
 ) -> torch.Tensor: # Mean logit of the target tokens of each example, float64 [B]
     "The logit of the token that is right, before a cap or a scale of the family."
-    hidden = decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                               use_cache=False).last_hidden_state[:, :-1]
+    decoder = decoder_of(model, batch["input_ids"])
+    hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                     use_cache=False).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:]
     is_target = labels != IGNORED
     logits = model.get_output_embeddings()(hidden[is_target]).float()

@@ -47,7 +47,8 @@ def intact_pass(
 ) -> tuple[list[LayerCall], torch.Tensor]: # The call of every layer, and the loss of each example, float64 [B]
     "One pass of the intact model that records the arguments of every layer."
     with recorded_calls(model) as calls:
-        decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        decoder = decoder_of(model, batch["input_ids"])
+        decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     last = run_layer(decoder_layers(model)[-1], calls[-1].hidden, calls[-1])
     return calls, losses_from_hidden(model, last, batch)
 

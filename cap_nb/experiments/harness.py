@@ -117,7 +117,8 @@ def undisturbed() -> Iterator[None]:
 # %% ../../nbs/experiments/04_harness.ipynb #c035
 import copy
 from dataclasses import dataclass
-from ..core.files import read_json
+from ..core.errors import check_at_least
+from ..core.files import read_json, taken_as
 from ..engine.decoding import inference, stop_tokens
 from transformers import GenerationConfig
 
@@ -169,7 +170,8 @@ def harness_answers(
     path = Path(folder)/f"{name}.yaml"
     if not path.is_file():
         raise BadInput(f"{path} does not exist: expected a task there; write it with write_harness_task.")
-    limit = read_json(path)["generation_kwargs"]["max_gen_toks"]
+    with taken_as(path, "a task of `write_harness_task`"):
+        limit = check_at_least(read_json(path)["generation_kwargs"]["max_gen_toks"], 1, "max_gen_toks")
     with undisturbed(), inference(model), greedy_settings(model, tokenizer, limit):
         wrapped = lm_eval.models.huggingface.HFLM(
             model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size,

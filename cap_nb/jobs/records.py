@@ -515,15 +515,19 @@ def packed_records(
 ) -> Records: # What the run recorded
     "The records of a packed run; a damaged file raises `BadInput`."
     try: rows = rows_of_parquet(path)
-    except (OSError, pa.ArrowException) as error:
+    except BadInput: raise
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise BadInput(f"{path} is damaged ({error}): expected the records of a packed run; get it anew.") from error
     places = {}
     if rows and not rows[0].keys() >= {"place", "record", "content"}:
         raise BadInput(f"{path} lacks the columns of a packed run: expected what 'cap pack' wrote; get it anew.")
-    for row in rows: places.setdefault(check_inside(row["place"], path), {}).setdefault(row["record"], []).append(row)
-    files = {name: kinds["file"][0]["content"] for name, kinds in places.items() if "file" in kinds}
-    try: evaluations = {name: evaluation_from(kinds) for name, kinds in places.items() if "file" not in kinds}
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    try:
+        for row in rows:
+            places.setdefault(check_inside(row["place"], path), {}).setdefault(row["record"], []).append(row)
+        files = {name: kinds["file"][0]["content"] for name, kinds in places.items() if "file" in kinds}
+        evaluations = {name: evaluation_from(kinds) for name, kinds in places.items() if "file" not in kinds}
+    except BadInput: raise
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is no packed run ({type(error).__name__}): expected what 'cap pack' wrote; get it "
                        "anew.") from None
     return Records(evaluations=evaluations, files=files)

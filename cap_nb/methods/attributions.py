@@ -185,7 +185,8 @@ def head_outputs(
     with ExitStack() as stack:
         for layer in range(len(decoder_layers(model))):
             stack.enter_context(changed_input(output_projection(model, layer), watching(outputs.append)))
-        decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        decoder = decoder_of(model, batch["input_ids"])
+        decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return outputs
 
 # %% ../../nbs/methods/08_attributions.ipynb #c059

@@ -507,7 +507,8 @@ def target_states(
 ) -> tuple[torch.Tensor, ...]: # For each, what the output head reads at its targets, [targets, hidden]
     "Run a batch through the whole model with its present weights."
     batch = collate(examples, pad_id=0, device=model.get_input_embeddings().weight.device)
-    hidden = decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+    decoder = decoder_of(model, batch["input_ids"])
+    hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
     return tuple(row[labels != IGNORED] for row, labels in zip(hidden[:, :-1], batch["labels"][:, 1:]))
 
 @torch.no_grad()

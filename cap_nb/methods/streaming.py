@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 # %% ../../nbs/methods/14_streaming.ipynb #c009
 from ..core.errors import BadInput, arguments_answered
-from ..core.files import SHARD_INDEX, StoredTensor, checkpoint_tensors, read_json, shard_files
+from ..core.files import SHARD_INDEX, StoredTensor, checkpoint_tensors, read_object, shard_files
 
 # %% ../../nbs/methods/14_streaming.ipynb #c014
 import shutil
@@ -28,7 +28,7 @@ def meta_model(
     folder: Path, # A checkpoint folder
 ) -> nn.Module: # The model of its configuration, on the meta device
     "Names and shapes from a configuration alone; an unknown family or a quantised checkpoint raises `BadInput`."
-    settings = read_json(folder/"config.json")
+    settings = read_object(folder/"config.json")
     family_of(SimpleNamespace(**{"model_type": None} | settings))
     if settings.get("quantization_config"):
         raise BadInput(f"{folder} is quantised: expected weights in float32, bfloat16 or float16; "

@@ -355,11 +355,33 @@ def output_projection(
     layers = decoder_layers(model)
     return layers[check_index(layer, len(layers), "layer")].get_submodule(family_of(model.config).roles["output"])
 
+# %% ../../nbs/models/01_anatomy.ipynb #0634c879
+def context_of(
+    config: object, # A model's configuration
+) -> int | None: # Tokens; None means no limit
+    "How many tokens a row may have; with longrope, where longer rows change what shorter ones compute, as before it."
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    before = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    if "longrope" in (rope.get("rope_type"), rope.get("type")) and before: return before
+    return getattr(config, "max_position_embeddings", None)
+
+def check_length(
+    model: nn.Module, # A causal language model
+    tokens: int, # Tokens of the longest row that it will read
+) -> None:
+    "Raise `BadInput` for a row that is longer than the model's context."
+    context = context_of(getattr(model, "config", None))
+    if context is None or tokens <= context: return
+    raise BadInput(f"An example has {tokens} tokens and the model's context is {context}: expected one that fits; "
+                   "choose shorter prompts or examples, or a model with a longer context.")
+
 # %% ../../nbs/models/01_anatomy.ipynb #c074
 def decoder_of(
     model: nn.Module, # A causal language model of a known family
+    ids: torch.Tensor | None = None, # Token ids that it will read, [..., T]; None: not known yet
 ) -> nn.Module: # The model without its output head
-    "What turns token ids into hidden states, final norm included."
+    "What turns token ids into hidden states, final norm included; too many ids raise `BadInput`."
+    if ids is not None: check_length(model, ids.shape[-1])
     # get_decoder of transformers 4 returns some models themselves
     return model.get_submodule(family_of(model.config).layers.rpartition(".")[0])
 

@@ -200,10 +200,11 @@ def family_of(
 ) -> Family: # Where its parts lie
     "The family that a configuration names; an unknown one raises `BadInput` that names what is supported."
     kind, known = getattr(config, "model_type", type(config).__name__), ", ".join(FAMILIES)
-    if kind in FAMILIES:
-        setting, other = FAMILIES[kind].where_none or ("", FAMILIES[kind])
-        return other if setting and getattr(config, setting, None) is None else FAMILIES[kind]
-    if kind in HYBRIDS:
+    named = kind if isinstance(kind, str) else "" # a file may say anything
+    if named in FAMILIES:
+        setting, other = FAMILIES[named].where_none or ("", FAMILIES[named])
+        return other if setting and getattr(config, setting, None) is None else FAMILIES[named]
+    if named in HYBRIDS:
         raise BadInput(f"Model type {kind!r} has {HYBRIDS[kind]}: expected tokens to affect each other "
                        "in attention heads alone, since only these can be masked; take a model that has them in every "
                        "layer.")

@@ -290,8 +290,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from tqdm.auto import tqdm
-from ..core.files import (
-    check_inside, read_checked, read_json, read_tensors, taken_as, write_checked, write_json, write_tensors)
+from cap_nb.core.files import (
+    check_inside, read_checked, read_checksums, read_json, read_tensors, taken_as, write_checked, write_json,
+    write_tensors)
 
 # %% ../../nbs/models/06_lab.ipynb #c050
 def save_state(work: Path, model: nn.Module, both: Sequence, log: dict) -> None:
@@ -411,7 +412,7 @@ def write_checksums(folder: Path) -> None:
 
 def check_checksums(folder: Path) -> None:
     "Compare every file of a checkpoint with SHA256SUMS.json; the first that differs or is missing raises `BadInput`."
-    for name, expected in read_json(folder / "SHA256SUMS.json").items():
+    for name, expected in read_checksums(folder / "SHA256SUMS.json").items():
         if not (folder / name).is_file() or sha256_of_file(folder / name) != expected:
             raise BadInput(f"{folder / name} is missing or has changed: expected the file with SHA-256 "
                            f"{expected[:16]}...; install the package again.")

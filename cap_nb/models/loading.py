@@ -124,7 +124,7 @@ def tokenizer_fingerprint(
 
 # %% ../../nbs/models/08_loading.ipynb #c022
 from pathlib import Path
-from ..core.files import checkpoint_tensors, shard_files, whole_folder
+from ..core.files import check_sealed, checkpoint_tensors, read_object, shard_files, whole_folder
 
 # %% ../../nbs/models/08_loading.ipynb #c023
 @arguments_answered
@@ -139,26 +139,47 @@ def save_model(
         if tokenizer is not None: tokenizer.save_pretrained(part)
 
 # %% ../../nbs/models/08_loading.ipynb #c025
+from collections.abc import Iterator
+from contextlib import contextmanager
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+# %% ../../nbs/models/08_loading.ipynb #7e0366b6
+@contextmanager
+def opened_by_transformers(
+    source: str | Path, # The folder or file that transformers reads, for the sentence
+) -> Iterator[None]:
+    "Turn whatever transformers raises about a folder or a file into `BadInput`."
+    try: yield
+    except (BadInput, MemoryError, torch.cuda.OutOfMemoryError): raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:150]
+        raise BadInput(f"{source} cannot be opened by transformers ({type(error).__name__}: {said}): expected what was "
+                       "saved of a model that this version knows; fetch it again.") from error
+
 # %% ../../nbs/models/08_loading.ipynb #c026
+TOKENIZERS = ("*token*", "vocab*", "spiece.model", "tekken.json") # One of these files holds a vocabulary
+
 def load_tokenizer(
     source: str, # Folder
 ) -> object: # Tokenizer of transformers
     "A checkpoint's tokenizer; one that transformers 5 saved opens in 4 too. No code of the checkpoint is run."
-    settings = get_tokenizer_config(source)
-    kind, changed = AutoTokenizer, {}
-    if int(transformers.__version__.split(".")[0]) < 5:
-        if settings.get("tokenizer_class") == "TokenizersBackend": kind = PreTrainedTokenizerFast
-        if isinstance(settings.get("extra_special_tokens"), list): changed = {"extra_special_tokens": {}}
-    return kind.from_pretrained(source, trust_remote_code=False, **changed)
+    if not any(found for name in TOKENIZERS for found in Path(source).glob(name)):
+        raise BadInput(f"{source} holds no tokenizer: expected tokenizer.json or its like beside the weights; copy it "
+                       "there from the model that this one was made of.")
+    with opened_by_transformers(source):
+        settings = get_tokenizer_config(source)
+        kind, changed = AutoTokenizer, {}
+        if int(transformers.__version__.split(".")[0]) < 5:
+            if settings.get("tokenizer_class") == "TokenizersBackend": kind = PreTrainedTokenizerFast
+            if isinstance(settings.get("extra_special_tokens"), list): changed = {"extra_special_tokens": {}}
+        return kind.from_pretrained(source, trust_remote_code=False, **changed)
 
 # %% ../../nbs/models/08_loading.ipynb #c031
 from transformers import AutoConfig, AutoModelForCausalLM
 from .anatomy import anatomy
-from .families import family_of
+from .families import EXPERT_SETTINGS, family_of
 
 # %% ../../nbs/models/08_loading.ipynb #c032
 def check_not_quantised(
@@ -174,8 +195,7 @@ def check_not_quantised(
                    "that is not quantised.")
 
 # %% ../../nbs/models/08_loading.ipynb #c034
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging as transformers_logging
 from ..portable.format import MANIFEST, packed_weights, read_manifest
@@ -205,31 +225,31 @@ def without_bars() -> Iterator[None]:
         if shown: transformers_logging.enable_progress_bar()
 
 # %% ../../nbs/models/08_loading.ipynb #c039
-SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size",
-         "intermediate_size")
+SIZES = dict.fromkeys(("hidden_size", "num_key_value_heads", "head_dim", "vocab_size", "intermediate_size"), 1 << 31)
+SIZES |= dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 100_000) # Objects are made
+SIZES |= dict.fromkeys(EXPERT_SETTINGS, 100_000) # for as many layers and experts before any weight is looked at
 
-@contextmanager
-def opened_by_transformers(
-    folder: str | Path, # What transformers reads, for the sentence
-) -> Iterator[None]:
-    "Turn whatever transformers raises about a folder into `BadInput`."
-    try: yield
-    except (BadInput, MemoryError, torch.cuda.OutOfMemoryError): raise
-    except Exception as error:
-        said = " ".join(str(error).split())[:150]
-        raise BadInput(f"{folder} cannot be opened by transformers ({type(error).__name__}: {said}): expected a folder "
-                       "as it was saved, of a model that this version knows; fetch it again.") from error
+def check_config_sizes(
+    sizes: dict[str, object], # What a configuration says, by name
+    folder: str | Path, # Where it lies
+) -> None:
+    "Raise `BadInput` for a size that no model has."
+    for name, most in SIZES.items():
+        size = sizes.get(name)
+        if size is None or type(size) is int and 0 < size <= most or size == 0 and name in EXPERT_SETTINGS: continue
+        raise BadInput(f"{folder}/config.json says that {name} is {size!r}: expected a whole number from 1 to "
+                       f"{most:,}; fetch it again.")
 
 def config_of(
     folder: str | Path, # A folder with config.json
 ) -> object: # Its configuration
-    "The configuration in a folder; one that cannot be read, or has sizes that no model has, raises `BadInput`."
+    "The configuration in a folder; sizes that no model has, and a damaged note on pruning, raise `BadInput`."
+    said = read_object(Path(folder)/"config.json")
+    check_config_sizes(said, folder) # before transformers divides by them
+    note = said.get("cap_nb")
+    if isinstance(note, dict) and "sha256" in note: check_sealed(note, f"The entry cap_nb of {folder}/config.json")
     with opened_by_transformers(folder): config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    for name in SIZES:
-        size = getattr(config, name, None)
-        if size is None or type(size) is int and 0 < size < 1 << 31: continue
-        raise BadInput(f"{folder}/config.json says that {name} is {size!r}: expected a whole number above 0; fetch it "
-                       "again.")
+    check_config_sizes({name: getattr(config, name, None) for name in SIZES}, folder)
     return config
 
 # %% ../../nbs/models/08_loading.ipynb #c041
@@ -438,7 +458,7 @@ def fetch_smollm2(
     return folder
 
 # %% ../../nbs/models/08_loading.ipynb #c065
-from ..core.files import read_json
+from ..core.files import read_checksums
 
 # %% ../../nbs/models/08_loading.ipynb #c066
 def load_smollm2(
@@ -449,7 +469,7 @@ def load_smollm2(
     folder = model_cache()/"smollm2"
     if not (folder/"SHA256SUMS.json").is_file():
         raise BadInput(f"SmolLM2 is not in {folder}: expected it to be fetched first; run 'cap fetch smollm2'.")
-    for name, wanted in read_json(folder/"SHA256SUMS.json").items():
+    for name, wanted in read_checksums(folder/"SHA256SUMS.json").items():
         if not (folder/name).is_file():
             raise BadInput(f"{folder/name} is missing: expected a whole checkpoint; remove {folder} "
                            "and fetch it again.")
@@ -464,15 +484,12 @@ def load_gguf(
 ) -> tuple[nn.Module, object]: # Model and tokenizer
     "Load a GGUF file and dequantise it, with a warning in the log; one that cannot be read raises `BadInput`."
     check_gguf_readable()
-    try: family_of(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
-    except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, BadInput): raise
-        raise BadInput(f"{file} could not be read ({type(error).__name__}): expected a GGUF file of a model that "
-                       "transformers knows; convert it to safetensors.") from None
-    try: model, tokenizer = dequantised(file)
-    except (KeyError, ValueError):
-        check_gguf_tokenizer(file)
-        raise
+    with opened_by_transformers(file):
+        family_of(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
+        try: model, tokenizer = dequantised(file)
+        except Exception:
+            check_gguf_tokenizer(file)
+            raise
     anatomy(model)
     log.warning("%s was dequantised: its weights are those of the quantised model written out as numbers, "
                 "not those of the original", file)
@@ -496,7 +513,7 @@ def load_model(
     if name == "lab": return lab_model(dtype, one) # small enough for any device
     if name == "lab-moe": return lab_model(dtype, one, EXPERTS_CHECKPOINT)
     if name == "smollm2": return load_smollm2(dtype, device)
-    if Path(name).is_dir(): return load_folder(Path(name), dtype, device)
+    if name and Path(name).is_dir(): return load_folder(Path(name), dtype, device)
     if Path(name).suffix == ".gguf" and Path(name).is_file(): return load_gguf(Path(name), dtype, one)
     if HUB_ID.fullmatch(name) and not name.startswith("."): return load_from_hub(name, dtype, device)
     raise BadInput(f"There is no folder {name!r}: expected lab, lab-moe, smollm2, a folder or a hub id such as "

@@ -160,7 +160,7 @@ def run_decoder(
     cache: DynamicCache, # Holds the prefix; grows
 ) -> None:
     "Run a model's decoder after what a cache holds."
-    decoder = decoder_of(model)
+    decoder = decoder_of(model, mask)
     names = inspect.signature(decoder.forward).parameters
     name = "cache" if "cache" in names else "past_key_values" # transformers renamed it in 5.24
     decoder(input_ids=tokens, attention_mask=mask, use_cache=True, **{name: cache})

@@ -432,7 +432,7 @@ def recover(
         losses=losses)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c076
-from ..core.files import check_new_folder, whole_folder, write_json
+from ..core.files import check_new_folder, sealed, whole_folder, write_json
 from ..models.loading import save_model
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c077
@@ -447,7 +447,7 @@ def note_training(
     if not record: return
     about = asdict(report.settings) | {"calibration": report.calibration, "weights before": report.before}
     earlier = {"before": record["fine-tuning"]} if "fine-tuning" in record else {}
-    model.config.cap_nb = record | {"fine-tuning": about | earlier}
+    model.config.cap_nb = sealed(record | {"fine-tuning": about | earlier})
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c078
 def recover_into(

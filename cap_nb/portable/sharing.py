@@ -108,15 +108,15 @@ def pruning_record(
 # %% ../../nbs/portable/04_sharing.ipynb #c021
 from torch import nn
 from ..core.errors import BadInput, arguments_answered
-from ..core.files import read_json, whole_file
+from ..core.files import check_sealed, read_object, sealed, whole_file
 
 # %% ../../nbs/portable/04_sharing.ipynb #c022
 def after(
     record: dict, # Of this pruning
     before: dict | None, # Of an earlier one
 ) -> dict: # Of both
-    "A record that keeps the one before it."
-    return record | {"before": before} if before else record
+    "A record that keeps the one before it, with a checksum."
+    return sealed(record | {"before": before} if before else record)
 
 def note_on_model(
     model: nn.Module, # The pruned model; its configuration is changed
@@ -130,21 +130,21 @@ def note_in_folder(
     record: dict, # From `pruning_record`
 ) -> None:
     "Write a record into a folder's config.json, whole or not at all."
-    settings = read_json(folder/"config.json")
+    settings = read_object(folder/"config.json")
     settings[KEY] = after(record, settings.get(KEY))
     with whole_file(folder/"config.json") as part:
         part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../../nbs/portable/04_sharing.ipynb #c023
-ALWAYS = {"version", "method", "says", "source", "asked", "zeros", "weights", "base"} # What every record has
+ALWAYS = {"version", "method", "says", "source", "asked", "zeros", "weights", "base", "sha256"} # What every record has
 
 def read_record(
     folder: str | Path, # Folder of a pruned checkpoint
 ) -> dict: # Its record
-    "What a folder says of its pruning; one that says nothing raises `BadInput`."
-    settings = read_json(Path(folder)/"config.json")
-    record = settings.get(KEY) if isinstance(settings, dict) else None
-    if isinstance(record, dict) and ALWAYS <= record.keys(): return record
+    "What a folder says of its pruning; nothing, or other than was written there, raises `BadInput`."
+    record = read_object(Path(folder)/"config.json").get(KEY)
+    if isinstance(record, dict) and ALWAYS <= record.keys():
+        return check_sealed(record, f"The entry {KEY} of {folder}/config.json")
     raise BadInput(f"{folder}/config.json has no whole entry {KEY}: expected what 'cap prune' says there of a pruning; "
                    "prune the model with this version.")
 

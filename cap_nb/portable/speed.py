@@ -340,6 +340,7 @@ def speeds_of(
 import os
 from ..core.errors import check_at_least
 from ..jobs.records import environment
+from ..models.anatomy import check_length
 from ..models.loading import device_named, load_model, model_fingerprint
 
 # %% ../../nbs/portable/05_speed.ipynb #c047
@@ -418,6 +419,7 @@ def bench_folder(
     pruned, _ = load_model(str(folder), settings.dtype, device)
     dense = filled(pruned) if against is None else load_model(str(against), settings.dtype, device)[0]
     check_same_sizes(pruned, dense)
+    check_length(pruned, settings.prompt + settings.steps)
     models = {"dense": dense, "pruned": pruned}
     sides, lacking = sides_of(models, settings, device)
     if not sides: raise BadInput(f"Nothing of {', '.join(settings.backends)} can run here: expected one; add torch.")

@@ -67,7 +67,7 @@ def test_nothing_else_may_differ(whole):
 
 
 @pytest.mark.skipif(not SOAK, reason="every moment is tried by make soak")
-def test_every_moment(whole, tmp_path):
+def test_every_moment(whole, tmp_path, record_property):
     """The folder as it is before every single change of a run, taken up by another one."""
     moments, last = [], [None]
 
@@ -84,7 +84,9 @@ def test_every_moment(whole, tmp_path):
     assert code == 0, said
     moments, wrong = (tmp_path / "moments").read_text().split("\n"), {}
     assert len(moments) > 100
+    tried = 0
     for index, name in list(enumerate(moments, 1))[:: 1 if FUZZ >= 1000 else 17]:
+        tried += 1
         folder = tmp_path / f"at-{index}"
         code, said = run_in(folder)
         if code or differing(folder, whole):
@@ -92,13 +94,15 @@ def test_every_moment(whole, tmp_path):
             (tmp_path / "wrong").write_text(f"{wrong}")
         shutil.rmtree(folder)
     assert not wrong, wrong
+    record_property("moments of a run", len(moments))
+    record_property("moments taken up", tried)
 
 
 @pytest.mark.skipif(not SOAK, reason="random moments are tried by make soak")
 @pytest.mark.parametrize("seed", range(30))
-def test_a_random_moment(whole, tmp_path, seed):
+def test_a_random_moment(whole, tmp_path, seed, record_property):
     """Killed by the clock, up to three times, in the first seconds of a run."""
-    rng = random.Random(seed)
+    rng, killed = random.Random(seed), 0
     for _ in range(rng.randint(1, 3)):
         moment = rng.uniform(0, 2.5)
 
@@ -106,7 +110,8 @@ def test_a_random_moment(whole, tmp_path, seed):
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             signal.setitimer(signal.ITIMER_REAL, moment)
 
-        run_in(tmp_path / "run", before=alarm)
+        killed += run_in(tmp_path / "run", before=alarm)[0] == -signal.SIGKILL
     code, said = run_in(tmp_path / "run")
     assert code == 0, said
     assert differing(tmp_path / "run", whole) == []
+    record_property("kills at a random moment", killed)

@@ -71,7 +71,7 @@ CASES = [(state, how) for state in ("killed", "whole") for how in ("flip", "cut"
 
 @pytest.mark.skipif(not SOAK, reason="every file by itself is spoilt by make soak")
 @pytest.mark.parametrize("state, how", CASES)
-def test_every_piece_in_turn(state, how, whole, killed, tmp_path):
+def test_every_piece_in_turn(state, how, whole, killed, tmp_path, record_property):
     """Every file of a run by itself, flipped at three places."""
     source, rng = {"whole": whole, "killed": killed}[state], random.Random(f"{state}{how}")
     names = [name for name in files_of(source) for _ in range(3 if how == "flip" else 1)]
@@ -82,6 +82,7 @@ def test_every_piece_in_turn(state, how, whole, killed, tmp_path):
         code, said = run_in(folder)
         goes_on(folder, whole, name, said, code, how)
         shutil.rmtree(folder)
+    record_property("spoilt pieces", len(names))
 
 
 @pytest.mark.parametrize("state, how", CASES if SOAK else [("killed", "mixed")])

@@ -63,6 +63,25 @@ def test_a_disk_that_fills_up(whole, small_disk):
     assert differing(place / "run", whole) == []
 
 
+@ROOT_ONLY
+def test_a_disk_that_may_only_be_read(whole, small_disk):
+    """One sentence for what is begun there, and for a run that lies there unfinished or finished; what lies there can be read."""
+    place, size = small_disk
+    size(f"size=64m{ROOM}")
+    code, said = run_in(place / "half", signalled_before(r"rename reports/\.cap-0\.5.*"))
+    assert code == -signal.SIGKILL, said
+    shutil.copytree(whole, place / "run")
+    before = contents(place / "half"), contents(place / "run")
+    size("ro")
+    for name in ("new", "half", "run"):
+        code, said = run_in(place / name)
+        assert code == 2, said
+        one_sentence(said, str(place / name), "(Read-only file system): expected a disk that takes new files")
+    code, said = in_child(cap("table", place / "run"))
+    assert code == 0 and "Magnitude" in said, said
+    assert (contents(place / "half"), contents(place / "run")) == before and not (place / "new").exists()
+
+
 def test_no_room_for_what_is_said(whole):
     """The output goes to a full disk: a sentence on the other channel, where there is room."""
     def work():

@@ -52,7 +52,7 @@ def test_stopped_while_the_libraries_are_read(number, seconds, tmp_path):
 
 @pytest.mark.skipif(not SOAK, reason="random moments are tried by make soak")
 @pytest.mark.parametrize("seed", range(30))
-def test_stopped_at_a_random_moment(whole, tmp_path, seed):
+def test_stopped_at_a_random_moment(whole, tmp_path, seed, record_property):
     """Stopped by the clock, in the midst of whatever library is at work."""
     rng = random.Random(seed)
     number = rng.choice([signal.SIGINT, signal.SIGTERM])
@@ -64,6 +64,7 @@ def test_stopped_at_a_random_moment(whole, tmp_path, seed):
     code, said = run_in(tmp_path / "run", before=alarm)
     assert code in (0, 128 + number), said
     assert "Traceback" not in said and said.count(STOPPED) == (code != 0), said
+    record_property("stops at a random moment", int(code != 0))
     if code and (tmp_path / "run").exists():
         left_in_order(tmp_path / "run")
     code, said = run_in(tmp_path / "run")
