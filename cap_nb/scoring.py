@@ -165,7 +165,7 @@ def aggregate(
     return (masked - intact).mean(-1)
 
 # %% ../nbs/01_scoring.ipynb #c026
-AGGREGATIONS = ("paper", "paired", "mean")
+AGGREGATIONS: tuple[str, ...] = ("paper", "paired", "mean")
 
 @arguments_answered
 def causal_scores(

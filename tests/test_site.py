@@ -108,4 +108,14 @@ def test_a_small_site_can_be_walked_through(tmp_path):
     assert seen["way"] == ["index.html", *(f"{page}.html" for page in pages)]
     assert faults == ["02_importance.html: there is no Next"]
     assert {"gallery.html", "api/index.html", "api/chapters.html", "CONTRIBUTING.html"} <= seen["pages"].keys()
+    assert len(seen["slides"]) > 20 and sum(s["pictures"] for s in seen["slides"]) > 5 < sum(s["formulas"] for s in seen["slides"])
     assert seen["pages"]["01_scoring.html"]["formulas"] > 5 and seen["pages"]["gallery.html"]["pictures"] > 5
+
+
+@pytest.mark.parametrize("lacks", ["playwright", "Chromium"])
+def test_a_site_that_cannot_be_walked_through_is_no_success(monkeypatch, lacks):
+    monkeypatch.setattr(sys, "argv", ["walk.py"])
+    monkeypatch.setattr(walk.importlib.util, "find_spec", lambda name: None if lacks == "playwright" else True)
+    monkeypatch.setattr(walk, "chromium", lambda: None)
+    with pytest.raises(SystemExit, match=f"was not walked through: .*{lacks}"):
+        walk.main()

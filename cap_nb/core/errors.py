@@ -11,9 +11,8 @@ class BadInput(ValueError):
     def __init__(
         self,
         sentence: str = "", # The sentence; what cannot be printed in it, as in a file's name, becomes a space
-    ):
+    ) -> None:
         super().__init__("".join(letter if letter.isprintable() else " " for letter in str(sentence)))
-
 
 # %% ../../nbs/core/00_errors.ipynb #c008
 from collections.abc import Iterable
