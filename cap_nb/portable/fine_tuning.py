@@ -101,7 +101,7 @@ class HeldZeros(TrainerCallback):
     "Hold a pruned model's zeros while a Trainer of transformers trains it."
     def __init__(self) -> None:
         "Nothing is held yet."
-        self.stack = ExitStack() # What is to be undone
+        self.stack: ExitStack = ExitStack() # What is to be undone
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        model: nn.Module | None = None, **others: object) -> None:
