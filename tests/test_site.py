@@ -35,6 +35,7 @@ def test_contents_are_the_reading_order():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
 def test_headings_go_down_step_by_step(path):
     levels = [level for level, _ in headings(path)]
+    assert not [words for _, words in headings(path) if words.count("`") % 2], "a line of code in prose begins with # and became a heading"
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(below <= above + 1 for above, below in zip(levels, levels[1:])), levels
 
