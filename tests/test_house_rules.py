@@ -135,10 +135,10 @@ def test_filling_by_position_is_noticed():
 
 
 def test_the_scoring_chapter_is_the_papers():
-    """Equation 2 comes in the first half of at most 60 cells."""
+    """Equation 2 comes in the first half of at most 60 cells, the one for Colab not counted."""
     chapter = cells(ROOT / "nbs" / "01_scoring.ipynb")
     second = next(i for i, c in enumerate(chapter) if c.kind == "markdown" and r"\operatorname{median}_k m_k(h)" in c.source)
-    assert len(chapter) <= 60 and second < len(chapter) / 2
+    assert len(chapter) <= 61 and second < len(chapter) / 2
 
 
 def test_few_files_are_tracked():
