@@ -175,7 +175,7 @@ def markdown_rows(
 @arguments_answered
 def table_markdown(
     table: pd.DataFrame, # From `method_table`
-    provenance: Mapping | None = None, # Where the numbers come from
+    provenance: Mapping[str, object] | None = None, # Where the numbers come from
 ) -> str: # Markdown with its notes
     "Table 1 in Markdown, with notes."
     return markdown_rows(*table_cells(table)) + "\n" + "".join(f"- {note}\n" for note in table_notes(table, provenance))

@@ -34,7 +34,7 @@ class Factors:
     kept: dict[str, torch.Tensor] = field(default_factory=dict) # Tables of losses behind the factors, for the records
     neurons: torch.Tensor | None = None # Of every MLP neuron, [L, M], in a mixture [L, E, M]; None: as without neurons
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice(self.key_value, SHARING, "key-value sharing")
 
 # %% ../nbs/03_regions.ipynb #c017

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from .data.batches import collate, token_batches
 from dataclasses import dataclass, field
 import math
+from typing import Any
 import transformers
 from .calibration import deal_subsets
 from .models.anatomy import anatomy, check_length
@@ -84,7 +85,7 @@ class HeadLosses:
     uid: tuple[str, ...] # Content hash of each example
     k: int # Number of subsets, K
     seed: int # Seed of the deal into subsets
-    meta: dict = field(default_factory=dict) # Where the numbers come from: fingerprints, dtype, device, versions
+    meta: dict[str, Any] = field(default_factory=dict) # Provenance: fingerprints, dtype, device, versions
 
     @property
     def subset(self) -> torch.Tensor:
@@ -166,7 +167,7 @@ def aggregate(
     return (masked - intact).mean(-1)
 
 # %% ../nbs/01_scoring.ipynb #c026
-AGGREGATIONS = ("paper", "paired", "mean")
+AGGREGATIONS: tuple[str, ...] = ("paper", "paired", "mean")
 
 @arguments_answered
 def causal_scores(

@@ -30,6 +30,8 @@ def faults(chapter):
         found.append("the question is not answered once")
     if not any(re.match("##+ A worked example", title) for title in titles):
         found.append("it has no worked example")
+    if not re.search(r"^Paper:.+\bIn:.+\bOut:", texts[0], re.M | re.S):
+        found.append("it does not say what comes in and goes out")
     if titles[-3:] != ENDING:
         found.append(f"it ends with {titles[-3:]}")
     if not re.fullmatch(r"Next: \[[^\]]+\]\([^)]+\)\.", chapter[-1].source):
@@ -65,11 +67,13 @@ def test_solutions_are_executed_and_folded(path):
     assert all(c["outputs"] for c in solutions), "a solution shows no value; run tools/notebooks.py"
     assert all(c["metadata"].get("jupyter") == FOLDED for c in solutions), "a solution is open; run tools/notebooks.py"
     assert not [c for c in raw if c["metadata"] and c not in solutions]
+    assert any("image/png" in output.get("data", {}) for c in raw for output in c.get("outputs", [])), "it draws no picture"
 
 
 def test_faults_are_noticed():
     chapter = cells(CHAPTERS[0])
     first = next(i for i, c in enumerate(chapter) if is_solution(c))
     assert "it has 3 exercises and 2 solutions" in faults(chapter[:first] + chapter[first + 1:])
-    assert "it does not begin with a question" in faults([c for c in chapter if "Before you run" not in c.source])
+    assert {"it does not begin with a question", "it does not say what comes in and goes out"} <= set(faults(
+        [c for c in chapter if "Before you run" not in c.source and "Paper:" not in c.source]))
     assert notebooks_tool.directives('#| code-fold: true\n#| code-summary: "Solution 1"\nx = 1') == {"code-fold": "true", "code-summary": '"Solution 1"'}

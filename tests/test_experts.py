@@ -1,5 +1,5 @@
 """Routing-aware factors where routing is odd: experts that nothing reaches, dense layers in between, broken weights,
-other examples; and the sibling of the lab's model."""
+other examples; and the sibling of the lab model."""
 
 import logging
 from dataclasses import replace

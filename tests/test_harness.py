@@ -17,7 +17,7 @@ TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
 
 @pytest.fixture(scope="module")
 def half():
-    """The lab's model with half of its weights pruned: it makes mistakes of every kind."""
+    """The lab model with half of its weights pruned: it makes mistakes of every kind."""
     model, tokenizer = load_model("lab", device="cpu")
     prune(model, "magnitude", 0.5)
     return model, tokenizer

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import cap_nb
 from conftest import ROOT
@@ -74,10 +75,13 @@ def test_one_version():
     parser = configparser.ConfigParser()
     parser.read(ROOT / "settings.ini", encoding="utf-8")
     version = parser["DEFAULT"]["version"]
-    [cited] = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    cited, [paper] = citation["version"], citation["references"]
     newest = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
     assert version == cited == cap_nb.__version__
     assert version in re.findall(r"[0-9.]*[0-9]", newest)
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() and {"type", "title", "authors"} <= paper.keys()
+    assert paper["title"] in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()), "the paper's title is README's"
 
 
 def test_nothing_heavy_is_imported_before_it_is_asked_for():

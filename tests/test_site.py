@@ -35,6 +35,7 @@ def test_contents_are_the_reading_order():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
 def test_headings_go_down_step_by_step(path):
     levels = [level for level, _ in headings(path)]
+    assert not [words for _, words in headings(path) if words.count("`") % 2], "a line of code in prose begins with # and became a heading"
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(below <= above + 1 for above, below in zip(levels, levels[1:])), levels
 
@@ -108,4 +109,14 @@ def test_a_small_site_can_be_walked_through(tmp_path):
     assert seen["way"] == ["index.html", *(f"{page}.html" for page in pages)]
     assert faults == ["02_importance.html: there is no Next"]
     assert {"gallery.html", "api/index.html", "api/chapters.html", "CONTRIBUTING.html"} <= seen["pages"].keys()
+    assert len(seen["slides"]) > 20 and sum(s["pictures"] for s in seen["slides"]) > 5 < sum(s["formulas"] for s in seen["slides"])
     assert seen["pages"]["01_scoring.html"]["formulas"] > 5 and seen["pages"]["gallery.html"]["pictures"] > 5
+
+
+@pytest.mark.parametrize("lacks", ["playwright", "Chromium"])
+def test_a_site_that_cannot_be_walked_through_is_no_success(monkeypatch, lacks):
+    monkeypatch.setattr(sys, "argv", ["walk.py"])
+    monkeypatch.setattr(walk.importlib.util, "find_spec", lambda name: None if lacks == "playwright" else True)
+    monkeypatch.setattr(walk, "chromium", lambda: None)
+    with pytest.raises(SystemExit, match=f"was not walked through: .*{lacks}"):
+        walk.main()

@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/core/02_plots.ipynb #c004
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 from .errors import BadInput, check_choice
 
 # %% ../../nbs/core/02_plots.ipynb #c005
@@ -39,7 +40,13 @@ FIGURE_STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110,
     "figure.constrained_layout.use": True, "svg.hashsalt": "cap_nb", "legend.frameon": False,
 }
-in_style = matplotlib.rc_context(FIGURE_STYLE) # Decorates every function that draws or saves
+Drawing = TypeVar("Drawing", bound=Callable[..., object]) # A function that draws or saves
+
+def in_style(
+    draw: Drawing, # A function that draws or saves
+) -> Drawing: # The same function, which sets the style while it runs
+    "Decorate a function that draws or saves."
+    return matplotlib.rc_context(FIGURE_STYLE)(draw)
 
 def blank_figure(
     rows: int, # Rows of panels

@@ -504,7 +504,7 @@ def generate_greedy(
     tokenizer: object, # Its tokenizer
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
     max_new_tokens: int, # The limit, in tokens
-    line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
+    line: re.Pattern[str] | None = None, # An answer line that ends the answer; None means that only a stop token does
     decoding: Decoding = Decoding(), # How many prompts at once, and in which order
 ) -> list[Generation]: # What the model wrote after each prompt
     "Greedy decoding of many prompts (paper section 4); too little room in the model's context raises `BadInput`."

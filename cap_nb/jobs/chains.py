@@ -71,6 +71,7 @@ def kept_chains(
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from ..core.errors import BadInput, arguments_answered
 from ..core.files import sha256_of_text, text_bytes, whole_file
 
@@ -78,7 +79,7 @@ from ..core.files import sha256_of_text, text_bytes, whole_file
 @dataclass(frozen=True)
 class Chains:
     "Answers of one model to calibration problems."
-    about: dict # What they follow from; what JSON can hold
+    about: dict[str, Any] # What they follow from; what JSON can hold
     chains: tuple[Chain, ...] # Every answer, right or wrong
 
     @property

@@ -404,6 +404,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 # %% ../../nbs/jobs/00_records.ipynb #c062
 @dataclass(frozen=True)
@@ -663,13 +664,13 @@ from ..scoring import HeadLosses
 @dataclass(frozen=True)
 class Run:
     "A run, read from its folder."
-    configuration: dict # What was asked
+    configuration: dict[str, Any] # What was asked
     records: Records # All that was recorded, evaluations of no cell and files of every kind included
     losses: HeadLosses | None # The table of losses, if every cell of it was measured
     partial: PartialLosses | None # The table with gaps, if heads were scored within a budget
     reports: tuple[tuple[PruneReport, str], ...] # What each method did, with the fingerprint of its zeros
     evaluations: tuple[Evaluation, ...] # What was measured, in the order of Table 1
-    sessions: tuple[dict, ...] # Where it ran, an entry for each session with a difference
+    sessions: tuple[dict[str, Any], ...] # Where it ran, an entry for each session with a difference
     timings: dict[str, float] # Stage, as in "cap-0.2/prune" -> seconds
     memory: dict[str, int] # Stage -> bytes that it took at most beyond what was in use before
 
@@ -680,7 +681,7 @@ class Run:
         return None if table is None else scores_of(table, self.configuration["aggregation"])
 
     @property
-    def provenance(self) -> dict:
+    def provenance(self) -> dict[str, Any]:
         "Where the numbers come from, for the notes below a table."
         return provenance_of(self.configuration, self.sessions)
 

@@ -199,6 +199,7 @@ from dataclasses import field
 from pathlib import Path
 from ..core.errors import BadInput, arguments_answered
 from ..core.files import read_tensors, sound, taken_as, write_tensors
+from typing import Any
 
 # %% ../../nbs/methods/11_budgets.ipynb #c036
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class Divergences:
     levels: tuple[float, ...] # Shares to which each region was pruned, m of them, rising
     regions: tuple[Region, ...] # The regions, R of them
     uid: tuple[str, ...] # Content hash of each example, N of them
-    meta: dict = field(default_factory=dict) # Where the numbers come from
+    meta: dict[str, Any] = field(default_factory=dict) # Where the numbers come from
 
     @property
     def weights(self) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ..core.files import SHARD_INDEX, StoredTensor, checkpoint_tensors, read_obj
 import shutil
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 from torch import nn
 from ..models.anatomy import Projection, anatomy, checkpoint_names, projections
 from ..models.families import family_of
@@ -258,7 +259,7 @@ def check_streamed(
 def save_norms(
     norms: dict[str, torch.Tensor], # Module name -> norm of every input feature, [in]
     path: str | Path, # Final name of the file, as in norms.safetensors
-    meta: dict | None = None, # What they were measured on, as JSON can hold it
+    meta: dict[str, object] | None = None, # What they were measured on, as JSON can hold it
 ) -> None:
     "Save input norms (Sun et al. 2024) with a note on where they come from; equal norms give equal bytes."
     write_tensors(Path(path), {name: norm.float().cpu() for name, norm in norms.items()}, {"norms": meta or {}})
@@ -266,7 +267,7 @@ def save_norms(
 @arguments_answered
 def load_norms(
     path: str | Path, # A file that `save_norms` wrote
-) -> tuple[dict[str, torch.Tensor], dict]: # The norms, and the note
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: # The norms, and the note
     "Load input norms (Sun et al. 2024); a missing, damaged or foreign file raises `BadInput`."
     try: tensors, about = read_tensors(Path(path))
     except BadInput: tensors, about = {}, {}

@@ -473,6 +473,7 @@ def lab_model(
 # %% ../../nbs/models/06_lab.ipynb #c071
 import os
 import platform
+from typing import Any
 from ..core.errors import check_at_least
 from .lab_world import world_fingerprint
 
@@ -499,7 +500,7 @@ def train_lab(
     n: int = 500, # Held-out problems of each task for the final evaluation
     kind: Kind = DENSE, # Which kind of model
     **sizes: object, # Other fields of its recipe
-) -> dict: # The training log
+) -> dict[str, Any]: # The training log
     "Train, evaluate and save the lab model, or continue a stopped training; a folder that exists raises `BadInput`."
     steps = kind.recipe.steps if steps is None else check_at_least(steps, 1, "steps")
     folder, recipe = Path(folder), kind.recipe(steps=steps, seed=seed, **sizes)

@@ -311,6 +311,7 @@ def split_of(
 # %% ../../nbs/models/05_lab_world.ipynb #c063
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 from ..core.errors import BadInput, check_at_least
 
 # %% ../../nbs/models/05_lab_world.ipynb #c064
@@ -347,7 +348,7 @@ def lab_records(
     split: str, # "train", "calibration" or "evaluation"
     n: int | None = None, # How many, at most `MOST`; None means 2,000
     seed: int | str = 0, # Another seed draws other problems of the same split
-) -> list[dict]: # Records in the format of the benchmark that the task mirrors
+) -> list[dict[str, Any]]: # Records in the format of the benchmark that the task mirrors
     "The first `n` problems of a task and split; an unknown name or a count outside 1 to `MOST` raises `BadInput`."
     count = check_at_least(2_000 if n is None else n, 1, "n (problems)")
     if count > MOST:

@@ -94,21 +94,23 @@ from ..scoring import target_losses
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c030
 from contextlib import ExitStack
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c031
 class HeldZeros(TrainerCallback):
     "Hold a pruned model's zeros while a Trainer of transformers trains it."
     def __init__(self) -> None:
         "Nothing is held yet."
-        self.stack = ExitStack() # What is to be undone
+        self.stack: ExitStack = ExitStack() # What is to be undone
 
-    def on_train_begin(self, args, state, control, model: nn.Module | None = None, **others) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                       model: nn.Module | None = None, **others: object) -> None:
         "Begin to hold the model's zeros."
         self.stack.close()
         self.stack.enter_context(held_zeros(model))
 
-    def on_train_end(self, args, state, control, **others) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                     **others: object) -> None:
         "Put every zero back and let go."
         self.stack.close()
 

@@ -338,6 +338,7 @@ def speeds_of(
 
 # %% ../../nbs/portable/05_speed.ipynb #c046
 import os
+from typing import Any
 from ..core.errors import check_at_least
 from ..jobs.records import environment
 from ..models.anatomy import check_length
@@ -412,7 +413,7 @@ def bench_folder(
     settings: SpeedSettings = SpeedSettings(), # What is measured
     note: str = "", # What else was running
     clock: Callable[[], float] = time.perf_counter, # Gives the time in seconds
-) -> dict: # The record, which JSON can hold
+) -> dict[str, Any]: # The record, which JSON can hold
     "Measure tokens a second of a dense and a pruned model, side by side, in every way that can run here."
     check_speed_settings(settings)
     device = device_named(settings.device)

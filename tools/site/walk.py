@@ -4,10 +4,12 @@
 
 From the index by "Next" to the last page, then every other page of the sidebar and the reference. On each: pictures
 load, formulas are rendered, links lead somewhere, nothing is fetched that is not a file of the site, the console stays
-silent, and at a phone's width nothing is wider than the screen. Then the search, the switch from light to dark, and the
-page on which a reader prunes by hand: its slider and a head are moved by keyboard and mouse.
+silent, and at a phone's width nothing is wider than the screen. Then the search, the switch from light to dark, the
+page on which a reader prunes by hand, whose slider and heads are moved by keyboard and mouse, and the slides, which the
+right arrow turns. A site that nobody can walk through, for want of playwright or Chromium, counts as a fault.
 """
 import argparse
+import importlib.util
 import os
 import shutil
 import sys
@@ -19,6 +21,9 @@ PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 # A closed network, and nobody's own settings.
 QUIET = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync").split()
+SHOTS = ("index 00_calibration 01_scoring 02_importance 03_regions 04_threshold 05_evaluation 06_analysis gallery api/chapters "
+         "results/00_table_1 results/04_ledger results/05_supported_families results/06_benchmarks results/08_wrong_uses "
+         "results/10_traps teaching/00_class teaching/01_glossary teaching/02_try_it pages/try_it pages/slides").split()
 LOOK = """() => {
   const text = document.querySelector("article") || document.body, shown = e => e.getBoundingClientRect();
   text.querySelectorAll("details").forEach(fold => { fold.open = true; });
@@ -45,6 +50,17 @@ WIDE = """() => document.documentElement.scrollWidth <= innerWidth ? [] :
     for (let p = e.parentElement; p; p = p.parentElement) if (getComputedStyle(p).overflowX === "auto") return false;
     return e.getBoundingClientRect().right > innerWidth + 1;
   }).slice(0, 3).map(e => e.outerHTML.slice(0, 80)).concat([`${document.documentElement.scrollWidth} px`])"""
+
+SLIDE = """() => [...document.querySelectorAll("section")].filter(s => s.offsetParent !== null).map(slide => {
+  const pictures = [...slide.querySelectorAll("img")], formulas = [...slide.querySelectorAll("math")];
+  return {
+    number: document.querySelector("footer").textContent, words: slide.textContent.trim().length,
+    pictures: pictures.length, formulas: formulas.length, raw: slide.textContent.includes("$$") ? ["$$"] : [],
+    unloaded: pictures.filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.alt),
+    empty: formulas.filter(f => f.getBoundingClientRect().width < 2 || f.getBoundingClientRect().height < 2)
+      .map(f => f.textContent.slice(0, 60)),
+  };
+})"""
 
 
 def chromium() -> str | None:
@@ -137,7 +153,6 @@ class Walk:
         if len(seen) < 2:
             self.fault(f"the switch leaves the background {seen}")
 
-
     def prune_by_hand(self) -> None:
         """Slider, method and heads change the numbers they should, and two clicks on a head change nothing."""
         page, told = self.page, {}
@@ -164,6 +179,22 @@ class Walk:
         page.locator("#heads button").first.dblclick()
         expect("masking and freeing", ("verdict", "answer"))
 
+    def slides(self) -> list[dict]:
+        """From the first slide to the last by the right arrow; each shows something, its pictures load, its formulas are rendered."""
+        self.page.set_viewport_size(DESK)
+        self.page.goto((self.site / "pages" / "slides.html").as_uri(), wait_until="load")
+        count, seen = self.page.locator("section").count(), []
+        for number in range(1, count + 1):
+            shown = self.page.evaluate(SLIDE)
+            seen += shown[:1]
+            if len(shown) != 1 or not shown[0]["words"] or shown[0]["number"] != f"{number} / {count}":
+                self.fault(f"slide {number} of {count} is not the one that is shown")
+            for what in ("raw", "unloaded", "empty"):
+                for each in (each for slide in shown for each in slide[what]):
+                    self.fault(f"slide {number}: {what}: {each}")
+            self.page.keyboard.press("ArrowRight")
+        return seen
+
 
 def walk(site: Path, shots: Path | None = None) -> tuple[list[str], dict]:
     """What is wrong with a built site, and what was seen."""
@@ -177,16 +208,17 @@ def walk(site: Path, shots: Path | None = None) -> tuple[list[str], dict]:
         reader.search("importance factor", "02_importance.html")
         reader.light_and_dark()
         reader.prune_by_hand()
+        slides = reader.slides()
         if shots:
             pictures(reader.page, site.resolve(), shots)
         browser.close()
-    return reader.faults, {"way": way, "pages": reader.seen}
+    return reader.faults, {"way": way, "pages": reader.seen, "slides": slides}
 
 
 def pictures(page, site: Path, shots: Path) -> None:
     """Screenshots to look at."""
     shots.mkdir(parents=True, exist_ok=True)
-    for name in ("index", "01_scoring", "03_regions", "04_threshold", "results/00_table_1", "api/chapters", "gallery", "pages/try_it"):
+    for name in SHOTS:
         for mode, size in (("light", DESK), ("dark", DESK), ("light", PHONE)):
             page.set_viewport_size(size)
             page.emulate_media(color_scheme=mode)
@@ -201,19 +233,15 @@ def main() -> None:
     parser.add_argument("site", nargs="?", type=Path, default=ROOT / "_docs" / "html")
     parser.add_argument("--shots", type=Path, help="a folder for screenshots")
     asked = parser.parse_args()
-    try:
-        import playwright  # noqa: F401
-    except ImportError:
-        print("the site was not walked through: playwright is missing (pip install 'cap_nb[docs]')")
-        return
+    if importlib.util.find_spec("playwright") is None:
+        sys.exit("the site was not walked through: playwright is missing; make docs installs it, or pip install 'playwright>=1.50,<2'")
     if chromium() is None:
-        print("the site was not walked through: there is no Chromium; install one, or name it in $CHROMIUM")
-        return
+        sys.exit("the site was not walked through: there is no Chromium; install one, or name it in $CHROMIUM")
     began = time.time()
     faults, seen = walk(asked.site, asked.shots)
-    pages = seen["pages"].values()
-    print(f"{len(seen['way'])} pages by Next, {len(pages)} in all, {sum(p['pictures'] for p in pages)} pictures, "
-          f"{sum(p['formulas'] for p in pages)} formulas, {time.time() - began:.0f} s")
+    def counted(parts): return f"{sum(p['pictures'] for p in parts)} pictures, {sum(p['formulas'] for p in parts)} formulas"
+    print(f"{len(seen['way'])} pages by Next, {len(seen['pages'])} in all: {counted(seen['pages'].values())}")
+    print(f"{len(seen['slides'])} slides: {counted(seen['slides'])}; {time.time() - began:.0f} s, {len(faults)} faults")
     if faults:
         sys.exit("\n".join([*faults[:50], f"{len(faults)} faults"]))
 
