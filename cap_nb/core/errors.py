@@ -14,7 +14,7 @@ class BadInput(ValueError):
     def __init__(
         self,
         sentence: str = "", # The sentence; what cannot be printed in it, as in a file's name, becomes a space
-    ):
+    ) -> None:
         said = "".join(letter if letter.isprintable() else " " for letter in str(sentence))
         super().__init__(said if len(said) <= LONGEST else f"{said[:LONGEST // 2]} ... {said[-LONGEST // 2:]}")
 

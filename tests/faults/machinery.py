@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 
 import matplotlib.pyplot  # noqa: F401  before the first fork, so that no child reads it again
