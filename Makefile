@@ -4,7 +4,7 @@
 #                 then make versions
 # make versions   Python 3.10 to 3.13 with the oldest and newest torch and transformers, run-time requirements alone (CELLS=3.11/oldest/newest: one of them)
 # make soak       every reader is fed FUZZ (100,000) spoilt files (hours), runs are killed at every moment (FUZZ below 1,000: at every 17th), and every
-#                 family meets the invariants; what was done goes into figures/bad_input
+#                 family meets the invariants; what was done goes into figures/bad_input, but for replays and devices
 # make dist       a source distribution and a wheel in dist/, and the wheel tried in an environment of its own (asks PyPI)
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)

@@ -437,7 +437,7 @@ def window_losses_naive(
 
 # %% ../nbs/05_evaluation.ipynb #c121
 from .data.problems import Text, load_text
-from .models.anatomy import decoder_of, head_logits
+from .models.anatomy import context_of, decoder_of, head_logits
 
 # %% ../nbs/05_evaluation.ipynb #c122
 def window_losses(
@@ -486,7 +486,7 @@ def perplexity(
     "Perplexity on plain text (paper section 3.4); a loss that is not finite raises `BadInput`."
     check_at_least(batch_windows, 1, "batch_windows")
     source = text if isinstance(text, Text) else load_text(text, data_dir)
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     cut = text_windows(tokenizer(source.text, verbose=False)["input_ids"], windows, window_tokens, context)
     batches = tqdm(cut.to(model.device).split(batch_windows), desc="perplexity", leave=False)
     losses = torch.cat([window_losses(model, batch) for batch in batches])

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import platform
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import matplotlib
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 SOAKED = ROOT / "figures" / "bad_input" / "soaked.json"
-BEGUN = time.monotonic()
 
 
 def tool(name: str):
@@ -31,7 +29,10 @@ def tool(name: str):
 def pytest_sessionfinish(session, exitstatus):
     """Keep what a soak did, for the page of wrong uses: tests, and what they counted, of every file that was run whole."""
     fuzz, said = int(os.environ.get("CAP_NB_FUZZ", 0)), session.config.pluginmanager.get_plugin("terminalreporter")
-    if not fuzz or said is None or session.config.option.keyword or any("::" in word for word in session.config.args):
+    option = session.config.option
+    chosen = option.keyword or option.markexpr or getattr(option, "lf", False) or getattr(option, "deselect", None)
+    ended_early = exitstatus not in (0, 1) or session.shouldstop or session.shouldfail
+    if not fuzz or said is None or chosen or ended_early or any("::" in word for word in session.config.args):
         return
     import torch
 
@@ -42,8 +43,9 @@ def pytest_sessionfinish(session, exitstatus):
     ended = [(outcome, one) for outcome in ("passed", "failed", "error") for one in said.stats.get(outcome, ())]
     for name in sorted({one.nodeid.partition("::")[0] for _, one in ended}):
         of_it = {outcome: [one for kind, one in ended if kind == outcome and one.nodeid.startswith(f"{name}::")] for outcome in ("passed", "failed", "error")}
+        seconds = sum(getattr(one, "duration", 0) for ones in said.stats.values() for one in ones if (getattr(one, "nodeid", None) or "").startswith(f"{name}::"))
         counted = sum((Counter(dict(one.user_properties)) for one in of_it["passed"]), Counter())
         kept[name] = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": commit_of_package(), "python": platform.python_version(),
-                      "torch": torch.__version__, "CAP_NB_FUZZ": fuzz, "minutes": round((time.monotonic() - BEGUN) / 60), "tests passed": len(of_it["passed"]),
+                      "torch": torch.__version__, "CAP_NB_FUZZ": fuzz, "minutes": round(seconds / 60), "tests passed": len(of_it["passed"]),
                       "tests failed": len(of_it["failed"]) + len(of_it["error"]), **dict(sorted(counted.items()))}
     write_checked(SOAKED, dict(sorted(kept.items())))

@@ -5,6 +5,7 @@
 It begins with inputs that hypothesis drew and with good files. Half of what it makes are bytes with a few changes; the other half, where a file has a
 structure, are well-formed files that say something else, their checksums right. The same seed makes the same inputs.
 """
+import faulthandler
 import io
 import json
 import os
@@ -23,7 +24,7 @@ import torch
 from hypothesis import given, settings
 from pyarrow import parquet
 from safetensors.torch import save
-from test_nothing_let_in import FUZZ, GOOD, IN_MEMORY, NOTE, READERS, REPORT, ROOT, beside, fed, fuzz_noted, lay_out, model_files, peak, soon_over
+from test_nothing_let_in import FUZZ, GOOD, IN_MEMORY, NOTE, READERS, REPORT, ROOT, SECONDS, beside, fed, fuzz_noted, lay_out, model_files, peak, soon_over
 
 from cap_nb.core.files import checked_text, json_text, read_checked, sealed, sha256_of_tensor, sha256_of_text
 
@@ -186,6 +187,8 @@ def mutated(reader, wanted, seed=0):
         for number in range(wanted):
             content = first if not number else next(making)
             wind_up()
+            if not number % 1000:
+                faulthandler.dump_traceback_later(1000 * SECONDS, exit=True)
             try:
                 found[fed(read, Path(folder) / name, content)] += 1
             except BaseException as error:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, fields
 from ..core.errors import BadInput
 from ..core.additions import ADDED
-from ..models.anatomy import dimensions
+from ..models.anatomy import context_of, dimensions
 from ..models.families import ROLES, family_of
 
 # %% ../../nbs/jobs/04_costs.ipynb #c005
@@ -79,7 +79,7 @@ def sizes_of(
     sizes = Sizes(
         name=name, source=source, family=a.family, layers=a.layers, heads=a.heads, key_value_heads=a.key_value_heads,
         head_size=a.head_size, hidden=a.hidden_size, mlp=config.intermediate_size, vocabulary=config.vocab_size,
-        tied=bool(config.tie_word_embeddings), context=getattr(config, "max_position_embeddings", None),
+        tied=bool(config.tie_word_embeddings), context=context_of(config),
         dtype=str(config.dtype or "float32").removeprefix("torch."), biased=biased_roles(config),
         experts=getattr(config, "num_local_experts", 0), chosen=getattr(config, "num_experts_per_tok", 1))
     if added_like_llama(config): check_parameters(config, sizes)
@@ -405,8 +405,8 @@ def wanda_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The calibration batches
 ) -> Work: # The work of measuring the norms, layer by layer
-    "A pass that measures, without down projections, and one that goes on, which the first layer has for the last."
-    runs = 2 * sizes.layers # first: once for the arguments of all layers; last: what it gives is not needed
+    "A pass that measures, without down projections, and one that goes on, for which the last layer is not needed."
+    runs = 2 * sizes.layers - 1
     short = 0 if sizes.experts else sizes.layers # in a mixture only the last expert would be left out
     return sum((Work(passes=2, layer_tokens=runs * b.rows * b.width, head_tokens=0, pairs=runs * b.rows * b.width**2,
                      short_tokens=short * b.rows * b.width) for b in batches), Work())

@@ -870,8 +870,8 @@ def budget_line(
     "What scoring takes within a budget, against the whole table."
     load, scoring = planned.load, planned.stages[0]
     whole = flops_of(resumed_work(load.sizes, load.batches), load.sizes)
-    return (f"- Scoring with --budget {load.job.prune.budget:g}: {scoring.work.passes:,} passes' worth, "
-            f"{flops_text(scoring.flops)}, {scoring.flops / whole:.0%} of the whole table's; slopes and intact passes "
+    return (f"- Scoring with --budget {load.job.prune.budget:g}: {scoring.work.passes:,} resumed passes; in all "
+            f"{flops_text(scoring.flops)}, {scoring.flops / whole:.0%} of the whole table's, slopes and intact passes "
             "included.")
 
 # %% ../../nbs/jobs/05_planning.ipynb #c082

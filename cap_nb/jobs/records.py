@@ -546,13 +546,21 @@ def records_of(
                    "wrote them; get them anew.")
 
 # %% ../../nbs/jobs/00_records.ipynb #c077
+def backend_in(
+    folder: Path, # A run's folder
+) -> str: # As in its settings
+    "What wrote a run's answers."
+    return read_run(folder).get("evaluation", {}).get("backend", "transformers")
+
 def record_hashes(
     records: Records, # What a run recorded
+    backend: str = "transformers", # What wrote its answers
 ) -> dict[str, str]: # Path within a live run's folder -> SHA-256 of the file
     "The SHA-256 of every record."
     hashes = {name: records.read(name, sha256_of_file) for name in records.files}
     for place, evaluation in records.evaluations.items():
-        hashes |= {f"{place}/{name}": sha256_of_text(text) for name, text in evaluation_texts(evaluation).items()}
+        texts = evaluation_texts(evaluation, backend)
+        hashes |= {f"{place}/{name}": sha256_of_text(text) for name, text in texts.items()}
     return hashes
 
 def manifest(
@@ -563,7 +571,7 @@ def manifest(
     made = [path for name in ("tables", "figures") for path in sorted((folder/name).glob("[!.]*"))]
     records = packed_records(packed) if packed.exists() else live_records(folder)
     return {"made": {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in made},
-            "made from": record_hashes(records) | {"run.json": sha256_of_file(folder/"run.json")},
+            "made from": record_hashes(records, backend_in(folder)) | {"run.json": sha256_of_file(folder/"run.json")},
             } | ({"packed": sha256_of_file(packed)} if packed.exists() else {})
 
 # %% ../../nbs/jobs/00_records.ipynb #c080
@@ -616,7 +624,7 @@ def unpack_run(
 ) -> None:
     "Restore the live folder of a packed run; a folder that is no packed run raises `BadInput`."
     folder = Path(folder)
-    read_run(folder)
+    backend = backend_in(folder)
     if not (folder/PACKED).exists():
         raise BadInput(f"{folder} is not packed: expected a run with {PACKED}; it can be used as it is.")
     records = records_of(folder)
@@ -626,7 +634,7 @@ def unpack_run(
         for name, content in records.files.items():
             (part/name).parent.mkdir(parents=True, exist_ok=True)
             (part/name).write_bytes(content)
-        for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name)
+        for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name, backend)
         write_checked(part/"manifest.json", manifest(part))
 
 # %% ../../nbs/jobs/00_records.ipynb #c088
