@@ -27,7 +27,7 @@ def suite_case(path, source=ROOT, targets=("demo", "test")):
             clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS")}
             for target in targets:
                 start = time.perf_counter()
-                done = subprocess.run(["make", target], cwd=folder, env=clean, capture_output=True, text=True)
+                done = subprocess.run(["make", "--no-print-directory", target], cwd=folder, env=clean, capture_output=True, text=True)
                 seconds[target], last[target] = (time.perf_counter() - start,), done.stdout.strip().splitlines()[-1:]
                 if done.returncode:
                     raise BadInput(f"make {target} failed: expected it to end well; it said {done.stderr[-300:]!r}.")
