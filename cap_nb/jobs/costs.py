@@ -317,6 +317,7 @@ class Work:
     key_tokens: int = 0 # Tokens of which a layer computes query, key and value only, summed over passes
     short_tokens: int = 0 # Tokens among those of layers for which a layer ends before its down projection
     given_tokens: int = 0 # Of `layer_tokens`, those of which a layer computes none of these three
+    again_tokens: int = 0 # Tokens of which the chosen experts' gate and up are computed once more
 
     def __add__(self, other: "Work") -> "Work":
         "The work of both."
@@ -331,7 +332,7 @@ def layer_products(
     shapes = projection_shapes(sizes)
     keys = sum(rows * columns for rows, columns in (shapes[role] for role in ("query", "key", "value")))
     return (token_weights(sizes) * work.layer_tokens + keys * (work.key_tokens - work.given_tokens)
-            - shapes["down"][0] * shapes["down"][1] * work.short_tokens)
+            + math.prod(shapes["down"]) * (2 * sizes.chosen * work.again_tokens - work.short_tokens))
 
 def flops_of(
     work: Work, # What is computed
@@ -407,9 +408,10 @@ def wanda_work(
 ) -> Work: # The work of measuring the norms, layer by layer
     "A pass that measures, without down projections, and one that goes on, for which the last layer is not needed."
     runs = 2 * sizes.layers - 1
-    short = 0 if sizes.experts else sizes.layers # in a mixture only the last expert would be left out
+    short, again = (0, sizes.layers) if sizes.experts else (sizes.layers, 0) # experts' down inputs are made anew
     return sum((Work(passes=2, layer_tokens=runs * b.rows * b.width, head_tokens=0, pairs=runs * b.rows * b.width**2,
-                     short_tokens=short * b.rows * b.width) for b in batches), Work())
+                     short_tokens=short * b.rows * b.width, again_tokens=again * b.rows * b.width)
+                for b in batches), Work())
 
 def lengths_like(
     lengths: Sequence[ExampleLength], # Lengths of one task
@@ -500,17 +502,18 @@ READ_TOGETHER = (("query", "key", "value"), ("output",), ("gate", "up"), ("down"
 def inputs_read(
     sizes: Sizes, # The sizes of a model
 ) -> list[tuple[int, tuple[int, ...]]]: # n, and the rows of each matrix that reads it, for every distinct input
-    "The inputs of a layer's projections."
+    "The inputs of a layer's projections; in a mixture every expert reads its own, the tokens that are sent to it."
     shapes = projection_shapes(sizes)
-    return [(shapes[roles[0]][1], tuple(shapes[role][0] for role in roles)) for roles in READ_TOGETHER]
+    inputs = [(shapes[roles[0]][1], tuple(shapes[role][0] for role in roles)) for roles in READ_TOGETHER]
+    return inputs[:2] + inputs[2:] * max(1, sizes.experts)
 
 def hessian_flops(
     sizes: Sizes, # The sizes of the model
     lengths: Sequence[ExampleLength], # Lengths of the calibration set
 ) -> int: # Operations
-    "Two for every token and pair of input features (Frantar and Alistarh 2023)."
-    tokens = sum(len(length.input_ids) for length in lengths)
-    return 2 * tokens * sizes.layers * sum(width**2 for width, _ in inputs_read(sizes))
+    "Two for every token and pair of input features (Frantar and Alistarh 2023), in each expert that it is sent to."
+    tokens, squares = sum(len(length.input_ids) for length in lengths), [width**2 for width, _ in inputs_read(sizes)]
+    return 2 * tokens * sizes.layers * (sum(squares[:2]) + sizes.chosen * sum(squares[2:4]))
 
 # %% ../../nbs/jobs/04_costs.ipynb #c064
 @dataclass(frozen=True)
@@ -718,7 +721,8 @@ def budget_memory(
 ) -> dict[str, int]: # Part -> bytes, beside the weights
     "What budgets hold: states, two bytes of rank a weight, the dense weights of a region, logits of all levels."
     tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
-    levels, region = len(BudgetSettings().levels), max(3 * sizes.mlp, 4 * sizes.heads * sizes.head_size) * sizes.hidden
+    levels, mlps = len(BudgetSettings().levels), max(1, sizes.experts) * sizes.mlp
+    region = max(3 * mlps, 4 * sizes.heads * sizes.head_size) * sizes.hidden
     ends = (1 + levels) * sum(b.targets for b in batches) * sizes.hidden * width
     return {"hidden states": 2 * hidden_bytes(sizes, width, batches) + ends,
             "ranks of all weights": 2 * sizes.layers * layer_weights(sizes), "copies of a layer": region * width,

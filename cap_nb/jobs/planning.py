@@ -562,11 +562,11 @@ def check_counted_methods(
     sizes: Sizes, # The sizes of the model
     methods: Sequence[str], # Names of methods
 ) -> None:
-    "Raise `BadInput` for what is not counted in a mixture of experts: solvers, recoveries, budgets and gradients."
+    "Raise `BadInput` for what is not counted in a mixture of experts: gradients."
     for method in methods if sizes.experts else ():
-        if has_hessians(method) or gradients_of(method) or parse_method(method).allocation == "kl":
-            raise BadInput(f"The cost of {method} on a mixture of experts is not counted: expected a method that only "
-                           "zeroes, such as cap or wanda; leave it out of the plan.")
+        if gradients_of(method):
+            raise BadInput(f"The cost of {method} on a mixture of experts is not counted: expected a method without "
+                           "gradients, such as cap, wanda or sparsegpt; leave it out of the plan.")
 
 # %% ../../nbs/jobs/05_planning.ipynb #c052
 def method_stages(
