@@ -51,10 +51,12 @@ class ModelRecords:
     answers: tuple[AnswerRecord, ...] = () # The dense model's answers to the calibration problems
     experts: Cells = field(default_factory=dict) # Cells of a mixture of experts
     held_out: Mapping[int, Cells] = field(default_factory=dict) # Calibration seed -> cells that judged a frozen method
+    held_out_experts: Mapping[int, Cells] = field(default_factory=dict) # The same of a mixture of experts
     together: Mapping = field(default_factory=dict) # Heads masked together, as tools/additivity.py measures them
     screened: Mapping[str, tuple[float, ...]] = field(default_factory=dict) # Case -> rank correlation of each draw
     units: Mapping[str, Mapping] = field(default_factory=dict) # Name of a study of neurons -> its record, as it is
     folders: tuple[Path, ...] = () # Where all this was read
+    whole: bool = True # Whether a question that the records do not answer is listed too
 
 # %% ../../nbs/experiments/02_claims.ipynb #c012
 def run_in(
@@ -151,39 +153,52 @@ def neuron_cells(
                                                  answers=(), perplexity=None)
     return found
 
+# %% ../../nbs/experiments/02_claims.ipynb #c016
+MIXTURE = "_moe" # Ends the name of a mixture of experts, whose records stand beside those of its dense sibling
+
+def models_of_few_runs(
+    figures: Path, # Folder that holds the runs' folders
+) -> list[str]: # Names, as in ["qwen"]
+    "Models without a whole comparison that have a run of their own, MODEL, and runs that judged a frozen method."
+    names = [path.name for path in figures.glob("held_out/*") if (figures/path.name/"run.json").exists()]
+    return [name for name in names if not name.endswith(MIXTURE) and not (figures/f"{name}_methods").exists()]
+
+def models_in(
+    figures: str | Path, # Folder that holds the runs' folders
+) -> tuple[str, ...]: # Names of the models, as in ("lab", "qwen", "smollm2")
+    "The models that were judged; none with a whole comparison raises `BadInput`."
+    runs = sorted(Path(figures).glob("*_methods/run.json"))
+    if not runs:
+        raise BadInput(f"{figures} holds no folder MODEL_methods: expected one for each model; "
+                       f"run 'cap run --methods all --out {figures}/MODEL_methods'.")
+    whole = [path.parent.name.removesuffix("_methods") for path in runs]
+    return tuple(sorted([*whole, *models_of_few_runs(Path(figures))]))
+
 # %% ../../nbs/experiments/02_claims.ipynb #c015
 def read_model(
     figures: str | Path, # Folder that holds the runs' folders
     name: str, # Name of the model, as in "lab"
 ) -> ModelRecords: # What was run on it
     "Everything that was run on a model; runs that do not belong together raise `BadInput`."
-    main, claims, seeds, claims_seeds, experts = folders = [Path(figures)/f"{name}_{kind}" for kind in RUNS]
-    folders.append(judged := Path(figures)/"held_out"/name)
-    additivity = Path(figures)/"additivity"/f"{name}.json"
+    figures = Path(figures)
+    main, claims, seeds, claims_seeds, experts = folders = [figures/f"{name}_{kind}" for kind in RUNS]
+    if name in models_of_few_runs(figures): main = folders[0] = figures/name
+    judged = [figures/"held_out"/each for each in (name, f"{name}{MIXTURE}")]
+    additivity = figures/"additivity"/f"{name}.json"
     check_same(main, claims)
     run, variants = load_run(main), run_in(claims)
     reports = [report for source in (run, variants) if source for report, _ in source.reports]
     by_seed, seed_losses = seed_runs(seeds, claims_seeds)
     cells = cells_of_run(variants) | cells_of_run(run)
     return ModelRecords(
-        name=name, cells=cells | neuron_cells(Path(figures), name, cells), losses=run.losses,
+        name=name, cells=cells | neuron_cells(figures, name, cells), losses=run.losses,
         reached={(report.method, report.asked): report.reached for report in reports},
         seconds=seconds_of(run, variants), seeds=by_seed, seed_losses=seed_losses, answers=chain_answers(variants),
-        experts=cells_of_run(run_in(experts)), held_out=seed_runs(judged)[0],
-        together=read_checked(additivity) if additivity.exists() else {}, screened=screenings(Path(figures), name),
-        units=unit_studies(Path(figures), name),
-        folders=tuple(folder for folder in folders if folder.exists()))
-
-# %% ../../nbs/experiments/02_claims.ipynb #c016
-def models_in(
-    figures: str | Path, # Folder that holds the runs' folders
-) -> tuple[str, ...]: # Names of the models, as in ("lab", "smollm2")
-    "The models that have a whole comparison; none raises `BadInput`."
-    runs = sorted(Path(figures).glob("*_methods/run.json"))
-    if not runs:
-        raise BadInput(f"{figures} holds no folder MODEL_methods: expected one for each model; "
-                       f"run 'cap run --methods all --out {figures}/MODEL_methods'.")
-    return tuple(path.parent.name.removesuffix("_methods") for path in runs)
+        experts=cells_of_run(run_in(experts)),
+        held_out=seed_runs(judged[0])[0], held_out_experts=seed_runs(judged[1])[0], whole=claims.exists(),
+        together=read_checked(additivity) if additivity.exists() else {}, screened=screenings(figures, name),
+        units=unit_studies(figures, name),
+        folders=tuple(folder for folder in (*folders, *judged) if folder.exists()))
 
 # %% ../../nbs/experiments/02_claims.ipynb #c020
 from collections.abc import Callable
@@ -345,6 +360,7 @@ def over_examples(
 
 # %% ../../nbs/experiments/02_claims.ipynb #c036
 BLOCKS = 6 # Disjoint calibration sets that a table is cut into
+FEWEST_EXAMPLES = 5 # In each, so that five subsets can be dealt
 
 def blocks_of(
     losses: HeadLosses, # A table of losses
@@ -376,7 +392,7 @@ def over_sets(
     def case(records: ModelRecords, confidence: float) -> Comparison | None:
         if seeds: sets = tuple(records.seed_losses.values())
         else: sets = blocks_of(records.losses) if records.losses else ()
-        if len(sets) < 3: return None
+        if len(sets) < 3 or min(len(losses.intact) for losses in sets) < FEWEST_EXAMPLES: return None
         value, low, high = jackknife(sets, statistic, confidence)
         return Comparison(value=value, low=low, high=high, unit=unit, n=len(sets), fewest=3)
     return case
@@ -804,16 +820,27 @@ PERMUTED_QUESTIONS = (
 def judged_once(
     first: str, # A method
     second: str, # Another
+    runs: str = "held_out", # Where `ModelRecords` has the runs
 ) -> Callable[[str, float], Case]: # (what it is measured on, sparsity) -> gain of the first over the second
     "One method against another in the runs that judged a frozen method, over their calibration seeds."
     def question(on: str, s: float) -> Case:
         ask = over_seeds(first, second, on, s)
-        return lambda records, confidence: ask(replace(records, cells={}, seeds=records.held_out), confidence)
+        def case(records: ModelRecords, confidence: float) -> Comparison | None:
+            seeds = getattr(records, runs)
+            return ask(replace(records, cells=next(iter(seeds.values()), {}), seeds=seeds), confidence)
+        return case
     return question
+
+def frozen_cases(
+    other: str, # A method
+) -> dict[str, Case]: # A case for every sparsity and benchmark, on a model and on its mixture of experts
+    "The frozen method against another one."
+    of_experts = each_task(judged_once("alps", other, "held_out_experts"), 0.2, 0.5)
+    return each_task(judged_once("alps", other), 0.2, 0.5) | {f"{k}, experts": v for k, v in of_experts.items()}
 
 FROZEN_QUESTIONS = tuple(
     Claim(section="", says=f"The joint solver, frozen on validation problems, keeps more than {called}", unit=GAIN,
-          cases=each_task(judged_once("alps", other), 0.2, 0.5))
+          cases=frozen_cases(other))
     for other, called in (("wanda", "Wanda"), ("sparsegpt", "SparseGPT"), ("cap", "CAP")))
 
 # %% ../../nbs/experiments/02_claims.ipynb #c079
@@ -941,11 +968,12 @@ def claims_ledger(
     models: Sequence[ModelRecords], # What was run on each model
     claims: Sequence[Claim] = CLAIMS, # The claims
 ) -> pd.DataFrame: # Rows (Claim, Case, Model); columns COLUMNS
-    "Every claim, case by case and model by model, with its number, its interval and its verdict."
+    "Every claim, case by case and model by model; a model without variants has only the cases that were measured."
     rows = {}
     for claim in claims:
         for records in models:
             for label, (c, judged) in judged_claim(claim, records).items():
+                if c is None and not records.whole: continue
                 numbers = (claim.unit, *[math.nan] * 3, 0, None, None)
                 if c: numbers = (c.unit, c.value, c.low, c.high, c.n, c.p, c.holm)
                 rows[claim.says, label, records.name] = (claim.section, *numbers, judged, reason(c, judged))
@@ -973,11 +1001,10 @@ def ledger_rows(
     ledger: pd.DataFrame, # From `claims_ledger`
 ) -> tuple[list[str], list[list[str]]]: # Header and rows, as text
     "The ledger with a row for each case and a column for each model."
-    models, rows = list(dict.fromkeys(ledger.index.get_level_values("Model"))), []
-    for claim, case in dict.fromkeys((claim, case) for claim, case, _ in ledger.index):
-        cells = [ledger.loc[claim, case, model] for model in models]
-        rows.append([cells[0]["Section"] or "ours", claim, case, *map(cell_of, cells)])
-    return ["Section", "Claim", "Case", *models], rows
+    models, cases = list(dict.fromkeys(ledger.index.get_level_values("Model"))), {}
+    for (claim, case, model), (_, row) in zip(ledger.index, ledger.iterrows()):
+        cases.setdefault((row["Section"] or "ours", claim, case), dict.fromkeys(models, ""))[model] = cell_of(row)
+    return ["Section", "Claim", "Case", *models], [[*case, *cells.values()] for case, cells in cases.items()]
 
 # %% ../../nbs/experiments/02_claims.ipynb #c093
 READING_NOTES = (
@@ -1025,9 +1052,11 @@ def draw_case(
     ax: plt.Axes, # A panel
     y: float, # Height of the row
     rows: pd.DataFrame, # Rows of the ledger for one case, a row a model
+    models: Sequence[str], # Names of the models, left to right
 ) -> None:
-    "One case: a coloured square and a number for each model."
-    for i, (_, row) in enumerate(rows.iterrows()):
+    "One case: a coloured square and a number for each model that it was put to."
+    for model, row in rows.iterrows():
+        i = models.index(model)
         ink = "#777777" if row["Verdict"] == UNDECIDED else "#333333"
         ax.plot(4.2 + 2.9 * i, y, "s", ms=6, color=VERDICT_COLOURS[row["Verdict"]])
         ax.text(4.35 + 2.9 * i, y, number_text(row) or row["Why"], fontsize=6, va="center", color=ink)
@@ -1047,7 +1076,7 @@ def draw_claims(
         for case in dict.fromkeys(rows.index.get_level_values("Case")):
             y += 1
             ax.text(0.15, y, case, fontsize=6.5, va="center")
-            draw_case(ax, y, rows.loc[case].loc[list(models)])
+            draw_case(ax, y, rows.loc[case], models)
     ax.set(xlim=(0, 4.2 + 2.9 * len(models)), ylim=(y + 1, -1))
     for i, model in enumerate(models): ax.text(4.1 + 2.9 * i, -0.2, model, fontsize=8, weight="bold")
     ax.axis("off")
@@ -1057,18 +1086,12 @@ def draw_claims(
 @in_style
 def plot_claims(
     ledger: pd.DataFrame, # From `claims_ledger`
-) -> Figure: # Two panels of rows; colour is the verdict
+) -> Figure: # A long column of rows; colour is the verdict
     "The ledger as a figure: claims and cases down, models across, the verdict as colour and the number beside it."
     models, claims = (list(dict.fromkeys(ledger.index.get_level_values(level))) for level in ("Model", "Claim"))
     lines = [ledger.loc[[claim]].index.get_level_values("Case").nunique() + 1.25 for claim in claims]
-    left = int(np.searchsorted(np.cumsum(lines), sum(lines) / 2)) + 1
-    panels = [claims[:left], claims[left:]] if len(claims) > 1 else [claims]
-    tall = max(sum(lines[:left]), sum(lines[left:]))
-    width = (2.2 + 1.5 * len(models)) * 1.35 * len(panels)
-    figure, axes = blank_figure(1, len(panels), (width, 0.8 + 0.155 * tall))
-    for ax, shown in zip(axes[0], panels):
-        draw_claims(ax, ledger.loc[shown], models)
-        ax.set_ylim(tall + 1, -1)
+    figure, ((ax,),) = blank_figure(1, 1, ((2.2 + 1.5 * len(models)) * 1.35, 0.8 + 0.155 * sum(lines)))
+    draw_claims(ax, ledger, models)
     marks = [plt.Line2D([], [], marker="s", ls="", color=VERDICT_COLOURS[name], label=name) for name in VERDICTS]
     figure.legend(handles=marks, loc="outside lower center", ncols=3)
     return figure

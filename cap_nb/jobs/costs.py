@@ -413,6 +413,7 @@ def wanda_work(
                      short_tokens=short * b.rows * b.width, again_tokens=again * b.rows * b.width)
                 for b in batches), Work())
 
+# %% ../../nbs/jobs/04_costs.ipynb #80c54fe2
 def lengths_like(
     lengths: Sequence[ExampleLength], # Lengths of one task
     count: int, # How many are wanted
