@@ -58,8 +58,8 @@ STUDIES = {
                  criteria=("wanda", "sparsegpt", "alps"), sparsities=(0.5, 0.6), windows=(20, 2048),
                  settings=BudgetSettings(levels=(0.4, 0.7), examples=24, moves=150)),
     "smollm2": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2", n=24, judged=60,
-                     criteria=("sparsegpt", "alps"), sparsities=(0.5,), windows=(20, 512),
-                     settings=BudgetSettings(levels=(0.3, 0.6), examples=24, moves=100))}
+                     criteria=("wanda", "sparsegpt"), sparsities=(0.5,), windows=(20, 512),
+                     settings=BudgetSettings(levels=(0.4, 0.7), examples=24, moves=60))}
 
 
 def calibrated(tokenizer: object, study: Study, data: str | None) -> Calibration:
