@@ -703,15 +703,27 @@ def gradient_work(
     return sum((Work(passes=3, layer_tokens=3 * sizes.layers * b.rows * b.width, head_tokens=3 * b.targets,
                      pairs=3 * sizes.layers * b.rows * b.width**2) for b in batches), Work())
 
+# %% ../../nbs/jobs/04_costs.ipynb #dc39e508
+def left_behind(
+    sizes: Sizes, # The sizes of the model
+    width: int, # Bytes of a number
+    tokens: int, # Padded tokens of the batch
+) -> int: # Bytes
+    "What one decoder layer keeps for the way back: inputs of its products, and of its norms in float32."
+    query, key_value = sizes.heads * sizes.head_size, sizes.key_value_heads * sizes.head_size
+    kept = 4 * sizes.chosen * sizes.mlp + 3 * query + 2 * key_value + 3 * sizes.hidden
+    return tokens * (width * kept + 16 * sizes.hidden)
+
 def gradient_memory(
     sizes: Sizes, # The sizes of the model
     width: int, # Bytes of a number
     batches: Sequence[BatchShape], # The calibration batches
 ) -> dict[str, int]: # Part -> bytes, beside the weights
-    "What a gradient holds: sums in float32, one batch's gradients, and what every layer keeps on the way forward."
+    "What a gradient holds: sums in float32, one batch's gradients, what every layer keeps, a layer at work, logits."
     tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
     return {"gradients": sizes.layers * layer_weights(sizes) * (4 + width),
-            "activations of a batch": sizes.layers * layer_bytes(sizes, width, tokens, longest),
+            "activations of a batch": sizes.layers * left_behind(sizes, width, tokens),
+            "one layer at work": layer_bytes(sizes, width, tokens, longest),
             "logits": 2 * logit_bytes(sizes, max(b.targets for b in batches))}
 
 # %% ../../nbs/jobs/04_costs.ipynb #c084

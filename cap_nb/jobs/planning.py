@@ -326,8 +326,8 @@ def probe_device(
 from functools import cached_property
 from .costs import (
     NUMBER_BYTES, Answers, BatchShape, ExampleLength, answer_batches, batch_shapes, decode_work, evaluation_memory,
-    hook_loop_memory, layer_bytes, layer_products, logit_bytes, naive_work, parameter_count, prefill_work, resumed_work,
-    scoring_memory, threshold_memory, token_weights, wanda_memory, wanda_work)
+    hook_loop_memory, layer_bytes, layer_products, left_behind, logit_bytes, naive_work, parameter_count, prefill_work,
+    resumed_work, scoring_memory, threshold_memory, token_weights, wanda_memory, wanda_work)
 from .settings import Job, changed
 
 # %% ../../nbs/jobs/05_planning.ipynb #c041
@@ -401,16 +401,6 @@ def screened_work(
     return part + forward + forward + forward
 
 # %% ../../nbs/jobs/05_planning.ipynb #2f1a7119
-def left_behind(
-    sizes: Sizes, # The sizes of the model
-    width: int, # Bytes of a number
-    tokens: int, # Padded tokens of the batch
-) -> int: # Bytes
-    "What one decoder layer keeps for the way back: inputs of its products, and of its norms in float32."
-    query, key_value = sizes.heads * sizes.head_size, sizes.key_value_heads * sizes.head_size
-    kept = 4 * sizes.chosen * sizes.mlp + 3 * query + 2 * key_value + 3 * sizes.hidden
-    return tokens * (width * kept + 16 * sizes.hidden)
-
 def screened_memory(
     load: Workload, # What is to be done, within a budget
 ) -> dict[str, int]: # Part -> bytes, beside the weights
