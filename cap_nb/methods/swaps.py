@@ -22,6 +22,7 @@ def row_errors(
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+import numpy as np
 
 # %% ../../nbs/methods/04_swaps.ipynb #75000d69
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ def smallest_columns(
     values: torch.Tensor, # [rows, in]
     count: int, # How many, at most in
 ) -> torch.Tensor: # In no order, int64 [rows, count]
-    "The columns of the smallest values of every row, by way of the groups of columns that can hold them."
+    "The columns of the smallest values of every row, at once or by way of the groups of columns that can hold them."
     width = values.shape[1]
+    if values.device.type == "cpu" and torch.get_num_threads() <= 2:
+        return torch.from_numpy(np.argpartition(values.numpy(), count - 1, axis=1)[:, :count])
     size = next(size for size in range(math.isqrt(width // count), 0, -1) if width % size == 0)
     least = values.unflatten(1, (size, -1)).amin(1)
     groups = least.topk(count, dim=1, largest=False, sorted=False).indices
@@ -247,6 +250,72 @@ def swap_pass(
     state.overlaps[rows], state.left[rows] = part.overlaps.addcmul_(part.weight, moved), left
     return part.left - left
 
+# %% ../../nbs/methods/04_swaps.ipynb #95bd0086
+def least_column(
+    costs: torch.Tensor, # [rows, in]
+) -> tuple[torch.Tensor, torch.Tensor]: # Smallest value of every row; its column, int64; [rows, 1] each
+    "The smallest value of every row, by way of the group of columns that holds it."
+    width = costs.shape[1]
+    size = next(size for size in range(max(1, min(math.isqrt(width), width // 64)), 0, -1) if width % size == 0)
+    least = costs.unflatten(1, (size, -1)).amin(1)
+    columns = least.argmin(1, keepdim=True) + least.shape[1] * torch.arange(size, device=costs.device)
+    inside = costs.gather(1, columns)
+    place = inside.argmin(1, keepdim=True)
+    return inside.gather(1, place), columns.gather(1, place)
+
+def overlaps_gained(
+    state: Rows, # Rows; not changed
+    columns: torch.Tensor, # Weights of each that change sides, int64 [rows, n]
+    change: torch.Tensor, # 1 for a weight that goes, -1 for one that returns, 0 for one that stays, [rows, n]
+    gram: torch.Tensor, # G, float32, contiguous [in, in]
+) -> torch.Tensor: # [rows, in]
+    "What the overlaps w_i c_i of all columns gain by it."
+    went = state.weight.gather(1, columns) * change
+    return torch.nn.functional.embedding_bag(columns, gram, mode="sum", per_sample_weights=went).mul_(state.weight)
+
+# %% ../../nbs/methods/04_swaps.ipynb #e78f9e02
+def next_pairs(
+    state: Rows, # Rows; not changed
+    gram: torch.Tensor, # G, float32, contiguous [in, in]
+) -> tuple[torch.Tensor, torch.Tensor]: # Change of the error, [rows]; columns that go and return, int64 [rows, 2]
+    "A kept weight to remove and a removed one to return, chosen in turn, each beside the other."
+    goes, returns = side_costs(state)
+    first, one = least_column(goes)[1], torch.ones(len(goes), 1, dtype=goes.dtype, device=goes.device)
+    back = least_column(torch.sub(returns, overlaps_gained(state, first, one, gram), alpha=2))[1]
+    change, gone = least_column(goes.add_(overlaps_gained(state, back, -one, gram), alpha=2))
+    return (change + returns.gather(1, back))[:, 0], torch.cat([gone, back], dim=1)
+
+# %% ../../nbs/methods/04_swaps.ipynb #02f76d4e
+def exchange_pairs(
+    state: Rows, # Rows; changed in place
+    columns: torch.Tensor, # From `next_pairs`
+    going: torch.Tensor, # Which rows make their exchange, bool [rows]
+    gram: torch.Tensor, # G, float32, contiguous [in, in]
+) -> None:
+    "Let one weight of each of these rows go and one return."
+    change = going[:, None] * torch.tensor([1, -1], device=columns.device)
+    put_on_sides(state, torch.arange(len(columns), device=columns.device), columns, change)
+    state.overlaps.add_(overlaps_gained(state, columns, change, gram))
+    state.left.sub_(going.long())
+
+# %% ../../nbs/methods/04_swaps.ipynb #6a899109
+def go_ahead(
+    state: Rows, # All rows; those below are changed in place
+    rows: torch.Tensor, # Indices of some, int64
+    gram: torch.Tensor, # G, float32, contiguous [in, in]
+) -> None:
+    "Exchange pair after pair in every row, until the next one would not lower its error."
+    part = part_of(state, rows)
+    while len(rows):
+        change, columns = next_pairs(part, gram)
+        going = (change < -part.slack) & (part.left > 0)
+        exchange_pairs(part, columns, going, gram)
+        if going.sum() < GOING * len(rows):
+            done, more = (~going).nonzero()[:, 0], going.nonzero()[:, 0]
+            for name in ("mask", "goes", "returns", "overlaps", "left"):
+                vars(state)[name].index_copy_(0, rows[done], vars(part)[name][done])
+            rows, part = rows[more], part_of(part, more)
+
 # %% ../../nbs/methods/04_swaps.ipynb #8e2d34c2
 def renewed(
     state: Rows, # All rows; those below are changed in place
@@ -261,6 +330,7 @@ def renewed(
 
 # %% ../../nbs/methods/04_swaps.ipynb #ba03bf38
 WEIGHTS_A_PIECE = 2 ** 18
+WEIGHTS_AHEAD = 2 ** 19 # The same for rows that go ahead, which make fewer and longer calls
 
 def swap_rows(
     weight: torch.Tensor, # Float32 [rows, in]
@@ -268,10 +338,12 @@ def swap_rows(
     gram: torch.Tensor, # G, float32, contiguous [in, in]
     choose: Choice, # How candidates are chosen
     most: int, # Exchanges of a row
+    ahead: bool, # Whether the rows first go ahead in pairs
 ) -> torch.Tensor: # The new mask, bool [rows, in]
     "Exchange until every row stands at a minimum among its candidates, or has made all its exchanges."
     active, size = torch.arange(len(weight), device=weight.device), max(64, WEIGHTS_A_PIECE // len(gram))
     state = fresh_rows(weight, mask.clone(), gram, torch.full_like(active, most))
+    for piece in active.split(max(64, WEIGHTS_AHEAD // len(gram))) if ahead else (): go_ahead(state, piece, gram)
     while len(active):
         moving, standing = active, []
         while len(moving):
@@ -322,6 +394,7 @@ from functools import partial
 
 # %% ../../nbs/methods/04_swaps.ipynb #c056
 WEIGHTS_AT_ONCE = 2 ** 22 # Rows are taken in parts of so many weights
+WIDE = 16 # Columns for each candidate, above which rows go ahead in pairs
 
 @torch.no_grad()
 def swapped_mask(
@@ -340,5 +413,7 @@ def swapped_mask(
     gram = hessian.detach().float().contiguous()
     if pattern is None: choose = partial(cheapest_columns, count=min(candidates, len(gram)))
     else: choose = partial(cheapest_groups, count=candidates, pattern=pattern)
+    ahead = pattern is None and len(gram) > WIDE * candidates
     parts = torch.arange(len(weight), device=weight.device).split(max(1, WEIGHTS_AT_ONCE // len(gram)))
-    return torch.cat([swap_rows(weight[part].detach().float(), mask[part], gram, choose, most) for part in parts])
+    return torch.cat([swap_rows(weight[part].detach().float(), mask[part], gram, choose, most, ahead)
+                      for part in parts])
