@@ -832,16 +832,19 @@ def judged_once(
     return question
 
 def frozen_cases(
-    other: str, # A method
+    first: str, # A frozen method
+    second: str, # Another
 ) -> dict[str, Case]: # A case for every sparsity and benchmark, on a model and on its mixture of experts
-    "The frozen method against another one."
-    of_experts = each_task(judged_once("alps", other, "held_out_experts"), 0.2, 0.5)
-    return each_task(judged_once("alps", other), 0.2, 0.5) | {f"{k}, experts": v for k, v in of_experts.items()}
+    "A frozen method against another one."
+    of_experts = each_task(judged_once(first, second, "held_out_experts"), 0.2, 0.5)
+    return each_task(judged_once(first, second), 0.2, 0.5) | {f"{k}, experts": v for k, v in of_experts.items()}
 
+FROZEN = {"alps": ("The joint solver", {"wanda": "Wanda", "sparsegpt": "SparseGPT", "cap": "CAP"}),
+          "wanda+kl": ("The mask with budgets", {"wanda": "Wanda", "wanda+owl": "OWL"})} # Method -> name, and rivals
 FROZEN_QUESTIONS = tuple(
-    Claim(section="", says=f"The joint solver, frozen on validation problems, keeps more than {called}", unit=GAIN,
-          cases=frozen_cases(other))
-    for other, called in (("wanda", "Wanda"), ("sparsegpt", "SparseGPT"), ("cap", "CAP")))
+    Claim(section="", says=f"{called}, frozen on validation problems, keeps more than {rival}", unit=GAIN,
+          cases=frozen_cases(method, other))
+    for method, (called, rivals) in FROZEN.items() for other, rival in rivals.items())
 
 # %% ../../nbs/experiments/02_claims.ipynb #c079
 def beyond_the_sum(
