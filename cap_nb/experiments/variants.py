@@ -347,7 +347,7 @@ from ..methods.criteria import CRITERIA, Given, measured_for, walks
 from ..regions import Factors
 from ..models.anatomy import Projection, projections
 from ..threshold import PruneReport, prune_report, zero_within
-from ..core.errors import check_choice
+from ..core.errors import arguments_answered, check_choice
 from ..methods.wanda import input_norms
 from ..models.families import HOLDS
 from ..engine.layer_walk import layer_by_layer
@@ -416,6 +416,7 @@ def check_variants(
                    "losses; leave it out.")
 
 # %% ../../nbs/experiments/00_variants.ipynb #c065
+@arguments_answered
 def run_variants(
     job: Job, # What is wanted; its methods play no part
     folder: str | Path, # The run's folder; made, or taken up again

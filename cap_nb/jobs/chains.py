@@ -317,6 +317,7 @@ def in_order(
     return tuple(sorted(chains, key=lambda chain: (place[chain.task, chain.uid], chain.attempt)))
 
 # %% ../../nbs/jobs/06_chains.ipynb #c049
+@arguments_answered
 def own_chains(
     model: nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer

@@ -474,7 +474,7 @@ def lab_model(
 import os
 import platform
 from typing import Any
-from ..core.errors import check_at_least
+from ..core.errors import arguments_answered, check_at_least
 from .lab_world import world_fingerprint
 
 # %% ../../nbs/models/06_lab.ipynb #c072
@@ -492,6 +492,7 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 # %% ../../nbs/models/06_lab.ipynb #c074
+@arguments_answered
 def train_lab(
     folder: str | Path, # Where the checkpoint will be; must not exist
     steps: int | None = None, # Optimiser steps; None means the recipe's
