@@ -432,9 +432,8 @@ def run_variants(
     sources = Sources(base=Path(base) if base is not None else None, text_windows=text_windows,
                       store=Path(store) if store else folder/"unfinished"/"scores")
     if base is not None: tasks_table(ready, folder, sources) # a wrong one is refused before anything is written
-    settings = ready.configuration | {"methods": list(names)}
     with alone_in(folder):
-        open_run(folder, settings)
+        open_run(folder, settings := ready.configuration | {"methods": list(names)})
         note_environment(folder, environment(settings["model"]["device"], note))
         factors = factors_of_variants(ready, folder, names, sources)
         if not store: shutil.rmtree(sources.store, ignore_errors=True)

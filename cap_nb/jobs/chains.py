@@ -336,8 +336,7 @@ def own_chains(
     for e in examples: check_room(model, [prompt_tokens(e)], answering.limit(e.task))
     about = chains_origin(model, tokenizer, examples, style, answering, seed)
     if file and Path(file).exists(): return same_origin(Path(file), about)
-    def answer(batch: AnswerBatch) -> tuple[Chain, ...]:
-        return answered(model, tokenizer, batch, style, answering, seed)
+    def answer(batch: AnswerBatch): return answered(model, tokenizer, batch, style, answering, seed)
     with parts_folder(file) as parts:
         finished = finished_batches(answer_batches(examples, answering), answer, about, parts)
         chains = Chains(about, in_order(finished, examples))

@@ -35,6 +35,7 @@ def checked_scores(
                        f"by {a.heads} heads, all finite; correct it.")
     return scores
 
+# %% ../../nbs/jobs/09_plugins.ipynb #3a8f728b
 @arguments_answered
 def add_attribution(
     name: str, # Letters, digits and underscores; not one of `ATTRIBUTIONS` yet
@@ -90,6 +91,7 @@ def by_relative(
         return shares_of_layers(model, relative_sparsity(numbers, layer_weights(model), sparsity, whose))
     return shares
 
+# %% ../../nbs/jobs/09_plugins.ipynb #48bc931e
 @arguments_answered
 def add_allocation(
     name: str, # Letters, digits and underscores; not one of `ALLOCATORS` yet

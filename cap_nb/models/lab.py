@@ -510,8 +510,7 @@ def train_lab(
         raise BadInput(f"{folder} exists already: expected a new folder; choose another name or remove it.")
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(recipe.vocabulary)
-    model = kind.new(recipe, tokenizer)
-    log = train(model, tokenizer, recipe, work, kind)
+    log = train(model := kind.new(recipe, tokenizer), tokenizer, recipe, work, kind)
     rounded(model, kind.stored).eval() # what is evaluated is what is kept
     solved = {task: {"solved": lab_solved(model, tokenizer, task, n), "n": n} for task in TASKS}
     evaluation = {"split": "evaluation", "seed": 0, "dtype": "float32", "tasks": solved}
