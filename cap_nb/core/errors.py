@@ -183,6 +183,11 @@ def check_table(table: object, what: str) -> None:
     raise BadInput(f"{what} is a {kind}, {list(table.shape)}: expected finite floating-point numbers; "
                    "give one for each head.")
 
+def check_device_name(device: object, what: str) -> None:
+    "Raise `BadInput` for a text that names no device."
+    if not isinstance(device, str) or re.fullmatch(r"(cpu|cuda|mps)(:\d+)?|auto", device): return
+    raise BadInput(f"{what} is {device[:60]!r}: expected cpu, cuda, cuda:N or mps; give one of them.")
+
 def check_some(several: object, what: str) -> None:
     "Raise `BadInput` for something empty."
     if not hasattr(several, "__len__") or len(several): return
@@ -201,7 +206,7 @@ def check_text(text: str, what: str) -> None:
 # %% ../../nbs/core/00_errors.ipynb #03d93d1e
 COUNTS = ("batch_size", "batch_tokens", "batch_windows", "bins", "draws", "heads_at_once", "k", "max_new_tokens", "n",
           "resamples", "save_every", "splits", "steps", "windows") # Names of what is counted from 1
-RANGES = {"tokenizer": check_tokenizer, "model": check_model,
+RANGES = {"tokenizer": check_tokenizer, "model": check_model, "device": check_device_name,
           "seed": lambda value, what: isinstance(value, str) or check_seed(value, what)} # a text where one is asked for
 RANGES |= dict.fromkeys(("scores", "factors", "neuron_scores", "head_scores"), check_table)
 RANGES |= dict.fromkeys(("answers", "comparisons", "evaluations", "parts", "problems", "reports", "runs"), check_some)
