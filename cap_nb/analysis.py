@@ -560,6 +560,7 @@ def comparison_note(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_methods`
 ) -> str: # A line for below a table
     "How a table of comparisons is to be read."
+    if not comparisons: raise BadInput("There is no comparison: expected one at least; compare some methods first.")
     family = next(iter(comparisons.values())).family
     return (f"First less second, 95 % interval in brackets. ▲ better, ▼ worse: the interval leaves zero out, there are "
             f"at least {FEWEST_PAIRS} pairs, and p is at most {LEVEL} after Holm's correction over {family}. "

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../nbs/command_line.ipynb #c004
-import errno
 import functools
 import importlib.metadata
 import os
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from typing import NoReturn
 import typer
 from .core.errors import (
-    BadInput, check_at_least, check_choice, check_seed, check_sparsity, lacks_memory)
+    BadInput, check_at_least, check_choice, check_seed, check_sparsity, lacks_memory, refused_path)
 from .core.stopping import STOPPED, signals_answered, stop
 
 # %% ../nbs/command_line.ipynb #c005
@@ -45,11 +44,6 @@ def bug_report(
             f"please send {report}, which holds the command, the versions and the traceback.")
 
 # %% ../nbs/command_line.ipynb #c007
-WANTED = {errno.ENOENT: "a file there, or for a new one a folder that takes it", errno.EACCES: "one that you may use",
-          errno.EPERM: "one that you may use", errno.EROFS: "a disk that takes new files",
-          errno.ENOTDIR: "only folders on the way to it", errno.EISDIR: "a file, not a folder",
-          errno.ENAMETOOLONG: "a shorter name"} # What was expected where the file system refused
-
 def about_files(
     error: OSError, # From the file system
 ) -> str: # The sentence
@@ -59,8 +53,7 @@ def about_files(
     if is_disk_full(error):
         return (f"There was no room to write {what}: expected space on its disk; make room and run the same command "
                 "again, what was finished is kept.")
-    return (f"{error.filename or 'A file'} cannot be opened or written ({error.strerror or error}): expected "
-            f"{WANTED.get(error.errno, 'a file or folder there')}; check the path, or give another.")
+    return refused_path(error)
 
 def drop_output() -> None:
     "Let what Python would still write at its end go nowhere, if there is no room or nobody reads."

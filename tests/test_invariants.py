@@ -44,7 +44,7 @@ def sizes(wanted, layers, groups, a_group, head, width):
     if "kv_lora_rank" in wanted:
         return wanted
     heads, square = groups * a_group, "head_dim" not in wanted or wanted.get("hidden_size") == 24
-    hidden = heads * head if square else 4 * width
+    hidden = heads * head if square else -(-2 * width // heads) * 2 * heads  # some classes want a multiple of the heads
     layers = 3 if "layer_types" in wanted or "mlp_only_layers" in wanted else layers
     new = {"num_hidden_layers": layers, "n_layer": layers, "num_attention_heads": heads, "n_head": heads, "num_key_value_heads": groups, "num_kv_heads": groups,
            "head_dim": head, "hidden_size": hidden, "n_embd": hidden, "intermediate_size": 4 * width + 4, "ffn_dim": 4 * width + 4, "n_inner": 4 * width + 4}

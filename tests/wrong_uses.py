@@ -14,29 +14,39 @@ import struct
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: bars are no part of a sentence
 import torch
+from pandas import DataFrame
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from cap_nb.analysis import compare_methods, comparison_markdown, method_table
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import sealed, write_checked, write_tensors
 from cap_nb.data.problems import load_problems, load_text
-from cap_nb.evaluation import accuracy, bootstrap_interval, evaluation_problems, held_out_losses, perplexity
+from cap_nb.engine.decoding import Decoding, generate_greedy
+from cap_nb.evaluation import accuracy, answer_problems, bootstrap_interval, evaluation_problems, held_out_losses, perplexity
 from cap_nb.importance import importance_factors, plot_factors
+from cap_nb.jobs.chains import Answering, own_chains
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.planning import plan
-from cap_nb.jobs.settings import Job, changed
+from cap_nb.jobs.plugins import add_allocation, add_attribution, by_relative
+from cap_nb.jobs.records import load_run
+from cap_nb.jobs.settings import FineTuning, Job, changed
+from cap_nb.methods.budgets import BudgetSettings, measured_budgets
 from cap_nb.methods.prune import prune
-from cap_nb.models.lab import lab_model
+from cap_nb.models.lab import lab_model, train_lab
 from cap_nb.models.loading import load_model, save_model
+from cap_nb.portable.fine_tuning import recover
+from cap_nb.portable.sharing import model_card
+from cap_nb.portable.small_files import export_folder
 from cap_nb.scoring import HeadLosses, causal_scores, load_losses, masked_head, rank_correlation, save_losses, score_interval
 from cap_nb.engine.resumed_scoring import score_heads
 from fixtures import tiny_llama
@@ -302,6 +312,39 @@ PYTHON = {
     "score_heads(model, calibration), examples beyond the context": lambda p: beyond(p, lambda m, t: score_heads(m, few(t))),
     "prune(model, 'wanda', 0.5, calibration=calibration), beyond the context": lambda p: beyond(p, lambda m, t: prune(m, "wanda", 0.5, calibration=few(t))),
     "held_out_losses(model, tokenizer, 'lab-arc', n=2), beyond the context": lambda p: beyond(p, lambda m, t: held_out_losses(m, t, "lab-arc", n=2)),
+    "accuracy(model, tokenizer, 'lab-arc', data_dir=7)": on_lab(lambda m, t, p: accuracy(m, t, "lab-arc", data_dir=7)),
+    "accuracy(model, tokenizer, 'lab-arc', style=False)": on_lab(lambda m, t, p: accuracy(m, t, "lab-arc", style=False)),
+    "accuracy(model, tokenizer, 'lab-arc', n=True)": on_lab(lambda m, t, p: accuracy(m, t, "lab-arc", n=True)),
+    "answer_problems(model, tokenizer, problems, stop_early='no')": on_lab(lambda m, t, p: answer_problems(m, t, evaluation_problems("lab-arc", 2), stop_early="no")),
+    "answer_problems(model, tokenizer, problems, decoding=Decoding(batch_tokens='many'))":
+        on_lab(lambda m, t, p: answer_problems(m, t, evaluation_problems("lab-arc", 2), decoding=Decoding(batch_tokens="many"))),
+    "calibration_set(tokenizer, tasks={'lab-arc', 'lab-gsm8k'})": on_lab(lambda m, t, p: calibration_set(t, tasks={"lab-arc", "lab-gsm8k"})),
+    "calibration_set(tokenizer, tasks=(name for name in ('lab-arc',)))": on_lab(lambda m, t, p: calibration_set(t, tasks=(name for name in ("lab-arc",)))),
+    "calibration_set(tokenizer, tasks=pandas.DataFrame({'lab-arc': [1]}))": on_lab(lambda m, t, p: calibration_set(t, tasks=DataFrame({"lab-arc": [1]}))),
+    "generate_greedy(model, tokenizer, [[]], 3)": on_lab(lambda m, t, p: generate_greedy(m, t, [[]], 3)),
+    "generate_greedy(model, tokenizer, [[1, 2]], 3, line='Answer')": on_lab(lambda m, t, p: generate_greedy(m, t, [[1, 2]], 3, line="Answer")),
+    "own_chains(model, tokenizer, tasks='lab-arc')": on_lab(lambda m, t, p: own_chains(m, t, tasks="lab-arc")),
+    "own_chains(model, tokenizer, answering=Answering(temperature='hot'))": on_lab(lambda m, t, p: own_chains(m, t, answering=Answering(temperature="hot"))),
+    "recover(model, calibration, FineTuning(steps='3'))": on_lab(lambda m, t, p: recover(m, few(t), FineTuning(steps="3"))),
+    "measured_budgets(model, calibration, 0.5, BudgetSettings(levels=0.3))": on_lab(lambda m, t, p: measured_budgets(m, few(t), 0.5, BudgetSettings(levels=0.3))),
+    "score_heads(model, replace(calibration, examples=(1, 2, 3)))": on_lab(lambda m, t, p: score_heads(m, replace(few(t), examples=(1, 2, 3)))),
+    "score_heads(model, calibration), an example's input_ids are text": on_lab(lambda m, t, p: score_heads(m, replace(few(t), examples=tuple(
+        replace(example, input_ids="abc") for example in few(t).examples)))),
+    "causal_scores(replace(losses, intact=None))": lambda p: causal_scores(replace(tables(), intact=None)),
+    "save_losses(replace(losses, meta=[1]), 'new')": lambda p: save_losses(replace(tables(), meta=[1]), p / "new"),
+    "train_lab('new', steps='3')": lambda p: train_lab(p / "new", steps="3"),
+    "add_allocation('mine', function, needs=7)": lambda p: add_allocation("mine", lambda model, known: [1], needs=7),
+    "add_attribution('mine', function, says=None)": lambda p: add_attribution("mine", lambda model, calibration, tokens: None, says=None),
+    "by_relative('no function', (), 'mine')": lambda p: by_relative("no function", (), "mine"),
+    "importance_factors(torch.eye(3).to_sparse())": lambda p: importance_factors(torch.eye(3).to_sparse()),
+    "comparison_markdown({})": lambda p: comparison_markdown({}),
+    "compare_methods(iter([1, 2]))": lambda p: compare_methods(iter([1, 2])),
+    "compare_methods([], pairs=[()])": lambda p: compare_methods([], pairs=[()]),
+    "method_table(iter([None]))": lambda p: method_table(iter([None])),
+    "method_table(torch.tensor(3))": lambda p: method_table(torch.tensor(3)),
+    "load_run('n' * 300)": lambda p: load_run(p / ("n" * 300)),
+    "model_card(a file)": lambda p: model_card(p / "file.txt"),
+    "export_folder(model, below a file)": lambda p: export_folder(p / "model", p / "file.txt" / "new"),
     "plan(changed(Job(), methods='cap'))": lambda p: plan(changed(Job(), methods="cap")),
     "plan(changed(Job(), n=10 ** 11))": lambda p: plan(changed(Job(), n=10 ** 11)),
 }

@@ -19,7 +19,7 @@ class BadInput(ValueError):
         super().__init__(said if len(said) <= LONGEST else f"{said[:LONGEST // 2]} ... {said[-LONGEST // 2:]}")
 
 # %% ../../nbs/core/00_errors.ipynb #c008
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 # %% ../../nbs/core/00_errors.ipynb #c009
 def check_choice(
@@ -29,7 +29,7 @@ def check_choice(
 ) -> str: # The same name
     "Return `value` if it is one of `choices`; otherwise raise `BadInput` with a sentence that lists them."
     known = tuple(choices)
-    if value in known: return value
+    if isinstance(value, Hashable) and value in set(known): return value # an array answers `in` with an array
     raise BadInput(f"Unknown {what} {value!r}: expected one of {', '.join(known)}; check the spelling.")
 
 # %% ../../nbs/core/00_errors.ipynb #c013
@@ -89,30 +89,57 @@ def check_index(
     raise BadInput(f"{what} is {index!r}: expected a whole number from 0 to {count - 1}; choose one of them.")
 
 # %% ../../nbs/core/00_errors.ipynb #ddcc7c79
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import UnionType
-from typing import Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 # %% ../../nbs/core/00_errors.ipynb #57f46846
 NUMBERS = {int: numbers.Integral, float: numbers.Real}
 SEVERAL = (Sequence, Collection, Iterable, list, tuple) # Kinds for which whatever has items will do
+TEXTS = {str, Path, str | Path, ...} # Kinds of names
 
+def items_seen(
+    value: object, # What has items
+) -> tuple | None: # The items; None if a look would use them up
+    "The items of what can be asked for its length, as no generator and no single number of torch can."
+    try:
+        len(value)
+        return tuple(value)
+    except TypeError: return None
+
+# %% ../../nbs/core/00_errors.ipynb #d8de226e
 def fits(
     value: object, # What was given
     kind: object, # What was asked for, as an annotation says it
 ) -> bool: # Whether it is of that kind, as far as can be seen without using it up
     "Whether a value is what an annotation says; a text is no list, and `True` no number."
     origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin in (Any, object): return True
     if origin in (Union, UnionType): return any(fits(value, part) for part in parts)
     if origin in NUMBERS: return is_number(value, NUMBERS[origin])
+    if origin is bool: return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_") # numpy's too
     if origin in SEVERAL:
-        if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)): return False
-        items = tuple(value) if parts and isinstance(value, (list, tuple, set, frozenset)) else ()
-        kinds = parts if origin is tuple and ... not in parts else parts[:1] * len(items)
-        return not items or len(items) == len(kinds) and all(map(fits, items, kinds))
+        unordered = isinstance(value, (set, frozenset)) and origin not in (Iterable, Collection)
+        if unordered or not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)): return False
+        if hasattr(value, "ndim") and parts and {*parts} <= TEXTS: return False # an array of names has no yes or no
+        if (items := items_seen(value)) is None: return origin is Iterable and not hasattr(value, "ndim")
+        kinds = parts if origin is tuple and parts and ... not in parts else (parts or (object,))[:1] * len(items)
+        return len(items) == len(kinds) and all(map(fits, items, kinds))
     if parts and origin in (dict, Mapping):
         return isinstance(value, Mapping) and all(fits(*pair) for item in value.items() for pair in zip(item, parts))
     return not isinstance(origin, type) or isinstance(value, origin)
+
+# %% ../../nbs/core/00_errors.ipynb #41138fd9
+def is_plain(
+    kind: object, # An annotation
+) -> bool: # Whether all that it asks for are classes, functions, or lists of such, without numbers in lists or tensors
+    "Whether what is wrong can be seen at a look, before the call."
+    origin, parts = get_origin(kind) or kind, [part for part in get_args(kind) if part is not ...]
+    if origin in (Union, UnionType): return all(map(is_plain, parts))
+    if origin in SEVERAL: return bool(parts) and all(is_plain(part) and part not in NUMBERS for part in parts)
+    return isinstance(origin, type) and origin is not object and origin.__module__ != "torch"
 
 # %% ../../nbs/core/00_errors.ipynb #7238a17a
 def check_confidence(
@@ -132,11 +159,10 @@ def has_no_numbers(
     return any(getattr(tensor, "is_meta", False) is True for tensor in tensors)
 
 # %% ../../nbs/core/00_errors.ipynb #6ddfbb52
+import errno
 import functools
 import inspect
 import os
-import re
-from pathlib import Path
 
 # %% ../../nbs/core/00_errors.ipynb #bad31955
 def check_tokenizer(tokenizer: object, what: str) -> None:
@@ -150,17 +176,28 @@ def check_model(model: object, what: str) -> None:
     raise BadInput(f"{what} is a {type(model).__name__}: expected a causal language model; load one with load_model.")
 
 def check_table(table: object, what: str) -> None:
-    "Raise `BadInput` for a tensor that is empty, or whose numbers are whole or not finite."
+    "Raise `BadInput` for a tensor that is empty or sparse, or whose numbers are whole or not finite."
     if not hasattr(table, "is_floating_point"): return
-    if table.is_floating_point() and table.numel() and table.isfinite().all(): return
-    raise BadInput(f"{what} is a tensor of {table.dtype}, {list(table.shape)}: expected finite floating-point numbers; "
+    if not table.is_sparse and table.is_floating_point() and table.numel() and table.isfinite().all(): return
+    kind = f"{'sparse ' * bool(table.is_sparse)}tensor of {table.dtype}"
+    raise BadInput(f"{what} is a {kind}, {list(table.shape)}: expected finite floating-point numbers; "
                    "give one for each head.")
 
+def check_device_name(device: object, what: str) -> None:
+    "Raise `BadInput` for a text that names no device."
+    if not isinstance(device, str) or re.fullmatch(r"(cpu|cuda|mps)(:\d+)?|auto", device): return
+    raise BadInput(f"{what} is {device[:60]!r}: expected cpu, cuda, cuda:N or mps; give one of them.")
+
+def check_some(several: object, what: str) -> None:
+    "Raise `BadInput` for something empty."
+    if not hasattr(several, "__len__") or len(several): return
+    raise BadInput(f"{what} is empty: expected one at least; give some.")
+
+# %% ../../nbs/core/00_errors.ipynb #3f95ac10
 def check_path(path: str | os.PathLike, what: str) -> None:
     "Raise `BadInput` for a path that no file system takes."
     if (text := os.fspath(path)) and "\0" not in text: return
     raise BadInput(f"{what} is {text!r}: expected the path of a file or folder; write one.")
-
 def check_text(text: str, what: str) -> None:
     "Raise `BadInput` for half a surrogate pair, which no file and no tokenizer takes."
     if text == text.encode("utf-8", "replace").decode(): return
@@ -169,9 +206,10 @@ def check_text(text: str, what: str) -> None:
 # %% ../../nbs/core/00_errors.ipynb #03d93d1e
 COUNTS = ("batch_size", "batch_tokens", "batch_windows", "bins", "draws", "heads_at_once", "k", "max_new_tokens", "n",
           "resamples", "save_every", "splits", "steps", "windows") # Names of what is counted from 1
-RANGES = {"tokenizer": check_tokenizer, "model": check_model,
+RANGES = {"tokenizer": check_tokenizer, "model": check_model, "device": check_device_name,
           "seed": lambda value, what: isinstance(value, str) or check_seed(value, what)} # a text where one is asked for
 RANGES |= dict.fromkeys(("scores", "factors", "neuron_scores", "head_scores"), check_table)
+RANGES |= dict.fromkeys(("answers", "comparisons", "evaluations", "parts", "problems", "reports", "runs"), check_some)
 RANGES |= dict.fromkeys(COUNTS, lambda value, what: check_at_least(value, 1, what)) # Name -> what checks its value
 
 # %% ../../nbs/core/00_errors.ipynb #9b6cb1da
@@ -179,7 +217,7 @@ def check_argument(
     value: object, # What was given
     kind: object, # What was asked for, as an annotation says it
     what: str, # Where it was given, as in "n of accuracy()"
-    name: str = "", # A name that has the same range everywhere; without it, no range is checked
+    name: str = "", # A name that has the same range everywhere; without it, neither range nor numbers are looked at
 ) -> None:
     "Raise `BadInput` for a value of another kind, without numbers, or out of the range that its name has everywhere."
     if not fits(value, kind):
@@ -187,7 +225,7 @@ def check_argument(
         is_that = repr(value) if plain else f"of type {type(value).__name__}"
         wanted = re.sub(r"(\w+\.)+", "", inspect.formatannotation(kind))
         raise BadInput(f"{what} is {is_that}: expected {wanted}; give that instead.")
-    if has_no_numbers(value):
+    if name and has_no_numbers(value): # a model without numbers is enough for some
         raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
     if isinstance(value, (str, os.PathLike)): check_text(os.fspath(value), what)
     if isinstance(value, (str, os.PathLike)) and kind is not object and fits(Path(), kind): check_path(value, what)
@@ -195,6 +233,7 @@ def check_argument(
 
 # %% ../../nbs/core/00_errors.ipynb #99b476aa
 from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
 from typing import TypeVar
 
 # %% ../../nbs/core/00_errors.ipynb #eb6b9f40
@@ -205,23 +244,92 @@ def lacks_memory(
     said = ("can't allocate memory", "out of memory")
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in said)
 
+def looked_through(
+    value: object, # What was given
+    what: str, # Where, as in "settings of recover()"
+) -> Iterator[tuple[object, object, str, str]]: # Value, kind, where it was given, name
+    "Fields of a dataclass that was given, alone or in a list, and theirs, as `check_argument` takes them; not by name."
+    for each in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(each, type) or not is_dataclass(each): continue
+        for field in fields(each):
+            held, where = getattr(each, field.name), f"{field.name} of {type(each).__name__}, {what}"
+            yield held, field.type, where, "" # 0 windows are none in one of them, and too few in a call
+            yield from looked_through(held, what)
+
+# %% ../../nbs/core/00_errors.ipynb #958381f6
 def wrong_argument(
     signature: inspect.Signature, # Of a public function
     name: str, # Its name
     given: tuple, # What it was given by place
     named: dict, # What it was given by name
+    first: bool = False, # Whether the call is still to come: plain kinds alone, and no ranges
 ) -> BadInput | None: # A sentence on the first argument that is wrong; None if none is
-    "Look through the arguments of a call that failed; one that Python itself refuses raises `TypeError`."
+    "Look through the arguments of a call, and their fields; one that Python itself refuses raises `TypeError`."
     for argument, value in signature.bind(*given, **named).arguments.items():
-        kind = signature.parameters[argument].annotation
-        try: check_argument(value, kind, f"{argument} of {name}()", argument)
-        except BadInput as said: return said
+        whole = value, signature.parameters[argument].annotation, f"{argument} of {name}()", argument
+        for each, kind, what, known in (whole, *looked_through(value, whole[2])):
+            if first and not is_plain(kind): continue
+            try: check_argument(each, kind, what, "" if first else known)
+            except BadInput as said: return said
     return None
 
 # %% ../../nbs/core/00_errors.ipynb #0d0b5df5
+def read_through(
+    signature: inspect.Signature, # Of a public function
+    given: tuple, # What it was given by place
+    named: dict, # What it was given by name
+) -> tuple[tuple, dict]: # The same, with a tuple for each iterator where an `Iterable` is asked for
+    "Read what can be read but once, so that it can be looked at when the call fails."
+    bound = signature.bind(*given, **named)
+    for name, value in bound.arguments.items():
+        once = isinstance(value, Iterator) and get_origin(signature.parameters[name].annotation) is Iterable
+        if once: bound.arguments[name] = tuple(value)
+    return bound.args, bound.kwargs
+
+
+# %% ../../nbs/core/00_errors.ipynb #0b64d9ac
+WANTED = {errno.ENOENT: "a file there, or for a new one a folder that takes it", errno.EACCES: "one that you may use",
+          errno.EPERM: "one that you may use", errno.EROFS: "a disk that takes new files",
+          errno.ENOTDIR: "only folders on the way to it", errno.EISDIR: "a file, not a folder",
+          errno.ENAMETOOLONG: "a shorter name", errno.EEXIST: "a folder there, or nothing",
+          errno.ELOOP: "a link that leads somewhere"} # What was expected where the file system refused
+
+def refused_path(
+    error: OSError, # From the file system
+) -> str: # The sentence
+    "What the file system refused, and what to do."
+    return (f"{error.filename or 'A file'} cannot be opened or written ({error.strerror or error}): expected "
+            f"{WANTED.get(error.errno, 'a file or folder there')}; check the path, or give another.")
+
+def about_paths(
+    error: Exception, # From a call that failed
+    given: Iterable[object], # What the call was given
+) -> bool: # Whether it is the file system's, about a path among that or something below it
+    "Whether an error says that a path that was given, a name made of it, or something below it cannot be used."
+    if not isinstance(error, OSError) or error.errno not in WANTED or not isinstance(error.filename, str): return False
+    paths = [os.path.abspath(value) for value in given if isinstance(value, (str, os.PathLike)) and value]
+    above = [str(path) for path in (Path(error.filename), *Path(error.filename).parents)] # names beside it are ours
+    return any(os.path.dirname(path) == os.path.dirname(each) and os.path.basename(path) in os.path.basename(each)
+               for path in paths for each in map(os.path.abspath, above))
+
+# %% ../../nbs/core/00_errors.ipynb #72286631
 INSIDE = ContextVar("inside", default=False) # Whether a public function is at work already
 F = TypeVar("F", bound=Callable)
 
+# %% ../../nbs/core/00_errors.ipynb #c432b57e
+def explained(
+    error: Exception, # From a call
+    signature: inspect.Signature, # Of the public function
+    name: str, # Its name
+    given: tuple, # What it was given by place
+    named: dict, # What it was given by name
+) -> BadInput | None: # The sentence; None if it is no argument's fault
+    "What the user did wrong, if that is why a call failed."
+    if about_paths(error, [*given, *named.values()]): return BadInput(refused_path(error))
+    try: return wrong_argument(signature, name, given, named)
+    except Exception: return None # looking at an argument may fail too; the first error is the one to show
+
+# %% ../../nbs/core/00_errors.ipynb #4780a5dc
 def arguments_answered(
     function: F, # A public function, annotated
 ) -> F: # The same
@@ -230,12 +338,15 @@ def arguments_answered(
     @functools.wraps(function)
     def wrapped(*given, **named):
         outermost = INSIDE.set(True) if not INSIDE.get() else None
-        try: return function(*given, **named)
-        except (BadInput, OSError): raise
+        try:
+            if outermost:
+                given, named = read_through(signature, given, named)
+                if said := wrong_argument(signature, function.__name__, given, named, True): raise said
+            return function(*given, **named)
+        except BadInput: raise
         except Exception as error:
             if outermost is None or lacks_memory(error): raise
-            try: said = wrong_argument(signature, function.__name__, given, named)
-            except Exception: said = None # looking at an argument may fail too; the first error is the one to show
+            said = explained(error, signature, function.__name__, given, named)
             if said is None: raise
             raise said from error
         finally:

@@ -321,11 +321,18 @@ def rows_of_parquet(
 import json
 
 # %% ../../nbs/core/01_files.ipynb #c054
+def plain_number(
+    value: object, # What JSON does not know
+) -> int | float | bool: # The same number, as Python has it
+    "A number of numpy's as one of Python's; nothing else is for JSON."
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0: return value.item()
+    raise TypeError(f"{type(value).__name__} is nothing for JSON")
+
 def json_text(
     content: object, # Anything that JSON can hold
 ) -> str: # JSON with sorted keys, a line a value, ending in a newline
     "A value as JSON; equal values give equal texts. Bytes of a name or note that are no text raise `BadInput`."
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, default=plain_number) + "\n"
     if text.isascii(): return text
     try: text.encode("utf-8")
     except UnicodeEncodeError as error:

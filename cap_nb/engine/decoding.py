@@ -383,7 +383,8 @@ def check_room(
     prompts: Sequence[Sequence[int]], # Token ids of each prompt
     max_new_tokens: int, # The limit, in tokens
 ) -> None:
-    "Raise `BadInput` if the longest prompt and what may follow it exceed the model's context."
+    "Raise `BadInput` if the longest prompt and what may follow it exceed the model's context, or one is empty."
+    if not all(map(len, prompts)): raise BadInput("A prompt has no token: expected one at least; write some.")
     longest, context = max(map(len, prompts), default=0), context_of(model.config)
     if context is not None and longest + max_new_tokens > context:
         raise BadInput(f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "

@@ -347,7 +347,7 @@ from ..methods.criteria import CRITERIA, Given, measured_for, walks
 from ..regions import Factors
 from ..models.anatomy import Projection, projections
 from ..threshold import PruneReport, prune_report, zero_within
-from ..core.errors import check_choice
+from ..core.errors import arguments_answered, check_choice
 from ..methods.wanda import input_norms
 from ..models.families import HOLDS
 from ..engine.layer_walk import layer_by_layer
@@ -416,6 +416,7 @@ def check_variants(
                    "losses; leave it out.")
 
 # %% ../../nbs/experiments/00_variants.ipynb #c065
+@arguments_answered
 def run_variants(
     job: Job, # What is wanted; its methods play no part
     folder: str | Path, # The run's folder; made, or taken up again
@@ -431,9 +432,8 @@ def run_variants(
     sources = Sources(base=Path(base) if base is not None else None, text_windows=text_windows,
                       store=Path(store) if store else folder/"unfinished"/"scores")
     if base is not None: tasks_table(ready, folder, sources) # a wrong one is refused before anything is written
-    settings = ready.configuration | {"methods": list(names)}
     with alone_in(folder):
-        open_run(folder, settings)
+        open_run(folder, settings := ready.configuration | {"methods": list(names)})
         note_environment(folder, environment(settings["model"]["device"], note))
         factors = factors_of_variants(ready, folder, names, sources)
         if not store: shutil.rmtree(sources.store, ignore_errors=True)

@@ -317,6 +317,7 @@ def in_order(
     return tuple(sorted(chains, key=lambda chain: (place[chain.task, chain.uid], chain.attempt)))
 
 # %% ../../nbs/jobs/06_chains.ipynb #c049
+@arguments_answered
 def own_chains(
     model: nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer
@@ -335,8 +336,7 @@ def own_chains(
     for e in examples: check_room(model, [prompt_tokens(e)], answering.limit(e.task))
     about = chains_origin(model, tokenizer, examples, style, answering, seed)
     if file and Path(file).exists(): return same_origin(Path(file), about)
-    def answer(batch: AnswerBatch) -> tuple[Chain, ...]:
-        return answered(model, tokenizer, batch, style, answering, seed)
+    def answer(batch: AnswerBatch): return answered(model, tokenizer, batch, style, answering, seed)
     with parts_folder(file) as parts:
         finished = finished_batches(answer_batches(examples, answering), answer, about, parts)
         chains = Chains(about, in_order(finished, examples))

@@ -20,6 +20,7 @@ from ..methods.neurons import UNIT_AWARE
 from ..models.anatomy import anatomy
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c018
+@arguments_answered
 def checked_scores(
     compute: Callable[..., torch.Tensor], # The user's function
     whose: str, # Whose it is, for the sentence
@@ -34,6 +35,7 @@ def checked_scores(
                        f"by {a.heads} heads, all finite; correct it.")
     return scores
 
+# %% ../../nbs/jobs/09_plugins.ipynb #3a8f728b
 @arguments_answered
 def add_attribution(
     name: str, # Letters, digits and underscores; not one of `ATTRIBUTIONS` yet
@@ -76,6 +78,7 @@ from ..methods.prune import ALLOCATORS
 from ..threshold import Criterion, Measurements
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c031
+@arguments_answered
 def by_relative(
     relative: Callable[[nn.Module, Measurements], Sequence[float]], # A number for each layer
     needs: Sequence[str], # What is measured for it
@@ -88,6 +91,8 @@ def by_relative(
         return shares_of_layers(model, relative_sparsity(numbers, layer_weights(model), sparsity, whose))
     return shares
 
+# %% ../../nbs/jobs/09_plugins.ipynb #48bc931e
+@arguments_answered
 def add_allocation(
     name: str, # Letters, digits and underscores; not one of `ALLOCATORS` yet
     relative: Callable[[nn.Module, Measurements], Sequence[float]], # Model, measurements -> a number for each layer

@@ -474,7 +474,7 @@ def lab_model(
 import os
 import platform
 from typing import Any
-from ..core.errors import check_at_least
+from ..core.errors import arguments_answered, check_at_least
 from .lab_world import world_fingerprint
 
 # %% ../../nbs/models/06_lab.ipynb #c072
@@ -492,6 +492,7 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 # %% ../../nbs/models/06_lab.ipynb #c074
+@arguments_answered
 def train_lab(
     folder: str | Path, # Where the checkpoint will be; must not exist
     steps: int | None = None, # Optimiser steps; None means the recipe's
@@ -509,8 +510,7 @@ def train_lab(
         raise BadInput(f"{folder} exists already: expected a new folder; choose another name or remove it.")
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(recipe.vocabulary)
-    model = kind.new(recipe, tokenizer)
-    log = train(model, tokenizer, recipe, work, kind)
+    log = train(model := kind.new(recipe, tokenizer), tokenizer, recipe, work, kind)
     rounded(model, kind.stored).eval() # what is evaluated is what is kept
     solved = {task: {"solved": lab_solved(model, tokenizer, task, n), "n": n} for task in TASKS}
     evaluation = {"split": "evaluation", "seed": 0, "dtype": "float32", "tasks": solved}
