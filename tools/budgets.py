@@ -72,7 +72,8 @@ def calibrated(tokenizer: object, study: Study, data: str | None) -> Calibration
 
 def solver_local(name: str, model: torch.nn.Module, calibration: Calibration) -> Local:
     "A solver with the Hessians of the dense model; the last four weights of a matrix are kept, since moves go back."
-    hessians = {key: h.clone() for step in layer_by_layer(model, calibration) for key, h in input_hessians(step).items()}
+    walk = layer_by_layer(model, calibration)
+    hessians = {key: hessian.clone() for step in walk for key, hessian in input_hessians(step).items()}
     kept = {key: {} for key in hessians}
 
     def weight(p: object, share: float) -> torch.Tensor:
@@ -128,24 +129,31 @@ def judged(name: str, study: Study, how: tuple[str, float, dict | None, Calibrat
     return found | {"text": {"loss": [float(f"{loss:.5g}") for loss in text.losses]}}
 
 
+def compared(one: list, other: list) -> Comparison:
+    "Losses less others on the same problems, a family of one."
+    less = [a - b for a, b in zip(one, other, strict=True)]
+    (low, high), p = bootstrap_interval(less, 0), sign_flip_test(less, 0, 99_999)
+    return Comparison(value=sum(less) / len(less), low=low, high=high, unit="nats", n=len(less), p=p, holm=p)
+
+
 def differences(cells: dict) -> list:
-    "Every allocation less equal shares: [criterion, sparsity, allocation, on, mean, value, low, high, p, decided]."
-    found, means = {}, {}
+    """Allocations less equal shares, and the moved ones less the permuted ones, in one family: [criterion, sparsity,
+    allocation, the other one, on, value, low, high, p after Holm, decided]."""
+    found = {}
     for (criterion, sparsity, how), losses in cells.items():
-        equal = cells.get((criterion, sparsity, "equal"))
-        for on in losses if sparsity and equal and how != "equal" else ():
-            less = [one - other for one, other in zip(losses[on]["loss"], equal[on]["loss"], strict=True)]
-            (low, high), p, key = bootstrap_interval(less, 0), sign_flip_test(less, 0, 99_999), (criterion, sparsity, how, on)
-            found[key] = Comparison(value=sum(less) / len(less), low=low, high=high, unit="nats", n=len(less), p=p, holm=p)
-            means[key] = sum(losses[on]["loss"]) / len(less)
+        for other in ("equal", "own, moved, permuted"):
+            asked = how != other and (other == "equal" or how == "own, moved")
+            for on, beside in cells.get((criterion, sparsity, other), {}).items() if asked else ():
+                found[criterion, sparsity, how, other, on] = compared(losses[on]["loss"], beside["loss"])
     told = correct_family(found, "figures/budgets")
-    return [[*key, *(float(f"{number:.4g}") for number in (means[key], c.value, c.low, c.high, c.holm)), c.decided]
+    return [[*key, *(float(f"{number:.4g}") for number in (c.value, c.low, c.high, c.holm)), c.decided]
             for key, c in told.items()]
 
 
 def main(name: str, work: Path, seconds: float = 1e9, data: str | None = None) -> None:
     "Measure cell after cell, and write what is there."
-    study, pieces, cells = STUDIES[name], Pieces(work, time.time() + float(seconds)), {}
+    study, work, cells = STUDIES[name], work / name, {}
+    pieces = Pieces(work, time.time() + float(seconds))
     work.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(name, study.dtype, "cpu")
     calibration = calibrated(tokenizer, study, data)
@@ -163,7 +171,8 @@ def main(name: str, work: Path, seconds: float = 1e9, data: str | None = None) -
                "losses": [[*key, {on: values["loss"] for on, values in each.items()}] for key, each in cells.items()],
                "differences": differences(cells)}
     OUT.mkdir(parents=True, exist_ok=True)
-    write_checked(OUT / f"{name}.json", content | {"environment": environment(model.device, os.environ.get("CAP_NB_NOTE", ""))})
+    made = environment(model.device, os.environ.get("CAP_NB_NOTE", ""))
+    write_checked(OUT / f"{name}.json", content | {"environment": made})
 
 
 if __name__ == "__main__":
