@@ -56,7 +56,7 @@ class ModelRecords:
     screened: Mapping[str, tuple[float, ...]] = field(default_factory=dict) # Case -> rank correlation of each draw
     units: Mapping[str, Mapping] = field(default_factory=dict) # Name of a study of neurons -> its record, as it is
     folders: tuple[Path, ...] = () # Where all this was read
-    whole: bool = True # Whether a question that the records do not answer is listed too
+    has_variants: bool = True # Whether variants were run; if not, only cases that the records answer are listed
 
 # %% ../../nbs/experiments/02_claims.ipynb #c012
 def run_in(
@@ -86,7 +86,7 @@ def check_same(
 def seed_runs(
     *folders: Path, # Folders that hold a run in each subfolder, which may not be there
 ) -> tuple[dict[int, dict], dict[int, HeadLosses]]: # Calibration seed -> cells, and calibration seed -> table of losses
-    "The runs of several calibration seeds, by seed."
+    "The runs of several calibration seeds, by seed; where several have one seed, their cells are put together."
     cells, losses = {}, {}
     for path in sorted(path for folder in folders for path in folder.glob("*/run.json")):
         run = load_run(path.parent)
@@ -195,7 +195,7 @@ def read_model(
         reached={(report.method, report.asked): report.reached for report in reports},
         seconds=seconds_of(run, variants), seeds=by_seed, seed_losses=seed_losses, answers=chain_answers(variants),
         experts=cells_of_run(run_in(experts)),
-        held_out=seed_runs(judged[0])[0], held_out_experts=seed_runs(judged[1])[0], whole=claims.exists(),
+        held_out=seed_runs(judged[0])[0], held_out_experts=seed_runs(judged[1])[0], has_variants=claims.exists(),
         together=read_checked(additivity) if additivity.exists() else {}, screened=screenings(figures, name),
         units=unit_studies(figures, name),
         folders=tuple(folder for folder in (*folders, *judged) if folder.exists()))
@@ -840,7 +840,8 @@ def frozen_cases(
     return each_task(judged_once(first, second), 0.2, 0.5) | {f"{k}, experts": v for k, v in of_experts.items()}
 
 FROZEN = {"alps": ("The joint solver", {"wanda": "Wanda", "sparsegpt": "SparseGPT", "cap": "CAP"}),
-          "wanda+kl": ("The mask with budgets", {"wanda": "Wanda", "wanda+owl": "OWL"})} # Method -> name, and rivals
+          "wanda+kl": ("The mask with budgets", {"wanda": "Wanda", "wanda+owl": "OWL", "ria": "RIA", "cap": "CAP"})
+          } # Method -> its name, and its rivals
 FROZEN_QUESTIONS = tuple(
     Claim(section="", says=f"{called}, frozen on validation problems, keeps more than {rival}", unit=GAIN,
           cases=frozen_cases(method, other))
@@ -965,6 +966,15 @@ def judged_claim(
     return {label: (answers.get(label), verdict(answers.get(label), claim.ranges.get(label, claim.expected)))
             for label in claim.cases}
 
+# %% ../../nbs/experiments/02_claims.ipynb #efb45b37
+def is_asked(
+    label: str, # Of a case
+    records: ModelRecords, # What was run on a model
+) -> bool: # Whether a case without an answer is listed as not measured
+    "Not where a model has few runs, nor about experts where it has no mixture beside it."
+    has_mixture = records.experts or records.held_out_experts
+    return bool(records.has_variants and (has_mixture or not label.endswith("experts")))
+
 # %% ../../nbs/experiments/02_claims.ipynb #c087
 @arguments_answered
 def claims_ledger(
@@ -976,7 +986,7 @@ def claims_ledger(
     for claim in claims:
         for records in models:
             for label, (c, judged) in judged_claim(claim, records).items():
-                if c is None and not records.whole: continue
+                if c is None and not is_asked(label, records): continue
                 numbers = (claim.unit, *[math.nan] * 3, 0, None, None)
                 if c: numbers = (c.unit, c.value, c.low, c.high, c.n, c.p, c.holm)
                 rows[claim.says, label, records.name] = (claim.section, *numbers, judged, reason(c, judged))
@@ -1122,7 +1132,7 @@ def save_ledger(
 @arguments_answered
 def write_ledger(
     figures: str | Path, # Folder that holds the runs' folders
-    models: Sequence[str] | None = None, # Names of models; None means all that have a whole comparison
+    models: Sequence[str] | None = None, # Names of models; None means all of `models_in`
 ) -> Path: # Folder of the ledger
     "Make and write the ledger of all models."
     records = [read_model(figures, name) for name in models or models_in(figures)]

@@ -299,7 +299,7 @@ def exchange_pairs(
     state.left.sub_(going.long())
 
 # %% ../../nbs/methods/04_swaps.ipynb #6a899109
-def go_ahead(
+def walk_in_pairs(
     state: Rows, # All rows; those below are changed in place
     rows: torch.Tensor, # Indices of some, int64
     gram: torch.Tensor, # G, float32, contiguous [in, in]
@@ -330,7 +330,7 @@ def renewed(
 
 # %% ../../nbs/methods/04_swaps.ipynb #ba03bf38
 WEIGHTS_A_PIECE = 2 ** 18
-WEIGHTS_AHEAD = 2 ** 19 # The same for rows that go ahead, which make fewer and longer calls
+WEIGHTS_IN_PAIRS = 2 ** 19 # The same for exchanges in pairs, which are fewer and longer calls
 
 def swap_rows(
     weight: torch.Tensor, # Float32 [rows, in]
@@ -338,12 +338,13 @@ def swap_rows(
     gram: torch.Tensor, # G, float32, contiguous [in, in]
     choose: Choice, # How candidates are chosen
     most: int, # Exchanges of a row
-    ahead: bool, # Whether the rows first go ahead in pairs
+    in_pairs: bool, # Whether the rows first exchange in pairs
 ) -> torch.Tensor: # The new mask, bool [rows, in]
     "Exchange until every row stands at a minimum among its candidates, or has made all its exchanges."
     active, size = torch.arange(len(weight), device=weight.device), max(64, WEIGHTS_A_PIECE // len(gram))
     state = fresh_rows(weight, mask.clone(), gram, torch.full_like(active, most))
-    for piece in active.split(max(64, WEIGHTS_AHEAD // len(gram))) if ahead else (): go_ahead(state, piece, gram)
+    pieces = active.split(max(64, WEIGHTS_IN_PAIRS // len(gram))) if in_pairs else ()
+    for piece in pieces: walk_in_pairs(state, piece, gram)
     while len(active):
         moving, standing = active, []
         while len(moving):
@@ -394,7 +395,7 @@ from functools import partial
 
 # %% ../../nbs/methods/04_swaps.ipynb #c056
 WEIGHTS_AT_ONCE = 2 ** 22 # Rows are taken in parts of so many weights
-WIDE = 16 # Columns for each candidate, above which rows go ahead in pairs
+WIDE = 16 # Columns for each candidate, above which rows first exchange in pairs
 
 @torch.no_grad()
 def swapped_mask(
@@ -413,7 +414,7 @@ def swapped_mask(
     gram = hessian.detach().float().contiguous()
     if pattern is None: choose = partial(cheapest_columns, count=min(candidates, len(gram)))
     else: choose = partial(cheapest_groups, count=candidates, pattern=pattern)
-    ahead = pattern is None and len(gram) > WIDE * candidates
+    in_pairs = pattern is None and len(gram) > WIDE * candidates
     parts = torch.arange(len(weight), device=weight.device).split(max(1, WEIGHTS_AT_ONCE // len(gram)))
-    return torch.cat([swap_rows(weight[part].detach().float(), mask[part], gram, choose, most, ahead)
+    return torch.cat([swap_rows(weight[part].detach().float(), mask[part], gram, choose, most, in_pairs)
                       for part in parts])
