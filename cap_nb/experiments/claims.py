@@ -831,6 +831,7 @@ def judged_once(
         return case
     return question
 
+# %% ../../nbs/experiments/02_claims.ipynb #ddd86b26
 def frozen_cases(
     first: str, # A frozen method
     second: str, # Another

@@ -406,7 +406,7 @@ def wanda_work(
     sizes: Sizes, # The sizes of the model
     batches: Sequence[BatchShape], # The calibration batches
 ) -> Work: # The work of measuring the norms, layer by layer
-    "A pass that measures, without down projections (of experts with them), and one that goes on but for the last layer."
+    "A pass that measures, without down projections but for experts', and one that goes on, up to the last layer."
     runs = 2 * sizes.layers - 1
     short, again = (0, sizes.layers) if sizes.experts else (sizes.layers, 0) # experts' down inputs are made anew
     return sum((Work(passes=2, layer_tokens=runs * b.rows * b.width, head_tokens=0, pairs=runs * b.rows * b.width**2,
