@@ -89,8 +89,9 @@ def check_index(
     raise BadInput(f"{what} is {index!r}: expected a whole number from 0 to {count - 1}; choose one of them.")
 
 # %% ../../nbs/core/00_errors.ipynb #ddcc7c79
+import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set, ValuesView
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -103,11 +104,18 @@ TEXTS = {str, Path, str | Path, ...} # Kinds of names
 def items_seen(
     value: object, # What has items
 ) -> tuple | None: # The items; None if a look would use them up
-    "The items of what can be asked for its length, as no generator and no single number of torch can."
+    "The items of what can be asked for its length and read again, as no generator and no single number of torch can."
+    if not (hasattr(value, "__getitem__") or isinstance(value, (Set, ValuesView))): return None
     try:
         len(value)
         return tuple(value)
     except TypeError: return None
+
+def single(
+    value: object, # What was given
+) -> object: # The number in it, if it is an array or tensor of no dimension; else itself
+    "A number out of its array."
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 # %% ../../nbs/core/00_errors.ipynb #d8de226e
 def fits(
@@ -118,7 +126,7 @@ def fits(
     origin, parts = get_origin(kind) or kind, get_args(kind)
     if origin in (Any, object): return True
     if origin in (Union, UnionType): return any(fits(value, part) for part in parts)
-    if origin in NUMBERS: return is_number(value, NUMBERS[origin])
+    if origin in NUMBERS: return is_number(single(value), NUMBERS[origin])
     if origin is bool: return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_") # numpy's too
     if origin in SEVERAL:
         unordered = isinstance(value, (set, frozenset)) and origin not in (Iterable, Collection)
@@ -132,14 +140,17 @@ def fits(
     return not isinstance(origin, type) or isinstance(value, origin)
 
 # %% ../../nbs/core/00_errors.ipynb #41138fd9
+PLAIN = (str, bytes, bool, int, float, type(None), Path, os.PathLike) # Kinds that no stand-in is given for
+
 def is_plain(
     kind: object, # An annotation
-) -> bool: # Whether all that it asks for are classes, functions, or lists of such, without numbers in lists or tensors
+) -> bool: # Whether all that it asks for are names, paths, numbers, yes or no, or lists of names
     "Whether what is wrong can be seen at a look, before the call."
     origin, parts = get_origin(kind) or kind, [part for part in get_args(kind) if part is not ...]
     if origin in (Union, UnionType): return all(map(is_plain, parts))
-    if origin in SEVERAL: return bool(parts) and all(is_plain(part) and part not in NUMBERS for part in parts)
-    return isinstance(origin, type) and origin is not object and origin.__module__ != "torch"
+    if origin in (*SEVERAL, dict, Mapping):
+        return bool(parts) and all(is_plain(part) and part not in NUMBERS for part in parts)
+    return origin in PLAIN
 
 # %% ../../nbs/core/00_errors.ipynb #7238a17a
 def check_confidence(
@@ -162,7 +173,6 @@ def has_no_numbers(
 import errno
 import functools
 import inspect
-import os
 
 # %% ../../nbs/core/00_errors.ipynb #bad31955
 def check_tokenizer(tokenizer: object, what: str) -> None:
@@ -252,11 +262,21 @@ def looked_through(
     for each in value if isinstance(value, (list, tuple)) else (value,):
         if isinstance(each, type) or not is_dataclass(each): continue
         for field in fields(each):
-            held, where = getattr(each, field.name), f"{field.name} of {type(each).__name__}, {what}"
+            held, where = getattr(each, field.name, field.default), f"{field.name} of {type(each).__name__}, {what}"
+            if held is field.default: continue
             yield held, field.type, where, "" # 0 windows are none in one of them, and too few in a call
             yield from looked_through(held, what)
 
+def is_ours(
+    value: object, # What was given
+) -> bool: # Whether all of it are instances of this package's classes
+    "Whether a value, or every item of a list, is of this package."
+    several = value if isinstance(value, (list, tuple)) else (value,)
+    return all(type(each).__module__.partition(".")[0] == "cap_nb" for each in several)
+
 # %% ../../nbs/core/00_errors.ipynb #958381f6
+STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) # Several under one name
+
 def wrong_argument(
     signature: inspect.Signature, # Of a public function
     name: str, # Its name
@@ -266,10 +286,13 @@ def wrong_argument(
 ) -> BadInput | None: # A sentence on the first argument that is wrong; None if none is
     "Look through the arguments of a call, and their fields; one that Python itself refuses raises `TypeError`."
     for argument, value in signature.bind(*given, **named).arguments.items():
-        whole = value, signature.parameters[argument].annotation, f"{argument} of {name}()", argument
-        for each, kind, what, known in (whole, *looked_through(value, whole[2])):
+        parameter, what = signature.parameters[argument], f"{argument} of {name}()"
+        if parameter.annotation is parameter.empty or parameter.kind in STARRED: continue
+        whole = value, parameter.annotation, what, argument
+        inside = looked_through(value, what) if not first or is_ours(value) else ()
+        for each, kind, where, known in (whole, *inside):
             if first and not is_plain(kind): continue
-            try: check_argument(each, kind, what, "" if first else known)
+            try: check_argument(each, kind, where, "" if first else known)
             except BadInput as said: return said
     return None
 
@@ -316,6 +339,24 @@ def about_paths(
 INSIDE = ContextVar("inside", default=False) # Whether a public function is at work already
 F = TypeVar("F", bound=Callable)
 
+# %% ../../nbs/core/00_errors.ipynb #b2a27684
+def is_path_kind(
+    kind: object, # An annotation
+) -> bool: # Whether a path is asked for, and not anything
+    "Whether an annotation admits a `Path`."
+    return kind is not object and fits(Path(), kind)
+
+def first_look(
+    signature: inspect.Signature, # Of a public function
+    name: str, # Its name
+    given: tuple, # What it was given by place
+    named: dict, # What it was given by name
+) -> None:
+    "Raise `BadInput` for a plain argument of another kind, before the call; a look that fails refuses nothing."
+    try: said = wrong_argument(signature, name, given, named, True)
+    except Exception: return
+    if said: raise said
+
 # %% ../../nbs/core/00_errors.ipynb #c432b57e
 def explained(
     error: Exception, # From a call
@@ -325,8 +366,11 @@ def explained(
     named: dict, # What it was given by name
 ) -> BadInput | None: # The sentence; None if it is no argument's fault
     "What the user did wrong, if that is why a call failed."
-    if about_paths(error, [*given, *named.values()]): return BadInput(refused_path(error))
-    try: return wrong_argument(signature, name, given, named)
+    try:
+        taken = signature.bind(*given, **named).arguments.items()
+        asked = [value for argument, value in taken if is_path_kind(signature.parameters[argument].annotation)]
+        if about_paths(error, asked): return BadInput(refused_path(error))
+        return wrong_argument(signature, name, given, named)
     except Exception: return None # looking at an argument may fail too; the first error is the one to show
 
 # %% ../../nbs/core/00_errors.ipynb #4780a5dc
@@ -337,18 +381,16 @@ def arguments_answered(
     signature = inspect.signature(function)
     @functools.wraps(function)
     def wrapped(*given, **named):
-        outermost = INSIDE.set(True) if not INSIDE.get() else None
-        try:
-            if outermost:
-                given, named = read_through(signature, given, named)
-                if said := wrong_argument(signature, function.__name__, given, named, True): raise said
-            return function(*given, **named)
+        if INSIDE.get(): return function(*given, **named)
+        given, named = read_through(signature, given, named)
+        first_look(signature, function.__name__, given, named)
+        outermost = INSIDE.set(True)
+        try: return function(*given, **named)
         except BadInput: raise
         except Exception as error:
-            if outermost is None or lacks_memory(error): raise
+            if lacks_memory(error): raise
             said = explained(error, signature, function.__name__, given, named)
             if said is None: raise
             raise said from error
-        finally:
-            if outermost is not None: INSIDE.reset(outermost)
+        finally: INSIDE.reset(outermost)
     return wrapped
