@@ -152,6 +152,24 @@ def is_plain(
         return bool(parts) and all(is_plain(part) and part not in NUMBERS for part in parts)
     return origin in PLAIN
 
+# %% ../../nbs/core/00_errors.ipynb #e8aaf7e3
+SIMPLE, SOME = (str, bytes, bool, int, float, type(None)), (list, tuple, dict, set, frozenset)
+
+def is_classes(
+    kind: object, # An annotation
+) -> bool: # Whether it asks for a class or a function, or one of several, and for no list
+    "Whether a text, a number or a list is wrong for it at a look, unless it says so."
+    origin = get_origin(kind) or kind
+    if origin in (Union, UnionType): return all(is_classes(part) or is_plain(part) for part in get_args(kind))
+    return isinstance(origin, type) and origin not in (object, *SEVERAL) and origin.__module__ != "torch"
+
+def is_seen(
+    value: object, # What was given
+    kind: object, # An annotation
+) -> bool: # Whether it may be held against it before the call
+    "Whether what is wrong with a value can be seen at a look."
+    return is_plain(kind) or type(value) in (*SIMPLE, *SOME) and is_classes(kind)
+
 # %% ../../nbs/core/00_errors.ipynb #7238a17a
 def check_confidence(
     confidence: float, # Share of the draws inside an interval
@@ -291,7 +309,7 @@ def wrong_argument(
         whole = value, parameter.annotation, what, argument
         inside = looked_through(value, what) if not first or is_ours(value) else ()
         for each, kind, where, known in (whole, *inside):
-            if first and not is_plain(kind): continue
+            if first and not is_seen(each, kind): continue
             try: check_argument(each, kind, where, "" if first else known)
             except BadInput as said: return said
     return None
