@@ -32,7 +32,9 @@ def test_a_wrong_use_gets_one_sentence(use, shown, place):
         pytest.skip("only root can become another user, or mount a disk")
     sentence, code = answer(use, place)
     cleared(place)
-    assert len(sentence.splitlines()) == 1 and "Traceback" not in sentence and "None" not in sentence.split("expected")[0], (use.does, sentence)
+    what = sentence.split("expected")[0]
+    assert len(sentence.splitlines()) == 1 and "Traceback" not in sentence, (use.does, sentence)
+    assert "None" not in what or "=None" in use.does and " is None: " in what, (use.does, sentence)  # None that was given may be named
     assert code == (2 if use.does.startswith("cap ") else None), use.does
     assert ": expected " in sentence and sentence.endswith("."), (use.does, sentence)
     assert not (place / "new").exists()
