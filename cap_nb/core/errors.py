@@ -240,6 +240,13 @@ RANGES |= dict.fromkeys(("scores", "factors", "neuron_scores", "head_scores"), c
 RANGES |= dict.fromkeys(("answers", "comparisons", "evaluations", "parts", "problems", "reports", "runs"), check_some)
 RANGES |= dict.fromkeys(COUNTS, lambda value, what: check_at_least(value, 1, what)) # Name -> what checks its value
 
+# %% ../../nbs/core/00_errors.ipynb #cc38357a
+def is_path_kind(
+    kind: object, # An annotation
+) -> bool: # Whether a path is asked for, and not anything
+    "Whether an annotation admits a `Path`."
+    return kind is not object and fits(Path(), kind)
+
 # %% ../../nbs/core/00_errors.ipynb #9b6cb1da
 def check_argument(
     value: object, # What was given
@@ -256,7 +263,7 @@ def check_argument(
     if name and has_no_numbers(value): # a model without numbers is enough for some
         raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
     if isinstance(value, (str, os.PathLike)): check_text(os.fspath(value), what)
-    if isinstance(value, (str, os.PathLike)) and kind is not object and fits(Path(), kind): check_path(value, what)
+    if isinstance(value, (str, os.PathLike)) and is_path_kind(kind): check_path(value, what)
     if name in RANGES and (value is not None or kind is object): RANGES[name](value, what)
 
 # %% ../../nbs/core/00_errors.ipynb #99b476aa
@@ -358,12 +365,6 @@ INSIDE = ContextVar("inside", default=False) # Whether a public function is at w
 F = TypeVar("F", bound=Callable)
 
 # %% ../../nbs/core/00_errors.ipynb #b2a27684
-def is_path_kind(
-    kind: object, # An annotation
-) -> bool: # Whether a path is asked for, and not anything
-    "Whether an annotation admits a `Path`."
-    return kind is not object and fits(Path(), kind)
-
 def first_look(
     signature: inspect.Signature, # Of a public function
     name: str, # Its name
