@@ -2,12 +2,15 @@
 
     python tools/additivity.py lab
     python tools/additivity.py smollm2 DATA    # DATA: folder of benchmark files
+    python tools/additivity.py qwen DATA       # the model lies in models/qwen-coder-0.5b
 
 Writes figures/additivity/MODEL.json, part by part; a part that is there is not measured again. On the lab model all
-pairs, and what CAP zeroes in one unit (a head, a key-value head, an MLP) alone, against all of it together; on SmolLM2
-the pairs within the 12 heads with the highest scores, and within 12 drawn at random.
+pairs, and what CAP zeroes in one unit (a head, a key-value head, an MLP) alone, against all of it together; on the
+larger models the pairs within the 12 heads with the highest scores, and within 12 drawn at random. CAP_NB_NOTE says
+what else was running.
 """
 import copy
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,10 +33,13 @@ from cap_nb.scoring import batches_of, causal_scores, target_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "figures" / "additivity"
-TASKS = {"lab": LAB_TASKS, "smollm2": ("gsm8k", "strategyqa", "arc")}
-EXAMPLES = {"lab": 16, "smollm2": 2}  # A task
-FEW = 12  # Heads whose pairs are masked on SmolLM2
-NOTE = "other processes were running on both of the machine's cores"
+PAPER_TASKS = ("gsm8k", "strategyqa", "arc")
+TASKS = {"lab": LAB_TASKS, "smollm2": PAPER_TASKS, "qwen": PAPER_TASKS}
+EXAMPLES = {"lab": 16, "smollm2": 2, "qwen": 2}  # A task
+FOLDERS = {"qwen": str(ROOT / "models" / "qwen-coder-0.5b")}  # Where a model lies that is not known by name
+STYLES = {"qwen": "answer-line"}  # The prompt style of its run
+FEW = 12  # Heads whose pairs are masked on the larger models
+NOTE = os.environ.get("CAP_NB_NOTE", "what else was running was not said")
 
 
 def rounded(values: torch.Tensor, digits: int = 4) -> list:
@@ -136,10 +142,10 @@ def thinned(model, calibration: Calibration, factors: torch.Tensor, sparsity: fl
 
 def main(name: str, data: str | None) -> None:
     "Measure and write, part by part."
-    model, tokenizer = load_model(name, "float32", "cpu")
+    model, tokenizer = load_model(FOLDERS.get(name, name), "float32", "cpu")
     layers, heads = load_run(ROOT / "figures" / name).losses.masked.shape[:2]
     every, start = [(layer, head) for layer in range(layers) for head in range(heads)], time.monotonic()
-    calibration = calibration_set(tokenizer, TASKS[name], EXAMPLES[name], data_dir=data)
+    calibration = calibration_set(tokenizer, TASKS[name], EXAMPLES[name], data_dir=data, style=STYLES.get(name))
     about = {"model": {"name": name, "fingerprint": model_fingerprint(model), "dtype": "float32", "device": "cpu"},
              "calibration": {"n": EXAMPLES[name], "seed": 0, "fingerprint": calibration.fingerprint}}
     path = OUT / f"{name}.json"

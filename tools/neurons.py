@@ -2,10 +2,12 @@
 
     python tools/neurons.py MODEL WORK [SECONDS] [DATA]
 
-MODEL is lab, lab_moe or smollm2. Every piece is a file in WORK and is not measured twice; no new piece is begun after
-SECONDS, and what is there by then is written to figures/neurons/MODEL.json. Held-out problems and text are those of the
-run of all methods of the same model, so that its records can stand beside these, problem by problem.
+MODEL is lab, lab_moe, smollm2 or qwen (in models/qwen-coder-0.5b). Every piece is a file in WORK and is not measured
+twice; no new piece is begun after SECONDS, and what is there by then is written to figures/neurons/MODEL.json.
+CAP_NB_NOTE says what else ran. Held-out problems and text are those of the run of all methods of the same model, so
+that its records can stand beside these, problem by problem.
 """
+import os
 import re
 import sys
 import time
@@ -34,7 +36,8 @@ from cap_nb.regions import Factors
 from cap_nb.scoring import causal_scores
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
-NOTE = "other processes ran on both cores"
+FOLDERS = {"qwen": str(FIGURES.parent / "models" / "qwen-coder-0.5b")}  # Where a model lies that is not known by name
+NOTE = os.environ.get("CAP_NB_NOTE", "what else was running was not said")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Study:
     budget: int  # Masked groups of each search
     orders: tuple[str, ...]  # Orders of the searches
     cells: tuple[tuple[str, float], ...]  # Methods and sparsities
+    ways: tuple[str, ...] = ()  # Ways to neurons' factors that are tried; none named means all
     experts: int = 0  # Experts of a layer; their neurons stand behind one another in the tables of the pieces
 
 
@@ -61,6 +65,9 @@ STUDIES = {
                  judged=8, singles=24, last=6, budget=96, orders=ORDERS, cells=CELLS),
     "smollm2": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2", validation=5,
                      judged=2, singles=2, last=7, budget=50, orders=ORDERS, cells=CELLS)}
+# On the two larger models not all that was tried on the lab, and on Qwen, whose passes are long, only the last layers
+STUDIES["qwen"] = replace(STUDIES["smollm2"], last=5, budget=36, orders=("contiguous", "estimate"), cells=CELLS[:4],
+                          ways=("wanda", "the layer's mean", "1 to 30", "1 to 30, permuted", "1 to 10"))
 STUDIES["lab_moe"] = replace(STUDIES["lab"], experts=8, cells=CELLS[:4])  # No run of it has cap_wanda
 
 
@@ -95,12 +102,23 @@ def run_of(name: str) -> Run:
     return load_run(folder if folder.exists() else FIGURES / name)
 
 
+def source(name: str) -> str:
+    "What `load_model` is given: a name, or a folder."
+    return FOLDERS.get(name, name.replace("_", "-"))
+
+
+def style(name: str) -> str | None:
+    "The prompt style of that run; None is the model's own."
+    return run_of(name).configuration["style"]["called"] if name in FOLDERS else None
+
+
 def ready(name: str, work: Path, seconds: float, data: str | None) -> Ready:
     "Load the model and the calibration set of the run of all methods."
     study, until = STUDIES[name], time.time() + seconds
-    model, tokenizer = load_model(name.replace("_", "-"), study.dtype, "cpu")
+    model, tokenizer = load_model(source(name), study.dtype, "cpu")
     settings = run_of(name).configuration
-    calibration = calibration_set(tokenizer, study.tasks, settings["calibration"]["n"], data_dir=data)
+    n = settings["calibration"]["n"]
+    calibration = calibration_set(tokenizer, study.tasks, n, data_dir=data, style=style(name))
     assert calibration.fingerprint == settings["calibration"]["fingerprint"]
     assert model_fingerprint(model) == settings["model"]["fingerprint"]
     return Ready(name=name, study=study, model=model, tokenizer=tokenizer, data=data, settings=settings,
@@ -169,7 +187,7 @@ def remembered(r: Ready) -> GroupRises:
         key = (group.layer, group.expert, frozenset(group.neurons))
         if key not in known:
             if not prepared:
-                exact = r.model if r.study.dtype == "float32" else load_model(r.name, "float32", "cpu")[0]
+                exact = r.model if r.study.dtype == "float32" else load_model(source(r.name), "float32", "cpu")[0]
                 prepared.append(group_rises(exact, judges(r)))
             known[key] = prepared[0](group)
         return known[key]
@@ -220,7 +238,7 @@ def after_cap(r: Ready, method: str, neurons: torch.Tensor | None, dense: dict[s
     problems = [p for task in r.study.tasks
                 for p in evaluation_problems(task, r.study.validation, 0, r.data, exclude, "validation")]
     prune(r.model, method, 0.5, Factors(heads=head_factors(r), neurons=neurons), r.calibration)
-    losses = [float(f"{record.loss:.5g}") for record in problem_losses(r.model, r.tokenizer, problems)]
+    losses = [float(f"{record.loss:.5g}") for record in problem_losses(r.model, r.tokenizer, problems, style(r.name))]
     r.model.load_state_dict(dense)
     return {"fingerprint": problems_fingerprint(problems), "losses": losses}
 
@@ -230,7 +248,8 @@ def tried(r: Ready, dense: dict[str, torch.Tensor]) -> dict[str, dict]:
     if r.study.experts or estimates(r, "all", True) is None or estimates(r, "all", False) is None:
         return {}
     cases = {"wanda": ("wanda", None), **{name: ("cap", neurons) for name, neurons in ways(r).items()}}
-    found = {name: r.piece(f"tried {name}", lambda: after_cap(r, *case, dense)) for name, case in cases.items()}
+    wanted = r.study.ways or tuple(cases)
+    found = {name: r.piece(f"tried {name}", lambda: after_cap(r, *cases[name], dense)) for name in wanted}
     return {name: each for name, each in found.items() if each}
 
 
@@ -242,7 +261,7 @@ def cell(r: Ready, method: str, sparsity: float, dense: dict[str, torch.Tensor])
     for task in r.study.tasks:
         problems = evaluation_problems(task, evaluation["loss_n"], 0, r.data, exclude)
         assert problems_fingerprint(problems) == evaluation["data"]["loss"][task]
-        records = problem_losses(r.model, r.tokenizer, problems)
+        records = problem_losses(r.model, r.tokenizer, problems, style(r.name))
         losses += [[o.task, o.uid, float(f"{o.loss:.6g}"), o.tokens] for o in records]
     text = perplexity(r.model, r.tokenizer, r.study.text, r.data, evaluation["windows"], evaluation["window_tokens"])
     assert text.fingerprint in evaluation["data"]["text"].values()
