@@ -462,6 +462,7 @@ def score_command(
 # %% ../nbs/command_line.ipynb #c046
 Tries = option(int, "answers to each problem: the first is greedy, the others are drawn")
 Temperature = option(float, "temperature of the drawn answers")
+Lenient = option(bool, "count right answers that stand on no answer line", "--lenient")
 
 @app.command("chains")
 @in_one_sentence
@@ -472,10 +473,11 @@ def chains_command(
     out: Out,
     tries: Tries = 4,
     temperature: Temperature = 0.7,
+    lenient: Lenient = False,
 ) -> None:
     "Let the model answer the problems of a calibration set: chains to calibrate on, resumable."
     from cap_nb.single_steps import answer_into
-    for sentence in answer_into(job, out, tries, temperature): typer.echo(sentence)
+    for sentence in answer_into(job, out, tries, temperature, lenient): typer.echo(sentence)
 
 # %% ../nbs/command_line.ipynb #c050
 @app.command("hessians")

@@ -123,11 +123,12 @@ def answer_into(
     out: Path, # File of the chains
     tries: int = Answering.tries, # Answers to each problem: the first is greedy, the others are drawn
     temperature: float = Answering.temperature, # Temperature of the drawn answers
+    lenient: bool = False, # Whether an answer counts that stands on no answer line
 ) -> list[str]: # What came of it, in sentences
     "Let a model answer the problems of a calibration set; the same call finds what was answered."
     model, tokenizer = opened(job)
     answering = Answering(tries=tries, temperature=temperature, max_new_tokens=job.evaluate.max_new_tokens,
-                          batch_tokens=2 * job.model.batch_tokens, file=out)
+                          batch_tokens=2 * job.model.batch_tokens, lenient=lenient, file=out)
     data = job.calibrate
     chains = own_chains(model, tokenizer, data.tasks, data.n, data.seed, data.data_dir, data.style, answering)
     counts = [f"{count.task}: {count.problems} problems, {count.answers} answers, {count.right} of them right, "

@@ -17,7 +17,7 @@ class Chain:
     uid: str # Content hash of the problem
     prompt: str # The prompt as text
     text: str # What the model wrote
-    answer: str | None # The answer on its answer line; None where there is none
+    answer: str | None # Its answer, on the answer line unless read leniently; None where there is none
     gold: str # The right answer
     attempt: int # 0 for the greedy answer, 1 and up for the drawn ones
     entropy: float # Mean entropy of the distributions its tokens were taken from, in nats
@@ -138,6 +138,7 @@ class Answering:
     top_k: int = 50 # How many of the likeliest tokens may be drawn
     max_new_tokens: int | None = None # Tokens an answer may take; None means `token_limit`
     batch_tokens: int = 8192 # Tokens a batch may hold, those yet to be written included
+    lenient: bool = False # Whether an answer counts that stands on no answer line
     file: str | Path | None = None # File of the answers; while it is made, its parts lie beside it; None: no file
 
     def limit(self, task: str) -> int:
@@ -195,10 +196,12 @@ def chain_of(
     attempt: int, # Number of the try
     tokenizer: object, # The model's tokenizer
     style: str | PromptStyle, # The prompt style
+    lenient: bool = False, # Whether the answer is read leniently
 ) -> Chain: # The record
     "The record of one answer."
     record, noted = answer_record(example, said, tokenizer, style), said.entropies
-    return Chain(task=record.task, uid=record.uid, prompt=example.prompt, text=record.output, answer=record.strict,
+    answer = record.lenient if lenient else record.strict
+    return Chain(task=record.task, uid=record.uid, prompt=example.prompt, text=record.output, answer=answer,
                  gold=record.gold, attempt=attempt, entropy=sum(noted) / len(noted) if noted else 0.0,
                  tokens=record.tokens, cut_off=record.cut_off)
 
@@ -216,7 +219,8 @@ def answered(
     names = [f"{e.uid}/{batch.attempt}" if batch.attempt else None for e in batch.examples]
     decoding, sampling = Decoding(batch_tokens=answering.batch_tokens), answering.sampling(seed)
     written = generate_noted(model, tokenizer, prompts, answering.limit(batch.task), line, decoding, sampling, names)
-    return tuple(chain_of(e, said, batch.attempt, tokenizer, style) for e, said in zip(batch.examples, written))
+    about = (batch.attempt, tokenizer, style, answering.lenient)
+    return tuple(chain_of(e, said, *about) for e, said in zip(batch.examples, written))
 
 # %% ../../nbs/jobs/06_chains.ipynb #c040
 import importlib.metadata
@@ -247,7 +251,7 @@ def chains_origin(
     return {
         "model": model_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer), "problems": problems,
         "style": style_origin(style), "seed": seed, "tries": answering.tries, "temperature": answering.temperature,
-        "top_k": answering.top_k, "batch_tokens": answering.batch_tokens,
+        "top_k": answering.top_k, "batch_tokens": answering.batch_tokens, "lenient": answering.lenient,
         "max_new_tokens": {task: answering.limit(task) for task in tasks},
         "dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type,
         "versions": versions | {"cap_nb": cap_nb.__version__}}
