@@ -82,14 +82,31 @@ def check_same(
         raise BadInput(f"{other} and {one} differ in {', '.join(differ[:3])}: expected the same settings for all "
                        f"methods and variants; run 'cap claims' with those of the main run.")
 
+# %% ../../nbs/experiments/02_claims.ipynb #cbe3bd68
+def check_joined(
+    folder: Path, # A run's folder
+    asked: Mapping, # Its configuration
+    known: dict[str, str], # What the runs before it were made of; this run's is added
+) -> None:
+    "Raise `BadInput` unless runs have one model and the same problems, and those of one seed one calibration set."
+    data, calibration = asked["evaluation"]["data"], asked["calibration"]
+    made_of = {f"{kind} problems of {name}": found for kind in data for name, found in data[kind].items()}
+    made_of |= {"model": asked["model"]["fingerprint"], "dtype": asked["model"]["dtype"],
+                f"calibration set of seed {calibration['seed']}": calibration["fingerprint"]}
+    differ = [name for name, value in made_of.items() if known.setdefault(name, value) != value]
+    if differ:
+        raise BadInput(f"{folder} and the runs it is put together with differ in {', '.join(differ[:3])}: expected "
+                       "one model, the same problems, and one calibration set a seed; move the run elsewhere.")
+
 # %% ../../nbs/experiments/02_claims.ipynb #c013
 def seed_runs(
     *folders: Path, # Folders that hold a run in each subfolder, which may not be there
 ) -> tuple[dict[int, dict], dict[int, HeadLosses]]: # Calibration seed -> cells, and calibration seed -> table of losses
     "The runs of several calibration seeds, by seed; where several have one seed, their cells are put together."
-    cells, losses = {}, {}
+    cells, losses, known = {}, {}, {}
     for path in sorted(path for folder in folders for path in folder.glob("*/run.json")):
         run = load_run(path.parent)
+        check_joined(path.parent, run.configuration, known)
         seed = run.configuration["calibration"]["seed"]
         cells[seed] = cells_of_run(run) | cells.get(seed, {})
         if run.losses: losses.setdefault(seed, run.losses)
