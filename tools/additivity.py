@@ -5,9 +5,9 @@
     python tools/additivity.py qwen DATA       # the model lies in models/qwen-coder-0.5b
 
 Writes figures/additivity/MODEL.json, part by part; a part that is there is not measured again. On the lab model all
-pairs, and what CAP zeroes in one unit (a head, a key-value head, an MLP) alone, against all of it together; on the
-larger models the pairs within the 12 heads with the highest scores, and within 12 drawn at random. CAP_NB_NOTE says
-what else was running.
+pairs, and what CAP zeroes in one unit (a head, a key-value head, an MLP) alone, against all of it together; on
+SmolLM2 the pairs within the 12 heads with the highest scores, and within 12 drawn at random, on Qwen within 8 of each.
+CAP_NB_NOTE says what else was running.
 """
 import copy
 import os
@@ -38,7 +38,7 @@ TASKS = {"lab": LAB_TASKS, "smollm2": PAPER_TASKS, "qwen": PAPER_TASKS}
 EXAMPLES = {"lab": 16, "smollm2": 2, "qwen": 2}  # A task
 FOLDERS = {"qwen": str(ROOT / "models" / "qwen-coder-0.5b")}  # Where a model lies that is not known by name
 STYLES = {"qwen": "answer-line"}  # The prompt style of its run
-FEW = 12  # Heads whose pairs are masked on the larger models
+FEW = {"smollm2": 12, "qwen": 8}  # Heads whose pairs are masked, where not all are
 NOTE = os.environ.get("CAP_NB_NOTE", "what else was running was not said")
 
 
@@ -166,11 +166,11 @@ def main(name: str, data: str | None) -> None:
     shuffled = [every[index] for index in torch.randperm(len(every), generator=torch.Generator().manual_seed(0))]
     orders = {"lowest scores first": by_score, "random order": shuffled, "highest scores first": by_score[::-1]}
     kept("grown", lambda: grown(model, calibration, orders, singles))
-    few = every if len(every) <= 40 else sorted(by_score[-FEW:])
+    few = sorted(by_score[-FEW[name]:]) if name in FEW else every
     kept("pairs", lambda: pairs_of(model, calibration, few))
-    if len(every) > 40:
-        kept("random_pairs", lambda: pairs_of(model, calibration, sorted(shuffled[:FEW])))
-    if len(every) <= 40:
+    if name in FEW:
+        kept("random_pairs", lambda: pairs_of(model, calibration, sorted(shuffled[:FEW[name]])))
+    else:
         factors = importance_factors(causal_scores(load_run(ROOT / "figures" / name).losses))
         kept("thinned", lambda: {f"{s:g}": thinned(model, calibration, factors, s) for s in (0.2, 0.5)})
     kept("first_order", lambda: first_order(model, calibration))
