@@ -53,7 +53,6 @@ class Study:
     budget: int  # Masked groups of each search
     orders: tuple[str, ...]  # Orders of the searches
     cells: tuple[tuple[str, float], ...]  # Methods and sparsities
-    ways: tuple[str, ...] = ()  # Ways to neurons' factors that are tried; none named means all
     experts: int = 0  # Experts of a layer; their neurons stand behind one another in the tables of the pieces
 
 
@@ -65,9 +64,7 @@ STUDIES = {
                  judged=8, singles=24, last=6, budget=96, orders=ORDERS, cells=CELLS),
     "smollm2": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2", validation=5,
                      judged=2, singles=2, last=7, budget=50, orders=ORDERS, cells=CELLS)}
-# On the two larger models not all that was tried on the lab, and on Qwen, whose passes are long, only the last layers
-STUDIES["qwen"] = replace(STUDIES["smollm2"], last=5, budget=36, orders=("contiguous", "estimate"), cells=CELLS[:4],
-                          ways=("wanda", "the layer's mean", "1 to 30", "1 to 30, permuted", "1 to 10"))
+STUDIES["qwen"] = replace(STUDIES["smollm2"], last=5, budget=36, orders=("contiguous", "estimate"), cells=CELLS[:4])
 STUDIES["lab_moe"] = replace(STUDIES["lab"], experts=8, cells=CELLS[:4])  # No run of it has cap_wanda
 
 
@@ -248,8 +245,7 @@ def tried(r: Ready, dense: dict[str, torch.Tensor]) -> dict[str, dict]:
     if r.study.experts or estimates(r, "all", True) is None or estimates(r, "all", False) is None:
         return {}
     cases = {"wanda": ("wanda", None), **{name: ("cap", neurons) for name, neurons in ways(r).items()}}
-    wanted = r.study.ways or tuple(cases)
-    found = {name: r.piece(f"tried {name}", lambda: after_cap(r, *cases[name], dense)) for name in wanted}
+    found = {name: r.piece(f"tried {name}", lambda: after_cap(r, *case, dense)) for name, case in cases.items()}
     return {name: each for name, each in found.items() if each}
 
 
