@@ -53,18 +53,22 @@ class Study:
     budget: int  # Masked groups of each search
     orders: tuple[str, ...]  # Orders of the searches
     cells: tuple[tuple[str, float], ...]  # Methods and sparsities
+    again: tuple[str, ...] = ()  # Methods without neurons that are measured here once more
     experts: int = 0  # Experts of a layer; their neurons stand behind one another in the tables of the pieces
 
 
 CELLS = tuple((method, sparsity) for method in ("cap.neurons_wide", "cap.neurons", "cap_wanda.neurons_wide@row")
               for sparsity in (0.5, 0.2))
 ORDERS = ("contiguous", "random", "coactivation", "estimate")
+# In bfloat16 the same pruning on another processor has other zeros and losses, so what is compared is measured together
 STUDIES = {
     "lab": Study(dtype="float32", tasks=("lab-gsm8k", "lab-strategyqa", "lab-arc"), text="lab-text", validation=40,
                  judged=8, singles=24, last=6, budget=96, orders=ORDERS, cells=CELLS),
     "smollm2": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2", validation=5,
-                     judged=2, singles=2, last=7, budget=50, orders=ORDERS, cells=CELLS)}
-STUDIES["qwen"] = replace(STUDIES["smollm2"], last=5, budget=36, orders=("contiguous", "estimate"), cells=CELLS[:4])
+                     judged=2, singles=2, last=7, budget=50, orders=ORDERS, cells=CELLS,
+                     again=("wanda", "cap", "cap_wanda@row"))}
+STUDIES["qwen"] = replace(STUDIES["smollm2"], last=5, budget=36, orders=("contiguous", "estimate"), cells=CELLS[:4],
+                          again=("wanda", "cap"))
 STUDIES["lab_moe"] = replace(STUDIES["lab"], experts=8, cells=CELLS[:4])  # No run of it has cap_wanda
 
 
@@ -198,8 +202,10 @@ def head_factors(r: Ready) -> torch.Tensor:
 
 def factors_of(r: Ready, method: str) -> Factors:
     "The factors that a method uses."
-    heads = head_factors(r)
-    named = NEURON_AWARE[parse_method(method).attribution]
+    heads, attribution = head_factors(r), parse_method(method).attribution
+    if not attribution:
+        return Factors(heads=heads)
+    named = NEURON_AWARE[attribution]
     return Factors(heads=heads, neurons=neuron_factors(by_expert(r, estimates(r, "all", False)), named.high))
 
 
@@ -280,9 +286,10 @@ def beside_that_run(r: Ready, cells: dict[str, dict]) -> dict:
     known = run_of(r.name).evaluations
     like = next(each.perplexity for each in known if each.method == "dense")
     ours = [evaluation_of(key.split("/")[0], float(key.split("/")[1]), found, like) for key, found in cells.items()]
-    names = list(dict.fromkeys(each.method for each in ours))
+    names = list(dict.fromkeys(each.method for each in ours if each.method not in r.study.again))
     pairs = [(method, other) for method in names for other in sorted({"wanda", re.sub(r"\.\w+", "", method)})]
-    measured = [each for each in known if each.method in {"dense"}.union(*pairs)] + ours
+    theirs = [each for each in known if each.method in {"dense"}.union(*pairs)]
+    measured = [each for each in theirs if f"{each.method}/{each.sparsity}" not in cells] + ours
     found = compare_methods(measured, pairs, f"the comparisons of {r.name}'s neurons")
     rows = [[each.method, each.sparsity, mean(o.loss for o in each.losses), each.perplexity.value] for each in measured]
     return {"rows": [[*row[:2], *(float(f"{number:.5g}") for number in row[2:])] for row in rows],
@@ -302,8 +309,9 @@ def main(name: str, work: Path, seconds: float, data: str | None) -> None:
     content["singles"] = r.piece("singles", lambda: singles(r, rises, signed.shape[1]))
     content["estimates"] = [[float(f"{t[layer, neuron]:.5g}") for t in (signed, sizes)]
                             for layer, neuron, _ in content["singles"] or ()]
+    again = [(method, sparsity) for method in r.study.again for sparsity in (0.2, 0.5)]
     found = {f"{method}/{sparsity}": r.piece(f"{method}/{sparsity}", lambda: cell(r, method, sparsity, dense))
-             for method, sparsity in r.study.cells}
+             for method, sparsity in [*r.study.cells, *again]}
     cells = {key: value for key, value in found.items() if value}
     content["beside"] = beside_that_run(r, cells) if cells else None
     content["cells"] = {key: value | {"losses": [row[2] for row in value["losses"]]}  # in the order of that run
