@@ -244,6 +244,7 @@ def split_half_reliability(
 
 # %% ../nbs/01_scoring.ipynb #c038
 from pathlib import Path
+from .core.errors import check_fields
 from .core.files import read_tensors, write_tensors
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
@@ -289,7 +290,7 @@ def load_losses(
     try:
         columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
         losses = HeadLosses(**tensors, **columns, **{name: about[name] for name in ("k", "seed", "meta")})
-        check_table(losses)
+        check_table(check_fields(losses))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path} holds no table of losses ({error}): expected a file written by 'cap score'; check the "
                        "path.") from None

@@ -8,6 +8,7 @@ structure, are well-formed files that say something else, their checksums right.
 import faulthandler
 import io
 import json
+import math
 import os
 import random
 import sys
@@ -24,9 +25,10 @@ import torch
 from hypothesis import given, settings
 from pyarrow import parquet
 from safetensors.torch import save
-from test_nothing_let_in import FUZZ, GOOD, IN_MEMORY, NOTE, READERS, REPORT, ROOT, SECONDS, beside, fed, fuzz_noted, lay_out, model_files, peak, soon_over
+from test_nothing_let_in import FUZZ, GOOD, IN_MEMORY, NOTE, READERS, REPORT, ROOT, SECONDS, WEIGHT_MAP, beside, fed, fuzz_noted, lay_out, model_files, peak, soon_over, with_header
 
 from cap_nb.core.files import checked_text, json_text, read_checked, sealed, sha256_of_tensor, sha256_of_text
+from cap_nb.portable.format import FORMAT, VERSION, Entry, header_of
 
 ODD = [None, True, False, 0, -1, 1, 2 ** 31, 2 ** 63, 2 ** 70, -(2 ** 70), 0.5, 1e308, "", "a", "..", "../x", "/x", "a" * 300, "\n", "\x00", [], {}, [[]], {"": None}, ["a", 1], "NaN", "Infinity"]
 PIECES = [b"[" * 5000, b"{\"a\":" * 500, b"1e999", b"NaN", b"\"\\ud800\"", b"\xff", b"\x00" * 8, b"null", b"-1", b"18446744073709551616", b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"..", b"/"]
@@ -91,17 +93,53 @@ def said_otherwise(rng, value):
     return value[0] if value else None
 
 
+ONE = {name: torch.rand(1, dtype=torch.float64) for name in ("costs", "solved", "shares")}
 TENSORS = {"masked": torch.rand(2, 2, 3, dtype=torch.float64), "intact": torch.rand(3, dtype=torch.float64), "kl": torch.rand(2, 3, dtype=torch.float64),
            "budgets": torch.rand(2), "weights": torch.ones(2), "whole": torch.tensor(True), "empty": torch.zeros(0, 3), "half": torch.zeros(2, 2, dtype=torch.float16),
            "lost": torch.full((3,), float("nan"), dtype=torch.float64)}
 SUMS = {name: sha256_of_tensor(tensor) for name, tensor in TENSORS.items()}
 
 
-def tensors_about(rng, words):
-    """Some tensors under some names, with these words about them and the right checksums."""
-    chosen = {name: name for name in ("masked", "intact")} if rng.random() < 0.5 else {rng.choice(list(TENSORS)): rng.choice(list(TENSORS)) for _ in range(rng.randrange(4))}
-    sums = {"meta": sha256_of_text(json_text(words)), "tensors": {name: SUMS[tensor] for name, tensor in chosen.items()}}
-    return save({name: TENSORS[tensor].clone() for name, tensor in chosen.items()}, {"cap_nb": json.dumps({"meta": words, "sha256": sums}, sort_keys=True)})
+def tensors_about(**good):
+    """What writes tensors with words about them and the right checksums: in half of the files those that a reader wants, else some under some names."""
+    right = {name: sha256_of_tensor(tensor) for name, tensor in good.items()}
+
+    def write(rng, words):
+        chosen = {name: (tensor, right[name]) for name, tensor in good.items()}
+        if rng.random() < 0.5:
+            chosen = {} if rng.random() < 0.5 else chosen
+            chosen |= {rng.choice((*good, *TENSORS)): (TENSORS[name], SUMS[name]) for name in rng.choices(list(TENSORS), k=rng.randrange(4))}
+        sums = {"meta": sha256_of_text(json_text(words)), "tensors": {name: checksum for name, (_, checksum) in chosen.items()}}
+        return save({name: tensor.clone() for name, (tensor, _) in chosen.items()}, {"cap_nb": json.dumps({"meta": words, "sha256": sums}, sort_keys=True)})
+
+    return write
+
+
+def as_chains(rng, lines):
+    """Answers, a line each, behind a line that names their checksum."""
+    try:
+        header = {"about": lines[0]["about"], "sha256": sha256_of_text(json.dumps([lines[0]["about"], *lines[1:]], sort_keys=True))}
+        return a_line_each(rng, [lines[0] | header, *lines[1:]])
+    except (KeyError, TypeError, IndexError):
+        return a_line_each(rng, lines)
+
+
+def as_packed(rng, said):
+    """A packed file whose tensors lie as they must, whatever their names and sizes; some have the length of their shape."""
+    try:
+        inner = json.dumps(said["inner"]).encode()
+        inner = len(inner).to_bytes(8, "little") + inner
+        wide = {"U8": 1, "F16": 2, "F32": 4, "F64": 8}
+        entries = {name: Entry(kind=kind, shape=tuple(shape), size=math.prod(shape) * wide.get(kind, 4), width=wide.get(kind, 4)) for name, (kind, shape) in said["tensors"].items()}
+        entries |= {"header": Entry(kind="U8", shape=(len(inner),), size=len(inner), width=1)} if rng.random() < 0.9 else {}
+        head = header_of(entries, said["about"])
+        body = bytearray(min(1 << 16, sum(entry.size for entry in entries.values())))
+        if "header" in entries:
+            start, end = json.loads(head[8:])["header"]["data_offsets"]
+            body[start:end] = inner
+        return head + bytes(body)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        return with_header(json.dumps(said).encode())
 
 
 def plain(rng, value):
@@ -132,20 +170,30 @@ def losses(**more):
 LLAMA = {"model_type": "llama", "hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 50,
          "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "dtype": "float32", "tie_word_embeddings": False, "max_position_embeddings": 64, "cap_nb": sealed(NOTE)}
 ARC = {"question": {"stem": "Which?", "choices": [{"label": label, "text": label} for label in "AB"]}, "answerKey": "A"}
-CHAIN = {"task": "lab-arc", "uid": "a", "index": 0, "prompt": "p", "text": "t", "answer": "A", "correct": True}
-REGION = {"name": "a", "layer": 0, "modules": ["m"], "weights": 4}
+CHAIN = {"task": "lab-arc", "uid": "a", "prompt": "p", "text": "t", "answer": "A", "gold": "A", "attempt": 0, "entropy": 0.5, "tokens": 3, "cut_off": False}
+REGION = {"layer": 0, "kind": "mlp", "modules": ["m"], "weights": 4}
+MOVE = {"sparser": 0, "denser": 1, "weights": 4.0, "first": [0.2, 0.1], "again": None, "accepted": True}
+PACKED = {"about": {"format": FORMAT, "version": str(VERSION), "kind": "bitmask", "base": "", "sha256": "0" * 64},
+          "inner": {"a": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [32, 40]}},
+          "tensors": {"mask/a": ["U8", [1]], "kept/a": ["F32", [3]], "plain/b": ["F32", [2]]}}
+DELTA = PACKED | {"about": PACKED["about"] | {"kind": "delta"}, "tensors": {"mask/a": ["U8", [1]]}}
+LOSSES = {name: TENSORS[name] for name in ("masked", "intact")}
+SCREENED = losses(meta={"screened": {"seed": 0}})
 ABOUT_RUN = read_checked(ROOT / "figures" / "lab" / "run.json")
 # Reader -> a good value that its file may hold, and what writes it
 SAYING = {
-    "read_json": ([{"a": [1, "b"]}], plain), "read_checked": ([{"n": [1, 2.5, "three"]}], checked), "read_tensors": ([losses()], tensors_about),
-    "load_losses": ([losses()], tensors_about), "scores": ([losses(), losses(meta={"measured": 0.5})], tensors_about), "norms": ([{"norms": {"n": 3}}], tensors_about),
-    "budgets": ([{"regions": [REGION], "levels": [0.0, 0.5], "uid": ["a", "b", "c"], "meta": {}, "sparsity": 0.5, "power": 1.0, "moves": []}], tensors_about),
-    "training": ([{"steps": 3, "losses": [0.5]}], tensors_about), "unit": ([{"uids": ["a", "b", "c"]}], tensors_about), "report": ([REPORT | {"table": [[0, "query", "a", 2, 4]]}], checked),
-    "run": ([ABOUT_RUN], checked), "sweep": ([{"format": 1, "runs": [{"folder": "a", "settings": {"n": 3}}]}], checked),
-    "evaluation": ([json.loads(beside("evaluation")["evaluation.json"])["content"]], checked), "index of shards": ([{"metadata": {}, "weight_map": {"a": "x.safetensors"}}], plain),
+    "read_json": ([{"a": [1, "b"]}], plain), "read_checked": ([{"n": [1, 2.5, "three"]}], checked), "read_tensors": ([losses()], tensors_about(**LOSSES)),
+    "load_losses": ([losses()], tensors_about(**LOSSES)), "scores": ([losses(), losses(meta={"measured": 0.5})], tensors_about(**LOSSES)), "norms": ([{"norms": {"n": 3}}], tensors_about()),
+    "scores measured in part": ([SCREENED], tensors_about(**LOSSES, slopes=LOSSES["masked"])),
+    "budgets": ([{"regions": [REGION], "levels": [0.0, 0.5], "uid": ["a", "b", "c"], "meta": {}, "sparsity": 0.5, "power": 1.0, "moves": [MOVE, MOVE | {"again": [0.2, 0.1]}]}],
+                tensors_about(kl=torch.rand(1, 2, 3, dtype=torch.float64), **ONE)),
+    "training": ([{"steps": 3, "losses": [0.5]}], tensors_about()), "unit": ([{"uids": ["a", "b", "c"]}], tensors_about(masked=torch.rand(2, 3, dtype=torch.float64))), "report": ([REPORT | {"table": [[0, "query", "a", 2, 4]]}], checked),
+    "run": ([ABOUT_RUN], checked), "sweep": ([{"format": 1, "config_sha256": "0", "configs": ["x.yaml"], "on_the_command_line": [], "varies": ["n"], "runs": [{"folder": "a", "settings": {"n": 3}, "finished": False}]}], checked),
+    "evaluation": ([json.loads(beside("evaluation")["evaluation.json"])["content"]], checked), "index of shards": ([{"metadata": {}, "weight_map": WEIGHT_MAP}], plain),
     "json records": ([[{"question": "q", "answer": True, "facts": ["f"]}]], plain), "jsonl records": ([[{"question": "q", "answer": "a #### 1"}], [ARC]], a_line_each),
     "parquet records": ([[{"question": "q", "answer": "a", "choices": {"label": ["A"], "text": ["a"]}}]], as_table),
-    "packed records": ([[{"record": "file", "place": "p", "content": "x"}]], as_table), "chains": ([[{"about": {"model": {}}, "sha256": "0"}, CHAIN]], a_line_each),
+    "packed records": ([[{"record": "file", "place": "p", "content": "x"}]], as_table), "chains": ([[{"about": {"model": {}}, "sha256": "0"}, CHAIN]], as_chains),
+    "packed shard": ([PACKED, DELTA], as_packed),
     "manifest": ([{"format": "cap_nb packed folder", "version": 1, "kind": "bitmask", "base": None, "files": [
         {"name": "a", "bytes": 1, "sha256": "0", "stored": "a", "stored_bytes": 1, "stored_sha256": "0"}]}], plain),
     "configuration": ([LLAMA, LLAMA | {"model_type": "gpt2"}, LLAMA | {"model_type": "mixtral", "num_local_experts": 2}], plain), "note on a pruning": ([{"cap_nb": sealed(NOTE)}], plain),
@@ -165,21 +213,21 @@ def drawn_by_hypothesis(contents, count=200):
     return found
 
 
-def inputs(reader, seed):
+def inputs(reader, seed, drawn=200):
     """Ever more inputs of a reader."""
     rng, (_, name, contents) = random.Random(f"{reader}{seed}"), READERS[reader]
     values, write = SAYING.get(reader, ([], None))
     whole = [body for body in (model_files().get({"GGUF": "m.gguf"}.get(reader, name)), beside(reader).get(name)) if body]
-    corpus = [*drawn_by_hypothesis(contents), *whole, *(write(rng, value) for value in values), *([GOOD] if name.endswith(".safetensors") else [])]
+    corpus = [*drawn_by_hypothesis(contents, drawn), *whole, *(write(rng, value) for value in values), *([GOOD] if name.endswith(".safetensors") else [])]
     while True:
         body = write(rng, said_otherwise(rng, rng.choice(values))) if values and rng.random() < 0.5 else rng.choice(corpus)
         yield spoilt(rng, body, corpus) if not values or rng.random() < 0.5 else body
 
 
-def mutated(reader, wanted, seed=0):
+def mutated(reader, wanted, seed=0, drawn=200):
     """Feed a reader: how many inputs it read and refused, the seconds, and the bytes of memory that came on top."""
     read, name, _ = READERS[reader]
-    found, making = Counter(), inputs(reader, seed)
+    found, making = Counter(), inputs(reader, seed, drawn)
     first = next(making)
     before, start = peak(anew=True), time.monotonic()
     with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder, soon_over() as wind_up:

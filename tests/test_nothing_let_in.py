@@ -45,7 +45,8 @@ from cap_nb.jobs.chains import read_chains
 from cap_nb.engine.unit_store import Unit, UnitStore, read_unit
 from cap_nb.evaluation import Evaluation
 from cap_nb.jobs.records import commit_of_package, load_evaluation, packed_records, read_report, read_run, save_evaluation, unpack_run
-from cap_nb.jobs.sweeps import INDEX, read_config, read_index
+from cap_nb.jobs.sweeps import INDEX as SWEEP_INDEX
+from cap_nb.jobs.sweeps import read_config, read_index
 from cap_nb.methods.budgets import load_budgets
 from cap_nb.methods.screening import read_scores
 from cap_nb.methods.streaming import load_norms
@@ -166,18 +167,15 @@ def test_code_in_a_folder_is_not_run(copy, tmp_path, known):
 
 
 # ---- checkpoints that lie ----
-INDEX = "model.safetensors.index.json"
-
-
 def shards_of(folder):
-    return json.loads((folder / INDEX).read_text())["weight_map"]
+    return json.loads((folder / SHARD_INDEX).read_text())["weight_map"]
 
 
 @pytest.mark.parametrize("place", ["../secret.safetensors", "/etc/secret.safetensors", "sub/x.safetensors", "", ".", None, 7])
 def test_an_index_cannot_lead_outside(copy, tmp_path, place):
     folder = copy("config.json")
     save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "secret.safetensors")
-    copy(INDEX, weight_map=shards_of(folder) | {"lm_head.weight": place})
+    copy(SHARD_INDEX, weight_map=shards_of(folder) | {"lm_head.weight": place})
     refused(folder, "is no index of shards")
 
 
@@ -186,9 +184,9 @@ def test_a_tensor_stands_once_and_where_the_index_says(copy):
     first, last = sorted(set(shards_of(folder).values()))[0], sorted(set(shards_of(folder).values()))[-1]
     name = next(name for name, place in shards_of(folder).items() if place == first)
     right = shards_of(folder)
-    copy(INDEX, weight_map=right | {name: last})
+    copy(SHARD_INDEX, weight_map=right | {name: last})
     refused(folder, f"says that {last} holds {name}")
-    copy(INDEX, weight_map=right)
+    copy(SHARD_INDEX, weight_map=right)
     save_file(load_file(folder / last) | {name: torch.zeros(2)}, folder / last)
     refused(folder, f"holds {name}, which")
     with pytest.raises(BadInput, match="holds too"):
@@ -213,7 +211,7 @@ def test_a_tensor_that_is_missing_is_not_made_up(copy):
     kept = {name: tensor for name, tensor in load_file(folder / places[gone]).items() if name != gone}
     save_file(kept or {"other": torch.zeros(1)}, folder / places[gone], metadata={"format": "pt"})
     places.pop(gone)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / SHARD_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     refused(folder, "its config.json describes")
 
 
@@ -421,6 +419,9 @@ def beside(reader):
             save_evaluation(Evaluation(method="cap", sparsity=0.5, reached=0.5), folder)
         if reader == "state of a training":
             save_state(folder, *training())
+        if reader == "index of shards":
+            for tensor, shard in WEIGHT_MAP.items():
+                save_file({tensor: torch.zeros(2)}, folder / shard)
         about |= {path.name: path.read_bytes() for path in folder.iterdir()}
     return about | ({name: body for name, body in model_files().items() if "token" in name} if "tokenizer" in reader else {})
 
@@ -429,6 +430,9 @@ def lay_out(folder, reader):
     """Write what a reader finds besides the file that is spoilt."""
     for name, body in beside(reader).items():
         (folder / name).write_bytes(body)
+
+
+WEIGHT_MAP = {"a": "x.safetensors", "b": "y.safetensors"}  # What the shards beside an index hold
 
 
 def training():
@@ -457,12 +461,13 @@ READERS = {
     "stored_tensors": (stored_tensors, "x.safetensors", st.binary(max_size=80) | HEADERS | spoilt(GOOD)),
     "load_losses": (load_losses, "x.safetensors", right_sums("stratum", "task", "uid", "k", "seed", "meta")),
     "scores": (lambda path: read_scores(path, "mean"), "x.safetensors", right_sums("stratum", "task", "uid", "k", "seed", "meta")),
+    "scores measured in part": (lambda path: read_scores(path, "mean"), "x.safetensors", right_sums("stratum", "task", "uid", "k", "seed", "meta")),
     "norms": (load_norms, "x.safetensors", right_sums("norms")),
     "budgets": (load_budgets, "x.safetensors", right_sums("regions", "levels", "uid", "meta", "sparsity", "power", "moves")),
     "training": (lambda path: read_training(path, {"steps": 3}), "x.safetensors", right_sums("steps", "losses")),
     "report": (read_report, "x.json", right_sum(*REPORT) | st.tuples(st.sampled_from(list(REPORT)), PLAIN).map(lambda one: checked_text(REPORT | dict([one])).encode())),
     "run": (lambda path: read_run(path.parent), "run.json", right_sum("format", "methods", "sparsities", "model")),
-    "sweep": (lambda path: read_index(path.parent), INDEX, right_sum("format", "runs")),
+    "sweep": (lambda path: read_index(path.parent), SWEEP_INDEX, right_sum("format", "configs", "runs")),
     "evaluation": (lambda path: load_evaluation(path.parent), "evaluation.json", right_sum("method", "sparsity", "reached", "perplexity", "sha256")),
     "text": (read_text, "x.txt", st.binary(max_size=200) | st.text(max_size=90).map(lambda text: text.encode("utf-16"))),
     "index of shards": (lambda path: checkpoint_tensors(path.parent), SHARD_INDEX, json_like("weight_map", "metadata") |

@@ -299,6 +299,17 @@ def is_ours(
     several = value if isinstance(value, (list, tuple)) else (value,)
     return all(type(each).__module__.partition(".")[0] == "cap_nb" for each in several)
 
+# %% ../../nbs/core/00_errors.ipynb #efaf5c02
+V = TypeVar("V")
+
+def check_fields(
+    value: V, # A dataclass made of what a file holds
+) -> V: # The same
+    "Raise TypeError unless its fields, and theirs, are of the kinds that they are annotated as."
+    for held, kind, where, _ in looked_through(value, "what was read"):
+        if not fits(held, kind): raise TypeError(f"{where} is of type {type(held).__name__}")
+    return value
+
 # %% ../../nbs/core/00_errors.ipynb #958381f6
 STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) # Several under one name
 

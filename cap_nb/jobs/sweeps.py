@@ -349,6 +349,7 @@ def tracked(
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c053
 from dataclasses import fields
+from ..core.errors import fits
 from ..core.files import HALF_WRITTEN, read_checked, write_checked
 from .records import GROWING
 
@@ -363,6 +364,17 @@ def job_settings(
               for f in fields(part.default_factory)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
+# %% ../../nbs/jobs/08_sweeps.ipynb #b7289464
+def is_index(
+    kept: object, # What a file holds, its checksum right
+) -> bool: # Whether it is the index of a sweep
+    "Whether all that is needed is there, and of its kind."
+    if not isinstance(kept, dict) or kept.get("format") != INDEX_FORMAT or not fits(kept.get("configs"), list[str]):
+        return False
+    kinds = {"folder": str, "settings": dict[str, object], "finished": bool}
+    return fits(kept.get("runs"), list[dict]) and all(
+        fits(run.get(name), kind) for run in kept["runs"] for name, kind in kinds.items())
+
 def read_index(
     folder: str | Path, # A sweep's folder
 ) -> dict: # Its index
@@ -370,7 +382,7 @@ def read_index(
     path = Path(folder)/INDEX
     mend = "restore the file, since no other one says what runs these are"
     kept = read_checked(path, mend) if path.is_file() else None
-    if not isinstance(kept, dict) or kept.get("format") != INDEX_FORMAT:
+    if not is_index(kept):
         raise BadInput(f"{folder} is not a sweep's folder: expected one with {INDEX}, as made by 'cap run --config'; "
                        "give another folder with --out.")
     return kept
@@ -382,7 +394,8 @@ def goes_on(
 ) -> bool: # Whether it may go on
     "Whether a run's settings are the same, but for methods and sparsities that were added."
     if asked is None: return False
-    return all(set(value) <= set(asked[name]) if name in GROWING else value == asked[name]
+    if kept["settings"].keys() - asked.keys(): return False # of another version
+    return all(all(each in asked[name] for each in value) if name in GROWING else value == asked[name]
                for name, value in kept["settings"].items())
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c056

@@ -601,16 +601,19 @@ def solved_budgets(
     return Budgets(table=table, sparsity=sparsity, costs=costs, power=power, solved=shares, shares=shares)
 
 # %% ../../nbs/methods/11_budgets.ipynb #c112
+from ..core.errors import check_fields
 from ..core.files import read_checked, write_checked
 
 # %% ../../nbs/methods/11_budgets.ipynb #c113
+PER_REGION = ("costs", "solved", "shares") # Fields that hold a number a region
+
 def save_budgets(
     budgets: Budgets, # The budgets
     path: Path, # Final name of the file
 ) -> None:
     "Save budgets with their measurements; equal budgets give equal bytes."
     table = budgets.table
-    tensors = {"kl": table.kl} | {name: getattr(budgets, name) for name in ("costs", "solved", "shares")}
+    tensors = {"kl": table.kl} | {name: getattr(budgets, name) for name in PER_REGION}
     about = {"levels": table.levels, "regions": [asdict(region) for region in table.regions], "uid": table.uid,
              "meta": table.meta, "sparsity": budgets.sparsity, "power": budgets.power,
              "moves": [asdict(move) for move in budgets.moves]}
@@ -633,8 +636,12 @@ def load_budgets(
         regions = tuple(Region(**entry | {"modules": tuple(entry["modules"])}) for entry in about["regions"])
         table = Divergences(kl=tensors.pop("kl"), levels=tuple(about["levels"]), regions=regions,
                             uid=tuple(about["uid"]), meta=about["meta"])
-        return Budgets(table=table, sparsity=about["sparsity"], power=about["power"],
-                       moves=tuple(move_of(entry) for entry in about["moves"]), **tensors)
+        budgets = Budgets(table=table, sparsity=about["sparsity"], power=about["power"],
+                          moves=tuple(move_of(entry) for entry in about["moves"]), **tensors)
+        sizes = (len(regions), len(table.levels), len(table.uid))
+        if table.kl.shape != sizes or any(getattr(budgets, name).shape != sizes[:1] for name in PER_REGION):
+            raise ValueError("its parts do not belong together")
+        return check_fields(budgets)
 
 # %% ../../nbs/methods/11_budgets.ipynb #c116
 def spread_over_strata(

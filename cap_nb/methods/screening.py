@@ -536,7 +536,8 @@ def screened_scores(
     return estimated(partial.rise, partial.slopes, task).scores, low, high
 
 # %% ../../nbs/methods/17_screening.ipynb #c071
-from ..scoring import causal_scores, load_losses
+from ..core.errors import check_fields
+from ..scoring import causal_scores, check_table, load_losses
 
 # %% ../../nbs/methods/17_screening.ipynb #c072
 def save_partial(
@@ -556,9 +557,12 @@ def partial_from(
     columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
     losses = HeadLosses(masked=tensors["masked"], intact=tensors["intact"], **columns,
                         **{name: about[name] for name in ("k", "seed", "meta")})
-    same = losses.masked.shape == tensors["slopes"].shape and losses.masked.shape[-1] == len(losses.uid)
-    if not same or "screened" not in losses.meta: raise ValueError("its parts do not belong together")
-    return PartialLosses(losses, tensors["slopes"])
+    check_table(replace(losses, masked=losses.masked.nan_to_num(0.0)))
+    slopes = tensors["slopes"]
+    if losses.masked.shape != slopes.shape or not slopes.is_floating_point() or not slopes.isfinite().all():
+        raise ValueError("its slopes are not those of the table")
+    check_seed(losses.meta["screened"]["seed"])
+    return check_fields(PartialLosses(losses, slopes))
 
 # %% ../../nbs/methods/17_screening.ipynb #c073
 def load_any(
