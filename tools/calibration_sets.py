@@ -7,8 +7,7 @@
 Every pruned model is a file in WORK and is not measured twice; none is begun after SECONDS. What is there by then is
 written to figures/calibration_sets/MODEL.json. All sets of a seed have the tokens of the smallest one, to within one
 example. SmolLM2 answers too few problems to have chains, so it is given gold and text, and not CAP. Qwen's chains are
-read leniently, since it seldom writes the line it is asked for, and CAP's scores there are measured on a quarter of the
-masked passes.
+read leniently, since it seldom writes the line it is asked for.
 """
 import os
 import random
@@ -29,7 +28,6 @@ from cap_nb.importance import importance_factors
 from cap_nb.jobs.chains import Answering, Chain, kept_chains, own_chains, text_calibration
 from cap_nb.jobs.records import environment
 from cap_nb.methods.prune import prune
-from cap_nb.methods.screening import screen_heads, screened_scores
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.scoring import causal_scores
 
@@ -51,7 +49,6 @@ class Study:
     answered: int  # Held-out problems a task that are answered
     chains: Answering | None  # How the model answers training problems; None: not asked
     style: str | None = None  # Prompt style; None is the model's own
-    budget: float = 1.0  # Share of the masked passes that CAP's scores may take
     seeds: int = 3  # Calibration seeds
     sparsities: tuple[float, ...] = (0.2, 0.5)
     windows: tuple[int, int] = (20, 128)  # Windows of held-out text, and tokens in each
@@ -65,7 +62,7 @@ STUDIES = {
                      methods=("wanda", "sparsegpt"), n=12, judged=30, answered=0, chains=None,
                      sparsities=(0.5,), windows=(20, 128)),
     "qwen": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2",
-                  methods=("sparsegpt", "wanda", "cap"), n=16, judged=30, answered=0, style="answer-line", budget=0.25,
+                  methods=("sparsegpt", "wanda", "cap"), n=16, judged=30, answered=0, style="answer-line",
                   chains=Answering(tries=3, max_new_tokens=320, lenient=True), seeds=1, windows=(20, 512))}
 
 
@@ -159,29 +156,21 @@ def about(calibration: Calibration) -> dict:
             "targets": sum(label >= 0 for e in examples for label in e.labels)}
 
 
-def scores_of(model, calibration: Calibration, budget: float) -> torch.Tensor:
-    "Causal scores, exact, or estimated from a share of the masked passes."
-    if budget < 1:
-        return screened_scores(screen_heads(model, calibration, budget))[0]
-    return causal_scores(score_heads(model, calibration))
-
-
-def cells_of_set(name: str, model, chosen: tuple[str, int, Calibration], pieces: Pieces, data: str | None) -> list:
-    "Every method at every sparsity with one calibration set: keys and what was measured."
-    (how, seed, calibration), study, found = chosen, STUDIES[name], []
+def cells_of_set(name: str, model, chosen: tuple[str, str, int, Calibration], pieces: Pieces, data: str | None) -> list:
+    "A method at every sparsity with one calibration set: keys and what was measured."
+    (method, how, seed, calibration), study, found = chosen, STUDIES[name], []
 
     def factors():
         def measure() -> dict:
-            return {"scores": scores_of(model, calibration, study.budget).tolist()}
+            return {"scores": causal_scores(score_heads(model, calibration)).tolist()}
         scores = pieces.get(f"scores {how} {seed}", measure)
         return scores and importance_factors(torch.tensor(scores["scores"], dtype=torch.float64))
 
-    for method in study.methods:
-        given = factors() if method == "cap" else None
-        for sparsity in study.sparsities if method != "cap" or given is not None else ():
-            measured = pieces.get(f"{method} {sparsity:g} {how} {seed}",
-                                  lambda: cell(name, study, (method, sparsity, calibration), given, data))
-            found += [((method, sparsity, how, seed), measured)] if measured else []
+    given = factors() if method == "cap" else None
+    for sparsity in study.sparsities if method != "cap" or given is not None else ():
+        measured = pieces.get(f"{method} {sparsity:g} {how} {seed}",
+                              lambda: cell(name, study, (method, sparsity, calibration), given, data))
+        found += [((method, sparsity, how, seed), measured)] if measured else []
     return found
 
 
@@ -198,9 +187,11 @@ def main(name: str, work: Path, seconds: float = 1e9, data: str | None = None) -
     for seed in range(study.seeds):
         if time.time() > pieces.until and not any(work.glob(f"* {seed}.json")):
             continue
-        for how, calibration in calibration_sets(model, tokenizer, study, seed, data, work).items():
-            content["sets"][f"{how} {seed}"] = about(calibration)
-            found += cells_of_set(name, model, (how, seed, calibration), pieces, data)
+        sets = calibration_sets(model, tokenizer, study, seed, data, work)
+        content["sets"] |= {f"{how} {seed}": about(calibration) for how, calibration in sets.items()}
+        for method in study.methods:
+            for how, calibration in sets.items():
+                found += cells_of_set(name, model, (method, how, seed, calibration), pieces, data)
     content["cells"] = [row(content, *each) for each in found]
     OUT.mkdir(parents=True, exist_ok=True)
     write_checked(OUT / f"{name}.json", content | {"environment": environment(model.device, NOTE)})
