@@ -281,6 +281,12 @@ def evaluation_of(method: str, sparsity: float, found: dict, like: Perplexity) -
     return Evaluation(method=method, sparsity=sparsity, reached=found["reached"], losses=losses, perplexity=text)
 
 
+def row_of(evaluation: Evaluation) -> list:
+    "Method, sparsity, mean loss and perplexity."
+    numbers = mean(o.loss for o in evaluation.losses), evaluation.perplexity.value
+    return [evaluation.method, evaluation.sparsity, *(float(f"{number:.5g}") for number in numbers)]
+
+
 def beside_that_run(r: Ready, cells: dict[str, dict]) -> dict:
     "Means of our cells and of that run's, and every paired difference to Wanda and to the method without neurons."
     known = run_of(r.name).evaluations
@@ -291,8 +297,8 @@ def beside_that_run(r: Ready, cells: dict[str, dict]) -> dict:
     theirs = [each for each in known if each.method in {"dense"}.union(*pairs)]
     measured = [each for each in theirs if f"{each.method}/{each.sparsity}" not in cells] + ours
     found = compare_methods(measured, pairs, f"the comparisons of {r.name}'s neurons")
-    rows = [[each.method, each.sparsity, mean(o.loss for o in each.losses), each.perplexity.value] for each in measured]
-    return {"rows": [[*row[:2], *(float(f"{number:.5g}") for number in row[2:])] for row in rows],
+    elsewhere = [each for each in theirs if each not in measured]
+    return {"rows": [row_of(each) for each in measured], "measured elsewhere": [row_of(each) for each in elsewhere],
             "differences": [[*key, *(float(f"{number:.4g}") for number in (c.value, c.low, c.high)), c.decided, c.n]
                             for key, c in found.items()]}
 
