@@ -87,6 +87,13 @@ class Calibration:
         "Subset of each example, int64 [N]."
         return deal_subsets(self.stratum, self.k, self.seed)
 
+    def check_together(self) -> None:
+        "Raise ValueError unless all parts belong together."
+        if not 0 < len(self.examples) == len(self.stratum): raise ValueError("one stratum an example is wanted")
+        if not all(len(e.input_ids) == len(e.labels) > 0 for e in self.examples):
+            raise ValueError("a label for each token is wanted, and one token at least")
+        deal_subsets(self.stratum, self.k, self.seed)
+
     @property
     def fingerprint(self) -> str:
         "SHA-256 over task, content hash, tokens and labels of every example, in order."
