@@ -267,7 +267,8 @@ def check_parts(
     for name in ("stratum", "task", "uid"):
         if (count := len(getattr(losses, name))) != n: raise ValueError(f"{name} has {count} entries, not {n}")
     for name in ("masked", "intact"):
-        if not getattr(losses, name).is_floating_point(): raise ValueError(f"{name} has numbers that are no finite losses")
+        if not getattr(losses, name).is_floating_point():
+            raise ValueError(f"{name} has numbers that are no finite losses")
     deal_subsets(losses.stratum, losses.k, losses.seed)
 
 def check_table(

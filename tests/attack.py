@@ -494,31 +494,37 @@ def tried(w, calls, do, seconds=8 * SECONDS):
     return ends
 
 
-def attacked(kind, count=None, seed=0, rights=True, say=lambda line: None):
-    """Make all wrong calls of a kind, or so many of them, of each function behind its right call: call -> how it ended, and where."""
-    every, do = {"python": (python_calls, called), "commands": (command_calls, commanded)}[kind]
-    found = {}
+@contextlib.contextmanager
+def prepared():
+    """What calls need, in a folder that is removed."""
+    disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name) / "place"
         (place / "here").mkdir(parents=True)
-        w = world(place)
-        calls = list(every(w))
-        chosen = calls if count is None else [calls[at] for at in sorted(random.Random(seed).sample(range(len(calls)), min(count, len(calls))))]
-        for of in dict.fromkeys(call.of for call in chosen):
-            mine, start = [call for call in chosen if call.of == of], time.monotonic()
-            (first, said), *others = tried(w, [right(of), *mine], do) if rights else [("accepted", ""), *tried(w, mine, do)]
-            if first != "accepted" and of not in WRONG_ANYHOW:
-                say(f"{of} is left out: its right call ended otherwise ({first}: {said})")
-                continue
-            found |= dict(zip(mine, others))
-            ends, firsts = Counter(found[call][0] for call in mine), {}
-            for call in mine:
-                if found[call][0] == "otherwise":
-                    firsts.setdefault(found[call][1], []).append(call)
-            say(f"{of}: {len(mine):,} calls, {', '.join(f'{ends[end]:,} {end}' for end in ENDS if ends[end])}; {time.monotonic() - start:.0f} s")
-            for said, those in firsts.items():
-                say(f"    {len(those)} times {said}\n        {those[0]}")
+        yield world(place)
+    logging.disable(disabled)
+
+
+def attacked(w, kind, count=None, seed=0, rights=True, say=lambda line: None):
+    """Make all wrong calls of a kind, or so many of them, of each function behind its right call: call -> how it ended, and where; and how many there are."""
+    every, do = {"python": (python_calls, called), "commands": (command_calls, commanded)}[kind]
+    found, calls = {}, list(every(w))
+    chosen = calls if count is None else [calls[at] for at in sorted(random.Random(seed).sample(range(len(calls)), min(count, len(calls))))]
+    for of in dict.fromkeys(call.of for call in chosen):
+        mine, start = [call for call in chosen if call.of == of], time.monotonic()
+        (first, said), *others = tried(w, [right(of), *mine], do) if rights else [("accepted", ""), *tried(w, mine, do)]
+        if first != "accepted" and of not in WRONG_ANYHOW:
+            say(f"{of} is left out: its right call ended otherwise ({first}: {said})")
+            continue
+        found |= dict(zip(mine, others))
+        ends, firsts = Counter(found[call][0] for call in mine), {}
+        for call in mine:
+            if found[call][0] == "otherwise":
+                firsts.setdefault(found[call][1], []).append(call)
+        say(f"{of}: {len(mine):,} calls, {', '.join(f'{ends[end]:,} {end}' for end in ENDS if ends[end])}; {time.monotonic() - start:.0f} s")
+        for said, those in firsts.items():
+            say(f"    {len(those)} times {said}\n        {those[0]}")
     return found, len(calls)
 
 
@@ -540,7 +546,8 @@ def main(kind, count=None):
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    found, known = attacked(kind, count, say=lambda line: print(line, flush=True))
+    with prepared() as w:
+        found, known = attacked(w, kind, count, say=lambda line: print(line, flush=True))
     print(f"{len(found):,} calls, {dict(Counter(end for end, _ in found.values()))}")
     if count is None or count >= 2_000:
         noted(kind, found, known)

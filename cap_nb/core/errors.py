@@ -325,6 +325,13 @@ def has_huge(
     if isinstance(value, (list, tuple)): return any(map(has_huge, value))
     return is_number(value, numbers.Integral) and not -2 ** 63 <= value < 2 ** 63
 
+def has_no_truth(
+    value: object, # What was given
+) -> bool: # Whether it cannot be asked if there is anything in it
+    "Whether `if value` fails, as for arrays of several numbers, or of none."
+    try: return bool(getattr(value, "ndim", 0) and (not len(value) or bool(value) and False))
+    except (RuntimeError, ValueError): return True
+
 def is_array(
     value: object, # What was given
 ) -> bool: # Whether it is an array, and no number of numpy
@@ -343,6 +350,7 @@ def check_closely(
         raise BadInput(f"{what} is of type {type(value).__name__}: expected a {origin.__name__}; make it one.")
     if any(map(is_array, several)) and (kind in NUMBERS or origin in (tuple, list)):
         raise BadInput(f"{what} is or holds an array: expected plain numbers; give its item(), or its tolist().")
+    if origin in SEVERAL and has_no_truth(value): raise BadInput(f"{what} is an array: expected a list; make it one.")
     if has_huge(value):
         raise BadInput(f"{what} is or holds a number beyond 64 bits: expected less; give a smaller one.")
     if any(map(has_no_numbers, several)): check_argument(value, object, what, "device")
