@@ -3,7 +3,7 @@
     python tests/attack.py python [COUNT]      every public function: an argument, a field of it, or its first item is replaced
     python tests/attack.py commands [COUNT]    every command of `cap`: an option or argument is replaced or added
 
-COUNT calls are drawn by a fixed seed; without it, all are tried. What 2,000 or more came to goes into figures/bad_input/attacked.json, which the page of wrong
+COUNT calls are drawn by a fixed seed; without it, all are tried. What 1,000 or more came to goes into figures/bad_input/attacked.json, which the page of wrong
 uses shows. A wrong call must end in `BadInput` (or exit code 2) with one line; it may be accepted, if what it asks for can be done. Each function and
 command is tried in a forked process of its own, with a limit of time for each call and of memory for the process.
 """
@@ -549,7 +549,7 @@ def main(kind, count=None):
     with prepared() as w:
         found, known = attacked(w, kind, count, say=lambda line: print(line, flush=True))
     print(f"{len(found):,} calls, {dict(Counter(end for end, _ in found.values()))}")
-    if count is None or count >= 2_000:
+    if count is None or count >= 1_000:
         noted(kind, found, known)
 
 
