@@ -26,7 +26,7 @@ def give_up(
     code: int, # Exit code
 ) -> NoReturn:
     "Say one sentence on the error channel and leave."
-    typer.echo(f"cap: {sentence}", err=True)
+    typer.echo(f"cap: {BadInput(sentence)}", err=True) # which is one line whatever is in it
     raise typer.Exit(code)
 
 # %% ../nbs/command_line.ipynb #c006

@@ -372,7 +372,7 @@ def in_time(seconds):
 WORDS = ["", "nothing", "-1", "0", "1", "0.5", "-0.5", "1.5", "nan", "inf", "1e308", "99999999999999999999", "9" * 400, "a b", "é", "a\nb", "\ud800", "n" * 300, ",", "a,,b", "1,2", "None",
          "true", "@", "cap@1:0", "{}", "--", "PLACE/nothing", "PLACE/folder", "PLACE/file.txt", "PLACE/pipe", "PLACE/dangling", "PLACE/file.txt/new", "/dev/zero", "/dev/null",
          "/proc/nowhere/new", "owner/name", "owner/name@main", "PLACE/model", "PLACE/run", "PLACE/losses.safetensors"]
-FEW = "--model PLACE/model --tasks lab-arc --style lab --n 3 --k 1 --device cpu"
+FEW = "--model PLACE/model --tasks lab-arc --style lab --n 6 --k 1 --device cpu"
 MEASURE = "--evaluate-n 2 --loss-n 2 --max-new-tokens 4 --windows 1 --window-tokens 32 --text lab-text --accuracy-tasks lab-arc"
 RIGHT = {
     "run": f"{FEW} {MEASURE} --methods magnitude --sparsity 0.5 --out PLACE/new", "claims": f"{FEW} {MEASURE} --base PLACE/run --variants cap --out PLACE/new",
@@ -547,7 +547,7 @@ def main(kind, count=None):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with prepared() as w:
-        found, known = attacked(w, kind, count, say=lambda line: print(line, flush=True))
+        found, known = attacked(w, kind, count, say=lambda line: print(ascii(line)[1:-1], flush=True))
     print(f"{len(found):,} calls, {dict(Counter(end for end, _ in found.values()))}")
     if count is None or count >= 1_000:
         noted(kind, found, known)

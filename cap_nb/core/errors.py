@@ -120,6 +120,7 @@ def single(
     value: object, # What was given
 ) -> object: # The number in it, if it is an array or tensor of no dimension; else itself
     "A number out of its array."
+    if getattr(value, "is_meta", False) is True: return value # it has no number
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 # %% ../../nbs/core/00_errors.ipynb #d8de226e
@@ -262,13 +263,13 @@ def check_argument(
     name: str = "", # A name that has the same range everywhere; without it, neither range nor numbers are looked at
 ) -> None:
     "Raise `BadInput` for a value of another kind, without numbers, or out of the range that its name has everywhere."
+    if name and has_no_numbers(value): # a model without numbers is enough for some
+        raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
     if not fits(value, kind):
         plain = isinstance(value, (str, int, float, type(None))) and len(repr(value)) <= 60
         is_that = repr(value) if plain else f"of type {type(value).__name__}"
         wanted = re.sub(r"(\w+\.)+", "", inspect.formatannotation(kind))
         raise BadInput(f"{what} is {is_that}: expected {wanted}; give that instead.")
-    if name and has_no_numbers(value): # a model without numbers is enough for some
-        raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
     if isinstance(value, (str, os.PathLike)): check_text(os.fspath(value), what)
     if isinstance(value, (str, os.PathLike)) and is_path_kind(kind): check_path(value, what)
     if name in RANGES and (value is not None or kind is object): RANGES[name](value, what)
@@ -325,6 +326,14 @@ def has_huge(
     if isinstance(value, (list, tuple)): return any(map(has_huge, value))
     return is_number(value, numbers.Integral) and not -2 ** 63 <= value < 2 ** 63
 
+def without_none(
+    kind: object, # An annotation
+) -> object: # The same without None, if one kind is left
+    "What is asked for where something is given."
+    left = [part for part in get_args(kind) if part is not type(None)]
+    return left[0] if get_origin(kind) in (Union, UnionType) and len(left) == 1 else kind
+
+# %% ../../nbs/core/00_errors.ipynb #007644ea
 def has_no_truth(
     value: object, # What was given
 ) -> bool: # Whether it cannot be asked if there is anything in it
@@ -334,9 +343,10 @@ def has_no_truth(
 
 def is_array(
     value: object, # What was given
-) -> bool: # Whether it is an array, and no number of numpy
-    "Whether a value has dimensions, if only none."
-    return hasattr(value, "ndim") and not isinstance(value, numbers.Number)
+) -> bool: # Whether it is, or holds, a number in an array, and no number of numpy
+    "Whether a value is, or a list holds, a number that is an array or tensor of no dimension."
+    if isinstance(value, (list, tuple)): return any(map(is_array, value))
+    return getattr(value, "ndim", None) == 0 and not isinstance(value, numbers.Number)
 
 # %% ../../nbs/core/00_errors.ipynb #bb79ef2b
 def check_closely(
@@ -345,14 +355,14 @@ def check_closely(
     what: str, # Where it was given
 ) -> None:
     "Raise `BadInput` for a value of the right kind that cannot be computed with."
-    origin, several = get_origin(kind), value if isinstance(value, (list, tuple)) else (value,)
+    kind, several = without_none(kind), value if isinstance(value, (list, tuple)) else (value,)
+    origin = get_origin(kind)
     if origin in (tuple, list) and not isinstance(value, (tuple, list)):
         raise BadInput(f"{what} is of type {type(value).__name__}: expected a {origin.__name__}; make it one.")
-    if any(map(is_array, several)) and (kind in NUMBERS or origin in (tuple, list)):
+    if is_array(value) and (kind in NUMBERS or origin in (tuple, list)):
         raise BadInput(f"{what} is or holds an array: expected plain numbers; give its item(), or its tolist().")
     if origin in SEVERAL and has_no_truth(value): raise BadInput(f"{what} is an array: expected a list; make it one.")
-    if has_huge(value):
-        raise BadInput(f"{what} is or holds a number beyond 64 bits: expected less; give a smaller one.")
+    if has_huge(value): raise BadInput(f"{what} has a number beyond 64 bits: expected less; give a smaller one.")
     if any(map(has_no_numbers, several)): check_argument(value, object, what, "device")
     if getattr(value, "is_sparse", False) is True:
         raise BadInput(f"{what} is a sparse tensor: expected a dense one; give its to_dense().")
