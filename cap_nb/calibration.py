@@ -111,7 +111,8 @@ def check_parts(
     if not all(len(e.input_ids) == len(e.labels) > 0 for e in examples):
         raise ValueError("a label for each token is wanted, and one token at least")
     ranks, tasks = {(e.task, stratum // 4) for e, stratum in zip(examples, strata)}, {e.task for e in examples}
-    if not len(ranks) == len(tasks) == len({rank for _, rank in ranks}): raise ValueError("a task has strata of another")
+    if not len(ranks) == len(tasks) == len({rank for _, rank in ranks}):
+        raise ValueError("a task has strata of another")
     deal_subsets(strata, calibration.k, calibration.seed)
 
 # %% ../nbs/00_calibration.ipynb #c034
