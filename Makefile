@@ -3,8 +3,9 @@
 # make matrix     the tests that meet transformers most, with 5 and then with 4.57, each in an environment of its own (SLOW=1: all notebooks and tests);
 #                 then make versions
 # make versions   Python 3.10 to 3.13 with the oldest and newest torch and transformers, run-time requirements alone (CELLS=3.11/oldest/newest: one of them)
-# make soak       every reader is fed FUZZ (100,000) spoilt files (hours), runs are killed at every moment (FUZZ below 1,000: at every 17th), and every
-#                 family meets the invariants; what was done goes into figures/bad_input, but for replays and devices
+# make soak       every reader is fed FUZZ (100,000) spoilt files (hours), every public function and command is called wrongly in every way that
+#                 tests/attack.py knows, runs are killed at every moment (FUZZ below 1,000: at every 17th), and every family meets the invariants;
+#                 what was done goes into figures/bad_input, but for replays and devices
 # make dist       a source distribution and a wheel in dist/, and the wheel tried in an environment of its own (asks PyPI)
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
@@ -85,6 +86,8 @@ gpu: env
 soak: env
 	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check atheris || echo "No atheris here: readers are fuzzed by hypothesis alone"
 	"$(BIN)/python" tests/mutated_fuzz.py $(FUZZ)
+	"$(BIN)/python" tests/attack.py python
+	"$(BIN)/python" tests/attack.py commands
 	$(SOAKING) tests/test_nothing_let_in.py -k whatever $(COUNTED)
 	$(SOAKING) tests/faults $(COUNTED)
 	$(SOAKING) tests/test_invariants.py $(COUNTED)

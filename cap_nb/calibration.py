@@ -87,6 +87,10 @@ class Calibration:
         "Subset of each example, int64 [N]."
         return deal_subsets(self.stratum, self.k, self.seed)
 
+    def check_together(self) -> None:
+        "Raise ValueError unless all parts belong together."
+        check_parts(self)
+
     @property
     def fingerprint(self) -> str:
         "SHA-256 over task, content hash, tokens and labels of every example, in order."
@@ -96,6 +100,20 @@ class Calibration:
     def from_examples(cls, examples: Iterable[Example], k: int = 3, seed: int = 0) -> "Calibration":
         "A calibration set of your own examples; each task is cut into its own length quartiles."
         return calibration_from_examples(tuple(examples), k, seed)
+
+# %% ../nbs/00_calibration.ipynb #6a15fef4
+def check_parts(
+    calibration: Calibration, # Examples, and how they are dealt
+) -> None:
+    "Raise ValueError unless all parts of a calibration set belong together."
+    examples, strata = calibration.examples, calibration.stratum
+    if not 0 < len(examples) == len(strata): raise ValueError("one stratum an example is wanted")
+    if not all(len(e.input_ids) == len(e.labels) > 0 for e in examples):
+        raise ValueError("a label for each token is wanted, and one token at least")
+    ranks, tasks = {(e.task, stratum // 4) for e, stratum in zip(examples, strata)}, {e.task for e in examples}
+    if not len(ranks) == len(tasks) == len({rank for _, rank in ranks}):
+        raise ValueError("a task has strata of another")
+    deal_subsets(strata, calibration.k, calibration.seed)
 
 # %% ../nbs/00_calibration.ipynb #c034
 def calibration_from_examples(

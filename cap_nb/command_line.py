@@ -26,7 +26,7 @@ def give_up(
     code: int, # Exit code
 ) -> NoReturn:
     "Say one sentence on the error channel and leave."
-    typer.echo(f"cap: {sentence}", err=True)
+    typer.echo(f"cap: {BadInput(sentence)}", err=True) # which is one line whatever is in it
     raise typer.Exit(code)
 
 # %% ../nbs/command_line.ipynb #c006
@@ -75,6 +75,8 @@ def in_one_sentence(
             with signals_answered(stop): return command(*args, **options)
         except (typer.Exit, typer.Abort): raise
         except BadInput as error: give_up(str(error), 2)
+        except UnicodeEncodeError as error: # half a surrogate pair, as bytes on the command line that are no UTF-8
+            give_up(f"{error.object[:60]!r} is no text: expected UTF-8; write it anew.", 2)
         except OSError as error:
             drop_output()
             if isinstance(error, BrokenPipeError): raise typer.Exit(128 + signal.SIGPIPE) from None

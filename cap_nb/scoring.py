@@ -92,6 +92,10 @@ class HeadLosses:
         "Subset of each example, int64 [N]."
         return deal_subsets(self.stratum, self.k, self.seed)
 
+    def check_together(self) -> None:
+        "Raise ValueError unless all parts belong together."
+        check_parts(self)
+
     @property
     def target(self) -> str:
         "What was measured: loss, or divergence from the intact model."
@@ -253,7 +257,7 @@ from matplotlib.patches import Rectangle
 from .core.plots import blank_figure, in_style
 
 # %% ../nbs/01_scoring.ipynb #c039
-def check_table(
+def check_parts(
     losses: HeadLosses, # A table of losses
 ) -> None:
     "Raise ValueError unless all parts of a table belong together."
@@ -263,10 +267,18 @@ def check_table(
     for name in ("stratum", "task", "uid"):
         if (count := len(getattr(losses, name))) != n: raise ValueError(f"{name} has {count} entries, not {n}")
     for name in ("masked", "intact"):
-        values = getattr(losses, name)
-        if values.is_floating_point() and values.isfinite().all(): continue
-        raise ValueError(f"{name} has numbers that are no finite losses")
+        if not getattr(losses, name).is_floating_point():
+            raise ValueError(f"{name} has numbers that are no finite losses")
     deal_subsets(losses.stratum, losses.k, losses.seed)
+
+def check_table(
+    losses: HeadLosses, # A table of losses without gaps
+) -> None:
+    "Raise ValueError unless all parts of a table belong together, and every loss is finite."
+    check_parts(losses)
+    for name in ("masked", "intact"):
+        if not getattr(losses, name).isfinite().all():
+            raise ValueError(f"{name} has numbers that are no finite losses")
 
 # %% ../nbs/01_scoring.ipynb #c040
 @arguments_answered

@@ -130,7 +130,8 @@ def as_packed(rng, said):
         inner = json.dumps(said["inner"]).encode()
         inner = len(inner).to_bytes(8, "little") + inner
         wide = {"U8": 1, "F16": 2, "F32": 4, "F64": 8}
-        entries = {name: Entry(kind=kind, shape=tuple(shape), size=math.prod(shape) * wide.get(kind, 4), width=wide.get(kind, 4)) for name, (kind, shape) in said["tensors"].items()}
+        counts = {name: math.prod(size for size in shape if type(size) is int) for name, (_, shape) in said["tensors"].items()}
+        entries = {name: Entry(kind=kind, shape=tuple(shape), size=counts[name] * wide.get(kind, 4), width=wide.get(kind, 4)) for name, (kind, shape) in said["tensors"].items()}
         entries |= {"header": Entry(kind="U8", shape=(len(inner),), size=len(inner), width=1)} if rng.random() < 0.9 else {}
         head = header_of(entries, said["about"])
         body = bytearray(min(1 << 16, sum(entry.size for entry in entries.values())))

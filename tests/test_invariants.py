@@ -1,6 +1,6 @@
 """What holds whatever the model: random tiny models of the true classes, drawn by hypothesis.
 
-A few models of a few families here; with CAP_NB_FUZZ (`make soak`), of every family, and many.
+A few models of a few families here; with CAP_NB_FUZZ (`make soak`), of every family, and many: sixty times as many from CAP_NB_FUZZ=1000 on.
 """
 import copy
 import os
@@ -34,8 +34,8 @@ NAMES = tuple(TINY_MODELS) if MANY else FEW
 
 
 def tries(few):
-    """So many random models, or sixty times as many in the soak."""
-    return settings(max_examples=60 * few if MANY else few, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=not MANY)
+    """So many random models, or in the soak sixty times as many; with CAP_NB_FUZZ below 1,000 one more for every 16."""
+    return settings(max_examples=few * min(60, 1 + MANY // 16), deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=not MANY)
 
 
 # ---- random models ----

@@ -215,6 +215,23 @@ def test_a_tensor_that_is_missing_is_not_made_up(copy):
     refused(folder, "its config.json describes")
 
 
+def test_a_tensor_of_another_name_is_not_made_up(copy):
+    folder = copy("config.json")
+    places = shards_of(folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / places[name])
+    save_file({"x" if key == name else key: tensor for key, tensor in tensors.items()}, folder / places[name], metadata={"format": "pt"})
+    copy(SHARD_INDEX, weight_map={"x" if key == name else key: place for key, place in places.items()})
+    refused(folder, f"holds no {name}")
+
+
+def test_a_tensor_of_another_name_in_gguf_is_not_made_up(tmp_path):
+    body = model_files()["m.gguf"]
+    (tmp_path / "m.gguf").write_bytes(body.replace(b"blk.1.ffn_up", b"blk.1.ffn_uq"))
+    with pytest.raises(BadInput, match="holds no model.layers.1.mlp.up_proj.weight"):
+        load_model(str(tmp_path / "m.gguf"), device="cpu")
+
+
 # ---- names ----
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../x", "a//x", "", ".", "a\\x", "a\nx", 7, None])
 def test_names_that_lead_outside(name):

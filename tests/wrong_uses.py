@@ -6,6 +6,7 @@ A use of the command line must end with exit code 2 and one line on the error ch
 `BadInput`. Every sentence says what was wrong, what was expected, and what to do.
 """
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -18,10 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: bars are no part of a sentence
+import numpy as np
 import torch
 from pandas import DataFrame
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -33,6 +35,7 @@ from cap_nb.core.files import sealed, write_checked, write_tensors
 from cap_nb.data.problems import load_problems, load_text
 from cap_nb.engine.decoding import Decoding, generate_greedy
 from cap_nb.evaluation import accuracy, answer_problems, bootstrap_interval, evaluation_problems, held_out_losses, perplexity
+from cap_nb.experiments.claims import plot_claims
 from cap_nb.importance import importance_factors, plot_factors
 from cap_nb.jobs.chains import Answering, own_chains
 from cap_nb.jobs.job import run_job
@@ -44,7 +47,7 @@ from cap_nb.methods.budgets import BudgetSettings, measured_budgets
 from cap_nb.methods.prune import prune
 from cap_nb.models.lab import lab_model, train_lab
 from cap_nb.models.loading import load_model, save_model
-from cap_nb.portable.fine_tuning import recover
+from cap_nb.portable.fine_tuning import held_zeros, recover
 from cap_nb.portable.sharing import model_card
 from cap_nb.portable.small_files import export_folder
 from cap_nb.scoring import HeadLosses, causal_scores, load_losses, masked_head, rank_correlation, save_losses, score_interval
@@ -243,6 +246,11 @@ def beyond(place, action):
     return action(*load_model(place / "short", device="cpu"))
 
 
+def pictures():
+    """A model of transformers that knows no language."""
+    return ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4))
+
+
 def few(tokenizer):
     return calibration_set(tokenizer, tasks=("lab-arc",), n=3, k=1)
 
@@ -347,6 +355,18 @@ PYTHON = {
     "export_folder(model, below a file)": lambda p: export_folder(p / "model", p / "file.txt" / "new"),
     "plan(changed(Job(), methods='cap'))": lambda p: plan(changed(Job(), methods="cap")),
     "plan(changed(Job(), n=10 ** 11))": lambda p: plan(changed(Job(), n=10 ** 11)),
+    "held_zeros(7)": lambda p: held_zeros(7),
+    "held_zeros(model), nothing pruned": on_lab(lambda m, t, p: held_zeros(m)),
+    "score_heads(model, replace(calibration, examples=()))": on_lab(lambda m, t, p: score_heads(m, replace(few(t), examples=()))),
+    "causal_scores(replace(losses, masked=torch.rand(2, 2)))": lambda p: causal_scores(replace(tables(), masked=torch.rand(2, 2))),
+    "importance_factors(torch.rand(2, 2), low=numpy.array(3))": lambda p: importance_factors(torch.rand(2, 2), low=np.array(3)),
+    "generate_greedy(model, tokenizer, [[2 ** 63]], 3)": on_lab(lambda m, t, p: generate_greedy(m, t, [[2 ** 63]], 3)),
+    "own_chains(model, tokenizer, answering=Answering(file='n' * 300))":
+        on_lab(lambda m, t, p: own_chains(m, t, tasks=("lab-arc",), n=1, answering=Answering(tries=1, max_new_tokens=2, file=p / ("n" * 300)))),
+    "compare_methods(itertools.repeat(None))": lambda p: compare_methods(itertools.repeat(None)),
+    "plot_claims(pandas.DataFrame({'a': [1]}))": lambda p: plot_claims(DataFrame({"a": [1]})),
+    "accuracy(a model for pictures, tokenizer, 'lab-arc', n=1)": on_lab(lambda m, t, p: accuracy(pictures(), t, "lab-arc", n=1)),
+    "train_lab('new', steps=1, work='/proc/nowhere/new')": lambda p: train_lab(p / "new", steps=1, work="/proc/nowhere/new"),
 }
 
 

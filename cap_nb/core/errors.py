@@ -99,7 +99,12 @@ from typing import Any, Union, get_args, get_origin
 # %% ../../nbs/core/00_errors.ipynb #57f46846
 NUMBERS = {int: numbers.Integral, float: numbers.Real}
 SEVERAL = (Sequence, Collection, Iterable, list, tuple) # Kinds for which whatever has items will do
-TEXTS = {str, Path, str | Path, ...} # Kinds of names
+def may_be_numbers(
+    kind: object, # An annotation
+) -> bool: # Whether it asks for a number, for anything, or for a list of such
+    "Whether the items of an array can be of that kind; an array of names has no yes or no."
+    if get_origin(kind) in SEVERAL: return all(map(may_be_numbers, get_args(kind)))
+    return kind in (*NUMBERS, Any, object, ...)
 
 def items_seen(
     value: object, # What has items
@@ -115,6 +120,7 @@ def single(
     value: object, # What was given
 ) -> object: # The number in it, if it is an array or tensor of no dimension; else itself
     "A number out of its array."
+    if getattr(value, "is_meta", False) is True: return value # it has no number
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 # %% ../../nbs/core/00_errors.ipynb #d8de226e
@@ -131,7 +137,7 @@ def fits(
     if origin in SEVERAL:
         unordered = isinstance(value, (set, frozenset)) and origin not in (Iterable, Collection)
         if unordered or not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)): return False
-        if hasattr(value, "ndim") and parts and {*parts} <= TEXTS: return False # an array of names has no yes or no
+        if hasattr(value, "columns") or hasattr(value, "ndim") and not all(map(may_be_numbers, parts)): return False
         if (items := items_seen(value)) is None: return origin is Iterable and not hasattr(value, "ndim")
         kinds = parts if origin is tuple and parts and ... not in parts else (parts or (object,))[:1] * len(items)
         return len(items) == len(kinds) and all(map(fits, items, kinds))
@@ -191,6 +197,7 @@ def has_no_numbers(
 import errno
 import functools
 import inspect
+import itertools
 
 # %% ../../nbs/core/00_errors.ipynb #bad31955
 def check_tokenizer(tokenizer: object, what: str) -> None:
@@ -200,7 +207,8 @@ def check_tokenizer(tokenizer: object, what: str) -> None:
 
 def check_model(model: object, what: str) -> None:
     "Raise `BadInput` for a module that is no model of transformers."
-    if hasattr(model, "config"): return
+    heads = getattr(model, "get_output_embeddings", None)
+    if hasattr(model, "config") and not (callable(heads) and heads() is None): return
     raise BadInput(f"{what} is a {type(model).__name__}: expected a causal language model; load one with load_model.")
 
 def check_table(table: object, what: str) -> None:
@@ -255,13 +263,13 @@ def check_argument(
     name: str = "", # A name that has the same range everywhere; without it, neither range nor numbers are looked at
 ) -> None:
     "Raise `BadInput` for a value of another kind, without numbers, or out of the range that its name has everywhere."
+    if name and has_no_numbers(value): # a model without numbers is enough for some
+        raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
     if not fits(value, kind):
         plain = isinstance(value, (str, int, float, type(None))) and len(repr(value)) <= 60
         is_that = repr(value) if plain else f"of type {type(value).__name__}"
         wanted = re.sub(r"(\w+\.)+", "", inspect.formatannotation(kind))
         raise BadInput(f"{what} is {is_that}: expected {wanted}; give that instead.")
-    if name and has_no_numbers(value): # a model without numbers is enough for some
-        raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
     if isinstance(value, (str, os.PathLike)): check_text(os.fspath(value), what)
     if isinstance(value, (str, os.PathLike)) and is_path_kind(kind): check_path(value, what)
     if name in RANGES and (value is not None or kind is object): RANGES[name](value, what)
@@ -310,29 +318,100 @@ def check_fields(
         if not fits(held, kind): raise TypeError(f"{where} is of type {type(held).__name__}")
     return value
 
+# %% ../../nbs/core/00_errors.ipynb #0ddecba3
+def has_huge(
+    value: object, # What was given
+) -> bool: # Whether it is, or holds, a whole number that 64 bits do not
+    "Whether a number is too large for a tensor."
+    if isinstance(value, (list, tuple)): return any(map(has_huge, value))
+    return is_number(value, numbers.Integral) and not -2 ** 63 <= value < 2 ** 63
+
+def without_none(
+    kind: object, # An annotation
+) -> object: # The same without None, if one kind is left
+    "What is asked for where something is given."
+    left = [part for part in get_args(kind) if part is not type(None)]
+    return left[0] if get_origin(kind) in (Union, UnionType) and len(left) == 1 else kind
+
+# %% ../../nbs/core/00_errors.ipynb #007644ea
+def has_no_truth(
+    value: object, # What was given
+) -> bool: # Whether it cannot be asked if there is anything in it
+    "Whether `if value` fails, as for arrays of several numbers, or of none."
+    try: return bool(getattr(value, "ndim", 0) and (not len(value) or bool(value) and False))
+    except (RuntimeError, ValueError): return True
+
+def is_array(
+    value: object, # What was given
+) -> bool: # Whether it is, or holds, a number in an array, and no number of numpy
+    "Whether a value is, or a list holds, a number that is an array or tensor of no dimension."
+    if isinstance(value, (list, tuple)): return any(map(is_array, value))
+    return getattr(value, "ndim", None) == 0 and not isinstance(value, numbers.Number)
+
+# %% ../../nbs/core/00_errors.ipynb #bb79ef2b
+def check_closely(
+    value: object, # What was given to a call that failed
+    kind: object, # What was asked for, and it is of that kind
+    what: str, # Where it was given
+) -> None:
+    "Raise `BadInput` for a value of the right kind that cannot be computed with."
+    kind, several = without_none(kind), value if isinstance(value, (list, tuple)) else (value,)
+    origin = get_origin(kind)
+    if origin in (tuple, list) and not isinstance(value, (tuple, list)):
+        raise BadInput(f"{what} is of type {type(value).__name__}: expected a {origin.__name__}; make it one.")
+    if is_array(value) and (kind in NUMBERS or origin in (tuple, list)):
+        raise BadInput(f"{what} is or holds an array: expected plain numbers; give its item(), or its tolist().")
+    if origin in SEVERAL and has_no_truth(value): raise BadInput(f"{what} is an array: expected a list; make it one.")
+    if has_huge(value): raise BadInput(f"{what} has a number beyond 64 bits: expected less; give a smaller one.")
+    if any(map(has_no_numbers, several)): check_argument(value, object, what, "device")
+    if getattr(value, "is_sparse", False) is True:
+        raise BadInput(f"{what} is a sparse tensor: expected a dense one; give its to_dense().")
+    for each in several:
+        try: getattr(each, "check_together", lambda: None)()
+        except Exception as error:
+            raise BadInput(f"{what} does not hold together ({error}): expected a {type(each).__name__} as cap_nb makes "
+                           "it; make it anew.") from None
+    if hasattr(value, "columns"):
+        raise BadInput(f"{what} is a table with the columns {list(value.columns)[:9]}, which do not do: expected one "
+                       "as cap_nb makes it; hand it on as it is.")
+
 # %% ../../nbs/core/00_errors.ipynb #958381f6
 STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) # Several under one name
 
+def looked_at(
+    signature: inspect.Signature, # Of a public function
+    name: str, # Its name
+    given: tuple, # What it was given by place
+    named: dict, # What it was given by name
+    first: bool = False, # Whether the call is still to come: only fields of this package's classes then
+) -> Iterator[tuple[object, object, str, str]]: # Value, kind, where it was given, name
+    "The arguments of a call, and their fields; one that Python itself refuses raises `TypeError`."
+    for argument, value in signature.bind(*given, **named).arguments.items():
+        parameter, what = signature.parameters[argument], f"{argument} of {name}()"
+        if parameter.annotation is parameter.empty or parameter.kind in STARRED: continue
+        yield value, parameter.annotation, what, argument
+        if not first or is_ours(value): yield from looked_through(value, what)
+
+# %% ../../nbs/core/00_errors.ipynb #a588d045
 def wrong_argument(
     signature: inspect.Signature, # Of a public function
     name: str, # Its name
     given: tuple, # What it was given by place
     named: dict, # What it was given by name
-    first: bool = False, # Whether the call is still to come: plain kinds alone, and no ranges
+    first: bool = False, # Whether the call is still to come: what is seen at a look, and no ranges
 ) -> BadInput | None: # A sentence on the first argument that is wrong; None if none is
-    "Look through the arguments of a call, and their fields; one that Python itself refuses raises `TypeError`."
-    for argument, value in signature.bind(*given, **named).arguments.items():
-        parameter, what = signature.parameters[argument], f"{argument} of {name}()"
-        if parameter.annotation is parameter.empty or parameter.kind in STARRED: continue
-        whole = value, parameter.annotation, what, argument
-        inside = looked_through(value, what) if not first or is_ours(value) else ()
-        for each, kind, where, known in (whole, *inside):
-            if first and not is_seen(each, kind): continue
-            try: check_argument(each, kind, where, "" if first else known)
-            except BadInput as said: return said
+    "Look for a wrong argument; after a failure a second time, closely."
+    every = list(looked_at(signature, name, given, named, first))
+    try:
+        for value, kind, where, known in every:
+            if not first or is_seen(value, kind): check_argument(value, kind, where, "" if first else known)
+        for value, kind, where, _ in () if first else every: check_closely(value, kind, where)
+    except BadInput as said: return said
     return None
 
 # %% ../../nbs/core/00_errors.ipynb #0d0b5df5
+MOST = 10_000_000 # Items that an iterator may hold
+
 def read_through(
     signature: inspect.Signature, # Of a public function
     given: tuple, # What it was given by place
@@ -342,7 +421,9 @@ def read_through(
     bound = signature.bind(*given, **named)
     for name, value in bound.arguments.items():
         once = isinstance(value, Iterator) and get_origin(signature.parameters[name].annotation) is Iterable
-        if once: bound.arguments[name] = tuple(value)
+        if once: bound.arguments[name] = tuple(itertools.islice(value, MOST + 1))
+        if once and len(bound.arguments[name]) > MOST:
+            raise BadInput(f"{name} does not end within {MOST:,} items: expected fewer; give a list of them.")
     return bound.args, bound.kwargs
 
 
@@ -362,14 +443,30 @@ def refused_path(
 
 def about_paths(
     error: Exception, # From a call that failed
-    given: Iterable[object], # What the call was given
+    given: Iterable[object], # What the call was given as paths
+    texts: Iterable[str] = (), # Other texts that it was given, which may be paths
 ) -> bool: # Whether it is the file system's, about a path among that or something below it
-    "Whether an error says that a path that was given, a name made of it, or something below it cannot be used."
+    "Whether an error says that a path that was given, a name made of it, or something below or above it fails."
     if not isinstance(error, OSError) or error.errno not in WANTED or not isinstance(error.filename, str): return False
     paths = [os.path.abspath(value) for value in given if isinstance(value, (str, os.PathLike)) and value]
-    above = [str(path) for path in (Path(error.filename), *Path(error.filename).parents)] # names beside it are ours
+    said = Path(os.path.abspath(error.filename))
+    above = [str(path) for path in (said, *said.parents)] # names beside it are ours
+    if not {os.path.abspath(text) for text in texts if text}.isdisjoint(above): return True
     return any(os.path.dirname(path) == os.path.dirname(each) and os.path.basename(path) in os.path.basename(each)
-               for path in paths for each in map(os.path.abspath, above))
+               for path in paths for each in above) or any(said in Path(path).parents for path in paths)
+
+# %% ../../nbs/core/00_errors.ipynb #78293b3e
+def texts_in(
+    value: object, # What was given
+) -> Iterator[str]: # Texts and paths
+    "All texts and paths in lists, mappings and fields of what was given, and in theirs."
+    if isinstance(value, (str, os.PathLike)): yield os.fspath(value)
+    elif isinstance(value, Mapping):
+        for each in value.values(): yield from texts_in(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value: yield from texts_in(each)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value): yield from texts_in(getattr(value, field.name, ""))
 
 # %% ../../nbs/core/00_errors.ipynb #72286631
 INSIDE = ContextVar("inside", default=False) # Whether a public function is at work already
@@ -399,7 +496,8 @@ def explained(
     try:
         taken = signature.bind(*given, **named).arguments.items()
         asked = [value for argument, value in taken if is_path_kind(signature.parameters[argument].annotation)]
-        if about_paths(error, asked): return BadInput(refused_path(error))
+        texts = [text for _, value in taken for text in texts_in(value) if isinstance(text, str)]
+        if about_paths(error, asked, texts): return BadInput(refused_path(error))
         return wrong_argument(signature, name, given, named)
     except Exception: return None # looking at an argument may fail too; the first error is the one to show
 

@@ -592,12 +592,24 @@ class StoredTensor:
     kind: str # Its dtype as the format names it, as in "BF16"
     shape: tuple[int, ...] # Its shape
 
+# %% ../../nbs/core/01_files.ipynb #480c2bda
+def is_entry(
+    entry: object, # What a header says of one tensor
+) -> bool: # Whether dtype, shape and place are what they must be
+    "Whether an entry can be computed with: at most 64 dimensions, and no number beyond 63 bits."
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str): return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list): return False
+    counts = all(type(n) is int and 0 <= n < 2 ** 63 for n in (*shape, *offsets))
+    return counts and len(shape) <= 64 and len(offsets) == 2
+
 def stored_tensor(
     file: Path, # A safetensors file
     begin: int, # Where the tensors begin in it
     entry: dict, # What its header says of one tensor
 ) -> StoredTensor: # Where the tensor lies
-    "One entry of a header."
+    "One entry of a header; one that says other things than an entry does raises ValueError."
+    if not is_entry(entry): raise ValueError("no entry of a safetensors header")
     start, end = (begin + offset for offset in entry["data_offsets"])
     return StoredTensor(file=file, start=start, end=end, kind=entry["dtype"], shape=tuple(entry["shape"]))
 

@@ -342,7 +342,7 @@ class Workload:
     @property
     def number_bytes(self) -> int:
         "Bytes of a number."
-        return NUMBER_BYTES[self.dtype]
+        return NUMBER_BYTES[check_choice(self.dtype, NUMBER_BYTES, "dtype")]
 
     @cached_property
     def batches(self) -> tuple[BatchShape, ...]:
@@ -653,7 +653,7 @@ def planned_hardware(
 
 # %% ../../nbs/jobs/05_planning.ipynb #c060
 from ..calibration import deal_subsets
-from ..core.errors import check_at_least
+from ..core.errors import check_at_least, check_choice
 from .costs import planned_job, planned_lengths, read_sizes, tokenizer_at_hand
 from .job import check_job
 from .settings import MOST

@@ -572,6 +572,12 @@ class Budgets:
     shares: torch.Tensor # Shares after the moves, float64 [R]
     moves: tuple[Move, ...] = () # Moves that were tried
 
+    def check_together(self) -> None:
+        "Raise ValueError unless all parts belong together."
+        sizes = (len(self.table.regions), len(self.table.levels), len(self.table.uid))
+        if self.table.kl.shape != sizes or any(getattr(self, name).shape != sizes[:1] for name in PER_REGION):
+            raise ValueError(f"{sizes[0]} regions, {sizes[1]} levels and {sizes[2]} examples are wanted everywhere")
+
     @property
     def modules(self) -> dict[str, float]:
         "Module name -> share of its weights to zero."
@@ -638,10 +644,8 @@ def load_budgets(
                             uid=tuple(about["uid"]), meta=about["meta"])
         budgets = Budgets(table=table, sparsity=about["sparsity"], power=about["power"],
                           moves=tuple(move_of(entry) for entry in about["moves"]), **tensors)
-        sizes = (len(regions), len(table.levels), len(table.uid))
-        if table.kl.shape != sizes or any(getattr(budgets, name).shape != sizes[:1] for name in PER_REGION):
-            raise ValueError("its parts do not belong together")
-        return check_fields(budgets)
+        check_fields(budgets).check_together()
+        return budgets
 
 # %% ../../nbs/methods/11_budgets.ipynb #c116
 def spread_over_strata(

@@ -20,6 +20,11 @@ class PartialLosses:
     losses: HeadLosses # Its masked losses are NaN where nothing was measured
     slopes: torch.Tensor # First-order estimate of the rise of the loss, in nats, float64 [L, H, N]
 
+    def check_together(self) -> None:
+        "Raise ValueError unless the slopes are those of the table."
+        if self.losses.masked.shape != self.slopes.shape or not self.slopes.is_floating_point():
+            raise ValueError("a slope for each loss is wanted")
+
     @property
     def rise(self) -> torch.Tensor:
         "Rise of the loss, in nats, NaN where nothing was measured, float64 [L, H, N]."
@@ -558,11 +563,11 @@ def partial_from(
     losses = HeadLosses(masked=tensors["masked"], intact=tensors["intact"], **columns,
                         **{name: about[name] for name in ("k", "seed", "meta")})
     check_table(replace(losses, masked=losses.masked.nan_to_num(0.0)))
-    slopes = tensors["slopes"]
-    if losses.masked.shape != slopes.shape or not slopes.is_floating_point() or not slopes.isfinite().all():
-        raise ValueError("its slopes are not those of the table")
+    partial = check_fields(PartialLosses(losses, tensors["slopes"]))
+    partial.check_together()
+    if not partial.slopes.isfinite().all(): raise ValueError("a slope is not finite")
     check_seed(losses.meta["screened"]["seed"])
-    return check_fields(PartialLosses(losses, slopes))
+    return partial
 
 # %% ../../nbs/methods/17_screening.ipynb #c073
 def load_any(

@@ -272,6 +272,20 @@ def check_complete(
                    "checkpoint; fetch it again.")
 
 
+# %% ../../nbs/models/08_loading.ipynb #1c672330
+def nothing_made_up(
+    source: str | Path, # What was loaded
+    loaded: tuple[nn.Module, dict], # Model, and what transformers says of its loading
+) -> nn.Module: # The model
+    "Raise `BadInput` if a parameter is not from the files; one that is another one, as a tied head, may be missing."
+    model, told = loaded
+    every, missing = dict(model.named_parameters(remove_duplicate=False)), set(told["missing_keys"])
+    held = {id(weight) for name, weight in every.items() if name not in missing}
+    lost = sorted(name for name in missing & every.keys() if id(every[name]) not in held)
+    if not lost: return model
+    raise BadInput(f"{source} holds no {lost[0]}, which its config.json describes: expected a whole checkpoint; "
+                   "fetch it again.")
+
 # %% ../../nbs/models/08_loading.ipynb #c044
 def load_pretrained(
     source: str, # Folder
@@ -286,7 +300,8 @@ def load_pretrained(
     if not weights: check_complete(Path(source), config)
     options = {"dtype": dtype or "auto"} | ({"device_map": "auto"} if device == "auto" else {})
     if weights: model = model_of_weights(Path(source), config, weights(), options)
-    else: model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **options)
+    else: model = nothing_made_up(source, AutoModelForCausalLM.from_pretrained(
+        source, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options))
     tokenizer = load_tokenizer(source)
     anatomy(model)
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
@@ -408,7 +423,8 @@ def dequantised(
     gguf: Path, # The GGUF file
 ) -> tuple[nn.Module, object]: # A plain float32 model with the same weights, and the tokenizer
     "A plain model with the dequantised weights of a GGUF file."
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded = nothing_made_up(gguf, AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True))
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"): settings.pop(key, None)

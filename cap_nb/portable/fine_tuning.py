@@ -68,16 +68,15 @@ from ..methods.prune import prune
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c016
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c017
 @contextmanager
-def held_zeros(
-    model: nn.Module, # A pruned causal language model of a known family
-) -> Iterator[tuple[HeldParameter, ...]]: # What is held
-    "While the block runs, no step of any optimiser of torch changes a weight that was zero; no zeros raise `BadInput`."
-    held = held_parameters(model)
+def holding(
+    held: tuple[HeldParameter, ...], # What is held
+) -> Iterator[tuple[HeldParameter, ...]]: # The same
+    "Hold zeros while the block runs."
     def put_back(*_) -> None:
         for each in held: each.put_back()
     hooks = [register_optimizer_step_post_hook(put_back)]
@@ -87,6 +86,14 @@ def held_zeros(
     finally:
         for hook in hooks: hook.remove()
         put_back()
+
+# %% ../../nbs/portable/02_fine_tuning.ipynb #acd7270e
+@arguments_answered
+def held_zeros(
+    model: nn.Module, # A pruned causal language model of a known family
+) -> AbstractContextManager[tuple[HeldParameter, ...]]: # Gives what is held
+    "While the block runs, no step of any optimiser of torch changes a weight that was zero; no zeros raise `BadInput`."
+    return holding(held_parameters(model))
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c019
 from ..data.batches import collate
