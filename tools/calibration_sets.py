@@ -49,6 +49,7 @@ class Study:
     answered: int  # Held-out problems a task that are answered
     chains: Answering | None  # How the model answers training problems; None: not asked
     style: str | None = None  # Prompt style; None is the model's own
+    answers: tuple[str, float, int] | None = None  # Method and sparsity after which so many GSM8K problems are answered
     seeds: int = 3  # Calibration seeds
     sparsities: tuple[float, ...] = (0.2, 0.5)
     windows: tuple[int, int] = (20, 128)  # Windows of held-out text, and tokens in each
@@ -63,7 +64,8 @@ STUDIES = {
                      sparsities=(0.5,), windows=(20, 128)),
     "qwen": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2",
                   methods=("sparsegpt", "wanda", "cap"), n=16, judged=30, answered=0, style="answer-line",
-                  chains=Answering(tries=3, max_new_tokens=320, lenient=True), seeds=1, windows=(20, 512))}
+                  chains=Answering(tries=3, max_new_tokens=320, lenient=True), seeds=1, windows=(20, 512),
+                  answers=("sparsegpt", 0.5, 100))}
 
 
 def as_examples(tokenizer: object, chains: tuple[Chain, ...]) -> list[Example]:
@@ -120,6 +122,18 @@ def cell(name: str, study: Study, chosen: tuple[str, float, Calibration], factor
         method, sparsity, calibration = chosen
         prune(model, method, sparsity, factors=factors, calibration=calibration)
     return measured(model, tokenizer, study, data)
+
+
+def answers(name: str, study: Study, calibration: Calibration, data: str | None) -> dict:
+    "GSM8K problems answered by a pruned model: which are right, strictly and leniently, which cut off, and tokens."
+    model, tokenizer = load_model(FOLDERS.get(name, name), study.dtype, "cpu")
+    method, sparsity, n = study.answers
+    prune(model, method, sparsity, calibration=calibration)
+    limit = study.chains.max_new_tokens
+    records = accuracy(model, tokenizer, "gsm8k", n, data_dir=data, style=study.style, max_new_tokens=limit)
+    kinds = ("correct", "lenient_correct", "cut_off")
+    found = {kind: "".join(str(int(getattr(r, kind))) for r in records) for kind in kinds}
+    return found | {"uid": [r.uid[:8] for r in records], "tokens": [r.tokens for r in records]}
 
 
 @dataclass(frozen=True)
@@ -181,7 +195,7 @@ def main(name: str, work: Path, seconds: float = 1e9, data: str | None = None) -
     model, tokenizer = load_model(FOLDERS.get(name, name), study.dtype, "cpu")
     content = {"model": {"name": name, "fingerprint": model_fingerprint(model), "dtype": study.dtype, "device": "cpu"},
                "n": study.n, "judged": study.judged, "answered": study.answered, "chains": repr(study.chains),
-               "windows": study.windows, "sets": {}, "problems": {}, "cells": []}
+               "windows": study.windows, "sets": {}, "problems": {}, "cells": [], "answers": {}}
     dense = pieces.get("dense", lambda: cell(name, study, None, None, data))
     found = [(("dense", 0.0, "", 0), dense)] if dense else []
     for seed in range(study.seeds):
@@ -189,6 +203,10 @@ def main(name: str, work: Path, seconds: float = 1e9, data: str | None = None) -
             continue
         sets = calibration_sets(model, tokenizer, study, seed, data, work)
         content["sets"] |= {f"{how} {seed}": about(calibration) for how, calibration in sets.items()}
+        if study.answers:
+            for how, chosen in sets.items():
+                given = pieces.get(f"answers {how} {seed}", lambda chosen=chosen: answers(name, study, chosen, data))
+                content["answers"] |= {f"{how} {seed}": given} if given else {}
         for method in study.methods:
             for how, calibration in sets.items():
                 found += cells_of_set(name, model, (method, how, seed, calibration), pieces, data)
