@@ -155,6 +155,8 @@ def unit_studies(
     found = {study: read_checked(path) for study, path in paths.items() if path.exists()}
     return {study: record for study, record in found.items() if record["model"]["name"] == name}
 
+BESIDE = " beside neurons" # Ends the name of a method that was measured again, on the processor of those with neurons
+
 def neuron_cells(
     figures: Path, # Folder that holds the runs' folders
     name: str, # Name of the model
@@ -166,6 +168,7 @@ def neuron_cells(
         method, sparsity = key.split("/")
         like = cells["cap", float(sparsity)]
         losses = tuple(replace(of, loss=loss) for of, loss in zip(like.losses, cell["losses"], strict=True))
+        if ".neurons" not in method: method += BESIDE # the main run has it too, from another processor
         found[method, float(sparsity)] = replace(like, method=method, reached=cell["reached"], losses=losses,
                                                  answers=(), perplexity=None)
     return found
@@ -926,11 +929,24 @@ def cut_out(
     return case
 
 # %% ../../nbs/experiments/02_claims.ipynb #9c2579ec
+def with_neurons(
+    other: str, # A method without neurons
+    on: str, # As in `paired_gains`
+    sparsity: float, # Of both
+) -> Case: # Gain over it
+    "CAP with a factor a neuron against a method, from the same processor where it was measured there too."
+    def case(records: ModelRecords, confidence: float) -> Comparison | None:
+        again = f"{other}{BESIDE}"
+        beside = again if (again, sparsity) in records.cells else other
+        return compared("cap.neurons_wide", beside, on, sparsity)(records, confidence)
+    return case
+
+# %% ../../nbs/experiments/02_claims.ipynb #dc315662
 NEURON_QUESTIONS = (
     Claim(section="", says="CAP keeps more with a factor a neuron, from 1 to 30, than with the layer's mean", unit=GAIN,
-          cases=all_tasks("cap.neurons_wide", "cap", 0.2, 0.5)),
+          cases={f"{100 * s:g} %": with_neurons("cap", TASKS_TOGETHER, s) for s in (0.2, 0.5)}),
     Claim(section="", says="CAP with a factor a neuron, from 1 to 30, keeps more than Wanda", unit=GAIN,
-          cases=each_task(lambda on, s: compared("cap.neurons_wide", "wanda", on, s), 0.2, 0.5)),
+          cases=each_task(lambda on, s: with_neurons("wanda", on, s), 0.2, 0.5)),
     Claim(section="", says="Solvers keep more with errors weighed by what neurons are worth", unit=GAIN,
           cases={f"{called}, {100 * s:g} %": weighed_errors(solver, s) for s in (0.2, 0.5)
                  for solver, called in (("alps", "joint"), ("sparsegpt", "SparseGPT"))}),
