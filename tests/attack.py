@@ -379,7 +379,7 @@ RIGHT = {
     "score": f"{FEW} --out PLACE/new.safetensors", "chains": "--model PLACE/model --tasks lab-arc --style lab --n 1 --device cpu --tries 1 --max-new-tokens 3 --out PLACE/new.jsonl",
     "hessians": f"{FEW} --out PLACE/new", "prune": f"{FEW} --method magnitude --sparsity 0.5 --out PLACE/new", "export": "PLACE/pruned --format bitmask --out PLACE/new",
     "restore": "PLACE/small --out PLACE/new", "gguf": "PLACE/pruned --out PLACE/new.gguf", "bench": "PLACE/pruned --prompt 4 --steps 1 --rounds 1 --batches 1 --backends torch --device cpu",
-    "card": "PLACE/pruned --run PLACE/run", "publish": "PLACE/small owner/name --dry-run", "shrink": f"{FEW} --sparsity 0.3 --out PLACE/new",
+    "card": "PLACE/pruned --run PLACE/run --force", "publish": "PLACE/small owner/name --dry-run", "shrink": f"{FEW} --sparsity 0.3 --out PLACE/new",
     "recover": "--model PLACE/pruned --tasks lab-arc --style lab --n 3 --device cpu --steps 1 --examples 1 --out PLACE/new",
     "eval": f"--model PLACE/model --tasks lab-arc --style lab --device cpu {MEASURE} --out PLACE/new", "table": "PLACE/run", "figures": "PLACE/new.run", "compare": "PLACE/run --against magnitude",
     "repeat": "PLACE/run --out PLACE/new --methods magnitude", "ledger": "PLACE/new.figures", "pack": "PLACE/new.run", "unpack": "PLACE/packed PLACE/new", "methods": "",
