@@ -72,7 +72,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, arguments_answered, check_fields
 from ..core.files import sha256_of_text, text_bytes, whole_file
 
 # %% ../../nbs/jobs/06_chains.ipynb #c018
@@ -119,6 +119,7 @@ def read_chains(
         header, *records = [json.loads(line) for line in text_bytes(path).decode("utf-8").split("\n") if line]
         chains = Chains(header["about"], tuple(Chain(**record) for record in records))
         if header["sha256"] != chains.fingerprint: raise ValueError("its checksum is another")
+        check_fields(chains)
     except BadInput: raise
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is damaged or holds no chains ({error}): expected a file as 'cap chains' wrote it; "
