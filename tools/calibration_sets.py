@@ -63,7 +63,7 @@ STUDIES = {
                      methods=("wanda", "sparsegpt"), n=12, judged=30, answered=0, chains=None,
                      sparsities=(0.5,), windows=(20, 128)),
     "qwen": Study(dtype="bfloat16", tasks=("gsm8k", "strategyqa", "arc"), text="wikitext2",
-                  methods=("sparsegpt", "wanda", "cap"), n=16, judged=30, answered=0, style="answer-line",
+                  methods=("sparsegpt", "wanda", "cap"), n=64, judged=30, answered=0, style="answer-line",
                   chains=Answering(tries=3, max_new_tokens=320, lenient=True), seeds=1, windows=(20, 512),
                   answers=("sparsegpt", 0.5, 100))}
 
