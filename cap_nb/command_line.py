@@ -76,6 +76,7 @@ def in_one_sentence(
         except (typer.Exit, typer.Abort): raise
         except BadInput as error: give_up(str(error), 2)
         except UnicodeEncodeError as error: # half a surrogate pair, as bytes on the command line that are no UTF-8
+            if error.reason != "surrogates not allowed": give_up(bug_report(error), 1)
             give_up(f"{error.object[:60]!r} is no text: expected UTF-8; write it anew.", 2)
         except OSError as error:
             drop_output()

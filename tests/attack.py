@@ -44,7 +44,7 @@ import typer
 from typer.testing import CliRunner
 
 import cap_nb.all as public
-from cap_nb.command_line import app
+from cap_nb.command_line import NO_MEMORY, app
 from cap_nb.core.errors import BadInput, lacks_memory
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.experiments.claims import ModelRecords
@@ -433,10 +433,10 @@ def commanded(w, call):
     said = result.stderr.strip()
     if result.exit_code == 0:
         return "accepted", ""
+    if result.exit_code == 2 and NO_MEMORY in said or isinstance(result.exception, Exception) and lacks_memory(result.exception):
+        return "out of memory", ""
     if result.exit_code == 2 and whole_sentence(said):
         return "one sentence", said
-    if isinstance(result.exception, Exception) and lacks_memory(result.exception) or "memory" in said:
-        return "out of memory", ""
     return "otherwise", f"exit code {result.exit_code}: {said[:160] or where(result.exception)}"
 
 
@@ -537,7 +537,7 @@ def noted(kind, found, known_calls):
     functions = {name for name in known if inspect.isfunction(getattr(public, name, None))} if kind == "python" else known
     kept[kind] = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": commit_of_package(), "python": platform.python_version(), "torch": torch.__version__,
                   "transformers": transformers.__version__, "calls": len(found), "known": known_calls, "reached": len(of), "ends": {end: ends[end] for end in ENDS},
-                  "not called": {name: NOT_CALLED.get(name, "no right call is known") for name in sorted(functions - set(of))}, "otherwise": dict(otherwise.most_common(40))}
+                  "not called": {name: NOT_CALLED.get(name, "its right call ended otherwise") for name in sorted(functions - set(of))}, "otherwise": dict(otherwise.most_common(40))}
     write_checked(RECORD, kept)
 
 
@@ -551,6 +551,7 @@ def main(kind, count=None):
     print(f"{len(found):,} calls, {dict(Counter(end for end, _ in found.values()))}")
     if count is None or count >= 1_000:
         noted(kind, found, known)
+    sys.exit(any(end == "otherwise" for end, _ in found.values()))
 
 
 if __name__ == "__main__":

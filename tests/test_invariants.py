@@ -34,7 +34,7 @@ NAMES = tuple(TINY_MODELS) if MANY else FEW
 
 
 def tries(few):
-    """So many random models, or in the soak sixty times as many; with CAP_NB_FUZZ below 1,000 one more for every 16."""
+    """So many random models; in the soak so many more for every 16 that are asked for, up to sixty times as many."""
     return settings(max_examples=few * min(60, 1 + MANY // 16), deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=not MANY)
 
 

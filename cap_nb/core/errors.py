@@ -451,7 +451,8 @@ def about_paths(
     paths = [os.path.abspath(value) for value in given if isinstance(value, (str, os.PathLike)) and value]
     said = Path(os.path.abspath(error.filename))
     above = [str(path) for path in (said, *said.parents)] # names beside it are ours
-    if not {os.path.abspath(text) for text in texts if text}.isdisjoint(above): return True
+    here = {str(path) for path in (Path.cwd(), *Path.cwd().parents)} # as "." or "/" in a text that is no path
+    if not ({os.path.abspath(text) for text in texts if text} - here).isdisjoint(above): return True
     return any(os.path.dirname(path) == os.path.dirname(each) and os.path.basename(path) in os.path.basename(each)
                for path in paths for each in above) or any(said in Path(path).parents for path in paths)
 

@@ -671,6 +671,11 @@ class Plan:
     run_seconds: float | None # Expected time of the whole `cap run`, an estimate; None without a probe
     probe: Probe | None # How fast the device was
 
+    def check_together(self) -> None:
+        "Raise ValueError unless the first two stages are scoring and the hook loop, which have work to do."
+        if len(self.stages) < 2 or not all(stage.flops for stage in self.stages[:2]):
+            raise ValueError("its first stages are not those of scoring")
+
 # %% ../../nbs/jobs/05_planning.ipynb #c062
 def check_plan_counts(
     **counts: int | None, # Counts that the user gave, by name; None was not given
