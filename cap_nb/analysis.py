@@ -697,6 +697,8 @@ def plot_importance_distribution(
 ) -> Figure: # One point a head
     "Causal scores from highest to lowest (paper section 3.2, highly variable importance)."
     values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 2:
+        raise BadInput(f"The scores have shape {list(values.shape)}: expected layers x heads; give one score a head.")
     order = np.argsort(-values, axis=None, kind="stable")
     figure, panels = blank_figure(1, 1, (5.2, 3.0))
     ax, colour = panels[0, 0], METHOD_LOOKS["cap"][0]

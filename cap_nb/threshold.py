@@ -115,6 +115,7 @@ def bisect_threshold(
 
 # %% ../nbs/04_threshold.ipynb #c029
 from collections.abc import Sequence
+from numbers import Real
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -163,7 +164,7 @@ def plot_threshold(
 ) -> Figure: # A row for each group, a dozen at most
     "The distribution of scores in each group, and the share that a threshold removes (paper section 3.3)."
     check_alike(scores, factors)
-    groups, taus = factors.unique(), [float(tau)] if isinstance(tau, (int, float)) else list(tau)
+    groups, taus = factors.unique(), [float(tau)] if isinstance(tau, Real) else list(tau)
     figure, panels = blank_figure(len(groups), 1, (7, 0.6 + 0.9 * len(groups)))
     edges = torch.cat([scores.max() * torch.logspace(-4, 0, bins + 1), torch.tensor(taus)]).unique()
     for axis, group, name in zip(panels[:, 0], groups, names or [f"I = {group:g}" for group in groups]):

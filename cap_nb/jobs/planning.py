@@ -672,7 +672,8 @@ class Plan:
     probe: Probe | None # How fast the device was
 
     def check_together(self) -> None:
-        "Raise ValueError unless the first two stages are scoring and the hook loop, which have work to do."
+        "Raise ValueError unless there are examples, and the first two stages, scoring and the hook loop, have work."
+        if not self.load.lengths: raise ValueError("it has no examples")
         if len(self.stages) < 2 or not all(stage.flops for stage in self.stages[:2]):
             raise ValueError("its first stages are not those of scoring")
 

@@ -24,6 +24,7 @@ class PartialLosses:
         "Raise ValueError unless the slopes are those of the table."
         if self.losses.masked.shape != self.slopes.shape or not self.slopes.is_floating_point():
             raise ValueError("a slope for each loss is wanted")
+        if "screened" not in self.losses.meta: raise ValueError("what was screened is not said")
 
     @property
     def rise(self) -> torch.Tensor:
