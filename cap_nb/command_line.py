@@ -64,6 +64,14 @@ def drop_output() -> None:
 NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens or the number "
              "that was raised, and see 'cap plan'.")
 
+# %% ../nbs/command_line.ipynb #f328c6de
+def about_text(
+    error: UnicodeEncodeError, # From a command
+) -> tuple[str, int]: # A sentence and an exit code
+    "What is no text on the command line: half a surrogate pair, as bytes make it that are no UTF-8; else a bug."
+    if error.reason != "surrogates not allowed": return bug_report(error), 1
+    return f"{error.object[:60]!r} is no text: expected UTF-8; write it anew.", 2
+
 # %% ../nbs/command_line.ipynb #c008
 def in_one_sentence(
     command: Callable, # A command
@@ -75,9 +83,7 @@ def in_one_sentence(
             with signals_answered(stop): return command(*args, **options)
         except (typer.Exit, typer.Abort): raise
         except BadInput as error: give_up(str(error), 2)
-        except UnicodeEncodeError as error: # half a surrogate pair, as bytes on the command line that are no UTF-8
-            if error.reason != "surrogates not allowed": give_up(bug_report(error), 1)
-            give_up(f"{error.object[:60]!r} is no text: expected UTF-8; write it anew.", 2)
+        except UnicodeEncodeError as error: give_up(*about_text(error))
         except OSError as error:
             drop_output()
             if isinstance(error, BrokenPipeError): raise typer.Exit(128 + signal.SIGPIPE) from None
