@@ -165,6 +165,7 @@ def plot_threshold(
     "The distribution of scores in each group, and the share that a threshold removes (paper section 3.3)."
     check_alike(scores, factors)
     groups, taus = factors.unique(), [float(tau)] if isinstance(tau, Real) else list(tau)
+    if not all(map(math.isfinite, taus)): raise BadInput(f"tau is {tau!r}: expected finite numbers; give a threshold.")
     figure, panels = blank_figure(len(groups), 1, (7, 0.6 + 0.9 * len(groups)))
     edges = torch.cat([scores.max() * torch.logspace(-4, 0, bins + 1), torch.tensor(taus)]).unique()
     for axis, group, name in zip(panels[:, 0], groups, names or [f"I = {group:g}" for group in groups]):
