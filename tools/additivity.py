@@ -1,8 +1,8 @@
 """Do heads add up? Pairs and growing sets of heads masked together, and what first order says of single ones.
 
-    python tools/additivity.py lab             # or lab_moe
-    python tools/additivity.py smollm2 DATA    # DATA: folder of benchmark files
-    python tools/additivity.py qwen DATA       # the model lies in models/qwen-coder-0.5b
+    python -m tools.additivity lab             # or lab_moe
+    python -m tools.additivity smollm2 DATA    # DATA: folder of benchmark files
+    python -m tools.additivity qwen DATA       # the model lies in models/qwen-coder-0.5b
 
 Writes figures/additivity/MODEL.json, part by part; a part that is there is not measured again. On the lab models all
 pairs, and what CAP zeroes in one unit (a head, a key-value head, an MLP) alone, against all of it together; on
@@ -10,7 +10,6 @@ SmolLM2 the pairs within the 12 heads with the highest scores, and within 12 dra
 CAP_NB_NOTE says what else was running.
 """
 import copy
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,16 +29,14 @@ from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.scoring import batches_of, causal_scores, target_losses
+from tools.studied import NOTE, STYLES, source
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "figures" / "additivity"
 PAPER_TASKS = ("gsm8k", "strategyqa", "arc")
 TASKS = {"lab": LAB_TASKS, "lab_moe": LAB_TASKS, "smollm2": PAPER_TASKS, "qwen": PAPER_TASKS}
 EXAMPLES = {"lab": 16, "lab_moe": 16, "smollm2": 2, "qwen": 2}  # A task
-FOLDERS = {"qwen": str(ROOT / "models" / "qwen-coder-0.5b")}  # Where a model lies that is not known by name
-STYLES = {"qwen": "answer-line"}  # The prompt style of its run
 FEW = {"smollm2": 12, "qwen": 8}  # Heads whose pairs are masked, where not all are
-NOTE = os.environ.get("CAP_NB_NOTE", "what else was running was not said")
 
 
 def rounded(values: torch.Tensor, digits: int = 4) -> list:
@@ -142,7 +139,7 @@ def thinned(model, calibration: Calibration, factors: torch.Tensor, sparsity: fl
 
 def main(name: str, data: str | None) -> None:
     "Measure and write, part by part."
-    model, tokenizer = load_model(FOLDERS.get(name, name.replace("_", "-")), "float32", "cpu")
+    model, tokenizer = load_model(source(name), "float32", "cpu")
     layers, heads = load_run(ROOT / "figures" / name).losses.masked.shape[:2]
     every, start = [(layer, head) for layer in range(layers) for head in range(heads)], time.monotonic()
     calibration = calibration_set(tokenizer, TASKS[name], EXAMPLES[name], data_dir=data, style=STYLES.get(name))

@@ -1,15 +1,14 @@
 """Gold solutions, own chains and plain text as calibration sets of equal size: what each does to a method's losses.
 
-    python tools/calibration_sets.py lab WORK [SECONDS]
-    python tools/calibration_sets.py smollm2 WORK [SECONDS] [DATA]    # DATA: folder of benchmark files
-    python tools/calibration_sets.py qwen WORK [SECONDS] [DATA]       # the model lies in models/qwen-coder-0.5b
+    python -m tools.calibration_sets lab WORK [SECONDS]
+    python -m tools.calibration_sets smollm2 WORK [SECONDS] [DATA]    # DATA: folder of benchmark files
+    python -m tools.calibration_sets qwen WORK [SECONDS] [DATA]       # the model lies in models/qwen-coder-0.5b
 
 Every pruned model is a file in WORK and is not measured twice; none is begun after SECONDS. What is there by then is
 written to figures/calibration_sets/MODEL.json. All sets of a seed have the tokens of the smallest one, to within one
 example. SmolLM2 answers too few problems to have chains, so it is given gold and text, and not CAP. Qwen's chains are
 read leniently, since it seldom writes the line it is asked for.
 """
-import os
 import random
 import sys
 import time
@@ -30,11 +29,10 @@ from cap_nb.jobs.records import environment
 from cap_nb.methods.prune import prune
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.scoring import causal_scores
+from tools.studied import NOTE, source
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "figures" / "calibration_sets"
-FOLDERS = {"qwen": str(ROOT / "models" / "qwen-coder-0.5b")}  # Where a model lies that is not known by name
-NOTE = os.environ.get("CAP_NB_NOTE", "")  # What else was running
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def measured(model, tokenizer, study: Study, data: str | None) -> dict:
 
 def cell(name: str, study: Study, chosen: tuple[str, float, Calibration], factors, data: str | None) -> dict:
     "One pruned model, measured."
-    model, tokenizer = load_model(FOLDERS.get(name, name), study.dtype, "cpu")
+    model, tokenizer = load_model(source(name), study.dtype, "cpu")
     if chosen:
         method, sparsity, calibration = chosen
         prune(model, method, sparsity, factors=factors, calibration=calibration)
@@ -126,7 +124,7 @@ def cell(name: str, study: Study, chosen: tuple[str, float, Calibration], factor
 
 def answers(name: str, study: Study, calibration: Calibration, data: str | None) -> dict:
     "GSM8K problems answered by a pruned model: which are right, strictly and leniently, which cut off, and tokens."
-    model, tokenizer = load_model(FOLDERS.get(name, name), study.dtype, "cpu")
+    model, tokenizer = load_model(source(name), study.dtype, "cpu")
     method, sparsity, n = study.answers
     prune(model, method, sparsity, calibration=calibration)
     limit = study.chains.max_new_tokens
@@ -192,7 +190,7 @@ def main(name: str, work: Path, seconds: float = 1e9, data: str | None = None) -
     "Measure cell after cell, and write what is there."
     study, pieces = STUDIES[name], Pieces(work, time.time() + float(seconds))
     work.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_model(FOLDERS.get(name, name), study.dtype, "cpu")
+    model, tokenizer = load_model(source(name), study.dtype, "cpu")
     content = {"model": {"name": name, "fingerprint": model_fingerprint(model), "dtype": study.dtype, "device": "cpu"},
                "n": study.n, "judged": study.judged, "answered": study.answered, "chains": repr(study.chains),
                "windows": study.windows, "sets": {}, "problems": {}, "cells": [], "answers": {}}

@@ -1,13 +1,12 @@
 """MLP neurons, causally: estimates against exact masking, groups as they are split, pruning with a factor a neuron.
 
-    python tools/neurons.py MODEL WORK [SECONDS] [DATA]
+    python -m tools.neurons MODEL WORK [SECONDS] [DATA]
 
 MODEL is lab, lab_moe, smollm2 or qwen (in models/qwen-coder-0.5b). Every piece is a file in WORK and is not measured
 twice; no new piece is begun after SECONDS, and what is there by then is written to figures/neurons/MODEL.json.
 CAP_NB_NOTE says what else ran. Held-out problems and text are those of the run of all methods of the same model, so
 that its records can stand beside these, problem by problem.
 """
-import os
 import re
 import sys
 import time
@@ -34,10 +33,9 @@ from cap_nb.methods.prune import parse_method, prune
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.regions import Factors
 from cap_nb.scoring import causal_scores
+from tools.studied import FOLDERS, NOTE, source
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
-FOLDERS = {"qwen": str(FIGURES.parent / "models" / "qwen-coder-0.5b")}  # Where a model lies that is not known by name
-NOTE = os.environ.get("CAP_NB_NOTE", "what else was running was not said")
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,6 @@ def run_of(name: str) -> Run:
     "The run of all methods; a mixture has but one."
     folder = FIGURES / f"{name}_methods"
     return load_run(folder if folder.exists() else FIGURES / name)
-
-
-def source(name: str) -> str:
-    "What `load_model` is given: a name, or a folder."
-    return FOLDERS.get(name, name.replace("_", "-"))
 
 
 def style(name: str) -> str | None:

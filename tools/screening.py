@@ -1,6 +1,6 @@
 """How well a fraction of the masked passes gives the scores of all heads, on models whose whole tables are known.
 
-    python tools/screening.py WORK [DATA]
+    python -m tools.screening WORK [DATA]
 
 First the first-order estimates of all heads on the examples of four committed runs (DATA: the folder of benchmark files,
 for SmolLM2 and Qwen), kept in WORK; then, from the tables alone, errors against cost and the coverage of intervals. The
@@ -21,11 +21,11 @@ from cap_nb.methods.screening import (
     hoeffding_half, in_rounds, losses_and_slopes, places, prefixes, share_spent, task_indices)
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.scoring import rank_correlation
+from tools.studied import FOLDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "figures" / "screening"
 RUNS = ("lab", "lab_moe", "smollm2", "qwen")
-FOLDERS = {"qwen": str(ROOT / "models" / "qwen-coder-0.5b")}  # Where a model lies that is not known by name
 GROWN = {"smollm2": 8, "qwen": 16}  # How often a small table is repeated, for 384 examples
 BUDGETS, DRAWS, REPEATED_DRAWS, COVERAGE_DRAWS, COVERAGE_BUDGET = (0.05, 0.1, 0.25, 0.5), 20, 10, 200, 0.25
 

@@ -22,7 +22,8 @@ from cap_nb.jobs.records import environment
 from cap_nb.methods.neurons import unit_aware_factors
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.regions import Factors
-from tools.calibration_sets import NOTE, Pieces, Study, about, cell, row
+from tools.calibration_sets import Pieces, Study, about, cell, row
+from tools.studied import NOTE
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "neurons" / "weighed.json"
 STUDY = Study(dtype="float32", tasks=("lab-gsm8k", "lab-strategyqa", "lab-arc"), text="lab-text", n=16, judged=60,
