@@ -813,18 +813,20 @@ PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if
 TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
 Described = option(str | None, "a device that need not be here, as h100 or h100,link=50: what bounds each stage there")
 Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
+PlannedTries = option(int | None, "answers to each problem that 'cap chains' is to write; no chains if left out")
+UNPLANNED = ("aggregation", "calibration_seed", "text", "budget", "backend") # Settings without an option of `cap plan`
 
 # %% ../nbs/command_line.ipynb #ea315b79
 @app.command("plan")
 @in_one_sentence
 @with_plugins
-@with_job("model", "calibrate", "prune", "evaluate",
-          without=("aggregation", "calibration_seed", "text", "budget", "backend"))
+@with_job("model", "calibrate", "prune", "evaluate", without=UNPLANNED)
 def plan_command(
     job: Job, # What the options say
     devices: option(int, "devices that share the work") = 1,
     prompt_tokens: PromptTokens = None,
     target_tokens: TargetTokens = None,
+    tries: PlannedTries = None,
     probe: Probing = True,
     budget: Budget = None,
     accelerator: Described = None,
@@ -836,7 +838,7 @@ def plan_command(
     if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
     if device: planned = functools.partial(plan, memory=int(device.memory * 1e9)) # this machine says nothing about it
     else: planned = measured_plan if probe else plan
-    made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens)
+    made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens, tries=tries)
     if device: described(accelerator, made.load.dtype) # refused before a plan is printed
     typer.echo(plan_text(made))
     if device: typer.echo(f"\n{scale_text(made, accelerator)}")

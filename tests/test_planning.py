@@ -21,15 +21,16 @@ from cap_nb.data.batches import collate, token_batches
 from cap_nb.models.anatomy import projections
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
+from cap_nb.models.loading import load_model
 from cap_nb.jobs import costs, planning
 from cap_nb.jobs.costs import (
-    ExampleLength, at_once, batch_shapes, decode_work, evaluation_memory, flops_of, layer_weights, lengths_of,
-    naive_work, parameter_count, prefill_work, projection_shapes, read_sizes, resumed_work, scoring_memory, sizes_of,
-    solver_memory, threshold_memory, wanda_memory, wanda_work)
+    ExampleLength, at_once, batch_shapes, chains_work, decode_work, evaluation_memory, flops_of, layer_weights,
+    lengths_of, naive_work, parameter_count, prefill_work, projection_shapes, read_sizes, resumed_work, scoring_memory,
+    sizes_of, solver_memory, spectra_flops, spectrum_flops, threshold_memory, wanda_memory, wanda_work)
 from cap_nb.jobs.planning import Probe, free_memory, measured_plan, plan, plan_advice, plan_text, probe_device
 from cap_nb.jobs.scale import Claimer, claims, scale_text, unit_flops
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.engine.decoding import Decoding, generate_greedy
+from cap_nb.engine.decoding import Decoding, generate_greedy, generate_noted
 from cap_nb.engine.resumed_scoring import score_divergences, score_heads
 from cap_nb.scoring import score_heads_naive, target_losses
 
@@ -156,7 +157,7 @@ def test_the_labs_lengths_are_counted_and_others_are_assumed_or_given():
 
 
 def test_counts_that_cannot_be_are_refused():
-    for wrong in (dict(devices=0), dict(prompt_tokens=0), dict(target_tokens=0), dict(memory=0)):
+    for wrong in (dict(devices=0), dict(prompt_tokens=0), dict(target_tokens=0), dict(memory=0), dict(tries=0)):
         with pytest.raises(BadInput, match="at least 1"):
             plan(changed(Job(), name="llama-3-8b"), **wrong)
     with pytest.raises(BadInput, match="k = 7 subsets of 6 examples"):
@@ -213,6 +214,29 @@ def test_generation_and_losses_are_counted():
     lengths = [ExampleLength("gsm8k", 7, 5)] * 3
     work = prefill_work(sizes, job, lengths) + decode_work(sizes, job, lengths)
     assert flops_of(work, sizes) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_own_chains_are_counted_as_cap_chains_decodes_them():
+    """Prompts of one length, so that nothing is padded, read anew in each of three tries, the first of them greedy."""
+    model, limit, tries = random_model(attn_implementation="eager"), 12, 3
+    model.generation_config.eos_token_id = None
+    prompts = torch.randint(1, 89, (5, 9)).tolist()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for attempt in range(tries):
+            generate_noted(model, NoStop, prompts, limit, names=[f"{row}/{attempt}" if attempt else None for row in range(5)])
+    sizes = sizes_of(model.config, "random", "a test")
+    job = changed(Job(), tasks=("gsm8k",), accuracy_tasks=(), n=5, max_new_tokens=limit)
+    read, written = chains_work(sizes, job, [ExampleLength("gsm8k", 9, 5)] * 5, tries)
+    assert flops_of(read + written, sizes) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["lab", "lab-moe"])
+def test_singular_values_are_counted_for_every_matrix_that_is_there(name, monkeypatch):
+    """AlphaPruning takes the singular values of these matrices once a pruning, and of no others."""
+    seen, svdvals = [], torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: seen.append(tuple(matrix.shape)) or svdvals(matrix))
+    prune(load_model(name)[0], "magnitude@layer+alpha", 0.5)
+    assert sum(spectrum_flops(*shape) for shape in seen) == spectra_flops(read_sizes(name))
 
 
 # memory
@@ -403,7 +427,7 @@ def test_the_whole_run_is_its_parts():
     assert plan(changed(Job(), name="mistral-7b", methods=("magnitude",)), probe=PROBE, memory=80 * GIB).run_seconds == pytest.approx(3 * threshold + 4 * evaluating)
 
 
-SOLVING = planning.SolverSpeed(hessian=1e-12, sparsegpt=1e-10, joint=1e-11, swaps=1e-7)
+SOLVING = planning.SolverSpeed(hessian=1e-12, sparsegpt=1e-10, joint=1e-11, swaps=1e-7, spectrum=1e-10)
 
 
 def test_solvers_recoveries_and_budgets_are_stages_of_their_own():
@@ -418,6 +442,24 @@ def test_solvers_recoveries_and_budgets_are_stages_of_their_own():
     sparsegpt, alps, recovered, budgets = (named[name].seconds for name in added)
     assert found.run_seconds == pytest.approx(2 * (wanda.seconds + 2 * sparsegpt + alps + recovered) + budgets + found.models * evaluating.seconds)
     assert "budgets from interventions" in plan_text(found)
+
+
+def test_singular_values_and_own_chains_are_stages_of_their_own():
+    """The first are part of a run, once a pruning; the others are not, and there are as many as tries."""
+    job = changed(Job(), name="mistral-7b", methods=("magnitude@layer", "magnitude@layer+alpha"), sparsities=(0.1, 0.2), batch_tokens=512)
+    asked = dict(probe=replace(PROBE, solving=SOLVING), memory=200 * GIB)
+    found, without = plan(job, tries=3, **asked), plan(changed(job, methods=("magnitude@layer",)), **asked)
+    assert [stage.name for stage in found.stages[5:]] == ["singular values of every matrix", "own chains"] and len(without.stages) == 5
+    _, _, threshold, _, evaluating, spectra, chains = found.stages
+    assert spectra.flops == spectra_flops(found.load.sizes) and spectra.seconds == pytest.approx(1e-10 * spectra.flops)
+    assert found.run_seconds == pytest.approx(4 * threshold.seconds + 2 * spectra.seconds + 5 * evaluating.seconds)
+    answers = changed(job, evaluate_n=128, loss_n=0, windows=0)
+    one = plan(answers, **asked).stages[4]
+    assert (chains.flops, chains.seconds, chains.memory) == (3 * one.flops, pytest.approx(3 * one.seconds), one.memory)
+    longer = plan(changed(job, max_new_tokens=9000, accuracy_tasks=(), name="llama-3-8b"), tries=1, **asked)
+    assert any("--max-new-tokens 8062 makes them fit" in sentence for sentence in plan_advice(longer))
+    assert "1,152 answers to 384 problems" in plan_text(found) and "Own chains" not in plan_text(without)
+    assert plan(job, memory=200 * GIB, probe=PROBE).stages[5].seconds is None
 
 
 def test_solvers_have_no_time_if_they_were_not_probed():

@@ -160,7 +160,7 @@ COMMANDS = {
         "--score-target divergence --budget 0.5", "--store PLACE/file.txt", "--calibrate-on /dev/zero")]
     + [f"{RUN} --budget 0.5 --methods cap", "prune --method magnitude --scores PLACE/nothing --out PLACE/new --stream"],
     "planning": [f"plan --no-probe {options}" for options in (
-        "--devices 0", "--devices 1000000000000", "--prompt-tokens 0", "--target-tokens -5", "--budget 0", "--budget nan", "--n 100000000000",
+        "--devices 0", "--devices 1000000000000", "--prompt-tokens 0", "--target-tokens -5", "--tries 0", "--budget 0", "--budget nan", "--n 100000000000",
         "--evaluate-n 1000000000000", "--accelerator ''", "--accelerator rtx", "--accelerator h100,link=nan", "--accelerator h100,peak=inf",
         "--accelerator h100,memory=1e300", "--accelerator h100,foo=1", "--accelerator h100,link", "--accelerator h100 --dtype float32", "--style ''")],
     "chains and claims": [f"chains {FEW_EXAMPLES.replace('--k 1 ', '')} --max-new-tokens 4 --out PLACE/new.jsonl {options}" for options in (

@@ -493,6 +493,24 @@ def decode_work(
         return Work(passes=later, layer_tokens=sizes.layers * a.rows * later, head_tokens=a.rows * later, pairs=pairs)
     return sum((written(a) for a in answer_batches(job, lengths)), Work())
 
+# %% ../../nbs/jobs/04_costs.ipynb #4955879c
+def one_try(
+    job: Job, # A job that is filled in
+) -> Job: # One whose evaluation does what one try of `cap chains` does
+    "Answer the problems to calibrate on, and measure no loss and no perplexity."
+    data = job.calibrate
+    return changed(job, accuracy_tasks=data.tasks, evaluate_n=data.n, loss_n=0, windows=0)
+
+def chains_work(
+    sizes: Sizes, # The sizes of the model
+    job: Job, # A job that is filled in
+    lengths: Sequence[ExampleLength], # Lengths of the calibration set
+    tries: int, # Answers to each problem
+) -> tuple[Work, Work]: # Reading and writing
+    "What `cap chains` computes; at most, since answers may end early."
+    def all_tries(work: Work) -> Work: return Work(**{name: tries * value for name, value in vars(work).items()})
+    return tuple(all_tries(count(sizes, one_try(job), lengths)) for count in (prefill_work, decode_work))
+
 # %% ../../nbs/jobs/04_costs.ipynb #c062
 from ..methods.budgets import BudgetSettings
 from ..methods.joint import JointSettings
@@ -586,6 +604,30 @@ def budget_work(
         return Work(passes=last, layer_tokens=b.rows * positions, head_tokens=2 * layers * (1 + levels) * b.targets,
                     pairs=b.rows * b.width * positions, key_tokens=last * b.rows * b.width)
     return sum((of_batch(b) for b in few), wanda_work(sizes, batches))
+
+# %% ../../nbs/jobs/04_costs.ipynb #1e73abfb
+def spectrum_flops(
+    rows: int, # Of the matrix
+    columns: int, # Of the matrix
+) -> int: # Operations
+    "Singular values without vectors: two diagonals at once, or by way of a triangular factor (Chan 1982)."
+    m, n = max(rows, columns), min(rows, columns)
+    return min(4 * m * n**2 - 4 * n**3 // 3, 2 * m * n**2 + 2 * n**3)
+
+def spectra_flops(
+    sizes: Sizes, # The sizes of the model
+) -> int: # Operations
+    "Singular values of every matrix in scope once; in a mixture gate and up of an expert lie in one."
+    *attention, gate, up, down = projection_shapes(sizes).values()
+    mlp = [(2 * sizes.mlp, sizes.hidden), down] * sizes.experts if sizes.experts else [gate, up, down]
+    return sizes.layers * sum(spectrum_flops(*shape) for shape in (*attention, *mlp))
+
+def spectra_memory(
+    sizes: Sizes, # The sizes of the model
+    width: int, # Bytes of a number
+) -> dict[str, int]: # Part -> bytes, beside the weights
+    "The widest matrix in float32, and what LAPACK overwrites."
+    return {"spectrum of one matrix": widest_matrix(sizes) * (4 if width == 4 else 8)}
 
 # %% ../../nbs/jobs/04_costs.ipynb #c076
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} # Bytes of a number

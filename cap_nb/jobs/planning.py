@@ -64,6 +64,7 @@ class SolverSpeed:
     sparsegpt: float # Seconds for an operation of SparseGPT
     joint: float # Seconds for an operation of the joint solver, or of the update
     swaps: float # Seconds for a weight whose mask is improved by swaps
+    spectrum: float # Seconds for an operation of singular values
 
 # %% ../../nbs/jobs/05_planning.ipynb #c012
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Probe:
     sort: float # Seconds for a weight when pruning in rows
     flops: float # Operations a second in the layer's pass
     seconds: float # What the probe itself took
-    solving: SolverSpeed | None = None # Of solvers; None means not timed
+    solving: SolverSpeed | None = None # Of solvers and singular values; None means not timed
 
 # %% ../../nbs/jobs/05_planning.ipynb #c013
 import statistics, time
@@ -244,7 +245,7 @@ def timed_pruning(
     return median_seconds(under_threshold, device) / weights, sort
 
 # %% ../../nbs/jobs/05_planning.ipynb #c030
-from .costs import Solving, joint_solving, sparsegpt_solving
+from .costs import Solving, joint_solving, sparsegpt_solving, spectrum_flops
 from ..methods.joint import JointSettings, joint_update
 from ..methods.sparsegpt import products, sparsegpt_update
 from ..methods.swaps import swapped_mask
@@ -269,7 +270,8 @@ def timed_solvers(
         hessian=median_seconds(lambda: products(inputs), device) / (2 * tokens * width**2),
         sparsegpt=rate(sparsegpt_solving(width, (rows,)), lambda: sparsegpt_update(weight, hessian, 0.5)),
         joint=rate(joint_solving(width, (rows,)), lambda: joint_update(weight, hessian, 0.5, settings=limit)),
-        swaps=median_seconds(lambda: swapped_mask(weight, mask, hessian), device) / weight.numel())
+        swaps=median_seconds(lambda: swapped_mask(weight, mask, hessian), device) / weight.numel(),
+        spectrum=median_seconds(lambda: torch.linalg.svdvals(weight), device) / spectrum_flops(rows, width))
 
 # %% ../../nbs/jobs/05_planning.ipynb #c033
 import platform
@@ -305,7 +307,7 @@ def probe_device(
     tokens: int = 4096, # Tokens of the timed pass, at most
     rows: int = 8, # Answers of the timed step
     seconds: float = 4.0, # What timing the layer may take
-    solvers: bool = False, # Whether solvers and recoveries are timed too
+    solvers: bool = False, # Whether solvers, recoveries and singular values are timed too
 ) -> Probe: # How fast the device was
     "Time this device on one random layer of a model's sizes; a layer that does not fit raises `BadInput`."
     start, device, dtype = time.perf_counter(), device_named(device), dtype_named(dtype or sizes.dtype)
@@ -324,10 +326,11 @@ def probe_device(
 
 # %% ../../nbs/jobs/05_planning.ipynb #c040
 from functools import cached_property
-from .costs import (
-    NUMBER_BYTES, Answers, BatchShape, ExampleLength, answer_batches, batch_shapes, decode_work, evaluation_memory,
-    hook_loop_memory, layer_bytes, layer_products, left_behind, logit_bytes, naive_work, parameter_count, prefill_work,
-    resumed_work, scoring_memory, threshold_memory, token_weights, wanda_memory, wanda_work)
+from cap_nb.jobs.costs import (
+    NUMBER_BYTES, Answers, BatchShape, ExampleLength, answer_batches, batch_shapes, chains_work, decode_work,
+    evaluation_memory, hook_loop_memory, layer_bytes, layer_products, left_behind, logit_bytes, naive_work, one_try,
+    parameter_count, prefill_work, resumed_work, scoring_memory, threshold_memory, token_weights, wanda_memory,
+    wanda_work)
 from .settings import Job, changed
 
 # %% ../../nbs/jobs/05_planning.ipynb #c041
@@ -338,6 +341,7 @@ class Workload:
     job: Job # The job, filled in
     lengths: tuple[ExampleLength, ...] # Length of every calibration example
     dtype: str # In which it computes
+    tries: int = 0 # Answers to every problem that `cap chains` is to write; 0: no chains are planned
 
     @property
     def number_bytes(self) -> int:
@@ -451,13 +455,43 @@ def evaluation_stage(
     return Stage(name="evaluating one model", work=read + written, flops=flops_of(read + written, sizes),
                  seconds=seconds, memory=evaluation_memory(sizes, load.number_bytes, job, lengths))
 
+# %% ../../nbs/jobs/05_planning.ipynb #b6224935
+CHAINS = "own chains" # Name of a stage
+
+def chain_batches(
+    load: Workload, # What is to be done
+) -> tuple[Answers, ...]: # None where no chains are planned
+    "Batches of answers of one try of `cap chains`."
+    return answer_batches(one_try(load.job), load.lengths) if load.tries else ()
+
+def chains_stage(
+    load: Workload, # What is to be done, with a number of tries
+    probe: Probe | None, # How fast the device is
+) -> Stage: # All tries
+    "The model's answers to the problems to calibrate on: reading, then writing, try after try."
+    sizes, job = load.sizes, one_try(load.job)
+    read, written = chains_work(sizes, load.job, load.lengths, load.tries)
+    seconds = probe and prefill_seconds(sizes, read, probe) + decode_seconds(sizes, written, probe)
+    return Stage(name=CHAINS, work=read + written, flops=flops_of(read + written, sizes), seconds=seconds,
+                 memory=evaluation_memory(sizes, load.number_bytes, job, load.lengths))
+
 # %% ../../nbs/jobs/05_planning.ipynb #c047
 from collections.abc import Sequence
-from cap_nb.jobs.costs import (
+from .costs import (
     SOLVED, budget_lengths, budget_memory, budget_work, gradient_memory, gradient_work, hessian_flops, solver_memory,
-    solving)
+    solving, spectra_flops, spectra_memory)
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
 from ..methods.prune import ALLOCATORS, own_scope, parse_method, with_hessian
+
+# %% ../../nbs/jobs/05_planning.ipynb #592f7f36
+SPECTRA = "singular values of every matrix" # Name of a stage
+
+def measured_by_allocation(
+    method: str, # Name of a method
+) -> tuple[str, ...]: # "norm", "gradient", "spectrum"; none without an allocation
+    "What a method's allocation measures on the dense model."
+    allocation = parse_method(method).allocation
+    return ALLOCATORS[allocation].measures if allocation else ()
 
 # %% ../../nbs/jobs/05_planning.ipynb #c048
 BUDGETS, GRADIENT = "budgets from interventions", "gradient of the calibration loss" # Names of stages
@@ -481,9 +515,8 @@ def gradients_of(
     "How often a method's criterion and allocation need the gradient."
     parts = parse_method(method)
     of_criterion = CRITERIA[parts.base].needs if parts.base in CRITERIA else ()
-    of_allocation = ALLOCATORS[parts.allocation].measures if parts.allocation else ()
     times = dict.fromkeys(DERIVATIVES, 1) | {"path_gradient": PATH_POINTS}
-    return sum(times.get(need, 0) for need in (*of_criterion, *of_allocation))
+    return sum(times.get(need, 0) for need in (*of_criterion, *measured_by_allocation(method)))
 
 # %% ../../nbs/jobs/05_planning.ipynb #c049
 def on_dense(
@@ -547,6 +580,15 @@ def gradient_stage(
                  seconds=probe and prefill_seconds(load.sizes, work, probe),
                  memory=gradient_memory(load.sizes, load.number_bytes, load.batches))
 
+def spectra_stage(
+    load: Workload, # What is to be done
+    probe: Probe | None, # How fast the device is
+) -> Stage: # Computing them once
+    "The singular values of every matrix in scope."
+    flops, speed = spectra_flops(load.sizes), probe and probe.solving
+    return Stage(name=SPECTRA, work=Work(), flops=flops, seconds=speed and flops * speed.spectrum,
+                 memory=spectra_memory(load.sizes, load.number_bytes))
+
 # %% ../../nbs/jobs/05_planning.ipynb #57bfac0d
 def check_counted_methods(
     sizes: Sizes, # The sizes of the model
@@ -562,24 +604,25 @@ def check_counted_methods(
 def method_stages(
     load: Workload, # What is to be done
     probe: Probe | None, # How fast the device is
-) -> tuple[Stage, ...]: # One for every method that solves or recovers, and one for budgets if a method has them
+) -> tuple[Stage, ...]: # One for every method that solves or recovers; then what some method measures
     "The stages that the job's methods add."
     methods = load.job.prune.methods
     check_counted_methods(load.sizes, methods)
     stages = {stage_name(method): solver_stage(load, probe, method) for method in methods if has_hessians(method)}
     budgets = any(parse_method(method).allocation == "kl" for method in methods)
     gradients = any(gradients_of(method) for method in methods)
-    return (*stages.values(), *([budget_stage(load, probe)] if budgets else []),
-            *([gradient_stage(load, probe)] if gradients else []))
+    spectra = any("spectrum" in measured_by_allocation(method) for method in methods)
+    asked = ((budgets, budget_stage), (gradients, gradient_stage), (spectra, spectra_stage))
+    return (*stages.values(), *(stage(load, probe) for wanted, stage in asked if wanted))
 
 def planned_stages(
     load: Workload, # What is to be done
     probe: Probe | None = None, # How fast the device is
     sharing: int = 1, # How many times faster than one the devices score
-) -> tuple[Stage, ...]: # Scoring, hook loop, pruning by CAP and by Wanda, evaluation, then the methods' own
+) -> tuple[Stage, ...]: # Scoring, hook loop, pruning by CAP and by Wanda, evaluation; the methods' own; own chains
     "Work, time and memory of every stage."
     return (*scoring_stages(load, probe, sharing), *pruning_stages(load, probe), evaluation_stage(load, probe),
-            *method_stages(load, probe))
+            *method_stages(load, probe), *([chains_stage(load, probe)] if load.tries else []))
 
 # %% ../../nbs/jobs/05_planning.ipynb #c054
 from .records import cells_of
@@ -604,8 +647,8 @@ def run_seconds(
     parsed = {method: parse_method(method) for method in job.prune.methods}
     needs = {method: needs_of(parts) for method, parts in parsed.items()}
     def pruning(method: str) -> float:
-        allocation = ALLOCATORS.get(parsed[method].allocation)
-        measuring = wanda if allocation and "norm" in allocation.measures else 0.0
+        measured = measured_by_allocation(method)
+        measuring = ("norm" in measured) * wanda + ("spectrum" in measured) * by_name.get(SPECTRA, 0.0)
         measuring += gradients_of(method) and gradients_of(method) * by_name[GRADIENT]
         if has_hessians(method): return measuring + by_name[stage_name(method)]
         return measuring + (wanda if walk_of_criterion(parsed[method]) else threshold)
@@ -666,7 +709,7 @@ class Plan:
     load: Workload # What is to be done, on which model
     lengths_from: str # Where the lengths of the examples come from
     hardware: Hardware # Where it is done
-    stages: tuple[Stage, ...] # Scoring, hook loop, pruning by CAP and by Wanda, evaluation, then the methods' own
+    stages: tuple[Stage, ...] # Scoring, hook loop, pruning by CAP and by Wanda, evaluation; the methods' own; chains
     models: int # Models that `cap run` evaluates: the dense one, and every method at every sparsity
     run_seconds: float | None # Expected time of the whole `cap run`, an estimate; None without a probe
     probe: Probe | None # How fast the device was
@@ -686,6 +729,15 @@ def check_plan_counts(
         option = name if name == "memory" else f"--{name.replace('_', '-')}"
         if count is not None: check_at_least(count, 1, option, 2 ** 63 - 1 if name == "memory" else MOST)
 
+def check_lengths(
+    job: Job, # A job that is filled in
+    lengths: Sequence[ExampleLength], # Lengths of the calibration set
+) -> None:
+    "Raise `BadInput` for more subsets than examples, and for a budget that no task has two examples of."
+    deal_subsets(range(len(lengths)), job.calibrate.k)
+    if job.prune.budget is not None:
+        first_counts(by_task(task_indices(tuple(length.task for length in lengths))).sum(0), job.prune.budget)
+
 # %% ../../nbs/jobs/05_planning.ipynb #c063
 @arguments_answered
 def plan(
@@ -695,18 +747,18 @@ def plan(
     prompt_tokens: int | None = None, # Tokens of every prompt; None means to count or assume
     target_tokens: int | None = None, # Tokens of every target; None means to count or assume
     memory: int | None = None, # Bytes of memory of a device that need not be here; None reads that of the one that is
+    tries: int | None = None, # Answers to every problem that `cap chains` is to write; None plans no chains
 ) -> Plan: # The plan
     "What a job will take, from the model's configuration alone; a wrong name or count raises `BadInput`."
     check_job(job)
-    check_plan_counts(devices=devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens, memory=memory)
+    counts = {"devices": devices, "prompt_tokens": prompt_tokens, "target_tokens": target_tokens, "tries": tries}
+    check_plan_counts(**counts, memory=memory)
     sizes, tokenizer = read_sizes(job.model.name), tokenizer_at_hand(job.model.name)
     asked = dtype_named(job.model.dtype or sizes.dtype, job.model.device)
     dtype, job = str(asked).removeprefix("torch."), planned_job(job, tokenizer)
     lengths, origin = planned_lengths(job, tokenizer, prompt_tokens, target_tokens)
-    deal_subsets(range(len(lengths)), job.calibrate.k) # more subsets than examples are refused
-    if job.prune.budget is not None: # so is a budget that no task has two examples of
-        first_counts(by_task(task_indices(tuple(length.task for length in lengths))).sum(0), job.prune.budget)
-    load = Workload(sizes=sizes, job=job, lengths=lengths, dtype=dtype)
+    check_lengths(job, lengths)
+    load = Workload(sizes=sizes, job=job, lengths=lengths, dtype=dtype, tries=tries or 0)
     hardware = planned_hardware(load, devices, memory)
     stages = planned_stages(load, probe, hardware.sharing)
     cells = cells_of({"methods": list(job.prune.methods), "sparsities": list(job.prune.sparsities)})
@@ -719,13 +771,14 @@ def measured_plan(
     devices: int = 1, # Devices that share the scoring
     prompt_tokens: int | None = None, # Tokens of every prompt; None means to count or assume
     target_tokens: int | None = None, # Tokens of every target; None means to count or assume
+    tries: int | None = None, # Answers to every problem that `cap chains` is to write; None plans no chains
 ) -> Plan: # The plan, with times
     "The plan of a job with times, from a short probe of this device."
-    load = plan(job, devices, None, prompt_tokens, target_tokens).load
-    rows = max((answers.rows for answers in load.answers), default=1)
-    solvers = any(has_hessians(method) for method in job.prune.methods)
+    load = plan(job, devices, None, prompt_tokens, target_tokens, tries=tries).load
+    rows = max((answers.rows for answers in (*load.answers, *chain_batches(load))), default=1)
+    solvers = any(has_hessians(m) or "spectrum" in measured_by_allocation(m) for m in job.prune.methods)
     probe = probe_device(load.sizes, job.model.device, job.model.dtype, job.model.batch_tokens, rows, solvers=solvers)
-    return plan(job, devices, probe, prompt_tokens, target_tokens)
+    return plan(job, devices, probe, prompt_tokens, target_tokens, tries=tries)
 
 # %% ../../nbs/jobs/05_planning.ipynb #c068
 from .costs import at_once
@@ -820,9 +873,10 @@ def context_advice(
     planned: Plan, # A plan
 ) -> list[str]: # Sentences
     "Whether examples, and prompts with their answers, fit the model's context."
-    context, answers, sentences = planned.load.sizes.context, planned.load.answers, []
+    load, sentences = planned.load, []
+    context, answers = load.sizes.context, (*load.answers, *chain_batches(load))
     if context is None: return []
-    longest = max(len(length.input_ids) for length in planned.load.lengths)
+    longest = max(len(length.input_ids) for length in load.lengths)
     if longest > context:
         sentences.append(f"The longest example has {longest:,} tokens and the model's context {context:,}: leave long "
                          "examples out, or choose tasks that are shorter.")
@@ -880,6 +934,15 @@ def scoring_line(
     return (f"- Scoring: {s.layers * s.heads:,} heads, so {scoring.work.passes:,} passes; resumed at the masked layer "
             f"they run {scoring.work.layer_tokens:,} tokens through a layer, the hook loop "
             f"{hook_loop.work.layer_tokens:,}, and {hook_loop.flops / scoring.flops:.2f} times the FLOPs.")
+
+def chains_line(
+    load: Workload, # What is to be done, with a number of tries
+) -> str: # A line
+    "How many answers `cap chains` writes, and how long they are taken to be."
+    data, limits = load.job.calibrate, sorted({batch.steps for batch in chain_batches(load)})
+    problems = data.n * len(data.tasks)
+    return (f"- Own chains: {load.tries * problems:,} answers to {problems:,} problems, by 'cap chains' before any "
+            f"run, counted as if each took all of its {' or '.join(map(str, limits))} tokens.")
 
 # %% ../../nbs/jobs/05_planning.ipynb #c083
 def stage_rows(
@@ -952,7 +1015,8 @@ def plan_text(
     "A plan as text: counts, times labelled as estimates, memory by part, and what will not fit."
     sizes, load = planned.load.sizes, planned.load
     title = f"Plan for {sizes.name} in {load.dtype}, from {sizes.source}; no weights were read."
-    model = [*model_lines(load, planned.lengths_from), scoring_line(planned)]
+    chains = [chains_line(load)] if load.tries else []
+    model = [*model_lines(load, planned.lengths_from), scoring_line(planned), *chains]
     blocks = [[title], model, stage_rows(planned), [run_line(planned), time_line(planned)],
               memory_lines(planned), fit_lines(planned)]
     return "\n\n".join("\n".join(block) for block in blocks)

@@ -168,7 +168,7 @@ class Allocation:
     source: str # Where it comes from
     needs: tuple[str, ...] # Fields of `Given` that must be there
     shares: Shares # The share of every projection, whose mean over the weights is the sparsity asked for
-    measures: tuple[str, ...] = () # What it measures on the dense model, for plans: "norm", "gradient"
+    measures: tuple[str, ...] = () # What it measures on the dense model, for plans: "norm", "gradient", "spectrum"
 
 def by_signal(
     signal: Callable[[nn.Module, Given], Sequence[float]], # A number for each layer
@@ -203,7 +203,7 @@ ALLOCATIONS: dict[str, Allocation] = {
                       needs=("calibration",), measures=("norm",),
                       shares=by_signal(median_importance, partial(spread_sparsity, spread=DLP_WIDTH))),
     "alpha": Allocation(says="layers whose spectra have heavier tails lose less", source="Lu et al. 2024", needs=(),
-                        shares=by_signal(tail_exponents, scaled_sparsity)),
+                        shares=by_signal(tail_exponents, scaled_sparsity), measures=("spectrum",)),
     "atp": Allocation(says="every layer loses more than the one before", source="Huang et al. 2025", needs=(),
                       shares=by_line()),
     "causal": Allocation(says="layers with more causal heads lose less", source="the paper's factors under OWL's map",
