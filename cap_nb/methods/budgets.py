@@ -392,6 +392,11 @@ def agreements(
         medians.append(Agreement(examples=count, ranks=ranks, apart=apart, excess=excess, equal=equal))
     return medians
 
+# %% ../../nbs/methods/11_budgets.ipynb #c101
+import matplotlib
+from matplotlib.figure import Figure
+from ..core.plots import blank_figure, in_style
+
 # %% ../../nbs/methods/11_budgets.ipynb #c082
 import random
 
@@ -554,11 +559,6 @@ def whole_divergences(
     with pruned_regions(model, sublayers(model), local) as prune:
         measure = whole_model_measure(model, calibration.examples, prune, batch_tokens)
         return torch.stack([measure(shares, range(len(calibration.examples))) for shares in allocations])
-
-# %% ../../nbs/methods/11_budgets.ipynb #c101
-import matplotlib
-from matplotlib.figure import Figure
-from ..core.plots import blank_figure, in_style
 
 # %% ../../nbs/methods/11_budgets.ipynb #c109
 @dataclass(frozen=True)
