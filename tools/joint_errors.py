@@ -1,7 +1,7 @@
 """Layer errors of SmolLM2's projections at 50 %: the joint solver's for methods/06, of masks and updates for 04 and 05.
 
     python tools/joint_errors.py DATA          # DATA: folder of benchmark files; about ten minutes of one core
-    python tools/joint_errors.py DATA masks    # a quarter of an hour; after a stop it goes on from the last layer
+    python tools/joint_errors.py DATA masks    # the same; after a stop it goes on from the last layer
 
 All get the same weights and the same Hessian, of the dense model's inputs. Out: figures/solvers/joint_errors.json, what
 the joint solver leaves of SparseGPT's error, or mask_errors.json, errors as shares of the squared outputs: of Wanda's
