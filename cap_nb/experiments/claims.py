@@ -946,9 +946,11 @@ def text_cases(
             for other, called in rivals.items() for s in (0.2, 0.5)}
 
 # %% ../../nbs/experiments/02_claims.ipynb #daaac692
-UNMOVED = {"wanda": "Wanda", "ria": "RIA", "wanda+owl": "OWL", "cap": "CAP"} # Methods that move no weight, by name
+UNMOVED = {"wanda": "Wanda", "ria": "RIA", "wanda+owl": "OWL", "cap": "CAP"} # Masks alone, by name
 FROZEN = {"alps": ("The joint solver", UNMOVED | {"magnitude": "magnitude", "sparsegpt": "SparseGPT"}),
-          "wanda+kl": ("The mask with budgets", UNMOVED)} # Method -> its name, and its rivals
+          "wanda+kl": ("The mask with budgets", UNMOVED),
+          "wanda+kl^swaps": ("The mask with budgets and swaps", UNMOVED | {
+              "wanda+kl": "budgets alone", "sparsegpt": "SparseGPT"})} # Method -> its name, and its rivals
 FROZEN_QUESTIONS = tuple(
     Claim(section="", says=f"{called}, frozen on validation problems, keeps more than {rival}", unit=GAIN,
           cases=frozen_cases(method, other))
@@ -1070,7 +1072,8 @@ def errors_left(
     return case
 
 # %% ../../nbs/experiments/02_claims.ipynb #c5032e37
-CALLED = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "joint solver", "cap": "CAP"} # Methods of the studies
+CALLED = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "joint solver", "cap": "CAP",
+          "wanda+kl^swaps": "budgets and swaps"} # Methods of the studies
 BOTH = ((TASKS_TOGETHER, ""), (ON_TEXT, ", text")) # What is measured, and what it adds to a label
 
 def loss_gains(
@@ -1207,7 +1210,7 @@ STUDY_QUESTIONS = (
           unit=GAIN, cases=set_cases("chains", "gold"), everywhere=False),
     Claim(section="", says="At 50 % two thirds of the dense model's right GSM8K answers are kept, read leniently",
           unit="share kept", expected=(2 / 3, math.inf), everywhere=False,
-          cases={CALLED[method]: kept_answers(method, 0.5) for method in ("alps", "sparsegpt", "wanda")}))
+          cases={CALLED[method]: kept_answers(method, 0.5) for method in CALLED if method != "cap"}))
 
 # %% ../../nbs/experiments/02_claims.ipynb #c081
 CLAIMS = (*MAIN_CLAIMS, *MLP_CLAIMS, *CALIBRATION_CLAIMS, *SUBSET_CLAIMS, *HEAD_CLAIMS, *RANKING_QUESTIONS,
