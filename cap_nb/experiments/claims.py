@@ -1157,7 +1157,7 @@ def kept_answers(
     method: str, # What prunes
     sparsity: float, # To which share
 ) -> Case: # Right answers over the dense model's
-    "What share of the dense model's right answers a pruned model has, with a paired bootstrap over problems."
+    "Right answers of a pruned model over the dense one's, whichever they are; a paired bootstrap over problems."
     def case(records: ModelRecords, confidence: float) -> Comparison | None:
         cells = [cells.get((method, sparsity)) for cells in records.held_out.values()]
         pruned = next((cell.answers for cell in cells if cell and cell.answers), ())
@@ -1208,7 +1208,7 @@ STUDY_QUESTIONS = (
           unit=GAIN, cases=set_cases("chains", "text"), everywhere=False),
     Claim(section="", says="A method calibrated on the model's own chains keeps more than on their gold solutions",
           unit=GAIN, cases=set_cases("chains", "gold"), everywhere=False),
-    Claim(section="", says="At 50 % two thirds of the dense model's right GSM8K answers are kept, read leniently",
+    Claim(section="", says="At 50 % two thirds as many GSM8K answers are right as the dense model's, read leniently",
           unit="share kept", expected=(2 / 3, math.inf), everywhere=False,
           cases={CALLED[method]: kept_answers(method, 0.5) for method in CALLED if method != "cap"}))
 
