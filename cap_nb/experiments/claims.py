@@ -1153,6 +1153,17 @@ def answered_by_both(
                      for answer in dense], dtype=np.float64)
 
 # %% ../../nbs/experiments/02_claims.ipynb #2bb2032c
+def ratio_of_right(
+    pairs: np.ndarray, # Whether each is right, [problems, (pruned, dense)], from `answered_by_both`
+    confidence: float = 0.95, # Of the interval
+) -> tuple[float, float, float]: # (ratio, low, high)
+    "Right answers of a pruned model over the dense one's, whichever they are; problems are drawn in pairs."
+    n, (ours, theirs) = len(pairs), pairs.sum(0)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 10_000) @ pairs
+    ratios = drawn[:, 0][drawn[:, 1] > 0] / drawn[:, 1][drawn[:, 1] > 0]
+    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(ours / theirs), float(low), float(high)
+
 def kept_answers(
     method: str, # What prunes
     sparsity: float, # To which share
@@ -1163,11 +1174,8 @@ def kept_answers(
         pruned = next((cell.answers for cell in cells if cell and cell.answers), ())
         if not pruned or not any(answer.lenient_correct for answer in records.dense_answers): return None
         pairs = answered_by_both(records.dense_answers, pruned)
-        n, (ours, theirs) = len(pairs), pairs.sum(0)
-        drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 10_000) @ pairs
-        ratios = drawn[:, 0][drawn[:, 1] > 0] / drawn[:, 1][drawn[:, 1] > 0]
-        low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return Comparison(value=ours / theirs, low=float(low), high=float(high), unit="share kept", n=n)
+        value, low, high = ratio_of_right(pairs, confidence)
+        return Comparison(value=value, low=low, high=high, unit="share kept", n=len(pairs))
     return case
 
 # %% ../../nbs/experiments/02_claims.ipynb #2e9521db
