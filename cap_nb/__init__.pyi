@@ -8,7 +8,7 @@ from cap_nb.jobs.settings import CalibrateSettings as CalibrateSettings
 from cap_nb.calibration import Calibration as Calibration
 from cap_nb.analysis import Comparison as Comparison
 from cap_nb.threshold import Criterion as Criterion
-from cap_nb.engine.decoding import Decoding as Decoding
+from cap_nb.models.decoding import Decoding as Decoding
 from cap_nb.jobs.settings import EvaluateSettings as EvaluateSettings
 from cap_nb.evaluation import Evaluation as Evaluation
 from cap_nb.threshold import Evidence as Evidence
@@ -18,7 +18,7 @@ from cap_nb.models.families import FAMILIES as FAMILIES
 from cap_nb.regions import Factors as Factors
 from cap_nb.models.families import Family as Family
 from cap_nb.jobs.settings import FineTuning as FineTuning
-from cap_nb.engine.decoding import Generation as Generation
+from cap_nb.models.decoding import Generation as Generation
 from cap_nb.scoring import HeadLosses as HeadLosses
 from cap_nb.portable.fine_tuning import HeldZeros as HeldZeros
 from cap_nb.jobs.settings import Job as Job
@@ -65,13 +65,13 @@ from cap_nb.portable.small_files import export_folder as export_folder
 from cap_nb.portable.quantised import export_gguf as export_gguf
 from cap_nb.evaluation import extract_answer as extract_answer
 from cap_nb.models.loading import fetch_smollm2 as fetch_smollm2
-from cap_nb.engine.decoding import generate_greedy as generate_greedy
+from cap_nb.models.decoding import generate_greedy as generate_greedy
 from cap_nb.experiments.harness import harness_answers as harness_answers
 from cap_nb.evaluation import held_out_losses as held_out_losses
 from cap_nb.portable.fine_tuning import held_zeros as held_zeros
 from cap_nb.importance import importance_factors as importance_factors
-from cap_nb.models.lab_world import lab_records as lab_records
-from cap_nb.models.lab_world import lab_text as lab_text
+from cap_nb.data.lab_world import lab_records as lab_records
+from cap_nb.data.lab_world import lab_text as lab_text
 from cap_nb.scoring import load_losses as load_losses
 from cap_nb.models.loading import load_model as load_model
 from cap_nb.methods.streaming import load_norms as load_norms
@@ -126,7 +126,7 @@ from cap_nb.experiments.variants import run_variants as run_variants
 from cap_nb.scoring import save_losses as save_losses
 from cap_nb.models.loading import save_model as save_model
 from cap_nb.methods.streaming import save_norms as save_norms
-from cap_nb.engine.resumed_scoring import score_heads as score_heads
+from cap_nb.methods.resumed_scoring import score_heads as score_heads
 from cap_nb.scoring import score_heads_naive as score_heads_naive
 from cap_nb.scoring import score_interval as score_interval
 from cap_nb.methods.screening import screen_heads as screen_heads

@@ -39,7 +39,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 import pandas as pd
-from .core.errors import BadInput, arguments_answered
+from .core.errors import BadInput, validate_arguments
 from .evaluation import summarise_answers, summarise_losses
 
 # %% ../nbs/06_analysis.ipynb #c016
@@ -82,7 +82,7 @@ def row_names(
     return pd.MultiIndex.from_tuples(names, names=["Method", "Sparsity"])
 
 # %% ../nbs/06_analysis.ipynb #c018
-@arguments_answered
+@validate_arguments
 def method_table(
     evaluations: Iterable[Evaluation], # What was measured, in any order
 ) -> pd.DataFrame: # Rows (Method, Sparsity); columns ("Reached", "value"), then (name, value | low | high | n)
@@ -172,7 +172,7 @@ def markdown_rows(
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *rows))
 
 # %% ../nbs/06_analysis.ipynb #c031
-@arguments_answered
+@validate_arguments
 def table_markdown(
     table: pd.DataFrame, # From `method_table`
     provenance: Mapping[str, object] | None = None, # Where the numbers come from
@@ -180,7 +180,7 @@ def table_markdown(
     "Table 1 in Markdown, with notes."
     return markdown_rows(*table_cells(table)) + "\n" + "".join(f"- {note}\n" for note in table_notes(table, provenance))
 
-@arguments_answered
+@validate_arguments
 def table_csv(
     table: pd.DataFrame, # From `method_table`
 ) -> str: # Comma-separated values: one column a number, all digits
@@ -533,7 +533,7 @@ def pairs_with(
     return tuple((method, second) for method in methods if method not in ("dense", second))
 
 # %% ../nbs/06_analysis.ipynb #c082
-@arguments_answered
+@validate_arguments
 def compare_methods(
     evaluations: Iterable[Evaluation], # What was measured, all on the same problems
     pairs: Sequence[tuple[str, str]] = CAP_PAIRS, # Methods to compare, as names
@@ -567,7 +567,7 @@ def comparison_note(
             f"No mark: undecided.")
 
 # %% ../nbs/06_analysis.ipynb #c084
-@arguments_answered
+@validate_arguments
 def comparison_markdown(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_methods` or `compare_over_seeds`
 ) -> str: # Markdown, with a note on how to read it
@@ -636,7 +636,7 @@ def paper_measure(
     return next(task for task, title in TASK_TITLES.items() if title in measure)
 
 # %% ../nbs/06_analysis.ipynb #c105
-@arguments_answered
+@validate_arguments
 def compare_with_paper(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_methods`
 ) -> pd.DataFrame: # Rows (Sparsity, Measure); the paper's favourite for each of its models, ours, and a sentence
@@ -658,7 +658,7 @@ from matplotlib.figure import Figure
 from .core.framework import INK
 
 # %% ../nbs/06_analysis.ipynb #c109
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_head_importance(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
@@ -688,7 +688,7 @@ def head_importance_in_words(
             f"the median is {np.median(values):.3g}, the lowest {values.min():.3g}.")
 
 # %% ../nbs/06_analysis.ipynb #c114
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_importance_distribution(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
@@ -769,7 +769,7 @@ def methods_in_order(
     return [(method_title(method), method) for method in methods]
 
 # %% ../nbs/06_analysis.ipynb #c121
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_sparsity_curves(
     evaluations: Iterable[Evaluation], # What was measured
@@ -795,7 +795,7 @@ def plot_sparsity_curves(
 from .threshold import PruneReport, zero_shares
 
 # %% ../nbs/06_analysis.ipynb #c125
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_zeros_by_method(
     reports: Sequence[PruneReport], # What each method did to one model, at one sparsity

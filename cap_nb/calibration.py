@@ -21,7 +21,7 @@ def length_quartiles(
 # %% ../nbs/00_calibration.ipynb #c018
 import random
 from collections import Counter
-from .core.errors import BadInput, arguments_answered
+from .core.errors import BadInput, validate_arguments
 from .data.prompts import IGNORED, Example
 
 # %% ../nbs/00_calibration.ipynb #c019
@@ -153,7 +153,7 @@ from .data.problems import load_problems
 from .data.prompts import PromptStyle, encode_problems
 
 # %% ../nbs/00_calibration.ipynb #c045
-@arguments_answered
+@validate_arguments
 def calibration_set(
     tokenizer: object, # Tokenizer of transformers
     tasks: Sequence[str] | None = None, # Names of tasks; None means `default_tasks`
@@ -181,7 +181,7 @@ def calibration_set(
 from .data.problems import Problem
 
 # %% ../nbs/00_calibration.ipynb #c055
-@arguments_answered
+@validate_arguments
 def overlap(
     calibration: Calibration, # The calibration set
     problems: Iterable[Problem], # Problems for evaluation
@@ -226,7 +226,7 @@ def draw_lengths(
     panel.set_ylabel("examples")
 
 # %% ../nbs/00_calibration.ipynb #c066
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_calibration(
     calibration: Calibration, # The calibration set

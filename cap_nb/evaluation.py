@@ -8,12 +8,12 @@ __all__ = ['extract_answer', 'evaluation_problems', 'AnswerRecord', 'answer_prob
 
 # %% ../nbs/05_evaluation.ipynb #c007
 from .data.problems import load_problems
-from .engine.decoding import generate_greedy
+from .models.decoding import generate_greedy
 
 # %% ../nbs/05_evaluation.ipynb #c012
 import re
 from decimal import Decimal
-from .core.errors import BadInput, arguments_answered
+from .core.errors import BadInput, validate_arguments
 
 # %% ../nbs/05_evaluation.ipynb #c013
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)" # With or without thousands separators
@@ -85,7 +85,7 @@ def lenient_answer(
 from .data.problems import task_family
 
 # %% ../nbs/05_evaluation.ipynb #c028
-@arguments_answered
+@validate_arguments
 def extract_answer(
     text: str, # What the model wrote
     task: str, # Name of the task, as in "lab-gsm8k"
@@ -109,7 +109,7 @@ from .data.problems import Problem
 log = logging.getLogger(__name__)
 
 # %% ../nbs/05_evaluation.ipynb #c033
-@arguments_answered
+@validate_arguments
 def evaluation_problems(
     task: str, # Name of the task
     n: int | None = None, # Problems to draw; None means all
@@ -134,7 +134,7 @@ def evaluation_problems(
 # %% ../nbs/05_evaluation.ipynb #c037
 from dataclasses import dataclass
 from .data.prompts import IGNORED, Example
-from .engine.decoding import Generation
+from .models.decoding import Generation
 
 # %% ../nbs/05_evaluation.ipynb #c038
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ from .data.prompts import encode_problems
 from collections.abc import Sequence
 import torch
 from .calibration import default_style
-from .engine.decoding import Decoding
+from .models.decoding import Decoding
 
 # %% ../nbs/05_evaluation.ipynb #c045
 def token_limit(
@@ -200,7 +200,7 @@ def one_task(
                    "the limits and answer lines of tasks differ.")
 
 # %% ../nbs/05_evaluation.ipynb #c046
-@arguments_answered
+@validate_arguments
 def answer_problems(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer
@@ -221,7 +221,7 @@ def answer_problems(
     return tuple(answer_record(example, said, tokenizer, style) for example, said in zip(examples, written))
 
 # %% ../nbs/05_evaluation.ipynb #c048
-@arguments_answered
+@validate_arguments
 def accuracy(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer
@@ -239,7 +239,7 @@ def accuracy(
 import statistics
 
 # %% ../nbs/05_evaluation.ipynb #c063
-@arguments_answered
+@validate_arguments
 def wilson_interval(
     successes: int, # c, right answers
     n: int, # n, answers
@@ -311,7 +311,7 @@ def limit_for(
 import numpy as np
 from tqdm.auto import tqdm
 from .data.batches import collate, token_batches
-from .engine.decoding import inference
+from .models.decoding import inference
 from .scoring import target_losses
 
 # %% ../nbs/05_evaluation.ipynb #c097
@@ -356,7 +356,7 @@ def problem_losses(
                  for e, loss in zip(examples, losses))
 
 # %% ../nbs/05_evaluation.ipynb #c100
-@arguments_answered
+@validate_arguments
 def held_out_losses(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer
@@ -370,7 +370,7 @@ def held_out_losses(
     return problem_losses(model, tokenizer, evaluation_problems(task, n, seed, data_dir), style)
 
 # %% ../nbs/05_evaluation.ipynb #c105
-@arguments_answered
+@validate_arguments
 def bootstrap_interval(
     values: Sequence[float], # One value an example
     seed: int = 0, # Seed of the resampling
@@ -472,7 +472,7 @@ class Perplexity:
     window_tokens_asked: int = 2048 # Tokens asked for in each
 
 # %% ../nbs/05_evaluation.ipynb #c125
-@arguments_answered
+@validate_arguments
 def perplexity(
     model: torch.nn.Module, # A causal language model of a known family
     tokenizer: object, # Its tokenizer

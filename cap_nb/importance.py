@@ -7,7 +7,7 @@ __all__ = ['importance_factors', 'plot_factors']
 
 # %% ../nbs/02_importance.ipynb #c005
 import torch
-from .core.errors import BadInput, arguments_answered
+from .core.errors import BadInput, validate_arguments
 
 # %% ../nbs/02_importance.ipynb #c006
 def check_scores(
@@ -23,7 +23,7 @@ def check_scores(
     return scores.double()
 
 # %% ../nbs/02_importance.ipynb #c007
-@arguments_answered
+@validate_arguments
 def importance_factors(
     scores: torch.Tensor, # Causal score of every head, [L, H]
     low: float = 1.0, # Factor of the lowest score
@@ -75,7 +75,7 @@ def plot_scale(
     return figure
 
 # %% ../nbs/02_importance.ipynb #c023
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_factors(
     scores: dict[str, torch.Tensor], # Name -> causal scores [L, H]

@@ -7,7 +7,7 @@ __all__ = ['Factors', 'region_factors', 'plot_regions']
 
 # %% ../nbs/03_regions.ipynb #c008
 import torch
-from .core.errors import arguments_answered, check_choice, check_index
+from .core.errors import validate_arguments, check_choice, check_index
 
 # %% ../nbs/03_regions.ipynb #c009
 SHARING = ("mean", "max") # How the factor of a key-value head follows from those of its query heads
@@ -61,7 +61,7 @@ class LayerFactors:
         "The factor of the head that a part of a projection belongs to, a scalar tensor."
         return (self.query if part.kind == "query" else self.key_value)[part.index]
 
-    def of_rest(self, projection: Projection) -> torch.Tensor:
+    def rest_factor(self, projection: Projection) -> torch.Tensor:
         "The factor of a projection without heads: its expert's, or the mean of its layer's heads."
         has_factor = self.experts is not None and projection.expert is not None
         return self.experts[projection.expert] if has_factor else self.query.mean()
@@ -94,7 +94,7 @@ def blocks(
     everything = slice(None)
     neurons = layer.of_neurons(projection)
     if neurons is not None: slices = [(slice(m, m + 1), factor) for m, factor in enumerate(neurons.tolist())]
-    elif not projection.parts: return [(everything, everything, layer.of_rest(projection).item())]
+    elif not projection.parts: return [(everything, everything, layer.rest_factor(projection).item())]
     else: slices = [(slice(part.start, part.stop), layer.of_part(part).item()) for part in projection.parts]
     if projection.role in ("output", "down"): return [(everything, columns, factor) for columns, factor in slices]
     return [(rows, everything, factor) for rows, factor in slices]
@@ -119,7 +119,7 @@ def broadcast_factor(
 ) -> torch.Tensor: # [out, 1], [1, in] or [1, 1]
     "The factor of a projection in the smallest form that broadcasts over its weight."
     along = layer.of_neurons(projection)
-    if along is None and not projection.parts: return layer.of_rest(projection).reshape(1, 1)
+    if along is None and not projection.parts: return layer.rest_factor(projection).reshape(1, 1)
     if along is None:
         widths = torch.tensor([part.stop - part.start for part in projection.parts])
         along = torch.stack([layer.of_part(part) for part in projection.parts])
@@ -179,7 +179,7 @@ def check_neuron_factors(
                        "expected factors from importance_factors; compute them again.")
 
 # %% ../nbs/03_regions.ipynb #c037
-@arguments_answered
+@validate_arguments
 def region_factors(
     model: nn.Module, # A causal language model of a known family
     factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
@@ -213,7 +213,7 @@ def panels_of(
     return panels
 
 # %% ../nbs/03_regions.ipynb #c055
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_regions(
     model: nn.Module, # A causal language model of a known family

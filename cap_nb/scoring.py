@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 from .calibration import Calibration
-from .core.errors import arguments_answered, check_confidence, check_index
+from .core.errors import validate_arguments, check_confidence, check_index
 from .data.prompts import IGNORED
 from .models.anatomy import dimensions, output_projection
 from .models.interventions import changed_input
 
 # %% ../nbs/01_scoring.ipynb #c008
-@arguments_answered
+@validate_arguments
 def masked_head(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of the decoder layer, from 0
@@ -65,7 +65,7 @@ def target_token_losses(
     return F.cross_entropy(logits[is_target].float(), labels[is_target], reduction="none")
 
 # %% ../nbs/01_scoring.ipynb #c016
-@arguments_answered
+@validate_arguments
 def target_losses(
     model: nn.Module, # A causal language model
     batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
@@ -129,7 +129,7 @@ def head_losses(
         uid=tuple(e.uid for e in examples), k=calibration.k, seed=calibration.seed, meta=meta)
 
 # %% ../nbs/01_scoring.ipynb #c022
-@arguments_answered
+@validate_arguments
 @torch.no_grad()
 def score_heads_naive(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -173,7 +173,7 @@ def aggregate(
 # %% ../nbs/01_scoring.ipynb #c026
 AGGREGATIONS: tuple[str, ...] = ("paper", "paired", "mean")
 
-@arguments_answered
+@validate_arguments
 def causal_scores(
     losses: HeadLosses, # The table of losses
     how: str = "paper", # "paper", "paired" or "mean"
@@ -198,7 +198,7 @@ def resampled(
     return counts
 
 # %% ../nbs/01_scoring.ipynb #c034
-@arguments_answered
+@validate_arguments
 def score_interval(
     losses: HeadLosses, # The table of losses
     how: str = "paper", # "paper", "paired" or "mean"
@@ -219,7 +219,7 @@ def score_interval(
     return low, high
 
 # %% ../nbs/01_scoring.ipynb #c035
-@arguments_answered
+@validate_arguments
 def rank_correlation(
     a: torch.Tensor, # Scores, any shape
     b: torch.Tensor, # Scores of the same shape
@@ -230,7 +230,7 @@ def rank_correlation(
     ranks = [x.flatten().argsort().argsort().double() for x in (a, b)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
-@arguments_answered
+@validate_arguments
 def split_half_reliability(
     losses: HeadLosses, # The table of losses
     splits: int = 20, # Random splits into two halves
@@ -281,7 +281,7 @@ def check_table(
             raise ValueError(f"{name} has numbers that are no finite losses")
 
 # %% ../nbs/01_scoring.ipynb #c040
-@arguments_answered
+@validate_arguments
 def save_losses(
     losses: HeadLosses, # The table
     path: str | Path, # Final name of the file
@@ -290,7 +290,7 @@ def save_losses(
     about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
     write_tensors(Path(path), {"masked": losses.masked, "intact": losses.intact}, about)
 
-@arguments_answered
+@validate_arguments
 def load_losses(
     path: str | Path, # A file that `save_losses` wrote
 ) -> HeadLosses: # The table
@@ -415,7 +415,7 @@ def plot_losses(
     return figure
 
 # %% ../nbs/01_scoring.ipynb #c047
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_score_intervals(
     losses: HeadLosses, # A table of losses

@@ -26,9 +26,9 @@ def opened(
 import shutil
 from .calibration import Calibration
 from .core.errors import BadInput
-from .engine.devices import device_of_process, joined
-from .engine.resumed_scoring import Request, check_target, heads_by_layer, help_scoring, table_scorer
-from .engine.unit_store import Share
+from .methods.devices import device_of_process, joined
+from .methods.resumed_scoring import Request, check_target, heads_by_layer, help_scoring, table_scorer
+from .methods.unit_store import Share
 from .methods.screening import save_partial, screen_heads
 from .models.anatomy import anatomy
 from .models.loading import tokenizer_fingerprint

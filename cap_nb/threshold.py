@@ -47,7 +47,7 @@ CAP = Criterion(name="cap", score=cap_score, needs=("factor",),
 
 # %% ../nbs/04_threshold.ipynb #c012
 import math
-from .core.errors import BadInput, arguments_answered
+from .core.errors import BadInput, validate_arguments
 from .models.anatomy import Projection
 
 # %% ../nbs/04_threshold.ipynb #c013
@@ -153,7 +153,7 @@ def check_alike(
                    "finite: expected one of each for every weight; give two tensors of one shape.")
 
 # %% ../nbs/04_threshold.ipynb #c031
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_threshold(
     scores: torch.Tensor, # Score of every weight, any shape
@@ -183,7 +183,7 @@ def plot_threshold(
 from .core.errors import check_sparsity
 
 # %% ../nbs/04_threshold.ipynb #c042
-def zeros_wanted(
+def zero_count(
     weights: int, # Weights in scope
     sparsity: float, # Share to zero, in [0, 1)
 ) -> int: # How many become zero
@@ -286,7 +286,7 @@ def first_ones(
     left[0] -= min(here, left[0])
     return mask
 
-def taker(
+def tie_selector(
     value: float, # tau
     ties: int, # How many of the scores equal to tau are pruned
 ) -> Take: # Selects the scores below tau, and the first ones equal to it
@@ -319,10 +319,10 @@ def zero_smallest(
 ) -> Threshold | None: # The threshold; None if no weight was to be zeroed
     "Zero the smallest scores of several projections together, under one threshold (paper section 3.3)."
     check_choice(ties, TIES, "treatment of ties")
-    count = zeros_wanted(sum(p.weight.numel() for p in group), sparsity)
+    count = zero_count(sum(p.weight.numel() for p in group), sparsity)
     if count == 0: return None
     threshold = find_threshold([lambda p=p: scores_of(criterion, p, known) for p in group], count)
-    take = taker(threshold.value, ties_taken(threshold, ties))
+    take = tie_selector(threshold.value, ties_taken(threshold, ties))
     for p in group: zero_weights(p, take(scores_of(criterion, p, known)))
     return threshold
 
@@ -456,7 +456,7 @@ def zero_shares(
     return roles, zeros / weights
 
 # %% ../nbs/04_threshold.ipynb #c100
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_zeros(
     report: PruneReport, # A report

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cap_nb.calibration import Calibration
 from cap_nb.core.files import write_checked
 from cap_nb.data.prompts import IGNORED, Example
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.evaluation import window_losses
 from cap_nb.methods.criteria import dense_norms
 from cap_nb.methods.prune import prune

@@ -11,7 +11,7 @@ import torch
 
 from cap_nb.core.errors import BadInput
 from cap_nb.data.problems import load_problems
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.streaming import open_checkpoint
 from cap_nb.models.loading import load_model
 from tools.benchmarks import generation, gpu, layer_problem, processes, scaling, scoring, start, streaming, suite, threshold

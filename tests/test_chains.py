@@ -12,7 +12,7 @@ from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.data.problems import load_problems, load_text
 from cap_nb.data.prompts import IGNORED
-from cap_nb.engine.decoding import generate_noted
+from cap_nb.models.decoding import generate_noted
 from cap_nb.jobs import chains
 from cap_nb.jobs.chains import (
     Answering, Chain, Chains, chain_calibration, kept_chains, own_chains, read_chains, text_calibration, too_few, write_chains)

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from cap_nb.core.files import read_checked, sha256_of_file
-from cap_nb.engine.decoding import generate_naive
+from cap_nb.models.decoding import generate_naive
 from cap_nb.models.lab import lab_tokenizer
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.command_line import RENAMED, app, field_comments
@@ -191,8 +191,8 @@ def test_divergences_are_scored_pruned_by_and_not_taken_for_losses(finished, tmp
 
 
 def stand_in():
-    """vLLM's stand-in of engine/03, for the lab."""
-    cells = json.loads((ROOT / "nbs/engine/03_decoding.ipynb").read_text())["cells"]
+    """vLLM's stand-in of models/10, for the lab."""
+    cells = json.loads((ROOT / "nbs/models/10_decoding.ipynb").read_text())["cells"]
     [source] = ["".join(cell["source"]) for cell in cells if "class StandIn" in "".join(cell["source"])]
     space = {"LlamaForCausalLM": LlamaForCausalLM, "SimpleNamespace": SimpleNamespace, "generate_naive": generate_naive, "tokenizer": lab_tokenizer()}
     exec(source, space)

@@ -15,7 +15,7 @@ from cap_nb.data.prompts import encode_problem, target_text
 from cap_nb.evaluation import (
     accuracy, bootstrap_interval, evaluation_problems, extract_answer,
     normal_answer, perplexity, prompt_tokens, strict_pattern, wilson_interval, window_losses)
-from cap_nb.engine.decoding import Decoding, generate_greedy, generate_naive
+from cap_nb.models.decoding import Decoding, generate_greedy, generate_naive
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_model, lab_tokenizer
 

@@ -12,7 +12,7 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from cap_nb.calibration import default_style, default_tasks
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, read_tensors
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.methods.experts import (

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.data.batches import collate
-from cap_nb.engine.resumed_scoring import score_heads, shared_prefix
+from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.jobs.costs import read_sizes
 from cap_nb.jobs.records import mask_fingerprint
@@ -438,7 +438,7 @@ def test_a_family_of_one_s_own_passes_the_claims(monkeypatch):
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_layers_one_at_a_time_give_what_the_whole_model_gives(name):
     """A layer's arguments are recorded while only the first layer computes: they must not depend on what layers compute."""
-    from cap_nb.engine.layer_walk import advanced, initial_state
+    from cap_nb.methods.layer_walk import advanced, initial_state
     from cap_nb.models.anatomy import decoder_layers, decoder_of, final_norm
 
     model, ids = proofs.in_float64(name), torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))

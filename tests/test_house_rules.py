@@ -1,10 +1,9 @@
-"""The rules that a machine can check, beside what ruff checks: short cells and lines, enough prose, silent modules,
-imports that run one way, one way through the book, few public names."""
+"""The rules that a machine can check, beside what ruff checks: short lines, silent modules, imports that run one way, one way
+through the book, documented public names."""
 import ast
 import functools
 import inspect
 import re
-import subprocess
 import typing
 from collections.abc import Callable, Mapping, Sequence
 
@@ -37,17 +36,6 @@ def imported_modules(text, module):
     return names
 
 
-def prose_words(path):
-    return sum(len(re.findall(r"\w[\w'-]*", c.source)) for c in cells(path) if c.kind == "markdown")
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
-def test_cells_are_short(path):
-    long = [f"{c.code_lines} lines (of {limit}): {c.source.splitlines()[:3]}" for c in cells(path) if c.kind == "code"
-            for limit in [25 if c.exported else 12] if c.code_lines > limit]
-    assert not long, "\n".join(long)
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
 def test_outputs_name_no_machine(path):
     """Warnings and tracebacks carry the paths of the machine they came from; neither belongs into a notebook that is kept."""
@@ -61,26 +49,14 @@ def test_no_widget_is_kept(path):
     assert "application/vnd.jupyter.widget" not in path.read_text(encoding="utf-8")
 
 
-def is_import_cell(cell):
-    body = [] if cell.source.lstrip().startswith(("%", "!")) else ast.parse(cell.source).body
-    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=label)
-def test_there_is_prose_for_the_code(path):
-    code_cells = sum(c.kind == "code" and not is_import_cell(c) for c in cells(path))
-    assert prose_words(path) >= 15 * code_cells, f"{prose_words(path)} words for {code_cells} code cells"
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=label)
-def test_imports_stand_alone(path):
-    """A cell with an import is executed when documentation is made, so it holds nothing else and is never flagged."""
+def test_imports_are_never_skipped(path):
+    """A cell with an import is executed when documentation is made, flagged or not."""
     for cell in cells(path):
         if cell.kind != "code" or cell.source.lstrip().startswith(("%", "!")):
             continue
         body = ast.parse(cell.source).body
         imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in body]
-        assert not any(imports) or all(imports), f"an import shares its cell: {cell.source.splitlines()[:4]}"
         assert not any(imports) or not {"slow", "gpu"} & cell.directives.keys(), "an import stands in a slow or gpu cell"
 
 
@@ -134,18 +110,6 @@ def test_filling_by_position_is_noticed():
     assert filled_by_position("Anatomy('llama', 2, 4, 2)", {"Anatomy"}) and not filled_by_position("Anatomy('llama', 2, 4)", {"Anatomy"})
 
 
-def test_the_scoring_chapter_is_the_papers():
-    """Equation 2 comes in the first half of at most 60 cells, the one for Colab not counted."""
-    chapter = cells(ROOT / "nbs" / "01_scoring.ipynb")
-    second = next(i for i, c in enumerate(chapter) if c.kind == "markdown" and r"\operatorname{median}_k m_k(h)" in c.source)
-    assert len(chapter) <= 61 and second < len(chapter) / 2
-
-
-def test_few_files_are_tracked():
-    tracked = subprocess.run(["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(tracked) <= 580, f"{len(tracked)} files are tracked"
-
-
 def undocumented(thing):
     """What a public function or class lacks: a docstring, or a comment behind a parameter or field."""
     lines = inspect.getsource(thing).splitlines()
@@ -158,11 +122,10 @@ def undocumented(thing):
 
 
 def test_public_means_documented():
-    """Few names (148 at most), each with a docstring, and with what every parameter is."""
+    """Each public name has a docstring, and says what every parameter is."""
     import cap_nb.all
 
     public = {name: getattr(cap_nb.all, name) for name in cap_nb.all.__all__}
-    assert len(public) <= 148, f"{len(public)} public names"
     bare = {name: undocumented(v) for name, v in public.items() if (inspect.isfunction(v) or inspect.isclass(v)) and undocumented(v)}
     assert not bare, bare
 
@@ -200,7 +163,7 @@ def later_imports(path):
     places, own = {module_of(p): place(p) for p in SOURCES}, place(path)
     code = [c.source for c in cells(path) if c.kind == "code" and not c.source.lstrip().startswith(("%", "!"))]
     names = [name for text in code for name in imported_modules(text, module_of(path) or "")]
-    return sorted({name for name in names if name in places and own is not None and places[name] > own})
+    return sorted({name for name in names if own is not None and places.get(name) is not None and places[name] > own})
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
@@ -210,7 +173,7 @@ def test_no_cell_imports_a_later_module(path):
 
 def test_order_is_noticed():
     """The rule above can fail: the floors go from the errors to the command line."""
-    names = ["core/00_errors", "models/01_anatomy", "00_calibration", "01_scoring", "02_importance", "methods/13_prune", "05_evaluation", "06_analysis", "command_line"]
+    names = ["core/00_errors", "data/02_problems", "models/01_anatomy", "00_calibration", "01_scoring", "methods/24_prune", "jobs/03_job", "command_line"]
     places = [place(ROOT / "nbs" / f"{name}.ipynb") for name in names]
     assert places == sorted(places) and len(set(places)) == len(places)
     assert imported_modules("from ..models import files", "cap_nb.jobs.job") == ["cap_nb.models", "cap_nb.models.files"]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.data.problems import load_problems
 from cap_nb.data.prompts import IGNORED, Example
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.evaluation import problem_losses
 from cap_nb.importance import importance_factors
 from cap_nb.methods.prune import prune
@@ -26,7 +26,7 @@ from cap_nb.models.loading import save_model
 from cap_nb.portable.small_files import export_folder, restore_folder
 from cap_nb.regions import Factors, blocks, layer_factors
 from cap_nb.scoring import causal_scores
-from cap_nb.threshold import zeros_wanted
+from cap_nb.threshold import zero_count
 
 MANY = int(os.environ.get("CAP_NB_FUZZ", 0))
 FEW = ("llama", "gpt2", "gpt_neox", "phi3", "mixtral", "falcon, three key-value heads")
@@ -131,7 +131,7 @@ def test_the_count_is_exact_among_ties(model, sparsity, scope):
     matrices = projections(model)
     groups = {"model": [matrices], "layer": [[p for p in matrices if p.layer == layer] for layer in range(len(decoder_layers(model)))],
               "matrix": [[p] for p in matrices], "row": []}[scope]
-    expected = [max(zeros_wanted(sum(p.weight.numel() for p in group), sparsity), sum(int((p.weight == 0).sum()) for p in group)) for group in groups]
+    expected = [max(zero_count(sum(p.weight.numel() for p in group), sparsity), sum(int((p.weight == 0).sum()) for p in group)) for group in groups]
     rows = [(p, (p.weight == 0).sum(1).clamp(min=int(p.weight.shape[1] * sparsity + 1e-9))) for p in matrices] if scope == "row" else []
     report = prune(model, f"magnitude@{scope}", sparsity)
     assert [sum(int((p.weight == 0).sum()) for p in group) for group in groups] == expected

@@ -42,7 +42,7 @@ from cap_nb.core.files import (
 from cap_nb.data.problems import records_of_file, records_of_table
 from cap_nb.jobs import records as run_records
 from cap_nb.jobs.chains import read_chains
-from cap_nb.engine.unit_store import Unit, UnitStore, read_unit
+from cap_nb.methods.unit_store import Unit, UnitStore, read_unit
 from cap_nb.evaluation import Evaluation
 from cap_nb.jobs.records import commit_of_package, load_evaluation, packed_records, read_report, read_run, save_evaluation, unpack_run
 from cap_nb.jobs.sweeps import INDEX as SWEEP_INDEX

@@ -30,8 +30,8 @@ from cap_nb.jobs.costs import (
 from cap_nb.jobs.planning import Probe, free_memory, measured_plan, plan, plan_advice, plan_text, probe_device
 from cap_nb.jobs.scale import Claimer, claims, scale_text, unit_flops
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.engine.decoding import Decoding, generate_greedy, generate_noted
-from cap_nb.engine.resumed_scoring import score_divergences, score_heads
+from cap_nb.models.decoding import Decoding, generate_greedy, generate_noted
+from cap_nb.methods.resumed_scoring import score_divergences, score_heads
 from cap_nb.scoring import score_heads_naive, target_losses
 
 GIB = 2**30

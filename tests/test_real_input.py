@@ -11,9 +11,9 @@ from cap_nb.data.batches import padding_share, token_batches
 from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint, save_model
 from cap_nb.scoring import batches_of, score_heads_naive
-from cap_nb.engine.resumed_scoring import intact_pass, resumed_losses, score_heads, shared_prefix
+from cap_nb.methods.resumed_scoring import intact_pass, resumed_losses, score_heads, shared_prefix
 from cap_nb.methods.prune import prune
-from cap_nb.threshold import zeros_wanted
+from cap_nb.threshold import zero_count
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (gsm8k, strategyqa, arc, wikitext2) are not beside this checkout")
@@ -94,7 +94,7 @@ def test_sparsity_is_exact_on_a_model_full_of_ties(smollm2, tmp_path):
     model = load_model("smollm2", "bfloat16", "cpu")[0]
     weights = sum(p.module.weight.numel() for p in projections(model))
     report = prune(model, "magnitude", 0.1)
-    assert report.ties > 1000 and report.zeros == zeros_wanted(weights, 0.1) and abs(report.reached - 0.1) < 1e-4
+    assert report.ties > 1000 and report.zeros == zero_count(weights, 0.1) and abs(report.reached - 0.1) < 1e-4
     save_model(model, smollm2[1], tmp_path / "pruned")
     assert all(shard.stat().st_size <= 4e9 for shard in (tmp_path / "pruned").glob("*.safetensors"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="auto")  # transformers 4 would make it float32

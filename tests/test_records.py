@@ -15,7 +15,7 @@ from cap_nb.jobs.records import (
     PACKED, differences, is_record, load_evaluation, load_run, manifest, pack_run, read_run, save_evaluation, unpack_run)
 from cap_nb.jobs.report import run_folders, table_texts
 from cap_nb.jobs.settings import Job
-from cap_nb.models.lab_world import spelled
+from cap_nb.data.lab_world import spelled
 from conftest import ROOT
 
 FIGURES = ROOT / "figures"

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import Calibration
-from cap_nb.engine.resumed_scoring import divergences_naive, score_divergences, score_heads, shared_prefix
+from cap_nb.methods.resumed_scoring import divergences_naive, score_divergences, score_heads, shared_prefix
 from cap_nb.models.interventions import changed_output, hook_count
 from cap_nb.models.replay import attention_of, read_after_prefix, recorded_heads, run_layer
 from cap_nb.scoring import score_heads_naive

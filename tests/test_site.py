@@ -54,9 +54,9 @@ def test_links_lead_somewhere(path):
 
 
 def test_links_hold_on_the_site():
-    links = stage.Links(["01_scoring", "methods/00_wanda"])
+    links = stage.Links(["01_scoring", "methods/10_wanda"])
     moved = links.moved("[a](../01_scoring.ipynb#Who) `[b](../c.md)` [c](../../CONTRIBUTING.md) ![f](../../figures/framework.png) [w](https://a.b) "
-                        "[d](#Here) [e](../../figures/lab) [g](../02_importance.ipynb)", "nbs/methods/00_wanda.ipynb")
+                        "[d](#Here) [e](../../figures/lab) [g](../02_importance.ipynb)", "nbs/methods/10_wanda.ipynb")
     assert moved == ("[a](../01_scoring.ipynb#who) `[b](../c.md)` [c](../CONTRIBUTING.md) ![f](../figures/framework.png) [w](https://a.b) "
                      "[d](#here) e (`figures/lab`) g (`nbs/02_importance.ipynb`)")
     assert links.files == {"figures/framework.png"}

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from cap_nb.data.prompts import IGNORED
-from cap_nb.engine.layer_walk import layer_by_layer
+from cap_nb.methods.layer_walk import layer_by_layer
 from cap_nb.methods import wanda
 from cap_nb.methods.budgets import measured_divergences, pruned_regions, sublayers, wanda_local
 from cap_nb.methods.prune import prune

@@ -33,7 +33,7 @@ from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import sealed, write_checked, write_tensors
 from cap_nb.data.problems import load_problems, load_text
-from cap_nb.engine.decoding import Decoding, generate_greedy
+from cap_nb.models.decoding import Decoding, generate_greedy
 from cap_nb.evaluation import accuracy, answer_problems, bootstrap_interval, evaluation_problems, held_out_losses, perplexity
 from cap_nb.experiments.claims import plot_claims
 from cap_nb.importance import importance_factors, plot_factors
@@ -51,7 +51,7 @@ from cap_nb.portable.fine_tuning import held_zeros, recover
 from cap_nb.portable.sharing import model_card
 from cap_nb.portable.small_files import export_folder
 from cap_nb.scoring import HeadLosses, causal_scores, load_losses, masked_head, rank_correlation, save_losses, score_interval
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import score_heads
 from fixtures import tiny_llama
 from programs import cap, finished
 

@@ -20,7 +20,7 @@ import torch
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.problems import LAB_TASKS
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.records import environment, load_run
 from cap_nb.methods.additivity import graddrop, growing, interactions, pair_losses, set_losses

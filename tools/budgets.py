@@ -22,7 +22,7 @@ from cap_nb.analysis import Comparison, correct_family, sign_flip_test
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.core.files import write_checked
 from cap_nb.data.problems import load_text
-from cap_nb.engine.layer_walk import layer_by_layer
+from cap_nb.methods.layer_walk import layer_by_layer
 from cap_nb.evaluation import bootstrap_interval, evaluation_problems, perplexity, problem_losses
 from cap_nb.jobs.chains import mixed_calibration, text_calibration
 from cap_nb.jobs.records import environment

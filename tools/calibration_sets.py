@@ -22,7 +22,7 @@ import torch
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.prompts import Example, make_example
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.evaluation import accuracy, evaluation_problems, perplexity, problem_losses
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.chains import Answering, Chain, kept_chains, own_chains, text_calibration

@@ -3,7 +3,7 @@
 > The same objective and the same gradient, problem by problem, on the lab's model.
 
 Paper: section 2 (Nam et al. 2025). In: a checkout of andrewnam/causal_head_gating and einops, which are no requirement
-of this kit. Out: `figures/relevance/gates.json`, which nbs/methods/08_attributions reads.
+of this kit. Out: `figures/relevance/gates.json`, which nbs/methods/18_attributions reads.
 
     pip install einops && python -m tools.gates CHECKOUT            # half a minute; CAP_NB_NOTE says what else was running
 

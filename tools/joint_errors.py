@@ -16,7 +16,7 @@ import torch
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.problems import BENCHMARK_NAMES
-from cap_nb.engine.layer_walk import layer_by_layer
+from cap_nb.methods.layer_walk import layer_by_layer
 from cap_nb.jobs.records import environment
 from cap_nb.methods.joint import joint_update
 from cap_nb.methods.recovery import recovered_weight

@@ -25,7 +25,7 @@ from torch import nn
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.problems import BENCHMARK_NAMES, LAB_TASKS, Problem
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.evaluation import evaluation_problems, problem_losses
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.chains import Answering, chain_calibration, own_chains, task_counts

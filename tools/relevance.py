@@ -3,7 +3,7 @@
 > The same heads, on a tiny Llama and on SmolLM2, by our rules and by theirs.
 
 Paper: section 2 (Hatefi et al. 2025). In: lxt, and SmolLM2 where it was fetched with its benchmark files. Out:
-`figures/relevance/lxt.json`, which nbs/engine/05_relevance reads. lxt is no requirement of this kit and needs
+`figures/relevance/lxt.json`, which nbs/methods/04_relevance reads. lxt is no requirement of this kit and needs
 transformers 4; in an environment of its own:
 
     pip install -e . 'transformers<4.58' zennit torchvision && pip install --no-deps lxt==2.1
@@ -24,7 +24,7 @@ from transformers.models.llama import modeling_llama
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.core.files import write_checked
 from cap_nb.data.prompts import IGNORED, Example
-from cap_nb.engine.relevance import differentiable, gold_logits, head_relevance
+from cap_nb.methods.relevance import differentiable, gold_logits, head_relevance
 from cap_nb.models.anatomy import decoder_layers, dimensions, output_projection
 from cap_nb.models.interventions import changed_input, watching
 from cap_nb.models.loading import load_model, model_fingerprint

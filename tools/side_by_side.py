@@ -26,7 +26,7 @@ from cap_nb.core.errors import BadInput, check_at_least
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.problems import BENCHMARK_NAMES
 from cap_nb.data.prompts import IGNORED, Example
-from cap_nb.engine.resumed_scoring import after_prefix, score_heads, shared_prefix
+from cap_nb.methods.resumed_scoring import after_prefix, score_heads, shared_prefix
 from cap_nb.jobs.costs import BatchShape, ExampleLength, Sizes, Work, batch_shapes, flops_of, lengths_of, sizes_of
 from cap_nb.jobs.records import environment
 from cap_nb.methods.streaming import open_checkpoint, prune_checkpoint

@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from cap_nb.analysis import compare, correct_family
 from cap_nb.calibration import Calibration
 from cap_nb.core.files import write_checked
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.evaluation import AnswerRecord
 from cap_nb.experiments.vision import (
     SHAPE_MODEL, SHAPES, ImageReader, drawn_shapes, image_examples, train_on_shapes)

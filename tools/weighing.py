@@ -16,7 +16,7 @@ import torch
 from cap_nb.analysis import correct_family
 from cap_nb.calibration import calibration_set
 from cap_nb.core.files import write_checked
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.experiments.seeds import split_variance
 from cap_nb.jobs.records import environment
 from cap_nb.methods.neurons import unit_aware_factors

@@ -503,7 +503,7 @@ def explained(
     except Exception: return None # looking at an argument may fail too; the first error is the one to show
 
 # %% ../../nbs/core/00_errors.ipynb #4780a5dc
-def arguments_answered(
+def validate_arguments(
     function: F, # A public function, annotated
 ) -> F: # The same
     "Turn an error that an argument explains into `BadInput`; every other error passes, the machine's own among them."

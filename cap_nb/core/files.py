@@ -449,7 +449,7 @@ import logging
 DAMAGED = ".damaged" # Ends the name of what was set aside
 log = logging.getLogger(__name__)
 
-def set_aside(
+def quarantine(
     path: Path, # A file or folder
     why: str, # A sentence that begins with what is wrong
 ) -> None:
@@ -460,7 +460,7 @@ def set_aside(
     except FileNotFoundError: return
     log.warning("%s. It is set aside as %s and made anew.", why.partition(": expected")[0], aside.name)
 
-def sound(
+def is_intact(
     path: Path, # A piece of work that can be done again
     read: Callable[[Path], object], # Reads it; raises `BadInput` if it is not as it was saved
 ) -> bool: # Whether it can be used
@@ -469,7 +469,7 @@ def sound(
     try: read(path)
     except BadInput as error:
         if isinstance(error.__context__, PermissionError): raise
-        set_aside(path, str(error))
+        quarantine(path, str(error))
         return False
     return True
 
@@ -479,7 +479,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 # %% ../../nbs/core/01_files.ipynb #c070
-def apart(
+def own_memory(
     tensors: dict[str, torch.Tensor], # Tensors, of which some may be the same
 ) -> dict[str, torch.Tensor]: # The same, contiguous, in memory of their own, as safetensors asks
     "Copy what shares memory with a tensor before it."
@@ -510,7 +510,7 @@ def write_tensors(
     sums = {"meta": sha256_of_text(json_text(words)), "tensors": {n: sha256_of_tensor(t) for n, t in tensors.items()}}
     entry = json.dumps({"meta": words, "sha256": sums}, sort_keys=True)
     with whole_file(path) as part:
-        save_file(apart(tensors), part, metadata={"cap_nb": entry})
+        save_file(own_memory(tensors), part, metadata={"cap_nb": entry})
 
 # %% ../../nbs/core/01_files.ipynb #c072
 MOST_HEADER = 1 << 26 # Bytes of a header of safetensors

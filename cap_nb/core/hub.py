@@ -132,7 +132,7 @@ def wait_asked(
     if re.fullmatch(r"\d{1,6}", after): return int(after)
     return int(found[1]) if (found := re.search(r"\bt=(\d{1,6})\b", limit)) else None
 
-def patiently(
+def with_retries(
     ask: Callable[[], object], # Fetches something
 ) -> object: # What it gives
     "Ask again after a short wait if the hub is busy."
@@ -253,7 +253,7 @@ def commit_of(
         answer = get_session().request("HEAD", url, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
         hf_raise_for_status(answer)
         return answer
-    last = patiently(ask)
+    last = with_retries(ask)
     said = [answer.headers.get("X-Repo-Commit", "") for answer in (*last.history, last)] # it may lead elsewhere
     if found := next(filter(COMMIT.fullmatch, said), None): return found
     raise BadInput(f"{constants.ENDPOINT} names no commit: expected a hub; check HF_ENDPOINT and your proxy.")
@@ -268,11 +268,11 @@ def downloaded(
 ) -> Path: # The folder of its commit in the cache
     "Fetch what is wanted."
     pinned = replace(repository, revision=commit_of(repository, wanted.first))
-    about = patiently(lambda: HfApi().repo_info(
+    about = with_retries(lambda: HfApi().repo_info(
         pinned.name, revision=pinned.revision, repo_type=pinned.kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT))
     files = wanted.files([sibling.rfilename for sibling in about.siblings])
-    patiently(lambda: fetched_file(repository, wanted.first)) # under the name that was asked for, for the next time
-    for file in files: patiently(lambda: fetched_file(pinned, file))
+    with_retries(lambda: fetched_file(repository, wanted.first)) # under the name that was asked for, for the next time
+    for file in files: with_retries(lambda: fetched_file(pinned, file))
     return fetched_file(pinned, wanted.first).parent
 
 # %% ../../nbs/core/06_hub.ipynb #c037

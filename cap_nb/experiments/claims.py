@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..evaluation import AnswerRecord, Evaluation
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 from ..scoring import HeadLosses
 from ..jobs.records import Run, load_run, read_run, settings_of
 from ..core.files import read_checked
@@ -1280,7 +1280,7 @@ def is_asked(
     return bool(records.has_variants and fits)
 
 # %% ../../nbs/experiments/02_claims.ipynb #c087
-@arguments_answered
+@validate_arguments
 def claims_ledger(
     models: Sequence[ModelRecords], # What was run on each model
     claims: Sequence[Claim] = CLAIMS, # The claims
@@ -1401,7 +1401,7 @@ def draw_claims(
     ax.axis("off")
 
 # %% ../../nbs/experiments/02_claims.ipynb #c100
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_claims(
     ledger: pd.DataFrame, # From `claims_ledger`
@@ -1453,7 +1453,7 @@ def save_ledger(
     return out
 
 # %% ../../nbs/experiments/02_claims.ipynb #c103
-@arguments_answered
+@validate_arguments
 def write_ledger(
     figures: str | Path, # Folder that holds the runs' folders
     models: Sequence[str] | None = None, # Names of models; None means all of `models_in`

@@ -7,7 +7,7 @@ __all__ = ['write_harness_task', 'harness_answers']
 
 # %% ../../nbs/experiments/04_harness.ipynb #c004
 from types import ModuleType
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 
 # %% ../../nbs/experiments/04_harness.ipynb #c005
 def imported_harness() -> ModuleType: # The package lm_eval
@@ -58,7 +58,7 @@ from ..data.prompts import encode_problems
 from ..evaluation import normal_answer, one_task, token_limit
 
 # %% ../../nbs/experiments/04_harness.ipynb #c024
-@arguments_answered
+@validate_arguments
 def write_harness_task(
     folder: str | Path, # Folder of tasks; made if it is not there
     tokenizer: object, # The model's tokenizer
@@ -119,7 +119,7 @@ import copy
 from dataclasses import dataclass
 from ..core.errors import check_at_least
 from ..core.files import read_json, taken_as
-from ..engine.decoding import inference, stop_tokens
+from ..models.decoding import inference, stop_tokens
 from transformers import GenerationConfig
 
 # %% ../../nbs/experiments/04_harness.ipynb #c036
@@ -157,7 +157,7 @@ def greedy_settings(
     finally: model.generation_config = before
 
 # %% ../../nbs/experiments/04_harness.ipynb #c037
-@arguments_answered
+@validate_arguments
 def harness_answers(
     model: torch.nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer

@@ -59,7 +59,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from ..core.errors import arguments_answered
+from ..core.errors import validate_arguments
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c014
 class NoArithmetic(Exception):
@@ -348,7 +348,7 @@ def equations_in(
     return tuple(equations)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c031
-@arguments_answered
+@validate_arguments
 def arithmetic_check(
     text: str, # What a model wrote
 ) -> tuple[int, int]: # (true equations, equations)
@@ -372,7 +372,7 @@ def sentences_of(
     return [part for part in parts if re.search(r"\w", part)]
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c042
-@arguments_answered
+@validate_arguments
 def reasoning_steps(
     text: str, # What a model wrote
 ) -> tuple[str, ...]: # Its sentences before the last answer line
@@ -488,7 +488,7 @@ def word_steps(
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c057
 import math
 from collections import Counter
-from ..models.lab_world import PEOPLE, TOWNS
+from ..data.lab_world import PEOPLE, TOWNS
 from ..data.problems import Problem
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c058
@@ -651,7 +651,7 @@ from ..data.prompts import PromptStyle, make_example, prompt_text
 from ..core.errors import check_at_least
 from ..data.batches import collate, token_batches
 from ..calibration import default_style
-from ..engine.decoding import inference
+from ..models.decoding import inference
 from ..scoring import target_losses
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c080
@@ -737,7 +737,7 @@ def false_or_broken(
     return None
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c090
-@arguments_answered
+@validate_arguments
 def error_category(
     answer: AnswerRecord, # One answered problem
     problem: Problem, # The problem
@@ -809,7 +809,7 @@ def steps_of_dense(
     return [steps[answer.task, answer.uid] for answer in answers]
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c103
-@arguments_answered
+@validate_arguments
 def reasoning_report(
     answers: Sequence[AnswerRecord], # Answers of one model, to one task or more
     problems: Sequence[Problem], # The problems they answer, in any order
@@ -860,7 +860,7 @@ COLOURS = ("#2a9d5c", "#a5d6a7", "#7b3fa0", "#d1495b", "#edae49", "#66a1d9", "#8
 CATEGORY_COLOURS = dict(zip(ERROR_CATEGORIES, COLOURS))
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c114
-@arguments_answered
+@validate_arguments
 def plot_error_mixture(
     shares: pd.DataFrame, # From `category_shares`
     ax: Axes | None = None, # Where to draw; None makes a figure

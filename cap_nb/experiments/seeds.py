@@ -9,7 +9,7 @@ __all__ = ['read_seeds', 'seed_table', 'compare_over_seeds', 'plot_seed_spread']
 import math
 from dataclasses import dataclass
 import numpy as np
-from ..core.errors import BadInput, arguments_answered, check_at_least
+from ..core.errors import BadInput, validate_arguments, check_at_least
 from ..analysis import Comparison
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c005
@@ -142,7 +142,7 @@ def check_settings(
                        f"expected nothing but the calibration seed to differ; run it again like the others.")
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c032
-@arguments_answered
+@validate_arguments
 def read_seeds(
     folder: str | Path, # Folder with one run in each subfolder
 ) -> dict[int, tuple[Evaluation, ...]]: # Calibration seed -> what its run measured, by seed
@@ -184,7 +184,7 @@ def cells_over_seeds(
     return {cell: [evaluations[cell] for evaluations in seeds] for cell in cells}
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c038
-@arguments_answered
+@validate_arguments
 def seed_table(
     runs: Mapping[int, Sequence[Evaluation]], # Calibration seed -> what its run measured, from `read_seeds`
 ) -> pd.DataFrame: # Rows (Method, Sparsity, Measure); means with intervals, standard deviations of one run's number
@@ -228,7 +228,7 @@ def differences_over_seeds(
     return layouts
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c040
-@arguments_answered
+@validate_arguments
 def compare_over_seeds(
     runs: Mapping[int, Sequence[Evaluation]], # Calibration seed -> what its run measured, from `read_seeds`
     pairs: Sequence[tuple[str, str]] = CAP_PAIRS, # Methods to compare
@@ -285,7 +285,7 @@ def draw_seeds(
     ax.set_xticks(range(len(numbers)), [f"{method_title(m)}\n{100 * s:g} %" for m, s in numbers], fontsize=6)
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c051
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_seed_spread(
     table: pd.DataFrame, # From `seed_table`

@@ -189,7 +189,7 @@ def text_like(
 # %% ../../nbs/experiments/00_variants.ipynb #c049
 from pathlib import Path
 from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens, token_limit
-from ..engine.decoding import Decoding, generate_greedy
+from ..models.decoding import Decoding, generate_greedy
 from ..jobs.chains import FEWEST_CHAINS
 from ..jobs.job import Ready, timed
 from ..jobs.records import load_evaluation, save_evaluation
@@ -236,7 +236,7 @@ def chains_like(
 # %% ../../nbs/experiments/00_variants.ipynb #c053
 import logging
 from ..data.problems import load_text
-from ..engine.resumed_scoring import check_target
+from ..methods.resumed_scoring import check_target
 from ..methods.prune import needs_of
 from ..core.files import read_tensors, sha256_of_file, write_tensors
 from ..jobs.job import run_losses
@@ -347,10 +347,10 @@ from ..methods.criteria import CRITERIA, Given, measured_for, walks
 from ..regions import Factors
 from ..models.anatomy import Projection, projections
 from ..threshold import PruneReport, prune_report, zero_within
-from ..core.errors import arguments_answered, check_choice
+from ..core.errors import validate_arguments, check_choice
 from ..methods.wanda import input_norms
 from ..models.families import HOLDS
-from ..engine.layer_walk import layer_by_layer
+from ..methods.layer_walk import layer_by_layer
 from ..methods.prune import own_scope
 
 # %% ../../nbs/experiments/00_variants.ipynb #c061
@@ -416,7 +416,7 @@ def check_variants(
                    "losses; leave it out.")
 
 # %% ../../nbs/experiments/00_variants.ipynb #c065
-@arguments_answered
+@validate_arguments
 def run_variants(
     job: Job, # What is wanted; its methods play no part
     folder: str | Path, # The run's folder; made, or taken up again

@@ -72,7 +72,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from ..core.errors import BadInput, arguments_answered, check_fields
+from ..core.errors import BadInput, validate_arguments, check_fields
 from ..core.files import sha256_of_text, text_bytes, whole_file
 
 # %% ../../nbs/jobs/06_chains.ipynb #c018
@@ -127,7 +127,7 @@ def read_chains(
     return chains
 
 # %% ../../nbs/jobs/06_chains.ipynb #c025
-from ..engine.decoding import Sampling
+from ..models.decoding import Sampling
 from ..evaluation import token_limit
 
 # %% ../../nbs/jobs/06_chains.ipynb #c026
@@ -152,7 +152,7 @@ class Answering:
 
 # %% ../../nbs/jobs/06_chains.ipynb #c028
 from ..data.prompts import Example
-from ..engine.decoding import generation_batches
+from ..models.decoding import generation_batches
 from ..evaluation import prompt_tokens
 
 # %% ../../nbs/jobs/06_chains.ipynb #c029
@@ -187,7 +187,7 @@ def answer_batches(
 # %% ../../nbs/jobs/06_chains.ipynb #c034
 from torch import nn
 from ..data.prompts import PromptStyle
-from ..engine.decoding import Decoding, Generation, generate_noted
+from ..models.decoding import Decoding, Generation, generate_noted
 from ..evaluation import answer_record, strict_pattern
 
 # %% ../../nbs/jobs/06_chains.ipynb #c035
@@ -278,7 +278,7 @@ from tqdm.auto import tqdm
 from ..calibration import calibration_set, default_style
 from ..core.errors import check_at_least
 from ..core.files import alone_in
-from ..engine.decoding import check_room, check_sampling
+from ..models.decoding import check_room, check_sampling
 
 # %% ../../nbs/jobs/06_chains.ipynb #c045
 @contextmanager
@@ -322,7 +322,7 @@ def in_order(
     return tuple(sorted(chains, key=lambda chain: (place[chain.task, chain.uid], chain.attempt)))
 
 # %% ../../nbs/jobs/06_chains.ipynb #c049
-@arguments_answered
+@validate_arguments
 def own_chains(
     model: nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer
@@ -417,7 +417,7 @@ def drawn_chains(
     return [example for example, _ in draw_stratified(pool, n or len(pool), seed)]
 
 # %% ../../nbs/jobs/06_chains.ipynb #c069
-@arguments_answered
+@validate_arguments
 def chain_calibration(
     tokenizer: object, # Tokenizer of transformers
     chains: Chains | str | Path, # Answers from `own_chains`, or the file that holds them
@@ -465,7 +465,7 @@ def window_example(
                    input_ids=ids, labels=(IGNORED, *ids[1:]))
 
 # %% ../../nbs/jobs/06_chains.ipynb #c077
-@arguments_answered
+@validate_arguments
 def text_calibration(
     tokenizer: object, # Tokenizer of transformers
     text: str = "wikitext2", # Name of the text: "wikitext2" or "lab-text"
@@ -481,7 +481,7 @@ def text_calibration(
     windows = drawn_blocks(ids, n, tokens, seed)
     return Calibration.from_examples([window_example(tokenizer, window) for window in windows], k, seed)
 
-@arguments_answered
+@validate_arguments
 def mixed_calibration(
     parts: Sequence[Calibration], # Calibration sets: gold solutions, chains, text
     k: int = 3, # Number of subsets, K

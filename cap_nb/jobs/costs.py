@@ -398,7 +398,7 @@ def resumed_work(
     return sum((of_batch(b) for b in batches), Work())
 
 # %% ../../nbs/jobs/04_costs.ipynb #c053
-from ..engine.decoding import SPARE, generation_batches
+from ..models.decoding import SPARE, generation_batches
 from ..evaluation import token_limit
 
 # %% ../../nbs/jobs/04_costs.ipynb #c054

@@ -6,11 +6,11 @@
 __all__ = ['run_job']
 
 # %% ../../nbs/jobs/03_job.ipynb #c004
-from ..core.errors import BadInput, arguments_answered, check_choice, check_sparsity
+from ..core.errors import BadInput, validate_arguments, check_choice, check_sparsity
 from ..data.problems import TASKS, TEXTS
 from ..data.prompts import prompt_style
-from ..engine.decoding import WRITERS, imported_vllm
-from ..engine.resumed_scoring import TARGETS
+from ..models.decoding import WRITERS, imported_vllm
+from ..methods.resumed_scoring import TARGETS
 from .chains import Chains, read_chains
 from .settings import CalibrateSettings, Job, changed, check_counts, check_kinds
 from ..methods.neurons import UNIT_AWARE
@@ -331,7 +331,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 import torch
-from ..engine.resumed_scoring import check_target, table_scorer
+from ..methods.resumed_scoring import check_target, table_scorer
 from ..core.memory import memory_taken
 from .records import note_memory, note_time
 from ..methods.screening import PartialLosses, load_any, save_partial, screen_heads, scores_of
@@ -504,7 +504,7 @@ def put_back(
 # %% ../../nbs/jobs/03_job.ipynb #c059
 from collections.abc import Mapping
 from types import MappingProxyType
-from ..engine.decoding import Decoding, held_by_vllm
+from ..models.decoding import Decoding, held_by_vllm
 from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
 from .records import together
 from ..threshold import prune_report
@@ -704,7 +704,7 @@ def method_pruner(
     return pruner
 
 # %% ../../nbs/jobs/03_job.ipynb #c081
-@arguments_answered
+@validate_arguments
 def run_job(
     job: Job, # What is wanted
     folder: str | Path, # The run's folder; made, or continued

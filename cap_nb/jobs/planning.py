@@ -275,7 +275,7 @@ def timed_solvers(
 
 # %% ../../nbs/jobs/05_planning.ipynb #c033
 import platform
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 from .costs import Work, flops_of
 from ..models.loading import device_named, dtype_named
 
@@ -739,7 +739,7 @@ def check_lengths(
         first_counts(by_task(task_indices(tuple(length.task for length in lengths))).sum(0), job.prune.budget)
 
 # %% ../../nbs/jobs/05_planning.ipynb #c063
-@arguments_answered
+@validate_arguments
 def plan(
     job: Job, # What is wanted
     devices: int = 1, # Devices that share the scoring
@@ -1008,7 +1008,7 @@ def fit_lines(
     return ["Whether it fits is not known." if planned.hardware.free is None else "Everything fits."]
 
 # %% ../../nbs/jobs/05_planning.ipynb #c086
-@arguments_answered
+@validate_arguments
 def plan_text(
     planned: Plan, # A plan
 ) -> str: # Markdown, a page at most

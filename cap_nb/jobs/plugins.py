@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from ..calibration import Calibration
 from ..core.additions import add, check_new_name, check_takes, in_a_sentence
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 from ..methods.attributions import ATTRIBUTIONS, Attribution
 from ..methods.neurons import UNIT_AWARE
 from ..models.anatomy import anatomy
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c018
-@arguments_answered
+@validate_arguments
 def checked_scores(
     compute: Callable[..., torch.Tensor], # The user's function
     whose: str, # Whose it is, for the sentence
@@ -36,7 +36,7 @@ def checked_scores(
     return scores
 
 # %% ../../nbs/jobs/09_plugins.ipynb #3a8f728b
-@arguments_answered
+@validate_arguments
 def add_attribution(
     name: str, # Letters, digits and underscores; not one of `ATTRIBUTIONS` yet
     compute: Callable[[nn.Module, Calibration, int], torch.Tensor], # Model, calibration set, batch tokens -> [L, H]
@@ -78,7 +78,7 @@ from ..methods.prune import ALLOCATORS
 from ..threshold import Criterion, Measurements
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c031
-@arguments_answered
+@validate_arguments
 def by_relative(
     relative: Callable[[nn.Module, Measurements], Sequence[float]], # A number for each layer
     needs: Sequence[str], # What is measured for it
@@ -92,7 +92,7 @@ def by_relative(
     return shares
 
 # %% ../../nbs/jobs/09_plugins.ipynb #48bc931e
-@arguments_answered
+@validate_arguments
 def add_allocation(
     name: str, # Letters, digits and underscores; not one of `ALLOCATORS` yet
     relative: Callable[[nn.Module, Measurements], Sequence[float]], # Model, measurements -> a number for each layer
@@ -196,7 +196,7 @@ def read_whole(
     return asked // (4 * len(some)) + 1, written // (4 * len(some)) + 1
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c046
-@arguments_answered
+@validate_arguments
 def add_task(
     name: str, # Letters, digits, hyphens and underscores; not one of `TASKS` yet
     files: str | Path | Mapping[str, str | Path], # .jsonl or .json; or "calibration" and "evaluation" -> file
@@ -225,7 +225,7 @@ def add_task(
 from ..data.problems import TEXTS
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c055
-@arguments_answered
+@validate_arguments
 def add_text(
     name: str, # Letters, digits, hyphens and underscores; not one of `TEXTS` yet
     evaluation: str | Path, # A file of plain text, UTF-8, to evaluate on

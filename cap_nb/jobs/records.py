@@ -46,7 +46,7 @@ def records_from_text(
 
 # %% ../../nbs/jobs/00_records.ipynb #c010
 from pathlib import Path
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 from ..core.files import (
     checked_text, json_text, read_checked, sha256_of_file, sha256_of_text, whole_folder)
 from ..evaluation import Evaluation, Perplexity
@@ -141,7 +141,7 @@ def differences(
 
 # %% ../../nbs/jobs/00_records.ipynb #c024
 from ..core.files import (
-    DAMAGED, HALF_WRITTEN, read_tensors, remove, remove_leftovers, sound, taken_as, write_checked)
+    DAMAGED, HALF_WRITTEN, read_tensors, remove, remove_leftovers, is_intact, taken_as, write_checked)
 
 # %% ../../nbs/jobs/00_records.ipynb #c025
 from ..core.additions import check_additions
@@ -180,12 +180,12 @@ def set_damaged_aside(
 ) -> None:
     "Set aside every damaged piece that can be made anew, and remove what earlier sessions left of finished cells."
     for path in sorted(folder.glob("evaluations/[!.]*")):
-        if DAMAGED not in path.name: sound(path, load_evaluation)
+        if DAMAGED not in path.name: is_intact(path, load_evaluation)
     for cell in sorted(folder.glob("unfinished/[!.]*-*")):
         if (folder/"evaluations"/cell.name).exists(): remove(cell)
     for read, patterns in PIECES.items():
         for path in [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
-            if DAMAGED not in path.name: sound(path, read)
+            if DAMAGED not in path.name: is_intact(path, read)
 
 
 # %% ../../nbs/jobs/00_records.ipynb #c030
@@ -596,7 +596,7 @@ def is_packed(
     return not (folder/"evaluations").exists() or "packed" in read_checked(folder/"manifest.json")
 
 # %% ../../nbs/jobs/00_records.ipynb #c083
-@arguments_answered
+@validate_arguments
 def pack_run(
     folder: str | Path, # The folder of a finished run
 ) -> None:
@@ -617,7 +617,7 @@ def pack_run(
         remove_live_records(folder)
 
 # %% ../../nbs/jobs/00_records.ipynb #c084
-@arguments_answered
+@validate_arguments
 def unpack_run(
     folder: str | Path, # The folder of a packed run
     target: str | Path, # Folder to make; must not exist, or be empty
@@ -706,7 +706,7 @@ def cells_found(
         return tuple((e.method, e.sparsity) for e in finished)
 
 # %% ../../nbs/jobs/00_records.ipynb #c097
-@arguments_answered
+@validate_arguments
 def load_run(
     folder: str | Path, # A run's folder, live or packed
 ) -> Run: # All of it, as far as it is finished

@@ -6,7 +6,7 @@
 __all__ = ['repeat_run']
 
 # %% ../../nbs/jobs/10_repeat.ipynb #c004
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 from ..evaluation import token_limit
 from .records import read_run
 from .settings import Job, changed
@@ -141,7 +141,7 @@ def same_job(
     return jobs[drawn != kept["evaluation"]["data"]]
 
 # %% ../../nbs/jobs/10_repeat.ipynb #c021
-@arguments_answered
+@validate_arguments
 def repeat_run(
     folder: str | Path, # A run's folder, live or packed
     out: str | Path, # Folder of the second run; made, or continued where a killed one stopped

@@ -8,7 +8,7 @@ __all__ = ['results_frame', 'compare_runs', 'plot_comparisons']
 # %% ../../nbs/jobs/07_results.ipynb #c004
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 from .records import Run, load_run
 from .report import run_folders
 
@@ -126,7 +126,7 @@ def run_rows(
         for row in (summary_rows if summary else problem_rows)(evaluation): yield (*which, *row, *extra)
 
 # %% ../../nbs/jobs/07_results.ipynb #c025
-@arguments_answered
+@validate_arguments
 def results_frame(
     runs: Folders, # A run's folder, live or packed, one that holds runs, or a list of either
     summary: bool = False, # False: a row for each problem or window; True: a row for each number of the table
@@ -232,7 +232,7 @@ def named_pair(
             replace(second, method=name(other, second.method), sparsity=first.sparsity))
 
 # %% ../../nbs/jobs/07_results.ipynb #c049
-@arguments_answered
+@validate_arguments
 def compare_runs(
     runs: Folders, # Two runs or more, the first being what the others are held against; or one
     methods: Sequence[str] | None = None, # Methods to compare; None: all
@@ -292,7 +292,7 @@ def lines_of(
     return {sparsity: list(lines[sparsity]) for sparsity in sorted(lines)}
 
 # %% ../../nbs/jobs/07_results.ipynb #c064
-@arguments_answered
+@validate_arguments
 @in_style
 def plot_comparisons(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_runs` or `compare_methods`

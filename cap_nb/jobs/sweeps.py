@@ -8,7 +8,7 @@ __all__ = ['run_sweep']
 # %% ../../nbs/jobs/08_sweeps.ipynb #c004
 from pathlib import Path
 import yaml
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c005
 MOST_BYTES, MOST_DEEP = 1 << 16, 3 # Of a file; of lists within its one mapping
@@ -442,7 +442,7 @@ def write_sweep_results(
     write_text(folder/"results.csv", frame.to_csv(index=False, lineterminator="\n"))
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c060
-@arguments_answered
+@validate_arguments
 def run_sweep(
     config: Config, # The file of options
     jobs: Mapping[str, Job], # From `sweep_jobs`

@@ -73,7 +73,7 @@ def gated_units(
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from ..calibration import Calibration
-from ..engine.resumed_scoring import intact_pass
+from .resumed_scoring import intact_pass
 from ..scoring import batches_of
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c017

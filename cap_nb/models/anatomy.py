@@ -71,7 +71,7 @@ def key_value_head_of(
 
 # %% ../../nbs/models/01_anatomy.ipynb #c025
 from torch import nn
-from ..core.errors import BadInput, arguments_answered, check_index
+from ..core.errors import BadInput, validate_arguments, check_index
 from .families import Experts
 
 # %% ../../nbs/models/01_anatomy.ipynb #c026
@@ -285,7 +285,7 @@ def configuration(
                    "load one with load_model.")
 
 # %% ../../nbs/models/01_anatomy.ipynb #c046
-@arguments_answered
+@validate_arguments
 def projections(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[Projection, ...]: # Every projection, by layer, then by role, then by expert
@@ -346,7 +346,7 @@ def checkpoint_names(
 from operator import attrgetter
 
 # %% ../../nbs/models/01_anatomy.ipynb #c073
-@arguments_answered
+@validate_arguments
 def output_projection(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of a decoder layer, from 0
@@ -494,7 +494,7 @@ def check_nothing_left_out(
                            "expected none; merge adapters into the model, or describe its family anew.")
 
 # %% ../../nbs/models/01_anatomy.ipynb #c087
-@arguments_answered
+@validate_arguments
 def anatomy(
     model: nn.Module, # A causal language model of a known family
 ) -> Anatomy: # Its dimensions, checked against the shapes of its weights

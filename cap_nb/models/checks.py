@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 import torch
 from torch import nn
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 from .anatomy import (
     Anatomy, Part, Projection, dimensions, key_value_head_of, output_projection, projections)
 from .families import HOLDS
@@ -186,7 +186,7 @@ from collections.abc import Sequence
 from .anatomy import anatomy
 
 # %% ../../nbs/models/09_checks.ipynb #c038
-@arguments_answered
+@validate_arguments
 def check_anatomy(
     model: nn.Module, # A causal language model of a known family, in evaluation mode, not pruned; not changed
     layers: Sequence[int] | None = None, # Indices of the layers that are checked; None means the first and the last

@@ -189,7 +189,7 @@ HYBRIDS = { # model_type -> where tokens affect each other outside the attention
     "lfm2": "short convolutions in most layers", "recurrent_gemma": "a linear recurrence in most layers"}
 
 # %% ../../nbs/models/00_families.ipynb #c041
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 
 # %% ../../nbs/models/00_families.ipynb #c042
 # How configurations state a number of experts
@@ -218,7 +218,7 @@ def family_of(
 from ..core.additions import WORD, add, check_new_name, check_takes
 
 # %% ../../nbs/models/00_families.ipynb #c048
-@arguments_answered
+@validate_arguments
 def add_family(
     model_type: str, # model_type of the configurations that it describes
     family: Family, # Where the parts lie

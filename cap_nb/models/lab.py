@@ -17,7 +17,7 @@ CHAT_TEMPLATE = (
 from collections.abc import Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from .lab_world import TASKS, as_drawn, lab_prompt, lab_records, lab_target, lab_text
+from ..data.lab_world import TASKS, as_drawn, lab_prompt, lab_records, lab_target, lab_text
 
 # %% ../../nbs/models/06_lab.ipynb #c006
 def tokenizer_corpus() -> Iterator[str]:
@@ -29,7 +29,7 @@ def tokenizer_corpus() -> Iterator[str]:
 
 # %% ../../nbs/models/06_lab.ipynb #c008
 import json
-from .lab_world import SPELT
+from ..data.lab_world import SPELT
 
 # %% ../../nbs/models/06_lab.ipynb #c009
 def respelt(
@@ -474,8 +474,8 @@ def lab_model(
 import os
 import platform
 from typing import Any
-from ..core.errors import arguments_answered, check_at_least
-from .lab_world import world_fingerprint
+from ..core.errors import validate_arguments, check_at_least
+from ..data.lab_world import world_fingerprint
 
 # %% ../../nbs/models/06_lab.ipynb #c072
 def training_environment() -> dict[str, object]:
@@ -492,7 +492,7 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 # %% ../../nbs/models/06_lab.ipynb #c074
-@arguments_answered
+@validate_arguments
 def train_lab(
     folder: str | Path, # Where the checkpoint will be; must not exist
     steps: int | None = None, # Optimiser steps; None means the recipe's

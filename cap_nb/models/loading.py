@@ -10,7 +10,7 @@ import logging
 import time
 from functools import lru_cache
 import torch
-from ..core.errors import BadInput, arguments_answered, check_choice
+from ..core.errors import BadInput, validate_arguments, check_choice
 
 # %% ../../nbs/models/08_loading.ipynb #c005
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def check_all_here(
                    "inside, to prune them; score with 'cap score --device auto' and prune with 'cap prune --stream'.")
 
 # %% ../../nbs/models/08_loading.ipynb #c012
-@arguments_answered
+@validate_arguments
 def model_fingerprint(
     model: nn.Module, # A causal language model
 ) -> str: # 64 hexadecimal digits
@@ -127,7 +127,7 @@ from pathlib import Path
 from ..core.files import check_sealed, checkpoint_tensors, read_object, shard_files, whole_folder
 
 # %% ../../nbs/models/08_loading.ipynb #c023
-@arguments_answered
+@validate_arguments
 def save_model(
     model: nn.Module, # The model
     tokenizer: object | None, # Its tokenizer; None saves the model alone
@@ -458,7 +458,7 @@ def check_gguf_tokenizer(
 from ..core.files import write_json
 
 # %% ../../nbs/models/08_loading.ipynb #c064
-@arguments_answered
+@validate_arguments
 def fetch_smollm2(
     folder: str | Path | None = None, # New folder for the converted model; None means `model_cache()/smollm2`
 ) -> Path: # The folder
@@ -516,7 +516,7 @@ from .lab import lab_model
 from .lab_experts import EXPERTS_CHECKPOINT
 
 # %% ../../nbs/models/08_loading.ipynb #c071
-@arguments_answered
+@validate_arguments
 @without_bars()
 def load_model(
     name: str | Path, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name[@commit])

@@ -9,7 +9,7 @@ __all__ = ['held_zeros', 'HeldZeros', 'recover']
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 from ..models.anatomy import projections
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c010
@@ -88,7 +88,7 @@ def holding(
         put_back()
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #acd7270e
-@arguments_answered
+@validate_arguments
 def held_zeros(
     model: nn.Module, # A pruned causal language model of a known family
 ) -> AbstractContextManager[tuple[HeldParameter, ...]]: # Gives what is held
@@ -420,7 +420,7 @@ def way_of_training(
     return trained_in_full(model) if settings.rank is None else trained_by_rank(model, settings.rank, settings.seed)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c074
-@arguments_answered
+@validate_arguments
 def recover(
     model: nn.Module, # A pruned causal language model of a known family; changed in place
     calibration: Calibration, # The examples that it is trained on

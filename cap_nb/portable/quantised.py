@@ -24,7 +24,7 @@ def rounded_to_nearest(
 # %% ../../nbs/portable/03_quantised.ipynb #c009
 import importlib.util
 import numpy as np
-from ..core.errors import BadInput, arguments_answered, check_choice
+from ..core.errors import BadInput, validate_arguments, check_choice
 
 # %% ../../nbs/portable/03_quantised.ipynb #c010
 GGUF_TYPES = {"f32": (0, "F32"), "f16": (1, "F16"), "bf16": (32, "BF16"), "q8_0": (7, "Q8_0")} # File type, tensor type
@@ -382,7 +382,7 @@ def checked_config(
     return config
 
 # %% ../../nbs/portable/03_quantised.ipynb #c059
-@arguments_answered
+@validate_arguments
 def export_gguf(
     folder: str | Path, # A checkpoint of the Llama or Qwen2 family, saved by transformers as safetensors; not changed
     out: str | Path, # New file, NAME.gguf

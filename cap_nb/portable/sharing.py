@@ -107,7 +107,7 @@ def pruning_record(
 
 # %% ../../nbs/portable/04_sharing.ipynb #c021
 from torch import nn
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 from ..core.files import check_sealed, read_object, sealed, whole_file
 
 # %% ../../nbs/portable/04_sharing.ipynb #c022
@@ -371,7 +371,7 @@ def layers_section(
 from .format import MANIFEST
 
 # %% ../../nbs/portable/04_sharing.ipynb #c066
-@arguments_answered
+@validate_arguments
 def model_card(
     folder: str | Path, # Folder of a pruned checkpoint, which says how it was pruned
     run: str | Path | None = None, # Folder of a finished run on the same base, for the table; None leaves it out
@@ -511,7 +511,7 @@ def commit_message(
     return f"{record['base']['name']}, {record['method']}, {share} {done} (cap_nb {record['version']})"
 
 # %% ../../nbs/portable/04_sharing.ipynb #c086
-@arguments_answered
+@validate_arguments
 def publish(
     folder: str | Path, # A pruned folder with its card; packed or not
     repository: str, # owner/name on the hub; made if it is not there

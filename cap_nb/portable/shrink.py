@@ -8,7 +8,7 @@ __all__ = ['shrink']
 # %% ../../nbs/portable/06_shrink.ipynb #c004
 import torch
 from torch import nn
-from ..core.errors import BadInput, arguments_answered, check_sparsity
+from ..core.errors import BadInput, validate_arguments, check_sparsity
 from ..models.anatomy import Part, Projection, anatomy, dimensions, key_value_head_of, projections
 
 # %% ../../nbs/portable/06_shrink.ipynb #c005
@@ -171,7 +171,7 @@ def staying(
     return highest(neuron_scores, neurons_kept), highest(group_scores(head_scores, groups), groups_kept)
 
 # %% ../../nbs/portable/06_shrink.ipynb #c027
-@arguments_answered
+@validate_arguments
 def shrink(
     model: nn.Module, # A dense causal language model of a known family; not changed
     neuron_scores: torch.Tensor, # Score of every neuron, [L, M]; the lowest of each layer go
@@ -234,7 +234,7 @@ def refitted(
 
 # %% ../../nbs/portable/06_shrink.ipynb #c048
 from dataclasses import replace
-from ..engine.layer_walk import layer_by_layer
+from ..methods.layer_walk import layer_by_layer
 from ..methods.sparsegpt import products
 from ..methods.wanda import input_sums
 

@@ -9,7 +9,7 @@ __all__ = ['export_folder', 'restore_folder']
 from pathlib import Path
 
 # %% ../../nbs/portable/01_small_files.ipynb #c008
-from ..core.errors import BadInput, arguments_answered
+from ..core.errors import BadInput, validate_arguments
 from ..core.files import shard_files
 from .format import MANIFEST, PACKED, check_name
 
@@ -186,7 +186,7 @@ def listed(
                       else packed_name(name), stored_bytes=target.stat().st_size, stored_sha256=sha256_of_file(target))
 
 # %% ../../nbs/portable/01_small_files.ipynb #c023
-@arguments_answered
+@validate_arguments
 def export_folder(
     folder: str | Path, # A pruned checkpoint, saved by transformers as safetensors; not changed
     out: str | Path, # New folder; until it is whole it is called OUT.unfinished, and the same call goes on there
@@ -232,7 +232,7 @@ def restore_entry(
         if sha256 != entry.sha256: raise damaged(file)
 
 # %% ../../nbs/portable/01_small_files.ipynb #c034
-@arguments_answered
+@validate_arguments
 def restore_folder(
     folder: str | Path, # What `export_folder` made
     out: str | Path, # New folder; until it is whole it is called OUT.unfinished, and the same call goes on there

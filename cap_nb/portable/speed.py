@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.errors import BadInput, arguments_answered, check_choice
+from ..core.errors import BadInput, validate_arguments, check_choice
 
 # %% ../../nbs/portable/05_speed.ipynb #c012
 Product = Callable[[torch.Tensor], torch.Tensor] # From inputs [rows, in] to outputs [rows, out]
@@ -247,7 +247,7 @@ def computed_by(
 import copy
 import inspect
 import time
-from ..engine.decoding import inference
+from ..models.decoding import inference
 from ..jobs.settings import MOST, SpeedSettings
 
 # %% ../../nbs/portable/05_speed.ipynb #c036
@@ -406,7 +406,7 @@ def sides_of(
     return sides, {name: what for name, what in lacking.items() if what}
 
 # %% ../../nbs/portable/05_speed.ipynb #c050
-@arguments_answered
+@validate_arguments
 def bench_folder(
     folder: str | Path, # A pruned folder, or a model by name
     against: str | Path | None = None, # The model that was pruned; None: the folder with its zeros filled

@@ -26,7 +26,7 @@ from cap_nb.calibration import default_style
 from cap_nb.core.errors import BadInput
 from cap_nb.data.problems import task_family
 from cap_nb.data.prompts import encode_problem
-from cap_nb.engine.decoding import Decoding, generate_greedy, inference
+from cap_nb.models.decoding import Decoding, generate_greedy, inference
 from cap_nb.evaluation import evaluation_problems, extract_answer, normal_answer, prompt_tokens, strict_pattern
 from cap_nb.experiments.harness import greedy_settings, imported_harness, undisturbed
 from cap_nb.methods.prune import prune

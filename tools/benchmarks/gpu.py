@@ -37,8 +37,8 @@ from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput
 from cap_nb.data.problems import Text, load_text
 from cap_nb.data.prompts import IGNORED, Example
-from cap_nb.engine.decoding import Decoding, generate_greedy
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.models.decoding import Decoding, generate_greedy
+from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.evaluation import perplexity
 from cap_nb.jobs.costs import PUBLISHED, lengths_of
 from cap_nb.methods.prune import prune

@@ -24,8 +24,8 @@ import torch
 from transformers import AutoConfig
 
 from cap_nb.core.errors import BadInput
-from cap_nb.engine.devices import joined
-from cap_nb.engine.resumed_scoring import score_heads
+from cap_nb.methods.devices import joined
+from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.jobs.costs import ExampleLength, batch_shapes, flops_of, lengths_of, resumed_work, sizes_of
 from cap_nb.jobs.scale import Claimer, claims, unit_flops
 from cap_nb.models.loading import model_fingerprint

@@ -27,7 +27,7 @@ from transformers import AutoConfig, Cache
 
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.data.prompts import IGNORED
-from cap_nb.engine.resumed_scoring import after_prefix, masked_prefix, prepare_batch, score_heads, shared_prefix
+from cap_nb.methods.resumed_scoring import after_prefix, masked_prefix, prepare_batch, score_heads, shared_prefix
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.costs import PUBLISHED, ExampleLength, batch_shapes, lengths_of
 from cap_nb.methods.screening import screen_heads, screened_scores

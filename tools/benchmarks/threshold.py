@@ -21,7 +21,7 @@ import torch
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.memory import memory_taken
-from cap_nb.threshold import bisect_threshold, find_threshold, zeros_wanted
+from cap_nb.threshold import bisect_threshold, find_threshold, zero_count
 from tools.side_by_side import measured_case, measured_rounds, stopwatch
 
 # Scores are magnitudes of normal numbers, times a factor between 1 and 10 for each piece. The histogram reads the
@@ -42,7 +42,7 @@ def made_scores(pieces, each, dtype, seed=0):
 
 
 def ways(pieces, sparsity):
-    whole, count = torch.cat(pieces), zeros_wanted(sum(map(len, pieces)), sparsity)
+    whole, count = torch.cat(pieces), zero_count(sum(map(len, pieces)), sparsity)
     return {
         "histogram": lambda: find_threshold([lambda piece=piece: piece for piece in pieces], count).value,
         "sort": lambda: whole.sort().values[count - 1].item(),

@@ -100,7 +100,7 @@ def first_line(thing) -> str:
 def reference(groups: list[tuple[str, list[str]]], titles: dict[str, str]) -> dict[str, str]:
     """The pages of the reference by name: one of all names, and one for each group of notebooks."""
     public = importlib.import_module("cap_nb.all")
-    # nbs/methods/00_wanda makes cap_nb.methods.wanda.
+    # nbs/methods/10_wanda makes cap_nb.methods.wanda.
     home = {f"cap_nb.{re.sub(r'(^|/)[0-9]+_', r'/', name).strip('/').replace('/', '.')}": name for name in titles}
     found = {name: home[module] for name, module in sorted(public.HOMES.items()) if module in home}
     out, rows = {}, {}

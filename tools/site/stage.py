@@ -4,7 +4,7 @@
 
 Nothing is executed: the outputs are the committed ones. Of nbdev's processors those that make documentation out of code
 (show_doc) and those that take exported cells away stay out: here the code is the text, and the reference has pages of
-its own. Pages lie as in the repository, but nbs/ is the top: nbs/methods/00_wanda.ipynb becomes methods/00_wanda.html.
+its own. Pages lie as in the repository, but nbs/ is the top: nbs/methods/10_wanda.ipynb becomes methods/10_wanda.html.
 """
 import base64
 import io
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[2]
-TITLES = {"core": "Core: errors, files, plots", "models": "Models", "data": "Data", "engine": "Engine: exact scoring",
+TITLES = {"core": "Core: errors, files, plots", "models": "Models", "data": "Data",
           "methods": "Methods", "jobs": "Jobs: what cap run does", "portable": "A pruned model elsewhere",
           "experiments": "Experiments", "results": "Results", "teaching": "Teaching"}
 LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\(([^)\s]+)\)")
