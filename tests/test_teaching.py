@@ -1,4 +1,4 @@
-"""The glossary's entries and links, the cell for Colab, the slides, the widgets and the page that holds what they would show."""
+"""The glossary's entries and links, the slides, the widgets and the page that holds what they would show."""
 import json
 import re
 
@@ -61,23 +61,6 @@ def test_links_are_set_once_and_only_in_prose():
     assert once.endswith("$causal score$; for a\n[causal score](teaching/01_glossary.ipynb#causal-score), a causal score.")
     assert glossary.set_links({path: [once]}, [entry])[path] == [once]
     assert glossary.set_links({path: ["**Exercises**\n\nA causal score."]}, [entry])[path] == ["**Exercises**\n\nA causal score."]
-
-
-@pytest.mark.parametrize("where, calls", [("<google.colab._shell.Shell object>", 2), ("<ipykernel.zmqshell.ZMQInteractiveShell>", 0)])
-def test_the_first_cell_installs_in_colab_alone(where, calls):
-    """One cell for all chapters; its address is of the kind that never leads anywhere (RFC 2606)."""
-    called = []
-
-    class Shell:
-        def __str__(self): return where
-        def system(self, words): called.append(words)
-        def run_line_magic(self, *words): called.append(words)
-
-    firsts = {next(cell.source for cell in cells(path) if cell.kind == "code") for path in glossary.CHAPTERS}
-    assert len(firsts) == 1
-    exec(first := firsts.pop(), {"get_ipython": Shell})
-    assert first.startswith("#| eval: false\n") and ".invalid/" in first and "github" not in first
-    assert len(called) == calls and all("[dev]" in words or words == ("cd", "/content/cap_nb/nbs") for words in called)
 
 
 def test_slides_need_nothing_from_elsewhere(tmp_path):
