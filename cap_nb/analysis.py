@@ -655,7 +655,7 @@ def compare_with_paper(
 import torch
 import seaborn as sns
 from matplotlib.figure import Figure
-from .core.framework import INK
+from .core.pictures import INK
 
 # %% ../nbs/06_analysis.ipynb #c109
 @validate_arguments
