@@ -236,6 +236,7 @@ def expert_variance(
 # %% ../../nbs/methods/21_experts.ipynb #c051
 import math
 from .unit_store import check_finite_table
+from ..models.anatomy import Projection, projections
 from ..models.routing import masked_expert
 from ..scoring import head_losses, mean_by_example
 
@@ -264,7 +265,6 @@ def expert_losses(
 
 # %% ../../nbs/methods/21_experts.ipynb #e21f0001
 from ..importance import importance_factors
-from ..models.anatomy import Projection, expert_counts
 from ..regions import Factors
 
 # %% ../../nbs/methods/21_experts.ipynb #e21f0003
