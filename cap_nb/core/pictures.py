@@ -297,7 +297,8 @@ def draw_calibration(ax: Axes) -> None:
 def draw_scoring(ax: Axes) -> None:
     "Stage 2: one head masked at a time, a score from its losses (paper section 3.2)."
     for head in range(4):
-        draw_box(ax, (3.75 + 0.5 * head, 4.35), (0.4, 0.4), **({"hatch": "xx"} if head == 2 else {"facecolor": "#0072B2"}))
+        look = {"hatch": "xx"} if head == 2 else {"facecolor": "#0072B2"}
+        draw_box(ax, (3.75 + 0.5 * head, 4.35), (0.4, 0.4), **look)
     draw_arrow(ax, (4.7, 3.85), (4.7, 3.4))
     draw_note(ax, 4.7, 3.1, "score = median$_k$ $m_k(h)$ - mean$_k$ $b_k$", 2.7)
     draw_arrow(ax, (4.7, 2.8), (4.7, 2.35))
