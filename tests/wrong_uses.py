@@ -451,7 +451,7 @@ def prepared_scores(place):
              "wrong_heads": {"masked": torch.rand(2, 3, 6, dtype=torch.float64)}, "nan": {"intact": torch.full((6,), float("nan"), dtype=torch.float64)},
              "k_zero": {"k": 0}, "scores": {}, "flipped": {}}
     for name, changes in wrong.items():
-        save_losses(tables(**changes), place / f"{name}.safetensors")
+        save_losses.__wrapped__(tables(**changes), place / f"{name}.safetensors")
     save_file({"masked": torch.rand(6, 6, 6)}, place / "plain.safetensors")
     write_tensors(place / "list_meta.safetensors", {"masked": torch.rand(6, 6, 6), "intact": torch.rand(6)}, [1, 2])
     path = place / "flipped.safetensors"
