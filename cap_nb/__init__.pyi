@@ -58,7 +58,7 @@ from cap_nb.analysis import compare_methods as compare_methods
 from cap_nb.experiments.seeds import compare_over_seeds as compare_over_seeds
 from cap_nb.jobs.results import compare_runs as compare_runs
 from cap_nb.analysis import compare_with_paper as compare_with_paper
-from cap_nb.analysis import comparison_markdown as comparison_markdown
+from cap_nb.jobs.tables import comparison_markdown as comparison_markdown
 from cap_nb.methods.criteria import dense_norms as dense_norms
 from cap_nb.experiments.reasoning_steps import error_category as error_category
 from cap_nb.evaluation import evaluation_problems as evaluation_problems
@@ -100,14 +100,14 @@ from cap_nb.jobs.results import plot_comparisons as plot_comparisons
 from cap_nb.experiments.reasoning_steps import plot_error_mixture as plot_error_mixture
 from cap_nb.importance import plot_factors as plot_factors
 from cap_nb.analysis import plot_head_importance as plot_head_importance
-from cap_nb.analysis import plot_importance_distribution as plot_importance_distribution
+from cap_nb.jobs.tables import plot_importance_distribution as plot_importance_distribution
 from cap_nb.regions import plot_regions as plot_regions
 from cap_nb.scoring import plot_score_intervals as plot_score_intervals
 from cap_nb.experiments.seeds import plot_seed_spread as plot_seed_spread
-from cap_nb.analysis import plot_sparsity_curves as plot_sparsity_curves
+from cap_nb.jobs.tables import plot_sparsity_curves as plot_sparsity_curves
 from cap_nb.core.plots import plot_threshold as plot_threshold
 from cap_nb.threshold import plot_zeros as plot_zeros
-from cap_nb.analysis import plot_zeros_by_method as plot_zeros_by_method
+from cap_nb.jobs.tables import plot_zeros_by_method as plot_zeros_by_method
 from cap_nb.models.anatomy import projections as projections
 from cap_nb.methods.prune import prune as prune
 from cap_nb.methods.streaming import prune_checkpoint as prune_checkpoint
@@ -135,8 +135,8 @@ from cap_nb.methods.screening import screened_scores as screened_scores
 from cap_nb.experiments.seeds import seed_table as seed_table
 from cap_nb.portable.shrink import shrink as shrink
 from cap_nb.scoring import split_half_reliability as split_half_reliability
-from cap_nb.analysis import table_csv as table_csv
-from cap_nb.analysis import table_markdown as table_markdown
+from cap_nb.jobs.tables import table_csv as table_csv
+from cap_nb.jobs.tables import table_markdown as table_markdown
 from cap_nb.scoring import target_losses as target_losses
 from cap_nb.jobs.chains import text_calibration as text_calibration
 from cap_nb.models.lab import train_lab as train_lab
