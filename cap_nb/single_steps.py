@@ -171,7 +171,7 @@ def factors_from(
 
 # %% ../nbs/single_steps.ipynb #c023
 from dataclasses import replace
-from .core.additions import additions_noted
+from .core.registry import additions_noted
 from .core.files import check_new_folder
 from .jobs.job import targets_configuration
 from .methods.criteria import Given
