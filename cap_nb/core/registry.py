@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/core/05_registry.ipynb #50948631
 import importlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,20 +18,26 @@ class Registry(MutableMapping[str, T]):
     "Entries by name, in the order in which they came; a text 'module:name' is looked up when it is first used."
     def __init__(
         self,
-        entries: Mapping[str, T | str] = {}, # To begin with
+        *modules: str, # Modules that fill it, imported in this order when it is first looked at
     ) -> None:
-        self.entries = dict(entries)
+        self.modules, self.entries = modules, {}
+    def filled(self) -> dict[str, T | str]:
+        "The entries, with those of its modules."
+        while self.modules:
+            importlib.import_module(self.modules[0])
+            self.modules = self.modules[1:]
+        return self.entries
     def __getitem__(self, name: str) -> T:
-        entry = self.entries[name]
+        entry = self.filled()[name]
         if isinstance(entry, str):
             module, _, attribute = entry.partition(":")
             entry = self.entries[name] = getattr(importlib.import_module(module), attribute)
         return entry
     def __setitem__(self, name: str, entry: T | str) -> None: self.entries[name] = entry
     def __delitem__(self, name: str) -> None: del self.entries[name]
-    def __contains__(self, name: object) -> bool: return name in self.entries
-    def __iter__(self) -> Iterator[str]: return iter(self.entries)
-    def __len__(self) -> int: return len(self.entries)
+    def __contains__(self, name: object) -> bool: return name in self.filled()
+    def __iter__(self) -> Iterator[str]: return iter(self.filled())
+    def __len__(self) -> int: return len(self.filled())
 
 # %% ../../nbs/core/05_registry.ipynb #9c446ebc
 @dataclass(frozen=True)
@@ -40,15 +46,15 @@ class FolderLoader:
     weights: Callable[[Path], dict[str, Any]] # Folder -> name in the checkpoint -> weight
     files: Callable[[Path], list[Path]] # Folder -> the files that it needs
 
-CRITERIA: Registry[Any] = Registry() # methods.criteria: how a weight is scored
-ATTRIBUTIONS: Registry[Any] = Registry() # methods.attributions: how a head is scored
-ALLOCATIONS: Registry[Any] = Registry() # methods.allocation: the share of zeros of each layer
-RECOVERIES: Registry[Any] = Registry() # methods.prune: what repairs a layer after its zeros are chosen
-SOLVERS: Registry[Any] = Registry() # methods.prune: what chooses zeros and changes the weights that stay
-TASKS: Registry[Any] = Registry() # data.problems
-FAMILIES: Registry[Any] = Registry() # models.families: model_type -> where the parts of a model lie
-LOADERS: Registry[FolderLoader] = Registry({"packed.json": "cap_nb.portable.format:LOADER"}) # File in a folder ->
-FORMATS: Registry[Any] = Registry() # portable.format: what 'cap export' writes
+CRITERIA: Registry[Any] = Registry("cap_nb.methods.criteria") # How a weight is scored
+ATTRIBUTIONS: Registry[Any] = Registry("cap_nb.methods.attributions", "cap_nb.methods.explainable_masks") # A head
+ALLOCATIONS: Registry[Any] = Registry("cap_nb.methods.allocation", "cap_nb.methods.budgets") # Zeros of each layer
+RECOVERIES: Registry[Any] = Registry("cap_nb.methods.recovery") # What repairs a layer after its zeros are chosen
+SOLVERS: Registry[Any] = Registry("cap_nb.methods.prune") # What chooses zeros and changes the weights that stay
+TASKS: Registry[Any] = Registry("cap_nb.data.problems")
+FAMILIES: Registry[Any] = Registry("cap_nb.models.families") # model_type -> where the parts of a model lie
+LOADERS: Registry[FolderLoader] = Registry() # File in a folder -> how the folder is opened
+LOADERS["packed.json"] = "cap_nb.portable.format:LOADER"
 
 # %% ../../nbs/core/05_registry.ipynb #61f32b45
 import functools

@@ -51,7 +51,7 @@ def with_words(
 
 Words = Annotated[str, StringConstraints(strict=True), AfterValidator(with_words)]
 MESSAGES = {"missing": "it is missing", "string_type": "it is no text", "bool_type": "it is neither true nor false",
-            "list_type": "it is no list", "model_type": "it is no object"} # The validator's kinds of errors in plain words
+            "list_type": "it is no list", "model_type": "it is no object"} # The validator's kinds of errors
 
 def fitting(
     schema: type[BaseModel], # What a record should look like
@@ -302,7 +302,6 @@ def from_hub(
                     instead="put its files in a folder for --data-dir")
     folder = folder_from_hub(Repository(name, "dataset", revision), wanted)
     return [record for file in of_split(below(folder)) for record in records_of_table(folder/file)]
-
 
 # %% ../../nbs/data/02_problems.ipynb #c047
 def split_of(

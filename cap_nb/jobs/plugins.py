@@ -211,8 +211,8 @@ def add_task(
     task = Task(family=name, read=problem_reader(read, answer), files=files_by_split(files, whose), hub=None, splits={},
                 prompt=prompt, line=line)
     before = len(ADDED)
-    add("task", name, [(TASKS, task), (ANSWERS, answer), (LOOSE, rf"(?<!\w)({answer})(?!\w)"), (NORMAL, in_a_sentence(normal, whose)),
-                       (ASSUMED_TOKENS, (1, 1))], [read, normal], (answer, prompt, line))
+    add("task", name, [(TASKS, task), (ANSWERS, answer), (LOOSE, rf"(?<!\w)({answer})(?!\w)"),
+                       (NORMAL, in_a_sentence(normal, whose)), (ASSUMED_TOKENS, (1, 1))], [read, normal], (answer, prompt, line))
     try: ASSUMED_TOKENS[name] = read_whole(name)
     except BadInput:
         take_back(before)

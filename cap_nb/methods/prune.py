@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from ..core.registry import ADDED, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES
 from ..core.errors import BadInput, validate_arguments, check_choice
 from torch import nn
-from . import allocation, attributions, budgets, explainable_masks # each fills its table of the registry
 from .criteria import CRITERIA, Given
 from .experts import ROUTING_AWARE
 from .neurons import NEURON_AWARE, UNIT_AWARE
