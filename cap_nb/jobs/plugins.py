@@ -74,7 +74,7 @@ from ..core.errors import check_choice
 from ..methods.allocation import Allocation, Shares
 from ..methods.criteria import GIVES, NEEDS, Given, measured_for
 from ..core.registry import ALLOCATIONS
-from ..threshold import Criterion, Measurements
+from ..methods.selection import Criterion, Measurements
 
 @validate_arguments
 def by_relative(
@@ -212,7 +212,8 @@ def add_task(
                 prompt=prompt, line=line)
     before = len(ADDED)
     add("task", name, [(TASKS, task), (ANSWERS, answer), (LOOSE, rf"(?<!\w)({answer})(?!\w)"),
-                       (NORMAL, in_a_sentence(normal, whose)), (ASSUMED_TOKENS, (1, 1))], [read, normal], (answer, prompt, line))
+                       (NORMAL, in_a_sentence(normal, whose)), (ASSUMED_TOKENS, (1, 1))],
+        [read, normal], (answer, prompt, line))
     try: ASSUMED_TOKENS[name] = read_whole(name)
     except BadInput:
         take_back(before)
