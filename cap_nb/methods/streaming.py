@@ -46,7 +46,8 @@ def named_as_in(
     "Tensors under the model's names; a checkpoint of the decoder alone, as GPT-2's on the hub, lacks the prefix."
     in_the_model = {name for ways in checkpoint_names(model).values() for way in ways for name in way}
     prefix = f"{model.base_model_prefix}."
-    def in_model(name: str) -> str: return prefix + name if prefix + name in in_the_model and name not in in_the_model else name
+    def in_model(name: str) -> str:
+        return prefix + name if prefix + name in in_the_model and name not in in_the_model else name
     return {in_model(name): stored for name, stored in tensors.items()}
 
 def held_in(
@@ -338,7 +339,8 @@ def can_count(
     measured: Measurements, # Its factors, if the criterion has any
 ) -> bool: # Whether the magnitudes can be counted
     "Whether a score is a magnitude of 16 bits times its region's factor, with few enough regions."
-    if base not in ("magnitude", "cap") or {piece.tensor.kind for piece in pieces} not in ({"BF16"}, {"F16"}): return False
+    if base not in ("magnitude", "cap"): return False
+    if {piece.tensor.kind for piece in pieces} not in ({"BF16"}, {"F16"}): return False
     factors, numbers = numbered_regions(pieces, measured)
     return len(factors) <= REGIONS_AT_MOST and all(1 in number.shape for number in numbers.values())
 
@@ -360,7 +362,8 @@ def count_piece(
     if len(here) == 1: return [(int(here), torch.bincount(patterns.flatten(), minlength=MAGNITUDES))]
     regions, lengths = here.unique_consecutive(return_counts=True)
     parts = patterns.split(lengths.tolist(), 0 if by_row else 1)
-    return [(region, torch.bincount(part.flatten(), minlength=MAGNITUDES)) for region, part in zip(regions.tolist(), parts)]
+    return [(region, torch.bincount(part.flatten(), minlength=MAGNITUDES))
+            for region, part in zip(regions.tolist(), parts)]
 
 # %% ../../nbs/methods/25_streaming.ipynb #8a5d6e44
 def scored_by_side(
