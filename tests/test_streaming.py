@@ -28,7 +28,8 @@ from cap_nb.methods.prune import check_method, prune
 from cap_nb.methods.streaming import layer_file, measurements_of_hessians, open_hessians, save_hessians, solve_checkpoint, solved_weight
 from cap_nb.methods.sparsegpt import MadeOnce
 from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms, write_rows
-from cap_nb.threshold import CAP, Measurements, prune_report, scores_of, zero_within
+from cap_nb.methods.selection import CAP, Measurements, scores_of, zero_within
+from cap_nb.threshold import prune_report
 from conftest import ROOT
 from proofs import TINY_MODELS, tiny_calibration, tiny_model
 

@@ -193,7 +193,7 @@ from .criteria import CRITERIA, Given, check_given
 from ..regions import Factors, region_factors
 from .prune import SOLVERS, MethodName, check_method, own_scope
 from .neurons import UNIT_AWARE
-from ..threshold import TIES, Evidence, Measurements, check_pattern
+from .selection import TIES, Evidence, Measurements, check_pattern
 from ..core.errors import check_choice, check_sparsity
 from ..core.files import read_tensors, write_tensors
 
@@ -312,9 +312,10 @@ def in_order(
             for _, made in waiting: made.cancel()
 
 # %% ../../nbs/methods/25_streaming.ipynb #bc301d02
-from ..threshold import (
+from cap_nb.methods.selection import (
     Take, Threshold, find_threshold, first_ones, pattern_of, smallest_in_groups, smallest_in_rows, tie_selector,
-    ties_taken, zero_count)
+    ties_taken)
+from ..threshold import zero_count
 
 # %% ../../nbs/methods/25_streaming.ipynb #b7e10754
 Scored = Callable[[StoredRows], tuple[torch.Tensor, torch.Tensor]] # Piece -> its rows, and what `Take` decides by
@@ -434,7 +435,7 @@ def rule_of_taking(
         threshold, scored = counted_threshold(pieces, base, measured, count, bar)
         return scored, take_by_side(ties_taken(threshold, ties)), threshold
     threshold = find_threshold([lambda piece=piece: scored(piece)[1] for piece in pieces], count)
-    return scored, tie_selector(threshold.value, ties_taken(threshold, ties)), threshold
+    return scored, tie_selector(threshold, ties), threshold
 
 # %% ../../nbs/methods/25_streaming.ipynb #7fbbd129
 COPIED = 1 << 22 # Bytes copied at once
@@ -498,7 +499,8 @@ def write_zeros(
     return zeros
 
 # %% ../../nbs/methods/25_streaming.ipynb #c076
-from ..threshold import PruneReport, competing
+from .selection import competing
+from ..threshold import PruneReport
 from ..core.files import whole_folder
 
 # %% ../../nbs/methods/25_streaming.ipynb #c077
