@@ -116,7 +116,7 @@ from ..core.additions import ADDED, LOADING, WORD, take_back
 from ..data.problems import BENCHMARKS, SPLITS, TASKS, Benchmark, Problem, load_problems
 from ..data.prompts import OWN_LINES, OWN_PROMPTS
 from ..evaluation import ANSWERS, LOOSE, NORMAL
-from .costs import ASSUMED_TOKENS
+from .planning import ASSUMED_TOKENS
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c041
 def existing_file(

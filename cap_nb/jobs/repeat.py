@@ -12,16 +12,11 @@ from .records import read_run
 from .settings import Job, changed
 
 # %% ../../nbs/jobs/10_repeat.ipynb #c005
-def answer_limit(
-    limits: dict[str, int], # Task -> tokens that an answer could take
-) -> int | None: # The option that gives them; None where each task has its own default
+def answer_limit(limits: dict[str, int]) -> int | None:
     "The limit that a run was given."
     return None if all(limits[task] == token_limit(task) for task in limits) else next(iter(limits.values()))
 
-def job_of(
-    configuration: dict, # Contents of a run.json
-    seed: int | None = None, # Seed of the evaluation's draws; None: that of the calibration draw
-) -> Job: # The job, as far as a run's folder knows it
+def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as far as a run's folder knows it
     "The job that made a run; one that was calibrated on chains raises `BadInput` until their file is named."
     model, kept, done = (configuration[part] for part in ("model", "calibration", "evaluation"))
     tasks, chosen = tuple(kept["tasks"]), kept.get("on", "gold")
@@ -46,17 +41,13 @@ from .results import run_rows
 # %% ../../nbs/jobs/10_repeat.ipynb #c011
 KEY = ["method", "sparsity", "measure", "task", "problem"] # What names a measurement
 
-def measurements_of(
-    run: Run, # A run
-) -> pd.DataFrame: # KEY as the index, the column value
+def measurements_of(run: Run) -> pd.DataFrame: # KEY as the index, the column value
     "What was measured of every pruned model, problem by problem."
     columns = ["run", "model", "seed", "method", "sparsity", "reached", "measure", "task", "problem", "value"]
     rows = [row[:len(columns)] for row in run_rows("", run, False, ())]
     return pd.DataFrame(rows, columns=columns).set_index(KEY)[["value"]]
 
-def zeros_of(
-    run: Run, # A run
-) -> dict[tuple[str, float], str]: # (method, sparsity) -> fingerprint of the zeros' places
+def zeros_of(run: Run) -> dict[tuple[str, float], str]: # (method, sparsity) -> fingerprint of the zeros' places
     "Which weights every method set to zero."
     return {(report.method, report.asked): zeros for report, zeros in run.reports}
 
@@ -69,10 +60,7 @@ def row(
     "How many of some values are equal."
     return what, len(pairs), sum(first == second for first, second in pairs), largest
 
-def loss_row(
-    first: Run, # A run
-    second: Run, # The same run, done again
-) -> tuple | None: # A row of the table; None where one of them scored no heads
+def loss_row(first: Run, second: Run) -> tuple | None: # A row of the table; None where one of them scored no heads
     "The tables of losses, cell by cell; gaps are equal where both tables have one."
     tables = [run.losses or run.partial and run.partial.losses for run in (first, second)]
     if None in tables: return None
@@ -82,10 +70,7 @@ def loss_row(
     return row("table of losses", list(zip(*values)), max(abs(a - b) for a, b in zip(*values)))
 
 # %% ../../nbs/jobs/10_repeat.ipynb #3bc1e8aa
-def measured_rows(
-    first: Run, # A run
-    second: Run, # The same run, done again
-) -> list[tuple]: # A row for each measure
+def measured_rows(first: Run, second: Run) -> list[tuple]: # A row for each measure
     "What was measured of the cells that the second run has."
     joined = measurements_of(second).join(measurements_of(first).rename(columns={"value": "before"}))
     joined["gap"] = (joined["value"] - joined["before"]).abs()
@@ -93,10 +78,7 @@ def measured_rows(
             for measure, part in joined.groupby("measure", sort=False)]
 
 # %% ../../nbs/jobs/10_repeat.ipynb #c013
-def compare_repeated(
-    first: Run, # A run
-    second: Run, # The same run, done again, perhaps with fewer methods
-) -> pd.DataFrame: # what; compared and equal, counts; largest, in nats (points for accuracy), None if without size
+def compare_repeated(first: Run, second: Run) -> pd.DataFrame:
     "What is the same in two runs of one job."
     settings = differences(first.configuration, second.configuration)
     zeros, before = zeros_of(second), zeros_of(first)
@@ -111,11 +93,7 @@ from pathlib import Path
 from .job import prepare, run_job
 
 # %% ../../nbs/jobs/10_repeat.ipynb #c019
-def narrowed(
-    job: Job, # A job
-    methods: Sequence[str] | None, # Methods to do again; None: all
-    sparsities: Sequence[float] | None, # Sparsities to do again; None: all
-) -> Job: # The job with these alone
+def narrowed(job: Job, methods: Sequence[str] | None, sparsities: Sequence[float] | None) -> Job:
     "A part of a job; a method or sparsity that the run has not raises `BadInput`."
     for name, wanted, known in (("method", methods, job.prune.methods), ("sparsity", sparsities, job.prune.sparsities)):
         if strange := [value for value in wanted or () if value not in known]:
@@ -125,11 +103,7 @@ def narrowed(
     return changed(job, **kept)
 
 # %% ../../nbs/jobs/10_repeat.ipynb #c020
-def same_job(
-    kept: dict, # Contents of a run.json
-    part: tuple[Sequence[str] | None, Sequence[float] | None], # Methods and sparsities to do again; None: all
-    places: dict[str, str], # Where things are now: settings of a job, by name
-) -> Job: # The job, with the seed whose problems are the run's if one is found
+def same_job(kept: dict, part: tuple[Sequence[str] | None, Sequence[float] | None], places: dict[str, str]) -> Job:
     "Rebuild a run's job; chains without their file raise `BadInput`."
     if kept["calibration"].get("on") == "chains" and "calibrate_on" not in places:
         raise BadInput("The run was calibrated on a model's own chains: expected their file; name it with "

@@ -15,9 +15,7 @@ from .report import run_folders
 # %% ../../nbs/jobs/07_results.ipynb #c005
 Folders = str | Path | Sequence[str | Path] # A run's folder, one that holds runs, or several of either
 
-def distinct_names(
-    folders: Sequence[Path], # Folders, each once
-) -> list[str]: # Their names, in the same order
+def distinct_names(folders: Sequence[Path]) -> list[str]: # Their names, in the same order
     "The shortest ends of paths that differ from each other, all of one length; a folder named twice raises `BadInput`."
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
@@ -28,9 +26,7 @@ def distinct_names(
         if len(set(names)) == len(names): break
     return names if parts else []
 
-def runs_in(
-    folders: Folders, # Folders of runs, or of folders with runs
-) -> dict[str, Path]: # Name -> the run's folder, in the order given
+def runs_in(folders: Folders) -> dict[str, Path]: # Name -> the run's folder, in the order given
     "All runs that are meant; a folder without any raises `BadInput`."
     given = [folders] if isinstance(folders, (str, Path)) else list(folders)
     found = [run for folder in given for run in run_folders(folder)]
@@ -64,9 +60,7 @@ SUMMARY = { # Further columns of a row for each number of the table
 from ..analysis import markdown_rows
 
 # %% ../../nbs/jobs/07_results.ipynb #c012
-def frame_columns(
-    summary: bool = False, # Whether of the frame with a row for each number of the table
-) -> str: # Markdown
+def frame_columns(summary: bool = False) -> str: # Markdown
     "The columns of a frame of results, each with its type, unit and meaning."
     columns = WHICH | (SUMMARY if summary else EACH)
     rows = [[name, *about] for name, about in columns.items()]
@@ -76,9 +70,7 @@ def frame_columns(
 from ..evaluation import Evaluation, summarise_answers, summarise_losses
 
 # %% ../../nbs/jobs/07_results.ipynb #c018
-def problem_rows(
-    evaluation: Evaluation, # What was measured of one model
-) -> Iterator[tuple]: # measure, task, then the columns of `EACH`
+def problem_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, then the columns of `EACH`
     "A row for each answer, loss and window."
     for a in evaluation.answers:
         yield ("accuracy", a.task, a.uid, 100.0 * a.correct, "per cent", a.tokens, 100.0 * a.lenient_correct, a.cut_off)
@@ -87,9 +79,7 @@ def problem_rows(
         for window, loss in enumerate(text.losses):
             yield "perplexity", text.text, str(window), loss, "nats", text.window_tokens - 1, None, None
 
-def summary_rows(
-    evaluation: Evaluation, # What was measured of one model
-) -> Iterator[tuple]: # measure, task, then the columns of `SUMMARY`
+def summary_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, then the columns of `SUMMARY`
     "A row for each number that Table 1 has of this model."
     for a in summarise_answers(evaluation.answers):
         yield "accuracy", a.task, 100 * a.accuracy, 100 * a.low, 100 * a.high, "per cent", a.n
@@ -103,21 +93,13 @@ from ..core.errors import check_choice
 from .records import settings_of
 
 # %% ../../nbs/jobs/07_results.ipynb #c024
-def extra_settings(
-    run: Run, # A run
-    settings: Sequence[str], # Places in its configuration, as in "calibration.n"
-) -> tuple: # Their values; a list as text
+def extra_settings(run: Run, settings: Sequence[str]) -> tuple: # Their values; a list as text
     "Settings of a run for columns of their own; an unknown one raises `BadInput`."
     known = settings_of(run.configuration)
     values = [known[check_choice(name, known, "setting of a run")] for name in settings]
     return tuple(",".join(map(str, value)) if isinstance(value, list) else value for value in values)
 
-def run_rows(
-    name: str, # Name of the run
-    run: Run, # The run
-    summary: bool, # Whether a row is a number of the table
-    settings: Sequence[str], # Further settings to show
-) -> Iterator[tuple]: # The columns of a frame, then these settings
+def run_rows(name: str, run: Run, summary: bool, settings: Sequence[str]) -> Iterator[tuple]:
     "All rows of a run."
     about, extra = run.configuration, extra_settings(run, settings)
     for evaluation in run.evaluations:
@@ -145,9 +127,7 @@ from .records import shown
 # %% ../../nbs/jobs/07_results.ipynb #c039
 COUNTS = tuple(f"evaluation.{name}" for name in ("evaluate_n", "loss_n", "windows", "window_tokens")) # As asked
 
-def measured_on(
-    run: Run, # A run
-) -> dict[str, object]: # Setting -> value, fingerprints last
+def measured_on(run: Run) -> dict[str, object]: # Setting -> value, fingerprints last
     "All that must agree where two runs are compared, and the counts, which explain why it does not."
     about = run.configuration
     kept = {"evaluation": about["evaluation"], "style": about["style"], "tokenizer": about["model"]["tokenizer"]}
@@ -156,10 +136,7 @@ def measured_on(
     facts = settings_of(kept) | read
     return dict(sorted(facts.items(), key=lambda fact: (len(str(fact[1])) == 64, fact[0])))
 
-def check_paired(
-    names: tuple[str, str], # Names of two runs
-    runs: tuple[Run, Run], # The runs
-) -> None:
+def check_paired(names: tuple[str, str], runs: tuple[Run, Run]) -> None:
     "Raise `BadInput`, naming what differs, unless two runs were measured on the same problems in the same way."
     one, other = map(measured_on, runs)
     differ = [key for key in one if key in other and one[key] != other[key]]
@@ -173,22 +150,14 @@ from dataclasses import replace
 from ..analysis import method_title
 
 # %% ../../nbs/jobs/07_results.ipynb #c043
-def partner(
-    evaluation: Evaluation, # A cell
-    first: Run, # The run that is compared with
-    against: str | None, # The method in it; None: the same
-) -> Evaluation | None: # The cell that it is compared with, if there is one
+def partner(evaluation: Evaluation, first: Run, against: str | None) -> Evaluation | None:
     "The cell of the first run that a cell is compared with, never itself."
     method = against or evaluation.method
     sparsity = 0.0 if method == "dense" else evaluation.sparsity
     found = [e for e in first.evaluations if (e.method, e.sparsity) == (method, sparsity)]
     return found[0] if found and found[0] is not evaluation else None
 
-def check_methods(
-    runs: Mapping[str, Run], # Name -> run, the first one first
-    methods: Sequence[str] | None, # Methods to compare; None: all
-    against: str | None, # The method in the first run
-) -> None:
+def check_methods(runs: Mapping[str, Run], methods: Sequence[str] | None, against: str | None) -> None:
     "Raise `BadInput` for a method that no run has, and for one run without a second method."
     first, *others = ([e.method for e in run.evaluations] for run in runs.values())
     known = dict.fromkeys(method for run in (others or [first]) for method in run)
@@ -221,10 +190,7 @@ def cell_pairs(
 from ..analysis import Comparison, comparable_parts, compare_methods
 
 # %% ../../nbs/jobs/07_results.ipynb #c048
-def named_pair(
-    pair: tuple[str, Evaluation, str, Evaluation], # From `cell_pairs`
-    alone: bool, # Whether there is one run only, whose name would say nothing
-) -> tuple[Evaluation, Evaluation]: # Both under the names that the table shows, at the first's sparsity
+def named_pair(pair: tuple[str, Evaluation, str, Evaluation], alone: bool) -> tuple[Evaluation, Evaluation]:
     "A pair of cells as the analysis takes them."
     one, first, other, second = pair
     def name(run: str, method: str) -> str: return method_title(method) if alone else f"{run}: {method_title(method)}"
@@ -265,10 +231,7 @@ from ..core.plots import blank_figure, in_style
 # %% ../../nbs/jobs/07_results.ipynb #c062
 MARK_LOOKS = {"▲": ("#0072B2", "better"), "▼": ("#D55E00", "worse"), "": ("#8A8A8A", "undecided")} # Colour, name
 
-def draw_differences(
-    ax: Axes, # A panel
-    rows: Sequence[Comparison | None], # From top to bottom; None where there is no such comparison
-) -> None:
+def draw_differences(ax: Axes, rows: Sequence[Comparison | None]) -> None:
     "Differences with their intervals around zero."
     ax.axvline(0, color=INK, lw=0.8)
     for place, row in enumerate(rows):
@@ -283,9 +246,7 @@ def draw_differences(
     ax.xaxis.get_offset_text().set_fontsize(7)
 
 # %% ../../nbs/jobs/07_results.ipynb #c063
-def lines_of(
-    comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_runs` or `compare_methods`
-) -> dict[float, list[tuple[str, str]]]: # Sparsity -> (first, second) of its rows
+def lines_of(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> dict[float, list[tuple[str, str]]]:
     "The pairs that were compared at each sparsity, in order."
     lines = {}
     for first, second, sparsity, _ in comparisons: lines.setdefault(sparsity, {})[first, second] = None
@@ -321,9 +282,7 @@ from ..core.plots import save_figure
 from .report import write_text
 
 # %% ../../nbs/jobs/07_results.ipynb #c069
-def comparison_csv(
-    comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_runs`
-) -> str: # Comma-separated values, all digits
+def comparison_csv(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str:
     "Comparisons for machines."
     return comparison_frame(comparisons).to_csv(lineterminator="\n")
 
