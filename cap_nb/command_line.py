@@ -750,7 +750,7 @@ def repeat_command(
     "Do a run again from its folder alone, and say what differs; exit code 1 if anything does."
     places = {"name": model, "device": device, "data_dir": data_dir, "calibrate_on": calibrate_on}
     places = {name: place for name, place in places.items() if place is not None}
-    from cap_nb.jobs.repeat import repeat_run
+    from cap_nb.jobs.results import repeat_run
     table = repeat_run(folder, out, read_names(methods), sparsity and read_sparsities(sparsity), places)
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)

@@ -377,7 +377,7 @@ class Workload:
     def layer(self, tokens: int, longest: int) -> float:
         "Bytes that a decoder layer takes for so many tokens: what its projections make, states, and the mask."
         s = self.sizes
-        numbers = s.outputs + 2 * s.hidden + 2 * s.heads * s.head_size # queries and heads are kept beside their products
+        numbers = s.outputs + 2 * s.hidden + 2 * s.heads * s.head_size # queries and heads, kept too
         return tokens * (numbers * self.width + longest * (1 + self.width))
 
     def logits(self, positions: float) -> float:
