@@ -528,7 +528,7 @@ def timed_rates(
 
 # %% ../../nbs/jobs/04_planning.ipynb #c044
 from cap_nb.methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
-from cap_nb.methods.prune import ALLOCATORS, needs_of, own_scope, parse_method, with_hessian
+from cap_nb.methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, with_hessian
 
 # %% ../../nbs/jobs/04_planning.ipynb #c045
 @dataclass(frozen=True, kw_only=True)
@@ -564,7 +564,7 @@ SPECTRA, CHAINS = "singular values of every matrix", "own chains" # Names of sta
 def measured_by_allocation(method: str) -> tuple[str, ...]:
     "What a method's allocation measures on the dense model: norm, gradient or spectrum."
     allocation = parse_method(method).allocation
-    return ALLOCATORS[allocation].measures if allocation else ()
+    return ALLOCATIONS[allocation].measures if allocation else ()
 
 def gradients_of(method: str) -> int:
     "How often a pruning by a method computes the gradient."
