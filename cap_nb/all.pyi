@@ -8,7 +8,6 @@ from cap_nb.jobs.settings import CalibrateSettings as CalibrateSettings
 from cap_nb.calibration import Calibration as Calibration
 from cap_nb.analysis import Comparison as Comparison
 from cap_nb.methods.selection import Criterion as Criterion
-from cap_nb.models.decoding import Decoding as Decoding
 from cap_nb.jobs.settings import EvaluateSettings as EvaluateSettings
 from cap_nb.evaluation import Evaluation as Evaluation
 from cap_nb.methods.selection import Evidence as Evidence
@@ -79,6 +78,7 @@ from cap_nb.methods.streaming import load_norms as load_norms
 from cap_nb.data.problems import load_problems as load_problems
 from cap_nb.jobs.records import load_run as load_run
 from cap_nb.data.problems import load_text as load_text
+from cap_nb.evaluation import log as log
 from cap_nb.data.prompts import make_example as make_example
 from cap_nb.scoring import masked_head as masked_head
 from cap_nb.methods.budgets import measured_budgets as measured_budgets

@@ -399,7 +399,7 @@ def resumed_work(
 
 # %% ../../nbs/jobs/04_costs.ipynb #c053
 from ..models.decoding import SPARE, generation_batches
-from ..evaluation import token_limit
+from ..models.decoding import token_limit
 
 # %% ../../nbs/jobs/04_costs.ipynb #c054
 def wanda_work(

@@ -7,7 +7,7 @@ __all__ = ['repeat_run']
 
 # %% ../../nbs/jobs/10_repeat.ipynb #c004
 from ..core.errors import BadInput, validate_arguments
-from ..evaluation import token_limit
+from ..models.decoding import token_limit
 from .records import read_run
 from .settings import Job, changed
 
