@@ -799,7 +799,7 @@ def unpack_command(
 # %% ../nbs/command_line.ipynb #c078
 def listed_methods() -> str: # Lines
     "The list of methods: the package's own file, or with additions what the modules say now."
-    if "cap_nb.core.additions" not in sys.modules:
+    if "cap_nb.core.registry" not in sys.modules:
         return (Path(cap_nb.__file__).parent/"methods.txt").read_text(encoding="utf-8").rstrip("\n")
     from cap_nb.methods.prune import method_list
     return method_list()

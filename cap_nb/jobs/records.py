@@ -144,7 +144,7 @@ from ..core.files import (
     DAMAGED, HALF_WRITTEN, read_tensors, remove, remove_leftovers, is_intact, taken_as, write_checked)
 
 # %% ../../nbs/jobs/00_records.ipynb #c025
-from ..core.additions import check_additions
+from ..core.registry import check_additions
 
 # %% ../../nbs/jobs/00_records.ipynb #c026
 FORMAT = 3 # Of the folder; a later one that cannot read this one will say so

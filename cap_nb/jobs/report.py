@@ -156,7 +156,7 @@ def warn_of_cut_off(
         except BadInput as shortage: logging.getLogger(__name__).warning("%s: %s", task, shortage)
 
 # %% ../../nbs/jobs/02_report.ipynb #c035
-from ..core.additions import check_additions
+from ..core.registry import check_additions
 from .records import PACKED, load_run, manifest
 from ..analysis import method_table, plot_head_importance
 from cap_nb.jobs.tables import (
