@@ -766,7 +766,7 @@ def repeat_command(
     "Do a run again from its folder alone, and say what differs; exit code 1 if anything does."
     places = {"name": model, "device": device, "data_dir": data_dir, "calibrate_on": calibrate_on}
     places = {name: place for name, place in places.items() if place is not None}
-    from cap_nb.jobs.repeat import repeat_run
+    from cap_nb.jobs.results import repeat_run
     table = repeat_run(folder, out, read_names(methods), sparsity and read_sparsities(sparsity), places)
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
@@ -812,7 +812,7 @@ def unpack_command(
 # %% ../nbs/command_line.ipynb #c078
 def listed_methods() -> str: # Lines
     "The list of methods: the package's own file, or with additions what the modules say now."
-    if "cap_nb.core.additions" not in sys.modules:
+    if "cap_nb.core.registry" not in sys.modules:
         return (Path(cap_nb.__file__).parent/"methods.txt").read_text(encoding="utf-8").rstrip("\n")
     from cap_nb.methods.prune import method_list
     return method_list()
@@ -848,16 +848,10 @@ def plan_command(
     accelerator: Described = None,
 ) -> None:
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
-    from cap_nb.jobs.planning import measured_plan, plan, plan_text
-    from cap_nb.jobs.scale import described, scale_text
-    device = None if accelerator is None else described(accelerator)
+    from cap_nb.jobs.planning import plan, plan_text
     if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
-    if device: planned = functools.partial(plan, memory=int(device.memory * 1e9)) # this machine says nothing about it
-    else: planned = measured_plan if probe else plan
-    made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens, tries=tries)
-    if device: described(accelerator, made.load.dtype) # refused before a plan is printed
-    typer.echo(plan_text(made))
-    if device: typer.echo(f"\n{scale_text(made, accelerator)}")
+    rates = accelerator if accelerator is not None else "timed" if probe else None
+    typer.echo(plan_text(plan(job, devices, rates, prompt_tokens, target_tokens, tries=tries)))
 
 # %% ../nbs/command_line.ipynb #c081
 @app.command("fetch")

@@ -371,7 +371,7 @@ def report_html(
     return PAGE.substitute(title=f"cap run: {escape(name)}", look=LOOK, lead=escape(lead), sections=sections)
 
 # %% ../../nbs/jobs/02_report.ipynb #c045
-from cap_nb.core.additions import check_additions
+from cap_nb.core.registry import check_additions
 from cap_nb.core.files import write_checked
 from cap_nb.jobs.records import PACKED, REPORT, load_run, manifest
 

@@ -171,7 +171,7 @@ def made_and_noted(
 import hashlib
 import numpy as np
 from tqdm.auto import tqdm
-from ..methods.given_hessians import read_weight
+from ..methods.streaming import read_weight
 from ..methods.streaming import open_checkpoint, streamed_report
 from ..models.anatomy import projections
 
