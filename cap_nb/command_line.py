@@ -399,6 +399,7 @@ def show_run(
     if (answers := folder/"tables"/"answers.md").exists(): typer.echo(answers.read_text(encoding="utf-8"))
     typer.echo("Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))))
     typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
+    typer.echo(f"All of it on one page: {folder/'report.html'}")
 
 # %% ../nbs/command_line.ipynb #c039
 @app.command("run")
@@ -711,6 +712,18 @@ def figures_command(
     for run in run_folders(folder):
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
+
+@app.command("report")
+@in_one_sentence
+@with_plugins
+def report_command(
+    folder: RunFolders,
+) -> None:
+    "Make report.html of every run in a folder: its table, what is significant, curves, heads and costs on one page."
+    from cap_nb.jobs.report import run_folders, write_results
+    for run in run_folders(folder):
+        write_results(run, page=True)
+        typer.echo(f"{run/'report.html'}: one page of what its records hold.")
 
 # %% ../nbs/command_line.ipynb #c072
 @app.command("compare")
