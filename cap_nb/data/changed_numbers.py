@@ -23,9 +23,14 @@ class Number:
 
 NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+\.[0-9]+|(?<!\w)\.[0-9]+|[0-9]+")
 
+def number_value(digits: str) -> Fraction: # As in 1,234.50, .5 or 2 1/2
+    "The exact value of a number as written."
+    whole, _, part = digits.replace(",", "").rstrip(".…").partition(" ")
+    return Fraction(whole) + Fraction(part or 0)
+
 def numbers_in(text: str, shift: int = 0) -> tuple[Number, ...]:
     "The numbers of a text: 72, 1,234.50, .5."
-    return tuple(Number(found.start() + shift, found.end() + shift, Fraction(found[0].replace(",", "")))
+    return tuple(Number(found.start() + shift, found.end() + shift, number_value(found[0]))
                  for found in NUMBER.finditer(text))
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c015
@@ -52,9 +57,9 @@ def expression(text: str) -> ast.expr: # Its tree
     "Parse sums, differences, products and quotients of plain numbers; anything else raises `Refused`."
     try: tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError: tree = None
+    allowed = (ast.BinOp, ast.Constant, *OPERATIONS)
     plain = isinstance(tree, ast.BinOp) and re.fullmatch(r"[0-9.+\-*/() ]+", text) is not None
-    operations = [node.op for node in ast.walk(tree) if isinstance(node, (ast.BinOp, ast.UnaryOp))] if plain else []
-    if not plain or any(type(op) not in OPERATIONS for op in operations):
+    if not plain or not all(isinstance(node, allowed) for node in ast.walk(tree)):
         raise Refused("an annotation is no sum, difference, product or quotient of numbers")
     return tree
 

@@ -56,6 +56,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from ..core.errors import validate_arguments
+from ..data.changed_numbers import SPELLED, number_value
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c014
 class NoArithmetic(Exception):
@@ -92,10 +93,7 @@ def combined(left: Side, sign: str, right: Side) -> Side: # The two as one
         operations=left.operations + right.operations + 1, percent=left.percent or right.percent,
         quotient=sign == "/", unit=right.unit)
 
-def number_value(said: str) -> Fraction: # Its value
-    "The exact value of a number as written."
-    whole, _, part = said.replace(",", "").rstrip(".…").partition(" ")
-    return Fraction(whole) + Fraction(part or 0)
+
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c016
 def starts_operand(tokens: Sequence[ArithmeticToken], index: int) -> bool: # Whether a number may begin here
@@ -315,11 +313,6 @@ def reasoning_steps(
     return tuple(sentence for line in solution for sentence in sentences_of(re.sub(r"^\s*[-*•]\s+", "", line)))
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c046
-COUNTS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-          "seventeen eighteen nineteen").split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMBER_WORDS = {word: n for n, word in enumerate(COUNTS)} | {word: 10 * n for n, word in enumerate(TENS, 2)}
-NUMBER_WORDS |= {"hundred": 100, "thousand": 1000, "million": 10**6}
 IMPLIED = { # Word -> numbers that follow from it
     "half": (2, "1/2"), "third": (3, "1/3"), "quarter": (4, "1/4", 25), "fourth": (4, "1/4"), "fifth": (5, "1/5"),
     "tenth": (10, "1/10"), "once": (1,), "twice": (2,), "double": (2,), "pair": (2,), "couple": (2,), "both": (2,),
@@ -331,7 +324,7 @@ IMPLIED = { # Word -> numbers that follow from it
 def word_numbers(text: str) -> list[Fraction]: # What it says and what follows from it
     "The numbers behind a word, its plural and its past tense included."
     word = text.lower()
-    parts = [NUMBER_WORDS.get(part) for part in word.split("-")]
+    parts = [SPELLED.get(part) for part in word.split("-")]
     said = [Fraction(sum(parts))] if None not in parts else []
     forms = (word, word.removesuffix("s"), word.removesuffix("d"))
     return said + [Fraction(n) for n in next((IMPLIED[form] for form in forms if form in IMPLIED), ())]
