@@ -47,6 +47,7 @@ from cap_nb.portable.speed import bench_folder as bench_folder
 from cap_nb.evaluation import bootstrap_interval as bootstrap_interval
 from cap_nb.jobs.plugins import by_relative as by_relative
 from cap_nb.calibration import calibration_set as calibration_set
+from cap_nb.on_one_page import cap_naive as cap_naive
 from cap_nb.scoring import causal_scores as causal_scores
 from cap_nb.jobs.chains import chain_calibration as chain_calibration
 from cap_nb.models.checks import check_anatomy as check_anatomy
