@@ -629,10 +629,11 @@ MEASURES |= {"gain of shares": gain_of_shares, "gain of calibration sets": gain_
 # %% ../../nbs/experiments/02_claims.ipynb #3b4709ea
 import pandas as pd
 from matplotlib.figure import Figure
-from cap_nb.analysis import LEVEL, correct_family, interval_text, latex_text, markdown_rows, p_text
+from cap_nb.analysis import LEVEL, correct_family
 from cap_nb.core.files import sha256_of_file, write_json
 from cap_nb.core.plots import blank_figure, in_style, save_figure
 from cap_nb.jobs.report import write_text
+from cap_nb.jobs.tables import interval_text, latex_text, markdown_rows, p_text
 
 # %% ../../nbs/experiments/02_claims.ipynb #f66eaa74
 COLUMNS = ("Section", "Unit", "Value", "Low", "High", "n", "p", "Holm", "Verdict", "Why")
