@@ -399,6 +399,7 @@ def show_run(
     if (answers := folder/"tables"/"answers.md").exists(): typer.echo(answers.read_text(encoding="utf-8"))
     typer.echo("Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))))
     typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
+    typer.echo(f"All of it on one page: {folder/'report.html'}")
 
 # %% ../nbs/command_line.ipynb #c039
 @app.command("run")
@@ -712,6 +713,18 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
+@app.command("report")
+@in_one_sentence
+@with_plugins
+def report_command(
+    folder: RunFolders,
+) -> None:
+    "Make report.html of every run in a folder: its table, what is significant, curves, heads and costs on one page."
+    from cap_nb.jobs.report import run_folders, write_results
+    for run in run_folders(folder):
+        write_results(run, page=True)
+        typer.echo(f"{run/'report.html'}: one page of what its records hold.")
+
 # %% ../nbs/command_line.ipynb #c072
 @app.command("compare")
 @in_one_sentence
@@ -753,7 +766,7 @@ def repeat_command(
     "Do a run again from its folder alone, and say what differs; exit code 1 if anything does."
     places = {"name": model, "device": device, "data_dir": data_dir, "calibrate_on": calibrate_on}
     places = {name: place for name, place in places.items() if place is not None}
-    from cap_nb.jobs.repeat import repeat_run
+    from cap_nb.jobs.results import repeat_run
     table = repeat_run(folder, out, read_names(methods), sparsity and read_sparsities(sparsity), places)
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
@@ -835,16 +848,10 @@ def plan_command(
     accelerator: Described = None,
 ) -> None:
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
-    from cap_nb.jobs.planning import measured_plan, plan, plan_text
-    from cap_nb.jobs.scale import described, scale_text
-    device = None if accelerator is None else described(accelerator)
+    from cap_nb.jobs.planning import plan, plan_text
     if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
-    if device: planned = functools.partial(plan, memory=int(device.memory * 1e9)) # this machine says nothing about it
-    else: planned = measured_plan if probe else plan
-    made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens, tries=tries)
-    if device: described(accelerator, made.load.dtype) # refused before a plan is printed
-    typer.echo(plan_text(made))
-    if device: typer.echo(f"\n{scale_text(made, accelerator)}")
+    rates = accelerator if accelerator is not None else "timed" if probe else None
+    typer.echo(plan_text(plan(job, devices, rates, prompt_tokens, target_tokens, tries=tries)))
 
 # %% ../nbs/command_line.ipynb #c081
 @app.command("fetch")

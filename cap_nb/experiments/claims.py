@@ -588,9 +588,8 @@ def layer_errors(case: Claim, records: ModelRecords, confidence: float) -> Compa
     study = records.studies.get("layer errors", {"sparsity": None})
     if study["sparsity"] != case.sparsity: return None
     shares = np.array(list(study["shares"].values()), dtype=np.float64)
-    medians = np.median(np.random.default_rng(0).choice(shares, (10_000, len(shares))), axis=1)
-    low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Comparison(value=float(np.median(shares)), low=float(low), high=float(high), unit="share of the error",
+    low, high = bootstrap_interval(shares, 0, confidence, statistic=np.median)
+    return Comparison(value=float(np.median(shares)), low=low, high=high, unit="share of the error",
                       n=len(shares))
 
 # %% ../../nbs/experiments/02_claims.ipynb #bf9a4a92
