@@ -22,7 +22,7 @@ from cap_nb.core.files import read_checked, sha256_of_file
 from cap_nb.models.decoding import generate_naive
 from cap_nb.models.lab import lab_tokenizer
 from cap_nb.models.loading import load_model, save_model
-from cap_nb.command_line import RENAMED, app, field_comments
+from cap_nb.command_line import OPTION_NAMES, app, comments
 from cap_nb.jobs.records import load_run
 from cap_nb.jobs.settings import Job
 from cap_nb.scoring import load_losses
@@ -274,11 +274,11 @@ def test_every_setting_is_an_option_and_its_comment_the_help():
     """The options of `cap run` are the fields of a job's parts: their names, defaults and comments."""
     parameters = {parameter.name: parameter for parameter in typer.main.get_command(app).commands["run"].params}
     for part in fields(Job):
-        comments = field_comments(part.default_factory)
+        about = comments(part.default_factory)
         for setting in fields(part.default_factory):
-            option = parameters[RENAMED.get(setting.name, setting.name)]
+            option = parameters[OPTION_NAMES.get(setting.name, setting.name)]
             default = ",".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
-            assert option.help.startswith(comments[setting.name]) and option.default == default, setting.name
+            assert option.help.startswith(about[setting.name]) and option.default == default, setting.name
 
 
 def test_settings_need_no_torch():
@@ -314,6 +314,14 @@ def test_no_times_in_other_files(finished):
     for path in folder.rglob("*"):
         if path.suffix in (".json", ".md", ".csv", ".tex", ".svg") and path.name != "timings.json":
             assert not re.search(r"20\d\d-\d\d-\d\dT?\d*", path.read_text(encoding="utf-8")), path
+
+
+def test_help_has_four_headings():
+    """Every command stands under one of them."""
+    headings = [command.rich_help_panel for command in typer.main.get_command(app).commands.values()]
+    assert set(headings) == {"The job", "Single steps", "After pruning", "Records"} and len(headings) >= 26
+    said = cap("--help").output
+    assert all(heading in said for heading in headings)
 
 
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "pandas", "numpy", "matplotlib", "seaborn")
