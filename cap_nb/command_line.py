@@ -56,7 +56,10 @@ def parser_sentence(
         expected = NUMBERS[number]
     return f"{wrong}: expected {expected}; see '{' '.join(('cap', *filter(None, [name])))} --help'."
 
-# %% ../nbs/command_line.ipynb #e8224768
+# %% ../nbs/command_line.ipynb #4c979ac1
+NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens or the number "
+             "that was raised, and see 'cap plan'.")
+
 def sentence_and_code(
     error: BaseException, # What ended a command
 ) -> tuple[str, int]: # A sentence, and an exit code
@@ -72,9 +75,7 @@ def sentence_and_code(
         place = error.filename or "the program's output"
         return (f"There was no room to write {place}: expected space on its disk; make room and run the same command "
                 "again, what was finished is kept."), 2
-    if lacks_memory(error):
-        return ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens or the "
-                "number that was raised, and see 'cap plan'."), 2
+    if lacks_memory(error): return NO_MEMORY, 2
     return bug_report(error), 1
 
 # %% ../nbs/command_line.ipynb #3a8ccbe5
@@ -564,7 +565,7 @@ def export_command(
     base: str | None = None, # for a delta: the model that was pruned, as lab or a folder
 ) -> str:
     "Pack a pruned checkpoint into a smaller folder, from which 'cap restore' makes it again; resumable."
-    from cap_nb.portable.small_files import export_folder
+    from cap_nb.portable.format import export_folder
     manifest = export_folder(folder, out, form, base)
     dense = sum(entry.bytes for entry in manifest.files)
     packed = sum(entry.stored_bytes for entry in manifest.files)
@@ -580,7 +581,7 @@ def restore_command(
     base: str | None = None, # for a delta: the model that was pruned, as lab or a folder
 ) -> str:
     "Make the folder of a packed checkpoint again, byte for byte; resumable."
-    from cap_nb.portable.small_files import restore_folder
+    from cap_nb.portable.format import restore_folder
     files = restore_folder(folder, out, base).files
     return f"{out}: {len(files)} files, {sum(entry.bytes for entry in files):,} bytes, each with the hash that it had."
 

@@ -24,9 +24,7 @@ from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.portable import format as format_module
-from cap_nb.portable import small_files
-from cap_nb.portable.format import CHECKSUM, MANIFEST, Manifest, PackedFile, read_manifest, write_manifest
-from cap_nb.portable.small_files import export_folder, restore_folder
+from cap_nb.portable.format import CHECKSUM, MANIFEST, Manifest, PackedFile, export_folder, read_manifest, restore_folder, write_manifest
 from conftest import ROOT
 
 PACKED = ".packed.safetensors"
@@ -194,7 +192,6 @@ def test_a_delta_names_the_first_tensor_that_differs(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cap_nb.portable import small_files
 step, src, out, base, at = sys.argv[1:]
 opened, left = open, iter(range(int(at)))
 class Dying:
@@ -209,8 +206,8 @@ class Dying:
 def dying(path, mode="r", *rest): return Dying(opened(path, mode, *rest)) if mode == "wb" else opened(path, mode, *rest)
 import cap_nb.portable.format as format_module
 format_module.open = dying
-if step == "export": small_files.export_folder(src, out, "delta" if base else "bitmask", base or None)
-else: small_files.restore_folder(src, out, base or None)
+if step == "export": format_module.export_folder(src, out, "delta" if base else "bitmask", base or None)
+else: format_module.restore_folder(src, out, base or None)
 """
 
 
@@ -241,7 +238,7 @@ def test_a_killed_process_loses_one_file_at_most(tmp_path, step, form):
 
 def test_a_source_that_changed_between_two_attempts_is_packed_again(tmp_path, monkeypatch):
     src = saved(tmp_path / "src")
-    monkeypatch.setattr(small_files, "write_manifest", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(format_module, "write_manifest", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_folder(src, tmp_path / "small")
     monkeypatch.undo()
@@ -254,13 +251,13 @@ def test_a_source_that_changed_between_two_attempts_is_packed_again(tmp_path, mo
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
-    src, looked_at = saved(tmp_path / "src", shards="1GB"), small_files.looked_at
+    src, first_reading = saved(tmp_path / "src", shards="1GB"), format_module.first_reading
 
     def changing(shard, *arguments):
-        found = looked_at(shard, *arguments)
+        found = first_reading(shard, *arguments)
         save_file({name: torch.ones_like(tensor) for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
         return found
-    monkeypatch.setattr(small_files, "looked_at", changing)
+    monkeypatch.setattr(format_module, "first_reading", changing)
     with pytest.raises(BadInput, match="changed while it was read"):
         export_folder(src, tmp_path / "small")
     assert not (tmp_path / "small").exists()
@@ -269,7 +266,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch
 def test_too_little_disk_is_refused_before_work_begins(tmp_path, monkeypatch):
     src, usage = saved(tmp_path / "src"), namedtuple("usage", "total used free")
     export_folder(src, tmp_path / "small")
-    monkeypatch.setattr(small_files.shutil, "disk_usage", lambda path: usage(1000, 0, 1000))
+    monkeypatch.setattr(format_module.shutil, "disk_usage", lambda path: usage(1000, 0, 1000))
     for step in (lambda: export_folder(src, tmp_path / "new"), lambda: restore_folder(tmp_path / "small", tmp_path / "new")):
         with pytest.raises(BadInput, match="the disk has 1,000 left"):
             step()
@@ -388,7 +385,7 @@ def write_large(folder, layers):
 MEASURED = """
 import sys, torch
 from cap_nb.core.memory import memory_taken
-from cap_nb.portable.small_files import export_folder, restore_folder
+from cap_nb.portable.format import export_folder, restore_folder
 src, small, back, form, base = sys.argv[1:]
 cpu = torch.device("cpu")
 with memory_taken(cpu) as packing: export_folder(src, small, form, base or None)
