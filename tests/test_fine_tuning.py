@@ -22,7 +22,6 @@ from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.portable.fine_tuning import REPORT, STATE, FineTuning, HeldZeros, held_zeros, mask_adapters, recover
 from conftest import ROOT
-from tools import recovery
 
 FEW = FineTuning(steps=3, lr=1e-2, examples=4, weight_decay=0.1)
 
@@ -221,20 +220,3 @@ def test_the_command(tmp_path):
         done = cap(*words, *more)
         assert done.exit_code == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == there
-
-
-def test_what_recovery_is_measured_by(tmp_path, monkeypatch):
-    """The tool in small: rates are chosen by validation, all is measured on other problems, and a second call measures nothing."""
-    case = recovery.Case(methods=("magnitude",), tasks=("lab-arc",), settings=replace(FEW, steps=2), pruned_with=4,
-                         trained_on=6, chains=True, held_out=2, validation=2, rates=(1e-6, 0.1))
-    monkeypatch.setattr(recovery, "CASES", {"toy": case})
-    monkeypatch.setattr(recovery, "OUT", tmp_path)
-    recovery.main("toy", tmp_path / "work")
-    found = read_checked(tmp_path / "lab.json")["cases"]["toy"]
-    [(row, tried)] = found["tried"].items()
-    assert set(found["rows"]) == {row} and found["rows"][row]["settings"]["lr"] == float(min(tried, key=lambda rate: tried[rate]["after"]))
-    assert len(found["rows"][row]["after"].split()) == len(found["problems"]["evaluation"]["uid"].split()) == 2
-    assert found["trained_on"]["own chains"][0]["problems"] == 6
-    monkeypatch.setattr(recovery, "measured", None)
-    recovery.main("toy", tmp_path / "work")
-    assert read_checked(tmp_path / "lab.json")["cases"]["toy"]["rows"] == found["rows"]
