@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_checked, read_json, read_tensors, sealed
+from cap_nb.core.files import read_json, read_tensors, sealed
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
