@@ -50,9 +50,8 @@ from cap_nb.jobs.sweeps import read_config, read_index
 from cap_nb.methods.budgets import load_budgets
 from cap_nb.methods.screening import read_scores
 from cap_nb.methods.streaming import load_norms
-from cap_nb.models.lab import load_state, save_state
+from cap_nb.models.lab import load_state, read_state, save_state
 from cap_nb.models.loading import config_of, load_gguf, load_model, load_tokenizer
-from cap_nb.portable.fine_tuning import read_training
 from cap_nb.portable.format import CHECKSUM, open_shard, read_manifest
 from cap_nb.portable.quantised import export_gguf
 from cap_nb.portable.sharing import ALWAYS, read_record
@@ -453,13 +452,13 @@ WEIGHT_MAP = {"a": "x.safetensors", "b": "y.safetensors"}  # What the shards bes
 
 
 def training():
-    """A model with two optimisers, and the log of their training."""
+    """Parameters, their two optimisers, and the log of their training."""
     model = torch.nn.Linear(2, 2)
     both = [torch.optim.Adam([parameter]) for parameter in model.parameters()]
     model(torch.ones(2)).sum().backward()
     for optimizer in both:
         optimizer.step()
-    return model, both, {"step": 1, "recipe": {}, "loss": [0.5]}
+    return dict(model.named_parameters()), both, {"step": 1, "recipe": {}, "loss": [0.5]}
 
 
 def manifest_of(path):
@@ -481,7 +480,7 @@ READERS = {
     "scores measured in part": (lambda path: read_scores(path, "mean"), "x.safetensors", right_sums("stratum", "task", "uid", "k", "seed", "meta")),
     "norms": (load_norms, "x.safetensors", right_sums("norms")),
     "budgets": (load_budgets, "x.safetensors", right_sums("regions", "levels", "uid", "meta", "sparsity", "power", "moves")),
-    "training": (lambda path: read_training(path, {"steps": 3}), "x.safetensors", right_sums("steps", "losses")),
+    "training": (lambda path: read_state(path, {"steps": 3}), "x.safetensors", right_sums("steps", "losses")),
     "report": (read_report, "x.json", right_sum(*REPORT) | st.tuples(st.sampled_from(list(REPORT)), PLAIN).map(lambda one: checked_text(REPORT | dict([one])).encode())),
     "run": (lambda path: read_run(path.parent), "run.json", right_sum("format", "methods", "sparsities", "model")),
     "sweep": (lambda path: read_index(path.parent), SWEEP_INDEX, right_sum("format", "configs", "runs")),
@@ -502,7 +501,7 @@ READERS = {
                           st.dictionaries(st.sampled_from(list(NOTE)), PLAIN).map(lambda some: as_json({"cap_nb": sealed(NOTE | some)}))),
     "checksums": (read_checksums, "SHA256SUMS.json", json_like("a", "../a", "")),
     "unit": (lambda path: read_unit(UnitStore(path.parent), Unit(0, 0), ["a", "b", "c"], 2), "batch-0000-layer-000.safetensors", right_sums("uids")),
-    "state of a training": (lambda path: load_state(path.parent, *training()[:2]), "state.json", right_sum("tensors", "step", "recipe") | json_like("content", "sha256")),
+    "state of a training": (lambda path: load_state(path.parent, *training()[:2], {}), "training.safetensors", right_sums("step", "recipe")),
     "tokenizer": (lambda path: load_tokenizer(str(path.parent)), "tokenizer.json", json_like("version", "model", "added_tokens", "pre_tokenizer") | good("tokenizer.json")),
     "configuration of a tokenizer": (lambda path: load_tokenizer(str(path.parent)), "tokenizer_config.json",
                                      json_like("tokenizer_class", "auto_map", "extra_special_tokens", "chat_template") | good("tokenizer_config.json")),
