@@ -75,7 +75,7 @@ from ..core.errors import check_choice
 from ..methods.allocation import Allocation, Shares
 from ..methods.criteria import GIVES, NEEDS, Given, measured_for
 from ..methods.prune import ALLOCATORS
-from ..threshold import Criterion, Measurements
+from ..methods.selection import Criterion, Measurements
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c031
 @validate_arguments

@@ -55,7 +55,7 @@ from collections.abc import Callable
 from ..calibration import Calibration
 from .criteria import dense_norms
 from .wanda import WANDA
-from ..threshold import Criterion, Measurements, scores_of
+from .selection import Criterion, Measurements, scores_of
 
 # %% ../../nbs/methods/22_budgets.ipynb #c015
 @dataclass(frozen=True)

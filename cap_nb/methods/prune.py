@@ -19,7 +19,7 @@ from .experts import ROUTING_AWARE
 from .explainable_masks import ATTRIBUTIONS
 from .neurons import NEURON_AWARE, UNIT_AWARE
 from .recovery import RECOVERIES, recovery_steps
-from ..threshold import SCOPES, pattern_of
+from .selection import SCOPES, pattern_of
 
 # %% ../../nbs/methods/24_prune.ipynb #c005
 def divergence_shares(
@@ -292,7 +292,8 @@ from .sparsegpt import (
 from .wanda import uniform_shares
 from .whole_heads import prune_heads
 from ..models.anatomy import projections
-from ..threshold import PruneReport, check_pattern, prune_report
+from .selection import check_pattern
+from ..threshold import PruneReport, prune_report
 
 # %% ../../nbs/methods/24_prune.ipynb #c038
 def masks_on_dense(

@@ -53,7 +53,7 @@ from dataclasses import replace
 from .layer_walk import LayerStep
 from .sparsegpt import Hessians, LayerSolver
 from .wanda import zero_shares_within
-from ..threshold import Criterion, Measurements
+from .selection import Criterion, Measurements
 
 # %% ../../nbs/methods/17_recovery.ipynb #c015
 def recovering(
