@@ -347,7 +347,8 @@ def run_text(
     folder: Path, # A run's folder
 ) -> str: # Lines
     "A run's table, what its accuracies hide, and where its figures are."
-    from cap_nb.analysis import method_table, table_markdown
+    from cap_nb.analysis import method_table
+    from cap_nb.jobs.tables import table_markdown
     from cap_nb.jobs.records import load_run
     run, answers = load_run(folder), folder/"tables"/"answers.md"
     return "\n".join([
@@ -391,22 +392,16 @@ def plan_command(
     accelerator: str | None = None, # a device not here, as h100 or h100,link=50: what bounds each stage there
 ) -> str:
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
-    from cap_nb.jobs.planning import measured_plan, plan, plan_text
-    from cap_nb.jobs.scale import described, scale_text
-    device = None if accelerator is None else described(accelerator)
+    from cap_nb.jobs.planning import plan, plan_text
     if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
-    if device: planned = functools.partial(plan, memory=int(device.memory * 1e9)) # this machine says nothing about it
-    else: planned = measured_plan if probe else plan
-    made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens, tries=tries)
-    if device is None: return plan_text(made)
-    described(accelerator, made.load.dtype) # refused before a plan is printed
-    return f"{plan_text(made)}\n\n{scale_text(made, accelerator)}"
+    rates = accelerator if accelerator is not None else "timed" if probe else None
+    return plan_text(plan(job, devices, rates, prompt_tokens, target_tokens, tries=tries))
 
 # %% ../nbs/command_line.ipynb #a1dd7705
 @command(JOB)
 def methods_command() -> str:
     "List the methods, each with what it does and where it comes from."
-    if "cap_nb.core.additions" not in sys.modules:
+    if "cap_nb.core.registry" not in sys.modules:
         return (Path(cap_nb.__file__).parent/"methods.txt").read_text(encoding="utf-8").rstrip("\n")
     from cap_nb.methods.prune import method_list
     return method_list()
@@ -494,7 +489,8 @@ def eval_command(
     out: Path | None = None, # folder for the records; not kept if left out
 ) -> str:
     "Measure a model as it is: accuracy, held-out loss, perplexity."
-    from cap_nb.analysis import method_table, table_markdown
+    from cap_nb.analysis import method_table
+    from cap_nb.jobs.tables import table_markdown
     from cap_nb.single_steps import evaluate_alone
     return table_markdown(method_table([evaluate_alone(job, scores, out)]))
 
@@ -651,7 +647,8 @@ def table_command(
 ) -> str:
     "Print the table of a run, finished or not."
     check_choice(form, ("md", "csv", "tex"), "format")
-    from cap_nb.analysis import method_table, table_csv, table_latex, table_markdown
+    from cap_nb.analysis import method_table
+    from cap_nb.jobs.tables import table_csv, table_latex, table_markdown
     from cap_nb.jobs.records import load_run
     run = load_run(folder)
     if not run.evaluations:
@@ -683,9 +680,9 @@ def compare_command(
 ) -> str:
     "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
     check_choice(form, ("md", "csv"), "format")
-    from cap_nb.analysis import comparison_markdown
     from cap_nb.core.files import check_new_folder
     from cap_nb.jobs.results import compare_runs, comparison_csv, save_comparison
+    from cap_nb.jobs.tables import comparison_markdown
     if out: check_new_folder(out)
     compared = compare_runs(runs, read_names(method), against, sparsity and read_sparsities(sparsity), seed)
     text = {"md": comparison_markdown, "csv": comparison_csv}[form](compared)
@@ -709,7 +706,7 @@ def repeat_command(
     "Do a run again from its folder alone, and say what differs; exit code 1 if anything does."
     places = {"name": model, "device": device, "data_dir": data_dir, "calibrate_on": calibrate_on}
     places = {name: place for name, place in places.items() if place is not None}
-    from cap_nb.jobs.repeat import repeat_run
+    from cap_nb.jobs.results import repeat_run
     table = repeat_run(folder, out, read_names(methods), sparsity and read_sparsities(sparsity), places)
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)

@@ -98,16 +98,17 @@ def answer_into(
 import torch
 from dataclasses import replace
 from cap_nb.calibration import Calibration
-from cap_nb.core.additions import additions_noted
+from cap_nb.core.registry import additions_noted
 from cap_nb.core.files import check_new_folder
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.job import targets_configuration
 from cap_nb.jobs.settings import PruneSettings, SinglePruning
 from cap_nb.methods.criteria import Given
-from cap_nb.methods.given_hessians import check_solved, file_note, layer_file, save_hessians, solve_checkpoint
 from cap_nb.methods.prune import check_method, needs_of, prune, unit_factors
 from cap_nb.methods.screening import read_scores
-from cap_nb.methods.streaming import check_streamed, checkpoint_fingerprint, load_norms, prune_checkpoint
+from cap_nb.methods.streaming import (
+    check_solved, check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint,
+    save_hessians, solve_checkpoint)
 from cap_nb.models.loading import check_all_here, model_fingerprint, save_model
 from cap_nb.portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)

@@ -19,7 +19,7 @@ from cap_nb.core.files import read_checked
 from cap_nb.data.batches import collate
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
-from cap_nb.jobs.costs import read_sizes
+from cap_nb.jobs.planning import read_sizes
 from cap_nb.jobs.records import mask_fingerprint
 from cap_nb.methods.prune import prune
 from cap_nb.methods.streaming import checkpoint_fingerprint, prune_checkpoint
@@ -322,13 +322,6 @@ def test_a_masked_expert_of_a_moe_gives_nothing_and_its_neighbours_give_the_same
         assert torch.allclose(model(ids).logits, masked, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe", "olmoe"])
-def test_planning_a_moe_is_refused_with_a_sentence(tmp_path, kind):
-    tiny_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(BadInput, match=f"cost of model type '{kind}' is not counted yet"):
-        read_sizes(str(tmp_path))
-
-
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_fingerprint_of_a_stored_moe_is_that_of_the_loaded_one(tmp_path, name):
     model = tiny_model(name)
@@ -361,11 +354,14 @@ def test_a_projection_that_is_passed_by_is_refused():
         check_anatomy(model)
 
 
-def test_planning_says_which_families_it_counts(tmp_path):
-    tiny_model("gpt2").save_pretrained(tmp_path)
-    wanted = "cost of model type 'gpt2' is not counted yet: expected one of llama, mistral, qwen2"
-    with pytest.raises(BadInput, match=wanted):
-        read_sizes(str(tmp_path))
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_plan_counts_the_weights_of_every_family(tmp_path, name):
+    """From the configuration alone, to the last weight."""
+    model = tiny_model(name)
+    model.config.save_pretrained(tmp_path)
+    sizes = read_sizes(str(tmp_path))
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.scope == sum(p.weight.numel() for p in projections(model)) >= sizes.met > 0
 
 
 def test_a_gguf_file_is_dequantised_with_a_note(tmp_path, caplog):

@@ -20,7 +20,7 @@ from cap_nb.core.files import read_json, read_tensors, sealed
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.portable.fine_tuning import REPORT, STATE, FineTuning, HeldZeros, held_zeros, mask_adapters, recover
+from cap_nb.portable.fine_tuning import REPORT, STATE, FineTuning, HeldZeros, mask_adapters, recover
 from conftest import ROOT
 
 FEW = FineTuning(steps=3, lr=1e-2, examples=4, weight_decay=0.1)
@@ -101,25 +101,6 @@ def test_a_trainer_that_breaks_lets_go_with_its_callback(tmp_path):
     del trainer
     gc.collect()
     assert len(_global_optimizer_post_hooks) == hooks
-
-
-def test_two_optimisers_a_scheduler_and_frozen_weights():
-    model = tiny_llama()
-    prune(model, "magnitude", 0.5)
-    before, matrices = zeros_of(model), [p.parameter for p in projections(model)]
-    matrices[0].requires_grad_(False)
-    loss = lambda: model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
-    with held_zeros(model):
-        both = [torch.optim.SGD(matrices[1::2], lr=0.1, momentum=0.9), torch.optim.LBFGS(matrices[2::2], max_iter=3)]
-        for _ in range(2):
-            for optimiser in both:
-                def closure():
-                    optimiser.zero_grad()
-                    value = loss()
-                    value.backward()
-                    return value
-                optimiser.step(closure)
-                assert_held(model, before)
 
 
 KILLED = """

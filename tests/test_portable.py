@@ -21,10 +21,9 @@ from cap_nb.command_line import app
 from cap_nb.core import files as files_module
 from cap_nb.core.errors import BadInput
 from cap_nb.methods.prune import prune
-from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.portable import format as format_module
-from cap_nb.portable.format import CHECKSUM, MANIFEST, Manifest, PackedFile, export_folder, read_manifest, restore_folder, write_manifest
+from cap_nb.portable.format import CHECKSUM, MANIFEST, Manifest, export_folder, read_manifest, restore_folder, write_manifest
 from conftest import ROOT
 
 PACKED = ".packed.safetensors"

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-import torch
 from fixtures import made_up_calibration, tiny_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
 from typer.testing import CliRunner

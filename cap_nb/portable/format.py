@@ -426,6 +426,7 @@ from ..core.errors import check_choice
 from ..core.files import checkpoint_tensors
 from ..models.lab import CHECKPOINT
 from ..models.lab_experts import EXPERTS_CHECKPOINT
+from ..models.loading import model_cache
 
 # %% ../../nbs/portable/00_format.ipynb #eecbc8da
 def base_sha256(
@@ -458,7 +459,6 @@ def open_base(
         raise BadInput("A bitmask was asked for with a base: expected none, since it holds its weights itself; leave "
                        "--base out, or ask for a delta.")
     if name is None: return Base()
-    from cap_nb.models.loading import model_cache # which reads packed folders
     ours = {"lab": CHECKPOINT, "lab-moe": EXPERTS_CHECKPOINT, "smollm2": model_cache()/"smollm2"}
     folder = ours.get(str(name), Path(name))
     if not folder.is_dir():
@@ -571,6 +571,7 @@ def export_folder(
 
 # %% ../../nbs/portable/00_format.ipynb #c067
 import torch
+from ..core.registry import FolderLoader
 
 # %% ../../nbs/portable/00_format.ipynb #20efe57f
 @validate_arguments
@@ -633,3 +634,7 @@ def packed_weights(
     for entry in manifest.files: check_whole(folder, entry)
     shards = [open_shard(folder/entry.stored) for entry in manifest.files if entry.stored != entry.name]
     return {name: restored_tensor(shard, name) for shard in shards for name in shard.tensors}
+
+# %% ../../nbs/portable/00_format.ipynb #aed50cb9
+LOADER = FolderLoader( # How `load_model` opens a packed folder
+    weights=packed_weights, files=lambda folder: [folder/entry.stored for entry in read_manifest(folder).files])
