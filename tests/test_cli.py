@@ -230,7 +230,7 @@ def test_packing_changes_nothing_that_is_said(finished, tmp_path):
     folder, packed, restored = finished[0], tmp_path / "packed", tmp_path / "restored"
     shutil.copytree(folder, packed)
     assert cap("pack", packed).exit_code == 0
-    assert {p.name for p in packed.iterdir()} == {"run.json", "manifest.json", "records.parquet", "tables", "figures"}
+    assert {p.name for p in packed.iterdir()} == {"run.json", "manifest.json", "report.html", "records.parquet", "tables", "figures"}
     assert cap("table", packed).stdout == cap("table", folder).stdout
     listed = read_checked(packed / "manifest.json")
     assert listed.pop("packed") == sha256_of_file(packed / "records.parquet") and listed == read_checked(folder / "manifest.json")
@@ -271,7 +271,7 @@ def test_ctrl_c_and_on(finished, tmp_path):
 
 def contents(folder: Path):
     """All files but those that name times and sessions."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "memory.json", "environment.json", "costs.md", "costs.csv", "manifest.json")}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "memory.json", "environment.json", "costs.md", "costs.csv", "manifest.json", "report.html")}
 
 
 def test_no_times_in_other_files(finished):
