@@ -355,7 +355,8 @@ def run_text(
         table_markdown(method_table(run.evaluations), run.provenance),
         *([answers.read_text(encoding="utf-8")] if answers.exists() else []),
         "Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))),
-        f"Tables: {folder/'tables'}   records: {folder/'evaluations'}"])
+        f"Tables: {folder/'tables'}   records: {folder/'evaluations'}",
+        f"All of it on one page: {folder/'report.html'}"])
 
 # %% ../nbs/command_line.ipynb #22d17f47
 @command(JOB, "model", "calibrate", "prune", "evaluate")
@@ -666,6 +667,16 @@ def figures_command(
     for run in run_folders(folder):
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
+
+@command(RECORDS)
+def report_command(
+    folder: Path, # a run's folder, or one that holds some
+) -> None:
+    "Make report.html of every run in a folder: its table, what is significant, curves, heads and costs on one page."
+    from cap_nb.jobs.report import run_folders, write_results
+    for run in run_folders(folder):
+        write_results(run, page=True)
+        typer.echo(f"{run/'report.html'}: one page of what its records hold.")
 
 @command(RECORDS, plugins=False)
 def compare_command(
