@@ -143,7 +143,7 @@ import shutil
 from pathlib import Path
 from torch import nn
 from ..core.registry import additions_noted
-from ..evaluation import token_limit
+from ..models.decoding import token_limit
 from .chains import style_origin
 from .settings import share_of_text
 from ..models.loading import model_fingerprint, tokenizer_fingerprint
@@ -337,6 +337,7 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
 from ..core.files import read_tensors, write_tensors
 from ..importance import importance_factors
 from ..methods.criteria import Given
+from ..methods.experts import UnitFactors
 from ..methods.prune import needs_of, parse_method, unit_factors
 from ..regions import Factors
 
@@ -350,8 +351,9 @@ def attribution_origin(ready: Ready, attribution: str) -> dict[str, str]: # What
 def save_attribution(path: Path, factors: Factors, origin: dict[str, str]) -> None:
     "Write an attribution's factors."
     path.parent.mkdir(parents=True, exist_ok=True)
-    units = {name: getattr(factors, name) for name in ("experts", "neurons") if getattr(factors, name) is not None}
-    write_tensors(path, {"factors": factors.heads} | units | factors.kept, origin)
+    units = {name: getattr(factors, name, None) for name in ("experts", "neurons")}
+    units = {name: table for name, table in units.items() if table is not None}
+    write_tensors(path, {"factors": factors.heads} | units | getattr(factors, "kept", {}), origin)
 
 # %% ../../nbs/jobs/03_job.ipynb #c051
 def attribution_factors(ready: Ready, folder: Path, attribution: str, losses: HeadLosses | None) -> Factors:
@@ -366,7 +368,7 @@ def attribution_factors(ready: Ready, folder: Path, attribution: str, losses: He
     if kept != origin:
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
                        "run again.")
-    return Factors(tensors["factors"], tensors.get("experts"), neurons=tensors.get("neurons"))
+    return UnitFactors(tensors["factors"], experts=tensors.get("experts"), neurons=tensors.get("neurons"))
 
 # %% ../../nbs/jobs/03_job.ipynb #c053
 def factors_by_method(ready: Ready, folder: Path, store: Path | None) -> dict[str, Factors]:

@@ -54,7 +54,8 @@ def sizes_of(config: object, name: str, source: str) -> Sizes: # Its sizes
     return Sizes(
         name=name, source=source, config=config.to_dict(), layers=a.layers, heads=a.heads,
         key_value_heads=a.key_value_heads, head_size=a.head_size, hidden=a.hidden_size,
-        vocabulary=config.vocab_size, context=context_of(config), dtype=str(config.dtype or "float32").removeprefix("torch."),
+        vocabulary=config.vocab_size, context=context_of(config),
+        dtype=str(config.dtype or "float32").removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         scope=sum(p.weight.numel() for p in scope),
         met=sum(share * p.weight.numel() for p, share in zip(scope, shares)),

@@ -120,6 +120,7 @@ from ..core.registry import check_additions
 # %% ../../nbs/jobs/00_records.ipynb #c026
 FORMAT = 3 # Of the folder; a later one that cannot read this one will say so
 PACKED = "records.parquet" # All records of a packed run
+REPORT = "report.html" # A run on one page
 
 def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     "Raise `BadInput` unless a run can go on with what is asked."
@@ -347,7 +348,7 @@ class Records:
         with self.opened(name) as path: return reader(path)
 
 # %% ../../nbs/jobs/00_records.ipynb #c064
-NO_RECORDS = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED) # What else there is
+NO_RECORDS = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT) # All else
 
 def is_record(inside: Path) -> bool: # Whether it belongs to the records
     "Whether a file is a record, and not made from some, half written or damaged."
@@ -446,7 +447,7 @@ def record_hashes(records: Records, backend: str = "transformers") -> dict[str, 
 def manifest(folder: str | Path) -> dict:
     "Which tables and pictures a run has, and the records that they were made from."
     folder, packed = Path(folder), Path(folder)/PACKED
-    made = [path for name in ("tables", "figures") for path in sorted((folder/name).glob("[!.]*"))]
+    made = [path for name in ("tables/[!.]*", "figures/[!.]*", REPORT) for path in sorted(folder.glob(name))]
     records = packed_records(packed) if packed.exists() else live_records(folder)
     return {"made": {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in made},
             "made from": record_hashes(records, backend_in(folder)) | {"run.json": sha256_of_file(folder/"run.json")},

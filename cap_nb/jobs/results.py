@@ -218,7 +218,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from .tables import comparison_mark
-from ..core.framework import INK
+from ..core.pictures import INK
 from ..core.plots import blank_figure, in_style
 
 # %% ../../nbs/jobs/07_results.ipynb #c062
