@@ -8,6 +8,7 @@ from cap_nb.jobs.settings import CalibrateSettings as CalibrateSettings
 from cap_nb.calibration import Calibration as Calibration
 from cap_nb.analysis import Comparison as Comparison
 from cap_nb.methods.selection import Criterion as Criterion
+from cap_nb.models.decoding import Decoding as Decoding
 from cap_nb.jobs.settings import EvaluateSettings as EvaluateSettings
 from cap_nb.evaluation import Evaluation as Evaluation
 from cap_nb.methods.selection import Evidence as Evidence
@@ -61,7 +62,7 @@ from cap_nb.analysis import comparison_markdown as comparison_markdown
 from cap_nb.methods.criteria import dense_norms as dense_norms
 from cap_nb.experiments.reasoning_steps import error_category as error_category
 from cap_nb.evaluation import evaluation_problems as evaluation_problems
-from cap_nb.portable.small_files import export_folder as export_folder
+from cap_nb.portable.format import export_folder as export_folder
 from cap_nb.portable.quantised import export_gguf as export_gguf
 from cap_nb.evaluation import extract_answer as extract_answer
 from cap_nb.models.loading import fetch_smollm2 as fetch_smollm2
@@ -78,7 +79,6 @@ from cap_nb.methods.streaming import load_norms as load_norms
 from cap_nb.data.problems import load_problems as load_problems
 from cap_nb.jobs.records import load_run as load_run
 from cap_nb.data.problems import load_text as load_text
-from cap_nb.evaluation import log as log
 from cap_nb.data.prompts import make_example as make_example
 from cap_nb.scoring import masked_head as masked_head
 from cap_nb.methods.budgets import measured_budgets as measured_budgets
@@ -119,7 +119,7 @@ from cap_nb.experiments.reasoning_steps import reasoning_steps as reasoning_step
 from cap_nb.portable.fine_tuning import recover as recover
 from cap_nb.regions import region_factors as region_factors
 from cap_nb.jobs.repeat import repeat_run as repeat_run
-from cap_nb.portable.small_files import restore_folder as restore_folder
+from cap_nb.portable.format import restore_folder as restore_folder
 from cap_nb.jobs.results import results_frame as results_frame
 from cap_nb.jobs.job import run_job as run_job
 from cap_nb.jobs.sweeps import run_sweep as run_sweep
