@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Calibration', 'calibration_set', 'plot_calibration', 'overlap']
 
-# %% ../nbs/00_calibration.ipynb #c014
+# %% ../nbs/00_calibration.ipynb #c015
 from collections.abc import Sequence
 
-# %% ../nbs/00_calibration.ipynb #c015
 def length_quartiles(
     lengths: Sequence[int], # Tokens of each example of a pool
 ) -> list[int]: # Quartile of each, 0 (shortest) to 3 (longest)
@@ -18,13 +17,12 @@ def length_quartiles(
     for rank, index in enumerate(ranked): quartile[index] = 4 * rank // len(lengths)
     return quartile
 
-# %% ../nbs/00_calibration.ipynb #c018
+# %% ../nbs/00_calibration.ipynb #c019
 import random
 from collections import Counter
-from .core.errors import BadInput, validate_arguments
-from .data.prompts import Example
+from cap_nb.core.errors import BadInput, validate_arguments
+from cap_nb.data.prompts import Example
 
-# %% ../nbs/00_calibration.ipynb #c019
 def draw_stratified(
     pool: Sequence[Example], # Every example of one task
     n: int, # Examples to draw
@@ -43,11 +41,10 @@ def draw_stratified(
         drawn += [(example, q) for example in rng.sample(members, wanted[q])]
     return drawn
 
-# %% ../nbs/00_calibration.ipynb #f3964e35
-import torch
-from .core.errors import check_at_least, check_seed
-
 # %% ../nbs/00_calibration.ipynb #c024
+import torch
+from cap_nb.core.errors import check_at_least, check_seed
+
 def deal_subsets(
     stratum: Sequence[int], # Stratum of each of the N examples
     k: int, # Number of subsets, K
@@ -67,13 +64,12 @@ def deal_subsets(
     subset[torch.tensor(dealt)] = torch.arange(len(dealt)) % k
     return subset
 
-# %% ../nbs/00_calibration.ipynb #c031
+# %% ../nbs/00_calibration.ipynb #c0e78b50
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from .core.files import sha256_of_text
 
-# %% ../nbs/00_calibration.ipynb #c0e78b50
 @dataclass(frozen=True)
 class Calibration:
     "N examples, dealt into K disjoint subsets."
@@ -115,12 +111,11 @@ class Calibration:
         deal_subsets(stratum, k, seed) # a k that does not fit is refused here, not later
         return cls(examples=examples, stratum=tuple(stratum), k=k, seed=seed)
 
-# %% ../nbs/00_calibration.ipynb #9091f40f
+# %% ../nbs/00_calibration.ipynb #c045
 from pathlib import Path
 from .data.problems import Problem, load_problems
 from .data.prompts import PromptStyle, default_style, default_tasks, encode_problems
 
-# %% ../nbs/00_calibration.ipynb #c045
 @validate_arguments
 def calibration_set(
     tokenizer: object, # Tokenizer of transformers
@@ -145,12 +140,11 @@ def calibration_set(
     deal_subsets(stratum, k, seed) # a k that does not fit is refused here, not later
     return Calibration(examples=tuple(examples), stratum=tuple(stratum), k=k, seed=seed)
 
-# %% ../nbs/00_calibration.ipynb #a2d18605
+# %% ../nbs/00_calibration.ipynb #ea8963ea
 import numpy as np
 from matplotlib.figure import Figure
 from .core.pictures import plot_lengths
 
-# %% ../nbs/00_calibration.ipynb #ea8963ea
 @validate_arguments
 def plot_calibration(
     calibration: Calibration, # The calibration set

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Factors', 'region_factors', 'plot_regions']
 
-# %% ../nbs/03_regions.ipynb #c008
-import torch
-from .core.errors import validate_arguments, check_choice, check_index
-
 # %% ../nbs/03_regions.ipynb #c009
+import torch
+from cap_nb.core.errors import validate_arguments, check_choice, check_index
+
 SHARING = ("mean", "max") # How the factor of a key-value head follows from those of its query heads
 
 def key_value_factors(
@@ -21,13 +20,12 @@ def key_value_factors(
     shared = heads.unflatten(1, (groups, -1))
     return shared.mean(-1) if check_choice(how, SHARING, "key-value sharing") == "mean" else shared.amax(-1)
 
-# %% ../nbs/03_regions.ipynb #f7268390
+# %% ../nbs/03_regions.ipynb #3506be32
 from dataclasses import dataclass
 from torch import nn
 from .core.errors import BadInput
 from .models.anatomy import Anatomy, Projection, anatomy, projections
 
-# %% ../nbs/03_regions.ipynb #3506be32
 @dataclass(frozen=True)
 class Factors:
     "The importance factors of a model's heads; an unknown `key_value` raises `BadInput`."
@@ -116,11 +114,10 @@ def region_factors(
     return {p.name: broadcast_factor(factors.spans(p, groups), p.role in IN_COLUMNS).to(device or p.weight.device)
             for p in projections(model)}
 
-# %% ../nbs/03_regions.ipynb #b22b91a9
+# %% ../nbs/03_regions.ipynb #a28a6cdd
 from matplotlib.figure import Figure
 from .core.pictures import plot_matrices
 
-# %% ../nbs/03_regions.ipynb #a28a6cdd
 @validate_arguments
 def plot_regions(
     model: nn.Module, # A causal language model of a known family

@@ -6,7 +6,7 @@
 __all__ = ['AGGREGATIONS', 'masked_head', 'target_losses', 'HeadLosses', 'score_heads_naive', 'causal_scores', 'score_interval',
            'rank_correlation', 'split_half_reliability', 'plot_score_intervals', 'save_losses', 'load_losses']
 
-# %% ../nbs/01_scoring.ipynb #c007
+# %% ../nbs/01_scoring.ipynb #c008
 from contextlib import AbstractContextManager
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from .data.prompts import IGNORED
 from .models.anatomy import dimensions, output_projection
 from .models.interventions import changed_input
 
-# %% ../nbs/01_scoring.ipynb #c008
 @validate_arguments
 def masked_head(
     model: nn.Module, # A causal language model of a known family
@@ -32,13 +31,12 @@ def masked_head(
         return masked
     return changed_input(output_projection(model, layer), mask)
 
-# %% ../nbs/01_scoring.ipynb #9df5f101
+# %% ../nbs/01_scoring.ipynb #c015
 from collections.abc import Iterator, Sequence
 import torch.nn.functional as F
-from .data.batches import collate, token_batches
-from .models.anatomy import anatomy, check_length
+from cap_nb.data.batches import collate, token_batches
+from cap_nb.models.anatomy import anatomy, check_length
 
-# %% ../nbs/01_scoring.ipynb #c015
 def mean_by_example(
     losses: torch.Tensor, # Loss of every target token of a batch, example after example
     counts: Sequence[int], # Target tokens of each example
@@ -67,7 +65,7 @@ def target_losses(
     counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
     return mean_by_example(target_token_losses(model, batch), counts)
 
-# %% ../nbs/01_scoring.ipynb #4843a8a3
+# %% ../nbs/01_scoring.ipynb #fdeccf30
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +73,6 @@ import transformers
 from .calibration import deal_subsets
 from .models.loading import model_fingerprint
 
-# %% ../nbs/01_scoring.ipynb #fdeccf30
 @dataclass(frozen=True)
 class HeadLosses:
     "Losses of a calibration set, intact and with each head masked."
@@ -159,10 +156,9 @@ def score_heads_naive(
             masked[layer, head, indices] = losses.cpu()
     return head_losses(model, calibration, masked, intact, batch_tokens)
 
-# %% ../nbs/01_scoring.ipynb #6d6f8a84
-from .core.errors import BadInput, check_at_least, check_choice
-
 # %% ../nbs/01_scoring.ipynb #c025
+from cap_nb.core.errors import BadInput, check_at_least, check_choice
+
 def subset_means(
     values: torch.Tensor, # [..., N]
     subset: torch.Tensor, # Subset of each example, int64 [N]
@@ -231,10 +227,9 @@ def score_interval(
     low, high = torch.stack(scores).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     return low, high
 
-# %% ../nbs/01_scoring.ipynb #7cbcb886
+# %% ../nbs/01_scoring.ipynb #02d85122
 from scipy import stats
 
-# %% ../nbs/01_scoring.ipynb #02d85122
 @validate_arguments
 def rank_correlation(
     a: torch.Tensor, # Scores, any shape
@@ -261,11 +256,10 @@ def split_half_reliability(
         correlations.append(rank_correlation(first, second))
     return correlations
 
-# %% ../nbs/01_scoring.ipynb #eb734711
+# %% ../nbs/01_scoring.ipynb #b09ee2c0
 from matplotlib.figure import Figure
 from .core.pictures import plot_intervals
 
-# %% ../nbs/01_scoring.ipynb #b09ee2c0
 @validate_arguments
 def plot_score_intervals(
     losses: HeadLosses, # A table of losses
@@ -277,12 +271,11 @@ def plot_score_intervals(
     groups = [f"layer {layer}" for layer in range(layers) for _ in range(heads)]
     return plot_intervals(*numbers, groups, f"causal score (nats), {how}")
 
-# %% ../nbs/01_scoring.ipynb #dfd7ac6c
-from pathlib import Path
-from .core.errors import check_fields
-from .core.files import read_tensors, write_tensors
-
 # %% ../nbs/01_scoring.ipynb #793bf642
+from pathlib import Path
+from cap_nb.core.errors import check_fields
+from cap_nb.core.files import read_tensors, write_tensors
+
 def check_table(
     losses: HeadLosses, # A table of losses without gaps
 ) -> None:

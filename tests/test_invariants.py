@@ -23,7 +23,7 @@ from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import anatomy, decoder_layers, expert_counts, projections
 from cap_nb.models.lab import lab_model
 from cap_nb.models.loading import save_model
-from cap_nb.portable.small_files import export_folder, restore_folder
+from cap_nb.portable.format import export_folder, restore_folder
 from cap_nb.methods.experts import UnitFactors
 from cap_nb.regions import blocks
 from cap_nb.scoring import causal_scores

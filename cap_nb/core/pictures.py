@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/core/04_pictures.ipynb #43dfd1a2
+# %% ../../nbs/core/04_pictures.ipynb #a56a6267
 from collections.abc import Sequence
 import matplotlib
 import numpy as np
@@ -13,9 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Polygon, Rectangle
-from .plots import blank_figure, in_style
+from cap_nb.core.plots import blank_figure, in_style
 
-# %% ../../nbs/core/04_pictures.ipynb #a56a6267
 INK = "#333333" # Lines and text
 GREY, BLUE, ORANGE, CUT = "#DDDDDD", "#CDE7F7", "#F3CF80", "#B34700" # Plain, of one head, shared by heads, the mask
 

@@ -113,7 +113,7 @@ def read_chains(path: str | Path) -> Chains: # What it holds
 
 # %% ../../nbs/jobs/06_chains.ipynb #c025
 from ..models.decoding import Sampling
-from ..evaluation import token_limit
+from ..models.decoding import token_limit
 
 # %% ../../nbs/jobs/06_chains.ipynb #c026
 @dataclass(frozen=True)

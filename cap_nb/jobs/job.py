@@ -143,7 +143,7 @@ import shutil
 from pathlib import Path
 from torch import nn
 from ..core.registry import additions_noted
-from ..evaluation import token_limit
+from ..models.decoding import token_limit
 from .chains import style_origin
 from .settings import share_of_text
 from ..models.loading import model_fingerprint, tokenizer_fingerprint

@@ -143,7 +143,8 @@ def zeros_figures(
 
 # %% ../../nbs/jobs/02_report.ipynb #c030
 import logging
-from ..evaluation import AnswerRecord, limit_for
+from ..evaluation import AnswerRecord
+from ..models.decoding import limit_for
 
 # %% ../../nbs/jobs/02_report.ipynb #c031
 def warn_of_cut_off(

@@ -174,7 +174,7 @@ def packed_sizes(packed):
 def packed_steps(folder, sparsity):
     "Prune, pack and restore; gives seconds and peaks of every step, and what came of it."
     base, pruned = str(folder / "base"), folder / "pruned"
-    bases, files = {"bitmask": None, "delta": base}, "cap_nb.portable.small_files"
+    bases, files = {"bitmask": None, "delta": base}, "cap_nb.portable.format"
     seconds, peaks, forms = {}, {}, {}
 
     def step(name, function, **given):
