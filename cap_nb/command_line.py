@@ -873,12 +873,3 @@ def train_lab_command(
     check_seed(seed, "--seed")
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     typer.echo(f"{out}: trained; use it with --model {out}.")
-
-# %% ../nbs/command_line.ipynb #c082
-def main() -> None:
-    "The program `cap`."
-    app()
-
-# %% ../nbs/command_line.ipynb #c084
-#| eval: false
-if __name__ == "__main__": main()
