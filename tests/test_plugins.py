@@ -8,13 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from cap_nb.command_line import app
-from cap_nb.core.additions import ADDED, PLUGINS
+from cap_nb.core.registry import ADDED, PLUGINS
 from cap_nb.data.problems import TASKS, TEXTS
 from cap_nb.methods.attributions import ATTRIBUTIONS
 from cap_nb.methods.criteria import CRITERIA, OTHER_NAMES
 from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import load_run, read_run
-from cap_nb.methods.prune import ALLOCATORS, OTHERS
+from cap_nb.methods.prune import ALLOCATIONS, OTHERS
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.portable.sharing import read_record
 
@@ -126,7 +126,7 @@ def test_methods_and_plans_know_them(plugin):
     assert plan.exit_code == 0 and "3 examples of sums" in plan.stdout and "counted on the calibration set itself" in plan.stdout
     assert "Not counted: the attributions by_index." in plan.stdout
     assert "root_wanda" not in cap("methods").stdout and not PLUGINS
-    for name, table in (("root_wanda", CRITERIA), ("by_index", ATTRIBUTIONS), ("first_half", ALLOCATORS), ("sums", TASKS), ("notes", TEXTS)):
+    for name, table in (("root_wanda", CRITERIA), ("by_index", ATTRIBUTIONS), ("first_half", ALLOCATIONS), ("sums", TASKS), ("notes", TEXTS)):
         assert name not in table and not any(a.name == name for a in ADDED)
 
 

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/data/04_batches.ipynb #c004
-from collections.abc import Sequence
-from ..core.errors import check_at_least
-from .prompts import Example
-
 # %% ../../nbs/data/04_batches.ipynb #c005
+from collections.abc import Sequence
+from cap_nb.core.errors import check_at_least
+from cap_nb.data.prompts import Example
+
 def token_batches(
     examples: Sequence[Example], # The examples
     batch_tokens: int = 4096, # Padded tokens a batch may hold; a longer example gets a batch of its own
@@ -38,11 +37,10 @@ def padding_share(
     padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
     return 1 - sum(lengths) / padded
 
-# %% ../../nbs/data/04_batches.ipynb #c012
-import torch
-from .prompts import IGNORED
-
 # %% ../../nbs/data/04_batches.ipynb #c013
+import torch
+from cap_nb.data.prompts import IGNORED
+
 def padded(
     rows: Sequence[Sequence[int]], # Rows of different lengths
     filler: int, # What fills them up

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Problem', 'load_problems', 'Text', 'load_text']
 
-# %% ../../nbs/data/02_problems.ipynb #c004
+# %% ../../nbs/data/02_problems.ipynb #c005
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ..core.errors import validate_arguments, check_choice
 from ..core.files import read_text, sha256_of_text
+from ..core.registry import TASKS
 from .lab_world import as_drawn
 
-# %% ../../nbs/data/02_problems.ipynb #c005
 @dataclass(frozen=True)
 class Problem:
     "A reasoning problem with its worked solution."
@@ -29,25 +29,18 @@ class Problem:
         return sha256_of_text(as_drawn(said))[:16]
 
 # %% ../../nbs/data/02_problems.ipynb #c007
-BENCHMARK_NAMES = ("gsm8k", "strategyqa", "arc") # The three benchmarks of the paper (section 3.1)
-LAB_TASKS = tuple(f"lab-{name}" for name in BENCHMARK_NAMES) # They mirror the benchmarks
-COPIES = ("gsm8k_changed",) # A benchmark's problems with changed numbers, for evaluation only
-TASKS = {task: task.removeprefix("lab-").removesuffix("_changed") # Task -> the benchmark whose format it has
-         for task in BENCHMARK_NAMES + LAB_TASKS + COPIES}
-
 def task_family(
     task: str, # Name of a task, as in "lab-arc"
 ) -> str: # The benchmark that it mirrors, as in "arc"
     "The benchmark whose format a task has; an unknown task raises `BadInput`."
-    return TASKS[check_choice(task, TASKS, "task")]
+    return TASKS[check_choice(task, TASKS, "task")].family
 
-# %% ../../nbs/data/02_problems.ipynb #c011
+# %% ../../nbs/data/02_problems.ipynb #c012
 import re
 from collections.abc import Mapping
 from typing import Annotated
 from pydantic import AfterValidator, BaseModel, StrictBool, StringConstraints, ValidationError, model_validator
 
-# %% ../../nbs/data/02_problems.ipynb #c012
 def with_words(
     text: str, # A text of a record
 ) -> str: # The same text
@@ -57,8 +50,8 @@ def with_words(
     return text
 
 Words = Annotated[str, StringConstraints(strict=True), AfterValidator(with_words)]
-SAID = {"missing": "it is missing", "string_type": "it is no text", "bool_type": "it is neither true nor false",
-        "list_type": "it is no list", "model_type": "it is no object"} # The validator's kinds of errors in plain words
+MESSAGES = {"missing": "it is missing", "string_type": "it is no text", "bool_type": "it is neither true nor false",
+            "list_type": "it is no list", "model_type": "it is no object"} # The validator's kinds of errors
 
 def fitting(
     schema: type[BaseModel], # What a record should look like
@@ -69,8 +62,8 @@ def fitting(
     except ValidationError as error:
         first = max(error.errors(), key=lambda one: len(one["loc"])) # the first of those that look deepest
         where = [f"{part}" for part in first["loc"] if isinstance(part, int) or part in schema.model_fields]
-        said = first.get("ctx", {}).get("error") or SAID.get(first["type"], first["msg"])
-        raise ValueError(f"{'.'.join(where) or 'as a whole'}: {said}") from None
+        message = first.get("ctx", {}).get("error") or MESSAGES.get(first["type"], first["msg"])
+        raise ValueError(f"{'.'.join(where) or 'as a whole'}: {message}") from None
 
 # %% ../../nbs/data/02_problems.ipynb #c014
 def with_number(
@@ -159,42 +152,52 @@ def read_arc(
     solution = "\n".join(record.get("rationale", ()))
     return Problem(task=task, question=fields.question.strip(), solution=solution, answer=answer, choices=choices)
 
-# %% ../../nbs/data/02_problems.ipynb #c028
+# %% ../../nbs/data/02_problems.ipynb #c029
 from collections.abc import Callable
 
-# %% ../../nbs/data/02_problems.ipynb #c029
 @dataclass(frozen=True)
-class Benchmark:
-    "Where the records of a benchmark come from, and how one is read."
+class Task:
+    "Where the records of a task come from, and how one is read."
+    family: str # The benchmark whose format it has, or its own name
     read: Callable[[Mapping, str], Problem] # Record -> problem
     files: Mapping[str, tuple[str, ...]] # Split -> file names below the data folder; the first that exists is read
     hub: tuple[str, str | None, str] | None # Name, configuration, pinned revision on the hub; None: files of the user
     splits: Mapping[str, str] # Split -> the hub's name of it
+    generated: Callable[[str], list[dict]] | None = None # Split -> records, if the package makes them
+    changed: Callable[[list[dict]], list[dict]] | None = None # Records -> copies, which are for evaluation only
+    prompt: str = "" # Of a user's task: its template, with {question}
+    line: str = "" # Of a user's task: its answer line, with {answer}
 
 SPLITS = ("calibration", "evaluation")
 HUB_SPLITS = {"calibration": "train", "evaluation": "test"}
 
 # %% ../../nbs/data/02_problems.ipynb #c030
-GSM8K = Benchmark(
-    read=read_gsm8k,
-    files={"calibration": ("gsm8k/train.jsonl",), "evaluation": ("gsm8k/test.jsonl",)},
+import functools
+from cap_nb.data.changed_numbers import changed_records
+from cap_nb.data.lab_world import lab_records
+
+TASKS["gsm8k"] = Task(
+    family="gsm8k", read=read_gsm8k, files={"calibration": ("gsm8k/train.jsonl",), "evaluation": ("gsm8k/test.jsonl",)},
     hub=("openai/gsm8k", "main", "e53f048856ff4f594e959d75785d2c2d37b678ee"), splits=HUB_SPLITS)
-STRATEGYQA = Benchmark(
-    read=read_strategyqa,
-    files={split: ("strategyqa/train.json",) for split in SPLITS},
+TASKS["strategyqa"] = Task(
+    family="strategyqa", read=read_strategyqa, files={split: ("strategyqa/train.json",) for split in SPLITS},
     hub=("ChilleD/StrategyQA", None, "705562638fe1d8ca6bb98c66fc8f94d45fda8c83"), splits=HUB_SPLITS)
-ARC = Benchmark(
-    read=read_arc,
+TASKS["arc"] = Task(
+    family="arc", read=read_arc,
     files={"calibration": ("arc/ARC-Challenge-Train.jsonl", "arc/ARC-Challenge-Dev.jsonl"),
            "evaluation": ("arc/ARC-Challenge-Test.jsonl",)},
     hub=("allenai/ai2_arc", "ARC-Challenge", "210d026faf9955653af8916fad021475a3f00453"), splits=HUB_SPLITS)
-BENCHMARKS = {"gsm8k": GSM8K, "strategyqa": STRATEGYQA, "arc": ARC}
-
-# %% ../../nbs/data/02_problems.ipynb #c032
-from pathlib import Path
-from ..core.errors import BadInput
+BENCHMARK_NAMES = ("gsm8k", "strategyqa", "arc") # The three benchmarks of the paper (section 3.1)
+LAB_TASKS = tuple(f"lab-{name}" for name in BENCHMARK_NAMES) # They mirror the benchmarks
+COPIES = ("gsm8k_changed",) # A benchmark's problems with changed numbers, for evaluation only
+TASKS.update({f"lab-{name}": replace(TASKS[name], generated=functools.partial(lab_records, name))
+              for name in BENCHMARK_NAMES})
+TASKS["gsm8k_changed"] = replace(TASKS["gsm8k"], changed=changed_records)
 
 # %% ../../nbs/data/02_problems.ipynb #c033
+from pathlib import Path
+from cap_nb.core.errors import BadInput
+
 def records_of_file(
     path: Path, # A .json file (a list) or a .jsonl file (an object a line)
 ) -> list[dict]: # Its records
@@ -211,21 +214,20 @@ def records_of_file(
     if isinstance(records, list) and records: return records
     raise BadInput(f"{path} holds no list of records: expected the file as its authors published it; fetch it again.")
 
-# %% ../../nbs/data/02_problems.ipynb #c034
+# %% ../../nbs/data/02_problems.ipynb #c035
 import logging
 
-# %% ../../nbs/data/02_problems.ipynb #c035
 log = logging.getLogger(__name__)
 
 def benchmark_file(
-    benchmark: Benchmark, # The benchmark
+    task: Task, # The task
     split: str, # "calibration" or "evaluation"
     data_dir: Path, # The folder that holds the benchmark's own folder
 ) -> Path: # The file to read
     "The file of a split, the first of its candidates that exists; `BadInput` names the folder and what is missing."
     if not data_dir.is_dir():
         raise BadInput(f"{data_dir} is not a folder: expected the folder of benchmark files; check --data-dir.")
-    names = benchmark.files[split]
+    names = task.files[split]
     existing = [data_dir/name for name in names if (data_dir/name).is_file()]
     if not existing:
         raise BadInput(f"{data_dir} has no {' or '.join(names)}: expected the benchmark's own file there; "
@@ -234,11 +236,10 @@ def benchmark_file(
         log.info("%s is not there: %s is read for %s instead", names[0], existing[0].name, split)
     return existing[0]
 
-# %% ../../nbs/data/02_problems.ipynb #c039
-from collections.abc import Iterable
-from ..core.hub import Repository, Wanted, folder_from_hub
-
 # %% ../../nbs/data/02_problems.ipynb #c040
+from collections.abc import Iterable
+from cap_nb.core.hub import Repository, Wanted, folder_from_hub
+
 TABLES = (".parquet", ".jsonl", ".json") # Formats in which the hub has records
 
 def split_files(
@@ -264,13 +265,11 @@ def split_complete(
     wanted = re.search(r"-of-(\d+)", found[0]) if found else None
     return bool(found) and len(found) == int(wanted[1] if wanted else 1)
 
-
-# %% ../../nbs/data/02_problems.ipynb #c042
+# %% ../../nbs/data/02_problems.ipynb #c043
 import pyarrow
-from ..core.files import rows_of_parquet
+from cap_nb.core.files import rows_of_parquet
 from pyarrow import parquet
 
-# %% ../../nbs/data/02_problems.ipynb #c043
 def records_of_table(
     path: Path, # A file in one of the formats `TABLES`
 ) -> list[dict]: # Its records
@@ -284,7 +283,6 @@ def records_of_table(
     except (pyarrow.ArrowException, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise BadInput(f"{path.name} cannot be read ({type(error).__name__}): expected a table in parquet; fetch it "
                        "again.") from None
-
 
 # %% ../../nbs/data/02_problems.ipynb #c044
 def from_hub(
@@ -305,12 +303,6 @@ def from_hub(
     folder = folder_from_hub(Repository(name, "dataset", revision), wanted)
     return [record for file in of_split(below(folder)) for record in records_of_table(folder/file)]
 
-
-# %% ../../nbs/data/02_problems.ipynb #c046
-import functools
-from .changed_numbers import changed_records
-from .lab_world import lab_records
-
 # %% ../../nbs/data/02_problems.ipynb #c047
 def split_of(
     problem: Problem, # A problem of a benchmark that has one file for both splits
@@ -327,23 +319,22 @@ def copied_records(
     return changed_records(records_of_file(path))
 
 def source_records(
-    task: str, # Name of the task
+    name: str, # Name of the task
     split: str, # "calibration" or "evaluation"
     data_dir: str | Path | None, # Folder of benchmark files; None means the hub
 ) -> list[dict]: # Records in the authors' format
     "The records of a task from its generator, a folder or the hub."
-    family = task_family(task)
-    benchmark = BENCHMARKS[family]
-    if task.startswith("lab-"): return lab_records(family, split)
-    if benchmark.hub is None: return records_of_file(Path(benchmark.files[split][0]))
-    if task in COPIES and split != "evaluation":
-        raise BadInput(f"{task} has no problems for calibration: expected it among the tasks that are answered only; "
-                       f"calibrate on {family}.")
+    task = TASKS[name]
+    if task.generated: return task.generated(split)
+    if task.hub is None: return records_of_file(Path(task.files[split][0]))
+    if task.changed and split != "evaluation":
+        raise BadInput(f"{name} has no problems for calibration: expected it among the tasks that are answered only; "
+                       f"calibrate on {task.family}.")
     if data_dir is not None:
-        path = benchmark_file(benchmark, split, Path(data_dir))
-        return copied_records(path) if task in COPIES else records_of_file(path)
-    records = from_hub(*benchmark.hub, benchmark.splits[split])
-    return changed_records(records) if task in COPIES else records
+        path = benchmark_file(task, split, Path(data_dir))
+        return copied_records(path) if task.changed else records_of_file(path)
+    records = from_hub(*task.hub, task.splits[split])
+    return task.changed(records) if task.changed else records
 
 # %% ../../nbs/data/02_problems.ipynb #c049
 def what_is_wrong(
@@ -360,9 +351,9 @@ def read_problems(
     data_dir: str | Path | None, # Folder of benchmark files; None means the hub
 ) -> tuple[Problem, ...]: # The problems, each content once
     "The records of a task as problems; one that cannot be read raises `BadInput` that names its number."
-    read, problems = BENCHMARKS[task_family(task)].read, {}
+    problems: dict[str, Problem] = {}
     for number, record in enumerate(source_records(task, split, data_dir), 1):
-        try: problem = read(record, task)
+        try: problem = TASKS[task].read(record, task)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadInput(f"Record {number} of {task} ({split}) cannot be read, {what_is_wrong(error)}: expected the "
                            "authors' format; repair or remove it.") from None
@@ -390,14 +381,13 @@ def load_problems(
     check_choice(task, TASKS, "task")
     if task in LAB_TASKS: return lab_problems(task, split)
     problems = read_problems(task, split, data_dir)
-    benchmark = BENCHMARKS[task_family(task)]
-    shared = len(set(benchmark.files.values())) == 1 and (data_dir is not None or benchmark.hub is None) # one file
+    source = TASKS[task]
+    shared = len(set(source.files.values())) == 1 and (data_dir is not None or source.hub is None) # one file
     return tuple(p for p in problems if split_of(p) == split) if shared else problems
 
-# %% ../../nbs/data/02_problems.ipynb #c058
+# %% ../../nbs/data/02_problems.ipynb #c059
 from .lab_world import lab_text
 
-# %% ../../nbs/data/02_problems.ipynb #c059
 @dataclass(frozen=True)
 class Text:
     "A text for perplexity."
@@ -419,7 +409,7 @@ def is_here(
     name: str, # Name of a task or a text
 ) -> bool: # Whether it is generated, or lies in a file of the user's
     "Whether a task or text needs neither the hub nor a folder."
-    own = name in BENCHMARKS and BENCHMARKS[name].hub is None
+    own = name in TASKS and TASKS[name].hub is None
     return name.startswith("lab-") or own or TEXTS.get(name) is not None
 
 def halves(

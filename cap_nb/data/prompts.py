@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['PromptStyle', 'Example', 'make_example']
 
-# %% ../../nbs/data/03_prompts.ipynb #c004
+# %% ../../nbs/data/03_prompts.ipynb #c005
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# %% ../../nbs/data/03_prompts.ipynb #c005
 @dataclass(frozen=True)
 class PromptStyle:
     "The question's wording and the answer line's form, for each of the three benchmarks."
@@ -43,11 +42,11 @@ PROMPT_STYLES = {
     "lab": PromptStyle("lab", BARE, ANSWER_LINES),
 }
 
-# %% ../../nbs/data/03_prompts.ipynb #c009
-from ..core.errors import validate_arguments, check_choice
-from .problems import Problem, task_family
-
 # %% ../../nbs/data/03_prompts.ipynb #c010
+from cap_nb.core.errors import validate_arguments, check_choice
+from cap_nb.core.registry import TASKS
+from cap_nb.data.problems import Problem, task_family
+
 def prompt_style(
     style: str | PromptStyle, # Name of a style, or a style of your own
 ) -> PromptStyle: # The style
@@ -56,22 +55,21 @@ def prompt_style(
     return PROMPT_STYLES[check_choice(style, PROMPT_STYLES, "prompt style")]
 
 # %% ../../nbs/data/03_prompts.ipynb #c011
-OWN_PROMPTS: dict[str, str] = {} # Task of the user's -> its template, in styles that have none for it
-OWN_LINES: dict[str, str] = {} # Task of the user's -> its answer line, in styles that have none for it
-
 def template_of(
     style: str | PromptStyle, # The prompt style
     family: str, # The benchmark whose format a task has, or a task of the user's
 ) -> str: # With {question}
-    "How a style asks."
-    return (OWN_PROMPTS | dict(prompt_style(style).prompts))[family]
+    "How a style asks; one that does not know the task asks as the task itself says."
+    prompts = prompt_style(style).prompts
+    return prompts[family] if family in prompts else TASKS[family].prompt
 
 def answer_line_of(
     style: str | PromptStyle, # The prompt style
     family: str, # The benchmark whose format a task has, or a task of the user's
 ) -> str: # With {answer}
-    "The last line that a style wants."
-    return (OWN_LINES | dict(prompt_style(style).answer_lines))[family]
+    "The last line that a style wants, or that the task itself has."
+    lines = prompt_style(style).answer_lines
+    return lines[family] if family in lines else TASKS[family].line
 
 # %% ../../nbs/data/03_prompts.ipynb #c012
 def question_text(
@@ -91,10 +89,9 @@ def target_text(
     line = answer_line_of(style, task_family(problem.task)).format(answer=problem.answer)
     return f"{problem.solution}\n{line}" if problem.solution else line
 
-# %% ../../nbs/data/03_prompts.ipynb #c016
+# %% ../../nbs/data/03_prompts.ipynb #c017
 from collections.abc import Iterable, Sequence
 
-# %% ../../nbs/data/03_prompts.ipynb #c017
 def prompt_text(
     tokenizer: object, # Tokenizer of transformers
     problem: Problem, # The problem
@@ -124,11 +121,10 @@ class Example:
     input_ids: tuple[int, ...] # Tokens of prompt and target
     labels: tuple[int, ...] # The same, with IGNORED in place of the prompt
 
-# %% ../../nbs/data/03_prompts.ipynb #c025
-from ..core.errors import BadInput
-from ..core.files import sha256_of_text
-
 # %% ../../nbs/data/03_prompts.ipynb #c026
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import sha256_of_text
+
 def joined_example(
     task: str, # Name of the task
     uid: str, # Content hash

@@ -9,7 +9,7 @@ __all__ = []
 import math
 from dataclasses import dataclass, fields
 from ..core.errors import BadInput
-from ..core.additions import ADDED
+from ..core.registry import ADDED
 from ..models.anatomy import context_of, dimensions
 from ..models.families import ROLES, family_of
 

@@ -167,7 +167,7 @@ def evaluation_data(
 import shutil
 from pathlib import Path
 from torch import nn
-from ..core.additions import additions_noted
+from ..core.registry import additions_noted
 from ..evaluation import token_limit
 from .chains import style_origin
 from .settings import share_of_text

@@ -481,7 +481,7 @@ from .costs import (
     SOLVED, budget_lengths, budget_memory, budget_work, gradient_memory, gradient_work, hessian_flops, solver_memory,
     solving, spectra_flops, spectra_memory)
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
-from ..methods.prune import ALLOCATORS, own_scope, parse_method, with_hessian
+from ..methods.prune import ALLOCATIONS, own_scope, parse_method, with_hessian
 
 # %% ../../nbs/jobs/05_planning.ipynb #592f7f36
 SPECTRA = "singular values of every matrix" # Name of a stage
@@ -491,7 +491,7 @@ def measured_by_allocation(
 ) -> tuple[str, ...]: # "norm", "gradient", "spectrum"; none without an allocation
     "What a method's allocation measures on the dense model."
     allocation = parse_method(method).allocation
-    return ALLOCATORS[allocation].measures if allocation else ()
+    return ALLOCATIONS[allocation].measures if allocation else ()
 
 # %% ../../nbs/jobs/05_planning.ipynb #c048
 BUDGETS, GRADIENT = "budgets from interventions", "gradient of the calibration loss" # Names of stages

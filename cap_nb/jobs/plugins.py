@@ -8,18 +8,18 @@ __all__ = ['checked_scores', 'add_attribution', 'by_relative', 'add_allocation',
 # %% ../../nbs/jobs/09_plugins.ipynb #c007
 from ..methods.criteria import add_criterion
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c017
+# %% ../../nbs/jobs/09_plugins.ipynb #c018
 from collections.abc import Callable
 import torch
 from torch import nn
 from ..calibration import Calibration
-from ..core.additions import add, check_new_name, check_takes, in_a_sentence
+from ..core.registry import add, check_new_name, check_takes, in_a_sentence
 from ..core.errors import BadInput, validate_arguments
-from ..methods.attributions import ATTRIBUTIONS, Attribution
+from ..core.registry import ATTRIBUTIONS
+from ..methods.attributions import Attribution
 from ..methods.neurons import UNIT_AWARE
 from ..models.anatomy import anatomy
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c018
 @validate_arguments
 def checked_scores(
     compute: Callable[..., torch.Tensor], # The user's function
@@ -49,11 +49,10 @@ def add_attribution(
     attribution = Attribution(says=says, source=source, compute=checked_scores(compute, whose))
     add("attribution", name, [(ATTRIBUTIONS, attribution)], [compute])
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c026
-from collections.abc import Sequence
-from ..methods.allocation import finite_by_layer, layer_weights, shares_of_layers
-
 # %% ../../nbs/jobs/09_plugins.ipynb #c027
+from collections.abc import Sequence
+from cap_nb.methods.allocation import finite_by_layer, layer_weights, shares_of_layers
+
 def relative_sparsity(
     numbers: Sequence[float], # r, how much of each layer goes, relative to the others
     weights: Sequence[int], # w, weights in scope of each layer
@@ -70,14 +69,13 @@ def relative_sparsity(
     raise BadInput(f"At sparsity {sparsity:g} {whose} takes {max(shares):.0%} of layer {shares.index(max(shares))}: "
                    "expected less than all of it; lower the sparsity, or let the layers differ less.")
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c030
+# %% ../../nbs/jobs/09_plugins.ipynb #c031
 from ..core.errors import check_choice
 from ..methods.allocation import Allocation, Shares
 from ..methods.criteria import GIVES, NEEDS, Given, measured_for
-from ..methods.prune import ALLOCATORS
+from ..core.registry import ALLOCATIONS
 from ..methods.selection import Criterion, Measurements
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c031
 @validate_arguments
 def by_relative(
     relative: Callable[[nn.Module, Measurements], Sequence[float]], # A number for each layer
@@ -94,31 +92,30 @@ def by_relative(
 # %% ../../nbs/jobs/09_plugins.ipynb #48bc931e
 @validate_arguments
 def add_allocation(
-    name: str, # Letters, digits and underscores; not one of `ALLOCATORS` yet
+    name: str, # Letters, digits and underscores; not one of `ALLOCATIONS` yet
     relative: Callable[[nn.Module, Measurements], Sequence[float]], # Model, measurements -> a number for each layer
     needs: Sequence[str] = (), # Some of "norm", "factor", "gradient"
     says: str = "an allocation of your own", # What it looks at, in a few words
     source: str = "yours", # Where it comes from
 ) -> None:
     "Make an allocation known by name for the rest of the session; a name or function that cannot be is refused."
-    check_new_name(name, "allocation", ALLOCATORS)
+    check_new_name(name, "allocation", ALLOCATIONS)
     check_takes(relative, whose := f"allocation {name!r}", "model", "known")
     for need in needs: check_choice(need, [known for known in NEEDS if known != "hessian"], "need")
     allocation = Allocation(says=says, source=source, needs=tuple(dict.fromkeys(GIVES[need] for need in needs)),
                             measures=tuple(needs), shares=by_relative(relative, needs, whose))
-    add("allocation", name, [(ALLOCATORS, allocation)], [relative])
+    add("allocation", name, [(ALLOCATIONS, allocation)], [relative])
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c040
+# %% ../../nbs/jobs/09_plugins.ipynb #c041
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from ..core.additions import ADDED, LOADING, WORD, take_back
-from ..data.problems import BENCHMARKS, SPLITS, TASKS, Benchmark, Problem, load_problems
-from ..data.prompts import OWN_LINES, OWN_PROMPTS
-from ..evaluation import ANSWERS, LOOSE, NORMAL
-from .costs import ASSUMED_TOKENS
+from cap_nb.core.registry import ADDED, LOADING, WORD, take_back
+from cap_nb.core.registry import TASKS
+from cap_nb.data.problems import SPLITS, Problem, Task, load_problems
+from cap_nb.evaluation import ANSWERS, LOOSE, NORMAL
+from cap_nb.jobs.costs import ASSUMED_TOKENS
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c041
 def existing_file(
     path: str | Path, # As the user wrote it; in a plugin relative to the plugin's folder
     whose: str, # Whose file it is, for the sentence
@@ -132,7 +129,7 @@ def existing_file(
 def files_by_split(
     files: str | Path | Mapping[str, str | Path], # One file, or one for each split
     whose: str, # Whose they are, for the sentence
-) -> dict[str, tuple[str, ...]]: # Split -> its file, as `Benchmark` has it
+) -> dict[str, tuple[str, ...]]: # Split -> its file, as `Task` has it
     "The files of a task."
     named = files if isinstance(files, Mapping) else dict.fromkeys(SPLITS, files)
     if set(named) != set(SPLITS):
@@ -144,7 +141,7 @@ def files_by_split(
 def problem_reader(
     read: Callable[[dict], Mapping], # Record of the file -> question, answer, perhaps solution and choices
     answer: str, # Regular expression of an answer
-) -> Callable[[Mapping, str], Problem]: # As `Benchmark` has it
+) -> Callable[[Mapping, str], Problem]: # As `Task` has it
     "Problems from a user's records; what is missing, or is no answer, raises an error that names it."
     def problem(record: Mapping, task: str) -> Problem:
         told = read(record)
@@ -211,20 +208,20 @@ def add_task(
     check_wording(prompt, line, answer, whose := f"task {name!r}")
     check_takes(read, whose, "record")
     check_takes(normal, whose, "answer")
-    benchmark = Benchmark(read=problem_reader(read, answer), files=files_by_split(files, whose), hub=None, splits={})
+    task = Task(family=name, read=problem_reader(read, answer), files=files_by_split(files, whose), hub=None, splits={},
+                prompt=prompt, line=line)
     before = len(ADDED)
-    add("task", name, [(TASKS, name), (BENCHMARKS, benchmark), (OWN_PROMPTS, prompt), (OWN_LINES, line),
-                       (ANSWERS, answer), (LOOSE, rf"(?<!\w)({answer})(?!\w)"), (NORMAL, in_a_sentence(normal, whose)),
-                       (ASSUMED_TOKENS, (1, 1))], [read, normal], (answer, prompt, line))
+    add("task", name, [(TASKS, task), (ANSWERS, answer), (LOOSE, rf"(?<!\w)({answer})(?!\w)"),
+                       (NORMAL, in_a_sentence(normal, whose)), (ASSUMED_TOKENS, (1, 1))],
+        [read, normal], (answer, prompt, line))
     try: ASSUMED_TOKENS[name] = read_whole(name)
     except BadInput:
         take_back(before)
         raise
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c054
+# %% ../../nbs/jobs/09_plugins.ipynb #c055
 from ..data.problems import TEXTS
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c055
 @validate_arguments
 def add_text(
     name: str, # Letters, digits, hyphens and underscores; not one of `TEXTS` yet
@@ -248,13 +245,12 @@ from ..models.families import add_family
 ADDERS = {"criterion": add_criterion, "attribution": add_attribution, "allocation": add_allocation, "task": add_task,
           "text": add_text, "family": add_family} # Kind -> what adds one
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c072
+# %% ../../nbs/jobs/09_plugins.ipynb #c073
 import hashlib
 import sys
 from types import ModuleType
-from ..core.additions import PLUGINS, what_went_wrong
+from cap_nb.core.registry import PLUGINS, error_in_words
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c073
 def module_name(
     path: Path, # A plugin
 ) -> str: # As in "cap_plugin_my"
@@ -270,11 +266,11 @@ def executed(
     module.__file__ = str(path)
     try: exec(compile(text, str(path), "exec"), module.__dict__)
     except BadInput as error:
-        raise BadInput(f"{path.name}, {what_went_wrong(error, str(path))}.") from error
+        raise BadInput(f"{path.name}, {error_in_words(error, str(path))}.") from error
     except SyntaxError as error:
         raise BadInput(f"{path.name}, line {error.lineno}: {error.msg}: expected Python; correct it.") from error
     except (Exception, SystemExit, GeneratorExit) as error:
-        raise BadInput(f"{path.name}, {what_went_wrong(error, str(path))}: expected a plugin that runs to its end; "
+        raise BadInput(f"{path.name}, {error_in_words(error, str(path))}: expected a plugin that runs to its end; "
                        "correct it.") from error
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c074
@@ -299,12 +295,11 @@ def load_plugin(
     finally: LOADING.pop()
     PLUGINS[path.name] = sha256
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c076
+# %% ../../nbs/jobs/09_plugins.ipynb #c077
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ..core.additions import additions_undone
+from cap_nb.core.registry import additions_undone
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c077
 @contextmanager
 def plugins_loaded(
     paths: Sequence[str | Path], # Python files, executed in this order

@@ -195,7 +195,9 @@ def equal_signal(
     "The signal that spares no layer more than another."
     return [1.0] * (projections(model)[-1].layer + 1)
 
-ALLOCATIONS: dict[str, Allocation] = {
+from cap_nb.core.registry import ALLOCATIONS
+
+ALLOCATIONS.update({
     "uniform": Allocation(says="every layer the same", source="", needs=(), shares=by_signal(equal_signal)),
     "owl": Allocation(says="layers with more outliers lose less", source="Yin et al. 2024", needs=("calibration",),
                       shares=by_signal(outlier_shares), measures=("norm",)),
@@ -207,7 +209,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "atp": Allocation(says="every layer loses more than the one before", source="Huang et al. 2025", needs=(),
                       shares=by_line()),
     "causal": Allocation(says="layers with more causal heads lose less", source="the paper's factors under OWL's map",
-                         needs=("factors",), shares=by_signal(causal_shares))}
+                         needs=("factors",), shares=by_signal(causal_shares))})
 
 # %% ../../nbs/methods/12_allocation.ipynb #c042
 def allocated(

@@ -424,7 +424,9 @@ def signed_gradient(
     return gradient_activation(model, calibration, batch_tokens, signed=True)
 
 # %% ../../nbs/methods/18_attributions.ipynb #c107
-ATTRIBUTIONS: dict[str, Attribution] = {
+from cap_nb.core.registry import ATTRIBUTIONS
+
+ATTRIBUTIONS.update({
     "zero_ablation": Attribution("rise of the loss when the head's output is zero",
                                  "the paper, section 3.2", zero_ablation),
     "mean_ablation": Attribution("rise of the loss when the head's output is its mean",
@@ -440,7 +442,7 @@ ATTRIBUTIONS: dict[str, Attribution] = {
     "relevance": Attribution("the part of the gold logit that passes through the head",
                              "Achtibat et al. 2024; Hatefi et al. 2025", relevance),
     "retained_gates": Attribution("gate of a joint fit that pushes towards 1", "Nam et al. 2025, G+", retained_gates),
-    "removed_gates": Attribution("gate of a joint fit that pushes towards 0", "Nam et al. 2025, G-", removed_gates)}
+    "removed_gates": Attribution("gate of a joint fit that pushes towards 0", "Nam et al. 2025, G-", removed_gates)})
 
 # %% ../../nbs/methods/18_attributions.ipynb #c112
 import matplotlib.pyplot as plt

@@ -749,6 +749,24 @@ def measured_budgets(
         if finished: save_budgets(budgets, finished)
     return budgets
 
+# %% ../../nbs/methods/22_budgets.ipynb #f0353709
+from cap_nb.core.registry import ALLOCATIONS
+from cap_nb.methods.allocation import Allocation
+from cap_nb.methods.criteria import Given
+
+def divergence_shares(
+    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
+    given: Given, # With the calibration set
+    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
+) -> dict[str, float]: # Module name -> share to zero
+    "Budgets from interventions, measured with Wanda's criterion, without moves."
+    settings = BudgetSettings(examples=min(24, len(given.calibration.examples)), seed=given.seed)
+    return measured_budgets(model, given.calibration, sparsity, settings, given.store).modules
+
+ALLOCATIONS["kl"] = Allocation(
+    says="attentions and MLPs that move the predictions more, pruned alone, lose less", needs=("calibration",),
+    source="interventions, as in the paper, on parts of layers", shares=divergence_shares)
+
 # %% ../../nbs/methods/22_budgets.ipynb #c128
 KINDS = {"attention": ("#0072B2", "o"), "mlp": ("#D55E00", "s")} # Colour and marker
 

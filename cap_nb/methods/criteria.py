@@ -35,6 +35,7 @@ def random_score(e: Evidence) -> torch.Tensor: # [out, in]
     return torch.rand(e.weight.shape, generator=rng).to(e.weight.device)
 
 # %% ../../nbs/methods/11_criteria.ipynb #c010
+from ..core.registry import CRITERIA
 from .wanda import WANDA
 from .selection import CAP, MAGNITUDE, Criterion
 
@@ -52,12 +53,12 @@ RELEVANCE = Criterion(name="relevance", score=gradient_score, needs=("relevance"
                       says="the share of the gold logit that passes through the weight, without its sign")
 RANDOM = Criterion(name="random", score=random_score, says="a seeded draw", source="the floor of every comparison")
 
-CRITERIA: dict[str, Criterion] = {criterion.name: criterion for criterion in (
-    MAGNITUDE, CAP, WANDA, CAP_WANDA, RIA, GRADIENT, INTEGRATED, RELEVANCE, RANDOM)}
+CRITERIA.update({criterion.name: criterion for criterion in (
+    MAGNITUDE, CAP, WANDA, CAP_WANDA, RIA, GRADIENT, INTEGRATED, RELEVANCE, RANDOM)})
 
 # %% ../../nbs/methods/11_criteria.ipynb #c013
 from collections.abc import Callable, Sequence
-from ..core.additions import add, check_new_name, check_takes, in_a_sentence
+from ..core.registry import add, check_new_name, check_takes, in_a_sentence
 from ..core.errors import BadInput, validate_arguments, check_choice
 from .selection import pattern_of
 

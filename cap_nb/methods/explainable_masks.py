@@ -208,7 +208,8 @@ def aggregated(
     return masks.mapped(lambda table: table.mean(0).abs())
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c043
-from .attributions import ATTRIBUTIONS, Attribution
+from ..core.registry import ATTRIBUTIONS
+from .attributions import Attribution
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c044
 def explainable_masks(

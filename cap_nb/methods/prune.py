@@ -9,31 +9,14 @@ __all__ = ['prune']
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from ..core.additions import ADDED
+from ..core.registry import ADDED, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES
 from ..core.errors import BadInput, validate_arguments, check_choice
 from torch import nn
-from .allocation import ALLOCATIONS, Allocation
-from .budgets import BudgetSettings, measured_budgets
 from .criteria import CRITERIA, Given
 from .experts import ROUTING_AWARE
-from .explainable_masks import ATTRIBUTIONS
 from .neurons import NEURON_AWARE, UNIT_AWARE
-from .recovery import RECOVERIES, recovery_steps
+from .recovery import recovery_steps
 from .selection import SCOPES, pattern_of
-
-# %% ../../nbs/methods/24_prune.ipynb #c005
-def divergence_shares(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    given: Given, # With the calibration set
-    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-) -> dict[str, float]: # Module name -> share to zero
-    "Budgets from interventions, measured with Wanda's criterion, without moves."
-    settings = BudgetSettings(examples=min(24, len(given.calibration.examples)), seed=given.seed)
-    return measured_budgets(model, given.calibration, sparsity, settings, given.store).modules
-
-ALLOCATORS = ALLOCATIONS | {"kl": Allocation(
-    says="attentions and MLPs that move the predictions more, pruned alone, lose less", needs=("calibration",),
-    source="interventions, as in the paper, on parts of layers", shares=divergence_shares)}
 
 # %% ../../nbs/methods/24_prune.ipynb #c006
 @dataclass(frozen=True)
@@ -42,7 +25,7 @@ class MethodName:
     base: str # A criterion, "dense", "sparsegpt", "alps" or "heads"
     attribution: str | None = None # One of `ATTRIBUTIONS` or `UNIT_AWARE`; None means masking, as the paper does
     scope: str | None = None # "model", "layer", "matrix", "row" or n:m; None means the base's own
-    allocation: str | None = None # One of `ALLOCATORS`; None means the same for every layer
+    allocation: str | None = None # One of `ALLOCATIONS`; None means the same for every layer
     recovery: str | None = None # "swaps", "update" or "swaps^update"; None means that nothing is repaired
     variant: str | None = None # What 'cap claims' changes in it; None means nothing
 
@@ -65,7 +48,7 @@ def parse_method(
     parts = MethodName(**match.groupdict())
     check_choice(parts.base, (*CRITERIA, *OTHERS), "method")
     if parts.attribution: check_choice(parts.attribution, (*ATTRIBUTIONS, *UNIT_AWARE), "attribution")
-    if parts.allocation: check_choice(parts.allocation, ALLOCATORS, "allocation")
+    if parts.allocation: check_choice(parts.allocation, ALLOCATIONS, "allocation")
     if parts.scope: pattern_of(parts.scope)
     if parts.recovery: recovery_steps(parts.recovery)
     return parts
@@ -88,7 +71,7 @@ def needs_of(
     criterion = CRITERIA.get(parts.base)
     needs = tuple(GIVES[need] for need in criterion.needs) if criterion else others[parts.base]
     if parts.base in SOLVERS and parts.attribution in NEURON_AWARE: needs += ("factors",)
-    if parts.allocation: needs += ALLOCATORS[parts.allocation].needs
+    if parts.allocation: needs += ALLOCATIONS[parts.allocation].needs
     if parts.recovery: needs += ("calibration",)
     return tuple(dict.fromkeys(needs))
 
@@ -187,10 +170,10 @@ def method_line(
     name: str, # A method's name
 ) -> tuple[str, str]: # What it does, and where it comes from
     "A method in one line, with its sources; a name that means nothing raises `BadInput`."
-    parts, attributions = check_method(name), ATTRIBUTIONS | UNIT_AWARE
+    parts, attributions = check_method(name), dict(ATTRIBUTIONS) | UNIT_AWARE
     base = CRITERIA.get(parts.base)
     extras = [attributions[parts.attribution]] if parts.attribution else []
-    extras += [ALLOCATORS[parts.allocation]] if parts.allocation else []
+    extras += [ALLOCATIONS[parts.allocation]] if parts.allocation else []
     extras += [RECOVERIES[step] for step in recovery_steps(parts.recovery)] if parts.recovery else []
     says = [base.says if base else OTHERS[parts.base], *scope_line(parts), *(extra.says for extra in extras)]
     sources = [base.source if base else SOURCES[parts.base], *(extra.source for extra in extras)]
@@ -211,7 +194,7 @@ def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
     "The methods of the whole comparison."
     crossed = [with_scope(base, scope) for base in RANKED for scope in ("model", "row")]
     between = [with_scope(base, scope) for base in ("magnitude", "cap") for scope in ("layer", "matrix")]
-    allocations = [f"wanda+{name}" for name in ALLOCATORS if name != "uniform"]
+    allocations = [f"wanda+{name}" for name in ALLOCATIONS if name != "uniform"]
     others = ["sparsegpt", "sparsegpt+owl", "heads", "random"]
     solved = ["wanda^swaps", "wanda^update", "wanda^swaps^update", "sparsegpt^update", "sparsegpt+kl", "alps",
               "alps+kl"]
@@ -237,7 +220,7 @@ def method_list() -> str: # Lines
     lines += lines_of(f"cap.{name}" for name in ROUTING_AWARE)
     lines += ["With a factor for every MLP neuron:\n", *lines_of(f"{base}.{name}" for base in ("cap", "alps")
                                                                     for name in NEURON_AWARE)]
-    lines += [f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATORS)}.",
+    lines += [f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATIONS)}.",
               "Recoveries: swaps, update, swaps^update."]
     added = ", ".join(f"{each.kind} {each.name} ({each.plugin or 'session'})" for each in ADDED)
     return "\n".join([*lines, *([f"Added: {added}."] if added else [])])
@@ -390,7 +373,7 @@ def prune_given(
     given = with_factors(model, parts, given)
     check_given(method, given, needs_of(parts))
     if parts.allocation:
-        given = allocated(model, parts.allocation, ALLOCATORS[parts.allocation], sparsity, given)
+        given = allocated(model, parts.allocation, ALLOCATIONS[parts.allocation], sparsity, given)
     return replace(apply_method(model, parts, sparsity, given), method=method)
 
 # %% ../../nbs/methods/24_prune.ipynb #c044

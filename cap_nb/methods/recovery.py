@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/methods/17_recovery.ipynb #c004
 from dataclasses import dataclass
 from ..core.errors import BadInput
+from ..core.registry import RECOVERIES
 
 # %% ../../nbs/methods/17_recovery.ipynb #c005
 @dataclass(frozen=True)
@@ -16,9 +17,9 @@ class Recovery:
     says: str # What it does, in a few words
     source: str # Where it comes from
 
-RECOVERIES: dict[str, Recovery] = {
+RECOVERIES.update({
     "swaps": Recovery("then zeros change places within their row while the layer's error falls", "Zimmer et al. 2025"),
-    "update": Recovery("then least squares for the weights that stay", "Meng et al. 2024")}
+    "update": Recovery("then least squares for the weights that stay", "Meng et al. 2024")})
 
 def recovery_steps(
     name: str, # As in "swaps", "update" or "swaps^update"

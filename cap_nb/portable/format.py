@@ -490,6 +490,12 @@ def packed_weights(
     shards = [open_shard(folder/entry.stored) for entry in manifest.files if entry.stored != entry.name]
     return {name: loaded_tensor(shard, name) for shard in shards for name in shard.tensors}
 
+# %% ../../nbs/portable/00_format.ipynb #aed50cb9
+from cap_nb.core.registry import FolderLoader
+
+LOADER = FolderLoader( # How `load_model` opens a packed folder
+    weights=packed_weights, files=lambda folder: [folder/entry.stored for entry in read_manifest(folder).files])
+
 # %% ../../nbs/portable/00_format.ipynb #c073
 def base_sha256(
     tensors: dict[str, StoredTensor], # Every tensor of the base
