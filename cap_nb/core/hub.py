@@ -138,7 +138,7 @@ def asking_the_hub(
 
 # %% ../../nbs/core/06_hub.ipynb #c032
 import logging
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 # %% ../../nbs/core/06_hub.ipynb #c033
 @dataclass(frozen=True)
@@ -177,13 +177,16 @@ def downloaded(
     wanted: Wanted, # What is wanted of it
 ) -> Path: # The folder of its commit in the cache
     "Fetch what is wanted."
-    name, kind = repository.name, repository.kind
-    folder = Path(hf_hub_download(name, wanted.first, revision=repository.revision, repo_type=kind)).parent
-    commit = folder.name
+    name, kind, revision = repository.name, repository.kind, repository.revision
+    url = hf_hub_url(name, wanted.first, revision=revision, repo_type=kind)
+    commit = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).commit_hash
+    if not COMMIT.fullmatch(commit or ""):
+        raise BadInput(f"{constants.ENDPOINT} names no commit: expected a hub; check HF_ENDPOINT and your proxy.")
     about = HfApi().repo_info(name, revision=commit, repo_type=kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    hf_hub_download(name, wanted.first, revision=revision, repo_type=kind) # under the name that was asked for
     for file in wanted.files([sibling.rfilename for sibling in about.siblings]):
         hf_hub_download(name, file, revision=commit, repo_type=kind)
-    return folder
+    return Path(hf_hub_download(name, wanted.first, revision=commit, repo_type=kind)).parent
 
 # %% ../../nbs/core/06_hub.ipynb #c037
 def folder_from_hub(
