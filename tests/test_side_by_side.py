@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import write_checked
-from cap_nb.core.memory import PEAK
+from cap_nb.core.files import PEAK
 from cap_nb.methods.resumed_scoring import shared_prefix
 from cap_nb.jobs.costs import BatchShape, lengths_of, naive_work, resumed_work, sizes_of
 from cap_nb.models.anatomy import projections

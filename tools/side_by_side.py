@@ -151,7 +151,7 @@ def peak_shares(
 
 IN_PROCESS = """
 import importlib, json, sys, time
-from cap_nb.core.memory import PEAK, resident
+from cap_nb.core.files import PEAK, resident
 path, given = json.loads(sys.argv[1])
 function = getattr(importlib.import_module(path.split(":")[0]), path.split(":")[1])
 start = time.perf_counter()
