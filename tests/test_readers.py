@@ -38,9 +38,8 @@ from cap_nb.methods.budgets import load_budgets
 from cap_nb.methods.screening import read_scores
 from cap_nb.methods.streaming import load_norms
 from cap_nb.methods.unit_store import Unit, UnitStore, read_unit
-from cap_nb.models.lab import load_state, save_state
+from cap_nb.models.lab import load_state, read_state
 from cap_nb.models.loading import config_of, load_gguf, load_tokenizer
-from cap_nb.portable.fine_tuning import read_training
 from cap_nb.portable.format import CHECKSUM, FORMAT, VERSION, Entry, header_of, open_shard, read_manifest
 from cap_nb.portable.quantised import export_gguf
 from cap_nb.portable.sharing import ALWAYS, read_record
@@ -124,8 +123,6 @@ def beside(reader):
         folder = Path(name)
         if reader == "evaluation":
             save_evaluation(Evaluation(method="cap", sparsity=0.5, reached=0.5), folder)
-        if reader == "state of a training":
-            save_state(folder, *training())
         if reader == "index of shards":
             for tensor, shard in WEIGHT_MAP.items():
                 save_file({tensor: torch.zeros(2)}, folder / shard)
@@ -138,13 +135,9 @@ def content_beside(reader, name):
 
 
 def training():
-    """A model with two optimisers, and the log of their training."""
-    model = torch.nn.Linear(2, 2)
-    both = [torch.optim.Adam([parameter]) for parameter in model.parameters()]
-    model(torch.ones(2)).sum().backward()
-    for optimizer in both:
-        optimizer.step()
-    return model, both, {"step": 1, "recipe": {}, "loss": [0.5]}
+    """Parameters and their optimiser."""
+    parameters = {"bias": torch.nn.Parameter(torch.ones(2))}
+    return parameters, [torch.optim.Adam(parameters.values())]
 
 
 def manifest_of(path):
@@ -201,14 +194,14 @@ READERS = {
     "scores measured in part": Reader(lambda path: read_scores(path, "mean"), "x.safetensors", lambda: [losses(meta={"screened": {"seed": 0}})], tensors_about(**TABLE, slopes=TABLE["masked"] + 1)),
     "norms": Reader(load_norms, "x.safetensors", lambda: [{"norms": {"n": 3}}], tensors_about()),
     "budgets": Reader(load_budgets, "x.safetensors", lambda: [BUDGETS], tensors_about(**REGIONS)),
-    "training": Reader(lambda path: read_training(path, {"steps": 3}), "x.safetensors", lambda: [{"steps": 3, "losses": [0.5]}], tensors_about()),
+    "training": Reader(lambda path: read_state(path, {"steps": 3}), "x.safetensors", lambda: [{"steps": 3, "losses": [0.5]}], tensors_about()),
     "unit": Reader(lambda path: read_unit(UnitStore(path.parent), Unit(0, 0), ["a", "b", "c"], 2), "batch-0000-layer-000.safetensors", lambda: [{"uids": ["a", "b", "c"]}],
                    tensors_about(masked=torch.rand(2, 3, dtype=torch.float64))),
     "report": Reader(read_report, "x.json", lambda: [REPORT], checked),
     "run": Reader(lambda path: read_run(path.parent), "run.json", lambda: [read_checked(ROOT / "figures" / "lab" / "run.json")], checked),
     "sweep": Reader(lambda path: read_index(path.parent), SWEEP_INDEX, lambda: [SWEEP], checked),
     "evaluation": Reader(lambda path: load_evaluation(path.parent), "evaluation.json", lambda: [content_beside("evaluation", "evaluation.json")], checked),
-    "state of a training": Reader(lambda path: load_state(path.parent, *training()[:2]), "state.json", lambda: [content_beside("state of a training", "state.json")], checked),
+    "state of a training": Reader(lambda path: load_state(path.parent, *training(), {}), "training.safetensors", lambda: [{"step": 1, "recipe": {}}], tensors_about(**{"weight.bias": torch.ones(2), "optimizer.0.0.step": torch.tensor(1.)})),
     "text": Reader(read_text, "x.txt", lambda: ["Größe\n".encode()]),
     "index of shards": Reader(lambda path: checkpoint_tensors(path.parent), SHARD_INDEX, lambda: [{"metadata": {}, "weight_map": WEIGHT_MAP}], plain),
     "json records": Reader(records_of_file, "x.json", lambda: [[{"question": "q", "answer": True, "facts": ["f"]}]], plain),

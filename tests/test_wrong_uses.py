@@ -47,7 +47,7 @@ def test_the_page_of_wrong_uses_shows_these():
 
 
 def test_what_nobody_foresaw_leaves_a_file_to_send(capsys):
-    @in_one_sentence
+    @in_one_sentence()
     def broken():
         raise ZeroDivisionError("a division\nby zero")
 

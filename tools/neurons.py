@@ -31,6 +31,7 @@ from cap_nb.methods.neurons import (
     neuron_factors, neuron_groups, neuron_order, split_where_it_matters)
 from cap_nb.methods.prune import parse_method, prune
 from cap_nb.models.loading import load_model, model_fingerprint
+from cap_nb.methods.experts import UnitFactors
 from cap_nb.regions import Factors
 from cap_nb.scoring import causal_scores
 from tools.studied import FOLDERS, NOTE, source
@@ -199,7 +200,7 @@ def factors_of(r: Ready, method: str) -> Factors:
     if not attribution:
         return Factors(heads=heads)
     named = NEURON_AWARE[attribution]
-    return Factors(heads=heads, neurons=neuron_factors(by_expert(r, estimates(r, "all", False)), named.high))
+    return UnitFactors(heads=heads, neurons=neuron_factors(by_expert(r, estimates(r, "all", False)), named.high))
 
 
 def permuted(factors: torch.Tensor) -> torch.Tensor:
@@ -233,7 +234,7 @@ def after_cap(r: Ready, method: str, neurons: torch.Tensor | None, dense: dict[s
     exclude = {example.uid for example in r.calibration.examples}
     problems = [p for task in r.study.tasks
                 for p in evaluation_problems(task, r.study.validation, 0, r.data, exclude, "validation")]
-    prune(r.model, method, 0.5, Factors(heads=head_factors(r), neurons=neurons), r.calibration)
+    prune(r.model, method, 0.5, UnitFactors(heads=head_factors(r), neurons=neurons), r.calibration)
     losses = [float(f"{record.loss:.5g}") for record in problem_losses(r.model, r.tokenizer, problems, style(r.name))]
     r.model.load_state_dict(dense)
     return {"fingerprint": problems_fingerprint(problems), "losses": losses}

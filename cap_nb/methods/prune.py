@@ -261,7 +261,7 @@ def with_factors(
     if not parts.attribution: return given
     if given.factors is None: return replace(given, factors=unit_factors(model, parts.attribution, given))
     units = "neurons" if parts.attribution in NEURON_AWARE else "experts"
-    if parts.attribution in UNIT_AWARE and getattr(given.factors, units) is None:
+    if parts.attribution in UNIT_AWARE and getattr(given.factors, units, None) is None:
         raise BadInput(f"Attribution {parts.attribution!r} was given factors of heads alone: expected both, "
                        f"or neither; pass what unit_aware_factors returned, or leave the scores out.")
     return given

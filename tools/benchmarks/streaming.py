@@ -1,22 +1,18 @@
 """Checkpoints larger than memory
 
-> Prune a checkpoint of Llama-3-8B's shape, and compare time and memory with a plain copy of its files; pack it, and
-> restore it.
+> Prune a checkpoint of Llama-3-8B's shape, and compare time and memory with a plain copy of its files; pack it, and restore it.
 
-Paper: sections 3.3 and 3.4. In: a checkpoint of exactly that shape with random bfloat16 weights, 16 GB, made here shard
-by shard. Out: `figures/benchmarks/streaming.json`. Wanted: at most twice the time of a plain copy, and at most 3 GiB
-resident, for CAP and for Wanda with given norms. Five rounds of either take some ten minutes. Then, once: half of the
-weights zero by magnitude, packed as a bitmask and as a delta, and restored from both, for
-`figures/benchmarks/small_files.json`. Wanted: every byte again, and at most 3 GiB resident in each step.
+In: a checkpoint of exactly that shape with random bfloat16 weights, 16 GB, made here shard by shard. Out:
+`figures/benchmarks/streaming.json`. Wanted: at most twice the time of a plain copy, and at most 3 GiB resident, for CAP and for Wanda
+with given norms. Then, once: half of the weights zero by magnitude, packed as a bitmask and as a delta, and restored from both, for
+`figures/benchmarks/small_files.json`. Wanted: every byte again, and at most 3 GiB resident in each step. The records are made, on a
+machine that does nothing else and has 50 GB of free disk, by `python -m tools.benchmarks.streaming` or `make benchmarks LARGE=1`.
+`CAP_NB_SCRATCH` names the folder in which the checkpoint is made and deleted again.
 
-The records are made, on a machine that does nothing else and has 50 GB of free disk, by
-
-    python -m tools.benchmarks.streaming
-
-or by `make benchmarks LARGE=1`. `CAP_NB_SCRATCH` names the folder in which the checkpoint is made and deleted again;
-without it, it is the system's folder for temporary files. `CAP_NB_NOTE` says what else was running.
+Each side runs in a process of its own, which tells its seconds and its resident memory at most. A plain copy leaves its bytes to the
+system, which writes them later; pruning returns when all is on the disk, and so does a second copy. Before each call the last result
+is deleted, the disk is brought to rest, and the source is taken out of the system's memory; none of this is timed.
 """
-
 import json
 import os
 import shutil
@@ -29,14 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import sha256_of_file, sha256_of_text, stored_tensors
-from cap_nb.jobs.costs import PUBLISHED
-from cap_nb.methods.streaming import SHARD_INDEX, open_checkpoint
-from cap_nb.models.anatomy import projections
+from cap_nb.jobs.planning import PUBLISHED
+from cap_nb.methods.streaming import SHARD_INDEX, open_checkpoint, prune_checkpoint
+from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.portable.format import PACKED
 from tools.side_by_side import in_own_process, measured_case, measured_rounds, read_cases
-
-# Names and shapes come from the model on the meta device, which holds no numbers. Tensors fill a shard up to its size,
-# then the next; only one shard is held at a time.
 
 ROOT = Path(__file__).resolve().parents[2]
 path = ROOT / "figures" / "benchmarks" / "streaming.json"
@@ -72,13 +65,6 @@ def random_checkpoint(folder, settings, most=2**30, seed=0):
     (folder / SHARD_INDEX).write_text(json.dumps(index))
 
 
-# Each side runs in a process of its own, which tells its seconds and its resident memory at most. A plain copy leaves
-# its bytes to the system, which writes them to the disk later; pruning returns when all is on the disk. So there are
-# two copies: the plain one, and one that also waits for the disk. Before each call the result of the last call is
-# deleted, the disk is brought to rest, and the source is taken out of the system's memory, so that every side finds it
-# on the disk; none of this is timed.
-
-
 def forget(folder):
     for file in Path(folder).iterdir():
         with open(file, "rb") as opened:
@@ -94,17 +80,32 @@ def fresh(function, src, dst, peaks, name, **given):
     return seconds
 
 
+def copied_to_disk(src, dst):
+    "Copy a folder, and wait until the disk has it."
+    shutil.copytree(src, dst)
+    for file in Path(dst).iterdir():
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
+
+
+def pruned_by_made_numbers(src, dst, sparsity, method):
+    "Prune by CAP with random factors between 1 and 10, or by Wanda with random norms between 1 and 2."
+    rng, model = torch.Generator().manual_seed(0), open_checkpoint(src).model
+    if method == "cap":
+        sizes = anatomy(model)
+        prune_checkpoint(src, dst, sparsity, 1 + 9 * torch.rand(sizes.layers, sizes.heads, generator=rng))
+    else:
+        norms = {p.name: 1 + torch.rand(p.weight.shape[1], generator=rng) for p in projections(model)}
+        prune_checkpoint(src, dst, sparsity, method="wanda", norms=norms)
+
+
 def streaming_sides(src, dst, peaks, method="cap", sparsity=0.2):
-    here, made = "tools.side_by_side", {"cap": "factors", "wanda": "norms"}[method]
+    here, asked = "tools.benchmarks.streaming", dict(sparsity=sparsity, method=method)
     return {
         "copy": lambda: fresh("shutil:copytree", src, dst, peaks, "copy"),
         "copy to disk": lambda: fresh(f"{here}:copied_to_disk", src, dst, peaks, "copy to disk"),
-        "prune": lambda: fresh(f"{here}:pruned_by_made_{made}", src, dst, peaks, "prune", sparsity=sparsity),
+        "prune": lambda: fresh(f"{here}:pruned_by_made_numbers", src, dst, peaks, "prune", **asked),
     }
-
-
-# CAP gets made-up factors between 1 and 10, and Wanda made-up norms between 1 and 2, since a random model has no causal
-# scores worth measuring. The folder needs room for the checkpoint and one result, with a quarter to spare.
 
 
 def streaming_case(path, name, settings, method="cap", scratch=None, repeats=5, most=2**30):
@@ -125,17 +126,8 @@ def streaming_case(path, name, settings, method="cap", scratch=None, repeats=5, 
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    return measured_case(
-        path,
-        name,
-        {"repeats": repeats, "sparsity": 0.2, "method": method, "model": settings, "source": "on the disk"},
-        measure,
-        note=note,
-    )
-
-
-# Packed and restored, each step in a process of its own. The pruned folder is deleted before it is restored, since the
-# disk has no room for both; the hashes of its files are kept, and those of what comes back are held against them.
+    asked = {"repeats": repeats, "sparsity": 0.2, "method": method, "model": settings, "source": "on the disk"}
+    return measured_case(path, name, asked, measure, note=note)
 
 
 def hashes_of(folder):
@@ -155,7 +147,7 @@ def packed_sizes(packed):
 def packed_steps(folder, sparsity):
     "Prune, pack and restore; gives seconds and peaks of every step, and what came of it."
     base, pruned = str(folder / "base"), folder / "pruned"
-    bases, files = {"bitmask": None, "delta": base}, "cap_nb.portable.small_files"
+    bases, files = {"bitmask": None, "delta": base}, "cap_nb.portable.format"
     seconds, peaks, forms = {}, {}, {}
 
     def step(name, function, **given):
@@ -197,17 +189,11 @@ def packed_case(path, name, settings, scratch=None, most=2**30, sparsity=0.5):
 def check_room(folder, wanted=50 * 10**9):
     free = shutil.disk_usage(folder).free
     if free < wanted:
-        raise BadInput(
-            f"{folder} has {free / 1e9:.0f} GB of free disk: expected {wanted / 1e9:.0f} GB; "
-            "name another folder with CAP_NB_SCRATCH."
-        )
+        raise BadInput(f"{folder} has {free / 1e9:.0f} GB of free disk: expected {wanted / 1e9:.0f} GB; "
+                       "name another folder with CAP_NB_SCRATCH.")
 
 
-# The whole procedure on a toy of two layers, whose times say nothing: what is made can be opened, is cut into shards,
-# and is pruned.
-
-
-def main() -> None:
+if __name__ == "__main__":
     scratch = os.environ.get("CAP_NB_SCRATCH") or tempfile.gettempdir()
     if not {"llama-3-8b", "llama-3-8b, wanda"} <= set(read_cases(path)) or "llama-3-8b" not in read_cases(small):
         check_room(scratch)
@@ -215,6 +201,3 @@ def main() -> None:
     streaming_case(path, "llama-3-8b, wanda", llama, "wanda", scratch)
     packed_case(small, "llama-3-8b", llama, scratch)
 
-
-if __name__ == "__main__":
-    main()
