@@ -754,12 +754,3 @@ def unpack_command(
     from cap_nb.jobs.records import unpack_run
     unpack_run(folder, target)
     return f"{target}: the live run."
-
-# %% ../nbs/command_line.ipynb #c082
-def main() -> None:
-    "The program `cap`."
-    app()
-
-# %% ../nbs/command_line.ipynb #27c366d0
-#| eval: false
-if __name__ == "__main__": main()

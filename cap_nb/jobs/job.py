@@ -271,7 +271,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 import torch
 from ..methods.resumed_scoring import check_target, table_scorer
-from ..core.memory import memory_taken
+from ..core.files import memory_taken
 from .records import note_memory, note_time
 from ..methods.screening import PartialLosses, load_any, save_partial, screen_heads, scores_of
 from ..scoring import HeadLosses, save_losses
