@@ -174,7 +174,7 @@ from dataclasses import replace
 from .core.registry import additions_noted
 from .core.files import check_new_folder
 from .jobs.job import targets_configuration
-from .methods.criteria import Given
+from .methods.criteria import Inputs
 from .methods.given_hessians import check_solved, file_note, layer_file, save_hessians, solve_checkpoint
 from .methods.prune import check_method, needs_of, prune, unit_factors
 from .methods.streaming import check_streamed, checkpoint_fingerprint, load_norms, prune_checkpoint
@@ -249,7 +249,7 @@ def pruned_in_memory(
     fingerprint = model_fingerprint(model)
     factors = factors_from(pruning, lambda: fingerprint, job.prune)
     if factors is None and parts.attribution:
-        given = Given(calibration=calibration, batch_tokens=job.model.batch_tokens)
+        given = Inputs(calibration=calibration, batch_tokens=job.model.batch_tokens)
         factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
     report = prune(model, pruning.method, pruning.sparsity, factors, calibration, pruning.ties,
                    job.model.batch_tokens, job.calibrate.seed)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fixtures import made_up, made_up_calibration, tiny_config, tiny_llama
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from cap_nb.methods.criteria import Given, prune_by
+from cap_nb.methods.criteria import Inputs, prune_by
 from cap_nb.methods.prune import prune
 from cap_nb.methods.screening import screen_heads
 from cap_nb.data.prompts import IGNORED
@@ -182,7 +182,7 @@ def test_operations_of_pruning_by_wanda_agree_with_torchs_counter():
     model, calibration = random_model(attn_implementation="eager"), examples()
     sizes = sizes_of(model.config, "random", "a test")
     with FlopCounterMode(display=False) as counter:
-        prune_by(model, "wanda", 0.5, None, Given(calibration=calibration, batch_tokens=60))
+        prune_by(model, "wanda", 0.5, None, Inputs(calibration=calibration, batch_tokens=60))
     assert flops_of(wanda_work(sizes, batch_shapes(lengths_of(calibration), 60)), sizes) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -257,7 +257,7 @@ def test_the_memory_of_scoring_is_what_is_really_held(dtype, shape):
 @pytest.mark.parametrize("method", ["cap", "wanda"])
 def test_the_memory_of_pruning_is_what_is_really_held(dtype, method):
     model, calibration = random_model(hidden_size=256, intermediate_size=1024).to(dtype), examples(30)
-    given = Given(torch.ones(3, 4), calibration, batch_tokens=200)
+    given = Inputs(torch.ones(3, 4), calibration, batch_tokens=200)
     sizes = sizes_of(model.config, "random", "a test")
     batches = batch_shapes(lengths_of(calibration), 200)
     planned = at_once({"cap": threshold_memory(sizes, dtype.itemsize), "wanda": wanda_memory(sizes, dtype.itemsize, batches)}[method])

@@ -27,7 +27,7 @@ from cap_nb.evaluation import bootstrap_interval, evaluation_problems, perplexit
 from cap_nb.jobs.chains import mixed_calibration, text_calibration
 from cap_nb.jobs.records import environment
 from cap_nb.methods.budgets import Budgets, BudgetSettings, Local, measured_budgets, modules_of, permuted_shares
-from cap_nb.methods.criteria import Given
+from cap_nb.methods.criteria import Inputs
 from cap_nb.methods.joint import joint_update
 from cap_nb.methods.prune import apply_method, parse_method
 from cap_nb.methods.sparsegpt import input_hessians, sparsegpt_update
@@ -119,7 +119,7 @@ def judged(name: str, study: Study, how: tuple[str, float, dict | None, Calibrat
     model, tokenizer = load_model(name, study.dtype, "cpu")
     exclude = frozenset(example.uid for example in calibration.examples)
     if sparsity:
-        apply_method(model.eval(), parse_method(criterion), sparsity, Given(calibration=calibration, shares=shares))
+        apply_method(model.eval(), parse_method(criterion), sparsity, Inputs(calibration=calibration, shares=shares))
     found = {}
     for task in study.tasks:
         problems = evaluation_problems(task, study.judged, 0, data, exclude, "validation")

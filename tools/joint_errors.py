@@ -19,7 +19,7 @@ from cap_nb.data.problems import BENCHMARK_NAMES
 from cap_nb.methods.layer_walk import layer_by_layer
 from cap_nb.jobs.records import environment
 from cap_nb.methods.joint import joint_update
-from cap_nb.methods.recovery import recovered_weight
+from cap_nb.methods.prune import recovered_weight
 from cap_nb.methods.sparsegpt import MadeOnce, input_hessians, layer_output_error, sparsegpt_update
 from cap_nb.methods.swaps import row_errors
 from cap_nb.models.anatomy import projections

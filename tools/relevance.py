@@ -24,7 +24,7 @@ from transformers.models.llama import modeling_llama
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.core.files import write_checked
 from cap_nb.data.prompts import IGNORED, Example
-from cap_nb.methods.relevance import differentiable, gold_logits, head_relevance
+from cap_nb.methods.attributions import differentiable, gold_logits, head_relevance
 from cap_nb.models.anatomy import decoder_layers, dimensions, output_projection
 from cap_nb.models.interventions import changed_input, watching
 from cap_nb.models.loading import load_model, model_fingerprint

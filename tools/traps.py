@@ -24,7 +24,7 @@ from cap_nb.data.problems import BENCHMARK_NAMES, LAB_TASKS
 from cap_nb.data.prompts import encode_problem
 from cap_nb.evaluation import evaluation_problems, perplexity, problem_losses
 from cap_nb.jobs.records import environment, mask_fingerprint
-from cap_nb.methods.criteria import Given, measured_for
+from cap_nb.methods.criteria import Inputs, measured_for
 from cap_nb.methods.prune import prune
 from cap_nb.methods.wanda import WANDA
 from cap_nb.models.anatomy import projections
@@ -64,7 +64,7 @@ CASES = {
 
 def prune_with_dense_norms(model: nn.Module, sparsity: float, calibration: Calibration) -> None:
     "Wanda's scores, all norms from the dense model: the walk through the layers left out."
-    known = measured_for(model, WANDA, Given(calibration=calibration))
+    known = measured_for(model, WANDA, Inputs(calibration=calibration))
     zero_within(projections(model), WANDA, known, sparsity, "row")
 
 

@@ -343,7 +343,7 @@ def factors_of_variants(
 
 # %% ../../nbs/experiments/00_variants.ipynb #c060
 from torch import nn
-from ..methods.criteria import CRITERIA, Given, measured_for, walks
+from ..methods.criteria import CRITERIA, Inputs, measured_for, walks
 from ..regions import Factors
 from ..models.anatomy import Projection, projections
 from ..threshold import PruneReport, prune_report, zero_within
@@ -366,7 +366,7 @@ def prune_part(
     method: str, # Name of a method that is a criterion under a scope
     part: str, # "attention" or "mlp"
     sparsity: float, # Share of the part's weights to zero, in [0, 1)
-    given: Given, # What the method needs
+    given: Inputs, # What the method needs
 ) -> PruneReport: # What was done; its share is of all weights in scope
     "Prune a part of every layer by a method's own criterion and scope."
     criterion, scope = CRITERIA[method], own_scope(parse_method(method))
@@ -390,7 +390,7 @@ def prune_variant(
     batch_tokens, seed = ready.job.model.batch_tokens, ready.job.calibrate.seed
     if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value)
     if variant.part:
-        given = Given(factors=factors, calibration=ready.calibration, batch_tokens=batch_tokens, seed=seed)
+        given = Inputs(factors=factors, calibration=ready.calibration, batch_tokens=batch_tokens, seed=seed)
         report = prune_part(ready.model, variant.method, variant.part, sparsity, given)
     else:
         report = prune(ready.model, variant.method, sparsity, factors, ready.calibration, batch_tokens=batch_tokens,

@@ -420,7 +420,7 @@ def run_losses(
 # %% ../../nbs/jobs/03_job.ipynb #c049
 from ..core.files import read_tensors, write_tensors
 from ..importance import importance_factors
-from ..methods.criteria import Given
+from ..methods.criteria import Inputs
 from ..methods.prune import needs_of, parse_method, unit_factors
 from ..regions import Factors
 
@@ -454,7 +454,7 @@ def attribution_factors(
     "The factors of an attribution, computed only if they are not there; those of another model raise `BadInput`."
     path, origin = folder/"attributions"/f"{attribution}.safetensors", attribution_origin(ready, attribution)
     if not path.exists():
-        given = Given(calibration=ready.calibration, batch_tokens=ready.job.model.batch_tokens)
+        given = Inputs(calibration=ready.calibration, batch_tokens=ready.job.model.batch_tokens)
         with time_and_memory_noted(folder, f"attribution/{attribution}", ready.model.device):
             factors = unit_factors(ready.model, attribution, given, losses, ready.job.prune.aggregation)
         save_attribution(path, factors, origin)
@@ -484,7 +484,7 @@ def factors_by_method(
 
 # %% ../../nbs/jobs/03_job.ipynb #c055
 from ..models.anatomy import projections
-from ..methods.prune import prune_given
+from ..methods.prune import prune_with
 
 # %% ../../nbs/jobs/03_job.ipynb #c056
 def copied_weights(
@@ -698,9 +698,9 @@ def method_pruner(
 ) -> Pruner: # Prunes the job's model
     "How a job prunes: by the method's name, with its factors."
     def pruner(method: str, sparsity: float) -> PruneReport:
-        given = Given(factors=factors.get(method), calibration=ready.calibration, store=folder/"budgets",
+        given = Inputs(factors=factors.get(method), calibration=ready.calibration, store=folder/"budgets",
                       batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
-        return prune_given(ready.model, method, sparsity, given)
+        return prune_with(ready.model, method, sparsity, given)
     return pruner
 
 # %% ../../nbs/jobs/03_job.ipynb #c081

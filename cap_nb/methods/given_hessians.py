@@ -126,7 +126,7 @@ def open_hessians(
 from ..core.errors import check_sparsity
 from .prune import SOLVERS, MethodName, check_method, matrix_solver, own_scope
 from .neurons import UNIT_AWARE
-from .recovery import recovered_weight, recovery_steps
+from .prune import recovered_weight, recovery_steps
 from .sparsegpt import MadeOnce, check_pattern_fits
 from .streaming import STREAMED
 from ..threshold import check_pattern, pattern_of

@@ -226,7 +226,7 @@ def write_rows(
             file.write(line)
 
 # %% ../../nbs/methods/25_streaming.ipynb #c030
-from .criteria import CRITERIA, Given, check_given
+from .criteria import CRITERIA, Inputs, check_inputs
 from ..regions import Factors, region_factors
 from .prune import SOLVERS, MethodName, check_method, own_scope
 from .neurons import UNIT_AWARE
@@ -300,7 +300,7 @@ def checked_regions(
     method: str, # Name of the method, for the sentence
 ) -> dict[str, torch.Tensor]: # Module name -> float32 tensor that broadcasts over the weight
     "The factor of every weight (paper equation 4); missing factors or another model's raise `BadInput`."
-    check_given(method, Given(factors=factors), ["factors"])
+    check_inputs(method, Inputs(factors=factors), ["factors"])
     return region_factors(checkpoint.model, factors, "cpu")
 
 # %% ../../nbs/methods/25_streaming.ipynb #c040
