@@ -29,7 +29,8 @@ from cap_nb.methods import given_hessians as given_hessians_module
 from cap_nb.methods.given_hessians import layer_file, norms_of_hessians, open_hessians, save_hessians, solve_checkpoint, solved_weight
 from cap_nb.methods.sparsegpt import MadeOnce
 from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms, write_rows
-from cap_nb.threshold import CAP, Measurements, prune_report, scores_of, zero_within
+from cap_nb.methods.selection import CAP, Measurements, scores_of, zero_within
+from cap_nb.threshold import prune_report
 from conftest import ROOT
 from proofs import TINY_MODELS, tiny_calibration, tiny_model
 

@@ -24,7 +24,7 @@ from cap_nb.methods.sparsegpt import MadeOnce, input_hessians, layer_output_erro
 from cap_nb.methods.swaps import row_errors
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.threshold import smallest_in_rows
+from cap_nb.methods.selection import smallest_in_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, UNFINISHED = ROOT / "figures" / "solvers", ROOT / "runs" / "mask_errors.json"

@@ -29,7 +29,8 @@ from cap_nb.methods.prune import prune
 from cap_nb.methods.wanda import WANDA
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.threshold import prune_report, zero_within
+from cap_nb.methods.selection import zero_within
+from cap_nb.threshold import prune_report
 
 FOLDER = Path(__file__).resolve().parents[1] / "figures" / "traps"
 TOKENS, LENGTHS, SEED = 32768, (512, 1024, 2048, 4096), 0

@@ -28,9 +28,9 @@ def check_choice(
     what: str, # What the name stands for, as in "task"
 ) -> str: # The same name
     "Return `value` if it is one of `choices`; otherwise raise `BadInput` with a sentence that lists them."
-    known = tuple(choices)
-    if isinstance(value, Hashable) and value in set(known): return value # an array answers `in` with an array
-    raise BadInput(f"Unknown {what} {value!r}: expected one of {', '.join(known)}; check the spelling.")
+    names = tuple(choices)
+    if isinstance(value, Hashable) and value in set(names): return value # an array answers `in` with an array
+    raise BadInput(f"Unknown {what} {value!r}: expected one of {', '.join(names)}; check the spelling.")
 
 # %% ../../nbs/core/00_errors.ipynb #c013
 import math
@@ -75,6 +75,15 @@ def check_seed(
     if is_number(seed, numbers.Integral) and 0 <= seed < 2 ** 63: return int(seed)
     raise BadInput(f"{what} is {seed!r}: expected a whole number from 0 to 2^63 - 1; give a smaller one.")
 
+# %% ../../nbs/core/00_errors.ipynb #7238a17a
+def check_confidence(
+    confidence: float, # Share of the draws inside an interval
+    what: str = "confidence", # What it is called
+) -> float: # The same share
+    "Return `confidence` if it lies between 0 and 1; otherwise raise `BadInput`."
+    if is_number(confidence) and 0 < confidence < 1: return confidence
+    raise BadInput(f"{what} is {confidence!r}: expected a share between 0 and 1; write 0.95.")
+
 # %% ../../nbs/core/00_errors.ipynb #fdb16415
 import operator
 
@@ -89,197 +98,131 @@ def check_index(
     raise BadInput(f"{what} is {index!r}: expected a whole number from 0 to {count - 1}; choose one of them.")
 
 # %% ../../nbs/core/00_errors.ipynb #ddcc7c79
-import os
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set, ValuesView
-from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
-
-# %% ../../nbs/core/00_errors.ipynb #57f46846
-NUMBERS = {int: numbers.Integral, float: numbers.Real}
-SEVERAL = (Sequence, Collection, Iterable, list, tuple) # Kinds for which whatever has items will do
-def may_be_numbers(
-    kind: object, # An annotation
-) -> bool: # Whether it asks for a number, for anything, or for a list of such
-    "Whether the items of an array can be of that kind; an array of names has no yes or no."
-    if get_origin(kind) in SEVERAL: return all(map(may_be_numbers, get_args(kind)))
-    return kind in (*NUMBERS, Any, object, ...)
-
-def items_seen(
-    value: object, # What has items
-) -> tuple | None: # The items; None if a look would use them up
-    "The items of what can be asked for its length and read again, as no generator and no single number of torch can."
-    if not (hasattr(value, "__getitem__") or isinstance(value, (Set, ValuesView))): return None
-    try:
-        len(value)
-        return tuple(value)
-    except TypeError: return None
-
-def single(
-    value: object, # What was given
-) -> object: # The number in it, if it is an array or tensor of no dimension; else itself
-    "A number out of its array."
-    if getattr(value, "is_meta", False) is True: return value # it has no number
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
-
-# %% ../../nbs/core/00_errors.ipynb #d8de226e
-def fits(
-    value: object, # What was given
-    kind: object, # What was asked for, as an annotation says it
-) -> bool: # Whether it is of that kind, as far as can be seen without using it up
-    "Whether a value is what an annotation says; a text is no list, and `True` no number."
-    origin, parts = get_origin(kind) or kind, get_args(kind)
-    if origin in (Any, object): return True
-    if origin in (Union, UnionType): return any(fits(value, part) for part in parts)
-    if origin in NUMBERS: return is_number(single(value), NUMBERS[origin])
-    if origin is bool: return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_") # numpy's too
-    if origin in SEVERAL:
-        unordered = isinstance(value, (set, frozenset)) and origin not in (Iterable, Collection)
-        if unordered or not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)): return False
-        if hasattr(value, "columns") or hasattr(value, "ndim") and not all(map(may_be_numbers, parts)): return False
-        if (items := items_seen(value)) is None: return origin is Iterable and not hasattr(value, "ndim")
-        kinds = parts if origin is tuple and parts and ... not in parts else (parts or (object,))[:1] * len(items)
-        return len(items) == len(kinds) and all(map(fits, items, kinds))
-    if parts and origin in (dict, Mapping):
-        return isinstance(value, Mapping) and all(fits(*pair) for item in value.items() for pair in zip(item, parts))
-    return not isinstance(origin, type) or isinstance(value, origin)
-
-# %% ../../nbs/core/00_errors.ipynb #41138fd9
-PLAIN = (str, bytes, bool, int, float, type(None), Path, os.PathLike) # Kinds that no stand-in is given for
-
-def is_plain(
-    kind: object, # An annotation
-) -> bool: # Whether all that it asks for are names, paths, numbers, yes or no, or lists of names
-    "Whether what is wrong can be seen at a look, before the call."
-    origin, parts = get_origin(kind) or kind, [part for part in get_args(kind) if part is not ...]
-    if origin in (Union, UnionType): return all(map(is_plain, parts))
-    if origin in (*SEVERAL, dict, Mapping):
-        return bool(parts) and all(is_plain(part) and part not in NUMBERS for part in parts)
-    return origin in PLAIN
-
-# %% ../../nbs/core/00_errors.ipynb #e8aaf7e3
-SIMPLE, SOME = (str, bytes, bool, int, float, type(None)), (list, tuple, dict, set, frozenset)
-
-def is_classes(
-    kind: object, # An annotation
-) -> bool: # Whether it asks for a class or a function, or one of several, and for no list
-    "Whether a text, a number or a list is wrong for it at a look, unless it says so."
-    origin = get_origin(kind) or kind
-    if origin in (Union, UnionType): return all(is_classes(part) or is_plain(part) for part in get_args(kind))
-    return isinstance(origin, type) and origin not in (object, *SEVERAL) and origin.__module__ != "torch"
-
-def is_seen(
-    value: object, # What was given
-    kind: object, # An annotation
-) -> bool: # Whether it may be held against it before the call
-    "Whether what is wrong with a value can be seen at a look."
-    return is_plain(kind) or type(value) in (*SIMPLE, *SOME) and is_classes(kind)
-
-# %% ../../nbs/core/00_errors.ipynb #7238a17a
-def check_confidence(
-    confidence: float, # Share of the draws inside an interval
-    what: str = "confidence", # What it is called
-) -> float: # The same share
-    "Return `confidence` if it lies between 0 and 1; otherwise raise `BadInput`."
-    if fits(confidence, float) and 0 < confidence < 1: return confidence
-    raise BadInput(f"{what} is {confidence!r}: expected a share between 0 and 1; write 0.95.")
-
-def has_no_numbers(
-    value: object, # A tensor, a module, or something else
-) -> bool: # Whether it is, or holds, a tensor without numbers
-    "Whether a value is of torch's meta device."
-    module = hasattr(value, "named_parameters") and not isinstance(value, type)
-    tensors = value.parameters() if module else (value,)
-    return any(getattr(tensor, "is_meta", False) is True for tensor in tensors)
-
-# %% ../../nbs/core/00_errors.ipynb #6ddfbb52
-import errno
 import functools
 import inspect
-import itertools
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
+if TYPE_CHECKING: from pydantic import TypeAdapter
 
-# %% ../../nbs/core/00_errors.ipynb #bad31955
-def check_tokenizer(tokenizer: object, what: str) -> None:
-    "Raise `BadInput` for what is no tokenizer."
-    if callable(getattr(tokenizer, "get_vocab", None)): return
-    raise BadInput(f"{what} is of type {type(tokenizer).__name__}: expected a tokenizer; load it with load_model.")
+# %% ../../nbs/core/00_errors.ipynb #57f46846
+def as_list(
+    value: object, # What was given where a sequence is asked for
+) -> object: # A list, if it is an array, tensor or column of numbers; else itself
+    "The items of a sequence; what is none raises ValueError, sets, generators and arrays of names among them."
+    if isinstance(value, Sequence): return value
+    numeric = getattr(getattr(value, "dtype", None), "kind", "f") in "biuf" and not getattr(value, "is_meta", False)
+    if getattr(value, "ndim", 0) and hasattr(value, "tolist") and numeric: return value.tolist()
+    raise ValueError("no sequence")
 
-def check_model(model: object, what: str) -> None:
-    "Raise `BadInput` for a module that is no model of transformers."
-    heads = getattr(model, "get_output_embeddings", None)
-    if hasattr(model, "config") and not (callable(heads) and heads() is None): return
-    raise BadInput(f"{what} is a {type(model).__name__}: expected a causal language model; load one with load_model.")
-
-def check_table(table: object, what: str) -> None:
-    "Raise `BadInput` for a tensor that is empty or sparse, or whose numbers are whole or not finite."
-    if not hasattr(table, "is_floating_point"): return
-    if not table.is_sparse and table.is_floating_point() and table.numel() and table.isfinite().all(): return
-    kind = f"{'sparse ' * bool(table.is_sparse)}tensor of {table.dtype}"
-    raise BadInput(f"{what} is a {kind}, {list(table.shape)}: expected finite floating-point numbers; "
-                   "give one for each head.")
-
-def check_device_name(device: object, what: str) -> None:
-    "Raise `BadInput` for a text that names no device."
-    if not isinstance(device, str) or re.fullmatch(r"(cpu|cuda|mps)(:\d+)?|auto", device): return
-    raise BadInput(f"{what} is {device[:60]!r}: expected cpu, cuda, cuda:N or mps; give one of them.")
-
-def check_some(several: object, what: str) -> None:
-    "Raise `BadInput` for something empty."
-    if not hasattr(several, "__len__") or len(several): return
-    raise BadInput(f"{what} is empty: expected one at least; give some.")
-
-# %% ../../nbs/core/00_errors.ipynb #3f95ac10
-def check_path(path: str | os.PathLike, what: str) -> None:
-    "Raise `BadInput` for a path that no file system takes."
-    if (text := os.fspath(path)) and "\0" not in text: return
-    raise BadInput(f"{what} is {text!r}: expected the path of a file or folder; write one.")
-def check_text(text: str, what: str) -> None:
-    "Raise `BadInput` for half a surrogate pair, which no file and no tokenizer takes."
-    if text == text.encode("utf-8", "replace").decode(): return
-    raise BadInput(f"{what} holds half a surrogate pair: expected text that UTF-8 can hold; remove it.")
-
-# %% ../../nbs/core/00_errors.ipynb #03d93d1e
-COUNTS = ("batch_size", "batch_tokens", "batch_windows", "bins", "draws", "heads_at_once", "k", "max_new_tokens", "n",
-          "resamples", "save_every", "splits", "steps", "windows") # Names of what is counted from 1
-RANGES = {"tokenizer": check_tokenizer, "model": check_model, "device": check_device_name,
-          "seed": lambda value, what: isinstance(value, str) or check_seed(value, what)} # a text where one is asked for
-RANGES |= dict.fromkeys(("scores", "factors", "neuron_scores", "head_scores"), check_table)
-RANGES |= dict.fromkeys(("answers", "comparisons", "evaluations", "parts", "problems", "reports", "runs"), check_some)
-RANGES |= dict.fromkeys(COUNTS, lambda value, what: check_at_least(value, 1, what)) # Name -> what checks its value
-
-# %% ../../nbs/core/00_errors.ipynb #cc38357a
-def is_path_kind(
+@functools.cache
+def type_adapter(
     kind: object, # An annotation
-) -> bool: # Whether a path is asked for, and not anything
-    "Whether an annotation admits a `Path`."
-    return kind is not object and fits(Path(), kind)
+) -> "TypeAdapter": # What holds a value against it
+    "Pydantic's reading of an annotation; pydantic is imported with the first call of a public function."
+    import numpy
+    from pydantic import BeforeValidator, InstanceOf, Strict, TypeAdapter
+    whole = Annotated[int, Strict()] | InstanceOf[numpy.integer] # `True` is none
+    kinds = {int: whole, float: whole | InstanceOf[float] | InstanceOf[numpy.floating],
+             bool: Annotated[bool, Strict()] | InstanceOf[numpy.bool_]}
+    def read(kind: object) -> object:
+        origin, parts = get_origin(kind) or kind, get_args(kind)
+        if origin in kinds: return kinds[origin]
+        if origin in (Union, UnionType): return Union[tuple(map(read, parts))]
+        if parts and origin in (Iterable, Collection): return list[read(parts[0])]
+        if parts and (origin in (Sequence, list) or origin is tuple and ... in parts):
+            return Annotated[list[read(parts[0])], BeforeValidator(as_list)]
+        if parts and origin in (tuple, dict, Mapping): return origin[tuple(map(read, parts))]
+        return InstanceOf[origin] if isinstance(origin, type) and origin not in (object, Any) else Any
+    return TypeAdapter(read(kind))
+
+def fits(
+    value: object, # What was given
+    kind: object, # What is asked for, as an annotation says it
+) -> bool: # Whether it is of that kind
+    "Whether a value is what an annotation says."
+    from pydantic import ValidationError
+    try: type_adapter(kind).validate_python(value)
+    except ValidationError: return False
+    return True
 
 # %% ../../nbs/core/00_errors.ipynb #9b6cb1da
 def check_argument(
     value: object, # What was given
-    kind: object, # What was asked for, as an annotation says it
+    kind: object, # What is asked for, as an annotation says it
     what: str, # Where it was given, as in "n of accuracy()"
-    name: str = "", # A name that has the same range everywhere; without it, neither range nor numbers are looked at
 ) -> None:
-    "Raise `BadInput` for a value of another kind, without numbers, or out of the range that its name has everywhere."
-    if name and has_no_numbers(value): # a model without numbers is enough for some
-        raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
+    "Raise `BadInput` for a value of another kind, a text that no file holds, or a path that no file system takes."
     if not fits(value, kind):
-        plain = isinstance(value, (str, int, float, type(None))) and len(repr(value)) <= 60
-        is_that = repr(value) if plain else f"of type {type(value).__name__}"
-        wanted = re.sub(r"(\w+\.)+", "", inspect.formatannotation(kind))
-        raise BadInput(f"{what} is {is_that}: expected {wanted}; give that instead.")
-    if isinstance(value, (str, os.PathLike)): check_text(os.fspath(value), what)
-    if isinstance(value, (str, os.PathLike)) and is_path_kind(kind): check_path(value, what)
-    if name in RANGES and (value is not None or kind is object): RANGES[name](value, what)
+        shown = repr(value) if isinstance(value, (str, int, float, type(None))) else ""
+        given = shown if 0 < len(shown) <= 60 else f"of type {type(value).__name__}"
+        expected = re.sub(r"(\w+\.)+", "", inspect.formatannotation(kind))
+        raise BadInput(f"{what} is {given}: expected {expected}; give that instead.")
+    if not isinstance(value, (str, os.PathLike)): return
+    text = os.fspath(value)
+    if text != text.encode("utf-8", "replace").decode():
+        raise BadInput(f"{what} holds half a surrogate pair: expected text that UTF-8 can hold; remove it.")
+    if Path in (kind, *get_args(kind)) and (not text or "\0" in text):
+        raise BadInput(f"{what} is {text!r}: expected the path of a file or folder; write one.")
 
 # %% ../../nbs/core/00_errors.ipynb #99b476aa
-from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
-from typing import TypeVar
 
-# %% ../../nbs/core/00_errors.ipynb #eb6b9f40
+# %% ../../nbs/core/00_errors.ipynb #efaf5c02
+V = TypeVar("V")
+
+def fields_in(
+    value: object, # What was given
+    what: str, # Where it was given, as in "settings of recover()"
+) -> Iterator[tuple[object, object, str]]: # Content, kind and place of each field that is not the default
+    "The fields of a dataclass, or of those in a list, and theirs."
+    several = value if isinstance(value, (list, tuple)) else (value,)
+    if not any(map(is_dataclass, set(map(type, several)))): return # as for a long list of tokens
+    for each in several:
+        for field in fields(each) if is_dataclass(type(each)) else ():
+            content = getattr(each, field.name, field.default)
+            if content is field.default: continue
+            yield content, field.type, f"{field.name} of {type(each).__name__}, {what}"
+            yield from fields_in(content, what)
+
+def check_fields(
+    value: V, # A dataclass made of what a file holds
+) -> V: # The same
+    "Raise TypeError unless its fields, and theirs, are of the kinds that they are annotated as."
+    for content, kind, where in fields_in(value, "what was read"):
+        if not fits(content, kind): raise TypeError(f"{where} is of type {type(content).__name__}")
+    return value
+
+def check_together(
+    value: object, # A dataclass, whose fields are of the right kinds, or anything else
+    what: str, # Where it was given
+) -> None:
+    "Raise `BadInput` for a dataclass whose parts do not fit each other."
+    try: getattr(value, "check_together", lambda: None)()
+    except ValueError as error:
+        raise BadInput(f"{what} does not hold together ({error}): expected a {type(value).__name__} as cap_nb makes "
+                       "it; make it anew.") from None
+
+# %% ../../nbs/core/00_errors.ipynb #7238a17b
+def check_computable(
+    value: object, # What was given to a call that failed
+    what: str, # Where it was given
+    name: str, # Name of the parameter
+) -> None:
+    "Raise `BadInput` for what has no numbers, for a model that predicts no tokens, and for what is no tokenizer."
+    module = hasattr(value, "named_parameters") and not isinstance(value, type)
+    if any(getattr(tensor, "is_meta", False) is True for tensor in (value.parameters() if module else (value,))):
+        raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
+    kind = type(value).__name__
+    if name == "tokenizer" and value is not None and not callable(getattr(value, "get_vocab", None)):
+        raise BadInput(f"{what} is of type {kind}: expected a tokenizer; load it with load_model.")
+    head = getattr(value, "get_output_embeddings", None)
+    if name == "model" and module and (not hasattr(value, "config") or callable(head) and head() is None):
+        raise BadInput(f"{what} is a {kind}: expected a causal language model; load one with load_model.")
+
 def lacks_memory(
     error: Exception, # Any error
 ) -> bool: # Whether memory ran out
@@ -287,145 +230,8 @@ def lacks_memory(
     said = ("can't allocate memory", "out of memory")
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in said)
 
-def looked_through(
-    value: object, # What was given
-    what: str, # Where, as in "settings of recover()"
-) -> Iterator[tuple[object, object, str, str]]: # Value, kind, where it was given, name
-    "Fields of a dataclass that was given, alone or in a list, and theirs, as `check_argument` takes them; not by name."
-    for each in value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(each, type) or not is_dataclass(each): continue
-        for field in fields(each):
-            held, where = getattr(each, field.name, field.default), f"{field.name} of {type(each).__name__}, {what}"
-            if held is field.default: continue
-            yield held, field.type, where, "" # 0 windows are none in one of them, and too few in a call
-            yield from looked_through(held, what)
-
-def is_ours(
-    value: object, # What was given
-) -> bool: # Whether all of it are instances of this package's classes
-    "Whether a value, or every item of a list, is of this package."
-    several = value if isinstance(value, (list, tuple)) else (value,)
-    return all(type(each).__module__.partition(".")[0] == "cap_nb" for each in several)
-
-# %% ../../nbs/core/00_errors.ipynb #efaf5c02
-V = TypeVar("V")
-
-def check_fields(
-    value: V, # A dataclass made of what a file holds
-) -> V: # The same
-    "Raise TypeError unless its fields, and theirs, are of the kinds that they are annotated as."
-    for held, kind, where, _ in looked_through(value, "what was read"):
-        if not fits(held, kind): raise TypeError(f"{where} is of type {type(held).__name__}")
-    return value
-
-# %% ../../nbs/core/00_errors.ipynb #0ddecba3
-def has_huge(
-    value: object, # What was given
-) -> bool: # Whether it is, or holds, a whole number that 64 bits do not
-    "Whether a number is too large for a tensor."
-    if isinstance(value, (list, tuple)): return any(map(has_huge, value))
-    return is_number(value, numbers.Integral) and not -2 ** 63 <= value < 2 ** 63
-
-def without_none(
-    kind: object, # An annotation
-) -> object: # The same without None, if one kind is left
-    "What is asked for where something is given."
-    left = [part for part in get_args(kind) if part is not type(None)]
-    return left[0] if get_origin(kind) in (Union, UnionType) and len(left) == 1 else kind
-
-# %% ../../nbs/core/00_errors.ipynb #007644ea
-def has_no_truth(
-    value: object, # What was given
-) -> bool: # Whether it cannot be asked if there is anything in it
-    "Whether `if value` fails, as for arrays of several numbers, or of none."
-    try: return bool(getattr(value, "ndim", 0) and (not len(value) or bool(value) and False))
-    except (RuntimeError, ValueError): return True
-
-def is_array(
-    value: object, # What was given
-) -> bool: # Whether it is, or holds, a number in an array, and no number of numpy
-    "Whether a value is, or a list holds, a number that is an array or tensor of no dimension."
-    if isinstance(value, (list, tuple)): return any(map(is_array, value))
-    return getattr(value, "ndim", None) == 0 and not isinstance(value, numbers.Number)
-
-# %% ../../nbs/core/00_errors.ipynb #bb79ef2b
-def check_closely(
-    value: object, # What was given to a call that failed
-    kind: object, # What was asked for, and it is of that kind
-    what: str, # Where it was given
-) -> None:
-    "Raise `BadInput` for a value of the right kind that cannot be computed with."
-    kind, several = without_none(kind), value if isinstance(value, (list, tuple)) else (value,)
-    origin = get_origin(kind)
-    if origin in (tuple, list) and not isinstance(value, (tuple, list)):
-        raise BadInput(f"{what} is of type {type(value).__name__}: expected a {origin.__name__}; make it one.")
-    if is_array(value) and (kind in NUMBERS or origin in (tuple, list)):
-        raise BadInput(f"{what} is or holds an array: expected plain numbers; give its item(), or its tolist().")
-    if origin in SEVERAL and has_no_truth(value): raise BadInput(f"{what} is an array: expected a list; make it one.")
-    if has_huge(value): raise BadInput(f"{what} has a number beyond 64 bits: expected less; give a smaller one.")
-    if any(map(has_no_numbers, several)): check_argument(value, object, what, "device")
-    if getattr(value, "is_sparse", False) is True:
-        raise BadInput(f"{what} is a sparse tensor: expected a dense one; give its to_dense().")
-    for each in several:
-        try: getattr(each, "check_together", lambda: None)()
-        except Exception as error:
-            raise BadInput(f"{what} does not hold together ({error}): expected a {type(each).__name__} as cap_nb makes "
-                           "it; make it anew.") from None
-    if hasattr(value, "columns"):
-        raise BadInput(f"{what} is a table with the columns {list(value.columns)[:9]}, which do not do: expected one "
-                       "as cap_nb makes it; hand it on as it is.")
-
-# %% ../../nbs/core/00_errors.ipynb #958381f6
-STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) # Several under one name
-
-def looked_at(
-    signature: inspect.Signature, # Of a public function
-    name: str, # Its name
-    given: tuple, # What it was given by place
-    named: dict, # What it was given by name
-    first: bool = False, # Whether the call is still to come: only fields of this package's classes then
-) -> Iterator[tuple[object, object, str, str]]: # Value, kind, where it was given, name
-    "The arguments of a call, and their fields; one that Python itself refuses raises `TypeError`."
-    for argument, value in signature.bind(*given, **named).arguments.items():
-        parameter, what = signature.parameters[argument], f"{argument} of {name}()"
-        if parameter.annotation is parameter.empty or parameter.kind in STARRED: continue
-        yield value, parameter.annotation, what, argument
-        if not first or is_ours(value): yield from looked_through(value, what)
-
-# %% ../../nbs/core/00_errors.ipynb #a588d045
-def wrong_argument(
-    signature: inspect.Signature, # Of a public function
-    name: str, # Its name
-    given: tuple, # What it was given by place
-    named: dict, # What it was given by name
-    first: bool = False, # Whether the call is still to come: what is seen at a look, and no ranges
-) -> BadInput | None: # A sentence on the first argument that is wrong; None if none is
-    "Look for a wrong argument; after a failure a second time, closely."
-    every = list(looked_at(signature, name, given, named, first))
-    try:
-        for value, kind, where, known in every:
-            if not first or is_seen(value, kind): check_argument(value, kind, where, "" if first else known)
-        for value, kind, where, _ in () if first else every: check_closely(value, kind, where)
-    except BadInput as said: return said
-    return None
-
-# %% ../../nbs/core/00_errors.ipynb #0d0b5df5
-MOST = 10_000_000 # Items that an iterator may hold
-
-def read_through(
-    signature: inspect.Signature, # Of a public function
-    given: tuple, # What it was given by place
-    named: dict, # What it was given by name
-) -> tuple[tuple, dict]: # The same, with a tuple for each iterator where an `Iterable` is asked for
-    "Read what can be read but once, so that it can be looked at when the call fails."
-    bound = signature.bind(*given, **named)
-    for name, value in bound.arguments.items():
-        once = isinstance(value, Iterator) and get_origin(signature.parameters[name].annotation) is Iterable
-        if once: bound.arguments[name] = tuple(itertools.islice(value, MOST + 1))
-        if once and len(bound.arguments[name]) > MOST:
-            raise BadInput(f"{name} does not end within {MOST:,} items: expected fewer; give a list of them.")
-    return bound.args, bound.kwargs
-
+# %% ../../nbs/core/00_errors.ipynb #6ddfbb52
+import errno
 
 # %% ../../nbs/core/00_errors.ipynb #0b64d9ac
 WANTED = {errno.ENOENT: "a file there, or for a new one a folder that takes it", errno.EACCES: "one that you may use",
@@ -441,85 +247,46 @@ def refused_path(
     return (f"{error.filename or 'A file'} cannot be opened or written ({error.strerror or error}): expected "
             f"{WANTED.get(error.errno, 'a file or folder there')}; check the path, or give another.")
 
-def about_paths(
-    error: Exception, # From a call that failed
-    given: Iterable[object], # What the call was given as paths
-    texts: Iterable[str] = (), # Other texts that it was given, which may be paths
-) -> bool: # Whether it is the file system's, about a path among that or something below it
-    "Whether an error says that a path that was given, a name made of it, or something below or above it fails."
-    if not isinstance(error, OSError) or error.errno not in WANTED or not isinstance(error.filename, str): return False
-    paths = [os.path.abspath(value) for value in given if isinstance(value, (str, os.PathLike)) and value]
-    said = Path(os.path.abspath(error.filename))
-    above = [str(path) for path in (said, *said.parents)] # names beside it are ours
-    here = {str(path) for path in (Path.cwd(), *Path.cwd().parents)} # as "." or "/" in a text that is no path
-    if not ({os.path.abspath(text) for text in texts if text} - here).isdisjoint(above): return True
-    return any(os.path.dirname(path) == os.path.dirname(each) and os.path.basename(path) in os.path.basename(each)
-               for path in paths for each in above) or any(said in Path(path).parents for path in paths)
-
-# %% ../../nbs/core/00_errors.ipynb #78293b3e
-def texts_in(
-    value: object, # What was given
-) -> Iterator[str]: # Texts and paths
-    "All texts and paths in lists, mappings and fields of what was given, and in theirs."
-    if isinstance(value, (str, os.PathLike)): yield os.fspath(value)
-    elif isinstance(value, Mapping):
-        for each in value.values(): yield from texts_in(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value: yield from texts_in(each)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value): yield from texts_in(getattr(value, field.name, ""))
-
-# %% ../../nbs/core/00_errors.ipynb #72286631
-INSIDE = ContextVar("inside", default=False) # Whether a public function is at work already
-F = TypeVar("F", bound=Callable)
-
-# %% ../../nbs/core/00_errors.ipynb #b2a27684
-def first_look(
-    signature: inspect.Signature, # Of a public function
-    name: str, # Its name
-    given: tuple, # What it was given by place
-    named: dict, # What it was given by name
-) -> None:
-    "Raise `BadInput` for a plain argument of another kind, before the call; a look that fails refuses nothing."
-    try: said = wrong_argument(signature, name, given, named, True)
-    except Exception: return
-    if said: raise said
-
-# %% ../../nbs/core/00_errors.ipynb #c432b57e
-def explained(
-    error: Exception, # From a call
-    signature: inspect.Signature, # Of the public function
-    name: str, # Its name
-    given: tuple, # What it was given by place
-    named: dict, # What it was given by name
-) -> BadInput | None: # The sentence; None if it is no argument's fault
-    "What the user did wrong, if that is why a call failed."
-    try:
-        taken = signature.bind(*given, **named).arguments.items()
-        asked = [value for argument, value in taken if is_path_kind(signature.parameters[argument].annotation)]
-        texts = [text for _, value in taken for text in texts_in(value) if isinstance(text, str)]
-        if about_paths(error, asked, texts): return BadInput(refused_path(error))
-        return wrong_argument(signature, name, given, named)
-    except Exception: return None # looking at an argument may fail too; the first error is the one to show
+# %% ../../nbs/core/00_errors.ipynb #f83716c7
+from contextvars import ContextVar
 
 # %% ../../nbs/core/00_errors.ipynb #4780a5dc
+INSIDE = ContextVar("inside", default=False) # Whether a public function is at work already
+STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) # Several under one name
+F = TypeVar("F", bound=Callable)
+
+def check_arguments(
+    bound: inspect.BoundArguments, # The arguments of a call
+    name: str, # Name of the function
+) -> None:
+    "Raise `BadInput` for the first argument that is not what its annotation says; iterators are read into tuples."
+    for argument, value in bound.arguments.items():
+        parameter, what = bound.signature.parameters[argument], f"{argument} of {name}()"
+        if parameter.annotation is parameter.empty or parameter.kind in STARRED: continue
+        if isinstance(value, Iterator) and get_origin(parameter.annotation) is Iterable:
+            value = bound.arguments[argument] = tuple(value)
+        check_argument(value, parameter.annotation, what)
+        for content, kind, where in fields_in(value, what): check_argument(content, kind, where)
+        check_together(value, what)
+
 def validate_arguments(
     function: F, # A public function, annotated
 ) -> F: # The same
-    "Turn an error that an argument explains into `BadInput`; every other error passes, the machine's own among them."
+    "Hold the arguments of the outermost call against the annotations; what is wrong with them is one sentence."
     signature = inspect.signature(function)
     @functools.wraps(function)
-    def wrapped(*given, **named):
-        if INSIDE.get(): return function(*given, **named)
-        given, named = read_through(signature, given, named)
-        first_look(signature, function.__name__, given, named)
+    def wrapped(*args, **kwargs):
+        if INSIDE.get(): return function(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        check_arguments(bound, function.__name__)
         outermost = INSIDE.set(True)
-        try: return function(*given, **named)
+        try: return function(*bound.args, **bound.kwargs)
         except BadInput: raise
         except Exception as error:
-            if lacks_memory(error): raise
-            said = explained(error, signature, function.__name__, given, named)
-            if said is None: raise
-            raise said from error
+            if isinstance(error, OSError) and error.errno in WANTED and isinstance(error.filename, str):
+                raise BadInput(refused_path(error)) from error
+            for argument, value in bound.arguments.items():
+                check_computable(value, f"{argument} of {function.__name__}()", argument)
+            raise
         finally: INSIDE.reset(outermost)
     return wrapped

@@ -346,7 +346,8 @@ from torch import nn
 from ..methods.criteria import CRITERIA, Inputs, measured_for, walks
 from ..regions import Factors
 from ..models.anatomy import Projection, projections
-from ..threshold import PruneReport, prune_report, zero_within
+from ..methods.selection import zero_within
+from ..threshold import PruneReport, prune_report
 from ..core.errors import validate_arguments, check_choice
 from ..methods.wanda import input_norms
 from ..models.families import HOLDS

@@ -222,7 +222,7 @@ from .costs import layer_weights
 from .job import copied_weights, put_back
 from ..methods.prune import prune
 from ..models.anatomy import projections
-from ..threshold import smallest_in_rows
+from ..methods.selection import smallest_in_rows
 
 # %% ../../nbs/jobs/05_planning.ipynb #c028
 PROBED = Sizes(name="probe", source="", family="llama", layers=1, heads=8, key_value_heads=8, head_size=64, hidden=512,

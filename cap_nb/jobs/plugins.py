@@ -74,7 +74,7 @@ from ..core.errors import check_choice
 from ..methods.allocation import Allocation, Shares
 from ..methods.criteria import GIVES, NEEDS, Inputs, measured_for
 from ..core.registry import ALLOCATIONS
-from ..threshold import Criterion, Measurements
+from ..methods.selection import Criterion, Measurements
 
 @validate_arguments
 def by_relative(

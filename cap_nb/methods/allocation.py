@@ -40,7 +40,7 @@ from collections.abc import Iterator
 from torch import nn
 from .criteria import Inputs, dense_norms
 from .wanda import WANDA
-from ..threshold import Measurements, competing, scores_of
+from .selection import Measurements, competing, scores_of
 from ..models.anatomy import projections
 
 # %% ../../nbs/methods/12_allocation.ipynb #c009

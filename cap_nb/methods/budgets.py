@@ -54,7 +54,7 @@ from collections.abc import Callable
 from cap_nb.calibration import Calibration
 from cap_nb.methods.criteria import dense_norms
 from cap_nb.methods.wanda import WANDA
-from cap_nb.threshold import Criterion, Measurements, scores_of
+from cap_nb.methods.selection import Criterion, Measurements, scores_of
 
 @dataclass(frozen=True)
 class Local:

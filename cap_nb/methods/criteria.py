@@ -8,7 +8,7 @@ __all__ = ['add_criterion', 'dense_norms']
 # %% ../../nbs/methods/11_criteria.ipynb #c004
 import torch
 from .wanda import wanda_score
-from ..threshold import Evidence
+from .selection import Evidence
 
 # %% ../../nbs/methods/11_criteria.ipynb #c005
 def cap_wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
@@ -37,7 +37,7 @@ def random_score(e: Evidence) -> torch.Tensor: # [out, in]
 # %% ../../nbs/methods/11_criteria.ipynb #c010
 from ..core.registry import CRITERIA
 from .wanda import WANDA
-from ..threshold import CAP, MAGNITUDE, Criterion
+from .selection import CAP, MAGNITUDE, Criterion
 
 # %% ../../nbs/methods/11_criteria.ipynb #c011
 CAP_WANDA = Criterion(name="cap_wanda", score=cap_wanda_score, needs=("norm", "factor"), source="Wanda and the paper",
@@ -60,7 +60,7 @@ CRITERIA.update({criterion.name: criterion for criterion in (
 from collections.abc import Callable, Sequence
 from ..core.registry import add, check_new_name, check_takes, in_a_sentence
 from ..core.errors import BadInput, validate_arguments, check_choice
-from ..threshold import pattern_of
+from .selection import pattern_of
 
 # %% ../../nbs/methods/11_criteria.ipynb #c015
 DERIVATIVES = ("gradient", "path_gradient", "relevance") # Each is given as `Evidence.gradient`
@@ -230,7 +230,7 @@ def check_inputs(
 
 # %% ../../nbs/methods/11_criteria.ipynb #c032
 from ..regions import region_factors
-from ..threshold import Measurements
+from .selection import Measurements
 
 # %% ../../nbs/methods/11_criteria.ipynb #c033
 def measured_for(
@@ -251,7 +251,8 @@ def measured_for(
 # %% ../../nbs/methods/11_criteria.ipynb #c035
 from ..core.errors import check_sparsity
 from .wanda import uniform_shares, zero_layer_by_layer, zero_shares_within
-from ..threshold import PruneReport, Threshold, check_pattern, competing, prune_report, zero_within
+from .selection import Threshold, check_pattern, competing, zero_within
+from ..threshold import PruneReport, prune_report
 
 # %% ../../nbs/methods/11_criteria.ipynb #c036
 def walks(
@@ -313,4 +314,4 @@ def prune_by(
     check_inputs(method, inputs, [GIVES[need] for need in criterion.needs])
     shares = projection_shares(model, sparsity, inputs, scope)
     threshold = zero_by(model, criterion, scope, shares, inputs)
-    return prune_report(model, method, sparsity, threshold)
+    return prune_report(model, method, sparsity, threshold and threshold.value, threshold.ties if threshold else 0)

@@ -129,7 +129,7 @@ from .neurons import UNIT_AWARE
 from .prune import recovered_weight, recovery_steps
 from .sparsegpt import MadeOnce, check_pattern_fits
 from .streaming import STREAMED
-from ..threshold import check_pattern, pattern_of
+from .selection import check_pattern, pattern_of
 
 # %% ../../nbs/methods/26_given_hessians.ipynb #c026
 def check_solved(
@@ -198,7 +198,8 @@ from .criteria import CRITERIA
 from .streaming import (
     AT_ONCE, checkpoint_fingerprint, lay_out, open_checkpoint, streamed_report, what_is_known, write_pruned)
 from ..regions import Factors
-from ..threshold import Measurements, PruneReport
+from .selection import Measurements
+from ..threshold import PruneReport
 from tqdm.auto import tqdm
 
 # %% ../../nbs/methods/26_given_hessians.ipynb #c034

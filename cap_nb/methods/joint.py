@@ -73,7 +73,8 @@ def dividing_by(
 # %% ../../nbs/methods/16_joint.ipynb #c022
 from collections.abc import Iterator
 from .sparsegpt import cheapest
-from ..threshold import smallest_in_groups, smallest_in_rows, zero_count
+from .selection import smallest_in_groups, smallest_in_rows
+from ..threshold import zero_count
 
 # %% ../../nbs/methods/16_joint.ipynb #c023
 Choose = Callable[[torch.Tensor], torch.Tensor] # Magnitudes [out, in] -> what goes, bool [out, in]

@@ -15,7 +15,7 @@ from torch import nn
 from cap_nb.methods.criteria import CRITERIA, Inputs
 from cap_nb.methods.experts import ROUTING_AWARE
 from cap_nb.methods.neurons import NEURON_AWARE, UNIT_AWARE
-from cap_nb.threshold import SCOPES, pattern_of
+from cap_nb.methods.selection import SCOPES, pattern_of
 
 @dataclass(frozen=True)
 class MethodName:
@@ -286,7 +286,8 @@ from .sparsegpt import (
 from .wanda import uniform_shares
 from .explainable_masks import head_share, prune_heads
 from ..models.anatomy import projections
-from ..threshold import PruneReport, check_pattern, prune_report
+from .selection import check_pattern
+from ..threshold import PruneReport, prune_report
 
 # %% ../../nbs/methods/24_prune.ipynb #4a246f49
 from cap_nb.methods.layer_walk import LayerStep
@@ -294,7 +295,7 @@ from cap_nb.methods.sparsegpt import Hessians
 from cap_nb.methods.swaps import swapped_mask
 from cap_nb.methods.update import updated_weight
 from cap_nb.methods.wanda import zero_shares_within
-from cap_nb.threshold import Criterion, Measurements
+from cap_nb.methods.selection import Criterion, Measurements
 
 def recovered_weight(
     dense: torch.Tensor, # The weight before it was pruned, [out, in]

@@ -76,7 +76,7 @@ def block_factors(
     return damped
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c021
-from ..threshold import first_true
+from .selection import first_true
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c022
 def cheapest(
@@ -90,7 +90,7 @@ def cheapest(
     return below | first_true(cost == highest, count - int(below.sum()))
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c025
-from ..threshold import smallest_in_rows
+from .selection import smallest_in_rows
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c264cfe4
 def smallest_of_group(

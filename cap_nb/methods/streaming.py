@@ -230,7 +230,7 @@ from .criteria import CRITERIA, Inputs, check_inputs
 from ..regions import Factors, region_factors
 from .prune import SOLVERS, MethodName, check_method, own_scope
 from .neurons import UNIT_AWARE
-from ..threshold import TIES, Evidence, Measurements, check_pattern
+from .selection import TIES, Evidence, Measurements, check_pattern
 from ..core.errors import check_choice, check_sparsity
 from ..core.files import read_tensors, write_tensors
 
@@ -323,9 +323,10 @@ def scorer(
     return scored
 
 # %% ../../nbs/methods/25_streaming.ipynb #c044
-from ..threshold import (
-    Take, Threshold, find_threshold, pattern_counts, pattern_of, smallest_in_groups, smallest_in_rows, tie_selector,
-    ties_taken, zero_count)
+from .selection import (
+    Take, Threshold, find_threshold, pattern_counts, pattern_of, smallest_in_groups, smallest_in_rows,
+    tie_selector, ties_taken)
+from ..threshold import zero_count
 
 # %% ../../nbs/methods/25_streaming.ipynb #c045
 def weights_of(
@@ -435,7 +436,7 @@ def taking(
     count = zeros_among(pieces, sparsity)
     if count == 0: return lambda scores: torch.zeros_like(scores, dtype=torch.bool), None
     threshold = threshold_in_window(pieces, scored, count, walk)
-    return tie_selector(threshold.value, ties_taken(threshold, ties)), threshold
+    return tie_selector(threshold, ties), threshold
 
 # %% ../../nbs/methods/25_streaming.ipynb #c048
 def bits_of(
@@ -525,7 +526,7 @@ def count_magnitudes(
 
 # %% ../../nbs/methods/25_streaming.ipynb #c057
 import numpy as np
-from ..threshold import first_ones
+from .selection import first_ones
 
 # %% ../../nbs/methods/25_streaming.ipynb #c058
 def sides_of(
@@ -696,7 +697,8 @@ def write_zeros(
     return zeros
 
 # %% ../../nbs/methods/25_streaming.ipynb #c076
-from ..threshold import PruneReport, competing
+from .selection import competing
+from ..threshold import PruneReport
 from ..core.files import whole_folder
 
 # %% ../../nbs/methods/25_streaming.ipynb #c077

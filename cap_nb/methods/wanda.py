@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/methods/10_wanda.ipynb #c004
 import torch
-from ..threshold import Criterion, Evidence
+from .selection import Criterion, Evidence
 
 # %% ../../nbs/methods/10_wanda.ipynb #c005
 def wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
@@ -111,7 +111,7 @@ from collections.abc import Sequence
 from torch import nn
 from ..core.errors import check_sparsity
 from ..models.anatomy import projections
-from ..threshold import Measurements, zero_within
+from .selection import Measurements, zero_within
 
 # %% ../../nbs/methods/10_wanda.ipynb #c018
 def uniform_shares(

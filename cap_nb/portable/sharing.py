@@ -82,7 +82,8 @@ def base_record(
 import cap_nb
 from ..methods.criteria import CRITERIA
 from ..methods.prune import check_method, method_line, own_scope
-from ..threshold import PruneReport, pattern_of
+from ..methods.selection import pattern_of
+from ..threshold import PruneReport
 
 # %% ../../nbs/portable/04_sharing.ipynb #c017
 KEY = "cap_nb" # In config.json

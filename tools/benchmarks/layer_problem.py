@@ -39,7 +39,7 @@ from cap_nb.methods.prune import recovered_weight
 from cap_nb.methods.sparsegpt import sparsegpt_update
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.threshold import smallest_in_rows
+from cap_nb.methods.selection import smallest_in_rows
 from tools.side_by_side import measured_case, measured_rounds
 
 ROOT = Path(__file__).resolve().parents[2]

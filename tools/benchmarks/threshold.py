@@ -21,7 +21,8 @@ import torch
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.memory import memory_taken
-from cap_nb.threshold import bisect_threshold, find_threshold, zero_count
+from cap_nb.methods.selection import find_threshold
+from cap_nb.threshold import bisect_threshold, zero_count
 from tools.side_by_side import measured_case, measured_rounds, stopwatch
 
 # Scores are magnitudes of normal numbers, times a factor between 1 and 10 for each piece. The histogram reads the
