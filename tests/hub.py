@@ -284,7 +284,9 @@ def wikitext_rows(split):
 
 def data_sets(strategyqa_in="parquet"):
     """The data sets that the code names, at the commits that it pins."""
-    from cap_nb.data.problems import ARC, GSM8K, STRATEGYQA, WIKITEXT
+    from cap_nb.data.problems import TASKS, WIKITEXT
+
+    GSM8K, STRATEGYQA, ARC = (TASKS[name] for name in ("gsm8k", "strategyqa", "arc"))
 
     def both(folder, rows, splits=("train", "test")):
         return {f"{folder}/{split}-00000-of-00001.parquet": parquet_bytes(rows(split)) for split in splits}

@@ -4,10 +4,11 @@ import json
 import pytest
 
 from cap_nb.command_line import app  # noqa: F401  imported before the worker is started, so that a broken import is told here
-from cap_nb.data.problems import ARC, GSM8K, STRATEGYQA, WIKITEXT, read_arc, read_gsm8k, read_strategyqa
+from cap_nb.data.problems import TASKS, WIKITEXT, read_arc, read_gsm8k, read_strategyqa
 from cap_nb.jobs.records import load_run
 from hub import TOKEN, Fault, Hub, Machine, Repo, arc_rows, data_sets, gsm8k_rows, llama_files, strategyqa_rows, wikitext_rows
 
+GSM8K, STRATEGYQA, ARC = (TASKS[name] for name in ("gsm8k", "strategyqa", "arc"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FEW = "--n 6 --k 2 --evaluate-n 2 --loss-n 2 --max-new-tokens 4 --windows 2 --window-tokens 64 --device cpu --methods magnitude --sparsity 0.5"
 LOADING = "plan --model"  # Fetches config.json alone
@@ -129,7 +130,8 @@ def test_the_text_is_joined_as_published(finished, machine):
 def test_datasets_reads_the_same(machine):
     """The reference: what the library `datasets` makes of the same hub."""
     code = """
-from cap_nb.data.problems import ARC, GSM8K, STRATEGYQA, WIKITEXT, from_hub
+from cap_nb.data.problems import TASKS, WIKITEXT, from_hub
+GSM8K, STRATEGYQA, ARC = (TASKS[name] for name in ("gsm8k", "strategyqa", "arc"))
 from datasets import disable_progress_bars, load_dataset
 disable_progress_bars()
 for (name, configuration, revision), split in ((GSM8K.hub, "train"), (ARC.hub, "test"), (STRATEGYQA.hub, "test"), (WIKITEXT, "test")):
