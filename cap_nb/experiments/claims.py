@@ -220,7 +220,7 @@ def neuron_cells(
     name: str, # Name of the model
     cells: Cells, # Those of the main run
 ) -> dict[tuple[str, float], Evaluation]: # Methods with a factor a neuron: losses on the problems of the main run
-    "What tools/neurons.py measured, in the order of the main run's problems."
+    "What the study of neurons measured, in the order of the main run's problems."
     path, found = figures/"neurons"/f"{name}.json", {}
     for key, cell in (read_checked(path)["cells"] if path.exists() else {}).items():
         method, sparsity = key.split("/")
@@ -1093,7 +1093,7 @@ def loss_gains(
 def with_shares(
     criterion: str, # What prunes, as in "sparsegpt"
     sparsity: float, # Of the whole model
-    first: str, # An allocation of tools/budgets.py
+    first: str, # An allocation of figures/budgets
     second: str, # Another
     on: str, # As in `loss_gains`
 ) -> Case: # Gain of the first over the second
