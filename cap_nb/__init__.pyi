@@ -7,11 +7,11 @@ from cap_nb.methods.budgets import Budgets as Budgets
 from cap_nb.jobs.settings import CalibrateSettings as CalibrateSettings
 from cap_nb.calibration import Calibration as Calibration
 from cap_nb.analysis import Comparison as Comparison
-from cap_nb.methods.selection import Criterion as Criterion
+from cap_nb.threshold import Criterion as Criterion
 from cap_nb.models.decoding import Decoding as Decoding
 from cap_nb.jobs.settings import EvaluateSettings as EvaluateSettings
 from cap_nb.evaluation import Evaluation as Evaluation
-from cap_nb.methods.selection import Evidence as Evidence
+from cap_nb.threshold import Evidence as Evidence
 from cap_nb.data.prompts import Example as Example
 from cap_nb.models.families import Experts as Experts
 from cap_nb.models.families import FAMILIES as FAMILIES
@@ -24,6 +24,7 @@ from cap_nb.portable.fine_tuning import HeldZeros as HeldZeros
 from cap_nb.jobs.settings import Job as Job
 from cap_nb.evaluation import LossRecord as LossRecord
 from cap_nb.jobs.settings import ModelSettings as ModelSettings
+from cap_nb.methods.streaming import NOT_FINITE as NOT_FINITE
 from cap_nb.evaluation import Perplexity as Perplexity
 from cap_nb.jobs.planning import Plan as Plan
 from cap_nb.data.problems import Problem as Problem
@@ -105,7 +106,7 @@ from cap_nb.regions import plot_regions as plot_regions
 from cap_nb.scoring import plot_score_intervals as plot_score_intervals
 from cap_nb.experiments.seeds import plot_seed_spread as plot_seed_spread
 from cap_nb.analysis import plot_sparsity_curves as plot_sparsity_curves
-from cap_nb.core.plots import plot_threshold as plot_threshold
+from cap_nb.threshold import plot_threshold as plot_threshold
 from cap_nb.threshold import plot_zeros as plot_zeros
 from cap_nb.analysis import plot_zeros_by_method as plot_zeros_by_method
 from cap_nb.models.anatomy import projections as projections
@@ -130,6 +131,7 @@ from cap_nb.methods.streaming import save_norms as save_norms
 from cap_nb.methods.resumed_scoring import score_heads as score_heads
 from cap_nb.scoring import score_heads_naive as score_heads_naive
 from cap_nb.scoring import score_interval as score_interval
+from cap_nb.methods.streaming import scored_rows as scored_rows
 from cap_nb.methods.screening import screen_heads as screen_heads
 from cap_nb.methods.screening import screened_scores as screened_scores
 from cap_nb.experiments.seeds import seed_table as seed_table

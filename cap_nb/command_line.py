@@ -391,7 +391,8 @@ def show_run(
     folder: Path, # A run's folder
 ) -> None:
     "Print a run's table, what its accuracies hide, and where its figures are."
-    from cap_nb.analysis import method_table, table_markdown
+    from cap_nb.analysis import method_table
+    from cap_nb.jobs.tables import table_markdown
     from cap_nb.jobs.records import load_run
     run = load_run(folder)
     typer.echo(table_markdown(method_table(run.evaluations), run.provenance))
@@ -671,7 +672,8 @@ def eval_command(
     out: option(Path | None, "folder for the records; not kept if left out") = None,
 ) -> None:
     "Measure a model as it is: accuracy, held-out loss, perplexity."
-    from cap_nb.analysis import method_table, table_markdown
+    from cap_nb.analysis import method_table
+    from cap_nb.jobs.tables import table_markdown
     from cap_nb.single_steps import evaluate_alone
     typer.echo(table_markdown(method_table([evaluate_alone(job, scores, out)])))
 
@@ -685,7 +687,8 @@ def table_command(
 ) -> None:
     "Print the table of a run, finished or not."
     check_choice(form, ("md", "csv", "tex"), "format")
-    from cap_nb.analysis import method_table, table_csv, table_latex, table_markdown
+    from cap_nb.analysis import method_table
+    from cap_nb.jobs.tables import table_csv, table_latex, table_markdown
     from cap_nb.jobs.records import load_run
     run = load_run(folder)
     if not run.evaluations:
@@ -723,7 +726,7 @@ def compare_command(
 ) -> None:
     "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
     check_choice(form, ("md", "csv"), "format")
-    from cap_nb.analysis import comparison_markdown
+    from cap_nb.jobs.tables import comparison_markdown
     from cap_nb.core.files import check_new_folder
     from cap_nb.jobs.results import compare_runs, comparison_csv, save_comparison
     if out: check_new_folder(out)

@@ -175,7 +175,7 @@ from .core.registry import additions_noted
 from .core.files import check_new_folder
 from .jobs.job import targets_configuration
 from .methods.criteria import Inputs
-from .methods.given_hessians import check_solved, file_note, layer_file, save_hessians, solve_checkpoint
+from .methods.streaming import check_solved, file_note, layer_file, save_hessians, solve_checkpoint
 from .methods.prune import check_method, needs_of, prune, unit_factors
 from .methods.streaming import check_streamed, checkpoint_fingerprint, load_norms, prune_checkpoint
 from .models.loading import check_all_here, save_model

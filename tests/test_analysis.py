@@ -12,10 +12,12 @@ import torch
 
 from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, method_looks, save_figure
 from cap_nb.analysis import (
-    PAPER_NUMBERS, answer_table, compare, compare_methods, compare_with_paper, comparison_frame, comparison_grid,
-    comparison_mark, comparison_markdown, comparison_text, comparison_words, correct_family, head_importance_in_words,
-    holm, interval_text, method_table, pairs_with, paper_table, plot_head_importance, plot_importance_distribution,
-    plot_sparsity_curves, table_csv, table_latex, table_markdown, table_notes)
+    PAPER_NUMBERS, compare, compare_methods, compare_with_paper, comparison_frame, correct_family, holm, method_table,
+    paper_table, plot_head_importance)
+from cap_nb.jobs.tables import (
+    answer_table, comparison_grid, comparison_mark, comparison_markdown, comparison_text, comparison_words,
+    head_importance_in_words, interval_text, pairs_with, plot_importance_distribution, plot_sparsity_curves,
+    table_csv, table_latex, table_markdown, table_notes)
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 from cap_nb.core.errors import BadInput
 from conftest import ROOT
@@ -211,7 +213,7 @@ def test_a_run_with_one_measure_still_has_a_figure():
 
 def test_figures_are_equal_bytes_in_another_process(tmp_path):
     """Drawn here, among other tests, and by an interpreter of its own with another order of sets."""
-    code = ("from cap_nb.core.framework import plot_framework; from cap_nb.analysis import plot_importance_distribution; from cap_nb.core.plots import save_figure; import torch\n"
+    code = ("from cap_nb.core.framework import plot_framework; from cap_nb.jobs.tables import plot_importance_distribution; from cap_nb.core.plots import save_figure; import torch\n"
             "save_figure(plot_framework(), folder + '/framework', ('png', 'svg'))\n"
             "save_figure(plot_importance_distribution(torch.arange(12.).view(3, 4)), folder + '/order')")
     exec(code, {"folder": str(tmp_path / "one")})

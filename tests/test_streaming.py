@@ -25,8 +25,7 @@ from cap_nb.models.loading import model_fingerprint
 from cap_nb.regions import Factors, region_factors
 from cap_nb.methods import streaming
 from cap_nb.methods.prune import check_method, prune
-from cap_nb.methods import given_hessians as given_hessians_module
-from cap_nb.methods.given_hessians import layer_file, norms_of_hessians, open_hessians, save_hessians, solve_checkpoint, solved_weight
+from cap_nb.methods.streaming import layer_file, measurements_of_hessians, open_hessians, save_hessians, solve_checkpoint, solved_weight
 from cap_nb.methods.sparsegpt import MadeOnce
 from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms, write_rows
 from cap_nb.methods.selection import CAP, Measurements, scores_of, zero_within
@@ -199,62 +198,10 @@ def test_the_size_of_a_piece_does_not_matter(tmp_path, at_once):
 def test_counted_magnitudes_and_counted_scores_give_the_same(tmp_path, monkeypatch, dtype, method):
     src = saved(tmp_path / "src", dtype)
     counted = prune_checkpoint(src, tmp_path / "counted", 0.4, factors_of(src), method)
-    monkeypatch.setattr(streaming, "TABLES_AT_MOST", 0)
-    monkeypatch.setattr(streaming, "taking_counted", None)  # nothing may call it
+    monkeypatch.setattr(streaming, "REGIONS_AT_MOST", 0)
+    monkeypatch.setattr(streaming, "counted_threshold", None)  # nothing may call it
     assert prune_checkpoint(src, tmp_path / "scored", 0.4, factors_of(src), method) == counted
     assert hashes(tmp_path / "scored") == hashes(tmp_path / "counted")
-
-
-@pytest.mark.parametrize("method, guess", [("wanda@model", None), ("wanda@model", 0), ("cap_wanda", 1 << 15)], ids=["sample", "misled", "misled upwards"])
-def test_scores_are_counted_in_two_readings_whatever_the_sample_says(tmp_path, monkeypatch, method, guess):
-    src, read = saved(tmp_path / "src", torch.float32), []
-    model, norms, base = load(src), norms_of(src), method.split("@")[0]
-    zero_within(projections(model), CRITERIA[base], Measurements(norms=norms, regions=region_factors(model, factors_of(src))), 0.4, "model")
-    read_rows = streaming.read_rows
-    monkeypatch.setattr(streaming, "read_rows", lambda piece: read.append(streaming.weights_of(piece)) or read_rows(piece))
-    monkeypatch.setattr(streaming, "SAMPLED", 1)  # a model as small as this one has no representative sample
-    if guess is not None:
-        monkeypatch.setattr(streaming, "guessed_upper", lambda *given: guess)
-    report = prune_checkpoint(src, tmp_path / "new", 0.4, factors_of(src), method, norms)
-    assert sum(read) == (2 + 1 if guess is None else 2 + 2) * report.weights  # the sample is once the whole here
-    same(tmp_path / "new", model, tmp_path)
-
-
-@pytest.mark.parametrize("refusal", [errno.EXDEV, errno.EOPNOTSUPP, None], ids=["two file systems", "not supported", "no such call"])
-def test_bytes_that_nobody_prunes_are_copied_where_the_system_refuses(tmp_path, monkeypatch, refusal):
-    src = saved(tmp_path / "src")
-    wanted = prune_checkpoint(src, tmp_path / "plain", 0.4, factors_of(src))
-
-    def refused(*given):
-        raise OSError(refusal, "refused")
-    if refusal is None:
-        monkeypatch.delattr(os, "copy_file_range", raising=False)
-        monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    else:
-        monkeypatch.setattr(os, "copy_file_range", refused, raising=False)
-    monkeypatch.setattr(streaming, "COPIED", 1000)
-    assert prune_checkpoint(src, tmp_path / "new", 0.4, factors_of(src)) == wanted
-    assert hashes(tmp_path / "new") == hashes(tmp_path / "plain")
-
-
-def test_bytes_that_nobody_prunes_are_not_read_where_the_system_copies(tmp_path, monkeypatch):
-    src = saved(tmp_path / "src")
-    with open(src / "config.json") as old, open(tmp_path / "tried", "w") as new:
-        if not streaming.copied_by_system(old.fileno(), new.fileno(), 0, 2):
-            pytest.skip("this file system does not copy by itself")
-    monkeypatch.setattr(streaming, "copied_here", None)  # nothing may call it
-    prune_checkpoint(src, tmp_path / "new", 0.4, factors_of(src))
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.ENOSPC, "No space left on device")], ids=["broken", "full"])
-def test_a_copy_that_fails_is_no_refusal(tmp_path, monkeypatch, error):
-    def failing(*given):
-        raise error
-    monkeypatch.setattr(os, "copy_file_range", failing, raising=False)
-    src = saved(tmp_path / "src")
-    with pytest.raises((OSError, BadInput), match="Input/output error|no room"):
-        prune_checkpoint(src, tmp_path / "new", 0.4, factors_of(src))
-    assert left_behind(tmp_path) == []
 
 
 def test_weights_of_two_kinds_are_scored(tmp_path):
@@ -507,7 +454,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
         shutil.rmtree(tmp_path / folder)
 
 
-# given Hessians
+# Hessians from a folder
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "mixtral", "qwen2_moe"])
@@ -523,7 +470,8 @@ def test_every_layout_is_solved_as_in_memory(tmp_path, kind, method):
     given = open_hessians(tmp_path / "G", open_checkpoint(tmp_path / "src"), checkpoint_fingerprint(tmp_path / "src"))
     dense = {p.name: p.weight.detach().clone().contiguous() for p in projections(model)}
     if parts.base == "wanda":
-        zero_within(projections(model), CRITERIA["wanda"], Measurements(norms=norms_of_hessians(given)), 0.5, "row")
+        measured = measurements_of_hessians(open_checkpoint(tmp_path / "src"), parts, given, None)
+        zero_within(projections(model), CRITERIA["wanda"], measured, 0.5, "row")
     with torch.no_grad():
         for p in projections(model):
             pruned = p.weight.clone().contiguous() if parts.base == "wanda" else None
@@ -564,7 +512,7 @@ def test_an_error_while_solving_leaves_nothing(tmp_path, monkeypatch):
         if len(calls) > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write_rows(*arguments)
-    monkeypatch.setattr(given_hessians_module, "write_rows", full)
+    monkeypatch.setattr(streaming, "write_rows", full)
     with pytest.raises(BadInput, match="no room"):
         solve_checkpoint(src, tmp_path / "new", 0.5, tmp_path / "G", "sparsegpt")
     assert len(calls) == 6 and left_behind(tmp_path) == [] and hashes(src) == before

@@ -26,7 +26,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cap_nb.analysis import compare_methods, comparison_markdown, method_table
+from cap_nb.analysis import compare_methods, method_table
+from cap_nb.jobs.tables import comparison_markdown
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput

@@ -11,6 +11,7 @@ from typing import TypeVar
 from .errors import BadInput, check_choice
 
 # %% ../../nbs/core/02_plots.ipynb #c005
+INK = "#333333" # Colour of lines and text
 METHOD_LOOKS = { # Colour, marker
     "dense": ("#000000", "s"),
     "wanda": ("#0072B2", "o"),

@@ -1230,7 +1230,8 @@ CLAIMS = (*MAIN_CLAIMS, *MLP_CLAIMS, *CALIBRATION_CLAIMS, *SUBSET_CLAIMS, *HEAD_
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
-from ..analysis import LEVEL, correct_family, interval_text, latex_text, markdown_rows, p_text
+from ..analysis import LEVEL, correct_family
+from ..jobs.tables import interval_text, latex_text, markdown_rows, p_text
 from ..core.plots import blank_figure, in_style
 from ..core.files import sha256_of_file, write_json
 from ..jobs.report import write_text

@@ -164,9 +164,10 @@ def read_seeds(
 # %% ../../nbs/experiments/01_seeds.ipynb #c036
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ..analysis import CAP_PAIRS, correct_family, markdown_rows, method_title, rounded_text, shared_cells
+from ..analysis import CAP_PAIRS, correct_family, method_title, shared_cells
+from ..jobs.tables import markdown_rows, rounded_text
 from ..core.plots import blank_figure, in_style, method_looks
-from ..jobs.records import row_order
+from ..analysis import row_order
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c037
 PARTS = ("Calibration", "Problems", "Rest") # Standard deviations of one run's number

@@ -99,7 +99,7 @@ from pathlib import Path
 from transformers import AutoModelForImageClassification
 from ..core.files import checkpoint_tensors, shard_files, whole_folder
 from ..methods.streaming import (
-    AT_ONCE, Checkpoint, check_stored, check_streamed, lay_out, streamed_report, what_is_known, write_pruned)
+    AT_ONCE, Checkpoint, check_stored, check_streamed, lay_out, streamed_report, measurements_for, write_pruned)
 from ..models.anatomy import projections
 from ..models.loading import config_of
 from ..threshold import PruneReport
@@ -129,7 +129,7 @@ def prune_image_checkpoint(
 ) -> PruneReport: # What was done
     "Prune a checkpoint of a vision transformer without loading it (paper 3.3 and 3.4)."
     parts, checkpoint = check_streamed(method, sparsity, "exact"), open_image_checkpoint(src)
-    known = what_is_known(checkpoint, method, factors, None)
+    known = measurements_for(checkpoint, method, factors, None)
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
         zeros, threshold = write_pruned(checkpoint, part, parts, sparsity, known, "exact", AT_ONCE)

@@ -452,6 +452,7 @@ def live_records(
 # %% ../../nbs/jobs/00_records.ipynb #c067
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ..analysis import records_from, row_order
 from ..core.files import check_inside, rows_of_parquet, whole_file
 
 # %% ../../nbs/jobs/00_records.ipynb #c068
@@ -495,21 +496,6 @@ def write_packed_records(
             table, part, row_group_size=max(1, len(table)), use_dictionary=texts, dictionary_pagesize_limit=1 << 26,
             compression="zstd", compression_level=19)
 
-# %% ../../nbs/jobs/00_records.ipynb #c072
-def evaluation_from(
-    rows: dict[str, list[dict]], # Kind of record -> the rows of one place
-) -> Evaluation: # The evaluation
-    "An evaluation from its rows."
-    def records(kind: type, rows: list[dict]) -> tuple:
-        return tuple(kind(**{field.name: row[field.name] for field in fields(kind)}) for row in rows)
-    about = json.loads(rows["evaluation"][0]["content"])
-    text = about.pop("perplexity", None)
-    if text: text["losses"] = [row["loss"] for row in rows["window"]]
-    return Evaluation(
-        **about, answers=records(AnswerRecord, rows.get("answer", [])),
-        losses=records(LossRecord, rows.get("loss", [])), perplexity=perplexity_from(text))
-
-
 # %% ../../nbs/jobs/00_records.ipynb #c073
 def packed_records(
     path: Path, # A file that `write_packed_records` wrote
@@ -519,14 +505,11 @@ def packed_records(
     except BadInput: raise
     except (OSError, ValueError, pa.ArrowException) as error:
         raise BadInput(f"{path} is damaged ({error}): expected the records of a packed run; get it anew.") from error
-    places = {}
     if rows and not rows[0].keys() >= {"place", "record", "content"}:
         raise BadInput(f"{path} lacks the columns of a packed run: expected what 'cap pack' wrote; get it anew.")
     try:
-        for row in rows:
-            places.setdefault(check_inside(row["place"], path), {}).setdefault(row["record"], []).append(row)
-        files = {name: kinds["file"][0]["content"] for name, kinds in places.items() if "file" in kinds}
-        evaluations = {name: evaluation_from(kinds) for name, kinds in places.items() if "file" not in kinds}
+        for row in rows: check_inside(row["place"], path)
+        evaluations, files = records_from(rows)
     except BadInput: raise
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is no packed run ({type(error).__name__}): expected what 'cap pack' wrote; get it "
@@ -636,17 +619,6 @@ def unpack_run(
             (part/name).write_bytes(content)
         for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name, backend)
         write_checked(part/"manifest.json", manifest(part))
-
-# %% ../../nbs/jobs/00_records.ipynb #c088
-PAPERS_ROWS = ("dense", "wanda", "magnitude", "cap") # Rows of Table 1, from top to bottom
-
-def row_order(
-    evaluation: Evaluation, # An evaluation
-) -> tuple: # Sorts before that of a later row
-    "Place of a row in Table 1: dense, then by sparsity, baselines before CAP, other methods last by name."
-    method = evaluation.method
-    rank = PAPERS_ROWS.index(method) if method in PAPERS_ROWS else len(PAPERS_ROWS)
-    return method != "dense", evaluation.sparsity, rank, method
 
 # %% ../../nbs/jobs/00_records.ipynb #c091
 SESSION = ("python", "torch", "transformers", "cap_nb", "device", "device_name", "threads") # What numbers depend on

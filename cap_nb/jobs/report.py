@@ -46,7 +46,7 @@ import math, statistics
 import pandas as pd
 from ..methods.neurons import UNIT_AWARE
 from .records import Run, cell_name, cells_of
-from ..analysis import markdown_rows
+from .tables import markdown_rows
 from ..methods.prune import needs_of, parse_method
 
 # %% ../../nbs/jobs/02_report.ipynb #c014
@@ -103,7 +103,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from matplotlib.figure import Figure
 from ..evaluation import Evaluation
-from ..analysis import plot_zeros_by_method
+from .tables import plot_zeros_by_method
 
 # %% ../../nbs/jobs/02_report.ipynb #c026
 CURVES_A_FIGURE = 8 # Methods that one figure of curves can show
@@ -157,9 +157,10 @@ def warn_of_cut_off(
 # %% ../../nbs/jobs/02_report.ipynb #c035
 from ..core.registry import check_additions
 from .records import PACKED, load_run, manifest
-from ..analysis import (
-    answer_markdown, answer_table, method_table, plot_head_importance, plot_importance_distribution,
-    plot_sparsity_curves, table_csv, table_latex, table_markdown)
+from ..analysis import method_table, plot_head_importance
+from cap_nb.jobs.tables import (
+    answer_markdown, answer_table, plot_importance_distribution, plot_sparsity_curves, table_csv, table_latex,
+    table_markdown)
 from ..importance import importance_factors
 from ..core.plots import save_figure
 from ..core.files import write_checked

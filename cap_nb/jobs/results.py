@@ -61,7 +61,7 @@ SUMMARY = { # Further columns of a row for each number of the table
     "n": ("Int64", "", "problems or windows behind it")}
 
 # %% ../../nbs/jobs/07_results.ipynb #c011
-from ..analysis import markdown_rows
+from .tables import markdown_rows
 
 # %% ../../nbs/jobs/07_results.ipynb #c012
 def frame_columns(
@@ -258,7 +258,7 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from ..analysis import comparison_mark
+from .tables import comparison_mark
 from ..core.framework import INK
 from ..core.plots import blank_figure, in_style
 
@@ -315,7 +315,8 @@ def plot_comparisons(
     return figure
 
 # %% ../../nbs/jobs/07_results.ipynb #c068
-from ..analysis import comparison_frame, comparison_markdown
+from ..analysis import comparison_frame
+from .tables import comparison_markdown
 from ..core.files import sha256_of_file, whole_folder, write_json
 from ..core.plots import save_figure
 from .report import write_text

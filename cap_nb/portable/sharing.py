@@ -171,7 +171,7 @@ def made_and_noted(
 import hashlib
 import numpy as np
 from tqdm.auto import tqdm
-from ..methods.given_hessians import read_weight
+from ..methods.streaming import read_weight
 from ..methods.streaming import open_checkpoint, streamed_report
 from ..models.anatomy import projections
 
@@ -191,7 +191,7 @@ def zeros_of_folder(
     return streamed_report(projections(checkpoint.model), method, asked, zeros, None), digest.hexdigest()
 
 # %% ../../nbs/portable/04_sharing.ipynb #c044
-from ..analysis import markdown_rows
+from ..jobs.tables import markdown_rows
 from ..threshold import zero_shares
 
 # %% ../../nbs/portable/04_sharing.ipynb #c045
@@ -272,7 +272,8 @@ def front_matter(
     return f"---\n{data.to_yaml()}\n---"
 
 # %% ../../nbs/portable/04_sharing.ipynb #c057
-from ..analysis import method_table, table_markdown, value_text
+from ..analysis import method_table
+from ..jobs.tables import table_markdown, value_text
 
 # %% ../../nbs/portable/04_sharing.ipynb #c058
 def licence_line(
