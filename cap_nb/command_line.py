@@ -5,31 +5,25 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/command_line.ipynb #c004
-import functools
+# %% ../nbs/command_line.ipynb #8a9f3a9c
 import importlib.metadata
+import logging
 import os
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 import typer
-from .core.errors import (
+from typer.core import TyperGroup
+import cap_nb
+from cap_nb.core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, lacks_memory, refused_path)
-from .core.stopping import STOPPED, signals_answered, stop
+from cap_nb.core.stopping import STOPPED, signals_answered, stop
 
-# %% ../nbs/command_line.ipynb #c005
-def give_up(
-    sentence: str, # What to say
-    code: int, # Exit code
-) -> NoReturn:
-    "Say one sentence on the error channel and leave."
-    typer.echo(f"cap: {BadInput(sentence)}", err=True) # which is one line whatever is in it
-    raise typer.Exit(code)
-
-# %% ../nbs/command_line.ipynb #c006
+# %% ../nbs/command_line.ipynb #75840435
 def bug_report(
     error: Exception, # What nobody foresaw
 ) -> str: # The sentence
@@ -39,62 +33,80 @@ def bug_report(
     lines = [f"command: {sys.argv[1:]}", f"python: {sys.version}", f"versions: {versions}"]
     with open(number, "w", encoding="utf-8") as file:
         file.write("\n".join([*lines, *traceback.format_exception(error)]))
-    said = " ".join(str(error).split())[:120]
-    return (f"This is a bug in cap_nb ({type(error).__name__}: {said}): expected a sentence about what was wrong; "
+    message = " ".join(str(error).split())[:120]
+    return (f"This is a bug in cap_nb ({type(error).__name__}: {message}): expected a sentence about what was wrong; "
             f"please send {report}, which holds the command, the versions and the traceback.")
 
-# %% ../nbs/command_line.ipynb #c007
-def about_files(
-    error: OSError, # From the file system
-) -> str: # The sentence
-    "What the file system refused, and what to do."
-    from cap_nb.core.files import is_disk_full
-    what = error.filename or "the program's output"
-    if is_disk_full(error):
-        return (f"There was no room to write {what}: expected space on its disk; make room and run the same command "
-                "again, what was finished is kept.")
-    return refused_path(error)
+# %% ../nbs/command_line.ipynb #4a88c6e9
+PARSER_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+EXPECTED = {"NoSuchOption": "an option that it has", "MissingParameter": "it to be given", "BadOptionUsage": "a value",
+            "BadParameter": "a value that fits"} # Kinds of errors of the parser
+NUMBERS = {"integer": "a whole number", "float": "a number", "number": "a number"} # Words of the parser -> ours
 
+def parser_sentence(
+    error: Exception, # From the parser
+) -> str: # The sentence
+    "What cannot be parsed, and where help is."
+    kind, context = type(error).__name__, getattr(error, "ctx", None)
+    name = context.info_name if context is not None and context.parent else ""
+    wrong = error.format_message().rstrip(".")
+    expected = EXPECTED.get(kind, "a command and what it takes")
+    if kind == "BadParameter" and (number := next((word for word in NUMBERS if word in wrong.lower()), None)):
+        wrong = wrong.partition(": ")[0]
+        expected = NUMBERS[number]
+    return f"{wrong}: expected {expected}; see '{' '.join(('cap', *filter(None, [name])))} --help'."
+
+# %% ../nbs/command_line.ipynb #4c979ac1
+NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens or the number "
+             "that was raised, and see 'cap plan'.")
+
+def sentence_and_code(
+    error: BaseException, # What ended a command
+) -> tuple[str, int]: # A sentence, and an exit code
+    "What to say of an error."
+    if isinstance(error, BadInput): return str(error), 2
+    if isinstance(error, PARSER_ERROR): return parser_sentence(error), 2
+    if isinstance(error, KeyboardInterrupt): return STOPPED, getattr(error, "code", 130)
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"{error.object[:60]!r} is no text: expected UTF-8; write it anew.", 2
+    if isinstance(error, OSError):
+        from cap_nb.core.files import is_disk_full
+        if not is_disk_full(error): return refused_path(error), 2
+        place = error.filename or "the program's output"
+        return (f"There was no room to write {place}: expected space on its disk; make room and run the same command "
+                "again, what was finished is kept."), 2
+    if lacks_memory(error): return NO_MEMORY, 2
+    return bug_report(error), 1
+
+# %% ../nbs/command_line.ipynb #3a8ccbe5
 def drop_output() -> None:
     "Let what Python would still write at its end go nowhere, if there is no room or nobody reads."
     try: sys.stdout.flush()
     except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-# %% ../nbs/command_line.ipynb #6d5e8c34
-NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens or the number "
-             "that was raised, and see 'cap plan'.")
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    "Turn whatever ends the block into one sentence on the error channel and an exit code."
+    try:
+        with signals_answered(stop): yield
+    except (typer.Exit, typer.Abort): raise
+    except (Exception, KeyboardInterrupt) as error:
+        if type(error).__name__ == "NoArgsIsHelpError": raise # prints the help
+        if isinstance(error, OSError): drop_output()
+        if isinstance(error, BrokenPipeError): raise typer.Exit(128 + signal.SIGPIPE) from None
+        sentence, code = sentence_and_code(error)
+        typer.echo(f"cap: {BadInput(sentence)}", err=True) # which is one line whatever is in it
+        raise typer.Exit(code) from None
 
-# %% ../nbs/command_line.ipynb #f328c6de
-def about_text(
-    error: UnicodeEncodeError, # From a command
-) -> tuple[str, int]: # A sentence and an exit code
-    "What is no text on the command line: half a surrogate pair, as bytes make it that are no UTF-8; else a bug."
-    if error.reason != "surrogates not allowed": return bug_report(error), 1
-    return f"{error.object[:60]!r} is no text: expected UTF-8; write it anew.", 2
+# %% ../nbs/command_line.ipynb #e6e0e604
+import functools
+import inspect
+import re
+from dataclasses import dataclass, fields
+from typing import Annotated, get_args
+from cap_nb.jobs.settings import MOST, FineTuning, Job, Shrinking, SinglePruning, SpeedSettings, changed
 
-# %% ../nbs/command_line.ipynb #c008
-def in_one_sentence(
-    command: Callable, # A command
-) -> Callable: # The same, with a sentence for every mistake
-    "Turn `BadInput`, errors of the file system, signals, and what nobody foresaw into a sentence and an exit code."
-    @functools.wraps(command)
-    def wrapped(*args, **options):
-        try:
-            with signals_answered(stop): return command(*args, **options)
-        except (typer.Exit, typer.Abort): raise
-        except BadInput as error: give_up(str(error), 2)
-        except UnicodeEncodeError as error: give_up(*about_text(error))
-        except OSError as error:
-            drop_output()
-            if isinstance(error, BrokenPipeError): raise typer.Exit(128 + signal.SIGPIPE) from None
-            give_up(about_files(error), 2)
-        except KeyboardInterrupt as stopped: give_up(STOPPED, getattr(stopped, "code", 130))
-        except Exception as error:
-            if lacks_memory(error): give_up(NO_MEMORY, 2)
-            give_up(bug_report(error), 1)
-    return wrapped
-
-# %% ../nbs/command_line.ipynb #c012
+# %% ../nbs/command_line.ipynb #a12a5acc
 def read_names(
     text: str | None, # As in "cap,wanda"; None means not given
 ) -> tuple[str, ...] | None: # ("cap", "wanda"); () for "none"
@@ -116,13 +128,12 @@ def read_sparsities(
     text: str, # As in "0.1,0.2"
 ) -> tuple[float, ...]: # (0.1, 0.2)
     "A list of sparsities; what is no number raises `BadInput`."
-    try: return tuple(check_sparsity(float(part)) for part in text.split(","))
-    except BadInput: raise
+    try: numbers = [float(part) for part in text.split(",")]
     except ValueError:
         raise BadInput(f"Sparsity {text!r} is not a list of numbers: expected shares with commas; write "
                        "0.1,0.2,0.5.") from None
+    return tuple(check_sparsity(number) for number in numbers)
 
-# %% ../nbs/command_line.ipynb #c013
 def read_counts(
     text: str, # As in "1,16"
 ) -> tuple[int, ...]: # (1, 16)
@@ -131,215 +142,166 @@ def read_counts(
     except ValueError:
         raise BadInput(f"{text!r} is not a list of whole numbers: expected some with commas; write 1,16.") from None
 
-# %% ../nbs/command_line.ipynb #c016
-import inspect, re
-from dataclasses import Field, dataclass, fields
-from pathlib import Path
-from typing import Annotated, get_args
-from .jobs.settings import MOST, FineTuning, Job, Shrinking, SinglePruning, SpeedSettings, changed
-
-# %% ../nbs/command_line.ipynb #0f7f54ff
-def path_given(
+def read_path(
     text: str | Path, # What the user wrote
 ) -> Path: # The path
     "The path of a file or folder; nothing is none, though Python takes it for the folder where one is."
     if str(text): return Path(text)
     raise typer.BadParameter("it is empty")
 
-def as_path(
-    kind: type, # Type of a value
-) -> dict: # What typer is told besides
-    "How a path is read; nothing for other types."
-    paths = (Path, Path | None, list[Path], list[Path] | None)
-    return {"parser": path_given, "metavar": "PATH"} if kind in paths else {}
-
-# %% ../nbs/command_line.ipynb #c017
-@dataclass(frozen=True)
-class FieldOption:
-    "An option that is made from a field of a dataclass."
-    field: str # Name of the field
-    parameter: inspect.Parameter # How typer reads it
-    read: Callable[[object], object] # From what the user wrote to the field's value
-
-RENAMED = {"name": "model", "sparsities": "sparsity"} # Fields whose option is called otherwise
-READERS = {tuple[int, ...]: read_counts,
-           tuple[str, ...]: read_names, tuple[str, ...] | None: read_names, tuple[float, ...]: read_sparsities}
+# %% ../nbs/command_line.ipynb #9a7ffab8
+OPTION_NAMES = {"name": "model", "sparsities": "sparsity", "form": "format"} # Of fields whose option has another name
+LIST_READERS = {tuple[int, ...]: read_counts, tuple[str, ...]: read_names, tuple[str, ...] | None: read_names,
+                tuple[float, ...]: read_sparsities}
 LIST_HELP = {"methods": "with commas, or all; the dense model is always measured",
              "accuracy_tasks": "with commas, none for none"} # Others: with commas
 
-def field_comments(
-    settings: type, # A dataclass of a module
-) -> dict[str, str]: # Name of a field -> its comment
-    "What the source of a dataclass says of its fields."
-    return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(settings), re.MULTILINE))
+@dataclass(frozen=True)
+class Option:
+    "An option or argument of a command."
+    field: str # Field of a dataclass, or parameter of a function
+    parameter: inspect.Parameter # How typer reads it
+    read: Callable[[object], object] # From what typer read to the field's value
 
-# %% ../nbs/command_line.ipynb #c018
-def field_option(
-    setting: Field, # A field with a default
-    comment: str, # Its comment
-) -> FieldOption: # Its option
-    "The option of a field; a list is written with commas."
-    name, kind, default = RENAMED.get(setting.name, setting.name), setting.type, setting.default
-    read = read_methods if setting.name == "methods" else READERS.get(kind, lambda value: value)
-    if kind in READERS:
+def comments(
+    described: type | Callable, # A dataclass, or a function
+) -> dict[str, str]: # Name of a field or parameter -> its comment
+    "What the source says of fields or parameters."
+    return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(described), re.MULTILINE))
+
+# %% ../nbs/command_line.ipynb #537779ac
+def make_option(
+    field: str, # Field of a dataclass, or parameter of a function
+    kind: type, # Its type
+    default: object, # Its default; `inspect.Parameter.empty` for none
+    about: str, # What `--help` says
+    is_argument: bool = False, # Whether it is written without a name
+) -> Option: # How typer reads it
+    "An option, or argument, from a field or parameter; a list is written with commas."
+    name = field if is_argument else OPTION_NAMES.get(field, field)
+    read = LIST_READERS.get(kind, lambda value: value)
+    if kind in LIST_READERS:
+        if field == "methods": read = read_methods
+        about += f" ({LIST_HELP.get(field, 'with commas')})"
         kind, default = (str | None, None) if default is None else (str, ",".join(map(str, default)))
-        comment += f" ({LIST_HELP.get(setting.name, 'with commas')})"
-    annotation = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", help=comment, **as_path(kind))]
-    parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-    return FieldOption(setting.name, parameter, read)
+    path = {"parser": read_path} if kind in (Path, Path | None, list[Path], list[Path] | None) else {}
+    if is_argument: declared = typer.Argument(help=about, show_default=False, **path)
+    elif kind is bool and default: declared = typer.Option(help=about) # --probe/--no-probe
+    else: declared = typer.Option(f"--{name.replace('_', '-')}", help=about, metavar="PATH" if path else None, **path)
+    parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default,
+                                  annotation=Annotated[kind, declared])
+    return Option(field, parameter, read)
 
 def options_of(
-    settings: type, # A dataclass of a module, every field with a default and a comment
-) -> list[FieldOption]: # One option a field
+    settings: type, # A dataclass, every field with a default and a comment
+) -> list[Option]: # One option a field
     "The options that a dataclass gives."
-    comments = field_comments(settings)
-    return [field_option(setting, comments[setting.name]) for setting in fields(settings)]
+    about = comments(settings)
+    return [make_option(each.name, each.type, each.default, about[each.name]) for each in fields(settings)]
 
-# %% ../nbs/command_line.ipynb #c022
-def with_options(
-    parameter: str, # Parameter of a command that takes the value
-    options: list[FieldOption], # Options that take its place
-    build: Callable[..., object], # Makes the value from the fields, by keyword
-) -> Callable: # A decorator
-    "Replace a parameter of a command by options."
-    def decorate(command: Callable) -> Callable:
-        signature = inspect.signature(command)
-        @functools.wraps(command)
-        def wrapped(**arguments):
-            values = {option.field: option.read(arguments.pop(option.parameter.name)) for option in options}
-            return command(**{parameter: build(**values)}, **arguments)
-        others = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-                  for p in signature.parameters.values() if p.name != parameter]
-        every = [*(option.parameter for option in options), *others]
-        wrapped.__signature__ = signature.replace(parameters=every)
-        wrapped.__annotations__ = {p.name: p.annotation for p in every}
-        return wrapped
-    return decorate
-
-# %% ../nbs/command_line.ipynb #c024
 JOB_OPTIONS = {part.name: options_of(part.default_factory) for part in fields(Job)} # Part of a job -> its options
 
-def with_job(
-    *wanted: str, # Parts of a job, or single settings
-    without: tuple[str, ...] = (), # Settings of these parts that the command does not have
-) -> Callable: # A decorator
-    "Replace a command's parameter `job` by the options that make one."
-    options = [option for part, group in JOB_OPTIONS.items() for option in group
-               if (part in wanted or option.field in wanted) and option.field not in without]
-    return with_options("job", options, functools.partial(changed, Job()))
-
-# %% ../nbs/command_line.ipynb #c028
-def option(
-    kind: type, # Type of the value
-    about: str, # What `--help` says
-    *names: str, # Its names, if not that of the parameter
-) -> object: # An annotation that typer reads
-    "The annotation of an option."
-    return Annotated[kind, typer.Option(*names, help=about, **as_path(kind))]
-
-def argument(
-    kind: type, # Type of the value: a path, or a list of them
-    about: str, # What `--help` says
-) -> object: # An annotation that typer reads
-    "The annotation of an argument that is a path."
-    return Annotated[kind, typer.Argument(help=about, parser=path_given, show_default=False)]
-
-Out = option(Path, "where the result goes")
-Scores = option(Path | None, "table of losses, made by cap score")
-Store = option(Path | None, "folder of tables of losses, shared between runs")
-Note = option(str, "a note for the record, such as what else was running")
-Seed = option(int, "seed of every draw")
-
-# %% ../nbs/command_line.ipynb #c030
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-import cap_nb
-from typer.core import TyperGroup
-
-# %% ../nbs/command_line.ipynb #fb3a0f74
-UNREADABLE = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-EXPECTED = {"NoSuchOption": "an option that it has", "MissingParameter": "it to be given", "BadOptionUsage": "a value",
-            "BadParameter": "a value that fits"} # Kinds of errors of the parser
-NUMBERS = {"integer": "a whole number", "float": "a number", "number": "a number"} # Words of the parser -> ours
-
-@contextmanager
-def parsed_in_one_sentence() -> Iterator[None]:
-    "Turn what the parser of the command line raises into a sentence; a request for help passes."
-    try: yield
-    except UNREADABLE as error:
-        kind, context = type(error).__name__, getattr(error, "ctx", None)
-        if kind == "NoArgsIsHelpError": raise
-        name = context.info_name if context is not None and context.parent else ""
-        said, expected = error.format_message().rstrip("."), EXPECTED.get(kind, "a command and what it takes")
-        if kind == "BadParameter" and (number := next((word for word in NUMBERS if word in said.lower()), None)):
-            said, expected = said.partition(": ")[0], NUMBERS[number]
-        give_up(f"{said}: expected {expected}; see '{' '.join(('cap', *filter(None, [name])))} --help'.", 2)
-
-# %% ../nbs/command_line.ipynb #52dd72fc
+# %% ../nbs/command_line.ipynb #c7681de6
 class Program(TyperGroup):
     "The program's commands, with a sentence for what cannot be parsed."
     def make_context(self, *words: object, **others: object) -> object:
         "Read the program's own options."
-        with parsed_in_one_sentence(): return super().make_context(*words, **others)
+        with in_one_sentence(): return super().make_context(*words, **others)
 
     def invoke(self, context: object) -> object:
         "Read a command's options, and call it."
-        with parsed_in_one_sentence(): return super().invoke(context)
+        with in_one_sentence(): return super().invoke(context)
 
-# %% ../nbs/command_line.ipynb #c031
 ABOUT = "Causal Attribution Pruning of reasoning language models."
 app = typer.Typer(cls=Program, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
-def say_version(
+def print_version(
     wanted: bool, # Whether --version was given
 ) -> None:
-    "Print the version and leave."
+    "Print the version and leave, before a command is asked for."
     if wanted:
         typer.echo(cap_nb.__version__)
         raise typer.Exit()
 
-Version = Annotated[bool, typer.Option("--version", callback=say_version, is_eager=True,
-                                       help="print the version and leave")]
-
 @app.callback()
 def program(
-    version: Version = False, # Read by `say_version`
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True,
+                                          help="print the version and leave")] = False,
 ) -> None:
     "Causal Attribution Pruning of reasoning language models."
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
 
-# %% ../nbs/command_line.ipynb #c033
-Plugin = option(list[Path] | None, "your own Python file, which is executed: it adds criteria, attributions, "
-                "allocations, tasks, texts or families; may be given several times", "--plugin")
+# %% ../nbs/command_line.ipynb #6af76c29
+def options_of_command(
+    function: Callable, # A command's function
+) -> list[Option]: # Its own options and arguments
+    "What a command asks for besides a job and other settings."
+    about, own = comments(function), []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in ("job", "settings"): continue
+        if parameter.annotation is typer.Context:
+            keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            own.append(Option(parameter.name, keyword, lambda value: value))
+        else:
+            is_argument = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+            own.append(make_option(parameter.name, parameter.annotation, parameter.default, about[parameter.name],
+                                   is_argument))
+    return own
 
-def with_plugins(
-    command: Callable, # A command
-) -> Callable: # The same with --plugin
-    "Load the user's plugins before a command, and take them back after it."
-    signature = inspect.signature(command)
-    @functools.wraps(command)
-    def wrapped(plugin: list[Path] | None = None, **arguments):
-        if not plugin: return command(**arguments)
-        from cap_nb.jobs.plugins import plugins_loaded
-        with plugins_loaded(plugin): return command(**arguments)
-    one_more = inspect.Parameter("plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Plugin)
-    every = [*signature.parameters.values(), one_more]
-    wrapped.__signature__ = signature.replace(parameters=every)
-    wrapped.__annotations__ = {p.name: p.annotation for p in every}
-    return wrapped
+PLUGIN = make_option("plugin", list[Path] | None, None, "your own Python file, which is executed: it adds criteria, "
+                     "attributions, allocations, tasks, texts or families; may be given several times")
 
-# %% ../nbs/command_line.ipynb #c034
+# %% ../nbs/command_line.ipynb #09bc3611
+def command(
+    heading: str, # Of `cap --help`, under which it stands
+    *parts: str, # Parts of a job, or single settings, that it has options for
+    without: tuple[str, ...] = (), # Settings of these parts that it does not have
+    settings: type | None = None, # Dataclass of its parameter `settings`
+    plugins: bool = True, # Whether it takes plugins
+) -> Callable: # A decorator
+    "Make a function NAME_command the command NAME of the program."
+    of_job = [option for part, group in JOB_OPTIONS.items() for option in group
+              if (part in parts or option.field in parts) and option.field not in without]
+    of_settings = [option for option in options_of(settings) if option.field not in {o.field for o in of_job}
+                   ] if settings else []
+    def decorate(function: Callable) -> Callable:
+        groups = of_settings, of_job, options_of_command(function), [PLUGIN] * plugins
+        @functools.wraps(function)
+        def read_and_call(**given: object) -> None:
+            from_settings, from_job, own, plugin = (
+                {option.field: option.read(given[option.parameter.name]) for option in group} for group in groups)
+            if of_job: own["job"] = changed(Job(), **from_job)
+            if settings: own["settings"] = settings(**from_settings)
+            with plugins_of_user(plugin.get("plugin")): lines = function(**own)
+            if lines: typer.echo(lines)
+        parameters = [option.parameter for group in groups for option in group]
+        read_and_call.__signature__ = inspect.Signature(parameters)
+        read_and_call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        name = function.__name__.removesuffix("_command").replace("_", "-")
+        return app.command(name, rich_help_panel=heading)(read_and_call)
+    return decorate
+
+@contextmanager
+def plugins_of_user(
+    files: list[Path] | None, # The user's own Python files, if any
+) -> Iterator[None]:
+    "Load the user's plugins for a command, and take them back after it."
+    if not files:
+        yield
+        return
+    from cap_nb.jobs.plugins import plugins_loaded
+    with plugins_loaded(files): yield
+
+# %% ../nbs/command_line.ipynb #ab7f33ec
+JOB, STEPS, PRUNED, RECORDS = "The job", "Single steps", "After pruning", "Records"
+WHOLE = {"out": Path, "store": Path, "note": str, "track": str} # Options of a run that a sweep has once -> their type
+
 def short_name(
     model: str, # A model's name, a folder, or owner/name@commit
 ) -> str: # Its last part, which leads nowhere else
     "What a model's run is called: the folder's own name for . and .., and never nothing."
     last = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
     return last if last not in ("", ".", "..") else "model"
-
-# %% ../nbs/command_line.ipynb #c036
-WHOLE = {"out": Path, "store": Path, "note": str, "track": str} # Options of a run that a sweep has once -> their type
-LISTS = {setting.name for part in fields(Job) for setting in fields(part.default_factory) if setting.type in READERS}
 
 def read_as(
     kind: type, # Type of an option, as in int | None
@@ -354,337 +316,336 @@ def read_as(
 def known_options() -> dict[str, object]: # Name of an option -> how a file gives it
     "Every option of `cap run` as a file may give it, read as on the command line."
     from cap_nb.jobs.sweeps import Known
-    def of_job(option: FieldOption) -> Known:
+    lists = {field.name for part in fields(Job) for field in fields(part.default_factory) if field.type in LIST_READERS}
+    def of_job(option: Option) -> Known:
         def read(text: str) -> object: return option.read(read_as(get_args(option.parameter.annotation)[0], text))
-        return Known(option.field, "list" if option.field in LISTS else "one", read)
+        return Known(option.field, "list" if option.field in lists else "one", read)
     known = {option.parameter.name: of_job(option) for group in JOB_OPTIONS.values() for option in group}
     known |= {name: Known(name, "whole", functools.partial(read_as, kind)) for name, kind in WHOLE.items()}
     return {name.replace("_", "-"): each for name, each in known.items()}
 
-# %% ../nbs/command_line.ipynb #c037
+# %% ../nbs/command_line.ipynb #768dfc3f
 def run_config(
     context: typer.Context, # The command as it was called
     base: Job, # What the command line says, else the defaults
     path: Path, # The file of options
     whole: dict[str, object], # The same for the options in `WHOLE`
-) -> Path: # The sweep's folder
+) -> str: # The runs, and where their numbers are
     "Run what a file asks for; an option that the command line gives wins over the file."
-    from cap_nb.jobs.sweeps import read_config, run_sweep, sweep_jobs, whole_options
+    from cap_nb.jobs.sweeps import read_config, read_index, run_sweep, sweep_jobs, whole_options
     known = known_options()
     given = tuple(name for name in known
                   if context.get_parameter_source(name.replace("-", "_")).name == "COMMANDLINE")
     config = read_config(path, known).without(given)
     whole = whole | whole_options(config, known)
     out = whole.pop("out") or Path("runs")/short_name(path.stem)
-    return run_sweep(config, sweep_jobs(config, known, base), out, **whole)
+    folder = run_sweep(config, sweep_jobs(config, known, base), out, **whole)
+    runs = [str(folder/run["folder"]) for run in read_index(folder)["runs"]]
+    return "\n".join([*runs, f"Numbers of all runs: {folder/'results.csv'}   compare some: cap compare RUN RUN"])
 
-def show_sweep(
-    folder: Path, # A sweep's folder
-) -> None:
-    "Print the runs of a sweep and where their numbers are."
-    from cap_nb.jobs.sweeps import read_index
-    for run in read_index(folder)["runs"]: typer.echo(str(folder/run["folder"]))
-    typer.echo(f"Numbers of all runs: {folder/'results.csv'}   compare some: cap compare RUN RUN")
-
-# %% ../nbs/command_line.ipynb #c038
-def show_run(
+def run_text(
     folder: Path, # A run's folder
-) -> None:
-    "Print a run's table, what its accuracies hide, and where its figures are."
+) -> str: # Lines
+    "A run's table, what its accuracies hide, and where its figures are."
     from cap_nb.analysis import method_table
     from cap_nb.jobs.tables import table_markdown
     from cap_nb.jobs.records import load_run
-    run = load_run(folder)
-    typer.echo(table_markdown(method_table(run.evaluations), run.provenance))
-    if (answers := folder/"tables"/"answers.md").exists(): typer.echo(answers.read_text(encoding="utf-8"))
-    typer.echo("Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))))
-    typer.echo(f"Tables: {folder/'tables'}   records: {folder/'evaluations'}")
+    run, answers = load_run(folder), folder/"tables"/"answers.md"
+    return "\n".join([
+        table_markdown(method_table(run.evaluations), run.provenance),
+        *([answers.read_text(encoding="utf-8")] if answers.exists() else []),
+        "Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))),
+        f"Tables: {folder/'tables'}   records: {folder/'evaluations'}",
+        f"All of it on one page: {folder/'report.html'}"])
 
-# %% ../nbs/command_line.ipynb #c039
-@app.command("run")
-@in_one_sentence
-@with_plugins
-@with_job("model", "calibrate", "prune", "evaluate")
+# %% ../nbs/command_line.ipynb #22d17f47
+@command(JOB, "model", "calibrate", "prune", "evaluate")
 def run_command(
-    job: Job, # What the options say
-    context: typer.Context, # The command as it was called
-    out: option(Path | None, "the run's folder; runs/MODEL if left out, or runs/CONFIG for a sweep") = None,
-    store: Store = None,
-    note: Note = "",
-    config: option(Path | None, "YAML file of options; lists cross, a run for each combination") = None,
-    track: option(str | None, "tensorboard, wandb, trackio or another tracker of accelerate follows the run") = None,
-) -> None:
+    job: Job,
+    context: typer.Context,
+    *,
+    out: Path | None = None, # the run's folder; runs/MODEL if left out, or runs/CONFIG for a sweep
+    store: Path | None = None, # folder of tables of losses, shared between runs
+    note: str = "", # a note for the record, such as what else was running
+    config: Path | None = None, # YAML file of options; lists cross, a run for each combination
+    track: str | None = None, # tensorboard, wandb, trackio or another tracker of accelerate follows the run
+) -> str:
     "Load, calibrate, score, prune, evaluate, tabulate: the whole job, resumable."
     whole = {"out": out, "store": store, "note": note, "track": track}
-    if config is not None: return show_sweep(run_config(context, job, config, whole))
+    if config is not None: return run_config(context, job, config, whole)
     from cap_nb.jobs.job import run_job
     from cap_nb.jobs.sweeps import tracked
     folder = out or Path("runs")/short_name(job.model.name)
-    with tracked(track, folder) as follow: show_run(run_job(job, folder, store, note, follow))
+    with tracked(track, folder) as follow: return run_text(run_job(job, folder, store, note, follow))
 
-# %% ../nbs/command_line.ipynb #c041
-TARGETS = ("calibrate_on", "text_share", "text_tokens") # What is calibrated on, where that is not gold solutions
-TextWindows = option(int | None, "windows of plain text to calibrate on; as many as calibration examples if left out")
+# %% ../nbs/command_line.ipynb #6801cdd9
+@command(JOB, "model", "calibrate", "prune", "evaluate",
+         without=("aggregation", "calibration_seed", "text", "budget", "backend"))
+def plan_command(
+    job: Job,
+    *,
+    devices: int = 1, # devices that share the work
+    prompt_tokens: int | None = None, # tokens of every prompt; counted or assumed if left out
+    target_tokens: int | None = None, # tokens of every target; counted or assumed if left out
+    tries: int | None = None, # answers to each problem that 'cap chains' is to write; no chains if left out
+    probe: bool = True, # time this device on one layer, for the expected times
+    budget: float | None = None, # share of the masked passes to spend, as 0.25, for mean scores; all if left out
+    accelerator: str | None = None, # a device not here, as h100 or h100,link=50: what bounds each stage there
+) -> str:
+    "Say what a job will take, from the model's configuration alone; nothing is loaded."
+    from cap_nb.jobs.planning import plan, plan_text
+    if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
+    rates = accelerator if accelerator is not None else "timed" if probe else None
+    return plan_text(plan(job, devices, rates, prompt_tokens, target_tokens, tries=tries))
 
-@app.command("claims")
-@in_one_sentence
-@with_plugins
-@with_job("model", "calibrate", "sparsities", "evaluate", without=TARGETS)
+# %% ../nbs/command_line.ipynb #a1dd7705
+@command(JOB)
+def methods_command() -> str:
+    "List the methods, each with what it does and where it comes from."
+    if "cap_nb.core.registry" not in sys.modules:
+        return (Path(cap_nb.__file__).parent/"methods.txt").read_text(encoding="utf-8").rstrip("\n")
+    from cap_nb.methods.prune import method_list
+    return method_list()
+
+@command(JOB, "model", "calibrate", "sparsities", "evaluate", without=("calibrate_on", "text_share", "text_tokens"))
 def claims_command(
-    job: Job, # What the options say
-    variants: option(str, "variants, with commas, or all") = "all",
-    base: option(Path | None, "folder of a finished run whose table of losses is used") = None,
-    out: option(Path | None, "the run's folder; runs/MODEL-claims if left out") = None,
-    store: Store = None,
-    note: Note = "",
-    text_windows: TextWindows = None,
-) -> None:
+    job: Job,
+    *,
+    variants: str = "all", # variants, with commas, or all
+    base: Path | None = None, # folder of a finished run whose table of losses is used
+    out: Path | None = None, # the run's folder; runs/MODEL-claims if left out
+    store: Path | None = None, # folder of tables of losses, shared between runs
+    note: str = "", # a note for the record, such as what else was running
+    text_windows: int | None = None, # windows of plain text to calibrate on; as many as examples if left out
+) -> str:
     "Run CAP with one choice changed at a time: the experiments behind the claims ledger, resumable."
     from cap_nb.experiments.variants import VARIANTS, run_variants
     names = tuple(VARIANTS) if variants.strip() == "all" else read_names(variants)
     if text_windows is not None: check_at_least(text_windows, 1, "--text-windows", MOST)
     folder = out or Path("runs")/f"{short_name(job.model.name)}-claims"
-    show_run(run_variants(job, folder, base, names, store, note, text_windows))
+    return run_text(run_variants(job, folder, base, names, store, note, text_windows))
 
-# %% ../nbs/command_line.ipynb #c043
-HeadsAtOnce = option(int | None, "heads of a layer in one pass; as many as fit if left out, and 1 on a processor")
-Budget = option(float | None, "share of the masked passes to spend, as 0.25, for mean scores; all if left out")
-Join = option(bool, "help another process that makes the same --out: take units that are left, make no file")
+# %% ../nbs/command_line.ipynb #9651ad59
+@command(JOB, plugins=False)
+def fetch_command(
+    name: str, # smollm2
+) -> str:
+    "Download, verify and convert a real model once; afterwards --model NAME finds it."
+    check_choice(name, ("smollm2",), "model to fetch")
+    from cap_nb.models.loading import fetch_smollm2
+    return f"{fetch_smollm2()}: ready; use it with --model {name}."
 
-# %% ../nbs/command_line.ipynb #c044
-@app.command("score")
-@in_one_sentence
-@with_plugins
-@with_job("model", "calibrate", "score_target", without=("calibration_seed",))
+@command(JOB, plugins=False)
+def train_lab_command(
+    *,
+    out: Path, # where the result goes
+    steps: int | None = None, # optimiser steps; the recipe's if left out
+    seed: int = 0, # seed of every draw
+    experts: bool = False, # the sibling with experts
+) -> str:
+    "Train the lab model anew, or its sibling with experts (most of an hour on two cores); resumable."
+    from cap_nb.models.lab import DENSE, train_lab
+    from cap_nb.models.lab_experts import EXPERTS
+    if steps is not None: check_at_least(steps, 1, "--steps")
+    check_seed(seed, "--seed")
+    train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
+    return f"{out}: trained; use it with --model {out}."
+
+# %% ../nbs/command_line.ipynb #5f8a093d
+@command(STEPS, "model", "calibrate", "score_target", without=("calibration_seed",))
 def score_command(
-    job: Job, # What the options say
-    out: Out,
-    heads_at_once: HeadsAtOnce = None,
-    store: Store = None,
-    budget: Budget = None,
-    join: Join = False,
-) -> None:
+    job: Job,
+    *,
+    out: Path, # where the result goes
+    heads_at_once: int | None = None, # heads of a layer in one pass; as many as fit if left out, and 1 on a processor
+    store: Path | None = None, # folder of tables of losses, shared between runs
+    budget: float | None = None, # share of the masked passes to spend, as 0.25, for mean scores; all if left out
+    join: bool = False, # help another process that makes the same --out: take units that are left, make no file
+) -> str:
     "Measure the loss, or the divergence from the intact model, with every head masked in turn, and save the table."
     from cap_nb.single_steps import score_into
-    said = score_into(job, out, heads_at_once, store, budget, join) # nothing from another process than the first
-    if said: typer.echo(said)
+    return score_into(job, out, heads_at_once, store, budget, join)
 
-# %% ../nbs/command_line.ipynb #c046
-Tries = option(int, "answers to each problem: the first is greedy, the others are drawn")
-Temperature = option(float, "temperature of the drawn answers")
-Lenient = option(bool, "count right answers that stand on no answer line", "--lenient")
+@command(STEPS, "model", "calibrate", "aggregation", "score_target", without=("calibration_seed",),
+         settings=SinglePruning)
+def prune_command(
+    job: Job,
+    settings: SinglePruning,
+    *,
+    out: Path, # where the result goes
+) -> str:
+    "Prune a model and save it; methods with importance factors need --scores, others calibrate on --tasks."
+    from cap_nb.single_steps import prune_into
+    report = prune_into(job, settings, out)
+    return (f"{out}: {settings.method} set {report.zeros:,} of {report.weights:,} weights in scope to zero "
+            f"({report.reached:.4%}, {settings.sparsity:.4%} asked).\nThe zeros are unstructured: by themselves they "
+            "make the checkpoint neither smaller nor faster; 'cap export' packs it.")
 
-@app.command("chains")
-@in_one_sentence
-@with_plugins
-@with_job("model", "tasks", "data_dir", "style", "n", "seed", "max_new_tokens")
+@command(STEPS, "model", "calibrate", "evaluate",
+         without=("n", "k", "calibration_seed", "calibrate_on", "text_share", "text_tokens"))
+def eval_command(
+    job: Job,
+    *,
+    scores: Path | None = None, # table of losses, made by cap score
+    out: Path | None = None, # folder for the records; not kept if left out
+) -> str:
+    "Measure a model as it is: accuracy, held-out loss, perplexity."
+    from cap_nb.analysis import method_table
+    from cap_nb.jobs.tables import table_markdown
+    from cap_nb.single_steps import evaluate_alone
+    return table_markdown(method_table([evaluate_alone(job, scores, out)]))
+
+# %% ../nbs/command_line.ipynb #adf8e6a9
+@command(STEPS, "model", "tasks", "data_dir", "style", "n", "seed", "max_new_tokens")
 def chains_command(
-    job: Job, # What the options say
-    out: Out,
-    tries: Tries = 4,
-    temperature: Temperature = 0.7,
-    lenient: Lenient = False,
-) -> None:
+    job: Job,
+    *,
+    out: Path, # where the result goes
+    tries: int = 4, # answers to each problem: the first is greedy, the others are drawn
+    temperature: float = 0.7, # temperature of the drawn answers
+    lenient: bool = False, # count right answers that stand on no answer line
+) -> str:
     "Let the model answer the problems of a calibration set: chains to calibrate on, resumable."
     from cap_nb.single_steps import answer_into
-    for sentence in answer_into(job, out, tries, temperature, lenient): typer.echo(sentence)
+    return "\n".join(answer_into(job, out, tries, temperature, lenient))
 
-# %% ../nbs/command_line.ipynb #c050
-@app.command("hessians")
-@in_one_sentence
-@with_plugins
-@with_job("model", "calibrate", without=("calibration_seed",))
+@command(STEPS, "model", "calibrate", without=("calibration_seed",))
 def hessians_command(
-    job: Job, # What the options say
-    out: Out,
-) -> None:
+    job: Job,
+    *,
+    out: Path, # where the result goes
+) -> str:
     "Measure the Hessians of a dense model's inputs, a file for each layer, for cap prune --stream; resumable."
     from cap_nb.single_steps import hessians_into
     hessians_into(job, out)
-    typer.echo(f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}.")
+    return f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}."
 
-# %% ../nbs/command_line.ipynb #c051
-@app.command("prune")
-@in_one_sentence
-@with_plugins
-@with_options("pruning", options_of(SinglePruning), SinglePruning)
-@with_job("model", "calibrate", "aggregation", "score_target", without=("calibration_seed",))
-def prune_command(
-    job: Job, # What the options say of the model and the calibration set
-    pruning: SinglePruning, # What they say of pruning
-    out: Out,
-) -> None:
-    "Prune a model and save it; methods with importance factors need --scores, others calibrate on --tasks."
-    from cap_nb.single_steps import prune_into
-    report = prune_into(job, pruning, out)
-    typer.echo(f"{out}: {pruning.method} set {report.zeros:,} of {report.weights:,} weights in scope to zero "
-               f"({report.reached:.4%}, {pruning.sparsity:.4%} asked).")
-    typer.echo("The zeros are unstructured: by themselves they make the checkpoint neither smaller nor faster; "
-               "'cap export' packs it.")
+# %% ../nbs/command_line.ipynb #4533abad
+@command(PRUNED, "model", "calibrate", without=("calibration_seed",), settings=FineTuning)
+def recover_command(
+    job: Job,
+    settings: FineTuning,
+    *,
+    out: Path, # where the result goes
+) -> str:
+    "Train a pruned model further while every zero stays zero, and save it; resumable."
+    from cap_nb.single_steps import train_into
+    report = train_into(job, settings, out)
+    return (f"{out}: {len(report.losses)} steps, the loss of the first {report.losses[0]:.4f}, of the last "
+            f"{report.losses[-1]:.4f}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
 
-# %% ../nbs/command_line.ipynb #c053
-def bytes_of(
-    manifest: object, # What a packed folder holds
-) -> tuple[int, int]: # Bytes of the original files, and of what is in their place
-    "How large a folder is, and how large it is packed."
-    return sum(entry.bytes for entry in manifest.files), sum(entry.stored_bytes for entry in manifest.files)
+@command(PRUNED, "model", "calibrate", "aggregation", "score_target", without=("calibration_seed",), settings=Shrinking)
+def shrink_command(
+    job: Job,
+    settings: Shrinking,
+    *,
+    out: Path, # where the result goes
+) -> str:
+    "Cut whole neurons, and key-value heads with --groups, out of a model, and save the smaller one."
+    from cap_nb.single_steps import shrink_into
+    report = shrink_into(job, settings, out)
+    return ("Mean loss of the calibration examples: {:.4f} nats before, {:.4f} after.\n".format(*report.losses)
+            + f"{out}: {report.before - report.weights:,} of {report.before:,} weights in scope are cut out "
+            f"({1 - report.weights / report.before:.4%}, {settings.sparsity:.4%} asked); a layer keeps "
+            f"{report.neurons[0]} of {report.neurons[1]} neurons and {report.groups[0]} of {report.groups[1]} "
+            "key-value heads.\nThe folder is smaller by itself, and less accurate: 'cap eval' measures by how much, "
+            "and 'cap recover' trains it. Whether it is faster here, "
+            f"'cap bench {out} --against {job.model.name}' tells.")
 
-# %% ../nbs/command_line.ipynb #c054
-@app.command("export")
-@in_one_sentence
+# %% ../nbs/command_line.ipynb #416a2347
+@command(PRUNED, plugins=False)
 def export_command(
-    folder: argument(Path, "folder of a pruned checkpoint"),
-    out: Out,
-    form: option(str, "bitmask, or delta: masks alone beside a base", "--format") = "bitmask",
-    base: option(str | None, "for a delta: the model that was pruned, as lab or a folder") = None,
-) -> None:
+    folder: Path, # folder of a pruned checkpoint
+    *,
+    out: Path, # where the result goes
+    form: str = "bitmask", # bitmask, or delta: masks alone beside a base
+    base: str | None = None, # for a delta: the model that was pruned, as lab or a folder
+) -> str:
     "Pack a pruned checkpoint into a smaller folder, from which 'cap restore' makes it again; resumable."
-    from cap_nb.portable.small_files import export_folder
-    dense, packed = bytes_of(manifest := export_folder(folder, out, form, base))
+    from cap_nb.portable.format import export_folder
+    manifest = export_folder(folder, out, form, base)
+    dense = sum(entry.bytes for entry in manifest.files)
+    packed = sum(entry.stored_bytes for entry in manifest.files)
     beside = f" beside {manifest.base['name']}" if manifest.base else ""
-    typer.echo(f"{out}: a {form}{beside} of {len(manifest.files)} files, {packed:,} bytes instead of {dense:,} "
-               f"({packed / dense:.1%}).")
+    return (f"{out}: a {form}{beside} of {len(manifest.files)} files, {packed:,} bytes instead of {dense:,} "
+            f"({packed / dense:.1%}).")
 
-@app.command("restore")
-@in_one_sentence
+@command(PRUNED, plugins=False)
 def restore_command(
-    folder: argument(Path, "folder that 'cap export' made"),
-    out: Out,
-    base: option(str | None, "for a delta: the model that was pruned, as lab or a folder") = None,
-) -> None:
+    folder: Path, # folder that 'cap export' made
+    *,
+    out: Path, # where the result goes
+    base: str | None = None, # for a delta: the model that was pruned, as lab or a folder
+) -> str:
     "Make the folder of a packed checkpoint again, byte for byte; resumable."
-    from cap_nb.portable.small_files import restore_folder
-    dense, _ = bytes_of(manifest := restore_folder(folder, out, base))
-    typer.echo(f"{out}: {len(manifest.files)} files, {dense:,} bytes, each with the hash that it had.")
+    from cap_nb.portable.format import restore_folder
+    files = restore_folder(folder, out, base).files
+    return f"{out}: {len(files)} files, {sum(entry.bytes for entry in files):,} bytes, each with the hash that it had."
 
-# %% ../nbs/command_line.ipynb #c056
-@app.command("gguf")
-@in_one_sentence
+# %% ../nbs/command_line.ipynb #0450e101
+@command(PRUNED, plugins=False)
 def gguf_command(
-    folder: argument(Path, "folder of a checkpoint, pruned or not; Llama or Qwen2"),
-    out: option(Path, "the new file, NAME.gguf"),
-    dtype: option(str, "of the matrices: f16, q8_0, bf16 or f32") = "f16",
-) -> None:
+    folder: Path, # folder of a checkpoint, pruned or not; Llama or Qwen2
+    *,
+    out: Path, # the new file, NAME.gguf
+    dtype: str = "f16", # of the matrices: f16, q8_0, bf16 or f32
+) -> str:
     "Write a checkpoint as one GGUF file for llama.cpp; what was zero stays zero."
     from cap_nb.portable.quantised import export_gguf, gguf_sentence
-    typer.echo(gguf_sentence(export_gguf(folder, out, dtype)))
+    return gguf_sentence(export_gguf(folder, out, dtype))
 
-# %% ../nbs/command_line.ipynb #c057
-@app.command("bench")
-@in_one_sentence
-@with_plugins
-@with_options("settings", options_of(SpeedSettings), SpeedSettings)
+@command(PRUNED, settings=SpeedSettings)
 def bench_command(
-    settings: SpeedSettings, # What the options say
-    folder: argument(Path, "folder of a pruned checkpoint"),
-    against: option(str | None, "the model that was pruned; if left out, the folder with its zeros filled") = None,
-    out: option(Path | None, "file for the record, NAME.json; not kept if left out") = None,
-    note: Note = "",
-) -> None:
+    settings: SpeedSettings,
+    folder: Path, # folder of a pruned checkpoint
+    *,
+    against: str | None = None, # the model that was pruned; if left out, the folder with its zeros filled
+    out: Path | None = None, # file for the record, NAME.json; not kept if left out
+    note: str = "", # a note for the record, such as what else was running
+) -> str:
     "Measure tokens a second of a dense and a pruned model, taking turns, in every way that can run here."
     from cap_nb.core.files import write_checked
     from cap_nb.portable.speed import bench_folder, speed_text
     record = bench_folder(folder, against, settings, note)
     if out: write_checked(out, record)
-    typer.echo(speed_text(record))
+    return speed_text(record)
 
-# %% ../nbs/command_line.ipynb #c059
-@app.command("card")
-@in_one_sentence
-@with_plugins
+# %% ../nbs/command_line.ipynb #c3dd2f5c
+@command(PRUNED)
 def card_command(
-    folder: argument(Path, "folder of a pruned checkpoint"),
-    run: option(Path | None, "folder of a finished run on the same base, for the table") = None,
-    base: option(str | None, "id of the base on the hub, as owner/name, if a folder was pruned") = None,
-    force: option(bool, "replace another README.md", "--force") = False,
-) -> None:
+    folder: Path, # folder of a pruned checkpoint
+    *,
+    run: Path | None = None, # folder of a finished run on the same base, for the table
+    base: str | None = None, # id of the base on the hub, as owner/name, if a folder was pruned
+    force: bool = False, # replace another README.md
+) -> str:
     "Write a pruned folder's model card, README.md, from what it says of itself, its zeros and a run's records."
     from cap_nb.portable.sharing import write_card
-    typer.echo(f"{write_card(folder, run, base, force)}: the model card.")
+    return f"{write_card(folder, run, base, force)}: the model card."
 
-# %% ../nbs/command_line.ipynb #c060
-@app.command("publish")
-@in_one_sentence
-@with_plugins
+@command(PRUNED)
 def publish_command(
-    folder: argument(Path, "pruned folder with its card, packed or not"),
-    repository: Annotated[str, typer.Argument(help="owner/name on the hub")],
-    dry_run: option(bool, "list what would be uploaded, and upload nothing", "--dry-run") = False,
-    private: option(bool, "make the repository private, if it is made", "--private") = False,
-    message: option(str | None, "of the commit; method and sparsity if left out") = None,
-) -> None:
+    folder: Path, # pruned folder with its card, packed or not
+    repository: str, # owner/name on the hub
+    *,
+    dry_run: bool = False, # list what would be uploaded, and upload nothing
+    private: bool = False, # make the repository private, if it is made
+    message: str | None = None, # of the commit; method and sparsity if left out
+) -> str:
     "Upload a pruned folder to the hub; what does not belong there is refused."
     from cap_nb.portable.sharing import publish
     upload = publish(folder, repository, dry_run, private, message)
-    for file in upload.files: typer.echo(f"{file.bytes:>15,}  {file.sha256}  {file.name}")
-    typer.echo(f"{repository}: {len(upload.files)} files, commit message {upload.message!r}.")
-    typer.echo("Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}")
+    return "\n".join([*(f"{file.bytes:>15,}  {file.sha256}  {file.name}" for file in upload.files),
+                      f"{repository}: {len(upload.files)} files, commit message {upload.message!r}.",
+                      "Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}"])
 
-# %% ../nbs/command_line.ipynb #c062
-@app.command("shrink")
-@in_one_sentence
-@with_plugins
-@with_options("how", options_of(Shrinking), Shrinking)
-@with_job("model", "calibrate", "aggregation", "score_target", without=("calibration_seed",))
-def shrink_command(
-    job: Job, # What the options say of the model and the calibration set
-    how: Shrinking, # What they say of shrinking
-    out: Out,
-) -> None:
-    "Cut whole neurons, and key-value heads with --groups, out of a model, and save the smaller one."
-    from cap_nb.single_steps import shrink_into
-    report = shrink_into(job, how, out)
-    typer.echo("Mean loss of the calibration examples: {:.4f} nats before, {:.4f} after.".format(*report.losses))
-    typer.echo(f"{out}: {report.before - report.weights:,} of {report.before:,} weights in scope are cut out "
-               f"({1 - report.weights / report.before:.4%}, {how.sparsity:.4%} asked); a layer keeps "
-               f"{report.neurons[0]} of {report.neurons[1]} neurons and {report.groups[0]} of {report.groups[1]} "
-               "key-value heads.")
-    typer.echo("The folder is smaller by itself, and less accurate: 'cap eval' measures by how much, and 'cap recover' "
-               f"trains it. Whether it is faster here, 'cap bench {out} --against {job.model.name}' tells.")
-
-# %% ../nbs/command_line.ipynb #c064
-TUNING = [each for each in options_of(FineTuning) if each.field not in ("batch_tokens", "seed")] # those are the job's
-
-@app.command("recover")
-@in_one_sentence
-@with_plugins
-@with_options("tuning", TUNING, dict)
-@with_job("model", "calibrate", without=("calibration_seed",))
-def recover_command(
-    job: Job, # What the options say of the model and the examples
-    tuning: dict, # What they say of the training: fields of `FineTuning`
-    out: Out,
-) -> None:
-    "Train a pruned model further while every zero stays zero, and save it; resumable."
-    from cap_nb.single_steps import train_into
-    report = train_into(job, tuning, out)
-    typer.echo(f"{out}: {len(report.losses)} steps, the loss of the first {report.losses[0]:.4f}, of the last "
-               f"{report.losses[-1]:.4f}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
-
-# %% ../nbs/command_line.ipynb #c066
-@app.command("eval")
-@in_one_sentence
-@with_plugins
-@with_job("model", "calibrate", "evaluate", without=("n", "k", "calibration_seed", *TARGETS))
-def eval_command(
-    job: Job, # What the options say
-    scores: Scores = None,
-    out: option(Path | None, "folder for the records; not kept if left out") = None,
-) -> None:
-    "Measure a model as it is: accuracy, held-out loss, perplexity."
-    from cap_nb.analysis import method_table
-    from cap_nb.jobs.tables import table_markdown
-    from cap_nb.single_steps import evaluate_alone
-    typer.echo(table_markdown(method_table([evaluate_alone(job, scores, out)])))
-
-# %% ../nbs/command_line.ipynb #c068
-@app.command("table")
-@in_one_sentence
-@with_plugins
+# %% ../nbs/command_line.ipynb #c19da5c5
+@command(RECORDS)
 def table_command(
-    folder: argument(Path, "a run's folder"),
-    form: option(str, "md, csv or tex", "--format") = "md",
-) -> None:
+    folder: Path, # a run's folder
+    *,
+    form: str = "md", # md, csv or tex
+) -> str:
     "Print the table of a run, finished or not."
     check_choice(form, ("md", "csv", "tex"), "format")
     from cap_nb.analysis import method_table
@@ -694,17 +655,12 @@ def table_command(
     if not run.evaluations:
         raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
     table = method_table(run.evaluations)
-    if form == "csv": typer.echo(table_csv(table))
-    else: typer.echo({"md": table_markdown, "tex": table_latex}[form](table, run.provenance))
+    if form == "csv": return table_csv(table)
+    return {"md": table_markdown, "tex": table_latex}[form](table, run.provenance)
 
-# %% ../nbs/command_line.ipynb #c069
-RunFolders = argument(Path, "a run's folder, or one that holds some")
-
-@app.command("figures")
-@in_one_sentence
-@with_plugins
+@command(RECORDS)
 def figures_command(
-    folder: RunFolders,
+    folder: Path, # a run's folder, or one that holds some
 ) -> None:
     "Make the tables, figures and manifest of every run in a folder again, from the records alone."
     from cap_nb.jobs.report import run_folders, write_results
@@ -712,70 +668,74 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-# %% ../nbs/command_line.ipynb #c072
-@app.command("compare")
-@in_one_sentence
-def compare_command(
-    runs: argument(list[Path], "folders of runs; the others are held against the first"),
-    methods: option(str | None, "methods to compare, with commas; all if left out", "--method") = None,
-    against: option(str | None, "the first run's method to compare with; the same one if left out") = None,
-    sparsity: option(str | None, "sparsities to compare, with commas; all if left out") = None,
-    form: option(str, "md or csv", "--format") = "md",
-    out: option(Path | None, "folder for the tables and the figure; only printed if left out") = None,
-    seed: Seed = 0,
+@command(RECORDS)
+def report_command(
+    folder: Path, # a run's folder, or one that holds some
 ) -> None:
+    "Make report.html of every run in a folder: its table, what is significant, curves, heads and costs on one page."
+    from cap_nb.jobs.report import run_folders, write_results
+    for run in run_folders(folder):
+        write_results(run, page=True)
+        typer.echo(f"{run/'report.html'}: one page of what its records hold.")
+
+@command(RECORDS, plugins=False)
+def compare_command(
+    runs: list[Path], # folders of runs; the others are held against the first
+    *,
+    method: str | None = None, # methods to compare, with commas; all if left out
+    against: str | None = None, # the first run's method to compare with; the same one if left out
+    sparsity: str | None = None, # sparsities to compare, with commas; all if left out
+    form: str = "md", # md or csv
+    out: Path | None = None, # folder for the tables and the figure; only printed if left out
+    seed: int = 0, # seed of every draw
+) -> str:
     "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
     check_choice(form, ("md", "csv"), "format")
-    from cap_nb.jobs.tables import comparison_markdown
     from cap_nb.core.files import check_new_folder
     from cap_nb.jobs.results import compare_runs, comparison_csv, save_comparison
+    from cap_nb.jobs.tables import comparison_markdown
     if out: check_new_folder(out)
-    compared = compare_runs(runs, read_names(methods), against, sparsity and read_sparsities(sparsity), seed)
-    typer.echo({"md": comparison_markdown, "csv": comparison_csv}[form](compared))
-    if out:
-        save_comparison(compared, runs, out)
-        typer.echo(f"Tables and figure: {out}")
+    compared = compare_runs(runs, read_names(method), against, sparsity and read_sparsities(sparsity), seed)
+    text = {"md": comparison_markdown, "csv": comparison_csv}[form](compared)
+    if out is None: return text
+    save_comparison(compared, runs, out)
+    return f"{text}\nTables and figure: {out}"
 
-# %% ../nbs/command_line.ipynb #c073
-@app.command("repeat")
-@in_one_sentence
-@with_plugins
+# %% ../nbs/command_line.ipynb #43cf968c
+@command(RECORDS)
 def repeat_command(
-    folder: argument(Path, "a run's folder, live or packed"),
-    out: Out,
-    methods: option(str | None, "methods to do again, with commas; all if left out") = None,
-    sparsity: option(str | None, "sparsities to do again, with commas; all if left out") = None,
-    model: option(str | None, "where the model is now; as the run says if left out") = None,
-    device: option(str | None, "as the run says if left out") = None,
-    data_dir: option(str | None, "folder of benchmark files; the hub if left out") = None,
-    calibrate_on: option(str | None, "file of chains, for a run that was calibrated on them") = None,
+    folder: Path, # a run's folder, live or packed
+    *,
+    out: Path, # where the result goes
+    methods: str | None = None, # methods to do again, with commas; all if left out
+    sparsity: str | None = None, # sparsities to do again, with commas; all if left out
+    model: str | None = None, # where the model is now; as the run says if left out
+    device: str | None = None, # as the run says if left out
+    data_dir: str | None = None, # folder of benchmark files; the hub if left out
+    calibrate_on: str | None = None, # file of chains, for a run that was calibrated on them
 ) -> None:
     "Do a run again from its folder alone, and say what differs; exit code 1 if anything does."
     places = {"name": model, "device": device, "data_dir": data_dir, "calibrate_on": calibrate_on}
     places = {name: place for name, place in places.items() if place is not None}
-    from cap_nb.jobs.repeat import repeat_run
+    from cap_nb.jobs.results import repeat_run
     table = repeat_run(folder, out, read_names(methods), sparsity and read_sparsities(sparsity), places)
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
 
-# %% ../nbs/command_line.ipynb #c074
-@app.command("ledger")
-@in_one_sentence
+@command(RECORDS, plugins=False)
 def ledger_command(
-    folder: argument(Path, "folder with MODEL_methods and MODEL_claims for each model"),
-    models: option(str | None, "models, with commas; all that are there if left out") = None,
-) -> None:
+    folder: Path, # folder with MODEL_methods and MODEL_claims for each model
+    *,
+    models: str | None = None, # models, with commas; all that are there if left out
+) -> str:
     "Put the paper's claims to the test of finished runs: a verdict for each claim and model, as table and figure."
     from cap_nb.experiments.claims import write_ledger
     out = write_ledger(folder, read_names(models))
-    typer.echo((out/"ledger.md").read_text(encoding="utf-8"))
-    typer.echo(f"Tables and figure: {out}")
+    return f"{(out/'ledger.md').read_text(encoding='utf-8')}\nTables and figure: {out}"
 
-# %% ../nbs/command_line.ipynb #c076
-@app.command("pack")
-@in_one_sentence
+@command(RECORDS, plugins=False)
 def pack_command(
-    folder: RunFolders,
+    folder: Path, # a run's folder, or one that holds some
 ) -> None:
     "Put the records of every finished run in a folder into one file each; what they say does not change."
     from cap_nb.jobs.records import pack_run
@@ -785,100 +745,21 @@ def pack_command(
         size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
         typer.echo(f"{run}: {size:,} bytes.")
 
-@app.command("unpack")
-@in_one_sentence
+@command(RECORDS, plugins=False)
 def unpack_command(
-    folder: argument(Path, "folder of a packed run"),
-    target: argument(Path, "folder to make; it can be given to 'cap run --out'"),
-) -> None:
+    folder: Path, # folder of a packed run
+    target: Path, # folder to make; it can be given to 'cap run --out'
+) -> str:
     "Restore the folder of a packed run with a file for each record, so that the run can go on."
     from cap_nb.jobs.records import unpack_run
     unpack_run(folder, target)
-    typer.echo(f"{target}: the live run.")
-
-# %% ../nbs/command_line.ipynb #c078
-def listed_methods() -> str: # Lines
-    "The list of methods: the package's own file, or with additions what the modules say now."
-    if "cap_nb.core.registry" not in sys.modules:
-        return (Path(cap_nb.__file__).parent/"methods.txt").read_text(encoding="utf-8").rstrip("\n")
-    from cap_nb.methods.prune import method_list
-    return method_list()
-
-@app.command("methods")
-@in_one_sentence
-@with_plugins
-def methods_command() -> None:
-    "List the methods, each with what it does and where it comes from."
-    typer.echo(listed_methods())
-
-# %% ../nbs/command_line.ipynb #c079
-PromptTokens = option(int | None, "tokens of every prompt; counted or assumed if left out")
-TargetTokens = option(int | None, "tokens of every target; counted or assumed if left out")
-Described = option(str | None, "a device that need not be here, as h100 or h100,link=50: what bounds each stage there")
-Probing = option(bool, "time this device on one layer, for the expected times", "--probe/--no-probe")
-PlannedTries = option(int | None, "answers to each problem that 'cap chains' is to write; no chains if left out")
-UNPLANNED = ("aggregation", "calibration_seed", "text", "budget", "backend") # Settings without an option of `cap plan`
-
-# %% ../nbs/command_line.ipynb #ea315b79
-@app.command("plan")
-@in_one_sentence
-@with_plugins
-@with_job("model", "calibrate", "prune", "evaluate", without=UNPLANNED)
-def plan_command(
-    job: Job, # What the options say
-    devices: option(int, "devices that share the work") = 1,
-    prompt_tokens: PromptTokens = None,
-    target_tokens: TargetTokens = None,
-    tries: PlannedTries = None,
-    probe: Probing = True,
-    budget: Budget = None,
-    accelerator: Described = None,
-) -> None:
-    "Say what a job will take, from the model's configuration alone; nothing is loaded."
-    from cap_nb.jobs.planning import measured_plan, plan, plan_text
-    from cap_nb.jobs.scale import described, scale_text
-    device = None if accelerator is None else described(accelerator)
-    if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
-    if device: planned = functools.partial(plan, memory=int(device.memory * 1e9)) # this machine says nothing about it
-    else: planned = measured_plan if probe else plan
-    made = planned(job, devices, prompt_tokens=prompt_tokens, target_tokens=target_tokens, tries=tries)
-    if device: described(accelerator, made.load.dtype) # refused before a plan is printed
-    typer.echo(plan_text(made))
-    if device: typer.echo(f"\n{scale_text(made, accelerator)}")
-
-# %% ../nbs/command_line.ipynb #c081
-@app.command("fetch")
-@in_one_sentence
-def fetch_command(
-    name: Annotated[str, typer.Argument(help="smollm2")],
-) -> None:
-    "Download, verify and convert a real model once; afterwards --model NAME finds it."
-    check_choice(name, ("smollm2",), "model to fetch")
-    from cap_nb.models.loading import fetch_smollm2
-    typer.echo(f"{fetch_smollm2()}: ready; use it with --model {name}.")
-
-@app.command("train-lab")
-@in_one_sentence
-def train_lab_command(
-    out: Out,
-    steps: option(int | None, "optimiser steps; the recipe's if left out") = None,
-    seed: Seed = 0,
-    experts: option(bool, "the sibling with experts", "--experts") = False,
-) -> None:
-    """Train the lab model anew, or its sibling with experts (most of an hour on two cores); stopped, the same command
-    goes on."""
-    from cap_nb.models.lab import DENSE, train_lab
-    from cap_nb.models.lab_experts import EXPERTS
-    if steps is not None: check_at_least(steps, 1, "--steps")
-    check_seed(seed, "--seed")
-    train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
-    typer.echo(f"{out}: trained; use it with --model {out}.")
+    return f"{target}: the live run."
 
 # %% ../nbs/command_line.ipynb #c082
 def main() -> None:
     "The program `cap`."
     app()
 
-# %% ../nbs/command_line.ipynb #c084
+# %% ../nbs/command_line.ipynb #27c366d0
 #| eval: false
 if __name__ == "__main__": main()

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['importance_factors', 'plot_factors']
 
-# %% ../nbs/02_importance.ipynb #c005
-import torch
-from .core.errors import BadInput, validate_arguments
-
 # %% ../nbs/02_importance.ipynb #c006
+import torch
+from cap_nb.core.errors import BadInput, validate_arguments
+
 def check_scores(
     scores: torch.Tensor, # Causal scores [L, H]
 ) -> torch.Tensor: # The same in float64
@@ -38,12 +37,11 @@ def importance_factors(
     if span == 0: return torch.full_like(scores, low)
     return low + (high - low) * (scores - scores.min()) / span
 
-# %% ../nbs/02_importance.ipynb #c020
+# %% ../nbs/02_importance.ipynb #c021
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from .core.plots import blank_figure, in_style
+from cap_nb.core.plots import blank_figure, in_style
 
-# %% ../nbs/02_importance.ipynb #c021
 def draw_scale(
     axes: Axes, # Where to draw
     scores: torch.Tensor, # Causal scores [L, H]

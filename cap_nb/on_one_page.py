@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['cap_naive']
 
-# %% ../nbs/on_one_page.ipynb #ef904254
+# %% ../nbs/on_one_page.ipynb #74d7935d
 from collections.abc import Sequence
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .data.prompts import Example
+from cap_nb.data.prompts import Example
 
-# %% ../nbs/on_one_page.ipynb #74d7935d
 class CapResult(NamedTuple):
     "What `cap_naive` computed on the way."
     scores: torch.Tensor # Causal score of every head, in nats, float64 [L, H]

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Factors', 'region_factors', 'plot_regions']
 
-# %% ../nbs/03_regions.ipynb #c008
-import torch
-from .core.errors import validate_arguments, check_choice, check_index
-
 # %% ../nbs/03_regions.ipynb #c009
+import torch
+from cap_nb.core.errors import validate_arguments, check_choice, check_index
+
 SHARING = ("mean", "max") # How the factor of a key-value head follows from those of its query heads
 
 def key_value_factors(
@@ -21,117 +20,33 @@ def key_value_factors(
     shared = heads.unflatten(1, (groups, -1))
     return shared.mean(-1) if check_choice(how, SHARING, "key-value sharing") == "mean" else shared.amax(-1)
 
-# %% ../nbs/03_regions.ipynb #c015
-from dataclasses import dataclass, field
+# %% ../nbs/03_regions.ipynb #3506be32
+from dataclasses import dataclass
+from torch import nn
+from .core.errors import BadInput
+from .models.anatomy import Anatomy, Projection, anatomy, projections
 
-# %% ../nbs/03_regions.ipynb #c016
 @dataclass(frozen=True)
 class Factors:
-    "The importance factors of a model's heads, experts and neurons; an unknown `key_value` raises `BadInput`."
+    "The importance factors of a model's heads; an unknown `key_value` raises `BadInput`."
     heads: torch.Tensor # Importance factor of every query head, [L, H]
-    experts: torch.Tensor | None = None # Importance factor of every routed expert, [L, E]; None: their layer's mean
     key_value: str = "mean" # How key-value heads get their factor: "mean" or "max" of their query heads
-    kept: dict[str, torch.Tensor] = field(default_factory=dict) # Tables of losses behind the factors, for the records
-    neurons: torch.Tensor | None = None # Of every MLP neuron, [L, M], in a mixture [L, E, M]; None: as without neurons
 
     def __post_init__(self) -> None:
         check_choice(self.key_value, SHARING, "key-value sharing")
 
-# %% ../nbs/03_regions.ipynb #c017
-def as_factors(
-    factors: Factors | torch.Tensor | None, # Factors, or a tensor of the heads' factors alone, [L, H]
-) -> Factors | None: # None stays None
-    "Wrap a plain tensor of head factors in `Factors`."
-    return Factors(heads=factors) if isinstance(factors, torch.Tensor) else factors
+    def check(self, model: nn.Module) -> None:
+        "Raise `BadInput` unless the factors are this model's."
+        check_head_factors(self.heads, anatomy(model))
 
-# %% ../nbs/03_regions.ipynb #c020
-from torch import nn
-from .models.anatomy import Anatomy, Part, Projection, anatomy, projections
+    def spans(self, p: Projection, groups: int) -> list[tuple[int, int, float]]:
+        "(start, stop, factor) of each region along a projection's rows, or columns if it is an output projection."
+        if not p.parts: return [(0, len(p.weight), self.heads[p.layer].mean().item())]
+        query = self.heads[p.layer].tolist()
+        shared = key_value_factors(self.heads, groups, self.key_value)[p.layer].tolist()
+        return [(part.start, part.stop, (query if part.kind == "query" else shared)[part.index]) for part in p.parts]
 
-# %% ../nbs/03_regions.ipynb #c021
-@dataclass(frozen=True)
-class LayerFactors:
-    "The factors of one layer: query heads, key-value heads, experts, neurons."
-    query: torch.Tensor # Of each query head, [H]
-    key_value: torch.Tensor # Of each key-value head, [G]
-    experts: torch.Tensor | None # Of each routed expert, [E]; None: the mean of the query heads
-    neurons: torch.Tensor | None = None # Of each neuron, [M], in a mixture [E, M]; None: the factor of their matrix
-
-    def of_part(self, part: Part) -> torch.Tensor:
-        "The factor of the head that a part of a projection belongs to, a scalar tensor."
-        return (self.query if part.kind == "query" else self.key_value)[part.index]
-
-    def rest_factor(self, projection: Projection) -> torch.Tensor:
-        "The factor of a projection without heads: its expert's, or the mean of its layer's heads."
-        has_factor = self.experts is not None and projection.expert is not None
-        return self.experts[projection.expert] if has_factor else self.query.mean()
-
-    def of_neurons(self, projection: Projection) -> torch.Tensor | None:
-        "The factor of every neuron that a projection makes or reads; None where it makes or reads none with a factor."
-        in_table = self.neurons is not None and (self.neurons.ndim == 2) == (projection.expert is not None)
-        if not in_table or projection.role not in ("gate", "up", "gate_up", "down"): return None
-        neurons = self.neurons if projection.expert is None else self.neurons[projection.expert]
-        return projection.of_rows(neurons)
-
-# %% ../nbs/03_regions.ipynb #c022
-def layer_factors(
-    factors: Factors, # Factors of a model
-    a: Anatomy, # Dimensions of the model
-) -> list[LayerFactors]: # One entry per layer
-    "The factors of every layer, those of key-value heads included."
-    shared = key_value_factors(factors.heads, a.key_value_heads, factors.key_value)
-    experts = [None] * a.layers if factors.experts is None else factors.experts
-    neurons = [None] * a.layers if factors.neurons is None else factors.neurons
-    return [LayerFactors(query=query, key_value=group, experts=expert, neurons=in_layer)
-            for query, group, expert, in_layer in zip(factors.heads, shared, experts, neurons)]
-
-# %% ../nbs/03_regions.ipynb #c024
-def blocks(
-    projection: Projection, # A projection
-    layer: LayerFactors, # Factors of its layer
-) -> list[tuple[slice, slice, float]]: # (rows, columns, factor) of each region
-    "The regions of a projection as slices of its weight (paper section 3.3, region mapping)."
-    everything = slice(None)
-    neurons = layer.of_neurons(projection)
-    if neurons is not None: slices = [(slice(m, m + 1), factor) for m, factor in enumerate(neurons.tolist())]
-    elif not projection.parts: return [(everything, everything, layer.rest_factor(projection).item())]
-    else: slices = [(slice(part.start, part.stop), layer.of_part(part).item()) for part in projection.parts]
-    if projection.role in ("output", "down"): return [(everything, columns, factor) for columns, factor in slices]
-    return [(rows, everything, factor) for rows, factor in slices]
-
-# %% ../nbs/03_regions.ipynb #c025
-def region_factors_naive(
-    model: nn.Module, # A causal language model of a known family
-    factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
-) -> dict[str, torch.Tensor]: # Module name -> factor of every single weight, [out, in]
-    "A factor for every weight, written out (paper equation 4)."
-    layers, written = layer_factors(as_factors(factors), anatomy(model)), {}
-    for projection in projections(model):
-        matrix = torch.full(projection.weight.shape, torch.nan)
-        for rows, columns, factor in blocks(projection, layers[projection.layer]): matrix[rows, columns] = factor
-        written[projection.name] = matrix
-    return written
-
-# %% ../nbs/03_regions.ipynb #c031
-def broadcast_factor(
-    projection: Projection, # A projection
-    layer: LayerFactors, # Factors of its layer
-) -> torch.Tensor: # [out, 1], [1, in] or [1, 1]
-    "The factor of a projection in the smallest form that broadcasts over its weight."
-    along = layer.of_neurons(projection)
-    if along is None and not projection.parts: return layer.rest_factor(projection).reshape(1, 1)
-    if along is None:
-        widths = torch.tensor([part.stop - part.start for part in projection.parts])
-        along = torch.stack([layer.of_part(part) for part in projection.parts])
-        along = along.repeat_interleave(widths.to(along.device))
-    return along[None, :] if projection.role in ("output", "down") else along[:, None]
-
-# %% ../nbs/03_regions.ipynb #c033
-from collections.abc import Sequence
-from .core.errors import BadInput
-from .models.anatomy import expert_counts
-
-# %% ../nbs/03_regions.ipynb #c034
+# %% ../nbs/03_regions.ipynb #f7144b2e
 def check_head_factors(
     heads: torch.Tensor, # Importance factor of every query head, expected [L, H]
     a: Anatomy, # Dimensions of the model
@@ -144,41 +59,49 @@ def check_head_factors(
         raise BadInput("Some importance factor is not a positive finite number: "
                        "expected factors from importance_factors; compute them again.")
 
-# %% ../nbs/03_regions.ipynb #c035
-def check_expert_factors(
-    experts: torch.Tensor, # Importance factor of every routed expert, expected [L, E]
-    counts: tuple[int, ...], # Experts of each layer, 0 for a dense one
-) -> None:
-    "Raise `BadInput` unless every expert of every sparse layer has a positive finite factor; dense layers are ignored."
-    if not max(counts):
-        raise BadInput("Importance factors of experts were given for a model that has none: "
-                       "expected a mixture of experts; leave them out.")
-    if tuple(experts.shape) != (len(counts), max(counts)):
-        raise BadInput(f"The factors of experts have shape {list(experts.shape)}: expected "
-                       f"[{len(counts)}, {max(counts)}], one an expert; they belong to another model.")
-    if not all(row[:count].isfinite().all() and (row[:count] > 0).all() for row, count in zip(experts, counts)):
-        raise BadInput("Some importance factor of an expert is not a positive finite number: "
-                       "expected factors from importance_factors; compute them again.")
+def as_factors(
+    factors: Factors | torch.Tensor | None, # Factors, or a tensor of the heads' factors alone, [L, H]
+) -> Factors | None: # None stays None
+    "Wrap a plain tensor of head factors in `Factors`."
+    return Factors(heads=factors) if isinstance(factors, torch.Tensor) else factors
 
-# %% ../nbs/03_regions.ipynb #c036
-def check_neuron_factors(
-    neurons: torch.Tensor, # Importance factor of every neuron, expected [L, M], or [L, E, M] in a mixture
-    matrices: Sequence[Projection], # The projections of a model
-    counts: tuple[int, ...], # Experts of each layer, 0 for a dense one
-) -> None:
-    "Raise `BadInput` unless every neuron of every MLP, or of every routed expert, has a positive finite factor."
-    mixture = max(counts) > 0
-    downs = [p for p in matrices if p.role == "down" and (p.expert is not None) == mixture]
-    expected = [len(counts), *([max(counts)] if mixture else []), downs[0].weight.shape[1]]
-    if list(neurons.shape) != expected or any(p.weight.shape[1] != expected[-1] for p in downs):
-        raise BadInput(f"The factors of neurons have shape {list(neurons.shape)}: expected {expected}, "
-                       f"one a neuron; they belong to another model.")
-    rows = torch.stack([neurons[p.layer] if p.expert is None else neurons[p.layer, p.expert] for p in downs])
-    if not (rows.isfinite().all() and (rows > 0).all()):
-        raise BadInput("Some importance factor of a neuron is not a positive finite number: "
-                       "expected factors from importance_factors; compute them again.")
+# %% ../nbs/03_regions.ipynb #e46f5c91
+IN_COLUMNS = ("output", "down") # Roles of the projections that read heads or neurons; the others make them
 
-# %% ../nbs/03_regions.ipynb #c037
+def blocks(
+    p: Projection, # A projection
+    factors: Factors, # Factors of its model
+    groups: int, # G, key-value heads per layer
+) -> list[tuple[slice, slice, float]]: # (rows, columns, factor) of each region
+    "The regions of a projection as slices of its weight (paper section 3.3, region mapping)."
+    everything, spans = slice(None), factors.spans(p, groups)
+    if len(spans) == 1: return [(everything, everything, spans[0][2])]
+    if p.role in IN_COLUMNS: return [(everything, slice(start, stop), factor) for start, stop, factor in spans]
+    return [(slice(start, stop), everything, factor) for start, stop, factor in spans]
+
+def region_factors_naive(
+    model: nn.Module, # A causal language model of a known family
+    factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
+) -> dict[str, torch.Tensor]: # Module name -> factor of every single weight, [out, in]
+    "A factor for every weight, written out (paper equation 4)."
+    factors, groups, written = as_factors(factors), anatomy(model).key_value_heads, {}
+    for p in projections(model):
+        written[p.name] = torch.full(p.weight.shape, torch.nan)
+        for rows, columns, factor in blocks(p, factors, groups): written[p.name][rows, columns] = factor
+    return written
+
+# %% ../nbs/03_regions.ipynb #20e81d6e
+def broadcast_factor(
+    spans: list[tuple[int, int, float]], # (start, stop, factor) of each region
+    in_columns: bool, # Whether the spans are columns
+) -> torch.Tensor: # [out, 1], [1, in] or [1, 1], float32
+    "The factors of a projection in the smallest form that broadcasts over its weight."
+    if len(spans) == 1: return torch.full((1, 1), spans[0][2])
+    widths = torch.tensor([stop - start for start, stop, _ in spans])
+    along = torch.tensor([factor for *_, factor in spans]).repeat_interleave(widths)
+    return along[None, :] if in_columns else along[:, None]
+
+# %% ../nbs/03_regions.ipynb #a3e8d30c
 @validate_arguments
 def region_factors(
     model: nn.Module, # A causal language model of a known family
@@ -186,128 +109,27 @@ def region_factors(
     device: torch.device | str | None = None, # Device of the result; None: that of each weight
 ) -> dict[str, torch.Tensor]: # Module name -> float32 tensor that broadcasts over the weight
     "A factor for every weight (paper equation 4), in the smallest form; factors of another shape raise `BadInput`."
-    factors, a = as_factors(factors), anatomy(model)
-    check_head_factors(factors.heads, a)
-    if factors.experts is not None: check_expert_factors(factors.experts, expert_counts(model))
-    if factors.neurons is not None: check_neuron_factors(factors.neurons, projections(model), expert_counts(model))
-    layers = layer_factors(factors, a)
-    return {p.name: broadcast_factor(p, layers[p.layer]).float().to(device or p.weight.device)
+    factors, groups = as_factors(factors), anatomy(model).key_value_heads
+    factors.check(model)
+    return {p.name: broadcast_factor(factors.spans(p, groups), p.role in IN_COLUMNS).to(device or p.weight.device)
             for p in projections(model)}
 
-# %% ../nbs/03_regions.ipynb #c053
-import matplotlib
-from matplotlib.axes import Axes
+# %% ../nbs/03_regions.ipynb #a28a6cdd
 from matplotlib.figure import Figure
-from matplotlib.patches import Polygon, Rectangle
-from .core.plots import blank_figure, in_style
+from .core.pictures import plot_matrices
 
-# %% ../nbs/03_regions.ipynb #c054
-def panels_of(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of the layer
-) -> dict[tuple[str, bool], list[Projection]]: # (role, whether outside the routed experts) -> projections of one panel
-    "The projections of a layer by role; the experts of a mixture share a panel."
-    panels = {}
-    for p in projections(model):
-        if p.layer == layer: panels.setdefault((p.role, p.expert is None), []).append(p)
-    return panels
-
-# %% ../nbs/03_regions.ipynb #c055
 @validate_arguments
-@in_style
 def plot_regions(
     model: nn.Module, # A causal language model of a known family
     factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
     layer: int = 0, # Index of the layer to show
-) -> Figure: # One panel per projection; the routed experts of a role share one
+) -> Figure: # One panel per projection; several of one role and shape share it
     "The importance factor of every weight of one layer, as a picture of each projection (paper section 3.3)."
     check_index(layer, anatomy(model).layers, "layer")
-    regions, panels = region_factors(model, factors, "cpu"), panels_of(model, layer)
-    figure, (axes,) = blank_figure(1, len(panels), (12, 2.4))
-    for axis, ((role, alone), shown) in zip(axes, panels.items()):
-        factor = torch.cat([regions[p.name].expand_as(p.weight) for p in shown])
-        picture = axis.imshow(factor, vmin=1, vmax=10, cmap="viridis", aspect="auto", interpolation="nearest")
-        size = " x ".join(map(str, shown[0].weight.shape))
-        axis.set(title=f"{role}\n{size if alone else f'{len(shown)} of {size}'}", xticks=[], yticks=[])
-        axis.spines[:].set_visible(True)
-    figure.colorbar(picture, ax=axes, label="importance factor", shrink=0.8)
-    return figure
-
-# %% ../nbs/03_regions.ipynb #c058
-OWN = {"facecolor": "#9ED2F2", "hatch": "////"} # A region of the head alone
-SHARED = {"facecolor": "#F3CF80", "hatch": "xxxx"} # One that it shares
-
-def draw_matrix(
-    axes: Axes, # Where to draw; a unit is a row or a column
-    corner: tuple[float, float], # Lower left corner
-    block: tuple[int, int], # Width and height of one block
-    names: Sequence[str], # Names of the blocks, from the top or, where they are upright, from the left
-    marked: int, # Index of the marked block
-    look: dict, # How the marked block looks
-) -> None:
-    "A matrix to scale, cut into blocks of rows or, where a block is higher than wide, of columns."
-    (left, bottom), (width, height) = corner, block
-    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    for index, name in enumerate(names):
-        upright = height > width
-        x, y = (index * width, 0) if upright else (0, (len(names) - 1 - index) * height)
-        filled = look if index == marked else {"facecolor": "white"}
-        axes.add_patch(Rectangle((left + x, bottom + y), width, height, edgecolor="black", linewidth=0.8, **filled))
-        axes.text(left + x + width / 2, bottom + y + height / 2, name, ha="center", va="center", bbox=white)
-
-# %% ../nbs/03_regions.ipynb #c059
-def draw_sharing(
-    axes: Axes, # Where to draw
-    left: tuple[float, float], # Where the query projection ends and where the key projection begins
-    each: int, # Query heads that share a key-value head
-    size: int, # Rows of a head
-    groups: int, # Key-value heads
-    marked: int, # Index of the marked key-value head
-) -> None:
-    "Bands from the rows of query heads to those of the key-value head that they share."
-    tall, low = groups * each * size, groups * (each - 1) * size / 2
-    for group in range(groups):
-        top, shared_top = tall - group * each * size, low + (groups - group) * size
-        corners = [(left[0], top), (left[0], top - each * size), (left[1], shared_top - size), (left[1], shared_top)]
-        color = SHARED["facecolor"] if group == marked else "#E6E6E6"
-        axes.add_patch(Polygon(corners, facecolor=color, alpha=0.6, edgecolor="white"))
-
-# %% ../nbs/03_regions.ipynb #c060
-def label_matrices(
-    axes: Axes, # Where to draw
-    shapes: dict[str, tuple[float, int, int]], # Name -> (left side, rows, columns)
-    tall: int, # Rows of the highest matrix
-) -> None:
-    "Name and shape above each matrix, all of them centred at one height."
-    for name, (left, rows, columns) in shapes.items():
-        text = f"$W_{name}$, {rows} x {columns}"
-        axes.text(left + columns / 2, (tall + rows) / 2 + 1, text, ha="center", va="bottom")
-    right = max(left + columns for left, _, columns in shapes.values())
-    axes.set(xlim=(-1, right + 1), ylim=(-1, tall + 4), aspect="equal")
-    axes.axis("off")
-
-# %% ../nbs/03_regions.ipynb #c061
-@in_style
-@matplotlib.rc_context({"hatch.linewidth": 0.5})
-def plot_head_region(
-    head: int = 2, # Index of the query head
-    heads: int = 4, # Query heads of the layer
-    groups: int = 2, # Key-value heads of the layer
-    size: int = 6, # Rows or columns of a head
-    hidden: int = 20, # Size of the residual stream
-) -> Figure: # The four projections of attention, to scale
-    "The rows and columns of one head, and those of the key-value head that it shares (paper section 3.3)."
-    figure, panels = blank_figure(1, 1, (7.5, 2.7))
-    axes, each, tall, narrow = panels[0, 0], heads // groups, heads * size, groups * size
-    own, key, value, output = head // each, hidden + 9, 2 * hidden + 14, 3 * hidden + 23
-    draw_sharing(axes, (hidden, key), each, size, groups, own)
-    draw_matrix(axes, (0, 0), (hidden, size), [f"head {h}" for h in range(heads)], head, OWN)
-    for left in (key, value):
-        names = [f"key-value {group}" for group in range(groups)]
-        draw_matrix(axes, (left, (tall - narrow) / 2), (hidden, size), names, own, SHARED)
-    draw_matrix(axes, (output, (tall - hidden) / 2), (size, hidden), [str(h) for h in range(heads)], head, OWN)
-    label_matrices(axes, {"q": (0, tall, hidden), "k": (key, narrow, hidden), "v": (value, narrow, hidden),
-                          "o": (output, hidden, tall)}, tall)
-    sharers = " and ".join(str(h) for h in range(heads) if h // each == own)
-    axes.text(value - 2.5, (tall - narrow) / 2 - 1, f"shared by heads {sharers}", ha="center", va="top")
-    return figure
+    regions, alike, panels = region_factors(model, factors, "cpu"), {}, {}
+    for p in projections(model):
+        if p.layer == layer: alike.setdefault((p.role, tuple(p.weight.shape)), []).append(p)
+    for (role, (rows, columns)), shown in alike.items():
+        number = f"{len(shown)} of " if len(shown) > 1 else ""
+        panels[f"{role}\n{number}{rows} x {columns}"] = torch.cat([regions[p.name].expand_as(p.weight) for p in shown])
+    return plot_matrices(panels, (1, 10), "importance factor")

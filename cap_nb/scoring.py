@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AGGREGATIONS', 'masked_head', 'target_losses', 'HeadLosses', 'score_heads_naive', 'causal_scores', 'score_interval',
-           'rank_correlation', 'split_half_reliability', 'save_losses', 'load_losses', 'plot_score_intervals']
+           'rank_correlation', 'split_half_reliability', 'plot_score_intervals', 'save_losses', 'load_losses']
 
-# %% ../nbs/01_scoring.ipynb #c007
+# %% ../nbs/01_scoring.ipynb #c008
 from contextlib import AbstractContextManager
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from .data.prompts import IGNORED
 from .models.anatomy import dimensions, output_projection
 from .models.interventions import changed_input
 
-# %% ../nbs/01_scoring.ipynb #c008
 @validate_arguments
 def masked_head(
     model: nn.Module, # A causal language model of a known family
@@ -32,20 +31,12 @@ def masked_head(
         return masked
     return changed_input(output_projection(model, layer), mask)
 
-# %% ../nbs/01_scoring.ipynb #c014
+# %% ../nbs/01_scoring.ipynb #c015
 from collections.abc import Iterator, Sequence
 import torch.nn.functional as F
-from .data.batches import collate, token_batches
-from dataclasses import dataclass, field
-import math
-from typing import Any
-import transformers
-from .calibration import deal_subsets
-from .models.anatomy import anatomy, check_length
-from .core.errors import BadInput, check_at_least, check_choice
-from .models.loading import model_fingerprint
+from cap_nb.data.batches import collate, token_batches
+from cap_nb.models.anatomy import anatomy, check_length
 
-# %% ../nbs/01_scoring.ipynb #c015
 def mean_by_example(
     losses: torch.Tensor, # Loss of every target token of a batch, example after example
     counts: Sequence[int], # Target tokens of each example
@@ -74,7 +65,14 @@ def target_losses(
     counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
     return mean_by_example(target_token_losses(model, batch), counts)
 
-# %% ../nbs/01_scoring.ipynb #c019
+# %% ../nbs/01_scoring.ipynb #fdeccf30
+import math
+from dataclasses import dataclass, field
+from typing import Any
+import transformers
+from .calibration import deal_subsets
+from .models.loading import model_fingerprint
+
 @dataclass(frozen=True)
 class HeadLosses:
     "Losses of a calibration set, intact and with each head masked."
@@ -86,22 +84,31 @@ class HeadLosses:
     k: int # Number of subsets, K
     seed: int # Seed of the deal into subsets
     meta: dict[str, Any] = field(default_factory=dict) # Provenance: fingerprints, dtype, device, versions
+    own_subset: torch.Tensor | None = field(default=None, compare=False) # Subsets that were not dealt, int64 [N]
 
     @property
     def subset(self) -> torch.Tensor:
-        "Subset of each example, int64 [N]."
+        "Subset of each example, int64 [N]: its own, or dealt from strata, K and seed."
+        if self.own_subset is not None: return self.own_subset
         return deal_subsets(self.stratum, self.k, self.seed)
 
     def check_together(self) -> None:
         "Raise ValueError unless all parts belong together."
-        check_parts(self)
+        n = len(self.intact)
+        if self.masked.ndim != 3 or self.masked.shape[-1] != n or self.intact.ndim != 1:
+            raise ValueError(f"masked has the shape {tuple(self.masked.shape)} for {n} examples")
+        for name in ("stratum", "task", "uid"):
+            if (count := len(getattr(self, name))) != n: raise ValueError(f"{name} has {count} entries, not {n}")
+        if not (self.masked.is_floating_point() and self.intact.is_floating_point()):
+            raise ValueError("the losses are no floating-point numbers")
+        if len(self.subset) != n: raise ValueError(f"subset has {len(self.subset)} entries, not {n}")
 
     @property
     def target(self) -> str:
         "What was measured: loss, or divergence from the intact model."
         return self.meta.get("target", "loss")
 
-# %% ../nbs/01_scoring.ipynb #c020
+# %% ../nbs/01_scoring.ipynb #6528ad5d
 def batches_of(
     calibration: Calibration, # The examples
     batch_tokens: int, # Padded tokens per batch
@@ -150,6 +157,8 @@ def score_heads_naive(
     return head_losses(model, calibration, masked, intact, batch_tokens)
 
 # %% ../nbs/01_scoring.ipynb #c025
+from cap_nb.core.errors import BadInput, check_at_least, check_choice
+
 def subset_means(
     values: torch.Tensor, # [..., N]
     subset: torch.Tensor, # Subset of each example, int64 [N]
@@ -218,17 +227,18 @@ def score_interval(
     low, high = torch.stack(scores).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     return low, high
 
-# %% ../nbs/01_scoring.ipynb #c035
+# %% ../nbs/01_scoring.ipynb #02d85122
+from scipy import stats
+
 @validate_arguments
 def rank_correlation(
     a: torch.Tensor, # Scores, any shape
     b: torch.Tensor, # Scores of the same shape
-) -> float: # Spearman's rank correlation, -1 to 1
-    "Spearman's rank correlation of two sets of scores without ties."
+) -> float: # Spearman's rank correlation, -1 to 1; NaN where all scores are equal
+    "Spearman's rank correlation of two sets of scores; ties share their mean rank."
     if a.shape != b.shape or not a.numel() or not (a.isfinite() & b.isfinite()).all():
         raise BadInput(f"Scores of {list(a.shape)} and {list(b.shape)}: expected one shape and finite numbers; check.")
-    ranks = [x.flatten().argsort().argsort().double() for x in (a, b)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+    return float(stats.spearmanr(a.flatten().tolist(), b.flatten().tolist()).statistic)
 
 @validate_arguments
 def split_half_reliability(
@@ -246,41 +256,35 @@ def split_half_reliability(
         correlations.append(rank_correlation(first, second))
     return correlations
 
-# %% ../nbs/01_scoring.ipynb #c038
-from pathlib import Path
-from .core.errors import check_fields
-from .core.files import read_tensors, write_tensors
-from matplotlib.axes import Axes
-from matplotlib.colors import SymLogNorm
+# %% ../nbs/01_scoring.ipynb #b09ee2c0
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from .core.plots import blank_figure, in_style
+from .core.pictures import plot_intervals
 
-# %% ../nbs/01_scoring.ipynb #c039
-def check_parts(
+@validate_arguments
+def plot_score_intervals(
     losses: HeadLosses, # A table of losses
-) -> None:
-    "Raise ValueError unless all parts of a table belong together."
-    n = len(losses.intact)
-    if losses.masked.ndim != 3 or losses.masked.shape[-1] != n or losses.intact.ndim != 1:
-        raise ValueError(f"masked has the shape {tuple(losses.masked.shape)} for {n} examples")
-    for name in ("stratum", "task", "uid"):
-        if (count := len(getattr(losses, name))) != n: raise ValueError(f"{name} has {count} entries, not {n}")
-    for name in ("masked", "intact"):
-        if not getattr(losses, name).is_floating_point():
-            raise ValueError(f"{name} has numbers that are no finite losses")
-    deal_subsets(losses.stratum, losses.k, losses.seed)
+    how: str = "paper", # "paper", "paired" or "mean"
+) -> Figure: # Heads from left to right, layer after layer
+    "Causal scores with their 95 % bootstrap intervals (paper equation 2)."
+    layers, heads, _ = losses.masked.shape
+    numbers = [values.flatten().numpy() for values in (causal_scores(losses, how), *score_interval(losses, how))]
+    groups = [f"layer {layer}" for layer in range(layers) for _ in range(heads)]
+    return plot_intervals(*numbers, groups, f"causal score (nats), {how}")
+
+# %% ../nbs/01_scoring.ipynb #793bf642
+from pathlib import Path
+from cap_nb.core.errors import check_fields
+from cap_nb.core.files import read_tensors, write_tensors
 
 def check_table(
     losses: HeadLosses, # A table of losses without gaps
 ) -> None:
     "Raise ValueError unless all parts of a table belong together, and every loss is finite."
-    check_parts(losses)
-    for name in ("masked", "intact"):
-        if not getattr(losses, name).isfinite().all():
-            raise ValueError(f"{name} has numbers that are no finite losses")
+    losses.check_together()
+    if not (losses.masked.isfinite().all() and losses.intact.isfinite().all()):
+        raise ValueError("some loss is no finite number")
 
-# %% ../nbs/01_scoring.ipynb #c040
+# %% ../nbs/01_scoring.ipynb #2f3c2051
 @validate_arguments
 def save_losses(
     losses: HeadLosses, # The table
@@ -288,6 +292,7 @@ def save_losses(
 ) -> None:
     "Save a table of losses with its provenance; equal tables give equal bytes."
     about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
+    if losses.own_subset is not None: about["subset"] = losses.own_subset.tolist()
     write_tensors(Path(path), {"masked": losses.masked, "intact": losses.intact}, about)
 
 @validate_arguments
@@ -296,147 +301,17 @@ def load_losses(
 ) -> HeadLosses: # The table
     "Load a table of losses; a missing, damaged or foreign file raises `BadInput`."
     tensors, about = read_tensors(Path(path))
-    if "slopes" in tensors:
-        raise BadInput(f"{path} was measured in part, with --budget: expected a whole table of losses; score without "
-                       "--budget, or use it where only mean scores are needed, as in cap prune --aggregation mean.")
     try:
+        if len(tensors) > 2: raise ValueError("it was measured in part, or holds more than losses")
         columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
-        losses = HeadLosses(**tensors, **columns, **{name: about[name] for name in ("k", "seed", "meta")})
-        check_table(check_fields(losses))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        columns |= {name: about[name] for name in ("k", "seed", "meta")}
+        if "subset" in about: columns["own_subset"] = torch.tensor(about["subset"], dtype=torch.int64)
+        losses = check_fields(HeadLosses(masked=tensors["masked"], intact=tensors["intact"], **columns))
+        check_table(losses)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{path} holds no table of losses ({error}): expected a file written by 'cap score'; check the "
                        "path.") from None
     return losses
-
-# %% ../nbs/01_scoring.ipynb #c042
-BLOCK, PLAIN, CUT = "#CDE7F7", "#DDDDDD", "#B34700" # What belongs to a head, what does not, the mask
-
-def draw_box(
-    axes: Axes, # Where to draw
-    corner: tuple[float, float], # Its lower left corner, in the axes' units
-    size: tuple[float, float], # Its width and height
-    text: str = "", # Its label
-    **look, # How it looks, as matplotlib's Rectangle takes it
-) -> None:
-    "A labelled box."
-    axes.add_patch(Rectangle(corner, *size, **({"facecolor": PLAIN, "edgecolor": "black", "linewidth": 0.8} | look)))
-    axes.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center")
-
-def draw_path(
-    axes: Axes, # Where to draw
-    *points: tuple[float, float], # Its corners, in the axes' units
-    width: float = 0.9, # Of the line
-) -> None:
-    "A line through some points that ends in an arrow."
-    arrow = {"arrowstyle": "->", "linewidth": width, "shrinkA": 0, "shrinkB": 0}
-    axes.plot(*zip(*points[:-1]), color="black", linewidth=width)
-    axes.annotate("", points[-1], points[-2], arrowprops=arrow)
-
-# %% ../nbs/01_scoring.ipynb #c043
-def draw_heads(
-    axes: Axes, # Where to draw
-    heads: int, # Query heads of the layer
-    masked: int, # Index of the masked head
-) -> None:
-    "The heads of a layer and their slices of Z, one of them zero."
-    for head in range(heads):
-        row = heads - head
-        draw_path(axes, (3.3, heads / 2 + 1), (4.2, row + 0.5))
-        draw_path(axes, (6.3, row + 0.5), (7.4, row + 0.5))
-        draw_box(axes, (4.2, row + 0.1), (2.1, 0.8), f"head {head}", facecolor=BLOCK)
-        look = {"facecolor": "white", "hatch": "/////", "edgecolor": CUT} if head == masked else {"facecolor": BLOCK}
-        draw_box(axes, (7.4, row), (1.2, 1), "" if head == masked else f"$z_{head}$", **look)
-    white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-    axes.text(8, heads - masked + 0.5, "0", ha="center", va="center", color=CUT, weight="bold", bbox=white)
-    draw_box(axes, (7.4, 1), (1.2, heads), facecolor="none", linewidth=1.6)
-
-def draw_words(
-    axes: Axes, # Where to draw
-    words: Sequence[tuple[float, float, str]], # (x, y, text)
-) -> None:
-    "Texts, centred at their points."
-    for x, y, text in words: axes.text(x, y, text, ha="center", va="center")
-
-# %% ../nbs/01_scoring.ipynb #c044
-@in_style
-def plot_head_mask(
-    heads: int = 4, # Query heads of the layer
-    masked: int = 2, # Index of the masked head
-) -> Figure: # The drawing
-    "Draw a decoder layer and the point where one head is masked (paper section 3.2)."
-    figure, panels = blank_figure(1, 1, (7.5, 3.3))
-    axes, y = panels[0, 0], heads / 2 + 1 # the height at which the blocks stand
-    axes.set(xlim=(-0.1, 17.1), ylim=(-0.8, heads + 2.7))
-    axes.axis("off")
-    draw_path(axes, (0, 0), (17, 0), width=2.2)
-    for points in (((0.8, 0), (0.8, y), (1.6, y)), ((8.6, y), (10.4, y)), ((11.7, y), (12.5, y), (12.5, 0.3)),
-                   ((13.2, 0), (13.2, y), (13.8, y)), ((15.6, y), (16.2, y), (16.2, 0.3))): draw_path(axes, *points)
-    draw_box(axes, (1.6, y - 1.5), (1.7, 3), "$W_q$\n$W_k$\n$W_v$")
-    draw_heads(axes, heads, masked)
-    draw_box(axes, (10.4, 1), (1.3, heads), "$W_o$")
-    draw_box(axes, (13.8, y - 0.8), (1.8, 1.6), "MLP")
-    draw_words(axes, ((1.4, -0.55, "residual stream"), (2.45, y - 2.05, "project:\nq, k, v"), (5.25, 0.55, "attend"),
-                      (7.9, 0.55, "concatenate: Z"), (11.2, 0.55, "mix the heads")))
-    for x in (12.5, 16.2): axes.text(x, 0, "+", ha="center", va="center", bbox={"boxstyle": "circle", "fc": "white"})
-    axes.vlines(9.5, 0.8, heads + 1.5, color=CUT, linestyle="--", linewidth=1.6)
-    axes.text(9.5, heads + 1.7, f"the mask cuts here:\nslice {masked} of Z becomes 0", ha="center", color=CUT)
-    return figure
-
-# %% ../nbs/01_scoring.ipynb #c045
-def runs_of(
-    names: Sequence[str], # A name for each row or column
-) -> tuple[list[float], list[float], list[str]]: # Borders between runs of equal names, their centres, their names
-    "Group a sequence of names into runs of equal neighbours."
-    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
-    stops = starts[1:] + [len(names)]
-    centres = [(start + stop - 1) / 2 for start, stop in zip(starts, stops)]
-    return [start - 0.5 for start in starts[1:]], centres, [names[start] for start in starts]
-
-# %% ../nbs/01_scoring.ipynb #c046
-@in_style
-def plot_losses(
-    losses: HeadLosses, # A table of losses
-) -> Figure: # Heads as rows, layer after layer; examples as columns, task after task
-    "The rise of the loss for every head and example (paper equation 1, before the mean)."
-    layers, heads, count = losses.masked.shape
-    order = sorted(range(count), key=lambda index: losses.task[index])
-    rise = (losses.masked - losses.intact)[..., order].flatten(0, 1).numpy()
-    largest = max(abs(rise).max(), 0.1)
-    figure, panels = blank_figure(1, 1, (6.5, 0.8 + 0.11 * layers * heads))
-    axes, norm = panels[0, 0], SymLogNorm(linthresh=0.01, vmin=-largest, vmax=largest)
-    image = axes.imshow(rise, norm=norm, cmap="RdBu_r", aspect="auto", interpolation="nearest")
-    rows = runs_of([f"layer {layer}" for layer in range(layers) for _ in range(heads)])
-    columns = runs_of([losses.task[index] for index in order])
-    for border in rows[0]: axes.axhline(border, color="black", linewidth=0.6)
-    for border in columns[0]: axes.axvline(border, color="black", linewidth=0.6)
-    axes.set_yticks(*rows[1:])
-    axes.set_xticks(*columns[1:])
-    figure.colorbar(image, label="masked minus intact loss (nats)")
-    return figure
-
-# %% ../nbs/01_scoring.ipynb #c047
-@validate_arguments
-@in_style
-def plot_score_intervals(
-    losses: HeadLosses, # A table of losses
-    how: str = "paper", # "paper", "paired" or "mean"
-) -> Figure: # Heads from left to right, layer after layer
-    "Causal scores with their 95 % bootstrap intervals (paper equation 2)."
-    scores = causal_scores(losses, how).flatten().numpy()
-    low, high = (bound.flatten().numpy() for bound in score_interval(losses, how))
-    layers, heads, _ = losses.masked.shape
-    figure, panels = blank_figure(1, 1, (6.5, 2.8))
-    axes = panels[0, 0]
-    axes.vlines(range(len(scores)), low, high, color="#9ECAE1", linewidth=4)
-    axes.plot(scores, "o", color="#08519C", markersize=3)
-    axes.axhline(0, color="black", linewidth=0.6)
-    borders, centres, names = runs_of([f"layer {layer}" for layer in range(layers) for _ in range(heads)])
-    for border in borders: axes.axvline(border, color="#CCCCCC", linewidth=0.6)
-    axes.set_xticks(centres, names)
-    axes.set_yscale("symlog", linthresh=0.01)
-    axes.set_ylim(-0.02, 2 * max(high.max(), 0.1))
-    axes.set_ylabel(f"causal score (nats), {how}")
-    return figure
 
 # %% ../nbs/01_scoring.ipynb #c051
 def median_subset(

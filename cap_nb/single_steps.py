@@ -5,15 +5,23 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/single_steps.ipynb #c004
+# %% ../nbs/single_steps.ipynb #29a6995a
+import shutil
 from pathlib import Path
 from torch import nn
-from .jobs.job import check_job, check_screening, check_windows_fit, filled_in, job_calibration
-from .jobs.settings import Job, changed
-from .models.loading import load_model
+from cap_nb.core.errors import BadInput
+from cap_nb.jobs.job import check_job, check_screening, check_windows_fit, filled_in, job_calibration
+from cap_nb.jobs.settings import Job, changed
+from cap_nb.methods.devices import device_of_process, joined
+from cap_nb.methods.resumed_scoring import Request, check_target, heads_by_layer, help_scoring, table_scorer
+from cap_nb.methods.screening import save_partial, screen_heads
+from cap_nb.methods.unit_store import Share
+from cap_nb.models.anatomy import anatomy
+from cap_nb.models.loading import load_model, tokenizer_fingerprint
+from cap_nb.scoring import save_losses
 
-# %% ../nbs/single_steps.ipynb #c005
-def opened(
+# %% ../nbs/single_steps.ipynb #64f83dbc
+def load_checked(
     job: Job, # Its model, and what will be asked of it
 ) -> tuple[nn.Module, object]: # The model and its tokenizer
     "Load the model of a job; a job that cannot be done with it raises `BadInput`."
@@ -22,75 +30,7 @@ def opened(
     check_windows_fit(job, model)
     return model, tokenizer
 
-# %% ../nbs/single_steps.ipynb #c008
-import shutil
-from .calibration import Calibration
-from .core.errors import BadInput
-from .methods.devices import device_of_process, joined
-from .methods.resumed_scoring import Request, check_target, heads_by_layer, help_scoring, table_scorer
-from .methods.unit_store import Share
-from .methods.screening import save_partial, screen_heads
-from .models.anatomy import anatomy
-from .models.loading import tokenizer_fingerprint
-from .scoring import save_losses
-
-# %% ../nbs/single_steps.ipynb #c009
-def score_in_part(
-    job: Job, # What the options say
-    loaded: tuple, # The model and its tokenizer
-    calibration: Calibration, # The examples
-    out: Path, # Where the table with gaps goes
-    working: Path, # Folder of finished batches
-    budget: float, # Share of the masked passes
-    heads_at_once: int | None, # Heads of a layer in one pass
-) -> str: # What it was, in a sentence
-    "Measure what a budget allows, save it and say what it was."
-    check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # how scores are made is asked later
-    model, tokenizer = loaded
-    seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
-    partial = screen_heads(model, calibration, budget, seed, job.model.batch_tokens, working,
-                           tokenizer_fingerprint(tokenizer), heads_at_once)
-    save_partial(partial, out)
-    cells, spent = partial.measured, partial.losses.meta["screened"]["spent"]
-    return (f"{out}: {int(cells.sum()):,} of {cells.numel():,} losses with a head masked, {spent:.1%} of the work "
-            "of all; it gives mean scores: use it with --aggregation mean.")
-
-# %% ../nbs/single_steps.ipynb #c010
-def score_whole(
-    job: Job, # What the options say
-    loaded: tuple, # The model and its tokenizer
-    calibration: Calibration, # The examples
-    out: Path, # Where the table goes
-    working: Path, # Folder of finished units
-    heads_at_once: int | None, # Heads of a layer in one pass
-    share: Share, # Which of several processes this is
-) -> str: # What it is, in a sentence; nothing from another process than the first
-    "Measure the whole table, save it and say what it is; the first process does that for all."
-    model, tokenizer = loaded
-    losses = table_scorer(job.prune.score_target)(
-        model, calibration, job.model.batch_tokens, working, tokenizer_fingerprint(tokenizer), heads_at_once, share)
-    if share.rank: return ""
-    save_losses(losses, out)
-    heads, measured = losses.masked[..., 0].numel(), {"loss": "losses", "divergence": "divergences"}[losses.target]
-    return f"{out}: {measured} of {len(losses.intact)} examples with each of {heads} heads masked."
-
-# %% ../nbs/single_steps.ipynb #09bd27b6
-def help_score(
-    job: Job, # What the options say
-    loaded: tuple, # The model and its tokenizer
-    calibration: Calibration, # The examples
-    out: Path, # The table that another process makes
-    working: Path, # Folder of finished units
-    heads_at_once: int | None, # Heads of a layer in one pass
-) -> str: # What was done, in a sentence
-    "Compute units that are left of another process's table."
-    model, tokenizer = loaded
-    request = Request(batch_tokens=job.model.batch_tokens, heads_at_once=heads_at_once, units=None, share=Share(),
-                      heads=heads_by_layer(anatomy(model), None), target=job.prune.score_target)
-    done = help_scoring(model, calibration, working, request, tokenizer_fingerprint(tokenizer))
-    return f"{done} units of {out} were computed here; the process that was there first makes the file."
-
-# %% ../nbs/single_steps.ipynb #c011
+# %% ../nbs/single_steps.ipynb #54ab9760
 def score_into(
     job: Job, # What is scored, on what
     out: Path, # New file of the table
@@ -98,26 +38,45 @@ def score_into(
     store: Path | None = None, # Folder of finished units, shared between runs; beside the file if left out
     budget: float | None = None, # Share of the masked passes; all if left out
     join: bool = False, # Whether to help another process that makes the same file, and make none
-) -> str: # What the table is, in a sentence
+) -> str: # What the table is, in a sentence; nothing from another process than the first
     "Measure what masking each head does, and save the table."
     if join and budget is not None:
         raise BadInput("--join was given with --budget: expected a whole table, since its rounds are not shared; leave "
                        "one of the two out.")
     job = changed(job, device=device_of_process(job.model.device))
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
-    model, tokenizer = loaded = opened(job)
-    calibration, working = job_calibration(job, tokenizer), store or out.with_name(out.name + ".unfinished")
-    if join: return help_score(job, loaded, calibration, out, working, heads_at_once)
+    model, tokenizer = load_checked(job)
+    calibration, fingerprint = job_calibration(job, tokenizer), tokenizer_fingerprint(tokenizer)
+    working, batch_tokens = store or out.with_name(out.name + ".unfinished"), job.model.batch_tokens
+    if join:
+        request = Request(batch_tokens=batch_tokens, heads_at_once=heads_at_once, units=None, share=Share(),
+                          heads=heads_by_layer(anatomy(model), None), target=job.prune.score_target)
+        done = help_scoring(model, calibration, working, request, fingerprint)
+        return f"{done} units of {out} were computed here; the process that was there first makes the file."
     with joined(model.device) as share:
-        if budget is not None: said = score_in_part(job, loaded, calibration, out, working, budget, heads_at_once)
-        else: said = score_whole(job, loaded, calibration, out, working, heads_at_once, share)
-    if not share.rank and not store: shutil.rmtree(working)
-    return said
+        if budget is not None:
+            check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
+            seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
+            table = screen_heads(model, calibration, budget, seed, batch_tokens, working, fingerprint, heads_at_once)
+            save_partial(table, out)
+        else:
+            table = table_scorer(job.prune.score_target)(
+                model, calibration, batch_tokens, working, fingerprint, heads_at_once, share)
+            if not share.rank: save_losses(table, out)
+    if share.rank: return ""
+    if not store: shutil.rmtree(working)
+    if budget is not None:
+        return (f"{out}: {int(table.measured.sum()):,} of {table.measured.numel():,} losses with a head masked, "
+                f"{table.losses.meta['screened']['spent']:.1%} of the work of all; it gives mean scores: use it with "
+                "--aggregation mean.")
+    measured = {"loss": "losses", "divergence": "divergences"}[table.target]
+    return (f"{out}: {measured} of {len(table.intact)} examples with each of {table.masked[..., 0].numel()} heads "
+            "masked.")
 
-# %% ../nbs/single_steps.ipynb #c015
-from .jobs.chains import Answering, own_chains, task_counts, too_few
+# %% ../nbs/single_steps.ipynb #3ed0c23d
+from cap_nb.jobs.chains import Answering, own_chains, task_counts, too_few
 
-# %% ../nbs/single_steps.ipynb #c016
+# %% ../nbs/single_steps.ipynb #a601eac4
 def answer_into(
     job: Job, # Its model, tasks, problems a task, and the limit of an answer
     out: Path, # File of the chains
@@ -126,7 +85,7 @@ def answer_into(
     lenient: bool = False, # Whether an answer counts that stands on no answer line
 ) -> list[str]: # What came of it, in sentences
     "Let a model answer the problems of a calibration set; the same call finds what was answered."
-    model, tokenizer = opened(job)
+    model, tokenizer = load_checked(job)
     answering = Answering(tries=tries, temperature=temperature, max_new_tokens=job.evaluate.max_new_tokens,
                           batch_tokens=2 * job.model.batch_tokens, lenient=lenient, file=out)
     data = job.calibrate
@@ -135,17 +94,29 @@ def answer_into(
               f"{count.kept} problems with a chain that is kept." for count in task_counts(chains)]
     return [*counts, *too_few(chains), f"{out}: the chains; use them with --calibrate-on {out}."]
 
-# %% ../nbs/single_steps.ipynb #c019
+# %% ../nbs/single_steps.ipynb #5a5cda1a
 import torch
-from collections.abc import Callable
-from .importance import importance_factors
-from .jobs.settings import PruneSettings, SinglePruning
-from .methods.screening import read_scores
-from .models.loading import model_fingerprint
-from .regions import Factors
-from .scoring import HeadLosses
+from dataclasses import replace
+from cap_nb.calibration import Calibration
+from cap_nb.core.registry import additions_noted
+from cap_nb.core.files import check_new_folder
+from cap_nb.importance import importance_factors
+from cap_nb.jobs.job import targets_configuration
+from cap_nb.jobs.settings import PruneSettings, SinglePruning
+from cap_nb.methods.criteria import Inputs
+from cap_nb.methods.prune import check_method, needs_of, prune, unit_factors
+from cap_nb.methods.screening import read_scores
+from cap_nb.methods.streaming import (
+    check_solved, check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint,
+    save_hessians, solve_checkpoint)
+from cap_nb.models.loading import check_all_here, model_fingerprint, save_model
+from cap_nb.portable.sharing import (
+    base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
+from cap_nb.regions import Factors
+from cap_nb.scoring import HeadLosses
+from cap_nb.threshold import PruneReport
 
-# %% ../nbs/single_steps.ipynb #c020
+# %% ../nbs/single_steps.ipynb #77f84e0d
 def matching_scores(
     path: Path, # A table of losses
     fingerprint: str, # Of the model that it should be about
@@ -161,38 +132,15 @@ def matching_scores(
 
 def factors_from(
     pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
-    fingerprint: Callable[[], str], # Of the model that is to be pruned
+    fingerprint: str, # Of the model that is to be pruned
     settings: PruneSettings, # What the table should hold, and how that becomes scores
 ) -> Factors | None: # Importance factors of the heads; None without a table
     "Importance factors from a table of losses; one of another model or target raises `BadInput`."
     if pruning.scores is None: return None
-    _, scores = matching_scores(pruning.scores, fingerprint(), settings)
+    _, scores = matching_scores(pruning.scores, fingerprint, settings)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
-# %% ../nbs/single_steps.ipynb #c023
-from dataclasses import replace
-from .core.registry import additions_noted
-from .core.files import check_new_folder
-from .jobs.job import targets_configuration
-from .methods.criteria import Inputs
-from .methods.streaming import check_solved, file_note, layer_file, save_hessians, solve_checkpoint
-from .methods.prune import check_method, needs_of, prune, unit_factors
-from .methods.streaming import check_streamed, checkpoint_fingerprint, load_norms, prune_checkpoint
-from .models.loading import check_all_here, save_model
-from .portable.sharing import (
-    base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
-from .threshold import PruneReport
-
-# %% ../nbs/single_steps.ipynb #c024
-def set_of_measurements(
-    pruning: SinglePruning, # How a checkpoint is pruned on disk
-) -> dict | None: # What JSON can hold; None if nothing was measured
-    "What norms or Hessians say of the set that they were measured on."
-    if pruning.norms is not None: return load_norms(pruning.norms)[1]
-    if pruning.hessians is None: return None
-    note = file_note(layer_file(pruning.hessians, 0))
-    return {"fingerprint": note["calibration"], "sequences": note["sequences"]}
-
+# %% ../nbs/single_steps.ipynb #01b97032
 def record_of(
     job: Job, # Its settings, for the aggregation of scores
     pruning: SinglePruning, # How it was pruned
@@ -206,58 +154,49 @@ def record_of(
         losses, _ = read_scores(pruning.scores, job.prune.aggregation)
         scores = scores_record(losses, job.prune.aggregation) | {"key_value": pruning.key_value}
         if "screened" in losses.meta: scores |= {"screened": losses.meta["screened"]}
-    noted = {"plugins": additions_noted()} if additions_noted() else {}
-    return pruning_record(report, base, pruning.ties, calibration, scores) | noted
+    plugins = {"plugins": additions_noted()} if additions_noted() else {}
+    return pruning_record(report, base, pruning.ties, calibration, scores) | plugins
 
-# %% ../nbs/single_steps.ipynb #c025
-def note_in_memory(
+def base_and_calibration(
     job: Job, # Its model, and what was calibrated on
-    pruning: SinglePruning, # How it was pruned
-    report: PruneReport, # What was done
-    loaded: tuple, # The pruned model, its tokenizer, and its fingerprint before
-    calibration: Calibration | None, # The calibration set, if the method has one
-) -> None:
-    "Let a pruned model's configuration say how it was pruned."
+    loaded: tuple, # The model, its tokenizer, and its fingerprint before it was changed
+    calibration: Calibration | None, # The calibration set, if there is one
+) -> tuple[dict, dict | None]: # What config.json will say of both
+    "The records of a model in memory and of its calibration set."
     model, tokenizer, fingerprint = loaded
-    base, on = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None)), None
-    if calibration: on = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
-    note_on_model(model, record_of(job, pruning, report, base, on))
+    base = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None))
+    if calibration is None: return base, None
+    return base, calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
 
-# %% ../nbs/single_steps.ipynb #c026
-def check_in_memory(
-    pruning: SinglePruning, # How to prune
-) -> None:
-    "Raise `BadInput` for what only a pruning on disk can use."
-    for name in ("norms", "hessians"):
-        if getattr(pruning, name) is not None:
-            raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
-                           f"measured after those before it were pruned; add --stream, or leave --{name} out.")
-
-# %% ../nbs/single_steps.ipynb #c027
-def pruned_in_memory(
+# %% ../nbs/single_steps.ipynb #3d8dc3be
+def prune_in_memory(
     job: Job, # Its model, how scores are made, and what to calibrate on
     pruning: SinglePruning, # How to prune
     out: Path, # Folder of the pruned checkpoint
 ) -> PruneReport: # What was done
     "Load a model, prune it, save it."
-    check_in_memory(pruning)
+    for name in ("norms", "hessians"):
+        if getattr(pruning, name) is not None:
+            raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
+                           f"measured after those before it were pruned; add --stream, or leave --{name} out.")
     parts = check_method(pruning.method)
-    model, tokenizer = opened(job)
+    model, tokenizer = load_checked(job)
     check_all_here(model)
     calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
     calibration = job_calibration(job, tokenizer) if calibrated else None
     fingerprint = model_fingerprint(model)
-    factors = factors_from(pruning, lambda: fingerprint, job.prune)
+    factors = factors_from(pruning, fingerprint, job.prune)
     if factors is None and parts.attribution:
         given = Inputs(calibration=calibration, batch_tokens=job.model.batch_tokens)
         factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
     report = prune(model, pruning.method, pruning.sparsity, factors, calibration, pruning.ties,
                    job.model.batch_tokens, job.calibrate.seed)
-    note_in_memory(job, pruning, report, (model, tokenizer, fingerprint), calibration)
+    base, calibrated_on = base_and_calibration(job, (model, tokenizer, fingerprint), calibration)
+    note_on_model(model, record_of(job, pruning, report, base, calibrated_on))
     save_model(model, tokenizer, out)
     return report
 
-# %% ../nbs/single_steps.ipynb #c028
+# %% ../nbs/single_steps.ipynb #d07c9ca0
 def check_streaming(
     job: Job, # Its model
     pruning: SinglePruning, # How to prune
@@ -272,8 +211,7 @@ def check_streaming(
     if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
     else: check_solved(pruning.method, pruning.sparsity)
 
-# %% ../nbs/single_steps.ipynb #c029
-def pruned_from_disk(
+def prune_on_disk(
     job: Job, # Its model, which is a folder, and how scores are made
     pruning: SinglePruning, # How to prune
     out: Path, # Folder of the pruned checkpoint
@@ -281,27 +219,21 @@ def pruned_from_disk(
     "Prune a folder's checkpoint without loading it."
     check_streaming(job, pruning)
     source, fingerprint = job.model.name, checkpoint_fingerprint(job.model.name)
-    factors, base = factors_from(pruning, lambda: fingerprint, job.prune), base_record(source, fingerprint)
+    factors, base = factors_from(pruning, fingerprint, job.prune), base_record(source, fingerprint)
     def make(new: Path) -> PruneReport:
         if pruning.hessians is not None:
             return solve_checkpoint(source, new, pruning.sparsity, pruning.hessians, pruning.method, factors)
         return prune_checkpoint(source, new, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
     def record(report: PruneReport) -> dict:
-        return record_of(job, pruning, report, base, set_of_measurements(pruning))
+        measured_on = None
+        if pruning.norms is not None: measured_on = load_norms(pruning.norms)[1]
+        elif pruning.hessians is not None:
+            note = file_note(layer_file(pruning.hessians, 0))
+            measured_on = {"fingerprint": note["calibration"], "sequences": note["sequences"]}
+        return record_of(job, pruning, report, base, measured_on)
     return made_and_noted(out, make, record)
 
-# %% ../nbs/single_steps.ipynb #c030
-def check_scores_given(
-    pruning: SinglePruning, # How to prune
-) -> None:
-    "Raise `BadInput` if a method needs a table of losses and has none."
-    parts = check_method(pruning.method)
-    measures_factors = parts.attribution and not pruning.stream
-    if "factors" in needs_of(parts) and pruning.scores is None and not measures_factors:
-        raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
-                       "score'.")
-
-# %% ../nbs/single_steps.ipynb #c031
+# %% ../nbs/single_steps.ipynb #7023f6d3
 def prune_into(
     job: Job, # Its model, the calibration set, and how losses become scores
     pruning: SinglePruning, # How to prune
@@ -309,45 +241,27 @@ def prune_into(
 ) -> PruneReport: # What was done
     "Prune a model and save it with a record of how; a mistake raises `BadInput` before anything is loaded."
     check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
-    check_scores_given(pruning)
+    parts = check_method(pruning.method)
+    measures_factors = parts.attribution and not pruning.stream
+    if "factors" in needs_of(parts) and pruning.scores is None and not measures_factors:
+        raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
+                       "score'.")
     check_new_folder(out)
-    return (pruned_from_disk if pruning.stream else pruned_in_memory)(job, pruning, out)
+    return (prune_on_disk if pruning.stream else prune_in_memory)(job, pruning, out)
 
 def hessians_into(
     job: Job, # Its model and the calibration set
     out: Path, # Folder of the Hessians, a file for each layer
 ) -> None:
     "Measure the Hessians of a dense model's inputs; the same call goes on after a kill."
-    model, tokenizer = opened(job)
+    model, tokenizer = load_checked(job)
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
 
-# %% ../nbs/single_steps.ipynb #c035
-from .jobs.settings import Shrinking
-from .portable.shrink import Shrunk, check_shrinking, shrink_to, shrunk_record
+# %% ../nbs/single_steps.ipynb #7cc49dac
+from cap_nb.jobs.settings import Shrinking
+from cap_nb.portable.shrink import Shrunk, check_shrinking, shrink_to, shrunk_record
 
-# %% ../nbs/single_steps.ipynb #c036
-def shrunk_in_memory(
-    job: Job, # Its model, how scores are made, and what to calibrate on
-    how: Shrinking, # How to shrink
-    out: Path, # Folder of the smaller checkpoint
-) -> Shrunk: # What became of the model
-    "Load a model, shrink it, save it."
-    model, tokenizer = opened(job)
-    check_all_here(model)
-    check_shrinking(model, how)
-    fingerprint, scores, table = model_fingerprint(model), None, None
-    if how.scores is not None:
-        table, scores = matching_scores(how.scores, fingerprint, job.prune)
-    calibration = job_calibration(job, tokenizer)
-    small, report = shrink_to(model, calibration, how, scores, job.model.batch_tokens)
-    base = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None))
-    on = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
-    by = table and scores_record(table, job.prune.aggregation)
-    note_on_model(small, shrunk_record(report, how, base, on, by))
-    save_model(small, tokenizer, out)
-    return report
-
-# %% ../nbs/single_steps.ipynb #c037
+# %% ../nbs/single_steps.ipynb #9865b8cb
 def shrink_into(
     job: Job, # Its model, the calibration set, and how losses become scores
     how: Shrinking, # How to shrink
@@ -356,30 +270,41 @@ def shrink_into(
     "Make a model smaller and save it; a mistake raises `BadInput` before anything is loaded."
     check_job(changed(job, sparsities=(how.sparsity,)))
     check_new_folder(out)
-    return shrunk_in_memory(job, how, out)
+    model, tokenizer = load_checked(job)
+    check_all_here(model)
+    check_shrinking(model, how)
+    fingerprint = model_fingerprint(model)
+    table, scores = (None, None) if how.scores is None else matching_scores(how.scores, fingerprint, job.prune)
+    calibration = job_calibration(job, tokenizer)
+    small, report = shrink_to(model, calibration, how, scores, job.model.batch_tokens)
+    base, calibrated_on = base_and_calibration(job, (model, tokenizer, fingerprint), calibration)
+    by = table and scores_record(table, job.prune.aggregation)
+    note_on_model(small, shrunk_record(report, how, base, calibrated_on, by))
+    save_model(small, tokenizer, out)
+    return report
 
-# %% ../nbs/single_steps.ipynb #c040
-from .jobs.settings import FineTuning
-from .portable.fine_tuning import Recovery, check_settings, recover_into
+# %% ../nbs/single_steps.ipynb #2ed3aba2
+from cap_nb.jobs.settings import FineTuning
+from cap_nb.portable.fine_tuning import Recovery, check_settings, recover_into
 
-# %% ../nbs/single_steps.ipynb #c041
+# %% ../nbs/single_steps.ipynb #e1913fb2
 def train_into(
     job: Job, # Its model, which is pruned, the examples, tokens a batch and seed
-    tuning: dict[str, object], # The other fields of `FineTuning`
+    tuning: FineTuning, # How it is trained; tokens a batch and seed are the job's
     out: Path, # New folder of the trained checkpoint
 ) -> Recovery: # What was done
     "Train a pruned model further while every zero stays zero, and save it; the same call goes on after a kill."
-    settings = FineTuning(batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed, **tuning)
-    check_settings(settings)
-    model, tokenizer = opened(job)
-    return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), settings)
+    tuning = replace(tuning, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
+    check_settings(tuning)
+    model, tokenizer = load_checked(job)
+    return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning)
 
-# %% ../nbs/single_steps.ipynb #c044
-from .evaluation import Evaluation
-from .jobs.job import evaluate
-from .jobs.records import save_evaluation
+# %% ../nbs/single_steps.ipynb #a0ae8087
+from cap_nb.evaluation import Evaluation
+from cap_nb.jobs.job import evaluate
+from cap_nb.jobs.records import save_evaluation
 
-# %% ../nbs/single_steps.ipynb #c045
+# %% ../nbs/single_steps.ipynb #c880d070
 def evaluate_alone(
     job: Job, # Its model, and what is measured
     scores: Path | None = None, # Table of losses whose problems are left out
@@ -391,7 +316,7 @@ def evaluate_alone(
         raise BadInput("Nothing is to be measured: expected answers, losses or perplexity; name --accuracy-tasks, or "
                        "raise --loss-n or --windows.")
     exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
-    model, tokenizer = opened(job)
+    model, tokenizer = load_checked(job)
     evaluation = evaluate(model, tokenizer, job, Path(job.model.name).name, exclude)
     if out: save_evaluation(evaluation, out, job.evaluate.backend)
     return evaluation

@@ -33,7 +33,7 @@ from cap_nb.models.anatomy import anatomy, expert_counts, output_projection, pro
 from cap_nb.models.checks import check_anatomy
 from cap_nb.models.loading import save_model
 from cap_nb.models.routing import masked_expert
-from cap_nb.regions import as_factors, blocks, layer_factors, region_factors, region_factors_naive
+from cap_nb.regions import as_factors, blocks, region_factors, region_factors_naive
 from cap_nb.scoring import masked_head, score_heads_naive
 
 RECORD = Path(__file__).resolve().parent.parent / "figures" / "families" / "proofs.json"
@@ -513,12 +513,11 @@ def perplexity_error(name, folder):
 def tiling_error(name, folder):
     """How many weights the regions leave out, take twice, or give another factor than the form written out."""
     model, wrong = tiny_model(name), 0
-    factors = tiny_factors(model)
-    layers = layer_factors(as_factors(factors), anatomy(model))
+    factors, groups = tiny_factors(model), anatomy(model).key_value_heads
     short, written = region_factors(model, factors), region_factors_naive(model, factors)
     for p in projections(model):
         times = torch.zeros(p.weight.shape)
-        for rows, columns, _ in blocks(p, layers[p.layer]):
+        for rows, columns, _ in blocks(p, as_factors(factors), groups):
             times[rows, columns] += 1
         wrong += int((times != 1).sum()) + int((short[p.name].expand_as(times) != written[p.name]).sum())
     return float(wrong)

@@ -19,7 +19,7 @@ from cap_nb.core.files import read_checked
 from cap_nb.data.batches import collate
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
-from cap_nb.jobs.costs import read_sizes
+from cap_nb.jobs.planning import read_sizes
 from cap_nb.jobs.records import mask_fingerprint
 from cap_nb.methods.prune import prune
 from cap_nb.methods.streaming import checkpoint_fingerprint, prune_checkpoint
@@ -36,7 +36,8 @@ from cap_nb.models.families import ATTENTION, FAMILIES, HOLDS, HYBRIDS, Family, 
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.models.routing import masked_expert, recorded_routes
 from cap_nb.portable.quantised import check_in_gguf
-from cap_nb.regions import Factors, region_factors
+from cap_nb.methods.experts import UnitFactors
+from cap_nb.regions import region_factors
 from cap_nb.scoring import masked_head, score_heads_naive, target_losses
 from cap_nb.threshold import plot_zeros
 
@@ -165,7 +166,7 @@ def test_a_neuron_of_fused_experts_has_its_rows_of_gate_and_up(name):
     model, ids = tiny_model(name), torch.arange(3, 12)[None]
     both = next(p for p in projections(model) if p.role == "gate_up" and p.expert == 1)
     neurons = torch.arange(3 * 4 * 12).view(3, 4, 12) + 1.0
-    rows = region_factors(model, Factors(tiny_factors(model), neurons=neurons))[both.name][:, 0]
+    rows = region_factors(model, UnitFactors(tiny_factors(model), neurons=neurons))[both.name][:, 0]
     pairs = rows.view(12, 2).T if name == "gpt_oss" else rows.view(2, 12)
     assert torch.equal(pairs, neurons[0, 1].expand(2, 12))
     down = next(p for p in projections(model) if p.role == "down").weight
@@ -279,12 +280,12 @@ def test_experts_of_a_moe_have_factors_of_their_own(name):
     first = counts.index(4)
     experts = torch.full((len(counts), 4), 5.0)
     experts[first, 2] = 1.0
-    report = prune(model, "cap", 0.5, Factors(factors, experts))
+    report = prune(model, "cap", 0.5, UnitFactors(factors, experts=experts))
     table = zip(projections(model), report.table)
     shares = {(p.layer, p.expert): row[3] / row[4] for p, row in table if p.role == "down"}
     assert shares[first, 2] > max(shares[first, other] for other in (0, 1, 3)) + 0.2
     with pytest.raises(BadInput, match="expected \\[3, 4\\], one an expert"):
-        prune(tiny_model(name), "cap", 0.5, Factors(factors, experts[:, :3]))
+        prune(tiny_model(name), "cap", 0.5, UnitFactors(factors, experts=experts[:, :3]))
 
 
 SPARSITIES = dict.fromkeys(("cap", "cap@matrix", "cap_wanda@layer", "random", "gradient@row", "wanda+owl",
@@ -322,13 +323,6 @@ def test_a_masked_expert_of_a_moe_gives_nothing_and_its_neighbours_give_the_same
         assert torch.allclose(model(ids).logits, masked, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe", "olmoe"])
-def test_planning_a_moe_is_refused_with_a_sentence(tmp_path, kind):
-    tiny_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(BadInput, match=f"cost of model type '{kind}' is not counted yet"):
-        read_sizes(str(tmp_path))
-
-
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_fingerprint_of_a_stored_moe_is_that_of_the_loaded_one(tmp_path, name):
     model = tiny_model(name)
@@ -361,11 +355,14 @@ def test_a_projection_that_is_passed_by_is_refused():
         check_anatomy(model)
 
 
-def test_planning_says_which_families_it_counts(tmp_path):
-    tiny_model("gpt2").save_pretrained(tmp_path)
-    wanted = "cost of model type 'gpt2' is not counted yet: expected one of llama, mistral, qwen2"
-    with pytest.raises(BadInput, match=wanted):
-        read_sizes(str(tmp_path))
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_plan_counts_the_weights_of_every_family(tmp_path, name):
+    """From the configuration alone, to the last weight."""
+    model = tiny_model(name)
+    model.config.save_pretrained(tmp_path)
+    sizes = read_sizes(str(tmp_path))
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.scope == sum(p.weight.numel() for p in projections(model)) >= sizes.met > 0
 
 
 def test_a_gguf_file_is_dequantised_with_a_note(tmp_path, caplog):

@@ -16,13 +16,12 @@ from typer.testing import CliRunner
 
 from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_checked, read_json, read_tensors, sealed
+from cap_nb.core.files import read_json, read_tensors, sealed
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.portable.fine_tuning import REPORT, STATE, FineTuning, HeldZeros, held_zeros, mask_adapters, recover
+from cap_nb.portable.fine_tuning import REPORT, STATE, FineTuning, HeldZeros, mask_adapters, recover
 from conftest import ROOT
-from tools import recovery
 
 FEW = FineTuning(steps=3, lr=1e-2, examples=4, weight_decay=0.1)
 
@@ -102,25 +101,6 @@ def test_a_trainer_that_breaks_lets_go_with_its_callback(tmp_path):
     del trainer
     gc.collect()
     assert len(_global_optimizer_post_hooks) == hooks
-
-
-def test_two_optimisers_a_scheduler_and_frozen_weights():
-    model = tiny_llama()
-    prune(model, "magnitude", 0.5)
-    before, matrices = zeros_of(model), [p.parameter for p in projections(model)]
-    matrices[0].requires_grad_(False)
-    loss = lambda: model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
-    with held_zeros(model):
-        both = [torch.optim.SGD(matrices[1::2], lr=0.1, momentum=0.9), torch.optim.LBFGS(matrices[2::2], max_iter=3)]
-        for _ in range(2):
-            for optimiser in both:
-                def closure():
-                    optimiser.zero_grad()
-                    value = loss()
-                    value.backward()
-                    return value
-                optimiser.step(closure)
-                assert_held(model, before)
 
 
 KILLED = """
@@ -221,20 +201,3 @@ def test_the_command(tmp_path):
         done = cap(*words, *more)
         assert done.exit_code == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == there
-
-
-def test_what_recovery_is_measured_by(tmp_path, monkeypatch):
-    """The tool in small: rates are chosen by validation, all is measured on other problems, and a second call measures nothing."""
-    case = recovery.Case(methods=("magnitude",), tasks=("lab-arc",), settings=replace(FEW, steps=2), pruned_with=4,
-                         trained_on=6, chains=True, held_out=2, validation=2, rates=(1e-6, 0.1))
-    monkeypatch.setattr(recovery, "CASES", {"toy": case})
-    monkeypatch.setattr(recovery, "OUT", tmp_path)
-    recovery.main("toy", tmp_path / "work")
-    found = read_checked(tmp_path / "lab.json")["cases"]["toy"]
-    [(row, tried)] = found["tried"].items()
-    assert set(found["rows"]) == {row} and found["rows"][row]["settings"]["lr"] == float(min(tried, key=lambda rate: tried[rate]["after"]))
-    assert len(found["rows"][row]["after"].split()) == len(found["problems"]["evaluation"]["uid"].split()) == 2
-    assert found["trained_on"]["own chains"][0]["problems"] == 6
-    monkeypatch.setattr(recovery, "measured", None)
-    recovery.main("toy", tmp_path / "work")
-    assert read_checked(tmp_path / "lab.json")["cases"]["toy"]["rows"] == found["rows"]

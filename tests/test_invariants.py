@@ -23,8 +23,9 @@ from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import anatomy, decoder_layers, expert_counts, projections
 from cap_nb.models.lab import lab_model
 from cap_nb.models.loading import save_model
-from cap_nb.portable.small_files import export_folder, restore_folder
-from cap_nb.regions import Factors, blocks, layer_factors
+from cap_nb.portable.format import export_folder, restore_folder
+from cap_nb.methods.experts import UnitFactors
+from cap_nb.regions import blocks
 from cap_nb.scoring import causal_scores
 from cap_nb.threshold import zero_count
 
@@ -102,11 +103,10 @@ def test_every_weight_in_scope_lies_in_one_region(model, by_neuron):
     a, mixture, neurons = anatomy(model), any(expert_counts(model)), None
     if by_neuron and not mixture:
         neurons = torch.ones(a.layers, next(p for p in projections(model) if p.role == "down").weight.shape[1])
-    layers = layer_factors(Factors(heads=factors_of(model), neurons=neurons), a)
     shadow = {id(weight): torch.zeros(weight.shape, dtype=torch.int8) for weight in model.parameters()}
     for p in projections(model):
         counts = p.oriented(p.cut(shadow[id(p.parameter)]))
-        for rows, columns, _ in blocks(p, layers[p.layer]):
+        for rows, columns, _ in blocks(p, UnitFactors(heads=factors_of(model), neurons=neurons), a.key_value_heads):
             counts[rows, columns] += 1
     inside = {id(weight) for weight in decoder_layers(model).parameters()}
     for name, weight in model.named_parameters():

@@ -1,34 +1,15 @@
-"""Nothing let in: no pickle, no code of a checkpoint, no name that leads out of a folder, no link that is followed, nothing absurd that takes the memory.
-
-The readers are fuzzed with a few examples each here, and with CAP_NB_FUZZ=100000 each by `make soak`: whatever is read gives a value or `BadInput`.
-The soak keeps what it did in figures/bad_input/fuzzed.json, which the page of wrong uses shows.
-"""
+"""Nothing let in: no pickle, no code of a checkpoint, no name that leads out of a folder, no link that is followed, nothing absurd that takes the memory."""
 import ast
-import datetime
-import faulthandler
-import functools
-import importlib.util
-import io
 import json
 import os
 import pickle
-import platform
 import re
-import signal
 import stat
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
-import hypothesis
 import pyarrow
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -37,25 +18,15 @@ from cap_nb.command_line import app, known_options, short_name
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import (
-    SHARD_INDEX, check_inside, checked_text, checkpoint_tensors, read_checked, read_checksums, read_json, read_tensors, read_text, sealed, sha256_of_file, stored_tensors,
-    whole_file, whole_folder, write_checked, write_tensors)
+    SHARD_INDEX, check_inside, checkpoint_tensors, read_checked, read_json, read_tensors, stored_tensors,
+    whole_file, whole_folder, write_checked)
 from cap_nb.data.problems import records_of_file, records_of_table
 from cap_nb.jobs import records as run_records
 from cap_nb.jobs.chains import read_chains
-from cap_nb.methods.unit_store import Unit, UnitStore, read_unit
-from cap_nb.evaluation import Evaluation
-from cap_nb.jobs.records import commit_of_package, load_evaluation, packed_records, read_report, read_run, save_evaluation, unpack_run
-from cap_nb.jobs.sweeps import INDEX as SWEEP_INDEX
-from cap_nb.jobs.sweeps import read_config, read_index
-from cap_nb.methods.budgets import load_budgets
-from cap_nb.methods.screening import read_scores
-from cap_nb.methods.streaming import load_norms
-from cap_nb.models.lab import load_state, save_state
-from cap_nb.models.loading import config_of, load_gguf, load_model, load_tokenizer
-from cap_nb.portable.fine_tuning import read_training
-from cap_nb.portable.format import CHECKSUM, open_shard, read_manifest
+from cap_nb.jobs.records import unpack_run
+from cap_nb.jobs.sweeps import read_config
+from cap_nb.models.loading import load_model
 from cap_nb.portable.quantised import export_gguf
-from cap_nb.portable.sharing import ALWAYS, read_record
 from cap_nb.scoring import load_losses
 from conftest import ROOT
 from fixtures import tiny_llama
@@ -226,8 +197,8 @@ def test_a_tensor_of_another_name_is_not_made_up(copy):
 
 
 def test_a_tensor_of_another_name_in_gguf_is_not_made_up(tmp_path):
-    body = model_files()["m.gguf"]
-    (tmp_path / "m.gguf").write_bytes(body.replace(b"blk.1.ffn_up", b"blk.1.ffn_uq"))
+    export_gguf(saved(tmp_path / "other"), tmp_path / "m.gguf")
+    (tmp_path / "m.gguf").write_bytes((tmp_path / "m.gguf").read_bytes().replace(b"blk.1.ffn_up", b"blk.1.ffn_uq"))
     with pytest.raises(BadInput, match="holds no model.layers.1.mlp.up_proj.weight"):
         load_model(str(tmp_path / "m.gguf"), device="cpu")
 
@@ -328,266 +299,3 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path, monkeypatch):
 def test_devices_are_no_files(read):
     with pytest.raises(BadInput):
         read(Path("/dev/zero"), known_options()) if read is read_config else read(Path("/dev/zero"))
-
-
-# ---- every reader, fuzzed ----
-MANY = int(os.environ.get("CAP_NB_FUZZ", 0))
-FUZZED = ROOT / "figures" / "bad_input" / "fuzzed.json"
-IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a disk would take most of the time
-AT_ONCE = 2_000  # Inputs of one search: hypothesis remembers all of them, and becomes slow
-FUZZ = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
-VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from([2 ** 70, "\ud800", "../x", "a" * 300]),
-                      lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4), max_leaves=8)
-DEEP = st.integers(1, 100_000).map(lambda n: b"[" * n)
-
-
-def spoilt(good):
-    """A good file with some bytes cut out, changed or put in."""
-    def spoil(cuts):
-        body = bytearray(good)
-        for at, length, new in cuts:
-            at = at % (len(body) + 1)
-            body[at:at + length] = new
-        return bytes(body)
-
-    return st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 40), st.binary(max_size=12)), min_size=1, max_size=4).map(spoil)
-
-
-def as_json(value):
-    return json.dumps(value).encode()
-
-
-def with_header(header):
-    return len(header).to_bytes(8, "little") + header + bytes(64)
-
-
-def json_like(*keys):
-    """JSON whose objects have some of the right keys, wrong bytes, and deep nesting."""
-    objects = st.dictionaries(st.sampled_from(keys), VALUES, max_size=len(keys))
-    return (VALUES | objects | st.lists(objects, max_size=3)).map(as_json) | st.binary(max_size=60) | DEEP
-
-
-TENSOR = st.fixed_dictionaries({"dtype": st.sampled_from(["F32", "F64", "U8", "X"]) | VALUES, "shape": st.lists(st.integers(-1, 2 ** 64), max_size=3) | VALUES,
-                                "data_offsets": st.lists(st.integers(0, 2 ** 64), min_size=2, max_size=2) | VALUES})
-HEADERS = st.dictionaries(st.sampled_from(["x", "masked", "intact", "__metadata__", "header"]), TENSOR | st.just({"cap_nb": "{}"}) | VALUES, max_size=4).map(as_json).map(with_header)
-
-
-def written(write):
-    """The bytes of a file that is as it should be."""
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
-        write(Path(folder) / "good")
-        return (Path(folder) / "good").read_bytes()
-
-
-GOOD = written(lambda path: write_tensors(path, {"masked": torch.rand(2, 2, 3, dtype=torch.float64), "intact": torch.rand(3, dtype=torch.float64)},
-                                          {"stratum": [0] * 3, "task": ["a"] * 3, "uid": list("abc"), "k": 1, "seed": 0, "meta": {}}))
-CHECKED = written(lambda path: write_checked(path, {"n": [1, 2.5, "three"]}))
-
-
-def meta(content):
-    """A file of tensors whose words are another JSON, with the right checksum of them."""
-    return written(lambda path: write_tensors(path, {"masked": torch.rand(2, 2, 3, dtype=torch.float64), "intact": torch.rand(3, dtype=torch.float64)}, content))
-
-
-def table(rows):
-    file = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    return file.getvalue()
-
-
-ROWS = table([{"record": "file", "place": f"p{i}", "content": b"x" * i} for i in range(20)])
-PLAIN = VALUES.filter(lambda value: "\ud800" not in json.dumps(value, ensure_ascii=False))
-
-
-def right_sum(*keys):
-    """JSON beside its right checksum: whatever it says, it is as it was saved."""
-    return (PLAIN | st.dictionaries(st.sampled_from(keys), PLAIN)).map(lambda content: checked_text(content).encode())
-
-
-def right_sums(*keys):
-    """Tensors with the right checksums, and words that fit them or not."""
-    return st.dictionaries(st.sampled_from(keys), PLAIN).map(meta) | PLAIN.map(meta) | spoilt(GOOD)
-
-
-@functools.cache
-def model_files():
-    """A tiny Llama as transformers saves it, what belongs to it, and the same in GGUF."""
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
-        folder = Path(name) / "m"
-        tokenizer = byte_tokenizer()
-        tiny_llama(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        export_gguf(saved(Path(name) / "other"), folder / "m.gguf")
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def good(name):
-    """What spoils one of these files, which are made when they are asked for."""
-    return st.deferred(lambda: spoilt(model_files()[name]))
-
-
-@functools.cache
-def beside(reader):
-    """What a reader finds in its folder besides the file that is spoilt, by name."""
-    about = {"config.json": b"{}"}
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
-        folder = Path(name)
-        if reader == "evaluation":
-            save_evaluation(Evaluation(method="cap", sparsity=0.5, reached=0.5), folder)
-        if reader == "state of a training":
-            save_state(folder, *training())
-        if reader == "index of shards":
-            for tensor, shard in WEIGHT_MAP.items():
-                save_file({tensor: torch.zeros(2)}, folder / shard)
-        about |= {path.name: path.read_bytes() for path in folder.iterdir()}
-    return about | ({name: body for name, body in model_files().items() if "token" in name} if "tokenizer" in reader else {})
-
-
-def lay_out(folder, reader):
-    """Write what a reader finds besides the file that is spoilt."""
-    for name, body in beside(reader).items():
-        (folder / name).write_bytes(body)
-
-
-WEIGHT_MAP = {"a": "x.safetensors", "b": "y.safetensors"}  # What the shards beside an index hold
-
-
-def training():
-    """A model with two optimisers, and the log of their training."""
-    model = torch.nn.Linear(2, 2)
-    both = [torch.optim.Adam([parameter]) for parameter in model.parameters()]
-    model(torch.ones(2)).sum().backward()
-    for optimizer in both:
-        optimizer.step()
-    return model, both, {"step": 1, "recipe": {}, "loss": [0.5]}
-
-
-def manifest_of(path):
-    """A list of files whose own checksum is right."""
-    (path.parent / CHECKSUM).write_text(f"{sha256_of_file(path)}  {path.name}\n")
-    return read_manifest(path.parent)
-
-
-NOTE = dict.fromkeys(ALWAYS, "x") | {"zeros": 3, "weights": 6, "asked": 0.5, "base": {"name": "x", "fingerprint": "0"}}
-SLOW = ("GGUF", "tokenizer", "configuration of a tokenizer")  # Read by transformers, in milliseconds
-REPORT = {"method": "cap", "asked": 0.5, "reached": 0.5, "weights": 8, "zeros": 4, "threshold": 0.1, "ties": 0, "table": [], "mask": "0"}
-READERS = {
-    "read_json": (read_json, "x.json", json_like("a")),
-    "read_checked": (read_checked, "x.json", json_like("content", "sha256") | spoilt(CHECKED)),
-    "read_tensors": (read_tensors, "x.safetensors", st.binary(max_size=80) | HEADERS | spoilt(GOOD)),
-    "stored_tensors": (stored_tensors, "x.safetensors", st.binary(max_size=80) | HEADERS | spoilt(GOOD)),
-    "load_losses": (load_losses, "x.safetensors", right_sums("stratum", "task", "uid", "k", "seed", "meta")),
-    "scores": (lambda path: read_scores(path, "mean"), "x.safetensors", right_sums("stratum", "task", "uid", "k", "seed", "meta")),
-    "scores measured in part": (lambda path: read_scores(path, "mean"), "x.safetensors", right_sums("stratum", "task", "uid", "k", "seed", "meta")),
-    "norms": (load_norms, "x.safetensors", right_sums("norms")),
-    "budgets": (load_budgets, "x.safetensors", right_sums("regions", "levels", "uid", "meta", "sparsity", "power", "moves")),
-    "training": (lambda path: read_training(path, {"steps": 3}), "x.safetensors", right_sums("steps", "losses")),
-    "report": (read_report, "x.json", right_sum(*REPORT) | st.tuples(st.sampled_from(list(REPORT)), PLAIN).map(lambda one: checked_text(REPORT | dict([one])).encode())),
-    "run": (lambda path: read_run(path.parent), "run.json", right_sum("format", "methods", "sparsities", "model")),
-    "sweep": (lambda path: read_index(path.parent), SWEEP_INDEX, right_sum("format", "configs", "runs")),
-    "evaluation": (lambda path: load_evaluation(path.parent), "evaluation.json", right_sum("method", "sparsity", "reached", "perplexity", "sha256")),
-    "text": (read_text, "x.txt", st.binary(max_size=200) | st.text(max_size=90).map(lambda text: text.encode("utf-16"))),
-    "index of shards": (lambda path: checkpoint_tensors(path.parent), SHARD_INDEX, json_like("weight_map", "metadata") |
-                        st.dictionaries(st.text(max_size=5), PLAIN | st.just("x.safetensors")).map(lambda found: as_json({"weight_map": found}))),
-    "json records": (records_of_file, "x.json", json_like("question", "answer", "facts")),
-    "jsonl records": (records_of_file, "x.jsonl", json_like("question", "answer", "choices", "answerKey")),
-    "parquet records": (records_of_table, "x.parquet", st.binary(max_size=80) | spoilt(ROWS)),
-    "packed records": (packed_records, "x.parquet", spoilt(ROWS) | st.lists(st.fixed_dictionaries({"record": st.sampled_from(["file", "loss", "evaluation"]), "place": st.text(max_size=5), "content": st.binary(max_size=9)}), max_size=3).map(table)),
-    "chains": (read_chains, "x.jsonl", json_like("about", "sha256", "task", "uid")),
-    "packed shard": (open_shard, "x.packed.safetensors", HEADERS | spoilt(GOOD)),
-    "manifest": (manifest_of, "packed.json", json_like("format", "version", "kind", "base", "files")),
-    "configuration": (lambda path: config_of(path.parent), "config.json", json_like("model_type", "hidden_size", "num_attention_heads", "vocab_size", "rope_parameters") |
-                      st.dictionaries(st.sampled_from(["hidden_size", "num_attention_heads", "rope_parameters", "dtype", "torch_dtype", "num_hidden_layers"]), VALUES).map(lambda one: as_json({"model_type": "llama"} | one))),
-    "note on a pruning": (lambda path: read_record(path.parent), "config.json", json_like("cap_nb", "model_type") |
-                          st.dictionaries(st.sampled_from(list(NOTE)), PLAIN).map(lambda some: as_json({"cap_nb": sealed(NOTE | some)}))),
-    "checksums": (read_checksums, "SHA256SUMS.json", json_like("a", "../a", "")),
-    "unit": (lambda path: read_unit(UnitStore(path.parent), Unit(0, 0), ["a", "b", "c"], 2), "batch-0000-layer-000.safetensors", right_sums("uids")),
-    "state of a training": (lambda path: load_state(path.parent, *training()[:2]), "state.json", right_sum("tensors", "step", "recipe") | json_like("content", "sha256")),
-    "tokenizer": (lambda path: load_tokenizer(str(path.parent)), "tokenizer.json", json_like("version", "model", "added_tokens", "pre_tokenizer") | good("tokenizer.json")),
-    "configuration of a tokenizer": (lambda path: load_tokenizer(str(path.parent)), "tokenizer_config.json",
-                                     json_like("tokenizer_class", "auto_map", "extra_special_tokens", "chat_template") | good("tokenizer_config.json")),
-    "GGUF": (lambda path: load_gguf(path, None, torch.device("cpu")), "x.gguf", st.binary(max_size=80).map(lambda rest: b"GGUF" + rest) | good("m.gguf")),
-    "options": (lambda path: read_config(path, known_options()), "x.yaml", st.text(max_size=60).map(lambda s: s.encode("utf-8", "replace")) | json_like("n", "model", "methods", "sparsity") | st.binary(max_size=40)),
-}
-
-
-SECONDS = 10  # that a reader may take for an input
-
-
-class TooSlow(BaseException):
-    """An input takes a reader too long; nobody catches this by accident."""
-
-
-@contextmanager
-def soon_over(seconds=SECONDS):
-    """Raise where the program is after so many seconds; where it does not come back from a library, end it with a traceback."""
-    def too_slow(*_):
-        raise TooSlow(f"an input took {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, too_slow)
-    try:
-        yield lambda: signal.setitimer(signal.ITIMER_REAL, seconds)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        faulthandler.cancel_dump_traceback_later()
-
-
-def fed(read, path, content):
-    """Let a reader have an input: whether it was read, or refused in one sentence. Whatever else it does is raised."""
-    path.write_bytes(content)
-    try:
-        read(path)
-        return "read"
-    except BadInput as error:
-        assert len(str(error).splitlines()) == 1 and len(str(error)) < 2_000, str(error)[:300]
-        return "refused"
-
-
-def searched(read, path, contents, wanted):
-    """Let a reader have so many inputs: how many it read, and how many it refused."""
-    found = Counter()
-
-    def one(content):
-        wind_up()
-        found[fed(read, path, content)] += 1
-
-    number = 0
-    with soon_over() as wind_up:
-        while found.total() < wanted:
-            faulthandler.dump_traceback_later(600 + SECONDS * 2, exit=True)
-            search = given(contents)(settings(FUZZ, max_examples=min(AT_ONCE, wanted - found.total()))(one))
-            hypothesis.seed(number)(search)()
-            number += 1
-    return found
-
-
-def fuzz_noted(reader, **noted):
-    """Keep what a soak did with a reader."""
-    kept = read_checked(FUZZED) if FUZZED.exists() else {}
-    about = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": commit_of_package(), "python": platform.python_version(),
-             "hypothesis": hypothesis.__version__, "torch": torch.__version__}
-    before = kept.get(reader, {})
-    kept[reader] = (before if before.get("commit") == about["commit"] else {}) | about | noted  # counts of other code say nothing of this
-    write_checked(FUZZED, {name: kept[name] for name in READERS if name in kept})
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_whatever_is_read_gives_a_value_or_one_sentence(reader):
-    read, name, contents = READERS[reader]
-    before = peak(anew=True)
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
-        lay_out(Path(folder), reader)
-        found = searched(read, Path(folder) / name, contents, MANY or (5 if reader in SLOW else 25))
-    assert peak() - before < 1 << 30
-    if MANY:
-        fuzz_noted(reader, inputs=found.total(), read=found["read"], refused=found["refused"])
-
-
-@pytest.mark.skipif(not MANY or not importlib.util.find_spec("atheris"), reason="make soak, where atheris can be installed")
-@pytest.mark.parametrize("reader", READERS)
-def test_whatever_reaches_new_lines_gives_a_value_or_one_sentence(reader):
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
-        done = subprocess.run([sys.executable, ROOT / "tests" / "coverage_fuzz.py", reader, f"{MANY}", folder], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    fuzz_noted(reader, **{"coverage-guided inputs": MANY})

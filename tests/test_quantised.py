@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from typer.testing import CliRunner
 
-from cap_nb.command_line import app
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_tokenizer
@@ -99,15 +97,6 @@ def test_a_file_without_a_tokenizer_is_a_sentence(tmp_path):
     export_gguf(saved(tmp_path / "src", tokenizer=lab_tokenizer(), vocab_size=711), tmp_path / "x.gguf")
     with pytest.raises(BadInput, match="has no tokenizer"):
         load_model(str(tmp_path / "x.gguf"), device="cpu")
-
-
-def test_the_program_writes_it(tmp_path):
-    folder = saved(tmp_path / "src")
-    done = CliRunner().invoke(app, ["gguf", str(folder), "--out", str(tmp_path / "x.gguf"), "--dtype", "q8_0"])
-    assert done.exit_code == 0 and "q8_0" in done.stdout and (tmp_path / "x.gguf").exists()
-    for words, part in ((["gguf", str(folder), "--out", str(tmp_path / "x.gguf")], "not taken"), (["gguf", "nowhere", "--out", "y.gguf"], "nowhere")):
-        again = CliRunner().invoke(app, words)
-        assert again.exit_code == 2 and part in again.stderr and len(again.stderr.strip().splitlines()) == 1
 
 
 SLOWED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10_000.0}

@@ -10,7 +10,7 @@ from cap_nb.command_line import app
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.jobs.job import prepare, run_job
 from cap_nb.jobs.records import load_run, pack_run
-from cap_nb.jobs.repeat import compare_repeated, job_of
+from cap_nb.jobs.results import compare_repeated, job_of
 from cap_nb.jobs.settings import Job, changed
 
 SMALL = changed(Job(), n=2, k=1, methods=("magnitude",), sparsities=(0.5,), accuracy_tasks=("lab-arc",), evaluate_n=2, loss_n=2, windows=0)

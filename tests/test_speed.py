@@ -12,8 +12,7 @@ from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.models.loading import load_model
 from cap_nb.portable.speed import (
-    BACKENDS, SpeedSettings, bench_folder, computed_by, csr_product, filled, lacks_package, linears_of, most_gained, openvino_product, zeros_in)
-from tools.benchmarks import speed as benchmark
+    BACKENDS, SpeedSettings, bench_folder, computed_by, csr_product, filled, lacks_package, linears_of, openvino_kernel, openvino_product, zeros_in)
 
 CPU = torch.device("cpu")
 SPARSE = [name for name in ("csr", "scipy") if not BACKENDS[name].missing(CPU)]
@@ -67,7 +66,7 @@ def test_openvino_is_near_the_dense_product(packed):
     for rows in (9, 1):
         assert (product(x[:rows]) - wanted[:rows]).abs().max() < 0.1 * wanted.abs().max()
     unpacks = packed and not BACKENDS["openvino"].missing(CPU)
-    assert ("sparse" in benchmark.openvino_kernel(weight, packed)) == unpacks
+    assert ("sparse" in openvino_kernel(weight, packed)) == unpacks
 
 
 def test_prefill_and_decode_compute_what_they_should(monkeypatch):
@@ -87,20 +86,3 @@ def test_the_program_measures(tmp_path):
     record = read_checked(tmp_path / "r.json")
     assert set(record["seconds"]) == {f"{phase}, batch {batch}" for phase in ("prefill", "decode") for batch in (1, 2)}
     assert all(len(rounds) == 2 and min(rounds) > 0 for sides in record["seconds"].values() for rounds in sides.values())
-
-
-def test_the_benchmark_in_small(tmp_path):
-    """Two shapes' worth of structure, no time: sides, rounds, and that a wrong product is noticed."""
-    case = benchmark.layer_case(tmp_path / "l.json", "toy", (24, 16), batch=2, times=1, sparsities=(0.5, 0.9), repeats=2)
-    wanted = {"torch", "torch, bfloat16", *(f"{name}, {s}" for name in SPARSE for s in (0.5, 0.9))}
-    assert set(case["seconds"]) == wanted and {len(v) for v in case["seconds"].values()} == {2}
-    weights = benchmark.layer_weights((24, 16), (0.5,))
-    assert abs((weights[0.5] == 0).float().mean() - 0.5) < 0.01
-    few = SpeedSettings(batches=(1,), prompt=4, steps=1, rounds=1, backends=("torch", "csr"), dtype="float32", device="cpu")
-    made = benchmark.model_case(tmp_path / "m.json", "lab", "lab", 0.5, few)
-    assert set(made["seconds"]["decode, batch 1"]) == {"dense, torch", "pruned, torch", "pruned, csr"}
-    assert abs(made["about"]["models"]["pruned"]["zeros"] - 0.5) < 1e-3
-
-
-def test_bounds_by_hand():
-    assert most_gained("2:4", 2, 0.5) == 2 / 1.125 and most_gained("bitmask", 4, 0.5) == 4 / 2.125 and most_gained("dense", 2, 0.9) == 1

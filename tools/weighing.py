@@ -21,6 +21,7 @@ from cap_nb.experiments.seeds import split_variance
 from cap_nb.jobs.records import environment
 from cap_nb.methods.neurons import unit_aware_factors
 from cap_nb.models.loading import load_model, model_fingerprint
+from cap_nb.methods.experts import UnitFactors
 from cap_nb.regions import Factors
 from tools.calibration_sets import Pieces, Study, about, cell, row
 from tools.studied import NOTE
@@ -37,7 +38,7 @@ def factors_of(model, calibration, seed: int, pieces: Pieces) -> Factors | None:
         found = unit_aware_factors(model, "neurons", calibration, score_heads(model, calibration))
         return {"heads": found.heads.tolist(), "neurons": found.neurons.tolist()}
     found = pieces.get(f"factors {seed}", measure)
-    return found and Factors(torch.tensor(found["heads"]), neurons=torch.tensor(found["neurons"]))
+    return found and UnitFactors(torch.tensor(found["heads"]), neurons=torch.tensor(found["neurons"]))
 
 
 def differences(content: dict) -> list:

@@ -121,17 +121,28 @@ from pathlib import Path
 from .files import whole_file
 
 # %% ../../nbs/core/02_plots.ipynb #c014
+import io
+
 UNDATED = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}} # Metadata that would differ each time
 
-# %% ../../nbs/core/02_plots.ipynb #c015
 @in_style
+def figure_bytes(
+    figure: Figure, # A figure
+    ending: str = "png", # Kind of picture: "png" or "svg"
+) -> bytes: # Contents of the file
+    "A picture without dates; an unknown ending raises `BadInput`."
+    picture = io.BytesIO()
+    figure.savefig(picture, format=check_choice(ending, UNDATED, "ending"), metadata=UNDATED[ending], dpi=150)
+    return picture.getvalue()
+
+# %% ../../nbs/core/02_plots.ipynb #c015
 def save_figure(
     figure: Figure, # A figure
     stem: str | Path, # Path without ending, as in "figures/lab/head_importance"
     endings: Sequence[str] = ("png",), # Which files to write: "png", "svg" or both
 ) -> tuple[Path, ...]: # The files, in the order of the endings
-    "Write a figure, each file whole or not at all and without dates; an unknown ending raises `BadInput`."
-    paths = tuple(Path(f"{stem}.{check_choice(ending, UNDATED, 'ending')}") for ending in endings)
-    for path, ending in zip(paths, endings):
-        with whole_file(path) as part: figure.savefig(part, format=ending, metadata=UNDATED[ending], dpi=150)
-    return paths
+    "Write a figure, each file whole or not at all and without dates."
+    pictures = {Path(f"{stem}.{ending}"): figure_bytes(figure, ending) for ending in endings}
+    for path, picture in pictures.items():
+        with whole_file(path) as part: part.write_bytes(picture)
+    return tuple(pictures)

@@ -45,7 +45,7 @@ PROMPT_STYLES = {
 # %% ../../nbs/data/03_prompts.ipynb #c010
 from cap_nb.core.errors import validate_arguments, check_choice
 from cap_nb.core.registry import TASKS
-from cap_nb.data.problems import Problem, task_family
+from cap_nb.data.problems import BENCHMARK_NAMES, LAB_TASKS, Problem, task_family
 
 def prompt_style(
     style: str | PromptStyle, # Name of a style, or a style of your own
@@ -184,3 +184,16 @@ def encode_problems(
     after = tokenizer([target for _, target in texts], add_special_tokens=False)["input_ids"]
     return [joined_example(p.task, p.uid, *text, p.answer, *tokens)
             for p, text, *tokens in zip(problems, texts, before, after, strict=True)]
+
+# %% ../../nbs/data/03_prompts.ipynb #d00defa2
+def default_tasks(
+    tokenizer: object, # Tokenizer of transformers
+) -> tuple[str, ...]: # The lab's three tasks for the lab's tokenizer, the paper's benchmarks otherwise
+    "The tasks that a model is calibrated and evaluated on unless the user names others (paper section 3.1)."
+    return LAB_TASKS if "<lab>" in tokenizer.get_vocab() else BENCHMARK_NAMES
+
+def default_style(
+    tokenizer: object, # Tokenizer of transformers
+) -> str: # "lab" for the lab's tokenizer, "paper" otherwise
+    "The prompt style of a model unless the user names another."
+    return "lab" if "<lab>" in tokenizer.get_vocab() else "paper"

@@ -1044,17 +1044,6 @@ NEURON_QUESTIONS = (
     Claim(section="", says="Whole neurons cut out keep more than as many zeros of Wanda's", unit=GAIN,
           cases={f"{100 * share:g} %": cut_out(share) for share in (0.1, 0.2)}))
 
-# %% ../../nbs/experiments/02_claims.ipynb #436e7503
-def median_interval(
-    values: np.ndarray, # One value a projection
-    confidence: float, # Of the interval
-    draws: int = 10_000, # Bootstrap samples
-) -> tuple[float, float]: # (low, high)
-    "Percentile bootstrap interval of a median."
-    medians = np.median(np.random.default_rng(0).choice(values, (draws, len(values))), axis=1)
-    low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
 # %% ../../nbs/experiments/02_claims.ipynb #05646255
 def errors_left(
     sparsity: float, # Of both solvers
@@ -1067,7 +1056,7 @@ def errors_left(
         if not len(shares) or not (shares > 0).all() or not np.isfinite(shares).all():
             raise BadInput(f"The layer errors of {records.name} hold shares that are no positive numbers: expected "
                            "one of SparseGPT's error for every projection; measure them again.")
-        low, high = median_interval(shares, confidence)
+        low, high = bootstrap_interval(shares, 0, confidence, statistic=np.median)
         return Comparison(value=float(np.median(shares)), low=low, high=high, unit="share of the error", n=len(shares))
     return case
 

@@ -188,7 +188,8 @@ def text_like(
 
 # %% ../../nbs/experiments/00_variants.ipynb #c049
 from pathlib import Path
-from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens, token_limit
+from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens
+from ..models.decoding import token_limit
 from ..models.decoding import Decoding, generate_greedy
 from ..jobs.chains import FEWEST_CHAINS
 from ..jobs.job import Ready, timed

@@ -36,19 +36,14 @@ from ..data.problems import task_family
 # %% ../../nbs/jobs/06_chains.ipynb #c008
 FEW_ANSWERS = ("strategyqa", "arc") # Benchmarks whose answers can be guessed: yes or no, a letter
 
-def majority_answer(
-    tries: Sequence[Chain], # All answers to one problem
-) -> str | None: # The answer that more than half of them give; None if there is none
+def majority_answer(tries: Sequence[Chain]) -> str | None:
     "The answer of the majority of the tries."
     counts = Counter(chain.answer for chain in tries if not chain.cut_off and chain.answer is not None)
     answer, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
     return answer if 2 * count > len(tries) else None
 
 # %% ../../nbs/jobs/06_chains.ipynb #c012
-def kept_of_problem(
-    tries: Sequence[Chain], # All answers to one problem, in the order of the tries
-    per_problem: int = 1, # At most so many of them
-) -> list[Chain]: # Right, distinct, and not right by luck
+def kept_of_problem(tries: Sequence[Chain], per_problem: int = 1) -> list[Chain]:
     "The chains of one problem that are worth calibrating on."
     if task_family(tries[0].task) in FEW_ANSWERS and majority_answer(tries) != tries[0].gold: return []
     distinct = {}
@@ -56,10 +51,7 @@ def kept_of_problem(
         if chain.right: distinct.setdefault(" ".join(chain.text.split()), chain)
     return list(distinct.values())[:per_problem]
 
-def kept_chains(
-    chains: Sequence[Chain], # Answers to any problems
-    per_problem: int = 1, # At most so many of one problem
-) -> tuple[Chain, ...]: # In the order of the problems
+def kept_chains(chains: Sequence[Chain], per_problem: int = 1) -> tuple[Chain, ...]: # In the order of the problems
     "The chains of all problems that are worth calibrating on."
     problems = {}
     for chain in sorted(chains, key=lambda chain: chain.attempt):
@@ -92,25 +84,18 @@ class Chains:
         "SHA-256 of header and records: 64 hexadecimal digits."
         return sha256_of_text(json.dumps([self.about, *records_of(self)], sort_keys=True))
 
-def records_of(
-    chains: Chains, # Some answers
-) -> list[dict]: # What JSON can hold
+def records_of(chains: Chains) -> list[dict]: # What JSON can hold
     "The answers as records."
     return [asdict(chain) for chain in chains.chains]
 
 # %% ../../nbs/jobs/06_chains.ipynb #c019
-def write_chains(
-    path: str | Path, # Final name of the file
-    chains: Chains, # What it will hold
-) -> None:
+def write_chains(path: str | Path, chains: Chains) -> None:
     "Write a file of chains, whole or not at all; equal chains give equal bytes."
     lines = [{"about": chains.about, "sha256": chains.fingerprint}, *records_of(chains)]
     text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
     with whole_file(path) as part: part.write_text(text, encoding="utf-8", newline="")
 
-def read_chains(
-    path: str | Path, # A file that `write_chains` wrote
-) -> Chains: # What it holds
+def read_chains(path: str | Path) -> Chains: # What it holds
     "Read a file of chains; one that is missing, damaged or something else raises `BadInput`."
     path = Path(path)
     if not path.is_file():
@@ -128,7 +113,7 @@ def read_chains(
 
 # %% ../../nbs/jobs/06_chains.ipynb #c025
 from ..models.decoding import Sampling
-from ..evaluation import token_limit
+from ..models.decoding import token_limit
 
 # %% ../../nbs/jobs/06_chains.ipynb #c026
 @dataclass(frozen=True)
@@ -169,10 +154,7 @@ class AnswerBatch:
         "Name of its file."
         return f"{self.attempt}-{self.task}-{self.number:04d}.jsonl"
 
-def answer_batches(
-    examples: Sequence[Example], # The problems
-    answering: Answering, # How they are answered
-) -> list[AnswerBatch]: # In the order in which they are answered
+def answer_batches(examples: Sequence[Example], answering: Answering) -> list[AnswerBatch]:
     "All batches: try after try, task after task, short prompts first."
     batches = []
     for attempt in range(answering.tries):
@@ -230,9 +212,7 @@ from ..data.prompts import prompt_style
 from ..models.loading import model_fingerprint, tokenizer_fingerprint
 
 # %% ../../nbs/jobs/06_chains.ipynb #c041
-def style_origin(
-    style: str | PromptStyle, # A prompt style
-) -> dict: # Its name and fingerprint
+def style_origin(style: str | PromptStyle) -> dict: # Its name and fingerprint
     "A prompt style by name and content."
     style = prompt_style(style)
     return {"called": style.name, "fingerprint": sha256_of_text(json.dumps(asdict(style), sort_keys=True))}
@@ -258,10 +238,7 @@ def chains_origin(
         "versions": versions | {"cap_nb": cap_nb.__version__}}
 
 # %% ../../nbs/jobs/06_chains.ipynb #c043
-def same_origin(
-    path: Path, # A file of chains
-    about: dict, # What its answers must follow from
-) -> Chains: # What it holds
+def same_origin(path: Path, about: dict) -> Chains: # What it holds
     "Read a file of chains that must have this origin; another one raises `BadInput`."
     chains = read_chains(path)
     differ = [key for key in about if chains.about.get(key) != about[key]]
@@ -282,9 +259,7 @@ from ..models.decoding import check_room, check_sampling
 
 # %% ../../nbs/jobs/06_chains.ipynb #c045
 @contextmanager
-def parts_folder(
-    file: str | Path | None, # The file that is made; None keeps nothing
-) -> Iterator[Path | None]: # Folder of its finished batches, ours alone while the block runs
+def parts_folder(file: str | Path | None) -> Iterator[Path | None]:
     "The folder of finished batches beside a file; it goes when the block ends well."
     if file is None:
         yield None
@@ -313,10 +288,7 @@ def finished_batches(
             bar.update(len(batch.examples))
     return chains
 
-def in_order(
-    chains: Sequence[Chain], # Answers in any order
-    examples: Sequence[Example], # The problems
-) -> tuple[Chain, ...]: # Problem after problem, and the tries of each in turn
+def in_order(chains: Sequence[Chain], examples: Sequence[Example]) -> tuple[Chain, ...]:
     "Answers in the order of the problems."
     place = {(example.task, example.uid): index for index, example in enumerate(examples)}
     return tuple(sorted(chains, key=lambda chain: (place[chain.task, chain.uid], chain.attempt)))
@@ -360,18 +332,14 @@ class TaskCount:
     right: int # Right answers
     kept: int # Problems with at least one chain that is kept
 
-def task_counts(
-    chains: Chains, # All answers
-) -> list[TaskCount]: # A line a task
+def task_counts(chains: Chains) -> list[TaskCount]: # A line a task
     "Counts of answers, task by task."
     kept = Counter(chain.task for chain in kept_chains(chains.chains))
     tries = {task: [chain for chain in chains.chains if chain.task == task] for task in chains.tasks}
     return [TaskCount(task=task, problems=len({c.uid for c in some}), answers=len(some),
                       right=sum(c.right for c in some), kept=kept[task]) for task, some in tries.items()]
 
-def too_few(
-    chains: Chains, # All answers
-) -> list[str]: # A sentence for every task with too few chains
+def too_few(chains: Chains) -> list[str]: # A sentence for every task with too few chains
     "Which tasks should keep their gold solutions."
     return [f"{count.task}: {count.kept} of {count.problems} problems have a chain that is kept, fewer than "
             f"{FEWEST_CHAINS}; answer more problems with a larger --n, or keep gold." for count in task_counts(chains)
@@ -382,33 +350,20 @@ from ..calibration import Calibration, draw_stratified
 from ..data.prompts import make_example
 
 # %% ../../nbs/jobs/06_chains.ipynb #c067
-def check_chains(
-    tokenizer: object, # Tokenizer of the model that is to be calibrated
-    chains: Chains, # Answers, perhaps of another model
-) -> None:
+def check_chains(tokenizer: object, chains: Chains) -> None:
     "Raise `BadInput` for chains whose prompts were made for another tokenizer or chat template."
     if chains.about.get("tokenizer") != tokenizer_fingerprint(tokenizer):
         raise BadInput("The chains were written with another tokenizer or chat template: expected this model's, since "
                        "prompts are kept as text; make them with 'cap chains' for this model.")
 
 # %% ../../nbs/jobs/06_chains.ipynb #c068
-def chain_pool(
-    tokenizer: object, # Tokenizer of transformers
-    chains: Chains, # All answers
-    task: str, # The task
-    per_problem: int, # At most so many chains of one problem
-) -> list[Example]: # The chains that are kept, as examples
+def chain_pool(tokenizer: object, chains: Chains, task: str, per_problem: int) -> list[Example]:
     "A task's kept chains as examples, their targets without the line break at the end."
     some = [chain for chain in chains.chains if chain.task == task]
     return [make_example(tokenizer, c.prompt, c.text.rstrip(), task, c.gold, c.uid)
             for c in kept_chains(some, per_problem)]
 
-def drawn_chains(
-    pool: Sequence[Example], # A task's kept chains
-    task: str, # The task
-    n: int | None, # How many are wanted; None means all
-    seed: int, # Seed of the draw
-) -> list[Example]: # So many, over quartiles of length
+def drawn_chains(pool: Sequence[Example], task: str, n: int | None, seed: int) -> list[Example]:
     "Draw from a task's chains; too few of them raise `BadInput`."
     if n is not None: check_at_least(n, 1, "n (chains a task)")
     if len(pool) < (n or 1):
@@ -440,12 +395,7 @@ from ..data.problems import halves, load_text
 from ..data.prompts import IGNORED
 
 # %% ../../nbs/jobs/06_chains.ipynb #c074
-def drawn_blocks(
-    ids: Sequence[int], # Tokens of a whole text
-    n: int, # Blocks wanted
-    tokens: int, # Tokens in each
-    seed: int, # Seed of the draw
-) -> list[tuple[int, ...]]: # In the order of the text
+def drawn_blocks(ids: Sequence[int], n: int, tokens: int, seed: int) -> list[tuple[int, ...]]:
     "Disjoint blocks of a text; a text with too few raises `BadInput`."
     check_at_least(n, 1, "n (windows of text)")
     check_at_least(tokens, 2, "tokens (of a window of text)")
@@ -456,10 +406,7 @@ def drawn_blocks(
     starts = sorted(random.Random(f"{seed}/text").sample(range(blocks), n))
     return [tuple(ids[tokens * start:tokens * (start + 1)]) for start in starts]
 
-def window_example(
-    tokenizer: object, # Tokenizer of transformers
-    ids: tuple[int, ...], # Tokens of a window
-) -> Example: # All of them targets but the first
+def window_example(tokenizer: object, ids: tuple[int, ...]) -> Example: # All of them targets but the first
     "A window of text as an example."
     return Example(task="text", uid=sha256_of_text(str(ids))[:16], prompt="", target=tokenizer.decode(ids), answer="",
                    input_ids=ids, labels=(IGNORED, *ids[1:]))

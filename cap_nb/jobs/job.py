@@ -20,9 +20,7 @@ from ..models.loading import dtype_named, placed
 from ..scoring import AGGREGATIONS
 
 # %% ../../nbs/jobs/03_job.ipynb #c005
-def chains_of(
-    data: CalibrateSettings, # What is calibrated on
-) -> Chains | None: # The model's own answers; None for gold solutions and plain text
+def chains_of(data: CalibrateSettings) -> Chains | None:
     "The chains that a job is calibrated on; a file that holds none raises `BadInput`."
     if data.calibrate_on in ("gold", "text"): return None
     try: return read_chains(data.calibrate_on)
@@ -30,9 +28,7 @@ def chains_of(
         raise BadInput(f"{str(error).rstrip('.')}; --calibrate-on also takes gold or text.") from None
 
 # %% ../../nbs/jobs/03_job.ipynb #c006
-def check_score_target(
-    job: Job, # The job
-) -> None:
+def check_score_target(job: Job) -> None:
     "Raise `BadInput` for an unknown score target, and for a method that weighs losses where divergences are asked for."
     if check_choice(job.prune.score_target, TARGETS, "score target") == "loss": return
     for method in job.prune.methods:
@@ -41,9 +37,7 @@ def check_score_target(
                            "neurons and experts are scored by losses; leave --score-target or the method out.")
 
 # %% ../../nbs/jobs/03_job.ipynb #816cb0b3
-def check_screening(
-    job: Job, # The job
-) -> None:
+def check_screening(job: Job) -> None:
     "Raise `BadInput` for what a table of losses with gaps cannot give."
     if job.prune.budget is None: return
     check_budget(job.prune.budget)
@@ -59,9 +53,7 @@ def check_screening(
                            "factors of neurons and experts start; leave --budget or the method out.")
 
 # %% ../../nbs/jobs/03_job.ipynb #ce60290c
-def check_job(
-    job: Job, # The job
-) -> None:
+def check_job(job: Job) -> None:
     "Raise `BadInput` for the first setting that is not accepted."
     check_kinds(job)
     for method in job.prune.methods: check_method(method)
@@ -82,16 +74,11 @@ def check_job(
 from ..calibration import default_style, default_tasks
 
 # %% ../../nbs/jobs/03_job.ipynb #c010
-def distinct(
-    values: tuple, # Values, some of them perhaps more than once
-) -> tuple: # Each once, in order
+def distinct(values: tuple) -> tuple: # Each once, in order
     "Values without repetition."
     return tuple(dict.fromkeys(values))
 
-def filled_in(
-    job: Job, # The job
-    tokenizer: object, # The model's tokenizer
-) -> Job: # The same without None where the model decides
+def filled_in(job: Job, tokenizer: object) -> Job: # The same without None where the model decides
     "Fill in what depends on the model."
     data, evaluation, usual_style = job.calibrate, job.evaluate, default_style(tokenizer)
     tasks = distinct(data.tasks or default_tasks(tokenizer))
@@ -117,9 +104,7 @@ class Piece:
         "As in accuracy-lab-arc."
         return f"{self.kind}-{self.on}"
 
-def pieces_of(
-    job: Job, # A job that is filled in
-) -> tuple[Piece, ...]: # In the order in which they are measured
+def pieces_of(job: Job) -> tuple[Piece, ...]: # In the order in which they are measured
     "The pieces that every cell of a job is measured in."
     answers = [Piece("accuracy", task) for task in job.evaluate.accuracy_tasks]
     losses = [Piece("loss", task) for task in job.calibrate.tasks] if job.evaluate.loss_n else []
@@ -135,25 +120,15 @@ from ..data.problems import Problem, load_text
 from ..evaluation import evaluation_problems
 
 # %% ../../nbs/jobs/03_job.ipynb #c017
-def problems_fingerprint(
-    problems: Sequence[Problem], # Problems, in order
-) -> str: # 64 hexadecimal digits
+def problems_fingerprint(problems: Sequence[Problem]) -> str: # 64 hexadecimal digits
     "SHA-256 over what the problems say, their solutions and their answers."
     return sha256_of_text(json.dumps([[p.task, p.uid, p.solution, p.answer] for p in problems]))
 
-def drawn_problems(
-    job: Job, # A job that is filled in
-    task: str, # Name of a task
-    n: int, # Problems to draw
-    exclude: frozenset[str], # Content hashes of the calibration set
-) -> tuple[Problem, ...]: # The problems, in the order of the draw
+def drawn_problems(job: Job, task: str, n: int, exclude: frozenset[str]) -> tuple[Problem, ...]:
     "What a job is measured on, drawn from its split; too large an n raises `BadInput`."
     return evaluation_problems(task, n, job.calibrate.seed, job.calibrate.data_dir, exclude, job.evaluate.evaluate_on)
 
-def evaluation_data(
-    job: Job, # A job that is filled in
-    exclude: frozenset[str], # Content hashes of the calibration set
-) -> dict: # Fingerprint of the problems of every task and measure, and of the text
+def evaluation_data(job: Job, exclude: frozenset[str]) -> dict:
     "Fingerprints of all that a run is evaluated on; too large a number raises `BadInput`."
     data, evaluation = job.calibrate, job.evaluate
     def drawn(tasks: Sequence[str], n: int) -> dict[str, str]:
@@ -168,23 +143,17 @@ import shutil
 from pathlib import Path
 from torch import nn
 from ..core.registry import additions_noted
-from ..evaluation import token_limit
+from ..models.decoding import token_limit
 from .chains import style_origin
 from .settings import share_of_text
 from ..models.loading import model_fingerprint, tokenizer_fingerprint
 
 # %% ../../nbs/jobs/03_job.ipynb #c020
-def calibrated_on(
-    calibration: Calibration, # The calibration set
-) -> frozenset[str]: # Content hashes of its problems
+def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes of its problems
     "What must not be evaluated on."
     return frozenset(example.uid for example in calibration.examples)
 
-def model_configuration(
-    job: Job, # A job that is filled in
-    model: nn.Module, # The dense model
-    tokenizer: object, # Its tokenizer
-) -> dict: # What JSON can hold
+def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: # What JSON can hold
     "Which model a run is about, by content, and how it computes."
     weight = next(model.parameters())
     return {"name": job.model.name, "fingerprint": model_fingerprint(model),
@@ -192,9 +161,7 @@ def model_configuration(
             "device": weight.device.type}
 
 # %% ../../nbs/jobs/03_job.ipynb #c021
-def targets_configuration(
-    job: Job, # A job that is filled in
-) -> dict: # What JSON can hold; empty for gold solutions alone, as in runs that know nothing else
+def targets_configuration(job: Job) -> dict:
     "What the targets are, if not gold solutions alone."
     data, chains = job.calibrate, chains_of(job.calibrate)
     settings = {} if data.calibrate_on == "gold" else {"on": "chains" if chains else "text"}
@@ -202,20 +169,14 @@ def targets_configuration(
     if not share_of_text(data): return settings
     return settings | {"text": job.evaluate.text, "text_share": share_of_text(data), "text_tokens": data.text_tokens}
 
-def calibration_configuration(
-    job: Job, # A job that is filled in
-    calibration: Calibration, # The calibration set
-) -> dict: # What JSON can hold
+def calibration_configuration(job: Job, calibration: Calibration) -> dict: # What JSON can hold
     "What a run is calibrated on."
     data = job.calibrate
     return {"tasks": list(data.tasks), "n": data.n, "k": data.k, "seed": data.calibration_seed,
             "batch_tokens": job.model.batch_tokens, "fingerprint": calibration.fingerprint} | targets_configuration(job)
 
 # %% ../../nbs/jobs/03_job.ipynb #c022
-def evaluation_configuration(
-    job: Job, # A job that is filled in
-    calibration: Calibration, # The calibration set, which must not be evaluated on
-) -> dict: # What JSON can hold
+def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What JSON can hold
     "What a run is measured on."
     counts = {name: getattr(job.evaluate, name) for name in ("evaluate_n", "loss_n", "windows", "window_tokens")}
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
@@ -224,12 +185,7 @@ def evaluation_configuration(
     return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
 
 # %% ../../nbs/jobs/03_job.ipynb #c023
-def configuration(
-    job: Job, # A job that is filled in
-    model: nn.Module, # The dense model
-    tokenizer: object, # Its tokenizer
-    calibration: Calibration, # The calibration set
-) -> dict: # What JSON can hold
+def configuration(job: Job, model: nn.Module, tokenizer: object, calibration: Calibration) -> dict: # What JSON can hold
     "What the numbers of a run follow from; score target and budget only if not the paper's, as old runs know none."
     target = job.prune.score_target
     settings = {"model": model_configuration(job, model, tokenizer),
@@ -247,12 +203,7 @@ from .chains import chain_calibration, mixed_calibration, text_calibration
 from .settings import examples_by_kind
 
 # %% ../../nbs/jobs/03_job.ipynb #c026
-def problem_calibration(
-    job: Job, # A job that is filled in
-    tokenizer: object, # The model's tokenizer
-    n: int, # Problems a task
-    chains: Chains | None, # The model's own answers, if they are the targets
-) -> Calibration: # Problems with gold solutions or chains as targets
+def problem_calibration(job: Job, tokenizer: object, n: int, chains: Chains | None) -> Calibration:
     "The part of a calibration set that is no text; chains of another style raise `BadInput`."
     data = job.calibrate
     if chains is None:
@@ -263,10 +214,7 @@ def problem_calibration(
     return chain_calibration(tokenizer, chains, data.tasks, n, data.k, data.calibration_seed)
 
 # %% ../../nbs/jobs/03_job.ipynb #c027
-def job_calibration(
-    job: Job, # The job
-    tokenizer: object, # The model's tokenizer
-) -> Calibration: # The calibration set
+def job_calibration(job: Job, tokenizer: object) -> Calibration: # The calibration set
     "The calibration set that a job asks for (paper section 3.1)."
     job = filled_in(job, tokenizer)
     data, text, chains = job.calibrate, job.evaluate.text, chains_of(job.calibrate)
@@ -277,10 +225,7 @@ def job_calibration(
     return mixed_calibration([*problems, plain], data.k, data.calibration_seed)
 
 # %% ../../nbs/jobs/03_job.ipynb #c029
-def check_windows_fit(
-    job: Job, # The job
-    model: nn.Module, # The model that is calibrated
-) -> None:
+def check_windows_fit(job: Job, model: nn.Module) -> None:
     "Raise `BadInput` for windows of text to calibrate on that the model cannot read."
     tokens, context = job.calibrate.text_tokens, getattr(model.config, "max_position_embeddings", None)
     if share_of_text(job.calibrate) and context is not None and tokens > context:
@@ -301,11 +246,7 @@ class Ready:
     calibration: Calibration # The calibration set
     configuration: dict # What `run.json` will hold
 
-def prepare_loaded(
-    job: Job, # The job, checked
-    model: nn.Module, # Its model
-    tokenizer: object, # The model's tokenizer
-) -> Ready: # The job with model, calibration set and configuration
+def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
     "Check against the model and draw; whatever is wrong raises `BadInput`."
     check_all_here(model)
     for method in job.prune.methods: check_fits(method, model)
@@ -319,9 +260,7 @@ def prepare_loaded(
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 
 # %% ../../nbs/jobs/03_job.ipynb #c033
-def prepare(
-    job: Job, # The job
-) -> Ready: # The job with model, calibration set and configuration
+def prepare(job: Job) -> Ready: # The job with model, calibration set and configuration
     "Check, load and draw; whatever is wrong raises `BadInput` here, before any work."
     check_job(job)
     return prepare_loaded(job, *load_model(job.model.name, job.model.dtype, job.model.device))
@@ -339,31 +278,20 @@ from ..scoring import HeadLosses, save_losses
 
 # %% ../../nbs/jobs/03_job.ipynb #c045
 @contextmanager
-def timed(
-    folder: Path, # The run's folder
-    stage: str, # Name of the stage
-) -> Iterator[None]:
+def timed(folder: Path, stage: str) -> Iterator[None]:
     "Add the block's seconds to the run's timings, if it ends well."
     start = time.perf_counter()
     yield
     note_time(folder, stage, time.perf_counter() - start)
 
 @contextmanager
-def time_and_memory_noted(
-    folder: Path, # The run's folder
-    stage: str, # Name of the stage
-    device: torch.device, # Where the model runs
-) -> Iterator[None]:
+def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Iterator[None]:
     "Note the block's seconds and the memory it takes, if it ends well."
     with memory_taken(device) as taken, timed(folder, stage): yield
     note_memory(folder, stage, taken[0])
 
 # %% ../../nbs/jobs/03_job.ipynb #c046
-def check_origin(
-    path: Path, # File of the table of losses
-    meta: dict, # What the table says of itself
-    ready: Ready, # The job
-) -> None:
+def check_origin(path: Path, meta: dict, ready: Ready) -> None:
     "Raise `BadInput` for a table of losses of another model or other examples."
     wanted = (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
     if (meta.get("model"), meta.get("calibration")) != wanted:
@@ -371,11 +299,7 @@ def check_origin(
                        "run again.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c047
-def save_measured(
-    ready: Ready, # The job
-    path: Path, # Where the table of losses goes
-    store: Path, # Folder of finished units or batches
-) -> None:
+def save_measured(ready: Ready, path: Path, store: Path) -> None:
     "Score the heads, all of them on every example or within the job's budget, and save the table."
     settings, tokenizer = ready.job.prune, ready.configuration["model"]["tokenizer"]
     common, batch_tokens = (ready.model, ready.calibration), ready.job.model.batch_tokens
@@ -386,11 +310,7 @@ def save_measured(
         save_partial(screen_heads(*common, settings.budget, seed, batch_tokens, store, tokenizer), path)
 
 # %% ../../nbs/jobs/03_job.ipynb #80fac03e
-def check_same_budget(
-    path: Path, # File of the table of losses
-    meta: dict, # What the table says of itself
-    budget: float | None, # The job's budget
-) -> None:
+def check_same_budget(path: Path, meta: dict, budget: float | None) -> None:
     "Raise `BadInput` for a table with gaps where a whole one is wanted, the other way round, or of another budget."
     measured = meta.get("screened", {}).get("budget")
     if measured == budget: return
@@ -399,11 +319,7 @@ def check_same_budget(
                    "remove it and run again.")
 
 # %% ../../nbs/jobs/03_job.ipynb #374060b6
-def run_losses(
-    ready: Ready, # The job
-    folder: Path, # The run's folder
-    store: Path | None, # Folder of tables shared between runs, or None
-) -> HeadLosses | PartialLosses: # The table of losses; with gaps if the job has a budget
+def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | PartialLosses:
     "The run's table of losses, measured only if it is not there; one of another model raises `BadInput`."
     path, unfinished = folder/"losses.safetensors", folder/"unfinished"/"scores"
     if not path.exists():
@@ -421,36 +337,26 @@ def run_losses(
 from ..core.files import read_tensors, write_tensors
 from ..importance import importance_factors
 from ..methods.criteria import Inputs
+from ..methods.experts import UnitFactors
 from ..methods.prune import needs_of, parse_method, unit_factors
 from ..regions import Factors
 
 # %% ../../nbs/jobs/03_job.ipynb #c050
-def attribution_origin(
-    ready: Ready, # The job
-    attribution: str, # One of `ATTRIBUTIONS` or `UNIT_AWARE`
-) -> dict[str, str]: # What the file of the factors says of itself
+def attribution_origin(ready: Ready, attribution: str) -> dict[str, str]: # What the file of the factors says of itself
     "What an attribution's factors follow from."
     origin = {"model": ready.configuration["model"]["fingerprint"], "calibration": ready.calibration.fingerprint,
               "attribution": attribution}
     return origin | ({"aggregation": ready.job.prune.aggregation} if attribution in UNIT_AWARE else {})
 
-def save_attribution(
-    path: Path, # File of the factors
-    factors: Factors, # Factors of heads, perhaps of experts or neurons, and what else is kept of them
-    origin: dict[str, str], # From `attribution_origin`
-) -> None:
+def save_attribution(path: Path, factors: Factors, origin: dict[str, str]) -> None:
     "Write an attribution's factors."
     path.parent.mkdir(parents=True, exist_ok=True)
-    units = {name: getattr(factors, name) for name in ("experts", "neurons") if getattr(factors, name) is not None}
-    write_tensors(path, {"factors": factors.heads} | units | factors.kept, origin)
+    units = {name: getattr(factors, name, None) for name in ("experts", "neurons")}
+    units = {name: table for name, table in units.items() if table is not None}
+    write_tensors(path, {"factors": factors.heads} | units | getattr(factors, "kept", {}), origin)
 
 # %% ../../nbs/jobs/03_job.ipynb #c051
-def attribution_factors(
-    ready: Ready, # The job
-    folder: Path, # The run's folder
-    attribution: str, # One of `ATTRIBUTIONS` or `UNIT_AWARE`
-    losses: HeadLosses | None, # The heads' table of losses, for what starts from it, which is a whole one
-) -> Factors: # Importance factors of every head, and of every expert or neuron where they have their own
+def attribution_factors(ready: Ready, folder: Path, attribution: str, losses: HeadLosses | None) -> Factors:
     "The factors of an attribution, computed only if they are not there; those of another model raise `BadInput`."
     path, origin = folder/"attributions"/f"{attribution}.safetensors", attribution_origin(ready, attribution)
     if not path.exists():
@@ -462,14 +368,10 @@ def attribution_factors(
     if kept != origin:
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
                        "run again.")
-    return Factors(tensors["factors"], tensors.get("experts"), neurons=tensors.get("neurons"))
+    return UnitFactors(tensors["factors"], experts=tensors.get("experts"), neurons=tensors.get("neurons"))
 
 # %% ../../nbs/jobs/03_job.ipynb #c053
-def factors_by_method(
-    ready: Ready, # The job
-    folder: Path, # The run's folder
-    store: Path | None, # Folder of tables of losses shared between runs, or None
-) -> dict[str, Factors]: # Method -> importance factors, for the methods that use some
+def factors_by_method(ready: Ready, folder: Path, store: Path | None) -> dict[str, Factors]:
     "The factors of every method of a job, each measured once."
     parsed = {method: parse_method(method) for method in ready.job.prune.methods}
     attributions = {method: parts.attribution for method, parts in parsed.items() if "factors" in needs_of(parts)}
@@ -487,17 +389,12 @@ from ..models.anatomy import projections
 from ..methods.prune import prune_with
 
 # %% ../../nbs/jobs/03_job.ipynb #c056
-def copied_weights(
-    model: nn.Module, # A causal language model of a known family
-) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
+def copied_weights(model: nn.Module) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
     "Copies of the weights of all projections."
     return {p.name: p.stored.detach().to("cpu", copy=True) for p in projections(model)}
 
 @torch.no_grad()
-def put_back(
-    model: nn.Module, # The model that the copies were made of; changed in place
-    copies: dict[str, torch.Tensor], # What `copied_weights` gave
-) -> None:
+def put_back(model: nn.Module, copies: dict[str, torch.Tensor]) -> None:
     "Undo pruning."
     for p in projections(model): p.stored.copy_(copies[p.name])
 
@@ -511,10 +408,7 @@ from ..threshold import prune_report
 
 # %% ../../nbs/jobs/03_job.ipynb #c060
 @contextmanager
-def backend_of(
-    job: Job, # The job
-    model: nn.Module, # The model as it is while the block runs
-) -> Iterator[object]: # For `Decoding`
+def backend_of(job: Job, model: nn.Module) -> Iterator[object]: # For `Decoding`
     "What writes a model's answers; vLLM loads the model once, for all tasks."
     if job.evaluate.backend == "transformers": yield "transformers"
     else:
@@ -570,24 +464,14 @@ from ..methods.prune import highest_sparsity
 from ..threshold import PruneReport
 
 # %% ../../nbs/jobs/03_job.ipynb #8ed8923e
-def dense_lengths(
-    folder: Path, # The run's folder
-    piece: Piece, # What is measured
-) -> dict[str, int]: # Content hash of a problem -> tokens of the dense model's answer; empty before it was measured
+def dense_lengths(folder: Path, piece: Piece) -> dict[str, int]:
     "How long the dense model's answers to a task were."
     path = evaluation_folder(folder, "dense", 0.0)
     if piece.kind != "accuracy" or not path.exists(): return {}
     return {record.uid: record.tokens for record in load_evaluation(path).answers if record.task == piece.on}
 
 # %% ../../nbs/jobs/03_job.ipynb #c070
-def finish_piece(
-    ready: Ready, # The job; its model is pruned
-    folder: Path, # The run's folder
-    cell: Evaluation, # Method, sparsity and what was reached, without records
-    piece: Piece, # What to measure
-    bar: tqdm, # Moves on by one
-    backend: object, # From `backend_of`
-) -> Evaluation: # The cell with this piece's records only
+def finish_piece(ready: Ready, folder: Path, cell: Evaluation, piece: Piece, bar: tqdm, backend: object) -> Evaluation:
     "Measure a piece, or read it if it was finished before."
     path = piece_folder(folder, cell.method, cell.sparsity, piece.name)
     if not path.exists():
@@ -603,12 +487,7 @@ def finish_piece(
 # %% ../../nbs/jobs/03_job.ipynb #c071
 Pruner = Callable[[str, float], PruneReport] # Prunes the job's model, which is dense, by a method to a sparsity
 
-def prune_noted(
-    ready: Ready, # The job; its model is dense and changed in place
-    folder: Path, # The run's folder
-    cell: tuple[str, float], # Method and sparsity
-    pruner: Pruner, # Prunes the job's model
-) -> Evaluation: # Method, sparsity and what was reached, without records
+def prune_noted(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner) -> Evaluation:
     "Prune for one cell, and keep the report, the time and the memory."
     with time_and_memory_noted(folder, f"{cell_name(*cell)}/prune", ready.model.device): report = pruner(*cell)
     save_report(folder, report, mask_fingerprint(ready.model))
@@ -654,9 +533,7 @@ def finish_cell(
 # %% ../../nbs/jobs/03_job.ipynb #c076
 log = logging.getLogger(__name__)
 
-def possible_cells(
-    ready: Ready, # The job
-) -> tuple[tuple[str, float], ...]: # (method, sparsity) of every cell that can be reached
+def possible_cells(ready: Ready) -> tuple[tuple[str, float], ...]:
     "The cells of a job without those whose method cannot prune so much."
     possible = []
     for method, sparsity in cells_of(ready.configuration):
@@ -691,11 +568,7 @@ def finish_cells(
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
 # %% ../../nbs/jobs/03_job.ipynb #c080
-def method_pruner(
-    ready: Ready, # The job
-    factors: dict[str, Factors], # From `factors_by_method`
-    folder: Path, # The run's folder, where measured budgets are kept
-) -> Pruner: # Prunes the job's model
+def method_pruner(ready: Ready, factors: dict[str, Factors], folder: Path) -> Pruner: # Prunes the job's model
     "How a job prunes: by the method's name, with its factors."
     def pruner(method: str, sparsity: float) -> PruneReport:
         given = Inputs(factors=factors.get(method), calibration=ready.calibration, store=folder/"budgets",

@@ -114,7 +114,7 @@ from cap_nb.core.registry import ADDED, LOADING, WORD, take_back
 from cap_nb.core.registry import TASKS
 from cap_nb.data.problems import SPLITS, Problem, Task, load_problems
 from cap_nb.evaluation import ANSWERS, LOOSE, NORMAL
-from cap_nb.jobs.costs import ASSUMED_TOKENS
+from cap_nb.jobs.planning import ASSUMED_TOKENS
 
 def existing_file(
     path: str | Path, # As the user wrote it; in a plugin relative to the plugin's folder

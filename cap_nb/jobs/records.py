@@ -17,10 +17,7 @@ from ..evaluation import AnswerRecord, LossRecord
 RECORD_FILES = {"answers": AnswerRecord, "losses": LossRecord} # Name of a file -> the records in it
 FROM_TEXT = {str: str, int: int, float: float, bool: "True".__eq__, str | None: lambda cell: cell or None}
 
-def records_as_text(
-    records: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of one kind
-    kind: type, # Which kind
-) -> str: # Comma-separated values below a header
+def records_as_text(records: Sequence[AnswerRecord] | Sequence[LossRecord], kind: type) -> str:
     "Records as a table of text, a line each; None is the empty cell, an output is a JSON string."
     table, names = io.StringIO(), [field.name for field in fields(kind)]
     rows, quoted = csv.writer(table, lineterminator="\n"), {"output"} & set(names)
@@ -32,10 +29,7 @@ def records_as_text(
     return table.getvalue()
 
 # %% ../../nbs/jobs/00_records.ipynb #c006
-def records_from_text(
-    text: str, # A table as `records_as_text` writes it
-    kind: type, # AnswerRecord or LossRecord
-) -> tuple: # Its records
+def records_from_text(text: str, kind: type) -> tuple: # Its records
     "Records read from a table of text; a table of another shape raises ValueError."
     table = csv.reader(io.StringIO(text))
     readers = {field.name: FROM_TEXT[field.type] for field in fields(kind)}
@@ -52,10 +46,7 @@ from ..core.files import (
 from ..evaluation import Evaluation, Perplexity
 
 # %% ../../nbs/jobs/00_records.ipynb #c011
-def evaluation_texts(
-    evaluation: Evaluation, # An evaluation
-    backend: str = "transformers", # What wrote the answers; the usual one is not named, as in older records
-) -> dict[str, str]: # Name of a file -> its contents
+def evaluation_texts(evaluation: Evaluation, backend: str = "transformers") -> dict[str, str]:
     "The files of an evaluation."
     about = {name: getattr(evaluation, name) for name in ("method", "sparsity", "reached")}
     if backend != "transformers": about["backend"] = backend
@@ -64,38 +55,26 @@ def evaluation_texts(
     about["sha256"] = {name: sha256_of_text(text) for name, text in tables.items()}
     return tables | {"evaluation.json": checked_text(about)}
 
-def perplexity_from(
-    about: dict | None, # A perplexity as JSON holds it
-) -> Perplexity | None: # The perplexity
+def perplexity_from(about: dict | None) -> Perplexity | None: # The perplexity
     "A perplexity from its fields."
     return about and Perplexity(**about | {"losses": tuple(about["losses"])})
 
 # %% ../../nbs/jobs/00_records.ipynb #c012
-def save_evaluation(
-    evaluation: Evaluation, # An evaluation
-    folder: str | Path, # Folder to make; must not exist, or be empty
-    backend: str = "transformers", # What wrote the answers
-) -> None:
+def save_evaluation(evaluation: Evaluation, folder: str | Path, backend: str = "transformers") -> None:
     "Write an evaluation's records; equal records give equal bytes. A folder in use raises `BadInput`."
     with whole_folder(folder) as part:
         for name, text in evaluation_texts(evaluation, backend).items():
             (part/name).write_text(text, encoding="utf-8", newline="")
 
 # %% ../../nbs/jobs/00_records.ipynb #c013
-def read_table(
-    folder: Path, # An evaluation's folder
-    name: str, # "answers" or "losses"
-    about: dict, # Contents of its evaluation.json
-) -> tuple: # Its records
+def read_table(folder: Path, name: str, about: dict) -> tuple: # Its records
     "The records of one file; one that is not as it was saved raises ValueError."
     text = (folder/f"{name}.csv").read_bytes().decode("utf-8")
     if sha256_of_text(text) != about["sha256"][f"{name}.csv"]: raise ValueError(f"{name}.csv is not as it was saved")
     return records_from_text(text, RECORD_FILES[name])
 
 # %% ../../nbs/jobs/00_records.ipynb #c014
-def load_evaluation(
-    folder: str | Path, # Folder that `save_evaluation` made
-) -> Evaluation: # The evaluation
+def load_evaluation(folder: str | Path) -> Evaluation: # The evaluation
     "Read an evaluation; a missing or damaged file raises `BadInput` that names it."
     folder = Path(folder)
     about = read_checked(folder/"evaluation.json")
@@ -112,10 +91,7 @@ def load_evaluation(
 GROWING = ("methods", "sparsities", "plugins") # What may be added to a finished run
 NAMES = ("name",) # What a model is called does not matter
 
-def settings_of(
-    configuration: dict, # A run's configuration, nested
-    above: str = "", # Where in the configuration this part stands
-) -> dict: # "calibration.n" -> 128, and so on: all that must be equal
+def settings_of(configuration: dict, above: str = "") -> dict:
     "A configuration as a flat table without names and without what may grow."
     flat = {}
     for key, value in configuration.items():
@@ -124,16 +100,11 @@ def settings_of(
     return flat
 
 # %% ../../nbs/jobs/00_records.ipynb #c021
-def shown(
-    value: object, # A setting
-) -> str: # As text, a fingerprint shortened
+def shown(value: object) -> str: # As text, a fingerprint shortened
     "A setting in a sentence."
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
-def differences(
-    one: dict, # A configuration
-    other: dict, # Another
-) -> tuple[str, ...]: # As in "calibration.n (128, now 64)"
+def differences(one: dict, other: dict) -> tuple[str, ...]: # As in "calibration.n (128, now 64)"
     "The settings in which two configurations differ."
     a, b = settings_of(one), settings_of(other)
     differ = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
@@ -149,12 +120,9 @@ from ..core.registry import check_additions
 # %% ../../nbs/jobs/00_records.ipynb #c026
 FORMAT = 3 # Of the folder; a later one that cannot read this one will say so
 PACKED = "records.parquet" # All records of a packed run
+REPORT = "report.html" # A run on one page
 
-def check_continues(
-    folder: Path, # The folder of a run that is there
-    kept: dict, # Its configuration
-    asked: dict, # What is asked for now
-) -> None:
+def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     "Raise `BadInput` unless a run can go on with what is asked."
     check_additions(kept.get("plugins", {}), str(folder))
     if differ := differences(kept, asked):
@@ -175,9 +143,7 @@ PIECES = {load_evaluation: ("chains/answers", "unfinished/[!.]*-*/[!.]*"),
           read_tensors: ("**/losses.safetensors", "attributions/[!.]*.safetensors", "factors/[!.]*.safetensors"),
           } # How a piece that can be made anew is read -> where such pieces lie
 
-def set_damaged_aside(
-    folder: Path, # A run's folder
-) -> None:
+def set_damaged_aside(folder: Path) -> None:
     "Set aside every damaged piece that can be made anew, and remove what earlier sessions left of finished cells."
     for path in sorted(folder.glob("evaluations/[!.]*")):
         if DAMAGED not in path.name: is_intact(path, load_evaluation)
@@ -189,9 +155,7 @@ def set_damaged_aside(
 
 
 # %% ../../nbs/jobs/00_records.ipynb #c030
-def put_in_order(
-    folder: Path, # A run's folder, of which this process has the lock
-) -> None:
+def put_in_order(folder: Path) -> None:
     "Before a run goes on: half-written files go, damaged pieces are set aside, what is lost for good is named."
     for part in [part for part in folder.rglob(".*.part") if HALF_WRITTEN.fullmatch(part.name)]:
         remove_leftovers(part.with_name(part.name[1:].rsplit(".", 2)[0]))
@@ -201,10 +165,7 @@ def put_in_order(
     set_damaged_aside(folder)
 
 # %% ../../nbs/jobs/00_records.ipynb #c031
-def open_run(
-    folder: str | Path, # The run's folder; made if it is not there
-    configuration: dict, # What is asked: settings, "methods" and "sparsities"
-) -> dict: # The configuration with methods and sparsities of earlier sessions
+def open_run(folder: str | Path, configuration: dict) -> dict:
     "Start or take up a run; a folder of another run, or of something else, raises `BadInput`."
     folder, asked = Path(folder), {"format": FORMAT} | configuration
     if (folder/"run.json").exists():
@@ -222,9 +183,7 @@ def open_run(
     return asked
 
 # %% ../../nbs/jobs/00_records.ipynb #c032
-def read_run(
-    folder: str | Path, # A run's folder
-) -> dict: # Its configuration
+def read_run(folder: str | Path) -> dict: # Its configuration
     "The configuration of a run; a folder that is none, or one of another format, raises `BadInput`."
     path = Path(folder)/"run.json"
     if not path.is_file():
@@ -255,18 +214,13 @@ def commit_of_package() -> str | None: # As in "3f2a9c1...", with "+changes" if 
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.CalledProcessError): return None # no git, or installed
 
-def device_name(
-    device: torch.device, # A device
-) -> str: # As in "x86_64", or the name of the GPU
+def device_name(device: torch.device) -> str: # As in "x86_64", or the name of the GPU
     "What the device calls itself."
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
 
 # %% ../../nbs/jobs/00_records.ipynb #c038
-def environment(
-    device: torch.device, # Where the model runs
-    note: str = "", # The user's note, such as what else was running
-) -> dict: # Versions, commit, device, threads, platform
+def environment(device: torch.device, note: str = "") -> dict: # Versions, commit, device, threads, platform
     "What the numbers of a session depend on besides its settings."
     device = torch.device(device)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "tokenizers")}
@@ -274,10 +228,7 @@ def environment(
     machine = {"device": device.type, "device_name": device_name(device), "threads": torch.get_num_threads()}
     return versions | package | machine | {"platform": platform.platform(), "note": note}
 
-def note_environment(
-    folder: str | Path, # A run's folder
-    session: dict, # What `environment` gave
-) -> None:
+def note_environment(folder: str | Path, session: dict) -> None:
     "Add a session's environment to the run, unless it is there already."
     path = Path(folder)/"environment.json"
     mend = "restore the file, or remove it: where earlier numbers came from is not known then"
@@ -292,9 +243,7 @@ from ..models.anatomy import projections
 from ..threshold import PruneReport
 
 # %% ../../nbs/jobs/00_records.ipynb #c042
-def mask_fingerprint(
-    model: nn.Module, # A causal language model of a known family
-) -> str: # 64 hexadecimal digits
+def mask_fingerprint(model: nn.Module) -> str: # 64 hexadecimal digits
     "SHA-256 over which weights in scope are zero, projection by projection."
     digest = hashlib.sha256()
     for p in projections(model):
@@ -303,16 +252,11 @@ def mask_fingerprint(
     return digest.hexdigest()
 
 # %% ../../nbs/jobs/00_records.ipynb #c046
-def cell_name(
-    method: str, # Name of the method
-    sparsity: float, # Sparsity asked for
-) -> str: # As in "cap-0.2", or "wanda@2of4-0.5"
+def cell_name(method: str, sparsity: float) -> str: # As in "cap-0.2", or "wanda@2of4-0.5"
     "The name of a method at a sparsity."
     return f"{method.replace(':', 'of')}-{sparsity!r}" # no colon: some file systems forbid it
 
-def read_report(
-    path: str | Path, # A file that `save_report` wrote
-) -> tuple[PruneReport, str]: # The report, and the fingerprint of the zeros
+def read_report(path: str | Path) -> tuple[PruneReport, str]: # The report, and the fingerprint of the zeros
     "Read a report; a missing or damaged one raises `BadInput`."
     kept = read_checked(path)
     with taken_as(path, "a report"):
@@ -320,11 +264,7 @@ def read_report(
         return PruneReport(**kept, table=table), mask
 
 # %% ../../nbs/jobs/00_records.ipynb #c047
-def save_report(
-    folder: str | Path, # A run's folder
-    report: PruneReport, # What the method did
-    mask: str, # Fingerprint of the zeros
-) -> None:
+def save_report(folder: str | Path, report: PruneReport, mask: str) -> None:
     "Keep a report; one that is there already must be of the same zeros, or `BadInput` is raised."
     name = cell_name(report.method, report.asked)
     path = Path(folder)/"reports"/f"{name}.json"
@@ -334,9 +274,7 @@ def save_report(
     write_checked(path, asdict(report) | {"mask": mask})
 
 # %% ../../nbs/jobs/00_records.ipynb #c050
-def together(
-    pieces: list[Evaluation], # Pieces of one cell, in order
-) -> Evaluation: # One evaluation
+def together(pieces: list[Evaluation]) -> Evaluation: # One evaluation
     "One evaluation from its pieces; pieces of different cells raise `BadInput`."
     cells = {(piece.method, piece.sparsity, piece.reached) for piece in pieces}
     if len(cells) != 1:
@@ -348,20 +286,11 @@ def together(
     return replace(pieces[0], answers=answers, losses=losses, perplexity=next(iter(perplexities), None))
 
 # %% ../../nbs/jobs/00_records.ipynb #c052
-def evaluation_folder(
-    folder: str | Path, # A run's folder
-    method: str, # Name of the method
-    sparsity: float, # Sparsity asked for
-) -> Path: # Where the finished evaluation lies
+def evaluation_folder(folder: str | Path, method: str, sparsity: float) -> Path: # Where the finished evaluation lies
     "The folder of a finished cell."
     return Path(folder)/"evaluations"/cell_name(method, sparsity)
 
-def piece_folder(
-    folder: str | Path, # A run's folder
-    method: str, # Name of the method
-    sparsity: float, # Sparsity asked for
-    piece: str, # Name of the piece, as in "accuracy-arc"
-) -> Path: # Where a finished piece lies until its cell is finished
+def piece_folder(folder: str | Path, method: str, sparsity: float, piece: str) -> Path:
     "The folder of a finished piece."
     return Path(folder)/"unfinished"/cell_name(method, sparsity)/piece
 
@@ -369,9 +298,7 @@ def piece_folder(
 from ..methods.prune import sparsities_of
 
 # %% ../../nbs/jobs/00_records.ipynb #c055
-def cells_of(
-    configuration: dict, # A run's configuration
-) -> tuple[tuple[str, float], ...]: # (method, sparsity) of every cell
+def cells_of(configuration: dict) -> tuple[tuple[str, float], ...]: # (method, sparsity) of every cell
     "All cells of a run: dense first, then sparsity by sparsity."
     methods = [method for method in configuration["methods"] if method != "dense"]
     runs = {method: sparsities_of(method, configuration["sparsities"]) for method in methods}
@@ -379,21 +306,13 @@ def cells_of(
     return (("dense", 0.0), *((method, s) for s in every for method in methods if s in runs[method]))
 
 # %% ../../nbs/jobs/00_records.ipynb #c058
-def note_time(
-    folder: str | Path, # A run's folder
-    stage: str, # As in "scoring" or "cap-0.2/accuracy-arc"
-    seconds: float, # Wall-clock seconds
-) -> None:
+def note_time(folder: str | Path, stage: str, seconds: float) -> None:
     "Add seconds to a stage of the run."
     path = Path(folder)/"timings.json"
     known = read_checked(path) if path.exists() else {}
     write_checked(path, known | {stage: round(known.get(stage, 0.0) + seconds, 3)})
 
-def note_memory(
-    folder: str | Path, # A run's folder
-    stage: str, # As in "scoring" or "cap-0.2/prune"
-    taken: int | None, # Bytes, from `memory_taken`; None is not noted
-) -> None:
+def note_memory(folder: str | Path, stage: str, taken: int | None) -> None:
     "Note the most memory that a stage of the run took beyond what was in use before it."
     path = Path(folder)/"memory.json"
     known = read_checked(path) if path.exists() else {}
@@ -429,18 +348,14 @@ class Records:
         with self.opened(name) as path: return reader(path)
 
 # %% ../../nbs/jobs/00_records.ipynb #c064
-NO_RECORDS = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED) # What else there is
+NO_RECORDS = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT) # All else
 
-def is_record(
-    inside: Path, # Path within a run's folder
-) -> bool: # Whether it belongs to the records
+def is_record(inside: Path) -> bool: # Whether it belongs to the records
     "Whether a file is a record, and not made from some, half written or damaged."
     if inside.parts[0] in NO_RECORDS: return False
     return not any(part.startswith(".") or DAMAGED in part for part in inside.parts)
 
-def live_records(
-    folder: Path, # The folder of a live run
-) -> Records: # What it recorded
+def live_records(folder: Path) -> Records: # What it recorded
     "The records of a run that has a file for each; a damaged evaluation raises `BadInput`."
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [name for name in names if is_record(name)]
@@ -462,10 +377,7 @@ COLUMNS = (
     | {field.name: ARROW[field.type] for kind in RECORD_FILES.values() for field in fields(kind)}
     | {"content": pa.binary()}) # Name of a column -> its type
 
-def evaluation_rows(
-    place: str, # Folder of the evaluation within the run
-    evaluation: Evaluation, # The evaluation
-) -> Iterator[dict]: # A row each; a column that is left out is empty
+def evaluation_rows(place: str, evaluation: Evaluation) -> Iterator[dict]:
     "An evaluation as rows of the table."
     for name, records in (("answer", evaluation.answers), ("loss", evaluation.losses)):
         yield from ({"record": name, "place": place} | vars(record) for record in records)
@@ -476,19 +388,14 @@ def evaluation_rows(
     yield {"record": "evaluation", "place": place, "content": json_text(about).encode()}
 
 # %% ../../nbs/jobs/00_records.ipynb #c069
-def records_table(
-    records: Records, # What a run recorded
-) -> pa.Table: # A row for each answer, loss, window, evaluation and file
+def records_table(records: Records) -> pa.Table: # A row for each answer, loss, window, evaluation and file
     "All records of a run as one table."
     rows = [row for place, evaluation in records.evaluations.items() for row in evaluation_rows(place, evaluation)]
     for name in records.files:
         rows.append({"record": "file", "place": name, "content": records.read(name, Path.read_bytes)})
     return pa.Table.from_pylist(rows, pa.schema(COLUMNS))
 
-def write_packed_records(
-    records: Records, # What a run recorded
-    path: Path, # Final name of the file
-) -> None:
+def write_packed_records(records: Records, path: Path) -> None:
     "Write all records of a run into one file, in which a value of a column of text is kept once."
     table, texts = records_table(records), [name for name, kind in COLUMNS.items() if kind == pa.string()]
     with whole_file(path) as part:
@@ -497,9 +404,7 @@ def write_packed_records(
             compression="zstd", compression_level=19)
 
 # %% ../../nbs/jobs/00_records.ipynb #c073
-def packed_records(
-    path: Path, # A file that `write_packed_records` wrote
-) -> Records: # What the run recorded
+def packed_records(path: Path) -> Records: # What the run recorded
     "The records of a packed run; a damaged file raises `BadInput`."
     try: rows = rows_of_parquet(path)
     except BadInput: raise
@@ -517,9 +422,7 @@ def packed_records(
     return Records(evaluations=evaluations, files=files)
 
 # %% ../../nbs/jobs/00_records.ipynb #c074
-def records_of(
-    folder: str | Path, # A run's folder
-) -> Records: # What it recorded
+def records_of(folder: str | Path) -> Records: # What it recorded
     "The records of a run, live or packed; a packed file that is not as it was written raises `BadInput`."
     folder = Path(folder)
     if not (folder/PACKED).exists(): return live_records(folder)
@@ -529,16 +432,11 @@ def records_of(
                    "wrote them; get them anew.")
 
 # %% ../../nbs/jobs/00_records.ipynb #c077
-def backend_in(
-    folder: Path, # A run's folder
-) -> str: # As in its settings
+def backend_in(folder: Path) -> str: # As in its settings
     "What wrote a run's answers."
     return read_run(folder).get("evaluation", {}).get("backend", "transformers")
 
-def record_hashes(
-    records: Records, # What a run recorded
-    backend: str = "transformers", # What wrote its answers
-) -> dict[str, str]: # Path within a live run's folder -> SHA-256 of the file
+def record_hashes(records: Records, backend: str = "transformers") -> dict[str, str]:
     "The SHA-256 of every record."
     hashes = {name: records.read(name, sha256_of_file) for name in records.files}
     for place, evaluation in records.evaluations.items():
@@ -546,12 +444,10 @@ def record_hashes(
         hashes |= {f"{place}/{name}": sha256_of_text(text) for name, text in texts.items()}
     return hashes
 
-def manifest(
-    folder: str | Path, # A run's folder
-) -> dict: # "made" and "made from", each: path within the folder -> SHA-256; and "packed", the packed file's
+def manifest(folder: str | Path) -> dict:
     "Which tables and pictures a run has, and the records that they were made from."
     folder, packed = Path(folder), Path(folder)/PACKED
-    made = [path for name in ("tables", "figures") for path in sorted((folder/name).glob("[!.]*"))]
+    made = [path for name in ("tables/[!.]*", "figures/[!.]*", REPORT) for path in sorted(folder.glob(name))]
     records = packed_records(packed) if packed.exists() else live_records(folder)
     return {"made": {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in made},
             "made from": record_hashes(records, backend_in(folder)) | {"run.json": sha256_of_file(folder/"run.json")},
@@ -562,18 +458,14 @@ import shutil
 from ..core.files import alone_in, check_no_links
 
 # %% ../../nbs/jobs/00_records.ipynb #c081
-def remove_live_records(
-    folder: Path, # The folder of a run that was packed
-) -> None:
+def remove_live_records(folder: Path) -> None:
     "Remove what the packed file holds, and the folders that are empty then."
     for path in sorted(folder.rglob("*"), reverse=True): # what is in a folder comes before the folder
         if path.is_dir() and not any(path.iterdir()): path.rmdir()
         elif path.is_file() and is_record(path.relative_to(folder)): path.unlink()
 
 # %% ../../nbs/jobs/00_records.ipynb #c082
-def is_packed(
-    folder: Path, # A run's folder
-) -> bool: # Whether its packed file is all that there is, or is known to be whole
+def is_packed(folder: Path) -> bool: # Whether its packed file is all that there is, or is known to be whole
     "Whether a run was packed, as far as its manifest; else the packed file is of a session that was killed there."
     if not (folder/PACKED).exists(): return False
     return not (folder/"evaluations").exists() or "packed" in read_checked(folder/"manifest.json")
@@ -625,10 +517,7 @@ SESSION = ("python", "torch", "transformers", "cap_nb", "device", "device_name",
 SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "budget", "evaluation",
             "plugins") # Parts worth a note
 
-def provenance_of(
-    configuration: dict, # Contents of run.json
-    sessions: Sequence[dict] = (), # Contents of environment.json
-) -> dict: # Heading -> what stands behind it
+def provenance_of(configuration: dict, sessions: Sequence[dict] = ()) -> dict: # Heading -> what stands behind it
     "The notes that belong below a run's table."
     notes = {key: configuration[key] for key in SETTINGS if key in configuration}
     kept = [{key: session[key] for key in SESSION if key in session} for session in sessions]
@@ -666,10 +555,7 @@ class Run:
         return provenance_of(self.configuration, self.sessions)
 
 # %% ../../nbs/jobs/00_records.ipynb #c096
-def cells_found(
-    configuration: dict, # A run's configuration
-    records: Records, # What it recorded
-) -> tuple[tuple[str, float], ...]: # (method, sparsity) of every cell that may be finished
+def cells_found(configuration: dict, records: Records) -> tuple[tuple[str, float], ...]:
     "The cells of a run; where a method's plugin is not loaded, those that were measured."
     try: return cells_of(configuration)
     except BadInput:

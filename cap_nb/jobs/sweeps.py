@@ -18,18 +18,11 @@ CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndTok
 REFUSED = {yaml.AnchorToken: "an anchor", yaml.AliasToken: "an alias", yaml.TagToken: "a tag",
            yaml.DirectiveToken: "a directive"}
 
-def mistake(
-    path: Path, # The file
-    line: int, # From 1
-    said: str, # What was wrong, expected, and to do
-) -> BadInput: # The error
+def mistake(path: Path, line: int, said: str) -> BadInput: # The error
     "A mistake in a line of a file."
     return BadInput(f"{path}, line {line}: {said}")
 
-def check_flat(
-    path: Path, # The file, for the sentence
-    text: str, # Its contents
-) -> None:
+def check_flat(path: Path, text: str) -> None:
     "Raise `BadInput` for what a file of options does not need; broken YAML raises YAMLError."
     depth = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
@@ -40,10 +33,7 @@ def check_flat(
                           "of values; write them out.")
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c006
-def composed(
-    path: Path, # A file of options
-    text: str, # Its contents
-) -> yaml.MappingNode: # Its nodes; nothing is constructed
+def composed(path: Path, text: str) -> yaml.MappingNode: # Its nodes; nothing is constructed
     "The nodes of a file of options; broken YAML, or something else than options, raises `BadInput`."
     try:
         check_flat(path, text)
@@ -58,9 +48,7 @@ def composed(
     return node
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c007
-def file_text(
-    path: Path, # A file of options
-) -> str: # Its contents
+def file_text(path: Path) -> str: # Its contents
     "A file's text; one that is too large, or no text, raises `BadInput`."
     with open(path, "rb") as file: content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
@@ -90,16 +78,12 @@ class Entry:
     line: int # Where it stands, from 1
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c014
-def scalar_text(
-    node: yaml.Node, # A node
-) -> str | None: # What one would write on the command line; None for null
+def scalar_text(node: yaml.Node) -> str | None: # What one would write on the command line; None for null
     "The text of a single value; anything else raises ValueError."
     if not isinstance(node, yaml.ScalarNode): raise ValueError("a list was found where a value was expected")
     return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
-def list_text(
-    node: yaml.Node, # A node
-) -> str | None: # What one would write on the command line
+def list_text(node: yaml.Node) -> str | None: # What one would write on the command line
     "The text of a value of a list option; what is neither value nor list of values raises ValueError."
     if not isinstance(node, yaml.SequenceNode): return scalar_text(node)
     texts = [scalar_text(item) for item in node.value]
@@ -107,10 +91,7 @@ def list_text(
     return ",".join(texts)
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c015
-def node_texts(
-    node: yaml.Node, # The value of an option
-    kind: str, # As in `Known`
-) -> tuple[str | None, ...]: # Each value as one would write it on the command line
+def node_texts(node: yaml.Node, kind: str) -> tuple[str | None, ...]:
     "The values that a file gives for an option; a value of the wrong shape raises ValueError."
     if isinstance(node, yaml.MappingNode): raise ValueError("options within an option were found")
     several = isinstance(node, yaml.SequenceNode)
@@ -150,12 +131,7 @@ class Config:
         return replace(self, entries=kept, overridden=options)
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c020
-def read_entry(
-    option: str, # Name of the option
-    node: yaml.Node, # Its value
-    known: Known, # What is known of it
-    line: int, # Where it stands, from 1
-) -> Entry: # The option with its values
+def read_entry(option: str, node: yaml.Node, known: Known, line: int) -> Entry: # The option with its values
     "An option of a file; a value that cannot be read raises `BadInput` or ValueError."
     texts = node_texts(node, known.kind)
     values = tuple(None if text is None else known.read(text) for text in texts)
@@ -164,10 +140,7 @@ def read_entry(
     return Entry(option=option, texts=texts, values=values, line=line)
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c021
-def read_config(
-    path: str | Path, # A file of options
-    known: Mapping[str, Known], # Every option that it may give, by its name with dashes
-) -> Config: # What it says
+def read_config(path: str | Path, known: Mapping[str, Known]) -> Config: # What it says
     "Read a file of options; the first mistake raises `BadInput` with its line."
     path, entries = Path(path), {}
     text = file_text(path)
@@ -191,26 +164,19 @@ import re
 # %% ../../nbs/jobs/08_sweeps.ipynb #c029
 MOST_RUNS = 1000 # Combinations of one sweep
 
-def value_name(
-    text: str | None, # A value as on the command line; None: left out
-) -> str: # As a part of a folder's name
+def value_name(text: str | None) -> str: # As a part of a folder's name
     "A value in the name of a folder: different values have different names."
     if text is None: return "default"
     plain = re.sub(r"[^A-Za-z0-9.,@+^~-]+", "-", text.replace(":", "of"))[:40]
     return plain if plain == text.replace(":", "of") != "default" else f"{plain}-{sha256_of_text(text)[:6]}"
 
-def combination_name(
-    varied: Mapping[str, str | None], # Option -> value, for the options that vary
-) -> str: # Name of a folder
+def combination_name(varied: Mapping[str, str | None]) -> str: # Name of a folder
     "The name of a combination."
     name = "_".join(f"{option}={value_name(text)}" for option, text in varied.items()) or "run"
     return name if len(name) <= 200 else f"{name[:190]}-{sha256_of_text(name)[:6]}"
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c030
-def combinations(
-    config: Config, # A file of options
-    known: Mapping[str, Known], # Every option
-) -> dict[str, dict[str, object]]: # Name -> field of the job's settings -> value; what is left out is missing
+def combinations(config: Config, known: Mapping[str, Known]) -> dict[str, dict[str, object]]:
     "Every combination of a file's values; too many raise `BadInput`."
     entries, named = [entry for entry in config.entries if known[entry.option].kind != "whole"], {}
     for count, picked in enumerate(itertools.product(*(range(len(entry.values)) for entry in entries))):
@@ -222,10 +188,7 @@ def combinations(
     return named
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c031
-def whole_options(
-    config: Config, # A file of options
-    known: Mapping[str, Known], # Every option
-) -> dict[str, object]: # Option of the whole sweep -> its value; what is left out is missing
+def whole_options(config: Config, known: Mapping[str, Known]) -> dict[str, object]:
     "What a file gives for the sweep as a whole."
     return {known[e.option].field: e.values[0] for e in config.entries
             if known[e.option].kind == "whole" and e.values[0] is not None}
@@ -237,19 +200,12 @@ from .settings import Job, changed
 from ..models.loading import load_model
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c036
-def said_of(
-    job: Job, # A job
-) -> str | None: # What is wrong with it; None: nothing that can be seen without its model
+def said_of(job: Job) -> str | None: # What is wrong with it; None: nothing that can be seen without its model
     "The first mistake in a job's settings."
     try: check_job(job)
     except BadInput as error: return str(error)
 
-def blamed(
-    config: Config, # A file of options
-    known: Mapping[str, Known], # Every option
-    name: str, # A combination that is refused
-    said: str, # Why
-) -> BadInput: # The error
+def blamed(config: Config, known: Mapping[str, Known], name: str, said: str) -> BadInput: # The error
     "A refused combination, by its line if one value alone is refused in the same words."
     for entry in config.entries:
         if known[entry.option].kind == "whole": continue
@@ -259,11 +215,7 @@ def blamed(
     return BadInput(f"{config.path}, {name}: {said}")
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c037
-def sweep_jobs(
-    config: Config, # A file of options
-    known: Mapping[str, Known], # Every option
-    base: Job, # Settings that the file does not give
-) -> dict[str, Job]: # Name of each combination -> its job
+def sweep_jobs(config: Config, known: Mapping[str, Known], base: Job) -> dict[str, Job]:
     "The jobs of a sweep; the first that is refused without its model raises `BadInput`."
     jobs = {name: changed(base, **settings) for name, settings in combinations(config, known).items()}
     for name, job in jobs.items():
@@ -271,11 +223,7 @@ def sweep_jobs(
     return jobs
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c039
-def check_ready(
-    config: Config, # A file of options
-    jobs: Mapping[str, Job], # Its jobs that are not finished
-    folder: Path, # The sweep's folder
-) -> None:
+def check_ready(config: Config, jobs: Mapping[str, Job], folder: Path) -> None:
     "Prepare every run, each model loaded once; the first that is refused raises `BadInput`."
     models = {name: (job.model.name, job.model.dtype, job.model.device) for name, job in jobs.items()}
     for wanted in dict.fromkeys(models.values()):
@@ -300,9 +248,7 @@ from .results import summary_rows
 # %% ../../nbs/jobs/08_sweeps.ipynb #c045
 PROJECT = "cap_nb" # What trackers call all runs together
 
-def check_tracker(
-    track: str | GeneralTracker | None, # Name of a tracker, or a tracker of one's own
-) -> None:
+def check_tracker(track: str | GeneralTracker | None) -> None:
     "Raise `BadInput` for a tracker that accelerate does not know, or that is not installed."
     if track is None or isinstance(track, GeneralTracker): return
     check_choice(track, LOGGER_TYPE_TO_CLASS, "tracker")
@@ -310,28 +256,21 @@ def check_tracker(
         raise BadInput(f"The tracker {track} is not installed: expected its package; run 'pip install {track}', or "
                        "leave --track out.")
 
-def tracked_settings(
-    configuration: dict, # A run's configuration
-) -> dict[str, str | float | int | bool]: # Place -> value, as trackers take it
+def tracked_settings(configuration: dict) -> dict[str, str | float | int | bool]: # Place -> value, as trackers take it
     "The settings of a run for a tracker: flat, lists as text, what is left out missing."
     flat = settings_of(configuration) | {name: configuration[name] for name in ("methods", "sparsities")}
     flat |= {"model.name": configuration["model"]["name"]}
     return {key: value if isinstance(value, (str, float, int, bool)) else ",".join(map(str, value))
             for key, value in flat.items() if value is not None}
 
-def tracked_numbers(
-    evaluation: Evaluation, # A finished cell
-) -> dict[str, float]: # As in "cap/accuracy/arc" -> 71.5
+def tracked_numbers(evaluation: Evaluation) -> dict[str, float]: # As in "cap/accuracy/arc" -> 71.5
     "The numbers of a cell for a tracker."
     numbers = {f"{evaluation.method}/{measure}/{task}": value for measure, task, value, *_ in summary_rows(evaluation)}
     return numbers | {f"{evaluation.method}/reached": evaluation.reached}
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c046
 @contextmanager
-def tracked(
-    track: str | GeneralTracker | None, # Name of a tracker, or a tracker of one's own; None: nothing is tracked
-    folder: Path, # The run's folder
-) -> Iterator[Follow | None]: # For `run_job`
+def tracked(track: str | GeneralTracker | None, folder: Path) -> Iterator[Follow | None]: # For `run_job`
     "Follow a run with a tracker for as long as the block runs; one that is not installed raises `BadInput`."
     check_tracker(track)
     started = []
@@ -356,18 +295,14 @@ from .records import GROWING
 # %% ../../nbs/jobs/08_sweeps.ipynb #c054
 INDEX, INDEX_FORMAT = "sweep.json", 1 # Name of the index; its format
 
-def job_settings(
-    job: Job, # A job
-) -> dict: # Field -> value, as JSON holds it
+def job_settings(job: Job) -> dict: # Field -> value, as JSON holds it
     "All settings of a job."
     values = {f.name: getattr(getattr(job, part.name), f.name) for part in fields(Job)
               for f in fields(part.default_factory)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #b7289464
-def is_index(
-    kept: object, # What a file holds, its checksum right
-) -> bool: # Whether it is the index of a sweep
+def is_index(kept: object) -> bool: # Whether it is the index of a sweep
     "Whether all that is needed is there, and of its kind."
     if not isinstance(kept, dict) or kept.get("format") != INDEX_FORMAT or not fits(kept.get("configs"), list[str]):
         return False
@@ -375,9 +310,7 @@ def is_index(
     return fits(kept.get("runs"), list[dict]) and all(
         fits(run.get(name), kind) for run in kept["runs"] for name, kind in kinds.items())
 
-def read_index(
-    folder: str | Path, # A sweep's folder
-) -> dict: # Its index
+def read_index(folder: str | Path) -> dict: # Its index
     "The index of a sweep; a folder that holds none raises `BadInput`."
     path = Path(folder)/INDEX
     mend = "restore the file, since no other one says what runs these are"
@@ -388,10 +321,7 @@ def read_index(
     return kept
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c055
-def goes_on(
-    kept: dict, # A run of the index
-    asked: dict | None, # The settings that are asked for now; None: it is not asked for
-) -> bool: # Whether it may go on
+def goes_on(kept: dict, asked: dict | None) -> bool: # Whether it may go on
     "Whether a run's settings are the same, but for methods and sparsities that were added."
     if asked is None: return False
     if kept["settings"].keys() - asked.keys(): return False # of another version
@@ -399,11 +329,7 @@ def goes_on(
                for name, value in kept["settings"].items())
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c056
-def new_index(
-    folder: Path, # The sweep's folder, which may not be there
-    config: Config, # The file of options
-    jobs: Mapping[str, Job], # Name of each combination -> its job
-) -> dict: # The index, runs that are finished marked so
+def new_index(folder: Path, config: Config, jobs: Mapping[str, Job]) -> dict:
     "The index of a sweep that begins or goes on; a folder of something else raises `BadInput`."
     used, asked, finished = [], {name: job_settings(job) for name, job in jobs.items()}, set()
     if folder.exists() and (not folder.is_dir() or not all(HALF_WRITTEN.fullmatch(p.name) for p in folder.iterdir())):
@@ -430,11 +356,7 @@ from .report import write_text
 from .results import results_frame
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c059
-def write_sweep_results(
-    config: Config, # The file of options
-    runs: Iterable[str], # Names of all combinations, in their order
-    folder: Path, # The sweep's folder
-) -> None:
+def write_sweep_results(config: Config, runs: Iterable[str], folder: Path) -> None:
     "Write the numbers of all runs as one table, with what varies as text."
     values = list(itertools.product(*(entry.texts for entry in config.varied)))
     varied = pd.DataFrame(values, index=list(runs), columns=[f"--{entry.option}" for entry in config.varied])

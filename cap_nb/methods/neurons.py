@@ -168,8 +168,7 @@ def neuron_factors(
 from ..calibration import Calibration
 from .resumed_scoring import score_heads
 from ..importance import importance_factors
-from .experts import ROUTING_AWARE, RoutingAware, routing_aware_factors
-from ..regions import Factors
+from .experts import ROUTING_AWARE, RoutingAware, UnitFactors, routing_aware_factors
 from ..scoring import HeadLosses, causal_scores
 
 # %% ../../nbs/methods/23_neurons.ipynb #c057
@@ -195,7 +194,7 @@ def unit_aware_factors(
     losses: HeadLosses | None = None, # The heads' table of losses on it; None computes it
     how: str = "paper", # Aggregation
     batch_tokens: int = 4096, # Padded tokens a batch
-) -> Factors: # Of heads, and of experts or neurons
+) -> UnitFactors: # Of heads, and of experts or neurons
     "Factors by name; an unknown name, or losses of other examples, raise `BadInput`."
     if check_choice(name, UNIT_AWARE, "attribution of units") in ROUTING_AWARE:
         return routing_aware_factors(model, name, calibration, losses, how, batch_tokens)
@@ -204,7 +203,8 @@ def unit_aware_factors(
         raise BadInput("The table of losses and the calibration set hold different examples: "
                        "expected the same, in the same order; score again.")
     heads, sizes = importance_factors(causal_scores(losses, how)), neuron_estimates(model, calibration, signed=False)
-    return Factors(heads=heads, neurons=neuron_factors(sizes, NEURON_AWARE[name].high), kept={"sizes": sizes})
+    return UnitFactors(
+        heads=heads, neurons=neuron_factors(sizes, NEURON_AWARE[name].high), kept={"sizes": sizes})
 
 # %% ../../nbs/methods/23_neurons.ipynb #f179f862
 from .sparsegpt import MadeOnce, MatrixSolver
@@ -225,8 +225,8 @@ def weighing(
 
 # %% ../../nbs/methods/23_neurons.ipynb #c063
 from ..core.errors import check_sparsity
+from .experts import check_neuron_factors
 from ..models.families import HOLDS
-from ..regions import check_neuron_factors
 from ..threshold import PruneReport, prune_report
 
 # %% ../../nbs/methods/23_neurons.ipynb #c064

@@ -273,7 +273,7 @@ def with_factors(
     if not parts.attribution: return inputs
     if inputs.factors is None: return replace(inputs, factors=unit_factors(model, parts.attribution, inputs))
     units = "neurons" if parts.attribution in NEURON_AWARE else "experts"
-    if parts.attribution in UNIT_AWARE and getattr(inputs.factors, units) is None:
+    if parts.attribution in UNIT_AWARE and getattr(inputs.factors, units, None) is None:
         raise BadInput(f"Attribution {parts.attribution!r} was given factors of heads alone: expected both, "
                        f"or neither; pass what unit_aware_factors returned, or leave the scores out.")
     return inputs

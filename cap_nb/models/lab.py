@@ -250,7 +250,19 @@ def add_gradients(
     for parameter, grad in zip(model.parameters(), grads):
         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
-# %% ../../nbs/models/06_lab.ipynb #c045
+# %% ../../nbs/models/06_lab.ipynb #2dbd61c7
+def step_optimizers(
+    parameters: Sequence[nn.Parameter], # Whose gradient is clipped, as one, to a norm of 1
+    optimizers: Sequence[torch.optim.Optimizer], # Of these parameters
+    factor: float, # What the learning rates are multiplied by
+) -> None:
+    "One step of every optimiser."
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups: group["lr"] = factor * group.setdefault("full_rate", group["lr"])
+        optimizer.step()
+        optimizer.zero_grad()
+
 def take_step(
     model: nn.Module, # The model
     both: Sequence, # Muon, AdamW
@@ -264,11 +276,7 @@ def take_step(
     for grads, mean in threads.map(lambda batch: gradients(model, batch, total, loss_of), batches):
         add_gradients(model, grads)
         means.append(mean)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in both:
-        for group in optimizer.param_groups: group["lr"] = factor * group.setdefault("full_rate", group["lr"])
-        optimizer.step()
-        optimizer.zero_grad()
+    step_optimizers(list(model.parameters()), both, factor)
     return means
 
 # %% ../../nbs/models/06_lab.ipynb #c047
@@ -285,57 +293,65 @@ class Kind:
 
 DENSE = Kind() # The lab model itself
 
-# %% ../../nbs/models/06_lab.ipynb #c049
+# %% ../../nbs/models/06_lab.ipynb #4d6c90f0
 import time
 from dataclasses import asdict
 from pathlib import Path
 from tqdm.auto import tqdm
-from cap_nb.core.files import (
-    check_inside, read_checked, read_checksums, read_json, read_tensors, taken_as, write_checked, write_json,
-    write_tensors)
+from ..core.files import read_checksums, read_json, read_tensors, taken_as, write_json, write_tensors
 
-# %% ../../nbs/models/06_lab.ipynb #c050
-def save_state(work: Path, model: nn.Module, both: Sequence, log: dict) -> None:
-    "Save a training. The JSON file names the tensors' file: a half-written state is never taken for a whole one."
-    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
-    for i, optimizer in enumerate(both):
+# %% ../../nbs/models/06_lab.ipynb #fc741dce
+STATE = "training.safetensors" # Name of the file of a training's state
+
+def save_state(
+    folder: Path, # Where the state lies
+    trained: dict[str, nn.Parameter], # What is trained, by name
+    optimizers: Sequence[torch.optim.Optimizer], # With what they remember
+    about: dict, # What the training follows from, and how far it is
+) -> None:
+    "Write the state of a training, whole or not at all."
+    tensors = {f"weight.{name}": parameter.detach().contiguous() for name, parameter in trained.items()}
+    for i, optimizer in enumerate(optimizers):
         for key, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}.{slot}": value.contiguous() for slot, value in slots.items()}
-    name = f"state-{log['step']}.safetensors"
-    write_tensors(work / name, tensors, {})
-    write_checked(work / "state.json", log | {"tensors": name})
-    for old in work.glob("state-*.safetensors"):
-        if old.name != name: old.unlink()
+    write_tensors(folder/STATE, tensors, about)
 
-# %% ../../nbs/models/06_lab.ipynb #c051
-def load_state(work: Path, model: nn.Module, both: Sequence) -> dict:
-    "Put a saved state back into model and optimisers, and return its log; a foreign one raises `BadInput`."
-    log = read_checked(work / "state.json")
-    with taken_as(work / "state.json", "the state of a training"), torch.no_grad():
-        tensors, _ = read_tensors(work / check_inside(log["tensors"], work / "state.json"))
-        for name, parameter in model.named_parameters(): parameter.copy_(tensors[f"model.{name}"])
-        for i, optimizer in enumerate(both):
+def read_state(
+    path: Path, # File of the state
+    follows_from: dict, # What the training follows from
+) -> tuple[dict[str, torch.Tensor], dict]: # Its tensors, and what it says
+    "Read the state of a training; a damaged one, or that of another training, raises `BadInput`."
+    try: tensors, about = read_tensors(path)
+    except BadInput:
+        raise BadInput(f"{path} is damaged: expected the state of a training; remove it and begin again.") from None
+    differ = [name for name in follows_from if about.get(name) != follows_from[name]]
+    if differ:
+        raise BadInput(f"{path} belongs to another training ({', '.join(differ)}): expected the same settings, model "
+                       "and examples; choose another folder or remove it.")
+    return tensors, about
+
+@torch.no_grad()
+def load_state(
+    folder: Path, # Where the state may lie
+    trained: dict[str, nn.Parameter], # What is trained, by name; changed in place
+    optimizers: Sequence[torch.optim.Optimizer], # Get back what they remembered
+    follows_from: dict, # What the training follows from
+) -> dict: # What the state says; empty where there is none
+    "Put the state of a training back into weights and optimisers."
+    if not (folder/STATE).exists(): return {}
+    tensors, about = read_state(folder/STATE, follows_from)
+    with taken_as(folder/STATE, "the state of a training"):
+        for name, parameter in trained.items(): parameter.copy_(tensors[f"weight.{name}"])
+        for i, optimizer in enumerate(optimizers):
             state = {}
             for name, value in tensors.items():
                 if not name.startswith(f"optimizer.{i}."): continue
                 _, _, key, slot = name.split(".", 3)
                 state.setdefault(int(key), {})[slot] = value
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return log
+    return about
 
-# %% ../../nbs/models/06_lab.ipynb #c057
-def opened_log(model: nn.Module, both: Sequence, recipe: Recipe, work: Path) -> dict:
-    "A new training's log, or the saved one with its state put back; a state by another recipe raises `BadInput`."
-    as_read = asdict(recipe) | {"batch": list(recipe.batch)} # JSON has no tuples
-    log = {"recipe": as_read, "step": 0, "seconds": 0.0, "sessions": 0, "loss": []}
-    if (work / "state.json").exists():
-        if read_checked(work / "state.json")["recipe"] != log["recipe"]:
-            raise BadInput(f"{work} holds a training by another recipe: expected steps, seed and sizes as they were; "
-                           "choose another folder or remove it.")
-        log = load_state(work, model, both)
-    return log | {"sessions": log["sessions"] + 1}
-
-# %% ../../nbs/models/06_lab.ipynb #c058
+# %% ../../nbs/models/06_lab.ipynb #8617aa1f
 def mean_losses(recent: list[list[float]]) -> dict[str, float]:
     "The mean loss of each task and of the text over some steps."
     return {name: sum(step[i] for step in recent) / len(recent) for i, name in enumerate([*TASKS, "text"])}
@@ -349,8 +365,10 @@ def train(
     save_every: int = 100, # Steps between two saves
 ) -> dict: # The log: mean loss of each task over every 50 steps
     "Train from the last state in `work`, or from the start."
-    both = kind.optimizers(model, recipe)
-    log = opened_log(model, both, recipe, work)
+    both, trained = kind.optimizers(model, recipe), dict(model.named_parameters())
+    recipe_read = {"recipe": asdict(recipe) | {"batch": list(recipe.batch)}} # JSON has no tuples
+    log = {"step": 0, "seconds": 0.0, "sessions": 0, "loss": []} | load_state(work, trained, both, recipe_read)
+    log = recipe_read | log | {"sessions": log["sessions"] + 1}
     start, before, recent = time.perf_counter(), log["seconds"], []
     steps = zip(range(log["step"], recipe.steps), training_batches(tokenizer, recipe, log["step"]))
     with one_core_each(kind.workers) as threads:
@@ -360,7 +378,7 @@ def train(
             if log["step"] % 50 == 0:
                 log["loss"].append({"step": log["step"]} | mean_losses(recent))
                 recent = []
-            if log["step"] % save_every == 0 or log["step"] == recipe.steps: save_state(work, model, both, log)
+            if log["step"] % save_every == 0 or log["step"] == recipe.steps: save_state(work, trained, both, log)
     return log
 
 # %% ../../nbs/models/06_lab.ipynb #c060
@@ -517,26 +535,6 @@ def train_lab(
     log |= {"evaluation": evaluation, "world": world_fingerprint()} | training_environment()
     save_checkpoint(folder, model.to(kind.stored), tokenizer, log)
     return log
-
-# %% ../../nbs/models/06_lab.ipynb #c078
-import argparse
-
-# %% ../../nbs/models/06_lab.ipynb #c079
-def main(
-    arguments: Sequence[str] | None = None, # As on the command line; None means the command line's own
-) -> None:
-    "The command `python -m cap_nb.models.lab`: train the lab model."
-    parser = argparse.ArgumentParser(prog="python -m cap_nb.models.lab",
-                                     description="Train the lab model; a stopped training continues where it was.")
-    parser.add_argument("--out", required=True, help="folder of the checkpoint; must not exist")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
-    given = parser.parse_args(arguments)
-    try: train_lab(given.out, given.steps, given.seed)
-    except BadInput as error: parser.exit(2, f"{error}\n")
-
-# %% ../../nbs/models/06_lab.ipynb #c080
-if __name__ == "__main__" and "__file__" in globals(): main() # A notebook is called __main__ too, but has no __file__
 
 # %% ../../nbs/models/06_lab.ipynb #c086
 from matplotlib.figure import Figure

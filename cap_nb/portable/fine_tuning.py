@@ -42,26 +42,22 @@ class HeldParameter:
         "Take what belongs to zeros out of a gradient, in place."
         zero_where(parameter.grad, self.zeros)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c011
-def held_parameter(
-    name: str, # Full name of a parameter
-    parameter: nn.Parameter, # The parameter
-) -> HeldParameter: # With its zeros
-    "Note where a parameter is zero."
-    zeros = parameter.detach() == 0
-    negative = zeros & parameter.detach().signbit()
-    return HeldParameter(name=name, parameter=parameter, zeros=zeros, negative=negative if negative.any() else None)
-
+# %% ../../nbs/portable/02_fine_tuning.ipynb #1e475d7b
 def held_parameters(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[HeldParameter, ...]: # Each parameter in scope once
     "Note where a model's projections are zero; a model without any zero there raises `BadInput`."
     scope = {p.parameter_name: p.parameter for p in projections(model)}
-    held = tuple(held_parameter(name, parameter) for name, parameter in scope.items())
+    held = []
+    for name, parameter in scope.items():
+        zeros = parameter.detach() == 0
+        negative = zeros & parameter.detach().signbit()
+        held.append(HeldParameter(name=name, parameter=parameter, zeros=zeros,
+                                  negative=negative if negative.any() else None))
     shrunk = "removed" in (getattr(model.config, "cap_nb", None) or {}) # nothing to hold, and something to recover
     if not shrunk and not any(each.zeros.any() for each in held):
         raise BadInput("The model's projections hold no zero: expected a pruned model; prune it first.")
-    return held
+    return tuple(held)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c012
 from ..methods.prune import prune
@@ -142,7 +138,7 @@ def check_settings(
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c042
 import random
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c043
+# %% ../../nbs/portable/02_fine_tuning.ipynb #81af7ed6
 def rate_factor(
     step: int, # From 0
     settings: FineTuning, # Steps and warm-up
@@ -151,14 +147,6 @@ def rate_factor(
     rising = max(1, round(settings.warmup * settings.steps))
     return min((step + 1) / rising, (settings.steps - step) / max(1, settings.steps - rising), 1.0)
 
-def order_of_pass(
-    number: int, # Of the pass over the examples, from 0
-    count: int, # Examples there are
-    seed: int, # Seed of all orders
-) -> list[int]: # Every index once
-    "The order of the examples in one pass over all of them."
-    return random.Random(f"{seed}/{number}").sample(range(count), count)
-
 def examples_of_step(
     step: int, # From 0
     count: int, # Examples there are
@@ -166,8 +154,8 @@ def examples_of_step(
 ) -> list[int]: # Indices of the examples
     "The examples of a step; a pass over all of them ends before the next one begins."
     places = range(step * settings.examples, (step + 1) * settings.examples)
-    passes = {place // count for place in places}
-    orders = {number: order_of_pass(number, count, settings.seed) for number in passes}
+    orders = {number: random.Random(f"{settings.seed}/{number}").sample(range(count), count)
+              for number in {place // count for place in places}}
     return [orders[place // count][place % count] for place in places]
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c046
@@ -269,22 +257,15 @@ def trained_by_rank(
         for module, names in orders.items(): put_in_order(module, names)
         for parameter, was in wanted: parameter.requires_grad_(was)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c061
+# %% ../../nbs/portable/02_fine_tuning.ipynb #5e95a4fa
+import math
 from dataclasses import asdict
 from pathlib import Path
+from tqdm.auto import tqdm
 from ..calibration import Calibration
-from ..core.files import read_tensors, taken_as, write_tensors
+from ..models.lab import STATE, load_state, save_state, step_optimizers
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c062
-STATE = "training.safetensors" # Name of the file of the state
-SLOTS = ("step", "exp_avg", "exp_avg_sq") # What AdamW remembers of a parameter
-
-def trained_parameters(
-    model: nn.Module, # A model that is being trained
-) -> dict[str, nn.Parameter]: # By name
-    "What the training changes."
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
+# %% ../../nbs/portable/02_fine_tuning.ipynb #1afc8a8d
 def adamw(
     trained: dict[str, nn.Parameter], # What is trained
     settings: FineTuning, # Learning rate and weight decay
@@ -295,97 +276,32 @@ def adamw(
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c063
-def save_training(
-    folder: Path, # Where the state lies
-    trained: dict[str, nn.Parameter], # What is trained, by name
-    optimiser: torch.optim.AdamW, # With its moments
-    about: dict, # What the training follows from
-    losses: list[float], # Loss of each step so far
-) -> None:
-    "Write the state of a training, whole or not at all."
-    tensors = {f"weight.{name}": parameter.detach() for name, parameter in trained.items()}
-    for name, parameter in trained.items():
-        tensors |= {f"{slot}.{name}": optimiser.state[parameter][slot] for slot in SLOTS}
-    write_tensors(folder/STATE, tensors, about | {"losses": losses})
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c064
-def read_training(
-    path: Path, # File of the state
-    about: dict, # What the training follows from
-) -> tuple[dict[str, torch.Tensor], list[float]]: # Its tensors, and the loss of each step so far
-    "Read the state of a training; a damaged one, or that of another training, raises `BadInput`."
-    try: tensors, known = read_tensors(path)
-    except BadInput:
-        raise BadInput(f"{path} is damaged: expected the state of a training; remove it and begin again.") from None
-    differ = [name for name in about if known.get(name) != about[name]]
-    if differ:
-        raise BadInput(f"{path} belongs to another training ({', '.join(differ)}): expected the same settings, model "
-                       "and examples; choose another folder or remove it.")
-    with taken_as(path, "the state of a training"): return tensors, known["losses"]
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c065
-@torch.no_grad()
-def load_training(
-    folder: Path, # Where the state may lie
-    trained: dict[str, nn.Parameter], # What is trained, by name; changed in place
-    optimiser: torch.optim.AdamW, # Gets its moments
-    about: dict, # What the training follows from
-) -> list[float]: # Loss of each step so far; empty where there is no state
-    "Put the state of a training back into weights and optimiser."
-    if not (folder/STATE).exists(): return []
-    tensors, losses = read_training(folder/STATE, about)
-    for name, parameter in trained.items():
-        parameter.copy_(tensors[f"weight.{name}"])
-        moments = {slot: tensors[f"{slot}.{name}"].to(parameter.device) for slot in SLOTS[1:]}
-        optimiser.state[parameter] = {"step": tensors[f"step.{name}"]} | moments
-    return losses
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c067
-import math
-from tqdm.auto import tqdm
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c068
-def take_step(
-    model: nn.Module, # The model
-    optimiser: torch.optim.AdamW, # Of all that is trained
-    examples: Sequence[Example], # The examples of the step
-    step: int, # From 0
-    settings: FineTuning, # Learning rate and batches
-) -> float: # Mean loss before the step
-    "One step of AdamW, its gradient clipped to a norm of 1; a loss that is not finite raises `BadInput`."
-    loss = add_gradients(model, examples, settings.batch_tokens)
-    if not math.isfinite(loss):
-        raise BadInput(f"The loss of step {step + 1} is not a finite number: expected a training that converges; lower "
-                       "the learning rate.")
-    torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
-    for group in optimiser.param_groups: group["lr"] = settings.lr * rate_factor(step, settings)
-    optimiser.step()
-    optimiser.zero_grad()
-    return loss
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c069
 def train_on(
     model: nn.Module, # The model, inside of the block in which it is trained
     examples: Sequence[Example], # All examples
     settings: FineTuning, # How it is trained
-    about: dict, # What the training follows from
+    follows_from: dict, # What else the training follows from
     folder: Path | None, # Where the state is kept; None keeps none
     save_every: int, # Steps between two saves
-) -> tuple[float, ...]: # Loss of each step
-    "Train from the last state that was kept, or from the start."
-    trained = trained_parameters(model)
+) -> tuple[float, ...]: # Loss of each step, before the step
+    "Train from the last state that was kept, or from the start; a loss that is not finite raises `BadInput`."
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimiser = adamw(trained, settings)
-    losses = load_training(folder, trained, optimiser, about) if folder else []
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    losses = load_state(folder, trained, [optimiser], follows_from).get("losses", []) if folder else []
     for step in tqdm(range(len(losses), settings.steps), desc="training"):
         chosen = [examples[index] for index in examples_of_step(step, len(examples), settings)]
-        losses.append(take_step(model, optimiser, chosen, step, settings))
+        losses.append(add_gradients(model, chosen, settings.batch_tokens))
+        if not math.isfinite(losses[-1]):
+            raise BadInput(f"The loss of step {step + 1} is not a finite number: expected a training that converges; "
+                           "lower the learning rate.")
+        step_optimizers(parameters, [optimiser], rate_factor(step, settings))
         if folder and (step + 1 == settings.steps or (step + 1) % save_every == 0):
-            save_training(folder, trained, optimiser, about, losses)
+            save_state(folder, trained, [optimiser], follows_from | {"losses": losses})
     return tuple(losses)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c071
-from contextlib import AbstractContextManager, nullcontext
+# %% ../../nbs/portable/02_fine_tuning.ipynb #49d1adf5
+from contextlib import nullcontext
 from ..core.files import alone_in
 from ..models.loading import check_all_here, model_fingerprint
 
@@ -401,7 +317,7 @@ class Recovery:
     weights: int # Weights in scope
     losses: tuple[float, ...] # Mean loss of the examples of each step, before the step, in nats
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c073
+# %% ../../nbs/portable/02_fine_tuning.ipynb #67d379a7
 @contextmanager
 def in_evaluation_mode(
     model: nn.Module, # A model
@@ -412,14 +328,7 @@ def in_evaluation_mode(
     try: yield
     finally: model.train(was_training)
 
-def way_of_training(
-    model: nn.Module, # A pruned model
-    settings: FineTuning, # With a rank or without
-) -> AbstractContextManager[None]: # The block in which it is trained
-    "All weights that are not zero, or low-rank changes."
-    return trained_in_full(model) if settings.rank is None else trained_by_rank(model, settings.rank, settings.seed)
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c074
+# %% ../../nbs/portable/02_fine_tuning.ipynb #6284131a
 @validate_arguments
 def recover(
     model: nn.Module, # A pruned causal language model of a known family; changed in place
@@ -433,7 +342,9 @@ def recover(
     check_all_here(model)
     held, before, folder = held_parameters(model), model_fingerprint(model), folder and Path(folder)
     about = {"settings": asdict(settings), "model": before, "calibration": calibration.fingerprint}
-    with alone_in(folder) if folder else nullcontext(), in_evaluation_mode(model), way_of_training(model, settings):
+    if settings.rank is None: trained = trained_in_full(model)
+    else: trained = trained_by_rank(model, settings.rank, settings.seed)
+    with alone_in(folder) if folder else nullcontext(), in_evaluation_mode(model), trained:
         losses = train_on(model, calibration.examples, settings, about, folder, save_every)
     return Recovery(
         settings=settings, before=before, after=model_fingerprint(model), calibration=calibration.fingerprint,

@@ -111,12 +111,12 @@ from torch import nn
 from ..core.errors import BadInput, validate_arguments
 from ..core.files import check_sealed, read_object, sealed, whole_file
 
-# %% ../../nbs/portable/04_sharing.ipynb #c022
-def after(
+# %% ../../nbs/portable/04_sharing.ipynb #388af6e4
+def with_earlier(
     record: dict, # Of this pruning
     before: dict | None, # Of an earlier one
 ) -> dict: # Of both
-    "A record that keeps the one before it, with a checksum."
+    "A record that keeps the earlier one, with a checksum."
     return sealed(record | {"before": before} if before else record)
 
 def note_on_model(
@@ -124,7 +124,7 @@ def note_on_model(
     record: dict, # From `pruning_record`
 ) -> None:
     "Set a record on a model's configuration, so that whatever saves the model saves it too."
-    setattr(model.config, KEY, after(record, getattr(model.config, KEY, None)))
+    setattr(model.config, KEY, with_earlier(record, getattr(model.config, KEY, None)))
 
 def note_in_folder(
     folder: Path, # A pruned checkpoint
@@ -132,7 +132,7 @@ def note_in_folder(
 ) -> None:
     "Write a record into a folder's config.json, whole or not at all."
     settings = read_object(folder/"config.json")
-    settings[KEY] = after(record, settings.get(KEY))
+    settings[KEY] = with_earlier(record, settings.get(KEY))
     with whole_file(folder/"config.json") as part:
         part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -194,16 +194,16 @@ def zeros_of_folder(
 from ..jobs.tables import markdown_rows
 from ..threshold import zero_shares
 
-# %% ../../nbs/portable/04_sharing.ipynb #c045
+# %% ../../nbs/portable/04_sharing.ipynb #87935614
 def layer_table(
     report: PruneReport, # From `zeros_of_folder`
 ) -> str: # A table in Markdown, per cent
     "Sparsity by layer and role."
     (roles, shares), layers = zero_shares(report), dict.fromkeys(row[0] for row in report.table)
     def share(rows: list) -> float: return sum(row[3] for row in rows) / sum(row[4] for row in rows)
-    rows = [[f"{layer}", share([row for row in report.table if row[0] == layer]), *of_roles]
-            for layer, of_roles in zip(layers, shares.tolist())]
-    lines = [[name, *("-" if np.isnan(s) else f"{100 * s:.1f}" for s in numbers)] for name, *numbers in rows]
+    numbers = {layer: [share([row for row in report.table if row[0] == layer]), *of_roles]
+               for layer, of_roles in zip(layers, shares.tolist())}
+    lines = [[f"{layer}", *("-" if np.isnan(s) else f"{100 * s:.1f}" for s in row)] for layer, row in numbers.items()]
     return markdown_rows(["Layer", "all", *roles], lines)
 
 # %% ../../nbs/portable/04_sharing.ipynb #c048
@@ -237,22 +237,13 @@ def cell_for(
                        f"has ({there or 'none'}); evaluate this one with 'cap run', or leave --run out.")
     return (*(e for e in run.evaluations if e.method == "dense"), *cell)
 
-# %% ../../nbs/portable/04_sharing.ipynb #c050
-def has_zeros(
-    record: dict, # What the folder says of itself
-    run: Run, # A finished run
-    mask: str, # Fingerprint of the folder's zeros
-) -> bool: # Whether the run measured these very zeros
-    "Whether the run's cell and the folder have the same zeros."
-    return any(theirs == mask for report, theirs in run.reports if is_of(record, report.method, report.asked))
-
 # %% ../../nbs/portable/04_sharing.ipynb #c053
 from huggingface_hub import ModelCardData
 
-# %% ../../nbs/portable/04_sharing.ipynb #c054
+# %% ../../nbs/portable/04_sharing.ipynb #3369e73f
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-def called(
+def with_hub_id(
     record: dict, # What the folder says of itself
     base_model: str | None, # Id of the base on the hub; None leaves its name
 ) -> dict: # The record, its base under that id
@@ -275,16 +266,8 @@ def front_matter(
 from ..analysis import method_table
 from ..jobs.tables import table_markdown, value_text
 
-# %% ../../nbs/portable/04_sharing.ipynb #c058
-def licence_line(
-    folder: Path, # The pruned folder
-    base: dict, # From `base_record`
-) -> str: # As in "apache-2.0, as its card says"
-    "What is known of the licence of the base."
-    stated = ", ".join(base[key] for key in LICENCE if key in base)
-    files = ", ".join(sorted(path.name for path in folder.glob("LICENSE*")))
-    if stated: return f"{stated}, as its card says"
-    return f"see {files} in this folder" if files else "its card named none, or there was no card; look at the base"
+# %% ../../nbs/portable/04_sharing.ipynb #a967ff0d
+OWN_LINE = {*ALWAYS, *OF_REPORT, "scope", "ties", "calibration", "scores", "before"} # Entries with a line of their own
 
 def per_cent(
     share: float, # In [0, 1]
@@ -292,18 +275,7 @@ def per_cent(
     "A share in per cent."
     return f"{100 * share:.2f} %"
 
-def sparsity_line(
-    record: dict, # What the folder says of itself
-    report: PruneReport, # What was counted in its weights
-) -> str: # Sparsity asked for, and counted
-    "What was asked for, and what is there."
-    return (f"{per_cent(record['asked'])} asked, {per_cent(report.reached)} counted in the weights ({report.zeros:,} "
-            f"of {report.weights:,}; projections of attention and MLP, no embeddings, norms, biases or head)")
-
-# %% ../../nbs/portable/04_sharing.ipynb #c059
-KNOWN = {*ALWAYS, *OF_REPORT, "scope", "ties", "calibration", "scores", "before"} # Entries with a line of their own
-
-def facts(
+def summary_lines(
     folder: Path, # The pruned folder
     record: dict, # What it says of itself
     report: PruneReport, # What was counted in its weights
@@ -311,15 +283,23 @@ def facts(
     "What was pruned, and how."
     base, before = record["base"], record.get("before")
     about = {name: base[name] for name in ("commit", "fingerprint") if name in base}
+    stated = ", ".join(base[key] for key in LICENCE if key in base)
+    files = ", ".join(sorted(path.name for path in folder.glob("LICENSE*")))
+    if stated: licence = f"{stated}, as its card says"
+    elif files: licence = f"see {files} in this folder"
+    else: licence = "its card named none, or there was no card; look at the base"
     lines = {
-        "Base": f"{base['name']}, {value_text(about)}", "Licence of the base": licence_line(folder, base),
+        "Base": f"{base['name']}, {value_text(about)}", "Licence of the base": licence,
         "Method": f"`{record['method']}`: {record['says']}", "Source": record["source"],
-        "Sparsity": sparsity_line(record, report), "Scope": record.get("scope"), "Ties": record.get("ties"),
+        "Sparsity": f"{per_cent(record['asked'])} asked, {per_cent(report.reached)} counted in the weights "
+                    f"({report.zeros:,} of {report.weights:,}; projections of attention and MLP, no embeddings, norms, "
+                    "biases or head)",
+        "Scope": record.get("scope"), "Ties": record.get("ties"),
         "Calibration set": "calibration" in record and value_text(record["calibration"]),
         "Table of losses": "scores" in record and value_text(record["scores"]),
         "Pruned before": before and f"by {before['method']}, to {per_cent(before['asked'])}",
         "Made with": f"cap_nb {record['version']}"}
-    lines |= {name.capitalize(): value_text(value) for name, value in record.items() if name not in KNOWN}
+    lines |= {name.capitalize(): value_text(value) for name, value in record.items() if name not in OWN_LINE}
     return "".join(f"- {name}: {line}\n" for name, line in lines.items() if line)
 
 # %% ../../nbs/portable/04_sharing.ipynb #c062
@@ -337,7 +317,7 @@ its base. `cap export` packs a folder into one bit a weight and the weights that
 back, byte for byte."""
 CHANGED = "**The weights were changed after the pruning: it left {:,} zeros, and now there are {:,}.**"
 
-# %% ../../nbs/portable/04_sharing.ipynb #c063
+# %% ../../nbs/portable/04_sharing.ipynb #82a28edc
 def measured_section(
     record: dict, # What the folder says of itself
     mask: str, # Fingerprint of its zeros
@@ -349,10 +329,11 @@ def measured_section(
     table = table_markdown(method_table(cell_for(record, run, name)), run.provenance | {"model": model})
     same = "exactly the zeros of this folder (the weights that stay were not compared)"
     other = "the same sparsity by the same method, but not to exactly these zeros: another calibration set or machine"
-    return f"## Measured\n\nThe run pruned to {same if has_zeros(record, run, mask) else other}.\n\n{table.rstrip()}"
+    masks = [theirs for report, theirs in run.reports if is_of(record, report.method, report.asked)]
+    return f"## Measured\n\nThe run pruned to {same if mask in masks else other}.\n\n{table.rstrip()}"
 
-# %% ../../nbs/portable/04_sharing.ipynb #c064
-def beginning(
+# %% ../../nbs/portable/04_sharing.ipynb #7f899258
+def title_of(
     record: dict, # What the folder says of itself
     report: PruneReport, # What was counted in its weights
 ) -> str: # Markdown
@@ -360,19 +341,12 @@ def beginning(
     share, done = report.reached, "zero"
     if "removed" in record: share, done = record["removed"] / (record["removed"] + record["weights"]), "cut out"
     title = f"# {record['base']['name'].split('/')[-1]}, {per_cent(share)} of its projections' weights {done}"
-    if report.zeros == record["zeros"]: return title
-    return f"{title}\n\n{CHANGED.format(record['zeros'], report.zeros)}"
-
-def layers_section(
-    report: PruneReport, # What was counted in the weights
-) -> str: # Markdown
-    "Sparsity by layer, with its heading."
-    return f"## Sparsity by layer\n\nPer cent, counted in the weights.\n\n{layer_table(report).rstrip()}"
+    return title if report.zeros == record["zeros"] else f"{title}\n\n{CHANGED.format(record['zeros'], report.zeros)}"
 
 # %% ../../nbs/portable/04_sharing.ipynb #c065
 from .format import MANIFEST
 
-# %% ../../nbs/portable/04_sharing.ipynb #c066
+# %% ../../nbs/portable/04_sharing.ipynb #48e0138f
 @validate_arguments
 def model_card(
     folder: str | Path, # Folder of a pruned checkpoint, which says how it was pruned
@@ -380,16 +354,18 @@ def model_card(
     base_model: str | None = None, # Id of the base on the hub; None takes the name that the folder gives
 ) -> str: # Markdown with front matter
     "A model card (Mitchell et al. 2019) from what a folder says of itself and the zeros counted in its weights."
-    folder, record = Path(folder), called(read_record(folder), base_model)
+    folder, record = Path(folder), with_hub_id(read_record(folder), base_model)
     if (folder/MANIFEST).is_file():
         raise BadInput(f"{folder} is packed: expected the folder of a checkpoint; restore it first, or write the card "
                        "before 'cap export', which takes it along.")
-    kept = load_run(run) if run else None
-    if kept: cell_for(record, kept, str(run)) # refused before the weights are read
+    measured = load_run(run) if run else None
+    if measured: cell_for(record, measured, str(run)) # refused before the weights are read
     report, mask = zeros_of_folder(folder, record["method"], record["asked"])
-    parts = [f"{front_matter(record['base'])}\n{beginning(record, report)}", facts(folder, record, report).rstrip()]
-    if kept: parts.append(measured_section(record, mask, kept, str(run)))
-    parts += [layers_section(report), LOADING.format(name=folder.resolve().name)]
+    parts = [f"{front_matter(record['base'])}\n{title_of(record, report)}",
+             summary_lines(folder, record, report).rstrip()]
+    if measured: parts.append(measured_section(record, mask, measured, str(run)))
+    parts.append(f"## Sparsity by layer\n\nPer cent, counted in the weights.\n\n{layer_table(report).rstrip()}")
+    parts.append(LOADING.format(name=folder.resolve().name))
     if "removed" not in record: parts.append(ZEROS)
     return "\n\n".join(parts) + "\n"
 
@@ -471,7 +447,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-# %% ../../nbs/portable/04_sharing.ipynb #c084
+# %% ../../nbs/portable/04_sharing.ipynb #366b0e78
 @contextmanager
 def hub_errors_reported(
     repository: str, # owner/name
@@ -479,8 +455,8 @@ def hub_errors_reported(
     "Turn what goes wrong with the hub into `BadInput`."
     try: yield
     except (OSError, HTTPError) as error:
-        said = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".:")
-        raise BadInput(f"{repository} could not be written ({type(error).__name__}: {said}): expected the hub within "
+        reason = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".:")
+        raise BadInput(f"{repository} could not be written ({type(error).__name__}: {reason}): expected the hub within "
                        "reach and a token that may write there; check the network and 'hf auth whoami'.") from error
 
 def check_repository(

@@ -40,7 +40,7 @@ from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.models.decoding import Decoding, generate_greedy
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.evaluation import perplexity
-from cap_nb.jobs.costs import PUBLISHED, lengths_of
+from cap_nb.jobs.planning import PUBLISHED, lengths_of
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import anatomy
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint

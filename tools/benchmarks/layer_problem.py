@@ -32,7 +32,7 @@ from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput
 from cap_nb.core.memory import memory_taken
 from cap_nb.data.prompts import IGNORED, Example
-from cap_nb.jobs.costs import PUBLISHED
+from cap_nb.jobs.planning import PUBLISHED
 from cap_nb.methods.joint import joint_update
 from cap_nb.methods.prune import prune
 from cap_nb.methods.prune import recovered_weight

@@ -26,11 +26,11 @@ from transformers import AutoConfig
 from cap_nb.core.errors import BadInput
 from cap_nb.methods.devices import joined
 from cap_nb.methods.resumed_scoring import score_heads
-from cap_nb.jobs.costs import ExampleLength, batch_shapes, flops_of, lengths_of, resumed_work, sizes_of
-from cap_nb.jobs.scale import Claimer, claims, unit_flops
+from cap_nb.jobs.planning import ExampleLength
 from cap_nb.models.loading import model_fingerprint
 from tools.benchmarks.scaling import shape
-from tools.side_by_side import examples_of_lengths, measured_case, random_model, range_text, wanted_text
+from tools.side_by_side import (
+    counted_work, examples_of_lengths, measured_case, random_model, range_text, wanted_text)
 
 # Each process makes the model anew from the seed; the clock runs from the moment when all have it to the moment when the
 # first one has the whole table. One process keeps its units in a folder too. The bytes of the saved table are compared.
@@ -88,12 +88,12 @@ def together(count, sizes, context="spawn"):
 
 
 def predicted(sizes, count):
-    "The efficiency that the operations allow: the intact walk is not shared, and someone has the last unit."
+    "The efficiency that the operations allow: the masked passes are shared, and every process walks the intact model."
     model, examples = scored(**sizes)
-    counted, batches = sizes_of(model.config, "made", "here"), batch_shapes(lengths_of(examples), sizes["tokens"])
-    whole, units = flops_of(resumed_work(counted, batches), counted), unit_flops(counted, batches)
-    busiest = claims(units, [Claimer()] * count)[0] + whole - sum(units)
-    return {"model": model_fingerprint(model), "calibration": examples.fingerprint, "predicted": whole / (count * busiest)}
+    every = [(layer, head) for layer in range(sizes["layers"]) for head in range(model.config.num_attention_heads)]
+    alone, whole = (counted_work(model, examples, sizes["tokens"], heads)["resumed"] for heads in ((), every))
+    predicted = whole / (count * alone + whole - alone)
+    return {"model": model_fingerprint(model), "calibration": examples.fingerprint, "predicted": predicted}
 
 
 def processes_case(path, repeats=5, sizes=sizes, same=(4, 8), context="spawn"):

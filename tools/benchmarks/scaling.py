@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig
 
 from cap_nb.methods.resumed_scoring import score_heads
-from cap_nb.jobs.costs import ExampleLength, sizes_of
+from cap_nb.jobs.planning import ExampleLength
 from tools.side_by_side import (
     balanced_heads,
     counted_work,
@@ -65,7 +65,7 @@ def point(layers, heads, tokens, examples, chosen=None, shape=shape):
     )
     sample = balanced_heads(layers, model.config.num_attention_heads, chosen or layers, heads)
     whole, intact = (
-        counted_work(sizes_of(model.config, "made", "here"), calibration, 4096, scored)["resumed"]
+        counted_work(model, calibration, 4096, scored)["resumed"]
         for scored in (sample, ())
     )
     return lambda scored=sample: score_heads(model, calibration, 4096, heads=scored), whole - intact

@@ -29,7 +29,7 @@ from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.data.prompts import IGNORED
 from cap_nb.methods.resumed_scoring import after_prefix, masked_prefix, prepare_batch, score_heads, shared_prefix
 from cap_nb.importance import importance_factors
-from cap_nb.jobs.costs import PUBLISHED, ExampleLength, batch_shapes, lengths_of
+from cap_nb.jobs.planning import PUBLISHED, ExampleLength, batch_shapes, lengths_of
 from cap_nb.methods.screening import screen_heads, screened_scores
 from cap_nb.models.anatomy import anatomy, decoder_layers, output_projection
 from cap_nb.models.loading import bfloat16_gain, load_model, model_cache, model_fingerprint

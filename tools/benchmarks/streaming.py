@@ -29,9 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import sha256_of_file, sha256_of_text, stored_tensors
-from cap_nb.jobs.costs import PUBLISHED
-from cap_nb.methods.streaming import SHARD_INDEX, open_checkpoint
-from cap_nb.models.anatomy import projections
+from cap_nb.jobs.planning import PUBLISHED
+from cap_nb.methods.streaming import SHARD_INDEX, open_checkpoint, prune_checkpoint
+from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.portable.format import PACKED
 from tools.side_by_side import in_own_process, measured_case, measured_rounds, read_cases
 
@@ -94,12 +94,31 @@ def fresh(function, src, dst, peaks, name, **given):
     return seconds
 
 
+def copied_to_disk(src, dst):
+    "Copy a folder, and wait until the disk has it."
+    shutil.copytree(src, dst)
+    for file in Path(dst).iterdir():
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
+
+
+def pruned_by_made_numbers(src, dst, sparsity, method):
+    "Prune by CAP with random factors between 1 and 10, or by Wanda with random norms between 1 and 2."
+    rng, model = torch.Generator().manual_seed(0), open_checkpoint(src).model
+    if method == "cap":
+        sizes = anatomy(model)
+        prune_checkpoint(src, dst, sparsity, 1 + 9 * torch.rand(sizes.layers, sizes.heads, generator=rng))
+    else:
+        norms = {p.name: 1 + torch.rand(p.weight.shape[1], generator=rng) for p in projections(model)}
+        prune_checkpoint(src, dst, sparsity, method="wanda", norms=norms)
+
+
 def streaming_sides(src, dst, peaks, method="cap", sparsity=0.2):
-    here, made = "tools.side_by_side", {"cap": "factors", "wanda": "norms"}[method]
+    here, asked = "tools.benchmarks.streaming", dict(sparsity=sparsity, method=method)
     return {
         "copy": lambda: fresh("shutil:copytree", src, dst, peaks, "copy"),
         "copy to disk": lambda: fresh(f"{here}:copied_to_disk", src, dst, peaks, "copy to disk"),
-        "prune": lambda: fresh(f"{here}:pruned_by_made_{made}", src, dst, peaks, "prune", sparsity=sparsity),
+        "prune": lambda: fresh(f"{here}:pruned_by_made_numbers", src, dst, peaks, "prune", **asked),
     }
 
 
@@ -155,7 +174,7 @@ def packed_sizes(packed):
 def packed_steps(folder, sparsity):
     "Prune, pack and restore; gives seconds and peaks of every step, and what came of it."
     base, pruned = str(folder / "base"), folder / "pruned"
-    bases, files = {"bitmask": None, "delta": base}, "cap_nb.portable.small_files"
+    bases, files = {"bitmask": None, "delta": base}, "cap_nb.portable.format"
     seconds, peaks, forms = {}, {}, {}
 
     def step(name, function, **given):
@@ -201,10 +220,6 @@ def check_room(folder, wanted=50 * 10**9):
             f"{folder} has {free / 1e9:.0f} GB of free disk: expected {wanted / 1e9:.0f} GB; "
             "name another folder with CAP_NB_SCRATCH."
         )
-
-
-# The whole procedure on a toy of two layers, whose times say nothing: what is made can be opened, is cut into shards,
-# and is pruned.
 
 
 def main() -> None:
