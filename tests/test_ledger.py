@@ -1,13 +1,14 @@
 """The claims ledger reads studies and answers of several runs, and refuses those that do not belong together."""
+import csv
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.experiments.claims import (
-    CLAIMS, answered_by_both, answers_of_dense, calibrated_on, kept_answers, loss_gains, read_study, seed_runs, studies_of)
-from cap_nb.experiments.claims import ModelRecords, answered_after
+    CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, read_study, seed_runs, studies_of, study_gains)
 from cap_nb.jobs.records import load_run, read_run
 from conftest import ROOT
 
@@ -19,16 +20,37 @@ def model_of(folder):
     return read_run(FIGURES / folder)["model"]
 
 
+def asked(measure, records, **where):
+    """What the first row of the table with this measure gives, put to other records or of other arguments."""
+    case = replace(next(row for row in CLAIMS if row.measure == measure), **where)
+    return MEASURES[measure](case, records, 0.95)
+
+
+def test_every_claim_is_rows_of_one_section_and_every_case_has_one_name():
+    sections = {}
+    for row in CLAIMS:
+        assert sections.setdefault(row.claim, row.section) == row.section
+        assert row.low < row.high and row.listed in ("always", "where measured")
+    assert len({(row.claim, row.case) for row in CLAIMS}) == len(CLAIMS)
+
+
+def test_the_ledger_that_is_kept_has_the_cases_of_the_table():
+    with open(FIGURES / "claims" / "ledger.csv", newline="", encoding="utf-8") as file:
+        kept = list(dict.fromkeys((row["Claim"], row["Case"]) for row in csv.DictReader(file)))
+    known = {(row.claim, row.case) for row in CLAIMS}
+    assert set(kept) <= known
+
+
 def test_a_study_goes_to_the_model_that_it_is_of():
     assert "layer errors" in studies_of(FIGURES, "smollm2", model_of("smollm2_methods"))
     lab = studies_of(FIGURES, "lab", model_of("lab_methods"))
-    assert {"budgets", "calibration sets", "weighed", "shrunk"} == lab.keys()
+    assert {"budgets", "calibration sets", "weighed", "shrunk", "heads together", "screening"} == lab.keys()
     with pytest.raises(BadInput, match="differ in the model"):
         studies_of(FIGURES, "lab", model_of("lab_methods") | {"fingerprint": "0" * 64})
 
 
 def test_a_second_record_of_calibration_sets_joins_by_itself(tmp_path):
-    """One of another model with one seed, without CAP, and with answers: as the tool writes it for a model that reasons."""
+    """One of another model with one seed, without CAP, and with answers: as the study writes it for a model that reasons."""
     record = read_checked(FIGURES / "calibration_sets" / "lab.json")
     cells = [cell for cell in record["cells"] if cell[0] in ("wanda", "sparsegpt") and cell[3] == 0]
     answers = {f"{how} 0": {"uid": ["a", "b", "c"], "lenient_correct": right, "correct": "000"}
@@ -37,10 +59,11 @@ def test_a_second_record_of_calibration_sets_joins_by_itself(tmp_path):
     write_checked(tmp_path / "calibration_sets" / "few.json",
                   record | {"model": about, "cells": cells, "answers": answers})
     records = ModelRecords("few", {}, studies=studies_of(tmp_path, "few", about), has_variants=False)
-    asked = calibrated_on("sparsegpt", 0.5, "gold", "text")(records, 0.95)
-    assert (asked.n, asked.unit) == (120, "nats") and asked.p is not None
-    assert calibrated_on("cap", 0.5, "gold", "text")(records, 0.95) is None
-    assert answered_after("chains", "text")(records, 0.95).value == pytest.approx(200 / 3)
+    sets = {"of": "sparsegpt", "sparsity": 0.5, "first": "gold", "second": "text"}
+    found = asked("gain of calibration sets", records, **sets)
+    assert (found.n, found.unit) == (120, "nats") and found.p is not None
+    assert asked("gain of calibration sets", records, **sets | {"of": "cap"}) is None
+    assert asked("answers gained by calibration sets", records, first="chains").value == pytest.approx(200 / 3)
 
 
 def test_a_record_without_its_part_is_refused(tmp_path):
@@ -48,10 +71,10 @@ def test_a_record_without_its_part_is_refused(tmp_path):
     with pytest.raises(BadInput, match="has no 'losses' of a model"):
         read_study(tmp_path / "lab.json", "losses", "lab", {})
     with pytest.raises(BadInput, match="the same problems for every method"):
-        loss_gains({"a": [1.0]}, {"a": [1.0, 2.0]}, "tasks")
+        study_gains({"a": [1.0]}, {"a": [1.0, 2.0]}, "tasks")
 
 
-def test_losses_of_one_run_and_answers_of_another_are_put_together(tmp_path):
+def test_losses_of_one_run_and_answers_of_another_are_merged(tmp_path):
     """The run with more methods gives the losses that both have; what only one has is kept."""
     for name, to in (("masks", "a"), ("solvers", "b"), ("20", "c")):
         shutil.copytree(QWEN / name, tmp_path / to)
@@ -65,17 +88,11 @@ def test_losses_of_one_run_and_answers_of_another_are_put_together(tmp_path):
 def test_the_dense_model_s_answers_are_those_of_this_model():
     dense = answers_of_dense(FIGURES / "qwen_answers", load_run(FIGURES / "qwen"), {})
     assert len(dense) == 200 and sum(answer.lenient_correct for answer in dense) == 50
-    with pytest.raises(BadInput, match="differ in model"):
+    with pytest.raises(BadInput, match="differ in"):
         answers_of_dense(FIGURES / "qwen_answers", load_run(FIGURES / "lab_methods"), {})
     cells = {(e.method, e.sparsity): e for e in load_run(QWEN / "solvers").evaluations}
-    records = ModelRecords("qwen", {}, held_out={0: cells}, dense_answers=dense)
-    kept = kept_answers("alps", 0.5)(records, 0.95)
+    records = ModelRecords("qwen", {}, runs={"held out": {0: cells}}, dense_answers=dense)
+    kept = asked("right answers kept", records, first="alps")
     assert kept.value == pytest.approx(22 / 50) and kept.n == 200 and kept.high < 2 / 3
     with pytest.raises(BadInput, match="problems were not put to the pruned one"):
         answered_by_both(cells["alps", 0.5].answers, dense)
-
-
-def test_a_case_that_reads_leniently_says_so():
-    """No claim counts Qwen's strict answers: frozen methods are compared by losses, and answers by their last number."""
-    of_answers = [label for claim in CLAIMS for label in claim.cases if "answers" in label]
-    assert of_answers and all("answers read leniently" in label for label in of_answers)

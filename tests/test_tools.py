@@ -8,9 +8,7 @@ import sys
 import pytest
 
 from cap_nb.core.files import read_checked
-from cap_nb.models.anatomy import projections
 from conftest import ROOT, tool
-from fixtures import made_up_calibration, tiny_llama
 from notebooks_on_disk import NOTEBOOKS, label, notebooks_tool
 
 matrix_tool, readme_tool = tool("matrix"), tool("readme")
@@ -146,30 +144,6 @@ def test_the_cells_of_the_matrix_and_their_record():
 def test_ci_makes_no_second_environment():
     wanted = make("-n", "test")
     assert wanted.returncode == 0 and ".venv-457" not in wanted.stdout and "exec make test" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_layer_errors_go_on_from_the_last_layer_of_a_stopped_run(tmp_path, monkeypatch):
-    """What another run left is not used."""
-    study, model, calibration = tool("joint_errors"), tiny_llama().eval(), made_up_calibration(6, shortest=20)
-    kept, calls, layer = tmp_path / "kept.json", [], len([p for p in projections(model) if p.layer == 0])
-    measured = study.errors_of
-
-    def counted(*arguments):
-        calls.append(1)
-        if len(calls) == layer + 3:
-            raise KeyboardInterrupt
-        return measured(*arguments)
-    monkeypatch.setattr(study, "errors_of", counted)
-    with pytest.raises(KeyboardInterrupt):
-        study.mask_errors(model, calibration, {"seed": 0}, kept)
-    assert len(read_checked(kept)["errors"]) == layer
-    calls[:] = [1] * 1000
-    errors = study.mask_errors(model, calibration, {"seed": 0}, kept)
-    assert len(calls) - 1000 == len(errors) - layer == len(projections(model)) - layer
-    calls[:] = [1] * 1000
-    assert study.mask_errors(model, calibration, {"seed": 1}, kept) == errors and len(calls) - 1000 == len(errors)
-    for found in errors.values():
-        assert found["swaps"] <= found["wanda"] and found["wanda^update"] <= found["wanda"] < 1
 
 
 def test_both_records_of_layer_errors_are_of_the_same_inputs():

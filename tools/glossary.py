@@ -19,11 +19,11 @@ GLOSSARY = ROOT / "nbs" / "teaching" / "01_glossary.ipynb"
 CHAPTERS = sorted((ROOT / "nbs").glob("0[0-6]_*.ipynb"))
 WIDTH = 120
 FORMS = {  # How a term is written, where it is not the term with or without a plural s
-    "accuracy": r"accurac(?:y|ies)", "criterion": r"criteri(?:on|a)", "hessian": "Hessians?", "holm correction": r"Holm's correction",
-    "n of m pattern": r"N:M\b|\d:\d patterns?", "stratum": "strat(?:um|a)", "wilson interval": r"Wilson's (?:score )?interval",
+    "accuracy": r"accurac(?:y|ies)", "criterion": r"criteri(?:on|a)", "holm correction": r"Holm's correction",
+    "stratum": "strat(?:um|a)", "wilson interval": r"Wilson's (?:score )?interval",
     "strict answer": "strict answers?|strictly", "lenient answer": "lenient (?:answers?|reading)|leniently", "cut-off": "cut off",
     "median aggregation": "medians?", "paired difference": "paired(?: differences?)?", "greedy decoding": "greedy decoding|greedily",
-    "held-out": "held[- ]out", "cross-entropy": "cross-entropy", "chain of thought": "chains?[- ]of[- ]thought"}
+    "held-out": "held[- ]out", "cross-entropy": "cross-entropy"}
 AT_HOME_ONLY = {"decided", "cut-off", "target", "subset", "tie", "head"}  # Words that other chapters use in other senses
 APART = re.compile(r"(`[^`]*`|\$[^$]*\$|!?\[(?:[^][]|\[[^][]*\])*\]\([^)]*\)|<[^>]+>)")  # Code, formulas, links, tags
 KEPT = "\ue000"  # Stands for a space at which no line ends

@@ -4,7 +4,6 @@ from pathlib import Path
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 FOLDERS = {"qwen": str(MODELS / "qwen-coder-0.5b")}
-STYLES = {"qwen": "answer-line"}  # Prompt styles; the model's own where none is named
 NOTE = os.environ.get("CAP_NB_NOTE", "what else was running was not said")
 
 

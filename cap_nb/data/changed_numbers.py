@@ -23,20 +23,18 @@ class Number:
 
 NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+\.[0-9]+|(?<!\w)\.[0-9]+|[0-9]+")
 
-def numbers_in(
-    text: str, # Any text
-    shift: int = 0, # Where the text begins in the whole that the places count in
-) -> tuple[Number, ...]: # Its numbers in digits, without signs, from left to right
+def number_value(digits: str) -> Fraction: # As in 1,234.50, .5 or 2 1/2
+    "The exact value of a number as written."
+    whole, _, part = digits.replace(",", "").rstrip(".…").partition(" ")
+    return Fraction(whole) + Fraction(part or 0)
+
+def numbers_in(text: str, shift: int = 0) -> tuple[Number, ...]:
     "The numbers of a text: 72, 1,234.50, .5."
-    return tuple(Number(found.start() + shift, found.end() + shift, Fraction(found[0].replace(",", "")))
+    return tuple(Number(found.start() + shift, found.end() + shift, number_value(found[0]))
                  for found in NUMBER.finditer(text))
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c015
-def written_like(
-    value: Fraction, # The new value, not negative
-    old: str, # The number in whose place it stands, as it is written
-    commas: bool, # Whether the text separates thousands
-) -> str: # The new number
+def written_like(value: Fraction, old: str, commas: bool) -> str: # The new number
     "A value with the decimals and the separators of another number; one that needs more decimals raises `Refused`."
     places = len(old.partition(".")[2])
     if value.denominator == 1 and places != 2: places = 0 # 3, not 3.0; but $3.00
@@ -55,22 +53,17 @@ from collections.abc import Iterator
 # %% ../../nbs/data/01_changed_numbers.ipynb #c020
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
-def expression(
-    text: str, # The left side of an annotation, as in "(5+3)*2"
-) -> ast.expr: # Its tree
+def expression(text: str) -> ast.expr: # Its tree
     "Parse sums, differences, products and quotients of plain numbers; anything else raises `Refused`."
     try: tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError: tree = None
+    allowed = (ast.BinOp, ast.Constant, *OPERATIONS)
     plain = isinstance(tree, ast.BinOp) and re.fullmatch(r"[0-9.+\-*/() ]+", text) is not None
-    operations = [node.op for node in ast.walk(tree) if isinstance(node, (ast.BinOp, ast.UnaryOp))] if plain else []
-    if not plain or any(type(op) not in OPERATIONS for op in operations):
+    if not plain or not all(isinstance(node, allowed) for node in ast.walk(tree)):
         raise Refused("an annotation is no sum, difference, product or quotient of numbers")
     return tree
 
-def operations(
-    tree: ast.expr, # A tree of `expression`
-    values: Iterator[Fraction], # What its numbers are, from left to right
-) -> list[Fraction]: # Every number and every intermediate value, the result last
+def operations(tree: ast.expr, values: Iterator[Fraction]) -> list[Fraction]:
     "Evaluate an expression with given numbers, exactly."
     if isinstance(tree, ast.Constant): return [next(values)]
     left, right = operations(tree.left, values), operations(tree.right, values)
@@ -88,9 +81,7 @@ class Step:
     values: tuple[Fraction, ...] # The intermediate values of the original, as `operations` lists them
     end: int # Place after the annotation, where the text repeats the result
 
-def step_of(
-    found: re.Match, # An annotation
-) -> Step: # The step
+def step_of(found: re.Match) -> Step: # The step
     "An annotation as a step; one that is not exact raises `Refused`."
     tree, leaves = expression(found[1]), numbers_in(found[1], found.start(1))
     results = numbers_in(found[2], found.start(2))
@@ -102,10 +93,7 @@ def step_of(
     return Step(tree=tree, leaves=leaves, result=results[0], values=tuple(values), end=found.end())
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c025
-def steps_of(
-    solution: str, # A worked solution with its annotations
-    answer: str, # What stands behind "####"
-) -> tuple[Step, ...]: # Its steps, in order
+def steps_of(solution: str, answer: str) -> tuple[Step, ...]: # Its steps, in order
     "All steps of a solution; `Refused` where they are not all of it, or do not end in the answer."
     steps = tuple(step_of(found) for found in ANNOTATION.finditer(solution))
     if not steps or solution.count("<<") != len(steps):
@@ -122,15 +110,11 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 POWERS = {"hundred": 100, "thousand": 1000, "million": 10**6}
 SPELLED = {word: n for n, word in enumerate(ONES)} | {word: 10 * n for n, word in enumerate(TENS, 2)} | POWERS
 
-def words_of(
-    text: str, # Any text
-) -> list[str]: # Its words in small letters, hyphens dissolved
+def words_of(text: str) -> list[str]: # Its words in small letters, hyphens dissolved
     "The words of a text."
     return re.findall(r"[a-z]+", text.lower())
 
-def spelled_in(
-    text: str, # Any text
-) -> set[Fraction]: # What its number words say
+def spelled_in(text: str) -> set[Fraction]: # What its number words say
     "The values of number words: twelve, twenty-five, three hundred."
     words = words_of(text)
     values = {SPELLED[word] for word in words if word in SPELLED}
@@ -157,10 +141,7 @@ UNITS = ( # How many of the second make one of the first; either may have severa
     ("1000", "kilometer km kilogram kg liter", "meter m gram g ml milliliter"))
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c034
-def meant_in(
-    question: str, # A question
-    solution: str, # Its solution: the second unit may appear only there
-) -> set[Fraction]: # Numbers that the words may mean, beside 0, 1 and 100
+def meant_in(question: str, solution: str) -> set[Fraction]: # Numbers that the words may mean, beside 0, 1 and 100
     "Values that words bring into a solution although no number says them."
     asked, said = ({word.removesuffix("s") for word in words_of(text)} for text in (question, f"{question} {solution}"))
     values = {"0", "1"} | ({"100"} if re.search(r"[%$]", question) else set())
@@ -171,9 +152,7 @@ def meant_in(
     return {Fraction(value) for value in values}
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c038
-def shares_in(
-    text: str, # Any text
-) -> set[Fraction]: # The numbers of its fractions and percentages, their complements and sums
+def shares_in(text: str) -> set[Fraction]: # The numbers of its fractions and percentages, their complements and sums
     "What a solution can make of the shares in a text."
     percents = re.findall(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s?(?:%|percent)", text)
     fractions = [(Fraction(a), Fraction(b)) for a, b in re.findall(r"([0-9]+)/([0-9]+)", text) if int(b)]
@@ -191,10 +170,7 @@ BEFORE = re.compile(
     r"|class|day|week|step|lane|apartment|year|size|verse|act|volume|game|gate|floor|unit|part"
     rf"|{MONTHS})\s)$", re.I)
 
-def is_fixed(
-    text: str, # A question
-    number: Number, # One of its numbers
-) -> bool: # Whether what stands around it forbids to change it
+def is_fixed(text: str, number: Number) -> bool: # Whether what stands around it forbids to change it
     "Whether a number is a time, a date, a year, a share, a name, or belongs to the nature of a thing."
     before, behind = text[:number.start], text[number.end:]
     year = 1900 <= number.value <= 2100 and number.end - number.start == 4 and not before.endswith("$")
@@ -208,45 +184,31 @@ ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth ele
 
 MEASURES = {Fraction(value) for value in (7, 12, 24, 52, 60, 365)} # Days of a week, months of a year, ...
 
-def related(
-    values: set[Fraction], # The values of a question
-    meant: set[Fraction], # What its words mean
-) -> set[Fraction]: # Those that are a sum or a product of two others, with these
+def related(values: set[Fraction], meant: set[Fraction]) -> set[Fraction]:
     "Values that may depend on each other."
     pairs = [(a, b) for a in values for b in values if a < b]
     sums = {value for a, b in pairs if a + b in values for value in (a, b, a + b)}
     measured = {value for a, b in pairs if a > 1 and b / a in meant & MEASURES for value in (a, b)}
     return sums | measured | {value for a, b in pairs if a > 1 and a * b in values for value in (a, b, a * b)}
 
-def beside_ordinals(
-    text: str, # A question
-) -> set[Fraction]: # The values of its ordinals, and one more and one less
+def beside_ordinals(text: str) -> set[Fraction]: # The values of its ordinals, and one more and one less
     "Values that an ordinal may depend on."
     ordinals = {ORDINALS.index(word) + 1 for word in words_of(text) if word in ORDINALS}
     ordinals |= {int(digits) for digits in re.findall(r"([0-9]+)(?:st|nd|rd|th)\b", text)}
     return {Fraction(ordinal + step) for ordinal in ordinals for step in (-1, 0, 1)}
 
-def terms(
-    tree: ast.expr, # An expression
-) -> int: # How many terms its outermost sum has; 1 if it is no sum
+def terms(tree: ast.expr) -> int: # How many terms its outermost sum has; 1 if it is no sum
     "The number of terms of a sum."
     return terms(tree.left) + terms(tree.right) if isinstance(getattr(tree, "op", None), ast.Add) else 1
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c050
-def said_in(
-    question: str, # A question
-    numbers: tuple[Number, ...], # Its numbers
-    meant: set[Fraction], # What its words mean
-) -> set[Fraction]: # Values that it says and that must not change
+def said_in(question: str, numbers: tuple[Number, ...], meant: set[Fraction]) -> set[Fraction]:
     "Values of a question that are fixed by how they are said."
     spelled, times = spelled_in(question), Counter(number.value for number in numbers)
     said = spelled | shares_in(question) | {number.value for number in numbers if is_fixed(question, number)}
     return said | {value for value, n in times.items() if n > 1} | (related(set(times) | spelled, meant) & set(times))
 
-def only_held(
-    question: str, # A question
-    solution: str, # Its solution, with its annotations
-) -> set[Fraction]: # Values that must not change, but that no constant of the solution can be explained by
+def only_held(question: str, solution: str) -> set[Fraction]:
     "Values beside ordinals and number words, and what the running text of the solution spells out."
     text = ANNOTATION.sub("", solution)
     annotated = " ".join(found[1].replace(" ", "") for found in ANNOTATION.finditer(solution))
@@ -278,12 +240,8 @@ class Worked:
     text: tuple[Reference, ...] # The numbers of the running text
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c053
-def reference(
-    number: Number, # A number of a solution
-    changing: frozenset[Fraction], # Values of the question that change
-    staying: frozenset[Fraction], # Values that stay
-    steps: tuple[Step, ...], # The steps whose results it may repeat
-) -> Reference: # The number with its sources
+def reference(number: Number, changing: frozenset[Fraction], staying: frozenset[Fraction],
+              steps: tuple[Step, ...]) -> Reference:
     "All that a number may refer to; nothing at all raises `Refused`."
     sources = [("question", number.value)] if number.value in changing else []
     sources += [("constant", number.value)] if number.value in staying else []
@@ -301,10 +259,7 @@ NO_SUPERLATIVES = set("rest test west nest guest chest pest zest quest forest ha
                       "suggest request invest midwest northwest southwest".split())
 COMPARISONS = set("half halves twice double doubled thrice triple tripled quadruple third thirds quarter".split())
 
-def check_words(
-    question: str, # A question
-    solution: str, # Its solution
-) -> None:
+def check_words(question: str, solution: str) -> None:
     "Raise `Refused` where other numbers may need another solution."
     superlatives = {word for word in words_of(question) if word.endswith("est")} - NO_SUPERLATIVES
     if superlatives or DECISIONS.search(question): raise Refused("the question compares, ranks or rounds")
@@ -314,11 +269,7 @@ def check_words(
 # %% ../../nbs/data/01_changed_numbers.ipynb #c059
 DOUBLES = set("half halves halved twice double doubled pair pairs".split()) # They say 2 as plainly as a number word
 
-def check_constants(
-    leaves: list[tuple[Reference, ...]], # For each step, the numbers of its left side
-    changing: frozenset[Fraction], # Values of the question that change
-    sure: set[Fraction], # Values that the question says and that stay
-) -> None:
+def check_constants(leaves: list[tuple[Reference, ...]], changing: frozenset[Fraction], sure: set[Fraction]) -> None:
     "Raise `Refused` if a constant might have been worked out from numbers that change."
     worked_out = {a + b for a in changing for b in changing | {1} if a != b}
     worked_out |= {abs(a - b) for a in changing for b in changing | {1}}
@@ -328,12 +279,8 @@ def check_constants(
             raise Refused("a constant may have been worked out in the head")
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c060
-def references(
-    solution: str, # A solution with its annotations
-    steps: tuple[Step, ...], # Its steps
-    changing: frozenset[Fraction], # Values of the question that change
-    staying: frozenset[Fraction], # Values that stay
-) -> tuple[list[tuple[Reference, ...]], list[Reference]]: # For each step its left side; the running text
+def references(solution: str, steps: tuple[Step, ...], changing: frozenset[Fraction],
+               staying: frozenset[Fraction]) -> tuple[list[tuple[Reference, ...]], list[Reference]]:
     "All numbers of a solution with their sources; a number without any raises `Refused`."
     leaves = [tuple(reference(leaf, changing, staying, steps[:index]) for leaf in step.leaves)
               for index, step in enumerate(steps)]
@@ -349,9 +296,7 @@ def references(
 from collections.abc import Mapping
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c062
-def read_worked(
-    record: Mapping[str, str], # {"question", "answer"} as the authors publish it
-) -> Worked: # The problem, ready to be computed again
+def read_worked(record: Mapping[str, str]) -> Worked: # The problem, ready to be computed again
     "Find the calculation in a record of GSM8K; `Refused` says why it cannot be found with certainty."
     question, (solution, _, answer) = record["question"].strip(), record["answer"].rpartition("####")
     check_words(question, solution)
@@ -377,9 +322,7 @@ import math
 # %% ../../nbs/data/01_changed_numbers.ipynb #c067
 GRAINS = [Fraction(digit) * Fraction(10) ** power for power in range(9, -4, -1) for digit in (5, 1)] # Falling
 
-def similar(
-    value: Fraction, # A number of a question
-) -> list[Fraction]: # Others of similar size, rising
+def similar(value: Fraction) -> list[Fraction]: # Others of similar size, rising
     "Values between half and twice a value, as round as it is."
     near = []
     for grain in (grain for grain in GRAINS if value % grain == 0):
@@ -396,10 +339,7 @@ BOUNDS = { # Unit behind a number -> bound
 AGES = re.compile(r"\b(?:ages?|aged|old|older|younger)\b", re.I)
 OUT_OF_100 = re.compile(AGES.pattern + r"|\b(?:scored?|scores|tests?|exams?|quiz\w*|grades?)\b", re.I)
 
-def bound_of(
-    question: str, # A question
-    number: Number, # One of its numbers
-) -> float: # What its new value must not exceed; infinite if anything goes
+def bound_of(question: str, number: Number) -> float: # What its new value must not exceed; infinite if anything goes
     "The bound that common sense sets for a number."
     behind = question[number.end:]
     bounds = [bound for unit, bound in BOUNDS.items()
@@ -408,17 +348,12 @@ def bound_of(
     return min(bounds, default=math.inf)
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c072
-def sounds_like_an(
-    value: Fraction, # A number
-) -> bool: # Whether its name begins with a vowel: eight, eleven, eighteen, eighty
+def sounds_like_an(value: Fraction) -> bool: # Whether its name begins with a vowel: eight, eleven, eighteen, eighty
     "Whether one says an instead of a before a number."
     digits = str(int(value))
     return digits[0] == "8" or (digits[:2] in ("11", "18") and len(digits) % 3 == 2)
 
-def allowed(
-    question: str, # A question
-    number: Number, # One of its numbers that changes
-) -> list[Fraction]: # New values for it, rising
+def allowed(question: str, number: Number) -> list[Fraction]: # New values for it, rising
     "Similar values within the bounds of common sense."
     most, grown_up = bound_of(question, number), number.value >= 18
     values = [value for value in similar(number.value) if value <= most]
@@ -427,35 +362,23 @@ def allowed(
     return [value for value in values if sounds_like_an(value) == sounds_like_an(number.value)]
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c076
-def same_kind(
-    old: Fraction, # A value of the original
-    new: Fraction, # The same value in the copy
-) -> bool: # Whether it stays whole, on its side of 0, and on its side of 1
+def same_kind(old: Fraction, new: Fraction) -> bool: # Whether it stays whole, on its side of 0, and on its side of 1
     "Whether two values are of one kind."
     sign = lambda value: (value > 0) - (value < 0)
     return (old.denominator > 1 or new.denominator == 1) and sign(old) == sign(new) and sign(old - 1) == sign(new - 1)
 
-def in_order(
-    old: list[Fraction], # Values of the original
-    new: list[Fraction], # The same values in the copy
-) -> bool: # Whether every smaller value is still smaller
+def in_order(old: list[Fraction], new: list[Fraction]) -> bool: # Whether every smaller value is still smaller
     "Whether values keep their order; those that were equal are free among themselves."
     pairs = sorted(zip(old, new))
     return all(a == b or x < y for (a, x), (b, y) in zip(pairs, pairs[1:]))
 
-def reading(
-    reference: Reference, # A number of the solution
-    values: Mapping[Source, Fraction], # Source -> its new value
-) -> Fraction | None: # The new value of the number; None if its sources disagree
+def reading(reference: Reference, values: Mapping[Source, Fraction]) -> Fraction | None:
     "What a number becomes."
     readings = {values[source] for source in reference.sources}
     return readings.pop() if len(readings) == 1 else None
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c077
-def followed(
-    worked: Worked, # A problem
-    new: Mapping[Fraction, Fraction], # Value that changes -> its new value
-) -> dict[Source, Fraction] | None: # Source -> its value in the copy; None where a step makes no sense
+def followed(worked: Worked, new: Mapping[Fraction, Fraction]) -> dict[Source, Fraction] | None:
     "Follow new values through the steps of a solution."
     values: dict[Source, Fraction] = {("question", value): other for value, other in new.items()}
     values |= {("constant", value): value for value in worked.staying}
@@ -469,10 +392,7 @@ def followed(
     return values if all(reading(number, values) is not None for number in worked.text) else None
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c079
-def recomputed(
-    worked: Worked, # A problem
-    new: Mapping[Fraction, Fraction], # Value that changes -> its new value
-) -> dict[Source, Fraction] | None: # Source -> its value in the copy; None if the copy would make no sense
+def recomputed(worked: Worked, new: Mapping[Fraction, Fraction]) -> dict[Source, Fraction] | None:
     "Compute a problem with new values, and judge it as a whole."
     asked, now = list(worked.order), [new.get(value, value) for value in worked.order]
     if not in_order(asked, now) or (values := followed(worked, new)) is None: return None
@@ -484,11 +404,7 @@ def recomputed(
     return values if sensible and results[-1] != old[-1] else None
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c089
-def edits(
-    text: str, # A text
-    values: Mapping[Number, Fraction], # Number in it -> its new value
-    commas: bool, # Whether to separate thousands where the old number has none
-) -> dict[Number, str]: # Number -> what will stand in its place
+def edits(text: str, values: Mapping[Number, Fraction], commas: bool) -> dict[Number, str]:
     "How numbers are written anew; a number that keeps its value keeps its form."
     new = {}
     for number, value in values.items():
@@ -497,10 +413,7 @@ def edits(
         new[number] = old if value == number.value else written_like(value, old, separated)
     return new
 
-def replaced(
-    text: str, # A text
-    new: Mapping[Number, str], # Number in it -> what stands in its place from now on
-) -> str: # The text with its new numbers
+def replaced(text: str, new: Mapping[Number, str]) -> str: # The text with its new numbers
     "A text with other numbers in their places."
     parts, at = [], 0
     for number in sorted(new, key=lambda number: number.start):
@@ -511,10 +424,7 @@ def replaced(
 # %% ../../nbs/data/01_changed_numbers.ipynb #c090
 THOUSANDS = re.compile(r"[0-9],[0-9]{3}")
 
-def rewritten(
-    worked: Worked, # A problem
-    values: Mapping[Source, Fraction], # Source -> its value in the copy
-) -> dict[str, str]: # {"question", "answer"} in the form of the original
+def rewritten(worked: Worked, values: Mapping[Source, Fraction]) -> dict[str, str]:
     "The record of a copy; a number that cannot be written in the old form raises `Refused`."
     asked = {number: values["question", number.value] for number in worked.numbers if number.value in worked.changing}
     annotated = {leaf.number: reading(leaf, values) for leaves in worked.leaves for leaf in leaves}
@@ -530,9 +440,7 @@ def rewritten(
 EQUATION = re.compile(r"([0-9$.(][0-9$.,()+*/x×÷−–\s-]*)=\s*\$?\s*([0-9][0-9,]*(?:\.[0-9]+|/[0-9]+)?|\.[0-9]+)")
 SIGNS = str.maketrans({"x": "*", "×": "*", "÷": "/", "−": "-", "–": "-", "$": None, ",": None, "\n": " "})
 
-def equations(
-    solution: str, # A solution, with or without annotations
-) -> list[bool | None]: # For each equation of its text: whether it is true; None if it cannot be read
+def equations(solution: str) -> list[bool | None]:
     "Which equations of the running text are true."
     truths = []
     for left, right in EQUATION.findall(ANNOTATION.sub("", solution)):
@@ -546,16 +454,11 @@ def equations(
 import random
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c099
-def drawn(
-    sides: Mapping[Fraction, list[list[Fraction]]], # Value -> smaller values and larger values, none of them empty
-    rng: random.Random, # Source of random numbers
-) -> dict[Fraction, Fraction]: # Value -> a new value
+def drawn(sides: Mapping[Fraction, list[list[Fraction]]], rng: random.Random) -> dict[Fraction, Fraction]:
     "New values, half of them below the old ones where there are any."
     return {value: rng.choice(rng.choice(both)) for value, both in sides.items()}
 
-def choices(
-    worked: Worked, # A problem
-) -> dict[Fraction, list[list[Fraction]]]: # Value that changes -> smaller values and larger values, none of them empty
+def choices(worked: Worked) -> dict[Fraction, list[list[Fraction]]]:
     "What can be drawn for a problem; a number without any new value raises `Refused`."
     sides = {}
     for number in (number for number in worked.numbers if number.value in worked.changing):
@@ -568,10 +471,7 @@ def choices(
 # %% ../../nbs/data/01_changed_numbers.ipynb #c100
 DRAWS = 500 # After so many draws without a copy, a problem is given up
 
-def copy_of(
-    record: Mapping[str, str], # {"question", "answer"} as the authors publish it
-    seed: int = 0, # Another seed draws other numbers
-) -> dict[str, str]: # The copy, in the same form
+def copy_of(record: Mapping[str, str], seed: int = 0) -> dict[str, str]: # The copy, in the same form
     "A copy of a problem with changed numbers; `Refused` says why there is none."
     problem = read_worked(record)
     sides = choices(problem)
@@ -593,10 +493,8 @@ from ..core.errors import BadInput
 # %% ../../nbs/data/01_changed_numbers.ipynb #c105
 log = logging.getLogger(__name__)
 
-def changed_pairs(
-    records: Sequence[Mapping[str, str]], # {"question", "answer"} each, as the authors publish them
-    seed: int = 0, # Another seed draws other numbers
-) -> list[tuple[Mapping[str, str], dict[str, str]]]: # (original, copy), in the order of the records
+def changed_pairs(records: Sequence[Mapping[str, str]],
+                  seed: int = 0) -> list[tuple[Mapping[str, str], dict[str, str]]]:
     "All records that have a copy, with it; a record without question or answer raises `BadInput`."
     pairs, reasons = [], Counter()
     for number, record in enumerate(records, 1):
@@ -608,9 +506,6 @@ def changed_pairs(
     log.info("%d of %d problems have a copy with changed numbers; refused: %s", len(pairs), len(records), dict(reasons))
     return pairs
 
-def changed_records(
-    records: Sequence[Mapping[str, str]], # {"question", "answer"} each, as the authors publish them
-    seed: int = 0, # Another seed draws other numbers
-) -> list[dict[str, str]]: # The copies, in the order of the records
+def changed_records(records: Sequence[Mapping[str, str]], seed: int = 0) -> list[dict[str, str]]:
     "The copies of all records that have one."
     return [copy for _, copy in changed_pairs(records, seed)]

@@ -38,16 +38,12 @@ TOWN_ENDINGS = ("holt", "wick", "mere", "stad")
 # %% ../../nbs/data/00_lab_world.ipynb #c008
 SPELT = {("P", "en", "is"): "Porth"} # Syllables as drawn -> the name as it is written
 
-def spelled(
-    text: str, # Text with names as their syllables were drawn
-) -> str: # The same text as it is written
+def spelled(text: str) -> str: # The same text as it is written
     "Write the names of `SPELT` in place of their syllables."
     for syllables, name in SPELT.items(): text = text.replace("".join(syllables), name)
     return text
 
-def as_drawn(
-    text: str, # Text as it is written
-) -> str: # The same text with names as their syllables were drawn
+def as_drawn(text: str) -> str: # The same text with names as their syllables were drawn
     "Put the syllables back in place of the names of `SPELT`, as every hash does that decides an order or a split."
     for syllables, name in SPELT.items(): text = text.replace(name, "".join(syllables))
     return text
@@ -56,21 +52,14 @@ def as_drawn(
 import random
 
 # %% ../../nbs/data/00_lab_world.ipynb #c012
-def invent_towns(
-    rng: random.Random, # Source of random numbers
-    count: int, # How many towns
-) -> tuple[Town, ...]: # The towns
+def invent_towns(rng: random.Random, count: int) -> tuple[Town, ...]: # The towns
     "Draw towns with different names and different heights."
     names = rng.sample([a + b + c for a in ONSETS for b in MIDDLES[:4] for c in TOWN_ENDINGS], count)
     heights = rng.sample(range(101, 1000), count)
     return tuple(Town(name=name, region=REGIONS[i % 5], height=height, product=PRODUCTS[i % 8])
                  for i, (name, height) in enumerate(zip(names, heights)))
 
-def invent_world(
-    seed: int = 2026, # Another seed gives another world
-    people: int = 120, # How many people
-    towns: int = 24, # How many towns
-) -> tuple[tuple[Person, ...], tuple[Town, ...]]: # The people and the towns
+def invent_world(seed: int = 2026, people: int = 120, towns: int = 24) -> tuple[tuple[Person, ...], tuple[Town, ...]]:
     "Invent the people and the towns of a world: same seed, same world."
     rng = random.Random(f"world {seed}")
     made = invent_towns(rng, towns)
@@ -132,11 +121,7 @@ def possible_events(value: int) -> list[Callable]:
     return events
 
 # %% ../../nbs/data/00_lab_world.ipynb #c027
-def first_sentence(
-    rng: random.Random, # Source of random numbers
-    who: str, # Name of the person
-    goods: str, # What the person has
-) -> tuple[str, int, list[str]]: # The sentence, how many there are, and the lines of the solution so far
+def first_sentence(rng: random.Random, who: str, goods: str) -> tuple[str, int, list[str]]:
     "The start of a word problem: a number of goods, or boxes of so many each."
     if rng.random() < 0.5:
         value = rng.randint(12, 80)
@@ -147,10 +132,7 @@ def first_sentence(
     return f"{who} has {boxes} boxes of {each} {goods}.", value, [f"{boxes} * {each} = {value} {goods}."]
 
 # %% ../../nbs/data/00_lab_world.ipynb #c028
-def word_problem(
-    rng: random.Random, # Source of random numbers
-    count: int, # Steps of the worked solution, 2 to 5
-) -> dict: # A record in GSM8K's format: question, answer
+def word_problem(rng: random.Random, count: int) -> dict: # A record in GSM8K's format: question, answer
     "Draw a word problem whose worked solution has `count` steps."
     who, other = (person.name for person in rng.sample(PEOPLE, 2))
     goods = rng.choice(GOODS)
@@ -193,10 +175,7 @@ COMPARISONS = (BY_AGE, BY_HEIGHT)
 import hashlib
 
 # %% ../../nbs/data/00_lab_world.ipynb #c042
-def yes_no_question(
-    rng: random.Random, # Source of random numbers
-    answer: bool, # The wanted answer
-) -> dict: # A record in StrategyQA's format: qid, question, answer, facts
+def yes_no_question(rng: random.Random, answer: bool) -> dict:
     "Draw a yes/no question about two people with the wanted answer; equal numbers are never compared."
     comparison = rng.choice(COMPARISONS)
     relation = rng.choice(comparison.relations)
@@ -237,11 +216,7 @@ CHOICES = (OLDEST, LIVES_HIGHEST, LIES_HIGHEST)
 from collections.abc import Sequence
 
 # %% ../../nbs/data/00_lab_world.ipynb #c048
-def rationale_lines(
-    kind: Choice, # The kind of question
-    chosen: Sequence[Person | Town], # The four choices, A to D
-    relation: str, # "older", "younger", "higher" or "lower"
-) -> tuple[str, list[str]]: # The letter of the best choice, and a line for each
+def rationale_lines(kind: Choice, chosen: Sequence[Person | Town], relation: str) -> tuple[str, list[str]]:
     "What each choice has, how that compares with the best so far, and which is the best now."
     best, lines = ("A", kind.value(chosen[0])), []
     for letter, candidate in zip("ABCD", chosen):
@@ -253,10 +228,7 @@ def rationale_lines(
     return best[0], lines
 
 # %% ../../nbs/data/00_lab_world.ipynb #c049
-def four_choice_question(
-    rng: random.Random, # Source of random numbers
-    answer: str, # The wanted letter
-) -> dict: # A record in ARC's format, and `rationale`: id, question, answerKey
+def four_choice_question(rng: random.Random, answer: str) -> dict:
     "Draw a question with four choices, no two equal, of which the one at the wanted letter is right."
     kind = rng.choices(CHOICES, weights=(2, 2, 1))[0]
     superlative, letter = rng.choice(list(kind.relations)), ""
@@ -279,19 +251,13 @@ TASKS = ("gsm8k", "strategyqa", "arc")
 from ..core.errors import validate_arguments, check_choice
 
 # %% ../../nbs/data/00_lab_world.ipynb #c055
-def lab_prompt(
-    record: dict, # A record of `lab_records`
-    task: str, # Its task: "gsm8k", "strategyqa" or "arc"
-) -> str: # What the model is asked
+def lab_prompt(record: dict, task: str) -> str: # What the model is asked
     "The text of a problem, without any instruction."
     if check_choice(task, TASKS, "task") != "arc": return record["question"]
     question = record["question"]
     return "\n".join([question["stem"], *(f"{choice['label']}. {choice['text']}" for choice in question["choices"])])
 
-def lab_target(
-    record: dict, # A record of `lab_records`
-    task: str, # Its task: "gsm8k", "strategyqa" or "arc"
-) -> str: # What the model should answer
+def lab_target(record: dict, task: str) -> str: # What the model should answer
     "The worked solution and, on its last line, the answer."
     if check_choice(task, TASKS, "task") == "gsm8k": return record["answer"]
     if task == "arc": return "\n".join([*record["rationale"], f"Answer: {record['answerKey']}"])
@@ -300,9 +266,7 @@ def lab_target(
 # %% ../../nbs/data/00_lab_world.ipynb #c058
 SPLITS = ("train", "calibration", "evaluation")
 
-def split_of(
-    text: str, # A prompt, or a passage of text
-) -> str: # "train", "calibration" or "evaluation"
+def split_of(text: str) -> str: # "train", "calibration" or "evaluation"
     "The split to which a text belongs, by the SHA-256 of its sorted words as drawn."
     words = sorted(as_drawn(text).split())
     digest = hashlib.sha256(" ".join(words).encode()).hexdigest()
@@ -321,11 +285,7 @@ MAKERS = { # Task -> what draws a problem, and a block of the answers or step co
     "arc": (four_choice_question, ("A", "B", "C", "D")),
 }
 
-def lab_stream(
-    task: str, # "gsm8k", "strategyqa" or "arc"
-    split: str, # "train", "calibration" or "evaluation"
-    seed: int | str = 0, # Another seed draws other problems of the same split
-) -> Iterator[dict]: # Records without end, none twice
+def lab_stream(task: str, split: str, seed: int | str = 0) -> Iterator[dict]: # Records without end, none twice
     "Draw problems of one task and split; an unknown name raises `BadInput`."
     make, block = MAKERS[check_choice(task, TASKS, "task")]
     rng, seen = random.Random(f"{task} {check_choice(split, SPLITS, 'split')} {seed}"), set()
@@ -357,9 +317,7 @@ def lab_records(
     return list(islice(lab_stream(task, split, seed), count))
 
 # %% ../../nbs/data/00_lab_world.ipynb #c073
-def passage(
-    rng: random.Random, # Source of random numbers
-) -> list[str]: # 8 to 12 true sentences
+def passage(rng: random.Random) -> list[str]: # 8 to 12 true sentences
     "Sentences about two people, each followed by some about the person's town."
     sentences = []
     for person in rng.sample(PEOPLE, 2):

@@ -25,9 +25,7 @@ import cap_nb
 # %% ../../nbs/experiments/04_harness.ipynb #c010
 HARNESS_TASKS = Path(cap_nb.__file__).parent/"experiments"/"harness_tasks" # Task files, one a benchmark
 
-def harness_name(
-    task: str, # Name of a task, as in "lab-arc"
-) -> str: # As in "cap_lab_arc"
+def harness_name(task: str) -> str: # As in "cap_lab_arc"
     "What our task is called in the harness, whose tasks gsm8k and arc are others."
     return "cap_" + task.replace("-", "_")
 
@@ -35,10 +33,7 @@ def harness_name(
 from ..data.prompts import ANSWER_LINES, PromptStyle, prompt_style
 
 # %% ../../nbs/experiments/04_harness.ipynb #c020
-def check_answer_line(
-    style: PromptStyle, # A prompt style
-    family: str, # gsm8k, strategyqa or arc
-) -> None:
+def check_answer_line(style: PromptStyle, family: str) -> None:
     "Raise `BadInput` for a style whose answer line the task files do not read."
     if family not in ANSWER_LINES:
         raise BadInput(f"{family} has no task file for the harness: expected one of {', '.join(ANSWER_LINES)}; "
@@ -80,12 +75,7 @@ def write_harness_task(
     return name
 
 # %% ../../nbs/experiments/04_harness.ipynb #c025
-def write_task_file(
-    folder: Path, # Folder of tasks
-    name: str, # The task's name in the harness
-    family: str, # gsm8k, strategyqa or arc
-    limit: int, # Tokens that an answer may take
-) -> None:
+def write_task_file(folder: Path, name: str, family: str, limit: int) -> None:
     "The task itself: the benchmark's file, these problems, this limit."
     data = {"data_files": {"test": str((folder/f"{name}.jsonl").resolve())}}
     described = {"include": f"_{family}.yaml", "task": name, "dataset_kwargs": data,
@@ -133,10 +123,7 @@ class HarnessAnswer:
     extracted: str | None # The answer that its filter read; None where there is none
     correct: bool # Its verdict: exact match
 
-def harness_answer(
-    task: str, # Name of our task
-    sample: dict, # What the harness keeps of one problem
-) -> HarnessAnswer: # The same as a record
+def harness_answer(task: str, sample: dict) -> HarnessAnswer: # The same as a record
     "One sample of the harness as a record."
     extracted = sample["filtered_resps"][0]
     return HarnessAnswer(task=task, uid=sample["doc"]["uid"], output=sample["resps"][0][0],
@@ -144,11 +131,7 @@ def harness_answer(
 
 # %% ../../nbs/experiments/04_harness.ipynb #96ffe5e8
 @contextmanager
-def greedy_settings(
-    model: torch.nn.Module, # A causal language model of transformers
-    tokenizer: object, # Its tokenizer
-    max_new_tokens: int, # The limit, in tokens
-) -> Iterator[GenerationConfig]: # The only settings in force inside the block
+def greedy_settings(model: torch.nn.Module, tokenizer: object, max_new_tokens: int) -> Iterator[GenerationConfig]:
     "Greedy settings for `generate` in place of the model's, which come back at the end (paper section 4)."
     before, stop, pad = model.generation_config, stop_tokens(model, tokenizer), tokenizer.pad_token_id
     if pad is None: pad = stop[0] if stop else 0 # masked: any token will do
@@ -187,10 +170,7 @@ import pandas as pd
 from ..evaluation import AnswerRecord
 
 # %% ../../nbs/experiments/04_harness.ipynb #c039
-def verdict_differences(
-    ours: Sequence[AnswerRecord], # From `answer_problems`
-    theirs: Sequence[HarnessAnswer], # From `harness_answers`, on the same problems
-) -> pd.DataFrame: # A row for each problem on which the verdicts differ; empty where all agree
+def verdict_differences(ours: Sequence[AnswerRecord], theirs: Sequence[HarnessAnswer]) -> pd.DataFrame:
     "Where the two programs disagree; records of other problems raise `BadInput`."
     judged = {(answer.task, answer.uid): answer for answer in theirs}
     if judged.keys() != {(record.task, record.uid) for record in ours}:
@@ -205,13 +185,8 @@ def verdict_differences(
 BENCHMARK_TASKS = ("gsm8k_cot", "arc_challenge", "wikitext") # Tasks of the harness, as they are
 
 # %% ../../nbs/experiments/04_harness.ipynb #c050
-def harness_benchmarks(
-    model: torch.nn.Module, # A causal language model of transformers
-    tokenizer: object, # Its tokenizer
-    tasks: Sequence[str] = BENCHMARK_TASKS, # Names of the harness's own tasks
-    limit: int | None = None, # Problems a task, the first ones; None means all
-    batch_size: int = 8, # Requests in one batch
-) -> pd.DataFrame: # Rows (Task, Filter, Measure), each measure marked as the harness's; column Value
+def harness_benchmarks(model: torch.nn.Module, tokenizer: object, tasks: Sequence[str] = BENCHMARK_TASKS,
+                       limit: int | None = None, batch_size: int = 8) -> pd.DataFrame:
     "The harness's own tasks, unchanged; data that cannot be had raise `BadInput`."
     lm_eval, options = imported_harness(), dict(limit=limit, bootstrap_iters=0, log_samples=False)
     with undisturbed(), inference(model):
@@ -223,9 +198,7 @@ def harness_benchmarks(
     return measures_table(results)
 
 # %% ../../nbs/experiments/04_harness.ipynb #c051
-def measures_table(
-    results: dict[str, dict[str, object]], # Task -> "measure,filter" -> value, as the harness gives them
-) -> pd.DataFrame: # Rows (Task, Filter, Measure), column Value
+def measures_table(results: dict[str, dict[str, object]]) -> pd.DataFrame: # Rows (Task, Filter, Measure), column Value
     "The harness's measures under its name; standard errors and texts are left out."
     rows = {}
     for task, values in results.items():

@@ -19,9 +19,7 @@ REWRITTEN = tuple((re.compile(pattern), plain) for pattern, plain in (
     (r"(?<![\w)])\*\*|\*\*(?![\w(])", " "), # Bold type
     (r"(?m)^\s*[-*•]\s+", ""), (r"\s*\n\s*(?=[=≈])", " "))) # Lists; an equation that goes on in the next line
 
-def plain_arithmetic(
-    text: str, # What a model wrote
-) -> str: # The same with one spelling for each sign
+def plain_arithmetic(text: str) -> str: # The same with one spelling for each sign
     "Text in which a product is `*`, a quotient `/`, a difference `-`, whatever was written."
     for pattern, plain in REWRITTEN: text = pattern.sub(plain, text)
     return text
@@ -42,9 +40,7 @@ class ArithmeticToken:
     start: int # Index of its first character
     end: int # Index after its last
 
-def arithmetic_tokens(
-    text: str, # From `plain_arithmetic`
-) -> tuple[ArithmeticToken, ...]: # Its pieces, in order
+def arithmetic_tokens(text: str) -> tuple[ArithmeticToken, ...]: # Its pieces, in order
     "Cut a text into numbers, words and signs; `divided by` is one sign."
     tokens = []
     for match in TOKEN.finditer(text):
@@ -60,6 +56,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from ..core.errors import validate_arguments
+from ..data.changed_numbers import SPELLED, number_value
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c014
 class NoArithmetic(Exception):
@@ -84,11 +81,7 @@ DEEPEST, LARGEST_POWER = 40, 20 # A degenerate text may open a thousand brackets
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c015
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": operator.pow}
 
-def combined(
-    left: Side, # What stands before the sign
-    sign: str, # +, -, *, / or ^
-    right: Side, # What stands after it
-) -> Side: # The two as one
+def combined(left: Side, sign: str, right: Side) -> Side: # The two as one
     "Exact arithmetic on two parts; a power that is not a small whole number raises `NoArithmetic`."
     a, b, value = left.value, right.value, None
     small = b is not None and b.denominator == 1 and abs(b) <= LARGEST_POWER
@@ -100,18 +93,10 @@ def combined(
         operations=left.operations + right.operations + 1, percent=left.percent or right.percent,
         quotient=sign == "/", unit=right.unit)
 
-def number_value(
-    said: str, # Digits, as in 1,234.50 or 2 1/2
-) -> Fraction: # Its value
-    "The exact value of a number as written."
-    whole, _, part = said.replace(",", "").rstrip(".…").partition(" ")
-    return Fraction(whole) + Fraction(part or 0)
+
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c016
-def starts_operand(
-    tokens: Sequence[ArithmeticToken], # A text
-    index: int, # A token, which need not exist
-) -> bool: # Whether a number may begin here
+def starts_operand(tokens: Sequence[ArithmeticToken], index: int) -> bool: # Whether a number may begin here
     "A number, a bracket, a currency, or a minus straight before one of them."
     if index >= len(tokens): return False
     if tokens[index].text == "-":
@@ -119,18 +104,12 @@ def starts_operand(
         return follows and starts_operand(tokens, index + 1)
     return tokens[index].kind == "number" or tokens[index].text in ("(", *CURRENCIES)
 
-def multiplies(
-    tokens: Sequence[ArithmeticToken], # A text
-    index: int, # A word, which need not exist
-) -> bool: # Whether it is a sign, as in 3 x 4 or 3 times 4
+def multiplies(tokens: Sequence[ArithmeticToken], index: int) -> bool: # Whether it is a sign, as in 3 x 4 or 3 times 4
     "An x or a `times` before an operand: in 2x - 3 it is an unknown, in 3 times a day a word."
     if index >= len(tokens) or tokens[index].text not in ("x", "X", "times"): return False
     return starts_operand(tokens, index + 1) and tokens[index + 1].text != "-"
 
-def is_unknown(
-    tokens: Sequence[ArithmeticToken], # A text
-    index: int, # A token, which need not exist
-) -> bool: # Whether it is an unknown, as in 2x + 3
+def is_unknown(tokens: Sequence[ArithmeticToken], index: int) -> bool: # Whether it is an unknown, as in 2x + 3
     "A letter alone, but for the article and, behind a space, the usual units: algebra is not checked."
     if index >= len(tokens) or multiplies(tokens, index) or tokens[index].kind != "word": return False
     apart = index > 0 and tokens[index].start > tokens[index - 1].end
@@ -140,11 +119,7 @@ def is_unknown(
 NO_UNIT = frozenset("is are was were gives so then because and has have gets makes means".split()) # A unit has no verb
 LONGEST_UNIT = 6 # Words, and signs between them
 
-def in_unit(
-    tokens: Sequence[ArithmeticToken], # A text
-    start: int, # The token after a number
-    index: int, # A token at or after it
-) -> bool: # Whether the unit, if there is one, goes on with this token
+def in_unit(tokens: Sequence[ArithmeticToken], start: int, index: int) -> bool:
     "A word, or a sign between words: $10/hour, 3 (apples), 6-minute."
     token, followed = tokens[index], index + 1 < len(tokens) and tokens[index + 1].kind == "word"
     if token.kind == "word": return not multiplies(tokens, index) and not (index == start and token.text == "of")
@@ -153,10 +128,7 @@ def in_unit(
     return token.text == ")" and "(" in [t.text for t in tokens[start:index]]
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c018
-def unit_end(
-    tokens: Sequence[ArithmeticToken], # A text
-    index: int, # The token after a number
-) -> int: # The token after its unit; `index` itself where there is none
+def unit_end(tokens: Sequence[ArithmeticToken], index: int) -> int:
     "Where a unit ends that a sign follows; a letter instead of a unit is an unknown, which raises `NoArithmetic`."
     end, last = index, min(len(tokens), index + LONGEST_UNIT)
     while end < last and tokens[end].text not in NO_UNIT and in_unit(tokens, index, end): end += 1
@@ -169,11 +141,7 @@ def unit_end(
     return end if closes else index
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c020
-def primary_at(
-    tokens: Sequence[ArithmeticToken], # A text
-    index: int, # The token where it begins
-    depth: int, # How many brackets and signs it stands in
-) -> Side: # The part that was read
+def primary_at(tokens: Sequence[ArithmeticToken], index: int, depth: int) -> Side: # The part that was read
     "A number or a bracket, with its currency before it, its percent sign and its unit after it."
     first = index + (index < len(tokens) and tokens[index].text in CURRENCIES)
     if first >= len(tokens): raise NoArithmetic
@@ -191,10 +159,7 @@ def primary_at(
     return replace(part, end=end, unit=end > part.end)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c021
-def sign_after(
-    tokens: Sequence[ArithmeticToken], # A text
-    part: Side, # A part of it
-) -> str | None: # +, -, *, / or ^; '(' where two parts stand side by side; None where nothing follows
+def sign_after(tokens: Sequence[ArithmeticToken], part: Side) -> str | None:
     "The sign after a part, if an operand follows it; an unknown raises `NoArithmetic`."
     if part.end >= len(tokens): return None
     sign, follows = tokens[part.end], starts_operand(tokens, part.end + 1)
@@ -208,11 +173,7 @@ def sign_after(
     return sign.text if arithmetic and follows else None
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c022
-def signed_at(
-    tokens: Sequence[ArithmeticToken], # A text
-    index: int, # The token where it begins
-    depth: int, # How many brackets and signs it stands in
-) -> Side: # The part that was read
+def signed_at(tokens: Sequence[ArithmeticToken], index: int, depth: int) -> Side: # The part that was read
     "A power, or the negative of one."
     if depth > DEEPEST: raise NoArithmetic
     if index < len(tokens) and tokens[index].text == "-":
@@ -223,11 +184,7 @@ def signed_at(
     return combined(part, "^", signed_at(tokens, part.end + 1, depth + 1))
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c023
-def product_at(
-    tokens: Sequence[ArithmeticToken], # A text
-    index: int, # The token where it begins
-    depth: int, # How many brackets and signs it stands in
-) -> Side: # The part that was read
+def product_at(tokens: Sequence[ArithmeticToken], index: int, depth: int) -> Side: # The part that was read
     "Parts multiplied and divided, from left to right."
     part = signed_at(tokens, index, depth)
     while (sign := sign_after(tokens, part)) in ("*", "/", "("):
@@ -236,11 +193,7 @@ def product_at(
     return part
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c024
-def sum_at(
-    tokens: Sequence[ArithmeticToken], # A text
-    index: int, # The token where it begins
-    depth: int = 0, # How many brackets and signs it stands in
-) -> Side: # The part that was read
+def sum_at(tokens: Sequence[ArithmeticToken], index: int, depth: int = 0) -> Side: # The part that was read
     "Products added and subtracted, from left to right."
     part = product_at(tokens, index, depth)
     while (sign := sign_after(tokens, part)) in ("+", "-"):
@@ -248,10 +201,7 @@ def sum_at(
     return part
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c025
-def may_begin(
-    tokens: Sequence[ArithmeticToken], # A text
-    index: int, # A token
-) -> bool: # Whether an equation may begin here
+def may_begin(tokens: Sequence[ArithmeticToken], index: int) -> bool: # Whether an equation may begin here
     "An operand that continues nothing: before it stands no number, no sign, no multiplication."
     before = tokens[index - 1] if index else None
     if not starts_operand(tokens, index): return False
@@ -260,10 +210,7 @@ def may_begin(
     if before.kind == "sign" and before.text in tuple("+-*/^%"): return False
     return not (tokens[index].text == "-" and (before.kind == "word" or before.text == ")"))
 
-def sides_from(
-    tokens: Sequence[ArithmeticToken], # A text
-    index: int, # A token
-) -> list[Side]: # Its sides; fewer than two is no equation
+def sides_from(tokens: Sequence[ArithmeticToken], index: int) -> list[Side]: # Its sides; fewer than two is no equation
     "The sides of the equation that begins at a token: `a = b + c = d` has three."
     if not may_begin(tokens, index): return []
     try: sides = [sum_at(tokens, index)]
@@ -276,22 +223,14 @@ def sides_from(
     return sides[1:] if named and len(sides) > 1 and not sides[0].operations else sides # Week 4 = 48 + 48
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c027
-def rounding_room(
-    side: Side, # One side
-    about: bool, # Whether the sign was ≈
-) -> Fraction: # A difference must stay below it; zero demands equality
+def rounding_room(side: Side, about: bool) -> Fraction: # A difference must stay below it; zero demands equality
     "One unit of the last written place of a decimal number that stands alone; of a whole number only after ≈."
     digits = side.said.replace(",", "").rstrip(".…")
     if "." in digits: room = Fraction(1, 10 ** len(digits.partition(".")[2]))
     else: room = Fraction(10 ** (len(digits) - len(digits.rstrip("0")))) if about and digits.isdigit() else Fraction(0)
     return room / 100 if side.percent else room
 
-def sides_agree(
-    left: Side, # One side
-    right: Side, # The other
-    about: bool, # Whether the sign was ≈
-    cents: bool, # Whether the right side is in cents
-) -> bool: # Whether they are equal, up to rounding
+def sides_agree(left: Side, right: Side, about: bool, cents: bool) -> bool: # Whether they are equal, up to rounding
     "Equality up to the rounding rule; a division by zero equals nothing."
     if left.value is None or right.value is None: return False
     scales = {1}
@@ -315,12 +254,7 @@ class Equation:
     kind: str = "equation"
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c029
-def claimed_equality(
-    plain: str, # The plain text
-    tokens: Sequence[ArithmeticToken], # Its tokens
-    left: Side, # One side
-    right: Side, # The next one
-) -> Equation | None: # The equation; None for a label or a conversion, as in `2 hours = 2 * 60` or `12 = 1 dozen`
+def claimed_equality(plain: str, tokens: Sequence[ArithmeticToken], left: Side, right: Side) -> Equation | None:
     "Two neighbouring sides as an equation."
     cents = right.end < len(tokens) and tokens[right.end].text in ("cents", "¢")
     true = sides_agree(left, right, "≈" in tokens[left.end].text, cents)
@@ -333,9 +267,7 @@ def claimed_equality(
     return Equation(text=plain[start:end].strip(), true=true, used=used, stated=stated, start=start, end=end)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c030
-def equations_in(
-    text: str, # What a model wrote
-) -> tuple[Equation, ...]: # Every equality in it, in order; a chain `a = b + c = d` gives two
+def equations_in(text: str) -> tuple[Equation, ...]: # Every equality in it, in order; a chain `a = b + c = d` gives two
     "Every equation of a text, computed exactly (the paper's section 6.1 asks for such a check)."
     plain, equations, index = plain_arithmetic(text), [], 0
     tokens = arithmetic_tokens(plain)
@@ -361,9 +293,7 @@ ANSWER_LINE = re.compile(r"\s*(?:####\s*[-$.\d]|\W*answer\s*:)", re.IGNORECASE) 
 NO_END = re.compile( # A full stop that ends no sentence
     r"(?:^(?:[A-Z]|\d{1,2}|[Ss]tep \d+)|\b(?:Mr|Mrs|Ms|Dr|St|vs|e\.g|i\.e|approx))\.$")
 
-def sentences_of(
-    line: str, # A line of a solution
-) -> list[str]: # Its sentences
+def sentences_of(line: str) -> list[str]: # Its sentences
     "A line cut after full stops, question and exclamation marks."
     parts = [""]
     for piece in re.split(r"(?<=[.!?])\s+(?=[A-Z$(\d])", line):
@@ -383,11 +313,6 @@ def reasoning_steps(
     return tuple(sentence for line in solution for sentence in sentences_of(re.sub(r"^\s*[-*•]\s+", "", line)))
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c046
-COUNTS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-          "seventeen eighteen nineteen").split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMBER_WORDS = {word: n for n, word in enumerate(COUNTS)} | {word: 10 * n for n, word in enumerate(TENS, 2)}
-NUMBER_WORDS |= {"hundred": 100, "thousand": 1000, "million": 10**6}
 IMPLIED = { # Word -> numbers that follow from it
     "half": (2, "1/2"), "third": (3, "1/3"), "quarter": (4, "1/4", 25), "fourth": (4, "1/4"), "fifth": (5, "1/5"),
     "tenth": (10, "1/10"), "once": (1,), "twice": (2,), "double": (2,), "pair": (2,), "couple": (2,), "both": (2,),
@@ -396,20 +321,15 @@ IMPLIED = { # Word -> numbers that follow from it
     "dollar": (100,), "cent": (100,), "foot": (12, 3), "feet": (12, 3), "inch": (12,), "yard": (3,)}
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c047
-def word_numbers(
-    text: str, # A word or a sign, as in twenty-five, dozens or %
-) -> list[Fraction]: # What it says and what follows from it
+def word_numbers(text: str) -> list[Fraction]: # What it says and what follows from it
     "The numbers behind a word, its plural and its past tense included."
     word = text.lower()
-    parts = [NUMBER_WORDS.get(part) for part in word.split("-")]
+    parts = [SPELLED.get(part) for part in word.split("-")]
     said = [Fraction(sum(parts))] if None not in parts else []
     forms = (word, word.removesuffix("s"), word.removesuffix("d"))
     return said + [Fraction(n) for n in next((IMPLIED[form] for form in forms if form in IMPLIED), ())]
 
-def numbers_in(
-    text: str, # A question or a step
-    words: bool = False, # Whether number words, and what other words imply, count too
-) -> tuple[Fraction, ...]: # The numbers, exactly, in order
+def numbers_in(text: str, words: bool = False) -> tuple[Fraction, ...]: # The numbers, exactly, in order
     "The numbers that stand in a text: digits, and on demand `three`, `twenty-five` or `dozen`."
     numbers, tokens = [], arithmetic_tokens(plain_arithmetic(text))
     for index, token in enumerate(tokens):
@@ -442,10 +362,7 @@ class StepReport:
     grounded: bool | None # Whether all it uses was there before; None where it uses nothing
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c052
-def outside_numbers(
-    text: str, # A step
-    equations: Sequence[Equation], # Its equations
-) -> list[Fraction]: # The numbers outside them
+def outside_numbers(text: str, equations: Sequence[Equation]) -> list[Fraction]: # The numbers outside them
     "The numbers of a step that stand in none of its equations; a list's number at its head is none."
     plain = plain_arithmetic(text)
     marker = re.match(r"\s*(?:[Ss]tep )?\d+[.):](?=\s)", plain)
@@ -454,18 +371,12 @@ def outside_numbers(
     numbers = [token for token in arithmetic_tokens(plain) if token.kind == "number"]
     return [number_value(token.text) for token in numbers if outside(token)]
 
-def results_of(
-    equations: Sequence[Equation], # Equations
-) -> set[Fraction]: # The numbers that stand alone on a side
+def results_of(equations: Sequence[Equation]) -> set[Fraction]: # The numbers that stand alone on a side
     "What equations establish."
     return {n for equation in equations for n in equation.stated}
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c053
-def word_step(
-    text: str, # A step
-    known: set[Fraction], # The numbers of the question and of earlier steps
-    percent: bool, # Whether the question speaks of percentages, so that 0.25 may come from 25
-) -> StepReport: # The step, checked
+def word_step(text: str, known: set[Fraction], percent: bool) -> StepReport: # The step, checked
     "One step of a word problem's solution: its equations, and whether its numbers were there before."
     equations = equations_in(text)
     uses = [(outside_numbers(text, equations), known | results_of(equations))]
@@ -474,10 +385,7 @@ def word_step(
     grounded = [there(n, before) for numbers, before in uses for n in numbers]
     return StepReport(text=text, statements=equations, grounded=all(grounded) if grounded else None)
 
-def word_steps(
-    question: str, # A word problem
-    output: str, # What a model wrote
-) -> tuple[StepReport, ...]: # Its steps, checked
+def word_steps(question: str, output: str) -> tuple[StepReport, ...]: # Its steps, checked
     "Each step of a word problem's solution (paper section 6.1)."
     known, percent, reports = set(numbers_in(question, words=True)), "%" in question or "percent" in question, []
     for text in reasoning_steps(output):
@@ -510,9 +418,7 @@ def world_facts() -> dict[tuple[str, str], str]: # (name, attribute) -> value
 WORLD = world_facts()
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c059
-def lab_fact(
-    clause: str, # A clause
-) -> LabStatement | None: # The fact that it states, checked; None where it states none
+def lab_fact(clause: str) -> LabStatement | None: # The fact that it states, checked; None where it states none
     "A fact about a person or a town, as in `Mira is 36 years old`."
     for kind, pattern in FACTS.items():
         if match := re.fullmatch(pattern, clause):
@@ -520,9 +426,7 @@ def lab_fact(
             return LabStatement(text=clause, true=true, kind="fact", subject=match[1], stated=(match[2],))
     return None
 
-def lab_comparison(
-    clause: str, # A clause
-) -> LabStatement | None: # The comparison that it makes, checked; None where it makes none
+def lab_comparison(clause: str) -> LabStatement | None:
     "A comparison of two numbers, as in `36 is not older than 53`."
     match = re.fullmatch(r"(\d+) is (not )?(older|younger|higher|lower) than (\d+)", clause)
     if not match: return None
@@ -532,9 +436,7 @@ def lab_comparison(
                         affirmed=affirmed)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c060
-def lab_statement(
-    clause: str, # A clause
-) -> LabStatement: # What it says
+def lab_statement(clause: str) -> LabStatement: # What it says
     "One clause, read and checked; a best so far is judged later, with what came before it."
     statement = lab_fact(clause) or lab_comparison(clause)
     if statement: return statement
@@ -542,9 +444,7 @@ def lab_statement(
         return LabStatement(text=clause, true=None, kind="best", used=(match[1], match[2]))
     return LabStatement(text=clause, true=None, kind="unread")
 
-def lab_clauses(
-    line: str, # A line of a solution
-) -> tuple[str, list[str]]: # The letter of its choice, empty where it has none, and its clauses
+def lab_clauses(line: str) -> tuple[str, list[str]]:
     "A line's clauses; a town and its height are two facts."
     letter, rest = re.fullmatch(r"(?:([A-H])\.\s+)?(.*)", line.strip(), re.DOTALL).groups()
     rest = re.sub(r"\blives in (\w+) at (\d+) metres", r"lives in \1; \1 lies at \2 metres", rest)
@@ -552,9 +452,7 @@ def lab_clauses(
     return letter or "", [clause for clause in clauses if clause]
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c062
-def lab_facts_check(
-    text: str, # What a model wrote about the lab's world
-) -> tuple[LabStatement, ...]: # All it says, in order
+def lab_facts_check(text: str) -> tuple[LabStatement, ...]: # All it says, in order
     "Every statement of a text about the lab's people and towns, checked against the world."
     best, statements = None, []
     for step, line in enumerate(reasoning_steps(text)):
@@ -570,11 +468,7 @@ def lab_facts_check(
     return tuple(statements)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c068
-def lab_grounded(
-    problem: Problem, # A yes/no or four-choice problem of the lab
-    statements: Sequence[LabStatement], # The statements of one step
-    known: set[str], # Words of the question and what was stated before; grows by what this step states
-) -> bool | None: # Whether all that the step speaks of was there before; None where it says nothing
+def lab_grounded(problem: Problem, statements: Sequence[LabStatement], known: set[str]) -> bool | None:
     "Whether one step about the lab's world is grounded."
     read, grounded = [statement for statement in statements if statement.kind != "unread"], True
     for index, statement in enumerate(read):
@@ -587,10 +481,7 @@ def lab_grounded(
     return grounded if read else None
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c069
-def lab_fact_steps(
-    problem: Problem, # A yes/no or four-choice problem of the lab
-    output: str, # What a model wrote
-) -> tuple[StepReport, ...]: # Its steps, checked
+def lab_fact_steps(problem: Problem, output: str) -> tuple[StepReport, ...]: # Its steps, checked
     "Each step about the lab's world: its statements, and whether what it speaks of was there before."
     known = set(re.findall(r"\w+", problem.question)) | {text for _, text in problem.choices}
     statements, reports = lab_facts_check(output), []
@@ -600,31 +491,21 @@ def lab_fact_steps(
     return tuple(reports)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c070
-def facts_known(
-    task: str, # Name of a task
-) -> bool: # Whether its solutions consist of facts that can be checked
+def facts_known(task: str) -> bool: # Whether its solutions consist of facts that can be checked
     "The lab knows its own world; of StrategyQA and ARC nobody here knows the facts."
     return task in ("lab-strategyqa", "lab-arc")
 
-def step_reports(
-    problem: Problem, # The problem
-    output: str, # What a model wrote
-) -> tuple[StepReport, ...]: # Its steps, checked
+def step_reports(problem: Problem, output: str) -> tuple[StepReport, ...]: # Its steps, checked
     "The steps of an answer: equations, or for the lab's yes/no and four-choice tasks facts (paper section 6.1)."
     return lab_fact_steps(problem, output) if facts_known(problem.task) else word_steps(problem.question, output)
 
-def grounded_share(
-    steps: Sequence[StepReport], # From `step_reports`
-) -> float: # In [0, 1]; not a number where no step uses anything
+def grounded_share(steps: Sequence[StepReport]) -> float: # In [0, 1]; not a number where no step uses anything
     "Share of steps that use only what stands in the question or in earlier steps, among the steps that use anything."
     using = [step.grounded for step in steps if step.grounded is not None]
     return sum(using) / len(using) if using else math.nan
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c074
-def claims_of(
-    problem: Problem, # The problem
-    text: str, # Its worked solution, or what a model wrote
-) -> frozenset: # Results, or statements as text
+def claims_of(problem: Problem, text: str) -> frozenset: # Results, or statements as text
     "What a text establishes: results of equations, numbers of steps that have no equation; or statements."
     if facts_known(problem.task): return frozenset(s.text for s in lab_facts_check(text) if s.kind != "unread")
     claims = set()
@@ -634,10 +515,7 @@ def claims_of(
     return frozenset(claims)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c075
-def completeness(
-    problem: Problem, # The problem, with its worked solution
-    output: str, # What a model wrote
-) -> float: # In [0, 1]; not a number where the worked solution holds nothing that can be checked
+def completeness(problem: Problem, output: str) -> float:
     "Share of the worked solution's results, or facts, that an output states too (paper section 6.1)."
     if facts_known(problem.task): wanted = claims_of(problem, problem.solution)
     else: wanted = results_of(equations_in(problem.solution))
@@ -655,10 +533,7 @@ from ..models.decoding import inference
 from ..scoring import target_losses
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c080
-def repeated_blocks(
-    words: Sequence[str], # Words, in order
-    times: int, # So often in a row or more
-) -> Iterator[tuple[str, ...]]: # Each block, shortest first
+def repeated_blocks(words: Sequence[str], times: int) -> Iterator[tuple[str, ...]]: # Each block, shortest first
     "Blocks of words that follow themselves: there the words equal those one block further on, for `times - 1` blocks."
     check_at_least(times, 2, "times")
     for block in range(1, len(words) // times + 1):
@@ -668,11 +543,7 @@ def repeated_blocks(
             if run == block * (times - 1): yield tuple(words[index - block + 1:index + 1])
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c081
-def incoherent(
-    text: str, # What a model wrote
-    perplexity: float | None = None, # Its perplexity under the dense model, where it was measured
-    most_perplexity: float = 50.0, # An output above it is incoherent
-) -> bool: # Whether it is no text that anybody would write
+def incoherent(text: str, perplexity: float | None = None, most_perplexity: float = 50.0) -> bool:
     "Repetition, or a perplexity under the dense model above a limit (paper section 6.1)."
     words, lines = text.split(), Counter(line.strip() for line in text.split("\n") if re.search(r"\w", line))
     if max(lines.values(), default=0) >= 3 or re.search(r"([^\W\d_]{1,4})\1{5,}", text): return True
@@ -681,14 +552,9 @@ def incoherent(
     return perplexity is not None and perplexity > most_perplexity
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c085
-def output_perplexities(
-    model: torch.nn.Module, # The dense model, of a known family
-    tokenizer: object, # Its tokenizer
-    answers: Sequence[AnswerRecord], # What a pruned model wrote
-    problems: Sequence[Problem], # The problems they answer, in any order
-    style: str | PromptStyle | None = None, # The prompt style that asked; None means `default_style`
-    batch_tokens: int = 4096, # Padded tokens a batch may hold
-) -> list[float]: # exp of the mean token loss of each output; not a number where it is empty
+def output_perplexities(model: torch.nn.Module, tokenizer: object, answers: Sequence[AnswerRecord],
+                        problems: Sequence[Problem], style: str | PromptStyle | None = None,
+                        batch_tokens: int = 4096) -> list[float]:
     "How well the dense model would have expected each output (paper section 6.1)."
     style, known = style or default_style(tokenizer), problems_by_uid(problems)
     perplexities, written = [math.nan] * len(answers), [i for i, answer in enumerate(answers) if answer.output]
@@ -707,10 +573,7 @@ def output_perplexities(
 ERROR_CATEGORIES = ("right", "right, faulty steps", "false fact", "arithmetic slip", "wrong step", "wrong last line",
                     "no answer line", "cut off", "incoherent", "unchecked")
 
-def conclusion_of(
-    problem: Problem, # The problem
-    steps: Sequence[StepReport], # From `step_reports`
-) -> str | Fraction | None: # A number, yes or no, or a letter; None where the steps conclude nothing
+def conclusion_of(problem: Problem, steps: Sequence[StepReport]) -> str | Fraction | None:
     "The answer that the steps lead to, whatever the answer line says."
     last_first = [statement for step in reversed(steps) for statement in reversed(step.statements)]
     if problem.task == "lab-strategyqa":
@@ -724,11 +587,7 @@ def conclusion_of(
 from ..data.problems import task_family
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c089
-def false_or_broken(
-    answer: AnswerRecord, # One answered problem
-    steps: Sequence[StepReport], # Its steps
-    broken: bool, # Whether its output is incoherent
-) -> str | None: # The category; None where nothing is false and the answer line is there
+def false_or_broken(answer: AnswerRecord, steps: Sequence[StepReport], broken: bool) -> str | None:
     "The categories of wrong answers that need no worked solution."
     false = next((s for step in steps for s in step.statements if s.true is False), None)
     if broken: return "incoherent"
@@ -759,16 +618,11 @@ import pandas as pd
 from ..core.errors import BadInput
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c100
-def problems_by_uid(
-    problems: Sequence[Problem], # Problems
-) -> dict[tuple[str, str], Problem]: # The same under task and content hash
+def problems_by_uid(problems: Sequence[Problem]) -> dict[tuple[str, str], Problem]:
     "Problems under task and content hash."
     return {(problem.task, problem.uid): problem for problem in problems}
 
-def problem_of(
-    answer: AnswerRecord, # An answer
-    known: Mapping[tuple[str, str], Problem], # From `problems_by_uid`
-) -> Problem: # The problem that it answers
+def problem_of(answer: AnswerRecord, known: Mapping[tuple[str, str], Problem]) -> Problem: # The problem that it answers
     "The problem of an answer; `BadInput` where it is not among those given."
     if (answer.task, answer.uid) in known: return known[answer.task, answer.uid]
     raise BadInput(f"No problem of {answer.task} has the content hash {answer.uid}: "
@@ -776,12 +630,7 @@ def problem_of(
                    "pass those of evaluation_problems for the same task and data, or evaluate again.")
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c101
-def report_row(
-    answer: AnswerRecord, # One answer
-    problem: Problem, # The problem
-    dense_steps: float, # Steps of the dense model's answer; not a number where it was not given
-    perplexity: float, # The output's perplexity under the dense model; not a number where it was not measured
-) -> dict[str, object]: # Column -> value
+def report_row(answer: AnswerRecord, problem: Problem, dense_steps: float, perplexity: float) -> dict[str, object]:
     "All measures of one answer."
     steps, measured = step_reports(problem, answer.output), None if math.isnan(perplexity) else perplexity
     checked = [s for step in steps for s in step.statements if s.true is not None]
@@ -795,10 +644,7 @@ def report_row(
         "first_false": next((s.text for s in checked if not s.true), "")}
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c102
-def steps_of_dense(
-    answers: Sequence[AnswerRecord], # Answers of one model
-    dense: Sequence[AnswerRecord] | None, # The dense model's answers; None where there are none
-) -> list[float]: # For each answer the dense model's number of steps; not a number without the dense model
+def steps_of_dense(answers: Sequence[AnswerRecord], dense: Sequence[AnswerRecord] | None) -> list[float]:
     "Steps that the dense model took; a problem that it has not answered raises `BadInput`."
     if dense is None: return [math.nan] * len(answers)
     steps = {(answer.task, answer.uid): len(reasoning_steps(answer.output)) for answer in dense}
@@ -831,19 +677,14 @@ from matplotlib.axes import Axes
 from ..evaluation import Evaluation
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c111
-def reasoning_reports(
-    evaluations: Sequence[Evaluation], # What was measured, the dense model among them or not
-    problems: Sequence[Problem], # The problems that were answered
-) -> dict[tuple[str, float], pd.DataFrame]: # (method, sparsity) -> its report
+def reasoning_reports(evaluations: Sequence[Evaluation],
+                      problems: Sequence[Problem]) -> dict[tuple[str, float], pd.DataFrame]:
     "A report for each evaluation, against the dense model's steps where it was evaluated too."
     dense = next((evaluation.answers for evaluation in evaluations if evaluation.method == "dense"), None)
     return {(e.method, e.sparsity): reasoning_report(e.answers, problems, dense) for e in evaluations}
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c112
-def category_shares(
-    reports: Mapping[tuple[str, float], pd.DataFrame], # (method, sparsity) -> its report
-    task: str | None = None, # Only this task; None means all together
-) -> pd.DataFrame: # Rows (method, sparsity), columns ERROR_CATEGORIES, values in [0, 1]
+def category_shares(reports: Mapping[tuple[str, float], pd.DataFrame], task: str | None = None) -> pd.DataFrame:
     "Share of answers in each category; `BadInput` where a report has no answer to the task."
     rows = {}
     for (method, sparsity), report in reports.items():

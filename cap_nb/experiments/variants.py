@@ -74,19 +74,13 @@ from ..importance import importance_factors
 from ..data.problems import task_family
 
 # %% ../../nbs/experiments/00_variants.ipynb #c016
-def only_examples(
-    losses: HeadLosses, # A table of losses
-    indices: Sequence[int], # Examples to keep, in order
-) -> HeadLosses: # The same with these examples only
+def only_examples(losses: HeadLosses, indices: Sequence[int]) -> HeadLosses: # The same with these examples only
     "Some examples of a table of losses."
     indices = list(indices)
     kept = {name: tuple(getattr(losses, name)[index] for index in indices) for name in ("stratum", "task", "uid")}
     return replace(losses, masked=losses.masked[..., indices], intact=losses.intact[indices], **kept)
 
-def losses_of_task(
-    losses: HeadLosses, # A table of losses
-    family: str, # A benchmark, as in "gsm8k"
-) -> HeadLosses: # The same with this benchmark's examples only
+def losses_of_task(losses: HeadLosses, family: str) -> HeadLosses: # The same with this benchmark's examples only
     "One task of a table; one that is not in it raises `BadInput`."
     indices = [index for index, task in enumerate(losses.task) if task_family(task) == family]
     if not indices:
@@ -95,9 +89,7 @@ def losses_of_task(
     return only_examples(losses, indices)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c017
-def even_tasks(
-    losses: HeadLosses, # A table of losses
-) -> HeadLosses: # The same, without unit
+def even_tasks(losses: HeadLosses) -> HeadLosses: # The same, without unit
     "Every task's losses divided by the spread of its heads' mean rise."
     scale, rise = torch.ones_like(losses.intact), losses.masked - losses.intact
     for task in set(losses.task):
@@ -106,42 +98,28 @@ def even_tasks(
     return replace(losses, masked=losses.masked / scale, intact=losses.intact / scale)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c019
-def bootstrap_scores(
-    losses: HeadLosses, # A table of losses
-    draws: int = 200, # Resamples
-    seed: int = 0, # Of the resamples
-) -> torch.Tensor: # Score of every head, in nats, [L, H]
+def bootstrap_scores(losses: HeadLosses, draws: int = 200, seed: int = 0) -> torch.Tensor:
     "Median masked loss over bootstrap resamples less their mean intact loss: paper equation 2 with other subsets."
     rng, n = torch.Generator().manual_seed(seed), len(losses.intact)
     drawn = [torch.randint(n, (n,), generator=rng) for _ in range(draws)]
     weights = torch.stack([torch.bincount(indices, minlength=n) for indices in drawn]).double() / n # [draws, N]
     return (losses.masked @ weights.T).quantile(0.5, dim=-1) - (weights @ losses.intact).mean()
 
-def variant_scores(
-    losses: HeadLosses, # The variant's table of losses
-    variant: Variant, # The variant
-) -> torch.Tensor: # Score of every head, [L, H]
+def variant_scores(losses: HeadLosses, variant: Variant) -> torch.Tensor: # Score of every head, [L, H]
     "Causal scores (paper equation 2) with the variant's one change."
     if variant.weighting == "even": losses = even_tasks(losses)
     elif variant.weighting: losses = losses_of_task(losses, variant.weighting)
     return bootstrap_scores(losses) if variant.how == "bootstrap" else causal_scores(losses, variant.how, variant.k)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c021
-def permuted_factors(
-    factors: torch.Tensor, # Importance factor of every head, [L, H]
-    seed: int, # Seed of the permutation
-    in_layers: bool = False, # Whether factors change heads within their layer only
-) -> torch.Tensor: # The same factors on other heads, [L, H]
+def permuted_factors(factors: torch.Tensor, seed: int, in_layers: bool = False) -> torch.Tensor:
     "The control: factors permuted over all heads, or over the heads of each layer."
     rng, rows = torch.Generator().manual_seed(seed), factors if in_layers else factors.view(1, -1)
     orders = torch.stack([torch.randperm(rows.shape[1], generator=rng) for _ in rows])
     return rows.gather(1, orders).view_as(factors)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c022
-def variant_factors(
-    losses: HeadLosses, # The variant's table of losses
-    variant: Variant, # The variant
-) -> torch.Tensor: # Importance factor of every head, [L, H]
+def variant_factors(losses: HeadLosses, variant: Variant) -> torch.Tensor: # Importance factor of every head, [L, H]
     "Importance factors (paper equation 3) with the variant's one change."
     scores = variant_scores(losses, variant)
     if variant.ranked: scores = scores.flatten().argsort().argsort().view_as(scores).double()
@@ -159,10 +137,7 @@ from ..core.errors import check_at_least
 from ..jobs.chains import window_example
 
 # %% ../../nbs/experiments/00_variants.ipynb #c042
-def window_starts(
-    lengths: Sequence[int], # Length of every window, in tokens
-    tokens: int, # Tokens of the text
-) -> list[int]: # Where each window starts
+def window_starts(lengths: Sequence[int], tokens: int) -> list[int]: # Where each window starts
     "Windows that do not overlap, evenly spread; a text that is too short raises `BadInput`."
     left = tokens - sum(lengths)
     if left < 0:
@@ -172,12 +147,7 @@ def window_starts(
     return [start + left * index // len(lengths) for index, start in enumerate(used)] # what is left lies between them
 
 # %% ../../nbs/experiments/00_variants.ipynb #c043
-def text_like(
-    tokenizer: object, # Tokenizer of transformers
-    like: Calibration, # The calibration set whose number and lengths are copied
-    text: str, # Plain text
-    windows: int | None = None, # How many windows, copied from examples evenly spread over the set; None: one for each
-) -> Calibration: # Windows of the text, under the task name "text"
+def text_like(tokenizer: object, like: Calibration, text: str, windows: int | None = None) -> Calibration:
     "A calibration set of plain text (paper section 6); a text too short for its windows raises `BadInput`."
     total = len(like.examples)
     windows = total if windows is None else min(total, check_at_least(windows, 1, "The number of windows"))
@@ -197,10 +167,7 @@ from ..jobs.records import load_evaluation, save_evaluation
 from ..data.prompts import make_example
 
 # %% ../../nbs/experiments/00_variants.ipynb #c050
-def answers_to(
-    ready: Ready, # The job; its model is dense
-    examples: Sequence[Example], # Calibration examples of one task
-) -> list[AnswerRecord]: # One record an example
+def answers_to(ready: Ready, examples: Sequence[Example]) -> list[AnswerRecord]: # One record an example
     "The model's answers to calibration problems of one task."
     limit = ready.job.evaluate.max_new_tokens or token_limit(examples[0].task)
     decoding, prompts = Decoding(batch_tokens=2 * ready.job.model.batch_tokens), [prompt_tokens(e) for e in examples]
@@ -208,10 +175,7 @@ def answers_to(
     style = ready.job.calibrate.style
     return [answer_record(e, output, ready.tokenizer, style) for e, output in zip(examples, outputs)]
 
-def calibration_answers(
-    ready: Ready, # The job; its model is dense
-    folder: Path, # The run's folder
-) -> tuple[AnswerRecord, ...]: # One record a calibration problem
+def calibration_answers(ready: Ready, folder: Path) -> tuple[AnswerRecord, ...]: # One record a calibration problem
     "The dense model's answers to the calibration problems, generated only if they are not there."
     path, examples = folder/"chains"/"answers", ready.calibration.examples
     if not path.exists():
@@ -223,11 +187,7 @@ def calibration_answers(
     return load_evaluation(path).answers
 
 # %% ../../nbs/experiments/00_variants.ipynb #c051
-def chains_like(
-    tokenizer: object, # Tokenizer of transformers
-    like: Calibration, # The calibration set that was answered
-    answers: Sequence[AnswerRecord], # The answers
-) -> Calibration | None: # The correct ones as targets; None if they are fewer than FEWEST_CHAINS
+def chains_like(tokenizer: object, like: Calibration, answers: Sequence[AnswerRecord]) -> Calibration | None:
     "A calibration set of the model's own correct answers."
     right = {(a.task, a.uid): a.output for a in answers if a.correct and not a.cut_off}
     answered = [e for e in like.examples if (e.task, e.uid) in right]
@@ -253,11 +213,7 @@ class Sources:
 
 Table = tuple[HeadLosses, str] # A table of losses, and the SHA-256 of its file
 
-def tasks_table(
-    ready: Ready, # The job
-    folder: Path, # The run's folder
-    sources: Sources, # Where tables come from
-) -> Table: # The table
+def tasks_table(ready: Ready, folder: Path, sources: Sources) -> Table: # The table
     "The table of the calibration set; one of another model, other examples or another target raises `BadInput`."
     name = "losses.safetensors"
     if sources.base is None: return run_losses(ready, folder, sources.store), sha256_of_file(folder/name)
@@ -271,24 +227,14 @@ def tasks_table(
     return base.losses, base.records.read(name, sha256_of_file)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c055
-def other_calibration(
-    ready: Ready, # The job; its model is dense
-    folder: Path, # The run's folder
-    which: str, # "text" or "chains"
-    sources: Sources, # Where tables come from
-) -> Calibration | None: # What heads are scored on instead; None if there are too few chains
+def other_calibration(ready: Ready, folder: Path, which: str, sources: Sources) -> Calibration | None:
     "The calibration set of a variant that calibrates on other text."
     if which == "chains":
         return chains_like(ready.tokenizer, ready.calibration, calibration_answers(ready, folder))
     text = load_text(ready.job.evaluate.text, ready.job.calibrate.data_dir, "calibration").text
     return text_like(ready.tokenizer, ready.calibration, text, sources.text_windows)
 
-def variant_table(
-    ready: Ready, # The job; its model is dense
-    folder: Path, # The run's folder
-    which: str, # "tasks", "text" or "chains"
-    sources: Sources, # Where tables come from
-) -> Table | None: # The table; None if there are too few chains
+def variant_table(ready: Ready, folder: Path, which: str, sources: Sources) -> Table | None:
     "The table that a variant's heads are scored on, measured only if it is not there."
     if which == "tasks": return tasks_table(ready, folder, sources)
     calibration = other_calibration(ready, folder, which, sources)
@@ -297,11 +243,7 @@ def variant_table(
     return losses, sha256_of_file(folder/which/"losses.safetensors")
 
 # %% ../../nbs/experiments/00_variants.ipynb #c057
-def kept_factors(
-    path: Path, # File of the factors
-    table: Table, # The table of losses
-    variant: Variant, # The variant
-) -> torch.Tensor: # Importance factor of every head, [L, H]
+def kept_factors(path: Path, table: Table, variant: Variant) -> torch.Tensor: # Importance factor of every head, [L, H]
     "A variant's factors, written down with their origin; other factors from the same table raise `BadInput`."
     factors, origin = variant_factors(table[0], variant), {"table": table[1]}
     if not path.exists():
@@ -316,12 +258,7 @@ def kept_factors(
 # %% ../../nbs/experiments/00_variants.ipynb #c058
 log = logging.getLogger(__name__)
 
-def variant_tables(
-    ready: Ready, # The job; its model is dense
-    folder: Path, # The run's folder
-    which: Sequence[str], # Of "tasks", "text" and "chains"
-    sources: Sources, # Where tables come from
-) -> dict[str, Table]: # The tables; without "chains" if too few problems are answered right
+def variant_tables(ready: Ready, folder: Path, which: Sequence[str], sources: Sources) -> dict[str, Table]:
     "The tables of losses that variants need; one that cannot be made is left out and the log says so."
     tables = {name: variant_table(ready, folder, name, sources) for name in dict.fromkeys(which)}
     for name in [name for name, table in tables.items() if table is None]:
@@ -329,12 +266,8 @@ def variant_tables(
                     FEWEST_CHAINS)
     return {name: table for name, table in tables.items() if table}
 
-def factors_of_variants(
-    ready: Ready, # The job; its model is dense
-    folder: Path, # The run's folder
-    names: Sequence[str], # Names of variants
-    sources: Sources, # Where tables come from
-) -> dict[str, torch.Tensor | None]: # Variant -> factors, None if it uses none; those without a table are left out
+def factors_of_variants(ready: Ready, folder: Path, names: Sequence[str],
+                        sources: Sources) -> dict[str, torch.Tensor | None]:
     "The factors of every variant that can be run."
     using = {name: VARIANTS[name] for name in names if "factors" in needs_of(parse_method(VARIANTS[name].method))}
     tables = variant_tables(ready, folder, [variant.table for variant in using.values()], sources)
@@ -356,20 +289,11 @@ from ..methods.layer_walk import layer_by_layer
 from ..methods.prune import own_scope
 
 # %% ../../nbs/experiments/00_variants.ipynb #c061
-def in_part(
-    projection: Projection, # A projection
-    part: str, # "attention" or "mlp"
-) -> bool: # Whether it belongs there
+def in_part(projection: Projection, part: str) -> bool: # Whether it belongs there
     "Whether a projection belongs to the heads or to the MLP of its layer."
     return (projection.role in HOLDS) == (check_choice(part, PARTS, "part of a layer") == "attention")
 
-def prune_part(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
-    method: str, # Name of a method that is a criterion under a scope
-    part: str, # "attention" or "mlp"
-    sparsity: float, # Share of the part's weights to zero, in [0, 1)
-    given: Inputs, # What the method needs
-) -> PruneReport: # What was done; its share is of all weights in scope
+def prune_part(model: nn.Module, method: str, part: str, sparsity: float, given: Inputs) -> PruneReport:
     "Prune a part of every layer by a method's own criterion and scope."
     criterion, scope = CRITERIA[method], own_scope(parse_method(method))
     walking = walks(criterion, scope)
@@ -381,12 +305,7 @@ def prune_part(
     return prune_report(model, method, sparsity)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c062
-def prune_variant(
-    ready: Ready, # The job; its model is dense and changed in place
-    name: str, # Name of a variant, or "dense"
-    sparsity: float, # Share to zero, in [0, 1)
-    factors: torch.Tensor | None, # Importance factor of every head, [L, H]
-) -> PruneReport: # What was done, under the variant's name
+def prune_variant(ready: Ready, name: str, sparsity: float, factors: torch.Tensor | None) -> PruneReport:
     "Prune a job's model by a variant."
     variant = VARIANTS.get(name, Variant("", "dense"))
     batch_tokens, seed = ready.job.model.batch_tokens, ready.job.calibrate.seed
@@ -407,10 +326,7 @@ from ..jobs.records import cells_of, environment, note_environment, open_run
 from ..jobs.job import finish_cells, prepare
 
 # %% ../../nbs/experiments/00_variants.ipynb #62bf2dd2
-def check_variants(
-    job: Job, # What is wanted
-    names: Sequence[str], # The variants
-) -> None:
+def check_variants(job: Job, names: Sequence[str]) -> None:
     "Raise `BadInput` for an unknown variant, and for a job that scores within a budget."
     for name in names: check_choice(name, VARIANTS, "variant")
     if job.prune.budget is None: return

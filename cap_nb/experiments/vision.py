@@ -30,11 +30,7 @@ from torch import nn
 # %% ../../nbs/experiments/05_vision.ipynb #c008
 class Backbone(nn.Module):
     "The layers of a vision transformer, called with the numbers of images."
-    def __init__(
-        self,
-        model: nn.Module, # A ViT or DeiT of transformers with a classifier
-        images: torch.Tensor, # Pixels, [images, channels, side, side]
-    ):
+    def __init__(self, model: nn.Module, images: torch.Tensor):
         super().__init__()
         body = model.base_model
         self.embeddings, self.layernorm = body.embeddings, body.layernorm
@@ -48,11 +44,7 @@ class Backbone(nn.Module):
 # %% ../../nbs/experiments/05_vision.ipynb #c009
 class ImageReader(nn.Module):
     "A vision transformer that is called as a language model is; it shares the model's weights."
-    def __init__(
-        self,
-        model: nn.Module, # A ViT or DeiT of transformers with a classifier
-        images: torch.Tensor, # Pixels, [images, channels, side, side]
-    ):
+    def __init__(self, model: nn.Module, images: torch.Tensor):
         super().__init__()
         add_image_families()
         self.config, self.classifier = model.config, model.classifier
@@ -81,13 +73,8 @@ from collections.abc import Sequence
 from ..data.prompts import IGNORED, Example
 
 # %% ../../nbs/experiments/05_vision.ipynb #c011
-def image_examples(
-    reader: ImageReader, # The reader
-    labels: torch.Tensor, # Index of every image's class, int64 [images]
-    names: Sequence[str], # Names of the classes
-    numbers: Sequence[int], # Which images
-    prefix: str = "", # Begins the content hash; tells sets of images apart
-) -> tuple[Example, ...]: # One example an image, its class as its task
+def image_examples(reader: ImageReader, labels: torch.Tensor, names: Sequence[str], numbers: Sequence[int],
+                   prefix: str = "") -> tuple[Example, ...]:
     "Images as examples."
     rest = (0,) * (reader.tokens - 1)
     return tuple(Example(task=names[labels[n]], uid=f"{prefix}{n}", prompt="", target=names[labels[n]],
@@ -105,9 +92,7 @@ from ..models.loading import config_of
 from ..threshold import PruneReport
 
 # %% ../../nbs/experiments/05_vision.ipynb #c026
-def open_image_checkpoint(
-    folder: str | Path, # A folder saved by transformers, as safetensors
-) -> Checkpoint: # What is known of it
+def open_image_checkpoint(folder: str | Path) -> Checkpoint: # What is known of it
     "Describe a checkpoint of a ViT or DeiT without its weights; missing or foreign ones raise `BadInput`."
     folder = Path(folder)
     with torch.device("meta"): model = AutoModelForImageClassification.from_config(config_of(folder))
@@ -120,13 +105,8 @@ def open_image_checkpoint(
     return checkpoint
 
 # %% ../../nbs/experiments/05_vision.ipynb #c027
-def prune_image_checkpoint(
-    src: str | Path, # A folder saved by transformers, as safetensors; not changed
-    dst: str | Path, # New folder; it appears when it is whole
-    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-    factors: torch.Tensor | None = None, # Of the heads, [L, H], for cap
-    method: str = "cap", # criterion[@scope]
-) -> PruneReport: # What was done
+def prune_image_checkpoint(src: str | Path, dst: str | Path, sparsity: float, factors: torch.Tensor | None = None,
+                           method: str = "cap") -> PruneReport:
     "Prune a checkpoint of a vision transformer without loading it (paper 3.3 and 3.4)."
     parts, checkpoint = check_streamed(method, sparsity, "exact"), open_image_checkpoint(src)
     known = measurements_for(checkpoint, method, factors, None)
@@ -138,23 +118,14 @@ def prune_image_checkpoint(
 # %% ../../nbs/experiments/05_vision.ipynb #c031
 SHAPES = ("circle", "square", "triangle", "cross")
 
-def inside(
-    x: torch.Tensor, # Coordinates in the frames of the shapes, in units of their radius, [n, side, side]
-    y: torch.Tensor, # The same shape
-    kinds: torch.Tensor, # Index of each image's shape, int64 [n]
-) -> torch.Tensor: # Which pixels a shape covers, bool [n, side, side]
+def inside(x: torch.Tensor, y: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
     "The four shapes, all within their radius but the corners of the square."
     high, bar = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
     triangle = torch.maximum(-y, (y + 3 ** 0.5 * x.abs()) / 2) < 0.5 # three half planes
     covered = torch.stack([x.square() + y.square() < 0.8, high < 0.8, triangle, (high < 0.95) & (bar < 0.3)])
     return covered.take_along_dim(kinds[None, :, None, None], 0)[0]
 
-def drawn_shapes(
-    n: int, # Images
-    seed: int, # Seed of shapes, places, sizes, angles, brightness and noise
-    noise: float = 0.3, # Standard deviation of what is added to each pixel; a shape's brightness is 0.7 to 1.3
-    side: int = 32, # Pixels
-) -> tuple[torch.Tensor, torch.Tensor]: # Pixels, float32 [n, 1, side, side]; index of the shape, int64 [n]
+def drawn_shapes(n: int, seed: int, noise: float = 0.3, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     "Images of one shape each, the shapes in turn."
     rng, kinds = torch.Generator().manual_seed(seed), torch.arange(n) % len(SHAPES)
     def uniform(low: float, high: float) -> torch.Tensor: return low + (high - low) * torch.rand(n, 1, 1, generator=rng)
@@ -171,13 +142,7 @@ from tqdm.auto import tqdm
 SHAPE_MODEL = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, image_size=32,
                    patch_size=8, num_channels=1, num_labels=len(SHAPES), hidden_dropout_prob=0.0)
 
-def train_on_shapes(
-    model: nn.Module, # A ViT with a classifier; changed in place, zeros in scope stay zero
-    steps: int, # Steps of Adam
-    batch: int = 64, # Fresh images a step
-    seed: int = 0, # Of the images
-    rate: float = 2e-3, # Largest learning rate; it rises for a tenth of the steps and falls to zero
-) -> None:
+def train_on_shapes(model: nn.Module, steps: int, batch: int = 64, seed: int = 0, rate: float = 2e-3) -> None:
     "Train a vision transformer on shapes that are drawn anew in every step."
     reader = ImageReader(model, torch.empty(0))
     there = [(p.weight, p.weight.detach() != 0) for p in projections(reader)]
