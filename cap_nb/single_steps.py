@@ -12,10 +12,9 @@ from torch import nn
 from cap_nb.core.errors import BadInput
 from cap_nb.jobs.job import check_job, check_screening, check_windows_fit, filled_in, job_calibration
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.methods.devices import device_of_process, joined
 from cap_nb.methods.resumed_scoring import Request, check_target, heads_by_layer, help_scoring, table_scorer
 from cap_nb.methods.screening import save_partial, screen_heads
-from cap_nb.methods.unit_store import Share
+from cap_nb.methods.unit_store import Share, device_of_process, joined
 from cap_nb.models.anatomy import anatomy
 from cap_nb.models.loading import load_model, tokenizer_fingerprint
 from cap_nb.scoring import save_losses

@@ -19,6 +19,7 @@ from cap_nb.jobs.tables import (
     head_importance_in_words, interval_text, pairs_with, plot_importance_distribution, plot_sparsity_curves,
     table_csv, table_latex, table_markdown, table_notes)
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
+from cap_nb.experiments.seeds import compare_over_seeds, seed_table
 from cap_nb.core.errors import BadInput
 from conftest import ROOT
 
@@ -231,3 +232,19 @@ def test_a_damaged_drawing_leaves_no_file(tmp_path):
     with pytest.raises(ValueError):
         save_figure(figure, tmp_path / "broken")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_three_seeds_leave_undecided_what_each_of_them_decides():
+    """Calibration that moves an accuracy by fifty points: Student's quantile for two degrees of freedom is 4.3."""
+    runs = {seed: [Evaluation(method=method, sparsity=0.5, reached=0.5, answers=answers("arc", right, 40)) for method, right in (("magnitude", 12), ("cap", solved))]
+            for seed, solved in enumerate((18, 38, 22))}
+    over_seeds, means = compare_over_seeds(runs), seed_table(runs)
+    alone = [compare_methods(evaluations, [("cap", "magnitude")]) for evaluations in runs.values()]
+    assert [c.decided for family in (over_seeds, *alone) for c in family.values()] == [False, True, True, True]
+    assert [c.value for c in over_seeds.values()] == pytest.approx([100 * (6 + 26 + 10) / 120])
+    assert means["Calibration"].iloc[0] == 0 and means["Calibration"].iloc[1] > 10
+    with pytest.raises(BadInput, match="share no method"):
+        seed_table({0: runs[0][:1], 1: runs[1][1:]})
+    other = Evaluation(method="magnitude", sparsity=0.5, reached=0.5, answers=answers("arc", 1, 41))
+    with pytest.raises(BadInput, match="cap and magnitude were not measured on"):
+        compare_over_seeds({seed: [other, run[1]] for seed, run in runs.items()}, [("cap", "magnitude")])

@@ -11,9 +11,8 @@ from fixtures import made_up_calibration, tiny_llama
 
 from cap_nb.core.errors import BadInput
 from cap_nb.methods import resumed_scoring
-from cap_nb.methods.devices import joined
 from cap_nb.methods.resumed_scoring import Request, heads_by_layer, help_scoring, score_heads
-from cap_nb.methods.unit_store import Share
+from cap_nb.methods.unit_store import Share, joined
 from cap_nb.models.anatomy import anatomy
 
 PROCESSES = multiprocessing.get_context("fork")  # what is imported already need not be imported again

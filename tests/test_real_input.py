@@ -10,8 +10,8 @@ from cap_nb.data.problems import load_problems, load_text
 from cap_nb.data.batches import padding_share, token_batches
 from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint, save_model
-from cap_nb.scoring import batches_of, score_heads_naive
-from cap_nb.methods.resumed_scoring import intact_pass, resumed_losses, score_heads, shared_prefix
+from cap_nb.scoring import batches_of, masked_head, score_heads_naive
+from cap_nb.methods.resumed_scoring import intact_pass, losses_resumed_at, score_heads, shared_prefix
 from cap_nb.methods.prune import prune
 from cap_nb.threshold import zero_count
 
@@ -77,7 +77,7 @@ def test_naive_and_resumed_agree_over_the_depth(smollm2):
             calls, intact = intact_pass(model, batch)
             assert (naive.intact[places] - intact).abs().max() < 1e-5
             for layer, head in heads:
-                assert (naive.masked[layer, head, places] - resumed_losses(model, batch, calls, layer, head)).abs().max() < 1e-5
+                assert (naive.masked[layer, head, places] - losses_resumed_at(model, batch, calls, layer, masked_head(model, layer, head))).abs().max() < 1e-5
     assert shared_prefix(calibration.examples) >= 16, "the chat template's system text is shared by all examples"
     least = score_heads(model, calibration, heads=heads)
     assert (naive.intact - least.intact).abs().max() < 1e-5

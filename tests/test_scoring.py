@@ -15,12 +15,13 @@ from fixtures import made_up, tiny_llama
 from programs import Program, cap, finished
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from cap_nb.data.batches import collate
 from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import Calibration
-from cap_nb.methods.resumed_scoring import divergences_naive, score_divergences, score_heads, shared_prefix
+from cap_nb.methods.resumed_scoring import divergence_of_logits, score_divergences, score_heads, shared_prefix, target_logits
 from cap_nb.models.interventions import changed_output, hook_count
 from cap_nb.models.replay import attention_of, read_after_prefix, recorded_heads, run_layer
-from cap_nb.scoring import score_heads_naive
+from cap_nb.scoring import masked_head, score_heads_naive
 
 # two processes with two threads each would wait for one another
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -197,6 +198,21 @@ def test_every_saving_gives_the_losses_of_the_hook_loop(family, prefix, attentio
         fast = score_heads(model, calibration, batch_tokens=60, heads_at_once=together)
         assert (fast.masked - naive.masked).abs().max() < 1e-5 and (fast.intact - naive.intact).abs().max() < 1e-5
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def divergences_naive(model, calibration):
+    """Whole passes for every example and head, one at a time."""
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    table = torch.zeros(layers, heads, len(calibration.examples), dtype=torch.float64)
+    for n, example in enumerate(calibration.examples):
+        batch = collate([example], pad_id=0)
+        intact = target_logits(model, batch)[0]
+        for layer, head in ((layer, head) for layer in range(layers) for head in range(heads)):
+            with masked_head(model, layer, head):
+                masked = target_logits(model, batch)[0]
+            table[layer, head, n] = divergence_of_logits(intact, masked).double().mean()
+    return table
 
 
 @pytest.mark.parametrize("prefix", [0, 20])

@@ -31,24 +31,15 @@ def mean_squares(
     return float(between_seeds), float(between_problems), float((rest**2).sum() / ((seeds - 1) * (problems - 1)))
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c009
-def student_distribution(
-    degrees: float, # Degrees of freedom, at least 1; more than 100,000 count as 100,000
-) -> tuple[np.ndarray, np.ndarray]: # Points t >= 0, and the probability of less than each
-    "Student's distribution on a grid (Student 1908), for quantiles and tails by interpolation."
-    degrees, angle = min(degrees, 1e5), np.linspace(0, math.pi / 2, 20_001)
-    density = np.cos(angle) ** (degrees - 1)
-    area = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    return math.sqrt(degrees) * np.tan(angle), 0.5 + 0.5 * area / area[-1]
+from scipy import stats
 
 def student_quantile(
-    probability: float, # In [0.5, 1)
-    degrees: float, # Degrees of freedom, at least 1
+    probability: float, # In (0, 1)
+    degrees: float, # Degrees of freedom
 ) -> float: # The t below which the variable lies with that probability
-    "A quantile of Student's distribution."
-    points, below = student_distribution(degrees)
-    return float(np.interp(probability, below, points))
+    "A quantile of Student's distribution (Student 1908)."
+    return float(stats.t.ppf(probability, degrees))
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c012
 @dataclass(frozen=True)
 class VarianceSplit:
     "The mean of a method over calibration seeds and problems, and where its uncertainty comes from."
@@ -72,7 +63,7 @@ class VarianceSplit:
         return Comparison(value=self.mean, low=self.low, high=self.high, unit=unit, n=self.problems, p=self.p,
                           holm=self.p)
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c013
+# %% ../../nbs/experiments/01_seeds.ipynb #c010
 def split_variance(
     layout: np.ndarray, # One value for each seed and problem, [seeds, problems]
     confidence: float = 0.95, # Share of such intervals that hold the true mean
@@ -85,12 +76,11 @@ def split_variance(
     spread = a**2 / (seeds - 1) + b**2 / (problems - 1) + rest**2 / ((seeds - 1) * (problems - 1))
     degrees = max(min(seeds, problems) - 1, (a + b - rest) ** 2 / spread) if spread else 1
     half = student_quantile((1 + confidence) / 2, degrees) * error
-    points, below = student_distribution(degrees)
-    tail = 2 * (1 - np.interp(abs(mean) / error, points, below)) if error else float(mean == 0)
-    return VarianceSplit(mean=mean, low=mean - half, high=mean + half, p=float(min(1.0, tail)), seeds=seeds,
+    tail = 2 * stats.t.sf(abs(mean) / error, degrees) if error else float(mean == 0)
+    return VarianceSplit(mean=mean, low=mean - half, high=mean + half, p=float(tail), seeds=seeds,
                          problems=problems, calibration=(a - rest) / problems, evaluation=(b - rest) / seeds, rest=rest)
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c024
+# %% ../../nbs/experiments/01_seeds.ipynb #c021
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 import pandas as pd
@@ -98,7 +88,7 @@ from ..evaluation import AnswerRecord, Evaluation
 from ..analysis import comparable_parts
 from ..jobs.records import load_run
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c025
+# %% ../../nbs/experiments/01_seeds.ipynb #c022
 def problem_values(
     evaluation: Evaluation, # An evaluation
 ) -> dict[str, dict[tuple[str, str], float]]: # Measure -> (task, problem) -> points or nats
@@ -121,7 +111,7 @@ def seed_layouts(
         layouts[measure] = pd.DataFrame(rows, columns=problems)
     return layouts
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c031
+# %% ../../nbs/experiments/01_seeds.ipynb #c028
 def settings_but_seed(
     configuration: Mapping, # Contents of a run.json
 ) -> dict: # The same without what may differ between calibration seeds
@@ -141,7 +131,7 @@ def check_settings(
         raise BadInput(f"{folder} differs from its neighbours in {', '.join(differ)}: "
                        f"expected nothing but the calibration seed to differ; run it again like the others.")
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c032
+# %% ../../nbs/experiments/01_seeds.ipynb #c029
 @validate_arguments
 def read_seeds(
     folder: str | Path, # Folder with one run in each subfolder
@@ -161,7 +151,7 @@ def read_seeds(
                        f"run 'cap run --calibration-seed' with several seeds.")
     return dict(sorted(runs.items()))
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c036
+# %% ../../nbs/experiments/01_seeds.ipynb #c033
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ..analysis import CAP_PAIRS, correct_family, method_title, shared_cells
@@ -169,7 +159,7 @@ from ..jobs.tables import markdown_rows, rounded_text
 from ..core.plots import blank_figure, in_style, method_looks
 from ..analysis import row_order
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c037
+# %% ../../nbs/experiments/01_seeds.ipynb #c034
 PARTS = ("Calibration", "Problems", "Rest") # Standard deviations of one run's number
 OVER_SEEDS = ("Mean", "Low", "High", "Lowest seed", "Highest seed", *PARTS, "Seeds", "n")
 
@@ -184,7 +174,7 @@ def cells_over_seeds(
                        "run them with the same --methods and --sparsity.")
     return {cell: [evaluations[cell] for evaluations in seeds] for cell in cells}
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c038
+# %% ../../nbs/experiments/01_seeds.ipynb #c035
 @validate_arguments
 def seed_table(
     runs: Mapping[int, Sequence[Evaluation]], # Calibration seed -> what its run measured, from `read_seeds`
@@ -200,7 +190,7 @@ def seed_table(
     names = pd.MultiIndex.from_tuples(rows, names=["Method", "Sparsity", "Measure"])
     return pd.DataFrame(list(rows.values()), names, list(OVER_SEEDS))
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c039
+# %% ../../nbs/experiments/01_seeds.ipynb #c036
 def layout_differences(
     first: Sequence[Evaluation], # One method at one sparsity, an evaluation a calibration seed
     second: Sequence[Evaluation], # Another method, the same seeds in the same order
@@ -228,7 +218,7 @@ def differences_over_seeds(
         layouts |= {(*name, measure): layout for measure, layout in layout_differences(*both).items()}
     return layouts
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c040
+# %% ../../nbs/experiments/01_seeds.ipynb #c037
 @validate_arguments
 def compare_over_seeds(
     runs: Mapping[int, Sequence[Evaluation]], # Calibration seed -> what its run measured, from `read_seeds`
@@ -240,7 +230,7 @@ def compare_over_seeds(
     splits = {key: split_variance(layout) for key, layout in differences_over_seeds(runs, pairs).items()}
     return correct_family({key: split.comparison(unit(key[3])) for key, split in splits.items()}, family)
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c041
+# %% ../../nbs/experiments/01_seeds.ipynb #c038
 def seed_row(
     row: pd.Series, # A row of `seed_table`
     measure: str, # Its measure
@@ -260,7 +250,7 @@ def seed_note(
             "not. Last columns: the standard deviations that calibration, evaluation problems and the rest give to "
             "the number of a single run.")
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c042
+# %% ../../nbs/experiments/01_seeds.ipynb #c039
 def seed_markdown(
     table: pd.DataFrame, # From `seed_table`
 ) -> str: # Markdown, with a note on how to read it
@@ -270,7 +260,7 @@ def seed_markdown(
     header = ["Method", "Sparsity", "Measure", "Mean", "Single seeds", *PARTS]
     return markdown_rows(header, rows, names=3) + f"\n- {seed_note(table)}\n"
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c050
+# %% ../../nbs/experiments/01_seeds.ipynb #c041
 def draw_seeds(
     ax: Axes, # A panel
     means: pd.DataFrame, # Rows (Method, Sparsity) of `seed_table` for one measure
@@ -285,7 +275,7 @@ def draw_seeds(
         ax.errorbar(i, row["Mean"], error, color=colour, marker=marker, ms=5, capsize=3)
     ax.set_xticks(range(len(numbers)), [f"{method_title(m)}\n{100 * s:g} %" for m, s in numbers], fontsize=6)
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c051
+# %% ../../nbs/experiments/01_seeds.ipynb #c042
 @validate_arguments
 @in_style
 def plot_seed_spread(

@@ -16,7 +16,7 @@ from ..data.prompts import Example, IGNORED
 from ..models.replay import LayerCall, recorded_calls, run_layer
 from ..data.batches import collate
 from ..models.anatomy import decoder_layers, decoder_of, logits_of
-from ..scoring import masked_head, mean_by_example
+from ..scoring import mean_by_example
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c008
 def token_losses(
@@ -75,21 +75,9 @@ def losses_resumed_at(
     "The losses with one layer changed, by resuming there."
     return losses_from_hidden(model, hidden_resumed_at(model, calls, layer, change), batch)
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c011
-def resumed_losses(
-    model: nn.Module, # A causal language model of a known family
-    batch: dict[str, torch.Tensor], # The batch
-    calls: Sequence[LayerCall], # The calls that `intact_pass` recorded
-    layer: int, # Index of the masked head's layer
-    head: int, # Index of the masked head
-) -> torch.Tensor: # Loss of each example with the head masked, in nats, float64 [B]
-    "The masked losses by resuming at the masked layer (equal to the hook loop of paper section 3.2)."
-    return losses_resumed_at(model, batch, calls, layer, masked_head(model, layer, head))
-
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c017
 import math
 from ..models.anatomy import anatomy, final_norm, head_logits
-from ..scoring import batches_of
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c018
 TARGETS = ("loss", "divergence") # What masking a head is measured by
@@ -110,23 +98,6 @@ def target_logits(
     "What the model says at the targets, by a whole pass."
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
     return [row[labels != IGNORED] for row, labels in zip(logits, batch["labels"][:, 1:])]
-
-@torch.no_grad()
-def divergences_naive(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens per batch
-) -> torch.Tensor: # Divergence with each head masked, in nats, float64 [L, H, N]
-    "The divergences of all heads by the hook loop: a whole pass for every head and batch."
-    a = anatomy(model)
-    table = torch.zeros(a.layers, a.heads, len(calibration.examples), dtype=torch.float64)
-    for indices, batch in batches_of(calibration, batch_tokens, next(model.parameters()).device):
-        intact = target_logits(model, batch)
-        for layer, head in ((layer, head) for layer in range(a.layers) for head in range(a.heads)):
-            with masked_head(model, layer, head): masked = target_logits(model, batch)
-            means = [divergence_of_logits(*pair).double().mean() for pair in zip(intact, masked)]
-            table[layer, head, indices] = torch.stack(means).cpu()
-    return table
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c025
 def token_divergences(
@@ -157,13 +128,6 @@ from ..models.anatomy import dimensions, output_projection
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c030
 SHORTEST_PREFIX = 16 # Tokens; a shorter one saves less than its own passes cost
 
-def before_targets(
-    example: Example, # An example
-) -> int: # Tokens before the position that predicts its first target
-    "The longest prefix of an example that may be shared."
-    first = next((index for index, label in enumerate(example.labels) if label != IGNORED), len(example.labels))
-    return first - 1
-
 def shared_prefix(
     examples: Sequence[Example], # The examples
 ) -> int: # P, tokens that all examples share before any target is predicted; 0 if fewer than SHORTEST_PREFIX
@@ -171,7 +135,8 @@ def shared_prefix(
     first, last = min(e.input_ids for e in examples), max(e.input_ids for e in examples) # what these share, all share
     differing = (index for index, (a, b) in enumerate(zip(first, last)) if a != b)
     shared = next(differing, min(len(first), len(last)))
-    length = min(shared, *(before_targets(e) for e in examples))
+    targets = (next((i for i, label in enumerate(e.labels) if label != IGNORED), len(e.labels)) for e in examples)
+    length = min(shared, *(target - 1 for target in targets)) # a position predicts the token after it
     return length if len(examples) > 1 and length >= SHORTEST_PREFIX else 0
 
 def after_prefix(
@@ -231,46 +196,29 @@ def measured_at_targets(
     return mean_by_example(values, targets.real.sum(1).tolist()).cpu()
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c040
+@contextmanager
 def masked_heads(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of the decoder layer, from 0
     heads: Sequence[int], # Query heads; the batch holds a copy for each, one after the other
-) -> AbstractContextManager[None]: # The heads are masked while its block runs
-    "Mask one head in each copy of the batch, as `masked_head` does in a single one."
+    known: KnownHeads | None = None, # What the layer's heads give to one copy of the batch; None: attention is run
+) -> Iterator[None]: # The heads are masked while its block runs
+    "Mask one head in each copy of the batch, as `masked_head` does in a single one, from known heads on if given."
     size = dimensions(model.config).head_size
     def mask(outputs: torch.Tensor) -> torch.Tensor:
         masked = outputs.clone()
         for head, copy in zip(heads, masked.chunk(len(heads))): copy[..., head * size:(head + 1) * size] = 0
         return masked
-    return changed_input(output_projection(model, layer), mask)
-
-def copied_targets(
-    targets: Targets, # Targets of a batch
-    copies: int, # How often the batch is repeated
-) -> Targets: # Targets of the repeated batch
-    "The targets of a batch that is repeated, copy after copy; what is intact is the same for all."
-    call = targets.call and repeated(targets.call, copies)
-    return replace(targets, positions=targets.positions.repeat(copies, 1), real=targets.real.repeat(copies, 1),
-                   tokens=targets.tokens.repeat(copies), call=call)
+    given = given_heads(model, layer, known, len(heads)) if known else nullcontext()
+    with changed_input(output_projection(model, layer), mask), given: yield
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c043
-@contextmanager
-def masked_run(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # The masked layer
-    heads: Sequence[int], # The masked heads, M
-    known: KnownHeads | None, # What the layer's heads give to one copy of the batch; None: attention is run
-) -> Iterator[None]:
-    "While the block runs, each copy of the batch has one of the heads masked, from known heads on if there are any."
-    given = given_heads(model, layer, known, len(heads)) if known else nullcontext()
-    with masked_heads(model, layer, heads), given: yield
-
 def run_masked(
     model: nn.Module, # A causal language model of a known family
     hidden: torch.Tensor, # Input of the masked layer, one copy for each head, [M*B, T, hidden]
     calls: Sequence[LayerCall], # How every layer is called
     layer: int, # The masked layer
-    change: AbstractContextManager, # What `masked_run` gave
+    change: AbstractContextManager, # Masks the heads, as `masked_heads` does
     cache: PrefixCache | None, # Keys and values of the prefix, read here or stored here
 ) -> torch.Tensor: # Input of the last layer, [M*B, T, hidden]
     "Run from the masked layer to the last but one; if the masked layer is the last, run nothing."
@@ -293,7 +241,7 @@ def masked_prefix(
         cache.kept[layer] = prefix.cache.kept[layer] # where attention is run, the layer keeps them itself
     if layer == last: return cache
     calls = [repeated(call, copies) for call in prefix.calls]
-    change = masked_run(model, layer, heads, prefix.heads[layer])
+    change = masked_heads(model, layer, heads, prefix.heads[layer])
     hidden = run_masked(model, calls[layer].hidden.repeat(copies, 1, 1), calls, layer, change, cache)
     cache.kept[last] = keys_and_values(decoder_layers(model)[last], hidden, calls[last])
     return cache
@@ -310,8 +258,10 @@ def masked_losses(
 ) -> torch.Tensor: # Loss (or divergence) of each example with each head masked, in nats, float64 [M, B]
     "The masked losses of some heads of a layer, in one pass (paper equation 1)."
     copies, last = len(heads), len(state.calls) - 1
-    calls, targets = [repeated(call, copies) for call in state.calls], copied_targets(targets, copies)
-    change, here = masked_run(model, layer, heads, known), layer == last
+    calls = [repeated(call, copies) for call in state.calls]
+    targets = replace(targets, positions=targets.positions.repeat(copies, 1), real=targets.real.repeat(copies, 1),
+                      tokens=targets.tokens.repeat(copies), call=targets.call and repeated(targets.call, copies))
+    change, here = masked_heads(model, layer, heads, known), layer == last
     hidden = run_masked(model, state.hidden.repeat(copies, 1, 1), calls, layer, change, cache)
     with change if here else nullcontext():
         hidden = last_layer_at_targets(model, hidden, calls[last], targets, cache, here and known is not None)
@@ -331,26 +281,6 @@ def intact_step(
         if layer < last: hidden = run_layer(decoder_layers(model)[layer], state.hidden, call, cache)
         else: hidden = last_layer_at_targets(model, state.hidden, call, targets, cache)
     return hidden, kept[0] if kept else None
-
-def intact_losses(
-    model: nn.Module, # A causal language model of a known family
-    hidden: torch.Tensor, # Output of the last layer at targets, from `intact_step`
-    targets: Targets, # The targets
-) -> torch.Tensor: # Loss of each example, in nats, float64 [B]
-    "The intact losses of a batch; divergences from itself, which are zero."
-    if targets.intact is not None: return torch.zeros(len(targets.real), dtype=torch.float64)
-    return measured_at_targets(model, hidden, targets)
-
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c048
-def with_intact(
-    model: nn.Module, # A causal language model of a known family
-    targets: Targets, # Targets of a batch
-    last: LayerCall, # How the last layer was called in the intact pass, its input included
-    prefix: Prefix | None, # What all examples start with
-) -> Targets: # The targets, with what the intact output head reads there
-    "Keep what divergences are measured from: numbers [n, hidden], not [n, vocabulary]."
-    hidden = last_layer_at_targets(model, last.hidden, last, targets, prefix and prefix.cache)
-    return replace(targets, intact=final_norm(model)(hidden[targets.real.to(hidden.device)]))
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c049
 @torch.no_grad()
@@ -372,18 +302,12 @@ def prepare_batch(
     targets, last = targets_of(batch["labels"]), state.calls[-1]
     if can_be_cut(last):
         targets = replace(targets, call=cut_call(last, targets.positions, batch["labels"].shape[1], length))
-    return state, with_intact(model, targets, calls[-1], prefix) if target == "divergence" else targets
+    if target == "divergence": # kept are numbers [n, hidden], not [n, vocabulary]
+        hidden = last_layer_at_targets(model, calls[-1].hidden, calls[-1], targets, prefix and prefix.cache)
+        targets = replace(targets, intact=final_norm(model)(hidden[targets.real.to(hidden.device)]))
+    return state, targets
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c054
-def heads_that_fit(
-    heads: int, # H, heads per layer
-    taken: int, # Bytes that one head's pass takes
-    free: int, # Bytes that are free
-    spare: float = 0.2, # Share of the free bytes that is left free
-) -> int: # Heads in one pass, at least 1
-    "How many heads of a layer can be masked in one pass."
-    return max(1, min(heads, int((1 - spare) * free / max(1, taken))))
-
 def heads_by_memory(
     model: nn.Module, # The model
     state: BatchState, # The largest batch, before the first layer
@@ -397,7 +321,8 @@ def heads_by_memory(
     held = torch.cuda.memory_allocated(device)
     masked_losses(model, state, targets, 0, (0,), masked_prefix(model, prefix, 0, (0,)))
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
-    return heads_that_fit(heads, torch.cuda.max_memory_allocated(device) - held, free)
+    taken = torch.cuda.max_memory_allocated(device) - held
+    return max(1, min(heads, int(0.8 * free / max(1, taken)))) # a fifth stays free
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c057
 from pathlib import Path
@@ -438,25 +363,7 @@ def prepare_batches(
     prepared = [prepare_batch(model, calibration, indices, prefix, target) for indices in batches]
     return prefix, [state for state, _ in prepared], [targets for _, targets in prepared]
 
-def padded_tokens(
-    state: BatchState, # A batch
-) -> int: # Its tokens, padding included
-    "The size of a batch, on which memory and time depend."
-    return state.hidden.shape[0] * state.hidden.shape[1]
-
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c060
-def heads_together(
-    model: nn.Module, # The model
-    request: Request, # What is wanted
-    prefix: Prefix | None, # What all examples start with
-    states: Sequence[BatchState], # All batches, before the first layer
-    targets: Sequence[Targets], # Their targets
-) -> int: # Heads in one pass, the same in every process
-    "The number of heads in one pass: the caller's choice, or as many as fit with the largest batch."
-    if request.heads_at_once: return request.heads_at_once
-    largest = max(range(len(states)), key=lambda index: padded_tokens(states[index]))
-    return request.share.minimum(heads_by_memory(model, states[largest], targets[largest], prefix))
-
 def head_groups(
     heads: Sequence[int], # Heads of a layer
     together: int, # Heads in one pass
@@ -472,7 +379,10 @@ def make_plan(
 ) -> tuple[ScoringPlan, list[BatchState]]: # The plan, and all batches before the first layer
     "Prepare the batches, group the heads, and name the folder of the units."
     prefix, states, targets = prepare_batches(model, calibration, request.batch_tokens, request.target)
-    together = heads_together(model, request, prefix, states, targets)
+    together = request.heads_at_once
+    if not together: # as many as fit with the largest batch, the same in every process
+        largest = max(range(len(states)), key=lambda index: states[index].hidden.shape[:2].numel())
+        together = request.share.minimum(heads_by_memory(model, states[largest], targets[largest], prefix))
     name = f"{request.batch_tokens}-{prefix.length if prefix else 0}-{together}"
     plan = ScoringPlan(
         calibration=calibration, prefix=prefix, targets=tuple(targets),
@@ -509,39 +419,26 @@ def unit_losses(
     write_unit(plan.store, unit, losses, uids)
     return losses
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c067
-def score_layer(
-    model: nn.Module, # The model
-    plan: ScoringPlan, # The plan
-    states: list[BatchState], # All batches, before this layer; moved on in place, the last layer at targets only
-    layer: int, # The layer whose heads are masked in turn
-    losses: dict[Unit, torch.Tensor], # Gets the masked losses, float64 [H, B], of each unit that is computed here
-    bar: tqdm, # Progress bar, advanced by every batch, whoever masks its heads
-) -> None:
-    "Run the intact layer batch by batch, and mask its heads on those batches that this process claims."
-    caches = None
-    for batch, state in enumerate(states):
-        hidden, known = intact_step(model, state, plan.targets[batch], layer, plan.prefix and plan.prefix.cache)
-        unit = Unit(batch, layer)
-        with claimed(plan.store, unit) if plan.groups[layer] else nullcontext(False) as free:
-            if free:
-                caches = caches or [masked_prefix(model, plan.prefix, layer, heads) for heads in plan.groups[layer]]
-                losses[unit] = unit_losses(model, plan, state, unit, caches, known)
-        states[batch] = replace(state, hidden=hidden)
-        bar.update()
-
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #aabe62d0
 def walk_and_score(
     model: nn.Module, # The model
     plan: ScoringPlan, # The plan
     states: list[BatchState], # All batches, before the first layer; moved on in place, so that each is held once
     losses: dict[Unit, torch.Tensor], # Gets the masked losses, float64 [H, B], of each unit that is computed here
-) -> list[torch.Tensor]: # Intact losses, [B] per batch
-    "Move all batches through the intact layers together, computing units of each layer on the way."
-    with tqdm(total=len(plan.groups) * len(states), desc="scoring heads", unit="unit") as bar:
-        for layer in range(len(plan.groups)):
-            score_layer(model, plan, states, layer, losses, bar)
-    return [intact_losses(model, state.hidden, targets) for state, targets in zip(states, plan.targets)]
+) -> list[torch.Tensor]: # Intact losses, [B] per batch; divergences of a batch from itself, which are zero
+    "Move all batches through the intact layers together; mask a layer's heads on batches that this process claims."
+    work = [(layer, batch) for layer in range(len(plan.groups)) for batch in range(len(states))]
+    for layer, batch in tqdm(work, desc="scoring heads", unit="unit"):
+        if batch == 0: caches = None
+        state, targets, unit, groups = states[batch], plan.targets[batch], Unit(batch, layer), plan.groups[layer]
+        hidden, known = intact_step(model, state, targets, layer, plan.prefix and plan.prefix.cache)
+        with claimed(plan.store, unit) if groups else nullcontext(False) as free:
+            if free:
+                caches = caches or [masked_prefix(model, plan.prefix, layer, heads) for heads in groups]
+                losses[unit] = unit_losses(model, plan, state, unit, caches, known)
+        states[batch] = replace(state, hidden=hidden)
+    return [measured_at_targets(model, state.hidden, targets) if targets.intact is None
+            else torch.zeros(len(targets.real), dtype=torch.float64) for state, targets in zip(states, plan.targets)]
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c069
 from ..models.anatomy import Anatomy
@@ -583,38 +480,6 @@ def every_unit(
         walk_and_score(model, plan, again, losses)
     return plan, states, losses, intact
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c070
-def masked_table(
-    plan: ScoringPlan, # The plan
-    states: Sequence[BatchState], # All batches
-    losses: dict[Unit, torch.Tensor], # This process's units, float64 [H, B] each
-    heads: int, # H
-) -> torch.Tensor: # Masked losses [L, H, N], float64, NaN for heads that were not wanted
-    "Assemble the units; those that are not among `losses` are read from the store."
-    shape = len(plan.groups), heads, len(plan.calibration.examples)
-    table = torch.full(shape, math.nan, dtype=torch.float64)
-    for batch, state in enumerate(states):
-        for layer, groups in enumerate(plan.groups):
-            rows, unit = [head for group in groups for head in group], Unit(batch, layer)
-            if not rows: continue
-            known = unit in losses
-            values = losses[unit] if known else read_unit(plan.store, unit, uids_of(plan, state), heads)
-            table[layer, torch.tensor(rows)[:, None], torch.tensor(state.indices)] = values
-    return table
-
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c071
-def intact_column(
-    plan: ScoringPlan, # The plan
-    states: Sequence[BatchState], # All batches
-    losses: Sequence[torch.Tensor], # Their intact losses, float64 [B] each
-) -> torch.Tensor: # Intact losses [N], float64
-    "Assemble the intact losses of the batches; one that is not finite raises `BadInput`."
-    column = torch.zeros(len(plan.calibration.examples), dtype=torch.float64)
-    for state, values in zip(states, losses):
-        check_finite_table(values[None], None, uids_of(plan, state))
-        column[list(state.indices)] = values
-    return column
-
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c073
 def check_request(
     store: str | Path | None, # Folder of finished tables and units
@@ -649,13 +514,23 @@ def computed_table(
     calibration: Calibration, # The examples
     request: Request, # What is wanted
     fingerprint: str, # The model's fingerprint
-) -> HeadLosses: # The table of losses, or of divergences
-    "Compute the units of this process, wait for those of the others, and put the table together."
-    plan, states, losses, intact = every_unit(model, calibration, request)
+) -> HeadLosses: # The table of losses, or of divergences; NaN for heads that were not wanted
+    "Compute this process's units, read the others' from the store, and put the table together."
+    plan, states, losses, intact_losses = every_unit(model, calibration, request)
     request.share.wait() # nobody goes on before everybody has all units
-    masked = masked_table(plan, states, losses, dimensions(model.config).heads)
-    whole = intact_column(plan, states, intact)
-    table = head_losses(model, calibration, masked, whole, request.batch_tokens, fingerprint)
+    heads, count = dimensions(model.config).heads, len(calibration.examples)
+    masked = torch.full((len(plan.groups), heads, count), math.nan, dtype=torch.float64)
+    intact = torch.zeros(count, dtype=torch.float64)
+    for batch, state in enumerate(states):
+        uids, columns = uids_of(plan, state), torch.tensor(state.indices)
+        check_finite_table(intact_losses[batch][None], None, uids)
+        intact[columns] = intact_losses[batch]
+        for layer, groups in enumerate(plan.groups):
+            rows, unit = [head for group in groups for head in group], Unit(batch, layer)
+            if not rows: continue
+            values = losses[unit] if unit in losses else read_unit(plan.store, unit, uids, heads)
+            masked[layer, torch.tensor(rows)[:, None], columns] = values
+    table = head_losses(model, calibration, masked, intact, request.batch_tokens, fingerprint)
     return table if request.target == "loss" else replace(table, meta=table.meta | {"target": request.target})
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c076
@@ -697,15 +572,6 @@ def score_heads(
     request = Request(batch_tokens=batch_tokens, heads_at_once=heads_at_once, units=None, share=share, heads=wanted)
     return stored_table(model, calibration, request, store, tokenizer_fingerprint)
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #9921c116
-def check_at_work(
-    units: Path, # Folder of the units of one table
-) -> None:
-    "Raise `BadInput` unless a process is at work on a table."
-    if not units.is_dir() or not busy(units):
-        raise BadInput(f"No process is at work in {units}: expected one to help, with the same model, examples and "
-                       "dtype; start that one first, or do not join.")
-
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #6649c44b
 @torch.no_grad()
 def help_scoring(
@@ -718,7 +584,9 @@ def help_scoring(
     "Compute units that are left of a table on which another process is at work; `BadInput` if none is."
     key = losses_key(model, calibration, tokenizer_fingerprint, target=request.target)
     units = Path(store)/f"{key}-units"
-    check_at_work(units)
+    if not units.is_dir() or not busy(units):
+        raise BadInput(f"No process is at work in {units}: expected one to help, with the same model, examples and "
+                       "dtype; start that one first, or do not join.")
     plan, states = make_plan(model, calibration, replace(request, units=units))
     if not (plan.store.folder/CLAIMS).exists():
         raise BadInput(f"The process at work in {units} has not begun, or has other settings: expected the same "

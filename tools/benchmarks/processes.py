@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig
 
 from cap_nb.core.errors import BadInput
-from cap_nb.methods.devices import joined
+from cap_nb.methods.unit_store import joined
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.jobs.planning import ExampleLength
 from cap_nb.models.loading import model_fingerprint
