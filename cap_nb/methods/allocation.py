@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/12_allocation.ipynb #c004
+# %% ../../nbs/methods/12_allocation.ipynb #c005
 from collections.abc import Sequence
 import torch
-from ..core.errors import BadInput, check_sparsity
+from cap_nb.core.errors import BadInput, check_sparsity
 
-# %% ../../nbs/methods/12_allocation.ipynb #c005
 def finite_by_layer(
     signal: Sequence[float], # A number for each layer
     weights: Sequence[int], # Weights in scope of each layer
@@ -35,15 +34,14 @@ def spread_sparsity(
     shares = s + width * ((w * r).sum() / w.sum() - r)
     return tuple(shares.clamp(0, 1 - 1e-12).tolist())
 
-# %% ../../nbs/methods/12_allocation.ipynb #c008
+# %% ../../nbs/methods/12_allocation.ipynb #c009
 from collections.abc import Iterator
 from torch import nn
-from .criteria import Inputs, dense_norms
-from .wanda import WANDA
-from .selection import Measurements, competing, scores_of
-from ..models.anatomy import projections
+from cap_nb.methods.criteria import Inputs, dense_norms
+from cap_nb.methods.wanda import WANDA
+from cap_nb.methods.selection import Measurements, competing, scores_of
+from cap_nb.models.anatomy import projections
 
-# %% ../../nbs/methods/12_allocation.ipynb #c009
 def layer_scores(
     model: nn.Module, # A causal language model of a measurements family, in evaluation mode; not changed
     inputs: Inputs, # With the calibration set
@@ -152,13 +150,12 @@ def shares_of_layers(
     "Give every projection its layer's share."
     return {p.name: sparsities[p.layer] for p in projections(model)}
 
-# %% ../../nbs/methods/12_allocation.ipynb #c039
+# %% ../../nbs/methods/12_allocation.ipynb #c040
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from .criteria import check_inputs
+from cap_nb.methods.criteria import check_inputs
 
-# %% ../../nbs/methods/12_allocation.ipynb #c040
 Shares = Callable[[nn.Module, Inputs, float], dict[str, float]] # Model, inputs, sparsity -> shares
 
 @dataclass(frozen=True)

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['add_criterion', 'dense_norms']
 
-# %% ../../nbs/methods/11_criteria.ipynb #c004
-import torch
-from .wanda import wanda_score
-from .selection import Evidence
-
 # %% ../../nbs/methods/11_criteria.ipynb #c005
+import torch
+from cap_nb.methods.wanda import wanda_score
+from cap_nb.methods.selection import Evidence
+
 def cap_wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Magnitude times the norm of the input times the importance factor."
     return wanda_score(e) * e.factor
@@ -34,12 +33,11 @@ def random_score(e: Evidence) -> torch.Tensor: # [out, in]
     rng = torch.Generator().manual_seed(1_000_003 * e.seed + e.index)
     return torch.rand(e.weight.shape, generator=rng).to(e.weight.device)
 
-# %% ../../nbs/methods/11_criteria.ipynb #c010
-from ..core.registry import CRITERIA
-from .wanda import WANDA
-from .selection import CAP, MAGNITUDE, Criterion
-
 # %% ../../nbs/methods/11_criteria.ipynb #c011
+from cap_nb.core.registry import CRITERIA
+from cap_nb.methods.wanda import WANDA
+from cap_nb.methods.selection import CAP, MAGNITUDE, Criterion
+
 CAP_WANDA = Criterion(name="cap_wanda", score=cap_wanda_score, needs=("norm", "factor"), source="Wanda and the paper",
                       says="|W| times the norm of its input times the causal importance of its head")
 RIA = Criterion(name="ria", score=ria_score, needs=("norm",), scope="row", source="Zhang et al. 2024",
@@ -93,16 +91,15 @@ def add_criterion(
                           source=source)
     add("criterion", name, [(CRITERIA, criterion)], [score], (tuple(needs), scope))
 
-# %% ../../nbs/methods/11_criteria.ipynb #c018
+# %% ../../nbs/methods/11_criteria.ipynb #c019
 from collections.abc import Iterator
 from contextlib import contextmanager
 from torch import nn
-from ..calibration import Calibration
-from .attributions import gold_logits, relevance_rules
-from ..models.anatomy import projections
-from ..scoring import batches_of, target_losses
+from cap_nb.calibration import Calibration
+from cap_nb.methods.attributions import gold_logits, relevance_rules
+from cap_nb.models.anatomy import projections
+from cap_nb.scoring import batches_of, target_losses
 
-# %% ../../nbs/methods/11_criteria.ipynb #c019
 @contextmanager
 def wanting_gradients(
     weights: Sequence[nn.Parameter], # Parameters of a model
@@ -177,11 +174,10 @@ def path_gradients(
 
 MEASURES = {"gradient": loss_gradients, "path_gradient": path_gradients, "relevance": relevance_gradients}
 
-# %% ../../nbs/methods/11_criteria.ipynb #c025
+# %% ../../nbs/methods/11_criteria.ipynb #c026
 from .layer_walk import layer_by_layer
 from .wanda import input_norms
 
-# %% ../../nbs/methods/11_criteria.ipynb #c026
 @validate_arguments
 def dense_norms(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
@@ -193,12 +189,11 @@ def dense_norms(
     for step in layer_by_layer(model, calibration, batch_tokens, "norms"): norms |= input_norms(step)
     return norms
 
-# %% ../../nbs/methods/11_criteria.ipynb #c028
+# %% ../../nbs/methods/11_criteria.ipynb #c029
 from dataclasses import dataclass
 from pathlib import Path
-from ..regions import Factors, as_factors
+from cap_nb.regions import Factors, as_factors
 
-# %% ../../nbs/methods/11_criteria.ipynb #c029
 @dataclass(frozen=True)
 class Inputs:
     "What a pruning method may use besides the model."
@@ -228,11 +223,10 @@ def check_inputs(
         if getattr(inputs, field_name) is None:
             raise BadInput(f"Method {name!r} was called without {field_name}: expected {NEEDED[field_name]}.")
 
-# %% ../../nbs/methods/11_criteria.ipynb #c032
-from ..regions import region_factors
-from .selection import Measurements
-
 # %% ../../nbs/methods/11_criteria.ipynb #c033
+from cap_nb.regions import region_factors
+from cap_nb.methods.selection import Measurements
+
 def measured_for(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     criterion: Criterion, # Names what must be measured
@@ -248,13 +242,12 @@ def measured_for(
         gradients=MEASURES[derivative](model, *data) if derivative else {},
         order={p.name: index for index, p in enumerate(projections(model))}, seed=inputs.seed)
 
-# %% ../../nbs/methods/11_criteria.ipynb #c035
-from ..core.errors import check_sparsity
-from .wanda import uniform_shares, zero_layer_by_layer, zero_shares_within
-from .selection import Threshold, check_pattern, competing, zero_within
-from ..threshold import PruneReport, prune_report
-
 # %% ../../nbs/methods/11_criteria.ipynb #c036
+from cap_nb.core.errors import check_sparsity
+from cap_nb.methods.wanda import uniform_shares, zero_layer_by_layer, zero_shares_within
+from cap_nb.methods.selection import Threshold, check_pattern, competing, zero_within
+from cap_nb.threshold import PruneReport, prune_report
+
 def walks(
     criterion: Criterion, # A criterion
     scope: str, # The scope in which it is used
