@@ -315,13 +315,13 @@ def read_as(
 
 def known_options() -> dict[str, object]: # Name of an option -> how a file gives it
     "Every option of `cap run` as a file may give it, read as on the command line."
-    from cap_nb.jobs.sweeps import Known
+    from cap_nb.jobs.sweeps import FileOption
     lists = {field.name for part in fields(Job) for field in fields(part.default_factory) if field.type in LIST_READERS}
-    def of_job(option: Option) -> Known:
+    def of_job(option: Option) -> FileOption:
         def read(text: str) -> object: return option.read(read_as(get_args(option.parameter.annotation)[0], text))
-        return Known(option.field, "list" if option.field in lists else "one", read)
+        return FileOption(option.field, "list" if option.field in lists else "one", read)
     known = {option.parameter.name: of_job(option) for group in JOB_OPTIONS.values() for option in group}
-    known |= {name: Known(name, "whole", functools.partial(read_as, kind)) for name, kind in WHOLE.items()}
+    known |= {name: FileOption(name, "whole", functools.partial(read_as, kind)) for name, kind in WHOLE.items()}
     return {name.replace("_", "-"): each for name, each in known.items()}
 
 # %% ../nbs/command_line.ipynb #768dfc3f
@@ -754,12 +754,3 @@ def unpack_command(
     from cap_nb.jobs.records import unpack_run
     unpack_run(folder, target)
     return f"{target}: the live run."
-
-# %% ../nbs/command_line.ipynb #c082
-def main() -> None:
-    "The program `cap`."
-    app()
-
-# %% ../nbs/command_line.ipynb #27c366d0
-#| eval: false
-if __name__ == "__main__": main()

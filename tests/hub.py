@@ -345,7 +345,7 @@ for line in sys.stdin:
             if job["python"]: exec(job["python"], {})
             else:
                 sys.argv = ["cap", *job["words"]]
-                cap_nb.command_line.main()
+                cap_nb.command_line.app()
         except SystemExit as left: code = left.code if isinstance(left.code, int) else 1
         except BaseException:
             import traceback

@@ -15,7 +15,7 @@ import traceback
 import torch
 
 import cap_nb.command_line, cap_nb.single_steps, cap_nb.jobs.sweeps  # noqa: E401, F401  before the first fork, so that no child reads them again
-from cap_nb.core.stopping import main
+from cap_nb.__main__ import main
 from cap_nb.data.problems import LAB_TASKS, load_problems
 
 

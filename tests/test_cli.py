@@ -29,7 +29,7 @@ from cap_nb.scoring import load_losses
 from conftest import ROOT
 
 FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]
-PROGRAM = [sys.executable, "-c", "from cap_nb.command_line import main; main()"]
+PROGRAM = [sys.executable, "-c", "from cap_nb.__main__ import main; main()"]
 
 
 def cap(*words):
@@ -295,6 +295,6 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "pandas", "numpy", "
 @pytest.mark.parametrize("words", [("--help",), ("run", "--help"), ("prune", "--help"), ("methods",), ("methods", "--help"), ("--version",), ("run", "--sparsity", "lots"), ("table",)], ids=" ".join)
 def test_help_and_simple_mistakes_load_nothing_heavy(words):
     """How long `cap --help` takes depends on the machine; what it imports does not."""
-    code = f"import sys\nfrom cap_nb.command_line import main\ntry: main()\nexcept SystemExit: pass\nprint('\\nloaded', [name for name in {HEAVY} if name in sys.modules])"
+    code = f"import sys\nfrom cap_nb.__main__ import main\ntry: main()\nexcept SystemExit: pass\nprint('\\nloaded', [name for name in {HEAVY} if name in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
     assert said.stdout.splitlines()[-1] == "loaded []", said.stdout[-300:] + said.stderr[-300:]

@@ -55,7 +55,7 @@ def test_wheel(built):
     assert modules <= names
     assert checkpoint_files() | {"cap_nb/py.typed", "cap_nb/methods.txt", "cap_nb/all.pyi", "cap_nb/__init__.pyi"} <= names
     assert archive.stat().st_size < 20_000_000
-    assert "cap = cap_nb.core.stopping:main" in entry_points
+    assert "cap = cap_nb.__main__:main" in entry_points
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"cap_nb"}, "tools, tests and the site stay out"
 
 

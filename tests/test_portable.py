@@ -343,7 +343,7 @@ def write_large(folder, layers):
 
 MEASURED = """
 import sys, torch
-from cap_nb.core.memory import memory_taken
+from cap_nb.core.files import memory_taken
 from cap_nb.portable.format import export_folder, restore_folder
 src, small, back, form, base = sys.argv[1:]
 cpu = torch.device("cpu")

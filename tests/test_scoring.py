@@ -118,7 +118,7 @@ def test_a_second_process_on_the_same_store_is_refused_or_helps(tmp_path, undist
 def launched(out, processes=2):
     launcher = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
                 "--dynamo_backend", "no", "--main_process_port", "0"]
-    scoring = ["-m", "cap_nb.command_line", *SMALL, "--device", "cpu", "--out", str(out)]
+    scoring = ["-m", "cap_nb", *SMALL, "--device", "cpu", "--out", str(out)]
     return [sys.executable, "-m", "accelerate.commands.launch", *launcher, *scoring]
 
 

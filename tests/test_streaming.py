@@ -432,7 +432,7 @@ def write_large(folder, layers=6):
 
 MEASURED = """
 import sys, torch
-from cap_nb.core.memory import memory_taken
+from cap_nb.core.files import memory_taken
 from cap_nb.methods.streaming import prune_checkpoint
 with memory_taken(torch.device("cpu")) as taken: report = prune_checkpoint(sys.argv[1], sys.argv[2], 0.5, torch.ones(6, 12))
 print(report.reached, report.weights, taken[0])

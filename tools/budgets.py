@@ -32,7 +32,7 @@ from cap_nb.methods.joint import joint_update
 from cap_nb.methods.prune import apply_method, parse_method
 from cap_nb.methods.sparsegpt import input_hessians, sparsegpt_update
 from cap_nb.models.loading import load_model, model_fingerprint
-from tools.calibration_sets import Pieces
+from tools.studied import Pieces
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "budgets"
 UPDATES = {"sparsegpt": sparsegpt_update, "alps": joint_update}

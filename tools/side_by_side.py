@@ -105,7 +105,7 @@ def fastest_product(device, dtype, sizes: Sequence[int], repeats: int = 3, clock
 
 IN_PROCESS = """
 import importlib, json, sys, time
-from cap_nb.core.memory import PEAK, resident
+from cap_nb.core.files import PEAK, resident
 path, given = json.loads(sys.argv[1])
 function = getattr(importlib.import_module(path.split(":")[0]), path.split(":")[1])
 start = time.perf_counter()

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from .errors import BadInput, lacks_memory
+from .errors import BadInput, fits, lacks_memory
 
 # %% ../../nbs/core/01_files.ipynb #c005
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # Disk full, quota used up, file size limit reached
@@ -100,6 +100,23 @@ def put_on_disk(
 
 # %% ../../nbs/core/01_files.ipynb #c013
 @contextmanager
+def renamed_when_whole(
+    path: Path, # Final name of a file or folder
+    kept: str, # What is not lost when the disk is full, for the sentence
+) -> Iterator[Path]: # Temporary name beside it, which is free
+    "Rename what the block makes under the temporary name, if it ends without an error; else remove it."
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with disk_full_reported(path, kept):
+            remove_leftovers(path) # a link that waits under the temporary name is not followed
+            yield temporary
+            put_on_disk(temporary)
+            usual_modes(temporary)
+            if path.is_dir(): path.rmdir()
+            os.replace(temporary, path)
+    finally: remove(temporary)
+
+@contextmanager
 def whole_file(
     path: str | Path, # Final name of the file
 ) -> Iterator[Path]: # Temporary path to write to, in the same folder
@@ -107,17 +124,10 @@ def whole_file(
     path = Path(path)
     if path.exists() and not path.is_file():
         raise BadInput(f"{path} is a folder or a device: expected a file, or a new name; give another.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with disk_full_reported(path, "what was finished is kept"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(path) # a link that waits under the temporary name is not followed
-            with named(path): os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            yield temporary
-            put_on_disk(temporary)
-            usual_modes(temporary)
-            os.replace(temporary, path)
-    finally: remove(temporary)
+    with renamed_when_whole(path, "what was finished is kept") as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with named(path): os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
 
 # %% ../../nbs/core/01_files.ipynb #c024
 def check_no_links(
@@ -147,17 +157,9 @@ def whole_folder(
     "Fill the temporary folder; it takes its final name only if the block ends without an error."
     path = Path(path)
     check_new_folder(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with disk_full_reported(path, "nothing of it was left behind"):
-            remove_leftovers(path)
-            with named(path): temporary.mkdir(parents=True)
-            yield temporary
-            put_on_disk(temporary)
-            usual_modes(temporary)
-            if path.exists(): path.rmdir()
-            os.replace(temporary, path)
-    finally: remove(temporary)
+    with renamed_when_whole(path, "nothing of it was left behind") as temporary:
+        with named(path): temporary.mkdir(parents=True)
+        yield temporary
 
 # %% ../../nbs/core/01_files.ipynb #c028
 import fcntl
@@ -208,8 +210,8 @@ def check_unfinished(
     folders = {above.as_posix() for name in names for above in Path(name).parents}
     for path in [working, *sorted(working.rglob("*"))]:
         name = path.relative_to(working).as_posix()
-        known = name in (folders if path.is_dir() else names) or path == working
-        if not path.is_symlink() and known: continue
+        expected = name in (folders if path.is_dir() else names) or path == working
+        if not path.is_symlink() and expected: continue
         if path.is_symlink() or path.is_dir() or not HALF_WRITTEN.fullmatch(path.name):
             raise BadInput(f"{path} is no part of what is to be made: expected what an earlier attempt left; remove "
                            f"{working.name} or choose another name.")
@@ -253,9 +255,10 @@ import hashlib
 # %% ../../nbs/core/01_files.ipynb #c041
 def sha256_of_file(
     path: str | Path, # An existing file
-) -> str: # 64 hexadecimal digits
-    "SHA-256 of a file's bytes, read in pieces."
-    digest = hashlib.sha256()
+    digest: "hashlib._Hash | None" = None, # What takes the bytes, if not a new SHA-256
+) -> str: # Hexadecimal digits
+    "SHA-256 of a file's bytes, read in pieces; or another checksum."
+    digest = digest or hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20): digest.update(piece)
     return digest.hexdigest()
@@ -593,23 +596,19 @@ class StoredTensor:
     shape: tuple[int, ...] # Its shape
 
 # %% ../../nbs/core/01_files.ipynb #480c2bda
-def is_entry(
-    entry: object, # What a header says of one tensor
-) -> bool: # Whether dtype, shape and place are what they must be
-    "Whether an entry can be computed with: at most 64 dimensions, and no number beyond 63 bits."
-    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str): return False
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(shape, list) or not isinstance(offsets, list): return False
-    counts = all(type(n) is int and 0 <= n < 2 ** 63 for n in (*shape, *offsets))
-    return counts and len(shape) <= 64 and len(offsets) == 2
+ENTRY = {"dtype": str, "shape": list[int], "data_offsets": list[int]} # What a header says of a tensor
 
 def stored_tensor(
     file: Path, # A safetensors file
     begin: int, # Where the tensors begin in it
     entry: dict, # What its header says of one tensor
 ) -> StoredTensor: # Where the tensor lies
-    "One entry of a header; one that says other things than an entry does raises ValueError."
-    if not is_entry(entry): raise ValueError("no entry of a safetensors header")
+    "One entry of a header; one with other content, over 64 dimensions or beyond 63 bits raises ValueError."
+    good = isinstance(entry, dict) and all(fits(entry.get(name), kind) for name, kind in ENTRY.items())
+    if not good or len(entry["shape"]) > 64 or len(entry["data_offsets"]) != 2:
+        raise ValueError("no entry of a safetensors header")
+    if not all(0 <= number < 2 ** 63 for number in (*entry["shape"], *entry["data_offsets"])):
+        raise ValueError("no entry of a safetensors header")
     start, end = (begin + offset for offset in entry["data_offsets"])
     return StoredTensor(file=file, start=start, end=end, kind=entry["dtype"], shape=tuple(entry["shape"]))
 
@@ -687,6 +686,41 @@ def checkpoint_tensors(
                            "of these shards; fetch the checkpoint again.")
     return tensors
 
+
+# %% ../../nbs/core/01_files.ipynb #b0104be5
+PEAK = Path("/proc/self/status") # Linux: this process's memory, peak included
+RESET = Path("/proc/self/clear_refs") # Linux: writing 5 resets the peak to the current value
+
+def resident(
+    field: str, # "VmHWM", the peak, or "VmRSS", now
+) -> int: # Bytes
+    "This process's part of main memory, as Linux counts it."
+    lines = PEAK.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+# %% ../../nbs/core/01_files.ipynb #51f59adb
+def reset_peak(
+    device: torch.device, # Where the model runs
+) -> int | None: # Bytes in use now, or None if the system does not count
+    "Reset the recorded peak to what is in use now."
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if not RESET.exists(): return None
+    RESET.write_text("5")
+    return resident("VmRSS")
+
+@contextmanager
+def memory_taken(
+    device: torch.device, # Where the model runs
+) -> Iterator[list[int | None]]: # One entry, filled at the end: bytes of peak above what was in use before, or None
+    "Measure how much memory the block takes at most beyond what was in use before it."
+    device, taken = torch.device(device), [None]
+    before = reset_peak(device)
+    yield taken
+    if before is None: return
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+    taken[0] = max(0, peak - before)
 
 # %% ../../nbs/core/01_files.ipynb #c093
 def repository_root() -> Path: # The folder that holds settings.ini

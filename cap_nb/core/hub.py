@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 from .errors import BadInput
+from .files import disk_full_reported, sha256_of_file
 
 # %% ../../nbs/core/06_hub.ipynb #c005
 def checksum_as(
@@ -20,9 +21,7 @@ def checksum_as(
     "SHA-256 for 64 digits; for 40 git's SHA-1, over a header with the length and the bytes."
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", tag): return None
     digest = hashlib.sha256() if len(tag) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20): digest.update(piece)
-    return digest.hexdigest()
+    return sha256_of_file(path, digest)
 
 # %% ../../nbs/core/06_hub.ipynb #c010
 def checked(
@@ -51,7 +50,7 @@ class Repository:
     revision: str | None = None # A commit, or another name of a revision; None means the newest
 
     @property
-    def called(self) -> str:
+    def label(self) -> str:
         "As in model owner/name@commit."
         kind = "data set" if self.kind == "dataset" else self.kind
         return f"{kind} {self.name}" + (f"@{self.revision}" if self.revision else "")
@@ -94,9 +93,7 @@ def refusal(
 ) -> tuple[str, str]: # What was wrong, what was expected
     "In words, an answer that is no file."
     if answer.status_code == 429:
-        wait = wait_asked(answer)
-        asked = f"; it asks to wait {wait} seconds" if wait else ""
-        return f"cannot be fetched now, the hub had too many requests{asked}", "fewer of them; try again later"
+        return "cannot be fetched now, the hub had too many requests", "fewer of them; try again later"
     said = f"status {answer.status_code}"
     if answer.status_code in (401, 403): return f"may not be read ({said})", "access; check your token"
     if answer.status_code == 404: return f"lacks a file that is needed ({said})", "a whole repository; check the name"
@@ -115,70 +112,6 @@ def what_was_wrong(
         return "came only in part, the connection broke", "the whole file; run the same command again"
     return f"cannot be fetched, {constants.ENDPOINT} gives no answer", "the hub; check the network, or HF_ENDPOINT"
 
-# %% ../../nbs/core/06_hub.ipynb #c020
-import logging
-import time
-
-# %% ../../nbs/core/06_hub.ipynb #c021
-log = logging.getLogger(__name__)
-LONGEST, TRIES = 30, 3 # Seconds that are waited for at once; times that a file is asked for
-BUSY = (429, 500, 502, 503, 504) # Status codes after which another try makes sense
-
-def wait_asked(
-    answer: object, # What the hub answered
-) -> int | None: # Seconds; None if it does not say
-    "How long the hub asks to wait."
-    after, limit = (str(answer.headers.get(name, "")) for name in ("Retry-After", "RateLimit"))
-    if re.fullmatch(r"\d{1,6}", after): return int(after)
-    return int(found[1]) if (found := re.search(r"\bt=(\d{1,6})\b", limit)) else None
-
-def with_retries(
-    ask: Callable[[], object], # Fetches something
-) -> object: # What it gives
-    "Ask again after a short wait if the hub is busy."
-    for left in reversed(range(TRIES)):
-        try: return ask()
-        except Exception as error:
-            answer = answer_in(error)
-            if not left or answer is None or answer.status_code not in BUSY: raise
-            if (wait := wait_asked(answer) or 1) > LONGEST: raise
-            log.warning("The hub is busy (status %d): another try in %d s", answer.status_code, wait)
-            time.sleep(wait)
-
-# %% ../../nbs/core/06_hub.ipynb #c026
-import sys
-from huggingface_hub.utils import (
-    are_progress_bars_disabled, build_hf_headers, disable_progress_bars, enable_progress_bars, get_session,
-    hf_raise_for_status)
-
-# %% ../../nbs/core/06_hub.ipynb #c027
-def refuse_if_busy(
-    answer: object, # What the hub answered
-    *_, # Older clients say more
-    **__, # Older clients say more
-) -> None:
-    "Raise the client's error for an answer that its own loops would wait for."
-    if answer.status_code not in BUSY: return
-    if hasattr(answer, "read"): answer.read()
-    hf_raise_for_status(answer)
-
-@contextmanager
-def quiet_client() -> Iterator[None]:
-    "Let the client neither wait for a busy hub nor speak of it."
-    session, talker, silent = get_session(), logging.getLogger("huggingface_hub"), are_progress_bars_disabled()
-    hooks, level = getattr(session, "event_hooks", None) or session.hooks, talker.level
-    hooks["response"].append(refuse_if_busy)
-    talker.setLevel(logging.ERROR)
-    if not sys.stderr.isatty(): disable_progress_bars()
-    try: yield
-    finally:
-        hooks["response"].remove(refuse_if_busy)
-        talker.setLevel(level)
-        if not silent: enable_progress_bars()
-
-# %% ../../nbs/core/06_hub.ipynb #c028
-from .files import disk_full_reported
-
 # %% ../../nbs/core/06_hub.ipynb #c029
 CLIENT = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
 
@@ -194,17 +127,18 @@ def asking_the_hub(
     repository: Repository, # What is asked for
     instead: str, # What else the user could do
 ) -> Iterator[None]:
-    "Turn whatever the client raises into one sentence, and keep it quiet."
-    with quiet_client(), disk_full_reported(Path(constants.HF_HUB_CACHE), "what was fetched is kept"):
+    "Turn whatever the client raises into one sentence."
+    with disk_full_reported(Path(constants.HF_HUB_CACHE), "what was fetched is kept"):
         try: yield
         except BadInput: raise
         except Exception as error:
             if not of_the_client(error): raise
             wrong, expected = what_was_wrong(error)
-            raise BadInput(f"The {repository.called} {wrong}: expected {expected}; or {instead}.") from error
+            raise BadInput(f"The {repository.label} {wrong}: expected {expected}; or {instead}.") from error
 
 # %% ../../nbs/core/06_hub.ipynb #c032
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, try_to_load_from_cache
+import logging
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 # %% ../../nbs/core/06_hub.ipynb #c033
 @dataclass(frozen=True)
@@ -225,14 +159,8 @@ def cached_folder(
     if not isinstance(first, str): return None
     return Path(first).parent if wanted.complete(Path(first).parent) else None
 
-def fetched_file(
-    repository: Repository, # The repository, its revision a commit
-    file: str, # Name of a file in it
-) -> Path: # Where it lies
-    "Fetch a file, or find it in the cache."
-    return Path(hf_hub_download(repository.name, file, revision=repository.revision, repo_type=repository.kind))
-
 # %% ../../nbs/core/06_hub.ipynb #c034
+log = logging.getLogger(__name__)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def unreachable(
@@ -243,37 +171,22 @@ def unreachable(
     names = " ".join(base.__name__ for one in chain_of(error) for base in type(one).__mro__)
     return answer_in(error) is None and re.search(gone, names) is not None
 
-def commit_of(
-    repository: Repository, # The repository
-    first: str, # A file that it has
-) -> str: # 40 hexadecimal digits
-    "Ask the hub which commit a revision is, without the client's tries."
-    url = hf_hub_url(repository.name, first, revision=repository.revision, repo_type=repository.kind)
-    def ask() -> object:
-        answer = get_session().request("HEAD", url, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        hf_raise_for_status(answer)
-        return answer
-    last = with_retries(ask)
-    said = [answer.headers.get("X-Repo-Commit", "") for answer in (*last.history, last)] # it may lead elsewhere
-    if found := next(filter(COMMIT.fullmatch, said), None): return found
-    raise BadInput(f"{constants.ENDPOINT} names no commit: expected a hub; check HF_ENDPOINT and your proxy.")
-
-# %% ../../nbs/core/06_hub.ipynb #c035
-from dataclasses import replace
-
 # %% ../../nbs/core/06_hub.ipynb #c036
 def downloaded(
     repository: Repository, # The repository
     wanted: Wanted, # What is wanted of it
 ) -> Path: # The folder of its commit in the cache
     "Fetch what is wanted."
-    pinned = replace(repository, revision=commit_of(repository, wanted.first))
-    about = with_retries(lambda: HfApi().repo_info(
-        pinned.name, revision=pinned.revision, repo_type=pinned.kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT))
-    files = wanted.files([sibling.rfilename for sibling in about.siblings])
-    with_retries(lambda: fetched_file(repository, wanted.first)) # under the name that was asked for, for the next time
-    for file in files: with_retries(lambda: fetched_file(pinned, file))
-    return fetched_file(pinned, wanted.first).parent
+    name, kind, revision = repository.name, repository.kind, repository.revision
+    url = hf_hub_url(name, wanted.first, revision=revision, repo_type=kind)
+    commit = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).commit_hash
+    if not COMMIT.fullmatch(commit or ""):
+        raise BadInput(f"{constants.ENDPOINT} names no commit: expected a hub; check HF_ENDPOINT and your proxy.")
+    about = HfApi().repo_info(name, revision=commit, repo_type=kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    hf_hub_download(name, wanted.first, revision=revision, repo_type=kind) # under the name that was asked for
+    for file in wanted.files([sibling.rfilename for sibling in about.siblings]):
+        hf_hub_download(name, file, revision=commit, repo_type=kind)
+    return Path(hf_hub_download(name, wanted.first, revision=commit, repo_type=kind)).parent
 
 # %% ../../nbs/core/06_hub.ipynb #c037
 def folder_from_hub(

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/core/07_stopping.ipynb #c003
-import importlib
 import os
 import signal
 import threading
@@ -51,7 +50,7 @@ def answer_signals(
     "From now on, answer the signals that ask the program to end."
     if threading.current_thread() is not threading.main_thread(): return {}
     before = {number: signal.getsignal(number) for number in STOPS}
-    before = {number: known for number, known in before.items() if known not in (signal.SIG_IGN, None)}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before: signal.signal(number, answer)
     return before
 
@@ -63,10 +62,4 @@ def signals_answered(
     before = answer_signals(answer)
     try: yield
     finally:
-        for number, known in before.items(): signal.signal(number, known)
-
-# %% ../../nbs/core/07_stopping.ipynb #c014
-def main() -> None:
-    "The program `cap`; a stop is one sentence from here on, also while the libraries are read."
-    answer_signals(leave_at_once)
-    importlib.import_module("cap_nb.command_line").app()
+        for number, handler in before.items(): signal.signal(number, handler)

@@ -173,14 +173,8 @@ from ..models.decoding import Decoding, Generation, generate_noted
 from ..evaluation import answer_record, strict_pattern
 
 # %% ../../nbs/jobs/06_chains.ipynb #c035
-def chain_of(
-    example: Example, # The problem as tokens
-    said: Generation, # What the model wrote, with entropies
-    attempt: int, # Number of the try
-    tokenizer: object, # The model's tokenizer
-    style: str | PromptStyle, # The prompt style
-    lenient: bool = False, # Whether the answer is read leniently
-) -> Chain: # The record
+def chain_of(example: Example, said: Generation, attempt: int, tokenizer: object, style: str | PromptStyle,
+             lenient: bool = False) -> Chain:
     "The record of one answer."
     record, noted = answer_record(example, said, tokenizer, style), said.entropies
     answer = record.lenient if lenient else record.strict
@@ -189,14 +183,8 @@ def chain_of(
                  tokens=record.tokens, cut_off=record.cut_off)
 
 # %% ../../nbs/jobs/06_chains.ipynb #c036
-def answered(
-    model: nn.Module, # A causal language model of transformers
-    tokenizer: object, # Its tokenizer
-    batch: AnswerBatch, # What to answer
-    style: str | PromptStyle, # The prompt style
-    answering: Answering, # How problems are answered
-    seed: int, # Seed of the drawn answers
-) -> tuple[Chain, ...]: # One record a problem
+def answered(model: nn.Module, tokenizer: object, batch: AnswerBatch, style: str | PromptStyle, answering: Answering,
+             seed: int) -> tuple[Chain, ...]:
     "The model's answers to the problems of one batch."
     prompts, line = [prompt_tokens(e) for e in batch.examples], strict_pattern(style, task_family(batch.task))
     names = [f"{e.uid}/{batch.attempt}" if batch.attempt else None for e in batch.examples]
@@ -217,14 +205,8 @@ def style_origin(style: str | PromptStyle) -> dict: # Its name and fingerprint
     style = prompt_style(style)
     return {"called": style.name, "fingerprint": sha256_of_text(json.dumps(asdict(style), sort_keys=True))}
 
-def chains_origin(
-    model: nn.Module, # The model
-    tokenizer: object, # Its tokenizer
-    examples: Sequence[Example], # The problems
-    style: str | PromptStyle, # The prompt style
-    answering: Answering, # How problems are answered
-    seed: int, # Seed of the draw of problems and of the drawn answers
-) -> dict: # What JSON can hold
+def chains_origin(model: nn.Module, tokenizer: object, examples: Sequence[Example], style: str | PromptStyle,
+                  answering: Answering, seed: int) -> dict:
     "What answers follow from."
     weight, tasks = next(model.parameters()), dict.fromkeys(example.task for example in examples)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
@@ -269,12 +251,8 @@ def parts_folder(file: str | Path | None) -> Iterator[Path | None]:
     shutil.rmtree(folder)
 
 # %% ../../nbs/jobs/06_chains.ipynb #c047
-def finished_batches(
-    batches: Sequence[AnswerBatch], # All batches
-    answer: Callable[[AnswerBatch], tuple[Chain, ...]], # Asks the model
-    about: dict, # What the answers follow from
-    parts: Path | None, # Folder of finished batches; None keeps nothing
-) -> list[Chain]: # All answers, batch after batch
+def finished_batches(batches: Sequence[AnswerBatch], answer: Callable[[AnswerBatch], tuple[Chain, ...]], about: dict,
+                     parts: Path | None) -> list[Chain]:
     "Answer every batch that is not finished, and read the others."
     chains = []
     with tqdm(total=sum(len(batch.examples) for batch in batches), desc="chains", unit="answer") as bar:

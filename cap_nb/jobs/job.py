@@ -271,7 +271,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 import torch
 from ..methods.resumed_scoring import check_target, table_scorer
-from ..core.memory import memory_taken
+from ..core.files import memory_taken
 from .records import note_memory, note_time
 from ..methods.screening import PartialLosses, load_any, save_partial, screen_heads, scores_of
 from ..scoring import HeadLosses, save_losses
@@ -415,15 +415,8 @@ def backend_of(job: Job, model: nn.Module) -> Iterator[object]: # For `Decoding`
         with held_by_vllm(model) as held: yield held
 
 # %% ../../nbs/jobs/03_job.ipynb #82679b37
-def measure_piece(
-    model: nn.Module, # The model as it is now
-    tokenizer: object, # Its tokenizer
-    job: Job, # A job that is filled in
-    piece: Piece, # What to measure
-    exclude: frozenset[str], # Content hashes of the calibration set
-    backend: object = "transformers", # From `backend_of`
-    lengths: Mapping[str, int] = MappingProxyType({}), # Content hash of a problem -> tokens expected; none: unknown
-) -> dict: # The part of an `Evaluation` that the piece fills
+def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, exclude: frozenset[str],
+                  backend: object = "transformers", lengths: Mapping[str, int] = MappingProxyType({})) -> dict:
     "Measure one piece."
     data, evaluation, batch_tokens = job.calibrate, job.evaluate, job.model.batch_tokens
     if piece.kind == "accuracy":
@@ -439,13 +432,8 @@ def measure_piece(
     return {"perplexity": perplexity(model, tokenizer, text, None, evaluation.windows, evaluation.window_tokens)}
 
 # %% ../../nbs/jobs/03_job.ipynb #c066
-def evaluate(
-    model: nn.Module, # A causal language model of a known family, pruned or not
-    tokenizer: object, # Its tokenizer
-    job: Job, # What to measure; its methods and sparsities play no part
-    name: str, # What to call the model
-    exclude: frozenset[str] = frozenset(), # Content hashes that it was calibrated on
-) -> Evaluation: # The records, under the sparsity that the model has
+def evaluate(model: nn.Module, tokenizer: object, job: Job, name: str,
+             exclude: frozenset[str] = frozenset()) -> Evaluation:
     "Measure a model as it is."
     job, reached = filled_in(job, tokenizer), prune_report(model, name, 0.0).reached
     with backend_of(job, model) as backend:
@@ -494,13 +482,8 @@ def prune_noted(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
     return Evaluation(*cell, report.reached)
 
 # %% ../../nbs/jobs/03_job.ipynb #c073
-def report_anew(
-    ready: Ready, # The job
-    folder: Path, # The run's folder
-    cell: tuple[str, float], # Method and sparsity of a cell that is finished
-    pruner: Pruner, # Prunes the job's model
-    dense: dict[str, torch.Tensor], # The dense weights
-) -> None:
+def report_anew(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner,
+                dense: dict[str, torch.Tensor]) -> None:
     "Prune again for a report that is missing; another share of zeros than was measured raises `BadInput`."
     put_back(ready.model, dense)
     again, measured = prune_noted(ready, folder, cell, pruner), load_evaluation(evaluation_folder(folder, *cell))
@@ -509,14 +492,8 @@ def report_anew(
                        "expected the same; versions or device changed, give another folder.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c074
-def finish_cell(
-    ready: Ready, # The job
-    folder: Path, # The run's folder
-    cell: tuple[str, float], # Method and sparsity
-    pruner: Pruner, # Prunes the job's model
-    dense: dict[str, torch.Tensor], # The dense weights
-    bar: tqdm, # Moves on by one a piece
-) -> None:
+def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner, dense: dict[str, torch.Tensor],
+                bar: tqdm) -> None:
     "Prune and measure one cell of the comparison, unless it is finished."
     pieces, path = pieces_of(ready.job), evaluation_folder(folder, *cell)
     if path.exists():
@@ -551,13 +528,8 @@ from .report import write_results
 # %% ../../nbs/jobs/03_job.ipynb #c079
 Follow = Callable[[dict], Callable[[Evaluation], None]] # Gets a run's configuration, gives what is told of its cells
 
-def finish_cells(
-    ready: Ready, # The job
-    folder: Path, # The run's folder
-    cells: Sequence[tuple[str, float]], # (method, sparsity) of every cell
-    pruner: Pruner, # Prunes the job's model
-    finished: Callable[[Evaluation], None] | None = None, # Told of every cell, those of earlier sessions too
-) -> None:
+def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]], pruner: Pruner,
+                 finished: Callable[[Evaluation], None] | None = None) -> None:
     "Prune and measure every cell that is not finished, then write tables and figures."
     dense, pieces, unfinished = copied_weights(ready.model), pieces_of(ready.job), folder/"unfinished"
     with tqdm(total=len(cells) * len(pieces), unit="piece") as bar:

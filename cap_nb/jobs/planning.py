@@ -21,7 +21,7 @@ class Sizes:
     "The sizes of a transformer."
     name: str # What the user called it
     source: str # Where its configuration comes from
-    config: object = field(repr=False) # Its configuration
+    config: dict[str, object] = field(repr=False) # Its configuration, as config.json has it
     layers: int # L, decoder layers
     heads: int # H, query heads a layer
     key_value_heads: int # G, key-value heads a layer
@@ -52,8 +52,9 @@ def sizes_of(config: object, name: str, source: str) -> Sizes: # Its sizes
         rows_reading[p.layer, p.expert, read, p.weight.shape[1], share] += p.weight.shape[0]
     inputs = Counter((width, rows, share) for (*_, width, share), rows in rows_reading.items())
     return Sizes(
-        name=name, source=source, config=config, layers=a.layers, heads=a.heads, key_value_heads=a.key_value_heads,
-        head_size=a.head_size, hidden=a.hidden_size, vocabulary=config.vocab_size, context=context_of(config),
+        name=name, source=source, config=config.to_dict(), layers=a.layers, heads=a.heads,
+        key_value_heads=a.key_value_heads, head_size=a.head_size, hidden=a.hidden_size,
+        vocabulary=config.vocab_size, context=context_of(config),
         dtype=str(config.dtype or "float32").removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         scope=sum(p.weight.numel() for p in scope),
@@ -70,13 +71,8 @@ from cap_nb.models.lab_experts import EXPERTS_CHECKPOINT
 from cap_nb.models.loading import HUB_ID, config_of, model_cache
 
 # %% ../../nbs/jobs/04_planning.ipynb #c009
-def published(
-    model_type: str, # As configurations name it
-    shape: tuple[int, int, int, int], # Hidden size, width of the MLP, layers and heads
-    vocabulary: int, # Tokens that the model knows
-    context: int, # Longest sequence, in tokens
-    **more: object, # Further settings
-) -> dict[str, object]: # Settings of its configuration
+def published(model_type: str, shape: tuple[int, int, int, int], vocabulary: int, context: int,
+              **more: object) -> dict[str, object]:
     "The configuration of a model with eight key-value heads, in bfloat16."
     hidden, mlp, layers, heads = shape
     return dict(model_type=model_type, vocab_size=vocabulary, max_position_embeddings=context, hidden_size=hidden,
@@ -175,12 +171,8 @@ def planned_job(job: Job, tokenizer: object | None) -> Job:
     return changed(job, tasks=tasks, accuracy_tasks=answered, style=job.calibrate.style or "paper",
                    text=job.evaluate.text or "wikitext2")
 
-def planned_lengths(
-    job: Job, # A job that is filled in
-    tokenizer: object | None, # The model's tokenizer, if it is at hand
-    prompt_tokens: int | None = None, # Tokens of every prompt; None means to count or assume
-    target_tokens: int | None = None, # Tokens of every target; None means to count or assume
-) -> tuple[tuple[ExampleLength, ...], str]: # One length an example, and where the lengths come from
+def planned_lengths(job: Job, tokenizer: object | None, prompt_tokens: int | None = None,
+                    target_tokens: int | None = None) -> tuple[tuple[ExampleLength, ...], str]:
     "The lengths of the calibration set, counted where that needs no network, else assumed."
     data, (n, windows) = job.calibrate, examples_by_kind(job.calibrate, len(job.calibrate.tasks))
     all_here = all(is_here(name) for name in (*data.tasks, *([job.evaluate.text] if windows else [])))
@@ -434,7 +426,7 @@ def evaluation_memory(load: Workload) -> dict[str, float]:
                      "logits": max(losses if load.job.evaluate.loss_n else 0, load.logits(min(256, window)))}
 
 # %% ../../nbs/jobs/04_planning.ipynb #c038
-import copy, platform, statistics, time
+import platform, statistics, time
 from collections.abc import Callable
 from cap_nb.models.loading import device_named, dtype_named
 
@@ -493,7 +485,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 # %% ../../nbs/jobs/04_planning.ipynb #c042
 def one_layer(sizes: Sizes) -> Sizes:
     "The sizes of the same model with one layer and a vocabulary of 16 tokens."
-    config = copy.deepcopy(sizes.config)
+    config = AutoConfig.for_model(**sizes.config)
     if getattr(config, "layer_types", None): config.layer_types = config.layer_types[:1]
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"): setattr(config, name, None)
     config.num_hidden_layers = 1
@@ -501,19 +493,16 @@ def one_layer(sizes: Sizes) -> Sizes:
     return sizes_of(config, sizes.name, sizes.source)
 
 @torch.no_grad()
-def timed_rates(
-    sizes: Sizes, # The sizes of the model
-    device: str | torch.device | None = None, # "cpu", "cuda", ...; None means CUDA if there is one
-    dtype: str | torch.dtype | None = None, # None means as stored
-    tokens: int = 4096, # Tokens of the timed batch
-) -> Rates: # How fast the device is
+def timed_rates(sizes: Sizes, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+                tokens: int = 4096) -> Rates:
     "Time one batch, and one token, through one random layer; one that does not fit raises `BadInput`."
     device, dtype, layer = device_named(device), dtype_named(dtype or sizes.dtype), one_layer(sizes)
     free, needed = free_memory(device), 2 * layer.parameters * dtype.itemsize
     if free is not None and needed > free:
         raise BadInput(f"One layer of {sizes.name} needs {bytes_text(needed)} to be timed but {device} has "
                        f"{bytes_text(free)}: expected room for it; plan with --no-probe.")
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(layer.config, dtype=dtype)
+    config = AutoConfig.for_model(**layer.config)
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point(): tensor.uniform_(-0.05, 0.05)
@@ -541,14 +530,8 @@ class Stage:
     read: float = 0 # Bytes of weights, keys and values that are read
     loaded: float = 0 # Bytes read from the disk
 
-def stage_of(
-    load: Workload, # What is to be done
-    name: str, # Name of the stage
-    memory: dict[str, float], # Part -> bytes, beside the weights
-    work: Work = Work(), # Its passes: each reads the weights that its tokens meet
-    flops: float = 0, # Operations beside the passes
-    read: float = 0, # Numbers read beside the passes
-) -> Stage: # The stage, on one device
+def stage_of(load: Workload, name: str, memory: dict[str, float], work: Work = Work(), flops: float = 0,
+             read: float = 0) -> Stage:
     "A stage by its passes, and what it computes and reads beside them."
     sizes = load.sizes
     met = min(sizes.scope, sizes.met * max(1, work.tokens / work.passes)) if work.passes else 0

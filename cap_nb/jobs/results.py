@@ -161,12 +161,8 @@ def check_methods(runs: Mapping[str, Run], methods: Sequence[str] | None, agains
                        "name one with --against.")
 
 # %% ../../nbs/jobs/07_results.ipynb #c044
-def cell_pairs(
-    runs: Mapping[str, Run], # Name -> run, the first one first
-    methods: Sequence[str] | None = None, # Methods to compare; None: all
-    against: str | None = None, # The method in the first run; None: the same
-    sparsities: Sequence[float] | None = None, # Sparsities to compare; None: all
-) -> list[tuple[str, Evaluation, str, Evaluation]]: # Name and cell of the run, name and cell of what it is held against
+def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, against: str | None = None,
+               sparsities: Sequence[float] | None = None) -> list[tuple[str, Evaluation, str, Evaluation]]:
     "The pairs of cells to compare, in the order of Table 1; none raises `BadInput`."
     check_methods(runs, methods, against)
     (name, first), *others = runs.items()

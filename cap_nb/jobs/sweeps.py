@@ -18,8 +18,8 @@ CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndTok
 REFUSED = {yaml.AnchorToken: "an anchor", yaml.AliasToken: "an alias", yaml.TagToken: "a tag",
            yaml.DirectiveToken: "a directive"}
 
-def mistake(path: Path, line: int, said: str) -> BadInput: # The error
-    "A mistake in a line of a file."
+def error_at(path: Path, line: int, said: str) -> BadInput:
+    "An error in a line of a file."
     return BadInput(f"{path}, line {line}: {said}")
 
 def check_flat(path: Path, text: str) -> None:
@@ -29,7 +29,7 @@ def check_flat(path: Path, text: str) -> None:
         depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
         if depth > MOST_DEEP or type(token) in REFUSED:
             found = REFUSED.get(type(token), "a list in a list in a list")
-            raise mistake(path, token.start_mark.line + 1, f"{found} was found: expected options with values or lists "
+            raise error_at(path, token.start_mark.line + 1, f"{found} was found: expected options with values or lists "
                           "of values; write them out.")
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c006
@@ -41,10 +41,10 @@ def composed(path: Path, text: str) -> yaml.MappingNode: # Its nodes; nothing is
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         said = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise mistake(path, mark.line + 1 if mark else 1, f"this is not YAML ({said}): expected lines such as 'n: 64'; "
-                      "correct it.") from None
+        raise error_at(path, mark.line + 1 if mark else 1, f"this is not YAML ({said}): expected lines such as 'n: "
+                       "64'; correct it.") from None
     if not isinstance(node, yaml.MappingNode) or not node.value:
-        raise mistake(path, 1, "no option was found: expected lines such as 'n: 64'; write some.")
+        raise error_at(path, 1, "no option was found: expected lines such as 'n: 64'; write some.")
     return node
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c007
@@ -63,7 +63,7 @@ from dataclasses import dataclass, replace
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c013
 @dataclass(frozen=True)
-class Known:
+class FileOption:
     "An option that a file may give."
     field: str # Field of a job's settings; for an option of the whole sweep, the option's name
     kind: str # "one" for one value, "list" for a list, "whole" for an option of the whole sweep
@@ -131,29 +131,30 @@ class Config:
         return replace(self, entries=kept, overridden=options)
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c020
-def read_entry(option: str, node: yaml.Node, known: Known, line: int) -> Entry: # The option with its values
+def read_entry(option: str, node: yaml.Node, about: FileOption, line: int) -> Entry: # The option with its values
     "An option of a file; a value that cannot be read raises `BadInput` or ValueError."
-    texts = node_texts(node, known.kind)
-    values = tuple(None if text is None else known.read(text) for text in texts)
+    texts = node_texts(node, about.kind)
+    values = tuple(None if text is None else about.read(text) for text in texts)
     twice = [text for i, text in enumerate(texts) if values[i] in values[:i]]
     if twice: raise ValueError(f"{twice[0]} was found twice")
     return Entry(option=option, texts=texts, values=values, line=line)
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c021
-def read_config(path: str | Path, known: Mapping[str, Known]) -> Config: # What it says
+def read_config(path: str | Path, options: Mapping[str, FileOption]) -> Config: # What it says
     "Read a file of options; the first mistake raises `BadInput` with its line."
     path, entries = Path(path), {}
     text = file_text(path)
     for key, node in composed(path, text).value:
         line, option = key.start_mark.line + 1, str(key.value).replace("_", "-")
-        if not isinstance(key, yaml.ScalarNode): raise mistake(path, line, "no name was found: expected one; write it.")
+        if not isinstance(key, yaml.ScalarNode):
+            raise error_at(path, line, "no name was found: expected one; write it.")
         try:
-            about = known[check_choice(option, known, "option")]
+            about = options[check_choice(option, options, "option")]
             if option in entries: raise ValueError(f"it stands in line {entries[option].line} already")
             entries[option] = read_entry(option, node, about, line)
-        except BadInput as error: raise mistake(path, line, f"{option}: {error}") from None
+        except BadInput as error: raise error_at(path, line, f"{option}: {error}") from None
         except ValueError as error:
-            raise mistake(path, line, f"{option}: {error}: expected the option once, with a value, or a list of "
+            raise error_at(path, line, f"{option}: {error}: expected the option once, with a value, or a list of "
                           "different values; correct it.") from None
     return Config(path, text, tuple(entries.values()))
 
@@ -176,22 +177,22 @@ def combination_name(varied: Mapping[str, str | None]) -> str: # Name of a folde
     return name if len(name) <= 200 else f"{name[:190]}-{sha256_of_text(name)[:6]}"
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c030
-def combinations(config: Config, known: Mapping[str, Known]) -> dict[str, dict[str, object]]:
+def combinations(config: Config, options: Mapping[str, FileOption]) -> dict[str, dict[str, object]]:
     "Every combination of a file's values; too many raise `BadInput`."
-    entries, named = [entry for entry in config.entries if known[entry.option].kind != "whole"], {}
+    entries, named = [entry for entry in config.entries if options[entry.option].kind != "whole"], {}
     for count, picked in enumerate(itertools.product(*(range(len(entry.values)) for entry in entries))):
         if count == MOST_RUNS:
             raise BadInput(f"{config.path} crosses to more than {MOST_RUNS:,} runs: expected fewer; split it.")
         chosen = list(zip(entries, picked))
         name = combination_name({e.option: e.texts[i] for e, i in chosen if len(e.values) > 1})
-        named[name] = {known[e.option].field: e.values[i] for e, i in chosen if e.values[i] is not None}
+        named[name] = {options[e.option].field: e.values[i] for e, i in chosen if e.values[i] is not None}
     return named
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c031
-def whole_options(config: Config, known: Mapping[str, Known]) -> dict[str, object]:
+def whole_options(config: Config, options: Mapping[str, FileOption]) -> dict[str, object]:
     "What a file gives for the sweep as a whole."
-    return {known[e.option].field: e.values[0] for e in config.entries
-            if known[e.option].kind == "whole" and e.values[0] is not None}
+    return {options[e.option].field: e.values[0] for e in config.entries
+            if options[e.option].kind == "whole" and e.values[0] is not None}
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c035
 from .job import check_job, prepare_loaded
@@ -200,26 +201,26 @@ from .settings import Job, changed
 from ..models.loading import load_model
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c036
-def said_of(job: Job) -> str | None: # What is wrong with it; None: nothing that can be seen without its model
+def first_error(job: Job) -> str | None: # What is wrong with it; None: nothing that can be seen without its model
     "The first mistake in a job's settings."
     try: check_job(job)
     except BadInput as error: return str(error)
 
-def blamed(config: Config, known: Mapping[str, Known], name: str, said: str) -> BadInput: # The error
+def refused(config: Config, options: Mapping[str, FileOption], name: str, said: str) -> BadInput:
     "A refused combination, by its line if one value alone is refused in the same words."
     for entry in config.entries:
-        if known[entry.option].kind == "whole": continue
+        if options[entry.option].kind == "whole": continue
         for value in entry.values:
-            if value is not None and said_of(changed(Job(), **{known[entry.option].field: value})) == said:
-                return mistake(config.path, entry.line, f"{entry.option}: {said}")
+            if value is not None and first_error(changed(Job(), **{options[entry.option].field: value})) == said:
+                return error_at(config.path, entry.line, f"{entry.option}: {said}")
     return BadInput(f"{config.path}, {name}: {said}")
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c037
-def sweep_jobs(config: Config, known: Mapping[str, Known], base: Job) -> dict[str, Job]:
+def sweep_jobs(config: Config, options: Mapping[str, FileOption], base: Job) -> dict[str, Job]:
     "The jobs of a sweep; the first that is refused without its model raises `BadInput`."
-    jobs = {name: changed(base, **settings) for name, settings in combinations(config, known).items()}
+    jobs = {name: changed(base, **settings) for name, settings in combinations(config, options).items()}
     for name, job in jobs.items():
-        if said := said_of(job): raise blamed(config, known, name, said)
+        if said := first_error(job): raise refused(config, options, name, said)
     return jobs
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c039

@@ -40,7 +40,7 @@ def test_other_interpreters_give_the_same_bytes(whole, tmp_path):
     """Nothing depends on the order of a set or on the state of this process: two programs of their own, with other seeds of Python's hashes."""
     for seed in ("1", "2"):
         about = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", "from cap_nb.core.stopping import main; main()", *WORDS, "--out", tmp_path / seed],
+        done = subprocess.run([sys.executable, "-c", "from cap_nb.__main__ import main; main()", *WORDS, "--out", tmp_path / seed],
                               capture_output=True, text=True, env=about)
         assert done.returncode == 0, done.stderr
         assert differing(tmp_path / seed, whole) == []
@@ -48,7 +48,7 @@ def test_other_interpreters_give_the_same_bytes(whole, tmp_path):
 
 PULLED = """
 import os, shutil, sys
-from cap_nb.core.stopping import main
+from cap_nb.__main__ import main
 gone = []
 def hook(event, arguments):
     if event == "os.rename" and {moment!r} in str(arguments[0]) and not gone:

@@ -40,7 +40,7 @@ def test_two_signals_end_it_at_once(tmp_path):
 @pytest.mark.parametrize("seconds", [0.4, 1.5, 3])
 def test_stopped_while_the_libraries_are_read(number, seconds, tmp_path):
     """The program as installed, stopped before it has begun."""
-    program = subprocess.Popen([sys.executable, "-c", "from cap_nb.core.stopping import main; main()", *WORDS, "--out", tmp_path / "run"],
+    program = subprocess.Popen([sys.executable, "-c", "from cap_nb.__main__ import main; main()", *WORDS, "--out", tmp_path / "run"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with pytest.raises(subprocess.TimeoutExpired):
         program.wait(seconds)

@@ -2,16 +2,11 @@
 
 > How much faster two processes of one thread each score than one, and that two, four and eight give the same bytes.
 
-Paper: section 3.4 names one device. In: random weights in the shape of SmolLM2 with six layers, four examples of 128
-tokens, each a batch. Out: `figures/benchmarks/processes.json`. Wanted: 0.85 of twice the speed of one.
-
-The record is made in about three minutes, on a machine of two cores or more that does nothing else, by
-
-    python -m tools.benchmarks.processes
-
-A case that is on disk is not measured again. `CAP_NB_NOTE` says what else was running.
+In: random weights in the shape of SmolLM2 with six layers, four examples of 128 tokens, each a batch. Out:
+`figures/benchmarks/processes.json`. Wanted: 0.85 of twice the speed of one. The record is made in about three minutes, on a
+machine of two cores or more that does nothing else, by `python -m tools.benchmarks.processes`. Each process makes the model anew
+from the seed; the clock runs from the moment when all have it to the moment when the first one has the whole table.
 """
-
 import hashlib
 import multiprocessing
 import os
@@ -24,19 +19,14 @@ import torch
 from transformers import AutoConfig
 
 from cap_nb.core.errors import BadInput
-from cap_nb.methods.unit_store import joined
-from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.jobs.planning import ExampleLength
+from cap_nb.methods.resumed_scoring import score_heads
+from cap_nb.methods.unit_store import joined
 from cap_nb.models.loading import model_fingerprint
 from tools.benchmarks.scaling import shape
-from tools.side_by_side import (
-    counted_work, examples_of_lengths, measured_case, random_model, range_text, wanted_text)
+from tools.side_by_side import counted_work, examples_of_lengths, measured_case, random_model, range_text, wanted_text
 
-# Each process makes the model anew from the seed; the clock runs from the moment when all have it to the moment when the
-# first one has the whole table. One process keeps its units in a folder too. The bytes of the saved table are compared.
-
-ROOT = Path(__file__).resolve().parents[2]
-path = ROOT / "figures" / "benchmarks" / "processes.json"
+path = Path(__file__).resolve().parents[2] / "figures" / "benchmarks" / "processes.json"
 note = os.environ.get("CAP_NB_NOTE", "")
 sizes = dict(layers=6, tokens=128, examples=4, shape=shape)
 
@@ -44,19 +34,12 @@ sizes = dict(layers=6, tokens=128, examples=4, shape=shape)
 def scored(layers, tokens, examples, shape):
     "The model and its examples."
     model = random_model(AutoConfig.for_model("llama", num_hidden_layers=layers, **shape))
-    lengths = [ExampleLength("made", tokens - tokens // 4, tokens // 4)] * examples
-    return model, examples_of_lengths(lengths, model.config.vocab_size)
+    return model, examples_of_lengths([ExampleLength("made", tokens - tokens // 4, tokens // 4)] * examples, model.config.vocab_size)
 
 
 def process(rank, count, port, store, sizes, said):
     "One of several processes: the first one says how long it took, and the hash of the table."
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     model, examples = scored(**sizes)
     with joined(torch.device("cpu")) as share:
@@ -65,8 +48,7 @@ def process(rank, count, port, store, sizes, said):
         score_heads(model, examples, sizes["tokens"], store, share=share)
         seconds = time.perf_counter() - start
     if rank == 0:
-        table = next(Path(store).glob("*.safetensors")).read_bytes()
-        said.put((seconds, hashlib.sha256(table).hexdigest()))
+        said.put((seconds, hashlib.sha256(next(Path(store).glob("*.safetensors")).read_bytes()).hexdigest()))
 
 
 def together(count, sizes, context="spawn"):
@@ -116,11 +98,7 @@ def efficiency(case):
     return tuple(one / (2 * two) for one, two in zip(case["seconds"]["1"], case["seconds"]["2"], strict=True))
 
 
-def main() -> None:
+if __name__ == "__main__":
     case = processes_case(path)
     print(f"efficiency of two: {range_text(efficiency(case))}{wanted_text(efficiency(case), 0.85)}")
     print(f"the operations allow {case['about']['predicted']:.2f}; same bytes: {case['about']['same bytes']}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,73 +1,40 @@
 """How time grows
 
-> The time of scoring against the number of heads, layers, tokens and examples, and against the count of its
-> floating-point operations.
+> The time of scoring against the number of heads, layers, tokens and examples, and against the count of its operations.
 
-Paper: section 3.4 gives hours for one model on one device. In: random weights in the shape of SmolLM2, since the time
-does not depend on their values. Out: `figures/benchmarks/scaling.json`, and the share of the machine's own
-matrix-product peak that is reached.
+In: random weights in the shape of SmolLM2, since the time does not depend on their values. Out: `figures/benchmarks/scaling.json`,
+and the share of the machine's own matrix-product peak that is reached. The records are made, on a machine that does nothing
+else, by `python -m tools.benchmarks.scaling`. A case that is on disk is not measured again.
 
-The records are made, on a machine that does nothing else, by
-
-    python -m tools.benchmarks.scaling
-
-A case that is on disk is not measured again. `CAP_NB_NOTE` says what else was running.
+A point has a number of layers, of heads scored in each layer, of tokens an example (three quarters of them prompt) and of
+examples. One of the four is varied at a time. All points of an axis, and the matrix product, take turns in the same rounds.
+The seconds of a point are those that its heads take: the same call with no heads, right after it, is subtracted, in its time
+as in its operations.
 """
-
 import os
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig
 
-from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.jobs.planning import ExampleLength
+from cap_nb.methods.resumed_scoring import score_heads
 from tools.side_by_side import (
-    balanced_heads,
-    counted_work,
-    examples_of_lengths,
-    fastest_product,
-    matrix_product,
-    measured_case,
-    measured_rounds,
-    random_model,
-    stopwatch,
-)
+    balanced_heads, counted_work, examples_of_lengths, fastest_product, matrix_product, measured_case, measured_rounds, random_model, stopwatch)
 
-# A point has a number of layers, of heads scored in each layer, of tokens an example and of examples. Three quarters of
-# an example are prompt and the rest is target. One of the four is varied at a time, the others stay at the middle. All
-# points of an axis, and the matrix product, take turns in the same rounds.
-#
-# The seconds of a point are those that its heads take: the same call with no heads, right after it, is subtracted, in
-# its time as in its operations. It reads the intact model and takes the fingerprint of the weights, once however many
-# heads there are.
-
-ROOT = Path(__file__).resolve().parents[2]
-path = ROOT / "figures" / "benchmarks" / "scaling.json"
+path = Path(__file__).resolve().parents[2] / "figures" / "benchmarks" / "scaling.json"
 cpu, note, squares = torch.device("cpu"), os.environ.get("CAP_NB_NOTE", ""), (1024, 2048, 4096)
-shape = dict(
-    hidden_size=576,
-    intermediate_size=1536,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    tie_word_embeddings=True,
-)
+shape = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64, vocab_size=49152, tie_word_embeddings=True)
 middle = dict(layers=6, heads=2, tokens=128, examples=6)
 axes = {"heads": (1, 3, 9), "layers": (3, 6, 12), "tokens": (64, 128, 256), "examples": (3, 6, 12)}
 
 
 def point(layers, heads, tokens, examples, chosen=None, shape=shape):
     model = random_model(AutoConfig.for_model("llama", num_hidden_layers=layers, **shape))
-    calibration = examples_of_lengths(
-        [ExampleLength("made", tokens - tokens // 4, tokens // 4)] * examples, model.config.vocab_size
-    )
+    lengths = [ExampleLength("made", tokens - tokens // 4, tokens // 4)] * examples
+    calibration = examples_of_lengths(lengths, model.config.vocab_size)
     sample = balanced_heads(layers, model.config.num_attention_heads, chosen or layers, heads)
-    whole, intact = (
-        counted_work(model, calibration, 4096, scored)["resumed"]
-        for scored in (sample, ())
-    )
+    whole, intact = (counted_work(model, calibration, 4096, scored)["resumed"] for scored in (sample, ()))
     return lambda scored=sample: score_heads(model, calibration, 4096, heads=scored), whole - intact
 
 
@@ -89,31 +56,17 @@ def axis_case(path, axis, values, middle=middle, repeats=5, shape=shape):
     def measure():
         return measured_points({str(value): point(**middle | {axis: value}, shape=shape) for value in values}, repeats)
 
-    return measured_case(
-        path, axis, {"repeats": repeats, "middle": middle, "values": values, "shape": shape}, measure, note=note
-    )
-
-
-# The machinery on a toy, where nothing is said about time: each point is measured in every round, and the work grows
-# along every axis.
-
-# One more case has all 30 layers and batches that are full: 16 examples of 256 tokens, one head of each of six layers.
-# It stands for a large calibration set, whose batches are as large as `batch_tokens` allows.
+    return measured_case(path, axis, {"repeats": repeats, "middle": middle, "values": values, "shape": shape}, measure, note=note)
 
 
 def full_case(path, repeats=5, name="full batches", layers=30, **sizes):
+    """All 30 layers and batches as large as `batch_tokens` allows: 16 examples of 256 tokens, one head of each of six layers."""
     sizes = dict(heads=1, tokens=256, examples=16, chosen=6) | sizes
     settings = {"repeats": repeats, "layers": layers, **sizes, "shape": sizes.get("shape", shape)}
-    return measured_case(
-        path, name, settings, lambda: measured_points({name: point(layers, **sizes)}, repeats), note=note
-    )
-
-
-def main() -> None:
-    for axis, values in axes.items():
-        print(axis, axis_case(path, axis, values)["seconds"])
-    full_case(path)["seconds"]
+    return measured_case(path, name, settings, lambda: measured_points({name: point(layers, **sizes)}, repeats), note=note)
 
 
 if __name__ == "__main__":
-    main()
+    for axis, values in axes.items():
+        print(axis, axis_case(path, axis, values)["seconds"])
+    full_case(path)

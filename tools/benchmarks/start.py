@@ -2,16 +2,11 @@
 
 > How long it takes until the package has begun: an import, the help, the list of methods.
 
-Paper: says nothing of it. In: the package as it is installed. Out: `figures/benchmarks/start.json`. Wanted, on the
-wall: the import within 0.3 s, `cap --help` within 0.5 s, `cap methods` within 1 s.
-
-The record is made in half a minute, on a machine that does nothing else, by
-
-    python -m tools.benchmarks.start
-
-A case that is on disk is not measured again. `CAP_NB_NOTE` says what else was running.
+In: the package as it is installed. Out: `figures/benchmarks/start.json`. Wanted, on the wall: the import within 0.3 s, `cap --help`
+within 0.5 s, `cap methods` within 1 s. The record is made in half a minute, on a machine that does nothing else, by
+`python -m tools.benchmarks.start`. Each command is a process of its own, Python alone beside them. One round before the others is
+not kept: it brings the files into memory and keeps what Python compiles, as it does for a user.
 """
-
 import os
 import resource
 import subprocess
@@ -22,21 +17,12 @@ from pathlib import Path
 from cap_nb.core.errors import BadInput
 from tools.side_by_side import measured_case, measured_rounds, range_text, wanted_text
 
-# Each command is a process of its own. Python alone stands beside them, since none of them can take less. One round
-# before the others is not kept: it brings the files into the system's memory, where a user has them from the second
-# call on, and keeps what Python compiles, as it does for a user.
-
-ROOT = Path(__file__).resolve().parents[2]
-path = ROOT / "figures" / "benchmarks" / "start.json"
+path = Path(__file__).resolve().parents[2] / "figures" / "benchmarks" / "start.json"
 note = os.environ.get("CAP_NB_NOTE", "")
 PYTHON, CAP = sys.executable, str(Path(sys.executable).with_name("cap"))
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-COMMANDS = {
-    "python alone": [PYTHON, "-c", "pass"],
-    "import cap_nb": [PYTHON, "-c", "import cap_nb"],
-    "cap --help": [CAP, "--help"],
-    "cap methods": [CAP, "methods"],
-}
+COMMANDS = {"python alone": [PYTHON, "-c", "pass"], "import cap_nb": [PYTHON, "-c", "import cap_nb"], "cap --help": [CAP, "--help"],
+            "cap methods": [CAP, "methods"]}
 WANTED = {"import cap_nb": 0.3, "cap --help": 0.5, "cap methods": 1.0}
 
 
@@ -71,12 +57,8 @@ def start_case(path, commands=COMMANDS, repeats=5):
     return measured_case(path, "start", {"repeats": repeats, "commands": list(commands)}, measure, note=note)
 
 
-def main() -> None:
+if __name__ == "__main__":
     seconds = start_case(path)["seconds"]
     for name in COMMANDS:
         more = wanted_text(seconds[name], WANTED[name], more=False) if name in WANTED else ""
         print(f"{name}: {range_text(seconds[name])} s, processor {range_text(seconds[f'{name}, processor'])} s{more}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,18 @@
 """Checkpoints larger than memory
 
-> Prune a checkpoint of Llama-3-8B's shape, and compare time and memory with a plain copy of its files; pack it, and
-> restore it.
+> Prune a checkpoint of Llama-3-8B's shape, and compare time and memory with a plain copy of its files; pack it, and restore it.
 
-Paper: sections 3.3 and 3.4. In: a checkpoint of exactly that shape with random bfloat16 weights, 16 GB, made here shard
-by shard. Out: `figures/benchmarks/streaming.json`. Wanted: at most twice the time of a plain copy, and at most 3 GiB
-resident, for CAP and for Wanda with given norms. Five rounds of either take some ten minutes. Then, once: half of the
-weights zero by magnitude, packed as a bitmask and as a delta, and restored from both, for
-`figures/benchmarks/small_files.json`. Wanted: every byte again, and at most 3 GiB resident in each step.
+In: a checkpoint of exactly that shape with random bfloat16 weights, 16 GB, made here shard by shard. Out:
+`figures/benchmarks/streaming.json`. Wanted: at most twice the time of a plain copy, and at most 3 GiB resident, for CAP and for Wanda
+with given norms. Then, once: half of the weights zero by magnitude, packed as a bitmask and as a delta, and restored from both, for
+`figures/benchmarks/small_files.json`. Wanted: every byte again, and at most 3 GiB resident in each step. The records are made, on a
+machine that does nothing else and has 50 GB of free disk, by `python -m tools.benchmarks.streaming` or `make benchmarks LARGE=1`.
+`CAP_NB_SCRATCH` names the folder in which the checkpoint is made and deleted again.
 
-The records are made, on a machine that does nothing else and has 50 GB of free disk, by
-
-    python -m tools.benchmarks.streaming
-
-or by `make benchmarks LARGE=1`. `CAP_NB_SCRATCH` names the folder in which the checkpoint is made and deleted again;
-without it, it is the system's folder for temporary files. `CAP_NB_NOTE` says what else was running.
+Each side runs in a process of its own, which tells its seconds and its resident memory at most. A plain copy leaves its bytes to the
+system, which writes them later; pruning returns when all is on the disk, and so does a second copy. Before each call the last result
+is deleted, the disk is brought to rest, and the source is taken out of the system's memory; none of this is timed.
 """
-
 import json
 import os
 import shutil
@@ -34,9 +30,6 @@ from cap_nb.methods.streaming import SHARD_INDEX, open_checkpoint, prune_checkpo
 from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.portable.format import PACKED
 from tools.side_by_side import in_own_process, measured_case, measured_rounds, read_cases
-
-# Names and shapes come from the model on the meta device, which holds no numbers. Tensors fill a shard up to its size,
-# then the next; only one shard is held at a time.
 
 ROOT = Path(__file__).resolve().parents[2]
 path = ROOT / "figures" / "benchmarks" / "streaming.json"
@@ -70,13 +63,6 @@ def random_checkpoint(folder, settings, most=2**30, seed=0):
         "weight_map": {name: file for file, held in zip(names, shards) for name in held},
     }
     (folder / SHARD_INDEX).write_text(json.dumps(index))
-
-
-# Each side runs in a process of its own, which tells its seconds and its resident memory at most. A plain copy leaves
-# its bytes to the system, which writes them to the disk later; pruning returns when all is on the disk. So there are
-# two copies: the plain one, and one that also waits for the disk. Before each call the result of the last call is
-# deleted, the disk is brought to rest, and the source is taken out of the system's memory, so that every side finds it
-# on the disk; none of this is timed.
 
 
 def forget(folder):
@@ -122,10 +108,6 @@ def streaming_sides(src, dst, peaks, method="cap", sparsity=0.2):
     }
 
 
-# CAP gets made-up factors between 1 and 10, and Wanda made-up norms between 1 and 2, since a random model has no causal
-# scores worth measuring. The folder needs room for the checkpoint and one result, with a quarter to spare.
-
-
 def streaming_case(path, name, settings, method="cap", scratch=None, repeats=5, most=2**30):
     def measure():
         peaks, folder = {}, Path(tempfile.mkdtemp(prefix="cap_nb-", dir=scratch))
@@ -144,17 +126,8 @@ def streaming_case(path, name, settings, method="cap", scratch=None, repeats=5, 
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    return measured_case(
-        path,
-        name,
-        {"repeats": repeats, "sparsity": 0.2, "method": method, "model": settings, "source": "on the disk"},
-        measure,
-        note=note,
-    )
-
-
-# Packed and restored, each step in a process of its own. The pruned folder is deleted before it is restored, since the
-# disk has no room for both; the hashes of its files are kept, and those of what comes back are held against them.
+    asked = {"repeats": repeats, "sparsity": 0.2, "method": method, "model": settings, "source": "on the disk"}
+    return measured_case(path, name, asked, measure, note=note)
 
 
 def hashes_of(folder):
@@ -216,13 +189,11 @@ def packed_case(path, name, settings, scratch=None, most=2**30, sparsity=0.5):
 def check_room(folder, wanted=50 * 10**9):
     free = shutil.disk_usage(folder).free
     if free < wanted:
-        raise BadInput(
-            f"{folder} has {free / 1e9:.0f} GB of free disk: expected {wanted / 1e9:.0f} GB; "
-            "name another folder with CAP_NB_SCRATCH."
-        )
+        raise BadInput(f"{folder} has {free / 1e9:.0f} GB of free disk: expected {wanted / 1e9:.0f} GB; "
+                       "name another folder with CAP_NB_SCRATCH.")
 
 
-def main() -> None:
+if __name__ == "__main__":
     scratch = os.environ.get("CAP_NB_SCRATCH") or tempfile.gettempdir()
     if not {"llama-3-8b", "llama-3-8b, wanda"} <= set(read_cases(path)) or "llama-3-8b" not in read_cases(small):
         check_room(scratch)
@@ -230,6 +201,3 @@ def main() -> None:
     streaming_case(path, "llama-3-8b, wanda", llama, "wanda", scratch)
     packed_case(small, "llama-3-8b", llama, scratch)
 
-
-if __name__ == "__main__":
-    main()
