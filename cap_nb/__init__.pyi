@@ -8,7 +8,6 @@ from cap_nb.jobs.settings import CalibrateSettings as CalibrateSettings
 from cap_nb.calibration import Calibration as Calibration
 from cap_nb.analysis import Comparison as Comparison
 from cap_nb.methods.selection import Criterion as Criterion
-from cap_nb.models.decoding import Decoding as Decoding
 from cap_nb.jobs.settings import EvaluateSettings as EvaluateSettings
 from cap_nb.evaluation import Evaluation as Evaluation
 from cap_nb.methods.selection import Evidence as Evidence
@@ -24,6 +23,7 @@ from cap_nb.portable.fine_tuning import HeldZeros as HeldZeros
 from cap_nb.jobs.settings import Job as Job
 from cap_nb.evaluation import LossRecord as LossRecord
 from cap_nb.jobs.settings import ModelSettings as ModelSettings
+from cap_nb.methods.streaming import NOT_FINITE as NOT_FINITE
 from cap_nb.evaluation import Perplexity as Perplexity
 from cap_nb.jobs.planning import Plan as Plan
 from cap_nb.data.problems import Problem as Problem
@@ -33,6 +33,7 @@ from cap_nb.threshold import PruneReport as PruneReport
 from cap_nb.jobs.settings import PruneSettings as PruneSettings
 from cap_nb.jobs.records import Run as Run
 from cap_nb.data.problems import Text as Text
+from cap_nb.methods.experts import UnitFactors as UnitFactors
 from cap_nb.evaluation import accuracy as accuracy
 from cap_nb.jobs.plugins import add_allocation as add_allocation
 from cap_nb.jobs.plugins import add_attribution as add_attribution
@@ -58,7 +59,7 @@ from cap_nb.analysis import compare_methods as compare_methods
 from cap_nb.experiments.seeds import compare_over_seeds as compare_over_seeds
 from cap_nb.jobs.results import compare_runs as compare_runs
 from cap_nb.analysis import compare_with_paper as compare_with_paper
-from cap_nb.analysis import comparison_markdown as comparison_markdown
+from cap_nb.jobs.tables import comparison_markdown as comparison_markdown
 from cap_nb.methods.criteria import dense_norms as dense_norms
 from cap_nb.experiments.reasoning_steps import error_category as error_category
 from cap_nb.evaluation import evaluation_problems as evaluation_problems
@@ -79,6 +80,7 @@ from cap_nb.methods.streaming import load_norms as load_norms
 from cap_nb.data.problems import load_problems as load_problems
 from cap_nb.jobs.records import load_run as load_run
 from cap_nb.data.problems import load_text as load_text
+from cap_nb.evaluation import log as log
 from cap_nb.data.prompts import make_example as make_example
 from cap_nb.scoring import masked_head as masked_head
 from cap_nb.methods.budgets import measured_budgets as measured_budgets
@@ -100,14 +102,14 @@ from cap_nb.jobs.results import plot_comparisons as plot_comparisons
 from cap_nb.experiments.reasoning_steps import plot_error_mixture as plot_error_mixture
 from cap_nb.importance import plot_factors as plot_factors
 from cap_nb.analysis import plot_head_importance as plot_head_importance
-from cap_nb.analysis import plot_importance_distribution as plot_importance_distribution
+from cap_nb.jobs.tables import plot_importance_distribution as plot_importance_distribution
 from cap_nb.regions import plot_regions as plot_regions
 from cap_nb.scoring import plot_score_intervals as plot_score_intervals
 from cap_nb.experiments.seeds import plot_seed_spread as plot_seed_spread
-from cap_nb.analysis import plot_sparsity_curves as plot_sparsity_curves
+from cap_nb.jobs.tables import plot_sparsity_curves as plot_sparsity_curves
 from cap_nb.core.plots import plot_threshold as plot_threshold
 from cap_nb.threshold import plot_zeros as plot_zeros
-from cap_nb.analysis import plot_zeros_by_method as plot_zeros_by_method
+from cap_nb.jobs.tables import plot_zeros_by_method as plot_zeros_by_method
 from cap_nb.models.anatomy import projections as projections
 from cap_nb.methods.prune import prune as prune
 from cap_nb.methods.streaming import prune_checkpoint as prune_checkpoint
@@ -118,7 +120,7 @@ from cap_nb.experiments.reasoning_steps import reasoning_report as reasoning_rep
 from cap_nb.experiments.reasoning_steps import reasoning_steps as reasoning_steps
 from cap_nb.portable.fine_tuning import recover as recover
 from cap_nb.regions import region_factors as region_factors
-from cap_nb.jobs.repeat import repeat_run as repeat_run
+from cap_nb.jobs.results import repeat_run as repeat_run
 from cap_nb.portable.format import restore_folder as restore_folder
 from cap_nb.jobs.results import results_frame as results_frame
 from cap_nb.jobs.job import run_job as run_job
@@ -130,13 +132,14 @@ from cap_nb.methods.streaming import save_norms as save_norms
 from cap_nb.methods.resumed_scoring import score_heads as score_heads
 from cap_nb.scoring import score_heads_naive as score_heads_naive
 from cap_nb.scoring import score_interval as score_interval
+from cap_nb.methods.streaming import scored_rows as scored_rows
 from cap_nb.methods.screening import screen_heads as screen_heads
 from cap_nb.methods.screening import screened_scores as screened_scores
 from cap_nb.experiments.seeds import seed_table as seed_table
 from cap_nb.portable.shrink import shrink as shrink
 from cap_nb.scoring import split_half_reliability as split_half_reliability
-from cap_nb.analysis import table_csv as table_csv
-from cap_nb.analysis import table_markdown as table_markdown
+from cap_nb.jobs.tables import table_csv as table_csv
+from cap_nb.jobs.tables import table_markdown as table_markdown
 from cap_nb.scoring import target_losses as target_losses
 from cap_nb.jobs.chains import text_calibration as text_calibration
 from cap_nb.models.lab import train_lab as train_lab

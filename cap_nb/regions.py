@@ -66,7 +66,7 @@ def as_factors(
     return Factors(heads=factors) if isinstance(factors, torch.Tensor) else factors
 
 # %% ../nbs/03_regions.ipynb #e46f5c91
-IN_COLUMNS = ("output", "down") # Roles of the projections that read heads or neurons; the others make them
+IN_COLUMNS = ("output", "down") # Roles of the projections whose regions are columns; in the others they are rows
 
 def blocks(
     p: Projection, # A projection
