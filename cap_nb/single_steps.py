@@ -102,7 +102,7 @@ from cap_nb.core.files import check_new_folder
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.job import targets_configuration
 from cap_nb.jobs.settings import PruneSettings, SinglePruning
-from cap_nb.methods.criteria import Given
+from cap_nb.methods.criteria import Inputs
 from cap_nb.methods.prune import check_method, needs_of, prune, unit_factors
 from cap_nb.methods.screening import read_scores
 from cap_nb.methods.streaming import (
@@ -186,7 +186,7 @@ def prune_in_memory(
     fingerprint = model_fingerprint(model)
     factors = factors_from(pruning, fingerprint, job.prune)
     if factors is None and parts.attribution:
-        given = Given(calibration=calibration, batch_tokens=job.model.batch_tokens)
+        given = Inputs(calibration=calibration, batch_tokens=job.model.batch_tokens)
         factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
     report = prune(model, pruning.method, pruning.sparsity, factors, calibration, pruning.ties,
                    job.model.batch_tokens, job.calibrate.seed)

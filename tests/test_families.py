@@ -29,7 +29,7 @@ from cap_nb.methods.experts import expert_losses, resumed_passes, whole_passes
 from cap_nb.methods.neurons import (
     NeuronGroup, down_projection, group_rises, masked_neurons, neuron_estimates, prune_neurons)
 from cap_nb.methods.screening import screen_heads
-from cap_nb.methods.whole_heads import prune_heads, sizes_of_heads, weights_removed
+from cap_nb.methods.explainable_masks import prune_heads, sizes_of_heads, weights_removed
 from cap_nb.models.anatomy import anatomy, expert_counts, projections
 from cap_nb.models.checks import check_anatomy, check_tokens_independent
 from cap_nb.models.families import ATTENTION, FAMILIES, HOLDS, HYBRIDS, Family, family_of, under

@@ -7,7 +7,7 @@ import torch
 from proofs import TINY_MODELS, tiny_calibration, tiny_model
 
 from cap_nb.core.errors import BadInput
-from cap_nb.methods.relevance import (
+from cap_nb.methods.attributions import (
     PRODUCT_RULES, clamped_rule, differentiable, gold_logits, head_relevance, relevance_rules)
 from cap_nb.models.anatomy import decoder_layers, dimensions, final_norm
 from cap_nb.models.families import clamped_product
@@ -70,7 +70,7 @@ def test_rules_change_no_value(name):
 def test_a_forgotten_rule_is_noticed(monkeypatch):
     """The sum can fail: without the half at the product of gate and up it does."""
     model, batch = first_batch("llama")
-    monkeypatch.setattr("cap_nb.methods.relevance.halved_input", lambda module: nullcontext())
+    monkeypatch.setattr("cap_nb.methods.attributions.halved_input", lambda module: nullcontext())
     arrived, logits = arriving(model, batch, "constant", monkeypatch)
     assert abs(arrived - logits) > 1e-2
 

@@ -49,7 +49,7 @@ class FolderLoader:
 CRITERIA: Registry[Any] = Registry("cap_nb.methods.criteria") # How a weight is scored
 ATTRIBUTIONS: Registry[Any] = Registry("cap_nb.methods.attributions", "cap_nb.methods.explainable_masks") # A head
 ALLOCATIONS: Registry[Any] = Registry("cap_nb.methods.allocation", "cap_nb.methods.budgets") # Zeros of each layer
-RECOVERIES: Registry[Any] = Registry("cap_nb.methods.recovery") # What repairs a layer after its zeros are chosen
+RECOVERIES: Registry[Any] = Registry("cap_nb.methods.prune") # What repairs a layer after its zeros are chosen
 SOLVERS: Registry[Any] = Registry("cap_nb.methods.prune") # What chooses zeros and changes the weights that stay
 TASKS: Registry[Any] = Registry("cap_nb.data.problems")
 FAMILIES: Registry[Any] = Registry("cap_nb.models.families") # model_type -> where the parts of a model lie

@@ -277,7 +277,7 @@ def factors_of_variants(ready: Ready, folder: Path, names: Sequence[str],
 
 # %% ../../nbs/experiments/00_variants.ipynb #c060
 from torch import nn
-from ..methods.criteria import CRITERIA, Given, measured_for, walks
+from ..methods.criteria import CRITERIA, Inputs, measured_for, walks
 from ..regions import Factors
 from ..models.anatomy import Projection, projections
 from ..methods.selection import zero_within
@@ -293,7 +293,7 @@ def in_part(projection: Projection, part: str) -> bool: # Whether it belongs the
     "Whether a projection belongs to the heads or to the MLP of its layer."
     return (projection.role in HOLDS) == (check_choice(part, PARTS, "part of a layer") == "attention")
 
-def prune_part(model: nn.Module, method: str, part: str, sparsity: float, given: Given) -> PruneReport:
+def prune_part(model: nn.Module, method: str, part: str, sparsity: float, given: Inputs) -> PruneReport:
     "Prune a part of every layer by a method's own criterion and scope."
     criterion, scope = CRITERIA[method], own_scope(parse_method(method))
     walking = walks(criterion, scope)
@@ -311,7 +311,7 @@ def prune_variant(ready: Ready, name: str, sparsity: float, factors: torch.Tenso
     batch_tokens, seed = ready.job.model.batch_tokens, ready.job.calibrate.seed
     if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value)
     if variant.part:
-        given = Given(factors=factors, calibration=ready.calibration, batch_tokens=batch_tokens, seed=seed)
+        given = Inputs(factors=factors, calibration=ready.calibration, batch_tokens=batch_tokens, seed=seed)
         report = prune_part(ready.model, variant.method, variant.part, sparsity, given)
     else:
         report = prune(ready.model, variant.method, sparsity, factors, ready.calibration, batch_tokens=batch_tokens,

@@ -336,7 +336,7 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
 # %% ../../nbs/jobs/03_job.ipynb #c049
 from ..core.files import read_tensors, write_tensors
 from ..importance import importance_factors
-from ..methods.criteria import Given
+from ..methods.criteria import Inputs
 from ..methods.experts import UnitFactors
 from ..methods.prune import needs_of, parse_method, unit_factors
 from ..regions import Factors
@@ -360,7 +360,7 @@ def attribution_factors(ready: Ready, folder: Path, attribution: str, losses: He
     "The factors of an attribution, computed only if they are not there; those of another model raise `BadInput`."
     path, origin = folder/"attributions"/f"{attribution}.safetensors", attribution_origin(ready, attribution)
     if not path.exists():
-        given = Given(calibration=ready.calibration, batch_tokens=ready.job.model.batch_tokens)
+        given = Inputs(calibration=ready.calibration, batch_tokens=ready.job.model.batch_tokens)
         with time_and_memory_noted(folder, f"attribution/{attribution}", ready.model.device):
             factors = unit_factors(ready.model, attribution, given, losses, ready.job.prune.aggregation)
         save_attribution(path, factors, origin)
@@ -386,7 +386,7 @@ def factors_by_method(ready: Ready, folder: Path, store: Path | None) -> dict[st
 
 # %% ../../nbs/jobs/03_job.ipynb #c055
 from ..models.anatomy import projections
-from ..methods.prune import prune_given
+from ..methods.prune import prune_with
 
 # %% ../../nbs/jobs/03_job.ipynb #c056
 def copied_weights(model: nn.Module) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
@@ -543,9 +543,9 @@ def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]],
 def method_pruner(ready: Ready, factors: dict[str, Factors], folder: Path) -> Pruner: # Prunes the job's model
     "How a job prunes: by the method's name, with its factors."
     def pruner(method: str, sparsity: float) -> PruneReport:
-        given = Given(factors=factors.get(method), calibration=ready.calibration, store=folder/"budgets",
+        given = Inputs(factors=factors.get(method), calibration=ready.calibration, store=folder/"budgets",
                       batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
-        return prune_given(ready.model, method, sparsity, given)
+        return prune_with(ready.model, method, sparsity, given)
     return pruner
 
 # %% ../../nbs/jobs/03_job.ipynb #c081

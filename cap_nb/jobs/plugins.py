@@ -46,7 +46,7 @@ def add_attribution(
     "Make an attribution known by name for the rest of the session; a name or function that cannot be is refused."
     check_new_name(name, "attribution", (*ATTRIBUTIONS, *UNIT_AWARE))
     check_takes(compute, whose := f"attribution {name!r}", "model", "calibration", "batch_tokens")
-    attribution = Attribution(says=says, source=source, compute=checked_scores(compute, whose))
+    attribution = Attribution(summary=says, source=source, compute=checked_scores(compute, whose))
     add("attribution", name, [(ATTRIBUTIONS, attribution)], [compute])
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c027
@@ -72,7 +72,7 @@ def relative_sparsity(
 # %% ../../nbs/jobs/09_plugins.ipynb #c031
 from ..core.errors import check_choice
 from ..methods.allocation import Allocation, Shares
-from ..methods.criteria import GIVES, NEEDS, Given, measured_for
+from ..methods.criteria import GIVES, NEEDS, Inputs, measured_for
 from ..core.registry import ALLOCATIONS
 from ..methods.selection import Criterion, Measurements
 
@@ -84,8 +84,8 @@ def by_relative(
 ) -> Shares: # As `Allocation` has it
     "Shares from a user's numbers."
     relative, wanted = in_a_sentence(relative, whose), Criterion(name=whose, score=relative, needs=tuple(needs))
-    def shares(model: nn.Module, given: Given, sparsity: float) -> dict[str, float]:
-        numbers = [float(number) for number in relative(model, measured_for(model, wanted, given))]
+    def shares(model: nn.Module, inputs: Inputs, sparsity: float) -> dict[str, float]:
+        numbers = [float(number) for number in relative(model, measured_for(model, wanted, inputs))]
         return shares_of_layers(model, relative_sparsity(numbers, layer_weights(model), sparsity, whose))
     return shares
 
@@ -102,7 +102,7 @@ def add_allocation(
     check_new_name(name, "allocation", ALLOCATIONS)
     check_takes(relative, whose := f"allocation {name!r}", "model", "known")
     for need in needs: check_choice(need, [known for known in NEEDS if known != "hessian"], "need")
-    allocation = Allocation(says=says, source=source, needs=tuple(dict.fromkeys(GIVES[need] for need in needs)),
+    allocation = Allocation(summary=says, source=source, needs=tuple(dict.fromkeys(GIVES[need] for need in needs)),
                             measures=tuple(needs), shares=by_relative(relative, needs, whose))
     add("allocation", name, [(ALLOCATIONS, allocation)], [relative])
 

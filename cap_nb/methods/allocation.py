@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/12_allocation.ipynb #c004
+# %% ../../nbs/methods/12_allocation.ipynb #c005
 from collections.abc import Sequence
 import torch
-from ..core.errors import BadInput, check_sparsity
+from cap_nb.core.errors import BadInput, check_sparsity
 
-# %% ../../nbs/methods/12_allocation.ipynb #c005
 def finite_by_layer(
     signal: Sequence[float], # A number for each layer
     weights: Sequence[int], # Weights in scope of each layer
@@ -35,33 +34,32 @@ def spread_sparsity(
     shares = s + width * ((w * r).sum() / w.sum() - r)
     return tuple(shares.clamp(0, 1 - 1e-12).tolist())
 
-# %% ../../nbs/methods/12_allocation.ipynb #c008
+# %% ../../nbs/methods/12_allocation.ipynb #c009
 from collections.abc import Iterator
 from torch import nn
-from .criteria import Given, dense_norms
-from .wanda import WANDA
-from .selection import Measurements, competing, scores_of
-from ..models.anatomy import projections
+from cap_nb.methods.criteria import Inputs, dense_norms
+from cap_nb.methods.wanda import WANDA
+from cap_nb.methods.selection import Measurements, competing, scores_of
+from cap_nb.models.anatomy import projections
 
-# %% ../../nbs/methods/12_allocation.ipynb #c009
 def layer_scores(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    given: Given, # With the calibration set
+    model: nn.Module, # A causal language model of a measurements family, in evaluation mode; not changed
+    inputs: Inputs, # With the calibration set
 ) -> Iterator[torch.Tensor]: # For one layer after the other: the score of every weight, float32 [weights]
     "Wanda's scores on the dense model, a layer at a time."
-    known = Measurements(norms=dense_norms(model, given.calibration, given.batch_tokens))
+    measurements = Measurements(norms=dense_norms(model, inputs.calibration, inputs.batch_tokens))
     for layer in competing(projections(model), "layer"):
-        yield torch.cat([scores_of(WANDA, p, known).flatten() for p in layer])
+        yield torch.cat([scores_of(WANDA, p, measurements).flatten() for p in layer])
 
 # %% ../../nbs/methods/12_allocation.ipynb #c011
 def outlier_shares(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    given: Given, # With the calibration set
+    model: nn.Module, # A causal language model of a measurements family, in evaluation mode; not changed
+    inputs: Inputs, # With the calibration set
     multiple: float = 5.0, # M, how many times the layer's mean makes an outlier
 ) -> list[float]: # Share of outliers of every layer, in [0, 1]
     "The layerwise outlier distribution (Yin et al. 2024)."
     return [(scores > multiple * scores.mean(dtype=torch.float64)).double().mean().item()
-            for scores in layer_scores(model, given)]
+            for scores in layer_scores(model, inputs)]
 
 # %% ../../nbs/methods/12_allocation.ipynb #c013
 DLP_WIDTH = 0.15 # alpha, half the distance between the sparsities of the first and the last in rank
@@ -74,11 +72,11 @@ def relative_importance(
     return [1 - s / total for s in unimportance]
 
 def median_importance(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    given: Given, # With the calibration set
+    model: nn.Module, # A causal language model of a measurements family, in evaluation mode; not changed
+    inputs: Inputs, # With the calibration set
 ) -> list[float]: # I of every layer, in [0, 1]
     "The relative importance of layers from the median of their scores (Chen et al. 2025)."
-    return relative_importance([scores.median().item() for scores in layer_scores(model, given)])
+    return relative_importance([scores.median().item() for scores in layer_scores(model, inputs)])
 
 # %% ../../nbs/methods/12_allocation.ipynb #c017
 def hill_exponent(
@@ -92,7 +90,7 @@ def hill_exponent(
 
 def tail_exponents(
     model: nn.Module, # A causal language model of a known family; not changed
-    given: Given, # Not looked at
+    inputs: Inputs, # Not looked at
 ) -> list[float]: # Mean alpha of every layer's matrices, at least 1
     "How light the tail of each layer's spectra is (Lu et al. 2024)."
     exponents = [[hill_exponent(p.weight) for p in layer] for layer in competing(projections(model), "layer")]
@@ -133,10 +131,10 @@ def rising_sparsity(
 # %% ../../nbs/methods/12_allocation.ipynb #c035
 def causal_shares(
     model: nn.Module, # Not looked at
-    given: Given, # With the importance factors
+    inputs: Inputs, # With the importance factors
 ) -> list[float]: # Mean factor of every layer, in [1, 10]
     "The mean importance factor of every layer's heads (what paper section 3.3 gives to the MLP)."
-    return given.factors.heads.double().mean(1).tolist()
+    return inputs.factors.heads.double().mean(1).tolist()
 
 # %% ../../nbs/methods/12_allocation.ipynb #c037
 def layer_weights(
@@ -152,45 +150,44 @@ def shares_of_layers(
     "Give every projection its layer's share."
     return {p.name: sparsities[p.layer] for p in projections(model)}
 
-# %% ../../nbs/methods/12_allocation.ipynb #c039
+# %% ../../nbs/methods/12_allocation.ipynb #c040
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from .criteria import check_given
+from cap_nb.methods.criteria import check_inputs
 
-# %% ../../nbs/methods/12_allocation.ipynb #c040
-Shares = Callable[[nn.Module, Given, float], dict[str, float]] # Model, inputs, sparsity -> share of every projection
+Shares = Callable[[nn.Module, Inputs, float], dict[str, float]] # Model, inputs, sparsity -> shares
 
 @dataclass(frozen=True)
 class Allocation:
     "A way to give each projection its own share of zeros."
-    says: str # What it looks at, in a few words
+    summary: str # What it looks at, in a few words
     source: str # Where it comes from
-    needs: tuple[str, ...] # Fields of `Given` that must be there
+    needs: tuple[str, ...] # Fields of `Inputs` that must be there
     shares: Shares # The share of every projection, whose mean over the weights is the sparsity asked for
     measures: tuple[str, ...] = () # What it measures on the dense model, for plans: "norm", "gradient", "spectrum"
 
 def by_signal(
-    signal: Callable[[nn.Module, Given], Sequence[float]], # A number for each layer
+    signal: Callable[[nn.Module, Inputs], Sequence[float]], # A number for each layer
     to_sparsities: Callable[..., Sequence[float]] = spread_sparsity, # Map from signal, weights and sparsity
 ) -> Shares: # Shares by this map
     "Shares from a signal of each layer; without another map by that of OWL (Yin et al. 2024)."
-    def shares(model: nn.Module, given: Given, sparsity: float) -> dict[str, float]:
-        return shares_of_layers(model, to_sparsities(signal(model, given), layer_weights(model), sparsity))
+    def shares(model: nn.Module, inputs: Inputs, sparsity: float) -> dict[str, float]:
+        return shares_of_layers(model, to_sparsities(signal(model, inputs), layer_weights(model), sparsity))
     return shares
 
 def by_line(
     beta: float | None = None, # What each layer loses more than the one before; None: as wide as DLP
 ) -> Shares: # Shares that rise with depth
     "Shares in an arithmetic progression (Huang et al. 2025)."
-    def shares(model: nn.Module, given: Given, sparsity: float) -> dict[str, float]:
+    def shares(model: nn.Module, inputs: Inputs, sparsity: float) -> dict[str, float]:
         return shares_of_layers(model, rising_sparsity(layer_weights(model), sparsity, beta))
     return shares
 
 # %% ../../nbs/methods/12_allocation.ipynb #c041
 def equal_signal(
     model: nn.Module, # A causal language model of a known family
-    given: Given, # Not looked at
+    inputs: Inputs, # Not looked at
 ) -> list[float]: # 1 for every layer
     "The signal that spares no layer more than another."
     return [1.0] * (projections(model)[-1].layer + 1)
@@ -198,18 +195,18 @@ def equal_signal(
 from cap_nb.core.registry import ALLOCATIONS
 
 ALLOCATIONS.update({
-    "uniform": Allocation(says="every layer the same", source="", needs=(), shares=by_signal(equal_signal)),
-    "owl": Allocation(says="layers with more outliers lose less", source="Yin et al. 2024", needs=("calibration",),
+    "uniform": Allocation(summary="every layer the same", source="", needs=(), shares=by_signal(equal_signal)),
+    "owl": Allocation(summary="layers with more outliers lose less", source="Yin et al. 2024", needs=("calibration",),
                       shares=by_signal(outlier_shares), measures=("norm",)),
-    "dlp": Allocation(says="layers with a larger median score lose more", source="Chen et al. 2025",
+    "dlp": Allocation(summary="layers with a larger median score lose more", source="Chen et al. 2025",
                       needs=("calibration",), measures=("norm",),
                       shares=by_signal(median_importance, partial(spread_sparsity, spread=DLP_WIDTH))),
-    "alpha": Allocation(says="layers whose spectra have heavier tails lose less", source="Lu et al. 2024", needs=(),
-                        shares=by_signal(tail_exponents, scaled_sparsity), measures=("spectrum",)),
-    "atp": Allocation(says="every layer loses more than the one before", source="Huang et al. 2025", needs=(),
+    "alpha": Allocation(summary="layers whose spectra have heavier tails lose less", source="Lu et al. 2024",
+                        needs=(), shares=by_signal(tail_exponents, scaled_sparsity), measures=("spectrum",)),
+    "atp": Allocation(summary="every layer loses more than the one before", source="Huang et al. 2025", needs=(),
                       shares=by_line()),
-    "causal": Allocation(says="layers with more causal heads lose less", source="the paper's factors under OWL's map",
-                         needs=("factors",), shares=by_signal(causal_shares))})
+    "causal": Allocation(summary="layers with more causal heads lose less", needs=("factors",),
+                         source="the paper's factors under OWL's map", shares=by_signal(causal_shares))})
 
 # %% ../../nbs/methods/12_allocation.ipynb #c042
 def allocated(
@@ -217,8 +214,8 @@ def allocated(
     name: str, # Name of an allocation
     allocation: Allocation, # The allocation
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-    given: Given, # What the allocation needs
-) -> Given: # The same with a share for every projection
+    inputs: Inputs, # What the allocation needs
+) -> Inputs: # The same with a share for every projection
     "Give each projection its own share of zeros; a missing need raises `BadInput`."
-    check_given(name, given, allocation.needs)
-    return replace(given, shares=allocation.shares(model, given, sparsity))
+    check_inputs(name, inputs, allocation.needs)
+    return replace(inputs, shares=allocation.shares(model, inputs, sparsity))

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from ..data.prompts import IGNORED
 from .resumed_scoring import token_divergences
 
-# %% ../../nbs/methods/22_budgets.ipynb #c009
-from dataclasses import asdict, dataclass
-from ..models.anatomy import Projection, projections
-from ..models.families import HOLDS
-
 # %% ../../nbs/methods/22_budgets.ipynb #c010
+from dataclasses import asdict, dataclass
+from cap_nb.models.anatomy import Projection, projections
+from cap_nb.models.families import HOLDS
+
 @dataclass(frozen=True)
 class Region:
     "A part of the model that gets one share of zeros: a layer's attention, or its MLP with all its experts."
@@ -50,14 +49,13 @@ def projections_of(
     "The projections of a region."
     return [p for p in projections(model) if p.name in region.modules]
 
-# %% ../../nbs/methods/22_budgets.ipynb #c014
-from collections.abc import Callable
-from ..calibration import Calibration
-from .criteria import dense_norms
-from .wanda import WANDA
-from .selection import Criterion, Measurements, scores_of
-
 # %% ../../nbs/methods/22_budgets.ipynb #c015
+from collections.abc import Callable
+from cap_nb.calibration import Calibration
+from cap_nb.methods.criteria import dense_norms
+from cap_nb.methods.wanda import WANDA
+from cap_nb.methods.selection import Criterion, Measurements, scores_of
+
 @dataclass(frozen=True)
 class Local:
     "A way to prune one matrix, whatever happens to the others."
@@ -77,12 +75,12 @@ def row_ranks(
 def local_in_rows(
     name: str, # What it is called
     criterion: Criterion, # Score of every weight
-    known: Measurements, # What was measured on the dense model
+    measurements: Measurements, # Of the dense model
 ) -> Local: # Zeroes the smallest floor(in * share) of every row
     "A criterion in rows as a local criterion; keeps two bytes a weight for the ranks."
     ranks: dict[str, torch.Tensor] = {}
     def weight(p: Projection, share: float) -> torch.Tensor:
-        if p.name not in ranks: ranks[p.name] = row_ranks(scores_of(criterion, p, known))
+        if p.name not in ranks: ranks[p.name] = row_ranks(scores_of(criterion, p, measurements))
         count = math.floor(p.weight.shape[1] * share + 1e-9) # as in `smallest_in_rows`
         return p.weight.detach().masked_fill(ranks[p.name] < count, 0)
     return Local(name, weight)
@@ -95,11 +93,10 @@ def wanda_local(
     "Wanda's criterion with the norms of the dense model (Sun et al. 2024, without their layer-by-layer order)."
     return local_in_rows("wanda", WANDA, Measurements(norms=dense_norms(model, calibration, batch_tokens)))
 
-# %% ../../nbs/methods/22_budgets.ipynb #c021
+# %% ../../nbs/methods/22_budgets.ipynb #c022
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# %% ../../nbs/methods/22_budgets.ipynb #c022
 Prune = Callable[[Sequence[float]], None] # Sets the share of every region, in place
 
 @contextmanager
@@ -123,14 +120,13 @@ def pruned_regions(
     finally:
         for group in groups: put_back(group)
 
-# %% ../../nbs/methods/22_budgets.ipynb #c029
-from ..data.batches import token_batches
-from .layer_walk import BatchState, advanced
-from .resumed_scoring import Targets, last_layer_at_targets, prepare_batch
-from ..models.anatomy import final_norm
-from ..scoring import mean_by_example
-
 # %% ../../nbs/methods/22_budgets.ipynb #c030
+from cap_nb.data.batches import token_batches
+from cap_nb.methods.layer_walk import BatchState, advanced
+from cap_nb.methods.resumed_scoring import Targets, last_layer_at_targets, prepare_batch
+from cap_nb.models.anatomy import final_norm
+from cap_nb.scoring import mean_by_example
+
 def final_states(
     model: nn.Module, # A causal language model of a known family
     state: BatchState, # A batch before a layer
@@ -194,14 +190,13 @@ def region_divergences(
         table[:, list(batch.state.indices)] = divergences_by_example(model, batch, end)
     return table
 
-# %% ../../nbs/methods/22_budgets.ipynb #c035
+# %% ../../nbs/methods/22_budgets.ipynb #c036
 from dataclasses import field
 from pathlib import Path
-from ..core.errors import BadInput, validate_arguments
-from ..core.files import read_tensors, is_intact, taken_as, write_tensors
+from cap_nb.core.errors import BadInput, validate_arguments
+from cap_nb.core.files import read_tensors, is_intact, taken_as, write_tensors
 from typing import Any
 
-# %% ../../nbs/methods/22_budgets.ipynb #c036
 @dataclass(frozen=True)
 class Divergences:
     "How far the predictions move when each region is pruned alone."
@@ -252,11 +247,10 @@ def check_finite_divergences(
     raise BadInput(f"The divergence with {region.name} pruned is {kl[level, example].item()} on example "
                    f"{uids[example]}: expected a finite number; measure in float32 or bfloat16, or check the weights.")
 
-# %% ../../nbs/methods/22_budgets.ipynb #c040
+# %% ../../nbs/methods/22_budgets.ipynb #c041
 from dataclasses import replace
 from tqdm.auto import tqdm
 
-# %% ../../nbs/methods/22_budgets.ipynb #c041
 @torch.no_grad()
 def measured_divergences(
     model: nn.Module, # A causal language model of a known family, dense, in evaluation mode; not changed in the end
@@ -280,10 +274,9 @@ def measured_divergences(
         check_finite_divergences(rows[-1], region, uids)
     return Divergences(kl=torch.stack(rows), levels=levels, regions=regions, uid=uids)
 
-# %% ../../nbs/methods/22_budgets.ipynb #c054
+# %% ../../nbs/methods/22_budgets.ipynb #c055
 import logging
 
-# %% ../../nbs/methods/22_budgets.ipynb #c055
 log = logging.getLogger(__name__)
 
 def raised_means(
@@ -305,18 +298,17 @@ def power_law(
     lowest: float = 1.1, # p is at least this
 ) -> tuple[torch.Tensor, float]: # K, float64 [R], and p
     "Fit K_r s^p by least squares in logarithms, one p for all regions."
-    values, sound = raised_means(means)
+    values, valid = raised_means(means)
     x, y = torch.tensor(levels, dtype=torch.float64).log(), values.log()
     dx, dy = x - x.mean(), y - y.mean(1, keepdim=True)
-    power = float((dx * dy[sound]).sum() / (sound.sum() * dx.square().sum()))
+    power = float((dx * dy[valid]).sum() / (valid.sum() * dx.square().sum()))
     if power < lowest: log.warning("The divergences rise with power %.2f of the share: %.1f is used", power, lowest)
     power = max(power, lowest)
     return (y.mean(1) - power * x.mean()).exp(), power
 
-# %% ../../nbs/methods/22_budgets.ipynb #c065
-from ..core.errors import check_sparsity
-
 # %% ../../nbs/methods/22_budgets.ipynb #c066
+from cap_nb.core.errors import check_sparsity
+
 def check_cap(
     sparsity: float, # Share of the model's weights to zero
     cap: float, # The largest share that a region may get
@@ -347,60 +339,11 @@ def cheapest_shares(
         low, high = (middle, high) if (n * shares(middle)).sum() < sparsity * n.sum() else (low, middle)
     return shares(high)
 
-# %% ../../nbs/methods/22_budgets.ipynb #c075
-from ..scoring import rank_correlation
-
-# %% ../../nbs/methods/22_budgets.ipynb #c076
-@dataclass(frozen=True)
-class Agreement:
-    "Budgets from some examples against budgets from the others."
-    examples: int # Examples in the small part
-    ranks: float # Rank correlation of the costs K
-    apart: float # Mean distance of the shares, weighted by n
-    excess: float # Predicted sum with shares from the few, over the least, minus 1, under the others' costs
-    equal: float # The same with equal shares
-
-# %% ../../nbs/methods/22_budgets.ipynb #c077
-def agreement(
-    table: Divergences, # Divergences of N examples
-    few: torch.Tensor, # Whether an example belongs to the small part, bool [N]
-    sparsity: float, # Sparsity of the model
-) -> Agreement: # How well both parts agree
-    "Budgets from a part of the examples and from the rest."
-    n = table.weights
-    (K, p), (costs, power) = (power_law(table.kl[..., part].mean(-1), table.levels) for part in (few, ~few))
-    shares, best = cheapest_shares(K, p, n, sparsity), cheapest_shares(costs, power, n, sparsity)
-    least, reached, equal = ((costs * s ** power).sum() for s in (best, shares, torch.full_like(best, sparsity)))
-    return Agreement(examples=int(few.sum()), ranks=rank_correlation(K, costs),
-                     apart=float((n * (shares - best).abs()).sum() / n.sum()),
-                     excess=float(reached / least) - 1, equal=float(equal / least) - 1)
-
-# %% ../../nbs/methods/22_budgets.ipynb #c078
-def agreements(
-    table: Divergences, # Divergences of N examples
-    sparsity: float, # Sparsity of the model
-    counts: Sequence[int], # Sizes of the small part
-    draws: int = 20, # Random parts of each size
-    seed: int = 0, # Seed of the draws
-) -> list[Agreement]: # Medians over the draws, one for each size
-    "How well budgets from few examples agree with those from the others."
-    rng, total, medians = torch.Generator().manual_seed(seed), len(table.uid), []
-    for count in counts:
-        parts = [torch.randperm(total, generator=rng) < count for _ in range(draws)]
-        rows = [list(asdict(agreement(table, part, sparsity)).values()) for part in parts]
-        _, ranks, apart, excess, equal = torch.tensor(rows, dtype=torch.float64).quantile(0.5, 0).tolist()
-        medians.append(Agreement(examples=count, ranks=ranks, apart=apart, excess=excess, equal=equal))
-    return medians
-
-# %% ../../nbs/methods/22_budgets.ipynb #c101
-import matplotlib
-from matplotlib.figure import Figure
-from ..core.plots import blank_figure, in_style
-
-# %% ../../nbs/methods/22_budgets.ipynb #c082
-import random
-
 # %% ../../nbs/methods/22_budgets.ipynb #c083
+import random
+from matplotlib.figure import Figure
+from cap_nb.core.plots import blank_figure, in_style
+
 @dataclass(frozen=True)
 class BudgetSettings:
     "How budgets are measured and corrected."
@@ -474,14 +417,6 @@ def tried_move(
                 accepted=again is not None and again[1] < again[0])
 
 # %% ../../nbs/methods/22_budgets.ipynb #c087
-def made(
-    shares: torch.Tensor, # Share of each region, float64 [R]
-    weights: torch.Tensor, # n, weights of each region, float64 [R]
-    move: Move, # A move that was tried
-) -> torch.Tensor: # The shares afterwards
-    "Make a move if it was accepted."
-    return after_move(shares, weights, move.sparser, move.denser, move.weights) if move.accepted else shares
-
 def moved_shares(
     start: torch.Tensor, # Share of each region at the start, float64 [R]
     weights: torch.Tensor, # n, weights of each region, float64 [R]
@@ -492,21 +427,23 @@ def moved_shares(
     keep: Callable[[Sequence[Move]], None] = lambda moves: None, # Told all moves so far after each
 ) -> tuple[torch.Tensor, tuple[Move, ...]]: # The shares in the end, and all moves tried
     "Correct shares on the whole model, move by move (after EvoPress, Sieberling et al. 2024)."
+    def moved(shares: torch.Tensor, move: Move) -> torch.Tensor:
+        if not move.accepted: return shares
+        return after_move(shares, weights, move.sparser, move.denser, move.weights)
     shares, moves = start.double(), list(done[:settings.moves])
-    for move in moves: shares = made(shares, weights, move)
+    for move in moves: shares = moved(shares, move)
     for index in tqdm(range(len(moves), settings.moves), desc="moves", unit="move"):
         rng = random.Random(f"{settings.seed}/move/{index}")
         moves.append(tried_move(shares, weights, measure, pool, settings, rng))
-        shares = made(shares, weights, moves[-1])
+        shares = moved(shares, moves[-1])
         keep(moves)
     return shares, tuple(moves)
 
-# %% ../../nbs/methods/22_budgets.ipynb #c094
-from ..data.batches import collate
-from ..data.prompts import Example
-from ..models.anatomy import decoder_of
-
 # %% ../../nbs/methods/22_budgets.ipynb #c095
+from cap_nb.data.batches import collate
+from cap_nb.data.prompts import Example
+from cap_nb.models.anatomy import decoder_of
+
 def target_states(
     model: nn.Module, # A causal language model of a known family
     examples: Sequence[Example], # Examples of one batch
@@ -581,7 +518,7 @@ class Budgets:
     @property
     def modules(self) -> dict[str, float]:
         "Module name -> share of its weights to zero."
-        return modules_of(self.table.regions, self.shares)
+        return {name: float(share) for region, share in zip(self.table.regions, self.shares) for name in region.modules}
 
     @property
     def accepted(self) -> int:
@@ -589,13 +526,6 @@ class Budgets:
         return sum(move.accepted for move in self.moves)
 
 # %% ../../nbs/methods/22_budgets.ipynb #c110
-def modules_of(
-    regions: Sequence[Region], # Regions
-    shares: torch.Tensor, # Share of each, [R]
-) -> dict[str, float]: # Module name -> share of its weights to zero
-    "Give every projection its region's share."
-    return {name: float(share) for region, share in zip(regions, shares) for name in region.modules}
-
 def solved_budgets(
     table: Divergences, # Divergences with each region pruned alone
     sparsity: float, # Share of all weights to zero
@@ -606,11 +536,10 @@ def solved_budgets(
     shares = cheapest_shares(costs, power, table.weights, sparsity, cap)
     return Budgets(table=table, sparsity=sparsity, costs=costs, power=power, solved=shares, shares=shares)
 
-# %% ../../nbs/methods/22_budgets.ipynb #c112
-from ..core.errors import check_fields
-from ..core.files import read_checked, write_checked
-
 # %% ../../nbs/methods/22_budgets.ipynb #c113
+from cap_nb.core.errors import check_fields
+from cap_nb.core.files import read_checked, write_checked
+
 PER_REGION = ("costs", "solved", "shares") # Fields that hold a number a region
 
 def save_budgets(
@@ -660,13 +589,12 @@ def spread_over_strata(
     chosen = [order[(2 * rank + 1) * len(order) // (2 * count)] for rank in range(count)]
     return Calibration.from_examples([calibration.examples[index] for index in chosen], k=1, seed=seed)
 
-# %% ../../nbs/methods/22_budgets.ipynb #c118
-from contextlib import nullcontext
-from ..core.errors import check_at_least
-from ..core.files import alone_in, json_text, sha256_of_text
-from ..models.loading import model_fingerprint
-
 # %% ../../nbs/methods/22_budgets.ipynb #c119
+from contextlib import nullcontext
+from cap_nb.core.errors import check_at_least
+from cap_nb.core.files import alone_in, json_text, sha256_of_text
+from cap_nb.models.loading import model_fingerprint
+
 def check_settings(
     settings: BudgetSettings, # The settings
     sparsity: float, # Share of all weights to zero
@@ -752,19 +680,19 @@ def measured_budgets(
 # %% ../../nbs/methods/22_budgets.ipynb #f0353709
 from cap_nb.core.registry import ALLOCATIONS
 from cap_nb.methods.allocation import Allocation
-from cap_nb.methods.criteria import Given
+from cap_nb.methods.criteria import Inputs
 
 def divergence_shares(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    given: Given, # With the calibration set
+    inputs: Inputs, # With the calibration set
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
 ) -> dict[str, float]: # Module name -> share to zero
     "Budgets from interventions, measured with Wanda's criterion, without moves."
-    settings = BudgetSettings(examples=min(24, len(given.calibration.examples)), seed=given.seed)
-    return measured_budgets(model, given.calibration, sparsity, settings, given.store).modules
+    settings = BudgetSettings(examples=min(24, len(inputs.calibration.examples)), seed=inputs.seed)
+    return measured_budgets(model, inputs.calibration, sparsity, settings, inputs.store).modules
 
 ALLOCATIONS["kl"] = Allocation(
-    says="attentions and MLPs that move the predictions more, pruned alone, lose less", needs=("calibration",),
+    summary="attentions and MLPs that move the predictions more, pruned alone, lose less", needs=("calibration",),
     source="interventions, as in the paper, on parts of layers", shares=divergence_shares)
 
 # %% ../../nbs/methods/22_budgets.ipynb #c128
@@ -792,68 +720,3 @@ def plot_budgets(
     right.set(xlabel="layer", ylabel="share of zeros", ylim=(0, 1), title=f"p = {budgets.power:.1f}")
     for panel in (left, right): panel.legend(fontsize="small")
     return figure
-
-# %% ../../nbs/methods/22_budgets.ipynb #c132
-def random_shares(
-    weights: torch.Tensor, # n, weights of each region, float64 [R]
-    sparsity: float, # Share of all weights to zero, in (0, cap]
-    spread: float, # Largest distance of a share from the sparsity
-    rng: torch.Generator, # Draws
-    cap: float = 0.95, # The largest share
-) -> torch.Tensor: # Share of each region, float64 [R]
-    "Random shares around a sparsity with its total, within the bounds."
-    draw = torch.rand(len(weights), generator=rng, dtype=torch.float64)
-    draw -= (weights * draw).sum() / weights.sum()
-    width = min(spread / draw.abs().max(), sparsity / -draw.min(), (cap - sparsity) / draw.max())
-    return sparsity + width * draw
-
-def predicted_by_power(
-    budgets: Budgets, # Budgets, for their K and p
-    shares: torch.Tensor, # Share of each region, float64 [R]
-) -> float: # In nats
-    "What the fitted power law says of whole allocations."
-    return (budgets.costs * shares ** budgets.power).sum().item()
-
-# %% ../../nbs/methods/22_budgets.ipynb #c133
-def predicted_by_lines(
-    table: Divergences, # Divergences with each region pruned alone
-    shares: torch.Tensor, # Share of each region, float64 [R]
-) -> float: # In nats
-    "The sum of single regions' divergences, read off between (or beyond) the measured levels in logarithms."
-    x, y = torch.tensor(table.levels, dtype=torch.float64).log(), raised_means(table.kl.mean(-1))[0].log()
-    wanted = shares.clamp_min(1e-12).log()
-    left = (torch.searchsorted(x, wanted) - 1).clamp(0, len(x) - 2)
-    low, high = (y.gather(1, index[:, None])[:, 0] for index in (left, left + 1))
-    slope = (high - low) / (x[left + 1] - x[left])
-    return (low + slope * (wanted - x[left])).exp().sum().item()
-
-# %% ../../nbs/methods/22_budgets.ipynb #c136
-@in_style
-def plot_additivity(
-    predicted: torch.Tensor, # Sum over single regions, in nats, [S, 1 + A]; the first of a row were solved for
-    measured: torch.Tensor, # The same allocations all at once, in nats, [S, 1 + A]
-    sparsities: Sequence[float], # Sparsity of each row
-) -> Figure: # Both axes are logarithmic; on the line the sum is right
-    "Predicted against measured divergence of whole allocations: solved ones as stars, random ones as dots."
-    figure, ((panel,),) = blank_figure(1, 1, (4.6, 3.8))
-    for rank, (x, y, sparsity) in enumerate(zip(predicted, measured, sparsities)):
-        colour = matplotlib.colormaps["viridis"](rank / max(1, len(sparsities) - 1))
-        panel.plot(x[1:], y[1:], "o", color=colour, markersize=4, label=f"{sparsity:.0%}")
-        panel.plot(x[:1], y[:1], "*", color=colour, markersize=11)
-    ends = [min(predicted.min(), measured.min()).item(), max(predicted.max(), measured.max()).item()]
-    panel.plot(ends, ends, color="black", linewidth=0.8, linestyle="--")
-    panel.set(xscale="log", yscale="log", xlabel="sum over regions, nats", ylabel="all at once, nats")
-    panel.legend(fontsize="small", title="sparsity")
-    return figure
-
-# %% ../../nbs/methods/22_budgets.ipynb #c141
-def permuted_shares(
-    regions: Sequence[Region], # The regions, R of them
-    shares: torch.Tensor, # Share of each, [R]
-    seed: int, # Seed of the permutation
-) -> torch.Tensor: # Shares of the same total, [R]
-    "The control: shares permuted among regions of one kind and size."
-    rng, permuted, equals = random.Random(f"{seed}/permuted"), shares.clone(), {}
-    for index, region in enumerate(regions): equals.setdefault((region.kind, region.weights), []).append(index)
-    for indices in equals.values(): permuted[indices] = shares[rng.sample(indices, len(indices))]
-    return permuted

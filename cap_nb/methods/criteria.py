@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['add_criterion', 'dense_norms']
 
-# %% ../../nbs/methods/11_criteria.ipynb #c004
-import torch
-from .wanda import wanda_score
-from .selection import Evidence
-
 # %% ../../nbs/methods/11_criteria.ipynb #c005
+import torch
+from cap_nb.methods.wanda import wanda_score
+from cap_nb.methods.selection import Evidence
+
 def cap_wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Magnitude times the norm of the input times the importance factor."
     return wanda_score(e) * e.factor
@@ -34,12 +33,11 @@ def random_score(e: Evidence) -> torch.Tensor: # [out, in]
     rng = torch.Generator().manual_seed(1_000_003 * e.seed + e.index)
     return torch.rand(e.weight.shape, generator=rng).to(e.weight.device)
 
-# %% ../../nbs/methods/11_criteria.ipynb #c010
-from ..core.registry import CRITERIA
-from .wanda import WANDA
-from .selection import CAP, MAGNITUDE, Criterion
-
 # %% ../../nbs/methods/11_criteria.ipynb #c011
+from cap_nb.core.registry import CRITERIA
+from cap_nb.methods.wanda import WANDA
+from cap_nb.methods.selection import CAP, MAGNITUDE, Criterion
+
 CAP_WANDA = Criterion(name="cap_wanda", score=cap_wanda_score, needs=("norm", "factor"), source="Wanda and the paper",
                       says="|W| times the norm of its input times the causal importance of its head")
 RIA = Criterion(name="ria", score=ria_score, needs=("norm",), scope="row", source="Zhang et al. 2024",
@@ -93,16 +91,15 @@ def add_criterion(
                           source=source)
     add("criterion", name, [(CRITERIA, criterion)], [score], (tuple(needs), scope))
 
-# %% ../../nbs/methods/11_criteria.ipynb #c018
+# %% ../../nbs/methods/11_criteria.ipynb #c019
 from collections.abc import Iterator
 from contextlib import contextmanager
 from torch import nn
-from ..calibration import Calibration
-from .relevance import gold_logits, relevance_rules
-from ..models.anatomy import projections
-from ..scoring import batches_of, target_losses
+from cap_nb.calibration import Calibration
+from cap_nb.methods.attributions import gold_logits, relevance_rules
+from cap_nb.models.anatomy import projections
+from cap_nb.scoring import batches_of, target_losses
 
-# %% ../../nbs/methods/11_criteria.ipynb #c019
 @contextmanager
 def wanting_gradients(
     weights: Sequence[nn.Parameter], # Parameters of a model
@@ -177,11 +174,10 @@ def path_gradients(
 
 MEASURES = {"gradient": loss_gradients, "path_gradient": path_gradients, "relevance": relevance_gradients}
 
-# %% ../../nbs/methods/11_criteria.ipynb #c025
+# %% ../../nbs/methods/11_criteria.ipynb #c026
 from .layer_walk import layer_by_layer
 from .wanda import input_norms
 
-# %% ../../nbs/methods/11_criteria.ipynb #c026
 @validate_arguments
 def dense_norms(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
@@ -193,14 +189,13 @@ def dense_norms(
     for step in layer_by_layer(model, calibration, batch_tokens, "norms"): norms |= input_norms(step)
     return norms
 
-# %% ../../nbs/methods/11_criteria.ipynb #c028
+# %% ../../nbs/methods/11_criteria.ipynb #c029
 from dataclasses import dataclass
 from pathlib import Path
-from ..regions import Factors, as_factors
+from cap_nb.regions import Factors, as_factors
 
-# %% ../../nbs/methods/11_criteria.ipynb #c029
 @dataclass(frozen=True)
-class Given:
+class Inputs:
     "What a pruning method may use besides the model."
     factors: Factors | torch.Tensor | None = None # Importance factors; a tensor holds those of the heads, [L, H]
     calibration: Calibration | None = None # The calibration set
@@ -218,43 +213,41 @@ GIVES = {**dict.fromkeys(NEEDS, "calibration"), "factor": "factors"} # What must
 NEEDED = {"factors": "importance factors; score the heads and pass importance_factors(causal_scores(losses))",
           "calibration": "a calibration set; pass calibration_set(tokenizer)"}
 
-def check_given(
+def check_inputs(
     name: str, # Name of the method, for the sentence
-    given: Given, # What was given
-    needed: Sequence[str], # Fields of `Given` that must be there
+    inputs: Inputs, # What was given
+    needed: Sequence[str], # Fields of `Inputs` that must be there
 ) -> None:
     "Raise `BadInput` for the first field that is missing."
     for field_name in needed:
-        if getattr(given, field_name) is None:
+        if getattr(inputs, field_name) is None:
             raise BadInput(f"Method {name!r} was called without {field_name}: expected {NEEDED[field_name]}.")
 
-# %% ../../nbs/methods/11_criteria.ipynb #c032
-from ..regions import region_factors
-from .selection import Measurements
-
 # %% ../../nbs/methods/11_criteria.ipynb #c033
+from cap_nb.regions import region_factors
+from cap_nb.methods.selection import Measurements
+
 def measured_for(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     criterion: Criterion, # Names what must be measured
-    given: Given, # What was given
+    inputs: Inputs, # What was given
     walking: bool = False, # Whether norms are measured later, layer by layer
 ) -> Measurements: # Regions, norms and gradients, as far as the criterion needs them
     "Measure on the dense model what a criterion needs."
-    needs, data = criterion.needs, (given.calibration, given.batch_tokens)
+    needs, data = criterion.needs, (inputs.calibration, inputs.batch_tokens)
     derivative = next((need for need in needs if need in DERIVATIVES), None)
     return Measurements(
-        regions=region_factors(model, given.factors) if "factor" in needs else {},
+        regions=region_factors(model, inputs.factors) if "factor" in needs else {},
         norms=dense_norms(model, *data) if "norm" in needs and not walking else {},
         gradients=MEASURES[derivative](model, *data) if derivative else {},
-        order={p.name: index for index, p in enumerate(projections(model))}, seed=given.seed)
-
-# %% ../../nbs/methods/11_criteria.ipynb #c035
-from ..core.errors import check_sparsity
-from .wanda import uniform_shares, zero_layer_by_layer, zero_shares_within
-from .selection import Threshold, check_pattern, competing, zero_within
-from ..threshold import PruneReport, prune_report
+        order={p.name: index for index, p in enumerate(projections(model))}, seed=inputs.seed)
 
 # %% ../../nbs/methods/11_criteria.ipynb #c036
+from cap_nb.core.errors import check_sparsity
+from cap_nb.methods.wanda import uniform_shares, zero_layer_by_layer, zero_shares_within
+from cap_nb.methods.selection import Threshold, check_pattern, competing, zero_within
+from cap_nb.threshold import PruneReport, prune_report
+
 def walks(
     criterion: Criterion, # A criterion
     scope: str, # The scope in which it is used
@@ -265,36 +258,37 @@ def walks(
 def projection_shares(
     model: nn.Module, # A causal language model of a known family
     sparsity: float, # Share of the weights in scope to zero
-    given: Given, # With a share for every projection, or without
+    inputs: Inputs, # With a share for every projection, or without
     scope: str, # Name of the scope
 ) -> dict[str, float]: # Module name -> share to zero
     "The share of zeros of every projection; names that do not fit, or a scope that fixes them, raise `BadInput`."
     uniform = uniform_shares(model, sparsity)
-    if given.shares is None: return uniform
+    if inputs.shares is None: return uniform
     if scope == "model" or ":" in scope:
         raise BadInput(f"Shares by projection were given with scope {scope!r}, which leaves no choice between layers: "
                        f"expected layer, matrix or row; name one of these.")
-    if given.shares.keys() != uniform.keys():
-        raise BadInput(f"Shares of {len(given.shares)} projections were given for {len(uniform)}, or their names do "
+    if inputs.shares.keys() != uniform.keys():
+        raise BadInput(f"Shares of {len(inputs.shares)} projections were given for {len(uniform)}, or their names do "
                        f"not fit: expected one for each; compute them for this model.")
-    return {name: check_sparsity(share) for name, share in given.shares.items()}
+    return {name: check_sparsity(share) for name, share in inputs.shares.items()}
 
 # %% ../../nbs/methods/11_criteria.ipynb #c037
 def zero_by(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
+    model: nn.Module, # A causal language model of a measurements family, in evaluation mode; changed in place
     criterion: Criterion, # The criterion
     scope: str, # The scope
     shares: dict[str, float], # Module name -> share to zero; all the same under the scope of the model
-    given: Given, # What the criterion needs
+    inputs: Inputs, # What the criterion needs
 ) -> Threshold | None: # The threshold of the whole model, if there is one
     "Measure, then zero: the whole model at once, in Wanda's walk, or each layer by itself."
     walking, scoped = walks(criterion, scope), projections(model)
-    known = measured_for(model, criterion, given, walking)
-    if scope == "model": return zero_within(scoped, criterion, known, shares[scoped[0].name], scope, given.ties)[0]
+    found = measured_for(model, criterion, inputs, walking)
+    if scope == "model": return zero_within(scoped, criterion, found, shares[scoped[0].name], scope, inputs.ties)[0]
     if walking:
-        zero_layer_by_layer(model, given.calibration, shares, criterion, known, scope, given.ties, given.batch_tokens)
+        zero_layer_by_layer(
+            model, inputs.calibration, shares, criterion, found, scope, inputs.ties, inputs.batch_tokens)
         return None
-    for layer in competing(scoped, "layer"): zero_shares_within(layer, criterion, known, shares, scope, given.ties)
+    for layer in competing(scoped, "layer"): zero_shares_within(layer, criterion, found, shares, scope, inputs.ties)
     return None
 
 # %% ../../nbs/methods/11_criteria.ipynb #c038
@@ -303,14 +297,14 @@ def prune_by(
     name: str, # One of `CRITERIA`
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
     scope: str | None = None, # "model", "layer", "matrix", "row" or a pattern such as "2:4"; None: the criterion's own
-    given: Given = Given(), # What the criterion needs
+    inputs: Inputs = Inputs(), # What the criterion needs
 ) -> PruneReport: # What was done, under the name criterion@scope
     "Prune by any criterion under any scope; wrong names, sparsities or needs raise `BadInput` before a weight changes."
     criterion = CRITERIA[check_choice(name, CRITERIA, "criterion")]
     scope = scope or criterion.scope
     check_pattern(scope, check_sparsity(sparsity))
     method = f"{name}@{scope}"
-    check_given(method, given, [GIVES[need] for need in criterion.needs])
-    shares = projection_shares(model, sparsity, given, scope)
-    threshold = zero_by(model, criterion, scope, shares, given)
+    check_inputs(method, inputs, [GIVES[need] for need in criterion.needs])
+    shares = projection_shares(model, sparsity, inputs, scope)
+    threshold = zero_by(model, criterion, scope, shares, inputs)
     return prune_report(model, method, sparsity, threshold and threshold.value, threshold.ties if threshold else 0)

@@ -383,20 +383,20 @@ def masked_expert_factors(
 @dataclass(frozen=True)
 class RoutingAware:
     "A way of giving heads and experts their factors."
-    says: str # What it measures, in a line
+    summary: str # What it measures, in a line
     source: str # Where it comes from
     measure: Callable[..., RoutedLosses | HeadLosses] # (model, calibration, padded tokens a batch) -> table of losses
     factors: Callable[..., Factors] # (that table, the heads' losses, aggregation) -> factors of heads and experts
 
 ROUTING_AWARE: dict[str, RoutingAware] = {
     "routed": RoutingAware(
-        says="experts by their heads' scores on the tokens routed to them", source="after the paper, section 5.4",
+        summary="experts by their heads' scores on the tokens routed to them", source="after the paper, section 5.4",
         measure=routed_losses, factors=routed_factors),
     "routed_mean": RoutingAware(
-        says="experts by their layer's mean, on the scale of routed", source="the control of routed",
+        summary="experts by their layer's mean, on the scale of routed", source="the control of routed",
         measure=routed_losses, factors=routed_mean_factors),
     "masked_experts": RoutingAware(
-        says="experts by their own scores, each masked as a unit", source="after the paper, section 5.4",
+        summary="experts by their own scores, each masked as a unit", source="after the paper, section 5.4",
         measure=expert_losses, factors=masked_expert_factors)}
 
 # %% ../../nbs/methods/21_experts.ipynb #c069

@@ -13,7 +13,7 @@ from ..calibration import Calibration
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from torch import nn
-from ..core.errors import BadInput
+from ..core.errors import BadInput, check_choice
 from ..models.anatomy import Projection, projections
 from ..models.interventions import changed_input
 
@@ -113,21 +113,6 @@ def neuron_estimates(
                 table[place_of(p)] += estimate if signed else estimate.abs()
     return table / len(calibration.examples)
 
-# %% ../../nbs/methods/23_neurons.ipynb #1d55d9d1
-from .criteria import relevance_gradients
-
-# %% ../../nbs/methods/23_neurons.ipynb #427db363
-def neuron_relevance(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> torch.Tensor: # Mean relevance of every neuron for the gold logit, float64 [L, M] or [L, E, M]
-    "The relevance that passes through each neuron (Hatefi et al. 2025, with neurons as components)."
-    table, slopes = neuron_table(model), relevance_gradients(model, calibration, batch_tokens)
-    for p in neuron_projections(model):
-        table[place_of(p)] = (p.weight.detach().float() * slopes[p.name]).sum(0).double().cpu()
-    return table
-
 # %% ../../nbs/methods/23_neurons.ipynb #c027
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -168,120 +153,6 @@ def group_rises(
     return lambda group: losses(
         group.layer, lambda: masked_neurons(model, group.layer, group.neurons, group.expert)) - intact
 
-# %% ../../nbs/methods/23_neurons.ipynb #c038
-from dataclasses import replace
-from tqdm.auto import tqdm
-from ..core.errors import check_at_least, check_choice
-from ..models.routing import recorded_inputs
-
-# %% ../../nbs/methods/23_neurons.ipynb #c039
-@torch.no_grad()
-def neuron_activations(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    layer: int, # Index of the decoder layer
-    expert: int | None = None, # Index of a routed expert; None: the MLP of a layer without experts
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> torch.Tensor: # Activations, float32 [tokens, M]; of an expert, at the tokens that are routed to it
-    "What the down projection of an MLP or an expert reads; padding is left out."
-    down, kept = down_projection(model, layer, expert), []
-    in_layer = [p for p in projections(model) if p.layer == layer]
-    for _, batch in batches_of(calibration, batch_tokens, next(model.parameters()).device):
-        real = batch["attention_mask"].flatten().bool()
-        def record(p: Projection, inputs: torch.Tensor, tokens: torch.Tensor | None) -> None:
-            if p.name == down.name: kept.append(inputs.flatten(0, -2)[real if tokens is None else real[tokens]])
-        with recorded_inputs(in_layer, record): target_losses(model, batch)
-    return torch.cat(kept).float()
-
-# %% ../../nbs/methods/23_neurons.ipynb #c040
-def coactivation_order(
-    activations: torch.Tensor, # [tokens, M]
-) -> torch.Tensor: # Indices of neurons, int64 [M]; neurons that go together are neighbours
-    "Cut neurons in two by the leading eigenvector of their correlations, and each half again."
-    centred = activations.double() - activations.double().mean(0)
-    scaled = centred / centred.norm(dim=0).clamp_min(1e-30)
-    correlation = scaled.T @ scaled
-    def ordered(index: torch.Tensor) -> torch.Tensor:
-        if len(index) < 3: return index
-        leading = torch.linalg.eigh(correlation[index][:, index]).eigenvectors[:, -1]
-        leading = leading * leading[leading.abs().argmax()].sign() # an eigenvector's sign means nothing
-        half = -(-len(index) // 2)
-        by_loading = index[leading.argsort(descending=True, stable=True)]
-        return torch.cat([ordered(by_loading[:half].sort().values), ordered(by_loading[half:].sort().values)])
-    return ordered(torch.arange(len(correlation)))
-
-# %% ../../nbs/methods/23_neurons.ipynb #c043
-ORDERS = ("contiguous", "random", "coactivation", "estimate")
-
-def neuron_groups(
-    order: torch.Tensor, # Indices of the neurons of an MLP or an expert, int64 [M]
-    count: int, # Groups
-    layer: int, # Index of the decoder layer
-    expert: int | None = None, # Index of the routed expert, if it is one's
-) -> list[NeuronGroup]: # Groups of nearly equal size
-    "Cut an order of neurons into groups of neighbours."
-    return [NeuronGroup(layer=layer, neurons=tuple(part.tolist()), expert=expert)
-            for part in order.tensor_split(count) if len(part)]
-
-def neuron_order(
-    how: str, # One of `ORDERS`
-    estimates: torch.Tensor, # First-order estimates of the MLP's or the expert's neurons, [M]
-    activations: torch.Tensor | None = None, # [tokens, M]; for "coactivation" alone
-    seed: int = 0, # Of "random"
-) -> torch.Tensor: # Indices of neurons, int64 [M]
-    "The neurons of an MLP in one of four orders; an unknown one, or one that lacks activations, raises `BadInput`."
-    width = len(estimates)
-    if check_choice(how, ORDERS, "order of neurons") == "contiguous": return torch.arange(width)
-    if how == "random": return torch.randperm(width, generator=torch.Generator().manual_seed(seed))
-    if how == "estimate": return estimates.argsort(descending=True, stable=True)
-    if activations is None:
-        raise BadInput("An order by co-activation was asked for without activations: "
-                       "expected those of the layer; pass neuron_activations(...).")
-    return coactivation_order(activations)
-
-# %% ../../nbs/methods/23_neurons.ipynb #c046
-@dataclass(frozen=True)
-class MaskedGroup:
-    "A group that was masked in a search."
-    group: NeuronGroup # The neurons
-    rise: float # Mean rise of the examples' losses, in nats
-    parent: int | None = None # Index in the search of the group that it is a half of; None for a first one
-
-def halves(
-    group: NeuronGroup, # Two neurons or more
-) -> tuple[NeuronGroup, NeuronGroup]: # First and second half, in the group's order
-    "Cut a group in two."
-    middle = -(-len(group.neurons) // 2)
-    return replace(group, neurons=group.neurons[:middle]), replace(group, neurons=group.neurons[middle:])
-
-# %% ../../nbs/methods/23_neurons.ipynb #c047
-def split_where_it_matters(
-    rises: GroupRises, # Masks a group, from `group_rises`
-    groups: Sequence[NeuronGroup], # To begin with
-    budget: int, # Masked passes over the calibration set
-) -> list[MaskedGroup]: # Every group that was masked, in order
-    "Halve the group with the largest |rise| until the budget is spent; one below the first groups raises `BadInput`."
-    check_at_least(budget, len(groups), "budget (masked passes)")
-    def masked(group: NeuronGroup, parent: int | None = None) -> MaskedGroup:
-        return MaskedGroup(group, rises(group).mean().item(), parent)
-    found = [masked(group) for group in tqdm(groups, desc="masking neurons", unit="group")]
-    whole = set(range(len(found)))
-    while len(found) + 2 <= budget:
-        can_be_halved = [index for index in whole if len(found[index].group.neurons) > 1]
-        if not can_be_halved: break
-        largest = max(can_be_halved, key=lambda index: abs(found[index].rise))
-        whole.remove(largest)
-        whole |= {len(found), len(found) + 1}
-        found += [masked(half, largest) for half in halves(found[largest].group)]
-    return found
-
-def smallest_groups(
-    found: Sequence[MaskedGroup], # A search
-) -> list[MaskedGroup]: # Those that were not split further; together they hold every neuron once
-    "What a search has come down to."
-    parents = {each.parent for each in found}
-    return [each for index, each in enumerate(found) if index not in parents]
-
 # %% ../../nbs/methods/23_neurons.ipynb #c051
 from .experts import pooled_factors
 
@@ -304,14 +175,14 @@ from ..scoring import HeadLosses, causal_scores
 @dataclass(frozen=True)
 class NeuronAware:
     "A way of giving neurons their factors."
-    says: str # What it measures, in a line
+    summary: str # What it measures, in a line
     source: str # Where it comes from
     high: float # Factor of the neuron that is used most
 
 NEURON_AWARE: dict[str, NeuronAware] = {
-    "neurons": NeuronAware(says="MLP neurons by equation 3, from the size of first-order estimates",
+    "neurons": NeuronAware(summary="MLP neurons by equation 3, from the size of first-order estimates",
                            source="after the paper, section 7", high=10.0),
-    "neurons_wide": NeuronAware(says="MLP neurons from 1 to 30, from the size of first-order estimates",
+    "neurons_wide": NeuronAware(summary="MLP neurons from 1 to 30, from the size of first-order estimates",
                                 source="after the paper, section 7", high=30.0)}
 UNIT_AWARE: dict[str, RoutingAware | NeuronAware] = ROUTING_AWARE | NEURON_AWARE # Factors of more than heads
 

@@ -5,20 +5,18 @@
 # %% auto #0
 __all__ = ['prune']
 
-# %% ../../nbs/methods/24_prune.ipynb #c004
+# %% ../../nbs/methods/24_prune.ipynb #c006
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from ..core.registry import ADDED, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES
-from ..core.errors import BadInput, validate_arguments, check_choice
+from cap_nb.core.registry import ADDED, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES, SOLVERS
+from cap_nb.core.errors import BadInput, validate_arguments, check_choice
 from torch import nn
-from .criteria import CRITERIA, Given
-from .experts import ROUTING_AWARE
-from .neurons import NEURON_AWARE, UNIT_AWARE
-from .recovery import recovery_steps
-from .selection import SCOPES, pattern_of
+from cap_nb.methods.criteria import CRITERIA, Inputs
+from cap_nb.methods.experts import ROUTING_AWARE
+from cap_nb.methods.neurons import NEURON_AWARE, UNIT_AWARE
+from cap_nb.methods.selection import SCOPES, pattern_of
 
-# %% ../../nbs/methods/24_prune.ipynb #c006
 @dataclass(frozen=True)
 class MethodName:
     "The parts of a method's name."
@@ -31,10 +29,30 @@ class MethodName:
 
 NAME = re.compile(r"(?P<base>\w+)(?:\.(?P<attribution>\w+))?(?:@(?P<scope>[\w:]+))?"
                   r"(?:\+(?P<allocation>\w+))?(?:\^(?P<recovery>[\w^]+))?(?:~(?P<variant>[\w-]+))?")
-OTHERS = {"dense": "prunes nothing", "heads": "whole heads, the least causal first",
-          "sparsegpt": "the least error layer by layer, with updates of the weights that stay",
-          "alps": "zeros and weights that stay sought together, layer by layer"}
-SOLVERS = ("sparsegpt", "alps") # Those that update weights
+
+@dataclass(frozen=True)
+class Step:
+    "What a name stands for besides a criterion: a solver, a recovery, or a method that is neither."
+    summary: str # What it does, in a few words
+    source: str # Where it comes from
+
+RECOVERIES["swaps"] = Step("then zeros change places within their row while the layer's error falls",
+                           "Zimmer et al. 2025")
+RECOVERIES["update"] = Step("then least squares for the weights that stay", "Meng et al. 2024")
+SOLVERS["sparsegpt"] = Step("the least error layer by layer, with updates of the weights that stay",
+                            "Frantar and Alistarh 2023")
+SOLVERS["alps"] = Step("zeros and weights that stay sought together, layer by layer", "Meng et al. 2024")
+OTHERS = {"dense": Step("prunes nothing", "the model as it is"),
+          "heads": Step("whole heads, the least causal first", "the paper, section 6"), **SOLVERS} # No criteria
+
+def recovery_steps(
+    name: str, # As in "swaps", "update" or "swaps^update"
+) -> tuple[str, ...]: # Names of `RECOVERIES`, in order
+    "The steps that a name lists; an unknown one, or the update before swaps, raises `BadInput`."
+    steps = tuple(name.split("^"))
+    if steps not in (("swaps",), ("update",), ("swaps", "update")):
+        raise BadInput(f"Unknown recovery {name!r}: expected swaps, update or swaps^update; check the spelling.")
+    return steps
 
 # %% ../../nbs/methods/24_prune.ipynb #c007
 def parse_method(
@@ -53,10 +71,9 @@ def parse_method(
     if parts.recovery: recovery_steps(parts.recovery)
     return parts
 
-# %% ../../nbs/methods/24_prune.ipynb #c011
-from .criteria import GIVES
-
 # %% ../../nbs/methods/24_prune.ipynb #c012
+from cap_nb.methods.criteria import GIVES
+
 def own_scope(
     parts: MethodName, # A method's choices
 ) -> str: # The scope under which it prunes
@@ -65,7 +82,7 @@ def own_scope(
 
 def needs_of(
     parts: MethodName, # A method's choices
-) -> tuple[str, ...]: # Fields of `Given`
+) -> tuple[str, ...]: # Fields of `Inputs`
     "What a method must be given."
     others = {"dense": (), "sparsegpt": ("calibration",), "alps": ("calibration",), "heads": ("factors",)}
     criterion = CRITERIA.get(parts.base)
@@ -140,10 +157,9 @@ def check_method(
     check_recovery(name, parts)
     return parts
 
-# %% ../../nbs/methods/24_prune.ipynb #c020
-from .experts import check_has_experts
-
 # %% ../../nbs/methods/24_prune.ipynb #c021
+from cap_nb.methods.experts import check_has_experts
+
 def check_fits(
     name: str, # A method's name
     model: nn.Module, # A causal language model of a known family
@@ -152,8 +168,6 @@ def check_fits(
     if parse_method(name).attribution in ROUTING_AWARE: check_has_experts(model, f"Method {name!r}")
 
 # %% ../../nbs/methods/24_prune.ipynb #c023
-SOURCES = {"dense": "the model as it is", "sparsegpt": "Frantar and Alistarh 2023", "heads": "the paper, section 6",
-           "alps": "Meng et al. 2024"}
 WITHIN = {"model": "one threshold for the whole model", "layer": "one threshold for each layer",
           "matrix": "one threshold for each matrix", "row": "the same share in every output row"}
 
@@ -175,8 +189,8 @@ def method_line(
     extras = [attributions[parts.attribution]] if parts.attribution else []
     extras += [ALLOCATIONS[parts.allocation]] if parts.allocation else []
     extras += [RECOVERIES[step] for step in recovery_steps(parts.recovery)] if parts.recovery else []
-    says = [base.says if base else OTHERS[parts.base], *scope_line(parts), *(extra.says for extra in extras)]
-    sources = [base.source if base else SOURCES[parts.base], *(extra.source for extra in extras)]
+    says = [base.says if base else OTHERS[parts.base].summary, *scope_line(parts), *(extra.summary for extra in extras)]
+    sources = [base.source if base else OTHERS[parts.base].source, *(extra.source for extra in extras)]
     return "; ".join(says), "; ".join(source for source in sources if source)
 
 # %% ../../nbs/methods/24_prune.ipynb #c026
@@ -225,69 +239,123 @@ def method_list() -> str: # Lines
     added = ", ".join(f"{each.kind} {each.name} ({each.plugin or 'session'})" for each in ADDED)
     return "\n".join([*lines, *([f"Added: {added}."] if added else [])])
 
-# %% ../../nbs/methods/24_prune.ipynb #c032
-import torch
-from ..importance import importance_factors
-from .criteria import check_given
-from .neurons import unit_aware_factors, weighing
-from ..regions import Factors, region_factors
-from ..scoring import HeadLosses
-
 # %% ../../nbs/methods/24_prune.ipynb #c033
+import torch
+from cap_nb.importance import importance_factors
+from cap_nb.methods.criteria import check_inputs
+from cap_nb.methods.neurons import unit_aware_factors, weighing
+from cap_nb.regions import Factors, region_factors
+from cap_nb.scoring import HeadLosses
+
 def unit_factors(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     attribution: str, # One of `ATTRIBUTIONS` or `UNIT_AWARE`
-    given: Given, # With the calibration set
+    inputs: Inputs, # With the calibration set
     losses: HeadLosses | None = None, # The heads' table of losses, for what starts from it; None measures it
     how: str = "paper", # Aggregation of the scores that start from it
 ) -> Factors: # Of heads, and of experts or neurons where the attribution gives them their own
     "Importance factors from another attribution than masking; a missing calibration set raises `BadInput`."
-    check_given(attribution, given, ["calibration"])
+    check_inputs(attribution, inputs, ["calibration"])
     if attribution in UNIT_AWARE:
-        return unit_aware_factors(model, attribution, given.calibration, losses, how, given.batch_tokens)
-    scores = ATTRIBUTIONS[attribution].compute(model, given.calibration, batch_tokens=given.batch_tokens)
+        return unit_aware_factors(model, attribution, inputs.calibration, losses, how, inputs.batch_tokens)
+    scores = ATTRIBUTIONS[attribution].compute(model, inputs.calibration, batch_tokens=inputs.batch_tokens)
     return Factors(heads=importance_factors(scores))
 
-# %% ../../nbs/methods/24_prune.ipynb #c034
+# %% ../../nbs/methods/24_prune.ipynb #c035
 from dataclasses import replace
 
-# %% ../../nbs/methods/24_prune.ipynb #c035
 def with_factors(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     parts: MethodName, # A method's choices
-    given: Given, # What the user gave
-) -> Given: # With the factors that the method's attribution makes, unless they were given
+    inputs: Inputs, # What the user gave
+) -> Inputs: # With the factors that the method's attribution makes, unless they were given
     "Fill in factors; those of heads alone for a method that needs more raise `BadInput`."
-    if not parts.attribution: return given
-    if given.factors is None: return replace(given, factors=unit_factors(model, parts.attribution, given))
+    if not parts.attribution: return inputs
+    if inputs.factors is None: return replace(inputs, factors=unit_factors(model, parts.attribution, inputs))
     units = "neurons" if parts.attribution in NEURON_AWARE else "experts"
-    if parts.attribution in UNIT_AWARE and getattr(given.factors, units, None) is None:
+    if parts.attribution in UNIT_AWARE and getattr(inputs.factors, units, None) is None:
         raise BadInput(f"Attribution {parts.attribution!r} was given factors of heads alone: expected both, "
                        f"or neither; pass what unit_aware_factors returned, or leave the scores out.")
-    return given
+    return inputs
 
 # %% ../../nbs/methods/24_prune.ipynb #c037
 from .criteria import measured_for, projection_shares, prune_by, walks
 from .joint import joint_update
-from .recovery import by_criterion, by_masks, recovering
 from .sparsegpt import (
     LayerSolver, MatrixSolver, by_matrix, check_pattern_fits, solve_layer_by_layer, sparsegpt_update)
 from .wanda import uniform_shares
-from .whole_heads import prune_heads
+from .explainable_masks import head_share, prune_heads
 from ..models.anatomy import projections
 from .selection import check_pattern
 from ..threshold import PruneReport, prune_report
+
+# %% ../../nbs/methods/24_prune.ipynb #4a246f49
+from cap_nb.methods.layer_walk import LayerStep
+from cap_nb.methods.sparsegpt import Hessians
+from cap_nb.methods.swaps import swapped_mask
+from cap_nb.methods.update import updated_weight
+from cap_nb.methods.wanda import zero_shares_within
+from cap_nb.methods.selection import Criterion, Measurements
+
+def recovered_weight(
+    dense: torch.Tensor, # The weight before it was pruned, [out, in]
+    mask: torch.Tensor, # Which weights the method removed, bool [out, in]
+    hessian: torch.Tensor, # Sum over tokens of the products of input features, [in, in]
+    steps: tuple[str, ...], # Names of `RECOVERIES`, in order
+    pattern: tuple[int, int] | None, # (zeros, of) of the mask, kept by swaps; None for none
+    name: str = "the matrix", # Name of the module, for messages
+) -> torch.Tensor: # The pruned weight after the steps, [out, in]
+    "Recover one projection: swaps, the update, or both."
+    if "swaps" in steps: mask = swapped_mask(dense, mask, hessian, pattern)
+    if "update" in steps: return updated_weight(dense, mask, hessian, name=name)
+    return dense.masked_fill(mask, 0.0)
+
+def recovering(
+    solver: LayerSolver, # Prunes a layer
+    steps: tuple[str, ...], # Names of `RECOVERIES`, in order
+    pattern: tuple[int, int] | None, # (zeros, of) of the masks, or None
+) -> LayerSolver: # Prunes a layer, then recovers
+    "Prune a layer, then repair what was pruned."
+    def solve(step: LayerStep, hessians: Hessians) -> None:
+        dense = {p.name: p.weight.detach().clone() for p in step.projections}
+        solver(step, hessians)
+        for p in step.projections:
+            mask, hessian = p.weight == 0, hessians[p.name]
+            p.weight.copy_(recovered_weight(dense[p.name], mask, hessian, steps, pattern, p.name))
+    return solve
+
+def by_criterion(
+    criterion: Criterion, # Score of every weight
+    measurements: Measurements, # What the criterion reads besides the norms
+    shares: dict[str, float], # Module name -> share to zero
+    scope: str, # A scope within a layer
+) -> LayerSolver: # Zeroes the smallest scores
+    "Prune a layer by a criterion, with norms from the Hessians."
+    def solve(step: LayerStep, hessians: Hessians) -> None:
+        sequences = sum(len(batch.mask) for batch in step.batches)
+        norms = {name: (hessian.diagonal() / sequences).sqrt().float() for name, hessian in hessians.items()}
+        measured = replace(measurements, norms=norms, hessians=hessians)
+        zero_shares_within(step.projections, criterion, measured, shares, scope, "exact")
+    return solve
+
+def by_masks(
+    masks: dict[str, torch.Tensor], # Module name -> which weights go, bool [out, in]
+) -> LayerSolver: # Zeroes them
+    "Prune a layer by masks that were made before."
+    def solve(step: LayerStep, hessians: Hessians) -> None:
+        for p in step.projections: p.weight.masked_fill_(masks[p.name].to(p.weight.device), 0.0)
+    return solve
 
 # %% ../../nbs/methods/24_prune.ipynb #c038
 def masks_on_dense(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; as before afterwards
     parts: MethodName, # A method whose criterion is scored on the dense model
     sparsity: float, # Share of the weights in scope to zero
-    given: Given, # What it needs
+    inputs: Inputs, # What it needs
 ) -> dict[str, torch.Tensor]: # Module name -> which weights go, bool [out, in]
     "The zeros of a criterion on the dense model; holds a copy of the weights in scope meanwhile."
     dense = {p.name: p.weight.detach().clone() for p in projections(model)}
-    prune_by(model, parts.base, sparsity, parts.scope, given)
+    prune_by(model, parts.base, sparsity, parts.scope, inputs)
     masks = {p.name: p.weight == 0 for p in projections(model)}
     with torch.no_grad():
         for p in projections(model): p.weight.copy_(dense[p.name])
@@ -306,18 +374,18 @@ def layer_solver(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; as before afterwards
     parts: MethodName, # A method that walks with Hessians
     sparsity: float, # Share of the weights in scope to zero
-    given: Given, # What it needs
+    inputs: Inputs, # What it needs
 ) -> LayerSolver: # How it prunes a layer, before recovery
     "How a method prunes a layer in the walk with Hessians."
     scope = own_scope(parts)
     if parts.base in SOLVERS:
         solver = matrix_solver(parts.base, pattern_of(scope))
-        if parts.attribution in NEURON_AWARE: solver = weighing(solver, region_factors(model, given.factors))
-        return by_matrix(solver, projection_shares(model, sparsity, given, scope))
+        if parts.attribution in NEURON_AWARE: solver = weighing(solver, region_factors(model, inputs.factors))
+        return by_matrix(solver, projection_shares(model, sparsity, inputs, scope))
     criterion = CRITERIA[parts.base]
-    if not walks(criterion, scope): return by_masks(masks_on_dense(model, parts, sparsity, given))
-    shares = projection_shares(model, sparsity, given, scope)
-    return by_criterion(criterion, measured_for(model, criterion, given, walking=True), shares, scope)
+    if not walks(criterion, scope): return by_masks(masks_on_dense(model, parts, sparsity, inputs))
+    shares = projection_shares(model, sparsity, inputs, scope)
+    return by_criterion(criterion, measured_for(model, criterion, inputs, walking=True), shares, scope)
 
 # %% ../../nbs/methods/24_prune.ipynb #c040
 @torch.no_grad()
@@ -325,17 +393,17 @@ def prune_with_hessians(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     parts: MethodName, # A solver, or a criterion with a recovery
     sparsity: float, # Share of the weights in scope to zero
-    given: Given, # What it needs
+    inputs: Inputs, # What it needs
 ) -> PruneReport: # What was done
     "Walk through the layers, prune each and recover; a pattern that does not fit raises `BadInput` before."
     pattern = pattern_of(own_scope(parts))
     check_pattern(own_scope(parts), sparsity)
     for p in projections(model) if pattern else ():
         check_pattern_fits(p.weight.shape[1], sparsity, pattern, pattern[1], p.name)
-    shares = uniform_shares(model, sparsity) if given.shares is None else given.shares
-    solver = layer_solver(model, parts, sparsity, given)
+    shares = uniform_shares(model, sparsity) if inputs.shares is None else inputs.shares
+    solver = layer_solver(model, parts, sparsity, inputs)
     if parts.recovery: solver = recovering(solver, recovery_steps(parts.recovery), pattern)
-    solve_layer_by_layer(model, given.calibration, shares, solver, given.batch_tokens, parts.base)
+    solve_layer_by_layer(model, inputs.calibration, shares, solver, inputs.batch_tokens, parts.base)
     return prune_report(model, parts.base, sparsity)
 
 # %% ../../nbs/methods/24_prune.ipynb #c041
@@ -343,38 +411,37 @@ def apply_method(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     parts: MethodName, # The method
     sparsity: float, # Share of the weights in scope to zero
-    given: Given, # What it needs, its factors and shares included
+    inputs: Inputs, # What it needs, its factors and shares included
 ) -> PruneReport: # What was done
     "Prune a model by the method that a name selects."
-    if parts.base == "heads": return prune_heads(model, given.factors.heads, sparsity)
+    if parts.base == "heads": return prune_heads(model, inputs.factors.heads, sparsity)
     if parts.base in SOLVERS or parts.recovery or with_hessian(parts):
-        return prune_with_hessians(model, parts, sparsity, given)
-    if parts.base != "dense": return prune_by(model, parts.base, sparsity, parts.scope, given)
+        return prune_with_hessians(model, parts, sparsity, inputs)
+    if parts.base != "dense": return prune_by(model, parts.base, sparsity, parts.scope, inputs)
     if sparsity:
         raise BadInput(f"The dense model was asked for at sparsity {sparsity:g}: expected 0; name a pruning method.")
     return prune_report(model, "dense", sparsity)
 
-# %% ../../nbs/methods/24_prune.ipynb #c042
-from ..calibration import Calibration
-from ..core.errors import check_sparsity
-from .allocation import allocated
-
 # %% ../../nbs/methods/24_prune.ipynb #c043
-def prune_given(
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import check_sparsity
+from cap_nb.methods.allocation import allocated
+
+def prune_with(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     method: str, # criterion[.attribution][@scope][+allocation][^recovery]
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-    given: Given, # What the method may use
+    inputs: Inputs, # What the method may use
 ) -> PruneReport: # What was done
     "Prune a model by any method; an unknown method, a wrong sparsity or a missing input raises `BadInput`."
     parts = check_method(method)
     check_sparsity(sparsity)
     check_fits(method, model)
-    given = with_factors(model, parts, given)
-    check_given(method, given, needs_of(parts))
+    inputs = with_factors(model, parts, inputs)
+    check_inputs(method, inputs, needs_of(parts))
     if parts.allocation:
-        given = allocated(model, parts.allocation, ALLOCATIONS[parts.allocation], sparsity, given)
-    return replace(apply_method(model, parts, sparsity, given), method=method)
+        inputs = allocated(model, parts.allocation, ALLOCATIONS[parts.allocation], sparsity, inputs)
+    return replace(apply_method(model, parts, sparsity, inputs), method=method)
 
 # %% ../../nbs/methods/24_prune.ipynb #c044
 @validate_arguments
@@ -389,11 +456,8 @@ def prune(
     seed: int = 0, # Seed of methods that draw random scores
 ) -> PruneReport: # What was done
     "Prune a model in place by any method; an unknown method, a wrong sparsity or a missing input raises `BadInput`."
-    given = Given(factors=factors, calibration=calibration, ties=ties, batch_tokens=batch_tokens, seed=seed)
-    return prune_given(model, method, sparsity, given)
-
-# %% ../../nbs/methods/24_prune.ipynb #c050
-from .whole_heads import head_share
+    inputs = Inputs(factors=factors, calibration=calibration, ties=ties, batch_tokens=batch_tokens, seed=seed)
+    return prune_with(model, method, sparsity, inputs)
 
 # %% ../../nbs/methods/24_prune.ipynb #c051
 def sparsities_of(

@@ -189,7 +189,7 @@ def write_rows(
             file.write(line)
 
 # %% ../../nbs/methods/25_streaming.ipynb #ed2a8a9e
-from .criteria import CRITERIA, Given, check_given
+from .criteria import CRITERIA, Inputs, check_inputs
 from ..regions import Factors, region_factors
 from .prune import SOLVERS, MethodName, check_method, own_scope
 from .neurons import UNIT_AWARE
@@ -263,7 +263,7 @@ def checked_regions(
     method: str, # Name of the method, for the sentence
 ) -> dict[str, torch.Tensor]: # Module name -> float32 tensor that broadcasts over the weight
     "The factor of every weight (paper equation 4); missing factors or another model's raise `BadInput`."
-    check_given(method, Given(factors=factors), ["factors"])
+    check_inputs(method, Inputs(factors=factors), ["factors"])
     return region_factors(checkpoint.model, factors, "cpu")
 
 # %% ../../nbs/methods/25_streaming.ipynb #77e022e1
@@ -714,7 +714,7 @@ def open_hessians(
 
 # %% ../../nbs/methods/25_streaming.ipynb #2440e338
 from .prune import matrix_solver
-from .recovery import recovered_weight, recovery_steps
+from .prune import recovered_weight, recovery_steps
 
 # %% ../../nbs/methods/25_streaming.ipynb #3c82f274
 def check_solved(

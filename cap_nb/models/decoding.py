@@ -313,7 +313,8 @@ def generate_by(
     if not prompts: return written
     lengths = decoding.expected or [len(prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -lengths[index])
-    slots = Slots(model, max(map(len, prompts)), max_new_tokens, decoding.batch_tokens, len(prompts))
+    slots = Slots(model, longest=max(map(len, prompts)), max_new_tokens=max_new_tokens,
+                  budget=decoding.batch_tokens, most=len(prompts))
     ending = Ending(tokenizer, stop_tokens(model, tokenizer), max_new_tokens, line)
     with inference(model):
         ended = write_all(slots, prompts, order, ending, choose)

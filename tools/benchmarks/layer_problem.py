@@ -35,7 +35,7 @@ from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.jobs.planning import PUBLISHED
 from cap_nb.methods.joint import joint_update
 from cap_nb.methods.prune import prune
-from cap_nb.methods.recovery import recovered_weight
+from cap_nb.methods.prune import recovered_weight
 from cap_nb.methods.sparsegpt import sparsegpt_update
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
