@@ -8,6 +8,7 @@ from cap_nb.jobs.settings import CalibrateSettings as CalibrateSettings
 from cap_nb.calibration import Calibration as Calibration
 from cap_nb.analysis import Comparison as Comparison
 from cap_nb.methods.selection import Criterion as Criterion
+from cap_nb.models.decoding import Decoding as Decoding
 from cap_nb.jobs.settings import EvaluateSettings as EvaluateSettings
 from cap_nb.evaluation import Evaluation as Evaluation
 from cap_nb.methods.selection import Evidence as Evidence
@@ -80,7 +81,6 @@ from cap_nb.methods.streaming import load_norms as load_norms
 from cap_nb.data.problems import load_problems as load_problems
 from cap_nb.jobs.records import load_run as load_run
 from cap_nb.data.problems import load_text as load_text
-from cap_nb.evaluation import log as log
 from cap_nb.data.prompts import make_example as make_example
 from cap_nb.scoring import masked_head as masked_head
 from cap_nb.methods.budgets import measured_budgets as measured_budgets
@@ -107,7 +107,7 @@ from cap_nb.regions import plot_regions as plot_regions
 from cap_nb.scoring import plot_score_intervals as plot_score_intervals
 from cap_nb.experiments.seeds import plot_seed_spread as plot_seed_spread
 from cap_nb.jobs.tables import plot_sparsity_curves as plot_sparsity_curves
-from cap_nb.core.plots import plot_threshold as plot_threshold
+from cap_nb.core.pictures import plot_threshold as plot_threshold
 from cap_nb.threshold import plot_zeros as plot_zeros
 from cap_nb.jobs.tables import plot_zeros_by_method as plot_zeros_by_method
 from cap_nb.models.anatomy import projections as projections
