@@ -1,4 +1,4 @@
-"""The program `cap`, also as `python -m cap_nb`: a stop is one sentence from here on, also while the commands' libraries are read."""
+"""The program `cap`, also as `python -m cap_nb`: a stop is one sentence, also while libraries are being read."""
 from cap_nb.core.stopping import answer_signals, leave_at_once
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, tool
 from notebooks_on_disk import NOTEBOOKS, SOURCES, cells, label, module_of, notebooks_tool
 
-MODULES = sorted(p for p in (ROOT / "cap_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+MODULES = sorted(p for p in (ROOT / "cap_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py", "__main__.py"))  # __main__ is no notebook's
 FLOORS = notebooks_tool.floors()
 stubs_tool = tool("stubs")
 
@@ -114,7 +114,7 @@ def undocumented(thing):
     """What a public function or class lacks: a docstring, or a comment behind a parameter or field."""
     lines = inspect.getsource(thing).splitlines()
     missing = [] if inspect.getdoc(thing) else ["a docstring"]
-    names = inspect.signature(thing).parameters if inspect.isfunction(thing) else getattr(thing, "__dataclass_fields__", {})
+    names = inspect.signature(thing).parameters if inspect.isfunction(thing) else [name for name in getattr(thing, "__dataclass_fields__", {}) if name in vars(thing)["__annotations__"]]
     for name in names:
         if not any(re.match(rf"\s*\*{{0,2}}{name}\b[^#]*#\s*\S", line) for line in lines):
             missing.append(f"a comment on {name}")

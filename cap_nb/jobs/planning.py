@@ -301,8 +301,11 @@ class Solver:
     square_bytes: float # Bytes, in n**2
     weight_bytes: float # Bytes, in r * n
 
-SOLVERS = {"sparsegpt": Solver(2, 4, 10, 17), "alps": Solver(20, 200, 40, 40), "update": Solver(2, 50, 30, 28),
-           "swaps": Solver(0, 120, 4, 36)} # What is counted from Hessians
+SOLVERS = { # What is counted from Hessians
+    "sparsegpt": Solver(cubes=2, products=4, square_bytes=10, weight_bytes=17),
+    "alps": Solver(cubes=20, products=200, square_bytes=40, weight_bytes=40),
+    "update": Solver(cubes=2, products=50, square_bytes=30, weight_bytes=28),
+    "swaps": Solver(cubes=0, products=120, square_bytes=4, weight_bytes=36)}
 
 def solver_flops(sizes: Sizes, names: Sequence[str], tokens: int) -> float:
     "Hessians of all inputs from so many tokens, and what solvers compute from them."

@@ -35,7 +35,7 @@ def groups(names: list[str]) -> list[tuple[str, list[str]]]:
     parts = []
     for folder, found in itertools.groupby((n for n in names if n != "index"), lambda n: n.rpartition("/")[0]):
         found = list(found)
-        first = "The paper, chapter by chapter" if re.match(r"\d", found[0]) else "The program"
+        first = "The paper, chapter by chapter" if re.match(r"\d|on_one_page", found[0]) else "The program"
         parts.append((TITLES.get(folder, folder.replace("_", " ").capitalize()) if folder else first, found))
     return parts
 
