@@ -58,7 +58,7 @@ def test_widgets_are_not_kept(tmp_path):
 
 def test_reading_order():
     order = [label(path) for path in NOTEBOOKS]
-    assert order[:2] == ["index.ipynb", "00_calibration.ipynb"]
+    assert order[:3] == ["index.ipynb", "on_one_page.ipynb", "00_calibration.ipynb"]
     assert order.index("06_analysis.ipynb") < order.index("core/00_errors.ipynb") < order.index("command_line.ipynb")
 
 
