@@ -24,7 +24,6 @@ from cap_nb.portable.fine_tuning import HeldZeros as HeldZeros
 from cap_nb.jobs.settings import Job as Job
 from cap_nb.evaluation import LossRecord as LossRecord
 from cap_nb.jobs.settings import ModelSettings as ModelSettings
-from cap_nb.methods.streaming import NOT_FINITE as NOT_FINITE
 from cap_nb.evaluation import Perplexity as Perplexity
 from cap_nb.jobs.planning import Plan as Plan
 from cap_nb.data.problems import Problem as Problem
@@ -132,7 +131,6 @@ from cap_nb.methods.streaming import save_norms as save_norms
 from cap_nb.methods.resumed_scoring import score_heads as score_heads
 from cap_nb.scoring import score_heads_naive as score_heads_naive
 from cap_nb.scoring import score_interval as score_interval
-from cap_nb.methods.streaming import scored_rows as scored_rows
 from cap_nb.methods.screening import screen_heads as screen_heads
 from cap_nb.methods.screening import screened_scores as screened_scores
 from cap_nb.experiments.seeds import seed_table as seed_table
