@@ -101,6 +101,7 @@ class HeadLosses:
             if (count := len(getattr(self, name))) != n: raise ValueError(f"{name} has {count} entries, not {n}")
         if not (self.masked.is_floating_point() and self.intact.is_floating_point()):
             raise ValueError("the losses are no floating-point numbers")
+        if self.k < 1: raise ValueError(f"k is {self.k}: expected a whole number of at least 1")
         if self.own_subset is not None and len(self.own_subset) != n:
             raise ValueError(f"subset has {len(self.own_subset)} entries, not {n}")
 
