@@ -12,31 +12,21 @@ import numpy as np
 from ..core.files import StoredTensor
 
 # %% ../../nbs/portable/00_format.ipynb #b0b45c18
-def width_of(
-    stored: StoredTensor, # A tensor
-) -> int: # 1, 2, 4 or 8; 0 for an empty tensor, and where a number is no whole number of bytes
+def width_of(stored: StoredTensor) -> int:
     "Bytes a number of a tensor takes."
     count, size = math.prod(stored.shape), stored.end - stored.start
     return next((width for width in (1, 2, 4, 8) if count and width * count == size), 0)
 
-def numbers_of(
-    piece: bytes, # Bytes of a tensor
-    width: int, # Bytes a number
-) -> np.ndarray: # Unsigned integers, [n]
+def numbers_of(piece: bytes, width: int) -> np.ndarray: # Unsigned integers, [n]
     "The bit patterns of a piece's numbers."
     return np.frombuffer(piece, f"<u{width}")
 
-def pack_numbers(
-    numbers: np.ndarray, # Bit patterns, [n]
-) -> tuple[np.ndarray, np.ndarray]: # Mask, uint8 [ceil(n / 8)]; the patterns that are not zero
+def pack_numbers(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "One bit a number, and the numbers whose bit is 1."
     kept = numbers != 0
     return np.packbits(kept, bitorder="little"), numbers[kept]
 
-def unpack_numbers(
-    bits: np.ndarray, # Booleans, [n]
-    kept: np.ndarray, # Bit patterns for the bits that are set
-) -> np.ndarray: # Bit patterns, [n]
+def unpack_numbers(bits: np.ndarray, kept: np.ndarray) -> np.ndarray: # Bit patterns, [n]
     "The numbers again, zero where no bit is set."
     numbers = np.zeros(len(bits), kept.dtype)
     numbers[bits] = kept
@@ -56,11 +46,7 @@ class Found:
     kept: int = 0 # Numbers with a bit set; for a bitmask
     same: bool = False # Whether it is the base's tensor as it is; for a delta
 
-def compare_with_base(
-    name: str, # Its name
-    stored: StoredTensor, # A tensor
-    base: StoredTensor | None, # The base's tensor of that name, if it has one
-) -> Found: # Whether it is the base's as it is
+def compare_with_base(name: str, stored: StoredTensor, base: StoredTensor | None) -> Found:
     "Compare a tensor with the base's; a number that is neither the base's nor zero raises `BadInput`."
     if base is None or (base.kind, base.shape) != (stored.kind, stored.shape):
         there = "none" if base is None else f"{base.kind} {list(base.shape)}"
@@ -75,11 +61,7 @@ def compare_with_base(
                            "that sets weights to zero and changes no other; use --format bitmask.")
     return Found(same=same)
 
-def first_reading(
-    shard: Path, # A file of weights
-    form: str, # "bitmask" or "delta"
-    base: dict[str, StoredTensor] | None = None, # The base's tensors, for a delta
-) -> dict[str, Found]: # Of each tensor
+def first_reading(shard: Path, form: str, base: dict[str, StoredTensor] | None = None) -> dict[str, Found]:
     "Count what would be kept, or compare with the base."
     found = {}
     for name, stored in stored_tensors(shard).items():
@@ -107,12 +89,7 @@ class Entry:
     size: int # Bytes
     width: int # Bytes a number
 
-def entries_of(
-    name: str, # Its name
-    stored: StoredTensor, # A tensor of the original
-    found: Found, # What the first reading found
-    kind: str, # "bitmask" or "delta"
-) -> dict[str, Entry]: # None for a tensor that is the base's as it is
+def entries_of(name: str, stored: StoredTensor, found: Found, kind: str) -> dict[str, Entry]:
     "What a tensor becomes in a packed file."
     width, size, bits = width_of(stored), stored.end - stored.start, -(-math.prod(stored.shape) // 8)
     mask = {f"mask/{name}": Entry(kind="U8", shape=(bits,), size=bits, width=1)}
@@ -121,19 +98,13 @@ def entries_of(
         return {f"plain/{name}": Entry(kind=stored.kind, shape=stored.shape, size=size, width=width)}
     return mask | {f"kept/{name}": Entry(kind=stored.kind, shape=(found.kept,), size=found.kept * width, width=width)}
 
-def first_bytes(
-    file: Path, # A safetensors file that was checked
-) -> bytes: # All of it up to its tensors
+def first_bytes(file: Path) -> bytes: # All of it up to its tensors
     "The header of a file and its length, as they are."
     with open(file, "rb") as opened:
         length = opened.read(8)
         return length + opened.read(int.from_bytes(length, "little"))
 
-def planned_entries(
-    source: Path, # A safetensors file
-    found: dict[str, Found], # What the first reading found of each of its tensors
-    kind: str, # "bitmask" or "delta"
-) -> dict[str, Entry]: # Every tensor of the packed file
+def planned_entries(source: Path, found: dict[str, Found], kind: str) -> dict[str, Entry]:
     "What a file becomes."
     head = len(first_bytes(source))
     entries = {"header": Entry(kind="U8", shape=(head,), size=head, width=1)}
@@ -141,10 +112,7 @@ def planned_entries(
     return entries
 
 # %% ../../nbs/portable/00_format.ipynb #c026
-def header_of(
-    entries: dict[str, Entry], # Every tensor
-    about: dict[str, str], # Metadata
-) -> bytes: # The first bytes of the file, up to its tensors
+def header_of(entries: dict[str, Entry], about: dict[str, str]) -> bytes:
     "The header of a safetensors file, with its length before it."
     header, at = {"__metadata__": about}, 0
     for name in sorted(entries, key=lambda name: (-entries[name].width, name)):
@@ -155,23 +123,15 @@ def header_of(
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
-def tensors_in_order(
-    header: bytes, # The first bytes of a safetensors file, up to its tensors
-    file: Path, # The file, which need not be there
-) -> dict[str, StoredTensor]: # Name -> where it lies, in the order of the bytes
+def tensors_in_order(header: bytes, file: Path) -> dict[str, StoredTensor]:
     "What a header says of its tensors."
     listed = {name: entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"}
     places = {name: stored_tensor(file, len(header), entry) for name, entry in listed.items()}
     return dict(sorted(places.items(), key=lambda item: (item[1].start, item[1].end)))
 
 # %% ../../nbs/portable/00_format.ipynb #6b73aab4
-def pack_tensor(
-    file: BinaryIO, # The packed file, open for writing
-    stored: StoredTensor, # A tensor of the original
-    mask: StoredTensor | None, # Place of its mask, if it has one
-    rest: StoredTensor | None, # Place of what is kept, or of the whole tensor
-    digest: "hashlib._Hash", # Hash of the original, which takes the bytes in
-) -> None:
+def pack_tensor(file: BinaryIO, stored: StoredTensor, mask: StoredTensor | None, rest: StoredTensor | None,
+                digest: "hashlib._Hash") -> None:
     "Write a tensor's mask and what is kept of it; one that changed since it was counted raises `BadInput`."
     bits_at, rest_at = mask and mask.start, rest and rest.start
     for piece in pieces_of(stored):
@@ -184,13 +144,7 @@ def pack_tensor(
         raise BadInput(f"{stored.file} changed while it was read: expected a checkpoint that nobody changes; try "
                        "again.")
 
-def pack_file(
-    source: Path, # A safetensors file
-    target: Path, # The packed file, which is written over
-    found: dict[str, Found], # What the first reading found of each tensor
-    kind: str, # "bitmask" or "delta"
-    base: str = "", # Hash of the base, for a delta
-) -> None:
+def pack_file(source: Path, target: Path, found: dict[str, Found], kind: str, base: str = "") -> None:
     "Pack a safetensors file, a piece of a tensor at a time."
     head, entries = first_bytes(source), planned_entries(source, found, kind)
     about = {"format": FORMAT, "version": str(VERSION), "kind": kind, "base": base, "sha256": "0" * 64}
@@ -219,26 +173,16 @@ class PackedShard:
     tensors: dict[str, StoredTensor] # The original's tensors in order; where they lay in it
     stored: dict[str, StoredTensor] # Tensors of the packed file
 
-def damaged(
-    file: Path, # A file of a packed folder
-) -> BadInput: # To be raised
+def damaged(file: Path) -> BadInput: # To be raised
     "The error of a file that is not as it was written."
     return BadInput(f"{file} is damaged: expected a packed file as cap_nb wrote it; fetch it again.")
 
-def check_version(
-    version: object, # What a file says
-    file: Path, # The file
-) -> None:
+def check_version(version: object, file: Path) -> None:
     "Raise `BadInput` for a version of the format that this reader does not know."
     if version in (VERSION, str(VERSION)) and not isinstance(version, bool): return
     raise BadInput(f"{file} is in version {version!r} of the format: expected {VERSION}; update cap_nb.")
 
-def can_be_restored(
-    name: str, # Name of a tensor of the original
-    tensor: StoredTensor, # The tensor
-    stored: dict[str, StoredTensor], # Tensors of the packed file
-    kind: str, # "bitmask" or "delta"
-) -> bool: # Whether it can be restored
+def can_be_restored(name: str, tensor: StoredTensor, stored: dict[str, StoredTensor], kind: str) -> bool:
     "Whether what is stored for a tensor has the dtype and the size that it must have."
     plain, mask, kept = (stored.get(f"{part}/{name}") for part in ("plain", "mask", "kept"))
     size, bits = tensor.end - tensor.start, -(-math.prod(tensor.shape) // 8)
@@ -248,9 +192,7 @@ def can_be_restored(
     return bool(masked and kept and kept.kind == tensor.kind)
 
 # %% ../../nbs/portable/00_format.ipynb #f1c85a04
-def open_shard(
-    file: Path, # A packed file
-) -> PackedShard: # What is known of it
+def open_shard(file: Path) -> PackedShard: # What is known of it
     "Describe a packed file; one that is foreign, of another version or damaged raises `BadInput`."
     stored = stored_tensors(file)
     with safe_open(file, framework="pt") as opened: about = opened.metadata() or {}
@@ -270,11 +212,7 @@ def open_shard(
     return PackedShard(file=file, about=about, header=header, tensors=tensors, stored=stored)
 
 # %% ../../nbs/portable/00_format.ipynb #73eba6bf
-def mask_pieces(
-    mask: StoredTensor, # A mask
-    count: int, # Numbers that it speaks of
-    at_once: int, # Numbers in a piece, a multiple of 8
-) -> Iterator[np.ndarray]: # Booleans, a piece at a time
+def mask_pieces(mask: StoredTensor, count: int, at_once: int) -> Iterator[np.ndarray]: # Booleans, a piece at a time
     "Read a mask."
     with open(mask.file, "rb") as file:
         file.seek(mask.start)
@@ -283,11 +221,7 @@ def mask_pieces(
             read = np.frombuffer(file.read(-(-size // 8)), np.uint8)
             yield np.unpackbits(read, count=size, bitorder="little").view(bool)
 
-def restored_pieces(
-    shard: PackedShard, # A packed file
-    name: str, # Name of a tensor of the original
-    base: dict[str, StoredTensor], # The base's tensors, for a delta
-) -> Iterator[bytes]: # The tensor's bytes, a piece at a time
+def restored_pieces(shard: PackedShard, name: str, base: dict[str, StoredTensor]) -> Iterator[bytes]:
     "A tensor of the original; too few or too many kept numbers raise `BadInput`."
     tensor, width = shard.tensors[name], width_of(shard.tensors[name])
     plain, mask, kept = (shard.stored.get(f"{part}/{name}") for part in ("plain", "mask", "kept"))
@@ -309,11 +243,7 @@ def restored_pieces(
             yield unpack_numbers(here, numbers_of(file.read(size), width)).tobytes()
         if file.tell() != kept.end: raise damaged(kept.file)
 
-def restore_file(
-    shard: PackedShard, # A packed file
-    target: Path, # The original again; written over
-    base: dict[str, StoredTensor], # The base's tensors, for a delta
-) -> str: # Its SHA-256
+def restore_file(shard: PackedShard, target: Path, base: dict[str, StoredTensor]) -> str: # Its SHA-256
     "Write the original of a packed file, a piece of a tensor at a time."
     digest = hashlib.sha256(shard.header)
     with open(target, "wb") as file:
@@ -350,10 +280,7 @@ class Manifest:
     files: tuple[PackedFile, ...] # The files of the original folder
 
 # %% ../../nbs/portable/00_format.ipynb #75e6fef2
-def check_name(
-    name: str, # Name of a file, relative to its folder
-    where: Path, # Who says so, for the sentence
-) -> None:
+def check_name(name: str, where: Path) -> None:
     "Raise `BadInput` for a name that could lead out of its folder, or that no other system could write."
     parts = name.split("/")
     odd = any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 200 for part in parts)
@@ -361,25 +288,17 @@ def check_name(
         raise BadInput(f"{where} names a file {name!r}: expected a printable name inside the folder, of at most 200 "
                        "bytes a part; rename it, or trust the folder no further.")
 
-def packed_name(
-    name: str, # Name of a file of weights
-) -> str: # Name of the packed file
+def packed_name(name: str) -> str: # Name of the packed file
     "X.packed.safetensors for X.safetensors."
     return name.removesuffix(PLAIN) + PACKED
 
-def write_manifest(
-    folder: Path, # A packed folder
-    manifest: Manifest, # What it holds
-) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     "Write the list of files, and its hash."
     write_json(folder/MANIFEST, {"format": FOLDER_FORMAT, "version": VERSION, **asdict(manifest)})
     with whole_file(folder/CHECKSUM) as part: part.write_text(f"{sha256_of_file(folder/MANIFEST)}  {MANIFEST}\n")
 
 # %% ../../nbs/portable/00_format.ipynb #c822a133
-def is_consistent(
-    manifest: Manifest, # What a packed folder says
-    file: Path, # Its list, for the sentence
-) -> bool: # Whether its entries fit together
+def is_consistent(manifest: Manifest, file: Path) -> bool: # Whether its entries fit together
     "Whether a list can be true; a name that leads outside raises `BadInput`."
     names = {entry.name for entry in manifest.files}
     above = {folder.as_posix() for name in names for folder in Path(name).parents}
@@ -391,9 +310,7 @@ def is_consistent(
     return (len(names) == len(manifest.files) and not names & above and fitting and counted and manifest.kind in KINDS
             and set(manifest.base or ()) == base)
 
-def read_manifest(
-    folder: Path, # A packed folder
-) -> Manifest: # What it holds
+def read_manifest(folder: Path) -> Manifest: # What it holds
     "Read the list of files; a folder without one, another version, or a damaged list raises `BadInput`."
     file = folder/MANIFEST
     if not file.is_file():
@@ -411,10 +328,7 @@ def read_manifest(
     if not good: raise damaged(file)
     return manifest
 
-def check_whole(
-    folder: Path, # A packed folder
-    entry: PackedFile, # One of its files
-) -> Path: # Where it is
+def check_whole(folder: Path, entry: PackedFile) -> Path: # Where it is
     "Raise `BadInput` unless what is stored has the hash that the list says."
     file = folder/entry.stored
     if not file.is_file(): raise BadInput(f"{file} is missing: expected it, since {MANIFEST} names it; fetch it again.")
@@ -429,9 +343,7 @@ from ..models.lab_experts import EXPERTS_CHECKPOINT
 from ..models.loading import model_cache
 
 # %% ../../nbs/portable/00_format.ipynb #eecbc8da
-def base_sha256(
-    tensors: dict[str, StoredTensor], # Every tensor of the base
-) -> str: # 64 hexadecimal digits
+def base_sha256(tensors: dict[str, StoredTensor]) -> str: # 64 hexadecimal digits
     "The hash of a base's tensors, in the order of their names, with dtypes and shapes."
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -447,10 +359,7 @@ class Base:
     sha256: str = "" # Hash of its tensors
     tensors: dict[str, StoredTensor] | None = None # Name -> where it lies
 
-def open_base(
-    form: str, # "bitmask" or "delta"
-    name: str | Path | None, # For a delta: "lab", "lab-moe", "smollm2", or a folder
-) -> Base: # The base; none for a bitmask
+def open_base(form: str, name: str | Path | None) -> Base: # The base; none for a bitmask
     "Read where a base's tensors lie, and hash them; one too few or too many raises `BadInput`."
     check_choice(form, KINDS, "format")
     if form == "delta" and name is None:
@@ -475,17 +384,12 @@ from ..core.errors import validate_arguments
 from ..core.files import check_new_folder, resumed_folder, shard_files
 
 # %% ../../nbs/portable/00_format.ipynb #ccd15333
-def check_outside(
-    folder: Path, # What is read
-    out: Path, # What is written
-) -> None:
+def check_outside(folder: Path, out: Path) -> None:
     "Raise `BadInput` if the output would lie inside of the input."
     if out.resolve().is_relative_to(folder.resolve()):
         raise BadInput(f"{out} lies in {folder}, which is read: expected another place; name one outside.")
 
-def files_of(
-    folder: Path, # A folder saved by transformers
-) -> dict[str, Path]: # Every file by its name in the folder
+def files_of(folder: Path) -> dict[str, Path]: # Every file by its name in the folder
     "List a checkpoint's files; what could not be restored raises `BadInput`."
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))
              if path.is_symlink() or not path.is_dir()}
@@ -499,10 +403,7 @@ def files_of(
     shard_files(folder)
     return files
 
-def check_room(
-    out: Path, # Folder that is to be made
-    needed: int, # Bytes that it will take
-) -> None:
+def check_room(out: Path, needed: int) -> None:
     "Raise `BadInput` if the disk has too little room, counting what an earlier attempt wrote."
     there = next(above for above in (out, *out.absolute().parents) if above.is_dir())
     written = sum(path.stat().st_size for path in out.with_name(f"{out.name}.unfinished").rglob("*") if path.is_file())
@@ -512,13 +413,7 @@ def check_room(
                        "another disk or make room.")
 
 # %% ../../nbs/portable/00_format.ipynb #0c887765
-def store_weights(
-    source: Path, # A file of weights
-    target: Path, # Name of the packed file
-    found: dict[str, Found], # What the first reading found
-    form: str, # "bitmask" or "delta"
-    base: Base, # The base, for a delta
-) -> str: # Hash of the source
+def store_weights(source: Path, target: Path, found: dict[str, Found], form: str, base: Base) -> str:
     "Pack a file of weights, unless an earlier attempt did."
     try:
         about = open_shard(target).about if target.is_file() else {}
@@ -528,10 +423,7 @@ def store_weights(
     with whole_file(target) as part: pack_file(source, part, found, form, base.sha256)
     return open_shard(target).about["sha256"]
 
-def store_copy(
-    source: Path, # Any other file
-    target: Path, # Name of its copy
-) -> str: # Hash of both
+def store_copy(source: Path, target: Path) -> str: # Hash of both
     "Copy a file, unless an earlier attempt did."
     if not target.is_file() or sha256_of_file(target) != sha256_of_file(source):
         with whole_file(target) as part: shutil.copyfile(source, part)
@@ -608,10 +500,7 @@ LOADED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, # header -> torch dtypes
           "U8": torch.uint8, "BOOL": torch.bool}
 
-def restored_tensor(
-    shard: PackedShard, # A packed file
-    name: str, # Name of a tensor of the original
-) -> torch.Tensor: # The tensor
+def restored_tensor(shard: PackedShard, name: str) -> torch.Tensor: # The tensor
     "Restore one tensor in memory; a dtype that models are not loaded in raises `BadInput`."
     stored, at = shard.tensors[name], 0
     if stored.kind not in LOADED:
@@ -623,9 +512,7 @@ def restored_tensor(
         at += len(piece)
     return tensor
 
-def packed_weights(
-    folder: Path, # A packed folder
-) -> dict[str, torch.Tensor]: # Name -> weights
+def packed_weights(folder: Path) -> dict[str, torch.Tensor]: # Name -> weights
     "The weights of a bitmask folder, every file of it checked; a delta raises `BadInput`."
     manifest = read_manifest(folder)
     if manifest.kind == "delta":
