@@ -181,8 +181,9 @@ def layout_differences(first: Sequence[Evaluation], second: Sequence[Evaluation]
                            f"{measure}: expected one draw for both; use one --seed for both.")
     return {measure: ours[measure] - theirs[measure] for measure in shared}
 
-def differences_over_seeds(runs: Mapping[int, Sequence[Evaluation]],
-                           pairs: Sequence[tuple[str, str]] = CAP_PAIRS) -> dict[tuple[str, str, float, str], pd.DataFrame]:
+def differences_over_seeds(
+        runs: Mapping[int, Sequence[Evaluation]],
+        pairs: Sequence[tuple[str, str]] = CAP_PAIRS) -> dict[tuple[str, str, float, str], pd.DataFrame]:
     "The layout of every difference between two methods."
     cells = cells_over_seeds(runs)
     shared = shared_cells([evaluations[0] for evaluations in cells.values()], pairs)

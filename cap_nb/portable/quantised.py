@@ -292,6 +292,7 @@ def write_head(part: Path, config: object, tokenizer: object, about: tuple[str, 
 # %% ../../nbs/portable/03_quantised.ipynb #c057
 import logging
 from tqdm.auto import tqdm
+from ..core.registry import FORMATS, ExportFormat
 from ..core.files import whole_file
 
 # %% ../../nbs/portable/03_quantised.ipynb #c058
@@ -347,3 +348,11 @@ def gguf_sentence(report: GGUFReport) -> str: # A sentence or two
         "without a tokenizer, since llama.cpp has no name for its way of cutting text")
     return (f"{report.file}: {report.dtype}, {report.bytes:,} bytes, {about}. Of {zeros.weights:,} weights in matrices "
             f"{zeros.before:,} were zero; {zeros.kept:,} of these are, and {zeros.more:,} others became so.")
+
+def export_sentence(folder: Path, out: Path, base: str | Path | None) -> str:
+    "Write a folder as GGUF in 16 bits, and say what became of its zeros."
+    if base is None: return gguf_sentence(export_gguf(folder, out))
+    raise BadInput("A GGUF file was asked for with a base: expected none, since it holds its weights itself; leave "
+                   "--base out, or ask for a delta.")
+
+FORMATS["gguf"] = ExportFormat(summary="one file for llama.cpp, in 16 bits", export=export_sentence)
