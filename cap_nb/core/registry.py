@@ -43,6 +43,12 @@ class FolderLoader:
     weights: Callable[[Path], dict[str, Any]] # Folder -> name in the checkpoint -> weight
     files: Callable[[Path], list[Path]] # Folder -> the files that it needs
 
+@dataclass(frozen=True)
+class ExportFormat:
+    "A form in which a pruned folder leaves the kit."
+    summary: str # What is kept, in a few words
+    export: Callable[[Path, Path, str | Path | None], str] # Folder, what is made, base -> a sentence on what was made
+
 CRITERIA: Registry[Any] = Registry("cap_nb.methods.criteria") # How a weight is scored
 ATTRIBUTIONS: Registry[Any] = Registry("cap_nb.methods.attributions", "cap_nb.methods.explainable_masks") # A head
 ALLOCATIONS: Registry[Any] = Registry("cap_nb.methods.allocation", "cap_nb.methods.budgets") # Zeros of each layer
@@ -52,6 +58,7 @@ TASKS: Registry[Any] = Registry("cap_nb.data.problems")
 FAMILIES: Registry[Any] = Registry("cap_nb.models.families") # model_type -> where the parts of a model lie
 LOADERS: Registry[FolderLoader] = Registry() # File in a folder -> how the folder is opened
 LOADERS["packed.json"] = "cap_nb.portable.format:LOADER"
+FORMATS: Registry[ExportFormat] = Registry("cap_nb.portable.format", "cap_nb.portable.quantised") # Of `cap export`
 
 # %% ../../nbs/core/05_registry.ipynb #61f32b45
 import functools
@@ -107,7 +114,7 @@ from cap_nb.core.files import sha256_of_text
 @dataclass(frozen=True)
 class Addition:
     "A note of what was added."
-    kind: str # "criterion", "attribution", "allocation", "task", "text" or "family"
+    kind: str # "criterion", "attribution", "allocation", "task", "text", "family" or "format"
     name: str # Its name
     tables: tuple[MutableMapping, ...] # Tables that know it
     plugin: str # File name of the plugin that added it; empty: the session itself
@@ -130,6 +137,17 @@ def add(kind: str, name: str, entries: Sequence[tuple[MutableMapping, object]], 
     for table, value in entries: table[name] = value
     ADDED.append(Addition(kind=kind, name=name, tables=tuple(table for table, _ in entries),
                           plugin=LOADING[-1].name if LOADING else "", code=source_hash(functions, settings)))
+
+def add_format(
+    name: str, # Letters, digits, hyphens and underscores; not one of `FORMATS` yet
+    export: Callable[[Path, Path, str | Path | None], str], # Folder, what is made, base -> a sentence on what was made
+    says: str = "a format of your own", # What is kept, in a few words
+) -> None:
+    "Make an export format known by name for the rest of the session; a name or function that cannot be is refused."
+    check_new_name(name, "format", FORMATS, WORD)
+    check_takes(export, whose := f"format {name!r}", "folder", "out", "base")
+    entry = ExportFormat(summary=says, export=in_a_sentence(export, whose))
+    add("format", name, [(FORMATS, entry)], [export])
 
 def take_back(count: int) -> None:
     "Remove all later additions from their tables, the last one first."
