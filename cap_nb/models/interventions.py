@@ -13,28 +13,20 @@ from torch import nn
 
 # %% ../../nbs/models/02_interventions.ipynb #c012
 @contextmanager
-def changed_input(
-    module: nn.Module, # Any module that gets a tensor as its first positional argument
-    change: Callable[[torch.Tensor], torch.Tensor], # Makes a new tensor of that argument; does not write into it
-) -> Iterator[None]:
+def changed_input(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     "While the block runs, the module reads `change(input)` in place of its input (paper section 3.2)."
     def hook(module: nn.Module, args: tuple) -> tuple: return (change(args[0]), *args[1:])
     with module.register_forward_pre_hook(hook): yield
 
 # %% ../../nbs/models/02_interventions.ipynb #c013
 @contextmanager
-def changed_output(
-    module: nn.Module, # Any module
-    change: Callable[[object], object], # Makes a new output of what the module returned, a tensor or a tuple of tensors
-) -> Iterator[None]:
+def changed_output(module: nn.Module, change: Callable[[object], object]) -> Iterator[None]:
     "While the block runs, the module returns `change(output)` in place of its output."
     def hook(module: nn.Module, args: tuple, output: object) -> object: return change(output)
     with module.register_forward_hook(hook): yield
 
 # %% ../../nbs/models/02_interventions.ipynb #c018
-def watching(
-    watch: Callable[[object], object], # Gets the tensor, or the tuple of tensors; what it returns is dropped
-) -> Callable[[object], object]: # A change for `changed_input` or `changed_output` that changes nothing
+def watching(watch: Callable[[object], object]) -> Callable[[object], object]:
     "A change that passes its input on unchanged, after `watch` has seen it."
     def change(value: object) -> object:
         watch(value)
@@ -42,8 +34,6 @@ def watching(
     return change
 
 # %% ../../nbs/models/02_interventions.ipynb #c021
-def hook_count(
-    model: nn.Module, # Any module, with the modules inside it
-) -> int: # Forward hooks and forward pre-hooks that are registered
+def hook_count(model: nn.Module) -> int:
     "How many hooks a model carries; 0 for one that nobody intervenes in."
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())

@@ -32,9 +32,7 @@ import json
 from ..data.lab_world import SPELT
 
 # %% ../../nbs/models/06_lab.ipynb #c009
-def respelt(
-    inner: Tokenizer, # Byte-pair encoding, counted on names as drawn
-) -> Tokenizer: # The same ids for the same text, names as written
+def respelt(inner: Tokenizer) -> Tokenizer:
     "Replace the tokens of drawn names by the names of `SPELT`; a vocabulary that cannot spell one is left as it is."
     described = json.loads(inner.to_str())
     vocabulary, merges = described["model"]["vocab"], described["model"]["merges"]
@@ -47,9 +45,7 @@ def respelt(
     return Tokenizer.from_str(json.dumps(described))
 
 # %% ../../nbs/models/06_lab.ipynb #c011
-def train_tokenizer(
-    size: int = 768, # At most so many tokens
-) -> PreTrainedTokenizerFast: # With the lab's special tokens and chat template
+def train_tokenizer(size: int = 768) -> PreTrainedTokenizerFast:
     "Byte-pair encoding (Sennrich et al. 2016) over bytes, counted on training problems and text."
     inner = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
@@ -93,10 +89,7 @@ class Recipe:
     prompt_weight: float = 0.1 # Of a prompt token in the loss; a target token has 1
 
 # %% ../../nbs/models/06_lab.ipynb #c019
-def new_model(
-    recipe: Recipe, # Sizes and seed
-    tokenizer: PreTrainedTokenizerFast, # For the numbers of its special tokens
-) -> LlamaForCausalLM: # Untrained, float32
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     "A small Llama with grouped-query attention (Ainslie et al. 2023) and tied embeddings, as transformers writes it."
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(LlamaConfig(
@@ -119,10 +112,7 @@ import random
 from collections.abc import Sequence
 
 # %% ../../nbs/models/06_lab.ipynb #c025
-def padded(
-    pairs: Sequence[tuple[list[int], list[int]]], # Prompt tokens and target tokens of each sequence
-    prompt_weight: float, # What a prompt token counts; a target token counts 1
-) -> Sequences: # One batch
+def padded(pairs: Sequence[tuple[list[int], list[int]]], prompt_weight: float) -> Sequences:
     "Prompts and targets as a batch. Padding counts nothing, and no token attends to what follows: no mask is needed."
     longest = max(len(prompt) + len(target) for prompt, target in pairs)
     tokens, weight = torch.zeros(len(pairs), longest, dtype=torch.long), torch.zeros(len(pairs), longest)
@@ -133,12 +123,7 @@ def padded(
     return Sequences(tokens, weight[:, 1:])
 
 # %% ../../nbs/models/06_lab.ipynb #c028
-def problem_batches(
-    tokenizer: PreTrainedTokenizerFast, # The lab's
-    recipe: Recipe, # Batch sizes and seed
-    task: str, # "gsm8k", "strategyqa" or "arc"
-    pool: int, # Number of the pool: of `recipe.pool` steps each
-) -> list[Sequences]: # A batch for each step of the pool
+def problem_batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, task: str, pool: int) -> list[Sequences]:
     "The batches of one task for `recipe.pool` steps: of like length within a batch, in random order."
     size = recipe.batch[TASKS.index(task)]
     records = lab_records(task, "train", size * recipe.pool, f"{recipe.seed} {pool}")
@@ -150,11 +135,7 @@ def problem_batches(
     return batches
 
 # %% ../../nbs/models/06_lab.ipynb #c029
-def text_batches(
-    tokenizer: PreTrainedTokenizerFast, # The lab's
-    recipe: Recipe, # Window and seed
-    pool: int, # Number of the pool
-) -> list[Sequences]: # A window for each step of the pool
+def text_batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, pool: int) -> list[Sequences]:
     "Windows of plain text for `recipe.pool` steps; every token counts."
     text = lab_text("train", recipe.pool * recipe.window // 6, f"{recipe.seed} {pool}")
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -162,11 +143,7 @@ def text_batches(
     return [padded([([], tokens[start:start + recipe.window])], 0.0) for start in starts]
 
 # %% ../../nbs/models/06_lab.ipynb #c031
-def training_batches(
-    tokenizer: PreTrainedTokenizerFast, # The lab's
-    recipe: Recipe, # Batch sizes and seed
-    first: int = 0, # The step to begin at, as when a stopped training continues
-) -> Iterator[list[Sequences]]: # For every step one batch of each task, and one of text
+def training_batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, first: int = 0) -> Iterator[list[Sequences]]:
     "The data of every step from `first` on, without end."
     for pool in itertools.count(first // recipe.pool):
         columns = [problem_batches(tokenizer, recipe, task, pool) for task in TASKS]
@@ -175,10 +152,7 @@ def training_batches(
         yield from map(list, list(zip(*columns))[skip:])
 
 # %% ../../nbs/models/06_lab.ipynb #c034
-def weighted_loss(
-    model: LlamaForCausalLM, # In any dtype
-    batch: Sequences, # A batch on the model's device
-) -> tuple[torch.Tensor, float]: # Weighted sum of cross-entropies; mean over the tokens of weight 1
+def weighted_loss(model: LlamaForCausalLM, batch: Sequences) -> tuple[torch.Tensor, float]:
     "The next-token loss; only positions that count go through the output head."
     counted = batch.weight > 0
     hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state[:, :-1][counted]
@@ -194,12 +168,8 @@ from contextlib import contextmanager
 from torch import nn
 
 # %% ../../nbs/models/06_lab.ipynb #c038
-def gradients(
-    model: nn.Module, # The model
-    batch: Sequences, # The batch of one task
-    total: float, # Sum of weights over the batches of all tasks
-    loss_of: Callable = weighted_loss, # (model, batch) -> weighted sum of losses; mean loss
-) -> tuple[tuple[torch.Tensor, ...], float]: # Gradient of each parameter; mean loss
+def gradients(model: nn.Module, batch: Sequences, total: float,
+              loss_of: Callable = weighted_loss) -> tuple[tuple[torch.Tensor, ...], float]:
     "Gradient of the batch's share of the loss for every parameter, and its mean loss; bfloat16 autocast."
     with torch.autocast("cpu", torch.bfloat16): loss, mean = loss_of(model, batch)
     return torch.autograd.grad(loss / total, list(model.parameters())), mean
@@ -218,12 +188,8 @@ import math
 from ..core.errors import BadInput
 
 # %% ../../nbs/models/06_lab.ipynb #c041
-def optimizers(
-    model: nn.Module, # The model to train
-    recipe: Recipe, # Learning rates and weight decay
-    leave_out: Sequence[int] = (), # Parameters, by their id, that neither optimiser is given
-    more: Sequence[nn.Parameter] = (), # Matrices that Muon is given too
-) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]: # Muon, AdamW
+def optimizers(model: nn.Module, recipe: Recipe, leave_out: Sequence[int] = (),
+               more: Sequence[nn.Parameter] = ()) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     "Muon (Jordan et al. 2024) for projections, AdamW (Loshchilov and Hutter 2019) for embeddings and norms."
     if not hasattr(torch.optim, "Muon"):
         raise BadInput(f"Training the lab model needs torch.optim.Muon, which torch {torch.__version__} lacks: "
@@ -234,28 +200,19 @@ def optimizers(
             torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay))
 
 # %% ../../nbs/models/06_lab.ipynb #c042
-def rate_factor(
-    step: int, # From 0
-    recipe: Recipe, # Steps and warm-up
-) -> float: # In (0, 1]
+def rate_factor(step: int, recipe: Recipe) -> float:
     "Linear warm-up times a cosine that ends at a fiftieth (Loshchilov and Hutter 2017)."
     return min(1, (step + 1) / recipe.warmup) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / recipe.steps)))
 
 # %% ../../nbs/models/06_lab.ipynb #c044
-def add_gradients(
-    model: nn.Module, # The model
-    grads: Sequence[torch.Tensor], # One for each parameter, in order
-) -> None:
+def add_gradients(model: nn.Module, grads: Sequence[torch.Tensor]) -> None:
     "Add gradients to those that the parameters hold already."
     for parameter, grad in zip(model.parameters(), grads):
         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
 # %% ../../nbs/models/06_lab.ipynb #2dbd61c7
-def step_optimizers(
-    parameters: Sequence[nn.Parameter], # Whose gradient is clipped, as one, to a norm of 1
-    optimizers: Sequence[torch.optim.Optimizer], # Of these parameters
-    factor: float, # What the learning rates are multiplied by
-) -> None:
+def step_optimizers(parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer],
+                    factor: float) -> None:
     "One step of every optimiser."
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for optimizer in optimizers:
@@ -263,14 +220,8 @@ def step_optimizers(
         optimizer.step()
         optimizer.zero_grad()
 
-def take_step(
-    model: nn.Module, # The model
-    both: Sequence, # Muon, AdamW
-    batches: list[Sequences], # One batch of each task, and one of text
-    factor: float, # What the learning rates are multiplied by
-    threads: ThreadPoolExecutor, # From `one_core_each`
-    loss_of: Callable = weighted_loss, # (model, batch) -> weighted sum of losses; mean loss
-) -> list[float]: # Mean loss of each batch
+def take_step(model: nn.Module, both: Sequence, batches: list[Sequences], factor: float, threads: ThreadPoolExecutor,
+              loss_of: Callable = weighted_loss) -> list[float]:
     "One optimiser step on all tasks together. Gradients are added in a fixed order: same seed, same weights."
     total, means = sum(batch.weight.sum().item() for batch in batches), []
     for grads, mean in threads.map(lambda batch: gradients(model, batch, total, loss_of), batches):
@@ -303,12 +254,8 @@ from ..core.files import read_checksums, read_json, read_tensors, taken_as, writ
 # %% ../../nbs/models/06_lab.ipynb #fc741dce
 STATE = "training.safetensors" # Name of the file of a training's state
 
-def save_state(
-    folder: Path, # Where the state lies
-    trained: dict[str, nn.Parameter], # What is trained, by name
-    optimizers: Sequence[torch.optim.Optimizer], # With what they remember
-    about: dict, # What the training follows from, and how far it is
-) -> None:
+def save_state(folder: Path, trained: dict[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer],
+               about: dict) -> None:
     "Write the state of a training, whole or not at all."
     tensors = {f"weight.{name}": parameter.detach().contiguous() for name, parameter in trained.items()}
     for i, optimizer in enumerate(optimizers):
@@ -316,10 +263,7 @@ def save_state(
             tensors |= {f"optimizer.{i}.{key}.{slot}": value.contiguous() for slot, value in slots.items()}
     write_tensors(folder/STATE, tensors, about)
 
-def read_state(
-    path: Path, # File of the state
-    follows_from: dict, # What the training follows from
-) -> tuple[dict[str, torch.Tensor], dict]: # Its tensors, and what it says
+def read_state(path: Path, follows_from: dict) -> tuple[dict[str, torch.Tensor], dict]:
     "Read the state of a training; a damaged one, or that of another training, raises `BadInput`."
     try: tensors, about = read_tensors(path)
     except BadInput:
@@ -331,12 +275,8 @@ def read_state(
     return tensors, about
 
 @torch.no_grad()
-def load_state(
-    folder: Path, # Where the state may lie
-    trained: dict[str, nn.Parameter], # What is trained, by name; changed in place
-    optimizers: Sequence[torch.optim.Optimizer], # Get back what they remembered
-    follows_from: dict, # What the training follows from
-) -> dict: # What the state says; empty where there is none
+def load_state(folder: Path, trained: dict[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer],
+               follows_from: dict) -> dict:
     "Put the state of a training back into weights and optimisers."
     if not (folder/STATE).exists(): return {}
     tensors, about = read_state(folder/STATE, follows_from)
@@ -356,14 +296,8 @@ def mean_losses(recent: list[list[float]]) -> dict[str, float]:
     "The mean loss of each task and of the text over some steps."
     return {name: sum(step[i] for step in recent) / len(recent) for i, name in enumerate([*TASKS, "text"])}
 
-def train(
-    model: nn.Module, # Untrained
-    tokenizer: PreTrainedTokenizerFast, # The lab's
-    recipe: Recipe, # Everything that decides what it will be
-    work: Path, # Folder of the state
-    kind: Kind = DENSE, # Which kind of model
-    save_every: int = 100, # Steps between two saves
-) -> dict: # The log: mean loss of each task over every 50 steps
+def train(model: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, work: Path, kind: Kind = DENSE,
+          save_every: int = 100) -> dict:
     "Train from the last state in `work`, or from the start."
     both, trained = kind.optimizers(model, recipe), dict(model.named_parameters())
     recipe_read = {"recipe": asdict(recipe) | {"batch": list(recipe.batch)}} # JSON has no tuples
@@ -383,13 +317,8 @@ def train(
 
 # %% ../../nbs/models/06_lab.ipynb #c060
 @torch.inference_mode()
-def greedy_answers(
-    model: LlamaForCausalLM, # In evaluation mode
-    tokenizer: PreTrainedTokenizerFast, # The lab's
-    prompts: Sequence[str], # Bare questions
-    max_new_tokens: int = 150, # No target has as many
-    batch: int = 100, # Prompts at a time, sorted by length
-) -> list[str]: # What the model writes, without the end token
+def greedy_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str],
+                   max_new_tokens: int = 150, batch: int = 100) -> list[str]:
     "Greedy answers to a list of questions, in their order."
     def as_chat(prompt):
         chat = [{"role": "user", "content": prompt}]
@@ -405,13 +334,8 @@ def greedy_answers(
     return [answers[index] for index in range(len(texts))]
 
 # %% ../../nbs/models/06_lab.ipynb #c061
-def lab_solved(
-    model: LlamaForCausalLM, # In evaluation mode
-    tokenizer: PreTrainedTokenizerFast, # The lab's
-    task: str, # "gsm8k", "strategyqa" or "arc"
-    n: int = 500, # Held-out problems
-    seed: int = 0, # Which problems of the evaluation split
-) -> int: # How many answers are right
+def lab_solved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: str, n: int = 500,
+               seed: int = 0) -> int:
     "How many of `n` held-out problems the model solves; an unknown task or count raises `BadInput`."
     records = lab_records(task, "evaluation", n, seed)
     answers = greedy_answers(model, tokenizer, [lab_prompt(r, task) for r in records])
@@ -458,10 +382,7 @@ def save_checkpoint(folder: Path, model: nn.Module, tokenizer: PreTrainedTokeniz
         write_checksums(part)
 
 # %% ../../nbs/models/06_lab.ipynb #c068
-def add_to_log(
-    folder: str | Path, # A checkpoint
-    **entries: object, # What to write into its training.json
-) -> None:
+def add_to_log(folder: str | Path, **entries: object) -> None:
     "Add entries to a checkpoint's training log, checksums included; a damaged checkpoint raises `BadInput`."
     folder = Path(folder)
     check_checksums(folder)
@@ -471,18 +392,13 @@ def add_to_log(
 # %% ../../nbs/models/06_lab.ipynb #c069
 CHECKPOINT = Path(str(importlib.resources.files("cap_nb"))) / "models" / "lab_checkpoint" # Ships with the package
 
-def lab_tokenizer(
-    folder: Path = CHECKPOINT, # A checkpoint of the package
-) -> PreTrainedTokenizerFast: # With the chat template that the model was trained on
+def lab_tokenizer(folder: Path = CHECKPOINT) -> PreTrainedTokenizerFast:
     "The tokenizer of the lab model; a damaged checkpoint raises `BadInput`."
     check_checksums(folder)
     return AutoTokenizer.from_pretrained(folder)
 
-def lab_model(
-    dtype: torch.dtype | None = None, # None means float32
-    device: str | torch.device | None = None, # None means the CPU
-    folder: Path = CHECKPOINT, # A checkpoint of the package: the lab model's, or its sibling's
-) -> tuple[nn.Module, PreTrainedTokenizerFast]: # The model in evaluation mode, and its tokenizer
+def lab_model(dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+              folder: Path = CHECKPOINT) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     "The lab model of the package; a damaged checkpoint raises `BadInput`."
     tokenizer = lab_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
@@ -542,9 +458,7 @@ from ..core.plots import blank_figure, in_style
 
 # %% ../../nbs/models/06_lab.ipynb #c087
 @in_style
-def plot_training(
-    log: dict, # A training log
-) -> Figure: # A curve for each task, and one for the text
+def plot_training(log: dict) -> Figure:
     "The mean training loss of each task over the steps, on a logarithmic scale."
     figure, panels = blank_figure(1, 1, (7, 3))
     steps = [row["step"] for row in log["loss"]]

@@ -25,10 +25,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 # %% ../../nbs/models/07_lab_experts.ipynb #c008
-def new_experts_model(
-    recipe: ExpertsRecipe, # Sizes and seed
-    tokenizer: PreTrainedTokenizerFast, # For the numbers of its special tokens
-) -> MixtralForCausalLM: # Untrained, float32
+def new_experts_model(recipe: ExpertsRecipe, tokenizer: PreTrainedTokenizerFast) -> MixtralForCausalLM:
     "A small Mixtral (Jiang et al. 2024) with the lab model's attention and tied embeddings, as transformers writes it."
     torch.manual_seed(recipe.seed)
     model = MixtralForCausalLM(MixtralConfig(
@@ -47,20 +44,14 @@ from torch import nn
 from .lab import Sequences
 
 # %% ../../nbs/models/07_lab_experts.ipynb #c014
-def imbalance(
-    logits: Sequence[torch.Tensor], # For every layer the router's logits, [token, expert]
-    chosen: int, # Experts that a token goes through
-) -> torch.Tensor: # Mean over the layers, a scalar; 1 where every expert is used alike
+def imbalance(logits: Sequence[torch.Tensor], chosen: int) -> torch.Tensor:
     "Load-balancing loss (Fedus et al. 2022, eq. 4 to 6, after Shazeer et al. 2017) for several experts a token."
     shares = torch.stack(list(logits)).float().softmax(-1)
     used = torch.zeros_like(shares).scatter_(-1, shares.topk(chosen).indices, 1 / chosen)
     return shares.shape[-1] * (used.mean(1) * shares.mean(1)).sum(-1).mean()
 
 # %% ../../nbs/models/07_lab_experts.ipynb #c017
-def experts_loss(
-    model: MixtralForCausalLM, # In any dtype
-    batch: Sequences, # A batch on the model's device
-) -> tuple[torch.Tensor, float]: # Weighted sum of losses, imbalance included; mean loss over the tokens of weight 1
+def experts_loss(model: MixtralForCausalLM, batch: Sequences) -> tuple[torch.Tensor, float]:
     "The next-token loss, plus the imbalance of the experts over the positions that count."
     counted, weight = batch.weight > 0, batch.weight[batch.weight > 0]
     out = model.model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
@@ -81,9 +72,7 @@ class Slice:
     index: tuple # Which expert, and which of its rows
     matrix: nn.Parameter # [out, in], the same memory
 
-def expert_slices(
-    model: MixtralForCausalLM, # Any
-) -> list[Slice]: # Gate, up and down of every expert of every layer
+def expert_slices(model: MixtralForCausalLM) -> list[Slice]:
     "Every expert matrix as a two-dimensional parameter."
     slices, width = [], model.config.intermediate_size
     for stack in (p for name, p in model.named_parameters() if ".experts." in name):
@@ -100,10 +89,8 @@ def expert_slices(
 from .lab import optimizers
 
 # %% ../../nbs/models/07_lab_experts.ipynb #c026
-def experts_optimizers(
-    model: MixtralForCausalLM, # The model to train
-    recipe: ExpertsRecipe, # Learning rates and weight decay
-) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]: # Muon, AdamW
+def experts_optimizers(model: MixtralForCausalLM,
+                       recipe: ExpertsRecipe) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     "As for the lab model: Muon for every matrix of attention and experts, AdamW for embeddings, norms and routers."
     slices = expert_slices(model)
     stacks = {id(s.stack): s.stack for s in slices}
@@ -117,10 +104,7 @@ def experts_optimizers(
     return muon, adam
 
 # %% ../../nbs/models/07_lab_experts.ipynb #c030
-def cooling_rate(
-    step: int, # From 0
-    recipe: ExpertsRecipe, # Steps, warm-up and cooling
-) -> float: # In (0, 1]
+def cooling_rate(step: int, recipe: ExpertsRecipe) -> float:
     "Linear warm-up, a plateau, and a linear fall to a fiftieth over the last steps (Haegele et al. 2024)."
     left = (recipe.steps - step) / (recipe.cooling * recipe.steps)
     return min(1, (step + 1) / recipe.warmup) * max(0.02, min(1, left))

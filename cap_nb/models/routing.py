@@ -25,10 +25,7 @@ class Route:
     indices: torch.Tensor # Chosen experts, int64 [tokens, k]; example after example, padding too
     weights: torch.Tensor # Their weights, [tokens, k]
 
-def chosen_experts(
-    routing: Routing, # The experts of a layer
-    output: object, # What the router has returned: its choice in one of the three orders, or logits [tokens, E]
-) -> tuple[torch.Tensor, torch.Tensor]: # Chosen experts and their weights, [tokens, k] each
+def chosen_experts(routing: Routing, output: object) -> tuple[torch.Tensor, torch.Tensor]:
     "Read a router's choice, or make it from the logits as the block does."
     if isinstance(output, tuple):
         first, second = output[-2:]
@@ -40,9 +37,7 @@ def chosen_experts(
 
 # %% ../../nbs/models/03_routing.ipynb #c010
 @contextmanager
-def recorded_routes(
-    model: nn.Module, # A causal language model of a known family
-) -> Iterator[list[Route]]: # Filled with one route for each sparse layer and call
+def recorded_routes(model: nn.Module) -> Iterator[list[Route]]:
     "While the block runs, the choices of all routers are recorded."
     routes: list[Route] = []
     with ExitStack() as stack:
@@ -55,11 +50,7 @@ def recorded_routes(
         yield routes
 
 # %% ../../nbs/models/03_routing.ipynb #c015
-def masked_expert(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of a sparse layer, from 0
-    expert: int, # Index of one of its experts, from 0
-) -> AbstractContextManager[None]: # Holds while its block runs
+def masked_expert(model: nn.Module, layer: int, expert: int) -> AbstractContextManager[None]:
     "Take an expert's output away from its tokens, all else unchanged; a dense layer raises `BadInput`."
     routing = routing_of(model, layer)
     if not routing or not 0 <= expert < routing.count:
@@ -76,12 +67,7 @@ def masked_expert(
 # %% ../../nbs/models/03_routing.ipynb #c020
 Record = Callable[[Projection, torch.Tensor, torch.Tensor | None], None] # projection, inputs [..., in], token indices
 
-def input_of_down(
-    routing: Routing, # The experts of a layer
-    expert: int, # Index of the expert
-    by_role: dict[str, Projection], # Its projections
-    rows: torch.Tensor, # What the expert reads, [n, hidden]
-) -> torch.Tensor: # [n, in of down]
+def input_of_down(routing: Routing, expert: int, by_role: dict[str, Projection], rows: torch.Tensor) -> torch.Tensor:
     "What the last projection of an expert reads: the product of gate and up."
     about = routing.about
     made = {role: F.linear(rows, p.weight, p.bias) for role, p in by_role.items() if role != "down"}
@@ -93,13 +79,8 @@ def input_of_down(
     return attrgetter(about.activation)(holder)(gate) * up
 
 # %% ../../nbs/models/03_routing.ipynb #c021
-def record_expert_inputs(
-    routing: Routing, # The experts of a layer
-    routed: Sequence[Projection], # All projections of these experts
-    hidden: torch.Tensor, # What entered the block, [..., hidden]
-    chosen: torch.Tensor, # Chosen experts, int64 [tokens, k]
-    record: Record, # As in `recorded_inputs`
-) -> None:
+def record_expert_inputs(routing: Routing, routed: Sequence[Projection], hidden: torch.Tensor, chosen: torch.Tensor,
+                         record: Record) -> None:
     "Call `record` with what each projection of each expert reads."
     hidden = hidden.flatten(0, -2)
     for expert in range(routing.count):
@@ -111,11 +92,7 @@ def record_expert_inputs(
         record(by_role["down"], input_of_down(routing, expert, by_role, rows), tokens)
 
 # %% ../../nbs/models/03_routing.ipynb #c023
-def watch_experts(
-    stack: ExitStack, # Holds the hooks
-    routed: Sequence[Projection], # The projections of a layer's experts
-    record: Record, # As in `recorded_inputs`
-) -> None:
+def watch_experts(stack: ExitStack, routed: Sequence[Projection], record: Record) -> None:
     "Record what the experts of a layer read, each time their block has run."
     routing, hidden, chosen = routed[0].routing, [], []
     def note_choice(output: object) -> None: chosen.append(chosen_experts(routing, output)[0])
@@ -126,10 +103,7 @@ def watch_experts(
 
 # %% ../../nbs/models/03_routing.ipynb #c024
 @contextmanager
-def recorded_inputs(
-    layer_projections: Sequence[Projection], # All projections of one layer
-    record: Record, # Called with a projection, what it reads, and the indices of these tokens; None: all, in order
-) -> Iterator[None]:
+def recorded_inputs(layer_projections: Sequence[Projection], record: Record) -> Iterator[None]:
     "While the block runs, `record` is called with what every projection of a layer reads."
     routed = [p for p in layer_projections if p.routing]
     with ExitStack() as stack:
