@@ -44,9 +44,7 @@ class Claim:
     sparsity: float = math.nan # Of both
     listed: str = "always" # "always", or "where measured": not on a model whose records do not answer
 
-def read_claims(
-    path: str | Path, # A table of claims, as CSV
-) -> tuple[Claim, ...]: # Its rows
+def read_claims(path: str | Path) -> tuple[Claim, ...]: # Its rows
     "Read a table of claims."
     with open(path, newline="", encoding="utf-8") as file: rows = list(csv.DictReader(file))
     numbers = ("low", "high", "sparsity")

@@ -218,8 +218,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from .tables import comparison_mark
-from ..core.pictures import INK
-from ..core.plots import blank_figure, in_style
+from ..core.plots import INK, blank_figure, in_style
 
 # %% ../../nbs/jobs/07_results.ipynb #c062
 MARK_LOOKS = {"▲": ("#0072B2", "better"), "▼": ("#D55E00", "worse"), "": ("#8A8A8A", "undecided")} # Colour, name
