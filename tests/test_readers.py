@@ -192,7 +192,7 @@ READERS = {
     "unit": Reader(lambda path: read_unit(UnitStore(path.parent), Unit(0, 0), ["a", "b", "c"], 2), "batch-0000-layer-000.safetensors", lambda: [{"uids": ["a", "b", "c"]}],
                    tensors_about(masked=torch.rand(2, 3, dtype=torch.float64))),
     "report": Reader(read_report, "x.json", lambda: [REPORT], checked),
-    "run": Reader(lambda path: read_run(path.parent), "run.json", lambda: [read_checked(ROOT / "figures" / "lab" / "run.json")], checked),
+    "run": Reader(lambda path: read_run(path.parent), "run.json", lambda: [read_run(ROOT / "figures" / "lab")], checked),
     "sweep": Reader(lambda path: read_index(path.parent), SWEEP_INDEX, lambda: [SWEEP], checked),
     "evaluation": Reader(lambda path: load_evaluation(path.parent), "evaluation.json", lambda: [content_beside("evaluation", "evaluation.json")], checked),
     "state of a training": Reader(lambda path: load_state(path.parent, *training(), {}), "training.safetensors", lambda: [{"step": 1, "recipe": {}}], tensors_about(**{"weight.bias": torch.ones(2), "optimizer.0.0.step": torch.tensor(1.)})),

@@ -18,11 +18,7 @@ from .interventions import changed_input, watching
 
 # %% ../../nbs/models/09_checks.ipynb #c005
 @torch.no_grad()
-def heads_at(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a decoder layer, from 0
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> torch.Tensor: # What its heads give to the output projection, [B, T, H, d]
+def heads_at(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
     "The heads' outputs; an output projection that is not called once, or with another width, raises `BadInput`."
     a, inputs = dimensions(model.config), []
     with changed_input(output_projection(model, layer), watching(inputs.append)): model(input_ids=ids, use_cache=False)
@@ -33,10 +29,7 @@ def heads_at(
 
 # %% ../../nbs/models/09_checks.ipynb #c006
 @contextmanager
-def flipped(
-    projection: Projection, # A projection of the attention
-    part: Part, # One of its parts
-) -> Iterator[None]:
+def flipped(projection: Projection, part: Part) -> Iterator[None]:
     "While the block runs, the rows of a part have the other sign, and so has their bias."
     tensors = [t for t in (projection.weight, projection.bias) if t is not None]
     for tensor in tensors: tensor.detach()[part.start:part.stop].neg_()
@@ -44,27 +37,18 @@ def flipped(
     finally:
         for tensor in tensors: tensor.detach()[part.start:part.stop].neg_()
 
-def rows_of_latent(
-    projection: Projection, # A projection of the attention that all heads of its layer share
-) -> list[Part]: # Its first and its last row, of which each stands for one that makes the latent
+def rows_of_latent(projection: Projection) -> list[Part]:
     "What is flipped in a matrix without parts: of keys' and values', a row of the latent and one of the rotated key."
     return [Part(kind="latent", index=row, start=row, stop=row + 1) for row in (0, len(projection.weight) - 1)]
 
-def readers_of(
-    part: Part, # A part of a query, key or value projection
-    a: Anatomy, # Dimensions of its model
-) -> list[int]: # Indices of the query heads that depend on it
+def readers_of(part: Part, a: Anatomy) -> list[int]:
     "A query head depends on its rows, those that read a key-value head on that head's, and all on a latent."
     if part.kind == "latent": return list(range(a.heads))
     if part.kind == "query": return [part.index]
     return [head for head, group in enumerate(key_value_head_of(a)) if group == part.index]
 
 # %% ../../nbs/models/09_checks.ipynb #c012
-def check_rows(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a decoder layer, from 0
-    ids: torch.Tensor, # Token ids, int64 [1, T]
-) -> None:
+def check_rows(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
     "Raise `BadInput` unless the rows of each part change the heads that they should."
     a, intact = dimensions(model.config), heads_at(model, layer, ids)
     of_heads = [p for p in projections(model) if p.layer == layer and p.role in HOLDS and p.role != "output"]
@@ -79,14 +63,11 @@ def check_rows(
 # %% ../../nbs/models/09_checks.ipynb #c020
 import torch.nn.functional as F
 from .anatomy import routing_of
-from .routing import Route, recorded_inputs, recorded_routes
+from .interventions import Route, recorded_inputs, recorded_routes
 
 # %% ../../nbs/models/09_checks.ipynb #c021
-def expert_outputs(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a sparse layer
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> tuple[Route, dict[int, tuple[torch.Tensor, torch.Tensor]]]: # Route; expert -> tokens [n], outputs [n, hidden]
+def expert_outputs(model: nn.Module, layer: int,
+                   ids: torch.Tensor) -> tuple[Route, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
     "Where the tokens of a batch were sent, and what each expert makes of its tokens, by the description."
     outputs = {}
     def multiply(p: Projection, rows: torch.Tensor, tokens: torch.Tensor | None) -> None:
@@ -96,11 +77,7 @@ def expert_outputs(
     return next(route for route in routes if route.layer == layer), outputs
 
 @torch.no_grad()
-def added_by_experts(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a sparse layer
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> torch.Tensor: # Sum over experts, float32 [B * T, hidden]
+def added_by_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
     "What the experts of a layer add to the output of their block, by the description."
     route, outputs = expert_outputs(model, layer, ids)
     added = torch.zeros(ids.numel(), model.config.hidden_size, device=ids.device)
@@ -112,14 +89,10 @@ def added_by_experts(
 # %% ../../nbs/models/09_checks.ipynb #c023
 from contextlib import ExitStack
 from .interventions import changed_output
-from .routing import masked_expert
+from .interventions import masked_expert
 
 # %% ../../nbs/models/09_checks.ipynb #c024
-def block_output(
-    model: nn.Module, # A causal language model
-    block: nn.Module, # One of its modules, called once
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> torch.Tensor: # What the module returns, [B * T, hidden]
+def block_output(model: nn.Module, block: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     "The output of a module while the model runs; of a tuple, its first part."
     outputs = []
     with changed_output(block, watching(outputs.append)): model(input_ids=ids, use_cache=False)
@@ -127,11 +100,7 @@ def block_output(
     return hidden.flatten(0, -2)
 
 @torch.no_grad()
-def lost_without_experts(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a sparse layer
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> torch.Tensor: # Intact minus masked, float32 [B * T, hidden]
+def lost_without_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
     "What a block loses when all of its experts are masked."
     routing = routing_of(model, layer)
     intact = block_output(model, routing.block, ids)
@@ -142,11 +111,7 @@ def lost_without_experts(
 # %% ../../nbs/models/09_checks.ipynb #c028
 ROUNDING = 0.05 # Share of the largest number that bfloat16 may take where tokens are computed in groups, one an expert
 
-def check_routing(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a sparse layer
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> None:
+def check_routing(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
     "Raise `BadInput` unless the experts of a layer add what the description says, up to the rounding of bfloat16."
     lost = lost_without_experts(model, layer, ids)
     if (added_by_experts(model, layer, ids) - lost).abs().max() > ROUNDING * lost.abs().max():
@@ -158,20 +123,14 @@ from .anatomy import decoder_layers, expert_counts
 
 # %% ../../nbs/models/09_checks.ipynb #c033
 @torch.no_grad()
-def logits_without_heads(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> torch.Tensor: # Logits with every head of every layer masked, [B, T, vocabulary]
+def logits_without_heads(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     "The model without attention."
     with ExitStack() as stack:
         for layer in range(len(decoder_layers(model))):
             stack.enter_context(changed_input(output_projection(model, layer), torch.zeros_like))
         return model(input_ids=ids, use_cache=False).logits
 
-def check_tokens_independent(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    ids: torch.Tensor, # Token ids, int64 [1, T]
-) -> None:
+def check_tokens_independent(model: nn.Module, ids: torch.Tensor) -> None:
     "Raise `BadInput` if, with every head masked, the logits of the last token depend on the tokens before it."
     others = torch.cat([ids[:, :-1] + 1, ids[:, -1:]], 1) # the same last token after others
     one, other = (logits_without_heads(model, each)[:, -1] for each in (ids, others))
