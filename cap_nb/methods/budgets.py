@@ -121,7 +121,7 @@ def pruned_regions(
         for group in groups: put_back(group)
 
 # %% ../../nbs/methods/22_budgets.ipynb #c030
-from cap_nb.data.batches import token_batches
+from cap_nb.data.prompts import token_batches
 from cap_nb.methods.layer_walk import BatchState, advanced
 from cap_nb.methods.resumed_scoring import Targets, last_layer_at_targets, prepare_batch
 from cap_nb.models.anatomy import final_norm
@@ -440,8 +440,7 @@ def moved_shares(
     return shares, tuple(moves)
 
 # %% ../../nbs/methods/22_budgets.ipynb #c095
-from cap_nb.data.batches import collate
-from cap_nb.data.prompts import Example
+from cap_nb.data.prompts import Example, collate
 from cap_nb.models.anatomy import decoder_of
 
 def target_states(
