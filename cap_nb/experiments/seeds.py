@@ -78,7 +78,7 @@ from pathlib import Path
 import pandas as pd
 from ..evaluation import AnswerRecord, Evaluation
 from ..analysis import comparable_parts
-from ..jobs.records import load_run
+from ..jobs.records import is_run, load_run
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c022
 def problem_values(evaluation: Evaluation) -> dict[str, dict[tuple[str, str], float]]:
@@ -120,13 +120,13 @@ def read_seeds(
 ) -> dict[int, tuple[Evaluation, ...]]: # Calibration seed -> what its run measured, by seed
     "Runs that differ in nothing but their calibration draw; fewer than two, or other differences, raise `BadInput`."
     runs, settings = {}, None
-    for path in sorted(Path(folder).glob("*/run.json")):
-        run = load_run(path.parent)
+    for path in sorted(path for path in Path(folder).glob("*") if is_run(path)):
+        run = load_run(path)
         settings = settings or settings_but_seed(run.configuration)
         if (seed := run.configuration["calibration"]["seed"]) in runs:
-            raise BadInput(f"{path.parent} has calibration seed {seed}, which another run there has: "
+            raise BadInput(f"{path} has calibration seed {seed}, which another run there has: "
                            f"expected one run a seed; move it away.")
-        check_settings(path.parent, settings_but_seed(run.configuration), settings)
+        check_settings(path, settings_but_seed(run.configuration), settings)
         runs[seed] = run.evaluations
     if len(runs) < 2:
         raise BadInput(f"{folder} holds {len(runs)} runs: expected at least two, each in a folder of its own; "

@@ -427,8 +427,7 @@ def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tu
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c071
-from .lab import lab_model
-from .lab_experts import EXPERTS_CHECKPOINT
+from .lab import EXPERTS_CHECKPOINT, lab_model
 
 @validate_arguments
 @without_bars()
