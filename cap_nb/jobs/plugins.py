@@ -51,7 +51,7 @@ def add_attribution(
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c027
 from collections.abc import Sequence
-from cap_nb.methods.allocation import finite_by_layer, layer_weights, shares_of_layers
+from cap_nb.methods.budgets import finite_by_layer, layer_weights, shares_of_layers
 
 def relative_sparsity(
     numbers: Sequence[float], # r, how much of each layer goes, relative to the others
@@ -71,7 +71,7 @@ def relative_sparsity(
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c031
 from ..core.errors import check_choice
-from ..methods.allocation import Allocation, Shares
+from ..methods.budgets import Allocation, Shares
 from ..methods.criteria import GIVES, NEEDS, Inputs, measured_for
 from ..core.registry import ALLOCATIONS
 from ..methods.selection import Criterion, Measurements
