@@ -105,8 +105,8 @@ from cap_nb.methods.criteria import Inputs
 from cap_nb.methods.prune import check_method, needs_of, prune, unit_factors
 from cap_nb.methods.screening import read_scores
 from cap_nb.methods.streaming import (
-    check_solved, check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint,
-    save_hessians, solve_checkpoint)
+    check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
+    solve_checkpoint)
 from cap_nb.models.loading import check_all_here, model_fingerprint, save_model
 from cap_nb.portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
@@ -206,8 +206,8 @@ def check_streaming(
     if job.model.dtype or job.model.device:
         raise BadInput("--stream was given with --dtype or --device: expected neither, since nothing is loaded and the "
                        "weights keep their dtype; leave them out.")
-    if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
-    else: check_solved(pruning.method, pruning.sparsity)
+    with_hessians = pruning.hessians is not None
+    check_streamed(pruning.method, pruning.sparsity, "exact" if with_hessians else pruning.ties, with_hessians)
 
 def prune_on_disk(
     job: Job, # Its model, which is a folder, and how scores are made

@@ -66,8 +66,7 @@ def sizes_of(config: object, name: str, source: str) -> Sizes: # Its sizes
 # %% ../../nbs/jobs/04_planning.ipynb #c008
 from pathlib import Path
 from cap_nb.core.hub import Repository, Wanted, folder_from_hub
-from cap_nb.models.lab import CHECKPOINT
-from cap_nb.models.lab_experts import EXPERTS_CHECKPOINT
+from cap_nb.models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
 from cap_nb.models.loading import HUB_ID, config_of, model_cache
 
 # %% ../../nbs/jobs/04_planning.ipynb #c009
@@ -127,9 +126,8 @@ def read_sizes(name: str) -> Sizes: # Its sizes
 
 # %% ../../nbs/jobs/04_planning.ipynb #c015
 from cap_nb.calibration import Calibration
-from cap_nb.data.batches import token_batches
+from cap_nb.data.prompts import IGNORED, token_batches
 from cap_nb.data.problems import BENCHMARK_NAMES, is_here, task_family
-from cap_nb.data.prompts import IGNORED
 from cap_nb.jobs.job import distinct, filled_in, job_calibration
 from cap_nb.jobs.settings import Job, changed, examples_by_kind
 from cap_nb.models.lab import lab_tokenizer

@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, contextmanager, ExitStack
 import torch
 from torch import nn
 from cap_nb.calibration import Calibration
-from cap_nb.data.batches import collate
+from cap_nb.data.prompts import IGNORED, collate
 from cap_nb.models.anatomy import (
     anatomy, Anatomy, decoder_layers, decoder_of, dimensions, expert_projections, output_projection, Projection,
     projections, Routing, routing_of)
-from cap_nb.models.interventions import changed_input, changed_output, watching
+from cap_nb.models.interventions import changed_input, changed_output, chosen_experts, input_of_down, watching
 from cap_nb.scoring import batches_of, causal_scores, mean_by_example
 
 @contextmanager
@@ -318,7 +318,6 @@ def projection_rules(model: nn.Module, attention: str) -> Iterator[AbstractConte
 # %% ../../nbs/methods/06_attributions.ipynb #fdd0bef4
 import torch.nn.functional as F
 from cap_nb.models.families import clamped_product
-from cap_nb.models.routing import chosen_experts, input_of_down
 
 def clamped_rule(holder: object, gate: torch.Tensor, up: torch.Tensor, one: float | torch.Tensor = 1.0) -> torch.Tensor:
     "The product of gpt-oss under its rule: identity for either factor, half each, the 1 a bias."
@@ -387,8 +386,6 @@ def relevance_rules(model: nn.Module, attention: str | None = "attnlrp") -> Iter
         yield
 
 # %% ../../nbs/methods/06_attributions.ipynb #06df3c37
-from cap_nb.data.prompts import IGNORED
-
 def gold_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     "The logit of the token that is right, before a cap or a scale of the family."
     decoder = decoder_of(model, batch["input_ids"])

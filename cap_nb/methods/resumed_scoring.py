@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from cap_nb.calibration import Calibration
-from cap_nb.data.prompts import IGNORED, Example
+from cap_nb.data.prompts import IGNORED, collate, Example, token_batches
 from cap_nb.models.replay import (
     can_be_cut, cut_call, given_heads, hidden_at, keys_and_values, KnownHeads, KnownKeys, LayerCall, Prefix,
     PrefixCache, read_after_prefix, read_prefix, recorded_calls, recorded_heads, repeated, run_layer)
-from cap_nb.data.batches import collate, token_batches
 from cap_nb.models.anatomy import (
     anatomy, Anatomy, decoder_layers, decoder_of, dimensions, final_norm, head_logits, logits_of, output_projection)
 from cap_nb.scoring import head_losses, HeadLosses, load_losses, mean_by_example, save_losses

@@ -235,7 +235,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from cap_nb.calibration import Calibration
 from cap_nb.core.files import alone_in, is_intact, read_tensors, sha256_of_text, write_tensors
-from cap_nb.data.batches import collate, token_batches
+from cap_nb.data.prompts import collate, token_batches
 from cap_nb.methods.attributions import gate_slopes
 from cap_nb.methods.resumed_scoring import head_groups, heads_by_memory, intact_step, masked_losses, prepare_batch
 from cap_nb.methods.unit_store import check_finite_table, losses_key

@@ -5,28 +5,18 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c004
+# %% ../../nbs/methods/13_sparsegpt.ipynb #c005
 import torch
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c005
-def layer_output_error(
-    weight: torch.Tensor, # The old weight, [out, in]
-    new: torch.Tensor, # The new weight, [out, in]
-    hessian: torch.Tensor, # Sum over tokens of the products of input features, [in, in]
-) -> float: # Squared error of the outputs, summed over tokens and outputs
+def layer_output_error(weight: torch.Tensor, new: torch.Tensor, hessian: torch.Tensor) -> float:
     "How far the outputs of a projection move, ||WX - W'X||^2 (Frantar and Alistarh 2023, equation 1)."
     moved = weight.detach().double() - new.detach().double()
     return float(((moved @ hessian.double()) * moved).sum())
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c014
-from ..core.errors import BadInput
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c015
-def damped_hessian(
-    hessian: torch.Tensor, # Sum over tokens of the products of input features, [in, in]
-    damping: float, # Share of the mean diagonal that is added to the diagonal
-    name: str, # Name of the module, for the sentence
-) -> tuple[torch.Tensor, torch.Tensor]: # The Hessian to factor, float64 [in, in], and which columns are dead, bool [in]
+from cap_nb.core.errors import BadInput
+
+def damped_hessian(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     "Add the damping, and put 1 on the diagonal of dead columns; a Hessian that is not finite raises `BadInput`."
     low, high = hessian.detach().aminmax() # NaN fails both comparisons; isfinite would need as much memory again
     if not (low > -torch.inf and high < torch.inf):
@@ -40,11 +30,7 @@ def damped_hessian(
     return damped, dead
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c017
-def inverse_of_block(
-    block: torch.Tensor, # A block on the diagonal, less what the columns after it explain, float64 [b, b]
-    diagonal: torch.Tensor, # The diagonal of the Hessian there, [b]
-    rounding: float, # Share of it that rounding can make of nothing
-) -> torch.Tensor | None: # Its R, upper triangular, float64 [b, b]; None if the block is not positive definite
+def inverse_of_block(block: torch.Tensor, diagonal: torch.Tensor, rounding: float) -> torch.Tensor | None:
     "Factor a block in reverse order, and invert the factor."
     lower, failed = torch.linalg.cholesky_ex(block.flip(0, 1))
     if failed or not (lower.diagonal().square() > rounding * diagonal.flip(0)).all(): return None
@@ -52,13 +38,8 @@ def inverse_of_block(
     return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c7cd45e2
-def block_factors(
-    damped: torch.Tensor, # The Hessian with its damping, float64 [in, in]; overwritten
-    block: int, # Columns of a block, counted from the first
-    damping: float, # The damping that it has, for the sentence
-    name: str, # Name of the module, for the sentence
-    dtype: torch.dtype = torch.float64, # In which the Hessian was added up
-) -> torch.Tensor: # The same memory: R_BB on the diagonal, C_B above it; what lies below the blocks means nothing
+def block_factors(damped: torch.Tensor, block: int, damping: float, name: str,
+                  dtype: torch.dtype = torch.float64) -> torch.Tensor:
     "All inverses of algorithm 1, block by block; a failure raises `BadInput` that names the module."
     size, diagonal = len(damped), damped.diagonal().clone()
     rounding = max(size * torch.finfo(damped.dtype).eps, 8 * torch.finfo(dtype).eps)
@@ -75,44 +56,29 @@ def block_factors(
     for part in parts: damped[:part.start, part] = damped[:part.start, part] @ damped[part, part] # of C
     return damped
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c021
-from .selection import first_true
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c022
-def cheapest(
-    cost: torch.Tensor, # Cost of every weight of a block, [out, columns]
-    count: int, # How many go
-) -> torch.Tensor: # Boolean [out, columns]
+from cap_nb.methods.selection import first_true
+
+def cheapest(cost: torch.Tensor, count: int) -> torch.Tensor:
     "The cheapest weights of a block, exactly as many as wanted, equal ones in flat order."
     if count == 0: return torch.zeros_like(cost, dtype=torch.bool)
     highest = cost.flatten().kthvalue(count).values
     below = cost < highest
     return below | first_true(cost == highest, count - int(below.sum()))
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c025
-from .selection import smallest_in_rows
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c264cfe4
-def smallest_of_group(
-    columns: torch.Tensor, # The block's weights, those before j as they are by now, [columns, out]
-    errors: torch.Tensor, # Errors of the columns before j, [columns, out]
-    factor: torch.Tensor, # The block's part of R, [columns, columns]
-    j: int, # First column of the group
-    pattern: tuple[int, int], # (zeros, of)
-) -> torch.Tensor: # Which of the group go, bool [of, out]
+from cap_nb.methods.selection import smallest_in_rows
+
+def smallest_of_group(columns: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, j: int,
+                      pattern: tuple[int, int]) -> torch.Tensor:
     "Choose within a group of N:M, on its weights as they are by then."
     group = slice(j, j + pattern[1])
     now = columns[group] - factor[:j, group].T @ errors[:j]
     costs = now.abs() / factor.diagonal()[group, None]
     return smallest_in_rows(costs.T.contiguous(), pattern[0] / pattern[1]).T
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c026
-def prune_columns(
-    weight: torch.Tensor, # The block's weights, [out, columns]; not changed
-    factor: torch.Tensor, # The block's part of R, [columns, columns]
-    count: int, # Weights that go, where there is no pattern
-    pattern: tuple[int, int] | None, # (zeros, of), or None
-) -> tuple[torch.Tensor, torch.Tensor]: # The new weights, and which went, bool; both [out, columns]
+def prune_columns(weight: torch.Tensor, factor: torch.Tensor, count: int,
+                  pattern: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
     "One block of algorithm 1: choose and remove, column after column."
     columns, scale = weight.T.clone(memory_format=torch.contiguous_format), factor.diagonal()
     if pattern is None: mask = cheapest(weight.abs() / scale, count).T.contiguous()
@@ -126,13 +92,7 @@ def prune_columns(
     return columns.masked_fill_(mask, 0.0).T, mask.T # exactly zero, not nearly
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c028
-def check_pattern_fits(
-    width: int, # Inputs of the module
-    sparsity: float, # Share of zeros asked for
-    pattern: tuple[int, int], # (zeros, of)
-    block: int, # Columns of a block
-    name: str, # Name of the module
-) -> None:
+def check_pattern_fits(width: int, sparsity: float, pattern: tuple[int, int], block: int, name: str) -> None:
     "Raise `BadInput` if a pattern is none, contradicts the sparsity, or does not divide the width or the block."
     numbers = isinstance(pattern, (tuple, list)) and all(type(number) is int for number in pattern)
     if not (numbers and len(pattern) == 2 and 0 < pattern[0] < pattern[1]):
@@ -149,25 +109,17 @@ def check_pattern_fits(
         raise BadInput(f"block is {block}, which {of} does not divide: "
                        f"expected whole groups for {zeros}:{of}; take a multiple of {of}.")
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c029
-import math
-from ..core.errors import check_at_least
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c030
-def check_settings(
-    damping: float, # Share of the mean diagonal
-    block: int, # Columns of a block
-) -> None:
+import math
+from cap_nb.core.errors import check_at_least
+
+def check_settings(damping: float, block: int) -> None:
     "Raise `BadInput` if damping or block make no sense."
     check_at_least(block, 1, "block (columns)")
     if not (isinstance(damping, (int, float)) and math.isfinite(damping) and damping >= 0):
         raise BadInput(f"damping is {damping!r}: expected a share of the mean diagonal, 0 or above; 0.01 is usual.")
 
-def check_matrix(
-    weight: torch.Tensor, # Old weight
-    hessian: torch.Tensor, # Its Hessian
-    name: str, # Name of the module
-) -> None:
+def check_matrix(weight: torch.Tensor, hessian: torch.Tensor, name: str) -> None:
     "Raise `BadInput` if shapes do not fit or a weight is not finite."
     if weight.dim() != 2 or tuple(hessian.shape) != (weight.shape[1],) * 2:
         raise BadInput(f"{name} has shape {list(weight.shape)} and its Hessian {list(hessian.shape)}: "
@@ -175,11 +127,10 @@ def check_matrix(
     if not weight.isfinite().all():
         raise BadInput(f"The weight of {name} holds NaN or infinity: expected finite weights; check the checkpoint.")
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c032
+# %% ../../nbs/methods/13_sparsegpt.ipynb #c033
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c033
 @dataclass(frozen=True)
 class MadeOnce:
     "What was made from the Hessian seen last, for the next projection that reads the same inputs."
@@ -197,45 +148,25 @@ class MadeOnce:
         if len(self.made) < self.most: self.made[how] = new
         return new
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c036
-from ..core.errors import check_sparsity
-from ..threshold import zero_count
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c037
-def check_problem(
-    weight: torch.Tensor, # Old weight
-    hessian: torch.Tensor, # Its Hessian
-    sparsity: float, # Share of the matrix to zero
-    pattern: tuple[int, int] | None, # (zeros, of), or None
-    block: int, # Columns of a block
-    damping: float, # Share of the mean diagonal
-    name: str, # Name of the module
-) -> None:
+from cap_nb.core.errors import check_sparsity
+from cap_nb.threshold import zero_count
+
+def check_problem(weight: torch.Tensor, hessian: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None,
+                  block: int, damping: float, name: str) -> None:
     "Raise `BadInput` for anything that cannot be solved."
     check_sparsity(sparsity)
     check_settings(damping, block)
     check_matrix(weight, hessian, name)
     if pattern is not None: check_pattern_fits(weight.shape[1], sparsity, pattern, block, name)
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c038
-def factored(
-    hessian: torch.Tensor, # Sum over tokens of the products of input features, [in, in]
-    damping: float, # Share of the mean diagonal that is added to the diagonal
-    name: str, # Name of the module, for messages
-    block: int, # Columns whose zeros are chosen together
-) -> tuple[torch.Tensor, torch.Tensor]: # As `block_factors`, float64 [in, in], and which columns are dead, bool [in]
+def factored(hessian: torch.Tensor, damping: float, name: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     "All that SparseGPT needs of a Hessian."
     damped, dead = damped_hessian(hessian, damping, name)
     return block_factors(damped, block, damping, name, hessian.dtype), dead
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #0597b7db
-def pruned_blocks(
-    old: torch.Tensor, # Old weight, [out, in]
-    factor: torch.Tensor, # From `block_factors`, float64 [in, in]
-    sparsity: float, # Share of the matrix to zero, in [0, 1)
-    pattern: tuple[int, int] | None, # (zeros, of) for N:M; None means anywhere in a block
-    block: int, # Columns of a block
-) -> tuple[torch.Tensor, torch.Tensor]: # The new weight, and which went, bool; both [out, in]
+def pruned_blocks(old: torch.Tensor, factor: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None,
+                  block: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Block after block: where it stands when its turn comes, then algorithm 1 within it."
     new, mask, rows = torch.empty_like(old), torch.zeros_like(old, dtype=torch.bool), len(old)
     moved = torch.zeros_like(old)
@@ -270,59 +201,43 @@ def sparsegpt_update(
     return new.to(weight.dtype), mask
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c063
-from .layer_walk import LayerStep, unreached
-from .wanda import input_sums
+from cap_nb.methods.layer_walk import LayerStep, unreached
+from cap_nb.methods.wanda import input_sums
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c064
-def products(
-    inputs: torch.Tensor, # [n, in]
-) -> torch.Tensor: # Sum over the tokens of the products of input features, float32 (float64 of float64) [in, in]
+def products(inputs: torch.Tensor) -> torch.Tensor:
     "What SparseGPT adds up."
     real = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     return real.T @ real
 
 @torch.no_grad()
-def input_hessians(
-    step: LayerStep, # A layer, and the batches before it
-) -> dict[str, torch.Tensor]: # Module name -> sum over tokens of the products of input features, float32 [in, in]
+def input_hessians(step: LayerStep) -> dict[str, torch.Tensor]:
     "H = X X^T of a layer's projections (Frantar and Alistarh 2023); holds 4 * in^2 bytes for each distinct input."
     sums = input_sums(step, products)
     for p in unreached(step.projections, sums): sums[p.name].fill_diagonal_(1.0)
     return sums
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c073
-from torch import nn
-from ..calibration import Calibration
-from .layer_walk import layer_by_layer
-from .wanda import uniform_shares
-from ..models.anatomy import projections
-from ..threshold import PruneReport, prune_report
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c074
+from torch import nn
+from cap_nb.calibration import Calibration
+from cap_nb.methods.layer_walk import layer_by_layer
+from cap_nb.methods.wanda import uniform_shares
+from cap_nb.models.anatomy import projections
+from cap_nb.threshold import PruneReport, prune_report
+
 Hessians = dict[str, torch.Tensor] # Module name -> sum over tokens of the products of input features, [in, in]
 LayerSolver = Callable[[LayerStep, Hessians], None] # Prunes the projections of a layer in place
 
 @torch.no_grad()
-def solve_layer_by_layer(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
-    calibration: Calibration, # The calibration set; the same as CAP's for a fair comparison
-    shares: dict[str, float], # Module name -> share to zero; a layer with nothing to zero stays as it is
-    solver: LayerSolver, # What is done with a layer
-    batch_tokens: int = 4096, # Padded tokens a batch
-    name: str = "solving", # What the progress bar says
-) -> None:
+def solve_layer_by_layer(model: nn.Module, calibration: Calibration, shares: dict[str, float], solver: LayerSolver,
+                         batch_tokens: int = 4096, name: str = "solving") -> None:
     "Prune layer after layer, each from the Hessians of its inputs in the model as pruned so far."
     for step in layer_by_layer(model, calibration, batch_tokens, name):
         if any(shares[p.name] for p in step.projections): solver(step, input_hessians(step))
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c076
 # Weight, Hessian, share, name, what was made from the same Hessian -> new weight
 MatrixSolver = Callable[[torch.Tensor, torch.Tensor, float, str, MadeOnce], torch.Tensor]
 
-def by_matrix(
-    solver: MatrixSolver, # Gives the new weight of one projection
-    shares: dict[str, float], # Module name -> share to zero
-) -> LayerSolver: # The same for a layer
+def by_matrix(solver: MatrixSolver, shares: dict[str, float]) -> LayerSolver:
     "Solve every projection of a layer by itself; what follows from a Hessian alone is made once."
     def solve(step: LayerStep, hessians: Hessians) -> None:
         once = MadeOnce()

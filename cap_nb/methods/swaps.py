@@ -5,15 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/14_swaps.ipynb #c004
+# %% ../../nbs/methods/14_swaps.ipynb #c005
 import torch
 
-# %% ../../nbs/methods/14_swaps.ipynb #c005
-def row_errors(
-    weight: torch.Tensor, # [out, in]
-    mask: torch.Tensor, # Which weights are removed, bool [out, in]
-    hessian: torch.Tensor, # G, sum over tokens of the products of input features, [in, in]
-) -> torch.Tensor: # Squared error of every output, summed over tokens, float64 [out]
+def row_errors(weight: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     "What each row loses when its weights are removed and none of the others moves, r G r^T."
     removed = weight.detach().double() * mask
     return ((removed @ hessian.double()) * removed).sum(1)
@@ -24,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 import numpy as np
 
-# %% ../../nbs/methods/14_swaps.ipynb #75000d69
 @dataclass(frozen=True)
 class Rows:
     "Rows on their way to a local minimum; all but weight and slack are changed in place."
@@ -36,22 +30,14 @@ class Rows:
     slack: torch.Tensor # What an exchange must lower the error by, float32 [rows]
     left: torch.Tensor # Exchanges that a row may still make, int64 [rows]
 
-def part_of(
-    state: object, # A dataclass of tensors whose first dimension is the same
-    rows: torch.Tensor, # Indices along it, int64
-) -> object: # Another one of its kind; a copy
+def part_of(state: object, rows: torch.Tensor) -> object:
     "Some rows of all tensors."
     return type(state)(**{name: values.index_select(0, rows) for name, values in vars(state).items()})
 
 # %% ../../nbs/methods/14_swaps.ipynb #9d634be6
 SLACK = 1e-6 # Share of a row's terms that an exchange must lower its error by: some roundings of float32
 
-def fresh_rows(
-    weight: torch.Tensor, # Float32 [rows, in]
-    mask: torch.Tensor, # Which weights are removed, bool [rows, in]; kept and changed by passes
-    gram: torch.Tensor, # G, float32 [in, in]
-    left: torch.Tensor, # Exchanges that a row may still make, int64 [rows]
-) -> Rows: # Their state
+def fresh_rows(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, left: torch.Tensor) -> Rows:
     "The state of rows, with c = G r computed from the mask."
     gone = mask.to(weight.dtype)
     overlaps, alone = ((weight * gone) @ gram).mul_(weight), weight.square().mul_(gram.diagonal())
@@ -60,17 +46,12 @@ def fresh_rows(
     goes = alone.add_(gone.neg_().add_(1).reciprocal_().sub_(1))
     return Rows(weight=weight, mask=mask, goes=goes, returns=returns, overlaps=overlaps, slack=SLACK * size, left=left)
 
-def side_costs(
-    state: Rows, # Rows
-) -> tuple[torch.Tensor, torch.Tensor]: # If a weight goes, if it returns; [rows, in] each
+def side_costs(state: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     "What the error changes by when one weight alone changes sides; infinity where it is on the other side."
     return torch.add(state.goes, state.overlaps, alpha=2), torch.add(state.returns, state.overlaps, alpha=-2)
 
 # %% ../../nbs/methods/14_swaps.ipynb #abe8a019
-def smallest_columns(
-    values: torch.Tensor, # [rows, in]
-    count: int, # How many, at most in
-) -> torch.Tensor: # In no order, int64 [rows, count]
+def smallest_columns(values: torch.Tensor, count: int) -> torch.Tensor:
     "The columns of the smallest values of every row, at once or by way of the groups of columns that can hold them."
     width = values.shape[1]
     if values.device.type == "cpu" and torch.get_num_threads() <= 2:
@@ -82,22 +63,14 @@ def smallest_columns(
     found = values.gather(1, columns.flatten(1)).topk(count, dim=1, largest=False, sorted=False).indices
     return columns.flatten(1).gather(1, found)
 
-def cheapest_columns(
-    goes: torch.Tensor, # Costs from `side_costs`, [rows, in]
-    returns: torch.Tensor, # The same, if a weight returns
-    count: int, # Candidates of each side
-) -> tuple[torch.Tensor, torch.Tensor]: # Columns, kept first [rows, 2 count]; barrier [count, count]
+def cheapest_columns(goes: torch.Tensor, returns: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     "The kept weights that are cheapest to remove, and the removed ones that are cheapest to return."
     columns = torch.cat([smallest_columns(goes, count), smallest_columns(returns, count)], dim=1)
     return columns, torch.zeros(count, count, dtype=goes.dtype, device=goes.device)
 
 # %% ../../nbs/methods/14_swaps.ipynb #8cdb64e4
-def cheapest_groups(
-    goes: torch.Tensor, # Costs from `side_costs`, [rows, in]; infinite for `zeros` weights of every group
-    returns: torch.Tensor, # The same, if a weight returns; infinite for the others
-    count: int, # Candidates of each side, at least one group's
-    pattern: tuple[int, int], # (zeros, of)
-) -> tuple[torch.Tensor, torch.Tensor]: # Columns, kept ones first, [rows, slots]; barrier, [kept, removed]
+def cheapest_groups(goes: torch.Tensor, returns: torch.Tensor, count: int,
+                    pattern: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     "The columns of the groups with the cheapest removal and return, and a barrier between groups."
     zeros, of = pattern
     goes, returns = (costs.unflatten(1, (-1, of)) for costs in (goes, returns))
@@ -124,25 +97,14 @@ class Slots:
     slack: torch.Tensor # What an exchange must lower the error by, [rows]
     left: torch.Tensor # Exchanges that a row may still make, int64 [rows]
 
-def products_with(
-    columns: torch.Tensor, # As in `Slots`
-    weight: torch.Tensor, # As in `Slots`
-    first: torch.Tensor, # Which of the chosen, int64 [rows, a]
-    second: torch.Tensor, # With which others, int64 [rows, b]
-    gram: torch.Tensor, # G, contiguous [in, in]
-) -> torch.Tensor: # [rows, a, b]
+def products_with(columns: torch.Tensor, weight: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
+                  gram: torch.Tensor) -> torch.Tensor:
     "The terms w_i G_ij w_j between chosen weights of every row."
     at = (columns.gather(1, first) * len(gram))[:, :, None] + columns.gather(1, second)[:, None, :]
     terms = gram.view(-1).index_select(0, at.view(-1)).view(at.shape) # twice as fast as gram[i, j]
     return terms.mul_(weight.gather(1, first)[:, :, None]).mul_(weight.gather(1, second)[:, None, :])
 
-# %% ../../nbs/methods/14_swaps.ipynb #367cc01d
-def slots_of(
-    state: Rows, # Some rows
-    columns: torch.Tensor, # Their chosen columns, kept ones first, int64 [rows, slots]
-    barrier: torch.Tensor, # Infinity for pairs of slots that must not be exchanged, else 0, [kept, removed]
-    gram: torch.Tensor, # G, contiguous [in, in]
-) -> Slots: # Each of the chosen in the slot of its number
+def slots_of(state: Rows, columns: torch.Tensor, barrier: torch.Tensor, gram: torch.Tensor) -> Slots:
     "The small problems of rows."
     kept, removed = columns.split(barrier.shape, dim=1)
     alone = torch.cat([state.goes.gather(1, kept), state.returns.gather(1, removed)], dim=1)
@@ -153,9 +115,7 @@ def slots_of(
                  table=table, slack=state.slack, left=state.left.clone())
 
 # %% ../../nbs/methods/14_swaps.ipynb #5047b78c
-def best_pairs(
-    slots: Slots, # The small problems
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Change of the error; kept slot; removed slot, from 0; [rows]
+def best_pairs(slots: Slots) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The pair of each row that lowers its error most."
     kept, rows = slots.table.shape[1], torch.arange(len(slots.table), device=slots.table.device)
     alone, overlaps = slots.alone.gather(1, slots.order), slots.overlaps.gather(1, slots.order)
@@ -163,15 +123,8 @@ def best_pairs(
     least, first = (slots.table + returns[:, None, :]).amin(2).add_(goes).min(1)
     return least, first, (slots.table[rows, first] + returns).argmin(1)
 
-# %% ../../nbs/methods/14_swaps.ipynb #01ab9c64
-def exchange(
-    slots: Slots, # The small problems; changed in place
-    rows: torch.Tensor, # Which of them exchange, int64 [n]
-    first: torch.Tensor, # The kept slot of each, int64 [n]
-    second: torch.Tensor, # Its removed slot, counted from 0, int64 [n]
-    barrier: torch.Tensor, # As for `slots_of`
-    gram: torch.Tensor, # G, contiguous [in, in]
-) -> None:
+def exchange(slots: Slots, rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor, barrier: torch.Tensor,
+             gram: torch.Tensor) -> None:
     "Exchange the weights in two slots, and carry that into overlaps and table."
     order, kept, each = slots.order[rows], len(barrier), torch.arange(len(rows), device=rows.device)
     pair = torch.stack([order[each, first], order[each, kept + second]], dim=1)
@@ -189,11 +142,7 @@ def exchange(
 SWAPS_A_PASS = 8 # Exchanges for one choice of candidates: with more the candidates age, with fewer more is read
 GOING = 0.75 # Share of rows that go on, below which those that are done are left out
 
-def swap_slots(
-    part: Slots, # The small problems; used up
-    barrier: torch.Tensor, # As for `slots_of`
-    gram: torch.Tensor, # G, contiguous [in, in]
-) -> tuple[torch.Tensor, torch.Tensor]: # What lies in each slot, int64 [rows, slots]; exchanges that are left, [rows]
+def swap_slots(part: Slots, barrier: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Exchange the best pair of every row, time after time; exact within the chosen columns."
     order, left, index = part.order.clone(), part.left.clone(), torch.arange(len(part.order), device=part.order.device)
     for _ in range(SWAPS_A_PASS):
@@ -211,37 +160,20 @@ def swap_slots(
 # %% ../../nbs/methods/14_swaps.ipynb #5b31b6af
 Choice = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] # As `cheapest_columns`
 
-def sides_changed(
-    order: torch.Tensor, # From `swap_slots`, int64 [rows, slots]
-    kept: int, # How many slots are those of kept weights
-) -> torch.Tensor: # 1 where a slot now holds a weight that went, -1 one that returned, else 0; int64 [rows, slots]
-    "Which weights changed sides; one that went and came back did not."
-    return (order < kept).long() - (torch.arange(order.shape[1], device=order.device) < kept).long()
-
-def put_on_sides(
-    state: Rows, # All rows; changed in place
-    rows: torch.Tensor, # Indices of some, int64
-    columns: torch.Tensor, # Columns of each, int64 [these rows, n]
-    change: torch.Tensor, # As `sides_changed` gives it, [these rows, n]
-) -> None:
-    "Carry what changed sides into mask and costs."
+def put_on_sides(state: Rows, rows: torch.Tensor, columns: torch.Tensor, change: torch.Tensor) -> None:
+    "Carry into mask and costs which weights went (1), which returned (-1) and which stayed (0)."
     row, slot = change.nonzero().unbind(1)
     at = rows[row], columns[row, slot]
     state.mask[at] = change[row, slot] > 0
     state.goes[at], state.returns[at] = state.returns[at], state.goes[at]
 
-# %% ../../nbs/methods/14_swaps.ipynb #b6445558
-def swap_pass(
-    state: Rows, # All rows; those below are changed in place
-    rows: torch.Tensor, # Indices of the rows of this pass, int64
-    gram: torch.Tensor, # G, float32, contiguous [in, in]
-    choose: Choice, # How candidates are chosen
-) -> torch.Tensor: # How many exchanges each of these rows made, int64
+def swap_pass(state: Rows, rows: torch.Tensor, gram: torch.Tensor, choose: Choice) -> torch.Tensor:
     "One choice of candidates, and the exchanges among them."
     part = part_of(state, rows)
     columns, barrier = choose(*side_costs(part))
     order, left = swap_slots(slots_of(part, columns, barrier, gram), barrier, gram)
-    columns, change = columns.gather(1, order), sides_changed(order, len(barrier))
+    kept = torch.arange(order.shape[1], device=order.device) < len(barrier)
+    columns, change = columns.gather(1, order), (order < len(barrier)).long() - kept.long()
     put_on_sides(state, rows, columns, change)
     some = change.abs().topk(min(2 * SWAPS_A_PASS, change.shape[1]), dim=1, sorted=False).indices
     columns, change = columns.gather(1, some), change.gather(1, some)
@@ -251,9 +183,7 @@ def swap_pass(
     return part.left - left
 
 # %% ../../nbs/methods/14_swaps.ipynb #95bd0086
-def least_column(
-    costs: torch.Tensor, # [rows, in]
-) -> tuple[torch.Tensor, torch.Tensor]: # Smallest value of every row; its column, int64; [rows, 1] each
+def least_column(costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "The smallest value of every row, by way of the group of columns that holds it."
     width = costs.shape[1]
     size = next(size for size in range(max(1, min(math.isqrt(width), width // 64)), 0, -1) if width % size == 0)
@@ -263,21 +193,12 @@ def least_column(
     place = inside.argmin(1, keepdim=True)
     return inside.gather(1, place), columns.gather(1, place)
 
-def overlaps_gained(
-    state: Rows, # Rows; not changed
-    columns: torch.Tensor, # Weights of each that change sides, int64 [rows, n]
-    change: torch.Tensor, # 1 for a weight that goes, -1 for one that returns, 0 for one that stays, [rows, n]
-    gram: torch.Tensor, # G, float32, contiguous [in, in]
-) -> torch.Tensor: # [rows, in]
+def overlaps_gained(state: Rows, columns: torch.Tensor, change: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     "What the overlaps w_i c_i of all columns gain by it."
     went = state.weight.gather(1, columns) * change
     return torch.nn.functional.embedding_bag(columns, gram, mode="sum", per_sample_weights=went).mul_(state.weight)
 
-# %% ../../nbs/methods/14_swaps.ipynb #e78f9e02
-def next_pairs(
-    state: Rows, # Rows; not changed
-    gram: torch.Tensor, # G, float32, contiguous [in, in]
-) -> tuple[torch.Tensor, torch.Tensor]: # Change of the error, [rows]; columns that go and return, int64 [rows, 2]
+def next_pairs(state: Rows, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "A kept weight to remove and a removed one to return, chosen in turn, each beside the other."
     goes, returns = side_costs(state)
     first, one = least_column(goes)[1], torch.ones(len(goes), 1, dtype=goes.dtype, device=goes.device)
@@ -285,31 +206,17 @@ def next_pairs(
     change, gone = least_column(goes.add_(overlaps_gained(state, back, -one, gram), alpha=2))
     return (change + returns.gather(1, back))[:, 0], torch.cat([gone, back], dim=1)
 
-# %% ../../nbs/methods/14_swaps.ipynb #02f76d4e
-def exchange_pairs(
-    state: Rows, # Rows; changed in place
-    columns: torch.Tensor, # From `next_pairs`
-    going: torch.Tensor, # Which rows make their exchange, bool [rows]
-    gram: torch.Tensor, # G, float32, contiguous [in, in]
-) -> None:
-    "Let one weight of each of these rows go and one return."
-    change = going[:, None] * torch.tensor([1, -1], device=columns.device)
-    put_on_sides(state, torch.arange(len(columns), device=columns.device), columns, change)
-    state.overlaps.add_(overlaps_gained(state, columns, change, gram))
-    state.left.sub_(going.long())
-
 # %% ../../nbs/methods/14_swaps.ipynb #6a899109
-def walk_in_pairs(
-    state: Rows, # All rows; those below are changed in place
-    rows: torch.Tensor, # Indices of some, int64
-    gram: torch.Tensor, # G, float32, contiguous [in, in]
-) -> None:
+def walk_in_pairs(state: Rows, rows: torch.Tensor, gram: torch.Tensor) -> None:
     "Exchange pair after pair in every row, until the next one would not lower its error."
     part = part_of(state, rows)
     while len(rows):
         change, columns = next_pairs(part, gram)
         going = (change < -part.slack) & (part.left > 0)
-        exchange_pairs(part, columns, going, gram)
+        sides = going[:, None] * torch.tensor([1, -1], device=columns.device)
+        put_on_sides(part, torch.arange(len(columns), device=columns.device), columns, sides)
+        part.overlaps.add_(overlaps_gained(part, columns, sides, gram))
+        part.left.sub_(going.long())
         if going.sum() < GOING * len(rows):
             done, more = (~going).nonzero()[:, 0], going.nonzero()[:, 0]
             for name in ("mask", "goes", "returns", "overlaps", "left"):
@@ -317,29 +224,18 @@ def walk_in_pairs(
             rows, part = rows[more], part_of(part, more)
 
 # %% ../../nbs/methods/14_swaps.ipynb #8e2d34c2
-def renewed(
-    state: Rows, # All rows; those below are changed in place
-    rows: torch.Tensor, # Indices of rows at a minimum, int64
-    gram: torch.Tensor, # G, float32 [in, in]
-) -> torch.Tensor: # Those whose minimum rounding may have hidden, int64
+def renewed(state: Rows, rows: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     "Compute c = G r anew from the mask, and tell for which rows that matters."
     part = fresh_rows(state.weight[rows], state.mask[rows], gram, state.left[rows])
     moved = 4 * (part.overlaps - state.overlaps[rows]).abs_().amax(1)
     state.overlaps[rows], state.slack[rows] = part.overlaps, part.slack
     return rows[moved > part.slack]
 
-# %% ../../nbs/methods/14_swaps.ipynb #ba03bf38
 WEIGHTS_A_PIECE = 2 ** 18
 WEIGHTS_IN_PAIRS = 2 ** 19 # The same for exchanges in pairs, which are fewer and longer calls
 
-def swap_rows(
-    weight: torch.Tensor, # Float32 [rows, in]
-    mask: torch.Tensor, # Which weights are removed, bool [rows, in]; not changed
-    gram: torch.Tensor, # G, float32, contiguous [in, in]
-    choose: Choice, # How candidates are chosen
-    most: int, # Exchanges of a row
-    in_pairs: bool, # Whether the rows first exchange in pairs
-) -> torch.Tensor: # The new mask, bool [rows, in]
+def swap_rows(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, choose: Choice, most: int,
+              in_pairs: bool) -> torch.Tensor:
     "Exchange until every row stands at a minimum among its candidates, or has made all its exchanges."
     active, size = torch.arange(len(weight), device=weight.device), max(64, WEIGHTS_A_PIECE // len(gram))
     state = fresh_rows(weight, mask.clone(), gram, torch.full_like(active, most))
@@ -354,29 +250,18 @@ def swap_rows(
         active = torch.cat([renewed(state, piece, gram) for piece in torch.cat(standing).split(size)])
     return state.mask
 
-# %% ../../nbs/methods/14_swaps.ipynb #c051
-from ..core.errors import BadInput, check_at_least
-from .sparsegpt import check_matrix, check_pattern_fits
-
 # %% ../../nbs/methods/14_swaps.ipynb #c052
-def check_mask(
-    mask: torch.Tensor, # Which weights are removed
-    weight: torch.Tensor, # [out, in]
-    name: str, # Name of the module
-) -> None:
+from cap_nb.core.errors import BadInput, check_at_least
+from cap_nb.methods.sparsegpt import check_matrix, check_pattern_fits
+
+def check_mask(mask: torch.Tensor, weight: torch.Tensor, name: str) -> None:
     "Raise `BadInput` if a mask is not a boolean tensor of the weight's shape."
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise BadInput(f"The mask of {name} is {mask.dtype} {list(mask.shape)}: "
                        f"expected torch.bool {list(weight.shape)}, True where a weight is removed; make it so.")
 
-# %% ../../nbs/methods/14_swaps.ipynb #c053
-def check_start(
-    weight: torch.Tensor, # [out, in]
-    mask: torch.Tensor, # Which weights are removed
-    hessian: torch.Tensor, # [in, in]
-    pattern: tuple[int, int] | None, # (zeros, of), or None
-    name: str, # Name of the module
-) -> None:
+def check_start(weight: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, pattern: tuple[int, int] | None,
+                name: str) -> None:
     "Raise `BadInput` if shapes do not fit, a number is not finite, or the mask does not have its pattern."
     check_matrix(weight, hessian, name)
     if not hessian.isfinite().all():
@@ -390,10 +275,9 @@ def check_start(
         raise BadInput(f"The mask of {name} is not {zeros}:{of}: expected {zeros} removed of every {of} inputs; "
                        f"start from a mask of this pattern.")
 
-# %% ../../nbs/methods/14_swaps.ipynb #c055
+# %% ../../nbs/methods/14_swaps.ipynb #c056
 from functools import partial
 
-# %% ../../nbs/methods/14_swaps.ipynb #c056
 WEIGHTS_AT_ONCE = 2 ** 22 # Rows are taken in parts of so many weights
 WIDE = 16 # Columns for each candidate, above which rows first exchange in pairs
 

@@ -10,11 +10,10 @@ import torch
 from .sparsegpt import damped_hessian
 from .swaps import GOING, check_mask, part_of
 
-# %% ../../nbs/methods/15_update.ipynb #c011
-from dataclasses import dataclass
-from ..core.errors import BadInput, is_number
-
 # %% ../../nbs/methods/15_update.ipynb #c012
+from dataclasses import dataclass
+from cap_nb.core.errors import BadInput, is_number
+
 @dataclass(frozen=True)
 class ScaledLayer:
     "A projection whose inputs all have norm 1, with as much damping as was asked for."
@@ -23,13 +22,8 @@ class ScaledLayer:
     scale: torch.Tensor # Norms of the inputs, same dtype [in]
     name: str = "the matrix" # Name of the module, for messages
 
-def scaled_layer(
-    weight: torch.Tensor, # The weight, any float dtype [out, in]
-    hessian: torch.Tensor, # Sum over tokens of the products of input features, any scale, [in, in]
-    damping: float, # Share of the mean diagonal that is added to the diagonal
-    name: str, # Name of the module, for the sentence
-    gram_dtype: torch.dtype | None = None, # Of the scaled Hessian; None means as the weights
-) -> ScaledLayer: # The same problem with inputs of norm 1
+def scaled_layer(weight: torch.Tensor, hessian: torch.Tensor, damping: float, name: str,
+                 gram_dtype: torch.dtype | None = None) -> ScaledLayer:
     "Damp the Hessian and divide every input by its norm; a negative diagonal raises `BadInput`."
     gram, dead = damped_hessian(hessian, damping, name)
     scale = gram.diagonal().sqrt()
@@ -43,14 +37,10 @@ def scaled_layer(
     return ScaledLayer(weight=scaled, gram=gram.to(gram_dtype or dtype), scale=scale, name=name)
 
 # %% ../../nbs/methods/15_update.ipynb #c016
-def ratio(
-    above: torch.Tensor, # Numerators, [out]
-    below: torch.Tensor, # Denominators, [out]
-) -> torch.Tensor: # Quotients as a column, 0 where the denominator is not positive, [out, 1]
+def ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
     "A quotient for each row; a row that has nothing left to do gets 0."
     return torch.where(below > 0, above / below, 0.0)[:, None]
 
-# %% ../../nbs/methods/15_update.ipynb #c017
 @dataclass(frozen=True)
 class Systems:
     "Rows on their way to a solution of x A = target on their own columns; changed in place."
@@ -62,10 +52,7 @@ class Systems:
     size: torch.Tensor # Squared length of the residual, [n]
     enough: torch.Tensor # Squared length at which a row stops, [n]
 
-def advance(
-    systems: Systems, # Changed in place
-    gram: torch.Tensor, # A, [in, in]
-) -> None:
+def advance(systems: Systems, gram: torch.Tensor) -> None:
     "One step of conjugate gradients (Meng et al. 2024, algorithm 2)."
     product = (systems.direction @ gram).mul_(systems.inside) # several times as fast as masked_fill_
     length = ratio(systems.size, torch.linalg.vecdot(systems.direction, product))
@@ -76,13 +63,8 @@ def advance(
     systems.size.copy_(size)
 
 # %% ../../nbs/methods/15_update.ipynb #112dec7c
-def systems_of(
-    gram: torch.Tensor, # A symmetric positive matrix A, [in, in]
-    outside: torch.Tensor, # Where the solution of a row is zero, bool [out, in]
-    target: torch.Tensor, # Right-hand sides; what lies outside does not count, [out, in]
-    start: torch.Tensor | None, # First guess, zero outside, [out, in]; None means zero
-    tolerance: float, # Largest residual of a row, as a share of its right-hand side
-) -> Systems: # All rows, before the first step
+def systems_of(gram: torch.Tensor, outside: torch.Tensor, target: torch.Tensor, start: torch.Tensor | None,
+               tolerance: float) -> Systems:
     "The equations of every row."
     inside, new = ~outside, torch.zeros_like(target) if start is None else start.clone()
     residual = target * inside
@@ -92,15 +74,8 @@ def systems_of(
     return Systems(rows=rows, inside=inside, solution=new, residual=residual, direction=residual.clone(), size=size,
                    enough=enough)
 
-# %% ../../nbs/methods/15_update.ipynb #9f1a51cc
-def solved_on(
-    gram: torch.Tensor, # A symmetric positive matrix A, [in, in]
-    outside: torch.Tensor, # Where the solution of a row is zero, bool [out, in]
-    target: torch.Tensor, # Right-hand sides; what lies outside does not count, [out, in]
-    start: torch.Tensor | None, # First guess, zero outside, [out, in]; None means zero
-    steps: int, # Steps at most
-    tolerance: float, # Largest residual of a row, as a share of its right-hand side
-) -> tuple[torch.Tensor, int]: # Solutions, zero outside [out, in], and the steps taken
+def solved_on(gram: torch.Tensor, outside: torch.Tensor, target: torch.Tensor, start: torch.Tensor | None, steps: int,
+              tolerance: float) -> tuple[torch.Tensor, int]:
     "Solve x A = target for every row on its own columns, by products with A only."
     systems, solution, taken = systems_of(gram, outside, target, start, tolerance), torch.empty_like(target), 0
     while taken < steps and len(going := (systems.size > systems.enough).nonzero()[:, 0]):
@@ -112,21 +87,13 @@ def solved_on(
     solution[systems.rows] = systems.solution
     return solution, taken
 
-# %% ../../nbs/methods/15_update.ipynb #99862bc3
-def conjugate_gradients(
-    layer: ScaledLayer, # The problem
-    mask: torch.Tensor, # What is removed, bool [out, in]
-    start: torch.Tensor, # First guess, scaled, [out, in]; zero at the mask
-    steps: int, # Steps at most
-    tolerance: float, # Largest residual of a row, as a share of its right-hand side
-) -> tuple[torch.Tensor, int]: # Kept weights, scaled, zero at the mask [out, in], and the steps taken
+def conjugate_gradients(layer: ScaledLayer, mask: torch.Tensor, start: torch.Tensor, steps: int,
+                        tolerance: float) -> tuple[torch.Tensor, int]:
     "The best kept weights of every row (Meng et al. 2024, algorithm 2), by products with the Hessian only."
     return solved_on(layer.gram, mask, layer.weight @ layer.gram, start, steps, tolerance)
 
 # %% ../../nbs/methods/15_update.ipynb #1f2c44dd
-def inverse_problem(
-    layer: ScaledLayer, # The problem, its Hessian in float64
-) -> ScaledLayer | None: # Weights and inverse Hessian, scaled to a diagonal of 1; None where there is no inverse
+def inverse_problem(layer: ScaledLayer) -> ScaledLayer | None:
     "The problem of the removed weights."
     factor, failed = torch.linalg.cholesky_ex(layer.gram)
     if failed or factor.diagonal().square().min() <= len(factor) * torch.finfo(factor.dtype).eps: return None
@@ -137,24 +104,15 @@ def inverse_problem(
     return ScaledLayer(weight=layer.weight / scale.to(dtype), gram=inverse.to(dtype), scale=scale.to(dtype),
                        name=layer.name)
 
-def from_removed(
-    layer: ScaledLayer, # The problem
-    inverse: ScaledLayer, # Its `inverse_problem`
-    mask: torch.Tensor, # What is removed, bool [out, in]
-    steps: int, # Steps at most
-    tolerance: float, # Largest value that a removed weight of a row is left with, as a share of what they were
-) -> tuple[torch.Tensor, int]: # Kept weights, scaled, zero at the mask [out, in], and the steps taken
+def from_removed(layer: ScaledLayer, inverse: ScaledLayer, mask: torch.Tensor, steps: int,
+                 tolerance: float) -> tuple[torch.Tensor, int]:
     "The best kept weights of every row, by one multiplier for each removed weight."
     multipliers, taken = solved_on(inverse.gram, ~mask, inverse.weight, None, steps, tolerance)
     new = torch.addcmul(layer.weight, multipliers @ inverse.gram, inverse.scale, value=-1)
     return new.masked_fill_(mask, 0.0), taken
 
 # %% ../../nbs/methods/15_update.ipynb #c021
-def solved_rows(
-    target: torch.Tensor, # Right-hand sides of some rows, float64 [rows, in]
-    gram: torch.Tensor, # The matrix of the equations, float64 [in, in]
-    mask: torch.Tensor, # What is removed, bool [rows, in]
-) -> tuple[torch.Tensor, bool]: # Solutions, zero at the mask [rows, in], and whether all factorisations succeeded
+def solved_rows(target: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, bool]:
     "Solve on the support of every row, by one batch of Cholesky factorisations."
     size = int((~mask).sum(1).max())
     columns = mask.byte().argsort(dim=1, stable=True)[:, :size] # the kept ones, then fillers
@@ -169,12 +127,7 @@ def solved_rows(
     solution = torch.cholesky_solve(side[:, :, None], factor)[:, :, 0]
     return torch.zeros_like(target).scatter_(1, columns, solution), right
 
-# %% ../../nbs/methods/15_update.ipynb #c022
-def cholesky_on_support(
-    layer: ScaledLayer, # The problem, float64
-    mask: torch.Tensor, # What is removed, bool [out, in]
-    entries: int = 2**24, # Matrix entries of a chunk of rows at most, or one row
-) -> torch.Tensor: # Kept weights, scaled, zero at the mask, float64 [out, in]
+def cholesky_on_support(layer: ScaledLayer, mask: torch.Tensor, entries: int = 2**24) -> torch.Tensor:
     "The best kept weights of every row, factored in chunks of rows; a failure raises `BadInput` that names the module."
     new, rows = torch.zeros_like(layer.weight), max(1, entries // len(layer.gram) ** 2)
     for start in range(0, len(new), rows):
@@ -188,31 +141,18 @@ def cholesky_on_support(
 # %% ../../nbs/methods/15_update.ipynb #c026
 import logging
 from dataclasses import replace
-from ..core.errors import check_at_least, check_choice
-from .sparsegpt import check_matrix, check_settings
+from cap_nb.core.errors import check_at_least, check_choice
+from cap_nb.methods.sparsegpt import check_matrix, check_settings
 
-# %% ../../nbs/methods/15_update.ipynb #c027
 log = logging.getLogger(__name__)
 LINEAR_SOLVERS = ("cg", "cholesky")
 
-# %% ../../nbs/methods/15_update.ipynb #c028
-def restored(
-    weight: torch.Tensor, # Old weight, [out, in]
-    layer: ScaledLayer, # The same, scaled
-    new: torch.Tensor, # New weight, scaled, [out, in]; changed in place
-    mask: torch.Tensor, # What is removed, bool [out, in]
-) -> torch.Tensor: # New weight, in the old dtype, exactly zero at the mask
+def restored(weight: torch.Tensor, layer: ScaledLayer, new: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "The old weight plus what a solver moved, without the scale; what did not move is equal to the last bit."
     moved = new.sub_(layer.weight).div_(layer.scale)
     return (weight.detach() + moved).to(weight.dtype).masked_fill_(mask, 0.0)
 
-# %% ../../nbs/methods/15_update.ipynb #d2eb30da
-def solved_by_cg(
-    layer: ScaledLayer, # The problem, its Hessian in float64
-    mask: torch.Tensor, # What is removed, bool [out, in]
-    steps: int, # Steps at most
-    tolerance: float, # Largest residual of a row
-) -> torch.Tensor: # Kept weights, scaled, zero at the mask [out, in]
+def solved_by_cg(layer: ScaledLayer, mask: torch.Tensor, steps: int, tolerance: float) -> torch.Tensor:
     "By the removed weights where the Hessian has an inverse; what they leave, and all where it has none, by the kept."
     inverse, new, taken = inverse_problem(layer), layer.weight.masked_fill(mask, 0.0), 0
     if inverse: new, taken = from_removed(layer, inverse, mask, steps, tolerance)
@@ -245,10 +185,7 @@ def updated_weight(
     return restored(weight, layer, new, mask)
 
 # %% ../../nbs/methods/15_update.ipynb #c056
-def shrunk_hessian(
-    hessian: torch.Tensor, # Sum over tokens of the products of input features, [in, in]; not changed
-    share: float, # a, what is taken from everything beside the diagonal, in [0, 1]
-) -> torch.Tensor: # (1 - a) G + a diag(G), same dtype [in, in]
+def shrunk_hessian(hessian: torch.Tensor, share: float) -> torch.Tensor:
     "Shrink a Hessian towards its diagonal; a share outside [0, 1] raises `BadInput`."
     if not (is_number(share) and 0 <= share <= 1): # NaN is not
         raise BadInput(f"share is {share!r}: expected how much to shrink, from 0 (not at all) to 1 (to the diagonal); "

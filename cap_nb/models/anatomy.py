@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Anatomy', 'Projection', 'projections', 'output_projection', 'anatomy']
 
-# %% ../../nbs/models/01_anatomy.ipynb #c004
+# %% ../../nbs/models/01_anatomy.ipynb #c005
 from dataclasses import dataclass
 from .families import family_of
 
-# %% ../../nbs/models/01_anatomy.ipynb #c005
 @dataclass(frozen=True)
 class Anatomy:
     "Dimensions of a transformer, in the paper's symbols."
@@ -22,9 +21,7 @@ class Anatomy:
     widths: tuple[int, int, int] | None = None # Rows of a head's query, key and value where they differ; None: d each
 
 # %% ../../nbs/models/01_anatomy.ipynb #c006
-def dimensions(
-    config: object, # Configuration of a causal language model of transformers
-) -> Anatomy: # Its dimensions
+def dimensions(config: object) -> Anatomy:
     "Dimensions that a configuration states; the model itself is not needed."
     widths = family_of(config).widths(config)
     return Anatomy(
@@ -32,11 +29,10 @@ def dimensions(
         key_value_heads=family_of(config).groups(config), head_size=widths[-1], hidden_size=config.hidden_size,
         widths=widths if len(set(widths)) > 1 else None)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c012
-from itertools import accumulate
-from .families import HOLDS
-
 # %% ../../nbs/models/01_anatomy.ipynb #c013
+from itertools import accumulate
+from cap_nb.models.families import HOLDS
+
 @dataclass(frozen=True)
 class Part:
     "Neighbouring rows of a weight that belong to one head; of an output projection, neighbouring columns."
@@ -45,12 +41,7 @@ class Part:
     start: int # First row
     stop: int # Row after the last
 
-# %% ../../nbs/models/01_anatomy.ipynb #c014
-def parts_of(
-    role: str, # Role of a projection
-    a: Anatomy, # Dimensions of its model
-    by_group: bool = False, # Whether a fused matrix goes key-value head by key-value head
-) -> tuple[Part, ...]: # The parts in order; none where a weight is the whole layer's
+def parts_of(role: str, a: Anatomy, by_group: bool = False) -> tuple[Part, ...]:
     "The heads that the rows of a projection belong to (paper section 3.3, region mapping)."
     counts = {"query": a.heads, "key": a.key_value_heads, "value": a.key_value_heads}
     owners = [(kind, index) for kind in HOLDS.get(role, ()) for index in range(counts[kind])]
@@ -63,18 +54,15 @@ def parts_of(
                  for (kind, index), stop in zip(owners, stops))
 
 # %% ../../nbs/models/01_anatomy.ipynb #c021
-def key_value_head_of(
-    a: Anatomy, # Dimensions of the model
-) -> tuple[int, ...]: # For each of the H query heads, the index of its key-value head
+def key_value_head_of(a: Anatomy) -> tuple[int, ...]:
     "The key-value head that each query head reads (grouped-query attention)."
     return tuple(head // (a.heads // a.key_value_heads) for head in range(a.heads))
 
-# %% ../../nbs/models/01_anatomy.ipynb #c025
-from torch import nn
-from ..core.errors import BadInput, validate_arguments, check_index
-from .families import Experts
-
 # %% ../../nbs/models/01_anatomy.ipynb #c026
+from torch import nn
+from cap_nb.core.errors import BadInput, validate_arguments, check_index
+from cap_nb.models.families import Experts
+
 @dataclass(frozen=True)
 class Routing:
     "The experts of one layer, and what sends tokens to them."
@@ -96,27 +84,16 @@ class Routing:
         "Whether one module holds all experts."
         return not isinstance(self.experts, nn.ModuleList)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c028
-def decoder_layers(
-    model: nn.Module, # A causal language model of a known family
-) -> nn.ModuleList: # Its decoder layers, first to last
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
     "The decoder layers of a model."
     return model.get_submodule(family_of(model.config).layers)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c029
-def submodule_at(
-    module: nn.Module, # Any module
-    path: str, # Path to a part of it
-) -> nn.Module | None: # The part; None if there is none
+def submodule_at(module: nn.Module, path: str) -> nn.Module | None:
     "The module at a path, if there is one."
     try: return module.get_submodule(path)
     except AttributeError: return None
 
-# %% ../../nbs/models/01_anatomy.ipynb #c030
-def routing_of(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of a decoder layer, from 0
-) -> Routing | None: # Its experts; None for a dense layer
+def routing_of(model: nn.Module, layer: int) -> Routing | None:
     "The experts of a layer, and what sends tokens to them; a router without experts beside it raises `BadInput`."
     family, about = family_of(model.config), family_of(model.config).experts
     for path in about.blocks if about else ():
@@ -133,21 +110,38 @@ def routing_of(
             normed=bool(getattr(model.config, about.normed)) if about.normed else True)
     return None
 
-# %% ../../nbs/models/01_anatomy.ipynb #c031
-def expert_counts(
-    model: nn.Module, # A causal language model of a known family
-) -> tuple[int, ...]: # E of each layer; 0 for a dense one
+def expert_counts(model: nn.Module) -> tuple[int, ...]:
     "How many experts each layer chooses among; one that every token passes is not counted."
     routings = [routing_of(model, layer) for layer in range(len(decoder_layers(model)))]
     return tuple(routing.count if routing else 0 for routing in routings)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c037
+# %% ../../nbs/models/01_anatomy.ipynb #c038
 import torch
 from transformers.pytorch_utils import Conv1D
 
-# %% ../../nbs/models/01_anatomy.ipynb #c038
-class StoredWeight:
-    "How a weight is read from the parameter that holds it; the fields are those of `Projection`."
+@dataclass(frozen=True)
+class Projection:
+    "A weight matrix in scope for pruning, and where it lies."
+    layer: int # Index of its decoder layer, from 0
+    role: str # As in query, output or up
+    name: str # Full name of the module in the model; of a stacked expert, the name it would have in a list
+    module: nn.Module # The module that holds it: a Linear, a Conv1D, or one that holds all experts
+    parts: tuple[Part, ...] = () # Heads of its rows (of an output projection's columns); empty: the whole layer's
+    expert: int | None = None # Index of its expert; None: no expert's, or of one that every token passes
+    attribute: str = "weight" # Name of the parameter in the module
+    routing: Routing | None = None # What sends tokens to the expert
+
+    @property
+    def weight(self) -> torch.Tensor:
+        "The weight, [out, in]; what is changed in it is changed in the module."
+        return self.oriented(self.stored)
+
+    @property
+    def parameter_name(self) -> str:
+        "Full name of the parameter that holds the weight."
+        if not self.in_stack: return f"{self.name}.weight"
+        return f"{self.routing.name}.{self.routing.about.holder}.{self.attribute}"
+
     @property
     def parameter(self) -> nn.Parameter:
         "The parameter that holds the weight; of stacked experts, the weights of all."
@@ -176,9 +170,6 @@ class StoredWeight:
         "A tensor that lies as the stored weight does, as [out, in], without copying it."
         return tensor.T if self.transposed else tensor
 
-# %% ../../nbs/models/01_anatomy.ipynb #c039
-class Outputs(StoredWeight):
-    "What the rows of a weight make; the fields are those of `Projection`."
     @property
     def bias(self) -> torch.Tensor | None:
         "What is added to the outputs, [out]; None if nothing is."
@@ -191,39 +182,10 @@ class Outputs(StoredWeight):
         alternating = self.in_stack and self.routing.about.alternating
         return by_neuron.repeat_interleave(2) if alternating else by_neuron.repeat(2)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c040
-@dataclass(frozen=True)
-class Projection(Outputs):
-    "A weight matrix in scope for pruning, and where it lies."
-    layer: int # Index of its decoder layer, from 0
-    role: str # As in query, output or up
-    name: str # Full name of the module in the model; of a stacked expert, the name it would have in a list
-    module: nn.Module # The module that holds it: a Linear, a Conv1D, or one that holds all experts
-    parts: tuple[Part, ...] = () # Heads of its rows (of an output projection's columns); empty: the whole layer's
-    expert: int | None = None # Index of its expert; None: no expert's, or of one that every token passes
-    attribute: str = "weight" # Name of the parameter in the module
-    routing: Routing | None = None # What sends tokens to the expert
-
-    @property
-    def weight(self) -> torch.Tensor:
-        "The weight, [out, in]; what is changed in it is changed in the module."
-        return self.oriented(self.stored)
-
-    @property
-    def parameter_name(self) -> str:
-        "Full name of the parameter that holds the weight."
-        if not self.in_stack: return f"{self.name}.weight"
-        return f"{self.routing.name}.{self.routing.about.holder}.{self.attribute}"
-
 # %% ../../nbs/models/01_anatomy.ipynb #c042
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16) # Numbers that can be compared and zeroed
 
-def projection_module(
-    parent: nn.Module, # A decoder layer, or a block of experts
-    path: str, # Path to a projection, as the family has it
-    name: str, # Its full name, for the sentence
-    attribute: str = "weight", # Name of the parameter in it
-) -> nn.Module: # The module
+def projection_module(parent: nn.Module, path: str, name: str, attribute: str = "weight") -> nn.Module:
     "The module at a path; one that is missing, or holds no plain weight, raises `BadInput`."
     module = submodule_at(parent, path)
     if module is None:
@@ -234,13 +196,7 @@ def projection_module(
     raise BadInput(f"{name} holds no weight in float32, bfloat16 or float16: expected numbers that can be compared "
                    "and zeroed; load a model that is not quantised.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c043
-def expert_projection(
-    routing: Routing, # The experts of a layer
-    layer: int, # Index of the layer
-    role: str, # Role of the matrix
-    expert: int, # Index of the expert
-) -> Projection: # The matrix
+def expert_projection(routing: Routing, layer: int, role: str, expert: int) -> Projection:
     "One weight matrix of one expert, whether experts are stacked or a list."
     about, stacked = routing.about, routing.stacked
     path = about.stacked[role] if stacked else about.listed[role]
@@ -250,35 +206,21 @@ def expert_projection(
     return Projection(layer=layer, role=role, name=name, module=module, expert=expert, attribute=attribute,
                       routing=routing)
 
-def check_expert_count(
-    routing: Routing, # The experts of a layer
-    first: Projection, # The first of their matrices
-) -> None:
-    "Raise `BadInput` if the router knows another number of experts than there are."
-    held = len(first.parameter) if routing.stacked else len(routing.experts)
-    if held != routing.count:
-        raise BadInput(f"{routing.name} holds {held} experts and its router knows {routing.count}: "
-                       "expected as many; the model is not the one described.")
-
-# %% ../../nbs/models/01_anatomy.ipynb #c044
-def expert_projections(
-    routing: Routing, # The experts of a layer
-    layer: int, # Index of the layer
-) -> list[Projection]: # Role by role and expert by expert, then those of the expert that every token passes
+def expert_projections(routing: Routing, layer: int) -> list[Projection]:
     "The weight matrices of a layer's experts; a router that knows another number of them raises `BadInput`."
     roles = routing.about.stacked if routing.stacked else routing.about.listed
     matrices = [expert_projection(routing, layer, role, expert) for role in roles for expert in range(routing.count)]
-    check_expert_count(routing, matrices[0])
+    held = len(matrices[0].parameter) if routing.stacked else len(routing.experts)
+    if held != routing.count:
+        raise BadInput(f"{routing.name} holds {held} experts and its router knows {routing.count}: "
+                       "expected as many; the model is not the one described.")
     for role, path in routing.about.shared.items():
         name = f"{routing.name}.{path}"
         module = projection_module(routing.block, path, name)
         matrices.append(Projection(layer=layer, role=role, name=name, module=module))
     return matrices
 
-# %% ../../nbs/models/01_anatomy.ipynb #c045
-def configuration(
-    model: nn.Module, # Any module
-) -> object: # Its configuration
+def configuration(model: nn.Module) -> object:
     "A model's configuration; a module that has none raises `BadInput`."
     if hasattr(model, "config"): return model.config
     raise BadInput(f"A {type(model).__name__} has no configuration: expected a causal language model of transformers; "
@@ -303,35 +245,19 @@ def projections(
     return tuple(matrices)
 
 # %% ../../nbs/models/01_anatomy.ipynb #c066
-from .families import FUSES
+from cap_nb.models.families import FUSES
 
-# %% ../../nbs/models/01_anatomy.ipynb #c067
-def names_of_stack(
-    routing: Routing, # The experts of a layer, stacked
-    block: str, # Full name of their block in a checkpoint
-    role: str, # Role of a stacked parameter
-) -> tuple[str, ...]: # Names of the tensors that it is made of, in the order of its bytes
-    "Expert after expert, and of a fused matrix one part after the other."
-    paths = [routing.about.listed[part] for part in FUSES.get(role, (role,))]
-    prefix = f"{block}.{routing.about.holder}"
-    return tuple(f"{prefix}.{expert}.{path}.weight" for expert in range(routing.count) for path in paths)
-
-def names_of_block(
-    routing: Routing, # The experts of a layer
-    block: str, # Full name of their block in a checkpoint
-) -> dict[str, tuple[str, ...]]: # Name of a parameter in the model -> names of the tensors that hold it together
-    "How a checkpoint that calls the block so names its parameters."
-    names, stored = [name for name, _ in routing.block.named_parameters()], routing.about.stored
-    ways = {f"{routing.name}.{name}": (f"{block}.{stored.get(name, name)}",) for name in names}
-    if not (routing.stacked and routing.about.listed): return ways
-    for role, attribute in routing.about.stacked.items():
-        ways[f"{routing.name}.{routing.about.holder}.{attribute}"] = names_of_stack(routing, block, role)
+def names_of_block(routing: Routing, block: str) -> dict[str, tuple[str, ...]]:
+    "Parameters of the model -> the tensors that hold each together in a checkpoint that calls the block so."
+    about, names = routing.about, [name for name, _ in routing.block.named_parameters()]
+    ways = {f"{routing.name}.{name}": (f"{block}.{about.stored.get(name, name)}",) for name in names}
+    for role, attribute in about.stacked.items() if routing.stacked and about.listed else ():
+        paths = [about.listed[part] for part in FUSES.get(role, (role,))] # of a fused matrix one part after the other
+        ways[f"{routing.name}.{about.holder}.{attribute}"] = tuple(
+            f"{block}.{about.holder}.{expert}.{path}.weight" for expert in range(routing.count) for path in paths)
     return ways
 
-# %% ../../nbs/models/01_anatomy.ipynb #c068
-def checkpoint_names(
-    model: nn.Module, # A causal language model of a known family
-) -> dict[str, list[tuple[str, ...]]]: # Name of a parameter -> the ways to find it: tensors that hold it together
+def checkpoint_names(model: nn.Module) -> dict[str, list[tuple[str, ...]]]:
     "Under which names a checkpoint may hold each parameter."
     ways = {name: [(name,)] for name, _ in model.named_parameters()}
     layers = family_of(model.config).layers
@@ -342,10 +268,9 @@ def checkpoint_names(
                 ways[name].append(tensors)
     return ways
 
-# %% ../../nbs/models/01_anatomy.ipynb #c072
+# %% ../../nbs/models/01_anatomy.ipynb #c073
 from operator import attrgetter
 
-# %% ../../nbs/models/01_anatomy.ipynb #c073
 @validate_arguments
 def output_projection(
     model: nn.Module, # A causal language model of a known family
@@ -356,49 +281,34 @@ def output_projection(
     return layers[check_index(layer, len(layers), "layer")].get_submodule(family_of(model.config).roles["output"])
 
 # %% ../../nbs/models/01_anatomy.ipynb #0634c879
-def context_of(
-    config: object, # A model's configuration
-) -> int | None: # Tokens; None means no limit
+def context_of(config: object) -> int | None:
     "How many tokens a row may have; with longrope, where longer rows change what shorter ones compute, as before it."
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     before = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
     if "longrope" in (rope.get("rope_type"), rope.get("type")) and before: return before
     return getattr(config, "max_position_embeddings", None)
 
-def check_length(
-    model: nn.Module, # A causal language model
-    tokens: int, # Tokens of the longest row that it will read
-) -> None:
+def check_length(model: nn.Module, tokens: int) -> None:
     "Raise `BadInput` for a row that is longer than the model's context."
     context = context_of(getattr(model, "config", None))
     if context is None or tokens <= context: return
     raise BadInput(f"An example has {tokens} tokens and the model's context is {context}: expected one that fits; "
                    "choose shorter prompts or examples, or a model with a longer context.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c074
-def decoder_of(
-    model: nn.Module, # A causal language model of a known family
-    ids: torch.Tensor | None = None, # Token ids that it will read, [..., T]; None: not known yet
-) -> nn.Module: # The model without its output head
+def decoder_of(model: nn.Module, ids: torch.Tensor | None = None) -> nn.Module:
     "What turns token ids into hidden states, final norm included; too many ids raise `BadInput`."
     if ids is not None: check_length(model, ids.shape[-1])
     # get_decoder of transformers 4 returns some models themselves
     return model.get_submodule(family_of(model.config).layers.rpartition(".")[0])
 
-def final_norm(
-    model: nn.Module, # A causal language model of a known family
-) -> nn.Module: # What lies between the last layer and the output head
+def final_norm(model: nn.Module) -> nn.Module:
     "The norm before the output head, with what follows it; a model without either gets the identity."
     family = family_of(model.config)
     steps = [attrgetter(path)(model) for path in (family.final_norm, family.after_norm) if path]
     steps = [module for module in steps if module is not None]
     return steps[0] if len(steps) == 1 else nn.Sequential(*steps)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c075
-def head_logits(
-    model: nn.Module, # A causal language model of a known family
-    hidden: torch.Tensor, # What the model's decoder returns, [..., hidden]
-) -> torch.Tensor: # Logits, [..., vocabulary]
+def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     "The output head, and what the family does to its logits."
     family, config = family_of(model.config), model.config
     logits = model.get_output_embeddings()(hidden)
@@ -407,72 +317,39 @@ def head_logits(
     cap = getattr(config, family.capped_at, None) if family.capped_at else None
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
-def logits_of(
-    model: nn.Module, # A causal language model of a known family
-    hidden: torch.Tensor, # What the last decoder layer returns, [..., hidden]
-) -> torch.Tensor: # Logits, [..., vocabulary]
+def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     "The final norm and the output head."
     return head_logits(model, final_norm(model)(hidden))
 
 # %% ../../nbs/models/01_anatomy.ipynb #c082
 from collections.abc import Sequence
 
-# %% ../../nbs/models/01_anatomy.ipynb #c083
-def latents_of(
-    matrices: Sequence[Projection], # The projections of a model
-    a: Anatomy, # Its dimensions
-) -> dict[str, int]: # Role -> width of the latent that it reads
-    "How wide the latents are that come out of their matrices; of keys' and values', without the rotated key."
+def attention_shapes(matrices: Sequence[Projection], a: Anatomy) -> dict[str, tuple[int, int]]:
+    "The shapes (out, in) that the dimensions demand of the attention's roles, latents as wide as what makes them."
     rotated = a.widths[0] - a.widths[1] if a.widths else 0 # a query's rows that no key of its own head meets
-    return {p.role.removesuffix("_latent"): len(p.weight) - rotated * (p.role == "key_value_latent")
-            for p in matrices if p.role.endswith("_latent")}
-
-def attention_shapes(
-    a: Anatomy, # Dimensions of a model
-    latents: dict[str, int], # Role -> width of the latent that it reads, if it reads one
-) -> dict[str, tuple[int, int]]: # Role -> shape of its weight, (out, in)
-    "The shapes that the dimensions demand of the attention projections."
+    latents = {p.role.removesuffix("_latent"): len(p.weight) - rotated * (p.role == "key_value_latent")
+               for p in matrices if p.role.endswith("_latent")}
     counts, widths = (a.heads, a.key_value_heads, a.key_value_heads), a.widths or (a.head_size,) * 3
     rows = {kind: count * width for kind, count, width in zip(("query", "key", "value"), counts, widths)}
     shapes = {role: (sum(rows[kind] for kind in kinds), latents.get(role, a.hidden_size))
               for role, kinds in HOLDS.items() if kinds}
     return shapes | {"output": (a.hidden_size, a.heads * a.head_size)}
 
-# %% ../../nbs/models/01_anatomy.ipynb #c084
-def expert_shapes(
-    matrices: Sequence[Projection], # The projections of a model
-    hidden: int, # Width of the residual stream
-) -> dict[str, tuple[int, int]]: # Name of an expert's matrix -> shape of its weight, (out, in)
-    "The shapes that an expert's matrices need to fit together, given the width that its down projection reads."
-    of_experts = [p for p in matrices if p.expert is not None]
-    inner = {(p.layer, p.expert): p.weight.shape[1] for p in of_experts if p.role == "down"}
-    def shape(role: str, width: int) -> tuple[int, int]:
-        return {"gate_up": (2 * width, hidden), "down": (hidden, width)}.get(role, (width, hidden))
-    return {p.name: shape(p.role, inner[p.layer, p.expert]) for p in of_experts}
-
-# %% ../../nbs/models/01_anatomy.ipynb #c085
-def check_shapes(
-    matrices: Sequence[Projection], # The projections of a model
-    a: Anatomy, # Its dimensions
-) -> None:
+def check_shapes(matrices: Sequence[Projection], a: Anatomy) -> None:
     "Raise `BadInput` if a projection of the attention, or of an expert, has another shape than it must."
-    for_roles = attention_shapes(a, latents_of(matrices, a))
-    for_experts = expert_shapes(matrices, a.hidden_size)
+    by_role = attention_shapes(matrices, a)
+    widths = {(p.layer, p.expert): p.weight.shape[1] for p in matrices if p.role == "down"}
     for p in matrices:
         shape = tuple(p.weight.shape)
-        expected = for_roles.get(p.role, shape)
+        expected, why = by_role.get(p.role, shape), " from the configuration; its layout is not the one described."
+        if p.expert is not None:
+            width, why = widths[p.layer, p.expert], "; the experts do not lie as described."
+            expected = {"gate_up": (2 * width, a.hidden_size), "down": (a.hidden_size, width)}.get(
+                p.role, (width, a.hidden_size))
         if shape != expected:
-            raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(expected)} from the configuration; "
-                           "its layout is not the one described.")
-        expected = for_experts.get(p.name, shape)
-        if shape != expected:
-            raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(expected)}; "
-                           "the experts do not lie as described.")
+            raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(expected)}{why}")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c086
-def routing_weights(
-    matrices: Sequence[Projection], # The projections of a model
-) -> list[nn.Parameter]: # Parameters of routers, and of what weighs an expert that every token passes
+def routing_weights(matrices: Sequence[Projection]) -> list[nn.Parameter]:
     "What is deliberately not in scope: what chooses and weighs experts."
     routings = {id(p.routing): p.routing for p in matrices if p.routing}.values()
     modules = [routing.router for routing in routings]
@@ -480,10 +357,7 @@ def routing_weights(
                 if routing.about.shared_gate]
     return [weight for module in modules for weight in module.parameters()]
 
-def check_nothing_left_out(
-    model: nn.Module, # A causal language model of a known family
-    matrices: Sequence[Projection], # Its projections
-) -> None:
+def check_nothing_left_out(model: nn.Module, matrices: Sequence[Projection]) -> None:
     "Raise `BadInput` if a decoder layer holds a matrix that is no projection and neither chooses nor weighs experts."
     described = {id(p.parameter) for p in matrices} | {id(weight) for weight in routing_weights(matrices)}
     for name, module in decoder_layers(model).named_modules(prefix=family_of(model.config).layers):

@@ -5,24 +5,19 @@
 # %% auto #0
 __all__ = ['check_anatomy']
 
-# %% ../../nbs/models/09_checks.ipynb #c004
+# %% ../../nbs/models/09_checks.ipynb #c005
 from collections.abc import Iterator
 from contextlib import contextmanager
 import torch
 from torch import nn
-from ..core.errors import BadInput, validate_arguments
-from .anatomy import (
+from cap_nb.core.errors import BadInput, validate_arguments
+from cap_nb.models.anatomy import (
     Anatomy, Part, Projection, dimensions, key_value_head_of, output_projection, projections)
-from .families import HOLDS
-from .interventions import changed_input, watching
+from cap_nb.models.families import HOLDS
+from cap_nb.models.interventions import changed_input, watching
 
-# %% ../../nbs/models/09_checks.ipynb #c005
 @torch.no_grad()
-def heads_at(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a decoder layer, from 0
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> torch.Tensor: # What its heads give to the output projection, [B, T, H, d]
+def heads_at(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
     "The heads' outputs; an output projection that is not called once, or with another width, raises `BadInput`."
     a, inputs = dimensions(model.config), []
     with changed_input(output_projection(model, layer), watching(inputs.append)): model(input_ids=ids, use_cache=False)
@@ -31,12 +26,8 @@ def heads_at(
     raise BadInput(f"The output projection of layer {layer} was called {len(inputs)} times, with widths "
                    f"{[t.shape[-1] for t in inputs]}: expected once, with {width}; heads cannot be masked there.")
 
-# %% ../../nbs/models/09_checks.ipynb #c006
 @contextmanager
-def flipped(
-    projection: Projection, # A projection of the attention
-    part: Part, # One of its parts
-) -> Iterator[None]:
+def flipped(projection: Projection, part: Part) -> Iterator[None]:
     "While the block runs, the rows of a part have the other sign, and so has their bias."
     tensors = [t for t in (projection.weight, projection.bias) if t is not None]
     for tensor in tensors: tensor.detach()[part.start:part.stop].neg_()
@@ -44,31 +35,19 @@ def flipped(
     finally:
         for tensor in tensors: tensor.detach()[part.start:part.stop].neg_()
 
-def rows_of_latent(
-    projection: Projection, # A projection of the attention that all heads of its layer share
-) -> list[Part]: # Its first and its last row, of which each stands for one that makes the latent
-    "What is flipped in a matrix without parts: of keys' and values', a row of the latent and one of the rotated key."
-    return [Part(kind="latent", index=row, start=row, stop=row + 1) for row in (0, len(projection.weight) - 1)]
-
-def readers_of(
-    part: Part, # A part of a query, key or value projection
-    a: Anatomy, # Dimensions of its model
-) -> list[int]: # Indices of the query heads that depend on it
+def readers_of(part: Part, a: Anatomy) -> list[int]:
     "A query head depends on its rows, those that read a key-value head on that head's, and all on a latent."
     if part.kind == "latent": return list(range(a.heads))
     if part.kind == "query": return [part.index]
     return [head for head, group in enumerate(key_value_head_of(a)) if group == part.index]
 
-# %% ../../nbs/models/09_checks.ipynb #c012
-def check_rows(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a decoder layer, from 0
-    ids: torch.Tensor, # Token ids, int64 [1, T]
-) -> None:
+def check_rows(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
     "Raise `BadInput` unless the rows of each part change the heads that they should."
     a, intact = dimensions(model.config), heads_at(model, layer, ids)
     of_heads = [p for p in projections(model) if p.layer == layer and p.role in HOLDS and p.role != "output"]
-    for p, part in [(p, part) for p in of_heads for part in p.parts or rows_of_latent(p)]:
+    def latent_rows(p: Projection) -> list[Part]: # one of the latent and, of keys and values, one of the rotated key
+        return [Part(kind="latent", index=row, start=row, stop=row + 1) for row in (0, len(p.weight) - 1)]
+    for p, part in [(p, part) for p in of_heads for part in p.parts or latent_rows(p)]:
         with flipped(p, part): changed = (heads_at(model, layer, ids) != intact).any(-1).any(1)[0]
         changed, expected = changed.nonzero()[:, 0].tolist(), readers_of(part, a)
         if changed != expected:
@@ -77,49 +56,27 @@ def check_rows(
                            f"{part.index}; the order described is not this model's.")
 
 # %% ../../nbs/models/09_checks.ipynb #c020
+from contextlib import ExitStack
 import torch.nn.functional as F
-from .anatomy import routing_of
-from .routing import Route, recorded_inputs, recorded_routes
+from cap_nb.models.anatomy import routing_of
+from cap_nb.models.interventions import changed_output, masked_expert, recorded_inputs, recorded_routes
 
-# %% ../../nbs/models/09_checks.ipynb #c021
-def expert_outputs(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a sparse layer
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> tuple[Route, dict[int, tuple[torch.Tensor, torch.Tensor]]]: # Route; expert -> tokens [n], outputs [n, hidden]
-    "Where the tokens of a batch were sent, and what each expert makes of its tokens, by the description."
-    outputs = {}
+@torch.no_grad()
+def added_by_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
+    "What the experts of a layer add to the output of their block, by the description, float32 [tokens, hidden]."
+    outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {} # Expert -> its tokens, and what it makes of them
     def multiply(p: Projection, rows: torch.Tensor, tokens: torch.Tensor | None) -> None:
         if p.expert is not None and p.role == "down": outputs[p.expert] = tokens, F.linear(rows, p.weight, p.bias)
     of_layer = [p for p in projections(model) if p.layer == layer]
     with recorded_routes(model) as routes, recorded_inputs(of_layer, multiply): model(input_ids=ids, use_cache=False)
-    return next(route for route in routes if route.layer == layer), outputs
-
-@torch.no_grad()
-def added_by_experts(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a sparse layer
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> torch.Tensor: # Sum over experts, float32 [B * T, hidden]
-    "What the experts of a layer add to the output of their block, by the description."
-    route, outputs = expert_outputs(model, layer, ids)
+    route = next(route for route in routes if route.layer == layer)
     added = torch.zeros(ids.numel(), model.config.hidden_size, device=ids.device)
     for expert, (tokens, rows) in outputs.items():
         weight = (route.weights * (route.indices == expert)).sum(-1)[tokens, None]
         added[tokens] += (rows * weight).float()
     return added
 
-# %% ../../nbs/models/09_checks.ipynb #c023
-from contextlib import ExitStack
-from .interventions import changed_output
-from .routing import masked_expert
-
-# %% ../../nbs/models/09_checks.ipynb #c024
-def block_output(
-    model: nn.Module, # A causal language model
-    block: nn.Module, # One of its modules, called once
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> torch.Tensor: # What the module returns, [B * T, hidden]
+def block_output(model: nn.Module, block: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     "The output of a module while the model runs; of a tuple, its first part."
     outputs = []
     with changed_output(block, watching(outputs.append)): model(input_ids=ids, use_cache=False)
@@ -127,11 +84,7 @@ def block_output(
     return hidden.flatten(0, -2)
 
 @torch.no_grad()
-def lost_without_experts(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a sparse layer
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> torch.Tensor: # Intact minus masked, float32 [B * T, hidden]
+def lost_without_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
     "What a block loses when all of its experts are masked."
     routing = routing_of(model, layer)
     intact = block_output(model, routing.block, ids)
@@ -139,14 +92,9 @@ def lost_without_experts(
         for expert in range(routing.count): stack.enter_context(masked_expert(model, layer, expert))
         return (intact - block_output(model, routing.block, ids)).float()
 
-# %% ../../nbs/models/09_checks.ipynb #c028
 ROUNDING = 0.05 # Share of the largest number that bfloat16 may take where tokens are computed in groups, one an expert
 
-def check_routing(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    layer: int, # Index of a sparse layer
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> None:
+def check_routing(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
     "Raise `BadInput` unless the experts of a layer add what the description says, up to the rounding of bfloat16."
     lost = lost_without_experts(model, layer, ids)
     if (added_by_experts(model, layer, ids) - lost).abs().max() > ROUNDING * lost.abs().max():
@@ -154,24 +102,17 @@ def check_routing(
                        "ones, by their weights, with gate before up; the layout is not this model's.")
 
 # %% ../../nbs/models/09_checks.ipynb #c032
-from .anatomy import decoder_layers, expert_counts
+from cap_nb.models.anatomy import decoder_layers, expert_counts
 
-# %% ../../nbs/models/09_checks.ipynb #c033
 @torch.no_grad()
-def logits_without_heads(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    ids: torch.Tensor, # Token ids, int64 [B, T]
-) -> torch.Tensor: # Logits with every head of every layer masked, [B, T, vocabulary]
+def logits_without_heads(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     "The model without attention."
     with ExitStack() as stack:
         for layer in range(len(decoder_layers(model))):
             stack.enter_context(changed_input(output_projection(model, layer), torch.zeros_like))
         return model(input_ids=ids, use_cache=False).logits
 
-def check_tokens_independent(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    ids: torch.Tensor, # Token ids, int64 [1, T]
-) -> None:
+def check_tokens_independent(model: nn.Module, ids: torch.Tensor) -> None:
     "Raise `BadInput` if, with every head masked, the logits of the last token depend on the tokens before it."
     others = torch.cat([ids[:, :-1] + 1, ids[:, -1:]], 1) # the same last token after others
     one, other = (logits_without_heads(model, each)[:, -1] for each in (ids, others))
@@ -185,7 +126,6 @@ def check_tokens_independent(
 from collections.abc import Sequence
 from .anatomy import anatomy
 
-# %% ../../nbs/models/09_checks.ipynb #c038
 @validate_arguments
 def check_anatomy(
     model: nn.Module, # A causal language model of a known family, in evaluation mode, not pruned; not changed

@@ -25,18 +25,12 @@ from ..core.errors import BadInput, check_at_least, check_choice, validate_argum
 from .anatomy import context_of
 
 # %% ../../nbs/models/10_decoding.ipynb #c005
-def answer_is_whole(
-    text: str, # What was written so far
-    line: re.Pattern, # Matches an answer line
-) -> bool: # True if nothing that follows can change that line
+def answer_is_whole(text: str, line: re.Pattern) -> bool:
     "Whether a text holds an answer line with its line break behind it (paper Appendix B)."
     return any(line.fullmatch(row.strip()) for row in text.split("\n")[:-1])
 
 # %% ../../nbs/models/10_decoding.ipynb #c010
-def stop_tokens(
-    model: torch.nn.Module, # A causal language model of transformers
-    tokenizer: object, # Its tokenizer
-) -> tuple[int, ...]: # Token ids that end an answer, ascending
+def stop_tokens(model: torch.nn.Module, tokenizer: object) -> tuple[int, ...]:
     "Tokens that end an answer: those of the model's configuration and the tokenizer's."
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = ids if isinstance(ids, (list, tuple)) else [ids]
@@ -44,9 +38,7 @@ def stop_tokens(
 
 # %% ../../nbs/models/10_decoding.ipynb #c012
 @contextmanager
-def inference(
-    model: torch.nn.Module, # A causal language model of transformers
-) -> Iterator[None]:
+def inference(model: torch.nn.Module) -> Iterator[None]:
     "Evaluation mode without gradients; the model's previous mode comes back at the end."
     was_training = model.training
     model.eval()
@@ -64,13 +56,8 @@ class Generation:
     entropies: tuple[float, ...] = () # Entropy before each token, in nats, where it was noted
 
 # %% ../../nbs/models/10_decoding.ipynb #c014
-def generate_naive(
-    model: torch.nn.Module, # A causal language model of transformers
-    tokenizer: object, # Its tokenizer
-    prompt: Sequence[int], # Token ids of the prompt
-    max_new_tokens: int, # The limit, in tokens
-    line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
-) -> Generation: # What the model wrote
+def generate_naive(model: torch.nn.Module, tokenizer: object, prompt: Sequence[int], max_new_tokens: int,
+                   line: re.Pattern | None = None) -> Generation:
     "Greedy decoding of one prompt without cache or batch (paper section 4): the oracle."
     stop, written = stop_tokens(model, tokenizer), []
     with inference(model):
@@ -86,13 +73,7 @@ def generate_naive(
 # %% ../../nbs/models/10_decoding.ipynb #3ea6abc1
 class Ending:
     "Decides after each token whether a row has ended (paper section 4, Appendix B)."
-    def __init__(
-        self,
-        tokenizer: object, # The model's tokenizer
-        stop: Sequence[int], # Stop tokens
-        limit: int, # Tokens that may be written
-        line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
-    ):
+    def __init__(self, tokenizer: object, stop: Sequence[int], limit: int, line: re.Pattern | None = None):
         self.tokenizer, self.stop, self.limit, self.line = tokenizer, frozenset(stop), limit, line
         self.has_break = remembered(lambda token: "\n" in tokenizer.decode([token]))
 
@@ -108,11 +89,7 @@ class Ending:
 # %% ../../nbs/models/10_decoding.ipynb #7e805e64
 class SlotLayer(DynamicLayer):
     "Keys and values of one layer, in memory that is taken once."
-    def __init__(
-        self,
-        slots: "Slots", # What all layers share
-        like: DynamicLayer, # A layer that was read
-    ):
+    def __init__(self, slots: "Slots", like: DynamicLayer):
         super().__init__()
         self.slots, self.is_initialized, self.device, self.dtype = slots, True, like.keys.device, like.keys.dtype
         self.keys, self.values = map(slots.memory, (like.keys, like.values))
@@ -127,10 +104,7 @@ class SlotLayer(DynamicLayer):
         "Columns to attend to, without the one to come."
         return self.slots.end - min(self.slots.starts)
 
-def padded_left(
-    prompts: Sequence[Sequence[int]], # Token ids of each prompt
-    device: torch.device, # Where the tensors go
-) -> tuple[torch.Tensor, torch.Tensor]: # Token ids and attention mask, int64 [rows, positions]
+def padded_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     "Prompts that all end at the last column; padding is masked, so any token will do."
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -142,14 +116,7 @@ SPARE = 64 # Columns by which slots grow at least, and which the longest have to
 
 class Slots:
     "A cache in memory of fixed size whose rows come and go, all of which write into the same column."
-    def __init__(
-        self,
-        model: torch.nn.Module, # A causal language model of transformers
-        longest: int, # Tokens of the longest row that is to join: they must fit before the column to come
-        max_new_tokens: int, # Tokens that may be written after each prompt
-        budget: int, # Tokens that all slots hold together; a larger prompt gets one slot
-        most: int, # Slots that can be used
-    ):
+    def __init__(self, model: torch.nn.Module, longest: int, max_new_tokens: int, budget: int, most: int):
         self.model, self.longest, self.budget = model, longest, budget
         room, self.most_columns = longest + math.ceil(max_new_tokens / 4), longest + max_new_tokens + SPARE
         self.count = max(1, min(most, budget // room))
@@ -244,22 +211,13 @@ class Decoding:
 # %% ../../nbs/models/10_decoding.ipynb #ch00ser1
 Chooser = Callable[[list[int], list[list[int]], torch.Tensor], list[int]] # Rows' prompts, what they wrote, logits
 
-def likeliest(
-    rows: list[int], # Index of each row's prompt
-    written: list[list[int]], # What each row wrote so far
-    logits: torch.Tensor, # [rows, vocabulary]
-) -> list[int]: # Token ids
+def likeliest(rows: list[int], written: list[list[int]], logits: torch.Tensor) -> list[int]:
     "The next token of each row in greedy decoding."
     return logits.argmax(-1).tolist()
 
 # %% ../../nbs/models/10_decoding.ipynb #9a75e31d
-def write_all(
-    slots: Slots, # Without rows
-    prompts: Sequence[Sequence[int]], # Token ids of each prompt
-    order: Sequence[int], # Indices of the prompts
-    ending: Ending, # When a row has ended
-    choose: Chooser, # Decides the next tokens
-) -> Iterator[tuple[int, Generation]]: # Index of a prompt and what was written after it, as rows end
+def write_all(slots: Slots, prompts: Sequence[Sequence[int]], order: Sequence[int], ending: Ending,
+              choose: Chooser) -> Iterator[tuple[int, Generation]]:
     "Write until every row has ended; prompts join as slots become free."
     waiting, written = deque(order), [[] for _ in prompts]
     while waiting or slots.rows:
@@ -281,11 +239,7 @@ def write_all(
                 slots.leave(slot)
 
 # %% ../../nbs/models/10_decoding.ipynb #5273114a
-def check_room(
-    model: torch.nn.Module, # A causal language model of transformers
-    prompts: Sequence[Sequence[int]], # Token ids of each prompt
-    max_new_tokens: int, # The limit, in tokens
-) -> None:
+def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     "Raise `BadInput` if the longest prompt and what may follow it exceed the model's context, or one is empty."
     if not all(map(len, prompts)): raise BadInput("A prompt has no token: expected one at least; write some.")
     longest, context = max(map(len, prompts), default=0), context_of(model.config)
@@ -294,15 +248,8 @@ def check_room(
                        f"{context}: expected them to fit; lower max_new_tokens or leave worked examples out.")
 
 # %% ../../nbs/models/10_decoding.ipynb #05647d03
-def generate_by(
-    model: torch.nn.Module, # A causal language model of transformers
-    tokenizer: object, # Its tokenizer
-    prompts: Sequence[Sequence[int]], # Token ids of each prompt
-    max_new_tokens: int, # The limit, in tokens
-    line: re.Pattern | None, # An answer line that ends the answer; None means that only a stop token does
-    decoding: Decoding, # How many prompts at once, and in which order
-    choose: Chooser, # Decides the next tokens
-) -> list[Generation]: # What the model wrote after each prompt
+def generate_by(model: torch.nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                line: re.Pattern | None, decoding: Decoding, choose: Chooser) -> list[Generation]:
     "Decode many prompts, the longest expected answer first; too little room in the context raises `BadInput`."
     check_at_least(max_new_tokens, 1, "max_new_tokens")
     check_room(model, prompts, max_new_tokens)
@@ -353,9 +300,7 @@ class HeldModel:
         return self.writer
 
 @contextmanager
-def held_by_vllm(
-    model: torch.nn.Module, # A causal language model of transformers, whose weights stay as they are meanwhile
-) -> Iterator[HeldModel]: # For `Decoding`
+def held_by_vllm(model: torch.nn.Module) -> Iterator[HeldModel]:
     "While the block runs, vLLM answers with the model that it loads once; afterwards it lets go of it."
     with TemporaryDirectory() as folder:
         held = HeldModel(model, folder)
@@ -363,11 +308,7 @@ def held_by_vllm(
         finally: held.writer = None
 
 # %% ../../nbs/models/10_decoding.ipynb #d03596c5
-def cut_at_end(
-    tokens: Sequence[int], # What was written, perhaps beyond the end
-    reason: str | None, # Why writing ended, "stop" where a stop token ended it that is not among the tokens
-    ending: Ending, # When a row has ended
-) -> Generation: # The same up to its end
+def cut_at_end(tokens: Sequence[int], reason: str | None, ending: Ending) -> Generation:
     "Tokens up to the end that our rules see; an answer that ended by no rule raises `BadInput`."
     written = []
     for token in tokens:
@@ -376,13 +317,8 @@ def cut_at_end(
     raise BadInput(f"An answer ended after {len(written)} tokens because of {reason!r}: expected a stop token or the "
                    "limit; take the backend transformers.")
 
-def generate_with_vllm(
-    held: HeldModel, # The model
-    tokenizer: object, # Its tokenizer
-    prompts: Sequence[Sequence[int]], # Token ids of each prompt
-    max_new_tokens: int, # The limit, in tokens
-    line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
-) -> list[Generation]: # What the model wrote after each prompt
+def generate_with_vllm(held: HeldModel, tokenizer: object, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                       line: re.Pattern | None = None) -> list[Generation]:
     "Greedy decoding by vLLM (Kwon et al., 2023)."
     vllm, stop = imported_vllm(), stop_tokens(held.model, tokenizer)
     check_at_least(max_new_tokens, 1, "max_new_tokens")
@@ -414,11 +350,7 @@ def generate_greedy(
     with held_by_vllm(model) as held: return generate_with_vllm(held, *asked)
 
 # %% ../../nbs/models/10_decoding.ipynb #8089e193
-def generation_batches(
-    lengths: Sequence[int], # Tokens of each prompt
-    max_new_tokens: int, # Tokens that may be written after each
-    batch_tokens: int, # Tokens a batch may hold; a larger prompt gets a batch of its own
-) -> list[list[int]]: # Indices of the prompts in each batch, shortest first
+def generation_batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
     "Cut prompts, sorted by length, into batches of at most `batch_tokens` tokens, those yet to be written included."
     batches = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
@@ -428,25 +360,18 @@ def generation_batches(
     return batches
 
 # %% ../../nbs/models/10_decoding.ipynb #f4a9e05c
-def token_limit(
-    task: str, # Name of the task
-) -> int: # Tokens that an answer may take
+def token_limit(task: str) -> int:
     "The default limit: 192 tokens for the lab's solutions, of which none has as many as 150, and 512 for benchmarks."
     return 192 if task.startswith("lab-") else 512
 
-def one_task(
-    items: Sequence[object], # Problems or records of answers
-) -> str: # The task they all belong to
+def one_task(items: Sequence[object]) -> str:
     "The one task of problems or records; none or several raise `BadInput`."
     tasks = {item.task for item in items}
     if len(tasks) == 1: return tasks.pop()
     raise BadInput(f"The problems or answers belong to {len(tasks)} tasks: expected those of one; "
                    "the limits and answer lines of tasks differ.")
 
-def limit_for(
-    dense: Sequence[object], # Records of the dense model's answers to one task
-    share: float = 0.995, # Share of them that must have room
-) -> int: # Tokens that an answer may take
+def limit_for(dense: Sequence[object], share: float = 0.995) -> int:
     "A limit with room for the dense model's answers, at least `token_limit`; `BadInput` if too many were cut off."
     task, n, cut = one_task(dense), len(dense), sum(record.cut_off for record in dense)
     lengths = sorted(record.tokens for record in dense)
@@ -463,20 +388,14 @@ class Sampling:
     top_k: int = 50 # How many of the likeliest tokens may be drawn
     seed: int = 0 # Of the draws, together with the name of each row
 
-def check_sampling(
-    sampling: Sampling, # How tokens are drawn
-) -> None:
+def check_sampling(sampling: Sampling) -> None:
     "Raise `BadInput` for a temperature that is not above 0, or a top_k below 1."
     check_at_least(sampling.top_k, 1, "top_k")
     if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
         raise BadInput(f"The temperature is {sampling.temperature}: expected a number above 0; give a larger one.")
 
 # %% ../../nbs/models/10_decoding.ipynb #c064
-def drawn_tokens(
-    logits: torch.Tensor, # [rows, vocabulary]
-    numbers: torch.Tensor, # A number in [0, 1) for each row, float64 [rows]
-    sampling: Sampling, # How tokens are drawn
-) -> torch.Tensor: # Token ids, int64 [rows]
+def drawn_tokens(logits: torch.Tensor, numbers: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     "For each row the first token, from the likeliest on, whose cumulated probability exceeds the row's number."
     values, tokens = logits.topk(min(sampling.top_k, logits.shape[-1])) # from the highest on
     cumulated = (values.double() / sampling.temperature).softmax(-1).cumsum(-1)
@@ -484,30 +403,20 @@ def drawn_tokens(
     return tokens.gather(-1, place[:, None])[:, 0]
 
 # %% ../../nbs/models/10_decoding.ipynb #c069
-def row_numbers(
-    name: str, # What the numbers follow from
-    seed: int, # And the seed
-    count: int, # How many
-) -> list[float]: # In [0, 1)
+def row_numbers(name: str, seed: int, count: int) -> list[float]:
     "The uniform numbers of a row; the first ones do not depend on how many are asked for."
     rng = random.Random(f"{seed}/{name}")
     return [rng.random() for _ in range(count)]
 
 # %% ../../nbs/models/10_decoding.ipynb #c073
-def entropies_of(
-    logits: torch.Tensor, # [rows, vocabulary]
-) -> torch.Tensor: # In nats, [rows]
+def entropies_of(logits: torch.Tensor) -> torch.Tensor:
     "Entropy of each row's distribution over the vocabulary."
     return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
 # %% ../../nbs/models/10_decoding.ipynb #670c003d
 class NumberChooser:
     "Draws tokens by given numbers, and notes the entropies."
-    def __init__(
-        self,
-        numbers: Sequence[Sequence[float]], # For each prompt a number a token; none decodes greedily
-        sampling: Sampling, # How tokens are drawn
-    ):
+    def __init__(self, numbers: Sequence[Sequence[float]], sampling: Sampling):
         self.numbers, self.sampling, self.entropies = numbers, sampling, [[] for _ in numbers]
 
     def __call__(self, rows: list[int], written: list[list[int]], logits: torch.Tensor) -> list[int]:
@@ -521,16 +430,9 @@ class NumberChooser:
         return tokens.tolist()
 
 # %% ../../nbs/models/10_decoding.ipynb #194ec311
-def generate_noted(
-    model: torch.nn.Module, # A causal language model of transformers
-    tokenizer: object, # Its tokenizer
-    prompts: Sequence[Sequence[int]], # Token ids of each prompt
-    max_new_tokens: int, # The limit, in tokens
-    line: re.Pattern | None = None, # An answer line that ends the answer; None means that only a stop token does
-    decoding: Decoding = Decoding(), # How many prompts at once, and in which order
-    sampling: Sampling = Sampling(), # How tokens are drawn
-    names: Sequence[str | None] = (), # Whose numbers each row draws with; None or no names: greedily
-) -> list[Generation]: # What the model wrote after each prompt, with entropies
+def generate_noted(model: torch.nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                   line: re.Pattern | None = None, decoding: Decoding = Decoding(), sampling: Sampling = Sampling(),
+                   names: Sequence[str | None] = ()) -> list[Generation]:
     "Decode many prompts, by drawing where a row has a name; a temperature that is not above 0 raises `BadInput`."
     check_sampling(sampling)
     names = list(names) or [None] * len(prompts)

@@ -37,15 +37,11 @@ class Experts:
     product: Callable | None = None # (holder, gate, up) -> what down reads; None: the activation of gate, times up
 
 # %% ../../nbs/models/00_families.ipynb #c010
-def plain_groups(
-    config: object, # Configuration of a causal language model
-) -> int: # G, key-value heads a layer
+def plain_groups(config: object) -> int:
     "What `num_key_value_heads` says, or as many as there are query heads."
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
-def plain_widths(
-    config: object, # Configuration of a causal language model
-) -> tuple[int, int, int]: # Rows of a head's query, key and value
+def plain_widths(config: object) -> tuple[int, int, int]:
     "The head size three times: `head_dim` where it is stated, else what the hidden size leaves for each head."
     return (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,) * 3
 
@@ -67,10 +63,7 @@ class Family:
     where_none: "tuple[str, Family] | None" = None # A setting, and the family of a model that has None there
 
 # %% ../../nbs/models/00_families.ipynb #c013
-def under(
-    prefix: str, # Path of a module
-    **names: str, # Role -> name under it
-) -> dict[str, str]: # Role -> whole path
+def under(prefix: str, **names: str) -> dict[str, str]:
     "Paths of several roles under one module."
     return {role: f"{prefix}.{name}" for role, name in names.items()}
 
@@ -85,7 +78,6 @@ STARCODER2 = Family("model.layers", "model.norm", ATTENTION | under("mlp", up="c
 GATELESS = Family("model.layers", "model.norm", ATTENTION | under("mlp", up="up_proj", down="down_proj"))
 GLM4 = Family("model.layers", "model.norm", ATTENTION | under("mlp", gate_up="gate_up_proj", down="down_proj"))
 
-# %% ../../nbs/models/00_families.ipynb #c018
 PHI = Family("model.layers", "model.final_layernorm",
              ATTENTION | under("self_attn", output="dense") | under("mlp", up="fc1", down="fc2"))
 GPTJ_ATTENTION = under("attn", query="q_proj", key="k_proj", value="v_proj", output="out_proj")
@@ -107,12 +99,7 @@ QWEN2_MOE = replace(LLAMA, experts=QWEN2_EXPERTS)
 DEEPSEEK_EXPERTS = replace(QWEN3_EXPERTS, shared=under("shared_experts", **GATED))
 GLM4_MOE = replace(LLAMA, experts=DEEPSEEK_EXPERTS)
 
-# %% ../../nbs/models/00_families.ipynb #c025
-def clamped_product(
-    holder: object, # The module that holds all experts; it has the numbers alpha and c
-    gate: object, # g, tensor [n, width]
-    up: object, # u, tensor [n, width]
-) -> object: # What down reads, tensor [n, width]
+def clamped_product(holder: object, gate: object, up: object) -> object:
     "The product of gate and up in gpt-oss."
     gate, up = gate.clamp(max=holder.limit), up.clamp(-holder.limit, holder.limit)
     return (up + 1) * gate * (holder.alpha * gate).sigmoid()
@@ -126,14 +113,11 @@ GPT_OSS_EXPERTS = Experts(("mlp",), {}, STACKED, router="router", transposed=Tru
 GPT_OSS = replace(LLAMA, experts=GPT_OSS_EXPERTS)
 
 # %% ../../nbs/models/00_families.ipynb #c029
-def falcon_groups(
-    config: object, # Configuration of a Falcon model
-) -> int: # G, key-value heads a layer
+def falcon_groups(config: object) -> int:
     "As stated in the new architecture; before it, one if multi-query, else one for each query head."
     if config.new_decoder_architecture: return config.num_kv_heads
     return 1 if config.multi_query else config.num_attention_heads
 
-# %% ../../nbs/models/00_families.ipynb #c030
 WIDE_MLP = under("mlp", up="dense_h_to_4h", down="dense_4h_to_h")
 PHI3_ATTENTION = under("self_attn", query_key_value="qkv_proj", output="o_proj")
 PHI3 = Family("model.layers", "model.norm", PHI3_ATTENTION | under("mlp", gate_up="gate_up_proj", down="down_proj"))
@@ -146,19 +130,14 @@ BLOOM = Family("transformer.h", "transformer.ln_f", BLOOM_ATTENTION | WIDE_MLP, 
 FALCON = Family("transformer.h", "transformer.ln_f", BLOOM.roles, by_group=True, groups=falcon_groups)
 
 # %% ../../nbs/models/00_families.ipynb #c034
-def latent_widths(
-    config: object, # Configuration of a model with latent attention
-) -> tuple[int, int, int]: # Rows of a head's query, of its key, of its value
+def latent_widths(config: object) -> tuple[int, int, int]:
     "A query is plain and rotated, a head's own key is plain: its rotated part is all heads'."
     return (config.qk_nope_head_dim + config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim)
 
-def every_head(
-    config: object, # Configuration of a model with latent attention
-) -> int: # G, key-value heads a layer
+def every_head(config: object) -> int:
     "Every head has its own key and value."
     return config.num_attention_heads
 
-# %% ../../nbs/models/00_families.ipynb #c035
 LATENT_QUERIES = under("self_attn", query_latent="q_a_proj", query="q_b_proj")
 LATENT_KEYS = under("self_attn", key_value_latent="kv_a_proj_with_mqa", key_value="kv_b_proj", output="o_proj")
 DEEPSEEK_DIRECT = Family("model.layers", "model.norm", # Queries straight from the hidden state, as in V2-Lite
@@ -183,21 +162,18 @@ FAMILIES.update({ # model_type of the configuration -> family
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), DEEPSEEK)})
 
 # %% ../../nbs/models/00_families.ipynb #c040
+from cap_nb.core.errors import BadInput, validate_arguments
+
 HYBRIDS = { # model_type -> where tokens affect each other outside the attention
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "a gated delta rule in most layers"),
     **dict.fromkeys(("jamba", "bamba", "nemotron_h"), "a state space in most layers"),
     "falcon_h1": "a state space beside the heads of every layer", "minimax": "linear attention in most layers",
     "lfm2": "short convolutions in most layers", "recurrent_gemma": "a linear recurrence in most layers"}
 
-# %% ../../nbs/models/00_families.ipynb #c042
-from cap_nb.core.errors import BadInput, validate_arguments
-
 # How configurations state a number of experts
 EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
-def family_of(
-    config: object, # Configuration of a causal language model of transformers
-) -> Family: # Where its parts lie
+def family_of(config: object) -> Family:
     "The family that a configuration names; an unknown one raises `BadInput` that names what is supported."
     kind, known = getattr(config, "model_type", type(config).__name__), ", ".join(FAMILIES)
     named = kind if isinstance(kind, str) else "" # a file may say anything

