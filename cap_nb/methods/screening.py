@@ -238,7 +238,7 @@ from cap_nb.core.files import alone_in, is_intact, read_tensors, sha256_of_text,
 from cap_nb.data.prompts import collate, token_batches
 from cap_nb.methods.attributions import gate_slopes
 from cap_nb.methods.resumed_scoring import head_groups, heads_by_memory, intact_step, masked_losses, prepare_batch
-from cap_nb.methods.unit_store import check_finite_table, losses_key
+from cap_nb.methods.layer_walk import check_finite_table, losses_key
 from cap_nb.models.anatomy import dimensions
 from cap_nb.models.loading import model_fingerprint
 
