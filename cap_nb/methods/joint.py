@@ -10,9 +10,8 @@ import torch
 
 # %% ../../nbs/methods/16_joint.ipynb #c010
 from dataclasses import dataclass
-from ..core.errors import BadInput, check_at_least, check_choice
+from cap_nb.core.errors import BadInput, check_at_least, check_choice
 
-# %% ../../nbs/methods/16_joint.ipynb #c011
 JOINT_SCOPES = ("matrix", "row")
 
 @dataclass(frozen=True)
@@ -34,16 +33,14 @@ class JointSettings:
             raise BadInput(f"rho is {self.rho!r} and growth {self.growth!r}: expected a positive rho, and pairs "
                            f"(share, factor) with falling shares down to 0 and positive factors; leave them out.")
 
-# %% ../../nbs/methods/16_joint.ipynb #c012
 def next_rho(rho: float, changed: float, growth: tuple[tuple[float, float], ...]) -> float:
     "The paper's schedule: the more of the mask still moves, the faster the penalty grows (Meng et al. 2024)."
     return rho * next(factor for share, factor in growth if changed >= share)
 
-# %% ../../nbs/methods/16_joint.ipynb #c015
-from collections.abc import Callable
-from .update import ScaledLayer
-
 # %% ../../nbs/methods/16_joint.ipynb #c016
+from collections.abc import Callable
+from cap_nb.methods.update import ScaledLayer
+
 def factor_with(layer: ScaledLayer, rho: float) -> torch.Tensor:
     "Factor the Hessian with the penalty on its diagonal; a failure raises `BadInput` that names the module."
     penalised = layer.gram.clone()
@@ -62,11 +59,10 @@ def dividing_by(layer: ScaledLayer, rho: float) -> Callable[[torch.Tensor], torc
 
 # %% ../../nbs/methods/16_joint.ipynb #c022
 from collections.abc import Iterator
-from .sparsegpt import cheapest
-from .selection import smallest_in_groups, smallest_in_rows
-from ..threshold import zero_count
+from cap_nb.methods.sparsegpt import cheapest
+from cap_nb.methods.selection import smallest_in_groups, smallest_in_rows
+from cap_nb.threshold import zero_count
 
-# %% ../../nbs/methods/16_joint.ipynb #c023
 Choose = Callable[[torch.Tensor], torch.Tensor] # Magnitudes [out, in] -> what goes, bool [out, in]
 
 def chooser(sparsity: float, pattern: tuple[int, int] | None, scope: str) -> Choose:
@@ -75,7 +71,6 @@ def chooser(sparsity: float, pattern: tuple[int, int] | None, scope: str) -> Cho
     if scope == "row": return lambda sizes: smallest_in_rows(sizes, sparsity)
     return lambda sizes: cheapest(sizes, zero_count(sizes.numel(), sparsity))
 
-# %% ../../nbs/methods/16_joint.ipynb #c025
 @dataclass(frozen=True)
 class JointStep:
     "The joint solver, whenever it looks at its mask."
@@ -88,7 +83,6 @@ class JointStep:
 Dividing = Callable[[ScaledLayer, float], Callable[[torch.Tensor], torch.Tensor]] # As `dividing_by`
 LOWERED, HARDLY = 2, 0.005 # A first rho that changes less than a share of 0.005 is lowered, at most twice
 
-# %% ../../nbs/methods/16_joint.ipynb #c026
 def joint_steps(layer: ScaledLayer, choose: Choose, settings: JointSettings,
                 dividing: Dividing = dividing_by) -> Iterator[JointStep]:
     "Choose mask and weights together by ADMM with a growing penalty (Meng et al. 2024, algorithm 1)."
@@ -111,10 +105,9 @@ def joint_steps(layer: ScaledLayer, choose: Choose, settings: JointSettings,
         divided = dividing(layer, rho)
 
 # %% ../../nbs/methods/16_joint.ipynb #c030
-from .sparsegpt import MadeOnce, check_problem
-from .update import conjugate_gradients, restored, scaled_layer
+from cap_nb.methods.sparsegpt import MadeOnce, check_problem
+from cap_nb.methods.update import conjugate_gradients, restored, scaled_layer
 
-# %% ../../nbs/methods/16_joint.ipynb #c031
 def dividing_once(hessian: torch.Tensor, damping: float, once: MadeOnce) -> Dividing:
     "Remember what a penalty took, for the next projection with as many inputs."
     def dividing(layer: ScaledLayer, rho: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -122,7 +115,6 @@ def dividing_once(hessian: torch.Tensor, damping: float, once: MadeOnce) -> Divi
         return once.get(hessian, ("divided", damping, rho, few, layer.gram.dtype), lambda: dividing_by(layer, rho))
     return dividing
 
-# %% ../../nbs/methods/16_joint.ipynb #c032
 @torch.no_grad()
 def joint_update(
     weight: torch.Tensor, # Old weight, any float dtype [out, in]; not changed

@@ -5,19 +5,17 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c004
+# %% ../../nbs/methods/13_sparsegpt.ipynb #c005
 import torch
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c005
 def layer_output_error(weight: torch.Tensor, new: torch.Tensor, hessian: torch.Tensor) -> float:
     "How far the outputs of a projection move, ||WX - W'X||^2 (Frantar and Alistarh 2023, equation 1)."
     moved = weight.detach().double() - new.detach().double()
     return float(((moved @ hessian.double()) * moved).sum())
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c014
-from ..core.errors import BadInput
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c015
+from cap_nb.core.errors import BadInput
+
 def damped_hessian(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     "Add the damping, and put 1 on the diagonal of dead columns; a Hessian that is not finite raises `BadInput`."
     low, high = hessian.detach().aminmax() # NaN fails both comparisons; isfinite would need as much memory again
@@ -58,10 +56,9 @@ def block_factors(damped: torch.Tensor, block: int, damping: float, name: str,
     for part in parts: damped[:part.start, part] = damped[:part.start, part] @ damped[part, part] # of C
     return damped
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c021
-from .selection import first_true
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c022
+from cap_nb.methods.selection import first_true
+
 def cheapest(cost: torch.Tensor, count: int) -> torch.Tensor:
     "The cheapest weights of a block, exactly as many as wanted, equal ones in flat order."
     if count == 0: return torch.zeros_like(cost, dtype=torch.bool)
@@ -69,10 +66,9 @@ def cheapest(cost: torch.Tensor, count: int) -> torch.Tensor:
     below = cost < highest
     return below | first_true(cost == highest, count - int(below.sum()))
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c025
-from .selection import smallest_in_rows
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c264cfe4
+from cap_nb.methods.selection import smallest_in_rows
+
 def smallest_of_group(columns: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, j: int,
                       pattern: tuple[int, int]) -> torch.Tensor:
     "Choose within a group of N:M, on its weights as they are by then."
@@ -81,7 +77,6 @@ def smallest_of_group(columns: torch.Tensor, errors: torch.Tensor, factor: torch
     costs = now.abs() / factor.diagonal()[group, None]
     return smallest_in_rows(costs.T.contiguous(), pattern[0] / pattern[1]).T
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c026
 def prune_columns(weight: torch.Tensor, factor: torch.Tensor, count: int,
                   pattern: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
     "One block of algorithm 1: choose and remove, column after column."
@@ -114,11 +109,10 @@ def check_pattern_fits(width: int, sparsity: float, pattern: tuple[int, int], bl
         raise BadInput(f"block is {block}, which {of} does not divide: "
                        f"expected whole groups for {zeros}:{of}; take a multiple of {of}.")
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c029
-import math
-from ..core.errors import check_at_least
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c030
+import math
+from cap_nb.core.errors import check_at_least
+
 def check_settings(damping: float, block: int) -> None:
     "Raise `BadInput` if damping or block make no sense."
     check_at_least(block, 1, "block (columns)")
@@ -133,11 +127,10 @@ def check_matrix(weight: torch.Tensor, hessian: torch.Tensor, name: str) -> None
     if not weight.isfinite().all():
         raise BadInput(f"The weight of {name} holds NaN or infinity: expected finite weights; check the checkpoint.")
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c032
+# %% ../../nbs/methods/13_sparsegpt.ipynb #c033
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c033
 @dataclass(frozen=True)
 class MadeOnce:
     "What was made from the Hessian seen last, for the next projection that reads the same inputs."
@@ -155,11 +148,10 @@ class MadeOnce:
         if len(self.made) < self.most: self.made[how] = new
         return new
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c036
-from ..core.errors import check_sparsity
-from ..threshold import zero_count
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c037
+from cap_nb.core.errors import check_sparsity
+from cap_nb.threshold import zero_count
+
 def check_problem(weight: torch.Tensor, hessian: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None,
                   block: int, damping: float, name: str) -> None:
     "Raise `BadInput` for anything that cannot be solved."
@@ -168,13 +160,11 @@ def check_problem(weight: torch.Tensor, hessian: torch.Tensor, sparsity: float, 
     check_matrix(weight, hessian, name)
     if pattern is not None: check_pattern_fits(weight.shape[1], sparsity, pattern, block, name)
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c038
 def factored(hessian: torch.Tensor, damping: float, name: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     "All that SparseGPT needs of a Hessian."
     damped, dead = damped_hessian(hessian, damping, name)
     return block_factors(damped, block, damping, name, hessian.dtype), dead
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #0597b7db
 def pruned_blocks(old: torch.Tensor, factor: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None,
                   block: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Block after block: where it stands when its turn comes, then algorithm 1 within it."
@@ -211,10 +201,9 @@ def sparsegpt_update(
     return new.to(weight.dtype), mask
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c063
-from .layer_walk import LayerStep, unreached
-from .wanda import input_sums
+from cap_nb.methods.layer_walk import LayerStep, unreached
+from cap_nb.methods.wanda import input_sums
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c064
 def products(inputs: torch.Tensor) -> torch.Tensor:
     "What SparseGPT adds up."
     real = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
@@ -227,15 +216,14 @@ def input_hessians(step: LayerStep) -> dict[str, torch.Tensor]:
     for p in unreached(step.projections, sums): sums[p.name].fill_diagonal_(1.0)
     return sums
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c073
-from torch import nn
-from ..calibration import Calibration
-from .layer_walk import layer_by_layer
-from .wanda import uniform_shares
-from ..models.anatomy import projections
-from ..threshold import PruneReport, prune_report
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c074
+from torch import nn
+from cap_nb.calibration import Calibration
+from cap_nb.methods.layer_walk import layer_by_layer
+from cap_nb.methods.wanda import uniform_shares
+from cap_nb.models.anatomy import projections
+from cap_nb.threshold import PruneReport, prune_report
+
 Hessians = dict[str, torch.Tensor] # Module name -> sum over tokens of the products of input features, [in, in]
 LayerSolver = Callable[[LayerStep, Hessians], None] # Prunes the projections of a layer in place
 
@@ -246,7 +234,6 @@ def solve_layer_by_layer(model: nn.Module, calibration: Calibration, shares: dic
     for step in layer_by_layer(model, calibration, batch_tokens, name):
         if any(shares[p.name] for p in step.projections): solver(step, input_hessians(step))
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c076
 # Weight, Hessian, share, name, what was made from the same Hessian -> new weight
 MatrixSolver = Callable[[torch.Tensor, torch.Tensor, float, str, MadeOnce], torch.Tensor]
 

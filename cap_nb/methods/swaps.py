@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/14_swaps.ipynb #c004
+# %% ../../nbs/methods/14_swaps.ipynb #c005
 import torch
 
-# %% ../../nbs/methods/14_swaps.ipynb #c005
 def row_errors(weight: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     "What each row loses when its weights are removed and none of the others moves, r G r^T."
     removed = weight.detach().double() * mask
@@ -20,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 import numpy as np
 
-# %% ../../nbs/methods/14_swaps.ipynb #75000d69
 @dataclass(frozen=True)
 class Rows:
     "Rows on their way to a local minimum; all but weight and slack are changed in place."
@@ -106,7 +104,6 @@ def products_with(columns: torch.Tensor, weight: torch.Tensor, first: torch.Tens
     terms = gram.view(-1).index_select(0, at.view(-1)).view(at.shape) # twice as fast as gram[i, j]
     return terms.mul_(weight.gather(1, first)[:, :, None]).mul_(weight.gather(1, second)[:, None, :])
 
-# %% ../../nbs/methods/14_swaps.ipynb #367cc01d
 def slots_of(state: Rows, columns: torch.Tensor, barrier: torch.Tensor, gram: torch.Tensor) -> Slots:
     "The small problems of rows."
     kept, removed = columns.split(barrier.shape, dim=1)
@@ -126,7 +123,6 @@ def best_pairs(slots: Slots) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     least, first = (slots.table + returns[:, None, :]).amin(2).add_(goes).min(1)
     return least, first, (slots.table[rows, first] + returns).argmin(1)
 
-# %% ../../nbs/methods/14_swaps.ipynb #01ab9c64
 def exchange(slots: Slots, rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor, barrier: torch.Tensor,
              gram: torch.Tensor) -> None:
     "Exchange the weights in two slots, and carry that into overlaps and table."
@@ -164,24 +160,20 @@ def swap_slots(part: Slots, barrier: torch.Tensor, gram: torch.Tensor) -> tuple[
 # %% ../../nbs/methods/14_swaps.ipynb #5b31b6af
 Choice = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] # As `cheapest_columns`
 
-def sides_changed(order: torch.Tensor, kept: int) -> torch.Tensor:
-    "Which weights changed sides; one that went and came back did not."
-    return (order < kept).long() - (torch.arange(order.shape[1], device=order.device) < kept).long()
-
 def put_on_sides(state: Rows, rows: torch.Tensor, columns: torch.Tensor, change: torch.Tensor) -> None:
-    "Carry what changed sides into mask and costs."
+    "Carry into mask and costs which weights went (1), which returned (-1) and which stayed (0)."
     row, slot = change.nonzero().unbind(1)
     at = rows[row], columns[row, slot]
     state.mask[at] = change[row, slot] > 0
     state.goes[at], state.returns[at] = state.returns[at], state.goes[at]
 
-# %% ../../nbs/methods/14_swaps.ipynb #b6445558
 def swap_pass(state: Rows, rows: torch.Tensor, gram: torch.Tensor, choose: Choice) -> torch.Tensor:
     "One choice of candidates, and the exchanges among them."
     part = part_of(state, rows)
     columns, barrier = choose(*side_costs(part))
     order, left = swap_slots(slots_of(part, columns, barrier, gram), barrier, gram)
-    columns, change = columns.gather(1, order), sides_changed(order, len(barrier))
+    kept = torch.arange(order.shape[1], device=order.device) < len(barrier)
+    columns, change = columns.gather(1, order), (order < len(barrier)).long() - kept.long()
     put_on_sides(state, rows, columns, change)
     some = change.abs().topk(min(2 * SWAPS_A_PASS, change.shape[1]), dim=1, sorted=False).indices
     columns, change = columns.gather(1, some), change.gather(1, some)
@@ -206,7 +198,6 @@ def overlaps_gained(state: Rows, columns: torch.Tensor, change: torch.Tensor, gr
     went = state.weight.gather(1, columns) * change
     return torch.nn.functional.embedding_bag(columns, gram, mode="sum", per_sample_weights=went).mul_(state.weight)
 
-# %% ../../nbs/methods/14_swaps.ipynb #e78f9e02
 def next_pairs(state: Rows, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "A kept weight to remove and a removed one to return, chosen in turn, each beside the other."
     goes, returns = side_costs(state)
@@ -215,14 +206,6 @@ def next_pairs(state: Rows, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     change, gone = least_column(goes.add_(overlaps_gained(state, back, -one, gram), alpha=2))
     return (change + returns.gather(1, back))[:, 0], torch.cat([gone, back], dim=1)
 
-# %% ../../nbs/methods/14_swaps.ipynb #02f76d4e
-def exchange_pairs(state: Rows, columns: torch.Tensor, going: torch.Tensor, gram: torch.Tensor) -> None:
-    "Let one weight of each of these rows go and one return."
-    change = going[:, None] * torch.tensor([1, -1], device=columns.device)
-    put_on_sides(state, torch.arange(len(columns), device=columns.device), columns, change)
-    state.overlaps.add_(overlaps_gained(state, columns, change, gram))
-    state.left.sub_(going.long())
-
 # %% ../../nbs/methods/14_swaps.ipynb #6a899109
 def walk_in_pairs(state: Rows, rows: torch.Tensor, gram: torch.Tensor) -> None:
     "Exchange pair after pair in every row, until the next one would not lower its error."
@@ -230,7 +213,10 @@ def walk_in_pairs(state: Rows, rows: torch.Tensor, gram: torch.Tensor) -> None:
     while len(rows):
         change, columns = next_pairs(part, gram)
         going = (change < -part.slack) & (part.left > 0)
-        exchange_pairs(part, columns, going, gram)
+        sides = going[:, None] * torch.tensor([1, -1], device=columns.device)
+        put_on_sides(part, torch.arange(len(columns), device=columns.device), columns, sides)
+        part.overlaps.add_(overlaps_gained(part, columns, sides, gram))
+        part.left.sub_(going.long())
         if going.sum() < GOING * len(rows):
             done, more = (~going).nonzero()[:, 0], going.nonzero()[:, 0]
             for name in ("mask", "goes", "returns", "overlaps", "left"):
@@ -245,7 +231,6 @@ def renewed(state: Rows, rows: torch.Tensor, gram: torch.Tensor) -> torch.Tensor
     state.overlaps[rows], state.slack[rows] = part.overlaps, part.slack
     return rows[moved > part.slack]
 
-# %% ../../nbs/methods/14_swaps.ipynb #ba03bf38
 WEIGHTS_A_PIECE = 2 ** 18
 WEIGHTS_IN_PAIRS = 2 ** 19 # The same for exchanges in pairs, which are fewer and longer calls
 
@@ -265,18 +250,16 @@ def swap_rows(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, choo
         active = torch.cat([renewed(state, piece, gram) for piece in torch.cat(standing).split(size)])
     return state.mask
 
-# %% ../../nbs/methods/14_swaps.ipynb #c051
-from ..core.errors import BadInput, check_at_least
-from .sparsegpt import check_matrix, check_pattern_fits
-
 # %% ../../nbs/methods/14_swaps.ipynb #c052
+from cap_nb.core.errors import BadInput, check_at_least
+from cap_nb.methods.sparsegpt import check_matrix, check_pattern_fits
+
 def check_mask(mask: torch.Tensor, weight: torch.Tensor, name: str) -> None:
     "Raise `BadInput` if a mask is not a boolean tensor of the weight's shape."
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise BadInput(f"The mask of {name} is {mask.dtype} {list(mask.shape)}: "
                        f"expected torch.bool {list(weight.shape)}, True where a weight is removed; make it so.")
 
-# %% ../../nbs/methods/14_swaps.ipynb #c053
 def check_start(weight: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, pattern: tuple[int, int] | None,
                 name: str) -> None:
     "Raise `BadInput` if shapes do not fit, a number is not finite, or the mask does not have its pattern."
@@ -292,10 +275,9 @@ def check_start(weight: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor,
         raise BadInput(f"The mask of {name} is not {zeros}:{of}: expected {zeros} removed of every {of} inputs; "
                        f"start from a mask of this pattern.")
 
-# %% ../../nbs/methods/14_swaps.ipynb #c055
+# %% ../../nbs/methods/14_swaps.ipynb #c056
 from functools import partial
 
-# %% ../../nbs/methods/14_swaps.ipynb #c056
 WEIGHTS_AT_ONCE = 2 ** 22 # Rows are taken in parts of so many weights
 WIDE = 16 # Columns for each candidate, above which rows first exchange in pairs
 

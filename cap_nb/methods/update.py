@@ -10,11 +10,10 @@ import torch
 from .sparsegpt import damped_hessian
 from .swaps import GOING, check_mask, part_of
 
-# %% ../../nbs/methods/15_update.ipynb #c011
-from dataclasses import dataclass
-from ..core.errors import BadInput, is_number
-
 # %% ../../nbs/methods/15_update.ipynb #c012
+from dataclasses import dataclass
+from cap_nb.core.errors import BadInput, is_number
+
 @dataclass(frozen=True)
 class ScaledLayer:
     "A projection whose inputs all have norm 1, with as much damping as was asked for."
@@ -42,7 +41,6 @@ def ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
     "A quotient for each row; a row that has nothing left to do gets 0."
     return torch.where(below > 0, above / below, 0.0)[:, None]
 
-# %% ../../nbs/methods/15_update.ipynb #c017
 @dataclass(frozen=True)
 class Systems:
     "Rows on their way to a solution of x A = target on their own columns; changed in place."
@@ -76,7 +74,6 @@ def systems_of(gram: torch.Tensor, outside: torch.Tensor, target: torch.Tensor, 
     return Systems(rows=rows, inside=inside, solution=new, residual=residual, direction=residual.clone(), size=size,
                    enough=enough)
 
-# %% ../../nbs/methods/15_update.ipynb #9f1a51cc
 def solved_on(gram: torch.Tensor, outside: torch.Tensor, target: torch.Tensor, start: torch.Tensor | None, steps: int,
               tolerance: float) -> tuple[torch.Tensor, int]:
     "Solve x A = target for every row on its own columns, by products with A only."
@@ -90,7 +87,6 @@ def solved_on(gram: torch.Tensor, outside: torch.Tensor, target: torch.Tensor, s
     solution[systems.rows] = systems.solution
     return solution, taken
 
-# %% ../../nbs/methods/15_update.ipynb #99862bc3
 def conjugate_gradients(layer: ScaledLayer, mask: torch.Tensor, start: torch.Tensor, steps: int,
                         tolerance: float) -> tuple[torch.Tensor, int]:
     "The best kept weights of every row (Meng et al. 2024, algorithm 2), by products with the Hessian only."
@@ -131,7 +127,6 @@ def solved_rows(target: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) ->
     solution = torch.cholesky_solve(side[:, :, None], factor)[:, :, 0]
     return torch.zeros_like(target).scatter_(1, columns, solution), right
 
-# %% ../../nbs/methods/15_update.ipynb #c022
 def cholesky_on_support(layer: ScaledLayer, mask: torch.Tensor, entries: int = 2**24) -> torch.Tensor:
     "The best kept weights of every row, factored in chunks of rows; a failure raises `BadInput` that names the module."
     new, rows = torch.zeros_like(layer.weight), max(1, entries // len(layer.gram) ** 2)
@@ -146,20 +141,17 @@ def cholesky_on_support(layer: ScaledLayer, mask: torch.Tensor, entries: int = 2
 # %% ../../nbs/methods/15_update.ipynb #c026
 import logging
 from dataclasses import replace
-from ..core.errors import check_at_least, check_choice
-from .sparsegpt import check_matrix, check_settings
+from cap_nb.core.errors import check_at_least, check_choice
+from cap_nb.methods.sparsegpt import check_matrix, check_settings
 
-# %% ../../nbs/methods/15_update.ipynb #c027
 log = logging.getLogger(__name__)
 LINEAR_SOLVERS = ("cg", "cholesky")
 
-# %% ../../nbs/methods/15_update.ipynb #c028
 def restored(weight: torch.Tensor, layer: ScaledLayer, new: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "The old weight plus what a solver moved, without the scale; what did not move is equal to the last bit."
     moved = new.sub_(layer.weight).div_(layer.scale)
     return (weight.detach() + moved).to(weight.dtype).masked_fill_(mask, 0.0)
 
-# %% ../../nbs/methods/15_update.ipynb #d2eb30da
 def solved_by_cg(layer: ScaledLayer, mask: torch.Tensor, steps: int, tolerance: float) -> torch.Tensor:
     "By the removed weights where the Hessian has an inverse; what they leave, and all where it has none, by the kept."
     inverse, new, taken = inverse_problem(layer), layer.weight.masked_fill(mask, 0.0), 0
