@@ -146,7 +146,7 @@ from ..core.registry import additions_noted
 from ..models.decoding import token_limit
 from .chains import style_origin
 from .settings import share_of_text
-from ..models.loading import model_fingerprint, tokenizer_fingerprint
+from ..models.loading import fingerprint_differences, model_fingerprint, settings_that_count, tokenizer_fingerprint
 
 # %% ../../nbs/jobs/03_job.ipynb #c020
 def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes of its problems
@@ -157,6 +157,7 @@ def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: 
     "Which model a run is about, by content, and how it computes."
     weight = next(model.parameters())
     return {"name": job.model.name, "fingerprint": model_fingerprint(model),
+            "configuration": settings_that_count(model.config), "generation": settings_that_count(model.generation_config),
             "tokenizer": tokenizer_fingerprint(tokenizer), "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type}
 
@@ -293,10 +294,10 @@ def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Ite
 # %% ../../nbs/jobs/03_job.ipynb #c046
 def check_origin(path: Path, meta: dict, ready: Ready) -> None:
     "Raise `BadInput` for a table of losses of another model or other examples."
-    wanted = (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
-    if (meta.get("model"), meta.get("calibration")) != wanted:
-        raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
-                       "run again.")
+    differ = fingerprint_differences(meta.get("model"), ready.configuration["model"]["fingerprint"])
+    if not differ and meta.get("calibration") == ready.calibration.fingerprint: return
+    raise BadInput(f"{path} was measured on {'a model with other ' + ' and '.join(differ) if differ else 'other examples'}"
+                   ": expected this run's; remove it and run again.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c047
 def save_measured(ready: Ready, path: Path, store: Path) -> None:

@@ -78,25 +78,64 @@ def check_all_here(model: nn.Module) -> nn.Module:
     raise BadInput("Some weights fit on no device and are kept outside of the model: expected all of them "
                    "inside, to prune them; score with 'cap score --device auto' and prune with 'cap prune --stream'.")
 
+# %% ../../nbs/models/08_loading.ipynb #8142cea4
+import json
+from cap_nb.core.files import sha256_of_text
+
+PARTS = ("weights", "configuration", "generation settings") # Of a model's fingerprint
+TOKENIZER_PARTS = ("vocabulary or chat template", "rules by which it cuts a text") # Of a tokenizer's
+# What says where a configuration comes from, or how it was loaded, and not what is computed
+ORIGIN = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "cap_nb", "_commit_hash",
+          "_from_model_config", "auto_map", "tokenizer_class"}
+
+def settings_that_count(config: object) -> dict[str, object]:
+    "What a configuration, or generation settings, say that decides an output."
+    said = json.loads(json.dumps(config.to_dict(), default=str)) if config is not None else {}
+    return {name: value for name, value in sorted(said.items()) if name not in ORIGIN and value is not None}
+
+def joined_fingerprint(weights: str, config: object, generation: object) -> str:
+    "The fingerprint of a model from the hash of its weights and its settings."
+    texts = (json.dumps(settings_that_count(each), sort_keys=True) for each in (config, generation))
+    return "-".join([weights, *(sha256_of_text(text)[:16] for text in texts)])
+
+def fingerprint_differences(kept: str | None, now: str, parts: tuple[str, ...] = PARTS) -> tuple[str, ...]:
+    "The parts in which two fingerprints differ; one that an earlier version noted is compared as far as it goes."
+    one, other = (kept or "").split("-"), now.split("-")
+    differ = tuple(part for part, a, b in zip(parts, one, other) if a != b)
+    if not differ and len(one) < len(other):
+        log.warning("A record of an earlier version says nothing of the %s.", " and the ".join(parts[len(one):]))
+    return differ
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    "The bytes of a tensor, for a hash."
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
 # %% ../../nbs/models/08_loading.ipynb #c012
 @validate_arguments
 def model_fingerprint(
     model: nn.Module, # A causal language model
-) -> str: # 64 hexadecimal digits
-    "SHA-256 over model type and every parameter's name, dtype, shape and bytes."
+) -> str: # Weights, configuration and generation settings, as in 64-16-16 hexadecimal digits
+    "SHA-256 over model type and every stored tensor's name, dtype, shape and bytes; shorter ones over the settings."
     digest = hashlib.sha256(model.config.model_type.encode())
-    for name, weight in model.named_parameters():
+    stored = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
+    for name, weight in (*model.named_parameters(), *buffers):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(parameter_values(model, name, weight).detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        digest.update(tensor_bytes(parameter_values(model, name, weight)))
+    return joined_fingerprint(digest.hexdigest(), model.config, model.generation_config)
 
 # %% ../../nbs/models/08_loading.ipynb #c020
-import json
+def tokenizer_rules(tokenizer: object) -> dict[str, object]:
+    "How a tokenizer cuts a text, and which of its tokens are special; not what a call may change, such as padding."
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")} | {"special": special}
 
-def tokenizer_fingerprint(tokenizer: object) -> str:
-    "SHA-256 over vocabulary and chat template."
+def tokenizer_fingerprint(tokenizer: object) -> str: # As in 64-16 hexadecimal digits
+    "SHA-256 over vocabulary and chat template, and a shorter one over the rules."
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps([vocabulary, tokenizer.chat_template]).encode()).hexdigest()
+    first = sha256_of_text(json.dumps([vocabulary, tokenizer.chat_template]))
+    return f"{first}-{sha256_of_text(json.dumps(tokenizer_rules(tokenizer), sort_keys=True))[:16]}"
 
 # %% ../../nbs/models/08_loading.ipynb #c023
 from pathlib import Path
@@ -166,13 +205,17 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging as transformers_logging
 from cap_nb.core.registry import LOADERS, FolderLoader
 
+def generation_of(folder: Path, config: object) -> GenerationConfig:
+    "The generation settings in a folder, or those that follow from its configuration."
+    if (folder/"generation_config.json").is_file(): return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
+
 def model_of_weights(folder: Path, config: object, weights: dict[str, torch.Tensor],
                      options: dict[str, object]) -> nn.Module:
     "A model from weights that are in memory, by transformers' own loader."
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
-    if (folder/"generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = generation_of(folder, config)
     return model
 
 # %% ../../nbs/models/08_loading.ipynb #c038

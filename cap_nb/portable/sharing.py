@@ -210,6 +210,7 @@ def layer_table(
 import math
 from ..evaluation import Evaluation
 from ..jobs.records import Run, load_run
+from ..models.loading import fingerprint_differences
 
 # %% ../../nbs/portable/04_sharing.ipynb #c049
 def is_of(
@@ -227,7 +228,7 @@ def cell_for(
 ) -> tuple[Evaluation, ...]: # The dense model's evaluation, if there is one, and the cell's
     "What a run measured of a pruning; a run about another model, or without that cell, raises `BadInput`."
     about, base = run.configuration["model"], record["base"]
-    if about["fingerprint"] != base["fingerprint"]:
+    if fingerprint_differences(about["fingerprint"], base["fingerprint"]):
         raise BadInput(f"{name} is about {about['name']} with fingerprint {about['fingerprint'][:12]}: expected the "
                        f"base {base['name']} with {base['fingerprint'][:12]}; name a run on that model and dtype.")
     cell = [e for e in run.evaluations if is_of(record, e.method, e.sparsity)]
