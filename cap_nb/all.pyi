@@ -106,7 +106,7 @@ from cap_nb.regions import plot_regions as plot_regions
 from cap_nb.scoring import plot_score_intervals as plot_score_intervals
 from cap_nb.experiments.seeds import plot_seed_spread as plot_seed_spread
 from cap_nb.jobs.tables import plot_sparsity_curves as plot_sparsity_curves
-from cap_nb.core.pictures import plot_threshold as plot_threshold
+from cap_nb.core.plots import plot_threshold as plot_threshold
 from cap_nb.threshold import plot_zeros as plot_zeros
 from cap_nb.jobs.tables import plot_zeros_by_method as plot_zeros_by_method
 from cap_nb.models.anatomy import projections as projections

@@ -143,7 +143,7 @@ def calibration_set(
 # %% ../nbs/00_calibration.ipynb #ea8963ea
 import numpy as np
 from matplotlib.figure import Figure
-from .core.pictures import plot_lengths
+from .core.plots import plot_lengths
 
 @validate_arguments
 def plot_calibration(

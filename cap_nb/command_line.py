@@ -249,7 +249,7 @@ def options_of_command(
     return own
 
 PLUGIN = make_option("plugin", list[Path] | None, None, "your own Python file, which is executed: it adds criteria, "
-                     "attributions, allocations, tasks, texts or families; may be given several times")
+                     "attributions, allocations, tasks, texts, families or formats; may be given several times")
 
 # %% ../nbs/command_line.ipynb #09bc3611
 def command(
@@ -444,8 +444,7 @@ def train_lab_command(
     experts: bool = False, # the sibling with experts
 ) -> str:
     "Train the lab model anew, or its sibling with experts (most of an hour on two cores); resumable."
-    from cap_nb.models.lab import DENSE, train_lab
-    from cap_nb.models.lab_experts import EXPERTS
+    from cap_nb.models.lab import DENSE, EXPERTS, train_lab
     if steps is not None: check_at_least(steps, 1, "--steps")
     check_seed(seed, "--seed")
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
@@ -553,22 +552,17 @@ def shrink_command(
             f"'cap bench {out} --against {job.model.name}' tells.")
 
 # %% ../nbs/command_line.ipynb #416a2347
-@command(PRUNED, plugins=False)
+@command(PRUNED)
 def export_command(
     folder: Path, # folder of a pruned checkpoint
     *,
     out: Path, # where the result goes
-    form: str = "bitmask", # bitmask, or delta: masks alone beside a base
+    form: str = "bitmask", # bitmask; delta, masks alone beside a base; gguf, in 16 bits; or one of a plugin
     base: str | None = None, # for a delta: the model that was pruned, as lab or a folder
 ) -> str:
     "Pack a pruned checkpoint into a smaller folder, from which 'cap restore' makes it again; resumable."
-    from cap_nb.portable.format import export_folder
-    manifest = export_folder(folder, out, form, base)
-    dense = sum(entry.bytes for entry in manifest.files)
-    packed = sum(entry.stored_bytes for entry in manifest.files)
-    beside = f" beside {manifest.base['name']}" if manifest.base else ""
-    return (f"{out}: a {form}{beside} of {len(manifest.files)} files, {packed:,} bytes instead of {dense:,} "
-            f"({packed / dense:.1%}).")
+    from cap_nb.core.registry import FORMATS
+    return FORMATS[check_choice(form, FORMATS, "format")].export(folder, out, base)
 
 @command(PRUNED, plugins=False)
 def restore_command(

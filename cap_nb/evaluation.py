@@ -10,14 +10,13 @@ __all__ = ['extract_answer', 'evaluation_problems', 'AnswerRecord', 'answer_prob
 from .data.problems import load_problems
 from .models.decoding import generate_greedy
 
-# %% ../nbs/05_evaluation.ipynb #8e9b0634
+# %% ../nbs/05_evaluation.ipynb #d19112b6
 import re
 from decimal import Decimal
-from .core.errors import BadInput, validate_arguments
-from .data.problems import task_family
-from .data.prompts import PromptStyle, answer_line_of, prompt_style
+from cap_nb.core.errors import BadInput, validate_arguments
+from cap_nb.data.problems import task_family
+from cap_nb.data.prompts import PromptStyle, answer_line_of, prompt_style
 
-# %% ../nbs/05_evaluation.ipynb #d19112b6
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)" # With or without thousands separators
 NUMBER = rf"(?:-?\$?|\$-){DIGITS}" # 72, -5, $1,234.50, -$3
 ANSWERS = {"gsm8k": NUMBER, "strategyqa": "yes|no", "arc": "[A-H]"} # Benchmark -> what an answer looks like
@@ -92,20 +91,19 @@ def extract_answer(
     answer = (strict_answer if strict else lenient_answer)(text, style, family)
     return None if answer is None else normal_answer(answer, family)
 
-# %% ../nbs/05_evaluation.ipynb #fe0e351e
+# %% ../nbs/05_evaluation.ipynb #l0gger01
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .calibration import default_style
-from .core.errors import check_at_least, check_choice, check_confidence, check_seed
-from .core.files import sha256_of_text
-from .data.problems import Problem
-from .data.prompts import IGNORED, Example, encode_problems
-from .models.decoding import Decoding, Generation, one_task, token_limit
+from cap_nb.calibration import default_style
+from cap_nb.core.errors import check_at_least, check_choice, check_confidence, check_seed
+from cap_nb.core.files import sha256_of_text
+from cap_nb.data.problems import Problem
+from cap_nb.data.prompts import IGNORED, Example, encode_problems
+from cap_nb.models.decoding import Decoding, Generation, one_task, token_limit
 
-# %% ../nbs/05_evaluation.ipynb #l0gger01
 log = logging.getLogger(__name__)
 
 # %% ../nbs/05_evaluation.ipynb #pr0blem1
@@ -355,11 +353,10 @@ def summarise_losses(
         summaries.append(LossSummary(task=task, n=len(losses), loss=sum(losses) / len(losses), low=low, high=high))
     return tuple(summaries)
 
-# %% ../nbs/05_evaluation.ipynb #24a4e5b5
-from .data.problems import Text, load_text
-from .models.anatomy import context_of, decoder_of, head_logits
-
 # %% ../nbs/05_evaluation.ipynb #c116
+from cap_nb.data.problems import Text, load_text
+from cap_nb.models.anatomy import context_of, decoder_of, head_logits
+
 def text_windows(
     ids: Sequence[int], # Token ids of the whole text
     windows: int = 100, # Windows wanted

@@ -116,7 +116,7 @@ def region_factors(
 
 # %% ../nbs/03_regions.ipynb #a28a6cdd
 from matplotlib.figure import Figure
-from .core.pictures import plot_matrices
+from .core.plots import plot_matrices
 
 @validate_arguments
 def plot_regions(

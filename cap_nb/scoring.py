@@ -260,7 +260,7 @@ def split_half_reliability(
 
 # %% ../nbs/01_scoring.ipynb #b09ee2c0
 from matplotlib.figure import Figure
-from .core.pictures import plot_intervals
+from .core.plots import plot_intervals
 
 @validate_arguments
 def plot_score_intervals(

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['PruneReport', 'plot_zeros']
 
-# %% ../nbs/04_threshold.ipynb #89b34364
+# %% ../nbs/04_threshold.ipynb #17bedcf4
 import torch
 from torch import nn
-from .models.anatomy import projections
-from .regions import region_factors
+from cap_nb.models.anatomy import projections
+from cap_nb.regions import region_factors
 
-# %% ../nbs/04_threshold.ipynb #17bedcf4
 def weight_scores(
     model: nn.Module, # A causal language model of a known family
     factors: torch.Tensor | None = None, # Importance factor of every head, [L, H]; None means magnitude: all are 1
@@ -36,11 +35,10 @@ def bisect_threshold(
         low, high = (middle, high) if share < sparsity else (low, middle)
     return high
 
-# %% ../nbs/04_threshold.ipynb #0547a0a9
-import math
-from .core.errors import check_sparsity
-
 # %% ../nbs/04_threshold.ipynb #1dbc8a81
+import math
+from cap_nb.core.errors import check_sparsity
+
 def zero_count(
     weights: int, # Weights in scope
     sparsity: float, # Share to zero, in [0, 1)
@@ -105,12 +103,11 @@ def prune_naive(
     method = "magnitude" if factors is None else "cap"
     return prune_report(model, method, sparsity, tau, 0 if tau is None else int((scores == tau).sum()))
 
-# %% ../nbs/04_threshold.ipynb #9f729417
-from matplotlib.figure import Figure
-from .core.errors import validate_arguments
-from .core.plots import blank_figure, in_style
-
 # %% ../nbs/04_threshold.ipynb #3c04d5de
+from matplotlib.figure import Figure
+from cap_nb.core.errors import validate_arguments
+from cap_nb.core.plots import blank_figure, in_style
+
 def zero_shares(
     report: PruneReport, # A report
 ) -> tuple[list[str], torch.Tensor]: # Roles; shares of zeros, float64 [layers, roles], NaN where a layer lacks the role

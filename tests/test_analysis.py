@@ -214,7 +214,7 @@ def test_a_run_with_one_measure_still_has_a_figure():
 
 def test_figures_are_equal_bytes_in_another_process(tmp_path):
     """Drawn here, among other tests, and by an interpreter of its own with another order of sets."""
-    code = ("from cap_nb.core.pictures import plot_framework; from cap_nb.jobs.tables import plot_importance_distribution; from cap_nb.core.plots import save_figure; import torch\n"
+    code = ("from cap_nb.core.plots import plot_framework; from cap_nb.jobs.tables import plot_importance_distribution; from cap_nb.core.plots import save_figure; import torch\n"
             "save_figure(plot_framework(), folder + '/framework', ('png', 'svg'))\n"
             "save_figure(plot_importance_distribution(torch.arange(12.).view(3, 4)), folder + '/order')")
     exec(code, {"folder": str(tmp_path / "one")})

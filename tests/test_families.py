@@ -34,7 +34,7 @@ from cap_nb.models.anatomy import anatomy, expert_counts, projections
 from cap_nb.models.checks import check_anatomy, check_tokens_independent
 from cap_nb.models.families import ATTENTION, FAMILIES, HOLDS, HYBRIDS, Family, family_of, under
 from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.models.routing import masked_expert, recorded_routes
+from cap_nb.models.interventions import masked_expert, recorded_routes
 from cap_nb.portable.quantised import check_in_gguf
 from cap_nb.methods.experts import UnitFactors
 from cap_nb.regions import region_factors

@@ -250,7 +250,7 @@ def test_names_of_other_methods_are_reserved():
 
 def test_help_says_that_the_file_is_executed():
     """All commands but those that copy files, read records, or know two families only."""
-    without = set("export restore gguf compare ledger pack unpack fetch train-lab".split())
+    without = set("restore gguf compare ledger pack unpack fetch train-lab".split())
     for command in typer.main.get_command(app).commands:
         said = re.sub(r"[\s│]+", " ", CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout)
         assert ("--plugin" in said and "which is executed" in said) == (command not in without), said

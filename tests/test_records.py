@@ -1,18 +1,20 @@
 """The records of runs: any text comes back, damage is named, committed runs hold what tables and manifests say."""
+import json
 import math
 import random
 import re
 import shutil
 import subprocess
 
+import pyarrow.parquet
 import pytest
 
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_checked, read_json, sha256_of_file
+from cap_nb.core.files import read_json, sha256_of_file, write_checked
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord
 from cap_nb.jobs.job import prepare
 from cap_nb.jobs.records import (
-    PACKED, differences, is_record, load_evaluation, load_run, manifest, pack_run, read_run, save_evaluation, unpack_run)
+    PACKED, differences, is_record, load_evaluation, load_run, manifest, pack_run, packed_texts, read_run, save_evaluation, unpack_run)
 from cap_nb.jobs.report import run_folders, table_texts
 from cap_nb.jobs.settings import Job
 from cap_nb.data.lab_world import spelled
@@ -69,10 +71,10 @@ def test_another_digit_is_noticed(tmp_path):
 @committed
 def test_a_committed_run_is_packed_and_whole(run):
     """Every record, table and picture has the hash that the manifest gives it, and nothing else lies there."""
-    listed = read_checked(run / "manifest.json")
+    listed = json.loads(packed_texts(run)["manifest.json"])["content"]
     assert manifest(run) == listed
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
-    assert files == {PACKED, "run.json", "manifest.json", *listed["made"]}
+    assert files == {PACKED, *listed["made"]}
     assert {name.rpartition(".")[2] for name in listed["made"] if name.startswith("figures/")} <= {"png"}
 
 
@@ -101,11 +103,28 @@ def test_a_committed_run_unpacks_to_its_tables(run, tmp_path):
     live = load_run(tmp_path / "live")
     assert live.evaluations == load_run(run).evaluations
     listed = manifest(run)
-    assert listed.pop("packed") == sha256_of_file(run / PACKED) and manifest(tmp_path / "live") == listed
+    assert manifest(tmp_path / "live") == listed
     texts, tables = table_texts(live), sorted(run.glob("tables/*"))
     assert [path.name for path in tables if not same_table(texts[f"tables/{path.name}"], path.read_text())] == []
     pack_run(tmp_path / "live")
-    assert {name: digest for name, digest in manifest(tmp_path / "live").items() if name != "packed"} == listed
+    assert manifest(tmp_path / "live") == listed
+
+
+def test_a_run_that_version_0_1_packed_is_read_and_packed_anew(tmp_path):
+    """It kept run.json and manifest.json beside the records; the manifest named the packed file by its SHA-256."""
+    run, old = FIGURES / "lab_seeds" / "0", tmp_path / "old"
+    shutil.copytree(run, old)
+    about = {name: json.loads(text)["content"] for name, text in packed_texts(run).items()}
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(run / PACKED).replace_schema_metadata(None), old / PACKED)
+    write_checked(old / "run.json", about["run.json"])
+    write_checked(old / "manifest.json", about["manifest.json"] | {"packed": sha256_of_file(old / PACKED)})
+    assert load_run(old).evaluations == load_run(run).evaluations
+    pack_run(old)
+    assert not (old / "run.json").exists() and packed_texts(old) == packed_texts(run)
+    write_checked(old / "manifest.json", about["manifest.json"] | {"packed": "0" * 64})
+    with pytest.raises(BadInput, match="its checksum says"):
+        with_a_bit_flipped(old / PACKED, 0.5)
+        load_run(old)
 
 
 @committed
@@ -124,14 +143,14 @@ def test_the_demo_committed_is_the_demo_of_today():
 def test_figures_are_few_and_small():
     listed = subprocess.run(["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "ls-files", "figures"],
                             capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(listed) <= 250, f"{len(listed)} files"  # 240 before solvers, 8 bits and soaks recorded
+    assert len(listed) <= 150, f"{len(listed)} files"
     size = sum((ROOT / name).stat().st_size for name in listed)
     assert size <= 18e6, f"{size:,} bytes"  # 17.3 million before heads and neurons were measured on Qwen and the mixture
     assert [name for name in listed if name.endswith(".svg")] == ["figures/framework.svg"]
 
 
 def test_the_ledger_is_of_these_runs():
-    """The ledger's manifest names its own files and the manifests of the runs behind it, all as they are."""
+    """The ledger's manifest names its own files and the runs behind it, all as they are."""
     listed = read_json(FIGURES / "claims" / "manifest.json")
     assert {name: sha256_of_file(FIGURES / "claims" / name) for name in listed["made"]} == listed["made"]
     assert {name: sha256_of_file(FIGURES / name) for name in listed["made from"]} == listed["made from"]
@@ -152,7 +171,7 @@ def test_a_flipped_bit_in_any_record_is_never_believed(tmp_path, place):
     shutil.copytree(FIGURES / "qwen_answers", tmp_path / "packed")
     records = [path for path in (tmp_path / "live").rglob("*") if path.is_file() and is_record(path.relative_to(tmp_path / "live"))]
     believed = []
-    for path in [*records, tmp_path / "live" / "run.json", *(tmp_path / "packed" / name for name in (PACKED, "run.json", "manifest.json"))]:
+    for path in [*records, tmp_path / "live" / "run.json", tmp_path / "packed" / PACKED]:
         kept = with_a_bit_flipped(path, place)
         try:
             load_run(tmp_path / path.relative_to(tmp_path).parts[0])

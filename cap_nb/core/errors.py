@@ -5,60 +5,45 @@
 # %% auto #0
 __all__ = ['BadInput']
 
-# %% ../../nbs/core/00_errors.ipynb #56df149f
-LONGEST = 1500 # Signs of a sentence; one that quotes more of a file loses its middle
-
 # %% ../../nbs/core/00_errors.ipynb #c004
 class BadInput(ValueError):
     "A user's mistake in one sentence, on one line: what was wrong, what was expected, what to do."
-    def __init__(
-        self,
-        sentence: str = "", # The sentence; what cannot be printed in it, as in a file's name, becomes a space
-    ) -> None:
-        said = "".join(letter if letter.isprintable() else " " for letter in str(sentence))
-        super().__init__(said if len(said) <= LONGEST else f"{said[:LONGEST // 2]} ... {said[-LONGEST // 2:]}")
+    LONGEST = 1500 # Signs of a sentence; one that quotes more of a file loses its middle
 
-# %% ../../nbs/core/00_errors.ipynb #c008
-from collections.abc import Hashable, Iterable
+    def __init__(self, sentence: str = "") -> None: # What cannot be printed, as in a file's name, becomes a space
+        text = "".join(letter if letter.isprintable() else " " for letter in str(sentence))
+        half = self.LONGEST // 2
+        super().__init__(text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}")
 
 # %% ../../nbs/core/00_errors.ipynb #c009
-def check_choice(
-    value: str, # The name that the user gave
-    choices: Iterable[str], # Every name that would be accepted
-    what: str, # What the name stands for, as in "task"
-) -> str: # The same name
+from collections.abc import Hashable, Iterable
+
+def check_choice(value: str, choices: Iterable[str], what: str) -> str:
     "Return `value` if it is one of `choices`; otherwise raise `BadInput` with a sentence that lists them."
     names = tuple(choices)
     if isinstance(value, Hashable) and value in set(names): return value # an array answers `in` with an array
     raise BadInput(f"Unknown {what} {value!r}: expected one of {', '.join(names)}; check the spelling.")
 
-# %% ../../nbs/core/00_errors.ipynb #c013
+# %% ../../nbs/core/00_errors.ipynb #c014
 import math
 import numbers
+import operator
 
-# %% ../../nbs/core/00_errors.ipynb #3d90ed30
-def is_number(
-    value: object, # What was given
-    kind: type = numbers.Real, # Of which kind; `numbers.Integral` is whole
-) -> bool: # Whether it is one; `True` is none
-    "Whether a value is a number, numpy's included."
+def is_number(value: object, kind: type = numbers.Real) -> bool:
+    "Whether a value is a number, numpy's included; `True` is none, and `numbers.Integral` asks for a whole one."
     return isinstance(value, kind) and not isinstance(value, bool)
 
-# %% ../../nbs/core/00_errors.ipynb #c014
-def check_sparsity(
-    sparsity: float, # Share of zeros among the weights in scope, in [0, 1)
-) -> float: # The same share
+def check_sparsity(sparsity: float) -> float:
     "Return `sparsity` if it lies in [0, 1); otherwise raise `BadInput`."
     if is_number(sparsity) and math.isfinite(sparsity) and 0 <= sparsity < 1: return float(sparsity)
     raise BadInput(f"Sparsity {sparsity!r} is outside [0, 1): expected a share of weights; write 0.2 for 20 %.")
 
-# %% ../../nbs/core/00_errors.ipynb #c018
-def check_at_least(
-    value: int, # The count that the user gave
-    least: int, # The smallest count that makes sense
-    what: str, # What is counted, as in "n (examples a task)"
-    most: int = 2 ** 63 - 1, # The largest
-) -> int: # The same count
+def check_confidence(confidence: float, what: str = "confidence") -> float:
+    "Return `confidence` if it lies between 0 and 1; otherwise raise `BadInput`."
+    if is_number(confidence) and 0 < confidence < 1: return confidence
+    raise BadInput(f"{what} is {confidence!r}: expected a share between 0 and 1; write 0.95.")
+
+def check_at_least(value: int, least: int, what: str, most: int = 2 ** 63 - 1) -> int:
     "Return `value` if it is a whole number from `least` to `most`; otherwise raise `BadInput`."
     whole = is_number(value, numbers.Integral)
     if whole and least <= value <= most: return int(value)
@@ -66,33 +51,12 @@ def check_at_least(
         raise BadInput(f"{what} is {value}: expected a whole number of at most {most:,}; give a smaller one.")
     raise BadInput(f"{what} is {value!r}: expected a whole number of at least {least}; give a larger one.")
 
-# %% ../../nbs/core/00_errors.ipynb #c019
-def check_seed(
-    seed: int, # The seed that the user gave
-    what: str = "seed", # What it is called, as in "--seed"
-) -> int: # The same seed
+def check_seed(seed: int, what: str = "seed") -> int:
     "Return `seed` if it is a whole number of at most 63 bits, which every generator takes; otherwise raise `BadInput`."
     if is_number(seed, numbers.Integral) and 0 <= seed < 2 ** 63: return int(seed)
     raise BadInput(f"{what} is {seed!r}: expected a whole number from 0 to 2^63 - 1; give a smaller one.")
 
-# %% ../../nbs/core/00_errors.ipynb #7238a17a
-def check_confidence(
-    confidence: float, # Share of the draws inside an interval
-    what: str = "confidence", # What it is called
-) -> float: # The same share
-    "Return `confidence` if it lies between 0 and 1; otherwise raise `BadInput`."
-    if is_number(confidence) and 0 < confidence < 1: return confidence
-    raise BadInput(f"{what} is {confidence!r}: expected a share between 0 and 1; write 0.95.")
-
-# %% ../../nbs/core/00_errors.ipynb #fdb16415
-import operator
-
-# %% ../../nbs/core/00_errors.ipynb #fb41035c
-def check_index(
-    index: int, # The index that the user gave
-    count: int, # How many there are
-    what: str, # What they are, as in "layer"
-) -> int: # The same index
+def check_index(index: int, count: int, what: str) -> int:
     "Return `index` if it is a whole number from 0 to `count` - 1; otherwise raise `BadInput`."
     if 0 <= operator.index(index) < count: return index
     raise BadInput(f"{what} is {index!r}: expected a whole number from 0 to {count - 1}; choose one of them.")
@@ -108,10 +72,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
 if TYPE_CHECKING: from pydantic import TypeAdapter
 
-# %% ../../nbs/core/00_errors.ipynb #57f46846
-def as_list(
-    value: object, # What was given where a sequence is asked for
-) -> object: # A list, if it is an array, tensor or column of numbers; else itself
+def as_list(value: object) -> object:
     "The items of a sequence; what is none raises ValueError, sets, generators and arrays of names among them."
     if isinstance(value, Sequence): return value
     numeric = getattr(getattr(value, "dtype", None), "kind", "f") in "biuf" and not getattr(value, "is_meta", False)
@@ -119,9 +80,7 @@ def as_list(
     raise ValueError("no sequence")
 
 @functools.cache
-def type_adapter(
-    kind: object, # An annotation
-) -> "TypeAdapter": # What holds a value against it
+def type_adapter(kind: object) -> "TypeAdapter":
     "Pydantic's reading of an annotation; pydantic is imported with the first call of a public function."
     import numpy
     from pydantic import BeforeValidator, InstanceOf, Strict, TypeAdapter
@@ -139,10 +98,7 @@ def type_adapter(
         return InstanceOf[origin] if isinstance(origin, type) and origin not in (object, Any) else Any
     return TypeAdapter(read(kind))
 
-def fits(
-    value: object, # What was given
-    kind: object, # What is asked for, as an annotation says it
-) -> bool: # Whether it is of that kind
+def fits(value: object, kind: object) -> bool:
     "Whether a value is what an annotation says."
     from pydantic import ValidationError
     try: type_adapter(kind).validate_python(value)
@@ -150,11 +106,7 @@ def fits(
     return True
 
 # %% ../../nbs/core/00_errors.ipynb #9b6cb1da
-def check_argument(
-    value: object, # What was given
-    kind: object, # What is asked for, as an annotation says it
-    what: str, # Where it was given, as in "n of accuracy()"
-) -> None:
+def check_argument(value: object, kind: object, what: str) -> None:
     "Raise `BadInput` for a value of another kind, a text that no file holds, or a path that no file system takes."
     if not fits(value, kind):
         shown = repr(value) if isinstance(value, (str, int, float, type(None))) else ""
@@ -168,16 +120,12 @@ def check_argument(
     if Path in (kind, *get_args(kind)) and (not text or "\0" in text):
         raise BadInput(f"{what} is {text!r}: expected the path of a file or folder; write one.")
 
-# %% ../../nbs/core/00_errors.ipynb #99b476aa
+# %% ../../nbs/core/00_errors.ipynb #efaf5c02
 from dataclasses import fields, is_dataclass
 
-# %% ../../nbs/core/00_errors.ipynb #efaf5c02
 V = TypeVar("V")
 
-def fields_in(
-    value: object, # What was given
-    what: str, # Where it was given, as in "settings of recover()"
-) -> Iterator[tuple[object, object, str]]: # Content, kind and place of each field that is not the default
+def fields_in(value: object, what: str) -> Iterator[tuple[object, object, str]]:
     "The fields of a dataclass, or of those in a list, and theirs."
     several = value if isinstance(value, (list, tuple)) else (value,)
     if not any(map(is_dataclass, set(map(type, several)))): return # as for a long list of tokens
@@ -188,18 +136,13 @@ def fields_in(
             yield content, field.type, f"{field.name} of {type(each).__name__}, {what}"
             yield from fields_in(content, what)
 
-def check_fields(
-    value: V, # A dataclass made of what a file holds
-) -> V: # The same
+def check_fields(value: V) -> V:
     "Raise TypeError unless its fields, and theirs, are of the kinds that they are annotated as."
     for content, kind, where in fields_in(value, "what was read"):
         if not fits(content, kind): raise TypeError(f"{where} is of type {type(content).__name__}")
     return value
 
-def check_together(
-    value: object, # A dataclass, whose fields are of the right kinds, or anything else
-    what: str, # Where it was given
-) -> None:
+def check_together(value: object, what: str) -> None:
     "Raise `BadInput` for a dataclass whose parts do not fit each other."
     try: getattr(value, "check_together", lambda: None)()
     except ValueError as error:
@@ -207,11 +150,9 @@ def check_together(
                        "it; make it anew.") from None
 
 # %% ../../nbs/core/00_errors.ipynb #7238a17b
-def check_computable(
-    value: object, # What was given to a call that failed
-    what: str, # Where it was given
-    name: str, # Name of the parameter
-) -> None:
+import errno
+
+def check_computable(value: object, what: str, name: str) -> None:
     "Raise `BadInput` for what has no numbers, for a model that predicts no tokens, and for what is no tokenizer."
     module = hasattr(value, "named_parameters") and not isinstance(value, type)
     if any(getattr(tensor, "is_meta", False) is True for tensor in (value.parameters() if module else (value,))):
@@ -223,42 +164,30 @@ def check_computable(
     if name == "model" and module and (not hasattr(value, "config") or callable(head) and head() is None):
         raise BadInput(f"{what} is a {kind}: expected a causal language model; load one with load_model.")
 
-def lacks_memory(
-    error: Exception, # Any error
-) -> bool: # Whether memory ran out
+def lacks_memory(error: Exception) -> bool:
     "Whether an error says that there was no memory left."
-    said = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in said)
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in words)
 
-# %% ../../nbs/core/00_errors.ipynb #6ddfbb52
-import errno
-
-# %% ../../nbs/core/00_errors.ipynb #0b64d9ac
 WANTED = {errno.ENOENT: "a file there, or for a new one a folder that takes it", errno.EACCES: "one that you may use",
           errno.EPERM: "one that you may use", errno.EROFS: "a disk that takes new files",
           errno.ENOTDIR: "only folders on the way to it", errno.EISDIR: "a file, not a folder",
           errno.ENAMETOOLONG: "a shorter name", errno.EEXIST: "a folder there, or nothing",
           errno.ELOOP: "a link that leads somewhere"} # What was expected where the file system refused
 
-def refused_path(
-    error: OSError, # From the file system
-) -> str: # The sentence
+def refused_path(error: OSError) -> str:
     "What the file system refused, and what to do."
     return (f"{error.filename or 'A file'} cannot be opened or written ({error.strerror or error}): expected "
             f"{WANTED.get(error.errno, 'a file or folder there')}; check the path, or give another.")
 
-# %% ../../nbs/core/00_errors.ipynb #f83716c7
+# %% ../../nbs/core/00_errors.ipynb #4780a5dc
 from contextvars import ContextVar
 
-# %% ../../nbs/core/00_errors.ipynb #4780a5dc
 INSIDE = ContextVar("inside", default=False) # Whether a public function is at work already
 STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) # Several under one name
 F = TypeVar("F", bound=Callable)
 
-def check_arguments(
-    bound: inspect.BoundArguments, # The arguments of a call
-    name: str, # Name of the function
-) -> None:
+def check_arguments(bound: inspect.BoundArguments, name: str) -> None:
     "Raise `BadInput` for the first argument that is not what its annotation says; iterators are read into tuples."
     for argument, value in bound.arguments.items():
         parameter, what = bound.signature.parameters[argument], f"{argument} of {name}()"
@@ -269,9 +198,7 @@ def check_arguments(
         for content, kind, where in fields_in(value, what): check_argument(content, kind, where)
         check_together(value, what)
 
-def validate_arguments(
-    function: F, # A public function, annotated
-) -> F: # The same
+def validate_arguments(function: F) -> F:
     "Hold the arguments of the outermost call against the annotations; what is wrong with them is one sentence."
     signature = inspect.signature(function)
     @functools.wraps(function)

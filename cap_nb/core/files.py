@@ -5,121 +5,86 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/core/01_files.ipynb #c004
+# %% ../../nbs/core/01_files.ipynb #c005
 import errno
+import glob
+import os
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from .errors import BadInput, fits, lacks_memory
+from cap_nb.core.errors import BadInput, fits, lacks_memory
 
-# %% ../../nbs/core/01_files.ipynb #c005
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # Disk full, quota used up, file size limit reached
 
-def is_disk_full(
-    error: BaseException, # An error while something was written
-) -> bool: # Whether there was no room for it
+def is_disk_full(error: BaseException) -> bool:
     "Whether an error means that there was no room on the disk."
     if getattr(error, "errno", None) in DISK_FULL: return True
     number = re.search(r"os error (\d+)", str(error)) # as safetensors writes it
     return number is not None and int(number[1]) in DISK_FULL
 
 @contextmanager
-def disk_full_reported(
-    path: Path, # What the block writes, for the sentence
-    kept: str, # What is not lost, for the sentence
-) -> Iterator[None]:
-    "Turn the errors of a full disk into `BadInput`."
+def disk_full_reported(path: Path, kept: str) -> Iterator[None]:
+    "Turn the errors of a full disk into `BadInput` that names what the block writes and says what is not lost."
     try: yield
     except Exception as error:
         if not is_disk_full(error): raise
         raise BadInput(f"There was no room to write {path}: expected space on its disk; make room and run "
                        f"the same command again, {kept}.") from error
 
-# %% ../../nbs/core/01_files.ipynb #c008
-import glob
-import os
-import shutil
-
-# %% ../../nbs/core/01_files.ipynb #c010
-def usual_modes(
-    path: Path, # A file, or a folder with all that is in it
-) -> None:
-    "Give files that a library kept to their owner the modes that the user's umask asks for."
-    mask = os.umask(0o077)
-    os.umask(mask)
-    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        private = not file.is_symlink() and file.is_file() and file.stat().st_mode & 0o777 == 0o600
-        if private: os.chmod(file, 0o666 & ~mask)
-
-
-# %% ../../nbs/core/01_files.ipynb #c011
-def process_exists(
-    process: int, # Process id
-) -> bool: # Whether there is such a process on this machine
-    "Whether a process is still running."
-    try: os.kill(process, 0) # signal 0 only asks
-    except (ProcessLookupError, OverflowError): return False
-    except PermissionError: return True # it belongs to another user
-    return True
-
-def remove(
-    path: Path, # A file, a folder with all that is in it, or a link
-) -> None:
-    "Remove a path; one that is gone already is no error."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path): path.unlink(missing_ok=True) # a disk that may only be read complains of either
-
-def remove_leftovers(
-    path: Path, # Final name of a file or folder
-) -> None:
-    "Remove what dead processes left half written under this name, one with this process's number included."
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        number = part.name.split(".")[-2]
-        if number.isdigit() and (int(number) == os.getpid() or not process_exists(int(number))):
-            with named(path): remove(part) # a disk that may only be read keeps it
-
-# %% ../../nbs/core/01_files.ipynb #c012
 @contextmanager
-def named(
-    path: Path, # What the user knows
-) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     "Let an error of the file system name this path, and not a temporary one beside it."
     try: yield
     except OSError as error:
         error.filename = str(path)
         raise
 
-def put_on_disk(
-    path: Path, # A file, or a folder with all that is in it
-) -> None:
-    "Wait until the bytes are on the disk."
+# %% ../../nbs/core/01_files.ipynb #c010
+def settle(path: Path) -> None:
+    "Wait until a file, or all files of a folder, are on the disk, and give them the modes that the umask asks for."
+    mask = os.umask(0o077)
+    os.umask(mask)
     for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        if not file.is_file(): continue
-        with open(file, "rb+") as opened: os.fsync(opened.fileno())
+        if file.is_symlink() or not file.is_file(): continue
+        with open(file, "rb") as opened: os.fsync(opened.fileno())
+        if file.stat().st_mode & 0o777 == 0o600: os.chmod(file, 0o666 & ~mask)
 
-# %% ../../nbs/core/01_files.ipynb #c013
+def process_exists(process: int) -> bool:
+    "Whether a process of this number is running on this machine."
+    try: os.kill(process, 0) # signal 0 only asks
+    except (ProcessLookupError, OverflowError): return False
+    except PermissionError: pass # it belongs to another user
+    return True
+
+def remove(path: Path) -> None:
+    "Remove a file, a folder with all that is in it, or a link; one that is gone already is no error."
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path): path.unlink(missing_ok=True) # a disk that may only be read complains of either
+
+def remove_leftovers(path: Path) -> None:
+    "Remove what dead processes left half written under this name, one with this process's number included."
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        number = part.name.split(".")[-2]
+        if number.isdigit() and (int(number) == os.getpid() or not process_exists(int(number))):
+            with named(path): remove(part) # a disk that may only be read keeps it
+
 @contextmanager
-def renamed_when_whole(
-    path: Path, # Final name of a file or folder
-    kept: str, # What is not lost when the disk is full, for the sentence
-) -> Iterator[Path]: # Temporary name beside it, which is free
-    "Rename what the block makes under the temporary name, if it ends without an error; else remove it."
+def renamed_when_whole(path: Path, kept: str) -> Iterator[Path]:
+    "Rename what the block makes under the temporary name that it gets, if it ends without an error; else remove it."
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with disk_full_reported(path, kept):
             remove_leftovers(path) # a link that waits under the temporary name is not followed
             yield temporary
-            put_on_disk(temporary)
-            usual_modes(temporary)
+            settle(temporary)
             if path.is_dir(): path.rmdir()
             os.replace(temporary, path)
     finally: remove(temporary)
 
 @contextmanager
-def whole_file(
-    path: str | Path, # Final name of the file
-) -> Iterator[Path]: # Temporary path to write to, in the same folder
+def whole_file(path: str | Path) -> Iterator[Path]:
     "Write to the temporary path; the file takes its final name only if the block ends without an error."
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -129,31 +94,22 @@ def whole_file(
         with named(path): os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
 
-# %% ../../nbs/core/01_files.ipynb #c024
-def check_no_links(
-    folder: Path, # A folder of ours
-) -> None:
-    "Raise `BadInput` for a link inside: what is written below it would land elsewhere."
-    for above, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            if (path := Path(above)/name).is_symlink():
-                raise BadInput(f"{path} is a link: expected files and folders of its own in {folder.name}; remove it, "
-                               "or give another folder.")
-
-
 # %% ../../nbs/core/01_files.ipynb #c025
-def check_new_folder(
-    path: Path, # Name of a folder that is to be made
-) -> None:
+def check_no_links(folder: Path) -> None:
+    "Raise `BadInput` for a link inside a folder of ours: what is written below it would land elsewhere."
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise BadInput(f"{path} is a link: expected files and folders of its own in {folder.name}; remove it, "
+                           "or give another folder.")
+
+def check_new_folder(path: Path) -> None:
     "Raise `BadInput` unless the name is free, or that of an empty folder."
     if path.is_symlink() or path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BadInput(f"{path} exists already and is not an empty folder: expected a new name; "
                        "choose another or remove it.")
 
 @contextmanager
-def whole_folder(
-    path: str | Path, # Final name of the folder; must not exist, or be empty
-) -> Iterator[Path]: # Temporary folder to write into, beside the final one
+def whole_folder(path: str | Path) -> Iterator[Path]:
     "Fill the temporary folder; it takes its final name only if the block ends without an error."
     path = Path(path)
     check_new_folder(path)
@@ -161,16 +117,12 @@ def whole_folder(
         with named(path): temporary.mkdir(parents=True)
         yield temporary
 
-# %% ../../nbs/core/01_files.ipynb #c028
+# %% ../../nbs/core/01_files.ipynb #c029
 import fcntl
 
-# %% ../../nbs/core/01_files.ipynb #c029
 @contextmanager
-def alone_in(
-    folder: str | Path, # A folder; made if it is not there
-    links: bool = False, # Whether links inside it are let pass, since who calls looks for them
-) -> Iterator[None]:
-    "Keep other processes out of a folder while the block runs; one that tries raises `BadInput`."
+def alone_in(folder: str | Path, links: bool = False) -> Iterator[None]:
+    "Keep other processes out of a folder, made if need be, while the block runs; one that tries raises `BadInput`."
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is not a folder: expected one, or a new name; give another.")
@@ -181,60 +133,36 @@ def alone_in(
         except BlockingIOError:
             raise BadInput(f"Another process is at work in {folder}: expected to be alone there; wait for it, "
                            "or name another folder.") from None
-        if not links: check_no_links(folder)
+        if not links: check_no_links(folder) # who allows them looks for them
         yield
     finally: os.close(opened)
 
-# %% ../../nbs/core/01_files.ipynb #add7b700
-def busy(
-    folder: str | Path, # A folder that is there
-) -> bool: # Whether another process is alone in it
-    "Whether a process keeps others out of a folder."
+def busy(folder: str | Path) -> bool:
+    "Whether another process keeps others out of a folder that is there."
     opened = os.open(folder, os.O_RDONLY)
     try: fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB) # shared: two that ask do not see each other
     except BlockingIOError: return True
     finally: os.close(opened)
     return False
 
-# %% ../../nbs/core/01_files.ipynb #c032
-from collections.abc import Collection
-
-# %% ../../nbs/core/01_files.ipynb #c033
+# %% ../../nbs/core/01_files.ipynb #c035
 HALF_WRITTEN = re.compile(r"\..+\.\d+\.part") # Names that `whole_file` writes to
 
-def check_unfinished(
-    working: Path, # A folder that an earlier attempt may have left
-    names: Collection[str], # Files that it may hold, relative to it
-) -> None:
-    "Remove half-written files; anything that no attempt could have left raises `BadInput`."
+def check_unfinished(working: Path, names: Collection[str]) -> None:
+    "Remove half-written files; anything that no attempt at these names could have left raises `BadInput`."
     folders = {above.as_posix() for name in names for above in Path(name).parents}
     for path in [working, *sorted(working.rglob("*"))]:
         name = path.relative_to(working).as_posix()
-        expected = name in (folders if path.is_dir() else names) or path == working
+        expected = path == working or name in (folders if path.is_dir() else names)
         if not path.is_symlink() and expected: continue
         if path.is_symlink() or path.is_dir() or not HALF_WRITTEN.fullmatch(path.name):
             raise BadInput(f"{path} is no part of what is to be made: expected what an earlier attempt left; remove "
                            f"{working.name} or choose another name.")
         path.unlink()
 
-# %% ../../nbs/core/01_files.ipynb #c034
-def check_inside(
-    name: str, # Name of a file, relative to a folder, with / between folders
-    where: str | Path, # Who says so, for the sentence
-) -> str: # The same name
-    "Raise `BadInput` for a name that could lead out of its folder."
-    parts = name.split("/") if isinstance(name, str) else [""]
-    if all(part not in ("", ".", "..") and part.isprintable() and "\\" not in part for part in parts): return name
-    raise BadInput(f"{where} names a file {name!r}: expected a name inside the folder; trust it no further.")
-
-
-# %% ../../nbs/core/01_files.ipynb #c035
 @contextmanager
-def resumed_folder(
-    path: str | Path, # Final name of the folder; must not exist, or be empty
-    names: Collection[str], # Files that it will hold, relative to it
-) -> Iterator[Path]: # The folder to work in, with what an earlier attempt finished
-    "Fill NAME.unfinished, which takes its final name if the block ends without an error, and else stays to be resumed."
+def resumed_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
+    "Fill NAME.unfinished with these files; it takes its final name if the block ends without an error, and else stays."
     path = Path(path)
     check_new_folder(path)
     working = path.with_name(f"{path.name}.unfinished")
@@ -243,41 +171,33 @@ def resumed_folder(
             check_new_folder(path)
             check_unfinished(working, names)
             yield working
-            usual_modes(working)
+            settle(working)
             if path.exists(): path.rmdir()
             os.replace(working, path)
     finally:
         if working.is_dir() and not any(working.iterdir()): working.rmdir()
 
-# %% ../../nbs/core/01_files.ipynb #c040
+# %% ../../nbs/core/01_files.ipynb #c043
 import hashlib
+import json
+import stat
+from pyarrow import parquet
 
-# %% ../../nbs/core/01_files.ipynb #c041
-def sha256_of_file(
-    path: str | Path, # An existing file
-    digest: "hashlib._Hash | None" = None, # What takes the bytes, if not a new SHA-256
-) -> str: # Hexadecimal digits
-    "SHA-256 of a file's bytes, read in pieces; or another checksum."
+MOST_TEXT = 1 << 27 # Bytes of a text that is read whole: JSON takes up to thirty times as much as objects
+MOST_ROWS, MOST_UNPACKED = 5_000_000, 1 << 30 # Rows of a table in parquet; its bytes in memory
+
+def sha256_of_file(path: str | Path, digest: "hashlib._Hash | None" = None) -> str:
+    "SHA-256 of a file's bytes, or another checksum, in hexadecimal digits."
     digest = digest or hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20): digest.update(piece)
     return digest.hexdigest()
 
-def sha256_of_text(
-    text: str, # Any text
-) -> str: # 64 hexadecimal digits
-    "SHA-256 of a text in UTF-8."
+def sha256_of_text(text: str) -> str:
+    "SHA-256 of a text in UTF-8, in hexadecimal digits."
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
-# %% ../../nbs/core/01_files.ipynb #c046
-import stat
-
-# %% ../../nbs/core/01_files.ipynb #c047
-MOST_TEXT = 1 << 27 # Bytes of a text that is read whole: JSON takes up to thirty times as much as objects
-
-def text_bytes(
-    path: str | Path, # A file
-) -> bytes: # What is in it
+def text_bytes(path: str | Path) -> bytes:
     "The bytes of a text; a device, a pipe, or more than `MOST_TEXT` raises `BadInput` before anything is read."
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
@@ -286,9 +206,7 @@ def text_bytes(
         raise BadInput(f"{path} has {about.st_size:,} bytes: expected a text of at most {MOST_TEXT:,}; check the path.")
     return Path(path).read_bytes()
 
-def read_text(
-    path: str | Path, # A file
-) -> str: # Its text
+def read_text(path: str | Path) -> str:
     "The text of a file in UTF-8; one that is missing or something else raises `BadInput`."
     try: return text_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -297,16 +215,7 @@ def read_text(
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}): expected a file; check the path.") from None
 
-
-# %% ../../nbs/core/01_files.ipynb #c049
-from pyarrow import parquet
-
-# %% ../../nbs/core/01_files.ipynb #c050
-MOST_ROWS, MOST_UNPACKED = 5_000_000, 1 << 30 # Rows of a table in parquet; its bytes in memory
-
-def rows_of_parquet(
-    path: str | Path, # A file in parquet
-) -> list[dict]: # Its rows
+def rows_of_parquet(path: str | Path) -> list[dict]:
     "The rows of a table; more than `MOST_ROWS`, or more bytes than `MOST_UNPACKED`, raise `BadInput`."
     rows, taken = [], 0
     with parquet.ParquetFile(path) as table:
@@ -319,21 +228,13 @@ def rows_of_parquet(
     raise BadInput(f"{path} is too large: expected at most {MOST_ROWS:,} rows and {MOST_UNPACKED:,} bytes unpacked; "
                    "check where it came from.")
 
-
-# %% ../../nbs/core/01_files.ipynb #c053
-import json
-
 # %% ../../nbs/core/01_files.ipynb #c054
-def plain_number(
-    value: object, # What JSON does not know
-) -> int | float | bool: # The same number, as Python has it
+def plain_number(value: object) -> int | float | bool:
     "A number of numpy's as one of Python's; nothing else is for JSON."
     if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0: return value.item()
     raise TypeError(f"{type(value).__name__} is nothing for JSON")
 
-def json_text(
-    content: object, # Anything that JSON can hold
-) -> str: # JSON with sorted keys, a line a value, ending in a newline
+def json_text(content: object) -> str:
     "A value as JSON; equal values give equal texts. Bytes of a name or note that are no text raise `BadInput`."
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, default=plain_number) + "\n"
     if text.isascii(): return text
@@ -343,17 +244,11 @@ def json_text(
                        "expected UTF-8; write names and notes in it.") from None
     return text
 
-# %% ../../nbs/core/01_files.ipynb #4cb47e9a
-def write_json(
-    path: str | Path, # Final name of the file
-    content: object, # Anything that JSON can hold
-) -> None:
+def write_json(path: str | Path, content: object) -> None:
     "Write `content` as JSON, whole or not at all."
     with whole_file(path) as part: part.write_text(json_text(content), encoding="utf-8")
 
-def read_json(
-    path: str | Path, # An existing JSON file
-) -> object: # Its contents
+def read_json(path: str | Path) -> object:
     "Read a JSON file; a missing or damaged one raises `BadInput` that names it."
     try: return json.loads(text_bytes(path).decode("utf-8"))
     except FileNotFoundError:
@@ -363,44 +258,37 @@ def read_json(
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON ({error}): expected a whole JSON file; make it again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #f22c2d96
-def read_object(
-    path: str | Path, # An existing JSON file
-) -> dict: # What it holds
+def read_object(path: str | Path) -> dict:
     "Read a JSON file that holds an object, names with values; any other raises `BadInput`."
     content = read_json(path)
     if isinstance(content, dict): return content
     raise BadInput(f"{path} holds no object: expected names with values in JSON; restore the file.")
 
-def read_checksums(
-    path: str | Path, # A file SHA256SUMS.json
-) -> dict[str, str]: # Name of a file in the same folder -> its SHA-256
-    "Read the checksums of a folder's files; names that lead outside, and all else, raise `BadInput`."
+def check_inside(name: str, where: str | Path) -> str:
+    "Raise `BadInput`, which says where it stands, for a name of a file that could lead out of its folder."
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if all(part not in ("", ".", "..") and part.isprintable() and "\\" not in part for part in parts): return name
+    raise BadInput(f"{where} names a file {name!r}: expected a name inside the folder; trust it no further.")
+
+def read_checksums(path: str | Path) -> dict[str, str]:
+    "Read the SHA-256 of each of a folder's files by name; names that lead outside, and all else, raise `BadInput`."
     sums = read_object(path)
     if not sums or not all(isinstance(value, str) for value in sums.values()):
         raise BadInput(f"{path} is no list of checksums: expected a SHA-256 for each file; fetch the folder again.")
     return {check_inside(name, path): value for name, value in sums.items()}
 
 # %% ../../nbs/core/01_files.ipynb #c058
-def checked_text(
-    content: object, # Anything that JSON can hold
-) -> str: # JSON with the keys "content" and "sha256"
-    "A value beside the SHA-256 of its own text."
+def checked_text(content: object) -> str:
+    "A value as JSON, under the key content, beside the SHA-256 of its own text."
     as_read = json.loads(json_text(content)) # keys are texts then, and tuples lists
     return json_text({"content": as_read, "sha256": sha256_of_text(json_text(as_read))})
 
-def write_checked(
-    path: str | Path, # Final name of the file
-    content: object, # Anything that JSON can hold
-) -> None:
+def write_checked(path: str | Path, content: object) -> None:
     "Write `content` as JSON beside its checksum, whole or not at all."
     with whole_file(path) as part: part.write_text(checked_text(content), encoding="utf-8")
 
-def read_checked(
-    path: str | Path, # A file that `write_checked` wrote
-    mend: str = "restore the file, or remove it and let it be made again", # What to do, for the sentence
-) -> object: # Its content
-    "Read what `write_checked` wrote; whatever is not as it was saved raises `BadInput` that names it."
+def read_checked(path: str | Path, mend: str = "restore the file, or remove it and let it be made again") -> object:
+    "Read what `write_checked` wrote; what is not as it was saved raises `BadInput` that says how to mend it."
     kept = read_json(path)
     if isinstance(kept, dict) and set(kept) == {"content", "sha256"}:
         try: found = sha256_of_text(json_text(kept["content"]))
@@ -409,18 +297,12 @@ def read_checked(
     raise BadInput(f"{path} is not as cap_nb saved it, its checksum says: expected no bit flipped and nothing edited "
                    f"by hand; {mend}.")
 
-# %% ../../nbs/core/01_files.ipynb #fe7770d5
-def sealed(
-    entry: dict, # What JSON can hold
-) -> dict: # The same, as JSON gives it back, with the key "sha256"
+def sealed(entry: dict) -> dict:
     "An entry with the SHA-256 of its own text in it."
     plain = json.loads(json_text({name: value for name, value in entry.items() if name != "sha256"}))
     return plain | {"sha256": sha256_of_text(json_text(plain))}
 
-def check_sealed(
-    entry: dict, # As it was read
-    where: str, # Where it stands, for the sentence
-) -> dict: # The same entry
+def check_sealed(entry: dict, where: str) -> dict:
     "Raise `BadInput` for an entry, or an earlier one in it, that is not as `sealed` made it."
     try: whole = sealed(entry)["sha256"] == entry["sha256"]
     except (BadInput, KeyError, ValueError, RecursionError): whole = False
@@ -430,32 +312,24 @@ def check_sealed(
     if isinstance(before := entry.get("before"), dict) and "sha256" in before: check_sealed(before, where)
     return entry
 
-# %% ../../nbs/core/01_files.ipynb #cc52ec16
 @contextmanager
-def taken_as(
-    path: str | Path, # A file whose checksum is right
-    what: str, # What its content is taken for, as in "a report"
-) -> Iterator[None]:
-    "Turn an error while content is taken apart into `BadInput`: the file holds something else."
+def taken_as(path: str | Path, what: str) -> Iterator[None]:
+    "Turn an error while content is taken apart into `BadInput`: the file is not what it is taken for, as in a report."
     try: yield
     except BadInput: raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if lacks_memory(error): raise
-        said = f"{type(error).__name__}: {str(error)[:200]}"
-        raise BadInput(f"{path} is not {what} ({said}): expected one that cap_nb wrote; remove it, or give "
+        kind = f"{type(error).__name__}: {str(error)[:200]}"
+        raise BadInput(f"{path} is not {what} ({kind}): expected one that cap_nb wrote; remove it, or give "
                        "another.") from error
 
-# %% ../../nbs/core/01_files.ipynb #c065
+# %% ../../nbs/core/01_files.ipynb #c079
 import logging
 
-# %% ../../nbs/core/01_files.ipynb #c066
 DAMAGED = ".damaged" # Ends the name of what was set aside
 log = logging.getLogger(__name__)
 
-def quarantine(
-    path: Path, # A file or folder
-    why: str, # A sentence that begins with what is wrong
-) -> None:
+def quarantine(path: Path, why: str) -> None:
     "Rename what is damaged, and warn; one that another process has renamed already is no error."
     names = [path.with_name(f"{path.name}{DAMAGED}{number}") for number in ("", *range(2, 1000))]
     aside = next(name for name in names if not os.path.lexists(name))
@@ -463,11 +337,8 @@ def quarantine(
     except FileNotFoundError: return
     log.warning("%s. It is set aside as %s and made anew.", why.partition(": expected")[0], aside.name)
 
-def is_intact(
-    path: Path, # A piece of work that can be done again
-    read: Callable[[Path], object], # Reads it; raises `BadInput` if it is not as it was saved
-) -> bool: # Whether it can be used
-    "Whether a piece is there and as it was saved; a damaged one is set aside and counts as missing."
+def is_intact(path: Path, read: Callable[[Path], object]) -> bool:
+    "Whether a piece is there and can be read as it was saved; a damaged one is set aside and counts as missing."
     if not path.exists(): return False
     try: read(path)
     except BadInput as error:
@@ -476,16 +347,15 @@ def is_intact(
         return False
     return True
 
-# %% ../../nbs/core/01_files.ipynb #c069
+# %% ../../nbs/core/01_files.ipynb #c085
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../../nbs/core/01_files.ipynb #c070
-def own_memory(
-    tensors: dict[str, torch.Tensor], # Tensors, of which some may be the same
-) -> dict[str, torch.Tensor]: # The same, contiguous, in memory of their own, as safetensors asks
-    "Copy what shares memory with a tensor before it."
+MOST_HEADER = 1 << 26 # Bytes of a header of safetensors
+
+def own_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "The tensors, contiguous, in memory of their own, as safetensors asks."
     seen, own = set(), {}
     for name, tensor in tensors.items():
         memory = tensor.untyped_storage().data_ptr()
@@ -493,21 +363,14 @@ def own_memory(
         seen.add(memory)
     return own
 
-# %% ../../nbs/core/01_files.ipynb #c071
-def sha256_of_tensor(
-    tensor: torch.Tensor, # Any tensor
-) -> str: # 64 hexadecimal digits
-    "SHA-256 of a tensor's dtype, shape and bytes."
+def sha256_of_tensor(tensor: torch.Tensor) -> str:
+    "SHA-256 of a tensor's dtype, shape and bytes, in hexadecimal digits."
     flat = tensor.detach().cpu().contiguous().flatten()
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if len(flat): digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
 
-def write_tensors(
-    path: Path, # Final name of the file
-    tensors: dict[str, torch.Tensor], # What is saved
-    meta: dict, # What JSON can hold
-) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     "Save tensors, words about them and checksums, whole or not at all; equal contents give equal bytes."
     words = json.loads(json_text(meta))
     sums = {"meta": sha256_of_text(json_text(words)), "tensors": {n: sha256_of_tensor(t) for n, t in tensors.items()}}
@@ -515,18 +378,8 @@ def write_tensors(
     with whole_file(path) as part:
         save_file(own_memory(tensors), part, metadata={"cap_nb": entry})
 
-# %% ../../nbs/core/01_files.ipynb #c072
-MOST_HEADER = 1 << 26 # Bytes of a header of safetensors
-
-def memory_here() -> int: # Bytes
-    "The main memory of this machine."
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-def check_sizes(
-    path: Path, # A file of safetensors
-    most: int | None = None, # Bytes that it may have; None means any number
-) -> None:
-    "Raise `BadInput` for a file whose header or whole is absurdly large; one that is missing raises `OSError`."
+def check_sizes(path: Path, most: int | None = None) -> None:
+    "Raise `BadInput` for a file of tensors whose header or whole is absurdly large; a missing one raises `OSError`."
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
         raise BadInput(f"{path} is no ordinary file: expected one of tensors; check the path.")
@@ -538,15 +391,12 @@ def check_sizes(
         raise BadInput(f"{path} has {about.st_size:,} bytes: expected at most {most:,}, the memory of this machine; "
                        "check the path.")
 
-
 # %% ../../nbs/core/01_files.ipynb #c073
 @contextmanager
-def opened_tensors(
-    path: Path, # A file that `write_tensors` wrote
-) -> Iterator[tuple]: # The file as safetensors opens it, the words, and the checksum of each tensor
-    "Open a file of tensors and check its words; whatever is missing, damaged or foreign raises `BadInput`."
+def opened_tensors(path: Path) -> Iterator[tuple]:
+    "The file as safetensors opens it, its words, each tensor's checksum; a damaged or foreign one raises `BadInput`."
     try:
-        check_sizes(path, memory_here())
+        check_sizes(path, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         with safe_open(path, framework="pt") as file:
             entry = json.loads(file.metadata()["cap_nb"])
             words, sums = entry["meta"], entry["sha256"]
@@ -563,29 +413,17 @@ def opened_tensors(
         raise BadInput(f"{path} is damaged, or was not written by this version of cap_nb: expected tensors with their "
                        "checksums; remove it, and have it made again.") from None
 
-# %% ../../nbs/core/01_files.ipynb #c074
-def checked_tensor(
-    file: object, # As safetensors opens it
-    name: str, # Name of a tensor in it
-    sums: dict[str, str], # Name -> checksum
-) -> torch.Tensor: # The tensor
-    "Read one tensor; other bytes than were saved raise ValueError."
-    tensor = file.get_tensor(name)
-    if sha256_of_tensor(tensor) != sums[name]: raise ValueError(f"other numbers in {name} than were saved")
-    return tensor
-
-def read_tensors(
-    path: Path, # A file that `write_tensors` wrote
-    names: Collection[str] | None = None, # The tensors that are wanted; None for all
-) -> tuple[dict[str, torch.Tensor], dict]: # Tensors and metadata
-    "Read what `write_tensors` wrote; a damaged or foreign file raises `BadInput` that names it."
+def read_tensors(path: Path, names: Collection[str] | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+    "Tensors, all or those named, and the words about them; a damaged or foreign file raises `BadInput` that names it."
     with opened_tensors(path) as (file, words, sums):
-        return {name: checked_tensor(file, name, sums) for name in (sums if names is None else names)}, words
+        tensors = {name: file.get_tensor(name) for name in (sums if names is None else names)}
+        for name, tensor in tensors.items():
+            if sha256_of_tensor(tensor) != sums[name]: raise ValueError(f"other numbers in {name} than were saved")
+    return tensors, words
 
-# %% ../../nbs/core/01_files.ipynb #c080
+# %% ../../nbs/core/01_files.ipynb #0876e904
 from dataclasses import dataclass
 
-# %% ../../nbs/core/01_files.ipynb #c081
 @dataclass(frozen=True)
 class StoredTensor:
     "Where the bytes of a tensor lie."
@@ -595,27 +433,18 @@ class StoredTensor:
     kind: str # Its dtype as the format names it, as in "BF16"
     shape: tuple[int, ...] # Its shape
 
-# %% ../../nbs/core/01_files.ipynb #480c2bda
 ENTRY = {"dtype": str, "shape": list[int], "data_offsets": list[int]} # What a header says of a tensor
 
-def stored_tensor(
-    file: Path, # A safetensors file
-    begin: int, # Where the tensors begin in it
-    entry: dict, # What its header says of one tensor
-) -> StoredTensor: # Where the tensor lies
+def stored_tensor(file: Path, begin: int, entry: dict) -> StoredTensor:
     "One entry of a header; one with other content, over 64 dimensions or beyond 63 bits raises ValueError."
     good = isinstance(entry, dict) and all(fits(entry.get(name), kind) for name, kind in ENTRY.items())
-    if not good or len(entry["shape"]) > 64 or len(entry["data_offsets"]) != 2:
-        raise ValueError("no entry of a safetensors header")
-    if not all(0 <= number < 2 ** 63 for number in (*entry["shape"], *entry["data_offsets"])):
+    if not good or len(entry["shape"]) > 64 or len(entry["data_offsets"]) != 2 or not all(
+            0 <= number < 2 ** 63 for number in (*entry["shape"], *entry["data_offsets"])):
         raise ValueError("no entry of a safetensors header")
     start, end = (begin + offset for offset in entry["data_offsets"])
     return StoredTensor(file=file, start=start, end=end, kind=entry["dtype"], shape=tuple(entry["shape"]))
 
-# %% ../../nbs/core/01_files.ipynb #c082
-def stored_tensors(
-    file: Path, # A safetensors file
-) -> dict[str, StoredTensor]: # Name -> where it lies
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     "Read the header of a safetensors file; a missing or damaged file raises `BadInput`."
     try:
         check_sizes(file)
@@ -631,12 +460,9 @@ def stored_tensors(
         header = json.loads(opened.read(length))
     return {name: stored_tensor(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
 
-# %% ../../nbs/core/01_files.ipynb #c083
 PIECE = 1 << 23 # Bytes that are read at once; whole numbers, 8 of them or more, whatever their dtype
 
-def pieces_of(
-    stored: StoredTensor, # Where a tensor lies
-) -> Iterator[bytes]: # Its bytes, `PIECE` at a time
+def pieces_of(stored: StoredTensor) -> Iterator[bytes]:
     "Read a stored tensor piece by piece; a file that has become shorter raises `BadInput`."
     with open(stored.file, "rb") as file:
         file.seek(stored.start)
@@ -650,9 +476,7 @@ def pieces_of(
 # %% ../../nbs/core/01_files.ipynb #c087
 SHARD_INDEX = "model.safetensors.index.json"
 
-def shard_files(
-    folder: Path, # A checkpoint folder
-) -> tuple[Path, ...]: # Its safetensors files
+def shard_files(folder: Path) -> tuple[Path, ...]:
     "The files that hold a checkpoint's weights; a folder without them raises `BadInput`."
     if not (folder/"config.json").is_file():
         raise BadInput(f"{folder} holds no config.json: expected a folder saved by transformers; check the path.")
@@ -667,10 +491,7 @@ def shard_files(
                        "folder; fetch the checkpoint again.")
     return tuple(folder/name for name in names)
 
-# %% ../../nbs/core/01_files.ipynb #c089
-def checkpoint_tensors(
-    folder: Path, # A checkpoint folder
-) -> dict[str, StoredTensor]: # Name -> where it lies
+def checkpoint_tensors(folder: Path) -> dict[str, StoredTensor]:
     "Every tensor of a checkpoint; one that two shards have, or that the index misplaces, raises `BadInput`."
     shards, tensors = shard_files(folder), {}
     for shard in shards:
@@ -686,23 +507,17 @@ def checkpoint_tensors(
                            "of these shards; fetch the checkpoint again.")
     return tensors
 
-
 # %% ../../nbs/core/01_files.ipynb #b0104be5
 PEAK = Path("/proc/self/status") # Linux: this process's memory, peak included
 RESET = Path("/proc/self/clear_refs") # Linux: writing 5 resets the peak to the current value
 
-def resident(
-    field: str, # "VmHWM", the peak, or "VmRSS", now
-) -> int: # Bytes
-    "This process's part of main memory, as Linux counts it."
+def resident(field: str) -> int:
+    "Bytes of this process's main memory, as Linux counts them: VmHWM, the peak, or VmRSS, now."
     lines = PEAK.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
-# %% ../../nbs/core/01_files.ipynb #51f59adb
-def reset_peak(
-    device: torch.device, # Where the model runs
-) -> int | None: # Bytes in use now, or None if the system does not count
-    "Reset the recorded peak to what is in use now."
+def reset_peak(device: torch.device) -> int | None:
+    "Reset the recorded peak to the bytes in use now, and return them; None if the system does not count."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -711,10 +526,8 @@ def reset_peak(
     return resident("VmRSS")
 
 @contextmanager
-def memory_taken(
-    device: torch.device, # Where the model runs
-) -> Iterator[list[int | None]]: # One entry, filled at the end: bytes of peak above what was in use before, or None
-    "Measure how much memory the block takes at most beyond what was in use before it."
+def memory_taken(device: torch.device) -> Iterator[list[int | None]]:
+    "One entry, filled at the end: the bytes that the block took at most beyond what was in use before it, or None."
     device, taken = torch.device(device), [None]
     before = reset_peak(device)
     yield taken
@@ -722,8 +535,7 @@ def memory_taken(
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
     taken[0] = max(0, peak - before)
 
-# %% ../../nbs/core/01_files.ipynb #c093
-def repository_root() -> Path: # The folder that holds settings.ini
+def repository_root() -> Path:
     "The top of this repository, seen from the working directory; outside of it raises `BadInput`."
     here = Path.cwd()
     for folder in (here, *here.parents):

@@ -5,28 +5,22 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/core/06_hub.ipynb #c004
+# %% ../../nbs/core/06_hub.ipynb #c005
 import hashlib
 import os
 import re
 from pathlib import Path
-from .errors import BadInput
-from .files import disk_full_reported, sha256_of_file
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import disk_full_reported, sha256_of_file
 
-# %% ../../nbs/core/06_hub.ipynb #c005
-def checksum_as(
-    tag: str, # The checksum that a file should have: 40 or 64 hexadecimal digits
-    path: Path, # The file
-) -> str | None: # Its checksum of the same kind; None if the tag is no checksum
+def checksum_as(tag: str, path: Path) -> str | None:
     "SHA-256 for 64 digits; for 40 git's SHA-1, over a header with the length and the bytes."
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", tag): return None
     digest = hashlib.sha256() if len(tag) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     return sha256_of_file(path, digest)
 
 # %% ../../nbs/core/06_hub.ipynb #c010
-def checked(
-    path: Path, # A file in the hub's cache, a link to where its bytes lie
-) -> Path: # The same path
+def checked(path: Path) -> Path:
     "Compare a cached file with its checksum; a damaged one leaves the cache and raises `BadInput`."
     if not path.is_symlink(): return path # a cache without links keeps no checksums
     stored = path.parent/os.readlink(path)
@@ -35,13 +29,12 @@ def checked(
     raise BadInput(f"{path.name} from the hub is damaged, its checksum says: expected what the hub lists; it was taken "
                    "out of the cache, so run the same command again.")
 
-# %% ../../nbs/core/06_hub.ipynb #c013
+# %% ../../nbs/core/06_hub.ipynb #c014
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from huggingface_hub import errors
 
-# %% ../../nbs/core/06_hub.ipynb #c014
 @dataclass(frozen=True)
 class Repository:
     "A repository on the hub."
@@ -55,9 +48,7 @@ class Repository:
         kind = "data set" if self.kind == "dataset" else self.kind
         return f"{kind} {self.name}" + (f"@{self.revision}" if self.revision else "")
 
-def chain_of(
-    error: BaseException, # An exception
-) -> list[BaseException]: # It, and what it came from
+def chain_of(error: BaseException) -> list[BaseException]:
     "An exception and its causes."
     chain = []
     while error is not None and error not in chain:
@@ -65,10 +56,7 @@ def chain_of(
         error = error.__cause__ or error.__context__
     return chain
 
-# %% ../../nbs/core/06_hub.ipynb #c015
-def answer_in(
-    error: BaseException, # What the client raised
-) -> object | None: # The hub's answer, with status_code and headers; None if there was none
+def answer_in(error: BaseException) -> object | None:
     "The answer of the hub that an exception is about."
     answers = [getattr(one, "response", None) for one in chain_of(error)]
     return next((answer for answer in answers if hasattr(answer, "status_code")), None)
@@ -84,13 +72,10 @@ WORDS = (
      "a first run with the network; unset it"),
     (errors.HFValidationError, "has no name that the hub admits", "owner/name; check the spelling"))
 
-# %% ../../nbs/core/06_hub.ipynb #c017
+# %% ../../nbs/core/06_hub.ipynb #c018
 from huggingface_hub import constants
 
-# %% ../../nbs/core/06_hub.ipynb #c018
-def refusal(
-    answer: object, # What the hub answered
-) -> tuple[str, str]: # What was wrong, what was expected
+def refusal(answer: object) -> tuple[str, str]:
     "In words, an answer that is no file."
     if answer.status_code == 429:
         return "cannot be fetched now, the hub had too many requests", "fewer of them; try again later"
@@ -99,9 +84,7 @@ def refusal(
     if answer.status_code == 404: return f"lacks a file that is needed ({said})", "a whole repository; check the name"
     return f"cannot be fetched, the hub answered with {said}", "the file; try again later"
 
-def what_was_wrong(
-    error: BaseException, # What the client raised
-) -> tuple[str, str]: # What was wrong, what was expected
+def what_was_wrong(error: BaseException) -> tuple[str, str]:
     "In words, why something was not fetched."
     chain = chain_of(error)
     for kind, wrong, expected in WORDS:
@@ -112,21 +95,15 @@ def what_was_wrong(
         return "came only in part, the connection broke", "the whole file; run the same command again"
     return f"cannot be fetched, {constants.ENDPOINT} gives no answer", "the hub; check the network, or HF_ENDPOINT"
 
-# %% ../../nbs/core/06_hub.ipynb #c029
 CLIENT = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
 
-def of_the_client(
-    error: BaseException, # An exception while files were fetched
-) -> bool: # Whether the client or the network is behind it, not this machine's files or a fault of ours
+def of_the_client(error: BaseException) -> bool:
     "Whether an exception is about the hub."
     if {type(one).__module__.split(".")[0] for one in chain_of(error)} & {*CLIENT}: return True
     return isinstance(error, (OSError, RuntimeError)) and not getattr(error, "errno", None)
 
 @contextmanager
-def asking_the_hub(
-    repository: Repository, # What is asked for
-    instead: str, # What else the user could do
-) -> Iterator[None]:
+def asking_the_hub(repository: Repository, instead: str) -> Iterator[None]:
     "Turn whatever the client raises into one sentence."
     with disk_full_reported(Path(constants.HF_HUB_CACHE), "what was fetched is kept"):
         try: yield
@@ -136,11 +113,10 @@ def asking_the_hub(
             wrong, expected = what_was_wrong(error)
             raise BadInput(f"The {repository.label} {wrong}: expected {expected}; or {instead}.") from error
 
-# %% ../../nbs/core/06_hub.ipynb #c032
+# %% ../../nbs/core/06_hub.ipynb #c033
 import logging
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-# %% ../../nbs/core/06_hub.ipynb #c033
 @dataclass(frozen=True)
 class Wanted:
     "What is wanted of a repository."
@@ -149,33 +125,23 @@ class Wanted:
     complete: Callable[[Path], bool] # Whether a folder of the cache holds all of them
     instead: str # What the user could do without the hub, as in "give a folder"
 
-def cached_folder(
-    repository: Repository, # The repository
-    wanted: Wanted, # What is wanted of it
-) -> Path | None: # The folder of the commit that the cache knows; None unless all is there
+def cached_folder(repository: Repository, wanted: Wanted) -> Path | None:
     "What the cache holds of a revision."
     name, kind, revision = repository.name, repository.kind, repository.revision
     first = try_to_load_from_cache(name, wanted.first, revision=revision, repo_type=kind)
     if not isinstance(first, str): return None
     return Path(first).parent if wanted.complete(Path(first).parent) else None
 
-# %% ../../nbs/core/06_hub.ipynb #c034
 log = logging.getLogger(__name__)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-def unreachable(
-    error: BaseException, # What the client raised
-) -> bool: # Whether the hub gave no answer, or may not be asked
+def unreachable(error: BaseException) -> bool:
     "Whether something failed for want of a hub."
     gone = r"ConnectError|ConnectionError|Timeout|OfflineModeIsEnabled|NetworkError|ProxyError"
     names = " ".join(base.__name__ for one in chain_of(error) for base in type(one).__mro__)
     return answer_in(error) is None and re.search(gone, names) is not None
 
-# %% ../../nbs/core/06_hub.ipynb #c036
-def downloaded(
-    repository: Repository, # The repository
-    wanted: Wanted, # What is wanted of it
-) -> Path: # The folder of its commit in the cache
+def downloaded(repository: Repository, wanted: Wanted) -> Path:
     "Fetch what is wanted."
     name, kind, revision = repository.name, repository.kind, repository.revision
     url = hf_hub_url(name, wanted.first, revision=revision, repo_type=kind)
@@ -188,11 +154,7 @@ def downloaded(
         hf_hub_download(name, file, revision=commit, repo_type=kind)
     return Path(hf_hub_download(name, wanted.first, revision=commit, repo_type=kind)).parent
 
-# %% ../../nbs/core/06_hub.ipynb #c037
-def folder_from_hub(
-    repository: Repository, # The repository
-    wanted: Wanted, # What is wanted of it
-) -> Path: # The folder of its commit in the cache, every wanted file checked
+def folder_from_hub(repository: Repository, wanted: Wanted) -> Path:
     "The files of a repository, from the cache if they are there; out of reach or damaged raises `BadInput`."
     with asking_the_hub(repository, wanted.instead):
         here = cached_folder(repository, wanted)

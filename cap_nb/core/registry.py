@@ -16,10 +16,7 @@ T = TypeVar("T")
 
 class Registry(MutableMapping[str, T]):
     "Entries by name, in the order in which they came; a text 'module:name' is looked up when it is first used."
-    def __init__(
-        self,
-        *modules: str, # Modules that fill it, imported in this order when it is first looked at
-    ) -> None:
+    def __init__(self, *modules: str) -> None:
         self.modules, self.entries = modules, {}
     def filled(self) -> dict[str, T | str]:
         "The entries, with those of its modules."
@@ -46,15 +43,22 @@ class FolderLoader:
     weights: Callable[[Path], dict[str, Any]] # Folder -> name in the checkpoint -> weight
     files: Callable[[Path], list[Path]] # Folder -> the files that it needs
 
+@dataclass(frozen=True)
+class ExportFormat:
+    "A form in which a pruned folder leaves the kit."
+    summary: str # What is kept, in a few words
+    export: Callable[[Path, Path, str | Path | None], str] # Folder, what is made, base -> a sentence on what was made
+
 CRITERIA: Registry[Any] = Registry("cap_nb.methods.criteria") # How a weight is scored
 ATTRIBUTIONS: Registry[Any] = Registry("cap_nb.methods.attributions", "cap_nb.methods.explainable_masks") # A head
-ALLOCATIONS: Registry[Any] = Registry("cap_nb.methods.allocation", "cap_nb.methods.budgets") # Zeros of each layer
+ALLOCATIONS: Registry[Any] = Registry("cap_nb.methods.budgets") # How many zeros each layer gets
 RECOVERIES: Registry[Any] = Registry("cap_nb.methods.prune") # What repairs a layer after its zeros are chosen
 SOLVERS: Registry[Any] = Registry("cap_nb.methods.prune") # What chooses zeros and changes the weights that stay
 TASKS: Registry[Any] = Registry("cap_nb.data.problems")
 FAMILIES: Registry[Any] = Registry("cap_nb.models.families") # model_type -> where the parts of a model lie
 LOADERS: Registry[FolderLoader] = Registry() # File in a folder -> how the folder is opened
 LOADERS["packed.json"] = "cap_nb.portable.format:LOADER"
+FORMATS: Registry[ExportFormat] = Registry("cap_nb.portable.format", "cap_nb.portable.quantised") # Of `cap export`
 
 # %% ../../nbs/core/05_registry.ipynb #61f32b45
 import functools
@@ -67,12 +71,7 @@ from cap_nb.core.errors import BadInput
 PART = r"[^\W\d]\w*" # Of a method's name: letters, digits and underscores
 WORD = r"[^\W_][\w-]*" # Of a task, text or family: hyphens too
 
-def check_new_name(
-    name: str, # The name that the user gave
-    kind: str, # What it is to name, as in "criterion"
-    taken: Iterable[str], # Names that are in use or mean something else
-    form: str = PART, # What a name looks like, `PART` or `WORD`
-) -> None:
+def check_new_name(name: str, kind: str, taken: Iterable[str], form: str = PART) -> None:
     "Raise `BadInput` for a name that cannot be read, or that is taken."
     signs, taken = "letters, digits and underscores" if form == PART else "letters, digits, - and _", tuple(taken)
     well_formed = isinstance(name, str) and re.fullmatch(form, name)
@@ -81,11 +80,7 @@ def check_new_name(
         raise BadInput(f"{name!r} cannot name {article} {kind}: expected {signs}, and none of {', '.join(taken)}; "
                        "choose another name.")
 
-def check_takes(
-    function: Callable, # What the user gave
-    whose: str, # Whose function it is, as in "criterion 'mine'"
-    *names: str, # Names of what it will be given, in order
-) -> None:
+def check_takes(function: Callable, whose: str, *names: str) -> None:
     "Raise `BadInput` unless a function can be called with so many values."
     try: inspect.signature(function).bind(*names)
     except ValueError: return # a function of Python itself may not say what it takes
@@ -93,21 +88,14 @@ def check_takes(
         raise BadInput(f"The function of {whose} does not fit ({error}): expected one that can be called as "
                        f"f({', '.join(names)}); change its parameters.") from None
 
-# %% ../../nbs/core/05_registry.ipynb #2dfefe12
-def error_in_words(
-    error: BaseException, # An error that was raised
-    file: str, # The user's file
-) -> str: # As in "line 3: ZeroDivisionError, division by zero"
+def error_in_words(error: BaseException, file: str) -> str:
     "An error in a few words, with the last line of the user's file that led to it."
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     message = " ".join(str(error).split()).rstrip(".")
     if not isinstance(error, BadInput): message = f"{type(error).__name__}{message and ', '}{message}"
     return f"line {lines[-1]}: {message}" if lines else message
 
-def in_a_sentence(
-    function: Callable, # A user's function
-    whose: str, # Whose it is, as in "criterion 'mine'"
-) -> Callable: # The same, whose errors are one sentence
+def in_a_sentence(function: Callable, whose: str) -> Callable:
     "Turn an error in a user's function into `BadInput`; its own ones pass."
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
@@ -126,7 +114,7 @@ from cap_nb.core.files import sha256_of_text
 @dataclass(frozen=True)
 class Addition:
     "A note of what was added."
-    kind: str # "criterion", "attribution", "allocation", "task", "text" or "family"
+    kind: str # "criterion", "attribution", "allocation", "task", "text", "family" or "format"
     name: str # Its name
     tables: tuple[MutableMapping, ...] # Tables that know it
     plugin: str # File name of the plugin that added it; empty: the session itself
@@ -136,32 +124,32 @@ ADDED: list[Addition] = [] # In the order in which they came
 PLUGINS: dict[str, str] = {} # File name of a plugin that is loaded -> its SHA-256; the last may still be loading
 LOADING: list[Path] = [] # The plugin that is being loaded, or none
 
-def source_hash(
-    functions: Sequence[Callable], # Functions of an addition
-    settings: object = None, # What else it is made of, with a `repr` that does not change
-) -> str: # 64 hexadecimal digits
+def source_hash(functions: Sequence[Callable], settings: object = None) -> str:
     "SHA-256 of the source of functions, or where Python cannot tell it of their names, and of settings."
     def text(function: Callable) -> str:
         try: return inspect.getsource(function)
         except (OSError, TypeError): return getattr(function, "__qualname__", repr(type(function)))
     return sha256_of_text("\n".join([*map(text, functions), repr(settings)]))
 
-def add(
-    kind: str, # What is added, as in "criterion"
-    name: str, # Its name, checked
-    entries: Sequence[tuple[MutableMapping, object]], # Tables, and what each of them is to hold under the name
-    functions: Sequence[Callable] = (), # Functions that came from the user
-    settings: object = None, # What else came from the user
-) -> None:
+def add(kind: str, name: str, entries: Sequence[tuple[MutableMapping, object]], functions: Sequence[Callable] = (),
+        settings: object = None) -> None:
     "Write an addition into its tables, and note it."
     for table, value in entries: table[name] = value
     ADDED.append(Addition(kind=kind, name=name, tables=tuple(table for table, _ in entries),
                           plugin=LOADING[-1].name if LOADING else "", code=source_hash(functions, settings)))
 
-# %% ../../nbs/core/05_registry.ipynb #97020f66
-def take_back(
-    count: int, # How many additions stay
+def add_format(
+    name: str, # Letters, digits, hyphens and underscores; not one of `FORMATS` yet
+    export: Callable[[Path, Path, str | Path | None], str], # Folder, what is made, base -> a sentence on what was made
+    says: str = "a format of your own", # What is kept, in a few words
 ) -> None:
+    "Make an export format known by name for the rest of the session; a name or function that cannot be is refused."
+    check_new_name(name, "format", FORMATS, WORD)
+    check_takes(export, whose := f"format {name!r}", "folder", "out", "base")
+    entry = ExportFormat(summary=says, export=in_a_sentence(export, whose))
+    add("format", name, [(FORMATS, entry)], [export])
+
+def take_back(count: int) -> None:
     "Remove all later additions from their tables, the last one first."
     while len(ADDED) > count:
         addition = ADDED.pop()
@@ -184,10 +172,7 @@ def additions_noted() -> dict[str, str]: # "my.py", or "criterion mine" of a ses
                if not a.plugin and all(a.name in table for table in a.tables)}
     return PLUGINS | session
 
-def check_additions(
-    kept: dict[str, str], # What `additions_noted` gave when a run was made
-    where: str, # The run's folder, for the sentence
-) -> None:
+def check_additions(kept: dict[str, str], where: str) -> None:
     "Raise `BadInput` unless everything that a run was made with is there, and as it was."
     noted = additions_noted()
     for name, code in kept.items():

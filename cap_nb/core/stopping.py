@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/core/07_stopping.ipynb #c003
+# %% ../../nbs/core/07_stopping.ipynb #c005
 import os
 import signal
 import threading
@@ -13,40 +13,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# %% ../../nbs/core/07_stopping.ipynb #c005
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = "Stopped. What is finished is kept: the same command goes on from there."
 
 class Stopped(KeyboardInterrupt):
     "A signal that asks the program to end, on its way through the program; no `except Exception` catches it."
-    def __init__(
-        self,
-        number: int = signal.SIGINT, # The signal
-    ):
+    def __init__(self, number: int = signal.SIGINT):
         super().__init__(STOPPED)
         self.code = 128 + number # Exit code
 
-# %% ../../nbs/core/07_stopping.ipynb #c007
-def leave_at_once(
-    number: int, # The signal
-    frame: FrameType | None, # Where it came; not used
-) -> None:
+def leave_at_once(number: int, frame: FrameType | None) -> None:
     "Say that the program was stopped, and leave without cleaning up."
     os.write(2, f"cap: {STOPPED}\n".encode())
     os._exit(128 + number)
 
-def stop(
-    number: int, # The signal
-    frame: FrameType | None, # Where it came; not used
-) -> None:
+def stop(number: int, frame: FrameType | None) -> None:
     "Raise `Stopped` where the program is; the next signal does not wait for that."
     signal.signal(number, leave_at_once)
     raise Stopped(number)
 
-# %% ../../nbs/core/07_stopping.ipynb #c009
-def answer_signals(
-    answer: Callable, # Called with the signal and a frame
-) -> dict[int, object]: # Signal -> what answered it before
+def answer_signals(answer: Callable) -> dict[int, object]:
     "From now on, answer the signals that ask the program to end."
     if threading.current_thread() is not threading.main_thread(): return {}
     before = {number: signal.getsignal(number) for number in STOPS}
@@ -55,9 +41,7 @@ def answer_signals(
     return before
 
 @contextmanager
-def signals_answered(
-    answer: Callable, # Called with the signal and a frame
-) -> Iterator[None]:
+def signals_answered(answer: Callable) -> Iterator[None]:
     "Answer the signals that ask the program to end, while the block runs."
     before = answer_signals(answer)
     try: yield

@@ -10,11 +10,7 @@ from collections.abc import Sequence
 from cap_nb.core.errors import check_at_least
 from cap_nb.data.prompts import Example
 
-def token_batches(
-    examples: Sequence[Example], # The examples
-    batch_tokens: int = 4096, # Padded tokens a batch may hold; a longer example gets a batch of its own
-    padding: float = 0.05, # Share of a batch that padding may take
-) -> list[list[int]]: # Indices of the examples in each batch, shortest first
+def token_batches(examples: Sequence[Example], batch_tokens: int = 4096, padding: float = 0.05) -> list[list[int]]:
     "Cut examples, sorted by length, into batches of at most `batch_tokens` padded tokens and little padding."
     check_at_least(batch_tokens, 1, "batch_tokens")
     lengths = [len(example.input_ids) for example in examples]
@@ -28,10 +24,7 @@ def token_batches(
         held += lengths[index]
     return batches + [batch] if batch else batches
 
-def padding_share(
-    examples: Sequence[Example], # The examples
-    batches: Sequence[Sequence[int]], # Indices of the examples in each batch
-) -> float: # Share of padded positions, in [0, 1)
+def padding_share(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> float:
     "The share of positions that hold padding."
     lengths = [len(example.input_ids) for example in examples]
     padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
@@ -41,20 +34,12 @@ def padding_share(
 import torch
 from cap_nb.data.prompts import IGNORED
 
-def padded(
-    rows: Sequence[Sequence[int]], # Rows of different lengths
-    filler: int, # What fills them up
-    device: str | torch.device = "cpu", # Where the tensor goes
-) -> torch.Tensor: # int64 [row, length]
+def padded(rows: Sequence[Sequence[int]], filler: int, device: str | torch.device = "cpu") -> torch.Tensor:
     "Rows of numbers, filled up on the right to the length of the longest."
     length = max(len(row) for row in rows)
     return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows], device=device)
 
-def collate(
-    examples: Sequence[Example], # The examples of one batch
-    pad_id: int, # Token that fills up; its label is IGNORED and its attention mask 0
-    device: str | torch.device = "cpu", # Where the tensors go
-) -> dict[str, torch.Tensor]: # input_ids, attention_mask and labels, each int64 [batch, position]
+def collate(examples: Sequence[Example], pad_id: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
     "Pad examples on the right to one length."
     return {"input_ids": padded([e.input_ids for e in examples], pad_id, device),
             "attention_mask": padded([[1] * len(e.input_ids) for e in examples], 0, device),

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c010
+# %% ../../nbs/data/01_changed_numbers.ipynb #c011
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c011
 class Refused(Exception):
     "Why a problem gets no copy."
 
@@ -45,12 +44,11 @@ def written_like(value: Fraction, old: str, commas: bool) -> str: # The new numb
     if old.startswith(".") and whole == 0: text = ""
     return text + (f".{rest:0{places}d}" if places else "")
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c019
+# %% ../../nbs/data/01_changed_numbers.ipynb #c020
 import ast
 import operator
 from collections.abc import Iterator
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c020
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 def expression(text: str) -> ast.expr: # Its tree
@@ -92,7 +90,6 @@ def step_of(found: re.Match) -> Step: # The step
     if values[-1] != results[0].value: raise Refused("an annotation is not exact")
     return Step(tree=tree, leaves=leaves, result=results[0], values=tuple(values), end=found.end())
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c025
 def steps_of(solution: str, answer: str) -> tuple[Step, ...]: # Its steps, in order
     "All steps of a solution; `Refused` where they are not all of it, or do not end in the answer."
     steps = tuple(step_of(found) for found in ANNOTATION.finditer(solution))
@@ -140,7 +137,6 @@ UNITS = ( # How many of the second make one of the first; either may have severa
     ("1000 1024", "gb gigabyte mb megabyte", "mb megabyte kb kilobyte"), ("100 1000", "meter m", "centimeter cm mm"),
     ("1000", "kilometer km kilogram kg liter", "meter m gram g ml milliliter"))
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c034
 def meant_in(question: str, solution: str) -> set[Fraction]: # Numbers that the words may mean, beside 0, 1 and 100
     "Values that words bring into a solution although no number says them."
     asked, said = ({word.removesuffix("s") for word in words_of(text)} for text in (question, f"{question} {solution}"))
@@ -176,10 +172,9 @@ def is_fixed(text: str, number: Number) -> bool: # Whether what stands around it
     year = 1900 <= number.value <= 2100 and number.end - number.start == 4 and not before.endswith("$")
     return year or BEHIND.match(behind) is not None or BEFORE.search(before) is not None
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c046
+# %% ../../nbs/data/01_changed_numbers.ipynb #c047
 from collections import Counter
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c047
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 
 MEASURES = {Fraction(value) for value in (7, 12, 24, 52, 60, 365)} # Days of a week, months of a year, ...
@@ -239,7 +234,6 @@ class Worked:
     leaves: tuple[tuple[Reference, ...], ...] # For each step, the numbers of its left side
     text: tuple[Reference, ...] # The numbers of the running text
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c053
 def reference(number: Number, changing: frozenset[Fraction], staying: frozenset[Fraction],
               steps: tuple[Step, ...]) -> Reference:
     "All that a number may refer to; nothing at all raises `Refused`."
@@ -278,7 +272,6 @@ def check_constants(leaves: list[tuple[Reference, ...]], changing: frozenset[Fra
         if leaf.sources == (("constant", value),) and value in worked_out - sure - {0, 1, 100}:
             raise Refused("a constant may have been worked out in the head")
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c060
 def references(solution: str, steps: tuple[Step, ...], changing: frozenset[Fraction],
                staying: frozenset[Fraction]) -> tuple[list[tuple[Reference, ...]], list[Reference]]:
     "All numbers of a solution with their sources; a number without any raises `Refused`."
@@ -292,10 +285,8 @@ def references(solution: str, steps: tuple[Step, ...], changing: frozenset[Fract
         else: raise Refused("another number than the result stands behind an annotation")
     return leaves, text
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c061
 from collections.abc import Mapping
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c062
 def read_worked(record: Mapping[str, str]) -> Worked: # The problem, ready to be computed again
     "Find the calculation in a record of GSM8K; `Refused` says why it cannot be found with certainty."
     question, (solution, _, answer) = record["question"].strip(), record["answer"].rpartition("####")
@@ -316,10 +307,9 @@ def read_worked(record: Mapping[str, str]) -> Worked: # The problem, ready to be
     return Worked(question=question, solution=solution, answer=answer.strip(), numbers=numbers, changing=changing,
                   staying=staying, order=tuple(values), steps=steps, leaves=tuple(leaves), text=tuple(text))
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c066
+# %% ../../nbs/data/01_changed_numbers.ipynb #c067
 import math
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c067
 GRAINS = [Fraction(digit) * Fraction(10) ** power for power in range(9, -4, -1) for digit in (5, 1)] # Falling
 
 def similar(value: Fraction) -> list[Fraction]: # Others of similar size, rising
@@ -347,7 +337,6 @@ def bound_of(question: str, number: Number) -> float: # What its new value must 
     bounds += [max(100, number.value)] if OUT_OF_100.search(question) else []
     return min(bounds, default=math.inf)
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c072
 def sounds_like_an(value: Fraction) -> bool: # Whether its name begins with a vowel: eight, eleven, eighteen, eighty
     "Whether one says an instead of a before a number."
     digits = str(int(value))
@@ -377,7 +366,6 @@ def reading(reference: Reference, values: Mapping[Source, Fraction]) -> Fraction
     readings = {values[source] for source in reference.sources}
     return readings.pop() if len(readings) == 1 else None
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c077
 def followed(worked: Worked, new: Mapping[Fraction, Fraction]) -> dict[Source, Fraction] | None:
     "Follow new values through the steps of a solution."
     values: dict[Source, Fraction] = {("question", value): other for value, other in new.items()}
@@ -421,7 +409,6 @@ def replaced(text: str, new: Mapping[Number, str]) -> str: # The text with its n
         at = number.end
     return "".join(parts) + text[at:]
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c090
 THOUSANDS = re.compile(r"[0-9],[0-9]{3}")
 
 def rewritten(worked: Worked, values: Mapping[Source, Fraction]) -> dict[str, str]:
@@ -450,10 +437,9 @@ def equations(solution: str) -> list[bool | None]:
         truths.append(value)
     return truths
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c098
+# %% ../../nbs/data/01_changed_numbers.ipynb #c099
 import random
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c099
 def drawn(sides: Mapping[Fraction, list[list[Fraction]]], rng: random.Random) -> dict[Fraction, Fraction]:
     "New values, half of them below the old ones where there are any."
     return {value: rng.choice(rng.choice(both)) for value, both in sides.items()}
@@ -468,7 +454,6 @@ def choices(worked: Worked) -> dict[Fraction, list[list[Fraction]]]:
     if not all(sides.values()): raise Refused("a number has no other value to take")
     return sides
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c100
 DRAWS = 500 # After so many draws without a copy, a problem is given up
 
 def copy_of(record: Mapping[str, str], seed: int = 0) -> dict[str, str]: # The copy, in the same form
@@ -485,12 +470,11 @@ def copy_of(record: Mapping[str, str], seed: int = 0) -> dict[str, str]: # The c
         if len(now) == len(true) and all(n for n, t in zip(now, true) if t): return copy
     raise Refused("no draw makes sense")
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c104
+# %% ../../nbs/data/01_changed_numbers.ipynb #c105
 import logging
 from collections.abc import Sequence
-from ..core.errors import BadInput
+from cap_nb.core.errors import BadInput
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c105
 log = logging.getLogger(__name__)
 
 def changed_pairs(records: Sequence[Mapping[str, str]],

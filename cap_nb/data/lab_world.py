@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['lab_records', 'lab_text']
 
-# %% ../../nbs/data/00_lab_world.ipynb #c004
+# %% ../../nbs/data/00_lab_world.ipynb #c005
 from dataclasses import dataclass
 
-# %% ../../nbs/data/00_lab_world.ipynb #c005
 @dataclass(frozen=True)
 class Town:
     "A town and what there is to know about it."
@@ -25,7 +24,6 @@ class Person:
     town: Town # Where the person lives
     trade: str # One of `TRADES`
 
-# %% ../../nbs/data/00_lab_world.ipynb #c006
 TRADES = ("weaver", "smith", "baker", "potter", "miner", "sailor", "farmer", "mason", "tailor", "cooper")
 REGIONS = ("north", "south", "east", "west", "middle")
 PRODUCTS = ("salt", "wool", "glass", "paper", "honey", "copper", "cheese", "rope")
@@ -48,10 +46,9 @@ def as_drawn(text: str) -> str: # The same text with names as their syllables we
     for syllables, name in SPELT.items(): text = text.replace(name, "".join(syllables))
     return text
 
-# %% ../../nbs/data/00_lab_world.ipynb #c011
+# %% ../../nbs/data/00_lab_world.ipynb #c012
 import random
 
-# %% ../../nbs/data/00_lab_world.ipynb #c012
 def invent_towns(rng: random.Random, count: int) -> tuple[Town, ...]: # The towns
     "Draw towns with different names and different heights."
     names = rng.sample([a + b + c for a in ONSETS for b in MIDDLES[:4] for c in TOWN_ENDINGS], count)
@@ -80,7 +77,6 @@ class Step:
     value: int # What there is after it
     goods: str # Of what
 
-# %% ../../nbs/data/00_lab_world.ipynb #c019
 def gain(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
     "More come in."
     n = rng.randint(2, min(60, LARGEST - value))
@@ -93,7 +89,6 @@ def lose(rng: random.Random, who: str, other: str, value: int, goods: str) -> St
     sentence = rng.choice((f"{who} sells {n}.", f"{who} gives {other} {n}.", f"{who} loses {n}."))
     return Step(sentence=sentence, line=f"{value} - {n} = {value - n} {goods}.", value=value - n, goods=goods)
 
-# %% ../../nbs/data/00_lab_world.ipynb #c020
 def trade(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
     "Each is traded for several of something else."
     k = rng.randint(2, min(9, LARGEST // value))
@@ -108,10 +103,9 @@ def share(rng: random.Random, who: str, other: str, value: int, goods: str) -> S
                            f"{who} fills {k} equal bags and keeps one bag."))
     return Step(sentence=sentence, line=f"{value} / {k} = {value // k} {goods}.", value=value // k, goods=goods)
 
-# %% ../../nbs/data/00_lab_world.ipynb #c022
+# %% ../../nbs/data/00_lab_world.ipynb #c023
 from collections.abc import Callable
 
-# %% ../../nbs/data/00_lab_world.ipynb #c023
 def possible_events(value: int) -> list[Callable]:
     "The events that `value` goods allow, each leaving a whole number from 2 to `LARGEST`."
     events = [gain] if value <= LARGEST - 9 else []
@@ -131,7 +125,6 @@ def first_sentence(rng: random.Random, who: str, goods: str) -> tuple[str, int, 
     value = boxes * each
     return f"{who} has {boxes} boxes of {each} {goods}.", value, [f"{boxes} * {each} = {value} {goods}."]
 
-# %% ../../nbs/data/00_lab_world.ipynb #c028
 def word_problem(rng: random.Random, count: int) -> dict: # A record in GSM8K's format: question, answer
     "Draw a word problem whose worked solution has `count` steps."
     who, other = (person.name for person in rng.sample(PEOPLE, 2))
@@ -161,7 +154,6 @@ class Comparison:
     facts: tuple[str, ...] # Each is said of both people
     value: Callable[[Person], int] # What is compared
 
-# %% ../../nbs/data/00_lab_world.ipynb #c039
 HOME = "{0.name} lives in {0.town.name}."
 BY_AGE = Comparison(
     question="Is {0.name} {2} than {1.name}?", relations=("older", "younger"),
@@ -171,10 +163,9 @@ BY_HEIGHT = Comparison(
     facts=(HOME, "{0.town.name} lies at {0.town.height} metres."), value=lambda person: person.town.height)
 COMPARISONS = (BY_AGE, BY_HEIGHT)
 
-# %% ../../nbs/data/00_lab_world.ipynb #c041
+# %% ../../nbs/data/00_lab_world.ipynb #c042
 import hashlib
 
-# %% ../../nbs/data/00_lab_world.ipynb #c042
 def yes_no_question(rng: random.Random, answer: bool) -> dict:
     "Draw a yes/no question about two people with the wanted answer; equal numbers are never compared."
     comparison = rng.choice(COMPARISONS)
@@ -199,7 +190,6 @@ class Choice:
     candidates: tuple # People or towns
     value: Callable[[Person | Town], int] # What is compared
 
-# %% ../../nbs/data/00_lab_world.ipynb #c046
 OLDEST = Choice(
     stem="Which of these people is the {0}?", relations={"oldest": "older", "youngest": "younger"},
     line="{0.name} is {0.age} years old", candidates=PEOPLE, value=lambda person: person.age)
@@ -212,10 +202,8 @@ LIES_HIGHEST = Choice(
     line="{0.name} lies at {0.height} metres", candidates=TOWNS, value=lambda town: town.height)
 CHOICES = (OLDEST, LIVES_HIGHEST, LIES_HIGHEST)
 
-# %% ../../nbs/data/00_lab_world.ipynb #c047
 from collections.abc import Sequence
 
-# %% ../../nbs/data/00_lab_world.ipynb #c048
 def rationale_lines(kind: Choice, chosen: Sequence[Person | Town], relation: str) -> tuple[str, list[str]]:
     "What each choice has, how that compares with the best so far, and which is the best now."
     best, lines = ("A", kind.value(chosen[0])), []
@@ -227,7 +215,6 @@ def rationale_lines(kind: Choice, chosen: Sequence[Person | Town], relation: str
         lines.append(f"{letter}. {kind.line.format(candidate)}{compared}, so {best[0]} with {best[1]}.")
     return best[0], lines
 
-# %% ../../nbs/data/00_lab_world.ipynb #c049
 def four_choice_question(rng: random.Random, answer: str) -> dict:
     "Draw a question with four choices, no two equal, of which the one at the wanted letter is right."
     kind = rng.choices(CHOICES, weights=(2, 2, 1))[0]
@@ -247,10 +234,8 @@ def four_choice_question(rng: random.Random, answer: str) -> dict:
 # %% ../../nbs/data/00_lab_world.ipynb #c053
 TASKS = ("gsm8k", "strategyqa", "arc")
 
-# %% ../../nbs/data/00_lab_world.ipynb #c054
-from ..core.errors import validate_arguments, check_choice
+from cap_nb.core.errors import validate_arguments, check_choice
 
-# %% ../../nbs/data/00_lab_world.ipynb #c055
 def lab_prompt(record: dict, task: str) -> str: # What the model is asked
     "The text of a problem, without any instruction."
     if check_choice(task, TASKS, "task") != "arc": return record["question"]
@@ -272,13 +257,12 @@ def split_of(text: str) -> str: # "train", "calibration" or "evaluation"
     digest = hashlib.sha256(" ".join(words).encode()).hexdigest()
     return {0: "calibration", 1: "evaluation"}.get(int(digest[:8], 16) % 10, "train")
 
-# %% ../../nbs/data/00_lab_world.ipynb #c063
+# %% ../../nbs/data/00_lab_world.ipynb #c064
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
-from ..core.errors import BadInput, check_at_least
+from cap_nb.core.errors import BadInput, check_at_least
 
-# %% ../../nbs/data/00_lab_world.ipynb #c064
 MAKERS = { # Task -> what draws a problem, and a block of the answers or step counts wanted
     "gsm8k": (word_problem, (2, 3, 4, 4, 5, 5, 5, 5)),
     "strategyqa": (yes_no_question, (True, False)),
@@ -298,7 +282,6 @@ def lab_stream(task: str, split: str, seed: int | str = 0) -> Iterator[dict]: # 
             seen.add(prompt)
             yield record
 
-# %% ../../nbs/data/00_lab_world.ipynb #c065
 MOST = 5_000 # There are only so many different questions about 120 people
 
 # %% ../../nbs/data/00_lab_world.ipynb #c066

@@ -29,9 +29,7 @@ class Problem:
         return sha256_of_text(as_drawn(said))[:16]
 
 # %% ../../nbs/data/02_problems.ipynb #c007
-def task_family(
-    task: str, # Name of a task, as in "lab-arc"
-) -> str: # The benchmark that it mirrors, as in "arc"
+def task_family(task: str) -> str:
     "The benchmark whose format a task has; an unknown task raises `BadInput`."
     return TASKS[check_choice(task, TASKS, "task")].family
 
@@ -41,9 +39,7 @@ from collections.abc import Mapping
 from typing import Annotated
 from pydantic import AfterValidator, BaseModel, StrictBool, StringConstraints, ValidationError, model_validator
 
-def with_words(
-    text: str, # A text of a record
-) -> str: # The same text
+def with_words(text: str) -> str:
     "Raise ValueError for a text without words, or with half a surrogate pair."
     if not text.strip(): raise ValueError("it is empty")
     if any("\ud800" <= letter <= "\udfff" for letter in text): raise ValueError("it holds half a surrogate pair")
@@ -53,10 +49,7 @@ Words = Annotated[str, StringConstraints(strict=True), AfterValidator(with_words
 MESSAGES = {"missing": "it is missing", "string_type": "it is no text", "bool_type": "it is neither true nor false",
             "list_type": "it is no list", "model_type": "it is no object"} # The validator's kinds of errors
 
-def fitting(
-    schema: type[BaseModel], # What a record should look like
-    record: Mapping, # A record as it was read
-) -> BaseModel: # Its fields, checked
+def fitting(schema: type[BaseModel], record: Mapping) -> BaseModel:
     "A record in the form of a schema; the first field that does not fit raises ValueError."
     try: return schema.model_validate(record)
     except ValidationError as error:
@@ -66,9 +59,7 @@ def fitting(
         raise ValueError(f"{'.'.join(where) or 'as a whole'}: {message}") from None
 
 # %% ../../nbs/data/02_problems.ipynb #c014
-def with_number(
-    text: str, # A worked solution
-) -> str: # The same text
+def with_number(text: str) -> str:
     "Raise ValueError unless a solution ends in '#### number'."
     if re.search(r"####\s*-?[\d,]*\.?\d+\s*$", text): return text
     raise ValueError("it does not end in '#### number'")
@@ -78,10 +69,7 @@ class Gsm8kRecord(BaseModel):
     question: Words
     answer: Annotated[Words, AfterValidator(with_number)]
 
-def read_gsm8k(
-    record: Mapping, # {"question", "answer"} as the authors publish it
-    task: str = "gsm8k", # Name of the task that the problem will carry
-) -> Problem: # The problem
+def read_gsm8k(record: Mapping, task: str = "gsm8k") -> Problem:
     "A GSM8K record as a problem (Cobbe et al. 2021), its `<<...>>` annotations removed."
     fields = fitting(Gsm8kRecord, record)
     solution, _, answer = fields.answer.rpartition("####")
@@ -96,10 +84,7 @@ class StrategyqaRecord(BaseModel):
     answer: StrictBool
     facts: Words | list[Words]
 
-def read_strategyqa(
-    record: Mapping, # {"question", "answer": bool, "facts": list or str}
-    task: str = "strategyqa", # Name of the task that the problem will carry
-) -> Problem: # The problem
+def read_strategyqa(record: Mapping, task: str = "strategyqa") -> Problem:
     "A StrategyQA record as a problem (Geva et al. 2021): its facts are the worked solution."
     fields = fitting(StrategyqaRecord, record)
     facts = [fields.facts] if isinstance(fields.facts, str) else fields.facts
@@ -108,9 +93,7 @@ def read_strategyqa(
                    answer="yes" if fields.answer else "no")
 
 # %% ../../nbs/data/02_problems.ipynb #c022
-def arc_columns(
-    record: Mapping, # An ARC record in AI2's form or in the hub's
-) -> tuple[str, list[str], list[str]]: # Question, labels and texts of the choices
+def arc_columns(record: Mapping) -> tuple[str, list[str], list[str]]:
     "The question and the choices of an ARC record, whichever form it has."
     question = record["question"]
     if isinstance(question, str): # the hub's form
@@ -118,7 +101,6 @@ def arc_columns(
     choices = question["choices"]
     return question["stem"], [choice["label"] for choice in choices], [choice["text"] for choice in choices]
 
-# %% ../../nbs/data/02_problems.ipynb #c023
 LETTERS = "ABCDEFGH" # Choices are relabelled with these
 
 class ArcRecord(BaseModel):
@@ -138,11 +120,7 @@ class ArcRecord(BaseModel):
         if self.key not in self.labels: raise ValueError(f"its answer {self.key!r} is none of its choices")
         return self
 
-# %% ../../nbs/data/02_problems.ipynb #c024
-def read_arc(
-    record: Mapping, # A record in AI2's form or in the hub's
-    task: str = "arc", # Name of the task that the problem will carry
-) -> Problem: # The problem, its choices relabelled A, B, C, ...
+def read_arc(record: Mapping, task: str = "arc") -> Problem:
     "An ARC record as a problem (Clark et al. 2018)."
     question, labels, texts = arc_columns(record)
     columns = {"question": question, "labels": labels, "texts": texts, "key": record["answerKey"]}
@@ -171,7 +149,6 @@ class Task:
 SPLITS = ("calibration", "evaluation")
 HUB_SPLITS = {"calibration": "train", "evaluation": "test"}
 
-# %% ../../nbs/data/02_problems.ipynb #c030
 import functools
 from cap_nb.data.changed_numbers import changed_records
 from cap_nb.data.lab_world import lab_records
@@ -198,9 +175,7 @@ TASKS["gsm8k_changed"] = replace(TASKS["gsm8k"], changed=changed_records)
 from pathlib import Path
 from cap_nb.core.errors import BadInput
 
-def records_of_file(
-    path: Path, # A .json file (a list) or a .jsonl file (an object a line)
-) -> list[dict]: # Its records
+def records_of_file(path: Path) -> list[dict]:
     "The records of a benchmark file; a damaged one raises `BadInput` that names the line."
     text, number, records = read_text(path), 1, []
     try:
@@ -214,16 +189,11 @@ def records_of_file(
     if isinstance(records, list) and records: return records
     raise BadInput(f"{path} holds no list of records: expected the file as its authors published it; fetch it again.")
 
-# %% ../../nbs/data/02_problems.ipynb #c035
 import logging
 
 log = logging.getLogger(__name__)
 
-def benchmark_file(
-    task: Task, # The task
-    split: str, # "calibration" or "evaluation"
-    data_dir: Path, # The folder that holds the benchmark's own folder
-) -> Path: # The file to read
+def benchmark_file(task: Task, split: str, data_dir: Path) -> Path:
     "The file of a split, the first of its candidates that exists; `BadInput` names the folder and what is missing."
     if not data_dir.is_dir():
         raise BadInput(f"{data_dir} is not a folder: expected the folder of benchmark files; check --data-dir.")
@@ -242,11 +212,7 @@ from cap_nb.core.hub import Repository, Wanted, folder_from_hub
 
 TABLES = (".parquet", ".jsonl", ".json") # Formats in which the hub has records
 
-def split_files(
-    names: Iterable[str], # Names of a repository's files
-    configuration: str | None, # A configuration of the data set, or None
-    split: str, # The hub's name of the split
-) -> list[str]: # Names of the split's files
+def split_files(names: Iterable[str], configuration: str | None, split: str) -> list[str]:
     "The files of a split: in the configuration's folder, with the split's name in theirs."
     def fits(name: str) -> bool:
         folder, _, file = name.rpartition("/")
@@ -255,11 +221,7 @@ def split_files(
     found = sorted(filter(fits, names))
     return [name for name in found if name.rpartition(".")[2] == found[0].rpartition(".")[2]]
 
-def split_complete(
-    names: Iterable[str], # Names of the files at hand
-    configuration: str | None, # A configuration of the data set, or None
-    split: str, # The hub's name of the split
-) -> bool: # Whether all files of the split are there
+def split_complete(names: Iterable[str], configuration: str | None, split: str) -> bool:
     "Whether as many files of a split are there as their names say."
     found = split_files(names, configuration, split)
     wanted = re.search(r"-of-(\d+)", found[0]) if found else None
@@ -270,9 +232,7 @@ import pyarrow
 from cap_nb.core.files import rows_of_parquet
 from pyarrow import parquet
 
-def records_of_table(
-    path: Path, # A file in one of the formats `TABLES`
-) -> list[dict]: # Its records
+def records_of_table(path: Path) -> list[dict]:
     "The records of a data set's file; a damaged one raises `BadInput`."
     if path.suffix != ".parquet": return records_of_file(path)
     from datasets import Features # takes a moment to import, and a folder of files does without
@@ -284,13 +244,7 @@ def records_of_table(
         raise BadInput(f"{path.name} cannot be read ({type(error).__name__}): expected a table in parquet; fetch it "
                        "again.") from None
 
-# %% ../../nbs/data/02_problems.ipynb #c044
-def from_hub(
-    name: str, # Name of the data set on the hub
-    configuration: str | None, # Its configuration
-    revision: str, # The pinned commit
-    split: str, # The hub's name of the split
-) -> list[dict]: # The records
+def from_hub(name: str, configuration: str | None, revision: str, split: str) -> list[dict]:
     "Records of a data set on the hub at a pinned revision; out of reach raises `BadInput`."
     def of_split(names: Iterable[str]) -> list[str]:
         if files := split_files(names, configuration, split): return files
@@ -304,25 +258,16 @@ def from_hub(
     return [record for file in of_split(below(folder)) for record in records_of_table(folder/file)]
 
 # %% ../../nbs/data/02_problems.ipynb #c047
-def split_of(
-    problem: Problem, # A problem of a benchmark that has one file for both splits
-) -> str: # "evaluation" for a quarter of all contents, "calibration" for the rest
+def split_of(problem: Problem) -> str:
     "The split of a problem by its content hash."
     return "evaluation" if int(problem.uid[:4], 16) % 4 == 0 else "calibration"
 
-# %% ../../nbs/data/02_problems.ipynb #c048
 @functools.cache
-def copied_records(
-    path: Path, # A benchmark file
-) -> list[dict]: # Its records with changed numbers, made once a process
+def copied_records(path: Path) -> list[dict]:
     "The copies of the records of a file that have one."
     return changed_records(records_of_file(path))
 
-def source_records(
-    name: str, # Name of the task
-    split: str, # "calibration" or "evaluation"
-    data_dir: str | Path | None, # Folder of benchmark files; None means the hub
-) -> list[dict]: # Records in the authors' format
+def source_records(name: str, split: str, data_dir: str | Path | None) -> list[dict]:
     "The records of a task from its generator, a folder or the hub."
     task = TASKS[name]
     if task.generated: return task.generated(split)
@@ -336,20 +281,12 @@ def source_records(
     records = from_hub(*task.hub, task.splits[split])
     return task.changed(records) if task.changed else records
 
-# %% ../../nbs/data/02_problems.ipynb #c049
-def what_is_wrong(
-    error: Exception, # What a reader raised
-) -> str: # In a few words
+def what_is_wrong(error: Exception) -> str:
     "What a record lacks, without the words of the interpreter."
     if isinstance(error, KeyError): return f"it has no {error}"
     return str(error) if isinstance(error, ValueError) else "a part of it is null or of another kind"
 
-# %% ../../nbs/data/02_problems.ipynb #c050
-def read_problems(
-    task: str, # Name of the task
-    split: str, # "calibration" or "evaluation"
-    data_dir: str | Path | None, # Folder of benchmark files; None means the hub
-) -> tuple[Problem, ...]: # The problems, each content once
+def read_problems(task: str, split: str, data_dir: str | Path | None) -> tuple[Problem, ...]:
     "The records of a task as problems; one that cannot be read raises `BadInput` that names its number."
     problems: dict[str, Problem] = {}
     for number, record in enumerate(source_records(task, split, data_dir), 1):
@@ -360,12 +297,8 @@ def read_problems(
         problems.setdefault(problem.uid, problem)
     return tuple(problems.values())
 
-# %% ../../nbs/data/02_problems.ipynb #c051
 @functools.cache
-def lab_problems(
-    task: str, # Name of a lab task
-    split: str, # "calibration" or "evaluation"
-) -> tuple[Problem, ...]: # The problems, generated once a process: they depend on nothing else
+def lab_problems(task: str, split: str) -> tuple[Problem, ...]:
     "The problems of a lab task."
     return read_problems(task, split, None)
 
@@ -405,35 +338,23 @@ WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d6
 WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation"} # Split -> the hub's name of it
 WIKITEXT_FILES = {"evaluation": "test.txt", "calibration": "valid.txt"} # Split -> file in the folder wikitext2
 
-def is_here(
-    name: str, # Name of a task or a text
-) -> bool: # Whether it is generated, or lies in a file of the user's
+def is_here(name: str) -> bool:
     "Whether a task or text needs neither the hub nor a folder."
     own = name in TASKS and TASKS[name].hub is None
     return name.startswith("lab-") or own or TEXTS.get(name) is not None
 
-def halves(
-    text: str, # A text
-) -> tuple[str, str]: # Its two halves, which make it up again
+def halves(text: str) -> tuple[str, str]:
     "Cut a text at the line break that follows its middle, or in the middle if none does."
     middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
     return text[:middle], text[middle:]
 
-# %% ../../nbs/data/02_problems.ipynb #c061
-def with_words_in(
-    path: Path, # A file of text
-) -> str: # Its text
+def with_words_in(path: Path) -> str:
     "The text of a file; one without words raises `BadInput`."
     text = read_text(path)
     if text.strip(): return text
     raise BadInput(f"{path} holds no words: expected a text to measure perplexity on; fetch it again.")
 
-# %% ../../nbs/data/02_problems.ipynb #c062
-def own_text(
-    name: str, # Name of the text
-    files: dict[str, Path], # Split -> file
-    split: str, # "evaluation" or "calibration"
-) -> Text: # The text
+def own_text(name: str, files: dict[str, Path], split: str) -> Text:
     "A text of the user's own; one that has no file for the split raises `BadInput`."
     if split not in files:
         raise BadInput(f"The text {name} has no file for {split}: expected one apart from that of the evaluation; "

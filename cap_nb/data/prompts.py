@@ -26,11 +26,7 @@ STRATEGYQA_PROMPT = ("Answer this question. Recall the facts that matter, reason
 ARC_PROMPT = ("Answer this multiple-choice question. Reason step by step, then write 'Answer: ' and the letter of "
               "the right choice on the last line.\n\n{question}\n{choices}")
 
-# %% ../../nbs/data/03_prompts.ipynb #c007
-def instructed(
-    name: str, # Name of the style
-    gsm8k_line: str, # GSM8K's answer line, with {answer}
-) -> PromptStyle: # A style that asks for a chain of thought and a strict last line
+def instructed(name: str, gsm8k_line: str) -> PromptStyle:
     "A chain-of-thought style (paper Appendix B) with GSM8K's answer line given."
     gsm8k = GSM8K_PROMPT.format(line=gsm8k_line.format(answer="<number>"))
     prompts = {"gsm8k": gsm8k, "strategyqa": STRATEGYQA_PROMPT, "arc": ARC_PROMPT}
@@ -47,44 +43,28 @@ from cap_nb.core.errors import validate_arguments, check_choice
 from cap_nb.core.registry import TASKS
 from cap_nb.data.problems import BENCHMARK_NAMES, LAB_TASKS, Problem, task_family
 
-def prompt_style(
-    style: str | PromptStyle, # Name of a style, or a style of your own
-) -> PromptStyle: # The style
+def prompt_style(style: str | PromptStyle) -> PromptStyle:
     "The style of a name; a style of your own is returned as it is."
     if isinstance(style, PromptStyle): return style
     return PROMPT_STYLES[check_choice(style, PROMPT_STYLES, "prompt style")]
 
-# %% ../../nbs/data/03_prompts.ipynb #c011
-def template_of(
-    style: str | PromptStyle, # The prompt style
-    family: str, # The benchmark whose format a task has, or a task of the user's
-) -> str: # With {question}
+def template_of(style: str | PromptStyle, family: str) -> str:
     "How a style asks; one that does not know the task asks as the task itself says."
     prompts = prompt_style(style).prompts
     return prompts[family] if family in prompts else TASKS[family].prompt
 
-def answer_line_of(
-    style: str | PromptStyle, # The prompt style
-    family: str, # The benchmark whose format a task has, or a task of the user's
-) -> str: # With {answer}
+def answer_line_of(style: str | PromptStyle, family: str) -> str:
     "The last line that a style wants, or that the task itself has."
     lines = prompt_style(style).answer_lines
     return lines[family] if family in lines else TASKS[family].line
 
-# %% ../../nbs/data/03_prompts.ipynb #c012
-def question_text(
-    problem: Problem, # The problem
-    style: str | PromptStyle, # The prompt style
-) -> str: # What the user says
+def question_text(problem: Problem, style: str | PromptStyle) -> str:
     "What the user says, before the chat template."
     choices = "\n".join(f"{letter}. {text}" for letter, text in problem.choices)
     template = template_of(style, task_family(problem.task))
     return template.format(question=problem.question, choices=choices)
 
-def target_text(
-    problem: Problem, # The problem
-    style: str | PromptStyle, # The prompt style
-) -> str: # The worked solution and the answer line
+def target_text(problem: Problem, style: str | PromptStyle) -> str:
     "What the model should say: the worked solution, then the answer line (paper section 3.1)."
     line = answer_line_of(style, task_family(problem.task)).format(answer=problem.answer)
     return f"{problem.solution}\n{line}" if problem.solution else line
@@ -92,12 +72,7 @@ def target_text(
 # %% ../../nbs/data/03_prompts.ipynb #c017
 from collections.abc import Iterable, Sequence
 
-def prompt_text(
-    tokenizer: object, # Tokenizer of transformers
-    problem: Problem, # The problem
-    style: str | PromptStyle, # The prompt style
-    shots: Sequence[Problem] = (), # Worked examples that come before
-) -> str: # The prompt, up to where the model's turn begins
+def prompt_text(tokenizer: object, problem: Problem, style: str | PromptStyle, shots: Sequence[Problem] = ()) -> str:
     "The prompt of a problem through the tokenizer's chat template (paper Appendix B), worked examples first."
     turns = []
     for shot in shots: turns += [("user", question_text(shot, style)), ("assistant", target_text(shot, style))]
@@ -125,15 +100,8 @@ class Example:
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import sha256_of_text
 
-def joined_example(
-    task: str, # Name of the task
-    uid: str, # Content hash
-    prompt: str, # The prompt as text
-    target: str, # The target as text
-    answer: str, # The gold answer
-    before: list[int], # Tokens of the prompt
-    after: list[int], # Tokens of the target
-) -> Example: # Prompt and target, one after the other
+def joined_example(task: str, uid: str, prompt: str, target: str, answer: str, before: list[int],
+                   after: list[int]) -> Example:
     "An example from what was tokenised separately; an empty part raises `BadInput`."
     if not before or not after:
         raise BadInput(f"An example of {task} has an empty prompt or target: expected text in both; remove it.")
@@ -158,23 +126,15 @@ def make_example(
     return joined_example(task, uid, prompt, target, answer, before, after)
 
 # %% ../../nbs/data/03_prompts.ipynb #c027
-def encode_problem(
-    tokenizer: object, # Tokenizer of transformers
-    problem: Problem, # The problem
-    style: str | PromptStyle, # The prompt style
-    shots: Sequence[Problem] = (), # Worked examples that come before
-) -> Example: # The problem as tokens
+def encode_problem(tokenizer: object, problem: Problem, style: str | PromptStyle,
+                   shots: Sequence[Problem] = ()) -> Example:
     "A problem as tokens under a prompt style (paper section 3.1)."
     prompt, target = prompt_text(tokenizer, problem, style, shots), target_text(problem, style)
     return make_example(tokenizer, prompt, target, task=problem.task, answer=problem.answer, uid=problem.uid)
 
 # %% ../../nbs/data/03_prompts.ipynb #d5c8920e
-def encode_problems(
-    tokenizer: object, # Tokenizer of transformers
-    problems: Iterable[Problem], # The problems
-    style: str | PromptStyle, # The prompt style
-    shots: Sequence[Problem] = (), # Worked examples that come before each
-) -> list[Example]: # What `encode_problem` gives for each
+def encode_problems(tokenizer: object, problems: Iterable[Problem], style: str | PromptStyle,
+                    shots: Sequence[Problem] = ()) -> list[Example]:
     "Problems as tokens under a prompt style, with two calls of the tokenizer."
     problems = tuple(problems)
     texts = [(prompt_text(tokenizer, p, style, shots), target_text(p, style)) for p in problems]
@@ -186,14 +146,10 @@ def encode_problems(
             for p, text, *tokens in zip(problems, texts, before, after, strict=True)]
 
 # %% ../../nbs/data/03_prompts.ipynb #d00defa2
-def default_tasks(
-    tokenizer: object, # Tokenizer of transformers
-) -> tuple[str, ...]: # The lab's three tasks for the lab's tokenizer, the paper's benchmarks otherwise
+def default_tasks(tokenizer: object) -> tuple[str, ...]:
     "The tasks that a model is calibrated and evaluated on unless the user names others (paper section 3.1)."
     return LAB_TASKS if "<lab>" in tokenizer.get_vocab() else BENCHMARK_NAMES
 
-def default_style(
-    tokenizer: object, # Tokenizer of transformers
-) -> str: # "lab" for the lab's tokenizer, "paper" otherwise
+def default_style(tokenizer: object) -> str:
     "The prompt style of a model unless the user names another."
     return "lab" if "<lab>" in tokenizer.get_vocab() else "paper"

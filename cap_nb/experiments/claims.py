@@ -44,9 +44,7 @@ class Claim:
     sparsity: float = math.nan # Of both
     listed: str = "always" # "always", or "where measured": not on a model whose records do not answer
 
-def read_claims(
-    path: str | Path, # A table of claims, as CSV
-) -> tuple[Claim, ...]: # Its rows
+def read_claims(path: str | Path) -> tuple[Claim, ...]: # Its rows
     "Read a table of claims."
     with open(path, newline="", encoding="utf-8") as file: rows = list(csv.DictReader(file))
     numbers = ("low", "high", "sparsity")
@@ -58,7 +56,7 @@ CLAIMS = read_claims(files("cap_nb.experiments")/"claims.csv") # Every claim of 
 from cap_nb.core.errors import BadInput, validate_arguments
 from cap_nb.core.files import read_checked
 from cap_nb.evaluation import AnswerRecord, Evaluation
-from cap_nb.jobs.records import Run, load_run, read_run, settings_of
+from cap_nb.jobs.records import PACKED, Run, is_run, load_run, read_run, settings_of
 from cap_nb.scoring import HeadLosses
 
 # %% ../../nbs/experiments/02_claims.ipynb #4556c275
@@ -89,7 +87,7 @@ def cells_of_run(run: Run | None) -> dict[tuple[str, float], Evaluation]: # (met
 
 def run_in(folder: Path) -> Run | None: # The run; None if it is not there
     "A run that may not have been made."
-    return load_run(folder) if (folder/"run.json").exists() else None
+    return load_run(folder) if is_run(folder) else None
 
 def check_same(folder: Path, asked: Mapping, others: dict[str, object]) -> None:
     "Raise `BadInput` unless runs that are read together agree in what both name."
@@ -114,7 +112,7 @@ def merge_parts(one: Evaluation | None, other: Evaluation) -> Evaluation:
 def seed_runs(*folders: Path) -> tuple[dict[int, dict], dict[int, HeadLosses]]:
     "The runs of several calibration seeds, by seed; where several have one seed, their cells are merged."
     cells, losses, others = {}, {}, {}
-    paths = sorted(path.parent for folder in folders for path in folder.glob("*/run.json"))
+    paths = sorted(path for folder in folders for path in folder.glob("*") if is_run(path))
     runs = [load_run(path) for path in paths]
     for path, run in zip(paths, runs): check_same(path, ingredients(run.configuration), others)
     for run in sorted(runs, key=lambda run: -len(run.evaluations)): # most methods side by side first
@@ -179,16 +177,16 @@ def answers_of_dense(folder: Path, main: Run, held_out: Mapping[int, Cells]) -> 
 # %% ../../nbs/experiments/02_claims.ipynb #241b5e5a
 def models_of_few_runs(figures: Path) -> list[str]: # Names, as in ["qwen"]
     "Models without a whole comparison that have a run of their own, MODEL, and runs that judged a frozen method."
-    names = [path.name for path in figures.glob("held_out/*") if (figures/path.name/"run.json").exists()]
+    names = [path.name for path in figures.glob("held_out/*") if is_run(figures/path.name)]
     return [name for name in names if not name.endswith(MIXTURE) and not (figures/f"{name}_methods").exists()]
 
 def models_in(figures: str | Path) -> tuple[str, ...]: # Names of the models, as in ("lab", "qwen", "smollm2")
     "The models that were judged; none with a whole comparison raises `BadInput`."
-    runs = sorted(Path(figures).glob("*_methods/run.json"))
+    runs = sorted(path for path in Path(figures).glob("*_methods") if is_run(path))
     if not runs:
         raise BadInput(f"{figures} holds no folder MODEL_methods: expected one for each model; "
                        f"run 'cap run --methods all --out {figures}/MODEL_methods'.")
-    whole = [path.parent.name.removesuffix("_methods") for path in runs]
+    whole = [path.name.removesuffix("_methods") for path in runs]
     return tuple(sorted([*whole, *models_of_few_runs(Path(figures))]))
 
 # %% ../../nbs/experiments/02_claims.ipynb #7d81345e
@@ -781,7 +779,7 @@ def save_ledger(ledger: pd.DataFrame, models: Sequence[ModelRecords], figures: s
     save_figure(plot_claims(ledger), out/"claims")
     made = {name: sha256_of_file(out/name) for name in ("ledger.md", "ledger.csv", "ledger.tex", "claims.png")}
     folders = [folder for records in models for folder in records.folders]
-    manifests = sorted(path for folder in folders for path in folder.rglob("manifest.json"))
+    manifests = sorted(path for folder in folders for name in ("manifest.json", PACKED) for path in folder.rglob(name))
     sources = {path.relative_to(figures).as_posix(): sha256_of_file(path) for path in manifests}
     write_json(out/"manifest.json", {"made": made, "made from": sources})
     return out

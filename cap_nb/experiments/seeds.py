@@ -13,9 +13,7 @@ from ..core.errors import BadInput, validate_arguments, check_at_least
 from ..analysis import Comparison
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c005
-def mean_squares(
-    layout: np.ndarray, # y, [seeds, problems]
-) -> tuple[float, float, float]: # A between seeds, B between problems, C of the rest
+def mean_squares(layout: np.ndarray) -> tuple[float, float, float]: # A between seeds, B between problems, C of the rest
     "Mean squares of a two-way layout with one value a cell; fewer than two rows or columns, or gaps, raise `BadInput`."
     layout = np.asarray(layout, dtype=np.float64)
     seeds, problems = layout.shape
@@ -33,10 +31,7 @@ def mean_squares(
 # %% ../../nbs/experiments/01_seeds.ipynb #c009
 from scipy import stats
 
-def student_quantile(
-    probability: float, # In (0, 1)
-    degrees: float, # Degrees of freedom
-) -> float: # The t below which the variable lies with that probability
+def student_quantile(probability: float, degrees: float) -> float:
     "A quantile of Student's distribution (Student 1908)."
     return float(stats.t.ppf(probability, degrees))
 
@@ -64,10 +59,7 @@ class VarianceSplit:
                           holm=self.p)
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c010
-def split_variance(
-    layout: np.ndarray, # One value for each seed and problem, [seeds, problems]
-    confidence: float = 0.95, # Share of such intervals that hold the true mean
-) -> VarianceSplit: # Mean, interval, and the three variances
+def split_variance(layout: np.ndarray, confidence: float = 0.95) -> VarianceSplit:
     "Variance of calibration apart from that of evaluation (two-way random effects), and an interval that covers both."
     between, across, rest = mean_squares(layout)
     (seeds, problems), mean = np.shape(layout), float(np.asarray(layout).mean())
@@ -86,20 +78,16 @@ from pathlib import Path
 import pandas as pd
 from ..evaluation import AnswerRecord, Evaluation
 from ..analysis import comparable_parts
-from ..jobs.records import load_run
+from ..jobs.records import is_run, load_run
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c022
-def problem_values(
-    evaluation: Evaluation, # An evaluation
-) -> dict[str, dict[tuple[str, str], float]]: # Measure -> (task, problem) -> points or nats
+def problem_values(evaluation: Evaluation) -> dict[str, dict[tuple[str, str], float]]:
     "The single values behind every measure: 100 or 0 points for an answer, nats for a loss."
     def value(record): return 100.0 * record.correct if isinstance(record, AnswerRecord) else record.loss
     return {measure: {(record.task, record.uid): value(record) for record in records}
             for measure, (records, _) in comparable_parts(evaluation, evaluation).items()}
 
-def seed_layouts(
-    evaluations: Sequence[Evaluation], # One method at one sparsity, an evaluation a calibration seed
-) -> dict[str, pd.DataFrame]: # Measure -> values; a row a seed, a column a problem, columns in order
+def seed_layouts(evaluations: Sequence[Evaluation]) -> dict[str, pd.DataFrame]:
     "A layout for every measure; evaluations of other problems raise `BadInput`."
     seeds, layouts = [problem_values(evaluation) for evaluation in evaluations], {}
     for measure in dict.fromkeys(measure for values in seeds for measure in values):
@@ -112,19 +100,13 @@ def seed_layouts(
     return layouts
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c028
-def settings_but_seed(
-    configuration: Mapping, # Contents of a run.json
-) -> dict: # The same without what may differ between calibration seeds
+def settings_but_seed(configuration: Mapping) -> dict: # The same without what may differ between calibration seeds
     "What runs of different calibration seeds must share."
     drawn = {key: value for key, value in configuration["calibration"].items() if key not in ("seed", "fingerprint")}
     kept = {key: value for key, value in configuration.items() if key not in ("methods", "sparsities")}
     return kept | {"calibration": drawn}
 
-def check_settings(
-    folder: Path, # A run's folder
-    settings: Mapping, # Its settings
-    others: Mapping, # Those of a run beside it
-) -> None:
+def check_settings(folder: Path, settings: Mapping, others: Mapping) -> None:
     "Raise `BadInput` unless two runs differ in nothing but their calibration draw."
     differ = sorted(key for key in settings.keys() | others.keys() if settings.get(key) != others.get(key))
     if differ:
@@ -138,13 +120,13 @@ def read_seeds(
 ) -> dict[int, tuple[Evaluation, ...]]: # Calibration seed -> what its run measured, by seed
     "Runs that differ in nothing but their calibration draw; fewer than two, or other differences, raise `BadInput`."
     runs, settings = {}, None
-    for path in sorted(Path(folder).glob("*/run.json")):
-        run = load_run(path.parent)
+    for path in sorted(path for path in Path(folder).glob("*") if is_run(path)):
+        run = load_run(path)
         settings = settings or settings_but_seed(run.configuration)
         if (seed := run.configuration["calibration"]["seed"]) in runs:
-            raise BadInput(f"{path.parent} has calibration seed {seed}, which another run there has: "
+            raise BadInput(f"{path} has calibration seed {seed}, which another run there has: "
                            f"expected one run a seed; move it away.")
-        check_settings(path.parent, settings_but_seed(run.configuration), settings)
+        check_settings(path, settings_but_seed(run.configuration), settings)
         runs[seed] = run.evaluations
     if len(runs) < 2:
         raise BadInput(f"{folder} holds {len(runs)} runs: expected at least two, each in a folder of its own; "
@@ -163,9 +145,7 @@ from ..analysis import row_order
 PARTS = ("Calibration", "Problems", "Rest") # Standard deviations of one run's number
 OVER_SEEDS = ("Mean", "Low", "High", "Lowest seed", "Highest seed", *PARTS, "Seeds", "n")
 
-def cells_over_seeds(
-    runs: Mapping[int, Sequence[Evaluation]], # Calibration seed -> what its run measured
-) -> dict[tuple[str, float], list[Evaluation]]: # (method, sparsity) -> an evaluation a seed, in the order of Table 1
+def cells_over_seeds(runs: Mapping[int, Sequence[Evaluation]]) -> dict[tuple[str, float], list[Evaluation]]:
     "Every cell that all seeds have; none raises `BadInput`."
     seeds = [{(e.method, e.sparsity): e for e in sorted(evaluations, key=row_order)} for evaluations in runs.values()]
     cells = [cell for cell in (seeds[0] if seeds else ()) if all(cell in other for other in seeds)]
@@ -191,10 +171,7 @@ def seed_table(
     return pd.DataFrame(list(rows.values()), names, list(OVER_SEEDS))
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c036
-def layout_differences(
-    first: Sequence[Evaluation], # One method at one sparsity, an evaluation a calibration seed
-    second: Sequence[Evaluation], # Another method, the same seeds in the same order
-) -> dict[str, pd.DataFrame]: # Measure -> first less second; a row a seed, a column a problem
+def layout_differences(first: Sequence[Evaluation], second: Sequence[Evaluation]) -> dict[str, pd.DataFrame]:
     "Differences seed by seed and problem by problem; methods that were measured on other problems raise `BadInput`."
     ours, theirs = seed_layouts(first), seed_layouts(second)
     shared = [measure for measure in ours if measure in theirs]
@@ -205,9 +182,8 @@ def layout_differences(
     return {measure: ours[measure] - theirs[measure] for measure in shared}
 
 def differences_over_seeds(
-    runs: Mapping[int, Sequence[Evaluation]], # Calibration seed -> what its run measured
-    pairs: Sequence[tuple[str, str]] = CAP_PAIRS, # Methods to compare
-) -> dict[tuple[str, str, float, str], pd.DataFrame]: # `COMPARED` -> first less second, [seeds, problems]
+        runs: Mapping[int, Sequence[Evaluation]],
+        pairs: Sequence[tuple[str, str]] = CAP_PAIRS) -> dict[tuple[str, str, float, str], pd.DataFrame]:
     "The layout of every difference between two methods."
     cells = cells_over_seeds(runs)
     shared = shared_cells([evaluations[0] for evaluations in cells.values()], pairs)
@@ -231,18 +207,13 @@ def compare_over_seeds(
     return correct_family({key: split.comparison(unit(key[3])) for key, split in splits.items()}, family)
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c038
-def seed_row(
-    row: pd.Series, # A row of `seed_table`
-    measure: str, # Its measure
-) -> list[str]: # Mean with interval, single seeds, three standard deviations
+def seed_row(row: pd.Series, measure: str) -> list[str]: # Mean with interval, single seeds, three standard deviations
     "The numbers of a row as text."
     digits = 1 if not measure.endswith("loss") else 3 if row["Mean"] >= 0.1 else 5
     mean, low, high, lowest, highest, *parts = (rounded_text(row[name], f".{digits}f", "") for name in OVER_SEEDS[:8])
     return [f"{mean} [{low}, {high}]", f"{lowest} to {highest}", *parts]
 
-def seed_note(
-    table: pd.DataFrame, # From `seed_table`
-) -> str: # A line for below the table
+def seed_note(table: pd.DataFrame) -> str: # A line for below the table
     "How a table over seeds is to be read."
     seeds = f"{table['Seeds'].iloc[0]:.0f} calibration seeds"
     return (f"Means over {seeds}, in per cent or nats, with a 95 % interval that covers the choice of "
@@ -251,9 +222,7 @@ def seed_note(
             "the number of a single run.")
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c039
-def seed_markdown(
-    table: pd.DataFrame, # From `seed_table`
-) -> str: # Markdown, with a note on how to read it
+def seed_markdown(table: pd.DataFrame) -> str: # Markdown, with a note on how to read it
     "Means over calibration seeds in Markdown, with the three standard deviations of one run's number."
     rows = [[method, f"{100 * sparsity:g} %", measure, *seed_row(row, measure)]
             for (method, sparsity, measure), row in table.iterrows()]
@@ -261,12 +230,8 @@ def seed_markdown(
     return markdown_rows(header, rows, names=3) + f"\n- {seed_note(table)}\n"
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c041
-def draw_seeds(
-    ax: Axes, # A panel
-    means: pd.DataFrame, # Rows (Method, Sparsity) of `seed_table` for one measure
-    numbers: Mapping[tuple[str, float], np.ndarray], # (method, sparsity) -> a number for each seed
-    looks: Mapping[str, tuple[str, str]], # Method -> colour and marker
-) -> None:
+def draw_seeds(ax: Axes, means: pd.DataFrame, numbers: Mapping[tuple[str, float], np.ndarray],
+               looks: Mapping[str, tuple[str, str]]) -> None:
     "One measure: each seed's number beside the mean over seeds and its interval."
     for i, ((method, sparsity), values) in enumerate(numbers.items()):
         row, (colour, marker) = means.loc[method_title(method), sparsity], looks[method]

@@ -66,8 +66,7 @@ def sizes_of(config: object, name: str, source: str) -> Sizes: # Its sizes
 # %% ../../nbs/jobs/04_planning.ipynb #c008
 from pathlib import Path
 from cap_nb.core.hub import Repository, Wanted, folder_from_hub
-from cap_nb.models.lab import CHECKPOINT
-from cap_nb.models.lab_experts import EXPERTS_CHECKPOINT
+from cap_nb.models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
 from cap_nb.models.loading import HUB_ID, config_of, model_cache
 
 # %% ../../nbs/jobs/04_planning.ipynb #c009

@@ -35,7 +35,7 @@ def run_folders(
     folder: str | Path, # A run's folder, or one that holds some
 ) -> list[Path]: # Folders of runs, in order
     "The runs in a folder; none raises `BadInput`."
-    runs = sorted(path.parent for path in Path(folder).rglob("run.json"))
+    runs = sorted({path.parent for name in ("run.json", PACKED) for path in Path(folder).rglob(name)})
     if not runs:
         raise BadInput(f"{folder} holds no run: expected a folder that 'cap run' made, or one with such folders in it; "
                        "check the path.")
@@ -45,7 +45,7 @@ def run_folders(
 import math, statistics
 import pandas as pd
 from ..methods.neurons import UNIT_AWARE
-from .records import Run, cell_name, cells_of
+from .records import PACKED, Run, cell_name, cells_of
 from .tables import markdown_rows
 from ..methods.prune import needs_of, parse_method
 
@@ -374,7 +374,7 @@ def report_html(
 # %% ../../nbs/jobs/02_report.ipynb #c045
 from cap_nb.core.registry import check_additions
 from cap_nb.core.files import write_checked
-from cap_nb.jobs.records import PACKED, REPORT, load_run, manifest
+from cap_nb.jobs.records import REPORT, load_run, manifest, write_packed
 
 def write_results(
     folder: str | Path, # A run's folder
@@ -396,4 +396,5 @@ def write_results(
         if wanted(f"{name}.png"):
             with whole_file(folder/f"{name}.png") as part: part.write_bytes(picture)
     if page: write_text(folder/REPORT, report_html(run, pictures))
-    write_checked(folder/"manifest.json", manifest(folder))
+    if live: write_checked(folder/"manifest.json", manifest(folder))
+    else: write_packed(folder)

@@ -9,7 +9,7 @@ __all__ = ['results_frame', 'compare_runs', 'plot_comparisons', 'repeat_run']
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from ..core.errors import BadInput, validate_arguments
-from .records import Run, load_run
+from .records import PACKED, Run, load_run
 from .report import run_folders
 
 # %% ../../nbs/jobs/07_results.ipynb #c005
@@ -218,8 +218,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from .tables import comparison_mark
-from ..core.pictures import INK
-from ..core.plots import blank_figure, in_style
+from ..core.plots import INK, blank_figure, in_style
 
 # %% ../../nbs/jobs/07_results.ipynb #c062
 MARK_LOOKS = {"▲": ("#0072B2", "better"), "▼": ("#D55E00", "worse"), "": ("#8A8A8A", "undecided")} # Colour, name
@@ -281,7 +280,7 @@ def save_comparison(
     out: str | Path, # Folder to make; must not exist, or be empty
 ) -> None:
     "Write comparison.md, .csv and .png, and sources.json with the hashes of what they were made from."
-    sources = {name: {part: sha256_of_file(folder/part) for part in ("run.json", "manifest.json")
+    sources = {name: {part: sha256_of_file(folder/part) for part in ("run.json", "manifest.json", PACKED)
                       if (folder/part).exists()} for name, folder in runs_in(runs).items()}
     with whole_folder(out) as part:
         write_text(part/"comparison.md", comparison_markdown(comparisons))

@@ -196,7 +196,7 @@ def whole_options(config: Config, options: Mapping[str, FileOption]) -> dict[str
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c035
 from .job import check_job, prepare_loaded
-from .records import FORMAT, check_continues, read_run
+from .records import FORMAT, check_continues, is_run, read_run
 from .settings import Job, changed
 from ..models.loading import load_model
 
@@ -233,7 +233,7 @@ def check_ready(config: Config, jobs: Mapping[str, Job], folder: Path) -> None:
             loaded = load_model(*wanted)
             for name in (name, *others):
                 asked = {"format": FORMAT} | prepare_loaded(jobs[name], *loaded).configuration
-                if (folder/name/"run.json").exists(): check_continues(folder/name, read_run(folder/name), asked)
+                if is_run(folder/name): check_continues(folder/name, read_run(folder/name), asked)
         except BadInput as error: raise BadInput(f"{config.path}, {name}: {error}") from None
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c044
@@ -342,7 +342,7 @@ def new_index(folder: Path, config: Config, jobs: Mapping[str, Job]) -> dict:
         used = [name for name in kept["configs"] if name != config.name]
         finished = {run["folder"] for run in kept["runs"]
                     if run["finished"] and run["settings"] == asked[run["folder"]]
-                    and (folder/run["folder"]/"run.json").is_file()}
+                    and is_run(folder/run["folder"])}
     runs = [{"folder": name, "settings": settings, "finished": name in finished} for name, settings in asked.items()]
     return {"format": INDEX_FORMAT, "config_sha256": sha256_of_text(config.text), "configs": [*used, config.name],
             "on_the_command_line": list(config.overridden), "varies": [entry.option for entry in config.varied],

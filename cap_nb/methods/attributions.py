@@ -416,7 +416,7 @@ def projection_rules(
 import torch.nn.functional as F
 from cap_nb.models.anatomy import Routing, expert_projections, routing_of
 from cap_nb.models.families import clamped_product
-from cap_nb.models.routing import chosen_experts, input_of_down
+from cap_nb.models.interventions import chosen_experts, input_of_down
 
 def clamped_rule(
     holder: object, # The module that holds all experts; it has the numbers alpha and c

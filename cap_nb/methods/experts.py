@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core.errors import BadInput
 from ..models.anatomy import expert_counts
-from ..models.routing import Route, recorded_routes
+from ..models.interventions import Route, recorded_routes
 
 # %% ../../nbs/methods/21_experts.ipynb #c009
 def check_has_experts(
@@ -237,7 +237,7 @@ def expert_variance(
 import math
 from .unit_store import check_finite_table
 from ..models.anatomy import Projection, projections
-from ..models.routing import masked_expert
+from ..models.interventions import masked_expert
 from ..scoring import head_losses, mean_by_example
 
 # %% ../../nbs/methods/21_experts.ipynb #c052

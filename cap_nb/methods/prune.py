@@ -425,7 +425,6 @@ def apply_method(
 # %% ../../nbs/methods/24_prune.ipynb #c043
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import check_sparsity
-from cap_nb.methods.allocation import allocated
 
 def prune_with(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
@@ -440,7 +439,7 @@ def prune_with(
     inputs = with_factors(model, parts, inputs)
     check_inputs(method, inputs, needs_of(parts))
     if parts.allocation:
-        inputs = allocated(model, parts.allocation, ALLOCATIONS[parts.allocation], sparsity, inputs)
+        inputs = replace(inputs, shares=ALLOCATIONS[parts.allocation].shares(model, inputs, sparsity))
     return replace(apply_method(model, parts, sparsity, inputs), method=method)
 
 # %% ../../nbs/methods/24_prune.ipynb #c044

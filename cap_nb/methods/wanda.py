@@ -25,7 +25,7 @@ from ..core.errors import BadInput
 from .layer_walk import LayerStep, real_rows
 from ..models.anatomy import Projection
 from ..models.replay import run_layer
-from ..models.routing import recorded_inputs
+from ..models.interventions import recorded_inputs
 
 # %% ../../nbs/methods/10_wanda.ipynb #c010
 Statistic = Callable[[torch.Tensor], torch.Tensor] # Inputs [n, in] -> a new tensor, what is added up over their tokens

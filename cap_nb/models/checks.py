@@ -63,7 +63,7 @@ def check_rows(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
 # %% ../../nbs/models/09_checks.ipynb #c020
 import torch.nn.functional as F
 from .anatomy import routing_of
-from .routing import Route, recorded_inputs, recorded_routes
+from .interventions import Route, recorded_inputs, recorded_routes
 
 # %% ../../nbs/models/09_checks.ipynb #c021
 def expert_outputs(model: nn.Module, layer: int,
@@ -89,7 +89,7 @@ def added_by_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.T
 # %% ../../nbs/models/09_checks.ipynb #c023
 from contextlib import ExitStack
 from .interventions import changed_output
-from .routing import masked_expert
+from .interventions import masked_expert
 
 # %% ../../nbs/models/09_checks.ipynb #c024
 def block_output(model: nn.Module, block: nn.Module, ids: torch.Tensor) -> torch.Tensor:

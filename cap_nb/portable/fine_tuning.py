@@ -16,10 +16,7 @@ from ..models.anatomy import projections
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64} # Bytes a number -> integers of that width
 
 @torch.no_grad()
-def zero_where(
-    numbers: torch.Tensor, # Of any floating point; changed in place
-    zeros: torch.Tensor, # Which become zero, bool, same shape
-) -> None:
+def zero_where(numbers: torch.Tensor, zeros: torch.Tensor) -> None:
     "Zeros in place, NaN and infinity included; on a processor several times as fast as `masked_fill_`."
     alive = zeros.view(torch.int8).to(numbers.device) - 1 # 0 or -1, which has every bit set
     numbers.view(BITS[numbers.element_size()]).bitwise_and_(alive)
@@ -43,9 +40,7 @@ class HeldParameter:
         zero_where(parameter.grad, self.zeros)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #1e475d7b
-def held_parameters(
-    model: nn.Module, # A causal language model of a known family
-) -> tuple[HeldParameter, ...]: # Each parameter in scope once
+def held_parameters(model: nn.Module) -> tuple[HeldParameter, ...]: # Each parameter in scope once
     "Note where a model's projections are zero; a model without any zero there raises `BadInput`."
     scope = {p.parameter_name: p.parameter for p in projections(model)}
     held = []
@@ -69,9 +64,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c017
 @contextmanager
-def holding(
-    held: tuple[HeldParameter, ...], # What is held
-) -> Iterator[tuple[HeldParameter, ...]]: # The same
+def holding(held: tuple[HeldParameter, ...]) -> Iterator[tuple[HeldParameter, ...]]: # The same
     "Hold zeros while the block runs."
     def put_back(*_) -> None:
         for each in held: each.put_back()
@@ -122,9 +115,7 @@ from ..core.errors import check_at_least, check_seed, is_number
 from ..jobs.settings import MOST, FineTuning
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c039
-def check_settings(
-    settings: FineTuning, # How a model is to be trained
-) -> None:
+def check_settings(settings: FineTuning) -> None:
     "Raise `BadInput` for the first setting that cannot be."
     for name in ("steps", "examples", "batch_tokens"): check_at_least(getattr(settings, name), 1, name, MOST)
     if settings.rank is not None: check_at_least(settings.rank, 1, "rank", MOST)
@@ -139,19 +130,12 @@ def check_settings(
 import random
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #81af7ed6
-def rate_factor(
-    step: int, # From 0
-    settings: FineTuning, # Steps and warm-up
-) -> float: # In (0, 1]
+def rate_factor(step: int, settings: FineTuning) -> float: # In (0, 1]
     "What the learning rate is multiplied by: up in a straight line, then down."
     rising = max(1, round(settings.warmup * settings.steps))
     return min((step + 1) / rising, (settings.steps - step) / max(1, settings.steps - rising), 1.0)
 
-def examples_of_step(
-    step: int, # From 0
-    count: int, # Examples there are
-    settings: FineTuning, # Examples a step, and seed
-) -> list[int]: # Indices of the examples
+def examples_of_step(step: int, count: int, settings: FineTuning) -> list[int]: # Indices of the examples
     "The examples of a step; a pass over all of them ends before the next one begins."
     places = range(step * settings.examples, (step + 1) * settings.examples)
     orders = {number: random.Random(f"{settings.seed}/{number}").sample(range(count), count)
@@ -164,11 +148,7 @@ from ..data.batches import token_batches
 from ..data.prompts import Example
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c047
-def add_gradients(
-    model: nn.Module, # The model that is trained
-    examples: Sequence[Example], # The examples of a step
-    batch_tokens: int, # Padded tokens a batch may hold
-) -> float: # Their mean loss, in nats
+def add_gradients(model: nn.Module, examples: Sequence[Example], batch_tokens: int) -> float: # Their mean loss, in nats
     "Add the gradients of a step's mean loss to those of the parameters."
     total, device = 0.0, next(model.parameters()).device
     for indices in token_batches(examples, batch_tokens):
@@ -200,9 +180,7 @@ class MaskedLowRank(nn.Module):
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c054
 @contextmanager
-def trained_in_full(
-    model: nn.Module, # A pruned model
-) -> Iterator[None]:
+def trained_in_full(model: nn.Module) -> Iterator[None]:
     "Parameters are float32 while the block runs, and as they were afterwards; zeros are held."
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
     for parameter in model.parameters(): parameter.data = parameter.data.float()
@@ -214,20 +192,13 @@ def trained_in_full(
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c055
 @torch.no_grad()
-def take_change_off(
-    module: nn.Module, # A module whose parameter has a change
-    name: str, # Name of the parameter in it
-    merged: bool, # Whether the change becomes part of the weight
-) -> None:
+def take_change_off(module: nn.Module, name: str, merged: bool) -> None:
     "Make a parameter plain again, with its change or without."
     value = getattr(module, name).detach().clone()
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     if merged: getattr(module, name).copy_(value)
 
-def put_in_order(
-    module: nn.Module, # A module
-    names: Sequence[str], # Its parameters, in the order that they should have
-) -> None:
+def put_in_order(module: nn.Module, names: Sequence[str]) -> None:
     "Register a module's parameters anew, in order."
     for name in names:
         parameter = getattr(module, name)
@@ -236,11 +207,7 @@ def put_in_order(
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c056
 @contextmanager
-def trained_by_rank(
-    model: nn.Module, # A pruned model
-    rank: int, # Rank of the change of each matrix
-    seed: int, # Seed of the first matrices
-) -> Iterator[None]:
+def trained_by_rank(model: nn.Module, rank: int, seed: int) -> Iterator[None]:
     "Only masked low-rank changes are trained while the block runs; they are merged if it ends well."
     rng, wanted = torch.Generator().manual_seed(seed), [(p, p.requires_grad) for p in model.parameters()]
     matrices = {p.parameter_name: (p.module, p.attribute) for p in projections(model)}
@@ -266,24 +233,15 @@ from ..calibration import Calibration
 from ..models.lab import STATE, load_state, save_state, step_optimizers
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #1afc8a8d
-def adamw(
-    trained: dict[str, nn.Parameter], # What is trained
-    settings: FineTuning, # Learning rate and weight decay
-) -> torch.optim.AdamW: # The optimiser
+def adamw(trained: dict[str, nn.Parameter], settings: FineTuning) -> torch.optim.AdamW:
     "AdamW (Loshchilov and Hutter 2019); only matrices decay."
-    matrices = [parameter for parameter in trained.values() if parameter.ndim > 1]
-    others = [parameter for parameter in trained.values() if parameter.ndim < 2]
+    matrices, others = ([p for p in trained.values() if (p.ndim > 1) is decays] for decays in (True, False))
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
 
-def train_on(
-    model: nn.Module, # The model, inside of the block in which it is trained
-    examples: Sequence[Example], # All examples
-    settings: FineTuning, # How it is trained
-    follows_from: dict, # What else the training follows from
-    folder: Path | None, # Where the state is kept; None keeps none
-    save_every: int, # Steps between two saves
-) -> tuple[float, ...]: # Loss of each step, before the step
+
+def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning, follows_from: dict,
+             folder: Path | None, save_every: int) -> tuple[float, ...]: # Loss of each step, before the step
     "Train from the last state that was kept, or from the start; a loss that is not finite raises `BadInput`."
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimiser = adamw(trained, settings)
@@ -319,9 +277,7 @@ class Recovery:
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #67d379a7
 @contextmanager
-def in_evaluation_mode(
-    model: nn.Module, # A model
-) -> Iterator[None]:
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     "Without dropout while the block runs."
     was_training = model.training
     model.eval()
@@ -358,10 +314,7 @@ from ..models.loading import save_model
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c077
 REPORT = "recovery_report.json" # Name of the report in a saved folder
 
-def note_training(
-    model: nn.Module, # The model as it was trained; its configuration is changed
-    report: Recovery, # What was done
-) -> None:
+def note_training(model: nn.Module, report: Recovery) -> None:
     "Add a training to what a model's configuration says of its pruning, if it says anything."
     record = getattr(model.config, "cap_nb", None)
     if not record: return
@@ -370,13 +323,8 @@ def note_training(
     model.config.cap_nb = sealed(record | {"fine-tuning": about | earlier})
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c078
-def recover_into(
-    out: str | Path, # New folder
-    model: nn.Module, # A pruned causal language model of a known family; changed in place
-    tokenizer: object, # Its tokenizer
-    calibration: Calibration, # The examples that it is trained on
-    settings: FineTuning = FineTuning(), # How it is trained
-) -> Recovery: # What was done
+def recover_into(out: str | Path, model: nn.Module, tokenizer: object, calibration: Calibration,
+                 settings: FineTuning = FineTuning()) -> Recovery: # What was done
     "Train a pruned model further and save it; after a kill the same call goes on."
     check_new_folder(out := Path(out))
     working = out.with_name(f"{out.name}.unfinished")
@@ -393,13 +341,8 @@ def recover_into(
 from ..core.errors import check_sparsity
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c090
-def iterative_magnitude(
-    model: nn.Module, # A causal language model of a known family; changed in place
-    calibration: Calibration, # The examples that it is retrained on
-    sparsities: Sequence[float], # Sparsity after each pruning, rising
-    settings: FineTuning = FineTuning(), # How it is retrained after each
-    folder: str | Path | None = None, # Where states are kept, so that the same call goes on; None keeps none
-) -> tuple[Recovery, ...]: # What each retraining did
+def iterative_magnitude(model: nn.Module, calibration: Calibration, sparsities: Sequence[float],
+                        settings: FineTuning = FineTuning(), folder: str | Path | None = None) -> tuple[Recovery, ...]:
     "Prune by magnitude and retrain, step by step (Han et al. 2015); sparsities that do not rise raise `BadInput`."
     if not sparsities or list(sparsities) != sorted({check_sparsity(s) for s in sparsities} - {0.0}):
         raise BadInput(f"The sparsities are {list(sparsities)}: expected rising ones above 0; write 0.2, 0.35, 0.5.")
@@ -414,11 +357,8 @@ def iterative_magnitude(
 import importlib.util
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c094
-def masked_change(
-    layer: nn.Module, # A LoRA layer of peft that knows its zeros
-    name: str, # Name of an adapter
-) -> torch.Tensor: # As the layer's weight is stored
-    "The change that an adapter makes, without what belongs to zeros."
+def masked_change(layer: nn.Module, name: str) -> torch.Tensor: # As the layer's weight is stored
+    "The change that an adapter of a LoRA layer makes, without what belongs to zeros."
     return layer.get_delta_weight(name).masked_fill(layer.held_zeros, -0.0)
 
 class MaskedVariant:
@@ -435,9 +375,6 @@ class MaskedVariant:
         "A new weight with the change in it."
         return orig_weight + masked_change(module, active_adapter).to(orig_weight.dtype)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c095
-class MergedVariant(MaskedVariant):
-    "The same, with what peft asks for where a weight is changed in place."
     @staticmethod
     def merge_unsafe(module: nn.Module, active_adapter: str, orig_weight: nn.Parameter) -> None:
         "The change in the weight, in place."
@@ -454,9 +391,7 @@ class MergedVariant(MaskedVariant):
         return False
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c096
-def mask_adapters(
-    model: nn.Module, # A pruned model with LoRA adapters, from peft's `get_peft_model`; changed in place
-) -> int: # Layers whose adapters are masked
+def mask_adapters(model: nn.Module) -> int: # Layers whose adapters are masked
     "Mask peft's adapters in forward pass and merge; adapters of another kind, or a missing peft, raise `BadInput`."
     if importlib.util.find_spec("peft") is None:
         raise BadInput("The package peft is not installed: expected it for adapters; pip install 'cap_nb[recover]'.")
@@ -469,5 +404,5 @@ def mask_adapters(
                            "DoRA or other variants; change the LoraConfig.")
     for layer in layers.values():
         layer.register_buffer("held_zeros", layer.get_base_layer().weight.detach() == 0, persistent=False)
-        layer.lora_variant |= dict.fromkeys(layer.lora_A, MergedVariant())
+        layer.lora_variant |= dict.fromkeys(layer.lora_A, MaskedVariant())
     return len(layers)

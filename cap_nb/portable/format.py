@@ -12,38 +12,32 @@ import numpy as np
 from ..core.files import StoredTensor
 
 # %% ../../nbs/portable/00_format.ipynb #b0b45c18
-def width_of(
-    stored: StoredTensor, # A tensor
-) -> int: # 1, 2, 4 or 8; 0 for an empty tensor, and where a number is no whole number of bytes
-    "Bytes a number of a tensor takes."
+def width_of(stored: StoredTensor) -> int: # 1, 2, 4 or 8; else 0
+    "Bytes a number takes; 0 for an empty tensor, and where a number is no whole number of bytes."
     count, size = math.prod(stored.shape), stored.end - stored.start
     return next((width for width in (1, 2, 4, 8) if count and width * count == size), 0)
 
-def numbers_of(
-    piece: bytes, # Bytes of a tensor
-    width: int, # Bytes a number
-) -> np.ndarray: # Unsigned integers, [n]
+def mask_size(stored: StoredTensor) -> int: # Bytes
+    "What a bit for each number of a tensor takes."
+    return -(-math.prod(stored.shape) // 8)
+
+def numbers_of(piece: bytes, width: int) -> np.ndarray: # Unsigned integers, [n]
     "The bit patterns of a piece's numbers."
     return np.frombuffer(piece, f"<u{width}")
 
-def pack_numbers(
-    numbers: np.ndarray, # Bit patterns, [n]
-) -> tuple[np.ndarray, np.ndarray]: # Mask, uint8 [ceil(n / 8)]; the patterns that are not zero
-    "One bit a number, and the numbers whose bit is 1."
+def pack_numbers(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Bit patterns as a mask, uint8 [ceil(n / 8)], and the patterns that are not zero."
     kept = numbers != 0
     return np.packbits(kept, bitorder="little"), numbers[kept]
 
-def unpack_numbers(
-    bits: np.ndarray, # Booleans, [n]
-    kept: np.ndarray, # Bit patterns for the bits that are set
-) -> np.ndarray: # Bit patterns, [n]
+def unpack_numbers(bits: np.ndarray, kept: np.ndarray) -> np.ndarray: # Bit patterns, [n]
     "The numbers again, zero where no bit is set."
     numbers = np.zeros(len(bits), kept.dtype)
     numbers[bits] = kept
     return numbers
 
 # %% ../../nbs/portable/00_format.ipynb #c016
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ..core.errors import BadInput
 from ..core.files import pieces_of, stored_tensors
 
@@ -51,17 +45,28 @@ from ..core.files import pieces_of, stored_tensors
 KINDS = ("bitmask", "delta")
 
 @dataclass(frozen=True)
-class Found:
-    "What a first reading of a tensor found."
-    kept: int = 0 # Numbers with a bit set; for a bitmask
-    same: bool = False # Whether it is the base's tensor as it is; for a delta
+class Entry:
+    "A tensor of a packed file that has no place yet."
+    kind: str # Its dtype as the format names it
+    shape: tuple[int, ...] # Its shape
+    size: int # Bytes
+    width: int # Bytes a number
 
-def compare_with_base(
-    name: str, # Its name
-    stored: StoredTensor, # A tensor
-    base: StoredTensor | None, # The base's tensor of that name, if it has one
-) -> Found: # Whether it is the base's as it is
-    "Compare a tensor with the base's; a number that is neither the base's nor zero raises `BadInput`."
+def raw_entry(size: int) -> Entry: # Bytes as they are
+    "An entry of plain bytes."
+    return Entry(kind="U8", shape=(size,), size=size, width=1)
+
+def bitmask_entries(name: str, stored: StoredTensor) -> dict[str, Entry]:
+    "A mask and what is kept, or the whole tensor where that takes no more."
+    width, size = width_of(stored), stored.end - stored.start
+    kept = sum(int(np.count_nonzero(numbers_of(piece, width))) for piece in pieces_of(stored)) if width else 0
+    if not width or mask_size(stored) + kept * width >= size:
+        return {f"plain/{name}": Entry(kind=stored.kind, shape=stored.shape, size=size, width=width)}
+    return {f"mask/{name}": raw_entry(mask_size(stored)),
+            f"kept/{name}": Entry(kind=stored.kind, shape=(kept,), size=kept * width, width=width)}
+
+def delta_entries(name: str, stored: StoredTensor, base: StoredTensor | None) -> dict[str, Entry]:
+    "A mask, or nothing where all is the base's; a number that is neither the base's nor zero raises `BadInput`."
     if base is None or (base.kind, base.shape) != (stored.kind, stored.shape):
         there = "none" if base is None else f"{base.kind} {list(base.shape)}"
         raise BadInput(f"Tensor {name} is {stored.kind} {list(stored.shape)} and the base's is {there}: expected the "
@@ -73,79 +78,32 @@ def compare_with_base(
         if not width or not ((here == numbers_of(other, width)) | (here == 0)).all():
             raise BadInput(f"Tensor {name} differs from the base's in a number that is not zero: expected a method "
                            "that sets weights to zero and changes no other; use --format bitmask.")
-    return Found(same=same)
-
-def first_reading(
-    shard: Path, # A file of weights
-    form: str, # "bitmask" or "delta"
-    base: dict[str, StoredTensor] | None = None, # The base's tensors, for a delta
-) -> dict[str, Found]: # Of each tensor
-    "Count what would be kept, or compare with the base."
-    found = {}
-    for name, stored in stored_tensors(shard).items():
-        if form == "delta": found[name] = compare_with_base(name, stored, base.get(name))
-        else:
-            width = width_of(stored)
-            pieces = pieces_of(stored) if width else ()
-            found[name] = Found(kept=sum(int(np.count_nonzero(numbers_of(piece, width))) for piece in pieces))
-    return found
-
-# %% ../../nbs/portable/00_format.ipynb #2d034397
-import hashlib
-import json
-from typing import BinaryIO
-from ..core.files import stored_tensor
+    return {} if same else {f"mask/{name}": raw_entry(mask_size(stored))}
 
 # %% ../../nbs/portable/00_format.ipynb #d220213d
-FORMAT, FOLDER_FORMAT, VERSION = "cap_nb packed tensors", "cap_nb packed folder", 1
-
-@dataclass(frozen=True)
-class Entry:
-    "A tensor of a packed file that has no place yet."
-    kind: str # Its dtype as the format names it
-    shape: tuple[int, ...] # Its shape
-    size: int # Bytes
-    width: int # Bytes a number
-
-def entries_of(
-    name: str, # Its name
-    stored: StoredTensor, # A tensor of the original
-    found: Found, # What the first reading found
-    kind: str, # "bitmask" or "delta"
-) -> dict[str, Entry]: # None for a tensor that is the base's as it is
-    "What a tensor becomes in a packed file."
-    width, size, bits = width_of(stored), stored.end - stored.start, -(-math.prod(stored.shape) // 8)
-    mask = {f"mask/{name}": Entry(kind="U8", shape=(bits,), size=bits, width=1)}
-    if kind == "delta": return {} if found.same else mask
-    if not width or bits + found.kept * width >= size:
-        return {f"plain/{name}": Entry(kind=stored.kind, shape=stored.shape, size=size, width=width)}
-    return mask | {f"kept/{name}": Entry(kind=stored.kind, shape=(found.kept,), size=found.kept * width, width=width)}
-
-def first_bytes(
-    file: Path, # A safetensors file that was checked
-) -> bytes: # All of it up to its tensors
-    "The header of a file and its length, as they are."
+def first_bytes(file: Path) -> bytes: # All of it up to its tensors
+    "The header of a safetensors file that was checked, and its length, as they are."
     with open(file, "rb") as opened:
         length = opened.read(8)
         return length + opened.read(int.from_bytes(length, "little"))
 
-def planned_entries(
-    source: Path, # A safetensors file
-    found: dict[str, Found], # What the first reading found of each of its tensors
-    kind: str, # "bitmask" or "delta"
-) -> dict[str, Entry]: # Every tensor of the packed file
-    "What a file becomes."
-    head = len(first_bytes(source))
-    entries = {"header": Entry(kind="U8", shape=(head,), size=head, width=1)}
-    for name, stored in stored_tensors(source).items(): entries |= entries_of(name, stored, found[name], kind)
+def first_reading(shard: Path, form: str, base: dict[str, StoredTensor] | None = None) -> dict[str, Entry]:
+    "What a file of weights becomes: every tensor of the packed file."
+    entries = {"header": raw_entry(len(first_bytes(shard)))}
+    for name, stored in stored_tensors(shard).items():
+        entries |= delta_entries(name, stored, base.get(name)) if form == "delta" else bitmask_entries(name, stored)
     return entries
 
+# %% ../../nbs/portable/00_format.ipynb #2d034397
+import hashlib
+import json
+from ..core.files import stored_tensor
+
 # %% ../../nbs/portable/00_format.ipynb #c026
-def header_of(
-    entries: dict[str, Entry], # Every tensor
-    about: dict[str, str], # Metadata
-) -> bytes: # The first bytes of the file, up to its tensors
-    "The header of a safetensors file, with its length before it."
+FORMAT, FOLDER_FORMAT, VERSION = "cap_nb packed tensors", "cap_nb packed folder", 1
+
+def header_of(entries: dict[str, Entry], about: dict[str, str]) -> bytes:
+    "The first bytes of a safetensors file, up to its tensors."
     header, at = {"__metadata__": about}, 0
     for name in sorted(entries, key=lambda name: (-entries[name].width, name)):
         entry, start = entries[name], at
@@ -155,52 +113,33 @@ def header_of(
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
-def tensors_in_order(
-    header: bytes, # The first bytes of a safetensors file, up to its tensors
-    file: Path, # The file, which need not be there
-) -> dict[str, StoredTensor]: # Name -> where it lies, in the order of the bytes
-    "What a header says of its tensors."
+def tensors_in_order(header: bytes, file: Path) -> dict[str, StoredTensor]: # In the order of the bytes
+    "Where the tensors of a header lie in a file, which need not be there."
     listed = {name: entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"}
     places = {name: stored_tensor(file, len(header), entry) for name, entry in listed.items()}
     return dict(sorted(places.items(), key=lambda item: (item[1].start, item[1].end)))
 
 # %% ../../nbs/portable/00_format.ipynb #6b73aab4
-def pack_tensor(
-    file: BinaryIO, # The packed file, open for writing
-    stored: StoredTensor, # A tensor of the original
-    mask: StoredTensor | None, # Place of its mask, if it has one
-    rest: StoredTensor | None, # Place of what is kept, or of the whole tensor
-    digest: "hashlib._Hash", # Hash of the original, which takes the bytes in
-) -> None:
-    "Write a tensor's mask and what is kept of it; one that changed since it was counted raises `BadInput`."
-    bits_at, rest_at = mask and mask.start, rest and rest.start
-    for piece in pieces_of(stored):
-        digest.update(piece)
-        if mask:
-            bits, piece = pack_numbers(numbers_of(piece, width_of(stored)))
-            bits_at = file.seek(bits_at) + file.write(bits)
-        if rest: rest_at = file.seek(rest_at) + file.write(piece)
-    if rest and rest_at != rest.end:
-        raise BadInput(f"{stored.file} changed while it was read: expected a checkpoint that nobody changes; try "
-                       "again.")
-
-def pack_file(
-    source: Path, # A safetensors file
-    target: Path, # The packed file, which is written over
-    found: dict[str, Found], # What the first reading found of each tensor
-    kind: str, # "bitmask" or "delta"
-    base: str = "", # Hash of the base, for a delta
-) -> None:
-    "Pack a safetensors file, a piece of a tensor at a time."
-    head, entries = first_bytes(source), planned_entries(source, found, kind)
-    about = {"format": FORMAT, "version": str(VERSION), "kind": kind, "base": base, "sha256": "0" * 64}
+def pack_file(source: Path, target: Path, entries: dict[str, Entry], form: str, base: str = "") -> None:
+    "Pack a safetensors file, a piece of a tensor at a time; one that changed since it was read raises `BadInput`."
+    head = first_bytes(source)
+    about = {"format": FORMAT, "version": str(VERSION), "kind": form, "base": base, "sha256": "0" * 64}
     places, digest = tensors_in_order(header_of(entries, about), target), hashlib.sha256(head)
     with open(target, "wb") as file:
         file.seek(places["header"].start)
         file.write(head)
         for name, stored in tensors_in_order(head, source).items():
-            rest = places.get(f"kept/{name}") or places.get(f"plain/{name}")
-            pack_tensor(file, stored, places.get(f"mask/{name}"), rest, digest)
+            mask, rest = places.get(f"mask/{name}"), places.get(f"kept/{name}") or places.get(f"plain/{name}")
+            bits_at, rest_at = mask and mask.start, rest and rest.start
+            for piece in pieces_of(stored):
+                digest.update(piece)
+                if mask:
+                    bits, piece = pack_numbers(numbers_of(piece, width_of(stored)))
+                    bits_at = file.seek(bits_at) + file.write(bits)
+                if rest: rest_at = file.seek(rest_at) + file.write(piece)
+            if rest and rest_at != rest.end:
+                raise BadInput(f"{source} changed while it was read: expected a checkpoint that nobody changes; try "
+                               "again.")
         file.seek(0)
         file.write(header_of(entries, about | {"sha256": digest.hexdigest()}))
 
@@ -219,38 +158,29 @@ class PackedShard:
     tensors: dict[str, StoredTensor] # The original's tensors in order; where they lay in it
     stored: dict[str, StoredTensor] # Tensors of the packed file
 
-def damaged(
-    file: Path, # A file of a packed folder
-) -> BadInput: # To be raised
+    def parts(self, name: str) -> tuple[StoredTensor | None, ...]: # Plain, mask and kept
+        "What is stored for a tensor of the original."
+        return tuple(self.stored.get(f"{part}/{name}") for part in ("plain", "mask", "kept"))
+
+def damaged(file: Path) -> BadInput: # To be raised
     "The error of a file that is not as it was written."
     return BadInput(f"{file} is damaged: expected a packed file as cap_nb wrote it; fetch it again.")
 
-def check_version(
-    version: object, # What a file says
-    file: Path, # The file
-) -> None:
+def check_version(version: object, file: Path) -> None:
     "Raise `BadInput` for a version of the format that this reader does not know."
     if version in (VERSION, str(VERSION)) and not isinstance(version, bool): return
     raise BadInput(f"{file} is in version {version!r} of the format: expected {VERSION}; update cap_nb.")
 
-def can_be_restored(
-    name: str, # Name of a tensor of the original
-    tensor: StoredTensor, # The tensor
-    stored: dict[str, StoredTensor], # Tensors of the packed file
-    kind: str, # "bitmask" or "delta"
-) -> bool: # Whether it can be restored
+def can_be_restored(shard: PackedShard, name: str) -> bool:
     "Whether what is stored for a tensor has the dtype and the size that it must have."
-    plain, mask, kept = (stored.get(f"{part}/{name}") for part in ("plain", "mask", "kept"))
-    size, bits = tensor.end - tensor.start, -(-math.prod(tensor.shape) // 8)
-    masked = mask and mask.kind == "U8" and mask.end - mask.start == bits and width_of(tensor) > 0
-    if kind == "delta": return not plain and not kept and (mask is None or masked)
-    if plain: return not mask and not kept and (plain.kind, plain.end - plain.start) == (tensor.kind, size)
-    return bool(masked and kept and kept.kind == tensor.kind)
+    tensor, (plain, mask, kept) = shard.tensors[name], shard.parts(name)
+    masked = (mask and mask.kind == "U8" and mask.end - mask.start == mask_size(tensor) and width_of(tensor) > 0)
+    if shard.about["kind"] == "delta": return not plain and not kept and (mask is None or masked)
+    if not plain: return bool(masked and kept and kept.kind == tensor.kind)
+    return not mask and not kept and (plain.kind, plain.end - plain.start) == (tensor.kind, tensor.end - tensor.start)
 
 # %% ../../nbs/portable/00_format.ipynb #f1c85a04
-def open_shard(
-    file: Path, # A packed file
-) -> PackedShard: # What is known of it
+def open_shard(file: Path) -> PackedShard:
     "Describe a packed file; one that is foreign, of another version or damaged raises `BadInput`."
     stored = stored_tensors(file)
     with safe_open(file, framework="pt") as opened: about = opened.metadata() or {}
@@ -259,23 +189,20 @@ def open_shard(
     check_version(about.get("version"), file)
     try:
         header = b"".join(pieces_of(stored["header"]))
-        tensors = tensors_in_order(header, file)
-        ends = [len(header), *(tensor.end for tensor in tensors.values())]
-        gaps = any(tensor.start != end or tensor.end < end for end, tensor in zip(ends, tensors.values()))
-        good = 8 + int.from_bytes(header[:8], "little") == len(header) and not gaps
+        shard = PackedShard(file=file, about=about, header=header, tensors=tensors_in_order(header, file),
+                            stored=stored)
+        ends = [len(header), *(tensor.end for tensor in shard.tensors.values())]
+        good = 8 + int.from_bytes(header[:8], "little") == len(header)
+        good = good and all(tensor.start == end <= tensor.end for end, tensor in zip(ends, shard.tensors.values()))
         good = good and about["kind"] in KINDS and {"base", "sha256"} <= about.keys()
-        good = good and all(can_be_restored(name, each, stored, about["kind"]) for name, each in tensors.items())
+        good = good and all(can_be_restored(shard, name) for name in shard.tensors)
     except (KeyError, TypeError, AttributeError, ValueError): good = False
     if not good: raise damaged(file)
-    return PackedShard(file=file, about=about, header=header, tensors=tensors, stored=stored)
+    return shard
 
 # %% ../../nbs/portable/00_format.ipynb #73eba6bf
-def mask_pieces(
-    mask: StoredTensor, # A mask
-    count: int, # Numbers that it speaks of
-    at_once: int, # Numbers in a piece, a multiple of 8
-) -> Iterator[np.ndarray]: # Booleans, a piece at a time
-    "Read a mask."
+def mask_pieces(mask: StoredTensor, count: int, at_once: int) -> Iterator[np.ndarray]: # Booleans
+    "Read a mask of so many numbers, a piece at a time; the numbers at once are a multiple of 8."
     with open(mask.file, "rb") as file:
         file.seek(mask.start)
         for first in range(0, count, at_once):
@@ -283,15 +210,10 @@ def mask_pieces(
             read = np.frombuffer(file.read(-(-size // 8)), np.uint8)
             yield np.unpackbits(read, count=size, bitorder="little").view(bool)
 
-def restored_pieces(
-    shard: PackedShard, # A packed file
-    name: str, # Name of a tensor of the original
-    base: dict[str, StoredTensor], # The base's tensors, for a delta
-) -> Iterator[bytes]: # The tensor's bytes, a piece at a time
-    "A tensor of the original; too few or too many kept numbers raise `BadInput`."
+def restored_pieces(shard: PackedShard, name: str, base: dict[str, StoredTensor]) -> Iterator[bytes]:
+    "The bytes of a tensor of the original; too few or too many kept numbers raise `BadInput`."
     tensor, width = shard.tensors[name], width_of(shard.tensors[name])
-    plain, mask, kept = (shard.stored.get(f"{part}/{name}") for part in ("plain", "mask", "kept"))
-    there = base.get(name)
+    (plain, mask, kept), there = shard.parts(name), base.get(name)
     if not plain and not kept and (there is None or (there.kind, there.shape) != (tensor.kind, tensor.shape)):
         raise damaged(shard.file)
     if plain or mask is None:
@@ -309,11 +231,7 @@ def restored_pieces(
             yield unpack_numbers(here, numbers_of(file.read(size), width)).tobytes()
         if file.tell() != kept.end: raise damaged(kept.file)
 
-def restore_file(
-    shard: PackedShard, # A packed file
-    target: Path, # The original again; written over
-    base: dict[str, StoredTensor], # The base's tensors, for a delta
-) -> str: # Its SHA-256
+def restore_file(shard: PackedShard, target: Path, base: dict[str, StoredTensor]) -> str: # Its SHA-256
     "Write the original of a packed file, a piece of a tensor at a time."
     digest = hashlib.sha256(shard.header)
     with open(target, "wb") as file:
@@ -350,10 +268,7 @@ class Manifest:
     files: tuple[PackedFile, ...] # The files of the original folder
 
 # %% ../../nbs/portable/00_format.ipynb #75e6fef2
-def check_name(
-    name: str, # Name of a file, relative to its folder
-    where: Path, # Who says so, for the sentence
-) -> None:
+def check_name(name: str, where: Path) -> None:
     "Raise `BadInput` for a name that could lead out of its folder, or that no other system could write."
     parts = name.split("/")
     odd = any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 200 for part in parts)
@@ -361,26 +276,18 @@ def check_name(
         raise BadInput(f"{where} names a file {name!r}: expected a printable name inside the folder, of at most 200 "
                        "bytes a part; rename it, or trust the folder no further.")
 
-def packed_name(
-    name: str, # Name of a file of weights
-) -> str: # Name of the packed file
+def packed_name(name: str) -> str: # Name of the packed file
     "X.packed.safetensors for X.safetensors."
     return name.removesuffix(PLAIN) + PACKED
 
-def write_manifest(
-    folder: Path, # A packed folder
-    manifest: Manifest, # What it holds
-) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     "Write the list of files, and its hash."
     write_json(folder/MANIFEST, {"format": FOLDER_FORMAT, "version": VERSION, **asdict(manifest)})
     with whole_file(folder/CHECKSUM) as part: part.write_text(f"{sha256_of_file(folder/MANIFEST)}  {MANIFEST}\n")
 
 # %% ../../nbs/portable/00_format.ipynb #c822a133
-def is_consistent(
-    manifest: Manifest, # What a packed folder says
-    file: Path, # Its list, for the sentence
-) -> bool: # Whether its entries fit together
-    "Whether a list can be true; a name that leads outside raises `BadInput`."
+def is_consistent(manifest: Manifest, file: Path) -> bool:
+    "Whether the entries of a list fit together; a name that leads outside raises `BadInput`."
     names = {entry.name for entry in manifest.files}
     above = {folder.as_posix() for name in names for folder in Path(name).parents}
     for entry in manifest.files: check_name(entry.name, file)
@@ -391,9 +298,7 @@ def is_consistent(
     return (len(names) == len(manifest.files) and not names & above and fitting and counted and manifest.kind in KINDS
             and set(manifest.base or ()) == base)
 
-def read_manifest(
-    folder: Path, # A packed folder
-) -> Manifest: # What it holds
+def read_manifest(folder: Path) -> Manifest:
     "Read the list of files; a folder without one, another version, or a damaged list raises `BadInput`."
     file = folder/MANIFEST
     if not file.is_file():
@@ -411,11 +316,8 @@ def read_manifest(
     if not good: raise damaged(file)
     return manifest
 
-def check_whole(
-    folder: Path, # A packed folder
-    entry: PackedFile, # One of its files
-) -> Path: # Where it is
-    "Raise `BadInput` unless what is stored has the hash that the list says."
+def check_whole(folder: Path, entry: PackedFile) -> Path: # Where it is
+    "Raise `BadInput` unless what is stored of a file has the hash that the list says."
     file = folder/entry.stored
     if not file.is_file(): raise BadInput(f"{file} is missing: expected it, since {MANIFEST} names it; fetch it again.")
     if sha256_of_file(file) != entry.stored_sha256: raise damaged(file)
@@ -424,14 +326,11 @@ def check_whole(
 # %% ../../nbs/portable/00_format.ipynb #ec60e782
 from ..core.errors import check_choice
 from ..core.files import checkpoint_tensors
-from ..models.lab import CHECKPOINT
-from ..models.lab_experts import EXPERTS_CHECKPOINT
+from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
 from ..models.loading import model_cache
 
 # %% ../../nbs/portable/00_format.ipynb #eecbc8da
-def base_sha256(
-    tensors: dict[str, StoredTensor], # Every tensor of the base
-) -> str: # 64 hexadecimal digits
+def base_sha256(tensors: dict[str, StoredTensor]) -> str: # 64 hexadecimal digits
     "The hash of a base's tensors, in the order of their names, with dtypes and shapes."
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -445,12 +344,9 @@ class Base:
     "A model beside which masks are enough; without a name, none."
     name: str = "" # For people
     sha256: str = "" # Hash of its tensors
-    tensors: dict[str, StoredTensor] | None = None # Name -> where it lies
+    tensors: dict[str, StoredTensor] = field(default_factory=dict) # Name -> where it lies
 
-def open_base(
-    form: str, # "bitmask" or "delta"
-    name: str | Path | None, # For a delta: "lab", "lab-moe", "smollm2", or a folder
-) -> Base: # The base; none for a bitmask
+def open_base(form: str, name: str | Path | None) -> Base: # The base; none for a bitmask
     "Read where a base's tensors lie, and hash them; one too few or too many raises `BadInput`."
     check_choice(form, KINDS, "format")
     if form == "delta" and name is None:
@@ -470,22 +366,20 @@ def open_base(
 
 # %% ../../nbs/portable/00_format.ipynb #481f1b4b
 import shutil
+from functools import partial
 from tqdm.auto import tqdm
 from ..core.errors import validate_arguments
 from ..core.files import check_new_folder, resumed_folder, shard_files
 
 # %% ../../nbs/portable/00_format.ipynb #ccd15333
-def check_outside(
-    folder: Path, # What is read
-    out: Path, # What is written
-) -> None:
-    "Raise `BadInput` if the output would lie inside of the input."
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise BadInput(f"{out} lies in {folder}, which is read: expected another place; name one outside.")
+def new_place(folder: str | Path, out: str | Path) -> tuple[Path, Path]: # Both as paths
+    "Raise `BadInput` if the output is there already, or would lie inside of what is read."
+    folder, out = Path(folder), Path(out)
+    check_new_folder(out)
+    if not out.resolve().is_relative_to(folder.resolve()): return folder, out
+    raise BadInput(f"{out} lies in {folder}, which is read: expected another place; name one outside.")
 
-def files_of(
-    folder: Path, # A folder saved by transformers
-) -> dict[str, Path]: # Every file by its name in the folder
+def files_of(folder: Path) -> dict[str, Path]: # Every file by its name in the folder
     "List a checkpoint's files; what could not be restored raises `BadInput`."
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))
              if path.is_symlink() or not path.is_dir()}
@@ -496,14 +390,10 @@ def files_of(
         if path.name == MANIFEST or path.name.endswith(PACKED):
             raise BadInput(f"{folder} holds {name}, and so is packed already: expected the folder of a checkpoint; "
                            "restore it first.")
-    shard_files(folder)
     return files
 
-def check_room(
-    out: Path, # Folder that is to be made
-    needed: int, # Bytes that it will take
-) -> None:
-    "Raise `BadInput` if the disk has too little room, counting what an earlier attempt wrote."
+def check_room(out: Path, needed: int) -> None:
+    "Raise `BadInput` if the disk has too little room for a folder, counting what an earlier attempt wrote."
     there = next(above for above in (out, *out.absolute().parents) if above.is_dir())
     written = sum(path.stat().st_size for path in out.with_name(f"{out.name}.unfinished").rglob("*") if path.is_file())
     free = shutil.disk_usage(there).free
@@ -512,30 +402,19 @@ def check_room(
                        "another disk or make room.")
 
 # %% ../../nbs/portable/00_format.ipynb #0c887765
-def store_weights(
-    source: Path, # A file of weights
-    target: Path, # Name of the packed file
-    found: dict[str, Found], # What the first reading found
-    form: str, # "bitmask" or "delta"
-    base: Base, # The base, for a delta
-) -> str: # Hash of the source
-    "Pack a file of weights, unless an earlier attempt did."
+def store(source: Path, target: Path, entries: dict[str, Entry] | None, form: str, base: Base) -> str:
+    "Pack a file of weights, or copy another one, unless an earlier attempt did; gives the source's hash."
+    if entries is None:
+        if not target.is_file() or sha256_of_file(target) != sha256_of_file(source):
+            with whole_file(target) as part: shutil.copyfile(source, part)
+        return sha256_of_file(target)
     try:
         about = open_shard(target).about if target.is_file() else {}
         if about and (about["kind"], about["base"], about["sha256"]) == (form, base.sha256, sha256_of_file(source)):
             return about["sha256"]
     except BadInput: pass # a damaged one is written again
-    with whole_file(target) as part: pack_file(source, part, found, form, base.sha256)
+    with whole_file(target) as part: pack_file(source, part, entries, form, base.sha256)
     return open_shard(target).about["sha256"]
-
-def store_copy(
-    source: Path, # Any other file
-    target: Path, # Name of its copy
-) -> str: # Hash of both
-    "Copy a file, unless an earlier attempt did."
-    if not target.is_file() or sha256_of_file(target) != sha256_of_file(source):
-        with whole_file(target) as part: shutil.copyfile(source, part)
-    return sha256_of_file(target)
 
 # %% ../../nbs/portable/00_format.ipynb #d9e62b3d
 @validate_arguments
@@ -546,23 +425,16 @@ def export_folder(
     base: str | Path | None = None, # For a delta: the model that was pruned, as "lab" or a folder
 ) -> Manifest: # What was written
     "Pack a pruned checkpoint into a smaller folder, from which `restore_folder` makes it again, byte for byte."
-    folder, out = Path(folder), Path(out)
-    check_new_folder(out)
-    check_outside(folder, out)
-    files, beside = files_of(folder), open_base(form, base)
-    found = {shard.name: first_reading(shard, form, beside.tensors)
-             for shard in tqdm(shard_files(folder), desc="count")}
-    copied = sum(path.stat().st_size for name, path in files.items() if name not in found)
-    packed = sum(entry.size for name, shard in found.items()
-                 for entry in planned_entries(files[name], shard, form).values())
-    check_room(out, copied + packed) # and the headers of packed files
-    stored = {name: packed_name(name) if name in found else name for name in files}
-    entries = []
+    folder, out = new_place(folder, out)
+    files, shards, beside, entries = files_of(folder), shard_files(folder), open_base(form, base), []
+    packed = {shard.name: first_reading(shard, form, beside.tensors) for shard in tqdm(shards, desc="count")}
+    stored = {name: packed_name(name) if name in packed else name for name in files}
+    check_room(out, sum(path.stat().st_size for name, path in files.items() if name not in packed)
+               + sum(entry.size for shard in packed.values() for entry in shard.values())) # and packed files' headers
     with resumed_folder(out, {*stored.values(), MANIFEST, CHECKSUM}) as part:
         for name, path in tqdm(files.items(), desc=form):
             target = part/stored[name]
-            if name in found: sha256 = store_weights(path, target, found[name], form, beside)
-            else: sha256 = store_copy(path, target)
+            sha256 = store(path, target, packed.get(name), form, beside)
             entries.append(PackedFile(name=name, bytes=path.stat().st_size, sha256=sha256, stored=stored[name],
                                       stored_bytes=target.stat().st_size, stored_sha256=sha256_of_file(target)))
         origin = {"name": beside.name, "sha256": beside.sha256} if form == "delta" else None
@@ -571,7 +443,7 @@ def export_folder(
 
 # %% ../../nbs/portable/00_format.ipynb #c067
 import torch
-from ..core.registry import FolderLoader
+from ..core.registry import FORMATS, ExportFormat, FolderLoader
 
 # %% ../../nbs/portable/00_format.ipynb #20efe57f
 @validate_arguments
@@ -581,9 +453,7 @@ def restore_folder(
     base: str | Path | None = None, # For a delta: the model that was pruned, as "lab" or a folder
 ) -> Manifest: # What was restored
     "Make a packed checkpoint again, every file byte for byte; what was damaged is named and refused."
-    folder, out = Path(folder), Path(out)
-    check_new_folder(out)
-    check_outside(folder, out)
+    folder, out = new_place(folder, out)
     manifest = read_manifest(folder)
     if manifest.kind == "delta" and base is None:
         raise BadInput(f"{folder} holds masks only: expected their base, {manifest.base['name']}; give --base.")
@@ -599,7 +469,7 @@ def restore_folder(
             if target.is_file() and sha256_of_file(target) == entry.sha256: continue
             with whole_file(target) as new:
                 if entry.stored == entry.name: shutil.copyfile(file, new)
-                else: restore_file(open_shard(file), new, beside.tensors or {})
+                else: restore_file(open_shard(file), new, beside.tensors)
                 if sha256_of_file(new) != entry.sha256: raise damaged(file)
     return manifest
 
@@ -608,10 +478,7 @@ LOADED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, # header -> torch dtypes
           "U8": torch.uint8, "BOOL": torch.bool}
 
-def restored_tensor(
-    shard: PackedShard, # A packed file
-    name: str, # Name of a tensor of the original
-) -> torch.Tensor: # The tensor
+def restored_tensor(shard: PackedShard, name: str) -> torch.Tensor: # The tensor
     "Restore one tensor in memory; a dtype that models are not loaded in raises `BadInput`."
     stored, at = shard.tensors[name], 0
     if stored.kind not in LOADED:
@@ -623,9 +490,7 @@ def restored_tensor(
         at += len(piece)
     return tensor
 
-def packed_weights(
-    folder: Path, # A packed folder
-) -> dict[str, torch.Tensor]: # Name -> weights
+def packed_weights(folder: Path) -> dict[str, torch.Tensor]: # Name -> weights
     "The weights of a bitmask folder, every file of it checked; a delta raises `BadInput`."
     manifest = read_manifest(folder)
     if manifest.kind == "delta":
@@ -638,3 +503,15 @@ def packed_weights(
 # %% ../../nbs/portable/00_format.ipynb #aed50cb9
 LOADER = FolderLoader( # How `load_model` opens a packed folder
     weights=packed_weights, files=lambda folder: [folder/entry.stored for entry in read_manifest(folder).files])
+
+def export_sentence(folder: Path, out: Path, base: str | Path | None, form: str) -> str:
+    "Pack a folder, and say what it takes."
+    manifest = export_folder(folder, out, form, base)
+    dense, packed = (sum(sizes) for sizes in zip(*((entry.bytes, entry.stored_bytes) for entry in manifest.files)))
+    beside = f" beside {manifest.base['name']}" if manifest.base else ""
+    return (f"{out}: a {form}{beside} of {len(manifest.files)} files, {packed:,} bytes instead of {dense:,} "
+            f"({packed / dense:.1%}).")
+
+FORMATS["bitmask"] = ExportFormat(summary="a bit a weight, and the weights that are kept",
+                                  export=partial(export_sentence, form="bitmask"))
+FORMATS["delta"] = ExportFormat(summary="a bit a weight beside the base", export=partial(export_sentence, form="delta"))

@@ -9,11 +9,7 @@ __all__ = ['export_gguf']
 import torch
 
 # %% ../../nbs/portable/03_quantised.ipynb #c005
-def rounded_to_nearest(
-    weight: torch.Tensor, # Weights, [out, in]; in is a multiple of the group
-    bits: int, # b, bits a weight
-    group: int = 32, # Weights of a row that share a scale
-) -> torch.Tensor: # What the codes stand for, in the weight's dtype, [out, in]
+def rounded_to_nearest(weight: torch.Tensor, bits: int, group: int = 32) -> torch.Tensor:
     "Round weights to the nearest code of a symmetric grid, group by group."
     groups = weight.detach().float().unflatten(-1, (-1, group))
     largest = 2 ** (bits - 1) - 1
@@ -34,20 +30,13 @@ def check_gguf_writable() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise BadInput("The package gguf is not installed: expected it for writing GGUF; pip install 'cap_nb[gguf]'.")
 
-def tensor_type(
-    shape: tuple[int, ...], # Of the tensor
-    dtype: str, # What was asked for: "f32", "f16", "bf16" or "q8_0"
-) -> str: # The type in which it is written, as gguf calls it
+def tensor_type(shape: tuple[int, ...], dtype: str) -> str: # The type in which it is written, as gguf calls it
     "Vectors stay in float32; a row that does not divide into blocks becomes float16."
     if len(shape) == 1: return "F32"
     return "F16" if dtype == "q8_0" and shape[-1] % 32 else GGUF_TYPES[dtype][1]
 
 # %% ../../nbs/portable/03_quantised.ipynb #c011
-def encoded(
-    rows: np.ndarray, # Weights, float32 [rows, in]
-    kind: str, # Type, as gguf calls it
-    name: str, # Name of the tensor, for the sentence
-) -> tuple[bytes, np.ndarray]: # What is written, and what it stands for, float32 [rows, in]
+def encoded(rows: np.ndarray, kind: str, name: str) -> tuple[bytes, np.ndarray]:
     "Rows in a type of GGUF; a weight that the type cannot hold raises `BadInput`."
     from gguf import GGMLQuantizationType, quants
     with np.errstate(over="ignore"): codes = quants.quantize(rows, GGMLQuantizationType[kind])
@@ -58,10 +47,7 @@ def encoded(
     return codes.tobytes(), read
 
 # %% ../../nbs/portable/03_quantised.ipynb #c019
-def with_pairs_together(
-    rows: np.ndarray, # Rows of query or key projections, [heads * d, ...]
-    head_size: int, # d, rows a head
-) -> np.ndarray: # The same rows, rotated pairs beside each other
+def with_pairs_together(rows: np.ndarray, head_size: int) -> np.ndarray:
     "The order of rows that llama.cpp expects of a Llama."
     halves = rows.reshape(-1, 2, head_size // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
@@ -72,25 +58,18 @@ from ..models.loading import check_not_quantised
 # %% ../../nbs/portable/03_quantised.ipynb #c025
 GGUF_FAMILIES = ("llama", "qwen2") # model_type, and also what GGUF calls the architecture
 
-def rotation_of(
-    config: object, # Configuration
-) -> tuple[str, float]: # Kind of rotation, and its base
+def rotation_of(config: object) -> tuple[str, float]: # Kind of rotation, and its base
     "How a model rotates, as transformers 5 or 4 writes it."
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     base = rope.get("rope_theta") or getattr(config, "rope_theta", 10_000.0)
     return rope.get("rope_type", rope.get("type", "default")), float(base)
 
-def head_size_of(
-    config: object, # Configuration
-) -> int: # d, features a head
+def head_size_of(config: object) -> int: # d, features a head
     "The head size that the configuration names, or what the hidden size leaves for each head."
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 # %% ../../nbs/portable/03_quantised.ipynb #c026
-def check_in_gguf(
-    config: object, # Configuration of the checkpoint
-    source: str, # Where it comes from, for the sentence
-) -> None:
+def check_in_gguf(config: object, source: str) -> None:
     "Raise `BadInput` for a model that a GGUF file would change."
     kind, rotation = config.model_type, rotation_of(config)[0]
     if kind not in GGUF_FAMILIES:
@@ -110,9 +89,7 @@ def check_in_gguf(
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # %% ../../nbs/portable/03_quantised.ipynb #c031
-def rotation_divisors(
-    config: object, # Configuration
-) -> np.ndarray | None: # By what the speed of each pair of features is divided, float32 [d / 2]; None: by nothing
+def rotation_divisors(config: object) -> np.ndarray | None:
     "What Llama 3.1's rotations are slowed by."
     kind, base = rotation_of(config)
     if kind == "default": return None
@@ -128,9 +105,7 @@ TEXT_CUTS = { # llama.cpp's name -> the pre-tokenizers of tokenizers, and whethe
     "gpt-2": ((WORDS_OF_BYTES,), False), "smollm": ((("Digits", True), WORDS_OF_BYTES), False),
     "qwen2": ((("Split", LETTERS % ""), BYTES), False), "llama-bpe": ((("Split", LETTERS % "{1,3}"), BYTES), True)}
 
-def cut_of(
-    described: dict, # What tokenizer.json holds
-) -> str: # llama.cpp's name for its way of cutting text; empty if there is none
+def cut_of(described: dict) -> str: # llama.cpp's name for its way of cutting text; empty if there is none
     "Recognise a byte-level BPE tokenizer."
     model, outer = described["model"], described["pre_tokenizer"] or {}
     parts = outer.get("pretokenizers", [outer])
@@ -149,10 +124,7 @@ from ..models.loading import load_tokenizer
 # %% ../../nbs/portable/03_quantised.ipynb #c038
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5 # As llama.cpp numbers them
 
-def tokens_of(
-    described: dict, # What tokenizer.json holds
-    size: int, # Rows of the embedding
-) -> tuple[list[str], list[int]]: # Every token's text and kind, in the order of their numbers
+def tokens_of(described: dict, size: int) -> tuple[list[str], list[int]]:
     "The vocabulary as GGUF lists it; a token beyond the embedding raises `BadInput`."
     last = max([*described["model"]["vocab"].values(), *(added["id"] for added in described["added_tokens"])])
     if last >= size:
@@ -166,29 +138,17 @@ def tokens_of(
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     return texts, kinds
 
-# %% ../../nbs/portable/03_quantised.ipynb #c039
-def add_special_ids(
-    writer, # gguf's writer
-    tokenizer: object, # Tokenizer of transformers
-) -> None:
-    "The numbers of special tokens, and whether a text begins with one."
+# %% ../../nbs/portable/03_quantised.ipynb #c040
+def add_tokenizer(writer, tokenizer: object, size: int) -> str:
+    "Write the tokenizer into the metadata; gives llama.cpp's name for it, empty if the vocabulary was left out."
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    cut = cut_of(described)
+    writer.add_tokenizer_model("gpt2" if cut else "none")
     for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None: getattr(writer, f"add_{name}_token_id")(index)
     first = tokenizer("a").input_ids[:1]
     writer.add_add_bos_token(bool(first) and first[0] == tokenizer.bos_token_id)
-
-# %% ../../nbs/portable/03_quantised.ipynb #c040
-def add_tokenizer(
-    writer, # gguf's writer
-    tokenizer: object, # Tokenizer of transformers, with a fast backend
-    size: int, # Rows of the embedding
-) -> str: # llama.cpp's name for its way of cutting text; empty if the vocabulary was left out
-    "Write the tokenizer into the metadata, if llama.cpp has a name for it."
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    cut = cut_of(described)
-    writer.add_tokenizer_model("gpt2" if cut else "none")
-    add_special_ids(writer, tokenizer)
     if not cut: return ""
     texts, kinds = tokens_of(described, size)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
@@ -221,9 +181,7 @@ class Planned:
     head_size: int = 0 # Rows a head, where rotated pairs are to be put together
 
 # %% ../../nbs/portable/03_quantised.ipynb #c049
-def rows_of(
-    planned: Planned, # A tensor
-) -> Iterator[np.ndarray]: # float32 [some rows, in]; a vector is one row
+def rows_of(planned: Planned) -> Iterator[np.ndarray]: # float32 [some rows, in]; a vector is one row
     "Read a tensor some rows at a time."
     stored = planned.stored
     if stored is None:
@@ -239,11 +197,7 @@ def rows_of(
             yield piece.float().numpy().reshape(-1, stored.shape[-1])
 
 # %% ../../nbs/portable/03_quantised.ipynb #c050
-def planned_tensors(
-    folder: Path, # A checkpoint
-    config: object, # Its configuration
-    dtype: str, # What was asked for
-) -> list[Planned]: # Every tensor of the file, in order
+def planned_tensors(folder: Path, config: object, dtype: str) -> list[Planned]: # Every tensor of the file, in order
     "What becomes of each tensor; one that has no name in GGUF, or no dtype of floating point, raises `BadInput`."
     import gguf
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[config.model_type]
@@ -274,10 +228,7 @@ class Zeros:
         "Counts of both."
         return Zeros(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
-def counted(
-    rows: np.ndarray, # As stored, [rows, in]
-    read: np.ndarray, # As it will be read, [rows, in]
-) -> Zeros: # Counts
+def counted(rows: np.ndarray, read: np.ndarray) -> Zeros: # Counts
     "Count the zeros of some rows."
     was, now = rows == 0, read == 0
     empty = was.reshape(-1, 32).all(-1).sum() if rows.shape[-1] % 32 == 0 else 0
@@ -285,11 +236,7 @@ def counted(
                  more=int((now & ~was).sum()), empty=int(empty))
 
 # %% ../../nbs/portable/03_quantised.ipynb #c053
-def padded_write(
-    file, # Opened for appending
-    planned: Planned, # The tensor whose turn it is
-    alignment: int, # Bytes, at whose multiples tensors begin
-) -> Zeros: # Its zeros, if it is a matrix
+def padded_write(file, planned: Planned, alignment: int) -> Zeros: # Its zeros, if it is a matrix
     "Encode and write one tensor."
     file.write(bytes(-file.tell() % alignment))
     zeros = Zeros()
@@ -302,12 +249,7 @@ def padded_write(
     return zeros
 
 # %% ../../nbs/portable/03_quantised.ipynb #c055
-def add_sizes(
-    writer, # gguf's writer
-    config: object, # Configuration of the model
-    name: str, # What the model is called, for people
-    dtype: str, # What was asked for
-) -> None:
+def add_sizes(writer, config: object, name: str, dtype: str) -> None:
     "Write a model's sizes into the metadata."
     writer.add_name(name)
     writer.add_file_type(GGUF_TYPES[dtype][0])
@@ -326,13 +268,8 @@ def add_sizes(
             add(head_size_of(config))
 
 # %% ../../nbs/portable/03_quantised.ipynb #c056
-def write_head(
-    part: Path, # The file to write
-    config: object, # Configuration of the model
-    tokenizer: object, # Its tokenizer
-    about: tuple[str, str], # What the model is called, and the dtype asked for
-    plan: list[Planned], # Every tensor, in order
-) -> tuple[str, int]: # The tokenizer's name, as of `add_tokenizer`, and the alignment
+def write_head(part: Path, config: object, tokenizer: object, about: tuple[str, str],
+               plan: list[Planned]) -> tuple[str, int]: # The tokenizer's name, as of `add_tokenizer`, and the alignment
     "Write everything that comes before the tensors."
     import gguf
     writer = gguf.GGUFWriter(part, config.model_type)
@@ -350,6 +287,7 @@ def write_head(
 # %% ../../nbs/portable/03_quantised.ipynb #c057
 import logging
 from tqdm.auto import tqdm
+from ..core.registry import FORMATS, ExportFormat
 from ..core.files import whole_file
 
 # %% ../../nbs/portable/03_quantised.ipynb #c058
@@ -364,11 +302,7 @@ class GGUFReport:
     tokenizer: str # llama.cpp's name for how it cuts text; empty if the file has no tokenizer
     zeros: Zeros # What became of zeros
 
-def checked_config(
-    folder: Path, # A checkpoint
-    out: Path, # New file
-    dtype: str, # What was asked for
-) -> object: # The checkpoint's configuration
+def checked_config(folder: Path, out: Path, dtype: str) -> object: # The checkpoint's configuration
     "Check everything that can be checked before anything is written; a fault raises `BadInput`."
     check_choice(dtype, GGUF_TYPES, "dtype")
     check_gguf_writable()
@@ -402,12 +336,18 @@ def export_gguf(
     return GGUFReport(file=out, dtype=dtype, bytes=out.stat().st_size, tokenizer=cut, zeros=zeros)
 
 # %% ../../nbs/portable/03_quantised.ipynb #c060
-def gguf_sentence(
-    report: GGUFReport, # What was written
-) -> str: # A sentence or two
+def gguf_sentence(report: GGUFReport) -> str: # A sentence or two
     "What was written, for people."
     zeros, name = report.zeros, report.tokenizer
     about = f"its tokenizer cuts text as {name} does" if name else (
         "without a tokenizer, since llama.cpp has no name for its way of cutting text")
     return (f"{report.file}: {report.dtype}, {report.bytes:,} bytes, {about}. Of {zeros.weights:,} weights in matrices "
             f"{zeros.before:,} were zero; {zeros.kept:,} of these are, and {zeros.more:,} others became so.")
+
+def export_sentence(folder: Path, out: Path, base: str | Path | None) -> str:
+    "Write a folder as GGUF in 16 bits, and say what became of its zeros."
+    if base is None: return gguf_sentence(export_gguf(folder, out))
+    raise BadInput("A GGUF file was asked for with a base: expected none, since it holds its weights itself; leave "
+                   "--base out, or ask for a delta.")
+
+FORMATS["gguf"] = ExportFormat(summary="one file for llama.cpp, in 16 bits", export=export_sentence)

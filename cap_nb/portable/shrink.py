@@ -12,24 +12,16 @@ from ..core.errors import BadInput, validate_arguments, check_sparsity
 from ..models.anatomy import Part, Projection, anatomy, dimensions, key_value_head_of, projections
 
 # %% ../../nbs/portable/06_shrink.ipynb #c005
-def highest(
-    scores: torch.Tensor, # Score of every unit of every layer, [L, U]
-    count: int, # Units that stay in each layer
-) -> torch.Tensor: # Their indices, ascending in each layer, int64 [L, count]
+def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     "The units with the highest scores of every layer; of equal ones the first go."
     return scores.argsort(dim=1, stable=True)[:, scores.shape[1] - count:].sort(dim=1).values
 
-def group_scores(
-    heads: torch.Tensor, # Score of every query head, [L, H]
-    groups: int, # G, key-value heads a layer
-) -> torch.Tensor: # Score of every group, [L, G]
+def group_scores(heads: torch.Tensor, groups: int) -> torch.Tensor: # Score of every group, [L, G]
     "A group is worth the sum of its query heads, as far as heads add up."
     return heads.unflatten(1, (groups, -1)).sum(2)
 
 # %% ../../nbs/portable/06_shrink.ipynb #c008
-def widths_of(
-    model: nn.Module, # A causal language model of a known family
-) -> tuple[int, int]: # M, neurons, and G, key-value heads, of every layer
+def widths_of(model: nn.Module) -> tuple[int, int]: # M, neurons, and G, key-value heads, of every layer
     "The widths of a dense model; a mixture of experts raises `BadInput`."
     a, matrices = anatomy(model), projections(model)
     if a.widths:
@@ -41,30 +33,19 @@ def widths_of(
                    "set weights to zero with 'cap prune' instead.")
 
 # %% ../../nbs/portable/06_shrink.ipynb #c010
-def rows_of_heads(
-    model: nn.Module, # A causal language model of a known family
-    p: Projection, # One of its projections, with parts
-    groups: list[int], # Groups that stay
-) -> torch.Tensor: # Indices of its rows that stay (of an output projection, columns), int64
+def rows_of_heads(model: nn.Module, p: Projection, groups: list[int]) -> torch.Tensor:
     "The rows of the heads that stay."
     served = key_value_head_of(dimensions(model.config))
     def group(part: Part) -> int: return served[part.index] if part.kind == "query" else part.index
     return torch.cat([torch.arange(part.start, part.stop) for part in p.parts if group(part) in groups])
 
-def rows_of_neurons(
-    p: Projection, # A projection of the MLP
-    neurons: torch.Tensor, # Neurons that stay, int64 [n]
-) -> torch.Tensor: # Indices of its rows that stay (of a down projection, columns), int64
+def rows_of_neurons(p: Projection, neurons: torch.Tensor) -> torch.Tensor:
     "The rows of the neurons that stay; fused, those of gate lie above those of up."
     return torch.cat([neurons, neurons + len(p.weight) // 2]) if p.role == "gate_up" else neurons
 
 # %% ../../nbs/portable/06_shrink.ipynb #c012
 @torch.no_grad()
-def cut_weights(
-    model: nn.Module, # A dense causal language model of a known family
-    neurons: torch.Tensor, # Neurons that stay in each layer, int64 [L, n]
-    groups: torch.Tensor, # Groups that stay in each layer, int64 [L, g]
-) -> dict[str, torch.Tensor]: # Name of a parameter -> its values, copied
+def cut_weights(model: nn.Module, neurons: torch.Tensor, groups: torch.Tensor) -> dict[str, torch.Tensor]:
     "All weights of a model with the rows and columns of what goes left out."
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     for p in projections(model):
@@ -78,11 +59,7 @@ def cut_weights(
 # %% ../../nbs/portable/06_shrink.ipynb #c018
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") # What configurations call the MLP's width
 
-def smaller_config(
-    model: nn.Module, # A dense causal language model of a known family
-    neurons: int, # Neurons a layer that stay
-    groups: int, # Groups a layer that stay
-) -> object: # Configuration of the smaller model
+def smaller_config(model: nn.Module, neurons: int, groups: int) -> object: # Configuration of the smaller model
     "A configuration with other widths; one that the family cannot have raises `BadInput`."
     (had, of), a, kind = widths_of(model), dimensions(model.config), model.config.model_type
     named = [name for name in WIDTHS if hasattr(model.config, name)]
@@ -100,11 +77,7 @@ def smaller_config(
                        "its configuration takes; keep another number, or all.") from error
 
 # %% ../../nbs/portable/06_shrink.ipynb #c020
-def check_plain(
-    model: nn.Module, # The model
-    config: object, # Configuration of the smaller one
-    weights: dict[str, torch.Tensor], # Its weights
-) -> None:
+def check_plain(model: nn.Module, config: object, weights: dict[str, torch.Tensor]) -> None:
     "Raise `BadInput` unless the plain class with that configuration has exactly these weights."
     with torch.device("meta"): plain = type(model)(config)
     for name, weight in plain.named_parameters():
@@ -118,11 +91,7 @@ import copy
 from ..models.loading import without_bars
 
 # %% ../../nbs/portable/06_shrink.ipynb #c023
-def made_of(
-    model: nn.Module, # The model
-    config: object, # Configuration of the smaller one
-    weights: dict[str, torch.Tensor], # Its weights
-) -> nn.Module: # The smaller model, on the same device
+def made_of(model: nn.Module, config: object, weights: dict[str, torch.Tensor]) -> nn.Module:
     "A model of the same class from a configuration and weights."
     options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     with without_bars(): small = type(model).from_pretrained(None, config=config, state_dict=weights, **options)
@@ -130,34 +99,21 @@ def made_of(
     return small.to(model.device).eval()
 
 # %% ../../nbs/portable/06_shrink.ipynb #c025
-def check_unit_scores(
-    scores: torch.Tensor, # Scores of units of a layer
-    shape: tuple[int, int], # (L, U) of the model
-    what: str, # neuron or head
-) -> None:
+def check_unit_scores(scores: torch.Tensor, shape: tuple[int, int], what: str) -> None:
     "Raise `BadInput` unless there is a finite score for every unit."
     if tuple(scores.shape) != shape or not scores.isfinite().all():
         raise BadInput(f"The {what} scores have shape {list(scores.shape)}: expected {list(shape)} finite numbers, one "
                        f"for every {what} of every layer; score this model.")
 
-def check_kept(
-    kept: int, # Units a layer that stay
-    of: int, # Units a layer
-    what: str, # Their name, in the plural
-) -> None:
+def check_kept(kept: int, of: int, what: str) -> None:
     "Raise `BadInput` unless between one and all units stay."
     if type(kept) is not int or not 1 <= kept <= of:
         raise BadInput(f"{kept!r} {what} a layer were to stay: expected 1 to {of}, as many as a layer has; choose "
                        "another number.")
 
 # %% ../../nbs/portable/06_shrink.ipynb #c026
-def staying(
-    model: nn.Module, # A dense causal language model of a known family
-    neuron_scores: torch.Tensor, # Score of every neuron, [L, M]
-    head_scores: torch.Tensor | None, # Score of every query head, [L, H]; None if all groups stay
-    neurons_kept: int, # Neurons a layer that stay
-    groups_kept: int | None, # Groups a layer that stay; None: all
-) -> tuple[torch.Tensor, torch.Tensor]: # Neurons that stay, int64 [L, n], and groups, int64 [L, g]
+def staying(model: nn.Module, neuron_scores: torch.Tensor, head_scores: torch.Tensor | None, neurons_kept: int,
+            groups_kept: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     "What stays, by scores; numbers or scores that do not fit the model raise `BadInput`."
     (neurons, groups), a = widths_of(model), dimensions(model.config)
     groups_kept = groups if groups_kept is None else groups_kept
@@ -192,20 +148,13 @@ from ..methods.criteria import dense_norms
 from ..methods.neurons import neuron_estimates
 
 # %% ../../nbs/portable/06_shrink.ipynb #c036
-def contributions(
-    model: nn.Module, # A dense causal language model of a known family, in evaluation mode
-    calibration: Calibration, # The examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> torch.Tensor: # Norm of what every neuron adds to the residual stream, a sequence, float32 [L, M]
+def contributions(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:
     "Norm of a neuron's activations times norm of its column of the down projection."
     norms = dense_norms(model, calibration, batch_tokens)
     downs = [p for p in projections(model) if p.role == "down"]
     return torch.stack([norms[p.name] * p.weight.detach().float().norm(dim=0) for p in downs]).cpu()
 
-def neuron_magnitudes(
-    model: nn.Module, # A dense causal language model of a known family
-    *given: object, # Not needed
-) -> torch.Tensor: # Norm of all weights of every neuron, float32 [L, M]
+def neuron_magnitudes(model: nn.Module, *given: object) -> torch.Tensor:
     "The size of a neuron's rows and column."
     squares = torch.zeros(anatomy(model).layers, widths_of(model)[0])
     for p in (p for p in projections(model) if not p.parts):
@@ -219,13 +168,8 @@ NEURON_SCORES = {"contribution": contributions, "first-order": neuron_estimates,
 from ..methods.sparsegpt import damped_hessian
 
 # %% ../../nbs/portable/06_shrink.ipynb #c043
-def refitted(
-    weight: torch.Tensor, # [out, in]
-    stay: torch.Tensor, # Indices of the inputs that stay, int64 [k]
-    hessian: torch.Tensor, # Sum over tokens of the products of input features, [in, in]
-    damping: float = 0.01, # Share of the mean diagonal that is added to the diagonal
-    name: str = "the matrix", # Name of the module, for messages
-) -> torch.Tensor: # The new weight, same dtype [out, in], zero where an input goes
+def refitted(weight: torch.Tensor, stay: torch.Tensor, hessian: torch.Tensor, damping: float = 0.01,
+             name: str = "the matrix") -> torch.Tensor: # The new weight, same dtype [out, in], zero where an input goes
     "Least squares of the columns that stay, in float64."
     damped, _ = damped_hessian(hessian, damping, name)
     target = weight.detach().double() @ damped[:, stay]
@@ -240,13 +184,8 @@ from ..methods.wanda import input_sums
 
 # %% ../../nbs/portable/06_shrink.ipynb #c049
 @torch.no_grad()
-def take_over(
-    model: nn.Module, # A dense causal language model of a known family, in evaluation mode; changed in place
-    neurons: torch.Tensor, # Neurons that stay in each layer, int64 [L, n]
-    groups: torch.Tensor, # Groups that stay in each layer, int64 [L, g]
-    calibration: Calibration, # The examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> None:
+def take_over(model: nn.Module, neurons: torch.Tensor, groups: torch.Tensor, calibration: Calibration,
+              batch_tokens: int = 4096) -> None:
     "Let the columns of output and down projections that stay take over, layer by layer, and set the others to zero."
     for step in layer_by_layer(model, calibration, batch_tokens, "least squares"):
         for p in (p for role in ("output", "down") for p in step.projections if p.role == role):
@@ -256,19 +195,13 @@ def take_over(
             p.weight.copy_(refitted(p.weight, stay.to(p.weight.device), hessian, name=p.name))
 
 # %% ../../nbs/portable/06_shrink.ipynb #c051
-def weights_of_units(
-    model: nn.Module, # A dense causal language model of a known family
-) -> tuple[int, int]: # Weights in scope of one neuron of every layer together, and of one group
+def weights_of_units(model: nn.Module) -> tuple[int, int]:
     "What one unit of each layer takes."
     (neurons, groups), matrices = widths_of(model), projections(model)
     of_heads = sum(p.weight.numel() for p in matrices if p.parts)
     return (sum(p.weight.numel() for p in matrices) - of_heads) // neurons, of_heads // groups
 
-def neurons_to_keep(
-    model: nn.Module, # A dense causal language model of a known family
-    sparsity: float, # Share of the weights in scope that go, in [0, 1)
-    groups_kept: int | None = None, # Groups a layer that stay; None: all
-) -> int: # Neurons a layer that stay
+def neurons_to_keep(model: nn.Module, sparsity: float, groups_kept: int | None = None) -> int:
     "The number of neurons that brings the share nearest to what was asked; none that does raises `BadInput`."
     (neurons, groups), (of_neuron, of_group) = widths_of(model), weights_of_units(model)
     check_kept(groups if groups_kept is None else groups_kept, groups, "key-value heads")
@@ -299,20 +232,13 @@ class Shrunk:
 
 # %% ../../nbs/portable/06_shrink.ipynb #02d69822
 @torch.no_grad()
-def mean_loss(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> float: # Mean over the examples of the loss on their targets, in nats
+def mean_loss(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> float:
     "What a model loses on the examples, in one pass."
     batches = batches_of(calibration, batch_tokens, next(model.parameters()).device)
     return sum(target_losses(model, batch).sum().item() for _, batch in batches) / len(calibration.examples)
 
 # %% ../../nbs/portable/06_shrink.ipynb #c056
-def check_shrinking(
-    model: nn.Module, # A model
-    how: Shrinking, # How it is to be made smaller
-) -> int: # Neurons a layer that stay
+def check_shrinking(model: nn.Module, how: Shrinking) -> int: # Neurons a layer that stay
     "What can be refused before anything is measured is refused here, as `BadInput`."
     check_choice(how.neurons_by, NEURON_SCORES, "score of neurons")
     if how.scores is not None and how.groups is None:
@@ -323,13 +249,8 @@ def check_shrinking(
     return kept
 
 # %% ../../nbs/portable/06_shrink.ipynb #c057
-def shrink_to(
-    model: nn.Module, # A dense causal language model of a known family, in evaluation mode; not changed
-    calibration: Calibration, # The examples
-    how: Shrinking = Shrinking(), # How
-    head_scores: torch.Tensor | None = None, # Score of every query head, [L, H]; None: first order, if heads go
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> tuple[nn.Module, Shrunk]: # The smaller model, and what became of it
+def shrink_to(model: nn.Module, calibration: Calibration, how: Shrinking = Shrinking(),
+              head_scores: torch.Tensor | None = None, batch_tokens: int = 4096) -> tuple[nn.Module, Shrunk]:
     "Score, choose, let the rest take over, and cut; what cannot be raises `BadInput`."
     kept, (neurons, groups) = check_shrinking(model, how), widths_of(model)
     loss = mean_loss(model, calibration, batch_tokens)
@@ -351,13 +272,7 @@ import cap_nb
 SAYS = ("the neurons with the lowest {by} of their layer are cut out{heads}{fit}")
 FITS = ", then least squares for the columns of output and down projections that stay"
 
-def shrunk_record(
-    report: Shrunk, # What became of the model
-    how: Shrinking, # How
-    base: dict, # From `base_record`
-    calibration: dict, # From `calibration_record`
-    scores: dict | None = None, # From `scores_record`, if a table of losses chose the heads
-) -> dict: # What JSON can hold
+def shrunk_record(report: Shrunk, how: Shrinking, base: dict, calibration: dict, scores: dict | None = None) -> dict:
     "What config.json says of a shrunk model."
     heads = ", and the key-value heads with the lowest scores, each with its query heads" if how.groups else ""
     about = {"version": cap_nb.__version__, "method": "shrink", "asked": how.sparsity, "weights": report.weights,

@@ -14,17 +14,14 @@ BYTES_A_WEIGHT = { # Format -> bytes a weight, from bytes a number and sparsity
     "dense": lambda c, s: c, "csr": lambda c, s: (4 + 4) * (1 - s),
     "bitmask": lambda c, s: 1 / 8 + c * (1 - s), "2:4": lambda c, s: c / 2 + 1 / 8}
 
-def most_gained(
-    form: str, # Format, of `BYTES_A_WEIGHT`
-    width: int, # Bytes a number of the dense weights: 4, 2 or 1
-    sparsity: float, # Share of zeros
-) -> float: # Times as fast as dense at most, where reading the weights is all that takes time
+def most_gained(form: str, width: int, sparsity: float) -> float:
     "The bound that bytes set on a format's gain."
     return width / BYTES_A_WEIGHT[form](width, sparsity)
 
 # %% ../../nbs/portable/05_speed.ipynb #c011
 import importlib.util
 import warnings
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -35,51 +32,35 @@ from ..core.errors import BadInput, validate_arguments, check_choice
 # %% ../../nbs/portable/05_speed.ipynb #c012
 Product = Callable[[torch.Tensor], torch.Tensor] # From inputs [rows, in] to outputs [rows, out]
 
-def dense_product(
-    weight: torch.Tensor, # [out, in]
-) -> Product: # Its product with inputs
-    "torch's dense product, which does not look for zeros."
+def dense_product(weight: torch.Tensor) -> Product:
+    "torch's dense product with a weight [out, in], which does not look for zeros."
     return lambda x: F.linear(x, weight)
 
-def in_rows(
-    weight: torch.Tensor, # [out, in]
-) -> torch.Tensor: # The same in compressed sparse rows, float32
-    "Compressed sparse rows with 4-byte columns, which torch multiplies faster than its usual 8-byte ones."
+def csr_product(weight: torch.Tensor) -> Product: # In float32
+    "torch's product of compressed sparse rows, with 4-byte columns, faster than 8-byte ones; one input has its own."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support") # torch calls it beta, once a process
-        rows = weight.detach().float().to_sparse_csr()
-    ends, columns = rows.crow_indices().int(), rows.col_indices().int()
-    return torch.sparse_csr_tensor(ends, columns, rows.values(), rows.shape, check_invariants=False)
-
-def csr_product(
-    weight: torch.Tensor, # [out, in]
-) -> Product: # Its product with inputs, in float32
-    "torch's product of a matrix in compressed sparse rows; one input has a faster product of its own."
-    rows = in_rows(weight)
+        long = weight.detach().float().to_sparse_csr()
+    ends, columns = long.crow_indices().int(), long.col_indices().int()
+    rows = torch.sparse_csr_tensor(ends, columns, long.values(), long.shape, check_invariants=False)
     def product(x):
         wide = x.float()
         return (torch.mv(rows, wide[0])[None] if len(x) == 1 else (rows @ wide.T).T).to(x.dtype)
     return product
 
 # %% ../../nbs/portable/05_speed.ipynb #c013
-def scipy_product(
-    weight: torch.Tensor, # [out, in]
-) -> Product: # Its product with inputs, in float32
+def scipy_product(weight: torch.Tensor) -> Product: # Its product with inputs, in float32
     "scipy's product of a matrix in compressed sparse rows, on one core."
     from scipy.sparse import csr_array
     rows = csr_array(weight.detach().float().numpy())
     return lambda x: torch.from_numpy((rows @ x.float().numpy().T).T).to(x.dtype)
 
 # %% ../../nbs/portable/05_speed.ipynb #c015
-def is_two_of_four(
-    weight: torch.Tensor, # [out, in]
-) -> bool: # Whether at most two of every four neighbours of a row are not zero
+def is_two_of_four(weight: torch.Tensor) -> bool: # Whether at most two of every four neighbours of a row are not zero
     "Whether a matrix is 2:4."
     return weight.shape[1] % 4 == 0 and bool(((weight.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all())
 
-def two_of_four_product(
-    weight: torch.Tensor, # [out, in], 2:4, on a CUDA device
-) -> Product: # Its product with inputs, in float16
+def two_of_four_product(weight: torch.Tensor) -> Product: # Its product with inputs, in float16
     "torch's semi-structured product; a weight that is not 2:4 raises `BadInput`."
     if not is_two_of_four(weight):
         raise BadInput("A projection is not 2:4: expected at most two weights of every four; prune with a pattern, as "
@@ -90,35 +71,22 @@ def two_of_four_product(
 # %% ../../nbs/portable/05_speed.ipynb #c017
 REACH = 8.0 # Inputs beyond it, in standard deviations of the first ones, are cut off in 8 bits
 
-def openvino_graph(
-    weight: torch.Tensor, # [out, in]
-    reach: float, # Largest input that 8 bits hold
-) -> object: # A model of OpenVINO
-    "A projection of 8-bit weights and inputs."
+def openvino_compiled(weight: torch.Tensor, reach: float, packed: bool = True) -> object: # A compiled model
+    "A projection of 8-bit weights and inputs as OpenVINO will compute it; inputs up to `reach`, zeros packed or not."
     import openvino
     from openvino import opset13 as op
+    weight = weight.detach().float().cpu()
     scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
     codes = (weight / scale).round().to(torch.int8)
     x, low, high = op.parameter([-1, weight.shape[1]], np.float32), np.float32(-reach), np.float32(reach * 127 / 128)
     wide = op.multiply(op.convert(op.constant(codes.numpy()), "f32"), op.constant(scale.numpy()))
-    return openvino.Model([op.matmul(op.fake_quantize(x, low, high, low, high, 256), wide, False, True)], [x])
-
-# %% ../../nbs/portable/05_speed.ipynb #c018
-def openvino_compiled(
-    weight: torch.Tensor, # [out, in]
-    reach: float, # Largest input that 8 bits hold
-    packed: bool = True, # Whether zeros are to be packed away
-) -> object: # A compiled model of OpenVINO
-    "A projection as OpenVINO will compute it."
-    import openvino
-    rate, graph = 0.0 if packed else 1.0, openvino_graph(weight.detach().float().cpu(), reach)
-    settings = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": rate, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    graph = openvino.Model([op.matmul(op.fake_quantize(x, low, high, low, high, 256), wide, False, True)], [x])
+    settings = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.0 if packed else 1.0,
+                "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     return openvino.Core().compile_model(graph, "CPU", settings)
 
-def openvino_product(
-    weight: torch.Tensor, # [out, in]
-    packed: bool = True, # Whether zeros are to be packed away
-) -> Product: # Its product with inputs, in 8 bits
+# %% ../../nbs/portable/05_speed.ipynb #c018
+def openvino_product(weight: torch.Tensor, packed: bool = True) -> Product: # In 8 bits
     "OpenVINO's product; the graph is compiled at the first inputs, whose spread it must know."
     kept = []
     def product(x):
@@ -130,10 +98,7 @@ def openvino_product(
     return product
 
 # %% ../../nbs/portable/05_speed.ipynb #adfa3413
-def openvino_kernel(
-    weight: torch.Tensor, # [out, in]
-    packed: bool = True, # Whether zeros are to be packed away
-) -> str: # As in "brgemm_avx512_amx_sparse_i8"
+def openvino_kernel(weight: torch.Tensor, packed: bool = True) -> str: # As in "brgemm_avx512_amx_sparse_i8"
     "What OpenVINO calls the kernel that it multiplies by on this processor."
     compiled = openvino_compiled(weight, REACH, packed)
     compiled.create_infer_request().infer({0: np.zeros((1, weight.shape[1]), np.float32)}) # it chooses at the first
@@ -142,37 +107,26 @@ def openvino_kernel(
     return named["FullyConnected"]
 
 # %% ../../nbs/portable/05_speed.ipynb #c020
-def processor_says(
-    field: str, # As in "model name" or "flags"
-    listing: Path = Path("/proc/cpuinfo"), # Where Linux describes its processors
-) -> str: # What the first processor says; empty where that cannot be read
+def processor_says(field: str, listing: Path = Path("/proc/cpuinfo")) -> str:
     "What the system tells of its processor."
     lines = listing.read_text().splitlines() if listing.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == field), "")
 
-def lacks_package(
-    name: str, # Name of a package
-) -> str: # What is missing; empty if it is there
+def lacks_package(name: str) -> str: # What is missing; empty if it is there
     "Whether an optional package is missing."
     return "" if importlib.util.find_spec(name) else f"the package {name}; pip install 'cap_nb[speed]'"
 
-def lacks_cpu(
-    device: torch.device, # Where the model is
-) -> str: # What is missing; empty if nothing is
+def lacks_cpu(device: torch.device) -> str: # What is missing; empty if nothing is
     "Whether the model is elsewhere than in main memory."
     return "" if device.type == "cpu" else "a model on the CPU; use --device cpu"
 
 # %% ../../nbs/portable/05_speed.ipynb #c021
-def lacks_two_of_four(
-    device: torch.device, # Where the model is
-) -> str: # What is missing; empty if nothing is
+def lacks_two_of_four(device: torch.device) -> str: # What is missing; empty if nothing is
     "Whether a device has no 2:4 products."
     has = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return "" if has else "a CUDA device of compute capability 8.0 or more"
 
-def lacks_unpacking(
-    device: torch.device, # Where the model is
-) -> str: # What is missing; empty if nothing is
+def lacks_unpacking(device: torch.device) -> str: # What is missing; empty if nothing is
     "Whether OpenVINO would not unpack sparse weights here."
     if "amx_int8" not in processor_says("flags").split():
         return "a processor with AMX, as Intel's 4th generation of Xeon"
@@ -187,35 +141,23 @@ class Backend:
     missing: Callable[[torch.device], str] = lambda device: "" # What it lacks on a device; empty if nothing
     dense: bool = False # Whether it is measured on the dense model too
 
-def lacks_scipy(
-    device: torch.device, # Where the model is
-) -> str: # What is missing; empty if nothing is
-    "Whether scipy's product cannot run."
-    return lacks_cpu(device) or lacks_package("scipy")
-
-def in_8_bits(
-    weight: torch.Tensor, # [out, in]
-) -> Product: # Its product with inputs, in 8 bits
-    "OpenVINO's product that packs nothing."
-    return openvino_product(weight, packed=False)
-
 # %% ../../nbs/portable/05_speed.ipynb #c023
 BACKENDS = {
     "torch": Backend(about="torch's dense product", product=dense_product, dense=True),
     "csr": Backend(about="torch's product of compressed rows", product=csr_product, missing=lacks_cpu),
-    "scipy": Backend(about="scipy's product of compressed rows", product=scipy_product, missing=lacks_scipy),
+    "scipy": Backend(about="scipy's product of compressed rows", product=scipy_product,
+                     missing=lambda device: lacks_cpu(device) or lacks_package("scipy")),
     "2:4": Backend(about="torch's semi-structured product", product=two_of_four_product, missing=lacks_two_of_four),
     "openvino": Backend(about="OpenVINO in 8 bits, zeros packed", product=openvino_product, missing=lacks_unpacking),
-    "openvino-dense": Backend(about="OpenVINO in 8 bits", product=in_8_bits, missing=lacks_unpacking, dense=True)}
+    "openvino-dense": Backend(about="OpenVINO in 8 bits", product=partial(openvino_product, packed=False),
+                              missing=lacks_unpacking, dense=True)}
 
 # %% ../../nbs/portable/05_speed.ipynb #c029
 from contextlib import contextmanager
 from ..models.anatomy import projections
 
 # %% ../../nbs/portable/05_speed.ipynb #c030
-def linears_of(
-    model: nn.Module, # A causal language model of a known family
-) -> list[nn.Linear]: # Modules of its projections
+def linears_of(model: nn.Module) -> list[nn.Linear]: # Modules of its projections
     "The linear modules in scope; a model whose projections are stored otherwise raises `BadInput`."
     modules = list(dict.fromkeys(p.module for p in projections(model)))
     if all(isinstance(module, nn.Linear) for module in modules): return modules
@@ -223,21 +165,14 @@ def linears_of(
                    "model with a Linear for each; experts in one piece and GPT-2 are not measured.")
 
 # %% ../../nbs/portable/05_speed.ipynb #c031
-def through(
-    product: Product, # A product with a weight
-    bias: torch.Tensor | None, # [out]
-) -> Product: # From inputs [..., in] to outputs [..., out]
-    "The forward pass of a linear module by a product."
-    def forward(x):
-        y = product(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
-        return y if bias is None else y + bias
-    return forward
-
 @contextmanager
-def computed_by(
-    products: Mapping[nn.Linear, Product], # What each module is to compute with; empty: as they are
-) -> Iterator[None]:
+def computed_by(products: Mapping[nn.Linear, Product]) -> Iterator[None]:
     "Let linear modules compute by other products while the block runs."
+    def through(product: Product, bias: torch.Tensor | None) -> Product: # From inputs [..., in] to outputs [..., out]
+        def forward(x):
+            y = product(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+            return y if bias is None else y + bias
+        return forward
     for linear, product in products.items(): linear.forward = through(product, linear.bias)
     try: yield
     finally:
@@ -258,59 +193,38 @@ class Side:
     products: Mapping[nn.Linear, Product] # Of its linear modules; empty: as they are
 
 # %% ../../nbs/portable/05_speed.ipynb #c037
-def waited(
-    device: torch.device, # A device
-) -> None:
-    "Wait until a device has done what it was given."
-    if device.type == "cuda": torch.cuda.synchronize(device)
+def seconds_of(side: Side, work: Callable[[], object], clock: Callable[[], float]) -> float:
+    "Seconds until the device of a side has done some work."
+    device = side.model.device
+    def waited() -> float:
+        if device.type == "cuda": torch.cuda.synchronize(device)
+        return clock()
+    with inference(side.model), computed_by(side.products):
+        start = waited()
+        work()
+        return waited() - start
 
-def prefill_timer(
-    side: Side, # What computes
-    ids: torch.Tensor, # Prompts, int64 [B, P]
-    clock: Callable[[], float], # Gives the time in seconds
-) -> Callable[[], float]: # Reads the prompts and gives its seconds
+def prefill_timer(side: Side, ids: torch.Tensor, clock: Callable[[], float]) -> Callable[[], float]:
     "A measurement of reading prompts."
-    def timed() -> float:
-        with inference(side.model), computed_by(side.products):
-            waited(ids.device)
-            start = clock()
-            side.model(ids, use_cache=True, logits_to_keep=1)
-            waited(ids.device)
-            return clock() - start
-    return timed
+    return lambda: seconds_of(side, lambda: side.model(ids, use_cache=True, logits_to_keep=1), clock)
 
 # %% ../../nbs/portable/05_speed.ipynb #c038
-def cache_name(
-    model: nn.Module, # A causal language model
-) -> str: # Name of the argument that takes keys and values, and of the output that gives them
-    "What a version of transformers calls the cache."
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-def decode_timer(
-    side: Side, # What computes
-    ids: torch.Tensor, # Prompts, int64 [B, P]
-    written: torch.Tensor, # What is written after them, int64 [B, n]
-    clock: Callable[[], float], # Gives the time in seconds
-) -> Callable[[], float]: # Writes and gives its seconds
+def decode_timer(side: Side, ids: torch.Tensor, written: torch.Tensor,
+                 clock: Callable[[], float]) -> Callable[[], float]: # Writes and gives its seconds
     "A measurement of writing, one token at a time."
-    name = cache_name(side.model)
+    named = inspect.signature(side.model.forward).parameters
+    name = "cache" if "cache" in named else "past_key_values" # as a version of transformers calls it
     with inference(side.model): read = getattr(side.model(ids, use_cache=True, logits_to_keep=1), name)
     def timed() -> float:
         kept = copy.deepcopy(read)
-        with inference(side.model), computed_by(side.products):
-            waited(ids.device)
-            start = clock()
-            for token in written.split(1, 1):
-                kept = getattr(side.model(token, **{name: kept}, use_cache=True), name)
-            waited(ids.device)
-            return clock() - start
+        def write():
+            nonlocal kept
+            for token in written.split(1, 1): kept = getattr(side.model(token, **{name: kept}, use_cache=True), name)
+        return seconds_of(side, write, clock)
     return timed
 
 # %% ../../nbs/portable/05_speed.ipynb #c040
-def in_turns(
-    timers: Mapping[str, Callable[[], float]], # Name -> a measurement
-    rounds: int, # Rounds that are kept
-) -> dict[str, list[float]]: # Name -> seconds of every round
+def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     "Measure round after round, after one that does not count."
     kept = {name: [] for name in timers}
     for number in range(-1, rounds):
@@ -320,11 +234,8 @@ def in_turns(
     return kept
 
 # %% ../../nbs/portable/05_speed.ipynb #c041
-def speeds_of(
-    sides: Mapping[str, Side], # Name -> what computes
-    settings: SpeedSettings, # What is measured
-    clock: Callable[[], float] = time.perf_counter, # Gives the time in seconds
-) -> dict[str, dict[str, list[float]]]: # Case, as in "decode, batch 1" -> side -> seconds of every round
+def speeds_of(sides: Mapping[str, Side], settings: SpeedSettings,
+              clock: Callable[[], float] = time.perf_counter) -> dict[str, dict[str, list[float]]]:
     "Measure prefill and decode of every side at every batch size."
     model, rng, taken = next(iter(sides.values())).model, torch.Generator().manual_seed(0), {}
     for batch in settings.batches:
@@ -346,9 +257,7 @@ from ..models.loading import device_named, load_model, model_fingerprint
 
 # %% ../../nbs/portable/05_speed.ipynb #c047
 @torch.no_grad()
-def filled(
-    model: nn.Module, # A pruned model; not changed
-) -> nn.Module: # A copy without zeros in scope
+def filled(model: nn.Module) -> nn.Module: # A copy without zeros in scope
     "A dense model of the same sizes: zeros become random numbers of the spread of the others."
     dense, rng = copy.deepcopy(model), torch.Generator().manual_seed(0)
     for linear in linears_of(dense):
@@ -358,27 +267,20 @@ def filled(
         linear.weight.copy_(torch.where(kept, linear.weight, drawn))
     return dense
 
-def zeros_in(
-    model: nn.Module, # A model
-) -> float: # Share of zeros among the weights in scope
+def zeros_in(model: nn.Module) -> float: # Share of zeros among the weights in scope
     "How sparse a model is."
     counts = [(int((linear.weight == 0).sum()), linear.weight.numel()) for linear in linears_of(model)]
     return sum(zeros for zeros, _ in counts) / sum(count for _, count in counts)
 
 # %% ../../nbs/portable/05_speed.ipynb #c048
-def check_speed_settings(
-    settings: SpeedSettings, # What is measured
-) -> None:
+def check_speed_settings(settings: SpeedSettings) -> None:
     "Raise `BadInput` for settings that cannot be measured."
     for name in ("prompt", "steps", "rounds"): check_at_least(getattr(settings, name), 1, name, MOST)
     check_at_least(len(settings.batches), 1, "The number of batch sizes")
     for batch in settings.batches: check_at_least(batch, 1, "batches", MOST)
     for name in settings.backends: check_choice(name, BACKENDS, "backend")
 
-def check_same_sizes(
-    pruned: nn.Module, # A model
-    dense: nn.Module, # The model to hold it against
-) -> None:
+def check_same_sizes(pruned: nn.Module, dense: nn.Module) -> None:
     "Raise `BadInput` unless two models have the same tensors; one that says that it was shrunk may have smaller ones."
     if "removed" in (getattr(pruned.config, "cap_nb", None) or {}): return
     first, second = ({n: tuple(w.shape) for n, w in model.named_parameters()} for model in (pruned, dense))
@@ -388,11 +290,8 @@ def check_same_sizes(
                        "--against out.")
 
 # %% ../../nbs/portable/05_speed.ipynb #c049
-def sides_of(
-    models: Mapping[str, nn.Module], # "dense" and "pruned"
-    settings: SpeedSettings, # What is measured
-    device: torch.device, # Where
-) -> tuple[dict[str, Side], dict[str, str]]: # Name of each side -> what computes; backend -> what it lacks
+def sides_of(models: Mapping[str, nn.Module], settings: SpeedSettings,
+             device: torch.device) -> tuple[dict[str, Side], dict[str, str]]:
     "Every pair of model and backend that can run here."
     lacking = {name: BACKENDS[name].missing(device) for name in settings.backends}
     if "2:4" in lacking and not all(is_two_of_four(linear.weight) for linear in linears_of(models["pruned"])):
@@ -437,25 +336,17 @@ import re
 import statistics
 
 # %% ../../nbs/portable/05_speed.ipynb #c053
-def span_text(
-    values: Sequence[float], # One a round
-    digits: int, # Digits after the point
-) -> str: # As in "2.61 (2.55 to 2.70)"
+def span_text(values: Sequence[float], digits: int) -> str: # As in "2.61 (2.55 to 2.70)"
     "Median, lowest and highest."
     return "{:,.{d}f} ({:,.{d}f} to {:,.{d}f})".format(statistics.median(values), min(values), max(values), d=digits)
 
-def tokens_in(
-    case: str, # As in "decode, batch 16"
-    settings: Mapping, # Of the record
-) -> int: # Tokens of one measurement
+def tokens_in(case: str, settings: Mapping) -> int: # Tokens of one measurement
     "How many tokens a case reads or writes."
     phase, batch = re.fullmatch(r"(\w+), batch (\d+)", case).groups()
     return int(batch) * settings["prompt" if phase == "prefill" else "steps"]
 
 # %% ../../nbs/portable/05_speed.ipynb #c054
-def speed_rows(
-    record: Mapping, # What `bench_folder` gave
-) -> list[tuple[str, str, str, str]]: # Case, side, tokens a second, times as fast as the dense side
+def speed_rows(record: Mapping) -> list[tuple[str, str, str, str]]:
     "A record as rows of text."
     rows = []
     for case, sides in record["seconds"].items():
@@ -468,17 +359,13 @@ def speed_rows(
     return rows
 
 # %% ../../nbs/portable/05_speed.ipynb #c055
-def machine_sentence(
-    machine: Mapping, # Of a record
-) -> str: # A sentence
+def machine_sentence(machine: Mapping) -> str: # A sentence
     "The machine in words."
     where = machine["device_name"] if machine["device"] != "cpu" else machine["processor"] or machine["device_name"]
     return (f"{where} ({machine['instructions']}), {machine['cores']} cores, {machine['threads']} threads, torch "
             f"{machine['torch']}, load {machine['load']}; also running: {machine['note'] or 'not noted'}.")
 
-def speed_text(
-    record: Mapping, # What `bench_folder` gave
-) -> str: # Markdown
+def speed_text(record: Mapping) -> str: # Markdown
     "A record for people: machine, models, table, and what could not run."
     asked, models = record["settings"], record["models"]
     rows = [("case", "side", "tokens a second", "times the dense side"), ("---",) * 4, *speed_rows(record)]
