@@ -124,8 +124,8 @@ def matching_scores(
     "Load a table of losses and its scores; one of another model or target raises `BadInput`."
     losses, scores = read_scores(path, settings.aggregation)
     if differ := fingerprint_differences(losses.meta.get("model"), fingerprint):
-        raise BadInput(f"{path} was measured on a model with other {' and '.join(differ)}, or in another dtype: expected "
-                       "this model's; score it first, with the same --dtype.")
+        raise BadInput(f"{path} was measured on a model with other {' and '.join(differ)}, or in another dtype: "
+                       "expected this model's; score it first, with the same --dtype.")
     check_target(losses, settings.score_target, path)
     return losses, scores
 

@@ -157,7 +157,8 @@ def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: 
     "Which model a run is about, by content, and how it computes."
     weight = next(model.parameters())
     return {"name": job.model.name, "fingerprint": model_fingerprint(model),
-            "configuration": settings_that_count(model.config), "generation": settings_that_count(model.generation_config),
+            "configuration": settings_that_count(model.config),
+            "generation": settings_that_count(model.generation_config),
             "tokenizer": tokenizer_fingerprint(tokenizer), "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type}
 
@@ -296,8 +297,8 @@ def check_origin(path: Path, meta: dict, ready: Ready) -> None:
     "Raise `BadInput` for a table of losses of another model or other examples."
     differ = fingerprint_differences(meta.get("model"), ready.configuration["model"]["fingerprint"])
     if not differ and meta.get("calibration") == ready.calibration.fingerprint: return
-    raise BadInput(f"{path} was measured on {'a model with other ' + ' and '.join(differ) if differ else 'other examples'}"
-                   ": expected this run's; remove it and run again.")
+    other = f"a model with other {' and '.join(differ)}" if differ else "other examples"
+    raise BadInput(f"{path} was measured on {other}: expected this run's; remove it and run again.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c047
 def save_measured(ready: Ready, path: Path, store: Path) -> None:

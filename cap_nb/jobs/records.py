@@ -150,6 +150,10 @@ def check_continues(folder: Path, kept: dict, asked: dict) -> None:
         raise BadInput(f"{folder} is a packed run: expected one with a file for each record; "
                        f"restore it in a new folder with 'cap unpack {folder} NEW' and go on there.")
 
+def is_run(folder: Path) -> bool:
+    "Whether a folder holds a run, live or packed."
+    return any((folder/name).is_file() for name in ("run.json", PACKED))
+
 # %% ../../nbs/jobs/00_records.ipynb #c028
 import logging
 
@@ -186,10 +190,10 @@ def put_in_order(folder: Path) -> None:
 def open_run(folder: str | Path, configuration: dict) -> dict:
     "Start or take up a run; a folder of another run, or of something else, raises `BadInput`."
     folder, asked = Path(folder), {"format": FORMAT} | configuration
-    if (folder/"run.json").exists():
+    if is_run(folder):
         check_continues(folder, kept := read_run(folder), asked)
         put_in_order(folder)
-        if asked["model"].keys() - kept["model"].keys(): asked["model"] = kept["model"] # nothing is claimed of its cells
+        if asked["model"].keys() - kept["model"].keys(): asked["model"] = kept["model"] # so much is known of its cells
         asked["methods"] = list(dict.fromkeys(kept["methods"] + asked["methods"]))
         asked["sparsities"] = sorted({*kept["sparsities"], *asked["sparsities"]})
     elif (folder/"evaluations").exists():
@@ -204,11 +208,13 @@ def open_run(folder: str | Path, configuration: dict) -> dict:
 # %% ../../nbs/jobs/00_records.ipynb #c032
 def read_run(folder: str | Path) -> dict: # Its configuration
     "The configuration of a run; a folder that is none, or one of another format, raises `BadInput`."
-    path = Path(folder)/"run.json"
-    if not path.is_file():
+    folder = Path(folder)
+    if not is_run(folder):
         raise BadInput(f"{folder} is not a run's folder: expected one with run.json, as made by 'cap run'; "
                        "check the path.")
-    kept = read_checked(path, "restore the file, since no other one says what run this is")
+    if (path := folder/"run.json").is_file():
+        kept = read_checked(path, "restore the file, since no other one says what run this is")
+    else: kept = json.loads(packed_texts(folder)["run.json"])["content"]
     if not isinstance(kept, dict) or kept.get("format") != FORMAT:
         raise BadInput(f"{folder} has another format than this version of cap_nb reads: expected format {FORMAT}; "
                        "use the version that made it.")
@@ -414,14 +420,6 @@ def records_table(records: Records) -> pa.Table: # A row for each answer, loss, 
         rows.append({"record": "file", "place": name, "content": records.read(name, Path.read_bytes)})
     return pa.Table.from_pylist(rows, pa.schema(COLUMNS))
 
-def write_packed_records(records: Records, path: Path) -> None:
-    "Write all records of a run into one file, in which a value of a column of text is kept once."
-    table, texts = records_table(records), [name for name, kind in COLUMNS.items() if kind == pa.string()]
-    with whole_file(path) as part:
-        pq.write_table(
-            table, part, row_group_size=max(1, len(table)), use_dictionary=texts, dictionary_pagesize_limit=1 << 26,
-            compression="zstd", compression_level=19)
-
 # %% ../../nbs/jobs/00_records.ipynb #c073
 def packed_records(path: Path) -> Records: # What the run recorded
     "The records of a packed run; a damaged file raises `BadInput`."
@@ -445,49 +443,74 @@ def records_of(folder: str | Path) -> Records: # What it recorded
     "The records of a run, live or packed; a packed file that is not as it was written raises `BadInput`."
     folder = Path(folder)
     if not (folder/PACKED).exists(): return live_records(folder)
-    if read_checked(folder/"manifest.json").get("packed") == sha256_of_file(folder/PACKED):
-        return packed_records(folder/PACKED)
-    raise BadInput(f"{folder/PACKED} is not the file that manifest.json beside it names: expected both as 'cap pack' "
-                   "wrote them; get them anew.")
+    packed_texts(folder)
+    return packed_records(folder/PACKED)
 
 # %% ../../nbs/jobs/00_records.ipynb #c077
-def backend_in(folder: Path) -> str: # As in its settings
-    "What wrote a run's answers."
-    return read_run(folder).get("evaluation", {}).get("backend", "transformers")
-
-def record_hashes(records: Records, backend: str = "transformers") -> dict[str, str]:
+def record_hashes(records: Records, configuration: dict) -> dict[str, str]:
     "The SHA-256 of every record."
+    backend = configuration.get("evaluation", {}).get("backend", "transformers")
     hashes = {name: records.read(name, sha256_of_file) for name in records.files}
     for place, evaluation in records.evaluations.items():
         texts = evaluation_texts(evaluation, backend)
         hashes |= {f"{place}/{name}": sha256_of_text(text) for name, text in texts.items()}
-    return hashes
+    return hashes | {"run.json": sha256_of_text(checked_text(configuration))}
 
 def manifest(folder: str | Path) -> dict:
     "Which tables and pictures a run has, and the records that they were made from."
-    folder, packed = Path(folder), Path(folder)/PACKED
+    folder = Path(folder)
     made = [path for name in ("tables/[!.]*", "figures/[!.]*", REPORT) for path in sorted(folder.glob(name))]
-    records = packed_records(packed) if packed.exists() else live_records(folder)
     return {"made": {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in made},
-            "made from": record_hashes(records, backend_in(folder)) | {"run.json": sha256_of_file(folder/"run.json")},
-            } | ({"packed": sha256_of_file(packed)} if packed.exists() else {})
+            "made from": record_hashes(records_of(folder), read_run(folder))}
 
 # %% ../../nbs/jobs/00_records.ipynb #c080
 import shutil
 from ..core.files import alone_in, check_no_links
 
 # %% ../../nbs/jobs/00_records.ipynb #c081
+SEAL = b"cap_nb sha256 " # What stands before the checksum in a packed file
+
+def sealed_bytes(content: bytes) -> bytes:
+    "A packed file with its checksum in place, whatever stood there."
+    before, mark, rest = content.rpartition(SEAL)
+    digest = hashlib.sha256(before + mark + b"0" * 64 + rest[64:]).hexdigest().encode()
+    return before + mark + digest + rest[64:]
+
+def write_packed(folder: Path) -> None:
+    "Write all of a run into one file, in which a value of a column of text is kept once."
+    records, configuration, about = records_of(folder), read_run(folder), manifest(folder)
+    words = {"run.json": checked_text(configuration), "manifest.json": checked_text(about)}
+    table, texts = records_table(records), [name for name, kind in COLUMNS.items() if kind == pa.string()]
+    with whole_file(folder/PACKED) as part:
+        with pq.ParquetWriter(
+                part, table.schema, use_dictionary=texts, dictionary_pagesize_limit=1 << 26, compression="zstd",
+                compression_level=19, store_schema=False) as writer:
+            writer.write_table(table, row_group_size=max(1, len(table)))
+            writer.add_key_value_metadata(words | {"checksum": SEAL + b"0" * 64})
+        part.write_bytes(sealed_bytes(part.read_bytes()))
+        if record_hashes(packed_records(part), configuration) != about["made from"]:
+            raise AssertionError(f"the records of {folder} would not be the same")
+
+# %% ../../nbs/jobs/00_records.ipynb #c082
+def packed_texts(folder: Path) -> dict[str, str]: # Name of a file -> its text
+    "run.json and manifest.json of a packed run; a file that is not as `cap pack` wrote it raises `BadInput`."
+    path, names = folder/PACKED, ("run.json", "manifest.json")
+    content = path.read_bytes()
+    if SEAL not in content and all((folder/name).exists() for name in names): # as version 0.1 packed
+        if read_checked(folder/"manifest.json").get("packed") == sha256_of_file(path):
+            return {name: (folder/name).read_text("utf-8") for name in names}
+    elif content == sealed_bytes(content):
+        words = pq.read_metadata(path).metadata
+        return {name: words[name.encode()].decode() for name in names}
+    raise BadInput(f"{path} is not as 'cap pack' wrote it, its checksum says: expected no bit flipped and nothing "
+                   "edited by hand; get it anew.")
+
 def remove_live_records(folder: Path) -> None:
     "Remove what the packed file holds, and the folders that are empty then."
     for path in sorted(folder.rglob("*"), reverse=True): # what is in a folder comes before the folder
+        inside = path.relative_to(folder)
         if path.is_dir() and not any(path.iterdir()): path.rmdir()
-        elif path.is_file() and is_record(path.relative_to(folder)): path.unlink()
-
-# %% ../../nbs/jobs/00_records.ipynb #c082
-def is_packed(folder: Path) -> bool: # Whether its packed file is all that there is, or is known to be whole
-    "Whether a run was packed, as far as its manifest; else the packed file is of a session that was killed there."
-    if not (folder/PACKED).exists(): return False
-    return not (folder/"evaluations").exists() or "packed" in read_checked(folder/"manifest.json")
+        elif path.is_file() and (is_record(inside) or inside.as_posix() in ("run.json", "manifest.json")): path.unlink()
 
 # %% ../../nbs/jobs/00_records.ipynb #c083
 @validate_arguments
@@ -500,14 +523,7 @@ def pack_run(
     with alone_in(folder):
         if (folder/"unfinished").exists():
             raise BadInput(f"{folder} holds unfinished work: expected a finished run; let 'cap run' go on first.")
-        if is_packed(folder): records_of(folder) # one that is damaged stops here
-        else:
-            records = live_records(folder)
-            write_packed_records(records, folder/PACKED)
-            if record_hashes(packed_records(folder/PACKED)) != record_hashes(records):
-                (folder/PACKED).unlink()
-                raise AssertionError(f"the records of {folder} would not be the same")
-        write_checked(folder/"manifest.json", manifest(folder))
+        write_packed(folder)
         remove_live_records(folder)
 
 # %% ../../nbs/jobs/00_records.ipynb #c084
@@ -518,7 +534,7 @@ def unpack_run(
 ) -> None:
     "Restore the live folder of a packed run; a folder that is no packed run raises `BadInput`."
     folder = Path(folder)
-    backend = backend_in(folder)
+    configuration = read_run(folder)
     if not (folder/PACKED).exists():
         raise BadInput(f"{folder} is not packed: expected a run with {PACKED}; it can be used as it is.")
     records = records_of(folder)
@@ -528,7 +544,9 @@ def unpack_run(
         for name, content in records.files.items():
             (part/name).parent.mkdir(parents=True, exist_ok=True)
             (part/name).write_bytes(content)
+        backend = configuration.get("evaluation", {}).get("backend", "transformers")
         for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name, backend)
+        write_checked(part/"run.json", configuration)
         write_checked(part/"manifest.json", manifest(part))
 
 # %% ../../nbs/jobs/00_records.ipynb #c091

@@ -22,7 +22,7 @@ from ..core.files import SHARD_INDEX, StoredTensor, checkpoint_tensors, read_obj
 from ..models.anatomy import Projection, anatomy, checkpoint_names, projections
 from ..models.families import family_of
 from ..models.loading import (
-    config_of, fingerprint_differences, generation_of, joined_fingerprint, opened_by_transformers)
+    STORED_DTYPES, config_of, fingerprint_differences, generation_of, joined_fingerprint, opened_by_transformers)
 
 # %% ../../nbs/methods/25_streaming.ipynb #c015
 def meta_model(
@@ -63,8 +63,6 @@ def held_in(
     return held
 
 # %% ../../nbs/methods/25_streaming.ipynb #c017
-STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16} # Names in a header -> torch dtypes
-
 @dataclass(frozen=True)
 class Checkpoint:
     "A checkpoint folder, known without its weights."
@@ -596,7 +594,8 @@ def add_stored_buffers(digest: "hashlib._Hash", checkpoint: Checkpoint) -> None:
     for name, _ in checkpoint.model.named_buffers():
         if name not in stored: continue
         held = tensors.get(name)
-        if held is None: raise BadInput(f"{checkpoint.folder} holds no tensor {name}: the checkpoint is not whole; fetch it again.")
+        if held is None:
+            raise BadInput(f"{checkpoint.folder} holds no tensor {name}: expected every stored one; fetch it again.")
         digest.update(f"{name} {STORED_DTYPES[held.kind]} {tuple(held.shape)}".encode())
         add_bytes(digest, held)
 
@@ -723,7 +722,7 @@ def open_hessians(
     (measured_on, _, sequences), *others = sources
     differ = fingerprint_differences(measured_on, fingerprint)
     if not others and not differ: return GivenHessians(where=where, sequences=sequences)
-    what = "several measurements" if others else f"another model, with other {' and '.join(differ)}, or of another dtype"
+    what = "several measurements" if others else f"a model with other {' and '.join(differ)}, or of another dtype"
     raise BadInput(f"{folder} holds Hessians of {what}: expected those of this checkpoint; measure them on it, without "
                    "--dtype.")
 

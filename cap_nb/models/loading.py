@@ -253,6 +253,7 @@ def config_of(folder: str | Path) -> object:
 
 # %% ../../nbs/models/08_loading.ipynb #c041
 import math
+from collections import Counter
 
 # %% ../../nbs/models/08_loading.ipynb #c043
 def check_complete(folder: Path, config: object) -> None:
@@ -269,9 +270,33 @@ def check_complete(folder: Path, config: object) -> None:
 
 
 # %% ../../nbs/models/08_loading.ipynb #1c672330
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16} # Names in a header -> torch dtypes
+MASKS = ("attn.bias", "attention.bias", "masked_bias", "position_ids") # What old checkpoints hold beside weights
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    "The dtype in which most numbers of a checkpoint are stored; weights that are no such numbers raise `BadInput`."
+    numbers = Counter()
+    for name, stored in checkpoint_tensors(folder).items():
+        if name.endswith(MASKS) and stored.kind not in STORED_DTYPES: continue
+        if stored.kind not in STORED_DTYPES:
+            raise BadInput(f"{folder} holds {name} as {stored.kind}: expected weights in {', '.join(STORED_DTYPES)}; "
+                           "convert it, or load a checkpoint that is not quantised.")
+        numbers[stored.kind] += math.prod(stored.shape)
+    return STORED_DTYPES[numbers.most_common(1)[0][0]]
+
+@torch.no_grad()
+def in_memory(model: nn.Module) -> nn.Module:
+    "The same model, no weight of it mapped from a file that another process may change while it is used."
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu": tensor.data = tensor.data.clone()
+    return model
+
 def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Module:
-    "Raise `BadInput` if a parameter is not from the files; one that is another one, as a tied head, may be missing."
+    "Raise `BadInput` for a parameter that no file holds, unless it is another one, and for a tensor without a place."
     model, told = loaded
+    if over := sorted(told["unexpected_keys"]):
+        raise BadInput(f"{source} holds {over[0]}, and {len(over) - 1} more, that its config.json knows no place for: "
+                       "expected the configuration of these weights; fetch both again.")
     every, missing = dict(model.named_parameters(remove_duplicate=False)), set(told["missing_keys"])
     held = {id(weight) for name, weight in every.items() if name not in missing}
     lost = sorted(name for name in missing & every.keys() if id(every[name]) not in held)
@@ -280,6 +305,13 @@ def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Mo
                    "fetch it again.")
 
 # %% ../../nbs/models/08_loading.ipynb #c044
+def check_tokens_embedded(model: nn.Module, tokenizer: object, source: str | Path) -> None:
+    "Raise `BadInput` for a tokenizer with tokens that the model has no embedding of."
+    last, rows = max(tokenizer.get_vocab().values(), default=0), model.get_input_embeddings().weight.shape[0]
+    if last >= rows:
+        raise BadInput(f"{source} has a tokenizer whose last token is {last} and embeddings of {rows} tokens: expected "
+                       "one for every token; take the tokenizer that the model was trained with.")
+
 def load_pretrained(source: str, dtype: torch.dtype | None, device: torch.device | str,
                     weights: Callable[[], dict[str, torch.Tensor]] | None = None) -> tuple[nn.Module, object]:
     "Load through transformers: safetensors only, no remote code."
@@ -287,13 +319,16 @@ def load_pretrained(source: str, dtype: torch.dtype | None, device: torch.device
     family_of(config)
     check_not_quantised(config, source)
     if not weights: check_complete(Path(source), config)
-    options = {"dtype": dtype or "auto"} | ({"device_map": "auto"} if device == "auto" else {})
+    stored = "auto" if weights else stored_dtype(Path(source))
+    options = {"dtype": dtype or stored} | ({"device_map": "auto"} if device == "auto" else {})
     if weights: model = model_of_weights(Path(source), config, weights(), options)
     else: model = nothing_made_up(source, AutoModelForCausalLM.from_pretrained(
         source, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options))
+    model.config.return_dict = True # the form of what a model returns, not its content
     tokenizer = load_tokenizer(source)
     anatomy(model)
-    return (model if device == "auto" else model.to(device)).eval(), tokenizer
+    check_tokens_embedded(model, tokenizer, source)
+    return in_memory(model if device == "auto" else model.to(device)).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c047
 def folder_loader(folder: Path) -> FolderLoader | None:
@@ -470,8 +505,7 @@ def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tu
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c071
-from .lab import lab_model
-from .lab_experts import EXPERTS_CHECKPOINT
+from .lab import EXPERTS_CHECKPOINT, lab_model
 
 @validate_arguments
 @without_bars()

@@ -12,26 +12,16 @@ from ..calibration import Calibration
 from ..scoring import HeadLosses
 
 # %% ../../nbs/portable/04_sharing.ipynb #c005
-def examples_record(
-    tasks: Sequence[str], # Task of each example
-    k: int, # Subsets
-    seed: int, # Seed of the draw
-    fingerprint: str | None, # Hash of tokens and labels, 64 hexadecimal digits
-) -> dict: # What JSON can hold
+def examples_record(tasks: Sequence[str], k: int, seed: int, fingerprint: str | None) -> dict: # What JSON can hold
     "What config.json says of a calibration set."
     return {"examples": dict(Counter(tasks)), "k": k, "seed": seed, "fingerprint": fingerprint}
 
-def calibration_record(
-    calibration: Calibration, # The set that activations or gradients were measured on
-) -> dict: # What JSON can hold
+def calibration_record(calibration: Calibration) -> dict: # What JSON can hold
     "What config.json says of the set that a method was calibrated on."
     tasks = [example.task for example in calibration.examples]
     return examples_record(tasks, calibration.k, calibration.seed, calibration.fingerprint)
 
-def scores_record(
-    losses: HeadLosses, # The table of losses behind the importance factors
-    aggregation: str, # How losses became scores: paper, paired or mean
-) -> dict: # What JSON can hold
+def scores_record(losses: HeadLosses, aggregation: str) -> dict: # What JSON can hold
     "What config.json says of the table of losses."
     on = examples_record(losses.task, losses.k, losses.seed, losses.meta.get("calibration"))
     within = {"budget": screened["budget"]} if (screened := losses.meta.get("screened")) else {} # measured in part
@@ -49,10 +39,7 @@ from huggingface_hub.repocard import metadata_load
 LICENCE = ("license", "license_name", "license_link") # What a card's front matter says of a licence
 CACHED = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$") # A model's folder in the hub's cache
 
-def stated_licence(
-    source: str, # Folder, or id on the hub
-    commit: str | None, # Commit on the hub
-) -> dict[str, str]: # Some of `LICENCE`; empty if there is no card, or it says nothing
+def stated_licence(source: str, commit: str | None) -> dict[str, str]:
     "What the card of a base says of its licence."
     card = Path(source)/"README.md"
     try:
@@ -63,11 +50,7 @@ def stated_licence(
     return {key: about[key] for key in LICENCE if isinstance(about.get(key), str)}
 
 # %% ../../nbs/portable/04_sharing.ipynb #c012
-def base_record(
-    source: str, # As given to `load_model`: a name, a folder, a file or owner/name@commit
-    fingerprint: str, # Of its weights, 64 hexadecimal digits
-    commit: str | None = None, # Commit on the hub, if it was loaded from there
-) -> dict: # What JSON can hold
+def base_record(source: str, fingerprint: str, commit: str | None = None) -> dict: # What JSON can hold
     "What config.json says of the model that was pruned."
     path, licence = Path(source).absolute(), {}
     if cached := CACHED.search(path.as_posix()): name, commit = cached[1].replace("--", "/"), cached[2]
@@ -90,13 +73,8 @@ KEY = "cap_nb" # In config.json
 PAPER = "Pruning via Causal Attribution Preserves Reasoning Performance in Large Language Models"
 OF_REPORT = ("method", "asked", "reached", "weights", "zeros", "threshold") # What is kept of a report
 
-def pruning_record(
-    report: PruneReport, # What the method did
-    base: dict, # From `base_record`
-    ties: str = "exact", # "exact" or "all"
-    calibration: dict | None = None, # As from `calibration_record`; None for a method that needs none
-    scores: dict | None = None, # From `scores_record`; None for a method without importance factors
-) -> dict: # What JSON can hold; what does not apply is left out
+def pruning_record(report: PruneReport, base: dict, ties: str = "exact", calibration: dict | None = None,
+                   scores: dict | None = None) -> dict: # What JSON can hold; what does not apply is left out
     "What config.json says of a pruning."
     parts, (says, source) = check_method(report.method), method_line(report.method)
     by_scores = parts.base in CRITERIA
@@ -112,24 +90,15 @@ from ..core.errors import BadInput, validate_arguments
 from ..core.files import check_sealed, read_object, sealed, whole_file
 
 # %% ../../nbs/portable/04_sharing.ipynb #388af6e4
-def with_earlier(
-    record: dict, # Of this pruning
-    before: dict | None, # Of an earlier one
-) -> dict: # Of both
+def with_earlier(record: dict, before: dict | None) -> dict: # Of both
     "A record that keeps the earlier one, with a checksum."
     return sealed(record | {"before": before} if before else record)
 
-def note_on_model(
-    model: nn.Module, # The pruned model; its configuration is changed
-    record: dict, # From `pruning_record`
-) -> None:
+def note_on_model(model: nn.Module, record: dict) -> None:
     "Set a record on a model's configuration, so that whatever saves the model saves it too."
     setattr(model.config, KEY, with_earlier(record, getattr(model.config, KEY, None)))
 
-def note_in_folder(
-    folder: Path, # A pruned checkpoint
-    record: dict, # From `pruning_record`
-) -> None:
+def note_in_folder(folder: Path, record: dict) -> None:
     "Write a record into a folder's config.json, whole or not at all."
     settings = read_object(folder/"config.json")
     settings[KEY] = with_earlier(record, settings.get(KEY))
@@ -139,9 +108,7 @@ def note_in_folder(
 # %% ../../nbs/portable/04_sharing.ipynb #c023
 ALWAYS = {"version", "method", "says", "source", "asked", "zeros", "weights", "base", "sha256"} # What every record has
 
-def read_record(
-    folder: str | Path, # Folder of a pruned checkpoint
-) -> dict: # Its record
+def read_record(folder: str | Path) -> dict: # Its record
     "What a folder says of its pruning; nothing, or other than was written there, raises `BadInput`."
     record = read_object(Path(folder)/"config.json").get(KEY)
     if isinstance(record, dict) and ALWAYS <= record.keys():
@@ -154,11 +121,8 @@ from collections.abc import Callable
 from ..core.files import whole_folder
 
 # %% ../../nbs/portable/04_sharing.ipynb #c029
-def made_and_noted(
-    out: str | Path, # New folder; it appears when it is whole
-    make: Callable[[Path], PruneReport], # Writes a pruned checkpoint into a new folder
-    record: Callable[[PruneReport], dict], # From the report to what config.json says
-) -> PruneReport: # What was done
+def made_and_noted(out: str | Path, make: Callable[[Path], PruneReport],
+                   record: Callable[[PruneReport], dict]) -> PruneReport: # What was done
     "Let a function make a checkpoint, and note what it did before anyone can see the folder."
     with whole_folder(out) as part:
         report = make(part/".pruned")
@@ -176,11 +140,7 @@ from ..methods.streaming import open_checkpoint, streamed_report
 from ..models.anatomy import projections
 
 # %% ../../nbs/portable/04_sharing.ipynb #c037
-def zeros_of_folder(
-    folder: str | Path, # A checkpoint, saved by transformers as safetensors
-    method: str, # Name of the method, for the report
-    asked: float, # Sparsity that was asked for, for the report
-) -> tuple[PruneReport, str]: # Zeros by layer and role; the fingerprint of the mask
+def zeros_of_folder(folder: str | Path, method: str, asked: float) -> tuple[PruneReport, str]:
     "Count the zeros of a checkpoint that is not loaded, one matrix in memory at a time."
     checkpoint, zeros, digest = open_checkpoint(folder), {}, hashlib.sha256()
     for p in tqdm(projections(checkpoint.model), desc="zeros", unit="matrix"):
@@ -195,9 +155,7 @@ from ..jobs.tables import markdown_rows
 from ..threshold import zero_shares
 
 # %% ../../nbs/portable/04_sharing.ipynb #87935614
-def layer_table(
-    report: PruneReport, # From `zeros_of_folder`
-) -> str: # A table in Markdown, per cent
+def layer_table(report: PruneReport) -> str: # A table in Markdown, per cent
     "Sparsity by layer and role."
     (roles, shares), layers = zero_shares(report), dict.fromkeys(row[0] for row in report.table)
     def share(rows: list) -> float: return sum(row[3] for row in rows) / sum(row[4] for row in rows)
@@ -213,19 +171,11 @@ from ..jobs.records import Run, load_run
 from ..models.loading import fingerprint_differences
 
 # %% ../../nbs/portable/04_sharing.ipynb #c049
-def is_of(
-    record: dict, # What the folder says of itself
-    method: str, # A method
-    sparsity: float, # A sparsity asked for
-) -> bool: # Whether the folder was pruned so
+def is_of(record: dict, method: str, sparsity: float) -> bool: # Whether the folder was pruned so
     "Whether a record is of a method at a sparsity."
     return record["method"] == method and math.isclose(record["asked"], sparsity)
 
-def cell_for(
-    record: dict, # What the folder says of itself
-    run: Run, # A finished run
-    name: str, # What the run is called, for the sentences
-) -> tuple[Evaluation, ...]: # The dense model's evaluation, if there is one, and the cell's
+def cell_for(record: dict, run: Run, name: str) -> tuple[Evaluation, ...]:
     "What a run measured of a pruning; a run about another model, or without that cell, raises `BadInput`."
     about, base = run.configuration["model"], record["base"]
     if fingerprint_differences(about["fingerprint"], base["fingerprint"]):
@@ -244,18 +194,13 @@ from huggingface_hub import ModelCardData
 # %% ../../nbs/portable/04_sharing.ipynb #3369e73f
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-def with_hub_id(
-    record: dict, # What the folder says of itself
-    base_model: str | None, # Id of the base on the hub; None leaves its name
-) -> dict: # The record, its base under that id
+def with_hub_id(record: dict, base_model: str | None) -> dict: # The record, its base under that id
     "Name a base by an id of the hub; anything else raises `BadInput`."
     if base_model is None: return record
     if HUB_ID.fullmatch(base_model): return record | {"base": record["base"] | {"name": base_model}}
     raise BadInput(f"Base {base_model!r} is no id of the hub: expected owner/name; correct it, or leave it out.")
 
-def front_matter(
-    base: dict, # From `base_record`
-) -> str: # YAML between two lines of dashes
+def front_matter(base: dict) -> str: # YAML between two lines of dashes
     "What the hub reads of a card."
     licence = {key: base[key] for key in LICENCE if key in base}
     data = ModelCardData(
@@ -270,17 +215,11 @@ from ..jobs.tables import table_markdown, value_text
 # %% ../../nbs/portable/04_sharing.ipynb #a967ff0d
 OWN_LINE = {*ALWAYS, *OF_REPORT, "scope", "ties", "calibration", "scores", "before"} # Entries with a line of their own
 
-def per_cent(
-    share: float, # In [0, 1]
-) -> str: # As in "50.00 %"
+def per_cent(share: float) -> str: # As in "50.00 %"
     "A share in per cent."
     return f"{100 * share:.2f} %"
 
-def summary_lines(
-    folder: Path, # The pruned folder
-    record: dict, # What it says of itself
-    report: PruneReport, # What was counted in its weights
-) -> str: # Lines of Markdown
+def summary_lines(folder: Path, record: dict, report: PruneReport) -> str: # Lines of Markdown
     "What was pruned, and how."
     base, before = record["base"], record.get("before")
     about = {name: base[name] for name in ("commit", "fingerprint") if name in base}
@@ -319,12 +258,7 @@ back, byte for byte."""
 CHANGED = "**The weights were changed after the pruning: it left {:,} zeros, and now there are {:,}.**"
 
 # %% ../../nbs/portable/04_sharing.ipynb #82a28edc
-def measured_section(
-    record: dict, # What the folder says of itself
-    mask: str, # Fingerprint of its zeros
-    run: Run, # A finished run
-    name: str, # What the run is called, for the sentences
-) -> str: # Markdown; a run about something else raises `BadInput`
+def measured_section(record: dict, mask: str, run: Run, name: str) -> str:
     "The table of a run, with its intervals, and whether its zeros are the folder's."
     model = run.configuration["model"] | {"name": record["base"]["name"]} # not where it lay
     table = table_markdown(method_table(cell_for(record, run, name)), run.provenance | {"model": model})
@@ -334,10 +268,7 @@ def measured_section(
     return f"## Measured\n\nThe run pruned to {same if mask in masks else other}.\n\n{table.rstrip()}"
 
 # %% ../../nbs/portable/04_sharing.ipynb #7f899258
-def title_of(
-    record: dict, # What the folder says of itself
-    report: PruneReport, # What was counted in its weights
-) -> str: # Markdown
+def title_of(record: dict, report: PruneReport) -> str: # Markdown
     "The title, and a warning if the weights are not as the pruning left them."
     share, done = report.reached, "zero"
     if "removed" in record: share, done = record["removed"] / (record["removed"] + record["weights"]), "cut out"
@@ -371,12 +302,8 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 # %% ../../nbs/portable/04_sharing.ipynb #c071
-def write_card(
-    folder: str | Path, # Folder of a pruned checkpoint
-    run: str | Path | None = None, # Folder of a finished run on the same base; None leaves its table out
-    base_model: str | None = None, # Id of the base on the hub
-    force: bool = False, # Whether another README.md is replaced
-) -> Path: # The card
+def write_card(folder: str | Path, run: str | Path | None = None, base_model: str | None = None,
+               force: bool = False) -> Path: # The card
     "Write a folder's README.md, whole or not at all; another one that is there raises `BadInput`."
     text, path = model_card(folder, run, base_model), Path(folder)/"README.md"
     if path.exists() and not force and path.read_bytes() != text.encode():
@@ -399,10 +326,7 @@ UNFIT = {
         "*credential*", "*password*", "*api_key*", "*apikey*", "hf_token*", "token", "token.txt"),
     "is hidden": (".*",)} # Reason -> patterns of a file's or folder's name
 
-def reason_against(
-    name: str, # Name of a file in the folder
-    size: int, # Bytes
-) -> str | None: # Why it does not belong; None if it does
+def reason_against(name: str, size: int) -> str | None: # Why it does not belong; None if it does
     "Why a file is not uploaded."
     if size > HUB_LIMIT: return f"has {size:,} bytes, and the hub takes {HUB_LIMIT:,} a file"
     parts = [part.lower() for part in Path(name).parts if part != ".gitattributes"]
@@ -422,9 +346,7 @@ class SharedFile:
     bytes: int # Its size
     sha256: str # Its hash, 64 hexadecimal digits
 
-def files_to_share(
-    folder: Path, # A pruned folder, packed or not
-) -> tuple[SharedFile, ...]: # Its files by name
+def files_to_share(folder: Path) -> tuple[SharedFile, ...]: # Its files by name
     "What would be uploaded; a file that does not belong, or a folder that is not whole, raises `BadInput`."
     if not (folder/"README.md").is_file():
         raise BadInput(f"{folder} has no README.md: expected a model card; write one with 'cap card {folder}'.")
@@ -450,9 +372,7 @@ from huggingface_hub.utils import validate_repo_id
 
 # %% ../../nbs/portable/04_sharing.ipynb #366b0e78
 @contextmanager
-def hub_errors_reported(
-    repository: str, # owner/name
-) -> Iterator[None]:
+def hub_errors_reported(repository: str) -> Iterator[None]:
     "Turn what goes wrong with the hub into `BadInput`."
     try: yield
     except (OSError, HTTPError) as error:
@@ -460,9 +380,7 @@ def hub_errors_reported(
         raise BadInput(f"{repository} could not be written ({type(error).__name__}: {reason}): expected the hub within "
                        "reach and a token that may write there; check the network and 'hf auth whoami'.") from error
 
-def check_repository(
-    repository: str, # What the user gave
-) -> None:
+def check_repository(repository: str) -> None:
     "Raise `BadInput` unless a name is one of the hub's."
     try: validate_repo_id(repository)
     except ValueError: good = False
@@ -480,9 +398,7 @@ class Upload:
     files: tuple[SharedFile, ...] # Every file
     url: str | None = None # Of the commit; None if nothing was uploaded
 
-def commit_message(
-    folder: Path, # A pruned folder
-) -> str: # A line
+def commit_message(folder: Path) -> str: # A line
     "What a commit says of a folder."
     record = read_record(folder)
     cut, done = record.get("removed", 0), "cut out" if "removed" in record else "zero"
