@@ -117,7 +117,7 @@ def test_a_checkpoint_of_the_decoder_alone_can_be_streamed(tmp_path, name, prefi
     factors = tiny_factors(model)
     wanted = prune(model, "cap", 0.4, factors)
     assert prune_checkpoint(tmp_path / "src", tmp_path / "new", 0.4, factors, at_once=64) == wanted
-    assert len(checkpoint_fingerprint(tmp_path / "new")) == 64
+    assert checkpoint_fingerprint(tmp_path / "new") == model_fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto"))
     again, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval(), torch.arange(3, 12)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
