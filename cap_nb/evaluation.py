@@ -255,7 +255,7 @@ def summarise_answers(
 import math
 import numpy as np
 from tqdm.auto import tqdm
-from .data.batches import collate, token_batches
+from .data.prompts import collate, token_batches
 from .models.decoding import inference
 from .scoring import target_losses
 

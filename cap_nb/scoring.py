@@ -34,7 +34,7 @@ def masked_head(
 # %% ../nbs/01_scoring.ipynb #c015
 from collections.abc import Iterator, Sequence
 import torch.nn.functional as F
-from cap_nb.data.batches import collate, token_batches
+from cap_nb.data.prompts import collate, token_batches
 from cap_nb.models.anatomy import anatomy, check_length
 
 def mean_by_example(

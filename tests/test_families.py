@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
-from cap_nb.data.batches import collate
+from cap_nb.data.prompts import collate
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.jobs.planning import read_sizes

@@ -25,8 +25,8 @@ class Problem:
     @property
     def uid(self) -> str:
         "Content hash of question and choices, names of the lab as drawn: 16 hexadecimal digits."
-        said = json.dumps([task_family(self.task), self.question, self.choices], ensure_ascii=False)
-        return sha256_of_text(as_drawn(said))[:16]
+        text = json.dumps([task_family(self.task), self.question, self.choices], ensure_ascii=False)
+        return sha256_of_text(as_drawn(text))[:16]
 
 # %% ../../nbs/data/02_problems.ipynb #c007
 def task_family(task: str) -> str:
@@ -77,7 +77,6 @@ def read_gsm8k(record: Mapping, task: str = "gsm8k") -> Problem:
     number = answer.strip().replace(",", "")
     return Problem(task=task, question=fields.question.strip(), solution=clean, answer=number)
 
-# %% ../../nbs/data/02_problems.ipynb #c018
 class StrategyqaRecord(BaseModel):
     "A record of StrategyQA; the hub's copy has its facts in one text."
     question: Words
@@ -132,6 +131,9 @@ def read_arc(record: Mapping, task: str = "arc") -> Problem:
 
 # %% ../../nbs/data/02_problems.ipynb #c029
 from collections.abc import Callable
+import functools
+from cap_nb.data.changed_numbers import changed_records
+from cap_nb.data.lab_world import lab_records
 
 @dataclass(frozen=True)
 class Task:
@@ -148,10 +150,6 @@ class Task:
 
 SPLITS = ("calibration", "evaluation")
 HUB_SPLITS = {"calibration": "train", "evaluation": "test"}
-
-import functools
-from cap_nb.data.changed_numbers import changed_records
-from cap_nb.data.lab_world import lab_records
 
 TASKS["gsm8k"] = Task(
     family="gsm8k", read=read_gsm8k, files={"calibration": ("gsm8k/train.jsonl",), "evaluation": ("gsm8k/test.jsonl",)},
@@ -174,6 +172,7 @@ TASKS["gsm8k_changed"] = replace(TASKS["gsm8k"], changed=changed_records)
 # %% ../../nbs/data/02_problems.ipynb #c033
 from pathlib import Path
 from cap_nb.core.errors import BadInput
+import logging
 
 def records_of_file(path: Path) -> list[dict]:
     "The records of a benchmark file; a damaged one raises `BadInput` that names the line."
@@ -188,8 +187,6 @@ def records_of_file(path: Path) -> list[dict]:
                        "fetch it again.") from None
     if isinstance(records, list) and records: return records
     raise BadInput(f"{path} holds no list of records: expected the file as its authors published it; fetch it again.")
-
-import logging
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +205,9 @@ def benchmark_file(task: Task, split: str, data_dir: Path) -> Path:
 
 # %% ../../nbs/data/02_problems.ipynb #c040
 from collections.abc import Iterable
+import pyarrow
+from pyarrow import parquet
+from cap_nb.core.files import rows_of_parquet
 from cap_nb.core.hub import Repository, Wanted, folder_from_hub
 
 TABLES = (".parquet", ".jsonl", ".json") # Formats in which the hub has records
@@ -226,11 +226,6 @@ def split_complete(names: Iterable[str], configuration: str | None, split: str) 
     found = split_files(names, configuration, split)
     wanted = re.search(r"-of-(\d+)", found[0]) if found else None
     return bool(found) and len(found) == int(wanted[1] if wanted else 1)
-
-# %% ../../nbs/data/02_problems.ipynb #c043
-import pyarrow
-from cap_nb.core.files import rows_of_parquet
-from pyarrow import parquet
 
 def records_of_table(path: Path) -> list[dict]:
     "The records of a data set's file; a damaged one raises `BadInput`."
@@ -258,10 +253,6 @@ def from_hub(name: str, configuration: str | None, revision: str, split: str) ->
     return [record for file in of_split(below(folder)) for record in records_of_table(folder/file)]
 
 # %% ../../nbs/data/02_problems.ipynb #c047
-def split_of(problem: Problem) -> str:
-    "The split of a problem by its content hash."
-    return "evaluation" if int(problem.uid[:4], 16) % 4 == 0 else "calibration"
-
 @functools.cache
 def copied_records(path: Path) -> list[dict]:
     "The copies of the records of a file that have one."
@@ -281,19 +272,16 @@ def source_records(name: str, split: str, data_dir: str | Path | None) -> list[d
     records = from_hub(*task.hub, task.splits[split])
     return task.changed(records) if task.changed else records
 
-def what_is_wrong(error: Exception) -> str:
-    "What a record lacks, without the words of the interpreter."
-    if isinstance(error, KeyError): return f"it has no {error}"
-    return str(error) if isinstance(error, ValueError) else "a part of it is null or of another kind"
-
 def read_problems(task: str, split: str, data_dir: str | Path | None) -> tuple[Problem, ...]:
     "The records of a task as problems; one that cannot be read raises `BadInput` that names its number."
     problems: dict[str, Problem] = {}
     for number, record in enumerate(source_records(task, split, data_dir), 1):
         try: problem = TASKS[task].read(record, task)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"Record {number} of {task} ({split}) cannot be read, {what_is_wrong(error)}: expected the "
-                           "authors' format; repair or remove it.") from None
+        except (AttributeError, KeyError, TypeError, ValueError) as error: # not always in the interpreter's words
+            wrong = str(error) if isinstance(error, ValueError) else "a part of it is null or of another kind"
+            if isinstance(error, KeyError): wrong = f"it has no {error}"
+            raise BadInput(f"Record {number} of {task} ({split}) cannot be read, {wrong}: expected the authors' "
+                           "format; repair or remove it.") from None
         problems.setdefault(problem.uid, problem)
     return tuple(problems.values())
 
@@ -315,8 +303,9 @@ def load_problems(
     if task in LAB_TASKS: return lab_problems(task, split)
     problems = read_problems(task, split, data_dir)
     source = TASKS[task]
-    shared = len(set(source.files.values())) == 1 and (data_dir is not None or source.hub is None) # one file
-    return tuple(p for p in problems if split_of(p) == split) if shared else problems
+    one_file = len(set(source.files.values())) == 1 and (data_dir is not None or source.hub is None)
+    if not one_file: return problems
+    return tuple(p for p in problems if (int(p.uid[:4], 16) % 4 == 0) == (split == "evaluation"))
 
 # %% ../../nbs/data/02_problems.ipynb #c059
 from .lab_world import lab_text
@@ -348,19 +337,6 @@ def halves(text: str) -> tuple[str, str]:
     middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
     return text[:middle], text[middle:]
 
-def with_words_in(path: Path) -> str:
-    "The text of a file; one without words raises `BadInput`."
-    text = read_text(path)
-    if text.strip(): return text
-    raise BadInput(f"{path} holds no words: expected a text to measure perplexity on; fetch it again.")
-
-def own_text(name: str, files: dict[str, Path], split: str) -> Text:
-    "A text of the user's own; one that has no file for the split raises `BadInput`."
-    if split not in files:
-        raise BadInput(f"The text {name} has no file for {split}: expected one apart from that of the evaluation; "
-                       "name it when the text is added.")
-    return Text(name, read_text(files[split]))
-
 # %% ../../nbs/data/02_problems.ipynb #c063
 @validate_arguments
 def load_text(
@@ -373,7 +349,10 @@ def load_text(
         whole = load_text(name, data_dir, "calibration")
         return Text(whole.name, halves(whole.text)[1])
     if check_choice(name, TEXTS, "text") == "lab-text": return Text("lab-text", lab_text(split))
-    if own := TEXTS[name]: return own_text(name, own, split)
+    if own := TEXTS[name]:
+        if split in own: return Text(name, read_text(own[split]))
+        raise BadInput(f"The text {name} has no file for {split}: expected one apart from that of the evaluation; "
+                       "name it when the text is added.")
     if data_dir is None:
         rows = from_hub(*WIKITEXT, WIKITEXT_SPLITS[split])
         return Text("wikitext2-raw", "\n\n".join(row["text"] for row in rows))
@@ -381,4 +360,5 @@ def load_text(
     if not path.is_file():
         raise BadInput(f"{path} does not exist: expected WikiText-2's text there; "
                        "put it in place or leave --data-dir out.")
-    return Text("wikitext2-tokenised", with_words_in(path))
+    if (text := read_text(path)).strip(): return Text("wikitext2-tokenised", text)
+    raise BadInput(f"{path} holds no words: expected a text to measure perplexity on; fetch it again.")

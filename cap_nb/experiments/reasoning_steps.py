@@ -525,9 +525,8 @@ def completeness(problem: Problem, output: str) -> float:
 from collections.abc import Iterator
 import torch
 from ..evaluation import AnswerRecord
-from ..data.prompts import PromptStyle, make_example, prompt_text
+from ..data.prompts import PromptStyle, collate, make_example, prompt_text, token_batches
 from ..core.errors import check_at_least
-from ..data.batches import collate, token_batches
 from ..calibration import default_style
 from ..models.decoding import inference
 from ..scoring import target_losses

@@ -126,9 +126,8 @@ def read_sizes(name: str) -> Sizes: # Its sizes
 
 # %% ../../nbs/jobs/04_planning.ipynb #c015
 from cap_nb.calibration import Calibration
-from cap_nb.data.batches import token_batches
+from cap_nb.data.prompts import IGNORED, token_batches
 from cap_nb.data.problems import BENCHMARK_NAMES, is_here, task_family
-from cap_nb.data.prompts import IGNORED
 from cap_nb.jobs.job import distinct, filled_in, job_calibration
 from cap_nb.jobs.settings import Job, changed, examples_by_kind
 from cap_nb.models.lab import lab_tokenizer

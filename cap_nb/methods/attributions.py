@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from cap_nb.calibration import Calibration
-from cap_nb.data.batches import collate
+from cap_nb.data.prompts import collate
 from cap_nb.models.anatomy import anatomy, output_projection
 from cap_nb.models.interventions import changed_input, watching
 from cap_nb.scoring import batches_of

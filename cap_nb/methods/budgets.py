@@ -209,7 +209,7 @@ def pruned_regions(model: nn.Module, regions: Sequence[Region], local: Local) ->
         for group in groups: put_back(group)
 
 # %% ../../nbs/methods/22_budgets.ipynb #bc42be22
-from cap_nb.data.batches import token_batches
+from cap_nb.data.prompts import token_batches
 from cap_nb.methods.layer_walk import BatchState, advanced
 from cap_nb.methods.resumed_scoring import Targets, last_layer_at_targets, prepare_batch, token_divergences
 from cap_nb.models.anatomy import final_norm

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..calibration import Calibration
-from ..data.prompts import Example, IGNORED
+from ..data.prompts import IGNORED, Example, collate
 from ..models.replay import LayerCall, recorded_calls, run_layer
-from ..data.batches import collate
 from ..models.anatomy import decoder_layers, decoder_of, logits_of
 from ..scoring import mean_by_example
 
@@ -327,7 +326,7 @@ def heads_by_memory(
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c057
 from pathlib import Path
 from .unit_store import Share, Unit, UnitStore
-from ..data.batches import token_batches
+from ..data.prompts import token_batches
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c058
 @dataclass(frozen=True)

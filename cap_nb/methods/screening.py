@@ -350,7 +350,7 @@ def guessed_bounds(
 # %% ../../nbs/methods/28_screening.ipynb #c047
 from torch import nn
 from ..calibration import Calibration
-from ..data.batches import token_batches
+from ..data.prompts import token_batches
 from .resumed_scoring import (
     head_groups, heads_by_memory, intact_pass, intact_step, masked_losses, prepare_batch)
 from .unit_store import check_finite_table
@@ -415,7 +415,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from tqdm.auto import tqdm
 from ..core.files import alone_in, read_tensors, sha256_of_text, is_intact, write_tensors
-from ..data.batches import collate
+from ..data.prompts import collate
 from .unit_store import losses_key
 from ..models.loading import model_fingerprint
 from ..scoring import head_losses

@@ -85,7 +85,7 @@ def held_zeros(
     return holding(held_parameters(model))
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c019
-from ..data.batches import collate
+from ..data.prompts import collate
 from ..scoring import target_losses
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c030
@@ -144,8 +144,7 @@ def examples_of_step(step: int, count: int, settings: FineTuning) -> list[int]: 
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c046
 from collections.abc import Sequence
-from ..data.batches import token_batches
-from ..data.prompts import Example
+from ..data.prompts import Example, token_batches
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c047
 def add_gradients(model: nn.Module, examples: Sequence[Example], batch_tokens: int) -> float: # Their mean loss, in nats
