@@ -116,7 +116,7 @@ import json
 from collections.abc import Sequence
 from ..calibration import Calibration
 from ..core.files import sha256_of_text
-from ..data.problems import Problem, load_text
+from ..data.problems import Problem, load_text, normal_text
 from ..evaluation import evaluation_problems
 
 # %% ../../nbs/jobs/03_job.ipynb #c017
@@ -234,6 +234,17 @@ def check_windows_fit(job: Job, model: nn.Module) -> None:
         raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
                        "give fewer tokens.")
 
+def check_text_unseen(job: Job, calibration: Calibration) -> None:
+    "Raise `BadInput` if windows that are calibrated on stand in the text that perplexity is measured on."
+    windows = [normal_text(example.target) for example in calibration.examples if example.task == "text"]
+    if not (windows and job.evaluate.windows): return
+    text = load_text(job.evaluate.text, job.calibrate.data_dir, job.evaluate.evaluate_on)
+    measured = normal_text(text.text)
+    seen = [inner for w in windows if (inner := w[len(w) // 4:len(w) - len(w) // 4]) in measured] # ends may cut a word
+    if seen:
+        raise BadInput(f"{len(seen)} windows of {text.name} are calibrated on and measured on: expected another text; "
+                       "give another --text, or --windows 0.")
+
 # %% ../../nbs/jobs/03_job.ipynb #c031
 from ..methods.prune import check_fits
 from ..models.loading import check_all_here, load_model
@@ -258,6 +269,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
         raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or "
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
+    check_text_unseen(job, calibration)
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 

@@ -212,7 +212,10 @@ class Decoding:
 Chooser = Callable[[list[int], list[list[int]], torch.Tensor], list[int]] # Rows' prompts, what they wrote, logits
 
 def likeliest(rows: list[int], written: list[list[int]], logits: torch.Tensor) -> list[int]:
-    "The next token of each row in greedy decoding."
+    "The next token of each row in greedy decoding; predictions that are no numbers raise `BadInput`."
+    if logits.isnan().any():
+        raise BadInput("The model's predictions are not numbers: expected finite ones; the weights or the dtype are "
+                       "broken, try float32.")
     return logits.argmax(-1).tolist()
 
 # %% ../../nbs/models/10_decoding.ipynb #9a75e31d
