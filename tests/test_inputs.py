@@ -4,18 +4,16 @@ Then the folder holds the numbers of the new input, or the run is refused in a s
 model's configuration, of its generation settings and of its tokenizer as they are found, so that a new field is tried without a new line here.
 """
 import json
-import os
 import shutil
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
-import torch
 from fixtures import tiny_llama
 from hub import arc_rows, byte_tokenizer, gsm8k_rows
 from safetensors.torch import load_file, save_file
 
 from cap_nb.core.errors import BadInput
+from cap_nb.core.files import read_checked, write_checked
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.records import load_run
 from cap_nb.jobs.settings import Job, changed
@@ -162,3 +160,83 @@ def test_a_changed_configuration(path, value, place, first):
         return  # older and newer versions of transformers name some inner fields differently
     change_leaf(file, path, value)
     check_taken_in(place, first, path[-1])
+
+
+# ---- what a folder says beside the configuration ----
+def edited(name, **settings):
+    def change(place):
+        path = place / "model" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return change
+
+
+def with_template(text):
+    return lambda place: (place / "model" / "chat_template.jinja").write_text(text)
+
+
+def another_weight(place):
+    path = place / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def another_problem(place):
+    for name in ("train", "test"):
+        path = place / "data" / "gsm8k" / f"{name}.jsonl"
+        path.write_text(path.read_text().replace(" more", " other"))
+
+
+def another_rule(place):
+    path = place / "model" / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    whole["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(whole))
+
+
+FILES = {"a weight": (another_weight, "model.fingerprint"), "the end of an answer": (edited("generation_config.json", eos_token_id=5), "generation.eos_token_id"),
+         "a setting of generation": (edited("generation_config.json", repetition_penalty=1.5), "generation.repetition_penalty"),
+         "the chat template": (with_template(TEMPLATE.replace("assistant: ", "answer: ")), "model.tokenizer"), "how a text is cut": (another_rule, "model.tokenizer"),
+         "the problems": (another_problem, "calibration.fingerprint"),
+         "the text": (lambda place: [path.write_text(path.read_text().upper()) for path in (place / "data" / "wikitext2").iterdir()], "evaluation.data.text")}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_changed_file(what, place, first):
+    change, named = FILES[what]
+    change(place)
+    assert check_taken_in(place, first, named) == "refused"
+
+
+def test_a_template_with_a_date_or_a_draw_gives_the_same_prompt(place):
+    dated = TEMPLATE + "{{ strftime_now('%d %b %Y %H') }} {{ range(9999) | random }}"
+    with_template(dated)(place)
+    for folder in ("dated", "dated"):
+        run_job(job_in(place), place / folder)
+    cells = numbers(place / "dated")
+    run_job(job_in(place, methods=("magnitude",), sparsities=(0.0,)), place / "zero")
+    assert numbers(place / "zero")["magnitude", 0.0] == cells["dense", 0.0] == numbers(place / "zero")["dense", 0.0]
+
+
+TEMPLATES = {"drops the question": "user: say something\nassistant: ", "syntax": "{% for m in messages %}", "raises": "{{ raise_exception('no') }}",
+             "division": "{{ 1 / 0 }}", "undefined": "{{ messages.nothing.at.all }}", "filter": "{{ messages | nothing }}", "index": "{{ messages[7]['content'] }}"}
+
+
+@pytest.mark.parametrize("what", TEMPLATES)
+def test_a_template_that_cannot_ask_is_refused(what, place):
+    with_template(TEMPLATES[what])(place)
+    with pytest.raises(BadInput, match="chat template") as error:
+        run_job(job_in(place), place / "new")
+    assert "\n" not in str(error.value) and not (place / "new").exists()
+
+
+def test_an_older_run_goes_on_and_says_what_it_does_not_cover(place, caplog):
+    """Before, a fingerprint was that of the weights alone."""
+    path = place / "run" / "run.json"
+    kept = read_checked(path)
+    kept["model"] = {name: value for name, value in kept["model"].items() if name not in ("configuration", "generation")}
+    kept["model"] |= {name: kept["model"][name].split("-")[0] for name in ("fingerprint", "tokenizer")}
+    write_checked(path, kept)
+    run_job(job_in(place, sparsities=(0.3,)), place / "run")
+    assert "says nothing of the model's configuration and generation" in caplog.text
+    assert read_checked(path)["model"] == kept["model"]

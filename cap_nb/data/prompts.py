@@ -68,24 +68,37 @@ def target_text(problem: Problem, style: str | PromptStyle) -> str:
 # %% ../../nbs/data/03_prompts.ipynb #c017
 import datetime
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from transformers.utils import chat_template_utils
 from cap_nb.core.errors import BadInput
 from cap_nb.data.problems import normal_text
 
-DAY = datetime.date(2024, 7, 26) # What a template takes for today: one that prints it gives the same prompt tomorrow
+class SameDay(datetime.datetime):
+    "What a template takes for the time, so that one that prints it gives the same prompt tomorrow."
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> "SameDay": return cls(2024, 7, 26, tzinfo=tz)
+
+@contextmanager
+def nothing_by_chance() -> Iterator[None]:
+    "Whatever a template asks of time and chance is the same each time."
+    drawn, clock = random.getstate(), chat_template_utils.datetime
+    random.seed(0)
+    chat_template_utils.datetime = SameDay
+    try: yield
+    finally:
+        chat_template_utils.datetime = clock
+        random.setstate(drawn)
 
 def rendered(tokenizer: object, chat: list[dict[str, str]]) -> str:
     "A chat through the tokenizer's template, the same each time; one that fails or drops the question: `BadInput`."
-    drawn = random.getstate()
-    random.seed(0) # a template may draw
     try:
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
-                                               strftime_now=DAY.strftime)
+        with nothing_by_chance():
+            prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     except Exception as error:
         told = " ".join(str(error).split())[:150]
         raise BadInput(f"The tokenizer's chat template cannot render a question ({type(error).__name__}: {told}): "
                        "expected one that takes turns of user and assistant; mend chat_template.") from error
-    finally: random.setstate(drawn)
     if normal_text(chat[-1]["content"]) in normal_text(str(prompt)): return prompt
     raise BadInput("The tokenizer's chat template leaves the question out of the prompt: expected all of it "
                    "there; mend chat_template.")
