@@ -7,15 +7,14 @@ __all__ = []
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #c004
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 import torch
 from torch import nn
-from ..models.anatomy import decoder_layers, decoder_of
-from ..models.replay import LayerCall, named_arguments, recorded_calls, run_layer
+from cap_nb.models.anatomy import decoder_layers, decoder_of, Projection, projections
+from cap_nb.models.replay import LayerCall, named_arguments, recorded_calls, run_layer
 
-# %% ../../nbs/methods/00_layer_walk.ipynb #c005
 @dataclass(frozen=True)
 class BatchState:
     "A batch between two layers of a model."
@@ -24,86 +23,51 @@ class BatchState:
     calls: tuple[LayerCall, ...] # The other arguments of every layer of the model
     indices: tuple[int, ...] = () # Indices of its examples in the calibration set
 
-def state_of_calls(
-    calls: Sequence[LayerCall], # How every layer was called, its input included
-    mask: torch.Tensor, # Attention mask, [B, T]
-    indices: Sequence[int] = (), # Indices of the examples in the calibration set
-) -> BatchState: # The batch before the first layer
+def state_of_calls(calls: Sequence[LayerCall], mask: torch.Tensor, indices: Sequence[int] = ()) -> BatchState:
     "The state before the first layer, from the recorded calls; the inputs of later layers are dropped."
     others = tuple(replace(call, hidden=None) for call in calls)
     return BatchState(hidden=calls[0].hidden, mask=mask, calls=others, indices=tuple(indices))
 
-# %% ../../nbs/methods/00_layer_walk.ipynb #c006
 @contextmanager
-def first_layer_alone(
-    model: nn.Module, # A causal language model of a known family
-) -> Iterator[None]:
-    "While the block runs, a forward pass computes the first layer, and every later one gives the same output again."
-    first, *others = decoder_layers(model)
-    made = []
-    def again(*args: object, **kwargs: object) -> object: return made[-1]
-    with ExitStack() as stack:
-        stack.enter_context(first.register_forward_hook(lambda layer, args, output: made.append(output)))
-        for layer in others: stack.enter_context(patch.object(layer, "forward", again))
-        yield
-
-# %% ../../nbs/methods/00_layer_walk.ipynb #128da681
-@contextmanager
-def layers_skipped(
-    model: nn.Module, # A causal language model of a known family
-) -> Iterator[None]:
+def layers_skipped(model: nn.Module) -> Iterator[None]:
     "While the block runs, a forward pass computes no layer: each gives its input again, in the form of its output."
-    decoder, (first, *others), made = decoder_of(model), decoder_layers(model), []
+    layers, outputs = decoder_layers(model), []
     token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    with first_layer_alone(model), first.register_forward_hook(lambda layer, args, output: made.append(output)):
-        decoder(input_ids=token, use_cache=False)
+    with ExitStack() as stack: # one token through the first layer shows the form: a tensor, or a tuple
+        stack.enter_context(layers[0].register_forward_hook(lambda layer, args, output: outputs.append(output)))
+        for layer in layers[1:]: stack.enter_context(patch.object(layer, "forward", lambda *args, **kwargs: outputs[0]))
+        decoder_of(model)(input_ids=token, use_cache=False)
     def again(*args: object, **kwargs: object) -> object:
-        hidden = next(iter(named_arguments(first, args, kwargs).values()))
-        return hidden if isinstance(made[0], torch.Tensor) else (hidden, *made[0][1:])
+        hidden = next(iter(named_arguments(layers[0], args, kwargs).values()))
+        return hidden if isinstance(outputs[0], torch.Tensor) else (hidden, *outputs[0][1:])
     with ExitStack() as stack:
-        for layer in (first, *others): stack.enter_context(patch.object(layer, "forward", again))
+        for layer in layers: stack.enter_context(patch.object(layer, "forward", again))
         yield
 
-# %% ../../nbs/methods/00_layer_walk.ipynb #c007
 @torch.no_grad()
-def initial_state(
-    model: nn.Module, # A causal language model of a known family
-    batch: dict[str, torch.Tensor], # input_ids and attention_mask, each [B, T]; padded on either side
-    indices: Sequence[int] = (), # Indices of the examples in the calibration set
-) -> BatchState: # The batch before the first layer
-    "Record the arguments of each layer, which depend on the tokens' positions and not on what layers compute."
+def initial_state(model: nn.Module, batch: dict[str, torch.Tensor], indices: Sequence[int] = ()) -> BatchState:
+    "A padded batch, with input_ids and attention_mask [B, T], before the first layer."
     decoder = decoder_of(model, batch["input_ids"])
     with layers_skipped(model), recorded_calls(model) as calls:
         decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return state_of_calls(calls, batch["attention_mask"], indices)
 
-def advanced(
-    model: nn.Module, # The model, changed or not
-    state: BatchState, # A batch before a layer
-    layer: int, # Index of that layer
-    cache: object = None, # Key-value cache passed to the layer; None means none
-) -> BatchState: # The batch after the layer
-    "Run one layer with the model's present weights."
+def advanced(model: nn.Module, state: BatchState, layer: int, cache: object = None) -> BatchState:
+    "The batch after a layer, run with the model's present weights and perhaps a key-value cache."
     hidden = run_layer(decoder_layers(model)[layer], state.hidden, state.calls[layer], cache)
     return replace(state, hidden=hidden)
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #c013
-def real_rows(
-    inputs: torch.Tensor, # What a projection reads, [..., in]
-    tokens: torch.Tensor | None, # Indices of these tokens in the flattened batch, int64 [n]; None: all, in order
-    mask: torch.Tensor, # Attention mask of the batch, [B, T]
-) -> torch.Tensor: # The inputs without padding, [n, in]
+def real_rows(inputs: torch.Tensor, tokens: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     "The inputs of a projection at the tokens that are not padding."
     real, rows = mask.flatten().bool(), inputs.flatten(0, -2) # OPT hands its MLP [B*T, in]
     return rows if real.all() else rows[real if tokens is None else real[tokens]]
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #c016
 from tqdm.auto import tqdm
-from ..calibration import Calibration
-from ..models.anatomy import Projection, projections
-from ..scoring import batches_of
+from cap_nb.calibration import Calibration
+from cap_nb.scoring import batches_of
 
-# %% ../../nbs/methods/00_layer_walk.ipynb #c017
 @dataclass(frozen=True)
 class LayerStep:
     "A layer that is about to be pruned, and the batches before it."
@@ -111,8 +75,6 @@ class LayerStep:
     index: int # Its index, from 0
     projections: tuple[Projection, ...] # Its projections
     batches: Sequence[BatchState] # All batches of the calibration set; they go on when the next layer is asked for
-
-CACHED_TOKENS = 1024 # Tokens of a batch on a processor, at most
 
 def layer_by_layer(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -122,7 +84,7 @@ def layer_by_layer(
 ) -> Iterator[LayerStep]: # Every layer in turn; change it before you ask for the next one
     "Walk through the layers with the calibration set; holds the hidden states of all its tokens, [tokens, hidden]."
     device = next(model.parameters()).device
-    tokens = min(batch_tokens, CACHED_TOKENS) if device.type == "cpu" else batch_tokens
+    tokens = min(batch_tokens, 1024) if device.type == "cpu" else batch_tokens
     states = [initial_state(model, batch, indices) for indices, batch in batches_of(calibration, tokens, device)]
     for index, layer in enumerate(tqdm(decoder_layers(model), desc=name, unit="layer")):
         in_layer = tuple(p for p in projections(model) if p.layer == index)
@@ -134,17 +96,12 @@ def layer_by_layer(
 # %% ../../nbs/methods/00_layer_walk.ipynb #c023
 import logging
 
-# %% ../../nbs/methods/00_layer_walk.ipynb #c024
 log = logging.getLogger(__name__)
 
-def unreached(
-    layer_projections: Sequence[Projection], # The projections of a layer
-    sums: dict[str, torch.Tensor], # Module name -> what was added up over their inputs
-) -> list[Projection]: # Those of experts that no token reached
-    "Projections of experts whose inputs are not known; the log names the experts."
+def unreached(layer_projections: Sequence[Projection], sums: dict[str, torch.Tensor]) -> list[Projection]:
+    "Projections of experts that no token reached, by the sums over their inputs (module name -> tensor)."
     missing = [p for p in layer_projections if p.expert is not None and not sums[p.name].any()]
     if missing:
-        experts = sorted({p.expert for p in missing})
         log.warning("No calibration token reaches the experts %s of layer %d: within them the magnitude decides",
-                    experts, missing[0].layer)
+                    sorted({p.expert for p in missing}), missing[0].layer)
     return missing

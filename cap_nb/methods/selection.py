@@ -136,32 +136,21 @@ def first_true(
     first[mask.flatten().nonzero()[:count, 0]] = True
     return first.view_as(mask)
 
-def first_ones(
-    mask: torch.Tensor, # Boolean, any shape: the scores of the next tensor that equal the threshold
-    left: list[int], # Its one entry: how many ties are still to be pruned; lowered by those pruned here
-) -> torch.Tensor: # Boolean, same shape: those that are pruned
-    "The first scores that equal the threshold, tensor by tensor in order."
-    here = int(mask.count_nonzero())
-    if here > left[0]: mask = first_true(mask, left[0])
-    left[0] -= min(here, left[0])
-    return mask
-
 def tie_selector(
     threshold: Threshold, # The threshold, with its counts
     ties: str = "exact", # "exact", or "all" for the paper's plain <=
 ) -> Take: # Selects the scores below tau, and the first ones equal to it
     "A function that selects the smallest scores, tensor by tensor (paper section 3.3)."
-    left = [ties_taken(threshold, ties)]
+    left = [threshold.count - threshold.below if ties == "exact" else threshold.ties] # ties that are still to be pruned
     def take(scores: torch.Tensor) -> torch.Tensor:
-        return (scores < threshold.value) | first_ones(scores == threshold.value, left)
+        below = scores < threshold.value
+        if not left[0]: return below
+        equal = scores == threshold.value
+        here = int(equal.count_nonzero())
+        if here > left[0]: equal = first_true(equal, left[0])
+        left[0] -= min(here, left[0])
+        return below | equal
     return take
-
-def ties_taken(
-    threshold: Threshold, # The threshold, with its counts
-    ties: str, # "exact" or "all"
-) -> int: # How many of the scores equal to the threshold are pruned
-    "As many ties as the count asks for, or all (the paper's plain <=)."
-    return threshold.count - threshold.below if ties == "exact" else threshold.ties
 
 # %% ../../nbs/methods/05_selection.ipynb #19d2f7ab
 def zero_weights(

@@ -6,25 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/methods/01_unit_store.ipynb #c004
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import nn
-from ..calibration import Calibration
-from ..core.errors import BadInput
-from ..core.files import read_tensors, sha256_of_text, is_intact, write_tensors
-from ..models.loading import model_fingerprint
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import is_intact, read_tensors, sha256_of_text, write_tensors
+from cap_nb.models.loading import model_fingerprint
 
-# %% ../../nbs/methods/01_unit_store.ipynb #c005
-def losses_key(
-    model: nn.Module, # The model
-    calibration: Calibration, # The examples
-    tokenizer_fingerprint: str = "", # Fingerprint of the tokenizer, if it is to be part of the key
-    fingerprint: str | None = None, # The model's fingerprint, where it is known already
-    target: str = "loss", # What is measured; losses have the key of old, without it
-) -> str: # 16 hexadecimal digits
+def losses_key(model: nn.Module, calibration: Calibration, tokenizer_fingerprint: str = "",
+               fingerprint: str | None = None, target: str = "loss") -> str: # 16 hexadecimal digits
     "The key of a table: model, tokenizer, tokens and labels, dtype, target; not names, not K, not sparsity."
     dtype = str(next(model.parameters()).dtype)
     parts = [fingerprint or model_fingerprint(model), tokenizer_fingerprint, calibration.fingerprint, dtype]
@@ -49,22 +43,11 @@ class UnitStore:
         "Whether the unit is finished; a damaged one is set aside."
         return self.folder is not None and is_intact(self.path(unit), read_tensors)
 
-# %% ../../nbs/methods/01_unit_store.ipynb #c012
-def write_unit(
-    store: UnitStore, # Where it goes
-    unit: Unit, # Which unit it is
-    losses: torch.Tensor, # Masked losses, float64 [H, B]
-    uids: Sequence[str], # Content hashes of its examples
-) -> None:
+def write_unit(store: UnitStore, unit: Unit, losses: torch.Tensor, uids: Sequence[str]) -> None:
     "Keep a finished unit; a store without a folder keeps nothing."
     if store.folder: write_tensors(store.path(unit), {"masked": losses}, {"uids": list(uids)})
 
-def read_unit(
-    store: UnitStore, # Holds the unit
-    unit: Unit, # Which unit it is
-    uids: Sequence[str], # Content hashes of the examples that it must hold
-    heads: int, # Heads a layer
-) -> torch.Tensor: # Masked losses, float64 [H, B]
+def read_unit(store: UnitStore, unit: Unit, uids: Sequence[str], heads: int) -> torch.Tensor:
     "Read a finished unit; one of other examples raises `BadInput`."
     tensors, meta = read_tensors(store.path(unit))
     same = meta.get("uids") == list(uids) and "masked" in tensors
@@ -73,15 +56,9 @@ def read_unit(
                    f"expected a store of this run; give another folder.")
 
 # %% ../../nbs/methods/01_unit_store.ipynb #c016
-def check_finite_table(
-    losses: torch.Tensor, # Losses of one unit, [H, B], or intact losses, [1, B]
-    layer: int | None, # Its layer; None for intact losses
-    uids: Sequence[str], # Content hashes of its examples
-    heads: Sequence[int] = (), # The heads of the rows; none for intact losses
-    unit: str = "head", # What was masked, for the sentence
-    measured: str = "loss", # What was measured, for the sentence
-) -> None:
-    "Raise `BadInput` that names head, layer and example if a loss is NaN or infinite."
+def check_finite_table(losses: torch.Tensor, layer: int | None, uids: Sequence[str], heads: Sequence[int] = (),
+                       unit: str = "head", measured: str = "loss") -> None:
+    "Raise `BadInput` that names head, layer (None: intact) and example if a loss [H, B] is NaN or infinite."
     wrong = (~losses.isfinite()).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
@@ -90,7 +67,13 @@ def check_finite_table(
         raise BadInput(f"{which} is {losses[row, column].item()} on example {uids[column]}: "
                        f"expected a finite number; score in float32 or bfloat16, or check the weights.")
 
-# %% ../../nbs/methods/01_unit_store.ipynb #c019
+# %% ../../nbs/methods/01_unit_store.ipynb #27437e58
+import fcntl
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+import torch.distributed as dist
+
 @dataclass(frozen=True)
 class Share:
     "Which of several processes this is, and how they agree."
@@ -102,27 +85,10 @@ class Share:
         "Return when all processes have come here."
         self.minimum(0)
 
-# %% ../../nbs/methods/01_unit_store.ipynb #27437e58
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-import torch.distributed as dist
-
-# %% ../../nbs/methods/01_unit_store.ipynb #27d64e4b
-NO_LOCKS = ("{} is on a file system without locks ({}): expected one whose locks hold for all processes that share it; "
-            "name another folder.")
-
-# %% ../../nbs/methods/01_unit_store.ipynb #c98fccb4
 CLAIMS = "claims" # File in a store's folder: a process locks the byte of the unit that it is at work on
 
 @contextmanager
-def claimed(
-    store: UnitStore, # Where the unit belongs; without a folder there is nobody else
-    unit: Unit, # Which unit is wanted
-    wait: bool = False, # Whether to wait for a process that is at work on it
-) -> Iterator[bool]: # Whether this process is to compute it: it is missing, and nobody else is at work on it
+def claimed(store: UnitStore, unit: Unit, wait: bool = False) -> Iterator[bool]:
     "Keep other processes from a unit while the block runs; a folder that is gone raises `FileNotFoundError`."
     if store.folder is None:
         yield True
@@ -131,7 +97,9 @@ def claimed(
     try:
         try: fcntl.lockf(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
         except (BlockingIOError, PermissionError): free = False # another process is at work on it
-        except OSError as error: raise BadInput(NO_LOCKS.format(store.folder, error.strerror)) from None
+        except OSError as error:
+            raise BadInput(f"{store.folder} is on a file system without locks ({error.strerror}): expected one whose "
+                           "locks hold for all processes that share it; name another folder.") from None
         else: free = not store.holds(unit)
         if not os.fstat(opened).st_nlink: raise FileNotFoundError(store.folder) # removed while this process waited
         yield free
@@ -150,18 +118,14 @@ def launched_processes() -> tuple[int, int, int]: # (rank, processes in all, ran
         raise BadInput(f"RANK, WORLD_SIZE and LOCAL_RANK are {', '.join(numbers)}: "
                        f"expected whole numbers; start with 'accelerate launch', or unset them.") from None
 
-def device_of_process(
-    device: str | None, # As the user named it; None means CUDA if there is one
-) -> str | None: # The device of this process
+def device_of_process(device: str | None) -> str | None: # The device of this process
     "The device that a process of a launch should take: a different one each, where there are several."
     _, count, local_rank = launched_processes()
     several = count > 1 and device in (None, "cuda") and torch.cuda.is_available()
     return f"cuda:{local_rank}" if several else device
 
 # %% ../../nbs/methods/01_unit_store.ipynb #3e05c8f9
-def minimum_of_all(
-    number: int, # This process's number
-) -> int: # The smallest of all processes' numbers
+def minimum_of_all(number: int) -> int: # The smallest of all processes' numbers
     "The minimum over all processes, when every one has called it; one that has ended raises `BadInput`."
     tensor = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     try: dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
@@ -172,9 +136,7 @@ def minimum_of_all(
     return int(tensor.item())
 
 @contextmanager
-def joined(
-    device: torch.device, # The device of this process
-) -> Iterator[Share]: # Its share of the work
+def joined(device: torch.device) -> Iterator[Share]: # Its share of the work
     "While the block runs, the processes of a launch can agree on numbers; without a launch there is one process."
     if launched_processes()[1] == 1:
         yield Share()

@@ -14,11 +14,10 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache
-from ..core.errors import BadInput
-from .anatomy import decoder_layers, decoder_of, output_projection
-from .families import family_of
+from cap_nb.core.errors import BadInput
+from cap_nb.models.anatomy import decoder_layers, decoder_of, output_projection
+from cap_nb.models.families import family_of
 
-# %% ../../nbs/models/04_replay.ipynb #c005
 @dataclass(frozen=True)
 class LayerCall:
     "How a decoder layer was called in a forward pass."
@@ -50,7 +49,6 @@ def recorded_calls(model: nn.Module) -> Iterator[list[LayerCall]]:
             stack.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
         yield calls
 
-# %% ../../nbs/models/04_replay.ipynb #c007
 def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall, cache: object = None) -> torch.Tensor:
     "Call a layer as it was called in a recorded pass, with another input."
     given = call.given if cache is None else call.given | {call.cache: cache}
@@ -68,7 +66,6 @@ def attention_of(model: nn.Module, layer: int) -> nn.Module:
     "The attention of a layer."
     return decoder_layers(model)[layer].get_submodule(family_of(model.config).roles["output"].rpartition(".")[0])
 
-# %% ../../nbs/models/04_replay.ipynb #2901206c
 @contextmanager
 def recorded_heads(model: nn.Module, layer: int) -> Iterator[list[KnownHeads]]:
     "While the block runs, what the output projection of a layer reads is kept."
@@ -82,7 +79,6 @@ def recorded_heads(model: nn.Module, layer: int) -> Iterator[list[KnownHeads]]:
     with (output_projection(model, layer).register_forward_hook(projected),
           attention_of(model, layer).register_forward_hook(attended)): yield kept
 
-# %% ../../nbs/models/04_replay.ipynb #474288f0
 @contextmanager
 def given_heads(model: nn.Module, layer: int, known: KnownHeads, copies: int = 1) -> Iterator[None]:
     "While the block runs, the attention of a layer is only its output projection, of what the heads gave."
@@ -128,7 +124,6 @@ def run_decoder(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cach
     name = "cache" if "cache" in names else "past_key_values" # transformers renamed it in 5.24
     decoder(input_ids=tokens, attention_mask=mask, use_cache=True, **{name: cache})
 
-# %% ../../nbs/models/04_replay.ipynb #c018
 @torch.no_grad()
 def read_prefix(model: nn.Module, tokens: Sequence[int]) -> Prefix:
     "Run the shared prefix once; a family whose layers keep no keys raises `BadInput`."
@@ -145,18 +140,12 @@ def read_prefix(model: nn.Module, tokens: Sequence[int]) -> Prefix:
     return Prefix(tuple(calls), cache, tuple(heads))
 
 # %% ../../nbs/models/04_replay.ipynb #c019
-def filled_cache(prefix: Prefix | None, rows: int) -> DynamicCache:
-    "The cache that a model is given with a batch."
-    cache = DynamicCache()
-    for layer, (keys, values) in sorted(prefix.cache.kept.items()) if prefix else ():
-        cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
-    return cache
-
 @torch.no_grad()
 def read_after_prefix(model: nn.Module, batch: dict[str, torch.Tensor], prefix: Prefix | None) -> tuple[LayerCall, ...]:
-    "One pass of the intact model after the prefix, its calls recorded."
-    tokens, mask = batch["input_ids"], batch["attention_mask"]
-    cache = filled_cache(prefix, len(tokens))
+    "One pass of the intact model over input_ids and attention_mask after the prefix, its calls recorded."
+    tokens, mask, cache = batch["input_ids"], batch["attention_mask"], DynamicCache()
+    for layer, (keys, values) in sorted(prefix.cache.kept.items()) if prefix else ():
+        cache.update(*(kept.expand(len(tokens), -1, -1, -1) for kept in (keys, values)), layer)
     if prefix: mask = torch.cat([mask.new_ones(len(tokens), cache.get_seq_length()), mask], 1)
     with recorded_calls(model) as calls: run_decoder(model, tokens, mask, cache)
     return tuple(calls)
@@ -175,18 +164,14 @@ def mapped(value: object, change: Callable[[torch.Tensor], torch.Tensor]) -> obj
     "Change the tensors of an argument."
     return change(value) if isinstance(value, torch.Tensor) else type(value)(change(part) for part in value)
 
-# %% ../../nbs/models/04_replay.ipynb #c025
-def check_known(given: dict) -> None:
-    "Raise `BadInput` for a tensor of which it is not known whether it has a row for each example."
-    unknown = [name for name, value in given.items() if tensors_of(value) and name not in BY_EXAMPLE + WITHOUT_BATCH]
-    if unknown:
-        raise BadInput(f"A layer is called with {unknown[0]!r}, which is not known to have a row for each example: "
-                       f"expected one of {', '.join(BY_EXAMPLE)}; score one head at a time.")
-
 def repeated(call: LayerCall, times: int) -> LayerCall:
     "The same call for a batch that is repeated; an argument that is not known raises `BadInput`."
     if times == 1: return call
-    check_known(call.given)
+    unknown = [name for name, value in call.given.items()
+               if tensors_of(value) and name not in BY_EXAMPLE + WITHOUT_BATCH]
+    if unknown:
+        raise BadInput(f"A layer is called with {unknown[0]!r}, which is not known to have a row for each example: "
+                       f"expected one of {', '.join(BY_EXAMPLE)}; score one head at a time.")
     def rows(tensor: torch.Tensor) -> torch.Tensor:
         return tensor if len(tensor) == 1 else tensor.repeat(times, *[1] * (tensor.dim() - 1))
     given = {name: mapped(value, rows) if name in BY_EXAMPLE and tensors_of(value) else value
@@ -217,7 +202,6 @@ class KnownKeys:
         "What is known, whatever the layer passes."
         return self.kept
 
-# %% ../../nbs/models/04_replay.ipynb #c030
 def keys_and_values(layer: nn.Module, hidden: torch.Tensor, call: LayerCall,
                     prefix: PrefixCache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     "The keys and values of a layer, without the rest of its work."
@@ -244,13 +228,11 @@ def hidden_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     "Hidden states at the wanted positions."
     return hidden.take_along_dim(positions.to(hidden.device)[..., None], 1)
 
-# %% ../../nbs/models/04_replay.ipynb #c033
 def mask_rows(mask: torch.Tensor | None, positions: torch.Tensor, length: int, before: int) -> torch.Tensor:
     "The rows of an attention mask at the wanted positions."
     if mask is not None: return at_positions(mask, -2, positions)
     return torch.arange(length, device=positions.device) <= (before + positions)[:, None, :, None]
 
-# %% ../../nbs/models/04_replay.ipynb #c036
 def can_be_cut(call: LayerCall) -> bool:
     "Whether a call can be made for a few positions only."
     mask = call.given.get("attention_mask")
