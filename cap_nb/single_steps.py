@@ -12,10 +12,9 @@ from torch import nn
 from cap_nb.core.errors import BadInput
 from cap_nb.jobs.job import check_job, check_screening, check_windows_fit, filled_in, job_calibration
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.methods.resumed_scoring import Request, check_target, heads_by_layer, help_scoring, table_scorer
+from cap_nb.methods.resumed_scoring import Request, check_target, help_scoring, table_scorer
 from cap_nb.methods.screening import save_partial, screen_heads
-from cap_nb.methods.unit_store import Share, device_of_process, joined
-from cap_nb.models.anatomy import anatomy
+from cap_nb.methods.unit_store import device_of_process, joined
 from cap_nb.models.loading import load_model, tokenizer_fingerprint
 from cap_nb.scoring import save_losses
 
@@ -48,9 +47,9 @@ def score_into(
     calibration, fingerprint = job_calibration(job, tokenizer), tokenizer_fingerprint(tokenizer)
     working, batch_tokens = store or out.with_name(out.name + ".unfinished"), job.model.batch_tokens
     if join:
-        request = Request(batch_tokens=batch_tokens, heads_at_once=heads_at_once, units=None, share=Share(),
-                          heads=heads_by_layer(anatomy(model), None), target=job.prune.score_target)
-        done = help_scoring(model, calibration, working, request, fingerprint)
+        done = help_scoring(model, calibration, Request(
+            batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint, heads_at_once=heads_at_once,
+            target=job.prune.score_target))
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
     with joined(model.device) as share:
         if budget is not None:
@@ -106,8 +105,8 @@ from cap_nb.methods.criteria import Inputs
 from cap_nb.methods.prune import check_method, needs_of, prune, unit_factors
 from cap_nb.methods.screening import read_scores
 from cap_nb.methods.streaming import (
-    check_solved, check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint,
-    save_hessians, solve_checkpoint)
+    check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
+    solve_checkpoint)
 from cap_nb.models.loading import check_all_here, fingerprint_differences, model_fingerprint, save_model
 from cap_nb.portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
@@ -207,8 +206,8 @@ def check_streaming(
     if job.model.dtype or job.model.device:
         raise BadInput("--stream was given with --dtype or --device: expected neither, since nothing is loaded and the "
                        "weights keep their dtype; leave them out.")
-    if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
-    else: check_solved(pruning.method, pruning.sparsity)
+    with_hessians = pruning.hessians is not None
+    check_streamed(pruning.method, pruning.sparsity, "exact" if with_hessians else pruning.ties, with_hessians)
 
 def prune_on_disk(
     job: Job, # Its model, which is a folder, and how scores are made
