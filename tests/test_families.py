@@ -244,6 +244,15 @@ def test_gguf_files_of_other_families_are_left_to_llama_cpp(kind):
         check_in_gguf(SimpleNamespace(model_type=kind), "model")
 
 
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_model_has_one_fingerprint_in_memory_loaded_and_in_its_files(tmp_path, name):
+    """Weights, stored buffers and settings; GPT-NeoX's files call the head otherwise."""
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert model_fingerprint(model) == model_fingerprint(loaded) == checkpoint_fingerprint(tmp_path)
+
+
 def test_experts_are_claimed_of_mixtures_only():
     assert MIXTURES and {"experts", "routed"} <= set(proofs_of("mixtral"))
     assert not {"experts", "routed"} & set(proofs_of("llama"))

@@ -33,7 +33,7 @@ def meta_model(folder: Path) -> nn.Module:
         raise BadInput(f"{folder} is quantised: expected weights in float32, bfloat16 or float16; "
                        "take a checkpoint that is not quantised.")
     config = config_of(folder)
-    with opened_by_transformers(folder), torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+    with opened_by_transformers(folder), torch.device("meta"): model = AutoModelForCausalLM.from_config(config).eval()
     anatomy(model)
     return model
 

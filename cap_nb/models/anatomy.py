@@ -275,6 +275,7 @@ def names_of_block(routing: Routing, block: str) -> dict[str, tuple[str, ...]]:
 def checkpoint_names(model: nn.Module) -> dict[str, list[tuple[str, ...]]]:
     "Under which names a checkpoint may hold each parameter."
     ways = {name: [(name,)] for name, _ in model.named_parameters()}
+    if "lm_head.weight" in ways: ways["lm_head.weight"].append(("embed_out.weight",)) # as checkpoints of GPT-NeoX say
     layers = family_of(model.config).layers
     for layer in range(len(decoder_layers(model))):
         routing = routing_of(model, layer)
