@@ -21,10 +21,8 @@ DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)" # With
 NUMBER = rf"(?:-?\$?|\$-){DIGITS}" # 72, -5, $1,234.50, -$3
 ANSWERS = {"gsm8k": NUMBER, "strategyqa": "yes|no", "arc": "[A-H]"} # Benchmark -> what an answer looks like
 
-def normal_number(
-    text: str, # A number as people write it
-) -> str: # The same number in plain digits
-    "One spelling for each number, exactly; a text that is no number raises `BadInput`."
+def normal_number(text: str) -> str:
+    "One spelling for each number, exactly, in plain digits; a text that is no number raises `BadInput`."
     if not re.fullmatch(NUMBER, text):
         raise BadInput(f"{text!r} is not a number: expected digits, as in 1,234 or -5; correct the answer.")
     plain = format(Decimal(text.replace("$", "").replace(",", "")), "f")
@@ -33,18 +31,12 @@ def normal_number(
 
 NORMAL = {"gsm8k": normal_number} # Benchmark -> the one spelling of an answer; others are compared as they are
 
-def normal_answer(
-    answer: str, # An answer of any benchmark
-    family: str, # gsm8k, strategyqa or arc
-) -> str: # The spelling in which answers are compared
+def normal_answer(answer: str, family: str) -> str:
     "The spelling in which an answer is compared with another."
     return NORMAL.get(family, str)(answer)
 
 # %% ../nbs/05_evaluation.ipynb #c019
-def strict_pattern(
-    style: str | PromptStyle, # The prompt style
-    family: str, # gsm8k, strategyqa or arc
-) -> re.Pattern: # Matches a whole answer line; its one group is the answer
+def strict_pattern(style: str | PromptStyle, family: str) -> re.Pattern:
     "The pattern of a style's answer line (paper Appendix B); a style without room for the answer raises `BadInput`."
     before, marker, after = answer_line_of(style, family).partition("{answer}")
     if not marker:
@@ -52,12 +44,8 @@ def strict_pattern(
                        "add that to the prompt style.")
     return re.compile(f"{re.escape(before)}({ANSWERS[family]}){re.escape(after)}")
 
-def strict_answer(
-    text: str, # What the model wrote
-    style: str | PromptStyle, # The prompt style
-    family: str, # gsm8k, strategyqa or arc
-) -> str | None: # The answer as written; None where no line matches
-    "The answer on the last line that is an answer line (paper Appendix B)."
+def strict_answer(text: str, style: str | PromptStyle, family: str) -> str | None:
+    "The answer on the last line that is an answer line (paper Appendix B), as written; None where no line is one."
     matches = (strict_pattern(style, family).fullmatch(line.strip()) for line in text.split("\n"))
     return next((match[1] for match in reversed(list(matches)) if match), None)
 
@@ -66,12 +54,8 @@ LEADS = r"(?i:answer(?:\s+is)?\s*:|answer\s+is)[\s*_(\"'`]*" # "the answer is", 
 LOOSE = {"gsm8k": rf"(?<![\w.])({NUMBER})", "strategyqa": r"\b(?i:(yes|no))\b",
          "arc": r"(?<![\w'])((?:A(?!\s+[a-z])|[B-H])(?![\w']))"} # Benchmark -> an answer anywhere in a text
 
-def lenient_answer(
-    text: str, # What the model wrote
-    style: str | PromptStyle, # The prompt style
-    family: str, # gsm8k, strategyqa or arc
-) -> str | None: # The answer as written; None where nothing resembles one
-    "The strict answer, else the last one after 'answer is', else the last one anywhere."
+def lenient_answer(text: str, style: str | PromptStyle, family: str) -> str | None:
+    "The strict answer, else the last one after 'answer is', else the last one anywhere; None where there is none."
     strict = strict_answer(text, style, family)
     if strict is not None: return strict
     answers = re.findall(LEADS + LOOSE[family], text) or re.findall(LOOSE[family], text)
@@ -93,6 +77,7 @@ def extract_answer(
 
 # %% ../nbs/05_evaluation.ipynb #l0gger01
 import logging
+from collections import namedtuple
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,12 +133,7 @@ class AnswerRecord:
     cut_off: bool # Whether the limit cut it off
 
 # %% ../nbs/05_evaluation.ipynb #c039
-def answer_record(
-    example: Example, # The problem as tokens
-    said: Generation, # What the model wrote
-    tokenizer: object, # Its tokenizer
-    style: str | PromptStyle, # The prompt style
-) -> AnswerRecord: # The record
+def answer_record(example: Example, said: Generation, tokenizer: object, style: str | PromptStyle) -> AnswerRecord:
     "The record of one answered problem (paper Appendix B)."
     output = tokenizer.decode(said.tokens, skip_special_tokens=True)
     strict, lenient = (extract_answer(output, example.task, style, strict=way) for way in (True, False))
@@ -163,9 +143,7 @@ def answer_record(
         lenient=lenient, gold=gold, correct=strict == gold, lenient_correct=lenient == gold, tokens=len(said.tokens),
         cut_off=said.cut_off)
 
-def prompt_tokens(
-    example: Example, # A problem as tokens
-) -> tuple[int, ...]: # Token ids before the target
+def prompt_tokens(example: Example) -> tuple[int, ...]:
     "The prompt's tokens, exactly as they were in calibration."
     return example.input_ids[:next(index for index, label in enumerate(example.labels) if label != IGNORED)]
 
@@ -238,9 +216,7 @@ class AccuracySummary:
     mean_tokens: float # Mean length of an output, in tokens
     cut_off: float # Share of outputs that the limit cut off
 
-def summarise_answers(
-    records: Sequence[AnswerRecord], # Records, of one task or more
-) -> tuple[AccuracySummary, ...]: # A summary for each task, in order of appearance
+def summarise_answers(records: Sequence[AnswerRecord]) -> tuple[AccuracySummary, ...]:
     "Accuracy with its interval, and what it hides: format, length, cut-offs (paper section 6.1)."
     summaries = []
     for task in dict.fromkeys(record.task for record in records):
@@ -270,23 +246,15 @@ class LossRecord:
     tokens: int # Target tokens
 
 # %% ../nbs/05_evaluation.ipynb #c098
-def check_finite_losses(
-    losses: Sequence[float], # Losses, one an example or window
-    names: Sequence[str], # Name of each, for the sentence
-) -> None:
+def check_finite_losses(losses: Sequence[float], names: Sequence[str]) -> None:
     "Raise `BadInput` that names the first loss that is not a finite number."
     bad = [name for name, loss in zip(names, losses) if not np.isfinite(loss)]
     if bad:
         raise BadInput(f"The loss of {bad[0]} is not a finite number ({len(bad)} of {len(losses)} are not): "
                        "expected finite losses; the weights or the dtype are broken, try float32.")
 
-def problem_losses(
-    model: torch.nn.Module, # A causal language model of transformers
-    tokenizer: object, # Its tokenizer
-    problems: Sequence[Problem], # Problems, as from `evaluation_problems`
-    style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
-    batch_tokens: int = 4096, # Padded tokens a batch may hold
-) -> tuple[LossRecord, ...]: # One record per problem, in the order of the problems
+def problem_losses(model: torch.nn.Module, tokenizer: object, problems: Sequence[Problem],
+                   style: str | PromptStyle | None = None, batch_tokens: int = 4096) -> tuple[LossRecord, ...]:
     "Target losses (the loss of paper Eq. 1) of problems; a loss that is not finite raises `BadInput`."
     style = style or default_style(tokenizer)
     examples = encode_problems(tokenizer, problems, style)
@@ -334,19 +302,9 @@ def bootstrap_interval(
     return float(low), float(high)
 
 # %% ../nbs/05_evaluation.ipynb #c109
-@dataclass(frozen=True)
-class LossSummary:
-    "Summary of the loss records of one task."
-    task: str # Name of the task
-    n: int # Problems
-    loss: float # Mean over problems of the mean target loss, in nats
-    low: float # Lower end of its 95 % bootstrap interval
-    high: float # Upper end
+LossSummary = namedtuple("LossSummary", "task n loss low high") # Of n problems: the mean loss in nats, its interval
 
-def summarise_losses(
-    records: Sequence[LossRecord], # Records, of one task or more
-    seed: int = 0, # Seed of the bootstrap
-) -> tuple[LossSummary, ...]: # A summary for each task, in order of appearance
+def summarise_losses(records: Sequence[LossRecord], seed: int = 0) -> tuple[LossSummary, ...]:
     "Mean target loss with its bootstrap interval: every problem weighs the same, as in the paper's Eq. 2."
     summaries = []
     for task in dict.fromkeys(record.task for record in records):
@@ -359,13 +317,9 @@ def summarise_losses(
 from cap_nb.data.problems import Text, load_text
 from cap_nb.models.anatomy import context_of, decoder_of, head_logits
 
-def text_windows(
-    ids: Sequence[int], # Token ids of the whole text
-    windows: int = 100, # Windows wanted
-    window_tokens: int = 2048, # Tokens wanted in each
-    context: int | None = None, # The model's context, in tokens; None means no limit
-) -> torch.Tensor: # int64 [windows, tokens], both at most what was wanted
-    "Disjoint windows of a text (paper section 3.4); a text of fewer than two tokens raises `BadInput`."
+def text_windows(ids: Sequence[int], windows: int = 100, window_tokens: int = 2048,
+                 context: int | None = None) -> torch.Tensor:
+    "Disjoint windows of a text, int64 [windows, tokens], both at most what is wanted (paper section 3.4)."
     check_at_least(windows, 1, "windows")
     check_at_least(window_tokens, 2, "window_tokens")
     width = min(window_tokens, context or window_tokens, len(ids))
@@ -373,12 +327,8 @@ def text_windows(
     count = min(windows, len(ids) // width)
     return torch.tensor(ids[:count * width]).view(count, width)
 
-def window_losses(
-    model: torch.nn.Module, # A causal language model of a known family
-    windows: torch.Tensor, # Token ids, int64 [windows, tokens], on the model's device
-    positions: int = 256, # Positions of each window that go through the output head at a time
-) -> torch.Tensor: # Mean token loss of each window, float64 [windows]
-    "Mean token loss of each window, the output head in pieces: logits take windows x positions x vocabulary floats."
+def window_losses(model: torch.nn.Module, windows: torch.Tensor, positions: int = 256) -> torch.Tensor:
+    "Mean token loss of each window of tokens, float64 [windows], the output head `positions` at a time."
     total, cross_entropy = torch.zeros(len(windows), dtype=torch.float64), torch.nn.functional.cross_entropy
     with inference(model):
         hidden = decoder_of(model)(input_ids=windows, use_cache=False).last_hidden_state

@@ -190,8 +190,8 @@ def token_batches(examples: Sequence[Example], batch_tokens: int = 4096, padding
     lengths = [len(example.input_ids) for example in examples]
     batches, batch, held = [], [], 0 # held: tokens in the batch, without padding
     for index in sorted(range(len(examples)), key=lambda index: lengths[index]):
-        padded = (len(batch) + 1) * lengths[index]
-        if batch and (padded > batch_tokens or held + lengths[index] < (1 - padding) * padded):
+        size = (len(batch) + 1) * lengths[index]
+        if batch and (size > batch_tokens or held + lengths[index] < (1 - padding) * size):
             batches.append(batch)
             batch, held = [], 0
         batch.append(index)
@@ -201,8 +201,7 @@ def token_batches(examples: Sequence[Example], batch_tokens: int = 4096, padding
 def padding_share(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> float:
     "The share of positions that hold padding."
     lengths = [len(example.input_ids) for example in examples]
-    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    return 1 - sum(lengths) / padded
+    return 1 - sum(lengths) / sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
 
 def padded(rows: Sequence[Sequence[int]], filler: int, device: str | torch.device = "cpu") -> torch.Tensor:
     "Rows of numbers, filled up on the right to the length of the longest."

@@ -72,7 +72,7 @@ from cap_nb.methods.wanda import WANDA
 
 DLP_WIDTH = 0.15 # alpha, half the distance between the sparsities of the first and the last in rank
 
-def layer_scores(model: nn.Module, inputs: Inputs) -> Iterator[torch.Tensor]:
+def layer_scores(model: nn.Module, inputs: Inputs) -> Iterator[torch.Tensor]: # float32 [weights]
     "For one layer after the other, Wanda's score of every weight on the dense model."
     measurements = Measurements(norms=dense_norms(model, inputs.calibration, inputs.batch_tokens))
     for layer in competing(projections(model), "layer"):

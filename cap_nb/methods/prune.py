@@ -280,7 +280,7 @@ def with_factors(
 
 # %% ../../nbs/methods/24_prune.ipynb #c037
 from .criteria import measured_for, projection_shares, prune_by, walks
-from .joint import joint_update
+from .update import joint_update
 from .sparsegpt import (
     LayerSolver, MatrixSolver, by_matrix, check_pattern_fits, solve_layer_by_layer, sparsegpt_update)
 from .wanda import uniform_shares

@@ -82,7 +82,9 @@ def token_divergences(model: nn.Module, intact: torch.Tensor, changed: Sequence[
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c029
 from dataclasses import dataclass, replace
-from cap_nb.methods.layer_walk import BatchState, layers_skipped, state_of_calls
+from cap_nb.methods.layer_walk import (
+    CLAIMS, BatchState, check_finite_table, claimed, layers_skipped, losses_key, read_unit, Share, state_of_calls, Unit,
+    UnitStore, write_unit)
 from cap_nb.models.interventions import changed_input
 
 SHORTEST_PREFIX = 16 # Tokens; a shorter one saves less than its own passes cost
@@ -215,8 +217,6 @@ def prepare_batch(model: nn.Module, calibration: Calibration, indices: Sequence[
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c057
 from pathlib import Path
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
-from cap_nb.methods.unit_store import (
-    CLAIMS, check_finite_table, claimed, losses_key, read_unit, Share, Unit, UnitStore, write_unit)
 
 def heads_by_memory(model: nn.Module, state: BatchState, targets: Targets, prefix: Prefix | None) -> int:
     "The number of heads in one pass, from a trial pass of the largest batch on a CUDA device; 1 on any other."

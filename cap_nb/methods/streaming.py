@@ -293,7 +293,7 @@ def bits_of(rows: torch.Tensor) -> torch.Tensor:
     return rows.view(torch.int16 if rows.element_size() == 2 else torch.int32)
 
 # %% ../../nbs/methods/25_streaming.ipynb #a5b9fddc
-def count_piece(piece: StoredRows, numbers: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+def count_piece(piece: StoredRows, numbers: torch.Tensor) -> list[tuple[int, torch.Tensor]]: # int64 [32768]
     "How often each magnitude stands in a piece, int64 [32768], for each run of rows or columns of one region."
     patterns, here = bits_of(read_rows(piece)) & SIGNLESS, rows_of(numbers, piece)
     regions, lengths = here.flatten().unique_consecutive(return_counts=True)
