@@ -37,7 +37,9 @@ def evaluation_problems(
     check_seed(seed)
     held_out = check_choice(split, ("evaluation", "validation"), "split") == "evaluation"
     problems = load_problems(task, "evaluation" if held_out else "calibration", data_dir)
-    eligible = [problem for problem in problems if problem.uid not in exclude]
+    calibrated = load_problems(task, "calibration", data_dir) if exclude and held_out else ()
+    worded = {problem.wording for problem in calibrated if problem.uid in exclude}
+    eligible = [problem for problem in problems if problem.uid not in exclude and problem.wording not in worded]
     dropped = len(problems) - len(eligible)
     if dropped and held_out: log.warning("%s: %d problems left out, they were calibrated on", task, dropped)
     n = check_at_least(len(eligible) if n is None else n, 1, "n (problems for evaluation)")

@@ -66,7 +66,42 @@ def target_text(problem: Problem, style: str | PromptStyle) -> str:
     return f"{problem.solution}\n{line}" if problem.solution else line
 
 # %% ../../nbs/data/03_prompts.ipynb #c017
-from collections.abc import Iterable, Sequence
+import datetime
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from transformers.utils import chat_template_utils
+from cap_nb.core.errors import BadInput
+from cap_nb.data.problems import normal_text
+
+class SameDay(datetime.datetime):
+    "What a template takes for the time, so that one that prints it gives the same prompt tomorrow."
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> "SameDay": return cls(2024, 7, 26, tzinfo=tz)
+
+@contextmanager
+def nothing_by_chance() -> Iterator[None]:
+    "Whatever a template asks of time and chance is the same each time."
+    drawn, clock = random.getstate(), chat_template_utils.datetime
+    random.seed(0)
+    chat_template_utils.datetime = SameDay
+    try: yield
+    finally:
+        chat_template_utils.datetime = clock
+        random.setstate(drawn)
+
+def rendered(tokenizer: object, chat: list[dict[str, str]]) -> str:
+    "A chat through the tokenizer's template, the same each time; one that fails or drops the question: `BadInput`."
+    try:
+        with nothing_by_chance():
+            prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        told = " ".join(str(error).split())[:150]
+        raise BadInput(f"The tokenizer's chat template cannot render a question ({type(error).__name__}: {told}): "
+                       "expected one that takes turns of user and assistant; mend chat_template.") from error
+    if normal_text(chat[-1]["content"]) in normal_text(str(prompt)): return prompt
+    raise BadInput("The tokenizer's chat template leaves the question out of the prompt: expected all of it "
+                   "there; mend chat_template.")
 
 def prompt_text(tokenizer: object, problem: Problem, style: str | PromptStyle, shots: Sequence[Problem] = ()) -> str:
     "The prompt of a problem through the tokenizer's chat template (paper Appendix B), worked examples first."
@@ -74,8 +109,7 @@ def prompt_text(tokenizer: object, problem: Problem, style: str | PromptStyle, s
     for shot in shots: turns += [("user", question_text(shot, style)), ("assistant", target_text(shot, style))]
     turns.append(("user", question_text(problem, style)))
     if tokenizer.chat_template is None: return "\n\n".join(text for _, text in turns) + "\n\n"
-    chat = [{"role": role, "content": text} for role, text in turns]
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return rendered(tokenizer, [{"role": role, "content": text} for role, text in turns])
 
 # %% ../../nbs/data/03_prompts.ipynb #c023
 @dataclass(frozen=True)
