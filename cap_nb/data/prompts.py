@@ -71,7 +71,6 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from transformers.utils import chat_template_utils
-from cap_nb.core.errors import BadInput
 from cap_nb.data.problems import normal_text
 
 class SameDay(datetime.datetime):
