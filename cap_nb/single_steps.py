@@ -14,7 +14,7 @@ from cap_nb.jobs.job import check_job, check_screening, check_windows_fit, fille
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.methods.resumed_scoring import Request, check_target, help_scoring, table_scorer
 from cap_nb.methods.screening import save_partial, screen_heads
-from cap_nb.methods.unit_store import device_of_process, joined
+from cap_nb.methods.layer_walk import device_of_process, joined
 from cap_nb.models.loading import load_model, tokenizer_fingerprint
 from cap_nb.scoring import save_losses
 
@@ -107,7 +107,7 @@ from cap_nb.methods.screening import read_scores
 from cap_nb.methods.streaming import (
     check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
     solve_checkpoint)
-from cap_nb.models.loading import check_all_here, model_fingerprint, save_model
+from cap_nb.models.loading import check_all_here, fingerprint_differences, model_fingerprint, save_model
 from cap_nb.portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
 from cap_nb.regions import Factors
@@ -122,9 +122,9 @@ def matching_scores(
 ) -> tuple[HeadLosses, torch.Tensor]: # The table, and the scores in nats, float64 [L, H]
     "Load a table of losses and its scores; one of another model or target raises `BadInput`."
     losses, scores = read_scores(path, settings.aggregation)
-    if losses.meta.get("model") != fingerprint:
-        raise BadInput(f"{path} was measured on other weights or another dtype: expected this model's; "
-                       "score it first, with the same --dtype.")
+    if differ := fingerprint_differences(losses.meta.get("model"), fingerprint):
+        raise BadInput(f"{path} was measured on a model with other {' and '.join(differ)}, or in another dtype: "
+                       "expected this model's; score it first, with the same --dtype.")
     check_target(losses, settings.score_target, path)
     return losses, scores
 

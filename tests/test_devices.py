@@ -12,7 +12,7 @@ from fixtures import made_up_calibration, tiny_llama
 from cap_nb.core.errors import BadInput
 from cap_nb.methods import resumed_scoring
 from cap_nb.methods.resumed_scoring import Request, help_scoring, score_heads
-from cap_nb.methods.unit_store import joined
+from cap_nb.methods.layer_walk import joined
 
 PROCESSES = multiprocessing.get_context("fork")  # what is imported already need not be imported again
 UNITS = 3 * 5  # layers and batches of the model and the examples below

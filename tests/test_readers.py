@@ -36,7 +36,7 @@ from cap_nb.jobs.sweeps import INDEX as SWEEP_INDEX
 from cap_nb.jobs.sweeps import read_config, read_index
 from cap_nb.methods.screening import read_scores
 from cap_nb.methods.streaming import load_norms
-from cap_nb.methods.unit_store import Unit, UnitStore, read_unit
+from cap_nb.methods.layer_walk import Unit, UnitStore, read_unit
 from cap_nb.models.lab import load_state, read_state
 from cap_nb.models.loading import config_of, load_gguf, load_tokenizer
 from cap_nb.portable.format import CHECKSUM, FORMAT, VERSION, Entry, header_of, open_shard, read_manifest

@@ -170,7 +170,8 @@ def answer_batches(examples: Sequence[Example], answering: Answering) -> list[An
 from torch import nn
 from ..data.prompts import PromptStyle
 from ..models.decoding import Decoding, Generation, generate_noted
-from ..evaluation import answer_record, strict_pattern
+from ..data.prompts import strict_pattern
+from ..evaluation import answer_record
 
 # %% ../../nbs/jobs/06_chains.ipynb #c035
 def chain_of(example: Example, said: Generation, attempt: int, tokenizer: object, style: str | PromptStyle,
@@ -197,7 +198,8 @@ def answered(model: nn.Module, tokenizer: object, batch: AnswerBatch, style: str
 import importlib.metadata
 import cap_nb
 from ..data.prompts import prompt_style
-from ..models.loading import model_fingerprint, tokenizer_fingerprint
+from ..models.loading import (
+    TOKENIZER_PARTS, fingerprint_differences, model_fingerprint, tokenizer_fingerprint)
 
 # %% ../../nbs/jobs/06_chains.ipynb #c041
 def style_origin(style: str | PromptStyle) -> dict: # Its name and fingerprint
@@ -330,7 +332,7 @@ from ..data.prompts import make_example
 # %% ../../nbs/jobs/06_chains.ipynb #c067
 def check_chains(tokenizer: object, chains: Chains) -> None:
     "Raise `BadInput` for chains whose prompts were made for another tokenizer or chat template."
-    if chains.about.get("tokenizer") != tokenizer_fingerprint(tokenizer):
+    if fingerprint_differences(chains.about.get("tokenizer"), tokenizer_fingerprint(tokenizer), TOKENIZER_PARTS):
         raise BadInput("The chains were written with another tokenizer or chat template: expected this model's, since "
                        "prompts are kept as text; make them with 'cap chains' for this model.")
 

@@ -116,7 +116,7 @@ import json
 from collections.abc import Sequence
 from ..calibration import Calibration
 from ..core.files import sha256_of_text
-from ..data.problems import Problem, load_text
+from ..data.problems import Problem, load_text, normal_text
 from ..evaluation import evaluation_problems
 
 # %% ../../nbs/jobs/03_job.ipynb #c017
@@ -146,7 +146,7 @@ from ..core.registry import additions_noted
 from ..models.decoding import token_limit
 from .chains import style_origin
 from .settings import share_of_text
-from ..models.loading import model_fingerprint, tokenizer_fingerprint
+from ..models.loading import fingerprint_differences, model_fingerprint, settings_that_count, tokenizer_fingerprint
 
 # %% ../../nbs/jobs/03_job.ipynb #c020
 def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes of its problems
@@ -157,6 +157,8 @@ def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: 
     "Which model a run is about, by content, and how it computes."
     weight = next(model.parameters())
     return {"name": job.model.name, "fingerprint": model_fingerprint(model),
+            "configuration": settings_that_count(model.config),
+            "generation": settings_that_count(model.generation_config),
             "tokenizer": tokenizer_fingerprint(tokenizer), "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type}
 
@@ -232,6 +234,17 @@ def check_windows_fit(job: Job, model: nn.Module) -> None:
         raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
                        "give fewer tokens.")
 
+def check_text_unseen(job: Job, calibration: Calibration) -> None:
+    "Raise `BadInput` if windows that are calibrated on stand in the text that perplexity is measured on."
+    windows = [normal_text(example.target) for example in calibration.examples if example.task == "text"]
+    if not (windows and job.evaluate.windows): return
+    text = load_text(job.evaluate.text, job.calibrate.data_dir, job.evaluate.evaluate_on)
+    measured = normal_text(text.text)
+    seen = [inner for w in windows if (inner := w[len(w) // 4:len(w) - len(w) // 4]) in measured] # ends may cut a word
+    if seen:
+        raise BadInput(f"{len(seen)} windows of {text.name} are calibrated on and measured on: expected another text; "
+                       "give another --text, or --windows 0.")
+
 # %% ../../nbs/jobs/03_job.ipynb #c031
 from ..methods.prune import check_fits
 from ..models.loading import check_all_here, load_model
@@ -256,6 +269,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
         raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or "
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
+    check_text_unseen(job, calibration)
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 
@@ -293,10 +307,10 @@ def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Ite
 # %% ../../nbs/jobs/03_job.ipynb #c046
 def check_origin(path: Path, meta: dict, ready: Ready) -> None:
     "Raise `BadInput` for a table of losses of another model or other examples."
-    wanted = (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
-    if (meta.get("model"), meta.get("calibration")) != wanted:
-        raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
-                       "run again.")
+    differ = fingerprint_differences(meta.get("model"), ready.configuration["model"]["fingerprint"])
+    if not differ and meta.get("calibration") == ready.calibration.fingerprint: return
+    other = f"a model with other {' and '.join(differ)}" if differ else "other examples"
+    raise BadInput(f"{path} was measured on {other}: expected this run's; remove it and run again.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c047
 def save_measured(ready: Ready, path: Path, store: Path) -> None:

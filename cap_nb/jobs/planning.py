@@ -44,7 +44,7 @@ def sizes_of(config: object, name: str, source: str) -> Sizes: # Its sizes
     if getattr(config, "quantization_config", None):
         raise BadInput(f"{name} is quantised: expected weights in float32, bfloat16 or float16; take a checkpoint that "
                        "is not quantised.")
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config).eval()
     a, scope, rows_reading = dimensions(config), projections(model), Counter()
     shares = [p.routing.chosen / p.routing.count if p.expert is not None else 1.0 for p in scope]
     for p, share in zip(scope, shares): # query, key and value read one input, gate and up another

@@ -122,7 +122,7 @@ def results_frame(
 
 # %% ../../nbs/jobs/07_results.ipynb #c038
 from collections.abc import Mapping
-from .records import shown
+from .records import agrees, is_fingerprint, shown
 
 # %% ../../nbs/jobs/07_results.ipynb #c039
 COUNTS = tuple(f"evaluation.{name}" for name in ("evaluate_n", "loss_n", "windows", "window_tokens")) # As asked
@@ -134,12 +134,12 @@ def measured_on(run: Run) -> dict[str, object]: # Setting -> value, fingerprints
     text = next((e.perplexity for e in run.evaluations if e.perplexity is not None), None)
     read = {"text": text.text, "windows read": text.windows, "tokens in each": text.window_tokens} if text else {}
     settings = settings_of(kept) | read
-    return dict(sorted(settings.items(), key=lambda item: (len(str(item[1])) == 64, item[0])))
+    return dict(sorted(settings.items(), key=lambda item: (is_fingerprint(item[1]), item[0])))
 
 def check_paired(names: tuple[str, str], runs: tuple[Run, Run]) -> None:
     "Raise `BadInput`, naming what differs, unless two runs were measured on the same problems in the same way."
     one, other = map(measured_on, runs)
-    differ = [key for key in one if key in other and one[key] != other[key]]
+    differ = [key for key in one if key in other and not agrees(one[key], other[key])]
     if all(key in COUNTS for key in differ): return # a count alone may belong to a measure that only one has
     said = "; ".join(f"{key} ({shown(one[key])} and {shown(other[key])})" for key in differ[:3])
     raise BadInput(f"{names[0]} and {names[1]} were not measured on the same problems in the same way, they differ in "

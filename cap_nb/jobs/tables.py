@@ -52,7 +52,7 @@ def value_text(
         return f"{key} ({value_text(inner)})" if isinstance(inner, Mapping) else f"{key} {value_text(inner)}"
     if isinstance(value, Mapping): return ", ".join(entry(key, inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)): return ", ".join(map(value_text, value))
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(value))
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}(-[0-9a-f]{16})*\b", r"\1", str(value))
 
 def table_notes(
     table: pd.DataFrame, # From `method_table`

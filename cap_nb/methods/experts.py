@@ -180,7 +180,7 @@ def expert_variance(routed: RoutedLosses, splits: int = 50, seed: int = 0) -> Ex
 
 # %% ../../nbs/methods/21_experts.ipynb #c051
 import math
-from .unit_store import check_finite_table
+from .layer_walk import check_finite_table
 from ..models.anatomy import Projection, projections
 from ..models.interventions import masked_expert
 from ..scoring import head_losses, mean_by_example

@@ -211,14 +211,13 @@ def with_factors(model: nn.Module, parts: MethodName, inputs: Inputs) -> Inputs:
 
 # %% ../../nbs/methods/24_prune.ipynb #c0d7fcb5
 from cap_nb.methods.criteria import measured_for, projection_shares, prune_by, walks
-from cap_nb.methods.joint import joint_update
 from cap_nb.methods.layer_walk import LayerStep
 from cap_nb.methods.neurons import weighing
 from cap_nb.methods.sparsegpt import (
     Hessians, LayerSolver, MatrixSolver, by_matrix, check_pattern_fits, solve_layer_by_layer, sparsegpt_update)
 from cap_nb.methods.selection import Criterion, Measurements, check_pattern
 from cap_nb.methods.swaps import swapped_mask
-from cap_nb.methods.update import updated_weight
+from cap_nb.methods.update import joint_update, updated_weight
 from cap_nb.methods.wanda import uniform_shares, zero_shares_within
 from cap_nb.models.anatomy import projections
 from cap_nb.regions import region_factors
