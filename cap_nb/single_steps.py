@@ -12,11 +12,10 @@ from torch import nn
 from cap_nb.core.errors import BadInput
 from cap_nb.jobs.job import check_job, check_screening, check_windows_fit, filled_in, job_calibration
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.methods.resumed_scoring import Request, check_target, help_scoring, table_scorer
+from cap_nb.methods.resumed_scoring import Request, check_target, help_scoring, save_losses, table_scorer
 from cap_nb.methods.screening import save_partial, screen_heads
 from cap_nb.methods.layer_walk import device_of_process, joined
 from cap_nb.models.loading import load_model, tokenizer_fingerprint
-from cap_nb.scoring import save_losses
 
 # %% ../nbs/single_steps.ipynb #64f83dbc
 def load_checked(

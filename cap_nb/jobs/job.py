@@ -284,11 +284,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 import torch
-from ..methods.resumed_scoring import check_target, table_scorer
+from ..methods.resumed_scoring import check_target, save_losses, table_scorer
 from ..core.files import memory_taken
 from .records import note_memory, note_time
 from ..methods.screening import PartialLosses, load_any, save_partial, screen_heads, scores_of
-from ..scoring import HeadLosses, save_losses
+from ..scoring import HeadLosses
 
 # %% ../../nbs/jobs/03_job.ipynb #c045
 @contextmanager
