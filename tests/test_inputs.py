@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.jobs.job import run_job
-from cap_nb.jobs.records import load_run
+from cap_nb.jobs.records import load_run, pack_run, unpack_run
 from cap_nb.jobs.settings import Job, changed
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
@@ -240,3 +240,20 @@ def test_an_older_run_goes_on_and_says_what_it_does_not_cover(place, caplog):
     run_job(job_in(place, sparsities=(0.3,)), place / "run")
     assert "says nothing of the model's configuration and generation" in caplog.text
     assert read_checked(path)["model"] == kept["model"]
+
+
+def test_packing_leaves_what_is_no_record_where_it_is(place, caplog):
+    """A user's notes, another run inside, an empty folder: named, never removed, and back after unpacking."""
+    run = place / "run"
+    own = ["my-notes.txt", "evaluations/mine.txt", "evaluations/dense-0.0/notes.md", "evaluations/dense-0.0/own.csv", "inner/run.json", "plots/own.png", "mine.jsonl"]
+    for name in own:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("{}")
+    (run / "nothing").mkdir()
+    before = {path.relative_to(run) for path in run.rglob("*")}
+    pack_run(run)
+    assert all((run / name).exists() for name in own if name != "evaluations/dense-0.0/own.csv") and (run / "nothing").is_dir()
+    assert "inner/run.json" in caplog.text and "was left where it is" in caplog.text
+    unpack_run(run, place / "back")
+    assert before <= {path.relative_to(place / "back") for path in (place / "back").rglob("*")}
+    assert numbers(place / "back") == numbers(run)
