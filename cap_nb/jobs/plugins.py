@@ -53,12 +53,8 @@ def add_attribution(
 from collections.abc import Sequence
 from cap_nb.methods.allocation import finite_by_layer, layer_weights, shares_of_layers
 
-def relative_sparsity(
-    numbers: Sequence[float], # r, how much of each layer goes, relative to the others
-    weights: Sequence[int], # w, weights in scope of each layer
-    sparsity: float, # s, share of the model's weights to zero
-    whose: str = "the allocation", # Whose numbers they are, for the sentence
-) -> tuple[float, ...]: # A sparsity for every layer, in [0, 1)
+def relative_sparsity(numbers: Sequence[float], weights: Sequence[int], sparsity: float,
+                      whose: str = "the allocation") -> tuple[float, ...]: # A sparsity for every layer, in [0, 1)
     "Sparsities in proportion to numbers; numbers that cannot be, or a layer that would lose all, raise `BadInput`."
     r, w = finite_by_layer(numbers, weights)
     if len(r) != len(w) or r.min() < 0 or r.max() == 0:
@@ -116,20 +112,14 @@ from cap_nb.data.problems import SPLITS, Problem, Task, load_problems
 from cap_nb.evaluation import ANSWERS, LOOSE, NORMAL
 from cap_nb.jobs.planning import ASSUMED_TOKENS
 
-def existing_file(
-    path: str | Path, # As the user wrote it; in a plugin relative to the plugin's folder
-    whose: str, # Whose file it is, for the sentence
-) -> Path: # The file, as an absolute path
+def existing_file(path: str | Path, whose: str) -> Path: # The file, as an absolute path
     "A file of the user's; one that is missing raises `BadInput`."
     found = ((LOADING[-1].parent if LOADING else Path())/path).resolve()
     if found.is_file(): return found
     where = f"the folder of {LOADING[-1].name}" if LOADING else "the folder in which Python runs"
     raise BadInput(f"The file {path} of {whose} is missing: expected its whole path, or one from {where}; check it.")
 
-def files_by_split(
-    files: str | Path | Mapping[str, str | Path], # One file, or one for each split
-    whose: str, # Whose they are, for the sentence
-) -> dict[str, tuple[str, ...]]: # Split -> its file, as `Task` has it
+def files_by_split(files: str | Path | Mapping[str, str | Path], whose: str) -> dict[str, tuple[str, ...]]:
     "The files of a task."
     named = files if isinstance(files, Mapping) else dict.fromkeys(SPLITS, files)
     if set(named) != set(SPLITS):
@@ -138,10 +128,7 @@ def files_by_split(
     return {split: (str(existing_file(named[split], whose)),) for split in SPLITS}
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c043
-def problem_reader(
-    read: Callable[[dict], Mapping], # Record of the file -> question, answer, perhaps solution and choices
-    answer: str, # Regular expression of an answer
-) -> Callable[[Mapping, str], Problem]: # As `Task` has it
+def problem_reader(read: Callable[[dict], Mapping], answer: str) -> Callable[[Mapping, str], Problem]:
     "Problems from a user's records; what is missing, or is no answer, raises an error that names it."
     def problem(record: Mapping, task: str) -> Problem:
         told = read(record)
@@ -152,12 +139,7 @@ def problem_reader(
     return problem
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c044
-def check_wording(
-    prompt: str, # Template of the question
-    line: str, # Answer line
-    answer: str, # Regular expression of an answer
-    whose: str, # Whose they are, for the sentence
-) -> None:
+def check_wording(prompt: str, line: str, answer: str, whose: str) -> None:
     "Raise `BadInput` for templates without their place, and for an expression that cannot be used."
     for text, mark in ((prompt, "question"), (line, "answer")):
         try: fits = "\0" in text.format(**{mark: "\0", "choices": ""})
@@ -171,18 +153,14 @@ def check_wording(
                        "without groups; write (?:...) where one is needed.")
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c045
-def check_task_name(
-    name: str, # The name that the user gave
-) -> None:
+def check_task_name(name: str) -> None:
     "Raise `BadInput` for a name that is taken, or that means a task of the package."
     check_new_name(name, "task", (*TASKS, "own", "text", "all", "none"), WORD)
     if name.startswith("lab-") or name.endswith("_changed"):
         raise BadInput(f"{name!r} cannot name a task: expected one without lab- before it and _changed behind "
                        "it, which mark tasks of the package; choose another name.")
 
-def read_whole(
-    name: str, # A task that was added
-) -> tuple[int, int]: # Tokens of a prompt and of a target, by their lengths: four characters each
+def read_whole(name: str) -> tuple[int, int]:
     "Read all problems of a task once; a bad record, or a split without problems, raises `BadInput`."
     problems = {split: load_problems(name, split) for split in SPLITS}
     for split, some in problems.items():
@@ -252,16 +230,11 @@ import sys
 from types import ModuleType
 from cap_nb.core.registry import PLUGINS, error_in_words
 
-def module_name(
-    path: Path, # A plugin
-) -> str: # As in "cap_plugin_my"
+def module_name(path: Path) -> str: # As in "cap_plugin_my"
     "What a plugin is called among Python's modules."
     return f"cap_plugin_{path.stem}"
 
-def executed(
-    path: Path, # A plugin
-    text: bytes, # What it says
-) -> None:
+def executed(path: Path, text: bytes) -> None:
     "Execute a plugin; an error in it raises `BadInput` that names the line."
     module = sys.modules[module_name(path)] = ModuleType(module_name(path))
     module.__file__ = str(path)
@@ -275,9 +248,7 @@ def executed(
                        "correct it.") from error
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c074
-def load_plugin(
-    path: str | Path, # A Python file; it is executed
-) -> None:
+def load_plugin(path: str | Path) -> None:
     "Load a plugin for the rest of the session; one that fails adds nothing, and raises `BadInput` that names the line."
     path = Path(path).resolve()
     if not path.is_file() or path.suffix != ".py":
@@ -302,9 +273,7 @@ from contextlib import contextmanager
 from cap_nb.core.registry import additions_undone
 
 @contextmanager
-def plugins_loaded(
-    paths: Sequence[str | Path], # Python files, executed in this order
-) -> Iterator[None]:
+def plugins_loaded(paths: Sequence[str | Path]) -> Iterator[None]:
     "While the block runs, what some plugins add is known."
     modules = {module_name(Path(path)) for path in paths} - set(sys.modules)
     with additions_undone():

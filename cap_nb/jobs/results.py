@@ -274,11 +274,8 @@ def comparison_csv(comparisons: Mapping[tuple[str, str, float, str], Comparison]
     "Comparisons for machines."
     return comparison_frame(comparisons).to_csv(lineterminator="\n")
 
-def save_comparison(
-    comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_runs`
-    runs: Folders, # What was compared
-    out: str | Path, # Folder to make; must not exist, or be empty
-) -> None:
+def save_comparison(comparisons: Mapping[tuple[str, str, float, str], Comparison], runs: Folders,
+                    out: str | Path) -> None:
     "Write comparison.md, .csv and .png, and sources.json with the hashes of what they were made from."
     sources = {name: {part: sha256_of_file(folder/part) for part in ("run.json", "manifest.json", PACKED)
                       if (folder/part).exists()} for name, folder in runs_in(runs).items()}
@@ -324,11 +321,8 @@ def measurements_of(run: Run) -> pd.DataFrame: # KEY as the index, the column va
     return pd.DataFrame(rows, columns=columns).set_index(KEY)[["value"]]
 
 # %% ../../nbs/jobs/07_results.ipynb #r012
-def equal_row(
-    what: str, # What is compared
-    pairs: list[tuple[object, object]], # The first run's value and the second's
-    largest: float | None = None, # Largest difference; None where a difference has no size
-) -> tuple[str, int, int, float | None]: # A row of the table
+def equal_row(what: str, pairs: list[tuple[object, object]], largest: float | None = None) -> tuple[str, int, int,
+              float | None]: # A row of the table
     "How many of some values are equal."
     return what, len(pairs), sum(first == second for first, second in pairs), largest
 
