@@ -55,10 +55,6 @@ def evaluation_texts(evaluation: Evaluation, backend: str = "transformers") -> d
     about["sha256"] = {name: sha256_of_text(text) for name, text in tables.items()}
     return tables | {"evaluation.json": checked_text(about)}
 
-def perplexity_from(about: dict | None) -> Perplexity | None: # The perplexity
-    "A perplexity from its fields."
-    return about and Perplexity(**about | {"losses": tuple(about["losses"])})
-
 # %% ../../nbs/jobs/00_records.ipynb #c012
 def save_evaluation(evaluation: Evaluation, folder: str | Path, backend: str = "transformers") -> None:
     "Write an evaluation's records; equal records give equal bytes. A folder in use raises `BadInput`."
@@ -67,22 +63,19 @@ def save_evaluation(evaluation: Evaluation, folder: str | Path, backend: str = "
             (part/name).write_text(text, encoding="utf-8", newline="")
 
 # %% ../../nbs/jobs/00_records.ipynb #c013
-def read_table(folder: Path, name: str, about: dict) -> tuple: # Its records
-    "The records of one file; one that is not as it was saved raises ValueError."
-    text = (folder/f"{name}.csv").read_bytes().decode("utf-8")
-    if sha256_of_text(text) != about["sha256"][f"{name}.csv"]: raise ValueError(f"{name}.csv is not as it was saved")
-    return records_from_text(text, RECORD_FILES[name])
-
-# %% ../../nbs/jobs/00_records.ipynb #c014
-def load_evaluation(folder: str | Path) -> Evaluation: # The evaluation
+def load_evaluation(folder: str | Path) -> Evaluation:
     "Read an evaluation; a missing or damaged file raises `BadInput` that names it."
     folder = Path(folder)
-    about = read_checked(folder/"evaluation.json")
+    about, tables = read_checked(folder/"evaluation.json"), {}
     try:
-        return Evaluation(
-            method=about["method"], sparsity=about["sparsity"], reached=about["reached"],
-            **{name: read_table(folder, name, about) for name in RECORD_FILES},
-            perplexity=perplexity_from(about["perplexity"]))
+        for name, kind in RECORD_FILES.items():
+            text = (folder/f"{name}.csv").read_bytes().decode("utf-8")
+            if sha256_of_text(text) != about["sha256"][f"{name}.csv"]:
+                raise ValueError(f"{name}.csv is not as it was saved")
+            tables[name] = records_from_text(text, kind)
+        if text := about["perplexity"]: text = Perplexity(**text | {"losses": tuple(text["losses"])})
+        return Evaluation(method=about["method"], sparsity=about["sparsity"], reached=about["reached"], **tables,
+                          perplexity=text)
     except (OSError, KeyError, TypeError, ValueError) as error:
         message = f"{folder} holds no whole evaluation ({error}): expected the files of one; evaluate again."
         raise BadInput(message) from error
@@ -111,10 +104,10 @@ def differences(one: dict, other: dict) -> tuple[str, ...]: # As in "calibration
     return tuple(f"{key} ({shown(a.get(key))}, now {shown(b.get(key))})" for key in differ)
 
 # %% ../../nbs/jobs/00_records.ipynb #c024
+import logging
+from collections.abc import Callable
 from ..core.files import (
     DAMAGED, HALF_WRITTEN, read_tensors, remove, remove_leftovers, is_intact, taken_as, write_checked)
-
-# %% ../../nbs/jobs/00_records.ipynb #c025
 from ..core.registry import check_additions
 
 # %% ../../nbs/jobs/00_records.ipynb #c026
@@ -136,9 +129,6 @@ def is_run(folder: Path) -> bool:
     "Whether a folder holds a run, live or packed."
     return any((folder/name).is_file() for name in ("run.json", PACKED))
 
-# %% ../../nbs/jobs/00_records.ipynb #c028
-import logging
-
 # %% ../../nbs/jobs/00_records.ipynb #c029
 log = logging.getLogger(__name__)
 
@@ -147,18 +137,11 @@ PIECES = {load_evaluation: ("chains/answers", "unfinished/[!.]*-*/[!.]*"),
           read_tensors: ("**/losses.safetensors", "attributions/[!.]*.safetensors", "factors/[!.]*.safetensors"),
           } # How a piece that can be made anew is read -> where such pieces lie
 
-def set_damaged_aside(folder: Path) -> None:
-    "Set aside every damaged piece that can be made anew, and remove what earlier sessions left of finished cells."
-    for path in sorted(folder.glob("evaluations/[!.]*")):
-        if DAMAGED not in path.name: is_intact(path, load_evaluation)
-    for cell in sorted(folder.glob("unfinished/[!.]*-*")):
-        if (folder/"evaluations"/cell.name).exists(): remove(cell)
-    for read, patterns in PIECES.items():
-        for path in [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
-            if DAMAGED not in path.name: is_intact(path, read)
+def set_damaged_aside(folder: Path, read: Callable, *patterns: str) -> None:
+    "Set aside every piece that can be made anew and is not as it was saved."
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        if DAMAGED not in path.name: is_intact(path, read)
 
-
-# %% ../../nbs/jobs/00_records.ipynb #c030
 def put_in_order(folder: Path) -> None:
     "Before a run goes on: half-written files go, damaged pieces are set aside, what is lost for good is named."
     for part in [part for part in folder.rglob(".*.part") if HALF_WRITTEN.fullmatch(part.name)]:
@@ -166,7 +149,10 @@ def put_in_order(folder: Path) -> None:
     for name in ("environment.json", "timings.json"):
         if any(folder.glob("evaluations/*")) and not (folder/name).exists():
             log.warning("%s has lost its %s: what earlier sessions noted there cannot be made anew.", folder, name)
-    set_damaged_aside(folder)
+    set_damaged_aside(folder, load_evaluation, "evaluations/[!.]*")
+    for cell in sorted(folder.glob("unfinished/[!.]*-*")): # left where a session was killed behind a cell's last piece
+        if (folder/"evaluations"/cell.name).exists(): remove(cell)
+    for read, patterns in PIECES.items(): set_damaged_aside(folder, read, *patterns)
 
 # %% ../../nbs/jobs/00_records.ipynb #c031
 def open_run(folder: str | Path, configuration: dict) -> dict:
@@ -326,8 +312,7 @@ def note_memory(folder: str | Path, stage: str, taken: int | None) -> None:
 
 # %% ../../nbs/jobs/00_records.ipynb #c061
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -338,20 +323,14 @@ class Records:
     evaluations: dict[str, Evaluation] # Folder within the run, as in "evaluations/cap-0.2" -> what was measured
     files: dict[str, Path | bytes] # Path within the run, as in "timings.json" -> the file, or its contents
 
-    @contextmanager
-    def opened(self, name: str) -> Iterator[Path]:
-        "One record as a file, for as long as the block runs."
-        if isinstance(self.files[name], Path): yield self.files[name]
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder)/Path(name).name
-                path.write_bytes(self.files[name])
-                yield path
-
     def read(self, name: str, reader: Callable, missing: object = None) -> object:
         "One record as `reader` reads it from its path; `missing` if the run has none of this name."
         if name not in self.files: return missing
-        with self.opened(name) as path: return reader(path)
+        if isinstance(self.files[name], Path): return reader(self.files[name])
+        with tempfile.TemporaryDirectory() as folder: # safetensors reads nothing but files
+            path = Path(folder)/Path(name).name
+            path.write_bytes(self.files[name])
+            return reader(path)
 
 # %% ../../nbs/jobs/00_records.ipynb #c064
 NO_RECORDS = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT) # All else
