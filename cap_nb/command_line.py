@@ -6,22 +6,28 @@
 __all__ = []
 
 # %% ../nbs/command_line.ipynb #8a9f3a9c
+import functools
 import importlib.metadata
+import inspect
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, get_args
 import typer
 from typer.core import TyperGroup
 import cap_nb
-from cap_nb.core.errors import (
+from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, lacks_memory, refused_path)
-from cap_nb.core.stopping import STOPPED, signals_answered, stop
+from .core.stopping import signals_answered, stop, STOPPED
+from .jobs.settings import changed, FineTuning, Job, MOST, Shrinking, SinglePruning, SpeedSettings
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -91,14 +97,6 @@ def in_one_sentence() -> Iterator[None]:
         sentence, code = sentence_and_code(error)
         typer.echo(f"cap: {BadInput(sentence)}", err=True) # which is one line whatever is in it
         raise typer.Exit(code) from None
-
-# %% ../nbs/command_line.ipynb #e6e0e604
-import functools
-import inspect
-import re
-from dataclasses import dataclass, fields
-from typing import Annotated, get_args
-from cap_nb.jobs.settings import MOST, FineTuning, Job, Shrinking, SinglePruning, SpeedSettings, changed
 
 # %% ../nbs/command_line.ipynb #a12a5acc
 def read_names(text: str | None) -> tuple[str, ...] | None: # ("cap", "wanda"); () for "none"

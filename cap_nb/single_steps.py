@@ -7,17 +7,38 @@ __all__ = []
 
 # %% ../nbs/single_steps.ipynb #29a6995a
 import shutil
+from dataclasses import replace
 from pathlib import Path
+import torch
 from torch import nn
-from cap_nb.core.errors import BadInput
-from cap_nb.jobs.job import check_job, check_screening, check_windows_fit, filled_in, job_calibration
-from cap_nb.jobs.settings import Job, changed
-from cap_nb.methods.resumed_scoring import Request, check_target, heads_by_layer, help_scoring, table_scorer
-from cap_nb.methods.screening import save_partial, screen_heads
-from cap_nb.methods.unit_store import Share, device_of_process, joined
-from cap_nb.models.anatomy import anatomy
-from cap_nb.models.loading import load_model, tokenizer_fingerprint
-from cap_nb.scoring import save_losses
+from .calibration import Calibration
+from .core.errors import BadInput
+from .core.files import check_new_folder
+from .core.registry import additions_noted
+from .evaluation import Evaluation
+from .importance import importance_factors
+from .jobs.chains import Answering, own_chains, task_counts, too_few
+from .jobs.job import (
+    check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, targets_configuration)
+from .jobs.records import save_evaluation
+from .jobs.settings import changed, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
+from .methods.criteria import Inputs
+from .methods.prune import check_method, needs_of, prune, unit_factors
+from .methods.resumed_scoring import check_target, heads_by_layer, help_scoring, Request, table_scorer
+from .methods.screening import read_scores, save_partial, screen_heads
+from .methods.streaming import (
+    check_solved, check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint,
+    save_hessians, solve_checkpoint)
+from .methods.unit_store import device_of_process, joined, Share
+from .models.anatomy import anatomy
+from .models.loading import check_all_here, load_model, model_fingerprint, save_model, tokenizer_fingerprint
+from .portable.fine_tuning import check_settings, recover_into, Recovery
+from .portable.sharing import (
+    base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
+from .portable.shrink import check_shrinking, shrink_to, Shrunk, shrunk_record
+from .regions import Factors
+from .scoring import HeadLosses, save_losses
+from .threshold import PruneReport
 
 # %% ../nbs/single_steps.ipynb #64f83dbc
 def load_checked(job: Job) -> tuple[nn.Module, object]: # The model and its tokenizer
@@ -64,9 +85,6 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
     return (f"{out}: {measured} of {len(table.intact)} examples with each of {table.masked[..., 0].numel()} heads "
             "masked.")
 
-# %% ../nbs/single_steps.ipynb #3ed0c23d
-from cap_nb.jobs.chains import Answering, own_chains, task_counts, too_few
-
 # %% ../nbs/single_steps.ipynb #a601eac4
 def answer_into(job: Job, out: Path, tries: int = Answering.tries, temperature: float = Answering.temperature,
                 lenient: bool = False) -> list[str]: # What came of it, in sentences
@@ -79,28 +97,6 @@ def answer_into(job: Job, out: Path, tries: int = Answering.tries, temperature: 
     counts = [f"{count.task}: {count.problems} problems, {count.answers} answers, {count.right} of them right, "
               f"{count.kept} problems with a chain that is kept." for count in task_counts(chains)]
     return [*counts, *too_few(chains), f"{out}: the chains; use them with --calibrate-on {out}."]
-
-# %% ../nbs/single_steps.ipynb #5a5cda1a
-import torch
-from dataclasses import replace
-from cap_nb.calibration import Calibration
-from cap_nb.core.registry import additions_noted
-from cap_nb.core.files import check_new_folder
-from cap_nb.importance import importance_factors
-from cap_nb.jobs.job import targets_configuration
-from cap_nb.jobs.settings import PruneSettings, SinglePruning
-from cap_nb.methods.criteria import Inputs
-from cap_nb.methods.prune import check_method, needs_of, prune, unit_factors
-from cap_nb.methods.screening import read_scores
-from cap_nb.methods.streaming import (
-    check_solved, check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint,
-    save_hessians, solve_checkpoint)
-from cap_nb.models.loading import check_all_here, model_fingerprint, save_model
-from cap_nb.portable.sharing import (
-    base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
-from cap_nb.regions import Factors
-from cap_nb.scoring import HeadLosses
-from cap_nb.threshold import PruneReport
 
 # %% ../nbs/single_steps.ipynb #77f84e0d
 def matching_scores(path: Path, fingerprint: str, settings: PruneSettings) -> tuple[HeadLosses, torch.Tensor]:
@@ -207,10 +203,6 @@ def hessians_into(job: Job, out: Path) -> None:
     model, tokenizer = load_checked(job)
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
 
-# %% ../nbs/single_steps.ipynb #7cc49dac
-from cap_nb.jobs.settings import Shrinking
-from cap_nb.portable.shrink import Shrunk, check_shrinking, shrink_to, shrunk_record
-
 # %% ../nbs/single_steps.ipynb #9865b8cb
 def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of the model
     "Make a model smaller and save it; a mistake raises `BadInput` before anything is loaded."
@@ -229,10 +221,6 @@ def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of
     save_model(small, tokenizer, out)
     return report
 
-# %% ../nbs/single_steps.ipynb #2ed3aba2
-from cap_nb.jobs.settings import FineTuning
-from cap_nb.portable.fine_tuning import Recovery, check_settings, recover_into
-
 # %% ../nbs/single_steps.ipynb #e1913fb2
 def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was done
     "Train a pruned model further while every zero stays zero, and save it; the same call goes on after a kill."
@@ -240,11 +228,6 @@ def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was 
     check_settings(tuning)
     model, tokenizer = load_checked(job)
     return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning)
-
-# %% ../nbs/single_steps.ipynb #a0ae8087
-from cap_nb.evaluation import Evaluation
-from cap_nb.jobs.job import evaluate
-from cap_nb.jobs.records import save_evaluation
 
 # %% ../nbs/single_steps.ipynb #c880d070
 def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None) -> Evaluation: # The records

@@ -6,8 +6,28 @@
 __all__ = ['own_chains', 'chain_calibration', 'text_calibration', 'mixed_calibration']
 
 # %% ../../nbs/jobs/06_chains.ipynb #c004
-from collections.abc import Sequence
-from dataclasses import dataclass
+import importlib.metadata
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from torch import nn
+from tqdm.auto import tqdm
+import cap_nb
+from ..calibration import Calibration, calibration_set, default_style, draw_stratified
+from ..core.errors import BadInput, check_at_least, check_fields, validate_arguments
+from ..core.files import alone_in, sha256_of_text, text_bytes, whole_file
+from ..data.problems import halves, load_text, task_family
+from ..data.prompts import Example, IGNORED, make_example, prompt_style, PromptStyle
+from ..evaluation import answer_record, prompt_tokens, strict_pattern
+from ..models.decoding import (
+    check_room, check_sampling, Decoding, generate_noted, Generation, generation_batches, Sampling, token_limit)
+from ..models.loading import model_fingerprint, tokenizer_fingerprint
 
 # %% ../../nbs/jobs/06_chains.ipynb #c005
 @dataclass(frozen=True)
@@ -28,10 +48,6 @@ class Chain:
     def right(self) -> bool:
         "Whether the answer is right and the text came to its end."
         return self.answer == self.gold and not self.cut_off
-
-# %% ../../nbs/jobs/06_chains.ipynb #c007
-from collections import Counter
-from ..data.problems import task_family
 
 # %% ../../nbs/jobs/06_chains.ipynb #c008
 FEW_ANSWERS = ("strategyqa", "arc") # Benchmarks whose answers can be guessed: yes or no, a letter
@@ -58,14 +74,6 @@ def kept_chains(chains: Sequence[Chain], per_problem: int = 1) -> tuple[Chain, .
         problems.setdefault((chain.task, chain.uid), []).append(chain)
     order = dict.fromkeys((chain.task, chain.uid) for chain in chains)
     return tuple(chain for problem in order for chain in kept_of_problem(problems[problem], per_problem))
-
-# %% ../../nbs/jobs/06_chains.ipynb #c017
-import json
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-from ..core.errors import BadInput, validate_arguments, check_fields
-from ..core.files import sha256_of_text, text_bytes, whole_file
 
 # %% ../../nbs/jobs/06_chains.ipynb #c018
 @dataclass(frozen=True)
@@ -111,10 +119,6 @@ def read_chains(path: str | Path) -> Chains: # What it holds
                        "make it again.") from None
     return chains
 
-# %% ../../nbs/jobs/06_chains.ipynb #c025
-from ..models.decoding import Sampling
-from ..models.decoding import token_limit
-
 # %% ../../nbs/jobs/06_chains.ipynb #c026
 @dataclass(frozen=True)
 class Answering:
@@ -134,11 +138,6 @@ class Answering:
     def sampling(self, seed: int) -> Sampling:
         "How tokens are drawn."
         return Sampling(temperature=self.temperature, top_k=self.top_k, seed=seed)
-
-# %% ../../nbs/jobs/06_chains.ipynb #c028
-from ..data.prompts import Example
-from ..models.decoding import generation_batches
-from ..evaluation import prompt_tokens
 
 # %% ../../nbs/jobs/06_chains.ipynb #c029
 @dataclass(frozen=True)
@@ -166,12 +165,6 @@ def answer_batches(examples: Sequence[Example], answering: Answering) -> list[An
                 batches.append(AnswerBatch(task=task, attempt=attempt, number=number, examples=batch))
     return batches
 
-# %% ../../nbs/jobs/06_chains.ipynb #c034
-from torch import nn
-from ..data.prompts import PromptStyle
-from ..models.decoding import Decoding, Generation, generate_noted
-from ..evaluation import answer_record, strict_pattern
-
 # %% ../../nbs/jobs/06_chains.ipynb #c035
 def chain_of(example: Example, said: Generation, attempt: int, tokenizer: object, style: str | PromptStyle,
              lenient: bool = False) -> Chain:
@@ -192,12 +185,6 @@ def answered(model: nn.Module, tokenizer: object, batch: AnswerBatch, style: str
     written = generate_noted(model, tokenizer, prompts, answering.limit(batch.task), line, decoding, sampling, names)
     about = (batch.attempt, tokenizer, style, answering.lenient)
     return tuple(chain_of(e, said, *about) for e, said in zip(batch.examples, written))
-
-# %% ../../nbs/jobs/06_chains.ipynb #c040
-import importlib.metadata
-import cap_nb
-from ..data.prompts import prompt_style
-from ..models.loading import model_fingerprint, tokenizer_fingerprint
 
 # %% ../../nbs/jobs/06_chains.ipynb #c041
 def style_origin(style: str | PromptStyle) -> dict: # Its name and fingerprint
@@ -228,16 +215,6 @@ def same_origin(path: Path, about: dict) -> Chains: # What it holds
         raise BadInput(f"{path} holds answers with other settings ({', '.join(differ)}): expected the same; give "
                        "another file with --out, or remove it.")
     return chains
-
-# %% ../../nbs/jobs/06_chains.ipynb #c044
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from tqdm.auto import tqdm
-from ..calibration import calibration_set, default_style
-from ..core.errors import check_at_least
-from ..core.files import alone_in
-from ..models.decoding import check_room, check_sampling
 
 # %% ../../nbs/jobs/06_chains.ipynb #c045
 @contextmanager
@@ -323,10 +300,6 @@ def too_few(chains: Chains) -> list[str]: # A sentence for every task with too f
             f"{FEWEST_CHAINS}; answer more problems with a larger --n, or keep gold." for count in task_counts(chains)
             if count.kept < FEWEST_CHAINS]
 
-# %% ../../nbs/jobs/06_chains.ipynb #c066
-from ..calibration import Calibration, draw_stratified
-from ..data.prompts import make_example
-
 # %% ../../nbs/jobs/06_chains.ipynb #c067
 def check_chains(tokenizer: object, chains: Chains) -> None:
     "Raise `BadInput` for chains whose prompts were made for another tokenizer or chat template."
@@ -366,11 +339,6 @@ def chain_calibration(
     examples = [example for task in tasks or chains.tasks
                 for example in drawn_chains(chain_pool(tokenizer, chains, task, per_problem), task, n, seed)]
     return Calibration.from_examples(examples, k, seed)
-
-# %% ../../nbs/jobs/06_chains.ipynb #c073
-import random
-from ..data.problems import halves, load_text
-from ..data.prompts import IGNORED
 
 # %% ../../nbs/jobs/06_chains.ipynb #c074
 def drawn_blocks(ids: Sequence[int], n: int, tokens: int, seed: int) -> list[tuple[int, ...]]:

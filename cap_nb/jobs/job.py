@@ -6,18 +6,47 @@
 __all__ = ['run_job']
 
 # %% ../../nbs/jobs/03_job.ipynb #c004
-from ..core.errors import BadInput, validate_arguments, check_choice, check_sparsity
-from ..data.problems import TASKS, TEXTS
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from ..calibration import Calibration, calibration_set, default_style, default_tasks
+from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
+from ..core.files import alone_in, memory_taken, read_tensors, sha256_of_text, write_tensors
+from ..core.registry import additions_noted
+from ..data.problems import load_text, Problem, TASKS, TEXTS
 from ..data.prompts import prompt_style
-from ..models.decoding import WRITERS, imported_vllm
-from ..methods.resumed_scoring import TARGETS
-from .chains import Chains, read_chains
-from .settings import CalibrateSettings, Job, changed, check_counts, check_kinds
+from ..evaluation import answer_problems, Evaluation, evaluation_problems, perplexity, problem_losses
+from ..importance import importance_factors
+from .chains import chain_calibration, Chains, mixed_calibration, read_chains, style_origin, text_calibration
+from .records import (
+    cell_name, cells_of, environment, evaluation_folder, load_evaluation, mask_fingerprint, note_environment,
+    note_memory, note_time, open_run, piece_folder, save_evaluation, save_report, together)
+from .report import write_results
+from .settings import (
+    CalibrateSettings, changed, check_counts, check_kinds, examples_by_kind, Job, share_of_text)
+from ..methods.criteria import Inputs
+from ..methods.experts import UnitFactors
 from ..methods.neurons import UNIT_AWARE
-from ..methods.prune import check_method
-from ..methods.screening import check_budget
-from ..models.loading import dtype_named, placed
-from ..scoring import AGGREGATIONS
+from ..methods.prune import (
+    check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, unit_factors)
+from ..methods.resumed_scoring import check_target, table_scorer, TARGETS
+from ..methods.screening import check_budget, load_any, PartialLosses, save_partial, scores_of, screen_heads
+from ..models.anatomy import projections
+from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
+from ..models.loading import (
+    check_all_here, dtype_named, load_model, model_fingerprint, placed, tokenizer_fingerprint)
+from ..regions import Factors
+from ..scoring import AGGREGATIONS, HeadLosses, save_losses
+from ..threshold import prune_report, PruneReport
 
 # %% ../../nbs/jobs/03_job.ipynb #c005
 def chains_of(data: CalibrateSettings) -> Chains | None:
@@ -70,9 +99,6 @@ def check_job(job: Job) -> None:
     placed(job.model.device)
     dtype_named(job.model.dtype, job.model.device)
 
-# %% ../../nbs/jobs/03_job.ipynb #c009
-from ..calibration import default_style, default_tasks
-
 # %% ../../nbs/jobs/03_job.ipynb #c010
 def distinct(values: tuple) -> tuple: # Each once, in order
     "Values without repetition."
@@ -88,9 +114,6 @@ def filled_in(job: Job, tokenizer: object) -> Job: # The same without None where
         text=evaluation.text or ("lab-text" if usual_style == "lab" else "wikitext2"),
         calibration_seed=data.seed if data.calibration_seed is None else data.calibration_seed,
         methods=distinct(job.prune.methods), sparsities=distinct(job.prune.sparsities))
-
-# %% ../../nbs/jobs/03_job.ipynb #c012
-from dataclasses import dataclass, replace
 
 # %% ../../nbs/jobs/03_job.ipynb #c013
 @dataclass(frozen=True)
@@ -111,14 +134,6 @@ def pieces_of(job: Job) -> tuple[Piece, ...]: # In the order in which they are m
     perplexities = [Piece("perplexity", job.evaluate.text)] if job.evaluate.windows else []
     return (*answers, *losses, *perplexities)
 
-# %% ../../nbs/jobs/03_job.ipynb #c016
-import json
-from collections.abc import Sequence
-from ..calibration import Calibration
-from ..core.files import sha256_of_text
-from ..data.problems import Problem, load_text
-from ..evaluation import evaluation_problems
-
 # %% ../../nbs/jobs/03_job.ipynb #c017
 def problems_fingerprint(problems: Sequence[Problem]) -> str: # 64 hexadecimal digits
     "SHA-256 over what the problems say, their solutions and their answers."
@@ -137,16 +152,6 @@ def evaluation_data(job: Job, exclude: frozenset[str]) -> dict:
     return {"accuracy": drawn(evaluation.accuracy_tasks, evaluation.evaluate_n),
             "loss": drawn(data.tasks, evaluation.loss_n) if evaluation.loss_n else {},
             "text": {evaluation.text: text.fingerprint for text in texts}}
-
-# %% ../../nbs/jobs/03_job.ipynb #c019
-import shutil
-from pathlib import Path
-from torch import nn
-from ..core.registry import additions_noted
-from ..models.decoding import token_limit
-from .chains import style_origin
-from .settings import share_of_text
-from ..models.loading import model_fingerprint, tokenizer_fingerprint
 
 # %% ../../nbs/jobs/03_job.ipynb #c020
 def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes of its problems
@@ -197,11 +202,6 @@ def configuration(job: Job, model: nn.Module, tokenizer: object, calibration: Ca
     if job.prune.budget is not None: settings["budget"] = job.prune.budget
     return settings | ({"plugins": noted} if (noted := additions_noted()) else {})
 
-# %% ../../nbs/jobs/03_job.ipynb #c025
-from ..calibration import calibration_set
-from .chains import chain_calibration, mixed_calibration, text_calibration
-from .settings import examples_by_kind
-
 # %% ../../nbs/jobs/03_job.ipynb #c026
 def problem_calibration(job: Job, tokenizer: object, n: int, chains: Chains | None) -> Calibration:
     "The part of a calibration set that is no text; chains of another style raise `BadInput`."
@@ -232,10 +232,6 @@ def check_windows_fit(job: Job, model: nn.Module) -> None:
         raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
                        "give fewer tokens.")
 
-# %% ../../nbs/jobs/03_job.ipynb #c031
-from ..methods.prune import check_fits
-from ..models.loading import check_all_here, load_model
-
 # %% ../../nbs/jobs/03_job.ipynb #c032
 @dataclass(frozen=True)
 class Ready:
@@ -264,17 +260,6 @@ def prepare(job: Job) -> Ready: # The job with model, calibration set and config
     "Check, load and draw; whatever is wrong raises `BadInput` here, before any work."
     check_job(job)
     return prepare_loaded(job, *load_model(job.model.name, job.model.dtype, job.model.device))
-
-# %% ../../nbs/jobs/03_job.ipynb #c044
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-import torch
-from ..methods.resumed_scoring import check_target, table_scorer
-from ..core.files import memory_taken
-from .records import note_memory, note_time
-from ..methods.screening import PartialLosses, load_any, save_partial, screen_heads, scores_of
-from ..scoring import HeadLosses, save_losses
 
 # %% ../../nbs/jobs/03_job.ipynb #c045
 @contextmanager
@@ -333,14 +318,6 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
     check_same_budget(path, losses.meta, ready.job.prune.budget)
     return table
 
-# %% ../../nbs/jobs/03_job.ipynb #c049
-from ..core.files import read_tensors, write_tensors
-from ..importance import importance_factors
-from ..methods.criteria import Inputs
-from ..methods.experts import UnitFactors
-from ..methods.prune import needs_of, parse_method, unit_factors
-from ..regions import Factors
-
 # %% ../../nbs/jobs/03_job.ipynb #c050
 def attribution_origin(ready: Ready, attribution: str) -> dict[str, str]: # What the file of the factors says of itself
     "What an attribution's factors follow from."
@@ -384,10 +361,6 @@ def factors_by_method(ready: Ready, folder: Path, store: Path | None) -> dict[st
         factors[None] = Factors(importance_factors(scores))
     return {method: factors[name] for method, name in attributions.items()}
 
-# %% ../../nbs/jobs/03_job.ipynb #c055
-from ..models.anatomy import projections
-from ..methods.prune import prune_with
-
 # %% ../../nbs/jobs/03_job.ipynb #c056
 def copied_weights(model: nn.Module) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
     "Copies of the weights of all projections."
@@ -397,14 +370,6 @@ def copied_weights(model: nn.Module) -> dict[str, torch.Tensor]: # Module name -
 def put_back(model: nn.Module, copies: dict[str, torch.Tensor]) -> None:
     "Undo pruning."
     for p in projections(model): p.stored.copy_(copies[p.name])
-
-# %% ../../nbs/jobs/03_job.ipynb #c059
-from collections.abc import Mapping
-from types import MappingProxyType
-from ..models.decoding import Decoding, held_by_vllm
-from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
-from .records import together
-from ..threshold import prune_report
 
 # %% ../../nbs/jobs/03_job.ipynb #c060
 @contextmanager
@@ -440,16 +405,6 @@ def evaluate(model: nn.Module, tokenizer: object, job: Job, name: str,
         pieces = [Evaluation(name, reached, reached, **measure_piece(model, tokenizer, job, piece, exclude, backend))
                   for piece in pieces_of(job)]
     return together(pieces or [Evaluation(name, reached, reached)])
-
-# %% ../../nbs/jobs/03_job.ipynb #c069
-import logging
-from collections.abc import Callable
-from tqdm.auto import tqdm
-from cap_nb.jobs.records import (
-    cell_name, cells_of, evaluation_folder, load_evaluation, mask_fingerprint, piece_folder, save_evaluation,
-    save_report)
-from ..methods.prune import highest_sparsity
-from ..threshold import PruneReport
 
 # %% ../../nbs/jobs/03_job.ipynb #8ed8923e
 def dense_lengths(folder: Path, piece: Piece) -> dict[str, int]:
@@ -519,11 +474,6 @@ def possible_cells(ready: Ready) -> tuple[tuple[str, float], ...]:
         else: log.warning("%s is left out at %.0f %%: it can prune at most %.1f %% of this model.",
                           method, 100 * sparsity, 100 * most)
     return tuple(possible)
-
-# %% ../../nbs/jobs/03_job.ipynb #c078
-from ..core.files import alone_in
-from .records import environment, note_environment, open_run
-from .report import write_results
 
 # %% ../../nbs/jobs/03_job.ipynb #c079
 Follow = Callable[[dict], Callable[[Evaluation], None]] # Gets a run's configuration, gives what is told of its cells

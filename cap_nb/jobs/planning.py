@@ -7,16 +7,36 @@ __all__ = ['Plan', 'plan', 'plan_text']
 
 # %% ../../nbs/jobs/04_planning.ipynb #c004
 import math
+import platform
+import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from ..calibration import Calibration, deal_subsets
 from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
+from ..core.hub import folder_from_hub, Repository, Wanted
+from ..data.batches import token_batches
+from ..data.problems import BENCHMARK_NAMES, is_here, task_family
+from ..data.prompts import IGNORED
+from ..evaluation import token_limit
+from .job import check_job, distinct, filled_in, job_calibration
+from .records import cells_of
+from .settings import changed, examples_by_kind, Job, MOST
+from ..methods.budgets import BudgetSettings
+from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
+from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, with_hessian
+from ..methods.screening import by_task, first_counts, task_indices
 from ..models.anatomy import Anatomy, context_of, dimensions, projections
-from ..models.families import HOLDS, family_of
+from ..models.families import family_of, HOLDS
+from ..models.lab import CHECKPOINT, lab_tokenizer
+from ..models.lab_experts import EXPERTS_CHECKPOINT
+from ..models.loading import config_of, device_named, dtype_named, HUB_ID, load_tokenizer, model_cache
 
 # %% ../../nbs/jobs/04_planning.ipynb #c005
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +79,6 @@ def sizes_of(config: object, name: str, source: str) -> Sizes:
         outputs=sum(share * p.weight.shape[0] for p, share in zip(scope, shares)) / a.layers,
         widest=max(p.weight.numel() for p in scope),
         inputs=tuple((*about, count) for about, count in inputs.items()))
-
-# %% ../../nbs/jobs/04_planning.ipynb #c008
-from pathlib import Path
-from cap_nb.core.hub import Repository, Wanted, folder_from_hub
-from cap_nb.models.lab import CHECKPOINT
-from cap_nb.models.lab_experts import EXPERTS_CHECKPOINT
-from cap_nb.models.loading import HUB_ID, config_of, model_cache
 
 # %% ../../nbs/jobs/04_planning.ipynb #c009
 def published(model_type: str, shape: tuple[int, int, int, int], vocabulary: int, context: int,
@@ -121,18 +134,6 @@ def read_sizes(name: str) -> Sizes:
         return sizes_of(config_on_hub(name), name, "its config.json on the hub")
     raise BadInput(f"There is no folder {name!r}: expected lab, smollm2, a folder, a hub id, or one of "
                    f"{', '.join((*PUBLISHED, *SHORT_NAMES))}; check the name.")
-
-# %% ../../nbs/jobs/04_planning.ipynb #c015
-from ..calibration import Calibration, deal_subsets
-from ..data.batches import token_batches
-from ..data.problems import BENCHMARK_NAMES, is_here, task_family
-from ..data.prompts import IGNORED
-from ..evaluation import token_limit
-from .job import check_job, distinct, filled_in, job_calibration
-from .records import cells_of
-from .settings import MOST, Job, changed, examples_by_kind
-from ..models.lab import lab_tokenizer
-from ..models.loading import load_tokenizer
 
 # %% ../../nbs/jobs/04_planning.ipynb #c016
 ASSUMED_TOKENS = {"gsm8k": (120, 95), "strategyqa": (80, 50), "arc": (130, 4)} # Benchmark -> (prompt, target) tokens
@@ -291,9 +292,6 @@ def spectra_flops(sizes: Sizes) -> float:
     ordered = [(max(width, rows), min(width, rows), count) for width, rows, _, count in sizes.inputs]
     return sum(count * (2 * m * n**2 + 2 * n**3) for m, n, count in ordered)
 
-# %% ../../nbs/jobs/04_planning.ipynb #c033
-from ..methods.budgets import BudgetSettings
-
 # %% ../../nbs/jobs/04_planning.ipynb #c034
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} # Bytes of a number
 TAKING_TURNS = ("one layer at work", "logits", "scores of one matrix", "one matrix solved") # Never two at a time
@@ -395,11 +393,6 @@ def evaluation_memory(load: Workload) -> dict[str, float]:
     return memory | {"one layer at work": max(memory["one layer at work"], *layers),
                      "logits": max(losses if load.job.evaluate.loss_n else 0, load.logits(min(256, window)))}
 
-# %% ../../nbs/jobs/04_planning.ipynb #c038
-import platform, statistics, time
-from pathlib import Path
-from ..models.loading import device_named, dtype_named
-
 # %% ../../nbs/jobs/04_planning.ipynb #c039
 @dataclass(frozen=True, kw_only=True)
 class Rates:
@@ -484,10 +477,6 @@ def timed_rates(sizes: Sizes, device: str | torch.device | None = None, dtype: s
     return Rates(memory=(free or 0) / 1e9, peak=flops_of(one_pass([batch]), layer) / whole / 1e12,
                  bandwidth=layer.met * dtype.itemsize / least / 1e9, timed=True,
                  name=f"{name} ({device}, {dtype})".replace("torch.", ""))
-
-# %% ../../nbs/jobs/04_planning.ipynb #c044
-from cap_nb.methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
-from cap_nb.methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, with_hessian
 
 # %% ../../nbs/jobs/04_planning.ipynb #c045
 @dataclass(frozen=True, kw_only=True)
@@ -589,9 +578,6 @@ def planned_stages(load: Workload) -> tuple[Stage, ...]:
                             reading_work(sizes, load.job, load.lengths)), *method_stages(load)]
     if load.tries: stages.append(writing_stage(load, CHAINS, answer_memory(load, load.chains), load.chains))
     return tuple(stages)
-
-# %% ../../nbs/jobs/04_planning.ipynb #c050
-from ..methods.screening import by_task, first_counts, task_indices
 
 # %% ../../nbs/jobs/04_planning.ipynb #c052
 @dataclass(frozen=True, kw_only=True)

@@ -6,19 +6,30 @@
 __all__ = ['add_attribution', 'add_allocation', 'add_task', 'add_text']
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c007
-from ..methods.criteria import add_criterion
-
-# %% ../../nbs/jobs/09_plugins.ipynb #c018
-from collections.abc import Callable
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 import torch
 from torch import nn
 from ..calibration import Calibration
-from ..core.registry import add, check_new_name, check_takes, in_a_sentence
-from ..core.errors import BadInput, validate_arguments
-from ..core.registry import ATTRIBUTIONS
+from ..core.errors import BadInput, check_choice, validate_arguments
+from ..core.registry import (
+    add, add_format, ADDED, additions_undone, ALLOCATIONS, ATTRIBUTIONS, check_new_name, check_takes, error_in_words,
+    in_a_sentence, LOADING, PLUGINS, take_back, TASKS, WORD)
+from ..data.problems import load_problems, Problem, SPLITS, Task, TEXTS
+from ..evaluation import ANSWERS, LOOSE, NORMAL
+from .planning import ASSUMED_TOKENS
+from ..methods.allocation import Allocation, finite_by_layer, layer_weights, shares_of_layers
 from ..methods.attributions import Attribution
+from ..methods.criteria import add_criterion, GIVES, Inputs, measured_for, NEEDS
 from ..methods.neurons import UNIT_AWARE
+from ..methods.selection import Criterion, Measurements
 from ..models.anatomy import anatomy
+from ..models.families import add_family
 
 # %% ../../nbs/jobs/09_plugins.ipynb #3a8f728b
 @validate_arguments
@@ -41,9 +52,6 @@ def add_attribution(
     add("attribution", name, [(ATTRIBUTIONS, Attribution(summary=says, source=source, compute=scores))], [compute])
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c027
-from collections.abc import Sequence
-from cap_nb.methods.allocation import finite_by_layer, layer_weights, shares_of_layers
-
 def relative_sparsity(numbers: Sequence[float], weights: Sequence[int], sparsity: float,
                       whose: str = "the allocation") -> tuple[float, ...]: # A sparsity for every layer, in [0, 1)
     "Sparsities in proportion to numbers; numbers that cannot be, or a layer that would lose all, raise `BadInput`."
@@ -55,13 +63,6 @@ def relative_sparsity(numbers: Sequence[float], weights: Sequence[int], sparsity
     if max(shares) < 1: return tuple(shares)
     raise BadInput(f"At sparsity {sparsity:g} {whose} takes {max(shares):.0%} of layer {shares.index(max(shares))}: "
                    "expected less than all of it; lower the sparsity, or let the layers differ less.")
-
-# %% ../../nbs/jobs/09_plugins.ipynb #c031
-from ..core.errors import check_choice
-from ..methods.allocation import Allocation
-from ..methods.criteria import GIVES, NEEDS, Inputs, measured_for
-from ..core.registry import ALLOCATIONS
-from ..methods.selection import Criterion, Measurements
 
 # %% ../../nbs/jobs/09_plugins.ipynb #48bc931e
 @validate_arguments
@@ -86,15 +87,6 @@ def add_allocation(
     add("allocation", name, [(ALLOCATIONS, allocation)], [relative])
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c041
-import re
-from collections.abc import Mapping
-from pathlib import Path
-from cap_nb.core.registry import ADDED, LOADING, WORD, take_back
-from cap_nb.core.registry import TASKS
-from cap_nb.data.problems import SPLITS, Problem, Task, load_problems
-from cap_nb.evaluation import ANSWERS, LOOSE, NORMAL
-from cap_nb.jobs.planning import ASSUMED_TOKENS
-
 def existing_file(path: str | Path, whose: str) -> Path: # The file, as an absolute path
     "A file of the user's; one that is missing raises `BadInput`."
     found = ((LOADING[-1].parent if LOADING else Path())/path).resolve()
@@ -181,8 +173,6 @@ def add_task(
         raise
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c055
-from ..data.problems import TEXTS
-
 @validate_arguments
 def add_text(
     name: str, # Letters, digits, hyphens and underscores; not one of `TEXTS` yet
@@ -199,20 +189,11 @@ def add_text(
         if empty: raise BadInput(f"{path} of text {name!r} holds no text: expected plain text in UTF-8; give another.")
     add("text", name, [(TEXTS, files)])
 
-# %% ../../nbs/jobs/09_plugins.ipynb #c059
-from ..core.registry import add_format
-from ..models.families import add_family
-
 # %% ../../nbs/jobs/09_plugins.ipynb #c068
 ADDERS = {"criterion": add_criterion, "attribution": add_attribution, "allocation": add_allocation, "task": add_task,
           "text": add_text, "family": add_family, "format": add_format} # Kind -> what adds one
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c073
-import hashlib
-import sys
-from types import ModuleType
-from cap_nb.core.registry import PLUGINS, error_in_words
-
 def module_name(path: Path) -> str: # As in "cap_plugin_my"
     "What a plugin is called among Python's modules."
     return f"cap_plugin_{path.stem}"
@@ -251,10 +232,6 @@ def load_plugin(path: str | Path) -> None:
     PLUGINS[path.name] = sha256
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c077
-from collections.abc import Iterator
-from contextlib import contextmanager
-from cap_nb.core.registry import additions_undone
-
 @contextmanager
 def plugins_loaded(paths: Sequence[str | Path]) -> Iterator[None]:
     "While the block runs, what some plugins add is known."

@@ -7,11 +7,39 @@ __all__ = ['pack_run', 'unpack_run', 'Run', 'load_run']
 
 # %% ../../nbs/jobs/00_records.ipynb #c004
 import csv
+import hashlib
+import importlib.metadata
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
-from ..evaluation import AnswerRecord, LossRecord
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+import cap_nb
+from ..analysis import records_from, row_order
+from ..core.errors import BadInput, validate_arguments
+from ..core.files import (
+    alone_in, check_inside, check_no_links, checked_text, DAMAGED, HALF_WRITTEN, is_intact, json_text, read_checked,
+    read_tensors, remove, remove_leftovers, rows_of_parquet, sha256_of_file, sha256_of_text, taken_as, whole_file,
+    whole_folder, write_checked)
+from ..core.registry import check_additions
+from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
+from ..methods.prune import sparsities_of
+from ..methods.screening import load_any, PartialLosses, scores_of
+from ..models.anatomy import projections
+from ..scoring import HeadLosses
+from ..threshold import PruneReport
 
 # %% ../../nbs/jobs/00_records.ipynb #c005
 RECORD_FILES = {"answers": AnswerRecord, "losses": LossRecord} # Name of a file -> the records in it
@@ -37,13 +65,6 @@ def records_from_text(text: str, kind: type) -> tuple: # Its records
     if next(table, None) != list(readers): raise ValueError("its columns are not those of the records")
     return tuple(
         kind(**{name: read(cell) for (name, read), cell in zip(readers.items(), row, strict=True)}) for row in table)
-
-# %% ../../nbs/jobs/00_records.ipynb #c010
-from pathlib import Path
-from ..core.errors import BadInput, validate_arguments
-from ..core.files import (
-    checked_text, json_text, read_checked, sha256_of_file, sha256_of_text, whole_folder)
-from ..evaluation import Evaluation, Perplexity
 
 # %% ../../nbs/jobs/00_records.ipynb #c011
 def evaluation_texts(evaluation: Evaluation, backend: str = "transformers") -> dict[str, str]:
@@ -102,13 +123,6 @@ def differences(one: dict, other: dict) -> tuple[str, ...]: # As in "calibration
     a, b = settings_of(one), settings_of(other)
     differ = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     return tuple(f"{key} ({shown(a.get(key))}, now {shown(b.get(key))})" for key in differ)
-
-# %% ../../nbs/jobs/00_records.ipynb #c024
-import logging
-from collections.abc import Callable
-from ..core.files import (
-    DAMAGED, HALF_WRITTEN, read_tensors, remove, remove_leftovers, is_intact, taken_as, write_checked)
-from ..core.registry import check_additions
 
 # %% ../../nbs/jobs/00_records.ipynb #c026
 FORMAT = 3 # Of the folder; a later one that cannot read this one will say so
@@ -187,14 +201,6 @@ def read_run(folder: str | Path) -> dict: # Its configuration
                        "use the version that made it.")
     return kept
 
-# %% ../../nbs/jobs/00_records.ipynb #c036
-import importlib.metadata
-import os
-import platform
-import subprocess
-import torch
-import cap_nb
-
 # %% ../../nbs/jobs/00_records.ipynb #c037
 def commit_of_package() -> str | None: # As in "3f2a9c1...", with "+changes" if the package differs
     "The commit of the checkout that this package runs from; None outside of one."
@@ -226,13 +232,6 @@ def note_environment(folder: str | Path, session: dict) -> None:
     mend = "restore the file, or remove it: where earlier numbers came from is not known then"
     known = read_checked(path, mend) if path.exists() else []
     if session not in known: write_checked(path, known + [session])
-
-# %% ../../nbs/jobs/00_records.ipynb #c041
-import hashlib
-import numpy as np
-from torch import nn
-from ..models.anatomy import projections
-from ..threshold import PruneReport
 
 # %% ../../nbs/jobs/00_records.ipynb #c042
 def mask_fingerprint(model: nn.Module) -> str: # 64 hexadecimal digits
@@ -286,9 +285,6 @@ def piece_folder(folder: str | Path, method: str, sparsity: float, piece: str) -
     "The folder of a finished piece."
     return Path(folder)/"unfinished"/cell_name(method, sparsity)/piece
 
-# %% ../../nbs/jobs/00_records.ipynb #c054
-from ..methods.prune import sparsities_of
-
 # %% ../../nbs/jobs/00_records.ipynb #c055
 def cells_of(configuration: dict) -> tuple[tuple[str, float], ...]: # (method, sparsity) of every cell
     "All cells of a run: dense first, then sparsity by sparsity."
@@ -309,12 +305,6 @@ def note_memory(folder: str | Path, stage: str, taken: int | None) -> None:
     path = Path(folder)/"memory.json"
     known = read_checked(path) if path.exists() else {}
     if taken is not None: write_checked(path, known | {stage: max(known.get(stage, 0), taken)})
-
-# %% ../../nbs/jobs/00_records.ipynb #c061
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 # %% ../../nbs/jobs/00_records.ipynb #c062
 @dataclass(frozen=True)
@@ -348,12 +338,6 @@ def live_records(folder: Path) -> Records: # What it recorded
     evaluations = {name.as_posix(): load_evaluation(folder/name) for name in places}
     files = {name.as_posix(): folder/name for name in names if name.parent not in places}
     return Records(evaluations=evaluations, files=files)
-
-# %% ../../nbs/jobs/00_records.ipynb #c067
-import pyarrow as pa
-import pyarrow.parquet as pq
-from ..analysis import records_from, row_order
-from ..core.files import check_inside, rows_of_parquet, whole_file
 
 # %% ../../nbs/jobs/00_records.ipynb #c068
 ARROW = {str: pa.string(), str | None: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
@@ -422,10 +406,6 @@ def manifest(folder: str | Path) -> dict:
     made = [path for name in ("tables/[!.]*", "figures/[!.]*", REPORT) for path in sorted(folder.glob(name))]
     return {"made": {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in made},
             "made from": record_hashes(records_of(folder), read_run(folder))}
-
-# %% ../../nbs/jobs/00_records.ipynb #c080
-import shutil
-from ..core.files import alone_in, check_no_links
 
 # %% ../../nbs/jobs/00_records.ipynb #c081
 SEAL = b"cap_nb sha256 " # What stands before the checksum in a packed file
@@ -521,10 +501,6 @@ def provenance_of(configuration: dict, sessions: Sequence[dict] = ()) -> dict: #
     distinct = [session for index, session in enumerate(kept) if session not in kept[:index]]
     if len(distinct) == 1: return notes | {"session": distinct[0]}
     return notes | {f"session {number}": session for number, session in enumerate(distinct, 1)}
-
-# %% ../../nbs/jobs/00_records.ipynb #c093
-from ..methods.screening import PartialLosses, load_any, scores_of
-from ..scoring import HeadLosses
 
 # %% ../../nbs/jobs/00_records.ipynb #c094
 @dataclass(frozen=True)

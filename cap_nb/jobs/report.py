@@ -6,9 +6,39 @@
 __all__ = []
 
 # %% ../../nbs/jobs/02_report.ipynb #c004
+import base64
+import logging
+import math
+import re
+import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from html import escape
 from pathlib import Path
+from string import Template
+import pandas as pd
 import torch
-from ..core.files import whole_file
+from matplotlib.figure import Figure
+from ..analysis import (
+    compare_methods, Comparison, is_better, method_table, method_title, plot_head_importance, row_order)
+from ..core.errors import BadInput
+from ..core.files import whole_file, write_checked
+from ..core.plots import figure_bytes
+from ..core.registry import check_additions
+from ..evaluation import AnswerRecord, Evaluation
+from ..importance import importance_factors
+from .records import cell_name, cells_of, load_run, manifest, PACKED, REPORT, Run, write_packed
+from .settings import Job
+from .tables import (
+    answer_markdown, answer_table, comparison_markdown, comparison_note, head_importance_in_words, interval_text,
+    markdown_rows, pairs_with, plot_importance_distribution, plot_sparsity_curves, plot_zeros_by_method, table_csv,
+    table_latex, table_markdown, value_text)
+from ..methods.neurons import UNIT_AWARE
+from ..methods.prune import needs_of, parse_method
+from ..methods.screening import PartialLosses, screened_scores
+from ..models.decoding import limit_for
 
 # %% ../../nbs/jobs/02_report.ipynb #c005
 def scores_csv(scores: torch.Tensor, factors: torch.Tensor) -> str: # A line a head
@@ -21,9 +51,6 @@ def write_text(path: Path, text: str) -> None:
     "Write a text, whole or not at all."
     with whole_file(path) as part: part.write_text(text, encoding="utf-8")
 
-# %% ../../nbs/jobs/02_report.ipynb #c008
-from ..core.errors import BadInput
-
 # %% ../../nbs/jobs/02_report.ipynb #c009
 def run_folders(folder: str | Path) -> list[Path]: # Folders of runs, in order
     "The runs in a folder; none raises `BadInput`."
@@ -32,14 +59,6 @@ def run_folders(folder: str | Path) -> list[Path]: # Folders of runs, in order
         raise BadInput(f"{folder} holds no run: expected a folder that 'cap run' made, or one with such folders in it; "
                        "check the path.")
     return runs
-
-# %% ../../nbs/jobs/02_report.ipynb #c013
-import math, statistics
-import pandas as pd
-from ..methods.neurons import UNIT_AWARE
-from .records import PACKED, Run, cell_name, cells_of
-from .tables import markdown_rows
-from ..methods.prune import needs_of, parse_method
 
 # %% ../../nbs/jobs/02_report.ipynb #c014
 def factor_stages(method: str) -> tuple[str, ...]: # Stages of the run that measured its factors; none if it uses none
@@ -80,13 +99,6 @@ def cost_markdown(costs: pd.DataFrame) -> str: # Markdown
             for method, row in zip(costs.index, numbers)]
     return markdown_rows([costs.index.name, *costs.columns], rows)
 
-# %% ../../nbs/jobs/02_report.ipynb #c025
-from collections.abc import Callable, Sequence
-from functools import partial
-from matplotlib.figure import Figure
-from ..evaluation import Evaluation
-from .tables import plot_zeros_by_method
-
 # %% ../../nbs/jobs/02_report.ipynb #c026
 CURVES_A_FIGURE = 8 # Methods that one figure of curves can show
 KINDS = ("criteria", "scopes", "attributions", "allocations", "solvers") # Figures of a run with more methods
@@ -117,11 +129,6 @@ def zeros_figures(run: Run) -> dict[str, Callable[[], Figure]]:
     return {f"zeros_{round(100 * sparsity)}": partial(plot_zeros_by_method, [r for r in reports if r.asked == sparsity])
             for sparsity in sorted({r.asked for r in reports})}
 
-# %% ../../nbs/jobs/02_report.ipynb #c030
-import logging
-from ..evaluation import AnswerRecord
-from ..models.decoding import limit_for
-
 # %% ../../nbs/jobs/02_report.ipynb #c031
 def warn_of_cut_off(dense: Sequence[AnswerRecord]) -> None:
     "Warn, for each task, where too many of the dense model's answers reached the token limit."
@@ -130,13 +137,6 @@ def warn_of_cut_off(dense: Sequence[AnswerRecord]) -> None:
         except BadInput as shortage: logging.getLogger(__name__).warning("%s: %s", task, shortage)
 
 # %% ../../nbs/jobs/02_report.ipynb #c035
-from cap_nb.analysis import method_table, plot_head_importance
-from cap_nb.importance import importance_factors
-from cap_nb.jobs.tables import (
-    answer_markdown, answer_table, plot_importance_distribution, plot_sparsity_curves, table_csv, table_latex,
-    table_markdown)
-from cap_nb.methods.screening import PartialLosses, screened_scores
-
 def screening_csv(partial: PartialLosses) -> str: # A line a head
     "On how many examples each head was masked, and its score with the 95 % interval, as comma-separated values."
     (scores, low, high), counts = screened_scores(partial), partial.measured.sum(-1)
@@ -166,19 +166,6 @@ def figures_of(run: Run) -> dict[str, Callable[[], Figure]]:
     return {f"figures/{name}": draw for name, draw in figures.items()}
 
 # %% ../../nbs/jobs/02_report.ipynb #c038
-import base64
-import re
-import shlex
-from collections.abc import Mapping
-from dataclasses import fields
-from html import escape
-from string import Template
-from cap_nb.analysis import Comparison, compare_methods, is_better, method_title, row_order
-from cap_nb.core.plots import figure_bytes
-from cap_nb.jobs.settings import Job
-from cap_nb.jobs.tables import (
-    comparison_markdown, comparison_note, head_importance_in_words, interval_text, pairs_with, value_text)
-
 LOOK = """
 body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #222; max-width: 66rem;
        margin: 2rem auto; padding: 0 1.5rem; }
@@ -322,10 +309,6 @@ def report_html(run: Run, pictures: Mapping[str, bytes]) -> str: # A page that n
     return PAGE.substitute(title=f"cap run: {escape(name)}", look=LOOK, lead=escape(lead), sections=sections)
 
 # %% ../../nbs/jobs/02_report.ipynb #c045
-from cap_nb.core.registry import check_additions
-from cap_nb.core.files import write_checked
-from cap_nb.jobs.records import REPORT, load_run, manifest, write_packed
-
 def write_results(folder: str | Path, page: bool = False) -> None:
     "Tables, figures, page and manifest of what is finished; nothing finished raises `BadInput`."
     folder, run = Path(folder), load_run(folder)

@@ -7,6 +7,7 @@ __all__ = ['ModelSettings', 'CalibrateSettings', 'PruneSettings', 'EvaluateSetti
 
 # %% ../../nbs/jobs/01_settings.ipynb #c004
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from ..core.errors import BadInput, check_argument, check_at_least, check_choice, check_seed
 
 # %% ../../nbs/jobs/01_settings.ipynb #c006
@@ -126,9 +127,6 @@ def check_counts(job: Job) -> None:
     check_seed(job.calibrate.calibration_seed or 0, "--calibration-seed")
     check_choice(job.evaluate.evaluate_on, ("evaluation", "validation"), "split to evaluate on")
     share_of_text(job.calibrate)
-
-# %% ../../nbs/jobs/01_settings.ipynb #c031
-from pathlib import Path
 
 # %% ../../nbs/jobs/01_settings.ipynb #c032
 @dataclass(frozen=True)

@@ -10,11 +10,20 @@ __all__ = ['table_markdown', 'table_csv', 'comparison_markdown', 'plot_sparsity_
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+import numpy as np
 import pandas as pd
-from cap_nb.analysis import method_title, row_order, task_title
-from cap_nb.core.errors import BadInput, validate_arguments
-from cap_nb.evaluation import Evaluation, summarise_answers
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from cap_nb.analysis import (
+    COMPARED, Comparison, FEWEST_PAIRS, is_better, LEVEL, method_rank, method_table, method_title, row_order,
+    task_title)
+from ..core.errors import BadInput, validate_arguments
+from ..core.plots import blank_figure, in_style, INK, METHOD_LOOKS, method_looks
+from ..evaluation import Evaluation, summarise_answers
+from ..threshold import PruneReport, zero_shares
 
+# %% ../../nbs/jobs/00_tables.ipynb #fe4547df
 READING = ("Accuracy: strict last line, per cent, 95 % Wilson interval. "
            "Loss: nats a target token; loss and perplexity: 95 % bootstrap interval.")
 
@@ -117,8 +126,6 @@ def answer_markdown(answers: pd.DataFrame) -> str: # Markdown
     return markdown_rows([*answers.index.names, *answers.columns], rows, names=3)
 
 # %% ../../nbs/jobs/00_tables.ipynb #c014
-from cap_nb.analysis import COMPARED, FEWEST_PAIRS, LEVEL, Comparison, is_better
-
 DIGITS = {"points": 1, "nats": 3} # Of a unit; others have two
 
 def number_format(comparison: Comparison) -> str: # A format, as in ".1f"
@@ -204,12 +211,6 @@ def comparison_markdown(
     return markdown_rows(header, rows, names=4) + f"\n- {comparison_note(comparisons)}\n"
 
 # %% ../../nbs/jobs/00_tables.ipynb #c021
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-import numpy as np
-from cap_nb.analysis import method_rank, method_table
-from cap_nb.core.plots import INK, METHOD_LOOKS, blank_figure, in_style, method_looks
-
 def draw_curve(ax: Axes, curve: pd.DataFrame, method: str, looks: tuple[str, str], shift: float) -> None:
     "A method as a line with interval bars; the dense model as a dashed line with its interval as a band."
     colour, marker = looks
@@ -259,8 +260,6 @@ def plot_sparsity_curves(
     return figure
 
 # %% ../../nbs/jobs/00_tables.ipynb #c025
-import torch
-
 def head_importance_in_words(scores: torch.Tensor) -> str: # A caption
     "A caption for the heatmap: the share of negative scores, the strongest head, the median and the lowest score."
     values = np.asarray(scores, dtype=np.float64)
@@ -295,8 +294,6 @@ def plot_importance_distribution(
     return figure
 
 # %% ../../nbs/jobs/00_tables.ipynb #c030
-from ..threshold import PruneReport, zero_shares
-
 @validate_arguments
 @in_style
 def plot_zeros_by_method(
