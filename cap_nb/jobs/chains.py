@@ -11,8 +11,8 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -216,17 +216,6 @@ def same_origin(path: Path, about: dict) -> Chains: # What it holds
                        "another file with --out, or remove it.")
     return chains
 
-# %% ../../nbs/jobs/06_chains.ipynb #c045
-@contextmanager
-def parts_folder(file: str | Path | None) -> Iterator[Path | None]:
-    "The folder of finished batches beside a file; it goes when the block ends well."
-    if file is None:
-        yield None
-        return
-    folder = Path(file).with_name(Path(file).name + ".unfinished")
-    with alone_in(folder): yield folder
-    shutil.rmtree(folder)
-
 # %% ../../nbs/jobs/06_chains.ipynb #c047
 def finished_batches(batches: Sequence[AnswerBatch], answer: Callable[[AnswerBatch], tuple[Chain, ...]], about: dict,
                      parts: Path | None) -> list[Chain]:
@@ -242,11 +231,6 @@ def finished_batches(batches: Sequence[AnswerBatch], answer: Callable[[AnswerBat
             chains += done.chains
             bar.update(len(batch.examples))
     return chains
-
-def in_order(chains: Sequence[Chain], examples: Sequence[Example]) -> tuple[Chain, ...]:
-    "Answers in the order of the problems."
-    place = {(example.task, example.uid): index for index, example in enumerate(examples)}
-    return tuple(sorted(chains, key=lambda chain: (place[chain.task, chain.uid], chain.attempt)))
 
 # %% ../../nbs/jobs/06_chains.ipynb #c049
 @validate_arguments
@@ -269,10 +253,13 @@ def own_chains(
     about = chains_origin(model, tokenizer, examples, style, answering, seed)
     if file and Path(file).exists(): return same_origin(Path(file), about)
     def answer(batch: AnswerBatch): return answered(model, tokenizer, batch, style, answering, seed)
-    with parts_folder(file) as parts:
+    place = {(example.task, example.uid): index for index, example in enumerate(examples)}
+    parts = Path(file).with_name(Path(file).name + ".unfinished") if file else None
+    with alone_in(parts) if parts else nullcontext():
         finished = finished_batches(answer_batches(examples, answering), answer, about, parts)
-        chains = Chains(about, in_order(finished, examples))
+        chains = Chains(about, tuple(sorted(finished, key=lambda c: (place[c.task, c.uid], c.attempt))))
         if file: write_chains(file, chains)
+    if parts: shutil.rmtree(parts)
     return chains
 
 # %% ../../nbs/jobs/06_chains.ipynb #c056
@@ -300,28 +287,6 @@ def too_few(chains: Chains) -> list[str]: # A sentence for every task with too f
             f"{FEWEST_CHAINS}; answer more problems with a larger --n, or keep gold." for count in task_counts(chains)
             if count.kept < FEWEST_CHAINS]
 
-# %% ../../nbs/jobs/06_chains.ipynb #c067
-def check_chains(tokenizer: object, chains: Chains) -> None:
-    "Raise `BadInput` for chains whose prompts were made for another tokenizer or chat template."
-    if chains.about.get("tokenizer") != tokenizer_fingerprint(tokenizer):
-        raise BadInput("The chains were written with another tokenizer or chat template: expected this model's, since "
-                       "prompts are kept as text; make them with 'cap chains' for this model.")
-
-# %% ../../nbs/jobs/06_chains.ipynb #c068
-def chain_pool(tokenizer: object, chains: Chains, task: str, per_problem: int) -> list[Example]:
-    "A task's kept chains as examples, their targets without the line break at the end."
-    some = [chain for chain in chains.chains if chain.task == task]
-    return [make_example(tokenizer, c.prompt, c.text.rstrip(), task, c.gold, c.uid)
-            for c in kept_chains(some, per_problem)]
-
-def drawn_chains(pool: Sequence[Example], task: str, n: int | None, seed: int) -> list[Example]:
-    "Draw from a task's chains; too few of them raise `BadInput`."
-    if n is not None: check_at_least(n, 1, "n (chains a task)")
-    if len(pool) < (n or 1):
-        raise BadInput(f"{task} has {len(pool)} chains that are kept, but {n or 'some'} were asked for: expected at "
-                       f"most {len(pool)}; lower --n, answer more problems with 'cap chains', or keep gold.")
-    return [example for example, _ in draw_stratified(pool, n or len(pool), seed)]
-
 # %% ../../nbs/jobs/06_chains.ipynb #c069
 @validate_arguments
 def chain_calibration(
@@ -334,10 +299,18 @@ def chain_calibration(
     per_problem: int = 1, # At most so many chains of one problem
 ) -> Calibration: # The chains as targets
     "A calibration set of a model's own right answers; too few of them raise `BadInput`."
-    chains = chains if isinstance(chains, Chains) else read_chains(chains)
-    check_chains(tokenizer, chains)
-    examples = [example for task in tasks or chains.tasks
-                for example in drawn_chains(chain_pool(tokenizer, chains, task, per_problem), task, n, seed)]
+    chains, examples = chains if isinstance(chains, Chains) else read_chains(chains), []
+    if chains.about.get("tokenizer") != tokenizer_fingerprint(tokenizer):
+        raise BadInput("The chains were written with another tokenizer or chat template: expected this model's, since "
+                       "prompts are kept as text; make them with 'cap chains' for this model.")
+    if n is not None: check_at_least(n, 1, "n (chains a task)")
+    for task in tasks or chains.tasks:
+        some = kept_chains([chain for chain in chains.chains if chain.task == task], per_problem)
+        if len(some) < (n or 1):
+            raise BadInput(f"{task} has {len(some)} chains that are kept, but {n or 'some'} were asked for: expected at "
+                           f"most {len(some)}; lower --n, answer more problems with 'cap chains', or keep gold.")
+        pool = [make_example(tokenizer, c.prompt, c.text.rstrip(), task, c.gold, c.uid) for c in some]
+        examples += [example for example, _ in draw_stratified(pool, n or len(pool), seed)]
     return Calibration.from_examples(examples, k, seed)
 
 # %% ../../nbs/jobs/06_chains.ipynb #c074

@@ -276,10 +276,9 @@ def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Ite
     note_memory(folder, stage, taken[0])
 
 # %% ../../nbs/jobs/03_job.ipynb #c046
-def check_origin(path: Path, meta: dict, ready: Ready) -> None:
-    "Raise `BadInput` for a table of losses of another model or other examples."
-    wanted = (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
-    if (meta.get("model"), meta.get("calibration")) != wanted:
+def check_measured_here(path: Path, kept: object, wanted: object) -> None:
+    "Raise `BadInput` for a file of another model or other examples."
+    if kept != wanted:
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
                        "run again.")
 
@@ -294,15 +293,6 @@ def save_measured(ready: Ready, path: Path, store: Path) -> None:
         seed = ready.job.calibrate.calibration_seed
         save_partial(screen_heads(*common, settings.budget, seed, batch_tokens, store, tokenizer), path)
 
-# %% ../../nbs/jobs/03_job.ipynb #80fac03e
-def check_same_budget(path: Path, meta: dict, budget: float | None) -> None:
-    "Raise `BadInput` for a table with gaps where a whole one is wanted, the other way round, or of another budget."
-    measured = meta.get("screened", {}).get("budget")
-    if measured == budget: return
-    def said(share: float | None) -> str: return "a whole table" if share is None else f"one with a budget of {share:g}"
-    raise BadInput(f"{path} holds {said(measured)}: expected {said(budget)}; "
-                   "remove it and run again.")
-
 # %% ../../nbs/jobs/03_job.ipynb #374060b6
 def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | PartialLosses:
     "The run's table of losses, measured only if it is not there; one of another model raises `BadInput`."
@@ -313,38 +303,31 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
     if store is None: shutil.rmtree(unfinished, ignore_errors=True) # an earlier session may have died before this
     table = load_any(path)
     losses = table if isinstance(table, HeadLosses) else table.losses
-    check_origin(path, losses.meta, ready)
+    measured_on = (losses.meta.get("model"), losses.meta.get("calibration"))
+    check_measured_here(path, measured_on, (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint))
     check_target(losses, ready.job.prune.score_target, path)
-    check_same_budget(path, losses.meta, ready.job.prune.budget)
+    budgets = [losses.meta.get("screened", {}).get("budget"), ready.job.prune.budget]
+    if budgets[0] != budgets[1]:
+        kept, wanted = ("a whole table" if share is None else f"one with a budget of {share:g}" for share in budgets)
+        raise BadInput(f"{path} holds {kept}: expected {wanted}; remove it and run again.")
     return table
-
-# %% ../../nbs/jobs/03_job.ipynb #c050
-def attribution_origin(ready: Ready, attribution: str) -> dict[str, str]: # What the file of the factors says of itself
-    "What an attribution's factors follow from."
-    origin = {"model": ready.configuration["model"]["fingerprint"], "calibration": ready.calibration.fingerprint,
-              "attribution": attribution}
-    return origin | ({"aggregation": ready.job.prune.aggregation} if attribution in UNIT_AWARE else {})
-
-def save_attribution(path: Path, factors: Factors, origin: dict[str, str]) -> None:
-    "Write an attribution's factors."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    units = {name: getattr(factors, name, None) for name in ("experts", "neurons")}
-    units = {name: table for name, table in units.items() if table is not None}
-    write_tensors(path, {"factors": factors.heads} | units | getattr(factors, "kept", {}), origin)
 
 # %% ../../nbs/jobs/03_job.ipynb #c051
 def attribution_factors(ready: Ready, folder: Path, attribution: str, losses: HeadLosses | None) -> Factors:
     "The factors of an attribution, computed only if they are not there; those of another model raise `BadInput`."
-    path, origin = folder/"attributions"/f"{attribution}.safetensors", attribution_origin(ready, attribution)
+    path, aggregation = folder/"attributions"/f"{attribution}.safetensors", ready.job.prune.aggregation
+    origin = {"model": ready.configuration["model"]["fingerprint"], "calibration": ready.calibration.fingerprint,
+              "attribution": attribution} | ({"aggregation": aggregation} if attribution in UNIT_AWARE else {})
     if not path.exists():
         given = Inputs(calibration=ready.calibration, batch_tokens=ready.job.model.batch_tokens)
         with time_and_memory_noted(folder, f"attribution/{attribution}", ready.model.device):
-            factors = unit_factors(ready.model, attribution, given, losses, ready.job.prune.aggregation)
-        save_attribution(path, factors, origin)
+            factors = unit_factors(ready.model, attribution, given, losses, aggregation)
+        units = {name: getattr(factors, name, None) for name in ("experts", "neurons")}
+        units = {name: table for name, table in units.items() if table is not None}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"factors": factors.heads} | units | getattr(factors, "kept", {}), origin)
     tensors, kept = read_tensors(path)
-    if kept != origin:
-        raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
-                       "run again.")
+    check_measured_here(path, kept, origin)
     return UnitFactors(tensors["factors"], experts=tensors.get("experts"), neurons=tensors.get("neurons"))
 
 # %% ../../nbs/jobs/03_job.ipynb #c053

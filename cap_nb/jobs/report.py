@@ -60,19 +60,14 @@ def run_folders(folder: str | Path) -> list[Path]: # Folders of runs, in order
                        "check the path.")
     return runs
 
-# %% ../../nbs/jobs/02_report.ipynb #c014
-def factor_stages(method: str) -> tuple[str, ...]: # Stages of the run that measured its factors; none if it uses none
-    "Where a method's factors come from, as `timings.json` names it."
-    parts = parse_method(method)
-    if "factors" not in needs_of(parts): return ()
-    if not parts.attribution: return ("scoring",)
-    return ("scoring",) * (parts.attribution in UNIT_AWARE) + (f"attribution/{parts.attribution}",)
-
 # %% ../../nbs/jobs/02_report.ipynb #c016
 def method_costs(method: str, sparsities: list[float], seconds: dict[str, float],
                  memory: dict[str, int]) -> tuple[float | None, float, float | None] | None:
     "What a method took, as far as it was measured."
-    prunings, factors = [f"{cell_name(method, sparsity)}/prune" for sparsity in sparsities], factor_stages(method)
+    parts, prunings = parse_method(method), [f"{cell_name(method, sparsity)}/prune" for sparsity in sparsities]
+    factors = [f"attribution/{parts.attribution}"] if parts.attribution else []
+    if not parts.attribution or parts.attribution in UNIT_AWARE: factors.insert(0, "scoring")
+    if "factors" not in needs_of(parts): factors = []
     pruning_seconds = [seconds[stage] for stage in prunings if stage in seconds]
     if not pruning_seconds: return None
     known = factors and all(stage in seconds for stage in factors)
@@ -122,13 +117,6 @@ def curve_groups(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation
     return {f"sparsity_curves_{kind}": [e for e in evaluations if e.method in (*members[kind], "dense", "cap", "wanda")]
             for kind in members if members[kind] - {"cap", "wanda"}}
 
-# %% ../../nbs/jobs/02_report.ipynb #c028
-def zeros_figures(run: Run) -> dict[str, Callable[[], Figure]]:
-    "Where the zeros of every method went, a figure for each sparsity."
-    reports = [report for report, _ in run.reports if report.method != "dense"]
-    return {f"zeros_{round(100 * sparsity)}": partial(plot_zeros_by_method, [r for r in reports if r.asked == sparsity])
-            for sparsity in sorted({r.asked for r in reports})}
-
 # %% ../../nbs/jobs/02_report.ipynb #c031
 def warn_of_cut_off(dense: Sequence[AnswerRecord]) -> None:
     "Warn, for each task, where too many of the dense model's answers reached the token limit."
@@ -159,7 +147,10 @@ def table_texts(run: Run) -> dict[str, str]: # Path within the run's folder -> c
 def figures_of(run: Run) -> dict[str, Callable[[], Figure]]:
     "The figures of a run."
     figures = {name: partial(plot_sparsity_curves, group) for name, group in curve_groups(run.evaluations).items()}
-    figures |= zeros_figures(run)
+    reports = [report for report, _ in run.reports if report.method != "dense"]
+    for sparsity in sorted({report.asked for report in reports}):
+        shown = [report for report in reports if report.asked == sparsity]
+        figures[f"zeros_{round(100 * sparsity)}"] = partial(plot_zeros_by_method, shown)
     if run.scores is not None:
         figures["head_importance"] = partial(plot_head_importance, run.scores)
         figures["importance_distribution"] = partial(plot_importance_distribution, run.scores)

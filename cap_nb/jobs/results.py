@@ -173,14 +173,6 @@ def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, ag
                        "see what they hold with 'cap table'.")
     return pairs
 
-# %% ../../nbs/jobs/07_results.ipynb #c048
-def named_pair(pair: tuple[str, Evaluation, str, Evaluation], alone: bool) -> tuple[Evaluation, Evaluation]:
-    "A pair of cells as the analysis takes them."
-    one, first, other, second = pair
-    def name(run: str, method: str) -> str: return method_title(method) if alone else f"{run}: {method_title(method)}"
-    return (replace(first, method=name(one, first.method)),
-            replace(second, method=name(other, second.method), sparsity=first.sparsity))
-
 # %% ../../nbs/jobs/07_results.ipynb #c049
 @validate_arguments
 def compare_runs(
@@ -193,15 +185,19 @@ def compare_runs(
     "Compare runs, or methods of one run, on the same problems; runs that share none raise `BadInput`."
     loaded = {name: load_run(folder) for name, folder in runs_in(runs).items()}
     if not loaded: raise BadInput("No run is named: expected one at least; give a run's folder.")
-    pairs = [named_pair(pair, len(loaded) == 1) for pair in cell_pairs(loaded, methods, against, sparsities)]
+    def named(run: str, cell: Evaluation, sparsity: float) -> Evaluation: # names that tell the runs apart
+        title = method_title(cell.method)
+        return replace(cell, method=title if len(loaded) == 1 else f"{run}: {title}", sparsity=sparsity)
+    pairs = [(named(run, one, one.sparsity), named(other, two, one.sparsity))
+             for run, one, other, two in cell_pairs(loaded, methods, against, sparsities)]
     (name, first), *others = loaded.items()
     for other, run in others: check_paired((name, other), (first, run))
     cells = {(e.method, e.sparsity): e for pair in pairs for e in pair}
-    named = dict.fromkeys((first.method, second.method) for first, second in pairs)
+    methods_paired = dict.fromkeys((first.method, second.method) for first, second in pairs)
     if not any(comparable_parts(first, second) for first, second in pairs):
         raise BadInput(f"{' and '.join(loaded)} share no measure: expected one at least that both have; see what they "
                        "hold with 'cap table'.")
-    return compare_methods(cells.values(), tuple(named), seed=seed)
+    return compare_methods(cells.values(), tuple(methods_paired), seed=seed)
 
 # %% ../../nbs/jobs/07_results.ipynb #c062
 MARK_LOOKS = {"▲": ("#0072B2", "better"), "▼": ("#D55E00", "worse"), "": ("#8A8A8A", "undecided")} # Colour, name
@@ -281,15 +277,6 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
         text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
         **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})
 
-# %% ../../nbs/jobs/07_results.ipynb #r011
-KEY = ["method", "sparsity", "measure", "task", "problem"] # What names a measurement
-
-def measurements_of(run: Run) -> pd.DataFrame: # KEY as the index, the column value
-    "What was measured of every pruned model, problem by problem."
-    columns = ["run", "model", "seed", "method", "sparsity", "reached", "measure", "task", "problem", "value"]
-    rows = [row[:len(columns)] for row in run_rows("", run, False, ())]
-    return pd.DataFrame(rows, columns=columns).set_index(KEY)[["value"]]
-
 # %% ../../nbs/jobs/07_results.ipynb #r012
 def equal_row(what: str, pairs: list[tuple[object, object]], largest: float | None = None) -> tuple[str, int, int,
               float | None]: # A row of the table
@@ -306,9 +293,14 @@ def loss_row(first: Run, second: Run) -> tuple | None: # A row of the table; Non
     return equal_row("table of losses", list(zip(*values)), max(abs(a - b) for a, b in zip(*values)))
 
 # %% ../../nbs/jobs/07_results.ipynb #3bc1e8aa
+KEY = ["method", "sparsity", "measure", "task", "problem"] # What names a measurement
+
 def measured_rows(first: Run, second: Run) -> list[tuple]: # A row for each measure
-    "What was measured of the cells that the second run has."
-    joined = measurements_of(second).join(measurements_of(first).rename(columns={"value": "before"}))
+    "What was measured of the cells that the second run has, problem by problem."
+    columns = list(WHICH | EACH)
+    before, after = (pd.DataFrame(run_rows("", run, False, ()), columns=columns).set_index(KEY)[["value"]]
+                     for run in (first, second))
+    joined = after.join(before.rename(columns={"value": "before"}))
     joined["gap"] = (joined["value"] - joined["before"]).abs()
     return [equal_row(measure, list(zip(part["before"], part["value"])), part["gap"].max())
             for measure, part in joined.groupby("measure", sort=False)]
