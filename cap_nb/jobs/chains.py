@@ -307,8 +307,8 @@ def chain_calibration(
     for task in tasks or chains.tasks:
         some = kept_chains([chain for chain in chains.chains if chain.task == task], per_problem)
         if len(some) < (n or 1):
-            raise BadInput(f"{task} has {len(some)} chains that are kept, but {n or 'some'} were asked for: expected at "
-                           f"most {len(some)}; lower --n, answer more problems with 'cap chains', or keep gold.")
+            raise BadInput(f"{task} has {len(some)} chains that are kept, but {n or 'some'} were asked for: expected "
+                           f"at most {len(some)}; lower --n, answer more problems with 'cap chains', or keep gold.")
         pool = [make_example(tokenizer, c.prompt, c.text.rstrip(), task, c.gold, c.uid) for c in some]
         examples += [example for example, _ in draw_stratified(pool, n or len(pool), seed)]
     return Calibration.from_examples(examples, k, seed)

@@ -591,32 +591,14 @@ class Plan:
     free: int | None # Bytes that a device, or one of several processes on a CPU, may take; None means unknown
     main: int | None # The same of main memory
     rates: Rates | None # How fast the device is; None gives no times
+    cells: tuple[tuple[str, float], ...] # What `cap run` evaluates: dense, and every method at every sparsity
+    weights: int # Bytes of the weights
+    copy: int # Bytes of the copy of the weights in scope that `cap run` keeps in main memory
+    group: int # Devices that hold one copy of the weights together
 
     def check_together(self) -> None:
         "Raise ValueError unless there are examples and stages."
         if not self.load.lengths or not self.stages: raise ValueError("it has no examples or no stages")
-
-    @property
-    def cells(self) -> tuple[tuple[str, float], ...]:
-        "What `cap run` evaluates: the dense model, and every method at every sparsity."
-        prune = self.load.job.prune
-        return cells_of({"methods": list(prune.methods), "sparsities": list(prune.sparsities)})
-
-    @property
-    def weights(self) -> int:
-        "Bytes of the weights."
-        return self.load.sizes.parameters * self.load.width
-
-    @property
-    def copy(self) -> int:
-        "Bytes of the copy of the weights in scope that `cap run` keeps in main memory."
-        return self.load.sizes.scope * self.load.width
-
-    @property
-    def group(self) -> int:
-        "Devices that hold one copy of the weights together."
-        if self.on_cpu or self.free is None: return 1
-        return min(self.devices, -(-self.weights // max(1, self.free)))
 
     @property
     def sharing(self) -> int:
@@ -690,8 +672,11 @@ def plan(
     device = device_named(job.model.device)
     on_cpu, free = device.type == "cpu" and memory is None, free_memory(device) if memory is None else memory
     if on_cpu and free is not None: free //= devices
+    weights = sizes.parameters * load.width
     return Plan(load=load, lengths_from=origin, stages=planned_stages(load), devices=devices, on_cpu=on_cpu, free=free,
-                main=free_memory(torch.device("cpu")), rates=rates)
+                main=free_memory(torch.device("cpu")), rates=rates, weights=weights, copy=sizes.scope * load.width,
+                group=1 if on_cpu or free is None else min(devices, -(-weights // max(1, free))),
+                cells=cells_of({"methods": list(job.prune.methods), "sparsities": list(job.prune.sparsities)}))
 
 # %% ../../nbs/jobs/04_planning.ipynb #c057
 def in_units(value: float, units: dict[str, float], spelt: str, least: float = 1) -> str:
