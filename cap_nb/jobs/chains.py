@@ -170,7 +170,8 @@ def answer_batches(examples: Sequence[Example], answering: Answering) -> list[An
 from torch import nn
 from ..data.prompts import PromptStyle
 from ..models.decoding import Decoding, Generation, generate_noted
-from ..evaluation import answer_record, strict_pattern
+from ..data.prompts import strict_pattern
+from ..evaluation import answer_record
 
 # %% ../../nbs/jobs/06_chains.ipynb #c035
 def chain_of(example: Example, said: Generation, attempt: int, tokenizer: object, style: str | PromptStyle,

@@ -113,7 +113,7 @@ from pathlib import Path
 from cap_nb.core.registry import ADDED, LOADING, WORD, take_back
 from cap_nb.core.registry import TASKS
 from cap_nb.data.problems import SPLITS, Problem, Task, load_problems
-from cap_nb.evaluation import ANSWERS, LOOSE, NORMAL
+from cap_nb.data.prompts import ANSWERS, LOOSE, NORMAL
 from cap_nb.jobs.planning import ASSUMED_TOKENS
 
 def existing_file(
