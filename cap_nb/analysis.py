@@ -11,9 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 
-def evaluation_from(
-    rows: Mapping[str, Sequence[dict]], # Kind of record -> the rows of one evaluation
-) -> Evaluation: # The evaluation
+def evaluation_from(rows: Mapping[str, Sequence[dict]]) -> Evaluation:
     "An evaluation from its rows in a run's table of records."
     def records(kind, name):
         return tuple(kind(**{field.name: row[field.name] for field in fields(kind)}) for row in rows.get(name, ()))
@@ -23,10 +21,8 @@ def evaluation_from(
     answers, losses = records(AnswerRecord, "answer"), records(LossRecord, "loss")
     return Evaluation(**about, answers=answers, losses=losses, perplexity=text)
 
-def records_from(
-    rows: Iterable[dict], # The rows of a run's table of records
-) -> tuple[dict[str, Evaluation], dict[str, bytes]]: # Evaluations by place; contents of files by name
-    "What a run measured, and the files that it kept."
+def records_from(rows: Iterable[dict]) -> tuple[dict[str, Evaluation], dict[str, bytes]]:
+    "The evaluations of a run by place, and the contents of the files that it kept by name."
     places = {}
     for row in rows: places.setdefault(row["place"], {}).setdefault(row["record"], []).append(row)
     files = {place: kinds["file"][0]["content"] for place, kinds in places.items() if "file" in kinds}
@@ -66,10 +62,8 @@ def row_order(evaluation: Evaluation) -> tuple[bool, float, int, str]:
     "What rows of Table 1 are sorted by: dense first, then sparsity, then method."
     return evaluation.method != "dense", evaluation.sparsity, *method_rank(evaluation.method)
 
-def row_cells(
-    evaluation: Evaluation, # An evaluation
-) -> dict[str, tuple[float, float, float, int]]: # Column -> value, low, high, n
-    "The cells of one row of Table 1."
+def row_cells(evaluation: Evaluation) -> dict[str, tuple[float, float, float, int]]:
+    "The cells of one row of Table 1: value, low, high and n by column."
     cells = {}
     for s in summarise_answers(evaluation.answers):
         cells[task_title(s.task)] = (100 * s.accuracy, 100 * s.low, 100 * s.high, s.n)
@@ -104,11 +98,9 @@ def method_table(
     return pd.DataFrame(table, index=pd.MultiIndex.from_tuples(names, names=["Method", "Sparsity"]))
 
 # %% ../nbs/06_analysis.ipynb #c015
-def paired_values(
-    first: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of one method
-    second: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of the other, on the same problems
-) -> tuple[list[float], str]: # first - second for each problem, and the unit: points or nats
-    "Differences of accuracies or losses, problem by problem; records of other problems raise `BadInput`."
+def paired_values(first: Sequence[AnswerRecord] | Sequence[LossRecord],
+                  second: Sequence[AnswerRecord] | Sequence[LossRecord]) -> tuple[list[float], str]:
+    "First less second, problem by problem, and the unit; records of other problems raise `BadInput`."
     kinds = {type(record) for record in (*first, *second)}
     ones, others = ({(record.task, record.uid): record for record in records} for records in (first, second))
     if len(kinds) != 1 or ones.keys() != others.keys():
@@ -118,11 +110,8 @@ def paired_values(
     return [ones[key].loss - others[key].loss for key in ones], "nats"
 
 # %% ../nbs/06_analysis.ipynb #c018
-def mcnemar_exact(
-    gained: int, # b, problems that only the first method solves
-    lost: int, # c, problems that only the second method solves
-) -> float: # Two-sided p-value, in (0, 1]
-    "McNemar's exact test of two methods on the same problems (1947)."
+def mcnemar_exact(gained: int, lost: int) -> float:
+    "McNemar's two-sided p-value, from the problems that only one of two methods solves (1947)."
     tail = sum(math.comb(gained + lost, heads) for heads in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2 ** (gained + lost)) # whole numbers up to the division: exact for any count
 
@@ -133,22 +122,14 @@ import numpy as np
 EXACT_FLIPS = 16 # Differences up to which every pattern of signs is tried
 
 @lru_cache(maxsize=2)
-def sign_patterns(
-    pairs: int, # Differences
-    flips: int, # Patterns to draw
-    seed: int, # Seed of the draws
-) -> tuple[np.ndarray, ...]: # 1 where a sign is turned, int8 [patterns, pairs], in pieces
-    "Random patterns of signs."
+def sign_patterns(pairs: int, flips: int, seed: int) -> tuple[np.ndarray, ...]:
+    "Random patterns of signs, 1 where one is turned, int8 [patterns, pairs], in pieces."
     rng, rows = np.random.default_rng(seed), max(1, 1_000_000 // pairs)
     return tuple(rng.integers(2, size=(min(rows, flips - start), pairs), dtype=np.int8)
                  for start in range(0, flips, rows))
 
-def sign_flip_test(
-    differences: Sequence[float], # One difference a problem, in any unit
-    seed: int = 0, # Seed of the patterns, where they are drawn
-    flips: int = 9_999, # Patterns to draw; the least p-value is then 1 / (flips + 1)
-) -> float: # Two-sided p-value, in (0, 1]
-    "Sign-flip test that paired differences lie evenly around zero; one that is not finite raises `BadInput`."
+def sign_flip_test(differences: Sequence[float], seed: int = 0, flips: int = 9_999) -> float:
+    "Two-sided p-value that paired differences lie evenly around zero; one that is not finite raises `BadInput`."
     if not np.isfinite(differences).all():
         raise BadInput("A difference is not a finite number: expected finite losses; "
                        "the weights or the dtype are broken, try float32.")
@@ -169,10 +150,8 @@ Key = TypeVar("Key") # Whatever names a comparison in its family
 LEVEL = 0.05 # Accepted probability of any false claim in a family of comparisons
 FEWEST_PAIRS = 20 # Below this a percentile bootstrap is too sure of itself
 
-def holm(
-    p_values: Sequence[float], # p-values of a family of comparisons, in any order
-) -> tuple[float, ...]: # Corrected p-values, in the same order
-    "Holm's correction for a family of comparisons (Holm 1979)."
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    "The p-values of a family of comparisons, corrected, in the same order (Holm 1979)."
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
         highest = corrected[index] = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -205,23 +184,16 @@ class Comparison:
         return self.within(0, math.inf) or self.within(-math.inf, 0)
 
 # %% ../nbs/06_analysis.ipynb #c035
-def compare(
-    first: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of one method
-    second: Sequence[AnswerRecord] | Sequence[LossRecord], # Records of the other, on the same problems
-    seed: int = 0, # Seed of bootstrap and sign flips
-    flips: int = 9_999, # Patterns of signs to draw
-) -> Comparison: # first - second, a family of one
-    "Compare two methods on the same problems; records of other problems raise `BadInput`."
+def compare(first: Sequence[AnswerRecord] | Sequence[LossRecord], second: Sequence[AnswerRecord] | Sequence[LossRecord],
+            seed: int = 0, flips: int = 9_999) -> Comparison:
+    "First less second on the same problems, a family of one; records of other problems raise `BadInput`."
     values, unit = paired_values(first, second)
     if unit == "points": p = mcnemar_exact(sum(value > 0 for value in values), sum(value < 0 for value in values))
     else: p = sign_flip_test(values, seed, flips)
     low, high = bootstrap_interval(values, seed)
     return Comparison(value=sum(values) / len(values), low=low, high=high, unit=unit, n=len(values), p=p, holm=p)
 
-def correct_family(
-    comparisons: Mapping[Key, Comparison], # Comparisons that are claimed together, by any name
-    family: str = "this table", # What they stand in
-) -> dict[Key, Comparison]: # The same, their p-values corrected
+def correct_family(comparisons: Mapping[Key, Comparison], family: str = "this table") -> dict[Key, Comparison]:
     "Holm's correction over a named family of comparisons; those without a test stay as they are."
     tested = [key for key, comparison in comparisons.items() if comparison.p is not None]
     corrected = dict(zip(tested, holm([comparisons[key].p for key in tested])))
@@ -233,10 +205,8 @@ TEXT_LOSS = "Text loss" # What a text is compared by: the losses of its windows
 CAP_PAIRS = (("cap", "wanda"), ("cap", "magnitude")) # What the paper compares, and what the factor adds
 COMPARED = ("First", "Second", "Sparsity", "Measure") # What names a comparison
 
-def records_by_measure(
-    evaluation: Evaluation, # An evaluation
-) -> dict[str, tuple]: # Measure -> its records; a window of text counts as a problem
-    "All that two evaluations can be compared by."
+def records_by_measure(evaluation: Evaluation) -> dict[str, tuple]:
+    "Records by measure; a window of text counts as a problem."
     records = {}
     for answer in evaluation.answers: records.setdefault(task_title(answer.task), []).append(answer)
     for loss in evaluation.losses: records.setdefault(f"{task_title(loss.task)} loss", []).append(loss)
@@ -245,19 +215,14 @@ def records_by_measure(
                               for i, loss in enumerate(text.losses)]
     return {measure: tuple(found) for measure, found in records.items()}
 
-def comparable_parts(
-    first: Evaluation, # One evaluation
-    second: Evaluation, # Another on the same problems
-) -> dict[str, tuple[tuple, tuple]]: # Measure -> records of both
-    "Every task and text that two evaluations share."
+def comparable_parts(first: Evaluation, second: Evaluation) -> dict[str, tuple[tuple, tuple]]:
+    "The records of both for every task and text that two evaluations share."
     ours, theirs = records_by_measure(first), records_by_measure(second)
     return {measure: (records, theirs[measure]) for measure, records in ours.items() if measure in theirs}
 
-def shared_cells(
-    evaluations: Iterable[Evaluation], # What was measured
-    pairs: Sequence[tuple[str, str]], # Methods to compare, as names
-) -> list[tuple[Evaluation, Evaluation]]: # Both evaluations of a pair, sparsity by sparsity
-    "The evaluations that belong to each pair; none at all raises `BadInput`."
+def shared_cells(evaluations: Iterable[Evaluation],
+                 pairs: Sequence[tuple[str, str]]) -> list[tuple[Evaluation, Evaluation]]:
+    "Both evaluations of each pair, sparsity by sparsity; none at all raises `BadInput`."
     cells = {(e.method, e.sparsity): e for e in evaluations}
     shared = [(cells[first, s], cells[second, s]) for first, second in pairs
               for s in sorted(s for method, s in cells if method == first and (second, s) in cells)]
@@ -266,10 +231,8 @@ def shared_cells(
                        f"expected at least one; run both methods.")
     return shared
 
-def comparison_frame(
-    comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_methods`
-) -> pd.DataFrame: # Rows COMPARED; a column for every number of a comparison
-    "Comparisons as a data frame, to count and to sort."
+def comparison_frame(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> pd.DataFrame:
+    "Comparisons as a data frame, a row each and a column for every number, to count and to sort."
     rows = [(c.value, c.low, c.high, c.unit, c.n, c.p, c.holm, c.decided) for c in comparisons.values()]
     columns = ["Difference", "Low", "High", "Unit", "n", "p", "Holm", "Decided"]
     return pd.DataFrame(rows, pd.MultiIndex.from_tuples(comparisons, names=COMPARED), columns)
@@ -290,7 +253,7 @@ def compare_methods(
     return correct_family({key: compare(*both, seed, flips) for key, both in records.items()}, family)
 
 # %% ../nbs/06_analysis.ipynb #c044
-PAPER_COLUMNS = ("gsm8k", "strategyqa", "arc", "perplexity")
+PAPER_COLUMNS = (*TASK_TITLES, "perplexity")
 PAPER_NUMBERS = {
     "Llama-3-8B-Instruct": {
         ("dense", 0.0): (79.5, 69.5, 81.1, 6.23),
@@ -310,18 +273,13 @@ def paper_table() -> pd.DataFrame: # Rows (Model, Method, Sparsity); accuracies 
     names = pd.MultiIndex.from_tuples(rows, names=["Model", "Method", "Sparsity"])
     return pd.DataFrame(list(rows.values()), index=names, columns=[*TASK_TITLES.values(), "Perplexity"])
 
-def paper_measure(
-    measure: str, # A measure of a comparison, as in "Lab ARC-C. loss"
-) -> str: # gsm8k, strategyqa, arc or perplexity
-    "Which column of the paper's table a measure of ours belongs to."
+def paper_measure(measure: str) -> str:
+    "Which column of the paper's table a measure of ours belongs to, as in Lab ARC-C. loss."
     if measure == TEXT_LOSS: return "perplexity"
     return next(task for task, title in TASK_TITLES.items() if title in measure)
 
-def paper_direction(
-    measure: str, # gsm8k, strategyqa, arc or perplexity
-    sparsity: float, # A sparsity; the paper has 0.1, 0.2 and 0.5
-) -> dict[str, str]: # Model -> "CAP" or "Wanda", whichever the paper's number favours
-    "Which of CAP and Wanda the paper's Table 1 favours (the higher accuracy, the lower perplexity)."
+def paper_direction(measure: str, sparsity: float) -> dict[str, str]:
+    "By model, which of CAP and Wanda the paper's Table 1 favours (the higher accuracy, the lower perplexity)."
     column, favoured = PAPER_COLUMNS.index(measure), {}
     for model, numbers in PAPER_NUMBERS.items():
         if ("cap", sparsity) not in numbers: return dict.fromkeys(PAPER_NUMBERS, "not reported")
@@ -329,10 +287,8 @@ def paper_direction(
         favoured[model] = "CAP" if (gain > 0) != (measure == "perplexity") else "Wanda"
     return favoured
 
-def is_better(
-    comparison: Comparison, # A difference in points or nats
-) -> bool: # Whether the first is ahead: more points or fewer nats
-    "Which side a difference favours, decided or not."
+def is_better(comparison: Comparison) -> bool:
+    "Whether the first is ahead, by more points or fewer nats, decided or not."
     return (comparison.value > 0) == (comparison.unit == "points")
 
 # %% ../nbs/06_analysis.ipynb #c045

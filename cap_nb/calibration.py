@@ -8,10 +8,8 @@ __all__ = ['Calibration', 'calibration_set', 'plot_calibration', 'overlap']
 # %% ../nbs/00_calibration.ipynb #c015
 from collections.abc import Sequence
 
-def length_quartiles(
-    lengths: Sequence[int], # Tokens of each example of a pool
-) -> list[int]: # Quartile of each, 0 (shortest) to 3 (longest)
-    "The length quartile of every example by rank (paper section 3.1)."
+def length_quartiles(lengths: Sequence[int]) -> list[int]:
+    "The length quartile of every example of a pool by rank, 0 (shortest) to 3 (longest) (paper section 3.1)."
     ranked = sorted(range(len(lengths)), key=lambda index: lengths[index])
     quartile = [0] * len(lengths)
     for rank, index in enumerate(ranked): quartile[index] = 4 * rank // len(lengths)
@@ -23,12 +21,8 @@ from collections import Counter
 from cap_nb.core.errors import BadInput, validate_arguments
 from cap_nb.data.prompts import Example
 
-def draw_stratified(
-    pool: Sequence[Example], # Every example of one task
-    n: int, # Examples to draw
-    seed: int, # Seed of the draw
-) -> list[tuple[Example, int]]: # (example, its quartile), shortest quartile first
-    "Draw n examples evenly over a pool's length quartiles (paper section 3.1); too large an n raises `BadInput`."
+def draw_stratified(pool: Sequence[Example], n: int, seed: int) -> list[tuple[Example, int]]:
+    "Draw n examples, each with its quartile, evenly over a pool's length quartiles (paper section 3.1)."
     task = pool[0].task if pool else "the task"
     if n > len(pool):
         raise BadInput(f"{task} has {len(pool)} problems for calibration but n = {n} were asked for: "
@@ -45,12 +39,8 @@ def draw_stratified(
 import torch
 from cap_nb.core.errors import check_at_least, check_seed
 
-def deal_subsets(
-    stratum: Sequence[int], # Stratum of each of the N examples
-    k: int, # Number of subsets, K
-    seed: int = 0, # Seed of the shuffle
-) -> torch.Tensor: # Subset of each example, 0 to K-1, int64 [N]
-    "Deal examples into K disjoint subsets, balanced over the strata (paper section 3.2)."
+def deal_subsets(stratum: Sequence[int], k: int, seed: int = 0) -> torch.Tensor:
+    "The subset of each example, int64 [N]: K disjoint ones, balanced over the strata (paper section 3.2)."
     check_at_least(k, 1, "k (subsets)")
     if k > len(stratum):
         raise BadInput(f"k = {k} subsets of {len(stratum)} examples: expected at least one example a subset; "
@@ -113,7 +103,7 @@ class Calibration:
 
 # %% ../nbs/00_calibration.ipynb #c045
 from pathlib import Path
-from .data.problems import Problem, load_problems
+from .data.problems import Problem, load_problems, normal_text
 from .data.prompts import PromptStyle, default_style, default_tasks, encode_problems
 
 @validate_arguments
@@ -164,6 +154,9 @@ def overlap(
     calibration: Calibration, # The calibration set
     problems: Iterable[Problem], # Problems for evaluation
 ) -> frozenset[str]: # Content hashes that occur in both
-    "Content hashes shared by a calibration set and problems for evaluation (paper section 3.1); empty if disjoint."
-    calibrated = frozenset(example.uid for example in calibration.examples)
-    return calibrated & frozenset(problem.uid for problem in problems)
+    "Problems for evaluation that a calibration set asks, whatever their spaces and case (paper section 3.1)."
+    calibrated, prompts = {e.uid for e in calibration.examples}, [normal_text(e.prompt) for e in calibration.examples]
+    def is_shared(problem: Problem) -> bool:
+        parts = problem.wording.split("\n")
+        return problem.uid in calibrated or any(all(part in prompt for part in parts) for prompt in prompts)
+    return frozenset(problem.uid for problem in problems if is_shared(problem))

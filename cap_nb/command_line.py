@@ -393,8 +393,7 @@ def train_lab_command(
     experts: bool = False, # the sibling with experts
 ) -> str:
     "Train the lab model anew, or its sibling with experts (most of an hour on two cores); resumable."
-    from cap_nb.models.lab import DENSE, train_lab
-    from cap_nb.models.lab_experts import EXPERTS
+    from cap_nb.models.lab import DENSE, EXPERTS, train_lab
     if steps is not None: check_at_least(steps, 1, "--steps")
     check_seed(seed, "--seed")
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)

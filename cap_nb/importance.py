@@ -9,10 +9,8 @@ __all__ = ['importance_factors', 'plot_factors']
 import torch
 from cap_nb.core.errors import BadInput, validate_arguments
 
-def check_scores(
-    scores: torch.Tensor, # Causal scores [L, H]
-) -> torch.Tensor: # The same in float64
-    "Raise `BadInput` unless the scores are a finite table of layers x heads."
+def check_scores(scores: torch.Tensor) -> torch.Tensor:
+    "The scores in float64; raise `BadInput` unless they are a finite table of layers x heads, [L, H]."
     if scores.ndim != 2 or scores.numel() == 0:
         raise BadInput(f"The scores have shape {list(scores.shape)}: expected layers x heads; give one score a head.")
     if not scores.isfinite().all():
@@ -42,10 +40,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from cap_nb.core.plots import blank_figure, in_style
 
-def draw_scale(
-    axes: Axes, # Where to draw
-    scores: torch.Tensor, # Causal scores [L, H]
-) -> None:
+def draw_scale(axes: Axes, scores: torch.Tensor) -> None:
     "Equation 3 as a line, with a dot for every head and dashes from its score to its factor."
     x, y = scores.flatten().tolist(), importance_factors(scores).flatten().tolist()
     left = min(x) - 0.1 * (max(x) - min(x))
@@ -59,11 +54,8 @@ def draw_scale(
     axes.text(max(x), 0.45, near, ha="right", va="center", bbox={"facecolor": "#DDDDDD", "edgecolor": "none", "pad": 1})
     axes.set(xlim=(left, None), ylim=(0, 10.5), yticks=range(1, 11), xlabel="causal score (nats)")
 
-# %% ../nbs/02_importance.ipynb #c022
 @in_style
-def plot_scale(
-    scores: dict[str, torch.Tensor], # Name -> causal scores [L, H]
-) -> Figure: # One panel per name
+def plot_scale(scores: dict[str, torch.Tensor]) -> Figure:
     "How causal scores become importance factors (paper equation 3)."
     figure, panels = blank_figure(1, len(scores), (3.75 * len(scores), 3))
     for axes, (name, table) in zip(panels[0], scores.items()):

@@ -19,11 +19,8 @@ class CapResult(NamedTuple):
     factors: torch.Tensor # Importance factor of every head, float64 [L, H]
     threshold: float # tau
 
-def subset_loss(
-    model: nn.Module, # A causal language model
-    subset: Sequence[Example], # Examples with token ids and labels
-) -> float: # In nats
-    "The mean over examples of the mean cross-entropy of their target tokens."
+def subset_loss(model: nn.Module, subset: Sequence[Example]) -> float:
+    "The mean over examples of the mean cross-entropy of their target tokens, in nats."
     total = 0.0
     for example in subset:
         logits = model(torch.tensor([example.input_ids])).logits[0, :-1]

@@ -11,12 +11,8 @@ from cap_nb.core.errors import validate_arguments, check_choice, check_index
 
 SHARING = ("mean", "max") # How the factor of a key-value head follows from those of its query heads
 
-def key_value_factors(
-    heads: torch.Tensor, # Importance factor of every query head, [L, H]
-    groups: int, # G, key-value heads per layer
-    how: str = "mean", # "mean" or "max" over the query heads that share a key-value head
-) -> torch.Tensor: # Importance factor of every key-value head, [L, G]
-    "The factor of each key-value head from its query heads (the paper is silent)."
+def key_value_factors(heads: torch.Tensor, groups: int, how: str = "mean") -> torch.Tensor:
+    "The factor of each key-value head, [L, G], from those of its query heads, [L, H] (the paper is silent)."
     shared = heads.unflatten(1, (groups, -1))
     return shared.mean(-1) if check_choice(how, SHARING, "key-value sharing") == "mean" else shared.amax(-1)
 
@@ -47,11 +43,8 @@ class Factors:
         return [(part.start, part.stop, (query if part.kind == "query" else shared)[part.index]) for part in p.parts]
 
 # %% ../nbs/03_regions.ipynb #f7144b2e
-def check_head_factors(
-    heads: torch.Tensor, # Importance factor of every query head, expected [L, H]
-    a: Anatomy, # Dimensions of the model
-) -> None:
-    "Raise `BadInput` unless there is one positive finite factor per head."
+def check_head_factors(heads: torch.Tensor, a: Anatomy) -> None:
+    "Raise `BadInput` unless there is one positive finite factor per head, [L, H]."
     if tuple(heads.shape) != (a.layers, a.heads):
         raise BadInput(f"The factors have shape {list(heads.shape)}: expected [{a.layers}, {a.heads}], "
                        f"one a head; they belong to another model.")
@@ -59,31 +52,21 @@ def check_head_factors(
         raise BadInput("Some importance factor is not a positive finite number: "
                        "expected factors from importance_factors; compute them again.")
 
-def as_factors(
-    factors: Factors | torch.Tensor | None, # Factors, or a tensor of the heads' factors alone, [L, H]
-) -> Factors | None: # None stays None
-    "Wrap a plain tensor of head factors in `Factors`."
+def as_factors(factors: Factors | torch.Tensor | None) -> Factors | None:
+    "Wrap a plain tensor of head factors, [L, H], in `Factors`."
     return Factors(heads=factors) if isinstance(factors, torch.Tensor) else factors
 
-# %% ../nbs/03_regions.ipynb #e46f5c91
 IN_COLUMNS = ("output", "down") # Roles of the projections whose regions are columns; in the others they are rows
 
-def blocks(
-    p: Projection, # A projection
-    factors: Factors, # Factors of its model
-    groups: int, # G, key-value heads per layer
-) -> list[tuple[slice, slice, float]]: # (rows, columns, factor) of each region
-    "The regions of a projection as slices of its weight (paper section 3.3, region mapping)."
+def blocks(p: Projection, factors: Factors, groups: int) -> list[tuple[slice, slice, float]]:
+    "Rows, columns and factor of each region of a projection (paper section 3.3, region mapping)."
     everything, spans = slice(None), factors.spans(p, groups)
     if len(spans) == 1: return [(everything, everything, spans[0][2])]
     if p.role in IN_COLUMNS: return [(everything, slice(start, stop), factor) for start, stop, factor in spans]
     return [(slice(start, stop), everything, factor) for start, stop, factor in spans]
 
-def region_factors_naive(
-    model: nn.Module, # A causal language model of a known family
-    factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
-) -> dict[str, torch.Tensor]: # Module name -> factor of every single weight, [out, in]
-    "A factor for every weight, written out (paper equation 4)."
+def region_factors_naive(model: nn.Module, factors: Factors | torch.Tensor) -> dict[str, torch.Tensor]:
+    "By projection, a factor for every single weight, [out, in], written out (paper equation 4)."
     factors, groups, written = as_factors(factors), anatomy(model).key_value_heads, {}
     for p in projections(model):
         written[p.name] = torch.full(p.weight.shape, torch.nan)
@@ -91,11 +74,8 @@ def region_factors_naive(
     return written
 
 # %% ../nbs/03_regions.ipynb #20e81d6e
-def broadcast_factor(
-    spans: list[tuple[int, int, float]], # (start, stop, factor) of each region
-    in_columns: bool, # Whether the spans are columns
-) -> torch.Tensor: # [out, 1], [1, in] or [1, 1], float32
-    "The factors of a projection in the smallest form that broadcasts over its weight."
+def broadcast_factor(spans: list[tuple[int, int, float]], in_columns: bool) -> torch.Tensor:
+    "The factors of a projection in the smallest form that broadcasts: [out, 1], [1, in] or [1, 1], float32."
     if len(spans) == 1: return torch.full((1, 1), spans[0][2])
     widths = torch.tensor([stop - start for start, stop, _ in spans])
     along = torch.tensor([factor for *_, factor in spans]).repeat_interleave(widths)

@@ -34,21 +34,15 @@ def masked_head(
 # %% ../nbs/01_scoring.ipynb #c015
 from collections.abc import Iterator, Sequence
 import torch.nn.functional as F
-from cap_nb.data.batches import collate, token_batches
+from cap_nb.data.prompts import collate, token_batches
 from cap_nb.models.anatomy import anatomy, check_length
 
-def mean_by_example(
-    losses: torch.Tensor, # Loss of every target token of a batch, example after example
-    counts: Sequence[int], # Target tokens of each example
-) -> torch.Tensor: # Mean loss of each example, float64 [B]
-    "The mean over the target tokens of each example."
+def mean_by_example(losses: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    "The mean loss of each example, float64 [B], from all its target tokens and how many each example has."
     return torch.stack([tokens.mean() for tokens in losses.double().split(list(counts))])
 
-def target_token_losses(
-    model: nn.Module, # A causal language model
-    batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
-) -> torch.Tensor: # Cross-entropy of every target token, example after example, in nats, float32 [n]
-    "The loss of each target token of a batch; rows longer than the model's context raise `BadInput`."
+def target_token_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    "The loss of each target token, in nats, float32 [n]; rows longer than the model's context raise `BadInput`."
     check_length(model, batch["input_ids"].shape[1])
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
     labels = batch["labels"][:, 1:]
@@ -111,24 +105,15 @@ class HeadLosses:
         return self.meta.get("target", "loss")
 
 # %% ../nbs/01_scoring.ipynb #6528ad5d
-def batches_of(
-    calibration: Calibration, # The examples
-    batch_tokens: int, # Padded tokens per batch
-    device: torch.device, # Where the batches go
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]: # (indices of the examples, padded batch)
-    "The batches of a calibration set, shortest examples first; padding is token 0, which no target ever sees."
+def batches_of(calibration: Calibration, batch_tokens: int,
+               device: torch.device) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    "Indices of the examples and padded batch, shortest first; padding is token 0, which no target ever sees."
     for indices in token_batches(calibration.examples, batch_tokens):
         yield indices, collate([calibration.examples[index] for index in indices], pad_id=0, device=device)
 
-def head_losses(
-    model: nn.Module, # The model
-    calibration: Calibration, # The examples
-    masked: torch.Tensor, # Float64 [L, H, N]
-    intact: torch.Tensor, # Float64 [N]
-    batch_tokens: int, # Padded tokens per batch
-    fingerprint: str | None = None, # The model's fingerprint, if already known; None computes it
-) -> HeadLosses: # The table with its provenance
-    "Put a table together and note where its numbers come from."
+def head_losses(model: nn.Module, calibration: Calibration, masked: torch.Tensor, intact: torch.Tensor,
+                batch_tokens: int, fingerprint: str | None = None) -> HeadLosses:
+    "A table from masked losses, [L, H, N], and intact ones, [N], and where its numbers come from."
     weight, examples = next(model.parameters()), calibration.examples
     meta = {"model": fingerprint or model_fingerprint(model), "calibration": calibration.fingerprint,
             "dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type,
@@ -161,22 +146,14 @@ def score_heads_naive(
 # %% ../nbs/01_scoring.ipynb #c025
 from cap_nb.core.errors import BadInput, check_at_least, check_choice
 
-def subset_means(
-    values: torch.Tensor, # [..., N]
-    subset: torch.Tensor, # Subset of each example, int64 [N]
-    weight: torch.Tensor | None = None, # How often each example counts, [N]; None means once
-) -> torch.Tensor: # Mean of each subset, [..., K]
-    "Mean over the examples of each subset."
+def subset_means(values: torch.Tensor, subset: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    "Mean over the examples of each subset, [..., N] to [..., K]; `weight` says how often each example counts."
     belongs = F.one_hot(subset).to(values.dtype)
     if weight is not None: belongs = belongs * weight[:, None]
     return values @ belongs / belongs.sum(0)
 
-def aggregate(
-    masked: torch.Tensor, # Masked loss of each head and subset, [..., K]
-    intact: torch.Tensor, # Intact loss of each subset, [K], or whatever broadcasts over the masked ones
-    how: str, # "paper", "paired" or "mean"
-) -> torch.Tensor: # Scores [...]
-    "One score from the means of K subsets, in three ways; the median of an even K is the mean of the middle two."
+def aggregate(masked: torch.Tensor, intact: torch.Tensor, how: str) -> torch.Tensor:
+    "Scores from masked means, [..., K], and intact ones, [K]; the median of an even K is the mean of the middle two."
     if how == "paper": return masked.quantile(0.5, dim=-1) - intact.mean(-1)
     if how == "paired": return (masked - intact).quantile(0.5, dim=-1)
     return (masked - intact).mean(-1)
@@ -196,11 +173,8 @@ def causal_scores(
     return aggregate(subset_means(losses.masked, subset), subset_means(losses.intact, subset), how)
 
 # %% ../nbs/01_scoring.ipynb #c033
-def resampled(
-    subset: torch.Tensor, # Subset of each example, int64 [N]
-    rng: torch.Generator, # Source of the draws
-) -> torch.Tensor: # How often each example was drawn, float64 [N]
-    "Resample the examples of each subset with replacement, as many as it has."
+def resampled(subset: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    "How often each example is drawn, float64 [N], if each subset is resampled with replacement."
     counts = torch.zeros(len(subset), dtype=torch.float64)
     for s in subset.unique():
         members = (subset == s).nonzero()[:, 0]
@@ -209,6 +183,8 @@ def resampled(
     return counts
 
 # %% ../nbs/01_scoring.ipynb #c034
+from scipy import stats
+
 @validate_arguments
 def score_interval(
     losses: HeadLosses, # The table of losses
@@ -228,9 +204,6 @@ def score_interval(
     tail = (1 - confidence) / 2
     low, high = torch.stack(scores).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     return low, high
-
-# %% ../nbs/01_scoring.ipynb #02d85122
-from scipy import stats
 
 @validate_arguments
 def rank_correlation(
@@ -278,9 +251,7 @@ from pathlib import Path
 from cap_nb.core.errors import check_fields
 from cap_nb.core.files import read_tensors, write_tensors
 
-def check_table(
-    losses: HeadLosses, # A table of losses without gaps
-) -> None:
+def check_table(losses: HeadLosses) -> None:
     "Raise ValueError unless all parts of a table belong together, and every loss is finite."
     losses.check_together()
     if not (losses.masked.isfinite().all() and losses.intact.isfinite().all()):
@@ -316,9 +287,7 @@ def load_losses(
     return losses
 
 # %% ../nbs/01_scoring.ipynb #c051
-def median_subset(
-    losses: HeadLosses, # The table of losses; an odd K has a median subset
-) -> torch.Tensor: # For every head, the subset whose mean masked loss is the median, int64 [L, H]
+def median_subset(losses: HeadLosses) -> torch.Tensor:
     "The subset that the median of paper equation 2 picks for each head (of an even K, the lower of the middle two)."
     means = subset_means(losses.masked, losses.subset)
     return means.argsort(dim=-1)[..., (means.shape[-1] - 1) // 2]

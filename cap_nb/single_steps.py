@@ -23,15 +23,15 @@ from .jobs.job import (
 from .jobs.records import save_evaluation
 from .jobs.settings import changed, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
 from .methods.criteria import Inputs
+from .methods.layer_walk import device_of_process, joined
 from .methods.prune import check_method, needs_of, prune, unit_factors
-from .methods.resumed_scoring import check_target, heads_by_layer, help_scoring, Request, table_scorer
+from .methods.resumed_scoring import check_target, help_scoring, Request, table_scorer
 from .methods.screening import read_scores, save_partial, screen_heads
-from .methods.streaming import (
-    check_solved, check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint,
-    save_hessians, solve_checkpoint)
-from .methods.unit_store import device_of_process, joined, Share
-from .models.anatomy import anatomy
-from .models.loading import check_all_here, load_model, model_fingerprint, save_model, tokenizer_fingerprint
+from cap_nb.methods.streaming import (
+    check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
+    solve_checkpoint)
+from .models.loading import (
+    check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
 from .portable.fine_tuning import check_settings, recover_into, Recovery
 from .portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
@@ -61,9 +61,9 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
     calibration, fingerprint = job_calibration(job, tokenizer), tokenizer_fingerprint(tokenizer)
     working, batch_tokens = store or out.with_name(out.name + ".unfinished"), job.model.batch_tokens
     if join:
-        request = Request(batch_tokens=batch_tokens, heads_at_once=heads_at_once, units=None, share=Share(),
-                          heads=heads_by_layer(anatomy(model), None), target=job.prune.score_target)
-        done = help_scoring(model, calibration, working, request, fingerprint)
+        done = help_scoring(model, calibration, Request(
+            batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint, heads_at_once=heads_at_once,
+            target=job.prune.score_target))
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
     with joined(model.device) as share:
         if budget is not None:
@@ -102,9 +102,9 @@ def answer_into(job: Job, out: Path, tries: int = Answering.tries, temperature: 
 def matching_scores(path: Path, fingerprint: str, settings: PruneSettings) -> tuple[HeadLosses, torch.Tensor]:
     "Load a table of losses and its scores; one of another model or target raises `BadInput`."
     losses, scores = read_scores(path, settings.aggregation)
-    if losses.meta.get("model") != fingerprint:
-        raise BadInput(f"{path} was measured on other weights or another dtype: expected this model's; "
-                       "score it first, with the same --dtype.")
+    if differ := fingerprint_differences(losses.meta.get("model"), fingerprint):
+        raise BadInput(f"{path} was measured on a model with other {' and '.join(differ)}, or in another dtype: "
+                       "expected this model's; score it first, with the same --dtype.")
     check_target(losses, settings.score_target, path)
     return losses, scores
 
@@ -165,8 +165,8 @@ def check_streaming(job: Job, pruning: SinglePruning) -> None:
     if job.model.dtype or job.model.device:
         raise BadInput("--stream was given with --dtype or --device: expected neither, since nothing is loaded and the "
                        "weights keep their dtype; leave them out.")
-    if pruning.hessians is None: check_streamed(pruning.method, pruning.sparsity, pruning.ties)
-    else: check_solved(pruning.method, pruning.sparsity)
+    with_hessians = pruning.hessians is not None
+    check_streamed(pruning.method, pruning.sparsity, "exact" if with_hessians else pruning.ties, with_hessians)
 
 def prune_on_disk(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
     "Prune a folder's checkpoint without loading it."

@@ -11,21 +11,14 @@ from torch import nn
 from cap_nb.models.anatomy import projections
 from cap_nb.regions import region_factors
 
-def weight_scores(
-    model: nn.Module, # A causal language model of a known family
-    factors: torch.Tensor | None = None, # Importance factor of every head, [L, H]; None means magnitude: all are 1
-) -> torch.Tensor: # Score of every weight, float32, in the fixed order: layer, projection, flat index
-    "|W| I of all weights in one vector (paper equation 4): simple, and as large as the model."
+def weight_scores(model: nn.Module, factors: torch.Tensor | None = None) -> torch.Tensor:
+    "|W| I of all weights in one vector, by layer, projection, flat index (paper equation 4); no factors: magnitude."
     regions = {} if factors is None else region_factors(model, factors)
     scores = [p.weight.detach().float().abs() * regions.get(p.name, 1) for p in projections(model)]
     return torch.cat([score.flatten() for score in scores])
 
 # %% ../nbs/04_threshold.ipynb #858ddfc8
-def bisect_threshold(
-    scores: torch.Tensor, # Score of every weight in scope
-    sparsity: float, # Share of weights to zero
-    tolerance: float = 1e-4, # How near the share must come
-) -> float: # tau
+def bisect_threshold(scores: torch.Tensor, sparsity: float, tolerance: float = 1e-4) -> float:
     "Binary search for the threshold (paper section 3.3); where ties leave a jump, it ends on the jump and overshoots."
     low, high = 0.0, scores.max().item()
     for _ in range(100):
@@ -39,18 +32,12 @@ def bisect_threshold(
 import math
 from cap_nb.core.errors import check_sparsity
 
-def zero_count(
-    weights: int, # Weights in scope
-    sparsity: float, # Share to zero, in [0, 1)
-) -> int: # How many become zero
+def zero_count(weights: int, sparsity: float) -> int:
     "The number of zeros that comes nearest to a sparsity."
     return math.floor(weights * check_sparsity(sparsity) + 0.5)
 
-def smallest_naive(
-    scores: torch.Tensor, # Scores that compete, any shape
-    count: int, # n, the number of scores to take
-) -> torch.Tensor: # Boolean, same shape: the n smallest, equal scores in flat order
-    "The smallest scores by bisection, the ties at the threshold in order (paper section 3.3)."
+def smallest_naive(scores: torch.Tensor, count: int) -> torch.Tensor:
+    "A mask of the `count` smallest scores by bisection, the ties at the threshold in order (paper section 3.3)."
     if count == 0: return torch.zeros_like(scores, dtype=torch.bool)
     tau = scores[scores <= bisect_threshold(scores, count / scores.numel(), 0.4 / scores.numel())].max()
     taken = scores < tau
@@ -73,13 +60,7 @@ class PruneReport:
     table: tuple[tuple[int, str, str, int, int], ...] # (layer, role, name, zeros, weights) of every projection
 
 # %% ../nbs/04_threshold.ipynb #9026ac44
-def prune_report(
-    model: nn.Module, # The pruned model
-    method: str, # Name of the method
-    asked: float, # Sparsity asked for
-    tau: float | None = None, # The threshold, if one was for the whole model
-    ties: int = 0, # Scores that were equal to it
-) -> PruneReport: # The report
+def prune_report(model: nn.Module, method: str, asked: float, tau: float | None = None, ties: int = 0) -> PruneReport:
     "Count the zeros of a model, projection by projection."
     table = tuple((p.layer, p.role, p.name, int((p.weight == 0).sum()), p.weight.numel()) for p in projections(model))
     zeros, weights = sum(row[3] for row in table), sum(row[4] for row in table)
@@ -88,12 +69,8 @@ def prune_report(
 
 # %% ../nbs/04_threshold.ipynb #e3941897
 @torch.no_grad()
-def prune_naive(
-    model: nn.Module, # A causal language model of a known family; changed in place
-    sparsity: float, # Share of the projections' weights to zero, in [0, 1)
-    factors: torch.Tensor | None = None, # Importance factor of every head, [L, H]; None prunes by magnitude
-) -> PruneReport: # What was asked and reached
-    "Zero the smallest |W| I of the whole model (paper algorithm 1, last step)."
+def prune_naive(model: nn.Module, sparsity: float, factors: torch.Tensor | None = None) -> PruneReport:
+    "Zero the smallest |W| I of the whole model, in place (paper algorithm 1, last step); no factors: magnitude."
     scores = weight_scores(model, factors)
     taken = smallest_naive(scores, zero_count(len(scores), sparsity))
     matrices = projections(model)
@@ -108,10 +85,8 @@ from matplotlib.figure import Figure
 from cap_nb.core.errors import validate_arguments
 from cap_nb.core.plots import blank_figure, in_style
 
-def zero_shares(
-    report: PruneReport, # A report
-) -> tuple[list[str], torch.Tensor]: # Roles; shares of zeros, float64 [layers, roles], NaN where a layer lacks the role
-    "The share of zeros by layer and role."
+def zero_shares(report: PruneReport) -> tuple[list[str], torch.Tensor]:
+    "Roles, and the share of zeros by layer and role, float64 [layers, roles], NaN where a layer lacks the role."
     roles, layers = (list(dict.fromkeys(row[column] for row in report.table)) for column in (1, 0))
     zeros, weights = torch.zeros(2, len(layers), len(roles), dtype=torch.float64)
     for layer, role, _, gone, size in report.table:

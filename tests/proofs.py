@@ -32,7 +32,7 @@ from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.models.anatomy import anatomy, expert_counts, output_projection, projections
 from cap_nb.models.checks import check_anatomy
 from cap_nb.models.loading import save_model
-from cap_nb.models.routing import masked_expert
+from cap_nb.models.interventions import masked_expert
 from cap_nb.regions import as_factors, blocks, region_factors, region_factors_naive
 from cap_nb.scoring import masked_head, score_heads_naive
 

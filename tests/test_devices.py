@@ -11,9 +11,8 @@ from fixtures import made_up_calibration, tiny_llama
 
 from cap_nb.core.errors import BadInput
 from cap_nb.methods import resumed_scoring
-from cap_nb.methods.resumed_scoring import Request, heads_by_layer, help_scoring, score_heads
-from cap_nb.methods.unit_store import Share, joined
-from cap_nb.models.anatomy import anatomy
+from cap_nb.methods.resumed_scoring import Request, help_scoring, score_heads
+from cap_nb.methods.layer_walk import joined
 
 PROCESSES = multiprocessing.get_context("fork")  # what is imported already need not be imported again
 UNITS = 3 * 5  # layers and batches of the model and the examples below
@@ -80,9 +79,8 @@ def helper(store, said, before=nothing):
     """A process that comes later and helps."""
     counted_units(store, before)
     model, examples = model_and_examples()
-    request = Request(batch_tokens=BATCH_TOKENS, heads_at_once=None, units=None, share=Share(), heads=heads_by_layer(anatomy(model), None))
     try:
-        said.put(("helper", help_scoring(model, examples, store, request), ""))
+        said.put(("helper", help_scoring(model, examples, Request(batch_tokens=BATCH_TOKENS, store=store)), ""))
     except BadInput as error:
         said.put(("helper", 0, str(error)))
 
@@ -178,9 +176,8 @@ def test_a_helper_needs_someone_to_help(tmp_path):
     assert "No process is at work" in said.get(timeout=10)[2]
     owner = started(alone, tmp_path, said, lambda store, number: until(lambda: (store/"go on").exists()) if number == 0 else None)
     until(lambda: list(tmp_path.rglob("claims")))
-    request = Request(batch_tokens=20, heads_at_once=None, units=None, share=Share(), heads=heads_by_layer(anatomy(tiny_llama()), None))
     with pytest.raises(BadInput, match="has other settings"):
-        help_scoring(*model_and_examples(), tmp_path, request)
+        help_scoring(*model_and_examples(), Request(batch_tokens=20, store=tmp_path))
     (tmp_path/"go on").touch()
     owner.join(300)
     assert owner.exitcode == 0

@@ -21,8 +21,7 @@ from cap_nb.methods.experts import (
 from cap_nb.methods.prune import check_method, prune
 from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.models.anatomy import projections, routing_of
-from cap_nb.models.lab import lab_tokenizer, save_tokenizer
-from cap_nb.models.lab_experts import EXPERTS_CHECKPOINT, ExpertsRecipe, new_experts_model
+from cap_nb.models.lab import EXPERTS_CHECKPOINT, ExpertsRecipe, lab_tokenizer, new_experts_model, save_tokenizer
 from cap_nb.models.loading import load_model
 from cap_nb.scoring import causal_scores
 

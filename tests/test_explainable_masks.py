@@ -5,8 +5,7 @@ from transformers import (
     LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM)
 
 from cap_nb.calibration import Calibration
-from cap_nb.data.batches import collate
-from cap_nb.data.prompts import IGNORED, Example
+from cap_nb.data.prompts import IGNORED, Example, collate
 from cap_nb.methods.explainable_masks import MaskFit, UnitTable, fit_masks, gated_units, tasks_of, text_passes
 from cap_nb.methods.neurons import masked_neurons
 from cap_nb.methods.prune import method_line, prune

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
-from cap_nb.data.batches import collate
+from cap_nb.data.prompts import collate
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.jobs.planning import read_sizes
@@ -27,14 +27,14 @@ from cap_nb.methods.additivity import masked_together, pair_losses
 from cap_nb.methods.attributions import gated_heads
 from cap_nb.methods.experts import expert_losses, resumed_passes, whole_passes
 from cap_nb.methods.neurons import (
-    NeuronGroup, down_projection, group_rises, masked_neurons, neuron_estimates, prune_neurons)
+    NeuronGroup, down_projection, group_rises, masked_neurons, neuron_estimates, remove_neurons)
 from cap_nb.methods.screening import screen_heads
 from cap_nb.methods.explainable_masks import prune_heads, sizes_of_heads, weights_removed
 from cap_nb.models.anatomy import anatomy, expert_counts, projections
 from cap_nb.models.checks import check_anatomy, check_tokens_independent
 from cap_nb.models.families import ATTENTION, FAMILIES, HOLDS, HYBRIDS, Family, family_of, under
 from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.models.routing import masked_expert, recorded_routes
+from cap_nb.models.interventions import masked_expert, recorded_routes
 from cap_nb.portable.quantised import check_in_gguf
 from cap_nb.methods.experts import UnitFactors
 from cap_nb.regions import region_factors
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_the_decoder_alone_can_be_streamed(tmp_path, name, prefi
     factors = tiny_factors(model)
     wanted = prune(model, "cap", 0.4, factors)
     assert prune_checkpoint(tmp_path / "src", tmp_path / "new", 0.4, factors, at_once=64) == wanted
-    assert len(checkpoint_fingerprint(tmp_path / "new")) == 64
+    assert checkpoint_fingerprint(tmp_path / "new") == model_fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto"))
     again, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval(), torch.arange(3, 12)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
@@ -170,9 +170,8 @@ def test_a_neuron_of_fused_experts_has_its_rows_of_gate_and_up(name):
     pairs = rows.view(12, 2).T if name == "gpt_oss" else rows.view(2, 12)
     assert torch.equal(pairs, neurons[0, 1].expand(2, 12))
     down = next(p for p in projections(model) if p.role == "down").weight
-    per_neuron = 3 * down.shape[0]
-    report = prune_neurons(model, neurons, 5 * per_neuron / sum(p.weight.numel() for p in projections(model)))
-    assert report.zeros == 5 * per_neuron
+    remove_neurons(model, neurons <= 5)
+    assert sum(int((p.weight == 0).sum()) for p in projections(model)) == 5 * 3 * down.shape[0]
     masked = tiny_model(name)
     with torch.no_grad(), masked_neurons(masked, 0, range(5), expert=0):
         assert torch.allclose(model(ids).logits, masked(ids).logits, atol=1e-5)
@@ -242,6 +241,15 @@ def test_latents_belong_to_the_layer_and_what_they_become_to_heads():
 def test_gguf_files_of_other_families_are_left_to_llama_cpp(kind):
     with pytest.raises(BadInput, match=f"model is of the family {kind}: expected llama or qwen2; for others use"):
         check_in_gguf(SimpleNamespace(model_type=kind), "model")
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_model_has_one_fingerprint_in_memory_loaded_and_in_its_files(tmp_path, name):
+    """Weights, stored buffers and settings; GPT-NeoX's files call the head otherwise."""
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert model_fingerprint(model) == model_fingerprint(loaded) == checkpoint_fingerprint(tmp_path)
 
 
 def test_experts_are_claimed_of_mixtures_only():

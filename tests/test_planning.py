@@ -14,7 +14,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.calibration import calibration_set
 from cap_nb.core.errors import BadInput
-from cap_nb.data.batches import collate
+from cap_nb.data.prompts import collate
 from cap_nb.jobs import planning
 from cap_nb.jobs.planning import (
     ExampleLength, Rates, Workload, at_once, evaluation_memory, flops_of, hook_loop_work, lengths_of, plan, plan_advice, plan_text,

@@ -34,10 +34,9 @@ from cap_nb.jobs.chains import read_chains
 from cap_nb.jobs.records import load_evaluation, packed_records, read_report, read_run, save_evaluation
 from cap_nb.jobs.sweeps import INDEX as SWEEP_INDEX
 from cap_nb.jobs.sweeps import read_config, read_index
-from cap_nb.methods.budgets import load_budgets
 from cap_nb.methods.screening import read_scores
 from cap_nb.methods.streaming import load_norms
-from cap_nb.methods.unit_store import Unit, UnitStore, read_unit
+from cap_nb.methods.layer_walk import Unit, UnitStore, read_unit
 from cap_nb.models.lab import load_state, read_state
 from cap_nb.models.loading import config_of, load_gguf, load_tokenizer
 from cap_nb.portable.format import CHECKSUM, FORMAT, VERSION, Entry, header_of, open_shard, read_manifest
@@ -157,16 +156,12 @@ LLAMA = {"model_type": "llama", "hidden_size": 20, "intermediate_size": 24, "num
          "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "dtype": "float32", "tie_word_embeddings": False, "max_position_embeddings": 64, "cap_nb": sealed(NOTE)}
 ARC = {"question": {"stem": "Which?", "choices": [{"label": label, "text": label} for label in "AB"]}, "answerKey": "A"}
 CHAIN = {"task": "lab-arc", "uid": "a", "prompt": "p", "text": "t", "answer": "A", "gold": "A", "attempt": 0, "entropy": 0.5, "tokens": 3, "cut_off": False}
-MOVE = {"sparser": 0, "denser": 1, "weights": 4.0, "first": [0.2, 0.1], "again": None, "accepted": True}
-BUDGETS = {"regions": [{"layer": 0, "kind": "mlp", "modules": ["m"], "weights": 4}], "levels": [0.0, 0.5], "uid": ["a", "b", "c"], "meta": {}, "sparsity": 0.5, "power": 1.0,
-           "moves": [MOVE, MOVE | {"again": [0.2, 0.1]}]}
 PACKED = {"about": {"format": FORMAT, "version": str(VERSION), "kind": "bitmask", "base": "", "sha256": "0" * 64},
           "inner": {"a": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [32, 40]}},
           "tensors": {"mask/a": ["U8", [1]], "kept/a": ["F32", [3]], "plain/b": ["F32", [2]]}}
 SWEEP = {"format": 1, "config_sha256": "0", "configs": ["x.yaml"], "on_the_command_line": [], "varies": ["n"], "runs": [{"folder": "a", "settings": {"n": 3}, "finished": False}]}
 FILES = {"name": "a", "bytes": 1, "sha256": "0", "stored": "a", "stored_bytes": 1, "stored_sha256": "0"}
 TABLE = {"masked": torch.rand(2, 2, 3, dtype=torch.float64), "intact": torch.rand(3, dtype=torch.float64)}
-REGIONS = {name: torch.rand(1, dtype=torch.float64) for name in ("costs", "solved", "shares")} | {"kl": torch.rand(1, 2, 3, dtype=torch.float64)}
 
 
 @dataclass
@@ -193,7 +188,6 @@ READERS = {
     "scores": Reader(lambda path: read_scores(path, "mean"), "x.safetensors", lambda: [losses(), losses(meta={"measured": 0.5})], tensors_about(**TABLE)),
     "scores measured in part": Reader(lambda path: read_scores(path, "mean"), "x.safetensors", lambda: [losses(meta={"screened": {"seed": 0}})], tensors_about(**TABLE, slopes=TABLE["masked"] + 1)),
     "norms": Reader(load_norms, "x.safetensors", lambda: [{"norms": {"n": 3}}], tensors_about()),
-    "budgets": Reader(load_budgets, "x.safetensors", lambda: [BUDGETS], tensors_about(**REGIONS)),
     "training": Reader(lambda path: read_state(path, {"steps": 3}), "x.safetensors", lambda: [{"steps": 3, "losses": [0.5]}], tensors_about()),
     "unit": Reader(lambda path: read_unit(UnitStore(path.parent), Unit(0, 0), ["a", "b", "c"], 2), "batch-0000-layer-000.safetensors", lambda: [{"uids": ["a", "b", "c"]}],
                    tensors_about(masked=torch.rand(2, 3, dtype=torch.float64))),

@@ -7,7 +7,7 @@ import torch
 
 from cap_nb.calibration import calibration_set, overlap
 from cap_nb.data.problems import load_problems, load_text
-from cap_nb.data.batches import padding_share, token_batches
+from cap_nb.data.prompts import padding_share, token_batches
 from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint, save_model
 from cap_nb.scoring import batches_of, masked_head, score_heads_naive

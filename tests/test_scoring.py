@@ -15,8 +15,7 @@ from fixtures import made_up, tiny_llama
 from programs import Program, cap, finished
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from cap_nb.data.batches import collate
-from cap_nb.data.prompts import IGNORED
+from cap_nb.data.prompts import IGNORED, collate
 from cap_nb.calibration import Calibration
 from cap_nb.methods.resumed_scoring import divergence_of_logits, score_divergences, score_heads, shared_prefix, target_logits
 from cap_nb.models.interventions import changed_output, hook_count

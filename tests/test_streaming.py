@@ -25,7 +25,7 @@ from cap_nb.models.loading import model_fingerprint
 from cap_nb.regions import Factors, region_factors
 from cap_nb.methods import streaming
 from cap_nb.methods.prune import check_method, prune
-from cap_nb.methods.streaming import layer_file, measurements_of_hessians, open_hessians, save_hessians, solve_checkpoint, solved_weight
+from cap_nb.methods.streaming import layer_file, measurements_for, open_hessians, save_hessians, solve_checkpoint, solved_weight
 from cap_nb.methods.sparsegpt import MadeOnce
 from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms, write_rows
 from cap_nb.methods.selection import CAP, Measurements, scores_of, zero_within
@@ -470,7 +470,7 @@ def test_every_layout_is_solved_as_in_memory(tmp_path, kind, method):
     given = open_hessians(tmp_path / "G", open_checkpoint(tmp_path / "src"), checkpoint_fingerprint(tmp_path / "src"))
     dense = {p.name: p.weight.detach().clone().contiguous() for p in projections(model)}
     if parts.base == "wanda":
-        measured = measurements_of_hessians(open_checkpoint(tmp_path / "src"), parts, given, None)
+        measured = measurements_for(open_checkpoint(tmp_path / "src"), "wanda", None, given.norms())
         zero_within(projections(model), CRITERIA["wanda"], measured, 0.5, "row")
     with torch.no_grad():
         for p in projections(model):
@@ -485,7 +485,7 @@ def test_every_layout_is_solved_as_in_memory(tmp_path, kind, method):
 def test_hessians_of_another_model_or_half_a_folder_are_refused(tmp_path):
     src, other = saved(tmp_path / "src"), saved(tmp_path / "other", torch.float32)
     save_hessians(load(src), made_up_calibration(12, shortest=8), tmp_path / "G")
-    with pytest.raises(BadInput, match="of another model"):
+    with pytest.raises(BadInput, match="a model with other weights, or of another dtype"):
         solve_checkpoint(other, tmp_path / "new", 0.5, tmp_path / "G")
     with pytest.raises(BadInput, match="another model or other examples"):
         save_hessians(load(other), made_up_calibration(12, shortest=8), tmp_path / "G")

@@ -354,15 +354,6 @@ from safetensors.torch import save_file
 
 MOST_HEADER = 1 << 26 # Bytes of a header of safetensors
 
-def own_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    "The tensors, contiguous, in memory of their own, as safetensors asks."
-    seen, own = set(), {}
-    for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.contiguous().clone() if memory in seen else tensor.contiguous()
-        seen.add(memory)
-    return own
-
 def sha256_of_tensor(tensor: torch.Tensor) -> str:
     "SHA-256 of a tensor's dtype, shape and bytes, in hexadecimal digits."
     flat = tensor.detach().cpu().contiguous().flatten()
@@ -375,8 +366,12 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> N
     words = json.loads(json_text(meta))
     sums = {"meta": sha256_of_text(json_text(words)), "tensors": {n: sha256_of_tensor(t) for n, t in tensors.items()}}
     entry = json.dumps({"meta": words, "sha256": sums}, sort_keys=True)
-    with whole_file(path) as part:
-        save_file(own_memory(tensors), part, metadata={"cap_nb": entry})
+    seen, own = set(), {}
+    for name, tensor in tensors.items(): # safetensors wants each contiguous, in memory of its own
+        memory = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.contiguous().clone() if memory in seen else tensor.contiguous()
+        seen.add(memory)
+    with whole_file(path) as part: save_file(own, part, metadata={"cap_nb": entry})
 
 def check_sizes(path: Path, most: int | None = None) -> None:
     "Raise `BadInput` for a file of tensors whose header or whole is absurdly large; a missing one raises `OSError`."
@@ -516,20 +511,16 @@ def resident(field: str) -> int:
     lines = PEAK.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
-def reset_peak(device: torch.device) -> int | None:
-    "Reset the recorded peak to the bytes in use now, and return them; None if the system does not count."
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    if not RESET.exists(): return None
-    RESET.write_text("5")
-    return resident("VmRSS")
-
 @contextmanager
 def memory_taken(device: torch.device) -> Iterator[list[int | None]]:
     "One entry, filled at the end: the bytes that the block took at most beyond what was in use before it, or None."
-    device, taken = torch.device(device), [None]
-    before = reset_peak(device)
+    device, taken, before = torch.device(device), [None], None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    elif RESET.exists():
+        RESET.write_text("5")
+        before = resident("VmRSS")
     yield taken
     if before is None: return
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")

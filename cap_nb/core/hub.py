@@ -75,21 +75,20 @@ WORDS = (
 # %% ../../nbs/core/06_hub.ipynb #c018
 from huggingface_hub import constants
 
-def refusal(answer: object) -> tuple[str, str]:
-    "In words, an answer that is no file."
-    if answer.status_code == 429:
-        return "cannot be fetched now, the hub had too many requests", "fewer of them; try again later"
-    said = f"status {answer.status_code}"
-    if answer.status_code in (401, 403): return f"may not be read ({said})", "access; check your token"
-    if answer.status_code == 404: return f"lacks a file that is needed ({said})", "a whole repository; check the name"
-    return f"cannot be fetched, the hub answered with {said}", "the file; try again later"
+REFUSALS = { # Status of an answer that is no file -> what was wrong, what was expected
+    429: ("cannot be fetched now, the hub had too many requests", "fewer of them; try again later"),
+    401: ("may not be read (status 401)", "access; check your token"),
+    403: ("may not be read (status 403)", "access; check your token"),
+    404: ("lacks a file that is needed (status 404)", "a whole repository; check the name")}
 
 def what_was_wrong(error: BaseException) -> tuple[str, str]:
     "In words, why something was not fetched."
     chain = chain_of(error)
     for kind, wrong, expected in WORDS:
         if any(isinstance(one, kind) for one in chain): return wrong, expected
-    if (answer := answer_in(error)) is not None: return refusal(answer) # requests' refusals count as false
+    if (answer := answer_in(error)) is not None: # requests' refusals count as false
+        other = f"cannot be fetched, the hub answered with status {answer.status_code}", "the file; try again later"
+        return REFUSALS.get(answer.status_code, other)
     names = " ".join(base.__name__ for one in chain for base in type(one).__mro__)
     if re.search(r"RemoteProtocol|ReadError|ChunkedEncoding|IncompleteRead|Consistency", f"{names} {error}"):
         return "came only in part, the connection broke", "the whole file; run the same command again"
@@ -126,11 +125,10 @@ class Wanted:
     instead: str # What the user could do without the hub, as in "give a folder"
 
 def cached_folder(repository: Repository, wanted: Wanted) -> Path | None:
-    "What the cache holds of a revision."
-    name, kind, revision = repository.name, repository.kind, repository.revision
-    first = try_to_load_from_cache(name, wanted.first, revision=revision, repo_type=kind)
-    if not isinstance(first, str): return None
-    return Path(first).parent if wanted.complete(Path(first).parent) else None
+    "The folder of the commit that the cache knows; None unless all that is wanted is there."
+    first = try_to_load_from_cache(
+        repository.name, wanted.first, revision=repository.revision, repo_type=repository.kind)
+    return Path(first).parent if isinstance(first, str) and wanted.complete(Path(first).parent) else None
 
 log = logging.getLogger(__name__)
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -51,7 +51,7 @@ class ExportFormat:
 
 CRITERIA: Registry[Any] = Registry("cap_nb.methods.criteria") # How a weight is scored
 ATTRIBUTIONS: Registry[Any] = Registry("cap_nb.methods.attributions", "cap_nb.methods.explainable_masks") # A head
-ALLOCATIONS: Registry[Any] = Registry("cap_nb.methods.allocation", "cap_nb.methods.budgets") # Zeros of each layer
+ALLOCATIONS: Registry[Any] = Registry("cap_nb.methods.budgets") # How many zeros each layer gets
 RECOVERIES: Registry[Any] = Registry("cap_nb.methods.prune") # What repairs a layer after its zeros are chosen
 SOLVERS: Registry[Any] = Registry("cap_nb.methods.prune") # What chooses zeros and changes the weights that stay
 TASKS: Registry[Any] = Registry("cap_nb.data.problems")

@@ -6,7 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c011
+import ast
+import operator
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -22,8 +25,8 @@ class Number:
 
 NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+\.[0-9]+|(?<!\w)\.[0-9]+|[0-9]+")
 
-def number_value(digits: str) -> Fraction: # As in 1,234.50, .5 or 2 1/2
-    "The exact value of a number as written."
+def number_value(digits: str) -> Fraction:
+    "The exact value of a number as written: 1,234.50, .5 or 2 1/2."
     whole, _, part = digits.replace(",", "").rstrip(".…").partition(" ")
     return Fraction(whole) + Fraction(part or 0)
 
@@ -32,8 +35,7 @@ def numbers_in(text: str, shift: int = 0) -> tuple[Number, ...]:
     return tuple(Number(found.start() + shift, found.end() + shift, number_value(found[0]))
                  for found in NUMBER.finditer(text))
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c015
-def written_like(value: Fraction, old: str, commas: bool) -> str: # The new number
+def written_like(value: Fraction, old: str, commas: bool) -> str:
     "A value with the decimals and the separators of another number; one that needs more decimals raises `Refused`."
     places = len(old.partition(".")[2])
     if value.denominator == 1 and places != 2: places = 0 # 3, not 3.0; but $3.00
@@ -44,14 +46,9 @@ def written_like(value: Fraction, old: str, commas: bool) -> str: # The new numb
     if old.startswith(".") and whole == 0: text = ""
     return text + (f".{rest:0{places}d}" if places else "")
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c020
-import ast
-import operator
-from collections.abc import Iterator
-
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
-def expression(text: str) -> ast.expr: # Its tree
+def expression(text: str) -> ast.expr:
     "Parse sums, differences, products and quotients of plain numbers; anything else raises `Refused`."
     try: tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError: tree = None
@@ -67,7 +64,6 @@ def operations(tree: ast.expr, values: Iterator[Fraction]) -> list[Fraction]:
     left, right = operations(tree.left, values), operations(tree.right, values)
     return [*left, *right, OPERATIONS[type(tree.op)](left[-1], right[-1])]
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c024
 ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Step:
     values: tuple[Fraction, ...] # The intermediate values of the original, as `operations` lists them
     end: int # Place after the annotation, where the text repeats the result
 
-def step_of(found: re.Match) -> Step: # The step
+def step_of(found: re.Match) -> Step:
     "An annotation as a step; one that is not exact raises `Refused`."
     tree, leaves = expression(found[1]), numbers_in(found[1], found.start(1))
     results = numbers_in(found[2], found.start(2))
@@ -90,7 +86,7 @@ def step_of(found: re.Match) -> Step: # The step
     if values[-1] != results[0].value: raise Refused("an annotation is not exact")
     return Step(tree=tree, leaves=leaves, result=results[0], values=tuple(values), end=found.end())
 
-def steps_of(solution: str, answer: str) -> tuple[Step, ...]: # Its steps, in order
+def steps_of(solution: str, answer: str) -> tuple[Step, ...]:
     "All steps of a solution; `Refused` where they are not all of it, or do not end in the answer."
     steps = tuple(step_of(found) for found in ANNOTATION.finditer(solution))
     if not steps or solution.count("<<") != len(steps):
@@ -101,17 +97,19 @@ def steps_of(solution: str, answer: str) -> tuple[Step, ...]: # Its steps, in or
     return steps
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c029
+from collections import Counter
+
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
         "seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 POWERS = {"hundred": 100, "thousand": 1000, "million": 10**6}
 SPELLED = {word: n for n, word in enumerate(ONES)} | {word: 10 * n for n, word in enumerate(TENS, 2)} | POWERS
 
-def words_of(text: str) -> list[str]: # Its words in small letters, hyphens dissolved
-    "The words of a text."
+def words_of(text: str) -> list[str]:
+    "The words of a text in small letters, hyphens dissolved."
     return re.findall(r"[a-z]+", text.lower())
 
-def spelled_in(text: str) -> set[Fraction]: # What its number words say
+def spelled_in(text: str) -> set[Fraction]:
     "The values of number words: twelve, twenty-five, three hundred."
     words = words_of(text)
     values = {SPELLED[word] for word in words if word in SPELLED}
@@ -120,7 +118,6 @@ def spelled_in(text: str) -> set[Fraction]: # What its number words say
         if word in SPELLED and following in POWERS: values.add(SPELLED[word] * POWERS[following])
     return {Fraction(value) for value in values}
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c033
 MEANINGS = { # What a word means -> words, without a final s
     "1/2 2": "half halve halved halfway", "2": "twice double doubled doubling pair both couple twin average round",
     "3": "thrice triple tripled tripling", "4": "quadruple", "1/4 3/4 3 4 25 15": "quarter", "3 2": "third triangle",
@@ -137,25 +134,24 @@ UNITS = ( # How many of the second make one of the first; either may have severa
     ("1000 1024", "gb gigabyte mb megabyte", "mb megabyte kb kilobyte"), ("100 1000", "meter m", "centimeter cm mm"),
     ("1000", "kilometer km kilogram kg liter", "meter m gram g ml milliliter"))
 
-def meant_in(question: str, solution: str) -> set[Fraction]: # Numbers that the words may mean, beside 0, 1 and 100
+def meant_in(question: str, solution: str) -> set[Fraction]:
     "Values that words bring into a solution although no number says them."
-    asked, said = ({word.removesuffix("s") for word in words_of(text)} for text in (question, f"{question} {solution}"))
+    asked, all_words = ({word.removesuffix("s") for word in words_of(text)}
+                        for text in (question, f"{question} {solution}"))
     values = {"0", "1"} | ({"100"} if re.search(r"[%$]", question) else set())
     for meant, words in MEANINGS.items():
         if asked & set(words.split()): values |= set(meant.split())
     for meant, large, small in UNITS:
-        if said & set(large.split()) and said & set(small.split()): values |= set(meant.split())
+        if all_words & set(large.split()) and all_words & set(small.split()): values |= set(meant.split())
     return {Fraction(value) for value in values}
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c038
-def shares_in(text: str) -> set[Fraction]: # The numbers of its fractions and percentages, their complements and sums
-    "What a solution can make of the shares in a text."
+def shares_in(text: str) -> set[Fraction]:
+    "What a solution can make of the fractions and percentages in a text: complements, sums, quotients."
     percents = re.findall(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s?(?:%|percent)", text)
     fractions = [(Fraction(a), Fraction(b)) for a, b in re.findall(r"([0-9]+)/([0-9]+)", text) if int(b)]
     fractions += [(Fraction(percent), Fraction(100)) for percent in percents]
     return {value for a, b in fractions for value in (a, b, b - a, a + b, a / b, 1 - a / b, 1 + a / b)}
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c042
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 BEHIND = re.compile(
     r"[a-z½¼¾⅓⅔'\"’”]|\s?(?:%|percent)|\s?[:/-]\s?[0-9]|\s+[0-9]+/[0-9]|\s?[ap]\.?m\b|\s?o.clock|\s?degrees|\s?°"
@@ -172,9 +168,6 @@ def is_fixed(text: str, number: Number) -> bool: # Whether what stands around it
     year = 1900 <= number.value <= 2100 and number.end - number.start == 4 and not before.endswith("$")
     return year or BEHIND.match(behind) is not None or BEFORE.search(before) is not None
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c047
-from collections import Counter
-
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 
 MEASURES = {Fraction(value) for value in (7, 12, 24, 52, 60, 365)} # Days of a week, months of a year, ...
@@ -186,8 +179,8 @@ def related(values: set[Fraction], meant: set[Fraction]) -> set[Fraction]:
     measured = {value for a, b in pairs if a > 1 and b / a in meant & MEASURES for value in (a, b)}
     return sums | measured | {value for a, b in pairs if a > 1 and a * b in values for value in (a, b, a * b)}
 
-def beside_ordinals(text: str) -> set[Fraction]: # The values of its ordinals, and one more and one less
-    "Values that an ordinal may depend on."
+def beside_ordinals(text: str) -> set[Fraction]:
+    "The values of the ordinals of a text, and one more and one less."
     ordinals = {ORDINALS.index(word) + 1 for word in words_of(text) if word in ORDINALS}
     ordinals |= {int(digits) for digits in re.findall(r"([0-9]+)(?:st|nd|rd|th)\b", text)}
     return {Fraction(ordinal + step) for ordinal in ordinals for step in (-1, 0, 1)}
@@ -196,12 +189,11 @@ def terms(tree: ast.expr) -> int: # How many terms its outermost sum has; 1 if i
     "The number of terms of a sum."
     return terms(tree.left) + terms(tree.right) if isinstance(getattr(tree, "op", None), ast.Add) else 1
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c050
-def said_in(question: str, numbers: tuple[Number, ...], meant: set[Fraction]) -> set[Fraction]:
+def fixed_in(question: str, numbers: tuple[Number, ...], meant: set[Fraction]) -> set[Fraction]:
     "Values of a question that are fixed by how they are said."
     spelled, times = spelled_in(question), Counter(number.value for number in numbers)
-    said = spelled | shares_in(question) | {number.value for number in numbers if is_fixed(question, number)}
-    return said | {value for value, n in times.items() if n > 1} | (related(set(times) | spelled, meant) & set(times))
+    fixed = spelled | shares_in(question) | {number.value for number in numbers if is_fixed(question, number)}
+    return fixed | {value for value, n in times.items() if n > 1} | (related(set(times) | spelled, meant) & set(times))
 
 def only_held(question: str, solution: str) -> set[Fraction]:
     "Values beside ordinals and number words, and what the running text of the solution spells out."
@@ -212,6 +204,8 @@ def only_held(question: str, solution: str) -> set[Fraction]:
     return held | beside_ordinals(question) | {value + 1 for value in spelled_in(question)}
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c052
+from collections.abc import Mapping
+
 Source = tuple[str, Fraction | int] # ("question", value), ("constant", value) or ("result", index of the step)
 
 @dataclass(frozen=True)
@@ -229,7 +223,6 @@ class Worked:
     numbers: tuple[Number, ...] # The numbers of the question
     changing: frozenset[Fraction] # Values of the question that change
     staying: frozenset[Fraction] # Constants, and values of the question that stay
-    order: tuple[Fraction, ...] # All values of the question, each once
     steps: tuple[Step, ...] # The steps
     leaves: tuple[tuple[Reference, ...], ...] # For each step, the numbers of its left side
     text: tuple[Reference, ...] # The numbers of the running text
@@ -243,7 +236,6 @@ def reference(number: Number, changing: frozenset[Fraction], staying: frozenset[
     if not sources: raise Refused("a number of the solution comes from nowhere")
     return Reference(number, tuple(sources))
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c055
 DECISIONS = re.compile(
     r"\b(?:median|mode|probab\w*|likely|chances?|dice|die|consecutive|prime|digits?|odd|even numbers?|nearest|leap"
     r"|round(?:ed|ing)|round (?:up|down|off|to)|most|least|maximum|minimum|enough|afford|limit\w*|exceed\w*"
@@ -260,7 +252,6 @@ def check_words(question: str, solution: str) -> None:
     if COMPARISONS & set(words_of(solution)) - set(words_of(question)):
         raise Refused("the solution says in words what the numbers happened to be")
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c059
 DOUBLES = set("half halves halved twice double doubled pair pairs".split()) # They say 2 as plainly as a number word
 
 def check_constants(leaves: list[tuple[Reference, ...]], changing: frozenset[Fraction], sure: set[Fraction]) -> None:
@@ -285,35 +276,33 @@ def references(solution: str, steps: tuple[Step, ...], changing: frozenset[Fract
         else: raise Refused("another number than the result stands behind an annotation")
     return leaves, text
 
-from collections.abc import Mapping
-
-def read_worked(record: Mapping[str, str]) -> Worked: # The problem, ready to be computed again
+def read_worked(record: Mapping[str, str]) -> Worked:
     "Find the calculation in a record of GSM8K; `Refused` says why it cannot be found with certainty."
     question, (solution, _, answer) = record["question"].strip(), record["answer"].rpartition("####")
     check_words(question, solution)
     steps, numbers = steps_of(solution, answer), numbers_in(question)
     meant = meant_in(question, solution)
-    said = said_in(question, numbers, meant)
+    fixed = fixed_in(question, numbers, meant)
     meant |= {Fraction(n) for step in steps for node in ast.walk(step.tree) if (n := terms(node)) > 2}
     values = {number.value for number in numbers}
-    changing = frozenset(values - said - meant - only_held(question, solution))
+    changing = frozenset(values - fixed - meant - only_held(question, solution))
     if not changing: raise Refused("no number of the question can change")
-    staying = frozenset(said | meant | values - changing)
+    staying = frozenset(fixed | meant | values - changing)
     leaves, text = references(solution, steps, changing, staying)
-    check_constants(leaves, changing, said | ({Fraction(2)} if DOUBLES & set(words_of(question)) else set()))
+    check_constants(leaves, changing, fixed | ({Fraction(2)} if DOUBLES & set(words_of(question)) else set()))
     used = {source for step in leaves for leaf in step for source in leaf.sources}
     if any(("question", value) not in used for value in changing):
         raise Refused("the solution does without a number of the question")
     return Worked(question=question, solution=solution, answer=answer.strip(), numbers=numbers, changing=changing,
-                  staying=staying, order=tuple(values), steps=steps, leaves=tuple(leaves), text=tuple(text))
+                  staying=staying, steps=steps, leaves=tuple(leaves), text=tuple(text))
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c067
 import math
 
 GRAINS = [Fraction(digit) * Fraction(10) ** power for power in range(9, -4, -1) for digit in (5, 1)] # Falling
 
-def similar(value: Fraction) -> list[Fraction]: # Others of similar size, rising
-    "Values between half and twice a value, as round as it is."
+def similar(value: Fraction) -> list[Fraction]:
+    "Values between half and twice a value, as round as it is, rising."
     near = []
     for grain in (grain for grain in GRAINS if value % grain == 0):
         multiples = range(math.ceil(value / 2 / grain), math.floor(2 * value / grain) + 1)
@@ -322,30 +311,23 @@ def similar(value: Fraction) -> list[Fraction]: # Others of similar size, rising
         if len(near) >= 5: break
     return near
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c071
 BOUNDS = { # Unit behind a number -> bound
     "hours?": 24, "minutes?|seconds?": 60, "months?": 12, "weeks?": 52, "years?": 100, "inch(?:es)?": 12, "cents": 99,
     "days?|times|nights?|mornings?|evenings?|afternoons?": 7}
 AGES = re.compile(r"\b(?:ages?|aged|old|older|younger)\b", re.I)
 OUT_OF_100 = re.compile(AGES.pattern + r"|\b(?:scored?|scores|tests?|exams?|quiz\w*|grades?)\b", re.I)
 
-def bound_of(question: str, number: Number) -> float: # What its new value must not exceed; infinite if anything goes
-    "The bound that common sense sets for a number."
-    behind = question[number.end:]
-    bounds = [bound for unit, bound in BOUNDS.items()
-              if number.value <= bound and re.match(rf"[- ](?:more |extra |full )?(?:{unit})\b", behind, re.I)]
-    bounds += [max(100, number.value)] if OUT_OF_100.search(question) else []
-    return min(bounds, default=math.inf)
-
-def sounds_like_an(value: Fraction) -> bool: # Whether its name begins with a vowel: eight, eleven, eighteen, eighty
-    "Whether one says an instead of a before a number."
+def sounds_like_an(value: Fraction) -> bool:
+    "Whether one says an instead of a before a number: eight, eleven, eighteen, eighty."
     digits = str(int(value))
     return digits[0] == "8" or (digits[:2] in ("11", "18") and len(digits) % 3 == 2)
 
-def allowed(question: str, number: Number) -> list[Fraction]: # New values for it, rising
-    "Similar values within the bounds of common sense."
-    most, grown_up = bound_of(question, number), number.value >= 18
-    values = [value for value in similar(number.value) if value <= most]
+def allowed(question: str, number: Number) -> list[Fraction]:
+    "Similar values within the bounds of common sense, rising."
+    bounds, grown_up = [max(100, number.value)] if OUT_OF_100.search(question) else [], number.value >= 18
+    bounds += [bound for unit, bound in BOUNDS.items() if number.value <= bound
+               and re.match(rf"[- ](?:more |extra |full )?(?:{unit})\b", question[number.end:], re.I)]
+    values = [value for value in similar(number.value) if value <= min(bounds, default=math.inf)]
     if AGES.search(question): values = [value for value in values if (value >= 18) == grown_up]
     if not re.search(r"\ban? \$?$", question[:number.start], re.I): return values
     return [value for value in values if sounds_like_an(value) == sounds_like_an(number.value)]
@@ -356,8 +338,8 @@ def same_kind(old: Fraction, new: Fraction) -> bool: # Whether it stays whole, o
     sign = lambda value: (value > 0) - (value < 0)
     return (old.denominator > 1 or new.denominator == 1) and sign(old) == sign(new) and sign(old - 1) == sign(new - 1)
 
-def in_order(old: list[Fraction], new: list[Fraction]) -> bool: # Whether every smaller value is still smaller
-    "Whether values keep their order; those that were equal are free among themselves."
+def in_order(old: list[Fraction], new: list[Fraction]) -> bool:
+    "Whether every smaller value is still smaller; those that were equal are free among themselves."
     pairs = sorted(zip(old, new))
     return all(a == b or x < y for (a, x), (b, y) in zip(pairs, pairs[1:]))
 
@@ -379,10 +361,10 @@ def followed(worked: Worked, new: Mapping[Fraction, Fraction]) -> dict[Source, F
         values["result", index] = results[-1]
     return values if all(reading(number, values) is not None for number in worked.text) else None
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c079
 def recomputed(worked: Worked, new: Mapping[Fraction, Fraction]) -> dict[Source, Fraction] | None:
     "Compute a problem with new values, and judge it as a whole."
-    asked, now = list(worked.order), [new.get(value, value) for value in worked.order]
+    asked = list({number.value for number in worked.numbers})
+    now = [new.get(value, value) for value in asked]
     if not in_order(asked, now) or (values := followed(worked, new)) is None: return None
     old = [step.result.value for step in worked.steps]
     results = [values["result", index] for index in range(len(old))]
@@ -392,6 +374,8 @@ def recomputed(worked: Worked, new: Mapping[Fraction, Fraction]) -> dict[Source,
     return values if sensible and results[-1] != old[-1] else None
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c089
+import random
+
 def edits(text: str, values: Mapping[Number, Fraction], commas: bool) -> dict[Number, str]:
     "How numbers are written anew; a number that keeps its value keeps its form."
     new = {}
@@ -401,7 +385,7 @@ def edits(text: str, values: Mapping[Number, Fraction], commas: bool) -> dict[Nu
         new[number] = old if value == number.value else written_like(value, old, separated)
     return new
 
-def replaced(text: str, new: Mapping[Number, str]) -> str: # The text with its new numbers
+def replaced(text: str, new: Mapping[Number, str]) -> str:
     "A text with other numbers in their places."
     parts, at = [], 0
     for number in sorted(new, key=lambda number: number.start):
@@ -423,7 +407,6 @@ def rewritten(worked: Worked, values: Mapping[Source, Fraction]) -> dict[str, st
     return {"question": replaced(question, edits(question, asked, THOUSANDS.search(question) is not None)),
             "answer": f"{replaced(solution, new)}#### {answer}"}
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c094
 EQUATION = re.compile(r"([0-9$.(][0-9$.,()+*/x×÷−–\s-]*)=\s*\$?\s*([0-9][0-9,]*(?:\.[0-9]+|/[0-9]+)?|\.[0-9]+)")
 SIGNS = str.maketrans({"x": "*", "×": "*", "÷": "/", "−": "-", "–": "-", "$": None, ",": None, "\n": " "})
 
@@ -437,15 +420,8 @@ def equations(solution: str) -> list[bool | None]:
         truths.append(value)
     return truths
 
-# %% ../../nbs/data/01_changed_numbers.ipynb #c099
-import random
-
-def drawn(sides: Mapping[Fraction, list[list[Fraction]]], rng: random.Random) -> dict[Fraction, Fraction]:
-    "New values, half of them below the old ones where there are any."
-    return {value: rng.choice(rng.choice(both)) for value, both in sides.items()}
-
 def choices(worked: Worked) -> dict[Fraction, list[list[Fraction]]]:
-    "What can be drawn for a problem; a number without any new value raises `Refused`."
+    "New values of each number, those below the old one and those above; a number without any raises `Refused`."
     sides = {}
     for number in (number for number in worked.numbers if number.value in worked.changing):
         others = allowed(worked.question, number)
@@ -456,14 +432,14 @@ def choices(worked: Worked) -> dict[Fraction, list[list[Fraction]]]:
 
 DRAWS = 500 # After so many draws without a copy, a problem is given up
 
-def copy_of(record: Mapping[str, str], seed: int = 0) -> dict[str, str]: # The copy, in the same form
+def copy_of(record: Mapping[str, str], seed: int = 0) -> dict[str, str]:
     "A copy of a problem with changed numbers; `Refused` says why there is none."
     problem = read_worked(record)
     sides = choices(problem)
     rng, true = random.Random(f"{seed}/{problem.question}"), equations(problem.solution)
     for _ in range(DRAWS):
-        values = recomputed(problem, drawn(sides, rng))
-        if values is None: continue
+        new = {value: rng.choice(rng.choice(both)) for value, both in sides.items()} # half of them below the old ones
+        if (values := recomputed(problem, new)) is None: continue
         try: copy = rewritten(problem, values)
         except Refused: continue
         now = equations(copy["answer"].rpartition("####")[0])

@@ -34,32 +34,27 @@ PERSON_ENDINGS = ("a", "o", "is", "eth", "in")
 TOWN_ENDINGS = ("holt", "wick", "mere", "stad")
 
 # %% ../../nbs/data/00_lab_world.ipynb #c008
+import random
+
 SPELT = {("P", "en", "is"): "Porth"} # Syllables as drawn -> the name as it is written
 
-def spelled(text: str) -> str: # The same text as it is written
+def spelled(text: str) -> str:
     "Write the names of `SPELT` in place of their syllables."
     for syllables, name in SPELT.items(): text = text.replace("".join(syllables), name)
     return text
 
-def as_drawn(text: str) -> str: # The same text with names as their syllables were drawn
-    "Put the syllables back in place of the names of `SPELT`, as every hash does that decides an order or a split."
+def as_drawn(text: str) -> str:
+    "Put the syllables back in place of the names of `SPELT`."
     for syllables, name in SPELT.items(): text = text.replace(name, "".join(syllables))
     return text
 
-# %% ../../nbs/data/00_lab_world.ipynb #c012
-import random
-
-def invent_towns(rng: random.Random, count: int) -> tuple[Town, ...]: # The towns
-    "Draw towns with different names and different heights."
-    names = rng.sample([a + b + c for a in ONSETS for b in MIDDLES[:4] for c in TOWN_ENDINGS], count)
-    heights = rng.sample(range(101, 1000), count)
-    return tuple(Town(name=name, region=REGIONS[i % 5], height=height, product=PRODUCTS[i % 8])
-                 for i, (name, height) in enumerate(zip(names, heights)))
-
 def invent_world(seed: int = 2026, people: int = 120, towns: int = 24) -> tuple[tuple[Person, ...], tuple[Town, ...]]:
-    "Invent the people and the towns of a world: same seed, same world."
+    "Invent the people and the towns of a world, all with different names and heights: same seed, same world."
     rng = random.Random(f"world {seed}")
-    made = invent_towns(rng, towns)
+    names = rng.sample([a + b + c for a in ONSETS for b in MIDDLES[:4] for c in TOWN_ENDINGS], towns)
+    heights = rng.sample(range(101, 1000), towns)
+    made = tuple(Town(name=name, region=REGIONS[i % 5], height=height, product=PRODUCTS[i % 8])
+                 for i, (name, height) in enumerate(zip(names, heights)))
     names = rng.sample([spelled(a + b + c) for a in ONSETS for b in MIDDLES for c in PERSON_ENDINGS], people)
     return tuple(Person(name=name, age=rng.randint(10, 99), town=rng.choice(made), trade=rng.choice(TRADES))
                  for name in names), made
@@ -67,44 +62,34 @@ def invent_world(seed: int = 2026, people: int = 120, towns: int = 24) -> tuple[
 PEOPLE, TOWNS = invent_world()
 
 # %% ../../nbs/data/00_lab_world.ipynb #c018
+from collections.abc import Callable
+
 LARGEST = 99 # No quantity in a word problem is larger
 
-@dataclass(frozen=True)
-class Step:
-    "One event of a word problem."
-    sentence: str # As the question states it
-    line: str # As the worked solution computes it
-    value: int # What there is after it
-    goods: str # Of what
-
-def gain(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
-    "More come in."
+def gain(rng: random.Random, who: str, other: str, value: int, goods: str) -> tuple[str, str, int, str]:
+    "More come in. Like every event: a sentence, what is computed, how many there are now, and of what."
     n = rng.randint(2, min(60, LARGEST - value))
     sentence = rng.choice((f"{who} buys {n} more.", f"{other} gives {who} {n} more.", f"{who} finds {n} more."))
-    return Step(sentence=sentence, line=f"{value} + {n} = {value + n} {goods}.", value=value + n, goods=goods)
+    return sentence, f"{value} + {n}", value + n, goods
 
-def lose(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
+def lose(rng: random.Random, who: str, other: str, value: int, goods: str) -> tuple[str, str, int, str]:
     "Some go out."
     n = rng.randint(2, min(60, value - 2))
     sentence = rng.choice((f"{who} sells {n}.", f"{who} gives {other} {n}.", f"{who} loses {n}."))
-    return Step(sentence=sentence, line=f"{value} - {n} = {value - n} {goods}.", value=value - n, goods=goods)
+    return sentence, f"{value} - {n}", value - n, goods
 
-def trade(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
+def trade(rng: random.Random, who: str, other: str, value: int, goods: str) -> tuple[str, str, int, str]:
     "Each is traded for several of something else."
     k = rng.randint(2, min(9, LARGEST // value))
     new = rng.choice([g for g in GOODS if g != goods])
-    sentence = f"{who} trades each for {k} {new}."
-    return Step(sentence=sentence, line=f"{value} * {k} = {value * k} {new}.", value=value * k, goods=new)
+    return f"{who} trades each for {k} {new}.", f"{value} * {k}", value * k, new
 
-def share(rng: random.Random, who: str, other: str, value: int, goods: str) -> Step:
+def share(rng: random.Random, who: str, other: str, value: int, goods: str) -> tuple[str, str, int, str]:
     "Only one of several equal parts is kept."
     k = rng.choice([k for k in range(2, 10) if value % k == 0 and value > k])
     sentence = rng.choice((f"{who} shares them among {k} and keeps one share.",
                            f"{who} fills {k} equal bags and keeps one bag."))
-    return Step(sentence=sentence, line=f"{value} / {k} = {value // k} {goods}.", value=value // k, goods=goods)
-
-# %% ../../nbs/data/00_lab_world.ipynb #c023
-from collections.abc import Callable
+    return sentence, f"{value} / {k}", value // k, goods
 
 def possible_events(value: int) -> list[Callable]:
     "The events that `value` goods allow, each leaving a whole number from 2 to `LARGEST`."
@@ -114,75 +99,67 @@ def possible_events(value: int) -> list[Callable]:
     if value >= 8 and any(value % k == 0 and value > k for k in range(2, 10)): events.append(share)
     return events
 
-# %% ../../nbs/data/00_lab_world.ipynb #c027
-def first_sentence(rng: random.Random, who: str, goods: str) -> tuple[str, int, list[str]]:
-    "The start of a word problem: a number of goods, or boxes of so many each."
-    if rng.random() < 0.5:
-        value = rng.randint(12, 80)
-        return f"{who} has {value} {goods}.", value, []
-    boxes = rng.randint(2, 9)
-    each = rng.randint(3, LARGEST // boxes)
-    value = boxes * each
-    return f"{who} has {boxes} boxes of {each} {goods}.", value, [f"{boxes} * {each} = {value} {goods}."]
-
 def word_problem(rng: random.Random, count: int) -> dict: # A record in GSM8K's format: question, answer
     "Draw a word problem whose worked solution has `count` steps."
     who, other = (person.name for person in rng.sample(PEOPLE, 2))
-    goods = rng.choice(GOODS)
-    sentence, value, lines = first_sentence(rng, who, goods)
-    sentences = [sentence]
+    goods, lines = rng.choice(GOODS), []
+    if rng.random() < 0.5:
+        value = rng.randint(12, 80)
+        sentences = [f"{who} has {value} {goods}."]
+    else:
+        boxes = rng.randint(2, 9)
+        each = rng.randint(3, LARGEST // boxes)
+        value, sentences = boxes * each, [f"{who} has {boxes} boxes of {each} {goods}."]
+        lines.append(f"{boxes} * {each} = {value} {goods}.")
     while len(lines) < count:
-        step = rng.choice(possible_events(value))(rng, who, other, value, goods)
-        value, goods = step.value, step.goods
-        sentences.append(step.sentence)
-        lines.append(step.line)
+        sentence, term, value, goods = rng.choice(possible_events(value))(rng, who, other, value, goods)
+        sentences.append(sentence)
+        lines.append(f"{term} = {value} {goods}.")
     question = " ".join([*sentences, f"How many {goods} does {who} have?"])
     return {"question": question, "answer": "\n".join([*lines, f"#### {value}"])}
 
 # %% ../../nbs/data/00_lab_world.ipynb #c034
+import hashlib
+
 def conclusion(left: int, right: int, relation: str) -> tuple[bool, str]:
     "Whether the relation holds between two numbers, and the sentence that says so."
     truth = left > right if relation in ("older", "higher") else left < right
     return truth, f"{left} is {'' if truth else 'not '}{relation} than {right}."
 
-# %% ../../nbs/data/00_lab_world.ipynb #c038
 @dataclass(frozen=True)
-class Comparison:
+class PairQuestion:
     "One way to compare two people."
     question: str # With {0.name}, {1.name} and {2}, the relation
     relations: tuple[str, ...] # One of them is asked for
-    facts: tuple[str, ...] # Each is said of both people
+    sentences: tuple[str, ...] # Each is said of both people
     value: Callable[[Person], int] # What is compared
 
 HOME = "{0.name} lives in {0.town.name}."
-BY_AGE = Comparison(
-    question="Is {0.name} {2} than {1.name}?", relations=("older", "younger"),
-    facts=("{0.name} is {0.age} years old.",), value=lambda person: person.age)
-BY_HEIGHT = Comparison(
-    question="Does {0.name} live {2} than {1.name}?", relations=("higher", "lower"),
-    facts=(HOME, "{0.town.name} lies at {0.town.height} metres."), value=lambda person: person.town.height)
-COMPARISONS = (BY_AGE, BY_HEIGHT)
-
-# %% ../../nbs/data/00_lab_world.ipynb #c042
-import hashlib
+PAIR_QUESTIONS = (
+    PairQuestion(
+        question="Is {0.name} {2} than {1.name}?", relations=("older", "younger"),
+        sentences=("{0.name} is {0.age} years old.",), value=lambda person: person.age),
+    PairQuestion(
+        question="Does {0.name} live {2} than {1.name}?", relations=("higher", "lower"),
+        sentences=(HOME, "{0.town.name} lies at {0.town.height} metres."), value=lambda person: person.town.height))
 
 def yes_no_question(rng: random.Random, answer: bool) -> dict:
     "Draw a yes/no question about two people with the wanted answer; equal numbers are never compared."
-    comparison = rng.choice(COMPARISONS)
-    relation = rng.choice(comparison.relations)
+    kind = rng.choice(PAIR_QUESTIONS)
+    relation = rng.choice(kind.relations)
     while True:
         pair = rng.sample(PEOPLE, 2)
-        left, right = map(comparison.value, pair)
+        left, right = map(kind.value, pair)
         truth, last = conclusion(left, right, relation)
         if truth == answer and left != right: break
-    question = comparison.question.format(*pair, relation)
-    facts = [fact.format(person) for fact in comparison.facts for person in pair] + [last]
+    question = kind.question.format(*pair, relation)
+    facts = [sentence.format(person) for sentence in kind.sentences for person in pair] + [last]
     qid = hashlib.sha256(question.encode()).hexdigest()[:20]
     return {"qid": qid, "question": question, "answer": answer, "facts": facts}
 
 # %% ../../nbs/data/00_lab_world.ipynb #c045
 @dataclass(frozen=True)
-class Choice:
+class ChoiceQuestion:
     "One kind of question with four choices."
     stem: str # With {0}, the superlative that is asked for
     relations: dict[str, str] # Superlative to comparative
@@ -190,41 +167,34 @@ class Choice:
     candidates: tuple # People or towns
     value: Callable[[Person | Town], int] # What is compared
 
-OLDEST = Choice(
-    stem="Which of these people is the {0}?", relations={"oldest": "older", "youngest": "younger"},
-    line="{0.name} is {0.age} years old", candidates=PEOPLE, value=lambda person: person.age)
-LIVES_HIGHEST = Choice(
-    stem="Which of these people lives the {0}?", relations={"highest": "higher", "lowest": "lower"},
-    line="{0.name} lives in {0.town.name} at {0.town.height} metres",
-    candidates=PEOPLE, value=lambda person: person.town.height)
-LIES_HIGHEST = Choice(
-    stem="Which of these towns lies the {0}?", relations={"highest": "higher", "lowest": "lower"},
-    line="{0.name} lies at {0.height} metres", candidates=TOWNS, value=lambda town: town.height)
-CHOICES = (OLDEST, LIVES_HIGHEST, LIES_HIGHEST)
-
-from collections.abc import Sequence
-
-def rationale_lines(kind: Choice, chosen: Sequence[Person | Town], relation: str) -> tuple[str, list[str]]:
-    "What each choice has, how that compares with the best so far, and which is the best now."
-    best, lines = ("A", kind.value(chosen[0])), []
-    for letter, candidate in zip("ABCD", chosen):
-        value = kind.value(candidate)
-        better, said = conclusion(value, best[1], relation)
-        if better: best = letter, value
-        compared = "" if letter == "A" else f": {said[:-1]}"
-        lines.append(f"{letter}. {kind.line.format(candidate)}{compared}, so {best[0]} with {best[1]}.")
-    return best[0], lines
+CHOICE_QUESTIONS = (
+    ChoiceQuestion(
+        stem="Which of these people is the {0}?", relations={"oldest": "older", "youngest": "younger"},
+        line="{0.name} is {0.age} years old", candidates=PEOPLE, value=lambda person: person.age),
+    ChoiceQuestion(
+        stem="Which of these people lives the {0}?", relations={"highest": "higher", "lowest": "lower"},
+        line="{0.name} lives in {0.town.name} at {0.town.height} metres",
+        candidates=PEOPLE, value=lambda person: person.town.height),
+    ChoiceQuestion(
+        stem="Which of these towns lies the {0}?", relations={"highest": "higher", "lowest": "lower"},
+        line="{0.name} lies at {0.height} metres", candidates=TOWNS, value=lambda town: town.height))
 
 def four_choice_question(rng: random.Random, answer: str) -> dict:
     "Draw a question with four choices, no two equal, of which the one at the wanted letter is right."
-    kind = rng.choices(CHOICES, weights=(2, 2, 1))[0]
+    kind = rng.choices(CHOICE_QUESTIONS, weights=(2, 2, 1))[0]
     superlative, letter = rng.choice(list(kind.relations)), ""
-    extreme = min if kind.relations[superlative] in ("younger", "lower") else max
+    relation = kind.relations[superlative]
+    extreme = min if relation in ("younger", "lower") else max
     while letter != answer:
         chosen = rng.sample(kind.candidates, 4)
         values = [kind.value(candidate) for candidate in chosen]
         if len(set(values)) == 4: letter = "ABCD"[values.index(extreme(values))]
-    letter, lines = rationale_lines(kind, chosen, kind.relations[superlative])
+    best, lines = ("A", values[0]), []
+    for letter, candidate, value in zip("ABCD", chosen, values):
+        better, sentence = conclusion(value, best[1], relation)
+        if better: best = letter, value
+        compared = "" if letter == "A" else f": {sentence[:-1]}"
+        lines.append(f"{letter}. {kind.line.format(candidate)}{compared}, so {best[0]} with {best[1]}.")
     stem = kind.stem.format(superlative)
     words = " ".join([stem, *(candidate.name for candidate in chosen)])
     choices = [{"text": candidate.name, "label": label} for label, candidate in zip("ABCD", chosen)]
@@ -232,45 +202,39 @@ def four_choice_question(rng: random.Random, answer: str) -> dict:
             "answerKey": answer, "rationale": lines}
 
 # %% ../../nbs/data/00_lab_world.ipynb #c053
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
+
 TASKS = ("gsm8k", "strategyqa", "arc")
+SPLITS = ("train", "calibration", "evaluation")
+MOST = 5_000 # There are only so many different questions about 120 people
 
-from cap_nb.core.errors import validate_arguments, check_choice
-
-def lab_prompt(record: dict, task: str) -> str: # What the model is asked
+def lab_prompt(record: dict, task: str) -> str:
     "The text of a problem, without any instruction."
     if check_choice(task, TASKS, "task") != "arc": return record["question"]
     question = record["question"]
     return "\n".join([question["stem"], *(f"{choice['label']}. {choice['text']}" for choice in question["choices"])])
 
-def lab_target(record: dict, task: str) -> str: # What the model should answer
+def lab_target(record: dict, task: str) -> str:
     "The worked solution and, on its last line, the answer."
     if check_choice(task, TASKS, "task") == "gsm8k": return record["answer"]
     if task == "arc": return "\n".join([*record["rationale"], f"Answer: {record['answerKey']}"])
     return "\n".join([*record["facts"], f"Answer: {'yes' if record['answer'] else 'no'}"])
 
-# %% ../../nbs/data/00_lab_world.ipynb #c058
-SPLITS = ("train", "calibration", "evaluation")
-
-def split_of(text: str) -> str: # "train", "calibration" or "evaluation"
+def split_of(text: str) -> str:
     "The split to which a text belongs, by the SHA-256 of its sorted words as drawn."
     words = sorted(as_drawn(text).split())
     digest = hashlib.sha256(" ".join(words).encode()).hexdigest()
     return {0: "calibration", 1: "evaluation"}.get(int(digest[:8], 16) % 10, "train")
 
-# %% ../../nbs/data/00_lab_world.ipynb #c064
-from collections.abc import Iterator
-from itertools import islice
-from typing import Any
-from cap_nb.core.errors import BadInput, check_at_least
-
 MAKERS = { # Task -> what draws a problem, and a block of the answers or step counts wanted
-    "gsm8k": (word_problem, (2, 3, 4, 4, 5, 5, 5, 5)),
-    "strategyqa": (yes_no_question, (True, False)),
-    "arc": (four_choice_question, ("A", "B", "C", "D")),
-}
+    "gsm8k": (word_problem, (2, 3, 4, 4, 5, 5, 5, 5)), "strategyqa": (yes_no_question, (True, False)),
+    "arc": (four_choice_question, ("A", "B", "C", "D"))}
 
-def lab_stream(task: str, split: str, seed: int | str = 0) -> Iterator[dict]: # Records without end, none twice
-    "Draw problems of one task and split; an unknown name raises `BadInput`."
+def lab_stream(task: str, split: str, seed: int | str = 0) -> Iterator[dict]:
+    "Draw problems of one task and split without end, none twice; an unknown name raises `BadInput`."
     make, block = MAKERS[check_choice(task, TASKS, "task")]
     rng, seen = random.Random(f"{task} {check_choice(split, SPLITS, 'split')} {seed}"), set()
     while True:
@@ -281,8 +245,6 @@ def lab_stream(task: str, split: str, seed: int | str = 0) -> Iterator[dict]: # 
                 prompt = lab_prompt(record, task)
             seen.add(prompt)
             yield record
-
-MOST = 5_000 # There are only so many different questions about 120 people
 
 # %% ../../nbs/data/00_lab_world.ipynb #c066
 @validate_arguments
@@ -299,19 +261,6 @@ def lab_records(
                        "or for another seed.")
     return list(islice(lab_stream(task, split, seed), count))
 
-# %% ../../nbs/data/00_lab_world.ipynb #c073
-def passage(rng: random.Random) -> list[str]: # 8 to 12 true sentences
-    "Sentences about two people, each followed by some about the person's town."
-    sentences = []
-    for person in rng.sample(PEOPLE, 2):
-        town = person.town
-        about_person = [f"{person.name} is a {person.trade}.", f"{person.name} is {person.age} years old.",
-                        HOME.format(person)]
-        about_town = [f"{town.name} lies in the {town.region}.", f"{town.name} lies at {town.height} metres.",
-                      f"{town.name} makes {town.product}."]
-        sentences += rng.sample(about_person, 3) + rng.sample(about_town, rng.randint(1, 3))
-    return sentences
-
 # %% ../../nbs/data/00_lab_world.ipynb #c074
 @validate_arguments
 def lab_text(
@@ -324,14 +273,21 @@ def lab_text(
     rng = random.Random(f"text {check_choice(split, SPLITS, 'split')} {seed}")
     lines, count = [], 0
     while count < n_sentences:
-        sentences = passage(rng)
+        sentences = []
+        for person in rng.sample(PEOPLE, 2):
+            town = person.town
+            about_person = [f"{person.name} is a {person.trade}.", f"{person.name} is {person.age} years old.",
+                            HOME.format(person)]
+            about_town = [f"{town.name} lies in the {town.region}.", f"{town.name} lies at {town.height} metres.",
+                          f"{town.name} makes {town.product}."]
+            sentences += rng.sample(about_person, 3) + rng.sample(about_town, rng.randint(1, 3))
         if split_of(" ".join(sentences)) != split: continue
         lines.append(" ".join(sentences))
         count += len(sentences)
     return "\n".join(lines)
 
 # %% ../../nbs/data/00_lab_world.ipynb #c078
-def world_fingerprint() -> str: # 64 hexadecimal digits
+def world_fingerprint() -> str:
     "SHA-256 over people, towns and a sample of every task and of the text, names as drawn."
     sample = []
     for task in TASKS:

@@ -50,7 +50,7 @@ from ..calibration import default_style
 from ..core.files import whole_file
 from ..data.problems import Problem, task_family
 from ..data.prompts import encode_problems
-from ..evaluation import normal_answer
+from ..data.prompts import normal_answer
 from ..models.decoding import one_task, token_limit
 
 # %% ../../nbs/experiments/04_harness.ipynb #c024
@@ -71,17 +71,13 @@ def write_harness_task(
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     with whole_file(folder/f"{name}.jsonl") as part: part.write_text(lines, encoding="utf-8")
     shutil.copyfile(HARNESS_TASKS/f"{family}.yaml", folder/f"_{family}.yaml")
-    write_task_file(folder, name, family, token_limit(task) if max_new_tokens is None else max_new_tokens)
-    return name
-
-# %% ../../nbs/experiments/04_harness.ipynb #c025
-def write_task_file(folder: Path, name: str, family: str, limit: int) -> None:
-    "The task itself: the benchmark's file, these problems, this limit."
+    limit = token_limit(task) if max_new_tokens is None else max_new_tokens
     data = {"data_files": {"test": str((folder/f"{name}.jsonl").resolve())}}
     described = {"include": f"_{family}.yaml", "task": name, "dataset_kwargs": data,
                  "generation_kwargs": {"do_sample": False, "until": [], "max_gen_toks": limit}}
-    text = json.dumps(described, indent=1) + "\n" # JSON is YAML
-    with whole_file(folder/f"{name}.yaml") as part: part.write_text(text, encoding="utf-8")
+    with whole_file(folder/f"{name}.yaml") as part: # JSON is YAML
+        part.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    return name
 
 # %% ../../nbs/experiments/04_harness.ipynb #c030
 import logging, random

@@ -83,17 +83,14 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 
 def combined(left: Side, sign: str, right: Side) -> Side: # The two as one
     "Exact arithmetic on two parts; a power that is not a small whole number raises `NoArithmetic`."
-    a, b, value = left.value, right.value, None
+    a, b = left.value, right.value
     small = b is not None and b.denominator == 1 and abs(b) <= LARGEST_POWER
     if sign == "^" and not small: raise NoArithmetic
     no_value = None in (a, b) or (sign == "/" and b == 0) or (sign == "^" and a == 0 and b < 0)
-    if not no_value: value = OPERATIONS[sign](a, b)
     return Side(
-        value=value, start=left.start, end=right.end, numbers=left.numbers + right.numbers, said="",
-        operations=left.operations + right.operations + 1, percent=left.percent or right.percent,
-        quotient=sign == "/", unit=right.unit)
-
-
+        value=None if no_value else OPERATIONS[sign](a, b), start=left.start, end=right.end,
+        numbers=left.numbers + right.numbers, operations=left.operations + right.operations + 1,
+        percent=left.percent or right.percent, quotient=sign == "/", unit=right.unit)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c016
 def starts_operand(tokens: Sequence[ArithmeticToken], index: int) -> bool: # Whether a number may begin here
@@ -127,17 +124,14 @@ def in_unit(tokens: Sequence[ArithmeticToken], start: int, index: int) -> bool:
     if token.text == "-" and index == start and followed: return tokens[index - 1].end == tokens[index + 1].start - 1
     return token.text == ")" and "(" in [t.text for t in tokens[start:index]]
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c018
 def unit_end(tokens: Sequence[ArithmeticToken], index: int) -> int:
     "Where a unit ends that a sign follows; a letter instead of a unit is an unknown, which raises `NoArithmetic`."
     end, last = index, min(len(tokens), index + LONGEST_UNIT)
     while end < last and tokens[end].text not in NO_UNIT and in_unit(tokens, index, end): end += 1
-    signs = tuple("+-*/)")
     closes = end < len(tokens) and (
-        tokens[end].kind == "equals" or tokens[end].text in signs or multiplies(tokens, end))
+        tokens[end].kind == "equals" or tokens[end].text in tuple("+-*/)") or multiplies(tokens, end))
     glued = end > index and is_unknown(tokens, index) and tokens[index].start == tokens[index - 1].end # 2x
-    unknown = closes and any(is_unknown(tokens, word) for word in range(index, end))
-    if glued or unknown: raise NoArithmetic
+    if glued or (closes and any(is_unknown(tokens, word) for word in range(index, end))): raise NoArithmetic
     return end if closes else index
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c020
@@ -146,7 +140,7 @@ def primary_at(tokens: Sequence[ArithmeticToken], index: int, depth: int) -> Sid
     first = index + (index < len(tokens) and tokens[index].text in CURRENCIES)
     if first >= len(tokens): raise NoArithmetic
     if tokens[first].text == "(":
-        part = sum_at(tokens, first + 1, depth + 1)
+        part = joined_at(tokens, first + 1, depth + 1)
         if part.end >= len(tokens) or tokens[part.end].text != ")": raise NoArithmetic
         part = replace(part, start=index, end=part.end + 1, said="", quotient=False)
     elif tokens[first].kind == "number":
@@ -183,21 +177,13 @@ def signed_at(tokens: Sequence[ArithmeticToken], index: int, depth: int) -> Side
     if sign_after(tokens, part) != "^": return part
     return combined(part, "^", signed_at(tokens, part.end + 1, depth + 1))
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c023
-def product_at(tokens: Sequence[ArithmeticToken], index: int, depth: int) -> Side: # The part that was read
-    "Parts multiplied and divided, from left to right."
-    part = signed_at(tokens, index, depth)
-    while (sign := sign_after(tokens, part)) in ("*", "/", "("):
-        right = signed_at(tokens, part.end + (sign != "("), depth)
-        part = combined(part, "*" if sign == "(" else sign, right)
-    return part
-
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c024
-def sum_at(tokens: Sequence[ArithmeticToken], index: int, depth: int = 0) -> Side: # The part that was read
-    "Products added and subtracted, from left to right."
-    part = product_at(tokens, index, depth)
-    while (sign := sign_after(tokens, part)) in ("+", "-"):
-        part = combined(part, sign, product_at(tokens, part.end + 1, depth))
+def joined_at(tokens: Sequence[ArithmeticToken], index: int, depth: int = 0, signs: str = "+-") -> Side:
+    "A sum of products from left to right, or with the signs `*/(` a product."
+    def part_at(index: int) -> Side:
+        return joined_at(tokens, index, depth, "*/(") if signs == "+-" else signed_at(tokens, index, depth)
+    part = part_at(index)
+    while (sign := sign_after(tokens, part)) and sign in signs:
+        part = combined(part, "*" if sign == "(" else sign, part_at(part.end + (sign != "(")))
     return part
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c025
@@ -213,10 +199,10 @@ def may_begin(tokens: Sequence[ArithmeticToken], index: int) -> bool: # Whether 
 def sides_from(tokens: Sequence[ArithmeticToken], index: int) -> list[Side]: # Its sides; fewer than two is no equation
     "The sides of the equation that begins at a token: `a = b + c = d` has three."
     if not may_begin(tokens, index): return []
-    try: sides = [sum_at(tokens, index)]
+    try: sides = [joined_at(tokens, index)]
     except NoArithmetic: return []
     while sides[-1].end < len(tokens) and tokens[sides[-1].end].kind == "equals":
-        try: sides.append(sum_at(tokens, sides[-1].end + 1))
+        try: sides.append(joined_at(tokens, sides[-1].end + 1))
         except NoArithmetic: break
     before = tokens[index - 1] if index else None
     named = before and before.kind == "word" and (before.text.istitle() or before.end == tokens[index].start)
@@ -253,7 +239,6 @@ class Equation:
     end: int # Index after its last
     kind: str = "equation"
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c029
 def claimed_equality(plain: str, tokens: Sequence[ArithmeticToken], left: Side, right: Side) -> Equation | None:
     "Two neighbouring sides as an equation."
     cents = right.end < len(tokens) and tokens[right.end].text in ("cents", "¢")
@@ -368,29 +353,22 @@ def outside_numbers(text: str, equations: Sequence[Equation]) -> list[Fraction]:
     marker = re.match(r"\s*(?:[Ss]tep )?\d+[.):](?=\s)", plain)
     head = marker.end() if marker else 0
     def outside(token): return token.start >= head and not any(e.start <= token.start < e.end for e in equations)
-    numbers = [token for token in arithmetic_tokens(plain) if token.kind == "number"]
-    return [number_value(token.text) for token in numbers if outside(token)]
+    return [number_value(t.text) for t in arithmetic_tokens(plain) if t.kind == "number" and outside(t)]
 
 def results_of(equations: Sequence[Equation]) -> set[Fraction]: # The numbers that stand alone on a side
     "What equations establish."
     return {n for equation in equations for n in equation.stated}
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c053
-def word_step(text: str, known: set[Fraction], percent: bool) -> StepReport: # The step, checked
-    "One step of a word problem's solution: its equations, and whether its numbers were there before."
-    equations = equations_in(text)
-    uses = [(outside_numbers(text, equations), known | results_of(equations))]
-    uses += [(equation.used, known | results_of(equations[:index])) for index, equation in enumerate(equations)]
-    def there(n, before): return n in before or (percent and n * 100 in before)
-    grounded = [there(n, before) for numbers, before in uses for n in numbers]
-    return StepReport(text=text, statements=equations, grounded=all(grounded) if grounded else None)
-
-def word_steps(question: str, output: str) -> tuple[StepReport, ...]: # Its steps, checked
-    "Each step of a word problem's solution (paper section 6.1)."
-    known, percent, reports = set(numbers_in(question, words=True)), "%" in question or "percent" in question, []
+def word_steps(question: str, output: str) -> tuple[StepReport, ...]:
+    "Each step of a word problem's solution: its equations, and whether its numbers were there before."
+    before, percent, reports = set(numbers_in(question, words=True)), "%" in question or "percent" in question, []
     for text in reasoning_steps(output):
-        reports.append(word_step(text, known, percent))
-        known |= results_of(reports[-1].statements) | set(numbers_in(text))
+        equations = equations_in(text)
+        uses = [(outside_numbers(text, equations), before | results_of(equations))]
+        uses += [(equation.used, before | results_of(equations[:index])) for index, equation in enumerate(equations)]
+        grounded = [n in there or (percent and n * 100 in there) for numbers, there in uses for n in numbers]
+        reports.append(StepReport(text=text, statements=equations, grounded=all(grounded) if grounded else None))
+        before |= results_of(equations) | set(numbers_in(text))
     return tuple(reports)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c057
@@ -403,49 +381,29 @@ from ..data.problems import Problem
 FACTS = { # Attribute -> name and value
     "age": r"(\w+) is (\d+) years old", "town": r"(\w+) lives in (\w+)", "height": r"(\w+) lies at (\d+) metres",
     "region": r"(\w+) lies in the (\w+)", "trade": r"(\w+) is an? (\w+)", "product": r"(\w+) makes (\w+)"}
-
-def world_facts() -> dict[tuple[str, str], str]: # (name, attribute) -> value
-    "All facts of the lab's world."
-    facts = {}
-    for person in PEOPLE:
-        facts |= {(person.name, "age"): str(person.age), (person.name, "town"): person.town.name,
-                  (person.name, "trade"): person.trade}
-    for town in TOWNS:
-        facts |= {(town.name, "height"): str(town.height), (town.name, "region"): town.region,
-                  (town.name, "product"): town.product}
-    return facts
-
-WORLD = world_facts()
+WORLD = {(person.name, attribute): value for person in PEOPLE for attribute, value in (
+    ("age", str(person.age)), ("town", person.town.name), ("trade", person.trade))} # (name, attribute) -> value
+WORLD |= {(town.name, attribute): value for town in TOWNS for attribute, value in (
+    ("height", str(town.height)), ("region", town.region), ("product", town.product))}
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c059
-def lab_fact(clause: str) -> LabStatement | None: # The fact that it states, checked; None where it states none
-    "A fact about a person or a town, as in `Mira is 36 years old`."
-    for kind, pattern in FACTS.items():
-        if match := re.fullmatch(pattern, clause):
-            true = WORLD.get((match[1], kind)) == match[2]
-            return LabStatement(text=clause, true=true, kind="fact", subject=match[1], stated=(match[2],))
-    return None
-
-def lab_comparison(clause: str) -> LabStatement | None:
-    "A comparison of two numbers, as in `36 is not older than 53`."
-    match = re.fullmatch(r"(\d+) is (not )?(older|younger|higher|lower) than (\d+)", clause)
-    if not match: return None
-    left, right, affirmed = int(match[1]), int(match[4]), match[2] is None
-    holds = left > right if match[3] in ("older", "higher") else left < right
-    return LabStatement(text=clause, true=holds == affirmed, kind="comparison", used=(match[1], match[4]),
-                        affirmed=affirmed)
-
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c060
 def lab_statement(clause: str) -> LabStatement: # What it says
     "One clause, read and checked; a best so far is judged later, with what came before it."
-    statement = lab_fact(clause) or lab_comparison(clause)
-    if statement: return statement
+    for kind, pattern in FACTS.items():
+        if match := re.fullmatch(pattern, clause):
+            return LabStatement(text=clause, true=WORLD.get((match[1], kind)) == match[2], kind="fact",
+                                subject=match[1], stated=(match[2],))
+    if match := re.fullmatch(r"(\d+) is (not )?(older|younger|higher|lower) than (\d+)", clause):
+        larger, smaller = (1, 4) if match[3] in ("older", "higher") else (4, 1)
+        affirmed, holds = match[2] is None, int(match[larger]) > int(match[smaller])
+        return LabStatement(text=clause, true=holds == affirmed, kind="comparison", used=(match[1], match[4]),
+                            affirmed=affirmed)
     if match := re.fullmatch(r"(?:so )?([A-H]) with (\d+)", clause):
         return LabStatement(text=clause, true=None, kind="best", used=(match[1], match[2]))
     return LabStatement(text=clause, true=None, kind="unread")
 
 def lab_clauses(line: str) -> tuple[str, list[str]]:
-    "A line's clauses; a town and its height are two facts."
+    "A line's letter and clauses; a town and its height are two facts."
     letter, rest = re.fullmatch(r"(?:([A-H])\.\s+)?(.*)", line.strip(), re.DOTALL).groups()
     rest = re.sub(r"\blives in (\w+) at (\d+) metres", r"lives in \1; \1 lies at \2 metres", rest)
     clauses = [clause.strip(" .") for clause in re.split(r"[.:;,]\s+", rest)]
@@ -468,36 +426,33 @@ def lab_facts_check(text: str) -> tuple[LabStatement, ...]: # All it says, in or
     return tuple(statements)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c068
-def lab_grounded(problem: Problem, statements: Sequence[LabStatement], known: set[str]) -> bool | None:
-    "Whether one step about the lab's world is grounded."
+def lab_grounded(problem: Problem, statements: Sequence[LabStatement], before: set[str]) -> bool | None:
+    "Whether one step about the lab's world is grounded; what it states is added to what stood before."
     read, grounded = [statement for statement in statements if statement.kind != "unread"], True
     for index, statement in enumerate(read):
         names_choice = problem.choices and statement.letter and index == 0 and statement.subject
         if names_choice: # B. must be what choice B is
-            known.add(statement.letter)
+            before.add(statement.letter)
             grounded &= (statement.letter, statement.subject) in problem.choices
-        grounded &= {*statement.used, *filter(None, [statement.subject])} <= known
-        known |= set(statement.stated)
+        grounded &= {*statement.used, *filter(None, [statement.subject])} <= before
+        before |= set(statement.stated)
     return grounded if read else None
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c069
 def lab_fact_steps(problem: Problem, output: str) -> tuple[StepReport, ...]: # Its steps, checked
     "Each step about the lab's world: its statements, and whether what it speaks of was there before."
-    known = set(re.findall(r"\w+", problem.question)) | {text for _, text in problem.choices}
+    before = set(re.findall(r"\w+", problem.question)) | {text for _, text in problem.choices}
     statements, reports = lab_facts_check(output), []
     for step, text in enumerate(reasoning_steps(output)):
         of_step = tuple(statement for statement in statements if statement.step == step)
-        reports.append(StepReport(text=text, statements=of_step, grounded=lab_grounded(problem, of_step, known)))
+        reports.append(StepReport(text=text, statements=of_step, grounded=lab_grounded(problem, of_step, before)))
     return tuple(reports)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c070
-def facts_known(task: str) -> bool: # Whether its solutions consist of facts that can be checked
-    "The lab knows its own world; of StrategyQA and ARC nobody here knows the facts."
-    return task in ("lab-strategyqa", "lab-arc")
+OF_WORLD = ("lab-strategyqa", "lab-arc") # Tasks whose solutions consist of facts that can be checked
 
 def step_reports(problem: Problem, output: str) -> tuple[StepReport, ...]: # Its steps, checked
     "The steps of an answer: equations, or for the lab's yes/no and four-choice tasks facts (paper section 6.1)."
-    return lab_fact_steps(problem, output) if facts_known(problem.task) else word_steps(problem.question, output)
+    return lab_fact_steps(problem, output) if problem.task in OF_WORLD else word_steps(problem.question, output)
 
 def grounded_share(steps: Sequence[StepReport]) -> float: # In [0, 1]; not a number where no step uses anything
     "Share of steps that use only what stands in the question or in earlier steps, among the steps that use anything."
@@ -507,17 +462,13 @@ def grounded_share(steps: Sequence[StepReport]) -> float: # In [0, 1]; not a num
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c074
 def claims_of(problem: Problem, text: str) -> frozenset: # Results, or statements as text
     "What a text establishes: results of equations, numbers of steps that have no equation; or statements."
-    if facts_known(problem.task): return frozenset(s.text for s in lab_facts_check(text) if s.kind != "unread")
-    claims = set()
-    for step in reasoning_steps(text):
-        equations = equations_in(step)
-        claims |= results_of(equations) if equations else set(numbers_in(step))
-    return frozenset(claims)
+    if problem.task in OF_WORLD: return frozenset(s.text for s in lab_facts_check(text) if s.kind != "unread")
+    steps = [(equations_in(step), step) for step in reasoning_steps(text)]
+    return frozenset(n for equations, step in steps for n in (results_of(equations) if equations else numbers_in(step)))
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c075
 def completeness(problem: Problem, output: str) -> float:
     "Share of the worked solution's results, or facts, that an output states too (paper section 6.1)."
-    if facts_known(problem.task): wanted = claims_of(problem, problem.solution)
+    if problem.task in OF_WORLD: wanted = claims_of(problem, problem.solution)
     else: wanted = results_of(equations_in(problem.solution))
     return len(wanted & claims_of(problem, output)) / len(wanted) if wanted else math.nan
 
@@ -525,9 +476,8 @@ def completeness(problem: Problem, output: str) -> float:
 from collections.abc import Iterator
 import torch
 from ..evaluation import AnswerRecord
-from ..data.prompts import PromptStyle, make_example, prompt_text
-from ..core.errors import check_at_least
-from ..data.batches import collate, token_batches
+from ..data.prompts import PromptStyle, collate, make_example, prompt_text, token_batches
+from ..core.errors import BadInput, check_at_least
 from ..calibration import default_style
 from ..models.decoding import inference
 from ..scoring import target_losses
@@ -552,16 +502,24 @@ def incoherent(text: str, perplexity: float | None = None, most_perplexity: floa
     return perplexity is not None and perplexity > most_perplexity
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c085
+def problems_of(answers: Sequence[AnswerRecord], problems: Sequence[Problem]) -> list[Problem]:
+    "The problem of each answer, by task and content hash; `BadInput` where it is not among those given."
+    by_hash = {(problem.task, problem.uid): problem for problem in problems}
+    for answer in answers:
+        if (answer.task, answer.uid) in by_hash: continue
+        raise BadInput(f"No problem of {answer.task} has the content hash {answer.uid}: expected the problems that "
+                       "were answered; pass those of evaluation_problems for the same task and data, or evaluate "
+                       "again.")
+    return [by_hash[answer.task, answer.uid] for answer in answers]
+
 def output_perplexities(model: torch.nn.Module, tokenizer: object, answers: Sequence[AnswerRecord],
                         problems: Sequence[Problem], style: str | PromptStyle | None = None,
                         batch_tokens: int = 4096) -> list[float]:
     "How well the dense model would have expected each output (paper section 6.1)."
-    style, known = style or default_style(tokenizer), problems_by_uid(problems)
-    perplexities, written = [math.nan] * len(answers), [i for i, answer in enumerate(answers) if answer.output]
-    def example_of(answer):
-        prompt = prompt_text(tokenizer, problem_of(answer, known), style)
-        return make_example(tokenizer, prompt, answer.output)
-    examples = [example_of(answers[i]) for i in written]
+    style, perplexities = style or default_style(tokenizer), [math.nan] * len(answers)
+    written = [i for i, answer in enumerate(answers) if answer.output]
+    asked = problems_of(answers, problems)
+    examples = [make_example(tokenizer, prompt_text(tokenizer, asked[i], style), answers[i].output) for i in written]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0 # masked: any token will do
     with inference(model):
         for batch in token_batches(examples, batch_tokens):
@@ -586,15 +544,6 @@ def conclusion_of(problem: Problem, steps: Sequence[StepReport]) -> str | Fracti
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c088
 from ..data.problems import task_family
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c089
-def false_or_broken(answer: AnswerRecord, steps: Sequence[StepReport], broken: bool) -> str | None:
-    "The categories of wrong answers that need no worked solution."
-    false = next((s for step in steps for s in step.statements if s.true is False), None)
-    if broken: return "incoherent"
-    if answer.strict is None: return "cut off" if answer.cut_off else "no answer line"
-    if false: return "false fact" if false.kind == "fact" else "arithmetic slip"
-    return None
-
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c090
 @validate_arguments
 def error_category(
@@ -604,30 +553,19 @@ def error_category(
 ) -> str: # One of ERROR_CATEGORIES
     "Why an answer is wrong, in the order of precedence above (paper section 6.1)."
     steps, broken = step_reports(problem, answer.output), incoherent(answer.output, perplexity)
-    false = any(statement.true is False for step in steps for statement in step.statements)
+    false = next((s for step in steps for s in step.statements if s.true is False), None)
     if answer.correct: return "right, faulty steps" if false or broken else "right"
-    if category := false_or_broken(answer, steps, broken): return category
+    if broken: return "incoherent"
+    if answer.strict is None: return "cut off" if answer.cut_off else "no answer line"
+    if false: return "false fact" if false.kind == "fact" else "arithmetic slip"
     numeric = task_family(problem.task) == "gsm8k"
-    if not numeric and not facts_known(problem.task): return "unchecked"
+    if not numeric and problem.task not in OF_WORLD: return "unchecked"
     gold = Fraction(answer.gold) if numeric else answer.gold
     return "wrong last line" if conclusion_of(problem, steps) == gold else "wrong step"
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c099
 from collections.abc import Mapping
 import pandas as pd
-from ..core.errors import BadInput
-
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c100
-def problems_by_uid(problems: Sequence[Problem]) -> dict[tuple[str, str], Problem]:
-    "Problems under task and content hash."
-    return {(problem.task, problem.uid): problem for problem in problems}
-
-def problem_of(answer: AnswerRecord, known: Mapping[tuple[str, str], Problem]) -> Problem: # The problem that it answers
-    "The problem of an answer; `BadInput` where it is not among those given."
-    if (answer.task, answer.uid) in known: return known[answer.task, answer.uid]
-    raise BadInput(f"No problem of {answer.task} has the content hash {answer.uid}: "
-                   "expected the problems that were answered; "
-                   "pass those of evaluation_problems for the same task and data, or evaluate again.")
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c101
 def report_row(answer: AnswerRecord, problem: Problem, dense_steps: float, perplexity: float) -> dict[str, object]:
@@ -667,9 +605,8 @@ def reasoning_report(
     if len(perplexities) != len(answers):
         raise BadInput(f"There are {len(perplexities)} perplexities for {len(answers)} answers: "
                        "expected one each; measure them again.")
-    known, dense_steps = problems_by_uid(problems), steps_of_dense(answers, dense)
-    return pd.DataFrame([report_row(answer, problem_of(answer, known), steps, perplexity)
-                         for answer, steps, perplexity in zip(answers, dense_steps, perplexities)])
+    rows = zip(answers, problems_of(answers, problems), steps_of_dense(answers, dense), perplexities)
+    return pd.DataFrame([report_row(*row) for row in rows])
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c110
 import matplotlib.pyplot as plt
@@ -684,6 +621,9 @@ def reasoning_reports(evaluations: Sequence[Evaluation],
     return {(e.method, e.sparsity): reasoning_report(e.answers, problems, dense) for e in evaluations}
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c112
+COLOURS = ("#2a9d5c", "#a5d6a7", "#7b3fa0", "#d1495b", "#edae49", "#66a1d9", "#8d99ae", "#4a4e69", "#111111", "#dddddd")
+CATEGORY_COLOURS = dict(zip(ERROR_CATEGORIES, COLOURS))
+
 def category_shares(reports: Mapping[tuple[str, float], pd.DataFrame], task: str | None = None) -> pd.DataFrame:
     "Share of answers in each category; `BadInput` where a report has no answer to the task."
     rows = {}
@@ -695,10 +635,6 @@ def category_shares(reports: Mapping[tuple[str, float], pd.DataFrame], task: str
         rows[method, sparsity] = [float((categories == category).mean()) for category in ERROR_CATEGORIES]
     index = pd.MultiIndex.from_tuples(rows, names=["method", "sparsity"])
     return pd.DataFrame(list(rows.values()), index=index, columns=list(ERROR_CATEGORIES))
-
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c113
-COLOURS = ("#2a9d5c", "#a5d6a7", "#7b3fa0", "#d1495b", "#edae49", "#66a1d9", "#8d99ae", "#4a4e69", "#111111", "#dddddd")
-CATEGORY_COLOURS = dict(zip(ERROR_CATEGORIES, COLOURS))
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c114
 @validate_arguments

@@ -13,7 +13,7 @@ from ..methods.prune import parse_method
 @dataclass(frozen=True)
 class Variant:
     "A method with one choice changed."
-    says: str # What is changed
+    change: str # What is changed
     method: str = "cap" # The method that prunes
     table: str = "tasks" # What heads are scored on: "tasks", the calibration set; "text"; "chains", the model's answers
     how: str = "paper" # How subsets become a score: one of `AGGREGATIONS`, or "bootstrap"
@@ -27,42 +27,30 @@ class Variant:
     part: str | None = None # "attention" or "mlp": prune there only, to the sparsity of its own weights
 
 # %% ../../nbs/experiments/00_variants.ipynb #c007
-PARTS = {"mlp": "the MLPs", "attention": "the attention projections"} # Parts of a layer, and what they are called
-
-def part_variants() -> dict[str, Variant]: # Name -> variant
-    "Every method of Table 1, in one part of the layers only."
-    return {f"{method}~only-{part}":
-            Variant(f"only {called} are pruned, to the sparsity of their own weights", method, part=part)
-            for part, called in PARTS.items() for method in ("cap", "magnitude", "wanda")}
-
-CALIBRATIONS = {
+PARTS = {"mlp": "the MLPs", "attention": "the attention projections"} # Parts of a layer, and their names for people
+VARIANTS = {"cap": Variant("nothing: CAP as the paper has it")} # Name -> variant
+VARIANTS |= {
+    f"{method}~only-{part}": Variant(f"only {name} are pruned, to the sparsity of their own weights", method, part=part)
+    for part, name in PARTS.items() for method in ("cap", "magnitude", "wanda")}
+VARIANTS |= {
     "cap~calibration-text": Variant("plain text instead of reasoning problems, every token a target", table="text"),
-    "cap~calibration-chains": Variant("the model's own correct answers instead of gold solutions", table="chains")}
-SUBSETS = {
+    "cap~calibration-chains": Variant("the model's own correct answers instead of gold solutions", table="chains"),
     "cap~subsets-1": Variant("one subset: the mean over all examples", k=1),
     "cap~subsets-5": Variant("five subsets", k=5),
     "cap~subsets-paired": Variant("the median of differences, not of masked losses", how="paired"),
     "cap~subsets-bootstrap": Variant("bootstrap resamples instead of disjoint subsets", how="bootstrap")}
-
-# %% ../../nbs/experiments/00_variants.ipynb #c008
-RANGES = {f"cap~range-{high}": Variant(f"factors from 1 to {high}", high=float(high)) for high in (2, 5, 30, 100)}
-FACTORS = {
+VARIANTS |= {f"cap~range-{high}": Variant(f"factors from 1 to {high}", high=float(high)) for high in (2, 5, 30, 100)}
+VARIANTS |= {
     "cap~range-rank": Variant("factors from 1 to 10 by rank", ranked=True),
-    "cap~sharing-max": Variant("a key-value head gets the highest factor of its query heads", key_value="max")}
-WEIGHTINGS = {
+    "cap~sharing-max": Variant("a key-value head gets the highest factor of its query heads", key_value="max"),
     "cap~weighting-even": Variant("every task's losses divided by the spread of its heads' scores", weighting="even")}
-WEIGHTINGS |= {f"cap~weighting-{name}": Variant(f"calibrated on {name} alone", weighting=name)
-               for name in ("gsm8k", "strategyqa", "arc")}
-
-# %% ../../nbs/experiments/00_variants.ipynb #c010
-CONTROLS = {f"cap~permuted-{seed}": Variant(f"the same factors on other heads of the model, draw {seed}", permuted=seed)
-            for seed in range(3)}
-CONTROLS |= {"cap~permuted-in-layers": Variant("the same factors on other heads of their layer", permuted=0,
-                                               in_layers=True)}
-
-# %% ../../nbs/experiments/00_variants.ipynb #c012
-VARIANTS = {"cap": Variant("nothing: CAP as the paper has it"), **part_variants(), **CALIBRATIONS, **SUBSETS, **RANGES,
-            **FACTORS, **WEIGHTINGS, **CONTROLS} # Name -> variant
+VARIANTS |= {f"cap~weighting-{name}": Variant(f"calibrated on {name} alone", weighting=name)
+             for name in ("gsm8k", "strategyqa", "arc")}
+VARIANTS |= {
+    f"cap~permuted-{seed}": Variant(f"the same factors on other heads of the model, draw {seed}", permuted=seed)
+    for seed in range(3)}
+VARIANTS["cap~permuted-in-layers"] = Variant("the same factors on other heads of their layer", permuted=0,
+                                             in_layers=True)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c015
 from collections.abc import Sequence
@@ -118,7 +106,6 @@ def permuted_factors(factors: torch.Tensor, seed: int, in_layers: bool = False) 
     orders = torch.stack([torch.randperm(rows.shape[1], generator=rng) for _ in rows])
     return rows.gather(1, orders).view_as(factors)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c022
 def variant_factors(losses: HeadLosses, variant: Variant) -> torch.Tensor: # Importance factor of every head, [L, H]
     "Importance factors (paper equation 3) with the variant's one change."
     scores = variant_scores(losses, variant)
@@ -202,6 +189,7 @@ from ..methods.prune import needs_of
 from ..core.files import read_tensors, sha256_of_file, write_tensors
 from ..jobs.job import run_losses
 from ..jobs.records import load_run
+from ..models.loading import fingerprint_differences
 
 # %% ../../nbs/experiments/00_variants.ipynb #c054
 @dataclass(frozen=True)
@@ -219,26 +207,23 @@ def tasks_table(ready: Ready, folder: Path, sources: Sources) -> Table: # The ta
     if sources.base is None: return run_losses(ready, folder, sources.store), sha256_of_file(folder/name)
     base = load_run(sources.base)
     meta = base.losses.meta if base.losses is not None else {}
-    wanted = (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
-    if (meta.get("model"), meta.get("calibration")) != wanted:
+    differ = fingerprint_differences(meta.get("model"), ready.configuration["model"]["fingerprint"])
+    if differ or meta.get("calibration") != ready.calibration.fingerprint:
         raise BadInput(f"{sources.base} has no whole table of losses, or one of another model or other examples: "
                        "expected this job's; give the settings of that run, or leave --base out.")
     check_target(base.losses, ready.job.prune.score_target, sources.base)
     return base.losses, base.records.read(name, sha256_of_file)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c055
-def other_calibration(ready: Ready, folder: Path, which: str, sources: Sources) -> Calibration | None:
-    "The calibration set of a variant that calibrates on other text."
-    if which == "chains":
-        return chains_like(ready.tokenizer, ready.calibration, calibration_answers(ready, folder))
-    text = load_text(ready.job.evaluate.text, ready.job.calibrate.data_dir, "calibration").text
-    return text_like(ready.tokenizer, ready.calibration, text, sources.text_windows)
-
 def variant_table(ready: Ready, folder: Path, which: str, sources: Sources) -> Table | None:
-    "The table that a variant's heads are scored on, measured only if it is not there."
+    "The table that a variant's heads are scored on, measured only if it is not there; None for too few chains."
     if which == "tasks": return tasks_table(ready, folder, sources)
-    calibration = other_calibration(ready, folder, which, sources)
-    if calibration is None: return None
+    if which == "chains":
+        calibration = chains_like(ready.tokenizer, ready.calibration, calibration_answers(ready, folder))
+        if calibration is None: return None
+    else:
+        text = load_text(ready.job.evaluate.text, ready.job.calibrate.data_dir, "calibration").text
+        calibration = text_like(ready.tokenizer, ready.calibration, text, sources.text_windows)
     losses = run_losses(replace(ready, calibration=calibration), folder/which, sources.store)
     return losses, sha256_of_file(folder/which/"losses.safetensors")
 
@@ -289,22 +274,18 @@ from ..methods.layer_walk import layer_by_layer
 from ..methods.prune import own_scope
 
 # %% ../../nbs/experiments/00_variants.ipynb #c061
-def in_part(projection: Projection, part: str) -> bool: # Whether it belongs there
-    "Whether a projection belongs to the heads or to the MLP of its layer."
-    return (projection.role in HOLDS) == (check_choice(part, PARTS, "part of a layer") == "attention")
-
 def prune_part(model: nn.Module, method: str, part: str, sparsity: float, given: Inputs) -> PruneReport:
-    "Prune a part of every layer by a method's own criterion and scope."
+    "Prune the attention projections or the MLP of every layer by a method's own criterion and scope."
     criterion, scope = CRITERIA[method], own_scope(parse_method(method))
     walking = walks(criterion, scope)
-    known = measured_for(model, criterion, given, walking)
-    if not walking: zero_within([p for p in projections(model) if in_part(p, part)], criterion, known, sparsity, scope)
+    measured = measured_for(model, criterion, given, walking)
+    def in_part(p: Projection) -> bool: return (p.role in HOLDS) == (part == "attention")
+    if not walking: zero_within(list(filter(in_part, projections(model))), criterion, measured, sparsity, scope)
     for step in layer_by_layer(model, given.calibration, given.batch_tokens, "pruning") if walking else ():
-        known = replace(known, norms=input_norms(step))
-        zero_within([p for p in step.projections if in_part(p, part)], criterion, known, sparsity, scope)
+        measured = replace(measured, norms=input_norms(step))
+        zero_within(list(filter(in_part, step.projections)), criterion, measured, sparsity, scope)
     return prune_report(model, method, sparsity)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c062
 def prune_variant(ready: Ready, name: str, sparsity: float, factors: torch.Tensor | None) -> PruneReport:
     "Prune a job's model by a variant."
     variant = VARIANTS.get(name, Variant("", "dense"))
@@ -325,14 +306,6 @@ from ..core.files import alone_in
 from ..jobs.records import cells_of, environment, note_environment, open_run
 from ..jobs.job import finish_cells, prepare
 
-# %% ../../nbs/experiments/00_variants.ipynb #62bf2dd2
-def check_variants(job: Job, names: Sequence[str]) -> None:
-    "Raise `BadInput` for an unknown variant, and for a job that scores within a budget."
-    for name in names: check_choice(name, VARIANTS, "variant")
-    if job.prune.budget is None: return
-    raise BadInput("Variants were given a budget: expected none, since medians and bootstraps take whole tables of "
-                   "losses; leave it out.")
-
 # %% ../../nbs/experiments/00_variants.ipynb #c065
 @validate_arguments
 def run_variants(
@@ -345,7 +318,10 @@ def run_variants(
     text_windows: int | None = None, # Windows of plain text to calibrate on; None means as many as calibration examples
 ) -> Path: # The run's folder
     "Every variant at every sparsity, resumable; every mistake raises `BadInput` before work begins."
-    check_variants(job, names)
+    for name in names: check_choice(name, VARIANTS, "variant")
+    if job.prune.budget is not None:
+        raise BadInput("Variants were given a budget: expected none, since medians and bootstraps take whole tables of "
+                       "losses; leave it out.")
     ready, folder = prepare(changed(job, methods=())), Path(folder)
     sources = Sources(base=Path(base) if base is not None else None, text_windows=text_windows,
                       store=Path(store) if store else folder/"unfinished"/"scores")

@@ -23,11 +23,12 @@ from ..calibration import Calibration, calibration_set, default_style, draw_stra
 from ..core.errors import BadInput, check_at_least, check_fields, validate_arguments
 from ..core.files import alone_in, sha256_of_text, text_bytes, whole_file
 from ..data.problems import halves, load_text, task_family
-from ..data.prompts import Example, IGNORED, make_example, prompt_style, PromptStyle
-from ..evaluation import answer_record, prompt_tokens, strict_pattern
+from ..data.prompts import Example, IGNORED, make_example, prompt_style, PromptStyle, strict_pattern
+from ..evaluation import answer_record, prompt_tokens
 from ..models.decoding import (
     check_room, check_sampling, Decoding, generate_noted, Generation, generation_batches, Sampling, token_limit)
-from ..models.loading import model_fingerprint, tokenizer_fingerprint
+from ..models.loading import (
+    fingerprint_differences, model_fingerprint, tokenizer_fingerprint, TOKENIZER_PARTS)
 
 # %% ../../nbs/jobs/06_chains.ipynb #c005
 @dataclass(frozen=True)
@@ -300,7 +301,7 @@ def chain_calibration(
 ) -> Calibration: # The chains as targets
     "A calibration set of a model's own right answers; too few of them raise `BadInput`."
     chains, examples = chains if isinstance(chains, Chains) else read_chains(chains), []
-    if chains.about.get("tokenizer") != tokenizer_fingerprint(tokenizer):
+    if fingerprint_differences(chains.about.get("tokenizer"), tokenizer_fingerprint(tokenizer), TOKENIZER_PARTS):
         raise BadInput("The chains were written with another tokenizer or chat template: expected this model's, since "
                        "prompts are kept as text; make them with 'cap chains' for this model.")
     if n is not None: check_at_least(n, 1, "n (chains a task)")

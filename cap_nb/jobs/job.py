@@ -22,7 +22,7 @@ from ..calibration import Calibration, calibration_set, default_style, default_t
 from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from ..core.files import alone_in, memory_taken, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
-from ..data.problems import load_text, Problem, TASKS, TEXTS
+from ..data.problems import load_text, normal_text, Problem, TASKS, TEXTS
 from ..data.prompts import prompt_style
 from ..evaluation import answer_problems, Evaluation, evaluation_problems, perplexity, problem_losses
 from ..importance import importance_factors
@@ -43,7 +43,8 @@ from ..methods.screening import check_budget, load_any, PartialLosses, save_part
 from ..models.anatomy import projections
 from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
 from ..models.loading import (
-    check_all_here, dtype_named, load_model, model_fingerprint, placed, tokenizer_fingerprint)
+    check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
+    tokenizer_fingerprint)
 from ..regions import Factors
 from ..scoring import AGGREGATIONS, HeadLosses, save_losses
 from ..threshold import prune_report, PruneReport
@@ -162,6 +163,8 @@ def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: 
     "Which model a run is about, by content, and how it computes."
     weight = next(model.parameters())
     return {"name": job.model.name, "fingerprint": model_fingerprint(model),
+            "configuration": settings_that_count(model.config),
+            "generation": settings_that_count(model.generation_config),
             "tokenizer": tokenizer_fingerprint(tokenizer), "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type}
 
@@ -232,6 +235,17 @@ def check_windows_fit(job: Job, model: nn.Module) -> None:
         raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
                        "give fewer tokens.")
 
+def check_text_unseen(job: Job, calibration: Calibration) -> None:
+    "Raise `BadInput` if windows that are calibrated on stand in the text that perplexity is measured on."
+    windows = [normal_text(example.target) for example in calibration.examples if example.task == "text"]
+    if not (windows and job.evaluate.windows): return
+    text = load_text(job.evaluate.text, job.calibrate.data_dir, job.evaluate.evaluate_on)
+    measured = normal_text(text.text)
+    seen = [inner for w in windows if (inner := w[len(w) // 4:len(w) - len(w) // 4]) in measured] # ends may cut a word
+    if seen:
+        raise BadInput(f"{len(seen)} windows of {text.name} are calibrated on and measured on: expected another text; "
+                       "give another --text, or --windows 0.")
+
 # %% ../../nbs/jobs/03_job.ipynb #c032
 @dataclass(frozen=True)
 class Ready:
@@ -252,6 +266,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
         raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or "
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
+    check_text_unseen(job, calibration)
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 
@@ -276,11 +291,12 @@ def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Ite
     note_memory(folder, stage, taken[0])
 
 # %% ../../nbs/jobs/03_job.ipynb #c046
-def check_measured_here(path: Path, kept: object, wanted: object) -> None:
-    "Raise `BadInput` for a file of another model or other examples."
-    if kept != wanted:
-        raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
-                       "run again.")
+def check_origin(path: Path, meta: dict, ready: Ready) -> None:
+    "Raise `BadInput` for a table of losses of another model or other examples."
+    differ = fingerprint_differences(meta.get("model"), ready.configuration["model"]["fingerprint"])
+    if not differ and meta.get("calibration") == ready.calibration.fingerprint: return
+    other = f"a model with other {' and '.join(differ)}" if differ else "other examples"
+    raise BadInput(f"{path} was measured on {other}: expected this run's; remove it and run again.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c047
 def save_measured(ready: Ready, path: Path, store: Path) -> None:
@@ -303,8 +319,7 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
     if store is None: shutil.rmtree(unfinished, ignore_errors=True) # an earlier session may have died before this
     table = load_any(path)
     losses = table if isinstance(table, HeadLosses) else table.losses
-    measured_on = (losses.meta.get("model"), losses.meta.get("calibration"))
-    check_measured_here(path, measured_on, (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint))
+    check_origin(path, losses.meta, ready)
     check_target(losses, ready.job.prune.score_target, path)
     budgets = [losses.meta.get("screened", {}).get("budget"), ready.job.prune.budget]
     if budgets[0] != budgets[1]:
@@ -327,7 +342,9 @@ def attribution_factors(ready: Ready, folder: Path, attribution: str, losses: He
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"factors": factors.heads} | units | getattr(factors, "kept", {}), origin)
     tensors, kept = read_tensors(path)
-    check_measured_here(path, kept, origin)
+    if kept != origin:
+        raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
+                       "run again.")
     return UnitFactors(tensors["factors"], experts=tensors.get("experts"), neurons=tensors.get("neurons"))
 
 # %% ../../nbs/jobs/03_job.ipynb #c053

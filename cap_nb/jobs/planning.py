@@ -21,9 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..calibration import Calibration, deal_subsets
 from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
 from ..core.hub import folder_from_hub, Repository, Wanted
-from ..data.batches import token_batches
 from ..data.problems import BENCHMARK_NAMES, is_here, task_family
-from ..data.prompts import IGNORED
+from ..data.prompts import IGNORED, token_batches
 from ..evaluation import token_limit
 from .job import check_job, distinct, filled_in, job_calibration
 from .records import cells_of
@@ -34,8 +33,7 @@ from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, with
 from ..methods.screening import by_task, first_counts, task_indices
 from ..models.anatomy import Anatomy, context_of, dimensions, projections
 from ..models.families import family_of, HOLDS
-from ..models.lab import CHECKPOINT, lab_tokenizer
-from ..models.lab_experts import EXPERTS_CHECKPOINT
+from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT, lab_tokenizer
 from ..models.loading import config_of, device_named, dtype_named, HUB_ID, load_tokenizer, model_cache
 
 # %% ../../nbs/jobs/04_planning.ipynb #c005
@@ -62,7 +60,7 @@ def sizes_of(config: object, name: str, source: str) -> Sizes:
     if getattr(config, "quantization_config", None):
         raise BadInput(f"{name} is quantised: expected weights in float32, bfloat16 or float16; take a checkpoint that "
                        "is not quantised.")
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config).eval()
     a, scope, rows_reading = dimensions(config), projections(model), Counter()
     shares = [p.routing.chosen / p.routing.count if p.expert is not None else 1.0 for p in scope]
     for p, share in zip(scope, shares): # query, key and value read one input, gate and up another

@@ -21,10 +21,10 @@ from ..core.registry import (
     add, add_format, ADDED, additions_undone, ALLOCATIONS, ATTRIBUTIONS, check_new_name, check_takes, error_in_words,
     in_a_sentence, LOADING, PLUGINS, take_back, TASKS, WORD)
 from ..data.problems import load_problems, Problem, SPLITS, Task, TEXTS
-from ..evaluation import ANSWERS, LOOSE, NORMAL
+from ..data.prompts import ANSWERS, LOOSE, NORMAL
 from .planning import ASSUMED_TOKENS
-from ..methods.allocation import Allocation, finite_by_layer, layer_weights, shares_of_layers
 from ..methods.attributions import Attribution
+from ..methods.budgets import Allocation, finite_by_layer, layer_weights, shares_of_layers
 from ..methods.criteria import add_criterion, GIVES, Inputs, measured_for, NEEDS
 from ..methods.neurons import UNIT_AWARE
 from ..methods.selection import Criterion, Measurements

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -114,14 +115,24 @@ def settings_of(configuration: dict, above: str = "") -> dict:
     return flat
 
 # %% ../../nbs/jobs/00_records.ipynb #c021
-def shown(value: object) -> str: # As text, a fingerprint shortened
+def is_fingerprint(value: object) -> bool:
+    "Whether a setting is a hash, which comes last in a sentence and shortened."
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}(-[0-9a-f]{16})*", value) is not None
+
+def shown(value: object) -> str:
     "A setting in a sentence."
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+    return value[:12] if is_fingerprint(value) else str(value)
+
+def agrees(kept: object, now: object) -> bool:
+    "Whether a setting is the same; a fingerprint that an earlier version noted covers less than today's."
+    if not (is_fingerprint(kept) and is_fingerprint(now)): return kept == now
+    return all(a == b for a, b in zip(kept.split("-"), now.split("-")))
 
 def differences(one: dict, other: dict) -> tuple[str, ...]: # As in "calibration.n (128, now 64)"
     "The settings in which two configurations differ."
     a, b = settings_of(one), settings_of(other)
-    differ = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    differ = [key for key in sorted(a.keys() | b.keys(), key=lambda key: (is_fingerprint(a.get(key)), key))
+              if not agrees(a.get(key), b.get(key))]
     return tuple(f"{key} ({shown(a.get(key))}, now {shown(b.get(key))})" for key in differ)
 
 # %% ../../nbs/jobs/00_records.ipynb #c026
@@ -129,10 +140,17 @@ FORMAT = 3 # Of the folder; a later one that cannot read this one will say so
 PACKED = "records.parquet" # All records of a packed run
 REPORT = "report.html" # A run on one page
 
+def known_before(kept: dict, now: dict) -> dict:
+    "What a run's record says of its model today, as far as its beginning said it."
+    return {name: value for name, value in now.items() if name in kept}
+
 def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     "Raise `BadInput` unless a run can go on with what is asked."
     check_additions(kept.get("plugins", {}), str(folder))
-    if differ := differences(kept, asked):
+    if unknown := sorted(asked["model"].keys() - kept["model"].keys()):
+        log.warning("%s was begun by an earlier version, which says nothing of the model's %s: it goes on without.",
+                    folder, " and ".join(unknown))
+    if differ := differences(kept, asked | {"model": known_before(kept["model"], asked["model"])}):
         raise BadInput(f"{folder} holds a run with other settings, {'; '.join(differ[:3])}: expected the same ones; "
                        "give another folder with --out.")
     if (folder/PACKED).exists():
@@ -175,6 +193,7 @@ def open_run(folder: str | Path, configuration: dict) -> dict:
     if is_run(folder):
         check_continues(folder, kept := read_run(folder), asked)
         put_in_order(folder)
+        if asked["model"].keys() - kept["model"].keys(): asked["model"] = kept["model"] # so much is known of its cells
         asked["methods"] = list(dict.fromkeys(kept["methods"] + asked["methods"]))
         asked["sparsities"] = sorted({*kept["sparsities"], *asked["sparsities"]})
     elif (folder/"evaluations").exists():
@@ -497,6 +516,7 @@ SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "bud
 def provenance_of(configuration: dict, sessions: Sequence[dict] = ()) -> dict: # Heading -> what stands behind it
     "The notes that belong below a run's table."
     notes = {key: configuration[key] for key in SETTINGS if key in configuration}
+    notes |= {"model": {key: value for key, value in configuration["model"].items() if not isinstance(value, dict)}}
     kept = [{key: session[key] for key in SESSION if key in session} for session in sessions]
     distinct = [session for index, session in enumerate(kept) if session not in kept[:index]]
     if len(distinct) == 1: return notes | {"session": distinct[0]}

@@ -20,7 +20,7 @@ from ..core.files import sha256_of_file, whole_folder, write_json
 from ..core.plots import blank_figure, in_style, INK, save_figure
 from ..evaluation import Evaluation, summarise_answers, summarise_losses, token_limit
 from .job import prepare, run_job
-from .records import differences, load_run, PACKED, read_run, Run, settings_of, shown
+from .records import agrees, differences, is_fingerprint, load_run, PACKED, read_run, Run, settings_of, shown
 from .report import run_folders, write_text
 from .settings import changed, Job
 from .tables import comparison_mark, comparison_markdown, markdown_rows
@@ -132,12 +132,12 @@ def measured_on(run: Run) -> dict[str, object]: # Setting -> value, fingerprints
     text = next((e.perplexity for e in run.evaluations if e.perplexity is not None), None)
     read = {"text": text.text, "windows read": text.windows, "tokens in each": text.window_tokens} if text else {}
     settings = settings_of(kept) | read
-    return dict(sorted(settings.items(), key=lambda item: (len(str(item[1])) == 64, item[0])))
+    return dict(sorted(settings.items(), key=lambda item: (is_fingerprint(item[1]), item[0])))
 
 def check_paired(names: tuple[str, str], runs: tuple[Run, Run]) -> None:
     "Raise `BadInput`, naming what differs, unless two runs were measured on the same problems in the same way."
     one, other = map(measured_on, runs)
-    differ = [key for key in one if key in other and one[key] != other[key]]
+    differ = [key for key in one if key in other and not agrees(one[key], other[key])]
     if all(key in COUNTS for key in differ): return # a count alone may belong to a measure that only one has
     said = "; ".join(f"{key} ({shown(one[key])} and {shown(other[key])})" for key in differ[:3])
     raise BadInput(f"{names[0]} and {names[1]} were not measured on the same problems in the same way, they differ in "

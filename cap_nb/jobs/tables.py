@@ -52,7 +52,7 @@ def value_text(value: object) -> str: # In one line
         return f"{key} ({value_text(inner)})" if isinstance(inner, Mapping) else f"{key} {value_text(inner)}"
     if isinstance(value, Mapping): return ", ".join(entry(key, inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)): return ", ".join(map(value_text, value))
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(value))
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}(-[0-9a-f]{16})*\b", r"\1", str(value))
 
 def table_notes(table: pd.DataFrame, provenance: Mapping | None = None) -> list[str]: # Lines for below the table
     "What the numbers are, how many problems or windows are behind them, and where they come from."

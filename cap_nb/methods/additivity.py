@@ -8,12 +8,8 @@ __all__ = []
 # %% ../../nbs/methods/29_additivity.ipynb #c004
 import torch
 
-# %% ../../nbs/methods/29_additivity.ipynb #c005
-def interactions(
-    pairs: torch.Tensor, # Loss with heads a and b masked, on the diagonal with a alone, [n, n, N]
-    intact: torch.Tensor, # Loss of the intact model, [N]
-) -> torch.Tensor: # I(a, b) on every example, in nats, [n, n, N]; zero on the diagonal
-    "What two heads masked together cost beyond the sum of both alone."
+def interactions(pairs: torch.Tensor, intact: torch.Tensor) -> torch.Tensor: # Nats, [n, n, N]
+    "What two heads masked together cost beyond the sum, from losses of pairs [n, n, N], single heads on the diagonal."
     rise = pairs - intact
     alone = rise.diagonal(dim1=0, dim2=1).T
     excess = rise - alone[:, None] - alone[None]
@@ -21,41 +17,30 @@ def interactions(
 
 # %% ../../nbs/methods/29_additivity.ipynb #c008
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, ExitStack, nullcontext
 from torch import nn
-from ..scoring import batches_of, masked_head
+from tqdm.auto import tqdm
+from cap_nb.calibration import Calibration
+from cap_nb.methods.attributions import batches_for, gate_slopes
+from cap_nb.methods.resumed_scoring import intact_pass, losses_resumed_at
+from cap_nb.scoring import masked_head
 
-# %% ../../nbs/methods/29_additivity.ipynb #c009
 Head = tuple[int, int] # (layer, query head)
 
 @contextmanager
-def masked_together(
-    model: nn.Module, # A causal language model of a known family
-    heads: Sequence[Head], # Some heads, of any layers
-) -> Iterator[None]:
-    "Mask several heads while the block runs."
+def masked_together(model: nn.Module, heads: Sequence[Head]) -> Iterator[None]:
+    "Mask several heads, of any layers, while the block runs."
     with ExitStack() as stack:
         for layer, head in heads: stack.enter_context(masked_head(model, layer, head))
         yield
 
-# %% ../../nbs/methods/29_additivity.ipynb #c013
-from contextlib import nullcontext
-from tqdm.auto import tqdm
-from ..calibration import Calibration
-from .resumed_scoring import intact_pass, losses_resumed_at
-
-# %% ../../nbs/methods/29_additivity.ipynb #c014
 @torch.no_grad()
-def set_losses(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    sets: Sequence[Sequence[Head]], # S sets of heads, none of them empty
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> tuple[torch.Tensor, torch.Tensor]: # Losses with each set masked, in nats, float64 [S, N]; intact ones [N]
+def set_losses(model: nn.Module, calibration: Calibration, sets: Sequence[Sequence[Head]],
+               batch_tokens: int = 4096) -> tuple[torch.Tensor, torch.Tensor]: # Nats, [S, N] and intact [N]
     "The losses with the heads of each set masked together, every pass resumed at the set's first layer."
     table = torch.zeros(len(sets), len(calibration.examples), dtype=torch.float64)
     intact = torch.zeros(len(calibration.examples), dtype=torch.float64)
-    for indices, batch in tqdm(list(batches_of(calibration, batch_tokens, next(model.parameters()).device))):
+    for indices, batch in tqdm(list(batches_for(model, calibration, batch_tokens))):
         calls, losses = intact_pass(model, batch)
         intact[indices] = losses.cpu()
         for row, heads in enumerate(sets):
@@ -64,19 +49,14 @@ def set_losses(
             table[row, indices] = losses.cpu()
     return table, intact
 
-# %% ../../nbs/methods/29_additivity.ipynb #c019
 @torch.no_grad()
-def pair_losses(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    heads: Sequence[Head], # n heads
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> tuple[torch.Tensor, torch.Tensor]: # Losses, in nats, float64 [n, n, N], single heads on the diagonal; intact [N]
-    "The losses with every pair of heads masked, resumed at the later one behind a recorded pass of the earlier one."
+def pair_losses(model: nn.Module, calibration: Calibration, heads: Sequence[Head],
+                batch_tokens: int = 4096) -> tuple[torch.Tensor, torch.Tensor]: # Nats, [n, n, N] and intact [N]
+    "The losses with every pair of heads masked, single heads on the diagonal, resumed at the later head."
     order = sorted(range(len(heads)), key=lambda index: heads[index])
     table = torch.zeros(len(heads), len(heads), len(calibration.examples), dtype=torch.float64)
     intact = torch.zeros(len(calibration.examples), dtype=torch.float64)
-    for indices, batch in tqdm(list(batches_of(calibration, batch_tokens, next(model.parameters()).device))):
+    for indices, batch in tqdm(list(batches_for(model, calibration, batch_tokens))):
         intact[indices] = intact_pass(model, batch)[1].cpu()
         for place, a in enumerate(order):
             with masked_head(model, *heads[a]):
@@ -88,27 +68,18 @@ def pair_losses(
                     table[a, b, indices] = table[b, a, indices] = losses.cpu()
     return table, intact
 
-# %% ../../nbs/methods/29_additivity.ipynb #c022
-def growing(
-    order: Sequence[Head], # Heads, first to go first
-    start: int = 1, # Size of the first set
-) -> list[list[Head]]: # The first heads of the order: start, twice as many, ..., all but one
-    "Sets that double up to the whole order; of a model without any head there is nothing to learn."
+def growing(order: Sequence[Head], start: int = 1) -> list[list[Head]]:
+    "The first heads of an order: start, twice as many, ..., but never all, of which there is nothing to learn."
     sizes = [start]
     while sizes[-1] * 2 < len(order): sizes.append(sizes[-1] * 2)
     return [list(order[:size]) for size in sizes]
 
 # %% ../../nbs/methods/29_additivity.ipynb #c025
-from .attributions import gate_slopes
-from ..models.anatomy import decoder_layers, dimensions
-from ..models.interventions import changed_input, changed_output, watching
+from cap_nb.models.anatomy import decoder_layers, dimensions
+from cap_nb.models.interventions import changed_input, changed_output, watching
 
-# %% ../../nbs/methods/29_additivity.ipynb #c026
 @contextmanager
-def gradient_dropped(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of a decoder layer
-) -> Iterator[None]:
+def gradient_dropped(model: nn.Module, layer: int) -> Iterator[None]:
     "While the block runs, gradients pass a layer along the residual stream only; values are as they were."
     inputs: list[torch.Tensor] = []
     def without_gradient(output: object) -> object:
@@ -118,15 +89,11 @@ def gradient_dropped(
     module = decoder_layers(model)[layer]
     with changed_input(module, watching(inputs.append)), changed_output(module, without_gradient): yield
 
-def graddrop(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> torch.Tensor: # Mean size of every head's effect, in nats, float64 [L, H]
+def graddrop(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor: # Nats, [L, H]
     "First-order estimates with one layer after the other left out of the backward pass (Kramár et al. 2024)."
     a = dimensions(model.config)
     total = torch.zeros(a.layers, a.heads, dtype=torch.float64)
-    for _, batch in tqdm(list(batches_of(calibration, batch_tokens, next(model.parameters()).device))):
+    for _, batch in tqdm(list(batches_for(model, calibration, batch_tokens))):
         for layer in range(a.layers):
-            with gradient_dropped(model, layer): total += gate_slopes(model, batch).abs().sum(0).cpu()
+            with gradient_dropped(model, layer): total += gate_slopes(model, batch)[1].abs().sum(0).cpu()
     return total / (a.layers - 1) / len(calibration.examples)

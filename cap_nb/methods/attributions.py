@@ -6,22 +6,21 @@
 __all__ = []
 
 # %% ../../nbs/methods/06_attributions.ipynb #4f5b2165
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, ExitStack
 import torch
 from torch import nn
 from cap_nb.calibration import Calibration
-from cap_nb.data.batches import collate
-from cap_nb.models.anatomy import anatomy, output_projection
-from cap_nb.models.interventions import changed_input, watching
-from cap_nb.scoring import batches_of
+from cap_nb.data.prompts import IGNORED, collate
+from cap_nb.models.anatomy import (
+    anatomy, Anatomy, decoder_layers, decoder_of, dimensions, expert_projections, output_projection, Projection,
+    projections, Routing, routing_of)
+from cap_nb.models.interventions import changed_input, changed_output, chosen_experts, input_of_down, watching
+from cap_nb.scoring import batches_of, causal_scores, mean_by_example
 
 @contextmanager
-def gated_heads(
-    model: nn.Module, # A causal language model of a known family
-    gates: torch.Tensor, # Factor of every head's output, [L, H], or [B, L, H] for each example of a batch
-) -> Iterator[None]:
-    "While the block runs, every head's output is multiplied by its gate (Nam et al. 2025, section 3.1)."
+def gated_heads(model: nn.Module, gates: torch.Tensor) -> Iterator[None]:
+    "While the block runs, every head's output times its gate, [L, H] or [B, L, H] (Nam et al. 2025, section 3.1)."
     a = anatomy(model)
     with ExitStack() as stack:
         for layer in range(a.layers):
@@ -33,31 +32,28 @@ def gated_heads(
 
 # %% ../../nbs/methods/06_attributions.ipynb #81dec7f5
 from functools import partial
-from cap_nb.methods.resumed_scoring import intact_pass
+from cap_nb.methods.resumed_scoring import intact_pass, losses_resumed_at, score_heads
 
-def gate_slopes(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
-    gate: float = 1.0, # Value of every gate of the model
-) -> torch.Tensor: # Derivative of each example's loss by each head's gate, in nats, float64 [B, L, H]
-    "Gradient times activation, summed over a head's output (Michel et al. 2019, section 4.1); one batch in memory."
+def batches_for(model: nn.Module, calibration: Calibration, batch_tokens: int) -> Iterator[tuple]:
+    "The batches of a calibration set, with the indices of their examples, on the model's device."
+    return batches_of(calibration, batch_tokens, next(model.parameters()).device)
+
+def gate_slopes(model: nn.Module, batch: dict[str, torch.Tensor],
+                gate: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]: # Nats, float64 [B] and [B, L, H]
+    "Losses, and their derivatives by each head's gate, all standing at one value (Michel et al. 2019, section 4.1)."
     a = anatomy(model)
     gates = torch.full((len(batch["input_ids"]), a.layers, a.heads), gate, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad(), gated_heads(model, gates):
         _, losses = intact_pass(model, batch)
-        return torch.autograd.grad(losses.sum(), gates)[0]
+        return losses.detach(), torch.autograd.grad(losses.sum(), gates)[0]
 
-def gradient_activation(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-    signed: bool = False, # True: the first-order estimate of the rise of the loss when the head is masked
-) -> torch.Tensor: # Importance of every head, in nats, float64 [L, H]
-    "Gradient times activation of all heads in one backward pass a batch (Michel et al. 2019, their equation of I_h)."
+def gradient_activation(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
+                        signed: bool = False) -> torch.Tensor: # Nats, [L, H]
+    "Gradient times activation (Michel et al. 2019, their equation of I_h); signed, the rise when the head is masked."
     a = anatomy(model)
     total = torch.zeros(a.layers, a.heads, dtype=torch.float64)
-    for _, batch in batches_of(calibration, batch_tokens, next(model.parameters()).device):
-        slopes = gate_slopes(model, batch)
+    for _, batch in batches_for(model, calibration, batch_tokens):
+        slopes = gate_slopes(model, batch)[1]
         total += (-slopes if signed else slopes.abs()).sum(0)
     return total / len(calibration.examples)
 
@@ -65,58 +61,37 @@ signed_gradient = partial(gradient_activation, signed=True) # The first-order es
 
 # %% ../../nbs/methods/06_attributions.ipynb #b3d054cb
 from tqdm.auto import tqdm
-from cap_nb.core.errors import check_at_least
+from cap_nb.core.errors import BadInput, check_at_least, check_choice
 
-def integrated_gradients(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    steps: int = 16, # Points of the path, S; each costs a forward and a backward pass
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> torch.Tensor: # Importance of every head, in nats, float64 [L, H]
+def integrated_gradients(model: nn.Module, calibration: Calibration, steps: int = 16,
+                         batch_tokens: int = 4096) -> torch.Tensor: # Nats, [L, H]
     "Integrated gradients from all heads at zero to the intact model, midpoint rule (Sundararajan et al. 2017, eq. 1)."
     a = anatomy(model)
     check_at_least(steps, 1, "steps (points of the path)")
     total = torch.zeros(a.layers, a.heads, dtype=torch.float64)
-    batches = list(batches_of(calibration, batch_tokens, next(model.parameters()).device))
+    batches = list(batches_for(model, calibration, batch_tokens))
     for _, batch in tqdm(batches, desc="integrated gradients", unit="batch"):
-        for step in range(steps): total -= gate_slopes(model, batch, (step + 0.5) / steps).sum(0)
+        for step in range(steps): total -= gate_slopes(model, batch, (step + 0.5) / steps)[1].sum(0)
     return total / (steps * len(calibration.examples))
 
 # %% ../../nbs/methods/06_attributions.ipynb #005fc010
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from cap_nb.methods.resumed_scoring import losses_resumed_at, score_heads
-from cap_nb.scoring import causal_scores
-
-def replaced_head(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of the decoder layer, from 0
-    head: int, # Index of the query head, from 0
-    outputs: torch.Tensor, # Outputs of all heads of the layer to take the head's from, [H*d] or [B, T, H*d]
-) -> AbstractContextManager[None]: # Holds while its block runs
-    "Replace the head's slice of the output projection's input by that of `outputs` (paper section 3.2 has zero there)."
+def replaced_head(model: nn.Module, layer: int, head: int, outputs: torch.Tensor) -> AbstractContextManager[None]:
+    "Replace what a head gives by its slice of other outputs of all heads of the layer, [H*d] or [B, T, H*d]."
     size = anatomy(model).head_size
     features = slice(head * size, (head + 1) * size)
-    def put(inputs: torch.Tensor) -> torch.Tensor:
+    def replaced(inputs: torch.Tensor) -> torch.Tensor:
         changed = inputs.clone()
         changed[..., features] = outputs[..., features].to(changed)
         return changed
-    return changed_input(output_projection(model, layer), put)
-
-# (indices of the examples, batch) -> for each layer, outputs of all heads, [H*d] or [B, T, H*d]
-Replacement = Callable[[Sequence[int], dict[str, torch.Tensor]], Sequence[torch.Tensor]]
+    return changed_input(output_projection(model, layer), replaced)
 
 @torch.no_grad()
-def ablation_rise(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    replacement: Replacement, # What the outputs of the heads are replaced by, batch by batch
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> torch.Tensor: # Mean rise of the loss, in nats, float64 [L, H]
-    "The rise of the loss when a head's output is replaced, each pass resumed at the head's layer (paper section 3.2)."
+def ablation_rise(model: nn.Module, calibration: Calibration, replacement: Callable[..., Sequence[torch.Tensor]],
+                  batch_tokens: int = 4096) -> torch.Tensor: # Nats, [L, H]
+    "The mean rise of the loss with a head's output replaced: (indices of examples, batch) -> outputs of each layer."
     a = anatomy(model)
     rise = torch.zeros(a.layers, a.heads, dtype=torch.float64)
-    batches = list(batches_of(calibration, batch_tokens, next(model.parameters()).device))
+    batches = list(batches_for(model, calibration, batch_tokens))
     for indices, batch in tqdm(batches, desc="ablating heads", unit="batch"):
         (calls, intact), outputs = intact_pass(model, batch), replacement(indices, batch)
         for layer in range(a.layers):
@@ -125,69 +100,46 @@ def ablation_rise(
                 rise[layer, head] += (losses_resumed_at(model, batch, calls, layer, change) - intact).sum().cpu()
     return rise / len(calibration.examples)
 
-def zero_ablation(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> torch.Tensor: # Mean rise of the loss, in nats, float64 [L, H]
+def zero_ablation(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:
     "CAP's score with the plain mean, the head's output being zero (paper equation 2, mean aggregation of section 6)."
     return causal_scores(score_heads(model, calibration, batch_tokens), "mean", k=1)
 
 # %% ../../nbs/methods/06_attributions.ipynb #83e35b65
-from cap_nb.models.anatomy import decoder_layers, decoder_of
-
 @contextmanager
-def recorded_heads(
-    model: nn.Module, # A causal language model of a known family
-) -> Iterator[list[torch.Tensor]]: # Filled, layer by layer, with the outputs of its heads side by side, [B, T, H*d]
-    "While the block runs, what enters every output projection is recorded (paper section 3.2)."
+def watched_heads(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    "While the block runs, what enters every output projection is kept, layer by layer, [B, T, H*d]."
     outputs: list[torch.Tensor] = []
     with ExitStack() as stack:
         for layer in range(len(decoder_layers(model))):
             stack.enter_context(changed_input(output_projection(model, layer), watching(outputs.append)))
         yield outputs
 
-def head_outputs(
-    model: nn.Module, # A causal language model of a known family
-    batch: dict[str, torch.Tensor], # input_ids and attention_mask, each [B, T]
-) -> list[torch.Tensor]: # For each layer, the outputs of its heads side by side, [B, T, H*d]
-    "What the heads of the intact model give."
-    with recorded_heads(model) as outputs:
+def head_outputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    "What the heads of the intact model give, side by side, [B, T, H*d] for each layer."
+    with watched_heads(model) as outputs:
         decoder_of(model, batch["input_ids"])(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                                               use_cache=False)
     return outputs
 
 @torch.no_grad()
-def mean_outputs(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> torch.Tensor: # Mean output of the heads over all tokens, float64 [L, H*d]
+def mean_outputs(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor: # [L, H*d]
     "The mean of every head's output over the calibration tokens, summed in float64; padding does not count."
     total, tokens = 0, 0
-    for _, batch in batches_of(calibration, batch_tokens, next(model.parameters()).device):
+    for _, batch in batches_for(model, calibration, batch_tokens):
         real = batch["attention_mask"].bool()
         total = total + torch.stack([output[real].double().sum(0).cpu() for output in head_outputs(model, batch)])
         tokens += real.sum().item()
     return total / tokens
 
-def mean_ablation(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> torch.Tensor: # Mean rise of the loss, in nats, float64 [L, H]
+def mean_ablation(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:
     "The rise of the loss when a head's output is its mean over the calibration tokens (as in Wang et al. 2023)."
     outputs = mean_outputs(model, calibration, batch_tokens)
     return ablation_rise(model, calibration, lambda indices, batch: outputs, batch_tokens)
 
 # %% ../../nbs/methods/06_attributions.ipynb #e534252d
-from dataclasses import replace
-from cap_nb.core.errors import BadInput
+from dataclasses import dataclass, replace
 
-def donors(
-    count: int, # Number of examples
-    seed: int = 0, # Seed of the order
-) -> list[int]: # For each example, the index of its donor, which is another example
+def donors(count: int, seed: int = 0) -> list[int]: # For each example, the index of another
     "The next example on a seeded circle through all; fewer than two examples raise `BadInput`."
     if count < 2:
         raise BadInput(f"Resampling was asked for with {count} example: expected at least 2, so that one can stand in "
@@ -195,12 +147,8 @@ def donors(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return [follower for _, follower in sorted(zip(order, order[1:] + order[:1]))]
 
-def resample_ablation(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples, at least 2
-    batch_tokens: int = 4096, # Padded tokens a batch
-    seed: int = 0, # Seed of the donors
-) -> torch.Tensor: # Mean rise of the loss, in nats, float64 [L, H]
+def resample_ablation(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
+                      seed: int = 0) -> torch.Tensor: # Nats, [L, H]
     "The rise of the loss when a head's output is that on another example (as in Chan et al. 2022)."
     donor, examples = donors(len(calibration.examples), seed), calibration.examples
     def from_donors(indices: Sequence[int], batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -215,10 +163,39 @@ def resample_ablation(
 
 # %% ../../nbs/methods/06_attributions.ipynb #2f40c1ac
 import math
-from dataclasses import dataclass
-from cap_nb.core.errors import check_choice
-from cap_nb.models.anatomy import Anatomy
 
+def some_examples(calibration: Calibration, indices: Sequence[int]) -> Calibration:
+    "Some examples of a calibration set."
+    return replace(calibration, examples=tuple(calibration.examples[index] for index in indices),
+                   stratum=tuple(calibration.stratum[index] for index in indices))
+
+def fit_steps(count: int, fit: object) -> Iterator[tuple[list[int], float]]:
+    "For each step of a fit to `count` examples, the indices of those it sees, and the learning rate."
+    rng, queue, (first, last) = torch.Generator().manual_seed(fit.seed), [], fit.rates
+    for step in tqdm(range(fit.steps), desc="fitting", unit="step"):
+        while len(queue) < min(fit.examples, count): queue += torch.randperm(count, generator=rng).tolist()
+        yield queue[:fit.examples], first + (last - first) * step / max(1, fit.steps - 1)
+        queue = queue[fit.examples:]
+
+def gradient_of_sum(leaves: Sequence[torch.Tensor], terms: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    "The gradient of a sum by some leaves; a term is computed when it is its turn, and then forgotten."
+    with torch.enable_grad():
+        slopes = [torch.autograd.grad(term, leaves, materialize_grads=True) for term in terms]
+    return [sum(of_leaf) for of_leaf in zip(*slopes)]
+
+def descend(leaves: Sequence[torch.Tensor], count: int, fit: object, terms: Callable[[list[int]], Iterable],
+            project: Callable[[], None] = lambda: None) -> None:
+    "Fit leaves by Adam to a sum of terms that some examples give; `project` restores a constraint after each step."
+    check_at_least(fit.steps, 1, "steps (of the fit)")
+    check_at_least(fit.examples, 1, "examples (a step)")
+    optimiser = torch.optim.Adam(leaves)
+    for indices, rate in fit_steps(count, fit):
+        optimiser.param_groups[0]["lr"] = rate
+        for leaf, slope in zip(leaves, gradient_of_sum(leaves, terms(indices))): leaf.grad = slope
+        optimiser.step()
+        project()
+
+# %% ../../nbs/methods/06_attributions.ipynb #2d22ab32
 @dataclass(frozen=True)
 class GateFit:
     "Settings of a fit of gates (Nam et al. 2025, section 3 and appendix)."
@@ -231,13 +208,9 @@ class GateFit:
 
 PUSHES = {"retain": 1.0, "remove": -1.0} # Where the regulariser pushes the gates: towards 1 or towards 0
 
-def check_fit(
-    fit: GateFit, # Settings of a fit
-) -> None:
-    "Raise `BadInput` for an unknown push, a negative regularisation, a learning rate that is not positive, no steps."
+def check_fit(fit: GateFit) -> None:
+    "Raise `BadInput` for an unknown push, a negative regularisation, a learning rate that is not positive."
     check_choice(fit.push, PUSHES, "push")
-    check_at_least(fit.steps, 1, "steps (of the fit)")
-    check_at_least(fit.examples, 1, "examples (a step)")
     if not (math.isfinite(fit.regularisation) and fit.regularisation >= 0):
         raise BadInput(f"The regularisation is {fit.regularisation}: expected 0 or more; give its size, and say with "
                        "`push` where it pushes.")
@@ -245,45 +218,17 @@ def check_fit(
         raise BadInput(f"The learning rates are {fit.rates}: expected two positive numbers, first and last; "
                        "give others.")
 
-# %% ../../nbs/methods/06_attributions.ipynb #2d22ab32
-def gate_gradient(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # The examples of this step
-    logits: torch.Tensor, # Logit of every gate, float64 [L, H], a leaf that requires a gradient
-    weight: float, # lambda with its sign: above 0 pushes towards 1
-    batch_tokens: int, # Padded tokens a batch
-    clip: float = 4.0, # The push stops beyond this logit
-) -> torch.Tensor: # Derivative of the objective by the logits, float64 [L, H]
-    "The gradient of mean loss minus weight times mean clipped logit (Nam et al. 2025, equation 1, with means)."
-    with torch.enable_grad():
-        gradient, = torch.autograd.grad(-weight * logits.clamp(-clip, clip).mean(), logits)
-        for _, batch in batches_of(calibration, batch_tokens, next(model.parameters()).device):
-            with gated_heads(model, logits.sigmoid()): _, losses = intact_pass(model, batch)
-            gradient += torch.autograd.grad(losses.sum() / len(calibration.examples), logits)[0]
-    return gradient
-
-# %% ../../nbs/methods/06_attributions.ipynb #616764c8
-def step_sets(
-    calibration: Calibration, # N examples
-    examples: int, # Examples a step; more than N means all of them
-    steps: int, # Number of steps
-    seed: int, # Seed of the shuffles
-) -> Iterator[Calibration]: # One calibration set a step
-    "Small calibration sets for the steps of a fit, every example equally often."
-    rng, count, queue = torch.Generator().manual_seed(seed), len(calibration.examples), []
-    for _ in range(steps):
-        while len(queue) < min(examples, count): queue += torch.randperm(count, generator=rng).tolist()
-        taken, queue = queue[:examples], queue[examples:]
-        yield replace(calibration, examples=tuple(calibration.examples[index] for index in taken),
-                      stratum=tuple(calibration.stratum[index] for index in taken))
+def gate_objective(model: nn.Module, calibration: Calibration, logits: torch.Tensor, weight: float,
+                   batch_tokens: int) -> Iterator[torch.Tensor]:
+    "Minus weight times mean clipped logit, and mean loss batch by batch (Nam et al. 2025, equation 1, with means)."
+    yield -weight * logits.clamp(-4.0, 4.0).mean() # the push stops beyond the clip
+    for _, batch in batches_for(model, calibration, batch_tokens):
+        with gated_heads(model, logits.sigmoid()): _, losses = intact_pass(model, batch)
+        yield losses.sum() / len(calibration.examples)
 
 # %% ../../nbs/methods/06_attributions.ipynb #f3e37d2b
-def starting_gates(
-    a: Anatomy, # Dimensions of the model
-    start: torch.Tensor | None, # Gates to start from, [L, H]; None means uniform random
-    seed: int, # Seed of the random start
-) -> torch.Tensor: # Gates, [L, H]
-    "The gates that a fit starts from; some that do not fit the model raise `BadInput`."
+def starting_gates(a: Anatomy, start: torch.Tensor | None, seed: int) -> torch.Tensor: # [L, H]
+    "The gates that a fit starts from, uniform random for None; some that do not fit the model raise `BadInput`."
     if start is None:
         rng = torch.Generator().manual_seed(seed)
         return torch.rand(a.layers, a.heads, dtype=torch.float64, generator=rng)
@@ -291,37 +236,22 @@ def starting_gates(
     raise BadInput(f"The gates to start from do not fit: expected [{a.layers}, {a.heads}] numbers in [0, 1]; "
                    "pass what head_gates returned.")
 
-def head_gates(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    calibration: Calibration, # N examples
-    fit: GateFit = GateFit(), # Settings of the fit
-    start: torch.Tensor | None = None, # Gates to start from, [L, H]; None means uniform random
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> torch.Tensor: # Gate of every head, in (0, 1), float64 [L, H]
+def head_gates(model: nn.Module, calibration: Calibration, fit: GateFit = GateFit(), start: torch.Tensor | None = None,
+               batch_tokens: int = 4096) -> torch.Tensor: # In (0, 1), float64 [L, H]
     "Soft gates on all heads fitted together (Causal Head Gating, Nam et al. 2025, equation 1)."
     check_fit(fit)
     logits = torch.logit(starting_gates(anatomy(model), start, fit.seed).detach().double().cpu(), eps=1e-6)
-    optimiser = torch.optim.Adam([logits.requires_grad_()])
-    (first, last), weight = fit.rates, fit.regularisation * PUSHES[fit.push]
-    sets = step_sets(calibration, fit.examples, fit.steps, fit.seed)
-    for step, part in enumerate(tqdm(sets, total=fit.steps, desc="fitting gates", unit="step")):
-        optimiser.param_groups[0]["lr"] = first + (last - first) * step / max(1, fit.steps - 1)
-        logits.grad = gate_gradient(model, part, logits, weight, batch_tokens)
-        optimiser.step()
+    logits.requires_grad_()
+    weight = fit.regularisation * PUSHES[fit.push]
+    descend([logits], len(calibration.examples), fit, lambda indices: gate_objective(
+        model, some_examples(calibration, indices), logits, weight, batch_tokens))
     return logits.detach().sigmoid()
 
-# %% ../../nbs/methods/06_attributions.ipynb #e48b7a89
 FREE_RATES = (0.1, 0.01) # Learning rates of the fit without a regulariser
 
-def pushed_gates(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-    fit: GateFit = GateFit(), # Settings of the regularised fit; the free one differs in regularisation and rates
-    start: torch.Tensor | None = None, # Gates of the free fit, [L, H]; None fits them first
-    push: str = "retain", # "retain" towards 1, "remove" towards 0
-) -> torch.Tensor: # Gate of every head, in (0, 1), float64 [L, H]
-    "A free fit from a random start, then a regularised one (Nam et al. 2025, section 3.2)."
+def pushed_gates(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096, fit: GateFit = GateFit(),
+                 start: torch.Tensor | None = None, push: str = "retain") -> torch.Tensor: # In (0, 1), [L, H]
+    "A free fit from a random start, if none is passed in, then a regularised one (Nam et al. 2025, section 3.2)."
     if start is None:
         free = replace(fit, regularisation=0.0, push="retain", rates=FREE_RATES)
         start = head_gates(model, calibration, free, None, batch_tokens)
@@ -331,33 +261,22 @@ retained_gates = partial(pushed_gates, push="retain") # G+: a low one marks an i
 removed_gates = partial(pushed_gates, push="remove") # G-: a high one marks a facilitating head
 
 # %% ../../nbs/methods/06_attributions.ipynb #b176a357
-def with_gradient_of(
-    values: torch.Tensor, # What is computed, any shape
-    formula: torch.Tensor, # Of the same shape; its derivative is used
-) -> torch.Tensor: # The values, bit for bit, with the derivative of the formula
+def with_gradient_of(values: torch.Tensor, formula: torch.Tensor) -> torch.Tensor:
     "Values that are differentiated as another formula."
     return values.detach() + (formula - formula.detach())
 
-def identity_rule(
-    inputs: torch.Tensor, # x, any shape
-    outputs: torch.Tensor, # y, of the same shape, element by element a function of x
-) -> torch.Tensor: # y, with y/x as its derivative (0 where x is 0)
+def identity_rule(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     "Relevance passes an elementwise function, or a norm, unchanged (Achtibat et al. 2024, identity rule)."
     return with_gradient_of(outputs, inputs * torch.where(inputs == 0, 0, outputs / inputs).detach())
 
-def uniform_rule(
-    values: torch.Tensor, # One factor of a product, or the product, any shape
-    by: float | torch.Tensor, # How many share its relevance; a tensor has one number a feature
-) -> torch.Tensor: # The values, with their relevance divided
+def uniform_rule(values: torch.Tensor, by: float | torch.Tensor) -> torch.Tensor:
     "The factors of a product share its relevance equally (Achtibat et al. 2024, uniform rule)."
     return with_gradient_of(values, values / by)
 
 # %% ../../nbs/methods/06_attributions.ipynb #c85ffe94
-def norm_rule(
-    norm: nn.Module, # A norm
-    inputs: torch.Tensor, # What it reads, [..., features]
-    outputs: torch.Tensor, # What it returns, [..., features]
-) -> torch.Tensor: # The outputs under their rule
+from transformers.activations import ACT2CLS
+
+def norm_rule(norm: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     "Identity; a norm that subtracts the mean, LayerNorm in its class's name, has its divisor held constant."
     if "LayerNorm" not in type(norm).__name__: return identity_rule(inputs, outputs)
     bias = getattr(norm, "bias", None)
@@ -365,44 +284,28 @@ def norm_rule(
     scale = torch.where(centred == 0, 0, (outputs - shift) / centred).detach()
     return with_gradient_of(outputs, centred * scale + shift)
 
-# %% ../../nbs/methods/06_attributions.ipynb #2d6885fd
-from transformers.activations import ACT2CLS
-from cap_nb.models.anatomy import Projection, dimensions, projections
-from cap_nb.models.interventions import changed_output
-
 ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
 DIVISORS = {"attnlrp": {"query": 4.0, "key": 4.0, "value": 2.0}, # Attention -> kind of a head's rows -> divisor
             "constant": {"query": torch.inf, "key": torch.inf, "value": 1.0}}
 
-def elementwise_rule(
-    module: nn.Module, # Any module
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None: # (input, output) -> the output under the rule
-    "The rule of a norm or an activation, known by class; None for anything else."
+def elementwise_rule(module: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    "The rule of a norm or an activation, known by class, (input, output) -> the output under it; None for others."
     if isinstance(module, nn.LayerNorm) or type(module).__name__.lower().endswith("norm"):
         return partial(norm_rule, module)
     return identity_rule if isinstance(module, ACTIVATIONS) or "Gelu" in type(module).__name__ else None
 
-def row_divisors(
-    projection: Projection, # A projection into the attention, or into the latent of keys and values
-    attention: str, # One of `DIVISORS`
-    rotated: int, # Rows of the rotated key that lies below such a latent; the latent's own are divided later
-) -> torch.Tensor: # By what the relevance of each row is divided, [out]
-    "The divisor of every output of a projection."
+def row_divisors(projection: Projection, attention: str, rotated: int) -> torch.Tensor: # [out]
+    "By what the relevance of each output is divided; of a latent of keys and values, only `rotated` last rows."
     by = DIVISORS[attention]
     if projection.role == "key_value_latent":
         return torch.cat([torch.ones(len(projection.weight) - rotated), torch.full((rotated,), by["key"])])
     return torch.cat([torch.full((part.stop - part.start,), by[part.kind]) for part in projection.parts])
 
-def halved_input(
-    module: nn.Module, # A module that reads a product of two, or leads to one
-) -> AbstractContextManager[None]: # Holds while its block runs
-    "The two factors of a product share its relevance."
+def halved_input(module: nn.Module) -> AbstractContextManager[None]:
+    "While the block runs, the two factors of the product that a module reads share its relevance."
     return changed_input(module, lambda values: uniform_rule(values, 2.0))
 
-def projection_rules(
-    model: nn.Module, # A causal language model of a known family
-    attention: str, # One of `DIVISORS`
-) -> Iterator[AbstractContextManager[None]]: # Each holds while its block runs
+def projection_rules(model: nn.Module, attention: str) -> Iterator[AbstractContextManager[None]]:
     "The rules at projections: into the attention, and at the product of gate and up."
     gated, widths = {"gate", "gate_up"} & {p.role for p in projections(model)}, dimensions(model.config).widths
     for p in projections(model):
@@ -414,16 +317,9 @@ def projection_rules(
 
 # %% ../../nbs/methods/06_attributions.ipynb #fdd0bef4
 import torch.nn.functional as F
-from cap_nb.models.anatomy import Routing, expert_projections, routing_of
 from cap_nb.models.families import clamped_product
-from cap_nb.models.routing import chosen_experts, input_of_down
 
-def clamped_rule(
-    holder: object, # The module that holds all experts; it has the numbers alpha and c
-    gate: torch.Tensor, # g, [n, width]
-    up: torch.Tensor, # u, [n, width]
-    one: float | torch.Tensor = 1.0, # What is added to up; as a tensor, its relevance can be asked for
-) -> torch.Tensor: # What down reads, [n, width]
+def clamped_rule(holder: object, gate: torch.Tensor, up: torch.Tensor, one: float | torch.Tensor = 1.0) -> torch.Tensor:
     "The product of gpt-oss under its rule: identity for either factor, half each, the 1 a bias."
     clamped, up_clamped = gate.clamp(max=holder.limit), up.clamp(-holder.limit, holder.limit)
     swish = identity_rule(gate, clamped * (holder.alpha * clamped).sigmoid())
@@ -431,14 +327,8 @@ def clamped_rule(
 
 PRODUCT_RULES = {clamped_product: clamped_rule} # What a family puts between gate and up -> its rule
 
-# %% ../../nbs/methods/06_attributions.ipynb #44aa1cec
-def experts_under_rule(
-    routing: Routing, # The experts of a layer, with the rule in the product's place
-    layer: int, # Index of the layer
-    hidden: torch.Tensor, # What they read, [tokens, hidden]
-    chosen: torch.Tensor, # Experts of each token, int64 [tokens, k]
-    weights: torch.Tensor, # Their weights, [tokens, k]
-) -> torch.Tensor: # What they add, [tokens, hidden]
+def experts_under_rule(routing: Routing, layer: int, hidden: torch.Tensor, chosen: torch.Tensor,
+                       weights: torch.Tensor) -> torch.Tensor: # What they add, [tokens, hidden]
     "What stacked experts return, computed once more from their description."
     total, matrices = torch.zeros_like(hidden), expert_projections(routing, layer)
     for expert in chosen.unique().tolist():
@@ -450,10 +340,7 @@ def experts_under_rule(
     return total
 
 @contextmanager
-def product_rule(
-    routing: Routing, # Stacked experts with a product of their own
-    layer: int, # Index of the layer
-) -> Iterator[None]:
+def product_rule(routing: Routing, layer: int) -> Iterator[None]:
     "While the block runs, what the experts return is differentiated by the rule of their product."
     ruled = replace(routing, about=replace(routing.about, product=PRODUCT_RULES[routing.about.product]))
     read, choices = [], []
@@ -466,17 +353,12 @@ def product_rule(
         with changed_output(routing.router, watching(note_choice)): yield
 
 # %% ../../nbs/methods/06_attributions.ipynb #9b8fa87f
-def constant_outputs(
-    module: nn.Module, # A module that returns a tensor, or a tuple of tensors
-) -> AbstractContextManager[None]: # Holds while its block runs
-    "What the module returns carries no relevance."
+def constant_outputs(module: nn.Module) -> AbstractContextManager[None]:
+    "While the block runs, what a module returns, a tensor or several, carries no relevance."
     return changed_output(module, lambda output: output.detach() if isinstance(output, torch.Tensor)
                           else tuple(part.detach() for part in output))
 
-def routing_rules(
-    routing: Routing, # The experts of a layer
-    layer: int, # Index of the layer
-) -> Iterator[AbstractContextManager[None]]: # Each holds while its block runs
+def routing_rules(routing: Routing, layer: int) -> Iterator[AbstractContextManager[None]]:
     "The rules of a mixture: constant routing, and half for each factor in stacked experts."
     if routing.about.product not in (None, *PRODUCT_RULES):
         raise BadInput(f"{routing.name} multiplies gate and up in its own way: expected the activation of gate, times "
@@ -487,31 +369,24 @@ def routing_rules(
     elif routing.stacked: yield halved_input(routing.experts)
 
 @contextmanager
-def relevance_rules(
-    model: nn.Module, # A causal language model of a known family
-    attention: str | None = "attnlrp", # "attnlrp"; "constant" for attention weights without relevance; None: no rules
-) -> Iterator[None]:
-    "While the block runs, input times gradient is relevance (Achtibat et al. 2024)."
-    if attention is not None: check_choice(attention, DIVISORS, "rule for attention")
-    routings = [routing_of(model, layer) for layer in range(len(decoder_layers(model)))]
+def relevance_rules(model: nn.Module, attention: str | None = "attnlrp") -> Iterator[None]:
+    "While the block runs, input times gradient is relevance (Achtibat et al. 2024); with None there are no rules."
+    if attention is None:
+        yield
+        return
+    check_choice(attention, DIVISORS, "rule for attention")
     with ExitStack() as stack:
-        for module in model.modules() if attention else ():
+        for module in model.modules():
             rule = elementwise_rule(module)
             if rule: stack.enter_context(module.register_forward_hook(
                 lambda module, args, output, rule=rule: rule(args[0], output)))
-        for rule in projection_rules(model, attention) if attention else (): stack.enter_context(rule)
-        for layer, routing in enumerate(routings):
-            for rule in routing_rules(routing, layer) if routing and attention else (): stack.enter_context(rule)
+        for rule in projection_rules(model, attention): stack.enter_context(rule)
+        for layer, routing in enumerate(routing_of(model, layer) for layer in range(len(decoder_layers(model)))):
+            for rule in routing_rules(routing, layer) if routing else (): stack.enter_context(rule)
         yield
 
 # %% ../../nbs/methods/06_attributions.ipynb #06df3c37
-from cap_nb.data.prompts import IGNORED
-from cap_nb.scoring import mean_by_example
-
-def gold_logits(
-    model: nn.Module, # A causal language model of a known family
-    batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
-) -> torch.Tensor: # Mean logit of the target tokens of each example, float64 [B]
+def gold_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     "The logit of the token that is right, before a cap or a scale of the family."
     decoder = decoder_of(model, batch["input_ids"])
     hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
@@ -522,32 +397,22 @@ def gold_logits(
     return mean_by_example(logits.gather(1, labels[is_target][:, None])[:, 0], is_target.sum(1).tolist())
 
 @contextmanager
-def differentiable(
-    model: nn.Module, # A causal language model of a known family
-) -> Iterator[None]:
+def differentiable(model: nn.Module) -> Iterator[None]:
     "While the block runs, gradients flow from the first decoder layer on, whatever the weights want."
     def start(hidden: torch.Tensor) -> torch.Tensor: return hidden.detach().requires_grad_()
     with torch.enable_grad(), changed_input(decoder_layers(model)[0], start): yield
 
-def head_relevance(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
-    attention: str | None = "attnlrp", # As for `relevance_rules`; None: the derivatives as they are
-) -> torch.Tensor: # Relevance of every head for the mean gold logit of each example, in logits, float64 [B, L, H]
+def head_relevance(model: nn.Module, batch: dict[str, torch.Tensor], attention: str | None = "attnlrp") -> torch.Tensor:
     "The relevance that passes through each head (Hatefi et al. 2025, with heads as components)."
-    with relevance_rules(model, attention), differentiable(model), recorded_heads(model) as outputs:
+    with relevance_rules(model, attention), differentiable(model), watched_heads(model) as outputs:
         slopes = torch.autograd.grad(gold_logits(model, batch).sum(), outputs)
     size = anatomy(model).head_size
     by_head = [(z * slope).detach().double().unflatten(-1, (-1, size)).sum((1, 3)) for z, slope in zip(outputs, slopes)]
     return torch.stack(by_head, 1).cpu()
 
-def relevance(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> torch.Tensor: # Mean relevance of every head for the gold logit, float64 [L, H]
+def relevance(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:
     "Layer-wise relevance propagation, heads as components (Hatefi et al. 2025)."
-    batches = batches_of(calibration, batch_tokens, next(model.parameters()).device)
+    batches = batches_for(model, calibration, batch_tokens)
     return sum(head_relevance(model, batch).sum(0) for _, batch in batches) / len(calibration.examples)
 
 # %% ../../nbs/methods/06_attributions.ipynb #49249252
@@ -560,22 +425,20 @@ class Attribution:
     source: str # Where it comes from
     compute: Callable[..., torch.Tensor] # (model, calibration, batch_tokens=..., options) -> float64 [L, H]
 
-ATTRIBUTIONS["zero_ablation"] = Attribution(
-    "rise of the loss when the head's output is zero", "the paper, section 3.2", zero_ablation)
-ATTRIBUTIONS["mean_ablation"] = Attribution(
-    "rise of the loss when the head's output is its mean", "Wang et al. 2023", mean_ablation)
-ATTRIBUTIONS["resample_ablation"] = Attribution(
-    "rise of the loss when the head's output is another example's", "Chan et al. 2022", resample_ablation)
-ATTRIBUTIONS["gradient_activation"] = Attribution(
-    "size of gradient times output, for each example", "Michel et al. 2019", gradient_activation)
-ATTRIBUTIONS["signed_gradient"] = Attribution(
-    "first-order estimate of zero ablation", "Michel et al. 2019, with the sign kept", signed_gradient)
-ATTRIBUTIONS["integrated_gradients"] = Attribution(
-    "slopes collected while all heads grow from zero", "Sundararajan et al. 2017; Hatefi et al. 2025",
-    integrated_gradients)
-ATTRIBUTIONS["relevance"] = Attribution(
-    "the part of the gold logit that passes through the head", "Achtibat et al. 2024; Hatefi et al. 2025", relevance)
-ATTRIBUTIONS["retained_gates"] = Attribution(
-    "gate of a joint fit that pushes towards 1", "Nam et al. 2025, G+", retained_gates)
-ATTRIBUTIONS["removed_gates"] = Attribution(
-    "gate of a joint fit that pushes towards 0", "Nam et al. 2025, G-", removed_gates)
+ATTRIBUTIONS.update({
+    "zero_ablation": Attribution(
+        "rise of the loss when the head's output is zero", "the paper, section 3.2", zero_ablation),
+    "mean_ablation": Attribution(
+        "rise of the loss when the head's output is its mean", "Wang et al. 2023", mean_ablation),
+    "resample_ablation": Attribution(
+        "rise of the loss when the head's output is another example's", "Chan et al. 2022", resample_ablation),
+    "gradient_activation": Attribution(
+        "size of gradient times output, for each example", "Michel et al. 2019", gradient_activation),
+    "signed_gradient": Attribution(
+        "first-order estimate of zero ablation", "Michel et al. 2019, with the sign kept", signed_gradient),
+    "integrated_gradients": Attribution("slopes collected while all heads grow from zero",
+                                        "Sundararajan et al. 2017; Hatefi et al. 2025", integrated_gradients),
+    "relevance": Attribution("the part of the gold logit that passes through the head",
+                             "Achtibat et al. 2024; Hatefi et al. 2025", relevance),
+    "retained_gates": Attribution("gate of a joint fit that pushes towards 1", "Nam et al. 2025, G+", retained_gates),
+    "removed_gates": Attribution("gate of a joint fit that pushes towards 0", "Nam et al. 2025, G-", removed_gates)})

@@ -16,33 +16,24 @@ import torch.nn.functional as F
 from torch import nn
 from ..core.errors import BadInput
 from ..models.anatomy import expert_counts
-from ..models.routing import Route, recorded_routes
+from ..models.interventions import Route, recorded_routes
 
 # %% ../../nbs/methods/21_experts.ipynb #c009
-def check_has_experts(
-    model: nn.Module, # A causal language model of a known family
-    wanted: str = "A score given an expert", # What needs experts, for the sentence
-) -> tuple[int, int]: # Layers, L, and experts of the layer that has most, E
+def check_has_experts(model: nn.Module, wanted: str = "A score given an expert") -> tuple[int, int]:
     "The size of a table over experts; a model without experts raises `BadInput`."
     counts = expert_counts(model)
     if max(counts): return len(counts), max(counts)
     raise BadInput(f"{wanted} was asked for, and {type(model).__name__} has no routed experts: "
                    "expected a mixture of experts such as lab-moe; use cap on a dense model.")
 
-def target_counts(
-    batch: dict[str, torch.Tensor], # A batch with labels, [B, T]
-) -> tuple[torch.Tensor, list[int]]: # Which positions predict a target, bool [B, T - 1]; how many of each example
-    "Where the targets of a batch are predicted."
+def target_counts(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    "Which positions predict a target, bool [B, T - 1], and how many of each example."
     predicts = batch["labels"][:, 1:] != IGNORED
     return predicts, predicts.sum(1).tolist()
 
 # %% ../../nbs/methods/21_experts.ipynb #c010
-def target_routes(
-    model: nn.Module, # A causal language model with experts
-    batch: dict[str, torch.Tensor], # A batch with labels, [B, T]
-    routes: Sequence[Route], # What `recorded_routes` recorded while the batch ran through the intact model
-) -> torch.Tensor: # Whether a target's position is routed to an expert, bool [L, n, E]; never in a dense layer
-    "u: the experts at work where each target token is predicted, example after example."
+def target_routes(model: nn.Module, batch: dict[str, torch.Tensor], routes: Sequence[Route]) -> torch.Tensor:
+    "u: the experts at work where each target token is predicted, example after example, bool [L, n, E]."
     (layers, experts), (predicts, counts) = check_has_experts(model), target_counts(batch)
     used = torch.zeros(layers, sum(counts), experts, dtype=torch.bool)
     for route in routes:
@@ -50,8 +41,14 @@ def target_routes(
         used[route.layer] = F.one_hot(chosen, experts).any(1).cpu()
     return used
 
-# %% ../../nbs/methods/21_experts.ipynb #c017
+# %% ../../nbs/methods/21_experts.ipynb #a582d0ac
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from tqdm.auto import tqdm
+from cap_nb.methods.resumed_scoring import hidden_resumed_at, intact_pass, score_heads, token_losses
+from cap_nb.models.anatomy import dimensions
+from cap_nb.scoring import batches_of, masked_head, target_token_losses
 
 # %% ../../nbs/methods/21_experts.ipynb #c018
 @dataclass(frozen=True)
@@ -62,37 +59,21 @@ class RoutedLosses:
     used: torch.Tensor # U: target tokens whose position is routed to expert e of layer l, int64 [L, N, E]
     tokens: torch.Tensor # T: target tokens of each example, int64 [N]
 
-def summed_by_expert(
-    losses: torch.Tensor, # Loss of every target token of a batch, example after example, [n]
-    used: torch.Tensor, # Whether its position is routed to an expert, bool [n, E]
-    counts: Sequence[int], # Target tokens of each example
-) -> torch.Tensor: # Float64 [B, E]
+def summed_by_expert(losses: torch.Tensor, used: torch.Tensor, counts: Sequence[int]) -> torch.Tensor: # Float64 [B, E]
     "The sum of the losses of each example's target tokens, for each expert in use."
     by_expert = losses.double().cpu()[:, None] * used
     return torch.stack([rows.sum(0) for rows in by_expert.split(list(counts))])
 
-# %% ../../nbs/methods/21_experts.ipynb #c022
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from .resumed_scoring import hidden_resumed_at, intact_pass, score_heads, token_losses
-from ..scoring import target_token_losses
-
 # %% ../../nbs/methods/21_experts.ipynb #c023
 Changed = Callable[[int, AbstractContextManager], torch.Tensor] # (layer, change) -> loss of every target token, [n]
 
-def whole_passes(
-    model: nn.Module, # A causal language model of a known family
-    batch: dict[str, torch.Tensor], # A batch
-) -> Changed: # Losses with a layer changed
+def whole_passes(model: nn.Module, batch: dict[str, torch.Tensor]) -> Changed:
     "A whole pass of the model for every change (the hook loop of paper section 3.2)."
     def changed(layer: int, change: AbstractContextManager) -> torch.Tensor:
         with change: return target_token_losses(model, batch)
     return changed
 
-def resumed_passes(
-    model: nn.Module, # A causal language model of a known family
-    batch: dict[str, torch.Tensor], # A batch
-) -> Changed: # Losses with a layer changed
+def resumed_passes(model: nn.Module, batch: dict[str, torch.Tensor]) -> Changed:
     "One intact pass, and a resumed one for every change."
     (calls, _), (predicts, _) = intact_pass(model, batch), target_counts(batch)
     targets = batch["labels"][:, 1:][predicts]
@@ -101,18 +82,8 @@ def resumed_passes(
         return token_losses(model, hidden[:, :-1][predicts], targets)
     return changed
 
-# %% ../../nbs/methods/21_experts.ipynb #c025
-from contextlib import nullcontext
-from tqdm.auto import tqdm
-from ..models.anatomy import dimensions
-from ..scoring import batches_of, masked_head
-
 # %% ../../nbs/methods/21_experts.ipynb #c026
-def routed_losses_of(
-    model: nn.Module, # A causal language model with experts, in evaluation mode
-    batch: dict[str, torch.Tensor], # A batch
-    passes: Callable[..., Changed], # `whole_passes` or `resumed_passes`
-) -> RoutedLosses: # The table of its examples
+def routed_losses_of(model: nn.Module, batch: dict[str, torch.Tensor], passes: Callable[..., Changed]) -> RoutedLosses:
     "Mask every head in turn and keep the losses of a batch per example and per routed expert."
     with recorded_routes(model) as routes: target_token_losses(model, batch)
     used, (_, counts), changed = target_routes(model, batch, routes), target_counts(batch), passes(model, batch)
@@ -127,12 +98,8 @@ def routed_losses_of(
 
 # %% ../../nbs/methods/21_experts.ipynb #c027
 @torch.no_grad()
-def routed_losses(
-    model: nn.Module, # A causal language model with experts, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-    passes: Callable[..., Changed] = resumed_passes, # How losses with a change are computed; or `whole_passes`
-) -> RoutedLosses: # The table
+def routed_losses(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
+                  passes: Callable[..., Changed] = resumed_passes) -> RoutedLosses:
     "Mask every head in turn, losses per example and per routed expert; a model without experts raises `BadInput`."
     check_has_experts(model)
     batches = list(batches_of(calibration, batch_tokens, next(model.parameters()).device))
@@ -149,12 +116,8 @@ from ..core.errors import check_choice
 from ..scoring import AGGREGATIONS, HeadLosses, aggregate
 
 # %% ../../nbs/methods/21_experts.ipynb #c033
-def conditional_scores(
-    routed: RoutedLosses, # The table of losses per routed expert
-    losses: HeadLosses, # The same examples' subsets
-    how: str = "paper", # "paper", "paired" or "mean", as for `causal_scores`
-) -> torch.Tensor: # score(h | e), in nats, float64 [L, H, E]; NaN where no target of a subset uses the expert
-    "Causal scores of heads conditional on the expert in use (paper equation 2, for the tokens that the expert sees)."
+def conditional_scores(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> torch.Tensor:
+    "Causal scores of heads given the expert in use (paper equation 2, for its tokens), [L, H, E]; NaN without tokens."
     check_choice(how, AGGREGATIONS, "aggregation")
     # the weight of a token of each example in each subset, [N, K]
     of_subset = F.one_hot(losses.subset, losses.k).double() / routed.tokens[:, None]
@@ -163,33 +126,20 @@ def conditional_scores(
     intact = routed.intact.transpose(1, 2) @ of_subset / weight
     return aggregate(masked, intact[:, None], how)
 
-def expert_use(
-    routed: RoutedLosses, # The table of losses per routed expert
-) -> torch.Tensor: # Share of a layer's targets, by weight, that goes to each expert, float64 [L, E]; 0 in a dense layer
+def expert_use(routed: RoutedLosses) -> torch.Tensor: # float64 [L, E]
     "How much each expert is used, every example counting alike."
     use = (routed.used.double() / routed.tokens[:, None]).sum(1)
     return use / use.sum(-1, keepdim=True).clamp_min(1e-300)
 
-# %% ../../nbs/methods/21_experts.ipynb #c038
-from dataclasses import replace
-from ..scoring import causal_scores
-
 # %% ../../nbs/methods/21_experts.ipynb #c041
-def rise_by_expert(
-    routed: RoutedLosses, # The table of losses per routed expert
-    examples: torch.Tensor, # Indices of the examples to use
-) -> torch.Tensor: # Mean rise of the loss of each head given each expert, float64 [L, H, E]; 0 for an unused expert
-    "The plain mean version of `conditional_scores`, for some of the examples."
+def rise_by_expert(routed: RoutedLosses, examples: torch.Tensor) -> torch.Tensor: # float64 [L, H, E]
+    "The plain mean version of `conditional_scores`, for some of the examples, [L, H, E]; 0 for an unused expert."
     per_token = 1 / routed.tokens[examples].double()
     rise = ((routed.masked - routed.intact[:, None])[:, :, examples] * per_token[:, None]).sum(2)
     return rise / (routed.used[:, examples] * per_token[:, None]).sum(1).clamp_min(1e-300)[:, None]
 
-def variance_parts(
-    one: torch.Tensor, # [L, H, E], from `rise_by_expert`
-    two: torch.Tensor, # The same from other examples, or the same table again
-    use: torch.Tensor, # Weights of the experts, [L, E], each row summing to 1 or 0
-) -> tuple[float, float]: # Between heads, and within heads between experts
-    "Covariance of two tables in two parts; of a table with itself, its variance."
+def variance_parts(one: torch.Tensor, two: torch.Tensor, use: torch.Tensor) -> tuple[float, float]:
+    "Covariance of two tables [L, H, E], weighed by use [L, E]: between heads, and within heads between experts."
     sparse = use.sum(-1) > 0
     weight, one, two = use[sparse][:, None], one[sparse], two[sparse]
     mean_one, mean_two = ((table * weight).sum(-1, keepdim=True) for table in (one, two))
@@ -197,10 +147,9 @@ def variance_parts(
     experts = ((one - mean_one) * (two - mean_two) * weight).sum(-1).mean()
     return heads.item(), experts.item()
 
-# %% ../../nbs/methods/21_experts.ipynb #c044
-from ..core.errors import check_at_least
+# %% ../../nbs/methods/21_experts.ipynb #86a54585
+from cap_nb.core.errors import check_at_least
 
-# %% ../../nbs/methods/21_experts.ipynb #c045
 @dataclass(frozen=True)
 class ExpertVariance:
     "Variance of the heads' scores given an expert, in nats squared."
@@ -215,11 +164,7 @@ class ExpertVariance:
         return max(0.0, self.true_experts) / (max(0.0, self.true_experts) + max(0.0, self.true_heads))
 
 # %% ../../nbs/methods/21_experts.ipynb #c046
-def expert_variance(
-    routed: RoutedLosses, # The table of losses per routed expert
-    splits: int = 50, # Random splits into halves
-    seed: int = 0, # Seed of the splits
-) -> ExpertVariance: # The variance in parts
+def expert_variance(routed: RoutedLosses, splits: int = 50, seed: int = 0) -> ExpertVariance:
     "How much of what a head does depends on the expert in use."
     rng, use = torch.Generator().manual_seed(seed), expert_use(routed)
     count = check_at_least(len(routed.tokens), 2, "The number of examples")
@@ -235,19 +180,15 @@ def expert_variance(
 
 # %% ../../nbs/methods/21_experts.ipynb #c051
 import math
-from .unit_store import check_finite_table
+from .layer_walk import check_finite_table
 from ..models.anatomy import Projection, projections
-from ..models.routing import masked_expert
+from ..models.interventions import masked_expert
 from ..scoring import head_losses, mean_by_example
 
 # %% ../../nbs/methods/21_experts.ipynb #c052
 @torch.no_grad()
-def expert_losses(
-    model: nn.Module, # A causal language model with experts, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-    passes: Callable[..., Changed] = resumed_passes, # How losses with a change are computed; or `whole_passes`
-) -> HeadLosses: # The table, experts where heads are: masked [L, E, N], NaN where a layer has no such expert
+def expert_losses(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
+                  passes: Callable[..., Changed] = resumed_passes) -> HeadLosses:
     "Mask every expert in turn (paper equation 1, experts as units); a model without experts raises `BadInput`."
     (layers, experts), examples = check_has_experts(model), calibration.examples
     masked = torch.full((layers, experts, len(examples)), math.nan, dtype=torch.float64)
@@ -294,16 +235,11 @@ class UnitFactors(Factors):
 # %% ../../nbs/methods/21_experts.ipynb #e21f0004
 WRONG_FACTOR = "is not a positive finite number: expected factors from importance_factors; compute them again."
 
-def all_positive(
-    factors: torch.Tensor, # Importance factors
-) -> bool: # Whether they can be used
+def all_positive(factors: torch.Tensor) -> bool:
     "Whether all factors are positive and finite."
     return bool(factors.isfinite().all() and (factors > 0).all())
 
-def check_expert_factors(
-    experts: torch.Tensor, # Importance factor of every routed expert, expected [L, E]
-    counts: tuple[int, ...], # Experts of each layer, 0 for a dense one
-) -> None:
+def check_expert_factors(experts: torch.Tensor, counts: tuple[int, ...]) -> None:
     "Raise `BadInput` unless every expert of every sparse layer has a positive finite factor; dense layers are ignored."
     if not max(counts):
         raise BadInput("Importance factors of experts were given for a model that has none: "
@@ -314,11 +250,7 @@ def check_expert_factors(
     if not all(all_positive(row[:count]) for row, count in zip(experts, counts)):
         raise BadInput(f"Some importance factor of an expert {WRONG_FACTOR}")
 
-def check_neuron_factors(
-    neurons: torch.Tensor, # Importance factor of every neuron, expected [L, M], or [L, E, M] in a mixture
-    matrices: Sequence[Projection], # The projections of a model
-    counts: tuple[int, ...], # Experts of each layer, 0 for a dense one
-) -> None:
+def check_neuron_factors(neurons: torch.Tensor, matrices: Sequence[Projection], counts: tuple[int, ...]) -> None:
     "Raise `BadInput` unless every neuron of every MLP, or of every routed expert, has a positive finite factor."
     mixture = max(counts) > 0
     downs = [p for p in matrices if p.role == "down" and (p.expert is not None) == mixture]
@@ -330,54 +262,38 @@ def check_neuron_factors(
         raise BadInput(f"Some importance factor of a neuron {WRONG_FACTOR}")
 
 # %% ../../nbs/methods/21_experts.ipynb #c059
-def pooled_factors(
-    *scores: torch.Tensor, # Tables of scores of any shapes, in nats; NaN where there is none
-) -> list[torch.Tensor]: # Their factors, in [1, 10], float64, of the same shapes; NaN where there is no score
-    "Equation 3 of the paper over several tables of scores together."
+def pooled_factors(*scores: torch.Tensor) -> list[torch.Tensor]: # [1, 10]
+    "Equation 3 of the paper over several tables of scores together; NaN where there is no score."
     flat = torch.cat([table.flatten().double() for table in scores])
-    factors, known = torch.full_like(flat, math.nan), ~flat.isnan()
-    factors[known] = importance_factors(flat[known][None])[0]
+    factors, scored = torch.full_like(flat, math.nan), ~flat.isnan()
+    factors[scored] = importance_factors(flat[scored][None])[0]
     parts = factors.split([table.numel() for table in scores])
     return [part.view_as(table) for part, table in zip(parts, scores)]
 
-def with_layer_mean(
-    experts: torch.Tensor, # Factors of experts, [L, E], NaN where there is none
-    heads: torch.Tensor, # Factors of heads, [L, H]
-) -> UnitFactors: # Without NaN
+def with_layer_mean(experts: torch.Tensor, heads: torch.Tensor) -> UnitFactors:
     "Give experts without a factor the mean of their layer's heads."
     return UnitFactors(heads=heads, experts=experts.where(~experts.isnan(), heads.mean(1, keepdim=True)))
 
-# %% ../../nbs/methods/21_experts.ipynb #c063
+# %% ../../nbs/methods/21_experts.ipynb #b4a85957
+from dataclasses import replace
+from cap_nb.scoring import causal_scores
+
 KEPT = ("masked", "intact", "used", "tokens") # Fields of `RoutedLosses`, as a run keeps them
 
-def routed_factors(
-    routed: RoutedLosses, # Losses per routed expert
-    losses: HeadLosses, # Losses of the same examples, for the heads' own scores
-    how: str = "paper", # Aggregation
-) -> UnitFactors: # Of heads and experts
+def routed_factors(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> UnitFactors:
     "An expert's factor is the mean over its layer's heads of their factor given the expert."
     heads, given = pooled_factors(causal_scores(losses, how), conditional_scores(routed, losses, how))
     return replace(with_layer_mean(given.mean(1), heads), kept={name: getattr(routed, name) for name in KEPT})
 
-def routed_mean_factors(
-    routed: RoutedLosses, # Losses per routed expert
-    losses: HeadLosses, # Losses of the same examples, for the heads' own scores
-    how: str = "paper", # Aggregation
-) -> UnitFactors: # Of heads and experts
+def routed_mean_factors(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> UnitFactors:
     "The control of `routed_factors`: the same line, and the mean of the layer's heads for every expert."
     factors = routed_factors(routed, losses, how)
     return with_layer_mean(torch.full_like(factors.experts, math.nan), factors.heads)
 
-# %% ../../nbs/methods/21_experts.ipynb #c064
-def masked_expert_factors(
-    experts: HeadLosses, # Losses with experts masked
-    losses: HeadLosses, # Losses with heads masked, of the same examples
-    how: str = "paper", # Aggregation
-) -> UnitFactors: # Of heads and experts
+def masked_expert_factors(experts: HeadLosses, losses: HeadLosses, how: str = "paper") -> UnitFactors:
     "An expert's factor is that of its own causal score."
     of_heads, of_experts = pooled_factors(causal_scores(losses, how), causal_scores(experts, how))
-    tables = {"masked": experts.masked, "intact": experts.intact}
-    return replace(with_layer_mean(of_experts, of_heads), kept=tables)
+    return replace(with_layer_mean(of_experts, of_heads), kept={"masked": experts.masked, "intact": experts.intact})
 
 # %% ../../nbs/methods/21_experts.ipynb #c068
 @dataclass(frozen=True)
@@ -399,34 +315,28 @@ ROUTING_AWARE: dict[str, RoutingAware] = {
         summary="experts by their own scores, each masked as a unit", source="after the paper, section 5.4",
         measure=expert_losses, factors=masked_expert_factors)}
 
-# %% ../../nbs/methods/21_experts.ipynb #c069
-def routing_aware_factors(
-    model: nn.Module, # A causal language model with experts, in evaluation mode; not changed
-    name: str, # One of `ROUTING_AWARE`
-    calibration: Calibration, # The calibration set
-    losses: HeadLosses | None = None, # The heads' table of losses on it; None computes it
-    how: str = "paper", # Aggregation
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> UnitFactors: # Of heads and experts
+# %% ../../nbs/methods/21_experts.ipynb #5ff844ce
+def check_same_examples(losses: HeadLosses, calibration: Calibration) -> None:
+    "Raise `BadInput` unless losses were measured on a calibration set."
+    if losses.uid != tuple(example.uid for example in calibration.examples):
+        raise BadInput("The table of losses and the calibration set hold different examples: "
+                       "expected the same, in the same order; score again.")
+
+def routing_aware_factors(model: nn.Module, name: str, calibration: Calibration, losses: HeadLosses | None = None,
+                          how: str = "paper", batch_tokens: int = 4096) -> UnitFactors:
     "Factors by name; an unknown name, a model without experts, or losses of other examples raise `BadInput`."
     named = ROUTING_AWARE[check_choice(name, ROUTING_AWARE, "routing-aware variant")]
     check_has_experts(model, f"Factors of experts, {name!r},")
     losses = losses or score_heads(model, calibration, batch_tokens)
-    if losses.uid != tuple(example.uid for example in calibration.examples):
-        raise BadInput("The table of losses and the calibration set hold different examples: "
-                       "expected the same, in the same order; score again.")
+    check_same_examples(losses, calibration)
     return named.factors(named.measure(model, calibration, batch_tokens), losses, how)
 
-# %% ../../nbs/methods/21_experts.ipynb #c074
+# %% ../../nbs/methods/21_experts.ipynb #04caf066
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-# %% ../../nbs/methods/21_experts.ipynb #c075
-def plot_expert_factors(
-    factors: dict[str, Factors], # Name -> factors; without factors of experts, their layer's mean is drawn
-    experts: int, # E
-) -> Figure: # One panel a name
-    "The importance factor of every expert, for several ways of getting it."
+def plot_expert_factors(factors: dict[str, Factors], experts: int) -> Figure:
+    "The importance factor of every expert for several ways of getting it; without one, their layer's mean is drawn."
     figure, axes = plt.subplots(1, len(factors), figsize=(3.2 * len(factors) + 0.8, 2.6), squeeze=False, sharey=True,
                                 layout="constrained")
     for axis, (name, both) in zip(axes[0], factors.items()):

@@ -6,54 +6,42 @@
 __all__ = []
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #da9c224b
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 from cap_nb.core.errors import BadInput, check_sparsity
-from cap_nb.models.anatomy import Anatomy, anatomy, key_value_head_of, projections
+from cap_nb.models.anatomy import (
+    Anatomy, anatomy, dimensions, expert_counts, key_value_head_of, Projection, projections)
 from cap_nb.regions import check_head_factors
-from cap_nb.threshold import PruneReport, prune_report
+from cap_nb.threshold import prune_report, PruneReport
 
-def orphaned(
-    a: Anatomy, # Dimensions of the model
-    removed: Sequence[tuple[int, int]], # (layer, query head)
-) -> list[tuple[int, int]]: # (layer, key-value head)
+Heads = Sequence[tuple[int, int]] # (layer, query head)
+
+def orphaned(a: Anatomy, removed: Heads) -> list[tuple[int, int]]: # (layer, key-value head)
     "The key-value heads all of whose query heads are removed."
     served, gone = key_value_head_of(a), set(removed)
     return [(layer, group) for layer in range(a.layers) for group in range(a.key_value_heads)
             if all((layer, head) in gone for head in range(a.heads) if served[head] == group)]
 
-def weights_removed(
-    a: Anatomy, # Dimensions of the model
-    sizes: tuple[int, int], # Weights of a query head, and of a key-value head
-    removed: Sequence[tuple[int, int]], # (layer, query head)
-) -> int: # Weights in scope that become zero
-    "What goes with a set of heads."
+def weights_removed(a: Anatomy, sizes: tuple[int, int], removed: Heads) -> int:
+    "Weights in scope that go with some heads; `sizes` are those of a query head and of a key-value head."
     return sizes[0] * len(removed) + sizes[1] * len(orphaned(a, removed))
 
-def sizes_of_heads(
-    model: nn.Module, # A causal language model of a known family
-) -> tuple[int, int]: # Weights of a query head, and of a key-value head, in any layer
-    "The weights in scope that go with a head."
+def sizes_of_heads(model: nn.Module) -> tuple[int, int]:
+    "Weights in scope that go with a query head, and with a key-value head, in any layer."
     count = {"query": 0, "key": 0, "value": 0}
     for p in (p for p in projections(model) if p.layer == 0):
         across = p.weight.shape[0 if p.role == "output" else 1]
         for part in (part for part in p.parts if part.index == 0): count[part.kind] += across * (part.stop - part.start)
     return count["query"], count["key"] + count["value"]
 
-def head_share(
-    model: nn.Module, # A causal language model of a known family
-) -> float: # Share of the weights in scope, in (0, 1)
+def head_share(model: nn.Module) -> float: # In (0, 1)
     "The share of the weights in scope that belongs to heads: the highest sparsity that removing heads can reach."
     attention = sum(p.weight.numel() for p in projections(model) if p.parts)
     return attention / sum(p.weight.numel() for p in projections(model))
 
-def heads_to_remove(
-    model: nn.Module, # A causal language model of a known family
-    scores: torch.Tensor, # A score for every query head, [L, H]; the lowest go first
-    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-) -> list[tuple[int, int]]: # (layer, query head), in the order in which they go
-    "The heads whose removal comes nearest to a sparsity (paper section 6); more than the heads hold raises `BadInput`."
+def heads_to_remove(model: nn.Module, scores: torch.Tensor, sparsity: float) -> list[tuple[int, int]]:
+    "The heads, lowest score first, whose removal comes nearest to a sparsity; more than they hold raises `BadInput`."
     a, most, sizes = anatomy(model), head_share(model), sizes_of_heads(model)
     weights = sum(p.weight.numel() for p in projections(model))
     if check_sparsity(sparsity) > most:
@@ -63,13 +51,9 @@ def heads_to_remove(
     def missed(count: int) -> float: return abs(weights_removed(a, sizes, order[:count]) - sparsity * weights)
     return order[:min(range(len(order) + 1), key=missed)]
 
-# %% ../../nbs/methods/19_explainable_masks.ipynb #44389c5d
 @torch.no_grad()
-def remove_heads(
-    model: nn.Module, # A causal language model of a known family; changed in place
-    removed: Sequence[tuple[int, int]], # (layer, query head)
-) -> None:
-    "Set everything that belongs to some heads to zero."
+def remove_heads(model: nn.Module, removed: Heads) -> None:
+    "Set everything that belongs to some heads to zero, in place."
     orphans = orphaned(anatomy(model), removed)
     gone = {"query": set(removed), "key": set(orphans), "value": set(orphans)}
     for p in projections(model):
@@ -78,19 +62,19 @@ def remove_heads(
             if (p.layer, part.index) not in gone[part.kind]: continue
             p.weight[(slice(None), block) if p.role == "output" else block] = 0.0
 
-def prune_heads(
-    model: nn.Module, # A causal language model of a known family; changed in place
-    scores: torch.Tensor, # A score or factor for every query head, [L, H]; the lowest go first
-    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-) -> PruneReport: # What was done
-    "Remove whole heads in causal order (paper section 6); too high a sparsity or foreign scores raise `BadInput`."
+def prune_heads(model: nn.Module, scores: torch.Tensor, sparsity: float) -> PruneReport:
+    "Remove whole heads in causal order (paper section 6), in place; foreign scores raise `BadInput`."
     check_head_factors(scores - scores.min() + 1, anatomy(model))
     remove_heads(model, heads_to_remove(model, scores, sparsity))
     return prune_report(model, "heads", sparsity)
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c005
-from collections.abc import Callable
+from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass
+from cap_nb.calibration import Calibration
+from cap_nb.methods.attributions import Attribution, batches_for, descend, gated_heads, some_examples
+from cap_nb.methods.resumed_scoring import intact_pass
+from cap_nb.models.interventions import changed_input
 
 @dataclass(frozen=True)
 class UnitTable:
@@ -98,45 +82,25 @@ class UnitTable:
     heads: torch.Tensor # [..., L, H]
     neurons: torch.Tensor # [..., L, M]; M is 0 where neurons are left alone
 
-    def mapped(
-        self,
-        change: Callable[[torch.Tensor], torch.Tensor], # Makes a new tensor of one of the two
-    ) -> "UnitTable": # The changed tensors
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "UnitTable":
         "The same change of both tensors."
         return UnitTable(change(self.heads), change(self.neurons))
 
-# %% ../../nbs/methods/19_explainable_masks.ipynb #c008
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from cap_nb.methods.attributions import gated_heads
-from cap_nb.models.anatomy import Projection, dimensions, expert_counts
-from cap_nb.models.interventions import changed_input
-
-def readers_of_neurons(
-    model: nn.Module, # A model of a known family
-) -> list[Projection]: # The down projection of every layer; none in a mixture, or where MLPs differ in width
-    "What reads the neurons that can be masked."
+def readers_of_neurons(model: nn.Module) -> list[Projection]:
+    "The down projection of every layer; none in a mixture, or where MLPs differ in width."
     downs = [p for p in projections(model) if p.role == "down"]
     return downs if not max(expert_counts(model)) and len({p.weight.shape[1] for p in downs}) == 1 else []
 
-def same_for_units(
-    model: nn.Module, # A model of a known family
-    value: float, # What every unit gets
-    *before: int, # Axes before that of the layers, as the number of tasks
-) -> UnitTable: # Float64, [..., L, H] and [..., L, M]
-    "A table with one number for all units."
+def same_for_units(model: nn.Module, value: float, *axes: int) -> UnitTable:
+    "A float64 table with one number for all units; `axes` come before the layers', as the number of tasks."
     a, downs = dimensions(model.config), readers_of_neurons(model)
     width = downs[0].weight.shape[1] if downs else 0
-    def filled(count: int) -> torch.Tensor: return torch.full((*before, a.layers, count), value, dtype=torch.float64)
+    def filled(count: int) -> torch.Tensor: return torch.full((*axes, a.layers, count), value, dtype=torch.float64)
     return UnitTable(filled(a.heads), filled(width))
 
-# %% ../../nbs/methods/19_explainable_masks.ipynb #c009
 @contextmanager
-def gated_units(
-    model: nn.Module, # A model of a known family
-    gates: UnitTable, # Factor of what every unit gives, [L, units], or [B, L, units] for each example of a batch
-) -> Iterator[None]:
-    "While the block runs, what every head and neuron gives is multiplied by its mask (Yu and Xiang 2023)."
+def gated_units(model: nn.Module, gates: UnitTable) -> Iterator[None]:
+    "While the block runs, what every head and neuron gives is multiplied by its mask, [L, units] or [B, L, units]."
     with ExitStack() as stack:
         stack.enter_context(gated_heads(model, gates.heads))
         for p in readers_of_neurons(model) if gates.neurons.numel() else ():
@@ -148,35 +112,18 @@ def gated_units(
             stack.enter_context(changed_input(p.module, scale))
         yield
 
-# %% ../../nbs/methods/19_explainable_masks.ipynb #3209881e
-from collections.abc import Iterable
-from dataclasses import replace
-from cap_nb.calibration import Calibration
-from cap_nb.methods.resumed_scoring import intact_pass
-from cap_nb.scoring import batches_of
-
 # Indices of examples -> for each batch, the indices of its examples and what computes their losses, float64 [B]
 Passes = Callable[[Sequence[int]], Iterable[tuple[list[int], Callable[[], torch.Tensor]]]]
 
-def text_passes(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> Passes: # The passes of a language model
+def text_passes(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> Passes:
     "Batches of text, with the mean loss over each example's target tokens."
-    device = next(model.parameters()).device
     def passes(indices: Sequence[int]) -> Iterator[tuple[list[int], Callable[[], torch.Tensor]]]:
-        some = replace(calibration, examples=tuple(calibration.examples[index] for index in indices),
-                       stratum=tuple(calibration.stratum[index] for index in indices))
-        for within, batch in batches_of(some, batch_tokens, device):
+        for within, batch in batches_for(model, some_examples(calibration, indices), batch_tokens):
             yield [indices[index] for index in within], lambda batch=batch: intact_pass(model, batch)[1]
     return passes
 
-# %% ../../nbs/methods/19_explainable_masks.ipynb #3dba4427
-def tasks_of(
-    calibration: Calibration, # N examples
-) -> tuple[list[str], torch.Tensor]: # Tasks in order of their first example; index of each example's task, int64 [N]
-    "The tasks of a calibration set, in the place of classes."
+def tasks_of(calibration: Calibration) -> tuple[list[str], torch.Tensor]:
+    "The tasks, in order of their first example, and the index of each example's task, int64 [N]."
     tasks = list(dict.fromkeys(example.task for example in calibration.examples))
     return tasks, torch.tensor([tasks.index(example.task) for example in calibration.examples])
 
@@ -191,110 +138,46 @@ class MaskFit:
     examples: int = 24 # Examples a step
     seed: int = 0 # Seed of the order of the examples
 
-def mask_penalty(
-    masks: UnitTable, # [C, L, units]
-    fit: MaskFit, # With the two weights
-) -> torch.Tensor: # In nats, float64
-    "Sparsity and smoothness of masks (after Yu and Xiang 2023)."
+def mask_penalty(masks: UnitTable, fit: MaskFit) -> torch.Tensor: # Float64
+    "Sparsity and smoothness of masks [C, L, units], in nats (after Yu and Xiang 2023)."
     parts = [part for part in (masks.heads, masks.neurons) if part.numel()]
     return sum(fit.sparsity * part.abs().mean() + fit.smoothness * part.var(0, unbiased=False).mean() for part in parts)
 
-# %% ../../nbs/methods/19_explainable_masks.ipynb #c024
-@dataclass(frozen=True)
-class Fitted:
-    "What a fit changes, and what it means."
-    leaves: tuple[torch.Tensor, ...] # Tensors that require a gradient
-    gates: Callable[[list[int]], UnitTable] # Indices of examples -> gates, [B, L, units], or [L, units] for all
-    penalty: Callable[[], torch.Tensor] # What is added to the mean loss, in nats
+def gated_losses(model: nn.Module, passes: Passes, indices: Sequence[int],
+                 gates: Callable[[list[int]], UnitTable]) -> Iterator[torch.Tensor]:
+    "The mean loss of some examples under the gates that belong to them, a part of it for each batch."
+    for within, losses in passes(indices):
+        with gated_units(model, gates(within)): part = losses().sum() / len(indices)
+        yield part
 
-def objective_gradient(
-    model: nn.Module, # A model of a known family, in evaluation mode
-    passes: Passes, # How its losses are computed
-    indices: Sequence[int], # Examples of this step
-    fitted: Fitted, # What is fitted
-) -> list[torch.Tensor]: # Derivative by each leaf
-    "The gradient of mean loss plus penalty; one batch in memory."
-    with torch.enable_grad():
-        total = list(torch.autograd.grad(fitted.penalty(), fitted.leaves, materialize_grads=True))
-        for within, losses in passes(indices):
-            with gated_units(model, fitted.gates(within)): mean = losses().sum() / len(indices)
-            slopes = torch.autograd.grad(mean, fitted.leaves, materialize_grads=True)
-            total = [whole + slope for whole, slope in zip(total, slopes)]
-    return total
+def mask_objective(model: nn.Module, passes: Passes, classes: torch.Tensor, logits: UnitTable,
+                   fit: MaskFit) -> Callable[[list[int]], Iterator[torch.Tensor]]:
+    "For some examples, the terms of J; the masks are those of each example's class."
+    def terms(indices: list[int]) -> Iterator[torch.Tensor]:
+        yield mask_penalty(logits.mapped(torch.sigmoid), fit)
+        yield from gated_losses(model, passes, indices,
+                                lambda within: logits.mapped(lambda leaf: leaf[classes[within]].sigmoid()))
+    return terms
 
-# %% ../../nbs/methods/19_explainable_masks.ipynb #c025
-def of_masks(
-    logits: UnitTable, # z, [C, L, units], leaves that require a gradient
-    classes: torch.Tensor, # Index of each example's class, int64 [N]
-    fit: MaskFit, # With the weights of the penalty
-) -> Fitted: # What a fit of masks changes
-    "Masks of each example's class, with their penalty."
-    return Fitted(leaves=tuple(leaf for leaf in (logits.heads, logits.neurons) if leaf.numel()),
-                  gates=lambda indices: logits.mapped(lambda leaf: leaf[classes[indices]].sigmoid()),
-                  penalty=lambda: mask_penalty(logits.mapped(torch.sigmoid), fit))
-
-# %% ../../nbs/methods/19_explainable_masks.ipynb #c031
-from tqdm.auto import tqdm
-from cap_nb.core.errors import check_at_least
-
-def steps_of(
-    count: int, # N, examples
-    fit: "MaskFit | ThresholdFit", # With steps, examples a step, seed and learning rates
-) -> Iterator[tuple[list[int], float]]: # For each step, indices of its examples, and the learning rate
-    "Small sets of examples, each example equally often, and learning rates."
-    rng, queue, (first, last) = torch.Generator().manual_seed(fit.seed), [], fit.rates
-    for step in tqdm(range(fit.steps), desc="fitting", unit="step"):
-        while len(queue) < min(fit.examples, count): queue += torch.randperm(count, generator=rng).tolist()
-        taken, queue = queue[:fit.examples], queue[fit.examples:]
-        yield taken, first + (last - first) * step / max(1, fit.steps - 1)
-
-def check_steps(
-    fit: "MaskFit | ThresholdFit", # Settings of a fit
-    count: int, # Examples
-) -> None:
-    "Raise `BadInput` for a fit without steps or examples."
-    check_at_least(fit.steps, 1, "steps (of the fit)")
-    check_at_least(fit.examples, 1, "examples (a step)")
-    if not count: raise BadInput("Masks were to be fitted to no example: expected at least one; give some.")
-
-# %% ../../nbs/methods/19_explainable_masks.ipynb #c032
-START = 2.0 # Logit of every mask before the first step
-
-def fit_masks(
-    model: nn.Module, # A model of a known family, in evaluation mode; not changed
-    passes: Passes, # How its losses are computed
-    classes: torch.Tensor, # Index of each example's class or task, int64 [N]
-    fit: MaskFit = MaskFit(), # Settings
-) -> UnitTable: # Masks in (0, 1), float64 [C, L, units]
-    "Explainable masks of every head and neuron for each class (after Yu and Xiang 2023, tasks as classes)."
-    check_steps(fit, len(classes))
-    logits = same_for_units(model, START, int(classes.max()) + 1).mapped(torch.Tensor.requires_grad_)
-    fitted = of_masks(logits, classes, fit)
-    optimiser = torch.optim.Adam(fitted.leaves)
-    for indices, rate in steps_of(len(classes), fit):
-        optimiser.param_groups[0]["lr"] = rate
-        for leaf, slope in zip(fitted.leaves, objective_gradient(model, passes, indices, fitted)): leaf.grad = slope
-        optimiser.step()
+def fit_masks(model: nn.Module, passes: Passes, classes: torch.Tensor,
+              fit: MaskFit = MaskFit()) -> UnitTable: # In (0, 1), float64 [C, L, units]
+    "Masks of every head and neuron for each class of examples (after Yu and Xiang 2023, tasks as classes)."
+    if not len(classes): raise BadInput("Masks were to be fitted to no example: expected at least one; give some.")
+    logits = same_for_units(model, 2.0, int(classes.max()) + 1).mapped(torch.Tensor.requires_grad_)
+    leaves = [leaf for leaf in (logits.heads, logits.neurons) if leaf.numel()]
+    descend(leaves, len(classes), fit, mask_objective(model, passes, classes, logits, fit))
     return logits.mapped(lambda leaf: leaf.detach().sigmoid())
 
-# %% ../../nbs/methods/19_explainable_masks.ipynb #c034
-def aggregated(
-    masks: UnitTable, # [C, L, units]
-) -> UnitTable: # One number a unit, [L, units]
+def aggregated(masks: UnitTable) -> UnitTable: # [L, units]
     "The absolute sum of a unit's masks over classes, divided by their number (Yu and Xiang 2023)."
     return masks.mapped(lambda table: table.mean(0).abs())
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c044
 from cap_nb.core.registry import ATTRIBUTIONS
-from cap_nb.methods.attributions import Attribution
 
-def explainable_masks(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    calibration: Calibration, # N examples of several tasks
-    batch_tokens: int = 4096, # Padded tokens a batch
-    fit: MaskFit = MaskFit(), # Settings of the fit
-) -> torch.Tensor: # Aggregated mask of every head, in (0, 1), float64 [L, H]
-    "Explainable masks of heads, learned together with those of neurons for each task (after Yu and Xiang 2023)."
+def explainable_masks(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
+                      fit: MaskFit = MaskFit()) -> torch.Tensor: # In (0, 1), float64 [L, H]
+    "Aggregated masks of heads, learned together with those of neurons for each task (after Yu and Xiang 2023)."
     passes = text_passes(model, calibration, batch_tokens)
     return aggregated(fit_masks(model, passes, tasks_of(calibration)[1], fit)).heads
 
@@ -302,10 +185,8 @@ ATTRIBUTIONS["explainable_masks"] = Attribution(
     "mask learned for each task under a penalty on open masks, averaged", "after Yu and Xiang 2023", explainable_masks)
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c047
-def unit_weights(
-    model: nn.Module, # A model of a known family
-) -> UnitTable: # Weights in scope that go with each unit, float64 [L, units]
-    "What a unit costs; a query head counts its share of the key-value head that it reads."
+def unit_weights(model: nn.Module) -> UnitTable: # Float64 [L, units]
+    "Weights in scope that go with each unit; a query head counts its share of the key-value head that it reads."
     a = dimensions(model.config)
     of_heads = weights_removed(a, sizes_of_heads(model), [(0, head) for head in range(a.heads)]) / a.heads
     of_mlp = sum(p.weight.numel() for p in projections(model)
@@ -313,12 +194,8 @@ def unit_weights(
     ones = same_for_units(model, 1.0)
     return UnitTable(ones.heads * of_heads, ones.neurons * of_mlp / max(1, ones.neurons.shape[1]))
 
-def kept_softly(
-    scores: UnitTable, # Aggregated masks, [L, units]
-    thresholds: torch.Tensor, # Of heads and of neurons, [L, 2]
-    temperature: float, # T
-) -> UnitTable: # k, in (0, 1), [L, units]
-    "How much of each unit stays, as a smooth function of the thresholds."
+def kept_softly(scores: UnitTable, thresholds: torch.Tensor, temperature: float) -> UnitTable: # k, [L, units]
+    "How much of each unit stays, as a smooth function of the thresholds of heads and neurons, [L, 2]."
     heads, neurons = thresholds[:, :1], thresholds[:, 1:]
     return UnitTable(((scores.heads - heads) / temperature).sigmoid(),
                      ((scores.neurons - neurons) / temperature).sigmoid())
@@ -333,14 +210,9 @@ class ThresholdFit:
     examples: int = 24 # Examples a step
     seed: int = 0 # Seed of the order of the examples
 
-def on_budget(
-    scores: UnitTable, # Aggregated masks, [L, units]
-    thresholds: torch.Tensor, # [L, 2]
-    weights: UnitTable, # Weights that go with each unit, [L, units]
-    sparsity: float, # Share of all these weights to remove
-    temperature: float, # T
-) -> torch.Tensor: # Thresholds on the budget, [L, 2]
-    "Add one number to all thresholds so that the share of weights that go is the one asked for."
+def on_budget(scores: UnitTable, thresholds: torch.Tensor, weights: UnitTable, sparsity: float,
+              temperature: float) -> torch.Tensor: # [L, 2]
+    "Add one number to all thresholds so that the share of weights that go is the sparsity."
     whole, low, high = sum(part.sum() for part in (weights.heads, weights.neurons)), -2.0, 2.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -349,37 +221,22 @@ def on_budget(
         low, high = (middle, high) if gone < sparsity else (low, middle)
     return thresholds + (low + high) / 2
 
-# %% ../../nbs/methods/19_explainable_masks.ipynb #c050
-def fit_thresholds(
-    model: nn.Module, # A model of a known family, in evaluation mode; not changed
-    passes: Passes, # How its losses are computed
-    count: int, # N, examples
-    scores: UnitTable, # Aggregated masks, [L, units]
-    sparsity: float, # Share of the weights in scope to remove
-    fit: ThresholdFit = ThresholdFit(), # Settings
-) -> torch.Tensor: # Thresholds of heads and of neurons, float64 [L, 2]
-    "Layer-wise thresholds learned under a budget (after Yu and Xiang 2023); the start is one threshold for all."
-    check_steps(fit, count)
+def fit_thresholds(model: nn.Module, passes: Passes, count: int, scores: UnitTable, sparsity: float,
+                   fit: ThresholdFit = ThresholdFit()) -> torch.Tensor: # Of heads and of neurons, float64 [L, 2]
+    "Layer-wise thresholds learned on `count` examples (after Yu and Xiang 2023); they start from one for all layers."
     weights, leaf = unit_weights(model), torch.zeros(len(scores.heads), 2, dtype=torch.float64)
     leaf = on_budget(scores, leaf, weights, sparsity, fit.temperature).requires_grad_()
-    fitted = Fitted(leaves=(leaf,), gates=lambda indices: kept_softly(scores, leaf, fit.temperature),
-                    penalty=lambda: 0.0 * leaf.sum())
-    optimiser = torch.optim.Adam([leaf])
-    for indices, rate in steps_of(count, fit):
-        optimiser.param_groups[0]["lr"] = rate
-        leaf.grad = objective_gradient(model, passes, indices, fitted)[0]
-        optimiser.step()
-        leaf.data = on_budget(scores, leaf.detach(), weights, sparsity, fit.temperature)
+    def terms(indices: list[int]) -> Iterator[torch.Tensor]:
+        return gated_losses(model, passes, indices, lambda within: kept_softly(scores, leaf, fit.temperature))
+    def project() -> None: leaf.data = on_budget(scores, leaf.detach(), weights, sparsity, fit.temperature)
+    descend([leaf], count, fit, terms, project)
     return leaf.detach()
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c053
 from cap_nb.methods.neurons import remove_neurons
 
-def weights_after(
-    model: nn.Module, # A model of a known family
-    order: torch.Tensor, # Units in the order in which they go, int64 [n]; heads come first in their numbering
-) -> torch.Tensor: # Weights in scope that are zero after each, float64 [n]
-    "What has gone with the first units of an order, key-value heads without a query head included."
+def weights_in_order(model: nn.Module, order: torch.Tensor) -> torch.Tensor: # Float64 [n]
+    "Weights that are zero once each unit of an order is gone, key-value heads included; heads are numbered first."
     a, weights, sizes = anatomy(model), unit_weights(model), sizes_of_heads(model)
     of_heads = order < weights.heads.numel()
     pairs = [divmod(unit, a.heads) for unit in order[of_heads].tolist()]
@@ -388,29 +245,18 @@ def weights_after(
     added[of_heads] = totals.diff()
     return added.cumsum(0)
 
-# %% ../../nbs/methods/19_explainable_masks.ipynb #c054
-def units_to_remove(
-    model: nn.Module, # A model of a known family
-    scores: UnitTable, # Aggregated masks, or any score, [L, units]; the lowest go first
-    thresholds: torch.Tensor, # Subtracted layer by layer, from heads and from neurons, [L, 2]
-    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-) -> UnitTable: # Which units go, bool [L, units]
-    "The units that lie lowest above their layer's threshold, as many as come nearest to a sparsity."
+def units_to_remove(model: nn.Module, scores: UnitTable, thresholds: torch.Tensor, sparsity: float) -> UnitTable:
+    "Which units go, bool [L, units]: the lowest above their layer's threshold, as many as come nearest to a sparsity."
     heads, neurons = scores.heads - thresholds[:, :1], scores.neurons - thresholds[:, 1:]
     order = torch.cat([heads.flatten(), neurons.flatten()]).argsort(stable=True)
-    after = torch.cat([torch.zeros(1).double(), weights_after(model, order)])
+    zeros = torch.cat([torch.zeros(1).double(), weights_in_order(model, order)])
     wanted = check_sparsity(sparsity) * sum(p.weight.numel() for p in projections(model))
     taken = torch.zeros(len(order), dtype=torch.bool)
-    taken[order[:(after - wanted).abs().argmin()]] = True
+    taken[order[:(zeros - wanted).abs().argmin()]] = True
     return UnitTable(taken[:heads.numel()].view(heads.shape), taken[heads.numel():].view(neurons.shape))
 
-# %% ../../nbs/methods/19_explainable_masks.ipynb #c055
-def prune_units(
-    model: nn.Module, # A model of a known family; changed in place
-    removed: UnitTable, # Which units go, bool [L, units]
-    sparsity: float, # What was asked for, for the report
-) -> PruneReport: # What was done
-    "Set everything that belongs to some heads and neurons to zero."
+def prune_units(model: nn.Module, removed: UnitTable, sparsity: float) -> PruneReport:
+    "Set everything that belongs to some heads and neurons to zero, in place; the report names the sparsity asked for."
     remove_heads(model, [tuple(place) for place in removed.heads.nonzero().tolist()])
     if removed.neurons.numel(): remove_neurons(model, removed.neurons)
     return prune_report(model, "explainable_masks", sparsity)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/23_neurons.ipynb #c004
+# %% ../../nbs/methods/23_neurons.ipynb #3133e714
+from cap_nb.calibration import Calibration
 import torch
-from ..calibration import Calibration
 
 # %% ../../nbs/methods/23_neurons.ipynb #c008
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,7 @@ from ..models.anatomy import Projection, projections
 from ..models.interventions import changed_input
 
 # %% ../../nbs/methods/23_neurons.ipynb #c009
-def down_projection(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of the decoder layer, from 0
-    expert: int | None = None, # Index of a routed expert; None: the MLP of a layer without experts
-) -> Projection: # What reads the neurons
+def down_projection(model: nn.Module, layer: int, expert: int | None = None) -> Projection:
     "The down projection of an MLP or of an expert; one that is not there raises `BadInput`."
     for p in projections(model):
         if (p.layer, p.role, p.expert) == (layer, "down", expert): return p
@@ -32,10 +28,7 @@ def down_projection(
 
 # %% ../../nbs/methods/23_neurons.ipynb #c010
 @contextmanager
-def zeroed_columns(
-    weight: torch.Tensor, # A weight, [out, in]; as before after the block
-    columns: torch.Tensor, # Indices of columns
-) -> Iterator[None]:
+def zeroed_columns(weight: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
     "While the block runs, some columns of a weight are zero."
     with torch.no_grad():
         kept = weight[:, columns]
@@ -45,12 +38,8 @@ def zeroed_columns(
         with torch.no_grad(): weight[:, columns] = kept
 
 # %% ../../nbs/methods/23_neurons.ipynb #c011
-def masked_neurons(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of the decoder layer, from 0
-    neurons: Sequence[int] | torch.Tensor, # Indices of neurons of its MLP, or of one of its experts
-    expert: int | None = None, # Index of a routed expert; None: the MLP of a layer without experts
-) -> AbstractContextManager[None]: # They are masked while its block runs
+def masked_neurons(model: nn.Module, layer: int, neurons: Sequence[int] | torch.Tensor,
+                   expert: int | None = None) -> AbstractContextManager[None]:
     "Mask neurons at the input of the down projection; a neuron that is not there raises `BadInput`."
     down = down_projection(model, layer, expert)
     index = torch.as_tensor(neurons, dtype=torch.int64, device=down.weight.device).flatten()
@@ -68,16 +57,12 @@ from ..models.anatomy import expert_counts
 from ..scoring import batches_of, target_losses
 
 # %% ../../nbs/methods/23_neurons.ipynb #c018
-def neuron_projections(
-    model: nn.Module, # A causal language model of a known family
-) -> list[Projection]: # Down projections, one for each row of a table of neurons
+def neuron_projections(model: nn.Module) -> list[Projection]:
     "What reads the neurons: the down projection of every MLP or, in a mixture, of every routed expert."
     mixture = max(expert_counts(model)) > 0
     return [p for p in projections(model) if p.role == "down" and (p.expert is not None) == mixture]
 
-def neuron_table(
-    model: nn.Module, # A causal language model of a known family
-) -> torch.Tensor: # float64 [L, M], or [L, E, M] in a mixture; NaN throughout
+def neuron_table(model: nn.Module) -> torch.Tensor: # float64 [L, M], or [L, E, M] in a mixture; NaN throughout
     "An empty table of neurons; MLPs of different widths raise `BadInput`."
     counts, widths = expert_counts(model), {p.weight.shape[1] for p in neuron_projections(model)}
     if len(widths) > 1:
@@ -86,20 +71,14 @@ def neuron_table(
     experts = (max(counts),) if max(counts) else ()
     return torch.full((len(counts), *experts, widths.pop()), math.nan, dtype=torch.float64)
 
-def place_of(
-    p: Projection, # The down projection of an MLP or of an expert
-) -> tuple[int, ...]: # (layer,), or (layer, expert)
+def place_of(p: Projection) -> tuple[int, ...]:
     "Where the neurons that a projection reads stand in a table of neurons."
     return (p.layer,) if p.expert is None else (p.layer, p.expert)
 
 # %% ../../nbs/methods/23_neurons.ipynb #c019
-def neuron_estimates(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch; without a sign, each example is a batch
-    signed: bool = True, # False: the mean over examples of the estimate's size, which says how much a neuron is used
-) -> torch.Tensor: # Estimated rise of the mean loss when a neuron is masked, in nats, float64 [L, M] or [L, E, M]
-    "Gradient times activation of every neuron, in one backward pass a batch; in a mixture, within each expert."
+def neuron_estimates(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
+                     signed: bool = True) -> torch.Tensor: # float64 [L, M] or [L, E, M]
+    "Estimated rise of the mean loss, in nats, with each neuron masked, or without a sign its mean size an example."
     table, downs = neuron_table(model), neuron_projections(model)
     weights, device = list(dict.fromkeys(p.parameter for p in downs)), next(model.parameters()).device
     for p in downs: table[place_of(p)] = 0
@@ -133,12 +112,8 @@ GroupRises = Callable[[NeuronGroup], torch.Tensor] # Rise of each example's loss
 
 # %% ../../nbs/methods/23_neurons.ipynb #c029
 @torch.no_grad()
-def group_rises(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens a batch
-    passes: Callable[..., Changed] = resumed_passes, # How losses with a change are computed; or `whole_passes`
-) -> GroupRises: # Masks a group and gives the rises, in nats
+def group_rises(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
+                passes: Callable[..., Changed] = resumed_passes) -> GroupRises:
     "Prepare the exact masking of groups (paper equation 1, groups of neurons as units)."
     batches = batches_of(calibration, batch_tokens, next(model.parameters()).device)
     last = len(decoder_layers(model)) - 1
@@ -153,25 +128,13 @@ def group_rises(
     return lambda group: losses(
         group.layer, lambda: masked_neurons(model, group.layer, group.neurons, group.expert)) - intact
 
-# %% ../../nbs/methods/23_neurons.ipynb #c051
-from .experts import pooled_factors
+# %% ../../nbs/methods/23_neurons.ipynb #d5789ef4
+from cap_nb.importance import importance_factors
+from cap_nb.methods.experts import (
+    ROUTING_AWARE, RoutingAware, UnitFactors, check_same_examples, pooled_factors, routing_aware_factors)
+from cap_nb.methods.resumed_scoring import score_heads
+from cap_nb.scoring import HeadLosses, causal_scores
 
-# %% ../../nbs/methods/23_neurons.ipynb #c052
-def neuron_factors(
-    sizes: torch.Tensor, # Mean size of the estimates, [L, M] or [L, E, M]; NaN where there is no neuron
-    high: float = 10.0, # Factor of the neuron that is used most; the least is 1
-) -> torch.Tensor: # Importance factors in [1, high], float64, of the same shape
-    "Equation 3 of the paper over the neurons alone."
-    return 1 + (high - 1) / 9 * (pooled_factors(sizes)[0] - 1)
-
-# %% ../../nbs/methods/23_neurons.ipynb #c056
-from ..calibration import Calibration
-from .resumed_scoring import score_heads
-from ..importance import importance_factors
-from .experts import ROUTING_AWARE, RoutingAware, UnitFactors, routing_aware_factors
-from ..scoring import HeadLosses, causal_scores
-
-# %% ../../nbs/methods/23_neurons.ipynb #c057
 @dataclass(frozen=True)
 class NeuronAware:
     "A way of giving neurons their factors."
@@ -186,22 +149,17 @@ NEURON_AWARE: dict[str, NeuronAware] = {
                                 source="after the paper, section 7", high=30.0)}
 UNIT_AWARE: dict[str, RoutingAware | NeuronAware] = ROUTING_AWARE | NEURON_AWARE # Factors of more than heads
 
-# %% ../../nbs/methods/23_neurons.ipynb #c058
-def unit_aware_factors(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    name: str, # One of `UNIT_AWARE`
-    calibration: Calibration, # The calibration set
-    losses: HeadLosses | None = None, # The heads' table of losses on it; None computes it
-    how: str = "paper", # Aggregation
-    batch_tokens: int = 4096, # Padded tokens a batch
-) -> UnitFactors: # Of heads, and of experts or neurons
+def neuron_factors(sizes: torch.Tensor, high: float = 10.0) -> torch.Tensor: # In [1, high], NaN where no neuron is
+    "Equation 3 of the paper over the neurons alone."
+    return 1 + (high - 1) / 9 * (pooled_factors(sizes)[0] - 1)
+
+def unit_aware_factors(model: nn.Module, name: str, calibration: Calibration, losses: HeadLosses | None = None,
+                       how: str = "paper", batch_tokens: int = 4096) -> UnitFactors:
     "Factors by name; an unknown name, or losses of other examples, raise `BadInput`."
     if check_choice(name, UNIT_AWARE, "attribution of units") in ROUTING_AWARE:
         return routing_aware_factors(model, name, calibration, losses, how, batch_tokens)
     losses = losses or score_heads(model, calibration, batch_tokens)
-    if losses.uid != tuple(example.uid for example in calibration.examples):
-        raise BadInput("The table of losses and the calibration set hold different examples: "
-                       "expected the same, in the same order; score again.")
+    check_same_examples(losses, calibration)
     heads, sizes = importance_factors(causal_scores(losses, how)), neuron_estimates(model, calibration, signed=False)
     return UnitFactors(
         heads=heads, neurons=neuron_factors(sizes, NEURON_AWARE[name].high), kept={"sizes": sizes})
@@ -210,10 +168,7 @@ def unit_aware_factors(
 from .sparsegpt import MadeOnce, MatrixSolver
 
 # %% ../../nbs/methods/23_neurons.ipynb #cbe6a6e9
-def weighing(
-    solver: MatrixSolver, # Gives the new weight of one projection
-    factors: dict[str, torch.Tensor], # Module name -> factor of its rows or columns, from `region_factors`
-) -> MatrixSolver: # The same with outputs and inputs weighed
+def weighing(solver: MatrixSolver, factors: dict[str, torch.Tensor]) -> MatrixSolver:
     "Let a solver weigh each error by what the neuron or head is worth whose row or column it is in."
     def solve(weight: torch.Tensor, hessian: torch.Tensor, share: float, name: str, once: MadeOnce) -> torch.Tensor:
         factor = factors[name].to(hessian)
@@ -223,19 +178,10 @@ def weighing(
         return (solver(scaled, hessian, share, name, once) / factor).to(weight.dtype)
     return solve
 
-# %% ../../nbs/methods/23_neurons.ipynb #c063
-from ..core.errors import check_sparsity
-from .experts import check_neuron_factors
-from ..models.families import HOLDS
-from ..threshold import PruneReport, prune_report
-
-# %% ../../nbs/methods/23_neurons.ipynb #c064
+# %% ../../nbs/methods/23_neurons.ipynb #524ae6e4
 @torch.no_grad()
-def remove_neurons(
-    model: nn.Module, # A causal language model of a known family; changed in place
-    removed: torch.Tensor, # Which neurons go, bool [L, M] or [L, E, M]
-) -> None:
-    "Set the rows and the column of some neurons to zero; biases stay, and nothing reads what they make."
+def remove_neurons(model: nn.Module, removed: torch.Tensor) -> None:
+    "Set the rows and the column of some neurons, bool [L, M] or [L, E, M], to zero, in place; biases stay."
     places = {(p.layer, p.expert): removed[place_of(p)] for p in neuron_projections(model)}
     for p in projections(model):
         gone = places.get((p.layer, p.expert))
@@ -243,33 +189,3 @@ def remove_neurons(
         gone = gone.to(p.weight.device)
         if p.role == "down": p.weight[:, gone] = 0.0
         else: p.weight[p.of_rows(gone)] = 0.0
-
-# %% ../../nbs/methods/23_neurons.ipynb #c065
-def neurons_to_remove(
-    model: nn.Module, # A causal language model of a known family
-    scores: torch.Tensor, # A score for every neuron, [L, M] or [L, E, M]; the lowest go first
-    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-) -> torch.Tensor: # Which neurons go, bool, of the shape of the scores
-    "The neurons whose removal comes nearest to a sparsity; more than the neurons hold raises `BadInput`."
-    downs = neuron_projections(model)
-    owners, weights = {(p.layer, p.expert) for p in downs}, sum(p.weight.numel() for p in projections(model))
-    held = sum(p.weight.numel() for p in projections(model) if p.role not in HOLDS and (p.layer, p.expert) in owners)
-    if check_sparsity(sparsity) * weights > held:
-        raise BadInput(f"Sparsity {sparsity:g} was asked of removing neurons, which hold {held / weights:.1%} of the "
-                       "weights in scope: expected at most that; ask for less, or use another method.")
-    count = round(sparsity * weights / (held / sum(p.weight.shape[1] for p in downs)))
-    removed = torch.zeros(scores.numel(), dtype=torch.bool)
-    removed[scores.nan_to_num(math.inf).flatten().argsort(stable=True)[:count].cpu()] = True
-    return removed.view(scores.shape)
-
-# %% ../../nbs/methods/23_neurons.ipynb #c066
-def prune_neurons(
-    model: nn.Module, # A causal language model of a known family; changed in place
-    scores: torch.Tensor, # A score for every neuron, [L, M] or [L, E, M]; the lowest go first
-    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-) -> PruneReport: # What was done
-    "Remove whole neurons in rising order of a score; too high a sparsity or foreign scores raise `BadInput`."
-    check_neuron_factors(scores.nan_to_num(math.inf) - scores.nan_to_num(math.inf).min() + 1, projections(model),
-                         expert_counts(model))
-    remove_neurons(model, neurons_to_remove(model, scores, sparsity))
-    return prune_report(model, "neurons", sparsity)

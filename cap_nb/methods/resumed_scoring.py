@@ -6,109 +6,74 @@
 __all__ = ['score_heads']
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c007
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..calibration import Calibration
-from ..data.prompts import Example, IGNORED
-from ..models.replay import LayerCall, recorded_calls, run_layer
-from ..data.batches import collate
-from ..models.anatomy import decoder_layers, decoder_of, logits_of
-from ..scoring import mean_by_example
+from cap_nb.calibration import Calibration
+from cap_nb.data.prompts import IGNORED, collate, Example, token_batches
+from cap_nb.models.replay import (
+    can_be_cut, cut_call, replayed_heads, hidden_at, keys_and_values, HeadOutputs, StoredKeys, LayerCall, Prefix,
+    PrefixCache, read_after_prefix, read_prefix, recorded_calls, recorded_heads, repeated, run_layer)
+from cap_nb.models.anatomy import (
+    anatomy, Anatomy, decoder_layers, decoder_of, dimensions, final_norm, head_logits, logits_of, output_projection)
+from cap_nb.scoring import head_losses, HeadLosses, load_losses, mean_by_example, save_losses
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c008
-def token_losses(
-    model: nn.Module, # A causal language model of a known family
-    hidden: torch.Tensor, # Output of the last decoder layer where a target is predicted, [n, hidden]
-    targets: torch.Tensor, # The target tokens, int64 [n]
-    rows: int = 1024, # Positions that go through the output head at once (bounds memory: rows * vocabulary)
-) -> torch.Tensor: # Cross-entropy of every target token, in nats, float32 [n]
-    "The loss of each target token from hidden states at target positions."
+def token_losses(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, rows: int = 1024) -> torch.Tensor:
+    "Loss of each target token, [n], from the last layer's output [n, hidden]; `rows` at a time bound the memory."
     parts = zip(hidden.split(rows), targets.to(hidden.device).split(rows))
     return torch.cat([F.cross_entropy(logits_of(model, part).float(), gold, reduction="none") for part, gold in parts])
 
-def losses_from_hidden(
-    model: nn.Module, # A causal language model of a known family
-    hidden: torch.Tensor, # Output of the last decoder layer, [B, T, hidden]
-    batch: dict[str, torch.Tensor], # The batch; its labels say which positions count
-) -> torch.Tensor: # Mean cross-entropy over the target tokens of each example, in nats, float64 [B]
-    "The loss of each example, with norm and output head at target positions only."
+def losses_from_hidden(model: nn.Module, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    "Loss of each example, float64 [B], from the last layer's output [B, T, hidden], with the head at targets only."
     labels = batch["labels"][:, 1:]
     is_target = labels != IGNORED
     losses = token_losses(model, hidden[:, :-1][is_target], labels[is_target])
     return mean_by_example(losses, is_target.sum(1).tolist())
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c009
-def intact_pass(
-    model: nn.Module, # A causal language model of a known family
-    batch: dict[str, torch.Tensor], # The batch
-) -> tuple[list[LayerCall], torch.Tensor]: # The call of every layer, and the loss of each example, float64 [B]
-    "One pass of the intact model that records the arguments of every layer."
+def intact_pass(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[list[LayerCall], torch.Tensor]:
+    "One pass of the intact model: how every layer was called, and the loss of each example, float64 [B]."
     with recorded_calls(model) as calls:
         decoder = decoder_of(model, batch["input_ids"])
         decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     last = run_layer(decoder_layers(model)[-1], calls[-1].hidden, calls[-1])
     return calls, losses_from_hidden(model, last, batch)
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c010
-def hidden_resumed_at(
-    model: nn.Module, # A causal language model of a known family
-    calls: Sequence[LayerCall], # The calls that `intact_pass` recorded
-    layer: int, # Index of the layer that is changed
-    change: AbstractContextManager, # Active while that layer runs, as `masked_head` is
-) -> torch.Tensor: # Output of the last decoder layer with the layer changed, [B, T, hidden]
-    "Resume at a layer that is changed; the layers before it are those of the intact pass."
+def hidden_resumed_at(model: nn.Module, calls: Sequence[LayerCall], layer: int,
+                      change: AbstractContextManager) -> torch.Tensor: # Output of the last layer, [B, T, hidden]
+    "Resume at a layer that a context manager changes, from the calls of `intact_pass`."
     layers, hidden = decoder_layers(model), calls[layer].hidden
     with change: hidden = run_layer(layers[layer], hidden, calls[layer])
     for later in range(layer + 1, len(layers)): hidden = run_layer(layers[later], hidden, calls[later])
     return hidden
 
-def losses_resumed_at(
-    model: nn.Module, # A causal language model of a known family
-    batch: dict[str, torch.Tensor], # The batch
-    calls: Sequence[LayerCall], # The calls that `intact_pass` recorded
-    layer: int, # Index of the layer that is changed
-    change: AbstractContextManager, # Active while that layer runs
-) -> torch.Tensor: # Loss of each example with the layer changed, in nats, float64 [B]
-    "The losses with one layer changed, by resuming there."
+def losses_resumed_at(model: nn.Module, batch: dict[str, torch.Tensor], calls: Sequence[LayerCall], layer: int,
+                      change: AbstractContextManager) -> torch.Tensor: # In nats, float64 [B]
+    "The loss of each example with one layer changed, by resuming there."
     return losses_from_hidden(model, hidden_resumed_at(model, calls, layer, change), batch)
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c017
 import math
-from ..models.anatomy import anatomy, final_norm, head_logits
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c018
 TARGETS = ("loss", "divergence") # What masking a head is measured by
 
-def divergence_of_logits(
-    intact: torch.Tensor, # Logits of the intact model, [..., vocabulary]
-    changed: torch.Tensor, # Logits of the changed one, of the same shape
-) -> torch.Tensor: # KL(intact || changed), in nats, float32 [...]
-    "How far predictions have moved, by the definition."
+def divergence_of_logits(intact: torch.Tensor, changed: torch.Tensor) -> torch.Tensor: # In nats, float32 [...]
+    "KL(intact || changed) of logits [..., vocabulary], by the definition."
     log_p, log_q = intact.float().log_softmax(-1), changed.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c022
-def target_logits(
-    model: nn.Module, # A causal language model
-    batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
-) -> list[torch.Tensor]: # For each example, the logits where a target is predicted, [targets, vocabulary]
-    "What the model says at the targets, by a whole pass."
+def target_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    "For each example, the logits where a target is predicted, [targets, vocabulary], by a whole pass."
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
     return [row[labels != IGNORED] for row, labels in zip(logits, batch["labels"][:, 1:])]
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c025
-def token_divergences(
-    model: nn.Module, # A causal language model of a known family
-    intact: torch.Tensor, # What its output head reads at the targets when it is intact, [n, hidden]
-    changed: Sequence[torch.Tensor], # The same after each of m changes, [n, hidden] each
-    rows: int = 256, # Positions at once (bounds memory: about 3 + m float32 tensors of rows * vocabulary)
-) -> torch.Tensor: # KL(intact || changed) at every target, in nats, float32 [m, n]
-    "How far predictions are from those of the intact model, computed in float32."
+def token_divergences(model: nn.Module, intact: torch.Tensor, changed: Sequence[torch.Tensor],
+                      rows: int = 256) -> torch.Tensor: # In nats, float32 [m, n]
+    "KL at every target, from what the output head reads of the intact model, [n, hidden], and after m changes."
     parts = []
-    for start in range(0, len(intact), rows):
+    for start in range(0, len(intact), rows): # bounds memory: about 3 + m float32 tensors of rows * vocabulary
         here = slice(start, start + rows)
         log_p = head_logits(model, intact[here]).float().log_softmax(-1)
         log_qs = [head_logits(model, other[here]).float().log_softmax(-1) for other in changed]
@@ -116,22 +81,16 @@ def token_divergences(
     return torch.cat(parts, 1)
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c029
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from .layer_walk import BatchState, first_layer_alone, state_of_calls
-from ..models.replay import (
-    KnownHeads, KnownKeys, Prefix, PrefixCache, can_be_cut, cut_call, given_heads, hidden_at, keys_and_values,
-    read_after_prefix, read_prefix, recorded_heads, repeated)
-from ..models.interventions import changed_input
-from ..models.anatomy import dimensions, output_projection
+from cap_nb.methods.layer_walk import (
+    CLAIMS, BatchState, check_finite_table, claimed, layers_skipped, losses_key, read_unit, Share, state_of_calls, Unit,
+    UnitStore, write_unit)
+from cap_nb.models.interventions import changed_input
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c030
 SHORTEST_PREFIX = 16 # Tokens; a shorter one saves less than its own passes cost
 
-def shared_prefix(
-    examples: Sequence[Example], # The examples
-) -> int: # P, tokens that all examples share before any target is predicted; 0 if fewer than SHORTEST_PREFIX
-    "The length of the prefix that all examples share."
+def shared_prefix(examples: Sequence[Example]) -> int:
+    "The number of tokens that all examples share before any target is predicted; 0 if fewer than SHORTEST_PREFIX."
     first, last = min(e.input_ids for e in examples), max(e.input_ids for e in examples) # what these share, all share
     differing = (index for index, (a, b) in enumerate(zip(first, last)) if a != b)
     shared = next(differing, min(len(first), len(last)))
@@ -139,11 +98,8 @@ def shared_prefix(
     length = min(shared, *(target - 1 for target in targets)) # a position predicts the token after it
     return length if len(examples) > 1 and length >= SHORTEST_PREFIX else 0
 
-def after_prefix(
-    example: Example, # An example
-    length: int, # P, tokens of the prefix
-) -> Example: # The example without these tokens
-    "An example without its prefix."
+def after_prefix(example: Example, length: int) -> Example:
+    "An example without its first tokens."
     return replace(example, input_ids=example.input_ids[length:], labels=example.labels[length:])
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c033
@@ -156,9 +112,7 @@ class Targets:
     call: LayerCall | None = None # The last layer's call at the positions; None if it cannot be cut
     intact: torch.Tensor | None = None # What the intact output head reads there, [n, hidden]; None: losses are measured
 
-def targets_of(
-    labels: torch.Tensor, # Labels of a batch, int64 [B, T]
-) -> Targets: # Its targets
+def targets_of(labels: torch.Tensor) -> Targets: # Its targets
     "The positions that predict a target come first, in order; position t predicts token t + 1."
     is_target = labels[:, 1:] != IGNORED
     counts = is_target.sum(1)
@@ -167,27 +121,16 @@ def targets_of(
     return Targets(positions=positions, real=real, tokens=labels[:, 1:][is_target])
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c036
-def last_layer_at_targets(
-    model: nn.Module, # A causal language model of a known family
-    hidden: torch.Tensor, # Input of the last layer, [B, T, hidden]
-    call: LayerCall, # How the last layer is called
-    targets: Targets, # Where targets are predicted
-    cache: PrefixCache | None, # Keys and values of the prefix
-    given: bool = False, # Whether its heads are given, and no keys are wanted
-) -> torch.Tensor: # Output of the last layer at the target positions, [B, S, hidden]
-    "The last layer, at target positions only where that is possible."
+def last_layer_at_targets(model: nn.Module, hidden: torch.Tensor, call: LayerCall, targets: Targets,
+                          cache: PrefixCache | None, keys: bool = True) -> torch.Tensor: # [B, S, hidden]
+    "The last layer, at target positions only where that is possible; without keys where its heads are recorded."
     layer = decoder_layers(model)[-1]
     if targets.call is None: return hidden_at(run_layer(layer, hidden, call, cache), targets.positions)
-    known = None if given else KnownKeys(keys_and_values(layer, hidden, call, cache))
-    return run_layer(layer, hidden_at(hidden, targets.positions), targets.call, known)
+    held = StoredKeys(keys_and_values(layer, hidden, call, cache)) if keys else None
+    return run_layer(layer, hidden_at(hidden, targets.positions), targets.call, held)
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c038
-def measured_at_targets(
-    model: nn.Module, # A causal language model of a known family
-    hidden: torch.Tensor, # Output of the last layer at the target positions, [M*B, S, hidden], copy after copy
-    targets: Targets, # Which of them count, and what they should predict
-) -> torch.Tensor: # Mean over the targets of each example, in nats, float64 [M*B], on the processor
-    "The loss of each example from the hidden states at its targets, or its divergence from the intact model."
+def measured_at_targets(model: nn.Module, hidden: torch.Tensor, targets: Targets) -> torch.Tensor: # Float64 [M*B]
+    "Mean loss or divergence of each example, from M copies of the states at its targets, [M*B, S, hidden]."
     hidden = hidden[targets.real.to(hidden.device)]
     if targets.intact is None: values = token_losses(model, hidden, targets.tokens)
     else:
@@ -197,43 +140,26 @@ def measured_at_targets(
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c040
 @contextmanager
-def masked_heads(
-    model: nn.Module, # A causal language model of a known family
-    layer: int, # Index of the decoder layer, from 0
-    heads: Sequence[int], # Query heads; the batch holds a copy for each, one after the other
-    known: KnownHeads | None = None, # What the layer's heads give to one copy of the batch; None: attention is run
-) -> Iterator[None]: # The heads are masked while its block runs
-    "Mask one head in each copy of the batch, as `masked_head` does in a single one, from known heads on if given."
+def masked_heads(model: nn.Module, layer: int, heads: Sequence[int], kept: HeadOutputs | None = None) -> Iterator[None]:
+    "Mask one head in each copy of the batch while the block runs, from the heads' recorded outputs if there are any."
     size = dimensions(model.config).head_size
     def mask(outputs: torch.Tensor) -> torch.Tensor:
         masked = outputs.clone()
         for head, copy in zip(heads, masked.chunk(len(heads))): copy[..., head * size:(head + 1) * size] = 0
         return masked
-    given = given_heads(model, layer, known, len(heads)) if known else nullcontext()
-    with changed_input(output_projection(model, layer), mask), given: yield
+    recorded = replayed_heads(model, layer, kept, len(heads)) if kept else nullcontext()
+    with changed_input(output_projection(model, layer), mask), recorded: yield
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c043
-def run_masked(
-    model: nn.Module, # A causal language model of a known family
-    hidden: torch.Tensor, # Input of the masked layer, one copy for each head, [M*B, T, hidden]
-    calls: Sequence[LayerCall], # How every layer is called
-    layer: int, # The masked layer
-    change: AbstractContextManager, # Masks the heads, as `masked_heads` does
-    cache: PrefixCache | None, # Keys and values of the prefix, read here or stored here
-) -> torch.Tensor: # Input of the last layer, [M*B, T, hidden]
+def run_masked(model: nn.Module, hidden: torch.Tensor, calls: Sequence[LayerCall], layer: int,
+               change: AbstractContextManager, cache: PrefixCache | None) -> torch.Tensor: # [M*B, T, hidden]
     "Run from the masked layer to the last but one; if the masked layer is the last, run nothing."
     for index in range(layer, len(calls) - 1):
         with change if index == layer else nullcontext():
             hidden = run_layer(decoder_layers(model)[index], hidden, calls[index], cache)
     return hidden
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c045
-def masked_prefix(
-    model: nn.Module, # A causal language model of a known family
-    prefix: Prefix | None, # What all examples start with
-    layer: int, # The masked layer
-    heads: Sequence[int], # The masked heads, M
-) -> PrefixCache | None: # Keys and values from that layer on; M rows, one for each head, or one for all in that layer
+def masked_prefix(model: nn.Module, prefix: Prefix | None, layer: int, heads: Sequence[int]) -> PrefixCache | None:
     "Run the prefix with heads masked, for its keys and values; of the last layer nothing else is computed."
     if prefix is None: return None
     cache, last, copies = PrefixCache(), len(prefix.calls) - 1, len(heads)
@@ -246,36 +172,22 @@ def masked_prefix(
     cache.kept[last] = keys_and_values(decoder_layers(model)[last], hidden, calls[last])
     return cache
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c046
-def masked_losses(
-    model: nn.Module, # A causal language model of a known family
-    state: BatchState, # A batch before the masked layer
-    targets: Targets, # Its targets
-    layer: int, # The masked layer
-    heads: Sequence[int], # The masked heads, M
-    cache: PrefixCache | None, # Keys and values from `masked_prefix` for these heads
-    known: KnownHeads | None = None, # From `intact_step`; None: the layer's attention is run
-) -> torch.Tensor: # Loss (or divergence) of each example with each head masked, in nats, float64 [M, B]
-    "The masked losses of some heads of a layer, in one pass (paper equation 1)."
+def masked_losses(model: nn.Module, state: BatchState, targets: Targets, layer: int, heads: Sequence[int],
+                  cache: PrefixCache | None, kept: HeadOutputs | None = None) -> torch.Tensor: # Float64 [M, B]
+    "Loss (or divergence) of each example with each of M heads masked, in one pass (paper equation 1)."
     copies, last = len(heads), len(state.calls) - 1
     calls = [repeated(call, copies) for call in state.calls]
     targets = replace(targets, positions=targets.positions.repeat(copies, 1), real=targets.real.repeat(copies, 1),
                       tokens=targets.tokens.repeat(copies), call=targets.call and repeated(targets.call, copies))
-    change, here = masked_heads(model, layer, heads, known), layer == last
+    change, here = masked_heads(model, layer, heads, kept), layer == last
     hidden = run_masked(model, state.hidden.repeat(copies, 1, 1), calls, layer, change, cache)
     with change if here else nullcontext():
-        hidden = last_layer_at_targets(model, hidden, calls[last], targets, cache, here and known is not None)
+        hidden = last_layer_at_targets(model, hidden, calls[last], targets, cache, not (here and kept is not None))
     return measured_at_targets(model, hidden, targets).view(copies, -1)
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #2c128497
-def intact_step(
-    model: nn.Module, # A causal language model of a known family
-    state: BatchState, # A batch before a layer
-    targets: Targets, # Its targets
-    layer: int, # Index of that layer
-    cache: PrefixCache | None = None, # Keys and values of the prefix
-) -> tuple[torch.Tensor, KnownHeads | None]: # Output of the layer (of the last: at targets), and what its heads gave
-    "Run one layer of the intact model, and keep what its output projection reads."
+def intact_step(model: nn.Module, state: BatchState, targets: Targets, layer: int,
+                cache: PrefixCache | None = None) -> tuple[torch.Tensor, HeadOutputs | None]:
+    "Output of one intact layer (of the last: at targets), and what its output projection read."
     call, last = state.calls[layer], len(state.calls) - 1
     with recorded_heads(model, layer) as kept:
         if layer < last: hidden = run_layer(decoder_layers(model)[layer], state.hidden, call, cache)
@@ -284,19 +196,14 @@ def intact_step(
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c049
 @torch.no_grad()
-def prepare_batch(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # The examples
-    indices: Sequence[int], # Indices of the batch's examples
-    prefix: Prefix | None, # What all examples start with
-    target: str = "loss", # What will be measured, one of `TARGETS`
-) -> tuple[BatchState, Targets]: # The batch before the first layer, and its targets
-    "Record how layers are called for a batch without its prefix."
+def prepare_batch(model: nn.Module, calibration: Calibration, indices: Sequence[int], prefix: Prefix | None,
+                  target: str = "loss") -> tuple[BatchState, Targets]:
+    "A batch without its prefix before the first layer, and its targets; `target` is one of `TARGETS`."
     device, length = model.get_input_embeddings().weight.device, prefix.length if prefix else 0
     examples = [after_prefix(calibration.examples[index], length) for index in indices]
     batch = collate(examples, pad_id=0, device=device)
     unpadded = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
-    with nullcontext() if target == "divergence" else first_layer_alone(model):
+    with nullcontext() if target == "divergence" else layers_skipped(model):
         calls = read_after_prefix(model, unpadded, prefix)
     state = state_of_calls(calls, batch["attention_mask"], indices)
     targets, last = targets_of(batch["labels"]), state.calls[-1]
@@ -307,14 +214,12 @@ def prepare_batch(
         targets = replace(targets, intact=final_norm(model)(hidden[targets.real.to(hidden.device)]))
     return state, targets
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c054
-def heads_by_memory(
-    model: nn.Module, # The model
-    state: BatchState, # The largest batch, before the first layer
-    targets: Targets, # Its targets
-    prefix: Prefix | None, # What all examples start with
-) -> int: # Heads in one pass
-    "The number of heads in one pass, from one trial pass on a CUDA device; 1 on any other."
+# %% ../../nbs/methods/02_resumed_scoring.ipynb #c057
+from pathlib import Path
+from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
+
+def heads_by_memory(model: nn.Module, state: BatchState, targets: Targets, prefix: Prefix | None) -> int:
+    "The number of heads in one pass, from a trial pass of the largest batch on a CUDA device; 1 on any other."
     device, heads = state.hidden.device, dimensions(model.config).heads
     if device.type != "cuda": return 1
     torch.cuda.reset_peak_memory_stats(device)
@@ -324,21 +229,32 @@ def heads_by_memory(
     taken = torch.cuda.max_memory_allocated(device) - held
     return max(1, min(heads, int(0.8 * free / max(1, taken)))) # a fifth stays free
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c057
-from pathlib import Path
-from .unit_store import Share, Unit, UnitStore
-from ..data.batches import token_batches
-
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c058
 @dataclass(frozen=True)
 class Request:
-    "The arguments of a call of `score_heads`."
-    batch_tokens: int # Padded tokens per batch
-    heads_at_once: int | None # Heads in one pass; None means by memory
-    units: Path | None # Folder under which finished units are kept, or None
-    share: Share # Which process this is
-    heads: tuple[tuple[int, ...], ...] # For each layer, the heads that are wanted
+    "The arguments of `score_heads`, and what is measured."
+    batch_tokens: int = 4096 # Padded tokens per batch
+    store: str | Path | None = None # Folder of finished tables and units
+    tokenizer_fingerprint: str = "" # Part of the store's key
+    heads_at_once: int | None = None # Heads in one pass; None means by memory
+    share: Share = Share() # Which process this is
+    heads: Sequence[tuple[int, int]] | None = None # Only these (layer, head)
     target: str = "loss" # What is measured, one of `TARGETS`
+
+def heads_by_layer(a: Anatomy, request: Request) -> tuple[tuple[int, ...], ...]:
+    "For each layer, the heads to score; a request that does not fit the model, or itself, raises `BadInput`."
+    if request.heads_at_once is not None: check_at_least(request.heads_at_once, 1, "heads_at_once")
+    if request.share.count > 1 and request.store is None:
+        raise BadInput(f"{request.share.count} processes were asked to score without a store: "
+                       f"expected a folder that all of them see; name one.")
+    if request.heads is None: return (tuple(range(a.heads)),) * a.layers
+    if request.store is not None:
+        raise BadInput("Some heads only were asked for with a store: "
+                       "expected all, since a store holds whole tables; leave the store out.")
+    for layer, head in request.heads:
+        if not (0 <= layer < a.layers and 0 <= head < a.heads):
+            raise BadInput(f"There is no head {head} of layer {layer}: expected {a.layers} layers of {a.heads} heads, "
+                           f"counted from 0; check the list.")
+    return tuple(tuple(head for head in range(a.heads) if (layer, head) in request.heads) for layer in range(a.layers))
 
 @dataclass(frozen=True)
 class ScoringPlan:
@@ -349,111 +265,68 @@ class ScoringPlan:
     groups: tuple[tuple[tuple[int, ...], ...], ...] # For each layer, the heads that are masked together in each pass
     store: UnitStore # Finished units, and those that are claimed
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c059
-def prepare_batches(
-    model: nn.Module, # The model
-    calibration: Calibration, # The examples
-    batch_tokens: int, # Padded tokens per batch
-    target: str, # What will be measured
-) -> tuple[Prefix | None, list[BatchState], list[Targets]]: # The prefix, and the batches before the first layer
+def prepare_batches(model: nn.Module, calibration: Calibration,
+                    request: Request) -> tuple[Prefix | None, list[BatchState], list[Targets]]:
     "Read the shared prefix, cut what follows it into batches, and record how layers are called for each."
     length = shared_prefix(calibration.examples)
     prefix = read_prefix(model, calibration.examples[0].input_ids[:length]) if length else None
-    batches = token_batches([after_prefix(e, length) for e in calibration.examples], batch_tokens)
-    prepared = [prepare_batch(model, calibration, indices, prefix, target) for indices in batches]
+    batches = token_batches([after_prefix(e, length) for e in calibration.examples], request.batch_tokens)
+    prepared = [prepare_batch(model, calibration, indices, prefix, request.target) for indices in batches]
     return prefix, [state for state, _ in prepared], [targets for _, targets in prepared]
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c060
-def head_groups(
-    heads: Sequence[int], # Heads of a layer
-    together: int, # Heads in one pass
-) -> tuple[tuple[int, ...], ...]: # The heads of each pass
+def head_groups(heads: Sequence[int], together: int) -> tuple[tuple[int, ...], ...]:
     "Cut the heads of a layer into passes."
     return tuple(tuple(heads[start:start + together]) for start in range(0, len(heads), together))
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c063
-def make_plan(
-    model: nn.Module, # The model
-    calibration: Calibration, # The examples
-    request: Request, # What is wanted
-) -> tuple[ScoringPlan, list[BatchState]]: # The plan, and all batches before the first layer
-    "Prepare the batches, group the heads, and name the folder of the units."
-    prefix, states, targets = prepare_batches(model, calibration, request.batch_tokens, request.target)
-    together = request.heads_at_once
+def make_plan(model: nn.Module, calibration: Calibration, request: Request,
+              units: Path | None) -> tuple[ScoringPlan, list[BatchState]]:
+    "Prepare the batches, group the heads, and name the folder of the units; all batches are before the first layer."
+    heads, together = heads_by_layer(anatomy(model), request), request.heads_at_once
+    prefix, states, targets = prepare_batches(model, calibration, request)
     if not together: # as many as fit with the largest batch, the same in every process
         largest = max(range(len(states)), key=lambda index: states[index].hidden.shape[:2].numel())
         together = request.share.minimum(heads_by_memory(model, states[largest], targets[largest], prefix))
-    name = f"{request.batch_tokens}-{prefix.length if prefix else 0}-{together}"
-    plan = ScoringPlan(
-        calibration=calibration, prefix=prefix, targets=tuple(targets),
-        store=UnitStore(request.units and request.units/name),
-        groups=tuple(head_groups(heads, together) for heads in request.heads))
-    return plan, states
+    folder = units and units/f"{request.batch_tokens}-{prefix.length if prefix else 0}-{together}"
+    groups = tuple(head_groups(of_layer, together) for of_layer in heads)
+    return ScoringPlan(calibration=calibration, prefix=prefix, targets=tuple(targets), groups=groups,
+                       store=UnitStore(folder)), states
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c065
 from tqdm.auto import tqdm
-from .unit_store import check_finite_table, claimed, write_unit
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c066
-def uids_of(
-    plan: ScoringPlan, # Holds the examples
-    state: BatchState, # A batch of them
-) -> list[str]: # Content hashes of its examples
+def uids_of(plan: ScoringPlan, state: BatchState) -> list[str]:
     "The examples of a batch, by content."
     return [plan.calibration.examples[index].uid for index in state.indices]
 
-def unit_losses(
-    model: nn.Module, # The model
-    plan: ScoringPlan, # The plan
-    state: BatchState, # The unit's batch, before the unit's layer
-    unit: Unit, # The unit
-    caches: Sequence[PrefixCache | None], # Keys and values from `masked_prefix`, for each group of the layer's heads
-    known: KnownHeads | None, # What the layer's heads gave to the batch
-) -> torch.Tensor: # Masked losses, float64 [H, B]
-    "Compute one unit, check it and write it to the store."
+def unit_losses(model: nn.Module, plan: ScoringPlan, state: BatchState, unit: Unit,
+                caches: Sequence[PrefixCache | None], kept: HeadOutputs | None) -> torch.Tensor: # Float64 [H, B]
+    "Compute one unit, with a cache for each group of heads, check it and write it to the store."
     targets, groups = plan.targets[unit.batch], plan.groups[unit.layer]
-    losses = torch.cat([masked_losses(model, state, targets, unit.layer, heads, cache, known)
+    losses = torch.cat([masked_losses(model, state, targets, unit.layer, heads, cache, kept)
                         for heads, cache in zip(groups, caches)])
     uids, measured = uids_of(plan, state), "loss" if targets.intact is None else "divergence"
     check_finite_table(losses, unit.layer, uids, [head for heads in groups for head in heads], measured=measured)
     write_unit(plan.store, unit, losses, uids)
     return losses
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #aabe62d0
-def walk_and_score(
-    model: nn.Module, # The model
-    plan: ScoringPlan, # The plan
-    states: list[BatchState], # All batches, before the first layer; moved on in place, so that each is held once
-    losses: dict[Unit, torch.Tensor], # Gets the masked losses, float64 [H, B], of each unit that is computed here
-) -> list[torch.Tensor]: # Intact losses, [B] per batch; divergences of a batch from itself, which are zero
-    "Move all batches through the intact layers together; mask a layer's heads on batches that this process claims."
+def walk_and_score(model: nn.Module, plan: ScoringPlan, states: list[BatchState],
+                   losses: dict[Unit, torch.Tensor]) -> list[torch.Tensor]: # Intact losses, [B] per batch
+    "Move all batches through the intact layers, in place; compute units that this process claims, into `losses`."
     work = [(layer, batch) for layer in range(len(plan.groups)) for batch in range(len(states))]
     for layer, batch in tqdm(work, desc="scoring heads", unit="unit"):
         if batch == 0: caches = None
         state, targets, unit, groups = states[batch], plan.targets[batch], Unit(batch, layer), plan.groups[layer]
-        hidden, known = intact_step(model, state, targets, layer, plan.prefix and plan.prefix.cache)
+        hidden, kept = intact_step(model, state, targets, layer, plan.prefix and plan.prefix.cache)
         with claimed(plan.store, unit) if groups else nullcontext(False) as free:
             if free:
                 caches = caches or [masked_prefix(model, plan.prefix, layer, heads) for heads in groups]
-                losses[unit] = unit_losses(model, plan, state, unit, caches, known)
+                losses[unit] = unit_losses(model, plan, state, unit, caches, kept)
         states[batch] = replace(state, hidden=hidden)
     return [measured_at_targets(model, state.hidden, targets) if targets.intact is None
             else torch.zeros(len(targets.real), dtype=torch.float64) for state, targets in zip(states, plan.targets)]
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c069
-from ..models.anatomy import Anatomy
-from ..core.errors import BadInput, validate_arguments, check_at_least
-from ..scoring import HeadLosses, head_losses, load_losses, save_losses
-from ..core.files import alone_in, busy, disk_full_reported, is_intact
-from .unit_store import CLAIMS, losses_key, read_unit
-from ..models.loading import model_fingerprint
-
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #ba52e23a
-def anything_missing(
-    plan: ScoringPlan, # The plan
-    losses: dict[Unit, torch.Tensor], # Units that this process has computed
-) -> bool: # Whether a unit is neither among them nor in the store
-    "Wait for the units that other processes are at work on; one that a process left unfinished is missing."
+def anything_missing(plan: ScoringPlan, losses: dict[Unit, torch.Tensor]) -> bool:
+    "Whether a unit is neither computed here nor in the store, once no other process is at work on it."
     for layer, groups in enumerate(plan.groups):
         for unit in (Unit(batch, layer) for batch in range(len(plan.targets)) if groups):
             if unit in losses: continue
@@ -461,62 +334,22 @@ def anything_missing(
                 if missing: return True
     return False
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #d36c494a
-def every_unit(
-    model: nn.Module, # The model
-    calibration: Calibration, # The examples
-    request: Request, # What is wanted
-) -> tuple[ScoringPlan, list[BatchState], dict[Unit, torch.Tensor], list[torch.Tensor]]: # And what was computed here
-    "Compute units until none is missing: plan, batches, this process's units, intact losses [B] of each batch."
-    plan, states = make_plan(model, calibration, request)
+# %% ../../nbs/methods/02_resumed_scoring.ipynb #c069
+from cap_nb.core.files import alone_in, busy, disk_full_reported, is_intact
+from cap_nb.models.loading import model_fingerprint
+
+def computed_table(model: nn.Module, calibration: Calibration, request: Request, units: Path | None,
+                   fingerprint: str) -> HeadLosses: # NaN for heads that were not wanted
+    "Compute units until none is missing, read the others' from the store, and put the table together."
+    plan, states = make_plan(model, calibration, request, units)
     with disk_full_reported(plan.store.folder, "what was finished is kept"):
         if plan.store.folder:
             plan.store.folder.mkdir(parents=True, exist_ok=True)
             (plan.store.folder/CLAIMS).touch()
     losses: dict[Unit, torch.Tensor] = {}
-    intact = walk_and_score(model, plan, states, losses)
+    intact_losses = walk_and_score(model, plan, states, losses)
     while anything_missing(plan, losses):
-        again = prepare_batches(model, calibration, request.batch_tokens, request.target)[1]
-        walk_and_score(model, plan, again, losses)
-    return plan, states, losses, intact
-
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c073
-def check_request(
-    store: str | Path | None, # Folder of finished tables and units
-    heads_at_once: int | None, # Heads of a layer in one pass
-    share: Share, # Which of several processes this is
-    heads: Sequence[tuple[int, int]] | None, # Only these (layer, head)
-) -> None:
-    "Raise `BadInput` for arguments of `score_heads` that do not go together."
-    if heads_at_once is not None: check_at_least(heads_at_once, 1, "heads_at_once")
-    if share.count > 1 and store is None:
-        raise BadInput(f"{share.count} processes were asked to score without a store: "
-                       f"expected a folder that all of them see; name one.")
-    if heads is not None and store is not None:
-        raise BadInput("Some heads only were asked for with a store: "
-                       "expected all, since a store holds whole tables; leave the store out.")
-
-def heads_by_layer(
-    a: Anatomy, # Dimensions of the model
-    heads: Sequence[tuple[int, int]] | None, # Only these (layer, head); None means all
-) -> tuple[tuple[int, ...], ...]: # For each layer, the heads that are wanted
-    "The heads to score; one that the model does not have raises `BadInput`."
-    for layer, head in heads or ():
-        if not (0 <= layer < a.layers and 0 <= head < a.heads):
-            raise BadInput(f"There is no head {head} of layer {layer}: expected {a.layers} layers of {a.heads} heads, "
-                           f"counted from 0; check the list.")
-    return tuple(tuple(head for head in range(a.heads) if heads is None or (layer, head) in heads)
-                 for layer in range(a.layers))
-
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c075
-def computed_table(
-    model: nn.Module, # The model
-    calibration: Calibration, # The examples
-    request: Request, # What is wanted
-    fingerprint: str, # The model's fingerprint
-) -> HeadLosses: # The table of losses, or of divergences; NaN for heads that were not wanted
-    "Compute this process's units, read the others' from the store, and put the table together."
-    plan, states, losses, intact_losses = every_unit(model, calibration, request)
+        walk_and_score(model, plan, prepare_batches(model, calibration, request)[1], losses)
     request.share.wait() # nobody goes on before everybody has all units
     heads, count = dimensions(model.config).heads, len(calibration.examples)
     masked = torch.full((len(plan.groups), heads, count), math.nan, dtype=torch.float64)
@@ -533,29 +366,23 @@ def computed_table(
     table = head_losses(model, calibration, masked, intact, request.batch_tokens, fingerprint)
     return table if request.target == "loss" else replace(table, meta=table.meta | {"target": request.target})
 
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c076
-def stored_table(
-    model: nn.Module, # The model
-    calibration: Calibration, # The examples
-    request: Request, # What is wanted; its folder of units is chosen here
-    store: str | Path | None, # Folder of finished tables and units; None stores nothing
-    tokenizer_fingerprint: str, # Part of the store's key
-) -> HeadLosses: # The table
+@torch.no_grad()
+def scored_table(model: nn.Module, calibration: Calibration, request: Request) -> HeadLosses:
     "Read a finished table, or compute it and keep it; goes on where a killed run stopped."
-    fingerprint = model_fingerprint(model)
-    key = losses_key(model, calibration, tokenizer_fingerprint, fingerprint, request.target)
+    heads_by_layer(anatomy(model), request) # a bad request is refused before anything is computed
+    fingerprint, store = model_fingerprint(model), request.store
+    key = losses_key(model, calibration, request.tokenizer_fingerprint, fingerprint, request.target)
     finished, units = store and Path(store)/f"{key}.safetensors", store and Path(store)/f"{key}-units"
     if finished and is_intact(finished, load_losses):
         return replace(load_losses(finished), k=calibration.k, seed=calibration.seed, stratum=calibration.stratum)
     with alone_in(units) if units and request.share.rank == 0 else nullcontext():
-        losses = computed_table(model, calibration, replace(request, units=units), fingerprint)
+        losses = computed_table(model, calibration, request, units, fingerprint)
         if finished and request.share.rank == 0: save_losses(losses, finished)
         request.share.wait() # nobody leaves, and clears up, before everybody has read
     return losses
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c078
 @validate_arguments
-@torch.no_grad()
 def score_heads(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
@@ -567,27 +394,36 @@ def score_heads(
     heads: Sequence[tuple[int, int]] | None = None, # Only these (layer, head), without a store; the rest is NaN
 ) -> HeadLosses: # The table of losses
     "The table of losses with the least work (paper section 3.2, equation 1); resumes where a killed run stopped."
-    check_request(store, heads_at_once, share, heads)
-    wanted = heads_by_layer(anatomy(model), heads)
-    request = Request(batch_tokens=batch_tokens, heads_at_once=heads_at_once, units=None, share=share, heads=wanted)
-    return stored_table(model, calibration, request, store, tokenizer_fingerprint)
+    return scored_table(model, calibration, Request(
+        batch_tokens=batch_tokens, store=store, tokenizer_fingerprint=tokenizer_fingerprint,
+        heads_at_once=heads_at_once, share=share, heads=heads))
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #6649c44b
+def score_divergences(model: nn.Module, calibration: Calibration, *arguments: object, **options: object) -> HeadLosses:
+    "Divergences in place of masked losses, zeros in place of intact ones; takes what `score_heads` takes."
+    return scored_table(model, calibration, Request(*arguments, target="divergence", **options))
+
+def table_scorer(target: str) -> Callable[..., HeadLosses]:
+    "How a table with this target is made; one that is not among `TARGETS` raises `BadInput`."
+    check_choice(target, TARGETS, "score target")
+    return {"loss": score_heads, "divergence": score_divergences}[target]
+
+def check_target(losses: HeadLosses, wanted: str, name: str | Path) -> None:
+    "Raise `BadInput`, with a name for the table, for losses where divergences are asked for, and the reverse."
+    names = {"loss": "losses", "divergence": "divergences"}
+    if losses.target == check_choice(wanted, TARGETS, "score target"): return
+    raise BadInput(f"{name} holds {names.get(losses.target, losses.target)}: expected {names[wanted]}; "
+                   f"give --score-target {losses.target}, or make another table with 'cap score'.")
+
 @torch.no_grad()
-def help_scoring(
-    model: nn.Module, # The same model as the other process's
-    calibration: Calibration, # The same examples
-    store: str | Path, # Folder in which the other process is at work
-    request: Request, # The same wishes; its folder of units is chosen here
-    tokenizer_fingerprint: str = "", # Part of the store's key
-) -> int: # Units that this process computed
+def help_scoring(model: nn.Module, calibration: Calibration, request: Request) -> int: # Units computed here
     "Compute units that are left of a table on which another process is at work; `BadInput` if none is."
-    key = losses_key(model, calibration, tokenizer_fingerprint, target=request.target)
-    units = Path(store)/f"{key}-units"
+    key = losses_key(model, calibration, request.tokenizer_fingerprint, target=request.target)
+    units = Path(request.store)/f"{key}-units"
     if not units.is_dir() or not busy(units):
         raise BadInput(f"No process is at work in {units}: expected one to help, with the same model, examples and "
                        "dtype; start that one first, or do not join.")
-    plan, states = make_plan(model, calibration, replace(request, units=units))
+    plan, states = make_plan(model, calibration, request, units)
     if not (plan.store.folder/CLAIMS).exists():
         raise BadInput(f"The process at work in {units} has not begun, or has other settings: expected the same "
                        "--batch-tokens and --heads-at-once; wait for it, or use the same.")
@@ -596,44 +432,3 @@ def help_scoring(
     except FileNotFoundError:
         if plan.store.folder.is_dir(): raise # else the other process has all units, and has removed their folder
     return len(losses)
-
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c080
-from collections.abc import Callable
-from ..core.errors import check_choice
-
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c081
-@torch.no_grad()
-def score_divergences(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens per batch
-    store: str | Path | None = None, # Folder of finished tables and units; None stores nothing
-    tokenizer_fingerprint: str = "", # Part of the store's key
-    heads_at_once: int | None = None, # Heads of a layer in one pass; None means as many as fit, and 1 on a CPU
-    share: Share = Share(), # Which of several processes this is; several need a store that all of them see
-    heads: Sequence[tuple[int, int]] | None = None, # Only these (layer, head), without a store; the rest is NaN
-) -> HeadLosses: # The table: divergences in place of masked losses, zeros in place of intact ones
-    "The table of divergences from the intact model, as `score_heads` makes that of losses."
-    check_request(store, heads_at_once, share, heads)
-    request = Request(batch_tokens=batch_tokens, heads_at_once=heads_at_once, units=None, share=share,
-                      heads=heads_by_layer(anatomy(model), heads), target="divergence")
-    return stored_table(model, calibration, request, store, tokenizer_fingerprint)
-
-def table_scorer(
-    target: str, # What masking a head is measured by, one of `TARGETS`
-) -> Callable[..., HeadLosses]: # `score_heads` or `score_divergences`
-    "How a table with this target is made; an unknown one raises `BadInput`."
-    check_choice(target, TARGETS, "score target")
-    return {"loss": score_heads, "divergence": score_divergences}[target]
-
-# %% ../../nbs/methods/02_resumed_scoring.ipynb #c083
-def check_target(
-    losses: HeadLosses, # A table
-    wanted: str, # What it should hold, one of `TARGETS`
-    called: str | Path, # What to call it in the sentence, as in its file
-) -> None:
-    "Raise `BadInput` for a table of losses where divergences are asked for, and the reverse."
-    names = {"loss": "losses", "divergence": "divergences"}
-    if losses.target == check_choice(wanted, TARGETS, "score target"): return
-    raise BadInput(f"{called} holds {names.get(losses.target, losses.target)}: expected {names[wanted]}; "
-                   f"give --score-target {losses.target}, or make another table with 'cap score'.")

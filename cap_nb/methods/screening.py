@@ -7,11 +7,9 @@ __all__ = ['screen_heads', 'screened_scores']
 
 # %% ../../nbs/methods/28_screening.ipynb #c004
 import math
-import torch
-
-# %% ../../nbs/methods/28_screening.ipynb #c009
 from dataclasses import dataclass, replace
-from ..scoring import HeadLosses
+import torch
+from cap_nb.scoring import causal_scores, check_table, head_losses, HeadLosses, load_losses
 
 # %% ../../nbs/methods/28_screening.ipynb #c010
 @dataclass(frozen=True)
@@ -36,21 +34,15 @@ class PartialLosses:
         "Which cells were measured, bool [L, H, N]."
         return ~self.losses.masked.isnan()
 
-# %% ../../nbs/methods/28_screening.ipynb #c012
-def task_indices(
-    task: tuple[str, ...], # Task of each example
-) -> torch.Tensor: # Index of its task, by first appearance, int64 [N]
-    "The tasks as numbers."
+def task_indices(task: tuple[str, ...]) -> torch.Tensor: # int64 [N]
+    "The index of each example's task, by first appearance."
     names = list(dict.fromkeys(task))
     return torch.tensor([names.index(name) for name in task])
 
-def by_task(
-    task: torch.Tensor, # Index of each example's task, int64 [N]
-) -> torch.Tensor: # One where an example is of a task, float64 [N, S]
+def by_task(task: torch.Tensor) -> torch.Tensor: # Float64 [N, S]
     "Which example is of which task; a product with it adds up by task."
     return torch.nn.functional.one_hot(task).double()
 
-# %% ../../nbs/methods/28_screening.ipynb #c013
 @dataclass(frozen=True)
 class Estimate:
     "Scores from a sample, and how certain they are."
@@ -65,64 +57,44 @@ class Estimate:
         share = self.sizes / self.sizes.sum()
         return (share**2 * self.spread * (1 / self.counts - 1 / self.sizes).clamp_min(0)).sum(-1)
 
-# %% ../../nbs/methods/28_screening.ipynb #c014
 PRIOR = 2.0 # Degrees of freedom that a variance is given beside its own
 
-def shrunk_spread(
-    squares: torch.Tensor, # Sum of squares of the residuals about their mean, [L, H, S]
-    freedom: torch.Tensor, # Its degrees of freedom, [L, H, S]
-    of_slopes: torch.Tensor, # Variance of the slopes, [L, H, S]
-) -> torch.Tensor: # Variance of the residuals, float64 [L, H, S]
-    "Variances that a few small residuals by chance cannot make zero."
+def shrunk_spread(squares: torch.Tensor, freedom: torch.Tensor, of_slopes: torch.Tensor) -> torch.Tensor:
+    "Variance of the residuals, [L, H, S], from their squares, degrees of freedom, and the variance of the slopes."
     scale = squares.sum() / (freedom * of_slopes).sum().clamp_min(1e-300)
     of_head = squares.sum(-1) + PRIOR * scale * of_slopes.mean(-1)
     of_head = of_head / (freedom.sum(-1) + PRIOR)
     return (squares + PRIOR * of_head[..., None]) / (freedom + PRIOR)
 
-# %% ../../nbs/methods/28_screening.ipynb #c015
-def estimated(
-    rise: torch.Tensor, # Rise of the loss, NaN where nothing was measured, [L, H, N]
-    slopes: torch.Tensor, # First-order estimate of it, [L, H, N]
-    task: torch.Tensor, # Index of each example's task, int64 [N]
-) -> Estimate: # Scores and their variances
-    "The difference estimator of every head's mean rise (paper equation 2 with the plain mean over examples)."
-    belongs, known = by_task(task), ~rise.isnan()
-    sizes, counts = belongs.sum(0), known.double() @ belongs
-    residual = torch.where(known, rise - slopes, 0.0)
+def estimated(rise: torch.Tensor, slopes: torch.Tensor, task: torch.Tensor) -> Estimate:
+    "The difference estimator of every head's mean rise, from rises with NaN where nothing was measured, [L, H, N]."
+    belongs, measured = by_task(task), ~rise.isnan()
+    sizes, counts = belongs.sum(0), measured.double() @ belongs
+    residual = torch.where(measured, rise - slopes, 0.0)
     mean = residual @ belongs / counts
-    squares = torch.where(known, residual - mean[..., task], 0.0) ** 2 @ belongs
+    squares = torch.where(measured, residual - mean[..., task], 0.0) ** 2 @ belongs
     means = slopes @ belongs / sizes
     of_slopes = (slopes - means[..., task]) ** 2 @ belongs / sizes
     scores = ((means + mean) * sizes / sizes.sum()).sum(-1)
     return Estimate(scores=scores, spread=shrunk_spread(squares, counts - 1, of_slopes), counts=counts, sizes=sizes)
 
 # %% ../../nbs/methods/28_screening.ipynb #c019
-def places(
-    task: torch.Tensor, # Index of each example's task, int64 [N]
-    seed: int, # Seed of the order
-) -> torch.Tensor: # Place of each example in the random order of its task, from 0, int64 [N]
-    "A random order of the examples of each task."
+def places(task: torch.Tensor, seed: int) -> torch.Tensor: # int64 [N]
+    "The place of each example in the random order of its task, from 0."
     rng, place = torch.Generator().manual_seed(seed), torch.zeros_like(task)
     for index in range(int(task.max()) + 1):
         members = (task == index).nonzero()[:, 0]
         place[members[torch.randperm(len(members), generator=rng)]] = torch.arange(len(members))
     return place
 
-def prefixes(
-    counts: torch.Tensor, # Examples of each task that each head sees, [L, H, S]
-    task: torch.Tensor, # Index of each example's task, int64 [N]
-    place: torch.Tensor, # Place of each example in the order of its task, int64 [N]
-) -> torch.Tensor: # Which head sees which example, bool [L, H, N]
-    "The first examples of each task."
+def prefixes(counts: torch.Tensor, task: torch.Tensor, place: torch.Tensor) -> torch.Tensor: # Bool [L, H, N]
+    "Which head sees which example: the first of each task, as many as `counts` [L, H, S] gives."
     return place < counts[..., task]
 
 # %% ../../nbs/methods/28_screening.ipynb #c022
 FACTOR_GOAL, RANK_GOAL = 0.05, 0.02 # Relative error of a factor, and loss of rank correlation, that one would accept
 
-def factor_weights(
-    scores: torch.Tensor, # Estimated scores of all heads, [M]
-    variance: torch.Tensor, # Their variances, [M]
-) -> torch.Tensor: # What a unit of each variance costs, [M]
+def factor_weights(scores: torch.Tensor, variance: torch.Tensor) -> torch.Tensor: # [M]
     "How much the relative errors of the factors owe to the variance of each score (paper equation 3)."
     span = (scores.max() - scores.min()).clamp_min(1e-300)
     factors, top, bottom = 1 + 9 * (scores - scores.min()) / span, scores.argmax(), scores.argmin()
@@ -134,47 +106,31 @@ def factor_weights(
     weights[top], weights[bottom] = of_top @ counted, of_bottom @ counted
     return weights / FACTOR_GOAL**2
 
-# %% ../../nbs/methods/28_screening.ipynb #c023
-def rank_weights(
-    scores: torch.Tensor, # Estimated scores of all heads, [M]
-    variance: torch.Tensor, # Their variances, [M]
-) -> torch.Tensor: # What a unit of each variance costs, [M]
+def rank_weights(scores: torch.Tensor, variance: torch.Tensor) -> torch.Tensor: # [M]
     "How much the rank correlation owes to the variance of each score: the square of the density of scores around it."
     count, width = len(scores), (variance[:, None] + variance).clamp_min(1e-300).sqrt()
     density = torch.exp(-(((scores[:, None] - scores) / width) ** 2) / 2) / (width * (2 * torch.pi) ** 0.5)
     others = (density.sum(1) - density.diagonal()) ** 2
     return 6 * others / (count**3 - count) / RANK_GOAL
 
-def weights_of(
-    scores: torch.Tensor, # Estimated scores of all heads, [M]
-    variance: torch.Tensor, # Their variances, [M]
-) -> torch.Tensor: # Weight of each variance, [M]
-    "What a unit of each variance costs, in factors and in ranks together."
-    return factor_weights(scores, variance) + rank_weights(scores, variance)
+# %% ../../nbs/methods/28_screening.ipynb #c028
+from collections.abc import Callable
+from cap_nb.core.errors import BadInput, check_at_least, check_confidence, check_fields, check_seed, validate_arguments
 
-# %% ../../nbs/methods/28_screening.ipynb #c027
-def gains(
-    estimate: Estimate, # What is known
-    counts: torch.Tensor, # Examples of each task that each head will have seen, float64 [M, S]
-    block: torch.Tensor, # Examples that would be added, float64 [M, S]
-    cost: torch.Tensor, # Layers of a masked pass, [M]
-) -> torch.Tensor: # What a layer's pass takes off, [M, S]; -1 where nothing is left to measure
-    "How much each head and task would gain, for each layer that is run."
+BLOCKS = 32 # Into how many blocks the examples of a task are cut
+ROUNDS, FIRST = 4, 0.6 # Rounds after the first, and the first one's share of the budget
+
+def gains(estimate: Estimate, counts: torch.Tensor, block: torch.Tensor, cost: torch.Tensor) -> torch.Tensor: # [M, S]
+    "What a block of examples [M, S] would take off, for each layer that is run; -1 where nothing is left to measure."
     share, spread = estimate.sizes / estimate.sizes.sum(), estimate.spread.flatten(0, 1)
     variance = (share**2 * spread * (1 / counts - 1 / estimate.sizes).clamp_min(0)).sum(-1)
-    weights = weights_of(estimate.scores.flatten(), variance)
+    scores = estimate.scores.flatten()
+    weights = factor_weights(scores, variance) + rank_weights(scores, variance)
     gain = weights[:, None] * share**2 * spread * (1 / counts - 1 / (counts + block))
     return torch.where(block > 0, gain / (block * cost[:, None]), -1.0)
 
-# %% ../../nbs/methods/28_screening.ipynb #c028
-BLOCKS = 32 # Into how many blocks the examples of a task are cut
-
-def longer_prefixes(
-    estimate: Estimate, # What is known
-    cost: torch.Tensor, # Layers of a masked pass of each head, [L, H]
-    spend: float, # Layer passes that may be spent
-) -> torch.Tensor: # Examples of each task that each head should have seen, float64 [L, H, S]
-    "Spend a round's passes where they help most."
+def longer_prefixes(estimate: Estimate, cost: torch.Tensor, spend: float) -> torch.Tensor: # [L, H, S]
+    "Examples of each task that each head should have seen when some layer passes are spent where they help most."
     counts, cost = estimate.counts.flatten(0, 1).clone(), cost.flatten()
     size, at_once = (estimate.sizes / BLOCKS).floor().clamp_min(1), max(1, len(cost) // 10)
     while True:
@@ -188,25 +144,13 @@ def longer_prefixes(
         spend -= price[paid].sum().item()
         if len(paid) < at_once: return counts.view_as(estimate.counts)
 
-# %% ../../nbs/methods/28_screening.ipynb #c030
-from collections.abc import Callable
-from ..core.errors import BadInput, validate_arguments, check_at_least, check_confidence, check_seed
-
-# %% ../../nbs/methods/28_screening.ipynb #c031
-ROUNDS, FIRST = 4, 0.6 # Rounds after the first, and the first one's share of the budget
-
-def check_budget(
-    budget: float, # Share of the masked passes
-) -> None:
+def check_budget(budget: float) -> None:
     "Raise `BadInput` for a budget that is no share."
     if not 0 < budget <= 1:
         raise BadInput(f"The budget is {budget}: expected a share of the masked passes in (0, 1]; write 0.25.")
 
-def first_counts(
-    sizes: torch.Tensor, # Examples of each task, float64 [S]
-    budget: float, # Share of the masked passes
-) -> torch.Tensor: # Examples of each task that every head sees in the first round, float64 [S]
-    "The first round: at least two examples a task, since one alone has no variance; too small a budget is refused."
+def first_counts(sizes: torch.Tensor, budget: float) -> torch.Tensor: # [S]
+    "Examples of each task in the first round: two at least, for a variance; too small a budget is refused."
     check_budget(budget)
     least = (sizes.clamp_max(2).sum() / sizes.sum()).item()
     if budget < least:
@@ -215,15 +159,9 @@ def first_counts(
     if budget == 1: return sizes
     return torch.minimum(sizes, (FIRST * budget * sizes).floor().clamp_min(2))
 
-# %% ../../nbs/methods/28_screening.ipynb #c032
-def in_rounds(
-    measure: Callable[[torch.Tensor], torch.Tensor], # Cells that are wanted, bool [L, H, N] -> their rises, [L, H, N]
-    slopes: torch.Tensor, # First-order estimate of the rise, [L, H, N]
-    task: torch.Tensor, # Index of each example's task, int64 [N]
-    budget: float, # Share of the masked passes that may be spent, counted in layers that are run
-    seed: int, # Seed of the order of the examples
-) -> torch.Tensor: # Rise of the loss, NaN where nothing was measured, float64 [L, H, N]
-    "Measure in rounds, each of them where the last ones leave most to gain."
+def in_rounds(measure: Callable[[torch.Tensor], torch.Tensor], slopes: torch.Tensor, task: torch.Tensor, budget: float,
+              seed: int) -> torch.Tensor: # NaN where nothing was measured, float64 [L, H, N]
+    "Rises of the loss, measured in rounds, each of them where the last ones leave most to gain, within a budget."
     layers, heads, n = slopes.shape
     cost = torch.arange(layers, 0, -1).double()[:, None].expand(layers, heads)
     place, rise = places(task, seed), torch.full_like(slopes, torch.nan)
@@ -235,62 +173,22 @@ def in_rounds(
         if left: counts = longer_prefixes(estimated(rise, slopes, task), cost, spend.item() / left)
     return rise
 
-def share_spent(
-    measured: torch.Tensor, # Which cells were measured, bool [L, H, N]
-) -> float: # Share of the layer passes of the whole table
-    "What was spent: a masked pass of layer l runs L - l layers."
+def share_spent(measured: torch.Tensor) -> float:
+    "What was spent of all layer passes, by the measured cells [L, H, N]: a masked pass of layer l runs L - l layers."
     layers = torch.arange(len(measured), 0, -1).double()[:, None, None]
     return ((measured * layers).sum() / (torch.ones_like(measured) * layers).sum()).item()
 
-# %% ../../nbs/methods/28_screening.ipynb #c035
-def drawn_share(
-    n: torch.Tensor, # Examples drawn without replacement
-    size: torch.Tensor, # Out of how many
-) -> torch.Tensor: # What is left to chance, 1 for few and 0 for all
-    "The factor by which drawing without replacement helps (Bardenet and Maillard 2015)."
-    return torch.where(n <= size / 2, 1 - (n - 1) / size, (1 - n / size) * (1 + 1 / n))
-
-def hoeffding_half(
-    n: torch.Tensor, # Residuals that were drawn
-    size: torch.Tensor, # Residuals in all
-    width: torch.Tensor, # Width of the range that they lie in
-    tail: float, # Error probability on this side
-) -> torch.Tensor: # How far the mean may be off
-    "Hoeffding–Serfling: the range alone (Bardenet and Maillard 2015)."
-    return width * (drawn_share(n, size) * -math.log(tail) / (2 * n)).clamp_min(0).sqrt()
-
-def bernstein_half(
-    n: torch.Tensor, # Residuals that were drawn
-    size: torch.Tensor, # Residuals in all
-    width: torch.Tensor, # Width of the range that they lie in
-    tail: float, # Error probability on this side
-    spread: torch.Tensor, # Variance of those that were drawn, divided by n
-) -> torch.Tensor: # How far the mean may be off
-    "Empirical Bernstein–Serfling: range and variance (Bardenet and Maillard 2015)."
-    log = math.log(5 / tail)
-    half = (2 * spread * drawn_share(n, size) * log / n).clamp_min(0).sqrt() + (7 / 3 + 3 / 2**0.5) * width * log / n
-    return torch.where(n == size, 0.0, half)
-
 # %% ../../nbs/methods/28_screening.ipynb #c037
-def stakes(
-    x: torch.Tensor, # Residuals scaled to [0, 1], in the order drawn, [M, T]
-    tail: float, # Error probability on this side
-) -> torch.Tensor: # What is staked each time, known before it is drawn, [M, T]
-    "Stakes that follow the variance so far (Waudby-Smith and Ramdas 2024), three quarters at most."
+def stakes(x: torch.Tensor, tail: float) -> torch.Tensor: # [M, T]
+    "Stakes that follow the variance so far of what is drawn, [M, T] in [0, 1], three quarters at most."
     t = torch.arange(1, x.shape[1] + 1).double()
     mean = (0.5 + x.cumsum(1)) / (t + 1)
     variance = (0.25 + ((x - mean) ** 2).cumsum(1)) / (t + 1)
     before = torch.cat([torch.full_like(x[:, :1], 0.25), variance[:, :-1]], 1)
     return (2 * -math.log(tail) / (before * t * torch.log(1 + t))).sqrt().clamp_max(0.75)
 
-# %% ../../nbs/methods/28_screening.ipynb #c038
-def betting_lower(
-    x: torch.Tensor, # Residuals scaled to [0, 1], in the order drawn, [M, T]
-    n: torch.Tensor, # How many of them were drawn, [M]
-    size: torch.Tensor, # Residuals in all, [M]
-    tail: float, # Error probability
-) -> torch.Tensor: # Lower bound of the mean of all, at any time, [M]
-    "The smallest mean against which no bet has won (Waudby-Smith and Ramdas 2024)."
+def betting_lower(x: torch.Tensor, n: torch.Tensor, size: torch.Tensor, tail: float) -> torch.Tensor: # [M]
+    "The smallest mean of all `size` against which no bet has won, from the first n of x, [M, T] in [0, 1]."
     drawn = torch.arange(x.shape[1]) < n[:, None]
     x, left = x * drawn, (size[:, None] - torch.arange(x.shape[1])).clamp_min(1)
     before, stake = x.cumsum(1) - x, stakes(x, tail)
@@ -303,40 +201,22 @@ def betting_lower(
         low, high = torch.where(won, middle, low), torch.where(won, high, middle)
     return low
 
-# %% ../../nbs/methods/28_screening.ipynb #c042
-def each_cell(
-    values: torch.Tensor, # [L, H, N]
-    task: torch.Tensor, # Index of each example's task, int64 [N]
-    place: torch.Tensor, # Place of each example in the order of its task, int64 [N]
-) -> torch.Tensor: # [L, H, S, T]; zeros behind the examples of a task
-    "The examples of every head and task, in the order drawn."
-    out = torch.zeros(*values.shape[:2], int(task.max()) + 1, int(place.max()) + 1, dtype=values.dtype)
-    out[:, :, task, place] = values
-    return out
-
-def betting_bounds(
-    residual: torch.Tensor, # Residuals in nats, in the order drawn, [M, T]
-    n: torch.Tensor, # How many of them were drawn, [M]
-    size: torch.Tensor, # How many there are, [M]
-    least: torch.Tensor, # No residual is less, [M]
-    width: torch.Tensor, # Nor more than this above it, [M]
-    tail: float, # Error probability on either side
-) -> tuple[torch.Tensor, torch.Tensor]: # Lower and upper bound of the mean, in nats, [M] each
-    "Both bounds by betting."
+def betting_bounds(residual: torch.Tensor, n: torch.Tensor, size: torch.Tensor, least: torch.Tensor,
+                   width: torch.Tensor, tail: float) -> tuple[torch.Tensor, torch.Tensor]: # [M] each
+    "Both bounds of the mean residual, told the range that starts at `least`."
     x = ((residual - least[:, None]) / width[:, None].clamp_min(1e-300)).clamp(0, 1)
     low, high = betting_lower(x, n, size, tail), 1 - betting_lower(1 - x, n, size, tail)
     return least + width * low, least + width * high
 
-# %% ../../nbs/methods/28_screening.ipynb #c043
-def guessed_bounds(
-    rise: torch.Tensor, # Rise of the loss, NaN where nothing was measured, [L, H, N]
-    slopes: torch.Tensor, # First-order estimate of it, [L, H, N]
-    task: torch.Tensor, # Index of each example's task, int64 [N]
-    place: torch.Tensor, # Place of each example in the order of its task, int64 [N]
-    tail: float, # Error probability on either side
-    reach: float = 2.0, # No residual is more than this many times as far from zero as the farthest that was seen
-) -> tuple[torch.Tensor, torch.Tensor]: # Lower and upper bound of every score, in nats, float64 [L, H] each
-    "Bounds of all scores, under a stated range of the residuals."
+def each_cell(values: torch.Tensor, task: torch.Tensor, place: torch.Tensor) -> torch.Tensor: # [L, H, S, T]
+    "The examples of every head and task, in the order drawn; zeros behind those of a task."
+    out = torch.zeros(*values.shape[:2], int(task.max()) + 1, int(place.max()) + 1, dtype=values.dtype)
+    out[:, :, task, place] = values
+    return out
+
+def guessed_bounds(rise: torch.Tensor, slopes: torch.Tensor, task: torch.Tensor, place: torch.Tensor, tail: float,
+                   reach: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]: # Float64 [L, H] each
+    "Bounds of all scores; no residual is more than `reach` times as far from zero as the farthest that was seen."
     found, residual = estimated(rise, slopes, task), torch.where(rise.isnan(), 0.0, rise - slopes)
     shape, share = found.counts.shape, found.sizes / found.sizes.sum()
     cells = each_cell(residual, task, place).flatten(0, 2)
@@ -348,59 +228,23 @@ def guessed_bounds(
     return low, high
 
 # %% ../../nbs/methods/28_screening.ipynb #c047
+import json
+from contextlib import nullcontext
+from pathlib import Path
 from torch import nn
-from ..calibration import Calibration
-from ..data.batches import token_batches
-from .resumed_scoring import (
-    head_groups, heads_by_memory, intact_pass, intact_step, masked_losses, prepare_batch)
-from .unit_store import check_finite_table
-from .attributions import gated_heads
-from ..models.anatomy import dimensions
+from tqdm.auto import tqdm
+from cap_nb.calibration import Calibration
+from cap_nb.core.files import alone_in, is_intact, read_tensors, sha256_of_text, write_tensors
+from cap_nb.data.prompts import collate, token_batches
+from cap_nb.methods.attributions import gate_slopes
+from cap_nb.methods.resumed_scoring import head_groups, heads_by_memory, intact_step, masked_losses, prepare_batch
+from cap_nb.methods.layer_walk import check_finite_table, losses_key
+from cap_nb.models.anatomy import dimensions
+from cap_nb.models.loading import model_fingerprint
 
-# %% ../../nbs/methods/28_screening.ipynb #c048
-def losses_and_slopes(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
-) -> dict[str, torch.Tensor]: # "intact", the losses in nats [B]; "slopes", estimated rises [L, H, B]; float64
-    "The loss of each example and the first-order estimate of its rise for every head, by one backward pass."
-    a = dimensions(model.config)
-    gates = torch.ones(len(batch["input_ids"]), a.layers, a.heads, dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad(), gated_heads(model, gates):
-        _, losses = intact_pass(model, batch)
-        slopes = torch.autograd.grad(losses.sum(), gates)[0]
-    return {"intact": losses.detach().cpu(), "slopes": -slopes.permute(1, 2, 0).cpu()}
-
-# %% ../../nbs/methods/28_screening.ipynb #c050
-@torch.no_grad()
-def masked_on_batch(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    indices: list[int], # The batch: indices of its examples
-    wanted: torch.Tensor, # Which heads are masked on them, bool [L, H]
-    heads_at_once: int | None = None, # Heads of a layer in one pass; None means as many as fit, and 1 on a CPU
-) -> torch.Tensor: # Masked losses, NaN for heads that are not wanted, float64 [L, H, B]
-    "The losses of a batch with each of some heads masked."
-    state, targets = prepare_batch(model, calibration, indices, None)
-    together = heads_at_once or heads_by_memory(model, state, targets, None)
-    table = torch.full((*wanted.shape, len(indices)), torch.nan, dtype=torch.float64)
-    for layer in range(len(wanted)):
-        heads = wanted[layer].nonzero()[:, 0].tolist()
-        hidden, known = intact_step(model, state, targets, layer)
-        for group in head_groups(heads, together):
-            losses = masked_losses(model, state, targets, layer, group, None, known)
-            check_finite_table(losses, layer, [calibration.examples[i].uid for i in indices], group)
-            table[layer, list(group)] = losses
-        if not wanted[layer + 1:].any(): return table
-        state = replace(state, hidden=hidden)
-    return table
-
-# %% ../../nbs/methods/28_screening.ipynb #c052
-def wanted_batches(
-    calibration: Calibration, # N examples
-    wanted: torch.Tensor, # Which cells are to be measured, bool [L, H, N]
-    batch_tokens: int, # Padded tokens per batch
-) -> list[tuple[list[int], torch.Tensor]]: # Indices of the examples of a batch, and its wanted heads, bool [L, H]
-    "Cut a round into batches with the same wanted heads."
+def wanted_batches(calibration: Calibration, wanted: torch.Tensor,
+                   batch_tokens: int) -> list[tuple[list[int], torch.Tensor]]:
+    "Cut wanted cells, bool [L, H, N], into batches: indices of examples, and the heads wanted on all, bool [L, H]."
     kinds, kind = wanted.flatten(0, 1).unique(dim=1, return_inverse=True)
     batches = []
     for index in range(kinds.shape[1]):
@@ -409,100 +253,72 @@ def wanted_batches(
         batches += [([members[i] for i in batch], heads) for batch in cut]
     return batches
 
-# %% ../../nbs/methods/28_screening.ipynb #c058
-import json
-from contextlib import nullcontext
-from pathlib import Path
-from tqdm.auto import tqdm
-from ..core.files import alone_in, read_tensors, sha256_of_text, is_intact, write_tensors
-from ..data.batches import collate
-from .unit_store import losses_key
-from ..models.loading import model_fingerprint
-from ..scoring import head_losses
-
-# %% ../../nbs/methods/28_screening.ipynb #c059
-def kept(
-    folder: Path | None, # Where finished batches are kept; None keeps nothing
-    about: dict, # What the batch is: JSON, from which its name follows
-    make: Callable[[], dict[str, torch.Tensor]], # Computes it
-) -> dict[str, torch.Tensor]: # The batch's tensors
-    "Read a finished batch, or compute and keep it."
-    if folder is None: return make()
-    path = folder/f"{about['what']}-{sha256_of_text(json.dumps(about, sort_keys=True))[:16]}.safetensors"
-    if not is_intact(path, read_tensors): write_tensors(path, make(), about)
-    tensors, found = read_tensors(path)
-    if found == about: return tensors
-    raise BadInput(f"{path} holds other examples than its name says: expected a store of this run; remove it.")
-
-# %% ../../nbs/methods/28_screening.ipynb #c060
 @dataclass(frozen=True)
 class Screening:
-    "A model and how it is screened."
+    "A model, its examples, and where finished batches are kept."
     model: nn.Module # A causal language model of a known family, in evaluation mode
     calibration: Calibration # N examples
-    batch_tokens: int # Padded tokens per batch
-    heads_at_once: int | None # Heads of a layer in one pass; None means as many as fit, and 1 on a CPU
-    folder: Path | None # Where finished batches are kept, or None
+    batch_tokens: int = 4096 # Padded tokens per batch
+    heads_at_once: int | None = None # Heads of a layer in one pass; None means as many as fit, and 1 on a CPU
+    folder: Path | None = None # Where finished batches are kept, or None
 
     def uids(self, indices: list[int]) -> list[str]:
         "Content hashes of some examples."
         return [self.calibration.examples[index].uid for index in indices]
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        "Layers, heads and examples, [L, H, N]."
+    def table(self, value: float) -> torch.Tensor:
+        "A number for every cell, float64 [L, H, N]."
         a = dimensions(self.model.config)
-        return a.layers, a.heads, len(self.calibration.examples)
+        return torch.full((a.layers, a.heads, len(self.calibration.examples)), value, dtype=torch.float64)
 
-# %% ../../nbs/methods/28_screening.ipynb #c061
-def all_slopes(
-    screening: Screening, # The model and its examples
-) -> dict[str, torch.Tensor]: # "intact", float64 [N], and "slopes", float64 [L, H, N]
-    "Intact losses and slopes of all examples."
-    model, examples = screening.model, screening.calibration.examples
-    found = {"intact": torch.zeros(screening.shape[-1:], dtype=torch.float64),
-             "slopes": torch.zeros(screening.shape, dtype=torch.float64)}
-    for indices in tqdm(token_batches(examples, screening.batch_tokens), desc="slopes", unit="batch"):
-        def make() -> dict[str, torch.Tensor]:
-            batch = collate([examples[i] for i in indices], pad_id=0, device=model.get_input_embeddings().weight.device)
-            return losses_and_slopes(model, batch)
-        part = kept(screening.folder, {"what": "slopes", "uids": screening.uids(indices)}, make)
-        check_finite_table(part["intact"][None], None, screening.uids(indices))
-        for name in found: found[name][..., indices] = part[name]
-    return found
+    def kept(self, about: dict, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        "Read a finished batch, whose name follows from what it is about, or compute and keep it."
+        if self.folder is None: return make()
+        path = self.folder/f"{about['what']}-{sha256_of_text(json.dumps(about, sort_keys=True))[:16]}.safetensors"
+        if not is_intact(path, read_tensors): write_tensors(path, make(), about)
+        tensors, found = read_tensors(path)
+        if found == about: return tensors
+        raise BadInput(f"{path} holds other examples than its name says: expected a store of this run; remove it.")
 
-# %% ../../nbs/methods/28_screening.ipynb #c062
-def measure_cells(
-    screening: Screening, # The model and its examples
-    intact: torch.Tensor, # Intact losses, [N]
-    wanted: torch.Tensor, # Which cells, bool [L, H, N]
-) -> torch.Tensor: # Rises in nats, NaN for other cells, float64 [L, H, N]
-    "Mask the wanted heads on the wanted examples, batch by batch."
-    table = torch.full(screening.shape, torch.nan, dtype=torch.float64)
-    batches = wanted_batches(screening.calibration, wanted, screening.batch_tokens)
-    for indices, heads in tqdm(batches, desc="masking heads", unit="batch"):
-        def make() -> dict[str, torch.Tensor]:
-            return {"masked": masked_on_batch(
-                screening.model, screening.calibration, indices, heads, screening.heads_at_once)}
-        about = {"what": "masked", "uids": screening.uids(indices), "heads": heads.nonzero().tolist()}
-        table[:, :, indices] = kept(screening.folder, about, make)["masked"]
-    return table - intact
+    def slopes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        "Intact losses [N], and the first-order estimate of every rise, [L, H, N]."
+        examples, device = self.calibration.examples, self.model.get_input_embeddings().weight.device
+        intact, slopes = torch.zeros(len(examples), dtype=torch.float64), self.table(0.0)
+        for indices in tqdm(token_batches(examples, self.batch_tokens), desc="slopes", unit="batch"):
+            def make() -> dict[str, torch.Tensor]:
+                batch = collate([examples[i] for i in indices], pad_id=0, device=device)
+                losses, by_gate = gate_slopes(self.model, batch)
+                return {"intact": losses.cpu(), "slopes": -by_gate.permute(1, 2, 0).cpu()}
+            part = self.kept({"what": "slopes", "uids": self.uids(indices)}, make)
+            check_finite_table(part["intact"][None], None, self.uids(indices))
+            intact[indices], slopes[..., indices] = part["intact"], part["slopes"]
+        return intact, slopes
 
-# %% ../../nbs/methods/28_screening.ipynb #c063
-def screened_table(
-    screening: Screening, # The model and its examples
-    budget: float, # Share of the masked passes that may be spent
-    seed: int, # Seed of the order of the examples
-    fingerprint: str, # The model's
-) -> PartialLosses: # The table with gaps
-    "Slopes of all cells, losses of those that the rounds choose, and where it all comes from."
-    known, task = all_slopes(screening), task_indices(tuple(e.task for e in screening.calibration.examples))
-    def measure(wanted: torch.Tensor) -> torch.Tensor: return measure_cells(screening, known["intact"], wanted)
-    rise = in_rounds(measure, known["slopes"], task, budget, seed)
-    losses = head_losses(screening.model, screening.calibration, rise + known["intact"], known["intact"],
-                         screening.batch_tokens, fingerprint)
-    about = {"budget": budget, "seed": seed, "spent": share_spent(~rise.isnan())}
-    return PartialLosses(replace(losses, meta=losses.meta | {"screened": about}), known["slopes"])
+    def masked(self, wanted: torch.Tensor) -> torch.Tensor:
+        "Losses with the wanted heads masked on the wanted examples, bool [L, H, N]; NaN for other cells."
+        table = self.table(torch.nan)
+        batches = wanted_batches(self.calibration, wanted, self.batch_tokens)
+        for indices, heads in tqdm(batches, desc="masking heads", unit="batch"):
+            about = {"what": "masked", "uids": self.uids(indices), "heads": heads.nonzero().tolist()}
+            table[:, :, indices] = self.kept(about, lambda: {"masked": self.masked_batch(indices, heads)})["masked"]
+        return table
+
+    @torch.no_grad()
+    def masked_batch(self, indices: list[int], wanted: torch.Tensor) -> torch.Tensor: # [L, H, B]
+        "Losses of a batch with each of some heads masked; NaN for heads that are not wanted."
+        model = self.model
+        state, targets = prepare_batch(model, self.calibration, indices, None)
+        together = self.heads_at_once or heads_by_memory(model, state, targets, None)
+        table = torch.full((*wanted.shape, len(indices)), torch.nan, dtype=torch.float64)
+        for layer in range(len(wanted)):
+            hidden, kept = intact_step(model, state, targets, layer)
+            for group in head_groups(wanted[layer].nonzero()[:, 0].tolist(), together):
+                losses = masked_losses(model, state, targets, layer, group, None, kept)
+                check_finite_table(losses, layer, self.uids(indices), group)
+                table[layer, list(group)] = losses
+            if not wanted[layer + 1:].any(): return table
+            state = replace(state, hidden=hidden)
+        return table
 
 # %% ../../nbs/methods/28_screening.ipynb #c064
 @validate_arguments
@@ -517,17 +333,22 @@ def screen_heads(
     heads_at_once: int | None = None, # Heads of a layer in one pass; None means as many as fit, and 1 on a CPU
 ) -> PartialLosses: # The table of losses, NaN where nothing was measured, and slopes for all
     "Mask heads where that tells most about factors and ranks, within a budget; resumes where a killed run stopped."
-    first_counts(by_task(task_indices(tuple(e.task for e in calibration.examples))).sum(0), budget) # or refuse it now
+    task = task_indices(tuple(e.task for e in calibration.examples))
+    first_counts(by_task(task).sum(0), budget) # or refuse it now
     check_seed(seed)
     if heads_at_once is not None: check_at_least(heads_at_once, 1, "heads_at_once")
     fingerprint = model_fingerprint(model)
     key = losses_key(model, calibration, tokenizer_fingerprint, fingerprint)
     folder = None if store is None else Path(store)/f"{key}-screened-{batch_tokens}"
-    screening = Screening(model, calibration, batch_tokens, heads_at_once=heads_at_once, folder=folder)
+    screening = Screening(model=model, calibration=calibration, batch_tokens=batch_tokens, heads_at_once=heads_at_once,
+                          folder=folder)
     with alone_in(folder) if folder else nullcontext():
-        return screened_table(screening, budget, seed, fingerprint)
+        intact, slopes = screening.slopes()
+        rise = in_rounds(lambda wanted: screening.masked(wanted) - intact, slopes, task, budget, seed)
+    losses = head_losses(model, calibration, rise + intact, intact, batch_tokens, fingerprint)
+    about = {"budget": budget, "seed": seed, "spent": share_spent(~rise.isnan())}
+    return PartialLosses(replace(losses, meta=losses.meta | {"screened": about}), slopes)
 
-# %% ../../nbs/methods/28_screening.ipynb #c066
 @validate_arguments
 def screened_scores(
     partial: PartialLosses, # A table with gaps
@@ -542,62 +363,38 @@ def screened_scores(
     return estimated(partial.rise, partial.slopes, task).scores, low, high
 
 # %% ../../nbs/methods/28_screening.ipynb #c071
-from ..core.errors import check_fields
-from ..scoring import causal_scores, check_table, load_losses
-
-# %% ../../nbs/methods/28_screening.ipynb #c072
-def save_partial(
-    partial: PartialLosses, # A table with gaps
-    path: str | Path, # Final name of the file
-) -> None:
+def save_partial(partial: PartialLosses, path: str | Path) -> None:
     "Save a table with gaps and its provenance; equal tables give equal bytes."
     losses = partial.losses
     about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
     write_tensors(Path(path), {"masked": losses.masked, "intact": losses.intact, "slopes": partial.slopes}, about)
 
-def partial_from(
-    tensors: dict[str, torch.Tensor], # masked, intact and slopes
-    about: dict, # The file's words
-) -> PartialLosses: # The table
-    "Put a table with gaps together; parts that do not fit raise KeyError, TypeError or ValueError."
-    columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
-    losses = HeadLosses(masked=tensors["masked"], intact=tensors["intact"], **columns,
-                        **{name: about[name] for name in ("k", "seed", "meta")})
-    check_table(replace(losses, masked=losses.masked.nan_to_num(0.0)))
-    partial = check_fields(PartialLosses(losses, tensors["slopes"]))
-    partial.check_together()
-    if not partial.slopes.isfinite().all(): raise ValueError("a slope is not finite")
-    check_seed(losses.meta["screened"]["seed"])
-    return partial
-
-# %% ../../nbs/methods/28_screening.ipynb #c073
-def load_any(
-    path: str | Path, # A file that 'cap score' wrote
-) -> HeadLosses | PartialLosses: # What it holds
-    "Load a table of losses, whole or with gaps; a missing, damaged or foreign file raises `BadInput`."
+def load_any(path: str | Path) -> HeadLosses | PartialLosses:
+    "Load what 'cap score' wrote, whole or with gaps; a missing, damaged or foreign file raises `BadInput`."
     tensors, about = read_tensors(Path(path))
     if "slopes" not in tensors: return load_losses(path)
-    try: return partial_from(tensors, about)
+    try:
+        columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
+        losses = HeadLosses(masked=tensors["masked"], intact=tensors["intact"], **columns,
+                            **{name: about[name] for name in ("k", "seed", "meta")})
+        check_table(replace(losses, masked=losses.masked.nan_to_num(0.0)))
+        partial = check_fields(PartialLosses(losses, tensors["slopes"]))
+        partial.check_together()
+        if not partial.slopes.isfinite().all(): raise ValueError("a slope is not finite")
+        check_seed(losses.meta["screened"]["seed"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path} holds no table of losses ({error}): expected a file written by 'cap score'; check the "
                        "path.") from None
+    return partial
 
-def scores_of(
-    table: HeadLosses | PartialLosses, # A table of losses, whole or with gaps
-    how: str, # "paper", "paired" or "mean"
-    name: str | Path = "The table of losses", # Its file, for the sentence
-) -> torch.Tensor: # Scores in nats, float64 [L, H]
-    "Scores from a table of losses; any but the mean of a table with gaps raises `BadInput`."
+def scores_of(table: HeadLosses | PartialLosses, how: str, name: str | Path = "The table of losses") -> torch.Tensor:
+    "Scores in nats, float64 [L, H], by an aggregation; any but the mean of a table with gaps raises `BadInput`."
     if isinstance(table, HeadLosses): return causal_scores(table, how)
     if how == "mean": return screened_scores(table)[0]
     raise BadInput(f"{name} was measured in part, with --budget, and aggregation {how!r} takes medians of whole "
                    "subsets: expected 'mean'; give --aggregation mean, or score without --budget.")
 
-# %% ../../nbs/methods/28_screening.ipynb #2888aa3a
-def read_scores(
-    path: str | Path, # A file that 'cap score' wrote
-    how: str, # "paper", "paired" or "mean"
-) -> tuple[HeadLosses, torch.Tensor]: # The table, perhaps with gaps, and the scores in nats, float64 [L, H]
-    "Scores from the file of a table of losses; any but the mean of a table with gaps raises `BadInput`."
+def read_scores(path: str | Path, how: str) -> tuple[HeadLosses, torch.Tensor]: # The table, and scores [L, H]
+    "The table in a file that 'cap score' wrote, and scores from it, as `scores_of` gives them."
     table = load_any(path)
     return table if isinstance(table, HeadLosses) else table.losses, scores_of(table, how, path)

@@ -21,12 +21,11 @@ from ..core.errors import BadInput, validate_arguments
 from ..core.files import SHARD_INDEX, StoredTensor, checkpoint_tensors, read_object, shard_files
 from ..models.anatomy import Projection, anatomy, checkpoint_names, projections
 from ..models.families import family_of
-from ..models.loading import config_of, opened_by_transformers
+from ..models.loading import (
+    STORED_DTYPES, config_of, fingerprint_differences, generation_of, joined_fingerprint, opened_by_transformers)
 
 # %% ../../nbs/methods/25_streaming.ipynb #c015
-def meta_model(
-    folder: Path, # A checkpoint folder
-) -> nn.Module: # The model of its configuration, on the meta device
+def meta_model(folder: Path) -> nn.Module:
     "Names and shapes from a configuration alone; an unknown family or a quantised checkpoint raises `BadInput`."
     settings = read_object(folder/"config.json")
     family_of(SimpleNamespace(**{"model_type": None} | settings))
@@ -34,36 +33,11 @@ def meta_model(
         raise BadInput(f"{folder} is quantised: expected weights in float32, bfloat16 or float16; "
                        "take a checkpoint that is not quantised.")
     config = config_of(folder)
-    with opened_by_transformers(folder), torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+    with opened_by_transformers(folder), torch.device("meta"): model = AutoModelForCausalLM.from_config(config).eval()
     anatomy(model)
     return model
 
-# %% ../../nbs/methods/25_streaming.ipynb #c016
-def named_as_in(
-    model: nn.Module, # A model
-    tensors: dict[str, StoredTensor], # Name in a checkpoint -> where it lies
-) -> dict[str, StoredTensor]: # Name in the model -> where it lies
-    "Tensors under the model's names; a checkpoint of the decoder alone, as GPT-2's on the hub, lacks the prefix."
-    in_the_model = {name for ways in checkpoint_names(model).values() for way in ways for name in way}
-    prefix = f"{model.base_model_prefix}."
-    def in_model(name: str) -> str:
-        return prefix + name if prefix + name in in_the_model and name not in in_the_model else name
-    return {in_model(name): stored for name, stored in tensors.items()}
-
-def held_in(
-    model: nn.Module, # A model
-    tensors: dict[str, StoredTensor], # Name in the model, or in a list of experts -> where it lies
-) -> dict[str, tuple[StoredTensor, ...]]: # Parameter of the model -> the tensors that make it up, in order
-    "Where each parameter lies; one that is missing has no entry."
-    held = {}
-    for name, ways in checkpoint_names(model).items():
-        way = next((way for way in ways if all(part in tensors for part in way)), None)
-        if way: held[name] = tuple(tensors[part] for part in way)
-    return held
-
-# %% ../../nbs/methods/25_streaming.ipynb #c017
-STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16} # Names in a header -> torch dtypes
-
+# %% ../../nbs/methods/25_streaming.ipynb #5b500762
 @dataclass(frozen=True)
 class Checkpoint:
     "A checkpoint folder, known without its weights."
@@ -72,11 +46,19 @@ class Checkpoint:
     shards: tuple[Path, ...] # Its safetensors files
     held: dict[str, tuple[StoredTensor, ...]] # Parameter of the model -> the tensors that make it up, in order
 
+def held_in(model: nn.Module, tensors: dict[str, StoredTensor]) -> dict[str, tuple[StoredTensor, ...]]:
+    "The tensors that make up each parameter; one that is missing has no entry."
+    names, prefix = checkpoint_names(model), f"{model.base_model_prefix}."
+    in_the_model = {name for ways in names.values() for way in ways for name in way}
+    def in_model(name: str) -> str: # a checkpoint of the decoder alone, as GPT-2's on the hub, lacks the prefix
+        return prefix + name if prefix + name in in_the_model and name not in in_the_model else name
+    tensors = {in_model(name): stored for name, stored in tensors.items()}
+    held = {name: next((way for way in ways if all(part in tensors for part in way)), ())
+            for name, ways in names.items()}
+    return {name: tuple(tensors[part] for part in way) for name, way in held.items() if way}
+
 # %% ../../nbs/methods/25_streaming.ipynb #c018
-def tensors_of_weight(
-    checkpoint: Checkpoint, # A checkpoint
-    p: Projection, # A weight in scope
-) -> tuple[StoredTensor, ...]: # The tensors whose rows, one below the other, are its own; none if it is missing
+def tensors_of_weight(checkpoint: Checkpoint, p: Projection) -> tuple[StoredTensor, ...]:
     "Where a weight lies; of a stack of experts, what belongs to its own."
     held = checkpoint.held.get(p.parameter_name, ())
     if not held or p.parameter.ndim == 2: return held
@@ -88,10 +70,7 @@ def tensors_of_weight(
     return (replace(whole, start=start, end=start + size, shape=whole.shape[1:]),)
 
 # %% ../../nbs/methods/25_streaming.ipynb #c019
-def check_stored(
-    checkpoint: Checkpoint, # A checkpoint
-    p: Projection, # A weight in scope
-) -> None:
+def check_stored(checkpoint: Checkpoint, p: Projection) -> None:
     "Raise `BadInput` unless the weight is stored, in a known dtype and in the shape of the configuration."
     stored = tensors_of_weight(checkpoint, p)
     if not stored:
@@ -106,16 +85,12 @@ def check_stored(
             raise BadInput(f"{p.name}.weight has shape {list(tensor.shape)}: expected {list(shape)} from the "
                            "configuration; the two do not belong together.")
 
-# %% ../../nbs/methods/25_streaming.ipynb #c020
-def open_checkpoint(
-    folder: str | Path, # A folder saved by transformers, as safetensors
-) -> Checkpoint: # What is known of it
+# %% ../../nbs/methods/25_streaming.ipynb #b5646655
+def open_checkpoint(folder: str | Path) -> Checkpoint:
     "Describe a checkpoint; weights in scope that are missing, of another shape or quantised raise `BadInput`."
     folder = Path(folder)
-    shards = shard_files(folder)
-    tensors = checkpoint_tensors(folder)
-    model = meta_model(folder)
-    checkpoint = Checkpoint(folder=folder, model=model, shards=shards, held=held_in(model, named_as_in(model, tensors)))
+    shards, tensors, model = shard_files(folder), checkpoint_tensors(folder), meta_model(folder)
+    checkpoint = Checkpoint(folder=folder, model=model, shards=shards, held=held_in(model, tensors))
     for p in projections(model): check_stored(checkpoint, p)
     return checkpoint
 
@@ -131,12 +106,13 @@ class StoredRows:
     last: int # Index after the last row
     before: int = 0 # Rows of the weight that lie in other tensors before this one
 
+def rows_of(values: torch.Tensor, piece: StoredRows) -> torch.Tensor: # [rows, 1], [1, in] or [1, 1]
+    "What belongs to a piece of values that broadcast over its weight."
+    return values[piece.first:piece.last] if len(values) > 1 else values
+
 # %% ../../nbs/methods/25_streaming.ipynb #c025
-def pieces_of_weights(
-    checkpoint: Checkpoint, # The checkpoint
-    chosen: Sequence[Projection], # Some of its projections
-    at_once: int = AT_ONCE, # Weights in a piece, at least one row
-) -> tuple[StoredRows, ...]: # Their rows in order
+def pieces_of_weights(checkpoint: Checkpoint, chosen: Sequence[Projection],
+                      at_once: int = AT_ONCE) -> tuple[StoredRows, ...]:
     "Cut weights into pieces of whole rows."
     pieces = []
     for p in chosen:
@@ -151,18 +127,14 @@ def pieces_of_weights(
 # %% ../../nbs/methods/25_streaming.ipynb #c026
 SHORTER = "{} became shorter while it was read: expected a checkpoint that nobody changes; try again."
 
-def lines_of(
-    piece: StoredRows, # Which rows
-) -> tuple[list[int], int]: # Where in the file each run of neighbouring bytes begins, and how many bytes each has
+def lines_of(piece: StoredRows) -> tuple[list[int], int]:
     "Rows lie in one run; of a weight that is stored as [in, out], every stored line holds one number of each row."
     stored, itemsize, count = piece.tensor, STORED_DTYPES[piece.tensor.kind].itemsize, piece.last - piece.first
     width = itemsize * stored.shape[1]
     if not piece.projection.transposed: return [stored.start + (piece.first - piece.before) * width], count * width
     return [stored.start + line * width + piece.first * itemsize for line in range(stored.shape[0])], count * itemsize
 
-def read_rows(
-    piece: StoredRows, # Which rows
-) -> torch.Tensor: # The rows, in the dtype in which they are stored
+def read_rows(piece: StoredRows) -> torch.Tensor:
     "Read some rows of a stored weight; a file that has become shorter raises `BadInput`."
     (offsets, size), kind = lines_of(piece), STORED_DTYPES[piece.tensor.kind]
     held = torch.empty(len(offsets), size // kind.itemsize, dtype=kind)
@@ -174,11 +146,7 @@ def read_rows(
     return held.T.contiguous() if piece.projection.transposed else held.view(piece.last - piece.first, -1)
 
 # %% ../../nbs/methods/25_streaming.ipynb #c027
-def write_rows(
-    piece: StoredRows, # Which rows
-    rows: torch.Tensor, # Their new values
-    folder: Path, # Folder that holds a file of the same name and size
-) -> None:
+def write_rows(piece: StoredRows, rows: torch.Tensor, folder: Path) -> None:
     "Write some rows of a weight to the same place in another folder's file."
     offsets, size = lines_of(piece)
     lines = (rows.T if piece.projection.transposed else rows).contiguous()
@@ -197,24 +165,25 @@ from .selection import TIES, Evidence, Measurements, check_pattern
 from ..core.errors import check_choice, check_sparsity
 from ..core.files import read_tensors, write_tensors
 
-# %% ../../nbs/methods/25_streaming.ipynb #c031
+# %% ../../nbs/methods/25_streaming.ipynb #8b19b2a1
 STREAMED = ("magnitude", "cap", "wanda", "cap_wanda") # Criteria whose score of a weight needs no other weight
 
-def check_streamed(
-    method: str, # criterion[@scope]
-    sparsity: float, # Share of the weights in scope to zero
-    ties: str, # "exact" or "all"
-) -> MethodName: # Its choices
-    "Take a method's name apart; one that needs more than a weight at a time raises `BadInput`."
+def check_streamed(method: str, sparsity: float, ties: str = "exact", with_hessians: bool = False) -> MethodName:
+    "Take a method's name apart; one that needs more than a weight, or with Hessians a matrix, raises `BadInput`."
     parts = check_method(method)
     check_choice(ties, TIES, "treatment of ties")
     check_pattern(own_scope(parts), check_sparsity(sparsity))
-    whole = parts.allocation or parts.recovery or parts.attribution in UNIT_AWARE # needs more of the model
-    if parts.base in STREAMED and not whole: return parts
-    if parts.base in SOLVERS or parts.recovery:
+    solved = parts.base in SOLVERS or parts.recovery is not None
+    if solved and not with_hessians:
         raise BadInput(f"Method {method!r} cannot be streamed without Hessians: expected a folder of them, made by "
                        "'cap hessians'; give it with --hessians, or load the model and prune it in memory.")
-    raise BadInput(f"Method {method!r} cannot be streamed: expected {', '.join(STREAMED)}, with a scope or without; "
+    if with_hessians and not solved:
+        raise BadInput(f"Method {method!r} uses no Hessians: expected a solver or a recovery, as in sparsegpt or "
+                       "wanda^swaps; leave --hessians out.")
+    bases = (*SOLVERS, *STREAMED) if with_hessians else STREAMED
+    if parts.base in bases and not parts.allocation and parts.attribution not in UNIT_AWARE: return parts
+    form = " without an allocation, and a recovery or none" if with_hessians else ", with a scope or without"
+    raise BadInput(f"Method {method!r} cannot be streamed: expected {', '.join(bases)}{form}; "
                    "load the model and prune it in memory.")
 
 # %% ../../nbs/methods/25_streaming.ipynb #c034
@@ -238,65 +207,51 @@ def load_norms(
     raise BadInput(f"{path} holds no input norms: expected a whole file that save_norms wrote; check the path, "
                    "or measure them with dense_norms.")
 
-# %% ../../nbs/methods/25_streaming.ipynb #c036
-def checked_norms(
-    checkpoint: Checkpoint, # The checkpoint
-    norms: dict[str, torch.Tensor] | str | Path | None, # Module name -> norm of each input feature, or a file of them
-    method: str, # Name of the method, for the sentence
-) -> dict[str, torch.Tensor]: # The same norms
-    "Norms for every projection of a checkpoint; missing ones, or norms of another model, raise `BadInput`."
-    if norms is None:
+# %% ../../nbs/methods/25_streaming.ipynb #5e2aa130
+def measurements_for(checkpoint: Checkpoint, method: str, factors: Factors | torch.Tensor | None,
+                     norms: dict[str, torch.Tensor] | str | Path | None) -> Measurements:
+    "Factors and norms for a method; what is missing, not used, or another model's raises `BadInput`."
+    needs, scope = CRITERIA[check_method(method).base].needs, projections(checkpoint.model)
+    if norms is not None and "norm" not in needs:
+        raise BadInput(f"Norms were given for {method!r}, which uses none: expected them with wanda or cap_wanda only; "
+                       "leave them out.")
+    if norms is None and "norm" in needs:
         raise BadInput(f"Method {method!r} was called without norms: expected input norms; measure them with "
                        "dense_norms and pass them, or a file of save_norms.")
-    if not isinstance(norms, dict): norms, _ = load_norms(norms)
-    for p in projections(checkpoint.model):
+    if isinstance(norms, str | Path): norms, _ = load_norms(norms)
+    for p in scope if norms is not None else ():
         norm, width = norms.get(p.name), p.weight.shape[1]
         if norm is None or tuple(norm.shape) != (width,) or not (norm.min() >= 0 and norm.isfinite().all()):
             raise BadInput(f"The input norms of {p.name} are missing, of another length or not finite: expected "
                            f"{width} numbers of at least 0; measure them on this model.")
-    return {p.name: norms[p.name].float().cpu() for p in projections(checkpoint.model)}
-
-# %% ../../nbs/methods/25_streaming.ipynb #c037
-def checked_regions(
-    checkpoint: Checkpoint, # The checkpoint
-    factors: Factors | torch.Tensor | None, # Importance factors; a tensor holds those of the heads, [L, H]
-    method: str, # Name of the method, for the sentence
-) -> dict[str, torch.Tensor]: # Module name -> float32 tensor that broadcasts over the weight
-    "The factor of every weight (paper equation 4); missing factors or another model's raise `BadInput`."
-    check_inputs(method, Inputs(factors=factors), ["factors"])
-    return region_factors(checkpoint.model, factors, "cpu")
+    if "factor" in needs: check_inputs(method, Inputs(factors=factors), ["factors"])
+    return Measurements(
+        norms={} if norms is None else {p.name: norms[p.name].float().cpu() for p in scope},
+        regions=region_factors(checkpoint.model, factors, "cpu") if "factor" in needs else {})
 
 # %% ../../nbs/methods/25_streaming.ipynb #77e022e1
 NOT_FINITE = "Some score of {} is not finite: expected finite weights; check the checkpoint for NaN."
 
-def scored_rows(
-    piece: StoredRows, # Some rows of a weight
-    base: str, # One of `STREAMED`
-    measured: Measurements, # Norms and factors
-) -> tuple[torch.Tensor, torch.Tensor]: # The rows as stored, and their scores in float32
+def scored_rows(piece: StoredRows, base: str, measured: Measurements) -> tuple[torch.Tensor, torch.Tensor]:
     "Read a piece and score it; scores that are not finite raise `BadInput`."
     rows, name = read_rows(piece), piece.projection.name
     factor = measured.regions.get(name)
-    if factor is not None and len(factor) > 1: factor = factor[piece.first:piece.last]
+    if factor is not None: factor = rows_of(factor, piece)
     scores = CRITERIA[base].score(Evidence(weight=rows.float(), norm=measured.norms.get(name), factor=factor))
     low, high = scores.aminmax()
     if not (low >= 0 and high < torch.inf): raise BadInput(NOT_FINITE.format(name)) # NaN fails both comparisons
     return rows, scores
 
-# %% ../../nbs/methods/25_streaming.ipynb #a63439c6
+# %% ../../nbs/methods/25_streaming.ipynb #66d0a2a6
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from tqdm.auto import tqdm
 
-# %% ../../nbs/methods/25_streaming.ipynb #bbe040e1
 THREADS, AHEAD = 3, 4 # Threads that read and compute; pieces that are worked on ahead
 
-def in_order(
-    pieces: Sequence[StoredRows], # What is read
-    work: Callable[[StoredRows], object], # Reads a piece, and makes something of it
-    bar: tqdm, # Progress bar, advanced by the weights that were read
-) -> Iterator[tuple[StoredRows, object]]: # Each piece with what was made of it, in order
-    "Work on pieces in threads, a few ahead; none is at work any more when the loop ends, by an error or without."
+def in_order(pieces: Sequence[StoredRows], work: Callable[[StoredRows], Any],
+             bar: tqdm) -> Iterator[tuple[StoredRows, Any]]:
+    "Pieces with what is made of them in threads, in order; none is at work any more when the loop ends."
     def without_gradients(piece: StoredRows) -> object: # a setting that each thread has for itself
         with torch.no_grad(): return work(piece)
     with ThreadPoolExecutor(THREADS, "cap_nb-pieces") as pool:
@@ -311,96 +266,45 @@ def in_order(
         finally:
             for _, made in waiting: made.cancel()
 
-# %% ../../nbs/methods/25_streaming.ipynb #bc301d02
+# %% ../../nbs/methods/25_streaming.ipynb #aa1ed485
 from cap_nb.methods.selection import (
-    Take, Threshold, find_threshold, first_ones, pattern_of, smallest_in_groups, smallest_in_rows, tie_selector,
-    ties_taken)
-from ..threshold import zero_count
+    Take, Threshold, find_threshold, pattern_of, smallest_in_groups, smallest_in_rows, tie_selector)
+from cap_nb.threshold import zero_count
 
-# %% ../../nbs/methods/25_streaming.ipynb #b7e10754
 Scored = Callable[[StoredRows], tuple[torch.Tensor, torch.Tensor]] # Piece -> its rows, and what `Take` decides by
+Regions = tuple[torch.Tensor, dict[str, torch.Tensor]] # Distinct factors [R]; module name -> which, as a weight
 
 MAGNITUDES = 1 << 15 # Magnitudes that 16 bits can hold
 SIGNLESS = MAGNITUDES - 1 # Every bit but the sign's
 REGIONS_AT_MOST = 4096 # Regions whose magnitudes are counted; more would take over a gibibyte
 
-def numbered_regions(
-    pieces: Sequence[StoredRows], # What competes
-    measured: Measurements, # Its factors, if the criterion has any
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: # Distinct factors [R]; module name -> which, as a weight
-    "Number the regions of what competes; regions with one factor are one."
+def countable_regions(pieces: Sequence[StoredRows], base: str, measured: Measurements) -> Regions | None:
+    "The regions of what competes, if a score is a magnitude of 16 bits times one of a few factors."
+    if base not in ("magnitude", "cap"): return None
+    if {piece.tensor.kind for piece in pieces} not in ({"BF16"}, {"F16"}): return None
     names = dict.fromkeys(piece.projection.name for piece in pieces)
     regions = {name: measured.regions.get(name, torch.ones(1, 1)) for name in names}
     factors = torch.cat([factor.flatten() for factor in regions.values()]).unique()
+    if len(factors) > REGIONS_AT_MOST or not all(1 in factor.shape for factor in regions.values()): return None
     return factors, {name: torch.searchsorted(factors, factor.contiguous()) for name, factor in regions.items()}
 
-def can_count(
-    pieces: Sequence[StoredRows], # What competes
-    base: str, # Criterion
-    measured: Measurements, # Its factors, if the criterion has any
-) -> bool: # Whether the magnitudes can be counted
-    "Whether a score is a magnitude of 16 bits times its region's factor, with few enough regions."
-    if base not in ("magnitude", "cap"): return False
-    if {piece.tensor.kind for piece in pieces} not in ({"BF16"}, {"F16"}): return False
-    factors, numbers = numbered_regions(pieces, measured)
-    return len(factors) <= REGIONS_AT_MOST and all(1 in number.shape for number in numbers.values())
-
-# %% ../../nbs/methods/25_streaming.ipynb #24ee4da2
-def bits_of(
-    rows: torch.Tensor, # Weights of 16 or 32 bits
-) -> torch.Tensor: # The same memory as integers
-    "The bit patterns of weights."
+def bits_of(rows: torch.Tensor) -> torch.Tensor:
+    "The bit patterns of weights, in the same memory."
     return rows.view(torch.int16 if rows.element_size() == 2 else torch.int32)
 
-def count_piece(
-    piece: StoredRows, # Some rows of a weight of 16 bits
-    numbers: torch.Tensor, # Number of each weight's region, broadcast over the weight: [out, 1], [1, in] or [1, 1]
-) -> list[tuple[int, torch.Tensor]]: # Number of a region; how often each magnitude stands in its part, int64 [32768]
-    "Count the magnitudes of a piece, cut where its region changes."
-    patterns = bits_of(read_rows(piece)) & SIGNLESS
-    by_row = len(numbers) > 1
-    here = (numbers[piece.first:piece.last] if by_row else numbers).flatten()
-    if len(here) == 1: return [(int(here), torch.bincount(patterns.flatten(), minlength=MAGNITUDES))]
-    regions, lengths = here.unique_consecutive(return_counts=True)
-    parts = patterns.split(lengths.tolist(), 0 if by_row else 1)
+# %% ../../nbs/methods/25_streaming.ipynb #a5b9fddc
+def count_piece(piece: StoredRows, numbers: torch.Tensor) -> list[tuple[int, torch.Tensor]]: # int64 [32768]
+    "How often each magnitude stands in a piece, int64 [32768], for each run of rows or columns of one region."
+    patterns, here = bits_of(read_rows(piece)) & SIGNLESS, rows_of(numbers, piece)
+    regions, lengths = here.flatten().unique_consecutive(return_counts=True)
+    parts = [patterns] if len(regions) == 1 else patterns.split(lengths.tolist(), 0 if len(numbers) > 1 else 1)
     return [(region, torch.bincount(part.flatten(), minlength=MAGNITUDES))
             for region, part in zip(regions.tolist(), parts)]
 
-# %% ../../nbs/methods/25_streaming.ipynb #8a5d6e44
-def scored_by_side(
-    numbers: dict[str, torch.Tensor], # Module name -> number of the region, broadcast over the weight
-    on: torch.Tensor, # For each region, the first pattern that is not below the threshold, int16 [R]
-    above: torch.Tensor, # For each region, the first pattern above it, int16 [R]
-) -> Scored: # Reads a piece; its weights' sides are 2 below the threshold, 1 on it and 0 above, int8
-    "A function that reads a piece of 16-bit weights and compares it with its regions' patterns."
-    def scored(piece: StoredRows) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, region = read_rows(piece), numbers[piece.projection.name]
-        if len(region) > 1: region = region[piece.first:piece.last]
-        patterns = bits_of(rows) & SIGNLESS
-        below = patterns < on[region]
-        if torch.equal(on[region], above[region]): return rows, below.to(torch.int8) * 2
-        return rows, below.to(torch.int8) + (patterns < above[region])
-    return scored
-
-def take_by_side(
-    ties: int, # How many of the weights on the threshold go
-) -> Take: # Takes what lies below, and the first ones on it
-    "What `tie_selector` does, for sides instead of scores."
-    left = [ties]
-    def take(sides: torch.Tensor) -> torch.Tensor:
-        return (sides == 2) | first_ones(sides == 1, left) if left[0] else sides == 2
-    return take
-
-# %% ../../nbs/methods/25_streaming.ipynb #0d96ae66
-def counted_threshold(
-    pieces: Sequence[StoredRows], # What competes
-    base: str, # "magnitude" or "cap"
-    measured: Measurements, # Its factors, if the criterion has any
-    count: int, # How many become zero, at least 1
-    bar: tqdm, # Progress bar
-) -> tuple[Threshold, Scored]: # What `find_threshold` gives; reads a piece and says its weights' sides of the threshold
-    "The exact threshold from one reading that counts magnitudes; a weight that is not finite raises `BadInput`."
-    factors, numbers = numbered_regions(pieces, measured)
+def counted_threshold(pieces: Sequence[StoredRows], base: str, regions: Regions, count: int,
+                      bar: tqdm) -> tuple[Threshold, Scored]:
+    "The exact threshold by counts of magnitudes, and what gives a piece's sides of it: 0 below, 1 on it, 2 above."
+    factors, numbers = regions
     kind = STORED_DTYPES[pieces[0].tensor.kind]
     magnitudes = torch.arange(MAGNITUDES, dtype=torch.int16).view(kind).float()[None]
     scores = CRITERIA[base].score(Evidence(weight=magnitudes, factor=factors[:, None])).expand(len(factors), -1)
@@ -410,41 +314,35 @@ def counted_threshold(
             if here[~finite[region]].any(): raise BadInput(NOT_FINITE.format(piece.projection.name))
             counts[region] += here
     threshold = find_threshold([lambda: scores[finite]], count, [counts[finite]])
-    below, on = (scores < threshold.value).sum(1), (scores == threshold.value).sum(1)
-    return threshold, scored_by_side(numbers, below.to(torch.int16), (below + on).to(torch.int16))
+    first_on = (scores < threshold.value).sum(1).to(torch.int16)
+    first_above = (scores <= threshold.value).sum(1).to(torch.int16)
+    def sides(piece: StoredRows) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, region = read_rows(piece), rows_of(numbers[piece.projection.name], piece)
+        patterns = bits_of(rows) & SIGNLESS
+        return rows, (patterns >= first_on[region]).to(torch.int8) + (patterns >= first_above[region])
+    return threshold, sides
 
-# %% ../../nbs/methods/25_streaming.ipynb #91d96807
-def rule_of_taking(
-    pieces: Sequence[StoredRows], # What competes, in order
-    base: str, # One of `STREAMED`
-    measured: Measurements, # Norms and factors
-    sparsity: float, # Share of their weights to zero
-    scope: str, # A scope, or a pattern
-    ties: str, # "exact" or "all"
-    bar: tqdm, # Progress bar
-) -> tuple[Scored, Take, Threshold | None]: # Reads a piece; what of it becomes zero; the threshold, if there is one
-    "How the smallest of what competes are chosen."
+# %% ../../nbs/methods/25_streaming.ipynb #345978db
+def rule_of_taking(pieces: Sequence[StoredRows], base: str, measured: Measurements, sparsity: float, scope: str,
+                   ties: str, bar: tqdm) -> tuple[Scored, Take, Threshold | None]:
+    "What reads a piece, what takes from it the weights that become zero, and the threshold, if there is one."
     def scored(piece: StoredRows) -> tuple[torch.Tensor, torch.Tensor]: return scored_rows(piece, base, measured)
     pattern = pattern_of(scope)
     if pattern: return scored, lambda scores: smallest_in_groups(scores, *pattern), None
     if scope == "row": return scored, lambda scores: smallest_in_rows(scores, sparsity), None
-    weights = sum((piece.last - piece.first) * piece.projection.weight.shape[1] for piece in pieces)
-    count = zero_count(weights, sparsity)
+    count = zero_count(sum((piece.last - piece.first) * piece.projection.weight.shape[1] for piece in pieces), sparsity)
     if count == 0: return scored, lambda scores: torch.zeros_like(scores, dtype=torch.bool), None
-    if can_count(pieces, base, measured):
-        threshold, scored = counted_threshold(pieces, base, measured, count, bar)
-        return scored, take_by_side(ties_taken(threshold, ties)), threshold
-    threshold = find_threshold([lambda piece=piece: scored(piece)[1] for piece in pieces], count)
-    return scored, tie_selector(threshold, ties), threshold
+    regions = countable_regions(pieces, base, measured)
+    if regions is None:
+        threshold = find_threshold([lambda piece=piece: scored(piece)[1] for piece in pieces], count)
+        return scored, tie_selector(threshold, ties), threshold
+    threshold, sides = counted_threshold(pieces, base, regions, count, bar)
+    return sides, tie_selector(replace(threshold, value=1), ties), threshold
 
 # %% ../../nbs/methods/25_streaming.ipynb #7fbbd129
 COPIED = 1 << 22 # Bytes copied at once
 
-def copy_around(
-    source: Path, # A shard
-    target: Path, # The new shard
-    left_out: Sequence[StoredTensor], # Tensors of the shard that are not copied
-) -> None:
+def copy_around(source: Path, target: Path, left_out: Sequence[StoredTensor]) -> None:
     "Copy a shard except for some tensors, whose bytes stay zero; a file that has become shorter raises `BadInput`."
     size, start = source.stat().st_size, 0
     with open(source, "rb") as old, open(target, "wb") as new:
@@ -463,10 +361,7 @@ COME_ALONG = ("config.json", "generation_config.json", SHARD_INDEX, "tokenizer*"
               "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*", "additional_chat_templates/*",
               "LICENSE*", "NOTICE*", "USE_POLICY*")
 
-def lay_out(
-    checkpoint: Checkpoint, # The old checkpoint
-    folder: Path, # The new folder
-) -> None:
+def lay_out(checkpoint: Checkpoint, folder: Path) -> None:
     "Everything of the new checkpoint except the weights in scope; too little room raises `BadInput`."
     needed, free = sum(shard.stat().st_size for shard in checkpoint.shards), shutil.disk_usage(folder).free
     if free < needed:
@@ -481,77 +376,35 @@ def lay_out(
     for shard in checkpoint.shards:
         copy_around(shard, folder/shard.name, [stored for stored in weights if stored.file == shard])
 
-# %% ../../nbs/methods/25_streaming.ipynb #05217022
-def write_zeros(
-    pieces: Sequence[StoredRows], # What competes, in order
-    scored: Scored, # Reads and scores a piece
-    take: Take, # Scores of the next piece -> mask of what becomes zero
-    folder: Path, # The new folder
-    bar: tqdm, # Progress bar
-) -> dict[str, int]: # Module name -> zeros
-    "Write pieces with their zeros, and count them (paper section 3.4)."
-    zeros = dict.fromkeys((piece.projection.name for piece in pieces), 0)
-    for piece, (rows, scores) in in_order(pieces, scored, bar):
-        bits = bits_of(rows)
-        bits *= ~take(scores) # a negative weight would become -0 if it were multiplied itself
-        zeros[piece.projection.name] += bits.numel() - int((bits << 1).count_nonzero())
-        write_rows(piece, rows, folder)
-    return zeros
+# %% ../../nbs/methods/25_streaming.ipynb #c7b6067f
+from cap_nb.core.files import whole_folder
+from cap_nb.methods.selection import competing
+from cap_nb.threshold import PruneReport
 
-# %% ../../nbs/methods/25_streaming.ipynb #c076
-from .selection import competing
-from ..threshold import PruneReport
-from ..core.files import whole_folder
+def write_pruned(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsity: float, measured: Measurements,
+                 ties: str, at_once: int) -> tuple[dict[str, int], Threshold | None]:
+    "Write every weight in scope with its zeros; their number by module, and the threshold of the whole model if any."
+    scope, scoped = own_scope(parts), projections(checkpoint.model)
+    zeros = dict.fromkeys((p.name for p in scoped), 0)
+    with tqdm(desc=parts.base, unit="weight", unit_scale=True) as bar:
+        for group in competing(scoped, scope if scope in ("model", "layer") else "matrix"):
+            pieces = pieces_of_weights(checkpoint, group, at_once)
+            scored, take, threshold = rule_of_taking(pieces, parts.base, measured, sparsity, scope, ties, bar)
+            for piece, (rows, scores) in in_order(pieces, scored, bar):
+                bits = bits_of(rows)
+                bits *= ~take(scores) # a negative weight would become -0 if it were multiplied itself
+                zeros[piece.projection.name] += bits.numel() - int((bits << 1).count_nonzero())
+                write_rows(piece, rows, folder)
+    return zeros, threshold if scope == "model" else None
 
-# %% ../../nbs/methods/25_streaming.ipynb #c077
-def streamed_report(
-    scope: Sequence[Projection], # All projections
-    method: str, # Name of the method
-    asked: float, # Sparsity asked for
-    zeros: dict[str, int], # Module name -> zeros
-    threshold: Threshold | None, # Of the whole model, if there is one
-) -> PruneReport: # The report that `prune_report` would make of the model
-    "A report from the zeros that were counted while writing."
+def streamed_report(scope: Sequence[Projection], method: str, asked: float, zeros: dict[str, int],
+                    threshold: Threshold | None) -> PruneReport:
+    "The report that `prune_report` would make of the model, from the zeros that were counted while writing."
     table = tuple((p.layer, p.role, p.name, zeros[p.name], p.weight.numel()) for p in scope)
     total, weights = sum(row[3] for row in table), sum(row[4] for row in table)
     tau, ties = (threshold.value, threshold.ties) if threshold else (None, 0)
     return PruneReport(method=method, asked=asked, reached=total / weights, weights=weights, zeros=total, threshold=tau,
                        ties=ties, table=table)
-
-# %% ../../nbs/methods/25_streaming.ipynb #6f046185
-def measurements_for(
-    checkpoint: Checkpoint, # The checkpoint
-    method: str, # criterion[@scope]
-    factors: Factors | torch.Tensor | None, # Importance factors; a tensor holds those of the heads, [L, H]
-    norms: dict[str, torch.Tensor] | str | Path | None, # Input norms
-) -> Measurements: # What the criterion looks at
-    "Collect and check what a method needs besides the weights."
-    needs = CRITERIA[check_method(method).base].needs
-    if norms is not None and "norm" not in needs:
-        raise BadInput(f"Norms were given for {method!r}, which uses none: expected them with wanda or cap_wanda only; "
-                       "leave them out.")
-    return Measurements(norms=checked_norms(checkpoint, norms, method) if "norm" in needs else {},
-                        regions=checked_regions(checkpoint, factors, method) if "factor" in needs else {})
-
-# %% ../../nbs/methods/25_streaming.ipynb #70983d0f
-def write_pruned(
-    checkpoint: Checkpoint, # The old checkpoint
-    folder: Path, # The new folder, with everything but the weights in scope
-    parts: MethodName, # A criterion and its scope
-    sparsity: float, # Share of the weights in scope to zero
-    measured: Measurements, # What the criterion looks at
-    ties: str, # "exact" or "all"
-    at_once: int, # Weights in a piece
-) -> tuple[dict[str, int], Threshold | None]: # Module name -> zeros; the threshold, if it is of the whole model
-    "Find what goes, group after group, and write every weight in scope."
-    scope, zeros = own_scope(parts), {}
-    groups = competing(projections(checkpoint.model), scope if scope in ("model", "layer") else "matrix")
-    with tqdm(desc=parts.base, unit="weight", unit_scale=True) as bar:
-        for group in groups: # in rows and patterns a matrix is a group, since each row decides alone
-            pieces = pieces_of_weights(checkpoint, group, at_once)
-            scored, take, threshold = rule_of_taking(pieces, parts.base, measured, sparsity, scope, ties, bar)
-            zeros |= write_zeros(pieces, scored, take, folder, bar)
-    return zeros, threshold if scope == "model" else None
 
 # %% ../../nbs/methods/25_streaming.ipynb #c083
 @validate_arguments
@@ -574,96 +427,70 @@ def prune_checkpoint(
         zeros, threshold = write_pruned(checkpoint, part, parts, sparsity, measured, ties, at_once)
     return streamed_report(projections(checkpoint.model), method, sparsity, zeros, threshold)
 
-# %% ../../nbs/methods/25_streaming.ipynb #c095
+# %% ../../nbs/methods/25_streaming.ipynb #7486614f
 import hashlib
 
-# %% ../../nbs/methods/25_streaming.ipynb #c096
-def add_bytes(
-    digest: "hashlib._Hash", # A running hash
-    stored: StoredTensor, # A tensor of a checkpoint
-) -> None:
-    "Add a tensor's bytes to a hash, a piece at a time."
-    with open(stored.file, "rb") as file:
-        file.seek(stored.start)
-        for position in range(stored.start, stored.end, COPIED):
-            digest.update(file.read(min(COPIED, stored.end - position)))
-
-# %% ../../nbs/methods/25_streaming.ipynb #c097
 @validate_arguments
 def checkpoint_fingerprint(
     folder: str | Path, # A folder saved by transformers, as safetensors
-) -> str: # 64 hexadecimal digits
+) -> str: # As in 64-16-16 hexadecimal digits
     "What `model_fingerprint` says of the loaded model, without loading it; a missing parameter raises `BadInput`."
     checkpoint = open_checkpoint(folder)
-    digest = hashlib.sha256(checkpoint.model.config.model_type.encode())
-    for name, weight in checkpoint.model.named_parameters():
-        held = checkpoint.held.get(name, ())
+    model, tensors = checkpoint.model, checkpoint_tensors(checkpoint.folder)
+    digest, kept = hashlib.sha256(model.config.model_type.encode()), model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+    for name, weight in (*model.named_parameters(), *buffers):
+        held = checkpoint.held.get(name) or ((tensors[name],) if name in tensors else ())
         if not held or any(stored.kind not in STORED_DTYPES for stored in held):
             raise BadInput(f"{folder} holds no tensor {name} in float32, bfloat16 or float16: expected every "
-                           "parameter; the checkpoint is not whole.")
+                           "stored one; the checkpoint is not whole.")
         shape = held[0].shape if len(held) == 1 else tuple(weight.shape)
         digest.update(f"{name} {STORED_DTYPES[held[0].kind]} {shape}".encode())
-        for stored in held: add_bytes(digest, stored)
-    return digest.hexdigest()
+        for stored in held:
+            with open(stored.file, "rb") as file:
+                file.seek(stored.start)
+                for position in range(stored.start, stored.end, COPIED):
+                    digest.update(file.read(min(COPIED, stored.end - position)))
+    return joined_fingerprint(digest.hexdigest(), model.config, generation_of(checkpoint.folder, model.config))
 
-# %% ../../nbs/methods/25_streaming.ipynb #7eaa7b03
-from ..calibration import Calibration
-from ..core.files import alone_in, opened_tensors
-from .layer_walk import layer_by_layer
-from .sparsegpt import MadeOnce, check_pattern_fits, input_hessians
-from ..models.loading import model_fingerprint
+# %% ../../nbs/methods/25_streaming.ipynb #13b3ebe4
+from cap_nb.calibration import Calibration
+from cap_nb.core.files import alone_in, opened_tensors
+from cap_nb.methods.layer_walk import layer_by_layer
+from cap_nb.methods.sparsegpt import MadeOnce, check_pattern_fits, input_hessians
+from cap_nb.models.loading import model_fingerprint
 
-# %% ../../nbs/methods/25_streaming.ipynb #c010
-def layer_file(
-    folder: str | Path, # A folder of Hessians
-    layer: int, # Index of a layer, from 0
-) -> Path: # Its file
+def layer_file(folder: str | Path, layer: int) -> Path:
     "Where the Hessians of a layer lie."
     return Path(folder)/f"layer-{layer:05}.safetensors"
 
-def file_note(
-    path: Path, # A layer's file
-) -> dict: # What was measured, and which projection reads which tensor
-    "The note of a layer's file; a missing, damaged or foreign file raises `BadInput`."
+def file_note(path: Path) -> dict:
+    "What a layer's file says of itself; a missing, damaged or foreign file raises `BadInput`."
     try:
         with opened_tensors(path) as (_, words, _): return words["hessians"]
     except (BadInput, KeyError):
         raise BadInput(f"{path} holds no Hessians: expected a whole file for every layer, made by 'cap hessians'; "
                        "check the folder, or measure them again.") from None
 
-# %% ../../nbs/methods/25_streaming.ipynb #c011
-def write_layer(
-    path: Path, # Final name of the layer's file
-    hessians: dict[str, torch.Tensor], # Module name -> Hessian; some may be one and the same tensor
-    about: dict, # What was measured, as JSON has it
-) -> None:
-    "Save the Hessians of a layer in float32, each distinct one once."
-    first: dict[int, str] = {}
-    read = {name: first.setdefault(id(hessian), name) for name, hessian in hessians.items()}
-    tensors = {name: hessians[name].float().cpu() for name in first.values()}
-    write_tensors(path, tensors, {"hessians": about | {"read": read}})
-
-# %% ../../nbs/methods/25_streaming.ipynb #c013
 @torch.no_grad()
-def save_hessians(
-    model: nn.Module, # A causal language model of a known family, dense, in evaluation mode; not changed
-    calibration: Calibration, # The calibration set
-    folder: str | Path, # Where the files go; files of a run that was killed are kept
-    batch_tokens: int = 4096, # Padded tokens per batch
-) -> None:
-    "Measure the Hessians of the dense model, layer by layer, a file for each; resumes."
+def save_hessians(model: nn.Module, calibration: Calibration, folder: str | Path, batch_tokens: int = 4096) -> None:
+    "Measure the Hessians of a dense model, layer by layer, a file for each, every distinct one once; resumes."
     about = {"model": model_fingerprint(model), "calibration": calibration.fingerprint,
              "sequences": len(calibration.examples)}
     with alone_in(folder):
         for step in layer_by_layer(model, calibration, batch_tokens, "hessians"):
-            path = layer_file(folder, step.index)
-            if not path.exists(): write_layer(path, input_hessians(step), about)
+            path, first = layer_file(folder, step.index), {}
+            if not path.exists():
+                hessians = input_hessians(step)
+                read = {name: first.setdefault(id(hessian), name) for name, hessian in hessians.items()}
+                tensors = {name: hessians[name].float().cpu() for name in first.values()}
+                write_tensors(path, tensors, {"hessians": about | {"read": read}})
             found = file_note(path)
             if {key: found.get(key) for key in about} == about: continue
             raise BadInput(f"{path} was measured on another model or other examples: expected files of this "
                            "measurement only; give another folder.")
 
-# %% ../../nbs/methods/25_streaming.ipynb #09e45698
+# %% ../../nbs/methods/25_streaming.ipynb #6ebed463
 @dataclass(frozen=True)
 class GivenHessians:
     "Hessians that lie in a folder."
@@ -679,147 +506,75 @@ class GivenHessians:
             self.last[:] = self.where[name], read_tensors(path, [tensor])[0][tensor]
         return self.last[1]
 
-# %% ../../nbs/methods/25_streaming.ipynb #71b2c49e
-def check_hessian(
-    path: Path, # A layer's file
-    read: dict[str, str], # Module name -> name of the tensor that it reads
-    p: Projection, # A weight in scope
-) -> None:
-    "Raise `BadInput` unless the file has a Hessian of the projection's width."
-    width, shape = p.weight.shape[1], None
-    with opened_tensors(path) as (file, _, sums):
-        if read.get(p.name) in sums: shape = file.get_slice(read[p.name]).get_shape()
-    if shape != [width, width]:
-        raise BadInput(f"{path} has no Hessian of {p.name} with {width} inputs: expected one for each projection of "
-                       "this model; measure them on it.")
+    def norms(self) -> dict[str, torch.Tensor]:
+        "The norm of every input feature, by module name: the roots of the diagonals."
+        return {name: (self.read(name).diagonal() / self.sequences).sqrt() for name in self.where}
 
-# %% ../../nbs/methods/25_streaming.ipynb #c021
-def open_hessians(
-    folder: str | Path, # A folder of Hessians
-    checkpoint: Checkpoint, # The checkpoint that they are for
-    fingerprint: str, # Its fingerprint
-) -> GivenHessians: # What is needed to read them
+def open_hessians(folder: str | Path, checkpoint: Checkpoint, fingerprint: str) -> GivenHessians:
     "Compare a folder of Hessians with a checkpoint; what is missing, or of another model, raises `BadInput`."
     where, sources = {}, set()
     for p in projections(checkpoint.model):
-        path = layer_file(folder, p.layer)
+        path, width, shape = layer_file(folder, p.layer), p.weight.shape[1], None
         note = file_note(path)
-        check_hessian(path, note["read"], p)
+        with opened_tensors(path) as (file, _, sums):
+            if note["read"].get(p.name) in sums: shape = file.get_slice(note["read"][p.name]).get_shape()
+        if shape != [width, width]:
+            raise BadInput(f"{path} has no Hessian of {p.name} with {width} inputs: expected one for each projection "
+                           "of this model; measure them on it.")
         where[p.name] = path, note["read"][p.name]
         sources.add((note["model"], note["calibration"], note["sequences"]))
-    if {model for model, _, _ in sources} == {fingerprint} and len(sources) == 1:
-        return GivenHessians(where=where, sequences=sources.pop()[2])
-    raise BadInput(f"{folder} holds Hessians of another model, of another dtype or of several measurements: expected "
-                   "those of this checkpoint; measure them on it, without --dtype.")
+    (measured_on, _, sequences), *others = sources
+    differ = fingerprint_differences(measured_on, fingerprint)
+    if not others and not differ: return GivenHessians(where=where, sequences=sequences)
+    what = "several measurements" if others else f"a model with other {' and '.join(differ)}, or of another dtype"
+    raise BadInput(f"{folder} holds Hessians of {what}: expected those of this checkpoint; measure them on it, without "
+                   "--dtype.")
 
-# %% ../../nbs/methods/25_streaming.ipynb #2440e338
-from .prune import matrix_solver
-from .prune import recovered_weight, recovery_steps
+# %% ../../nbs/methods/25_streaming.ipynb #b6a271c8
+from cap_nb.methods.prune import matrix_solver, recovered_weight, recovery_steps
 
-# %% ../../nbs/methods/25_streaming.ipynb #3c82f274
-def check_solved(
-    method: str, # A solver, or criterion[@scope]^recovery
-    sparsity: float, # Share of the weights in scope to zero
-) -> MethodName: # Its choices
-    "Take a method's name apart; one that needs no Hessians, or more than these, raises `BadInput`."
-    parts = check_method(method)
-    check_pattern(own_scope(parts), check_sparsity(sparsity))
-    if parts.base not in SOLVERS and not parts.recovery:
-        raise BadInput(f"Method {method!r} uses no Hessians: expected a solver or a recovery, as in sparsegpt or "
-                       "wanda^swaps; leave --hessians out.")
-    whole = parts.allocation or parts.attribution in UNIT_AWARE # needs more of the model
-    if parts.base in (*SOLVERS, *STREAMED) and not whole: return parts
-    raise BadInput(f"Method {method!r} cannot be streamed: expected {', '.join((*SOLVERS, *STREAMED))} without an "
-                   "allocation, and a recovery or none; load the model and prune it in memory.")
-
-# %% ../../nbs/methods/25_streaming.ipynb #d2f42cb2
-def solved_weight(
-    weight: torch.Tensor, # The dense weight, [out, in]
-    pruned: torch.Tensor | None, # What the criterion left of it, [out, in]; None for a solver
-    hessian: torch.Tensor, # Its Hessian, [in, in]
-    parts: MethodName, # A solver or a recovery
-    sparsity: float, # Share to zero
-    name: str, # Name of the module, for messages
-    once: MadeOnce, # What was made from the same Hessian
-) -> torch.Tensor: # The new weight, [out, in]
-    "Solve for one matrix, or recover it, or both; with nothing to zero it stays as it is."
+def solved_weight(weight: torch.Tensor, pruned: torch.Tensor | None, hessian: torch.Tensor, parts: MethodName,
+                  sparsity: float, name: str, once: MadeOnce) -> torch.Tensor: # [out, in]
+    "Solve for a matrix, or recover what a criterion left of it, or both; with nothing to zero it stays as it is."
     if not sparsity: return weight
     pattern = pattern_of(own_scope(parts))
     if pruned is None: pruned = matrix_solver(parts.base, pattern)(weight, hessian, sparsity, name, once)
     if not parts.recovery: return pruned
     return recovered_weight(weight, pruned == 0, hessian, recovery_steps(parts.recovery), pattern, name)
 
-# %% ../../nbs/methods/25_streaming.ipynb #52176661
-def read_weight(
-    checkpoint: Checkpoint, # The checkpoint
-    p: Projection, # A weight in scope
-    folder: Path | None = None, # Another folder with files of the same names and sizes; None reads the checkpoint's
-) -> torch.Tensor: # The whole weight, as stored, [out, in]
-    "Read a weight from the checkpoint, or from one that has its layout."
+def read_weight(checkpoint: Checkpoint, p: Projection, folder: Path | None = None) -> torch.Tensor: # [out, in]
+    "Read a whole weight, as stored, from a checkpoint, or from another folder of its layout."
     rows = []
     for piece in pieces_of_weights(checkpoint, [p], p.weight.numel()):
         file = piece.tensor.file if folder is None else folder/piece.tensor.file.name
         rows.append(read_rows(replace(piece, tensor=replace(piece.tensor, file=file))))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-def write_weight(
-    checkpoint: Checkpoint, # The old checkpoint
-    p: Projection, # A weight in scope
-    weight: torch.Tensor, # Its new values, in the stored dtype, [out, in]
-    folder: Path, # The new folder
-) -> int: # Zeros in it
-    "Write a weight to the places of the old one."
-    for piece in pieces_of_weights(checkpoint, [p], p.weight.numel()):
-        write_rows(piece, weight[piece.first:piece.last], folder)
-    return int((weight == 0).sum())
-
-# %% ../../nbs/methods/25_streaming.ipynb #ec245600
-def measurements_of_hessians(
-    checkpoint: Checkpoint, # The checkpoint
-    parts: MethodName, # A solver or a recovery
-    given: GivenHessians, # Hessians
-    factors: Factors | torch.Tensor | None, # Importance factors
-) -> Measurements | None: # What the criterion looks at; None for a solver
-    "What a criterion needs, with norms from the Hessians; missing factors raise `BadInput`."
-    if parts.base in SOLVERS: return None
-    norms = None
-    if "norm" in CRITERIA[parts.base].needs:
-        norms = {name: (given.read(name).diagonal() / given.sequences).sqrt() for name in given.where}
-    return measurements_for(checkpoint, parts.base, factors, norms)
-
-# %% ../../nbs/methods/25_streaming.ipynb #d1b16c35
-def write_solved(
-    checkpoint: Checkpoint, # The old checkpoint
-    folder: Path, # The new folder; for a recovery with the criterion's zeros
-    parts: MethodName, # A solver or a recovery
-    sparsity: float, # Share of the weights in scope to zero
-    given: GivenHessians, # Hessians
-) -> dict[str, int]: # Module name -> zeros
-    "Solve for every weight in scope, one after the other, and write it."
+def write_solved(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsity: float,
+                 given: GivenHessians) -> dict[str, int]:
+    "Solve for every weight in scope, or recover what the folder holds, and write it; the zeros by module name."
     zeros, once = {}, MadeOnce()
     for p in tqdm(projections(checkpoint.model), desc=parts.base, unit="matrix"):
         weight = read_weight(checkpoint, p)
         pruned = None if parts.base in SOLVERS else read_weight(checkpoint, p, folder)
         new = solved_weight(weight, pruned, given.read(p.name), parts, sparsity, p.name, once)
-        zeros[p.name] = write_weight(checkpoint, p, new, folder)
+        for piece in pieces_of_weights(checkpoint, [p], p.weight.numel()):
+            write_rows(piece, new[piece.first:piece.last], folder)
+        zeros[p.name] = int((new == 0).sum())
     return zeros
 
-# %% ../../nbs/methods/25_streaming.ipynb #0a33cb6a
 @torch.no_grad()
-def solve_checkpoint(
-    src: str | Path, # A folder saved by transformers, as safetensors; not changed
-    dst: str | Path, # New folder; it appears when it is whole
-    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-    hessians: str | Path, # A folder that `save_hessians` wrote, of this checkpoint
-    method: str = "sparsegpt", # A solver, or criterion[@scope]^recovery
-    factors: Factors | torch.Tensor | None = None, # For cap and cap_wanda; a tensor holds the heads' factors, [L, H]
-) -> PruneReport: # What was done
+def solve_checkpoint(src: str | Path, dst: str | Path, sparsity: float, hessians: str | Path, method: str = "sparsegpt",
+                     factors: Factors | torch.Tensor | None = None) -> PruneReport:
     "Solve for a checkpoint's weights without loading it; every mistake raises `BadInput` and leaves no folder."
-    parts, checkpoint = check_solved(method, sparsity), open_checkpoint(src)
+    parts, checkpoint = check_streamed(method, sparsity, with_hessians=True), open_checkpoint(src)
     weights, pattern = projections(checkpoint.model), pattern_of(own_scope(parts))
     for p in weights if pattern else (): check_pattern_fits(p.weight.shape[1], sparsity, pattern, pattern[1], p.name)
     given = open_hessians(hessians, checkpoint, checkpoint_fingerprint(src))
-    measured = measurements_of_hessians(checkpoint, parts, given, factors)
+    measured = None
+    if parts.base in STREAMED:
+        norms = given.norms() if "norm" in CRITERIA[parts.base].needs else None
+        measured = measurements_for(checkpoint, parts.base, factors, norms)
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
         if measured: write_pruned(checkpoint, part, parts, sparsity, measured, "exact", AT_ONCE)

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Anatomy', 'Projection', 'projections', 'output_projection', 'anatomy']
 
-# %% ../../nbs/models/01_anatomy.ipynb #c004
+# %% ../../nbs/models/01_anatomy.ipynb #c005
 from dataclasses import dataclass
 from .families import family_of
 
-# %% ../../nbs/models/01_anatomy.ipynb #c005
 @dataclass(frozen=True)
 class Anatomy:
     "Dimensions of a transformer, in the paper's symbols."
@@ -30,11 +29,10 @@ def dimensions(config: object) -> Anatomy:
         key_value_heads=family_of(config).groups(config), head_size=widths[-1], hidden_size=config.hidden_size,
         widths=widths if len(set(widths)) > 1 else None)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c012
-from itertools import accumulate
-from .families import HOLDS
-
 # %% ../../nbs/models/01_anatomy.ipynb #c013
+from itertools import accumulate
+from cap_nb.models.families import HOLDS
+
 @dataclass(frozen=True)
 class Part:
     "Neighbouring rows of a weight that belong to one head; of an output projection, neighbouring columns."
@@ -43,7 +41,6 @@ class Part:
     start: int # First row
     stop: int # Row after the last
 
-# %% ../../nbs/models/01_anatomy.ipynb #c014
 def parts_of(role: str, a: Anatomy, by_group: bool = False) -> tuple[Part, ...]:
     "The heads that the rows of a projection belong to (paper section 3.3, region mapping)."
     counts = {"query": a.heads, "key": a.key_value_heads, "value": a.key_value_heads}
@@ -61,12 +58,11 @@ def key_value_head_of(a: Anatomy) -> tuple[int, ...]:
     "The key-value head that each query head reads (grouped-query attention)."
     return tuple(head // (a.heads // a.key_value_heads) for head in range(a.heads))
 
-# %% ../../nbs/models/01_anatomy.ipynb #c025
-from torch import nn
-from ..core.errors import BadInput, validate_arguments, check_index
-from .families import Experts
-
 # %% ../../nbs/models/01_anatomy.ipynb #c026
+from torch import nn
+from cap_nb.core.errors import BadInput, validate_arguments, check_index
+from cap_nb.models.families import Experts
+
 @dataclass(frozen=True)
 class Routing:
     "The experts of one layer, and what sends tokens to them."
@@ -88,18 +84,15 @@ class Routing:
         "Whether one module holds all experts."
         return not isinstance(self.experts, nn.ModuleList)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c028
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     "The decoder layers of a model."
     return model.get_submodule(family_of(model.config).layers)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c029
 def submodule_at(module: nn.Module, path: str) -> nn.Module | None:
     "The module at a path, if there is one."
     try: return module.get_submodule(path)
     except AttributeError: return None
 
-# %% ../../nbs/models/01_anatomy.ipynb #c030
 def routing_of(model: nn.Module, layer: int) -> Routing | None:
     "The experts of a layer, and what sends tokens to them; a router without experts beside it raises `BadInput`."
     family, about = family_of(model.config), family_of(model.config).experts
@@ -117,19 +110,38 @@ def routing_of(model: nn.Module, layer: int) -> Routing | None:
             normed=bool(getattr(model.config, about.normed)) if about.normed else True)
     return None
 
-# %% ../../nbs/models/01_anatomy.ipynb #c031
 def expert_counts(model: nn.Module) -> tuple[int, ...]:
     "How many experts each layer chooses among; one that every token passes is not counted."
     routings = [routing_of(model, layer) for layer in range(len(decoder_layers(model)))]
     return tuple(routing.count if routing else 0 for routing in routings)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c037
+# %% ../../nbs/models/01_anatomy.ipynb #c038
 import torch
 from transformers.pytorch_utils import Conv1D
 
-# %% ../../nbs/models/01_anatomy.ipynb #c038
-class StoredWeight:
-    "How a weight is read from the parameter that holds it; the fields are those of `Projection`."
+@dataclass(frozen=True)
+class Projection:
+    "A weight matrix in scope for pruning, and where it lies."
+    layer: int # Index of its decoder layer, from 0
+    role: str # As in query, output or up
+    name: str # Full name of the module in the model; of a stacked expert, the name it would have in a list
+    module: nn.Module # The module that holds it: a Linear, a Conv1D, or one that holds all experts
+    parts: tuple[Part, ...] = () # Heads of its rows (of an output projection's columns); empty: the whole layer's
+    expert: int | None = None # Index of its expert; None: no expert's, or of one that every token passes
+    attribute: str = "weight" # Name of the parameter in the module
+    routing: Routing | None = None # What sends tokens to the expert
+
+    @property
+    def weight(self) -> torch.Tensor:
+        "The weight, [out, in]; what is changed in it is changed in the module."
+        return self.oriented(self.stored)
+
+    @property
+    def parameter_name(self) -> str:
+        "Full name of the parameter that holds the weight."
+        if not self.in_stack: return f"{self.name}.weight"
+        return f"{self.routing.name}.{self.routing.about.holder}.{self.attribute}"
+
     @property
     def parameter(self) -> nn.Parameter:
         "The parameter that holds the weight; of stacked experts, the weights of all."
@@ -158,9 +170,6 @@ class StoredWeight:
         "A tensor that lies as the stored weight does, as [out, in], without copying it."
         return tensor.T if self.transposed else tensor
 
-# %% ../../nbs/models/01_anatomy.ipynb #c039
-class Outputs(StoredWeight):
-    "What the rows of a weight make; the fields are those of `Projection`."
     @property
     def bias(self) -> torch.Tensor | None:
         "What is added to the outputs, [out]; None if nothing is."
@@ -172,30 +181,6 @@ class Outputs(StoredWeight):
         if self.role != "gate_up": return by_neuron
         alternating = self.in_stack and self.routing.about.alternating
         return by_neuron.repeat_interleave(2) if alternating else by_neuron.repeat(2)
-
-# %% ../../nbs/models/01_anatomy.ipynb #c040
-@dataclass(frozen=True)
-class Projection(Outputs):
-    "A weight matrix in scope for pruning, and where it lies."
-    layer: int # Index of its decoder layer, from 0
-    role: str # As in query, output or up
-    name: str # Full name of the module in the model; of a stacked expert, the name it would have in a list
-    module: nn.Module # The module that holds it: a Linear, a Conv1D, or one that holds all experts
-    parts: tuple[Part, ...] = () # Heads of its rows (of an output projection's columns); empty: the whole layer's
-    expert: int | None = None # Index of its expert; None: no expert's, or of one that every token passes
-    attribute: str = "weight" # Name of the parameter in the module
-    routing: Routing | None = None # What sends tokens to the expert
-
-    @property
-    def weight(self) -> torch.Tensor:
-        "The weight, [out, in]; what is changed in it is changed in the module."
-        return self.oriented(self.stored)
-
-    @property
-    def parameter_name(self) -> str:
-        "Full name of the parameter that holds the weight."
-        if not self.in_stack: return f"{self.name}.weight"
-        return f"{self.routing.name}.{self.routing.about.holder}.{self.attribute}"
 
 # %% ../../nbs/models/01_anatomy.ipynb #c042
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16) # Numbers that can be compared and zeroed
@@ -211,7 +196,6 @@ def projection_module(parent: nn.Module, path: str, name: str, attribute: str = 
     raise BadInput(f"{name} holds no weight in float32, bfloat16 or float16: expected numbers that can be compared "
                    "and zeroed; load a model that is not quantised.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c043
 def expert_projection(routing: Routing, layer: int, role: str, expert: int) -> Projection:
     "One weight matrix of one expert, whether experts are stacked or a list."
     about, stacked = routing.about, routing.stacked
@@ -222,31 +206,39 @@ def expert_projection(routing: Routing, layer: int, role: str, expert: int) -> P
     return Projection(layer=layer, role=role, name=name, module=module, expert=expert, attribute=attribute,
                       routing=routing)
 
-def check_expert_count(routing: Routing, first: Projection) -> None:
-    "Raise `BadInput` if the router knows another number of experts than there are."
-    held = len(first.parameter) if routing.stacked else len(routing.experts)
-    if held != routing.count:
-        raise BadInput(f"{routing.name} holds {held} experts and its router knows {routing.count}: "
-                       "expected as many; the model is not the one described.")
-
-# %% ../../nbs/models/01_anatomy.ipynb #c044
 def expert_projections(routing: Routing, layer: int) -> list[Projection]:
     "The weight matrices of a layer's experts; a router that knows another number of them raises `BadInput`."
     roles = routing.about.stacked if routing.stacked else routing.about.listed
     matrices = [expert_projection(routing, layer, role, expert) for role in roles for expert in range(routing.count)]
-    check_expert_count(routing, matrices[0])
+    held = len(matrices[0].parameter) if routing.stacked else len(routing.experts)
+    if held != routing.count:
+        raise BadInput(f"{routing.name} holds {held} experts and its router knows {routing.count}: "
+                       "expected as many; the model is not the one described.")
     for role, path in routing.about.shared.items():
         name = f"{routing.name}.{path}"
         module = projection_module(routing.block, path, name)
         matrices.append(Projection(layer=layer, role=role, name=name, module=module))
     return matrices
 
-# %% ../../nbs/models/01_anatomy.ipynb #c045
 def configuration(model: nn.Module) -> object:
     "A model's configuration; a module that has none raises `BadInput`."
     if hasattr(model, "config"): return model.config
     raise BadInput(f"A {type(model).__name__} has no configuration: expected a causal language model of transformers; "
                    "load one with load_model.")
+
+# %% ../../nbs/models/01_anatomy.ipynb #422aae3b
+def check_computes_the_same(model: nn.Module) -> None:
+    "Raise `BadInput` for a model that draws at random, or whose weights are computed anew before each pass."
+    settings = configuration(model).to_dict() if hasattr(configuration(model), "to_dict") else {}
+    draws = any(("drop" in name or "jitter" in name) and isinstance(share, float) and share > 0
+                for name, share in settings.items())
+    if draws and any(module.training for module in model.modules()):
+        raise BadInput("The model is in training mode and has dropout: expected evaluation mode, in which nothing is "
+                       "drawn at random; call model.eval().")
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.Tensor) and "weight" not in module._parameters:
+            raise BadInput(f"The weight of {name} is computed from other tensors before each pass: expected a plain "
+                           "parameter; remove the parametrisation first, as prune.remove or remove_weight_norm do.")
 
 # %% ../../nbs/models/01_anatomy.ipynb #c046
 @validate_arguments
@@ -254,6 +246,7 @@ def projections(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[Projection, ...]: # Every projection, by layer, then by role, then by expert
     "Every weight matrix in scope for pruning, in the fixed order (paper section 3.3)."
+    check_computes_the_same(model)
     family, a, matrices = family_of(configuration(model)), dimensions(model.config), []
     parts = {role: parts_of(role, a, family.by_group) for role in family.roles}
     for layer, module in enumerate(decoder_layers(model)):
@@ -267,28 +260,22 @@ def projections(
     return tuple(matrices)
 
 # %% ../../nbs/models/01_anatomy.ipynb #c066
-from .families import FUSES
-
-# %% ../../nbs/models/01_anatomy.ipynb #c067
-def names_of_stack(routing: Routing, block: str, role: str) -> tuple[str, ...]:
-    "Expert after expert, and of a fused matrix one part after the other."
-    paths = [routing.about.listed[part] for part in FUSES.get(role, (role,))]
-    prefix = f"{block}.{routing.about.holder}"
-    return tuple(f"{prefix}.{expert}.{path}.weight" for expert in range(routing.count) for path in paths)
+from cap_nb.models.families import FUSES
 
 def names_of_block(routing: Routing, block: str) -> dict[str, tuple[str, ...]]:
-    "How a checkpoint that calls the block so names its parameters."
-    names, stored = [name for name, _ in routing.block.named_parameters()], routing.about.stored
-    ways = {f"{routing.name}.{name}": (f"{block}.{stored.get(name, name)}",) for name in names}
-    if not (routing.stacked and routing.about.listed): return ways
-    for role, attribute in routing.about.stacked.items():
-        ways[f"{routing.name}.{routing.about.holder}.{attribute}"] = names_of_stack(routing, block, role)
+    "Parameters of the model -> the tensors that hold each together in a checkpoint that calls the block so."
+    about, names = routing.about, [name for name, _ in routing.block.named_parameters()]
+    ways = {f"{routing.name}.{name}": (f"{block}.{about.stored.get(name, name)}",) for name in names}
+    for role, attribute in about.stacked.items() if routing.stacked and about.listed else ():
+        paths = [about.listed[part] for part in FUSES.get(role, (role,))] # of a fused matrix one part after the other
+        ways[f"{routing.name}.{about.holder}.{attribute}"] = tuple(
+            f"{block}.{about.holder}.{expert}.{path}.weight" for expert in range(routing.count) for path in paths)
     return ways
 
-# %% ../../nbs/models/01_anatomy.ipynb #c068
 def checkpoint_names(model: nn.Module) -> dict[str, list[tuple[str, ...]]]:
     "Under which names a checkpoint may hold each parameter."
     ways = {name: [(name,)] for name, _ in model.named_parameters()}
+    if "lm_head.weight" in ways: ways["lm_head.weight"].append(("embed_out.weight",)) # as checkpoints of GPT-NeoX say
     layers = family_of(model.config).layers
     for layer in range(len(decoder_layers(model))):
         routing = routing_of(model, layer)
@@ -297,10 +284,9 @@ def checkpoint_names(model: nn.Module) -> dict[str, list[tuple[str, ...]]]:
                 ways[name].append(tensors)
     return ways
 
-# %% ../../nbs/models/01_anatomy.ipynb #c072
+# %% ../../nbs/models/01_anatomy.ipynb #c073
 from operator import attrgetter
 
-# %% ../../nbs/models/01_anatomy.ipynb #c073
 @validate_arguments
 def output_projection(
     model: nn.Module, # A causal language model of a known family
@@ -325,7 +311,6 @@ def check_length(model: nn.Module, tokens: int) -> None:
     raise BadInput(f"An example has {tokens} tokens and the model's context is {context}: expected one that fits; "
                    "choose shorter prompts or examples, or a model with a longer context.")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c074
 def decoder_of(model: nn.Module, ids: torch.Tensor | None = None) -> nn.Module:
     "What turns token ids into hidden states, final norm included; too many ids raise `BadInput`."
     if ids is not None: check_length(model, ids.shape[-1])
@@ -339,7 +324,6 @@ def final_norm(model: nn.Module) -> nn.Module:
     steps = [module for module in steps if module is not None]
     return steps[0] if len(steps) == 1 else nn.Sequential(*steps)
 
-# %% ../../nbs/models/01_anatomy.ipynb #c075
 def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     "The output head, and what the family does to its logits."
     family, config = family_of(model.config), model.config
@@ -356,47 +340,31 @@ def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 # %% ../../nbs/models/01_anatomy.ipynb #c082
 from collections.abc import Sequence
 
-# %% ../../nbs/models/01_anatomy.ipynb #c083
-def latents_of(matrices: Sequence[Projection], a: Anatomy) -> dict[str, int]:
-    "How wide the latents are that come out of their matrices; of keys' and values', without the rotated key."
+def attention_shapes(matrices: Sequence[Projection], a: Anatomy) -> dict[str, tuple[int, int]]:
+    "The shapes (out, in) that the dimensions demand of the attention's roles, latents as wide as what makes them."
     rotated = a.widths[0] - a.widths[1] if a.widths else 0 # a query's rows that no key of its own head meets
-    return {p.role.removesuffix("_latent"): len(p.weight) - rotated * (p.role == "key_value_latent")
-            for p in matrices if p.role.endswith("_latent")}
-
-def attention_shapes(a: Anatomy, latents: dict[str, int]) -> dict[str, tuple[int, int]]:
-    "The shapes that the dimensions demand of the attention projections."
+    latents = {p.role.removesuffix("_latent"): len(p.weight) - rotated * (p.role == "key_value_latent")
+               for p in matrices if p.role.endswith("_latent")}
     counts, widths = (a.heads, a.key_value_heads, a.key_value_heads), a.widths or (a.head_size,) * 3
     rows = {kind: count * width for kind, count, width in zip(("query", "key", "value"), counts, widths)}
     shapes = {role: (sum(rows[kind] for kind in kinds), latents.get(role, a.hidden_size))
               for role, kinds in HOLDS.items() if kinds}
     return shapes | {"output": (a.hidden_size, a.heads * a.head_size)}
 
-# %% ../../nbs/models/01_anatomy.ipynb #c084
-def expert_shapes(matrices: Sequence[Projection], hidden: int) -> dict[str, tuple[int, int]]:
-    "The shapes that an expert's matrices need to fit together, given the width that its down projection reads."
-    of_experts = [p for p in matrices if p.expert is not None]
-    inner = {(p.layer, p.expert): p.weight.shape[1] for p in of_experts if p.role == "down"}
-    def shape(role: str, width: int) -> tuple[int, int]:
-        return {"gate_up": (2 * width, hidden), "down": (hidden, width)}.get(role, (width, hidden))
-    return {p.name: shape(p.role, inner[p.layer, p.expert]) for p in of_experts}
-
-# %% ../../nbs/models/01_anatomy.ipynb #c085
 def check_shapes(matrices: Sequence[Projection], a: Anatomy) -> None:
     "Raise `BadInput` if a projection of the attention, or of an expert, has another shape than it must."
-    for_roles = attention_shapes(a, latents_of(matrices, a))
-    for_experts = expert_shapes(matrices, a.hidden_size)
+    by_role = attention_shapes(matrices, a)
+    widths = {(p.layer, p.expert): p.weight.shape[1] for p in matrices if p.role == "down"}
     for p in matrices:
         shape = tuple(p.weight.shape)
-        expected = for_roles.get(p.role, shape)
+        expected, why = by_role.get(p.role, shape), " from the configuration; its layout is not the one described."
+        if p.expert is not None:
+            width, why = widths[p.layer, p.expert], "; the experts do not lie as described."
+            expected = {"gate_up": (2 * width, a.hidden_size), "down": (a.hidden_size, width)}.get(
+                p.role, (width, a.hidden_size))
         if shape != expected:
-            raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(expected)} from the configuration; "
-                           "its layout is not the one described.")
-        expected = for_experts.get(p.name, shape)
-        if shape != expected:
-            raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(expected)}; "
-                           "the experts do not lie as described.")
+            raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(expected)}{why}")
 
-# %% ../../nbs/models/01_anatomy.ipynb #c086
 def routing_weights(matrices: Sequence[Projection]) -> list[nn.Parameter]:
     "What is deliberately not in scope: what chooses and weighs experts."
     routings = {id(p.routing): p.routing for p in matrices if p.routing}.values()

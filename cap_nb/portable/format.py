@@ -326,8 +326,7 @@ def check_whole(folder: Path, entry: PackedFile) -> Path: # Where it is
 # %% ../../nbs/portable/00_format.ipynb #ec60e782
 from ..core.errors import check_choice
 from ..core.files import checkpoint_tensors
-from ..models.lab import CHECKPOINT
-from ..models.lab_experts import EXPERTS_CHECKPOINT
+from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
 from ..models.loading import model_cache
 
 # %% ../../nbs/portable/00_format.ipynb #eecbc8da

@@ -138,22 +138,17 @@ def tokens_of(described: dict, size: int) -> tuple[list[str], list[int]]:
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     return texts, kinds
 
-# %% ../../nbs/portable/03_quantised.ipynb #c039
-def add_special_ids(writer, tokenizer: object) -> None:
-    "The numbers of special tokens, and whether a text begins with one."
+# %% ../../nbs/portable/03_quantised.ipynb #c040
+def add_tokenizer(writer, tokenizer: object, size: int) -> str:
+    "Write the tokenizer into the metadata; gives llama.cpp's name for it, empty if the vocabulary was left out."
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    cut = cut_of(described)
+    writer.add_tokenizer_model("gpt2" if cut else "none")
     for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None: getattr(writer, f"add_{name}_token_id")(index)
     first = tokenizer("a").input_ids[:1]
     writer.add_add_bos_token(bool(first) and first[0] == tokenizer.bos_token_id)
-
-# %% ../../nbs/portable/03_quantised.ipynb #c040
-def add_tokenizer(writer, tokenizer: object, size: int) -> str:
-    "Write the tokenizer into the metadata, if llama.cpp has a name for it."
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    cut = cut_of(described)
-    writer.add_tokenizer_model("gpt2" if cut else "none")
-    add_special_ids(writer, tokenizer)
     if not cut: return ""
     texts, kinds = tokens_of(described, size)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]

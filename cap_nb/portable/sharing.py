@@ -168,6 +168,7 @@ def layer_table(report: PruneReport) -> str: # A table in Markdown, per cent
 import math
 from ..evaluation import Evaluation
 from ..jobs.records import Run, load_run
+from ..models.loading import fingerprint_differences
 
 # %% ../../nbs/portable/04_sharing.ipynb #c049
 def is_of(record: dict, method: str, sparsity: float) -> bool: # Whether the folder was pruned so
@@ -177,7 +178,7 @@ def is_of(record: dict, method: str, sparsity: float) -> bool: # Whether the fol
 def cell_for(record: dict, run: Run, name: str) -> tuple[Evaluation, ...]:
     "What a run measured of a pruning; a run about another model, or without that cell, raises `BadInput`."
     about, base = run.configuration["model"], record["base"]
-    if about["fingerprint"] != base["fingerprint"]:
+    if fingerprint_differences(about["fingerprint"], base["fingerprint"]):
         raise BadInput(f"{name} is about {about['name']} with fingerprint {about['fingerprint'][:12]}: expected the "
                        f"base {base['name']} with {base['fingerprint'][:12]}; name a run on that model and dtype.")
     cell = [e for e in run.evaluations if is_of(record, e.method, e.sparsity)]

@@ -21,6 +21,7 @@ def most_gained(form: str, width: int, sparsity: float) -> float:
 # %% ../../nbs/portable/05_speed.ipynb #c011
 import importlib.util
 import warnings
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -31,21 +32,17 @@ from ..core.errors import BadInput, validate_arguments, check_choice
 # %% ../../nbs/portable/05_speed.ipynb #c012
 Product = Callable[[torch.Tensor], torch.Tensor] # From inputs [rows, in] to outputs [rows, out]
 
-def dense_product(weight: torch.Tensor) -> Product: # Its product with inputs
-    "torch's dense product, which does not look for zeros."
+def dense_product(weight: torch.Tensor) -> Product:
+    "torch's dense product with a weight [out, in], which does not look for zeros."
     return lambda x: F.linear(x, weight)
 
-def in_rows(weight: torch.Tensor) -> torch.Tensor: # The same in compressed sparse rows, float32
-    "Compressed sparse rows with 4-byte columns, which torch multiplies faster than its usual 8-byte ones."
+def csr_product(weight: torch.Tensor) -> Product: # In float32
+    "torch's product of compressed sparse rows, with 4-byte columns, faster than 8-byte ones; one input has its own."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support") # torch calls it beta, once a process
-        rows = weight.detach().float().to_sparse_csr()
-    ends, columns = rows.crow_indices().int(), rows.col_indices().int()
-    return torch.sparse_csr_tensor(ends, columns, rows.values(), rows.shape, check_invariants=False)
-
-def csr_product(weight: torch.Tensor) -> Product: # Its product with inputs, in float32
-    "torch's product of a matrix in compressed sparse rows; one input has a faster product of its own."
-    rows = in_rows(weight)
+        long = weight.detach().float().to_sparse_csr()
+    ends, columns = long.crow_indices().int(), long.col_indices().int()
+    rows = torch.sparse_csr_tensor(ends, columns, long.values(), long.shape, check_invariants=False)
     def product(x):
         wide = x.float()
         return (torch.mv(rows, wide[0])[None] if len(x) == 1 else (rows @ wide.T).T).to(x.dtype)
@@ -74,25 +71,22 @@ def two_of_four_product(weight: torch.Tensor) -> Product: # Its product with inp
 # %% ../../nbs/portable/05_speed.ipynb #c017
 REACH = 8.0 # Inputs beyond it, in standard deviations of the first ones, are cut off in 8 bits
 
-def openvino_graph(weight: torch.Tensor, reach: float) -> object: # A model of OpenVINO
-    "A projection of 8-bit weights and inputs."
+def openvino_compiled(weight: torch.Tensor, reach: float, packed: bool = True) -> object: # A compiled model
+    "A projection of 8-bit weights and inputs as OpenVINO will compute it; inputs up to `reach`, zeros packed or not."
     import openvino
     from openvino import opset13 as op
+    weight = weight.detach().float().cpu()
     scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
     codes = (weight / scale).round().to(torch.int8)
     x, low, high = op.parameter([-1, weight.shape[1]], np.float32), np.float32(-reach), np.float32(reach * 127 / 128)
     wide = op.multiply(op.convert(op.constant(codes.numpy()), "f32"), op.constant(scale.numpy()))
-    return openvino.Model([op.matmul(op.fake_quantize(x, low, high, low, high, 256), wide, False, True)], [x])
-
-# %% ../../nbs/portable/05_speed.ipynb #c018
-def openvino_compiled(weight: torch.Tensor, reach: float, packed: bool = True) -> object: # A compiled model of OpenVINO
-    "A projection as OpenVINO will compute it."
-    import openvino
-    rate, graph = 0.0 if packed else 1.0, openvino_graph(weight.detach().float().cpu(), reach)
-    settings = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": rate, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    graph = openvino.Model([op.matmul(op.fake_quantize(x, low, high, low, high, 256), wide, False, True)], [x])
+    settings = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.0 if packed else 1.0,
+                "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     return openvino.Core().compile_model(graph, "CPU", settings)
 
-def openvino_product(weight: torch.Tensor, packed: bool = True) -> Product: # Its product with inputs, in 8 bits
+# %% ../../nbs/portable/05_speed.ipynb #c018
+def openvino_product(weight: torch.Tensor, packed: bool = True) -> Product: # In 8 bits
     "OpenVINO's product; the graph is compiled at the first inputs, whose spread it must know."
     kept = []
     def product(x):
@@ -147,22 +141,16 @@ class Backend:
     missing: Callable[[torch.device], str] = lambda device: "" # What it lacks on a device; empty if nothing
     dense: bool = False # Whether it is measured on the dense model too
 
-def lacks_scipy(device: torch.device) -> str: # What is missing; empty if nothing is
-    "Whether scipy's product cannot run."
-    return lacks_cpu(device) or lacks_package("scipy")
-
-def in_8_bits(weight: torch.Tensor) -> Product: # Its product with inputs, in 8 bits
-    "OpenVINO's product that packs nothing."
-    return openvino_product(weight, packed=False)
-
 # %% ../../nbs/portable/05_speed.ipynb #c023
 BACKENDS = {
     "torch": Backend(about="torch's dense product", product=dense_product, dense=True),
     "csr": Backend(about="torch's product of compressed rows", product=csr_product, missing=lacks_cpu),
-    "scipy": Backend(about="scipy's product of compressed rows", product=scipy_product, missing=lacks_scipy),
+    "scipy": Backend(about="scipy's product of compressed rows", product=scipy_product,
+                     missing=lambda device: lacks_cpu(device) or lacks_package("scipy")),
     "2:4": Backend(about="torch's semi-structured product", product=two_of_four_product, missing=lacks_two_of_four),
     "openvino": Backend(about="OpenVINO in 8 bits, zeros packed", product=openvino_product, missing=lacks_unpacking),
-    "openvino-dense": Backend(about="OpenVINO in 8 bits", product=in_8_bits, missing=lacks_unpacking, dense=True)}
+    "openvino-dense": Backend(about="OpenVINO in 8 bits", product=partial(openvino_product, packed=False),
+                              missing=lacks_unpacking, dense=True)}
 
 # %% ../../nbs/portable/05_speed.ipynb #c029
 from contextlib import contextmanager
@@ -177,16 +165,14 @@ def linears_of(model: nn.Module) -> list[nn.Linear]: # Modules of its projection
                    "model with a Linear for each; experts in one piece and GPT-2 are not measured.")
 
 # %% ../../nbs/portable/05_speed.ipynb #c031
-def through(product: Product, bias: torch.Tensor | None) -> Product: # From inputs [..., in] to outputs [..., out]
-    "The forward pass of a linear module by a product."
-    def forward(x):
-        y = product(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
-        return y if bias is None else y + bias
-    return forward
-
 @contextmanager
 def computed_by(products: Mapping[nn.Linear, Product]) -> Iterator[None]:
     "Let linear modules compute by other products while the block runs."
+    def through(product: Product, bias: torch.Tensor | None) -> Product: # From inputs [..., in] to outputs [..., out]
+        def forward(x):
+            y = product(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+            return y if bias is None else y + bias
+        return forward
     for linear, product in products.items(): linear.forward = through(product, linear.bias)
     try: yield
     finally:
@@ -207,40 +193,34 @@ class Side:
     products: Mapping[nn.Linear, Product] # Of its linear modules; empty: as they are
 
 # %% ../../nbs/portable/05_speed.ipynb #c037
-def waited(device: torch.device) -> None:
-    "Wait until a device has done what it was given."
-    if device.type == "cuda": torch.cuda.synchronize(device)
+def seconds_of(side: Side, work: Callable[[], object], clock: Callable[[], float]) -> float:
+    "Seconds until the device of a side has done some work."
+    device = side.model.device
+    def waited() -> float:
+        if device.type == "cuda": torch.cuda.synchronize(device)
+        return clock()
+    with inference(side.model), computed_by(side.products):
+        start = waited()
+        work()
+        return waited() - start
 
 def prefill_timer(side: Side, ids: torch.Tensor, clock: Callable[[], float]) -> Callable[[], float]:
     "A measurement of reading prompts."
-    def timed() -> float:
-        with inference(side.model), computed_by(side.products):
-            waited(ids.device)
-            start = clock()
-            side.model(ids, use_cache=True, logits_to_keep=1)
-            waited(ids.device)
-            return clock() - start
-    return timed
+    return lambda: seconds_of(side, lambda: side.model(ids, use_cache=True, logits_to_keep=1), clock)
 
 # %% ../../nbs/portable/05_speed.ipynb #c038
-def cache_name(model: nn.Module) -> str:
-    "What a version of transformers calls the cache."
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
 def decode_timer(side: Side, ids: torch.Tensor, written: torch.Tensor,
                  clock: Callable[[], float]) -> Callable[[], float]: # Writes and gives its seconds
     "A measurement of writing, one token at a time."
-    name = cache_name(side.model)
+    named = inspect.signature(side.model.forward).parameters
+    name = "cache" if "cache" in named else "past_key_values" # as a version of transformers calls it
     with inference(side.model): read = getattr(side.model(ids, use_cache=True, logits_to_keep=1), name)
     def timed() -> float:
         kept = copy.deepcopy(read)
-        with inference(side.model), computed_by(side.products):
-            waited(ids.device)
-            start = clock()
-            for token in written.split(1, 1):
-                kept = getattr(side.model(token, **{name: kept}, use_cache=True), name)
-            waited(ids.device)
-            return clock() - start
+        def write():
+            nonlocal kept
+            for token in written.split(1, 1): kept = getattr(side.model(token, **{name: kept}, use_cache=True), name)
+        return seconds_of(side, write, clock)
     return timed
 
 # %% ../../nbs/portable/05_speed.ipynb #c040

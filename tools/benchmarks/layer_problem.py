@@ -33,7 +33,7 @@ from cap_nb.core.errors import BadInput
 from cap_nb.core.files import memory_taken
 from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.jobs.planning import PUBLISHED
-from cap_nb.methods.joint import joint_update
+from cap_nb.methods.update import joint_update
 from cap_nb.methods.prune import prune
 from cap_nb.methods.prune import recovered_weight
 from cap_nb.methods.sparsegpt import sparsegpt_update

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from cap_nb.core.errors import BadInput
 from cap_nb.jobs.planning import ExampleLength
 from cap_nb.methods.resumed_scoring import score_heads
-from cap_nb.methods.unit_store import joined
+from cap_nb.methods.layer_walk import joined
 from cap_nb.models.loading import model_fingerprint
 from tools.benchmarks.scaling import shape
 from tools.side_by_side import counted_work, examples_of_lengths, measured_case, random_model, range_text, wanted_text

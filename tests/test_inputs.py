@@ -1,0 +1,242 @@
+"""What a number depends on is in its fingerprint: every input of a run is changed between two runs of one folder.
+
+Then the folder holds the numbers of the new input, or the run is refused in a sentence that names what changed. The inputs are the fields of the settings, of the
+model's configuration, of its generation settings and of its tokenizer as they are found, so that a new field is tried without a new line here.
+"""
+import json
+import shutil
+from dataclasses import fields
+
+import pytest
+from fixtures import tiny_llama
+from hub import arc_rows, byte_tokenizer, gsm8k_rows
+from safetensors.torch import load_file, save_file
+
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import read_checked, write_checked
+from cap_nb.jobs.job import run_job
+from cap_nb.jobs.records import load_run
+from cap_nb.jobs.settings import Job, changed
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+SMALLEST = dict(n=3, k=1, tasks=("gsm8k",), evaluate_n=2, loss_n=2, windows=1, window_tokens=32, max_new_tokens=3, methods=("cap",), sparsities=(0.5,), device="cpu")
+# What a setting is changed to, where half as much again or its opposite is none of its values; a new setting of words wants a line here
+OTHER = {"name": None, "device": None, "backend": None, "data_dir": None, "calibrate_on": "text", "dtype": "bfloat16", "tasks": ("arc",), "style": "answer-line",
+         "calibration_seed": 5, "text_share": 0.4, "methods": ("magnitude",), "sparsities": (0.3,), "aggregation": "mean", "score_target": "divergence", "budget": 0.5,
+         "accuracy_tasks": ("arc",), "text": "lab-text", "evaluate_on": "validation"}
+# How a run's record calls a setting, where it is not the setting's own name
+RECORDED = {"calibration_seed": "calibration.seed", "calibrate_on": "calibration.on", "accuracy_tasks": "evaluation.data.accuracy", "evaluate_on": "evaluation.on"}
+WORDS = {"hidden_act": "gelu", "rope_type": "linear", "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+
+
+def save_folder(place):
+    """A tiny Llama with a chat template, and benchmark files."""
+    model, tokenizer = place / "model", byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=1024, num_hidden_layers=2, bos_token_id=0, eos_token_id=1, pad_token_id=1).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    for name, rows in {"gsm8k/train.jsonl": gsm8k_rows("train"), "gsm8k/test.jsonl": gsm8k_rows("test"),
+                       **{f"arc/ARC-Challenge-{part}.jsonl": arc_rows(part) for part in ("Train", "Dev", "Test")}}.items():
+        path = place / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(as_benchmark(row)) + "\n" for row in rows))
+    (place / "data" / "wikitext2").mkdir()
+    for name in ("test.txt", "valid.txt"):
+        (place / "data" / "wikitext2" / name).write_text("\n".join(f"The river of {name} runs {i} miles to the sea ." for i in range(40)))
+
+
+def as_benchmark(row):
+    """A row of the hub as ARC's own file has it."""
+    if "choices" not in row:
+        return row
+    choices = [{"text": text, "label": label} for text, label in zip(row["choices"]["text"], row["choices"]["label"], strict=True)]
+    return {"id": row["id"], "question": {"stem": row["question"], "choices": choices}, "answerKey": row["answerKey"]}
+
+
+def job_in(place, **settings):
+    return changed(Job(), **SMALLEST | dict(name=str(place / "model"), data_dir=str(place / "data")) | settings)
+
+
+def numbers(folder):
+    """All that was measured, by cell."""
+    return {(e.method, e.sparsity): (e.answers, e.losses, e.perplexity) for e in load_run(folder).evaluations}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A finished run, with all that it was made of."""
+    place = tmp_path_factory.mktemp("inputs")
+    save_folder(place)
+    run_job(job_in(place), place / "run")
+    return place
+
+
+@pytest.fixture
+def place(first, tmp_path, monkeypatch):
+    """A copy that a test may change; names lead to the copy from the same working directory."""
+    shutil.copytree(first, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def check_taken_in(place, first, named, **settings):
+    """The folder goes on with the right numbers, or names what changed."""
+    try:
+        run_job(job_in(place, **settings), place / "fresh")
+    except BadInput as error:  # no model, or no run, has this value
+        assert "\n" not in str(error)
+        with pytest.raises(BadInput):
+            run_job(job_in(place, **settings), place / "run")
+        return "no such run"
+    wanted = numbers(place / "fresh")
+    try:
+        run_job(job_in(place, **settings), place / "run")
+    except BadInput as error:
+        assert named in str(error).replace("-", "_"), f"{named} is not named: {error}"
+        return "refused"
+    found = numbers(place / "run")
+    assert {cell: found[cell] for cell in wanted} == wanted, f"{named} was changed, and the numbers of before stand"
+    return "same" if wanted == {cell: numbers(first / "run").get(cell) for cell in wanted} else "anew"
+
+
+# ---- the settings ----
+SETTINGS = [setting for part in fields(Job) for setting in fields(part.default_factory)]
+
+
+def other_value(setting):
+    """Another value of a setting."""
+    if setting.name in OTHER:
+        return OTHER[setting.name]
+    value = SMALLEST.get(setting.name, setting.default)
+    assert type(value) in (int, float), f"tests/test_inputs.py does not know another value of {setting.name}: give one in OTHER"
+    return value + 1 if value < 100 else value // 2
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_a_changed_setting(setting, place, first):
+    value = other_value(setting)
+    if value is None:
+        pytest.skip(f"{setting.name} has no other value on every machine, or is tried below")
+    check_taken_in(place, first, RECORDED.get(setting.name, setting.name), **{setting.name: value})
+
+
+# ---- the files of the model ----
+def leaves(value, path=()):
+    """(path, value) of every setting of a configuration, inner ones too."""
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in leaves(inner, (*path, key))]
+    return [(path, value)]
+
+
+def other_leaf(path, value):
+    """Another value of the same kind; None where there is none to think of."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value * 1.5 + 0.25
+    return WORDS.get(path[-1])
+
+
+def change_leaf(file, path, value):
+    whole = json.loads(file.read_text())
+    inner = whole
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file.write_text(json.dumps(whole))
+
+
+CONFIG = [(path, other_leaf(path, value)) for path, value in leaves(json.loads(tiny_llama(vocab_size=8, pad_token_id=1, bos_token_id=0, eos_token_id=1).config.to_json_string(use_diff=False)))]
+
+
+@pytest.mark.parametrize("path, value", [each for each in CONFIG if each[1] is not None], ids=lambda each: ".".join(each) if isinstance(each, tuple) else str(each))
+def test_a_changed_configuration(path, value, place, first):
+    file = place / "model" / "config.json"
+    whole = json.loads(file.read_text())
+    for key in path[:-1]:
+        whole = whole.get(key, {})
+    if path[-1] not in whole and path[:-1]:
+        return  # older and newer versions of transformers name some inner fields differently
+    change_leaf(file, path, value)
+    check_taken_in(place, first, path[-1])
+
+
+# ---- what a folder says beside the configuration ----
+def edited(name, **settings):
+    def change(place):
+        path = place / "model" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return change
+
+
+def with_template(text):
+    return lambda place: (place / "model" / "chat_template.jinja").write_text(text)
+
+
+def another_weight(place):
+    path = place / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def another_problem(place):
+    for name in ("train", "test"):
+        path = place / "data" / "gsm8k" / f"{name}.jsonl"
+        path.write_text(path.read_text().replace(" more", " other"))
+
+
+def another_rule(place):
+    path = place / "model" / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    whole["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(whole))
+
+
+FILES = {"a weight": (another_weight, "model.fingerprint"), "the end of an answer": (edited("generation_config.json", eos_token_id=5), "generation.eos_token_id"),
+         "a setting of generation": (edited("generation_config.json", repetition_penalty=1.5), "generation.repetition_penalty"),
+         "the chat template": (with_template(TEMPLATE.replace("assistant: ", "answer: ")), "model.tokenizer"), "how a text is cut": (another_rule, "model.tokenizer"),
+         "the problems": (another_problem, "calibration.fingerprint"),
+         "the text": (lambda place: [path.write_text(path.read_text().upper()) for path in (place / "data" / "wikitext2").iterdir()], "evaluation.data.text")}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_changed_file(what, place, first):
+    change, named = FILES[what]
+    change(place)
+    assert check_taken_in(place, first, named) == "refused"
+
+
+def test_a_template_with_a_date_or_a_draw_gives_the_same_prompt(place):
+    dated = TEMPLATE + "{{ strftime_now('%d %b %Y %H') }} {{ range(9999) | random }}"
+    with_template(dated)(place)
+    for folder in ("dated", "dated"):
+        run_job(job_in(place), place / folder)
+    cells = numbers(place / "dated")
+    run_job(job_in(place, methods=("magnitude",), sparsities=(0.0,)), place / "zero")
+    assert numbers(place / "zero")["magnitude", 0.0] == cells["dense", 0.0] == numbers(place / "zero")["dense", 0.0]
+
+
+TEMPLATES = {"drops the question": "user: say something\nassistant: ", "syntax": "{% for m in messages %}", "raises": "{{ raise_exception('no') }}",
+             "division": "{{ 1 / 0 }}", "undefined": "{{ messages.nothing.at.all }}", "filter": "{{ messages | nothing }}", "index": "{{ messages[7]['content'] }}"}
+
+
+@pytest.mark.parametrize("what", TEMPLATES)
+def test_a_template_that_cannot_ask_is_refused(what, place):
+    with_template(TEMPLATES[what])(place)
+    with pytest.raises(BadInput, match="chat template") as error:
+        run_job(job_in(place), place / "new")
+    assert "\n" not in str(error.value) and not (place / "new").exists()
+
+
+def test_an_older_run_goes_on_and_says_what_it_does_not_cover(place, caplog):
+    """Before, a fingerprint was that of the weights alone."""
+    path = place / "run" / "run.json"
+    kept = read_checked(path)
+    kept["model"] = {name: value for name, value in kept["model"].items() if name not in ("configuration", "generation")}
+    kept["model"] |= {name: kept["model"][name].split("-")[0] for name in ("fingerprint", "tokenizer")}
+    write_checked(path, kept)
+    run_job(job_in(place, sparsities=(0.3,)), place / "run")
+    assert "says nothing of the model's configuration and generation" in caplog.text
+    assert read_checked(path)["model"] == kept["model"]
