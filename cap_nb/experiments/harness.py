@@ -50,7 +50,7 @@ from ..calibration import default_style
 from ..core.files import whole_file
 from ..data.problems import Problem, task_family
 from ..data.prompts import encode_problems
-from ..evaluation import normal_answer
+from ..data.prompts import normal_answer
 from ..models.decoding import one_task, token_limit
 
 # %% ../../nbs/experiments/04_harness.ipynb #c024

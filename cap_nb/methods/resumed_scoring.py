@@ -14,7 +14,7 @@ from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.data.prompts import IGNORED, collate, Example, token_batches
 from cap_nb.models.replay import (
-    can_be_cut, cut_call, given_heads, hidden_at, keys_and_values, KnownHeads, KnownKeys, LayerCall, Prefix,
+    can_be_cut, cut_call, replayed_heads, hidden_at, keys_and_values, HeadOutputs, StoredKeys, LayerCall, Prefix,
     PrefixCache, read_after_prefix, read_prefix, recorded_calls, recorded_heads, repeated, run_layer)
 from cap_nb.models.anatomy import (
     anatomy, Anatomy, decoder_layers, decoder_of, dimensions, final_norm, head_logits, logits_of, output_projection)
@@ -126,7 +126,7 @@ def last_layer_at_targets(model: nn.Module, hidden: torch.Tensor, call: LayerCal
     "The last layer, at target positions only where that is possible; without keys where its heads are recorded."
     layer = decoder_layers(model)[-1]
     if targets.call is None: return hidden_at(run_layer(layer, hidden, call, cache), targets.positions)
-    held = KnownKeys(keys_and_values(layer, hidden, call, cache)) if keys else None
+    held = StoredKeys(keys_and_values(layer, hidden, call, cache)) if keys else None
     return run_layer(layer, hidden_at(hidden, targets.positions), targets.call, held)
 
 def measured_at_targets(model: nn.Module, hidden: torch.Tensor, targets: Targets) -> torch.Tensor: # Float64 [M*B]
@@ -140,14 +140,14 @@ def measured_at_targets(model: nn.Module, hidden: torch.Tensor, targets: Targets
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c040
 @contextmanager
-def masked_heads(model: nn.Module, layer: int, heads: Sequence[int], kept: KnownHeads | None = None) -> Iterator[None]:
+def masked_heads(model: nn.Module, layer: int, heads: Sequence[int], kept: HeadOutputs | None = None) -> Iterator[None]:
     "Mask one head in each copy of the batch while the block runs, from the heads' recorded outputs if there are any."
     size = dimensions(model.config).head_size
     def mask(outputs: torch.Tensor) -> torch.Tensor:
         masked = outputs.clone()
         for head, copy in zip(heads, masked.chunk(len(heads))): copy[..., head * size:(head + 1) * size] = 0
         return masked
-    recorded = given_heads(model, layer, kept, len(heads)) if kept else nullcontext()
+    recorded = replayed_heads(model, layer, kept, len(heads)) if kept else nullcontext()
     with changed_input(output_projection(model, layer), mask), recorded: yield
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c043
@@ -173,7 +173,7 @@ def masked_prefix(model: nn.Module, prefix: Prefix | None, layer: int, heads: Se
     return cache
 
 def masked_losses(model: nn.Module, state: BatchState, targets: Targets, layer: int, heads: Sequence[int],
-                  cache: PrefixCache | None, kept: KnownHeads | None = None) -> torch.Tensor: # Float64 [M, B]
+                  cache: PrefixCache | None, kept: HeadOutputs | None = None) -> torch.Tensor: # Float64 [M, B]
     "Loss (or divergence) of each example with each of M heads masked, in one pass (paper equation 1)."
     copies, last = len(heads), len(state.calls) - 1
     calls = [repeated(call, copies) for call in state.calls]
@@ -186,7 +186,7 @@ def masked_losses(model: nn.Module, state: BatchState, targets: Targets, layer: 
     return measured_at_targets(model, hidden, targets).view(copies, -1)
 
 def intact_step(model: nn.Module, state: BatchState, targets: Targets, layer: int,
-                cache: PrefixCache | None = None) -> tuple[torch.Tensor, KnownHeads | None]:
+                cache: PrefixCache | None = None) -> tuple[torch.Tensor, HeadOutputs | None]:
     "Output of one intact layer (of the last: at targets), and what its output projection read."
     call, last = state.calls[layer], len(state.calls) - 1
     with recorded_heads(model, layer) as kept:
@@ -299,7 +299,7 @@ def uids_of(plan: ScoringPlan, state: BatchState) -> list[str]:
     return [plan.calibration.examples[index].uid for index in state.indices]
 
 def unit_losses(model: nn.Module, plan: ScoringPlan, state: BatchState, unit: Unit,
-                caches: Sequence[PrefixCache | None], kept: KnownHeads | None) -> torch.Tensor: # Float64 [H, B]
+                caches: Sequence[PrefixCache | None], kept: HeadOutputs | None) -> torch.Tensor: # Float64 [H, B]
     "Compute one unit, with a cache for each group of heads, check it and write it to the store."
     targets, groups = plan.targets[unit.batch], plan.groups[unit.layer]
     losses = torch.cat([masked_losses(model, state, targets, unit.layer, heads, cache, kept)

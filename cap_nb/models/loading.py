@@ -154,9 +154,9 @@ def opened_by_transformers(source: str | Path) -> Iterator[None]:
     try: yield
     except (BadInput, MemoryError, torch.cuda.OutOfMemoryError): raise
     except Exception as error:
-        said = " ".join(str(error).split())[:150]
-        raise BadInput(f"{source} cannot be opened by transformers ({type(error).__name__}: {said}): expected what was "
-                       "saved of a model that this version knows; fetch it again.") from error
+        message = " ".join(str(error).split())[:150]
+        raise BadInput(f"{source} cannot be opened by transformers ({type(error).__name__}: {message}): expected what "
+                       "was saved of a model that this version knows; fetch it again.") from error
 
 TOKENIZERS = ("*token*", "vocab*", "spiece.model", "tekken.json") # One of these files holds a vocabulary
 
@@ -215,9 +215,9 @@ def check_config_sizes(sizes: dict[str, object], folder: str | Path) -> None:
 
 def config_of(folder: str | Path) -> object:
     "The configuration in a folder; sizes that no model has, and a damaged note on pruning, raise `BadInput`."
-    said = read_object(Path(folder)/"config.json")
-    check_config_sizes(said, folder) # before transformers divides by them
-    note = said.get("cap_nb")
+    settings = read_object(Path(folder)/"config.json")
+    check_config_sizes(settings, folder) # before transformers divides by them
+    note = settings.get("cap_nb")
     if isinstance(note, dict) and "sha256" in note: check_sealed(note, f"The entry cap_nb of {folder}/config.json")
     with opened_by_transformers(folder): config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     check_config_sizes({name: getattr(config, name, None) for name in SIZES}, folder)
@@ -267,11 +267,11 @@ def generation_of(folder: Path, config: object) -> GenerationConfig:
 
 def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Module:
     "Raise `BadInput` for a parameter that no file holds, unless it is another one, and for a tensor without a place."
-    model, told = loaded
-    if over := sorted(told["unexpected_keys"]):
+    model, info = loaded
+    if over := sorted(info["unexpected_keys"]):
         raise BadInput(f"{source} holds {over[0]}, and {len(over) - 1} more, that its config.json knows no place for: "
                        "expected the configuration of these weights; fetch both again.")
-    every, missing = dict(model.named_parameters(remove_duplicate=False)), set(told["missing_keys"])
+    every, missing = dict(model.named_parameters(remove_duplicate=False)), set(info["missing_keys"])
     held = {id(weight) for name, weight in every.items() if name not in missing}
     lost = sorted(name for name in missing & every.keys() if id(every[name]) not in held)
     if not lost: return model
