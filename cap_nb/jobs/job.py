@@ -478,6 +478,13 @@ def possible_cells(ready: Ready) -> tuple[tuple[str, float], ...]:
 # %% ../../nbs/jobs/03_job.ipynb #c079
 Follow = Callable[[dict], Callable[[Evaluation], None]] # Gets a run's configuration, gives what is told of its cells
 
+def check_unchanged(ready: Ready, folder: Path) -> None:
+    "Raise `BadInput` unless the dense model is still the one that the run is about."
+    differ = fingerprint_differences(ready.configuration["model"]["fingerprint"], model_fingerprint(ready.model))
+    if differ:
+        raise BadInput(f"The dense model's {' and '.join(differ)} changed while {folder} was at work: expected the "
+                       "model to be as it was; find what changes it, remove the folder and run again.")
+
 def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]], pruner: Pruner,
                  finished: Callable[[Evaluation], None] | None = None) -> None:
     "Prune and measure every cell that is not finished, then write tables and figures."
@@ -486,6 +493,8 @@ def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]],
         for cell in cells:
             finish_cell(ready, folder, cell, pruner, dense, bar)
             if finished: finished(load_evaluation(evaluation_folder(folder, *cell)))
+    put_back(ready.model, dense)
+    check_unchanged(ready, folder)
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
