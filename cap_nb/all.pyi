@@ -87,6 +87,7 @@ from cap_nb.analysis import method_table as method_table
 from cap_nb.jobs.chains import mixed_calibration as mixed_calibration
 from cap_nb.portable.sharing import model_card as model_card
 from cap_nb.models.loading import model_fingerprint as model_fingerprint
+from cap_nb.data.problems import normal_text as normal_text
 from cap_nb.models.anatomy import output_projection as output_projection
 from cap_nb.calibration import overlap as overlap
 from cap_nb.jobs.chains import own_chains as own_chains
