@@ -65,7 +65,7 @@ from cap_nb.experiments.reasoning_steps import error_category as error_category
 from cap_nb.evaluation import evaluation_problems as evaluation_problems
 from cap_nb.portable.format import export_folder as export_folder
 from cap_nb.portable.quantised import export_gguf as export_gguf
-from cap_nb.evaluation import extract_answer as extract_answer
+from cap_nb.data.prompts import extract_answer as extract_answer
 from cap_nb.models.loading import fetch_smollm2 as fetch_smollm2
 from cap_nb.models.decoding import generate_greedy as generate_greedy
 from cap_nb.experiments.harness import harness_answers as harness_answers
@@ -87,6 +87,7 @@ from cap_nb.analysis import method_table as method_table
 from cap_nb.jobs.chains import mixed_calibration as mixed_calibration
 from cap_nb.portable.sharing import model_card as model_card
 from cap_nb.models.loading import model_fingerprint as model_fingerprint
+from cap_nb.data.problems import normal_text as normal_text
 from cap_nb.models.anatomy import output_projection as output_projection
 from cap_nb.calibration import overlap as overlap
 from cap_nb.jobs.chains import own_chains as own_chains

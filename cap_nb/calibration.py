@@ -103,7 +103,7 @@ class Calibration:
 
 # %% ../nbs/00_calibration.ipynb #c045
 from pathlib import Path
-from .data.problems import Problem, load_problems
+from .data.problems import Problem, load_problems, normal_text
 from .data.prompts import PromptStyle, default_style, default_tasks, encode_problems
 
 @validate_arguments
@@ -154,6 +154,9 @@ def overlap(
     calibration: Calibration, # The calibration set
     problems: Iterable[Problem], # Problems for evaluation
 ) -> frozenset[str]: # Content hashes that occur in both
-    "Content hashes shared by a calibration set and problems for evaluation (paper section 3.1); empty if disjoint."
-    calibrated = frozenset(example.uid for example in calibration.examples)
-    return calibrated & frozenset(problem.uid for problem in problems)
+    "Problems for evaluation that a calibration set asks, whatever their spaces and case (paper section 3.1)."
+    calibrated, prompts = {e.uid for e in calibration.examples}, [normal_text(e.prompt) for e in calibration.examples]
+    def is_shared(problem: Problem) -> bool:
+        parts = problem.wording.split("\n")
+        return problem.uid in calibrated or any(all(part in prompt for part in parts) for prompt in prompts)
+    return frozenset(problem.uid for problem in problems if is_shared(problem))

@@ -6,27 +6,31 @@
 __all__ = []
 
 # %% ../nbs/command_line.ipynb #8a9f3a9c
+import functools
 import importlib.metadata
+import inspect
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, get_args
 import typer
 from typer.core import TyperGroup
 import cap_nb
-from cap_nb.core.errors import (
+from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, lacks_memory, refused_path)
-from cap_nb.core.stopping import STOPPED, signals_answered, stop
+from .core.stopping import signals_answered, stop, STOPPED
+from .jobs.settings import changed, FineTuning, Job, MOST, Shrinking, SinglePruning, SpeedSettings
 
 # %% ../nbs/command_line.ipynb #75840435
-def bug_report(
-    error: Exception, # What nobody foresaw
-) -> str: # The sentence
+def bug_report(error: Exception) -> str: # The sentence
     "Keep command, versions and traceback in a file, for whoever mends it."
     number, report = tempfile.mkstemp(prefix="cap-bug-", suffix=".txt")
     versions = {name: importlib.metadata.version(name) for name in ("cap_nb", "torch", "transformers")}
@@ -43,9 +47,7 @@ EXPECTED = {"NoSuchOption": "an option that it has", "MissingParameter": "it to 
             "BadParameter": "a value that fits"} # Kinds of errors of the parser
 NUMBERS = {"integer": "a whole number", "float": "a number", "number": "a number"} # Words of the parser -> ours
 
-def parser_sentence(
-    error: Exception, # From the parser
-) -> str: # The sentence
+def parser_sentence(error: Exception) -> str: # The sentence
     "What cannot be parsed, and where help is."
     kind, context = type(error).__name__, getattr(error, "ctx", None)
     name = context.info_name if context is not None and context.parent else ""
@@ -60,9 +62,7 @@ def parser_sentence(
 NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens or the number "
              "that was raised, and see 'cap plan'.")
 
-def sentence_and_code(
-    error: BaseException, # What ended a command
-) -> tuple[str, int]: # A sentence, and an exit code
+def sentence_and_code(error: BaseException) -> tuple[str, int]: # A sentence, and an exit code
     "What to say of an error."
     if isinstance(error, BadInput): return str(error), 2
     if isinstance(error, PARSER_ERROR): return parser_sentence(error), 2
@@ -98,35 +98,21 @@ def in_one_sentence() -> Iterator[None]:
         typer.echo(f"cap: {BadInput(sentence)}", err=True) # which is one line whatever is in it
         raise typer.Exit(code) from None
 
-# %% ../nbs/command_line.ipynb #e6e0e604
-import functools
-import inspect
-import re
-from dataclasses import dataclass, fields
-from typing import Annotated, get_args
-from cap_nb.jobs.settings import MOST, FineTuning, Job, Shrinking, SinglePruning, SpeedSettings, changed
-
 # %% ../nbs/command_line.ipynb #a12a5acc
-def read_names(
-    text: str | None, # As in "cap,wanda"; None means not given
-) -> tuple[str, ...] | None: # ("cap", "wanda"); () for "none"
+def read_names(text: str | None) -> tuple[str, ...] | None: # ("cap", "wanda"); () for "none"
     "A list of names."
     if text is None: return None
     if text.strip() == "none": return ()
     if names := tuple(name.strip() for name in text.split(",") if name.strip()): return names
     raise BadInput("No name is given: expected names with commas between them; write some, or none.")
 
-def read_methods(
-    text: str, # As in "cap,wanda"
-) -> tuple[str, ...]: # ("cap", "wanda"); every method of the table for "all"
+def read_methods(text: str) -> tuple[str, ...]: # ("cap", "wanda"); every method of the table for "all"
     "A list of methods."
     if text.strip() != "all": return read_names(text)
     from cap_nb.methods.prune import table_methods
     return tuple(table_methods())
 
-def read_sparsities(
-    text: str, # As in "0.1,0.2"
-) -> tuple[float, ...]: # (0.1, 0.2)
+def read_sparsities(text: str) -> tuple[float, ...]: # (0.1, 0.2)
     "A list of sparsities; what is no number raises `BadInput`."
     try: numbers = [float(part) for part in text.split(",")]
     except ValueError:
@@ -134,17 +120,13 @@ def read_sparsities(
                        "0.1,0.2,0.5.") from None
     return tuple(check_sparsity(number) for number in numbers)
 
-def read_counts(
-    text: str, # As in "1,16"
-) -> tuple[int, ...]: # (1, 16)
+def read_counts(text: str) -> tuple[int, ...]: # (1, 16)
     "A list of whole numbers; what is none raises `BadInput`."
     try: return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise BadInput(f"{text!r} is not a list of whole numbers: expected some with commas; write 1,16.") from None
 
-def read_path(
-    text: str | Path, # What the user wrote
-) -> Path: # The path
+def read_path(text: str | Path) -> Path: # The path
     "The path of a file or folder; nothing is none, though Python takes it for the folder where one is."
     if str(text): return Path(text)
     raise typer.BadParameter("it is empty")
@@ -163,20 +145,12 @@ class Option:
     parameter: inspect.Parameter # How typer reads it
     read: Callable[[object], object] # From what typer read to the field's value
 
-def comments(
-    described: type | Callable, # A dataclass, or a function
-) -> dict[str, str]: # Name of a field or parameter -> its comment
+def comments(described: type | Callable) -> dict[str, str]: # Name of a field or parameter -> its comment
     "What the source says of fields or parameters."
     return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(described), re.MULTILINE))
 
 # %% ../nbs/command_line.ipynb #537779ac
-def make_option(
-    field: str, # Field of a dataclass, or parameter of a function
-    kind: type, # Its type
-    default: object, # Its default; `inspect.Parameter.empty` for none
-    about: str, # What `--help` says
-    is_argument: bool = False, # Whether it is written without a name
-) -> Option: # How typer reads it
+def make_option(field: str, kind: type, default: object, about: str, is_argument: bool = False) -> Option:
     "An option, or argument, from a field or parameter; a list is written with commas."
     name = field if is_argument else OPTION_NAMES.get(field, field)
     read = LIST_READERS.get(kind, lambda value: value)
@@ -192,9 +166,7 @@ def make_option(
                                   annotation=Annotated[kind, declared])
     return Option(field, parameter, read)
 
-def options_of(
-    settings: type, # A dataclass, every field with a default and a comment
-) -> list[Option]: # One option a field
+def options_of(settings: type) -> list[Option]: # One option a field
     "The options that a dataclass gives."
     about = comments(settings)
     return [make_option(each.name, each.type, each.default, about[each.name]) for each in fields(settings)]
@@ -215,9 +187,7 @@ class Program(TyperGroup):
 ABOUT = "Causal Attribution Pruning of reasoning language models."
 app = typer.Typer(cls=Program, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
-def print_version(
-    wanted: bool, # Whether --version was given
-) -> None:
+def print_version(wanted: bool) -> None:
     "Print the version and leave, before a command is asked for."
     if wanted:
         typer.echo(cap_nb.__version__)
@@ -232,9 +202,7 @@ def program(
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
 
 # %% ../nbs/command_line.ipynb #6af76c29
-def options_of_command(
-    function: Callable, # A command's function
-) -> list[Option]: # Its own options and arguments
+def options_of_command(function: Callable) -> list[Option]: # Its own options and arguments
     "What a command asks for besides a job and other settings."
     about, own = comments(function), []
     for parameter in inspect.signature(function).parameters.values():
@@ -252,13 +220,8 @@ PLUGIN = make_option("plugin", list[Path] | None, None, "your own Python file, w
                      "attributions, allocations, tasks, texts, families or formats; may be given several times")
 
 # %% ../nbs/command_line.ipynb #09bc3611
-def command(
-    heading: str, # Of `cap --help`, under which it stands
-    *parts: str, # Parts of a job, or single settings, that it has options for
-    without: tuple[str, ...] = (), # Settings of these parts that it does not have
-    settings: type | None = None, # Dataclass of its parameter `settings`
-    plugins: bool = True, # Whether it takes plugins
-) -> Callable: # A decorator
+def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: type | None = None,
+            plugins: bool = True) -> Callable: # A decorator
     "Make a function NAME_command the command NAME of the program."
     of_job = [option for part, group in JOB_OPTIONS.items() for option in group
               if (part in parts or option.field in parts) and option.field not in without]
@@ -282,9 +245,7 @@ def command(
     return decorate
 
 @contextmanager
-def plugins_of_user(
-    files: list[Path] | None, # The user's own Python files, if any
-) -> Iterator[None]:
+def plugins_of_user(files: list[Path] | None) -> Iterator[None]:
     "Load the user's plugins for a command, and take them back after it."
     if not files:
         yield
@@ -296,17 +257,12 @@ def plugins_of_user(
 JOB, STEPS, PRUNED, RECORDS = "The job", "Single steps", "After pruning", "Records"
 WHOLE = {"out": Path, "store": Path, "note": str, "track": str} # Options of a run that a sweep has once -> their type
 
-def short_name(
-    model: str, # A model's name, a folder, or owner/name@commit
-) -> str: # Its last part, which leads nowhere else
+def short_name(model: str) -> str: # Its last part, which leads nowhere else
     "What a model's run is called: the folder's own name for . and .., and never nothing."
     last = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
     return last if last not in ("", ".", "..") else "model"
 
-def read_as(
-    kind: type, # Type of an option, as in int | None
-    text: str, # What the user wrote
-) -> object: # The value
+def read_as(kind: type, text: str) -> object: # The value
     "A value of an option from its text; another type's raises `BadInput`."
     [single] = {*(get_args(kind) or [kind])} - {type(None)}
     try: return single(text)
@@ -325,12 +281,7 @@ def known_options() -> dict[str, object]: # Name of an option -> how a file give
     return {name.replace("_", "-"): each for name, each in known.items()}
 
 # %% ../nbs/command_line.ipynb #768dfc3f
-def run_config(
-    context: typer.Context, # The command as it was called
-    base: Job, # What the command line says, else the defaults
-    path: Path, # The file of options
-    whole: dict[str, object], # The same for the options in `WHOLE`
-) -> str: # The runs, and where their numbers are
+def run_config(context: typer.Context, base: Job, path: Path, whole: dict[str, object]) -> str:
     "Run what a file asks for; an option that the command line gives wins over the file."
     from cap_nb.jobs.sweeps import read_config, read_index, run_sweep, sweep_jobs, whole_options
     known = known_options()
@@ -343,9 +294,7 @@ def run_config(
     runs = [str(folder/run["folder"]) for run in read_index(folder)["runs"]]
     return "\n".join([*runs, f"Numbers of all runs: {folder/'results.csv'}   compare some: cap compare RUN RUN"])
 
-def run_text(
-    folder: Path, # A run's folder
-) -> str: # Lines
+def run_text(folder: Path) -> str: # Lines
     "A run's table, what its accuracies hide, and where its figures are."
     from cap_nb.analysis import method_table
     from cap_nb.jobs.tables import table_markdown

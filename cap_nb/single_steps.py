@@ -7,21 +7,41 @@ __all__ = []
 
 # %% ../nbs/single_steps.ipynb #29a6995a
 import shutil
+from dataclasses import replace
 from pathlib import Path
+import torch
 from torch import nn
-from cap_nb.core.errors import BadInput
-from cap_nb.jobs.job import check_job, check_screening, check_windows_fit, filled_in, job_calibration
-from cap_nb.jobs.settings import Job, changed
-from cap_nb.methods.resumed_scoring import Request, check_target, help_scoring, table_scorer
-from cap_nb.methods.screening import save_partial, screen_heads
-from cap_nb.methods.layer_walk import device_of_process, joined
-from cap_nb.models.loading import load_model, tokenizer_fingerprint
-from cap_nb.scoring import save_losses
+from .calibration import Calibration
+from .core.errors import BadInput
+from .core.files import check_new_folder
+from .core.registry import additions_noted
+from .evaluation import Evaluation
+from .importance import importance_factors
+from .jobs.chains import Answering, own_chains, task_counts, too_few
+from .jobs.job import (
+    check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, targets_configuration)
+from .jobs.records import save_evaluation
+from .jobs.settings import changed, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
+from .methods.criteria import Inputs
+from .methods.layer_walk import device_of_process, joined
+from .methods.prune import check_method, needs_of, prune, unit_factors
+from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, table_scorer
+from .methods.screening import read_scores, save_partial, screen_heads
+from cap_nb.methods.streaming import (
+    check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
+    solve_checkpoint)
+from .models.loading import (
+    check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
+from .portable.fine_tuning import check_settings, recover_into, Recovery
+from .portable.sharing import (
+    base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
+from .portable.shrink import check_shrinking, shrink_to, Shrunk, shrunk_record
+from .regions import Factors
+from .scoring import HeadLosses
+from .threshold import PruneReport
 
 # %% ../nbs/single_steps.ipynb #64f83dbc
-def load_checked(
-    job: Job, # Its model, and what will be asked of it
-) -> tuple[nn.Module, object]: # The model and its tokenizer
+def load_checked(job: Job) -> tuple[nn.Module, object]: # The model and its tokenizer
     "Load the model of a job; a job that cannot be done with it raises `BadInput`."
     check_job(job)
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
@@ -29,14 +49,8 @@ def load_checked(
     return model, tokenizer
 
 # %% ../nbs/single_steps.ipynb #54ab9760
-def score_into(
-    job: Job, # What is scored, on what
-    out: Path, # New file of the table
-    heads_at_once: int | None = None, # Heads of a layer in one pass; as many as fit if left out
-    store: Path | None = None, # Folder of finished units, shared between runs; beside the file if left out
-    budget: float | None = None, # Share of the masked passes; all if left out
-    join: bool = False, # Whether to help another process that makes the same file, and make none
-) -> str: # What the table is, in a sentence; nothing from another process than the first
+def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Path | None = None,
+               budget: float | None = None, join: bool = False) -> str:
     "Measure what masking each head does, and save the table."
     if join and budget is not None:
         raise BadInput("--join was given with --budget: expected a whole table, since its rounds are not shared; leave "
@@ -71,17 +85,9 @@ def score_into(
     return (f"{out}: {measured} of {len(table.intact)} examples with each of {table.masked[..., 0].numel()} heads "
             "masked.")
 
-# %% ../nbs/single_steps.ipynb #3ed0c23d
-from cap_nb.jobs.chains import Answering, own_chains, task_counts, too_few
-
 # %% ../nbs/single_steps.ipynb #a601eac4
-def answer_into(
-    job: Job, # Its model, tasks, problems a task, and the limit of an answer
-    out: Path, # File of the chains
-    tries: int = Answering.tries, # Answers to each problem: the first is greedy, the others are drawn
-    temperature: float = Answering.temperature, # Temperature of the drawn answers
-    lenient: bool = False, # Whether an answer counts that stands on no answer line
-) -> list[str]: # What came of it, in sentences
+def answer_into(job: Job, out: Path, tries: int = Answering.tries, temperature: float = Answering.temperature,
+                lenient: bool = False) -> list[str]: # What came of it, in sentences
     "Let a model answer the problems of a calibration set; the same call finds what was answered."
     model, tokenizer = load_checked(job)
     answering = Answering(tries=tries, temperature=temperature, max_new_tokens=job.evaluate.max_new_tokens,
@@ -92,60 +98,24 @@ def answer_into(
               f"{count.kept} problems with a chain that is kept." for count in task_counts(chains)]
     return [*counts, *too_few(chains), f"{out}: the chains; use them with --calibrate-on {out}."]
 
-# %% ../nbs/single_steps.ipynb #5a5cda1a
-import torch
-from dataclasses import replace
-from cap_nb.calibration import Calibration
-from cap_nb.core.registry import additions_noted
-from cap_nb.core.files import check_new_folder
-from cap_nb.importance import importance_factors
-from cap_nb.jobs.job import targets_configuration
-from cap_nb.jobs.settings import PruneSettings, SinglePruning
-from cap_nb.methods.criteria import Inputs
-from cap_nb.methods.prune import check_method, needs_of, prune, unit_factors
-from cap_nb.methods.screening import read_scores
-from cap_nb.methods.streaming import (
-    check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
-    solve_checkpoint)
-from cap_nb.models.loading import check_all_here, model_fingerprint, save_model
-from cap_nb.portable.sharing import (
-    base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
-from cap_nb.regions import Factors
-from cap_nb.scoring import HeadLosses
-from cap_nb.threshold import PruneReport
-
 # %% ../nbs/single_steps.ipynb #77f84e0d
-def matching_scores(
-    path: Path, # A table of losses
-    fingerprint: str, # Of the model that it should be about
-    settings: PruneSettings, # What it should hold, and how that becomes scores
-) -> tuple[HeadLosses, torch.Tensor]: # The table, and the scores in nats, float64 [L, H]
+def matching_scores(path: Path, fingerprint: str, settings: PruneSettings) -> tuple[HeadLosses, torch.Tensor]:
     "Load a table of losses and its scores; one of another model or target raises `BadInput`."
     losses, scores = read_scores(path, settings.aggregation)
-    if losses.meta.get("model") != fingerprint:
-        raise BadInput(f"{path} was measured on other weights or another dtype: expected this model's; "
-                       "score it first, with the same --dtype.")
+    if differ := fingerprint_differences(losses.meta.get("model"), fingerprint):
+        raise BadInput(f"{path} was measured on a model with other {' and '.join(differ)}, or in another dtype: "
+                       "expected this model's; score it first, with the same --dtype.")
     check_target(losses, settings.score_target, path)
     return losses, scores
 
-def factors_from(
-    pruning: SinglePruning, # Its table of losses, if any, and how key-value heads get their factor
-    fingerprint: str, # Of the model that is to be pruned
-    settings: PruneSettings, # What the table should hold, and how that becomes scores
-) -> Factors | None: # Importance factors of the heads; None without a table
+def factors_from(pruning: SinglePruning, fingerprint: str, settings: PruneSettings) -> Factors | None:
     "Importance factors from a table of losses; one of another model or target raises `BadInput`."
     if pruning.scores is None: return None
     _, scores = matching_scores(pruning.scores, fingerprint, settings)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
 # %% ../nbs/single_steps.ipynb #01b97032
-def record_of(
-    job: Job, # Its settings, for the aggregation of scores
-    pruning: SinglePruning, # How it was pruned
-    report: PruneReport, # What was done
-    base: dict, # What was pruned
-    calibration: dict | None, # What the method was calibrated on
-) -> dict: # What config.json will say
+def record_of(job: Job, pruning: SinglePruning, report: PruneReport, base: dict, calibration: dict | None) -> dict:
     "The record of a pruning."
     scores = None
     if pruning.scores is not None and "factors" in needs_of(check_method(pruning.method)):
@@ -155,11 +125,7 @@ def record_of(
     plugins = {"plugins": additions_noted()} if additions_noted() else {}
     return pruning_record(report, base, pruning.ties, calibration, scores) | plugins
 
-def base_and_calibration(
-    job: Job, # Its model, and what was calibrated on
-    loaded: tuple, # The model, its tokenizer, and its fingerprint before it was changed
-    calibration: Calibration | None, # The calibration set, if there is one
-) -> tuple[dict, dict | None]: # What config.json will say of both
+def base_and_calibration(job: Job, loaded: tuple, calibration: Calibration | None) -> tuple[dict, dict | None]:
     "The records of a model in memory and of its calibration set."
     model, tokenizer, fingerprint = loaded
     base = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None))
@@ -167,11 +133,7 @@ def base_and_calibration(
     return base, calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
 
 # %% ../nbs/single_steps.ipynb #3d8dc3be
-def prune_in_memory(
-    job: Job, # Its model, how scores are made, and what to calibrate on
-    pruning: SinglePruning, # How to prune
-    out: Path, # Folder of the pruned checkpoint
-) -> PruneReport: # What was done
+def prune_in_memory(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
     "Load a model, prune it, save it."
     for name in ("norms", "hessians"):
         if getattr(pruning, name) is not None:
@@ -195,10 +157,7 @@ def prune_in_memory(
     return report
 
 # %% ../nbs/single_steps.ipynb #d07c9ca0
-def check_streaming(
-    job: Job, # Its model
-    pruning: SinglePruning, # How to prune
-) -> None:
+def check_streaming(job: Job, pruning: SinglePruning) -> None:
     "Raise `BadInput` unless a checkpoint can be pruned where it lies."
     if not Path(job.model.name).is_dir():
         raise BadInput(f"--stream was given with --model {job.model.name}: expected a folder that holds a checkpoint; "
@@ -209,11 +168,7 @@ def check_streaming(
     with_hessians = pruning.hessians is not None
     check_streamed(pruning.method, pruning.sparsity, "exact" if with_hessians else pruning.ties, with_hessians)
 
-def prune_on_disk(
-    job: Job, # Its model, which is a folder, and how scores are made
-    pruning: SinglePruning, # How to prune
-    out: Path, # Folder of the pruned checkpoint
-) -> PruneReport: # What was done
+def prune_on_disk(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
     "Prune a folder's checkpoint without loading it."
     check_streaming(job, pruning)
     source, fingerprint = job.model.name, checkpoint_fingerprint(job.model.name)
@@ -232,11 +187,7 @@ def prune_on_disk(
     return made_and_noted(out, make, record)
 
 # %% ../nbs/single_steps.ipynb #7023f6d3
-def prune_into(
-    job: Job, # Its model, the calibration set, and how losses become scores
-    pruning: SinglePruning, # How to prune
-    out: Path, # New folder of the pruned checkpoint
-) -> PruneReport: # What was done
+def prune_into(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
     "Prune a model and save it with a record of how; a mistake raises `BadInput` before anything is loaded."
     check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
     parts = check_method(pruning.method)
@@ -247,24 +198,13 @@ def prune_into(
     check_new_folder(out)
     return (prune_on_disk if pruning.stream else prune_in_memory)(job, pruning, out)
 
-def hessians_into(
-    job: Job, # Its model and the calibration set
-    out: Path, # Folder of the Hessians, a file for each layer
-) -> None:
+def hessians_into(job: Job, out: Path) -> None:
     "Measure the Hessians of a dense model's inputs; the same call goes on after a kill."
     model, tokenizer = load_checked(job)
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
 
-# %% ../nbs/single_steps.ipynb #7cc49dac
-from cap_nb.jobs.settings import Shrinking
-from cap_nb.portable.shrink import Shrunk, check_shrinking, shrink_to, shrunk_record
-
 # %% ../nbs/single_steps.ipynb #9865b8cb
-def shrink_into(
-    job: Job, # Its model, the calibration set, and how losses become scores
-    how: Shrinking, # How to shrink
-    out: Path, # New folder of the smaller checkpoint
-) -> Shrunk: # What became of the model
+def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of the model
     "Make a model smaller and save it; a mistake raises `BadInput` before anything is loaded."
     check_job(changed(job, sparsities=(how.sparsity,)))
     check_new_folder(out)
@@ -281,33 +221,16 @@ def shrink_into(
     save_model(small, tokenizer, out)
     return report
 
-# %% ../nbs/single_steps.ipynb #2ed3aba2
-from cap_nb.jobs.settings import FineTuning
-from cap_nb.portable.fine_tuning import Recovery, check_settings, recover_into
-
 # %% ../nbs/single_steps.ipynb #e1913fb2
-def train_into(
-    job: Job, # Its model, which is pruned, the examples, tokens a batch and seed
-    tuning: FineTuning, # How it is trained; tokens a batch and seed are the job's
-    out: Path, # New folder of the trained checkpoint
-) -> Recovery: # What was done
+def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was done
     "Train a pruned model further while every zero stays zero, and save it; the same call goes on after a kill."
     tuning = replace(tuning, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
     check_settings(tuning)
     model, tokenizer = load_checked(job)
     return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning)
 
-# %% ../nbs/single_steps.ipynb #a0ae8087
-from cap_nb.evaluation import Evaluation
-from cap_nb.jobs.job import evaluate
-from cap_nb.jobs.records import save_evaluation
-
 # %% ../nbs/single_steps.ipynb #c880d070
-def evaluate_alone(
-    job: Job, # Its model, and what is measured
-    scores: Path | None = None, # Table of losses whose problems are left out
-    out: Path | None = None, # Folder for the records; not kept if left out
-) -> Evaluation: # The records
+def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None) -> Evaluation: # The records
     "Measure a model as it is: accuracy, held-out loss, perplexity."
     asked = job.evaluate
     if asked.accuracy_tasks == () and not asked.loss_n and not asked.windows:

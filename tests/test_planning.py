@@ -233,7 +233,7 @@ def test_parts_take_turns():
 def gpu(gibibytes, devices=1, main=512, **job):
     """A plan for a device that need not be here, beside plenty of main memory."""
     found = plan(changed(Job(), **dict(name="llama-3-8b") | job), devices, memory=int(gibibytes * GIB))
-    return replace(found, hardware=replace(found.hardware, main=main * GIB))
+    return replace(found, main=main * GIB)
 
 
 def test_what_does_not_fit_is_met_by_an_option():
@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_met_by_an_option():
     for found, part in ((gpu(20, dtype="float32"), "--dtype bfloat16 makes them fit"), (gpu(10), "2 such devices or more")):
         assert len(plan_advice(found)) == 1 and part in plan_advice(found)[0] and "--stream" in plan_advice(found)[0]
     spread = gpu(10, devices=2)
-    assert (spread.hardware.each, spread.hardware.sharing) == (spread.hardware.weights // 2, 1) and gpu(80, devices=2).hardware.sharing == 2
+    assert (spread.each, spread.sharing) == (spread.weights // 2, 1) and gpu(80, devices=2).sharing == 2
     assert any("copy of the weights in scope in main memory" in sentence for sentence in plan_advice(gpu(80, main=8)))
     assert any("--max-new-tokens 8062 makes them fit" in sentence for sentence in plan_advice(gpu(80, max_new_tokens=9000)))
     found = plan(changed(Job(), name="llama-3-8b", batch_tokens=20_000), prompt_tokens=9000, memory=200 * GIB)
@@ -265,7 +265,7 @@ def test_smaller_batches_and_fewer_examples_that_are_named_do_fit():
 def test_main_memory_is_shared_by_processes_and_may_be_unknown(monkeypatch):
     monkeypatch.setattr(planning, "free_memory", lambda device: 20 * GIB)
     one, two = (plan(changed(Job(), name="llama-3-8b", device="cpu"), devices, RATES) for devices in (1, 2))
-    assert (one.hardware.free, two.hardware.free) == (20 * GIB, 10 * GIB) and one.bound(one.stages[1]) == two.bound(two.stages[1])
+    assert (one.free, two.free) == (20 * GIB, 10 * GIB) and one.bound(one.stages[1]) == two.bound(two.stages[1])
     assert any("--devices 1 makes them fit" in sentence for sentence in plan_advice(two))
     monkeypatch.setattr(planning, "free_memory", lambda device: None)
     found = plan(changed(Job(), name="llama-3-8b"))
@@ -293,7 +293,7 @@ def test_times_grow_with_the_work_and_a_run_is_its_parts():
     assert twice.bound(twice.stage("scoring"))[1] == pytest.approx(2 * seconds["scoring"], rel=0.01) and seconds["scoring by the hook loop"] > 1.8 * seconds["scoring"]
     wanted = (seconds["scoring"] + 2 * (seconds["pruning by CAP"] + seconds["pruning by Wanda"] + seconds["pruning by sparsegpt"])
               + 2 * (seconds[planning.SPECTRA] + seconds["pruning by CAP"]) + seconds[planning.BUDGETS] + 9 * seconds["evaluating one model"])
-    assert once.models == 9 and run_seconds(once) == pytest.approx(wanted)
+    assert len(once.cells) == 9 and run_seconds(once) == pytest.approx(wanted)
     shared = plan(job, 3, RATES, memory=80 * GIB)
     assert 1 < shared.bound(shared.stage("scoring"))[1] / (seconds["scoring"] / 3) < 1.02
     within = plan(changed(job, methods=("cap",), budget=0.5, aggregation="mean"), rates=RATES, memory=80 * GIB)
@@ -318,7 +318,7 @@ def test_the_text_says_where_the_numbers_come_from():
 
 def test_devices_that_are_not_here_bound_every_stage():
     for name, devices, shape in (("llama-3-8b", 8, (1, 8)), ("llama-3-70b", 8, (2, 4)), ("mixtral-8x22b", 8, (4, 2)), ("mixtral-8x22b", 2, (2, 1)), ("llama-3-70b", 7, (2, 3))):
-        h = plan(changed(Job(), name=name), devices, "h100").hardware
+        h = plan(changed(Job(), name=name), devices, "h100")
         assert (h.group, h.sharing) == shape and (h.group == devices or h.each <= 80 * 10**9)
     found = plan(changed(Job(), name="llama-3-8b"), 8, "h100")
     bounds = {stage.name: found.bound(stage)[0] for stage in found.stages}

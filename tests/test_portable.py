@@ -124,7 +124,7 @@ def test_a_folder_of_links_becomes_a_folder_of_files(tmp_path):
 def test_loaded_as_it_is(tmp_path, case, monkeypatch):
     """The weights, the dtype and the generation configuration of the folder; on one device or spread."""
     from cap_nb.models.lab import lab_tokenizer
-    src = saved(tmp_path / "src", **CASES[case])
+    src = saved(tmp_path / "src", **CASES[case] | {"vocab_size": len(lab_tokenizer())})
     lab_tokenizer().save_pretrained(src)
     (src / "generation_config.json").write_text('{"max_new_tokens": 7}')
     export_folder(src, tmp_path / "small")
@@ -141,7 +141,7 @@ def test_other_checkpoints_of_the_hub(tmp_path):
     """GPT-2 stores [in, out], and its decoder alone without a prefix."""
     config = GPT2Config(n_embd=24, n_layer=2, n_head=4, vocab_size=50, n_positions=32)
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config).eval()
     prune(model, "magnitude", 0.4)
     model.transformer.save_pretrained(tmp_path / "src")
     export_folder(tmp_path / "src", tmp_path / "small")

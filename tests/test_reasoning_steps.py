@@ -15,7 +15,8 @@ from cap_nb.experiments.reasoning_steps import (
     reasoning_steps, step_reports)
 from cap_nb.data.problems import Problem, load_problems
 from cap_nb.data.prompts import target_text
-from cap_nb.evaluation import AnswerRecord, Evaluation, extract_answer
+from cap_nb.data.prompts import extract_answer
+from cap_nb.evaluation import AnswerRecord, Evaluation
 from cap_nb.core.errors import BadInput
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"

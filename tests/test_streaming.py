@@ -485,7 +485,7 @@ def test_every_layout_is_solved_as_in_memory(tmp_path, kind, method):
 def test_hessians_of_another_model_or_half_a_folder_are_refused(tmp_path):
     src, other = saved(tmp_path / "src"), saved(tmp_path / "other", torch.float32)
     save_hessians(load(src), made_up_calibration(12, shortest=8), tmp_path / "G")
-    with pytest.raises(BadInput, match="of another model"):
+    with pytest.raises(BadInput, match="a model with other weights, or of another dtype"):
         solve_checkpoint(other, tmp_path / "new", 0.5, tmp_path / "G")
     with pytest.raises(BadInput, match="another model or other examples"):
         save_hessians(load(other), made_up_calibration(12, shortest=8), tmp_path / "G")

@@ -247,7 +247,7 @@ def counted_work(model: nn.Module, calibration: Calibration, batch_tokens: int, 
         behind_heads = before * b.width + at_last * b.most
         resumed += b.rows * (layer * (whole + behind_heads) - keys * behind_heads + keys * (1 + before) * b.width)
         resumed += b.rows * pair * (prefix + b.width) * whole
-        resumed += 2 * sizes.vocabulary * sizes.hidden * (1 + len(heads)) * b.targets
+        resumed += 2 * sizes.vocabulary * sizes.hidden_size * (1 + len(heads)) * b.targets
     hook_loop = flops_of(hook_loop_work(sizes, batch_shapes(lengths_of(calibration), batch_tokens)), sizes)
     share = (1 + len(heads)) / (1 + sizes.layers * sizes.heads)
     return {"hook loop": round(hook_loop * share), "resumed": round(resumed)}

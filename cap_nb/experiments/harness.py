@@ -25,8 +25,8 @@ from ..calibration import default_style
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.files import read_json, taken_as, whole_file
 from ..data.problems import Problem, task_family
-from ..data.prompts import ANSWER_LINES, PromptStyle, encode_problems, prompt_style
-from ..evaluation import AnswerRecord, normal_answer
+from ..data.prompts import ANSWER_LINES, PromptStyle, encode_problems, normal_answer, prompt_style
+from ..evaluation import AnswerRecord
 from ..models.decoding import inference, one_task, stop_tokens, token_limit
 
 # %% ../../nbs/experiments/04_harness.ipynb #c005

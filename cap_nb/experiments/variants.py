@@ -35,6 +35,7 @@ from ..methods.wanda import input_norms
 from ..models.anatomy import Projection, projections
 from ..models.decoding import Decoding, generate_greedy, token_limit
 from ..models.families import HOLDS
+from ..models.loading import fingerprint_differences
 from ..regions import Factors
 from ..scoring import HeadLosses, causal_scores
 from ..threshold import PruneReport, prune_report
@@ -198,8 +199,8 @@ def tasks_table(ready: Ready, folder: Path, sources: Sources) -> Table: # The ta
     if sources.base is None: return run_losses(ready, folder, sources.store), sha256_of_file(folder/name)
     base = load_run(sources.base)
     meta = base.losses.meta if base.losses is not None else {}
-    wanted = (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
-    if (meta.get("model"), meta.get("calibration")) != wanted:
+    differ = fingerprint_differences(meta.get("model"), ready.configuration["model"]["fingerprint"])
+    if differ or meta.get("calibration") != ready.calibration.fingerprint:
         raise BadInput(f"{sources.base} has no whole table of losses, or one of another model or other examples: "
                        "expected this job's; give the settings of that run, or leave --base out.")
     check_target(base.losses, ready.job.prune.score_target, sources.base)

@@ -6,18 +6,48 @@
 __all__ = ['run_job']
 
 # %% ../../nbs/jobs/03_job.ipynb #c004
-from ..core.errors import BadInput, validate_arguments, check_choice, check_sparsity
-from ..data.problems import TASKS, TEXTS
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from ..calibration import Calibration, calibration_set, default_style, default_tasks
+from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
+from ..core.files import alone_in, memory_taken, read_tensors, sha256_of_text, write_tensors
+from ..core.registry import additions_noted
+from ..data.problems import load_text, normal_text, Problem, TASKS, TEXTS
 from ..data.prompts import prompt_style
-from ..models.decoding import WRITERS, imported_vllm
-from ..methods.resumed_scoring import TARGETS
-from .chains import Chains, read_chains
-from .settings import CalibrateSettings, Job, changed, check_counts, check_kinds
+from ..evaluation import answer_problems, Evaluation, evaluation_problems, perplexity, problem_losses
+from ..importance import importance_factors
+from .chains import chain_calibration, Chains, mixed_calibration, read_chains, style_origin, text_calibration
+from .records import (
+    cell_name, cells_of, environment, evaluation_folder, load_evaluation, mask_fingerprint, note_environment,
+    note_memory, note_time, open_run, piece_folder, save_evaluation, save_report, together)
+from .report import write_results
+from .settings import (
+    CalibrateSettings, changed, check_counts, check_kinds, examples_by_kind, Job, share_of_text)
+from ..methods.criteria import Inputs
+from ..methods.experts import UnitFactors
 from ..methods.neurons import UNIT_AWARE
-from ..methods.prune import check_method
-from ..methods.screening import check_budget
-from ..models.loading import dtype_named, placed
-from ..scoring import AGGREGATIONS
+from ..methods.prune import (
+    check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, unit_factors)
+from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
+from ..methods.screening import check_budget, load_any, PartialLosses, save_partial, scores_of, screen_heads
+from ..models.anatomy import projections
+from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
+from ..models.loading import (
+    check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
+    tokenizer_fingerprint)
+from ..regions import Factors
+from ..scoring import AGGREGATIONS, HeadLosses
+from ..threshold import prune_report, PruneReport
 
 # %% ../../nbs/jobs/03_job.ipynb #c005
 def chains_of(data: CalibrateSettings) -> Chains | None:
@@ -70,9 +100,6 @@ def check_job(job: Job) -> None:
     placed(job.model.device)
     dtype_named(job.model.dtype, job.model.device)
 
-# %% ../../nbs/jobs/03_job.ipynb #c009
-from ..calibration import default_style, default_tasks
-
 # %% ../../nbs/jobs/03_job.ipynb #c010
 def distinct(values: tuple) -> tuple: # Each once, in order
     "Values without repetition."
@@ -88,9 +115,6 @@ def filled_in(job: Job, tokenizer: object) -> Job: # The same without None where
         text=evaluation.text or ("lab-text" if usual_style == "lab" else "wikitext2"),
         calibration_seed=data.seed if data.calibration_seed is None else data.calibration_seed,
         methods=distinct(job.prune.methods), sparsities=distinct(job.prune.sparsities))
-
-# %% ../../nbs/jobs/03_job.ipynb #c012
-from dataclasses import dataclass, replace
 
 # %% ../../nbs/jobs/03_job.ipynb #c013
 @dataclass(frozen=True)
@@ -111,14 +135,6 @@ def pieces_of(job: Job) -> tuple[Piece, ...]: # In the order in which they are m
     perplexities = [Piece("perplexity", job.evaluate.text)] if job.evaluate.windows else []
     return (*answers, *losses, *perplexities)
 
-# %% ../../nbs/jobs/03_job.ipynb #c016
-import json
-from collections.abc import Sequence
-from ..calibration import Calibration
-from ..core.files import sha256_of_text
-from ..data.problems import Problem, load_text
-from ..evaluation import evaluation_problems
-
 # %% ../../nbs/jobs/03_job.ipynb #c017
 def problems_fingerprint(problems: Sequence[Problem]) -> str: # 64 hexadecimal digits
     "SHA-256 over what the problems say, their solutions and their answers."
@@ -138,16 +154,6 @@ def evaluation_data(job: Job, exclude: frozenset[str]) -> dict:
             "loss": drawn(data.tasks, evaluation.loss_n) if evaluation.loss_n else {},
             "text": {evaluation.text: text.fingerprint for text in texts}}
 
-# %% ../../nbs/jobs/03_job.ipynb #c019
-import shutil
-from pathlib import Path
-from torch import nn
-from ..core.registry import additions_noted
-from ..models.decoding import token_limit
-from .chains import style_origin
-from .settings import share_of_text
-from ..models.loading import model_fingerprint, tokenizer_fingerprint
-
 # %% ../../nbs/jobs/03_job.ipynb #c020
 def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes of its problems
     "What must not be evaluated on."
@@ -157,6 +163,8 @@ def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: 
     "Which model a run is about, by content, and how it computes."
     weight = next(model.parameters())
     return {"name": job.model.name, "fingerprint": model_fingerprint(model),
+            "configuration": settings_that_count(model.config),
+            "generation": settings_that_count(model.generation_config),
             "tokenizer": tokenizer_fingerprint(tokenizer), "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type}
 
@@ -197,11 +205,6 @@ def configuration(job: Job, model: nn.Module, tokenizer: object, calibration: Ca
     if job.prune.budget is not None: settings["budget"] = job.prune.budget
     return settings | ({"plugins": noted} if (noted := additions_noted()) else {})
 
-# %% ../../nbs/jobs/03_job.ipynb #c025
-from ..calibration import calibration_set
-from .chains import chain_calibration, mixed_calibration, text_calibration
-from .settings import examples_by_kind
-
 # %% ../../nbs/jobs/03_job.ipynb #c026
 def problem_calibration(job: Job, tokenizer: object, n: int, chains: Chains | None) -> Calibration:
     "The part of a calibration set that is no text; chains of another style raise `BadInput`."
@@ -232,9 +235,16 @@ def check_windows_fit(job: Job, model: nn.Module) -> None:
         raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
                        "give fewer tokens.")
 
-# %% ../../nbs/jobs/03_job.ipynb #c031
-from ..methods.prune import check_fits
-from ..models.loading import check_all_here, load_model
+def check_text_unseen(job: Job, calibration: Calibration) -> None:
+    "Raise `BadInput` if windows that are calibrated on stand in the text that perplexity is measured on."
+    windows = [normal_text(example.target) for example in calibration.examples if example.task == "text"]
+    if not (windows and job.evaluate.windows): return
+    text = load_text(job.evaluate.text, job.calibrate.data_dir, job.evaluate.evaluate_on)
+    measured = normal_text(text.text)
+    seen = [inner for w in windows if (inner := w[len(w) // 4:len(w) - len(w) // 4]) in measured] # ends may cut a word
+    if seen:
+        raise BadInput(f"{len(seen)} windows of {text.name} are calibrated on and measured on: expected another text; "
+                       "give another --text, or --windows 0.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c032
 @dataclass(frozen=True)
@@ -256,6 +266,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
         raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or "
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
+    check_text_unseen(job, calibration)
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 
@@ -264,17 +275,6 @@ def prepare(job: Job) -> Ready: # The job with model, calibration set and config
     "Check, load and draw; whatever is wrong raises `BadInput` here, before any work."
     check_job(job)
     return prepare_loaded(job, *load_model(job.model.name, job.model.dtype, job.model.device))
-
-# %% ../../nbs/jobs/03_job.ipynb #c044
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-import torch
-from ..methods.resumed_scoring import check_target, table_scorer
-from ..core.files import memory_taken
-from .records import note_memory, note_time
-from ..methods.screening import PartialLosses, load_any, save_partial, screen_heads, scores_of
-from ..scoring import HeadLosses, save_losses
 
 # %% ../../nbs/jobs/03_job.ipynb #c045
 @contextmanager
@@ -293,10 +293,10 @@ def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Ite
 # %% ../../nbs/jobs/03_job.ipynb #c046
 def check_origin(path: Path, meta: dict, ready: Ready) -> None:
     "Raise `BadInput` for a table of losses of another model or other examples."
-    wanted = (ready.configuration["model"]["fingerprint"], ready.calibration.fingerprint)
-    if (meta.get("model"), meta.get("calibration")) != wanted:
-        raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
-                       "run again.")
+    differ = fingerprint_differences(meta.get("model"), ready.configuration["model"]["fingerprint"])
+    if not differ and meta.get("calibration") == ready.calibration.fingerprint: return
+    other = f"a model with other {' and '.join(differ)}" if differ else "other examples"
+    raise BadInput(f"{path} was measured on {other}: expected this run's; remove it and run again.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c047
 def save_measured(ready: Ready, path: Path, store: Path) -> None:
@@ -308,15 +308,6 @@ def save_measured(ready: Ready, path: Path, store: Path) -> None:
     else:
         seed = ready.job.calibrate.calibration_seed
         save_partial(screen_heads(*common, settings.budget, seed, batch_tokens, store, tokenizer), path)
-
-# %% ../../nbs/jobs/03_job.ipynb #80fac03e
-def check_same_budget(path: Path, meta: dict, budget: float | None) -> None:
-    "Raise `BadInput` for a table with gaps where a whole one is wanted, the other way round, or of another budget."
-    measured = meta.get("screened", {}).get("budget")
-    if measured == budget: return
-    def said(share: float | None) -> str: return "a whole table" if share is None else f"one with a budget of {share:g}"
-    raise BadInput(f"{path} holds {said(measured)}: expected {said(budget)}; "
-                   "remove it and run again.")
 
 # %% ../../nbs/jobs/03_job.ipynb #374060b6
 def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | PartialLosses:
@@ -330,40 +321,26 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
     losses = table if isinstance(table, HeadLosses) else table.losses
     check_origin(path, losses.meta, ready)
     check_target(losses, ready.job.prune.score_target, path)
-    check_same_budget(path, losses.meta, ready.job.prune.budget)
+    budgets = [losses.meta.get("screened", {}).get("budget"), ready.job.prune.budget]
+    if budgets[0] != budgets[1]:
+        kept, wanted = ("a whole table" if share is None else f"one with a budget of {share:g}" for share in budgets)
+        raise BadInput(f"{path} holds {kept}: expected {wanted}; remove it and run again.")
     return table
-
-# %% ../../nbs/jobs/03_job.ipynb #c049
-from ..core.files import read_tensors, write_tensors
-from ..importance import importance_factors
-from ..methods.criteria import Inputs
-from ..methods.experts import UnitFactors
-from ..methods.prune import needs_of, parse_method, unit_factors
-from ..regions import Factors
-
-# %% ../../nbs/jobs/03_job.ipynb #c050
-def attribution_origin(ready: Ready, attribution: str) -> dict[str, str]: # What the file of the factors says of itself
-    "What an attribution's factors follow from."
-    origin = {"model": ready.configuration["model"]["fingerprint"], "calibration": ready.calibration.fingerprint,
-              "attribution": attribution}
-    return origin | ({"aggregation": ready.job.prune.aggregation} if attribution in UNIT_AWARE else {})
-
-def save_attribution(path: Path, factors: Factors, origin: dict[str, str]) -> None:
-    "Write an attribution's factors."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    units = {name: getattr(factors, name, None) for name in ("experts", "neurons")}
-    units = {name: table for name, table in units.items() if table is not None}
-    write_tensors(path, {"factors": factors.heads} | units | getattr(factors, "kept", {}), origin)
 
 # %% ../../nbs/jobs/03_job.ipynb #c051
 def attribution_factors(ready: Ready, folder: Path, attribution: str, losses: HeadLosses | None) -> Factors:
     "The factors of an attribution, computed only if they are not there; those of another model raise `BadInput`."
-    path, origin = folder/"attributions"/f"{attribution}.safetensors", attribution_origin(ready, attribution)
+    path, aggregation = folder/"attributions"/f"{attribution}.safetensors", ready.job.prune.aggregation
+    origin = {"model": ready.configuration["model"]["fingerprint"], "calibration": ready.calibration.fingerprint,
+              "attribution": attribution} | ({"aggregation": aggregation} if attribution in UNIT_AWARE else {})
     if not path.exists():
         given = Inputs(calibration=ready.calibration, batch_tokens=ready.job.model.batch_tokens)
         with time_and_memory_noted(folder, f"attribution/{attribution}", ready.model.device):
-            factors = unit_factors(ready.model, attribution, given, losses, ready.job.prune.aggregation)
-        save_attribution(path, factors, origin)
+            factors = unit_factors(ready.model, attribution, given, losses, aggregation)
+        units = {name: getattr(factors, name, None) for name in ("experts", "neurons")}
+        units = {name: table for name, table in units.items() if table is not None}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"factors": factors.heads} | units | getattr(factors, "kept", {}), origin)
     tensors, kept = read_tensors(path)
     if kept != origin:
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "
@@ -384,10 +361,6 @@ def factors_by_method(ready: Ready, folder: Path, store: Path | None) -> dict[st
         factors[None] = Factors(importance_factors(scores))
     return {method: factors[name] for method, name in attributions.items()}
 
-# %% ../../nbs/jobs/03_job.ipynb #c055
-from ..models.anatomy import projections
-from ..methods.prune import prune_with
-
 # %% ../../nbs/jobs/03_job.ipynb #c056
 def copied_weights(model: nn.Module) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
     "Copies of the weights of all projections."
@@ -397,14 +370,6 @@ def copied_weights(model: nn.Module) -> dict[str, torch.Tensor]: # Module name -
 def put_back(model: nn.Module, copies: dict[str, torch.Tensor]) -> None:
     "Undo pruning."
     for p in projections(model): p.stored.copy_(copies[p.name])
-
-# %% ../../nbs/jobs/03_job.ipynb #c059
-from collections.abc import Mapping
-from types import MappingProxyType
-from ..models.decoding import Decoding, held_by_vllm
-from ..evaluation import Evaluation, answer_problems, perplexity, problem_losses
-from .records import together
-from ..threshold import prune_report
 
 # %% ../../nbs/jobs/03_job.ipynb #c060
 @contextmanager
@@ -440,16 +405,6 @@ def evaluate(model: nn.Module, tokenizer: object, job: Job, name: str,
         pieces = [Evaluation(name, reached, reached, **measure_piece(model, tokenizer, job, piece, exclude, backend))
                   for piece in pieces_of(job)]
     return together(pieces or [Evaluation(name, reached, reached)])
-
-# %% ../../nbs/jobs/03_job.ipynb #c069
-import logging
-from collections.abc import Callable
-from tqdm.auto import tqdm
-from cap_nb.jobs.records import (
-    cell_name, cells_of, evaluation_folder, load_evaluation, mask_fingerprint, piece_folder, save_evaluation,
-    save_report)
-from ..methods.prune import highest_sparsity
-from ..threshold import PruneReport
 
 # %% ../../nbs/jobs/03_job.ipynb #8ed8923e
 def dense_lengths(folder: Path, piece: Piece) -> dict[str, int]:
@@ -520,13 +475,15 @@ def possible_cells(ready: Ready) -> tuple[tuple[str, float], ...]:
                           method, 100 * sparsity, 100 * most)
     return tuple(possible)
 
-# %% ../../nbs/jobs/03_job.ipynb #c078
-from ..core.files import alone_in
-from .records import environment, note_environment, open_run
-from .report import write_results
-
 # %% ../../nbs/jobs/03_job.ipynb #c079
 Follow = Callable[[dict], Callable[[Evaluation], None]] # Gets a run's configuration, gives what is told of its cells
+
+def check_unchanged(ready: Ready, folder: Path) -> None:
+    "Raise `BadInput` unless the dense model is still the one that the run is about."
+    differ = fingerprint_differences(ready.configuration["model"]["fingerprint"], model_fingerprint(ready.model))
+    if differ:
+        raise BadInput(f"The dense model's {' and '.join(differ)} changed while {folder} was at work: expected the "
+                       "model to be as it was; find what changes it, remove the folder and run again.")
 
 def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]], pruner: Pruner,
                  finished: Callable[[Evaluation], None] | None = None) -> None:
@@ -536,6 +493,8 @@ def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]],
         for cell in cells:
             finish_cell(ready, folder, cell, pruner, dense, bar)
             if finished: finished(load_evaluation(evaluation_folder(folder, *cell)))
+    put_back(ready.model, dense)
+    check_unchanged(ready, folder)
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 

@@ -6,27 +6,43 @@
 __all__ = ['Plan', 'plan', 'plan_text']
 
 # %% ../../nbs/jobs/04_planning.ipynb #c004
+import math
+import platform
+import statistics
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from cap_nb.core.errors import BadInput
-from cap_nb.models.anatomy import context_of, dimensions, projections
-from cap_nb.models.families import HOLDS, family_of
+from ..calibration import Calibration, deal_subsets
+from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
+from ..core.hub import folder_from_hub, Repository, Wanted
+from ..data.problems import BENCHMARK_NAMES, is_here, task_family
+from ..data.prompts import IGNORED, token_batches
+from ..evaluation import token_limit
+from .job import check_job, distinct, filled_in, job_calibration
+from .records import cells_of
+from .settings import changed, examples_by_kind, Job, MOST
+from ..methods.budgets import BudgetSettings
+from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
+from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, with_hessian
+from ..methods.screening import by_task, first_counts, task_indices
+from ..models.anatomy import Anatomy, context_of, dimensions, projections
+from ..models.families import family_of, HOLDS
+from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT, lab_tokenizer
+from ..models.loading import config_of, device_named, dtype_named, HUB_ID, load_tokenizer, model_cache
 
 # %% ../../nbs/jobs/04_planning.ipynb #c005
-@dataclass(frozen=True)
-class Sizes:
+@dataclass(frozen=True, kw_only=True)
+class Sizes(Anatomy):
     "The sizes of a transformer."
     name: str # What the user called it
     source: str # Where its configuration comes from
     config: dict[str, object] = field(repr=False) # Its configuration, as config.json has it
-    layers: int # L, decoder layers
-    heads: int # H, query heads a layer
-    key_value_heads: int # G, key-value heads a layer
-    head_size: int # d, width of one head
-    hidden: int # Width of the residual stream
     vocabulary: int # Tokens that the model knows
     context: int | None # Longest sequence, in tokens; None means no limit
     dtype: str # In which the weights are stored
@@ -38,13 +54,13 @@ class Sizes:
     inputs: tuple[tuple[int, int, float, int], ...] # (width, rows that read it, share of the tokens, how many such)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c006
-def sizes_of(config: object, name: str, source: str) -> Sizes: # Its sizes
+def sizes_of(config: object, name: str, source: str) -> Sizes:
     "The sizes of a model, counted on the meta device; an unknown family or a quantised model raises `BadInput`."
     family_of(config)
     if getattr(config, "quantization_config", None):
         raise BadInput(f"{name} is quantised: expected weights in float32, bfloat16 or float16; take a checkpoint that "
                        "is not quantised.")
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config).eval()
     a, scope, rows_reading = dimensions(config), projections(model), Counter()
     shares = [p.routing.chosen / p.routing.count if p.expert is not None else 1.0 for p in scope]
     for p, share in zip(scope, shares): # query, key and value read one input, gate and up another
@@ -52,9 +68,8 @@ def sizes_of(config: object, name: str, source: str) -> Sizes: # Its sizes
         rows_reading[p.layer, p.expert, read, p.weight.shape[1], share] += p.weight.shape[0]
     inputs = Counter((width, rows, share) for (*_, width, share), rows in rows_reading.items())
     return Sizes(
-        name=name, source=source, config=config.to_dict(), layers=a.layers, heads=a.heads,
-        key_value_heads=a.key_value_heads, head_size=a.head_size, hidden=a.hidden_size,
-        vocabulary=config.vocab_size, context=context_of(config),
+        **vars(a), name=name, source=source, config=config.to_dict(), vocabulary=config.vocab_size,
+        context=context_of(config),
         dtype=str(config.dtype or "float32").removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         scope=sum(p.weight.numel() for p in scope),
@@ -62,12 +77,6 @@ def sizes_of(config: object, name: str, source: str) -> Sizes: # Its sizes
         outputs=sum(share * p.weight.shape[0] for p, share in zip(scope, shares)) / a.layers,
         widest=max(p.weight.numel() for p in scope),
         inputs=tuple((*about, count) for about, count in inputs.items()))
-
-# %% ../../nbs/jobs/04_planning.ipynb #c008
-from pathlib import Path
-from cap_nb.core.hub import Repository, Wanted, folder_from_hub
-from cap_nb.models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
-from cap_nb.models.loading import HUB_ID, config_of, model_cache
 
 # %% ../../nbs/jobs/04_planning.ipynb #c009
 def published(model_type: str, shape: tuple[int, int, int, int], vocabulary: int, context: int,
@@ -112,7 +121,7 @@ def config_on_hub(name: str) -> object:
     return config_of(folder_from_hub(Repository(source, revision=revision), wanted))
 
 # %% ../../nbs/jobs/04_planning.ipynb #c011
-def read_sizes(name: str) -> Sizes: # Its sizes
+def read_sizes(name: str) -> Sizes:
     "The sizes of a model by name, from its configuration alone; a name that matches no model raises `BadInput`."
     if folder := local_folder(name): return sizes_of(config_of(folder), name, "its config.json")
     names = {form.lower(): full for full in PUBLISHED for form in (full, full.split("/")[1])} | SHORT_NAMES
@@ -124,21 +133,12 @@ def read_sizes(name: str) -> Sizes: # Its sizes
     raise BadInput(f"There is no folder {name!r}: expected lab, smollm2, a folder, a hub id, or one of "
                    f"{', '.join((*PUBLISHED, *SHORT_NAMES))}; check the name.")
 
-# %% ../../nbs/jobs/04_planning.ipynb #c015
-from cap_nb.calibration import Calibration
-from cap_nb.data.prompts import IGNORED, token_batches
-from cap_nb.data.problems import BENCHMARK_NAMES, is_here, task_family
-from cap_nb.jobs.job import distinct, filled_in, job_calibration
-from cap_nb.jobs.settings import Job, changed, examples_by_kind
-from cap_nb.models.lab import lab_tokenizer
-from cap_nb.models.loading import load_tokenizer
-
 # %% ../../nbs/jobs/04_planning.ipynb #c016
 ASSUMED_TOKENS = {"gsm8k": (120, 95), "strategyqa": (80, 50), "arc": (130, 4)} # Benchmark -> (prompt, target) tokens
 
 @dataclass(frozen=True)
 class ExampleLength:
-    "How long an example is."
+    "How long an example is, in tokens."
     task: str # Name of its task
     prompt: int # Tokens of the prompt
     target: int # Tokens of the target
@@ -148,7 +148,7 @@ class ExampleLength:
         "As many ids as the example has tokens: `token_batches` reads only how many there are."
         return range(self.prompt + self.target)
 
-def lengths_of(calibration: Calibration) -> tuple[ExampleLength, ...]: # One length an example
+def lengths_of(calibration: Calibration) -> tuple[ExampleLength, ...]:
     "The lengths of the examples of a calibration set."
     targets = [sum(label != IGNORED for label in example.labels) for example in calibration.examples]
     return tuple(ExampleLength(e.task, len(e.input_ids) - target, target)
@@ -196,56 +196,41 @@ class BatchShape:
 def batch_shapes(lengths: Sequence[ExampleLength], batch_tokens: int = 4096) -> tuple[BatchShape, ...]:
     "The shapes of the batches of a set of examples."
     batches = [[lengths[index] for index in indices] for indices in token_batches(lengths, batch_tokens)]
-    return tuple(BatchShape(rows=len(batch), width=max(len(length.input_ids) for length in batch),
-                            targets=sum(length.target for length in batch),
-                            most=max(length.target for length in batch)) for batch in batches)
+    return tuple(BatchShape(len(batch), max(len(length.input_ids) for length in batch),
+                            sum(length.target for length in batch), max(length.target for length in batch))
+                 for batch in batches)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c020
-@dataclass(frozen=True)
-class Work:
-    "What some passes compute; one that runs a part of the layers counts in part."
-    passes: float = 0 # Passes through the model, over one batch each
-    tokens: float = 0 # Tokens through all layers
-    pairs: float = 0 # Pairs of positions in attention, through all layers
-    head_tokens: float = 0 # Tokens through the output head
+PASSES, TOKENS, PAIRS, HEAD = range(4) # What passes compute, as numbers in this order; HEAD: tokens of the output head
 
-    def __add__(self, other: "Work") -> "Work":
-        "The work of both."
-        return Work(**{name: value + getattr(other, name) for name, value in vars(self).items()})
-
-    def times(self, factor: float) -> "Work":
-        "So many times this work."
-        return Work(**{name: factor * value for name, value in vars(self).items()})
-
-def flops_of(work: Work, sizes: Sizes) -> float:
+def flops_of(work: np.ndarray, sizes: Sizes) -> float:
     "Two operations for every weight and token, and four for every pair of positions and channel of a head."
-    return (2 * sizes.met * work.tokens + 2 * sizes.vocabulary * sizes.hidden * work.head_tokens
-            + 4 * sizes.layers * sizes.heads * sizes.head_size * work.pairs)
+    return float(work @ (0, 2 * sizes.met, 4 * sizes.layers * sizes.heads * sizes.head_size,
+                         2 * sizes.vocabulary * sizes.hidden_size))
 
-def one_pass(batches: Iterable[BatchShape]) -> Work:
+def one_pass(batches: Sequence[BatchShape]) -> np.ndarray:
     "A pass over every batch, with its target positions through the output head."
-    return sum((Work(passes=1, tokens=b.rows * b.width, pairs=b.rows * b.width**2, head_tokens=b.targets)
-                for b in batches), Work())
+    return np.array([(1.0, b.rows * b.width, b.rows * b.width**2, b.targets) for b in batches]).sum(0)
+
+def with_head(work: np.ndarray, tokens: float) -> np.ndarray:
+    "The same passes with so many tokens through the output head."
+    return np.array([*work[:HEAD], tokens])
 
 # %% ../../nbs/jobs/04_planning.ipynb #c021
-def hook_loop_work(sizes: Sizes, batches: Sequence[BatchShape]) -> Work:
+def hook_loop_work(sizes: Sizes, batches: Sequence[BatchShape]) -> np.ndarray:
     "A whole pass for the intact model and one for every head, all positions through the output head."
     once = one_pass(batches)
-    return replace(once, head_tokens=once.tokens).times(1 + sizes.layers * sizes.heads)
+    return with_head(once, once[TOKENS]) * (1 + sizes.layers * sizes.heads)
 
-def scoring_work(sizes: Sizes, batches: Sequence[BatchShape], share: float | None = None) -> Work:
+def scoring_work(sizes: Sizes, batches: Sequence[BatchShape], share: float | None = None) -> np.ndarray:
     "An intact pass and the resumed ones, or a share of these, chosen by slopes that cost three passes."
-    once, heads = one_pass(batches), sizes.layers * sizes.heads
-    masked = replace(once.times(sizes.heads * (sizes.layers + 1) / 2), head_tokens=heads * once.head_tokens)
-    return once + masked if share is None else masked.times(share) + once.times(3)
+    once = one_pass(batches)
+    masked = with_head(once * sizes.heads * (sizes.layers + 1) / 2, sizes.layers * sizes.heads * once[HEAD])
+    return once + masked if share is None else share * masked + 3 * once
 
-def wanda_work(batches: Sequence[BatchShape]) -> Work:
+def wanda_work(batches: Sequence[BatchShape]) -> np.ndarray:
     "A pass that measures and one that goes on, without the output head."
-    return replace(one_pass(batches), head_tokens=0).times(2)
-
-# %% ../../nbs/jobs/04_planning.ipynb #c023
-import math
-from cap_nb.evaluation import token_limit
+    return 2 * with_head(one_pass(batches), 0)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c024
 @dataclass(frozen=True)
@@ -267,14 +252,13 @@ def answers_to(job: Job, tasks: Sequence[str], lengths: Sequence[ExampleLength],
         found.append(Answers(count=count, width=width, steps=steps, rows=rows))
     return tuple(found)
 
-def writing_work(answers: Sequence[Answers]) -> Work:
+def writing_work(answers: Sequence[Answers]) -> np.ndarray:
     "Prompts are read; then a pass is one step of all answers that are written together, as often as they may take."
-    total = Work()
+    total = np.zeros(4)
     for a in answers:
-        total += Work(passes=a.count / a.rows, tokens=a.count * a.width, pairs=a.count * a.width**2,
-                      head_tokens=a.count)
-        total += Work(passes=math.ceil(a.count / a.rows) * a.steps, tokens=a.count * a.steps,
-                      pairs=a.count * a.steps * (a.width + a.steps / 2), head_tokens=a.count * a.steps)
+        total += a.count / a.rows, a.count * a.width, a.count * a.width**2, a.count
+        written = a.count * a.steps
+        total += math.ceil(a.count / a.rows) * a.steps, written, written * (a.width + a.steps / 2), written
     return total
 
 # %% ../../nbs/jobs/04_planning.ipynb #c025
@@ -282,47 +266,29 @@ def window_width(sizes: Sizes, job: Job) -> int:
     "Tokens of a window of the perplexity: as the job says, or as the model's context allows."
     return min(job.evaluate.window_tokens, sizes.context or job.evaluate.window_tokens) if job.evaluate.windows else 0
 
-def reading_work(sizes: Sizes, job: Job, lengths: Sequence[ExampleLength]) -> Work:
+def reading_work(sizes: Sizes, job: Job, lengths: Sequence[ExampleLength]) -> np.ndarray:
     "Held-out problems, as long as the calibration examples, and windows of text; all through the output head."
     width, windows = window_width(sizes, job), job.evaluate.windows
     held_out = job.evaluate.loss_n * len(job.calibrate.tasks) / len(lengths) # passes over as many examples
-    losses = one_pass(batch_shapes(lengths, job.model.batch_tokens)).times(held_out)
-    text = Work(passes=windows, tokens=windows * width, pairs=windows * width**2, head_tokens=windows * width)
-    return replace(losses, head_tokens=losses.tokens) + text
+    losses = held_out * one_pass(batch_shapes(lengths, job.model.batch_tokens))
+    return with_head(losses, losses[TOKENS]) + (windows, windows * width, windows * width**2, windows * width)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c031
-@dataclass(frozen=True)
-class Solver:
-    "What a solver computes and holds for a matrix of r rows and n columns, beside its Hessian."
-    cubes: float # Operations, in n**3
-    products: float # Operations, in r * n**2
-    square_bytes: float # Bytes, in n**2
-    weight_bytes: float # Bytes, in r * n
-
-SOLVERS = { # What is counted from Hessians
-    "sparsegpt": Solver(cubes=2, products=4, square_bytes=10, weight_bytes=17),
-    "alps": Solver(cubes=20, products=200, square_bytes=40, weight_bytes=40),
-    "update": Solver(cubes=2, products=50, square_bytes=30, weight_bytes=28),
-    "swaps": Solver(cubes=0, products=120, square_bytes=4, weight_bytes=36)}
+SOLVERS = { # Operations in n**3 and in r n**2, bytes in n**2 and in r n, for r rows of n columns beside their Hessian
+    "sparsegpt": (2, 4, 10, 17), "alps": (20, 200, 40, 40), "update": (2, 50, 30, 28), "swaps": (0, 120, 4, 36)}
 
 def solver_flops(sizes: Sizes, names: Sequence[str], tokens: int) -> float:
-    "Hessians of all inputs from so many tokens, and what solvers compute from them."
+    "Hessians of all inputs from so many tokens (Frantar and Alistarh 2023), and what solvers compute from them."
     total = 0
-    for width, rows, share, count in sizes.inputs:
-        total += count * 2 * tokens * share * width**2 # (Frantar and Alistarh 2023)
-        for solver in (SOLVERS[name] for name in names):
-            total += count * (solver.cubes * width**3 + solver.products * rows * width**2)
+    for n, rows, share, count in sizes.inputs:
+        solved = (cubes * n**3 + products * rows * n**2 for cubes, products, *_ in map(SOLVERS.get, names))
+        total += count * (2 * tokens * share * n**2 + sum(solved))
     return total
 
 def spectra_flops(sizes: Sizes) -> float:
     "Singular values of all matrices in scope: 2 m n^2 + 2 n^3 for the smaller side n (Chan 1982)."
     ordered = [(max(width, rows), min(width, rows), count) for width, rows, _, count in sizes.inputs]
     return sum(count * (2 * m * n**2 + 2 * n**3) for m, n, count in ordered)
-
-# %% ../../nbs/jobs/04_planning.ipynb #c033
-from functools import cached_property
-from cap_nb.core.errors import check_choice
-from cap_nb.methods.budgets import BudgetSettings
 
 # %% ../../nbs/jobs/04_planning.ipynb #c034
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} # Bytes of a number
@@ -370,7 +336,7 @@ class Workload:
     def layer(self, tokens: int, longest: int) -> float:
         "Bytes that a decoder layer takes for so many tokens: what its projections make, states, and the mask."
         s = self.sizes
-        numbers = s.outputs + 2 * s.hidden + 2 * s.heads * s.head_size # queries and heads, kept too
+        numbers = s.outputs + 2 * s.hidden_size + 2 * s.heads * s.head_size # queries and heads, kept too
         return tokens * (numbers * self.width + longest * (1 + self.width))
 
     def logits(self, positions: float) -> float:
@@ -381,7 +347,7 @@ class Workload:
 def pass_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, float]:
     "What passes over batches keep: the hidden states of all, and at the fullest one a layer, and logits of targets."
     tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
-    return {"hidden states": sum(b.rows * b.width for b in batches) * load.sizes.hidden * load.width,
+    return {"hidden states": sum(b.rows * b.width for b in batches) * load.sizes.hidden_size * load.width,
             "one layer at work": load.layer(tokens, longest), "logits": load.logits(max(b.targets for b in batches))}
 
 def walk_memory(load: Workload) -> dict[str, float]:
@@ -393,19 +359,18 @@ def walk_memory(load: Workload) -> dict[str, float]:
 def gradient_memory(load: Workload, sums: bool = True) -> dict[str, float]:
     "What a backward pass keeps: for every layer what the way back needs, and sums of gradients in float32."
     sizes, memory = load.sizes, pass_memory(load, load.batches)
-    kept = max(b.rows * b.width for b in load.batches) * (1.5 * sizes.outputs * load.width + 16 * sizes.hidden)
+    kept = max(b.rows * b.width for b in load.batches) * (1.5 * sizes.outputs * load.width + 16 * sizes.hidden_size)
     return {"gradients": sizes.scope * (4 + load.width) * sums, "activations of a batch": sizes.layers * kept,
             "one layer at work": memory["one layer at work"], "logits": 2 * memory["logits"]}
 
 def solver_memory(load: Workload, names: Sequence[str], on_dense: bool) -> dict[str, float]:
     "What a walk with Hessians keeps; where masks are chosen on the dense model first, all of them and its weights."
-    sizes, largest = load.sizes, 0
-    for solver in (SOLVERS[name] for name in names):
-        sides = [(n, min(n * rows, sizes.widest)) for n, rows, *_ in sizes.inputs]
-        largest = max(largest, *(solver.square_bytes * n**2 + solver.weight_bytes * weights for n, weights in sides))
+    sizes = load.sizes
+    largest = [square * n**2 + weight * min(n * rows, sizes.widest)
+               for *_, square, weight in map(SOLVERS.get, names) for n, rows, *_ in sizes.inputs]
     return walk_memory(load) | {
         "Hessians of a layer": 4 * sum(n**2 * count for n, _, _, count in sizes.inputs) / sizes.layers,
-        "one matrix solved": largest,
+        "one matrix solved": max(largest, default=0),
         "copies of a layer": sizes.scope / sizes.layers * load.width if {"swaps", "update"} & set(names) else 0,
         "masks and dense weights": sizes.scope * (1 + load.width) if on_dense else 0}
 
@@ -425,11 +390,6 @@ def evaluation_memory(load: Workload) -> dict[str, float]:
     layers = load.layer(window, window), pass_memory(load, load.batches)["one layer at work"]
     return memory | {"one layer at work": max(memory["one layer at work"], *layers),
                      "logits": max(losses if load.job.evaluate.loss_n else 0, load.logits(min(256, window)))}
-
-# %% ../../nbs/jobs/04_planning.ipynb #c038
-import platform, statistics, time
-from collections.abc import Callable
-from cap_nb.models.loading import device_named, dtype_named
 
 # %% ../../nbs/jobs/04_planning.ipynb #c039
 @dataclass(frozen=True, kw_only=True)
@@ -516,45 +476,30 @@ def timed_rates(sizes: Sizes, device: str | torch.device | None = None, dtype: s
                  bandwidth=layer.met * dtype.itemsize / least / 1e9, timed=True,
                  name=f"{name} ({device}, {dtype})".replace("torch.", ""))
 
-# %% ../../nbs/jobs/04_planning.ipynb #c044
-from cap_nb.methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
-from cap_nb.methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, with_hessian
-
 # %% ../../nbs/jobs/04_planning.ipynb #c045
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     "One stage of a job."
     name: str # What is done
     memory: dict[str, float] # Part -> bytes on the device, beside the weights
-    work: Work = Work() # Its passes
     flops: float = 0 # Operations
     read: float = 0 # Bytes of weights, keys and values that are read
+    tokens: float = 0 # Tokens through all layers
     loaded: float = 0 # Bytes read from the disk
 
-def stage_of(load: Workload, name: str, memory: dict[str, float], work: Work = Work(), flops: float = 0,
+def stage_of(load: Workload, name: str, memory: dict[str, float], work: np.ndarray = np.zeros(4), flops: float = 0,
              read: float = 0) -> Stage:
-    "A stage by its passes, and what it computes and reads beside them."
-    sizes = load.sizes
-    met = min(sizes.scope, sizes.met * max(1, work.tokens / work.passes)) if work.passes else 0
-    head = sizes.vocabulary * sizes.hidden * bool(work.head_tokens)
-    return Stage(name=name, memory=memory, work=work, flops=flops + flops_of(work, sizes),
-                 read=(read + work.passes * (met + head)) * load.width)
+    "A stage by its passes, and what it computes and the numbers that it reads beside them."
+    sizes, (passes, tokens, _, head) = load.sizes, work
+    met = min(sizes.scope, sizes.met * max(1, tokens / passes)) if passes else 0
+    read += passes * (met + sizes.vocabulary * sizes.hidden_size * bool(head))
+    return Stage(name=name, memory=memory, flops=flops + flops_of(work, sizes), read=read * load.width, tokens=tokens)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c046
 READS, READS_IN_ROWS = 20, 40 # What pruning under a threshold, and in rows, takes: so many readings of the weights
+THRESHOLD, WALK, EVALUATION = "pruning by CAP", "pruning by Wanda", "evaluating one model" # Names of stages
 BUDGETS, GRADIENT = "budgets from interventions", "gradient of the calibration loss" # Names of stages
 SPECTRA, CHAINS = "singular values of every matrix", "own chains" # Names of stages
-
-def measured_by_allocation(method: str) -> tuple[str, ...]:
-    "What a method's allocation measures on the dense model: norm, gradient or spectrum."
-    allocation = parse_method(method).allocation
-    return ALLOCATIONS[allocation].measures if allocation else ()
-
-def gradients_of(method: str) -> int:
-    "How often a pruning by a method computes the gradient."
-    base, times = parse_method(method).base, dict.fromkeys(DERIVATIVES, 1) | {"path_gradient": PATH_POINTS}
-    of_criterion = CRITERIA[base].needs if base in CRITERIA else ()
-    return sum(times.get(need, 0) for need in (*of_criterion, *measured_by_allocation(method)))
 
 def solver_names(method: str) -> tuple[str, ...] | None:
     "Those of `SOLVERS` that a method runs, in order; None for a method without Hessians."
@@ -565,6 +510,17 @@ def solver_names(method: str) -> tuple[str, ...] | None:
 def stage_name(method: str) -> str:
     "The stage of a method with Hessians; methods that differ in their allocation alone share it."
     return f"pruning by {method.replace(f'+{parse_method(method).allocation}', '')}"
+
+def pruning_stages(method: str) -> Counter: # As in {"pruning by Wanda": 1, "gradient of the calibration loss": 1}
+    "How often one pruning by a method goes through which stages."
+    parts = parse_method(method)
+    needs = CRITERIA[parts.base].needs if parts.base in CRITERIA else ()
+    measured = ALLOCATIONS[parts.allocation].measures if parts.allocation else ()
+    gradients = dict.fromkeys(DERIVATIVES, 1) | {"path_gradient": PATH_POINTS}
+    found = Counter({GRADIENT: sum(gradients.get(need, 0) for need in (*needs, *measured)),
+                     SPECTRA: measured.count("spectrum"), WALK: measured.count("norm")})
+    found[stage_name(method) if solver_names(method) is not None else WALK if "norm" in needs else THRESHOLD] += 1
+    return found
 
 # %% ../../nbs/jobs/04_planning.ipynb #c047
 def solver_stage(load: Workload, method: str) -> Stage:
@@ -579,26 +535,26 @@ def budget_stage(load: Workload) -> Stage:
     settings, sizes = BudgetSettings(), load.sizes
     few = batch_shapes(load.lengths[::max(1, len(load.lengths) // settings.examples)], load.job.model.batch_tokens)
     alone, levels = one_pass(few), len(settings.levels)
-    heads = 2 * sizes.layers * levels * alone.head_tokens
-    work = wanda_work(load.batches) + replace(alone.times(levels * (sizes.layers + 1)), head_tokens=heads)
+    resumed = with_head(alone * levels * (sizes.layers + 1), 2 * sizes.layers * levels * alone[HEAD])
     memory = pass_memory(load, few) | {"ranks of all weights": 2 * sizes.scope,
                                        "copies of a layer": sizes.scope / sizes.layers * load.width}
-    return stage_of(load, BUDGETS, memory, work, read=READS_IN_ROWS * sizes.scope)
+    return stage_of(load, BUDGETS, memory, wanda_work(load.batches) + resumed, read=READS_IN_ROWS * sizes.scope)
 
 def method_stages(load: Workload) -> list[Stage]:
     "A stage for every method with Hessians; then what allocations and criteria measure."
-    methods = load.job.prune.methods
+    methods, found = load.job.prune.methods, sum(map(pruning_stages, load.job.prune.methods), Counter())
     stages = {stage_name(method): solver_stage(load, method) for method in methods if solver_names(method) is not None}
     if any(parse_method(method).allocation == "kl" for method in methods): stages[BUDGETS] = budget_stage(load)
-    if any(gradients_of(method) for method in methods):
-        stages[GRADIENT] = stage_of(load, GRADIENT, gradient_memory(load), one_pass(load.batches).times(3))
-    if any("spectrum" in measured_by_allocation(method) for method in methods):
+    if found[GRADIENT]:
+        stages[GRADIENT] = stage_of(load, GRADIENT, gradient_memory(load), 3 * one_pass(load.batches))
+    if found[SPECTRA]:
         memory = {"spectrum of one matrix": load.sizes.widest * 8}
         stages[SPECTRA] = stage_of(load, SPECTRA, memory, flops=spectra_flops(load.sizes))
     return list(stages.values())
 
 # %% ../../nbs/jobs/04_planning.ipynb #c048
-def writing_stage(load: Workload, name: str, memory: dict[str, float], answers: Sequence[Answers], work: Work) -> Stage:
+def writing_stage(load: Workload, name: str, memory: dict[str, float], answers: Sequence[Answers],
+                  work: np.ndarray = np.zeros(4)) -> Stage:
     "A stage that writes answers beside other work; every step reads the keys and values of what came before."
     numbers = 2 * load.sizes.layers * load.sizes.key_value_heads * load.sizes.head_size
     written = sum(a.count * a.steps * (a.width + a.steps / 2) for a in answers)
@@ -614,33 +570,33 @@ def planned_stages(load: Workload) -> tuple[Stage, ...]:
     stages = [Stage(name="loading the weights", memory={}, loaded=sizes.parameters * load.width),
               stage_of(load, "scoring", scoring, scoring_work(sizes, batches, share)),
               stage_of(load, "scoring by the hook loop", whole, hook_loop_work(sizes, batches)),
-              stage_of(load, "pruning by CAP", {"scores of one matrix": 17 * sizes.widest}, read=READS * sizes.scope),
-              stage_of(load, "pruning by Wanda", walk_memory(load), wanda_work(batches),
-                       read=READS_IN_ROWS * sizes.scope),
-              writing_stage(load, "evaluating one model", evaluation_memory(load), load.answers,
+              stage_of(load, THRESHOLD, {"scores of one matrix": 17 * sizes.widest}, read=READS * sizes.scope),
+              stage_of(load, WALK, walk_memory(load), wanda_work(batches), read=READS_IN_ROWS * sizes.scope),
+              writing_stage(load, EVALUATION, evaluation_memory(load), load.answers,
                             reading_work(sizes, load.job, load.lengths)), *method_stages(load)]
-    if load.tries: stages.append(writing_stage(load, CHAINS, answer_memory(load, load.chains), load.chains, Work()))
+    if load.tries: stages.append(writing_stage(load, CHAINS, answer_memory(load, load.chains), load.chains))
     return tuple(stages)
 
-# %% ../../nbs/jobs/04_planning.ipynb #c050
-from cap_nb.calibration import deal_subsets
-from cap_nb.core.errors import check_at_least, validate_arguments
-from cap_nb.jobs.job import check_job
-from cap_nb.jobs.records import cells_of
-from cap_nb.jobs.settings import MOST
-from cap_nb.methods.screening import by_task, first_counts, task_indices
-
-# %% ../../nbs/jobs/04_planning.ipynb #c051
+# %% ../../nbs/jobs/04_planning.ipynb #c052
 @dataclass(frozen=True, kw_only=True)
-class Hardware:
-    "Where a job runs, and how its weights lie there."
+class Plan:
+    "What a job will take, in plain numbers."
+    load: Workload # What is to be done, on which model
+    lengths_from: str # Where the lengths of the examples come from
+    stages: tuple[Stage, ...] # From `planned_stages`
     devices: int # Devices, or processes on one CPU
     on_cpu: bool # Whether the device is main memory
-    group: int # Devices that hold one copy of the weights together
-    weights: int # Bytes of the weights
-    copy: int # Bytes of the copy of the weights in scope that `cap run` keeps in main memory
     free: int | None # Bytes that a device, or one of several processes on a CPU, may take; None means unknown
     main: int | None # The same of main memory
+    rates: Rates | None # How fast the device is; None gives no times
+    cells: tuple[tuple[str, float], ...] # What `cap run` evaluates: dense, and every method at every sparsity
+    weights: int # Bytes of the weights
+    copy: int # Bytes of the copy of the weights in scope that `cap run` keeps in main memory
+    group: int # Devices that hold one copy of the weights together
+
+    def check_together(self) -> None:
+        "Raise ValueError unless there are examples and stages."
+        if not self.load.lengths or not self.stages: raise ValueError("it has no examples or no stages")
 
     @property
     def sharing(self) -> int:
@@ -652,66 +608,35 @@ class Hardware:
         "Bytes of the weights on one device."
         return -(-self.weights // self.group)
 
-def planned_hardware(load: Workload, devices: int, memory: int | None) -> Hardware:
-    "How devices, of so much memory if they are not here, divide work and weights."
-    device, weights = device_named(load.job.model.device), load.sizes.parameters * load.width
-    on_cpu, free = device.type == "cpu" and memory is None, free_memory(device) if memory is None else memory
-    group = 1 if on_cpu or free is None else min(devices, -(-weights // max(1, free)))
-    if on_cpu and free is not None: free //= devices
-    return Hardware(devices=devices, on_cpu=on_cpu, group=group, weights=weights, copy=load.sizes.scope * load.width,
-                    free=free, main=free_memory(torch.device("cpu")))
-
-# %% ../../nbs/jobs/04_planning.ipynb #c052
-@dataclass(frozen=True)
-class Plan:
-    "What a job will take, in plain numbers."
-    load: Workload # What is to be done, on which model
-    lengths_from: str # Where the lengths of the examples come from
-    hardware: Hardware # Where it is done
-    stages: tuple[Stage, ...] # From `planned_stages`
-    models: int # Models that `cap run` evaluates: the dense one, and every method at every sparsity
-    rates: Rates | None # How fast the device is; None gives no times
-
-    def check_together(self) -> None:
-        "Raise ValueError unless there are examples and stages."
-        if not self.load.lengths or not self.stages: raise ValueError("it has no examples or no stages")
-
     def stage(self, name: str) -> Stage:
         "The stage of this name."
         return next(stage for stage in self.stages if stage.name == name)
 
     def needed(self, stage: Stage) -> int:
         "Bytes on a device at the stage's fullest, with the weights."
-        return self.hardware.each + at_once(stage.memory)
+        return self.each + at_once(stage.memory)
 
     def bound(self, stage: Stage) -> tuple[str | None, float | None]:
         "What bounds a stage, and its seconds; None twice without rates."
         if (r := self.rates) is None: return None, None
-        h, sizes = self.hardware, self.load.sizes
-        moved = stage.work.tokens * sizes.hidden * self.load.width * (h.group - 1) # hidden states, device to device
+        sizes = self.load.sizes
+        moved = stage.tokens * sizes.hidden_size * self.load.width * (self.group - 1) # hidden states, device to device
         times = {"compute": stage.flops / (r.peak * 1e12), "memory": stage.read / (r.bandwidth * 1e9),
                  "link": moved / (r.link * 1e9), "disk": stage.loaded / (r.disk * 1e9)}
         name = max(times, key=times.get)
         if not stage.name.startswith("scoring") or self.load.job.prune.budget is not None: return name, times[name]
         alone = 1 / (1 + sizes.heads * (sizes.layers + 1) / 2) # the intact pass, which every copy makes itself
-        return name, times[name] * (alone + (1 - alone) / h.sharing)
+        return name, times[name] * (alone + (1 - alone) / self.sharing)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c053
 def run_seconds(planned: Plan) -> float:
     "The whole of `cap run`: scoring if some method needs it, every pruning, and the evaluation of every model."
-    job, seconds = planned.load.job, {stage.name: planned.bound(stage)[1] for stage in planned.stages}
-    threshold, wanda = seconds["pruning by CAP"], seconds["pruning by Wanda"]
-    def pruning(method: str) -> float:
-        base, measured = parse_method(method).base, measured_by_allocation(method)
-        total = gradients_of(method) * seconds.get(GRADIENT, 0) + ("norm" in measured) * wanda
-        total += ("spectrum" in measured) * seconds.get(SPECTRA, 0)
-        if solver_names(method) is not None: return total + seconds[stage_name(method)]
-        return total + (wanda if base in CRITERIA and "norm" in CRITERIA[base].needs else threshold)
-    cells = cells_of({"methods": list(job.prune.methods), "sparsities": list(job.prune.sparsities)})
-    parsed = [parse_method(method) for method in job.prune.methods]
-    masking = any("factors" in needs_of(parts) and not parts.attribution for parts in parsed)
-    return (masking * seconds["scoring"] + seconds.get(BUDGETS, 0) + len(cells) * seconds["evaluating one model"]
-            + sum(pruning(method) for method, _ in cells if method != "dense"))
+    seconds = {stage.name: planned.bound(stage)[1] for stage in planned.stages}
+    parsed = [parse_method(method) for method in planned.load.job.prune.methods]
+    visits = Counter(dict.fromkeys({BUDGETS} & seconds.keys(), 1)) + Counter({EVALUATION: len(planned.cells)})
+    visits["scoring"] = any("factors" in needs_of(parts) and not parts.attribution for parts in parsed)
+    for method, _ in planned.cells[1:]: visits += pruning_stages(method)
+    return sum(count * seconds[name] for name, count in visits.items())
 
 # %% ../../nbs/jobs/04_planning.ipynb #c054
 @validate_arguments
@@ -740,78 +665,83 @@ def plan(
     deal_subsets(range(len(lengths)), job.calibrate.k)
     if job.prune.budget is not None: # refused if some task has no two examples within it
         first_counts(by_task(task_indices(tuple(length.task for length in lengths))).sum(0), job.prune.budget)
-    load = Workload(sizes=sizes, job=job, lengths=lengths, dtype=dtype, tries=tries or 0)
-    cells = cells_of({"methods": list(job.prune.methods), "sparsities": list(job.prune.sparsities)})
     if rates == "timed": rates = timed_rates(sizes, job.model.device, dtype, job.model.batch_tokens)
-    return Plan(load=load, lengths_from=origin, hardware=planned_hardware(load, devices, memory),
-                stages=planned_stages(load), models=len(cells), rates=rates)
+    load = Workload(sizes=sizes, job=job, lengths=lengths, dtype=dtype, tries=tries or 0)
+    device = device_named(job.model.device)
+    on_cpu, free = device.type == "cpu" and memory is None, free_memory(device) if memory is None else memory
+    if on_cpu and free is not None: free //= devices
+    weights = sizes.parameters * load.width
+    return Plan(load=load, lengths_from=origin, stages=planned_stages(load), devices=devices, on_cpu=on_cpu, free=free,
+                main=free_memory(torch.device("cpu")), rates=rates, weights=weights, copy=sizes.scope * load.width,
+                group=1 if on_cpu or free is None else min(devices, -(-weights // max(1, free))),
+                cells=cells_of({"methods": list(job.prune.methods), "sparsities": list(job.prune.sparsities)}))
 
 # %% ../../nbs/jobs/04_planning.ipynb #c057
+def in_units(value: float, units: dict[str, float], spelt: str, least: float = 1) -> str:
+    "A value in the largest of some units of which it has at least so many, else in the last of them."
+    unit = next((unit for unit, size in units.items() if value >= least * size), [*units][-1])
+    return f"{value / units[unit]:{spelt}} {unit}"
+
 def bytes_text(size: float) -> str:
     "A number of bytes in the unit that suits it, as 1.5 GiB."
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 2**power: return f"{size / 2**power:,.1f} {unit}"
-    return f"{size:.0f} bytes"
+    if size < 1024: return f"{size:.0f} bytes"
+    return in_units(size, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}, ",.1f")
 
 def seconds_text(seconds: float | None) -> str:
     "A time in the unit that suits it, as 3.2 hours."
     if seconds is None: return "not timed"
-    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 1.5 * size: return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
+    if seconds < 0.1: return f"{1000 * seconds:.1f} ms"
+    return in_units(seconds, {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}, ".1f", 1.5)
 
 def flops_text(flops: float) -> str:
     "A number of operations in the unit that suits it, as 3.2 TFLOP."
-    for unit, power in (("E", 18), ("P", 15), ("T", 12), ("G", 9)):
-        if flops >= 10**power: return f"{flops / 10**power:.1f} {unit}FLOP"
-    return f"{flops / 1e6:.1f} MFLOP"
+    return in_units(flops, {"EFLOP": 1e18, "PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}, ".1f")
 
 # %% ../../nbs/jobs/04_planning.ipynb #c059
 STREAMED = ("pruning shard by shard ('cap prune --stream') needs no more than 2 GiB and one tensor, with scores made "
             "elsewhere")
 
-def weights_advice(planned: Plan) -> str:
+def weights_advice(p: Plan) -> str:
     "What to do about weights that do not fit one device."
-    h = planned.hardware
-    weights, free = bytes_text(h.weights), bytes_text(h.free)
-    if h.on_cpu and h.devices > 1 and h.weights <= h.free * h.devices:
-        return (f"{h.devices} processes each hold the weights, {weights}, and may take {free} each: --devices 1 makes "
+    weights, free = bytes_text(p.weights), bytes_text(p.free)
+    if p.on_cpu and p.devices > 1 and p.weights <= p.free * p.devices:
+        return (f"{p.devices} processes each hold the weights, {weights}, and may take {free} each: --devices 1 makes "
                 "them fit.")
     start = f"The weights take {weights} and a device has {free}: "
-    if planned.load.dtype == "float32" and h.weights // 2 <= h.free:
+    if p.load.dtype == "float32" and p.weights // 2 <= p.free:
         return f"{start}--dtype bfloat16 makes them fit; {STREAMED}."
-    return (f"{start}they need {-(-h.weights // max(1, h.free))} such devices or more (device_map='auto' spreads the "
+    return (f"{start}they need {-(-p.weights // max(1, p.free))} such devices or more (device_map='auto' spreads the "
             f"layers, --devices counts them); {STREAMED}.")
 
-def stage_advice(planned: Plan, stage: Stage) -> str:
+def stage_advice(p: Plan, stage: Stage) -> str:
     "What to do about a stage that needs too much beside weights that fit."
-    load, free, largest = planned.load, planned.hardware.free, max(stage.memory, key=stage.memory.get)
-    start = (f"{stage.name[0].upper()}{stage.name[1:]} needs {bytes_text(planned.needed(stage))} at its fullest and a "
+    load, free, largest = p.load, p.free, max(stage.memory, key=stage.memory.get)
+    start = (f"{stage.name[0].upper()}{stage.name[1:]} needs {bytes_text(p.needed(stage))} at its fullest and a "
              f"device has {bytes_text(free)}, most of it for {largest}: ")
     tokens, longest = load.job.model.batch_tokens // 2, max(len(length.input_ids) for length in load.lengths)
     while tokens >= longest: # the largest half, quarter, ... of a batch that fits
         smaller = planned_stages(replace(load, job=changed(load.job, batch_tokens=tokens)))
-        if planned.needed(smaller[planned.stages.index(stage)]) <= free:
+        if p.needed(smaller[p.stages.index(stage)]) <= free:
             return f"{start}--batch-tokens {tokens} makes it fit."
         tokens //= 2
-    room = free - planned.needed(stage) + stage.memory.get("hidden states", 0)
+    room = free - p.needed(stage) + stage.memory.get("hidden states", 0)
     if largest == "hidden states" and (n := int(load.job.calibrate.n * room / stage.memory[largest])) > 0:
         return f"{start}--n {n} makes it fit."
     other = "--dtype bfloat16 halves it" if load.dtype == "float32" else "a larger device is needed"
     return f"{start}{other}, or layers spread over more devices (device_map='auto')."
 
 # %% ../../nbs/jobs/04_planning.ipynb #c060
-def plan_advice(planned: Plan) -> tuple[str, ...]:
+def plan_advice(p: Plan) -> tuple[str, ...]:
     "What will not fit a device, main memory or the context, and which option makes it fit; empty if all does."
-    load, h, sentences = planned.load, planned.hardware, []
-    if h.free is not None and h.each > h.free: sentences.append(weights_advice(planned))
-    elif h.free is not None:
-        sentences += [stage_advice(planned, stage) for stage in planned.stages
-                      if planned.needed(stage) > h.free and stage.name != "scoring by the hook loop"]
-    together = h.copy + (h.weights if h.on_cpu else 0)
-    if h.main is not None and together > h.main:
+    load, sentences = p.load, []
+    if p.free is not None and p.each > p.free: sentences.append(weights_advice(p))
+    elif p.free is not None:
+        sentences += [stage_advice(p, stage) for stage in p.stages
+                      if p.needed(stage) > p.free and stage.name != "scoring by the hook loop"]
+    together = p.copy + (p.weights if p.on_cpu else 0)
+    if p.main is not None and together > p.main:
         sentences.append(f"'cap run' keeps a copy of the weights in scope in main memory, {bytes_text(together)} "
-                         f"together, and there are {bytes_text(h.main)}: prune with 'cap prune --stream' and measure "
+                         f"together, and there are {bytes_text(p.main)}: prune with 'cap prune --stream' and measure "
                          "with 'cap eval'.")
     context, answers = load.sizes.context or math.inf, (*load.answers, *load.chains)
     longest, tokens = (max(counts, default=0) for counts in (
@@ -830,21 +760,21 @@ def limits_text(answers: Sequence[Answers]) -> str:
     "The token limits of answers, as 192 or 512."
     return " or ".join(map(str, sorted({a.steps for a in answers})))
 
-def model_lines(planned: Plan) -> list[str]:
+def model_lines(p: Plan) -> list[str]:
     "The model, the calibration set and the passes in words."
-    load, data, s, scoring = planned.load, planned.load.job.calibrate, planned.load.sizes, planned.stage("scoring")
+    load, data, s, scoring = p.load, p.load.job.calibrate, p.load.sizes, p.stage("scoring")
     padding = 1 - load.tokens / sum(b.rows * b.width for b in load.batches)
     lines = [
         f"- Model: {s.layers} layers of {s.heads} heads ({s.key_value_heads} key-value heads of size {s.head_size}), "
-        f"hidden size {s.hidden:,}, vocabulary {s.vocabulary:,}.",
-        f"- Weights: {s.parameters:,}, {s.scope:,} of them in scope; {bytes_text(planned.hardware.weights)} in "
+        f"hidden size {s.hidden_size:,}, vocabulary {s.vocabulary:,}.",
+        f"- Weights: {s.parameters:,}, {s.scope:,} of them in scope; {bytes_text(p.weights)} in "
         f"{load.dtype}.",
         f"- Calibration: {len(load.lengths):,} examples of {', '.join(data.tasks)} in {data.k} subsets; lengths "
-        f"{planned.lengths_from}.",
+        f"{p.lengths_from}.",
         f"- Tokens: {load.tokens:,}, {sum(length.target for length in load.lengths):,} of them targets; in batches of "
         f"up to {load.job.model.batch_tokens:,} tokens ({len(load.batches)} in all), {padding:.1%} padding.",
         f"- Scoring: {s.layers * s.heads:,} heads, so {len(load.batches) * (1 + s.layers * s.heads):,} passes; the "
-        f"hook loop computes {planned.stage('scoring by the hook loop').flops / scoring.flops:.1f} times as much."]
+        f"hook loop computes {p.stage('scoring by the hook loop').flops / scoring.flops:.1f} times as much."]
     if load.job.prune.budget is not None:
         share = scoring.flops / flops_of(scoring_work(s, load.batches), s)
         lines[-1] = (f"- Scoring with --budget {load.job.prune.budget:g}: {flops_text(scoring.flops)}, {share:.0%} of "
@@ -855,25 +785,25 @@ def model_lines(planned: Plan) -> list[str]:
                      f"{limits_text(load.chains)} tokens.")
     return lines
 
-def stage_rows(planned: Plan) -> list[str]:
+def stage_rows(p: Plan) -> list[str]:
     "A table in Markdown with a row for every stage."
     heads = ("Stage", "FLOPs", "Expected time (estimate)", "Bound by", "Memory at its fullest, with the weights",
              "Beside the weights")
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for stage in planned.stages:
-        bound, seconds = planned.bound(stage)
+    for stage in p.stages:
+        bound, seconds = p.bound(stage)
         parts = ", ".join(f"{part} {bytes_text(size)}" for part, size in stage.memory.items() if size)
         cells = (stage.name, flops_text(stage.flops) if stage.flops else "none", seconds_text(seconds), bound or "",
-                 bytes_text(planned.needed(stage)), parts)
+                 bytes_text(p.needed(stage)), parts)
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 # %% ../../nbs/jobs/04_planning.ipynb #c063
-def time_lines(planned: Plan) -> list[str]:
+def time_lines(p: Plan) -> list[str]:
     "The whole run, what it takes for granted, and where the times come from."
-    load, r, h = planned.load, planned.rates, planned.hardware
-    line = f"The whole of 'cap run' is a scoring, the prunings and the evaluation of {planned.models} models"
-    line += f": {seconds_text(run_seconds(planned))}, an estimate." if r else "."
+    load, r = p.load, p.rates
+    line = f"The whole of 'cap run' is a scoring, the prunings and the evaluation of {len(p.cells)} models"
+    line += f": {seconds_text(run_seconds(p))}, an estimate." if r else "."
     if load.answers:
         line += (f" Evaluation is counted as if every answer took all of its {limits_text(load.answers)} tokens; "
                  "answers that end early take less.")
@@ -884,20 +814,19 @@ def time_lines(planned: Plan) -> list[str]:
         source = (f"Times are estimates from one batch through one layer on {r.name}, {flops_text(r.peak * 1e12)}/s, "
                   "and are meant to be right within a factor of two or three.")
     else:
-        source = (f"At least, on {h.devices} x {r.name}: {r.memory:g} GB, {r.peak:g} TFLOP/s, {r.bandwidth:g} GB/s, "
+        source = (f"At least, on {p.devices} x {r.name}: {r.memory:g} GB, {r.peak:g} TFLOP/s, {r.bandwidth:g} GB/s, "
                   f"link {r.link:g} GB/s, disk {r.disk:g} GB/s; nothing reaches these.")
-    if h.group > 1: source += f" Each copy of the weights is spread over {h.group} devices, which work in turn."
-    if h.sharing > 1: source += f" Scoring is shared by {h.sharing} copies of the model."
+    if p.group > 1: source += f" Each copy of the weights is spread over {p.group} devices, which work in turn."
+    if p.sharing > 1: source += f" Scoring is shared by {p.sharing} copies of the model."
     return [line, source]
 
-def memory_lines(planned: Plan) -> list[str]:
+def memory_lines(p: Plan) -> list[str]:
     "What the weights take, and what there is."
-    h = planned.hardware
-    free = "unknown: this system does not report it" if h.free is None else bytes_text(h.free)
-    main = "unknown" if h.main is None else bytes_text(h.main)
-    return [f"The weights take {bytes_text(h.each)} on each device; parts that take turns (a layer, logits, scores, a "
+    free = "unknown: this system does not report it" if p.free is None else bytes_text(p.free)
+    main = "unknown" if p.main is None else bytes_text(p.main)
+    return [f"The weights take {bytes_text(p.each)} on each device; parts that take turns (a layer, logits, scores, a "
             f"matrix solved) are not added up. 'cap run' keeps a copy of the weights in scope in main memory: "
-            f"{bytes_text(h.copy)}.", f"There is: {free} on a device, {main} of main memory."]
+            f"{bytes_text(p.copy)}.", f"There is: {free} on a device, {main} of main memory."]
 
 # %% ../../nbs/jobs/04_planning.ipynb #c064
 @validate_arguments
@@ -907,7 +836,7 @@ def plan_text(
     "A plan as text: counts, times labelled as estimates, memory by part, and what will not fit."
     sizes = planned.load.sizes
     title = f"Plan for {sizes.name} in {planned.load.dtype}, from {sizes.source}; no weights were read."
-    fits = "Whether it fits is not known." if planned.hardware.free is None else "Everything fits."
+    fits = "Whether it fits is not known." if planned.free is None else "Everything fits."
     advice = plan_advice(planned)
     last = ["What will not fit:", "", *(f"- {sentence}" for sentence in advice)] if advice else [fits]
     blocks = [[title], model_lines(planned), stage_rows(planned), time_lines(planned), memory_lines(planned), last]

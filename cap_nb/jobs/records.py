@@ -7,11 +7,40 @@ __all__ = ['pack_run', 'unpack_run', 'Run', 'load_run']
 
 # %% ../../nbs/jobs/00_records.ipynb #c004
 import csv
+import hashlib
+import importlib.metadata
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
-from ..evaluation import AnswerRecord, LossRecord
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+import cap_nb
+from ..analysis import records_from, row_order
+from ..core.errors import BadInput, validate_arguments
+from ..core.files import (
+    alone_in, check_inside, check_no_links, checked_text, DAMAGED, HALF_WRITTEN, is_intact, json_text, read_checked,
+    read_tensors, remove, remove_leftovers, rows_of_parquet, sha256_of_file, sha256_of_text, taken_as, whole_file,
+    whole_folder, write_checked)
+from ..core.registry import check_additions
+from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
+from ..methods.prune import sparsities_of
+from ..methods.screening import load_any, PartialLosses, scores_of
+from ..models.anatomy import projections
+from ..scoring import HeadLosses
+from ..threshold import PruneReport
 
 # %% ../../nbs/jobs/00_records.ipynb #c005
 RECORD_FILES = {"answers": AnswerRecord, "losses": LossRecord} # Name of a file -> the records in it
@@ -38,13 +67,6 @@ def records_from_text(text: str, kind: type) -> tuple: # Its records
     return tuple(
         kind(**{name: read(cell) for (name, read), cell in zip(readers.items(), row, strict=True)}) for row in table)
 
-# %% ../../nbs/jobs/00_records.ipynb #c010
-from pathlib import Path
-from ..core.errors import BadInput, validate_arguments
-from ..core.files import (
-    checked_text, json_text, read_checked, sha256_of_file, sha256_of_text, whole_folder)
-from ..evaluation import Evaluation, Perplexity
-
 # %% ../../nbs/jobs/00_records.ipynb #c011
 def evaluation_texts(evaluation: Evaluation, backend: str = "transformers") -> dict[str, str]:
     "The files of an evaluation."
@@ -55,10 +77,6 @@ def evaluation_texts(evaluation: Evaluation, backend: str = "transformers") -> d
     about["sha256"] = {name: sha256_of_text(text) for name, text in tables.items()}
     return tables | {"evaluation.json": checked_text(about)}
 
-def perplexity_from(about: dict | None) -> Perplexity | None: # The perplexity
-    "A perplexity from its fields."
-    return about and Perplexity(**about | {"losses": tuple(about["losses"])})
-
 # %% ../../nbs/jobs/00_records.ipynb #c012
 def save_evaluation(evaluation: Evaluation, folder: str | Path, backend: str = "transformers") -> None:
     "Write an evaluation's records; equal records give equal bytes. A folder in use raises `BadInput`."
@@ -67,22 +85,19 @@ def save_evaluation(evaluation: Evaluation, folder: str | Path, backend: str = "
             (part/name).write_text(text, encoding="utf-8", newline="")
 
 # %% ../../nbs/jobs/00_records.ipynb #c013
-def read_table(folder: Path, name: str, about: dict) -> tuple: # Its records
-    "The records of one file; one that is not as it was saved raises ValueError."
-    text = (folder/f"{name}.csv").read_bytes().decode("utf-8")
-    if sha256_of_text(text) != about["sha256"][f"{name}.csv"]: raise ValueError(f"{name}.csv is not as it was saved")
-    return records_from_text(text, RECORD_FILES[name])
-
-# %% ../../nbs/jobs/00_records.ipynb #c014
-def load_evaluation(folder: str | Path) -> Evaluation: # The evaluation
+def load_evaluation(folder: str | Path) -> Evaluation:
     "Read an evaluation; a missing or damaged file raises `BadInput` that names it."
     folder = Path(folder)
-    about = read_checked(folder/"evaluation.json")
+    about, tables = read_checked(folder/"evaluation.json"), {}
     try:
-        return Evaluation(
-            method=about["method"], sparsity=about["sparsity"], reached=about["reached"],
-            **{name: read_table(folder, name, about) for name in RECORD_FILES},
-            perplexity=perplexity_from(about["perplexity"]))
+        for name, kind in RECORD_FILES.items():
+            text = (folder/f"{name}.csv").read_bytes().decode("utf-8")
+            if sha256_of_text(text) != about["sha256"][f"{name}.csv"]:
+                raise ValueError(f"{name}.csv is not as it was saved")
+            tables[name] = records_from_text(text, kind)
+        if text := about["perplexity"]: text = Perplexity(**text | {"losses": tuple(text["losses"])})
+        return Evaluation(method=about["method"], sparsity=about["sparsity"], reached=about["reached"], **tables,
+                          perplexity=text)
     except (OSError, KeyError, TypeError, ValueError) as error:
         message = f"{folder} holds no whole evaluation ({error}): expected the files of one; evaluate again."
         raise BadInput(message) from error
@@ -100,32 +115,42 @@ def settings_of(configuration: dict, above: str = "") -> dict:
     return flat
 
 # %% ../../nbs/jobs/00_records.ipynb #c021
-def shown(value: object) -> str: # As text, a fingerprint shortened
+def is_fingerprint(value: object) -> bool:
+    "Whether a setting is a hash, which comes last in a sentence and shortened."
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}(-[0-9a-f]{16})*", value) is not None
+
+def shown(value: object) -> str:
     "A setting in a sentence."
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+    return value[:12] if is_fingerprint(value) else str(value)
+
+def agrees(kept: object, now: object) -> bool:
+    "Whether a setting is the same; a fingerprint that an earlier version noted covers less than today's."
+    if not (is_fingerprint(kept) and is_fingerprint(now)): return kept == now
+    return all(a == b for a, b in zip(kept.split("-"), now.split("-")))
 
 def differences(one: dict, other: dict) -> tuple[str, ...]: # As in "calibration.n (128, now 64)"
     "The settings in which two configurations differ."
     a, b = settings_of(one), settings_of(other)
-    differ = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    differ = [key for key in sorted(a.keys() | b.keys(), key=lambda key: (is_fingerprint(a.get(key)), key))
+              if not agrees(a.get(key), b.get(key))]
     return tuple(f"{key} ({shown(a.get(key))}, now {shown(b.get(key))})" for key in differ)
-
-# %% ../../nbs/jobs/00_records.ipynb #c024
-from ..core.files import (
-    DAMAGED, HALF_WRITTEN, read_tensors, remove, remove_leftovers, is_intact, taken_as, write_checked)
-
-# %% ../../nbs/jobs/00_records.ipynb #c025
-from ..core.registry import check_additions
 
 # %% ../../nbs/jobs/00_records.ipynb #c026
 FORMAT = 3 # Of the folder; a later one that cannot read this one will say so
 PACKED = "records.parquet" # All records of a packed run
 REPORT = "report.html" # A run on one page
 
+def known_before(kept: dict, now: dict) -> dict:
+    "What a run's record says of its model today, as far as its beginning said it."
+    return {name: value for name, value in now.items() if name in kept}
+
 def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     "Raise `BadInput` unless a run can go on with what is asked."
     check_additions(kept.get("plugins", {}), str(folder))
-    if differ := differences(kept, asked):
+    if unknown := sorted(asked["model"].keys() - kept["model"].keys()):
+        log.warning("%s was begun by an earlier version, which says nothing of the model's %s: it goes on without.",
+                    folder, " and ".join(unknown))
+    if differ := differences(kept, asked | {"model": known_before(kept["model"], asked["model"])}):
         raise BadInput(f"{folder} holds a run with other settings, {'; '.join(differ[:3])}: expected the same ones; "
                        "give another folder with --out.")
     if (folder/PACKED).exists():
@@ -136,9 +161,6 @@ def is_run(folder: Path) -> bool:
     "Whether a folder holds a run, live or packed."
     return any((folder/name).is_file() for name in ("run.json", PACKED))
 
-# %% ../../nbs/jobs/00_records.ipynb #c028
-import logging
-
 # %% ../../nbs/jobs/00_records.ipynb #c029
 log = logging.getLogger(__name__)
 
@@ -147,18 +169,11 @@ PIECES = {load_evaluation: ("chains/answers", "unfinished/[!.]*-*/[!.]*"),
           read_tensors: ("**/losses.safetensors", "attributions/[!.]*.safetensors", "factors/[!.]*.safetensors"),
           } # How a piece that can be made anew is read -> where such pieces lie
 
-def set_damaged_aside(folder: Path) -> None:
-    "Set aside every damaged piece that can be made anew, and remove what earlier sessions left of finished cells."
-    for path in sorted(folder.glob("evaluations/[!.]*")):
-        if DAMAGED not in path.name: is_intact(path, load_evaluation)
-    for cell in sorted(folder.glob("unfinished/[!.]*-*")):
-        if (folder/"evaluations"/cell.name).exists(): remove(cell)
-    for read, patterns in PIECES.items():
-        for path in [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
-            if DAMAGED not in path.name: is_intact(path, read)
+def set_damaged_aside(folder: Path, read: Callable, *patterns: str) -> None:
+    "Set aside every piece that can be made anew and is not as it was saved."
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        if DAMAGED not in path.name: is_intact(path, read)
 
-
-# %% ../../nbs/jobs/00_records.ipynb #c030
 def put_in_order(folder: Path) -> None:
     "Before a run goes on: half-written files go, damaged pieces are set aside, what is lost for good is named."
     for part in [part for part in folder.rglob(".*.part") if HALF_WRITTEN.fullmatch(part.name)]:
@@ -166,7 +181,10 @@ def put_in_order(folder: Path) -> None:
     for name in ("environment.json", "timings.json"):
         if any(folder.glob("evaluations/*")) and not (folder/name).exists():
             log.warning("%s has lost its %s: what earlier sessions noted there cannot be made anew.", folder, name)
-    set_damaged_aside(folder)
+    set_damaged_aside(folder, load_evaluation, "evaluations/[!.]*")
+    for cell in sorted(folder.glob("unfinished/[!.]*-*")): # left where a session was killed behind a cell's last piece
+        if (folder/"evaluations"/cell.name).exists(): remove(cell)
+    for read, patterns in PIECES.items(): set_damaged_aside(folder, read, *patterns)
 
 # %% ../../nbs/jobs/00_records.ipynb #c031
 def open_run(folder: str | Path, configuration: dict) -> dict:
@@ -175,6 +193,7 @@ def open_run(folder: str | Path, configuration: dict) -> dict:
     if is_run(folder):
         check_continues(folder, kept := read_run(folder), asked)
         put_in_order(folder)
+        if asked["model"].keys() - kept["model"].keys(): asked["model"] = kept["model"] # so much is known of its cells
         asked["methods"] = list(dict.fromkeys(kept["methods"] + asked["methods"]))
         asked["sparsities"] = sorted({*kept["sparsities"], *asked["sparsities"]})
     elif (folder/"evaluations").exists():
@@ -200,14 +219,6 @@ def read_run(folder: str | Path) -> dict: # Its configuration
         raise BadInput(f"{folder} has another format than this version of cap_nb reads: expected format {FORMAT}; "
                        "use the version that made it.")
     return kept
-
-# %% ../../nbs/jobs/00_records.ipynb #c036
-import importlib.metadata
-import os
-import platform
-import subprocess
-import torch
-import cap_nb
 
 # %% ../../nbs/jobs/00_records.ipynb #c037
 def commit_of_package() -> str | None: # As in "3f2a9c1...", with "+changes" if the package differs
@@ -240,13 +251,6 @@ def note_environment(folder: str | Path, session: dict) -> None:
     mend = "restore the file, or remove it: where earlier numbers came from is not known then"
     known = read_checked(path, mend) if path.exists() else []
     if session not in known: write_checked(path, known + [session])
-
-# %% ../../nbs/jobs/00_records.ipynb #c041
-import hashlib
-import numpy as np
-from torch import nn
-from ..models.anatomy import projections
-from ..threshold import PruneReport
 
 # %% ../../nbs/jobs/00_records.ipynb #c042
 def mask_fingerprint(model: nn.Module) -> str: # 64 hexadecimal digits
@@ -300,9 +304,6 @@ def piece_folder(folder: str | Path, method: str, sparsity: float, piece: str) -
     "The folder of a finished piece."
     return Path(folder)/"unfinished"/cell_name(method, sparsity)/piece
 
-# %% ../../nbs/jobs/00_records.ipynb #c054
-from ..methods.prune import sparsities_of
-
 # %% ../../nbs/jobs/00_records.ipynb #c055
 def cells_of(configuration: dict) -> tuple[tuple[str, float], ...]: # (method, sparsity) of every cell
     "All cells of a run: dense first, then sparsity by sparsity."
@@ -324,13 +325,6 @@ def note_memory(folder: str | Path, stage: str, taken: int | None) -> None:
     known = read_checked(path) if path.exists() else {}
     if taken is not None: write_checked(path, known | {stage: max(known.get(stage, 0), taken)})
 
-# %% ../../nbs/jobs/00_records.ipynb #c061
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
-
 # %% ../../nbs/jobs/00_records.ipynb #c062
 @dataclass(frozen=True)
 class Records:
@@ -338,27 +332,24 @@ class Records:
     evaluations: dict[str, Evaluation] # Folder within the run, as in "evaluations/cap-0.2" -> what was measured
     files: dict[str, Path | bytes] # Path within the run, as in "timings.json" -> the file, or its contents
 
-    @contextmanager
-    def opened(self, name: str) -> Iterator[Path]:
-        "One record as a file, for as long as the block runs."
-        if isinstance(self.files[name], Path): yield self.files[name]
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder)/Path(name).name
-                path.write_bytes(self.files[name])
-                yield path
-
     def read(self, name: str, reader: Callable, missing: object = None) -> object:
         "One record as `reader` reads it from its path; `missing` if the run has none of this name."
         if name not in self.files: return missing
-        with self.opened(name) as path: return reader(path)
+        if isinstance(self.files[name], Path): return reader(self.files[name])
+        with tempfile.TemporaryDirectory() as folder: # safetensors reads nothing but files
+            path = Path(folder)/Path(name).name
+            path.write_bytes(self.files[name])
+            return reader(path)
 
 # %% ../../nbs/jobs/00_records.ipynb #c064
-NO_RECORDS = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT) # All else
+RECORDED = ("environment.json", "timings.json", "memory.json", "losses.safetensors", "evaluations", "reports",
+            "attributions", "factors", "budgets", "chains", "text") # What a run records, at the top of its folder
+MADE = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT) # What it writes too
+OF_EVALUATION = ("evaluation.json", "answers.csv", "losses.csv") # The files of an evaluation's folder
 
 def is_record(inside: Path) -> bool: # Whether it belongs to the records
     "Whether a file is a record, and not made from some, half written or damaged."
-    if inside.parts[0] in NO_RECORDS: return False
+    if inside.parts[0] not in RECORDED or inside.suffix not in (".json", ".csv", ".safetensors"): return False
     return not any(part.startswith(".") or DAMAGED in part for part in inside.parts)
 
 def live_records(folder: Path) -> Records: # What it recorded
@@ -367,14 +358,9 @@ def live_records(folder: Path) -> Records: # What it recorded
     names = [name for name in names if is_record(name)]
     places = [name.parent for name in names if name.name == "evaluation.json"]
     evaluations = {name.as_posix(): load_evaluation(folder/name) for name in places}
-    files = {name.as_posix(): folder/name for name in names if name.parent not in places}
+    files = {name.as_posix(): folder/name for name in names
+             if name.parent not in places or name.name not in OF_EVALUATION}
     return Records(evaluations=evaluations, files=files)
-
-# %% ../../nbs/jobs/00_records.ipynb #c067
-import pyarrow as pa
-import pyarrow.parquet as pq
-from ..analysis import records_from, row_order
-from ..core.files import check_inside, rows_of_parquet, whole_file
 
 # %% ../../nbs/jobs/00_records.ipynb #c068
 ARROW = {str: pa.string(), str | None: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
@@ -444,10 +430,6 @@ def manifest(folder: str | Path) -> dict:
     return {"made": {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in made},
             "made from": record_hashes(records_of(folder), read_run(folder))}
 
-# %% ../../nbs/jobs/00_records.ipynb #c080
-import shutil
-from ..core.files import alone_in, check_no_links
-
 # %% ../../nbs/jobs/00_records.ipynb #c081
 SEAL = b"cap_nb sha256 " # What stands before the checksum in a packed file
 
@@ -487,11 +469,17 @@ def packed_texts(folder: Path) -> dict[str, str]: # Name of a file -> its text
                    "edited by hand; get it anew.")
 
 def remove_live_records(folder: Path) -> None:
-    "Remove what the packed file holds, and the folders that are empty then."
+    "Remove what the packed file holds, and the folders that are empty then; the log names what is left."
+    left = []
     for path in sorted(folder.rglob("*"), reverse=True): # what is in a folder comes before the folder
         inside = path.relative_to(folder)
-        if path.is_dir() and not any(path.iterdir()): path.rmdir()
-        elif path.is_file() and (is_record(inside) or inside.as_posix() in ("run.json", "manifest.json")): path.unlink()
+        if path.is_dir():
+            if inside.parts[0] in RECORDED and not any(path.iterdir()): path.rmdir()
+        elif is_record(inside) or inside.as_posix() in ("run.json", "manifest.json"): path.unlink()
+        elif inside.parts[0] not in MADE: left.append(inside.as_posix())
+    if left:
+        log.warning("%s: %s is no record of the run and was left where it is.", folder, ", ".join(sorted(left)[:5]) +
+                    (f" and {len(left) - 5} more" if len(left) > 5 else ""))
 
 # %% ../../nbs/jobs/00_records.ipynb #c083
 @validate_arguments
@@ -521,12 +509,12 @@ def unpack_run(
     records = records_of(folder)
     with whole_folder(target) as part:
         check_no_links(folder)
+        backend = configuration.get("evaluation", {}).get("backend", "transformers")
+        for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name, backend)
         shutil.copytree(folder, part, ignore=shutil.ignore_patterns(PACKED), dirs_exist_ok=True)
         for name, content in records.files.items():
             (part/name).parent.mkdir(parents=True, exist_ok=True)
             (part/name).write_bytes(content)
-        backend = configuration.get("evaluation", {}).get("backend", "transformers")
-        for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name, backend)
         write_checked(part/"run.json", configuration)
         write_checked(part/"manifest.json", manifest(part))
 
@@ -538,14 +526,11 @@ SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "bud
 def provenance_of(configuration: dict, sessions: Sequence[dict] = ()) -> dict: # Heading -> what stands behind it
     "The notes that belong below a run's table."
     notes = {key: configuration[key] for key in SETTINGS if key in configuration}
+    notes |= {"model": {key: value for key, value in configuration["model"].items() if not isinstance(value, dict)}}
     kept = [{key: session[key] for key in SESSION if key in session} for session in sessions]
     distinct = [session for index, session in enumerate(kept) if session not in kept[:index]]
     if len(distinct) == 1: return notes | {"session": distinct[0]}
     return notes | {f"session {number}": session for number, session in enumerate(distinct, 1)}
-
-# %% ../../nbs/jobs/00_records.ipynb #c093
-from ..methods.screening import PartialLosses, load_any, scores_of
-from ..scoring import HeadLosses
 
 # %% ../../nbs/jobs/00_records.ipynb #c094
 @dataclass(frozen=True)

@@ -6,34 +6,53 @@
 __all__ = []
 
 # %% ../../nbs/jobs/02_report.ipynb #c004
+import base64
+import logging
+import math
+import re
+import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from html import escape
 from pathlib import Path
+from string import Template
+import pandas as pd
 import torch
-from ..core.files import whole_file
+from matplotlib.figure import Figure
+from ..analysis import (
+    compare_methods, Comparison, is_better, method_table, method_title, plot_head_importance, row_order)
+from ..core.errors import BadInput
+from ..core.files import whole_file, write_checked
+from ..core.plots import figure_bytes
+from ..core.registry import check_additions
+from ..evaluation import AnswerRecord, Evaluation
+from ..importance import importance_factors
+from .records import cell_name, cells_of, load_run, manifest, PACKED, REPORT, Run, write_packed
+from .settings import Job
+from .tables import (
+    answer_markdown, answer_table, comparison_markdown, comparison_note, head_importance_in_words, interval_text,
+    markdown_rows, pairs_with, plot_importance_distribution, plot_sparsity_curves, plot_zeros_by_method, table_csv,
+    table_latex, table_markdown, value_text)
+from ..methods.neurons import UNIT_AWARE
+from ..methods.prune import needs_of, parse_method
+from ..methods.screening import PartialLosses, screened_scores
+from ..models.decoding import limit_for
 
 # %% ../../nbs/jobs/02_report.ipynb #c005
-def scores_csv(
-    scores: torch.Tensor, # Causal score of every head, in nats, [L, H]
-    factors: torch.Tensor, # Importance factor of every head, [L, H]
-) -> str: # A line a head
+def scores_csv(scores: torch.Tensor, factors: torch.Tensor) -> str: # A line a head
     "Scores and factors of every head as comma-separated values."
     rows = [f"{layer},{head},{scores[layer, head].item()!r},{factors[layer, head].item()!r}"
             for layer in range(len(scores)) for head in range(scores.shape[1])]
     return "\n".join(["layer,head,score,factor", *rows]) + "\n"
 
-def write_text(
-    path: Path, # Final name of the file
-    text: str, # Its contents
-) -> None:
+def write_text(path: Path, text: str) -> None:
     "Write a text, whole or not at all."
     with whole_file(path) as part: part.write_text(text, encoding="utf-8")
 
-# %% ../../nbs/jobs/02_report.ipynb #c008
-from ..core.errors import BadInput
-
 # %% ../../nbs/jobs/02_report.ipynb #c009
-def run_folders(
-    folder: str | Path, # A run's folder, or one that holds some
-) -> list[Path]: # Folders of runs, in order
+def run_folders(folder: str | Path) -> list[Path]: # Folders of runs, in order
     "The runs in a folder; none raises `BadInput`."
     runs = sorted({path.parent for name in ("run.json", PACKED) for path in Path(folder).rglob(name)})
     if not runs:
@@ -41,33 +60,14 @@ def run_folders(
                        "check the path.")
     return runs
 
-# %% ../../nbs/jobs/02_report.ipynb #c013
-import math, statistics
-import pandas as pd
-from ..methods.neurons import UNIT_AWARE
-from .records import PACKED, Run, cell_name, cells_of
-from .tables import markdown_rows
-from ..methods.prune import needs_of, parse_method
-
-# %% ../../nbs/jobs/02_report.ipynb #c014
-def factor_stages(
-    method: str, # A method's name
-) -> tuple[str, ...]: # Stages of the run that measured its factors; none if it uses none
-    "Where a method's factors come from, as `timings.json` names it."
-    parts = parse_method(method)
-    if "factors" not in needs_of(parts): return ()
-    if not parts.attribution: return ("scoring",)
-    return ("scoring",) * (parts.attribution in UNIT_AWARE) + (f"attribution/{parts.attribution}",)
-
 # %% ../../nbs/jobs/02_report.ipynb #c016
-def method_costs(
-    method: str, # A method's name
-    sparsities: list[float], # Its sparsities in the run
-    seconds: dict[str, float], # Stage -> seconds, from timings.json
-    memory: dict[str, int], # Stage -> bytes, from memory.json
-) -> tuple[float | None, float, float | None] | None: # Seconds for factors, for one pruning, MiB; None if not pruned
+def method_costs(method: str, sparsities: list[float], seconds: dict[str, float],
+                 memory: dict[str, int]) -> tuple[float | None, float, float | None] | None:
     "What a method took, as far as it was measured."
-    prunings, factors = [f"{cell_name(method, sparsity)}/prune" for sparsity in sparsities], factor_stages(method)
+    parts, prunings = parse_method(method), [f"{cell_name(method, sparsity)}/prune" for sparsity in sparsities]
+    factors = [f"attribution/{parts.attribution}"] if parts.attribution else []
+    if not parts.attribution or parts.attribution in UNIT_AWARE: factors.insert(0, "scoring")
+    if "factors" not in needs_of(parts): factors = []
     pruning_seconds = [seconds[stage] for stage in prunings if stage in seconds]
     if not pruning_seconds: return None
     known = factors and all(stage in seconds for stage in factors)
@@ -75,9 +75,7 @@ def method_costs(
     return (sum(seconds[stage] for stage in factors) if known else None, statistics.median(pruning_seconds),
             max(peaks) / 2**20 if peaks else None)
 
-def cost_table(
-    run: Run, # A run, read from its folder
-) -> pd.DataFrame: # Index: method; columns: seconds for factors, seconds for one pruning, peak memory in MiB
+def cost_table(run: Run) -> pd.DataFrame:
     "What each method of a run took, as far as it was measured."
     cells = [cell for cell in cells_of(run.configuration) if cell[0] != "dense"]
     costs = {method: method_costs(method, [s for m, s in cells if m == method], run.timings, run.memory)
@@ -87,9 +85,7 @@ def cost_table(
         columns=["Factors (s)", "Pruning (s)", "Memory (MiB)"]).rename_axis("Method")
 
 # %% ../../nbs/jobs/02_report.ipynb #c017
-def cost_markdown(
-    costs: pd.DataFrame, # From `cost_table`
-) -> str: # Markdown
+def cost_markdown(costs: pd.DataFrame) -> str: # Markdown
     "What each method took, in Markdown."
     def text(number: float, form: str) -> str:
         return "" if number is None or math.isnan(number) else format(number, form)
@@ -98,20 +94,11 @@ def cost_markdown(
             for method, row in zip(costs.index, numbers)]
     return markdown_rows([costs.index.name, *costs.columns], rows)
 
-# %% ../../nbs/jobs/02_report.ipynb #c025
-from collections.abc import Callable, Sequence
-from functools import partial
-from matplotlib.figure import Figure
-from ..evaluation import Evaluation
-from .tables import plot_zeros_by_method
-
 # %% ../../nbs/jobs/02_report.ipynb #c026
 CURVES_A_FIGURE = 8 # Methods that one figure of curves can show
 KINDS = ("criteria", "scopes", "attributions", "allocations", "solvers") # Figures of a run with more methods
 
-def kind_of(
-    method: str, # A method's name
-) -> str: # One of KINDS, "patterns", or a variant's kind, as in "range"
+def kind_of(method: str) -> str: # One of KINDS, "patterns", or a variant's kind, as in "range"
     "By which of its choices a method differs from the others."
     parts = parse_method(method)
     if parts.variant: return parts.variant.partition("-")[0]
@@ -121,9 +108,7 @@ def kind_of(
     if parts.allocation: return "allocations"
     return "scopes" if parts.scope else "criteria"
 
-def curve_groups(
-    evaluations: Sequence[Evaluation], # What was measured
-) -> dict[str, list[Evaluation]]: # Name of a figure -> what it shows
+def curve_groups(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]: # Name of a figure -> what it shows
     "The evaluations of a run, cut into figures that can be read."
     methods = {e.method for e in evaluations} - {"dense"}
     if len(methods) <= CURVES_A_FIGURE: return {"sparsity_curves": list(evaluations)}
@@ -132,40 +117,15 @@ def curve_groups(
     return {f"sparsity_curves_{kind}": [e for e in evaluations if e.method in (*members[kind], "dense", "cap", "wanda")]
             for kind in members if members[kind] - {"cap", "wanda"}}
 
-# %% ../../nbs/jobs/02_report.ipynb #c028
-def zeros_figures(
-    run: Run, # A run, read from its folder
-) -> dict[str, Callable[[], Figure]]: # Name -> how the figure is drawn; for every sparsity one
-    "Where the zeros of every method went, a figure for each sparsity."
-    reports = [report for report, _ in run.reports if report.method != "dense"]
-    return {f"zeros_{round(100 * sparsity)}": partial(plot_zeros_by_method, [r for r in reports if r.asked == sparsity])
-            for sparsity in sorted({r.asked for r in reports})}
-
-# %% ../../nbs/jobs/02_report.ipynb #c030
-import logging
-from ..evaluation import AnswerRecord
-from ..models.decoding import limit_for
-
 # %% ../../nbs/jobs/02_report.ipynb #c031
-def warn_of_cut_off(
-    dense: Sequence[AnswerRecord], # Answers of the dense model
-) -> None:
+def warn_of_cut_off(dense: Sequence[AnswerRecord]) -> None:
     "Warn, for each task, where too many of the dense model's answers reached the token limit."
     for task in dict.fromkeys(answer.task for answer in dense):
         try: limit_for([answer for answer in dense if answer.task == task])
         except BadInput as shortage: logging.getLogger(__name__).warning("%s: %s", task, shortage)
 
 # %% ../../nbs/jobs/02_report.ipynb #c035
-from cap_nb.analysis import method_table, plot_head_importance
-from cap_nb.importance import importance_factors
-from cap_nb.jobs.tables import (
-    answer_markdown, answer_table, plot_importance_distribution, plot_sparsity_curves, table_csv, table_latex,
-    table_markdown)
-from cap_nb.methods.screening import PartialLosses, screened_scores
-
-def screening_csv(
-    partial: PartialLosses, # A table of losses with gaps
-) -> str: # A line a head
+def screening_csv(partial: PartialLosses) -> str: # A line a head
     "On how many examples each head was masked, and its score with the 95 % interval, as comma-separated values."
     (scores, low, high), counts = screened_scores(partial), partial.measured.sum(-1)
     rows = [f"{layer},{head},{counts[layer, head]},{scores[layer, head].item()!r},{low[layer, head].item()!r},"
@@ -173,9 +133,7 @@ def screening_csv(
     return "\n".join(["layer,head,measured,score,low,high", *rows]) + "\n"
 
 # %% ../../nbs/jobs/02_report.ipynb #c036
-def table_texts(
-    run: Run, # What is finished of a run
-) -> dict[str, str]: # Path within the run's folder -> contents
+def table_texts(run: Run) -> dict[str, str]: # Path within the run's folder -> contents
     "Table 1 of a run in Markdown, CSV and LaTeX, what its accuracies hide, its scores, and what its methods cost."
     table, origin, costs = method_table(run.evaluations), run.provenance, cost_table(run)
     texts = {"table.md": table_markdown(table, origin), "table.csv": table_csv(table),
@@ -186,31 +144,19 @@ def table_texts(
     if run.partial is not None: texts["screening.csv"] = screening_csv(run.partial)
     return {f"tables/{name}": text for name, text in texts.items()}
 
-def figures_of(
-    run: Run, # What is finished of a run
-) -> dict[str, Callable[[], Figure]]: # Path within the run's folder, without ending -> how the figure is drawn
+def figures_of(run: Run) -> dict[str, Callable[[], Figure]]:
     "The figures of a run."
     figures = {name: partial(plot_sparsity_curves, group) for name, group in curve_groups(run.evaluations).items()}
-    figures |= zeros_figures(run)
+    reports = [report for report, _ in run.reports if report.method != "dense"]
+    for sparsity in sorted({report.asked for report in reports}):
+        shown = [report for report in reports if report.asked == sparsity]
+        figures[f"zeros_{round(100 * sparsity)}"] = partial(plot_zeros_by_method, shown)
     if run.scores is not None:
         figures["head_importance"] = partial(plot_head_importance, run.scores)
         figures["importance_distribution"] = partial(plot_importance_distribution, run.scores)
     return {f"figures/{name}": draw for name, draw in figures.items()}
 
 # %% ../../nbs/jobs/02_report.ipynb #c038
-import base64
-import re
-import shlex
-from collections.abc import Mapping
-from dataclasses import fields
-from html import escape
-from string import Template
-from cap_nb.analysis import Comparison, compare_methods, is_better, method_title, row_order
-from cap_nb.core.plots import figure_bytes
-from cap_nb.jobs.settings import Job
-from cap_nb.jobs.tables import (
-    comparison_markdown, comparison_note, head_importance_in_words, interval_text, pairs_with, value_text)
-
 LOOK = """
 body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #222; max-width: 66rem;
        margin: 2rem auto; padding: 0 1.5rem; }
@@ -250,9 +196,7 @@ $sections
 </html>
 """)
 
-def html_of(
-    markdown: str, # A table as `markdown_rows` prints it, and notes as a list
-) -> str: # The same in HTML
+def html_of(markdown: str) -> str: # The same in HTML
     "A table of Markdown in HTML, with intervals in small type and a line where the sparsity changes."
     lines = markdown.splitlines()
     header, rule, *rows = [line[2:-2].split(" | ") for line in lines if line.startswith("| ")]
@@ -268,11 +212,7 @@ def html_of(
     return f'<div class="wide">{table}</div>\n' + f"<ul>{notes}</ul>\n" * bool(notes)
 
 # %% ../../nbs/jobs/02_report.ipynb #c039
-def picture_html(
-    pictures: Mapping[str, bytes], # Path within the run's folder, without ending -> PNG
-    beginning: str | tuple[str, ...], # How the names to show begin, as in "figures/zeros"
-    caption: str = "", # A sentence below them
-) -> str: # HTML, empty without such pictures
+def picture_html(pictures: Mapping[str, bytes], beginning: str | tuple[str, ...], caption: str = "") -> str:
     "Pictures written into the page."
     figures = [
         f'<figure><img alt="{escape(Path(name).name)}" width="{int.from_bytes(png[16:20], "big") * 96 // 150}" '
@@ -281,9 +221,7 @@ def picture_html(
     below = f"<p><small>{escape(caption)}</small></p>\n" * bool(caption)
     return f'<div class="pictures">{"".join(figures)}</div>\n{below}' if figures else ""
 
-def comparisons_of(
-    evaluations: Sequence[Evaluation], # What was measured
-) -> dict[tuple[str, str, float, str], Comparison]: # As from `compare_methods`; empty for a single method
+def comparisons_of(evaluations: Sequence[Evaluation]) -> dict[tuple[str, str, float, str], Comparison]:
     "CAP against every other method; without CAP, every method against Wanda, or against the first."
     methods = [m for m in dict.fromkeys(e.method for e in sorted(evaluations, key=row_order)) if m != "dense"]
     if "cap" in methods: pairs = [("cap", method) for method in methods if method != "cap"]
@@ -291,9 +229,7 @@ def comparisons_of(
     try: return compare_methods(evaluations, pairs)
     except BadInput: return {} # no two methods at one sparsity
 
-def verdict_markdown(
-    comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `comparisons_of`
-) -> str: # Markdown
+def verdict_markdown(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str: # Markdown
     "What is significant and what is not: a row for each pair and sparsity."
     pairs = {}
     for (*pair, measure), c in comparisons.items():
@@ -308,9 +244,7 @@ def verdict_markdown(
 # %% ../../nbs/jobs/02_report.ipynb #c041
 OPTIONS = {"name": "model", "sparsities": "sparsity"} # Settings whose option has another name
 
-def command_of(
-    configuration: Mapping, # A run's configuration
-) -> str: # As in "cap run --model lab --n 16"
+def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 16"
     "The command of a run, with every setting that is not the usual one and is kept."
     data, measured = configuration["calibration"], configuration["evaluation"]
     answered, limits = list(measured["max_new_tokens"]), set(measured["max_new_tokens"].values())
@@ -331,10 +265,7 @@ def command_of(
     return " ".join(words)
 
 # %% ../../nbs/jobs/02_report.ipynb #c042
-def report_sections(
-    run: Run, # A run, read from its folder
-    pictures: Mapping[str, bytes], # Path within the run's folder, without ending -> PNG
-) -> dict[str, str]: # Heading -> HTML
+def report_sections(run: Run, pictures: Mapping[str, bytes]) -> dict[str, str]: # Heading -> HTML
     "What the page shows, from top to bottom."
     comparisons, costs = comparisons_of(run.evaluations), cost_table(run)
     show = partial(picture_html, pictures)
@@ -359,10 +290,7 @@ def report_sections(
             "Costs": html_of(cost_markdown(costs)) if len(costs) else "",
             "How it was made": f"<pre>{escape(again)}</pre>\n<ul>{origin}</ul>"}
 
-def report_html(
-    run: Run, # A run, read from its folder
-    pictures: Mapping[str, bytes], # Path within the run's folder, without ending -> PNG
-) -> str: # A page that needs no network
+def report_html(run: Run, pictures: Mapping[str, bytes]) -> str: # A page that needs no network
     "A run on one page: equal records give equal bytes."
     name = Path(run.configuration["model"]["name"]).name
     methods = list(dict.fromkeys(method_title(e.method) for e in run.evaluations))
@@ -372,14 +300,7 @@ def report_html(
     return PAGE.substitute(title=f"cap run: {escape(name)}", look=LOOK, lead=escape(lead), sections=sections)
 
 # %% ../../nbs/jobs/02_report.ipynb #c045
-from cap_nb.core.registry import check_additions
-from cap_nb.core.files import write_checked
-from cap_nb.jobs.records import REPORT, load_run, manifest, write_packed
-
-def write_results(
-    folder: str | Path, # A run's folder
-    page: bool = False, # Whether a packed run gets its page too
-) -> None:
+def write_results(folder: str | Path, page: bool = False) -> None:
     "Tables, figures, page and manifest of what is finished; nothing finished raises `BadInput`."
     folder, run = Path(folder), load_run(folder)
     check_additions(run.configuration.get("plugins", {}), str(folder))

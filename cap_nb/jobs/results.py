@@ -6,11 +6,24 @@
 __all__ = ['results_frame', 'compare_runs', 'plot_comparisons', 'repeat_run']
 
 # %% ../../nbs/jobs/07_results.ipynb #c004
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from ..core.errors import BadInput, validate_arguments
-from .records import PACKED, Run, load_run
-from .report import run_folders
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from ..analysis import comparable_parts, compare_methods, Comparison, comparison_frame, method_title
+from ..core.errors import BadInput, check_choice, validate_arguments
+from ..core.files import sha256_of_file, whole_folder, write_json
+from ..core.plots import blank_figure, in_style, INK, save_figure
+from ..evaluation import Evaluation, summarise_answers, summarise_losses, token_limit
+from .job import prepare, run_job
+from .records import agrees, differences, is_fingerprint, load_run, PACKED, read_run, Run, settings_of, shown
+from .report import run_folders, write_text
+from .settings import changed, Job
+from .tables import comparison_mark, comparison_markdown, markdown_rows
 
 # %% ../../nbs/jobs/07_results.ipynb #c005
 Folders = str | Path | Sequence[str | Path] # A run's folder, one that holds runs, or several of either
@@ -56,18 +69,12 @@ SUMMARY = { # Further columns of a row for each number of the table
     "unit": ("string", "", "per cent for accuracy, nats for loss, 1 for perplexity"),
     "n": ("Int64", "", "problems or windows behind it")}
 
-# %% ../../nbs/jobs/07_results.ipynb #c011
-from .tables import markdown_rows
-
 # %% ../../nbs/jobs/07_results.ipynb #c012
 def frame_columns(summary: bool = False) -> str: # Markdown
     "The columns of a frame of results, each with its type, unit and meaning."
     columns = WHICH | (SUMMARY if summary else EACH)
     rows = [[name, *about] for name, about in columns.items()]
     return markdown_rows(["Column", "Type", "Unit", "What it is"], rows, names=4)
-
-# %% ../../nbs/jobs/07_results.ipynb #c017
-from ..evaluation import Evaluation, summarise_answers, summarise_losses
 
 # %% ../../nbs/jobs/07_results.ipynb #c018
 def problem_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, then the columns of `EACH`
@@ -86,11 +93,6 @@ def summary_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, th
     for r in summarise_losses(evaluation.losses): yield "loss", r.task, r.loss, r.low, r.high, "nats", r.n
     if (text := evaluation.perplexity) is not None:
         yield "perplexity", text.text, text.value, text.low, text.high, "1", text.windows
-
-# %% ../../nbs/jobs/07_results.ipynb #c023
-import pandas as pd
-from ..core.errors import check_choice
-from .records import settings_of
 
 # %% ../../nbs/jobs/07_results.ipynb #c024
 def extra_settings(run: Run, settings: Sequence[str]) -> tuple: # Their values; a list as text
@@ -120,10 +122,6 @@ def results_frame(
             for row in run_rows(name, load_run(folder), summary, settings)]
     return pd.DataFrame(rows, columns=[*columns, *settings]).astype(columns)
 
-# %% ../../nbs/jobs/07_results.ipynb #c038
-from collections.abc import Mapping
-from .records import shown
-
 # %% ../../nbs/jobs/07_results.ipynb #c039
 COUNTS = tuple(f"evaluation.{name}" for name in ("evaluate_n", "loss_n", "windows", "window_tokens")) # As asked
 
@@ -134,20 +132,16 @@ def measured_on(run: Run) -> dict[str, object]: # Setting -> value, fingerprints
     text = next((e.perplexity for e in run.evaluations if e.perplexity is not None), None)
     read = {"text": text.text, "windows read": text.windows, "tokens in each": text.window_tokens} if text else {}
     settings = settings_of(kept) | read
-    return dict(sorted(settings.items(), key=lambda item: (len(str(item[1])) == 64, item[0])))
+    return dict(sorted(settings.items(), key=lambda item: (is_fingerprint(item[1]), item[0])))
 
 def check_paired(names: tuple[str, str], runs: tuple[Run, Run]) -> None:
     "Raise `BadInput`, naming what differs, unless two runs were measured on the same problems in the same way."
     one, other = map(measured_on, runs)
-    differ = [key for key in one if key in other and one[key] != other[key]]
+    differ = [key for key in one if key in other and not agrees(one[key], other[key])]
     if all(key in COUNTS for key in differ): return # a count alone may belong to a measure that only one has
     said = "; ".join(f"{key} ({shown(one[key])} and {shown(other[key])})" for key in differ[:3])
     raise BadInput(f"{names[0]} and {names[1]} were not measured on the same problems in the same way, they differ in "
                    f"{said}: expected one evaluation for both; run one of them again with the other's settings.")
-
-# %% ../../nbs/jobs/07_results.ipynb #c042
-from dataclasses import replace
-from ..analysis import method_title
 
 # %% ../../nbs/jobs/07_results.ipynb #c043
 def check_methods(runs: Mapping[str, Run], methods: Sequence[str] | None, against: str | None) -> None:
@@ -179,17 +173,6 @@ def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, ag
                        "see what they hold with 'cap table'.")
     return pairs
 
-# %% ../../nbs/jobs/07_results.ipynb #c047
-from ..analysis import Comparison, comparable_parts, compare_methods
-
-# %% ../../nbs/jobs/07_results.ipynb #c048
-def named_pair(pair: tuple[str, Evaluation, str, Evaluation], alone: bool) -> tuple[Evaluation, Evaluation]:
-    "A pair of cells as the analysis takes them."
-    one, first, other, second = pair
-    def name(run: str, method: str) -> str: return method_title(method) if alone else f"{run}: {method_title(method)}"
-    return (replace(first, method=name(one, first.method)),
-            replace(second, method=name(other, second.method), sparsity=first.sparsity))
-
 # %% ../../nbs/jobs/07_results.ipynb #c049
 @validate_arguments
 def compare_runs(
@@ -202,23 +185,19 @@ def compare_runs(
     "Compare runs, or methods of one run, on the same problems; runs that share none raise `BadInput`."
     loaded = {name: load_run(folder) for name, folder in runs_in(runs).items()}
     if not loaded: raise BadInput("No run is named: expected one at least; give a run's folder.")
-    pairs = [named_pair(pair, len(loaded) == 1) for pair in cell_pairs(loaded, methods, against, sparsities)]
+    def named(run: str, cell: Evaluation, sparsity: float) -> Evaluation: # names that tell the runs apart
+        title = method_title(cell.method)
+        return replace(cell, method=title if len(loaded) == 1 else f"{run}: {title}", sparsity=sparsity)
+    pairs = [(named(run, one, one.sparsity), named(other, two, one.sparsity))
+             for run, one, other, two in cell_pairs(loaded, methods, against, sparsities)]
     (name, first), *others = loaded.items()
     for other, run in others: check_paired((name, other), (first, run))
     cells = {(e.method, e.sparsity): e for pair in pairs for e in pair}
-    named = dict.fromkeys((first.method, second.method) for first, second in pairs)
+    methods_paired = dict.fromkeys((first.method, second.method) for first, second in pairs)
     if not any(comparable_parts(first, second) for first, second in pairs):
         raise BadInput(f"{' and '.join(loaded)} share no measure: expected one at least that both have; see what they "
                        "hold with 'cap table'.")
-    return compare_methods(cells.values(), tuple(named), seed=seed)
-
-# %% ../../nbs/jobs/07_results.ipynb #c061
-import math
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from .tables import comparison_mark
-from ..core.plots import INK, blank_figure, in_style
+    return compare_methods(cells.values(), tuple(methods_paired), seed=seed)
 
 # %% ../../nbs/jobs/07_results.ipynb #c062
 MARK_LOOKS = {"▲": ("#0072B2", "better"), "▼": ("#D55E00", "worse"), "": ("#8A8A8A", "undecided")} # Colour, name
@@ -262,23 +241,13 @@ def plot_comparisons(
     figure.suptitle("First less second, 95 % intervals", fontsize=9)
     return figure
 
-# %% ../../nbs/jobs/07_results.ipynb #c068
-from ..analysis import comparison_frame
-from .tables import comparison_markdown
-from ..core.files import sha256_of_file, whole_folder, write_json
-from ..core.plots import save_figure
-from .report import write_text
-
 # %% ../../nbs/jobs/07_results.ipynb #c069
 def comparison_csv(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str:
     "Comparisons for machines."
     return comparison_frame(comparisons).to_csv(lineterminator="\n")
 
-def save_comparison(
-    comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_runs`
-    runs: Folders, # What was compared
-    out: str | Path, # Folder to make; must not exist, or be empty
-) -> None:
+def save_comparison(comparisons: Mapping[tuple[str, str, float, str], Comparison], runs: Folders,
+                    out: str | Path) -> None:
     "Write comparison.md, .csv and .png, and sources.json with the hashes of what they were made from."
     sources = {name: {part: sha256_of_file(folder/part) for part in ("run.json", "manifest.json", PACKED)
                       if (folder/part).exists()} for name, folder in runs_in(runs).items()}
@@ -287,12 +256,6 @@ def save_comparison(
         write_text(part/"comparison.csv", comparison_csv(comparisons))
         save_figure(plot_comparisons(comparisons), part/"comparison")
         write_json(part/"sources.json", sources)
-
-# %% ../../nbs/jobs/07_results.ipynb #r004
-from ..evaluation import token_limit
-from .job import prepare, run_job
-from .records import differences, read_run
-from .settings import Job, changed
 
 # %% ../../nbs/jobs/07_results.ipynb #r005
 def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as far as a run's folder knows it
@@ -314,21 +277,9 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
         text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
         **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})
 
-# %% ../../nbs/jobs/07_results.ipynb #r011
-KEY = ["method", "sparsity", "measure", "task", "problem"] # What names a measurement
-
-def measurements_of(run: Run) -> pd.DataFrame: # KEY as the index, the column value
-    "What was measured of every pruned model, problem by problem."
-    columns = ["run", "model", "seed", "method", "sparsity", "reached", "measure", "task", "problem", "value"]
-    rows = [row[:len(columns)] for row in run_rows("", run, False, ())]
-    return pd.DataFrame(rows, columns=columns).set_index(KEY)[["value"]]
-
 # %% ../../nbs/jobs/07_results.ipynb #r012
-def equal_row(
-    what: str, # What is compared
-    pairs: list[tuple[object, object]], # The first run's value and the second's
-    largest: float | None = None, # Largest difference; None where a difference has no size
-) -> tuple[str, int, int, float | None]: # A row of the table
+def equal_row(what: str, pairs: list[tuple[object, object]], largest: float | None = None) -> tuple[str, int, int,
+              float | None]: # A row of the table
     "How many of some values are equal."
     return what, len(pairs), sum(first == second for first, second in pairs), largest
 
@@ -342,9 +293,14 @@ def loss_row(first: Run, second: Run) -> tuple | None: # A row of the table; Non
     return equal_row("table of losses", list(zip(*values)), max(abs(a - b) for a, b in zip(*values)))
 
 # %% ../../nbs/jobs/07_results.ipynb #3bc1e8aa
+KEY = ["method", "sparsity", "measure", "task", "problem"] # What names a measurement
+
 def measured_rows(first: Run, second: Run) -> list[tuple]: # A row for each measure
-    "What was measured of the cells that the second run has."
-    joined = measurements_of(second).join(measurements_of(first).rename(columns={"value": "before"}))
+    "What was measured of the cells that the second run has, problem by problem."
+    columns = list(WHICH | EACH)
+    before, after = (pd.DataFrame(run_rows("", run, False, ()), columns=columns).set_index(KEY)[["value"]]
+                     for run in (first, second))
+    joined = after.join(before.rename(columns={"value": "before"}))
     joined["gap"] = (joined["value"] - joined["before"]).abs()
     return [equal_row(measure, list(zip(part["before"], part["value"])), part["gap"].max())
             for measure, part in joined.groupby("measure", sort=False)]

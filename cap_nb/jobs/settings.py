@@ -7,6 +7,7 @@ __all__ = ['ModelSettings', 'CalibrateSettings', 'PruneSettings', 'EvaluateSetti
 
 # %% ../../nbs/jobs/01_settings.ipynb #c004
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from ..core.errors import BadInput, check_argument, check_at_least, check_choice, check_seed
 
 # %% ../../nbs/jobs/01_settings.ipynb #c006
@@ -72,10 +73,7 @@ def part_of_setting() -> dict[str, str]: # Name of a setting -> name of the part
     return {setting.name: part.name for part in fields(Job) for setting in fields(part.default_factory)}
 
 # %% ../../nbs/jobs/01_settings.ipynb #c022
-def changed(
-    job: Job, # A job
-    **settings: object, # New values, by the names of the fields of its parts
-) -> Job: # The job with these values
+def changed(job: Job, **settings: object) -> Job: # The job with these values
     "A job with other settings; a name that no part has raises `BadInput`."
     parts = part_of_setting()
     for name in settings: check_choice(name, parts, "setting")
@@ -85,9 +83,7 @@ def changed(
     return job
 
 # %% ../../nbs/jobs/01_settings.ipynb #c025
-def share_of_text(
-    data: CalibrateSettings, # What is calibrated on
-) -> float: # In [0, 1]
+def share_of_text(data: CalibrateSettings) -> float: # In [0, 1]
     "The share of the calibration examples that are plain text; one that cannot be raises `BadInput`."
     if data.calibrate_on == "text" and data.text_share:
         raise BadInput("--text-share was given with --calibrate-on text: expected one of them, since all is text "
@@ -97,10 +93,7 @@ def share_of_text(
                        "--calibrate-on text for all.")
     return 1.0 if data.calibrate_on == "text" else data.text_share
 
-def examples_by_kind(
-    data: CalibrateSettings, # What is calibrated on
-    tasks: int, # Number of tasks
-) -> tuple[int, int]: # Problems a task, and windows of text in all
+def examples_by_kind(data: CalibrateSettings, tasks: int) -> tuple[int, int]:
     "How many problems a task and windows of text a calibration set has; none of a kind raises `BadInput`."
     share, a_task = share_of_text(data), round(share_of_text(data) * data.n)
     if 0 < share < 1 and not 0 < a_task < data.n:
@@ -109,9 +102,7 @@ def examples_by_kind(
     return data.n - a_task, a_task * tasks
 
 # %% ../../nbs/jobs/01_settings.ipynb #3cfaea51
-def check_kinds(
-    job: Job, # A job
-) -> None:
+def check_kinds(job: Job) -> None:
     "Raise `BadInput` for the first setting that is not what its field says."
     for part in fields(job):
         check_argument(getattr(job, part.name), part.type, f"part {part.name} of a job")
@@ -123,9 +114,7 @@ LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "windo
          "text_tokens": 2} # Smallest
 MOST = 10**7 # Of anything that is counted: a list of more would take the memory, and no benchmark has so many
 
-def check_counts(
-    job: Job, # A job
-) -> None:
+def check_counts(job: Job) -> None:
     "Raise `BadInput` for the first count that is too small or too large, and for a job without tasks."
     if job.calibrate.tasks == ():
         raise BadInput("No task is named: expected at least one to calibrate on; name some, or leave the choice to the "
@@ -138,9 +127,6 @@ def check_counts(
     check_seed(job.calibrate.calibration_seed or 0, "--calibration-seed")
     check_choice(job.evaluate.evaluate_on, ("evaluation", "validation"), "split to evaluate on")
     share_of_text(job.calibrate)
-
-# %% ../../nbs/jobs/01_settings.ipynb #c031
-from pathlib import Path
 
 # %% ../../nbs/jobs/01_settings.ipynb #c032
 @dataclass(frozen=True)

@@ -6,9 +6,26 @@
 __all__ = ['run_sweep']
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c004
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+import pandas as pd
 import yaml
-from ..core.errors import BadInput, validate_arguments
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, get_available_trackers, LOGGER_TYPE_TO_CLASS
+from tqdm.auto import tqdm
+from ..core.errors import BadInput, check_choice, fits, validate_arguments
+from ..core.files import alone_in, HALF_WRITTEN, read_checked, sha256_of_text, write_checked
+from ..evaluation import Evaluation
+from .job import check_job, Follow, prepare_loaded, run_job
+from .records import check_continues, FORMAT, GROWING, is_run, read_run, settings_of
+from .report import write_text
+from .results import results_frame, summary_rows
+from .settings import changed, Job
+from ..models.loading import load_model
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c005
 MOST_BYTES, MOST_DEEP = 1 << 16, 3 # Of a file; of lists within its one mapping
@@ -57,10 +74,6 @@ def file_text(path: Path) -> str: # Its contents
     except UnicodeDecodeError:
         raise BadInput(f"{path} is no text in UTF-8: expected a file of options; name another.") from None
 
-# %% ../../nbs/jobs/08_sweeps.ipynb #c012
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-
 # %% ../../nbs/jobs/08_sweeps.ipynb #c013
 @dataclass(frozen=True)
 class FileOption:
@@ -101,10 +114,6 @@ def node_texts(node: yaml.Node, kind: str) -> tuple[str | None, ...]:
         return tuple(list_text(item) for item in node.value)
     if kind == "list": return (list_text(node),)
     return tuple(map(scalar_text, node.value)) if several else (scalar_text(node),)
-
-# %% ../../nbs/jobs/08_sweeps.ipynb #c018
-from ..core.errors import check_choice
-from ..core.files import sha256_of_text
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c019
 @dataclass(frozen=True)
@@ -158,10 +167,6 @@ def read_config(path: str | Path, options: Mapping[str, FileOption]) -> Config: 
                           "different values; correct it.") from None
     return Config(path, text, tuple(entries.values()))
 
-# %% ../../nbs/jobs/08_sweeps.ipynb #c028
-import itertools
-import re
-
 # %% ../../nbs/jobs/08_sweeps.ipynb #c029
 MOST_RUNS = 1000 # Combinations of one sweep
 
@@ -193,12 +198,6 @@ def whole_options(config: Config, options: Mapping[str, FileOption]) -> dict[str
     "What a file gives for the sweep as a whole."
     return {options[e.option].field: e.values[0] for e in config.entries
             if options[e.option].kind == "whole" and e.values[0] is not None}
-
-# %% ../../nbs/jobs/08_sweeps.ipynb #c035
-from .job import check_job, prepare_loaded
-from .records import FORMAT, check_continues, is_run, read_run
-from .settings import Job, changed
-from ..models.loading import load_model
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c036
 def first_error(job: Job) -> str | None: # What is wrong with it; None: nothing that can be seen without its model
@@ -235,16 +234,6 @@ def check_ready(config: Config, jobs: Mapping[str, Job], folder: Path) -> None:
                 asked = {"format": FORMAT} | prepare_loaded(jobs[name], *loaded).configuration
                 if is_run(folder/name): check_continues(folder/name, read_run(folder/name), asked)
         except BadInput as error: raise BadInput(f"{config.path}, {name}: {error}") from None
-
-# %% ../../nbs/jobs/08_sweeps.ipynb #c044
-from collections.abc import Iterator
-from contextlib import contextmanager
-from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from ..evaluation import Evaluation
-from .job import Follow
-from .records import settings_of
-from .results import summary_rows
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c045
 PROJECT = "cap_nb" # What trackers call all runs together
@@ -286,12 +275,6 @@ def tracked(track: str | GeneralTracker | None, folder: Path) -> Iterator[Follow
     try: yield follow if track else None
     finally:
         for tracker in started: tracker.finish() # end_training() would also end a process group of someone else's
-
-# %% ../../nbs/jobs/08_sweeps.ipynb #c053
-from dataclasses import fields
-from ..core.errors import fits
-from ..core.files import HALF_WRITTEN, read_checked, write_checked
-from .records import GROWING
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c054
 INDEX, INDEX_FORMAT = "sweep.json", 1 # Name of the index; its format
@@ -347,14 +330,6 @@ def new_index(folder: Path, config: Config, jobs: Mapping[str, Job]) -> dict:
     return {"format": INDEX_FORMAT, "config_sha256": sha256_of_text(config.text), "configs": [*used, config.name],
             "on_the_command_line": list(config.overridden), "varies": [entry.option for entry in config.varied],
             "runs": runs}
-
-# %% ../../nbs/jobs/08_sweeps.ipynb #c058
-import pandas as pd
-from tqdm.auto import tqdm
-from ..core.files import alone_in
-from .job import run_job
-from .report import write_text
-from .results import results_frame
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c059
 def write_sweep_results(config: Config, runs: Iterable[str], folder: Path) -> None:

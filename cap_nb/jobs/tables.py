@@ -10,20 +10,24 @@ __all__ = ['table_markdown', 'table_csv', 'comparison_markdown', 'plot_sparsity_
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+import numpy as np
 import pandas as pd
-from cap_nb.analysis import method_title, row_order, task_title
-from cap_nb.core.errors import BadInput, validate_arguments
-from cap_nb.evaluation import Evaluation, summarise_answers
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from cap_nb.analysis import (
+    COMPARED, Comparison, FEWEST_PAIRS, is_better, LEVEL, method_rank, method_table, method_title, row_order,
+    task_title)
+from ..core.errors import BadInput, validate_arguments
+from ..core.plots import blank_figure, in_style, INK, METHOD_LOOKS, method_looks
+from ..evaluation import Evaluation, summarise_answers
+from ..threshold import PruneReport, zero_shares
 
+# %% ../../nbs/jobs/00_tables.ipynb #fe4547df
 READING = ("Accuracy: strict last line, per cent, 95 % Wilson interval. "
            "Loss: nats a target token; loss and perplexity: 95 % bootstrap interval.")
 
-def cell_text(
-    column: str, # Name of the column
-    value: float, # A value
-    low: float, # Lower end of its interval
-    high: float, # Upper end
-) -> str: # As in "71.5 [69.0, 73.9]"; a cell that was not measured is a dash
+def cell_text(column: str, value: float, low: float, high: float) -> str:
     "A value of Table 1 with its interval, and as many digits as the column deserves."
     if math.isnan(value): return "-"
     digits = ".3f" if column.endswith("loss") else ".1f"
@@ -34,9 +38,7 @@ def columns_of(table: pd.DataFrame) -> list[str]:
     "The columns of Table 1 without the sparsity reached."
     return [column for column in dict.fromkeys(table.columns.get_level_values(0)) if column != "Reached"]
 
-def table_cells(
-    table: pd.DataFrame, # From `method_table`
-) -> tuple[list[str], list[list[str]]]: # Header and rows, as text
+def table_cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]: # Header and rows, as text
     "A table as text: value, then its interval in brackets."
     columns, rows = columns_of(table), []
     for (method, sparsity), row in table.iterrows():
@@ -44,31 +46,22 @@ def table_cells(
         rows.append([method, f"{100 * sparsity:g} %", f"{row['Reached', 'value']:.2f} %", *cells])
     return ["Method", "Sparsity", "Reached", *columns], rows
 
-def value_text(
-    value: object, # A value of the provenance: text, number, list or dictionary
-) -> str: # In one line
+def value_text(value: object) -> str: # In one line
     "A value of the provenance in one line, fingerprints cut to 12 digits."
     def entry(key, inner):
         return f"{key} ({value_text(inner)})" if isinstance(inner, Mapping) else f"{key} {value_text(inner)}"
     if isinstance(value, Mapping): return ", ".join(entry(key, inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)): return ", ".join(map(value_text, value))
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(value))
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}(-[0-9a-f]{16})*\b", r"\1", str(value))
 
-def table_notes(
-    table: pd.DataFrame, # From `method_table`
-    provenance: Mapping | None = None, # Where the numbers come from
-) -> list[str]: # Lines for below the table
+def table_notes(table: pd.DataFrame, provenance: Mapping | None = None) -> list[str]: # Lines for below the table
     "What the numbers are, how many problems or windows are behind them, and where they come from."
     def span(ns): return f"{ns.min():.0f}" if ns.min() == ns.max() else f"{ns.min():.0f} to {ns.max():.0f}"
     counts = ", ".join(f"{column} {span(table[column, 'n'])}" for column in columns_of(table))
     sources = [f"{key}: {value_text(value)}" for key, value in (provenance or {}).items()]
     return [READING, f"Problems or windows: {counts}.", *sources]
 
-def markdown_rows(
-    header: Sequence[str], # Names of the columns
-    rows: Iterable[Sequence[str]], # Cells of each row
-    names: int = 1, # Columns at the left that hold names; the others are set to the right
-) -> str: # Lines of Markdown
+def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str: # Lines of Markdown
     "Rows as a table in Markdown."
     rule = ["---"] * names + ["---:"] * (len(header) - names)
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *rows))
@@ -99,10 +92,7 @@ def latex_text(text: str) -> str:
     "Text with LaTeX's special characters escaped."
     return "".join(ESCAPED.get(sign, sign) for sign in text)
 
-def table_latex(
-    table: pd.DataFrame, # From `method_table`
-    provenance: Mapping | None = None, # Where the numbers come from
-) -> str: # A tabular for the package booktabs, notes as comments
+def table_latex(table: pd.DataFrame, provenance: Mapping | None = None) -> str:
     "Table 1 in LaTeX, intervals in small type; a line separates one sparsity from the next."
     header, rows = table_cells(table)
     lines, before = [], rows[0][1]
@@ -117,9 +107,7 @@ def table_latex(
     return "\n".join([*notes, *top, *names, *lines, r"\bottomrule", r"\end{tabular}", ""])
 
 # %% ../../nbs/jobs/00_tables.ipynb #c011
-def answer_table(
-    evaluations: Iterable[Evaluation], # What was measured
-) -> pd.DataFrame: # Rows (Method, Sparsity, Task); shares in per cent, length in tokens
+def answer_table(evaluations: Iterable[Evaluation]) -> pd.DataFrame:
     "Strict and lenient accuracy, format, length and cut-offs of every row of Table 1."
     rows = {}
     for evaluation in sorted(evaluations, key=row_order):
@@ -131,22 +119,16 @@ def answer_table(
     index = pd.MultiIndex.from_tuples(rows, names=["Method", "Sparsity", "Task"])
     return pd.DataFrame(list(rows.values()), index, ["Strict", "Lenient", "Format followed", "Tokens", "Cut off"])
 
-def answer_markdown(
-    answers: pd.DataFrame, # From `answer_table`
-) -> str: # Markdown
+def answer_markdown(answers: pd.DataFrame) -> str: # Markdown
     "What the accuracy hides, in Markdown."
     rows = [[method, f"{100 * sparsity:g} %", task, *(f"{number:.1f}" for number in row)]
             for (method, sparsity, task), row in zip(answers.index, answers.to_numpy())]
     return markdown_rows([*answers.index.names, *answers.columns], rows, names=3)
 
 # %% ../../nbs/jobs/00_tables.ipynb #c014
-from cap_nb.analysis import COMPARED, FEWEST_PAIRS, LEVEL, Comparison, is_better
-
 DIGITS = {"points": 1, "nats": 3} # Of a unit; others have two
 
-def number_format(
-    comparison: Comparison, # A comparison
-) -> str: # A format, as in ".1f"
+def number_format(comparison: Comparison) -> str: # A format, as in ".1f"
     "As many digits as the unit and the size of a comparison deserve."
     ends = (comparison.value, comparison.low, comparison.high)
     largest = max(abs(end) for end in ends if not math.isnan(end))
@@ -154,17 +136,11 @@ def number_format(
     more = 2 if comparison.unit != "points" and largest < 0.01 else 0
     return f".{DIGITS.get(comparison.unit, 2) + more}f"
 
-def rounded_text(
-    number: float, # A number
-    digits: str, # From `number_format`
-    sign: str = "+", # "+" to print the sign of positive numbers, "" to leave it out
-) -> str: # As in "+5.0", never "-0.0"
+def rounded_text(number: float, digits: str, sign: str = "+") -> str: # As in "+5.0", never "-0.0"
     "A number without a minus zero."
     return f"{float(f'{number:{digits}}') + 0.0:{sign}{digits}}"
 
-def interval_text(
-    comparison: Comparison, # A comparison
-) -> str: # As in "+5.0 [+0.5, +9.5]"; empty where nothing was measured
+def interval_text(comparison: Comparison) -> str: # As in "+5.0 [+0.5, +9.5]"; empty where nothing was measured
     "A number with its interval."
     if math.isnan(comparison.value): return ""
     digits = number_format(comparison)
@@ -172,15 +148,11 @@ def interval_text(
     low, high = rounded_text(comparison.low, digits), rounded_text(comparison.high, digits)
     return f"{rounded_text(comparison.value, digits)} [{low}, {high}]"
 
-def comparison_mark(
-    comparison: Comparison, # A difference in points or nats
-) -> str: # "▲" for the better, "▼" for the worse, nothing where it is undecided
+def comparison_mark(comparison: Comparison) -> str:
     "The mark of a difference that may be claimed."
     return "" if not comparison.decided else "▲" if is_better(comparison) else "▼"
 
-def comparison_text(
-    comparison: Comparison, # A difference in points or nats
-) -> str: # As in "+5.0 [+0.5, +9.5] ▲"
+def comparison_text(comparison: Comparison) -> str: # As in "+5.0 [+0.5, +9.5] ▲"
     "A comparison in a cell of a table."
     return f"{interval_text(comparison)} {comparison_mark(comparison)}".rstrip()
 
@@ -188,11 +160,7 @@ def p_text(p: float) -> str:
     "A p-value with three digits, as in '0.031' or '< 0.001'."
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
-def comparison_words(
-    comparison: Comparison, # A difference in points or nats
-    first: str, # Name of the first method
-    second: str, # Name of the second
-) -> str: # One sentence
+def comparison_words(comparison: Comparison, first: str, second: str) -> str: # One sentence
     "What a comparison allows to be said, and no more."
     behind = f"n = {comparison.n}" + ", too few to decide" * (comparison.n < comparison.fewest)
     if comparison.p is not None:
@@ -207,9 +175,7 @@ def comparison_words(
     return f"{sides} by {size} {comparison.unit} [{low}, {high}] ({behind})."
 
 # %% ../../nbs/jobs/00_tables.ipynb #c015
-def comparison_note(
-    comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_methods`
-) -> str: # A line for below a table
+def comparison_note(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str: # A line for below a table
     "How a table of comparisons is to be read."
     if not comparisons: raise BadInput("There is no comparison: expected one at least; compare some methods first.")
     family = next(iter(comparisons.values())).family
@@ -217,9 +183,7 @@ def comparison_note(
             f"at least {FEWEST_PAIRS} pairs, and p is at most {LEVEL} after Holm's correction over {family}. "
             f"No mark: undecided.")
 
-def comparison_grid(
-    comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_methods`, all with one second method
-) -> str: # Markdown, with a note on how to read it
+def comparison_grid(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str:
     "A row for each method and sparsity, a column for each measure."
     measures = list(dict.fromkeys(measure for *_, measure in comparisons))
     [second] = {second for _, second, *_ in comparisons}
@@ -230,10 +194,7 @@ def comparison_grid(
     note = f"Second: {second}. {comparison_note(comparisons)}"
     return markdown_rows(["Sparsity", "First", *measures], rows, names=2) + f"\n- {note}\n"
 
-def pairs_with(
-    second: str, # The method that all others are compared with
-    evaluations: Iterable[Evaluation], # What was measured
-) -> tuple[tuple[str, str], ...]: # (method, second), in the order of Table 1
+def pairs_with(second: str, evaluations: Iterable[Evaluation]) -> tuple[tuple[str, str], ...]:
     "Every pruning method against one of them."
     methods = dict.fromkeys(e.method for e in sorted(evaluations, key=row_order))
     return tuple((method, second) for method in methods if method not in ("dense", second))
@@ -250,19 +211,7 @@ def comparison_markdown(
     return markdown_rows(header, rows, names=4) + f"\n- {comparison_note(comparisons)}\n"
 
 # %% ../../nbs/jobs/00_tables.ipynb #c021
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-import numpy as np
-from cap_nb.analysis import method_rank, method_table
-from cap_nb.core.plots import INK, METHOD_LOOKS, blank_figure, in_style, method_looks
-
-def draw_curve(
-    ax: Axes, # A panel
-    curve: pd.DataFrame, # Value, low and high at each sparsity
-    method: str, # Name of the method
-    looks: tuple[str, str], # Its colour and marker
-    shift: float, # How far to the side, so that bars do not hide bars
-) -> None:
+def draw_curve(ax: Axes, curve: pd.DataFrame, method: str, looks: tuple[str, str], shift: float) -> None:
     "A method as a line with interval bars; the dense model as a dashed line with its interval as a band."
     colour, marker = looks
     if method == "dense":
@@ -275,12 +224,7 @@ def draw_curve(
     ax.errorbar(100 * curve.index.to_numpy(dtype=float) + shift, curve["value"], yerr=bars, color=colour, marker=marker,
                 ms=4, lw=1.2, capsize=2, label=method_title(method))
 
-def draw_curves(
-    ax: Axes, # A panel
-    table: pd.DataFrame, # From `method_table`
-    methods: Sequence[str], # Their names, in the order of Table 1
-    column: str, # The column to draw
-) -> None:
+def draw_curves(ax: Axes, table: pd.DataFrame, methods: Sequence[str], column: str) -> None:
     "One panel: every method against sparsity."
     cells, looks = table[column], method_looks(methods)
     for i, method in enumerate(methods):
@@ -316,11 +260,7 @@ def plot_sparsity_curves(
     return figure
 
 # %% ../../nbs/jobs/00_tables.ipynb #c025
-import torch
-
-def head_importance_in_words(
-    scores: torch.Tensor, # Causal scores in nats, [L, H]
-) -> str: # A caption
+def head_importance_in_words(scores: torch.Tensor) -> str: # A caption
     "A caption for the heatmap: the share of negative scores, the strongest head, the median and the lowest score."
     values = np.asarray(scores, dtype=np.float64)
     layer, head = np.unravel_index(values.argmax(), values.shape)
@@ -354,8 +294,6 @@ def plot_importance_distribution(
     return figure
 
 # %% ../../nbs/jobs/00_tables.ipynb #c030
-from ..threshold import PruneReport, zero_shares
-
 @validate_arguments
 @in_style
 def plot_zeros_by_method(

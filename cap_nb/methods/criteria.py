@@ -5,25 +5,22 @@
 # %% auto #0
 __all__ = ['add_criterion', 'dense_norms']
 
-# %% ../../nbs/methods/11_criteria.ipynb #c005
+# %% ../../nbs/methods/11_criteria.ipynb #1047682d
 import torch
-from cap_nb.methods.wanda import wanda_score
-from cap_nb.methods.selection import Evidence
+from cap_nb.core.registry import CRITERIA
+from cap_nb.methods.selection import CAP, MAGNITUDE, Criterion, Evidence
+from cap_nb.methods.wanda import WANDA, wanda_score
 
 def cap_wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Magnitude times the norm of the input times the importance factor."
     return wanda_score(e) * e.factor
 
-def ria_score(
-    e: Evidence, # Weight and norm are used
-    power: float = 0.5, # a, the power of the norm
-) -> torch.Tensor: # [out, in]
+def ria_score(e: Evidence, power: float = 0.5) -> torch.Tensor: # [out, in]
     "A weight's share of its column plus its share of its row, times a power of its input's norm (Zhang et al. 2024)."
     size, least = e.weight.abs(), torch.finfo(torch.float32).tiny # an empty row or column has shares of zero
     columns, rows = (size.sum(axis, keepdim=True).clamp_min(least) for axis in (0, 1))
     return (size / columns + size / rows) * e.norm ** power
 
-# %% ../../nbs/methods/11_criteria.ipynb #c006
 def gradient_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Weight times derivative, without its sign; of the loss: its first-order change when the weight becomes zero."
     return (e.weight * e.gradient).abs()
@@ -32,11 +29,6 @@ def random_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Uniform random scores, which depend on the seed and the index of the projection but not on the device."
     rng = torch.Generator().manual_seed(1_000_003 * e.seed + e.index)
     return torch.rand(e.weight.shape, generator=rng).to(e.weight.device)
-
-# %% ../../nbs/methods/11_criteria.ipynb #c011
-from cap_nb.core.registry import CRITERIA
-from cap_nb.methods.wanda import WANDA
-from cap_nb.methods.selection import CAP, MAGNITUDE, Criterion
 
 CAP_WANDA = Criterion(name="cap_wanda", score=cap_wanda_score, needs=("norm", "factor"), source="Wanda and the paper",
                       says="|W| times the norm of its input times the causal importance of its head")
@@ -54,13 +46,12 @@ RANDOM = Criterion(name="random", score=random_score, says="a seeded draw", sour
 CRITERIA.update({criterion.name: criterion for criterion in (
     MAGNITUDE, CAP, WANDA, CAP_WANDA, RIA, GRADIENT, INTEGRATED, RELEVANCE, RANDOM)})
 
-# %% ../../nbs/methods/11_criteria.ipynb #c013
+# %% ../../nbs/methods/11_criteria.ipynb #3806f4cf
 from collections.abc import Callable, Sequence
-from ..core.registry import add, check_new_name, check_takes, in_a_sentence
-from ..core.errors import BadInput, validate_arguments, check_choice
-from .selection import pattern_of
+from cap_nb.core.errors import BadInput, validate_arguments, check_choice
+from cap_nb.core.registry import add, check_new_name, check_takes, in_a_sentence
+from cap_nb.methods.selection import pattern_of
 
-# %% ../../nbs/methods/11_criteria.ipynb #c015
 DERIVATIVES = ("gradient", "path_gradient", "relevance") # Each is given as `Evidence.gradient`
 NEEDS = ("norm", "factor", *DERIVATIVES, "hessian") # Measured for a criterion; weight, index and seed are always there
 OTHER_NAMES = ("dense", "heads", "sparsegpt", "alps", "all", "none") # Mean something else among the names of methods
@@ -101,9 +92,7 @@ from cap_nb.models.anatomy import projections
 from cap_nb.scoring import batches_of, target_losses
 
 @contextmanager
-def wanting_gradients(
-    weights: Sequence[nn.Parameter], # Parameters of a model
-) -> Iterator[None]:
+def wanting_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     "While the block runs, gradients are computed for these parameters, whatever was set before."
     before = [weight.requires_grad for weight in weights]
     try:
@@ -113,12 +102,8 @@ def wanting_gradients(
         for weight, wanted in zip(weights, before): weight.requires_grad_(wanted)
 
 # %% ../../nbs/methods/11_criteria.ipynb #c020
-def loss_gradients(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens per batch
-    measure: Callable[..., torch.Tensor] = target_losses, # (model, batch) -> what is differentiated, [B]
-) -> dict[str, torch.Tensor]: # Module name -> gradient of the mean over the examples, float32 [out, in]
+def loss_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
+                   measure: Callable[..., torch.Tensor] = target_losses) -> dict[str, torch.Tensor]: # float32 [out, in]
     "The gradient of the calibration loss for every weight in scope; holds a float32 copy of them."
     scope, device = projections(model), next(model.parameters()).device
     weights = list(dict.fromkeys(p.parameter for p in scope)) # stacked experts share one
@@ -132,11 +117,8 @@ def loss_gradients(
     return totals
 
 # %% ../../nbs/methods/11_criteria.ipynb #c022
-def relevance_gradients(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens per batch
-) -> dict[str, torch.Tensor]: # Module name -> what makes a weight its relevance when multiplied by it, [out, in]
+def relevance_gradients(model: nn.Module, calibration: Calibration,
+                        batch_tokens: int = 4096) -> dict[str, torch.Tensor]: # [out, in]
     "The derivative of the mean gold logit under the rules of relevance (Hatefi et al. 2025)."
     with relevance_rules(model): slopes = loss_gradients(model, calibration, batch_tokens, gold_logits)
     for p in projections(model):
@@ -144,10 +126,7 @@ def relevance_gradients(
     return slopes
 
 @contextmanager
-def scaled_weights(
-    model: nn.Module, # A causal language model of a known family
-    by: float, # Factor of every weight in scope
-) -> Iterator[None]:
+def scaled_weights(model: nn.Module, by: float) -> Iterator[None]:
     "While the block runs, every weight in scope is multiplied by a number; then it is what it was, bit for bit."
     kept = {weight: weight.detach().clone() for weight in {p.parameter: None for p in projections(model)}}
     try:
@@ -159,12 +138,8 @@ def scaled_weights(
 # %% ../../nbs/methods/11_criteria.ipynb #c023
 PATH_POINTS = 8 # Of a path of integrated gradients; each costs a forward and a backward pass
 
-def path_gradients(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; the same afterwards
-    calibration: Calibration, # N examples
-    batch_tokens: int = 4096, # Padded tokens per batch
-    points: int = PATH_POINTS, # Points of the path, midpoint rule
-) -> dict[str, torch.Tensor]: # Module name -> mean gradient along the path, float32 [out, in]
+def path_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
+                   points: int = PATH_POINTS) -> dict[str, torch.Tensor]: # float32 [out, in]
     "The gradient averaged while all weights in scope grow from zero (Sundararajan et al. 2017, equation 1)."
     total = {}
     for point in range(points):
@@ -189,10 +164,11 @@ def dense_norms(
     for step in layer_by_layer(model, calibration, batch_tokens, "norms"): norms |= input_norms(step)
     return norms
 
-# %% ../../nbs/methods/11_criteria.ipynb #c029
+# %% ../../nbs/methods/11_criteria.ipynb #17039b75
 from dataclasses import dataclass
 from pathlib import Path
-from cap_nb.regions import Factors, as_factors
+from cap_nb.methods.selection import Measurements
+from cap_nb.regions import Factors, as_factors, region_factors
 
 @dataclass(frozen=True)
 class Inputs:
@@ -208,32 +184,18 @@ class Inputs:
     def __post_init__(self):
         object.__setattr__(self, "factors", as_factors(self.factors))
 
-# %% ../../nbs/methods/11_criteria.ipynb #c030
 GIVES = {**dict.fromkeys(NEEDS, "calibration"), "factor": "factors"} # What must be given for each of `NEEDS`
 NEEDED = {"factors": "importance factors; score the heads and pass importance_factors(causal_scores(losses))",
           "calibration": "a calibration set; pass calibration_set(tokenizer)"}
 
-def check_inputs(
-    name: str, # Name of the method, for the sentence
-    inputs: Inputs, # What was given
-    needed: Sequence[str], # Fields of `Inputs` that must be there
-) -> None:
+def check_inputs(name: str, inputs: Inputs, needed: Sequence[str]) -> None:
     "Raise `BadInput` for the first field that is missing."
     for field_name in needed:
         if getattr(inputs, field_name) is None:
             raise BadInput(f"Method {name!r} was called without {field_name}: expected {NEEDED[field_name]}.")
 
-# %% ../../nbs/methods/11_criteria.ipynb #c033
-from cap_nb.regions import region_factors
-from cap_nb.methods.selection import Measurements
-
-def measured_for(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode
-    criterion: Criterion, # Names what must be measured
-    inputs: Inputs, # What was given
-    walking: bool = False, # Whether norms are measured later, layer by layer
-) -> Measurements: # Regions, norms and gradients, as far as the criterion needs them
-    "Measure on the dense model what a criterion needs."
+def measured_for(model: nn.Module, criterion: Criterion, inputs: Inputs, walking: bool = False) -> Measurements:
+    "Measure on the dense model what a criterion needs; in a walk norms are measured later, layer by layer."
     needs, data = criterion.needs, (inputs.calibration, inputs.batch_tokens)
     derivative = next((need for need in needs if need in DERIVATIVES), None)
     return Measurements(
@@ -245,22 +207,14 @@ def measured_for(
 # %% ../../nbs/methods/11_criteria.ipynb #c036
 from cap_nb.core.errors import check_sparsity
 from cap_nb.methods.wanda import uniform_shares, zero_layer_by_layer, zero_shares_within
-from cap_nb.methods.selection import Threshold, check_pattern, competing, zero_within
+from cap_nb.methods.selection import check_pattern, competing, zero_within
 from cap_nb.threshold import PruneReport, prune_report
 
-def walks(
-    criterion: Criterion, # A criterion
-    scope: str, # The scope in which it is used
-) -> bool: # Whether each layer is scored on the pruned layers before it
+def walks(criterion: Criterion, scope: str) -> bool:
     "Whether a method takes Wanda's walk through the layers."
     return bool({"norm", "hessian"} & set(criterion.needs)) and scope != "model"
 
-def projection_shares(
-    model: nn.Module, # A causal language model of a known family
-    sparsity: float, # Share of the weights in scope to zero
-    inputs: Inputs, # With a share for every projection, or without
-    scope: str, # Name of the scope
-) -> dict[str, float]: # Module name -> share to zero
+def projection_shares(model: nn.Module, sparsity: float, inputs: Inputs, scope: str) -> dict[str, float]:
     "The share of zeros of every projection; names that do not fit, or a scope that fixes them, raise `BadInput`."
     uniform = uniform_shares(model, sparsity)
     if inputs.shares is None: return uniform
@@ -272,39 +226,22 @@ def projection_shares(
                        f"not fit: expected one for each; compute them for this model.")
     return {name: check_sparsity(share) for name, share in inputs.shares.items()}
 
-# %% ../../nbs/methods/11_criteria.ipynb #c037
-def zero_by(
-    model: nn.Module, # A causal language model of a measurements family, in evaluation mode; changed in place
-    criterion: Criterion, # The criterion
-    scope: str, # The scope
-    shares: dict[str, float], # Module name -> share to zero; all the same under the scope of the model
-    inputs: Inputs, # What the criterion needs
-) -> Threshold | None: # The threshold of the whole model, if there is one
-    "Measure, then zero: the whole model at once, in Wanda's walk, or each layer by itself."
-    walking, scoped = walks(criterion, scope), projections(model)
-    found = measured_for(model, criterion, inputs, walking)
-    if scope == "model": return zero_within(scoped, criterion, found, shares[scoped[0].name], scope, inputs.ties)[0]
-    if walking:
-        zero_layer_by_layer(
-            model, inputs.calibration, shares, criterion, found, scope, inputs.ties, inputs.batch_tokens)
-        return None
-    for layer in competing(scoped, "layer"): zero_shares_within(layer, criterion, found, shares, scope, inputs.ties)
-    return None
-
-# %% ../../nbs/methods/11_criteria.ipynb #c038
-def prune_by(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
-    name: str, # One of `CRITERIA`
-    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-    scope: str | None = None, # "model", "layer", "matrix", "row" or a pattern such as "2:4"; None: the criterion's own
-    inputs: Inputs = Inputs(), # What the criterion needs
-) -> PruneReport: # What was done, under the name criterion@scope
-    "Prune by any criterion under any scope; wrong names, sparsities or needs raise `BadInput` before a weight changes."
+# %% ../../nbs/methods/11_criteria.ipynb #6e2b09ad
+def prune_by(model: nn.Module, name: str, sparsity: float, scope: str | None = None,
+             inputs: Inputs = Inputs()) -> PruneReport:
+    "Prune by any criterion under any scope, in place; wrong names or needs raise `BadInput` before a weight changes."
     criterion = CRITERIA[check_choice(name, CRITERIA, "criterion")]
     scope = scope or criterion.scope
     check_pattern(scope, check_sparsity(sparsity))
-    method = f"{name}@{scope}"
+    method, walking, threshold = f"{name}@{scope}", walks(criterion, scope), None
     check_inputs(method, inputs, [GIVES[need] for need in criterion.needs])
-    shares = projection_shares(model, sparsity, inputs, scope)
-    threshold = zero_by(model, criterion, scope, shares, inputs)
+    shares, scoped = projection_shares(model, sparsity, inputs, scope), projections(model)
+    measured = measured_for(model, criterion, inputs, walking)
+    if scope == "model": threshold = zero_within(scoped, criterion, measured, sparsity, scope, inputs.ties)[0]
+    elif walking:
+        zero_layer_by_layer(
+            model, inputs.calibration, shares, criterion, measured, scope, inputs.ties, inputs.batch_tokens)
+    else:
+        for layer in competing(scoped, "layer"):
+            zero_shares_within(layer, criterion, measured, shares, scope, inputs.ties)
     return prune_report(model, method, sparsity, threshold and threshold.value, threshold.ties if threshold else 0)

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['prune']
 
-# %% ../../nbs/methods/24_prune.ipynb #c006
+# %% ../../nbs/methods/24_prune.ipynb #9d10980e
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from cap_nb.core.registry import ADDED, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES, SOLVERS
-from cap_nb.core.errors import BadInput, validate_arguments, check_choice
 from torch import nn
-from cap_nb.methods.criteria import CRITERIA, Inputs
-from cap_nb.methods.experts import ROUTING_AWARE
+from cap_nb.core.errors import BadInput, check_choice
+from cap_nb.core.registry import ADDED, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES, SOLVERS
+from cap_nb.methods.criteria import CRITERIA, GIVES, Inputs
+from cap_nb.methods.experts import ROUTING_AWARE, check_has_experts
 from cap_nb.methods.neurons import NEURON_AWARE, UNIT_AWARE
 from cap_nb.methods.selection import SCOPES, pattern_of
 
@@ -45,19 +45,15 @@ SOLVERS["alps"] = Step("zeros and weights that stay sought together, layer by la
 OTHERS = {"dense": Step("prunes nothing", "the model as it is"),
           "heads": Step("whole heads, the least causal first", "the paper, section 6"), **SOLVERS} # No criteria
 
-def recovery_steps(
-    name: str, # As in "swaps", "update" or "swaps^update"
-) -> tuple[str, ...]: # Names of `RECOVERIES`, in order
+# %% ../../nbs/methods/24_prune.ipynb #1a7234a0
+def recovery_steps(name: str) -> tuple[str, ...]:
     "The steps that a name lists; an unknown one, or the update before swaps, raises `BadInput`."
     steps = tuple(name.split("^"))
     if steps not in (("swaps",), ("update",), ("swaps", "update")):
         raise BadInput(f"Unknown recovery {name!r}: expected swaps, update or swaps^update; check the spelling.")
     return steps
 
-# %% ../../nbs/methods/24_prune.ipynb #c007
-def parse_method(
-    name: str, # As in "cap.integrated_gradients@layer+owl"
-) -> MethodName: # Its choices
+def parse_method(name: str) -> MethodName:
     "Parse a method's name; a name that cannot be read, or an unknown part, raises `BadInput`."
     match = NAME.fullmatch(name)
     if not match:
@@ -71,19 +67,12 @@ def parse_method(
     if parts.recovery: recovery_steps(parts.recovery)
     return parts
 
-# %% ../../nbs/methods/24_prune.ipynb #c012
-from cap_nb.methods.criteria import GIVES
-
-def own_scope(
-    parts: MethodName, # A method's choices
-) -> str: # The scope under which it prunes
+def own_scope(parts: MethodName) -> str:
     "The scope under which a method prunes: the one it names, or its criterion's."
     return parts.scope or (CRITERIA[parts.base].scope if parts.base in CRITERIA else "matrix")
 
-def needs_of(
-    parts: MethodName, # A method's choices
-) -> tuple[str, ...]: # Fields of `Inputs`
-    "What a method must be given."
+def needs_of(parts: MethodName) -> tuple[str, ...]:
+    "The fields of `Inputs` that a method must be given."
     others = {"dense": (), "sparsegpt": ("calibration",), "alps": ("calibration",), "heads": ("factors",)}
     criterion = CRITERIA.get(parts.base)
     needs = tuple(GIVES[need] for need in criterion.needs) if criterion else others[parts.base]
@@ -93,10 +82,7 @@ def needs_of(
     return tuple(dict.fromkeys(needs))
 
 # %% ../../nbs/methods/24_prune.ipynb #c015
-def check_attribution(
-    name: str, # A method's name
-    parts: MethodName, # Its choices
-) -> None:
+def check_attribution(name: str, parts: MethodName) -> None:
     "Refuse an attribution where nothing uses the factors it makes, with `BadInput`."
     if parts.attribution and "factors" not in needs_of(parts):
         raise BadInput(f"Method {name!r} names an attribution but uses no importance factors: "
@@ -108,16 +94,11 @@ def check_attribution(
                        f"expected cap or cap_wanda, or neurons for sparsegpt or alps; leave .{parts.attribution} out.")
 
 # %% ../../nbs/methods/24_prune.ipynb #c016
-def with_hessian(
-    parts: MethodName, # A method's choices
-) -> bool: # Whether its criterion looks at Hessians
+def with_hessian(parts: MethodName) -> bool:
     "Whether a criterion needs the walk with Hessians though nothing is solved."
     return parts.base in CRITERIA and "hessian" in CRITERIA[parts.base].needs
 
-def check_scope(
-    name: str, # A method's name
-    parts: MethodName, # Its choices
-) -> None:
+def check_scope(name: str, parts: MethodName) -> None:
     "Refuse an allocation under a scope that fixes it, and a scope for a method that has none, with `BadInput`."
     scope = own_scope(parts)
     pattern = pattern_of(scope)
@@ -131,83 +112,49 @@ def check_scope(
         but = " but a pattern such as 2:4" if parts.base in SOLVERS else ""
         raise BadInput(f"Method {name!r} names a scope: expected none for {parts.base}{but}; leave it out.")
 
-# %% ../../nbs/methods/24_prune.ipynb #c017
-def check_recovery(
-    name: str, # A method's name
-    parts: MethodName, # Its choices
-) -> None:
-    "Refuse a recovery where there is nothing to recover, or where it is the method's own work, with `BadInput`."
-    if parts.recovery and parts.base in ("dense", "heads"):
-        raise BadInput(f"Method {name!r} names a recovery: expected none for {parts.base}; "
-                       f"leave ^{parts.recovery} out.")
-    if parts.recovery and parts.base == "alps":
-        raise BadInput(f"Method {name!r} names a recovery: expected none for alps, which ends with the update; "
-                       f"leave ^{parts.recovery} out.")
-
-# %% ../../nbs/methods/24_prune.ipynb #c018
-def check_method(
-    name: str, # A method's name
-) -> MethodName: # Its choices
+# %% ../../nbs/methods/24_prune.ipynb #0677dc96
+def check_method(name: str) -> MethodName:
     "Parse a name and refuse a meaningless combination, with `BadInput`."
     parts = parse_method(name)
     if parts.variant:
         raise BadInput(f"Method {name!r} is a variant: expected a method without ~; 'cap claims' runs variants.")
     check_attribution(name, parts)
     check_scope(name, parts)
-    check_recovery(name, parts)
+    if parts.recovery and parts.base in ("dense", "heads", "alps"):
+        why = ", which ends with the update" if parts.base == "alps" else ""
+        raise BadInput(f"Method {name!r} names a recovery: expected none for {parts.base}{why}; "
+                       f"leave ^{parts.recovery} out.")
     return parts
 
-# %% ../../nbs/methods/24_prune.ipynb #c021
-from cap_nb.methods.experts import check_has_experts
-
-def check_fits(
-    name: str, # A method's name
-    model: nn.Module, # A causal language model of a known family
-) -> None:
+def check_fits(name: str, model: nn.Module) -> None:
     "Refuse a method that names experts on a model without them, with `BadInput`."
     if parse_method(name).attribution in ROUTING_AWARE: check_has_experts(model, f"Method {name!r}")
 
-# %% ../../nbs/methods/24_prune.ipynb #c023
+# %% ../../nbs/methods/24_prune.ipynb #76344ba9
 WITHIN = {"model": "one threshold for the whole model", "layer": "one threshold for each layer",
           "matrix": "one threshold for each matrix", "row": "the same share in every output row"}
 
-def scope_line(
-    parts: MethodName, # A method's choices
-) -> tuple[str, ...]: # One entry, or none for a method without a scope
-    "What a scope means, in words."
-    pattern = pattern_of(own_scope(parts))
-    if pattern: return (f"{pattern[0]} zeros among every {pattern[1]} neighbours",)
-    return () if parts.base in OTHERS else (WITHIN[own_scope(parts)],)
-
-# %% ../../nbs/methods/24_prune.ipynb #c024
-def method_line(
-    name: str, # A method's name
-) -> tuple[str, str]: # What it does, and where it comes from
-    "A method in one line, with its sources; a name that means nothing raises `BadInput`."
+def method_line(name: str) -> tuple[str, str]:
+    "What a method does, in one line, and where it comes from; a name that means nothing raises `BadInput`."
     parts, attributions = check_method(name), dict(ATTRIBUTIONS) | UNIT_AWARE
-    base = CRITERIA.get(parts.base)
+    base, pattern = CRITERIA.get(parts.base), pattern_of(own_scope(parts))
     extras = [attributions[parts.attribution]] if parts.attribution else []
     extras += [ALLOCATIONS[parts.allocation]] if parts.allocation else []
     extras += [RECOVERIES[step] for step in recovery_steps(parts.recovery)] if parts.recovery else []
-    says = [base.says if base else OTHERS[parts.base].summary, *scope_line(parts), *(extra.summary for extra in extras)]
+    says = [base.says if base else OTHERS[parts.base].summary]
+    if pattern: says.append(f"{pattern[0]} zeros among every {pattern[1]} neighbours")
+    elif base: says.append(WITHIN[own_scope(parts)])
     sources = [base.source if base else OTHERS[parts.base].source, *(extra.source for extra in extras)]
-    return "; ".join(says), "; ".join(source for source in sources if source)
+    return "; ".join([*says, *(extra.summary for extra in extras)]), "; ".join(source for source in sources if source)
 
-# %% ../../nbs/methods/24_prune.ipynb #c026
 RANKED = ("magnitude", "cap", "wanda", "cap_wanda", "ria", "gradient", "integrated_gradients",
           "relevance") # All of the package but random
 
-def with_scope(
-    base: str, # A criterion
-    scope: str, # A scope
-) -> str: # As in "wanda@model"; without the scope where it is the criterion's own
-    "A method's name under a scope."
-    return base if CRITERIA[base].scope == scope else f"{base}@{scope}"
-
-def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
-    "The methods of the whole comparison."
-    crossed = [with_scope(base, scope) for base in RANKED for scope in ("model", "row")]
-    between = [with_scope(base, scope) for base in ("magnitude", "cap") for scope in ("layer", "matrix")]
+def table_methods() -> tuple[str, ...]:
+    "The methods of the whole comparison, as in wanda@model."
+    crossed = [base if CRITERIA[base].scope == scope else f"{base}@{scope}"
+               for base in RANKED for scope in ("model", "row")]
+    between = [f"{base}@{scope}" for base in ("magnitude", "cap") for scope in ("layer", "matrix")]
     allocations = [f"wanda+{name}" for name in ALLOCATIONS if name != "uniform"]
     others = ["sparsegpt", "sparsegpt+owl", "heads", "random"]
     solved = ["wanda^swaps", "wanda^update", "wanda^swaps^update", "sparsegpt^update", "sparsegpt+kl", "alps",
@@ -217,15 +164,10 @@ def table_methods() -> tuple[str, ...]: # Names, as in "wanda@model"
     own = [name for name in CRITERIA if name not in (*RANKED, "random")]
     return (*crossed, *between, *allocations, *others, *solved, *attributions, *patterns, *own)
 
-# %% ../../nbs/methods/24_prune.ipynb #c028
-def lines_of(
-    names: Iterable[str], # Methods by name
-) -> list[str]: # As in "  wanda     |weight| times the input's norm; ... (Sun et al. 2024)"
-    "A line for each method."
-    return [f"  {name:28} {' ('.join(method_line(name))})" for name in names]
-
-def method_list() -> str: # Lines
+# %% ../../nbs/methods/24_prune.ipynb #4caf5434
+def method_list() -> str:
     "How a method is named, the methods of the whole comparison, and the parts that a name may have."
+    def lines_of(names: Iterable[str]) -> list[str]: return [f"  {n:28} {' ('.join(method_line(n))})" for n in names]
     lines = ["A name is criterion[.attribution][@scope][+allocation][^recovery]; --methods all means all of these:\n"]
     lines += lines_of(("dense", *table_methods()))
     lines += [f"\nCriteria: {', '.join(CRITERIA)}. Others: {', '.join(OTHERS)}.",
@@ -239,21 +181,17 @@ def method_list() -> str: # Lines
     added = ", ".join(f"{each.kind} {each.name} ({each.plugin or 'session'})" for each in ADDED)
     return "\n".join([*lines, *([f"Added: {added}."] if added else [])])
 
-# %% ../../nbs/methods/24_prune.ipynb #c033
+# %% ../../nbs/methods/24_prune.ipynb #d0382031
 import torch
+from dataclasses import replace
 from cap_nb.importance import importance_factors
 from cap_nb.methods.criteria import check_inputs
-from cap_nb.methods.neurons import unit_aware_factors, weighing
-from cap_nb.regions import Factors, region_factors
+from cap_nb.methods.neurons import unit_aware_factors
+from cap_nb.regions import Factors
 from cap_nb.scoring import HeadLosses
 
-def unit_factors(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    attribution: str, # One of `ATTRIBUTIONS` or `UNIT_AWARE`
-    inputs: Inputs, # With the calibration set
-    losses: HeadLosses | None = None, # The heads' table of losses, for what starts from it; None measures it
-    how: str = "paper", # Aggregation of the scores that start from it
-) -> Factors: # Of heads, and of experts or neurons where the attribution gives them their own
+def unit_factors(model: nn.Module, attribution: str, inputs: Inputs, losses: HeadLosses | None = None,
+                 how: str = "paper") -> Factors:
     "Importance factors from another attribution than masking; a missing calibration set raises `BadInput`."
     check_inputs(attribution, inputs, ["calibration"])
     if attribution in UNIT_AWARE:
@@ -261,15 +199,8 @@ def unit_factors(
     scores = ATTRIBUTIONS[attribution].compute(model, inputs.calibration, batch_tokens=inputs.batch_tokens)
     return Factors(heads=importance_factors(scores))
 
-# %% ../../nbs/methods/24_prune.ipynb #c035
-from dataclasses import replace
-
-def with_factors(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
-    parts: MethodName, # A method's choices
-    inputs: Inputs, # What the user gave
-) -> Inputs: # With the factors that the method's attribution makes, unless they were given
-    "Fill in factors; those of heads alone for a method that needs more raise `BadInput`."
+def with_factors(model: nn.Module, parts: MethodName, inputs: Inputs) -> Inputs:
+    "Fill in the attribution's factors; given ones of heads alone, where a method needs more, raise `BadInput`."
     if not parts.attribution: return inputs
     if inputs.factors is None: return replace(inputs, factors=unit_factors(model, parts.attribution, inputs))
     units = "neurons" if parts.attribution in NEURON_AWARE else "experts"
@@ -278,43 +209,28 @@ def with_factors(
                        f"or neither; pass what unit_aware_factors returned, or leave the scores out.")
     return inputs
 
-# %% ../../nbs/methods/24_prune.ipynb #c037
-from .criteria import measured_for, projection_shares, prune_by, walks
-from .update import joint_update
-from .sparsegpt import (
-    LayerSolver, MatrixSolver, by_matrix, check_pattern_fits, solve_layer_by_layer, sparsegpt_update)
-from .wanda import uniform_shares
-from .explainable_masks import head_share, prune_heads
-from ..models.anatomy import projections
-from .selection import check_pattern
-from ..threshold import PruneReport, prune_report
-
-# %% ../../nbs/methods/24_prune.ipynb #4a246f49
+# %% ../../nbs/methods/24_prune.ipynb #c0d7fcb5
+from cap_nb.methods.criteria import measured_for, projection_shares, prune_by, walks
 from cap_nb.methods.layer_walk import LayerStep
-from cap_nb.methods.sparsegpt import Hessians
+from cap_nb.methods.neurons import weighing
+from cap_nb.methods.sparsegpt import (
+    Hessians, LayerSolver, MatrixSolver, by_matrix, check_pattern_fits, solve_layer_by_layer, sparsegpt_update)
+from cap_nb.methods.selection import Criterion, Measurements, check_pattern
 from cap_nb.methods.swaps import swapped_mask
-from cap_nb.methods.update import updated_weight
-from cap_nb.methods.wanda import zero_shares_within
-from cap_nb.methods.selection import Criterion, Measurements
+from cap_nb.methods.update import joint_update, updated_weight
+from cap_nb.methods.wanda import uniform_shares, zero_shares_within
+from cap_nb.models.anatomy import projections
+from cap_nb.regions import region_factors
+from cap_nb.threshold import PruneReport, prune_report
 
-def recovered_weight(
-    dense: torch.Tensor, # The weight before it was pruned, [out, in]
-    mask: torch.Tensor, # Which weights the method removed, bool [out, in]
-    hessian: torch.Tensor, # Sum over tokens of the products of input features, [in, in]
-    steps: tuple[str, ...], # Names of `RECOVERIES`, in order
-    pattern: tuple[int, int] | None, # (zeros, of) of the mask, kept by swaps; None for none
-    name: str = "the matrix", # Name of the module, for messages
-) -> torch.Tensor: # The pruned weight after the steps, [out, in]
-    "Recover one projection: swaps, the update, or both."
+def recovered_weight(dense: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, steps: tuple[str, ...],
+                     pattern: tuple[int, int] | None, name: str = "the matrix") -> torch.Tensor: # [out, in]
+    "Recover a weight whose mask, bool [out, in], a method chose: swaps, which keep a pattern, the update, or both."
     if "swaps" in steps: mask = swapped_mask(dense, mask, hessian, pattern)
     if "update" in steps: return updated_weight(dense, mask, hessian, name=name)
     return dense.masked_fill(mask, 0.0)
 
-def recovering(
-    solver: LayerSolver, # Prunes a layer
-    steps: tuple[str, ...], # Names of `RECOVERIES`, in order
-    pattern: tuple[int, int] | None, # (zeros, of) of the masks, or None
-) -> LayerSolver: # Prunes a layer, then recovers
+def recovering(solver: LayerSolver, steps: tuple[str, ...], pattern: tuple[int, int] | None) -> LayerSolver:
     "Prune a layer, then repair what was pruned."
     def solve(step: LayerStep, hessians: Hessians) -> None:
         dense = {p.name: p.weight.detach().clone() for p in step.projections}
@@ -324,12 +240,8 @@ def recovering(
             p.weight.copy_(recovered_weight(dense[p.name], mask, hessian, steps, pattern, p.name))
     return solve
 
-def by_criterion(
-    criterion: Criterion, # Score of every weight
-    measurements: Measurements, # What the criterion reads besides the norms
-    shares: dict[str, float], # Module name -> share to zero
-    scope: str, # A scope within a layer
-) -> LayerSolver: # Zeroes the smallest scores
+# %% ../../nbs/methods/24_prune.ipynb #1cd8fd20
+def by_criterion(criterion: Criterion, measurements: Measurements, shares: dict[str, float], scope: str) -> LayerSolver:
     "Prune a layer by a criterion, with norms from the Hessians."
     def solve(step: LayerStep, hessians: Hessians) -> None:
         sequences = sum(len(batch.mask) for batch in step.batches)
@@ -338,63 +250,39 @@ def by_criterion(
         zero_shares_within(step.projections, criterion, measured, shares, scope, "exact")
     return solve
 
-def by_masks(
-    masks: dict[str, torch.Tensor], # Module name -> which weights go, bool [out, in]
-) -> LayerSolver: # Zeroes them
-    "Prune a layer by masks that were made before."
+@torch.no_grad()
+def by_dense_masks(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> LayerSolver:
+    "Prune a layer by the zeros of a criterion on the dense model; holds a copy of its weights while these are found."
+    dense = {p.name: p.weight.detach().clone() for p in projections(model)}
+    prune_by(model, parts.base, sparsity, parts.scope, inputs)
+    masks = {p.name: p.weight == 0 for p in projections(model)}
+    for p in projections(model): p.weight.copy_(dense[p.name])
     def solve(step: LayerStep, hessians: Hessians) -> None:
         for p in step.projections: p.weight.masked_fill_(masks[p.name].to(p.weight.device), 0.0)
     return solve
 
-# %% ../../nbs/methods/24_prune.ipynb #c038
-def masks_on_dense(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; as before afterwards
-    parts: MethodName, # A method whose criterion is scored on the dense model
-    sparsity: float, # Share of the weights in scope to zero
-    inputs: Inputs, # What it needs
-) -> dict[str, torch.Tensor]: # Module name -> which weights go, bool [out, in]
-    "The zeros of a criterion on the dense model; holds a copy of the weights in scope meanwhile."
-    dense = {p.name: p.weight.detach().clone() for p in projections(model)}
-    prune_by(model, parts.base, sparsity, parts.scope, inputs)
-    masks = {p.name: p.weight == 0 for p in projections(model)}
-    with torch.no_grad():
-        for p in projections(model): p.weight.copy_(dense[p.name])
-    return masks
-
-# %% ../../nbs/methods/24_prune.ipynb #c039
-def matrix_solver(
-    base: str, # One of `SOLVERS`
-    pattern: tuple[int, int] | None, # (zeros, of), or None
-) -> MatrixSolver: # Gives the new weight of one projection
+def matrix_solver(base: str, pattern: tuple[int, int] | None) -> MatrixSolver:
     "How a solver treats one projection."
     update = {"sparsegpt": sparsegpt_update, "alps": joint_update}[base]
     return lambda weight, hessian, share, name, once: update(weight, hessian, share, pattern, name=name, once=once)[0]
 
-def layer_solver(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; as before afterwards
-    parts: MethodName, # A method that walks with Hessians
-    sparsity: float, # Share of the weights in scope to zero
-    inputs: Inputs, # What it needs
-) -> LayerSolver: # How it prunes a layer, before recovery
-    "How a method prunes a layer in the walk with Hessians."
+def layer_solver(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> LayerSolver:
+    "How a method prunes a layer in the walk with Hessians, before recovery."
     scope = own_scope(parts)
     if parts.base in SOLVERS:
         solver = matrix_solver(parts.base, pattern_of(scope))
         if parts.attribution in NEURON_AWARE: solver = weighing(solver, region_factors(model, inputs.factors))
         return by_matrix(solver, projection_shares(model, sparsity, inputs, scope))
     criterion = CRITERIA[parts.base]
-    if not walks(criterion, scope): return by_masks(masks_on_dense(model, parts, sparsity, inputs))
+    if not walks(criterion, scope): return by_dense_masks(model, parts, sparsity, inputs)
     shares = projection_shares(model, sparsity, inputs, scope)
     return by_criterion(criterion, measured_for(model, criterion, inputs, walking=True), shares, scope)
 
-# %% ../../nbs/methods/24_prune.ipynb #c040
+# %% ../../nbs/methods/24_prune.ipynb #b36e6dd9
+from cap_nb.methods.explainable_masks import head_share, prune_heads
+
 @torch.no_grad()
-def prune_with_hessians(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
-    parts: MethodName, # A solver, or a criterion with a recovery
-    sparsity: float, # Share of the weights in scope to zero
-    inputs: Inputs, # What it needs
-) -> PruneReport: # What was done
+def prune_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> PruneReport:
     "Walk through the layers, prune each and recover; a pattern that does not fit raises `BadInput` before."
     pattern = pattern_of(own_scope(parts))
     check_pattern(own_scope(parts), sparsity)
@@ -406,14 +294,8 @@ def prune_with_hessians(
     solve_layer_by_layer(model, inputs.calibration, shares, solver, inputs.batch_tokens, parts.base)
     return prune_report(model, parts.base, sparsity)
 
-# %% ../../nbs/methods/24_prune.ipynb #c041
-def apply_method(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
-    parts: MethodName, # The method
-    sparsity: float, # Share of the weights in scope to zero
-    inputs: Inputs, # What it needs, its factors and shares included
-) -> PruneReport: # What was done
-    "Prune a model by the method that a name selects."
+def apply_method(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> PruneReport:
+    "Prune a model by the method that a name selects; factors and shares are given."
     if parts.base == "heads": return prune_heads(model, inputs.factors.heads, sparsity)
     if parts.base in SOLVERS or parts.recovery or with_hessian(parts):
         return prune_with_hessians(model, parts, sparsity, inputs)
@@ -422,16 +304,11 @@ def apply_method(
         raise BadInput(f"The dense model was asked for at sparsity {sparsity:g}: expected 0; name a pruning method.")
     return prune_report(model, "dense", sparsity)
 
-# %% ../../nbs/methods/24_prune.ipynb #c043
+# %% ../../nbs/methods/24_prune.ipynb #7f7dd900
 from cap_nb.calibration import Calibration
-from cap_nb.core.errors import check_sparsity
+from cap_nb.core.errors import check_sparsity, validate_arguments
 
-def prune_with(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
-    method: str, # criterion[.attribution][@scope][+allocation][^recovery]
-    sparsity: float, # Share of the weights in scope to zero, in [0, 1)
-    inputs: Inputs, # What the method may use
-) -> PruneReport: # What was done
+def prune_with(model: nn.Module, method: str, sparsity: float, inputs: Inputs) -> PruneReport:
     "Prune a model by any method; an unknown method, a wrong sparsity or a missing input raises `BadInput`."
     parts = check_method(method)
     check_sparsity(sparsity)
@@ -459,17 +336,11 @@ def prune(
     return prune_with(model, method, sparsity, inputs)
 
 # %% ../../nbs/methods/24_prune.ipynb #c051
-def sparsities_of(
-    method: str, # A method's name
-    sparsities: Sequence[float], # Sparsities of a comparison
-) -> tuple[float, ...]: # The sparsities at which the method is run
+def sparsities_of(method: str, sparsities: Sequence[float]) -> tuple[float, ...]:
     "The sparsities of a comparison, or the single one of a pattern."
     pattern = pattern_of(own_scope(parse_method(method)))
     return (pattern[0] / pattern[1],) if pattern else tuple(sparsities)
 
-def highest_sparsity(
-    method: str, # A method's name
-    model: nn.Module, # A causal language model of a known family
-) -> float: # In (0, 1]; sparsities above cannot be reached
+def highest_sparsity(method: str, model: nn.Module) -> float:
     "The highest sparsity that a method can reach on a model."
     return head_share(model) if parse_method(method).base == "heads" else 1.0

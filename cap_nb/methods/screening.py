@@ -9,7 +9,8 @@ __all__ = ['screen_heads', 'screened_scores']
 import math
 from dataclasses import dataclass, replace
 import torch
-from cap_nb.scoring import causal_scores, check_table, head_losses, HeadLosses, load_losses
+from cap_nb.methods.resumed_scoring import check_table, load_losses
+from cap_nb.scoring import causal_scores, head_losses, HeadLosses
 
 # %% ../../nbs/methods/28_screening.ipynb #c010
 @dataclass(frozen=True)
@@ -369,26 +370,23 @@ def save_partial(partial: PartialLosses, path: str | Path) -> None:
     about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
     write_tensors(Path(path), {"masked": losses.masked, "intact": losses.intact, "slopes": partial.slopes}, about)
 
-def partial_from(tensors: dict[str, torch.Tensor], about: dict) -> PartialLosses:
-    "Put a table with gaps together; parts that do not fit raise KeyError, TypeError or ValueError."
-    columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
-    losses = HeadLosses(masked=tensors["masked"], intact=tensors["intact"], **columns,
-                        **{name: about[name] for name in ("k", "seed", "meta")})
-    check_table(replace(losses, masked=losses.masked.nan_to_num(0.0)))
-    partial = check_fields(PartialLosses(losses, tensors["slopes"]))
-    partial.check_together()
-    if not partial.slopes.isfinite().all(): raise ValueError("a slope is not finite")
-    check_seed(losses.meta["screened"]["seed"])
-    return partial
-
 def load_any(path: str | Path) -> HeadLosses | PartialLosses:
     "Load what 'cap score' wrote, whole or with gaps; a missing, damaged or foreign file raises `BadInput`."
     tensors, about = read_tensors(Path(path))
     if "slopes" not in tensors: return load_losses(path)
-    try: return partial_from(tensors, about)
+    try:
+        columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
+        losses = HeadLosses(masked=tensors["masked"], intact=tensors["intact"], **columns,
+                            **{name: about[name] for name in ("k", "seed", "meta")})
+        check_table(replace(losses, masked=losses.masked.nan_to_num(0.0)))
+        partial = check_fields(PartialLosses(losses, tensors["slopes"]))
+        partial.check_together()
+        if not partial.slopes.isfinite().all(): raise ValueError("a slope is not finite")
+        check_seed(losses.meta["screened"]["seed"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path} holds no table of losses ({error}): expected a file written by 'cap score'; check the "
                        "path.") from None
+    return partial
 
 def scores_of(table: HeadLosses | PartialLosses, how: str, name: str | Path = "The table of losses") -> torch.Tensor:
     "Scores in nats, float64 [L, H], by an aggregation; any but the mean of a table with gaps raises `BadInput`."

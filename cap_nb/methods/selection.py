@@ -67,13 +67,9 @@ class Measurements:
                         index=self.order.get(p.name), seed=self.seed)
 
 # %% ../../nbs/methods/05_selection.ipynb #bc16c6ac
-def scores_of(
-    criterion: Criterion, # The criterion
-    p: Projection, # A projection
-    known: Measurements, # What was measured on its model
-) -> torch.Tensor: # Score of every weight, float32 [out, in], not negative
+def scores_of(criterion: Criterion, p: Projection, measured: Measurements) -> torch.Tensor: # float32 [out, in]
     "The score of every weight of a projection; scores that are negative or not finite raise `BadInput`."
-    scores = criterion.score(known.of(p))
+    scores = criterion.score(measured.of(p))
     if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
         raise BadInput(f"The scores of {p.name} are no numbers ({type(scores).__name__}): expected a floating-point "
                        "tensor, one score for each weight; check the criterion.")
@@ -85,11 +81,7 @@ def scores_of(
     return scores
 
 # %% ../../nbs/methods/05_selection.ipynb #c045
-def pattern_counts(
-    scores: torch.Tensor, # Non-negative float32 scores
-    upper: int | None = None, # None counts upper halves; a bin counts the lower halves within it
-    repeats: torch.Tensor | None = None, # How many weights have each score, int64; None: one each
-) -> torch.Tensor: # Counts, int64 [65536]
+def pattern_counts(scores: torch.Tensor, upper: int | None = None, repeats: torch.Tensor | None = None) -> torch.Tensor:
     "Count the bit patterns of scores by their upper 16 bits, or by the lower 16 bits within one upper half."
     bits = scores.flatten().view(torch.int32)
     inside = slice(None) if upper is None else (bits >> 16) == upper
@@ -107,11 +99,8 @@ class Threshold:
     ties: int # Scores equal to tau
     count: int # n, the number of weights to zero; below < n <= below + ties
 
-def find_threshold(
-    scores: Sequence[Callable[[], torch.Tensor]], # One function per tensor of scores, called once in each pass
-    count: int, # n, at least 1
-    repeats: Sequence[torch.Tensor] | None = None, # For each tensor, how many weights have each score, int64; None: one
-) -> Threshold: # The exact threshold
+def find_threshold(scores: Sequence[Callable[[], torch.Tensor]], count: int,
+                   repeats: Sequence[torch.Tensor] | None = None) -> Threshold:
     "The n-th smallest score in two passes over bit patterns: the exact limit of the bisection in paper section 3.3."
     before, upper = 0, None
     for _ in range(2):
@@ -127,19 +116,13 @@ def find_threshold(
 TIES = ("exact", "all") # Prune those at tau in order until the count is right, or all: the paper's plain S <= tau
 Take = Callable[[torch.Tensor], torch.Tensor] # Scores of the next tensor -> boolean mask of what is pruned
 
-def first_true(
-    mask: torch.Tensor, # Boolean, any shape
-    count: int, # Number of true entries to keep
-) -> torch.Tensor: # Boolean, same shape: the first `count` true entries in flat order
+def first_true(mask: torch.Tensor, count: int) -> torch.Tensor:
     "Keep the first true entries of a mask."
     first = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
     first[mask.flatten().nonzero()[:count, 0]] = True
     return first.view_as(mask)
 
-def tie_selector(
-    threshold: Threshold, # The threshold, with its counts
-    ties: str = "exact", # "exact", or "all" for the paper's plain <=
-) -> Take: # Selects the scores below tau, and the first ones equal to it
+def tie_selector(threshold: Threshold, ties: str = "exact") -> Take:
     "A function that selects the smallest scores, tensor by tensor (paper section 3.3)."
     left = [threshold.count - threshold.below if ties == "exact" else threshold.ties] # ties that are still to be pruned
     def take(scores: torch.Tensor) -> torch.Tensor:
@@ -152,35 +135,24 @@ def tie_selector(
         return below | equal
     return take
 
-# %% ../../nbs/methods/05_selection.ipynb #19d2f7ab
-def zero_weights(
-    projection: Projection, # A projection
-    mask: torch.Tensor, # Boolean [out, in]: the weights that become zero
-) -> None:
+# %% ../../nbs/methods/05_selection.ipynb #08426739
+def zero_weights(projection: Projection, mask: torch.Tensor) -> None:
     "Set weights to exactly zero, in place (paper section 3.4)."
     with torch.no_grad(): projection.weight.masked_fill_(mask.to(projection.weight.device), 0.0)
 
-def zero_smallest(
-    group: Sequence[Projection], # Projections whose weights compete with each other; changed in place
-    criterion: Criterion, # Score of every weight
-    known: Measurements, # What was measured on the model
-    sparsity: float, # Share of their weights to zero, in [0, 1)
-    ties: str = "exact", # "exact", or "all" for the paper's plain <=
-) -> Threshold | None: # The threshold; None if no weight was to be zeroed
-    "Zero the smallest scores of several projections together, under one threshold (paper section 3.3)."
+def zero_smallest(group: Sequence[Projection], criterion: Criterion, measured: Measurements, sparsity: float,
+                  ties: str = "exact") -> Threshold | None:
+    "Zero the smallest scores of several projections together, under one threshold (paper section 3.3), if any is."
     check_choice(ties, TIES, "treatment of ties")
     count = zero_count(sum(p.weight.numel() for p in group), sparsity)
     if count == 0: return None
-    threshold = find_threshold([lambda p=p: scores_of(criterion, p, known) for p in group], count)
+    threshold = find_threshold([lambda p=p: scores_of(criterion, p, measured) for p in group], count)
     take = tie_selector(threshold, ties)
-    for p in group: zero_weights(p, take(scores_of(criterion, p, known)))
+    for p in group: zero_weights(p, take(scores_of(criterion, p, measured)))
     return threshold
 
 # %% ../../nbs/methods/05_selection.ipynb #c082
-def smallest_in_rows(
-    scores: torch.Tensor, # Scores [out, in]
-    sparsity: float, # Share of every row to take, in [0, 1)
-) -> torch.Tensor: # Boolean [out, in]: the smallest floor(in * sparsity) of every row, equal scores in order
+def smallest_in_rows(scores: torch.Tensor, sparsity: float) -> torch.Tensor: # Boolean [out, in]
     "The smallest scores of every row, without sorting it (the scope of Wanda, Sun et al. 2024)."
     count = math.floor(scores.shape[1] * check_sparsity(sparsity) + 1e-9) # 0.7 * 10 is 6.999...
     if not count: return torch.zeros_like(scores, dtype=torch.bool)
@@ -192,11 +164,7 @@ def smallest_in_rows(
     return taken
 
 # %% ../../nbs/methods/05_selection.ipynb #c085
-def smallest_in_groups(
-    scores: torch.Tensor, # Scores [out, in]
-    zeros: int, # n, how many of every group to take
-    group: int, # m, consecutive weights in a group; must divide the number of inputs
-) -> torch.Tensor: # Boolean [out, in]: the n smallest of every group of m, equal scores in order
+def smallest_in_groups(scores: torch.Tensor, zeros: int, group: int) -> torch.Tensor: # Boolean [out, in]
     "The smallest scores of every group of m in a row; a width that m does not divide raises `BadInput`."
     if scores.shape[1] % group:
         raise BadInput(f"A weight of {scores.shape[1]} inputs does not divide into groups of {group}: "
@@ -205,13 +173,11 @@ def smallest_in_groups(
     taken = torch.zeros_like(grouped, dtype=torch.bool)
     return taken.scatter_(2, grouped.argsort(dim=2, stable=True)[..., :zeros], True).flatten(1)
 
-# %% ../../nbs/methods/05_selection.ipynb #c088
+# %% ../../nbs/methods/05_selection.ipynb #9506042b
 SCOPES = ("model", "layer", "matrix", "row") # And patterns n:m
 
-def pattern_of(
-    scope: str, # As in "row" or "2:4"
-) -> tuple[int, int] | None: # (n, m) of a pattern; None for another scope
-    "The pattern that a scope names; what is neither a scope nor a pattern with 0 < n < m raises `BadInput`."
+def pattern_of(scope: str) -> tuple[int, int] | None:
+    "(n, m) of a pattern, None for another scope; what is neither, or has not 0 < n < m, raises `BadInput`."
     if scope in SCOPES: return None
     parts = scope.split(":")
     if len(parts) == 2 and all(part.isdecimal() for part in parts):
@@ -220,49 +186,28 @@ def pattern_of(
     raise BadInput(f"Unknown scope {scope!r}: expected one of {', '.join(SCOPES)}, "
                    f"or a pattern such as 2:4 (2 zeros among every 4); check the spelling.")
 
-# %% ../../nbs/methods/05_selection.ipynb #c089
-def check_pattern(
-    scope: str, # As in "row" or "2:4"
-    sparsity: float, # Share to zero
-) -> None:
+def check_pattern(scope: str, sparsity: float) -> None:
     "Raise `BadInput` if a pattern is asked for at a sparsity that is not its own."
     pattern = pattern_of(scope)
     if pattern and abs(pattern[0] / pattern[1] - check_sparsity(sparsity)) > 1e-9:
         raise BadInput(f"The pattern {scope} was asked for at sparsity {sparsity:g}: "
                        f"expected {pattern[0] / pattern[1]:g}, which is its own; change one of the two.")
 
-# %% ../../nbs/methods/05_selection.ipynb #c092
-def competing(
-    group: Sequence[Projection], # Projections
-    scope: str, # "model", "layer" or "matrix"
-) -> list[list[Projection]]: # Groups of projections whose weights compete with each other
-    "Group projections by scope."
+def competing(group: Sequence[Projection], scope: str) -> list[list[Projection]]:
+    "Group projections whose weights compete with each other under the scope of model, layer or matrix."
     if scope == "model": return [list(group)]
     if scope == "matrix": return [[p] for p in group]
     layers = dict.fromkeys(p.layer for p in group)
     return [[p for p in group if p.layer == layer] for layer in layers]
 
-def smallest_within(
-    scores: torch.Tensor, # Scores [out, in]
-    sparsity: float, # Share to take, in [0, 1)
-    scope: str, # "row", or a pattern n:m
-) -> torch.Tensor: # Boolean [out, in]
-    "The smallest scores of a matrix under a scope that lies within its rows."
-    pattern = pattern_of(scope)
-    return smallest_in_groups(scores, *pattern) if pattern else smallest_in_rows(scores, sparsity)
-
-# %% ../../nbs/methods/05_selection.ipynb #c093
-def zero_within(
-    group: Sequence[Projection], # Projections; changed in place
-    criterion: Criterion, # Score of every weight
-    known: Measurements, # What was measured on the model
-    sparsity: float, # Share of their weights to zero, in [0, 1)
-    scope: str = "model", # One of `SCOPES`, or a pattern n:m
-    ties: str = "exact", # "exact", or "all" for the paper's plain <=; in rows and patterns always exact
-) -> list[Threshold | None]: # The threshold of every competition; none for rows and patterns
-    "Zero the smallest scores within a scope; a wrong scope, or a sparsity that is not a pattern's, raises `BadInput`."
+def zero_within(group: Sequence[Projection], criterion: Criterion, measured: Measurements, sparsity: float,
+                scope: str = "model", ties: str = "exact") -> list[Threshold | None]:
+    "Zero the smallest scores within a scope; the threshold of every competition, none for rows and patterns."
     check_pattern(scope, sparsity)
-    if scope == "row" or pattern_of(scope):
-        for p in group: zero_weights(p, smallest_within(scores_of(criterion, p, known), sparsity, scope))
-        return []
-    return [zero_smallest(rivals, criterion, known, sparsity, ties) for rivals in competing(group, scope)]
+    pattern = pattern_of(scope)
+    if scope != "row" and not pattern:
+        return [zero_smallest(rivals, criterion, measured, sparsity, ties) for rivals in competing(group, scope)]
+    for p in group:
+        scores = scores_of(criterion, p, measured)
+        zero_weights(p, smallest_in_groups(scores, *pattern) if pattern else smallest_in_rows(scores, sparsity))
+    return []

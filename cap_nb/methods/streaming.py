@@ -21,7 +21,8 @@ from ..core.errors import BadInput, validate_arguments
 from ..core.files import SHARD_INDEX, StoredTensor, checkpoint_tensors, read_object, shard_files
 from ..models.anatomy import Projection, anatomy, checkpoint_names, projections
 from ..models.families import family_of
-from ..models.loading import config_of, opened_by_transformers
+from ..models.loading import (
+    STORED_DTYPES, config_of, fingerprint_differences, generation_of, joined_fingerprint, opened_by_transformers)
 
 # %% ../../nbs/methods/25_streaming.ipynb #c015
 def meta_model(folder: Path) -> nn.Module:
@@ -32,13 +33,11 @@ def meta_model(folder: Path) -> nn.Module:
         raise BadInput(f"{folder} is quantised: expected weights in float32, bfloat16 or float16; "
                        "take a checkpoint that is not quantised.")
     config = config_of(folder)
-    with opened_by_transformers(folder), torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+    with opened_by_transformers(folder), torch.device("meta"): model = AutoModelForCausalLM.from_config(config).eval()
     anatomy(model)
     return model
 
 # %% ../../nbs/methods/25_streaming.ipynb #5b500762
-STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16} # Names in a header -> torch dtypes
-
 @dataclass(frozen=True)
 class Checkpoint:
     "A checkpoint folder, known without its weights."
@@ -434,15 +433,17 @@ import hashlib
 @validate_arguments
 def checkpoint_fingerprint(
     folder: str | Path, # A folder saved by transformers, as safetensors
-) -> str: # 64 hexadecimal digits
+) -> str: # As in 64-16-16 hexadecimal digits
     "What `model_fingerprint` says of the loaded model, without loading it; a missing parameter raises `BadInput`."
     checkpoint = open_checkpoint(folder)
-    digest = hashlib.sha256(checkpoint.model.config.model_type.encode())
-    for name, weight in checkpoint.model.named_parameters():
-        held = checkpoint.held.get(name, ())
+    model, tensors = checkpoint.model, checkpoint_tensors(checkpoint.folder)
+    digest, kept = hashlib.sha256(model.config.model_type.encode()), model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+    for name, weight in (*model.named_parameters(), *buffers):
+        held = checkpoint.held.get(name) or ((tensors[name],) if name in tensors else ())
         if not held or any(stored.kind not in STORED_DTYPES for stored in held):
             raise BadInput(f"{folder} holds no tensor {name} in float32, bfloat16 or float16: expected every "
-                           "parameter; the checkpoint is not whole.")
+                           "stored one; the checkpoint is not whole.")
         shape = held[0].shape if len(held) == 1 else tuple(weight.shape)
         digest.update(f"{name} {STORED_DTYPES[held[0].kind]} {shape}".encode())
         for stored in held:
@@ -450,7 +451,7 @@ def checkpoint_fingerprint(
                 file.seek(stored.start)
                 for position in range(stored.start, stored.end, COPIED):
                     digest.update(file.read(min(COPIED, stored.end - position)))
-    return digest.hexdigest()
+    return joined_fingerprint(digest.hexdigest(), model.config, generation_of(checkpoint.folder, model.config))
 
 # %% ../../nbs/methods/25_streaming.ipynb #13b3ebe4
 from cap_nb.calibration import Calibration
@@ -522,10 +523,12 @@ def open_hessians(folder: str | Path, checkpoint: Checkpoint, fingerprint: str) 
                            "of this model; measure them on it.")
         where[p.name] = path, note["read"][p.name]
         sources.add((note["model"], note["calibration"], note["sequences"]))
-    if {model for model, _, _ in sources} == {fingerprint} and len(sources) == 1:
-        return GivenHessians(where=where, sequences=sources.pop()[2])
-    raise BadInput(f"{folder} holds Hessians of another model, of another dtype or of several measurements: expected "
-                   "those of this checkpoint; measure them on it, without --dtype.")
+    (measured_on, _, sequences), *others = sources
+    differ = fingerprint_differences(measured_on, fingerprint)
+    if not others and not differ: return GivenHessians(where=where, sequences=sequences)
+    what = "several measurements" if others else f"a model with other {' and '.join(differ)}, or of another dtype"
+    raise BadInput(f"{folder} holds Hessians of {what}: expected those of this checkpoint; measure them on it, without "
+                   "--dtype.")
 
 # %% ../../nbs/methods/25_streaming.ipynb #b6a271c8
 from cap_nb.methods.prune import matrix_solver, recovered_weight, recovery_steps

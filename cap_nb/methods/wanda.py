@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/10_wanda.ipynb #c004
+# %% ../../nbs/methods/10_wanda.ipynb #91341500
 import torch
-from .selection import Criterion, Evidence
+from cap_nb.methods.selection import Criterion, Evidence
 
-# %% ../../nbs/methods/10_wanda.ipynb #c005
 def wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Magnitude times the norm of the input (Sun et al. 2024)."
     return e.weight.abs() * e.norm
@@ -17,18 +16,18 @@ def wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
 WANDA = Criterion(name="wanda", score=wanda_score, needs=("norm",), scope="row",
                   says="|W| times the norm of its input", source="Sun et al. 2024")
 
-# %% ../../nbs/methods/10_wanda.ipynb #c009
+# %% ../../nbs/methods/10_wanda.ipynb #1913bac4
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from ..core.errors import BadInput
-from .layer_walk import LayerStep, real_rows
-from ..models.anatomy import Projection
-from ..models.replay import run_layer
-from ..models.interventions import recorded_inputs
+from cap_nb.core.errors import BadInput
+from cap_nb.methods.layer_walk import LayerStep, real_rows, unreached
+from cap_nb.models.anatomy import Projection
+from cap_nb.models.interventions import recorded_inputs
+from cap_nb.models.replay import run_layer
 
-# %% ../../nbs/methods/10_wanda.ipynb #c010
 Statistic = Callable[[torch.Tensor], torch.Tensor] # Inputs [n, in] -> a new tensor, what is added up over their tokens
+Record = Callable[[Projection, torch.Tensor, torch.Tensor | None], None] # Called with each projection's input
 
 @dataclass(frozen=True)
 class InputSums:
@@ -36,13 +35,8 @@ class InputSums:
     first: dict[str, str] = field(default_factory=dict) # Module name -> the first one that reads the same tensor
     sums: dict[str, torch.Tensor] = field(default_factory=dict) # Name of such a first one -> sum so far
 
-# %% ../../nbs/methods/10_wanda.ipynb #c011
-def adder(
-    found: InputSums, # Sums so far; changed in place
-    mask: torch.Tensor, # Attention mask of the batch, [B, T]
-    statistic: Statistic, # What is added up over the tokens
-) -> Callable[[Projection, torch.Tensor, torch.Tensor | None], None]: # Called with each projection's input
-    "A callback that adds the statistic of a projection's input over the tokens that are not padding."
+def adder(found: InputSums, mask: torch.Tensor, statistic: Statistic) -> Record:
+    "Adds the statistic of a projection's input over the tokens of a batch that are not padding, mask [B, T]."
     last = [None, ""] # The input seen last, and the first projection that read it
     def add(p: Projection, inputs: torch.Tensor, tokens: torch.Tensor | None) -> None:
         same = last[0] is inputs
@@ -55,15 +49,11 @@ def adder(
         found.sums[p.name] = found.sums[p.name].add_(added) if p.name in found.sums else added
     return add
 
-# %% ../../nbs/methods/10_wanda.ipynb #20f0fb12
 class InputsKnown(Exception):
     "All projections of a layer have been recorded: what would follow in the pass is not wanted."
 
-def until_known(
-    record: Callable[[Projection, torch.Tensor, torch.Tensor | None], None], # Called with each projection's input
-    names: set[str], # Module names of the projections that are recorded
-) -> Callable[[Projection, torch.Tensor, torch.Tensor | None], None]: # The same, ending the pass after the last one
-    "A callback that raises `InputsKnown` as soon as every projection has been recorded."
+def until_known(record: Record, names: set[str]) -> Record:
+    "Ends the pass by `InputsKnown` as soon as every projection has been recorded."
     awaited = set(names)
     def counted(p: Projection, inputs: torch.Tensor, tokens: torch.Tensor | None) -> None:
         record(p, inputs, tokens)
@@ -71,13 +61,9 @@ def until_known(
         if not awaited: raise InputsKnown
     return counted
 
-# %% ../../nbs/methods/10_wanda.ipynb #c012
 @torch.no_grad()
-def input_sums(
-    step: LayerStep, # A layer, and the batches before it
-    statistic: Statistic, # What is added up over the tokens
-) -> dict[str, torch.Tensor]: # Module name -> its sum over all tokens that are not padding; the same for some
-    "Run a layer over the calibration set as far as its last projection, and add up a statistic of what they read."
+def input_sums(step: LayerStep, statistic: Statistic) -> dict[str, torch.Tensor]:
+    "Run a layer as far as its last projection, and add up a statistic of what each reads; some share one sum."
     found, names = InputSums(), {p.name for p in step.projections}
     for batch in step.batches:
         record = until_known(adder(found, batch.mask, statistic), names)
@@ -85,71 +71,44 @@ def input_sums(
             run_layer(step.layer, batch.hidden, batch.calls[step.index])
     return {p.name: found.sums[found.first[p.name]] for p in step.projections}
 
-# %% ../../nbs/methods/10_wanda.ipynb #c014
-from .layer_walk import unreached
-
-# %% ../../nbs/methods/10_wanda.ipynb #c015
-def squares(
-    inputs: torch.Tensor, # [n, in]
-) -> torch.Tensor: # Sum over the tokens of the squared input, float64 [in]
-    "The statistic that Wanda adds up: squared inputs."
+# %% ../../nbs/methods/10_wanda.ipynb #e6d3b484
+def squares(inputs: torch.Tensor) -> torch.Tensor: # Float64 [in]
+    "The statistic that Wanda adds up: squared inputs [n, in]."
     few = max(1, 2**16 // inputs.shape[1]) # rows whose copy stays in the processor's cache
     copies = (rows.to(torch.float64, copy=True) for rows in inputs.split(few))
     return sum(copy.square_().sum(0) for copy in copies)
 
 @torch.no_grad()
-def input_norms(
-    step: LayerStep, # A layer, and the batches before it
-) -> dict[str, torch.Tensor]: # Module name -> norm of every input feature, float32 [in]; 1 where no token came
+def input_norms(step: LayerStep) -> dict[str, torch.Tensor]: # Module name -> float32 [in]
     "The norms of the inputs of a layer's projections over the calibration set (Sun et al. 2024)."
     sums, sequences = input_sums(step, squares), sum(len(batch.mask) for batch in step.batches)
     for p in unreached(step.projections, sums): sums[p.name].fill_(sequences)
     return {name: (total / sequences).sqrt().float() for name, total in sums.items()}
 
-# %% ../../nbs/methods/10_wanda.ipynb #c017
+# %% ../../nbs/methods/10_wanda.ipynb #72677753
 from collections.abc import Sequence
+from dataclasses import replace
 from torch import nn
-from ..core.errors import check_sparsity
-from ..models.anatomy import projections
-from .selection import Measurements, zero_within
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import check_sparsity
+from cap_nb.methods.layer_walk import layer_by_layer
+from cap_nb.methods.selection import Measurements, zero_within
+from cap_nb.models.anatomy import projections
 
-# %% ../../nbs/methods/10_wanda.ipynb #c018
-def uniform_shares(
-    model: nn.Module, # A causal language model of a known family
-    sparsity: float, # Share to zero, in [0, 1)
-) -> dict[str, float]: # Module name -> that share
-    "The same share of zeros for every projection."
+def uniform_shares(model: nn.Module, sparsity: float) -> dict[str, float]:
+    "The same share of zeros for every projection, by module name."
     return dict.fromkeys((p.name for p in projections(model)), check_sparsity(sparsity))
 
-def zero_shares_within(
-    group: Sequence[Projection], # The projections of a layer; changed in place
-    criterion: Criterion, # Score of every weight
-    known: Measurements, # What was measured on the model
-    shares: dict[str, float], # Module name -> share to zero, in [0, 1)
-    scope: str, # A scope within a layer
-    ties: str, # "exact", or "all" for a plain <=
-) -> None:
-    "Zero the smallest scores within a scope, each projection to its own share."
+def zero_shares_within(group: Sequence[Projection], criterion: Criterion, measured: Measurements,
+                       shares: dict[str, float], scope: str, ties: str) -> None:
+    "Zero the smallest scores of a layer's projections within a scope, each to its own share."
     for share in dict.fromkeys(shares[p.name] for p in group):
-        zero_within([p for p in group if shares[p.name] == share], criterion, known, share, scope, ties)
+        zero_within([p for p in group if shares[p.name] == share], criterion, measured, share, scope, ties)
 
-# %% ../../nbs/methods/10_wanda.ipynb #c020
-from dataclasses import replace
-from ..calibration import Calibration
-from .layer_walk import layer_by_layer
-
-# %% ../../nbs/methods/10_wanda.ipynb #c021
-def zero_layer_by_layer(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
-    calibration: Calibration, # The calibration set; the same as CAP's for a fair comparison
-    shares: dict[str, float], # Module name -> share to zero, in [0, 1); `uniform_shares` gives all the same
-    criterion: Criterion = WANDA, # Score of every weight
-    known: Measurements = Measurements(), # Measurements that the criterion reads besides the norms
-    scope: str = "row", # A scope within a layer
-    ties: str = "exact", # "exact", or "all" for a plain <=
-    batch_tokens: int = 4096, # Padded tokens per batch
-) -> None:
+def zero_layer_by_layer(model: nn.Module, calibration: Calibration, shares: dict[str, float],
+                        criterion: Criterion = WANDA, measured: Measurements = Measurements(), scope: str = "row",
+                        ties: str = "exact", batch_tokens: int = 4096) -> None:
     "Prune layer after layer (Sun et al. 2024); holds the hidden states of all calibration tokens, [tokens, hidden]."
     for step in layer_by_layer(model, calibration, batch_tokens, criterion.name):
-        measured = replace(known, norms=input_norms(step))
-        zero_shares_within(step.projections, criterion, measured, shares, scope, ties)
+        evidence = replace(measured, norms=input_norms(step))
+        zero_shares_within(step.projections, criterion, evidence, shares, scope, ties)

@@ -226,12 +226,27 @@ def configuration(model: nn.Module) -> object:
     raise BadInput(f"A {type(model).__name__} has no configuration: expected a causal language model of transformers; "
                    "load one with load_model.")
 
+# %% ../../nbs/models/01_anatomy.ipynb #422aae3b
+def check_computes_the_same(model: nn.Module) -> None:
+    "Raise `BadInput` for a model that draws at random, or whose weights are computed anew before each pass."
+    settings = configuration(model).to_dict() if hasattr(configuration(model), "to_dict") else {}
+    draws = any(("drop" in name or "jitter" in name) and isinstance(share, float) and share > 0
+                for name, share in settings.items())
+    if draws and any(module.training for module in model.modules()):
+        raise BadInput("The model is in training mode and has dropout: expected evaluation mode, in which nothing is "
+                       "drawn at random; call model.eval().")
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.Tensor) and "weight" not in module._parameters:
+            raise BadInput(f"The weight of {name} is computed from other tensors before each pass: expected a plain "
+                           "parameter; remove the parametrisation first, as prune.remove or remove_weight_norm do.")
+
 # %% ../../nbs/models/01_anatomy.ipynb #c046
 @validate_arguments
 def projections(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[Projection, ...]: # Every projection, by layer, then by role, then by expert
     "Every weight matrix in scope for pruning, in the fixed order (paper section 3.3)."
+    check_computes_the_same(model)
     family, a, matrices = family_of(configuration(model)), dimensions(model.config), []
     parts = {role: parts_of(role, a, family.by_group) for role in family.roles}
     for layer, module in enumerate(decoder_layers(model)):
@@ -260,6 +275,7 @@ def names_of_block(routing: Routing, block: str) -> dict[str, tuple[str, ...]]:
 def checkpoint_names(model: nn.Module) -> dict[str, list[tuple[str, ...]]]:
     "Under which names a checkpoint may hold each parameter."
     ways = {name: [(name,)] for name, _ in model.named_parameters()}
+    if "lm_head.weight" in ways: ways["lm_head.weight"].append(("embed_out.weight",)) # as checkpoints of GPT-NeoX say
     layers = family_of(model.config).layers
     for layer in range(len(decoder_layers(model))):
         routing = routing_of(model, layer)

@@ -214,6 +214,9 @@ def write_all(slots: Slots, prompts: Sequence[Sequence[int]], order: Sequence[in
                 waiting.extendleft(slots.make_room(lengths))
             logits = slots.write([written[index][-1] for index in slots.rows])
         rows = slots.rows[first:]
+        if logits.isnan().any():
+            raise BadInput("The model's predictions are not numbers: expected finite ones; the weights or the dtype "
+                           "are broken, try float32.")
         tokens = choose(rows, [written[index] for index in rows], logits)
         for slot, token in reversed(list(enumerate(tokens, first))): # backwards: the last row takes a slot that is left
             row = slots.rows[slot]

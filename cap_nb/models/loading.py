@@ -57,9 +57,10 @@ def placed(device: str | torch.device | None) -> torch.device | str:
 
 # %% ../../nbs/models/08_loading.ipynb #c011
 import hashlib
+import json
 from accelerate.utils import align_module_device
 from torch import nn
-import json
+from cap_nb.core.files import sha256_of_text
 
 def parameter_values(model: nn.Module, name: str, weight: nn.Parameter) -> torch.Tensor:
     "The values of a parameter, read back if accelerate keeps them outside of the model for lack of room."
@@ -74,22 +75,56 @@ def check_all_here(model: nn.Module) -> nn.Module:
     raise BadInput("Some weights fit on no device and are kept outside of the model: expected all of them "
                    "inside, to prune them; score with 'cap score --device auto' and prune with 'cap prune --stream'.")
 
-def tokenizer_fingerprint(tokenizer: object) -> str:
-    "SHA-256 over vocabulary and chat template."
+# %% ../../nbs/models/08_loading.ipynb #6f3a2dda
+PARTS = ("weights", "configuration", "generation settings") # Of a model's fingerprint
+TOKENIZER_PARTS = ("vocabulary or chat template", "rules by which it cuts a text") # Of a tokenizer's
+# What says where a configuration comes from, or how it was loaded, and not what is computed
+ORIGIN = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "cap_nb", "_commit_hash",
+          "_from_model_config", "auto_map", "tokenizer_class"}
+
+def settings_that_count(config: object) -> dict[str, object]:
+    "What a configuration, or generation settings, say that decides an output."
+    settings = json.loads(json.dumps(config.to_dict(), default=str)) if config is not None else {}
+    return {name: value for name, value in sorted(settings.items()) if name not in ORIGIN and value is not None}
+
+def joined_fingerprint(weights: str, config: object, generation: object) -> str:
+    "The fingerprint of a model from the hash of its weights and its settings."
+    texts = (json.dumps(settings_that_count(each), sort_keys=True) for each in (config, generation))
+    return "-".join([weights, *(sha256_of_text(text)[:16] for text in texts)])
+
+def fingerprint_differences(kept: str | None, now: str, parts: tuple[str, ...] = PARTS) -> tuple[str, ...]:
+    "The parts in which two fingerprints differ; one that an earlier version noted is compared as far as it goes."
+    one, other = (kept or "").split("-"), now.split("-")
+    differ = tuple(part for part, a, b in zip(parts, one, other) if a != b)
+    if not differ and len(one) < len(other):
+        log.warning("A record of an earlier version says nothing of the %s.", " and the ".join(parts[len(one):]))
+    return differ
+
+def tokenizer_rules(tokenizer: object) -> dict[str, object]:
+    "How a tokenizer cuts a text, and which of its tokens are special; not what a call may change, such as padding."
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")} | {"special": special}
+
+def tokenizer_fingerprint(tokenizer: object) -> str: # As in 64-16 hexadecimal digits
+    "SHA-256 over vocabulary and chat template, and a shorter one over the rules."
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps([vocabulary, tokenizer.chat_template]).encode()).hexdigest()
+    first = sha256_of_text(json.dumps([vocabulary, tokenizer.chat_template]))
+    return f"{first}-{sha256_of_text(json.dumps(tokenizer_rules(tokenizer), sort_keys=True))[:16]}"
 
 # %% ../../nbs/models/08_loading.ipynb #c012
 @validate_arguments
 def model_fingerprint(
     model: nn.Module, # A causal language model
-) -> str: # 64 hexadecimal digits
-    "SHA-256 over model type and every parameter's name, dtype, shape and bytes."
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, weight in model.named_parameters():
+) -> str: # Weights, configuration and generation settings, as in 64-16-16 hexadecimal digits
+    "SHA-256 over model type and every stored tensor's name, dtype, shape and bytes; shorter ones over the settings."
+    digest, stored = hashlib.sha256(model.config.model_type.encode()), model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
+    for name, weight in (*model.named_parameters(), *buffers):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(parameter_values(model, name, weight).detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        values = parameter_values(model, name, weight).detach().cpu().contiguous()
+        digest.update(values.flatten().view(torch.uint8).numpy())
+    return joined_fingerprint(digest.hexdigest(), model.config, model.generation_config)
 
 # %% ../../nbs/models/08_loading.ipynb #c023
 from pathlib import Path
@@ -119,9 +154,9 @@ def opened_by_transformers(source: str | Path) -> Iterator[None]:
     try: yield
     except (BadInput, MemoryError, torch.cuda.OutOfMemoryError): raise
     except Exception as error:
-        said = " ".join(str(error).split())[:150]
-        raise BadInput(f"{source} cannot be opened by transformers ({type(error).__name__}: {said}): expected what was "
-                       "saved of a model that this version knows; fetch it again.") from error
+        message = " ".join(str(error).split())[:150]
+        raise BadInput(f"{source} cannot be opened by transformers ({type(error).__name__}: {message}): expected what "
+                       "was saved of a model that this version knows; fetch it again.") from error
 
 TOKENIZERS = ("*token*", "vocab*", "spiece.model", "tekken.json") # One of these files holds a vocabulary
 
@@ -180,9 +215,9 @@ def check_config_sizes(sizes: dict[str, object], folder: str | Path) -> None:
 
 def config_of(folder: str | Path) -> object:
     "The configuration in a folder; sizes that no model has, and a damaged note on pruning, raise `BadInput`."
-    said = read_object(Path(folder)/"config.json")
-    check_config_sizes(said, folder) # before transformers divides by them
-    note = said.get("cap_nb")
+    settings = read_object(Path(folder)/"config.json")
+    check_config_sizes(settings, folder) # before transformers divides by them
+    note = settings.get("cap_nb")
     if isinstance(note, dict) and "sha256" in note: check_sealed(note, f"The entry cap_nb of {folder}/config.json")
     with opened_by_transformers(folder): config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     check_config_sizes({name: getattr(config, name, None) for name in SIZES}, folder)
@@ -190,6 +225,7 @@ def config_of(folder: str | Path) -> object:
 
 # %% ../../nbs/models/08_loading.ipynb #c041
 import math
+from collections import Counter
 
 def check_complete(folder: Path, config: object) -> None:
     "Raise `BadInput` if the files hold fewer numbers than the configuration describes; nothing is loaded for that."
@@ -203,10 +239,39 @@ def check_complete(folder: Path, config: object) -> None:
     raise BadInput(f"{folder} holds {held:,} numbers, and its config.json describes {described:,}: expected a whole "
                    "checkpoint; fetch it again.")
 
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16} # Names in a header -> torch dtypes
+MASKS = ("attn.bias", "attention.bias", "masked_bias", "position_ids") # What old checkpoints hold beside weights
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    "The dtype in which most numbers of a checkpoint are stored; weights that are no such numbers raise `BadInput`."
+    numbers = Counter()
+    for name, stored in checkpoint_tensors(folder).items():
+        if name.endswith(MASKS) and stored.kind not in STORED_DTYPES: continue
+        if stored.kind not in STORED_DTYPES:
+            raise BadInput(f"{folder} holds {name} as {stored.kind}: expected weights in {', '.join(STORED_DTYPES)}; "
+                           "convert it, or load a checkpoint that is not quantised.")
+        numbers[stored.kind] += math.prod(stored.shape)
+    return STORED_DTYPES[numbers.most_common(1)[0][0]]
+
+@torch.no_grad()
+def in_memory(model: nn.Module) -> nn.Module:
+    "The same model, no weight of it mapped from a file that another process may change while it is used."
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu": tensor.data = tensor.data.clone()
+    return model
+
+def generation_of(folder: Path, config: object) -> GenerationConfig:
+    "The generation settings in a folder, or those that follow from its configuration."
+    if (folder/"generation_config.json").is_file(): return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
+
 def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Module:
-    "Raise `BadInput` if a parameter is not from the files; one that is another one, as a tied head, may be missing."
-    model, told = loaded
-    every, missing = dict(model.named_parameters(remove_duplicate=False)), set(told["missing_keys"])
+    "Raise `BadInput` for a parameter that no file holds, unless it is another one, and for a tensor without a place."
+    model, info = loaded
+    if over := sorted(info["unexpected_keys"]):
+        raise BadInput(f"{source} holds {over[0]}, and {len(over) - 1} more, that its config.json knows no place for: "
+                       "expected the configuration of these weights; fetch both again.")
+    every, missing = dict(model.named_parameters(remove_duplicate=False)), set(info["missing_keys"])
     held = {id(weight) for name, weight in every.items() if name not in missing}
     lost = sorted(name for name in missing & every.keys() if id(every[name]) not in held)
     if not lost: return model
@@ -214,6 +279,13 @@ def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Mo
                    "fetch it again.")
 
 # %% ../../nbs/models/08_loading.ipynb #c044
+def check_tokens_embedded(model: nn.Module, tokenizer: object, source: str | Path) -> None:
+    "Raise `BadInput` for a tokenizer with tokens that the model has no embedding of."
+    last, rows = max(tokenizer.get_vocab().values(), default=0), model.get_input_embeddings().weight.shape[0]
+    if last >= rows:
+        raise BadInput(f"{source} has a tokenizer whose last token is {last} and embeddings of {rows} tokens: expected "
+                       "one for every token; take the tokenizer that the model was trained with.")
+
 def folder_loader(folder: Path) -> FolderLoader | None:
     "The registered loader of a folder."
     return next((LOADERS[file] for file in LOADERS if (folder/file).is_file()), None)
@@ -228,19 +300,21 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
         config = config_of(folder)
         family_of(config)
         check_not_quantised(config, str(folder))
-        options = {"dtype": dtype or "auto"} | ({"device_map": "auto"} if device == "auto" else {})
+        dtype = dtype or ("auto" if loader else stored_dtype(folder))
+        options = {"dtype": dtype} | ({"device_map": "auto"} if device == "auto" else {})
         if loader:
             kind, weights = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], loader.weights(folder)
             model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
-            if (folder/"generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = generation_of(folder, config)
         else:
             check_complete(folder, config)
             model = nothing_made_up(folder, AutoModelForCausalLM.from_pretrained(
                 str(folder), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options))
+        model.config.return_dict = True # the form of what a model returns, not its content
         tokenizer = load_tokenizer(str(folder))
         anatomy(model)
-        return (model if device == "auto" else model.to(device)).eval(), tokenizer
+        check_tokens_embedded(model, tokenizer, folder)
+        return in_memory(model if device == "auto" else model.to(device)).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c050
 import logging

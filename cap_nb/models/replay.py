@@ -22,7 +22,7 @@ from cap_nb.models.families import family_of
 class LayerCall:
     "How a decoder layer was called in a forward pass."
     hidden: torch.Tensor | None # Its input, [B, T, hidden]; None where it is kept elsewhere
-    given: dict # Its other arguments by name: attention mask, positions, rotary embeddings, ...
+    arguments: dict # Its other arguments by name: attention mask, positions, rotary embeddings, ...
     cache: str | None = None # The argument that takes a cache, if the layer was given one
 
 def named_arguments(layer: nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -36,8 +36,8 @@ def call_of(layer: nn.Module, args: tuple, kwargs: dict) -> LayerCall:
     "Take a call apart: the input, the name of the cache, everything else."
     (_, hidden), *others = named_arguments(layer, args, kwargs).items()
     cache = next((name for name, value in others if isinstance(value, Cache)), None)
-    given = {name: None if isinstance(value, Cache) else value for name, value in others}
-    return LayerCall(hidden, given, cache)
+    arguments = {name: None if isinstance(value, Cache) else value for name, value in others}
+    return LayerCall(hidden, arguments, cache)
 
 @contextmanager
 def recorded_calls(model: nn.Module) -> Iterator[list[LayerCall]]:
@@ -51,13 +51,13 @@ def recorded_calls(model: nn.Module) -> Iterator[list[LayerCall]]:
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall, cache: object = None) -> torch.Tensor:
     "Call a layer as it was called in a recorded pass, with another input."
-    given = call.given if cache is None else call.given | {call.cache: cache}
-    output = layer(hidden, **given)
+    arguments = call.arguments if cache is None else call.arguments | {call.cache: cache}
+    output = layer(hidden, **arguments)
     return output if isinstance(output, torch.Tensor) else output[0] # transformers 4 gives a tuple, 5 a tensor
 
 # %% ../../nbs/models/04_replay.ipynb #93c4b0ad
 @dataclass(frozen=True)
-class KnownHeads:
+class HeadOutputs:
     "What the heads of a layer gave in an intact run."
     read: torch.Tensor # What the output projection read, [B, T, H*d]
     others: tuple[None, ...] | None # Stands for what else attention returns; None if it returns a tensor alone
@@ -67,25 +67,25 @@ def attention_of(model: nn.Module, layer: int) -> nn.Module:
     return decoder_layers(model)[layer].get_submodule(family_of(model.config).roles["output"].rpartition(".")[0])
 
 @contextmanager
-def recorded_heads(model: nn.Module, layer: int) -> Iterator[list[KnownHeads]]:
+def recorded_heads(model: nn.Module, layer: int) -> Iterator[list[HeadOutputs]]:
     "While the block runs, what the output projection of a layer reads is kept."
     kept, seen = [], []
     def projected(module: nn.Module, args: tuple, output: torch.Tensor) -> None: seen[:] = args[0], output
     def attended(module: nn.Module, args: tuple, output: object) -> None:
         first, *others = output if isinstance(output, tuple) else (output,)
         if seen and first is seen[1]:
-            kept.append(KnownHeads(seen[0], (None,) * len(others) if isinstance(output, tuple) else None))
+            kept.append(HeadOutputs(seen[0], (None,) * len(others) if isinstance(output, tuple) else None))
         seen.clear()
     with (output_projection(model, layer).register_forward_hook(projected),
           attention_of(model, layer).register_forward_hook(attended)): yield kept
 
 @contextmanager
-def given_heads(model: nn.Module, layer: int, known: KnownHeads, copies: int = 1) -> Iterator[None]:
+def replayed_heads(model: nn.Module, layer: int, kept: HeadOutputs, copies: int = 1) -> Iterator[None]:
     "While the block runs, the attention of a layer is only its output projection, of what the heads gave."
     project = output_projection(model, layer)
     def forward(*args: object, **kwargs: object) -> object:
-        made = project(known.read.repeat(copies, *[1] * (known.read.dim() - 1)) if copies > 1 else known.read)
-        return made if known.others is None else (made, *known.others)
+        made = project(kept.read.repeat(copies, *[1] * (kept.read.dim() - 1)) if copies > 1 else kept.read)
+        return made if kept.others is None else (made, *kept.others)
     with patch.object(attention_of(model, layer), "forward", forward): yield
 
 # %% ../../nbs/models/04_replay.ipynb #c013
@@ -110,7 +110,7 @@ class Prefix:
     "The tokens that every example starts with, read once by the intact model."
     calls: tuple[LayerCall, ...] # How each layer was called, with its input, [1, P, hidden]
     cache: PrefixCache # Keys and values of every layer, one row
-    heads: tuple[KnownHeads | None, ...] = () # What the heads of every layer gave; None where that is not known
+    heads: tuple[HeadOutputs | None, ...] = () # What the heads of every layer gave; None where that is not known
 
     @property
     def length(self) -> int:
@@ -167,16 +167,16 @@ def mapped(value: object, change: Callable[[torch.Tensor], torch.Tensor]) -> obj
 def repeated(call: LayerCall, times: int) -> LayerCall:
     "The same call for a batch that is repeated; an argument that is not known raises `BadInput`."
     if times == 1: return call
-    unknown = [name for name, value in call.given.items()
+    unknown = [name for name, value in call.arguments.items()
                if tensors_of(value) and name not in BY_EXAMPLE + WITHOUT_BATCH]
     if unknown:
         raise BadInput(f"A layer is called with {unknown[0]!r}, which is not known to have a row for each example: "
                        f"expected one of {', '.join(BY_EXAMPLE)}; score one head at a time.")
     def rows(tensor: torch.Tensor) -> torch.Tensor:
         return tensor if len(tensor) == 1 else tensor.repeat(times, *[1] * (tensor.dim() - 1))
-    given = {name: mapped(value, rows) if name in BY_EXAMPLE and tensors_of(value) else value
-             for name, value in call.given.items()}
-    return replace(call, given=given)
+    arguments = {name: mapped(value, rows) if name in BY_EXAMPLE and tensors_of(value) else value
+             for name, value in call.arguments.items()}
+    return replace(call, arguments=arguments)
 
 # %% ../../nbs/models/04_replay.ipynb #c029
 class KeysPassed(Exception):
@@ -194,7 +194,7 @@ class CatchKeys:
         raise KeysPassed
 
 @dataclass(frozen=True)
-class KnownKeys:
+class StoredKeys:
     "A cache that knows all keys and values already."
     kept: tuple[torch.Tensor, torch.Tensor] # Keys and values of all positions, [B, G, P + T, d] each
 
@@ -235,16 +235,16 @@ def mask_rows(mask: torch.Tensor | None, positions: torch.Tensor, length: int, b
 
 def can_be_cut(call: LayerCall) -> bool:
     "Whether a call can be made for a few positions only."
-    mask = call.given.get("attention_mask")
-    known = (*BY_POSITION, *NOT_CUT, "attention_mask")
-    if not all(name in known for name, value in call.given.items() if tensors_of(value)): return False
+    mask = call.arguments.get("attention_mask")
+    to_cut = (*BY_POSITION, *NOT_CUT, "attention_mask")
+    if not all(name in to_cut for name, value in call.arguments.items() if tensors_of(value)): return False
     return call.cache is not None and (mask is None or isinstance(mask, torch.Tensor) and mask.dim() == 4)
 
 def cut_call(call: LayerCall, positions: torch.Tensor, length: int, before: int = 0) -> LayerCall:
     "The same call for a few positions of each example."
-    given = dict(call.given)
+    arguments = dict(call.arguments)
     for name, axis in BY_POSITION.items():
-        if tensors_of(given.get(name)):
-            given[name] = mapped(given[name], lambda tensor: at_positions(tensor, axis, positions))
-    given["attention_mask"] = mask_rows(given.get("attention_mask"), positions, before + length, before)
-    return replace(call, given=given)
+        if tensors_of(arguments.get(name)):
+            arguments[name] = mapped(arguments[name], lambda tensor: at_positions(tensor, axis, positions))
+    arguments["attention_mask"] = mask_rows(arguments.get("attention_mask"), positions, before + length, before)
+    return replace(call, arguments=arguments)

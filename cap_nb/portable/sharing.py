@@ -38,6 +38,7 @@ from ..methods.prune import check_method, method_line, own_scope
 from ..methods.selection import pattern_of
 from ..methods.streaming import open_checkpoint, read_weight, streamed_report
 from ..models.anatomy import projections
+from ..models.loading import fingerprint_differences
 from .format import MANIFEST, check_whole, read_manifest
 from ..scoring import HeadLosses
 from ..threshold import PruneReport, zero_shares
@@ -167,7 +168,7 @@ def is_of(record: dict, method: str, sparsity: float) -> bool: # Whether the fol
 def cell_for(record: dict, run: Run, name: str) -> tuple[Evaluation, ...]:
     "What a run measured of a pruning; a run about another model, or without that cell, raises `BadInput`."
     about, base = run.configuration["model"], record["base"]
-    if about["fingerprint"] != base["fingerprint"]:
+    if fingerprint_differences(about["fingerprint"], base["fingerprint"]):
         raise BadInput(f"{name} is about {about['name']} with fingerprint {about['fingerprint'][:12]}: expected the "
                        f"base {base['name']} with {base['fingerprint'][:12]}; name a run on that model and dtype.")
     cell = [e for e in run.evaluations if is_of(record, e.method, e.sparsity)]

@@ -1,0 +1,532 @@
+"""What a number depends on is in its fingerprint: every input of a run is changed between two runs of one folder.
+
+Then the folder holds the numbers of the new input, or the run is refused in a sentence that names what changed. The inputs are the fields of the settings, of the
+model's configuration, of its generation settings and of its tokenizer as they are found, so that a new field is tried without a new line here.
+"""
+
+import importlib
+import json
+import shutil
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.nn.utils.prune
+from fixtures import tiny_llama
+from hub import arc_rows, byte_tokenizer, gsm8k_rows
+from safetensors.torch import load_file, save_file
+
+from cap_nb.calibration import calibration_set, overlap
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import read_checked, write_checked
+from cap_nb.data.problems import load_problems
+from cap_nb.evaluation import accuracy, evaluation_problems
+from cap_nb.jobs import job as job_module
+from cap_nb.jobs.job import run_job
+from cap_nb.jobs.plugins import plugins_loaded
+from cap_nb.jobs.records import load_run, pack_run, unpack_run
+from cap_nb.jobs.settings import Job, changed
+from cap_nb.methods.prune import prune
+from cap_nb.models.loading import load_model, model_fingerprint
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+SMALLEST = dict(
+    n=3,
+    k=1,
+    tasks=("gsm8k",),
+    evaluate_n=2,
+    loss_n=2,
+    windows=1,
+    window_tokens=32,
+    max_new_tokens=3,
+    methods=("cap",),
+    sparsities=(0.5,),
+    device="cpu",
+)
+# What a setting is changed to, where half as much again or its opposite is none of its values; a new setting of words wants a line here
+OTHER = {
+    "name": None,
+    "device": None,
+    "backend": None,
+    "data_dir": None,
+    "calibrate_on": "text",
+    "dtype": "bfloat16",
+    "tasks": ("arc",),
+    "style": "answer-line",
+    "calibration_seed": 5,
+    "text_share": 0.4,
+    "methods": ("magnitude",),
+    "sparsities": (0.3,),
+    "aggregation": "mean",
+    "score_target": "divergence",
+    "budget": 0.5,
+    "accuracy_tasks": ("arc",),
+    "text": "lab-text",
+    "evaluate_on": "validation",
+}
+# How a run's record calls a setting, where it is not the setting's own name
+RECORDED = {
+    "calibration_seed": "calibration.seed",
+    "calibrate_on": "calibration.on",
+    "accuracy_tasks": "evaluation.data.accuracy",
+    "evaluate_on": "evaluation.on",
+}
+WORDS = {"hidden_act": "gelu", "rope_type": "linear", "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+
+
+def save_folder(place):
+    """A tiny Llama with a chat template, and benchmark files."""
+    model, tokenizer = place / "model", byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tiny_llama(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        num_hidden_layers=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    ).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    for name, rows in {
+        "gsm8k/train.jsonl": gsm8k_rows("train"),
+        "gsm8k/test.jsonl": gsm8k_rows("test"),
+        **{f"arc/ARC-Challenge-{part}.jsonl": arc_rows(part) for part in ("Train", "Dev", "Test")},
+    }.items():
+        path = place / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(as_benchmark(row)) + "\n" for row in rows))
+    (place / "data" / "wikitext2").mkdir()
+    for name in ("test.txt", "valid.txt"):
+        (place / "data" / "wikitext2" / name).write_text(
+            "\n".join(f"The river of {name} runs {i} miles to the sea ." for i in range(40))
+        )
+
+
+def as_benchmark(row):
+    """A row of the hub as ARC's own file has it."""
+    if "choices" not in row:
+        return row
+    choices = [
+        {"text": text, "label": label}
+        for text, label in zip(row["choices"]["text"], row["choices"]["label"], strict=True)
+    ]
+    return {"id": row["id"], "question": {"stem": row["question"], "choices": choices}, "answerKey": row["answerKey"]}
+
+
+def job_in(place, **settings):
+    return changed(Job(), **SMALLEST | dict(name=str(place / "model"), data_dir=str(place / "data")) | settings)
+
+
+def numbers(folder):
+    """All that was measured, by cell."""
+    return {(e.method, e.sparsity): (e.answers, e.losses, e.perplexity) for e in load_run(folder).evaluations}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A finished run, with all that it was made of."""
+    place = tmp_path_factory.mktemp("inputs")
+    save_folder(place)
+    run_job(job_in(place), place / "run")
+    return place
+
+
+@pytest.fixture
+def place(first, tmp_path, monkeypatch):
+    """A copy that a test may change; names lead to the copy from the same working directory."""
+    shutil.copytree(first, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def check_taken_in(place, first, named, **settings):
+    """The folder goes on with the right numbers, or names what changed."""
+    try:
+        run_job(job_in(place, **settings), place / "fresh")
+    except BadInput as error:  # no model, or no run, has this value
+        assert "\n" not in str(error)
+        with pytest.raises(BadInput):
+            run_job(job_in(place, **settings), place / "run")
+        return "no such run"
+    wanted = numbers(place / "fresh")
+    try:
+        run_job(job_in(place, **settings), place / "run")
+    except BadInput as error:
+        assert named in str(error).replace("-", "_"), f"{named} is not named: {error}"
+        return "refused"
+    found = numbers(place / "run")
+    assert {cell: found[cell] for cell in wanted} == wanted, f"{named} was changed, and the numbers of before stand"
+    return "same" if wanted == {cell: numbers(first / "run").get(cell) for cell in wanted} else "anew"
+
+
+# ---- the settings ----
+SETTINGS = [setting for part in fields(Job) for setting in fields(part.default_factory)]
+
+
+def other_value(setting):
+    """Another value of a setting."""
+    if setting.name in OTHER:
+        return OTHER[setting.name]
+    value = SMALLEST.get(setting.name, setting.default)
+    assert type(value) in (int, float), (
+        f"tests/test_inputs.py does not know another value of {setting.name}: give one in OTHER"
+    )
+    return value + 1 if value < 100 else value // 2
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_a_changed_setting(setting, place, first):
+    value = other_value(setting)
+    if value is None:
+        pytest.skip(f"{setting.name} has no other value on every machine, or is tried below")
+    check_taken_in(place, first, RECORDED.get(setting.name, setting.name), **{setting.name: value})
+
+
+# ---- the files of the model ----
+def leaves(value, path=()):
+    """(path, value) of every setting of a configuration, inner ones too."""
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in leaves(inner, (*path, key))]
+    return [(path, value)]
+
+
+def other_leaf(path, value):
+    """Another value of the same kind; None where there is none to think of."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value * 1.5 + 0.25
+    return WORDS.get(path[-1])
+
+
+def change_leaf(file, path, value):
+    whole = json.loads(file.read_text())
+    inner = whole
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file.write_text(json.dumps(whole))
+
+
+CONFIG = [
+    (path, other_leaf(path, value))
+    for path, value in leaves(
+        json.loads(
+            tiny_llama(vocab_size=8, pad_token_id=1, bos_token_id=0, eos_token_id=1).config.to_json_string(
+                use_diff=False
+            )
+        )
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [each for each in CONFIG if each[1] is not None],
+    ids=lambda each: ".".join(each) if isinstance(each, tuple) else str(each),
+)
+def test_a_changed_configuration(path, value, place, first):
+    file = place / "model" / "config.json"
+    whole = json.loads(file.read_text())
+    for key in path[:-1]:
+        whole = whole.get(key, {})
+    if path[-1] not in whole and path[:-1]:
+        return  # older and newer versions of transformers name some inner fields differently
+    change_leaf(file, path, value)
+    check_taken_in(place, first, path[-1])
+
+
+# ---- what a folder says beside the configuration ----
+def edited(name, **settings):
+    def change(place):
+        path = place / "model" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+    return change
+
+
+def with_template(text):
+    return lambda place: (place / "model" / "chat_template.jinja").write_text(text)
+
+
+def another_weight(place):
+    path = place / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def another_problem(place):
+    for name in ("train", "test"):
+        path = place / "data" / "gsm8k" / f"{name}.jsonl"
+        path.write_text(path.read_text().replace(" more", " other"))
+
+
+def another_rule(place):
+    path = place / "model" / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    whole["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(whole))
+
+
+FILES = {
+    "a weight": (another_weight, "model.fingerprint"),
+    "the end of an answer": (edited("generation_config.json", eos_token_id=5), "generation.eos_token_id"),
+    "a setting of generation": (
+        edited("generation_config.json", repetition_penalty=1.5),
+        "generation.repetition_penalty",
+    ),
+    "the chat template": (with_template(TEMPLATE.replace("assistant: ", "answer: ")), "model.tokenizer"),
+    "how a text is cut": (another_rule, "model.tokenizer"),
+    "the problems": (another_problem, "calibration.fingerprint"),
+    "the text": (
+        lambda place: [path.write_text(path.read_text().upper()) for path in (place / "data" / "wikitext2").iterdir()],
+        "evaluation.data.text",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_changed_file(what, place, first):
+    change, named = FILES[what]
+    change(place)
+    assert check_taken_in(place, first, named) == "refused"
+
+
+def test_a_template_with_a_date_or_a_draw_gives_the_same_prompt(place):
+    dated = TEMPLATE + "{{ strftime_now('%d %b %Y %H') }} {{ range(9999) | random }}"
+    with_template(dated)(place)
+    for folder in ("dated", "dated"):
+        run_job(job_in(place), place / folder)
+    cells = numbers(place / "dated")
+    run_job(job_in(place, methods=("magnitude",), sparsities=(0.0,)), place / "zero")
+    assert numbers(place / "zero")["magnitude", 0.0] == cells["dense", 0.0] == numbers(place / "zero")["dense", 0.0]
+
+
+TEMPLATES = {
+    "drops the question": "user: say something\nassistant: ",
+    "syntax": "{% for m in messages %}",
+    "raises": "{{ raise_exception('no') }}",
+    "division": "{{ 1 / 0 }}",
+    "undefined": "{{ messages.nothing.at.all }}",
+    "filter": "{{ messages | nothing }}",
+    "index": "{{ messages[7]['content'] }}",
+}
+
+
+@pytest.mark.parametrize("what", TEMPLATES)
+def test_a_template_that_cannot_ask_is_refused(what, place):
+    with_template(TEMPLATES[what])(place)
+    with pytest.raises(BadInput, match="chat template") as error:
+        run_job(job_in(place), place / "new")
+    assert "\n" not in str(error.value) and not (place / "new").exists()
+
+
+def test_an_older_run_goes_on_and_says_what_it_does_not_cover(place, caplog):
+    """Before, a fingerprint was that of the weights alone."""
+    path = place / "run" / "run.json"
+    kept = read_checked(path)
+    kept["model"] = {
+        name: value for name, value in kept["model"].items() if name not in ("configuration", "generation")
+    }
+    kept["model"] |= {name: kept["model"][name].split("-")[0] for name in ("fingerprint", "tokenizer")}
+    write_checked(path, kept)
+    run_job(job_in(place, sparsities=(0.3,)), place / "run")
+    assert "says nothing of the model's configuration and generation" in caplog.text
+    assert read_checked(path)["model"] == kept["model"]
+
+
+def test_packing_leaves_what_is_no_record_where_it_is(place, caplog):
+    """A user's notes, another run inside, an empty folder: named, never removed, and back after unpacking."""
+    run = place / "run"
+    own = [
+        "my-notes.txt",
+        "evaluations/mine.txt",
+        "evaluations/dense-0.0/notes.md",
+        "evaluations/dense-0.0/own.csv",
+        "inner/run.json",
+        "plots/own.png",
+        "mine.jsonl",
+    ]
+    for name in own:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("{}")
+    (run / "nothing").mkdir()
+    before = {path.relative_to(run) for path in run.rglob("*")}
+    pack_run(run)
+    assert (
+        all((run / name).exists() for name in own if name != "evaluations/dense-0.0/own.csv")
+        and (run / "nothing").is_dir()
+    )
+    assert "inner/run.json" in caplog.text and "was left where it is" in caplog.text
+    unpack_run(run, place / "back")
+    assert before <= {path.relative_to(place / "back") for path in (place / "back").rglob("*")}
+    assert numbers(place / "back") == numbers(run)
+
+
+# ---- plugins ----
+ADD = "import torch\nfrom cap_nb.jobs.plugins import add_attribution, add_criterion\nfrom cap_nb.models.anatomy import anatomy\n"
+INTRUDERS = {
+    "edits the weight": ADD
+    + "def score(known):\n    known.weight.data.mul_(0.5)\n    return known.weight.abs()\nadd_criterion('mine', score)",
+    "edits the model": ADD
+    + "def scores(model, calibration, batch_tokens):\n    model.get_input_embeddings().weight.data.zero_()\n"
+    "    return torch.ones(anatomy(model).layers, anatomy(model).heads)\nadd_attribution('mine', scores)",
+    "ends the program": ADD + "add_criterion('mine', lambda known: exit())",
+}
+
+
+@pytest.mark.parametrize("what", INTRUDERS)
+def test_a_plugin_that_changes_what_it_is_given_is_refused(what, place):
+    (place / "my.py").write_text(INTRUDERS[what])
+    with plugins_loaded([place / "my.py"]), pytest.raises(BadInput, match="'mine'"):
+        run_job(
+            job_in(place, methods=("cap.mine",) if "attribution" in INTRUDERS[what].split("\n")[-1] else ("mine",)),
+            place / "new",
+        )
+
+
+def test_a_helper_of_a_plugin_is_part_of_it(place, monkeypatch):
+    monkeypatch.syspath_prepend(str(place))
+    (place / "my.py").write_text(
+        ADD + "from beside_my import power\nadd_criterion('mine', lambda known: known.weight.abs() ** power)"
+    )
+    for power in (1, 2):
+        (place / "beside_my.py").write_text(f"power = {power}")
+        monkeypatch.delitem(sys.modules, "beside_my", raising=False)
+        importlib.invalidate_caches()
+        with plugins_loaded([place / "my.py"]):
+            if power == 1:
+                run_job(job_in(place, methods=("mine",)), place / "new")
+            else:
+                with pytest.raises(BadInput, match="was made with another my.py"):
+                    run_job(job_in(place, methods=("mine",)), place / "new")
+
+
+def test_a_model_that_something_changed_ends_the_run(place, monkeypatch):
+    """Whatever changes the dense model between cells, outside of the weights that are put back."""
+    real = job_module.measure_piece
+
+    def measured(model, *rest):
+        model.get_input_embeddings().weight.data[0] += 1
+        return real(model, *rest)
+
+    monkeypatch.setattr(job_module, "measure_piece", measured)
+    with pytest.raises(BadInput, match="The dense model's weights changed while"):
+        run_job(job_in(place), place / "new")
+    assert not (place / "new" / "tables").exists()
+
+
+# ---- the model ----
+def test_a_file_that_is_overwritten_changes_no_loaded_model(place):
+    file = place / "model" / "model.safetensors"
+    model, _ = load_model(place / "model", device="cpu")
+    before, size = model_fingerprint(model), file.stat().st_size
+    with open(file, "r+b") as opened:
+        opened.seek(size // 2)
+        opened.write(b"\x11" * 1000)
+        opened.truncate(size - 10)
+    assert model_fingerprint(model) == before and model(torch.arange(9)[None]).logits.isfinite().all()
+
+
+def with_kind(dtype):
+    def change(place):
+        path, key = place / "model" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+        tensors = load_file(path)
+        save_file(tensors | {key: tensors[key].to(dtype)}, path, metadata={"format": "pt"})
+
+    return change
+
+
+def with_few_tokens(place):
+    path = place / "model" / "model.safetensors"
+    save_file(
+        {name: t[:200].clone() if t.shape[0] == 258 else t for name, t in load_file(path).items()},
+        path,
+        metadata={"format": "pt"},
+    )
+    edited("config.json", vocab_size=200)(place)
+
+
+NO_MODEL = {
+    **{
+        f"weights in {dtype}": (with_kind(dtype), "holds model.layers.1.mlp.up_proj.weight as")
+        for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)
+    },
+    "fewer layers than in the file": (
+        edited("config.json", num_hidden_layers=1),
+        "and 8 more, that its config.json knows no place for",
+    ),
+    "fewer embeddings than tokens": (with_few_tokens, "embeddings of 200 tokens"),
+}
+
+
+@pytest.mark.parametrize("what", NO_MODEL)
+def test_what_is_no_whole_model_is_refused(what, place):
+    change, sentence = NO_MODEL[what]
+    change(place)
+    with pytest.raises(BadInput, match=sentence):
+        load_model(place / "model", device="cpu")
+
+
+def test_stored_means_stored(place):
+    edited("config.json", dtype="float16", torch_dtype="float16")(place)
+    assert load_model(place / "model", device="cpu")[0].dtype == torch.float32
+
+
+REPARAMETRISED = {
+    "pruned by torch": lambda module: torch.nn.utils.prune.l1_unstructured(module, "weight", 0.5),
+    "weight_norm": torch.nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize("how", REPARAMETRISED)
+def test_weights_that_are_computed_anew_are_refused(how):
+    model = tiny_llama()
+    REPARAMETRISED[how](model.model.layers[1].mlp.up_proj)
+    with pytest.raises(BadInput, match="up_proj is computed from other tensors"):
+        prune(model, "magnitude", 0.5)
+
+
+def test_training_mode_is_refused_where_it_draws():
+    model = tiny_llama(attention_dropout=0.1).train()
+    with pytest.raises(BadInput, match="is in training mode and has dropout"):
+        prune(model, "magnitude", 0.5)
+    assert prune(model.eval(), "magnitude", 0.5).zeros
+
+
+def test_a_model_without_numbers_is_refused_by_answers_too(place):
+    model, tokenizer = load_model(place / "model", device="cpu")
+    model.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(BadInput, match="predictions are not numbers"):
+        accuracy(model, tokenizer, "gsm8k", 2, data_dir=place / "data", max_new_tokens=2)
+
+
+# ---- problems and texts that are one ----
+def test_problems_that_differ_in_spaces_and_case_are_one(place):
+    (first_row, *_), path = gsm8k_rows("train"), place / "data" / "gsm8k" / "test.jsonl"
+    again = first_row | {"question": first_row["question"].upper().replace(" ", "\u00a0 ")}
+    path.write_text(path.read_text() + json.dumps(again) + "\n")
+    problems = load_problems("gsm8k", "evaluation", place / "data")
+    calibrated = load_problems("gsm8k", "calibration", place / "data")
+    left = evaluation_problems("gsm8k", data_dir=place / "data", exclude={p.uid for p in calibrated})
+    assert len(left) == len(problems) - 1 and again["question"] not in {p.question for p in left}
+    _, tokenizer = load_model(place / "model", device="cpu")
+    calibration = calibration_set(tokenizer, ("gsm8k",), 16, 1, data_dir=place / "data")
+    assert len(overlap(calibration, problems)) == 1 and not overlap(calibration, left)
+
+
+def test_one_question_with_two_answers_is_refused(place):
+    (first_row, *_), path = gsm8k_rows("train"), place / "data" / "gsm8k" / "train.jsonl"
+    path.write_text(path.read_text() + json.dumps(first_row | {"answer": "I guess.\n#### 77"}) + "\n")
+    with pytest.raises(BadInput, match="asks what an earlier one asks and answers '77', not '1'"):
+        load_problems("gsm8k", "calibration", place / "data")
+
+
+def test_text_that_is_calibrated_on_is_not_measured_on(place):
+    texts = place / "data" / "wikitext2"
+    shutil.copyfile(texts / "valid.txt", texts / "test.txt")
+    with pytest.raises(BadInput, match="are calibrated on and measured on"):
+        run_job(job_in(place, calibrate_on="text", text_tokens=64), place / "new")
