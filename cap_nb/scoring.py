@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AGGREGATIONS', 'masked_head', 'target_losses', 'HeadLosses', 'score_heads_naive', 'causal_scores', 'score_interval',
-           'rank_correlation', 'split_half_reliability', 'plot_score_intervals', 'save_losses', 'load_losses']
+           'rank_correlation', 'split_half_reliability', 'plot_score_intervals']
 
 # %% ../nbs/01_scoring.ipynb #c008
 from contextlib import AbstractContextManager
@@ -245,46 +245,6 @@ def plot_score_intervals(
     numbers = [values.flatten().numpy() for values in (causal_scores(losses, how), *score_interval(losses, how))]
     groups = [f"layer {layer}" for layer in range(layers) for _ in range(heads)]
     return plot_intervals(*numbers, groups, f"causal score (nats), {how}")
-
-# %% ../nbs/01_scoring.ipynb #793bf642
-from pathlib import Path
-from cap_nb.core.errors import check_fields
-from cap_nb.core.files import read_tensors, write_tensors
-
-def check_table(losses: HeadLosses) -> None:
-    "Raise ValueError unless all parts of a table belong together, and every loss is finite."
-    losses.check_together()
-    if not (losses.masked.isfinite().all() and losses.intact.isfinite().all()):
-        raise ValueError("some loss is no finite number")
-
-# %% ../nbs/01_scoring.ipynb #2f3c2051
-@validate_arguments
-def save_losses(
-    losses: HeadLosses, # The table
-    path: str | Path, # Final name of the file
-) -> None:
-    "Save a table of losses with its provenance; equal tables give equal bytes."
-    about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
-    if losses.own_subset is not None: about["subset"] = losses.own_subset.tolist()
-    write_tensors(Path(path), {"masked": losses.masked, "intact": losses.intact}, about)
-
-@validate_arguments
-def load_losses(
-    path: str | Path, # A file that `save_losses` wrote
-) -> HeadLosses: # The table
-    "Load a table of losses; a missing, damaged or foreign file raises `BadInput`."
-    tensors, about = read_tensors(Path(path))
-    try:
-        if len(tensors) > 2: raise ValueError("it was measured in part, or holds more than losses")
-        columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
-        columns |= {name: about[name] for name in ("k", "seed", "meta")}
-        if "subset" in about: columns["own_subset"] = torch.tensor(about["subset"], dtype=torch.int64)
-        losses = check_fields(HeadLosses(masked=tensors["masked"], intact=tensors["intact"], **columns))
-        check_table(losses)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} holds no table of losses ({error}): expected a file written by 'cap score'; check the "
-                       "path.") from None
-    return losses
 
 # %% ../nbs/01_scoring.ipynb #c051
 def median_subset(losses: HeadLosses) -> torch.Tensor:

@@ -25,7 +25,7 @@ from .jobs.settings import changed, FineTuning, Job, PruneSettings, Shrinking, S
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
 from .methods.prune import check_method, needs_of, prune, unit_factors
-from .methods.resumed_scoring import check_target, help_scoring, Request, table_scorer
+from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, table_scorer
 from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
     check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
@@ -37,7 +37,7 @@ from .portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
 from .portable.shrink import check_shrinking, shrink_to, Shrunk, shrunk_record
 from .regions import Factors
-from .scoring import HeadLosses, save_losses
+from .scoring import HeadLosses
 from .threshold import PruneReport
 
 # %% ../nbs/single_steps.ipynb #64f83dbc

@@ -25,7 +25,7 @@ from cap_nb.models.loading import load_model, save_model
 from cap_nb.command_line import OPTION_NAMES, app, comments
 from cap_nb.jobs.records import load_run, packed_texts
 from cap_nb.jobs.settings import Job
-from cap_nb.scoring import load_losses
+from cap_nb.methods.resumed_scoring import load_losses
 from conftest import ROOT
 
 FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]

@@ -3,29 +3,79 @@
 Then the folder holds the numbers of the new input, or the run is refused in a sentence that names what changed. The inputs are the fields of the settings, of the
 model's configuration, of its generation settings and of its tokenizer as they are found, so that a new field is tried without a new line here.
 """
+
+import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.utils.prune
 from fixtures import tiny_llama
 from hub import arc_rows, byte_tokenizer, gsm8k_rows
 from safetensors.torch import load_file, save_file
 
+from cap_nb.calibration import calibration_set, overlap
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_checked, write_checked
+from cap_nb.core.files import check_new_folder, read_checked, whole_folder, write_checked
+from cap_nb.data.problems import load_problems
+from cap_nb.evaluation import accuracy, evaluation_problems
+from cap_nb.jobs import job as job_module
 from cap_nb.jobs.job import run_job
-from cap_nb.jobs.records import load_run
+from cap_nb.jobs.plugins import plugins_loaded
+from cap_nb.jobs.records import load_run, pack_run, unpack_run
 from cap_nb.jobs.settings import Job, changed
+from cap_nb.methods.layer_walk import launched_processes
+from cap_nb.methods.prune import prune
+from cap_nb.models.loading import load_model, model_fingerprint
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
-SMALLEST = dict(n=3, k=1, tasks=("gsm8k",), evaluate_n=2, loss_n=2, windows=1, window_tokens=32, max_new_tokens=3, methods=("cap",), sparsities=(0.5,), device="cpu")
+SMALLEST = dict(
+    n=3,
+    k=1,
+    tasks=("gsm8k",),
+    evaluate_n=2,
+    loss_n=2,
+    windows=1,
+    window_tokens=32,
+    max_new_tokens=3,
+    methods=("cap",),
+    sparsities=(0.5,),
+    device="cpu",
+)
 # What a setting is changed to, where half as much again or its opposite is none of its values; a new setting of words wants a line here
-OTHER = {"name": None, "device": None, "backend": None, "data_dir": None, "calibrate_on": "text", "dtype": "bfloat16", "tasks": ("arc",), "style": "answer-line",
-         "calibration_seed": 5, "text_share": 0.4, "methods": ("magnitude",), "sparsities": (0.3,), "aggregation": "mean", "score_target": "divergence", "budget": 0.5,
-         "accuracy_tasks": ("arc",), "text": "lab-text", "evaluate_on": "validation"}
+OTHER = {
+    "name": None,
+    "device": None,
+    "backend": None,
+    "data_dir": None,
+    "calibrate_on": "text",
+    "dtype": "bfloat16",
+    "tasks": ("arc",),
+    "style": "answer-line",
+    "calibration_seed": 5,
+    "text_share": 0.4,
+    "methods": ("magnitude",),
+    "sparsities": (0.3,),
+    "aggregation": "mean",
+    "score_target": "divergence",
+    "budget": 0.5,
+    "accuracy_tasks": ("arc",),
+    "text": "lab-text",
+    "evaluate_on": "validation",
+}
 # How a run's record calls a setting, where it is not the setting's own name
-RECORDED = {"calibration_seed": "calibration.seed", "calibrate_on": "calibration.on", "accuracy_tasks": "evaluation.data.accuracy", "evaluate_on": "evaluation.on"}
+RECORDED = {
+    "calibration_seed": "calibration.seed",
+    "calibrate_on": "calibration.on",
+    "accuracy_tasks": "evaluation.data.accuracy",
+    "evaluate_on": "evaluation.on",
+}
 WORDS = {"hidden_act": "gelu", "rope_type": "linear", "dtype": "bfloat16", "torch_dtype": "bfloat16"}
 
 
@@ -33,23 +83,38 @@ def save_folder(place):
     """A tiny Llama with a chat template, and benchmark files."""
     model, tokenizer = place / "model", byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=1024, num_hidden_layers=2, bos_token_id=0, eos_token_id=1, pad_token_id=1).save_pretrained(model)
+    tiny_llama(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        num_hidden_layers=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    ).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    for name, rows in {"gsm8k/train.jsonl": gsm8k_rows("train"), "gsm8k/test.jsonl": gsm8k_rows("test"),
-                       **{f"arc/ARC-Challenge-{part}.jsonl": arc_rows(part) for part in ("Train", "Dev", "Test")}}.items():
+    for name, rows in {
+        "gsm8k/train.jsonl": gsm8k_rows("train"),
+        "gsm8k/test.jsonl": gsm8k_rows("test"),
+        **{f"arc/ARC-Challenge-{part}.jsonl": arc_rows(part) for part in ("Train", "Dev", "Test")},
+    }.items():
         path = place / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(as_benchmark(row)) + "\n" for row in rows))
     (place / "data" / "wikitext2").mkdir()
     for name in ("test.txt", "valid.txt"):
-        (place / "data" / "wikitext2" / name).write_text("\n".join(f"The river of {name} runs {i} miles to the sea ." for i in range(40)))
+        (place / "data" / "wikitext2" / name).write_text(
+            "\n".join(f"The river of {name} runs {i} miles to the sea ." for i in range(40))
+        )
 
 
 def as_benchmark(row):
     """A row of the hub as ARC's own file has it."""
     if "choices" not in row:
         return row
-    choices = [{"text": text, "label": label} for text, label in zip(row["choices"]["text"], row["choices"]["label"], strict=True)]
+    choices = [
+        {"text": text, "label": label}
+        for text, label in zip(row["choices"]["text"], row["choices"]["label"], strict=True)
+    ]
     return {"id": row["id"], "question": {"stem": row["question"], "choices": choices}, "answerKey": row["answerKey"]}
 
 
@@ -107,7 +172,9 @@ def other_value(setting):
     if setting.name in OTHER:
         return OTHER[setting.name]
     value = SMALLEST.get(setting.name, setting.default)
-    assert type(value) in (int, float), f"tests/test_inputs.py does not know another value of {setting.name}: give one in OTHER"
+    assert type(value) in (int, float), (
+        f"tests/test_inputs.py does not know another value of {setting.name}: give one in OTHER"
+    )
     return value + 1 if value < 100 else value // 2
 
 
@@ -147,10 +214,23 @@ def change_leaf(file, path, value):
     file.write_text(json.dumps(whole))
 
 
-CONFIG = [(path, other_leaf(path, value)) for path, value in leaves(json.loads(tiny_llama(vocab_size=8, pad_token_id=1, bos_token_id=0, eos_token_id=1).config.to_json_string(use_diff=False)))]
+CONFIG = [
+    (path, other_leaf(path, value))
+    for path, value in leaves(
+        json.loads(
+            tiny_llama(vocab_size=8, pad_token_id=1, bos_token_id=0, eos_token_id=1).config.to_json_string(
+                use_diff=False
+            )
+        )
+    )
+]
 
 
-@pytest.mark.parametrize("path, value", [each for each in CONFIG if each[1] is not None], ids=lambda each: ".".join(each) if isinstance(each, tuple) else str(each))
+@pytest.mark.parametrize(
+    "path, value",
+    [each for each in CONFIG if each[1] is not None],
+    ids=lambda each: ".".join(each) if isinstance(each, tuple) else str(each),
+)
 def test_a_changed_configuration(path, value, place, first):
     file = place / "model" / "config.json"
     whole = json.loads(file.read_text())
@@ -167,6 +247,7 @@ def edited(name, **settings):
     def change(place):
         path = place / "model" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
     return change
 
 
@@ -194,11 +275,21 @@ def another_rule(place):
     path.write_text(json.dumps(whole))
 
 
-FILES = {"a weight": (another_weight, "model.fingerprint"), "the end of an answer": (edited("generation_config.json", eos_token_id=5), "generation.eos_token_id"),
-         "a setting of generation": (edited("generation_config.json", repetition_penalty=1.5), "generation.repetition_penalty"),
-         "the chat template": (with_template(TEMPLATE.replace("assistant: ", "answer: ")), "model.tokenizer"), "how a text is cut": (another_rule, "model.tokenizer"),
-         "the problems": (another_problem, "calibration.fingerprint"),
-         "the text": (lambda place: [path.write_text(path.read_text().upper()) for path in (place / "data" / "wikitext2").iterdir()], "evaluation.data.text")}
+FILES = {
+    "a weight": (another_weight, "model.fingerprint"),
+    "the end of an answer": (edited("generation_config.json", eos_token_id=5), "generation.eos_token_id"),
+    "a setting of generation": (
+        edited("generation_config.json", repetition_penalty=1.5),
+        "generation.repetition_penalty",
+    ),
+    "the chat template": (with_template(TEMPLATE.replace("assistant: ", "answer: ")), "model.tokenizer"),
+    "how a text is cut": (another_rule, "model.tokenizer"),
+    "the problems": (another_problem, "calibration.fingerprint"),
+    "the text": (
+        lambda place: [path.write_text(path.read_text().upper()) for path in (place / "data" / "wikitext2").iterdir()],
+        "evaluation.data.text",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", FILES)
@@ -218,8 +309,15 @@ def test_a_template_with_a_date_or_a_draw_gives_the_same_prompt(place):
     assert numbers(place / "zero")["magnitude", 0.0] == cells["dense", 0.0] == numbers(place / "zero")["dense", 0.0]
 
 
-TEMPLATES = {"drops the question": "user: say something\nassistant: ", "syntax": "{% for m in messages %}", "raises": "{{ raise_exception('no') }}",
-             "division": "{{ 1 / 0 }}", "undefined": "{{ messages.nothing.at.all }}", "filter": "{{ messages | nothing }}", "index": "{{ messages[7]['content'] }}"}
+TEMPLATES = {
+    "drops the question": "user: say something\nassistant: ",
+    "syntax": "{% for m in messages %}",
+    "raises": "{{ raise_exception('no') }}",
+    "division": "{{ 1 / 0 }}",
+    "undefined": "{{ messages.nothing.at.all }}",
+    "filter": "{{ messages | nothing }}",
+    "index": "{{ messages[7]['content'] }}",
+}
 
 
 @pytest.mark.parametrize("what", TEMPLATES)
@@ -234,9 +332,265 @@ def test_an_older_run_goes_on_and_says_what_it_does_not_cover(place, caplog):
     """Before, a fingerprint was that of the weights alone."""
     path = place / "run" / "run.json"
     kept = read_checked(path)
-    kept["model"] = {name: value for name, value in kept["model"].items() if name not in ("configuration", "generation")}
+    kept["model"] = {
+        name: value for name, value in kept["model"].items() if name not in ("configuration", "generation")
+    }
     kept["model"] |= {name: kept["model"][name].split("-")[0] for name in ("fingerprint", "tokenizer")}
     write_checked(path, kept)
     run_job(job_in(place, sparsities=(0.3,)), place / "run")
     assert "says nothing of the model's configuration and generation" in caplog.text
     assert read_checked(path)["model"] == kept["model"]
+
+
+def test_packing_leaves_what_is_no_record_where_it_is(place, caplog):
+    """A user's notes, another run inside, an empty folder: named, never removed, and back after unpacking."""
+    run = place / "run"
+    own = [
+        "my-notes.txt",
+        "evaluations/mine.txt",
+        "evaluations/dense-0.0/notes.md",
+        "evaluations/dense-0.0/own.csv",
+        "inner/run.json",
+        "plots/own.png",
+        "mine.jsonl",
+    ]
+    for name in own:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("{}")
+    (run / "nothing").mkdir()
+    before = {path.relative_to(run) for path in run.rglob("*")}
+    pack_run(run)
+    assert (
+        all((run / name).exists() for name in own if name != "evaluations/dense-0.0/own.csv")
+        and (run / "nothing").is_dir()
+    )
+    assert "inner/run.json" in caplog.text and "was left where it is" in caplog.text
+    unpack_run(run, place / "back")
+    assert before <= {path.relative_to(place / "back") for path in (place / "back").rglob("*")}
+    assert numbers(place / "back") == numbers(run)
+
+
+# ---- plugins ----
+ADD = "import torch\nfrom cap_nb.jobs.plugins import add_attribution, add_criterion\nfrom cap_nb.models.anatomy import anatomy\n"
+INTRUDERS = {
+    "edits the weight": ADD
+    + "def score(known):\n    known.weight.data.mul_(0.5)\n    return known.weight.abs()\nadd_criterion('mine', score)",
+    "edits the model": ADD
+    + "def scores(model, calibration, batch_tokens):\n    model.get_input_embeddings().weight.data.zero_()\n"
+    "    return torch.ones(anatomy(model).layers, anatomy(model).heads)\nadd_attribution('mine', scores)",
+    "ends the program": ADD + "add_criterion('mine', lambda known: exit())",
+}
+
+
+@pytest.mark.parametrize("what", INTRUDERS)
+def test_a_plugin_that_changes_what_it_is_given_is_refused(what, place):
+    (place / "my.py").write_text(INTRUDERS[what])
+    with plugins_loaded([place / "my.py"]), pytest.raises(BadInput, match="'mine'"):
+        run_job(
+            job_in(place, methods=("cap.mine",) if "attribution" in INTRUDERS[what].split("\n")[-1] else ("mine",)),
+            place / "new",
+        )
+
+
+def test_a_helper_of_a_plugin_is_part_of_it(place, monkeypatch):
+    monkeypatch.syspath_prepend(str(place))
+    (place / "my.py").write_text(
+        ADD + "from beside_my import power\nadd_criterion('mine', lambda known: known.weight.abs() ** power)"
+    )
+    for power in (1, 2):
+        (place / "beside_my.py").write_text(f"power = {power}")
+        monkeypatch.delitem(sys.modules, "beside_my", raising=False)
+        importlib.invalidate_caches()
+        with plugins_loaded([place / "my.py"]):
+            if power == 1:
+                run_job(job_in(place, methods=("mine",)), place / "new")
+            else:
+                with pytest.raises(BadInput, match="was made with another my.py"):
+                    run_job(job_in(place, methods=("mine",)), place / "new")
+
+
+def test_a_model_that_something_changed_ends_the_run(place, monkeypatch):
+    """Whatever changes the dense model between cells, outside of the weights that are put back."""
+    real = job_module.measure_piece
+
+    def measured(model, *rest):
+        model.get_input_embeddings().weight.data[0] += 1
+        return real(model, *rest)
+
+    monkeypatch.setattr(job_module, "measure_piece", measured)
+    with pytest.raises(BadInput, match="The dense model's weights changed while"):
+        run_job(job_in(place), place / "new")
+    assert not (place / "new" / "tables").exists()
+
+
+# ---- the model ----
+def test_a_file_that_is_overwritten_changes_no_loaded_model(place):
+    file = place / "model" / "model.safetensors"
+    model, _ = load_model(place / "model", device="cpu")
+    before, size = model_fingerprint(model), file.stat().st_size
+    with open(file, "r+b") as opened:
+        opened.seek(size // 2)
+        opened.write(b"\x11" * 1000)
+        opened.truncate(size - 10)
+    assert model_fingerprint(model) == before and model(torch.arange(9)[None]).logits.isfinite().all()
+
+
+def with_kind(dtype):
+    def change(place):
+        path, key = place / "model" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+        tensors = load_file(path)
+        save_file(tensors | {key: tensors[key].to(dtype)}, path, metadata={"format": "pt"})
+
+    return change
+
+
+def with_few_tokens(place):
+    path = place / "model" / "model.safetensors"
+    save_file(
+        {name: t[:200].clone() if t.shape[0] == 258 else t for name, t in load_file(path).items()},
+        path,
+        metadata={"format": "pt"},
+    )
+    edited("config.json", vocab_size=200)(place)
+
+
+NO_MODEL = {
+    **{
+        f"weights in {dtype}": (with_kind(dtype), "holds model.layers.1.mlp.up_proj.weight as")
+        for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)
+    },
+    "fewer layers than in the file": (
+        edited("config.json", num_hidden_layers=1),
+        "and 8 more, that its config.json knows no place for",
+    ),
+    "fewer embeddings than tokens": (with_few_tokens, "embeddings of 200 tokens"),
+}
+
+
+@pytest.mark.parametrize("what", NO_MODEL)
+def test_what_is_no_whole_model_is_refused(what, place):
+    change, sentence = NO_MODEL[what]
+    change(place)
+    with pytest.raises(BadInput, match=sentence):
+        load_model(place / "model", device="cpu")
+
+
+def test_stored_means_stored(place):
+    edited("config.json", dtype="float16", torch_dtype="float16")(place)
+    assert load_model(place / "model", device="cpu")[0].dtype == torch.float32
+
+
+REPARAMETRISED = {
+    "pruned by torch": lambda module: torch.nn.utils.prune.l1_unstructured(module, "weight", 0.5),
+    "weight_norm": torch.nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize("how", REPARAMETRISED)
+def test_weights_that_are_computed_anew_are_refused(how):
+    model = tiny_llama()
+    REPARAMETRISED[how](model.model.layers[1].mlp.up_proj)
+    with pytest.raises(BadInput, match="up_proj is computed from other tensors"):
+        prune(model, "magnitude", 0.5)
+
+
+def test_training_mode_is_refused_where_it_draws():
+    model = tiny_llama(attention_dropout=0.1).train()
+    with pytest.raises(BadInput, match="is in training mode and has dropout"):
+        prune(model, "magnitude", 0.5)
+    assert prune(model.eval(), "magnitude", 0.5).zeros
+
+
+def test_a_model_without_numbers_is_refused_by_answers_too(place):
+    model, tokenizer = load_model(place / "model", device="cpu")
+    model.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(BadInput, match="predictions are not numbers"):
+        accuracy(model, tokenizer, "gsm8k", 2, data_dir=place / "data", max_new_tokens=2)
+
+
+# ---- problems and texts that are one ----
+def test_problems_that_differ_in_spaces_and_case_are_one(place):
+    (first_row, *_), path = gsm8k_rows("train"), place / "data" / "gsm8k" / "test.jsonl"
+    again = first_row | {"question": first_row["question"].upper().replace(" ", "\u00a0 ")}
+    path.write_text(path.read_text() + json.dumps(again) + "\n")
+    problems = load_problems("gsm8k", "evaluation", place / "data")
+    calibrated = load_problems("gsm8k", "calibration", place / "data")
+    left = evaluation_problems("gsm8k", data_dir=place / "data", exclude={p.uid for p in calibrated})
+    assert len(left) == len(problems) - 1 and again["question"] not in {p.question for p in left}
+    _, tokenizer = load_model(place / "model", device="cpu")
+    calibration = calibration_set(tokenizer, ("gsm8k",), 16, 1, data_dir=place / "data")
+    assert len(overlap(calibration, problems)) == 1 and not overlap(calibration, left)
+
+
+def test_one_question_with_two_answers_is_refused(place):
+    (first_row, *_), path = gsm8k_rows("train"), place / "data" / "gsm8k" / "train.jsonl"
+    path.write_text(path.read_text() + json.dumps(first_row | {"answer": "I guess.\n#### 77"}) + "\n")
+    with pytest.raises(BadInput, match="asks what an earlier one asks and answers '77', not '1'"):
+        load_problems("gsm8k", "calibration", place / "data")
+
+
+def test_text_that_is_calibrated_on_is_not_measured_on(place):
+    texts = place / "data" / "wikitext2"
+    shutil.copyfile(texts / "valid.txt", texts / "test.txt")
+    with pytest.raises(BadInput, match="are calibrated on and measured on"):
+        run_job(job_in(place, calibrate_on="text", text_tokens=64), place / "new")
+
+
+# ---- where the result goes ----
+def test_a_name_that_nothing_can_take_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", str(tmp_path)):
+        with pytest.raises(BadInput, match="is the folder that the command runs in"):
+            check_new_folder(Path(name))
+    with pytest.raises(BadInput, match="exists already|is a disk of its own"):
+        check_new_folder(Path("/proc"))
+
+
+def test_what_is_whole_is_kept_when_its_name_is_taken_meanwhile(tmp_path):
+    with pytest.raises(BadInput, match="is whole in new.[0-9]+ beside it"), whole_folder(tmp_path / "new") as part:
+        (part / "made").write_text("made")
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "another's").write_text("other")
+    (kept,) = tmp_path.glob("new.*")
+    assert (kept / "made").read_text() == "made" and (tmp_path / "new" / "another's").read_text() == "other"
+
+
+def test_half_written_files_of_a_process_in_another_container_stay(tmp_path):
+    """Its number means nothing here; its lock does."""
+    part = tmp_path / ".new.4194999.part"
+    part.mkdir()
+    script = "import sys\nfrom pathlib import Path\nfrom cap_nb.core.files import locked\nwith locked(Path(sys.argv[1])): print('in', flush=True), sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(part)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with whole_folder(tmp_path / "new"):
+            assert part.exists()
+        other.stdin.close()
+    shutil.rmtree(tmp_path / "new")
+    with whole_folder(tmp_path / "new"):
+        assert not part.exists()
+
+
+def test_an_environment_that_makes_no_sense_is_one_sentence(tmp_path):
+    wrong = {"TQDM_MININTERVAL": ("abc", "TQDM_MININTERVAL is 'abc': expected a number")}
+    for name, (value, sentence) in wrong.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "cap_nb", "methods"], env=os.environ | {name: value}, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, "-m", "cap_nb", "--help"],
+        env=os.environ | {"MPLBACKEND": "nonsense"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+
+
+def test_half_a_launch_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BadInput, match="WORLD_SIZE is 2 and MASTER_ADDR is not set"):
+        launched_processes()

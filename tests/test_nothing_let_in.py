@@ -27,7 +27,7 @@ from cap_nb.jobs.records import unpack_run
 from cap_nb.jobs.sweeps import read_config
 from cap_nb.models.loading import load_model
 from cap_nb.portable.quantised import export_gguf
-from cap_nb.scoring import load_losses
+from cap_nb.methods.resumed_scoring import load_losses
 from conftest import ROOT
 from fixtures import tiny_llama
 from hub import byte_tokenizer

@@ -42,7 +42,7 @@ from cap_nb.models.loading import config_of, load_gguf, load_tokenizer
 from cap_nb.portable.format import CHECKSUM, FORMAT, VERSION, Entry, header_of, open_shard, read_manifest
 from cap_nb.portable.quantised import export_gguf
 from cap_nb.portable.sharing import ALWAYS, read_record
-from cap_nb.scoring import load_losses
+from cap_nb.methods.resumed_scoring import load_losses
 from conftest import ROOT
 from fixtures import tiny_llama
 from hub import byte_tokenizer

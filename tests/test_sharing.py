@@ -25,7 +25,7 @@ from cap_nb.methods.streaming import save_norms
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.portable import sharing
 from cap_nb.portable.sharing import KEY, model_card, publish, read_record, zeros_of_folder
-from cap_nb.scoring import save_losses
+from cap_nb.methods.resumed_scoring import save_losses
 from cap_nb.threshold import prune_report
 from conftest import ROOT
 

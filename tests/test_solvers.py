@@ -47,8 +47,8 @@ def test_divergences_equal_those_of_whole_passes(name):
             set_shares([LEVELS[1]])
             changed = predictions(model, calibration)
         slow = torch.stack([(p.exp() * (p - q)).sum(-1).double().mean() for p, q in zip(intact, changed)])
-        torch.testing.assert_close(fast.kl[r, 1].float(), slow.float(), atol=2e-6, rtol=1e-4)
-    assert fast.kl.max() > 1e-6, "pruning must move some prediction"
+        torch.testing.assert_close(fast[r, 1].float(), slow.float(), atol=2e-6, rtol=1e-4)
+    assert fast.max() > 1e-6, "pruning must move some prediction"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

@@ -44,8 +44,8 @@ from cap_nb.models.lab import lab_model, train_lab
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.portable.fine_tuning import held_zeros, recover
 from cap_nb.portable.format import export_folder
-from cap_nb.scoring import HeadLosses, causal_scores, load_losses, masked_head, rank_correlation, save_losses, score_interval
-from cap_nb.methods.resumed_scoring import score_heads
+from cap_nb.scoring import HeadLosses, causal_scores, masked_head, rank_correlation, score_interval
+from cap_nb.methods.resumed_scoring import load_losses, save_losses, score_heads
 from fixtures import tiny_llama
 from programs import cap, finished
 

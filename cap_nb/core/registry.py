@@ -62,6 +62,7 @@ FORMATS: Registry[ExportFormat] = Registry("cap_nb.portable.format", "cap_nb.por
 
 # %% ../../nbs/core/05_registry.ipynb #61f32b45
 import functools
+import hashlib
 import inspect
 import re
 import traceback
@@ -95,15 +96,34 @@ def error_in_words(error: BaseException, file: str) -> str:
     if not isinstance(error, BadInput): message = f"{type(error).__name__}{message and ', '}{message}"
     return f"line {lines[-1]}: {message}" if lines else message
 
+def hash_of_tensors(given: object) -> str: # 32 hexadecimal digits
+    "A hash of every number in what a function is given: a model, tensors, or objects and tables that hold some."
+    import torch # here, since `cap --help` reads this module and needs no torch
+    digest, waiting = hashlib.blake2b(digest_size=16), [given]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            if not (value.is_meta or value.is_sparse):
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, torch.nn.Module): waiting += [*value.parameters(), *value.buffers()]
+        elif isinstance(value, dict): waiting += value.values()
+        elif isinstance(value, (list, tuple)): waiting += value
+        elif hasattr(value, "__dict__") and not isinstance(value, type): waiting += vars(value).values()
+    return digest.hexdigest()
+
 def in_a_sentence(function: Callable, whose: str) -> Callable:
-    "Turn an error in a user's function into `BadInput`; its own ones pass."
+    "Turn an error in a user's function, or a change of what it was given, into `BadInput`; its own ones pass."
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        try: return function(*args, **kwargs)
+        before = hash_of_tensors([args, kwargs])
+        try: result = function(*args, **kwargs)
         except BadInput: raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             went_wrong = error_in_words(error, getattr(function, "__code__", wrapped.__code__).co_filename)
             raise BadInput(f"The function of {whose} failed ({went_wrong}): expected a result; correct it.") from error
+        if hash_of_tensors([args, kwargs]) == before: return result
+        raise BadInput(f"The function of {whose} changed the model or the numbers that it was given: expected both as "
+                       "they were; work on a copy, as weight.clone() is one.")
     return wrapped
 
 # %% ../../nbs/core/05_registry.ipynb #220c9503

@@ -6,9 +6,30 @@
 __all__ = ['claims_ledger', 'plot_claims', 'write_ledger']
 
 # %% ../../nbs/experiments/02_claims.ipynb #b9d08fe8
+import csv
+import itertools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from cap_nb.analysis import Comparison
+from importlib.resources import files
+from pathlib import Path
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from ..analysis import (
+    Comparison, LEVEL, comparable_parts, correct_family, mcnemar_exact, paired_values, paper_measure, sign_flip_test)
+from ..calibration import deal_subsets
+from ..core.errors import BadInput, validate_arguments
+from ..core.files import read_checked, sha256_of_file, write_json
+from ..core.plots import blank_figure, in_style, save_figure
+from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, wilson_interval
+from .seeds import split_variance, student_quantile
+from .variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
+from ..jobs.records import PACKED, Run, cell_name, is_run, load_run, read_run, settings_of
+from ..jobs.report import write_text
+from ..jobs.tables import interval_text, latex_text, markdown_rows, p_text
+from ..scoring import HeadLosses, causal_scores, rank_correlation, split_half_reliability
 
 # %% ../../nbs/experiments/02_claims.ipynb #fbebd42d
 SUPPORTED, CONTRADICTED, UNDECIDED = VERDICTS = ("supported", "contradicted", "undecided")
@@ -19,12 +40,6 @@ def verdict(comparison: Comparison | None, expected: tuple[float, float]) -> str
     if comparison.within(*expected): return SUPPORTED
     outside = comparison.within(-math.inf, expected[0]) or comparison.within(expected[1], math.inf)
     return CONTRADICTED if outside else UNDECIDED
-
-# %% ../../nbs/experiments/02_claims.ipynb #669b2c8b
-import csv
-from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
 
 # %% ../../nbs/experiments/02_claims.ipynb #751c8f0c
 @dataclass(frozen=True)
@@ -51,13 +66,6 @@ def read_claims(path: str | Path) -> tuple[Claim, ...]: # Its rows
     return tuple(Claim(**row | {name: float(row[name] or "nan") for name in numbers}) for row in rows)
 
 CLAIMS = read_claims(files("cap_nb.experiments")/"claims.csv") # Every claim of the ledger, in its order
-
-# %% ../../nbs/experiments/02_claims.ipynb #4c0118cf
-from cap_nb.core.errors import BadInput, validate_arguments
-from cap_nb.core.files import read_checked
-from cap_nb.evaluation import AnswerRecord, Evaluation
-from cap_nb.jobs.records import PACKED, Run, is_run, load_run, read_run, settings_of
-from cap_nb.scoring import HeadLosses
 
 # %% ../../nbs/experiments/02_claims.ipynb #4556c275
 Cells = Mapping[tuple[str, float], Evaluation] # (method or variant, sparsity) -> what was measured
@@ -217,12 +225,6 @@ def read_model(figures: str | Path, name: str) -> ModelRecords: # What was run o
         studies=studies_of(figures, name, run.configuration["model"]), has_variants=claims.exists(),
         folders=tuple(folder for folder in (*folders, *judged) if folder.exists()))
 
-# %% ../../nbs/experiments/02_claims.ipynb #208cf158
-import numpy as np
-from cap_nb.analysis import comparable_parts, mcnemar_exact, paired_values, paper_measure, sign_flip_test
-from cap_nb.evaluation import bootstrap_interval, wilson_interval
-from cap_nb.experiments.seeds import split_variance
-
 # %% ../../nbs/experiments/02_claims.ipynb #2013ba48
 TASKS_TOGETHER, ON_TEXT = "tasks", "perplexity"
 Measure = Callable[[Claim, ModelRecords, float], Comparison | None] # Case, records, confidence -> what was measured
@@ -313,15 +315,6 @@ def gap_of_parts(case: Claim, records: ModelRecords, confidence: float) -> Compa
     return gain_comparison(inside - outside, unit, confidence)
 
 MEASURES: dict[str, Measure] = {"gain": gain_of, "margin": margin_of, "gap of MLPs and attention": gap_of_parts}
-
-# %% ../../nbs/experiments/02_claims.ipynb #e8f85093
-import itertools
-import torch
-from cap_nb.calibration import deal_subsets
-from cap_nb.experiments.seeds import student_quantile
-from cap_nb.experiments.variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
-from cap_nb.jobs.records import cell_name
-from cap_nb.scoring import causal_scores, rank_correlation, split_half_reliability
 
 # %% ../../nbs/experiments/02_claims.ipynb #61f0393b
 def positive_scores(losses: HeadLosses, how: str = "paper") -> torch.Tensor:
@@ -612,15 +605,6 @@ def right_answers_kept(case: Claim, records: ModelRecords, confidence: float) ->
 MEASURES |= dict.fromkeys(IN_STUDY, gain_in_study) | {
     "answers gained by calibration sets": answers_of_sets, "beyond the sum": beyond_the_sum, "screening": screening,
     "layer errors left": layer_errors, "right answers kept": right_answers_kept}
-
-# %% ../../nbs/experiments/02_claims.ipynb #3b4709ea
-import pandas as pd
-from matplotlib.figure import Figure
-from cap_nb.analysis import LEVEL, correct_family
-from cap_nb.core.files import sha256_of_file, write_json
-from cap_nb.core.plots import blank_figure, in_style, save_figure
-from cap_nb.jobs.report import write_text
-from cap_nb.jobs.tables import interval_text, latex_text, markdown_rows, p_text
 
 # %% ../../nbs/experiments/02_claims.ipynb #f66eaa74
 COLUMNS = ("Section", "Unit", "Value", "Low", "High", "n", "p", "Holm", "Verdict", "Why")

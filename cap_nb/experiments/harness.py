@@ -6,8 +6,28 @@
 __all__ = ['write_harness_task', 'harness_answers']
 
 # %% ../../nbs/experiments/04_harness.ipynb #c004
+import copy
+import json
+import logging
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
-from ..core.errors import BadInput, validate_arguments
+import numpy as np
+import pandas as pd
+import torch
+from transformers import GenerationConfig
+import cap_nb
+from ..calibration import default_style
+from ..core.errors import BadInput, check_at_least, validate_arguments
+from ..core.files import read_json, taken_as, whole_file
+from ..data.problems import Problem, task_family
+from ..data.prompts import ANSWER_LINES, PromptStyle, encode_problems, normal_answer, prompt_style
+from ..evaluation import AnswerRecord
+from ..models.decoding import inference, one_task, stop_tokens, token_limit
 
 # %% ../../nbs/experiments/04_harness.ipynb #c005
 def imported_harness() -> ModuleType: # The package lm_eval
@@ -18,19 +38,12 @@ def imported_harness() -> ModuleType: # The package lm_eval
                        "expected lm_eval[hf]; run pip install 'cap_nb[harness]'.") from error
     return lm_eval
 
-# %% ../../nbs/experiments/04_harness.ipynb #c009
-from pathlib import Path
-import cap_nb
-
 # %% ../../nbs/experiments/04_harness.ipynb #c010
 HARNESS_TASKS = Path(cap_nb.__file__).parent/"experiments"/"harness_tasks" # Task files, one a benchmark
 
 def harness_name(task: str) -> str: # As in "cap_lab_arc"
     "What our task is called in the harness, whose tasks gsm8k and arc are others."
     return "cap_" + task.replace("-", "_")
-
-# %% ../../nbs/experiments/04_harness.ipynb #c019
-from ..data.prompts import ANSWER_LINES, PromptStyle, prompt_style
 
 # %% ../../nbs/experiments/04_harness.ipynb #c020
 def check_answer_line(style: PromptStyle, family: str) -> None:
@@ -42,16 +55,6 @@ def check_answer_line(style: PromptStyle, family: str) -> None:
     if line != read:
         raise BadInput(f"Style {style.name!r} ends an answer to {family} with {line!r}: expected {read!r}, which is "
                        "what the harness's task file reads; use the style paper or lab.")
-
-# %% ../../nbs/experiments/04_harness.ipynb #c023
-import json, shutil
-from collections.abc import Sequence
-from ..calibration import default_style
-from ..core.files import whole_file
-from ..data.problems import Problem, task_family
-from ..data.prompts import encode_problems
-from ..data.prompts import normal_answer
-from ..models.decoding import one_task, token_limit
 
 # %% ../../nbs/experiments/04_harness.ipynb #c024
 @validate_arguments
@@ -79,13 +82,6 @@ def write_harness_task(
         part.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return name
 
-# %% ../../nbs/experiments/04_harness.ipynb #c030
-import logging, random
-from collections.abc import Iterator
-from contextlib import contextmanager
-import numpy as np
-import torch
-
 # %% ../../nbs/experiments/04_harness.ipynb #c031
 @contextmanager
 def undisturbed() -> Iterator[None]:
@@ -100,14 +96,6 @@ def undisturbed() -> Iterator[None]:
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         for logger, level in zip(loggers, levels): logger.setLevel(level)
-
-# %% ../../nbs/experiments/04_harness.ipynb #c035
-import copy
-from dataclasses import dataclass
-from ..core.errors import check_at_least
-from ..core.files import read_json, taken_as
-from ..models.decoding import inference, stop_tokens
-from transformers import GenerationConfig
 
 # %% ../../nbs/experiments/04_harness.ipynb #c036
 @dataclass(frozen=True)
@@ -160,10 +148,6 @@ def harness_answers(
         results = lm_eval.simple_evaluate(wrapped, tasks=[name], task_manager=manager, bootstrap_iters=0)
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
     return tuple(harness_answer(task, sample) for sample in samples)
-
-# %% ../../nbs/experiments/04_harness.ipynb #c038
-import pandas as pd
-from ..evaluation import AnswerRecord
 
 # %% ../../nbs/experiments/04_harness.ipynb #c039
 def verdict_differences(ours: Sequence[AnswerRecord], theirs: Sequence[HarnessAnswer]) -> pd.DataFrame:

@@ -6,8 +6,26 @@
 __all__ = ['arithmetic_check', 'reasoning_steps', 'error_category', 'reasoning_report', 'plot_error_mixture']
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c004
+import math
+import operator
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from ..calibration import default_style
+from ..core.errors import BadInput, check_at_least, validate_arguments
+from ..data.changed_numbers import SPELLED, number_value
+from ..data.lab_world import PEOPLE, TOWNS
+from ..data.problems import Problem, task_family
+from ..data.prompts import PromptStyle, collate, make_example, prompt_text, token_batches
+from ..evaluation import AnswerRecord, Evaluation
+from ..models.decoding import inference
+from ..scoring import target_losses
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c005
 REWRITTEN = tuple((re.compile(pattern), plain) for pattern, plain in (
@@ -49,14 +67,6 @@ def arithmetic_tokens(text: str) -> tuple[ArithmeticToken, ...]: # Its pieces, i
         start = tokens.pop().start if (kind, match[0]) == ("sign", "by") else match.start()
         tokens.append(ArithmeticToken(kind=kind, text=said, start=start, end=match.end()))
     return tuple(tokens)
-
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c013
-import operator
-from collections.abc import Sequence
-from dataclasses import replace
-from fractions import Fraction
-from ..core.errors import validate_arguments
-from ..data.changed_numbers import SPELLED, number_value
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c014
 class NoArithmetic(Exception):
@@ -371,12 +381,6 @@ def word_steps(question: str, output: str) -> tuple[StepReport, ...]:
         before |= results_of(equations) | set(numbers_in(text))
     return tuple(reports)
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c057
-import math
-from collections import Counter
-from ..data.lab_world import PEOPLE, TOWNS
-from ..data.problems import Problem
-
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c058
 FACTS = { # Attribute -> name and value
     "age": r"(\w+) is (\d+) years old", "town": r"(\w+) lives in (\w+)", "height": r"(\w+) lies at (\d+) metres",
@@ -472,16 +476,6 @@ def completeness(problem: Problem, output: str) -> float:
     else: wanted = results_of(equations_in(problem.solution))
     return len(wanted & claims_of(problem, output)) / len(wanted) if wanted else math.nan
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c079
-from collections.abc import Iterator
-import torch
-from ..evaluation import AnswerRecord
-from ..data.prompts import PromptStyle, collate, make_example, prompt_text, token_batches
-from ..core.errors import BadInput, check_at_least
-from ..calibration import default_style
-from ..models.decoding import inference
-from ..scoring import target_losses
-
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c080
 def repeated_blocks(words: Sequence[str], times: int) -> Iterator[tuple[str, ...]]: # Each block, shortest first
     "Blocks of words that follow themselves: there the words equal those one block further on, for `times - 1` blocks."
@@ -541,9 +535,6 @@ def conclusion_of(problem: Problem, steps: Sequence[StepReport]) -> str | Fracti
     numbers = [n for equation in steps[-1].statements for n in equation.stated] or numbers_in(steps[-1].text)
     return numbers[-1] if numbers else None
 
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c088
-from ..data.problems import task_family
-
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c090
 @validate_arguments
 def error_category(
@@ -562,10 +553,6 @@ def error_category(
     if not numeric and problem.task not in OF_WORLD: return "unchecked"
     gold = Fraction(answer.gold) if numeric else answer.gold
     return "wrong last line" if conclusion_of(problem, steps) == gold else "wrong step"
-
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c099
-from collections.abc import Mapping
-import pandas as pd
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c101
 def report_row(answer: AnswerRecord, problem: Problem, dense_steps: float, perplexity: float) -> dict[str, object]:
@@ -607,11 +594,6 @@ def reasoning_report(
                        "expected one each; measure them again.")
     rows = zip(answers, problems_of(answers, problems), steps_of_dense(answers, dense), perplexities)
     return pd.DataFrame([report_row(*row) for row in rows])
-
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c110
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from ..evaluation import Evaluation
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c111
 def reasoning_reports(evaluations: Sequence[Evaluation],

@@ -7,10 +7,20 @@ __all__ = ['read_seeds', 'seed_table', 'compare_over_seeds', 'plot_seed_spread']
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c004
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 import numpy as np
-from ..core.errors import BadInput, validate_arguments, check_at_least
-from ..analysis import Comparison
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from ..analysis import (
+    CAP_PAIRS, Comparison, comparable_parts, correct_family, method_title, row_order, shared_cells)
+from ..core.errors import BadInput, check_at_least, validate_arguments
+from ..core.plots import blank_figure, in_style, method_looks
+from ..evaluation import AnswerRecord, Evaluation
+from ..jobs.records import is_run, load_run
+from ..jobs.tables import markdown_rows, rounded_text
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c005
 def mean_squares(layout: np.ndarray) -> tuple[float, float, float]: # A between seeds, B between problems, C of the rest
@@ -72,14 +82,6 @@ def split_variance(layout: np.ndarray, confidence: float = 0.95) -> VarianceSpli
     return VarianceSplit(mean=mean, low=mean - half, high=mean + half, p=float(tail), seeds=seeds,
                          problems=problems, calibration=(a - rest) / problems, evaluation=(b - rest) / seeds, rest=rest)
 
-# %% ../../nbs/experiments/01_seeds.ipynb #c021
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-import pandas as pd
-from ..evaluation import AnswerRecord, Evaluation
-from ..analysis import comparable_parts
-from ..jobs.records import is_run, load_run
-
 # %% ../../nbs/experiments/01_seeds.ipynb #c022
 def problem_values(evaluation: Evaluation) -> dict[str, dict[tuple[str, str], float]]:
     "The single values behind every measure: 100 or 0 points for an answer, nats for a loss."
@@ -132,14 +134,6 @@ def read_seeds(
         raise BadInput(f"{folder} holds {len(runs)} runs: expected at least two, each in a folder of its own; "
                        f"run 'cap run --calibration-seed' with several seeds.")
     return dict(sorted(runs.items()))
-
-# %% ../../nbs/experiments/01_seeds.ipynb #c033
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from ..analysis import CAP_PAIRS, correct_family, method_title, shared_cells
-from ..jobs.tables import markdown_rows, rounded_text
-from ..core.plots import blank_figure, in_style, method_looks
-from ..analysis import row_order
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c034
 PARTS = ("Calibration", "Problems", "Rest") # Standard deviations of one run's number

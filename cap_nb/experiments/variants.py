@@ -6,8 +6,39 @@
 __all__ = ['run_variants']
 
 # %% ../../nbs/experiments/00_variants.ipynb #c004
-from dataclasses import dataclass
-from ..methods.prune import parse_method
+import itertools
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+import torch
+from torch import nn
+from ..calibration import Calibration
+from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
+from ..core.files import alone_in, read_tensors, sha256_of_file, write_tensors
+from ..data.problems import load_text, task_family
+from ..data.prompts import Example, make_example
+from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens
+from ..importance import importance_factors
+from ..jobs.chains import FEWEST_CHAINS, window_example
+from ..jobs.job import Ready, finish_cells, prepare, run_losses, timed
+from ..jobs.records import (
+    cells_of, environment, load_evaluation, load_run, note_environment, open_run, save_evaluation)
+from ..jobs.settings import Job, changed
+from ..methods.criteria import CRITERIA, Inputs, measured_for, walks
+from ..methods.layer_walk import layer_by_layer
+from ..methods.prune import needs_of, own_scope, parse_method, prune
+from ..methods.resumed_scoring import check_target
+from ..methods.selection import zero_within
+from ..methods.wanda import input_norms
+from ..models.anatomy import Projection, projections
+from ..models.decoding import Decoding, generate_greedy, token_limit
+from ..models.families import HOLDS
+from ..models.loading import fingerprint_differences
+from ..regions import Factors
+from ..scoring import HeadLosses, causal_scores
+from ..threshold import PruneReport, prune_report
 
 # %% ../../nbs/experiments/00_variants.ipynb #c005
 @dataclass(frozen=True)
@@ -51,15 +82,6 @@ VARIANTS |= {
     for seed in range(3)}
 VARIANTS["cap~permuted-in-layers"] = Variant("the same factors on other heads of their layer", permuted=0,
                                              in_layers=True)
-
-# %% ../../nbs/experiments/00_variants.ipynb #c015
-from collections.abc import Sequence
-from dataclasses import replace
-import torch
-from ..core.errors import BadInput
-from ..scoring import HeadLosses, causal_scores
-from ..importance import importance_factors
-from ..data.problems import task_family
 
 # %% ../../nbs/experiments/00_variants.ipynb #c016
 def only_examples(losses: HeadLosses, indices: Sequence[int]) -> HeadLosses: # The same with these examples only
@@ -113,16 +135,6 @@ def variant_factors(losses: HeadLosses, variant: Variant) -> torch.Tensor: # Imp
     factors = importance_factors(scores, high=variant.high)
     return factors if variant.permuted is None else permuted_factors(factors, variant.permuted, variant.in_layers)
 
-# %% ../../nbs/experiments/00_variants.ipynb #c033
-from ..methods.prune import prune
-
-# %% ../../nbs/experiments/00_variants.ipynb #c041
-import itertools
-from ..calibration import Calibration
-from ..data.prompts import Example
-from ..core.errors import check_at_least
-from ..jobs.chains import window_example
-
 # %% ../../nbs/experiments/00_variants.ipynb #c042
 def window_starts(lengths: Sequence[int], tokens: int) -> list[int]: # Where each window starts
     "Windows that do not overlap, evenly spread; a text that is too short raises `BadInput`."
@@ -142,16 +154,6 @@ def text_like(tokenizer: object, like: Calibration, text: str, windows: int | No
     lengths = [len(like.examples[index * total // windows].input_ids) for index in range(windows)]
     cut = [tuple(ids[start:start + length]) for start, length in zip(window_starts(lengths, len(ids)), lengths)]
     return Calibration.from_examples([window_example(tokenizer, window) for window in cut], like.k, like.seed)
-
-# %% ../../nbs/experiments/00_variants.ipynb #c049
-from pathlib import Path
-from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens
-from ..models.decoding import token_limit
-from ..models.decoding import Decoding, generate_greedy
-from ..jobs.chains import FEWEST_CHAINS
-from ..jobs.job import Ready, timed
-from ..jobs.records import load_evaluation, save_evaluation
-from ..data.prompts import make_example
 
 # %% ../../nbs/experiments/00_variants.ipynb #c050
 def answers_to(ready: Ready, examples: Sequence[Example]) -> list[AnswerRecord]: # One record an example
@@ -180,16 +182,6 @@ def chains_like(tokenizer: object, like: Calibration, answers: Sequence[AnswerRe
     answered = [e for e in like.examples if (e.task, e.uid) in right]
     examples = [make_example(tokenizer, e.prompt, right[e.task, e.uid], e.task, e.answer, e.uid) for e in answered]
     return Calibration.from_examples(examples, like.k, like.seed) if len(examples) >= FEWEST_CHAINS else None
-
-# %% ../../nbs/experiments/00_variants.ipynb #c053
-import logging
-from ..data.problems import load_text
-from ..methods.resumed_scoring import check_target
-from ..methods.prune import needs_of
-from ..core.files import read_tensors, sha256_of_file, write_tensors
-from ..jobs.job import run_losses
-from ..jobs.records import load_run
-from ..models.loading import fingerprint_differences
 
 # %% ../../nbs/experiments/00_variants.ipynb #c054
 @dataclass(frozen=True)
@@ -260,19 +252,6 @@ def factors_of_variants(ready: Ready, folder: Path, names: Sequence[str],
                for name, variant in using.items() if variant.table in tables}
     return {name: factors.get(name) for name in names if name in factors or name not in using}
 
-# %% ../../nbs/experiments/00_variants.ipynb #c060
-from torch import nn
-from ..methods.criteria import CRITERIA, Inputs, measured_for, walks
-from ..regions import Factors
-from ..models.anatomy import Projection, projections
-from ..methods.selection import zero_within
-from ..threshold import PruneReport, prune_report
-from ..core.errors import validate_arguments, check_choice
-from ..methods.wanda import input_norms
-from ..models.families import HOLDS
-from ..methods.layer_walk import layer_by_layer
-from ..methods.prune import own_scope
-
 # %% ../../nbs/experiments/00_variants.ipynb #c061
 def prune_part(model: nn.Module, method: str, part: str, sparsity: float, given: Inputs) -> PruneReport:
     "Prune the attention projections or the MLP of every layer by a method's own criterion and scope."
@@ -298,13 +277,6 @@ def prune_variant(ready: Ready, name: str, sparsity: float, factors: torch.Tenso
         report = prune(ready.model, variant.method, sparsity, factors, ready.calibration, batch_tokens=batch_tokens,
                        seed=seed)
     return replace(report, method=name)
-
-# %% ../../nbs/experiments/00_variants.ipynb #c064
-import shutil
-from ..jobs.settings import Job, changed
-from ..core.files import alone_in
-from ..jobs.records import cells_of, environment, note_environment, open_run
-from ..jobs.job import finish_cells, prepare
 
 # %% ../../nbs/experiments/00_variants.ipynb #c065
 @validate_arguments

@@ -6,8 +6,22 @@
 __all__ = []
 
 # %% ../../nbs/experiments/05_vision.ipynb #c004
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification
 from transformers.models.vit import modeling_vit
+from ..core.files import checkpoint_tensors, shard_files, whole_folder
+from ..data.prompts import Example, IGNORED
+from ..methods.streaming import (
+    AT_ONCE, Checkpoint, check_stored, check_streamed, lay_out, measurements_for, streamed_report, write_pruned)
+from ..models.anatomy import projections
 from ..models.families import FAMILIES, Family, add_family, under
+from ..models.loading import config_of
+from ..threshold import PruneReport
 
 # %% ../../nbs/experiments/05_vision.ipynb #c005
 OLD_ROLES = under("attention", query="attention.query", key="attention.key", value="attention.value",
@@ -21,11 +35,6 @@ def add_image_families() -> None:
     roles = NEW_ROLES if hasattr(modeling_vit, "ViTMLP") else OLD_ROLES
     for kind in IMAGE_MODELS:
         if kind not in FAMILIES: add_family(kind, Family(f"{kind}.layers", f"{kind}.layernorm", roles))
-
-# %% ../../nbs/experiments/05_vision.ipynb #c007
-from types import SimpleNamespace
-import torch
-from torch import nn
 
 # %% ../../nbs/experiments/05_vision.ipynb #c008
 class Backbone(nn.Module):
@@ -68,10 +77,6 @@ class ImageReader(nn.Module):
         "Logits of the classes at every position, [B, tokens, classes]."
         return SimpleNamespace(logits=self.classifier(self.get_submodule(self.config.model_type)(input_ids)))
 
-# %% ../../nbs/experiments/05_vision.ipynb #c010
-from collections.abc import Sequence
-from ..data.prompts import IGNORED, Example
-
 # %% ../../nbs/experiments/05_vision.ipynb #c011
 def image_examples(reader: ImageReader, labels: torch.Tensor, names: Sequence[str], numbers: Sequence[int],
                    prefix: str = "") -> tuple[Example, ...]:
@@ -80,16 +85,6 @@ def image_examples(reader: ImageReader, labels: torch.Tensor, names: Sequence[st
     return tuple(Example(task=names[labels[n]], uid=f"{prefix}{n}", prompt="", target=names[labels[n]],
                          answer=names[labels[n]], input_ids=(int(n), *rest),
                          labels=(IGNORED, int(labels[n]), *(IGNORED,) * (len(rest) - 1))) for n in numbers)
-
-# %% ../../nbs/experiments/05_vision.ipynb #c025
-from pathlib import Path
-from transformers import AutoModelForImageClassification
-from ..core.files import checkpoint_tensors, shard_files, whole_folder
-from ..methods.streaming import (
-    AT_ONCE, Checkpoint, check_stored, check_streamed, lay_out, streamed_report, measurements_for, write_pruned)
-from ..models.anatomy import projections
-from ..models.loading import config_of
-from ..threshold import PruneReport
 
 # %% ../../nbs/experiments/05_vision.ipynb #c026
 def open_image_checkpoint(folder: str | Path) -> Checkpoint: # What is known of it
@@ -134,9 +129,6 @@ def drawn_shapes(n: int, seed: int, noise: float = 0.3, side: int = 32) -> tuple
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     shapes = bright * inside(along / radius, across / radius, kinds)
     return (shapes + noise * torch.randn(n, side, side, generator=rng))[:, None], kinds
-
-# %% ../../nbs/experiments/05_vision.ipynb #c035
-from tqdm.auto import tqdm
 
 # %% ../../nbs/experiments/05_vision.ipynb #c036
 SHAPE_MODEL = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, image_size=32,

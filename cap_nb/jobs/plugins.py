@@ -212,13 +212,24 @@ def executed(path: Path, text: bytes) -> None:
                        "correct it.") from error
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c074
+def helpers_of(path: Path) -> list[Path]: # In the order of their names
+    "The modules beside a plugin that are imported, by it or by anyone."
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    return sorted(found for file in files if file and (found := Path(file)).parent == path.parent and found != path)
+
+def code_hash(text: bytes, helpers: Sequence[Path]) -> str: # 64 hexadecimal digits
+    "SHA-256 of a plugin and of the modules beside it; of a plugin alone that of its file."
+    digest = hashlib.sha256(text)
+    for helper in helpers: digest.update(helper.name.encode() + b"\0" + helper.read_bytes())
+    return digest.hexdigest()
+
 def load_plugin(path: str | Path) -> None:
     "Load a plugin for the rest of the session; one that fails adds nothing, and raises `BadInput` that names the line."
     path = Path(path).resolve()
     if not path.is_file() or path.suffix != ".py":
         raise BadInput(f"{path.name} is no plugin: expected a Python file, as in my.py; check the path.")
-    text = path.read_bytes()
-    sha256, before = hashlib.sha256(text).hexdigest(), len(ADDED)
+    text, before = path.read_bytes(), len(ADDED)
+    sha256 = code_hash(text, helpers_of(path))
     if PLUGINS.get(path.name) == sha256: return
     if path.name in PLUGINS:
         raise BadInput(f"Two plugins are called {path.name} and differ: expected one, since a run records them by "
@@ -229,7 +240,7 @@ def load_plugin(path: str | Path) -> None:
         take_back(before)
         raise
     finally: LOADING.pop()
-    PLUGINS[path.name] = sha256
+    PLUGINS[path.name] = code_hash(text, helpers_of(path))
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c077
 @contextmanager

@@ -342,11 +342,14 @@ class Records:
             return reader(path)
 
 # %% ../../nbs/jobs/00_records.ipynb #c064
-NO_RECORDS = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT) # All else
+RECORDED = ("environment.json", "timings.json", "memory.json", "losses.safetensors", "evaluations", "reports",
+            "attributions", "factors", "budgets", "chains", "text") # What a run records, at the top of its folder
+MADE = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT) # What it writes too
+OF_EVALUATION = ("evaluation.json", "answers.csv", "losses.csv") # The files of an evaluation's folder
 
 def is_record(inside: Path) -> bool: # Whether it belongs to the records
     "Whether a file is a record, and not made from some, half written or damaged."
-    if inside.parts[0] in NO_RECORDS: return False
+    if inside.parts[0] not in RECORDED or inside.suffix not in (".json", ".csv", ".safetensors"): return False
     return not any(part.startswith(".") or DAMAGED in part for part in inside.parts)
 
 def live_records(folder: Path) -> Records: # What it recorded
@@ -355,7 +358,8 @@ def live_records(folder: Path) -> Records: # What it recorded
     names = [name for name in names if is_record(name)]
     places = [name.parent for name in names if name.name == "evaluation.json"]
     evaluations = {name.as_posix(): load_evaluation(folder/name) for name in places}
-    files = {name.as_posix(): folder/name for name in names if name.parent not in places}
+    files = {name.as_posix(): folder/name for name in names
+             if name.parent not in places or name.name not in OF_EVALUATION}
     return Records(evaluations=evaluations, files=files)
 
 # %% ../../nbs/jobs/00_records.ipynb #c068
@@ -465,11 +469,17 @@ def packed_texts(folder: Path) -> dict[str, str]: # Name of a file -> its text
                    "edited by hand; get it anew.")
 
 def remove_live_records(folder: Path) -> None:
-    "Remove what the packed file holds, and the folders that are empty then."
+    "Remove what the packed file holds, and the folders that are empty then; the log names what is left."
+    left = []
     for path in sorted(folder.rglob("*"), reverse=True): # what is in a folder comes before the folder
         inside = path.relative_to(folder)
-        if path.is_dir() and not any(path.iterdir()): path.rmdir()
-        elif path.is_file() and (is_record(inside) or inside.as_posix() in ("run.json", "manifest.json")): path.unlink()
+        if path.is_dir():
+            if inside.parts[0] in RECORDED and not any(path.iterdir()): path.rmdir()
+        elif is_record(inside) or inside.as_posix() in ("run.json", "manifest.json"): path.unlink()
+        elif inside.parts[0] not in MADE: left.append(inside.as_posix())
+    if left:
+        log.warning("%s: %s is no record of the run and was left where it is.", folder, ", ".join(sorted(left)[:5]) +
+                    (f" and {len(left) - 5} more" if len(left) > 5 else ""))
 
 # %% ../../nbs/jobs/00_records.ipynb #c083
 @validate_arguments
@@ -499,12 +509,12 @@ def unpack_run(
     records = records_of(folder)
     with whole_folder(target) as part:
         check_no_links(folder)
+        backend = configuration.get("evaluation", {}).get("backend", "transformers")
+        for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name, backend)
         shutil.copytree(folder, part, ignore=shutil.ignore_patterns(PACKED), dirs_exist_ok=True)
         for name, content in records.files.items():
             (part/name).parent.mkdir(parents=True, exist_ok=True)
             (part/name).write_bytes(content)
-        backend = configuration.get("evaluation", {}).get("backend", "transformers")
-        for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name, backend)
         write_checked(part/"run.json", configuration)
         write_checked(part/"manifest.json", manifest(part))
 

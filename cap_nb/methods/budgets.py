@@ -240,18 +240,6 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from cap_nb.core.files import is_intact, read_tensors, write_tensors
 
-@dataclass(frozen=True)
-class Divergences:
-    "How far the predictions move when each region is pruned alone."
-    kl: torch.Tensor # Mean over an example's targets, in nats, float64 [R, m, N]
-    levels: tuple[float, ...] # Shares to which each region was pruned, m of them, rising
-    regions: tuple[Region, ...] # The regions, R of them
-
-    @property
-    def weights(self) -> torch.Tensor:
-        "n, weights in scope of each region, float64 [R]."
-        return torch.tensor([region.weights for region in self.regions], dtype=torch.float64)
-
 def measured_rows(path: Path | None, about: dict) -> list[torch.Tensor]: # [m, N] for each region that is finished
     "The rows that a file holds already; one of other examples, levels or regions raises `BadInput`."
     if path is None or not is_intact(path, read_tensors): return []
@@ -262,7 +250,7 @@ def measured_rows(path: Path | None, about: dict) -> list[torch.Tensor]: # [m, N
 
 @torch.no_grad()
 def measured_divergences(model: nn.Module, calibration: Calibration, levels: Sequence[float], local: Local,
-                         batch_tokens: int = 4096, path: Path | None = None) -> Divergences:
+                         batch_tokens: int = 4096, path: Path | None = None) -> torch.Tensor: # float64 [R, m, N]
     "Prune every region alone to each level, in one walk; holds the states of all tokens at one layer. Resumes a file."
     regions, uids = sublayers(model), [example.uid for example in calibration.examples]
     about = {"levels": list(levels), "regions": [region.name for region in regions], "uid": uids}
@@ -282,7 +270,7 @@ def measured_divergences(model: nn.Module, calibration: Calibration, levels: Seq
             raise BadInput(f"The divergence with {region.name} pruned is not finite on some example: expected a finite "
                            "number; measure in float32 or bfloat16, or check the weights.")
         if path: write_tensors(path, {"kl": torch.stack(rows)}, about)
-    return Divergences(kl=torch.stack(rows), levels=tuple(levels), regions=regions)
+    return torch.stack(rows)
 
 # %% ../../nbs/methods/22_budgets.ipynb #76954a09
 import logging
@@ -386,7 +374,9 @@ def moved_shares(shares: torch.Tensor, weights: torch.Tensor, measure: Callable[
 @dataclass(frozen=True)
 class Budgets:
     "A share of zeros for every region, and the measurements that it comes from."
-    table: Divergences # Divergences with each region pruned alone; knows the regions and their sizes
+    regions: tuple[Region, ...] # The regions, R of them
+    levels: tuple[float, ...] # Shares to which each was pruned alone, m of them, rising
+    kl: torch.Tensor # How far that moves the predictions, mean over an example's targets, in nats, float64 [R, m, N]
     sparsity: float # Share of all weights to zero
     costs: torch.Tensor # K, in nats, float64 [R]
     power: float # p
@@ -397,7 +387,7 @@ class Budgets:
     @property
     def modules(self) -> dict[str, float]:
         "Module name -> share of its weights to zero."
-        return {name: float(share) for region, share in zip(self.table.regions, self.shares) for name in region.modules}
+        return {name: float(share) for region, share in zip(self.regions, self.shares) for name in region.modules}
 
     @property
     def accepted(self) -> int:
@@ -405,21 +395,28 @@ class Budgets:
         return sum(move.accepted for move in self.moves)
 
 # %% ../../nbs/methods/22_budgets.ipynb #4b1373ea
-def solved_budgets(table: Divergences, sparsity: float, cap: float = 0.95) -> Budgets:
-    "Fit the power law, and share the zeros out."
-    costs, power = power_law(table.kl.mean(-1), table.levels)
-    shares = cheapest_shares(costs, power, table.weights, sparsity, cap)
-    return Budgets(table=table, sparsity=sparsity, costs=costs, power=power, solved=shares, shares=shares)
+def weights_of(regions: Sequence[Region]) -> torch.Tensor: # Float64 [R]
+    "n, the weights in scope of each region."
+    return torch.tensor([region.weights for region in regions], dtype=torch.float64)
+
+def solved_budgets(regions: tuple[Region, ...], levels: tuple[float, ...], kl: torch.Tensor, sparsity: float,
+                   cap: float = 0.95) -> Budgets:
+    "Fit the power law to divergences [R, m, N], and share the zeros out."
+    costs, power = power_law(kl.mean(-1), levels)
+    shares = cheapest_shares(costs, power, weights_of(regions), sparsity, cap)
+    return Budgets(regions=regions, levels=levels, kl=kl, sparsity=sparsity, costs=costs, power=power, solved=shares,
+                   shares=shares)
 
 def corrected(model: nn.Module, calibration: Calibration, budgets: Budgets, settings: BudgetSettings, local: Local,
               path: Path | None = None) -> Budgets:
     "Correct budgets by moves on the whole pruned model; resumes a file."
     batches = sorted(prepared_batches(model, calibration, 1), key=lambda batch: batch[0].indices) # an example each
-    with pruned_regions(model, budgets.table.regions, local) as prune:
+    with pruned_regions(model, budgets.regions, local) as prune:
         def measure(shares: torch.Tensor, examples: Sequence[int]) -> float:
             prune(shares.tolist())
             return example_divergences(model, [batches[index] for index in examples]).mean().item()
-        shares, moves = moved_shares(budgets.solved, budgets.table.weights, measure, len(batches), settings, path)
+        weights = weights_of(budgets.regions)
+        shares, moves = moved_shares(budgets.solved, weights, measure, len(batches), settings, path)
     return replace(budgets, shares=shares, moves=moves)
 
 def spread_over_strata(calibration: Calibration, count: int, seed: int) -> Calibration:
@@ -446,9 +443,6 @@ def check_settings(settings: BudgetSettings, sparsity: float, pool: int) -> None
     if settings.moves and settings.first + settings.again > pool:
         raise BadInput(f"A move looks at {settings.first} + {settings.again} examples and there are {pool}: "
                        f"expected no more than that; take more examples, or look at fewer.")
-    if settings.moves and not 0 < sparsity < settings.cap:
-        raise BadInput(f"Moves were asked for at sparsity {sparsity:g} and cap {settings.cap:g}: expected a sparsity "
-                       f"between 0 and the cap, where there is something to move; set moves to 0.")
 
 # %% ../../nbs/methods/22_budgets.ipynb #3ee8afdc
 from contextlib import nullcontext
@@ -476,9 +470,9 @@ def measured_budgets(
     key = key_of([sparsity, asdict(replace(settings, moves=0))]) # more moves go on from fewer
     with alone_in(folder) if folder else nullcontext():
         chosen = spread_over_strata(calibration, settings.examples, settings.seed)
-        table = measured_divergences(model, chosen, settings.levels, local, settings.batch_tokens,
-                                     folder and folder/"table.safetensors")
-        budgets = solved_budgets(table, sparsity, settings.cap)
+        kl = measured_divergences(model, chosen, settings.levels, local, settings.batch_tokens,
+                                  folder and folder/"table.safetensors")
+        budgets = solved_budgets(sublayers(model), settings.levels, kl, sparsity, settings.cap)
         if not settings.moves: return budgets
         return corrected(model, calibration, budgets, settings, local, folder and folder/f"{key}.json")
 
@@ -502,13 +496,13 @@ def plot_budgets(
     budgets: Budgets, # The budgets
 ) -> Figure: # Two panels: divergences of single regions, and shares
     "What pruning each region alone does, and the share of zeros that each gets, by layer."
-    table, (figure, ((left, right),)) = budgets.table, blank_figure(1, 2, (8.5, 3.2))
-    means = raised_means(table.kl.mean(-1))[0]
+    figure, ((left, right),) = blank_figure(1, 2, (8.5, 3.2))
+    means = raised_means(budgets.kl.mean(-1))[0]
     for kind, colour, marker in (("attention", "#0072B2", "o"), ("mlp", "#D55E00", "s")):
-        here = [index for index, region in enumerate(table.regions) if region.kind == kind]
-        layers, about = [table.regions[index].layer for index in here], {"color": colour, "marker": marker}
-        for rank, level in enumerate(table.levels):
-            shade = (1 + rank) / len(table.levels)
+        here = [index for index, region in enumerate(budgets.regions) if region.kind == kind]
+        layers, about = [budgets.regions[index].layer for index in here], {"color": colour, "marker": marker}
+        for rank, level in enumerate(budgets.levels):
+            shade = (1 + rank) / len(budgets.levels)
             left.plot(layers, means[here, rank], alpha=shade, label=f"{kind} at {level:.0%}", **about)
         right.plot(layers, budgets.solved[here], ":", color=colour)
         right.plot(layers, budgets.shares[here], label=kind, **about)

@@ -9,7 +9,8 @@ __all__ = ['screen_heads', 'screened_scores']
 import math
 from dataclasses import dataclass, replace
 import torch
-from cap_nb.scoring import causal_scores, check_table, head_losses, HeadLosses, load_losses
+from cap_nb.methods.resumed_scoring import check_table, load_losses
+from cap_nb.scoring import causal_scores, head_losses, HeadLosses
 
 # %% ../../nbs/methods/28_screening.ipynb #c010
 @dataclass(frozen=True)

@@ -220,9 +220,6 @@ def input_hessians(step: LayerStep) -> dict[str, torch.Tensor]:
 from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.methods.layer_walk import layer_by_layer
-from cap_nb.methods.wanda import uniform_shares
-from cap_nb.models.anatomy import projections
-from cap_nb.threshold import PruneReport, prune_report
 
 Hessians = dict[str, torch.Tensor] # Module name -> sum over tokens of the products of input features, [in, in]
 LayerSolver = Callable[[LayerStep, Hessians], None] # Prunes the projections of a layer in place
@@ -243,24 +240,3 @@ def by_matrix(solver: MatrixSolver, shares: dict[str, float]) -> LayerSolver:
         once = MadeOnce()
         for p in step.projections: p.weight.copy_(solver(p.weight, hessians[p.name], shares[p.name], p.name, once))
     return solve
-
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c077
-def prune_sparsegpt(
-    model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
-    calibration: Calibration, # The calibration set; the same as CAP's for a fair comparison
-    sparsity: float, # Share of every projection to zero, in [0, 1); with a pattern, zeros / of
-    pattern: tuple[int, int] | None = None, # (zeros, of) for N:M, as in `sparsegpt_update`; None means unstructured
-    batch_tokens: int = 4096, # Padded tokens a batch
-    block: int = 128, # Columns whose zeros are chosen together
-    damping: float = 0.01, # Share of the mean diagonal that is added to the diagonal
-    shares: dict[str, float] | None = None, # Module name -> share to zero; None means `sparsity` for all
-) -> PruneReport: # What was done
-    "SparseGPT (Frantar and Alistarh 2023) on a model; a wrong request raises `BadInput` before a weight changes."
-    shares = uniform_shares(model, sparsity) if shares is None else shares
-    check_settings(damping, block)
-    for p in projections(model) if pattern is not None else ():
-        check_pattern_fits(p.weight.shape[1], sparsity, pattern, block, p.name)
-    def solver(weight: torch.Tensor, hessian: torch.Tensor, share: float, name: str, once: MadeOnce) -> torch.Tensor:
-        return sparsegpt_update(weight, hessian, share, pattern, block, damping, name, once)[0]
-    solve_layer_by_layer(model, calibration, shares, by_matrix(solver, shares), batch_tokens, "sparsegpt")
-    return prune_report(model, "sparsegpt", sparsity)

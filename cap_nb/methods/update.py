@@ -12,7 +12,7 @@ from .swaps import GOING, check_mask, part_of
 
 # %% ../../nbs/methods/15_update.ipynb #bc711cf9
 from dataclasses import dataclass
-from cap_nb.core.errors import BadInput, is_number
+from cap_nb.core.errors import BadInput
 
 @dataclass(frozen=True)
 class ScaledLayer:
@@ -306,13 +306,3 @@ def joint_update(
     for step in joint_steps(layer, choose, settings, dividing): pass
     new, _ = conjugate_gradients(layer, step.mask, step.weight, settings.steps, settings.tolerance)
     return restored(weight, layer, new, step.mask), step.mask
-
-# %% ../../nbs/methods/15_update.ipynb #0cfc0f62
-def shrunk_hessian(hessian: torch.Tensor, share: float) -> torch.Tensor:
-    "Shrink a Hessian towards its diagonal; a share outside [0, 1] raises `BadInput`."
-    if not (is_number(share) and 0 <= share <= 1): # NaN is not
-        raise BadInput(f"share is {share!r}: expected how much to shrink, from 0 (not at all) to 1 (to the diagonal); "
-                       f"0.03 is a cautious one.")
-    shrunk = hessian.detach() * (1 - share)
-    shrunk.diagonal().copy_(hessian.diagonal())
-    return shrunk

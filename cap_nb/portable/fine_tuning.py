@@ -6,11 +6,29 @@
 __all__ = ['held_zeros', 'HeldZeros', 'recover']
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c009
-from dataclasses import dataclass
+import importlib.util
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
 import torch
 from torch import nn
-from ..core.errors import BadInput, validate_arguments
+from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from ..calibration import Calibration
+from ..core.errors import BadInput, check_at_least, check_seed, check_sparsity, is_number, validate_arguments
+from ..core.files import alone_in, check_new_folder, sealed, whole_folder, write_json
+from ..data.prompts import Example, collate, token_batches
+from ..jobs.settings import FineTuning, MOST
+from ..methods.prune import prune
 from ..models.anatomy import projections
+from ..models.lab import STATE, load_state, save_state, step_optimizers
+from ..models.loading import check_all_here, model_fingerprint, save_model
+from ..scoring import target_losses
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c010
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64} # Bytes a number -> integers of that width
@@ -54,14 +72,6 @@ def held_parameters(model: nn.Module) -> tuple[HeldParameter, ...]: # Each param
         raise BadInput("The model's projections hold no zero: expected a pruned model; prune it first.")
     return tuple(held)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c012
-from ..methods.prune import prune
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c016
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from torch.optim.optimizer import register_optimizer_step_post_hook
-
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c017
 @contextmanager
 def holding(held: tuple[HeldParameter, ...]) -> Iterator[tuple[HeldParameter, ...]]: # The same
@@ -84,14 +94,6 @@ def held_zeros(
     "While the block runs, no step of any optimiser of torch changes a weight that was zero; no zeros raise `BadInput`."
     return holding(held_parameters(model))
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c019
-from ..data.prompts import collate
-from ..scoring import target_losses
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c030
-from contextlib import ExitStack
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c031
 class HeldZeros(TrainerCallback):
     "Hold a pruned model's zeros while a Trainer of transformers trains it."
@@ -110,10 +112,6 @@ class HeldZeros(TrainerCallback):
         "Put every zero back and let go."
         self.stack.close()
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c037
-from ..core.errors import check_at_least, check_seed, is_number
-from ..jobs.settings import MOST, FineTuning
-
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c039
 def check_settings(settings: FineTuning) -> None:
     "Raise `BadInput` for the first setting that cannot be."
@@ -125,9 +123,6 @@ def check_settings(settings: FineTuning) -> None:
         if is_number(value) and 0 <= value <= most: continue
         limit = "a share from 0 to 1" if most == 1 else f"a number from 0 to {most:g}"
         raise BadInput(f"{name} is {value!r}: expected {limit}; give another.")
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c042
-import random
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #81af7ed6
 def rate_factor(step: int, settings: FineTuning) -> float: # In (0, 1]
@@ -142,10 +137,6 @@ def examples_of_step(step: int, count: int, settings: FineTuning) -> list[int]: 
               for number in {place // count for place in places}}
     return [orders[place // count][place % count] for place in places]
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c046
-from collections.abc import Sequence
-from ..data.prompts import Example, token_batches
-
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c047
 def add_gradients(model: nn.Module, examples: Sequence[Example], batch_tokens: int) -> float: # Their mean loss, in nats
     "Add the gradients of a step's mean loss to those of the parameters."
@@ -156,9 +147,6 @@ def add_gradients(model: nn.Module, examples: Sequence[Example], batch_tokens: i
         loss.backward()
         total += loss.item()
     return total
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c050
-from torch.nn.utils import parametrize
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c051
 class MaskedLowRank(nn.Module):
@@ -223,14 +211,6 @@ def trained_by_rank(model: nn.Module, rank: int, seed: int) -> Iterator[None]:
         for module, names in orders.items(): put_in_order(module, names)
         for parameter, was in wanted: parameter.requires_grad_(was)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #5e95a4fa
-import math
-from dataclasses import asdict
-from pathlib import Path
-from tqdm.auto import tqdm
-from ..calibration import Calibration
-from ..models.lab import STATE, load_state, save_state, step_optimizers
-
 # %% ../../nbs/portable/02_fine_tuning.ipynb #1afc8a8d
 def adamw(trained: dict[str, nn.Parameter], settings: FineTuning) -> torch.optim.AdamW:
     "AdamW (Loshchilov and Hutter 2019); only matrices decay."
@@ -256,11 +236,6 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
         if folder and (step + 1 == settings.steps or (step + 1) % save_every == 0):
             save_state(folder, trained, [optimiser], follows_from | {"losses": losses})
     return tuple(losses)
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #49d1adf5
-from contextlib import nullcontext
-from ..core.files import alone_in
-from ..models.loading import check_all_here, model_fingerprint
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c072
 @dataclass(frozen=True)
@@ -306,38 +281,25 @@ def recover(
         zeros=sum(int(each.zeros.sum()) for each in held), weights=sum(each.zeros.numel() for each in held),
         losses=losses)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c076
-from ..core.files import check_new_folder, sealed, whole_folder, write_json
-from ..models.loading import save_model
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c077
+# %% ../../nbs/portable/02_fine_tuning.ipynb #c078
 REPORT = "recovery_report.json" # Name of the report in a saved folder
 
-def note_training(model: nn.Module, report: Recovery) -> None:
-    "Add a training to what a model's configuration says of its pruning, if it says anything."
-    record = getattr(model.config, "cap_nb", None)
-    if not record: return
-    about = asdict(report.settings) | {"calibration": report.calibration, "weights before": report.before}
-    earlier = {"before": record["fine-tuning"]} if "fine-tuning" in record else {}
-    model.config.cap_nb = sealed(record | {"fine-tuning": about | earlier})
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c078
 def recover_into(out: str | Path, model: nn.Module, tokenizer: object, calibration: Calibration,
                  settings: FineTuning = FineTuning()) -> Recovery: # What was done
     "Train a pruned model further and save it; after a kill the same call goes on."
     check_new_folder(out := Path(out))
     working = out.with_name(f"{out.name}.unfinished")
     report = recover(model, calibration, settings, working)
-    note_training(model, report)
+    if record := getattr(model.config, "cap_nb", None): # what the configuration says of the pruning
+        about = asdict(report.settings) | {"calibration": report.calibration, "weights before": report.before}
+        earlier = {"before": record["fine-tuning"]} if "fine-tuning" in record else {}
+        model.config.cap_nb = sealed(record | {"fine-tuning": about | earlier})
     with whole_folder(out) as part:
         save_model(model, tokenizer, part)
         write_json(part/REPORT, asdict(report))
     (working/STATE).unlink()
     if not any(working.iterdir()): working.rmdir()
     return report
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c089
-from ..core.errors import check_sparsity
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c090
 def iterative_magnitude(model: nn.Module, calibration: Calibration, sparsities: Sequence[float],
@@ -351,9 +313,6 @@ def iterative_magnitude(model: nn.Module, calibration: Calibration, sparsities: 
         place = folder and Path(folder)/f"{sparsity:g}"
         reports.append(recover(model, calibration, settings, place))
     return tuple(reports)
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c093
-import importlib.util
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c094
 def masked_change(layer: nn.Module, name: str) -> torch.Tensor: # As the layer's weight is stored

@@ -6,10 +6,25 @@
 __all__ = ['export_folder', 'restore_folder']
 
 # %% ../../nbs/portable/00_format.ipynb #08150b4e
+import hashlib
+import json
 import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 import numpy as np
-from ..core.files import StoredTensor
+import torch
+from safetensors import safe_open
+from tqdm.auto import tqdm
+from ..core.errors import BadInput, check_choice, validate_arguments
+from ..core.files import (
+    PIECE, StoredTensor, check_new_folder, checkpoint_tensors, pieces_of, read_json, resumed_folder, sha256_of_file,
+    shard_files, stored_tensor, stored_tensors, whole_file, write_json)
+from ..core.registry import ExportFormat, FORMATS, FolderLoader
+from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
+from ..models.loading import model_cache
 
 # %% ../../nbs/portable/00_format.ipynb #b0b45c18
 def width_of(stored: StoredTensor) -> int: # 1, 2, 4 or 8; else 0
@@ -35,11 +50,6 @@ def unpack_numbers(bits: np.ndarray, kept: np.ndarray) -> np.ndarray: # Bit patt
     numbers = np.zeros(len(bits), kept.dtype)
     numbers[bits] = kept
     return numbers
-
-# %% ../../nbs/portable/00_format.ipynb #c016
-from dataclasses import dataclass, field
-from ..core.errors import BadInput
-from ..core.files import pieces_of, stored_tensors
 
 # %% ../../nbs/portable/00_format.ipynb #9e821abb
 KINDS = ("bitmask", "delta")
@@ -94,11 +104,6 @@ def first_reading(shard: Path, form: str, base: dict[str, StoredTensor] | None =
         entries |= delta_entries(name, stored, base.get(name)) if form == "delta" else bitmask_entries(name, stored)
     return entries
 
-# %% ../../nbs/portable/00_format.ipynb #2d034397
-import hashlib
-import json
-from ..core.files import stored_tensor
-
 # %% ../../nbs/portable/00_format.ipynb #c026
 FORMAT, FOLDER_FORMAT, VERSION = "cap_nb packed tensors", "cap_nb packed folder", 1
 
@@ -142,11 +147,6 @@ def pack_file(source: Path, target: Path, entries: dict[str, Entry], form: str, 
                                "again.")
         file.seek(0)
         file.write(header_of(entries, about | {"sha256": digest.hexdigest()}))
-
-# %% ../../nbs/portable/00_format.ipynb #3ac9254c
-from collections.abc import Iterator
-from safetensors import safe_open
-from ..core.files import PIECE
 
 # %% ../../nbs/portable/00_format.ipynb #1849e114
 @dataclass(frozen=True)
@@ -242,10 +242,6 @@ def restore_file(shard: PackedShard, target: Path, base: dict[str, StoredTensor]
                 file.write(piece)
     return digest.hexdigest()
 
-# %% ../../nbs/portable/00_format.ipynb #c055
-from dataclasses import asdict
-from ..core.files import read_json, sha256_of_file, whole_file, write_json
-
 # %% ../../nbs/portable/00_format.ipynb #c056
 MANIFEST, CHECKSUM = "packed.json", "packed.json.sha256"
 PACKED, PLAIN = ".packed.safetensors", ".safetensors" # How the names of weights end
@@ -323,12 +319,6 @@ def check_whole(folder: Path, entry: PackedFile) -> Path: # Where it is
     if sha256_of_file(file) != entry.stored_sha256: raise damaged(file)
     return file
 
-# %% ../../nbs/portable/00_format.ipynb #ec60e782
-from ..core.errors import check_choice
-from ..core.files import checkpoint_tensors
-from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
-from ..models.loading import model_cache
-
 # %% ../../nbs/portable/00_format.ipynb #eecbc8da
 def base_sha256(tensors: dict[str, StoredTensor]) -> str: # 64 hexadecimal digits
     "The hash of a base's tensors, in the order of their names, with dtypes and shapes."
@@ -363,13 +353,6 @@ def open_base(form: str, name: str | Path | None) -> Base: # The base; none for 
     tensors = checkpoint_tensors(folder)
     return Base(name=str(name) if str(name) in ours else folder.resolve().name, sha256=base_sha256(tensors),
                 tensors=tensors)
-
-# %% ../../nbs/portable/00_format.ipynb #481f1b4b
-import shutil
-from functools import partial
-from tqdm.auto import tqdm
-from ..core.errors import validate_arguments
-from ..core.files import check_new_folder, resumed_folder, shard_files
 
 # %% ../../nbs/portable/00_format.ipynb #ccd15333
 def new_place(folder: str | Path, out: str | Path) -> tuple[Path, Path]: # Both as paths
@@ -440,10 +423,6 @@ def export_folder(
         origin = {"name": beside.name, "sha256": beside.sha256} if form == "delta" else None
         write_manifest(part, manifest := Manifest(kind=form, base=origin, files=tuple(entries)))
     return manifest
-
-# %% ../../nbs/portable/00_format.ipynb #c067
-import torch
-from ..core.registry import FORMATS, ExportFormat, FolderLoader
 
 # %% ../../nbs/portable/00_format.ipynb #20efe57f
 @validate_arguments

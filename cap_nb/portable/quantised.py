@@ -6,7 +6,21 @@
 __all__ = ['export_gguf']
 
 # %% ../../nbs/portable/03_quantised.ipynb #c004
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+import numpy as np
 import torch
+from tqdm.auto import tqdm
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from ..core import files
+from ..core.errors import BadInput, check_choice, validate_arguments
+from ..core.files import StoredTensor, checkpoint_tensors, shard_files, whole_file
+from ..core.registry import ExportFormat, FORMATS
+from ..models.loading import check_not_quantised, config_of, load_tokenizer
 
 # %% ../../nbs/portable/03_quantised.ipynb #c005
 def rounded_to_nearest(weight: torch.Tensor, bits: int, group: int = 32) -> torch.Tensor:
@@ -16,11 +30,6 @@ def rounded_to_nearest(weight: torch.Tensor, bits: int, group: int = 32) -> torc
     scale = groups.abs().amax(-1, keepdim=True) / largest
     codes = (groups / torch.where(scale == 0, 1, scale)).round().clamp(-largest, largest)
     return (codes * scale).flatten(-2).to(weight.dtype)
-
-# %% ../../nbs/portable/03_quantised.ipynb #c009
-import importlib.util
-import numpy as np
-from ..core.errors import BadInput, validate_arguments, check_choice
 
 # %% ../../nbs/portable/03_quantised.ipynb #c010
 GGUF_TYPES = {"f32": (0, "F32"), "f16": (1, "F16"), "bf16": (32, "BF16"), "q8_0": (7, "Q8_0")} # File type, tensor type
@@ -52,9 +61,6 @@ def with_pairs_together(rows: np.ndarray, head_size: int) -> np.ndarray:
     halves = rows.reshape(-1, 2, head_size // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
-# %% ../../nbs/portable/03_quantised.ipynb #c024
-from ..models.loading import check_not_quantised
-
 # %% ../../nbs/portable/03_quantised.ipynb #c025
 GGUF_FAMILIES = ("llama", "qwen2") # model_type, and also what GGUF calls the architecture
 
@@ -85,9 +91,6 @@ def check_in_gguf(config: object, source: str) -> None:
         raise BadInput(f"{source} has {fault}: expected a {kind} without, since readers of GGUF would compute "
                        "something else; use llama.cpp's own convert_hf_to_gguf.py.")
 
-# %% ../../nbs/portable/03_quantised.ipynb #c030
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
 # %% ../../nbs/portable/03_quantised.ipynb #c031
 def rotation_divisors(config: object) -> np.ndarray | None:
     "What Llama 3.1's rotations are slowed by."
@@ -116,10 +119,6 @@ def cut_of(described: dict) -> str: # llama.cpp's name for its way of cutting te
     found = tuple((part.get("type"), part["pattern"].get("Regex") if part.get("type") == "Split"
                    else part.get(keys.get(part.get("type")))) for part in parts)
     return next((name for name, cut in TEXT_CUTS.items() if cut == (found, model.get("ignore_merges", False))), "")
-
-# %% ../../nbs/portable/03_quantised.ipynb #c037
-import json
-from ..models.loading import load_tokenizer
 
 # %% ../../nbs/portable/03_quantised.ipynb #c038
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5 # As llama.cpp numbers them
@@ -158,14 +157,6 @@ def add_tokenizer(writer, tokenizer: object, size: int) -> str:
     writer.add_token_merges(merges)
     if isinstance(tokenizer.chat_template, str): writer.add_chat_template(tokenizer.chat_template)
     return cut
-
-# %% ../../nbs/portable/03_quantised.ipynb #c047
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from ..core import files
-from ..core.files import StoredTensor, checkpoint_tensors, shard_files
-from ..models.loading import config_of
 
 # %% ../../nbs/portable/03_quantised.ipynb #c048
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -283,12 +274,6 @@ def write_head(part: Path, config: object, tokenizer: object, about: tuple[str, 
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file): step()
     writer.close()
     return cut, writer.data_alignment
-
-# %% ../../nbs/portable/03_quantised.ipynb #c057
-import logging
-from tqdm.auto import tqdm
-from ..core.registry import FORMATS, ExportFormat
-from ..core.files import whole_file
 
 # %% ../../nbs/portable/03_quantised.ipynb #c058
 log = logging.getLogger(__name__)

@@ -6,10 +6,42 @@
 __all__ = ['model_card', 'publish']
 
 # %% ../../nbs/portable/04_sharing.ipynb #c004
+import hashlib
+import json
+import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from glob import escape
+from pathlib import Path
+import numpy as np
+import yaml
+from huggingface_hub import HfApi, ModelCardData, get_token, hf_hub_download
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.repocard import metadata_load
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from tqdm.auto import tqdm
+import cap_nb
+from ..analysis import method_table
 from ..calibration import Calibration
+from ..core.errors import BadInput, validate_arguments
+from ..core.files import check_sealed, read_object, sealed, sha256_of_file, whole_file, whole_folder
+from ..evaluation import Evaluation
+from ..jobs.records import Run, load_run
+from ..jobs.tables import markdown_rows, table_markdown, value_text
+from ..methods.criteria import CRITERIA
+from ..methods.prune import check_method, method_line, own_scope
+from ..methods.selection import pattern_of
+from ..methods.streaming import open_checkpoint, read_weight, streamed_report
+from ..models.anatomy import projections
+from ..models.loading import fingerprint_differences
+from .format import MANIFEST, check_whole, read_manifest
 from ..scoring import HeadLosses
+from ..threshold import PruneReport, zero_shares
 
 # %% ../../nbs/portable/04_sharing.ipynb #c005
 def examples_record(tasks: Sequence[str], k: int, seed: int, fingerprint: str | None) -> dict: # What JSON can hold
@@ -26,14 +58,6 @@ def scores_record(losses: HeadLosses, aggregation: str) -> dict: # What JSON can
     on = examples_record(losses.task, losses.k, losses.seed, losses.meta.get("calibration"))
     within = {"budget": screened["budget"]} if (screened := losses.meta.get("screened")) else {} # measured in part
     return on | {"target": losses.target, "aggregation": aggregation} | within
-
-# %% ../../nbs/portable/04_sharing.ipynb #c010
-import json
-import re
-from pathlib import Path
-import yaml
-from huggingface_hub import hf_hub_download
-from huggingface_hub.repocard import metadata_load
 
 # %% ../../nbs/portable/04_sharing.ipynb #c011
 LICENCE = ("license", "license_name", "license_link") # What a card's front matter says of a licence
@@ -61,13 +85,6 @@ def base_record(source: str, fingerprint: str, commit: str | None = None) -> dic
     licence = stated_licence(source if path.exists() else name, commit)
     return {"name": name, "fingerprint": fingerprint} | ({"commit": commit} if commit else {}) | licence
 
-# %% ../../nbs/portable/04_sharing.ipynb #c016
-import cap_nb
-from ..methods.criteria import CRITERIA
-from ..methods.prune import check_method, method_line, own_scope
-from ..methods.selection import pattern_of
-from ..threshold import PruneReport
-
 # %% ../../nbs/portable/04_sharing.ipynb #c017
 KEY = "cap_nb" # In config.json
 PAPER = "Pruning via Causal Attribution Preserves Reasoning Performance in Large Language Models"
@@ -83,11 +100,6 @@ def pruning_record(report: PruneReport, base: dict, ties: str = "exact", calibra
     about |= {"says": says, "source": source.replace("the paper", f"the paper ({PAPER})", 1), "scope": scope}
     about |= {"ties": ties if by_scores else None, "base": base, "calibration": calibration, "scores": scores}
     return {name: value for name, value in about.items() if value is not None}
-
-# %% ../../nbs/portable/04_sharing.ipynb #c021
-from torch import nn
-from ..core.errors import BadInput, validate_arguments
-from ..core.files import check_sealed, read_object, sealed, whole_file
 
 # %% ../../nbs/portable/04_sharing.ipynb #388af6e4
 def with_earlier(record: dict, before: dict | None) -> dict: # Of both
@@ -116,10 +128,6 @@ def read_record(folder: str | Path) -> dict: # Its record
     raise BadInput(f"{folder}/config.json has no whole entry {KEY}: expected what 'cap prune' says there of a pruning; "
                    "prune the model with this version.")
 
-# %% ../../nbs/portable/04_sharing.ipynb #c028
-from collections.abc import Callable
-from ..core.files import whole_folder
-
 # %% ../../nbs/portable/04_sharing.ipynb #c029
 def made_and_noted(out: str | Path, make: Callable[[Path], PruneReport],
                    record: Callable[[PruneReport], dict]) -> PruneReport: # What was done
@@ -130,14 +138,6 @@ def made_and_noted(out: str | Path, make: Callable[[Path], PruneReport],
         for path in (part/".pruned").iterdir(): path.rename(part/path.name)
         (part/".pruned").rmdir()
     return report
-
-# %% ../../nbs/portable/04_sharing.ipynb #c036
-import hashlib
-import numpy as np
-from tqdm.auto import tqdm
-from ..methods.streaming import read_weight
-from ..methods.streaming import open_checkpoint, streamed_report
-from ..models.anatomy import projections
 
 # %% ../../nbs/portable/04_sharing.ipynb #c037
 def zeros_of_folder(folder: str | Path, method: str, asked: float) -> tuple[PruneReport, str]:
@@ -150,10 +150,6 @@ def zeros_of_folder(folder: str | Path, method: str, asked: float) -> tuple[Prun
         digest.update(np.packbits((mask.T if p.transposed else mask).numpy()))
     return streamed_report(projections(checkpoint.model), method, asked, zeros, None), digest.hexdigest()
 
-# %% ../../nbs/portable/04_sharing.ipynb #c044
-from ..jobs.tables import markdown_rows
-from ..threshold import zero_shares
-
 # %% ../../nbs/portable/04_sharing.ipynb #87935614
 def layer_table(report: PruneReport) -> str: # A table in Markdown, per cent
     "Sparsity by layer and role."
@@ -163,12 +159,6 @@ def layer_table(report: PruneReport) -> str: # A table in Markdown, per cent
                for layer, of_roles in zip(layers, shares.tolist())}
     lines = [[f"{layer}", *("-" if np.isnan(s) else f"{100 * s:.1f}" for s in row)] for layer, row in numbers.items()]
     return markdown_rows(["Layer", "all", *roles], lines)
-
-# %% ../../nbs/portable/04_sharing.ipynb #c048
-import math
-from ..evaluation import Evaluation
-from ..jobs.records import Run, load_run
-from ..models.loading import fingerprint_differences
 
 # %% ../../nbs/portable/04_sharing.ipynb #c049
 def is_of(record: dict, method: str, sparsity: float) -> bool: # Whether the folder was pruned so
@@ -188,9 +178,6 @@ def cell_for(record: dict, run: Run, name: str) -> tuple[Evaluation, ...]:
                        f"has ({there or 'none'}); evaluate this one with 'cap run', or leave --run out.")
     return (*(e for e in run.evaluations if e.method == "dense"), *cell)
 
-# %% ../../nbs/portable/04_sharing.ipynb #c053
-from huggingface_hub import ModelCardData
-
 # %% ../../nbs/portable/04_sharing.ipynb #3369e73f
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -207,10 +194,6 @@ def front_matter(base: dict) -> str: # YAML between two lines of dashes
         base_model=base["name"] if HUB_ID.fullmatch(base["name"]) else None, library_name="transformers",
         pipeline_tag="text-generation", tags=["pruning", "sparse", "cap_nb"], **licence)
     return f"---\n{data.to_yaml()}\n---"
-
-# %% ../../nbs/portable/04_sharing.ipynb #c057
-from ..analysis import method_table
-from ..jobs.tables import table_markdown, value_text
 
 # %% ../../nbs/portable/04_sharing.ipynb #a967ff0d
 OWN_LINE = {*ALWAYS, *OF_REPORT, "scope", "ties", "calibration", "scores", "before"} # Entries with a line of their own
@@ -275,9 +258,6 @@ def title_of(record: dict, report: PruneReport) -> str: # Markdown
     title = f"# {record['base']['name'].split('/')[-1]}, {per_cent(share)} of its projections' weights {done}"
     return title if report.zeros == record["zeros"] else f"{title}\n\n{CHANGED.format(record['zeros'], report.zeros)}"
 
-# %% ../../nbs/portable/04_sharing.ipynb #c065
-from .format import MANIFEST
-
 # %% ../../nbs/portable/04_sharing.ipynb #48e0138f
 @validate_arguments
 def model_card(
@@ -312,9 +292,6 @@ def write_card(folder: str | Path, run: str | Path | None = None, base_model: st
     with whole_file(path) as part: part.write_text(text, encoding="utf-8", newline="")
     return path
 
-# %% ../../nbs/portable/04_sharing.ipynb #c076
-from fnmatch import fnmatchcase
-
 # %% ../../nbs/portable/04_sharing.ipynb #c077
 HUB_LIMIT = 500 * 10**9 # Bytes of a file; huggingface.co/docs/hub/storage-limits, 2026
 UNFIT = {
@@ -332,11 +309,6 @@ def reason_against(name: str, size: int) -> str | None: # Why it does not belong
     parts = [part.lower() for part in Path(name).parts if part != ".gitattributes"]
     return next((reason for reason, patterns in UNFIT.items()
                  if any(fnmatchcase(part, pattern) for part in parts for pattern in patterns)), None)
-
-# %% ../../nbs/portable/04_sharing.ipynb #c080
-from dataclasses import dataclass
-from ..core.files import sha256_of_file
-from .format import check_whole, read_manifest
 
 # %% ../../nbs/portable/04_sharing.ipynb #c081
 @dataclass(frozen=True)
@@ -360,15 +332,6 @@ def files_to_share(folder: Path) -> tuple[SharedFile, ...]: # Its files by name
         for entry in read_manifest(folder).files: check_whole(folder, entry)
     else: open_checkpoint(folder)
     return tuple(SharedFile(name, path.stat().st_size, sha256_of_file(path)) for name, path in paths.items())
-
-# %% ../../nbs/portable/04_sharing.ipynb #c083
-from dataclasses import replace
-from collections.abc import Iterator
-from contextlib import contextmanager
-from glob import escape
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import validate_repo_id
 
 # %% ../../nbs/portable/04_sharing.ipynb #366b0e78
 @contextmanager

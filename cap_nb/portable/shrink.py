@@ -6,10 +6,23 @@
 __all__ = ['shrink']
 
 # %% ../../nbs/portable/06_shrink.ipynb #c004
+import copy
+from dataclasses import dataclass, replace
 import torch
 from torch import nn
-from ..core.errors import BadInput, validate_arguments, check_sparsity
+import cap_nb
+from ..calibration import Calibration
+from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
+from ..jobs.settings import Shrinking
+from ..methods.attributions import gradient_activation
+from ..methods.criteria import dense_norms
+from ..methods.layer_walk import layer_by_layer
+from ..methods.neurons import neuron_estimates
+from ..methods.sparsegpt import damped_hessian, products
+from ..methods.wanda import input_sums
 from ..models.anatomy import Part, Projection, anatomy, dimensions, key_value_head_of, projections
+from ..models.loading import without_bars
+from ..scoring import batches_of, target_losses
 
 # %% ../../nbs/portable/06_shrink.ipynb #c005
 def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -86,10 +99,6 @@ def check_plain(model: nn.Module, config: object, weights: dict[str, torch.Tenso
                        f"{list(weight.shape)}: expected a family whose heads keep their size when some go; keep all "
                        "key-value heads and shrink the MLP alone.")
 
-# %% ../../nbs/portable/06_shrink.ipynb #c022
-import copy
-from ..models.loading import without_bars
-
 # %% ../../nbs/portable/06_shrink.ipynb #c023
 def made_of(model: nn.Module, config: object, weights: dict[str, torch.Tensor]) -> nn.Module:
     "A model of the same class from a configuration and weights."
@@ -142,11 +151,6 @@ def shrink(
     check_plain(model, config, weights)
     return made_of(model, config, weights)
 
-# %% ../../nbs/portable/06_shrink.ipynb #c035
-from ..calibration import Calibration
-from ..methods.criteria import dense_norms
-from ..methods.neurons import neuron_estimates
-
 # %% ../../nbs/portable/06_shrink.ipynb #c036
 def contributions(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:
     "Norm of a neuron's activations times norm of its column of the down projection."
@@ -164,9 +168,6 @@ def neuron_magnitudes(model: nn.Module, *given: object) -> torch.Tensor:
 
 NEURON_SCORES = {"contribution": contributions, "first-order": neuron_estimates, "magnitude": neuron_magnitudes}
 
-# %% ../../nbs/portable/06_shrink.ipynb #c042
-from ..methods.sparsegpt import damped_hessian
-
 # %% ../../nbs/portable/06_shrink.ipynb #c043
 def refitted(weight: torch.Tensor, stay: torch.Tensor, hessian: torch.Tensor, damping: float = 0.01,
              name: str = "the matrix") -> torch.Tensor: # The new weight, same dtype [out, in], zero where an input goes
@@ -175,12 +176,6 @@ def refitted(weight: torch.Tensor, stay: torch.Tensor, hessian: torch.Tensor, da
     target = weight.detach().double() @ damped[:, stay]
     solved = torch.linalg.solve(damped[stay][:, stay], target, left=False)
     return torch.zeros_like(weight).index_copy(1, stay, solved.to(weight.dtype))
-
-# %% ../../nbs/portable/06_shrink.ipynb #c048
-from dataclasses import replace
-from ..methods.layer_walk import layer_by_layer
-from ..methods.sparsegpt import products
-from ..methods.wanda import input_sums
 
 # %% ../../nbs/portable/06_shrink.ipynb #c049
 @torch.no_grad()
@@ -212,13 +207,6 @@ def neurons_to_keep(model: nn.Module, sparsity: float, groups_kept: int | None =
     least, most = lost / weights, (lost + (neurons - 1) * of_neuron) / weights
     raise BadInput(f"Sparsity {sparsity:g} was asked for with {groups_kept or groups} of {groups} key-value heads "
                    f"left: expected {least:.3f} to {most:.3f}, which neurons can fill up; change one of the two.")
-
-# %% ../../nbs/portable/06_shrink.ipynb #c054
-from dataclasses import dataclass
-from ..core.errors import check_choice
-from ..jobs.settings import Shrinking
-from ..methods.attributions import gradient_activation
-from ..scoring import batches_of, target_losses
 
 # %% ../../nbs/portable/06_shrink.ipynb #c055
 @dataclass(frozen=True)
@@ -264,9 +252,6 @@ def shrink_to(model: nn.Module, calibration: Calibration, how: Shrinking = Shrin
     left = sum(p.weight.numel() for p in projections(small))
     return small, Shrunk(before=before, weights=left, neurons=(kept, neurons), groups=(how.groups or groups, groups),
                          losses=(loss, mean_loss(small, calibration, batch_tokens)))
-
-# %% ../../nbs/portable/06_shrink.ipynb #c062
-import cap_nb
 
 # %% ../../nbs/portable/06_shrink.ipynb #c063
 SAYS = ("the neurons with the lowest {by} of their layer are cut out{heads}{fit}")

@@ -6,8 +6,30 @@
 __all__ = ['bench_folder']
 
 # %% ../../nbs/portable/05_speed.ipynb #c004
+import copy
+import importlib.util
+import inspect
+import os
+import re
+import statistics
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
+from ..jobs.records import environment
+from ..jobs.settings import MOST, SpeedSettings
+from ..models.anatomy import check_length, projections
+from ..models.decoding import inference
+from ..models.loading import device_named, load_model, model_fingerprint
 
 # %% ../../nbs/portable/05_speed.ipynb #c005
 BYTES_A_WEIGHT = { # Format -> bytes a weight, from bytes a number and sparsity
@@ -17,17 +39,6 @@ BYTES_A_WEIGHT = { # Format -> bytes a weight, from bytes a number and sparsity
 def most_gained(form: str, width: int, sparsity: float) -> float:
     "The bound that bytes set on a format's gain."
     return width / BYTES_A_WEIGHT[form](width, sparsity)
-
-# %% ../../nbs/portable/05_speed.ipynb #c011
-import importlib.util
-import warnings
-from functools import partial
-from pathlib import Path
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-from ..core.errors import BadInput, validate_arguments, check_choice
 
 # %% ../../nbs/portable/05_speed.ipynb #c012
 Product = Callable[[torch.Tensor], torch.Tensor] # From inputs [rows, in] to outputs [rows, out]
@@ -152,10 +163,6 @@ BACKENDS = {
     "openvino-dense": Backend(about="OpenVINO in 8 bits", product=partial(openvino_product, packed=False),
                               missing=lacks_unpacking, dense=True)}
 
-# %% ../../nbs/portable/05_speed.ipynb #c029
-from contextlib import contextmanager
-from ..models.anatomy import projections
-
 # %% ../../nbs/portable/05_speed.ipynb #c030
 def linears_of(model: nn.Module) -> list[nn.Linear]: # Modules of its projections
     "The linear modules in scope; a model whose projections are stored otherwise raises `BadInput`."
@@ -177,13 +184,6 @@ def computed_by(products: Mapping[nn.Linear, Product]) -> Iterator[None]:
     try: yield
     finally:
         for linear in products: del linear.forward
-
-# %% ../../nbs/portable/05_speed.ipynb #c035
-import copy
-import inspect
-import time
-from ..models.decoding import inference
-from ..jobs.settings import MOST, SpeedSettings
 
 # %% ../../nbs/portable/05_speed.ipynb #c036
 @dataclass(frozen=True)
@@ -246,14 +246,6 @@ def speeds_of(sides: Mapping[str, Side], settings: SpeedSettings,
         timers = {name: decode_timer(side, ids, written, clock) for name, side in sides.items()}
         taken[f"decode, batch {batch}"] = in_turns(timers, settings.rounds)
     return taken
-
-# %% ../../nbs/portable/05_speed.ipynb #c046
-import os
-from typing import Any
-from ..core.errors import check_at_least
-from ..jobs.records import environment
-from ..models.anatomy import check_length
-from ..models.loading import device_named, load_model, model_fingerprint
 
 # %% ../../nbs/portable/05_speed.ipynb #c047
 @torch.no_grad()
@@ -331,30 +323,22 @@ def bench_folder(
     return {"machine": machine, "settings": asked, "models": about, "not here": lacking,
             "seconds": speeds_of(sides, settings, clock)}
 
-# %% ../../nbs/portable/05_speed.ipynb #c052
-import re
-import statistics
-
-# %% ../../nbs/portable/05_speed.ipynb #c053
+# %% ../../nbs/portable/05_speed.ipynb #c054
 def span_text(values: Sequence[float], digits: int) -> str: # As in "2.61 (2.55 to 2.70)"
     "Median, lowest and highest."
     return "{:,.{d}f} ({:,.{d}f} to {:,.{d}f})".format(statistics.median(values), min(values), max(values), d=digits)
 
-def tokens_in(case: str, settings: Mapping) -> int: # Tokens of one measurement
-    "How many tokens a case reads or writes."
-    phase, batch = re.fullmatch(r"(\w+), batch (\d+)", case).groups()
-    return int(batch) * settings["prompt" if phase == "prefill" else "steps"]
-
-# %% ../../nbs/portable/05_speed.ipynb #c054
 def speed_rows(record: Mapping) -> list[tuple[str, str, str, str]]:
     "A record as rows of text."
     rows = []
-    for case, sides in record["seconds"].items():
+    for case, sides in record["seconds"].items(): # as in "decode, batch 16"
+        phase, batch = re.fullmatch(r"(\w+), batch (\d+)", case).groups()
+        tokens = int(batch) * record["settings"]["prompt" if phase == "prefill" else "steps"]
         for side, seconds in sides.items():
             way = side.split(", ")[1]
             dense = sides.get(f"dense, {way}-dense", sides.get(f"dense, {way}", sides.get("dense, torch", seconds)))
             times = span_text([a / b for a, b in zip(dense, seconds)], 2) if side.startswith("pruned") else ""
-            rate = span_text([tokens_in(case, record["settings"]) / taken for taken in seconds], 0)
+            rate = span_text([tokens / taken for taken in seconds], 0)
             rows.append((case, side, rate, times))
     return rows
 
