@@ -38,7 +38,7 @@ from ..methods.experts import UnitFactors
 from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import (
     check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, unit_factors)
-from ..methods.resumed_scoring import check_target, table_scorer, TARGETS
+from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
 from ..methods.screening import check_budget, load_any, PartialLosses, save_partial, scores_of, screen_heads
 from ..models.anatomy import projections
 from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
@@ -46,7 +46,7 @@ from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
     tokenizer_fingerprint)
 from ..regions import Factors
-from ..scoring import AGGREGATIONS, HeadLosses, save_losses
+from ..scoring import AGGREGATIONS, HeadLosses
 from ..threshold import prune_report, PruneReport
 
 # %% ../../nbs/jobs/03_job.ipynb #c005
@@ -467,6 +467,13 @@ def possible_cells(ready: Ready) -> tuple[tuple[str, float], ...]:
 # %% ../../nbs/jobs/03_job.ipynb #c079
 Follow = Callable[[dict], Callable[[Evaluation], None]] # Gets a run's configuration, gives what is told of its cells
 
+def check_unchanged(ready: Ready, folder: Path) -> None:
+    "Raise `BadInput` unless the dense model is still the one that the run is about."
+    differ = fingerprint_differences(ready.configuration["model"]["fingerprint"], model_fingerprint(ready.model))
+    if differ:
+        raise BadInput(f"The dense model's {' and '.join(differ)} changed while {folder} was at work: expected the "
+                       "model to be as it was; find what changes it, remove the folder and run again.")
+
 def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]], pruner: Pruner,
                  finished: Callable[[Evaluation], None] | None = None) -> None:
     "Prune and measure every cell that is not finished, then write tables and figures."
@@ -475,6 +482,8 @@ def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]],
         for cell in cells:
             finish_cell(ready, folder, cell, pruner, dense, bar)
             if finished: finished(load_evaluation(evaluation_folder(folder, *cell)))
+    put_back(ready.model, dense)
+    check_unchanged(ready, folder)
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
