@@ -6,9 +6,12 @@ model's configuration, of its generation settings and of its tokenizer as they a
 
 import importlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from cap_nb.calibration import calibration_set, overlap
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_checked, write_checked
+from cap_nb.core.files import check_new_folder, read_checked, whole_folder, write_checked
 from cap_nb.data.problems import load_problems
 from cap_nb.evaluation import accuracy, evaluation_problems
 from cap_nb.jobs import job as job_module
@@ -27,6 +30,7 @@ from cap_nb.jobs.job import run_job
 from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import load_run, pack_run, unpack_run
 from cap_nb.jobs.settings import Job, changed
+from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
 from cap_nb.models.loading import load_model, model_fingerprint
 
@@ -530,3 +534,63 @@ def test_text_that_is_calibrated_on_is_not_measured_on(place):
     shutil.copyfile(texts / "valid.txt", texts / "test.txt")
     with pytest.raises(BadInput, match="are calibrated on and measured on"):
         run_job(job_in(place, calibrate_on="text", text_tokens=64), place / "new")
+
+
+# ---- where the result goes ----
+def test_a_name_that_nothing_can_take_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", str(tmp_path)):
+        with pytest.raises(BadInput, match="is the folder that the command runs in"):
+            check_new_folder(Path(name))
+    with pytest.raises(BadInput, match="exists already|is a disk of its own"):
+        check_new_folder(Path("/proc"))
+
+
+def test_what_is_whole_is_kept_when_its_name_is_taken_meanwhile(tmp_path):
+    with pytest.raises(BadInput, match="is whole in new.[0-9]+ beside it"), whole_folder(tmp_path / "new") as part:
+        (part / "made").write_text("made")
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "another's").write_text("other")
+    (kept,) = tmp_path.glob("new.*")
+    assert (kept / "made").read_text() == "made" and (tmp_path / "new" / "another's").read_text() == "other"
+
+
+def test_half_written_files_of_a_process_in_another_container_stay(tmp_path):
+    """Its number means nothing here; its lock does."""
+    part = tmp_path / ".new.4194999.part"
+    part.mkdir()
+    script = "import sys\nfrom pathlib import Path\nfrom cap_nb.core.files import locked\nwith locked(Path(sys.argv[1])): print('in', flush=True), sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(part)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with whole_folder(tmp_path / "new"):
+            assert part.exists()
+        other.stdin.close()
+    shutil.rmtree(tmp_path / "new")
+    with whole_folder(tmp_path / "new"):
+        assert not part.exists()
+
+
+def test_an_environment_that_makes_no_sense_is_one_sentence(tmp_path):
+    wrong = {"TQDM_MININTERVAL": ("abc", "TQDM_MININTERVAL is 'abc': expected a number")}
+    for name, (value, sentence) in wrong.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "cap_nb", "methods"], env=os.environ | {name: value}, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, "-m", "cap_nb", "--help"],
+        env=os.environ | {"MPLBACKEND": "nonsense"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+
+
+def test_half_a_launch_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BadInput, match="WORLD_SIZE is 2 and MASTER_ADDR is not set"):
+        launched_processes()

@@ -373,7 +373,11 @@ SMOLLM2_SHA256 = {"wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f
 
 def model_cache() -> Path: # The folder
     "The folder of converted models: the environment's CAP_NB_CACHE, or ~/.cache/cap_nb."
-    return Path(os.environ.get("CAP_NB_CACHE", Path.home()/".cache"/"cap_nb"))
+    if place := os.environ.get("CAP_NB_CACHE"): return Path(place)
+    try: return Path.home()/".cache"/"cap_nb"
+    except RuntimeError:
+        raise BadInput("This user has no home folder: expected one, or a folder for converted models; set HOME or "
+                       "CAP_NB_CACHE.") from None
 
 def check_sha256(path: Path, wanted: str) -> Path:
     "Return the path if its SHA-256 is the wanted one; otherwise raise `BadInput`."
