@@ -33,6 +33,7 @@ from cap_nb.jobs.records import load_run, pack_run, unpack_run
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
+from cap_nb.models import loading
 from cap_nb.models.loading import load_model, model_fingerprint
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
@@ -241,6 +242,16 @@ def test_a_changed_configuration(path, value, place, first):
         return  # older and newer versions of transformers name some inner fields differently
     change_leaf(file, path, value)
     check_taken_in(place, first, path[-1])
+
+
+def test_a_field_that_is_taken_out_of_the_fingerprint_is_noticed(place, monkeypatch):
+    """The proof proves something: without one field the numbers of before would stand."""
+    monkeypatch.setattr(loading, "ORIGIN", loading.ORIGIN | {"rms_norm_eps"})
+    shutil.rmtree(place / "run")
+    run_job(job_in(place), place / "run")
+    change_leaf(place / "model" / "config.json", ("rms_norm_eps",), 0.3)
+    with pytest.raises(AssertionError, match="the numbers of before stand"):
+        check_taken_in(place, place, "rms_norm_eps")
 
 
 # ---- what a folder says beside the configuration ----
