@@ -27,6 +27,7 @@ from cap_nb.data.problems import load_problems
 from cap_nb.evaluation import accuracy, evaluation_problems
 from cap_nb.jobs import job as job_module
 from cap_nb.jobs.job import run_job
+from cap_nb.jobs.planning import plan
 from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import load_run, pack_run, unpack_run
 from cap_nb.jobs.settings import Job, changed
@@ -594,3 +595,60 @@ def test_half_a_launch_is_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(BadInput, match="WORLD_SIZE is 2 and MASTER_ADDR is not set"):
         launched_processes()
+
+
+# ---- what ended as a bug ----
+def without_vocabulary(place):
+    (place / "model" / "tokenizer.json").unlink()
+    (place / "model" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+
+
+def without_words(place):
+    path = place / "model" / "tokenizer.json"
+    words = {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 9,
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": words | {"vocab": {}}}))
+
+
+ODD = {
+    "a word for the end": (edited("generation_config.json", eos_token_id="x"), "answers end with token 'x'"),
+    "a list in a list": (edited("generation_config.json", eos_token_id=[[1]]), r"answers end with token \[\[1\]\]"),
+    "kernels that are compiled": (
+        edited("config.json", attn_implementation="flex_attention"),
+        "asks for flex_attention",
+    ),
+    "no vocabulary": (without_vocabulary, "has a tokenizer without a vocabulary"),
+    "no words": (without_words, "cannot be opened by transformers"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_model_folder_is_refused_in_one_sentence(what, place):
+    change, sentence = ODD[what]
+    change(place)
+    with pytest.raises(BadInput, match=sentence):
+        load_model(place / "model", device="cpu")
+
+
+def test_a_plan_refuses_tokens_without_an_embedding(place):
+    with_few_tokens(place)
+    with pytest.raises(BadInput, match="embeddings of 200 tokens"):
+        plan(job_in(place))
+
+
+ODD_SCORES = {
+    "sparse": "add_criterion('mine', lambda known: known.weight.abs().to_sparse())",
+    "meta": "add_criterion('mine', lambda known: known.weight.abs().to('meta'))",
+    "sparse table": "add_attribution('mine', lambda model, calibration, batch_tokens: torch.ones(2, 4).to_sparse())",
+}
+
+
+@pytest.mark.parametrize("what", ODD_SCORES)
+def test_scores_that_are_no_plain_tensor_are_refused(what, place):
+    (place / "my.py").write_text(ADD + ODD_SCORES[what])
+    with plugins_loaded([place / "my.py"]), pytest.raises(BadInput, match="are no numbers|no table of scores"):
+        run_job(job_in(place, methods=("cap.mine",) if "table" in what else ("mine",)), place / "new")

@@ -35,7 +35,9 @@ class Problem:
         return "\n".join(normal_text(part) for part in (self.question, *(text for _, text in self.choices)))
 
 # %% ../../nbs/data/02_problems.ipynb #c007
-def normal_text(text: str) -> str:
+def normal_text(
+    text: str, # Any text
+) -> str: # The same words
     "A text in lower case, every space a single one, every letter in one form (Unicode NFKC)."
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
