@@ -8,7 +8,6 @@ from cap_nb.jobs.settings import CalibrateSettings as CalibrateSettings
 from cap_nb.calibration import Calibration as Calibration
 from cap_nb.analysis import Comparison as Comparison
 from cap_nb.methods.selection import Criterion as Criterion
-from cap_nb.methods.criteria import DERIVATIVES as DERIVATIVES
 from cap_nb.models.decoding import Decoding as Decoding
 from cap_nb.jobs.settings import EvaluateSettings as EvaluateSettings
 from cap_nb.evaluation import Evaluation as Evaluation
@@ -25,8 +24,6 @@ from cap_nb.portable.fine_tuning import HeldZeros as HeldZeros
 from cap_nb.jobs.settings import Job as Job
 from cap_nb.evaluation import LossRecord as LossRecord
 from cap_nb.jobs.settings import ModelSettings as ModelSettings
-from cap_nb.methods.criteria import NEEDS as NEEDS
-from cap_nb.methods.criteria import OTHER_NAMES as OTHER_NAMES
 from cap_nb.evaluation import Perplexity as Perplexity
 from cap_nb.jobs.planning import Plan as Plan
 from cap_nb.data.problems import Problem as Problem
@@ -113,7 +110,6 @@ from cap_nb.jobs.tables import plot_zeros_by_method as plot_zeros_by_method
 from cap_nb.models.anatomy import projections as projections
 from cap_nb.methods.prune import prune as prune
 from cap_nb.methods.streaming import prune_checkpoint as prune_checkpoint
-from cap_nb.methods.prune import prune_with as prune_with
 from cap_nb.portable.sharing import publish as publish
 from cap_nb.scoring import rank_correlation as rank_correlation
 from cap_nb.experiments.seeds import read_seeds as read_seeds

@@ -21,9 +21,10 @@ from hub import arc_rows, byte_tokenizer, gsm8k_rows
 from safetensors.torch import load_file, save_file
 
 from cap_nb.calibration import calibration_set, overlap
+from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import check_new_folder, read_checked, whole_folder, write_checked
-from cap_nb.data.problems import load_problems
+from cap_nb.data.problems import load_problems, read_arc
 from cap_nb.evaluation import accuracy, evaluation_problems
 from cap_nb.jobs import job as job_module
 from cap_nb.jobs.job import run_job
@@ -33,6 +34,7 @@ from cap_nb.jobs.records import load_run, pack_run, unpack_run
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
+from cap_nb.models import loading
 from cap_nb.models.loading import load_model, model_fingerprint
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
@@ -241,6 +243,16 @@ def test_a_changed_configuration(path, value, place, first):
         return  # older and newer versions of transformers name some inner fields differently
     change_leaf(file, path, value)
     check_taken_in(place, first, path[-1])
+
+
+def test_a_field_that_is_taken_out_of_the_fingerprint_is_noticed(place, monkeypatch):
+    """The proof proves something: without one field the numbers of before would stand."""
+    monkeypatch.setattr(loading, "ORIGIN", loading.ORIGIN | {"rms_norm_eps"})
+    shutil.rmtree(place / "run")
+    run_job(job_in(place), place / "run")
+    change_leaf(place / "model" / "config.json", ("rms_norm_eps",), 0.3)
+    with pytest.raises(AssertionError, match="the numbers of before stand"):
+        check_taken_in(place, place, "rms_norm_eps")
 
 
 # ---- what a folder says beside the configuration ----
@@ -652,3 +664,26 @@ def test_scores_that_are_no_plain_tensor_are_refused(what, place):
     (place / "my.py").write_text(ADD + ODD_SCORES[what])
     with plugins_loaded([place / "my.py"]), pytest.raises(BadInput, match="are no numbers|no table of scores"):
         run_job(job_in(place, methods=("cap.mine",) if "table" in what else ("mine",)), place / "new")
+
+
+# ---- smaller ----
+def test_a_rationale_may_be_a_text():
+    record = {"question": "Why?", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "A"}
+    lines, text = (read_arc(record | {"rationale": reasons}) for reasons in (["One.", "Two."], "One.\nTwo."))
+    assert lines == text and text.solution == "One.\nTwo."
+
+
+def test_half_written_files_are_not_unpacked(place):
+    pack_run(place / "run")
+    (place / "run" / ".new.4194999.part").write_text("half")
+    unpack_run(place / "run", place / "back")
+    assert not list((place / "back").glob(".*.part"))
+
+
+def test_a_file_without_permission_is_not_called_damaged(place, monkeypatch):
+    def refused(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "safe_open", refused)
+    with pytest.raises(BadInput, match="cannot be read .Permission denied."):
+        load_model(place / "model", device="cpu")

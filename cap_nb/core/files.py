@@ -470,6 +470,8 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     except FileNotFoundError:
         raise BadInput(f"{file} does not exist: expected a shard that the index names; "
                        "fetch the checkpoint again.") from None
+    except PermissionError:
+        raise BadInput(f"{file} cannot be read (Permission denied): expected a file that you may read.") from None
     except (SafetensorError, OSError):
         raise BadInput(f"{file} is damaged or no safetensors file: expected a whole one; "
                        "fetch the checkpoint again.") from None

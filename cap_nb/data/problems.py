@@ -138,7 +138,8 @@ def read_arc(record: Mapping, task: str = "arc") -> Problem:
     fields = fitting(ArcRecord, columns)
     choices = tuple(zip(LETTERS, (text.strip() for text in fields.texts)))
     answer, _ = choices[fields.labels.index(fields.key)]
-    solution = "\n".join(record.get("rationale", ()))
+    reasons = record.get("rationale", ())
+    solution = reasons if isinstance(reasons, str) else "\n".join(reasons)
     return Problem(task=task, question=fields.question.strip(), solution=solution, answer=answer, choices=choices)
 
 # %% ../../nbs/data/02_problems.ipynb #c029
