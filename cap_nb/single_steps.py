@@ -6,7 +6,9 @@
 __all__ = []
 
 # %% ../nbs/single_steps.ipynb #29a6995a
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -49,6 +51,14 @@ def load_checked(job: Job) -> tuple[nn.Module, object]: # The model and its toke
     return model, tokenizer
 
 # %% ../nbs/single_steps.ipynb #54ab9760
+def save_beside(save: Callable[[object, Path], None], table: object, out: Path) -> None:
+    "Save a table; where another process has made one of that name meanwhile, keep both and raise `BadInput`."
+    place = out.with_name(f"{out.stem}.{os.getpid()}{out.suffix}") if out.exists() else out
+    save(table, place)
+    if place != out:
+        raise BadInput(f"{out} was made by another process meanwhile: expected the name to be free, as it was at "
+                       f"first; this table is whole in {place.name} beside it.")
+
 def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Path | None = None,
                budget: float | None = None, join: bool = False) -> str:
     "Measure what masking each head does, and save the table."
@@ -70,11 +80,11 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
             seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
             table = screen_heads(model, calibration, budget, seed, batch_tokens, working, fingerprint, heads_at_once)
-            save_partial(table, out)
+            save_beside(save_partial, table, out)
         else:
             table = table_scorer(job.prune.score_target)(
                 model, calibration, batch_tokens, working, fingerprint, heads_at_once, share)
-            if not share.rank: save_losses(table, out)
+            if not share.rank: save_beside(save_losses, table, out)
     if share.rank: return ""
     if not store: shutil.rmtree(working)
     if budget is not None:

@@ -36,6 +36,7 @@ from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
 from cap_nb.models import loading
 from cap_nb.models.loading import load_model, model_fingerprint
+from cap_nb.single_steps import save_beside
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 SMALLEST = dict(
@@ -566,6 +567,14 @@ def test_what_is_whole_is_kept_when_its_name_is_taken_meanwhile(tmp_path):
         (tmp_path / "new" / "another's").write_text("other")
     (kept,) = tmp_path.glob("new.*")
     assert (kept / "made").read_text() == "made" and (tmp_path / "new" / "another's").read_text() == "other"
+
+
+def test_two_tables_of_one_name_are_both_kept(tmp_path):
+    out = tmp_path / "scores.safetensors"
+    out.write_text("another's")
+    with pytest.raises(BadInput, match="is whole in scores.[0-9]+.safetensors beside it"):
+        save_beside(lambda table, path: path.write_text(table), "mine", out)
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["another's", "mine"]
 
 
 def test_half_written_files_of_a_process_in_another_container_stay(tmp_path):
