@@ -9,7 +9,7 @@ from cap_nb.models.anatomy import projections
 from cap_nb.models.interventions import hook_count
 from cap_nb.models.loading import load_model
 from conftest import ROOT, tool
-from notebooks_on_disk import NOTEBOOKS, cells, label
+from notebooks_on_disk import NOTEBOOKS, label
 from tools import interactive
 
 glossary, slides = tool("glossary"), tool("slides")
