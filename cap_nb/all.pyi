@@ -46,13 +46,11 @@ from cap_nb.evaluation import answer_problems as answer_problems
 from cap_nb.experiments.reasoning_steps import arithmetic_check as arithmetic_check
 from cap_nb.portable.speed import bench_folder as bench_folder
 from cap_nb.evaluation import bootstrap_interval as bootstrap_interval
-from cap_nb.jobs.plugins import by_relative as by_relative
 from cap_nb.calibration import calibration_set as calibration_set
 from cap_nb.on_one_page import cap_naive as cap_naive
 from cap_nb.scoring import causal_scores as causal_scores
 from cap_nb.jobs.chains import chain_calibration as chain_calibration
 from cap_nb.models.checks import check_anatomy as check_anatomy
-from cap_nb.jobs.plugins import checked_scores as checked_scores
 from cap_nb.methods.streaming import checkpoint_fingerprint as checkpoint_fingerprint
 from cap_nb.experiments.claims import claims_ledger as claims_ledger
 from cap_nb.analysis import compare_methods as compare_methods
@@ -74,7 +72,7 @@ from cap_nb.portable.fine_tuning import held_zeros as held_zeros
 from cap_nb.importance import importance_factors as importance_factors
 from cap_nb.data.lab_world import lab_records as lab_records
 from cap_nb.data.lab_world import lab_text as lab_text
-from cap_nb.scoring import load_losses as load_losses
+from cap_nb.methods.resumed_scoring import load_losses as load_losses
 from cap_nb.models.loading import load_model as load_model
 from cap_nb.methods.streaming import load_norms as load_norms
 from cap_nb.data.problems import load_problems as load_problems
@@ -87,7 +85,6 @@ from cap_nb.analysis import method_table as method_table
 from cap_nb.jobs.chains import mixed_calibration as mixed_calibration
 from cap_nb.portable.sharing import model_card as model_card
 from cap_nb.models.loading import model_fingerprint as model_fingerprint
-from cap_nb.data.problems import normal_text as normal_text
 from cap_nb.models.anatomy import output_projection as output_projection
 from cap_nb.calibration import overlap as overlap
 from cap_nb.jobs.chains import own_chains as own_chains
@@ -126,7 +123,7 @@ from cap_nb.jobs.results import results_frame as results_frame
 from cap_nb.jobs.job import run_job as run_job
 from cap_nb.jobs.sweeps import run_sweep as run_sweep
 from cap_nb.experiments.variants import run_variants as run_variants
-from cap_nb.scoring import save_losses as save_losses
+from cap_nb.methods.resumed_scoring import save_losses as save_losses
 from cap_nb.models.loading import save_model as save_model
 from cap_nb.methods.streaming import save_norms as save_norms
 from cap_nb.methods.resumed_scoring import score_heads as score_heads

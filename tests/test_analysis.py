@@ -12,7 +12,7 @@ from cap_nb.analysis import (
     PAPER_NUMBERS, compare, compare_methods, compare_with_paper, comparison_frame, correct_family, holm, method_table,
     paper_table, plot_head_importance)
 from cap_nb.jobs.tables import (
-    answer_table, comparison_grid, comparison_mark, comparison_markdown, comparison_text, comparison_words,
+    answer_table, comparison_grid, comparison_mark, comparison_markdown, comparison_text,
     head_importance_in_words, interval_text, pairs_with, plot_importance_distribution, plot_sparsity_curves,
     table_csv, table_latex, table_markdown, table_notes)
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
@@ -109,7 +109,7 @@ def test_order_and_mixture_of_records():
 
 def test_undecided_is_signed_and_has_no_minus_zero():
     same = replace(compare(answers("arc", 30), answers("arc", 30)), low=-0.01, high=2.0)
-    assert comparison_words(same, "A", "B") == "A against B is undecided: +0.0 [+0.0, +2.0] points (n = 60, p = 1.000)."
+    assert comparison_text(same) == "+0.0 [+0.0, +2.0]"
 
 
 def test_one_decision_is_printed_everywhere():
@@ -123,7 +123,6 @@ def test_one_decision_is_printed_everywhere():
         marked = comparison_mark(comparison) in ("▲", "▼")
         assert marked == comparison.decided == comparison_frame(comparisons).loc[key, "Decided"]
         assert row[4] == comparison_text(comparison) and comparison_text(comparison) in grid
-        assert ("undecided" in comparison_words(comparison, *key[:2])) != comparison.decided
     assert {comparison.decided for comparison in comparisons.values()} == {True, False}
     assert comparison_frame(comparisons)["Holm"].tolist() == list(holm([c.p for c in comparisons.values()]))
 

@@ -141,11 +141,11 @@ def test_the_default_calibration_is_as_it_was(lab):
 
 def test_a_run_on_chains_and_text(made, tmp_path):
     """Every kind of method calibrates on them; run.json says what on; another file is another run."""
-    words = ["run", *FEW, "--methods", "cap,wanda,sparsegpt", "--sparsity", "0.5", "--text-share", "0.34", "--text-tokens", "30"]
+    words = ["run", *FEW, "--methods", "cap,wanda,sparsegpt", "--sparsity", "0.5", "--text-share", "0.34", "--text-tokens", "100"]
     result = cap(*words, "--calibrate-on", made[1], "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     said = read_checked(tmp_path / "run" / "run.json")["calibration"]
-    assert (said["on"], said["chains"], said["text_share"], said["text_tokens"]) == ("chains", made[0].fingerprint, 0.34, 30)
+    assert (said["on"], said["chains"], said["text_share"], said["text_tokens"]) == ("chains", made[0].fingerprint, 0.34, 100)
     run = load_run(tmp_path / "run")
     assert {e.method for e in run.evaluations} == {"dense", "cap", "wanda", "sparsegpt"}
     assert list(run.losses.task).count("text") == 3

@@ -6,9 +6,12 @@ model's configuration, of its generation settings and of its tokenizer as they a
 
 import importlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,16 +21,20 @@ from hub import arc_rows, byte_tokenizer, gsm8k_rows
 from safetensors.torch import load_file, save_file
 
 from cap_nb.calibration import calibration_set, overlap
+from cap_nb.core import files
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_checked, write_checked
-from cap_nb.data.problems import load_problems
+from cap_nb.core.files import check_new_folder, read_checked, whole_folder, write_checked
+from cap_nb.data.problems import load_problems, read_arc
 from cap_nb.evaluation import accuracy, evaluation_problems
 from cap_nb.jobs import job as job_module
 from cap_nb.jobs.job import run_job
+from cap_nb.jobs.planning import plan
 from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import load_run, pack_run, unpack_run
 from cap_nb.jobs.settings import Job, changed
+from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
+from cap_nb.models import loading
 from cap_nb.models.loading import load_model, model_fingerprint
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
@@ -236,6 +243,16 @@ def test_a_changed_configuration(path, value, place, first):
         return  # older and newer versions of transformers name some inner fields differently
     change_leaf(file, path, value)
     check_taken_in(place, first, path[-1])
+
+
+def test_a_field_that_is_taken_out_of_the_fingerprint_is_noticed(place, monkeypatch):
+    """The proof proves something: without one field the numbers of before would stand."""
+    monkeypatch.setattr(loading, "ORIGIN", loading.ORIGIN | {"rms_norm_eps"})
+    shutil.rmtree(place / "run")
+    run_job(job_in(place), place / "run")
+    change_leaf(place / "model" / "config.json", ("rms_norm_eps",), 0.3)
+    with pytest.raises(AssertionError, match="the numbers of before stand"):
+        check_taken_in(place, place, "rms_norm_eps")
 
 
 # ---- what a folder says beside the configuration ----
@@ -530,3 +547,143 @@ def test_text_that_is_calibrated_on_is_not_measured_on(place):
     shutil.copyfile(texts / "valid.txt", texts / "test.txt")
     with pytest.raises(BadInput, match="are calibrated on and measured on"):
         run_job(job_in(place, calibrate_on="text", text_tokens=64), place / "new")
+
+
+# ---- where the result goes ----
+def test_a_name_that_nothing_can_take_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", str(tmp_path)):
+        with pytest.raises(BadInput, match="is the folder that the command runs in"):
+            check_new_folder(Path(name))
+    with pytest.raises(BadInput, match="exists already|is a disk of its own"):
+        check_new_folder(Path("/proc"))
+
+
+def test_what_is_whole_is_kept_when_its_name_is_taken_meanwhile(tmp_path):
+    with pytest.raises(BadInput, match="is whole in new.[0-9]+ beside it"), whole_folder(tmp_path / "new") as part:
+        (part / "made").write_text("made")
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "another's").write_text("other")
+    (kept,) = tmp_path.glob("new.*")
+    assert (kept / "made").read_text() == "made" and (tmp_path / "new" / "another's").read_text() == "other"
+
+
+def test_half_written_files_of_a_process_in_another_container_stay(tmp_path):
+    """Its number means nothing here; its lock does."""
+    part = tmp_path / ".new.4194999.part"
+    part.mkdir()
+    script = "import sys\nfrom pathlib import Path\nfrom cap_nb.core.files import locked\nwith locked(Path(sys.argv[1])): print('in', flush=True), sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(part)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with whole_folder(tmp_path / "new"):
+            assert part.exists()
+        other.stdin.close()
+    shutil.rmtree(tmp_path / "new")
+    with whole_folder(tmp_path / "new"):
+        assert not part.exists()
+
+
+def test_an_environment_that_makes_no_sense_is_one_sentence(tmp_path):
+    wrong = {"TQDM_MININTERVAL": ("abc", "TQDM_MININTERVAL is 'abc': expected a number")}
+    for name, (value, sentence) in wrong.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "cap_nb", "methods"], env=os.environ | {name: value}, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, "-m", "cap_nb", "--help"],
+        env=os.environ | {"MPLBACKEND": "nonsense"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+
+
+def test_half_a_launch_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BadInput, match="WORLD_SIZE is 2 and MASTER_ADDR is not set"):
+        launched_processes()
+
+
+# ---- what ended as a bug ----
+def without_vocabulary(place):
+    (place / "model" / "tokenizer.json").unlink()
+    (place / "model" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+
+
+def without_words(place):
+    path = place / "model" / "tokenizer.json"
+    words = {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 9,
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": words | {"vocab": {}}}))
+
+
+ODD = {
+    "a word for the end": (edited("generation_config.json", eos_token_id="x"), "answers end with token 'x'"),
+    "a list in a list": (edited("generation_config.json", eos_token_id=[[1]]), r"answers end with token \[\[1\]\]"),
+    "kernels that are compiled": (
+        edited("config.json", attn_implementation="flex_attention"),
+        "asks for flex_attention",
+    ),
+    "no vocabulary": (without_vocabulary, "has a tokenizer without a vocabulary"),
+    "no words": (without_words, "cannot be opened by transformers"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_model_folder_is_refused_in_one_sentence(what, place):
+    change, sentence = ODD[what]
+    change(place)
+    with pytest.raises(BadInput, match=sentence):
+        load_model(place / "model", device="cpu")
+
+
+def test_a_plan_refuses_tokens_without_an_embedding(place):
+    with_few_tokens(place)
+    with pytest.raises(BadInput, match="embeddings of 200 tokens"):
+        plan(job_in(place))
+
+
+ODD_SCORES = {
+    "sparse": "add_criterion('mine', lambda known: known.weight.abs().to_sparse())",
+    "meta": "add_criterion('mine', lambda known: known.weight.abs().to('meta'))",
+    "sparse table": "add_attribution('mine', lambda model, calibration, batch_tokens: torch.ones(2, 4).to_sparse())",
+}
+
+
+@pytest.mark.parametrize("what", ODD_SCORES)
+def test_scores_that_are_no_plain_tensor_are_refused(what, place):
+    (place / "my.py").write_text(ADD + ODD_SCORES[what])
+    with plugins_loaded([place / "my.py"]), pytest.raises(BadInput, match="are no numbers|no table of scores"):
+        run_job(job_in(place, methods=("cap.mine",) if "table" in what else ("mine",)), place / "new")
+
+
+# ---- smaller ----
+def test_a_rationale_may_be_a_text():
+    record = {"question": "Why?", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "A"}
+    lines, text = (read_arc(record | {"rationale": reasons}) for reasons in (["One.", "Two."], "One.\nTwo."))
+    assert lines == text and text.solution == "One.\nTwo."
+
+
+def test_half_written_files_are_not_unpacked(place):
+    pack_run(place / "run")
+    (place / "run" / ".new.4194999.part").write_text("half")
+    unpack_run(place / "run", place / "back")
+    assert not list((place / "back").glob(".*.part"))
+
+
+def test_a_file_without_permission_is_not_called_damaged(place, monkeypatch):
+    def refused(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "safe_open", refused)
+    with pytest.raises(BadInput, match="cannot be read .Permission denied."):
+        load_model(place / "model", device="cpu")

@@ -55,8 +55,8 @@ def test_a_method_that_the_run_has_not_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    {"seed": 3}, {"seed": 3, "calibration_seed": 0}, {"text_share": 0.5}, {"calibrate_on": "text"}, {"max_new_tokens": 9},
-    {"score_target": "divergence", "methods": ("cap",)}, {"aggregation": "mean"}, {"evaluate_on": "validation"}])
+    {"seed": 3, "aggregation": "mean", "max_new_tokens": 9}, {"seed": 3, "calibration_seed": 0, "text_share": 0.5}, {"calibrate_on": "text"},
+    {"score_target": "divergence", "methods": ("cap",), "evaluate_on": "validation"}])
 def test_a_job_comes_back_from_its_configuration(settings):
     """What `configuration` writes for a job is what it writes for the job read back from it."""
     ready = prepare(changed(SMALL, **settings))

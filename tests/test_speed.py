@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
-from cap_nb.models.loading import load_model
+from cap_nb.models.loading import load_model, save_model
 from cap_nb.portable.speed import (
-    BACKENDS, SpeedSettings, bench_folder, filled, linears_of, zeros_in)
+    BACKENDS, SpeedSettings, bench_folder, filled, linears_of, speed_text, zeros_in)
 
 CPU = torch.device("cpu")
 SPARSE = [name for name in ("csr", "scipy") if not BACKENDS[name].missing(CPU)]
@@ -62,3 +62,13 @@ def test_the_program_measures(tmp_path):
     record = read_checked(tmp_path / "r.json")
     assert set(record["seconds"]) == {f"{phase}, batch {batch}" for phase in ("prefill", "decode") for batch in (1, 2)}
     assert all(len(rounds) == 2 and min(rounds) > 0 for sides in record["seconds"].values() for rounds in sides.values())
+
+
+def test_both_sides_have_one_dtype(tmp_path):
+    """A pruned folder in bfloat16 against a model that is stored in float32: the one speed is not that of a dtype."""
+    model, tokenizer = load_model("lab", "bfloat16", "cpu")
+    save_model(model, tokenizer, tmp_path / "half")
+    settings = SpeedSettings(batches=(1,), prompt=4, steps=2, rounds=1, backends=("torch",), device="cpu")
+    record = bench_folder(tmp_path / "half", "lab", settings)
+    assert [about["dtype"] for about in record["models"].values()] == ["bfloat16", "bfloat16"]
+    assert speed_text(record).count("in bfloat16") == 2

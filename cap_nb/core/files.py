@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/core/01_files.ipynb #c005
 import errno
+import fcntl
 import glob
 import os
 import re
@@ -68,7 +69,36 @@ def remove_leftovers(path: Path) -> None:
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         number = part.name.split(".")[-2]
         if number.isdigit() and (int(number) == os.getpid() or not process_exists(int(number))):
+            if not part.is_symlink() and busy(part): continue # in use by a process in another container
             with named(path): remove(part) # a disk that may only be read keeps it
+
+def take_name(temporary: Path, path: Path) -> None:
+    "Give what is whole its final name; where that cannot be, `BadInput` says under which name it was kept."
+    try:
+        if path.is_dir(): path.rmdir()
+        os.replace(temporary, path)
+    except OSError as error:
+        kept = path.with_name(f"{path.name}.{os.getpid()}")
+        os.replace(temporary, kept)
+        raise BadInput(f"{path} could not be made in the end ({error.strerror}): expected the name to be free, as it "
+                       f"was at first; what was made is whole in {kept.name} beside it, rename that.") from error
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    "Hold the lock of a file or folder, by which a process in another container knows that it is in use."
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally: os.close(opened)
+
+def busy(path: str | Path) -> bool:
+    "Whether another process holds the lock of a file or folder that is there."
+    opened = os.open(path, os.O_RDONLY)
+    try: fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB) # shared: two that ask do not see each other
+    except BlockingIOError: return True
+    finally: os.close(opened)
+    return False
 
 @contextmanager
 def renamed_when_whole(path: Path, kept: str) -> Iterator[Path]:
@@ -79,8 +109,7 @@ def renamed_when_whole(path: Path, kept: str) -> Iterator[Path]:
             remove_leftovers(path) # a link that waits under the temporary name is not followed
             yield temporary
             settle(temporary)
-            if path.is_dir(): path.rmdir()
-            os.replace(temporary, path)
+            take_name(temporary, path)
     finally: remove(temporary)
 
 @contextmanager
@@ -92,7 +121,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     with renamed_when_whole(path, "what was finished is kept") as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         with named(path): os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield temporary
+        with locked(temporary): yield temporary
 
 # %% ../../nbs/core/01_files.ipynb #c025
 def check_no_links(folder: Path) -> None:
@@ -107,6 +136,10 @@ def check_new_folder(path: Path) -> None:
     if path.is_symlink() or path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BadInput(f"{path} exists already and is not an empty folder: expected a new name; "
                        "choose another or remove it.")
+    if path.exists() and ((alone := path.resolve().is_mount()) or path.samefile(".")):
+        what = "a disk of its own" if alone else "the folder that the command runs in"
+        raise BadInput(f"{path} is {what}, whose name nothing can take: expected a new name; give one in it, as "
+                       f"{path/'new'}.")
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
@@ -115,11 +148,9 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     check_new_folder(path)
     with renamed_when_whole(path, "nothing of it was left behind") as temporary:
         with named(path): temporary.mkdir(parents=True)
-        yield temporary
+        with locked(temporary): yield temporary
 
 # %% ../../nbs/core/01_files.ipynb #c029
-import fcntl
-
 @contextmanager
 def alone_in(folder: str | Path, links: bool = False) -> Iterator[None]:
     "Keep other processes out of a folder, made if need be, while the block runs; one that tries raises `BadInput`."
@@ -136,14 +167,6 @@ def alone_in(folder: str | Path, links: bool = False) -> Iterator[None]:
         if not links: check_no_links(folder) # who allows them looks for them
         yield
     finally: os.close(opened)
-
-def busy(folder: str | Path) -> bool:
-    "Whether another process keeps others out of a folder that is there."
-    opened = os.open(folder, os.O_RDONLY)
-    try: fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB) # shared: two that ask do not see each other
-    except BlockingIOError: return True
-    finally: os.close(opened)
-    return False
 
 # %% ../../nbs/core/01_files.ipynb #c035
 HALF_WRITTEN = re.compile(r"\..+\.\d+\.part") # Names that `whole_file` writes to
@@ -447,6 +470,8 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     except FileNotFoundError:
         raise BadInput(f"{file} does not exist: expected a shard that the index names; "
                        "fetch the checkpoint again.") from None
+    except PermissionError:
+        raise BadInput(f"{file} cannot be read (Permission denied): expected a file that you may read.") from None
     except (SafetensorError, OSError):
         raise BadInput(f"{file} is damaged or no safetensors file: expected a whole one; "
                        "fetch the checkpoint again.") from None

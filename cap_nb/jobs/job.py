@@ -298,30 +298,24 @@ def check_origin(path: Path, meta: dict, ready: Ready) -> None:
     other = f"a model with other {' and '.join(differ)}" if differ else "other examples"
     raise BadInput(f"{path} was measured on {other}: expected this run's; remove it and run again.")
 
-# %% ../../nbs/jobs/03_job.ipynb #c047
-def save_measured(ready: Ready, path: Path, store: Path) -> None:
-    "Score the heads, all of them on every example or within the job's budget, and save the table."
-    settings, tokenizer = ready.job.prune, ready.configuration["model"]["tokenizer"]
-    common, batch_tokens = (ready.model, ready.calibration), ready.job.model.batch_tokens
-    if settings.budget is None:
-        save_losses(table_scorer(settings.score_target)(*common, batch_tokens, store, tokenizer), path)
-    else:
-        seed = ready.job.calibrate.calibration_seed
-        save_partial(screen_heads(*common, settings.budget, seed, batch_tokens, store, tokenizer), path)
-
 # %% ../../nbs/jobs/03_job.ipynb #374060b6
 def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | PartialLosses:
     "The run's table of losses, measured only if it is not there; one of another model raises `BadInput`."
-    path, unfinished = folder/"losses.safetensors", folder/"unfinished"/"scores"
+    path, unfinished, settings = folder/"losses.safetensors", folder/"unfinished"/"scores", ready.job.prune
     if not path.exists():
         with time_and_memory_noted(folder, "scoring", ready.model.device):
-            save_measured(ready, path, store or unfinished)
+            common = (ready.model, ready.calibration)
+            rest = (ready.job.model.batch_tokens, store or unfinished, ready.configuration["model"]["tokenizer"])
+            if settings.budget is None: save_losses(table_scorer(settings.score_target)(*common, *rest), path)
+            else:
+                seed = ready.job.calibrate.calibration_seed
+                save_partial(screen_heads(*common, settings.budget, seed, *rest), path)
     if store is None: shutil.rmtree(unfinished, ignore_errors=True) # an earlier session may have died before this
     table = load_any(path)
     losses = table if isinstance(table, HeadLosses) else table.losses
     check_origin(path, losses.meta, ready)
-    check_target(losses, ready.job.prune.score_target, path)
-    budgets = [losses.meta.get("screened", {}).get("budget"), ready.job.prune.budget]
+    check_target(losses, settings.score_target, path)
+    budgets = [losses.meta.get("screened", {}).get("budget"), settings.budget]
     if budgets[0] != budgets[1]:
         kept, wanted = ("a whole table" if share is None else f"one with a budget of {share:g}" for share in budgets)
         raise BadInput(f"{path} holds {kept}: expected {wanted}; remove it and run again.")
@@ -406,13 +400,6 @@ def evaluate(model: nn.Module, tokenizer: object, job: Job, name: str,
                   for piece in pieces_of(job)]
     return together(pieces or [Evaluation(name, reached, reached)])
 
-# %% ../../nbs/jobs/03_job.ipynb #8ed8923e
-def dense_lengths(folder: Path, piece: Piece) -> dict[str, int]:
-    "How long the dense model's answers to a task were."
-    path = evaluation_folder(folder, "dense", 0.0)
-    if piece.kind != "accuracy" or not path.exists(): return {}
-    return {record.uid: record.tokens for record in load_evaluation(path).answers if record.task == piece.on}
-
 # %% ../../nbs/jobs/03_job.ipynb #c070
 def finish_piece(ready: Ready, folder: Path, cell: Evaluation, piece: Piece, bar: tqdm, backend: object) -> Evaluation:
     "Measure a piece, or read it if it was finished before."
@@ -420,8 +407,10 @@ def finish_piece(ready: Ready, folder: Path, cell: Evaluation, piece: Piece, bar
     if not path.exists():
         bar.set_description(f"{cell.method} {cell.sparsity:.0%}, {piece.kind} {piece.on}")
         exclude = calibrated_on(ready.calibration)
+        dense = evaluation_folder(folder, "dense", 0.0)
+        answers = load_evaluation(dense).answers if piece.kind == "accuracy" and dense.exists() else ()
+        lengths = {answer.uid: answer.tokens for answer in answers if answer.task == piece.on}
         with timed(folder, f"{cell_name(cell.method, cell.sparsity)}/{piece.name}"):
-            lengths = dense_lengths(folder, piece)
             records = measure_piece(ready.model, ready.tokenizer, ready.job, piece, exclude, backend, lengths)
         save_evaluation(replace(cell, **records), path)
     bar.update()
@@ -498,15 +487,6 @@ def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]],
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
-# %% ../../nbs/jobs/03_job.ipynb #c080
-def method_pruner(ready: Ready, factors: dict[str, Factors], folder: Path) -> Pruner: # Prunes the job's model
-    "How a job prunes: by the method's name, with its factors."
-    def pruner(method: str, sparsity: float) -> PruneReport:
-        given = Inputs(factors=factors.get(method), calibration=ready.calibration, store=folder/"budgets",
-                      batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
-        return prune_with(ready.model, method, sparsity, given)
-    return pruner
-
 # %% ../../nbs/jobs/03_job.ipynb #c081
 @validate_arguments
 def run_job(
@@ -523,5 +503,9 @@ def run_job(
         note_environment(folder, environment(ready.configuration["model"]["device"], note))
         finished = follow(opened) if follow else None
         factors = factors_by_method(ready, folder, store and Path(store))
-        finish_cells(ready, folder, possible_cells(ready), method_pruner(ready, factors, folder), finished)
+        def pruner(method: str, sparsity: float) -> PruneReport:
+            given = Inputs(factors=factors.get(method), calibration=ready.calibration, store=folder/"budgets",
+                           batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
+            return prune_with(ready.model, method, sparsity, given)
+        finish_cells(ready, folder, possible_cells(ready), pruner, finished)
     return folder

@@ -196,9 +196,9 @@ class BatchShape:
 def batch_shapes(lengths: Sequence[ExampleLength], batch_tokens: int = 4096) -> tuple[BatchShape, ...]:
     "The shapes of the batches of a set of examples."
     batches = [[lengths[index] for index in indices] for indices in token_batches(lengths, batch_tokens)]
-    return tuple(BatchShape(len(batch), max(len(length.input_ids) for length in batch),
-                            sum(length.target for length in batch), max(length.target for length in batch))
-                 for batch in batches)
+    return tuple(BatchShape(rows=len(batch), width=max(len(length.input_ids) for length in batch),
+                            targets=sum(length.target for length in batch),
+                            most=max(length.target for length in batch)) for batch in batches)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c020
 PASSES, TOKENS, PAIRS, HEAD = range(4) # What passes compute, as numbers in this order; HEAD: tokens of the output head

@@ -46,6 +46,7 @@ def add_attribution(
     def scores(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:
         a, table = anatomy(model), scored(model, calibration, batch_tokens)
         fits = isinstance(table, torch.Tensor) and tuple(table.shape) == (a.layers, a.heads)
+        fits = fits and not (table.is_sparse or table.is_meta)
         if fits and table.isfinite().all(): return table.detach().double().cpu()
         raise BadInput(f"The function of {whose} returned no table of scores: expected a tensor of {a.layers} layers "
                        f"by {a.heads} heads, all finite; correct it.")

@@ -18,6 +18,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -37,15 +38,15 @@ from .tables import (
     table_latex, table_markdown, value_text)
 from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import needs_of, parse_method
-from ..methods.screening import PartialLosses, screened_scores
+from ..methods.screening import screened_scores
 from ..models.decoding import limit_for
 
 # %% ../../nbs/jobs/02_report.ipynb #c005
-def scores_csv(scores: torch.Tensor, factors: torch.Tensor) -> str: # A line a head
-    "Scores and factors of every head as comma-separated values."
-    rows = [f"{layer},{head},{scores[layer, head].item()!r},{factors[layer, head].item()!r}"
-            for layer in range(len(scores)) for head in range(scores.shape[1])]
-    return "\n".join(["layer,head,score,factor", *rows]) + "\n"
+def heads_csv(**columns: torch.Tensor) -> str: # A line a head
+    "A number of every head in each column, [L, H], as comma-separated values."
+    heads = np.ndindex(*next(iter(columns.values())).shape)
+    rows = [[*head, *(column[head].item() for column in columns.values())] for head in heads]
+    return "".join(",".join(map(str, row)) + "\n" for row in (["layer", "head", *columns], *rows))
 
 def write_text(path: Path, text: str) -> None:
     "Write a text, whole or not at all."
@@ -124,14 +125,6 @@ def warn_of_cut_off(dense: Sequence[AnswerRecord]) -> None:
         try: limit_for([answer for answer in dense if answer.task == task])
         except BadInput as shortage: logging.getLogger(__name__).warning("%s: %s", task, shortage)
 
-# %% ../../nbs/jobs/02_report.ipynb #c035
-def screening_csv(partial: PartialLosses) -> str: # A line a head
-    "On how many examples each head was masked, and its score with the 95 % interval, as comma-separated values."
-    (scores, low, high), counts = screened_scores(partial), partial.measured.sum(-1)
-    rows = [f"{layer},{head},{counts[layer, head]},{scores[layer, head].item()!r},{low[layer, head].item()!r},"
-            f"{high[layer, head].item()!r}" for layer in range(len(scores)) for head in range(scores.shape[1])]
-    return "\n".join(["layer,head,measured,score,low,high", *rows]) + "\n"
-
 # %% ../../nbs/jobs/02_report.ipynb #c036
 def table_texts(run: Run) -> dict[str, str]: # Path within the run's folder -> contents
     "Table 1 of a run in Markdown, CSV and LaTeX, what its accuracies hide, its scores, and what its methods cost."
@@ -140,8 +133,10 @@ def table_texts(run: Run) -> dict[str, str]: # Path within the run's folder -> c
              "table.tex": table_latex(table, origin), "costs.csv": costs.to_csv(), "costs.md": cost_markdown(costs)}
     if any(evaluation.answers for evaluation in run.evaluations):
         texts["answers.md"] = answer_markdown(answer_table(run.evaluations))
-    if run.scores is not None: texts["scores.csv"] = scores_csv(run.scores, importance_factors(run.scores))
-    if run.partial is not None: texts["screening.csv"] = screening_csv(run.partial)
+    if run.scores is not None: texts["scores.csv"] = heads_csv(score=run.scores, factor=importance_factors(run.scores))
+    if run.partial is not None:
+        scores, low, high = screened_scores(run.partial)
+        texts["screening.csv"] = heads_csv(measured=run.partial.measured.sum(-1), score=scores, low=low, high=high)
     return {f"tables/{name}": text for name, text in texts.items()}
 
 def figures_of(run: Run) -> dict[str, Callable[[], Figure]]:

