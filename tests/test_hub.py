@@ -146,13 +146,13 @@ def test_strategyqa_as_json(machine, hub):
 
 
 # ---- what is refused ----
-def test_no_such_repository(machine):
-    assert_one_sentence(machine.run(f"{LOADING} tiny/nothing"), "model tiny/nothing is not there, or is private", "hf auth login")
-    assert_one_sentence(machine.run(f"run --model tiny/nothing {FEW} --out runs/none"), "tiny/nothing is not there")
-
-
-def test_no_such_commit(machine):
-    assert_one_sentence(machine.run(f"{LOADING} tiny/llama@{'f' * 40}"), "has no such revision")
+@pytest.mark.parametrize("words, parts", [
+    (f"{LOADING} tiny/nothing", ["model tiny/nothing is not there, or is private", "hf auth login"]), (f"run --model tiny/nothing {FEW} --out runs/none", ["tiny/nothing is not there"]),
+    (f"{LOADING} tiny/llama@{'f' * 40}", ["has no such revision"]), (f"{LOADING} tiny/empty", ["lacks a file that is needed (status 404)"])],
+    ids=["no repository", "no model for a run", "no commit", "no file"])
+def test_what_is_not_there(machine, hub, words, parts):
+    hub.add(Repo("tiny/empty", {"README.md": b"nothing"}))
+    assert_one_sentence(machine.run(words), *parts)
 
 
 def test_a_gated_repository(machine):
@@ -165,11 +165,6 @@ def test_a_gated_repository(machine):
 def test_pickles_alone_are_refused(machine, hub):
     assert_one_sentence(machine.run(f"run --model tiny/pickles {FEW} --out runs/pickles", cache="pickles"), "no safetensors", "not pickles")
     assert not [path for _, path in hub.asked if path.endswith(".bin")]
-
-
-def test_a_repository_without_a_file(machine, hub):
-    hub.add(Repo("tiny/empty", {"README.md": b"nothing"}))
-    assert_one_sentence(machine.run(f"{LOADING} tiny/empty"), "lacks a file that is needed (status 404)")
 
 
 # ---- what goes wrong ----

@@ -270,7 +270,7 @@ def cut_off(src):
     shard.write_bytes(shard.read_bytes()[:-3])
 
 
-KEY, INDEX = "model.layers.1.self_attn.k_proj.weight", "model.safetensors.index.json"
+KEY = "model.layers.1.self_attn.k_proj.weight"
 
 
 def with_nan(weight):
@@ -279,14 +279,7 @@ def with_nan(weight):
 
 
 DAMAGE = {
-    "no folder": (shutil.rmtree, "holds no config.json"),
-    "no configuration": (lambda src: (src / "config.json").unlink(), "holds no config.json"),
-    "no json": (lambda src: (src / "config.json").write_text("{"), "is not JSON"),
-    "unknown family": (configured(model_type="mamba"), "'mamba' is not known"),
     "quantised": (configured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "is quantised"),
-    "pickles": (lambda src: [path.rename(path.with_suffix(".bin")) for path in [*src.glob("*.safetensors"), src / INDEX]], "not pickles"),
-    "bad index": (lambda src: (src / INDEX).write_text('{"weight_map": 3}'), "is no index of shards"),
-    "index leads out": (lambda src: (src / INDEX).write_text('{"weight_map": {"a": "../src/model.safetensors"}}'), "is no index of shards"),
     "missing shard": (lambda src: sorted(src.glob("*.safetensors"))[2].unlink(), "a shard that the index names"),
     "cut off": (cut_off, "is damaged"),
     "missing weight": (without(KEY), KEY),
