@@ -96,18 +96,6 @@ def test_slots_are_reused_moved_and_made_longer():
     handle.remove()
 
 
-def test_a_row_that_overflows_spoils_no_later_one():
-    """What a row left in its slot is multiplied by zero for the next one, and zero times NaN is NaN."""
-    broken = tiny_llama(vocab_size=64, max_position_embeddings=64, eos_token_id=0)
-    broken.generation_config.eos_token_id = 0
-    with torch.no_grad():
-        broken.model.embed_tokens.weight[63] = torch.nan
-    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [63, 6, 7, 8, 9, 10, 11, 12], [7, 8], [9, 3, 4]]
-    alone = [generate_naive(broken, Stop, prompt, 8) for prompt in prompts]
-    assert generate_greedy(broken, Stop, prompts, 8, decoding=Decoding(batch_tokens=24)) == alone
-    assert len(alone[2].tokens) > 1
-
-
 def near_ties(model, prompt, said):
     """The smallest distance between the two highest logits where a token was chosen."""
     with torch.no_grad():
