@@ -22,7 +22,7 @@ from cap_nb.scoring import score_heads_naive
 
 # two processes with two threads each would wait for one another
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-SMALL = ["score", "--model", "lab", "--n", "4", "--batch-tokens", "512"]
+SMALL = ["score", "--model", "lab", "--n", "2", "--batch-tokens", "256"]
 
 
 def units(out, kind="batch"):
@@ -67,7 +67,7 @@ def test_a_killed_scoring_goes_on_and_gives_the_same_bytes(tmp_path, undisturbed
 def test_a_killed_screening_goes_on_and_gives_the_same_bytes(tmp_path):
     """Killed among the slopes, and in a later round, whose choice follows from what is kept."""
     once, out = tmp_path/"once.safetensors", tmp_path/"S.safetensors"
-    few = [*SMALL, "--tasks", "lab-arc", "--budget", "0.7", "--out"]
+    few = [*SMALL, "--n", "4", "--batch-tokens", "512", "--tasks", "lab-arc", "--budget", "0.7", "--out"]
     assert finished(cap(*few, once)).returncode == 0
     for kind, number in (("slopes", 1), ("masked", 4)):
         process = Program(cap(*few, out))
@@ -124,7 +124,7 @@ def test_two_processes_give_the_bytes_of_one(tmp_path, undisturbed):
     done = subprocess.run(launched(out), env=ONE_THREAD, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == undisturbed
-    assert done.stdout.count("losses of 12 examples") == 1  # only one process speaks
+    assert done.stdout.count("losses of 6 examples") == 1  # only one process speaks
 
 
 # no room
