@@ -42,7 +42,7 @@ def test_zeros_are_filled_and_nothing_else():
 
 def test_a_model_without_linear_modules_is_a_sentence():
     with pytest.raises(BadInput, match="elsewhere than in linear modules"):
-        linears_of(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
+        linears_of(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).eval())
 
 
 def test_prefill_and_decode_compute_what_they_should(monkeypatch):
