@@ -242,7 +242,7 @@ def check_text_unseen(job: Job, calibration: Calibration) -> None:
     text = load_text(job.evaluate.text, job.calibrate.data_dir, job.evaluate.evaluate_on)
     measured = normal_text(text.text)
     seen = [inner for w in windows if (inner := w[len(w) // 4:len(w) - len(w) // 4]) in measured] # ends may cut a word
-    if seen:
+    if any(len(inner) > 200 for inner in seen) or 2 * len(seen) > len(windows): # a short one may stand there by chance
         raise BadInput(f"{len(seen)} windows of {text.name} are calibrated on and measured on: expected another text; "
                        "give another --text, or --windows 0.")
 
