@@ -1,4 +1,7 @@
 """What tests share: one tiny Llama (and models of other classes with its sizes), and examples made of token ids."""
+import json
+import math
+
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -35,3 +38,18 @@ def made_up_calibration(count=9, shortest=8, k=3, step=1, **options):
     """A calibration set of made-up examples, each `step` tokens longer than the last, so that batches have padding."""
     examples = [made_up(number, shortest + step * number, **options) for number in range(count)]
     return Calibration.from_examples(examples, k=k)
+
+
+def write_large(path, shapes, noise):
+    """A safetensors file of hundreds of megabytes, 16 bits a number, written piece by piece from a million numbers."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name], at = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}, at + size
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for number, shape in enumerate(shapes.values()):
+            for left in range(math.prod(shape), 0, -len(noise)):
+                file.write(noise.roll(number)[:left].view(torch.uint8).numpy())
+    return path.stat().st_size

@@ -1,4 +1,4 @@
-"""A small hub on loopback: what the Hugging Face hub's HTTP interface says to huggingface_hub and to datasets, for a few made-up repositories.
+"""A small hub on loopback: what the Hugging Face hub's HTTP interface says to huggingface_hub, for a few made-up repositories.
 
 `Hub` serves repositories at pinned commits with ETags, redirects, ranges and the hub's error codes, and can be told to misbehave:
 
@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_made_up"
@@ -100,10 +100,6 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer("GET")
 
-    def do_POST(self):
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.answer("POST")
-
     def answer(self, method):
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append((method, path))
@@ -137,43 +133,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(401, "GatedRepo", f"Access to {kind} {name} is restricted.")
         return repo
 
-    # ---- what is said of a repository ----
     def about(self, kind, name, rest):
-        what = rest[0] if rest else "revision"
-        revision = rest[1] if len(rest) > 1 else None
-        repo = self.found(kind, name, revision, files=False)
+        repo = self.found(kind, name, rest[1] if len(rest) > 1 else None, files=False)
         if repo is None:
             return
-        if what == "revision":
-            said = {"_id": "0", "id": name, "sha": repo.commit, "private": False, "gated": "manual" if repo.gated else False, "disabled": False,
-                    "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in sorted(repo.files)]}
-        elif what == "tree":
-            said = self.entries(repo, "/".join(rest[2:]), parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true")
-            if said is None:
-                return self.refuse(404, "EntryNotFound", "no such folder")
-        elif what == "paths-info":
-            form = json.loads(self.body) if self.body[:1] == b"{" else parse_qs(self.body.decode())
-            said = [one for path in form["paths"] for one in self.entry(repo, path)]
-        else:
+        if rest and rest[0] != "revision":
             return self.send(404, b"", {})
+        said = {"_id": "0", "id": name, "sha": repo.commit, "private": False, "gated": "manual" if repo.gated else False, "disabled": False,
+                "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in sorted(repo.files)]}
         self.send(200, json.dumps(said).encode(), {"Content-Type": "application/json"})
-
-    def entry(self, repo, path):
-        if path in repo.files:
-            body, oid = repo.files[path], repo.etag(path)
-            lfs = {"lfs": {"oid": oid, "size": len(body), "pointerSize": 130}} if path.endswith(LARGE) else {}
-            return [{"type": "file", "path": path, "size": len(body), "oid": oid[:40], **lfs}]
-        inside = any(name.startswith(f"{path}/") for name in repo.files)
-        return [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0}] if inside else []
-
-    def entries(self, repo, folder, recursive):
-        inside = [name for name in sorted(repo.files) if not folder or name.startswith(f"{folder}/")]
-        if folder and not inside:
-            return None
-        start = len(folder) + 1 if folder else 0
-        folders = sorted({name[:start] + name[start:].split("/")[0] for name in inside if "/" in name[start:]})
-        direct = [name for name in inside if recursive or "/" not in name[start:]]
-        return [one for path in [*folders, *direct] for one in self.entry(repo, path)]
 
     # ---- files ----
     def resolve(self, kind, name, revision, path):
@@ -218,36 +186,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 # ---- made-up repositories with the published file names and columns ----
-GSM8K_CARD = """---
-license: mit
-dataset_info:
-- config_name: main
-  features: [{name: question, dtype: string}, {name: answer, dtype: string}]
-configs:
-- config_name: main
-  data_files: [{split: train, path: main/train-*}, {split: test, path: main/test-*}]
-- config_name: socratic
-  data_files: [{split: train, path: socratic/train-*}, {split: test, path: socratic/test-*}]
----
-"""
-ARC_CARD = """---
-license: cc-by-sa-4.0
-configs:
-- config_name: ARC-Challenge
-  data_files: [{split: train, path: ARC-Challenge/train-*}, {split: test, path: ARC-Challenge/test-*}]
-- config_name: ARC-Easy
-  data_files: [{split: train, path: ARC-Easy/train-*}, {split: test, path: ARC-Easy/test-*}]
----
-"""
-WIKITEXT_CARD = """---
-license: cc-by-sa-3.0
-configs:
-- config_name: wikitext-103-raw-v1
-  data_files: [{split: test, path: wikitext-103-raw-v1/test-*}]
-- config_name: wikitext-2-raw-v1
-  data_files: [{split: test, path: wikitext-2-raw-v1/test-*}, {split: validation, path: wikitext-2-raw-v1/validation-*}]
----
-"""
+CARD = b"---\nlicense: mit\n---\n"
 
 
 def parquet_bytes(rows):
@@ -297,10 +236,10 @@ def data_sets(strategyqa_in="parquet"):
         strategyqa = {f"{split}.json": json.dumps(strategyqa_rows(split)).encode() for split in ("train", "test")}
     halves = [parquet_bytes(gsm8k_rows("train")[:8]), parquet_bytes(gsm8k_rows("train")[8:])]  # Two files, as large splits have
     gsm8k = {f"main/train-0000{i}-of-00002.parquet": half for i, half in enumerate(halves)} | {"main/test-00000-of-00001.parquet": parquet_bytes(gsm8k_rows("test"))}
-    files = {GSM8K.hub: {"README.md": GSM8K_CARD.encode()} | gsm8k | both("socratic", gsm8k_rows),
-             STRATEGYQA.hub: {"README.md": b"---\nlicense: mit\n---\n"} | strategyqa,
-             ARC.hub: {"README.md": ARC_CARD.encode()} | both("ARC-Challenge", arc_rows) | both("ARC-Easy", arc_rows),
-             WIKITEXT: {"README.md": WIKITEXT_CARD.encode()} | both("wikitext-2-raw-v1", wikitext_rows, ("test", "validation")) | both("wikitext-103-raw-v1", wikitext_rows, ("test",))}
+    files = {GSM8K.hub: {"README.md": CARD} | gsm8k | both("socratic", gsm8k_rows),
+             STRATEGYQA.hub: {"README.md": CARD} | strategyqa,
+             ARC.hub: {"README.md": CARD} | both("ARC-Challenge", arc_rows) | both("ARC-Easy", arc_rows),
+             WIKITEXT: {"README.md": CARD} | both("wikitext-2-raw-v1", wikitext_rows, ("test", "validation")) | both("wikitext-103-raw-v1", wikitext_rows, ("test",))}
     return [Repo(name, kind="dataset", commit=commit, files={".gitattributes": b""} | content) for (name, _, commit), content in files.items()]
 
 

@@ -1,5 +1,6 @@
 """The notebooks as the tests need them: which cells are exported, to which module, in which order."""
 import configparser
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Cell:
         return sum(bool(line.strip()) and not line.lstrip().startswith("#|") for line in self.source.splitlines())
 
 
+@functools.cache
 def cells(path: Path) -> list[Cell]:
     """All cells of a notebook, in order."""
     found = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -34,6 +36,7 @@ def cells(path: Path) -> list[Cell]:
     return [Cell(kind, text, notebooks_tool.directives(text) if kind == "code" else {}) for kind, text in texts]
 
 
+@functools.cache
 def module_of(path: Path) -> str | None:
     """The module a notebook exports to, with the package's name, or None."""
     named = [c.directives["default_exp"] for c in cells(path) if "default_exp" in c.directives]

@@ -13,6 +13,7 @@ import time
 import traceback
 
 import torch
+from typer.testing import CliRunner
 
 import cap_nb.command_line, cap_nb.single_steps, cap_nb.jobs.sweeps  # noqa: E401, F401  before the first fork, so that no child reads them again
 from cap_nb.__main__ import main
@@ -55,6 +56,23 @@ def ended_with(code):
         os._exit(99)
 
 
+FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]
+
+
+def called(*words):
+    """Run the program in this process."""
+    return CliRunner().invoke(cap_nb.command_line.app, [str(word) for word in words])
+
+
+def assert_one_sentence(result, *parts):
+    """Exit code 2, nothing on the output, one line on the error channel with all the parts, no traceback."""
+    assert result.exit_code == 2 and result.stdout == "", f"{result.output} {result.exception!r}"
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("cap: ") and "Traceback" not in result.stderr, result.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
 def cap(*words):
     """Work: the program, as a user would start it."""
     def work():
@@ -72,8 +90,9 @@ def problems_drawn():
 class Program:
     """Work in a forked process, with the methods that a process of `subprocess` has."""
 
-    def __init__(self, work, folder=None, together=False):
-        problems_drawn()
+    def __init__(self, work, folder=None, together=False, draws=True):
+        if draws:
+            problems_drawn()
         self.returncode, self.said = None, tempfile.TemporaryFile()
         self.complained = self.said if together else tempfile.TemporaryFile()
         self.pid = os.fork()
@@ -110,8 +129,8 @@ class Program:
         return said, self.complained.read().decode()
 
 
-def finished(work, folder=None, timeout=300):
-    """Do some work in a forked process: the process, with `stdout` and `stderr`."""
-    program = Program(work, folder)
+def finished(work, folder=None, timeout=300, draws=True):
+    """Do some work in a forked process, which may draw problems: the process, with `stdout` and `stderr`."""
+    program = Program(work, folder, draws=draws)
     program.stdout, program.stderr = program.communicate(timeout)
     return program

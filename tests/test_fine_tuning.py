@@ -12,9 +12,8 @@ import torch
 from fixtures import made_up_calibration, tiny_llama
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
-from typer.testing import CliRunner
 
-from cap_nb.command_line import app
+from programs import called as cap
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_json, read_tensors, sealed
 from cap_nb.methods.prune import prune
@@ -174,10 +173,6 @@ def test_peft(kind):
     prune(model, "magnitude", 0.5)
     with pytest.raises(BadInput, match="without DoRA"):
         mask_adapters(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, use_dora=True, fan_in_fan_out=kind is GPT2Config)))
-
-
-def cap(*words):
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_the_command(tmp_path):

@@ -37,16 +37,10 @@ def imported_modules(text, module):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
-def test_outputs_name_no_machine(path):
-    """Warnings and tracebacks carry the paths of the machine they came from; neither belongs into a notebook that is kept."""
+def test_outputs_name_no_machine_and_hold_no_widget(path):
+    """Warnings and tracebacks carry the paths of the machine they came from; a widget shows nothing without its kernel."""
     text = path.read_text(encoding="utf-8")
-    assert "site-packages/" not in text and str(ROOT) + "/" not in text
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
-def test_no_widget_is_kept(path):
-    """Without its kernel it shows nothing, and its name is another each time: tools/notebooks.py leaves it out."""
-    assert "application/vnd.jupyter.widget" not in path.read_text(encoding="utf-8")
+    assert "site-packages/" not in text and str(ROOT) + "/" not in text and "application/vnd.jupyter.widget" not in text
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=label)

@@ -127,21 +127,6 @@ def test_the_text_is_joined_as_published(finished, machine):
     assert outcome.out.split() == ["wikitext2-raw", Text("", "\n\n".join(row["text"] for row in wikitext_rows("test"))).fingerprint], outcome.err
 
 
-def test_datasets_reads_the_same(machine):
-    """The reference: what the library `datasets` makes of the same hub."""
-    code = """
-from cap_nb.data.problems import TASKS, WIKITEXT, from_hub
-GSM8K, STRATEGYQA, ARC = (TASKS[name] for name in ("gsm8k", "strategyqa", "arc"))
-from datasets import disable_progress_bars, load_dataset
-disable_progress_bars()
-for (name, configuration, revision), split in ((GSM8K.hub, "train"), (ARC.hub, "test"), (STRATEGYQA.hub, "test"), (WIKITEXT, "test")):
-    theirs = list(load_dataset(name, configuration, revision=revision, split=split, cache_dir="datasets"))
-    print(len(theirs), theirs == from_hub(name, configuration, revision, split))
-"""
-    outcome = machine.run(python=code)
-    assert outcome.out.split() == ["16", "True", "16", "True", "16", "True", "43", "True"], outcome.err + outcome.out
-
-
 def test_a_branch_is_resolved_and_said(machine, hub):
     outcome = machine.run(python=loads("tiny/shards"), cache="branch")
     assert outcome.out.split() == [COMMIT, "tiny/shards", "258"], outcome.err
@@ -161,13 +146,13 @@ def test_strategyqa_as_json(machine, hub):
 
 
 # ---- what is refused ----
-def test_no_such_repository(machine):
-    assert_one_sentence(machine.run(f"{LOADING} tiny/nothing"), "model tiny/nothing is not there, or is private", "hf auth login")
-    assert_one_sentence(machine.run(f"run --model tiny/nothing {FEW} --out runs/none"), "tiny/nothing is not there")
-
-
-def test_no_such_commit(machine):
-    assert_one_sentence(machine.run(f"{LOADING} tiny/llama@{'f' * 40}"), "has no such revision")
+@pytest.mark.parametrize("words, parts", [
+    (f"{LOADING} tiny/nothing", ["model tiny/nothing is not there, or is private", "hf auth login"]), (f"run --model tiny/nothing {FEW} --out runs/none", ["tiny/nothing is not there"]),
+    (f"{LOADING} tiny/llama@{'f' * 40}", ["has no such revision"]), (f"{LOADING} tiny/empty", ["lacks a file that is needed (status 404)"])],
+    ids=["no repository", "no model for a run", "no commit", "no file"])
+def test_what_is_not_there(machine, hub, words, parts):
+    hub.add(Repo("tiny/empty", {"README.md": b"nothing"}))
+    assert_one_sentence(machine.run(words), *parts)
 
 
 def test_a_gated_repository(machine):
@@ -182,11 +167,6 @@ def test_pickles_alone_are_refused(machine, hub):
     assert not [path for _, path in hub.asked if path.endswith(".bin")]
 
 
-def test_a_repository_without_a_file(machine, hub):
-    hub.add(Repo("tiny/empty", {"README.md": b"nothing"}))
-    assert_one_sentence(machine.run(f"{LOADING} tiny/empty"), "lacks a file that is needed (status 404)")
-
-
 # ---- what goes wrong ----
 def test_without_a_hub(alone, place):
     for command in (f"run --model tiny/llama {FEW} --out none", f"{LOADING} tiny/llama", "prune --model tiny/llama --method magnitude --out none"):
@@ -194,9 +174,12 @@ def test_without_a_hub(alone, place):
     assert not (place / "none").exists()
 
 
-def test_a_hub_that_does_not_answer(machine, hub):
-    hub.misbehave("tiny/llama", Fault(silent=4), times=9, method="HEAD")
-    assert_one_sentence(machine.run(f"{LOADING} tiny/llama", cache="silent"), "gives no answer")
+@pytest.mark.parametrize("fault, parts", [
+    (Fault(silent=4), ["gives no answer"]), (Fault(status=403), ["may not be read (status 403)", "check your token"]),
+    (Fault(status=429, headers={"Retry-After": "3600"}), ["too many requests", "try again later"])], ids=["silent", "forbidden", "too many"])
+def test_a_hub_that_does_not_give(machine, hub, fault, parts):
+    hub.misbehave("tiny/llama", fault, times=9, method="HEAD")
+    assert_one_sentence(machine.run(f"{LOADING} tiny/llama", cache=f"none-{fault.status}"), *parts)
 
 
 def test_a_data_set_out_of_reach_names_the_option(machine, hub):
@@ -206,21 +189,11 @@ def test_a_data_set_out_of_reach_names_the_option(machine, hub):
     assert "Traceback" not in outcome.err and "Retry" not in outcome.err
 
 
-def test_a_hub_that_forbids(machine, hub):
-    hub.misbehave("config.json", Fault(status=403), times=9, method="HEAD")
-    assert_one_sentence(machine.run(f"{LOADING} tiny/llama", cache="forbidden"), "may not be read (status 403)", "check your token")
-
-
 def test_a_busy_hub_is_asked_again(machine, hub):
     """The client waits as long as it is asked to, and says so."""
     hub.misbehave("/cdn/", Fault(status=429, headers={"Retry-After": "1"}))
     outcome = machine.run(python=loads(f"tiny/llama@{COMMIT}"), cache="busy")
     assert outcome.code == 0 and outcome.out.split()[0] == COMMIT and "Waiting" in outcome.err, outcome.err
-
-
-def test_too_many_requests(machine, hub):
-    hub.misbehave("config.json", Fault(status=429, headers={"Retry-After": "3600"}), times=9, method="HEAD")
-    assert_one_sentence(machine.run(f"{LOADING} tiny/llama", cache="requests"), "too many requests", "try again later")
 
 
 def test_a_broken_connection_is_taken_up(machine, hub):

@@ -18,7 +18,7 @@ from cap_nb.command_line import app, known_options, short_name
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import (
-    SHARD_INDEX, check_inside, checkpoint_tensors, read_checked, read_json, read_tensors, stored_tensors,
+    SHARD_INDEX, check_inside, read_checked, read_json, read_tensors, stored_tensors,
     whole_file, whole_folder, write_checked)
 from cap_nb.data.problems import records_of_file, records_of_table
 from cap_nb.jobs import records as run_records
@@ -142,28 +142,6 @@ def shards_of(folder):
     return json.loads((folder / SHARD_INDEX).read_text())["weight_map"]
 
 
-@pytest.mark.parametrize("place", ["../secret.safetensors", "/etc/secret.safetensors", "sub/x.safetensors", "", ".", None, 7])
-def test_an_index_cannot_lead_outside(copy, tmp_path, place):
-    folder = copy("config.json")
-    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "secret.safetensors")
-    copy(SHARD_INDEX, weight_map=shards_of(folder) | {"lm_head.weight": place})
-    refused(folder, "is no index of shards")
-
-
-def test_a_tensor_stands_once_and_where_the_index_says(copy):
-    folder = copy("config.json")
-    first, last = sorted(set(shards_of(folder).values()))[0], sorted(set(shards_of(folder).values()))[-1]
-    name = next(name for name, place in shards_of(folder).items() if place == first)
-    right = shards_of(folder)
-    copy(SHARD_INDEX, weight_map=right | {name: last})
-    refused(folder, f"says that {last} holds {name}")
-    copy(SHARD_INDEX, weight_map=right)
-    save_file(load_file(folder / last) | {name: torch.zeros(2)}, folder / last)
-    refused(folder, f"holds {name}, which")
-    with pytest.raises(BadInput, match="holds too"):
-        checkpoint_tensors(folder)
-
-
 def test_shapes_and_dtypes_are_not_believed(copy):
     folder = copy("config.json", vocab_size=1 << 28)
     refused(folder, "copy")
@@ -193,7 +171,7 @@ def test_a_tensor_of_another_name_is_not_made_up(copy):
     tensors = load_file(folder / places[name])
     save_file({"x" if key == name else key: tensor for key, tensor in tensors.items()}, folder / places[name], metadata={"format": "pt"})
     copy(SHARD_INDEX, weight_map={"x" if key == name else key: place for key, place in places.items()})
-    refused(folder, f"holds no {name}")
+    refused(folder, "holds x, and 0 more, that its config.json knows no place for")
 
 
 def test_a_tensor_of_another_name_in_gguf_is_not_made_up(tmp_path):

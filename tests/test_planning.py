@@ -131,27 +131,18 @@ def test_the_labs_lengths_are_counted_and_others_are_assumed_or_told():
         assert {(length.prompt, length.target) for length in told.load.lengths} == {(800, 70)}
 
 
-def test_counts_that_cannot_be_are_refused():
-    for wrong in (dict(devices=0), dict(prompt_tokens=0), dict(target_tokens=0), dict(memory=0), dict(tries=0)):
-        with pytest.raises(BadInput, match="at least 1"):
-            plan(changed(Job(), name="llama-3-8b"), **wrong)
-    with pytest.raises(BadInput, match="k = 7 subsets of 6 examples"):
-        plan(changed(Job(), name="llama-3-8b", n=2, k=7))
-
-
 # operations
 
 
-@pytest.mark.parametrize("layers, most", [(3, 1.4), (8, 1.2)])
-def test_operations_of_passes_agree_with_torchs_counter(layers, most):
-    """The hook loop to the last product; what resumes, or ends before the last layer, from above, and better the deeper the model."""
-    model, calibration = random_model(attn_implementation="eager", num_hidden_layers=layers), made_up_calibration(9, shortest=10, step=2, vocabulary=90)
+def test_operations_of_passes_agree_with_torchs_counter():
+    """The hook loop to the last product; what resumes, or ends before the last layer, from above; on three layers the notebook counts."""
+    model, calibration = random_model(attn_implementation="eager", num_hidden_layers=8), made_up_calibration(9, shortest=10, step=2, vocabulary=90)
     load = load_of(model, calibration)
     assert flops_of(hook_loop_work(load.sizes, load.batches), load.sizes) == counted(lambda: score_heads_naive(model, calibration, batch_tokens=60))
     resumed = flops_of(scoring_work(load.sizes, load.batches), load.sizes) / counted(lambda: score_heads(model, calibration, batch_tokens=60))
     screened = flops_of(scoring_work(load.sizes, load.batches, 0.5), load.sizes) / counted(lambda: screen_heads(model, calibration, 0.5, batch_tokens=60))
     walked = flops_of(wanda_work(load.batches), load.sizes) / counted(lambda: prune(model, "wanda", 0.5, calibration=calibration, batch_tokens=60))
-    assert 1 <= resumed < most and 1 <= walked < 1.5 and 0.7 < screened < 1.4
+    assert 1 <= resumed < 1.2 and 1 <= walked < 1.5 and 0.7 < screened < 1.4
 
 
 def test_operations_of_answers_agree_with_torchs_counter():
@@ -184,18 +175,18 @@ def test_singular_values_are_counted_for_every_matrix_that_is_there(name, monkey
 # memory
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [dict(), dict(num_hidden_layers=8), dict(vocab_size=3000), dict(intermediate_size=64, num_attention_heads=8)])
-def test_the_memory_of_scoring_is_about_what_is_held(dtype, shape):
+@pytest.mark.parametrize("shape, dtype", [(dict(), torch.float32), (dict(num_hidden_layers=8), torch.bfloat16), (dict(vocab_size=3000), torch.float32),
+                                          (dict(intermediate_size=64, num_attention_heads=8), torch.bfloat16)])
+def test_the_memory_of_scoring_is_about_what_is_held(shape, dtype):
     model, calibration = random_model(**shape).to(dtype), made_up_calibration(8, shortest=47, k=1, step=0, vocabulary=90)
     for budget, run in ((None, lambda: score_heads(model, calibration, 400)), (0.5, lambda: screen_heads(model, calibration, 0.5, batch_tokens=400))):
         load = load_of(model, calibration, 400, str(dtype).removeprefix("torch."), budget=budget)
         assert 0.5 < peak(run) / at_once(stage(load, "scoring").memory) < 1.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["cap", "wanda", "sparsegpt", "alps", "wanda^swaps", "wanda^update", "cap^swaps^update"])
-def test_the_memory_of_pruning_is_about_what_is_held(dtype, method):
+@pytest.mark.parametrize("method, dtype", [*((method, torch.float32) for method in ("cap", "wanda", "sparsegpt", "alps", "wanda^swaps", "wanda^update", "cap^swaps^update")),
+                                           ("cap", torch.bfloat16), ("cap^swaps^update", torch.bfloat16)])
+def test_the_memory_of_pruning_is_about_what_is_held(method, dtype):
     model = random_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=2).to(dtype)
     calibration = made_up_calibration(12, shortest=10, step=2, vocabulary=90)
     load = load_of(model, calibration, 200, str(dtype).removeprefix("torch."), methods=(method,))

@@ -3,8 +3,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures import tiny_llama
+from fixtures import tiny_llama, write_large
+from programs import finished
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
-from typer.testing import CliRunner
 
-from cap_nb.command_line import app
 from cap_nb.core import files as files_module
 from cap_nb.core.errors import BadInput
+from cap_nb.core.files import memory_taken
 from cap_nb.methods.prune import prune
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.portable import format as format_module
 from cap_nb.portable.format import CHECKSUM, MANIFEST, Manifest, export_folder, read_manifest, restore_folder, write_manifest
-from conftest import ROOT
 
 PACKED = ".packed.safetensors"
 
@@ -154,26 +151,27 @@ def test_other_checkpoints_of_the_hub(tmp_path):
 
 # Kills, and disks that break
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-step, src, out, base, at = sys.argv[1:]
-opened, left = open, iter(range(int(at)))
-class Dying:
-    def __init__(self, file): self.file = file
-    def __getattr__(self, name): return getattr(self.file, name)
-    def __enter__(self): return self
-    def __exit__(self, *error): self.file.close()
-    def write(self, data):
-        if next(left, None) is None:
-            self.file.write(bytes(data)[:3]); self.file.flush(); os.kill(os.getpid(), signal.SIGKILL)
-        return self.file.write(data)
-def dying(path, mode="r", *rest): return Dying(opened(path, mode, *rest)) if mode == "wb" else opened(path, mode, *rest)
-import cap_nb.portable.format as format_module
-format_module.open = dying
-if step == "export": format_module.export_folder(src, out, "delta" if base else "bitmask", base or None)
-else: format_module.restore_folder(src, out, base or None)
-"""
+def killed_at(number, step):
+    """Work: a step that dies at its n-th write, three bytes into it; the files of the forked process alone are such."""
+    left = iter(range(number))
+
+    class Dying:
+        def __init__(self, file): self.file = file
+        def __getattr__(self, name): return getattr(self.file, name)
+        def __enter__(self): return self
+        def __exit__(self, *error): self.file.close()
+
+        def write(self, data):
+            if next(left, None) is None:
+                self.file.write(bytes(data)[:3])
+                self.file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.file.write(data)
+
+    def work():
+        format_module.open = lambda path, mode="r", *rest: Dying(open(path, mode, *rest)) if mode == "wb" else open(path, mode, *rest)
+        step()
+    return work
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
@@ -182,23 +180,21 @@ def test_a_killed_process_loses_one_file_at_most(tmp_path, step, form):
     """At a random write: nothing under the final name, finished files are not written again, and the end is the same."""
     src, base = saved(tmp_path / "src"), tmp_path / "base" if form == "delta" else None
     export_folder(src, tmp_path / "small", form, base)
-    source, wanted = (src, contents(tmp_path / "small")) if step == "export" else (tmp_path / "small", contents(src))
-    moments = np.random.default_rng(len(step + form)).integers(0, 16, 2)
-    for at in moments:
-        done = subprocess.run([sys.executable, "-c", KILLED, step, str(source), str(tmp_path / "out"), str(base or ""), str(at)],
-                              cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    wanted = contents(tmp_path / "small" if step == "export" else src)
+
+    def whole():
+        export_folder(src, tmp_path / "out", form, base) if step == "export" else restore_folder(tmp_path / "small", tmp_path / "out", base)
+    for at in np.random.default_rng(len(step + form)).integers(0, 16, 2):
+        done = finished(killed_at(at, whole), draws=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not (tmp_path / "out").exists()
         left = contents(tmp_path / "out.unfinished")
         assert all(wanted[name] == data for name, data in left.items() if not name.endswith(".part")), "half written under a final name"
         assert any(name.endswith(".part") for name in left)
-    finished = {name: kept for name, kept in state(tmp_path / "out.unfinished").items() if not name.endswith(".part")}
-    if step == "export":
-        export_folder(src, tmp_path / "out", form, base)
-    else:
-        restore_folder(source, tmp_path / "out", base)
+    kept = {name: each for name, each in state(tmp_path / "out.unfinished").items() if not name.endswith(".part")}
+    whole()
     assert contents(tmp_path / "out") == wanted and not (tmp_path / "out.unfinished").exists()
-    assert finished.items() <= state(tmp_path / "out").items(), "a finished file was written again"
+    assert kept.items() <= state(tmp_path / "out").items(), "a finished file was written again"
 
 
 def test_a_source_that_changed_between_two_attempts_is_packed_again(tmp_path, monkeypatch):
@@ -307,94 +303,27 @@ def test_a_delta_inside_a_bitmask_is_damage(tmp_path):
         load_model(str(tmp_path / "delta"))
 
 
-def test_links_in_an_unfinished_folder_are_refused(tmp_path):
-    src = saved(tmp_path / "src")
-    (src / "deep").mkdir()
-    (src / "deep" / "file").write_text("text")
-    export_folder(src, tmp_path / "small")
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "new.unfinished").mkdir()
-    (tmp_path / "new.unfinished" / "deep").symlink_to(tmp_path / "outside")
-    with pytest.raises(BadInput, match="is no part of what is to be made"):
-        restore_folder(tmp_path / "small", tmp_path / "new")
-    assert list((tmp_path / "outside").iterdir()) == []
-
-
 # Memory
-
-def write_large(folder, layers):
-    """A single file, written tensor by tensor, three quarters of each matrix zero; one tensor of 100 MB among them."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    shapes = {"embed": (12000, 4096)} | {f"layers.{layer}.{name}": (1536, 4096) for layer in range(layers) for name in ("a", "b", "c")}
-    for name, shape in shapes.items():
-        size = 2 * shape[0] * shape[1]
-        header[name], at = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}, at + size
-    draw = np.random.default_rng(0)
-    noise = draw.integers(1, 1 << 16, 1 << 20).astype("<u2") * (draw.random(1 << 20) < 0.25).astype("<u2")
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    text = json.dumps(header).encode()
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for number, shape in enumerate(shapes.values()):
-            for left in range(shape[0] * shape[1], 0, -len(noise)):
-                file.write(np.roll(noise, number)[:left].tobytes())
-
-
-MEASURED = """
-import sys, torch
-from cap_nb.core.files import memory_taken
-from cap_nb.portable.format import export_folder, restore_folder
-src, small, back, form, base = sys.argv[1:]
-cpu = torch.device("cpu")
-with memory_taken(cpu) as packing: export_folder(src, small, form, base or None)
-with memory_taken(cpu) as restoring: restore_folder(small, back, base or None)
-print(packing[0], restoring[0])
-"""
-
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak memory, and lets it be set back")
 @pytest.mark.parametrize("form", ["bitmask", "delta"])
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, form):
-    write_large(tmp_path / "src", 6)
-    size = (tmp_path / "src" / "model.safetensors").stat().st_size
-    words = [tmp_path / "src", tmp_path / "small", tmp_path / "back", form, tmp_path / "src" if form == "delta" else ""]
-    done = subprocess.run([sys.executable, "-c", MEASURED, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    """A single file, three quarters of each matrix zero, one tensor of 100 MB among them; in a process of its own."""
+    src, small, back, cpu = tmp_path / "src", tmp_path / "small", tmp_path / "back", torch.device("cpu")
+    src.mkdir()
+    (src / "config.json").write_text("{}")
+    shapes, rng = {"embed": (12000, 4096)} | {f"layers.{layer}.{name}": (1536, 4096) for layer in range(6) for name in "abc"}, torch.Generator().manual_seed(0)
+    noise = torch.where(torch.rand(1 << 20, generator=rng) < 0.25, torch.randn(1 << 20, generator=rng), 0.0).bfloat16()
+    size, base = write_large(src / "model.safetensors", shapes, noise), src if form == "delta" else None
+
+    def measured():
+        with memory_taken(cpu) as packing:
+            export_folder(src, small, form, base)
+        with memory_taken(cpu) as restoring:
+            restore_folder(small, back, base)
+        print(packing[0], restoring[0])
+    done = finished(measured, draws=False)
     assert done.returncode == 0, done.stderr
     for taken in map(int, done.stdout.split()):
         assert size > 300e6 and taken < 80e6, f"{taken / 1e6:.0f} MB for a checkpoint of {size / 1e6:.0f} MB"
-    hashes = [files_module.sha256_of_file(tmp_path / name / "model.safetensors") for name in ("src", "back")]
-    assert hashes[0] == hashes[1]
-
-
-# The command line
-
-def cap(*words):
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
-    src = saved(tmp_path / "src")
-    monkeypatch.chdir(tmp_path)
-    assert cap("export", "src", "--out", "small").exit_code == 0
-    assert cap("export", "src", "--format", "delta", "--base", "base", "--out", "delta").exit_code == 0
-    (tmp_path / "file").write_text("text")
-    (tmp_path / "pickles").mkdir()
-    (tmp_path / "pickles" / "config.json").write_text("{}")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    for words, part in {
-            "export nowhere --out x": "nowhere holds no config.json", "export file --out x": "holds no config.json",
-            "export pickles --out x": "holds neither model.safetensors", "export src --out small": "exists already", "export src --out file": "exists already",
-            "export src --out src/x": "lies in src", "export small --out x": "is packed already", "export src --format zip --out x": "Unknown format 'zip'",
-            "export src --format delta --out x": "without a base", "export src --base base --out x": "with a base: expected none",
-            "export src --format delta --base nowhere --out x": "There is no base 'nowhere'", "export src --format delta --base lab --out x": "and the base's is",
-            "export src --format delta --base small --out x": "does not exist", "export base --format delta --base src --out x": "differs from the base's",
-            "restore nowhere --out x": "holds no packed.json", "restore src --out x": "holds no packed.json", "restore small --out small": "exists already",
-            "restore small --out small/x": "lies in small", "restore small --base base --out x": "with a base: expected none",
-            "restore delta --out x": "expected their base, base", "restore delta --base src --out x": "src is not the base of delta",
-            "restore delta --base nowhere --out x": "There is no base", "eval --model delta": "holds masks only"}.items():
-        result = cap(*words.split())
-        assert result.exit_code == 2 and result.stdout == "", f"{words}: {result.output} {result.exception!r}"
-        assert part in result.stderr and len(result.stderr.strip().splitlines()) == 1, f"{words}: {result.stderr}"
-        assert sorted(path.name for path in tmp_path.iterdir()) == before, words
-    assert cap("restore", "delta", "--base", "base", "--out", "back").exit_code == 0 and contents(tmp_path / "back") == contents(src)
+    assert len({files_module.sha256_of_file(folder / "model.safetensors") for folder in (src, back)}) == 1

@@ -1,5 +1,6 @@
 """A GGUF file from outside: where its rows lie, what is left after an error, what `load_model`, the program and llama.cpp make of it."""
 import importlib.util
+import logging
 import os
 
 import numpy as np
@@ -9,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
+from cap_nb.models.anatomy import anatomy
 from cap_nb.models.lab import lab_tokenizer
 from cap_nb.models.loading import load_model, load_tokenizer
 from cap_nb.portable import quantised
@@ -91,6 +93,19 @@ def test_load_model_reads_it(tmp_path, kind, tied):
     assert ids.tolist() == load_tokenizer(str(folder))("1 +", return_tensors="pt").input_ids.tolist()
     with torch.no_grad():
         assert torch.equal(there(ids).logits, back(ids).logits)
+
+
+def test_eight_bits_are_dequantised_with_a_note(tmp_path, caplog):
+    folder = saved(tmp_path / "src")
+    export_gguf(folder, tmp_path / "tiny.gguf", "q8_0")
+    with caplog.at_level(logging.WARNING, "cap_nb"):
+        loaded, _ = load_model(str(tmp_path / "tiny.gguf"), device="cpu")
+    assert "tiny.gguf was dequantised" in caplog.text and "not those of the original" in caplog.text
+    there, _ = load_model(str(folder), "float32", "cpu")
+    assert anatomy(loaded) == anatomy(there) and loaded.dtype == torch.float32
+    up, wanted = (model.model.layers[1].mlp.up_proj.weight for model in (loaded, there))
+    assert 0 < (up - wanted).abs().max() < 0.02 * wanted.abs().max()
+    loaded.save_pretrained(tmp_path / "plain")
 
 
 def test_a_file_without_a_tokenizer_is_a_sentence(tmp_path):

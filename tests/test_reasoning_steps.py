@@ -22,7 +22,6 @@ from cap_nb.core.errors import BadInput
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 LABELLED = json.loads((Path(__file__).parent / "hand_labelled.json").read_text(encoding="utf-8"))
 PROBLEMS = {name: Problem(task=p["task"], question=p["question"], solution=p["solution"], answer=p["answer"], choices=tuple(map(tuple, p["choices"]))) for name, p in LABELLED["problems"].items()}
-OUTPUTS = pytest.mark.parametrize("case", LABELLED["outputs"], ids=lambda case: case["name"])
 LAB_TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
 
 
@@ -54,55 +53,26 @@ def test_the_labelled_solutions_hold_in_the_labs_world(name):
     assert said and all(statement.true for statement in said)
 
 
-@OUTPUTS
-def test_step_count(case):
-    problem, labels = PROBLEMS[case["problem"]], case["labels"]
-    row = reasoning_report([record_of(case)], [problem], dense=[answered(problem, target_text(problem, "lab"))]).iloc[0]
-    assert row.steps == labels["steps"] == len(reasoning_steps(case["output"]))
-    assert same(row.step_ratio, labels["step_ratio"])
-
-
-@OUTPUTS
-def test_truth_of_every_statement(case):
-    found = [[statement.true for statement in step.statements] for step in step_reports(PROBLEMS[case["problem"]], case["output"])]
-    assert found == case["labels"]["statements"]
-    flat = [true for step in found for true in step]
-    if PROBLEMS[case["problem"]].task.endswith("gsm8k"):
-        assert arithmetic_check(case["output"]) == (flat.count(True), len(flat))
-
-
-@OUTPUTS
-def test_grounding_of_every_step(case):
-    steps, labels = step_reports(PROBLEMS[case["problem"]], case["output"]), case["labels"]["grounded"]
-    assert [step.grounded for step in steps] == labels
-    using = [label for label in labels if label is not None]
-    assert same(grounded_share(steps), Fraction(sum(using), len(using)) if using else None)
-
-
-@OUTPUTS
-def test_completeness(case):
-    assert same(completeness(PROBLEMS[case["problem"]], case["output"]), case["labels"]["completeness"])
-
-
-@OUTPUTS
-def test_incoherence(case):
-    assert incoherent(case["output"], case["perplexity"]) == case["labels"]["incoherent"]
-
-
-@OUTPUTS
-def test_conclusion(case):
-    problem, label = PROBLEMS[case["problem"]], case["labels"]["conclusion"]
-    found = conclusion_of(problem, step_reports(problem, case["output"]))
-    assert found == (Fraction(label) if label and problem.task.endswith("gsm8k") else label)
-
-
-@OUTPUTS
-def test_category(case):
-    problem, record = PROBLEMS[case["problem"]], record_of(case)
-    assert error_category(record, problem, case["perplexity"]) == case["labels"]["category"]
+@pytest.mark.parametrize("case", LABELLED["outputs"], ids=lambda case: case["name"])
+def test_every_measure_gives_its_label(case):
+    """Steps, the truth of every statement, grounding, completeness, incoherence, conclusion and category."""
+    problem, labels, record = PROBLEMS[case["problem"]], case["labels"], record_of(case)
+    steps = step_reports(problem, case["output"])
     perplexities = None if case["perplexity"] is None else [case["perplexity"]]
-    row = reasoning_report([record], [problem], perplexities=perplexities).iloc[0]
-    assert row.category == case["labels"]["category"] and row.incoherent == case["labels"]["incoherent"]
+    row = reasoning_report([record], [problem], dense=[answered(problem, target_text(problem, "lab"))], perplexities=perplexities).iloc[0]
+    assert row.steps == labels["steps"] == len(reasoning_steps(case["output"])) and same(row.step_ratio, labels["step_ratio"])
+    found = [[statement.true for statement in step.statements] for step in steps]
+    assert found == labels["statements"]
+    if problem.task.endswith("gsm8k"):
+        assert arithmetic_check(case["output"]) == (sum(found, []).count(True), len(sum(found, [])))
+    assert [step.grounded for step in steps] == labels["grounded"]
+    using = [label for label in labels["grounded"] if label is not None]
+    assert same(grounded_share(steps), Fraction(sum(using), len(using)) if using else None)
+    assert same(completeness(problem, case["output"]), labels["completeness"])
+    assert row.incoherent == incoherent(case["output"], case["perplexity"]) == labels["incoherent"]
+    conclusion = labels["conclusion"]
+    assert conclusion_of(problem, steps) == (Fraction(conclusion) if conclusion and problem.task.endswith("gsm8k") else conclusion)
+    assert row.category == error_category(record, problem, case["perplexity"]) == labels["category"]
 
 
 @pytest.mark.parametrize("text, verdicts", [

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from cap_nb.command_line import app
+from programs import called as cap
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.jobs.job import prepare, run_job
 from cap_nb.jobs.records import load_run, pack_run
@@ -24,7 +23,7 @@ def run(tmp_path_factory):
 def test_a_packed_run_is_repeated_to_the_bit(run, tmp_path):
     shutil.copytree(run, tmp_path / "packed")
     pack_run(tmp_path / "packed")
-    said = CliRunner().invoke(app, ["repeat", str(tmp_path / "packed"), "--out", str(tmp_path / "again")])
+    said = cap("repeat", tmp_path / "packed", "--out", tmp_path / "again")
     assert said.exit_code == 0, said.output
     table = compare_repeated(load_run(run), load_run(tmp_path / "again"))
     assert table["compared"].tolist() == table["equal"].tolist() and {"accuracy", "loss"} <= set(table["what"])
@@ -46,18 +45,18 @@ def test_other_data_is_noticed_at_the_command_line(run, tmp_path):
     kept = read_checked(run / "run.json")
     kept["calibration"]["fingerprint"] = 64 * "0"
     write_checked(tmp_path / "other" / "run.json", kept)
-    said = CliRunner().invoke(app, ["repeat", str(tmp_path / "other"), "--out", str(tmp_path / "again")])
+    said = cap("repeat", tmp_path / "other", "--out", tmp_path / "again")
     assert said.exit_code == 1 and "setting calibration.fingerprint (000000000000, now" in said.output
 
 
 def test_a_method_that_the_run_has_not_is_refused(run, tmp_path):
-    said = CliRunner().invoke(app, ["repeat", str(run), "--out", str(tmp_path / "again"), "--methods", "ria"])
+    said = cap("repeat", run, "--out", tmp_path / "again", "--methods", "ria")
     assert said.exit_code == 2 and "The run has no method ria" in said.output
 
 
 @pytest.mark.parametrize("settings", [
-    {"seed": 3}, {"seed": 3, "calibration_seed": 0}, {"text_share": 0.5}, {"calibrate_on": "text"}, {"max_new_tokens": 9},
-    {"score_target": "divergence", "methods": ("cap",)}, {"aggregation": "mean"}, {"evaluate_on": "validation"}])
+    {"seed": 3, "aggregation": "mean", "max_new_tokens": 9}, {"seed": 3, "calibration_seed": 0, "text_share": 0.5}, {"calibrate_on": "text"},
+    {"score_target": "divergence", "methods": ("cap",), "evaluate_on": "validation"}])
 def test_a_job_comes_back_from_its_configuration(settings):
     """What `configuration` writes for a job is what it writes for the job read back from it."""
     ready = prepare(changed(SMALL, **settings))

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import typer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from typer.testing import CliRunner
 
+from programs import called as cap
 from cap_nb.command_line import app, known_options
 from cap_nb.core.files import sha256_of_file
 from cap_nb.jobs.job import run_job
@@ -29,10 +29,6 @@ k: 1
 loss-n: 20
 windows: 0
 """
-
-
-def cap(*words):
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def written(folder, text):
@@ -73,30 +69,11 @@ def test_what_a_sweep_leaves(sweep):
     assert list(table["--n"]) == [3] * 2 + [4] * 2 and list(table.method) == ["dense", "cap"] * 2
 
 
-def test_again_nothing_is_done(sweep, monkeypatch):
-    before = {path: path.stat().st_mtime_ns for path in (sweep / "out").glob("n=*/**/*") if path.is_file()}
-    monkeypatch.setattr("cap_nb.jobs.sweeps.load_model", None)
-    result = cap("run", "--config", sweep / "sweep.yaml", "--k", 2, "--out", sweep / "out")
-    assert result.exit_code == 0 and str(sweep / "out" / "n=4") in result.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in before}
-
-
 @pytest.mark.parametrize("text, parts", [
-    ("n: [8, x]", ["line 1: n: 'x' is no whole number"]),
     ("k: 2\ntext_share: much", ["line 2: text-share: 'much' is no number"]),
-    ("k: 2\nn: [8, 0]", ["line 2: n: --n is 0"]),
-    ("methods: [[cap], [wander]]", ["line 1: methods: Unknown method 'wander'"]),
-    ("sparsity: [[0.1], [1.5]]", ["line 1: sparsity: Sparsity 1.5 is outside"]),
     ("tasks: [lab-arc, arcs]", ["line 1: tasks: Unknown task 'arcs'"]),
-    ("config: other.yaml", ["line 1: config: Unknown option 'config'"]),
-    ("out: [a, b]", ["line 1: out: a list was found"]),
     ("model: [nowhere, lab]\nk: 1", ["sweep.yaml, model=nowhere: There is no folder 'nowhere'"]),
     ("calibrate_on: text\ntext_share: [0.0, 0.5]", ["text-share=0.5: --text-share was given with --calibrate-on text"]),
-    ("n: &a 8\nk: *a", ["line 1: an anchor was found"]),
-    ("n: !!python/object/apply:os.getcwd []", ["line 1: a tag was found"]),
-    ("n: 8\ttab: 2\n x", ["this is not YAML"]),
-    ("just words", ["no option was found"]),
-    ("track: tensorbored", ["Unknown tracker 'tensorbored'"]),
 ], ids=lambda value: re.sub(r"\W+", "-", value) if isinstance(value, str) else "")
 def test_a_mistake_is_one_sentence(text, parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -117,20 +94,6 @@ def test_runs_of_a_sweep_compared(sweep, tmp_path):
     losses = [{r.uid: r.loss for e in load_run(sweep / "out" / name).evaluations if e.method == "cap" for r in e.losses} for name in ("n=4", "n=3")]
     assert comparison.value == pytest.approx(sum(losses[0][uid] - losses[1][uid] for uid in losses[1]) / 20, abs=1e-12)
     assert cap("compare", sweep / "out" / "n=3", "--out", tmp_path / "kept").exit_code == 2
-
-
-@pytest.mark.parametrize("words, part", [
-    (["lab"], "name one with --against"),
-    (["lab", "smollm2"], "lab and smollm2 were not measured on the same problems in the same way, they differ in "),
-    (["lab", "lab"], "is named twice"),
-    (["families"], "holds no run"),
-    (["lab", "--against", "wander"], "Unknown method of lab 'wander'"),
-    (["lab", "--method", "cap", "--against", "wanda", "--sparsity", "0.3"], "no cells to compare"),
-    (["lab", "--method", "cap", "--against", "wanda", "--format", "tex"], "Unknown format 'tex'"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_comparisons_that_are_refused(words, part):
-    result = cap("compare", *[ROOT / "figures" / word if (ROOT / "figures" / word).exists() else word for word in words])
-    assert result.exit_code == 2 and result.stdout == "" and part in result.stderr, result.output
 
 
 def test_a_method_with_a_pattern_is_compared():

@@ -9,7 +9,7 @@ from cap_nb.models.anatomy import projections
 from cap_nb.models.interventions import hook_count
 from cap_nb.models.loading import load_model
 from conftest import ROOT, tool
-from notebooks_on_disk import NOTEBOOKS, cells, label
+from notebooks_on_disk import NOTEBOOKS
 from tools import interactive
 
 glossary, slides = tool("glossary"), tool("slides")
@@ -32,15 +32,6 @@ def test_every_entry_is_there_once_and_leads_home():
 def test_an_entry_is_short_and_in_its_place():
     assert not [entry.term for entry in ENTRIES if not 8 <= len(re.findall(r"\w+", re.sub(r"\$\$.*?\$\$", "", entry.text, flags=re.S))) <= 80]
     assert [entry.term for entry in ENTRIES] == sorted((entry.term for entry in ENTRIES), key=glossary.slug)
-
-
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "teaching"], ids=label)
-def test_links_of_the_teaching_pages_lead_somewhere(path):
-    anchors = {glossary.slug(h) for text in glossary.markdown(glossary.GLOSSARY) for h in re.findall(r"^#+ (.+)$", text, re.M)}
-    for target, anchor in links(path):
-        there = (path.parent / target).resolve() if target else path
-        assert there.is_file(), target
-        assert not anchor or (there == glossary.GLOSSARY and anchor in anchors), f"{target}#{anchor}"
 
 
 def test_the_chapters_lead_to_the_glossary():

@@ -1,15 +1,12 @@
 """Link the first use of each term of the glossary, in chapters 00 to 06, to nbs/teaching/01_glossary.ipynb.
 
-    python tools/glossary.py            sets the links anew: old ones are taken out first
-    python tools/glossary.py --check    writes nothing; fails when a chapter would change
+    python tools/glossary.py    sets the links anew: old ones are taken out first (a test says where they are not so)
 
 A term is linked where the chapters first use it, and where the chapter that introduces it does. Headings, quotations,
 tables, formulas, code and other links are left alone. A paragraph that gains a link is wrapped again.
 """
-import argparse
 import json
 import re
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,14 +125,7 @@ def set_links(texts: dict[Path, list[str]], terms: list[Entry]) -> dict[Path, li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when a chapter would change")
-    asked = parser.parse_args()
-    before = {path: markdown(path) for path in CHAPTERS}
-    after = set_links(before, entries())
-    late = [path.name for path in CHAPTERS if before[path] != after[path]]
-    if asked.check:
-        sys.exit(f"Links to the glossary are not as tools/glossary.py sets them in: {', '.join(late)}." if late else 0)
+    after = set_links({path: markdown(path) for path in CHAPTERS}, entries())
     for path in CHAPTERS:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell, text in zip((c for c in notebook["cells"] if c["cell_type"] == "markdown"), after[path]):

@@ -139,13 +139,10 @@ def named_machine(device: torch.device, note: str = "") -> dict:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         memory = None  # a system that does not report it
-    return environment(device, note) | {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "memory": memory,
-        "load": round(os.getloadavg()[0], 2),
-    }
+    return environment(device, note) | {"processor": names[0] if names else platform.processor() or platform.machine(),
+                                        "cores": os.cpu_count(),
+                                        "instructions": torch.backends.cpu.get_cpu_capability(), "memory": memory,
+                                        "load": round(os.getloadavg()[0], 2)}
 
 
 def read_cases(path: str | Path) -> dict[str, dict]:
@@ -200,10 +197,8 @@ def examples_at_hand(tokenizer, n: int, data_dir=None, seed: int = 0) -> tuple[C
 def behind_worked_examples(calibration: Calibration, worked: Sequence[Example]) -> Calibration:
     "Put worked examples before every prompt, as chain-of-thought prompting does; they are read and do not count."
     before = tuple(token for example in worked for token in example.input_ids)
-    longer = [
-        replace(e, input_ids=before + e.input_ids, labels=(IGNORED,) * len(before) + e.labels)
-        for e in calibration.examples
-    ]
+    longer = [replace(e, input_ids=before + e.input_ids, labels=(IGNORED,) * len(before) + e.labels)
+              for e in calibration.examples]
     return Calibration.from_examples(longer, calibration.k, calibration.seed)
 
 
@@ -214,9 +209,8 @@ def examples_of_lengths(lengths: Sequence[ExampleLength], vocabulary: int, seed:
         tokens = tuple(rng.randrange(vocabulary) for _ in length.input_ids)
         labels = (IGNORED,) * length.prompt + tokens[length.prompt :]
         uid = f"random-{seed}-{index}"
-        examples.append(
-            Example(task=length.task, uid=uid, prompt="", target="", answer="", input_ids=tokens, labels=labels)
-        )
+        examples.append(Example(task=length.task, uid=uid, prompt="", target="", answer="", input_ids=tokens,
+                                labels=labels))
     return Calibration.from_examples(examples, k=1)
 
 
@@ -243,7 +237,7 @@ def counted_work(model: nn.Module, calibration: Calibration, batch_tokens: int, 
     shared = 2 * sizes.layers + later  # whole layers that the prefix runs; masked ones start behind their heads
     resumed = prefix * layer * (shared + before) + prefix**2 * pair * shared
     for b in batch_shapes(rest, batch_tokens):  # the last layer runs at targets only, its keys everywhere
-        whole = (sizes.layers + later) * b.width + (1 + before) * b.most
+        whole = (last + later) * b.width + (1 + before) * b.most
         behind_heads = before * b.width + at_last * b.most
         resumed += b.rows * (layer * (whole + behind_heads) - keys * behind_heads + keys * (1 + before) * b.width)
         resumed += b.rows * pair * (prefix + b.width) * whole
@@ -272,30 +266,21 @@ def about_scoring(model: nn.Module, calibration: Calibration, batch_tokens: int,
     "What is to be kept about a scoring that is timed."
     a = anatomy(model)
     every = [(layer, head) for layer in range(a.layers) for head in range(a.heads)]
-    return {
-        "model": model_fingerprint(model),
-        "sizes": {**vars(a), "vocabulary": model.config.vocab_size},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "calibration": calibration.fingerprint,
-        "examples": len(calibration.examples),
-        "tokens": sum(len(e.input_ids) for e in calibration.examples),
-        "targets": sum(length.target for length in lengths_of(calibration)),
-        "beginning": shared_prefix(calibration.examples),
-        "batch_tokens": batch_tokens,
-        "heads": [list(head) for head in heads],
-        "total": len(every),
-        "mean_resumed": statistics.fmean(a.layers - layer for layer, _ in heads),
-        "flops": counted_work(model, calibration, batch_tokens, heads),
-        "flops_of_all": counted_work(model, calibration, batch_tokens, every),
-    }
+    return {"model": model_fingerprint(model), "sizes": {**vars(a), "vocabulary": model.config.vocab_size},
+            "dtype": str(model.dtype).removeprefix("torch."), "calibration": calibration.fingerprint,
+            "examples": len(calibration.examples), "tokens": sum(len(e.input_ids) for e in calibration.examples),
+            "targets": sum(length.target for length in lengths_of(calibration)),
+            "beginning": shared_prefix(calibration.examples), "batch_tokens": batch_tokens,
+            "heads": [list(head) for head in heads], "total": len(every),
+            "mean_resumed": statistics.fmean(a.layers - layer for layer, _ in heads),
+            "flops": counted_work(model, calibration, batch_tokens, heads),
+            "flops_of_all": counted_work(model, calibration, batch_tokens, every)}
 
 
 def scoring_sides(model: nn.Module, calibration: Calibration, batch_tokens: int) -> dict[str, Side]:
     "The hook loop and the resumed passes, on the same model, examples and batches."
-    return {
-        "hook loop": lambda heads: score_heads_naive(model, calibration, batch_tokens, heads=heads).masked,
-        "resumed": lambda heads: score_heads(model, calibration, batch_tokens, heads=heads).masked,
-    }
+    return {"hook loop": lambda heads: score_heads_naive(model, calibration, batch_tokens, heads=heads).masked,
+            "resumed": lambda heads: score_heads(model, calibration, batch_tokens, heads=heads).masked}
 
 
 def largest_difference(tables: Mapping[str, torch.Tensor], tolerance: float) -> float:
@@ -311,9 +296,8 @@ def largest_difference(tables: Mapping[str, torch.Tensor], tolerance: float) -> 
     return max(((tables[name] - tables[first]).nan_to_num().abs().max().item() for name in others), default=0.0)
 
 
-def compared_scoring(
-    sides: Mapping[str, Side], heads: Heads, product, rounds: ScoringRounds, device=CPU, clock=time.perf_counter
-) -> dict:
+def compared_scoring(sides: Mapping[str, Side], heads: Heads, product, rounds: ScoringRounds, device=CPU,
+                     clock=time.perf_counter) -> dict:
     "Time several ways of scoring the same heads in turn, and what `matrix_product` gave, after a check that they agree."
     apart = largest_difference({name: side(heads) for name, side in sides.items()}, rounds.tolerance)
     for side in sides.values():
@@ -331,9 +315,8 @@ def compared_scoring(
 def seconds_for_all(case: Mapping, side: str) -> tuple[float, ...]:
     "The time that a side would take for all heads, by what the sample took beyond the intact model."
     seconds, share = case["seconds"], len(case["about"]["heads"]) / case["about"]["total"]
-    return tuple(
-        alone + (taken - alone) / share for alone, taken in zip(seconds[f"{side}, intact"], seconds[side], strict=True)
-    )
+    return tuple(alone + (taken - alone) / share for alone, taken in zip(seconds[f"{side}, intact"], seconds[side],
+        strict=True))
 
 
 def gain_for_all(case: Mapping, slow: str = "hook loop", fast: str = "resumed") -> tuple[float, ...]:
@@ -345,10 +328,8 @@ def share_reached(case: Mapping, side: str = "resumed") -> tuple[float, ...]:
     "Which share of the matrix product's operations a second a side reaches over all heads, round by round."
     about, products = case["about"], case["seconds"]["matrix product"]
     flops = about["flops_of_all"][side]
-    return tuple(
-        (flops / taken) / (about["product_flops"] / product)
-        for taken, product in zip(seconds_for_all(case, side), products, strict=True)
-    )
+    return tuple((flops / taken) / (about["product_flops"] / product)
+                 for taken, product in zip(seconds_for_all(case, side), products, strict=True))
 
 
 KINDS = {

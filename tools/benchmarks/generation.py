@@ -60,14 +60,11 @@ def ours(model, tokenizer, problems, style, limit, rows, line=None):
 
 def theirs(model, tokenizer, problems, style, limit, rows):
     lm_eval, options = imported_harness(), {"do_sample": False, "until": [], "max_gen_toks": limit}
-    backend = lm_eval.models.huggingface.HFLM(
-        model, tokenizer=copy.deepcopy(tokenizer), batch_size=rows, add_bos_token=tokenizer.chat_template is None
-    )
+    backend = lm_eval.models.huggingface.HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=rows,
+                                              add_bos_token=tokenizer.chat_template is None)
     prompts = [encode_problem(tokenizer, problem, style).prompt for problem in problems]
-    requests = [
-        lm_eval.api.instance.Instance("generate_until", {}, (prompt, options), index)
-        for index, prompt in enumerate(prompts)
-    ]
+    requests = [lm_eval.api.instance.Instance("generate_until", {}, (prompt, options), index)
+                for index, prompt in enumerate(prompts)]
 
     def texts():
         with undisturbed(), inference(model), greedy_settings(model, tokenizer, limit):
@@ -84,9 +81,8 @@ def theirs(model, tokenizer, problems, style, limit, rows):
 def check_texts(texts):
     theirs, same = texts["harness"], texts["stop tokens"]
     early = texts.get("answer lines", same)
-    apart = sum(a != b for a, b in zip(theirs, same, strict=True)) + sum(
-        not a.startswith(b) for a, b in zip(same, early, strict=True)
-    )
+    apart = sum(a != b for a, b in zip(theirs, same, strict=True)) + sum(not a.startswith(b)
+        for a, b in zip(same, early, strict=True))
     if apart:
         raise BadInput(
             f"{apart} texts differ: expected the same from both sides; what writes something else is not compared."
@@ -97,10 +93,8 @@ def check_texts(texts):
 def right_answers(texts, problems, style):
     family = task_family(problems[0].task)
     gold = [normal_answer(problem.answer, family) for problem in problems]
-    right = {
-        name: [extract_answer(text, problem.task, style) == answer for text, problem, answer in zip(each, problems, gold)]
-        for name, each in texts.items()
-    }
+    right = {name: [extract_answer(text, problem.task, style) == answer
+                    for text, problem, answer in zip(each, problems, gold)] for name, each in texts.items()}
     apart = [name for name in right if right[name] != right["harness"]]
     if apart:
         raise BadInput(
@@ -125,13 +119,10 @@ def with_processor_time(call, kept):
 def timed_sides(sides, tokenizer, repeats, verdicts):
     texts = {name: side() for name, side in sides.items()}  # also the warm-up
     about, spent = {"ended early": check_texts(texts), "right": verdicts(texts)}, {name: [] for name in sides}
-    about["tokens"] = {
-        name: sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in written)
-        for name, written in texts.items()
-    }
-    seconds = measured_rounds(
-        {name: with_processor_time(side, spent[name]) for name, side in sides.items()}, repeats, warmups=0
-    )
+    about["tokens"] = {name: sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in written)
+                       for name, written in texts.items()}
+    seconds = measured_rounds({name: with_processor_time(side, spent[name]) for name, side in sides.items()}, repeats,
+                              warmups=0)
     return {"seconds": seconds | {f"{name}, processor": tuple(each) for name, each in spent.items()}, "about": about}
 
 
@@ -159,12 +150,8 @@ def generation_case(path, name, case, data_dir=None, other=None):
         if case.lines:
             sides["answer lines"] = ours(*given, line)
         timed = timed_sides(sides, tokenizer, case.repeats, lambda texts: right_answers(texts, problems, style))
-        kept = {
-            "weights": case.weights,
-            "task": case.task,
-            "model": model_fingerprint(model),
-            "lm_eval": importlib.metadata.version("lm_eval") if not other else None,
-        }
+        kept = {"weights": case.weights, "task": case.task, "model": model_fingerprint(model),
+                "lm_eval": importlib.metadata.version("lm_eval") if not other else None}
         return timed | {"about": timed["about"] | kept}
 
     settings = {"repeats": case.repeats, "n": case.n, "limit": case.limit, "rows": case.rows}
@@ -207,17 +194,6 @@ def ordered_case(path, task, sparsity, n=200, limit=192, repeats=5):
 
     settings = {"repeats": repeats, "n": n, "limit": limit, "method": "magnitude", "sparsity": sparsity}
     return measured_case(path, f"lab, {task}, ordered at {sparsity:.0%}", settings, measure, note=note)
-
-
-# The lab model writes short answers and ends them by itself. Its GSM8K answers have about 55 tokens, its ARC answers
-# about 130.
-
-# SmolLM2-135M-Instruct has the larger vocabulary, and reading its weights takes most of a step with few rows. Twelve
-# problems, so that batches of four follow one another, and a limit at which hardly an answer has ended: what is measured
-# is the step itself and how many rows the same memory holds. A side that stops at answer lines would do the same work.
-
-# A try in small, so that the page runs where the harness is not installed: another side of ours stands in for it. What
-# is printed says nothing about time, but sides that write other texts are noticed.
 
 
 def main() -> None:

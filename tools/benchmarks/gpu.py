@@ -45,26 +45,10 @@ from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import anatomy
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint
 from cap_nb.scoring import causal_scores, rank_correlation
-from tools.side_by_side import (
-    ScoringRounds,
-    balanced_heads,
-    examples_at_hand,
-    examples_of_lengths,
-    fastest_product,
-    finish,
-    gain_for_all,
-    matrix_product,
-    measured_case,
-    measured_rounds,
-    measured_scoring,
-    random_model,
-    range_text,
-    read_cases,
-    seconds_for_all,
-    share_reached,
-    stopwatch,
-    wanted_text,
-)
+from tools.side_by_side import (ScoringRounds, balanced_heads, examples_at_hand, examples_of_lengths, fastest_product,
+                                finish, gain_for_all, matrix_product, measured_case, measured_rounds, measured_scoring,
+                                random_model, range_text, read_cases, seconds_for_all, share_reached, stopwatch,
+                                wanted_text)
 
 ROOT = Path(__file__).resolve().parents[2]
 path = ROOT / "figures" / "benchmarks" / "gpu.json"
@@ -146,17 +130,8 @@ def device_case(path, device, case=DeviceCase(), name="llama-3-8b"):
     model = random_model(AutoConfig.for_model(**case.shape), device, case.dtype)
     examples = examples_of_lengths(lengths_of(real), model.config.vocab_size)
     heads = balanced_heads(anatomy(model).layers, anatomy(model).heads, case.chosen, case.each)
-    return measured_scoring(
-        path,
-        name,
-        model,
-        examples,
-        heads,
-        case.rounds,
-        data=f"random tokens, as long as {said}",
-        weights="random, seed 0",
-        note=note,
-    )
+    return measured_scoring(path, name, model, examples, heads, case.rounds, data=f"random tokens, as long as {said}",
+                            weights="random, seed 0", note=note)
 
 
 # Writing: as many answers at once as `rows` says, each of so many tokens after a prompt of so many. Every step reads all
@@ -220,9 +195,8 @@ def text_sequences(tokenizer, documents, count, tokens, seed=0):
 
 
 def as_example(index, ids):
-    return Example(
-        task="text", uid=f"text-{index}", prompt="", target="", answer="", input_ids=tuple(ids), labels=(IGNORED, *ids[1:])
-    )
+    return Example(task="text", uid=f"text-{index}", prompt="", target="", answer="", input_ids=tuple(ids),
+                   labels=(IGNORED, *ids[1:]))
 
 
 def published_case(path, device, figure, dtype="float16"):
@@ -275,18 +249,13 @@ def measurements():
     "The cases that this machine can measure, and sentences about those that it cannot."
     found, missing = at_hand(), []
     weights = "smollm2" if (model_cache() / "smollm2").is_dir() else "lab"
-    cases = [
-        Measurement("peak", 60, peak_case),
-        Measurement(f"agreement, {weights}", 120, lambda path, device: agreement_case(path, device, weights)),
-        Measurement("llama-3-8b", 420, device_case),
-        Measurement("writing", 120, writing_case),
-    ]
+    cases = [Measurement("peak", 60, peak_case),
+             Measurement(f"agreement, {weights}", 120, lambda path, device: agreement_case(path, device, weights)),
+             Measurement("llama-3-8b", 420, device_case), Measurement("writing", 120, writing_case)]
     if isinstance(found, str):
         missing.append(found)
     else:
-        cases.append(
-            Measurement("published figure", 360, lambda path, device: published_case(path, device, found))
-        )
+        cases.append(Measurement("published figure", 360, lambda path, device: published_case(path, device, found)))
     return cases, missing
 
 
@@ -353,24 +322,17 @@ def tiny_figure(folder):
 
 def dry_run(folder):
     "Every measurement with tiny sizes on the processor, which is slow in float16: the records, and what is said of them."
-    toy = llama | dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=720,
-    )
+    toy = llama | dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, vocab_size=720)
     rounds = ScoringRounds((8,), repeats=1, tolerance=0.05, times=1)
     small = DeviceCase(shape=toy, n=1, chosen=2, each=1, rounds=rounds)
     figure = tiny_figure(folder)
-    cases = [
-        Measurement("peak", 1, lambda path, device: peak_case(path, device, (8, 16), 1, 1)),
-        Measurement("agreement, lab", 1, lambda path, device: agreement_case(path, device, "lab", 1, 1, FORMATS[:2])),
-        Measurement("llama-3-8b", 1, lambda path, device: device_case(path, device, small)),
-        Measurement("writing", 1, lambda path, device: writing_case(path, device, toy, (1, 2), 8, 4, 1)),
-        Measurement("published figure", 1, lambda path, device: published_case(path, device, figure, "float32")),
-    ]
+    cases = [Measurement("peak", 1, lambda path, device: peak_case(path, device, (8, 16), 1, 1)),
+             Measurement("agreement, lab", 1, lambda path,
+                         device: agreement_case(path, device, "lab", 1, 1, FORMATS[:2])),
+             Measurement("llama-3-8b", 1, lambda path, device: device_case(path, device, small)),
+             Measurement("writing", 1, lambda path, device: writing_case(path, device, toy, (1, 2), 8, 4, 1)),
+             Measurement("published figure", 1, lambda path, device: published_case(path, device, figure, "float32"))]
     said = measure_all(cases, folder / "gpu.json", torch.device("cpu"))
     return said + summary(read_cases(folder / "gpu.json"))
 

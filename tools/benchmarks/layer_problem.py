@@ -51,14 +51,12 @@ solvers = ("sparsegpt", "wanda^swaps", "wanda^update", "alps")
 # The cases. A model is pruned whole, layer after layer; a matrix has random weights and the Hessian of random inputs
 # that depend on each other. The published code prunes "published wanda" and "published sparsegpt".
 
-CASES = {
-    "smollm2": dict(layers=6, rows=8, tokens=512, sides=("wanda", "sparsegpt")),
-    "smollm2, solvers": dict(layers=2, rows=8, tokens=512, sides=solvers),
-    "llama-3-8b, one layer": dict(shape=llama, rows=2, tokens=256, sides=("wanda",)),
-    "llama-3-8b, one layer, SparseGPT": dict(shape=llama, rows=2, tokens=256, sides=("sparsegpt",)),
-    "llama-3-8b, 512 rows of 4096": dict(matrix=(512, 4096), tokens=1024, sides=solvers),
-    "llama-3-8b, 512 rows of 14336": dict(matrix=(512, 14336), tokens=1024, sides=("sparsegpt",)),
-}
+CASES = {"smollm2": dict(layers=6, rows=8, tokens=512, sides=("wanda", "sparsegpt")),
+         "smollm2, solvers": dict(layers=2, rows=8, tokens=512, sides=solvers),
+         "llama-3-8b, one layer": dict(shape=llama, rows=2, tokens=256, sides=("wanda",)),
+         "llama-3-8b, one layer, SparseGPT": dict(shape=llama, rows=2, tokens=256, sides=("sparsegpt",)),
+         "llama-3-8b, 512 rows of 4096": dict(matrix=(512, 4096), tokens=1024, sides=solvers),
+         "llama-3-8b, 512 rows of 14336": dict(matrix=(512, 14336), tokens=1024, sides=("sparsegpt",))}
 PUBLISHED_SIDES = ("wanda", "sparsegpt")
 
 
@@ -122,13 +120,8 @@ def model_of(case):
 def calibration_of(windows):
     rows = [tuple(row) for row in windows.tolist()]
     common = dict(task="random", prompt="", target="", answer="")
-    return Calibration.from_examples(
-        (
-            Example(uid=str(i), input_ids=row, labels=(IGNORED,) + row[1:], **common)
-            for i, row in enumerate(rows)
-        ),
-        k=1,
-    )
+    return Calibration.from_examples((Example(uid=str(i), input_ids=row, labels=(IGNORED,) + row[1:], **common)
+                                      for i, row in enumerate(rows)), k=1)
 
 
 def on_model(case, side):

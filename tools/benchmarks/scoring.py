@@ -35,20 +35,9 @@ from cap_nb.models.anatomy import anatomy, decoder_layers, output_projection
 from cap_nb.models.loading import bfloat16_gain, load_model, model_cache, model_fingerprint
 from cap_nb.models.replay import read_prefix, run_layer
 from cap_nb.scoring import batches_of, causal_scores, mean_by_example, rank_correlation, score_heads_naive
-from tools.side_by_side import (
-    ScoringRounds,
-    about_scoring,
-    balanced_heads,
-    behind_worked_examples,
-    examples_at_hand,
-    examples_of_lengths,
-    measured_case,
-    measured_rounds,
-    measured_scoring,
-    random_model,
-    read_cases,
-    stopwatch,
-)
+from tools.side_by_side import (ScoringRounds, about_scoring, balanced_heads, behind_worked_examples, examples_at_hand,
+                                examples_of_lengths, measured_case, measured_rounds, measured_scoring, random_model,
+                                read_cases, stopwatch)
 
 # The settings. Squares are the sizes of the matrix product that are tried for the machine's peak. Everything is in
 # float32 on the processor, with 4,096 padded tokens a batch on both sides.
@@ -132,17 +121,10 @@ def few_shot_case(path, repeats=5, n=1, shots=4):
     worked = examples_at_hand(tokenizer, shots, data_dir, seed=1)[0].examples[:shots]
     fewer, said = examples_at_hand(tokenizer, n, data_dir)
     a, rounds = anatomy(model), ScoringRounds(squares, repeats=repeats)
-    return measured_scoring(
-        path,
-        f"smollm2, {shots} worked examples",
-        model,
-        behind_worked_examples(fewer, worked),
-        balanced_heads(a.layers, a.heads, 2, 1),
-        rounds,
-        data=f"{said}, each behind {shots} worked examples of {worked[0].task}",
-        weights="SmolLM2-135M-Instruct",
-        note=note,
-    )
+    return measured_scoring(path, f"smollm2, {shots} worked examples", model, behind_worked_examples(fewer, worked),
+                            balanced_heads(a.layers, a.heads, 2, 1), rounds,
+                            data=f"{said}, each behind {shots} worked examples of {worked[0].task}",
+                            weights="SmolLM2-135M-Instruct", note=note)
 
 
 # Screened: a quarter of the masked passes, with slopes for all heads, against both whole tables. On the lab
@@ -160,10 +142,8 @@ def screening_errors(model, examples, budget):
 def screened_case(path, weights, examples, said, sample=None, repeats=5, budget=0.25):
     model, _ = load_model(weights, "float32", "cpu")
     heads = sample or all_heads(model)
-    ways = {
-        "hook loop": lambda heads: score_heads_naive(model, examples, heads=heads),
-        "resumed": lambda heads: score_heads(model, examples, heads=heads),
-    }
+    ways = {"hook loop": lambda heads: score_heads_naive(model, examples, heads=heads),
+            "resumed": lambda heads: score_heads(model, examples, heads=heads)}
     sides = {name: lambda way=way: way(heads) for name, way in ways.items()}
     sides["screened"] = lambda: screen_heads(model, examples, budget)
     if sample:
@@ -230,17 +210,8 @@ def mistral_case(path, repeats=5, n=1, layers=4, each=1, **changes):
     real, said = examples_at_hand(tokenizer, n, data_dir)
     examples = examples_of_lengths(lengths_of(real), model.config.vocab_size)
     heads = balanced_heads(layers, anatomy(model).heads, layers, each)
-    return measured_scoring(
-        path,
-        "mistral, 4 layers",
-        model,
-        examples,
-        heads,
-        ScoringRounds(squares, repeats=repeats),
-        data=f"random tokens, as long as {said}",
-        weights="random, seed 0",
-        note=note,
-    )
+    return measured_scoring(path, "mistral, 4 layers", model, examples, heads, ScoringRounds(squares, repeats=repeats),
+                            data=f"random tokens, as long as {said}", weights="random, seed 0", note=note)
 
 
 # Its users write the ablation of a head as a hook on `blocks.L.attn.hook_z` that sets one head's output to zero, and
@@ -251,32 +222,16 @@ def mistral_case(path, repeats=5, n=1, layers=4, each=1, **changes):
 
 
 def hooked_transformer(model):
-    lens, llama = (
-        importlib.import_module("transformer_lens"),
-        importlib.import_module("transformer_lens.pretrained.weight_conversions"),
-    )
+    lens, llama = (importlib.import_module("transformer_lens"),
+                   importlib.import_module("transformer_lens.pretrained.weight_conversions"))
     c, a = model.config, anatomy(model)
-    sizes = lens.HookedTransformerConfig(
-        n_layers=a.layers,
-        n_heads=a.heads,
-        n_key_value_heads=a.key_value_heads,
-        d_head=a.head_size,
-        d_model=a.hidden_size,
-        d_mlp=c.intermediate_size,
-        d_vocab=c.vocab_size,
-        n_ctx=min(2048, c.max_position_embeddings),
-        act_fn="silu",
-        gated_mlp=True,
-        normalization_type="RMS",
-        final_rms=True,
-        eps=c.rms_norm_eps,
-        positional_embedding_type="rotary",
-        rotary_dim=a.head_size,
-        rotary_base=c.rope_parameters["rope_theta"],
-        rotary_adjacent_pairs=False,
-        dtype=torch.float32,
-        device="cpu",
-    )
+    sizes = lens.HookedTransformerConfig(n_layers=a.layers, n_heads=a.heads, n_key_value_heads=a.key_value_heads,
+                                         d_head=a.head_size, d_model=a.hidden_size, d_mlp=c.intermediate_size,
+                                         d_vocab=c.vocab_size, n_ctx=min(2048, c.max_position_embeddings),
+                                         act_fn="silu", gated_mlp=True, normalization_type="RMS", final_rms=True,
+                                         eps=c.rms_norm_eps, positional_embedding_type="rotary",
+                                         rotary_dim=a.head_size, rotary_base=c.rope_parameters["rope_theta"],
+                                         rotary_adjacent_pairs=False, dtype=torch.float32, device="cpu")
     hooked = lens.HookedTransformer(sizes)
     hooked.load_state_dict(llama.convert_llama_weights(model, sizes), strict=False)
     return hooked.eval()
@@ -286,9 +241,8 @@ def loss_with_hooks(hooked, batch, hooks):
     logits = hooked.run_with_hooks(batch["input_ids"], return_type="logits", fwd_hooks=hooks)[:, :-1]
     labels = batch["labels"][:, 1:]
     counts = labels != IGNORED
-    return mean_by_example(
-        F.cross_entropy(logits[counts].float(), labels[counts], reduction="none"), counts.sum(1).tolist()
-    )
+    return mean_by_example(F.cross_entropy(logits[counts].float(), labels[counts], reduction="none"),
+                           counts.sum(1).tolist())
 
 
 def zeroing(head):
@@ -301,15 +255,13 @@ def zeroing(head):
 
 @torch.no_grad()
 def lens_loop(hooked, model, calibration, batch_tokens, heads):
-    table = torch.full(
-        (anatomy(model).layers, anatomy(model).heads, len(calibration.examples)), torch.nan, dtype=torch.float64
-    )
+    table = torch.full((anatomy(model).layers, anatomy(model).heads, len(calibration.examples)), torch.nan,
+                       dtype=torch.float64)
     for indices, batch in batches_of(calibration, batch_tokens, torch.device("cpu")):
         loss_with_hooks(hooked, batch, [])  # the intact model
         for layer, head in heads:
-            table[layer, head, indices] = loss_with_hooks(
-                hooked, batch, [(f"blocks.{layer}.attn.hook_z", zeroing(head))]
-            )
+            table[layer, head, indices] = loss_with_hooks(hooked, batch,
+                                                          [(f"blocks.{layer}.attn.hook_z", zeroing(head))])
     return table
 
 
@@ -320,28 +272,15 @@ def lens_loop(hooked, model, calibration, batch_tokens, heads):
 def lens_case(path, name, repeats=5, n=4, chosen=10, each=1):
     model, tokenizer = load_model(name, "float32", "cpu")
     examples, said = examples_at_hand(tokenizer, n, data_dir)
-    bridge = importlib.import_module("transformer_lens.model_bridge").TransformerBridge.boot_transformers(
-        name, hf_model=load_model(name, "float32", "cpu")[0], tokenizer=tokenizer
-    )
+    bridge = importlib.import_module("transformer_lens.model_bridge").TransformerBridge.boot_transformers(name,
+        hf_model=load_model(name, "float32", "cpu")[0], tokenizer=tokenizer)
     sides = {"HookedTransformer": hooked_transformer(model), "TransformerBridge": bridge}
-    more = {
-        side: lambda heads, hooked=hooked: lens_loop(hooked, model, examples, 4096, heads)
-        for side, hooked in sides.items()
-    }
+    more = {side: lambda heads, hooked=hooked: lens_loop(hooked, model, examples, 4096, heads)
+            for side, hooked in sides.items()}
     heads = balanced_heads(anatomy(model).layers, anatomy(model).heads, chosen, each)
-    return measured_scoring(
-        path,
-        f"{name}, TransformerLens",
-        model,
-        examples,
-        heads,
-        ScoringRounds(squares, repeats=repeats),
-        more=more,
-        data=said,
-        weights=name,
-        note=note,
-        transformer_lens=importlib.metadata.version("transformer_lens"),
-    )
+    return measured_scoring(path, f"{name}, TransformerLens", model, examples, heads,
+                            ScoringRounds(squares, repeats=repeats), more=more, data=said, weights=name, note=note,
+                            transformer_lens=importlib.metadata.version("transformer_lens"))
 
 
 # `torch.compile` may make a layer faster. A compiled layer does not see a hook that was registered after it was
@@ -361,12 +300,8 @@ def compile_layers(model, **options):
         layer.forward = forward
 
     for number, layer in enumerate(decoder_layers(model)[:-1]):
-        chosen(
-            layer,
-            output_projection(model, number),
-            layer.forward,
-            torch.compile(layer.forward, dynamic=True, **options),
-        )
+        chosen(layer, output_projection(model, number), layer.forward,
+               torch.compile(layer.forward, dynamic=True, **options))
     return model
 
 
@@ -374,31 +309,14 @@ def compiled_case(path, name, repeats=5, n=4, chosen=10, each=1):
     model, tokenizer = load_model(name, "float32", "cpu")
     compiled = compile_layers(load_model(name, "float32", "cpu")[0])
     real, said = examples_at_hand(tokenizer, n, data_dir)
-    examples, heads = (
-        examples_of_lengths(lengths_of(real), model.config.vocab_size),
-        balanced_heads(anatomy(model).layers, anatomy(model).heads, chosen, each),
-    )
+    examples, heads = (examples_of_lengths(lengths_of(real), model.config.vocab_size),
+                       balanced_heads(anatomy(model).layers, anatomy(model).heads, chosen, each))
 
     def once(heads):
         return score_heads(compiled, examples, 4096, heads=heads).masked
 
-    return measured_scoring(
-        path,
-        f"{name}, compiled",
-        model,
-        examples,
-        heads,
-        ScoringRounds(squares, repeats=repeats),
-        more={"compiled": once},
-        data=f"random tokens, as long as {said}",
-        weights=name,
-        note=note,
-    )
-
-
-# The two copies agree, checked on a few lab examples where no clock runs. Compiling is not tried here, because not
-# every machine has a C++ compiler: `backend="eager"` traces the layers and runs them as they are, which is enough to
-# see that a masked head is not lost.
+    return measured_scoring(path, f"{name}, compiled", model, examples, heads, ScoringRounds(squares, repeats=repeats),
+                            more={"compiled": once}, data=f"random tokens, as long as {said}", weights=name, note=note)
 
 
 def main() -> None:

@@ -58,10 +58,8 @@ def random_checkpoint(folder, settings, most=2**30, seed=0):
     for file, held in zip(names, shards):
         made = {name: torch.empty(tensors[name].shape).normal_(0, 0.02, generator=rng).bfloat16() for name in held}
         save_file(made, folder / file, metadata={"format": "pt"})
-    index = {
-        "metadata": {"total_size": 2 * sum(t.numel() for t in tensors.values())},
-        "weight_map": {name: file for file, held in zip(names, shards) for name in held},
-    }
+    index = {"metadata": {"total_size": 2 * sum(t.numel() for t in tensors.values())},
+             "weight_map": {name: file for file, held in zip(names, shards) for name in held}}
     (folder / SHARD_INDEX).write_text(json.dumps(index))
 
 
@@ -101,11 +99,9 @@ def pruned_by_made_numbers(src, dst, sparsity, method):
 
 def streaming_sides(src, dst, peaks, method="cap", sparsity=0.2):
     here, asked = "tools.benchmarks.streaming", dict(sparsity=sparsity, method=method)
-    return {
-        "copy": lambda: fresh("shutil:copytree", src, dst, peaks, "copy"),
-        "copy to disk": lambda: fresh(f"{here}:copied_to_disk", src, dst, peaks, "copy to disk"),
-        "prune": lambda: fresh(f"{here}:pruned_by_made_numbers", src, dst, peaks, "prune", **asked),
-    }
+    return {"copy": lambda: fresh("shutil:copytree", src, dst, peaks, "copy"),
+            "copy to disk": lambda: fresh(f"{here}:copied_to_disk", src, dst, peaks, "copy to disk"),
+            "prune": lambda: fresh(f"{here}:pruned_by_made_numbers", src, dst, peaks, "prune", **asked)}
 
 
 def streaming_case(path, name, settings, method="cap", scratch=None, repeats=5, most=2**30):
@@ -116,12 +112,9 @@ def streaming_case(path, name, settings, method="cap", scratch=None, repeats=5, 
             sides = streaming_sides(folder / "src", folder / "dst", peaks, method)
             seconds = measured_rounds(sides, repeats, warmups=0)
             checkpoint = open_checkpoint(folder / "src")
-            about = {
-                "bytes": sum(shard.stat().st_size for shard in checkpoint.shards),
-                "shards": len(checkpoint.shards),
-                "weights": sum(p.numel() for p in checkpoint.model.parameters()),
-                "seed": 0,
-            }
+            about = {"bytes": sum(shard.stat().st_size for shard in checkpoint.shards),
+                     "shards": len(checkpoint.shards),
+                     "weights": sum(p.numel() for p in checkpoint.model.parameters()), "seed": 0}
             return {"seconds": seconds, "about": about | {"peaks": peaks}}
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -36,20 +36,15 @@ cpu, note = torch.device("cpu"), os.environ.get("CAP_NB_NOTE", "")
 
 def made_scores(pieces, each, dtype, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(each, generator=rng).to(dtype).float().abs() * (1 + 9 * torch.rand(1, generator=rng)))
-        for _ in range(pieces)
-    ]
+    return [(torch.randn(each, generator=rng).to(dtype).float().abs() * (1 + 9 * torch.rand(1, generator=rng)))
+            for _ in range(pieces)]
 
 
 def ways(pieces, sparsity):
     whole, count = torch.cat(pieces), zero_count(sum(map(len, pieces)), sparsity)
-    return {
-        "histogram": lambda: find_threshold([lambda piece=piece: piece for piece in pieces], count).value,
-        "sort": lambda: whole.sort().values[count - 1].item(),
-        "select": lambda: whole.kthvalue(count).values.item(),
-        "bisect": lambda: bisect_threshold(whole, sparsity),
-    }
+    return {"histogram": lambda: find_threshold([lambda piece=piece: piece for piece in pieces], count).value,
+            "sort": lambda: whole.sort().values[count - 1].item(),
+            "select": lambda: whole.kthvalue(count).values.item(), "bisect": lambda: bisect_threshold(whole, sparsity)}
 
 
 # The first three give the same threshold to the last bit; bisection ends within a ten-thousandth of the sparsity, as
@@ -77,21 +72,13 @@ def threshold_case(path, name, dtype, pieces=100, each=10**6, sparsity=0.2, repe
     def measure():
         scores = made_scores(pieces, each, dtype)
         found, digest = ways(scores, sparsity), hashlib.sha256(torch.cat(scores).numpy()).hexdigest()
-        about = check_ways(found, scores, sparsity) | {
-            "scores": digest,
-            "memory": {name: taken_by(way) for name, way in found.items()},
-        }
-        return {
-            "seconds": measured_rounds({name: stopwatch(way) for name, way in found.items()}, repeats),
-            "about": about,
-        }
+        about = check_ways(found, scores, sparsity) | {"scores": digest,
+                                                       "memory": {name: taken_by(way) for name, way in found.items()}}
+        return {"seconds": measured_rounds({name: stopwatch(way) for name, way in found.items()}, repeats),
+                "about": about}
 
-    return measured_case(
-        path, name, {"repeats": repeats, "pieces": pieces, "each": each, "sparsity": sparsity}, measure, note=note
-    )
-
-
-# On a few thousand scores, without a clock: the ways agree, also where bfloat16 makes many scores equal.
+    return measured_case(path, name, {"repeats": repeats, "pieces": pieces, "each": each, "sparsity": sparsity},
+                         measure, note=note)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Walk through the built site in headless Chromium, as a reader would, and say what is wrong with it.
 
-    python tools/site/walk.py [_docs/html] [--shots FOLDER]
+    python tools/site/walk.py [_docs/html]
 
 From the index by "Next" to the last page, then every other page of the sidebar and the reference. On each: pictures
 load, formulas are rendered, links lead somewhere, nothing is fetched that is not a file of the site, the console stays
@@ -21,9 +21,6 @@ PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 # A closed network, and nobody's own settings.
 QUIET = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync").split()
-SHOTS = ("index 00_calibration 01_scoring 02_importance 03_regions 04_threshold 05_evaluation 06_analysis gallery api/chapters "
-         "results/00_table_1 results/04_ledger results/05_supported_families results/06_benchmarks results/08_wrong_uses "
-         "results/10_traps teaching/00_class teaching/01_glossary teaching/02_try_it pages/try_it pages/slides").split()
 LOOK = """() => {
   const text = document.querySelector("article") || document.body, shown = e => e.getBoundingClientRect();
   text.querySelectorAll("details").forEach(fold => { fold.open = true; });
@@ -196,7 +193,7 @@ class Walk:
         return seen
 
 
-def walk(site: Path, shots: Path | None = None) -> tuple[list[str], dict]:
+def walk(site: Path) -> tuple[list[str], dict]:
     """What is wrong with a built site, and what was seen."""
     from playwright.sync_api import sync_playwright
 
@@ -209,36 +206,20 @@ def walk(site: Path, shots: Path | None = None) -> tuple[list[str], dict]:
         reader.light_and_dark()
         reader.prune_by_hand()
         slides = reader.slides()
-        if shots:
-            pictures(reader.page, site.resolve(), shots)
         browser.close()
     return reader.faults, {"way": way, "pages": reader.seen, "slides": slides}
-
-
-def pictures(page, site: Path, shots: Path) -> None:
-    """Screenshots to look at."""
-    shots.mkdir(parents=True, exist_ok=True)
-    for name in SHOTS:
-        for mode, size in (("light", DESK), ("dark", DESK), ("light", PHONE)):
-            page.set_viewport_size(size)
-            page.emulate_media(color_scheme=mode)
-            page.goto((site / f"{name}.html").as_uri())
-            page.evaluate(f"document.documentElement.dataset.theme = document.documentElement.dataset.mode = '{mode}'")
-            page.screenshot(path=shots / f"{name.replace('/', '-')}-{mode}-{size['width']}.png",
-                            clip=dict(x=0, y=0, width=size["width"], height=4000), full_page=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("site", nargs="?", type=Path, default=ROOT / "_docs" / "html")
-    parser.add_argument("--shots", type=Path, help="a folder for screenshots")
     asked = parser.parse_args()
     if importlib.util.find_spec("playwright") is None:
         sys.exit("the site was not walked through: playwright is missing; make docs installs it, or pip install 'playwright>=1.50,<2'")
     if chromium() is None:
         sys.exit("the site was not walked through: there is no Chromium; install one, or name it in $CHROMIUM")
     began = time.time()
-    faults, seen = walk(asked.site, asked.shots)
+    faults, seen = walk(asked.site)
     def counted(parts): return f"{sum(p['pictures'] for p in parts)} pictures, {sum(p['formulas'] for p in parts)} formulas"
     print(f"{len(seen['way'])} pages by Next, {len(seen['pages'])} in all: {counted(seen['pages'].values())}")
     print(f"{len(seen['slides'])} slides: {counted(seen['slides'])}; {time.time() - began:.0f} s, {len(faults)} faults")
