@@ -124,7 +124,8 @@ def model_fingerprint(
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         values = parameter_values(model, name, weight).detach().cpu().contiguous()
         digest.update(values.flatten().view(torch.uint8).numpy())
-    return joined_fingerprint(digest.hexdigest(), model.config, model.generation_config)
+    generation = getattr(model, "generation_config", None) # an image model has none
+    return joined_fingerprint(digest.hexdigest(), model.config, generation)
 
 # %% ../../nbs/models/08_loading.ipynb #c023
 from pathlib import Path
