@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -696,3 +697,17 @@ def test_a_file_without_permission_is_not_called_damaged(place, monkeypatch):
     monkeypatch.setattr(files, "safe_open", refused)
     with pytest.raises(BadInput, match="cannot be read .Permission denied."):
         load_model(place / "model", device="cpu")
+
+
+def test_an_engine_that_does_not_start_is_one_sentence(place, monkeypatch):
+    """vLLM's build for processors asks for nearly all memory unless it is given a share."""
+    shares = []
+
+    def fails(model, gpu_memory_utilization, **options):
+        shares.append(gpu_memory_utilization)
+        raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=fails, SamplingParams=SimpleNamespace))
+    with pytest.raises(BadInput, match="could not load the model with [0-9]+% of the memory .Engine core") as error:
+        run_job(job_in(place, backend="vllm"), place / "new")
+    assert "\n" not in str(error.value) and 0 < shares[0] <= 0.5

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache as remembered
 from tempfile import TemporaryDirectory
+import psutil
 import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
@@ -272,15 +273,20 @@ class HeldModel:
     writer: object = None # vLLM's own; None before it is first needed
 
     def loaded(self) -> object:
-        "vLLM with the model's weights, loaded at the first call; on a GPU it takes half of what is free."
-        if self.writer is None:
-            vllm, dtype = imported_vllm(), str(next(self.model.parameters()).dtype).removeprefix("torch.")
-            self.model.save_pretrained(self.folder)
-            memory = {}
-            if self.model.device.type == "cuda":
-                free, whole = torch.cuda.mem_get_info(self.model.device)
-                memory = {"gpu_memory_utilization": free / whole / 2}
-            self.writer = vllm.LLM(model=self.folder, dtype=dtype, skip_tokenizer_init=True, **memory)
+        "vLLM with the model's weights, loaded at the first call; it takes half of the memory that is free."
+        if self.writer is not None: return self.writer
+        vllm, dtype = imported_vllm(), str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        self.model.save_pretrained(self.folder)
+        if self.model.device.type == "cuda": free, whole = torch.cuda.mem_get_info(self.model.device)
+        else: free, whole = psutil.virtual_memory().available, psutil.virtual_memory().total
+        share = free / whole / 2 # vLLM's builds for processors, too, read it under this name
+        try:
+            self.writer = vllm.LLM(model=self.folder, dtype=dtype, skip_tokenizer_init=True,
+                                   gpu_memory_utilization=share)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise BadInput(f"vLLM could not load the model with {share:.0%} of the memory ({reason}): expected room "
+                           "for weights and cache; free some, or take the backend transformers.") from error
         return self.writer
 
 @contextmanager
