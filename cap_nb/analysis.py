@@ -164,8 +164,8 @@ class Comparison:
     value: float # First less second, or the number that is set against a line
     low: float # Lower end of its 95 % interval; NaN where an exact test stands alone
     high: float # Upper end
-    unit: str # "points", "nats"; in the claims ledger also others, as in "rank correlation"
-    n: int # Pairs behind it: problems, windows, examples, seeds
+    unit: str # "points" or "nats"; a study may have another
+    n: int # Pairs behind it: problems or windows
     p: float | None = None # Two-sided p-value of its exact test, where there is one
     holm: float | None = None # The same after Holm's correction over the family
     family: str = "" # What it was corrected over, as in "the 42 comparisons of this table"
@@ -312,7 +312,7 @@ def plot_head_importance(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
     title: str = "Causal head scores", # Title of the figure
 ) -> Figure: # Figure 2
-    "Heatmap of causal scores, layers from top to bottom, colours parted at zero (paper Figure 2)."
+    "Heatmap of causal scores, layers from top to bottom, white at zero (paper Figure 2)."
     values = np.asarray(scores, dtype=np.float64)
     layers, heads = values.shape
     figure, panels = blank_figure(1, 1, (min(10, 2.2 + 0.32 * heads), min(9, 1.3 + 0.24 * layers)))

@@ -101,7 +101,7 @@ class HeadLosses:
 
     @property
     def target(self) -> str:
-        "What was measured: loss, or divergence from the intact model."
+        "What the table holds: the loss, as in the paper, unless meta says otherwise."
         return self.meta.get("target", "loss")
 
 # %% ../nbs/01_scoring.ipynb #6528ad5d

@@ -52,8 +52,8 @@ class PruneReport:
     "What a pruning method did."
     method: str # Name of the method
     asked: float # Sparsity asked for
-    reached: float # Share of zeros among the weights in scope
-    weights: int # Weights in scope
+    reached: float # Share of zeros among the weights of all projections
+    weights: int # Weights of all projections
     zeros: int # Zeros among them
     threshold: float | None # tau; None where a method has no global threshold
     ties: int # Scores that were equal to the threshold before pruning
