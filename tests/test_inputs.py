@@ -469,6 +469,22 @@ def with_few_tokens(place):
     edited("config.json", vocab_size=200)(place)
 
 
+def without_vocabulary(place):
+    (place / "model" / "tokenizer.json").unlink()
+    (place / "model" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+
+
+def without_words(place):
+    path = place / "model" / "tokenizer.json"
+    words = {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 9,
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": words | {"vocab": {}}}))
+
+
 NO_MODEL = {
     **{
         f"weights in {dtype}": (with_kind(dtype), "holds model.layers.1.mlp.up_proj.weight as")
@@ -479,6 +495,14 @@ NO_MODEL = {
         "and 8 more, that its config.json knows no place for",
     ),
     "fewer embeddings than tokens": (with_few_tokens, "embeddings of 200 tokens"),
+    "a word for the end": (edited("generation_config.json", eos_token_id="x"), "answers end with token 'x'"),
+    "a list in a list": (edited("generation_config.json", eos_token_id=[[1]]), r"answers end with token \[\[1\]\]"),
+    "kernels that are compiled": (
+        edited("config.json", attn_implementation="flex_attention"),
+        "asks for flex_attention",
+    ),
+    "no vocabulary": (without_vocabulary, "has a tokenizer without a vocabulary"),
+    "no words": (without_words, "cannot be opened by transformers"),
 }
 
 
@@ -617,43 +641,6 @@ def test_half_a_launch_is_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(BadInput, match="WORLD_SIZE is 2 and MASTER_ADDR is not set"):
         launched_processes()
-
-
-# ---- what ended as a bug ----
-def without_vocabulary(place):
-    (place / "model" / "tokenizer.json").unlink()
-    (place / "model" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
-
-
-def without_words(place):
-    path = place / "model" / "tokenizer.json"
-    words = {
-        "type": "WordPiece",
-        "unk_token": "[UNK]",
-        "continuing_subword_prefix": "##",
-        "max_input_chars_per_word": 9,
-    }
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": words | {"vocab": {}}}))
-
-
-ODD = {
-    "a word for the end": (edited("generation_config.json", eos_token_id="x"), "answers end with token 'x'"),
-    "a list in a list": (edited("generation_config.json", eos_token_id=[[1]]), r"answers end with token \[\[1\]\]"),
-    "kernels that are compiled": (
-        edited("config.json", attn_implementation="flex_attention"),
-        "asks for flex_attention",
-    ),
-    "no vocabulary": (without_vocabulary, "has a tokenizer without a vocabulary"),
-    "no words": (without_words, "cannot be opened by transformers"),
-}
-
-
-@pytest.mark.parametrize("what", ODD)
-def test_an_odd_model_folder_is_refused_in_one_sentence(what, place):
-    change, sentence = ODD[what]
-    change(place)
-    with pytest.raises(BadInput, match=sentence):
-        load_model(place / "model", device="cpu")
 
 
 def test_a_plan_refuses_tokens_without_an_embedding(place):
