@@ -11,7 +11,6 @@ import importlib.metadata
 import inspect
 import logging
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import typer
 from typer.core import TyperGroup
 import cap_nb
 from .core.errors import (
-    BadInput, check_at_least, check_choice, check_seed, check_sparsity, lacks_memory, refused_path)
+    BadInput, check_at_least, check_choice, check_seed, check_sparsity, comments, lacks_memory, refused_path)
 from .core.stopping import signals_answered, stop, STOPPED
 from .jobs.settings import (
     changed, check_names, check_ranges, FineTuning, Job, known_names, MOST, QUICK, quick_job, Shrinking, SinglePruning,
@@ -146,10 +145,6 @@ class Option:
     field: str # Field of a dataclass, or parameter of a function
     parameter: inspect.Parameter # How typer reads it
     read: Callable[[object], object] # From what typer read to the field's value
-
-def comments(described: type | Callable) -> dict[str, str]: # Name of a field or parameter -> its comment
-    "What the source says of fields or parameters."
-    return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(described), re.MULTILINE))
 
 # %% ../nbs/command_line.ipynb #537779ac
 def as_option(field: str, value: object) -> str: # --sparsity 0.5

@@ -213,6 +213,17 @@ def check_arguments(bound: inspect.BoundArguments, name: str) -> None:
         for content, kind, where in fields_in(value, what): check_argument(content, kind, where)
         check_together(value, what)
 
+def comments(described: type | Callable) -> dict[str, str]: # Name of a field or parameter -> its comment
+    "What the source says of fields or parameters."
+    return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(described), re.MULTILINE))
+
+def with_parameters(function: Callable) -> str | None:
+    "A function's docstring with a line for each parameter that has a comment."
+    try: about = comments(function)
+    except OSError: return function.__doc__ # there is no source, as in a session that was typed
+    lines = [f"    {name}: {about[name]}" for name in inspect.signature(function).parameters if name in about]
+    return "\n".join([function.__doc__ or "", "", "Parameters:", *lines]) if lines else function.__doc__
+
 def validate_arguments(function: F) -> F:
     "Hold the arguments of the outermost call against the annotations; what is wrong with them is one sentence."
     signature = inspect.signature(function)
@@ -231,4 +242,5 @@ def validate_arguments(function: F) -> F:
                 check_computable(value, f"{argument} of {function.__name__}()", argument)
             raise
         finally: INSIDE.reset(outermost)
+    wrapped.__doc__ = with_parameters(function)
     return wrapped
