@@ -344,7 +344,8 @@ class Records:
 # %% ../../nbs/jobs/00_records.ipynb #c064
 RECORDED = ("environment.json", "timings.json", "memory.json", "losses.safetensors", "evaluations", "reports",
             "attributions", "factors", "budgets", "chains", "text") # What a run records, at the top of its folder
-MADE = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT) # What it writes too
+LOG = "log.txt" # What `cap run` says, with times: no record, and nothing is made from it
+MADE = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT, LOG) # It writes too
 OF_EVALUATION = ("evaluation.json", "answers.csv", "losses.csv") # The files of an evaluation's folder
 
 def is_record(inside: Path) -> bool: # Whether it belongs to the records

@@ -168,11 +168,11 @@ def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, 
     for given, method in (("scores", "cap"), ("norms", "wanda"), ("hessians", "alps")): # each is made for one
         if getattr(pruning, given) is not None:
             return job, replace(pruning, method=method), f"No --method was given: {method}, which --{given} is for."
-    (method, share), half = recommended_method(pruning.sparsity), pruning.sparsity >= 0.5
-    if share and not own_text: job = changed(job, text_share=share)
-    with_text = f" with --text-share {share:g}" if share and not own_text else ""
-    return (job, replace(pruning, method=method), f"No --method was given: {method}{with_text}, recommended "
-            f"{'at 50 % and above' if half else 'below 50 %'}.")
+    method, share = recommended_method(pruning.sparsity)
+    where, with_text = "at 50 % and above" if pruning.sparsity >= 0.5 else "below 50 %", ""
+    if round(share * job.calibrate.n) and not own_text: # very few examples hold no window of text
+        job, with_text = changed(job, text_share=share), f" with --text-share {share:g}"
+    return job, replace(pruning, method=method), f"No --method was given: {method}{with_text}, recommended {where}."
 
 # %% ../../nbs/jobs/01_settings.ipynb #c034
 @dataclass(frozen=True)
