@@ -2,6 +2,8 @@
 import json
 import os
 import re
+import shlex
+import subprocess
 import sys
 
 import nbformat
@@ -14,7 +16,7 @@ from cap_nb.models.anatomy import projections
 from cap_nb.models.interventions import hook_count
 from cap_nb.models.loading import load_model
 from conftest import ROOT, tool
-from notebooks_on_disk import NOTEBOOKS
+from notebooks_on_disk import NOTEBOOKS, cells
 from tools import classroom, interactive
 
 glossary, slides = tool("glossary"), tool("slides")
@@ -219,3 +221,34 @@ def test_a_check_fails_until_the_answer_is_right(handed_out, name, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     said, solutions = filled_by_a_student(handed_out, name)
     assert len(said) == len(solutions) and all("is yours to" in sentence for sentence in said), said
+
+
+HOMEWORK = next(text for text in glossary.markdown(ROOT / "nbs/teaching/00_class.ipynb") if text.startswith("## Homework"))
+
+
+def test_the_homeworks_commands_run(tmp_path):
+    """On fewer examples than the page asks for: each prints what the page says."""
+    blocks = ["\n".join(line[4:] for line in block.splitlines()) for block in re.findall(r"(?:^    .*\n?)+", HOMEWORK, re.M)]
+    [plugin] = [block for block in blocks if "add_criterion" in block]
+    (tmp_path / "mine.py").write_text(plugin)
+    scored, listed, ran, compared = [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line.startswith(("cap ", "python "))]
+    few = {scored: " --n 2", ran: " --n 3 --evaluate-n 1 --loss-n 3 --tasks lab-arc"}
+    said = []
+    for line in (scored, listed, ran, compared):
+        words = shlex.split(line + few.get(line, ""))
+        words[:1] = [sys.executable, "-m", "cap_nb"] if words[0] == "cap" else [sys.executable]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert "36 heads" in said[0] and re.search(r"tensor\(\[(?:\s*\d+,?){9}\]\)", said[1])
+    assert "| mine | 50 %" in said[2] and "| Magnitude | 50 %" in said[2] and "| mine | Magnitude | 50 % |" in said[3]
+
+
+def test_the_plan_has_the_minutes_that_it_says():
+    """The rows follow each other, and those of chapters have the minutes that the cell below counts with."""
+    text = "\n".join(cell.source for cell in cells(ROOT / "nbs/teaching/00_class.ipynb"))
+    rows = [(int(start), int(end), re.findall(r"\.\./(0\d_\w+)\.ipynb", row)) for start, end, row in re.findall(r"^\| (\d+)-(\d+) (.+)$", text, re.M)]
+    assert [end for _, end, _ in rows[:-1]] == [start for start, *_ in rows[1:]] and rows[-1][1] == 120
+    minutes = {name: int(count) for name, count in re.findall(r'^    "(\w+)": \((\d+), ', text, re.M)}
+    assert len(minutes) == 7
+    assert all(sum(minutes[name] for name in named) == end - start for start, end, named in rows if named)
