@@ -27,7 +27,7 @@ import cap_nb
 from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, lacks_memory, refused_path)
 from .core.stopping import signals_answered, stop, STOPPED
-from .jobs.settings import changed, FineTuning, Job, MOST, Shrinking, SinglePruning, SpeedSettings
+from .jobs.settings import changed, FineTuning, Job, MOST, OPTION_NAMES, Shrinking, SinglePruning, SpeedSettings
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -132,7 +132,6 @@ def read_path(text: str | Path) -> Path: # The path
     raise typer.BadParameter("it is empty")
 
 # %% ../nbs/command_line.ipynb #9a7ffab8
-OPTION_NAMES = {"name": "model", "sparsities": "sparsity", "form": "format"} # Of fields whose option has another name
 LIST_READERS = {tuple[int, ...]: read_counts, tuple[str, ...]: read_names, tuple[str, ...] | None: read_names,
                 tuple[float, ...]: read_sparsities}
 LIST_HELP = {"methods": "with commas, or all; the dense model is always measured",

@@ -31,8 +31,8 @@ from cap_nb.jobs import job as job_module
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.planning import plan
 from cap_nb.jobs.plugins import plugins_loaded
-from cap_nb.jobs.records import load_run, pack_run, unpack_run
-from cap_nb.jobs.settings import Job, changed
+from cap_nb.jobs.records import changed_options, load_run, pack_run, read_run, unpack_run
+from cap_nb.jobs.settings import Job, changed, option_of
 from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
 from cap_nb.models import loading
@@ -74,13 +74,8 @@ OTHER = {
     "text": "lab-text",
     "evaluate_on": "validation",
 }
-# How a run's record calls a setting, where it is not the setting's own name
-RECORDED = {
-    "calibration_seed": "calibration.seed",
-    "calibrate_on": "calibration.on",
-    "accuracy_tasks": "evaluation.data.accuracy",
-    "evaluate_on": "evaluation.on",
-}
+# What the run has of a setting that it was not given
+IN_A_RUN = {"dtype": "float32", "style": "paper", "calibration_seed": 0, "accuracy_tasks": ("gsm8k",), "text": "wikitext2"}
 WORDS = {"hidden_act": "gelu", "rope_type": "linear", "dtype": "bfloat16", "torch_dtype": "bfloat16"}
 
 
@@ -143,8 +138,10 @@ def first(tmp_path_factory):
 
 @pytest.fixture
 def place(first, tmp_path, monkeypatch):
-    """A copy that a test may change; names lead to the copy from the same working directory."""
+    """A copy that a test may change, as if its run had been made here."""
     shutil.copytree(first, tmp_path / "copy")
+    kept = read_run(tmp_path / "copy" / "run")
+    write_checked(tmp_path / "copy" / "run" / "run.json", kept | {"model": kept["model"] | {"name": str(tmp_path / "copy" / "model")}})
     return tmp_path / "copy"
 
 
@@ -161,7 +158,7 @@ def check_taken_in(place, first, named, **settings):
     try:
         run_job(job_in(place, **settings), place / "run")
     except BadInput as error:
-        assert named in str(error).replace("-", "_"), f"{named} is not named: {error}"
+        assert named in str(error), f"{named} is not named: {error}"
         return "refused"
     found = numbers(place / "run")
     assert {cell: found[cell] for cell in wanted} == wanted, f"{named} was changed, and the numbers of before stand"
@@ -188,7 +185,30 @@ def test_a_changed_setting(setting, place, first):
     value = other_value(setting)
     if value is None:
         pytest.skip(f"{setting.name} has no other value on every machine, or is tried below")
-    check_taken_in(place, first, RECORDED.get(setting.name, setting.name), **{setting.name: value})
+    before = SMALLEST.get(setting.name, setting.default)
+    before, now = (",".join(map(str, each)) if isinstance(each, tuple) else each for each in (IN_A_RUN.get(setting.name, before), value))
+    had = "was made without it" if before is None else f"has {before}"
+    said = f"{option_of(setting.name)} is {now}, the run in this folder {had}: expected its own; give these, or another folder with --out."
+    check_taken_in(place, first, said, **{setting.name: value})
+
+
+@pytest.mark.parametrize(
+    "option, part, values",
+    [
+        ("--model", "model", {"name": "other", "fingerprint": "0" * 64}),
+        ("--device", "model", {"device": "cuda"}),
+        ("--backend", "evaluation", {"backend": "vllm"}),
+    ],
+)
+def test_a_setting_that_not_every_machine_can_change(option, part, values, first):
+    kept = read_run(first / "run")
+    now, had = next(iter(values.values())), {"--model": first / "model", "--device": "cpu", "--backend": "transformers"}[option]
+    assert changed_options(kept, kept | {part: kept[part] | values}) == (f"{option} is {now}, the run in this folder has {had}",)
+
+
+def test_a_model_that_was_moved_is_the_same(place):
+    (place / "model").rename(place / "moved")
+    assert run_job(job_in(place, name=str(place / "moved")), place / "run") == place / "run"
 
 
 # ---- the files of the model ----
@@ -291,18 +311,18 @@ def another_rule(place):
 
 
 FILES = {
-    "a weight": (another_weight, "model.fingerprint"),
-    "the end of an answer": (edited("generation_config.json", eos_token_id=5), "generation.eos_token_id"),
+    "a weight": (another_weight, "the model's weights"),
+    "the end of an answer": (edited("generation_config.json", eos_token_id=5), "eos_token_id in its generation_config.json"),
     "a setting of generation": (
         edited("generation_config.json", repetition_penalty=1.5),
-        "generation.repetition_penalty",
+        "repetition_penalty in its generation_config.json",
     ),
-    "the chat template": (with_template(TEMPLATE.replace("assistant: ", "answer: ")), "model.tokenizer"),
-    "how a text is cut": (another_rule, "model.tokenizer"),
-    "the problems": (another_problem, "calibration.fingerprint"),
+    "the chat template": (with_template(TEMPLATE.replace("assistant: ", "answer: ")), "the tokenizer's vocabulary or chat template"),
+    "how a text is cut": (another_rule, "the tokenizer's rules by which it cuts a text"),
+    "the problems": (another_problem, "the calibration examples, the problems of gsm8k that are answered, the problems of gsm8k for held-out loss: expected"),
     "the text": (
         lambda place: [path.write_text(path.read_text().upper()) for path in (place / "data" / "wikitext2").iterdir()],
-        "evaluation.data.text",
+        "content of the text wikitext2: expected the same; check --model, --data-dir",
     ),
 }
 
