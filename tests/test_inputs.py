@@ -25,6 +25,7 @@ from cap_nb.calibration import calibration_set, overlap
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import check_new_folder, read_checked, whole_folder, write_checked
+from cap_nb.data import prompts
 from cap_nb.data.problems import load_problems, read_arc
 from cap_nb.evaluation import accuracy, evaluation_problems
 from cap_nb.jobs import job as job_module
@@ -361,6 +362,23 @@ def test_a_template_that_cannot_ask_is_refused(what, place):
     with pytest.raises(BadInput, match="chat template") as error:
         run_job(job_in(place), place / "new")
     assert "\n" not in str(error.value) and not (place / "new").exists()
+
+
+def test_a_tokenizer_without_a_template_is_told(place, caplog):
+    (place / "model" / "chat_template.jinja").unlink()
+    prompts.tell_of_plain_prompts.cache_clear()
+    for _ in range(2):
+        run_job(job_in(place), place / "plain")
+    assert [r.message for r in caplog.records if r.name == prompts.__name__] == [
+        "model has no chat template: a prompt is the plain question and an empty line."
+    ]
+    assert [read_run(place / name)["model"].get("prompts") for name in ("plain", "run")] == ["plain text", None]
+
+
+def test_a_clock_that_transformers_keeps_elsewhere_is_one_sentence(place, monkeypatch):
+    monkeypatch.delattr(prompts.chat_template_utils, "datetime")
+    with pytest.raises(BadInput, match="keeps the clock of chat templates in another place: expected .* install transformers<6"):
+        run_job(job_in(place), place / "new")
 
 
 def test_an_older_run_goes_on_and_says_what_it_does_not_cover(place, caplog):

@@ -161,12 +161,12 @@ def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes 
 
 def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: # What JSON can hold
     "Which model a run is about, by content, and how it computes."
-    weight = next(model.parameters())
+    weight, plain = next(model.parameters()), tokenizer.chat_template is None
     return {"name": job.model.name, "fingerprint": model_fingerprint(model),
             "configuration": settings_that_count(model.config),
             "generation": settings_that_count(model.generation_config),
             "tokenizer": tokenizer_fingerprint(tokenizer), "dtype": str(weight.dtype).removeprefix("torch."),
-            "device": weight.device.type}
+            "device": weight.device.type} | ({"prompts": "plain text"} if plain else {})
 
 # %% ../../nbs/jobs/03_job.ipynb #c021
 def targets_configuration(job: Job) -> dict:

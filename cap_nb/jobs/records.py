@@ -193,6 +193,7 @@ PARTED = {"model.fingerprint": PARTS, "model.tokenizer": TOKENIZER_PARTS} # Fing
 CONTENTS = { # Beginning of a setting that no option names -> what it is about
     "model.fingerprint": "the model's {}", "model.configuration.": "{} in its config.json",
     "model.generation.": "{} in its generation_config.json", "model.tokenizer": "the tokenizer's {}",
+    "model.prompts": "the form of the prompts",
     "style.fingerprint": "the wording of the prompts", "calibration.chains": "the chains",
     "calibration.written_by": "the model that wrote the chains", "calibration.fingerprint": "the calibration examples",
     "evaluation.data.accuracy.": "the problems of {} that are answered",
