@@ -32,6 +32,7 @@ from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
     check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
     solve_checkpoint)
+from .models.checks import tell_of_zeros, zeros_of
 from .models.loading import (
     check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
 from .portable.fine_tuning import check_settings, recover_into, Recovery
@@ -152,6 +153,7 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path) -> PruneReport:
     parts = check_method(pruning.method)
     model, tokenizer = load_checked(job)
     check_all_here(model)
+    tell_of_zeros(*zeros_of(model))
     calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
     calibration = job_calibration(job, tokenizer) if calibrated else None
     fingerprint = model_fingerprint(model)

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,12 +33,12 @@ from cap_nb.jobs.job import run_job
 from cap_nb.jobs.planning import plan
 from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import changed_options, load_run, pack_run, read_run, unpack_run
-from cap_nb.jobs.settings import Job, changed, option_of
+from cap_nb.jobs.settings import Job, SinglePruning, changed, option_of
 from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
 from cap_nb.models import loading
-from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.single_steps import save_beside
+from cap_nb.models.loading import load_model, model_fingerprint, save_model
+from cap_nb.single_steps import prune_into, save_beside
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 SMALLEST = dict(
@@ -276,6 +276,29 @@ def test_a_field_that_is_taken_out_of_the_fingerprint_is_noticed(place, monkeypa
     change_leaf(place / "model" / "config.json", ("rms_norm_eps",), 0.3)
     with pytest.raises(AssertionError, match="the numbers of before stand"):
         check_taken_in(place, place, "rms_norm_eps")
+
+
+ALREADY = "50.0% of the weights in scope are zero before pruning, and a sparsity counts them"
+
+
+def test_zeros_that_are_there_already_are_told(place, caplog):
+    """Before a run, before pruning in memory and on the disk; of a dense model nothing is said."""
+    model, tokenizer = load_model(place / "model")
+    prune(model, "magnitude", 0.5)
+    save_model(model, tokenizer, place / "half")
+    how = SinglePruning(method="magnitude", sparsity=0.3)
+
+    def told(do):
+        caplog.clear()
+        report = do()
+        return report, sum(ALREADY in record.message for record in caplog.records)
+
+    half = changed(Job(), name=str(place / "half"))
+    for stream in (False, True):
+        report, times = told(lambda: prune_into(half, replace(how, stream=stream), place / f"again{stream}"))
+        assert (report.reached, times) == (0.5, 1)
+    assert told(lambda: run_job(job_in(place, name=str(place / "half")), place / "half_run"))[1] == 1
+    assert told(lambda: prune_into(changed(half, name=str(place / "model")), how, place / "once"))[1] == 0
 
 
 # ---- what a folder says beside the configuration ----
