@@ -9,13 +9,14 @@ __all__ = []
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import nn
 from .calibration import Calibration
 from .core.errors import BadInput
-from .core.files import check_new_folder
+from .core.files import alone_in, check_new_folder
 from .core.registry import additions_noted
 from .evaluation import Evaluation
 from .importance import importance_factors
@@ -76,7 +77,7 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint, heads_at_once=heads_at_once,
             target=job.prune.score_target))
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
-    with joined(model.device) as share:
+    with joined(model.device) as share, nullcontext() if store or share.rank else alone_in(working):
         if budget is not None:
             check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
             seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
@@ -86,8 +87,8 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             table = table_scorer(job.prune.score_target)(
                 model, calibration, batch_tokens, working, fingerprint, heads_at_once, share)
             if not share.rank: save_beside(save_losses, table, out)
+        if not (store or share.rank): shutil.rmtree(working)
     if share.rank: return ""
-    if not store: shutil.rmtree(working)
     if budget is not None:
         return (f"{out}: {int(table.measured.sum()):,} of {table.measured.numel():,} losses with a head masked, "
                 f"{table.losses.meta['screened']['spent']:.1%} of the work of all; it gives mean scores: use it with "
