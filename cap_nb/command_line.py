@@ -27,8 +27,8 @@ from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, comments, lacks_memory, refused_path)
 from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
 from .jobs.settings import (
-    changed, check_names, check_ranges, FineTuning, Job, known_names, MOST, QUICK, quick_job, Shrinking, SinglePruning,
-    SpeedSettings, with_method)
+    changed, check_names, check_ranges, FineTuning, Job, known_names, MOST, OPTION_NAMES, QUICK, quick_job, Shrinking,
+    SinglePruning, SpeedSettings, with_method)
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -133,7 +133,6 @@ def read_path(text: str | Path) -> Path: # The path
     raise typer.BadParameter("it is empty")
 
 # %% ../nbs/command_line.ipynb #9a7ffab8
-OPTION_NAMES = {"name": "model", "sparsities": "sparsity", "form": "format"} # Of fields whose option has another name
 LIST_READERS = {tuple[int, ...]: read_counts, tuple[str, ...]: read_names, tuple[str, ...] | None: read_names,
                 tuple[float, ...]: read_sparsities}
 LIST_HELP = {"methods": "with commas, or all; the dense model is always measured",

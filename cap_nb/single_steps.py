@@ -9,7 +9,7 @@ __all__ = []
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -34,6 +34,7 @@ from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
     check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
     solve_checkpoint)
+from .models.checks import tell_of_zeros, zeros_of
 from .models.loading import (
     check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
 from .portable.fine_tuning import recover_into, Recovery
@@ -77,7 +78,7 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint, heads_at_once=heads_at_once,
             target=job.prune.score_target))
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
-    with joined(model.device) as share:
+    with joined(model.device) as share, nullcontext() if store or share.rank else alone_in(working):
         if budget is not None:
             check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
             seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
@@ -87,8 +88,8 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             table = table_scorer(job.prune.score_target)(
                 model, calibration, batch_tokens, working, fingerprint, heads_at_once, share)
             if not share.rank: save_beside(save_losses, table, out)
+        if not (store or share.rank): shutil.rmtree(working)
     if share.rank: return ""
-    if not store: shutil.rmtree(working)
     if budget is not None:
         return (f"{out}: {int(table.measured.sum()):,} of {table.measured.numel():,} losses with a head masked, "
                 f"{table.losses.meta['screened']['spent']:.1%} of the work of all; it gives mean scores: use it with "
@@ -154,6 +155,7 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
     parts = check_method(pruning.method)
     model, tokenizer = load_checked(job)
     check_all_here(model)
+    tell_of_zeros(*zeros_of(model))
     calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
     calibration = job_calibration(job, tokenizer) if calibrated else None
     fingerprint = model_fingerprint(model)
