@@ -15,7 +15,7 @@ from cap_nb.jobs.job import run_job
 from cap_nb.jobs.records import load_run, pack_run, read_run
 from cap_nb.jobs.results import compare_runs, results_frame
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.jobs.sweeps import read_index, tracked
+from cap_nb.jobs.sweeps import read_index, tracked, tracked_numbers
 from conftest import ROOT
 
 SMALL = """# a comment stays
@@ -133,3 +133,18 @@ def test_tensorboard_has_every_cell(tmp_path):
     assert event.step == 500 and event.value == pytest.approx(sum(r.loss for r in cell.losses) / 3, rel=1e-6)
     pack_run(tmp_path / "run")
     assert (tmp_path / "run" / "tracking").is_dir() and load_run(tmp_path / "run").evaluations
+
+
+@pytest.mark.skipif("wandb" not in map(str, get_available_trackers()), reason="wandb is not installed")
+def test_wandb_offline_has_every_cell(tmp_path, monkeypatch):
+    """One file that `wandb sync` could send holds the settings and the numbers of both sparsities, and none is left out as older than another."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    job = changed(Job(), device="cpu", tasks=("lab-arc",), accuracy_tasks=(), methods=("magnitude", "wanda"), sparsities=(0.2, 0.5), n=3, k=1, loss_n=3, windows=0)
+    with tracked("wandb", tmp_path / "run") as follow:
+        run_job(job, tmp_path / "run", follow=follow)
+    [kept] = (tmp_path / "run" / "tracking" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = kept.read_bytes()
+    assert b"calibration.n" in content
+    for cell in load_run(tmp_path / "run").evaluations:
+        for name, value in tracked_numbers(cell).items():
+            assert name.encode() in content and repr(value).encode() in content

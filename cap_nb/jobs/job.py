@@ -41,6 +41,7 @@ from ..methods.prune import (
 from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
 from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
 from ..models.anatomy import projections
+from ..models.checks import tell_of_zeros, zeros_of
 from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
 from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
@@ -160,12 +161,12 @@ def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes 
 
 def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: # What JSON can hold
     "Which model a run is about, by content, and how it computes."
-    weight = next(model.parameters())
+    weight, plain = next(model.parameters()), tokenizer.chat_template is None
     return {"name": job.model.name, "fingerprint": model_fingerprint(model),
             "configuration": settings_that_count(model.config),
             "generation": settings_that_count(model.generation_config),
             "tokenizer": tokenizer_fingerprint(tokenizer), "dtype": str(weight.dtype).removeprefix("torch."),
-            "device": weight.device.type}
+            "device": weight.device.type} | ({"prompts": "plain text"} if plain else {})
 
 # %% ../../nbs/jobs/03_job.ipynb #c021
 def targets_configuration(job: Job) -> dict:
@@ -266,6 +267,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
     check_text_unseen(job, calibration)
+    tell_of_zeros(*zeros_of(model))
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 

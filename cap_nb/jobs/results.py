@@ -18,9 +18,10 @@ from ..analysis import comparable_parts, compare_methods, Comparison, comparison
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import sha256_of_file, whole_folder, write_json
 from ..core.plots import blank_figure, in_style, INK, save_figure
-from ..evaluation import Evaluation, summarise_answers, summarise_losses, token_limit
+from ..evaluation import Evaluation, summarise_answers, summarise_losses
 from .job import prepare, run_job
-from .records import agrees, differences, is_fingerprint, load_run, PACKED, read_run, Run, settings_of, shown
+from .records import (
+    agrees, differences, is_fingerprint, job_of, load_run, PACKED, read_run, Run, settings_of, shown)
 from .report import run_folders, write_text
 from .settings import changed, Job
 from .tables import comparison_mark, comparison_markdown, markdown_rows
@@ -257,26 +258,6 @@ def save_comparison(comparisons: Mapping[tuple[str, str, float, str], Comparison
         write_text(part/"comparison.csv", comparison_csv(comparisons))
         save_figure(plot_comparisons(comparisons), part/"comparison")
         write_json(part/"sources.json", sources)
-
-# %% ../../nbs/jobs/07_results.ipynb #r005
-def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as far as a run's folder knows it
-    "The job that made a run; one that was calibrated on chains raises `BadInput` until their file is named."
-    model, kept, done = (configuration[part] for part in ("model", "calibration", "evaluation"))
-    tasks, chosen = tuple(kept["tasks"]), kept.get("on", "gold")
-    limits = done["max_new_tokens"]
-    own_limits = all(limits[task] == token_limit(task) for task in limits) # then none was given
-    answered = sorted(done["data"]["accuracy"], key=lambda task: (*tasks, task).index(task))
-    return changed(
-        Job(), name=model["name"], dtype=model["dtype"], device=model["device"], batch_tokens=kept["batch_tokens"],
-        tasks=tasks, style=configuration["style"]["called"], n=kept["n"], k=kept["k"], calibrate_on=chosen,
-        seed=kept["seed"] if seed is None else seed, calibration_seed=kept["seed"],
-        text_share=0.0 if chosen == "text" else kept.get("text_share", 0.0), text_tokens=kept.get("text_tokens", 256),
-        methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
-        aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
-        budget=configuration.get("budget"), backend=done.get("backend", "transformers"),
-        accuracy_tasks=tuple(answered), max_new_tokens=None if own_limits else next(iter(limits.values())),
-        text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
-        **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})
 
 # %% ../../nbs/jobs/07_results.ipynb #r012
 def equal_row(what: str, pairs: list[tuple[object, object]], largest: float | None = None) -> tuple[str, int, int,

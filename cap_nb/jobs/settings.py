@@ -79,6 +79,13 @@ def part_of_setting() -> dict[str, str]: # Name of a setting -> name of the part
     "Which part of a job each setting belongs to."
     return {setting.name: part.name for part in fields(Job) for setting in fields(part.default_factory)}
 
+# %% ../../nbs/jobs/01_settings.ipynb #88359fc3
+OPTION_NAMES = {"name": "model", "sparsities": "sparsity", "form": "format"} # Of fields whose option has another name
+
+def option_of(setting: str) -> str: # As in "--evaluate-n"
+    "How a setting is given to `cap`."
+    return f"--{OPTION_NAMES.get(setting, setting).replace('_', '-')}"
+
 # %% ../../nbs/jobs/01_settings.ipynb #c022
 def changed(job: Job, **settings: object) -> Job: # The job with these values
     "A job with other settings; a name that no part has raises `BadInput`."
@@ -136,7 +143,7 @@ def check_counts(job: Job) -> None:
                        "model.")
     for name, least in LEAST.items():
         value = getattr(getattr(job, part_of_setting()[name]), name)
-        check_at_least(value, least, f"--{name.replace('_', '-')}", MOST)
+        check_at_least(value, least, option_of(name), MOST)
     if (tokens := job.evaluate.max_new_tokens) is not None: check_at_least(tokens, 1, "--max-new-tokens", MOST)
     check_seed(job.calibrate.seed, "--seed")
     check_seed(job.calibrate.calibration_seed or 0, "--calibration-seed")
