@@ -527,6 +527,8 @@ def provenance_of(configuration: dict, sessions: Sequence[dict] = ()) -> dict: #
     "The notes that belong below a run's table."
     notes = {key: configuration[key] for key in SETTINGS if key in configuration}
     notes |= {"model": {key: value for key, value in configuration["model"].items() if not isinstance(value, dict)}}
+    if not notes["evaluation"]["max_new_tokens"]: # nothing was answered
+        notes |= {"evaluation": {key: n for key, n in notes["evaluation"].items() if key != "evaluate_n"}}
     kept = [{key: session[key] for key in SESSION if key in session} for session in sessions]
     distinct = [session for index, session in enumerate(kept) if session not in kept[:index]]
     if len(distinct) == 1: return notes | {"session": distinct[0]}

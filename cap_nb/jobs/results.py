@@ -264,7 +264,7 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
     return changed(
         Job(), name=model["name"], dtype=model["dtype"], device=model["device"], batch_tokens=kept["batch_tokens"],
         tasks=tasks, style=configuration["style"]["called"], n=kept["n"], k=kept["k"], calibrate_on=chosen,
-        seed=kept["seed"] if seed is None else seed, calibration_seed=kept["seed"],
+        seed=done.get("seed", kept["seed"]) if seed is None else seed, calibration_seed=kept["seed"],
         text_share=0.0 if chosen == "text" else kept.get("text_share", 0.0), text_tokens=kept.get("text_tokens", 256),
         methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
         aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
@@ -328,7 +328,7 @@ def same_job(kept: dict, part: tuple[Sequence[str] | None, Sequence[float] | Non
     if kept["calibration"].get("on") == "chains" and "calibrate_on" not in places:
         raise BadInput("The run was calibrated on a model's own chains: expected their file; name it with "
                        "--calibrate-on.")
-    seeds = dict.fromkeys((kept["calibration"]["seed"], 0))
+    seeds = dict.fromkeys((kept["evaluation"].get("seed", kept["calibration"]["seed"]), 0))
     jobs = [changed(narrowed(job_of(kept, seed), *part), **places) for seed in seeds]
     if len(jobs) == 1: return jobs[0]
     drawn = prepare(jobs[0]).configuration["evaluation"]["data"]
