@@ -190,6 +190,7 @@ def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
     if job.evaluate.backend != "transformers": unusual["backend"] = job.evaluate.backend
+    if job.calibrate.seed: unusual["seed"] = job.calibrate.seed
     return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
 
 # %% ../../nbs/jobs/03_job.ipynb #c023

@@ -152,7 +152,7 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
     return changed(
         Job(), name=model["name"], dtype=model["dtype"], device=model["device"], batch_tokens=kept["batch_tokens"],
         tasks=tasks, style=configuration["style"]["called"], n=kept["n"], k=kept["k"], calibrate_on=chosen,
-        seed=kept["seed"] if seed is None else seed, calibration_seed=kept["seed"],
+        seed=done.get("seed", kept["seed"]) if seed is None else seed, calibration_seed=kept["seed"],
         text_share=0.0 if chosen == "text" else kept.get("text_share", 0.0), text_tokens=kept.get("text_tokens", 256),
         methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
         aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
@@ -606,6 +606,8 @@ def provenance_of(configuration: dict, sessions: Sequence[dict] = ()) -> dict: #
     "The notes that belong below a run's table."
     notes = {key: configuration[key] for key in SETTINGS if key in configuration}
     notes |= {"model": {key: value for key, value in configuration["model"].items() if not isinstance(value, dict)}}
+    if not notes["evaluation"]["max_new_tokens"]: # nothing was answered
+        notes |= {"evaluation": {key: n for key, n in notes["evaluation"].items() if key != "evaluate_n"}}
     kept = [{key: session[key] for key in SESSION if key in session} for session in sessions]
     distinct = [session for index, session in enumerate(kept) if session not in kept[:index]]
     if len(distinct) == 1: return notes | {"session": distinct[0]}

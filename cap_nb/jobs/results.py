@@ -314,7 +314,7 @@ def same_job(kept: dict, part: tuple[Sequence[str] | None, Sequence[float] | Non
     if kept["calibration"].get("on") == "chains" and "calibrate_on" not in places:
         raise BadInput("The run was calibrated on a model's own chains: expected their file; name it with "
                        "--calibrate-on.")
-    seeds = dict.fromkeys((kept["calibration"]["seed"], 0))
+    seeds = dict.fromkeys((kept["evaluation"].get("seed", kept["calibration"]["seed"]), 0))
     jobs = [changed(narrowed(job_of(kept, seed), *part), **places) for seed in seeds]
     if len(jobs) == 1: return jobs[0]
     drawn = prepare(jobs[0]).configuration["evaluation"]["data"]
