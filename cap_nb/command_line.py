@@ -339,13 +339,21 @@ def plan_command(
     tries: int | None = None, # answers to each problem that 'cap chains' is to write; no chains if left out
     probe: bool = True, # time this device on one layer, for the expected times
     budget: float | None = None, # share of the masked passes to spend, as 0.25, for mean scores; all if left out
-    accelerator: str | None = None, # a device not here, as h100 or h100,link=50: what bounds each stage there
+    accelerator: str | None = None, # a device not here, as h100 or h100,link=50: a range of times there
+    detect: float | None = None, # a difference in points, as 3: how many problems tell it
+    discordant: float | None = None, # share of the problems that one of two methods alone solves; 0.15 if left out
 ) -> str:
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
+    if discordant is not None and detect is None:
+        raise BadInput("--discordant is given without --detect: expected a difference in points; write --detect 3.")
+    said = ""
+    if detect is not None:
+        from cap_nb.analysis import detection_text, DISCORDANT
+        said = "\n\n" + detection_text(detect, DISCORDANT if discordant is None else discordant)
     from cap_nb.jobs.planning import plan, plan_text
     if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
     rates = accelerator if accelerator is not None else "timed" if probe else None
-    return plan_text(plan(job, devices, rates, prompt_tokens, target_tokens, tries=tries))
+    return plan_text(plan(job, devices, rates, prompt_tokens, target_tokens, tries=tries)) + said
 
 # %% ../nbs/command_line.ipynb #a1dd7705
 @command(JOB)
@@ -634,12 +642,13 @@ def compare_command(
 ) -> str:
     "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
     check_choice(form, ("md", "csv"), "format")
+    from cap_nb.analysis import told_text
     from cap_nb.core.files import check_new_folder
     from cap_nb.jobs.results import compare_runs, comparison_csv, save_comparison
     from cap_nb.jobs.tables import comparison_markdown
     if out: check_new_folder(out)
     compared = compare_runs(runs, read_names(method), against, sparsity and read_sparsities(sparsity), seed)
-    text = {"md": comparison_markdown, "csv": comparison_csv}[form](compared)
+    text = comparison_csv(compared) if form == "csv" else comparison_markdown(compared) + told_text(compared)
     if out is None: return text
     save_comparison(compared, runs, out)
     return f"{text}\nTables and figure: {out}"
