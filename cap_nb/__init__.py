@@ -1,3 +1,7 @@
+"""Causal Attribution Pruning of reasoning language models, and the methods that it is compared with.
+
+`from cap_nb.all import *` brings every public name; the program is `cap`, and `cap --help` lists its commands.
+"""
 __version__ = "0.1.0"
 
 

@@ -23,7 +23,7 @@ from .jobs.chains import Answering, own_chains, task_counts, too_few
 from .jobs.job import (
     check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, targets_configuration)
 from .jobs.records import save_evaluation
-from .jobs.settings import changed, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
+from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
 from .methods.prune import check_method, needs_of, prune, unit_factors
@@ -34,7 +34,7 @@ from cap_nb.methods.streaming import (
     solve_checkpoint)
 from .models.loading import (
     check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
-from .portable.fine_tuning import check_settings, recover_into, Recovery
+from .portable.fine_tuning import recover_into, Recovery
 from .portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
 from .portable.shrink import check_shrinking, shrink_to, Shrunk, shrunk_record
@@ -235,7 +235,7 @@ def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of
 def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was done
     "Train a pruned model further while every zero stays zero, and save it; the same call goes on after a kill."
     tuning = replace(tuning, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
-    check_settings(tuning)
+    check_tuning(tuning)
     model, tokenizer = load_checked(job)
     return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning)
 
