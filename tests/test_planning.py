@@ -6,13 +6,19 @@ import re
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
+
+from conftest import ROOT
 from fixtures import made_up, made_up_calibration, tiny_config, tiny_llama
+from programs import assert_one_sentence, called as cap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from cap_nb.analysis import least_told, mcnemar_exact, problems_needed
 from cap_nb.calibration import calibration_set
 from cap_nb.core.errors import BadInput
 from cap_nb.data.prompts import collate
@@ -392,3 +398,50 @@ def test_devices_that_are_not_here_bound_every_stage():
     assert slow.bound(slow.stage("scoring"))[0] == "link" and "data sheet of 2 x h100,link=0.001" in plan_text(slow)
     with pytest.raises(BadInput, match="is that of 16 bits"):
         plan(changed(Job(), name="llama-3-8b", dtype="float32"), 1, "h100")
+
+
+# how many problems tell a difference
+
+
+@pytest.mark.parametrize("points, discordant", [(2, 0.05), (3, 0.15), (6, 0.3), (15, 0.15)])
+def test_so_many_problems_find_a_difference_in_four_of_five_tries(points, discordant):
+    n, rng = problems_needed(points, discordant), np.random.default_rng(points)
+    z, power = stats.norm.ppf(0.975), stats.norm.ppf(0.8)
+    assert n == math.ceil(((z * math.sqrt(discordant) + power * math.sqrt(discordant - points**2 / 1e4)) / (points / 100)) ** 2)
+    assert least_told(n, discordant) <= points < least_told(max(1, n - 2), discordant) or n < 60
+    alone = rng.multinomial(n, ((discordant + points / 100) / 2, (discordant - points / 100) / 2, 1 - discordant), size=3000)
+    asymptotic = np.mean([(b - c) ** 2 >= z**2 * (b + c) > 0 for b, c, _ in alone])  # McNemar's without continuity correction
+    exact = np.mean([mcnemar_exact(int(b), int(c)) <= 0.05 for b, c, _ in alone])
+    assert abs(asymptotic - 0.8) < 0.05 or n < 60
+    assert 0.65 < exact <= asymptotic
+
+
+def test_too_few_problems_or_discordant_ones_tell_nothing():
+    assert math.isnan(least_told(200, 0)) and math.isnan(least_told(200, 0.02)) and math.isnan(least_told(3, 0.5)) and least_told(200, 0.05) < 5
+    for points, discordant, said in ((0, 0.1, "--detect is 0"), (math.nan, 0.1, "--detect is nan"), (101, 0.5, "--detect is 101"), (3, 0.02, "--discordant is 0.02"),
+                                     (3, 1.5, "--discordant is 1.5"), (3, math.nan, "--discordant is nan"), (20, 0.15, "write 0.2")):
+        with pytest.raises(BadInput, match=said):
+            problems_needed(points, discordant)
+
+
+def test_the_plan_says_how_many_problems_and_a_comparison_what_it_could_tell():
+    asked_for = ("plan", "--no-probe", "--methods", "wanda", "--n", "4")
+    plain, asked = cap(*asked_for).stdout, cap(*asked_for, "--detect", "3", "--discordant", "0.2").stdout
+    assert "could" not in plain and f"--evaluate-n {problems_needed(3, 0.2)}" in asked and "solves 20 % of them" in asked
+    assert_one_sentence(cap("plan", "--no-probe", "--discordant", "0.2"), "without --detect")
+    lab = str(ROOT / "figures" / "lab")
+    text = cap("compare", lab, "--methods", "cap", "--against", "wanda", "--sparsity", "0.5").stdout
+    alone = {"Lab GSM8K": 24.5, "Lab StrategyQA": 29.5, "Lab ARC-C.": 10.0}
+    for task, share in alone.items():
+        assert f"- {task}: 200 problems, of which one method alone solves {share} %, could have told {least_told(200, share / 100):.1f} points apart" in text
+    assert "could have told" not in cap("compare", lab, "--methods", "cap", "--against", "wanda", "--form", "csv").stdout
+
+
+def test_the_page_on_a_7b_shows_commands_that_there_are():
+    cells = json.loads((ROOT / "nbs" / "results" / "12_your_7b.ipynb").read_text(encoding="utf-8"))["cells"]
+    commands = [line.split("#")[0].split() for cell in cells for line in "".join(cell["source"]).splitlines() if line.startswith("    cap ")]
+    assert {words[1] for words in commands} == {"plan", "run", "compare", "prune", "eval", "export"}
+    for _, command, *words in commands:
+        options = {word for word in words if word.startswith("--")}
+        said = cap(command, "--help").stdout
+        assert all(re.search(rf"{option}\b", said) for option in options), command
