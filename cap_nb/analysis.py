@@ -209,17 +209,11 @@ def correct_family(comparisons: Mapping[Key, Comparison], family: str = "this ta
 from statistics import NormalDist
 
 POWER = 0.8 # Probability of finding a difference that is there
-DISCORDANT = 0.15 # Share of the problems that one of two pruned models alone solves, where nothing else is known
 Z_LEVEL, Z_POWER = NormalDist().inv_cdf(1 - LEVEL / 2), NormalDist().inv_cdf(POWER)
 
-def problems_needed(points: float, discordant: float = DISCORDANT) -> int:
+def problems_needed(points: float, discordant: float) -> int:
     "Problems with which McNemar's test finds a difference of accuracies, 80 % power at 5 % (Connor 1987)."
-    if not 0 < points <= 100:
-        raise BadInput(f"--detect is {points:g}: expected a difference in points, above 0 and up to 100; write 3.")
     difference = points / 100
-    if not difference <= discordant <= 1:
-        raise BadInput(f"--discordant is {discordant:g}: expected a share of the problems from {difference:g}, which a "
-                       f"difference of {points:g} points takes, to 1; write {max(DISCORDANT, difference):g}.")
     spread = Z_LEVEL * math.sqrt(discordant) + Z_POWER * math.sqrt(discordant - difference**2)
     return math.ceil((spread / difference) ** 2)
 
@@ -232,11 +226,12 @@ def least_told(n: int, discordant: float) -> float: # Points; NaN where none can
 
 
 # %% ../nbs/06_analysis.ipynb #49645cbb
-def detection_text(points: float, discordant: float = DISCORDANT) -> str:
+def detection_text(points: float, discordant: float) -> str:
     "How many problems tell two methods apart, in a sentence."
     n = problems_needed(points, discordant)
     return (f"To tell a difference of {points:g} points: {n:,} problems of each task (--evaluate-n {n}), if one of the "
-            f"two methods alone solves {100 * discordant:g} % of them; 80 % power, McNemar's test at 5 %, one comparison.")
+            f"two methods alone solves {100 * discordant:g} % of them; 80 % power, McNemar's test at 5 %, one "
+            "comparison.")
 
 def span_text(values: Sequence[float], spelt: str) -> str:
     "The least and the largest of some numbers, as 4.0 to 9.9."

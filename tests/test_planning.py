@@ -26,7 +26,7 @@ from cap_nb.jobs import planning
 from cap_nb.jobs.planning import (
     ExampleLength, Rates, Workload, at_once, evaluation_memory, flops_of, hook_loop_work, lengths_of, plan, plan_advice, plan_text,
     planned_stages, range_text, read_sizes, run_seconds, scoring_work, sizes_of, spectra_flops, timed_rates, wanda_work, writing_work)
-from cap_nb.jobs.settings import Job, changed
+from cap_nb.jobs.settings import Job, Planning, changed, check_ranges
 from cap_nb.methods.prune import prune
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.screening import screen_heads
@@ -419,16 +419,17 @@ def test_so_many_problems_find_a_difference_in_four_of_five_tries(points, discor
 def test_too_few_problems_or_discordant_ones_tell_nothing():
     assert math.isnan(least_told(200, 0)) and math.isnan(least_told(200, 0.02)) and math.isnan(least_told(3, 0.5)) and least_told(200, 0.05) < 5
     for points, discordant, said in ((0, 0.1, "--detect is 0"), (math.nan, 0.1, "--detect is nan"), (101, 0.5, "--detect is 101"), (3, 0.02, "--discordant is 0.02"),
-                                     (3, 1.5, "--discordant is 1.5"), (3, math.nan, "--discordant is nan"), (20, 0.15, "write 0.2")):
+                                     (3, 1.5, "--discordant is 1.5"), (3, math.nan, "--discordant is nan"), (20, None, "write 0.2"), (None, 0.2, "without --detect")):
         with pytest.raises(BadInput, match=said):
-            problems_needed(points, discordant)
+            check_ranges({"settings": Planning(detect=points, discordant=discordant)})
+    check_ranges({"settings": Planning()})
 
 
 def test_the_plan_says_how_many_problems_and_a_comparison_what_it_could_tell():
     asked_for = ("plan", "--no-probe", "--methods", "wanda", "--n", "4")
     plain, asked = cap(*asked_for).stdout, cap(*asked_for, "--detect", "3", "--discordant", "0.2").stdout
     assert "could" not in plain and f"--evaluate-n {problems_needed(3, 0.2)}" in asked and "solves 20 % of them" in asked
-    assert_one_sentence(cap("plan", "--no-probe", "--discordant", "0.2"), "without --detect")
+    assert_one_sentence(cap("plan", "--no-probe", "--discordant", "0.2"), "without --detect", "write --detect 3")
     lab = str(ROOT / "figures" / "lab")
     text = cap("compare", lab, "--methods", "cap", "--against", "wanda", "--sparsity", "0.5").stdout
     alone = {"Lab GSM8K": 24.5, "Lab StrategyQA": 29.5, "Lab ARC-C.": 10.0}

@@ -837,8 +837,8 @@ def model_lines(p: Plan) -> list[str]:
     scoring, whole = (flops_of(work(s, load.batches), s) for work in (scoring_work, hook_loop_work))
     if scores_heads(load.job) and load.job.prune.budget is not None:
         spent = p.stage(SCORING).flops
-        lines.append(f"- Scoring with --budget {load.job.prune.budget:g}: {flops_text(spent)}, {spent / scoring:.0%} of "
-                     "the whole table's, slopes and intact passes included.")
+        lines.append(f"- Scoring with --budget {load.job.prune.budget:g}: {flops_text(spent)}, {spent / scoring:.0%} "
+                     "of the whole table's, slopes and intact passes included.")
     elif scores_heads(load.job):
         lines.append(f"- Scoring: {s.layers * s.heads:,} heads, so {len(load.batches) * (1 + s.layers * s.heads):,} "
                      f"passes; the hook loop computes {whole / scoring:.1f} times as much.")
@@ -867,15 +867,15 @@ def time_lines(p: Plan) -> list[str]:
     parts = "a scoring, " * scores_heads(load.job) + f"the prunings and the evaluation of {len(p.cells)} models"
     line = f"The whole of 'cap run' is {parts}" + (f": {range_text(run_seconds(p))}, an estimate." if r else ".")
     if load.answers:
-        line += (f" At the most every answer takes all of its {limits_text(load.answers)} tokens; at the least it is as "
-                 "long as the worked solutions, or a quarter of that.")
+        line += (f" At the most every answer takes all of its {limits_text(load.answers)} tokens; at the least it is "
+                 "as long as the worked solutions, or a quarter of that.")
     named = {parse_method(method).attribution for method in load.job.prune.methods} - {None}
     if named: line += f" Not counted: the attributions {', '.join(sorted(named))}."
     if r is None: source = "No times: this device was not timed."
     elif r.timed:
-        source = (f"Times are estimates from one batch through one layer on {r.name}, {flops_text(r.peak * 1e12)}/s and "
-                  f"{r.bandwidth:.3g} GB/s, which count at once at the least and one after another at the most; they are "
-                  "meant to be right within a factor of two while the machine is as busy as it was then.")
+        source = (f"Times are estimates from one batch through one layer on {r.name}, {flops_text(r.peak * 1e12)}/s "
+                  f"and {r.bandwidth:.3g} GB/s, which count at once at the least and one after another at the most; "
+                  "they are meant to be right within a factor of two while the machine is as busy as it was then.")
     else:
         shares = [[f"{reached[end]:.0%}" for reached in REACHED.values()] for end in (0, 1)]
         source = (f"Not measured here: times are from the data sheet of {p.devices} x {r.name}, {r.memory:g} GB, "
