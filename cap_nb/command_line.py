@@ -25,7 +25,7 @@ from typer.core import TyperGroup
 import cap_nb
 from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, comments, lacks_memory, refused_path)
-from .core.stopping import signals_answered, stop, STOPPED
+from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
 from .jobs.settings import (
     changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, Planning, QUICK, quick_job,
     Shrinking, SinglePruning, SpeedSettings, with_method)
@@ -67,7 +67,7 @@ def sentence_and_code(error: BaseException) -> tuple[str, int]: # A sentence, an
     "What to say of an error."
     if isinstance(error, BadInput): return str(error), 2
     if isinstance(error, PARSER_ERROR): return parser_sentence(error), 2
-    if isinstance(error, KeyboardInterrupt): return STOPPED, getattr(error, "code", 130)
+    if isinstance(error, KeyboardInterrupt): return f"{error}" or "Stopped.", getattr(error, "code", 130)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return f"{error.object[:60]!r} is no text: expected UTF-8; write it anew.", 2
     if isinstance(error, OSError):
@@ -236,8 +236,8 @@ PLUGIN = make_option("plugin", list[Path] | None, None, "your own Python file, w
 
 # %% ../nbs/command_line.ipynb #09bc3611
 def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: type | None = None,
-            plugins: bool = True, quick: bool = False) -> Callable: # A decorator
-    "Make a function NAME_command the command NAME of the program."
+            plugins: bool = True, quick: bool = False, resumes: bool = False) -> Callable: # A decorator
+    "Make a function NAME_command the command NAME of the program; whether it resumes is what a stop says."
     of_job = [option for part, group in JOB_OPTIONS.items() for option in group
               if (part in parts or option.field in parts) and option.field not in without]
     of_settings = [option for option in options_of(settings) if option.field not in {o.field for o in of_job}
@@ -253,7 +253,7 @@ def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: 
             if settings: own["settings"] = settings(**from_settings)
             check_ranges(own)
             if "context" in inspect.signature(function).parameters: own["context"] = context
-            with plugins_of_user(plugin.get("plugin")):
+            with stop_says(STOPPED if resumes else NOTHING_KEPT), plugins_of_user(plugin.get("plugin")):
                 if names_are_known(): check_names(from_settings | from_job)
                 lines = function(**own)
             if text := "\n".join(filter(None, (lines, extra.get("quick") and TOO_FEW))): typer.echo(text)
@@ -330,7 +330,7 @@ def run_text(folder: Path) -> str: # Lines
         f"All of it on one page: {folder/'report.html'}"])
 
 # %% ../nbs/command_line.ipynb #22d17f47
-@command(JOB, "model", "calibrate", "prune", "evaluate", quick=True)
+@command(JOB, "model", "calibrate", "prune", "evaluate", quick=True, resumes=True)
 def run_command(
     job: Job,
     context: typer.Context,
@@ -383,7 +383,8 @@ def methods_command() -> str:
     from cap_nb.methods.prune import method_list
     return method_list()
 
-@command(JOB, "model", "calibrate", "sparsities", "evaluate", without=("calibrate_on", "text_share", "text_tokens"))
+@command(JOB, "model", "calibrate", "sparsities", "evaluate", without=("calibrate_on", "text_share", "text_tokens"),
+         resumes=True)
 def claims_command(
     job: Job,
     *,
@@ -414,7 +415,7 @@ def fetch_command(
     from cap_nb.models.loading import fetch_smollm2
     return f"{fetch_smollm2()}: ready; use it with --model {name}."
 
-@command(JOB, plugins=False)
+@command(JOB, plugins=False, resumes=True)
 def train_lab_command(
     *,
     out: Path, # the new folder
@@ -430,7 +431,7 @@ def train_lab_command(
     return f"{out}: trained; use it with --model {out}."
 
 # %% ../nbs/command_line.ipynb #5f8a093d
-@command(STEPS, "model", "calibrate", "score_target", without=("calibration_seed",))
+@command(STEPS, "model", "calibrate", "score_target", without=("calibration_seed",), resumes=True)
 def score_command(
     job: Job,
     *,
@@ -477,7 +478,7 @@ def eval_command(
     return table_markdown(method_table([evaluate_alone(job, scores, out)]))
 
 # %% ../nbs/command_line.ipynb #adf8e6a9
-@command(STEPS, "model", "tasks", "data_dir", "style", "n", "seed", "max_new_tokens")
+@command(STEPS, "model", "tasks", "data_dir", "style", "n", "seed", "max_new_tokens", resumes=True)
 def chains_command(
     job: Job,
     *,
@@ -490,7 +491,7 @@ def chains_command(
     from cap_nb.single_steps import answer_into
     return "\n".join(answer_into(job, out, tries, temperature, lenient))
 
-@command(STEPS, "model", "calibrate", without=("calibration_seed",))
+@command(STEPS, "model", "calibrate", without=("calibration_seed",), resumes=True)
 def hessians_command(
     job: Job,
     *,
@@ -502,7 +503,7 @@ def hessians_command(
     return f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}."
 
 # %% ../nbs/command_line.ipynb #4533abad
-@command(PRUNED, "model", "calibrate", without=("calibration_seed",), settings=FineTuning)
+@command(PRUNED, "model", "calibrate", without=("calibration_seed",), settings=FineTuning, resumes=True)
 def recover_command(
     job: Job,
     settings: FineTuning,
@@ -547,7 +548,7 @@ def export_command(
     from cap_nb.core.registry import FORMATS
     return FORMATS[check_choice(form, FORMATS, "format")].export(folder, out, base)
 
-@command(PRUNED, plugins=False)
+@command(PRUNED, plugins=False, resumes=True)
 def restore_command(
     folder: Path, # folder that 'cap export' made
     *,
@@ -636,7 +637,7 @@ def table_command(
     if form == "csv": return table_csv(table)
     return {"md": table_markdown, "tex": table_latex}[form](table, run.provenance)
 
-@command(RECORDS)
+@command(RECORDS, resumes=True)
 def figures_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
@@ -646,7 +647,7 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-@command(RECORDS)
+@command(RECORDS, resumes=True)
 def report_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
@@ -684,7 +685,7 @@ def compare_command(
     return f"{text}\nTables and figure: {out}"
 
 # %% ../nbs/command_line.ipynb #43cf968c
-@command(RECORDS)
+@command(RECORDS, resumes=True)
 def repeat_command(
     folder: Path, # a run's folder, live or packed
     *,
@@ -715,7 +716,7 @@ def ledger_command(
     out = write_ledger(folder, read_names(models))
     return f"{(out/'ledger.md').read_text(encoding='utf-8')}\nTables and figure: {out}"
 
-@command(RECORDS, plugins=False)
+@command(RECORDS, plugins=False, resumes=True)
 def pack_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
