@@ -18,7 +18,8 @@ from ..analysis import comparable_parts, compare_methods, Comparison, comparison
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import sha256_of_file, whole_folder, write_json
 from ..core.plots import blank_figure, in_style, INK, save_figure
-from ..evaluation import Evaluation, summarise_answers, summarise_losses, token_limit
+from ..evaluation import (
+    CHOICE_MEASURES, Evaluation, summarise_answers, summarise_choices, summarise_losses, token_limit)
 from .job import prepare, run_job
 from .records import agrees, differences, is_fingerprint, load_run, PACKED, read_run, Run, settings_of, shown
 from .report import run_folders, write_text
@@ -53,7 +54,7 @@ WHICH = { # Columns of both frames: type, unit, what it is
     "method": ("string", "", "name of the method, or dense"),
     "sparsity": ("float64", "share", "zeros asked for among the weights in scope"),
     "reached": ("float64", "share", "zeros reached"),
-    "measure": ("string", "", "accuracy, loss or perplexity"),
+    "measure": ("string", "", "accuracy, loss, perplexity; choice and gold p, by the sum or norm"),
     "task": ("string", "", "name of the task, or of the text")}
 EACH = { # Further columns of a row for each problem
     "problem": ("string", "", "content hash of the problem, or number of the window from 0"),
@@ -82,6 +83,9 @@ def problem_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, th
     for a in evaluation.answers:
         yield ("accuracy", a.task, a.uid, 100.0 * a.correct, "per cent", a.tokens, 100.0 * a.lenient_correct, a.cut_off)
     for r in evaluation.losses: yield "loss", r.task, r.uid, r.loss, "nats", r.tokens, None, None
+    for c in evaluation.choices:
+        for measure, field in CHOICE_MEASURES.items():
+            yield measure, c.task, c.uid, 100.0 * getattr(c, field), "per cent", None, None, None
     if (text := evaluation.perplexity) is not None:
         for window, loss in enumerate(text.losses):
             yield "perplexity", text.text, str(window), loss, "nats", text.window_tokens - 1, None, None
@@ -91,6 +95,8 @@ def summary_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, th
     for a in summarise_answers(evaluation.answers):
         yield "accuracy", a.task, 100 * a.accuracy, 100 * a.low, 100 * a.high, "per cent", a.n
     for r in summarise_losses(evaluation.losses): yield "loss", r.task, r.loss, r.low, r.high, "nats", r.n
+    for c in summarise_choices(evaluation.choices):
+        yield c.measure, c.task, 100 * c.value, 100 * c.low, 100 * c.high, "per cent", c.n
     if (text := evaluation.perplexity) is not None:
         yield "perplexity", text.text, text.value, text.low, text.high, "1", text.windows
 
@@ -269,6 +275,7 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
         methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
         aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
         budget=configuration.get("budget"), backend=done.get("backend", "transformers"),
+        choice_n=done.get("choice_n", 0),
         accuracy_tasks=tuple(answered), max_new_tokens=None if own_limits else next(iter(limits.values())),
         text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
         **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})

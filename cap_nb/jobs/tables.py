@@ -27,6 +27,9 @@ from ..threshold import PruneReport, zero_shares
 READING = ("Accuracy: strict last line, per cent, 95 % Wilson interval. "
            "Loss: nats a target token; loss and perplexity: 95 % bootstrap interval.")
 
+CHOICES = ("Choice: per cent of problems whose likeliest option is the right one; gold p: the right option's share of "
+           "the options' probability. By the sum of an option's logarithms, or norm: by their mean a character.")
+
 def cell_text(column: str, value: float, low: float, high: float) -> str:
     "A value of Table 1 with its interval, and as many digits as the column deserves."
     if math.isnan(value): return "-"
@@ -59,7 +62,8 @@ def table_notes(table: pd.DataFrame, provenance: Mapping | None = None) -> list[
     def span(ns): return f"{ns.min():.0f}" if ns.min() == ns.max() else f"{ns.min():.0f} to {ns.max():.0f}"
     counts = ", ".join(f"{column} {span(table[column, 'n'])}" for column in columns_of(table))
     sources = [f"{key}: {value_text(value)}" for key, value in (provenance or {}).items()]
-    return [READING, f"Problems or windows: {counts}.", *sources]
+    choices = [CHOICES] if any(column.endswith(" choice") for column in columns_of(table)) else []
+    return [READING, *choices, f"Problems or windows: {counts}.", *sources]
 
 def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str: # Lines of Markdown
     "Rows as a table in Markdown."
@@ -220,6 +224,7 @@ def draw_curves(ax: Axes, table: pd.DataFrame, methods: Sequence[str], column: s
     if not accuracy and cells["value"].max() > 10 * cells["value"].min() > 0: ax.set_yscale("log")
     ax.set_xticks(sorted({100 * sparsity for _, sparsity in cells.index if sparsity}))
     unit = "Accuracy (%)" if accuracy else "nats" if column.endswith("loss") else ""
+    if " gold p" in column: unit = "Probability (%)"
     ax.set(title=column, xlabel="Sparsity (%)", ylabel=unit)
 
 # %% ../../nbs/jobs/00_tables.ipynb #c022
