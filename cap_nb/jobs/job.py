@@ -37,7 +37,7 @@ from ..methods.criteria import Inputs
 from ..methods.experts import UnitFactors
 from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import (
-    check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, unit_factors)
+    check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, reading_of, READINGS, unit_factors)
 from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
 from ..methods.screening import check_budget, load_any, PartialLosses, save_partial, scores_of, screen_heads
 from ..models.anatomy import projections
@@ -46,7 +46,7 @@ from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
     tokenizer_fingerprint)
 from ..regions import Factors
-from ..scoring import AGGREGATIONS, HeadLosses
+from ..scoring import AGGREGATIONS, HeadLosses, token_counts
 from ..threshold import prune_report, PruneReport
 
 # %% ../../nbs/jobs/03_job.ipynb #c005
@@ -78,9 +78,13 @@ def check_screening(job: Job) -> None:
         raise BadInput(f"--budget was given with --aggregation {job.prune.aggregation}, which takes medians of whole "
                        "subsets: expected mean; give --aggregation mean, or leave --budget out.")
     for method in job.prune.methods:
-        if check_method(method).attribution in UNIT_AWARE:
+        attribution = check_method(method).attribution
+        if attribution in UNIT_AWARE:
             raise BadInput(f"Method {method!r} was asked for with --budget: expected a whole table, from which "
                            "factors of neurons and experts start; leave --budget or the method out.")
+        if reading_of(attribution).pooled:
+            raise BadInput(f"Method {method!r} was asked for with --budget: expected a whole table, since losses are "
+                           "pooled over the tokens of whole subsets; leave --budget or the method out.")
 
 # %% ../../nbs/jobs/03_job.ipynb #ce60290c
 def check_job(job: Job) -> None:
@@ -319,6 +323,7 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
     if budgets[0] != budgets[1]:
         kept, wanted = ("a whole table" if share is None else f"one with a budget of {share:g}" for share in budgets)
         raise BadInput(f"{path} holds {kept}: expected {wanted}; remove it and run again.")
+    if table is losses: return replace(table, tokens=token_counts(ready.calibration)) # which tables of before lack
     return table
 
 # %% ../../nbs/jobs/03_job.ipynb #c051
@@ -346,13 +351,13 @@ def factors_by_method(ready: Ready, folder: Path, store: Path | None) -> dict[st
     "The factors of every method of a job, each measured once."
     parsed = {method: parse_method(method) for method in ready.job.prune.methods}
     attributions = {method: parts.attribution for method, parts in parsed.items() if "factors" in needs_of(parts)}
-    masking = any(name is None or name in UNIT_AWARE for name in attributions.values())
-    losses = run_losses(ready, folder, store) if masking else None
-    factors = {name: attribution_factors(ready, folder, name, losses) for name in distinct(tuple(attributions.values()))
-               if name}
-    if None in attributions.values():
-        scores = scores_of(losses, ready.job.prune.aggregation)
-        factors[None] = Factors(importance_factors(scores))
+    masking = any(name in (None, *READINGS, *UNIT_AWARE) for name in attributions.values())
+    losses, factors = run_losses(ready, folder, store) if masking else None, {}
+    for name in distinct(tuple(attributions.values())):
+        if name in (None, *READINGS):
+            scores = scores_of(losses, reading_of(name).aggregation(ready.job.prune.aggregation))
+            factors[name] = Factors(importance_factors(scores), layout=reading_of(name).layout)
+        else: factors[name] = attribution_factors(ready, folder, name, losses)
     return {method: factors[name] for method, name in attributions.items()}
 
 # %% ../../nbs/jobs/03_job.ipynb #c056

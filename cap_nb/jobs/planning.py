@@ -29,7 +29,7 @@ from .records import cells_of
 from .settings import changed, examples_by_kind, Job, MOST
 from ..methods.budgets import BudgetSettings
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
-from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, with_hessian
+from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, READINGS, with_hessian
 from ..methods.screening import by_task, first_counts, task_indices
 from ..models.anatomy import Anatomy, context_of, dimensions, projections
 from ..models.families import family_of, HOLDS
@@ -363,6 +363,14 @@ def gradient_memory(load: Workload, sums: bool = True) -> dict[str, float]:
     return {"gradients": sizes.scope * (4 + load.width) * sums, "activations of a batch": sizes.layers * kept,
             "one layer at work": memory["one layer at work"], "logits": 2 * memory["logits"]}
 
+def regional_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, float]:
+    "What backward passes through one layer keep: hidden states, what the way back needs, gradients and their sums."
+    sizes, memory = load.sizes, pass_memory(load, batches)
+    longest = max(b.width for b in batches)
+    return {"hidden states": memory["hidden states"], "one layer at work": memory["one layer at work"],
+            "gradients of a layer": sizes.scope / sizes.layers * (4 + 2 * load.width),
+            "activations of a layer": longest * (1.5 * sizes.outputs * load.width + 16 * sizes.hidden_size)}
+
 def solver_memory(load: Workload, names: Sequence[str], on_dense: bool) -> dict[str, float]:
     "What a walk with Hessians keeps; where masks are chosen on the dense model first, all of them and its weights."
     sizes = load.sizes
@@ -499,7 +507,7 @@ def stage_of(load: Workload, name: str, memory: dict[str, float], work: np.ndarr
 READS, READS_IN_ROWS = 20, 40 # What pruning under a threshold, and in rows, takes: so many readings of the weights
 THRESHOLD, WALK, EVALUATION = "pruning by CAP", "pruning by Wanda", "evaluating one model" # Names of stages
 BUDGETS, GRADIENT = "budgets from interventions", "gradient of the calibration loss" # Names of stages
-SPECTRA, CHAINS = "singular values of every matrix", "own chains" # Names of stages
+SPECTRA, CHAINS, REGIONAL = "singular values of every matrix", "own chains", "regional gradients" # Names of stages
 
 def solver_names(method: str) -> tuple[str, ...] | None:
     "Those of `SOLVERS` that a method runs, in order; None for a method without Hessians."
@@ -516,9 +524,10 @@ def pruning_stages(method: str) -> Counter: # As in {"pruning by Wanda": 1, "gra
     parts = parse_method(method)
     needs = CRITERIA[parts.base].needs if parts.base in CRITERIA else ()
     measured = ALLOCATIONS[parts.allocation].measures if parts.allocation else ()
-    gradients = dict.fromkeys(DERIVATIVES, 1) | {"path_gradient": PATH_POINTS}
+    gradients = dict.fromkeys(DERIVATIVES, 1) | {"path_gradient": PATH_POINTS, "regional_gradient": 0}
     found = Counter({GRADIENT: sum(gradients.get(need, 0) for need in (*needs, *measured)),
-                     SPECTRA: measured.count("spectrum"), WALK: measured.count("norm")})
+                     REGIONAL: needs.count("regional_gradient"), SPECTRA: measured.count("spectrum"),
+                     WALK: measured.count("norm")})
     found[stage_name(method) if solver_names(method) is not None else WALK if "norm" in needs else THRESHOLD] += 1
     return found
 
@@ -547,6 +556,10 @@ def method_stages(load: Workload) -> list[Stage]:
     if any(parse_method(method).allocation == "kl" for method in methods): stages[BUDGETS] = budget_stage(load)
     if found[GRADIENT]:
         stages[GRADIENT] = stage_of(load, GRADIENT, gradient_memory(load), 3 * one_pass(load.batches))
+    if found[REGIONAL]:
+        one_by_one = batch_shapes(load.lengths, 1)
+        stages[REGIONAL] = stage_of(load, REGIONAL, regional_memory(load, one_by_one),
+                                    3 * with_head(one_pass(one_by_one), 0))
     if found[SPECTRA]:
         memory = {"spectrum of one matrix": load.sizes.widest * 8}
         stages[SPECTRA] = stage_of(load, SPECTRA, memory, flops=spectra_flops(load.sizes))
@@ -634,7 +647,8 @@ def run_seconds(planned: Plan) -> float:
     seconds = {stage.name: planned.bound(stage)[1] for stage in planned.stages}
     parsed = [parse_method(method) for method in planned.load.job.prune.methods]
     visits = Counter(dict.fromkeys({BUDGETS} & seconds.keys(), 1)) + Counter({EVALUATION: len(planned.cells)})
-    visits["scoring"] = any("factors" in needs_of(parts) and not parts.attribution for parts in parsed)
+    visits["scoring"] = any("factors" in needs_of(parts) and (not parts.attribution or parts.attribution in READINGS)
+                            for parts in parsed)
     for method, _ in planned.cells[1:]: visits += pruning_stages(method)
     return sum(count * seconds[name] for name, count in visits.items())
 
@@ -807,7 +821,7 @@ def time_lines(p: Plan) -> list[str]:
     if load.answers:
         line += (f" Evaluation is counted as if every answer took all of its {limits_text(load.answers)} tokens; "
                  "answers that end early take less.")
-    named = {parse_method(method).attribution for method in load.job.prune.methods} - {None}
+    named = {parse_method(method).attribution for method in load.job.prune.methods} - {None, *READINGS}
     if named: line += f" Not counted: the attributions {', '.join(sorted(named))}."
     if r is None: source = "No times: this device was not timed."
     elif r.timed:
