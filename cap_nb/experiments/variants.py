@@ -55,6 +55,7 @@ class Variant:
     permuted: int | None = None # Seed under which factors change heads; None: every head keeps its own
     in_layers: bool = False # Whether factors change heads within their layer only
     key_value: str = "mean" # Factor of a key-value head from its query heads: "mean" or "max"
+    layout: str = "heads" # Which slices of the attention's weights have a head's factor: "heads", its own, or "literal"
     part: str | None = None # "attention" or "mlp": prune there only, to the sparsity of its own weights
 
 # %% ../../nbs/experiments/00_variants.ipynb #c007
@@ -76,7 +77,7 @@ VARIANTS |= {
     "cap~range-rank": Variant("factors from 1 to 10 by rank", ranked=True),
     "cap~sharing-max": Variant("a key-value head gets the highest factor of its query heads", key_value="max"),
     "cap~regions-literal": Variant("PyTorch's columns of W_q, W_k, W_v and rows of W_o, as the paper's words have it",
-                                   "cap.literal"),
+                                   layout="literal"),
     "cap~weighting-even": Variant("every task's losses divided by the spread of its heads' scores", weighting="even")}
 VARIANTS |= {f"cap~weighting-{name}": Variant(f"calibrated on {name} alone", weighting=name)
              for name in ("gsm8k", "strategyqa", "arc")}
@@ -274,7 +275,7 @@ def prune_variant(ready: Ready, name: str, sparsity: float, factors: torch.Tenso
     "Prune a job's model by a variant."
     variant = VARIANTS.get(name, Variant("", "dense"))
     batch_tokens, seed = ready.job.model.batch_tokens, ready.job.calibrate.seed
-    if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value)
+    if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value, layout=variant.layout)
     if variant.part:
         given = Inputs(factors=factors, calibration=ready.calibration, batch_tokens=batch_tokens, seed=seed)
         report = prune_part(ready.model, variant.method, variant.part, sparsity, given)
