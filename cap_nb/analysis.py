@@ -41,6 +41,7 @@ from cap_nb.evaluation import bootstrap_interval, summarise_answers, summarise_l
 
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
 TASK_TITLES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "arc": "ARC-C."} # Benchmark -> the paper's name for it
+OTHER_TITLES = {"svamp": "SVAMP", "math500": "MATH-500"} # Benchmarks that the paper has not
 TEXT_TITLES = {
     "wikitext2-raw": "WikiText-2 (raw)", "wikitext2-tokenised": "WikiText-2 (tokenised)", "lab-text": "Lab text"}
 
@@ -50,6 +51,7 @@ def method_title(method: str) -> str:
 
 def task_title(task: str) -> str:
     "A task's name in tables and figures; a lab task is marked as one, a user's has its own."
+    if task in OTHER_TITLES: return OTHER_TITLES[task]
     if task not in TASKS or task_family(task) not in TASK_TITLES: return task
     return ("Lab " * (task in LAB_TASKS)) + TASK_TITLES[task_family(task)] + ", changed" * (task in COPIES)
 
@@ -273,10 +275,10 @@ def paper_table() -> pd.DataFrame: # Rows (Model, Method, Sparsity); accuracies 
     names = pd.MultiIndex.from_tuples(rows, names=["Model", "Method", "Sparsity"])
     return pd.DataFrame(list(rows.values()), index=names, columns=[*TASK_TITLES.values(), "Perplexity"])
 
-def paper_measure(measure: str) -> str:
-    "Which column of the paper's table a measure of ours belongs to, as in Lab ARC-C. loss."
+def paper_measure(measure: str) -> str | None:
+    "Which column of the paper's table a measure of ours belongs to, as in Lab ARC-C. loss; None: to none."
     if measure == TEXT_LOSS: return "perplexity"
-    return next(task for task, title in TASK_TITLES.items() if title in measure)
+    return next((task for task, title in TASK_TITLES.items() if title in measure), None)
 
 def paper_direction(measure: str, sparsity: float) -> dict[str, str]:
     "By model, which of CAP and Wanda the paper's Table 1 favours (the higher accuracy, the lower perplexity)."
@@ -299,7 +301,7 @@ def compare_with_paper(
     "CAP against Wanda: the direction of the paper's Table 1, and what our records allow."
     rows = {}
     for (first, second, sparsity, measure), comparison in comparisons.items():
-        if (first, second) != ("CAP", "Wanda"): continue
+        if (first, second) != ("CAP", "Wanda") or paper_measure(measure) is None: continue
         here = "undecided" if not comparison.decided else "CAP" if is_better(comparison) else "Wanda"
         rows[sparsity, measure] = paper_direction(paper_measure(measure), sparsity) | {"Here": here}
     if not rows: raise BadInput("There is no comparison of CAP with Wanda: expected one at least; run both methods.")

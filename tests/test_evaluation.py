@@ -9,12 +9,12 @@ from fixtures import tiny_llama
 from proofs import TINY_MODELS, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
-from cap_nb.data.problems import BENCHMARK_NAMES, load_problems
-from cap_nb.data.prompts import encode_problem, target_text
+from cap_nb.data.problems import BENCHMARK_NAMES, load_problems, task_family
+from cap_nb.data.prompts import encode_problem, strict_answer, target_text
 from cap_nb.evaluation import (
     evaluation_problems, extract_answer,
     normal_answer, perplexity, prompt_tokens, strict_pattern, window_losses)
-from cap_nb.models.decoding import Decoding, generate_greedy, generate_naive
+from cap_nb.models.decoding import Decoding, answer_is_whole, generate_greedy, generate_naive
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_model, lab_tokenizer
 
@@ -156,6 +156,28 @@ TEXTS = [("gsm8k", "#### 72", "72", "72"), ("gsm8k", "  #### $1,234.00  ", "1234
          ("strategyqa", "Nothing is known; yesterday.", None, None), ("strategyqa", "answer: no\nyes yes", None, "no"),
          ("arc", "Answer: B", "B", "B"), ("arc", "Answer: B\nAnswer: C", "C", "C"), ("arc", "Answer: (B)", None, "B"), ("arc", "A. heat\nB. cold", None, "B"),
          ("arc", "the answer is C because A is not", None, "C"), ("arc", "I do not know.", None, None)]
+BOXED = [("gsm8k", "So $\\boxed{72}$.", "72", "72"), ("gsm8k", "\\boxed{1,234.0}\nIs it \\boxed{5}?", "5", "5"), ("gsm8k", "\\boxed{72 clips}", None, "72"),
+         ("gsm8k", "\\boxed{72", None, "72"), ("gsm8k", "#### 72", None, "72"), ("strategyqa", "\\boxed{yes}", None, "yes"), ("strategyqa", "Answer: yes", "yes", "yes"),
+         ("math500", "\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}", "\\frac{1}{\\sqrt{2}}"), ("math500", "\\boxed{\\{1, 2\\}}", "\\{1, 2\\}", "\\{1, 2\\}"),
+         ("math500", "\\boxed{}", None, None), ("math500", "The answer is $x + 1$.", None, "x + 1"), ("math500", "\\boxed{\n4\n}", "4", "4"), ("math500", "Thus 4.", None, "4")]
+
+
+@pytest.mark.parametrize("family, text, strict, lenient", BOXED)
+def test_reading_of_boxes(family, text, strict, lenient):
+    assert extract_answer(text, family, "boxed") == strict
+    assert extract_answer(text, family, "boxed", strict=False) == lenient
+
+
+def test_a_box_ends_an_answer_behind_its_line():
+    """As an answer line does: not before the break, and not while its braces are open."""
+    line = strict_pattern("paper", "math500")
+    assert [answer_is_whole(text, line) for text in ("So \\boxed{4}", "So \\boxed{4}.\n", "So \\boxed{\n4", "No box\n")] == [False, True, False, False]
+
+
+def test_reading_a_long_text_of_open_braces_takes_no_time():
+    """A pruned model may repeat anything; the pattern goes over each sign once for each box."""
+    for text in ("\\boxed{" * 200, "\\boxed{" + "{" * 2000, "{}" * 5000 + "\\boxed{" + "{}" * 5000):
+        assert strict_answer(text, "paper", "math500") is None
 
 
 @pytest.mark.parametrize("family, text, strict, lenient", TEXTS)
@@ -173,9 +195,9 @@ def test_a_gold_solution_is_read_as_its_answer():
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (gsm8k, strategyqa, arc, wikitext2) are not beside this checkout")
-@pytest.mark.parametrize("style", ["paper", "answer-line"])
-@pytest.mark.parametrize("task", BENCHMARK_NAMES)
+@pytest.mark.parametrize("style", ["paper", "answer-line", "boxed"])
+@pytest.mark.parametrize("task", (*BENCHMARK_NAMES, "svamp", "math500"))
 def test_a_real_gold_solution_is_read_as_its_answer(task, style):
     for problem in load_problems(task, "evaluation", DATA):
         for strict in (True, False):
-            assert extract_answer(target_text(problem, style), task, style, strict) == normal_answer(problem.answer, task)
+            assert extract_answer(target_text(problem, style), task, style, strict) == normal_answer(problem.answer, task_family(task))

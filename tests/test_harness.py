@@ -9,7 +9,8 @@ from cap_nb.methods.prune import prune
 from cap_nb.evaluation import answer_problems, evaluation_problems
 from cap_nb.core.errors import BadInput
 from cap_nb.models.loading import load_model, save_model
-from cap_nb.experiments.harness import harness_answers, harness_benchmarks, verdict_differences, write_harness_task
+from cap_nb.experiments.harness import (
+    HarnessSettings, check_harness_tasks, harness_answers, harness_results, harness_text, measures_table, verdict_differences, write_harness_task)
 
 pytest.importorskip("lm_eval", reason="the optional extra is not installed: pip install 'cap_nb[harness]'")
 TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
@@ -75,9 +76,12 @@ def test_its_own_tasks_bear_its_name(half, monkeypatch):
     def local(path, name=None, **options):
         return datasets.DatasetDict({split: datasets.Dataset.from_dict(invented[path]) for split in ("train", "validation", "test")})
     monkeypatch.setattr(datasets, "load_dataset", local)
-    found = harness_benchmarks(*half, tasks=("arc_challenge", "wikitext"))
+    results = harness_results(*half, HarnessSettings(tasks=("arc_challenge", "wikitext")))
+    found = measures_table(results["results"])
     assert {("arc_challenge", "harness acc"), ("wikitext", "harness word_perplexity")} <= {(task, measure) for task, _, measure in found.index}
     assert all(measure.startswith("harness ") for _, _, measure in found.index) and (found["Value"] >= 0).all()
+    lines = harness_text(results).splitlines()
+    assert any(line.startswith("| arc_challenge | none | harness acc_norm |") and line.endswith("| 2 | 0 |") for line in lines)
 
 
 def test_data_that_cannot_be_had(half, monkeypatch):
@@ -87,4 +91,4 @@ def test_data_that_cannot_be_had(half, monkeypatch):
         raise ConnectionError("no way there")
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(BadInput, match="expected the hub or its cache"):
-        harness_benchmarks(*half, tasks=("arc_challenge",))
+        harness_results(*half, HarnessSettings(tasks=("arc_challenge",)))

@@ -23,7 +23,7 @@ from ..core.errors import BadInput, check_choice, check_sparsity, validate_argum
 from ..core.files import alone_in, memory_taken, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
 from ..data.problems import load_text, normal_text, Problem, TASKS, TEXTS
-from ..data.prompts import prompt_style
+from ..data.prompts import check_comparable, prompt_style
 from ..evaluation import answer_problems, Evaluation, evaluation_problems, perplexity, problem_losses
 from ..importance import importance_factors
 from .chains import chain_calibration, Chains, mixed_calibration, read_chains, style_origin, text_calibration
@@ -93,6 +93,8 @@ def check_job(job: Job) -> None:
     for method in job.prune.methods: check_method(method)
     for sparsity in job.prune.sparsities: check_sparsity(sparsity)
     for task in (*(job.calibrate.tasks or ()), *(job.evaluate.accuracy_tasks or ())): check_choice(task, TASKS, "task")
+    answered = job.evaluate.accuracy_tasks
+    for task in (job.calibrate.tasks if answered is None else answered) or (): check_comparable(task)
     check_choice(job.prune.aggregation, AGGREGATIONS, "aggregation")
     check_score_target(job)
     check_screening(job)

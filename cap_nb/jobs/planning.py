@@ -134,7 +134,8 @@ def read_sizes(name: str) -> Sizes:
                    f"{', '.join((*PUBLISHED, *SHORT_NAMES))}; check the name.")
 
 # %% ../../nbs/jobs/04_planning.ipynb #c016
-ASSUMED_TOKENS = {"gsm8k": (120, 95), "strategyqa": (80, 50), "arc": (130, 4)} # Benchmark -> (prompt, target) tokens
+ASSUMED_TOKENS = {"gsm8k": (120, 95), "strategyqa": (80, 50), "arc": (130, 4),
+                  "math500": (100, 160)} # Benchmark -> (prompt, target) tokens
 
 @dataclass(frozen=True)
 class ExampleLength:
