@@ -41,7 +41,7 @@ from cap_nb.evaluation import bootstrap_interval, summarise_answers, summarise_l
 
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
 TASK_TITLES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "arc": "ARC-C."} # Benchmark -> the paper's name for it
-OTHER_TITLES = {"svamp": "SVAMP", "math500": "MATH-500"} # Benchmarks that the paper has not
+OTHER_TITLES = {"gsm8k_fresh": "GSM8K, set aside", "svamp": "SVAMP", "math500": "MATH-500"} # Not in the paper
 TEXT_TITLES = {
     "wikitext2-raw": "WikiText-2 (raw)", "wikitext2-tokenised": "WikiText-2 (tokenised)", "lab-text": "Lab text"}
 

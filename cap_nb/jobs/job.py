@@ -22,7 +22,7 @@ from ..calibration import Calibration, calibration_set, default_style, default_t
 from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from ..core.files import alone_in, memory_taken, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
-from ..data.problems import load_text, normal_text, Problem, TASKS, TEXTS
+from ..data.problems import FRESH, load_problems, load_text, normal_text, Problem, TASKS, TEXTS
 from ..data.prompts import check_comparable, prompt_style
 from ..evaluation import answer_problems, Evaluation, evaluation_problems, perplexity, problem_losses
 from ..importance import importance_factors
@@ -146,8 +146,16 @@ def problems_fingerprint(problems: Sequence[Problem]) -> str: # 64 hexadecimal d
     "SHA-256 over what the problems say, their solutions and their answers."
     return sha256_of_text(json.dumps([[p.task, p.uid, p.solution, p.answer] for p in problems]))
 
+def fresh_problems(job: Job) -> frozenset[str]: # Content hashes
+    "The problems that a job sets aside to judge on; none if it is not judged on them."
+    if FRESH not in (job.evaluate.accuracy_tasks or ()): return frozenset()
+    return frozenset(problem.uid for problem in load_problems(FRESH, "evaluation", job.calibrate.data_dir))
+
 def drawn_problems(job: Job, task: str, n: int, exclude: frozenset[str]) -> tuple[Problem, ...]:
-    "What a job is measured on, drawn from its split; too large an n raises `BadInput`."
+    "What a job is measured on, drawn from its split; too large an n, or fresh problems not fresh, raise `BadInput`."
+    if task == FRESH and (calibrated := exclude & fresh_problems(job)):
+        raise BadInput(f"{len(calibrated)} problems of the calibration set are among those that {FRESH} sets aside to "
+                       "judge on: expected none; calibrate on others, as 'cap run' with that task draws them.")
     return evaluation_problems(task, n, job.calibrate.seed, job.calibrate.data_dir, exclude, job.evaluate.evaluate_on)
 
 def evaluation_data(job: Job, exclude: frozenset[str]) -> dict:
@@ -216,7 +224,8 @@ def problem_calibration(job: Job, tokenizer: object, n: int, chains: Chains | No
     "The part of a calibration set that is no text; chains of another style raise `BadInput`."
     data = job.calibrate
     if chains is None:
-        return calibration_set(tokenizer, data.tasks, n, data.k, data.calibration_seed, data.data_dir, data.style)
+        return calibration_set(tokenizer, data.tasks, n, data.k, data.calibration_seed, data.data_dir, data.style,
+                               fresh_problems(job))
     if chains.about["style"] != style_origin(data.style):
         raise BadInput(f"{data.calibrate_on} was written in the style {chains.about['style']['called']}: expected "
                        f"{prompt_style(data.style).name}, this run's; change --style or make the chains again.")
