@@ -33,27 +33,21 @@ import math
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from cap_nb.core.errors import BadInput, validate_arguments
 from cap_nb.core.plots import blank_figure, in_style
-from cap_nb.data.problems import COPIES, LAB_TASKS, TASKS, task_family
+from cap_nb.data.problems import TASK_TITLES, TASKS, task_title
 from cap_nb.evaluation import bootstrap_interval, summarise_answers, summarise_losses
 
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
-TASK_TITLES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "arc": "ARC-C."} # Benchmark -> the paper's name for it
-OTHER_TITLES = {"gsm8k_fresh": "GSM8K, set aside", "svamp": "SVAMP", "math500": "MATH-500"} # Not in the paper
+OTHER_TITLES = {"sparsegpt": "SparseGPT", "ria": "RIA", "alps": "ALPS"} # As the papers on them write it
 TEXT_TITLES = {
     "wikitext2-raw": "WikiText-2 (raw)", "wikitext2-tokenised": "WikiText-2 (tokenised)", "lab-text": "Lab text"}
 
 def method_title(method: str) -> str:
-    "A method's name in tables and figures."
-    return METHOD_TITLES.get(method, method)
-
-def task_title(task: str) -> str:
-    "A task's name in tables and figures; a lab task is marked as one, a user's has its own."
-    if task in OTHER_TITLES: return OTHER_TITLES[task]
-    if task not in TASKS or task_family(task) not in TASK_TITLES: return task
-    return ("Lab " * (task in LAB_TASKS)) + TASK_TITLES[task_family(task)] + ", changed" * (task in COPIES)
+    "A method's name in tables and figures; one that no paper has named stays as it is typed."
+    return (METHOD_TITLES | OTHER_TITLES).get(method, method)
 
 def method_rank(method: str) -> tuple[int, str]:
     "What methods are sorted by: dense, the baselines, CAP, then others by name."
@@ -314,13 +308,17 @@ def plot_head_importance(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
     title: str = "Causal head scores", # Title of the figure
 ) -> Figure: # Figure 2
-    "Heatmap of causal scores, layers from top to bottom, white at zero (paper Figure 2)."
+    "Heatmap of causal scores, layers from top to bottom, white at zero, logarithmic if a few heads lead (Figure 2)."
     values = np.asarray(scores, dtype=np.float64)
     layers, heads = values.shape
     figure, panels = blank_figure(1, 1, (min(10, 2.2 + 0.32 * heads), min(9, 1.3 + 0.24 * layers)))
-    ax, limit = panels[0, 0], float(np.abs(values).max()) or 1.0
-    sns.heatmap(values, ax=ax, cmap="RdBu_r", vmin=-limit, vmax=limit,
-                cbar_kws={"label": "rise of the loss when masked (nats)"})
+    ax, largest = panels[0, 0], float(np.abs(values).max()) or 1.0
+    typical = max(float(np.median(np.abs(values))), largest / 1000)
+    norm, label = Normalize(-largest, largest), "rise of the loss when masked (nats)"
+    if largest > 10 * typical:
+        linear = 10.0 ** math.floor(math.log10(typical)) # up to this size the scale is linear
+        norm, label = SymLogNorm(linear, vmin=-largest, vmax=largest), f"{label},\nlogarithmic beyond ±{linear:g}"
+    sns.heatmap(values, ax=ax, cmap="RdBu_r", norm=norm, cbar_kws={"label": label})
     ax.set(xlabel="Head", ylabel="Layer", title=title)
     ax.tick_params(axis="y", rotation=0)
     return figure

@@ -236,6 +236,16 @@ TASKS["math500"] = Task(
     prompt=("Solve this problem. Reason step by step, then write the answer on the last line as "
             "'\\boxed{{<answer>}}'.\n\n{question}"), line=r"\boxed{{{answer}}}")
 
+# %% ../../nbs/data/02_problems.ipynb #418e5ab5
+TASK_TITLES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "arc": "ARC-C."} # Benchmark -> the paper's name for it
+OTHER_TITLES = {FRESH: "GSM8K, set aside", "svamp": "SVAMP", "math500": "MATH-500"} # Not in the paper
+
+def task_title(task: str) -> str:
+    "A task's name in tables and figures; a lab task is marked as one, a user's has its own."
+    if task in OTHER_TITLES: return OTHER_TITLES[task]
+    if task not in TASKS or task_family(task) not in TASK_TITLES: return task
+    return ("Lab " * (task in LAB_TASKS)) + TASK_TITLES[task_family(task)] + ", changed" * (task in COPIES)
+
 # %% ../../nbs/data/02_problems.ipynb #c033
 from pathlib import Path
 from cap_nb.core.errors import BadInput
