@@ -166,6 +166,7 @@ class Comparison:
     holm: float | None = None # The same after Holm's correction over the family
     family: str = "" # What it was corrected over, as in "the 42 comparisons of this table"
     fewest: int = FEWEST_PAIRS # Fewer pairs than this decide nothing
+    alone: int | None = None # Problems that only one of the two solves, where answers are compared
 
     def within(self, least: float, most: float) -> bool:
         "The one rule of decision: whether it may be claimed that the number lies between `least` and `most`."
@@ -184,10 +185,14 @@ def compare(first: Sequence[AnswerRecord] | Sequence[LossRecord], second: Sequen
             seed: int = 0, flips: int = 9_999) -> Comparison:
     "First less second on the same problems, a family of one; records of other problems raise `BadInput`."
     values, unit = paired_values(first, second)
-    if unit == "points": p = mcnemar_exact(sum(value > 0 for value in values), sum(value < 0 for value in values))
+    alone = None
+    if unit == "points":
+        gained, lost = sum(value > 0 for value in values), sum(value < 0 for value in values)
+        alone, p = gained + lost, mcnemar_exact(gained, lost)
     else: p = sign_flip_test(values, seed, flips)
     low, high = bootstrap_interval(values, seed)
-    return Comparison(value=sum(values) / len(values), low=low, high=high, unit=unit, n=len(values), p=p, holm=p)
+    return Comparison(value=sum(values) / len(values), low=low, high=high, unit=unit, n=len(values), p=p, holm=p,
+                      alone=alone)
 
 def correct_family(comparisons: Mapping[Key, Comparison], family: str = "this table") -> dict[Key, Comparison]:
     "Holm's correction over a named family of comparisons; those without a test stay as they are."
@@ -195,6 +200,55 @@ def correct_family(comparisons: Mapping[Key, Comparison], family: str = "this ta
     corrected = dict(zip(tested, holm([comparisons[key].p for key in tested])))
     name = f"the {len(comparisons)} comparisons of {family}"
     return {key: replace(comparison, holm=corrected.get(key), family=name) for key, comparison in comparisons.items()}
+
+# %% ../nbs/06_analysis.ipynb #219f5cff
+from statistics import NormalDist
+
+POWER = 0.8 # Probability of finding a difference that is there
+Z_LEVEL, Z_POWER = NormalDist().inv_cdf(1 - LEVEL / 2), NormalDist().inv_cdf(POWER)
+
+def problems_needed(points: float, discordant: float) -> int:
+    "Problems with which McNemar's test finds a difference of accuracies, 80 % power at 5 % (Connor 1987)."
+    difference = points / 100
+    spread = Z_LEVEL * math.sqrt(discordant) + Z_POWER * math.sqrt(discordant - difference**2)
+    return math.ceil((spread / difference) ** 2)
+
+def least_told(n: int, discordant: float) -> float: # Points; NaN where none can be told
+    "The smallest difference of accuracies that so many problems tell with 80 % power at 5 %."
+    if n <= Z_LEVEL**2: return math.nan
+    root = Z_POWER * math.sqrt(n + Z_POWER**2 - Z_LEVEL**2)
+    difference = math.sqrt(discordant) * (Z_LEVEL * math.sqrt(n) + root) / (n + Z_POWER**2)
+    return 100 * difference if 0 < difference <= discordant else math.nan # no more than all that differ
+
+
+# %% ../nbs/06_analysis.ipynb #49645cbb
+def detection_text(points: float, discordant: float) -> str:
+    "How many problems tell two methods apart, in a sentence."
+    n = problems_needed(points, discordant)
+    return (f"To tell a difference of {points:g} points: {n:,} problems of each task (--evaluate-n {n}), if one of the "
+            f"two methods alone solves {100 * discordant:g} % of them; 80 % power, McNemar's test at 5 %, one "
+            "comparison.")
+
+def span_text(values: Sequence[float], spelt: str) -> str:
+    "The least and the largest of some numbers, as 4.0 to 9.9."
+    ends = dict.fromkeys(format(value, spelt) for value in (min(values), max(values)))
+    return " to ".join(ends)
+
+def told_text(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str: # Markdown; empty without answers
+    "What compared answers could have told, a sentence for each task."
+    by_task = {}
+    for (*_, measure), c in comparisons.items():
+        if c.alone is not None: by_task.setdefault(measure, []).append(c)
+    lines = []
+    for task, those in by_task.items():
+        told = [least for c in those if not math.isnan(least := least_told(c.n, c.alone / c.n))]
+        points = f"{span_text(told, '.1f')} points" if told else "no difference"
+        few = ", and none where too few do" if told and len(told) < len(those) else ""
+        lines.append(f"- {task}: {span_text([c.n for c in those], ',')} problems, of which one method alone solves "
+                     f"{span_text([100 * c.alone / c.n for c in those], '.1f')} %, could have told {points} "
+                     f"apart{few} (80 % power at 5 %, before Holm's correction).")
+    return "\n".join(lines)
+
 
 # %% ../nbs/06_analysis.ipynb #c037
 TEXT_LOSS = "Text loss" # What a text is compared by: the losses of its windows

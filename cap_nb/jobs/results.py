@@ -14,7 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from ..analysis import comparable_parts, compare_methods, Comparison, comparison_frame, method_title
+from ..analysis import (
+    comparable_parts, compare_methods, Comparison, comparison_frame, method_title, told_text)
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import sha256_of_file, whole_folder, write_json
 from ..core.plots import blank_figure, in_style, INK, save_figure
@@ -254,7 +255,7 @@ def save_comparison(comparisons: Mapping[tuple[str, str, float, str], Comparison
     sources = {name: {part: sha256_of_file(folder/part) for part in ("run.json", "manifest.json", PACKED)
                       if (folder/part).exists()} for name, folder in runs_in(runs).items()}
     with whole_folder(out) as part:
-        write_text(part/"comparison.md", comparison_markdown(comparisons))
+        write_text(part/"comparison.md", comparison_markdown(comparisons) + told_text(comparisons))
         write_text(part/"comparison.csv", comparison_csv(comparisons))
         save_figure(plot_comparisons(comparisons), part/"comparison")
         write_json(part/"sources.json", sources)

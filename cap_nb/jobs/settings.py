@@ -216,6 +216,17 @@ class Shrinking:
     no_fit: bool = False # do not fit what stays, by least squares, to what was there before
     scores: Path | None = None # table of losses for the heads, made by cap score; first-order if left out
 
+DISCORDANT = 0.15 # Share of the problems that one of two pruned models alone solves, as seen in 06_analysis
+
+@dataclass(frozen=True)
+class Planning:
+    "What `cap plan` takes for granted, and what else it is to say."
+    prompt_tokens: int | None = None # tokens of every prompt; counted or assumed if left out
+    target_tokens: int | None = None # tokens of every target; counted or assumed if left out
+    detect: float | None = None # a difference in points, as 3: how many problems tell it
+    discordant: float | None = None # share of the problems that one of two methods alone solves; 0.15 if left out
+
+
 # %% ../../nbs/jobs/01_settings.ipynb #8f989e54
 def check_tuning(settings: FineTuning) -> None:
     "Raise `BadInput` for the first setting that cannot be."
@@ -237,8 +248,20 @@ def check_share(settings: SinglePruning | Shrinking) -> None:
     "Raise `BadInput` for a sparsity outside [0, 1)."
     check_sparsity(settings.sparsity)
 
+def check_detection(settings: Planning) -> None:
+    "Raise `BadInput` for a difference, or a share of discordant problems, that cannot be."
+    points, share = settings.detect, DISCORDANT if settings.discordant is None else settings.discordant
+    if points is None and settings.discordant is None: return
+    if points is None:
+        raise BadInput("--discordant is given without --detect: expected a difference in points; write --detect 3.")
+    if not 0 < points <= 100:
+        raise BadInput(f"--detect is {points:g}: expected a difference in points, above 0 and up to 100; write 3.")
+    if not points / 100 <= share <= 1:
+        raise BadInput(f"--discordant is {share:g}: expected a share of the problems from {points / 100:g}, as many as "
+                       f"a difference of {points:g} points takes, to 1; write {max(DISCORDANT, points / 100):g}.")
+
 RANGES = {Job: check_counts, FineTuning: check_tuning, SpeedSettings: check_speed, SinglePruning: check_share,
-          Shrinking: check_share} # Settings -> what checks their numbers
+          Shrinking: check_share, Planning: check_detection} # Settings -> what checks their numbers
 
 def check_ranges(given: Mapping[str, object]) -> None:
     "Check the numbers of whatever is a settings' dataclass among the arguments of a command."
