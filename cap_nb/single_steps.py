@@ -31,7 +31,7 @@ from .jobs.records import environment, save_evaluation
 from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
-from .methods.prune import check_method, needs_of, prune_with, solves, unit_factors
+from .methods.prune import check_method, needs_of, prune_with, reading_of, solves, unit_factors
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, table_scorer
 from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
@@ -127,7 +127,9 @@ def matching_scores(path: Path, fingerprint: str, settings: PruneSettings) -> tu
 def factors_from(pruning: SinglePruning, fingerprint: str, settings: PruneSettings) -> Factors | None:
     "Importance factors from a table of losses; one of another model or target raises `BadInput`."
     if pruning.scores is None: return None
-    _, scores = matching_scores(pruning.scores, fingerprint, settings)
+    reading = reading_of(check_method(pruning.method).attribution)
+    how = replace(settings, aggregation=reading.aggregation(settings.aggregation))
+    _, scores = matching_scores(pruning.scores, fingerprint, how)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
 # %% ../nbs/single_steps.ipynb #01b97032
@@ -135,8 +137,9 @@ def record_of(job: Job, pruning: SinglePruning, report: PruneReport, base: dict,
     "The record of a pruning."
     scores = None
     if pruning.scores is not None and "factors" in needs_of(check_method(pruning.method)):
-        losses, _ = read_scores(pruning.scores, job.prune.aggregation)
-        scores = scores_record(losses, job.prune.aggregation) | {"key_value": pruning.key_value}
+        how = reading_of(check_method(pruning.method).attribution).aggregation(job.prune.aggregation)
+        losses, _ = read_scores(pruning.scores, how)
+        scores = scores_record(losses, how) | {"key_value": pruning.key_value}
         if "screened" in losses.meta: scores |= {"screened": losses.meta["screened"]}
     plugins = {"plugins": additions_noted()} if additions_noted() else {}
     return pruning_record(report, base, pruning.ties, calibration, scores) | plugins
@@ -165,7 +168,8 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
     factors = factors_from(pruning, fingerprint, job.prune)
     if factors is None and parts.attribution:
         given = Inputs(calibration=calibration, batch_tokens=job.model.batch_tokens)
-        factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
+        factors = unit_factors(model, parts.attribution, given, how=job.prune.aggregation)
+        factors = replace(factors, key_value=pruning.key_value)
     given = Inputs(factors=factors, calibration=calibration, ties=pruning.ties, batch_tokens=job.model.batch_tokens,
                    seed=job.calibrate.seed, store=working/"budgets", unfinished=working/"layers")
     report = prune_with(model, pruning.method, pruning.sparsity, given)

@@ -47,7 +47,7 @@ class PruneSettings:
     "Which methods prune, and how much (paper sections 3.2 and 3.3)."
     methods: tuple[str, ...] = ("cap", "wanda", "magnitude") # methods by name; 'cap methods' lists them
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.5) # shares of the weights in scope to zero
-    aggregation: str = "paper" # losses to scores: paper, paired (median of differences) or mean
+    aggregation: str = "paper" # losses to scores: paper, paired, mean; over tokens pooled, pooled-paired, pooled-mean
     score_target: str = "loss" # what masking a head is measured by: loss, or divergence from the intact predictions
     budget: float | None = None # share of the masked passes to score with, as 0.25; all if left out
 
