@@ -218,9 +218,11 @@ FORMAT = 3 # Of the folder; a later one that cannot read this one will say so
 PACKED = "records.parquet" # All records of a packed run
 REPORT = "report.html" # A run on one page
 
-def known_before(kept: dict, now: dict) -> dict:
-    "What a run's record says of its model today, as far as its beginning said it."
-    return {name: value for name, value in now.items() if name in kept}
+def known_before(kept: dict, asked: dict) -> dict:
+    "A configuration without what an earlier version, which began the run, did not say of model and evaluation."
+    model, unsaid = asked["model"], {"seed"} - kept["evaluation"].keys() # its problems are told apart by their contents
+    return asked | {"model": {name: value for name, value in model.items() if name in kept["model"]},
+                    "evaluation": {name: value for name, value in asked["evaluation"].items() if name not in unsaid}}
 
 def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     "Raise `BadInput` unless a run can go on with what is asked."
@@ -228,7 +230,7 @@ def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     if unknown := sorted(asked["model"].keys() - kept["model"].keys()):
         log.warning("%s was begun by an earlier version, which says nothing of the model's %s: it goes on without.",
                     folder, " and ".join(unknown))
-    asked = asked | {"model": known_before(kept["model"], asked["model"])}
+    asked = known_before(kept, asked)
     if differing(kept, asked):
         if options := changed_options(kept, asked):
             raise BadInput(f"{folder} holds a run with other settings: {'; '.join(options)}: expected its own; give "
