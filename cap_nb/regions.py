@@ -103,13 +103,15 @@ def plot_regions(
     model: nn.Module, # A causal language model of a known family
     factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
     layer: int = 0, # Index of the layer to show
-) -> Figure: # One panel per projection; several of one role and shape share it
+) -> Figure: # A panel for each picture; projections that look the same share it
     "The importance factor of every weight of one layer, as a picture of each projection (paper section 3.3)."
     check_index(layer, anatomy(model).layers, "layer")
-    regions, alike, panels = region_factors(model, factors, "cpu"), {}, {}
+    regions, pictures = region_factors(model, factors, "cpu"), []
     for p in projections(model):
-        if p.layer == layer: alike.setdefault((p.role, tuple(p.weight.shape)), []).append(p)
-    for (role, (rows, columns)), shown in alike.items():
-        number = f"{len(shown)} of " if len(shown) > 1 else ""
-        panels[f"{role}\n{number}{rows} x {columns}"] = torch.cat([regions[p.name].expand_as(p.weight) for p in shown])
+        if p.layer != layer: continue
+        picture = regions[p.name].expand_as(p.weight)
+        same = next((roles for roles, shown in pictures if shown.equal(picture)), None)
+        if same is None: pictures.append(({p.role: None}, picture))
+        else: same[p.role] = None # the role once, however many experts have it
+    panels = {f"{', '.join(roles)}\n{len(shown)} x {shown.shape[1]}": shown for roles, shown in pictures}
     return plot_matrices(panels, (1, 10), "importance factor")

@@ -9,7 +9,7 @@ __all__ = []
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -26,7 +26,7 @@ from .jobs.chains import Answering, own_chains, task_counts, too_few
 from .jobs.job import (
     check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, Ready, targets_configuration)
 from .jobs.records import save_evaluation
-from .jobs.settings import changed, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
+from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
 from .methods.prune import check_method, MethodName, needs_of, prune_with, solves, unit_factors
@@ -35,9 +35,10 @@ from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
     check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
     solve_checkpoint)
+from .models.checks import tell_of_zeros, zeros_of
 from .models.loading import (
     check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
-from .portable.fine_tuning import check_settings, recover_into, Recovery
+from .portable.fine_tuning import recover_into, Recovery
 from .portable.sharing import (
     base_record, calibration_record, KEY, made_and_noted, note_on_model, pruning_record, scores_record)
 from .portable.shrink import check_shrinking, shrink_to, Shrunk, shrunk_record
@@ -78,7 +79,7 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint, heads_at_once=heads_at_once,
             target=job.prune.score_target))
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
-    with joined(model.device) as share:
+    with joined(model.device) as share, nullcontext() if store or share.rank else alone_in(working):
         if budget is not None:
             check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
             seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
@@ -88,8 +89,8 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             table = table_scorer(job.prune.score_target)(
                 model, calibration, batch_tokens, working, fingerprint, heads_at_once, share)
             if not share.rank: save_beside(save_losses, table, out)
+        if not (store or share.rank): shutil.rmtree(working)
     if share.rank: return ""
-    if not store: shutil.rmtree(working)
     if budget is not None:
         return (f"{out}: {int(table.measured.sum()):,} of {table.measured.numel():,} losses with a head masked, "
                 f"{table.losses.meta['screened']['spent']:.1%} of the work of all; it gives mean scores: use it with "
@@ -159,6 +160,7 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
     parts = check_method(pruning.method)
     model, tokenizer = load_checked(job)
     check_all_here(model)
+    tell_of_zeros(*zeros_of(model))
     calibration = job_calibration(job, tokenizer) if is_calibrated(parts, pruning.scores) else None
     fingerprint = model_fingerprint(model)
     factors = factors_from(pruning, fingerprint, job.prune)
@@ -278,7 +280,7 @@ def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of
 def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was done
     "Train a pruned model further while every zero stays zero, and save it; the same call goes on after a kill."
     tuning = replace(tuning, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
-    check_settings(tuning)
+    check_tuning(tuning)
     model, tokenizer = load_checked(job)
     return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning)
 

@@ -182,6 +182,14 @@ TASKS.update({f"lab-{name}": replace(TASKS[name], generated=functools.partial(la
               for name in BENCHMARK_NAMES})
 TASKS["gsm8k_changed"] = replace(TASKS["gsm8k"], changed=changed_records)
 
+# %% ../../nbs/data/02_problems.ipynb #418e5ab5
+TASK_TITLES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "arc": "ARC-C."} # Benchmark -> the paper's name for it
+
+def task_title(task: str) -> str:
+    "A task's name in tables and figures; a lab task is marked as one, a user's has its own."
+    if task not in TASKS or task_family(task) not in TASK_TITLES: return task
+    return ("Lab " * (task in LAB_TASKS)) + TASK_TITLES[task_family(task)] + ", changed" * (task in COPIES)
+
 # %% ../../nbs/data/02_problems.ipynb #c033
 from pathlib import Path
 from cap_nb.core.errors import BadInput

@@ -39,8 +39,9 @@ from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import (
     check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, unit_factors)
 from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
-from ..methods.screening import check_budget, load_any, PartialLosses, save_partial, scores_of, screen_heads
+from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
 from ..models.anatomy import projections
+from ..models.checks import tell_of_zeros, zeros_of
 from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
 from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
@@ -70,7 +71,6 @@ def check_score_target(job: Job) -> None:
 def check_screening(job: Job) -> None:
     "Raise `BadInput` for what a table of losses with gaps cannot give."
     if job.prune.budget is None: return
-    check_budget(job.prune.budget)
     if job.prune.score_target != "loss":
         raise BadInput("--budget was given with --score-target divergence: expected losses, since a divergence has no "
                        "first-order estimate; leave one of the two out.")
@@ -161,12 +161,12 @@ def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes 
 
 def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: # What JSON can hold
     "Which model a run is about, by content, and how it computes."
-    weight = next(model.parameters())
+    weight, plain = next(model.parameters()), tokenizer.chat_template is None
     return {"name": job.model.name, "fingerprint": model_fingerprint(model),
             "configuration": settings_that_count(model.config),
             "generation": settings_that_count(model.generation_config),
             "tokenizer": tokenizer_fingerprint(tokenizer), "dtype": str(weight.dtype).removeprefix("torch."),
-            "device": weight.device.type}
+            "device": weight.device.type} | ({"prompts": "plain text"} if plain else {})
 
 # %% ../../nbs/jobs/03_job.ipynb #c021
 def targets_configuration(job: Job) -> dict:
@@ -190,6 +190,7 @@ def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
     if job.evaluate.backend != "transformers": unusual["backend"] = job.evaluate.backend
+    if job.calibrate.seed: unusual["seed"] = job.calibrate.seed
     return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
 
 # %% ../../nbs/jobs/03_job.ipynb #c023
@@ -267,6 +268,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
     check_text_unseen(job, calibration)
+    tell_of_zeros(*zeros_of(model))
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 

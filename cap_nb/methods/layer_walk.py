@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/methods/00_layer_walk.ipynb #c004
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 import torch
 from torch import nn
@@ -194,7 +194,7 @@ class Share:
     "Which of several processes this is, and how they agree."
     rank: int = 0 # Index of this process, from 0
     count: int = 1 # Processes in all
-    minimum: Callable[[int], int] = lambda number: number # Smallest of the numbers of all processes; waits for all
+    minimum: Callable[[int], int] = field(default=lambda number: number, repr=False) # The smallest number of all
 
     def wait(self) -> None:
         "Return when all processes have come here."

@@ -47,10 +47,11 @@ OTHERS = {"dense": Step("prunes nothing", "the model as it is"),
 
 # %% ../../nbs/methods/24_prune.ipynb #1a7234a0
 def recovery_steps(name: str) -> tuple[str, ...]:
-    "The steps that a name lists; an unknown one, or the update before swaps, raises `BadInput`."
+    "The steps that a name lists; an unknown one, or another order, raises `BadInput`."
     steps = tuple(name.split("^"))
+    for step in steps: check_choice(step, RECOVERIES, "recovery")
     if steps not in (("swaps",), ("update",), ("swaps", "update")):
-        raise BadInput(f"Unknown recovery {name!r}: expected swaps, update or swaps^update; check the spelling.")
+        raise BadInput(f"Recovery {name!r} is none: expected swaps, update or swaps^update; take one of these.")
     return steps
 
 def parse_method(name: str) -> MethodName:

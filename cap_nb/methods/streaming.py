@@ -20,6 +20,7 @@ from torch import nn
 from ..core.errors import BadInput, validate_arguments
 from ..core.files import SHARD_INDEX, StoredTensor, checkpoint_tensors, read_object, shard_files
 from ..models.anatomy import Projection, anatomy, checkpoint_names, projections
+from ..models.checks import tell_of_zeros
 from ..models.families import family_of
 from ..models.loading import (
     STORED_DTYPES, config_of, fingerprint_differences, generation_of, joined_fingerprint, opened_by_transformers)
@@ -385,16 +386,18 @@ def write_pruned(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsi
                  ties: str, at_once: int) -> tuple[dict[str, int], Threshold | None]:
     "Write every weight in scope with its zeros; their number by module, and the threshold of the whole model if any."
     scope, scoped = own_scope(parts), projections(checkpoint.model)
-    zeros = dict.fromkeys((p.name for p in scoped), 0)
+    zeros, before = dict.fromkeys((p.name for p in scoped), 0), 0
     with tqdm(desc=parts.base, unit="weight", unit_scale=True) as bar:
         for group in competing(scoped, scope if scope in ("model", "layer") else "matrix"):
             pieces = pieces_of_weights(checkpoint, group, at_once)
             scored, take, threshold = rule_of_taking(pieces, parts.base, measured, sparsity, scope, ties, bar)
             for piece, (rows, scores) in in_order(pieces, scored, bar):
                 bits = bits_of(rows)
+                before += bits.numel() - int((bits << 1).count_nonzero())
                 bits *= ~take(scores) # a negative weight would become -0 if it were multiplied itself
                 zeros[piece.projection.name] += bits.numel() - int((bits << 1).count_nonzero())
                 write_rows(piece, rows, folder)
+    tell_of_zeros(before, sum(p.weight.numel() for p in scoped))
     return zeros, threshold if scope == "model" else None
 
 def streamed_report(scope: Sequence[Projection], method: str, asked: float, zeros: dict[str, int],
@@ -553,14 +556,15 @@ def read_weight(checkpoint: Checkpoint, p: Projection, folder: Path | None = Non
 def write_solved(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsity: float,
                  given: GivenHessians) -> dict[str, int]:
     "Solve for every weight in scope, or recover what the folder holds, and write it; the zeros by module name."
-    zeros, once = {}, MadeOnce()
+    zeros, before, once = {}, 0, MadeOnce()
     for p in tqdm(projections(checkpoint.model), desc=parts.base, unit="matrix"):
         weight = read_weight(checkpoint, p)
         pruned = None if parts.base in SOLVERS else read_weight(checkpoint, p, folder)
         new = solved_weight(weight, pruned, given.read(p.name), parts, sparsity, p.name, once)
         for piece in pieces_of_weights(checkpoint, [p], p.weight.numel()):
             write_rows(piece, new[piece.first:piece.last], folder)
-        zeros[p.name] = int((new == 0).sum())
+        zeros[p.name], before = int((new == 0).sum()), before + int((weight == 0).sum())
+    if parts.base in SOLVERS: tell_of_zeros(before, sum(p.weight.numel() for p in projections(checkpoint.model)))
     return zeros
 
 @torch.no_grad()
