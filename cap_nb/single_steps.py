@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/single_steps.ipynb #29a6995a
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,16 +17,18 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from .calibration import Calibration
-from .core.errors import BadInput
-from .core.files import alone_in, check_new_folder, remove
+from .core.errors import BadInput, check_at_least
+from .core.files import alone_in, check_new_folder, remove, whole_folder, write_checked
 from .core.registry import additions_noted
 from .core.stopping import NOTHING_KEPT, stop_says
 from .evaluation import Evaluation
+from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
 from .importance import importance_factors
 from .jobs.chains import Answering, own_chains, task_counts, too_few
 from .jobs.job import (
-    check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, Ready, targets_configuration)
-from .jobs.records import save_evaluation
+    check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, model_configuration,
+    Ready, targets_configuration)
+from .jobs.records import environment, save_evaluation
 from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
@@ -288,7 +291,7 @@ def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was 
 def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None) -> Evaluation: # The records
     "Measure a model as it is: accuracy, held-out loss, perplexity."
     asked = job.evaluate
-    if asked.accuracy_tasks == () and not asked.loss_n and not asked.windows:
+    if asked.accuracy_tasks == () and not (asked.loss_n or asked.windows or asked.choice_n):
         raise BadInput("Nothing is to be measured: expected answers, losses or perplexity; name --accuracy-tasks, or "
                        "raise --loss-n or --windows.")
     exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
@@ -296,3 +299,19 @@ def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None
     evaluation = evaluate(model, tokenizer, job, Path(job.model.name).name, exclude)
     if out: save_evaluation(evaluation, out, job.evaluate.backend)
     return evaluation
+
+# %% ../nbs/single_steps.ipynb #26aaae47
+def harness_alone(job: Job, tasks: tuple[str, ...], limit: int | None = None, out: Path | None = None) -> str: # A table
+    "Let lm-evaluation-harness measure a model on its own tasks and ours, and keep what it says in out/harness.json."
+    if limit is not None: check_at_least(limit, 1, "--limit")
+    check_harness_tasks(tasks)
+    if out: check_new_folder(out)
+    model, tokenizer = load_checked(job)
+    asked = HarnessSettings(tasks=tasks, limit=limit, seed=job.calibrate.seed, data_dir=job.calibrate.data_dir,
+                            style=job.calibrate.style, max_new_tokens=job.evaluate.max_new_tokens)
+    found = harness_results(model, tokenizer, asked)
+    if out:
+        about = {"model": model_configuration(job, model, tokenizer), "limit": limit, "seed": asked.seed,
+                 "environment": environment(model.device) | {"lm_eval": importlib.metadata.version("lm_eval")}}
+        with whole_folder(out) as part: write_checked(part/"harness.json", about | found)
+    return harness_text(found)
