@@ -321,12 +321,14 @@ def run_text(folder: Path) -> str: # Lines
     from cap_nb.jobs.tables import table_markdown
     from cap_nb.jobs.records import load_run
     run, answers = load_run(folder), folder/"tables"/"answers.md"
+    models = [str(path) for path in sorted(folder.glob("models/[!.]*"))]
     return "\n".join([
         table_markdown(method_table(run.evaluations), run.provenance),
         *([answers.read_text(encoding="utf-8")] if answers.exists() else []),
         "Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))),
         f"Tables: {folder/'tables'}   records: {folder/'evaluations'}",
-        f"All of it on one page: {folder/'report.html'}"])
+        f"All of it on one page: {folder/'report.html'}",
+        *([f"Pruned models, for --model or transformers: {', '.join(models)}"] if models else [])])
 
 # %% ../nbs/command_line.ipynb #22d17f47
 @command(JOB, "model", "calibrate", "prune", "evaluate", quick=True, resumes=True)
@@ -339,14 +341,20 @@ def run_command(
     note: str = "", # a note for the record, such as what else was running
     config: Path | None = None, # YAML file of options; lists cross, a run for each combination
     track: str | None = None, # tensorboard, wandb, trackio or another tracker of accelerate follows the run
+    save_models: bool = False, # keep every pruned model in models in the run's folder; each takes the model's own size
 ) -> str:
     "Load, calibrate, score, prune, evaluate, tabulate: the whole job, resumable."
     whole = {"out": out, "store": store, "note": note, "track": track}
+    if config is not None and save_models:
+        raise BadInput("--save-models was given with --config: expected a single run, since a sweep's models may fill "
+                       "a disk; give it with --out and the options of the run that is wanted.")
     if config is not None: return run_config(context, job, config, whole)
     from cap_nb.jobs.job import run_job
     from cap_nb.jobs.sweeps import tracked
     folder = out or Path("runs")/short_name(job.model.name)
-    with tracked(track, folder) as follow: return run_text(run_job(job, folder, store, note, follow))
+    keep = None
+    if save_models: from cap_nb.single_steps import keep_model as keep
+    with tracked(track, folder) as follow: return run_text(run_job(job, folder, store, note, follow, keep))
 
 # %% ../nbs/command_line.ipynb #6801cdd9
 @command(JOB, "model", "calibrate", "prune", "evaluate",

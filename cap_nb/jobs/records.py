@@ -249,7 +249,7 @@ def is_run(folder: Path) -> bool:
 # %% ../../nbs/jobs/00_records.ipynb #c029
 log = logging.getLogger(__name__)
 
-PIECES = {load_evaluation: ("chains/answers", "unfinished/[!.]*-*/[!.]*"),
+PIECES = {load_evaluation: ("chains/answers", "unfinished/[!.]*-*/[!.]*-*"),
           read_checked: ("timings.json", "memory.json", "reports/[!.]*.json"),
           read_tensors: ("**/losses.safetensors", "attributions/[!.]*.safetensors", "factors/[!.]*.safetensors"),
           } # How a piece that can be made anew is read -> where such pieces lie
@@ -431,7 +431,8 @@ class Records:
 # %% ../../nbs/jobs/00_records.ipynb #c064
 RECORDED = ("environment.json", "timings.json", "memory.json", "losses.safetensors", "evaluations", "reports",
             "attributions", "factors", "budgets", "chains", "text") # What a run records, at the top of its folder
-MADE = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT) # What it writes too
+MADE = ("tables", "figures", "tracking", "models", "unfinished", "run.json", "manifest.json", PACKED,
+        REPORT) # What it writes too
 OF_EVALUATION = ("evaluation.json", *(f"{name}.csv" for name in RECORD_FILES)) # The files of an evaluation's folder
 
 def is_record(inside: Path) -> bool: # Whether it belongs to the records
