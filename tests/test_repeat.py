@@ -60,6 +60,6 @@ def test_a_method_that_the_run_has_not_is_refused(run, tmp_path):
 def test_a_job_comes_back_from_its_configuration(settings):
     """What `configuration` writes for a job is what it writes for the job read back from it."""
     ready = prepare(changed(SMALL, **settings))
-    again = prepare(job_of(ready.configuration, settings.get("seed")))
+    again = prepare(job_of(ready.configuration))
     assert again.configuration == ready.configuration
     assert torch.equal(torch.tensor(again.calibration.examples[0].input_ids), torch.tensor(ready.calibration.examples[0].input_ids))

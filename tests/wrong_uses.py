@@ -157,7 +157,8 @@ COMMANDS = {
     "planning": [f"plan --no-probe {options}" for options in (
         "--devices 0", "--devices 1000000000000", "--prompt-tokens 0", "--target-tokens -5", "--tries 0", "--budget 0", "--budget nan", "--n 100000000000",
         "--evaluate-n 1000000000000", "--accelerator ''", "--accelerator rtx", "--accelerator h100,link=nan", "--accelerator h100,peak=inf",
-        "--accelerator h100,memory=1e300", "--accelerator h100,foo=1", "--accelerator h100,link", "--accelerator h100 --dtype float32", "--style ''")],
+        "--accelerator h100,memory=1e300", "--accelerator h100,foo=1", "--accelerator h100,link", "--accelerator h100 --dtype float32", "--style ''",
+        "--detect 0", "--detect 3 --discordant 0.01", "--discordant 0.2")],
     "chains and claims": [f"chains {FEW_EXAMPLES.replace('--k 1 ', '')} --max-new-tokens 4 --out PLACE/new.jsonl {options}" for options in (
         "--tries 0", "--temperature 0", "--temperature nan", "--tasks none", "--max-new-tokens 0")]
     + [f"claims {FEW} --out PLACE/new {options}" for options in ("--variants nothing", "--variants ''", "--base PLACE/nothing", "--text-windows 0")]
