@@ -27,8 +27,8 @@ from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, comments, lacks_memory, refused_path)
 from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
 from .jobs.settings import (
-    changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OPTION_NAMES, Planning, QUICK,
-    quick_job, Shrinking, SinglePruning, SpeedSettings, with_method)
+    changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OPTION_NAMES, option_of,
+    Planning, QUICK, quick_job, Shrinking, SinglePruning, SpeedSettings, with_method)
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -149,7 +149,7 @@ class Option:
 def as_option(field: str, value: object) -> str: # --sparsity 0.5
     "A setting as it is written on the command line."
     text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else value
-    return f"--{OPTION_NAMES.get(field, field).replace('_', '-')} {text}"
+    return f"{option_of(field)} {text}"
 
 def make_option(field: str, kind: type, default: object, about: str, is_argument: bool = False) -> Option:
     "An option, or argument, from a field or parameter; a list is written with commas."

@@ -233,8 +233,8 @@ def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     asked = known_before(kept, asked)
     if differing(kept, asked):
         if options := changed_options(kept, asked):
-            raise BadInput(f"{folder} holds a run with other settings: {'; '.join(options)}: expected its own; give "
-                           "these, or another folder with --out.")
+            raise BadInput(f"{folder} holds a run with other settings: {'; '.join(options)}: expected the run's "
+                           "values; give them, or another folder with --out.")
         raise BadInput(f"{folder} holds a run with the same settings, made with other content of "
                        f"{', '.join(changed_contents(kept, asked))}: expected the same; check --model, --data-dir, "
                        "--calibrate-on and --seed, or give another folder with --out.")
