@@ -8,25 +8,27 @@ __all__ = []
 # %% ../nbs/single_steps.ipynb #29a6995a
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import nn
 from .calibration import Calibration
 from .core.errors import BadInput
-from .core.files import check_new_folder
+from .core.files import alone_in, check_new_folder, remove
 from .core.registry import additions_noted
+from .core.stopping import NOTHING_KEPT, stop_says
 from .evaluation import Evaluation
 from .importance import importance_factors
 from .jobs.chains import Answering, own_chains, task_counts, too_few
 from .jobs.job import (
     check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, targets_configuration)
 from .jobs.records import save_evaluation
-from .jobs.settings import changed, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
+from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
-from .methods.prune import check_method, needs_of, prune, unit_factors
+from .methods.prune import check_method, needs_of, prune_with, solves, unit_factors
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, table_scorer
 from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
@@ -34,7 +36,7 @@ from cap_nb.methods.streaming import (
     solve_checkpoint)
 from .models.loading import (
     check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
-from .portable.fine_tuning import check_settings, recover_into, Recovery
+from .portable.fine_tuning import recover_into, Recovery
 from .portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
 from .portable.shrink import check_shrinking, shrink_to, Shrunk, shrunk_record
@@ -143,8 +145,8 @@ def base_and_calibration(job: Job, loaded: tuple, calibration: Calibration | Non
     return base, calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
 
 # %% ../nbs/single_steps.ipynb #3d8dc3be
-def prune_in_memory(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
-    "Load a model, prune it, save it."
+def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) -> PruneReport: # What was done
+    "Load a model, prune it, save it; what takes long is kept in the working folder meanwhile."
     for name in ("norms", "hessians"):
         if getattr(pruning, name) is not None:
             raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
@@ -159,8 +161,9 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path) -> PruneReport:
     if factors is None and parts.attribution:
         given = Inputs(calibration=calibration, batch_tokens=job.model.batch_tokens)
         factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
-    report = prune(model, pruning.method, pruning.sparsity, factors, calibration, pruning.ties,
-                   job.model.batch_tokens, job.calibrate.seed)
+    given = Inputs(factors=factors, calibration=calibration, ties=pruning.ties, batch_tokens=job.model.batch_tokens,
+                   seed=job.calibrate.seed, store=working/"budgets", unfinished=working/"layers")
+    report = prune_with(model, pruning.method, pruning.sparsity, given)
     base, calibrated_on = base_and_calibration(job, (model, tokenizer, fingerprint), calibration)
     note_on_model(model, record_of(job, pruning, report, base, calibrated_on))
     save_model(model, tokenizer, out)
@@ -197,6 +200,27 @@ def prune_on_disk(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: #
     return made_and_noted(out, make, record)
 
 # %% ../nbs/single_steps.ipynb #7023f6d3
+@contextmanager
+def working_folder(out: Path) -> Iterator[Path]:
+    "A folder beside the one that is made, for this process alone; what is in it goes when the block ends well."
+    check_new_folder(out)
+    working = out.with_name(f"{out.name}.unfinished")
+    with alone_in(working):
+        try:
+            check_new_folder(out) # another process may have made it meanwhile
+            yield working
+            for name in ("budgets", "layers"): remove(working/name)
+        finally:
+            if not any(working.iterdir()): working.rmdir()
+
+def sentence_of_stop(pruning: SinglePruning) -> str:
+    "What a stopped pruning says of what it keeps."
+    parts, kept = check_method(pruning.method), []
+    if parts.allocation == "kl": kept.append("measured budgets")
+    if solves(parts): kept.append("finished layers")
+    if pruning.stream or not kept: return NOTHING_KEPT
+    return f"Stopped. Kept: {' and '.join(kept)}; the same command goes on from there, and does all else again."
+
 def prune_into(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
     "Prune a model and save it with a record of how; a mistake raises `BadInput` before anything is loaded."
     check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
@@ -205,8 +229,8 @@ def prune_into(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # Wh
     if "factors" in needs_of(parts) and pruning.scores is None and not measures_factors:
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
-    check_new_folder(out)
-    return (prune_on_disk if pruning.stream else prune_in_memory)(job, pruning, out)
+    with stop_says(sentence_of_stop(pruning)), working_folder(out) as working:
+        return prune_on_disk(job, pruning, out) if pruning.stream else prune_in_memory(job, pruning, out, working)
 
 def hessians_into(job: Job, out: Path) -> None:
     "Measure the Hessians of a dense model's inputs; the same call goes on after a kill."
@@ -235,7 +259,7 @@ def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of
 def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was done
     "Train a pruned model further while every zero stays zero, and save it; the same call goes on after a kill."
     tuning = replace(tuning, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
-    check_settings(tuning)
+    check_tuning(tuning)
     model, tokenizer = load_checked(job)
     return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning)
 

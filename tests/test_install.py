@@ -55,7 +55,7 @@ def test_wheel(built):
         [entry_points] = [opened.read(n).decode() for n in names if n.endswith("entry_points.txt")]
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "cap_nb").rglob("*.py")}
     assert modules <= names
-    assert checkpoint_files() | {"cap_nb/py.typed", "cap_nb/methods.txt", "cap_nb/all.pyi", "cap_nb/__init__.pyi"} <= names
+    assert checkpoint_files() | {"cap_nb/py.typed", "cap_nb/methods.txt", "cap_nb/names.json", "cap_nb/all.pyi", "cap_nb/__init__.pyi"} <= names
     assert archive.stat().st_size < 20_000_000
     assert "cap = cap_nb.__main__:main" in entry_points
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"cap_nb"}, "tools, tests and the site stay out"

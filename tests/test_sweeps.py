@@ -86,7 +86,7 @@ def test_a_mistake_is_one_sentence(text, parts, tmp_path, monkeypatch):
 
 
 def test_runs_of_a_sweep_compared(sweep, tmp_path):
-    result = cap("compare", sweep / "out" / "n=3", sweep / "out" / "n=4", "--method", "cap", "--out", tmp_path / "kept")
+    result = cap("compare", sweep / "out" / "n=3", sweep / "out" / "n=4", "--methods", "cap", "--out", tmp_path / "kept")
     assert result.exit_code == 0, result.output
     assert "| n=4: CAP | n=3: CAP | 50 % | Lab ARC-C. loss |" in result.stdout
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["comparison.csv", "comparison.md", "comparison.png", "sources.json"]
@@ -98,7 +98,7 @@ def test_runs_of_a_sweep_compared(sweep, tmp_path):
 
 def test_a_method_with_a_pattern_is_compared():
     """A method's name may hold @ and a colon; it is given by an option and cannot be taken for anything else."""
-    result = cap("compare", ROOT / "figures/held_out/lab/0", "--method", "cap@2:4", "--against", "wanda@2:4", "--format", "csv")
+    result = cap("compare", ROOT / "figures/held_out/lab/0", "--methods", "cap@2:4", "--against", "wanda@2:4", "--format", "csv")
     assert result.exit_code == 0 and result.stdout.splitlines()[1].startswith("cap@2:4,wanda@2:4,0.5,Lab GSM8K loss,"), result.output
 
 

@@ -39,7 +39,7 @@ from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import (
     check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, unit_factors)
 from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
-from ..methods.screening import check_budget, load_any, PartialLosses, save_partial, scores_of, screen_heads
+from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
 from ..models.anatomy import projections
 from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
 from ..models.loading import (
@@ -70,7 +70,6 @@ def check_score_target(job: Job) -> None:
 def check_screening(job: Job) -> None:
     "Raise `BadInput` for what a table of losses with gaps cannot give."
     if job.prune.budget is None: return
-    check_budget(job.prune.budget)
     if job.prune.score_target != "loss":
         raise BadInput("--budget was given with --score-target divergence: expected losses, since a divergence has no "
                        "first-order estimate; leave one of the two out.")

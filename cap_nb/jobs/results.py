@@ -141,14 +141,18 @@ def check_paired(names: tuple[str, str], runs: tuple[Run, Run]) -> None:
 
 # %% ../../nbs/jobs/07_results.ipynb #c043
 def check_methods(runs: Mapping[str, Run], methods: Sequence[str] | None, against: str | None) -> None:
-    "Raise `BadInput` for a method that no run has, and for one run without a second method."
+    "Raise `BadInput` for a method that no run has."
     first, *others = ([e.method for e in run.evaluations] for run in runs.values())
     there = dict.fromkeys(method for run in (others or [first]) for method in run)
     for method in methods or (): check_choice(method, there, "method of these runs")
     if against is not None: check_choice(against, dict.fromkeys(first), f"method of {next(iter(runs))}")
-    elif not others:
-        raise BadInput("One run was given without a method to compare with: expected two runs, or a second method; "
-                       "name one with --against.")
+
+def base_method(name: str, run: Run) -> str:
+    "What the other methods of one run are held against: Wanda, or the first; a run of one method raises `BadInput`."
+    methods = list(dict.fromkeys(e.method for e in run.evaluations if e.method != "dense"))
+    if len(methods) > 1: return "wanda" if "wanda" in methods else methods[0]
+    raise BadInput(f"{name} has no two methods to compare: expected a second run or method; give one, or hold what is "
+                   "there against the dense model with --against dense.")
 
 # %% ../../nbs/jobs/07_results.ipynb #c044
 def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, against: str | None = None,
@@ -156,6 +160,7 @@ def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, ag
     "The pairs of cells to compare, in the order of Table 1; none raises `BadInput`."
     check_methods(runs, methods, against)
     (name, first), *others = runs.items()
+    if not others and against is None: against = base_method(name, first)
     cells, pairs = {(e.method, e.sparsity): e for e in first.evaluations}, []
     for other, run in others or [(name, first)]:
         for e in run.evaluations:
@@ -174,7 +179,7 @@ def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, ag
 def compare_runs(
     runs: Folders, # Two runs or more, the first being what the others are held against; or one
     methods: Sequence[str] | None = None, # Methods to compare; None: all
-    against: str | None = None, # The method in the first run; None: the same one
+    against: str | None = None, # The method in the first run; None: the same one, in one run Wanda or the first
     sparsities: Sequence[float] | None = None, # Sparsities to compare; None: all
     seed: int = 0, # Seed of bootstrap and sign flips
 ) -> dict[tuple[str, str, float, str], Comparison]: # First, second, sparsity, measure -> first less second

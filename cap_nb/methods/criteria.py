@@ -180,6 +180,7 @@ class Inputs:
     batch_tokens: int = 4096 # Padded tokens per batch
     seed: int = 0 # Seed of methods that draw random scores
     store: Path | None = None # Folder where measurements that take long are kept; None keeps none
+    unfinished: Path | None = None # Folder where a solver's finished layers are kept; None keeps none
 
     def __post_init__(self):
         object.__setattr__(self, "factors", as_factors(self.factors))

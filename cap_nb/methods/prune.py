@@ -47,10 +47,11 @@ OTHERS = {"dense": Step("prunes nothing", "the model as it is"),
 
 # %% ../../nbs/methods/24_prune.ipynb #1a7234a0
 def recovery_steps(name: str) -> tuple[str, ...]:
-    "The steps that a name lists; an unknown one, or the update before swaps, raises `BadInput`."
+    "The steps that a name lists; an unknown one, or another order, raises `BadInput`."
     steps = tuple(name.split("^"))
+    for step in steps: check_choice(step, RECOVERIES, "recovery")
     if steps not in (("swaps",), ("update",), ("swaps", "update")):
-        raise BadInput(f"Unknown recovery {name!r}: expected swaps, update or swaps^update; check the spelling.")
+        raise BadInput(f"Recovery {name!r} is none: expected swaps, update or swaps^update; take one of these.")
     return steps
 
 def parse_method(name: str) -> MethodName:
@@ -278,6 +279,27 @@ def layer_solver(model: nn.Module, parts: MethodName, sparsity: float, inputs: I
     shares = projection_shares(model, sparsity, inputs, scope)
     return by_criterion(criterion, measured_for(model, criterion, inputs, walking=True), shares, scope)
 
+# %% ../../nbs/methods/24_prune.ipynb #13c59831
+from pathlib import Path
+from cap_nb.core.files import json_text, sha256_of_tensor, sha256_of_text
+from cap_nb.core.registry import additions_noted
+from cap_nb.models.loading import model_fingerprint
+
+def solves(parts: MethodName) -> bool:
+    "Whether a method takes the walk with Hessians, which keeps finished layers."
+    return parts.base in SOLVERS or parts.recovery is not None or with_hessian(parts)
+
+def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> Path | None:
+    "Where the finished layers of a walk through a dense model are kept, by all that their weights follow from."
+    if inputs.unfinished is None: return None
+    weight, factors = next(model.parameters()), vars(inputs.factors) if inputs.factors else {}
+    tables = {name: sha256_of_tensor(table) for name, table in factors.items() if isinstance(table, torch.Tensor)}
+    origin = {"model": model_fingerprint(model), "dtype": f"{weight.dtype}", "device": weight.device.type,
+              "calibration": inputs.calibration.fingerprint, "batch_tokens": inputs.batch_tokens,
+              "method": f"{parts}", "sparsity": sparsity, "shares": inputs.shares, "seed": inputs.seed,
+              "factors": tables | {"key_value": factors.get("key_value")}, "added": additions_noted()}
+    return inputs.unfinished/sha256_of_text(json_text(origin))[:16]
+
 # %% ../../nbs/methods/24_prune.ipynb #b36e6dd9
 from cap_nb.methods.explainable_masks import head_share, prune_heads
 
@@ -288,17 +310,17 @@ def prune_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, in
     check_pattern(own_scope(parts), sparsity)
     for p in projections(model) if pattern else ():
         check_pattern_fits(p.weight.shape[1], sparsity, pattern, pattern[1], p.name)
+    kept = walk_folder(model, parts, sparsity, inputs)
     shares = uniform_shares(model, sparsity) if inputs.shares is None else inputs.shares
     solver = layer_solver(model, parts, sparsity, inputs)
     if parts.recovery: solver = recovering(solver, recovery_steps(parts.recovery), pattern)
-    solve_layer_by_layer(model, inputs.calibration, shares, solver, inputs.batch_tokens, parts.base)
+    solve_layer_by_layer(model, inputs.calibration, shares, solver, inputs.batch_tokens, parts.base, kept)
     return prune_report(model, parts.base, sparsity)
 
 def apply_method(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> PruneReport:
     "Prune a model by the method that a name selects; factors and shares are given."
     if parts.base == "heads": return prune_heads(model, inputs.factors.heads, sparsity)
-    if parts.base in SOLVERS or parts.recovery or with_hessian(parts):
-        return prune_with_hessians(model, parts, sparsity, inputs)
+    if solves(parts): return prune_with_hessians(model, parts, sparsity, inputs)
     if parts.base != "dense": return prune_by(model, parts.base, sparsity, parts.scope, inputs)
     if sparsity:
         raise BadInput(f"The dense model was asked for at sparsity {sparsity:g}: expected 0; name a pruning method.")

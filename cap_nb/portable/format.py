@@ -23,6 +23,7 @@ from ..core.files import (
     PIECE, StoredTensor, check_new_folder, checkpoint_tensors, pieces_of, read_json, resumed_folder, sha256_of_file,
     shard_files, stored_tensor, stored_tensors, whole_file, write_json)
 from ..core.registry import ExportFormat, FORMATS, FolderLoader
+from ..core.stopping import stop_says, STOPPED
 from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
 from ..models.loading import model_cache
 
@@ -485,7 +486,7 @@ LOADER = FolderLoader( # How `load_model` opens a packed folder
 
 def export_sentence(folder: Path, out: Path, base: str | Path | None, form: str) -> str:
     "Pack a folder, and say what it takes."
-    manifest = export_folder(folder, out, form, base)
+    with stop_says(STOPPED): manifest = export_folder(folder, out, form, base)
     dense, packed = (sum(sizes) for sizes in zip(*((entry.bytes, entry.stored_bytes) for entry in manifest.files)))
     beside = f" beside {manifest.base['name']}" if manifest.base else ""
     return (f"{out}: a {form}{beside} of {len(manifest.files)} files, {packed:,} bytes instead of {dense:,} "

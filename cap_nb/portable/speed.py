@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
+from ..core.errors import BadInput, check_choice, validate_arguments
 from ..jobs.records import environment
-from ..jobs.settings import MOST, SpeedSettings
+from ..jobs.settings import check_speed, SpeedSettings
 from ..models.anatomy import check_length, projections
 from ..models.decoding import inference
 from ..models.loading import device_named, load_model, model_fingerprint
@@ -265,13 +265,6 @@ def zeros_in(model: nn.Module) -> float: # Share of zeros among the weights in s
     return sum(zeros for zeros, _ in counts) / sum(count for _, count in counts)
 
 # %% ../../nbs/portable/05_speed.ipynb #c048
-def check_speed_settings(settings: SpeedSettings) -> None:
-    "Raise `BadInput` for settings that cannot be measured."
-    for name in ("prompt", "steps", "rounds"): check_at_least(getattr(settings, name), 1, name, MOST)
-    check_at_least(len(settings.batches), 1, "The number of batch sizes")
-    for batch in settings.batches: check_at_least(batch, 1, "batches", MOST)
-    for name in settings.backends: check_choice(name, BACKENDS, "backend")
-
 def check_same_sizes(pruned: nn.Module, dense: nn.Module) -> None:
     "Raise `BadInput` unless two models have the same tensors; one that says that it was shrunk may have smaller ones."
     if "removed" in (getattr(pruned.config, "cap_nb", None) or {}): return
@@ -306,7 +299,8 @@ def bench_folder(
     clock: Callable[[], float] = time.perf_counter, # Gives the time in seconds
 ) -> dict[str, Any]: # The record, which JSON can hold
     "Measure tokens a second of a dense and a pruned model, side by side, in every way that can run here."
-    check_speed_settings(settings)
+    check_speed(settings)
+    for name in settings.backends: check_choice(name, BACKENDS, "way to compute")
     device = device_named(settings.device)
     pruned, _ = load_model(str(folder), settings.dtype, device)
     dtype = next(pruned.parameters()).dtype # one for both: a dense side in another dtype is no other speed of pruning
