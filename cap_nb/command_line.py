@@ -27,8 +27,8 @@ from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, comments, lacks_memory, refused_path)
 from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
 from .jobs.settings import (
-    changed, check_names, check_ranges, FineTuning, Job, known_names, MOST, QUICK, quick_job, Shrinking, SinglePruning,
-    SpeedSettings, with_method)
+    changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OPTION_NAMES, Planning, QUICK,
+    quick_job, Shrinking, SinglePruning, SpeedSettings, with_method)
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -133,7 +133,6 @@ def read_path(text: str | Path) -> Path: # The path
     raise typer.BadParameter("it is empty")
 
 # %% ../nbs/command_line.ipynb #9a7ffab8
-OPTION_NAMES = {"name": "model", "sparsities": "sparsity", "form": "format"} # Of fields whose option has another name
 LIST_READERS = {tuple[int, ...]: read_counts, tuple[str, ...]: read_names, tuple[str, ...] | None: read_names,
                 tuple[float, ...]: read_sparsities}
 LIST_HELP = {"methods": "with commas, or all; the dense model is always measured",
@@ -351,23 +350,28 @@ def run_command(
 
 # %% ../nbs/command_line.ipynb #6801cdd9
 @command(JOB, "model", "calibrate", "prune", "evaluate",
-         without=("aggregation", "calibration_seed", "text", "budget", "backend"), quick=True)
+         without=("aggregation", "calibration_seed", "text", "budget", "backend"), settings=Planning, quick=True)
 def plan_command(
     job: Job,
+    settings: Planning,
     *,
     devices: int = 1, # devices that share the work
-    prompt_tokens: int | None = None, # tokens of every prompt; counted or assumed if left out
-    target_tokens: int | None = None, # tokens of every target; counted or assumed if left out
     tries: int | None = None, # answers to each problem that 'cap chains' is to write; no chains if left out
     probe: bool = True, # time this device on one layer, for the expected times
     budget: float | None = None, # share of the masked passes to spend, as 0.25, for mean scores; all if left out
-    accelerator: str | None = None, # a device not here, as h100 or h100,link=50: what bounds each stage there
+    accelerator: str | None = None, # a device not here, as h100 or h100,link=50: a range of times there
 ) -> str:
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
     from cap_nb.jobs.planning import plan, plan_text
     if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
     rates = accelerator if accelerator is not None else "timed" if probe else None
-    return plan_text(plan(job, devices, rates, prompt_tokens, target_tokens, tries=tries))
+    tokens = settings.prompt_tokens, settings.target_tokens
+    said = plan_text(plan(job, devices, rates, *tokens, tries=tries))
+    if settings.detect is None: return said
+    from cap_nb.analysis import detection_text
+    share = DISCORDANT if settings.discordant is None else settings.discordant
+    return f"{said}\n\n{detection_text(settings.detect, share)}"
+
 
 # %% ../nbs/command_line.ipynb #a1dd7705
 @command(JOB)
@@ -465,8 +469,15 @@ def eval_command(
     *,
     scores: Path | None = None, # table of losses, made by cap score; the problems it was made on are left out
     out: Path | None = None, # folder for the records; not kept if left out
+    harness: str | None = None, # lm-evaluation-harness instead, on tasks with commas: its own, or ours as cap_gsm8k
+    limit: int | None = None, # problems a task that --harness judges; all if left out
 ) -> str:
-    "Measure a model as it is: accuracy, held-out loss, perplexity."
+    "Measure a model as it is: accuracy, held-out loss, perplexity; or what lm-evaluation-harness says of it."
+    if harness is not None:
+        from cap_nb.single_steps import harness_alone
+        return harness_alone(job, read_names(harness), limit, out)
+    if limit is not None:
+        raise BadInput("--limit was given without --harness: expected both; --evaluate-n is the kit's own.")
     from cap_nb.analysis import method_table
     from cap_nb.jobs.tables import table_markdown
     from cap_nb.single_steps import evaluate_alone
@@ -665,12 +676,13 @@ def compare_command(
 ) -> str:
     "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
     check_choice(form, ("md", "csv"), "format")
+    from cap_nb.analysis import told_text
     from cap_nb.core.files import check_new_folder
     from cap_nb.jobs.results import compare_runs, comparison_csv, save_comparison
     from cap_nb.jobs.tables import comparison_markdown
     if out: check_new_folder(out)
     compared = compare_runs(runs, read_names(methods), against, sparsity and read_sparsities(sparsity), seed)
-    text = {"md": comparison_markdown, "csv": comparison_csv}[form](compared)
+    text = comparison_csv(compared) if form == "csv" else comparison_markdown(compared) + told_text(compared)
     if form == "md" and len(runs) == 1 and against is None:
         base = next(iter(compared))[1]
         text = f"One run: its methods are held against {base}; --against names another.\n\n{text}"

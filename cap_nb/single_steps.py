@@ -6,34 +6,38 @@
 __all__ = []
 
 # %% ../nbs/single_steps.ipynb #29a6995a
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import nn
 from .calibration import Calibration
-from .core.errors import BadInput
-from .core.files import alone_in, check_new_folder, remove
+from .core.errors import BadInput, check_at_least
+from .core.files import alone_in, check_new_folder, remove, whole_folder, write_checked
 from .core.registry import additions_noted
 from .core.stopping import NOTHING_KEPT, stop_says
 from .evaluation import Evaluation
+from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
 from .importance import importance_factors
 from .jobs.chains import Answering, own_chains, task_counts, too_few
 from .jobs.job import (
-    check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, targets_configuration)
-from .jobs.records import save_evaluation
+    check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, model_configuration,
+    targets_configuration)
+from .jobs.records import environment, save_evaluation
 from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
-from .methods.prune import check_method, needs_of, prune_with, solves, unit_factors
+from .methods.prune import check_method, needs_of, prune_with, reading_of, solves, unit_factors
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, table_scorer
 from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
     check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
     solve_checkpoint)
+from .models.checks import tell_of_zeros, zeros_of
 from .models.loading import (
     check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
 from .portable.fine_tuning import recover_into, Recovery
@@ -77,7 +81,7 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint, heads_at_once=heads_at_once,
             target=job.prune.score_target))
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
-    with joined(model.device) as share:
+    with joined(model.device) as share, nullcontext() if store or share.rank else alone_in(working):
         if budget is not None:
             check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
             seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
@@ -87,8 +91,8 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             table = table_scorer(job.prune.score_target)(
                 model, calibration, batch_tokens, working, fingerprint, heads_at_once, share)
             if not share.rank: save_beside(save_losses, table, out)
+        if not (store or share.rank): shutil.rmtree(working)
     if share.rank: return ""
-    if not store: shutil.rmtree(working)
     if budget is not None:
         return (f"{out}: {int(table.measured.sum()):,} of {table.measured.numel():,} losses with a head masked, "
                 f"{table.losses.meta['screened']['spent']:.1%} of the work of all; it gives mean scores: use it with "
@@ -123,7 +127,9 @@ def matching_scores(path: Path, fingerprint: str, settings: PruneSettings) -> tu
 def factors_from(pruning: SinglePruning, fingerprint: str, settings: PruneSettings) -> Factors | None:
     "Importance factors from a table of losses; one of another model or target raises `BadInput`."
     if pruning.scores is None: return None
-    _, scores = matching_scores(pruning.scores, fingerprint, settings)
+    reading = reading_of(check_method(pruning.method).attribution)
+    how = replace(settings, aggregation=reading.aggregation(settings.aggregation))
+    _, scores = matching_scores(pruning.scores, fingerprint, how)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
 # %% ../nbs/single_steps.ipynb #01b97032
@@ -131,8 +137,9 @@ def record_of(job: Job, pruning: SinglePruning, report: PruneReport, base: dict,
     "The record of a pruning."
     scores = None
     if pruning.scores is not None and "factors" in needs_of(check_method(pruning.method)):
-        losses, _ = read_scores(pruning.scores, job.prune.aggregation)
-        scores = scores_record(losses, job.prune.aggregation) | {"key_value": pruning.key_value}
+        how = reading_of(check_method(pruning.method).attribution).aggregation(job.prune.aggregation)
+        losses, _ = read_scores(pruning.scores, how)
+        scores = scores_record(losses, how) | {"key_value": pruning.key_value}
         if "screened" in losses.meta: scores |= {"screened": losses.meta["screened"]}
     plugins = {"plugins": additions_noted()} if additions_noted() else {}
     return pruning_record(report, base, pruning.ties, calibration, scores) | plugins
@@ -154,13 +161,15 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
     parts = check_method(pruning.method)
     model, tokenizer = load_checked(job)
     check_all_here(model)
+    tell_of_zeros(*zeros_of(model))
     calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
     calibration = job_calibration(job, tokenizer) if calibrated else None
     fingerprint = model_fingerprint(model)
     factors = factors_from(pruning, fingerprint, job.prune)
     if factors is None and parts.attribution:
         given = Inputs(calibration=calibration, batch_tokens=job.model.batch_tokens)
-        factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
+        factors = unit_factors(model, parts.attribution, given, how=job.prune.aggregation)
+        factors = replace(factors, key_value=pruning.key_value)
     given = Inputs(factors=factors, calibration=calibration, ties=pruning.ties, batch_tokens=job.model.batch_tokens,
                    seed=job.calibrate.seed, store=working/"budgets", unfinished=working/"layers")
     report = prune_with(model, pruning.method, pruning.sparsity, given)
@@ -267,7 +276,7 @@ def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was 
 def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None) -> Evaluation: # The records
     "Measure a model as it is: accuracy, held-out loss, perplexity."
     asked = job.evaluate
-    if asked.accuracy_tasks == () and not asked.loss_n and not asked.windows:
+    if asked.accuracy_tasks == () and not (asked.loss_n or asked.windows or asked.choice_n):
         raise BadInput("Nothing is to be measured: expected answers, losses or perplexity; name --accuracy-tasks, or "
                        "raise --loss-n or --windows.")
     exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
@@ -275,3 +284,19 @@ def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None
     evaluation = evaluate(model, tokenizer, job, Path(job.model.name).name, exclude)
     if out: save_evaluation(evaluation, out, job.evaluate.backend)
     return evaluation
+
+# %% ../nbs/single_steps.ipynb #26aaae47
+def harness_alone(job: Job, tasks: tuple[str, ...], limit: int | None = None, out: Path | None = None) -> str: # A table
+    "Let lm-evaluation-harness measure a model on its own tasks and ours, and keep what it says in out/harness.json."
+    if limit is not None: check_at_least(limit, 1, "--limit")
+    check_harness_tasks(tasks)
+    if out: check_new_folder(out)
+    model, tokenizer = load_checked(job)
+    asked = HarnessSettings(tasks=tasks, limit=limit, seed=job.calibrate.seed, data_dir=job.calibrate.data_dir,
+                            style=job.calibrate.style, max_new_tokens=job.evaluate.max_new_tokens)
+    found = harness_results(model, tokenizer, asked)
+    if out:
+        about = {"model": model_configuration(job, model, tokenizer), "limit": limit, "seed": asked.seed,
+                 "environment": environment(model.device) | {"lm_eval": importlib.metadata.version("lm_eval")}}
+        with whole_folder(out) as part: write_checked(part/"harness.json", about | found)
+    return harness_text(found)

@@ -14,13 +14,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from ..analysis import comparable_parts, compare_methods, Comparison, comparison_frame, method_title
+from ..analysis import (
+    comparable_parts, compare_methods, Comparison, comparison_frame, method_title, told_text)
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import sha256_of_file, whole_folder, write_json
 from ..core.plots import blank_figure, in_style, INK, save_figure
-from ..evaluation import Evaluation, summarise_answers, summarise_losses, token_limit
+from ..evaluation import (
+    CHOICE_MEASURES, Evaluation, summarise_answers, summarise_choices, summarise_losses)
 from .job import prepare, run_job
-from .records import agrees, differences, is_fingerprint, load_run, PACKED, read_run, Run, settings_of, shown
+from .records import (
+    agrees, differences, is_fingerprint, job_of, load_run, PACKED, read_run, Run, settings_of, shown)
 from .report import run_folders, write_text
 from .settings import changed, Job
 from .tables import comparison_mark, comparison_markdown, markdown_rows
@@ -53,7 +56,7 @@ WHICH = { # Columns of both frames: type, unit, what it is
     "method": ("string", "", "name of the method, or dense"),
     "sparsity": ("float64", "share", "zeros asked for among the weights in scope"),
     "reached": ("float64", "share", "zeros reached"),
-    "measure": ("string", "", "accuracy, loss or perplexity"),
+    "measure": ("string", "", "accuracy, loss, perplexity; choice and gold p, by the sum or norm"),
     "task": ("string", "", "name of the task, or of the text")}
 EACH = { # Further columns of a row for each problem
     "problem": ("string", "", "content hash of the problem, or number of the window from 0"),
@@ -82,6 +85,9 @@ def problem_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, th
     for a in evaluation.answers:
         yield ("accuracy", a.task, a.uid, 100.0 * a.correct, "per cent", a.tokens, 100.0 * a.lenient_correct, a.cut_off)
     for r in evaluation.losses: yield "loss", r.task, r.uid, r.loss, "nats", r.tokens, None, None
+    for c in evaluation.choices:
+        for measure, field in CHOICE_MEASURES.items():
+            yield measure, c.task, c.uid, 100.0 * getattr(c, field), "per cent", None, None, None
     if (text := evaluation.perplexity) is not None:
         for window, loss in enumerate(text.losses):
             yield "perplexity", text.text, str(window), loss, "nats", text.window_tokens - 1, None, None
@@ -91,6 +97,8 @@ def summary_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, th
     for a in summarise_answers(evaluation.answers):
         yield "accuracy", a.task, 100 * a.accuracy, 100 * a.low, 100 * a.high, "per cent", a.n
     for r in summarise_losses(evaluation.losses): yield "loss", r.task, r.loss, r.low, r.high, "nats", r.n
+    for c in summarise_choices(evaluation.choices):
+        yield c.measure, c.task, 100 * c.value, 100 * c.low, 100 * c.high, "per cent", c.n
     if (text := evaluation.perplexity) is not None:
         yield "perplexity", text.text, text.value, text.low, text.high, "1", text.windows
 
@@ -253,30 +261,10 @@ def save_comparison(comparisons: Mapping[tuple[str, str, float, str], Comparison
     sources = {name: {part: sha256_of_file(folder/part) for part in ("run.json", "manifest.json", PACKED)
                       if (folder/part).exists()} for name, folder in runs_in(runs).items()}
     with whole_folder(out) as part:
-        write_text(part/"comparison.md", comparison_markdown(comparisons))
+        write_text(part/"comparison.md", comparison_markdown(comparisons) + told_text(comparisons))
         write_text(part/"comparison.csv", comparison_csv(comparisons))
         save_figure(plot_comparisons(comparisons), part/"comparison")
         write_json(part/"sources.json", sources)
-
-# %% ../../nbs/jobs/07_results.ipynb #r005
-def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as far as a run's folder knows it
-    "The job that made a run; one that was calibrated on chains raises `BadInput` until their file is named."
-    model, kept, done = (configuration[part] for part in ("model", "calibration", "evaluation"))
-    tasks, chosen = tuple(kept["tasks"]), kept.get("on", "gold")
-    limits = done["max_new_tokens"]
-    own_limits = all(limits[task] == token_limit(task) for task in limits) # then none was given
-    answered = sorted(done["data"]["accuracy"], key=lambda task: (*tasks, task).index(task))
-    return changed(
-        Job(), name=model["name"], dtype=model["dtype"], device=model["device"], batch_tokens=kept["batch_tokens"],
-        tasks=tasks, style=configuration["style"]["called"], n=kept["n"], k=kept["k"], calibrate_on=chosen,
-        seed=kept["seed"] if seed is None else seed, calibration_seed=kept["seed"],
-        text_share=0.0 if chosen == "text" else kept.get("text_share", 0.0), text_tokens=kept.get("text_tokens", 256),
-        methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
-        aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
-        budget=configuration.get("budget"), backend=done.get("backend", "transformers"),
-        accuracy_tasks=tuple(answered), max_new_tokens=None if own_limits else next(iter(limits.values())),
-        text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
-        **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})
 
 # %% ../../nbs/jobs/07_results.ipynb #r012
 def equal_row(what: str, pairs: list[tuple[object, object]], largest: float | None = None) -> tuple[str, int, int,
@@ -333,7 +321,7 @@ def same_job(kept: dict, part: tuple[Sequence[str] | None, Sequence[float] | Non
     if kept["calibration"].get("on") == "chains" and "calibrate_on" not in places:
         raise BadInput("The run was calibrated on a model's own chains: expected their file; name it with "
                        "--calibrate-on.")
-    seeds = dict.fromkeys((kept["calibration"]["seed"], 0))
+    seeds = dict.fromkeys((kept["evaluation"].get("seed", kept["calibration"]["seed"]), 0))
     jobs = [changed(narrowed(job_of(kept, seed), *part), **places) for seed in seeds]
     if len(jobs) == 1: return jobs[0]
     drawn = prepare(jobs[0]).configuration["evaluation"]["data"]

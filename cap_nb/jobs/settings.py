@@ -47,7 +47,7 @@ class PruneSettings:
     "Which methods prune, and how much (paper sections 3.2 and 3.3)."
     methods: tuple[str, ...] = ("cap", "wanda", "magnitude") # methods by name; 'cap methods' lists them
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.5) # shares of the weights in scope to zero
-    aggregation: str = "paper" # losses to scores: paper, paired (median of differences) or mean
+    aggregation: str = "paper" # losses to scores: paper, paired, mean; over tokens pooled, pooled-paired, pooled-mean
     score_target: str = "loss" # what masking a head is measured by: loss, or divergence from the intact predictions
     budget: float | None = None # share of the masked passes to score with, as 0.25; all if left out
 
@@ -58,6 +58,7 @@ class EvaluateSettings:
     accuracy_tasks: tuple[str, ...] | None = None # tasks whose answers are generated; as --tasks if left out
     evaluate_n: int = 200 # problems a task whose answers are generated
     loss_n: int = 100 # problems a task for held-out loss; 0 for none
+    choice_n: int = 0 # problems a task of --tasks with options, as ARC, whose options' probabilities are compared
     max_new_tokens: int | None = None # tokens an answer may take; if left out 192 for the lab's tasks, 512 for others
     text: str | None = None # text for perplexity: wikitext2 or lab-text; the model's own if left out
     windows: int = 100 # windows of the text that are read; 0 for no perplexity
@@ -78,6 +79,13 @@ class Job:
 def part_of_setting() -> dict[str, str]: # Name of a setting -> name of the part of `Job` that has it
     "Which part of a job each setting belongs to."
     return {setting.name: part.name for part in fields(Job) for setting in fields(part.default_factory)}
+
+# %% ../../nbs/jobs/01_settings.ipynb #88359fc3
+OPTION_NAMES = {"name": "model", "sparsities": "sparsity", "form": "format"} # Of fields whose option has another name
+
+def option_of(setting: str) -> str: # As in "--evaluate-n"
+    "How a setting is given to `cap`."
+    return f"--{OPTION_NAMES.get(setting, setting).replace('_', '-')}"
 
 # %% ../../nbs/jobs/01_settings.ipynb #c022
 def changed(job: Job, **settings: object) -> Job: # The job with these values
@@ -125,8 +133,8 @@ def check_kinds(job: Job) -> None:
             check_argument(getattr(getattr(job, part.name), setting.name), setting.type, f"setting {setting.name}")
 
 # %% ../../nbs/jobs/01_settings.ipynb #c028
-LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "windows": 0, "window_tokens": 2,
-         "text_tokens": 2} # Smallest
+LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choice_n": 0, "windows": 0,
+         "window_tokens": 2, "text_tokens": 2} # Smallest
 MOST = 10**7 # Of anything that is counted: a list of more would take the memory, and no benchmark has so many
 
 def check_counts(job: Job) -> None:
@@ -136,7 +144,7 @@ def check_counts(job: Job) -> None:
                        "model.")
     for name, least in LEAST.items():
         value = getattr(getattr(job, part_of_setting()[name]), name)
-        check_at_least(value, least, f"--{name.replace('_', '-')}", MOST)
+        check_at_least(value, least, option_of(name), MOST)
     if (tokens := job.evaluate.max_new_tokens) is not None: check_at_least(tokens, 1, "--max-new-tokens", MOST)
     check_seed(job.calibrate.seed, "--seed")
     check_seed(job.calibrate.calibration_seed or 0, "--calibration-seed")
@@ -209,6 +217,17 @@ class Shrinking:
     no_fit: bool = False # do not fit what stays, by least squares, to what was there before
     scores: Path | None = None # table of losses for the heads, made by cap score; first-order if left out
 
+DISCORDANT = 0.15 # Share of the problems that one of two pruned models alone solves, as seen in 06_analysis
+
+@dataclass(frozen=True)
+class Planning:
+    "What `cap plan` takes for granted, and what else it is to say."
+    prompt_tokens: int | None = None # tokens of every prompt; counted or assumed if left out
+    target_tokens: int | None = None # tokens of every target; counted or assumed if left out
+    detect: float | None = None # a difference in points, as 3: how many problems tell it
+    discordant: float | None = None # share of the problems that one of two methods alone solves; 0.15 if left out
+
+
 # %% ../../nbs/jobs/01_settings.ipynb #8f989e54
 def check_tuning(settings: FineTuning) -> None:
     "Raise `BadInput` for the first setting that cannot be."
@@ -230,8 +249,20 @@ def check_share(settings: SinglePruning | Shrinking) -> None:
     "Raise `BadInput` for a sparsity outside [0, 1)."
     check_sparsity(settings.sparsity)
 
+def check_detection(settings: Planning) -> None:
+    "Raise `BadInput` for a difference, or a share of discordant problems, that cannot be."
+    points, share = settings.detect, DISCORDANT if settings.discordant is None else settings.discordant
+    if points is None and settings.discordant is None: return
+    if points is None:
+        raise BadInput("--discordant is given without --detect: expected a difference in points; write --detect 3.")
+    if not 0 < points <= 100:
+        raise BadInput(f"--detect is {points:g}: expected a difference in points, above 0 and up to 100; write 3.")
+    if not points / 100 <= share <= 1:
+        raise BadInput(f"--discordant is {share:g}: expected a share of the problems from {points / 100:g}, as many as "
+                       f"a difference of {points:g} points takes, to 1; write {max(DISCORDANT, points / 100):g}.")
+
 RANGES = {Job: check_counts, FineTuning: check_tuning, SpeedSettings: check_speed, SinglePruning: check_share,
-          Shrinking: check_share} # Settings -> what checks their numbers
+          Shrinking: check_share, Planning: check_detection} # Settings -> what checks their numbers
 
 def check_ranges(given: Mapping[str, object]) -> None:
     "Check the numbers of whatever is a settings' dataclass among the arguments of a command."
