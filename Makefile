@@ -8,7 +8,7 @@
 # make dist       a source distribution and a wheel in dist/, and the wheel tried in an environment of its own (asks PyPI)
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
-# make readme     README.md from nbs/index.ipynb; from the modules the stubs for type checkers and the list of methods
+# make readme     README.md from nbs/index.ipynb; from the modules the stubs for type checkers, the list of methods and the known names
 # make lab        JupyterLab on chapter 0
 # make slides     build/slides.html: title, equation, picture and summary of each chapter, in one file
 # make class      build/class: the chapters for students, with cells to fill and checks, without outputs and solutions (CLASS=FOLDER)
@@ -175,7 +175,7 @@ check-style: env
 	"$(BIN)/ruff" check --quiet --ignore E501 cap_nb # nbdev wraps __all__ as it likes; the other lines are the notebooks'
 
 check-readme: env
-	@echo "== README.md is what nbs/index.ipynb makes; stubs and the list of methods are what the modules make"
+	@echo "== README.md is what nbs/index.ipynb makes; stubs, the list of methods and the known names are what the modules make"
 	"$(BIN)/python" tools/readme.py --check
 	"$(BIN)/python" tools/stubs.py --check
 

@@ -305,12 +305,15 @@ def prepare(job: Job) -> Ready: # The job with model, calibration set and config
     return prepare_loaded(job, *load_model(job.model.name, job.model.dtype, job.model.device))
 
 # %% ../../nbs/jobs/03_job.ipynb #c045
+log = logging.getLogger(__name__)
+
 @contextmanager
 def timed(folder: Path, stage: str) -> Iterator[None]:
     "Add the block's seconds to the run's timings, if it ends well."
     start = time.perf_counter()
     yield
-    note_time(folder, stage, time.perf_counter() - start)
+    note_time(folder, stage, seconds := time.perf_counter() - start)
+    log.info("%s: %.1f seconds", stage, seconds)
 
 @contextmanager
 def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Iterator[None]:
@@ -437,7 +440,7 @@ def finish_piece(ready: Ready, folder: Path, cell: Evaluation, piece: Piece, bar
     "Measure a piece, or read it if it was finished before."
     path = piece_folder(folder, cell.method, cell.sparsity, piece.name)
     if not path.exists():
-        bar.set_description(f"{cell.method} {cell.sparsity:.0%}, {piece.kind} {piece.on}")
+        bar.set_description(f"{cell.method} {cell.sparsity:.0%}, {piece.kind} of {piece.on}")
         exclude = calibrated_on(ready.calibration)
         dense = evaluation_folder(folder, "dense", 0.0)
         answers = load_evaluation(dense).answers if piece.kind == "accuracy" and dense.exists() else ()
@@ -489,6 +492,7 @@ def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
         bar.update(len(pieces))
     else:
         put_back(ready.model, dense)
+        if cell[0] != "dense": bar.set_description(f"{cell[0]} {cell[1]:.0%}, pruning")
         empty = prune_noted(ready, folder, cell, pruner, keep)
         with backend_of(ready.job, ready.model) as backend:
             measured = [finish_piece(ready, folder, empty, piece, bar, backend) for piece in pieces]
@@ -496,8 +500,6 @@ def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
 # %% ../../nbs/jobs/03_job.ipynb #c076
-log = logging.getLogger(__name__)
-
 def possible_cells(ready: Ready) -> tuple[tuple[str, float], ...]:
     "The cells of a job without those whose method cannot prune so much."
     possible = []

@@ -431,8 +431,9 @@ class Records:
 # %% ../../nbs/jobs/00_records.ipynb #c064
 RECORDED = ("environment.json", "timings.json", "memory.json", "losses.safetensors", "evaluations", "reports",
             "attributions", "factors", "budgets", "chains", "text") # What a run records, at the top of its folder
-MADE = ("tables", "figures", "tracking", "models", "unfinished", "run.json", "manifest.json", PACKED,
-        REPORT) # What it writes too
+LOG = "log.txt" # What `cap run` says, with times: no record, and nothing is made from it
+MADE = ("tables", "figures", "tracking", "models", "unfinished", "run.json", "manifest.json", PACKED, REPORT,
+        LOG) # What it writes too
 OF_EVALUATION = ("evaluation.json", *(f"{name}.csv" for name in RECORD_FILES)) # The files of an evaluation's folder
 
 def is_record(inside: Path) -> bool: # Whether it belongs to the records
