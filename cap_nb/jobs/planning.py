@@ -249,6 +249,7 @@ def answers_to(job: Job, tasks: Sequence[str], lengths: Sequence[ExampleLength],
     for task in tasks if count else ():
         prompts = [length.prompt for length in lengths if length.task == task]
         width = max(prompts, default=ASSUMED_TOKENS[task_family(task)][0])
+        width += job.evaluate.shots * sum(ASSUMED_TOKENS[task_family(task)]) # worked examples in front
         steps = job.evaluate.max_new_tokens or token_limit(task)
         rows = max(1, min(count, 2 * job.model.batch_tokens // (width + steps)))
         found.append(Answers(count=count, width=width, steps=steps, rows=rows))
