@@ -11,20 +11,22 @@
 # make readme     README.md from nbs/index.ipynb; from the modules the stubs for type checkers and the list of methods
 # make lab        JupyterLab on chapter 0
 # make slides     build/slides.html: title, equation, picture and summary of each chapter, in one file
+# make class      build/class: the chapters for students, with cells to fill and checks, without outputs and solutions (CLASS=FOLDER)
 # make docs       the site, _docs/html/index.html, from the notebooks as they are executed, and a walk through it in Chromium (check-docs)
 # make benchmarks measure what figures/benchmarks does not hold yet (hours, on an idle machine; LARGE=1: the 16 GB checkpoint too)
 # make gpu        what wants a CUDA device, measured within a limit of 20 minutes and kept in figures/benchmarks/gpu.json (DRY=1: tried small, on the processor)
 #
 # With a virtual environment active, it is used; otherwise .venv is made here. Variables: PYTHON (which interpreter makes .venv),
-# DEMO (the demo's run folder). The matrix has 4.57 in .venv-457, which it makes the first time.
+# DEMO (the demo's run folder), CLASS. The matrix has 4.57 in .venv-457, which it makes the first time.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak dist audit matrix versions matrix-here notebooks lab slides benchmarks gpu readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
+.PHONY: help env demo test soak dist audit matrix versions matrix-here notebooks lab slides class benchmarks gpu readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
 
 PYTHON ?= python3
 DEMO ?= runs/demo
+CLASS ?= build/class
 FUZZ ?= 1000
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
@@ -113,6 +115,9 @@ lab: env
 
 slides: env
 	"$(BIN)/python" tools/slides.py
+
+class: env
+	"$(BIN)/python" -m tools.classroom --out "$(CLASS)"
 
 # The sources are laid out, Sphinx builds them, and a warning fails; outputs are the committed ones.
 docs: env

@@ -20,7 +20,7 @@ setup(
     keywords=settings["keywords"],
     python_requires=f">={settings['min_python']},<3.14",
     packages=find_packages(include=["cap_nb", "cap_nb.*"]),
-    package_data={"cap_nb": ["models/lab_checkpoint/*", "models/lab_moe_checkpoint/*", "experiments/harness_tasks/*.yaml", "experiments/*.csv", "py.typed", "*.pyi", "methods.txt"]},
+    package_data={"cap_nb": ["models/lab_checkpoint/*", "models/lab_moe_checkpoint/*", "experiments/harness_tasks/*.yaml", "experiments/*.csv", "py.typed", "*.pyi", "methods.txt", "names.json"]},
     install_requires=settings["requirements"].split(),
     extras_require={"gguf": settings["gguf_requirements"].split(), "speed": settings["speed_requirements"].split(),
                     "dev": settings["dev_requirements"].split(), "docs": settings["docs_requirements"].split(),

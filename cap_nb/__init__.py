@@ -1,3 +1,13 @@
+"""Causal Attribution Pruning: mask each attention head of a language model, measure how much its reasoning suffers, prune.
+
+    model, tokenizer = load_model("lab")                 # or a folder, or a hub id
+    losses = score_heads(model, calibration_set(tokenizer))
+    factors = importance_factors(causal_scores(losses))
+    report = prune(model, "cap", 0.5, factors)           # in place; other methods: `cap methods`
+
+All public names are in `dir(cap_nb)`, each with its docstring; the command line is `cap`, and `cap --help` says what it does.
+"""
+
 __version__ = "0.1.0"
 
 

@@ -22,7 +22,9 @@ from cap_nb.jobs.settings import FineTuning as FineTuning
 from cap_nb.models.decoding import Generation as Generation
 from cap_nb.scoring import HeadLosses as HeadLosses
 from cap_nb.portable.fine_tuning import HeldZeros as HeldZeros
+from cap_nb.regions import IN_COLUMNS as IN_COLUMNS
 from cap_nb.jobs.settings import Job as Job
+from cap_nb.regions import LAYOUTS as LAYOUTS
 from cap_nb.evaluation import LossRecord as LossRecord
 from cap_nb.jobs.settings import ModelSettings as ModelSettings
 from cap_nb.evaluation import Perplexity as Perplexity

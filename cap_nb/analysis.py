@@ -34,27 +34,21 @@ import math
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from cap_nb.core.errors import BadInput, validate_arguments
 from cap_nb.core.plots import blank_figure, in_style
-from cap_nb.data.problems import COPIES, LAB_TASKS, TASKS, task_family
+from cap_nb.data.problems import TASK_TITLES, TASKS, task_title
 from cap_nb.evaluation import bootstrap_interval, summarise_answers, summarise_choices, summarise_losses
 
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
-TASK_TITLES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "arc": "ARC-C."} # Benchmark -> the paper's name for it
-OTHER_TITLES = {"svamp": "SVAMP", "math500": "MATH-500"} # Benchmarks that the paper has not
+OTHER_TITLES = {"sparsegpt": "SparseGPT", "ria": "RIA", "alps": "ALPS"} # As the papers on them write it
 TEXT_TITLES = {
     "wikitext2-raw": "WikiText-2 (raw)", "wikitext2-tokenised": "WikiText-2 (tokenised)", "lab-text": "Lab text"}
 
 def method_title(method: str) -> str:
-    "A method's name in tables and figures."
-    return METHOD_TITLES.get(method, method)
-
-def task_title(task: str) -> str:
-    "A task's name in tables and figures; a lab task is marked as one, a user's has its own."
-    if task in OTHER_TITLES: return OTHER_TITLES[task]
-    if task not in TASKS or task_family(task) not in TASK_TITLES: return task
-    return ("Lab " * (task in LAB_TASKS)) + TASK_TITLES[task_family(task)] + ", changed" * (task in COPIES)
+    "A method's name in tables and figures; one that no paper has named stays as it is typed."
+    return (METHOD_TITLES | OTHER_TITLES).get(method, method)
 
 def method_rank(method: str) -> tuple[int, str]:
     "What methods are sorted by: dense, the baselines, CAP, then others by name."
@@ -178,6 +172,7 @@ class Comparison:
     holm: float | None = None # The same after Holm's correction over the family
     family: str = "" # What it was corrected over, as in "the 42 comparisons of this table"
     fewest: int = FEWEST_PAIRS # Fewer pairs than this decide nothing
+    alone: int | None = None # Problems that only one of the two solves, where answers are compared
 
     def within(self, least: float, most: float) -> bool:
         "The one rule of decision: whether it may be claimed that the number lies between `least` and `most`."
@@ -195,11 +190,12 @@ class Comparison:
 def compare(first: Sequence[Measured], second: Sequence[Measured], seed: int = 0, flips: int = 9_999) -> Comparison:
     "First less second on the same problems, a family of one; records of other problems raise `BadInput`."
     values, unit = paired_values(first, second)
-    gained, lost = sum(value > 0 for value in values), sum(value < 0 for value in values)
-    if isinstance(first[0], AnswerRecord): p = mcnemar_exact(gained, lost)
+    alone, (gained, lost) = None, (sum(value > 0 for value in values), sum(value < 0 for value in values))
+    if isinstance(first[0], AnswerRecord): alone, p = gained + lost, mcnemar_exact(gained, lost)
     else: p = sign_flip_test(values, seed, flips)
     low, high = bootstrap_interval(values, seed)
-    return Comparison(value=sum(values) / len(values), low=low, high=high, unit=unit, n=len(values), p=p, holm=p)
+    return Comparison(value=sum(values) / len(values), low=low, high=high, unit=unit, n=len(values), p=p, holm=p,
+                      alone=alone)
 
 def correct_family(comparisons: Mapping[Key, Comparison], family: str = "this table") -> dict[Key, Comparison]:
     "Holm's correction over a named family of comparisons; those without a test stay as they are."
@@ -207,6 +203,55 @@ def correct_family(comparisons: Mapping[Key, Comparison], family: str = "this ta
     corrected = dict(zip(tested, holm([comparisons[key].p for key in tested])))
     name = f"the {len(comparisons)} comparisons of {family}"
     return {key: replace(comparison, holm=corrected.get(key), family=name) for key, comparison in comparisons.items()}
+
+# %% ../nbs/06_analysis.ipynb #219f5cff
+from statistics import NormalDist
+
+POWER = 0.8 # Probability of finding a difference that is there
+Z_LEVEL, Z_POWER = NormalDist().inv_cdf(1 - LEVEL / 2), NormalDist().inv_cdf(POWER)
+
+def problems_needed(points: float, discordant: float) -> int:
+    "Problems with which McNemar's test finds a difference of accuracies, 80 % power at 5 % (Connor 1987)."
+    difference = points / 100
+    spread = Z_LEVEL * math.sqrt(discordant) + Z_POWER * math.sqrt(discordant - difference**2)
+    return math.ceil((spread / difference) ** 2)
+
+def least_told(n: int, discordant: float) -> float: # Points; NaN where none can be told
+    "The smallest difference of accuracies that so many problems tell with 80 % power at 5 %."
+    if n <= Z_LEVEL**2: return math.nan
+    root = Z_POWER * math.sqrt(n + Z_POWER**2 - Z_LEVEL**2)
+    difference = math.sqrt(discordant) * (Z_LEVEL * math.sqrt(n) + root) / (n + Z_POWER**2)
+    return 100 * difference if 0 < difference <= discordant else math.nan # no more than all that differ
+
+
+# %% ../nbs/06_analysis.ipynb #49645cbb
+def detection_text(points: float, discordant: float) -> str:
+    "How many problems tell two methods apart, in a sentence."
+    n = problems_needed(points, discordant)
+    return (f"To tell a difference of {points:g} points: {n:,} problems of each task (--evaluate-n {n}), if one of the "
+            f"two methods alone solves {100 * discordant:g} % of them; 80 % power, McNemar's test at 5 %, one "
+            "comparison.")
+
+def span_text(values: Sequence[float], spelt: str) -> str:
+    "The least and the largest of some numbers, as 4.0 to 9.9."
+    ends = dict.fromkeys(format(value, spelt) for value in (min(values), max(values)))
+    return " to ".join(ends)
+
+def told_text(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str: # Markdown; empty without answers
+    "What compared answers could have told, a sentence for each task."
+    by_task = {}
+    for (*_, measure), c in comparisons.items():
+        if c.alone is not None: by_task.setdefault(measure, []).append(c)
+    lines = []
+    for task, those in by_task.items():
+        told = [least for c in those if not math.isnan(least := least_told(c.n, c.alone / c.n))]
+        points = f"{span_text(told, '.1f')} points" if told else "no difference"
+        few = ", and none where too few do" if told and len(told) < len(those) else ""
+        lines.append(f"- {task}: {span_text([c.n for c in those], ',')} problems, of which one method alone solves "
+                     f"{span_text([100 * c.alone / c.n for c in those], '.1f')} %, could have told {points} "
+                     f"apart{few} (80 % power at 5 %, before Holm's correction).")
+    return "\n".join(lines)
+
 
 # %% ../nbs/06_analysis.ipynb #c037
 TEXT_LOSS = "Text loss" # What a text is compared by: the losses of its windows
@@ -322,13 +367,17 @@ def plot_head_importance(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
     title: str = "Causal head scores", # Title of the figure
 ) -> Figure: # Figure 2
-    "Heatmap of causal scores, layers from top to bottom, white at zero (paper Figure 2)."
+    "Heatmap of causal scores, layers from top to bottom, white at zero, logarithmic if a few heads lead (Figure 2)."
     values = np.asarray(scores, dtype=np.float64)
     layers, heads = values.shape
     figure, panels = blank_figure(1, 1, (min(10, 2.2 + 0.32 * heads), min(9, 1.3 + 0.24 * layers)))
-    ax, limit = panels[0, 0], float(np.abs(values).max()) or 1.0
-    sns.heatmap(values, ax=ax, cmap="RdBu_r", vmin=-limit, vmax=limit,
-                cbar_kws={"label": "rise of the loss when masked (nats)"})
+    ax, largest = panels[0, 0], float(np.abs(values).max()) or 1.0
+    typical = max(float(np.median(np.abs(values))), largest / 1000)
+    norm, label = Normalize(-largest, largest), "rise of the loss when masked (nats)"
+    if largest > 10 * typical:
+        linear = 10.0 ** math.floor(math.log10(typical)) # up to this size the scale is linear
+        norm, label = SymLogNorm(linear, vmin=-largest, vmax=largest), f"{label},\nlogarithmic beyond ±{linear:g}"
+    sns.heatmap(values, ax=ax, cmap="RdBu_r", norm=norm, cbar_kws={"label": label})
     ax.set(xlabel="Head", ylabel="Layer", title=title)
     ax.tick_params(axis="y", rotation=0)
     return figure

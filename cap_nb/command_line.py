@@ -11,12 +11,11 @@ import importlib.metadata
 import inspect
 import logging
 import os
-import re
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,9 +24,11 @@ import typer
 from typer.core import TyperGroup
 import cap_nb
 from .core.errors import (
-    BadInput, check_at_least, check_choice, check_seed, check_sparsity, lacks_memory, refused_path)
-from .core.stopping import signals_answered, stop, STOPPED
-from .jobs.settings import changed, FineTuning, Job, MOST, Shrinking, SinglePruning, SpeedSettings
+    BadInput, check_at_least, check_choice, check_seed, check_sparsity, comments, lacks_memory, refused_path)
+from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
+from .jobs.settings import (
+    changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OPTION_NAMES, Planning, QUICK,
+    quick_job, Shrinking, SinglePruning, SpeedSettings, with_method)
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -66,7 +67,7 @@ def sentence_and_code(error: BaseException) -> tuple[str, int]: # A sentence, an
     "What to say of an error."
     if isinstance(error, BadInput): return str(error), 2
     if isinstance(error, PARSER_ERROR): return parser_sentence(error), 2
-    if isinstance(error, KeyboardInterrupt): return STOPPED, getattr(error, "code", 130)
+    if isinstance(error, KeyboardInterrupt): return f"{error}" or "Stopped.", getattr(error, "code", 130)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return f"{error.object[:60]!r} is no text: expected UTF-8; write it anew.", 2
     if isinstance(error, OSError):
@@ -132,7 +133,6 @@ def read_path(text: str | Path) -> Path: # The path
     raise typer.BadParameter("it is empty")
 
 # %% ../nbs/command_line.ipynb #9a7ffab8
-OPTION_NAMES = {"name": "model", "sparsities": "sparsity", "form": "format"} # Of fields whose option has another name
 LIST_READERS = {tuple[int, ...]: read_counts, tuple[str, ...]: read_names, tuple[str, ...] | None: read_names,
                 tuple[float, ...]: read_sparsities}
 LIST_HELP = {"methods": "with commas, or all; the dense model is always measured",
@@ -145,11 +145,12 @@ class Option:
     parameter: inspect.Parameter # How typer reads it
     read: Callable[[object], object] # From what typer read to the field's value
 
-def comments(described: type | Callable) -> dict[str, str]: # Name of a field or parameter -> its comment
-    "What the source says of fields or parameters."
-    return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(described), re.MULTILINE))
-
 # %% ../nbs/command_line.ipynb #537779ac
+def as_option(field: str, value: object) -> str: # --sparsity 0.5
+    "A setting as it is written on the command line."
+    text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else value
+    return f"--{OPTION_NAMES.get(field, field).replace('_', '-')} {text}"
+
 def make_option(field: str, kind: type, default: object, about: str, is_argument: bool = False) -> Option:
     "An option, or argument, from a field or parameter; a list is written with commas."
     name = field if is_argument else OPTION_NAMES.get(field, field)
@@ -158,6 +159,7 @@ def make_option(field: str, kind: type, default: object, about: str, is_argument
         if field == "methods": read = read_methods
         about += f" ({LIST_HELP.get(field, 'with commas')})"
         kind, default = (str | None, None) if default is None else (str, ",".join(map(str, default)))
+    if field == "quick": about += f": {' '.join(as_option(*each) for each in QUICK.items())}, unless given"
     path = {"parser": read_path} if kind in (Path, Path | None, list[Path], list[Path] | None) else {}
     if is_argument: declared = typer.Argument(help=about, show_default=False, **path)
     elif kind is bool and default: declared = typer.Option(help=about) # --probe/--no-probe
@@ -201,48 +203,69 @@ def program(
     "Causal Attribution Pruning of reasoning language models."
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
 
+# %% ../nbs/command_line.ipynb #aeb767d4
+def given_in(context: typer.Context, names: Iterable[str]) -> tuple[str, ...]: # Those of the names
+    "Which options the command line gives, rather than leaves at their defaults."
+    return tuple(name for name in names if context.get_parameter_source(name.replace("-", "_")).name == "COMMANDLINE")
+
+def quickly(context: typer.Context, job: Job) -> Job:
+    "What --quick makes of a job: an option that the command line gives wins."
+    given = given_in(context, [OPTION_NAMES.get(field, field) for field in QUICK])
+    return quick_job(job, [field for field in QUICK if OPTION_NAMES.get(field, field) in given])
+
+TOO_FEW = ("Too few examples and problems for a verdict on any method: --quick shows what a run looks like; leave it "
+           "out, or give more with --n, --k, --loss-n and --accuracy-tasks.")
+
 # %% ../nbs/command_line.ipynb #6af76c29
 def options_of_command(function: Callable) -> list[Option]: # Its own options and arguments
     "What a command asks for besides a job and other settings."
     about, own = comments(function), []
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.name in ("job", "settings"): continue
-        if parameter.annotation is typer.Context:
-            keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            own.append(Option(parameter.name, keyword, lambda value: value))
-        else:
-            is_argument = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
-            own.append(make_option(parameter.name, parameter.annotation, parameter.default, about[parameter.name],
-                                   is_argument))
+        if parameter.name in ("job", "settings", "context"): continue
+        is_argument = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+        own.append(make_option(parameter.name, parameter.annotation, parameter.default, about[parameter.name],
+                               is_argument))
     return own
+
+CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+QUICKLY = make_option("quick", bool, False, "a first look within minutes, too small for a verdict")
 
 PLUGIN = make_option("plugin", list[Path] | None, None, "your own Python file, which is executed: it adds criteria, "
                      "attributions, allocations, tasks, texts, families or formats; may be given several times")
 
 # %% ../nbs/command_line.ipynb #09bc3611
 def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: type | None = None,
-            plugins: bool = True) -> Callable: # A decorator
-    "Make a function NAME_command the command NAME of the program."
+            plugins: bool = True, quick: bool = False, resumes: bool = False) -> Callable: # A decorator
+    "Make a function NAME_command the command NAME of the program; whether it resumes is what a stop says."
     of_job = [option for part, group in JOB_OPTIONS.items() for option in group
               if (part in parts or option.field in parts) and option.field not in without]
     of_settings = [option for option in options_of(settings) if option.field not in {o.field for o in of_job}
                    ] if settings else []
     def decorate(function: Callable) -> Callable:
-        groups = of_settings, of_job, options_of_command(function), [PLUGIN] * plugins
+        groups = of_settings, of_job, options_of_command(function), [QUICKLY] * quick, [PLUGIN] * plugins
         @functools.wraps(function)
-        def read_and_call(**given: object) -> None:
-            from_settings, from_job, own, plugin = (
+        def read_and_call(context: typer.Context, **given: object) -> None:
+            from_settings, from_job, own, extra, plugin = (
                 {option.field: option.read(given[option.parameter.name]) for option in group} for group in groups)
             if of_job: own["job"] = changed(Job(), **from_job)
+            if extra.get("quick"): own["job"] = quickly(context, own["job"])
             if settings: own["settings"] = settings(**from_settings)
-            with plugins_of_user(plugin.get("plugin")): lines = function(**own)
-            if lines: typer.echo(lines)
-        parameters = [option.parameter for group in groups for option in group]
+            check_ranges(own)
+            if "context" in inspect.signature(function).parameters: own["context"] = context
+            with stop_says(STOPPED if resumes else NOTHING_KEPT), plugins_of_user(plugin.get("plugin")):
+                if names_are_known(): check_names(from_settings | from_job)
+                lines = function(**own)
+            if text := "\n".join(filter(None, (lines, extra.get("quick") and TOO_FEW))): typer.echo(text)
+        parameters = [CONTEXT, *(option.parameter for group in groups for option in group)]
         read_and_call.__signature__ = inspect.Signature(parameters)
         read_and_call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         name = function.__name__.removesuffix("_command").replace("_", "-")
         return app.command(name, rich_help_panel=heading)(read_and_call)
     return decorate
+
+def names_are_known() -> bool:
+    "Whether the package's own names are all there are: nothing was loaded that could have added one."
+    return "cap_nb.core.registry" not in sys.modules
 
 @contextmanager
 def plugins_of_user(files: list[Path] | None) -> Iterator[None]:
@@ -285,9 +308,7 @@ def run_config(context: typer.Context, base: Job, path: Path, whole: dict[str, o
     "Run what a file asks for; an option that the command line gives wins over the file."
     from cap_nb.jobs.sweeps import read_config, read_index, run_sweep, sweep_jobs, whole_options
     known = known_options()
-    given = tuple(name for name in known
-                  if context.get_parameter_source(name.replace("-", "_")).name == "COMMANDLINE")
-    config = read_config(path, known).without(given)
+    config = read_config(path, known).without(given_in(context, known))
     whole = whole | whole_options(config, known)
     out = whole.pop("out") or Path("runs")/short_name(path.stem)
     folder = run_sweep(config, sweep_jobs(config, known, base), out, **whole)
@@ -308,13 +329,13 @@ def run_text(folder: Path) -> str: # Lines
         f"All of it on one page: {folder/'report.html'}"])
 
 # %% ../nbs/command_line.ipynb #22d17f47
-@command(JOB, "model", "calibrate", "prune", "evaluate")
+@command(JOB, "model", "calibrate", "prune", "evaluate", quick=True, resumes=True)
 def run_command(
     job: Job,
     context: typer.Context,
     *,
     out: Path | None = None, # the run's folder; runs/MODEL if left out, or runs/CONFIG for a sweep
-    store: Path | None = None, # folder of tables of losses, shared between runs
+    store: Path | None = None, # folder where tables of losses are kept for other runs too
     note: str = "", # a note for the record, such as what else was running
     config: Path | None = None, # YAML file of options; lists cross, a run for each combination
     track: str | None = None, # tensorboard, wandb, trackio or another tracker of accelerate follows the run
@@ -329,47 +350,56 @@ def run_command(
 
 # %% ../nbs/command_line.ipynb #6801cdd9
 @command(JOB, "model", "calibrate", "prune", "evaluate",
-         without=("aggregation", "calibration_seed", "text", "budget", "backend"))
+         without=("aggregation", "calibration_seed", "text", "budget", "backend"), settings=Planning, quick=True)
 def plan_command(
     job: Job,
+    settings: Planning,
     *,
     devices: int = 1, # devices that share the work
-    prompt_tokens: int | None = None, # tokens of every prompt; counted or assumed if left out
-    target_tokens: int | None = None, # tokens of every target; counted or assumed if left out
     tries: int | None = None, # answers to each problem that 'cap chains' is to write; no chains if left out
     probe: bool = True, # time this device on one layer, for the expected times
     budget: float | None = None, # share of the masked passes to spend, as 0.25, for mean scores; all if left out
-    accelerator: str | None = None, # a device not here, as h100 or h100,link=50: what bounds each stage there
+    accelerator: str | None = None, # a device not here, as h100 or h100,link=50: a range of times there
 ) -> str:
     "Say what a job will take, from the model's configuration alone; nothing is loaded."
     from cap_nb.jobs.planning import plan, plan_text
     if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
     rates = accelerator if accelerator is not None else "timed" if probe else None
-    return plan_text(plan(job, devices, rates, prompt_tokens, target_tokens, tries=tries))
+    tokens = settings.prompt_tokens, settings.target_tokens
+    said = plan_text(plan(job, devices, rates, *tokens, tries=tries))
+    if settings.detect is None: return said
+    from cap_nb.analysis import detection_text
+    share = DISCORDANT if settings.discordant is None else settings.discordant
+    return f"{said}\n\n{detection_text(settings.detect, share)}"
+
 
 # %% ../nbs/command_line.ipynb #a1dd7705
 @command(JOB)
 def methods_command() -> str:
     "List the methods, each with what it does and where it comes from."
-    if "cap_nb.core.registry" not in sys.modules:
+    if names_are_known():
         return (Path(cap_nb.__file__).parent/"methods.txt").read_text(encoding="utf-8").rstrip("\n")
     from cap_nb.methods.prune import method_list
     return method_list()
 
-@command(JOB, "model", "calibrate", "sparsities", "evaluate", without=("calibrate_on", "text_share", "text_tokens"))
+@command(JOB, "model", "calibrate", "sparsities", "evaluate", without=("calibrate_on", "text_share", "text_tokens"),
+         resumes=True)
 def claims_command(
     job: Job,
     *,
-    variants: str = "all", # variants, with commas, or all
+    variants: str = "all", # choices to change, as cap~subsets-1, with commas; or all of them
     base: Path | None = None, # folder of a finished run whose table of losses is used
     out: Path | None = None, # the run's folder; runs/MODEL-claims if left out
-    store: Path | None = None, # folder of tables of losses, shared between runs
+    store: Path | None = None, # folder where tables of losses are kept for other runs too
     note: str = "", # a note for the record, such as what else was running
     text_windows: int | None = None, # windows of plain text to calibrate on; as many as examples if left out
 ) -> str:
     "Run CAP with one choice changed at a time: the experiments behind the claims ledger, resumable."
+    names = read_names(variants)
+    for name in names if names != ("all",) and names_are_known() else ():
+        check_choice(name, known_names()["variant"], "variant")
     from cap_nb.experiments.variants import VARIANTS, run_variants
-    names = tuple(VARIANTS) if variants.strip() == "all" else read_names(variants)
+    if names == ("all",): names = tuple(VARIANTS)
     if text_windows is not None: check_at_least(text_windows, 1, "--text-windows", MOST)
     folder = out or Path("runs")/f"{short_name(job.model.name)}-claims"
     return run_text(run_variants(job, folder, base, names, store, note, text_windows))
@@ -384,13 +414,13 @@ def fetch_command(
     from cap_nb.models.loading import fetch_smollm2
     return f"{fetch_smollm2()}: ready; use it with --model {name}."
 
-@command(JOB, plugins=False)
+@command(JOB, plugins=False, resumes=True)
 def train_lab_command(
     *,
-    out: Path, # where the result goes
+    out: Path, # the new folder
     steps: int | None = None, # optimiser steps; the recipe's if left out
-    seed: int = 0, # seed of every draw
-    experts: bool = False, # the sibling with experts
+    seed: int = 0, # seed of every random draw
+    experts: bool = False, # train the sibling with experts
 ) -> str:
     "Train the lab model anew, or its sibling with experts (most of an hour on two cores); resumable."
     from cap_nb.models.lab import DENSE, EXPERTS, train_lab
@@ -400,13 +430,13 @@ def train_lab_command(
     return f"{out}: trained; use it with --model {out}."
 
 # %% ../nbs/command_line.ipynb #5f8a093d
-@command(STEPS, "model", "calibrate", "score_target", without=("calibration_seed",))
+@command(STEPS, "model", "calibrate", "score_target", without=("calibration_seed",), resumes=True)
 def score_command(
     job: Job,
     *,
-    out: Path, # where the result goes
+    out: Path, # the new file, NAME.safetensors
     heads_at_once: int | None = None, # heads of a layer in one pass; as many as fit if left out, and 1 on a processor
-    store: Path | None = None, # folder of tables of losses, shared between runs
+    store: Path | None = None, # folder where tables of losses are kept for other runs too
     budget: float | None = None, # share of the masked passes to spend, as 0.25, for mean scores; all if left out
     join: bool = False, # help another process that makes the same --out: take units that are left, make no file
 ) -> str:
@@ -419,22 +449,25 @@ def score_command(
 def prune_command(
     job: Job,
     settings: SinglePruning,
+    context: typer.Context,
     *,
-    out: Path, # where the result goes
+    out: Path, # the new folder
 ) -> str:
-    "Prune a model and save it; methods with importance factors need --scores, others calibrate on --tasks."
+    "Prune a model and save it, by the method that is recommended for the sparsity unless --method names another."
+    job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
     from cap_nb.single_steps import prune_into
     report = prune_into(job, settings, out)
-    return (f"{out}: {settings.method} set {report.zeros:,} of {report.weights:,} weights in scope to zero "
+    said = (f"{out}: {settings.method} set {report.zeros:,} of {report.weights:,} weights in scope to zero "
             f"({report.reached:.4%}, {settings.sparsity:.4%} asked).\nThe zeros are unstructured: by themselves they "
             "make the checkpoint neither smaller nor faster; 'cap export' packs it.")
+    return f"{why}\n{said}" if why else said
 
 @command(STEPS, "model", "calibrate", "evaluate",
          without=("n", "k", "calibration_seed", "calibrate_on", "text_share", "text_tokens"))
 def eval_command(
     job: Job,
     *,
-    scores: Path | None = None, # table of losses, made by cap score
+    scores: Path | None = None, # table of losses, made by cap score; the problems it was made on are left out
     out: Path | None = None, # folder for the records; not kept if left out
     harness: str | None = None, # lm-evaluation-harness instead, on tasks with commas: its own, or ours as cap_gsm8k
     limit: int | None = None, # problems a task that --harness judges; all if left out
@@ -451,24 +484,24 @@ def eval_command(
     return table_markdown(method_table([evaluate_alone(job, scores, out)]))
 
 # %% ../nbs/command_line.ipynb #adf8e6a9
-@command(STEPS, "model", "tasks", "data_dir", "style", "n", "seed", "max_new_tokens")
+@command(STEPS, "model", "tasks", "data_dir", "style", "n", "seed", "max_new_tokens", resumes=True)
 def chains_command(
     job: Job,
     *,
-    out: Path, # where the result goes
+    out: Path, # the new file, NAME.jsonl
     tries: int = 4, # answers to each problem: the first is greedy, the others are drawn
     temperature: float = 0.7, # temperature of the drawn answers
-    lenient: bool = False, # count right answers that stand on no answer line
+    lenient: bool = False, # count a right answer also where it is not on the line that the prompt asks for
 ) -> str:
     "Let the model answer the problems of a calibration set: chains to calibrate on, resumable."
     from cap_nb.single_steps import answer_into
     return "\n".join(answer_into(job, out, tries, temperature, lenient))
 
-@command(STEPS, "model", "calibrate", without=("calibration_seed",))
+@command(STEPS, "model", "calibrate", without=("calibration_seed",), resumes=True)
 def hessians_command(
     job: Job,
     *,
-    out: Path, # where the result goes
+    out: Path, # the new folder
 ) -> str:
     "Measure the Hessians of a dense model's inputs, a file for each layer, for cap prune --stream; resumable."
     from cap_nb.single_steps import hessians_into
@@ -476,12 +509,12 @@ def hessians_command(
     return f"{out}: Hessians of the dense model; use them with cap prune --stream --hessians {out}."
 
 # %% ../nbs/command_line.ipynb #4533abad
-@command(PRUNED, "model", "calibrate", without=("calibration_seed",), settings=FineTuning)
+@command(PRUNED, "model", "calibrate", without=("calibration_seed",), settings=FineTuning, resumes=True)
 def recover_command(
     job: Job,
     settings: FineTuning,
     *,
-    out: Path, # where the result goes
+    out: Path, # the new folder
 ) -> str:
     "Train a pruned model further while every zero stays zero, and save it; resumable."
     from cap_nb.single_steps import train_into
@@ -494,7 +527,7 @@ def shrink_command(
     job: Job,
     settings: Shrinking,
     *,
-    out: Path, # where the result goes
+    out: Path, # the new folder
 ) -> str:
     "Cut whole neurons, and key-value heads with --groups, out of a model, and save the smaller one."
     from cap_nb.single_steps import shrink_into
@@ -512,19 +545,20 @@ def shrink_command(
 def export_command(
     folder: Path, # folder of a pruned checkpoint
     *,
-    out: Path, # where the result goes
+    out: Path, # the new folder, or file of a gguf
     form: str = "bitmask", # bitmask; delta, masks alone beside a base; gguf, in 16 bits; or one of a plugin
     base: str | None = None, # for a delta: the model that was pruned, as lab or a folder
 ) -> str:
     "Pack a pruned checkpoint into a smaller folder, from which 'cap restore' makes it again; resumable."
+    if names_are_known(): check_choice(form, known_names()["format"], "format")
     from cap_nb.core.registry import FORMATS
     return FORMATS[check_choice(form, FORMATS, "format")].export(folder, out, base)
 
-@command(PRUNED, plugins=False)
+@command(PRUNED, plugins=False, resumes=True)
 def restore_command(
     folder: Path, # folder that 'cap export' made
     *,
-    out: Path, # where the result goes
+    out: Path, # the new folder
     base: str | None = None, # for a delta: the model that was pruned, as lab or a folder
 ) -> str:
     "Make the folder of a packed checkpoint again, byte for byte; resumable."
@@ -538,9 +572,10 @@ def gguf_command(
     folder: Path, # folder of a checkpoint, pruned or not; Llama or Qwen2
     *,
     out: Path, # the new file, NAME.gguf
-    dtype: str = "f16", # of the matrices: f16, q8_0, bf16 or f32
+    dtype: str = "f16", # dtype of the matrices: f16, q8_0, bf16 or f32
 ) -> str:
     "Write a checkpoint as one GGUF file for llama.cpp; what was zero stays zero."
+    if names_are_known(): check_choice(dtype, known_names()["GGUF dtype"], "GGUF dtype")
     from cap_nb.portable.quantised import export_gguf, gguf_sentence
     return gguf_sentence(export_gguf(folder, out, dtype))
 
@@ -567,7 +602,7 @@ def card_command(
     *,
     run: Path | None = None, # folder of a finished run on the same base, for the table
     base: str | None = None, # id of the base on the hub, as owner/name, if a folder was pruned
-    force: bool = False, # replace another README.md
+    force: bool = False, # replace a README.md that is there
 ) -> str:
     "Write a pruned folder's model card, README.md, from what it says of itself, its zeros and a run's records."
     from cap_nb.portable.sharing import write_card
@@ -579,8 +614,8 @@ def publish_command(
     repository: str, # owner/name on the hub
     *,
     dry_run: bool = False, # list what would be uploaded, and upload nothing
-    private: bool = False, # make the repository private, if it is made
-    message: str | None = None, # of the commit; method and sparsity if left out
+    private: bool = False, # make the repository private, if it is new
+    message: str | None = None, # message of the commit; method and sparsity if left out
 ) -> str:
     "Upload a pruned folder to the hub; what does not belong there is refused."
     from cap_nb.portable.sharing import publish
@@ -608,7 +643,7 @@ def table_command(
     if form == "csv": return table_csv(table)
     return {"md": table_markdown, "tex": table_latex}[form](table, run.provenance)
 
-@command(RECORDS)
+@command(RECORDS, resumes=True)
 def figures_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
@@ -618,7 +653,7 @@ def figures_command(
         write_results(run)
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
-@command(RECORDS)
+@command(RECORDS, resumes=True)
 def report_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
@@ -630,37 +665,41 @@ def report_command(
 
 @command(RECORDS, plugins=False)
 def compare_command(
-    runs: list[Path], # folders of runs; the others are held against the first
+    runs: list[Path], # folders of runs; the others are held against the first; or one run, to compare its methods
     *,
-    method: str | None = None, # methods to compare, with commas; all if left out
-    against: str | None = None, # the first run's method to compare with; the same one if left out
+    methods: str | None = None, # methods to compare, with commas; all if left out
+    against: str | None = None, # the first run's method to compare with; if left out the same one, in one run wanda
     sparsity: str | None = None, # sparsities to compare, with commas; all if left out
     form: str = "md", # md or csv
     out: Path | None = None, # folder for the tables and the figure; only printed if left out
-    seed: int = 0, # seed of every draw
+    seed: int = 0, # seed of every random draw
 ) -> str:
     "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
     check_choice(form, ("md", "csv"), "format")
+    from cap_nb.analysis import told_text
     from cap_nb.core.files import check_new_folder
     from cap_nb.jobs.results import compare_runs, comparison_csv, save_comparison
     from cap_nb.jobs.tables import comparison_markdown
     if out: check_new_folder(out)
-    compared = compare_runs(runs, read_names(method), against, sparsity and read_sparsities(sparsity), seed)
-    text = {"md": comparison_markdown, "csv": comparison_csv}[form](compared)
+    compared = compare_runs(runs, read_names(methods), against, sparsity and read_sparsities(sparsity), seed)
+    text = comparison_csv(compared) if form == "csv" else comparison_markdown(compared) + told_text(compared)
+    if form == "md" and len(runs) == 1 and against is None:
+        base = next(iter(compared))[1]
+        text = f"One run: its methods are held against {base}; --against names another.\n\n{text}"
     if out is None: return text
     save_comparison(compared, runs, out)
     return f"{text}\nTables and figure: {out}"
 
 # %% ../nbs/command_line.ipynb #43cf968c
-@command(RECORDS)
+@command(RECORDS, resumes=True)
 def repeat_command(
     folder: Path, # a run's folder, live or packed
     *,
-    out: Path, # where the result goes
+    out: Path, # the folder of the second run
     methods: str | None = None, # methods to do again, with commas; all if left out
     sparsity: str | None = None, # sparsities to do again, with commas; all if left out
     model: str | None = None, # where the model is now; as the run says if left out
-    device: str | None = None, # as the run says if left out
+    device: str | None = None, # cpu, cuda, cuda:N or mps; as the run says if left out
     data_dir: str | None = None, # folder of benchmark files; the hub if left out
     calibrate_on: str | None = None, # file of chains, for a run that was calibrated on them
 ) -> None:
@@ -674,7 +713,7 @@ def repeat_command(
 
 @command(RECORDS, plugins=False)
 def ledger_command(
-    folder: Path, # folder with MODEL_methods and MODEL_claims for each model
+    folder: Path, # folder that holds two runs of each model, MODEL_methods of cap run and MODEL_claims of cap claims
     *,
     models: str | None = None, # models, with commas; all that are there if left out
 ) -> str:
@@ -683,7 +722,7 @@ def ledger_command(
     out = write_ledger(folder, read_names(models))
     return f"{(out/'ledger.md').read_text(encoding='utf-8')}\nTables and figure: {out}"
 
-@command(RECORDS, plugins=False)
+@command(RECORDS, plugins=False, resumes=True)
 def pack_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:

@@ -9,15 +9,17 @@ __all__ = []
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import nn
 from .calibration import Calibration
 from .core.errors import BadInput, check_at_least
-from .core.files import check_new_folder, whole_folder, write_checked
+from .core.files import alone_in, check_new_folder, remove, whole_folder, write_checked
 from .core.registry import additions_noted
+from .core.stopping import NOTHING_KEPT, stop_says
 from .evaluation import Evaluation
 from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
 from .importance import importance_factors
@@ -26,18 +28,19 @@ from .jobs.job import (
     check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, model_configuration,
     targets_configuration)
 from .jobs.records import environment, save_evaluation
-from .jobs.settings import changed, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
+from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
-from .methods.prune import check_method, needs_of, prune, unit_factors
+from .methods.prune import check_method, needs_of, prune_with, reading_of, solves, unit_factors
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, table_scorer
 from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
     check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
     solve_checkpoint)
+from .models.checks import tell_of_zeros, zeros_of
 from .models.loading import (
     check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
-from .portable.fine_tuning import check_settings, recover_into, Recovery
+from .portable.fine_tuning import recover_into, Recovery
 from .portable.sharing import (
     base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
 from .portable.shrink import check_shrinking, shrink_to, Shrunk, shrunk_record
@@ -78,7 +81,7 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint, heads_at_once=heads_at_once,
             target=job.prune.score_target))
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
-    with joined(model.device) as share:
+    with joined(model.device) as share, nullcontext() if store or share.rank else alone_in(working):
         if budget is not None:
             check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
             seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
@@ -88,8 +91,8 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             table = table_scorer(job.prune.score_target)(
                 model, calibration, batch_tokens, working, fingerprint, heads_at_once, share)
             if not share.rank: save_beside(save_losses, table, out)
+        if not (store or share.rank): shutil.rmtree(working)
     if share.rank: return ""
-    if not store: shutil.rmtree(working)
     if budget is not None:
         return (f"{out}: {int(table.measured.sum()):,} of {table.measured.numel():,} losses with a head masked, "
                 f"{table.losses.meta['screened']['spent']:.1%} of the work of all; it gives mean scores: use it with "
@@ -124,7 +127,9 @@ def matching_scores(path: Path, fingerprint: str, settings: PruneSettings) -> tu
 def factors_from(pruning: SinglePruning, fingerprint: str, settings: PruneSettings) -> Factors | None:
     "Importance factors from a table of losses; one of another model or target raises `BadInput`."
     if pruning.scores is None: return None
-    _, scores = matching_scores(pruning.scores, fingerprint, settings)
+    reading = reading_of(check_method(pruning.method).attribution)
+    how = replace(settings, aggregation=reading.aggregation(settings.aggregation))
+    _, scores = matching_scores(pruning.scores, fingerprint, how)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
 # %% ../nbs/single_steps.ipynb #01b97032
@@ -132,8 +137,9 @@ def record_of(job: Job, pruning: SinglePruning, report: PruneReport, base: dict,
     "The record of a pruning."
     scores = None
     if pruning.scores is not None and "factors" in needs_of(check_method(pruning.method)):
-        losses, _ = read_scores(pruning.scores, job.prune.aggregation)
-        scores = scores_record(losses, job.prune.aggregation) | {"key_value": pruning.key_value}
+        how = reading_of(check_method(pruning.method).attribution).aggregation(job.prune.aggregation)
+        losses, _ = read_scores(pruning.scores, how)
+        scores = scores_record(losses, how) | {"key_value": pruning.key_value}
         if "screened" in losses.meta: scores |= {"screened": losses.meta["screened"]}
     plugins = {"plugins": additions_noted()} if additions_noted() else {}
     return pruning_record(report, base, pruning.ties, calibration, scores) | plugins
@@ -146,8 +152,8 @@ def base_and_calibration(job: Job, loaded: tuple, calibration: Calibration | Non
     return base, calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
 
 # %% ../nbs/single_steps.ipynb #3d8dc3be
-def prune_in_memory(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
-    "Load a model, prune it, save it."
+def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) -> PruneReport: # What was done
+    "Load a model, prune it, save it; what takes long is kept in the working folder meanwhile."
     for name in ("norms", "hessians"):
         if getattr(pruning, name) is not None:
             raise BadInput(f"--{name} was given without --stream: expected both, since in memory every layer is "
@@ -155,15 +161,18 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path) -> PruneReport:
     parts = check_method(pruning.method)
     model, tokenizer = load_checked(job)
     check_all_here(model)
+    tell_of_zeros(*zeros_of(model))
     calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
     calibration = job_calibration(job, tokenizer) if calibrated else None
     fingerprint = model_fingerprint(model)
     factors = factors_from(pruning, fingerprint, job.prune)
     if factors is None and parts.attribution:
         given = Inputs(calibration=calibration, batch_tokens=job.model.batch_tokens)
-        factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
-    report = prune(model, pruning.method, pruning.sparsity, factors, calibration, pruning.ties,
-                   job.model.batch_tokens, job.calibrate.seed)
+        factors = unit_factors(model, parts.attribution, given, how=job.prune.aggregation)
+        factors = replace(factors, key_value=pruning.key_value)
+    given = Inputs(factors=factors, calibration=calibration, ties=pruning.ties, batch_tokens=job.model.batch_tokens,
+                   seed=job.calibrate.seed, store=working/"budgets", unfinished=working/"layers")
+    report = prune_with(model, pruning.method, pruning.sparsity, given)
     base, calibrated_on = base_and_calibration(job, (model, tokenizer, fingerprint), calibration)
     note_on_model(model, record_of(job, pruning, report, base, calibrated_on))
     save_model(model, tokenizer, out)
@@ -200,6 +209,27 @@ def prune_on_disk(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: #
     return made_and_noted(out, make, record)
 
 # %% ../nbs/single_steps.ipynb #7023f6d3
+@contextmanager
+def working_folder(out: Path) -> Iterator[Path]:
+    "A folder beside the one that is made, for this process alone; what is in it goes when the block ends well."
+    check_new_folder(out)
+    working = out.with_name(f"{out.name}.unfinished")
+    with alone_in(working):
+        try:
+            check_new_folder(out) # another process may have made it meanwhile
+            yield working
+            for name in ("budgets", "layers"): remove(working/name)
+        finally:
+            if not any(working.iterdir()): working.rmdir()
+
+def sentence_of_stop(pruning: SinglePruning) -> str:
+    "What a stopped pruning says of what it keeps."
+    parts, kept = check_method(pruning.method), []
+    if parts.allocation == "kl": kept.append("measured budgets")
+    if solves(parts): kept.append("finished layers")
+    if pruning.stream or not kept: return NOTHING_KEPT
+    return f"Stopped. Kept: {' and '.join(kept)}; the same command goes on from there, and does all else again."
+
 def prune_into(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
     "Prune a model and save it with a record of how; a mistake raises `BadInput` before anything is loaded."
     check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
@@ -208,8 +238,8 @@ def prune_into(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # Wh
     if "factors" in needs_of(parts) and pruning.scores is None and not measures_factors:
         raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
                        "score'.")
-    check_new_folder(out)
-    return (prune_on_disk if pruning.stream else prune_in_memory)(job, pruning, out)
+    with stop_says(sentence_of_stop(pruning)), working_folder(out) as working:
+        return prune_on_disk(job, pruning, out) if pruning.stream else prune_in_memory(job, pruning, out, working)
 
 def hessians_into(job: Job, out: Path) -> None:
     "Measure the Hessians of a dense model's inputs; the same call goes on after a kill."
@@ -238,7 +268,7 @@ def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of
 def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was done
     "Train a pruned model further while every zero stays zero, and save it; the same call goes on after a kill."
     tuning = replace(tuning, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
-    check_settings(tuning)
+    check_tuning(tuning)
     model, tokenizer = load_checked(job)
     return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning)
 

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.colors import Normalize
 
 from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, method_looks, save_figure
 from cap_nb.analysis import (
     PAPER_NUMBERS, compare, compare_methods, compare_with_paper, comparison_frame, correct_family, holm, method_table,
-    paper_table, plot_head_importance)
+    method_title, paper_table, plot_head_importance)
 from cap_nb.jobs.tables import (
-    answer_table, comparison_grid, comparison_mark, comparison_markdown, comparison_text,
+    ELSEWHERE, answer_table, comparison_grid, comparison_mark, comparison_markdown, comparison_text,
     head_importance_in_words, interval_text, pairs_with, plot_importance_distribution, plot_sparsity_curves,
     table_csv, table_latex, table_markdown, table_notes)
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
@@ -80,10 +81,43 @@ def test_latex_has_no_loose_special_character():
     assert r"my\_own\%" in body and not re.search(r"(?<!\\)[%_#]", body)
 
 
-def test_notes_name_counts_and_cut_fingerprints():
-    notes = table_notes(method_table(CELLS), {"model": {"fingerprint": "0123456789abcdef" * 4}, "commit": "a" * 40})
+ORIGIN = {"model": {"name": "m", "fingerprint": "0123456789abcdef" * 4}, "commit": "a" * 40, "plugins": {"my.py": "c" * 64}, "style": {"fingerprint": "e" * 64 + "-" + "f" * 16},
+          "evaluation": {"data": {"accuracy": {}, "text": {"lab-text": "d" * 64}}, "max_new_tokens": {}, "loss_n": 30}}
+
+
+def test_notes_name_counts_and_leave_fingerprints_to_a_file():
+    """All but those of the model and of plugins: the page says where they are, and the comments of the LaTeX file have them, cut."""
+    notes = table_notes(method_table(CELLS), ORIGIN)
     assert notes[1] == "Problems or windows: GSM8K 60, ARC-C. 60, StrategyQA loss 30, WikiText-2 (tokenised) perplexity 3."
-    assert notes[2:] == ["model: fingerprint 0123456789ab", f"commit: {'a' * 40}"]
+    assert notes[2:] == ["model: name m, fingerprint 0123456789ab", f"commit: {'a' * 40}", "plugins: my.py cccccccccccc", "evaluation: loss_n 30", ELSEWHERE] and "run.json" in ELSEWHERE
+    assert table_notes(method_table(CELLS), ORIGIN, fingerprints=True)[2:] == [
+        "model: name m, fingerprint 0123456789ab", f"commit: {'a' * 40}", "plugins: my.py cccccccccccc", "style: fingerprint eeeeeeeeeeee",
+        "evaluation: data (text (lab-text dddddddddddd)), loss_n 30"]
+    assert ELSEWHERE not in table_notes(method_table(CELLS), {"aggregation": "paper"})
+    assert "dddddddddddd" in table_latex(method_table(CELLS), ORIGIN) and "dddddddddddd" not in table_markdown(method_table(CELLS), ORIGIN)
+
+
+@pytest.mark.parametrize("without, reading", [
+    ({}, "Accuracy: strict last line, per cent, 95 % Wilson interval. Loss: nats a target token; loss and perplexity: 95 % bootstrap interval."),
+    ({"answers": ()}, "Loss: nats a target token; loss and perplexity: 95 % bootstrap interval."),
+    ({"losses": (), "perplexity": None}, "Accuracy: strict last line, per cent, 95 % Wilson interval."),
+    ({"losses": (), "answers": ()}, "Perplexity: 95 % bootstrap interval."), ({"answers": (), "perplexity": None}, "Loss: nats a target token, 95 % bootstrap interval.")])
+def test_notes_speak_of_columns_that_are_there(without, reading):
+    assert table_notes(method_table([replace(e, **without) for e in CELLS]))[0] == reading
+
+
+def test_a_table_of_nothing_has_no_note():
+    assert table_notes(method_table([replace(CELLS[0], answers=(), losses=(), perplexity=None)])) == []
+
+
+def test_methods_have_the_names_that_papers_give_them():
+    """In every table and figure; rows keep their order, and a combination stays as it is typed."""
+    typed = ["sparsegpt", "ria", "alps", "sparsegpt@2:4", "wanda+owl", "cap", "dense"]
+    assert [method_title(m) for m in typed] == ["SparseGPT", "RIA", "ALPS", "sparsegpt@2:4", "wanda+owl", "CAP", "Dense"]
+    rows = [cell(m, 0.5, 1, 1.0) for m in ("sparsegpt", "ria", "my_own", "cap", "alps", "wanda")]
+    assert [m for m, _ in method_table(rows).index] == ["Wanda", "CAP", "ALPS", "my_own", "RIA", "SparseGPT"]
+    legend = plot_sparsity_curves(rows).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["Wanda", "CAP", "ALPS", "my_own", "RIA", "SparseGPT"]
 
 
 def coins(rng, n=80):
@@ -164,9 +198,35 @@ def test_methods_differ_in_looks():
 def test_the_heatmap_is_parted_at_zero():
     scores = torch.tensor([[0.1, -0.3], [0.2, 0.0]])
     mesh = plot_head_importance(scores).axes[0].collections[0]
-    assert mesh.norm.vmin == pytest.approx(-0.3) and mesh.norm.vmax == pytest.approx(0.3)
+    assert mesh.norm.vmin == pytest.approx(-0.3) and mesh.norm.vmax == pytest.approx(0.3) and type(mesh.norm) is Normalize
     assert plot_head_importance(torch.zeros(2, 2)).axes[0].collections[0].norm.vmax == 1.0
     assert "1 (25%) score below zero" in head_importance_in_words(scores)
+
+
+def test_one_head_that_leads_leaves_the_others_their_colours():
+    """Far from white beside a head a thousand times as high, on its side of zero, and the colour bar names where the scale changes."""
+    scores = torch.tensor([[5.0, 0.005, -0.005], [0.002, 0.001, -0.0005]])
+    grid, bar = plot_head_importance(scores).axes
+    mesh = grid.collections[0]
+    place = mesh.norm(scores.numpy())
+    assert place[0, 0] == pytest.approx(1) and mesh.norm(0) == 0.5 and 0.7 > place[0, 1] > 0.6 and place[0, 1] - 0.5 == pytest.approx(0.5 - place[0, 2])
+    assert (place.ravel().argsort() == scores.numpy().ravel().argsort()).all(), "the order is kept"
+    assert bar.get_ylabel().endswith("logarithmic beyond ±0.001") and {0, 1, -1} <= {round(tick) for tick in bar.get_yticks()}
+    assert "logarithmic" not in plot_head_importance(torch.tensor([[0.3, -0.1]])).axes[1].get_ylabel()
+
+
+def test_one_sparsity_is_dots_around_one_tick():
+    """In the middle of the panel, without lines, and several sparsities have a tick each."""
+    for methods in (("dense", "cap"), ("dense", "cap", "wanda"), [*dict(SHIFTS), "dense", "ria", "alps", "random", "heads"]):
+        figure = plot_sparsity_curves([cell(m, 0.5 if m != "dense" else 0.0, 20, 2.0) for m in methods])
+        for panel in figure.axes[:len(COLUMNS)]:
+            left, right = panel.get_xlim()
+            assert list(panel.get_xticks()) == [50] and (left + right) / 2 == 50
+            for container in panel.containers:
+                line, [x] = container.lines[0], container.lines[0].get_xdata()
+                assert line.get_linestyle() == "None" and left + (right - left) / 5 < x < right - (right - left) / 5
+    several = plot_sparsity_curves(CELLS).axes[0]
+    assert list(several.get_xticks()) == [10, 20, 50] and all(c.lines[0].get_linestyle() == "-" for c in several.containers)
 
 
 def test_curves_show_what_the_table_holds():

@@ -161,15 +161,15 @@ def test_a_run_within_a_budget_says_what_was_measured(tmp_path):
     assert run.losses is None and not run.partial.measured.all() and not run.scores.isnan().any()
     assert [int(line.split(",")[2]) for line in lines[1:]] == run.partial.measured.sum(-1).flatten().tolist()
     assert cap("pack", tmp_path / "part").exit_code == 0 and torch.equal(load_run(tmp_path / "part").scores, run.scores)
-    assert_one_sentence(cap("run", *few, "--out", tmp_path / "part"), "budget (0.7, now None)")
+    assert_one_sentence(cap("run", *few, "--out", tmp_path / "part"), "--budget is left out, the run in this folder has 0.7")
     claims = ["claims", *FEW, "--base", tmp_path / "part", "--out", tmp_path / "claims", "--tasks", "lab-arc", "--accuracy-tasks", "none"]
     assert_one_sentence(cap(*claims), "has no whole table of losses")
 
 
 def test_a_folder_is_one_run(finished):
     folder, _ = finished
-    assert_one_sentence(cap("run", *FEW, "--score-target", "divergence", "--out", folder), "score_target (None, now divergence)")
-    assert_one_sentence(cap("run", *FEW, "--seed", "1", "--out", folder), "other settings", "calibration.seed (0, now 1)")
+    assert_one_sentence(cap("run", *FEW, "--score-target", "divergence", "--out", folder), "--score-target is divergence, the run in this folder has loss")
+    assert_one_sentence(cap("run", *FEW, "--seed", "1", "--out", folder), "other settings", "--seed is 1, the run in this folder has 0: expected its own")
 
 
 def test_table_again(finished):

@@ -10,11 +10,13 @@ from fixtures import tiny_llama
 from proofs import PROOFS, RECORD, TINY_MODELS, proof_error, proofs_of, tiny_calibration, tiny_factors, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
+from cap_nb.core.registry import additions_undone
 from cap_nb.data.prompts import collate
+from cap_nb.experiments.vision import SHAPE_MODEL, ImageReader
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.jobs.planning import read_sizes
@@ -134,6 +136,21 @@ def test_granite_moe_of_transformers_4_is_refused():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **proofs.ENDS | settings))
     with pytest.raises(BadInput, match="block_sparse_moe holds no experts: expected them beside the router"):
         anatomy(model)
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit", "clip", "dinov2", "siglip"])
+def test_image_models_are_refused_by_name(kind):
+    with pytest.raises(BadInput, match=f"'{kind}' is an image model: expected a language model; .* ImageReader"):
+        family_of(AutoConfig.for_model(kind))
+
+
+def test_an_image_model_is_refused_whatever_was_imported():
+    """The reader is what is known, and only it; a model that is read by one stays an image model."""
+    model = ViTForImageClassification(ViTConfig(**SHAPE_MODEL)).eval()
+    with additions_undone():
+        assert prune(ImageReader(model, torch.empty(0)), "magnitude", 0.5).reached == 0.5
+        with pytest.raises(BadInput, match="'vit' is an image model"):
+            prune(model, "magnitude", 0.5)
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,19 +25,20 @@ from cap_nb.calibration import calibration_set, overlap
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import check_new_folder, read_checked, whole_folder, write_checked
+from cap_nb.data import prompts
 from cap_nb.data.problems import load_problems, read_arc
 from cap_nb.evaluation import accuracy, evaluation_problems
 from cap_nb.jobs import job as job_module
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.planning import plan
 from cap_nb.jobs.plugins import plugins_loaded
-from cap_nb.jobs.records import load_run, pack_run, unpack_run
-from cap_nb.jobs.settings import Job, changed
+from cap_nb.jobs.records import changed_options, load_run, pack_run, read_run, unpack_run
+from cap_nb.jobs.settings import Job, SinglePruning, changed, option_of
 from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
 from cap_nb.models import loading
-from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.single_steps import save_beside
+from cap_nb.models.loading import load_model, model_fingerprint, save_model
+from cap_nb.single_steps import prune_into, save_beside, score_into
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 SMALLEST = dict(
@@ -74,13 +75,8 @@ OTHER = {
     "text": "lab-text",
     "evaluate_on": "validation",
 }
-# How a run's record calls a setting, where it is not the setting's own name
-RECORDED = {
-    "calibration_seed": "calibration.seed",
-    "calibrate_on": "calibration.on",
-    "accuracy_tasks": "evaluation.data.accuracy",
-    "evaluate_on": "evaluation.on",
-}
+# What the run has of a setting that it was not given
+IN_A_RUN = {"dtype": "float32", "style": "paper", "calibration_seed": 0, "accuracy_tasks": ("gsm8k",), "text": "wikitext2"}
 WORDS = {"hidden_act": "gelu", "rope_type": "linear", "dtype": "bfloat16", "torch_dtype": "bfloat16"}
 
 
@@ -143,8 +139,10 @@ def first(tmp_path_factory):
 
 @pytest.fixture
 def place(first, tmp_path, monkeypatch):
-    """A copy that a test may change; names lead to the copy from the same working directory."""
+    """A copy that a test may change, as if its run had been made here."""
     shutil.copytree(first, tmp_path / "copy")
+    kept = read_run(tmp_path / "copy" / "run")
+    write_checked(tmp_path / "copy" / "run" / "run.json", kept | {"model": kept["model"] | {"name": str(tmp_path / "copy" / "model")}})
     return tmp_path / "copy"
 
 
@@ -161,7 +159,7 @@ def check_taken_in(place, first, named, **settings):
     try:
         run_job(job_in(place, **settings), place / "run")
     except BadInput as error:
-        assert named in str(error).replace("-", "_"), f"{named} is not named: {error}"
+        assert named in str(error), f"{named} is not named: {error}"
         return "refused"
     found = numbers(place / "run")
     assert {cell: found[cell] for cell in wanted} == wanted, f"{named} was changed, and the numbers of before stand"
@@ -188,7 +186,30 @@ def test_a_changed_setting(setting, place, first):
     value = other_value(setting)
     if value is None:
         pytest.skip(f"{setting.name} has no other value on every machine, or is tried below")
-    check_taken_in(place, first, RECORDED.get(setting.name, setting.name), **{setting.name: value})
+    before = SMALLEST.get(setting.name, setting.default)
+    before, now = (",".join(map(str, each)) if isinstance(each, tuple) else each for each in (IN_A_RUN.get(setting.name, before), value))
+    had = "was made without it" if before is None else f"has {before}"
+    said = f"{option_of(setting.name)} is {now}, the run in this folder {had}: expected its own; give these, or another folder with --out."
+    check_taken_in(place, first, said, **{setting.name: value})
+
+
+@pytest.mark.parametrize(
+    "option, part, values",
+    [
+        ("--model", "model", {"name": "other", "fingerprint": "0" * 64}),
+        ("--device", "model", {"device": "cuda"}),
+        ("--backend", "evaluation", {"backend": "vllm"}),
+    ],
+)
+def test_a_setting_that_not_every_machine_can_change(option, part, values, first):
+    kept = read_run(first / "run")
+    now, had = next(iter(values.values())), {"--model": first / "model", "--device": "cpu", "--backend": "transformers"}[option]
+    assert changed_options(kept, kept | {part: kept[part] | values}) == (f"{option} is {now}, the run in this folder has {had}",)
+
+
+def test_a_model_that_was_moved_is_the_same(place):
+    (place / "model").rename(place / "moved")
+    assert run_job(job_in(place, name=str(place / "moved")), place / "run") == place / "run"
 
 
 # ---- the files of the model ----
@@ -257,6 +278,29 @@ def test_a_field_that_is_taken_out_of_the_fingerprint_is_noticed(place, monkeypa
         check_taken_in(place, place, "rms_norm_eps")
 
 
+ALREADY = "50.0% of the weights in scope are zero before pruning, and a sparsity counts them"
+
+
+def test_zeros_that_are_there_already_are_told(place, caplog):
+    """Before a run, before pruning in memory and on the disk; of a dense model nothing is said."""
+    model, tokenizer = load_model(place / "model")
+    prune(model, "magnitude", 0.5)
+    save_model(model, tokenizer, place / "half")
+    how = SinglePruning(method="magnitude", sparsity=0.3)
+
+    def told(do):
+        caplog.clear()
+        report = do()
+        return report, sum(ALREADY in record.message for record in caplog.records)
+
+    half = changed(Job(), name=str(place / "half"))
+    for stream in (False, True):
+        report, times = told(lambda: prune_into(half, replace(how, stream=stream), place / f"again{stream}"))
+        assert (report.reached, times) == (0.5, 1)
+    assert told(lambda: run_job(job_in(place, name=str(place / "half")), place / "half_run"))[1] == 1
+    assert told(lambda: prune_into(changed(half, name=str(place / "model")), how, place / "once"))[1] == 0
+
+
 # ---- what a folder says beside the configuration ----
 def edited(name, **settings):
     def change(place):
@@ -291,18 +335,18 @@ def another_rule(place):
 
 
 FILES = {
-    "a weight": (another_weight, "model.fingerprint"),
-    "the end of an answer": (edited("generation_config.json", eos_token_id=5), "generation.eos_token_id"),
+    "a weight": (another_weight, "the model's weights"),
+    "the end of an answer": (edited("generation_config.json", eos_token_id=5), "eos_token_id in its generation_config.json"),
     "a setting of generation": (
         edited("generation_config.json", repetition_penalty=1.5),
-        "generation.repetition_penalty",
+        "repetition_penalty in its generation_config.json",
     ),
-    "the chat template": (with_template(TEMPLATE.replace("assistant: ", "answer: ")), "model.tokenizer"),
-    "how a text is cut": (another_rule, "model.tokenizer"),
-    "the problems": (another_problem, "calibration.fingerprint"),
+    "the chat template": (with_template(TEMPLATE.replace("assistant: ", "answer: ")), "the tokenizer's vocabulary or chat template"),
+    "how a text is cut": (another_rule, "the tokenizer's rules by which it cuts a text"),
+    "the problems": (another_problem, "the calibration examples, the problems of gsm8k that are answered, the problems of gsm8k for held-out loss: expected"),
     "the text": (
         lambda place: [path.write_text(path.read_text().upper()) for path in (place / "data" / "wikitext2").iterdir()],
-        "evaluation.data.text",
+        "content of the text wikitext2: expected the same; check --model, --data-dir",
     ),
 }
 
@@ -341,6 +385,23 @@ def test_a_template_that_cannot_ask_is_refused(what, place):
     with pytest.raises(BadInput, match="chat template") as error:
         run_job(job_in(place), place / "new")
     assert "\n" not in str(error.value) and not (place / "new").exists()
+
+
+def test_a_tokenizer_without_a_template_is_told(place, caplog):
+    (place / "model" / "chat_template.jinja").unlink()
+    prompts.tell_of_plain_prompts.cache_clear()
+    for _ in range(2):
+        run_job(job_in(place), place / "plain")
+    assert [r.message for r in caplog.records if r.name == prompts.__name__] == [
+        "model has no chat template: a prompt is the plain question and an empty line."
+    ]
+    assert [read_run(place / name)["model"].get("prompts") for name in ("plain", "run")] == ["plain text", None]
+
+
+def test_a_clock_that_transformers_keeps_elsewhere_is_one_sentence(place, monkeypatch):
+    monkeypatch.delattr(prompts.chat_template_utils, "datetime")
+    with pytest.raises(BadInput, match="keeps the clock of chat templates in another place: expected .* install transformers<6"):
+        run_job(job_in(place), place / "new")
 
 
 def test_an_older_run_goes_on_and_says_what_it_does_not_cover(place, caplog):
@@ -600,6 +661,15 @@ def test_two_tables_of_one_name_are_both_kept(tmp_path):
     with pytest.raises(BadInput, match="is whole in scores.[0-9]+.safetensors beside it"):
         save_beside(lambda table, path: path.write_text(table), "mine", out)
     assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["another's", "mine"]
+
+
+def test_two_models_are_not_scored_into_one_name(tmp_path):
+    """The first one takes its working folder away when it ends, and with it what the second one would have there."""
+    out = tmp_path / "scores.safetensors"
+    job = changed(Job(), n=2, k=1, tasks=("lab-arc",), device="cpu")
+    with files.alone_in(tmp_path / "scores.safetensors.unfinished"), pytest.raises(BadInput, match="Another process is at work in .*unfinished"):
+        score_into(job, out)
+    assert "losses of 2 examples" in score_into(job, out) and list(tmp_path.iterdir()) == [out]
 
 
 def test_half_written_files_of_a_process_in_another_container_stay(tmp_path):

@@ -1,5 +1,7 @@
 """The source distribution builds a wheel, and the wheel holds what a user needs: the modules, the lab's checkpoint, the command."""
 import configparser
+import functools
+import inspect
 import re
 import shutil
 import subprocess
@@ -53,7 +55,7 @@ def test_wheel(built):
         [entry_points] = [opened.read(n).decode() for n in names if n.endswith("entry_points.txt")]
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "cap_nb").rglob("*.py")}
     assert modules <= names
-    assert checkpoint_files() | {"cap_nb/py.typed", "cap_nb/methods.txt", "cap_nb/all.pyi", "cap_nb/__init__.pyi"} <= names
+    assert checkpoint_files() | {"cap_nb/py.typed", "cap_nb/methods.txt", "cap_nb/names.json", "cap_nb/all.pyi", "cap_nb/__init__.pyi"} <= names
     assert archive.stat().st_size < 20_000_000
     assert "cap = cap_nb.__main__:main" in entry_points
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"cap_nb"}, "tools, tests and the site stay out"
@@ -82,6 +84,16 @@ def test_one_version():
     assert version in re.findall(r"[0-9.]*[0-9]", newest)
     assert {"cff-version", "message", "title", "authors"} <= citation.keys() and {"type", "title", "authors"} <= paper.keys()
     assert paper["title"] in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()), "the paper's title is README's"
+
+
+def test_the_package_says_what_it_is():
+    """What `help(cap_nb)` opens with: the lines that it shows are run."""
+    assert inspect.getdoc(cap_nb).startswith("Causal Attribution Pruning") and "`cap --help`" in cap_nb.__doc__
+    lines = [line.strip() for line in cap_nb.__doc__.splitlines() if line.startswith("    ")]
+    names = {name: getattr(cap_nb, name) for name in dir(cap_nb) if not name.startswith("_") and any(f"{name}(" in line for line in lines)}
+    names["calibration_set"] = functools.partial(names["calibration_set"], n=4)
+    exec("\n".join(lines), names)
+    assert names["report"].reached == pytest.approx(0.5, abs=1e-4)
 
 
 def test_nothing_heavy_is_imported_before_it_is_asked_for():

@@ -2,24 +2,31 @@
 import functools
 import json
 import math
+import re
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
+
+from conftest import ROOT
 from fixtures import made_up, made_up_calibration, tiny_config, tiny_llama
+from programs import assert_one_sentence, called as cap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from cap_nb.analysis import least_told, mcnemar_exact, problems_needed
 from cap_nb.calibration import calibration_set
 from cap_nb.core.errors import BadInput
 from cap_nb.data.prompts import collate
 from cap_nb.jobs import planning
 from cap_nb.jobs.planning import (
     ExampleLength, Rates, Workload, at_once, evaluation_memory, flops_of, hook_loop_work, lengths_of, plan, plan_advice, plan_text,
-    planned_stages, read_sizes, run_seconds, scoring_work, sizes_of, spectra_flops, timed_rates, wanda_work, writing_work)
-from cap_nb.jobs.settings import Job, changed
+    planned_stages, range_text, read_sizes, run_seconds, scoring_work, sizes_of, spectra_flops, timed_rates, wanda_work, writing_work)
+from cap_nb.jobs.settings import Job, Planning, changed, check_ranges
 from cap_nb.methods.prune import prune
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.screening import screen_heads
@@ -98,7 +105,7 @@ def counted(work):
 def test_published_models_need_no_network_and_have_their_published_sizes(monkeypatch):
     monkeypatch.setattr(planning, "config_on_hub", lambda name: pytest.fail("the hub was asked"))
     counts = {"meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248, "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
-              "llama-3-70b": 70_553_706_496, "mixtral-8x22b": 140_620_634_112}
+              "llama-3-70b": 70_553_706_496, "mixtral-8x22b": 140_620_634_112, "llama-2-7b": 6_738_415_616}
     assert {name: read_sizes(name).parameters for name in counts} == counts
     for short in ("llama-3-8b", "LLAMA-3-8B-Instruct", "meta-llama-3-8b-instruct"):
         sizes = read_sizes(short)
@@ -143,6 +150,18 @@ def test_operations_of_passes_agree_with_torchs_counter():
     screened = flops_of(scoring_work(load.sizes, load.batches, 0.5), load.sizes) / counted(lambda: screen_heads(model, calibration, 0.5, batch_tokens=60))
     walked = flops_of(wanda_work(load.batches), load.sizes) / counted(lambda: prune(model, "wanda", 0.5, calibration=calibration, batch_tokens=60))
     assert 1 <= resumed < 1.2 and 1 <= walked < 1.5 and 0.7 < screened < 1.4
+
+
+def test_regional_gradients_are_counted_beside_the_walk():
+    """Forward and back through one layer after the other, one sequence at a time: operations and memory by torch's own counts."""
+    model, calibration = random_model(attn_implementation="eager", num_hidden_layers=8), made_up_calibration(9, shortest=10, step=2, vocabulary=90)
+    load = load_of(model, calibration, methods=("rgs",))
+    found, walk = stage(load, "regional gradients"), stage(load, "pruning layer by layer")
+    assert 1 <= (found.flops + walk.flops) / counted(lambda: prune(model, "rgs", 0.5, calibration=calibration)) < 1.4
+    model = random_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=2)
+    load = load_of(model, calibration, methods=("rgs",))
+    held = peak(lambda: prune(model, "rgs", 0.5, calibration=calibration))
+    assert 0.5 < held / max(at_once(stage(load, name).memory) for name in ("regional gradients", "pruning layer by layer")) < 1.6
 
 
 def test_operations_of_answers_agree_with_torchs_counter():
@@ -190,7 +209,7 @@ def test_the_memory_of_pruning_is_about_what_is_held(method, dtype):
     model = random_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=2).to(dtype)
     calibration = made_up_calibration(12, shortest=10, step=2, vocabulary=90)
     load = load_of(model, calibration, 200, str(dtype).removeprefix("torch."), methods=(method,))
-    found = stage(load, {"cap": "pruning by CAP", "wanda": "pruning by Wanda"}.get(method, f"pruning by {method}"))
+    found = stage(load, {"cap": planning.THRESHOLD, "wanda": planning.WALK}.get(method, f"pruning by {method}"))
     held = peak(lambda: prune(model, method, 0.5, torch.ones(2, 4), calibration, batch_tokens=200))
     assert 0.5 < held / at_once(found.memory) < 1.6
 
@@ -248,9 +267,9 @@ def test_smaller_batches_and_fewer_examples_that_are_named_do_fit():
             again = gpu(17, batch_tokens=batch_tokens)
             return again.needed(next(stage for stage in again.stages if sentence.lower().startswith(stage.name.lower())))
         assert needed(tokens) <= 17 * GIB < needed(2 * tokens)
-    sentence = next(sentence for sentence in plan_advice(gpu(19, n=4000, batch_tokens=512)) if sentence.startswith("Pruning by Wanda"))
+    sentence = next(sentence for sentence in plan_advice(gpu(19, n=4000, batch_tokens=512)) if sentence.startswith("Pruning layer by layer"))
     n = int(sentence.split("--n ")[1].split()[0])
-    assert 0 < n < 4000 and not any(sentence.startswith("Pruning by Wanda") for sentence in plan_advice(gpu(19, n=n, batch_tokens=512)))
+    assert 0 < n < 4000 and not any(sentence.startswith("Pruning layer by layer") for sentence in plan_advice(gpu(19, n=n, batch_tokens=512)))
 
 
 def test_main_memory_is_shared_by_processes_and_may_be_unknown(monkeypatch):
@@ -280,15 +299,88 @@ def test_times_grow_with_the_work_and_a_run_is_its_parts():
     job = changed(Job(), name="mistral-7b", n=120, methods=("cap", "wanda", "sparsegpt+kl", "magnitude@layer+alpha"), sparsities=(0.1, 0.2))
     once, twice = (plan(changed(job, n=n), rates=RATES, memory=80 * GIB) for n in (120, 240))
     seconds = {stage.name: once.bound(stage)[1] for stage in once.stages}
-    assert [stage.name for stage in once.stages[6:]] == ["pruning by sparsegpt", planning.BUDGETS, planning.SPECTRA]
-    assert twice.bound(twice.stage("scoring"))[1] == pytest.approx(2 * seconds["scoring"], rel=0.01) and seconds["scoring by the hook loop"] > 1.8 * seconds["scoring"]
-    wanted = (seconds["scoring"] + 2 * (seconds["pruning by CAP"] + seconds["pruning by Wanda"] + seconds["pruning by sparsegpt"])
-              + 2 * (seconds[planning.SPECTRA] + seconds["pruning by CAP"]) + seconds[planning.BUDGETS] + 9 * seconds["evaluating one model"])
-    assert len(once.cells) == 9 and run_seconds(once) == pytest.approx(wanted)
+    assert [stage.name for stage in once.stages] == ["loading the weights", "scoring", planning.THRESHOLD, planning.WALK, "pruning by sparsegpt", planning.SPECTRA,
+                                                     planning.BUDGETS, "evaluating one model"]
+    assert all(0 < best <= worst for best, worst in seconds.values()) and twice.bound(twice.stage("scoring"))[1] == pytest.approx([2 * s for s in seconds["scoring"]], rel=0.01)
+    for end in (0, 1):
+        s = {name: ends[end] for name, ends in seconds.items()}
+        wanted = (s["scoring"] + 2 * (s[planning.THRESHOLD] + s[planning.WALK] + s["pruning by sparsegpt"]) + 2 * (s[planning.SPECTRA] + s[planning.THRESHOLD])
+                  + s[planning.BUDGETS] + 9 * s["evaluating one model"])
+        assert len(once.cells) == 9 and run_seconds(once)[end] == pytest.approx(wanted)
     shared = plan(job, 3, RATES, memory=80 * GIB)
-    assert 1 < shared.bound(shared.stage("scoring"))[1] / (seconds["scoring"] / 3) < 1.02
+    assert 1 < shared.bound(shared.stage("scoring"))[1][1] / (seconds["scoring"][1] / 3) < 1.02
     within = plan(changed(job, methods=("cap",), budget=0.5, aggregation="mean"), rates=RATES, memory=80 * GIB)
     assert 0.5 < within.stage("scoring").flops / once.stage("scoring").flops < 0.55 and "slopes and intact passes included" in plan_text(within)
+
+
+# what is asked, and nothing else
+
+
+@pytest.mark.parametrize("methods, rows", [
+    (("wanda",), {"pruning layer by layer (wanda)"}),
+    (("magnitude", "wanda", "ria"), {"pruning all at once (magnitude)", "pruning layer by layer (wanda, ria)"}),
+    (("cap", "magnitude"), {"scoring", "pruning all at once (cap, magnitude)"}),
+    (("sparsegpt",), {"pruning by sparsegpt"}),
+    (("magnitude@layer+owl",), {"pruning all at once (magnitude@layer+owl)", "pruning layer by layer (magnitude@layer+owl)"}),
+    (("cap.integrated_gradients",), {"pruning all at once (cap.integrated_gradients)"}),
+])
+def test_a_plan_has_the_rows_of_what_its_methods_need(methods, rows):
+    text = plan_text(plan(changed(Job(), n=4, methods=methods), rates=RATES, memory=GIB))
+    found = {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")} - {"Stage", "loading the weights", "evaluating one model"}
+    assert found == rows
+    assert ("Scoring" in text) == ("a scoring" in text) == ("scoring" in rows)
+
+
+def test_answers_make_a_range_from_short_ones_to_the_limit():
+    found = plan(changed(Job(), name="llama-3-8b", methods=("wanda",), max_new_tokens=400, windows=0, loss_n=0), rates=RATES, memory=80 * GIB)
+    assert [(a.steps, b.steps) for a, b in zip(replace(found.load, short=True).answers, found.load.answers)] == [(100, 400)] * 3  # gsm8k's solutions have 95 tokens
+    short = plan(changed(found.load.job, max_new_tokens=80), rates=RATES, memory=80 * GIB)
+    assert [a.steps for a in replace(short.load, short=True).answers] == [80, 50, 20]  # the solution's, and a quarter of the limit
+    best, worst = found.bound(found.stage("evaluating one model"))[1]
+    assert worst > 2.5 * best and "every answer takes all of its 400 tokens" in plan_text(found)
+    read = plan(changed(found.load.job, accuracy_tasks=(), windows=9), rates=RATES, memory=80 * GIB)
+    best, worst = read.bound(read.stage("evaluating one model"))[1]
+    assert worst < 1.5 * best
+
+
+LLAMA_2_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096)
+LLAMA_3_8B = LLAMA_2_7B | dict(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)
+
+
+@pytest.mark.parametrize("shape, dtype, parameters", [(LLAMA_2_7B, "float16", 6_738_415_616), (LLAMA_3_8B, "bfloat16", 8_030_261_248)])
+def test_a_folder_with_a_7b_config_gets_hours_on_a_gpu(tmp_path, shape, dtype, parameters):
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "llama", "tie_word_embeddings": False, "torch_dtype": dtype}))
+    job = changed(Job(), name=str(tmp_path), methods=("cap", "wanda", "sparsegpt"), sparsities=(0.5,))
+    found = plan(job, rates="h100")
+    assert (found.load.sizes.parameters, found.load.dtype) == (parameters, dtype) and not plan_advice(replace(found, main=64 * GIB))
+    hours = [seconds / 3600 for seconds in run_seconds(found)]
+    assert 0.1 < hours[0] < hours[1] < 10
+    text = plan_text(found)
+    for part in ("Not measured here", "data sheet of 1 x h100", "67 in float32", "50% and 90%", "20% and 50%", range_text(run_seconds(found))):
+        assert part in text
+    for stage in found.stages:
+        assert re.search(rf"\| {re.escape(stage.title)} \| [^|]+ \| {re.escape(range_text(found.bound(stage)[1]))} \|", text)
+
+
+def test_a_gpus_range_is_from_shares_of_its_data_sheet():
+    found = plan(changed(Job(), name="llama-3-8b", methods=("cap", "sparsegpt"), accuracy_tasks=()), rates="h100")
+    scoring = found.stage("scoring")
+    best, worst = found.bound(scoring)[1]
+    assert best == pytest.approx(scoring.flops / 989e12 / 0.5)
+    assert worst == pytest.approx(scoring.flops / 989e12 / 0.2 + scoring.read / 3350e9 / 0.5 + scoring.launches * 25e-6)
+    solver = found.stage("pruning by sparsegpt")
+    assert 0 < solver.single < solver.flops and found.seconds(solver, 0)["compute"] == pytest.approx((solver.single / 67e12 + (solver.flops - solver.single) / 989e12) / 0.5)
+    assert solver.launches > 4 * found.load.sizes.columns > 32 * (6 * 4096 + 14336)
+
+
+def test_sparsegpts_published_time_is_of_the_planned_size():
+    """203 seconds for LLaMA-7B on an A6000, without the passes and the Hessians that the plan counts too (Sun et al. 2024, Table 4)."""
+    a6000 = Rates(memory=48, peak=155, single=38.7, bandwidth=768, name="A6000")
+    job = changed(Job(), name="llama-2-7b", methods=("sparsegpt",), calibrate_on="text", n=43, text_tokens=2048)
+    found = plan(job, rates=a6000, memory=48 * 10**9)
+    assert found.load.tokens == pytest.approx(128 * 2048, rel=0.02)
+    best, worst = found.bound(found.stage("pruning by sparsegpt"))[1]
+    assert best / 2 < 203 < worst < 6 * best
 
 
 def test_own_chains_are_a_stage_of_their_own():
@@ -313,8 +405,56 @@ def test_devices_that_are_not_here_bound_every_stage():
         assert (h.group, h.sharing) == shape and (h.group == devices or h.each <= 80 * 10**9)
     found = plan(changed(Job(), name="llama-3-8b"), 8, "h100")
     bounds = {stage.name: found.bound(stage)[0] for stage in found.stages}
-    assert (bounds["loading the weights"], bounds["scoring"], bounds["pruning by CAP"], bounds["evaluating one model"]) == ("disk", "compute", "memory", "memory")
+    assert (bounds["loading the weights"], bounds["scoring"], bounds[planning.THRESHOLD], bounds["evaluating one model"]) == ("disk", "compute", "memory", "launches")
     slow = plan(changed(Job(), name="llama-3-70b"), 2, "h100,link=0.001")
-    assert slow.bound(slow.stage("scoring"))[0] == "link" and "At least, on 2 x h100,link=0.001" in plan_text(slow)
+    assert slow.bound(slow.stage("scoring"))[0] == "link" and "data sheet of 2 x h100,link=0.001" in plan_text(slow)
     with pytest.raises(BadInput, match="is that of 16 bits"):
         plan(changed(Job(), name="llama-3-8b", dtype="float32"), 1, "h100")
+
+
+# how many problems tell a difference
+
+
+@pytest.mark.parametrize("points, discordant", [(2, 0.05), (3, 0.15), (6, 0.3), (15, 0.15)])
+def test_so_many_problems_find_a_difference_in_four_of_five_tries(points, discordant):
+    n, rng = problems_needed(points, discordant), np.random.default_rng(points)
+    z, power = stats.norm.ppf(0.975), stats.norm.ppf(0.8)
+    assert n == math.ceil(((z * math.sqrt(discordant) + power * math.sqrt(discordant - points**2 / 1e4)) / (points / 100)) ** 2)
+    assert least_told(n, discordant) <= points < least_told(max(1, n - 2), discordant) or n < 60
+    alone = rng.multinomial(n, ((discordant + points / 100) / 2, (discordant - points / 100) / 2, 1 - discordant), size=3000)
+    asymptotic = np.mean([(b - c) ** 2 >= z**2 * (b + c) > 0 for b, c, _ in alone])  # McNemar's without continuity correction
+    exact = np.mean([mcnemar_exact(int(b), int(c)) <= 0.05 for b, c, _ in alone])
+    assert abs(asymptotic - 0.8) < 0.05 or n < 60
+    assert 0.65 < exact <= asymptotic
+
+
+def test_too_few_problems_or_discordant_ones_tell_nothing():
+    assert math.isnan(least_told(200, 0)) and math.isnan(least_told(200, 0.02)) and math.isnan(least_told(3, 0.5)) and least_told(200, 0.05) < 5
+    for points, discordant, said in ((0, 0.1, "--detect is 0"), (math.nan, 0.1, "--detect is nan"), (101, 0.5, "--detect is 101"), (3, 0.02, "--discordant is 0.02"),
+                                     (3, 1.5, "--discordant is 1.5"), (3, math.nan, "--discordant is nan"), (20, None, "write 0.2"), (None, 0.2, "without --detect")):
+        with pytest.raises(BadInput, match=said):
+            check_ranges({"settings": Planning(detect=points, discordant=discordant)})
+    check_ranges({"settings": Planning()})
+
+
+def test_the_plan_says_how_many_problems_and_a_comparison_what_it_could_tell():
+    asked_for = ("plan", "--no-probe", "--methods", "wanda", "--n", "4")
+    plain, asked = cap(*asked_for).stdout, cap(*asked_for, "--detect", "3", "--discordant", "0.2").stdout
+    assert "could" not in plain and f"--evaluate-n {problems_needed(3, 0.2)}" in asked and "solves 20 % of them" in asked
+    assert_one_sentence(cap("plan", "--no-probe", "--discordant", "0.2"), "without --detect", "write --detect 3")
+    lab = str(ROOT / "figures" / "lab")
+    text = cap("compare", lab, "--methods", "cap", "--against", "wanda", "--sparsity", "0.5").stdout
+    alone = {"Lab GSM8K": 24.5, "Lab StrategyQA": 29.5, "Lab ARC-C.": 10.0}
+    for task, share in alone.items():
+        assert f"- {task}: 200 problems, of which one method alone solves {share} %, could have told {least_told(200, share / 100):.1f} points apart" in text
+    assert "could have told" not in cap("compare", lab, "--methods", "cap", "--against", "wanda", "--form", "csv").stdout
+
+
+def test_the_page_on_a_7b_shows_commands_that_there_are():
+    cells = json.loads((ROOT / "nbs" / "results" / "12_your_7b.ipynb").read_text(encoding="utf-8"))["cells"]
+    commands = [line.split("#")[0].split() for cell in cells for line in "".join(cell["source"]).splitlines() if line.startswith("    cap ")]
+    assert {words[1] for words in commands} == {"plan", "run", "compare", "prune", "eval", "export"}
+    for _, command, *words in commands:
+        options = {word for word in words if word.startswith("--")}
+        said = cap(command, "--help").stdout
+        assert all(re.search(rf"{option}\b", said) for option in options), command

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 from collections import namedtuple
 from dataclasses import replace
@@ -80,6 +81,21 @@ def test_the_round_trip_is_byte_equal(tmp_path, monkeypatch, case, piece):
     packed = load_file(next((tmp_path / "small").glob(f"*{PACKED}")))
     assert (b"kept" in b" ".join(name.encode() for path in (tmp_path / "small").glob(f"*{PACKED}") for name in load_file(path))) == (case != "dense")
     assert "header" in packed
+
+
+def test_a_folder_that_packing_does_not_make_smaller_is_told(tmp_path, caplog):
+    """With both sizes, before it is packed; what is written is a little more, and of a pruned folder nothing is said."""
+    src = saved(tmp_path / "src", sparsity=0)
+    packed = export_folder(src, tmp_path / "small").files
+    size = sum(path.stat().st_size for path in src.iterdir())
+    [told] = [record.message for record in caplog.records]
+    least = int(re.search(r"packed ([\d,]+) or a little more", told)[1].replace(",", ""))
+    assert told.startswith(f"{src} takes {size:,} bytes") and "few of its weights are zero; prune it first with 'cap prune'." in told
+    assert size < sum(entry.stored_bytes for entry in packed) and 0.99 * size < least < sum(entry.stored_bytes for entry in packed)
+    caplog.clear()
+    export_folder(saved(tmp_path / "pruned"), tmp_path / "pruned_small")
+    export_folder(src, tmp_path / "masks", "delta", tmp_path / "base")
+    assert not caplog.records
 
 
 def test_strange_tensors_come_back(tmp_path):

@@ -8,8 +8,8 @@ import torch
 from programs import called as cap
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.jobs.job import prepare, run_job
-from cap_nb.jobs.records import load_run, pack_run
-from cap_nb.jobs.results import compare_repeated, job_of
+from cap_nb.jobs.records import job_of, load_run, pack_run
+from cap_nb.jobs.results import compare_repeated
 from cap_nb.jobs.settings import Job, changed
 
 SMALL = changed(Job(), n=2, k=1, methods=("magnitude",), sparsities=(0.5,), accuracy_tasks=("lab-arc",), evaluate_n=2, loss_n=2, windows=0)
@@ -60,6 +60,6 @@ def test_a_method_that_the_run_has_not_is_refused(run, tmp_path):
 def test_a_job_comes_back_from_its_configuration(settings):
     """What `configuration` writes for a job is what it writes for the job read back from it."""
     ready = prepare(changed(SMALL, **settings))
-    again = prepare(job_of(ready.configuration, settings.get("seed")))
+    again = prepare(job_of(ready.configuration))
     assert again.configuration == ready.configuration
     assert torch.equal(torch.tensor(again.calibration.examples[0].input_ids), torch.tensor(ready.calibration.examples[0].input_ids))

@@ -10,7 +10,9 @@ import pytest
 from cap_nb.analysis import method_table
 from cap_nb.core.files import read_checked, sha256_of_file
 from cap_nb.jobs.records import REPORT, load_run, pack_run, packed_texts, unpack_run
+from cap_nb.jobs.job import prepare
 from cap_nb.jobs.report import command_of, figures_of, report_html, write_results
+from cap_nb.jobs.settings import Job, changed
 from cap_nb.jobs.tables import answer_markdown, answer_table, table_cells
 from conftest import ROOT
 
@@ -58,6 +60,31 @@ def test_settings_become_options(run):
     command = command_of(settings | {"evaluation": evaluation, "calibration": settings["calibration"] | {"seed": 3, "n": 8}})
     assert command == ("cap run --model lab --dtype float32 --tasks lab-gsm8k,lab-strategyqa,lab-arc --style lab --n 8 --calibration-seed 3 "
                        "--methods wanda --sparsity 0.5 --budget 0.25 --accuracy-tasks none --windows 0 --evaluate-on validation")
+
+
+def test_the_command_has_the_seed_and_a_word_for_each_folder(run):
+    """Both seeds, where they are not the usual ones; DATA where benchmark files were read, FILE for a plugin, and what they stand for."""
+    job = changed(Job(), name="lab", n=3, seed=3, loss_n=3, windows=0, accuracy_tasks=(), methods=("magnitude",))
+    for calibration, options in ((None, "--seed 3 "), (1, "--seed 3 --calibration-seed 1 "), (0, "--seed 3 --calibration-seed 0 ")):
+        settings = prepare(changed(job, calibration_seed=calibration)).configuration
+        assert f"--n 3 {options}--methods" in command_of(settings) and "DATA" not in command_of(settings)
+    assert "seed" not in prepare(changed(job, seed=0)).configuration["evaluation"], "a run with the usual seed is written as ever"
+    elsewhere = run.configuration | {"calibration": run.configuration["calibration"] | {"tasks": ["gsm8k"]}, "plugins": {"mine": "f" * 64}}
+    html = text_of(report_html(replace(run, configuration=elsewhere), {}))
+    assert "--data-dir DATA" in html and "--plugin FILE" in html and "RUN: this run's folder; DATA: the folder of benchmark files" in html
+
+
+def test_the_page_says_when_nothing_could_be_decided(run):
+    few = report_html(replace(run, evaluations=tuple(replace(e, answers=e.answers[:9], losses=(), perplexity=None) for e in run.evaluations)), {})
+    assert "None of 6 comparisons is significant. Each has fewer than 20 problems or windows, too few" in few
+    same = tuple(replace(e, method=m, losses=(), perplexity=None) for m in ("cap", "wanda") for e in run.evaluations if e.method == "dense")
+    assert "None of 3 comparisons is significant.</p>" in report_html(replace(run, evaluations=same), {})
+
+
+def test_costs_name_methods_as_the_table_does(run):
+    html = text_of(report_html(run, {}))
+    costs = html[html.index("Factors (s)"):html.index("How it was made")]
+    assert "CAP" in costs and "Magnitude" in costs and "beyond the model" in costs and "magnitude" not in costs
 
 
 def listed_in(packed):

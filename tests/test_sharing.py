@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -178,6 +179,16 @@ def test_zeros_are_those_of_the_loaded_model(kind, tmp_path):
     prune(model, "magnitude@layer", 0.37)
     model.save_pretrained(tmp_path, max_shard_size="4KB")
     assert zeros_of_folder(tmp_path, "magnitude", 0.37) == (prune_report(model, "magnitude", 0.37), mask_fingerprint(model))
+
+
+def test_equal_layers_are_one_row(place):
+    """Wanda takes one share of every row, so thirty layers would be thirty times the same; a layer of its own keeps its row."""
+    report, _ = zeros_of_folder(place / "half", "magnitude", 0.5)
+    def rows(shares):
+        table = tuple((layer, "query", f"{layer}", zeros, 10) for layer, zeros in enumerate(shares))
+        return sharing.layer_table(replace(report, table=table)).splitlines()[2:]
+    assert rows([5] * 30) == ["| 0 to 29 | 50.0 | 50.0 |"]
+    assert rows([1, 5, 5, 5, 1]) == ["| 0 | 10.0 | 10.0 |", "| 1 to 3 | 50.0 | 50.0 |", "| 4 | 10.0 | 10.0 |"]
 
 
 def test_the_card_says_what_is_true(place):

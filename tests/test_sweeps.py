@@ -15,7 +15,7 @@ from cap_nb.jobs.job import run_job
 from cap_nb.jobs.records import load_run, pack_run, read_run
 from cap_nb.jobs.results import compare_runs, results_frame
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.jobs.sweeps import read_index, tracked
+from cap_nb.jobs.sweeps import read_index, tracked, tracked_numbers
 from conftest import ROOT
 
 SMALL = """# a comment stays
@@ -86,7 +86,7 @@ def test_a_mistake_is_one_sentence(text, parts, tmp_path, monkeypatch):
 
 
 def test_runs_of_a_sweep_compared(sweep, tmp_path):
-    result = cap("compare", sweep / "out" / "n=3", sweep / "out" / "n=4", "--method", "cap", "--out", tmp_path / "kept")
+    result = cap("compare", sweep / "out" / "n=3", sweep / "out" / "n=4", "--methods", "cap", "--out", tmp_path / "kept")
     assert result.exit_code == 0, result.output
     assert "| n=4: CAP | n=3: CAP | 50 % | Lab ARC-C. loss |" in result.stdout
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["comparison.csv", "comparison.md", "comparison.png", "sources.json"]
@@ -98,7 +98,7 @@ def test_runs_of_a_sweep_compared(sweep, tmp_path):
 
 def test_a_method_with_a_pattern_is_compared():
     """A method's name may hold @ and a colon; it is given by an option and cannot be taken for anything else."""
-    result = cap("compare", ROOT / "figures/held_out/lab/0", "--method", "cap@2:4", "--against", "wanda@2:4", "--format", "csv")
+    result = cap("compare", ROOT / "figures/held_out/lab/0", "--methods", "cap@2:4", "--against", "wanda@2:4", "--format", "csv")
     assert result.exit_code == 0 and result.stdout.splitlines()[1].startswith("cap@2:4,wanda@2:4,0.5,Lab GSM8K loss,"), result.output
 
 
@@ -132,3 +132,18 @@ def test_tensorboard_has_every_cell(tmp_path):
     assert event.step == 500 and event.value == pytest.approx(sum(r.loss for r in cell.losses) / 3, rel=1e-6)
     pack_run(tmp_path / "run")
     assert (tmp_path / "run" / "tracking").is_dir() and load_run(tmp_path / "run").evaluations
+
+
+@pytest.mark.skipif("wandb" not in map(str, get_available_trackers()), reason="wandb is not installed")
+def test_wandb_offline_has_every_cell(tmp_path, monkeypatch):
+    """One file that `wandb sync` could send holds the settings and the numbers of both sparsities, and none is left out as older than another."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    job = changed(Job(), device="cpu", tasks=("lab-arc",), accuracy_tasks=(), methods=("magnitude", "wanda"), sparsities=(0.2, 0.5), n=3, k=1, loss_n=3, windows=0)
+    with tracked("wandb", tmp_path / "run") as follow:
+        run_job(job, tmp_path / "run", follow=follow)
+    [kept] = (tmp_path / "run" / "tracking" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = kept.read_bytes()
+    assert b"calibration.n" in content
+    for cell in load_run(tmp_path / "run").evaluations:
+        for name, value in tracked_numbers(cell).items():
+            assert name.encode() in content and repr(value).encode() in content

@@ -1,15 +1,19 @@
 """The two scripts that `make notebooks` and `make readme` call, the matrix of the Makefile, and layer errors on SmolLM2."""
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
+import typer
 
+from cap_nb.command_line import app
 from cap_nb.core.files import read_checked
 from conftest import ROOT, tool
-from notebooks_on_disk import NOTEBOOKS, label, notebooks_tool
+from notebooks_on_disk import NOTEBOOKS, cells, label, notebooks_tool
 
 matrix_tool, readme_tool = tool("matrix"), tool("readme")
 
@@ -146,3 +150,25 @@ def test_ci_makes_no_second_environment():
 def test_both_records_of_layer_errors_are_of_the_same_inputs():
     masks, joint = (read_checked(ROOT / "figures" / "solvers" / f"{name}_errors.json") for name in ("mask", "joint"))
     assert all(masks[key] == joint[key] for key in ("model", "calibration", "sparsity")) and set(masks["errors"]) == set(joint["shares"])
+
+
+def test_the_readmes_methods_are_those_of_the_page():
+    """The six rows near its top are rows of the first table of the page on methods, with the head of the reason that stands there."""
+    def rows(path):
+        [table] = re.findall(r"\| You want \| Use \| Because \|\n\|[-|]+\|\n((?:\|.+\n?)+)", "\n".join(c.source for c in cells(path)))
+        return {want: (use, why) for want, use, why in (line.strip("| ").split(" | ") for line in table.splitlines())}
+
+    ours, theirs = rows(ROOT / "nbs" / "index.ipynb"), rows(ROOT / "nbs" / "results" / "07_which_method.ipynb")
+    assert len(ours) == 6 and all(theirs[want][part].startswith(row[part]) for want, row in ours.items() for part in (0, 1))
+
+
+def test_the_readmes_five_lines_are_commands_of_the_program():
+    """Every option that they name is one of its command's, and what one line makes is what the next ones take."""
+    [block] = [text for text in re.findall(r"((?:    \S.*\n)+)", (ROOT / "README.md").read_text(encoding="utf-8")) if "cap fetch" in text]
+    fetch, prune, evaluate, export, generate = (line.split() for line in block.splitlines())
+    known = typer.main.get_command(app).commands
+    assert (fetch[2], prune[1], evaluate[1], export[1:3]) == ("smollm2", "prune", "eval", ["export", "pruned"])
+    for line in (prune, evaluate, export):
+        assert {word for word in line if word.startswith("--")} <= {option for parameter in known[line[1]].params for option in parameter.opts}
+    assert prune[prune.index("--model") + 1] == fetch[2] and prune[-1] == evaluate[evaluate.index("--model") + 1] == export[2] == "pruned"
+    compile(shlex.split(" ".join(generate))[2], "README", "exec")

@@ -99,6 +99,7 @@ COMMANDS = {
     "model folders": [f"{PRUNE} --method magnitude --model PLACE/{name}" for name in (
         "no_config", "config_text", "config_list", "config_binary", "no_heads", "half_heads", "negative_layers", "unknown_class", "pickled", "cut_off",
         "not_safetensors", "index_outside", "index_list", "index_missing", "file.txt", "no_tokenizer", "edited_note")]
+    + [f"{command} --model PLACE/pictures" for command in (f"{PRUNE} --method magnitude", f"{PRUNE} --method magnitude --stream", RUN, "plan")]
     + [f"plan --model PLACE/{name}" for name in ("no_heads", "half_heads", "negative_layers", "huge_numbers", "text_numbers", "config_list", "nothing")]
     + [f"{PRUNE} --method magnitude --stream --model PLACE/{name}" for name in ("config_list", "config_text", "list_for_type", "edited_note")],
     "examples beyond a model's context": [f"score {FEW_EXAMPLES} --model PLACE/short --tasks lab-arc --out PLACE/new.safetensors",
@@ -156,7 +157,8 @@ COMMANDS = {
     "planning": [f"plan --no-probe {options}" for options in (
         "--devices 0", "--devices 1000000000000", "--prompt-tokens 0", "--target-tokens -5", "--tries 0", "--budget 0", "--budget nan", "--n 100000000000",
         "--evaluate-n 1000000000000", "--accelerator ''", "--accelerator rtx", "--accelerator h100,link=nan", "--accelerator h100,peak=inf",
-        "--accelerator h100,memory=1e300", "--accelerator h100,foo=1", "--accelerator h100,link", "--accelerator h100 --dtype float32", "--style ''")],
+        "--accelerator h100,memory=1e300", "--accelerator h100,foo=1", "--accelerator h100,link", "--accelerator h100 --dtype float32", "--style ''",
+        "--detect 0", "--detect 3 --discordant 0.01", "--discordant 0.2")],
     "chains and claims": [f"chains {FEW_EXAMPLES.replace('--k 1 ', '')} --max-new-tokens 4 --out PLACE/new.jsonl {options}" for options in (
         "--tries 0", "--temperature 0", "--temperature nan", "--tasks none", "--max-new-tokens 0")]
     + [f"claims {FEW} --out PLACE/new {options}" for options in ("--variants nothing", "--variants ''", "--base PLACE/nothing", "--text-windows 0")]
@@ -258,6 +260,7 @@ PYTHON = {
     "prune(model, 'cap', 0.5, factors=torch.ones(2, 2))": on_lab(lambda m, t, p: prune(m, "cap", 0.5, factors=torch.ones(2, 2))),
     "prune(model, 'cap', 0.5, factors=torch.full((6, 6), nan))": on_lab(lambda m, t, p: prune(m, "cap", 0.5, factors=torch.full((6, 6), float("nan")))),
     "prune(model, 'magnitude', 0.5, ties='some')": on_lab(lambda m, t, p: prune(m, "magnitude", 0.5, ties="some")),
+    "prune(a model for pictures, 'magnitude', 0.5)": lambda p: prune(pictures(), "magnitude", 0.5),
     "prune(torch.nn.Linear(2, 2), 'magnitude', 0.5)": lambda p: prune(torch.nn.Linear(2, 2), "magnitude", 0.5),
     "importance_factors(torch.full((2, 2), nan))": lambda p: importance_factors(torch.full((2, 2), float("nan"))),
     "importance_factors(torch.rand(2, 2), low=3, high=1)": lambda p: importance_factors(torch.rand(2, 2), low=3.0, high=1.0),
@@ -365,6 +368,7 @@ def prepared(place):
         folder = model_folder(place / name)
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    pictures().save_pretrained(place / "pictures")
     short_models(place)
     prepared_scores(place)
     (place / "disk").mkdir()

@@ -16,13 +16,24 @@ class BadInput(ValueError):
         super().__init__(text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}")
 
 # %% ../../nbs/core/00_errors.ipynb #c009
+import difflib
+import re
 from collections.abc import Hashable, Iterable
 
 def check_choice(value: str, choices: Iterable[str], what: str) -> str:
     "Return `value` if it is one of `choices`; otherwise raise `BadInput` with a sentence that lists them."
     names = tuple(choices)
     if isinstance(value, Hashable) and value in set(names): return value # an array answers `in` with an array
-    raise BadInput(f"Unknown {what} {value!r}: expected one of {', '.join(names)}; check the spelling.")
+    known = {name.casefold(): name for name in names} if isinstance(value, str) else {}
+    close = [known[name] for name in difflib.get_close_matches(str(value).casefold(), known, 1)]
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    raise BadInput(f"Unknown {what} {value!r}{meant}: expected one of {', '.join(names)}; check the spelling.")
+
+def check_device(name: str) -> str:
+    "Return the name of a device if it has the form of one; whether it is there, only torch can tell."
+    if re.fullmatch(r"cpu(:0)?|(cuda|mps)(:(0|[1-9]\d?))?", name): return name
+    raise BadInput(f"Unknown device {name!r}: expected cpu, cuda, cuda:N, mps or, for a model that is loaded, auto; "
+                   "check the spelling.")
 
 # %% ../../nbs/core/00_errors.ipynb #c014
 import math
@@ -42,6 +53,11 @@ def check_confidence(confidence: float, what: str = "confidence") -> float:
     "Return `confidence` if it lies between 0 and 1; otherwise raise `BadInput`."
     if is_number(confidence) and 0 < confidence < 1: return confidence
     raise BadInput(f"{what} is {confidence!r}: expected a share between 0 and 1; write 0.95.")
+
+def check_budget(budget: float) -> float:
+    "Return `budget`, the share of masked passes to spend, if it lies in (0, 1]; otherwise raise `BadInput`."
+    if is_number(budget) and 0 < budget <= 1: return budget
+    raise BadInput(f"The budget is {budget}: expected a share of the masked passes in (0, 1]; write 0.25.")
 
 def check_at_least(value: int, least: int, what: str, most: int = 2 ** 63 - 1) -> int:
     "Return `value` if it is a whole number from `least` to `most`; otherwise raise `BadInput`."
@@ -65,7 +81,6 @@ def check_index(index: int, count: int, what: str) -> int:
 import functools
 import inspect
 import os
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -198,6 +213,17 @@ def check_arguments(bound: inspect.BoundArguments, name: str) -> None:
         for content, kind, where in fields_in(value, what): check_argument(content, kind, where)
         check_together(value, what)
 
+def comments(described: type | Callable) -> dict[str, str]: # Name of a field or parameter -> its comment
+    "What the source says of fields or parameters."
+    return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(described), re.MULTILINE))
+
+def with_parameters(function: Callable) -> str | None:
+    "A function's docstring with a line for each parameter that has a comment."
+    try: about = comments(function)
+    except OSError: return function.__doc__ # there is no source, as in a session that was typed
+    lines = [f"    {name}: {about[name]}" for name in inspect.signature(function).parameters if name in about]
+    return "\n".join([function.__doc__ or "", "", "Parameters:", *lines]) if lines else function.__doc__
+
 def validate_arguments(function: F) -> F:
     "Hold the arguments of the outermost call against the annotations; what is wrong with them is one sentence."
     signature = inspect.signature(function)
@@ -216,4 +242,5 @@ def validate_arguments(function: F) -> F:
                 check_computable(value, f"{argument} of {function.__name__}()", argument)
             raise
         finally: INSIDE.reset(outermost)
+    wrapped.__doc__ = with_parameters(function)
     return wrapped

@@ -189,16 +189,17 @@ def resumed_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
     path = Path(path)
     check_new_folder(path)
     working = path.with_name(f"{path.name}.unfinished")
-    try:
-        with alone_in(working, links=True), disk_full_reported(path, "what was finished is kept"):
-            check_new_folder(path)
-            check_unfinished(working, names)
-            yield working
-            settle(working)
-            if path.exists(): path.rmdir()
-            os.replace(working, path)
-    finally:
-        if working.is_dir() and not any(working.iterdir()): working.rmdir()
+    with alone_in(working, links=True):
+        try:
+            with disk_full_reported(path, "what was finished is kept"):
+                check_new_folder(path)
+                check_unfinished(working, names)
+                yield working
+                settle(working)
+                if path.exists(): path.rmdir()
+                os.replace(working, path)
+        finally: # here, where the folder is no other process's
+            if working.is_dir() and not any(working.iterdir()): working.rmdir()
 
 # %% ../../nbs/core/01_files.ipynb #c043
 import hashlib

@@ -11,25 +11,35 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = "Stopped. What is finished is kept: the same command goes on from there."
+NOTHING_KEPT = "Stopped. What this command did is not kept: the same command begins anew."
+SENTENCES = ["Stopped."] # What a stop says; the last one counts, the first outside of all work
+
+@contextmanager
+def stop_says(sentence: str) -> Iterator[None]:
+    "While the block runs, a stop says this sentence."
+    SENTENCES.append(sentence)
+    try: yield
+    finally: SENTENCES.pop()
 
 class Stopped(KeyboardInterrupt):
     "A signal that asks the program to end, on its way through the program; no `except Exception` catches it."
     def __init__(self, number: int = signal.SIGINT):
-        super().__init__(STOPPED)
+        super().__init__(SENTENCES[-1])
         self.code = 128 + number # Exit code
 
-def leave_at_once(number: int, frame: FrameType | None) -> None:
+def leave_at_once(number: int, frame: FrameType | None, sentence: str | None = None) -> None:
     "Say that the program was stopped, and leave without cleaning up."
-    os.write(2, f"cap: {STOPPED}\n".encode())
+    os.write(2, f"cap: {sentence or SENTENCES[-1]}\n".encode())
     os._exit(128 + number)
 
 def stop(number: int, frame: FrameType | None) -> None:
     "Raise `Stopped` where the program is; the next signal does not wait for that."
-    signal.signal(number, leave_at_once)
+    signal.signal(number, partial(leave_at_once, sentence=SENTENCES[-1])) # by then the blocks may have been left
     raise Stopped(number)
 
 def answer_signals(answer: Callable) -> dict[int, object]:

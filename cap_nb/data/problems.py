@@ -47,7 +47,7 @@ def task_family(task: str) -> str:
 
 # %% ../../nbs/data/02_problems.ipynb #c012
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 from pydantic import AfterValidator, BaseModel, StrictBool, StringConstraints, ValidationError, model_validator
 
@@ -171,6 +171,20 @@ def read_math(record: Mapping, task: str = "math500") -> Problem:
     solution = fields.solution.strip().removesuffix(repeated).strip()
     return Problem(task=task, question=fields.problem.strip(), solution=solution, answer=answer)
 
+# %% ../../nbs/data/02_problems.ipynb #3c997be4
+FRESH, FRESH_COUNT = "gsm8k_fresh", 1000 # Name of the task, and its number of problems
+CALIBRATED = ( # First digits of the content hashes of problems that would be among them and were calibrated on
+    "004a03 047d0c 04c65c 0e950b 0fe19b 172770 17952e 1c53d3 26bdb9 2f157f 2fe9a1 392157 396d81 476c22 580911 "
+    "5d9d64 698a35 6ab3fa 6cfce1 729e7b 7b5c6a 7b6c4f 84f7f8 877465 883bdf 93b2d7 9899ce 9b2be4 9c5dbd 9fc874 "
+    "a77bf5 a97328 ab0af2 af7b7b b10e67 bb107f bc8a38 c25d8f c9eada d46ca1 d8587f dd4236 df6df3 e53c38 e6d448 "
+    "e7b631 e9494f e97be7 f0ec28 f5c1ba ").split()
+
+def set_aside(problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    "GSM8K's training problems to judge on: last in the order of the validation draw, never calibrated on."
+    unread = [problem for problem in problems if problem.uid[:6] not in CALIBRATED]
+    unread.sort(key=lambda problem: sha256_of_text(f"0/{problem.uid}"))
+    return tuple(unread[-min(FRESH_COUNT, len(unread) // 7):]) # of a smaller file a seventh
+
 # %% ../../nbs/data/02_problems.ipynb #c029
 from collections.abc import Callable
 import functools
@@ -211,6 +225,8 @@ TASKS.update({f"lab-{name}": replace(TASKS[name], generated=functools.partial(la
               for name in BENCHMARK_NAMES})
 TASKS["gsm8k_changed"] = replace(
     TASKS["gsm8k"], files={"evaluation": TASKS["gsm8k"].files["evaluation"]}, changed=changed_records)
+TASKS[FRESH] = replace(TASKS["gsm8k"], files={"evaluation": TASKS["gsm8k"].files["calibration"]},
+                       splits={"evaluation": "train"})
 TASKS["svamp"] = Task(
     family="gsm8k", read=read_svamp, files={"evaluation": ("svamp/SVAMP.json",)},
     hub=("ChilleD/SVAMP", None, "5e0bf1e5e7c0e9c4bc39180d224f41f3f801b7ef"), splits={"evaluation": "train+test"})
@@ -219,6 +235,16 @@ TASKS["math500"] = Task(
     hub=("HuggingFaceH4/MATH-500", None, "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"), splits={"evaluation": "test"},
     prompt=("Solve this problem. Reason step by step, then write the answer on the last line as "
             "'\\boxed{{<answer>}}'.\n\n{question}"), line=r"\boxed{{{answer}}}")
+
+# %% ../../nbs/data/02_problems.ipynb #418e5ab5
+TASK_TITLES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "arc": "ARC-C."} # Benchmark -> the paper's name for it
+OTHER_TITLES = {FRESH: "GSM8K, set aside", "svamp": "SVAMP", "math500": "MATH-500"} # Not in the paper
+
+def task_title(task: str) -> str:
+    "A task's name in tables and figures; a lab task is marked as one, a user's has its own."
+    if task in OTHER_TITLES: return OTHER_TITLES[task]
+    if task not in TASKS or task_family(task) not in TASK_TITLES: return task
+    return ("Lab " * (task in LAB_TASKS)) + TASK_TITLES[task_family(task)] + ", changed" * (task in COPIES)
 
 # %% ../../nbs/data/02_problems.ipynb #c033
 from pathlib import Path
@@ -356,6 +382,7 @@ def load_problems(
     check_choice(task, TASKS, "task")
     if task in LAB_TASKS: return lab_problems(task, split)
     problems = read_problems(task, split, data_dir)
+    if task == FRESH: return set_aside(problems)
     source = TASKS[task]
     one_file = len(set(source.files.values())) < len(source.files) and (data_dir is not None or source.hub is None)
     if not one_file: return problems

@@ -69,11 +69,16 @@ def target_text(problem: Problem, style: str | PromptStyle) -> str:
 
 # %% ../../nbs/data/03_prompts.ipynb #c017
 import datetime
+import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from transformers.utils import chat_template_utils
 from cap_nb.data.problems import normal_text
+
+log = logging.getLogger(__name__)
 
 class SameDay(datetime.datetime):
     "What a template takes for the time, so that one that prints it gives the same prompt tomorrow."
@@ -83,7 +88,10 @@ class SameDay(datetime.datetime):
 @contextmanager
 def nothing_by_chance() -> Iterator[None]:
     "Whatever a template asks of time and chance is the same each time."
-    drawn, clock = random.getstate(), chat_template_utils.datetime
+    drawn, clock = random.getstate(), getattr(chat_template_utils, "datetime", None)
+    if clock is None:
+        raise BadInput("This version of transformers keeps the clock of chat templates in another place: expected "
+                       "chat_template_utils.datetime, which is stopped here; install transformers<6.")
     random.seed(0)
     chat_template_utils.datetime = SameDay
     try: yield
@@ -96,6 +104,7 @@ def rendered(tokenizer: object, chat: list[dict[str, str]]) -> str:
     try:
         with nothing_by_chance():
             prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except BadInput: raise
     except Exception as error:
         told = " ".join(str(error).split())[:150]
         raise BadInput(f"The tokenizer's chat template cannot render a question ({type(error).__name__}: {told}): "
@@ -104,12 +113,20 @@ def rendered(tokenizer: object, chat: list[dict[str, str]]) -> str:
     raise BadInput("The tokenizer's chat template leaves the question out of the prompt: expected all of it "
                    "there; mend chat_template.")
 
+@lru_cache
+def tell_of_plain_prompts(name: str) -> None:
+    "Warn once of a tokenizer without a chat template."
+    log.warning("%s has no chat template: a prompt is the plain question and an empty line.",
+                Path(name).name or "The tokenizer")
+
 def prompt_text(tokenizer: object, problem: Problem, style: str | PromptStyle, shots: Sequence[Problem] = ()) -> str:
     "The prompt of a problem through the tokenizer's chat template (paper Appendix B), worked examples first."
     turns = []
     for shot in shots: turns += [("user", question_text(shot, style)), ("assistant", target_text(shot, style))]
     turns.append(("user", question_text(problem, style)))
-    if tokenizer.chat_template is None: return "\n\n".join(text for _, text in turns) + "\n\n"
+    if tokenizer.chat_template is None:
+        tell_of_plain_prompts(tokenizer.name_or_path)
+        return "\n\n".join(text for _, text in turns) + "\n\n"
     return rendered(tokenizer, [{"role": role, "content": text} for role, text in turns])
 
 # %% ../../nbs/data/03_prompts.ipynb #c023

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/experiments/05_vision.ipynb #c004
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,10 +32,10 @@ NEW_ROLES = (under("attention", query="q_proj", key="k_proj", value="v_proj", ou
 IMAGE_MODELS = ("vit", "deit") # Model types, and the name of the backbone in the model
 
 def add_image_families() -> None:
-    "Make ViT and DeiT known for this session, if they are not."
+    "Make readers of ViT and DeiT known for this session, if they are not; the models themselves read no tokens."
     roles = NEW_ROLES if hasattr(modeling_vit, "ViTMLP") else OLD_ROLES
-    for kind in IMAGE_MODELS:
-        if kind not in FAMILIES: add_family(kind, Family(f"{kind}.layers", f"{kind}.layernorm", roles))
+    for kind in (kind for kind in IMAGE_MODELS if f"{kind}-reader" not in FAMILIES):
+        add_family(f"{kind}-reader", Family(f"{kind}.layers", f"{kind}.layernorm", roles))
 
 # %% ../../nbs/experiments/05_vision.ipynb #c008
 class Backbone(nn.Module):
@@ -56,14 +57,15 @@ class ImageReader(nn.Module):
     def __init__(self, model: nn.Module, images: torch.Tensor):
         super().__init__()
         add_image_families()
-        self.config, self.classifier = model.config, model.classifier
-        self.add_module(model.config.model_type, Backbone(model, images))
+        self.config, self.kind, self.classifier = copy.copy(model.config), model.config.model_type, model.classifier
+        self.config.model_type = f"{self.kind}-reader" # as the family is called
+        self.add_module(self.kind, Backbone(model, images))
         self.eval()
 
     @property
     def tokens(self) -> int:
         "Positions of an image: patches, and what stands before them."
-        return self.get_submodule(self.config.model_type).embeddings.position_embeddings.shape[1]
+        return self.get_submodule(self.kind).embeddings.position_embeddings.shape[1]
 
     def get_output_embeddings(self) -> nn.Module:
         "What makes logits: the classifier."
@@ -71,11 +73,11 @@ class ImageReader(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         "What reads pixels."
-        return self.get_submodule(self.config.model_type).embeddings.patch_embeddings.projection
+        return self.get_submodule(self.kind).embeddings.patch_embeddings.projection
 
     def forward(self, input_ids: torch.Tensor, **others: object) -> object:
         "Logits of the classes at every position, [B, tokens, classes]."
-        return SimpleNamespace(logits=self.classifier(self.get_submodule(self.config.model_type)(input_ids)))
+        return SimpleNamespace(logits=self.classifier(self.get_submodule(self.kind)(input_ids)))
 
 # %% ../../nbs/experiments/05_vision.ipynb #c011
 def image_examples(reader: ImageReader, labels: torch.Tensor, names: Sequence[str], numbers: Sequence[int],

@@ -22,7 +22,8 @@ from ..calibration import Calibration, calibration_set, default_style, default_t
 from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from ..core.files import alone_in, memory_taken, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
-from ..data.problems import load_text, normal_text, Problem, task_family, TASKS, TEXTS
+from ..data.problems import (
+    FRESH, load_problems, load_text, normal_text, Problem, task_family, TASKS, TEXTS)
 from ..data.prompts import check_comparable, prompt_style
 from ..evaluation import (
     answer_problems, AnswerRecord, Evaluation, evaluation_problems, perplexity, problem_losses)
@@ -38,17 +39,18 @@ from ..methods.criteria import Inputs
 from ..methods.experts import UnitFactors
 from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import (
-    check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, unit_factors)
+    check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, reading_of, READINGS, unit_factors)
 from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
-from ..methods.screening import check_budget, load_any, PartialLosses, save_partial, scores_of, screen_heads
+from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
 from ..models.anatomy import projections
+from ..models.checks import tell_of_zeros, zeros_of
 from ..models.choices import choice_records, has_options
 from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
 from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
     tokenizer_fingerprint)
 from ..regions import Factors
-from ..scoring import AGGREGATIONS, HeadLosses
+from ..scoring import AGGREGATIONS, HeadLosses, token_counts
 from ..threshold import prune_report, PruneReport
 
 # %% ../../nbs/jobs/03_job.ipynb #c005
@@ -72,7 +74,6 @@ def check_score_target(job: Job) -> None:
 def check_screening(job: Job) -> None:
     "Raise `BadInput` for what a table of losses with gaps cannot give."
     if job.prune.budget is None: return
-    check_budget(job.prune.budget)
     if job.prune.score_target != "loss":
         raise BadInput("--budget was given with --score-target divergence: expected losses, since a divergence has no "
                        "first-order estimate; leave one of the two out.")
@@ -80,9 +81,13 @@ def check_screening(job: Job) -> None:
         raise BadInput(f"--budget was given with --aggregation {job.prune.aggregation}, which takes medians of whole "
                        "subsets: expected mean; give --aggregation mean, or leave --budget out.")
     for method in job.prune.methods:
-        if check_method(method).attribution in UNIT_AWARE:
+        attribution = check_method(method).attribution
+        if attribution in UNIT_AWARE:
             raise BadInput(f"Method {method!r} was asked for with --budget: expected a whole table, from which "
                            "factors of neurons and experts start; leave --budget or the method out.")
+        if reading_of(attribution).pooled:
+            raise BadInput(f"Method {method!r} was asked for with --budget: expected a whole table, since losses are "
+                           "pooled over the tokens of whole subsets; leave --budget or the method out.")
 
 # %% ../../nbs/jobs/03_job.ipynb #ce60290c
 def check_job(job: Job) -> None:
@@ -152,8 +157,16 @@ def problems_fingerprint(problems: Sequence[Problem]) -> str: # 64 hexadecimal d
     "SHA-256 over what the problems say, their solutions and their answers."
     return sha256_of_text(json.dumps([[p.task, p.uid, p.solution, p.answer] for p in problems]))
 
+def fresh_problems(job: Job) -> frozenset[str]: # Content hashes
+    "The problems that a job sets aside to judge on; none if it is not judged on them."
+    if FRESH not in (job.evaluate.accuracy_tasks or ()): return frozenset()
+    return frozenset(problem.uid for problem in load_problems(FRESH, "evaluation", job.calibrate.data_dir))
+
 def drawn_problems(job: Job, task: str, n: int, exclude: frozenset[str]) -> tuple[Problem, ...]:
-    "What a job is measured on, drawn from its split; too large an n raises `BadInput`."
+    "What a job is measured on, drawn from its split; too large an n, or fresh problems not fresh, raise `BadInput`."
+    if task == FRESH and (calibrated := exclude & fresh_problems(job)):
+        raise BadInput(f"{len(calibrated)} problems of the calibration set are among those that {FRESH} sets aside to "
+                       "judge on: expected none; calibrate on others, as 'cap run' with that task draws them.")
     return evaluation_problems(task, n, job.calibrate.seed, job.calibrate.data_dir, exclude, job.evaluate.evaluate_on)
 
 def shown_examples(job: Job, task: str, problems: Sequence[Problem]) -> tuple[Problem, ...]:
@@ -162,7 +175,8 @@ def shown_examples(job: Job, task: str, problems: Sequence[Problem]) -> tuple[Pr
     if not shots: return ()
     source = task if "calibration" in TASKS[task].files else task_family(task)
     if "calibration" in TASKS[source].files:
-        return evaluation_problems(source, shots, data.seed, data.data_dir, {p.uid for p in problems}, "validation")
+        judged_on = fresh_problems(job).union(p.uid for p in problems)
+        return evaluation_problems(source, shots, data.seed, data.data_dir, judged_on, "validation")
     raise BadInput(f"{task} has no calibration problems: expected some to show as worked examples; leave --shots out, "
                    "or answer other tasks.")
 
@@ -188,12 +202,12 @@ def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes 
 
 def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: # What JSON can hold
     "Which model a run is about, by content, and how it computes."
-    weight = next(model.parameters())
+    weight, plain = next(model.parameters()), tokenizer.chat_template is None
     return {"name": job.model.name, "fingerprint": model_fingerprint(model),
             "configuration": settings_that_count(model.config),
             "generation": settings_that_count(model.generation_config),
             "tokenizer": tokenizer_fingerprint(tokenizer), "dtype": str(weight.dtype).removeprefix("torch."),
-            "device": weight.device.type}
+            "device": weight.device.type} | ({"prompts": "plain text"} if plain else {})
 
 # %% ../../nbs/jobs/03_job.ipynb #c021
 def targets_configuration(job: Job) -> dict:
@@ -218,6 +232,7 @@ def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
     unusual |= {name: n for name in ("choice_n", "shots") if (n := getattr(job.evaluate, name))}
     if job.evaluate.backend != "transformers": unusual["backend"] = job.evaluate.backend
+    if job.calibrate.seed: unusual["seed"] = job.calibrate.seed
     return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
 
 # %% ../../nbs/jobs/03_job.ipynb #c023
@@ -238,7 +253,8 @@ def problem_calibration(job: Job, tokenizer: object, n: int, chains: Chains | No
     "The part of a calibration set that is no text; chains of another style raise `BadInput`."
     data = job.calibrate
     if chains is None:
-        return calibration_set(tokenizer, data.tasks, n, data.k, data.calibration_seed, data.data_dir, data.style)
+        return calibration_set(tokenizer, data.tasks, n, data.k, data.calibration_seed, data.data_dir, data.style,
+                               fresh_problems(job))
     if chains.about["style"] != style_origin(data.style):
         raise BadInput(f"{data.calibrate_on} was written in the style {chains.about['style']['called']}: expected "
                        f"{prompt_style(data.style).name}, this run's; change --style or make the chains again.")
@@ -295,6 +311,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
     check_text_unseen(job, calibration)
+    tell_of_zeros(*zeros_of(model))
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 
@@ -347,6 +364,7 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
     if budgets[0] != budgets[1]:
         kept, wanted = ("a whole table" if share is None else f"one with a budget of {share:g}" for share in budgets)
         raise BadInput(f"{path} holds {kept}: expected {wanted}; remove it and run again.")
+    if table is losses: return replace(table, tokens=token_counts(ready.calibration)) # which tables of before lack
     return table
 
 # %% ../../nbs/jobs/03_job.ipynb #c051
@@ -374,13 +392,13 @@ def factors_by_method(ready: Ready, folder: Path, store: Path | None) -> dict[st
     "The factors of every method of a job, each measured once."
     parsed = {method: parse_method(method) for method in ready.job.prune.methods}
     attributions = {method: parts.attribution for method, parts in parsed.items() if "factors" in needs_of(parts)}
-    masking = any(name is None or name in UNIT_AWARE for name in attributions.values())
-    losses = run_losses(ready, folder, store) if masking else None
-    factors = {name: attribution_factors(ready, folder, name, losses) for name in distinct(tuple(attributions.values()))
-               if name}
-    if None in attributions.values():
-        scores = scores_of(losses, ready.job.prune.aggregation)
-        factors[None] = Factors(importance_factors(scores))
+    masking = any(name in (None, *READINGS, *UNIT_AWARE) for name in attributions.values())
+    losses, factors = run_losses(ready, folder, store) if masking else None, {}
+    for name in distinct(tuple(attributions.values())):
+        if name in (None, *READINGS):
+            scores = scores_of(losses, reading_of(name).aggregation(ready.job.prune.aggregation))
+            factors[name] = Factors(importance_factors(scores), layout=reading_of(name).layout)
+        else: factors[name] = attribution_factors(ready, folder, name, losses)
     return {method: factors[name] for method, name in attributions.items()}
 
 # %% ../../nbs/jobs/03_job.ipynb #c056

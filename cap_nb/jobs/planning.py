@@ -29,7 +29,7 @@ from .records import cells_of
 from .settings import changed, examples_by_kind, Job, MOST
 from ..methods.budgets import BudgetSettings
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
-from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, with_hessian
+from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, READINGS, with_hessian
 from ..methods.screening import by_task, first_counts, task_indices
 from ..models.anatomy import Anatomy, context_of, dimensions, projections
 from ..models.choices import has_options
@@ -52,6 +52,7 @@ class Sizes(Anatomy):
     met: float # Those of them that one token is multiplied by
     outputs: float # Numbers that the projections of a layer make of one token
     widest: int # Weights of the largest matrix in scope
+    columns: int # Columns of all matrices in scope
     inputs: tuple[tuple[int, int, float, int], ...] # (width, rows that read it, share of the tokens, how many such)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c006
@@ -77,27 +78,32 @@ def sizes_of(config: object, name: str, source: str) -> Sizes:
         met=sum(share * p.weight.numel() for p, share in zip(scope, shares)),
         outputs=sum(share * p.weight.shape[0] for p, share in zip(scope, shares)) / a.layers,
         widest=max(p.weight.numel() for p in scope),
+        columns=sum(p.weight.shape[1] for p in scope),
         inputs=tuple((*about, count) for about, count in inputs.items()))
 
 # %% ../../nbs/jobs/04_planning.ipynb #c009
 def published(model_type: str, shape: tuple[int, int, int, int], vocabulary: int, context: int,
               **more: object) -> dict[str, object]:
-    "The configuration of a model with eight key-value heads, in bfloat16."
+    "The configuration of a model, with eight key-value heads and in bfloat16 unless told otherwise."
     hidden, mlp, layers, heads = shape
-    return dict(model_type=model_type, vocab_size=vocabulary, max_position_embeddings=context, hidden_size=hidden,
-                intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8,
-                tie_word_embeddings=False, dtype="bfloat16", **more)
+    usual = dict(num_key_value_heads=8, dtype="bfloat16")
+    return usual | dict(model_type=model_type, vocab_size=vocabulary, max_position_embeddings=context,
+                        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+                        num_attention_heads=heads, tie_word_embeddings=False) | more
 
 LLAMA, MISTRAL = "meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2"
 LLAMA_70B, MIXTRAL = "meta-llama/Meta-Llama-3-70B-Instruct", "mistralai/Mixtral-8x22B-v0.1"
+LLAMA_2 = "meta-llama/Llama-2-7b-hf"
 PUBLISHED = {
     LLAMA: published("llama", (4096, 14336, 32, 32), 128256, 8192),
     MISTRAL: published("mistral", (4096, 14336, 32, 32), 32000, 32768, sliding_window=None),
+    LLAMA_2: published("llama", (4096, 11008, 32, 32), 32000, 4096, num_key_value_heads=32, dtype="float16"),
     LLAMA_70B: published("llama", (8192, 28672, 80, 64), 128256, 8192),
     MIXTRAL: published("mixtral", (6144, 16384, 56, 48), 32000, 65536, sliding_window=None, num_local_experts=8,
                        num_experts_per_tok=2)}
-SHORT_NAMES = {"llama-3-8b": LLAMA, "llama-3-8b-instruct": LLAMA, "mistral-7b": MISTRAL, "llama-3-70b": LLAMA_70B,
-               "mixtral-8x22b": MIXTRAL} # Besides ids without owner
+SHORT_NAMES = {"llama-3-8b": LLAMA, "llama-3-8b-instruct": LLAMA, "mistral-7b": MISTRAL, "llama-2-7b": LLAMA_2,
+               "llama-3-70b": LLAMA_70B, "mixtral-8x22b": MIXTRAL} # Besides ids without owner
+
 
 # %% ../../nbs/jobs/04_planning.ipynb #c010
 LABS = {"lab": CHECKPOINT, "lab-moe": EXPERTS_CHECKPOINT} # Checkpoints of the package
@@ -240,29 +246,33 @@ class Answers:
     "The answers to one task."
     count: int # How many
     width: int # Tokens of the longest prompt
-    steps: int # Tokens of an answer, at most
+    steps: int # Tokens of an answer
     rows: int # Answers that are written together
 
-def answers_to(job: Job, tasks: Sequence[str], lengths: Sequence[ExampleLength], count: int) -> tuple[Answers, ...]:
-    "So many answers a task, to problems as long as its calibration examples."
+def answers_to(job: Job, tasks: Sequence[str], lengths: Sequence[ExampleLength], count: int,
+               short: bool = False) -> tuple[Answers, ...]:
+    "So many answers a task, to problems as long as its calibration examples; they take the limit, or are short."
     found = []
     for task in tasks if count else ():
-        prompts = [length.prompt for length in lengths if length.task == task]
-        width = max(prompts, default=ASSUMED_TOKENS[task_family(task)][0])
-        width += job.evaluate.shots * sum(ASSUMED_TOKENS[task_family(task)]) # worked examples in front
-        steps = job.evaluate.max_new_tokens or token_limit(task)
+        usual = ASSUMED_TOKENS[task_family(task)]
+        mine = [length for length in lengths if length.task == task] or [ExampleLength(task, *usual)]
+        width, limit = max(length.prompt for length in mine), job.evaluate.max_new_tokens or token_limit(task)
+        width += job.evaluate.shots * sum(usual) # worked examples in front
+        solution = math.ceil(sum(length.target for length in mine) / len(mine))
+        steps = min(limit, max(solution, math.ceil(limit / 4))) if short else limit
         rows = max(1, min(count, 2 * job.model.batch_tokens // (width + steps)))
         found.append(Answers(count=count, width=width, steps=steps, rows=rows))
     return tuple(found)
 
 def writing_work(answers: Sequence[Answers]) -> np.ndarray:
-    "Prompts are read; then a pass is one step of all answers that are written together, as often as they may take."
+    "Prompts are read; then a pass is one step of all answers that are written together, as often as they take."
     total = np.zeros(4)
     for a in answers:
         total += a.count / a.rows, a.count * a.width, a.count * a.width**2, a.count
         written = a.count * a.steps
         total += math.ceil(a.count / a.rows) * a.steps, written, written * (a.width + a.steps / 2), written
     return total
+
 
 # %% ../../nbs/jobs/04_planning.ipynb #c025
 def window_width(sizes: Sizes, job: Job) -> int:
@@ -278,8 +288,9 @@ def reading_work(sizes: Sizes, job: Job, lengths: Sequence[ExampleLength]) -> np
     return with_head(losses, losses[TOKENS]) + (windows, windows * width, windows * width**2, windows * width)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c031
-SOLVERS = { # Operations in n**3 and in r n**2, bytes in n**2 and in r n, for r rows of n columns beside their Hessian
-    "sparsegpt": (2, 4, 10, 17), "alps": (20, 200, 40, 40), "update": (2, 50, 30, 28), "swaps": (0, 120, 4, 36)}
+SOLVERS = { # Operations in n**3 and in r n**2, bytes in n**2 and in r n, for r rows of n columns beside their Hessian;
+    "sparsegpt": (2, 4, 10, 17, 4), "alps": (20, 200, 40, 40, 1), # then operations launched for a column
+    "update": (2, 50, 30, 28, 1), "swaps": (0, 120, 4, 36, 20)}
 
 def solver_flops(sizes: Sizes, names: Sequence[str], tokens: int) -> float:
     "Hessians of all inputs from so many tokens (Frantar and Alistarh 2023), and what solvers compute from them."
@@ -311,6 +322,7 @@ class Workload:
     lengths: tuple[ExampleLength, ...] # Length of every calibration example
     dtype: str # In which it computes
     tries: int = 0 # Answers to every problem that `cap chains` is to write; 0: no chains are planned
+    short: bool = False # Whether answers are short; False: as long as the limit allows
 
     @cached_property
     def width(self) -> int:
@@ -330,12 +342,14 @@ class Workload:
     @cached_property
     def answers(self) -> tuple[Answers, ...]:
         "Answers of one evaluation."
-        return answers_to(self.job, self.job.evaluate.accuracy_tasks, self.lengths, self.job.evaluate.evaluate_n)
+        done = self.job.evaluate
+        return answers_to(self.job, done.accuracy_tasks, self.lengths, done.evaluate_n, self.short)
 
     @cached_property
     def chains(self) -> tuple[Answers, ...]:
         "All answers that `cap chains` is to write."
-        return answers_to(self.job, self.job.calibrate.tasks, self.lengths, self.tries * self.job.calibrate.n)
+        data = self.job.calibrate
+        return answers_to(self.job, data.tasks, self.lengths, self.tries * data.n, self.short)
 
     def layer(self, tokens: int, longest: int) -> float:
         "Bytes that a decoder layer takes for so many tokens: what its projections make, states, and the mask."
@@ -367,11 +381,19 @@ def gradient_memory(load: Workload, sums: bool = True) -> dict[str, float]:
     return {"gradients": sizes.scope * (4 + load.width) * sums, "activations of a batch": sizes.layers * kept,
             "one layer at work": memory["one layer at work"], "logits": 2 * memory["logits"]}
 
+def regional_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, float]:
+    "What backward passes through one layer keep: hidden states, what the way back needs, gradients and their sums."
+    sizes, memory = load.sizes, pass_memory(load, batches)
+    longest = max(b.width for b in batches)
+    return {"hidden states": memory["hidden states"], "one layer at work": memory["one layer at work"],
+            "gradients of a layer": sizes.scope / sizes.layers * (4 + 2 * load.width),
+            "activations of a layer": longest * (1.5 * sizes.outputs * load.width + 16 * sizes.hidden_size)}
+
 def solver_memory(load: Workload, names: Sequence[str], on_dense: bool) -> dict[str, float]:
     "What a walk with Hessians keeps; where masks are chosen on the dense model first, all of them and its weights."
     sizes = load.sizes
     largest = [square * n**2 + weight * min(n * rows, sizes.widest)
-               for *_, square, weight in map(SOLVERS.get, names) for n, rows, *_ in sizes.inputs]
+               for _, _, square, weight, _ in map(SOLVERS.get, names) for n, rows, *_ in sizes.inputs]
     return walk_memory(load) | {
         "Hessians of a layer": 4 * sum(n**2 * count for n, _, _, count in sizes.inputs) / sizes.layers,
         "one matrix solved": max(largest, default=0),
@@ -401,17 +423,21 @@ class Rates:
     "How fast a device is, and how much it holds."
     memory: float # GB
     peak: float # TFLOP/s of matrix products
+    single: float | None = None # TFLOP/s of those in float32, as solvers have them; None: the same
     bandwidth: float # GB/s of its own memory
     link: float = math.inf # GB/s to another device, one way
     disk: float = 2.0 # GB/s at which a process reads a checkpoint
     name: str = "" # What the device is called
     timed: bool = False # Whether peak and bandwidth were timed here
 
-ACCELERATORS = { # NVIDIA's data sheets: products in 16 bits without sparsity, one direction of the link
-    "a100": Rates(memory=80, peak=312, bandwidth=2039, link=300),
-    "h100": Rates(memory=80, peak=989, bandwidth=3350, link=450),
-    "h200": Rates(memory=141, peak=989, bandwidth=4800, link=450)}
-NUMBERS = ("memory", "peak", "bandwidth", "link", "disk") # Those that a user may replace
+ACCELERATORS = { # NVIDIA's data sheets: products in 16 bits without sparsity, float32, one direction of the link
+    "a100": Rates(memory=80, peak=312, single=19.5, bandwidth=2039, link=300),
+    "h100": Rates(memory=80, peak=989, single=67, bandwidth=3350, link=450),
+    "h200": Rates(memory=141, peak=989, single=67, bandwidth=4800, link=450)}
+NUMBERS = ("memory", "peak", "single", "bandwidth", "link", "disk") # Those that a user may replace
+REACHED = {"compute": (0.5, 0.2), "memory": (0.9, 0.5)} # Shares of a data sheet's rates: at best, at worst
+LAUNCH = (7e-6, 25e-6) # Seconds to launch an operation on a graphics processor: at best, at worst
+LAUNCHES = 36 # Operations that a layer of Llama launches, counted in a step that writes
 
 def described(text: str, dtype: str = "bfloat16") -> Rates: # The device
     "A device by name; an unknown name, number, or a peak for another dtype raises `BadInput`."
@@ -475,8 +501,10 @@ def timed_rates(sizes: Sizes, device: str | torch.device | None = None, dtype: s
     batch = BatchShape(rows=max(1, tokens // width), width=width, targets=tokens, most=width)
     full, single = (torch.ones(shape, dtype=torch.int64, device=device) for shape in ((batch.rows, width), (1, 1)))
     whole, least = (seconds_of(lambda ids=ids: model(input_ids=ids, use_cache=False), device) for ids in (full, single))
+    square = torch.rand(1024, 1024, device=device)
+    single = 2 * 1024**3 / seconds_of(lambda: square @ square, device) / 1e12 if dtype != torch.float32 else None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return Rates(memory=(free or 0) / 1e9, peak=flops_of(one_pass([batch]), layer) / whole / 1e12,
+    return Rates(memory=(free or 0) / 1e9, peak=flops_of(one_pass([batch]), layer) / whole / 1e12, single=single,
                  bandwidth=layer.met * dtype.itemsize / least / 1e9, timed=True,
                  name=f"{name} ({device}, {dtype})".replace("torch.", ""))
 
@@ -486,24 +514,36 @@ class Stage:
     "One stage of a job."
     name: str # What is done
     memory: dict[str, float] # Part -> bytes on the device, beside the weights
+    methods: tuple[str, ...] = () # Methods that need it
     flops: float = 0 # Operations
+    single: float = 0 # Those of them in float32, whatever the model's dtype
     read: float = 0 # Bytes of weights, keys and values that are read
+    launches: float = 0 # Operations of PyTorch that are launched
     tokens: float = 0 # Tokens through all layers
     loaded: float = 0 # Bytes read from the disk
 
-def stage_of(load: Workload, name: str, memory: dict[str, float], work: np.ndarray = np.zeros(4), flops: float = 0,
-             read: float = 0) -> Stage:
-    "A stage by its passes, and what it computes and the numbers that it reads beside them."
+    @property
+    def title(self) -> str:
+        "What is done, and for which methods."
+        told = not self.methods or self.methods == (self.name.removeprefix("pruning by "),)
+        return self.name if told else f"{self.name} ({', '.join(self.methods)})"
+
+def stage_of(load: Workload, name: str, memory: dict[str, float], work: np.ndarray = np.zeros(4), single: float = 0,
+             read: float = 0, launches: float = 0) -> Stage:
+    "A stage by its passes, and what it computes in float32, reads and launches beside them."
     sizes, (passes, tokens, _, head) = load.sizes, work
     met = min(sizes.scope, sizes.met * max(1, tokens / passes)) if passes else 0
     read += passes * (met + sizes.vocabulary * sizes.hidden_size * bool(head))
-    return Stage(name=name, memory=memory, flops=flops + flops_of(work, sizes), read=read * load.width, tokens=tokens)
+    return Stage(name=name, memory=memory, flops=single + flops_of(work, sizes), single=single,
+                 read=read * load.width, launches=launches + passes * sizes.layers * LAUNCHES, tokens=tokens)
+
 
 # %% ../../nbs/jobs/04_planning.ipynb #c046
 READS, READS_IN_ROWS = 20, 40 # What pruning under a threshold, and in rows, takes: so many readings of the weights
-THRESHOLD, WALK, EVALUATION = "pruning by CAP", "pruning by Wanda", "evaluating one model" # Names of stages
+THRESHOLD, WALK = "pruning all at once", "pruning layer by layer" # Names of stages, as magnitude and as Wanda
+SCORING, EVALUATION = "scoring", "evaluating one model" # Names of stages
 BUDGETS, GRADIENT = "budgets from interventions", "gradient of the calibration loss" # Names of stages
-SPECTRA, CHAINS = "singular values of every matrix", "own chains" # Names of stages
+SPECTRA, CHAINS, REGIONAL = "singular values of every matrix", "own chains", "regional gradients" # Names of stages
 
 def solver_names(method: str) -> tuple[str, ...] | None:
     "Those of `SOLVERS` that a method runs, in order; None for a method without Hessians."
@@ -515,14 +555,15 @@ def stage_name(method: str) -> str:
     "The stage of a method with Hessians; methods that differ in their allocation alone share it."
     return f"pruning by {method.replace(f'+{parse_method(method).allocation}', '')}"
 
-def pruning_stages(method: str) -> Counter: # As in {"pruning by Wanda": 1, "gradient of the calibration loss": 1}
+def pruning_stages(method: str) -> Counter: # As in {"pruning layer by layer": 1, "gradient of the calibration loss": 1}
     "How often one pruning by a method goes through which stages."
     parts = parse_method(method)
     needs = CRITERIA[parts.base].needs if parts.base in CRITERIA else ()
     measured = ALLOCATIONS[parts.allocation].measures if parts.allocation else ()
-    gradients = dict.fromkeys(DERIVATIVES, 1) | {"path_gradient": PATH_POINTS}
+    gradients = dict.fromkeys(DERIVATIVES, 1) | {"path_gradient": PATH_POINTS, "regional_gradient": 0}
     found = Counter({GRADIENT: sum(gradients.get(need, 0) for need in (*needs, *measured)),
-                     SPECTRA: measured.count("spectrum"), WALK: measured.count("norm")})
+                     REGIONAL: needs.count("regional_gradient"), SPECTRA: measured.count("spectrum"),
+                     WALK: measured.count("norm")})
     found[stage_name(method) if solver_names(method) is not None else WALK if "norm" in needs else THRESHOLD] += 1
     return found
 
@@ -532,7 +573,8 @@ def solver_stage(load: Workload, method: str) -> Stage:
     parts, names = parse_method(method), solver_names(method)
     on_dense = parts.base in CRITERIA and not walks(CRITERIA[parts.base], own_scope(parts))
     return stage_of(load, stage_name(method), solver_memory(load, names, on_dense), wanda_work(load.batches),
-                    solver_flops(load.sizes, names, load.tokens), READS_IN_ROWS * load.sizes.scope)
+                    solver_flops(load.sizes, names, load.tokens), READS_IN_ROWS * load.sizes.scope,
+                    load.sizes.columns * sum(SOLVERS[name][-1] for name in names))
 
 def budget_stage(load: Workload) -> Stage:
     "Norms of the dense model, then attention and MLP of every layer pruned alone at every level, resumed there."
@@ -545,16 +587,24 @@ def budget_stage(load: Workload) -> Stage:
     return stage_of(load, BUDGETS, memory, wanda_work(load.batches) + resumed, read=READS_IN_ROWS * sizes.scope)
 
 def method_stages(load: Workload) -> list[Stage]:
-    "A stage for every method with Hessians; then what allocations and criteria measure."
-    methods, found = load.job.prune.methods, sum(map(pruning_stages, load.job.prune.methods), Counter())
-    stages = {stage_name(method): solver_stage(load, method) for method in methods if solver_names(method) is not None}
-    if any(parse_method(method).allocation == "kl" for method in methods): stages[BUDGETS] = budget_stage(load)
-    if found[GRADIENT]:
-        stages[GRADIENT] = stage_of(load, GRADIENT, gradient_memory(load), 3 * one_pass(load.batches))
-    if found[SPECTRA]:
-        memory = {"spectrum of one matrix": load.sizes.widest * 8}
-        stages[SPECTRA] = stage_of(load, SPECTRA, memory, flops=spectra_flops(load.sizes))
-    return list(stages.values())
+    "A stage for pruning all at once, layer by layer and by each solver, as methods need; then what they measure."
+    methods, sizes = load.job.prune.methods, load.sizes
+    needed = {method: pruning_stages(method) for method in methods}
+    one_by_one = batch_shapes(load.lengths, 1)
+    stages = [
+        stage_of(load, THRESHOLD, {"scores of one matrix": 17 * sizes.widest}, read=READS * sizes.scope),
+        stage_of(load, WALK, walk_memory(load), wanda_work(load.batches), read=READS_IN_ROWS * sizes.scope),
+        *{stage_name(method): solver_stage(load, method) for method in methods
+          if solver_names(method) is not None}.values(),
+        stage_of(load, GRADIENT, gradient_memory(load), 3 * one_pass(load.batches)),
+        stage_of(load, REGIONAL, regional_memory(load, one_by_one), 3 * with_head(one_pass(one_by_one), 0)),
+        stage_of(load, SPECTRA, {"spectrum of one matrix": sizes.widest * 8}, single=spectra_flops(sizes))]
+    stages = [replace(stage, methods=tuple(method for method in methods if needed[method][stage.name]))
+              for stage in stages]
+    by_kl = tuple(method for method in methods if parse_method(method).allocation == "kl")
+    if by_kl: stages.append(replace(budget_stage(load), methods=by_kl))
+    return [stage for stage in stages if stage.methods]
+
 
 # %% ../../nbs/jobs/04_planning.ipynb #c048
 def writing_stage(load: Workload, name: str, memory: dict[str, float], answers: Sequence[Answers],
@@ -564,22 +614,25 @@ def writing_stage(load: Workload, name: str, memory: dict[str, float], answers: 
     written = sum(a.count * a.steps * (a.width + a.steps / 2) for a in answers)
     return stage_of(load, name, memory, work + writing_work(answers), read=numbers * written)
 
+def scores_heads(job: Job) -> bool:
+    "Whether some method of a job takes its factors from masked heads."
+    parsed = map(parse_method, job.prune.methods)
+    return any("factors" in needs_of(parts) and parts.attribution in (None, *READINGS) for parts in parsed)
+
 def planned_stages(load: Workload) -> tuple[Stage, ...]:
-    "Loading, scoring, the hook loop, pruning by CAP and by Wanda, evaluation; what the methods add; own chains."
+    "Loading; scoring, where a method needs it; pruning by the methods; evaluation; own chains."
     sizes, batches, share = load.sizes, load.batches, load.job.prune.budget
-    scoring = pass_memory(load, batches) if share is None else gradient_memory(load, sums=False)
-    if share is None: scoring["logits"] = min(scoring["logits"], load.logits(1024))
-    whole = pass_memory(load, batches) | {"hidden states": 0}
-    whole["logits"] += max(b.rows * b.width for b in batches) * sizes.vocabulary * load.width
-    stages = [Stage(name="loading the weights", memory={}, loaded=sizes.parameters * load.width),
-              stage_of(load, "scoring", scoring, scoring_work(sizes, batches, share)),
-              stage_of(load, "scoring by the hook loop", whole, hook_loop_work(sizes, batches)),
-              stage_of(load, THRESHOLD, {"scores of one matrix": 17 * sizes.widest}, read=READS * sizes.scope),
-              stage_of(load, WALK, walk_memory(load), wanda_work(batches), read=READS_IN_ROWS * sizes.scope),
-              writing_stage(load, EVALUATION, evaluation_memory(load), load.answers,
-                            reading_work(sizes, load.job, load.lengths)), *method_stages(load)]
+    stages = [Stage(name="loading the weights", memory={}, loaded=sizes.parameters * load.width)]
+    if scores_heads(load.job):
+        memory = pass_memory(load, batches) if share is None else gradient_memory(load, sums=False)
+        if share is None: memory["logits"] = min(memory["logits"], load.logits(1024))
+        stages.append(stage_of(load, SCORING, memory, scoring_work(sizes, batches, share)))
+    stages += method_stages(load)
+    stages.append(writing_stage(load, EVALUATION, evaluation_memory(load), load.answers,
+                                reading_work(sizes, load.job, load.lengths)))
     if load.tries: stages.append(writing_stage(load, CHAINS, answer_memory(load, load.chains), load.chains))
     return tuple(stages)
+
 
 # %% ../../nbs/jobs/04_planning.ipynb #c052
 @dataclass(frozen=True, kw_only=True)
@@ -587,7 +640,8 @@ class Plan:
     "What a job will take, in plain numbers."
     load: Workload # What is to be done, on which model
     lengths_from: str # Where the lengths of the examples come from
-    stages: tuple[Stage, ...] # From `planned_stages`
+    stages: tuple[Stage, ...] # From `planned_stages`, with answers as long as the limit allows
+    short: tuple[Stage, ...] # The same, with short answers
     devices: int # Devices, or processes on one CPU
     on_cpu: bool # Whether the device is main memory
     free: int | None # Bytes that a device, or one of several processes on a CPU, may take; None means unknown
@@ -620,27 +674,37 @@ class Plan:
         "Bytes on a device at the stage's fullest, with the weights."
         return self.each + at_once(stage.memory)
 
-    def bound(self, stage: Stage) -> tuple[str | None, float | None]:
-        "What bounds a stage, and its seconds; None twice without rates."
-        if (r := self.rates) is None: return None, None
-        sizes = self.load.sizes
+    def seconds(self, stage: Stage, end: int) -> dict[str, float]:
+        "What bounds a stage -> the seconds that this takes, at best (0) or at worst (1)."
+        r, sizes = self.rates, self.load.sizes
+        share = {part: 1.0 if r.timed else reached[end] for part, reached in REACHED.items()}
+        operations = (stage.flops - stage.single) / r.peak + stage.single / (r.single or r.peak)
         moved = stage.tokens * sizes.hidden_size * self.load.width * (self.group - 1) # hidden states, device to device
-        times = {"compute": stage.flops / (r.peak * 1e12), "memory": stage.read / (r.bandwidth * 1e9),
+        times = {"compute": operations / 1e12 / share["compute"],
+                 "memory": stage.read / (r.bandwidth * 1e9) / share["memory"],
+                 "launches": 0.0 if r.timed else stage.launches * LAUNCH[end],
                  "link": moved / (r.link * 1e9), "disk": stage.loaded / (r.disk * 1e9)}
-        name = max(times, key=times.get)
-        if not stage.name.startswith("scoring") or self.load.job.prune.budget is not None: return name, times[name]
+        if stage.name != SCORING or self.load.job.prune.budget is not None: return times
         alone = 1 / (1 + sizes.heads * (sizes.layers + 1) / 2) # the intact pass, which every copy makes itself
-        return name, times[name] * (alone + (1 - alone) / self.sharing)
+        return {part: value * (alone + (1 - alone) / self.sharing) for part, value in times.items()}
+
+    def bound(self, stage: Stage) -> tuple[str | None, tuple[float, float] | None]:
+        "What takes longest in a stage, and its seconds at best and at worst; None twice without rates."
+        if self.rates is None: return None, None
+        best = self.seconds(self.short[self.stages.index(stage)], 0).values()
+        worst = self.seconds(stage, 1)
+        return max(worst, key=worst.get), (max(best), sum(worst.values()))
+
 
 # %% ../../nbs/jobs/04_planning.ipynb #c053
-def run_seconds(planned: Plan) -> float:
+def run_seconds(planned: Plan) -> tuple[float, float]: # At best, at worst
     "The whole of `cap run`: scoring if some method needs it, every pruning, and the evaluation of every model."
     seconds = {stage.name: planned.bound(stage)[1] for stage in planned.stages}
-    parsed = [parse_method(method) for method in planned.load.job.prune.methods]
-    visits = Counter(dict.fromkeys({BUDGETS} & seconds.keys(), 1)) + Counter({EVALUATION: len(planned.cells)})
-    visits["scoring"] = any("factors" in needs_of(parts) and not parts.attribution for parts in parsed)
+    visits = Counter(dict.fromkeys({SCORING, BUDGETS} & seconds.keys(), 1)) + Counter({EVALUATION: len(planned.cells)})
     for method, _ in planned.cells[1:]: visits += pruning_stages(method)
-    return sum(count * seconds[name] for name, count in visits.items())
+    best, worst = (sum(count * seconds[name][end] for name, count in visits.items()) for end in (0, 1))
+    return best, worst
+
 
 # %% ../../nbs/jobs/04_planning.ipynb #c054
 @validate_arguments
@@ -675,7 +739,8 @@ def plan(
     on_cpu, free = device.type == "cpu" and memory is None, free_memory(device) if memory is None else memory
     if on_cpu and free is not None: free //= devices
     weights = sizes.parameters * load.width
-    return Plan(load=load, lengths_from=origin, stages=planned_stages(load), devices=devices, on_cpu=on_cpu, free=free,
+    return Plan(load=load, lengths_from=origin, stages=planned_stages(load),
+                short=planned_stages(replace(load, short=True)), devices=devices, on_cpu=on_cpu, free=free,
                 main=free_memory(torch.device("cpu")), rates=rates, weights=weights, copy=sizes.scope * load.width,
                 group=1 if on_cpu or free is None else min(devices, -(-weights // max(1, free))),
                 cells=cells_of({"methods": list(job.prune.methods), "sparsities": list(job.prune.sparsities)}))
@@ -691,11 +756,19 @@ def bytes_text(size: float) -> str:
     if size < 1024: return f"{size:.0f} bytes"
     return in_units(size, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}, ",.1f")
 
+TIMES = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1, "ms": 0.001} # Unit -> its seconds
+
 def seconds_text(seconds: float | None) -> str:
     "A time in the unit that suits it, as 3.2 hours."
     if seconds is None: return "not timed"
-    if seconds < 0.1: return f"{1000 * seconds:.1f} ms"
-    return in_units(seconds, {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}, ".1f", 1.5)
+    return in_units(seconds, TIMES if seconds < 0.1 else dict(list(TIMES.items())[:-1]), ".1f", 1.5)
+
+def range_text(seconds: tuple[float, float] | None) -> str:
+    "A range of times in the unit that suits its end, as 0.5 to 3.2 hours; one time where both read the same."
+    if seconds is None: return seconds_text(None)
+    last = seconds_text(seconds[1])
+    first = f"{seconds[0] / TIMES[last.split()[-1]]:.1f}"
+    return last if first == last.split()[0] else f"{first} to {last}"
 
 def flops_text(flops: float) -> str:
     "A number of operations in the unit that suits it, as 3.2 TFLOP."
@@ -740,8 +813,7 @@ def plan_advice(p: Plan) -> tuple[str, ...]:
     load, sentences = p.load, []
     if p.free is not None and p.each > p.free: sentences.append(weights_advice(p))
     elif p.free is not None:
-        sentences += [stage_advice(p, stage) for stage in p.stages
-                      if p.needed(stage) > p.free and stage.name != "scoring by the hook loop"]
+        sentences += [stage_advice(p, stage) for stage in p.stages if p.needed(stage) > p.free]
     together = p.copy + (p.weights if p.on_cpu else 0)
     if p.main is not None and together > p.main:
         sentences.append(f"'cap run' keeps a copy of the weights in scope in main memory, {bytes_text(together)} "
@@ -766,7 +838,7 @@ def limits_text(answers: Sequence[Answers]) -> str:
 
 def model_lines(p: Plan) -> list[str]:
     "The model, the calibration set and the passes in words."
-    load, data, s, scoring = p.load, p.load.job.calibrate, p.load.sizes, p.stage("scoring")
+    load, data, s = p.load, p.load.job.calibrate, p.load.sizes
     padding = 1 - load.tokens / sum(b.rows * b.width for b in load.batches)
     lines = [
         f"- Model: {s.layers} layers of {s.heads} heads ({s.key_value_heads} key-value heads of size {s.head_size}), "
@@ -776,17 +848,18 @@ def model_lines(p: Plan) -> list[str]:
         f"- Calibration: {len(load.lengths):,} examples of {', '.join(data.tasks)} in {data.k} subsets; lengths "
         f"{p.lengths_from}.",
         f"- Tokens: {load.tokens:,}, {sum(length.target for length in load.lengths):,} of them targets; in batches of "
-        f"up to {load.job.model.batch_tokens:,} tokens ({len(load.batches)} in all), {padding:.1%} padding.",
-        f"- Scoring: {s.layers * s.heads:,} heads, so {len(load.batches) * (1 + s.layers * s.heads):,} passes; the "
-        f"hook loop computes {p.stage('scoring by the hook loop').flops / scoring.flops:.1f} times as much."]
-    if load.job.prune.budget is not None:
-        share = scoring.flops / flops_of(scoring_work(s, load.batches), s)
-        lines[-1] = (f"- Scoring with --budget {load.job.prune.budget:g}: {flops_text(scoring.flops)}, {share:.0%} of "
-                     "the whole table's, slopes and intact passes included.")
+        f"up to {load.job.model.batch_tokens:,} tokens ({len(load.batches)} in all), {padding:.1%} padding."]
+    scoring, whole = (flops_of(work(s, load.batches), s) for work in (scoring_work, hook_loop_work))
+    if scores_heads(load.job) and load.job.prune.budget is not None:
+        spent = p.stage(SCORING).flops
+        lines.append(f"- Scoring with --budget {load.job.prune.budget:g}: {flops_text(spent)}, {spent / scoring:.0%} "
+                     "of the whole table's, slopes and intact passes included.")
+    elif scores_heads(load.job):
+        lines.append(f"- Scoring: {s.layers * s.heads:,} heads, so {len(load.batches) * (1 + s.layers * s.heads):,} "
+                     f"passes; the hook loop computes {whole / scoring:.1f} times as much.")
     if load.tries:
         lines.append(f"- Own chains: {sum(a.count for a in load.chains):,} answers to {data.n * len(data.tasks):,} "
-                     "problems, by 'cap chains' before any run, counted as if each took all of its "
-                     f"{limits_text(load.chains)} tokens.")
+                     f"problems, by 'cap chains' before any run, of at most {limits_text(load.chains)} tokens.")
     return lines
 
 def stage_rows(p: Plan) -> list[str]:
@@ -797,7 +870,7 @@ def stage_rows(p: Plan) -> list[str]:
     for stage in p.stages:
         bound, seconds = p.bound(stage)
         parts = ", ".join(f"{part} {bytes_text(size)}" for part, size in stage.memory.items() if size)
-        cells = (stage.name, flops_text(stage.flops) if stage.flops else "none", seconds_text(seconds), bound or "",
+        cells = (stage.title, flops_text(stage.flops) if stage.flops else "none", range_text(seconds), bound or "",
                  bytes_text(p.needed(stage)), parts)
         rows.append(f"| {' | '.join(cells)} |")
     return rows
@@ -806,20 +879,25 @@ def stage_rows(p: Plan) -> list[str]:
 def time_lines(p: Plan) -> list[str]:
     "The whole run, what it takes for granted, and where the times come from."
     load, r = p.load, p.rates
-    line = f"The whole of 'cap run' is a scoring, the prunings and the evaluation of {len(p.cells)} models"
-    line += f": {seconds_text(run_seconds(p))}, an estimate." if r else "."
+    parts = "a scoring, " * scores_heads(load.job) + f"the prunings and the evaluation of {len(p.cells)} models"
+    line = f"The whole of 'cap run' is {parts}" + (f": {range_text(run_seconds(p))}, an estimate." if r else ".")
     if load.answers:
-        line += (f" Evaluation is counted as if every answer took all of its {limits_text(load.answers)} tokens; "
-                 "answers that end early take less.")
-    named = {parse_method(method).attribution for method in load.job.prune.methods} - {None}
+        line += (f" At the most every answer takes all of its {limits_text(load.answers)} tokens; at the least it is "
+                 "as long as the worked solutions, or a quarter of that.")
+    named = {parse_method(method).attribution for method in load.job.prune.methods} - {None, *READINGS}
     if named: line += f" Not counted: the attributions {', '.join(sorted(named))}."
     if r is None: source = "No times: this device was not timed."
     elif r.timed:
-        source = (f"Times are estimates from one batch through one layer on {r.name}, {flops_text(r.peak * 1e12)}/s, "
-                  "and are meant to be right within a factor of two or three.")
+        source = (f"Times are estimates from one batch through one layer on {r.name}, {flops_text(r.peak * 1e12)}/s "
+                  f"and {r.bandwidth:.3g} GB/s, which count at once at the least and one after another at the most; "
+                  "they are meant to be right within a factor of two while the machine is as busy as it was then.")
     else:
-        source = (f"At least, on {p.devices} x {r.name}: {r.memory:g} GB, {r.peak:g} TFLOP/s, {r.bandwidth:g} GB/s, "
-                  f"link {r.link:g} GB/s, disk {r.disk:g} GB/s; nothing reaches these.")
+        shares = [[f"{reached[end]:.0%}" for reached in REACHED.values()] for end in (0, 1)]
+        source = (f"Not measured here: times are from the data sheet of {p.devices} x {r.name}, {r.memory:g} GB, "
+                  f"{r.peak:g} TFLOP/s ({r.single or r.peak:g} in float32, for solvers), {r.bandwidth:g} GB/s, link "
+                  f"{r.link:g} GB/s, disk {r.disk:g} GB/s. At the least {' and '.join(shares[0])} of operations and "
+                  f"bandwidth are reached, and an operation is launched in {LAUNCH[0] * 1e6:g} microseconds; at the "
+                  f"most it is {' and '.join(shares[1])} and {LAUNCH[1] * 1e6:g}, one after another.")
     if p.group > 1: source += f" Each copy of the weights is spread over {p.group} devices, which work in turn."
     if p.sharing > 1: source += f" Scoring is shared by {p.sharing} copies of the model."
     return [line, source]

@@ -36,10 +36,13 @@ from ..core.files import (
     whole_folder, write_checked)
 from ..core.registry import check_additions
 from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
+from .settings import changed, Job, option_of, part_of_setting
 from ..methods.prune import sparsities_of
 from ..methods.screening import load_any, PartialLosses, scores_of
 from ..models.anatomy import projections
 from ..models.choices import ChoiceRecord
+from ..models.decoding import token_limit
+from ..models.loading import fingerprint_differences, PARTS, TOKENIZER_PARTS
 from ..scoring import HeadLosses
 from ..threshold import PruneReport
 
@@ -132,12 +135,83 @@ def agrees(kept: object, now: object) -> bool:
     if not (is_fingerprint(kept) and is_fingerprint(now)): return kept == now
     return all(a == b for a, b in zip(kept.split("-"), now.split("-")))
 
-def differences(one: dict, other: dict) -> tuple[str, ...]: # As in "calibration.n (128, now 64)"
-    "The settings in which two configurations differ."
+def differing(one: dict, other: dict) -> dict[str, tuple[object, object]]: # Setting -> its two values
+    "The settings in which two configurations differ, fingerprints last."
     a, b = settings_of(one), settings_of(other)
-    differ = [key for key in sorted(a.keys() | b.keys(), key=lambda key: (is_fingerprint(a.get(key)), key))
-              if not agrees(a.get(key), b.get(key))]
-    return tuple(f"{key} ({shown(a.get(key))}, now {shown(b.get(key))})" for key in differ)
+    order = sorted(a.keys() | b.keys(), key=lambda key: (is_fingerprint(a.get(key)), key))
+    return {key: (a.get(key), b.get(key)) for key in order if not agrees(a.get(key), b.get(key))}
+
+def differences(one: dict, other: dict) -> tuple[str, ...]: # As in "calibration.n (128, now 64)"
+    "The settings in which two configurations differ, in words."
+    return tuple(f"{key} ({shown(kept)}, now {shown(now)})" for key, (kept, now) in differing(one, other).items())
+
+# %% ../../nbs/jobs/00_records.ipynb #5d281054
+def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as far as a run's folder knows it
+    "The job that made a run; on chains, whose file is not known, it is calibrated on \"chains\"."
+    model, kept, done = (configuration[part] for part in ("model", "calibration", "evaluation"))
+    tasks, chosen = tuple(kept["tasks"]), kept.get("on", "gold")
+    limits = done["max_new_tokens"]
+    own_limits = all(limits[task] == token_limit(task) for task in limits) # then none was given
+    answered = sorted(done["data"]["accuracy"], key=lambda task: (*tasks, task).index(task))
+    return changed(
+        Job(), name=model["name"], dtype=model["dtype"], device=model["device"], batch_tokens=kept["batch_tokens"],
+        tasks=tasks, style=configuration["style"]["called"], n=kept["n"], k=kept["k"], calibrate_on=chosen,
+        seed=done.get("seed", kept["seed"]) if seed is None else seed, calibration_seed=kept["seed"],
+        text_share=0.0 if chosen == "text" else kept.get("text_share", 0.0), text_tokens=kept.get("text_tokens", 256),
+        methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
+        aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
+        budget=configuration.get("budget"), backend=done.get("backend", "transformers"),
+        choice_n=done.get("choice_n", 0), shots=done.get("shots", 0),
+        accuracy_tasks=tuple(answered), max_new_tokens=None if own_limits else next(iter(limits.values())),
+        text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
+        **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})
+
+# %% ../../nbs/jobs/00_records.ipynb #225eb54a
+def hidden_options(kept: dict, asked: dict, one: dict, other: dict) -> set[str]:
+    "Settings whose difference says nothing, or what another one says."
+    same_problems = kept["evaluation"]["data"] == asked["evaluation"]["data"]
+    hidden = {*GROWING, "seed" if same_problems else "calibration_seed"} # one of them is in a configuration
+    if not differing({"model": kept["model"]}, {"model": asked["model"]}): hidden.add("name") # it was moved
+    if None in (one["text"], other["text"]): hidden.add("text") # --windows is 0
+    if all(each["accuracy_tasks"] == each["tasks"] for each in (one, other)): hidden.add("accuracy_tasks")
+    return hidden
+
+def option_text(value: object) -> str: # As in "lab-arc,lab-gsm8k"
+    "A setting as it is written behind its option."
+    if isinstance(value, tuple): return ",".join(map(str, value)) or "none"
+    return "a file of chains" if value == "chains" else str(value)
+
+def changed_options(kept: dict, asked: dict) -> tuple[str, ...]: # As in "--n is 64, the run in this folder has 128"
+    "The options of `cap run` in which two configurations differ, in words."
+    one, other = ({name: getattr(getattr(job, part), name) for name, part in part_of_setting().items()}
+                  for job in map(job_of, (kept, asked)))
+    hidden, told = hidden_options(kept, asked, one, other), []
+    for name in one:
+        if name in hidden or one[name] == other[name]: continue
+        now = "left out" if other[name] is None else option_text(other[name])
+        before = "was made without it" if one[name] is None else f"has {option_text(one[name])}"
+        told.append(f"{option_of(name)} is {now}, the run in this folder {before}")
+    return tuple(told)
+
+# %% ../../nbs/jobs/00_records.ipynb #b6e953f6
+PARTED = {"model.fingerprint": PARTS, "model.tokenizer": TOKENIZER_PARTS} # Fingerprint -> what its parts are of
+CONTENTS = { # Beginning of a setting that no option names -> what it is about
+    "model.fingerprint": "the model's {}", "model.configuration.": "{} in its config.json",
+    "model.generation.": "{} in its generation_config.json", "model.tokenizer": "the tokenizer's {}",
+    "model.prompts": "the form of the prompts",
+    "style.fingerprint": "the wording of the prompts", "calibration.chains": "the chains",
+    "calibration.written_by": "the model that wrote the chains", "calibration.fingerprint": "the calibration examples",
+    "evaluation.data.accuracy.": "the problems of {} that are answered",
+    "evaluation.data.loss.": "the problems of {} for held-out loss", "evaluation.data.text.": "the text {}"}
+
+def changed_contents(kept: dict, asked: dict) -> tuple[str, ...]: # As in "the text wikitext2"
+    "What differs between two configurations with the same options, in words."
+    differ, starts = differing(kept, asked), (*CONTENTS, "")
+    def told(key: str, start: str) -> str:
+        parts = fingerprint_differences(*differ[key], PARTED[key]) if key in PARTED else [key.removeprefix(start)]
+        return CONTENTS.get(start, "{}").format(" and ".join(parts))
+    found = {key: next(start for start in starts if key.startswith(start)) for key in differ}
+    return tuple(told(key, start) for key, start in sorted(found.items(), key=lambda each: starts.index(each[1])))
 
 # %% ../../nbs/jobs/00_records.ipynb #c026
 FORMAT = 3 # Of the folder; a later one that cannot read this one will say so
@@ -154,9 +228,14 @@ def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     if unknown := sorted(asked["model"].keys() - kept["model"].keys()):
         log.warning("%s was begun by an earlier version, which says nothing of the model's %s: it goes on without.",
                     folder, " and ".join(unknown))
-    if differ := differences(kept, asked | {"model": known_before(kept["model"], asked["model"])}):
-        raise BadInput(f"{folder} holds a run with other settings, {'; '.join(differ[:3])}: expected the same ones; "
-                       "give another folder with --out.")
+    asked = asked | {"model": known_before(kept["model"], asked["model"])}
+    if differing(kept, asked):
+        if options := changed_options(kept, asked):
+            raise BadInput(f"{folder} holds a run with other settings: {'; '.join(options)}: expected its own; give "
+                           "these, or another folder with --out.")
+        raise BadInput(f"{folder} holds a run with the same settings, made with other content of "
+                       f"{', '.join(changed_contents(kept, asked))}: expected the same; check --model, --data-dir, "
+                       "--calibrate-on and --seed, or give another folder with --out.")
     if (folder/PACKED).exists():
         raise BadInput(f"{folder} is a packed run: expected one with a file for each record; "
                        f"restore it in a new folder with 'cap unpack {folder} NEW' and go on there.")
@@ -535,6 +614,8 @@ def provenance_of(configuration: dict, sessions: Sequence[dict] = ()) -> dict: #
     "The notes that belong below a run's table."
     notes = {key: configuration[key] for key in SETTINGS if key in configuration}
     notes |= {"model": {key: value for key, value in configuration["model"].items() if not isinstance(value, dict)}}
+    if not notes["evaluation"]["max_new_tokens"]: # nothing was answered
+        notes |= {"evaluation": {key: n for key, n in notes["evaluation"].items() if key != "evaluate_n"}}
     kept = [{key: session[key] for key in SESSION if key in session} for session in sessions]
     distinct = [session for index, session in enumerate(kept) if session not in kept[:index]]
     if len(distinct) == 1: return notes | {"session": distinct[0]}

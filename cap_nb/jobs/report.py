@@ -23,11 +23,12 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from ..analysis import (
-    compare_methods, Comparison, is_better, method_table, method_title, plot_head_importance, row_order)
+    compare_methods, Comparison, FEWEST_PAIRS, is_better, method_table, method_title, plot_head_importance, row_order)
 from ..core.errors import BadInput
 from ..core.files import whole_file, write_checked
 from ..core.plots import figure_bytes
 from ..core.registry import check_additions
+from ..data.problems import LAB_TASKS
 from ..evaluation import AnswerRecord, Evaluation
 from ..importance import importance_factors
 from .records import cell_name, cells_of, load_run, manifest, PACKED, REPORT, Run, write_packed
@@ -37,7 +38,7 @@ from .tables import (
     markdown_rows, pairs_with, plot_importance_distribution, plot_sparsity_curves, plot_zeros_by_method, table_csv,
     table_latex, table_markdown, value_text)
 from ..methods.neurons import UNIT_AWARE
-from ..methods.prune import needs_of, parse_method
+from ..methods.prune import needs_of, parse_method, READINGS
 from ..methods.screening import screened_scores
 from ..models.decoding import limit_for
 
@@ -66,8 +67,9 @@ def method_costs(method: str, sparsities: list[float], seconds: dict[str, float]
                  memory: dict[str, int]) -> tuple[float | None, float, float | None] | None:
     "What a method took, as far as it was measured."
     parts, prunings = parse_method(method), [f"{cell_name(method, sparsity)}/prune" for sparsity in sparsities]
-    factors = [f"attribution/{parts.attribution}"] if parts.attribution else []
-    if not parts.attribution or parts.attribution in UNIT_AWARE: factors.insert(0, "scoring")
+    other = parts.attribution and parts.attribution not in READINGS
+    factors = [f"attribution/{parts.attribution}"] if other else []
+    if not other or parts.attribution in UNIT_AWARE: factors.insert(0, "scoring")
     if "factors" not in needs_of(parts): factors = []
     pruning_seconds = [seconds[stage] for stage in prunings if stage in seconds]
     if not pruning_seconds: return None
@@ -86,14 +88,17 @@ def cost_table(run: Run) -> pd.DataFrame:
         columns=["Factors (s)", "Pruning (s)", "Memory (MiB)"]).rename_axis("Method")
 
 # %% ../../nbs/jobs/02_report.ipynb #c017
+COSTS = ("Factors: what the method's scores took, masking included. Pruning: once, the median over the sparsities. "
+         "Memory: the most that either took beyond the model.")
+
 def cost_markdown(costs: pd.DataFrame) -> str: # Markdown
     "What each method took, in Markdown."
     def text(number: float, form: str) -> str:
         return "" if number is None or math.isnan(number) else format(number, form)
     forms, numbers = (".1f", ".2f", ".0f"), costs.to_numpy(dtype=float)
-    rows = [[method, *(text(number, form) for number, form in zip(row, forms))]
+    rows = [[method_title(method), *(text(number, form) for number, form in zip(row, forms))]
             for method, row in zip(costs.index, numbers)]
-    return markdown_rows([costs.index.name, *costs.columns], rows)
+    return markdown_rows([costs.index.name, *costs.columns], rows) + f"\n- {COSTS}\n"
 
 # %% ../../nbs/jobs/02_report.ipynb #c026
 CURVES_A_FIGURE = 8 # Methods that one figure of curves can show
@@ -236,16 +241,31 @@ def verdict_markdown(comparisons: Mapping[tuple[str, str, float, str], Compariso
     header = ["First", "Second", "Sparsity", "▲ First is better", "▼ First is worse", "Undecided"]
     return markdown_rows(header, rows, names=6) + f"\n- {comparison_note(comparisons)}\n"
 
+def count_in_words(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str: # A sentence or two
+    "How many differences are significant, and whether there were problems enough for any."
+    ahead = [is_better(c) for c in comparisons.values() if c.decided]
+    if ahead:
+        return (f"Of {len(comparisons)} comparisons {len(ahead)} {'are' if len(ahead) > 1 else 'is'} significant: "
+                f"{sum(ahead)} for the first method, {len(ahead) - sum(ahead)} for the second.")
+    few = f" Each has fewer than {FEWEST_PAIRS} problems or windows, too few: raise --evaluate-n, --loss-n, --windows."
+    return f"None of {len(comparisons)} comparisons is significant." + few * (
+        max(c.n for c in comparisons.values()) < FEWEST_PAIRS)
+
 # %% ../../nbs/jobs/02_report.ipynb #c041
 OPTIONS = {"name": "model", "sparsities": "sparsity"} # Settings whose option has another name
+PLACES = {"RUN": "this run's folder", "DATA": "the folder of benchmark files, which come from the hub without it",
+          "CHAINS": "the file that cap chains wrote", "FILE": "your own Python file"} # What a command does not know
 
 def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 16"
     "The command of a run, with every setting that is not the usual one and is kept."
     data, measured = configuration["calibration"], configuration["evaluation"]
     answered, limits = list(measured["max_new_tokens"]), set(measured["max_new_tokens"].values())
-    kept = {**data, **measured, **configuration, "name": configuration["model"]["name"], "seed": 0,
+    fetched = {*data["tasks"], *answered, *measured["data"]["text"]} - {*LAB_TASKS, "lab-text"}
+    seed = measured.get("seed", 0)
+    kept = {**data, **measured, **configuration, "name": configuration["model"]["name"], "seed": seed,
+            "data_dir": "DATA" if fetched else None,
             "dtype": configuration["model"]["dtype"], "style": configuration["style"]["called"],
-            "calibration_seed": data["seed"] or None,
+            "calibration_seed": data["seed"] if data["seed"] != seed else None,
             "accuracy_tasks": None if {*answered} == {*data["tasks"]} else answered or ["none"],
             "max_new_tokens": limits.pop() if len(limits) == 1 else None,
             "calibrate_on": {"text": "text", "chains": "CHAINS"}.get(data.get("on"), "gold"),
@@ -257,7 +277,12 @@ def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 
         if value == setting.default and setting.name != "name" or value is None: continue
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         words.append(f"--{OPTIONS.get(setting.name, setting.name).replace('_', '-')} {shlex.quote(text)}")
-    return " ".join(words)
+    return " ".join([*words, *["--plugin FILE"] * len(configuration.get("plugins", {}))])
+
+def places_in_words(commands: str) -> str: # As in "RUN: this run's folder."
+    "What the words in some commands stand for."
+    named = {word: meaning for word, meaning in PLACES.items() if word in commands.split()}
+    return "; ".join(f"{word}: {meaning}" for word, meaning in named.items()) + "."
 
 # %% ../../nbs/jobs/02_report.ipynb #c042
 def report_sections(run: Run, pictures: Mapping[str, bytes]) -> dict[str, str]: # Heading -> HTML
@@ -267,10 +292,8 @@ def report_sections(run: Run, pictures: Mapping[str, bytes]) -> dict[str, str]: 
     verdict = "<p>No two methods were measured at one sparsity, so there is nothing to compare.</p>"
     if comparisons:
         tests = f"<summary>Every comparison, with its test</summary>{html_of(comparison_markdown(comparisons))}"
-        decided = [is_better(c) for c in comparisons.values() if c.decided]
-        verdict = (f"<p>Of {len(comparisons)} comparisons {len(decided)} are significant: {sum(decided)} for the first "
-                   f"method, {len(decided) - sum(decided)} for the second.</p>\n"
-                   f"{html_of(verdict_markdown(comparisons))}<details>{tests}</details>")
+        verdict = f"<p>{count_in_words(comparisons)}</p>\n{html_of(verdict_markdown(comparisons))}"
+        verdict += f"<details>{tests}</details>"
     heads = "<p>No head was masked in this run, so there is no map of heads: a method such as cap needs one.</p>"
     if run.scores is not None:
         heads = show(("figures/head", "figures/importance"), head_importance_in_words(run.scores))
@@ -283,7 +306,7 @@ def report_sections(run: Run, pictures: Mapping[str, bytes]) -> dict[str, str]: 
             "What is significant, and what is not": verdict, "Curves": show("figures/sparsity"), "Heads": heads,
             "What the accuracy hides": answers, "Where the zeros went": show("figures/zeros"),
             "Costs": html_of(cost_markdown(costs)) if len(costs) else "",
-            "How it was made": f"<pre>{escape(again)}</pre>\n<ul>{origin}</ul>"}
+            "How it was made": f"<pre>{escape(again)}</pre>\n<p>{places_in_words(again)}</p>\n<ul>{origin}</ul>"}
 
 def report_html(run: Run, pictures: Mapping[str, bytes]) -> str: # A page that needs no network
     "A run on one page: equal records give equal bytes."

@@ -14,14 +14,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from ..analysis import comparable_parts, compare_methods, Comparison, comparison_frame, method_title
+from ..analysis import (
+    comparable_parts, compare_methods, Comparison, comparison_frame, method_title, told_text)
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import sha256_of_file, whole_folder, write_json
 from ..core.plots import blank_figure, in_style, INK, save_figure
 from ..evaluation import (
-    CHOICE_MEASURES, Evaluation, summarise_answers, summarise_choices, summarise_losses, token_limit)
+    CHOICE_MEASURES, Evaluation, summarise_answers, summarise_choices, summarise_losses)
 from .job import prepare, run_job
-from .records import agrees, differences, is_fingerprint, load_run, PACKED, read_run, Run, settings_of, shown
+from .records import (
+    agrees, differences, is_fingerprint, job_of, load_run, PACKED, read_run, Run, settings_of, shown)
 from .report import run_folders, write_text
 from .settings import changed, Job
 from .tables import comparison_mark, comparison_markdown, markdown_rows
@@ -147,14 +149,18 @@ def check_paired(names: tuple[str, str], runs: tuple[Run, Run]) -> None:
 
 # %% ../../nbs/jobs/07_results.ipynb #c043
 def check_methods(runs: Mapping[str, Run], methods: Sequence[str] | None, against: str | None) -> None:
-    "Raise `BadInput` for a method that no run has, and for one run without a second method."
+    "Raise `BadInput` for a method that no run has."
     first, *others = ([e.method for e in run.evaluations] for run in runs.values())
     there = dict.fromkeys(method for run in (others or [first]) for method in run)
     for method in methods or (): check_choice(method, there, "method of these runs")
     if against is not None: check_choice(against, dict.fromkeys(first), f"method of {next(iter(runs))}")
-    elif not others:
-        raise BadInput("One run was given without a method to compare with: expected two runs, or a second method; "
-                       "name one with --against.")
+
+def base_method(name: str, run: Run) -> str:
+    "What the other methods of one run are held against: Wanda, or the first; a run of one method raises `BadInput`."
+    methods = list(dict.fromkeys(e.method for e in run.evaluations if e.method != "dense"))
+    if len(methods) > 1: return "wanda" if "wanda" in methods else methods[0]
+    raise BadInput(f"{name} has no two methods to compare: expected a second run or method; give one, or hold what is "
+                   "there against the dense model with --against dense.")
 
 # %% ../../nbs/jobs/07_results.ipynb #c044
 def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, against: str | None = None,
@@ -162,6 +168,7 @@ def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, ag
     "The pairs of cells to compare, in the order of Table 1; none raises `BadInput`."
     check_methods(runs, methods, against)
     (name, first), *others = runs.items()
+    if not others and against is None: against = base_method(name, first)
     cells, pairs = {(e.method, e.sparsity): e for e in first.evaluations}, []
     for other, run in others or [(name, first)]:
         for e in run.evaluations:
@@ -180,7 +187,7 @@ def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, ag
 def compare_runs(
     runs: Folders, # Two runs or more, the first being what the others are held against; or one
     methods: Sequence[str] | None = None, # Methods to compare; None: all
-    against: str | None = None, # The method in the first run; None: the same one
+    against: str | None = None, # The method in the first run; None: the same one, in one run Wanda or the first
     sparsities: Sequence[float] | None = None, # Sparsities to compare; None: all
     seed: int = 0, # Seed of bootstrap and sign flips
 ) -> dict[tuple[str, str, float, str], Comparison]: # First, second, sparsity, measure -> first less second
@@ -254,31 +261,10 @@ def save_comparison(comparisons: Mapping[tuple[str, str, float, str], Comparison
     sources = {name: {part: sha256_of_file(folder/part) for part in ("run.json", "manifest.json", PACKED)
                       if (folder/part).exists()} for name, folder in runs_in(runs).items()}
     with whole_folder(out) as part:
-        write_text(part/"comparison.md", comparison_markdown(comparisons))
+        write_text(part/"comparison.md", comparison_markdown(comparisons) + told_text(comparisons))
         write_text(part/"comparison.csv", comparison_csv(comparisons))
         save_figure(plot_comparisons(comparisons), part/"comparison")
         write_json(part/"sources.json", sources)
-
-# %% ../../nbs/jobs/07_results.ipynb #r005
-def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as far as a run's folder knows it
-    "The job that made a run; one that was calibrated on chains raises `BadInput` until their file is named."
-    model, kept, done = (configuration[part] for part in ("model", "calibration", "evaluation"))
-    tasks, chosen = tuple(kept["tasks"]), kept.get("on", "gold")
-    limits = done["max_new_tokens"]
-    own_limits = all(limits[task] == token_limit(task) for task in limits) # then none was given
-    answered = sorted(done["data"]["accuracy"], key=lambda task: (*tasks, task).index(task))
-    return changed(
-        Job(), name=model["name"], dtype=model["dtype"], device=model["device"], batch_tokens=kept["batch_tokens"],
-        tasks=tasks, style=configuration["style"]["called"], n=kept["n"], k=kept["k"], calibrate_on=chosen,
-        seed=kept["seed"] if seed is None else seed, calibration_seed=kept["seed"],
-        text_share=0.0 if chosen == "text" else kept.get("text_share", 0.0), text_tokens=kept.get("text_tokens", 256),
-        methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
-        aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
-        budget=configuration.get("budget"), backend=done.get("backend", "transformers"),
-        choice_n=done.get("choice_n", 0), shots=done.get("shots", 0),
-        accuracy_tasks=tuple(answered), max_new_tokens=None if own_limits else next(iter(limits.values())),
-        text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
-        **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})
 
 # %% ../../nbs/jobs/07_results.ipynb #r012
 def equal_row(what: str, pairs: list[tuple[object, object]], largest: float | None = None) -> tuple[str, int, int,
@@ -335,7 +321,7 @@ def same_job(kept: dict, part: tuple[Sequence[str] | None, Sequence[float] | Non
     if kept["calibration"].get("on") == "chains" and "calibrate_on" not in places:
         raise BadInput("The run was calibrated on a model's own chains: expected their file; name it with "
                        "--calibrate-on.")
-    seeds = dict.fromkeys((kept["calibration"]["seed"], 0))
+    seeds = dict.fromkeys((kept["evaluation"].get("seed", kept["calibration"]["seed"]), 0))
     jobs = [changed(narrowed(job_of(kept, seed), *part), **places) for seed in seeds]
     if len(jobs) == 1: return jobs[0]
     drawn = prepare(jobs[0]).configuration["evaluation"]["data"]

@@ -6,18 +6,25 @@
 __all__ = ['ModelSettings', 'CalibrateSettings', 'PruneSettings', 'EvaluateSettings', 'Job', 'FineTuning']
 
 # %% ../../nbs/jobs/01_settings.ipynb #c004
+import functools
+import json
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from ..core.errors import BadInput, check_argument, check_at_least, check_choice, check_seed
+import cap_nb
+from cap_nb.core.errors import (
+    BadInput, check_argument, check_at_least, check_budget, check_choice, check_device, check_seed, check_sparsity,
+    is_number)
 
 # %% ../../nbs/jobs/01_settings.ipynb #c006
 @dataclass(frozen=True)
 class ModelSettings:
     "Which model, and how it is run."
     name: str = "lab" # lab, lab-moe, smollm2, a folder, or a hub id (owner/name@commit)
-    dtype: str | None = None # float32, bfloat16, float16 or fastest; as stored if left out
+    dtype: str | None = None # float32, bfloat16, float16, or fastest, which tries here; as stored if left out
     device: str | None = None # cpu, cuda, cuda:N, mps, or auto to spread a large model; cuda if there is one
-    batch_tokens: int = 4096 # padded tokens a batch
+    batch_tokens: int = 4096 # tokens a batch, with padding; fewer take less memory
 
 # %% ../../nbs/jobs/01_settings.ipynb #c008
 @dataclass(frozen=True)
@@ -27,8 +34,8 @@ class CalibrateSettings:
     data_dir: str | None = None # folder of benchmark files; the hub if left out (the lab's tasks need neither)
     style: str | None = None # prompt style: paper, answer-line or lab
     n: int = 128 # calibration examples a task
-    k: int = 3 # disjoint calibration subsets
-    seed: int = 0 # seed of every draw
+    k: int = 3 # disjoint subsets of them; a score is the median over them
+    seed: int = 0 # seed of every random draw
     calibration_seed: int | None = None # seed of the calibration draw alone; as --seed if left out
     calibrate_on: str = "gold" # gold for worked solutions, text for plain text, or a file of chains from cap chains
     text_share: float = 0.0 # share of the calibration examples that are windows of plain text, in [0, 1)
@@ -40,7 +47,7 @@ class PruneSettings:
     "Which methods prune, and how much (paper sections 3.2 and 3.3)."
     methods: tuple[str, ...] = ("cap", "wanda", "magnitude") # methods by name; 'cap methods' lists them
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.5) # shares of the weights in scope to zero
-    aggregation: str = "paper" # how losses become scores: paper, paired or mean
+    aggregation: str = "paper" # losses to scores: paper, paired, mean; over tokens pooled, pooled-paired, pooled-mean
     score_target: str = "loss" # what masking a head is measured by: loss, or divergence from the intact predictions
     budget: float | None = None # share of the masked passes to score with, as 0.25; all if left out
 
@@ -49,15 +56,15 @@ class PruneSettings:
 class EvaluateSettings:
     "What the dense model and every pruned one are measured on (paper section 4)."
     accuracy_tasks: tuple[str, ...] | None = None # tasks whose answers are generated; as --tasks if left out
-    evaluate_n: int = 200 # problems answered a task
+    evaluate_n: int = 200 # problems a task whose answers are generated
     loss_n: int = 100 # problems a task for held-out loss; 0 for none
     choice_n: int = 0 # problems a task of --tasks with options, as ARC, whose options' probabilities are compared
     shots: int = 0 # worked examples in front of each problem that is answered, drawn from the calibration split
     max_new_tokens: int | None = None # tokens an answer may take; if left out 192 for the lab's tasks, 512 for others
     text: str | None = None # text for perplexity: wikitext2 or lab-text; the model's own if left out
-    windows: int = 100 # windows of the text; 0 for no perplexity
+    windows: int = 100 # windows of the text that are read; 0 for no perplexity
     window_tokens: int = 2048 # tokens a window
-    evaluate_on: str = "evaluation" # evaluation for held-out problems and text; validation to choose methods on
+    evaluate_on: str = "evaluation" # evaluation, held-out data; or validation, other data, to choose methods on
     backend: str = "transformers" # what writes the answers: transformers, or vllm where that is installed
 
 # %% ../../nbs/jobs/01_settings.ipynb #c014
@@ -74,6 +81,13 @@ def part_of_setting() -> dict[str, str]: # Name of a setting -> name of the part
     "Which part of a job each setting belongs to."
     return {setting.name: part.name for part in fields(Job) for setting in fields(part.default_factory)}
 
+# %% ../../nbs/jobs/01_settings.ipynb #88359fc3
+OPTION_NAMES = {"name": "model", "sparsities": "sparsity", "form": "format"} # Of fields whose option has another name
+
+def option_of(setting: str) -> str: # As in "--evaluate-n"
+    "How a setting is given to `cap`."
+    return f"--{OPTION_NAMES.get(setting, setting).replace('_', '-')}"
+
 # %% ../../nbs/jobs/01_settings.ipynb #c022
 def changed(job: Job, **settings: object) -> Job: # The job with these values
     "A job with other settings; a name that no part has raises `BadInput`."
@@ -83,6 +97,14 @@ def changed(job: Job, **settings: object) -> Job: # The job with these values
         values = {name: value for name, value in settings.items() if parts[name] == part}
         job = replace(job, **{part: replace(getattr(job, part), **values)})
     return job
+
+# %% ../../nbs/jobs/01_settings.ipynb #22d74bf5
+QUICK = dict(dtype="fastest", n=2, k=2, sparsities=(0.5,), accuracy_tasks=(), evaluate_n=8, loss_n=8, windows=4,
+             window_tokens=512)
+
+def quick_job(job: Job, given: Collection[str]) -> Job: # The job with fewer examples and problems
+    "A job that takes minutes; settings that were given stay as they are."
+    return changed(job, **{name: value for name, value in QUICK.items() if name not in given})
 
 # %% ../../nbs/jobs/01_settings.ipynb #c025
 def share_of_text(data: CalibrateSettings) -> float: # In [0, 1]
@@ -123,25 +145,43 @@ def check_counts(job: Job) -> None:
                        "model.")
     for name, least in LEAST.items():
         value = getattr(getattr(job, part_of_setting()[name]), name)
-        check_at_least(value, least, f"--{name.replace('_', '-')}", MOST)
+        check_at_least(value, least, option_of(name), MOST)
     if (tokens := job.evaluate.max_new_tokens) is not None: check_at_least(tokens, 1, "--max-new-tokens", MOST)
     check_seed(job.calibrate.seed, "--seed")
     check_seed(job.calibrate.calibration_seed or 0, "--calibration-seed")
     check_choice(job.evaluate.evaluate_on, ("evaluation", "validation"), "split to evaluate on")
+    if job.prune.budget is not None: check_budget(job.prune.budget)
     share_of_text(job.calibrate)
 
 # %% ../../nbs/jobs/01_settings.ipynb #c032
+def recommended_method(sparsity: float) -> tuple[str, float]: # Name of the method, share of text to calibrate on
+    "What to prune with: a solver and a tenth of text from 50 % on; below, no method beats Wanda by much."
+    return ("alps", 0.1) if sparsity >= 0.5 else ("wanda", 0.0)
+
 @dataclass(frozen=True)
 class SinglePruning:
     "How `cap prune` prunes a model."
-    method: str = "cap" # name of the method; 'cap methods' lists them
-    sparsity: float = 0.2 # share of the weights in scope to zero, in [0, 1)
+    method: str | None = None # one of 'cap methods'; if left out, alps with --text-share 0.1 from 0.5 on, else wanda
+    sparsity: float = 0.5 # share of the weights in scope to zero, in [0, 1)
     scores: Path | None = None # table of losses, made by cap score
-    key_value: str = "mean" # factor of a key-value head from its query heads: mean or max
-    ties: str = "exact" # exact, or all for the paper's <=
+    key_value: str = "mean" # importance of a key-value head from its query heads': mean or max
+    ties: str = "exact" # scores equal to the threshold: exact prunes as many as asked, all every one
     stream: bool = False # prune a folder's checkpoint without loading it
-    norms: Path | None = None # with --stream: input norms for wanda and cap_wanda, made by save_norms
+    norms: Path | None = None # with --stream: input norms for wanda and cap_wanda, made by save_norms in Python
     hessians: Path | None = None # with --stream: Hessians for solvers and recoveries, made by cap hessians
+
+# %% ../../nbs/jobs/01_settings.ipynb #ee84d30a
+def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, SinglePruning, str]:
+    "Name the method that was not named, and say why; text that the user asked for stays as it is."
+    if pruning.method is not None: return job, pruning, ""
+    for given, method in (("scores", "cap"), ("norms", "wanda"), ("hessians", "alps")): # each is made for one
+        if getattr(pruning, given) is not None:
+            return job, replace(pruning, method=method), f"No --method was given: {method}, which --{given} is for."
+    (method, share), half = recommended_method(pruning.sparsity), pruning.sparsity >= 0.5
+    if share and not own_text: job = changed(job, text_share=share)
+    with_text = f" with --text-share {share:g}" if share and not own_text else ""
+    return (job, replace(pruning, method=method), f"No --method was given: {method}{with_text}, recommended "
+            f"{'at 50 % and above' if half else 'below 50 %'}.")
 
 # %% ../../nbs/jobs/01_settings.ipynb #c034
 @dataclass(frozen=True)
@@ -149,10 +189,10 @@ class FineTuning:
     "How a pruned model is trained further."
     steps: int = 300 # optimiser steps
     lr: float = 1e-4 # highest learning rate of AdamW
-    rank: int | None = None # rank of the change of each matrix; if left out, every weight that is not zero is trained
+    rank: int | None = None # rank of a low-rank change of each matrix; if left out, every nonzero weight is trained
     examples: int = 16 # calibration examples a step
     warmup: float = 0.1 # share of the steps in which the learning rate rises
-    weight_decay: float = 0.0 # decay of AdamW, for matrices
+    weight_decay: float = 0.0 # weight decay of AdamW, on matrices alone
     batch_tokens: int = 4096 # padded tokens a batch; a step is cut into as many as it needs
     seed: int = 0 # seed of the order of the examples and of low-rank matrices
 
@@ -160,11 +200,11 @@ class FineTuning:
 @dataclass(frozen=True)
 class SpeedSettings:
     "What is measured."
-    batches: tuple[int, ...] = (1, 16) # Users at a time
-    prompt: int = 128 # P, tokens of each prompt
-    steps: int = 32 # n, tokens to write
-    rounds: int = 5 # Rounds that are kept; one before them is not
-    backends: tuple[str, ...] = ("torch", "csr", "scipy", "2:4", "openvino", "openvino-dense") # Ways to compute
+    batches: tuple[int, ...] = (1, 16) # prompts that are answered at once, a measurement for each number
+    prompt: int = 128 # tokens a prompt
+    steps: int = 32 # tokens that are written after each prompt
+    rounds: int = 5 # measurements of each kind that are kept; one more before them warms up
+    backends: tuple[str, ...] = ("torch", "csr", "scipy", "2:4", "openvino", "openvino-dense") # ways to compute
     dtype: str | None = None # float32, bfloat16 or float16; as stored if left out
     device: str | None = None # cpu or cuda; a GPU if there is one
 
@@ -175,5 +215,83 @@ class Shrinking:
     sparsity: float = 0.2 # share of the weights in scope that go, in [0, 1)
     groups: int | None = None # key-value heads a layer that stay, with their query heads; all if left out
     neurons_by: str = "contribution" # what chooses the neurons: contribution, first-order or magnitude
-    no_fit: bool = False # leave the weights that stay as they are, without least squares
+    no_fit: bool = False # do not fit what stays, by least squares, to what was there before
     scores: Path | None = None # table of losses for the heads, made by cap score; first-order if left out
+
+DISCORDANT = 0.15 # Share of the problems that one of two pruned models alone solves, as seen in 06_analysis
+
+@dataclass(frozen=True)
+class Planning:
+    "What `cap plan` takes for granted, and what else it is to say."
+    prompt_tokens: int | None = None # tokens of every prompt; counted or assumed if left out
+    target_tokens: int | None = None # tokens of every target; counted or assumed if left out
+    detect: float | None = None # a difference in points, as 3: how many problems tell it
+    discordant: float | None = None # share of the problems that one of two methods alone solves; 0.15 if left out
+
+
+# %% ../../nbs/jobs/01_settings.ipynb #8f989e54
+def check_tuning(settings: FineTuning) -> None:
+    "Raise `BadInput` for the first setting that cannot be."
+    for name in ("steps", "examples", "batch_tokens"): check_at_least(getattr(settings, name), 1, name, MOST)
+    if settings.rank is not None: check_at_least(settings.rank, 1, "rank", MOST)
+    check_seed(settings.seed)
+    for name, most in (("lr", 1e38), ("weight_decay", 1e38), ("warmup", 1)): # the largest that float32 takes
+        value = getattr(settings, name)
+        if is_number(value) and 0 <= value <= most: continue
+        limit = "a share from 0 to 1" if most == 1 else f"a number from 0 to {most:g}"
+        raise BadInput(f"{name} is {value!r}: expected {limit}; give another.")
+def check_speed(settings: SpeedSettings) -> None:
+    "Raise `BadInput` for counts that cannot be measured."
+    for name in ("prompt", "steps", "rounds"): check_at_least(getattr(settings, name), 1, name, MOST)
+    check_at_least(len(settings.batches), 1, "The number of batch sizes")
+    for batch in settings.batches: check_at_least(batch, 1, "batches", MOST)
+
+def check_share(settings: SinglePruning | Shrinking) -> None:
+    "Raise `BadInput` for a sparsity outside [0, 1)."
+    check_sparsity(settings.sparsity)
+
+def check_detection(settings: Planning) -> None:
+    "Raise `BadInput` for a difference, or a share of discordant problems, that cannot be."
+    points, share = settings.detect, DISCORDANT if settings.discordant is None else settings.discordant
+    if points is None and settings.discordant is None: return
+    if points is None:
+        raise BadInput("--discordant is given without --detect: expected a difference in points; write --detect 3.")
+    if not 0 < points <= 100:
+        raise BadInput(f"--detect is {points:g}: expected a difference in points, above 0 and up to 100; write 3.")
+    if not points / 100 <= share <= 1:
+        raise BadInput(f"--discordant is {share:g}: expected a share of the problems from {points / 100:g}, as many as "
+                       f"a difference of {points:g} points takes, to 1; write {max(DISCORDANT, points / 100):g}.")
+
+RANGES = {Job: check_counts, FineTuning: check_tuning, SpeedSettings: check_speed, SinglePruning: check_share,
+          Shrinking: check_share, Planning: check_detection} # Settings -> what checks their numbers
+
+def check_ranges(given: Mapping[str, object]) -> None:
+    "Check the numbers of whatever is a settings' dataclass among the arguments of a command."
+    for value in given.values():
+        if type(value) in RANGES: RANGES[type(value)](value)
+
+# %% ../../nbs/jobs/01_settings.ipynb #33f33878
+NAMED = {"tasks": "task", "accuracy_tasks": "task", "style": "prompt style", "text": "text", "dtype": "dtype",
+         "aggregation": "aggregation", "score_target": "score target", "backend": "backend",
+         "key_value": "key-value sharing", "ties": "treatment of ties", "neurons_by": "score of neurons",
+         "backends": "way to compute"} # Setting -> what it names
+PARTS_NAMED = {"": "method", ".": "attribution", "+": "allocation", "^": "recovery"} # Sign before a part of a method
+
+@functools.cache
+def known_names() -> dict[str, list[str]]: # What is named -> names
+    "The names that the package's modules know, without importing them."
+    return json.loads((Path(cap_nb.__file__).parent/"names.json").read_text(encoding="utf-8"))
+
+def check_name(setting: str, name: str) -> None:
+    "Raise `BadInput` for an unknown device, an unknown part of a method, or another unknown name of a setting."
+    if setting == "device" and name != "auto": check_device(name)
+    if setting in NAMED: check_choice(name, known_names()[NAMED[setting]], NAMED[setting])
+    if setting in ("method", "methods"):
+        for sign, part in re.findall(r"(^|[.+^])(\w+)", name):
+            check_choice(part, known_names()[PARTS_NAMED[sign]], PARTS_NAMED[sign])
+
+def check_names(settings: Mapping[str, object]) -> None:
+    "Raise `BadInput` for the first name among some settings that no module of the package knows."
+    for setting, value in settings.items():
+        for name in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+            check_name(setting, name)

@@ -15,21 +15,15 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from cap_nb.analysis import (
-    COMPARED, Comparison, FEWEST_PAIRS, is_better, LEVEL, method_rank, method_table, method_title, row_order,
-    task_title)
+from ..analysis import (
+    COMPARED, Comparison, FEWEST_PAIRS, is_better, LEVEL, method_rank, method_table, method_title, row_order)
 from ..core.errors import BadInput, validate_arguments
 from ..core.plots import blank_figure, in_style, INK, METHOD_LOOKS, method_looks
-from ..evaluation import Evaluation, summarise_answers
+from ..data.problems import task_title
+from ..evaluation import CHOICE_MEASURES, Evaluation, summarise_answers
 from ..threshold import PruneReport, zero_shares
 
 # %% ../../nbs/jobs/00_tables.ipynb #fe4547df
-READING = ("Accuracy: strict last line, per cent, 95 % Wilson interval. "
-           "Loss: nats a target token; loss and perplexity: 95 % bootstrap interval.")
-
-CHOICES = ("Choice: per cent of problems whose likeliest option is the right one; gold p: the right option's share of "
-           "the options' probability. By the sum of an option's logarithms, or norm: by their mean a character.")
-
 def cell_text(column: str, value: float, low: float, high: float) -> str:
     "A value of Table 1 with its interval, and as many digits as the column deserves."
     if math.isnan(value): return "-"
@@ -49,26 +43,52 @@ def table_cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]: # Hea
         rows.append([method, f"{100 * sparsity:g} %", f"{row['Reached', 'value']:.2f} %", *cells])
     return ["Method", "Sparsity", "Reached", *columns], rows
 
-def value_text(value: object) -> str: # In one line
-    "A value of the provenance in one line, fingerprints cut to 12 digits."
-    def entry(key, inner):
-        return f"{key} ({value_text(inner)})" if isinstance(inner, Mapping) else f"{key} {value_text(inner)}"
-    if isinstance(value, Mapping): return ", ".join(entry(key, inner) for key, inner in value.items())
-    if isinstance(value, (list, tuple)): return ", ".join(map(value_text, value))
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}(-[0-9a-f]{16})*\b", r"\1", str(value))
-
-def table_notes(table: pd.DataFrame, provenance: Mapping | None = None) -> list[str]: # Lines for below the table
-    "What the numbers are, how many problems or windows are behind them, and where they come from."
-    def span(ns): return f"{ns.min():.0f}" if ns.min() == ns.max() else f"{ns.min():.0f} to {ns.max():.0f}"
-    counts = ", ".join(f"{column} {span(table[column, 'n'])}" for column in columns_of(table))
-    sources = [f"{key}: {value_text(value)}" for key, value in (provenance or {}).items()]
-    choices = [CHOICES] if any(column.endswith(" choice") for column in columns_of(table)) else []
-    return [READING, *choices, f"Problems or windows: {counts}.", *sources]
-
 def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str: # Lines of Markdown
     "Rows as a table in Markdown."
     rule = ["---"] * names + ["---:"] * (len(header) - names)
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *rows))
+
+# %% ../../nbs/jobs/00_tables.ipynb #3eba4fa2
+FINGERPRINT = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}(-[0-9a-f]{16})*\b")
+NAMED = ("model", "plugins") # What is told apart below a table, too
+ELSEWHERE = "Fingerprints of the prompts and the data are in the run's run.json."
+
+def value_text(value: object, fingerprints: bool = True) -> str: # In one line
+    "A value of the provenance without what is empty in it, fingerprints cut to 12 digits or left out."
+    def entry(key, inner, text): return f"{key} ({text})" if isinstance(inner, Mapping) else f"{key} {text}"
+    if isinstance(value, Mapping):
+        texts = ((key, inner, value_text(inner, fingerprints)) for key, inner in value.items())
+        return ", ".join(entry(key, inner, text) for key, inner, text in texts if text)
+    if isinstance(value, (list, tuple)): return ", ".join(filter(None, (value_text(v, fingerprints) for v in value)))
+    return FINGERPRINT.sub(r"\1" if fingerprints else "", str(value))
+
+# %% ../../nbs/jobs/00_tables.ipynb #92735b5d
+CHOICES = ("Choice: per cent of problems whose likeliest option is the right one; gold p: the right option's share of "
+           "the options' probability. By the sum of an option's logarithms, or norm: by their mean a character.")
+
+def reading_notes(columns: Sequence[str]) -> list[str]: # A line or two
+    "How the columns of a table are to be read, those that it has."
+    endings = {column.rpartition(" ")[2] for column in columns}
+    choices = {measure.rpartition(" ")[2] for measure in CHOICE_MEASURES}
+    nats, bootstrap = "nats a target token", "95 % bootstrap interval."
+    notes = ["Accuracy: strict last line, per cent, 95 % Wilson interval."] * bool(
+        endings - {"loss", "perplexity"} - choices)
+    if {"loss", "perplexity"} <= endings: notes.append(f"Loss: {nats}; loss and perplexity: {bootstrap}")
+    elif "loss" in endings: notes.append(f"Loss: {nats}, {bootstrap}")
+    elif "perplexity" in endings: notes.append(f"Perplexity: {bootstrap}")
+    if endings & choices: notes.append(CHOICES)
+    return [" ".join(notes)] if notes else []
+
+def table_notes(table: pd.DataFrame, provenance: Mapping | None = None, fingerprints: bool = False) -> list[str]:
+    "What the numbers are, how many problems or windows are behind them, and where they come from: lines for below."
+    def span(ns): return f"{ns.min():.0f}" if ns.min() == ns.max() else f"{ns.min():.0f} to {ns.max():.0f}"
+    columns, provenance = columns_of(table), provenance or {}
+    counts = ", ".join(f"{column} {span(table[column, 'n'])}" for column in columns)
+    texts = {key: value_text(value, fingerprints or key in NAMED) for key, value in provenance.items()}
+    elsewhere = [ELSEWHERE] if texts != {key: value_text(value) for key, value in provenance.items()} else []
+    behind = [f"Problems or windows: {counts}."] if counts else []
+    return [*reading_notes(columns), *behind, *(f"{key}: {text}" for key, text in texts.items() if text),
+            *elsewhere]
 
 # %% ../../nbs/jobs/00_tables.ipynb #c005
 @validate_arguments
@@ -97,7 +117,7 @@ def latex_text(text: str) -> str:
     return "".join(ESCAPED.get(sign, sign) for sign in text)
 
 def table_latex(table: pd.DataFrame, provenance: Mapping | None = None) -> str:
-    "Table 1 in LaTeX, intervals in small type; a line separates one sparsity from the next."
+    "Table 1 in LaTeX, intervals in small type; a line separates one sparsity from the next; comments name its origin."
     header, rows = table_cells(table)
     lines, before = [], rows[0][1]
     for row in rows:
@@ -105,7 +125,7 @@ def table_latex(table: pd.DataFrame, provenance: Mapping | None = None) -> str:
         before = row[1]
         small = [re.sub(r"(\S+) (\[.*\])", r"\1 {\\scriptsize \2}", latex_text(cell)) for cell in row]
         lines.append(" & ".join(small) + r" \\")
-    notes = [f"% {note}" for note in table_notes(table, provenance)]
+    notes = [f"% {note}" for note in table_notes(table, provenance, fingerprints=True)]
     top = [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule"]
     names = [" & ".join(map(latex_text, header)) + r" \\", r"\midrule"]
     return "\n".join([*notes, *top, *names, *lines, r"\bottomrule", r"\end{tabular}", ""])
@@ -202,7 +222,7 @@ def comparison_markdown(
 
 # %% ../../nbs/jobs/00_tables.ipynb #c021
 def draw_curve(ax: Axes, curve: pd.DataFrame, method: str, looks: tuple[str, str], shift: float) -> None:
-    "A method as a line with interval bars; the dense model as a dashed line with its interval as a band."
+    "A method as dots with interval bars, joined if there are several; the dense model as a dashed line in its band."
     colour, marker = looks
     if method == "dense":
         value, low, high = curve[["value", "low", "high"]].iloc[0]
@@ -212,7 +232,7 @@ def draw_curve(ax: Axes, curve: pd.DataFrame, method: str, looks: tuple[str, str
     bars = np.abs(curve[["low", "high"]].to_numpy().T - curve["value"].to_numpy())
     bars[~np.isfinite(bars)] = math.nan # an interval that is everything has no bar
     ax.errorbar(100 * curve.index.to_numpy(dtype=float) + shift, curve["value"], yerr=bars, color=colour, marker=marker,
-                ms=4, lw=1.2, capsize=2, label=method_title(method))
+                ms=4, ls="-" if len(curve) > 1 else "none", lw=1.2, capsize=2, label=method_title(method))
 
 def draw_curves(ax: Axes, table: pd.DataFrame, methods: Sequence[str], column: str) -> None:
     "One panel: every method against sparsity."
@@ -222,7 +242,11 @@ def draw_curves(ax: Axes, table: pd.DataFrame, methods: Sequence[str], column: s
         if len(curve): draw_curve(ax, curve, method, looks[method], 0.5 * (i - len(methods) / 2))
     accuracy = not column.endswith(("loss", "perplexity"))
     if not accuracy and cells["value"].max() > 10 * cells["value"].min() > 0: ax.set_yscale("log")
-    ax.set_xticks(sorted({100 * sparsity for _, sparsity in cells.index if sparsity}))
+    measured = sorted({100 * sparsity for _, sparsity in cells.index if sparsity})
+    ax.set_xticks(measured)
+    if len(measured) == 1: # the dots stand around one tick, the outer ones apart from the edges
+        around = 1.5 + len(methods) / 4
+        ax.set_xlim(measured[0] - around, measured[0] + around)
     unit = "Accuracy (%)" if accuracy else "nats" if column.endswith("loss") else ""
     if " gold p" in column: unit = "Probability (%)"
     ax.set(title=column, xlabel="Sparsity (%)", ylabel=unit)

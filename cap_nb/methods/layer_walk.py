@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/methods/00_layer_walk.ipynb #c004
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 import torch
 from torch import nn
@@ -63,7 +63,25 @@ def real_rows(inputs: torch.Tensor, tokens: torch.Tensor | None, mask: torch.Ten
     real, rows = mask.flatten().bool(), inputs.flatten(0, -2) # OPT hands its MLP [B*T, in]
     return rows if real.all() else rows[real if tokens is None else real[tokens]]
 
+# %% ../../nbs/methods/00_layer_walk.ipynb #3fa68854
+from pathlib import Path
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import is_intact, read_tensors, write_tensors
+
+def keep_layer(path: Path, scope: Sequence[Projection]) -> None:
+    "Write down the weights of a finished layer's projections."
+    write_tensors(path, {p.name: p.stored.detach() for p in scope}, {})
+
+@torch.no_grad()
+def put_layer(path: Path, scope: Sequence[Projection]) -> None:
+    "Put kept weights in place; those of another layer or model raise `BadInput` before one changes."
+    kept, _ = read_tensors(path)
+    if {name: weight.shape for name, weight in kept.items()} != {p.name: p.stored.shape for p in scope}:
+        raise BadInput(f"{path} holds weights of another layer or model: expected this one's; remove it.")
+    for p in scope: p.stored.copy_(kept[p.name])
+
 # %% ../../nbs/methods/00_layer_walk.ipynb #c016
+from functools import partial
 from tqdm.auto import tqdm
 from cap_nb.calibration import Calibration
 from cap_nb.scoring import batches_of
@@ -81,6 +99,7 @@ def layer_by_layer(
     calibration: Calibration, # The calibration set
     batch_tokens: int = 4096, # Padded tokens per batch; on a processor 1,024 at most
     name: str = "layer by layer", # What the progress bar says
+    kept: Path | None = None, # Folder of the finished layers of this very walk; None keeps none
 ) -> Iterator[LayerStep]: # Every layer in turn; change it before you ask for the next one
     "Walk through the layers with the calibration set; holds the hidden states of all its tokens, [tokens, hidden]."
     device = next(model.parameters()).device
@@ -88,7 +107,10 @@ def layer_by_layer(
     states = [initial_state(model, batch, indices) for indices, batch in batches_of(calibration, tokens, device)]
     for index, layer in enumerate(tqdm(decoder_layers(model), desc=name, unit="layer")):
         in_layer = tuple(p for p in projections(model) if p.layer == index)
-        yield LayerStep(layer=layer, index=index, projections=in_layer, batches=states)
+        path = kept and kept/f"layer-{index:03d}.safetensors"
+        if not (path and is_intact(path, partial(put_layer, scope=in_layer))):
+            yield LayerStep(layer=layer, index=index, projections=in_layer, batches=states)
+            if path: keep_layer(path, in_layer)
         if index + 1 == len(decoder_layers(model)): return # nobody reads what the last layer gives
         for number, state in enumerate(states):
             with torch.no_grad(): states[number] = advanced(model, state, index)
@@ -107,10 +129,8 @@ def unreached(layer_projections: Sequence[Projection], sums: dict[str, torch.Ten
     return missing
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #aa94ce91
-from pathlib import Path
 from typing import NamedTuple
-from cap_nb.core.errors import BadInput
-from cap_nb.core.files import is_intact, read_tensors, sha256_of_text, write_tensors
+from cap_nb.core.files import sha256_of_text
 from cap_nb.models.loading import model_fingerprint
 
 def losses_key(model: nn.Module, calibration: Calibration, tokenizer_fingerprint: str = "",
@@ -174,7 +194,7 @@ class Share:
     "Which of several processes this is, and how they agree."
     rank: int = 0 # Index of this process, from 0
     count: int = 1 # Processes in all
-    minimum: Callable[[int], int] = lambda number: number # Smallest of the numbers of all processes; waits for all
+    minimum: Callable[[int], int] = field(default=lambda number: number, repr=False) # The smallest number of all
 
     def wait(self) -> None:
         "Return when all processes have come here."

@@ -116,7 +116,8 @@ def rank_weights(scores: torch.Tensor, variance: torch.Tensor) -> torch.Tensor: 
 
 # %% ../../nbs/methods/28_screening.ipynb #c028
 from collections.abc import Callable
-from cap_nb.core.errors import BadInput, check_at_least, check_confidence, check_fields, check_seed, validate_arguments
+from cap_nb.core.errors import (
+    BadInput, check_at_least, check_budget, check_confidence, check_fields, check_seed, validate_arguments)
 
 BLOCKS = 32 # Into how many blocks the examples of a task are cut
 ROUNDS, FIRST = 4, 0.6 # Rounds after the first, and the first one's share of the budget
@@ -144,11 +145,6 @@ def longer_prefixes(estimate: Estimate, cost: torch.Tensor, spend: float) -> tor
         counts.view(-1)[paid] += block.flatten()[paid]
         spend -= price[paid].sum().item()
         if len(paid) < at_once: return counts.view_as(estimate.counts)
-
-def check_budget(budget: float) -> None:
-    "Raise `BadInput` for a budget that is no share."
-    if not 0 < budget <= 1:
-        raise BadInput(f"The budget is {budget}: expected a share of the masked passes in (0, 1]; write 0.25.")
 
 def first_counts(sizes: torch.Tensor, budget: float) -> torch.Tensor: # [S]
     "Examples of each task in the first round: two at least, for a variance; too small a budget is refused."

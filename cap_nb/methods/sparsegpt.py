@@ -217,6 +217,7 @@ def input_hessians(step: LayerStep) -> dict[str, torch.Tensor]:
     return sums
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c074
+from pathlib import Path
 from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.methods.layer_walk import layer_by_layer
@@ -226,9 +227,9 @@ LayerSolver = Callable[[LayerStep, Hessians], None] # Prunes the projections of 
 
 @torch.no_grad()
 def solve_layer_by_layer(model: nn.Module, calibration: Calibration, shares: dict[str, float], solver: LayerSolver,
-                         batch_tokens: int = 4096, name: str = "solving") -> None:
-    "Prune layer after layer, each from the Hessians of its inputs in the model as pruned so far."
-    for step in layer_by_layer(model, calibration, batch_tokens, name):
+                         batch_tokens: int = 4096, name: str = "solving", kept: Path | None = None) -> None:
+    "Prune layer after layer, each from the Hessians of its inputs in the model as pruned so far; resumes in `kept`."
+    for step in layer_by_layer(model, calibration, batch_tokens, name, kept):
         if any(shares[p.name] for p in step.projections): solver(step, input_hessians(step))
 
 # Weight, Hessian, share, name, what was made from the same Hessian -> new weight

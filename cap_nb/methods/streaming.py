@@ -20,6 +20,7 @@ from torch import nn
 from ..core.errors import BadInput, validate_arguments
 from ..core.files import SHARD_INDEX, StoredTensor, checkpoint_tensors, read_object, shard_files
 from ..models.anatomy import Projection, anatomy, checkpoint_names, projections
+from ..models.checks import tell_of_zeros
 from ..models.families import family_of
 from ..models.loading import (
     STORED_DTYPES, config_of, fingerprint_differences, generation_of, joined_fingerprint, opened_by_transformers)
@@ -159,7 +160,7 @@ def write_rows(piece: StoredRows, rows: torch.Tensor, folder: Path) -> None:
 # %% ../../nbs/methods/25_streaming.ipynb #ed2a8a9e
 from .criteria import CRITERIA, Inputs, check_inputs
 from ..regions import Factors, region_factors
-from .prune import SOLVERS, MethodName, check_method, own_scope
+from .prune import SOLVERS, MethodName, check_method, laid_out, own_scope
 from .neurons import UNIT_AWARE
 from .selection import TIES, Evidence, Measurements, check_pattern
 from ..core.errors import check_choice, check_sparsity
@@ -211,7 +212,8 @@ def load_norms(
 def measurements_for(checkpoint: Checkpoint, method: str, factors: Factors | torch.Tensor | None,
                      norms: dict[str, torch.Tensor] | str | Path | None) -> Measurements:
     "Factors and norms for a method; what is missing, not used, or another model's raises `BadInput`."
-    needs, scope = CRITERIA[check_method(method).base].needs, projections(checkpoint.model)
+    parts, scope = check_method(method), projections(checkpoint.model)
+    needs, factors = CRITERIA[parts.base].needs, laid_out(parts.attribution, factors)
     if norms is not None and "norm" not in needs:
         raise BadInput(f"Norms were given for {method!r}, which uses none: expected them with wanda or cap_wanda only; "
                        "leave them out.")
@@ -385,16 +387,18 @@ def write_pruned(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsi
                  ties: str, at_once: int) -> tuple[dict[str, int], Threshold | None]:
     "Write every weight in scope with its zeros; their number by module, and the threshold of the whole model if any."
     scope, scoped = own_scope(parts), projections(checkpoint.model)
-    zeros = dict.fromkeys((p.name for p in scoped), 0)
+    zeros, before = dict.fromkeys((p.name for p in scoped), 0), 0
     with tqdm(desc=parts.base, unit="weight", unit_scale=True) as bar:
         for group in competing(scoped, scope if scope in ("model", "layer") else "matrix"):
             pieces = pieces_of_weights(checkpoint, group, at_once)
             scored, take, threshold = rule_of_taking(pieces, parts.base, measured, sparsity, scope, ties, bar)
             for piece, (rows, scores) in in_order(pieces, scored, bar):
                 bits = bits_of(rows)
+                before += bits.numel() - int((bits << 1).count_nonzero())
                 bits *= ~take(scores) # a negative weight would become -0 if it were multiplied itself
                 zeros[piece.projection.name] += bits.numel() - int((bits << 1).count_nonzero())
                 write_rows(piece, rows, folder)
+    tell_of_zeros(before, sum(p.weight.numel() for p in scoped))
     return zeros, threshold if scope == "model" else None
 
 def streamed_report(scope: Sequence[Projection], method: str, asked: float, zeros: dict[str, int],
@@ -553,14 +557,15 @@ def read_weight(checkpoint: Checkpoint, p: Projection, folder: Path | None = Non
 def write_solved(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsity: float,
                  given: GivenHessians) -> dict[str, int]:
     "Solve for every weight in scope, or recover what the folder holds, and write it; the zeros by module name."
-    zeros, once = {}, MadeOnce()
+    zeros, before, once = {}, 0, MadeOnce()
     for p in tqdm(projections(checkpoint.model), desc=parts.base, unit="matrix"):
         weight = read_weight(checkpoint, p)
         pruned = None if parts.base in SOLVERS else read_weight(checkpoint, p, folder)
         new = solved_weight(weight, pruned, given.read(p.name), parts, sparsity, p.name, once)
         for piece in pieces_of_weights(checkpoint, [p], p.weight.numel()):
             write_rows(piece, new[piece.first:piece.last], folder)
-        zeros[p.name] = int((new == 0).sum())
+        zeros[p.name], before = int((new == 0).sum()), before + int((weight == 0).sum())
+    if parts.base in SOLVERS: tell_of_zeros(before, sum(p.weight.numel() for p in projections(checkpoint.model)))
     return zeros
 
 @torch.no_grad()
@@ -574,7 +579,7 @@ def solve_checkpoint(src: str | Path, dst: str | Path, sparsity: float, hessians
     measured = None
     if parts.base in STREAMED:
         norms = given.norms() if "norm" in CRITERIA[parts.base].needs else None
-        measured = measurements_for(checkpoint, parts.base, factors, norms)
+        measured = measurements_for(checkpoint, method, factors, norms)
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
         if measured: write_pruned(checkpoint, part, parts, sparsity, measured, "exact", AT_ONCE)

@@ -139,3 +139,19 @@ def check_anatomy(
         if routing_of(model, layer): check_routing(model, layer, ids)
     check_tokens_independent(model, ids)
     return a
+
+# %% ../../nbs/models/09_checks.ipynb #11193e2b
+import logging
+
+log = logging.getLogger(__name__)
+
+def tell_of_zeros(zeros: int, weights: int) -> None:
+    "Warn of a model in which one weight in scope of a hundred, or more, is zero already."
+    if zeros < weights / 100: return
+    log.warning("%.1f%% of the weights in scope are zero before pruning, and a sparsity counts them: 0.5 asks for half "
+                "of all weights, not for half of those that are left.", 100 * zeros / weights)
+
+def zeros_of(model: nn.Module) -> tuple[int, int]:
+    "How many weights in scope are zero, and how many there are."
+    weights = [p.weight for p in projections(model)]
+    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)

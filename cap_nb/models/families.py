@@ -173,6 +173,12 @@ HYBRIDS = { # model_type -> where tokens affect each other outside the attention
 # How configurations state a number of experts
 EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
+def reads_images(kind: str) -> bool:
+    "Whether transformers knows a model type for images, and not as a language model."
+    from transformers.models.auto import modeling_auto as known # here, since names of families need no transformers
+    images = {**known.MODEL_FOR_IMAGE_MAPPING_NAMES, **known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
+    return kind in images and kind not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 def family_of(config: object) -> Family:
     "The family that a configuration names; an unknown one raises `BadInput` that names what is supported."
     kind, known = getattr(config, "model_type", type(config).__name__), ", ".join(FAMILIES)
@@ -184,6 +190,9 @@ def family_of(config: object) -> Family:
         raise BadInput(f"Model type {kind!r} has {HYBRIDS[kind]}: expected tokens to affect each other "
                        "in attention heads alone, since only these can be masked; take a model that has them in every "
                        "layer.")
+    if reads_images(named):
+        raise BadInput(f"Model type {kind!r} is an image model: expected a language model; a ViT or DeiT is scored and "
+                       "pruned in Python, through ImageReader of cap_nb.experiments.vision.")
     if any(getattr(config, name, None) for name in EXPERT_SETTINGS):
         raise BadInput(f"Model type {kind!r} is a mixture of experts that is not described: expected one of {known}; "
                        "say with add_family where its experts and its router lie.")

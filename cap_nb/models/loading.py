@@ -10,7 +10,7 @@ import logging
 import time
 from functools import lru_cache
 import torch
-from cap_nb.core.errors import BadInput, validate_arguments, check_choice
+from cap_nb.core.errors import BadInput, check_choice, check_device, validate_arguments
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,11 +39,7 @@ def dtype_named(dtype: str | torch.dtype | None, device: str | torch.device | No
 def device_named(device: str | torch.device | None) -> torch.device:
     "The torch device of a name; None is the GPU if there is one, else the CPU. An unknown or absent one: `BadInput`."
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try: named = torch.device(device)
-    except (RuntimeError, TypeError): named = None
-    if named is None or named.type not in ("cpu", "cuda", "mps") or named.type == "cpu" and named.index:
-        raise BadInput(f"Unknown device {device!r}: expected cpu, cuda, cuda:N, mps or, for a model that is loaded, "
-                       "auto; check the spelling.")
+    named = torch.device(check_device(str(device)))
     if named.type == "mps" and not torch.backends.mps.is_available():
         raise BadInput("Device 'mps' was asked for but torch sees none: expected a Mac with one; use cpu.")
     if named.type == "cuda" and not torch.cuda.is_available():

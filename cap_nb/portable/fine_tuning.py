@@ -20,10 +20,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from ..calibration import Calibration
-from ..core.errors import BadInput, check_at_least, check_seed, check_sparsity, is_number, validate_arguments
+from ..core.errors import BadInput, check_sparsity, validate_arguments
 from ..core.files import alone_in, check_new_folder, sealed, whole_folder, write_json
 from ..data.prompts import Example, collate, token_batches
-from ..jobs.settings import FineTuning, MOST
+from ..jobs.settings import check_tuning, FineTuning
 from ..methods.prune import prune
 from ..models.anatomy import projections
 from ..models.lab import STATE, load_state, save_state, step_optimizers
@@ -111,18 +111,6 @@ class HeldZeros(TrainerCallback):
                      **others: object) -> None:
         "Put every zero back and let go."
         self.stack.close()
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c039
-def check_settings(settings: FineTuning) -> None:
-    "Raise `BadInput` for the first setting that cannot be."
-    for name in ("steps", "examples", "batch_tokens"): check_at_least(getattr(settings, name), 1, name, MOST)
-    if settings.rank is not None: check_at_least(settings.rank, 1, "rank", MOST)
-    check_seed(settings.seed)
-    for name, most in (("lr", 1e38), ("weight_decay", 1e38), ("warmup", 1)): # the largest that float32 takes
-        value = getattr(settings, name)
-        if is_number(value) and 0 <= value <= most: continue
-        limit = "a share from 0 to 1" if most == 1 else f"a number from 0 to {most:g}"
-        raise BadInput(f"{name} is {value!r}: expected {limit}; give another.")
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #81af7ed6
 def rate_factor(step: int, settings: FineTuning) -> float: # In (0, 1]
@@ -268,7 +256,7 @@ def recover(
     save_every: int = 50, # Steps between two saves; changes no bit
 ) -> Recovery: # What was done
     "Train a pruned model further while its zeros stay zeros; no zeros or settings that cannot be raise `BadInput`."
-    check_settings(settings)
+    check_tuning(settings)
     check_all_here(model)
     held, before, folder = held_parameters(model), model_fingerprint(model), folder and Path(folder)
     about = {"settings": asdict(settings), "model": before, "calibration": calibration.fingerprint}

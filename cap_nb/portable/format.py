@@ -8,6 +8,7 @@ __all__ = ['export_folder', 'restore_folder']
 # %% ../../nbs/portable/00_format.ipynb #08150b4e
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from ..core.files import (
     PIECE, StoredTensor, check_new_folder, checkpoint_tensors, pieces_of, read_json, resumed_folder, sha256_of_file,
     shard_files, stored_tensor, stored_tensors, whole_file, write_json)
 from ..core.registry import ExportFormat, FORMATS, FolderLoader
+from ..core.stopping import stop_says, STOPPED
 from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
 from ..models.loading import model_cache
 
@@ -399,6 +401,15 @@ def store(source: Path, target: Path, entries: dict[str, Entry] | None, form: st
     with whole_file(target) as part: pack_file(source, part, entries, form, base.sha256)
     return open_shard(target).about["sha256"]
 
+# %% ../../nbs/portable/00_format.ipynb #65584bf7
+log = logging.getLogger(__name__)
+
+def tell_of_little_gain(folder: Path, size: int, packed: int) -> None:
+    "Warn of a folder that packing makes smaller by less than one per cent."
+    if packed > 0.99 * size:
+        log.warning("%s takes %s bytes and packed %s or a little more, since few of its weights are zero; prune it "
+                    "first with 'cap prune'.", folder, f"{size:,}", f"{packed:,}")
+
 # %% ../../nbs/portable/00_format.ipynb #d9e62b3d
 @validate_arguments
 def export_folder(
@@ -412,8 +423,10 @@ def export_folder(
     files, shards, beside, entries = files_of(folder), shard_files(folder), open_base(form, base), []
     packed = {shard.name: first_reading(shard, form, beside.tensors) for shard in tqdm(shards, desc="count")}
     stored = {name: packed_name(name) if name in packed else name for name in files}
-    check_room(out, sum(path.stat().st_size for name, path in files.items() if name not in packed)
-               + sum(entry.size for shard in packed.values() for entry in shard.values())) # and packed files' headers
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    small = {name: sum(entry.size for entry in shard.values()) for name, shard in packed.items()} # and their headers
+    check_room(out, needed := sum((sizes | small).values()))
+    tell_of_little_gain(folder, sum(sizes.values()), needed)
     with resumed_folder(out, {*stored.values(), MANIFEST, CHECKSUM}) as part:
         for name, path in tqdm(files.items(), desc=form):
             target = part/stored[name]
@@ -485,7 +498,7 @@ LOADER = FolderLoader( # How `load_model` opens a packed folder
 
 def export_sentence(folder: Path, out: Path, base: str | Path | None, form: str) -> str:
     "Pack a folder, and say what it takes."
-    manifest = export_folder(folder, out, form, base)
+    with stop_says(STOPPED): manifest = export_folder(folder, out, form, base)
     dense, packed = (sum(sizes) for sizes in zip(*((entry.bytes, entry.stored_bytes) for entry in manifest.files)))
     beside = f" beside {manifest.base['name']}" if manifest.base else ""
     return (f"{out}: a {form}{beside} of {len(manifest.files)} files, {packed:,} bytes instead of {dense:,} "

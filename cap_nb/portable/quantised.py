@@ -289,7 +289,7 @@ class GGUFReport:
 
 def checked_config(folder: Path, out: Path, dtype: str) -> object: # The checkpoint's configuration
     "Check everything that can be checked before anything is written; a fault raises `BadInput`."
-    check_choice(dtype, GGUF_TYPES, "dtype")
+    check_choice(dtype, GGUF_TYPES, "GGUF dtype")
     check_gguf_writable()
     if out.suffix != ".gguf" or out.exists():
         raise BadInput(f"{out} cannot be the new file: expected a name that ends in .gguf and is not taken; choose "

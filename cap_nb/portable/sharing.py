@@ -152,13 +152,17 @@ def zeros_of_folder(folder: str | Path, method: str, asked: float) -> tuple[Prun
 
 # %% ../../nbs/portable/04_sharing.ipynb #87935614
 def layer_table(report: PruneReport) -> str: # A table in Markdown, per cent
-    "Sparsity by layer and role."
+    "Sparsity by layer and role; neighbouring layers with the same numbers share a row."
     (roles, shares), layers = zero_shares(report), dict.fromkeys(row[0] for row in report.table)
     def share(rows: list) -> float: return sum(row[3] for row in rows) / sum(row[4] for row in rows)
     numbers = {layer: [share([row for row in report.table if row[0] == layer]), *of_roles]
                for layer, of_roles in zip(layers, shares.tolist())}
-    lines = [[f"{layer}", *("-" if np.isnan(s) else f"{100 * s:.1f}" for s in row)] for layer, row in numbers.items()]
-    return markdown_rows(["Layer", "all", *roles], lines)
+    lines = [] # (first and last layer, cells)
+    for layer, row in numbers.items():
+        cells = ["-" if np.isnan(s) else f"{100 * s:.1f}" for s in row]
+        if lines and lines[-1][1] == cells: lines[-1][0][1:] = [f"{layer}"]
+        else: lines.append(([f"{layer}"], cells))
+    return markdown_rows(["Layer", "all", *roles], [[" to ".join(span), *cells] for span, cells in lines])
 
 # %% ../../nbs/portable/04_sharing.ipynb #c049
 def is_of(record: dict, method: str, sparsity: float) -> bool: # Whether the folder was pruned so

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
+from ..core.errors import BadInput, check_choice, validate_arguments
 from ..jobs.records import environment
-from ..jobs.settings import MOST, SpeedSettings
+from ..jobs.settings import check_speed, SpeedSettings
 from ..models.anatomy import check_length, projections
+from ..models.checks import zeros_of
 from ..models.decoding import inference
 from ..models.loading import device_named, load_model, model_fingerprint
 
@@ -151,17 +152,25 @@ class Backend:
     product: Callable[[torch.Tensor], Product] # From a weight to its product
     missing: Callable[[torch.device], str] = lambda device: "" # What it lacks on a device; empty if nothing
     dense: bool = False # Whether it is measured on the dense model too
+    dtype: str = "" # In which it multiplies; empty: the model's
 
 # %% ../../nbs/portable/05_speed.ipynb #c023
 BACKENDS = {
     "torch": Backend(about="torch's dense product", product=dense_product, dense=True),
-    "csr": Backend(about="torch's product of compressed rows", product=csr_product, missing=lacks_cpu),
-    "scipy": Backend(about="scipy's product of compressed rows", product=scipy_product,
+    "csr": Backend(about="torch's product of compressed rows", product=csr_product, missing=lacks_cpu, dtype="float32"),
+    "scipy": Backend(about="scipy's product of compressed rows", product=scipy_product, dtype="float32",
                      missing=lambda device: lacks_cpu(device) or lacks_package("scipy")),
-    "2:4": Backend(about="torch's semi-structured product", product=two_of_four_product, missing=lacks_two_of_four),
-    "openvino": Backend(about="OpenVINO in 8 bits, zeros packed", product=openvino_product, missing=lacks_unpacking),
+    "2:4": Backend(about="torch's semi-structured product", product=two_of_four_product, missing=lacks_two_of_four,
+                   dtype="float16"),
+    "openvino": Backend(about="OpenVINO in 8 bits, zeros packed", product=openvino_product, missing=lacks_unpacking,
+                        dtype="int8"),
     "openvino-dense": Backend(about="OpenVINO in 8 bits", product=partial(openvino_product, packed=False),
-                              missing=lacks_unpacking, dense=True)}
+                              missing=lacks_unpacking, dense=True, dtype="int8")}
+
+def dtype_of(side: str, models: Mapping[str, Mapping]) -> str: # As in "float32"
+    "In which numbers a side multiplies, from what a record says of the models."
+    which, way = side.split(", ")
+    return BACKENDS[way].dtype or models[which]["dtype"]
 
 # %% ../../nbs/portable/05_speed.ipynb #c030
 def linears_of(model: nn.Module) -> list[nn.Linear]: # Modules of its projections
@@ -261,17 +270,10 @@ def filled(model: nn.Module) -> nn.Module: # A copy without zeros in scope
 
 def zeros_in(model: nn.Module) -> float: # Share of zeros among the weights in scope
     "How sparse a model is."
-    counts = [(int((linear.weight == 0).sum()), linear.weight.numel()) for linear in linears_of(model)]
-    return sum(zeros for zeros, _ in counts) / sum(count for _, count in counts)
+    zeros, weights = zeros_of(model)
+    return zeros / weights
 
 # %% ../../nbs/portable/05_speed.ipynb #c048
-def check_speed_settings(settings: SpeedSettings) -> None:
-    "Raise `BadInput` for settings that cannot be measured."
-    for name in ("prompt", "steps", "rounds"): check_at_least(getattr(settings, name), 1, name, MOST)
-    check_at_least(len(settings.batches), 1, "The number of batch sizes")
-    for batch in settings.batches: check_at_least(batch, 1, "batches", MOST)
-    for name in settings.backends: check_choice(name, BACKENDS, "backend")
-
 def check_same_sizes(pruned: nn.Module, dense: nn.Module) -> None:
     "Raise `BadInput` unless two models have the same tensors; one that says that it was shrunk may have smaller ones."
     if "removed" in (getattr(pruned.config, "cap_nb", None) or {}): return
@@ -306,7 +308,8 @@ def bench_folder(
     clock: Callable[[], float] = time.perf_counter, # Gives the time in seconds
 ) -> dict[str, Any]: # The record, which JSON can hold
     "Measure tokens a second of a dense and a pruned model, side by side, in every way that can run here."
-    check_speed_settings(settings)
+    check_speed(settings)
+    for name in settings.backends: check_choice(name, BACKENDS, "way to compute")
     device = device_named(settings.device)
     pruned, _ = load_model(str(folder), settings.dtype, device)
     dtype = next(pruned.parameters()).dtype # one for both: a dense side in another dtype is no other speed of pruning
@@ -322,6 +325,7 @@ def bench_folder(
               "instructions": torch.backends.cpu.get_cpu_capability(), "load": round(os.getloadavg()[0], 2)}
     asked = {"batches": list(settings.batches), "prompt": settings.prompt, "steps": settings.steps}
     return {"machine": machine, "settings": asked, "models": about, "not here": lacking,
+            "dtypes": {side: dtype_of(side, about) for side in sides},
             "seconds": speeds_of(sides, settings, clock)}
 
 # %% ../../nbs/portable/05_speed.ipynb #c054
@@ -329,7 +333,7 @@ def span_text(values: Sequence[float], digits: int) -> str: # As in "2.61 (2.55 
     "Median, lowest and highest."
     return "{:,.{d}f} ({:,.{d}f} to {:,.{d}f})".format(statistics.median(values), min(values), max(values), d=digits)
 
-def speed_rows(record: Mapping) -> list[tuple[str, str, str, str]]:
+def speed_rows(record: Mapping) -> list[tuple[str, ...]]:
     "A record as rows of text."
     rows = []
     for case, sides in record["seconds"].items(): # as in "decode, batch 16"
@@ -340,7 +344,7 @@ def speed_rows(record: Mapping) -> list[tuple[str, str, str, str]]:
             dense = sides.get(f"dense, {way}-dense", sides.get(f"dense, {way}", sides.get("dense, torch", seconds)))
             times = span_text([a / b for a, b in zip(dense, seconds)], 2) if side.startswith("pruned") else ""
             rate = span_text([tokens / taken for taken in seconds], 0)
-            rows.append((case, side, rate, times))
+            rows.append((case, side, dtype_of(side, record["models"]), rate, times))
     return rows
 
 # %% ../../nbs/portable/05_speed.ipynb #c055
@@ -353,7 +357,8 @@ def machine_sentence(machine: Mapping) -> str: # A sentence
 def speed_text(record: Mapping) -> str: # Markdown
     "A record for people: machine, models, table, and what could not run."
     asked, models = record["settings"], record["models"]
-    rows = [("case", "side", "tokens a second", "times the dense side"), ("---",) * 4, *speed_rows(record)]
+    heads = ("case", "side", "multiplies in", "tokens a second", "times the dense side")
+    rows = [heads, ("---",) * len(heads), *speed_rows(record)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     lacking = "".join(f"\nNot here: {name} ({BACKENDS[name].about}), which needs {what}."
                       for name, what in record["not here"].items())

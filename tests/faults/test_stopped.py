@@ -46,7 +46,7 @@ def test_stopped_while_the_libraries_are_read(number, seconds, tmp_path):
         program.wait(seconds)
     program.send_signal(number)
     _, said = program.communicate(timeout=60)
-    assert (program.returncode, said) == (128 + number, f"cap: {STOPPED}\n")
+    assert (program.returncode, said) == (128 + number, "cap: Stopped.\n")
     assert not (tmp_path / "run").exists()
 
 

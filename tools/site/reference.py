@@ -71,7 +71,8 @@ def entry(name: str, thing, page: str, title: str) -> list[str]:
         kinds = ", ".join(f"`{cell_text(str(k))}`" for k in thing)
         return [f"::::{{py:data}} cap_nb.{name}", f"{len(thing)} entries: {kinds}. {away}", "::::", ""]
     kind = "class" if inspect.isclass(thing) else "function"
-    said = f"{plain(inspect.getdoc(thing) or '')} {away}"
+    about = (inspect.getdoc(thing) or "").partition("\n\n")[0]  # the parameters have a table
+    said = f"{plain(about)} {away}"
     lines = [f"::::{{py:{kind}}} cap_nb.{name}{signature(thing)}", "", said, *table(thing)]
     for own, member in vars(thing).items() if kind == "class" else ():
         if not own.startswith("_") and (inspect.isfunction(member) or isinstance(member, OF_CLASS)):

@@ -1,0 +1,86 @@
+"""What a stop leaves is said truly by every command, and a solver that was stopped goes on at the layer it was at."""
+import os
+import signal
+
+import pytest
+
+import cap_nb.single_steps as steps
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import alone_in, resumed_folder
+from cap_nb.core.stopping import NOTHING_KEPT, STOPPED
+from cap_nb.jobs.settings import Job, SinglePruning, changed
+from faults.machinery import ended, signalled_before, watched
+from programs import Program, assert_one_sentence, called, cap
+
+FEW = changed(Job(), tasks=("lab-arc",), n=4, k=2, device="cpu")
+WORDS = "prune --model lab --device cpu --tasks lab-arc --n 4 --k 2 --sparsity 0.5 --method".split()
+LAYERS = "Stopped. Kept: finished layers; the same command goes on from there, and does all else again."
+BOTH = LAYERS.replace("finished layers", "measured budgets and finished layers")
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("score --out new", STOPPED), ("chains --out new", STOPPED), ("hessians --out new", STOPPED), ("recover --out new", STOPPED),
+    ("eval", NOTHING_KEPT), ("eval --out new", NOTHING_KEPT), ("shrink --out new", NOTHING_KEPT),
+    ("prune --method wanda --out new", NOTHING_KEPT), ("prune --method wanda+kl --out new", BOTH.replace(" and finished layers", "")),
+    ("prune --method alps --out new", LAYERS), ("prune --method wanda^update --out new", LAYERS), ("prune --method wanda+kl^swaps --out new", BOTH)])
+def test_a_stop_says_what_it_leaves(words, sentence, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(steps, "load_checked", lambda job: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = called(*words.split())
+    assert (stopped.exit_code, stopped.stderr) == (143, f"cap: {sentence}\n"), stopped.output
+    assert not list(tmp_path.iterdir())
+
+
+def pruned(out, method, act=None):
+    """`cap prune` in a process of its own, with something called before every change beside its folder."""
+    def work():
+        if act:
+            watched(out, act)
+        cap(*WORDS, method, "--out", out)()
+
+    return ended(Program(work, together=True))
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method, number", [("sparsegpt", signal.SIGKILL), ("alps", signal.SIGTERM), ("wanda+kl^swaps^update", signal.SIGINT)])
+def test_a_solver_goes_on_at_its_layer(method, number, tmp_path):
+    """Ended twice, at the third and the fourth layer's file: finished layers are not solved again, and the folder is byte for byte that of a command
+    that nothing happened to."""
+    out, kept = tmp_path / "new", tmp_path / "new.unfinished"
+    assert pruned(tmp_path / "whole", method)[0] == 0
+    for change, layers in (("open", 2), ("rename", 3)):
+        moment = rf"{change} \.unfinished/layers/\w+/\.layer-00{layers}\.safetensors\.part"
+        code, said = pruned(out, method, signalled_before(moment, number))
+        assert code == (-number if number == signal.SIGKILL else 128 + number), said
+        if number != signal.SIGKILL:
+            assert said.strip().splitlines()[-1] == f"cap: {BOTH if '+kl' in method else LAYERS}" and "Traceback" not in said
+        assert not out.exists() and len(list(kept.rglob("layer-*.safetensors"))) == layers
+    log = tmp_path / "log"  # the changes are made in another process
+    assert pruned(out, method, lambda name: log.open("a").write(f"{name}\n"))[0] == 0
+    renamed = [line for line in log.read_text().splitlines() if line.startswith("rename") and "layer-" in line]
+    assert [line.partition("layer-")[2][:3] for line in renamed] == ["003", "004", "005"]
+    assert weights(out) == weights(tmp_path / "whole") and not kept.exists()
+
+
+def test_two_at_once_and_what_is_not_ours(tmp_path):
+    """The second command under a name is refused before it loads anything; a folder of that name keeps what is not ours."""
+    kept = tmp_path / "new.unfinished"
+    with alone_in(kept):
+        holding = pruned(tmp_path / "new", "magnitude")
+    assert holding[0] == 2 and f"Another process is at work in {kept}: expected to be alone there" in holding[1]
+    (kept / "mine.txt").write_text("mine")
+    steps.prune_into(FEW, SinglePruning(method="magnitude", sparsity=0.5), tmp_path / "new")
+    assert [path.name for path in kept.iterdir()] == ["mine.txt"]
+    assert_one_sentence(called(*WORDS, "magnitude", "--out", tmp_path / "new"), "exists already")
+
+
+def test_who_is_refused_removes_nothing(tmp_path):
+    """The folder that another process has just made, still empty, is not removed by the one that finds it taken."""
+    (tmp_path / "packed.unfinished").mkdir()
+    with alone_in(tmp_path / "packed.unfinished"):
+        for _ in range(2):
+            with pytest.raises(BadInput, match="Another process is at work"), resumed_folder(tmp_path / "packed", ["a"]):
+                pass
