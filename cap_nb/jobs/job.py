@@ -22,9 +22,11 @@ from ..calibration import Calibration, calibration_set, default_style, default_t
 from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from ..core.files import alone_in, memory_taken, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
-from ..data.problems import FRESH, load_problems, load_text, normal_text, Problem, TASKS, TEXTS
+from ..data.problems import (
+    FRESH, load_problems, load_text, normal_text, Problem, task_family, TASKS, TEXTS)
 from ..data.prompts import check_comparable, prompt_style
-from ..evaluation import answer_problems, Evaluation, evaluation_problems, perplexity, problem_losses
+from ..evaluation import (
+    answer_problems, AnswerRecord, Evaluation, evaluation_problems, perplexity, problem_losses)
 from ..importance import importance_factors
 from .chains import chain_calibration, Chains, mixed_calibration, read_chains, style_origin, text_calibration
 from .records import (
@@ -167,16 +169,31 @@ def drawn_problems(job: Job, task: str, n: int, exclude: frozenset[str]) -> tupl
                        "judge on: expected none; calibrate on others, as 'cap run' with that task draws them.")
     return evaluation_problems(task, n, job.calibrate.seed, job.calibrate.data_dir, exclude, job.evaluate.evaluate_on)
 
+def shown_examples(job: Job, task: str, problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    "Worked examples for a task, from its calibration split or its benchmark's; a task that has none raises `BadInput`."
+    data, shots = job.calibrate, job.evaluate.shots
+    if not shots: return ()
+    source = task if "calibration" in TASKS[task].files else task_family(task)
+    if "calibration" in TASKS[source].files:
+        judged_on = fresh_problems(job).union(p.uid for p in problems)
+        return evaluation_problems(source, shots, data.seed, data.data_dir, judged_on, "validation")
+    raise BadInput(f"{task} has no calibration problems: expected some to show as worked examples; leave --shots out, "
+                   "or answer other tasks.")
+
 def evaluation_data(job: Job, exclude: frozenset[str]) -> dict:
     "Fingerprints of all that a run is evaluated on; too large a number raises `BadInput`."
     data, evaluation = job.calibrate, job.evaluate
     def drawn(tasks: Sequence[str], n: int) -> dict[str, str]:
         return {task: problems_fingerprint(drawn_problems(job, task, n, exclude)) for task in tasks}
+    def shown(task: str) -> str:
+        asked = drawn_problems(job, task, evaluation.evaluate_n, exclude)
+        return problems_fingerprint(shown_examples(job, task, asked))
     texts = [load_text(evaluation.text, data.data_dir, evaluation.evaluate_on)] if evaluation.windows else []
     choices = {"choice": drawn(choice_tasks(job), evaluation.choice_n)} if evaluation.choice_n else {}
+    shots = {"shots": {task: shown(task) for task in evaluation.accuracy_tasks}} if evaluation.shots else {}
     return {"accuracy": drawn(evaluation.accuracy_tasks, evaluation.evaluate_n),
             "loss": drawn(data.tasks, evaluation.loss_n) if evaluation.loss_n else {},
-            "text": {evaluation.text: text.fingerprint for text in texts}} | choices # none, as in older runs
+            "text": {evaluation.text: text.fingerprint for text in texts}} | choices | shots # as in older runs
 
 # %% ../../nbs/jobs/03_job.ipynb #c020
 def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes of its problems
@@ -213,7 +230,7 @@ def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What
     counts = {name: getattr(job.evaluate, name) for name in ("evaluate_n", "loss_n", "windows", "window_tokens")}
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
-    if job.evaluate.choice_n: unusual["choice_n"] = job.evaluate.choice_n
+    unusual |= {name: n for name in ("choice_n", "shots") if (n := getattr(job.evaluate, name))}
     if job.evaluate.backend != "transformers": unusual["backend"] = job.evaluate.backend
     if job.calibrate.seed: unusual["seed"] = job.calibrate.seed
     return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
@@ -406,16 +423,29 @@ def backend_of(job: Job, model: nn.Module) -> Iterator[object]: # For `Decoding`
         with held_by_vllm(model) as held: yield held
 
 # %% ../../nbs/jobs/03_job.ipynb #82679b37
+Keep = Callable[[int, Callable[[], tuple[AnswerRecord, ...]]], tuple[AnswerRecord, ...]] # Number of a part, its maker
+PART = 128 # Problems that are answered before their answers are kept
+
+def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: Keep) -> tuple:
+    "The answers to problems, part after part, whoever keeps them; the company in which one is answered is the same."
+    parts = [problems[start:start + PART] for start in range(0, len(problems), PART)]
+    if len(parts) == 1: return answer(problems)
+    return tuple(one for number, part in enumerate(parts) for one in keep(number, lambda part=part: answer(part)))
+
 def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, exclude: frozenset[str],
-                  backend: object = "transformers", lengths: Mapping[str, int] = MappingProxyType({})) -> dict:
+                  backend: object = "transformers", lengths: Mapping[str, int] = MappingProxyType({}),
+                  keep: Keep = lambda number, make: make()) -> dict:
     "Measure one piece."
     data, evaluation, batch_tokens = job.calibrate, job.evaluate, job.model.batch_tokens
     if piece.kind == "accuracy":
         problems = drawn_problems(job, piece.on, evaluation.evaluate_n, exclude)
-        expected = tuple(lengths.get(problem.uid, 0) for problem in problems) if lengths else ()
-        decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected, backend=backend)
-        return {"answers": answer_problems(model, tokenizer, problems, data.style, evaluation.max_new_tokens,
-                                           decoding=decoding)}
+        shots = shown_examples(job, piece.on, problems)
+        def answer(part: Sequence[Problem]) -> tuple[AnswerRecord, ...]:
+            expected = tuple(lengths.get(problem.uid, 0) for problem in part) if lengths else ()
+            decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected, backend=backend)
+            return answer_problems(model, tokenizer, part, data.style, evaluation.max_new_tokens, shots,
+                                   decoding=decoding)
+        return {"answers": in_parts(problems, answer, keep)}
     if piece.kind == "loss":
         problems = drawn_problems(job, piece.on, evaluation.loss_n, exclude)
         return {"losses": problem_losses(model, tokenizer, problems, data.style, batch_tokens)}
@@ -445,8 +475,12 @@ def finish_piece(ready: Ready, folder: Path, cell: Evaluation, piece: Piece, bar
         dense = evaluation_folder(folder, "dense", 0.0)
         answers = load_evaluation(dense).answers if piece.kind == "accuracy" and dense.exists() else ()
         lengths = {answer.uid: answer.tokens for answer in answers if answer.task == piece.on}
+        def keep(number: int, make: Callable[[], tuple[AnswerRecord, ...]]) -> tuple[AnswerRecord, ...]:
+            part = path.with_name(f"{piece.name}.{number:03d}") # a piece of its own, which goes with the cell's
+            if not part.exists(): save_evaluation(replace(cell, answers=make()), part)
+            return load_evaluation(part).answers
         with timed(folder, f"{cell_name(cell.method, cell.sparsity)}/{piece.name}"):
-            records = measure_piece(ready.model, ready.tokenizer, ready.job, piece, exclude, backend, lengths)
+            records = measure_piece(ready.model, ready.tokenizer, ready.job, piece, exclude, backend, lengths, keep)
         save_evaluation(replace(cell, **records), path)
     bar.update()
     return load_evaluation(path)
