@@ -19,6 +19,7 @@ from cap_nb.data.problems import TASKS, Problem, load_problems, task_family
 from cap_nb.data.prompts import (
     IGNORED, Example, PromptStyle, check_comparable, default_style, encode_problems, extract_answer, normal_answer,
     prompt_style, same_answer, strict_pattern)
+from cap_nb.models.choices import ChoiceRecord, choice_records
 from cap_nb.models.decoding import Decoding, Generation, generate_greedy, one_task, token_limit
 
 log = logging.getLogger(__name__)
@@ -248,6 +249,22 @@ def summarise_losses(records: Sequence[LossRecord], seed: int = 0) -> tuple[Loss
         summaries.append(LossSummary(task=task, n=len(losses), loss=sum(losses) / len(losses), low=low, high=high))
     return tuple(summaries)
 
+# %% ../nbs/05_evaluation.ipynb #28fb58b7
+ChoiceSummary = namedtuple("ChoiceSummary", "task n measure value low high") # A share in [0, 1] and its interval
+CHOICE_MEASURES = {"choice": "correct", "choice norm": "correct_mean", "gold p": "probability",
+                   "gold p norm": "probability_mean"} # What a table calls a field of a `ChoiceRecord`
+
+def summarise_choices(records: Sequence[ChoiceRecord], seed: int = 0) -> tuple[ChoiceSummary, ...]:
+    "How often the likeliest option is right, with Wilson's interval, and the right one's mean probability, resampled."
+    summaries = []
+    for task in dict.fromkeys(record.task for record in records):
+        for measure, field in CHOICE_MEASURES.items():
+            values = [getattr(record, field) for record in records if record.task == task]
+            n, total = len(values), sum(values)
+            ends = wilson_interval(total, n) if measure.startswith("choice") else bootstrap_interval(values, seed)
+            summaries.append(ChoiceSummary(task, n, measure, total / n, *ends))
+    return tuple(summaries)
+
 # %% ../nbs/05_evaluation.ipynb #c116
 from cap_nb.data.problems import Text, load_text
 from cap_nb.models.anatomy import context_of, decoder_of, head_logits
@@ -325,3 +342,4 @@ class Evaluation:
     answers: tuple[AnswerRecord, ...] = () # One record per problem that was answered
     losses: tuple[LossRecord, ...] = () # One record per problem whose loss was measured
     perplexity: Perplexity | None = None # Perplexity, where it was measured
+    choices: tuple[ChoiceRecord, ...] = () # One record per problem whose options were weighed

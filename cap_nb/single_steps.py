@@ -276,7 +276,7 @@ def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was 
 def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None) -> Evaluation: # The records
     "Measure a model as it is: accuracy, held-out loss, perplexity."
     asked = job.evaluate
-    if asked.accuracy_tasks == () and not asked.loss_n and not asked.windows:
+    if asked.accuracy_tasks == () and not (asked.loss_n or asked.windows or asked.choice_n):
         raise BadInput("Nothing is to be measured: expected answers, losses or perplexity; name --accuracy-tasks, or "
                        "raise --loss-n or --windows.")
     exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()

@@ -42,6 +42,7 @@ from ..methods.resumed_scoring import check_target, save_losses, table_scorer, T
 from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
 from ..models.anatomy import projections
 from ..models.checks import tell_of_zeros, zeros_of
+from ..models.choices import choice_records, has_options
 from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
 from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
@@ -126,7 +127,7 @@ def filled_in(job: Job, tokenizer: object) -> Job: # The same without None where
 @dataclass(frozen=True)
 class Piece:
     "One measurement of a cell."
-    kind: str # "accuracy", "loss" or "perplexity"
+    kind: str # "accuracy", "loss", "choice" or "perplexity"
     on: str # Name of the task or text
 
     @property
@@ -134,12 +135,20 @@ class Piece:
         "As in accuracy-lab-arc."
         return f"{self.kind}-{self.on}"
 
+def choice_tasks(job: Job) -> tuple[str, ...]:
+    "The tasks of a job whose options are weighed; options that no task has raise `BadInput`."
+    if not job.evaluate.choice_n: return ()
+    if tasks := tuple(filter(has_options, job.calibrate.tasks)): return tasks
+    raise BadInput(f"--choice-n was given, and none of {', '.join(job.calibrate.tasks)} has options: expected arc or "
+                   "strategyqa among --tasks; name one, or leave --choice-n out.")
+
 def pieces_of(job: Job) -> tuple[Piece, ...]: # In the order in which they are measured
     "The pieces that every cell of a job is measured in."
     answers = [Piece("accuracy", task) for task in job.evaluate.accuracy_tasks]
     losses = [Piece("loss", task) for task in job.calibrate.tasks] if job.evaluate.loss_n else []
+    choices = [Piece("choice", task) for task in choice_tasks(job)]
     perplexities = [Piece("perplexity", job.evaluate.text)] if job.evaluate.windows else []
-    return (*answers, *losses, *perplexities)
+    return (*answers, *losses, *choices, *perplexities)
 
 # %% ../../nbs/jobs/03_job.ipynb #c017
 def problems_fingerprint(problems: Sequence[Problem]) -> str: # 64 hexadecimal digits
@@ -164,9 +173,10 @@ def evaluation_data(job: Job, exclude: frozenset[str]) -> dict:
     def drawn(tasks: Sequence[str], n: int) -> dict[str, str]:
         return {task: problems_fingerprint(drawn_problems(job, task, n, exclude)) for task in tasks}
     texts = [load_text(evaluation.text, data.data_dir, evaluation.evaluate_on)] if evaluation.windows else []
+    choices = {"choice": drawn(choice_tasks(job), evaluation.choice_n)} if evaluation.choice_n else {}
     return {"accuracy": drawn(evaluation.accuracy_tasks, evaluation.evaluate_n),
             "loss": drawn(data.tasks, evaluation.loss_n) if evaluation.loss_n else {},
-            "text": {evaluation.text: text.fingerprint for text in texts}}
+            "text": {evaluation.text: text.fingerprint for text in texts}} | choices # none, as in older runs
 
 # %% ../../nbs/jobs/03_job.ipynb #c020
 def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes of its problems
@@ -203,6 +213,7 @@ def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What
     counts = {name: getattr(job.evaluate, name) for name in ("evaluate_n", "loss_n", "windows", "window_tokens")}
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
+    if job.evaluate.choice_n: unusual["choice_n"] = job.evaluate.choice_n
     if job.evaluate.backend != "transformers": unusual["backend"] = job.evaluate.backend
     if job.calibrate.seed: unusual["seed"] = job.calibrate.seed
     return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
@@ -405,6 +416,9 @@ def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, e
     if piece.kind == "loss":
         problems = drawn_problems(job, piece.on, evaluation.loss_n, exclude)
         return {"losses": problem_losses(model, tokenizer, problems, data.style, batch_tokens)}
+    if piece.kind == "choice":
+        problems = drawn_problems(job, piece.on, evaluation.choice_n, exclude)
+        return {"choices": choice_records(model, tokenizer, problems)}
     text = load_text(piece.on, data.data_dir, evaluation.evaluate_on)
     return {"perplexity": perplexity(model, tokenizer, text, None, evaluation.windows, evaluation.window_tokens)}
 

@@ -32,6 +32,7 @@ from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
 from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, READINGS, with_hessian
 from ..methods.screening import by_task, first_counts, task_indices
 from ..models.anatomy import Anatomy, context_of, dimensions, projections
+from ..models.choices import has_options
 from ..models.families import family_of, HOLDS
 from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT, lab_tokenizer
 from ..models.loading import config_of, device_named, dtype_named, HUB_ID, load_tokenizer, model_cache
@@ -280,7 +281,8 @@ def window_width(sizes: Sizes, job: Job) -> int:
 def reading_work(sizes: Sizes, job: Job, lengths: Sequence[ExampleLength]) -> np.ndarray:
     "Held-out problems, as long as the calibration examples, and windows of text; all through the output head."
     width, windows = window_width(sizes, job), job.evaluate.windows
-    held_out = job.evaluate.loss_n * len(job.calibrate.tasks) / len(lengths) # passes over as many examples
+    weighed = job.evaluate.choice_n * sum(map(has_options, job.calibrate.tasks))
+    held_out = (job.evaluate.loss_n * len(job.calibrate.tasks) + weighed) / len(lengths) # passes over as many examples
     losses = held_out * one_pass(batch_shapes(lengths, job.model.batch_tokens))
     return with_head(losses, losses[TOKENS]) + (windows, windows * width, windows * width**2, windows * width)
 
