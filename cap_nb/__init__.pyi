@@ -6,6 +6,7 @@ from cap_nb.core.errors import BadInput as BadInput
 from cap_nb.methods.budgets import Budgets as Budgets
 from cap_nb.jobs.settings import CalibrateSettings as CalibrateSettings
 from cap_nb.calibration import Calibration as Calibration
+from cap_nb.models.choices import ChoiceRecord as ChoiceRecord
 from cap_nb.analysis import Comparison as Comparison
 from cap_nb.methods.selection import Criterion as Criterion
 from cap_nb.models.decoding import Decoding as Decoding
@@ -21,7 +22,9 @@ from cap_nb.jobs.settings import FineTuning as FineTuning
 from cap_nb.models.decoding import Generation as Generation
 from cap_nb.scoring import HeadLosses as HeadLosses
 from cap_nb.portable.fine_tuning import HeldZeros as HeldZeros
+from cap_nb.regions import IN_COLUMNS as IN_COLUMNS
 from cap_nb.jobs.settings import Job as Job
+from cap_nb.regions import LAYOUTS as LAYOUTS
 from cap_nb.evaluation import LossRecord as LossRecord
 from cap_nb.jobs.settings import ModelSettings as ModelSettings
 from cap_nb.evaluation import Perplexity as Perplexity
@@ -52,6 +55,7 @@ from cap_nb.scoring import causal_scores as causal_scores
 from cap_nb.jobs.chains import chain_calibration as chain_calibration
 from cap_nb.models.checks import check_anatomy as check_anatomy
 from cap_nb.methods.streaming import checkpoint_fingerprint as checkpoint_fingerprint
+from cap_nb.models.choices import choice_records as choice_records
 from cap_nb.experiments.claims import claims_ledger as claims_ledger
 from cap_nb.analysis import compare_methods as compare_methods
 from cap_nb.experiments.seeds import compare_over_seeds as compare_over_seeds

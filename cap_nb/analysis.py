@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
+from cap_nb.models.choices import ChoiceRecord
 
 def evaluation_from(rows: Mapping[str, Sequence[dict]]) -> Evaluation:
     "An evaluation from its rows in a run's table of records."
@@ -18,8 +19,8 @@ def evaluation_from(rows: Mapping[str, Sequence[dict]]) -> Evaluation:
     about = json.loads(rows["evaluation"][0]["content"])
     if text := about.pop("perplexity", None):
         text = Perplexity(**text, losses=tuple(row["loss"] for row in rows["window"]))
-    answers, losses = records(AnswerRecord, "answer"), records(LossRecord, "loss")
-    return Evaluation(**about, answers=answers, losses=losses, perplexity=text)
+    return Evaluation(**about, answers=records(AnswerRecord, "answer"), losses=records(LossRecord, "loss"),
+                      perplexity=text, choices=records(ChoiceRecord, "choice"))
 
 def records_from(rows: Iterable[dict]) -> tuple[dict[str, Evaluation], dict[str, bytes]]:
     "The evaluations of a run by place, and the contents of the files that it kept by name."
@@ -38,7 +39,7 @@ from matplotlib.figure import Figure
 from cap_nb.core.errors import BadInput, validate_arguments
 from cap_nb.core.plots import blank_figure, in_style
 from cap_nb.data.problems import TASK_TITLES, TASKS, task_title
-from cap_nb.evaluation import bootstrap_interval, summarise_answers, summarise_losses
+from cap_nb.evaluation import bootstrap_interval, summarise_answers, summarise_choices, summarise_losses
 
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
 OTHER_TITLES = {"sparsegpt": "SparseGPT", "ria": "RIA", "alps": "ALPS"} # As the papers on them write it
@@ -64,6 +65,8 @@ def row_cells(evaluation: Evaluation) -> dict[str, tuple[float, float, float, in
     for s in summarise_answers(evaluation.answers):
         cells[task_title(s.task)] = (100 * s.accuracy, 100 * s.low, 100 * s.high, s.n)
     for s in summarise_losses(evaluation.losses): cells[f"{task_title(s.task)} loss"] = (s.loss, s.low, s.high, s.n)
+    for s in summarise_choices(evaluation.choices):
+        cells[f"{task_title(s.task)} {s.measure}"] = (100 * s.value, 100 * s.low, 100 * s.high, s.n)
     if text := evaluation.perplexity:
         name = f"{TEXT_TITLES.get(text.text, text.text)} perplexity"
         cells[name] = (text.value, text.low, text.high, text.windows)
@@ -94,8 +97,9 @@ def method_table(
     return pd.DataFrame(table, index=pd.MultiIndex.from_tuples(names, names=["Method", "Sparsity"]))
 
 # %% ../nbs/06_analysis.ipynb #c015
-def paired_values(first: Sequence[AnswerRecord] | Sequence[LossRecord],
-                  second: Sequence[AnswerRecord] | Sequence[LossRecord]) -> tuple[list[float], str]:
+Measured = AnswerRecord | LossRecord | ChoiceRecord # What two methods can be compared by
+
+def paired_values(first: Sequence[Measured], second: Sequence[Measured]) -> tuple[list[float], str]:
     "First less second, problem by problem, and the unit; records of other problems raise `BadInput`."
     kinds = {type(record) for record in (*first, *second)}
     ones, others = ({(record.task, record.uid): record for record in records} for records in (first, second))
@@ -103,6 +107,8 @@ def paired_values(first: Sequence[AnswerRecord] | Sequence[LossRecord],
         raise BadInput(f"{len(ones)} and {len(others)} records do not stand for the same problems: "
                        f"expected two methods on one draw; use one seed and n for both.")
     if kinds == {AnswerRecord}: return [100.0 * (ones[key].correct - others[key].correct) for key in ones], "points"
+    if kinds == {ChoiceRecord}:
+        return [100.0 * (ones[key].probability_mean - others[key].probability_mean) for key in ones], "points"
     return [ones[key].loss - others[key].loss for key in ones], "nats"
 
 # %% ../nbs/06_analysis.ipynb #c018
@@ -181,14 +187,11 @@ class Comparison:
         return self.within(0, math.inf) or self.within(-math.inf, 0)
 
 # %% ../nbs/06_analysis.ipynb #c035
-def compare(first: Sequence[AnswerRecord] | Sequence[LossRecord], second: Sequence[AnswerRecord] | Sequence[LossRecord],
-            seed: int = 0, flips: int = 9_999) -> Comparison:
+def compare(first: Sequence[Measured], second: Sequence[Measured], seed: int = 0, flips: int = 9_999) -> Comparison:
     "First less second on the same problems, a family of one; records of other problems raise `BadInput`."
     values, unit = paired_values(first, second)
-    alone = None
-    if unit == "points":
-        gained, lost = sum(value > 0 for value in values), sum(value < 0 for value in values)
-        alone, p = gained + lost, mcnemar_exact(gained, lost)
+    alone, (gained, lost) = None, (sum(value > 0 for value in values), sum(value < 0 for value in values))
+    if isinstance(first[0], AnswerRecord): alone, p = gained + lost, mcnemar_exact(gained, lost)
     else: p = sign_flip_test(values, seed, flips)
     low, high = bootstrap_interval(values, seed)
     return Comparison(value=sum(values) / len(values), low=low, high=high, unit=unit, n=len(values), p=p, holm=p,
@@ -260,6 +263,7 @@ def records_by_measure(evaluation: Evaluation) -> dict[str, tuple]:
     records = {}
     for answer in evaluation.answers: records.setdefault(task_title(answer.task), []).append(answer)
     for loss in evaluation.losses: records.setdefault(f"{task_title(loss.task)} loss", []).append(loss)
+    for choice in evaluation.choices: records.setdefault(f"{task_title(choice.task)} gold p norm", []).append(choice)
     if text := evaluation.perplexity:
         records[TEXT_LOSS] = [LossRecord(task=text.text, uid=str(i), loss=loss, tokens=text.window_tokens - 1)
                               for i, loss in enumerate(text.losses)]
@@ -323,10 +327,11 @@ def paper_table() -> pd.DataFrame: # Rows (Model, Method, Sparsity); accuracies 
     names = pd.MultiIndex.from_tuples(rows, names=["Model", "Method", "Sparsity"])
     return pd.DataFrame(list(rows.values()), index=names, columns=[*TASK_TITLES.values(), "Perplexity"])
 
-def paper_measure(measure: str) -> str:
-    "Which column of the paper's table a measure of ours belongs to, as in Lab ARC-C. loss."
+def paper_measure(measure: str) -> str | None:
+    "Which column of the paper's table a measure of ours belongs to, as in Lab ARC-C. loss; None: to none."
     if measure == TEXT_LOSS: return "perplexity"
-    return next(task for task, title in TASK_TITLES.items() if title in measure)
+    if measure.endswith("gold p norm"): return None
+    return next((task for task, title in TASK_TITLES.items() if title in measure), None)
 
 def paper_direction(measure: str, sparsity: float) -> dict[str, str]:
     "By model, which of CAP and Wanda the paper's Table 1 favours (the higher accuracy, the lower perplexity)."
@@ -349,7 +354,7 @@ def compare_with_paper(
     "CAP against Wanda: the direction of the paper's Table 1, and what our records allow."
     rows = {}
     for (first, second, sparsity, measure), comparison in comparisons.items():
-        if (first, second) != ("CAP", "Wanda"): continue
+        if (first, second) != ("CAP", "Wanda") or paper_measure(measure) is None: continue
         here = "undecided" if not comparison.decided else "CAP" if is_better(comparison) else "Wanda"
         rows[sparsity, measure] = paper_direction(paper_measure(measure), sparsity) | {"Here": here}
     if not rows: raise BadInput("There is no comparison of CAP with Wanda: expected one at least; run both methods.")

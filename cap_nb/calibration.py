@@ -102,6 +102,7 @@ class Calibration:
         return cls(examples=examples, stratum=tuple(stratum), k=k, seed=seed)
 
 # %% ../nbs/00_calibration.ipynb #c045
+from collections.abc import Collection
 from pathlib import Path
 from .data.problems import Problem, load_problems, normal_text
 from .data.prompts import PromptStyle, default_style, default_tasks, encode_problems
@@ -115,6 +116,7 @@ def calibration_set(
     seed: int = 0, # Seed of draw and deal
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
+    exclude: Collection[str] = frozenset(), # Content hashes of problems that are not drawn
 ) -> Calibration: # n examples a task, drawn over length quartiles, dealt into K subsets
     "The calibration set of the paper (section 3.1, 3.4); wrong tasks, n or k raise `BadInput`."
     check_at_least(n, 1, "n (examples a task)")
@@ -123,7 +125,8 @@ def calibration_set(
     if not tasks: raise BadInput("No task is named: expected at least one to calibrate on; name some, or give None.")
     examples, stratum = [], []
     for rank, task in enumerate(tasks):
-        pool = encode_problems(tokenizer, load_problems(task, "calibration", data_dir), style)
+        problems = [p for p in load_problems(task, "calibration", data_dir) if p.uid not in exclude]
+        pool = encode_problems(tokenizer, problems, style)
         for example, quartile in draw_stratified(pool, n, seed):
             examples.append(example)
             stratum.append(4 * rank + quartile)

@@ -469,8 +469,15 @@ def eval_command(
     *,
     scores: Path | None = None, # table of losses, made by cap score; the problems it was made on are left out
     out: Path | None = None, # folder for the records; not kept if left out
+    harness: str | None = None, # lm-evaluation-harness instead, on tasks with commas: its own, or ours as cap_gsm8k
+    limit: int | None = None, # problems a task that --harness judges; all if left out
 ) -> str:
-    "Measure a model as it is: accuracy, held-out loss, perplexity."
+    "Measure a model as it is: accuracy, held-out loss, perplexity; or what lm-evaluation-harness says of it."
+    if harness is not None:
+        from cap_nb.single_steps import harness_alone
+        return harness_alone(job, read_names(harness), limit, out)
+    if limit is not None:
+        raise BadInput("--limit was given without --harness: expected both; --evaluate-n is the kit's own.")
     from cap_nb.analysis import method_table
     from cap_nb.jobs.tables import table_markdown
     from cap_nb.single_steps import evaluate_alone

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, check_confidence, check_seed, validate_arguments
 from cap_nb.core.files import sha256_of_text
-from cap_nb.data.problems import Problem, load_problems, task_family
+from cap_nb.data.problems import TASKS, Problem, load_problems, task_family
 from cap_nb.data.prompts import (
-    IGNORED, Example, PromptStyle, default_style, encode_problems, extract_answer, normal_answer, prompt_style,
-    strict_pattern)
+    IGNORED, Example, PromptStyle, check_comparable, default_style, encode_problems, extract_answer, normal_answer,
+    prompt_style, same_answer, strict_pattern)
+from cap_nb.models.choices import ChoiceRecord, choice_records
 from cap_nb.models.decoding import Decoding, Generation, generate_greedy, one_task, token_limit
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ def evaluation_problems(
     check_seed(seed)
     held_out = check_choice(split, ("evaluation", "validation"), "split") == "evaluation"
     problems = load_problems(task, "evaluation" if held_out else "calibration", data_dir)
-    calibrated = load_problems(task, "calibration", data_dir) if exclude and held_out else ()
+    calibrates = "calibration" in TASKS[task].files # others are for evaluation only
+    calibrated = load_problems(task, "calibration", data_dir) if exclude and held_out and calibrates else ()
     worded = {problem.wording for problem in calibrated if problem.uid in exclude}
     eligible = [problem for problem in problems if problem.uid not in exclude and problem.wording not in worded]
     dropped = len(problems) - len(eligible)
@@ -69,11 +71,12 @@ def answer_record(example: Example, said: Generation, tokenizer: object, style: 
     "The record of one answered problem (paper Appendix B)."
     output = tokenizer.decode(said.tokens, skip_special_tokens=True)
     strict, lenient = (extract_answer(output, example.task, style, strict=way) for way in (True, False))
-    gold = normal_answer(example.answer, task_family(example.task))
+    family = task_family(example.task)
+    gold = normal_answer(example.answer, family)
     return AnswerRecord(
         task=example.task, uid=example.uid, prompt_sha256=sha256_of_text(example.prompt), output=output, strict=strict,
-        lenient=lenient, gold=gold, correct=strict == gold, lenient_correct=lenient == gold, tokens=len(said.tokens),
-        cut_off=said.cut_off)
+        lenient=lenient, gold=gold, correct=same_answer(strict, gold, family),
+        lenient_correct=same_answer(lenient, gold, family), tokens=len(said.tokens), cut_off=said.cut_off)
 
 def prompt_tokens(example: Example) -> tuple[int, ...]:
     "The prompt's tokens, exactly as they were in calibration."
@@ -93,6 +96,7 @@ def answer_problems(
 ) -> tuple[AnswerRecord, ...]: # One record per problem, in the order of the problems
     "Answers by greedy chain-of-thought decoding (paper section 4, Appendix B); problems of two tasks raise `BadInput`."
     task, style = one_task(problems), prompt_style(style or default_style(tokenizer))
+    check_comparable(task)
     examples = encode_problems(tokenizer, problems, style, shots)
     prompts = [prompt_tokens(example) for example in examples]
     line = strict_pattern(style, task_family(task)) if stop_early else None
@@ -245,6 +249,22 @@ def summarise_losses(records: Sequence[LossRecord], seed: int = 0) -> tuple[Loss
         summaries.append(LossSummary(task=task, n=len(losses), loss=sum(losses) / len(losses), low=low, high=high))
     return tuple(summaries)
 
+# %% ../nbs/05_evaluation.ipynb #28fb58b7
+ChoiceSummary = namedtuple("ChoiceSummary", "task n measure value low high") # A share in [0, 1] and its interval
+CHOICE_MEASURES = {"choice": "correct", "choice norm": "correct_mean", "gold p": "probability",
+                   "gold p norm": "probability_mean"} # What a table calls a field of a `ChoiceRecord`
+
+def summarise_choices(records: Sequence[ChoiceRecord], seed: int = 0) -> tuple[ChoiceSummary, ...]:
+    "How often the likeliest option is right, with Wilson's interval, and the right one's mean probability, resampled."
+    summaries = []
+    for task in dict.fromkeys(record.task for record in records):
+        for measure, field in CHOICE_MEASURES.items():
+            values = [getattr(record, field) for record in records if record.task == task]
+            n, total = len(values), sum(values)
+            ends = wilson_interval(total, n) if measure.startswith("choice") else bootstrap_interval(values, seed)
+            summaries.append(ChoiceSummary(task, n, measure, total / n, *ends))
+    return tuple(summaries)
+
 # %% ../nbs/05_evaluation.ipynb #c116
 from cap_nb.data.problems import Text, load_text
 from cap_nb.models.anatomy import context_of, decoder_of, head_logits
@@ -322,3 +342,4 @@ class Evaluation:
     answers: tuple[AnswerRecord, ...] = () # One record per problem that was answered
     losses: tuple[LossRecord, ...] = () # One record per problem whose loss was measured
     perplexity: Perplexity | None = None # Perplexity, where it was measured
+    choices: tuple[ChoiceRecord, ...] = () # One record per problem whose options were weighed

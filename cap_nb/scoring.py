@@ -79,6 +79,7 @@ class HeadLosses:
     seed: int # Seed of the deal into subsets
     meta: dict[str, Any] = field(default_factory=dict) # Provenance: fingerprints, dtype, device, versions
     own_subset: torch.Tensor | None = field(default=None, compare=False) # Subsets that were not dealt, int64 [N]
+    tokens: torch.Tensor | None = field(default=None, compare=False) # Target tokens of each, int64 [N]; None: not kept
 
     @property
     def subset(self) -> torch.Tensor:
@@ -98,6 +99,9 @@ class HeadLosses:
         if self.k < 1: raise ValueError(f"k is {self.k}: expected a whole number of at least 1")
         if self.own_subset is not None and len(self.own_subset) != n:
             raise ValueError(f"subset has {len(self.own_subset)} entries, not {n}")
+        if self.tokens is not None and not (self.tokens.dtype == torch.int64 and self.tokens.shape == (n,)
+                                            and (self.tokens > 0).all()):
+            raise ValueError("the numbers of target tokens are not one whole number above 0 an example")
 
     @property
     def target(self) -> str:
@@ -111,6 +115,10 @@ def batches_of(calibration: Calibration, batch_tokens: int,
     for indices in token_batches(calibration.examples, batch_tokens):
         yield indices, collate([calibration.examples[index] for index in indices], pad_id=0, device=device)
 
+def token_counts(calibration: Calibration) -> torch.Tensor: # int64 [N]
+    "How many target tokens each example has; its first token is predicted by none."
+    return torch.tensor([sum(label != IGNORED for label in e.labels[1:]) for e in calibration.examples])
+
 def head_losses(model: nn.Module, calibration: Calibration, masked: torch.Tensor, intact: torch.Tensor,
                 batch_tokens: int, fingerprint: str | None = None) -> HeadLosses:
     "A table from masked losses, [L, H, N], and intact ones, [N], and where its numbers come from."
@@ -120,7 +128,8 @@ def head_losses(model: nn.Module, calibration: Calibration, masked: torch.Tensor
             "batch_tokens": batch_tokens, "torch": torch.__version__, "transformers": transformers.__version__}
     return HeadLosses(
         masked=masked, intact=intact, stratum=calibration.stratum, task=tuple(e.task for e in examples),
-        uid=tuple(e.uid for e in examples), k=calibration.k, seed=calibration.seed, meta=meta)
+        uid=tuple(e.uid for e in examples), k=calibration.k, seed=calibration.seed, meta=meta,
+        tokens=token_counts(calibration))
 
 # %% ../nbs/01_scoring.ipynb #c022
 @validate_arguments
@@ -154,23 +163,32 @@ def subset_means(values: torch.Tensor, subset: torch.Tensor, weight: torch.Tenso
 
 def aggregate(masked: torch.Tensor, intact: torch.Tensor, how: str) -> torch.Tensor:
     "Scores from masked means, [..., K], and intact ones, [K]; the median of an even K is the mean of the middle two."
-    if how == "paper": return masked.quantile(0.5, dim=-1) - intact.mean(-1)
-    if how == "paired": return (masked - intact).quantile(0.5, dim=-1)
+    form = how.removeprefix("pooled-")
+    if form in ("paper", "pooled"): return masked.quantile(0.5, dim=-1) - intact.mean(-1)
+    if form == "paired": return (masked - intact).quantile(0.5, dim=-1)
     return (masked - intact).mean(-1)
 
+def pooling_weight(losses: HeadLosses, how: str) -> torch.Tensor | None: # Float64 [N]
+    "How much each example counts in its subset's loss; None: all alike. A table without token counts is refused."
+    if not check_choice(how, AGGREGATIONS, "aggregation").startswith("pooled"): return None
+    if losses.tokens is not None: return losses.tokens.double()
+    raise BadInput(f"The table of losses says not how many target tokens each example has, and aggregation {how!r} "
+                   "pools over them: expected a table that does, as 'cap score' makes now; score again.")
+
 # %% ../nbs/01_scoring.ipynb #c026
-AGGREGATIONS: tuple[str, ...] = ("paper", "paired", "mean")
+AGGREGATIONS: tuple[str, ...] = ("paper", "paired", "mean", "pooled", "pooled-paired", "pooled-mean")
 
 @validate_arguments
 def causal_scores(
     losses: HeadLosses, # The table of losses
-    how: str = "paper", # "paper", "paired" or "mean"
+    how: str = "paper", # One of `AGGREGATIONS`
     k: int | None = None, # Deal the examples into another number of subsets; None keeps the table's K
 ) -> torch.Tensor: # Causal score of every head, in nats, float64 [L, H]
     "Causal scores from a table of losses (paper equation 2; section 6); an unknown aggregation raises `BadInput`."
-    check_choice(how, AGGREGATIONS, "aggregation")
+    weight = pooling_weight(losses, how)
     subset = losses.subset if k is None else deal_subsets(losses.stratum, k, losses.seed)
-    return aggregate(subset_means(losses.masked, subset), subset_means(losses.intact, subset), how)
+    return aggregate(subset_means(losses.masked, subset, weight), subset_means(losses.intact, subset, weight), how)
+
 
 # %% ../nbs/01_scoring.ipynb #c033
 def resampled(subset: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -188,17 +206,18 @@ from scipy import stats
 @validate_arguments
 def score_interval(
     losses: HeadLosses, # The table of losses
-    how: str = "paper", # "paper", "paired" or "mean"
+    how: str = "paper", # One of `AGGREGATIONS`
     draws: int = 500, # Bootstrap draws
     seed: int = 0, # Seed of the draws
     confidence: float = 0.95, # Share of the draws inside the interval
 ) -> tuple[torch.Tensor, torch.Tensor]: # Lower and upper bound of every score, float64 [L, H] each
     "Percentile bootstrap intervals of the causal scores over examples; an unknown aggregation raises `BadInput`."
-    check_choice(how, AGGREGATIONS, "aggregation")
+    weight = pooling_weight(losses, how)
     check_confidence(confidence), check_at_least(draws, 1, "draws", 10**6)
     rng, subset, scores = torch.Generator().manual_seed(seed), losses.subset, []
     for _ in range(draws):
         counts = resampled(subset, rng)
+        if weight is not None: counts = counts * weight
         masked, intact = (subset_means(values, subset, counts) for values in (losses.masked, losses.intact))
         scores.append(aggregate(masked, intact, how))
     tail = (1 - confidence) / 2
@@ -238,7 +257,7 @@ from .core.plots import plot_intervals
 @validate_arguments
 def plot_score_intervals(
     losses: HeadLosses, # A table of losses
-    how: str = "paper", # "paper", "paired" or "mean"
+    how: str = "paper", # One of `AGGREGATIONS`
 ) -> Figure: # Heads from left to right, layer after layer
     "Causal scores with their 95 % bootstrap intervals (paper equation 2)."
     layers, heads, _ = losses.masked.shape

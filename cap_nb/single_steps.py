@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/single_steps.ipynb #29a6995a
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,20 +16,22 @@ from pathlib import Path
 import torch
 from torch import nn
 from .calibration import Calibration
-from .core.errors import BadInput
-from .core.files import alone_in, check_new_folder, remove
+from .core.errors import BadInput, check_at_least
+from .core.files import alone_in, check_new_folder, remove, whole_folder, write_checked
 from .core.registry import additions_noted
 from .core.stopping import NOTHING_KEPT, stop_says
 from .evaluation import Evaluation
+from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
 from .importance import importance_factors
 from .jobs.chains import Answering, own_chains, task_counts, too_few
 from .jobs.job import (
-    check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, targets_configuration)
-from .jobs.records import save_evaluation
+    check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, model_configuration,
+    targets_configuration)
+from .jobs.records import environment, save_evaluation
 from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
-from .methods.prune import check_method, needs_of, prune_with, solves, unit_factors
+from .methods.prune import check_method, needs_of, prune_with, reading_of, solves, unit_factors
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, table_scorer
 from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
@@ -124,7 +127,9 @@ def matching_scores(path: Path, fingerprint: str, settings: PruneSettings) -> tu
 def factors_from(pruning: SinglePruning, fingerprint: str, settings: PruneSettings) -> Factors | None:
     "Importance factors from a table of losses; one of another model or target raises `BadInput`."
     if pruning.scores is None: return None
-    _, scores = matching_scores(pruning.scores, fingerprint, settings)
+    reading = reading_of(check_method(pruning.method).attribution)
+    how = replace(settings, aggregation=reading.aggregation(settings.aggregation))
+    _, scores = matching_scores(pruning.scores, fingerprint, how)
     return Factors(heads=importance_factors(scores), key_value=pruning.key_value)
 
 # %% ../nbs/single_steps.ipynb #01b97032
@@ -132,8 +137,9 @@ def record_of(job: Job, pruning: SinglePruning, report: PruneReport, base: dict,
     "The record of a pruning."
     scores = None
     if pruning.scores is not None and "factors" in needs_of(check_method(pruning.method)):
-        losses, _ = read_scores(pruning.scores, job.prune.aggregation)
-        scores = scores_record(losses, job.prune.aggregation) | {"key_value": pruning.key_value}
+        how = reading_of(check_method(pruning.method).attribution).aggregation(job.prune.aggregation)
+        losses, _ = read_scores(pruning.scores, how)
+        scores = scores_record(losses, how) | {"key_value": pruning.key_value}
         if "screened" in losses.meta: scores |= {"screened": losses.meta["screened"]}
     plugins = {"plugins": additions_noted()} if additions_noted() else {}
     return pruning_record(report, base, pruning.ties, calibration, scores) | plugins
@@ -162,7 +168,8 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
     factors = factors_from(pruning, fingerprint, job.prune)
     if factors is None and parts.attribution:
         given = Inputs(calibration=calibration, batch_tokens=job.model.batch_tokens)
-        factors = replace(unit_factors(model, parts.attribution, given), key_value=pruning.key_value)
+        factors = unit_factors(model, parts.attribution, given, how=job.prune.aggregation)
+        factors = replace(factors, key_value=pruning.key_value)
     given = Inputs(factors=factors, calibration=calibration, ties=pruning.ties, batch_tokens=job.model.batch_tokens,
                    seed=job.calibrate.seed, store=working/"budgets", unfinished=working/"layers")
     report = prune_with(model, pruning.method, pruning.sparsity, given)
@@ -269,7 +276,7 @@ def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was 
 def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None) -> Evaluation: # The records
     "Measure a model as it is: accuracy, held-out loss, perplexity."
     asked = job.evaluate
-    if asked.accuracy_tasks == () and not asked.loss_n and not asked.windows:
+    if asked.accuracy_tasks == () and not (asked.loss_n or asked.windows or asked.choice_n):
         raise BadInput("Nothing is to be measured: expected answers, losses or perplexity; name --accuracy-tasks, or "
                        "raise --loss-n or --windows.")
     exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
@@ -277,3 +284,19 @@ def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None
     evaluation = evaluate(model, tokenizer, job, Path(job.model.name).name, exclude)
     if out: save_evaluation(evaluation, out, job.evaluate.backend)
     return evaluation
+
+# %% ../nbs/single_steps.ipynb #26aaae47
+def harness_alone(job: Job, tasks: tuple[str, ...], limit: int | None = None, out: Path | None = None) -> str: # A table
+    "Let lm-evaluation-harness measure a model on its own tasks and ours, and keep what it says in out/harness.json."
+    if limit is not None: check_at_least(limit, 1, "--limit")
+    check_harness_tasks(tasks)
+    if out: check_new_folder(out)
+    model, tokenizer = load_checked(job)
+    asked = HarnessSettings(tasks=tasks, limit=limit, seed=job.calibrate.seed, data_dir=job.calibrate.data_dir,
+                            style=job.calibrate.style, max_new_tokens=job.evaluate.max_new_tokens)
+    found = harness_results(model, tokenizer, asked)
+    if out:
+        about = {"model": model_configuration(job, model, tokenizer), "limit": limit, "seed": asked.seed,
+                 "environment": environment(model.device) | {"lm_eval": importlib.metadata.version("lm_eval")}}
+        with whole_folder(out) as part: write_checked(part/"harness.json", about | found)
+    return harness_text(found)

@@ -3,18 +3,25 @@ import math
 import random
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fixtures import tiny_llama
 from proofs import TINY_MODELS, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
-from cap_nb.data.problems import BENCHMARK_NAMES, load_problems
-from cap_nb.data.prompts import encode_problem, target_text
+from cap_nb.analysis import compare, method_table
+from cap_nb.data.problems import BENCHMARK_NAMES, load_problems, task_family
+from cap_nb.data.prompts import encode_problem, strict_answer, target_text
 from cap_nb.evaluation import (
     evaluation_problems, extract_answer,
     normal_answer, perplexity, prompt_tokens, strict_pattern, window_losses)
-from cap_nb.models.decoding import Decoding, generate_greedy, generate_naive
+from cap_nb.jobs.job import run_job
+from cap_nb.jobs.records import load_run, pack_run, read_run, unpack_run
+from cap_nb.jobs.results import repeat_run, results_frame
+from cap_nb.jobs.settings import Job, changed
+from cap_nb.models.choices import log_probs, log_probs_naive
+from cap_nb.models.decoding import Decoding, answer_is_whole, generate_greedy, generate_naive
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_model, lab_tokenizer
 
@@ -156,6 +163,28 @@ TEXTS = [("gsm8k", "#### 72", "72", "72"), ("gsm8k", "  #### $1,234.00  ", "1234
          ("strategyqa", "Nothing is known; yesterday.", None, None), ("strategyqa", "answer: no\nyes yes", None, "no"),
          ("arc", "Answer: B", "B", "B"), ("arc", "Answer: B\nAnswer: C", "C", "C"), ("arc", "Answer: (B)", None, "B"), ("arc", "A. heat\nB. cold", None, "B"),
          ("arc", "the answer is C because A is not", None, "C"), ("arc", "I do not know.", None, None)]
+BOXED = [("gsm8k", "So $\\boxed{72}$.", "72", "72"), ("gsm8k", "\\boxed{1,234.0}\nIs it \\boxed{5}?", "5", "5"), ("gsm8k", "\\boxed{72 clips}", None, "72"),
+         ("gsm8k", "\\boxed{72", None, "72"), ("gsm8k", "#### 72", None, "72"), ("strategyqa", "\\boxed{yes}", None, "yes"), ("strategyqa", "Answer: yes", "yes", "yes"),
+         ("math500", "\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}", "\\frac{1}{\\sqrt{2}}"), ("math500", "\\boxed{\\{1, 2\\}}", "\\{1, 2\\}", "\\{1, 2\\}"),
+         ("math500", "\\boxed{}", None, None), ("math500", "The answer is $x + 1$.", None, "x + 1"), ("math500", "\\boxed{\n4\n}", "4", "4"), ("math500", "Thus 4.", None, "4")]
+
+
+@pytest.mark.parametrize("family, text, strict, lenient", BOXED)
+def test_reading_of_boxes(family, text, strict, lenient):
+    assert extract_answer(text, family, "boxed") == strict
+    assert extract_answer(text, family, "boxed", strict=False) == lenient
+
+
+def test_a_box_ends_an_answer_behind_its_line():
+    """As an answer line does: not before the break, and not while its braces are open."""
+    line = strict_pattern("paper", "math500")
+    assert [answer_is_whole(text, line) for text in ("So \\boxed{4}", "So \\boxed{4}.\n", "So \\boxed{\n4", "No box\n")] == [False, True, False, False]
+
+
+def test_reading_a_long_text_of_open_braces_takes_no_time():
+    """A pruned model may repeat anything; the pattern goes over each sign once for each box."""
+    for text in ("\\boxed{" * 200, "\\boxed{" + "{" * 2000, "{}" * 5000 + "\\boxed{" + "{}" * 5000):
+        assert strict_answer(text, "paper", "math500") is None
 
 
 @pytest.mark.parametrize("family, text, strict, lenient", TEXTS)
@@ -173,9 +202,52 @@ def test_a_gold_solution_is_read_as_its_answer():
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (gsm8k, strategyqa, arc, wikitext2) are not beside this checkout")
-@pytest.mark.parametrize("style", ["paper", "answer-line"])
-@pytest.mark.parametrize("task", BENCHMARK_NAMES)
+@pytest.mark.parametrize("style", ["paper", "answer-line", "boxed"])
+@pytest.mark.parametrize("task", (*BENCHMARK_NAMES, "svamp", "math500"))
 def test_a_real_gold_solution_is_read_as_its_answer(task, style):
     for problem in load_problems(task, "evaluation", DATA):
         for strict in (True, False):
-            assert extract_answer(target_text(problem, style), task, style, strict) == normal_answer(problem.answer, task)
+            assert extract_answer(target_text(problem, style), task, style, strict) == normal_answer(problem.answer, task_family(task))
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_options_share_the_prompt_in_every_family(name):
+    """Options of one to four tokens, as one by one; a single option, and options of one token, which need no second pass."""
+    model, rng = tiny_model(name), random.Random(0)
+    read = [rng.randrange(4, model.config.vocab_size) for _ in range(9)]
+    options = [[rng.randrange(4, model.config.vocab_size) for _ in range(length)] for length in (1, 4, 2, 3)]
+    for some in (options, options[1:2], options[:1] * 2):
+        assert log_probs(model, read, some) == pytest.approx(log_probs_naive(model, read, some), abs=1e-3)
+
+
+def test_a_run_weighs_options_and_keeps_what_it_weighed(tmp_path):
+    """A piece of its own; in tables, comparisons, packed and live; a run without it has neither file, column nor setting."""
+    job = changed(Job(), tasks=("lab-arc", "lab-gsm8k"), n=2, k=1, accuracy_tasks=(), loss_n=2, windows=0, methods=("magnitude",), sparsities=(0.5,), device="cpu")
+    run_job(job, tmp_path / "without")
+    run_job(changed(job, choice_n=25), tmp_path / "with")
+    run = load_run(tmp_path / "with")
+    assert [len(e.choices) for e in run.evaluations] == [25, 25] and {c.task for e in run.evaluations for c in e.choices} == {"lab-arc"}
+    table = method_table(run.evaluations)
+    assert table["Lab ARC-C. choice norm", "value"].tolist() == pytest.approx([4 * sum(c.correct_mean for c in e.choices) for e in run.evaluations])
+    compared = compare(run.evaluations[1].choices, run.evaluations[0].choices)
+    assert compared.unit == "points" and compared.n == 25 and 0 < compared.p <= 1
+    assert compared.value == pytest.approx(4 * sum(a.probability_mean - b.probability_mean for a, b in zip(run.evaluations[1].choices, run.evaluations[0].choices)))
+    assert set(results_frame(tmp_path / "with")["measure"]) == {"loss", "choice", "choice norm", "gold p", "gold p norm"}
+    for name in ("with", "without"):
+        live = {p.relative_to(tmp_path / name): p.read_bytes() for p in sorted((tmp_path / name / "evaluations").rglob("*")) if p.is_file()}
+        before = load_run(tmp_path / name).evaluations
+        pack_run(tmp_path / name)
+        assert load_run(tmp_path / name).evaluations == before
+        unpack_run(tmp_path / name, tmp_path / f"{name} again")
+        assert live == {p: (tmp_path / f"{name} again" / p).read_bytes() for p in live}
+    columns = [set(pq.read_schema(tmp_path / name / "records.parquet").names) for name in ("with", "without")]
+    assert columns[0] - columns[1] == {"by_sum", "by_mean", "correct_mean", "probability", "probability_mean"}
+    assert "choice_n" not in read_run(tmp_path / "without")["evaluation"] and not list((tmp_path / "without again").rglob("choices.csv"))
+    table = repeat_run(tmp_path / "with", tmp_path / "repeated")
+    assert {"choice", "gold p norm"} <= set(table["what"]) and (table["compared"] == table["equal"]).all()
+
+
+def test_options_that_nobody_has_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="none of lab-gsm8k has options"):
+        run_job(changed(Job(), tasks=("lab-gsm8k",), n=2, k=1, choice_n=3, device="cpu"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,6 @@
 """lm-evaluation-harness on our prompts: its verdict on every answer is ours. Skipped where the optional extra is not installed."""
+import copy
+import json
 import logging
 import random
 
@@ -8,8 +10,11 @@ import torch
 from cap_nb.methods.prune import prune
 from cap_nb.evaluation import answer_problems, evaluation_problems
 from cap_nb.core.errors import BadInput
+from cap_nb.models.choices import choice_records, log_probs, options_of, tokens_of_options
 from cap_nb.models.loading import load_model, save_model
-from cap_nb.experiments.harness import harness_answers, harness_benchmarks, verdict_differences, write_harness_task
+from test_real_input import DATA, needs_data, needs_smollm2
+from cap_nb.experiments.harness import (
+    HarnessSettings, check_harness_tasks, harness_answers, harness_results, harness_text, imported_harness, measures_table, undisturbed, verdict_differences, write_harness_task)
 
 pytest.importorskip("lm_eval", reason="the optional extra is not installed: pip install 'cap_nb[harness]'")
 TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
@@ -75,9 +80,12 @@ def test_its_own_tasks_bear_its_name(half, monkeypatch):
     def local(path, name=None, **options):
         return datasets.DatasetDict({split: datasets.Dataset.from_dict(invented[path]) for split in ("train", "validation", "test")})
     monkeypatch.setattr(datasets, "load_dataset", local)
-    found = harness_benchmarks(*half, tasks=("arc_challenge", "wikitext"))
+    results = harness_results(*half, HarnessSettings(tasks=("arc_challenge", "wikitext")))
+    found = measures_table(results["results"])
     assert {("arc_challenge", "harness acc"), ("wikitext", "harness word_perplexity")} <= {(task, measure) for task, _, measure in found.index}
     assert all(measure.startswith("harness ") for _, _, measure in found.index) and (found["Value"] >= 0).all()
+    lines = harness_text(results).splitlines()
+    assert any(line.startswith("| arc_challenge | none | harness acc_norm |") and line.endswith("| 2 | 0 |") for line in lines)
 
 
 def test_data_that_cannot_be_had(half, monkeypatch):
@@ -87,4 +95,41 @@ def test_data_that_cannot_be_had(half, monkeypatch):
         raise ConnectionError("no way there")
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(BadInput, match="expected the hub or its cache"):
-        harness_benchmarks(*half, tasks=("arc_challenge",))
+        harness_results(*half, HarnessSettings(tasks=("arc_challenge",)))
+
+
+def weighed_by_both(model, tokenizer, problems, folder):
+    """Our log-probabilities beside those of the harness's model, and our records beside its own acc and acc_norm on the same prompts and options."""
+    lm_eval = imported_harness()
+    parts = [tokens_of_options(tokenizer, problem) for problem in problems]
+    ours = [value for part in parts for value in log_probs(model, *part)]
+    asked = [(f"Question: {p.question}\nAnswer:", f" {text}") for p in problems for _, text in options_of(p)]
+    requests = [lm_eval.api.instance.Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(asked)]
+    rows = [{"q": p.question, "texts": [text for _, text in options_of(p)], "gold": [name for name, _ in options_of(p)].index(p.answer)} for p in problems]
+    (folder / "options.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"task": "options", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "options.jsonl")}}, "test_split": "test", "output_type": "multiple_choice",
+            "doc_to_text": "Question: {{q}}\nAnswer:", "doc_to_choice": "{{texts}}", "doc_to_target": "gold", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+    (folder / "options.yaml").write_text(json.dumps(task))
+    with undisturbed():
+        wrapped = lm_eval.models.huggingface.HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=8)
+        theirs = [value for value, _ in wrapped.loglikelihood(requests)]
+        manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+        judged = lm_eval.simple_evaluate(wrapped, tasks=["options"], task_manager=manager, bootstrap_iters=0)["samples"]["options"]
+    judged = sorted(judged, key=lambda sample: sample["doc_id"])
+    return ours, theirs, choice_records(model, tokenizer, problems), [(bool(s["acc"]), bool(s["acc_norm"])) for s in judged]
+
+
+@pytest.mark.parametrize("task", ["lab-arc", "lab-strategyqa"])
+def test_options_are_weighed_as_the_harness_weighs_them(task, half, tmp_path):
+    ours, theirs, records, judged = weighed_by_both(*half, evaluation_problems(task, 40), tmp_path)
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert [(r.correct, r.correct_mean) for r in records] == judged and 0 < sum(r.correct for r in records) < 40
+
+
+@needs_data
+@needs_smollm2
+@pytest.mark.parametrize("task", ["arc", "strategyqa"])
+def test_options_of_a_real_model_are_weighed_as_the_harness_weighs_them(task, tmp_path):
+    ours, theirs, records, judged = weighed_by_both(*load_model("smollm2", "float32", "cpu"), evaluation_problems(task, 30, data_dir=DATA), tmp_path)
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert [(r.correct, r.correct_mean) for r in records] == judged and 0 < sum(r.correct for r in records) < 30

@@ -152,6 +152,18 @@ def test_operations_of_passes_agree_with_torchs_counter():
     assert 1 <= resumed < 1.2 and 1 <= walked < 1.5 and 0.7 < screened < 1.4
 
 
+def test_regional_gradients_are_counted_beside_the_walk():
+    """Forward and back through one layer after the other, one sequence at a time: operations and memory by torch's own counts."""
+    model, calibration = random_model(attn_implementation="eager", num_hidden_layers=8), made_up_calibration(9, shortest=10, step=2, vocabulary=90)
+    load = load_of(model, calibration, methods=("rgs",))
+    found, walk = stage(load, "regional gradients"), stage(load, "pruning layer by layer")
+    assert 1 <= (found.flops + walk.flops) / counted(lambda: prune(model, "rgs", 0.5, calibration=calibration)) < 1.4
+    model = random_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=2)
+    load = load_of(model, calibration, methods=("rgs",))
+    held = peak(lambda: prune(model, "rgs", 0.5, calibration=calibration))
+    assert 0.5 < held / max(at_once(stage(load, name).memory) for name in ("regional gradients", "pruning layer by layer")) < 1.6
+
+
 def test_operations_of_answers_agree_with_torchs_counter():
     model, ids = random_model(attn_implementation="eager"), torch.randint(1, 89, (3, 7))
     load = load_of(model, made_up_calibration(3, shortest=10, step=0, vocabulary=90), accuracy_tasks=("gsm8k",), evaluate_n=3, max_new_tokens=6)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from cap_nb.calibration import calibration_set, overlap
+from cap_nb.core.errors import BadInput
 from cap_nb.data.problems import load_problems, load_text
-from cap_nb.data.prompts import padding_share, token_batches
+from cap_nb.data.prompts import extract_answer, padding_share, same_answer, same_formula, token_batches
+from cap_nb.evaluation import evaluation_problems
 from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint, save_model
 from cap_nb.scoring import batches_of, masked_head, score_heads_naive
@@ -36,6 +38,29 @@ def test_every_record_is_read(task):
             assert problem.answer in ("yes", "no") and problem.solution
         if task == "arc":
             assert problem.answer in dict(problem.choices) and problem.choices[0][0] == "A"
+
+
+@needs_data
+@pytest.mark.parametrize("task, least", [("svamp", 690), ("math500", 350)])
+def test_what_is_answered_only(task, least):
+    """Every record is read, none of its problems can be calibrated on, and a calibration set on others does not hinder it."""
+    problems = load_problems(task, "evaluation", DATA)
+    assert len(problems) >= least and len({p.uid for p in problems}) == len(problems)
+    assert all(p.question and p.answer and bool(p.solution) == (task == "math500") and "The answer is:" not in p.solution for p in problems)
+    with pytest.raises(BadInput, match=f"{task} has no problems for calibration"):
+        calibration_set(load_model("lab", device="cpu")[1], tasks=(task,), n=1, k=1, data_dir=DATA)
+    some = frozenset(p.uid for p in problems[:3])
+    assert len(evaluation_problems(task, data_dir=DATA, exclude=some)) == len(problems) - 3
+
+
+@needs_data
+def test_equal_formulas():
+    """Every gold answer of MATH-500 is its own, as math-verify reads it, in a box or not; another problem's seldom is."""
+    pytest.importorskip("math_verify", reason="the optional extra is not installed: pip install 'cap_nb[math]'")
+    golds = [extract_answer(f"\\boxed{{{p.answer}}}", "math500", "paper") for p in load_problems("math500", "evaluation", DATA)]
+    assert all(same_formula(gold, gold) for gold in golds)
+    others = [same_answer(one, other, "math500") for one, other in zip(golds, golds[1:]) if one != other]
+    assert sum(others) <= 3
 
 
 @needs_data

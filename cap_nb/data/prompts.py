@@ -28,13 +28,15 @@ ARC_PROMPT = ("Answer this multiple-choice question. Reason step by step, then w
 
 def instructed(name: str, gsm8k_line: str) -> PromptStyle:
     "A chain-of-thought style (paper Appendix B) with GSM8K's answer line given."
-    gsm8k = GSM8K_PROMPT.format(line=gsm8k_line.format(answer="<number>"))
+    line = gsm8k_line.format(answer="<number>").replace("{", "{{").replace("}", "}}")
+    gsm8k = GSM8K_PROMPT.format(line=line)
     prompts = {"gsm8k": gsm8k, "strategyqa": STRATEGYQA_PROMPT, "arc": ARC_PROMPT}
     return PromptStyle(name, prompts, ANSWER_LINES | {"gsm8k": gsm8k_line})
 
 PROMPT_STYLES = {
     "paper": instructed("paper", "#### {answer}"),
     "answer-line": instructed("answer-line", "Answer: {answer}"),
+    "boxed": instructed("boxed", r"\boxed{{{answer}}}"),
     "lab": PromptStyle("lab", BARE, ANSWER_LINES),
 }
 
@@ -202,7 +204,9 @@ from decimal import Decimal
 
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)" # With or without thousands separators
 NUMBER = rf"(?:-?\$?|\$-){DIGITS}" # 72, -5, $1,234.50, -$3
-ANSWERS = {"gsm8k": NUMBER, "strategyqa": "yes|no", "arc": "[A-H]"} # Benchmark -> what an answer looks like
+INNER = "[^{}]" # LaTeX with braces in pairs, up to five inside each other
+for _ in range(5): INNER = rf"(?:[^{{}}]|\{{{INNER}*\}})"
+ANSWERS = {"gsm8k": NUMBER, "strategyqa": "yes|no", "arc": "[A-H]", "math500": f"{INNER}+"} # Benchmark -> its answers
 
 def normal_number(text: str) -> str:
     "One spelling for each number, exactly, in plain digits; a text that is no number raises `BadInput`."
@@ -212,28 +216,38 @@ def normal_number(text: str) -> str:
     if "." in plain: plain = plain.rstrip("0").rstrip(".")
     return "0" if plain in ("-0", "") else plain
 
-NORMAL = {"gsm8k": normal_number} # Benchmark -> the one spelling of an answer; others are compared as they are
+def bare_formula(text: str) -> str:
+    "A formula without the signs that open and close it."
+    return text.strip().removeprefix("\\(").removesuffix("\\)").strip("$ \n").rstrip(".")
+
+NORMAL = {"gsm8k": normal_number, "math500": bare_formula} # Benchmark -> one spelling; others are as they are
 
 def normal_answer(answer: str, family: str) -> str:
     "The spelling in which an answer is compared with another."
     return NORMAL.get(family, str)(answer)
 
+BOX = r"\boxed{" # It may stand within a line, and go over several
+
 def strict_pattern(style: str | PromptStyle, family: str) -> re.Pattern:
     "The pattern of a style's answer line (paper Appendix B); a style without room for the answer raises `BadInput`."
-    before, marker, after = answer_line_of(style, family).partition("{answer}")
+    before, marker, after = answer_line_of(style, family).format(answer="\0").partition("\0")
     if not marker:
         raise BadInput(f"The answer line {before!r} has no place for the answer: expected {{answer}} in it; "
                        "add that to the prompt style.")
-    return re.compile(f"{re.escape(before)}({ANSWERS[family]}){re.escape(after)}")
+    line = f"{re.escape(before)}({ANSWERS[family]}){re.escape(after)}"
+    return re.compile(rf".*{line}.*", re.DOTALL) if before == BOX else re.compile(line)
 
 def strict_answer(text: str, style: str | PromptStyle, family: str) -> str | None:
     "The answer on the last line that is an answer line (paper Appendix B), as written; None where no line is one."
-    matches = (strict_pattern(style, family).fullmatch(line.strip()) for line in text.split("\n"))
+    pattern = strict_pattern(style, family)
+    lines = [text] if pattern.flags & re.DOTALL else text.split("\n")
+    matches = (pattern.fullmatch(line.strip()) for line in lines)
     return next((match[1] for match in reversed(list(matches)) if match), None)
 
 LEADS = r"(?i:answer(?:\s+is)?\s*:|answer\s+is)[\s*_(\"'`]*" # "the answer is", "Answer: **"
 LOOSE = {"gsm8k": rf"(?<![\w.])({NUMBER})", "strategyqa": r"\b(?i:(yes|no))\b",
-         "arc": r"(?<![\w'])((?:A(?!\s+[a-z])|[B-H])(?![\w']))"} # Benchmark -> an answer anywhere in a text
+         "arc": r"(?<![\w'])((?:A(?!\s+[a-z])|[B-H])(?![\w']))",
+         "math500": rf"(\$[^$\n]+\$|\\\(.+?\\\)|(?<![\w.]){NUMBER})"} # Benchmark -> an answer anywhere in a text
 
 def lenient_answer(text: str, style: str | PromptStyle, family: str) -> str | None:
     "The strict answer, else the last one after 'answer is', else the last one anywhere; None where there is none."
@@ -255,6 +269,31 @@ def extract_answer(
     family = task_family(task)
     answer = (strict_answer if strict else lenient_answer)(text, style, family)
     return None if answer is None else normal_answer(answer, family)
+
+# %% ../../nbs/data/03_prompts.ipynb #a92c77ac
+def imported_math_verify() -> object:
+    "math-verify; where it is missing, `BadInput` says how to get it."
+    try: import math_verify
+    except ImportError as error:
+        raise BadInput(f"math-verify is not installed, or not all of it ({error.name} is missing): expected it for "
+                       "answers that are formulas; run pip install 'cap_nb[math]'.") from error
+    return math_verify
+
+def same_formula(answer: str, gold: str) -> bool:
+    "Whether two formulas in LaTeX are equal, as math-verify sees it."
+    checker = imported_math_verify()
+    return checker.verify(*(checker.parse(f"${text}$") for text in (gold, answer)))
+
+SAME = {"math500": same_formula} # Benchmark -> whether two answers are equal; others are if their spellings are
+
+def same_answer(answer: str | None, gold: str, family: str) -> bool:
+    "Whether an answer is right, both in their one spelling."
+    if answer is None or answer == gold or family not in SAME: return answer == gold
+    return SAME[family](answer, gold)
+
+def check_comparable(task: str) -> None:
+    "Raise `BadInput` if a task's answers cannot be compared here."
+    if task_family(task) in SAME: imported_math_verify()
 
 # %% ../../nbs/data/03_prompts.ipynb #c005b
 import torch

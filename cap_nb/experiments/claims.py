@@ -233,7 +233,7 @@ def paired_gains(first: Evaluation, second: Evaluation, on: str) -> tuple[np.nda
     "Gains of the first over the second, problem by problem: points of accuracy, else nats of loss saved."
     def belongs(measure):
         column = paper_measure(measure)
-        return column == on or (on == TASKS_TOGETHER and column != ON_TEXT)
+        return column == on or (on == TASKS_TOGETHER and column not in (None, ON_TEXT))
     parts = {measure: both for measure, both in comparable_parts(first, second).items() if belongs(measure)}
     answered = [both for measure, both in parts.items() if not measure.endswith("loss")]
     differences = [paired_values(*both) for both in answered or parts.values()]

@@ -7,10 +7,13 @@ __all__ = ['write_harness_task', 'harness_answers']
 
 # %% ../../nbs/experiments/04_harness.ipynb #c004
 import copy
+import difflib
 import json
 import logging
+import math
 import random
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +27,10 @@ import cap_nb
 from ..calibration import default_style
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.files import read_json, taken_as, whole_file
-from ..data.problems import Problem, task_family
+from ..data.problems import Problem, TASKS, task_family
 from ..data.prompts import ANSWER_LINES, PromptStyle, encode_problems, normal_answer, prompt_style
-from ..evaluation import AnswerRecord
+from ..evaluation import AnswerRecord, evaluation_problems
+from ..jobs.tables import markdown_rows
 from ..models.decoding import inference, one_task, stop_tokens, token_limit
 
 # %% ../../nbs/experiments/04_harness.ipynb #c005
@@ -164,26 +168,96 @@ def verdict_differences(ours: Sequence[AnswerRecord], theirs: Sequence[HarnessAn
 # %% ../../nbs/experiments/04_harness.ipynb #c049
 BENCHMARK_TASKS = ("gsm8k_cot", "arc_challenge", "wikitext") # Tasks of the harness, as they are
 
+def kit_tasks() -> dict[str, str]: # As in "cap_lab_arc" -> "lab-arc"
+    "Our tasks that the harness can judge, under the names that it has for them."
+    return {harness_name(task): task for task in TASKS if task_family(task) in ANSWER_LINES}
+
+def check_harness_tasks(tasks: Sequence[str]) -> None:
+    "Raise `BadInput` for a name that is no task of the harness and none of ours; it may tell the likeliest one."
+    lm_eval, ours = imported_harness(), kit_tasks()
+    theirs = [name for name in tasks if name not in ours]
+    with undisturbed(): known = lm_eval.tasks.TaskManager().all_tasks if theirs else []
+    for name in theirs:
+        if name in known: continue
+        likely = difflib.get_close_matches(name, [*ours, *known], n=1)
+        hint = f"did you mean {likely[0]}?" if likely else "'lm_eval ls tasks' lists its own."
+        raise BadInput(f"Unknown task {name!r} of lm-evaluation-harness: expected one of its own, or one of "
+                       f"{', '.join(ours)}; {hint}")
+
 # %% ../../nbs/experiments/04_harness.ipynb #c050
-def harness_benchmarks(model: torch.nn.Module, tokenizer: object, tasks: Sequence[str] = BENCHMARK_TASKS,
-                       limit: int | None = None, batch_size: int = 8) -> pd.DataFrame:
-    "The harness's own tasks, unchanged; data that cannot be had raise `BadInput`."
-    lm_eval, options = imported_harness(), dict(limit=limit, bootstrap_iters=0, log_samples=False)
-    with undisturbed(), inference(model):
-        wrapped = lm_eval.models.huggingface.HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        try: results = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), **options)["results"]
-        except OSError as error: # the hub's and the cache's errors are all of this kind
-            raise BadInput(f"The data of {', '.join(tasks)} cannot be had ({type(error).__name__}): "
-                           "expected the hub or its cache; connect, or fetch them beforehand.") from error
-    return measures_table(results)
+KEPT = ("results", "versions", "n-shot", "n-samples", "higher_is_better") # Parts of the harness's answer, task by task
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    "What the harness is asked."
+    tasks: tuple[str, ...] = BENCHMARK_TASKS # Its own by their names, ours as in cap_gsm8k
+    limit: int | None = None # Problems a task; None means all
+    seed: int = 0 # Of its worked examples, and of the draw of our problems
+    data_dir: str | Path | None = None # Folder of benchmark files for our tasks; None means the hub
+    style: str | PromptStyle | None = None # Prompt style of our tasks; None means `default_style`
+    max_new_tokens: int | None = None # Tokens an answer to ours may take; None means `token_limit`
+    batch_size: int = 8 # Prompts in one batch
+
+def judged(model: torch.nn.Module, tokenizer: object, tasks: Sequence[str], manager: object, bos: bool | None,
+           settings: HarnessSettings) -> dict[str, dict]:
+    "The harness's verdict on tasks that a manager knows; data that cannot be had raise `BadInput`."
+    lm_eval, seeds = imported_harness(), [f"{name}random_seed" for name in ("", "numpy_", "torch_", "fewshot_")]
+    wrapped = lm_eval.models.huggingface.HFLM(
+        model, tokenizer=copy.deepcopy(tokenizer), batch_size=settings.batch_size, add_bos_token=bos)
+    try:
+        found = lm_eval.simple_evaluate(
+            wrapped, tasks=list(tasks), task_manager=manager, limit=settings.limit, bootstrap_iters=1000,
+            log_samples=False, **dict.fromkeys(seeds, settings.seed))
+    except OSError as error: # the hub's and the cache's errors are all of this kind
+        raise BadInput(f"The data of {', '.join(tasks)} cannot be had ({type(error).__name__}): "
+                       "expected the hub or its cache; connect, or fetch them beforehand.") from error
+    except ImportError as error:
+        raise BadInput(f"A task of {', '.join(tasks)} needs {error.name or 'a package'}, which is not installed: "
+                       f"expected it; run pip install {error.name or '(' + str(error)[:80] + ')'}.") from error
+    return {part: dict(found.get(part, {})) for part in KEPT}
+
+def written_tasks(folder: str | Path, tokenizer: object, tasks: Sequence[str], settings: HarnessSettings) -> int:
+    "Our tasks as files for the harness; the most tokens that an answer to one of them may take."
+    for task in tasks:
+        problems = evaluation_problems(task, settings.limit, settings.seed, settings.data_dir)
+        write_harness_task(folder, tokenizer, problems, settings.style, settings.max_new_tokens)
+    return max(settings.max_new_tokens or token_limit(task) for task in tasks)
+
+def harness_results(model: torch.nn.Module, tokenizer: object,
+                    settings: HarnessSettings = HarnessSettings()) -> dict[str, dict]: # `KEPT` -> task -> what it says
+    "lm-evaluation-harness on tasks by name, its own and ours; an unknown one raises `BadInput`."
+    check_harness_tasks(settings.tasks)
+    lm_eval, ours, found = imported_harness(), kit_tasks(), {part: {} for part in KEPT}
+    own, theirs = ([name for name in settings.tasks if (name in ours) == way] for way in (True, False))
+    def note(parts: dict) -> None:
+        for part, values in parts.items(): found[part] |= values
+    with undisturbed(), inference(model), tempfile.TemporaryDirectory() as folder:
+        if own:
+            limit = written_tasks(folder, tokenizer, [ours[name] for name in own], settings)
+            manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
+            with greedy_settings(model, tokenizer, limit):
+                note(judged(model, tokenizer, own, manager, tokenizer.chat_template is None, settings))
+        if theirs: note(judged(model, tokenizer, theirs, lm_eval.tasks.TaskManager(), None, settings))
+    return found
 
 # %% ../../nbs/experiments/04_harness.ipynb #c051
-def measures_table(results: dict[str, dict[str, object]]) -> pd.DataFrame: # Rows (Task, Filter, Measure), column Value
-    "The harness's measures under its name; standard errors and texts are left out."
+def measures_table(results: dict[str, dict[str, object]]) -> pd.DataFrame: # Rows (Task, Filter, Measure)
+    "The harness's measures under its name, with the standard error that it states; texts are left out."
     rows = {}
     for task, values in results.items():
         for key, value in values.items():
             measure, _, kept = key.partition(",")
-            if isinstance(value, float) and "stderr" not in key: rows[task, kept, f"harness {measure}"] = value
+            if not isinstance(value, float) or "stderr" in key: continue
+            error = values.get(f"{measure}_stderr,{kept}")
+            rows[task, kept, f"harness {measure}"] = value, error if isinstance(error, float) else math.nan
     index = pd.MultiIndex.from_tuples(rows, names=["Task", "Filter", "Measure"])
-    return pd.DataFrame(list(rows.values()), index, ["Value"])
+    return pd.DataFrame(list(rows.values()), index, ["Value", "Standard error"])
+
+def harness_text(found: dict[str, dict]) -> str: # Lines of Markdown
+    "The harness's measures as a table, with how many problems and worked examples are behind them."
+    rows = []
+    for (task, kept, measure), (value, error) in measures_table(found["results"]).iterrows():
+        n = found["n-samples"].get(task, {}).get("effective", "-")
+        spread = "-" if math.isnan(error) else f"{error:.4f}"
+        rows.append([task, kept, measure, f"{value:.4f}", spread, f"{n}", f"{found['n-shot'].get(task, '-')}"])
+    return markdown_rows(["Task", "Filter", "Measure", "Value", "Standard error", "n", "Shots"], rows, names=3)

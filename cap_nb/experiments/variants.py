@@ -37,7 +37,7 @@ from ..models.decoding import Decoding, generate_greedy, token_limit
 from ..models.families import HOLDS
 from ..models.loading import fingerprint_differences
 from ..regions import Factors
-from ..scoring import HeadLosses, causal_scores
+from ..scoring import HeadLosses, causal_scores, token_counts
 from ..threshold import PruneReport, prune_report
 
 # %% ../../nbs/experiments/00_variants.ipynb #c005
@@ -55,6 +55,7 @@ class Variant:
     permuted: int | None = None # Seed under which factors change heads; None: every head keeps its own
     in_layers: bool = False # Whether factors change heads within their layer only
     key_value: str = "mean" # Factor of a key-value head from its query heads: "mean" or "max"
+    layout: str = "heads" # Which slices of the attention's weights have a head's factor: "heads", its own, or "literal"
     part: str | None = None # "attention" or "mlp": prune there only, to the sparsity of its own weights
 
 # %% ../../nbs/experiments/00_variants.ipynb #c007
@@ -69,11 +70,14 @@ VARIANTS |= {
     "cap~subsets-1": Variant("one subset: the mean over all examples", k=1),
     "cap~subsets-5": Variant("five subsets", k=5),
     "cap~subsets-paired": Variant("the median of differences, not of masked losses", how="paired"),
+    "cap~subsets-pooled": Variant("losses pooled over the tokens of a subset, not a mean an example", how="pooled"),
     "cap~subsets-bootstrap": Variant("bootstrap resamples instead of disjoint subsets", how="bootstrap")}
 VARIANTS |= {f"cap~range-{high}": Variant(f"factors from 1 to {high}", high=float(high)) for high in (2, 5, 30, 100)}
 VARIANTS |= {
     "cap~range-rank": Variant("factors from 1 to 10 by rank", ranked=True),
     "cap~sharing-max": Variant("a key-value head gets the highest factor of its query heads", key_value="max"),
+    "cap~regions-literal": Variant("PyTorch's columns of W_q, W_k, W_v and rows of W_o, as the paper's words have it",
+                                   layout="literal"),
     "cap~weighting-even": Variant("every task's losses divided by the spread of its heads' scores", weighting="even")}
 VARIANTS |= {f"cap~weighting-{name}": Variant(f"calibrated on {name} alone", weighting=name)
              for name in ("gsm8k", "strategyqa", "arc")}
@@ -88,7 +92,8 @@ def only_examples(losses: HeadLosses, indices: Sequence[int]) -> HeadLosses: # T
     "Some examples of a table of losses."
     indices = list(indices)
     kept = {name: tuple(getattr(losses, name)[index] for index in indices) for name in ("stratum", "task", "uid")}
-    return replace(losses, masked=losses.masked[..., indices], intact=losses.intact[indices], **kept)
+    tokens = None if losses.tokens is None else losses.tokens[indices]
+    return replace(losses, masked=losses.masked[..., indices], intact=losses.intact[indices], tokens=tokens, **kept)
 
 def losses_of_task(losses: HeadLosses, family: str) -> HeadLosses: # The same with this benchmark's examples only
     "One task of a table; one that is not in it raises `BadInput`."
@@ -204,7 +209,8 @@ def tasks_table(ready: Ready, folder: Path, sources: Sources) -> Table: # The ta
         raise BadInput(f"{sources.base} has no whole table of losses, or one of another model or other examples: "
                        "expected this job's; give the settings of that run, or leave --base out.")
     check_target(base.losses, ready.job.prune.score_target, sources.base)
-    return base.losses, base.records.read(name, sha256_of_file)
+    losses = replace(base.losses, tokens=token_counts(ready.calibration)) # which tables of before lack
+    return losses, base.records.read(name, sha256_of_file)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c055
 def variant_table(ready: Ready, folder: Path, which: str, sources: Sources) -> Table | None:
@@ -269,7 +275,7 @@ def prune_variant(ready: Ready, name: str, sparsity: float, factors: torch.Tenso
     "Prune a job's model by a variant."
     variant = VARIANTS.get(name, Variant("", "dense"))
     batch_tokens, seed = ready.job.model.batch_tokens, ready.job.calibrate.seed
-    if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value)
+    if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value, layout=variant.layout)
     if variant.part:
         given = Inputs(factors=factors, calibration=ready.calibration, batch_tokens=batch_tokens, seed=seed)
         report = prune_part(ready.model, variant.method, variant.part, sparsity, given)

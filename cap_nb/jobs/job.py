@@ -22,8 +22,8 @@ from ..calibration import Calibration, calibration_set, default_style, default_t
 from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from ..core.files import alone_in, memory_taken, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
-from ..data.problems import load_text, normal_text, Problem, TASKS, TEXTS
-from ..data.prompts import prompt_style
+from ..data.problems import FRESH, load_problems, load_text, normal_text, Problem, TASKS, TEXTS
+from ..data.prompts import check_comparable, prompt_style
 from ..evaluation import answer_problems, Evaluation, evaluation_problems, perplexity, problem_losses
 from ..importance import importance_factors
 from .chains import chain_calibration, Chains, mixed_calibration, read_chains, style_origin, text_calibration
@@ -37,17 +37,18 @@ from ..methods.criteria import Inputs
 from ..methods.experts import UnitFactors
 from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import (
-    check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, unit_factors)
+    check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, reading_of, READINGS, unit_factors)
 from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
 from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
 from ..models.anatomy import projections
 from ..models.checks import tell_of_zeros, zeros_of
+from ..models.choices import choice_records, has_options
 from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
 from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
     tokenizer_fingerprint)
 from ..regions import Factors
-from ..scoring import AGGREGATIONS, HeadLosses
+from ..scoring import AGGREGATIONS, HeadLosses, token_counts
 from ..threshold import prune_report, PruneReport
 
 # %% ../../nbs/jobs/03_job.ipynb #c005
@@ -78,9 +79,13 @@ def check_screening(job: Job) -> None:
         raise BadInput(f"--budget was given with --aggregation {job.prune.aggregation}, which takes medians of whole "
                        "subsets: expected mean; give --aggregation mean, or leave --budget out.")
     for method in job.prune.methods:
-        if check_method(method).attribution in UNIT_AWARE:
+        attribution = check_method(method).attribution
+        if attribution in UNIT_AWARE:
             raise BadInput(f"Method {method!r} was asked for with --budget: expected a whole table, from which "
                            "factors of neurons and experts start; leave --budget or the method out.")
+        if reading_of(attribution).pooled:
+            raise BadInput(f"Method {method!r} was asked for with --budget: expected a whole table, since losses are "
+                           "pooled over the tokens of whole subsets; leave --budget or the method out.")
 
 # %% ../../nbs/jobs/03_job.ipynb #ce60290c
 def check_job(job: Job) -> None:
@@ -89,6 +94,8 @@ def check_job(job: Job) -> None:
     for method in job.prune.methods: check_method(method)
     for sparsity in job.prune.sparsities: check_sparsity(sparsity)
     for task in (*(job.calibrate.tasks or ()), *(job.evaluate.accuracy_tasks or ())): check_choice(task, TASKS, "task")
+    answered = job.evaluate.accuracy_tasks
+    for task in (job.calibrate.tasks if answered is None else answered) or (): check_comparable(task)
     check_choice(job.prune.aggregation, AGGREGATIONS, "aggregation")
     check_score_target(job)
     check_screening(job)
@@ -120,7 +127,7 @@ def filled_in(job: Job, tokenizer: object) -> Job: # The same without None where
 @dataclass(frozen=True)
 class Piece:
     "One measurement of a cell."
-    kind: str # "accuracy", "loss" or "perplexity"
+    kind: str # "accuracy", "loss", "choice" or "perplexity"
     on: str # Name of the task or text
 
     @property
@@ -128,20 +135,36 @@ class Piece:
         "As in accuracy-lab-arc."
         return f"{self.kind}-{self.on}"
 
+def choice_tasks(job: Job) -> tuple[str, ...]:
+    "The tasks of a job whose options are weighed; options that no task has raise `BadInput`."
+    if not job.evaluate.choice_n: return ()
+    if tasks := tuple(filter(has_options, job.calibrate.tasks)): return tasks
+    raise BadInput(f"--choice-n was given, and none of {', '.join(job.calibrate.tasks)} has options: expected arc or "
+                   "strategyqa among --tasks; name one, or leave --choice-n out.")
+
 def pieces_of(job: Job) -> tuple[Piece, ...]: # In the order in which they are measured
     "The pieces that every cell of a job is measured in."
     answers = [Piece("accuracy", task) for task in job.evaluate.accuracy_tasks]
     losses = [Piece("loss", task) for task in job.calibrate.tasks] if job.evaluate.loss_n else []
+    choices = [Piece("choice", task) for task in choice_tasks(job)]
     perplexities = [Piece("perplexity", job.evaluate.text)] if job.evaluate.windows else []
-    return (*answers, *losses, *perplexities)
+    return (*answers, *losses, *choices, *perplexities)
 
 # %% ../../nbs/jobs/03_job.ipynb #c017
 def problems_fingerprint(problems: Sequence[Problem]) -> str: # 64 hexadecimal digits
     "SHA-256 over what the problems say, their solutions and their answers."
     return sha256_of_text(json.dumps([[p.task, p.uid, p.solution, p.answer] for p in problems]))
 
+def fresh_problems(job: Job) -> frozenset[str]: # Content hashes
+    "The problems that a job sets aside to judge on; none if it is not judged on them."
+    if FRESH not in (job.evaluate.accuracy_tasks or ()): return frozenset()
+    return frozenset(problem.uid for problem in load_problems(FRESH, "evaluation", job.calibrate.data_dir))
+
 def drawn_problems(job: Job, task: str, n: int, exclude: frozenset[str]) -> tuple[Problem, ...]:
-    "What a job is measured on, drawn from its split; too large an n raises `BadInput`."
+    "What a job is measured on, drawn from its split; too large an n, or fresh problems not fresh, raise `BadInput`."
+    if task == FRESH and (calibrated := exclude & fresh_problems(job)):
+        raise BadInput(f"{len(calibrated)} problems of the calibration set are among those that {FRESH} sets aside to "
+                       "judge on: expected none; calibrate on others, as 'cap run' with that task draws them.")
     return evaluation_problems(task, n, job.calibrate.seed, job.calibrate.data_dir, exclude, job.evaluate.evaluate_on)
 
 def evaluation_data(job: Job, exclude: frozenset[str]) -> dict:
@@ -150,9 +173,10 @@ def evaluation_data(job: Job, exclude: frozenset[str]) -> dict:
     def drawn(tasks: Sequence[str], n: int) -> dict[str, str]:
         return {task: problems_fingerprint(drawn_problems(job, task, n, exclude)) for task in tasks}
     texts = [load_text(evaluation.text, data.data_dir, evaluation.evaluate_on)] if evaluation.windows else []
+    choices = {"choice": drawn(choice_tasks(job), evaluation.choice_n)} if evaluation.choice_n else {}
     return {"accuracy": drawn(evaluation.accuracy_tasks, evaluation.evaluate_n),
             "loss": drawn(data.tasks, evaluation.loss_n) if evaluation.loss_n else {},
-            "text": {evaluation.text: text.fingerprint for text in texts}}
+            "text": {evaluation.text: text.fingerprint for text in texts}} | choices # none, as in older runs
 
 # %% ../../nbs/jobs/03_job.ipynb #c020
 def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes of its problems
@@ -189,6 +213,7 @@ def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What
     counts = {name: getattr(job.evaluate, name) for name in ("evaluate_n", "loss_n", "windows", "window_tokens")}
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
+    if job.evaluate.choice_n: unusual["choice_n"] = job.evaluate.choice_n
     if job.evaluate.backend != "transformers": unusual["backend"] = job.evaluate.backend
     if job.calibrate.seed: unusual["seed"] = job.calibrate.seed
     return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
@@ -211,7 +236,8 @@ def problem_calibration(job: Job, tokenizer: object, n: int, chains: Chains | No
     "The part of a calibration set that is no text; chains of another style raise `BadInput`."
     data = job.calibrate
     if chains is None:
-        return calibration_set(tokenizer, data.tasks, n, data.k, data.calibration_seed, data.data_dir, data.style)
+        return calibration_set(tokenizer, data.tasks, n, data.k, data.calibration_seed, data.data_dir, data.style,
+                               fresh_problems(job))
     if chains.about["style"] != style_origin(data.style):
         raise BadInput(f"{data.calibrate_on} was written in the style {chains.about['style']['called']}: expected "
                        f"{prompt_style(data.style).name}, this run's; change --style or make the chains again.")
@@ -321,6 +347,7 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
     if budgets[0] != budgets[1]:
         kept, wanted = ("a whole table" if share is None else f"one with a budget of {share:g}" for share in budgets)
         raise BadInput(f"{path} holds {kept}: expected {wanted}; remove it and run again.")
+    if table is losses: return replace(table, tokens=token_counts(ready.calibration)) # which tables of before lack
     return table
 
 # %% ../../nbs/jobs/03_job.ipynb #c051
@@ -348,13 +375,13 @@ def factors_by_method(ready: Ready, folder: Path, store: Path | None) -> dict[st
     "The factors of every method of a job, each measured once."
     parsed = {method: parse_method(method) for method in ready.job.prune.methods}
     attributions = {method: parts.attribution for method, parts in parsed.items() if "factors" in needs_of(parts)}
-    masking = any(name is None or name in UNIT_AWARE for name in attributions.values())
-    losses = run_losses(ready, folder, store) if masking else None
-    factors = {name: attribution_factors(ready, folder, name, losses) for name in distinct(tuple(attributions.values()))
-               if name}
-    if None in attributions.values():
-        scores = scores_of(losses, ready.job.prune.aggregation)
-        factors[None] = Factors(importance_factors(scores))
+    masking = any(name in (None, *READINGS, *UNIT_AWARE) for name in attributions.values())
+    losses, factors = run_losses(ready, folder, store) if masking else None, {}
+    for name in distinct(tuple(attributions.values())):
+        if name in (None, *READINGS):
+            scores = scores_of(losses, reading_of(name).aggregation(ready.job.prune.aggregation))
+            factors[name] = Factors(importance_factors(scores), layout=reading_of(name).layout)
+        else: factors[name] = attribution_factors(ready, folder, name, losses)
     return {method: factors[name] for method, name in attributions.items()}
 
 # %% ../../nbs/jobs/03_job.ipynb #c056
@@ -389,6 +416,9 @@ def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, e
     if piece.kind == "loss":
         problems = drawn_problems(job, piece.on, evaluation.loss_n, exclude)
         return {"losses": problem_losses(model, tokenizer, problems, data.style, batch_tokens)}
+    if piece.kind == "choice":
+        problems = drawn_problems(job, piece.on, evaluation.choice_n, exclude)
+        return {"choices": choice_records(model, tokenizer, problems)}
     text = load_text(piece.on, data.data_dir, evaluation.evaluate_on)
     return {"perplexity": perplexity(model, tokenizer, text, None, evaluation.windows, evaluation.window_tokens)}
 

@@ -29,9 +29,10 @@ from .records import cells_of
 from .settings import changed, examples_by_kind, Job, MOST
 from ..methods.budgets import BudgetSettings
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
-from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, with_hessian
+from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, READINGS, with_hessian
 from ..methods.screening import by_task, first_counts, task_indices
 from ..models.anatomy import Anatomy, context_of, dimensions, projections
+from ..models.choices import has_options
 from ..models.families import family_of, HOLDS
 from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT, lab_tokenizer
 from ..models.loading import config_of, device_named, dtype_named, HUB_ID, load_tokenizer, model_cache
@@ -140,7 +141,8 @@ def read_sizes(name: str) -> Sizes:
                    f"{', '.join((*PUBLISHED, *SHORT_NAMES))}; check the name.")
 
 # %% ../../nbs/jobs/04_planning.ipynb #c016
-ASSUMED_TOKENS = {"gsm8k": (120, 95), "strategyqa": (80, 50), "arc": (130, 4)} # Benchmark -> (prompt, target) tokens
+ASSUMED_TOKENS = {"gsm8k": (120, 95), "strategyqa": (80, 50), "arc": (130, 4),
+                  "math500": (100, 160)} # Benchmark -> (prompt, target) tokens
 
 @dataclass(frozen=True)
 class ExampleLength:
@@ -279,7 +281,8 @@ def window_width(sizes: Sizes, job: Job) -> int:
 def reading_work(sizes: Sizes, job: Job, lengths: Sequence[ExampleLength]) -> np.ndarray:
     "Held-out problems, as long as the calibration examples, and windows of text; all through the output head."
     width, windows = window_width(sizes, job), job.evaluate.windows
-    held_out = job.evaluate.loss_n * len(job.calibrate.tasks) / len(lengths) # passes over as many examples
+    weighed = job.evaluate.choice_n * sum(map(has_options, job.calibrate.tasks))
+    held_out = (job.evaluate.loss_n * len(job.calibrate.tasks) + weighed) / len(lengths) # passes over as many examples
     losses = held_out * one_pass(batch_shapes(lengths, job.model.batch_tokens))
     return with_head(losses, losses[TOKENS]) + (windows, windows * width, windows * width**2, windows * width)
 
@@ -376,6 +379,14 @@ def gradient_memory(load: Workload, sums: bool = True) -> dict[str, float]:
     kept = max(b.rows * b.width for b in load.batches) * (1.5 * sizes.outputs * load.width + 16 * sizes.hidden_size)
     return {"gradients": sizes.scope * (4 + load.width) * sums, "activations of a batch": sizes.layers * kept,
             "one layer at work": memory["one layer at work"], "logits": 2 * memory["logits"]}
+
+def regional_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, float]:
+    "What backward passes through one layer keep: hidden states, what the way back needs, gradients and their sums."
+    sizes, memory = load.sizes, pass_memory(load, batches)
+    longest = max(b.width for b in batches)
+    return {"hidden states": memory["hidden states"], "one layer at work": memory["one layer at work"],
+            "gradients of a layer": sizes.scope / sizes.layers * (4 + 2 * load.width),
+            "activations of a layer": longest * (1.5 * sizes.outputs * load.width + 16 * sizes.hidden_size)}
 
 def solver_memory(load: Workload, names: Sequence[str], on_dense: bool) -> dict[str, float]:
     "What a walk with Hessians keeps; where masks are chosen on the dense model first, all of them and its weights."
@@ -531,7 +542,7 @@ READS, READS_IN_ROWS = 20, 40 # What pruning under a threshold, and in rows, tak
 THRESHOLD, WALK = "pruning all at once", "pruning layer by layer" # Names of stages, as magnitude and as Wanda
 SCORING, EVALUATION = "scoring", "evaluating one model" # Names of stages
 BUDGETS, GRADIENT = "budgets from interventions", "gradient of the calibration loss" # Names of stages
-SPECTRA, CHAINS = "singular values of every matrix", "own chains" # Names of stages
+SPECTRA, CHAINS, REGIONAL = "singular values of every matrix", "own chains", "regional gradients" # Names of stages
 
 def solver_names(method: str) -> tuple[str, ...] | None:
     "Those of `SOLVERS` that a method runs, in order; None for a method without Hessians."
@@ -548,9 +559,10 @@ def pruning_stages(method: str) -> Counter: # As in {"pruning layer by layer": 1
     parts = parse_method(method)
     needs = CRITERIA[parts.base].needs if parts.base in CRITERIA else ()
     measured = ALLOCATIONS[parts.allocation].measures if parts.allocation else ()
-    gradients = dict.fromkeys(DERIVATIVES, 1) | {"path_gradient": PATH_POINTS}
+    gradients = dict.fromkeys(DERIVATIVES, 1) | {"path_gradient": PATH_POINTS, "regional_gradient": 0}
     found = Counter({GRADIENT: sum(gradients.get(need, 0) for need in (*needs, *measured)),
-                     SPECTRA: measured.count("spectrum"), WALK: measured.count("norm")})
+                     REGIONAL: needs.count("regional_gradient"), SPECTRA: measured.count("spectrum"),
+                     WALK: measured.count("norm")})
     found[stage_name(method) if solver_names(method) is not None else WALK if "norm" in needs else THRESHOLD] += 1
     return found
 
@@ -577,12 +589,14 @@ def method_stages(load: Workload) -> list[Stage]:
     "A stage for pruning all at once, layer by layer and by each solver, as methods need; then what they measure."
     methods, sizes = load.job.prune.methods, load.sizes
     needed = {method: pruning_stages(method) for method in methods}
+    one_by_one = batch_shapes(load.lengths, 1)
     stages = [
         stage_of(load, THRESHOLD, {"scores of one matrix": 17 * sizes.widest}, read=READS * sizes.scope),
         stage_of(load, WALK, walk_memory(load), wanda_work(load.batches), read=READS_IN_ROWS * sizes.scope),
         *{stage_name(method): solver_stage(load, method) for method in methods
           if solver_names(method) is not None}.values(),
         stage_of(load, GRADIENT, gradient_memory(load), 3 * one_pass(load.batches)),
+        stage_of(load, REGIONAL, regional_memory(load, one_by_one), 3 * with_head(one_pass(one_by_one), 0)),
         stage_of(load, SPECTRA, {"spectrum of one matrix": sizes.widest * 8}, single=spectra_flops(sizes))]
     stages = [replace(stage, methods=tuple(method for method in methods if needed[method][stage.name]))
               for stage in stages]
@@ -602,7 +616,7 @@ def writing_stage(load: Workload, name: str, memory: dict[str, float], answers: 
 def scores_heads(job: Job) -> bool:
     "Whether some method of a job takes its factors from masked heads."
     parsed = map(parse_method, job.prune.methods)
-    return any("factors" in needs_of(parts) and not parts.attribution for parts in parsed)
+    return any("factors" in needs_of(parts) and parts.attribution in (None, *READINGS) for parts in parsed)
 
 def planned_stages(load: Workload) -> tuple[Stage, ...]:
     "Loading; scoring, where a method needs it; pruning by the methods; evaluation; own chains."
@@ -869,7 +883,7 @@ def time_lines(p: Plan) -> list[str]:
     if load.answers:
         line += (f" At the most every answer takes all of its {limits_text(load.answers)} tokens; at the least it is "
                  "as long as the worked solutions, or a quarter of that.")
-    named = {parse_method(method).attribution for method in load.job.prune.methods} - {None}
+    named = {parse_method(method).attribution for method in load.job.prune.methods} - {None, *READINGS}
     if named: line += f" Not counted: the attributions {', '.join(sorted(named))}."
     if r is None: source = "No times: this device was not timed."
     elif r.timed:

@@ -27,6 +27,7 @@ from ..methods.attributions import Attribution
 from ..methods.budgets import Allocation, finite_by_layer, layer_weights, shares_of_layers
 from ..methods.criteria import add_criterion, GIVES, Inputs, measured_for, NEEDS
 from ..methods.neurons import UNIT_AWARE
+from ..methods.prune import READINGS
 from ..methods.selection import Criterion, Measurements
 from ..models.anatomy import anatomy
 from ..models.families import add_family
@@ -40,7 +41,7 @@ def add_attribution(
     source: str = "yours", # Where it comes from
 ) -> None:
     "Make an attribution known by name for the rest of the session; a name or function that cannot be is refused."
-    check_new_name(name, "attribution", (*ATTRIBUTIONS, *UNIT_AWARE))
+    check_new_name(name, "attribution", (*ATTRIBUTIONS, *UNIT_AWARE, *READINGS))
     check_takes(compute, whose := f"attribution {name!r}", "model", "calibration", "batch_tokens")
     scored = in_a_sentence(compute, whose)
     def scores(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:

@@ -40,16 +40,18 @@ from .settings import changed, Job, option_of, part_of_setting
 from ..methods.prune import sparsities_of
 from ..methods.screening import load_any, PartialLosses, scores_of
 from ..models.anatomy import projections
+from ..models.choices import ChoiceRecord
 from ..models.decoding import token_limit
 from ..models.loading import fingerprint_differences, PARTS, TOKENIZER_PARTS
 from ..scoring import HeadLosses
 from ..threshold import PruneReport
 
 # %% ../../nbs/jobs/00_records.ipynb #c005
-RECORD_FILES = {"answers": AnswerRecord, "losses": LossRecord} # Name of a file -> the records in it
+RECORD_FILES = {"answers": AnswerRecord, "losses": LossRecord,
+                "choices": ChoiceRecord} # Name of a file -> the records in it; the last is there only if it has some
 FROM_TEXT = {str: str, int: int, float: float, bool: "True".__eq__, str | None: lambda cell: cell or None}
 
-def records_as_text(records: Sequence[AnswerRecord] | Sequence[LossRecord], kind: type) -> str:
+def records_as_text(records: Sequence[AnswerRecord] | Sequence[LossRecord] | Sequence[ChoiceRecord], kind: type) -> str:
     "Records as a table of text, a line each; None is the empty cell, an output is a JSON string."
     table, names = io.StringIO(), [field.name for field in fields(kind)]
     rows, quoted = csv.writer(table, lineterminator="\n"), {"output"} & set(names)
@@ -77,6 +79,7 @@ def evaluation_texts(evaluation: Evaluation, backend: str = "transformers") -> d
     if backend != "transformers": about["backend"] = backend
     about["perplexity"] = evaluation.perplexity and asdict(evaluation.perplexity)
     tables = {f"{name}.csv": records_as_text(getattr(evaluation, name), kind) for name, kind in RECORD_FILES.items()}
+    if not evaluation.choices: del tables["choices.csv"] # as in older runs
     about["sha256"] = {name: sha256_of_text(text) for name, text in tables.items()}
     return tables | {"evaluation.json": checked_text(about)}
 
@@ -94,6 +97,7 @@ def load_evaluation(folder: str | Path) -> Evaluation:
     about, tables = read_checked(folder/"evaluation.json"), {}
     try:
         for name, kind in RECORD_FILES.items():
+            if name == "choices" and "choices.csv" not in about["sha256"]: continue
             text = (folder/f"{name}.csv").read_bytes().decode("utf-8")
             if sha256_of_text(text) != about["sha256"][f"{name}.csv"]:
                 raise ValueError(f"{name}.csv is not as it was saved")
@@ -157,6 +161,7 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
         methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
         aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
         budget=configuration.get("budget"), backend=done.get("backend", "transformers"),
+        choice_n=done.get("choice_n", 0),
         accuracy_tasks=tuple(answered), max_new_tokens=None if own_limits else next(iter(limits.values())),
         text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
         **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})
@@ -377,8 +382,10 @@ def together(pieces: list[Evaluation]) -> Evaluation: # One evaluation
                        "remove the folder 'unfinished' and run again.")
     answers = tuple(answer for piece in pieces for answer in piece.answers)
     losses = tuple(loss for piece in pieces for loss in piece.losses)
+    choices = tuple(choice for piece in pieces for choice in piece.choices)
     perplexities = [piece.perplexity for piece in pieces if piece.perplexity is not None]
-    return replace(pieces[0], answers=answers, losses=losses, perplexity=next(iter(perplexities), None))
+    return replace(pieces[0], answers=answers, losses=losses, choices=choices,
+                   perplexity=next(iter(perplexities), None))
 
 # %% ../../nbs/jobs/00_records.ipynb #c052
 def evaluation_folder(folder: str | Path, method: str, sparsity: float) -> Path: # Where the finished evaluation lies
@@ -430,7 +437,7 @@ class Records:
 RECORDED = ("environment.json", "timings.json", "memory.json", "losses.safetensors", "evaluations", "reports",
             "attributions", "factors", "budgets", "chains", "text") # What a run records, at the top of its folder
 MADE = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT) # What it writes too
-OF_EVALUATION = ("evaluation.json", "answers.csv", "losses.csv") # The files of an evaluation's folder
+OF_EVALUATION = ("evaluation.json", *(f"{name}.csv" for name in RECORD_FILES)) # The files of an evaluation's folder
 
 def is_record(inside: Path) -> bool: # Whether it belongs to the records
     "Whether a file is a record, and not made from some, half written or damaged."
@@ -451,12 +458,13 @@ def live_records(folder: Path) -> Records: # What it recorded
 ARROW = {str: pa.string(), str | None: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 COLUMNS = (
     {"record": pa.string(), "place": pa.string()}
-    | {field.name: ARROW[field.type] for kind in RECORD_FILES.values() for field in fields(kind)}
+    | {field.name: ARROW[field.type] for kind in (AnswerRecord, LossRecord) for field in fields(kind)}
     | {"content": pa.binary()}) # Name of a column -> its type
+CHOICE_COLUMNS = {field.name: ARROW[field.type] for field in fields(ChoiceRecord)} # Of a run that weighed options
 
 def evaluation_rows(place: str, evaluation: Evaluation) -> Iterator[dict]:
     "An evaluation as rows of the table."
-    for name, records in (("answer", evaluation.answers), ("loss", evaluation.losses)):
+    for name, records in (("answer", evaluation.answers), ("loss", evaluation.losses), ("choice", evaluation.choices)):
         yield from ({"record": name, "place": place} | vars(record) for record in records)
     about = {"method": evaluation.method, "sparsity": evaluation.sparsity, "reached": evaluation.reached}
     if (text := evaluation.perplexity) is not None:
@@ -470,7 +478,8 @@ def records_table(records: Records) -> pa.Table: # A row for each answer, loss, 
     rows = [row for place, evaluation in records.evaluations.items() for row in evaluation_rows(place, evaluation)]
     for name in records.files:
         rows.append({"record": "file", "place": name, "content": records.read(name, Path.read_bytes)})
-    return pa.Table.from_pylist(rows, pa.schema(COLUMNS))
+    weighed = any(evaluation.choices for evaluation in records.evaluations.values())
+    return pa.Table.from_pylist(rows, pa.schema(COLUMNS | CHOICE_COLUMNS if weighed else COLUMNS))
 
 # %% ../../nbs/jobs/00_records.ipynb #c073
 def packed_records(path: Path) -> Records: # What the run recorded

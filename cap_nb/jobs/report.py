@@ -38,7 +38,7 @@ from .tables import (
     markdown_rows, pairs_with, plot_importance_distribution, plot_sparsity_curves, plot_zeros_by_method, table_csv,
     table_latex, table_markdown, value_text)
 from ..methods.neurons import UNIT_AWARE
-from ..methods.prune import needs_of, parse_method
+from ..methods.prune import needs_of, parse_method, READINGS
 from ..methods.screening import screened_scores
 from ..models.decoding import limit_for
 
@@ -67,8 +67,9 @@ def method_costs(method: str, sparsities: list[float], seconds: dict[str, float]
                  memory: dict[str, int]) -> tuple[float | None, float, float | None] | None:
     "What a method took, as far as it was measured."
     parts, prunings = parse_method(method), [f"{cell_name(method, sparsity)}/prune" for sparsity in sparsities]
-    factors = [f"attribution/{parts.attribution}"] if parts.attribution else []
-    if not parts.attribution or parts.attribution in UNIT_AWARE: factors.insert(0, "scoring")
+    other = parts.attribution and parts.attribution not in READINGS
+    factors = [f"attribution/{parts.attribution}"] if other else []
+    if not other or parts.attribution in UNIT_AWARE: factors.insert(0, "scoring")
     if "factors" not in needs_of(parts): factors = []
     pruning_seconds = [seconds[stage] for stage in prunings if stage in seconds]
     if not pruning_seconds: return None

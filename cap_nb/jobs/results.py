@@ -19,7 +19,8 @@ from ..analysis import (
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import sha256_of_file, whole_folder, write_json
 from ..core.plots import blank_figure, in_style, INK, save_figure
-from ..evaluation import Evaluation, summarise_answers, summarise_losses
+from ..evaluation import (
+    CHOICE_MEASURES, Evaluation, summarise_answers, summarise_choices, summarise_losses)
 from .job import prepare, run_job
 from .records import (
     agrees, differences, is_fingerprint, job_of, load_run, PACKED, read_run, Run, settings_of, shown)
@@ -55,7 +56,7 @@ WHICH = { # Columns of both frames: type, unit, what it is
     "method": ("string", "", "name of the method, or dense"),
     "sparsity": ("float64", "share", "zeros asked for among the weights in scope"),
     "reached": ("float64", "share", "zeros reached"),
-    "measure": ("string", "", "accuracy, loss or perplexity"),
+    "measure": ("string", "", "accuracy, loss, perplexity; choice and gold p, by the sum or norm"),
     "task": ("string", "", "name of the task, or of the text")}
 EACH = { # Further columns of a row for each problem
     "problem": ("string", "", "content hash of the problem, or number of the window from 0"),
@@ -84,6 +85,9 @@ def problem_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, th
     for a in evaluation.answers:
         yield ("accuracy", a.task, a.uid, 100.0 * a.correct, "per cent", a.tokens, 100.0 * a.lenient_correct, a.cut_off)
     for r in evaluation.losses: yield "loss", r.task, r.uid, r.loss, "nats", r.tokens, None, None
+    for c in evaluation.choices:
+        for measure, field in CHOICE_MEASURES.items():
+            yield measure, c.task, c.uid, 100.0 * getattr(c, field), "per cent", None, None, None
     if (text := evaluation.perplexity) is not None:
         for window, loss in enumerate(text.losses):
             yield "perplexity", text.text, str(window), loss, "nats", text.window_tokens - 1, None, None
@@ -93,6 +97,8 @@ def summary_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, th
     for a in summarise_answers(evaluation.answers):
         yield "accuracy", a.task, 100 * a.accuracy, 100 * a.low, 100 * a.high, "per cent", a.n
     for r in summarise_losses(evaluation.losses): yield "loss", r.task, r.loss, r.low, r.high, "nats", r.n
+    for c in summarise_choices(evaluation.choices):
+        yield c.measure, c.task, 100 * c.value, 100 * c.low, 100 * c.high, "per cent", c.n
     if (text := evaluation.perplexity) is not None:
         yield "perplexity", text.text, text.value, text.low, text.high, "1", text.windows
 

@@ -47,7 +47,7 @@ class PruneSettings:
     "Which methods prune, and how much (paper sections 3.2 and 3.3)."
     methods: tuple[str, ...] = ("cap", "wanda", "magnitude") # methods by name; 'cap methods' lists them
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.5) # shares of the weights in scope to zero
-    aggregation: str = "paper" # losses to scores: paper, paired (median of differences) or mean
+    aggregation: str = "paper" # losses to scores: paper, paired, mean; over tokens pooled, pooled-paired, pooled-mean
     score_target: str = "loss" # what masking a head is measured by: loss, or divergence from the intact predictions
     budget: float | None = None # share of the masked passes to score with, as 0.25; all if left out
 
@@ -58,6 +58,7 @@ class EvaluateSettings:
     accuracy_tasks: tuple[str, ...] | None = None # tasks whose answers are generated; as --tasks if left out
     evaluate_n: int = 200 # problems a task whose answers are generated
     loss_n: int = 100 # problems a task for held-out loss; 0 for none
+    choice_n: int = 0 # problems a task of --tasks with options, as ARC, whose options' probabilities are compared
     max_new_tokens: int | None = None # tokens an answer may take; if left out 192 for the lab's tasks, 512 for others
     text: str | None = None # text for perplexity: wikitext2 or lab-text; the model's own if left out
     windows: int = 100 # windows of the text that are read; 0 for no perplexity
@@ -132,8 +133,8 @@ def check_kinds(job: Job) -> None:
             check_argument(getattr(getattr(job, part.name), setting.name), setting.type, f"setting {setting.name}")
 
 # %% ../../nbs/jobs/01_settings.ipynb #c028
-LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "windows": 0, "window_tokens": 2,
-         "text_tokens": 2} # Smallest
+LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choice_n": 0, "windows": 0,
+         "window_tokens": 2, "text_tokens": 2} # Smallest
 MOST = 10**7 # Of anything that is counted: a list of more would take the memory, and no benchmark has so many
 
 def check_counts(job: Job) -> None:

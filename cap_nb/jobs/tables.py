@@ -20,7 +20,7 @@ from ..analysis import (
 from ..core.errors import BadInput, validate_arguments
 from ..core.plots import blank_figure, in_style, INK, METHOD_LOOKS, method_looks
 from ..data.problems import task_title
-from ..evaluation import Evaluation, summarise_answers
+from ..evaluation import CHOICE_MEASURES, Evaluation, summarise_answers
 from ..threshold import PruneReport, zero_shares
 
 # %% ../../nbs/jobs/00_tables.ipynb #fe4547df
@@ -63,14 +63,20 @@ def value_text(value: object, fingerprints: bool = True) -> str: # In one line
     return FINGERPRINT.sub(r"\1" if fingerprints else "", str(value))
 
 # %% ../../nbs/jobs/00_tables.ipynb #92735b5d
+CHOICES = ("Choice: per cent of problems whose likeliest option is the right one; gold p: the right option's share of "
+           "the options' probability. By the sum of an option's logarithms, or norm: by their mean a character.")
+
 def reading_notes(columns: Sequence[str]) -> list[str]: # A line or two
     "How the columns of a table are to be read, those that it has."
     endings = {column.rpartition(" ")[2] for column in columns}
+    choices = {measure.rpartition(" ")[2] for measure in CHOICE_MEASURES}
     nats, bootstrap = "nats a target token", "95 % bootstrap interval."
-    notes = ["Accuracy: strict last line, per cent, 95 % Wilson interval."] * bool(endings - {"loss", "perplexity"})
+    notes = ["Accuracy: strict last line, per cent, 95 % Wilson interval."] * bool(
+        endings - {"loss", "perplexity"} - choices)
     if {"loss", "perplexity"} <= endings: notes.append(f"Loss: {nats}; loss and perplexity: {bootstrap}")
     elif "loss" in endings: notes.append(f"Loss: {nats}, {bootstrap}")
     elif "perplexity" in endings: notes.append(f"Perplexity: {bootstrap}")
+    if endings & choices: notes.append(CHOICES)
     return [" ".join(notes)] if notes else []
 
 def table_notes(table: pd.DataFrame, provenance: Mapping | None = None, fingerprints: bool = False) -> list[str]:
@@ -242,6 +248,7 @@ def draw_curves(ax: Axes, table: pd.DataFrame, methods: Sequence[str], column: s
         around = 1.5 + len(methods) / 4
         ax.set_xlim(measured[0] - around, measured[0] + around)
     unit = "Accuracy (%)" if accuracy else "nats" if column.endswith("loss") else ""
+    if " gold p" in column: unit = "Probability (%)"
     ax.set(title=column, xlabel="Sparsity (%)", ylabel=unit)
 
 # %% ../../nbs/jobs/00_tables.ipynb #c022

@@ -9,7 +9,7 @@ __all__ = ['add_criterion', 'dense_norms']
 import torch
 from cap_nb.core.registry import CRITERIA
 from cap_nb.methods.selection import CAP, MAGNITUDE, Criterion, Evidence
-from cap_nb.methods.wanda import WANDA, wanda_score
+from cap_nb.methods.wanda import RGS, WANDA, wanda_score
 
 def cap_wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Magnitude times the norm of the input times the importance factor."
@@ -44,7 +44,7 @@ RELEVANCE = Criterion(name="relevance", score=gradient_score, needs=("relevance"
 RANDOM = Criterion(name="random", score=random_score, says="a seeded draw", source="the floor of every comparison")
 
 CRITERIA.update({criterion.name: criterion for criterion in (
-    MAGNITUDE, CAP, WANDA, CAP_WANDA, RIA, GRADIENT, INTEGRATED, RELEVANCE, RANDOM)})
+    MAGNITUDE, CAP, WANDA, CAP_WANDA, RIA, RGS, GRADIENT, INTEGRATED, RELEVANCE, RANDOM)})
 
 # %% ../../nbs/methods/11_criteria.ipynb #3806f4cf
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ from cap_nb.core.errors import BadInput, validate_arguments, check_choice
 from cap_nb.core.registry import add, check_new_name, check_takes, in_a_sentence
 from cap_nb.methods.selection import pattern_of
 
-DERIVATIVES = ("gradient", "path_gradient", "relevance") # Each is given as `Evidence.gradient`
+DERIVATIVES = ("gradient", "path_gradient", "relevance", "regional_gradient") # Each is given as `Evidence.gradient`
 NEEDS = ("norm", "factor", *DERIVATIVES, "hessian") # Measured for a criterion; weight, index and seed are always there
 OTHER_NAMES = ("dense", "heads", "sparsegpt", "alps", "all", "none") # Mean something else among the names of methods
 
@@ -82,26 +82,16 @@ def add_criterion(
                           source=source)
     add("criterion", name, [(CRITERIA, criterion)], [score], (tuple(needs), scope))
 
-# %% ../../nbs/methods/11_criteria.ipynb #c019
+# %% ../../nbs/methods/11_criteria.ipynb #c020
 from collections.abc import Iterator
 from contextlib import contextmanager
 from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.methods.attributions import gold_logits, relevance_rules
+from cap_nb.methods.wanda import wanting_gradients
 from cap_nb.models.anatomy import projections
 from cap_nb.scoring import batches_of, target_losses
 
-@contextmanager
-def wanting_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    "While the block runs, gradients are computed for these parameters, whatever was set before."
-    before = [weight.requires_grad for weight in weights]
-    try:
-        for weight in weights: weight.requires_grad_(True)
-        with torch.enable_grad(): yield
-    finally:
-        for weight, wanted in zip(weights, before): weight.requires_grad_(wanted)
-
-# %% ../../nbs/methods/11_criteria.ipynb #c020
 def loss_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
                    measure: Callable[..., torch.Tensor] = target_losses) -> dict[str, torch.Tensor]: # float32 [out, in]
     "The gradient of the calibration loss for every weight in scope; holds a float32 copy of them."
@@ -136,6 +126,9 @@ def scaled_weights(model: nn.Module, by: float) -> Iterator[None]:
         for weight, before in kept.items(): weight.data.copy_(before)
 
 # %% ../../nbs/methods/11_criteria.ipynb #c023
+from cap_nb.methods.layer_walk import layer_by_layer
+from cap_nb.methods.wanda import regional_gradients, takes_regional
+
 PATH_POINTS = 8 # Of a path of integrated gradients; each costs a forward and a backward pass
 
 def path_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
@@ -147,10 +140,17 @@ def path_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int
         total = {name: total.get(name, 0) + slope / points for name, slope in slopes.items()}
     return total
 
-MEASURES = {"gradient": loss_gradients, "path_gradient": path_gradients, "relevance": relevance_gradients}
+def dense_regional_gradients(model: nn.Module, calibration: Calibration,
+                             batch_tokens: int = 4096) -> dict[str, torch.Tensor]: # float32 [out, in]
+    "The regional gradients of the model as it is (Yang et al. 2025, without their layer-by-layer order)."
+    found = {}
+    for step in layer_by_layer(model, calibration, min(1, batch_tokens), "gradients"): found |= regional_gradients(step)
+    return found
+
+MEASURES = {"gradient": loss_gradients, "path_gradient": path_gradients, "relevance": relevance_gradients,
+            "regional_gradient": dense_regional_gradients}
 
 # %% ../../nbs/methods/11_criteria.ipynb #c026
-from .layer_walk import layer_by_layer
 from .wanda import input_norms
 
 @validate_arguments
@@ -196,9 +196,10 @@ def check_inputs(name: str, inputs: Inputs, needed: Sequence[str]) -> None:
             raise BadInput(f"Method {name!r} was called without {field_name}: expected {NEEDED[field_name]}.")
 
 def measured_for(model: nn.Module, criterion: Criterion, inputs: Inputs, walking: bool = False) -> Measurements:
-    "Measure on the dense model what a criterion needs; in a walk norms are measured later, layer by layer."
+    "Measure on the dense model what a criterion needs; in a walk norms and regional gradients come later."
     needs, data = criterion.needs, (inputs.calibration, inputs.batch_tokens)
     derivative = next((need for need in needs if need in DERIVATIVES), None)
+    if walking and takes_regional(criterion): derivative = None
     return Measurements(
         regions=region_factors(model, inputs.factors) if "factor" in needs else {},
         norms=dense_norms(model, *data) if "norm" in needs and not walking else {},
@@ -213,7 +214,7 @@ from cap_nb.threshold import PruneReport, prune_report
 
 def walks(criterion: Criterion, scope: str) -> bool:
     "Whether a method takes Wanda's walk through the layers."
-    return bool({"norm", "hessian"} & set(criterion.needs)) and scope != "model"
+    return bool({"norm", "hessian", "regional_gradient"} & set(criterion.needs)) and scope != "model"
 
 def projection_shares(model: nn.Module, sparsity: float, inputs: Inputs, scope: str) -> dict[str, float]:
     "The share of zeros of every projection; names that do not fit, or a scope that fixes them, raise `BadInput`."

@@ -113,14 +113,15 @@ def routed_losses(model: nn.Module, calibration: Calibration, batch_tokens: int 
 
 # %% ../../nbs/methods/21_experts.ipynb #c032
 from ..core.errors import check_choice
-from ..scoring import AGGREGATIONS, HeadLosses, aggregate
+from ..scoring import HeadLosses, aggregate, pooling_weight
 
 # %% ../../nbs/methods/21_experts.ipynb #c033
 def conditional_scores(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> torch.Tensor:
     "Causal scores of heads given the expert in use (paper equation 2, for its tokens), [L, H, E]; NaN without tokens."
-    check_choice(how, AGGREGATIONS, "aggregation")
+    count = pooling_weight(losses, how)
     # the weight of a token of each example in each subset, [N, K]
     of_subset = F.one_hot(losses.subset, losses.k).double() / routed.tokens[:, None]
+    if count is not None: of_subset = of_subset * count[:, None]
     weight = routed.used.double().transpose(1, 2) @ of_subset # [L, E, K]
     masked = routed.masked.transpose(2, 3) @ of_subset / weight[:, None] # [L, H, E, K]
     intact = routed.intact.transpose(1, 2) @ of_subset / weight

@@ -52,7 +52,7 @@ def masked_neurons(model: nn.Module, layer: int, neurons: Sequence[int] | torch.
 
 # %% ../../nbs/methods/23_neurons.ipynb #c017
 import math
-from .criteria import wanting_gradients
+from .wanda import wanting_gradients
 from ..models.anatomy import expert_counts
 from ..scoring import batches_of, target_losses
 

@@ -21,7 +21,7 @@ from cap_nb.methods.selection import SCOPES, pattern_of
 class MethodName:
     "The parts of a method's name."
     base: str # A criterion, "dense", "sparsegpt", "alps" or "heads"
-    attribution: str | None = None # One of `ATTRIBUTIONS` or `UNIT_AWARE`; None means masking, as the paper does
+    attribution: str | None = None # One of `ATTRIBUTIONS`, `UNIT_AWARE` or `READINGS`; None: masking, as the paper does
     scope: str | None = None # "model", "layer", "matrix", "row" or n:m; None means the base's own
     allocation: str | None = None # One of `ALLOCATIONS`; None means the same for every layer
     recovery: str | None = None # "swaps", "update" or "swaps^update"; None means that nothing is repaired
@@ -42,6 +42,28 @@ RECOVERIES["update"] = Step("then least squares for the weights that stay", "Men
 SOLVERS["sparsegpt"] = Step("the least error layer by layer, with updates of the weights that stay",
                             "Frantar and Alistarh 2023")
 SOLVERS["alps"] = Step("zeros and weights that stay sought together, layer by layer", "Meng et al. 2024")
+@dataclass(frozen=True)
+class Reading:
+    "A reading of the paper: its scores from the same table of losses, its regions from the same heads."
+    summary: str # What is read otherwise, in a few words
+    pooled: bool = False # Whether a subset's loss is pooled over tokens
+    layout: str = "heads" # Layout of the regions
+    source: str = "" # None of its own: it is the paper's
+
+    def aggregation(self, how: str) -> str:
+        "How losses become scores in this reading, where a job says how."
+        if not self.pooled or how.startswith("pooled"): return how
+        return "pooled" if how == "paper" else f"pooled-{how}"
+
+READINGS = {
+    "pooled": Reading("losses pooled over the tokens of a subset", pooled=True),
+    "literal": Reading("columns of W_q, W_k, W_v and rows of W_o as PyTorch stores them", layout="literal"),
+    "pooled_literal": Reading("losses pooled over tokens, and slices as PyTorch stores them", True, "literal")}
+
+def reading_of(attribution: str | None) -> Reading:
+    "The reading that an attribution names; for any other the one that the kit takes."
+    return READINGS.get(attribution, Reading("a mean an example, and every head's own rows and columns"))
+
 OTHERS = {"dense": Step("prunes nothing", "the model as it is"),
           "heads": Step("whole heads, the least causal first", "the paper, section 6"), **SOLVERS} # No criteria
 
@@ -62,7 +84,7 @@ def parse_method(name: str) -> MethodName:
                        f"[^recovery], as in wanda@model; 'cap methods' lists them.")
     parts = MethodName(**match.groupdict())
     check_choice(parts.base, (*CRITERIA, *OTHERS), "method")
-    if parts.attribution: check_choice(parts.attribution, (*ATTRIBUTIONS, *UNIT_AWARE), "attribution")
+    if parts.attribution: check_choice(parts.attribution, (*ATTRIBUTIONS, *UNIT_AWARE, *READINGS), "attribution")
     if parts.allocation: check_choice(parts.allocation, ALLOCATIONS, "allocation")
     if parts.scope: pattern_of(parts.scope)
     if parts.recovery: recovery_steps(parts.recovery)
@@ -89,6 +111,9 @@ def check_attribution(name: str, parts: MethodName) -> None:
         raise BadInput(f"Method {name!r} names an attribution but uses no importance factors: "
                        f"expected cap, cap_wanda, heads or +causal; leave .{parts.attribution} out.")
     uses_units = parts.base in CRITERIA and "factor" in CRITERIA[parts.base].needs
+    if parts.attribution in READINGS and READINGS[parts.attribution].layout != "heads" and not uses_units:
+        raise BadInput(f"Method {name!r} says which weights belong to a head and weighs none by its head: "
+                       f"expected cap or cap_wanda; leave .{parts.attribution} out.")
     uses_units |= parts.base in SOLVERS and parts.attribution in NEURON_AWARE
     if parts.attribution in UNIT_AWARE and not uses_units:
         raise BadInput(f"Method {name!r} gives experts or neurons their own factors and uses none: "
@@ -137,7 +162,7 @@ WITHIN = {"model": "one threshold for the whole model", "layer": "one threshold 
 
 def method_line(name: str) -> tuple[str, str]:
     "What a method does, in one line, and where it comes from; a name that means nothing raises `BadInput`."
-    parts, attributions = check_method(name), dict(ATTRIBUTIONS) | UNIT_AWARE
+    parts, attributions = check_method(name), dict(ATTRIBUTIONS) | UNIT_AWARE | READINGS
     base, pattern = CRITERIA.get(parts.base), pattern_of(own_scope(parts))
     extras = [attributions[parts.attribution]] if parts.attribution else []
     extras += [ALLOCATIONS[parts.allocation]] if parts.allocation else []
@@ -175,6 +200,8 @@ def method_list() -> str:
               f"Attributions: {', '.join(ATTRIBUTIONS)}."]
     lines += ["On a mixture of experts also, where experts get factors of their own:\n"]
     lines += lines_of(f"cap.{name}" for name in ROUTING_AWARE)
+    lines += ["Other readings of the paper, from the same table of losses:\n",
+              *lines_of(f"cap.{name}" for name in READINGS)]
     lines += ["With a factor for every MLP neuron:\n", *lines_of(f"{base}.{name}" for base in ("cap", "alps")
                                                                     for name in NEURON_AWARE)]
     lines += [f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATIONS)}.",
@@ -188,8 +215,9 @@ from dataclasses import replace
 from cap_nb.importance import importance_factors
 from cap_nb.methods.criteria import check_inputs
 from cap_nb.methods.neurons import unit_aware_factors
-from cap_nb.regions import Factors
-from cap_nb.scoring import HeadLosses
+from cap_nb.methods.resumed_scoring import score_heads
+from cap_nb.regions import Factors, as_factors
+from cap_nb.scoring import causal_scores, HeadLosses
 
 def unit_factors(model: nn.Module, attribution: str, inputs: Inputs, losses: HeadLosses | None = None,
                  how: str = "paper") -> Factors:
@@ -197,13 +225,24 @@ def unit_factors(model: nn.Module, attribution: str, inputs: Inputs, losses: Hea
     check_inputs(attribution, inputs, ["calibration"])
     if attribution in UNIT_AWARE:
         return unit_aware_factors(model, attribution, inputs.calibration, losses, how, inputs.batch_tokens)
+    if attribution in READINGS:
+        reading = reading_of(attribution)
+        losses = losses or score_heads(model, inputs.calibration, inputs.batch_tokens)
+        return Factors(importance_factors(causal_scores(losses, reading.aggregation(how))), layout=reading.layout)
     scores = ATTRIBUTIONS[attribution].compute(model, inputs.calibration, batch_tokens=inputs.batch_tokens)
     return Factors(heads=importance_factors(scores))
+
+def laid_out(attribution: str | None, factors: Factors | torch.Tensor | None) -> Factors | None:
+    "Given factors with the regions of a reading, if the attribution names one."
+    factors = as_factors(factors)
+    if attribution not in READINGS or factors is None: return factors
+    return replace(factors, layout=reading_of(attribution).layout)
 
 def with_factors(model: nn.Module, parts: MethodName, inputs: Inputs) -> Inputs:
     "Fill in the attribution's factors; given ones of heads alone, where a method needs more, raise `BadInput`."
     if not parts.attribution: return inputs
     if inputs.factors is None: return replace(inputs, factors=unit_factors(model, parts.attribution, inputs))
+    if parts.attribution in READINGS: return replace(inputs, factors=laid_out(parts.attribution, inputs.factors))
     units = "neurons" if parts.attribution in NEURON_AWARE else "experts"
     if parts.attribution in UNIT_AWARE and getattr(inputs.factors, units, None) is None:
         raise BadInput(f"Attribution {parts.attribution!r} was given factors of heads alone: expected both, "
@@ -219,7 +258,7 @@ from cap_nb.methods.sparsegpt import (
 from cap_nb.methods.selection import Criterion, Measurements, check_pattern
 from cap_nb.methods.swaps import swapped_mask
 from cap_nb.methods.update import joint_update, updated_weight
-from cap_nb.methods.wanda import uniform_shares, zero_shares_within
+from cap_nb.methods.wanda import regional_gradients, takes_regional, uniform_shares, zero_shares_within
 from cap_nb.models.anatomy import projections
 from cap_nb.regions import region_factors
 from cap_nb.threshold import PruneReport, prune_report
@@ -248,6 +287,7 @@ def by_criterion(criterion: Criterion, measurements: Measurements, shares: dict[
         sequences = sum(len(batch.mask) for batch in step.batches)
         norms = {name: (hessian.diagonal() / sequences).sqrt().float() for name, hessian in hessians.items()}
         measured = replace(measurements, norms=norms, hessians=hessians)
+        if takes_regional(criterion): measured = replace(measured, gradients=regional_gradients(step))
         zero_shares_within(step.projections, criterion, measured, shares, scope, "exact")
     return solve
 
@@ -314,7 +354,9 @@ def prune_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, in
     shares = uniform_shares(model, sparsity) if inputs.shares is None else inputs.shares
     solver = layer_solver(model, parts, sparsity, inputs)
     if parts.recovery: solver = recovering(solver, recovery_steps(parts.recovery), pattern)
-    solve_layer_by_layer(model, inputs.calibration, shares, solver, inputs.batch_tokens, parts.base, kept)
+    one_by_one = parts.base in CRITERIA and takes_regional(CRITERIA[parts.base])
+    tokens = 1 if one_by_one else inputs.batch_tokens
+    solve_layer_by_layer(model, inputs.calibration, shares, solver, tokens, parts.base, kept)
     return prune_report(model, parts.base, sparsity)
 
 def apply_method(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> PruneReport:

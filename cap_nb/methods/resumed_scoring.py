@@ -18,7 +18,7 @@ from cap_nb.models.replay import (
     PrefixCache, read_after_prefix, read_prefix, recorded_calls, recorded_heads, repeated, run_layer)
 from cap_nb.models.anatomy import (
     anatomy, Anatomy, decoder_layers, decoder_of, dimensions, final_norm, head_logits, logits_of, output_projection)
-from cap_nb.scoring import head_losses, HeadLosses, mean_by_example
+from cap_nb.scoring import head_losses, HeadLosses, mean_by_example, token_counts
 
 def token_losses(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, rows: int = 1024) -> torch.Tensor:
     "Loss of each target token, [n], from the last layer's output [n, hidden]; `rows` at a time bound the memory."
@@ -353,7 +353,8 @@ def save_losses(
     "Save a table of losses with its provenance; equal tables give equal bytes."
     about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
     if losses.own_subset is not None: about["subset"] = losses.own_subset.tolist()
-    write_tensors(Path(path), {"masked": losses.masked, "intact": losses.intact}, about)
+    tensors = {name: getattr(losses, name) for name in ("masked", "intact", "tokens")}
+    write_tensors(Path(path), {name: tensor for name, tensor in tensors.items() if tensor is not None}, about)
 
 @validate_arguments
 def load_losses(
@@ -362,11 +363,13 @@ def load_losses(
     "Load a table of losses; a missing, damaged or foreign file raises `BadInput`."
     tensors, about = read_tensors(Path(path))
     try:
-        if len(tensors) > 2: raise ValueError("it was measured in part, or holds more than losses")
+        if tensors.keys() - {"masked", "intact", "tokens"}:
+            raise ValueError("it was measured in part, or holds more than losses")
         columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
         columns |= {name: about[name] for name in ("k", "seed", "meta")}
         if "subset" in about: columns["own_subset"] = torch.tensor(about["subset"], dtype=torch.int64)
-        losses = check_fields(HeadLosses(masked=tensors["masked"], intact=tensors["intact"], **columns))
+        losses = check_fields(HeadLosses(
+            masked=tensors["masked"], intact=tensors["intact"], tokens=tensors.get("tokens"), **columns))
         check_table(losses)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{path} holds no table of losses ({error}): expected a file written by 'cap score'; check the "
@@ -413,7 +416,8 @@ def scored_table(model: nn.Module, calibration: Calibration, request: Request) -
     key = losses_key(model, calibration, request.tokenizer_fingerprint, fingerprint, request.target)
     finished, units = store and Path(store)/f"{key}.safetensors", store and Path(store)/f"{key}-units"
     if finished and is_intact(finished, load_losses):
-        return replace(load_losses(finished), k=calibration.k, seed=calibration.seed, stratum=calibration.stratum)
+        return replace(load_losses(finished), k=calibration.k, seed=calibration.seed, stratum=calibration.stratum,
+                       tokens=token_counts(calibration)) # which tables of before lack
     with alone_in(units) if units and request.share.rank == 0 else nullcontext():
         losses = computed_table(model, calibration, request, units, fingerprint)
         if finished and request.share.rank == 0: save_losses(losses, finished)

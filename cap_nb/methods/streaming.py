@@ -160,7 +160,7 @@ def write_rows(piece: StoredRows, rows: torch.Tensor, folder: Path) -> None:
 # %% ../../nbs/methods/25_streaming.ipynb #ed2a8a9e
 from .criteria import CRITERIA, Inputs, check_inputs
 from ..regions import Factors, region_factors
-from .prune import SOLVERS, MethodName, check_method, own_scope
+from .prune import SOLVERS, MethodName, check_method, laid_out, own_scope
 from .neurons import UNIT_AWARE
 from .selection import TIES, Evidence, Measurements, check_pattern
 from ..core.errors import check_choice, check_sparsity
@@ -212,7 +212,8 @@ def load_norms(
 def measurements_for(checkpoint: Checkpoint, method: str, factors: Factors | torch.Tensor | None,
                      norms: dict[str, torch.Tensor] | str | Path | None) -> Measurements:
     "Factors and norms for a method; what is missing, not used, or another model's raises `BadInput`."
-    needs, scope = CRITERIA[check_method(method).base].needs, projections(checkpoint.model)
+    parts, scope = check_method(method), projections(checkpoint.model)
+    needs, factors = CRITERIA[parts.base].needs, laid_out(parts.attribution, factors)
     if norms is not None and "norm" not in needs:
         raise BadInput(f"Norms were given for {method!r}, which uses none: expected them with wanda or cap_wanda only; "
                        "leave them out.")
@@ -578,7 +579,7 @@ def solve_checkpoint(src: str | Path, dst: str | Path, sparsity: float, hessians
     measured = None
     if parts.base in STREAMED:
         norms = given.norms() if "norm" in CRITERIA[parts.base].needs else None
-        measured = measurements_for(checkpoint, parts.base, factors, norms)
+        measured = measurements_for(checkpoint, method, factors, norms)
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
         if measured: write_pruned(checkpoint, part, parts, sparsity, measured, "exact", AT_ONCE)

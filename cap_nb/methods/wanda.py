@@ -85,10 +85,50 @@ def input_norms(step: LayerStep) -> dict[str, torch.Tensor]: # Module name -> fl
     for p in unreached(step.projections, sums): sums[p.name].fill_(sequences)
     return {name: (total / sequences).sqrt().float() for name, total in sums.items()}
 
-# %% ../../nbs/methods/10_wanda.ipynb #72677753
-from collections.abc import Sequence
-from dataclasses import replace
+# %% ../../nbs/methods/10_wanda.ipynb #dab17826
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from torch import nn
+
+@contextmanager
+def wanting_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    "While the block runs, gradients are computed for these parameters, whatever was set before."
+    before = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights: weight.requires_grad_(True)
+        with torch.enable_grad(): yield
+    finally:
+        for weight, wanted in zip(weights, before): weight.requires_grad_(wanted)
+
+def regional_gradients(step: LayerStep) -> dict[str, torch.Tensor]: # Module name -> float32 [out, in]
+    "The gradient of the norm of a layer's output, root mean square over sequences (Yang et al. 2025)."
+    weights = list(dict.fromkeys(p.parameter for p in step.projections)) # stacked experts share one
+    totals = {p.name: torch.zeros(p.weight.shape, device=p.weight.device) for p in step.projections}
+    with wanting_gradients(weights):
+        for batch in step.batches:
+            output = run_layer(step.layer, batch.hidden, batch.calls[step.index])
+            for tokens, real in zip(output, batch.mask.bool()):
+                size = tokens[real].float().norm()
+                slopes = torch.autograd.grad(size, weights, retain_graph=True, materialize_grads=True)
+                by_weight = dict(zip(weights, slopes))
+                for p in step.projections: totals[p.name] += p.oriented(p.cut(by_weight[p.parameter])).float() ** 2
+    sequences = sum(len(batch.mask) for batch in step.batches)
+    return {name: (total / sequences).sqrt() for name, total in totals.items()}
+
+def takes_regional(criterion: Criterion) -> bool:
+    "Whether a criterion needs the gradients of each layer's own output."
+    return "regional_gradient" in criterion.needs
+
+def rgs_score(e: Evidence, alpha: float = 100.0) -> torch.Tensor: # [out, in]
+    "Magnitude times the input's norm and the regional gradient (Yang et al. 2025, the score of Wanda++)."
+    return e.weight.abs() * (alpha * e.gradient + e.norm)
+
+RGS = Criterion(name="rgs", score=rgs_score, needs=("norm", "regional_gradient"), scope="row",
+                says="|W| times the norm of its input and 100 times the gradient of its layer's output",
+                source="Yang et al. 2025, Wanda++ without its training")
+
+# %% ../../nbs/methods/10_wanda.ipynb #72677753
+from dataclasses import replace
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import check_sparsity
 from cap_nb.methods.layer_walk import layer_by_layer
@@ -109,6 +149,8 @@ def zero_layer_by_layer(model: nn.Module, calibration: Calibration, shares: dict
                         criterion: Criterion = WANDA, measured: Measurements = Measurements(), scope: str = "row",
                         ties: str = "exact", batch_tokens: int = 4096) -> None:
     "Prune layer after layer (Sun et al. 2024); holds the hidden states of all calibration tokens, [tokens, hidden]."
-    for step in layer_by_layer(model, calibration, batch_tokens, criterion.name):
+    regional = takes_regional(criterion) # of single sequences, so that one backward pass is no longer than it need be
+    for step in layer_by_layer(model, calibration, 1 if regional else batch_tokens, criterion.name):
         evidence = replace(measured, norms=input_norms(step))
+        if regional: evidence = replace(evidence, gradients=regional_gradients(step))
         zero_shares_within(step.projections, criterion, evidence, shares, scope, ties)

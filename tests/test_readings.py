@@ -1,0 +1,250 @@
+"""The readings of the paper, each against loops over examples, tokens and indices; the problems that are set aside to judge on."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures import made_up_calibration, tiny_llama
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import read_tensors, write_tensors
+from cap_nb.data.problems import CALIBRATED, FRESH, load_problems
+from cap_nb.data.prompts import collate
+from cap_nb.evaluation import evaluation_problems
+from cap_nb.importance import importance_factors
+from cap_nb.jobs.job import check_job, drawn_problems, fresh_problems, run_job
+from cap_nb.jobs.records import load_run, mask_fingerprint
+from cap_nb.jobs.settings import Job, SinglePruning, changed
+from cap_nb.methods.prune import READINGS, prune
+from cap_nb.methods.resumed_scoring import load_losses, save_losses, score_heads
+from cap_nb.methods.streaming import prune_checkpoint
+from cap_nb.models.anatomy import projections
+from cap_nb.models.loading import load_model
+from cap_nb.regions import Factors, region_factors
+from cap_nb.scoring import AGGREGATIONS, causal_scores, masked_head, score_interval
+from cap_nb.single_steps import prune_into, score_into
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+real = pytest.mark.skipif(not (DATA / "gsm8k" / "train.jsonl").exists(), reason="GSM8K's files are not beside the repository")
+
+
+def square_llama(**settings):
+    """The tiny Llama with a hidden size of heads times head size, as the literal slices need."""
+    return tiny_llama(hidden_size=24, **settings)
+
+
+def zeros_of(model):
+    return torch.cat([(p.weight == 0).flatten() for p in projections(model)])
+
+
+# losses pooled over tokens
+
+
+def test_pooled_losses_are_the_batch_loss_of_transformers_subset_by_subset():
+    model, calibration = tiny_llama(), made_up_calibration(9, step=3)
+    losses, form = score_heads(model, calibration), {"paper": lambda m, b: m.median() - b.mean(), "paired": lambda m, b: (m - b).median(),
+                                                     "mean": lambda m, b: (m - b).mean()}
+    batches = [collate([e for e, s in zip(calibration.examples, calibration.subset) if s == k], pad_id=0) for k in range(3)]
+    with torch.no_grad():
+        intact = torch.stack([model(**batch).loss for batch in batches]).double()
+        for layer, head in ((0, 3), (2, 1)):
+            with masked_head(model, layer, head):
+                masked = torch.stack([model(**batch).loss for batch in batches]).double()
+            for name, score in form.items():
+                pooled = "pooled" if name == "paper" else f"pooled-{name}"
+                assert abs(causal_scores(losses, pooled)[layer, head] - score(masked, intact)) < 1e-5
+                assert abs(causal_scores(losses, pooled)[layer, head] - causal_scores(losses, name)[layer, head]) > 1e-4
+    low, high = score_interval(losses, "pooled-mean", draws=50)
+    assert ((low <= high) & (low <= causal_scores(losses, "pooled-mean") + 0.2)).all()
+
+
+def test_examples_of_one_length_give_the_same_scores_pooled():
+    losses = score_heads(tiny_llama(), made_up_calibration(6, step=0))
+    for name in AGGREGATIONS[:3]:
+        pooled = "pooled" if name == "paper" else f"pooled-{name}"
+        assert torch.allclose(causal_scores(losses, name), causal_scores(losses, pooled), atol=1e-12)
+
+
+def test_a_table_of_before_is_read_as_before_and_gains_its_counts_from_the_calibration_set(tmp_path):
+    model, calibration = tiny_llama(), made_up_calibration(6)
+    losses = score_heads(model, calibration, store=tmp_path/"store")
+    assert losses.tokens.tolist() == [sum(label != -100 for label in e.labels[1:]) for e in calibration.examples]
+    stored, = (tmp_path/"store").glob("*.safetensors")
+    save_losses(replace(losses, tokens=None), stored)
+    before = stored.read_bytes()
+    old = load_losses(stored)
+    assert read_tensors(stored)[0].keys() == {"masked", "intact"} and old.tokens is None
+    assert torch.equal(causal_scores(old), causal_scores(losses))
+    with pytest.raises(BadInput, match="score again"):
+        causal_scores(old, "pooled")
+    again = score_heads(model, calibration, store=tmp_path/"store")
+    assert torch.equal(again.tokens, losses.tokens) and stored.read_bytes() == before
+    save_losses(losses, stored)
+    assert torch.equal(load_losses(stored).tokens, losses.tokens)
+    tensors, about = read_tensors(stored)
+    for wrong in (losses.tokens[:2], losses.tokens * 0, losses.tokens.double()):
+        write_tensors(stored, tensors | {"tokens": wrong}, about)
+        with pytest.raises(BadInput, match="target tokens"):
+            load_losses(stored)
+
+
+# PyTorch's slices
+
+
+def literal_mask(model, heads, sparsity):
+    """Which weights go under one threshold, by loops over indices."""
+    scored = []
+    for p in projections(model):
+        of_layer = heads[p.layer].tolist()
+        for i, row in enumerate(p.weight.tolist()):
+            for j, weight in enumerate(row):
+                if p.role in ("query", "key", "value"): factor = of_layer[j // 6]
+                elif p.role == "output": factor = of_layer[i // 6]
+                else: factor = sum(of_layer) / 4
+                scored.append(abs(weight) * factor)
+    order = sorted(range(len(scored)), key=scored.__getitem__)
+    return torch.zeros(len(scored), dtype=torch.bool).index_fill(0, torch.tensor(order[:round(sparsity * len(scored))]), True)
+
+
+def test_the_literal_slices_are_columns_of_query_key_value_and_rows_of_output(tmp_path):
+    heads = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)) * 9 + 1
+    model = square_llama()
+    model.save_pretrained(tmp_path/"dense")
+    expected = literal_mask(model, heads, 0.5)
+    prune(model, "cap.literal", 0.5, heads)
+    assert torch.equal(zeros_of(model), expected)
+    prune(usual := square_llama(), "cap", 0.5, heads)
+    assert not torch.equal(zeros_of(usual), expected)
+    for given in (heads, Factors(heads), Factors(heads, layout="literal")): # streamed, whatever is given
+        prune_checkpoint(tmp_path/"dense", tmp_path/f"pruned {type(given).__name__} {getattr(given, 'layout', '')}", 0.5, given, "cap.literal")
+    for folder in tmp_path.glob("pruned*"):
+        assert torch.equal(zeros_of(AutoModelForCausalLM.from_pretrained(folder)), expected)
+
+
+@pytest.mark.parametrize("build, sentence", [(tiny_llama, "with 20 columns, and the literal slices are 4 of 6"),
+                                             (lambda: tiny_llama(GPTNeoXConfig, hidden_size=24, num_key_value_heads=4), "separate query, key, value and output")])
+def test_slices_that_do_not_fit_are_refused_before_a_weight_changes(build, sentence):
+    model, heads = build(), torch.ones(3, 4)
+    with pytest.raises(BadInput, match=sentence):
+        prune(model, "cap.literal", 0.5, heads)
+    assert not zeros_of(model).any()
+    region_factors(model, Factors(heads)) # the heads' own fit every family
+
+
+# criterion and scope
+
+
+def norms_by_hooks(model, p, examples):
+    """The norm of every input feature, one sequence at a time."""
+    caught = []
+    with p.module.register_forward_pre_hook(lambda module, args: caught.append(args[0][0].double())), torch.no_grad():
+        for example in examples:
+            model(torch.tensor([example.input_ids]))
+    return (sum((tokens ** 2).sum(0) for tokens in caught) / len(examples)).sqrt().tolist()
+
+
+@pytest.mark.parametrize("scope", ["matrix", "row"])
+@pytest.mark.parametrize("criterion", ["magnitude", "cap", "wanda", "cap_wanda"])
+def test_every_criterion_under_matrix_and_row_prunes_what_loops_prune(criterion, scope):
+    calibration, model, slow = made_up_calibration(5), tiny_llama(), tiny_llama()
+    heads = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)) * 9 + 1
+    prune(model, f"{criterion}@{scope}", 0.5, heads if "cap" in criterion else None, calibration)
+    factors = region_factors(slow, heads)
+    for layer in range(3):
+        in_layer = [p for p in projections(slow) if p.layer == layer]
+        norms = {p.name: norms_by_hooks(slow, p, calibration.examples) if "wanda" in criterion else [1.0] * p.weight.shape[1] for p in in_layer}
+        for p in in_layer:
+            factor = factors[p.name].expand_as(p.weight).tolist() if "cap" in criterion else [[1.0] * p.weight.shape[1]] * len(p.weight)
+            scores = [[abs(w) * x * f for w, x, f in zip(row, norms[p.name], of_row)] for row, of_row in zip(p.weight.tolist(), factor)]
+            sets = [[(i, j) for j in range(len(row))] for i, row in enumerate(scores)]
+            if scope == "matrix": sets = [[place for row in sets for place in row]]
+            for places in sets:
+                places.sort(key=lambda place: scores[place[0]][place[1]])
+                for i, j in places[:math.floor(len(places) / 2)]: p.weight.data[i, j] = 0
+    assert torch.equal(zeros_of(model), zeros_of(slow))
+
+
+# by name, in a run and in single steps
+
+SMALL = changed(Job(), n=4, k=2, evaluate_n=2, loss_n=2, windows=0, accuracy_tasks=())
+
+
+def test_a_run_prunes_by_every_reading_from_one_table(tmp_path):
+    methods = ("cap", *(f"cap.{name}" for name in READINGS), "cap@matrix", "magnitude@matrix", "cap.literal@row", "rgs")
+    folder = run_job(changed(SMALL, methods=methods, sparsities=(0.5,)), tmp_path/"run")
+    run = load_run(folder)
+    assert len(list(folder.rglob("losses.safetensors"))) == 1 and not (folder/"attributions").exists()
+    seen = {}
+    for method in methods[:5]:
+        model, name = load_model("lab")[0], method.partition("@")[0].partition(".")[2]
+        pooled = name.startswith("pooled")
+        factors = importance_factors(causal_scores(run.losses, "pooled" if pooled else "paper"))
+        prune(model, "cap@matrix" if "@" in method else "cap", 0.5, Factors(factors, layout="literal" if "literal" in name else "heads"))
+        seen[method] = mask_fingerprint(model)
+    masks = {report.method: mask for report, mask in run.reports}
+    assert {method: masks[method] for method in seen} == seen and len(set(masks.values())) == len(methods) + 1 # and dense
+
+
+def test_single_steps_read_the_table_as_the_method_says(tmp_path):
+    score_into(SMALL, tmp_path/"S.safetensors")
+    losses = load_losses(tmp_path/"S.safetensors")
+    prune_into(SMALL, SinglePruning(method="cap.pooled", sparsity=0.5, scores=tmp_path/"S.safetensors"), tmp_path/"pruned")
+    prune(model := load_model("lab")[0], "cap", 0.5, importance_factors(causal_scores(losses, "pooled")))
+    pruned, _ = load_model(str(tmp_path/"pruned"))
+    assert torch.equal(zeros_of(pruned), zeros_of(model))
+    assert '"pooled"' in (tmp_path/"pruned"/"config.json").read_text() + "".join(path.read_text() for path in (tmp_path/"pruned").glob("*.json"))
+
+
+def test_a_part_of_a_table_is_not_pooled():
+    for change in (dict(methods=("cap.pooled",), aggregation="mean"), dict(aggregation="pooled-mean")):
+        with pytest.raises(BadInput, match="budget"):
+            check_job(changed(SMALL, budget=0.5, **change))
+    check_job(changed(SMALL, budget=0.5, aggregation="mean", methods=("cap.literal",)))
+
+
+# problems that are set aside
+
+
+@real
+def test_no_calibration_set_of_the_records_has_a_problem_that_is_set_aside():
+    """Calibration sets up to the plan of the fresh runs, which have at most 100 examples a task; later ones leave them out themselves."""
+    fresh = {problem.uid for problem in load_problems(FRESH, "evaluation", DATA)}
+    training = {problem.uid for problem in load_problems("gsm8k", "calibration", DATA)}
+    assert len(fresh) == 1000 and fresh < training and not {uid[:6] for uid in fresh} & set(CALIBRATED)
+    tables = 0
+    for path in sorted((ROOT/"figures").rglob("records.parquet")):
+        run = load_run(path.parent)
+        if "gsm8k" not in run.configuration["calibration"]["tasks"] or run.configuration["calibration"]["n"] > 100: continue
+        calibrated = set(run.losses.uid) if run.losses is not None else set()
+        answered = {record.uid for e in run.evaluations for record in (*e.answers, *e.losses)}
+        assert not fresh & (calibrated | answered), path
+        tables += bool(calibrated & training)
+    assert tables >= 3
+
+
+@real
+def test_validation_never_reaches_them_and_a_run_that_answers_them_leaves_them_out(monkeypatch):
+    fresh = {problem.uid for problem in load_problems(FRESH, "evaluation", DATA)}
+    assert not fresh & {problem.uid for problem in evaluation_problems("gsm8k", 6000, 0, DATA, split="validation")}
+    job = changed(Job(), data_dir=str(DATA), tasks=("gsm8k",), accuracy_tasks=(FRESH, "svamp"), n=200)
+    assert fresh_problems(job) == fresh and not fresh_problems(changed(job, accuracy_tasks=("gsm8k",)))
+    assert {problem.uid for problem in drawn_problems(job, FRESH, 1000, frozenset({"other"}))} == fresh
+    with pytest.raises(BadInput, match="2 problems of the calibration set are among those that gsm8k_fresh sets aside"):
+        drawn_problems(job, FRESH, 10, frozenset(sorted(fresh)[:2]) | {"other"})
+    with pytest.raises(BadInput, match="no problems for calibration"):
+        load_problems(FRESH, "calibration", DATA)
+
+
+@real
+def test_the_calibration_set_of_such_a_run_is_drawn_from_the_others():
+    from cap_nb.jobs.job import job_calibration
+    _, tokenizer = load_model("lab")
+    job = changed(Job(), data_dir=str(DATA), tasks=("gsm8k",), n=300, style="paper")
+    fresh = {problem.uid for problem in load_problems(FRESH, "evaluation", DATA)}
+    usual, apart = (job_calibration(changed(job, accuracy_tasks=tasks), tokenizer) for tasks in (("gsm8k",), (FRESH,)))
+    drawn = [{e.uid for e in calibration.examples} for calibration in (usual, apart)]
+    assert len(drawn[0] & fresh) > 10 and not drawn[1] & fresh and len(drawn[1]) == 300
