@@ -169,8 +169,8 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
 # %% ../../nbs/jobs/00_records.ipynb #225eb54a
 def hidden_options(kept: dict, asked: dict, one: dict, other: dict) -> set[str]:
     "Settings whose difference says nothing, or what another one says."
-    same_problems = kept["evaluation"]["data"] == asked["evaluation"]["data"]
-    hidden = {*GROWING, "seed" if same_problems else "calibration_seed"} # one of them is in a configuration
+    drawn = [(each["evaluation"]["data"], each["evaluation"].get("seed")) for each in (kept, asked)]
+    hidden = {*GROWING, "seed" if drawn[0] == drawn[1] else "calibration_seed"} # where one differs, so may the other
     if not differing({"model": kept["model"]}, {"model": asked["model"]}): hidden.add("name") # it was moved
     if None in (one["text"], other["text"]): hidden.add("text") # --windows is 0
     if all(each["accuracy_tasks"] == each["tasks"] for each in (one, other)): hidden.add("accuracy_tasks")
@@ -218,11 +218,15 @@ FORMAT = 3 # Of the folder; a later one that cannot read this one will say so
 PACKED = "records.parquet" # All records of a packed run
 REPORT = "report.html" # A run on one page
 
-def known_before(kept: dict, asked: dict) -> dict:
-    "A configuration without what an earlier version, which began the run, did not say of model and evaluation."
-    model, unsaid = asked["model"], {"seed"} - kept["evaluation"].keys() # its problems are told apart by their contents
-    return asked | {"model": {name: value for name, value in model.items() if name in kept["model"]},
-                    "evaluation": {name: value for name, value in asked["evaluation"].items() if name not in unsaid}}
+def known_before(kept: dict, now: dict) -> dict:
+    "What a run's record says of its model today, as far as its beginning said it."
+    return {name: value for name, value in now.items() if name in kept}
+
+def drawn_before(kept: dict, now: dict) -> dict:
+    "What a run is measured on today; without its seed if its beginning kept none and drew the same problems."
+    data = now.get("data", {})
+    if "seed" in kept or kept.get("data") != data or not (data.get("accuracy") or data.get("loss")): return now
+    return {name: value for name, value in now.items() if name != "seed"}
 
 def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     "Raise `BadInput` unless a run can go on with what is asked."
@@ -230,7 +234,8 @@ def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     if unknown := sorted(asked["model"].keys() - kept["model"].keys()):
         log.warning("%s was begun by an earlier version, which says nothing of the model's %s: it goes on without.",
                     folder, " and ".join(unknown))
-    asked = known_before(kept, asked)
+    asked = asked | {"model": known_before(kept["model"], asked["model"]),
+                     "evaluation": drawn_before(kept.get("evaluation", {}), asked.get("evaluation", {}))}
     if differing(kept, asked):
         if options := changed_options(kept, asked):
             raise BadInput(f"{folder} holds a run with other settings: {'; '.join(options)}: expected the run's "
