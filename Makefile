@@ -4,7 +4,7 @@
 #                 then make versions
 # make versions   Python 3.10 to 3.13 with the oldest and newest torch and transformers, run-time requirements alone (CELLS=3.11/oldest/newest: one of them)
 # make soak       every reader is fed 2 x FUZZ (1,000) spoilt files, runs are killed at every moment (FUZZ below 1,000: at every 17th), and every family
-#                 meets the invariants; what was done goes into figures/bad_input, but for replays, devices and records
+#                 meets the invariants; what was done goes into figures/bad_input, but for replays, devices, records and the class
 # make dist       a source distribution and a wheel in dist/, and the wheel tried in an environment of its own (asks PyPI)
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
@@ -88,7 +88,7 @@ soak: env
 	$(SOAKING) tests/test_readers.py $(COUNTED)
 	$(SOAKING) tests/faults $(COUNTED)
 	$(SOAKING) tests/test_invariants.py $(COUNTED)
-	CAP_NB_SOAK=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_replay.py tests/test_devices.py tests/test_records.py $(COUNTED)
+	CAP_NB_SOAK=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_replay.py tests/test_devices.py tests/test_records.py tests/test_teaching.py $(COUNTED)
 
 # What is published is tried as a stranger gets it: the wheel alone, and what it asks for.
 dist: env

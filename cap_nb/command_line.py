@@ -32,8 +32,8 @@ from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, comments, lacks_memory, refused_path)
 from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
 from .jobs.settings import (
-    changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OPTION_NAMES, Planning, QUICK,
-    quick_job, Shrinking, SinglePruning, SpeedSettings, with_method)
+    changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OPTION_NAMES, option_of,
+    Planning, QUICK, quick_job, Shrinking, SinglePruning, SpeedSettings, with_method)
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -154,7 +154,7 @@ class Option:
 def as_option(field: str, value: object) -> str: # --sparsity 0.5
     "A setting as it is written on the command line."
     text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else value
-    return f"--{OPTION_NAMES.get(field, field).replace('_', '-')} {text}"
+    return f"{option_of(field)} {text}"
 
 def make_option(field: str, kind: type, default: object, about: str, is_argument: bool = False) -> Option:
     "An option, or argument, from a field or parameter; a list is written with commas."
@@ -398,12 +398,14 @@ def run_text(folder: Path) -> str: # Lines
     from cap_nb.jobs.tables import table_markdown
     from cap_nb.jobs.records import load_run
     run, answers = load_run(folder), folder/"tables"/"answers.md"
+    models = [str(path) for path in sorted(folder.glob("models/[!.]*"))]
     return "\n".join([
         table_markdown(method_table(run.evaluations), run.provenance),
         *([answers.read_text(encoding="utf-8")] if answers.exists() else []),
         "Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))),
         f"Tables: {folder/'tables'}   records: {folder/'evaluations'}",
-        f"All of it on one page: {folder/'report.html'}"])
+        f"All of it on one page: {folder/'report.html'}",
+        *([f"Pruned models, for --model or transformers: {', '.join(models)}"] if models else [])])
 
 # %% ../nbs/command_line.ipynb #22d17f47
 @command(JOB, "model", "calibrate", "prune", "evaluate", quick=True, resumes=True)
@@ -416,18 +418,24 @@ def run_command(
     note: str = "", # a note for the record, such as what else was running
     config: Path | None = None, # YAML file of options; lists cross, a run for each combination
     track: str | None = None, # tensorboard, wandb, trackio or another tracker of accelerate follows the run
+    save_models: bool = False, # keep every pruned model in models in the run's folder; each takes the model's own size
 ) -> str:
     "Load, calibrate, score, prune, evaluate, tabulate: the whole job, resumable."
     whole = {"out": out, "store": store, "note": note, "track": track}
+    if config is not None and save_models:
+        raise BadInput("--save-models was given with --config: expected a single run, since a sweep's models may fill "
+                       "a disk; give it with --out and the options of the run that is wanted.")
     if config is not None: return run_config(context, job, config, whole)
     from cap_nb.jobs.job import run_job
     from cap_nb.jobs.sweeps import tracked
     folder = out or Path("runs")/short_name(job.model.name)
+    keep = None
+    if save_models: from cap_nb.single_steps import keep_model as keep
     with logged(folder) as begin, tracked(track, folder) as follow:
         def opened(configuration: dict) -> Callable | None:
             begin()
             return follow(configuration) if follow else None
-        run_job(job, folder, store, note, opened)
+        run_job(job, folder, store, note, opened, keep)
     return run_text(folder)
 
 # %% ../nbs/command_line.ipynb #6801cdd9

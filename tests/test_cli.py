@@ -152,7 +152,7 @@ def test_vllm_writes_the_answers_of_a_run(finished, tmp_path, monkeypatch):
     ours, theirs = ({e.method: e.answers for e in load_run(folder).evaluations} for folder in (finished[0], tmp_path / "run"))
     assert theirs == {method: ours[method] for method in ("dense", "magnitude")}
     assert load_run(tmp_path / "run").configuration["evaluation"]["backend"] == "vllm" == read_checked(tmp_path / "eval/evaluation.json")["backend"]
-    assert_one_sentence(cap("run", *FEW, *only, "--out", tmp_path / "run"), "evaluation.backend (vllm, now None)")
+    assert_one_sentence(cap("run", *FEW, *only, "--out", tmp_path / "run"), "--backend is transformers, the run in this folder has vllm")
 
 
 def test_a_run_within_a_budget_says_what_was_measured(tmp_path):
@@ -171,7 +171,7 @@ def test_a_run_within_a_budget_says_what_was_measured(tmp_path):
 def test_a_folder_is_one_run(finished):
     folder, _ = finished
     assert_one_sentence(cap("run", *FEW, "--score-target", "divergence", "--out", folder), "--score-target is divergence, the run in this folder has loss")
-    assert_one_sentence(cap("run", *FEW, "--seed", "1", "--out", folder), "other settings", "--seed is 1, the run in this folder has 0: expected its own")
+    assert_one_sentence(cap("run", *FEW, "--seed", "1", "--out", folder), "other settings", "--seed is 1, the run in this folder has 0: expected the run's values")
 
 
 def test_table_again(finished):

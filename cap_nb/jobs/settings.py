@@ -59,6 +59,7 @@ class EvaluateSettings:
     evaluate_n: int = 200 # problems a task whose answers are generated
     loss_n: int = 100 # problems a task for held-out loss; 0 for none
     choice_n: int = 0 # problems a task of --tasks with options, as ARC, whose options' probabilities are compared
+    shots: int = 0 # worked examples in front of each problem that is answered, drawn from the calibration split
     max_new_tokens: int | None = None # tokens an answer may take; if left out 192 for the lab's tasks, 512 for others
     text: str | None = None # text for perplexity: wikitext2 or lab-text; the model's own if left out
     windows: int = 100 # windows of the text that are read; 0 for no perplexity
@@ -133,8 +134,8 @@ def check_kinds(job: Job) -> None:
             check_argument(getattr(getattr(job, part.name), setting.name), setting.type, f"setting {setting.name}")
 
 # %% ../../nbs/jobs/01_settings.ipynb #c028
-LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choice_n": 0, "windows": 0,
-         "window_tokens": 2, "text_tokens": 2} # Smallest
+LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choice_n": 0, "shots": 0,
+         "windows": 0, "window_tokens": 2, "text_tokens": 2} # Smallest
 MOST = 10**7 # Of anything that is counted: a list of more would take the memory, and no benchmark has so many
 
 def check_counts(job: Job) -> None:
