@@ -154,7 +154,7 @@ def test_a_damaged_pack_is_not_packed_or_unpacked_into_belief(packed, tmp_path):
                 attempt()
         (packed / PACKED).write_bytes(kept)
     assert not (tmp_path / "back").exists()
-    assert {path.name for path in packed.iterdir()} == {PACKED, "report.html", "log.txt", "tables", "figures"}
+    assert {path.name for path in packed.iterdir()} == {PACKED, "report.html", "tables", "figures"}
 
 
 PACKING = ("rename .records.parquet.part", "remove run.json", "remove evaluations/cap-0.5/losses.csv", "remove reports/cap-0.5.json")
