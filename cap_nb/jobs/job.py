@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -322,12 +322,15 @@ def prepare(job: Job) -> Ready: # The job with model, calibration set and config
     return prepare_loaded(job, *load_model(job.model.name, job.model.dtype, job.model.device))
 
 # %% ../../nbs/jobs/03_job.ipynb #c045
+log = logging.getLogger(__name__)
+
 @contextmanager
 def timed(folder: Path, stage: str) -> Iterator[None]:
     "Add the block's seconds to the run's timings, if it ends well."
     start = time.perf_counter()
     yield
-    note_time(folder, stage, time.perf_counter() - start)
+    note_time(folder, stage, seconds := time.perf_counter() - start)
+    log.info("%s: %.1f seconds", stage, seconds)
 
 @contextmanager
 def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Iterator[None]:
@@ -467,7 +470,7 @@ def finish_piece(ready: Ready, folder: Path, cell: Evaluation, piece: Piece, bar
     "Measure a piece, or read it if it was finished before."
     path = piece_folder(folder, cell.method, cell.sparsity, piece.name)
     if not path.exists():
-        bar.set_description(f"{cell.method} {cell.sparsity:.0%}, {piece.kind} {piece.on}")
+        bar.set_description(f"{cell.method} {cell.sparsity:.0%}, {piece.kind} of {piece.on}")
         exclude = calibrated_on(ready.calibration)
         dense = evaluation_folder(folder, "dense", 0.0)
         answers = load_evaluation(dense).answers if piece.kind == "accuracy" and dense.exists() else ()
@@ -484,42 +487,53 @@ def finish_piece(ready: Ready, folder: Path, cell: Evaluation, piece: Piece, bar
 
 # %% ../../nbs/jobs/03_job.ipynb #c071
 Pruner = Callable[[str, float], PruneReport] # Prunes the job's model, which is dense, by a method to a sparsity
+Keep = Callable[[Ready, PruneReport, Path], None] # Saves the job's model, as it was pruned, in a new folder
 
-def prune_noted(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner) -> Evaluation:
-    "Prune for one cell, and keep the report, the time and the memory."
-    with time_and_memory_noted(folder, f"{cell_name(*cell)}/prune", ready.model.device): report = pruner(*cell)
+def report_file(folder: Path, cell: tuple[str, float]) -> Path:
+    "Where a cell's report lies."
+    return folder/"reports"/f"{cell_name(*cell)}.json"
+
+def lacks_model(folder: Path, cell: tuple[str, float], keep: Keep | None) -> bool:
+    "Whether a cell's pruned model is wanted and not there; the dense one is where it came from."
+    return keep is not None and cell[0] != "dense" and not (folder/"models"/cell_name(*cell)).exists()
+
+def prune_noted(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner, keep: Keep | None) -> Evaluation:
+    "Prune for one cell, and keep the report, the time and the memory, once, and the model if it is wanted."
+    stage, again = f"{cell_name(*cell)}/prune", report_file(folder, cell).exists()
+    with nullcontext() if again else time_and_memory_noted(folder, stage, ready.model.device): report = pruner(*cell)
     save_report(folder, report, mask_fingerprint(ready.model))
+    if lacks_model(folder, cell, keep): keep(ready, report, folder/"models"/cell_name(*cell))
     return Evaluation(*cell, report.reached)
 
 # %% ../../nbs/jobs/03_job.ipynb #c073
-def report_anew(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner,
-                dense: dict[str, torch.Tensor]) -> None:
-    "Prune again for a report that is missing; another share of zeros than was measured raises `BadInput`."
+def pruned_anew(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner, dense: dict[str, torch.Tensor],
+                keep: Keep | None) -> None:
+    "Prune again for a missing report or model; another share of zeros than was measured raises `BadInput`."
     put_back(ready.model, dense)
-    again, measured = prune_noted(ready, folder, cell, pruner), load_evaluation(evaluation_folder(folder, *cell))
+    again, measured = prune_noted(ready, folder, cell, pruner, keep), load_evaluation(evaluation_folder(folder, *cell))
     if again.reached != measured.reached:
         raise BadInput(f"Pruning {cell_name(*cell)} again gave {again.reached:.6f} zeros, not {measured.reached:.6f}: "
                        "expected the same; versions or device changed, give another folder.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c074
 def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner, dense: dict[str, torch.Tensor],
-                bar: tqdm) -> None:
+                bar: tqdm, keep: Keep | None = None) -> None:
     "Prune and measure one cell of the comparison, unless it is finished."
     pieces, path = pieces_of(ready.job), evaluation_folder(folder, *cell)
     if path.exists():
-        if not (folder/"reports"/f"{cell_name(*cell)}.json").exists(): report_anew(ready, folder, cell, pruner, dense)
+        if not report_file(folder, cell).exists() or lacks_model(folder, cell, keep):
+            pruned_anew(ready, folder, cell, pruner, dense, keep)
         bar.update(len(pieces))
-        return
-    put_back(ready.model, dense)
-    empty = prune_noted(ready, folder, cell, pruner)
-    with backend_of(ready.job, ready.model) as backend:
-        measured = [finish_piece(ready, folder, empty, piece, bar, backend) for piece in pieces]
-    save_evaluation(together(measured), path, ready.job.evaluate.backend)
+    else:
+        put_back(ready.model, dense)
+        if cell[0] != "dense": bar.set_description(f"{cell[0]} {cell[1]:.0%}, pruning")
+        empty = prune_noted(ready, folder, cell, pruner, keep)
+        with backend_of(ready.job, ready.model) as backend:
+            measured = [finish_piece(ready, folder, empty, piece, bar, backend) for piece in pieces]
+        save_evaluation(together(measured), path, ready.job.evaluate.backend)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
 # %% ../../nbs/jobs/03_job.ipynb #c076
-log = logging.getLogger(__name__)
-
 def possible_cells(ready: Ready) -> tuple[tuple[str, float], ...]:
     "The cells of a job without those whose method cannot prune so much."
     possible = []
@@ -541,12 +555,12 @@ def check_unchanged(ready: Ready, folder: Path) -> None:
                        "model to be as it was; find what changes it, remove the folder and run again.")
 
 def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]], pruner: Pruner,
-                 finished: Callable[[Evaluation], None] | None = None) -> None:
+                 finished: Callable[[Evaluation], None] | None = None, keep: Keep | None = None) -> None:
     "Prune and measure every cell that is not finished, then write tables and figures."
     dense, pieces, unfinished = copied_weights(ready.model), pieces_of(ready.job), folder/"unfinished"
     with tqdm(total=len(cells) * len(pieces), unit="piece") as bar:
         for cell in cells:
-            finish_cell(ready, folder, cell, pruner, dense, bar)
+            finish_cell(ready, folder, cell, pruner, dense, bar, keep)
             if finished: finished(load_evaluation(evaluation_folder(folder, *cell)))
     put_back(ready.model, dense)
     check_unchanged(ready, folder)
@@ -561,6 +575,7 @@ def run_job(
     store: str | Path | None = None, # Folder of tables of losses shared between runs; None: the run's folder
     note: str = "", # The user's note for the record, such as what else was running
     follow: Follow | None = None, # Follows the run's cells, as a tracker does
+    keep: Keep | None = None, # Saves each pruned model under the run's models; None keeps none
 ) -> Path: # The run's folder
     "The whole experiment (paper section 4), resumable; every mistake raises `BadInput` before work begins."
     ready, folder = prepare(job), Path(folder)
@@ -571,7 +586,8 @@ def run_job(
         factors = factors_by_method(ready, folder, store and Path(store))
         def pruner(method: str, sparsity: float) -> PruneReport:
             given = Inputs(factors=factors.get(method), calibration=ready.calibration, store=folder/"budgets",
-                           batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
+                           batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed,
+                           unfinished=piece_folder(folder, method, sparsity, "layers"))
             return prune_with(ready.model, method, sparsity, given)
-        finish_cells(ready, folder, possible_cells(ready), pruner, finished)
+        finish_cells(ready, folder, possible_cells(ready), pruner, finished, keep)
     return folder
