@@ -426,8 +426,8 @@ def export_folder(
     sizes = {name: path.stat().st_size for name, path in files.items()}
     small = {name: sum(entry.size for entry in shard.values()) for name, shard in packed.items()} # and their headers
     check_room(out, needed := sum((sizes | small).values()))
-    tell_of_little_gain(folder, sum(sizes.values()), needed)
     with resumed_folder(out, {*stored.values(), MANIFEST, CHECKSUM}) as part:
+        tell_of_little_gain(folder, sum(sizes.values()), needed)
         for name, path in tqdm(files.items(), desc=form):
             target = part/stored[name]
             sha256 = store(path, target, packed.get(name), form, beside)
