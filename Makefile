@@ -4,11 +4,11 @@
 #                 then make versions
 # make versions   Python 3.10 to 3.13 with the oldest and newest torch and transformers, run-time requirements alone (CELLS=3.11/oldest/newest: one of them)
 # make soak       every reader is fed 2 x FUZZ (1,000) spoilt files, runs are killed at every moment (FUZZ below 1,000: at every 17th), and every family
-#                 meets the invariants; what was done goes into figures/bad_input, but for replays, devices and records
+#                 meets the invariants; what was done goes into figures/bad_input, but for replays, devices, records and the class
 # make dist       a source distribution and a wheel in dist/, and the wheel tried in an environment of its own (asks PyPI)
 # make audit      known faults and licences of what is installed, by tools in a folder that is thrown away (asks PyPI)
 # make notebooks  execute every notebook in order and keep the outputs (slow and gpu cells are skipped)
-# make readme     README.md from nbs/index.ipynb; from the modules the stubs for type checkers and the list of methods
+# make readme     README.md from nbs/index.ipynb; from the modules the stubs for type checkers, the list of methods and the known names
 # make lab        JupyterLab on chapter 0
 # make slides     build/slides.html: title, equation, picture and summary of each chapter, in one file
 # make class      build/class: the chapters for students, with cells to fill and checks, without outputs and solutions (CLASS=FOLDER)
@@ -88,7 +88,7 @@ soak: env
 	$(SOAKING) tests/test_readers.py $(COUNTED)
 	$(SOAKING) tests/faults $(COUNTED)
 	$(SOAKING) tests/test_invariants.py $(COUNTED)
-	CAP_NB_SOAK=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_replay.py tests/test_devices.py tests/test_records.py $(COUNTED)
+	CAP_NB_SOAK=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" -m pytest tests/test_replay.py tests/test_devices.py tests/test_records.py tests/test_teaching.py $(COUNTED)
 
 # What is published is tried as a stranger gets it: the wheel alone, and what it asks for.
 dist: env
@@ -175,7 +175,7 @@ check-style: env
 	"$(BIN)/ruff" check --quiet --ignore E501 cap_nb # nbdev wraps __all__ as it likes; the other lines are the notebooks'
 
 check-readme: env
-	@echo "== README.md is what nbs/index.ipynb makes; stubs and the list of methods are what the modules make"
+	@echo "== README.md is what nbs/index.ipynb makes; stubs, the list of methods and the known names are what the modules make"
 	"$(BIN)/python" tools/readme.py --check
 	"$(BIN)/python" tools/stubs.py --check
 

@@ -5,7 +5,7 @@
     factors = importance_factors(causal_scores(losses))
     report = prune(model, "cap", 0.5, factors)           # in place; other methods: `cap methods`
 
-All public names are in `dir(cap_nb)`, each with its docstring; the command line is `cap`, and `cap --help` says what it does.
+`from cap_nb.all import *` brings every public name; the program is `cap`, and `cap --help` lists its commands.
 """
 
 __version__ = "0.1.0"

@@ -9,15 +9,20 @@ __all__ = []
 import functools
 import importlib.metadata
 import inspect
+import io
 import logging
+import math
 import os
+import shlex
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Annotated, get_args
 import typer
@@ -175,6 +180,74 @@ def options_of(settings: type) -> list[Option]: # One option a field
 
 JOB_OPTIONS = {part.name: options_of(part.default_factory) for part in fields(Job)} # Part of a job -> its options
 
+# %% ../nbs/command_line.ipynb #2f959f18
+class Lines:
+    "An error channel on which a bar is a line now and then, rather than drawn over itself."
+    def __init__(self, channel: io.TextIOBase, every: float = 60) -> None: # `every`: seconds from line to line
+        self.channel, self.every, self.what, self.in_bar = channel, every, "", False
+        self.last = time.monotonic() - 3600 # the first line is due
+
+    def write(self, text: str) -> int:
+        "Write text; of a bar's texts only one that is due."
+        bar = "\r" in text or "\x1b[A" in text
+        if bar or self.in_bar and not text.strip(): # tqdm also moves by empty lines
+            self.in_bar = True
+            self.write_bar(text.replace("\x1b[A", "").strip())
+            return len(text)
+        self.in_bar = False
+        return self.channel.write(text)
+
+    def write_bar(self, text: str) -> None:
+        "Write a bar's text as a line, if it is due."
+        what, waited = text.partition(":")[0], time.monotonic() - self.last
+        if not text or waited < (self.every if what == self.what else self.every / 6): return
+        self.channel.write(f"{text}\n")
+        self.last, self.what = time.monotonic(), what
+
+    def __getattr__(self, name: str) -> object: return getattr(self.channel, name)
+
+def set_loudness(quiet: bool, verbose: bool) -> None:
+    "What the error channel gets: no bars and no warnings, or more than warnings; bars as lines where no terminal is."
+    level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
+    logging.getLogger("cap_nb").setLevel(logging.INFO if verbose else logging.NOTSET)
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler: handler.setLevel(level)
+    if quiet or not sys.stderr.isatty():
+        sys.stderr = Lines(getattr(sys.stderr, "channel", sys.stderr), math.inf if quiet else 60)
+
+# %% ../nbs/command_line.ipynb #105c9cd2
+class RunLog(logging.FileHandler):
+    "A log whose file cannot be written ends the run, as another file of its does."
+    def handleError(self, record: logging.LogRecord) -> None:
+        "Raise what went wrong, which logging would print."
+        raise # within the handler's own except
+
+@contextmanager
+def logged(folder: Path) -> Iterator[Callable[[], None]]: # To be called once the folder is there
+    "Keep what the package says in log.txt of a run's folder."
+    log, waiting = logging.getLogger("cap_nb"), MemoryHandler(10**5, flushLevel=logging.CRITICAL + 1)
+    level = log.level
+    def begin() -> None:
+        file = RunLog(folder/"log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        waiting.setTarget(file)
+        waiting.flush()
+        log.removeHandler(waiting)
+        log.addHandler(file)
+    log.addHandler(waiting)
+    log.setLevel(logging.INFO)
+    try:
+        log.info("cap %s", shlex.join(sys.argv[1:]))
+        yield begin
+        log.info("finished")
+    except BaseException as error:
+        log.info("ended by %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        log.setLevel(level)
+        if waiting.target: waiting.target.close()
+        for handler in (waiting, waiting.target): log.removeHandler(handler)
+
 # %% ../nbs/command_line.ipynb #c7681de6
 class Program(TyperGroup):
     "The program's commands, with a sentence for what cannot be parsed."
@@ -228,6 +301,8 @@ def options_of_command(function: Callable) -> list[Option]: # Its own options an
     return own
 
 CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+LOUDNESS = [make_option("quiet", bool, False, "draw no bars, and show no warnings"),
+            make_option("verbose", bool, False, "tell more, such as the seconds of each stage")]
 QUICKLY = make_option("quick", bool, False, "a first look within minutes, too small for a verdict")
 
 PLUGIN = make_option("plugin", list[Path] | None, None, "your own Python file, which is executed: it adds criteria, "
@@ -242,12 +317,14 @@ def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: 
     of_settings = [option for option in options_of(settings) if option.field not in {o.field for o in of_job}
                    ] if settings else []
     def decorate(function: Callable) -> Callable:
-        groups = of_settings, of_job, options_of_command(function), [QUICKLY] * quick, [PLUGIN] * plugins
+        groups = (of_settings, of_job, options_of_command(function),
+                  [QUICKLY] * quick + LOUDNESS * bool(of_job), [PLUGIN] * plugins)
         @functools.wraps(function)
         def read_and_call(context: typer.Context, **given: object) -> None:
             from_settings, from_job, own, extra, plugin = (
                 {option.field: option.read(given[option.parameter.name]) for option in group} for group in groups)
             if of_job: own["job"] = changed(Job(), **from_job)
+            set_loudness(extra.get("quiet", False), extra.get("verbose", False))
             if extra.get("quick"): own["job"] = quickly(context, own["job"])
             if settings: own["settings"] = settings(**from_settings)
             check_ranges(own)
@@ -321,12 +398,14 @@ def run_text(folder: Path) -> str: # Lines
     from cap_nb.jobs.tables import table_markdown
     from cap_nb.jobs.records import load_run
     run, answers = load_run(folder), folder/"tables"/"answers.md"
+    models = [str(path) for path in sorted(folder.glob("models/[!.]*"))]
     return "\n".join([
         table_markdown(method_table(run.evaluations), run.provenance),
         *([answers.read_text(encoding="utf-8")] if answers.exists() else []),
         "Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))),
         f"Tables: {folder/'tables'}   records: {folder/'evaluations'}",
-        f"All of it on one page: {folder/'report.html'}"])
+        f"All of it on one page: {folder/'report.html'}",
+        *([f"Pruned models, for --model or transformers: {', '.join(models)}"] if models else [])])
 
 # %% ../nbs/command_line.ipynb #22d17f47
 @command(JOB, "model", "calibrate", "prune", "evaluate", quick=True, resumes=True)
@@ -339,14 +418,25 @@ def run_command(
     note: str = "", # a note for the record, such as what else was running
     config: Path | None = None, # YAML file of options; lists cross, a run for each combination
     track: str | None = None, # tensorboard, wandb, trackio or another tracker of accelerate follows the run
+    save_models: bool = False, # keep every pruned model in models in the run's folder; each takes the model's own size
 ) -> str:
     "Load, calibrate, score, prune, evaluate, tabulate: the whole job, resumable."
     whole = {"out": out, "store": store, "note": note, "track": track}
+    if config is not None and save_models:
+        raise BadInput("--save-models was given with --config: expected a single run, since a sweep's models may fill "
+                       "a disk; give it with --out and the options of the run that is wanted.")
     if config is not None: return run_config(context, job, config, whole)
     from cap_nb.jobs.job import run_job
     from cap_nb.jobs.sweeps import tracked
     folder = out or Path("runs")/short_name(job.model.name)
-    with tracked(track, folder) as follow: return run_text(run_job(job, folder, store, note, follow))
+    keep = None
+    if save_models: from cap_nb.single_steps import keep_model as keep
+    with logged(folder) as begin, tracked(track, folder) as follow:
+        def opened(configuration: dict) -> Callable | None:
+            begin()
+            return follow(configuration) if follow else None
+        run_job(job, folder, store, note, opened, keep)
+    return run_text(folder)
 
 # %% ../nbs/command_line.ipynb #6801cdd9
 @command(JOB, "model", "calibrate", "prune", "evaluate",

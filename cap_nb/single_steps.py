@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 import torch
 from torch import nn
 from .calibration import Calibration
@@ -26,12 +27,13 @@ from .importance import importance_factors
 from .jobs.chains import Answering, own_chains, task_counts, too_few
 from .jobs.job import (
     check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, model_configuration,
-    targets_configuration)
+    Ready, targets_configuration)
 from .jobs.records import environment, save_evaluation
 from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
-from .methods.prune import check_method, needs_of, prune_with, reading_of, solves, unit_factors
+from .methods.prune import (
+    check_method, MethodName, needs_of, prune_with, reading_of, solves, unit_factors)
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, table_scorer
 from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
@@ -42,7 +44,7 @@ from .models.loading import (
     check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
 from .portable.fine_tuning import recover_into, Recovery
 from .portable.sharing import (
-    base_record, calibration_record, made_and_noted, note_on_model, pruning_record, scores_record)
+    base_record, calibration_record, KEY, made_and_noted, note_on_model, pruning_record, scores_record)
 from .portable.shrink import check_shrinking, shrink_to, Shrunk, shrunk_record
 from .regions import Factors
 from .scoring import HeadLosses
@@ -151,6 +153,10 @@ def base_and_calibration(job: Job, loaded: tuple, calibration: Calibration | Non
     if calibration is None: return base, None
     return base, calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
 
+def is_calibrated(parts: MethodName, scores: Path | None) -> bool:
+    "Whether a method's calibration set is measured on when it prunes."
+    return "calibration" in needs_of(parts) or parts.attribution is not None and scores is None
+
 # %% ../nbs/single_steps.ipynb #3d8dc3be
 def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) -> PruneReport: # What was done
     "Load a model, prune it, save it; what takes long is kept in the working folder meanwhile."
@@ -162,8 +168,7 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
     model, tokenizer = load_checked(job)
     check_all_here(model)
     tell_of_zeros(*zeros_of(model))
-    calibrated = "calibration" in needs_of(parts) or (parts.attribution and pruning.scores is None)
-    calibration = job_calibration(job, tokenizer) if calibrated else None
+    calibration = job_calibration(job, tokenizer) if is_calibrated(parts, pruning.scores) else None
     fingerprint = model_fingerprint(model)
     factors = factors_from(pruning, fingerprint, job.prune)
     if factors is None and parts.attribution:
@@ -245,6 +250,21 @@ def hessians_into(job: Job, out: Path) -> None:
     "Measure the Hessians of a dense model's inputs; the same call goes on after a kill."
     model, tokenizer = load_checked(job)
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
+
+# %% ../nbs/single_steps.ipynb #a51a35cf
+def keep_model(ready: Ready, report: PruneReport, out: Path) -> None:
+    "Save the model of a run, pruned as the report says, with a record of how."
+    parts, config = check_method(report.method), ready.model.config
+    by_losses = "factors" in needs_of(parts) and parts.attribution is None
+    scores = out.parent.parent/"losses.safetensors" if by_losses else None
+    pruning = SinglePruning(method=report.method, sparsity=report.asked, scores=scores)
+    calibration = ready.calibration if is_calibrated(parts, scores) else None
+    loaded = ready.model, ready.tokenizer, ready.configuration["model"]["fingerprint"]
+    base, calibrated_on = base_and_calibration(ready.job, loaded, calibration)
+    with patch.object(config, KEY, getattr(config, KEY, None), create=True):
+        ready.tokenizer("") # whatever padding another call has set would be saved; this one sets none
+        note_on_model(ready.model, record_of(ready.job, pruning, report, base, calibrated_on))
+        save_model(ready.model, ready.tokenizer, out)
 
 # %% ../nbs/single_steps.ipynb #9865b8cb
 def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of the model

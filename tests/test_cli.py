@@ -1,6 +1,7 @@
 """The program `cap` from outside: exit codes, one sentence for a mistake and never a traceback, Ctrl-C, and a run that is taken up again."""
 import ast
 import json
+import pydoc
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import cap_nb.jobs.job
 import programs
 import pytest
 import torch
@@ -24,7 +26,7 @@ from cap_nb.models.lab import lab_tokenizer
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.command_line import OPTION_NAMES, app, comments
 from cap_nb.jobs.records import load_run, packed_texts
-from cap_nb.jobs.settings import Job
+from cap_nb.jobs.settings import Job, QUICK
 from cap_nb.methods.resumed_scoring import load_losses
 from conftest import ROOT
 
@@ -236,7 +238,7 @@ def test_ctrl_c_and_on(finished, tmp_path):
 
 def contents(folder: Path):
     """All files but those that name times and sessions."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "memory.json", "environment.json", "costs.md", "costs.csv", "manifest.json", "report.html")}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "memory.json", "environment.json", "costs.md", "costs.csv", "manifest.json", "report.html", "log.txt")}
 
 
 def test_no_times_in_other_files(finished):
@@ -260,6 +262,94 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "pandas", "numpy", "
 @pytest.mark.parametrize("words", [("--help",), ("run", "--help"), ("prune", "--help"), ("methods",), ("methods", "--help"), ("--version",), ("run", "--sparsity", "lots"), ("table",)], ids=" ".join)
 def test_help_and_simple_mistakes_load_nothing_heavy(words):
     """How long `cap --help` takes depends on the machine; what it imports does not."""
-    code = f"import sys\nfrom cap_nb.__main__ import main\ntry: main()\nexcept SystemExit: pass\nprint('\\nloaded', [name for name in {HEAVY} if name in sys.modules])"
-    said = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+    said = loading(*words)
     assert said.stdout.splitlines()[-1] == "loaded []", said.stdout[-300:] + said.stderr[-300:]
+
+
+def loading(*words):
+    """The program in an interpreter of its own, whose last line says which heavy libraries it has imported."""
+    code = f"import sys\nfrom cap_nb.__main__ import main\ntry: main()\nexcept SystemExit: pass\nprint('\\nloaded', [name for name in {HEAVY} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("words, part", [
+    ("run --tasks gsm8k,gsm9k", "Unknown task 'gsm9k' (did you mean gsm8k?)"), ("eval --accuracy-tasks ark", "Unknown task 'ark' (did you mean arc?)"),
+    ("run --methods cap,wander", "Unknown method 'wander' (did you mean wanda?)"), ("prune --out x --method alps^swop", "Unknown recovery"),
+    ("plan --methods cap.neuron", "Unknown attribution 'neuron' (did you mean neurons?)"), ("run --methods wanda+owls", "Unknown allocation 'owls' (did you mean owl?)"),
+    ("run --style papr", "Unknown prompt style"), ("run --text wikitext", "Unknown text"), ("score --out x --dtype float", "Unknown dtype"),
+    ("prune --out x --device tpu", "Unknown device 'tpu'"), ("run --aggregation median", "Unknown aggregation"), ("run --score-target los", "Unknown score target"),
+    ("run --backend vlm", "Unknown backend 'vlm' (did you mean vllm?)"), ("bench x --backends toch", "Unknown way to compute"),
+    ("prune --out x --ties non", "Unknown treatment of ties"), ("shrink --out x --neurons-by contribution,", "Unknown score of neurons"),
+    ("claims --variants cap~range-4", "Unknown variant"), ("gguf x --out y --dtype q8", "Unknown GGUF dtype"), ("export x --out y --format ggml", "Unknown format"),
+    ("run --n 0", "--n is 0"), ("run --k -1", "--k is -1"), ("prune --out x --sparsity 20", "outside [0, 1)"), ("shrink --out x --sparsity 1", "outside [0, 1)"),
+    ("run --budget 2", "The budget is 2"), ("run --text-share 1", "--text-share is 1"), ("recover --out x --lr nan", "lr is nan"), ("bench x --rounds 0", "rounds is 0"),
+], ids=lambda value: value if isinstance(value, str) and value[0].islower() else "")
+def test_a_typo_is_told_before_torch_is_imported(words, part):
+    said = loading(*words.split())
+    assert said.stdout.splitlines()[-1] == "loaded []" and part in said.stderr and said.stderr.count("\n") == 1, said.stdout[-300:] + said.stderr[-300:]
+
+
+def test_what_a_plugin_adds_is_no_typo(tmp_path):
+    """With one, names wait until it is loaded: its method is known, and a task that nobody knows still gets its sentence."""
+    (tmp_path / "mine.py").write_text("from cap_nb.all import add_criterion\nadd_criterion('mine', lambda known: known.weight.abs())\n")
+    said = loading("run", "--plugin", f"{tmp_path / 'mine.py'}", "--methods", "mine", "--tasks", "gsm9k")
+    assert "Unknown task 'gsm9k'" in said.stderr and "Unknown method" not in said.stderr
+
+
+def test_prune_takes_the_recommended_method(tmp_path):
+    """Without --method: a solver with a tenth of text from 50 % on, Wanda below, and both say so; text that was asked for stays."""
+    few = ["--tasks", "lab-arc", "--n", "10", "--k", "1", "--device", "cpu"]
+    for name, options, words in (("half", [], "alps with --text-share 0.1, recommended at 50 % and above."), ("fifth", ["--sparsity", "0.2"], "wanda, recommended below 50 %."),
+                                 ("own", ["--text-share", "0.2"], "alps, recommended at 50 % and above.")):
+        result = cap("prune", *few, *options, "--out", tmp_path / name)
+        assert result.exit_code == 0 and result.stdout.startswith(f"No --method was given: {words}\n"), result.output
+        record = json.loads((tmp_path / name / "config.json").read_text())["cap_nb"]
+        assert record["method"] == words.split()[0].rstrip(",") and record["calibration"].get("text_share") == {"half": 0.1, "own": 0.2}.get(name), record
+
+
+def test_a_quick_run_is_small_and_says_so(tmp_path):
+    """--quick changes what was not given; `cap plan --quick` plans the same; the end says that it is no verdict."""
+    result = cap("run", "--quick", "--n", "3", "--tasks", "lab-arc", "--methods", "magnitude", "--device", "cpu", "--out", tmp_path / "run")
+    assert result.exit_code == 0 and "too few" in result.stdout.splitlines()[-1].lower(), result.output
+    kept = read_checked(tmp_path / "run/run.json")
+    assert kept["calibration"]["n"] == 3 and kept["calibration"]["k"] == QUICK["k"] and kept["sparsities"] == list(QUICK["sparsities"])
+    assert kept["evaluation"]["loss_n"] == QUICK["loss_n"] and kept["evaluation"]["data"]["accuracy"] == {}
+    planned = cap("plan", "--quick", "--n", "3", "--tasks", "lab-arc", "--no-probe").stdout
+    assert f"3 examples of lab-arc in {QUICK['k']} subsets" in planned, planned
+
+
+def test_a_run_keeps_a_log_and_its_bar_says_what_runs(tmp_path, monkeypatch):
+    """log.txt is no record: the manifest does not name it, and packing leaves it; the bar names the cell and the stage."""
+    shown = []
+    monkeypatch.setattr(cap_nb.jobs.job.tqdm, "set_description", lambda self, text: shown.append(text))
+    words = [*FEW, "--tasks", "lab-arc", "--methods", "magnitude", "--sparsity", "0.5", "--accuracy-tasks", "none", "--out", tmp_path / "run"]
+    assert cap("run", *words, "--quiet").exit_code == 0
+    assert shown == ["dense 0%, loss of lab-arc", "dense 0%, perplexity of lab-text", "magnitude 50%, pruning", "magnitude 50%, loss of lab-arc",
+                     "magnitude 50%, perplexity of lab-text"]
+    log = (tmp_path / "run/log.txt").read_text()
+    assert re.search(r"^\d{4}-\d\d-\d\d [\d:,]+ magnitude-0.5/prune: [\d.]+ seconds$", log, re.MULTILINE) and log.endswith("finished\n"), log
+    assert "log.txt" not in (tmp_path / "run/manifest.json").read_text()
+    assert cap("run", *words[:-1], tmp_path / "run", "--sparsity", "0.6").exit_code == 0 and (tmp_path / "run/log.txt").read_text().startswith(log)
+    assert "left where it is" not in cap("pack", tmp_path / "run").output
+
+
+def test_where_no_terminal_is_bars_are_lines(tmp_path):
+    """Nothing is drawn over itself; --quiet says nothing, and --verbose how long each stage took."""
+    words = ["run", *FEW, "--tasks", "lab-arc", "--methods", "cap,magnitude", "--sparsity", "0.5", "--accuracy-tasks", "none"]
+    said = {option: programs.finished(programs.cap(*words, *filter(None, [option]), "--out", tmp_path / f"run{option}")) for option in ("", "--quiet", "--verbose")}
+    assert all(process.returncode == 0 and "\r" not in process.stderr and "\x1b" not in process.stderr for process in said.values()), said[""].stderr
+    assert said["--quiet"].stderr == "" and said["--quiet"].stdout.startswith("| Method |")
+    assert "magnitude-0.5/prune: " in said["--verbose"].stderr and "magnitude-0.5/prune: " not in said[""].stderr
+
+
+def test_one_run_is_compared_with_wanda():
+    result = cap("compare", ROOT / "figures/lab", "--sparsity", "0.5")
+    assert result.exit_code == 0 and result.stdout.startswith("One run: its methods are held against Wanda; --against names another.\n"), result.output
+    assert {line.split(" | ")[0].strip("| ") for line in result.stdout.splitlines() if "| Wanda | 50 % |" in line} == {"CAP", "Magnitude"}
+
+
+def test_help_says_what_parameters_are():
+    """What stands behind a parameter in the source stands in `help`, and no function's address does."""
+    said = pydoc.render_doc(cap_nb.score_heads, renderer=pydoc.plaintext)
+    assert "heads_at_once: Heads of a layer in one pass" in said and "lambda" not in said and " at 0x" not in said, said
+    assert cap_nb.__doc__.startswith("Causal Attribution Pruning")

@@ -1,6 +1,9 @@
 """Evaluation against independent arithmetic: the score equation solved by bisection, decoding and perplexity on every supported family."""
 import math
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,11 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Conf
 
 from cap_nb.analysis import compare, method_table
 from cap_nb.data.problems import BENCHMARK_NAMES, load_problems, task_family
-from cap_nb.data.prompts import encode_problem, strict_answer, target_text
+from cap_nb.data.prompts import encode_problem, prompt_text, strict_answer, target_text
 from cap_nb.evaluation import (
     evaluation_problems, extract_answer,
     normal_answer, perplexity, prompt_tokens, strict_pattern, window_losses)
-from cap_nb.jobs.job import run_job
+from cap_nb.core.files import sha256_of_text
+from cap_nb.jobs import job
+from cap_nb.jobs.job import evaluate, evaluation_data, filled_in, run_job, shown_examples
 from cap_nb.jobs.records import load_run, pack_run, read_run, unpack_run
 from cap_nb.jobs.results import repeat_run, results_frame
 from cap_nb.jobs.settings import Job, changed
@@ -222,9 +227,9 @@ def test_options_share_the_prompt_in_every_family(name):
 
 def test_a_run_weighs_options_and_keeps_what_it_weighed(tmp_path):
     """A piece of its own; in tables, comparisons, packed and live; a run without it has neither file, column nor setting."""
-    job = changed(Job(), tasks=("lab-arc", "lab-gsm8k"), n=2, k=1, accuracy_tasks=(), loss_n=2, windows=0, methods=("magnitude",), sparsities=(0.5,), device="cpu")
-    run_job(job, tmp_path / "without")
-    run_job(changed(job, choice_n=25), tmp_path / "with")
+    asked = changed(Job(), tasks=("lab-arc", "lab-gsm8k"), n=2, k=1, accuracy_tasks=(), loss_n=2, windows=0, methods=("magnitude",), sparsities=(0.5,), device="cpu")
+    run_job(asked, tmp_path / "without")
+    run_job(changed(asked, choice_n=25), tmp_path / "with")
     run = load_run(tmp_path / "with")
     assert [len(e.choices) for e in run.evaluations] == [25, 25] and {c.task for e in run.evaluations for c in e.choices} == {"lab-arc"}
     table = method_table(run.evaluations)
@@ -251,3 +256,62 @@ def test_options_that_nobody_has_are_refused(tmp_path):
     with pytest.raises(BadInput, match="none of lab-gsm8k has options"):
         run_job(changed(Job(), tasks=("lab-gsm8k",), n=2, k=1, choice_n=3, device="cpu"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cap_nb.jobs import job
+from cap_nb.jobs.settings import Job, changed
+job.PART, answer, calls = 4, job.answer_problems, []
+def killed(*given, **named):
+    calls.append(1)
+    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)
+    return answer(*given, **named)
+job.answer_problems = killed
+job.run_job(changed(Job(), **%r), Path(sys.argv[1]))
+"""
+
+
+def test_a_run_that_was_killed_within_a_task_goes_on_behind_its_last_part(tmp_path, monkeypatch):
+    """Parts of four of eleven answers; the third part of the dense model is killed. The others are read, and the bytes are those of a run that nobody killed."""
+    settings = dict(tasks=("lab-arc",), n=2, k=1, evaluate_n=11, loss_n=0, windows=0, methods=("magnitude",), sparsities=(0.5,), device="cpu", shots=1)
+    done = subprocess.run([sys.executable, "-c", KILLED % settings, str(tmp_path / "killed")], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = sorted(p.name for p in (tmp_path / "killed" / "unfinished" / "dense-0.0").iterdir() if p.is_dir())
+    assert left == ["accuracy-lab-arc.000", "accuracy-lab-arc.001"]
+    calls, answer = [], job.answer_problems
+    monkeypatch.setattr(job, "PART", 4)
+    monkeypatch.setattr(job, "answer_problems", lambda model, tokenizer, problems, *rest, **named: calls.append(len(problems)) or answer(model, tokenizer, problems, *rest, **named))
+    run_job(changed(Job(), **settings), tmp_path / "killed")
+    assert calls == [3, 4, 4, 3] and not (tmp_path / "killed" / "unfinished").exists()
+    run_job(changed(Job(), **settings), tmp_path / "whole")
+    files = [path for path in sorted((tmp_path / "whole" / "evaluations").rglob("*")) if path.is_file()]
+    assert len(files) == 6
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def test_worked_examples_are_recorded_and_read():
+    """Of the calibration split, never a problem that is answered; SVAMP's are GSM8K's; MATH-500 has none."""
+    tokenizer = lab_tokenizer()
+    asked = filled_in(changed(Job(), tasks=("lab-gsm8k",), n=2, k=1, evaluate_n=3, loss_n=0, windows=0, shots=2), tokenizer)
+    problems = evaluation_problems("lab-gsm8k", 3)
+    shots = shown_examples(asked, "lab-gsm8k", problems)
+    assert len(shots) == 2 and {p.uid for p in shots} <= {p.uid for p in load_problems("lab-gsm8k", "calibration")} - {p.uid for p in problems}
+    assert set(evaluation_data(asked, frozenset())) - set(evaluation_data(changed(asked, shots=0), frozenset())) == {"shots"}
+    assert shown_examples(changed(asked, shots=0), "lab-gsm8k", problems) == ()
+    with pytest.raises(BadInput, match="math500 has no calibration problems"):
+        shown_examples(asked, "math500", ())
+    if DATA.is_dir():
+        assert {p.task for p in shown_examples(changed(asked, data_dir=str(DATA)), "svamp", ())} == {"gsm8k"}
+
+
+def test_worked_examples_are_in_the_prompt(monkeypatch):
+    model, tokenizer = lab_model(dtype=torch.float32, device="cpu")
+    seen, answer = [], job.answer_problems
+    monkeypatch.setattr(job, "answer_problems", lambda *given, **named: seen.append(given[5]) or answer(*given, **named))
+    evaluation = evaluate(model, tokenizer, changed(Job(), tasks=("lab-arc",), evaluate_n=2, loss_n=0, windows=0, shots=1), "lab")
+    (shots,) = seen
+    problem = evaluation_problems("lab-arc", 2)[0]
+    assert evaluation.answers[0].prompt_sha256 == sha256_of_text(prompt_text(tokenizer, problem, "lab", shots)) and len(shots) == 1

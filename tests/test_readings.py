@@ -17,7 +17,7 @@ from cap_nb.evaluation import evaluation_problems
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.job import check_job, drawn_problems, fresh_problems, run_job
 from cap_nb.jobs.records import load_run, mask_fingerprint
-from cap_nb.jobs.settings import Job, SinglePruning, changed
+from cap_nb.jobs.settings import Job, SinglePruning, changed, check_names
 from cap_nb.methods.prune import READINGS, prune
 from cap_nb.methods.resumed_scoring import load_losses, save_losses, score_heads
 from cap_nb.methods.streaming import prune_checkpoint
@@ -197,6 +197,11 @@ def test_single_steps_read_the_table_as_the_method_says(tmp_path):
     pruned, _ = load_model(str(tmp_path/"pruned"))
     assert torch.equal(zeros_of(pruned), zeros_of(model))
     assert '"pooled"' in (tmp_path/"pruned"/"config.json").read_text() + "".join(path.read_text() for path in (tmp_path/"pruned").glob("*.json"))
+
+
+def test_every_name_passes_the_check_before_torch_is_imported():
+    check_names({"methods": tuple(f"cap.{name}@matrix" for name in READINGS), "aggregation": "pooled-paired"})
+    for how in AGGREGATIONS: check_names({"aggregation": how})
 
 
 def test_a_part_of_a_table_is_not_pooled():

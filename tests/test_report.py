@@ -8,8 +8,9 @@ from html import escape, unescape
 import pytest
 
 from cap_nb.analysis import method_table
+from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, sha256_of_file
-from cap_nb.jobs.records import REPORT, load_run, pack_run, packed_texts, unpack_run
+from cap_nb.jobs.records import REPORT, check_continues, load_run, pack_run, packed_texts, unpack_run
 from cap_nb.jobs.job import prepare
 from cap_nb.jobs.report import command_of, figures_of, report_html, write_results
 from cap_nb.jobs.settings import Job, changed
@@ -72,6 +73,19 @@ def test_the_command_has_the_seed_and_a_word_for_each_folder(run):
     elsewhere = run.configuration | {"calibration": run.configuration["calibration"] | {"tasks": ["gsm8k"]}, "plugins": {"mine": "f" * 64}}
     html = text_of(report_html(replace(run, configuration=elsewhere), {}))
     assert "--data-dir DATA" in html and "--plugin FILE" in html and "RUN: this run's folder; DATA: the folder of benchmark files" in html
+
+
+def test_a_run_that_kept_no_seed_goes_on_where_it_drew_the_same_problems(run, tmp_path):
+    """Its problems say which seed it was; without problems another seed is refused by its option."""
+    kept, data = run.configuration, run.configuration["evaluation"]["data"]
+    asked = kept | {"evaluation": kept["evaluation"] | {"seed": 3}}
+    check_continues(tmp_path, kept, asked)
+    of_text = {"accuracy": {}, "loss": {}, "text": data["text"]}
+    for problems in (of_text, data | {"loss": dict.fromkeys(data["loss"], "0" * 64)}):
+        other = asked | {"evaluation": asked["evaluation"] | {"data": problems}}
+        before = kept | {"evaluation": kept["evaluation"] | {"data": of_text if problems is of_text else data}}
+        with pytest.raises(BadInput, match="--seed is 3, the run in this folder has 0"):
+            check_continues(tmp_path, before, other)
 
 
 def test_the_page_says_when_nothing_could_be_decided(run):

@@ -1,10 +1,12 @@
 """What a stop leaves is said truly by every command, and a solver that was stopped goes on at the layer it was at."""
+import inspect
 import os
 import signal
 
 import pytest
 
 import cap_nb.single_steps as steps
+from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import alone_in, resumed_folder
 from cap_nb.core.stopping import NOTHING_KEPT, STOPPED
@@ -29,6 +31,25 @@ def test_a_stop_says_what_it_leaves(words, sentence, monkeypatch, tmp_path):
     stopped = called(*words.split())
     assert (stopped.exit_code, stopped.stderr) == (143, f"cap: {sentence}\n"), stopped.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form, sentence", [("bitmask", STOPPED), ("gguf", NOTHING_KEPT)])
+def test_an_export_says_what_its_format_keeps(form, sentence, monkeypatch, tmp_path):
+    for name in ("format.export_folder", "quantised.export_gguf"):
+        monkeypatch.setattr(f"cap_nb.portable.{name}", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert called("export", tmp_path, "--out", tmp_path / "new", "--format", form).stderr == f"cap: {sentence}\n"
+
+
+def test_on_disk_nothing_is_kept():
+    assert steps.sentence_of_stop(SinglePruning(method="alps", stream=True)) == NOTHING_KEPT
+
+
+def test_what_resumes_says_so():
+    """A command that is called resumable in its help says on a stop that it goes on; of an export its format says it."""
+    commands = {each.callback.__name__.removesuffix("_command"): each.callback for each in app.registered_commands}
+    resumes = {name for name, each in commands.items() if inspect.getclosurevars(each).nonlocals["resumes"]}
+    called_so = {name for name, each in commands.items() if "resumable" in each.__doc__}
+    assert called_so - {"export"} <= resumes and not resumes & {"eval", "prune", "shrink", "bench", "gguf", "fetch", "plan", "compare", "export"}
 
 
 def pruned(out, method, act=None):

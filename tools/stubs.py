@@ -20,7 +20,7 @@ def names() -> dict[str, list[str]]:
     from cap_nb.data.prompts import PROMPT_STYLES
     from cap_nb.experiments.variants import VARIANTS
     from cap_nb.methods.neurons import UNIT_AWARE
-    from cap_nb.methods.prune import OTHERS
+    from cap_nb.methods.prune import OTHERS, READINGS
     from cap_nb.methods.resumed_scoring import TARGETS
     from cap_nb.methods.selection import TIES
     from cap_nb.models.decoding import WRITERS
@@ -34,7 +34,7 @@ def names() -> dict[str, list[str]]:
     lists = {
         "task": TASKS, "prompt style": PROMPT_STYLES, "text": TEXTS, "dtype": (*DTYPES, "fastest"), "GGUF dtype": GGUF_TYPES,
         "aggregation": AGGREGATIONS, "score target": TARGETS, "backend": WRITERS, "way to compute": BACKENDS, "key-value sharing": SHARING,
-        "treatment of ties": TIES, "score of neurons": NEURON_SCORES, "method": (*CRITERIA, *OTHERS), "attribution": (*ATTRIBUTIONS, *UNIT_AWARE),
+        "treatment of ties": TIES, "score of neurons": NEURON_SCORES, "method": (*CRITERIA, *OTHERS), "attribution": (*ATTRIBUTIONS, *UNIT_AWARE, *READINGS),
         "allocation": ALLOCATIONS, "recovery": RECOVERIES, "variant": VARIANTS, "format": sorted(FORMATS)}
     return {what: list(each) for what, each in lists.items()}
 

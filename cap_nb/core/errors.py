@@ -20,14 +20,14 @@ import difflib
 import re
 from collections.abc import Hashable, Iterable
 
-def check_choice(value: str, choices: Iterable[str], what: str) -> str:
+def check_choice(value: str, choices: Iterable[str], what: str, also: str = "") -> str: # `also`: ends the list
     "Return `value` if it is one of `choices`; otherwise raise `BadInput` with a sentence that lists them."
     names = tuple(choices)
     if isinstance(value, Hashable) and value in set(names): return value # an array answers `in` with an array
     known = {name.casefold(): name for name in names} if isinstance(value, str) else {}
     close = [known[name] for name in difflib.get_close_matches(str(value).casefold(), known, 1)]
     meant = f" (did you mean {close[0]}?)" if close else ""
-    raise BadInput(f"Unknown {what} {value!r}{meant}: expected one of {', '.join(names)}; check the spelling.")
+    raise BadInput(f"Unknown {what} {value!r}{meant}: expected one of {', '.join(names)}{also}; check the spelling.")
 
 def check_device(name: str) -> str:
     "Return the name of a device if it has the form of one; whether it is there, only torch can tell."

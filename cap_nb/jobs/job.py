@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,9 +22,11 @@ from ..calibration import Calibration, calibration_set, default_style, default_t
 from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from ..core.files import alone_in, memory_taken, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
-from ..data.problems import FRESH, load_problems, load_text, normal_text, Problem, TASKS, TEXTS
+from ..data.problems import (
+    FRESH, load_problems, load_text, normal_text, Problem, task_family, TASKS, TEXTS)
 from ..data.prompts import check_comparable, prompt_style
-from ..evaluation import answer_problems, Evaluation, evaluation_problems, perplexity, problem_losses
+from ..evaluation import (
+    answer_problems, AnswerRecord, Evaluation, evaluation_problems, perplexity, problem_losses)
 from ..importance import importance_factors
 from .chains import chain_calibration, Chains, mixed_calibration, read_chains, style_origin, text_calibration
 from .records import (
@@ -167,16 +169,31 @@ def drawn_problems(job: Job, task: str, n: int, exclude: frozenset[str]) -> tupl
                        "judge on: expected none; calibrate on others, as 'cap run' with that task draws them.")
     return evaluation_problems(task, n, job.calibrate.seed, job.calibrate.data_dir, exclude, job.evaluate.evaluate_on)
 
+def shown_examples(job: Job, task: str, problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    "Worked examples for a task, from its calibration split or its benchmark's; a task that has none raises `BadInput`."
+    data, shots = job.calibrate, job.evaluate.shots
+    if not shots: return ()
+    source = task if "calibration" in TASKS[task].files else task_family(task)
+    if "calibration" in TASKS[source].files:
+        judged_on = fresh_problems(job).union(p.uid for p in problems)
+        return evaluation_problems(source, shots, data.seed, data.data_dir, judged_on, "validation")
+    raise BadInput(f"{task} has no calibration problems: expected some to show as worked examples; leave --shots out, "
+                   "or answer other tasks.")
+
 def evaluation_data(job: Job, exclude: frozenset[str]) -> dict:
     "Fingerprints of all that a run is evaluated on; too large a number raises `BadInput`."
     data, evaluation = job.calibrate, job.evaluate
     def drawn(tasks: Sequence[str], n: int) -> dict[str, str]:
         return {task: problems_fingerprint(drawn_problems(job, task, n, exclude)) for task in tasks}
+    def shown(task: str) -> str:
+        asked = drawn_problems(job, task, evaluation.evaluate_n, exclude)
+        return problems_fingerprint(shown_examples(job, task, asked))
     texts = [load_text(evaluation.text, data.data_dir, evaluation.evaluate_on)] if evaluation.windows else []
     choices = {"choice": drawn(choice_tasks(job), evaluation.choice_n)} if evaluation.choice_n else {}
+    shots = {"shots": {task: shown(task) for task in evaluation.accuracy_tasks}} if evaluation.shots else {}
     return {"accuracy": drawn(evaluation.accuracy_tasks, evaluation.evaluate_n),
             "loss": drawn(data.tasks, evaluation.loss_n) if evaluation.loss_n else {},
-            "text": {evaluation.text: text.fingerprint for text in texts}} | choices # none, as in older runs
+            "text": {evaluation.text: text.fingerprint for text in texts}} | choices | shots # as in older runs
 
 # %% ../../nbs/jobs/03_job.ipynb #c020
 def calibrated_on(calibration: Calibration) -> frozenset[str]: # Content hashes of its problems
@@ -213,7 +230,7 @@ def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What
     counts = {name: getattr(job.evaluate, name) for name in ("evaluate_n", "loss_n", "windows", "window_tokens")}
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
-    if job.evaluate.choice_n: unusual["choice_n"] = job.evaluate.choice_n
+    unusual |= {name: n for name in ("choice_n", "shots") if (n := getattr(job.evaluate, name))}
     if job.evaluate.backend != "transformers": unusual["backend"] = job.evaluate.backend
     if job.calibrate.seed: unusual["seed"] = job.calibrate.seed
     return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
@@ -305,12 +322,15 @@ def prepare(job: Job) -> Ready: # The job with model, calibration set and config
     return prepare_loaded(job, *load_model(job.model.name, job.model.dtype, job.model.device))
 
 # %% ../../nbs/jobs/03_job.ipynb #c045
+log = logging.getLogger(__name__)
+
 @contextmanager
 def timed(folder: Path, stage: str) -> Iterator[None]:
     "Add the block's seconds to the run's timings, if it ends well."
     start = time.perf_counter()
     yield
-    note_time(folder, stage, time.perf_counter() - start)
+    note_time(folder, stage, seconds := time.perf_counter() - start)
+    log.info("%s: %.1f seconds", stage, seconds)
 
 @contextmanager
 def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Iterator[None]:
@@ -403,16 +423,29 @@ def backend_of(job: Job, model: nn.Module) -> Iterator[object]: # For `Decoding`
         with held_by_vllm(model) as held: yield held
 
 # %% ../../nbs/jobs/03_job.ipynb #82679b37
+Keep = Callable[[int, Callable[[], tuple[AnswerRecord, ...]]], tuple[AnswerRecord, ...]] # Number of a part, its maker
+PART = 128 # Problems that are answered before their answers are kept
+
+def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: Keep) -> tuple:
+    "The answers to problems, part after part, whoever keeps them; the company in which one is answered is the same."
+    parts = [problems[start:start + PART] for start in range(0, len(problems), PART)]
+    if len(parts) == 1: return answer(problems)
+    return tuple(one for number, part in enumerate(parts) for one in keep(number, lambda part=part: answer(part)))
+
 def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, exclude: frozenset[str],
-                  backend: object = "transformers", lengths: Mapping[str, int] = MappingProxyType({})) -> dict:
+                  backend: object = "transformers", lengths: Mapping[str, int] = MappingProxyType({}),
+                  keep: Keep = lambda number, make: make()) -> dict:
     "Measure one piece."
     data, evaluation, batch_tokens = job.calibrate, job.evaluate, job.model.batch_tokens
     if piece.kind == "accuracy":
         problems = drawn_problems(job, piece.on, evaluation.evaluate_n, exclude)
-        expected = tuple(lengths.get(problem.uid, 0) for problem in problems) if lengths else ()
-        decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected, backend=backend)
-        return {"answers": answer_problems(model, tokenizer, problems, data.style, evaluation.max_new_tokens,
-                                           decoding=decoding)}
+        shots = shown_examples(job, piece.on, problems)
+        def answer(part: Sequence[Problem]) -> tuple[AnswerRecord, ...]:
+            expected = tuple(lengths.get(problem.uid, 0) for problem in part) if lengths else ()
+            decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected, backend=backend)
+            return answer_problems(model, tokenizer, part, data.style, evaluation.max_new_tokens, shots,
+                                   decoding=decoding)
+        return {"answers": in_parts(problems, answer, keep)}
     if piece.kind == "loss":
         problems = drawn_problems(job, piece.on, evaluation.loss_n, exclude)
         return {"losses": problem_losses(model, tokenizer, problems, data.style, batch_tokens)}
@@ -437,55 +470,70 @@ def finish_piece(ready: Ready, folder: Path, cell: Evaluation, piece: Piece, bar
     "Measure a piece, or read it if it was finished before."
     path = piece_folder(folder, cell.method, cell.sparsity, piece.name)
     if not path.exists():
-        bar.set_description(f"{cell.method} {cell.sparsity:.0%}, {piece.kind} {piece.on}")
+        bar.set_description(f"{cell.method} {cell.sparsity:.0%}, {piece.kind} of {piece.on}")
         exclude = calibrated_on(ready.calibration)
         dense = evaluation_folder(folder, "dense", 0.0)
         answers = load_evaluation(dense).answers if piece.kind == "accuracy" and dense.exists() else ()
         lengths = {answer.uid: answer.tokens for answer in answers if answer.task == piece.on}
+        def keep(number: int, make: Callable[[], tuple[AnswerRecord, ...]]) -> tuple[AnswerRecord, ...]:
+            part = path.with_name(f"{piece.name}.{number:03d}") # a piece of its own, which goes with the cell's
+            if not part.exists(): save_evaluation(replace(cell, answers=make()), part)
+            return load_evaluation(part).answers
         with timed(folder, f"{cell_name(cell.method, cell.sparsity)}/{piece.name}"):
-            records = measure_piece(ready.model, ready.tokenizer, ready.job, piece, exclude, backend, lengths)
+            records = measure_piece(ready.model, ready.tokenizer, ready.job, piece, exclude, backend, lengths, keep)
         save_evaluation(replace(cell, **records), path)
     bar.update()
     return load_evaluation(path)
 
 # %% ../../nbs/jobs/03_job.ipynb #c071
 Pruner = Callable[[str, float], PruneReport] # Prunes the job's model, which is dense, by a method to a sparsity
+Keep = Callable[[Ready, PruneReport, Path], None] # Saves the job's model, as it was pruned, in a new folder
 
-def prune_noted(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner) -> Evaluation:
-    "Prune for one cell, and keep the report, the time and the memory."
-    with time_and_memory_noted(folder, f"{cell_name(*cell)}/prune", ready.model.device): report = pruner(*cell)
+def report_file(folder: Path, cell: tuple[str, float]) -> Path:
+    "Where a cell's report lies."
+    return folder/"reports"/f"{cell_name(*cell)}.json"
+
+def lacks_model(folder: Path, cell: tuple[str, float], keep: Keep | None) -> bool:
+    "Whether a cell's pruned model is wanted and not there; the dense one is where it came from."
+    return keep is not None and cell[0] != "dense" and not (folder/"models"/cell_name(*cell)).exists()
+
+def prune_noted(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner, keep: Keep | None) -> Evaluation:
+    "Prune for one cell, and keep the report, the time and the memory, once, and the model if it is wanted."
+    stage, again = f"{cell_name(*cell)}/prune", report_file(folder, cell).exists()
+    with nullcontext() if again else time_and_memory_noted(folder, stage, ready.model.device): report = pruner(*cell)
     save_report(folder, report, mask_fingerprint(ready.model))
+    if lacks_model(folder, cell, keep): keep(ready, report, folder/"models"/cell_name(*cell))
     return Evaluation(*cell, report.reached)
 
 # %% ../../nbs/jobs/03_job.ipynb #c073
-def report_anew(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner,
-                dense: dict[str, torch.Tensor]) -> None:
-    "Prune again for a report that is missing; another share of zeros than was measured raises `BadInput`."
+def pruned_anew(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner, dense: dict[str, torch.Tensor],
+                keep: Keep | None) -> None:
+    "Prune again for a missing report or model; another share of zeros than was measured raises `BadInput`."
     put_back(ready.model, dense)
-    again, measured = prune_noted(ready, folder, cell, pruner), load_evaluation(evaluation_folder(folder, *cell))
+    again, measured = prune_noted(ready, folder, cell, pruner, keep), load_evaluation(evaluation_folder(folder, *cell))
     if again.reached != measured.reached:
         raise BadInput(f"Pruning {cell_name(*cell)} again gave {again.reached:.6f} zeros, not {measured.reached:.6f}: "
                        "expected the same; versions or device changed, give another folder.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c074
 def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner, dense: dict[str, torch.Tensor],
-                bar: tqdm) -> None:
+                bar: tqdm, keep: Keep | None = None) -> None:
     "Prune and measure one cell of the comparison, unless it is finished."
     pieces, path = pieces_of(ready.job), evaluation_folder(folder, *cell)
     if path.exists():
-        if not (folder/"reports"/f"{cell_name(*cell)}.json").exists(): report_anew(ready, folder, cell, pruner, dense)
+        if not report_file(folder, cell).exists() or lacks_model(folder, cell, keep):
+            pruned_anew(ready, folder, cell, pruner, dense, keep)
         bar.update(len(pieces))
-        return
-    put_back(ready.model, dense)
-    empty = prune_noted(ready, folder, cell, pruner)
-    with backend_of(ready.job, ready.model) as backend:
-        measured = [finish_piece(ready, folder, empty, piece, bar, backend) for piece in pieces]
-    save_evaluation(together(measured), path, ready.job.evaluate.backend)
+    else:
+        put_back(ready.model, dense)
+        if cell[0] != "dense": bar.set_description(f"{cell[0]} {cell[1]:.0%}, pruning")
+        empty = prune_noted(ready, folder, cell, pruner, keep)
+        with backend_of(ready.job, ready.model) as backend:
+            measured = [finish_piece(ready, folder, empty, piece, bar, backend) for piece in pieces]
+        save_evaluation(together(measured), path, ready.job.evaluate.backend)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
 
 # %% ../../nbs/jobs/03_job.ipynb #c076
-log = logging.getLogger(__name__)
-
 def possible_cells(ready: Ready) -> tuple[tuple[str, float], ...]:
     "The cells of a job without those whose method cannot prune so much."
     possible = []
@@ -507,12 +555,12 @@ def check_unchanged(ready: Ready, folder: Path) -> None:
                        "model to be as it was; find what changes it, remove the folder and run again.")
 
 def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]], pruner: Pruner,
-                 finished: Callable[[Evaluation], None] | None = None) -> None:
+                 finished: Callable[[Evaluation], None] | None = None, keep: Keep | None = None) -> None:
     "Prune and measure every cell that is not finished, then write tables and figures."
     dense, pieces, unfinished = copied_weights(ready.model), pieces_of(ready.job), folder/"unfinished"
     with tqdm(total=len(cells) * len(pieces), unit="piece") as bar:
         for cell in cells:
-            finish_cell(ready, folder, cell, pruner, dense, bar)
+            finish_cell(ready, folder, cell, pruner, dense, bar, keep)
             if finished: finished(load_evaluation(evaluation_folder(folder, *cell)))
     put_back(ready.model, dense)
     check_unchanged(ready, folder)
@@ -527,6 +575,7 @@ def run_job(
     store: str | Path | None = None, # Folder of tables of losses shared between runs; None: the run's folder
     note: str = "", # The user's note for the record, such as what else was running
     follow: Follow | None = None, # Follows the run's cells, as a tracker does
+    keep: Keep | None = None, # Saves each pruned model under the run's models; None keeps none
 ) -> Path: # The run's folder
     "The whole experiment (paper section 4), resumable; every mistake raises `BadInput` before work begins."
     ready, folder = prepare(job), Path(folder)
@@ -537,7 +586,8 @@ def run_job(
         factors = factors_by_method(ready, folder, store and Path(store))
         def pruner(method: str, sparsity: float) -> PruneReport:
             given = Inputs(factors=factors.get(method), calibration=ready.calibration, store=folder/"budgets",
-                           batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed)
+                           batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed,
+                           unfinished=piece_folder(folder, method, sparsity, "layers"))
             return prune_with(ready.model, method, sparsity, given)
-        finish_cells(ready, folder, possible_cells(ready), pruner, finished)
+        finish_cells(ready, folder, possible_cells(ready), pruner, finished, keep)
     return folder

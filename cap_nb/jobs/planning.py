@@ -257,6 +257,7 @@ def answers_to(job: Job, tasks: Sequence[str], lengths: Sequence[ExampleLength],
         usual = ASSUMED_TOKENS[task_family(task)]
         mine = [length for length in lengths if length.task == task] or [ExampleLength(task, *usual)]
         width, limit = max(length.prompt for length in mine), job.evaluate.max_new_tokens or token_limit(task)
+        width += job.evaluate.shots * sum(usual) # worked examples in front
         solution = math.ceil(sum(length.target for length in mine) / len(mine))
         steps = min(limit, max(solution, math.ceil(limit / 4))) if short else limit
         rows = max(1, min(count, 2 * job.model.batch_tokens // (width + steps)))

@@ -161,7 +161,7 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
         methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
         aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
         budget=configuration.get("budget"), backend=done.get("backend", "transformers"),
-        choice_n=done.get("choice_n", 0),
+        choice_n=done.get("choice_n", 0), shots=done.get("shots", 0),
         accuracy_tasks=tuple(answered), max_new_tokens=None if own_limits else next(iter(limits.values())),
         text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
         **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})
@@ -169,8 +169,8 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
 # %% ../../nbs/jobs/00_records.ipynb #225eb54a
 def hidden_options(kept: dict, asked: dict, one: dict, other: dict) -> set[str]:
     "Settings whose difference says nothing, or what another one says."
-    same_problems = kept["evaluation"]["data"] == asked["evaluation"]["data"]
-    hidden = {*GROWING, "seed" if same_problems else "calibration_seed"} # one of them is in a configuration
+    drawn = [(each["evaluation"]["data"], each["evaluation"].get("seed")) for each in (kept, asked)]
+    hidden = {*GROWING, "seed" if drawn[0] == drawn[1] else "calibration_seed"} # where one differs, so may the other
     if not differing({"model": kept["model"]}, {"model": asked["model"]}): hidden.add("name") # it was moved
     if None in (one["text"], other["text"]): hidden.add("text") # --windows is 0
     if all(each["accuracy_tasks"] == each["tasks"] for each in (one, other)): hidden.add("accuracy_tasks")
@@ -222,13 +222,20 @@ def known_before(kept: dict, now: dict) -> dict:
     "What a run's record says of its model today, as far as its beginning said it."
     return {name: value for name, value in now.items() if name in kept}
 
+def drawn_before(kept: dict, now: dict) -> dict:
+    "What a run is measured on today; without its seed if its beginning kept none and drew the same problems."
+    data = now.get("data", {})
+    if "seed" in kept or kept.get("data") != data or not (data.get("accuracy") or data.get("loss")): return now
+    return {name: value for name, value in now.items() if name != "seed"}
+
 def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     "Raise `BadInput` unless a run can go on with what is asked."
     check_additions(kept.get("plugins", {}), str(folder))
     if unknown := sorted(asked["model"].keys() - kept["model"].keys()):
         log.warning("%s was begun by an earlier version, which says nothing of the model's %s: it goes on without.",
                     folder, " and ".join(unknown))
-    asked = asked | {"model": known_before(kept["model"], asked["model"])}
+    asked = asked | {"model": known_before(kept["model"], asked["model"]),
+                     "evaluation": drawn_before(kept.get("evaluation", {}), asked.get("evaluation", {}))}
     if differing(kept, asked):
         if options := changed_options(kept, asked):
             raise BadInput(f"{folder} holds a run with other settings: {'; '.join(options)}: expected the run's "
@@ -247,7 +254,7 @@ def is_run(folder: Path) -> bool:
 # %% ../../nbs/jobs/00_records.ipynb #c029
 log = logging.getLogger(__name__)
 
-PIECES = {load_evaluation: ("chains/answers", "unfinished/[!.]*-*/[!.]*"),
+PIECES = {load_evaluation: ("chains/answers", "unfinished/[!.]*-*/[!.]*-*"),
           read_checked: ("timings.json", "memory.json", "reports/[!.]*.json"),
           read_tensors: ("**/losses.safetensors", "attributions/[!.]*.safetensors", "factors/[!.]*.safetensors"),
           } # How a piece that can be made anew is read -> where such pieces lie
@@ -429,7 +436,9 @@ class Records:
 # %% ../../nbs/jobs/00_records.ipynb #c064
 RECORDED = ("environment.json", "timings.json", "memory.json", "losses.safetensors", "evaluations", "reports",
             "attributions", "factors", "budgets", "chains", "text") # What a run records, at the top of its folder
-MADE = ("tables", "figures", "tracking", "unfinished", "run.json", "manifest.json", PACKED, REPORT) # What it writes too
+LOG = "log.txt" # What `cap run` says, with times: no record, and nothing is made from it
+MADE = ("tables", "figures", "tracking", "models", "unfinished", "run.json", "manifest.json", PACKED, REPORT,
+        LOG) # What it writes too
 OF_EVALUATION = ("evaluation.json", *(f"{name}.csv" for name in RECORD_FILES)) # The files of an evaluation's folder
 
 def is_record(inside: Path) -> bool: # Whether it belongs to the records

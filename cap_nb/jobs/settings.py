@@ -22,7 +22,7 @@ from cap_nb.core.errors import (
 class ModelSettings:
     "Which model, and how it is run."
     name: str = "lab" # lab, lab-moe, smollm2, a folder, or a hub id (owner/name@commit)
-    dtype: str | None = None # float32, bfloat16, float16, or fastest, which tries here; as stored if left out
+    dtype: str | None = None # float32, bfloat16, float16, or fastest, tried here; as stored if left out
     device: str | None = None # cpu, cuda, cuda:N, mps, or auto to spread a large model; cuda if there is one
     batch_tokens: int = 4096 # tokens a batch, with padding; fewer take less memory
 
@@ -32,9 +32,9 @@ class CalibrateSettings:
     "Where problems come from, and which of them are calibrated on (paper section 3.1)."
     tasks: tuple[str, ...] | None = None # tasks to calibrate on and for held-out loss; the model's own if left out
     data_dir: str | None = None # folder of benchmark files; the hub if left out (the lab's tasks need neither)
-    style: str | None = None # prompt style: paper, answer-line or lab
+    style: str | None = None # how prompts are put: paper, answer-line or lab; the model's own if left out
     n: int = 128 # calibration examples a task
-    k: int = 3 # disjoint subsets of them; a score is the median over them
+    k: int = 3 # subsets that they are cut into; a head's score is a median over these
     seed: int = 0 # seed of every random draw
     calibration_seed: int | None = None # seed of the calibration draw alone; as --seed if left out
     calibrate_on: str = "gold" # gold for worked solutions, text for plain text, or a file of chains from cap chains
@@ -59,11 +59,12 @@ class EvaluateSettings:
     evaluate_n: int = 200 # problems a task whose answers are generated
     loss_n: int = 100 # problems a task for held-out loss; 0 for none
     choice_n: int = 0 # problems a task of --tasks with options, as ARC, whose options' probabilities are compared
+    shots: int = 0 # worked examples in front of each problem that is answered, drawn from the calibration split
     max_new_tokens: int | None = None # tokens an answer may take; if left out 192 for the lab's tasks, 512 for others
     text: str | None = None # text for perplexity: wikitext2 or lab-text; the model's own if left out
     windows: int = 100 # windows of the text that are read; 0 for no perplexity
     window_tokens: int = 2048 # tokens a window
-    evaluate_on: str = "evaluation" # evaluation, held-out data; or validation, other data, to choose methods on
+    evaluate_on: str = "evaluation" # evaluation for held-out data, or validation, to choose a method on
     backend: str = "transformers" # what writes the answers: transformers, or vllm where that is installed
 
 # %% ../../nbs/jobs/01_settings.ipynb #c014
@@ -133,8 +134,8 @@ def check_kinds(job: Job) -> None:
             check_argument(getattr(getattr(job, part.name), setting.name), setting.type, f"setting {setting.name}")
 
 # %% ../../nbs/jobs/01_settings.ipynb #c028
-LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choice_n": 0, "windows": 0,
-         "window_tokens": 2, "text_tokens": 2} # Smallest
+LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choice_n": 0, "shots": 0,
+         "windows": 0, "window_tokens": 2, "text_tokens": 2} # Smallest
 MOST = 10**7 # Of anything that is counted: a list of more would take the memory, and no benchmark has so many
 
 def check_counts(job: Job) -> None:
@@ -176,11 +177,11 @@ def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, 
     for given, method in (("scores", "cap"), ("norms", "wanda"), ("hessians", "alps")): # each is made for one
         if getattr(pruning, given) is not None:
             return job, replace(pruning, method=method), f"No --method was given: {method}, which --{given} is for."
-    (method, share), half = recommended_method(pruning.sparsity), pruning.sparsity >= 0.5
-    if share and not own_text: job = changed(job, text_share=share)
-    with_text = f" with --text-share {share:g}" if share and not own_text else ""
-    return (job, replace(pruning, method=method), f"No --method was given: {method}{with_text}, recommended "
-            f"{'at 50 % and above' if half else 'below 50 %'}.")
+    method, share = recommended_method(pruning.sparsity)
+    where, with_text = "at 50 % and above" if pruning.sparsity >= 0.5 else "below 50 %", ""
+    if round(share * job.calibrate.n) and not own_text: # very few examples hold no window of text
+        job, with_text = changed(job, text_share=share), f" with --text-share {share:g}"
+    return job, replace(pruning, method=method), f"No --method was given: {method}{with_text}, recommended {where}."
 
 # %% ../../nbs/jobs/01_settings.ipynb #c034
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class Shrinking:
     sparsity: float = 0.2 # share of the weights in scope that go, in [0, 1)
     groups: int | None = None # key-value heads a layer that stay, with their query heads; all if left out
     neurons_by: str = "contribution" # what chooses the neurons: contribution, first-order or magnitude
-    no_fit: bool = False # do not fit what stays, by least squares, to what was there before
+    no_fit: bool = False # leave what stays as it is, instead of fitting it by least squares
     scores: Path | None = None # table of losses for the heads, made by cap score; first-order if left out
 
 DISCORDANT = 0.15 # Share of the problems that one of two pruned models alone solves, as seen in 06_analysis

@@ -194,7 +194,7 @@ class Share:
     "Which of several processes this is, and how they agree."
     rank: int = 0 # Index of this process, from 0
     count: int = 1 # Processes in all
-    minimum: Callable[[int], int] = field(default=lambda number: number, repr=False) # The smallest number of all
+    minimum: Callable[[int], int] = field(default=lambda number: number, repr=False) # Smallest of all; waits for all
 
     def wait(self) -> None:
         "Return when all processes have come here."

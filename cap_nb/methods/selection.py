@@ -179,13 +179,12 @@ SCOPES = ("model", "layer", "matrix", "row") # And patterns n:m
 
 def pattern_of(scope: str) -> tuple[int, int] | None:
     "(n, m) of a pattern, None for another scope; what is neither, or has not 0 < n < m, raises `BadInput`."
-    if scope in SCOPES: return None
     parts = scope.split(":")
     if len(parts) == 2 and all(part.isdecimal() for part in parts):
         zeros, group = map(int, parts)
         if 0 < zeros < group: return zeros, group
-    raise BadInput(f"Unknown scope {scope!r}: expected one of {', '.join(SCOPES)}, "
-                   f"or a pattern such as 2:4 (2 zeros among every 4); check the spelling.")
+    check_choice(scope, SCOPES, "scope", ", or a pattern such as 2:4 (2 zeros among every 4)")
+    return None
 
 def check_pattern(scope: str, sparsity: float) -> None:
     "Raise `BadInput` if a pattern is asked for at a sparsity that is not its own."

@@ -27,7 +27,7 @@ WORDS = ("run --device cpu --n 2 --k 1 --tasks lab-arc --methods cap,magnitude -
 SMALL = changed(Job(), n=2, k=1, tasks=("lab-arc",), methods=("cap", "magnitude"), sparsities=(0.5,), accuracy_tasks=("lab-arc",), evaluate_n=2,
                 loss_n=2, windows=1, window_tokens=32, max_new_tokens=4, device="cpu")
 # What may differ between two runs: how long and how much, and what is made from that. `environment.json` names the commit, which may change meanwhile.
-MAY_DIFFER = ("timings.json", "memory.json", "environment.json", "tables/costs.csv", "tables/costs.md", "report.html")
+MAY_DIFFER = ("timings.json", "memory.json", "environment.json", "tables/costs.csv", "tables/costs.md", "report.html", "log.txt")
 PREPARED = {}
 text_once = functools.cache(jobs.load_text)
 
