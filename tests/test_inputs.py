@@ -66,6 +66,7 @@ OTHER = {
     "style": "answer-line",
     "calibration_seed": 5,
     "text_share": 0.4,
+    "spare": ("gsm8k_fresh",),
     "methods": ("magnitude",),
     "sparsities": (0.3,),
     "aggregation": "mean",

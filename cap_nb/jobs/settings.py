@@ -32,13 +32,14 @@ class CalibrateSettings:
     "Where problems come from, and which of them are calibrated on (paper section 3.1)."
     tasks: tuple[str, ...] | None = None # tasks to calibrate on and for held-out loss; the model's own if left out
     data_dir: str | None = None # folder of benchmark files; the hub if left out (the lab's tasks need neither)
-    style: str | None = None # how prompts are put: paper, answer-line or lab; the model's own if left out
+    style: str | None = None # how prompts are put: paper, answer-line, boxed or lab; the model's own if left out
     n: int = 128 # calibration examples a task
     k: int = 3 # subsets that they are cut into; a head's score is a median over these
     seed: int = 0 # seed of every random draw
     calibration_seed: int | None = None # seed of the calibration draw alone; as --seed if left out
     calibrate_on: str = "gold" # gold for worked solutions, text for plain text, or a file of chains from cap chains
     text_share: float = 0.0 # share of the calibration examples that are windows of plain text, in [0, 1)
+    spare: tuple[str, ...] = () # tasks whose problems are not calibrated on, as gsm8k_fresh for a later run
     text_tokens: int = 256 # tokens a window of plain text to calibrate on
 
 # %% ../../nbs/jobs/01_settings.ipynb #c010
@@ -266,13 +267,14 @@ RANGES = {Job: check_counts, FineTuning: check_tuning, SpeedSettings: check_spee
           Shrinking: check_share, Planning: check_detection} # Settings -> what checks their numbers
 
 def check_ranges(given: Mapping[str, object]) -> None:
-    "Check the numbers of whatever is a settings' dataclass among the arguments of a command."
+    "Check the numbers of whatever is a settings' dataclass among the arguments of a command, and a budget."
+    if given.get("budget") is not None: check_budget(given["budget"])
     for value in given.values():
         if type(value) in RANGES: RANGES[type(value)](value)
 
 # %% ../../nbs/jobs/01_settings.ipynb #33f33878
-NAMED = {"tasks": "task", "accuracy_tasks": "task", "style": "prompt style", "text": "text", "dtype": "dtype",
-         "aggregation": "aggregation", "score_target": "score target", "backend": "backend",
+NAMED = {"tasks": "task", "accuracy_tasks": "task", "spare": "task", "style": "prompt style", "text": "text",
+         "dtype": "dtype", "aggregation": "aggregation", "score_target": "score target", "backend": "backend",
          "key_value": "key-value sharing", "ties": "treatment of ties", "neurons_by": "score of neurons",
          "backends": "way to compute"} # Setting -> what it names
 PARTS_NAMED = {"": "method", ".": "attribution", "+": "allocation", "^": "recovery"} # Sign before a part of a method
