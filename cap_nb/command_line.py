@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -241,11 +241,13 @@ def logged(folder: Path) -> Iterator[Callable[[], None]]: # To be called once th
         yield begin
         log.info("finished")
     except BaseException as error:
-        log.info("ended by %s: %s", type(error).__name__, error)
+        with suppress(OSError): # a full disk takes no last line; the error itself is told
+            log.info("ended by %s: %s", type(error).__name__, error)
         raise
     finally:
         log.setLevel(level)
-        if waiting.target: waiting.target.close()
+        with suppress(OSError): # what could not be written was told
+            if waiting.target: waiting.target.close()
         for handler in (waiting, waiting.target): log.removeHandler(handler)
 
 # %% ../nbs/command_line.ipynb #c7681de6

@@ -32,7 +32,7 @@ class CalibrateSettings:
     "Where problems come from, and which of them are calibrated on (paper section 3.1)."
     tasks: tuple[str, ...] | None = None # tasks to calibrate on and for held-out loss; the model's own if left out
     data_dir: str | None = None # folder of benchmark files; the hub if left out (the lab's tasks need neither)
-    style: str | None = None # how prompts are put: paper, answer-line or lab; the model's own if left out
+    style: str | None = None # how prompts are put: paper, answer-line, boxed or lab; the model's own if left out
     n: int = 128 # calibration examples a task
     k: int = 3 # subsets that they are cut into; a head's score is a median over these
     seed: int = 0 # seed of every random draw
@@ -267,7 +267,8 @@ RANGES = {Job: check_counts, FineTuning: check_tuning, SpeedSettings: check_spee
           Shrinking: check_share, Planning: check_detection} # Settings -> what checks their numbers
 
 def check_ranges(given: Mapping[str, object]) -> None:
-    "Check the numbers of whatever is a settings' dataclass among the arguments of a command."
+    "Check the numbers of whatever is a settings' dataclass among the arguments of a command, and a budget."
+    if given.get("budget") is not None: check_budget(given["budget"])
     for value in given.values():
         if type(value) in RANGES: RANGES[type(value)](value)
 
