@@ -362,6 +362,15 @@ def test_a_folder_with_a_7b_config_gets_hours_on_a_gpu(tmp_path, shape, dtype, p
         assert re.search(rf"\| {re.escape(stage.title)} \| [^|]+ \| {re.escape(range_text(found.bound(stage)[1]))} \|", text)
 
 
+def test_the_readmes_minutes_are_planned():
+    """Scoring all heads of a 7B or 8B on one H100: a quarter of an hour to 45 minutes."""
+    assert "takes a quarter of an hour to 45 minutes on one H100" in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for name in ("llama-2-7b", "llama-3-8b"):
+        found = plan(changed(Job(), name=name), rates="h100")
+        best, worst = (seconds / 60 for seconds in found.bound(found.stage("scoring"))[1])
+        assert 13.5 < best < 16.5 and 40 < worst < 46
+
+
 def test_a_gpus_range_is_from_shares_of_its_data_sheet():
     found = plan(changed(Job(), name="llama-3-8b", methods=("cap", "sparsegpt"), accuracy_tasks=()), rates="h100")
     scoring = found.stage("scoring")
@@ -441,6 +450,7 @@ def test_the_plan_says_how_many_problems_and_a_comparison_what_it_could_tell():
     asked_for = ("plan", "--no-probe", "--methods", "wanda", "--n", "4")
     plain, asked = cap(*asked_for).stdout, cap(*asked_for, "--detect", "3", "--discordant", "0.2").stdout
     assert "could" not in plain and f"--evaluate-n {problems_needed(3, 0.2)}" in asked and "solves 20 % of them" in asked
+    assert f"--evaluate-n {problems_needed(3, 0.15)}" in cap(*asked_for, "--detect", "3").stdout  # the share that 06_analysis finds
     assert_one_sentence(cap("plan", "--no-probe", "--discordant", "0.2"), "without --detect", "write --detect 3")
     lab = str(ROOT / "figures" / "lab")
     text = cap("compare", lab, "--methods", "cap", "--against", "wanda", "--sparsity", "0.5").stdout

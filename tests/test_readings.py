@@ -1,6 +1,9 @@
 """The readings of the paper, each against loops over examples, tokens and indices; the problems that are set aside to judge on."""
 
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +13,14 @@ from fixtures import made_up_calibration, tiny_llama
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_tensors, write_tensors
-from cap_nb.data.problems import CALIBRATED, FRESH, load_problems
+from cap_nb.core.files import read_checked, read_tensors, write_checked, write_tensors
+from cap_nb.data.problems import CALIBRATED, FRESH, load_problems, task_title
 from cap_nb.data.prompts import collate
 from cap_nb.evaluation import evaluation_problems
 from cap_nb.importance import importance_factors
-from cap_nb.jobs.job import check_job, drawn_problems, fresh_problems, run_job
+from cap_nb.jobs.job import check_job, drawn_problems, job_calibration, problems_fingerprint, run_job, spared_problems
 from cap_nb.jobs.records import load_run, mask_fingerprint
+from cap_nb.jobs.results import CHOSEN, read_families
 from cap_nb.jobs.settings import Job, SinglePruning, changed, check_names
 from cap_nb.methods.prune import READINGS, prune
 from cap_nb.methods.resumed_scoring import load_losses, save_losses, score_heads
@@ -236,9 +240,10 @@ def test_validation_never_reaches_them_and_a_run_that_answers_them_leaves_them_o
     fresh = {problem.uid for problem in load_problems(FRESH, "evaluation", DATA)}
     assert not fresh & {problem.uid for problem in evaluation_problems("gsm8k", 6000, 0, DATA, split="validation")}
     job = changed(Job(), data_dir=str(DATA), tasks=("gsm8k",), accuracy_tasks=(FRESH, "svamp"), n=200)
-    assert fresh_problems(job) == fresh and not fresh_problems(changed(job, accuracy_tasks=("gsm8k",)))
+    assert spared_problems(job) == fresh and not spared_problems(changed(job, accuracy_tasks=("gsm8k",)))
+    assert spared_problems(changed(job, accuracy_tasks=("gsm8k",), spare=(FRESH,))) == fresh
     assert {problem.uid for problem in drawn_problems(job, FRESH, 1000, frozenset({"other"}))} == fresh
-    with pytest.raises(BadInput, match="2 problems of the calibration set are among those that gsm8k_fresh sets aside"):
+    with pytest.raises(BadInput, match="2 problems of the calibration set are among .* with --spare gsm8k_fresh"):
         drawn_problems(job, FRESH, 10, frozenset(sorted(fresh)[:2]) | {"other"})
     with pytest.raises(BadInput, match="no problems for calibration"):
         load_problems(FRESH, "calibration", DATA)
@@ -246,10 +251,58 @@ def test_validation_never_reaches_them_and_a_run_that_answers_them_leaves_them_o
 
 @real
 def test_the_calibration_set_of_such_a_run_is_drawn_from_the_others():
-    from cap_nb.jobs.job import job_calibration
     _, tokenizer = load_model("lab")
     job = changed(Job(), data_dir=str(DATA), tasks=("gsm8k",), n=300, style="paper")
     fresh = {problem.uid for problem in load_problems(FRESH, "evaluation", DATA)}
-    usual, apart = (job_calibration(changed(job, accuracy_tasks=tasks), tokenizer) for tasks in (("gsm8k",), (FRESH,)))
+    usual, apart, spared = (job_calibration(changed(job, **about), tokenizer) for about in (
+        {"accuracy_tasks": ("gsm8k",)}, {"accuracy_tasks": (FRESH,)}, {"accuracy_tasks": ("gsm8k",), "spare": (FRESH,)}))
     drawn = [{e.uid for e in calibration.examples} for calibration in (usual, apart)]
     assert len(drawn[0] & fresh) > 10 and not drawn[1] & fresh and len(drawn[1]) == 300
+    assert spared.fingerprint == apart.fingerprint != usual.fingerprint # so one table of losses serves both
+
+
+# what was asked in advance
+
+PLAN = ROOT / "figures" / "plan.json"
+
+
+def test_the_plan_names_methods_measures_and_commands_that_are_there():
+    families, shown = read_families(PLAN), subprocess.run([sys.executable, "-m", "cap_nb", "run", "--help"], capture_output=True, text=True).stdout
+    for family in families.values():
+        titles = {task_title(task) for task in family.problems}
+        assert {measure.removesuffix(" gold p norm") for measure in family.measures} == titles
+        for chosen in family.readings:
+            keys = family.keys(chosen)
+            assert len(keys) == len(set(keys)) == (len(family.pairs) - (chosen == "cap")) * len(family.sparsities) * len(family.measures)
+        for command in family.commands:
+            options = dict(re.findall(r"--([\w-]+) (\S+)", command))
+            assert command.startswith("cap run ") and all(f"--{option}" in shown for option in options)
+            methods = tuple(options["methods"].replace("CHOSEN", "cap.pooled").split(","))
+            check_names({"methods": methods, "accuracy_tasks": tuple(set(options["accuracy-tasks"].split(",")) - {"none"})})
+        judged = set(methods)
+        assert {name for pair in family.pairs for name in pair} - {CHOSEN} <= judged
+
+
+def test_a_plan_that_was_edited_or_asks_for_nothing_is_refused(tmp_path):
+    path = tmp_path/"plan.json"
+    path.write_text(PLAN.read_text().replace("0.2", "0.3", 1))
+    with pytest.raises(BadInput, match="checksum"):
+        read_families(path)
+    about = read_checked(PLAN)
+    model, family = next(iter(about["families"].items()))
+    for change, sentence in (({"pairs": [["cap", "wander"]]}, "Unknown method"), ({"sparsities": [1.5]}, "outside"), ({"measures": [3]}, "holds no plan"),
+                             ({"pairs": [["cap"]]}, "holds no plan")):
+        write_checked(path, {"families": {model: family | change}})
+        with pytest.raises(BadInput, match=sentence):
+            read_families(path)
+    with pytest.raises(BadInput, match="Unknown reading"):
+        read_families(PLAN)[model].keys("cap@matrix")
+
+
+@real
+def test_the_plans_problems_are_those_that_its_commands_draw():
+    for family in read_families(PLAN).values():
+        options = dict(re.findall(r"--([\w-]+) (\S+)", family.commands[-1]))
+        for task, fingerprint in family.problems.items():
+            n = int(options["evaluate-n" if task in options["accuracy-tasks"] else "choice-n"])
+            assert problems_fingerprint(drawn_problems(changed(Job(), data_dir=str(DATA)), task, n, frozenset())) == fingerprint

@@ -81,7 +81,7 @@ DEVICES = ["meta", "xpu", "hip", "vulkan", "mps", "cuda", "cuda:99", "tpu", "xla
 COMMANDS = {
     "devices": [f"{PRUNE} --method magnitude --device {name}" for name in DEVICES] + [f"{RUN} --device meta", f"{EVAL} --device vulkan"],
     "numbers": [f"{RUN} {options}" for options in (
-        "--n 0", "--n -1", "--n 99999999", "--k 0", "--k 10", "--batch-tokens 0", "--evaluate-n 0", "--evaluate-n 9999999 --accuracy-tasks lab-arc", "--loss-n -1",
+        "--n 0", "--n -1", "--n 99999999", "--k 0", "--k 10", "--batch-tokens 0", "--evaluate-n 0", "--evaluate-n 9999999 --accuracy-tasks lab-arc", "--loss-n -1", "--choice-n -1", "--shots -1", "--shots 9999999 --accuracy-tasks lab-arc",
         "--loss-n 9999999", "--max-new-tokens 0", "--windows -1", "--window-tokens 1", "--text-tokens 1", "--text-share 1", "--text-share -0.1",
         "--text-share nan", "--text-share 0.01", "--seed 18446744073709551616", "--seed -9999999999999999999999",
         "--calibration-seed 99999999999999999999", "--max-new-tokens 99999999 --accuracy-tasks lab-arc",
@@ -92,10 +92,10 @@ COMMANDS = {
     "names": [f"{RUN} {options}" for options in (
         "--methods nothing", "--methods cap.nothing", "--methods wanda@moon", "--methods wanda+nothing", "--methods wanda^nothing",
         "--methods wanda.mean_ablation", "--methods ''", "--methods +owl", "--methods ^swaps", "--methods cap..mean", "--methods wanda^swaps^swaps",
-        "--tasks gsm9k", "--tasks ''", "--accuracy-tasks gsm9k", "--text moby-dick", "--style shouting", "--aggregation mode", "--score-target luck",
+        "--tasks gsm9k", "--tasks ''", "--tasks svamp", "--tasks lab-gsm8k --choice-n 3", "--accuracy-tasks gsm9k", "--text moby-dick", "--style shouting", "--aggregation mode", "--score-target luck",
         "--dtype int8", "--dtype float8", "--evaluate-on training", "--calibrate-on PLACE/nothing", "--calibrate-on text --text-share 0.5",
         "--model nothing", "--model owner/name/too/deep", "--model ''", "--model PLACE", "--key-value mean", "--n", "--n many")]
-    + [f"{PRUNE} --method cap --scores PLACE/scores.safetensors --key-value median", f"{PRUNE} --method magnitude --ties some", "nothing", "run --nothing"],
+    + [f"{PRUNE} --method cap --scores PLACE/scores.safetensors --key-value median", f"{PRUNE} --method magnitude --ties some", "nothing", "run --nothing", f"{EVAL} --limit 3"],
     "model folders": [f"{PRUNE} --method magnitude --model PLACE/{name}" for name in (
         "no_config", "config_text", "config_list", "config_binary", "no_heads", "half_heads", "negative_layers", "unknown_class", "pickled", "cut_off",
         "not_safetensors", "index_outside", "index_list", "index_missing", "file.txt", "no_tokenizer", "edited_note")]

@@ -95,7 +95,8 @@ def check_job(job: Job) -> None:
     check_kinds(job)
     for method in job.prune.methods: check_method(method)
     for sparsity in job.prune.sparsities: check_sparsity(sparsity)
-    for task in (*(job.calibrate.tasks or ()), *(job.evaluate.accuracy_tasks or ())): check_choice(task, TASKS, "task")
+    named = *(job.calibrate.tasks or ()), *job.calibrate.spare, *(job.evaluate.accuracy_tasks or ())
+    for task in named: check_choice(task, TASKS, "task")
     answered = job.evaluate.accuracy_tasks
     for task in (job.calibrate.tasks if answered is None else answered) or (): check_comparable(task)
     check_choice(job.prune.aggregation, AGGREGATIONS, "aggregation")
@@ -157,16 +158,20 @@ def problems_fingerprint(problems: Sequence[Problem]) -> str: # 64 hexadecimal d
     "SHA-256 over what the problems say, their solutions and their answers."
     return sha256_of_text(json.dumps([[p.task, p.uid, p.solution, p.answer] for p in problems]))
 
-def fresh_problems(job: Job) -> frozenset[str]: # Content hashes
-    "The problems that a job sets aside to judge on; none if it is not judged on them."
-    if FRESH not in (job.evaluate.accuracy_tasks or ()): return frozenset()
-    return frozenset(problem.uid for problem in load_problems(FRESH, "evaluation", job.calibrate.data_dir))
+def uids_of(task: str, data_dir: str | None) -> frozenset[str]: # Content hashes
+    "The problems that a task is evaluated on."
+    return frozenset(problem.uid for problem in load_problems(task, "evaluation", data_dir))
+
+def spared_problems(job: Job) -> frozenset[str]: # Content hashes
+    "What a job does not calibrate on: the tasks that it spares, and problems set aside that it answers."
+    answered = {FRESH} & set(job.evaluate.accuracy_tasks or ())
+    return frozenset().union(*(uids_of(task, job.calibrate.data_dir) for task in {*job.calibrate.spare, *answered}))
 
 def drawn_problems(job: Job, task: str, n: int, exclude: frozenset[str]) -> tuple[Problem, ...]:
     "What a job is measured on, drawn from its split; too large an n, or fresh problems not fresh, raise `BadInput`."
-    if task == FRESH and (calibrated := exclude & fresh_problems(job)):
+    if task == FRESH and (calibrated := exclude & uids_of(FRESH, job.calibrate.data_dir)):
         raise BadInput(f"{len(calibrated)} problems of the calibration set are among those that {FRESH} sets aside to "
-                       "judge on: expected none; calibrate on others, as 'cap run' with that task draws them.")
+                       f"judge on: expected none; calibrate with --spare {FRESH}.")
     return evaluation_problems(task, n, job.calibrate.seed, job.calibrate.data_dir, exclude, job.evaluate.evaluate_on)
 
 def shown_examples(job: Job, task: str, problems: Sequence[Problem]) -> tuple[Problem, ...]:
@@ -211,10 +216,11 @@ def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: 
 
 # %% ../../nbs/jobs/03_job.ipynb #c021
 def targets_configuration(job: Job) -> dict:
-    "What the targets are, if not gold solutions alone."
+    "What the targets are, if not gold solutions alone, and what is spared."
     data, chains = job.calibrate, chains_of(job.calibrate)
     settings = {} if data.calibrate_on == "gold" else {"on": "chains" if chains else "text"}
     if chains: settings |= {"chains": chains.fingerprint, "written_by": chains.about["model"]}
+    if data.spare: settings["spare"] = list(data.spare)
     if not share_of_text(data): return settings
     return settings | {"text": job.evaluate.text, "text_share": share_of_text(data), "text_tokens": data.text_tokens}
 
@@ -254,7 +260,7 @@ def problem_calibration(job: Job, tokenizer: object, n: int, chains: Chains | No
     data = job.calibrate
     if chains is None:
         return calibration_set(tokenizer, data.tasks, n, data.k, data.calibration_seed, data.data_dir, data.style,
-                               fresh_problems(job))
+                               spared_problems(job))
     if chains.about["style"] != style_origin(data.style):
         raise BadInput(f"{data.calibrate_on} was written in the style {chains.about['style']['called']}: expected "
                        f"{prompt_style(data.style).name}, this run's; change --style or make the chains again.")

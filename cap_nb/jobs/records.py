@@ -161,7 +161,7 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
         methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
         aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
         budget=configuration.get("budget"), backend=done.get("backend", "transformers"),
-        choice_n=done.get("choice_n", 0), shots=done.get("shots", 0),
+        choice_n=done.get("choice_n", 0), spare=tuple(kept.get("spare", ())), shots=done.get("shots", 0),
         accuracy_tasks=tuple(answered), max_new_tokens=None if own_limits else next(iter(limits.values())),
         text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
         **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})

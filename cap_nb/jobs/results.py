@@ -208,6 +208,47 @@ def compare_runs(
                        "hold with 'cap table'.")
     return compare_methods(cells.values(), tuple(methods_paired), seed=seed)
 
+# %% ../../nbs/jobs/07_results.ipynb #fcf05722
+from dataclasses import dataclass
+from cap_nb.core.errors import check_fields, check_sparsity
+from cap_nb.core.files import read_checked
+from cap_nb.methods.prune import check_method
+
+CHOSEN = "chosen" # In a pair: the reading that validation chooses
+
+@dataclass(frozen=True)
+class PrimaryFamily:
+    "The comparisons of one model that were asked in advance."
+    pairs: tuple[tuple[str, str], ...] # Methods, the first less the second
+    sparsities: tuple[float, ...] # Shares of zeros at which they are compared
+    measures: tuple[str, ...] # As a comparison names them: "SVAMP", "ARC-C. gold p norm"
+    readings: tuple[str, ...] # Methods of which validation chooses one; the first where two are equal
+    problems: dict[str, str] # Task -> fingerprint of its problems, as a run's configuration has it
+    commands: tuple[str, ...] # What is run, in order
+
+    def keys(self, chosen: str) -> list[tuple[str, str, float, str]]: # First, second, sparsity, measure
+        "The comparisons, as `compare_runs` names those of one run."
+        check_choice(chosen, self.readings, "reading")
+        titles = [[method_title(chosen if name == CHOSEN else name) for name in pair] for pair in self.pairs]
+        keys = [(first, second, sparsity, measure) for first, second in titles for sparsity in self.sparsities
+                for measure in self.measures]
+        return list(dict.fromkeys(keys)) # a reading may be chosen that stands in another pair
+
+def family_from(about: dict) -> PrimaryFamily:
+    "A family from what JSON holds; a method or sparsity that cannot be raises `BadInput`."
+    lists = {name: tuple(about[name]) for name in ("sparsities", "measures", "readings", "commands")}
+    family = check_fields(PrimaryFamily(pairs=tuple(map(tuple, about["pairs"])), problems=about["problems"], **lists))
+    for name in {*family.readings, *(name for pair in family.pairs for name in pair)} - {CHOSEN}: check_method(name)
+    for sparsity in family.sparsities: check_sparsity(sparsity)
+    return family
+
+def read_families(path: str | Path) -> dict[str, PrimaryFamily]: # By model
+    "The families of a plan; one that was changed after it was saved, or is none, raises `BadInput`."
+    try: return {model: family_from(about) for model, about in read_checked(path)["families"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} holds no plan ({error}): expected families with pairs, sparsities, measures, readings, "
+                       "problems and commands; write it anew.") from None
+
 # %% ../../nbs/jobs/07_results.ipynb #c062
 MARK_LOOKS = {"▲": ("#0072B2", "better"), "▼": ("#D55E00", "worse"), "": ("#8A8A8A", "undecided")} # Colour, name
 

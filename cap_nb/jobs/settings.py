@@ -39,6 +39,7 @@ class CalibrateSettings:
     calibration_seed: int | None = None # seed of the calibration draw alone; as --seed if left out
     calibrate_on: str = "gold" # gold for worked solutions, text for plain text, or a file of chains from cap chains
     text_share: float = 0.0 # share of the calibration examples that are windows of plain text, in [0, 1)
+    spare: tuple[str, ...] = () # tasks whose problems are not calibrated on, as gsm8k_fresh for a later run
     text_tokens: int = 256 # tokens a window of plain text to calibrate on
 
 # %% ../../nbs/jobs/01_settings.ipynb #c010
@@ -272,8 +273,8 @@ def check_ranges(given: Mapping[str, object]) -> None:
         if type(value) in RANGES: RANGES[type(value)](value)
 
 # %% ../../nbs/jobs/01_settings.ipynb #33f33878
-NAMED = {"tasks": "task", "accuracy_tasks": "task", "style": "prompt style", "text": "text", "dtype": "dtype",
-         "aggregation": "aggregation", "score_target": "score target", "backend": "backend",
+NAMED = {"tasks": "task", "accuracy_tasks": "task", "spare": "task", "style": "prompt style", "text": "text",
+         "dtype": "dtype", "aggregation": "aggregation", "score_target": "score target", "backend": "backend",
          "key_value": "key-value sharing", "ties": "treatment of ties", "neurons_by": "score of neurons",
          "backends": "way to compute"} # Setting -> what it names
 PARTS_NAMED = {"": "method", ".": "attribution", "+": "allocation", "^": "recovery"} # Sign before a part of a method

@@ -46,7 +46,7 @@ def test_stopped_while_the_libraries_are_read(number, seconds, tmp_path):
         program.wait(seconds)
     program.send_signal(number)
     _, said = program.communicate(timeout=60)
-    assert (program.returncode, said) == (128 + number, "cap: Stopped.\n")
+    assert program.returncode == 128 + number and said in ("cap: Stopped.\n", f"cap: {STOPPED}\n")  # before the command began, or within it
     assert not (tmp_path / "run").exists()
 
 
