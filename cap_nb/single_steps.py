@@ -33,7 +33,7 @@ from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
 from .methods.prune import (
-    check_method, MethodName, needs_of, prune_with, reading_of, solves, unit_factors)
+    check_method, MethodName, needs_of, prune_with, reading_of, READINGS, solves, unit_factors)
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, table_scorer
 from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
@@ -255,7 +255,7 @@ def hessians_into(job: Job, out: Path) -> None:
 def keep_model(ready: Ready, report: PruneReport, out: Path) -> None:
     "Save the model of a run, pruned as the report says, with a record of how."
     parts, config = check_method(report.method), ready.model.config
-    by_losses = "factors" in needs_of(parts) and parts.attribution is None
+    by_losses = "factors" in needs_of(parts) and parts.attribution in (None, *READINGS)
     scores = out.parent.parent/"losses.safetensors" if by_losses else None
     pruning = SinglePruning(method=report.method, sparsity=report.asked, scores=scores)
     calibration = ready.calibration if is_calibrated(parts, scores) else None

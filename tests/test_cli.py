@@ -198,7 +198,7 @@ def test_packing_changes_nothing_that_is_said(finished, tmp_path):
     folder, packed, restored = finished[0], tmp_path / "packed", tmp_path / "restored"
     shutil.copytree(folder, packed)
     assert cap("pack", packed).exit_code == 0
-    assert {p.name for p in packed.iterdir()} == {"report.html", "records.parquet", "tables", "figures"}
+    assert {p.name for p in packed.iterdir()} == {"report.html", "records.parquet", "log.txt", "tables", "figures"}
     assert cap("table", packed).stdout == cap("table", folder).stdout
     assert packed_texts(packed) == {name: (folder / name).read_text() for name in ("run.json", "manifest.json")}
     assert_one_sentence(cap("run", *FEW, "--methods", "wanda", "--sparsity", "0.25", "--out", packed), "is a packed run", "cap unpack")

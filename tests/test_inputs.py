@@ -188,7 +188,7 @@ def test_a_changed_setting(setting, place, first):
     if value is None:
         pytest.skip(f"{setting.name} has no other value on every machine, or is tried below")
     before = SMALLEST.get(setting.name, setting.default)
-    before, now = (",".join(map(str, each)) if isinstance(each, tuple) else each for each in (IN_A_RUN.get(setting.name, before), value))
+    before, now = (",".join(map(str, each)) or "none" if isinstance(each, tuple) else each for each in (IN_A_RUN.get(setting.name, before), value))
     had = "was made without it" if before is None else f"has {before}"
     said = f"{option_of(setting.name)} is {now}, the run in this folder {had}: expected the run's values; give them, or another folder with --out."
     check_taken_in(place, first, said, **{setting.name: value})

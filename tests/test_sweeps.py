@@ -47,10 +47,10 @@ def sweep(tmp_path_factory):
 
 
 def test_a_file_may_give_every_option():
-    """All that `cap run` has, but the file itself, what is said meanwhile, `--quick`, whose values a file can give, and `--plugin`: a user's
-    code runs only when the command line says so."""
+    """All that `cap run` has, but the file itself, what is said meanwhile, `--quick`, whose values a file can give, `--save-models`, which is for a
+    single run, and `--plugin`: a user's code runs only when the command line says so."""
     [command] = [c for name, c in typer.main.get_command(app).commands.items() if name == "run"]
-    assert set(known_options()) == {p.opts[0].removeprefix("--") for p in command.params} - {"config", "help", "plugin", "quick", "quiet", "verbose"}
+    assert set(known_options()) == {p.opts[0].removeprefix("--") for p in command.params} - {"config", "help", "plugin", "quick", "quiet", "save-models", "verbose"}
     of_jobs = {f.name for part in dataclasses.fields(Job) for f in dataclasses.fields(part.default_factory)}
     assert {known.field for known in known_options().values() if known.kind != "whole"} == of_jobs
 

@@ -333,11 +333,12 @@ def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: In
     "Where the finished layers of a walk through a dense model are kept, by all that their weights follow from."
     if inputs.unfinished is None: return None
     weight, factors = next(model.parameters()), vars(inputs.factors) if inputs.factors else {}
-    tables = {name: sha256_of_tensor(table) for name, table in factors.items() if isinstance(table, torch.Tensor)}
+    factors = {name: sha256_of_tensor(value) if isinstance(value, torch.Tensor) else value
+               for name, value in factors.items() if name != "kept"}
     origin = {"model": model_fingerprint(model), "dtype": f"{weight.dtype}", "device": weight.device.type,
               "calibration": inputs.calibration.fingerprint, "batch_tokens": inputs.batch_tokens,
               "method": f"{parts}", "sparsity": sparsity, "shares": inputs.shares, "seed": inputs.seed,
-              "factors": tables | {"key_value": factors.get("key_value")}, "added": additions_noted()}
+              "factors": factors, "added": additions_noted()}
     return inputs.unfinished/sha256_of_text(json_text(origin))[:16]
 
 # %% ../../nbs/methods/24_prune.ipynb #b36e6dd9
