@@ -429,7 +429,7 @@ def backend_of(job: Job, model: nn.Module) -> Iterator[object]: # For `Decoding`
         with held_by_vllm(model) as held: yield held
 
 # %% ../../nbs/jobs/03_job.ipynb #82679b37
-KeepPart = Callable[[int, Callable[[], tuple[AnswerRecord, ...]]], tuple[AnswerRecord, ...]] # Number of a part, its maker
+KeepPart = Callable[[int, Callable[[], tuple[AnswerRecord, ...]]], tuple[AnswerRecord, ...]] # A part, its maker
 PART = 128 # Problems that are answered before their answers are kept
 
 def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: KeepPart) -> tuple:
