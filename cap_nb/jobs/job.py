@@ -180,7 +180,7 @@ def shown_examples(job: Job, task: str, problems: Sequence[Problem]) -> tuple[Pr
     if not shots: return ()
     source = task if "calibration" in TASKS[task].files else task_family(task)
     if "calibration" in TASKS[source].files:
-        judged_on = fresh_problems(job).union(p.uid for p in problems)
+        judged_on = spared_problems(job).union(p.uid for p in problems)
         return evaluation_problems(source, shots, data.seed, data.data_dir, judged_on, "validation")
     raise BadInput(f"{task} has no calibration problems: expected some to show as worked examples; leave --shots out, "
                    "or answer other tasks.")
@@ -429,10 +429,10 @@ def backend_of(job: Job, model: nn.Module) -> Iterator[object]: # For `Decoding`
         with held_by_vllm(model) as held: yield held
 
 # %% ../../nbs/jobs/03_job.ipynb #82679b37
-Keep = Callable[[int, Callable[[], tuple[AnswerRecord, ...]]], tuple[AnswerRecord, ...]] # Number of a part, its maker
+KeepPart = Callable[[int, Callable[[], tuple[AnswerRecord, ...]]], tuple[AnswerRecord, ...]] # A part, its maker
 PART = 128 # Problems that are answered before their answers are kept
 
-def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: Keep) -> tuple:
+def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: KeepPart) -> tuple:
     "The answers to problems, part after part, whoever keeps them; the company in which one is answered is the same."
     parts = [problems[start:start + PART] for start in range(0, len(problems), PART)]
     if len(parts) == 1: return answer(problems)
@@ -440,7 +440,7 @@ def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], 
 
 def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, exclude: frozenset[str],
                   backend: object = "transformers", lengths: Mapping[str, int] = MappingProxyType({}),
-                  keep: Keep = lambda number, make: make()) -> dict:
+                  keep: KeepPart = lambda number, make: make()) -> dict:
     "Measure one piece."
     data, evaluation, batch_tokens = job.calibrate, job.evaluate, job.model.batch_tokens
     if piece.kind == "accuracy":
