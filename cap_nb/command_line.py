@@ -163,7 +163,7 @@ def make_option(field: str, kind: type, default: object, about: str, is_argument
     if kind in LIST_READERS:
         if field == "methods": read = read_methods
         about += f" ({LIST_HELP.get(field, 'with commas')})"
-        kind, default = (str | None, None) if default is None else (str, ",".join(map(str, default)))
+        kind, default = (str | None, None) if default is None else (str, ",".join(map(str, default)) or "none")
     if field == "quick": about += f": {' '.join(as_option(*each) for each in QUICK.items())}, unless given"
     path = {"parser": read_path} if kind in (Path, Path | None, list[Path], list[Path] | None) else {}
     if is_argument: declared = typer.Argument(help=about, show_default=False, **path)
