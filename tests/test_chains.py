@@ -150,7 +150,7 @@ def test_a_run_on_chains_and_text(made, tmp_path):
     assert {e.method for e in run.evaluations} == {"dense", "cap", "wanda", "sparsegpt"}
     assert list(run.losses.task).count("text") == 3
     assert {uid for uid, task in zip(run.losses.uid, run.losses.task) if task != "text"} <= {chain.uid for chain in made[0].chains}
-    assert_one_sentence(cap(*words, "--out", tmp_path / "run"), "holds a run with other settings", "calibration.")
+    assert_one_sentence(cap(*words, "--out", tmp_path / "run"), "holds a run with other settings: --calibrate-on is gold, the run in this folder has a file of chains")
 
 
 def test_problems_of_chains_are_not_evaluated_on(lab, tmp_path):

@@ -214,7 +214,7 @@ def test_every_setting_is_an_option_and_its_comment_the_help():
         about = comments(part.default_factory)
         for setting in fields(part.default_factory):
             option = parameters[OPTION_NAMES.get(setting.name, setting.name)]
-            default = ",".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
+            default = (",".join(map(str, setting.default)) or "none") if isinstance(setting.default, tuple) else setting.default
             assert option.help.startswith(about[setting.name]) and option.default == default, setting.name
 
 
