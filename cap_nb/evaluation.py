@@ -19,7 +19,7 @@ from cap_nb.data.problems import TASKS, Problem, load_problems, task_family
 from cap_nb.data.prompts import (
     IGNORED, Example, PromptStyle, check_comparable, default_style, encode_problems, extract_answer, normal_answer,
     prompt_style, same_answer, strict_pattern)
-from cap_nb.models.choices import ChoiceRecord, choice_records
+from cap_nb.models.choices import ChoiceRecord
 from cap_nb.models.decoding import Decoding, Generation, generate_greedy, one_task, token_limit
 
 log = logging.getLogger(__name__)
