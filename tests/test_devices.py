@@ -126,11 +126,17 @@ def test_any_number_of_processes_gives_the_bytes_of_one(tmp_path, undisturbed, c
 
 
 def test_a_process_that_dies_ends_the_others_with_a_sentence_and_fewer_go_on(tmp_path, undisturbed):
-    def dies(store, number):
-        if number == 1:
-            os._exit(9)
+    died = tmp_path.with_name(f"{tmp_path.name}-died")
 
-    done = together(3, tmp_path, {2: dies})
+    def dies(store, number):
+        died.touch()
+        os._exit(9)
+
+    def waits(store, number):  # at its second unit, so that one is left for the process that dies
+        if number == 1:
+            until(died.exists)
+
+    done = together(3, tmp_path, {0: waits, 1: waits, 2: dies})
     assert set(done) == {0, 1} and all("Another process of this launch has ended" in sentence for _, sentence in done.values())
     assert not list(tmp_path.glob("*.safetensors"))
     kept = {path: path.stat().st_mtime_ns for path in finished(tmp_path)}
