@@ -430,7 +430,7 @@ def backend_of(job: Job, model: nn.Module) -> Iterator[object]: # For `Decoding`
 
 # %% ../../nbs/jobs/03_job.ipynb #82679b37
 KeepPart = Callable[[int, Callable[[], tuple[AnswerRecord, ...]]], tuple[AnswerRecord, ...]] # A part, its maker
-PART = 128 # Problems that are answered before their answers are kept
+PART = 400 # Problems that are answered before their answers are kept
 
 def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: KeepPart) -> tuple:
     "The answers to problems, part after part, whoever keeps them; the company in which one is answered is the same."
