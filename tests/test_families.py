@@ -16,7 +16,7 @@ from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.core.registry import additions_undone
 from cap_nb.data.prompts import collate
-from cap_nb.experiments.vision import SHAPE_MODEL, ImageReader
+from cap_nb.experiments.vision import ImageReader
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.jobs.planning import read_sizes
@@ -146,7 +146,7 @@ def test_image_models_are_refused_by_name(kind):
 
 def test_an_image_model_is_refused_whatever_was_imported():
     """The reader is what is known, and only it; a model that is read by one stays an image model."""
-    model = ViTForImageClassification(ViTConfig(**SHAPE_MODEL)).eval()
+    model = ViTForImageClassification(ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=32, patch_size=8)).eval()
     with additions_undone():
         assert prune(ImageReader(model, torch.empty(0)), "magnitude", 0.5).reached == 0.5
         with pytest.raises(BadInput, match="'vit' is an image model"):
