@@ -24,7 +24,8 @@ HEARTS = {  # Chapter -> functions that students write; the chapter's next cell 
     "on_one_page": ["mask"], "00_calibration": ["length_quartiles"], "01_scoring": ["mask", "target_token_losses", "aggregate"],
     "02_importance": ["importance_factors"], "03_regions": ["key_value_factors", "blocks"], "04_threshold": ["bisect_threshold", "smallest_naive"],
     "05_evaluation": ["wilson_interval"], "06_analysis": ["mcnemar_exact", "holm"]}
-GLOSSARY, FIGURES = "teaching/01_glossary.ipynb", ("figures/lab/records.parquet", "figures/framework.png")
+GLOSSARY, FIGURES = "teaching/01_glossary.ipynb", ("figures/lab/records.parquet", "figures/framework.png",
+                                                  "figures/head_mask.png", "figures/head_region.png")
 PAGES = {*(f"{name}.ipynb" for name in HEARTS), GLOSSARY}
 NOTE = ("Cells that say *your code* are yours to fill, from top to bottom; the check after each passes when it is right. A check of an\n"
         "exercise is folded, since it names the answer. You need `cap_nb`, `jupyterlab` and `fastcore`.")
