@@ -171,7 +171,7 @@ def summarise_answers(records: Sequence[AnswerRecord], seed: int = 0) -> tuple[A
     for task in dict.fromkeys(record.task for record in records):
         some = [record for record in records if record.task == task]
         k, of = 1 + max(record.sample for record in some), len(some)
-        shares = [record.correct for record in some] if k == 1 else list(right_shares(some).values())
+        shares = [record.correct for record in some] if k == 1 else sorted(right_shares(some).values())
         n, right = len(shares), sum(shares)
         # where all answers are right, or none, resampling would give an interval without width
         ends = wilson_interval(round(right), n) if k == 1 or right in (0, n) else bootstrap_interval(shares, seed)
