@@ -344,7 +344,7 @@ class Workload:
     def answers(self) -> tuple[Answers, ...]:
         "Answers of one evaluation."
         done = self.job.evaluate
-        return answers_to(self.job, done.accuracy_tasks, self.lengths, done.evaluate_n, self.short)
+        return answers_to(self.job, done.accuracy_tasks, self.lengths, done.evaluate_n * done.samples, self.short)
 
     @cached_property
     def chains(self) -> tuple[Answers, ...]:
