@@ -33,7 +33,7 @@ from .core.errors import (
 from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
 from .jobs.settings import (
     changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OPTION_NAMES, option_of,
-    Planning, QUICK, quick_job, Shrinking, SinglePruning, SpeedSettings, with_method)
+    Planning, QUICK, quick_job, read_rule, Shrinking, SinglePruning, SpeedSettings, with_method)
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -474,8 +474,8 @@ def methods_command() -> str:
     from cap_nb.methods.prune import method_list
     return method_list()
 
-@command(JOB, "model", "calibrate", "sparsities", "evaluate", without=("calibrate_on", "text_share", "text_tokens"),
-         resumes=True)
+@command(JOB, "model", "calibrate", "sparsities", "evaluate", resumes=True,
+         without=("calibrate_on", "chain_rule", "text_share", "text_tokens"))
 def claims_command(
     job: Job,
     *,
@@ -555,7 +555,8 @@ def prune_command(
     return f"{why}\n{said}" if why else said
 
 @command(STEPS, "model", "calibrate", "evaluate",
-         without=("n", "k", "calibration_seed", "calibrate_on", "text_share", "text_tokens"))
+         without=("n", "calibration_tokens", "k", "calibration_seed", "calibrate_on", "chain_rule", "text_share",
+                  "text_tokens"))
 def eval_command(
     job: Job,
     *,
@@ -576,7 +577,8 @@ def eval_command(
     return table_markdown(method_table([evaluate_alone(job, scores, out)]))
 
 # %% ../nbs/command_line.ipynb #adf8e6a9
-@command(STEPS, "model", "tasks", "data_dir", "style", "n", "seed", "max_new_tokens", resumes=True)
+@command(STEPS, "model", "tasks", "data_dir", "style", "n", "calibration_tokens", "seed", "max_new_tokens",
+         resumes=True)
 def chains_command(
     job: Job,
     *,
@@ -584,10 +586,11 @@ def chains_command(
     tries: int = 4, # answers to each problem: the first is greedy, the others are drawn
     temperature: float = 0.7, # temperature of the drawn answers
     lenient: bool = False, # count a right answer also where it is not on the line that the prompt asks for
+    chain_rule: str = "right", # chains that count for --calibration-tokens, and as kept: right, all, or as for cap run
 ) -> str:
     "Let the model answer the problems of a calibration set: chains to calibrate on, resumable."
     from cap_nb.single_steps import answer_into
-    return "\n".join(answer_into(job, out, tries, temperature, lenient))
+    return "\n".join(answer_into(job, out, tries, temperature, lenient, read_rule(chain_rule)))
 
 @command(STEPS, "model", "calibrate", without=("calibration_seed",), resumes=True)
 def hessians_command(

@@ -9,6 +9,7 @@ __all__ = []
 import importlib.metadata
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 import torch
 from torch import nn
-from .calibration import Calibration
+from .calibration import Calibration, Tokens
 from .core.errors import BadInput, check_at_least
 from .core.files import alone_in, check_new_folder, remove, whole_folder, write_checked
 from .core.registry import additions_noted
@@ -24,12 +25,13 @@ from .core.stopping import NOTHING_KEPT, stop_says
 from .evaluation import Evaluation
 from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
 from .importance import importance_factors
-from .jobs.chains import Answering, own_chains, task_counts, too_few
+from .jobs.chains import Answering, kept_examples, own_chains, task_counts, too_few
 from .jobs.job import (
     check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, model_configuration,
     Ready, targets_configuration)
 from .jobs.records import environment, save_evaluation
-from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
+from .jobs.settings import (
+    ChainRule, changed, check_tuning, examples_by_kind, FineTuning, Job, PruneSettings, Shrinking, SinglePruning)
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
 from .methods.prune import (
@@ -105,16 +107,25 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
 
 # %% ../nbs/single_steps.ipynb #a601eac4
 def answer_into(job: Job, out: Path, tries: int = Answering.tries, temperature: float = Answering.temperature,
-                lenient: bool = False) -> list[str]: # What came of it, in sentences
+                lenient: bool = False, rule: ChainRule = ChainRule()) -> list[str]: # What came of it, in sentences
     "Let a model answer the problems of a calibration set; the same call finds what was answered."
     model, tokenizer = load_checked(job)
     answering = Answering(tries=tries, temperature=temperature, max_new_tokens=job.evaluate.max_new_tokens,
-                          batch_tokens=2 * job.model.batch_tokens, lenient=lenient, file=out)
-    data = job.calibrate
-    chains = own_chains(model, tokenizer, data.tasks, data.n, data.seed, data.data_dir, data.style, answering)
-    counts = [f"{count.task}: {count.problems} problems, {count.answers} answers, {count.right} of them right, "
-              f"{count.kept} problems with a chain that is kept." for count in task_counts(chains)]
-    return [*counts, *too_few(chains), f"{out}: the chains; use them with --calibrate-on {out}."]
+                          batch_tokens=2 * job.model.batch_tokens, lenient=lenient, rule=rule, file=out)
+    data = filled_in(job, tokenizer).calibrate
+    amount, _ = examples_by_kind(data, len(data.tasks))
+    if data.calibration_tokens: amount = Tokens(amount)
+    chains = own_chains(model, tokenizer, data.tasks, amount, data.seed, data.data_dir, data.style, answering)
+    counts, held = task_counts(chains, rule), Counter()
+    for example in kept_examples(tokenizer, chains.chains, rule): held[example.task] += len(example.input_ids)
+    lines = [f"{count.task}: {count.problems} problems, {count.answers} answers of {count.tokens:,} tokens, "
+             f"{count.right} of them right, {count.kept} problems with a chain that is kept, which hold "
+             f"{held[count.task]:,} tokens." for count in counts]
+    if data.calibration_tokens:
+        lines += [f"{task}: no problem is left, and {amount.count:,} tokens were wanted; raise --tries, or loosen "
+                  "--chain-rule." for task in chains.tasks if held[task] < amount.count]
+    else: lines += too_few(counts)
+    return [*lines, f"{out}: the chains; use them with --calibrate-on {out}."]
 
 # %% ../nbs/single_steps.ipynb #77f84e0d
 def matching_scores(path: Path, fingerprint: str, settings: PruneSettings) -> tuple[HeadLosses, torch.Tensor]:
@@ -151,7 +162,7 @@ def base_and_calibration(job: Job, loaded: tuple, calibration: Calibration | Non
     model, tokenizer, fingerprint = loaded
     base = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None))
     if calibration is None: return base, None
-    return base, calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
+    return base, calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer), calibration)
 
 def is_calibrated(parts: MethodName, scores: Path | None) -> bool:
     "Whether a method's calibration set is measured on when it prunes."
