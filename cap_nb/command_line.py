@@ -31,9 +31,10 @@ import cap_nb
 from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, comments, lacks_memory, refused_path)
 from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
-from .jobs.settings import (
+from cap_nb.jobs.settings import (
     changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OPTION_NAMES, option_of,
-    Planning, QUICK, quick_job, read_rule, Shrinking, SinglePruning, SpeedSettings, with_method)
+    Planning, QUICK, quick_job, read_rule, recipe_lines, RECIPES, Shrinking, SinglePruning, SpeedSettings, with_method,
+    with_recipe)
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -467,8 +468,12 @@ def plan_command(
 
 # %% ../nbs/command_line.ipynb #a1dd7705
 @command(JOB)
-def methods_command() -> str:
+def methods_command(
+    *,
+    recipes: bool = False, # list the recipes of cap prune instead
+) -> str:
     "List the methods, each with what it does and where it comes from."
+    if recipes: return "\n".join(recipe_lines())
     if names_are_known():
         return (Path(cap_nb.__file__).parent/"methods.txt").read_text(encoding="utf-8").rstrip("\n")
     from cap_nb.methods.prune import method_list
@@ -544,8 +549,16 @@ def prune_command(
     context: typer.Context,
     *,
     out: Path, # the new folder
+    recipe: str | None = None, # best-mask, one-shot or hour, which set other options; see cap methods --recipes
 ) -> str:
     "Prune a model and save it, by the method that is recommended for the sparsity unless --method names another."
+    if recipe is not None:
+        given = given_in(context, ("n", "calibration_tokens", "calibrate_on", "chain_rule", "text_share"))
+        job, settings = with_recipe(job, settings, recipe, given)
+        from cap_nb.single_steps import recipe_asked, recipe_into, recipe_plan
+        recipe_asked(job, settings, RECIPES[recipe].tuning, out) # refuses a folder that does not fit
+        typer.echo(recipe_plan(job, settings))
+        return "\n".join(recipe_into(job, settings, RECIPES[recipe].tuning, out))
     job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
     from cap_nb.single_steps import prune_into
     report = prune_into(job, settings, out)
@@ -577,7 +590,7 @@ def eval_command(
     return table_markdown(method_table([evaluate_alone(job, scores, out)]))
 
 # %% ../nbs/command_line.ipynb #adf8e6a9
-@command(STEPS, "model", "tasks", "data_dir", "style", "n", "calibration_tokens", "seed", "max_new_tokens",
+@command(STEPS, "model", "tasks", "data_dir", "style", "n", "calibration_tokens", "seed", "spare", "max_new_tokens",
          resumes=True)
 def chains_command(
     job: Job,

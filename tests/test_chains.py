@@ -3,10 +3,12 @@ import itertools
 import random
 import signal
 import time
+from dataclasses import replace
 
 import programs
 import pytest
 
+from cap_nb import single_steps
 from cap_nb.calibration import Tokens, calibration_set
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
@@ -19,7 +21,7 @@ from cap_nb.jobs.chains import (
 from cap_nb.jobs.job import held_by_task, job_calibration, prepare
 from cap_nb.jobs.records import changed_options, job_of, load_run, read_run
 from cap_nb.jobs.report import command_of
-from cap_nb.jobs.settings import ChainRule, Job, changed
+from cap_nb.jobs.settings import RECIPES, ChainRule, FineTuning, Job, changed
 from cap_nb.models.loading import load_model
 from programs import FEW, assert_one_sentence, called as cap
 
@@ -311,3 +313,39 @@ def test_a_plan_counts_chains_and_text(made):
                     ([], ["--calibrate-on", str(made[1]), "--text-share", "0.5", "--text-tokens", "100"]))
     assert plain.exit_code == mixed.exit_code == 0, mixed.output
     assert "12 examples" in plain.output and "12 examples" in mixed.output and plain.output != mixed.output
+
+
+def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """The plan, then chains, pruning and training, each once; an option that is given wins; the card says what was calibrated on."""
+    monkeypatch.setitem(RECIPES, "hour", replace(RECIPES["hour"], tuning=FineTuning(steps=2, examples=2)))
+    words = ["prune", "--recipe", "hour", "--method", "wanda", "--calibration-tokens", "300", "--text-tokens", "40", "--device", "cpu", "--out", tmp_path / "r"]
+    train = single_steps.train_into
+
+    def stopped(*given):
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(single_steps, "train_into", stopped)
+    result = cap(*words)
+    assert result.exit_code == 130 and result.stdout.startswith("Plan for lab") and "goes on from there" in result.output
+    assert not list((tmp_path / "r").glob("trained*"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*") if path.is_file() and path.name not in ("recipe.json", "README.md")}
+    assert {"chains.jsonl", "model.safetensors"} <= {path.name for path in before}
+    monkeypatch.setattr(single_steps, "train_into", train)
+    result = cap(*words)
+    assert result.exit_code == 0 and f"{tmp_path / 'r' / 'trained'}: the model, with its card" in result.output, result.output
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was there was not made again"
+    card = (tmp_path / "r" / "pruned" / "README.md").read_text()
+    assert "calibration_tokens 300, chain_rule all" in card and "on chains" in card and "text_share 0.1" in card and "`wanda`" in card
+    assert "README.md" in {path.name for path in (tmp_path / "r" / "trained").iterdir()}
+    assert_one_sentence(cap(*words, "--sparsity", "0.4"), "holds a recipe with other settings")
+    assert_one_sentence(cap("prune", "--recipe", "two", "--out", tmp_path / "x"), "Unknown recipe 'two'")
+    listed = cap("methods", "--recipes").output.splitlines()
+    assert [line.split()[0] for line in listed] == list(RECIPES) and all("Provisional: chosen on no problem yet" in line for line in listed)
+
+
+def test_spared_problems_are_not_asked(lab, tmp_path):
+    """A problem that is set aside is neither answered nor, if a file holds it, calibrated on."""
+    model, tokenizer = lab
+    first = calibration_set(tokenizer, ("lab-arc",), n=3, k=1).examples[0].uid
+    for n in (3, Tokens(100)):
+        answering = Answering(tries=1, max_new_tokens=4, rule=ChainRule(right=False), exclude=frozenset({first}))
+        assert first not in {c.uid for c in own_chains(model, tokenizer, ("lab-arc",), n=n, answering=answering).chains}

@@ -139,6 +139,7 @@ class Answering:
     part: int = 400 # Answers that are written in one go, and kept then
     lenient: bool = False # Whether an answer counts that stands on no answer line
     rule: ChainRule = ChainRule() # Which chains count where an amount in tokens is to be reached
+    exclude: frozenset[str] = frozenset() # Content hashes of problems that are not asked
     file: str | Path | None = None # File of the answers; while it is made, its parts lie beside it; None: no file
 
     def limit(self, task: str) -> int:
@@ -256,11 +257,13 @@ def kept_examples(tokenizer: object, chains: Sequence[Chain], rule: ChainRule) -
     return [make_example(tokenizer, c.prompt, c.text.rstrip(), c.task, c.gold, c.uid) for c in kept]
 
 def asked_problems(tokenizer: object, tasks: Sequence[str] | None, n: int | Tokens, seed: int,
-                   data_dir: str | Path | None, style: str | PromptStyle) -> tuple[Example, ...]:
+                   data_dir: str | Path | None, style: str | PromptStyle,
+                   exclude: frozenset[str]) -> tuple[Example, ...]:
     "The problems of a calibration set, or where tokens are asked for all there are, in the order of the draw."
-    if isinstance(n, int): return calibration_set(tokenizer, tasks, n, 1, seed, data_dir, style).examples
+    if isinstance(n, int): return calibration_set(tokenizer, tasks, n, 1, seed, data_dir, style, exclude).examples
     check_at_least(n.count, 1, "n (tokens a task)")
-    pools = [calibration_pool(tokenizer, task, data_dir, style) for task in tasks or default_tasks(tokenizer)]
+    tasks = tasks or default_tasks(tokenizer)
+    pools = [calibration_pool(tokenizer, task, data_dir, style, exclude) for task in tasks]
     return tuple(pool[index] for pool in pools for index in random_order(pool, seed))
 
 # %% ../../nbs/jobs/06_chains.ipynb #57f8c560
@@ -281,7 +284,7 @@ def own_chains(
     check_sampling(answering.sampling(seed))
     style, file, rule = style or default_style(tokenizer), answering.file, answering.rule
     amount = n.count if isinstance(n, Tokens) else None
-    examples = asked_problems(tokenizer, tasks, n, seed, data_dir, style)
+    examples = asked_problems(tokenizer, tasks, n, seed, data_dir, style, answering.exclude)
     for e in examples: check_room(model, [prompt_tokens(e)], answering.limit(e.task))
     about = chains_origin(model, tokenizer, examples, style, answering, seed)
     if amount: about |= {"tokens": amount, "rule": str(rule)}

@@ -57,7 +57,10 @@ from ..threshold import prune_report, PruneReport
 # %% ../../nbs/jobs/03_job.ipynb #c005
 def chains_of(data: CalibrateSettings) -> Chains | None:
     "The chains that a job is calibrated on; a file that holds none raises `BadInput`."
-    if data.calibrate_on in ("gold", "text"): return None
+    if data.calibrate_on in ("gold", "text"):
+        if data.chain_rule == CalibrateSettings.chain_rule: return None
+        raise BadInput(f"--chain-rule was given with --calibrate-on {data.calibrate_on}: expected a file of chains to "
+                       "choose from; name one, or leave --chain-rule out.")
     try: return read_chains(data.calibrate_on)
     except BadInput as error:
         raise BadInput(f"{str(error).rstrip('.')}; --calibrate-on also takes gold or text.") from None

@@ -168,15 +168,13 @@ LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choic
 MOST = 10**7 # Of anything that is counted: a list of more would take the memory, and no benchmark has so many
 
 def check_calibration(data: CalibrateSettings) -> None:
-    "Raise `BadInput` for an amount given twice, and for a rule that is none or has no chains to choose from."
+    "Raise `BadInput` for an amount given twice, and for a rule that is none."
     if data.calibration_tokens is not None:
         check_at_least(data.calibration_tokens, 1, "--calibration-tokens", MOST)
         if data.n != CalibrateSettings.n:
             raise BadInput(f"--n {data.n} was given with --calibration-tokens {data.calibration_tokens}: expected one "
                            "of them, since both say how much is calibrated on; leave one out.")
-    if read_rule(data.chain_rule) != ChainRule() and data.calibrate_on in ("gold", "text"):
-        raise BadInput(f"--chain-rule was given with --calibrate-on {data.calibrate_on}: expected a file of chains to "
-                       "choose from; name one, or leave --chain-rule out.")
+    read_rule(data.chain_rule)
 
 def check_counts(job: Job) -> None:
     "Raise `BadInput` for the first count that is too small or too large, and for a job without tasks."
@@ -270,6 +268,39 @@ class Planning:
     detect: float | None = None # a difference in points, as 3: how many problems tell it
     discordant: float | None = None # share of the problems that one of two methods alone solves; 0.15 if left out
 
+
+# %% ../../nbs/jobs/01_settings.ipynb #09b63bf5
+@dataclass(frozen=True)
+class Recipe:
+    "Options of `cap prune` that belong together."
+    about: str # What it makes, in a few words
+    method: str # How the model is pruned
+    calibration_tokens: int = 131_072 # Tokens of the calibration set
+    chain_rule: str = "all" # Which of the model's own chains are taken
+    text_share: float = 0.1 # Share of the tokens that is plain text
+    tuning: FineTuning | None = None # How the pruned model is trained; None: not at all
+
+RECIPES = {"best-mask": Recipe("one mask, and the weights that stay are as they were", "wanda+kl^swaps"),
+           "one-shot": Recipe("the weights that stay are solved for, and nothing is trained", "alps"),
+           "hour": Recipe("as one-shot, then trained on the same examples", "alps", tuning=FineTuning())}
+
+def recipe_lines() -> list[str]:
+    "What `cap methods --recipes` says."
+    return [f"{name:10} {r.about}: {r.method} on {r.calibration_tokens:,} tokens, {r.text_share:.0%} of them text, the "
+            f"others the model's own chains ({r.chain_rule}){f'; {r.tuning.steps} steps' if r.tuning else ''}. "
+            "Provisional: chosen on no problem yet." for name, r in RECIPES.items()]
+
+def with_recipe(job: Job, pruning: SinglePruning, name: str, given: Collection[str]) -> tuple[Job, SinglePruning]:
+    "Fill in what a recipe says and the user did not; what it cannot be combined with raises `BadInput`."
+    recipe, wanted = RECIPES[check_choice(name, RECIPES, "recipe")], {"calibration_tokens", "chain_rule", "text_share"}
+    for other in ("scores", "norms", "hessians", "stream"):
+        if getattr(pruning, other):
+            raise BadInput(f"--{other} was given with --recipe {name}: expected one of them, since a recipe measures "
+                           "for itself, in memory; leave one out.")
+    on = job.calibrate.calibrate_on if "calibrate_on" in given else "chains"
+    no_use = {"calibration_tokens": "n" in given, "chain_rule": on in ("gold", "text"), "text_share": on == "text"}
+    filled = {each: getattr(recipe, each) for each in wanted if each not in given and not no_use[each]}
+    return changed(job, **filled), replace(pruning, method=pruning.method or recipe.method)
 
 # %% ../../nbs/jobs/01_settings.ipynb #8f989e54
 def check_tuning(settings: FineTuning) -> None:
