@@ -351,16 +351,6 @@ def generate_greedy(
         if held: return generate_with_vllm(held, *asked)
         return generate_by(model, *asked, decoding, lambda rows, written, logits: logits.argmax(-1).tolist())
 
-# %% ../../nbs/models/10_decoding.ipynb #8089e193
-def generation_batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
-    "Cut prompts, sorted by length, into batches of at most `batch_tokens` tokens, those yet to be written included."
-    batches = []
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        room = batches and (len(batches[-1]) + 1) * (lengths[index] + max_new_tokens) <= batch_tokens
-        if room: batches[-1].append(index)
-        else: batches.append([index])
-    return batches
-
 # %% ../../nbs/models/10_decoding.ipynb #f4a9e05c
 def token_limit(task: str) -> int:
     "The default limit: 192 tokens for the lab's solutions, of which none has as many as 150, and 512 for benchmarks."
