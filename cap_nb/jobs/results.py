@@ -64,7 +64,8 @@ EACH = { # Further columns of a row for each problem
     "unit": ("string", "", "per cent for an answer, nats for a problem's loss and a window's"),
     "tokens": ("Int64", "tokens", "written by the model, or those that the loss is the mean of"),
     "lenient": ("float64", "per cent", "as value, under the lenient reading; empty but for answers"),
-    "cut_off": ("boolean", "", "whether the limit cut the answer off; empty but for answers")}
+    "cut_off": ("boolean", "", "whether the limit cut the answer off; empty but for answers"),
+    "sample": ("Int64", "", "which of several drawn answers to the problem, from 0")}
 SUMMARY = { # Further columns of a row for each number of the table
     "value": ("float64", "see unit", "the table's number"),
     "low": ("float64", "see unit", "lower end of its 95 % interval"),
@@ -83,14 +84,15 @@ def frame_columns(summary: bool = False) -> str: # Markdown
 def problem_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, then the columns of `EACH`
     "A row for each answer, loss and window."
     for a in evaluation.answers:
-        yield ("accuracy", a.task, a.uid, 100.0 * a.correct, "per cent", a.tokens, 100.0 * a.lenient_correct, a.cut_off)
-    for r in evaluation.losses: yield "loss", r.task, r.uid, r.loss, "nats", r.tokens, None, None
+        yield ("accuracy", a.task, a.uid, 100.0 * a.correct, "per cent", a.tokens, 100.0 * a.lenient_correct,
+               a.cut_off, a.sample)
+    for r in evaluation.losses: yield "loss", r.task, r.uid, r.loss, "nats", r.tokens, None, None, 0
     for c in evaluation.choices:
         for measure, field in CHOICE_MEASURES.items():
-            yield measure, c.task, c.uid, 100.0 * getattr(c, field), "per cent", None, None, None
+            yield measure, c.task, c.uid, 100.0 * getattr(c, field), "per cent", None, None, None, 0
     if (text := evaluation.perplexity) is not None:
         for window, loss in enumerate(text.losses):
-            yield "perplexity", text.text, str(window), loss, "nats", text.window_tokens - 1, None, None
+            yield "perplexity", text.text, str(window), loss, "nats", text.window_tokens - 1, None, None, 0
 
 def summary_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, then the columns of `SUMMARY`
     "A row for each number that Table 1 has of this model."
@@ -345,7 +347,7 @@ def loss_row(first: Run, second: Run) -> tuple | None: # A row of the table; Non
     return equal_row("table of losses", list(zip(*values)), max(abs(a - b) for a, b in zip(*values)))
 
 # %% ../../nbs/jobs/07_results.ipynb #3bc1e8aa
-KEY = ["method", "sparsity", "measure", "task", "problem"] # What names a measurement
+KEY = ["method", "sparsity", "measure", "task", "problem", "sample"] # What names a measurement
 
 def measured_rows(first: Run, second: Run) -> list[tuple]: # A row for each measure
     "What was measured of the cells that the second run has, problem by problem."
