@@ -389,6 +389,19 @@ def test_own_chains_are_a_stage_of_their_own():
     assert "1,152 answers to 384 problems" in plan_text(chains) and "Own chains" not in plan_text(one)
 
 
+def test_a_plan_by_tokens():
+    """As many examples as hold them; chains for as many problems, with the tokens that they may take; tokens for a column of the widest Hessian."""
+    job = changed(Job(), name="mistral-7b", calibration_tokens=131_072, tasks=("gsm8k",), methods=("wanda", "sparsegpt"))
+    found = plan(job, tries=2, memory=80 * GIB)
+    assert len(found.load.lengths) == -(-131_072 // (120 + 95)) == 610 and found.load.tokens == 610 * 215
+    said = plan_text(found)
+    assert f"- Hessians: sums over up to {610 * 215:,} tokens, at least {610 * 215 / 14336:.1f} for each column." in said
+    assert f"1,220 answers to 610 problems, enough if every chain is kept and as long as these examples, by 'cap chains' before any run, of at most 512 tokens: {1220 * 128:,} to {1220 * 512:,} tokens written" in said
+    assert "Hessians" not in plan_text(plan(changed(job, methods=("wanda",)), memory=80 * GIB))
+    half = plan(changed(job, text_share=0.5, text_tokens=256), memory=80 * GIB).load
+    assert sum(length.task == "text" for length in half.lengths) == 256 and half.asked == {"gsm8k": 305}
+
+
 def test_the_text_says_where_the_numbers_come_from():
     said = plan_text(gpu(80))
     for part in ("published configuration, not read from a file", "no weights were read", "1,024 heads", "assumed", "No times: this device was not timed", "estimate",
