@@ -78,6 +78,7 @@ from cap_nb.experiments.harness import harness_answers as harness_answers
 from cap_nb.evaluation import held_out_losses as held_out_losses
 from cap_nb.portable.fine_tuning import held_zeros as held_zeros
 from cap_nb.importance import importance_factors as importance_factors
+from cap_nb.jobs.results import judged as judged
 from cap_nb.data.lab_world import lab_records as lab_records
 from cap_nb.data.lab_world import lab_text as lab_text
 from cap_nb.methods.resumed_scoring import load_losses as load_losses

@@ -623,10 +623,11 @@ def recover_command(
     settings: FineTuning,
     *,
     out: Path, # the new folder
+    teacher: str | None = None, # model whose predictions are the targets, as the one that was pruned; else the answers
 ) -> str:
     "Train a pruned model further while every zero stays zero, and save it; resumable."
     from cap_nb.single_steps import train_into
-    report = train_into(job, settings, out)
+    report = train_into(job, settings, out, teacher)
     return (f"{out}: {len(report.losses)} steps, the loss of the first {report.losses[0]:.4f}, of the last "
             f"{report.losses[-1]:.4f}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
 

@@ -300,12 +300,16 @@ def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of
     return report
 
 # %% ../nbs/single_steps.ipynb #e1913fb2
-def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was done
+def train_into(job: Job, tuning: FineTuning, out: Path, teacher: str | None = None) -> Recovery: # What was done
     "Train a pruned model further while every zero stays zero, and save it; the same call goes on after a kill."
     tuning = replace(tuning, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
     check_tuning(tuning)
     model, tokenizer = load_checked(job)
-    return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning)
+    dense, other = load_model(teacher, job.model.dtype, job.model.device) if teacher else (None, tokenizer)
+    if tokenizer_fingerprint(other)[:64] != tokenizer_fingerprint(tokenizer)[:64]:
+        raise BadInput(f"The teacher {teacher} has another tokenizer than {job.model.name}: expected the same tokens; "
+                       "name the model that was pruned.")
+    return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning, dense)
 
 # %% ../nbs/single_steps.ipynb #8a32c4a1
 def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, out: Path) -> list: # What JSON can hold

@@ -203,7 +203,7 @@ def test_the_memory_of_scoring_is_about_what_is_held(shape, dtype):
         assert 0.5 < peak(run) / at_once(stage(load, "scoring").memory) < 1.5
 
 
-@pytest.mark.parametrize("method, dtype", [*((method, torch.float32) for method in ("cap", "wanda", "sparsegpt", "alps", "wanda^swaps", "wanda^update", "cap^swaps^update")),
+@pytest.mark.parametrize("method, dtype", [*((method, torch.float32) for method in ("cap", "wanda", "sparsegpt", "alps", "wanda^swaps", "wanda^update", "cap^swaps^update", "wanda^block")),
                                            ("cap", torch.bfloat16), ("cap^swaps^update", torch.bfloat16)])
 def test_the_memory_of_pruning_is_about_what_is_held(method, dtype):
     model = random_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=2).to(dtype)

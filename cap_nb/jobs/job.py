@@ -46,7 +46,7 @@ from ..methods.screening import load_any, PartialLosses, save_partial, scores_of
 from ..models.anatomy import projections
 from ..models.checks import tell_of_zeros, zeros_of
 from ..models.choices import choice_records, has_options
-from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
+from ..models.decoding import Decoding, held_by_vllm, imported_vllm, Sampling, token_limit, WRITERS
 from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
     tokenizer_fingerprint)
@@ -250,6 +250,8 @@ def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
     unusual |= {name: n for name in ("choice_n", "shots") if (n := getattr(job.evaluate, name))}
+    if job.evaluate.samples > 1:
+        unusual |= {name: getattr(job.evaluate, name) for name in ("samples", "temperature", "top_p")}
     if job.evaluate.backend != "transformers": unusual["backend"] = job.evaluate.backend
     if job.calibrate.seed: unusual["seed"] = job.calibrate.seed
     return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
@@ -445,13 +447,21 @@ def backend_of(job: Job, model: nn.Module) -> Iterator[object]: # For `Decoding`
 
 # %% ../../nbs/jobs/03_job.ipynb #82679b37
 KeepPart = Callable[[int, Callable[[], tuple[AnswerRecord, ...]]], tuple[AnswerRecord, ...]] # A part, its maker
-PART = 400 # Problems that are answered before their answers are kept
+PART = 400 # Answers that are written before they are kept
 
-def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: KeepPart) -> tuple:
+def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: KeepPart,
+             samples: int = 1) -> tuple:
     "The answers to problems, part after part, whoever keeps them; the company in which one is answered is the same."
-    parts = [problems[start:start + PART] for start in range(0, len(problems), PART)]
+    size = max(1, PART // samples)
+    parts = [problems[start:start + size] for start in range(0, len(problems), size)]
     if len(parts) == 1: return answer(problems)
     return tuple(one for number, part in enumerate(parts) for one in keep(number, lambda part=part: answer(part)))
+
+def sampling_of(job: Job) -> Sampling | None:
+    "How a job draws answers, from all tokens that --top-p leaves; None where each problem gets one, greedily."
+    e = job.evaluate
+    if e.samples == 1: return None
+    return Sampling(temperature=e.temperature, top_k=None, seed=job.calibrate.seed, top_p=e.top_p, samples=e.samples)
 
 def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, exclude: frozenset[str],
                   backend: object = "transformers", lengths: Mapping[str, int] = MappingProxyType({}),
@@ -463,10 +473,11 @@ def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, e
         shots = shown_examples(job, piece.on, problems)
         def answer(part: Sequence[Problem]) -> tuple[AnswerRecord, ...]:
             expected = tuple(lengths.get(problem.uid, 0) for problem in part) if lengths else ()
-            decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected, backend=backend)
+            decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected, backend=backend,
+                                sampling=sampling_of(job))
             return answer_problems(model, tokenizer, part, data.style, evaluation.max_new_tokens, shots,
                                    decoding=decoding)
-        return {"answers": in_parts(problems, answer, keep)}
+        return {"answers": in_parts(problems, answer, keep, evaluation.samples)}
     if piece.kind == "loss":
         problems = drawn_problems(job, piece.on, evaluation.loss_n, exclude)
         return {"losses": problem_losses(model, tokenizer, problems, data.style, batch_tokens)}

@@ -27,6 +27,7 @@ from ..evaluation import token_limit
 from .job import check_job, distinct, filled_in, job_calibration
 from .records import cells_of
 from .settings import changed, examples_by_kind, Job, MOST, option_of
+from ..methods.block import FORMS, Training, training_tokens
 from ..methods.budgets import BudgetSettings
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
 from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, READINGS, with_hessian
@@ -344,7 +345,7 @@ class Workload:
     def answers(self) -> tuple[Answers, ...]:
         "Answers of one evaluation."
         done = self.job.evaluate
-        return answers_to(self.job, done.accuracy_tasks, self.lengths, done.evaluate_n, self.short)
+        return answers_to(self.job, done.accuracy_tasks, self.lengths, done.evaluate_n * done.samples, self.short)
 
     @cached_property
     def asked(self) -> dict[str, int]: # Task -> problems
@@ -406,6 +407,14 @@ def solver_memory(load: Workload, names: Sequence[str], on_dense: bool) -> dict[
         "one matrix solved": max(largest, default=0),
         "copies of a layer": sizes.scope / sizes.layers * load.width if {"swaps", "update"} & set(names) else 0,
         "masks and dense weights": sizes.scope * (1 + load.width) if on_dense else 0}
+
+def block_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, float]:
+    "What block reconstruction keeps: states of two models and targets, a layer with Adam's moments, activations."
+    sizes, tokens = load.sizes, max(b.rows * b.width for b in batches)
+    return {"hidden states": 4 * pass_memory(load, batches)["hidden states"],
+            "a layer in training": 24 * sizes.scope / sizes.layers,
+            "activations of a layer": tokens * (6 * sizes.outputs + 16 * sizes.hidden_size)}
+
 
 # %% ../../nbs/jobs/04_planning.ipynb #c036
 def answer_memory(load: Workload, answers: Sequence[Answers]) -> dict[str, float]:
@@ -556,7 +565,7 @@ def solver_names(method: str) -> tuple[str, ...] | None:
     "Those of `SOLVERS` that a method runs, in order; None for a method without Hessians."
     parts = parse_method(method)
     names = tuple(name for name in (parts.base, *(parts.recovery or "").split("^")) if name in SOLVERS)
-    return names if names or with_hessian(parts) else None
+    return names if names or parts.recovery or with_hessian(parts) else None
 
 def stage_name(method: str) -> str:
     "The stage of a method with Hessians; methods that differ in their allocation alone share it."
@@ -579,7 +588,11 @@ def solver_stage(load: Workload, method: str) -> Stage:
     "One pruning by a method with Hessians: a walk, and what is computed from them."
     parts, names = parse_method(method), solver_names(method)
     on_dense = parts.base in CRITERIA and not walks(CRITERIA[parts.base], own_scope(parts))
-    return stage_of(load, stage_name(method), solver_memory(load, names, on_dense), wanda_work(load.batches),
+    memory, work = solver_memory(load, names, on_dense), wanda_work(load.batches)
+    if (parts.recovery or "").split("^")[-1] in FORMS: # forth and back, as often as it may
+        batches = batch_shapes(load.lengths, training_tokens(load.tokens))
+        memory, work = memory | block_memory(load, batches), (3 * Training().passes + 2) * wanda_work(batches) / 2
+    return stage_of(load, stage_name(method), memory, work,
                     solver_flops(load.sizes, names, load.tokens), READS_IN_ROWS * load.sizes.scope,
                     load.sizes.columns * sum(SOLVERS[name][-1] for name in names))
 

@@ -64,6 +64,9 @@ class EvaluateSettings:
     loss_n: int = 100 # problems a task for held-out loss; 0 for none
     choice_n: int = 0 # problems a task of --tasks with options, as ARC, whose options' probabilities are compared
     shots: int = 0 # worked examples in front of each problem that is answered, drawn from the calibration split
+    samples: int = 1 # answers to each problem; from 2 on they are drawn, and accuracy is their mean, pass@1
+    temperature: float = 0.0 # with --samples: temperature of the drawn answers; 0 is greedy
+    top_p: float = 1.0 # with --samples: the likeliest tokens may be drawn that reach this probability together
     max_new_tokens: int | None = None # tokens an answer may take; if left out 192 for the lab's tasks, 512 for others
     text: str | None = None # text for perplexity: wikitext2 or lab-text; the model's own if left out
     windows: int = 100 # windows of the text that are read; 0 for no perplexity
@@ -163,9 +166,22 @@ def check_kinds(job: Job) -> None:
             check_argument(getattr(getattr(job, part.name), setting.name), setting.type, f"setting {setting.name}")
 
 # %% ../../nbs/jobs/01_settings.ipynb #c028
-LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choice_n": 0, "shots": 0,
+LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choice_n": 0, "shots": 0, "samples": 1,
          "windows": 0, "window_tokens": 2, "text_tokens": 2} # Smallest
 MOST = 10**7 # Of anything that is counted: a list of more would take the memory, and no benchmark has so many
+
+def check_draws(evaluate: EvaluateSettings) -> None:
+    "Raise `BadInput` for answers that cannot be drawn: one greedy answer to each problem, or several drawn ones."
+    k, temperature, top_p = evaluate.samples, evaluate.temperature, evaluate.top_p
+    if k == 1 and (temperature or top_p != 1):
+        raise BadInput("--temperature or --top-p was given for one answer to each problem, which is greedy: expected "
+                       "several; give --samples 4, or leave both out.")
+    if k > 1 and not 0 < temperature < float("inf"):
+        raise BadInput(f"--samples {k} was given with --temperature {temperature:g}: expected one above 0, since "
+                       "greedy answers are all the same; write --temperature 0.6.")
+    if not 0 < top_p <= 1:
+        raise BadInput(f"--top-p is {top_p:g}: expected a probability in (0, 1]; write 0.95, or leave it out for all "
+                       "tokens.")
 
 def check_calibration(data: CalibrateSettings) -> None:
     "Raise `BadInput` for an amount given twice, and for a rule that is none."
@@ -189,6 +205,7 @@ def check_counts(job: Job) -> None:
     check_seed(job.calibrate.calibration_seed or 0, "--calibration-seed")
     check_choice(job.evaluate.evaluate_on, ("evaluation", "validation"), "split to evaluate on")
     if job.prune.budget is not None: check_budget(job.prune.budget)
+    check_draws(job.evaluate)
     share_of_text(job.calibrate)
     check_calibration(job.calibrate)
 
