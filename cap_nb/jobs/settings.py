@@ -295,11 +295,12 @@ class Recipe:
     calibration_tokens: int = 131_072 # Tokens of the calibration set
     chain_rule: str = "all" # Which of the model's own chains are taken
     text_share: float = 0.1 # Share of the tokens that is plain text
-    tuning: FineTuning | None = None # How the pruned model is trained; None: not at all
+    tuning: FineTuning | None = None # How it is trained as a whole, with the dense model as teacher; None: not at all
 
-RECIPES = {"best-mask": Recipe("one mask, and the weights that stay are as they were", "wanda+kl^swaps"),
-           "one-shot": Recipe("the weights that stay are solved for, and nothing is trained", "alps"),
-           "hour": Recipe("as one-shot, then trained on the same examples", "alps", tuning=FineTuning())}
+RECIPES = {
+    "best-mask": Recipe("one mask, and the weights that stay are as they were", "wanda+kl^swaps"),
+    "one-shot": Recipe("the weights that stay are solved for, then repaired layer by layer", "alps^block"),
+    "hour": Recipe("as one-shot, then trained for the dense model's predictions", "alps^block", tuning=FineTuning())}
 
 def recipe_lines() -> list[str]:
     "What `cap methods --recipes` says."
