@@ -41,10 +41,6 @@ def mean_squares(layout: np.ndarray) -> tuple[float, float, float]: # A between 
 # %% ../../nbs/experiments/01_seeds.ipynb #c009
 from scipy import stats
 
-def student_quantile(probability: float, degrees: float) -> float:
-    "A quantile of Student's distribution (Student 1908)."
-    return float(stats.t.ppf(probability, degrees))
-
 @dataclass(frozen=True)
 class VarianceSplit:
     "The mean of a method over calibration seeds and problems, and where its uncertainty comes from."
@@ -77,7 +73,7 @@ def split_variance(layout: np.ndarray, confidence: float = 0.95) -> VarianceSpli
     error = math.sqrt((a + b - rest) / (seeds * problems))
     spread = a**2 / (seeds - 1) + b**2 / (problems - 1) + rest**2 / ((seeds - 1) * (problems - 1))
     degrees = max(min(seeds, problems) - 1, (a + b - rest) ** 2 / spread) if spread else 1
-    half = student_quantile((1 + confidence) / 2, degrees) * error
+    half = float(stats.t.ppf((1 + confidence) / 2, degrees)) * error
     tail = 2 * stats.t.sf(abs(mean) / error, degrees) if error else float(mean == 0)
     return VarianceSplit(mean=mean, low=mean - half, high=mean + half, p=float(tail), seeds=seeds,
                          problems=problems, calibration=(a - rest) / problems, evaluation=(b - rest) / seeds, rest=rest)

@@ -36,7 +36,7 @@ from ..core.files import (
     whole_folder, write_checked)
 from ..core.registry import check_additions
 from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
-from .settings import changed, Job, option_of, part_of_setting
+from .settings import CalibrateSettings, changed, Job, option_of, part_of_setting
 from ..methods.prune import sparsities_of
 from ..methods.screening import load_any, PartialLosses, scores_of
 from ..models.anatomy import projections
@@ -162,7 +162,9 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
     answered = sorted(done["data"]["accuracy"], key=lambda task: (*tasks, task).index(task))
     return changed(
         Job(), name=model["name"], dtype=model["dtype"], device=model["device"], batch_tokens=kept["batch_tokens"],
-        tasks=tasks, style=configuration["style"]["called"], n=kept["n"], k=kept["k"], calibrate_on=chosen,
+        tasks=tasks, style=configuration["style"]["called"], n=kept.get("n", CalibrateSettings.n), k=kept["k"],
+        calibrate_on=chosen, calibration_tokens=kept.get("calibration_tokens"),
+        chain_rule=kept.get("chain_rule", "right"),
         seed=done.get("seed", kept["seed"]) if seed is None else seed, calibration_seed=kept["seed"],
         text_share=0.0 if chosen == "text" else kept.get("text_share", 0.0), text_tokens=kept.get("text_tokens", 256),
         methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
@@ -180,6 +182,7 @@ def hidden_options(kept: dict, asked: dict, one: dict, other: dict) -> set[str]:
     drawn = [(each["evaluation"]["data"], each["evaluation"].get("seed")) for each in (kept, asked)]
     hidden = {*GROWING, "seed" if drawn[0] == drawn[1] else "calibration_seed"} # where one differs, so may the other
     if not differing({"model": kept["model"]}, {"model": asked["model"]}): hidden.add("name") # it was moved
+    if one["calibration_tokens"] or other["calibration_tokens"]: hidden.add("n") # it says nothing then
     if None in (one["text"], other["text"]): hidden.add("text") # --windows is 0
     if all(each["accuracy_tasks"] == each["tasks"] for each in (one, other)): hidden.add("accuracy_tasks")
     return hidden

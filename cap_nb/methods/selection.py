@@ -8,6 +8,7 @@ __all__ = ['Evidence', 'Criterion']
 # %% ../../nbs/methods/05_selection.ipynb #3a8f65f5
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 import math
 import torch
 from ..core.errors import BadInput, check_choice, check_sparsity
@@ -87,9 +88,9 @@ def pattern_counts(scores: torch.Tensor, upper: int | None = None, repeats: torc
     bits = scores.flatten().view(torch.int32)
     inside = slice(None) if upper is None else (bits >> 16) == upper
     digits = bits >> 16 if upper is None else bits[inside] & 0xFFFF
-    if repeats is None: return torch.bincount(digits, minlength=65536).cpu()
+    if repeats is None: return torch.bincount(digits, minlength=65536)
     weights = repeats.flatten()[inside].double() # float64 counts exactly up to 2^53
-    return torch.bincount(digits, weights, minlength=65536).long().cpu()
+    return torch.bincount(digits, weights, minlength=65536).long()
 
 # %% ../../nbs/methods/05_selection.ipynb #ce2303b5
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def find_threshold(scores: Sequence[Callable[[], torch.Tensor]], count: int,
     "The n-th smallest score in two passes over bit patterns: the exact limit of the bisection in paper section 3.3."
     before, upper = 0, None
     for _ in range(2):
-        counts = sum(pattern_counts(score(), upper, repeats and repeats[i]) for i, score in enumerate(scores))
+        found = (pattern_counts(score(), upper, repeats and repeats[i]) for i, score in enumerate(scores))
+        counts = reduce(lambda one, two: one + two.to(one.device), found).cpu() # on one device, only the sum crosses
         cumulative = before + counts.cumsum(0)
         digit = int(torch.searchsorted(cumulative, count))
         if upper is None: before, upper = int(cumulative[digit] - counts[digit]), digit

@@ -193,7 +193,7 @@ class Slots:
 @dataclass(frozen=True)
 class Decoding:
     "How prompts are decoded; but for `sampling`, memory and time alone: what is written changes up to rounding only."
-    batch_tokens: int = 8192 # Tokens that the slots hold together, those yet to be written included
+    batch_tokens: int = 32768 # Tokens that the slots hold together, those yet to be written included
     expected: tuple[int, ...] = () # Tokens that each answer is expected to have; none: as long as its prompt
     backend: object = "transformers" # What writes answers: one of WRITERS, or what `held_by_vllm` gives
     sampling: object = None # How several answers to each problem are drawn, a `Sampling`; None: one, greedily
@@ -350,16 +350,6 @@ def generate_greedy(
     with vllm_of(model, decoding.backend) as held:
         if held: return generate_with_vllm(held, *asked)
         return generate_by(model, *asked, decoding, lambda rows, written, logits: logits.argmax(-1).tolist())
-
-# %% ../../nbs/models/10_decoding.ipynb #8089e193
-def generation_batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
-    "Cut prompts, sorted by length, into batches of at most `batch_tokens` tokens, those yet to be written included."
-    batches = []
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        room = batches and (len(batches[-1]) + 1) * (lengths[index] + max_new_tokens) <= batch_tokens
-        if room: batches[-1].append(index)
-        else: batches.append([index])
-    return batches
 
 # %% ../../nbs/models/10_decoding.ipynb #f4a9e05c
 def token_limit(task: str) -> int:

@@ -102,10 +102,11 @@ def check_plain(model: nn.Module, config: object, weights: dict[str, torch.Tenso
 # %% ../../nbs/portable/06_shrink.ipynb #c023
 def made_of(model: nn.Module, config: object, weights: dict[str, torch.Tensor]) -> nn.Module:
     "A model of the same class from a configuration and weights."
-    options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+    options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation,
+               "device_map": {"": model.device}} # straight from device to device, not by way of main memory
     with without_bars(): small = type(model).from_pretrained(None, config=config, state_dict=weights, **options)
     small.generation_config = copy.deepcopy(model.generation_config)
-    return small.to(model.device).eval()
+    return small.eval()
 
 # %% ../../nbs/portable/06_shrink.ipynb #c025
 def check_unit_scores(scores: torch.Tensor, shape: tuple[int, int], what: str) -> None:

@@ -1,0 +1,209 @@
+"""Every kind of work on a device that is not the processor, pretended: the processor's results, no mixed devices, and little that crosses.
+
+Attention is written out (eager) wherever results are compared to the bit: torch's fused kernel on the processor rounds otherwise than the formula
+that other devices follow, and that is the only difference there is.
+"""
+import copy
+from pathlib import Path
+
+import pretend
+import pytest
+import torch
+from fixtures import made_up_calibration, tiny_config, tiny_llama
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from cap_nb.core.errors import BadInput
+from cap_nb.core.files import read_json, read_tensors
+from cap_nb.core.registry import ATTRIBUTIONS
+from cap_nb.evaluation import accuracy, held_out_losses, perplexity
+from cap_nb.data.problems import load_problems
+from cap_nb.jobs.chains import Answering, own_chains
+from cap_nb.jobs.settings import FineTuning, Job, SpeedSettings, changed
+from cap_nb.jobs.job import run_job
+from cap_nb.jobs.records import load_run
+from cap_nb.methods.attributions import GateFit
+from cap_nb.methods.experts import expert_losses, routed_losses
+from cap_nb.methods.explainable_masks import MaskFit
+from cap_nb.methods.neurons import NEURON_AWARE, neuron_estimates
+from cap_nb.methods.prune import prune, sparsities_of, table_methods
+from cap_nb.methods.resumed_scoring import score_heads
+from cap_nb.methods.screening import screen_heads
+from cap_nb.methods.streaming import save_hessians, solve_checkpoint
+from cap_nb.models.anatomy import projections
+from cap_nb.models.choices import choice_records
+from cap_nb.models.lab import lab_tokenizer
+from cap_nb.models.loading import load_model, save_model
+from cap_nb.portable.fine_tuning import recover
+from cap_nb.portable.format import export_folder
+from cap_nb.portable.shrink import shrink
+from cap_nb.portable.speed import bench_folder
+from cap_nb.scoring import score_heads_naive
+
+missing = pretend.register()
+pytestmark = pytest.mark.skipif(missing is not None, reason=f"{missing}")
+PROCESSOR, DEVICE = "cpu", "pretend:0"
+FITTED = {"retained_gates": GateFit(steps=2), "removed_gates": GateFit(steps=2), "explainable_masks": MaskFit(steps=2)}
+METHODS = ["dense", *table_methods(), "cap.pooled", *(f"{base}.{name}" for base in ("cap", "alps") for name in NEURON_AWARE)]
+EXAMPLES = made_up_calibration(5)
+
+
+def weights_of(model):
+    return {name: p.detach().cpu() for name, p in model.named_parameters()}
+
+
+def flat(value, name=""):
+    """Everything that a result holds, by the path to it: tensors on the processor, and numbers and words."""
+    if isinstance(value, torch.Tensor):
+        return {name: value.detach().cpu()}
+    if hasattr(value, "__dataclass_fields__"):
+        value = vars(value)
+    if isinstance(value, (tuple, list)):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    return {path: leaf for key, each in value.items() if key != "device" for path, leaf in flat(each, f"{name}/{key}").items()}
+
+
+def assert_same(there, here):
+    there, here = flat(there), flat(here)
+    assert list(there) == list(here)
+    for name, value in here.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(there[name], value, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda said, name=name: f"{name}: {said}")
+        else:
+            assert there[name] == (pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value), name
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name.removeprefix("cap.") not in FITTED])
+def test_every_method_prunes_as_on_the_processor(method):
+    """To the last bit: attention is the same formula, and nothing else depends on the device."""
+    dense, pruned = tiny_llama(num_hidden_layers=2, attn_implementation="eager"), []
+    factors = torch.linspace(1, 10, 8).view(2, 4) if method.startswith(("cap", "heads", "wanda+causal")) and "." not in method else None
+    sparsity = {"dense": 0.0, "heads": 0.25}.get(method) or (0.0 if method == "dense" else sparsities_of(method, [0.5])[0])
+    for device in (PROCESSOR, DEVICE):
+        model = copy.deepcopy(dense).to(device)
+        report = prune(model, method, sparsity, factors, EXAMPLES)
+        pruned.append((report, weights_of(model)))
+        assert {p.device for p in model.parameters()} == {torch.device(device)}
+    assert_same(*reversed(pruned))
+    assert all(torch.equal(there == 0, here == 0) for there, here in zip(pruned[1][1].values(), pruned[0][1].values()))
+
+
+@pytest.mark.parametrize("name", ATTRIBUTIONS)
+def test_every_attribution_is_the_processor_s(name):
+    model = tiny_llama(num_hidden_layers=2, attn_implementation="eager")
+    options = {"fit": FITTED[name]} if name in FITTED else {"steps": 2} if name == "integrated_gradients" else {}
+    here, there = (ATTRIBUTIONS[name].compute(copy.deepcopy(model).to(device), EXAMPLES, **options) for device in (PROCESSOR, DEVICE))
+    assert_same(there, here)
+
+
+# Kinds of work: what gets a model, its tokenizer, its device and an empty folder, and gives what is compared.
+
+
+def pruned_and(work):
+    def both(model, tokenizer, device, folder):
+        prune(model, "magnitude@row", 0.5)
+        return work(model, tokenizer, device, folder)
+    return both
+
+
+def by_method(name):
+    def pruned(model, tokenizer, device, folder):
+        factors = torch.linspace(1, 10, 8).view(2, 4) if name == "cap" else None
+        return prune(model, name, 0.5, factors, EXAMPLES), weights_of_scope(model)
+    return pruned
+
+
+def weights_of_scope(model):
+    """A sum for each projection, so that comparing moves nothing large."""
+    return {p.name: (p.weight.detach().double().sum().item(), (p.weight == 0).sum().item()) for p in projections(model)}
+
+
+def experts(model, tokenizer, device, folder):
+    mixture = AutoModelForCausalLM.from_config(tiny_config(MixtralConfig, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2)).float().eval()
+    with torch.no_grad():
+        for number, p in enumerate(mixture.parameters()):
+            p.copy_(torch.linspace(-0.3, 0.3, p.numel()).sin().mul(number + 1).cos().view_as(p) * 0.3)
+    mixture = mixture.to(device)
+    return routed_losses(mixture, EXAMPLES), expert_losses(mixture, EXAMPLES)
+
+
+def smaller(model, tokenizer, device, folder):
+    small = shrink(model, torch.linspace(0, 1, 2 * 512).sin().view(2, 512), torch.linspace(0, 1, 8).cos().view(2, 4), 384, 1)
+    return weights_of_scope(small)
+
+
+def trained(model, tokenizer, device, folder):
+    report = recover(model, EXAMPLES, FineTuning(steps=2, examples=2))
+    return report.losses, weights_of_scope(model)
+
+
+def streamed(model, tokenizer, device, folder):
+    save_model(model, tokenizer, folder / "dense")
+    save_hessians(model, EXAMPLES, folder / "hessians")
+    return solve_checkpoint(folder / "dense", folder / "pruned", 0.5, folder / "hessians")
+
+
+def exported(model, tokenizer, device, folder):
+    save_model(model, tokenizer, folder / "pruned")
+    return [(file.name, file.sha256) for file in export_folder(folder / "pruned", folder / "packed").files]
+
+
+def benched(model, tokenizer, device, folder):
+    save_model(model, tokenizer, folder / "pruned")
+    settings = SpeedSettings(batches=(1,), prompt=4, steps=1, rounds=1, backends=("torch",), device=device)
+    return bench_folder(folder / "pruned", settings=settings)["models"]
+
+
+def answered(model, tokenizer, device, folder):
+    return accuracy(model, tokenizer, "lab-gsm8k", 2, max_new_tokens=6)
+
+
+def chains(model, tokenizer, device, folder):
+    return own_chains(model, tokenizer, ("lab-gsm8k",), n=1, answering=Answering(tries=2, max_new_tokens=6)).chains
+
+
+WORK = {  # kind of work -> how many times it reads the whole model for a fingerprint or a file, and what it does
+    "scoring, hook loop": (1, lambda model, *_: score_heads_naive(model, EXAMPLES)),
+    "scoring, resumed": (1, lambda model, *_: score_heads(model, EXAMPLES)),
+    "screening": (1, lambda model, *_: screen_heads(model, EXAMPLES, 0.5)),
+    "neurons": (0, lambda model, *_: neuron_estimates(model, EXAMPLES)),
+    "experts": (0, experts),
+    "prune: cap": (0, by_method("cap")),
+    "prune: wanda": (0, by_method("wanda")),
+    "prune: gradient": (0, by_method("gradient")),
+    "prune: sparsegpt": (0, by_method("sparsegpt")),
+    "prune: wanda^update": (0, by_method("wanda^update")),
+    "prune: wanda+kl": (1, by_method("wanda+kl")),
+    "answers": (0, answered),
+    "choices": (0, lambda model, tokenizer, *_: choice_records(model, tokenizer, load_problems("lab-arc", "evaluation")[:2])),
+    "held-out losses": (0, lambda model, tokenizer, *_: held_out_losses(model, tokenizer, "lab-arc", 2)),
+    "perplexity": (0, lambda model, tokenizer, *_: perplexity(model, tokenizer, "lab-text", windows=2, window_tokens=48)),
+    "chains": (1, chains),
+    "recover": (2, pruned_and(trained)),
+    "shrink": (0, smaller),
+    "Hessians for streaming": (3, streamed),
+    "export": (1, pruned_and(exported)),
+    "bench": (5, pruned_and(benched)),
+}
+
+
+def work_done(kind, device, folder):
+    """The result of a kind of work, the bytes of the model, and what crossed meanwhile: bytes to the device, bytes from it, and the number of crossings."""
+    tokenizer = lab_tokenizer()
+    model = tiny_llama(num_hidden_layers=2, hidden_size=192, intermediate_size=512, head_dim=48, initializer_range=0.05, vocab_size=len(tokenizer),
+                       max_position_embeddings=512, attn_implementation="eager").to(device)
+    folder.mkdir()
+    with pretend.counting() as crossings:
+        result = WORK[kind][1](model, tokenizer, device, folder)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    to, back = (sum(moved for ends in crossings for moved in [ends[2]] if ends[side] == DEVICE) for side in (1, 0))
+    return result, size, (to, back, len(crossings))
+
+
+@pytest.mark.parametrize("kind", WORK)
+def test_a_kind_of_work_gives_the_same_and_moves_little(kind, tmp_path):
+    here, _, nothing = work_done(kind, PROCESSOR, tmp_path / "here")
+    there, size, (to, back, _) = work_done(kind, DEVICE, tmp_path / "there")
+    assert_same(there, here)
+    assert nothing == (0, 0, 0) and to + back < (WORK[kind][0] + 0.5) * size, (to, back, size)
