@@ -36,6 +36,7 @@ from cap_nb.threshold import PruneReport as PruneReport
 from cap_nb.jobs.settings import PruneSettings as PruneSettings
 from cap_nb.jobs.records import Run as Run
 from cap_nb.data.problems import Text as Text
+from cap_nb.calibration import Tokens as Tokens
 from cap_nb.methods.experts import UnitFactors as UnitFactors
 from cap_nb.evaluation import accuracy as accuracy
 from cap_nb.jobs.plugins import add_allocation as add_allocation
@@ -49,6 +50,7 @@ from cap_nb.evaluation import answer_problems as answer_problems
 from cap_nb.experiments.reasoning_steps import arithmetic_check as arithmetic_check
 from cap_nb.portable.speed import bench_folder as bench_folder
 from cap_nb.evaluation import bootstrap_interval as bootstrap_interval
+from cap_nb.calibration import calibration_pool as calibration_pool
 from cap_nb.calibration import calibration_set as calibration_set
 from cap_nb.on_one_page import cap_naive as cap_naive
 from cap_nb.scoring import causal_scores as causal_scores
@@ -63,6 +65,8 @@ from cap_nb.jobs.results import compare_runs as compare_runs
 from cap_nb.analysis import compare_with_paper as compare_with_paper
 from cap_nb.jobs.tables import comparison_markdown as comparison_markdown
 from cap_nb.methods.criteria import dense_norms as dense_norms
+from cap_nb.calibration import draw_tokens as draw_tokens
+from cap_nb.calibration import drawn as drawn
 from cap_nb.experiments.reasoning_steps import error_category as error_category
 from cap_nb.evaluation import evaluation_problems as evaluation_problems
 from cap_nb.portable.format import export_folder as export_folder
@@ -74,6 +78,7 @@ from cap_nb.experiments.harness import harness_answers as harness_answers
 from cap_nb.evaluation import held_out_losses as held_out_losses
 from cap_nb.portable.fine_tuning import held_zeros as held_zeros
 from cap_nb.importance import importance_factors as importance_factors
+from cap_nb.jobs.results import judged as judged
 from cap_nb.data.lab_world import lab_records as lab_records
 from cap_nb.data.lab_world import lab_text as lab_text
 from cap_nb.methods.resumed_scoring import load_losses as load_losses
@@ -115,6 +120,7 @@ from cap_nb.models.anatomy import projections as projections
 from cap_nb.methods.prune import prune as prune
 from cap_nb.methods.streaming import prune_checkpoint as prune_checkpoint
 from cap_nb.portable.sharing import publish as publish
+from cap_nb.calibration import random_order as random_order
 from cap_nb.scoring import rank_correlation as rank_correlation
 from cap_nb.experiments.seeds import read_seeds as read_seeds
 from cap_nb.experiments.reasoning_steps import reasoning_report as reasoning_report

@@ -15,7 +15,9 @@ from cap_nb.models.choices import ChoiceRecord
 def evaluation_from(rows: Mapping[str, Sequence[dict]]) -> Evaluation:
     "An evaluation from its rows in a run's table of records."
     def records(kind, name):
-        return tuple(kind(**{field.name: row[field.name] for field in fields(kind)}) for row in rows.get(name, ()))
+        names = [field.name for field in fields(kind)]
+        return tuple(kind(**{name: row[name] for name in names if row.get(name) is not None or name != "sample"})
+                     for row in rows.get(name, ()))
     about = json.loads(rows["evaluation"][0]["content"])
     if text := about.pop("perplexity", None):
         text = Perplexity(**text, losses=tuple(row["loss"] for row in rows["window"]))
@@ -39,7 +41,8 @@ from matplotlib.figure import Figure
 from cap_nb.core.errors import BadInput, validate_arguments
 from cap_nb.core.plots import blank_figure, in_style
 from cap_nb.data.problems import TASK_TITLES, TASKS, task_title
-from cap_nb.evaluation import bootstrap_interval, summarise_answers, summarise_choices, summarise_losses
+from cap_nb.evaluation import (
+    bootstrap_interval, right_shares, summarise_answers, summarise_choices, summarise_losses)
 
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
 OTHER_TITLES = {"sparsegpt": "SparseGPT", "ria": "RIA", "alps": "ALPS"} # As the papers on them write it
@@ -59,11 +62,15 @@ def row_order(evaluation: Evaluation) -> tuple[bool, float, int, str]:
     "What rows of Table 1 are sorted by: dense first, then sparsity, then method."
     return evaluation.method != "dense", evaluation.sparsity, *method_rank(evaluation.method)
 
+def answers_title(task: str, samples: int) -> str: # As in "GSM8K", or "GSM8K pass@1, k = 4"
+    "What an accuracy is called: by its task, and with how many drawn answers to each problem."
+    return task_title(task) if samples == 1 else f"{task_title(task)} pass@1, k = {samples}"
+
 def row_cells(evaluation: Evaluation) -> dict[str, tuple[float, float, float, int]]:
     "The cells of one row of Table 1: value, low, high and n by column."
     cells = {}
     for s in summarise_answers(evaluation.answers):
-        cells[task_title(s.task)] = (100 * s.accuracy, 100 * s.low, 100 * s.high, s.n)
+        cells[answers_title(s.task, s.samples)] = (100 * s.accuracy, 100 * s.low, 100 * s.high, s.n)
     for s in summarise_losses(evaluation.losses): cells[f"{task_title(s.task)} loss"] = (s.loss, s.low, s.high, s.n)
     for s in summarise_choices(evaluation.choices):
         cells[f"{task_title(s.task)} {s.measure}"] = (100 * s.value, 100 * s.low, 100 * s.high, s.n)
@@ -89,7 +96,9 @@ def method_table(
                            f"expected one for each method and sparsity; leave one out.")
     titles, cells = [task_title(task) for task in TASKS], [row_cells(row) for row in rows]
     order = [*titles, *(f"{title} loss" for title in titles)] # accuracies, losses, then what has no place in the paper
-    def place(column): return order.index(column) if column in order else len(order), column
+    def place(column):
+        name = column.partition(" pass@1")[0]
+        return order.index(name) if name in order else len(order), column
     table = {("Reached", "value"): [100 * row.reached for row in rows]}
     for column in sorted({column for row in cells for column in row}, key=place):
         for i, part in enumerate(("value", "low", "high", "n")):
@@ -99,17 +108,23 @@ def method_table(
 # %% ../nbs/06_analysis.ipynb #c015
 Measured = AnswerRecord | LossRecord | ChoiceRecord # What two methods can be compared by
 
+def problem_values(records: Sequence[Measured]) -> tuple[dict[tuple[str, str], float], str]:
+    "What every problem is compared by, by task and content hash, and the unit; records are of one kind."
+    if isinstance(records[0], AnswerRecord):
+        return {problem: 100.0 * share for problem, share in right_shares(records).items()}, "points"
+    if isinstance(records[0], ChoiceRecord):
+        return {(record.task, record.uid): 100.0 * record.probability_mean for record in records}, "points"
+    return {(record.task, record.uid): record.loss for record in records}, "nats"
+
 def paired_values(first: Sequence[Measured], second: Sequence[Measured]) -> tuple[list[float], str]:
     "First less second, problem by problem, and the unit; records of other problems raise `BadInput`."
     kinds = {type(record) for record in (*first, *second)}
-    ones, others = ({(record.task, record.uid): record for record in records} for records in (first, second))
-    if len(kinds) != 1 or ones.keys() != others.keys():
-        raise BadInput(f"{len(ones)} and {len(others)} records do not stand for the same problems: "
+    named = [{(record.task, record.uid) for record in records} for records in (first, second)]
+    if len(kinds) != 1 or named[0] != named[1]:
+        raise BadInput(f"{len(first)} and {len(second)} records do not stand for the same problems: "
                        f"expected two methods on one draw; use one seed and n for both.")
-    if kinds == {AnswerRecord}: return [100.0 * (ones[key].correct - others[key].correct) for key in ones], "points"
-    if kinds == {ChoiceRecord}:
-        return [100.0 * (ones[key].probability_mean - others[key].probability_mean) for key in ones], "points"
-    return [ones[key].loss - others[key].loss for key in ones], "nats"
+    (ones, unit), (others, _) = problem_values(first), problem_values(second)
+    return [ones[problem] - others[problem] for problem in ones], unit
 
 # %% ../nbs/06_analysis.ipynb #c018
 def mcnemar_exact(gained: int, lost: int) -> float:
@@ -191,7 +206,8 @@ def compare(first: Sequence[Measured], second: Sequence[Measured], seed: int = 0
     "First less second on the same problems, a family of one; records of other problems raise `BadInput`."
     values, unit = paired_values(first, second)
     alone, (gained, lost) = None, (sum(value > 0 for value in values), sum(value < 0 for value in values))
-    if isinstance(first[0], AnswerRecord): alone, p = gained + lost, mcnemar_exact(gained, lost)
+    drawn = any(getattr(record, "sample", 0) for record in (*first, *second)) # then a problem's value is no yes or no
+    if isinstance(first[0], AnswerRecord) and not drawn: alone, p = gained + lost, mcnemar_exact(gained, lost)
     else: p = sign_flip_test(values, seed, flips)
     low, high = bootstrap_interval(values, seed)
     return Comparison(value=sum(values) / len(values), low=low, high=high, unit=unit, n=len(values), p=p, holm=p,
@@ -261,7 +277,10 @@ COMPARED = ("First", "Second", "Sparsity", "Measure") # What names a comparison
 def records_by_measure(evaluation: Evaluation) -> dict[str, tuple]:
     "Records by measure; a window of text counts as a problem."
     records = {}
-    for answer in evaluation.answers: records.setdefault(task_title(answer.task), []).append(answer)
+    samples = {}
+    for answer in evaluation.answers: samples[answer.task] = max(samples.get(answer.task, 1), answer.sample + 1)
+    for answer in evaluation.answers:
+        records.setdefault(answers_title(answer.task, samples[answer.task]), []).append(answer)
     for loss in evaluation.losses: records.setdefault(f"{task_title(loss.task)} loss", []).append(loss)
     for choice in evaluation.choices: records.setdefault(f"{task_title(choice.task)} gold p norm", []).append(choice)
     if text := evaluation.perplexity:

@@ -31,9 +31,10 @@ import cap_nb
 from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, comments, lacks_memory, refused_path)
 from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
-from .jobs.settings import (
+from cap_nb.jobs.settings import (
     changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OPTION_NAMES, option_of,
-    Planning, QUICK, quick_job, Shrinking, SinglePruning, SpeedSettings, with_method)
+    Planning, QUICK, quick_job, read_rule, recipe_lines, RECIPES, Shrinking, SinglePruning, SpeedSettings, with_method,
+    with_recipe)
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -467,15 +468,19 @@ def plan_command(
 
 # %% ../nbs/command_line.ipynb #a1dd7705
 @command(JOB)
-def methods_command() -> str:
+def methods_command(
+    *,
+    recipes: bool = False, # list the recipes of cap prune instead
+) -> str:
     "List the methods, each with what it does and where it comes from."
+    if recipes: return "\n".join(recipe_lines())
     if names_are_known():
         return (Path(cap_nb.__file__).parent/"methods.txt").read_text(encoding="utf-8").rstrip("\n")
     from cap_nb.methods.prune import method_list
     return method_list()
 
-@command(JOB, "model", "calibrate", "sparsities", "evaluate", without=("calibrate_on", "text_share", "text_tokens"),
-         resumes=True)
+@command(JOB, "model", "calibrate", "sparsities", "evaluate", resumes=True,
+         without=("calibrate_on", "chain_rule", "text_share", "text_tokens"))
 def claims_command(
     job: Job,
     *,
@@ -544,8 +549,16 @@ def prune_command(
     context: typer.Context,
     *,
     out: Path, # the new folder
+    recipe: str | None = None, # best-mask, one-shot or hour, which set other options; see cap methods --recipes
 ) -> str:
     "Prune a model and save it, by the method that is recommended for the sparsity unless --method names another."
+    if recipe is not None:
+        given = given_in(context, ("n", "calibration_tokens", "calibrate_on", "chain_rule", "text_share"))
+        job, settings = with_recipe(job, settings, recipe, given)
+        from cap_nb.single_steps import recipe_asked, recipe_into, recipe_plan
+        recipe_asked(job, settings, RECIPES[recipe].tuning, out) # refuses a folder that does not fit
+        typer.echo(recipe_plan(job, settings))
+        return "\n".join(recipe_into(job, settings, RECIPES[recipe].tuning, out))
     job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
     from cap_nb.single_steps import prune_into
     report = prune_into(job, settings, out)
@@ -555,7 +568,8 @@ def prune_command(
     return f"{why}\n{said}" if why else said
 
 @command(STEPS, "model", "calibrate", "evaluate",
-         without=("n", "k", "calibration_seed", "calibrate_on", "text_share", "text_tokens"))
+         without=("n", "calibration_tokens", "k", "calibration_seed", "calibrate_on", "chain_rule", "text_share",
+                  "text_tokens"))
 def eval_command(
     job: Job,
     *,
@@ -576,7 +590,8 @@ def eval_command(
     return table_markdown(method_table([evaluate_alone(job, scores, out)]))
 
 # %% ../nbs/command_line.ipynb #adf8e6a9
-@command(STEPS, "model", "tasks", "data_dir", "style", "n", "seed", "max_new_tokens", resumes=True)
+@command(STEPS, "model", "tasks", "data_dir", "style", "n", "calibration_tokens", "seed", "spare", "max_new_tokens",
+         resumes=True)
 def chains_command(
     job: Job,
     *,
@@ -584,10 +599,11 @@ def chains_command(
     tries: int = 4, # answers to each problem: the first is greedy, the others are drawn
     temperature: float = 0.7, # temperature of the drawn answers
     lenient: bool = False, # count a right answer also where it is not on the line that the prompt asks for
+    chain_rule: str = "right", # chains that count for --calibration-tokens, and as kept: right, all, or as for cap run
 ) -> str:
     "Let the model answer the problems of a calibration set: chains to calibrate on, resumable."
     from cap_nb.single_steps import answer_into
-    return "\n".join(answer_into(job, out, tries, temperature, lenient))
+    return "\n".join(answer_into(job, out, tries, temperature, lenient, read_rule(chain_rule)))
 
 @command(STEPS, "model", "calibrate", without=("calibration_seed",), resumes=True)
 def hessians_command(
@@ -607,10 +623,11 @@ def recover_command(
     settings: FineTuning,
     *,
     out: Path, # the new folder
+    teacher: str | None = None, # model whose predictions are the targets, as the one that was pruned; else the answers
 ) -> str:
     "Train a pruned model further while every zero stays zero, and save it; resumable."
     from cap_nb.single_steps import train_into
-    report = train_into(job, settings, out)
+    report = train_into(job, settings, out, teacher)
     return (f"{out}: {len(report.losses)} steps, the loss of the first {report.losses[0]:.4f}, of the last "
             f"{report.losses[-1]:.4f}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
 

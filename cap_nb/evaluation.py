@@ -20,7 +20,7 @@ from cap_nb.data.prompts import (
     IGNORED, Example, PromptStyle, check_comparable, default_style, encode_problems, extract_answer, normal_answer,
     prompt_style, same_answer, strict_pattern)
 from cap_nb.models.choices import ChoiceRecord
-from cap_nb.models.decoding import Decoding, Generation, generate_greedy, one_task, token_limit
+from cap_nb.models.decoding import Decoding, Generation, generate_greedy, generate_samples, one_task, token_limit
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +65,11 @@ class AnswerRecord:
     lenient_correct: bool # Whether the lenient answer is right
     tokens: int # Tokens written, the stop token not counted
     cut_off: bool # Whether the limit cut it off
+    sample: int = 0 # Which of several drawn answers to the problem, from 0
 
 # %% ../nbs/05_evaluation.ipynb #c039
-def answer_record(example: Example, said: Generation, tokenizer: object, style: str | PromptStyle) -> AnswerRecord:
+def answer_record(example: Example, said: Generation, tokenizer: object, style: str | PromptStyle,
+                  sample: int = 0) -> AnswerRecord:
     "The record of one answered problem (paper Appendix B)."
     output = tokenizer.decode(said.tokens, skip_special_tokens=True)
     strict, lenient = (extract_answer(output, example.task, style, strict=way) for way in (True, False))
@@ -76,7 +78,8 @@ def answer_record(example: Example, said: Generation, tokenizer: object, style: 
     return AnswerRecord(
         task=example.task, uid=example.uid, prompt_sha256=sha256_of_text(example.prompt), output=output, strict=strict,
         lenient=lenient, gold=gold, correct=same_answer(strict, gold, family),
-        lenient_correct=same_answer(lenient, gold, family), tokens=len(said.tokens), cut_off=said.cut_off)
+        lenient_correct=same_answer(lenient, gold, family), tokens=len(said.tokens), cut_off=said.cut_off,
+        sample=sample)
 
 def prompt_tokens(example: Example) -> tuple[int, ...]:
     "The prompt's tokens, exactly as they were in calibration."
@@ -92,8 +95,8 @@ def answer_problems(
     max_new_tokens: int | None = None, # Tokens that an answer may take; None means `token_limit`
     shots: Sequence[Problem] = (), # Worked examples in front of each problem; none is the paper's way
     stop_early: bool = True, # Whether a whole answer line ends an answer; False writes on, and the last line counts
-    decoding: Decoding = Decoding(), # How many problems at once, in which order, and what runs the model
-) -> tuple[AnswerRecord, ...]: # One record per problem, in the order of the problems
+    decoding: Decoding = Decoding(), # How many at once, in which order, by which program, and whether drawn
+) -> tuple[AnswerRecord, ...]: # One record per problem, or one per drawn answer, in the order of the problems
     "Answers by greedy chain-of-thought decoding (paper section 4, Appendix B); problems of two tasks raise `BadInput`."
     task, style = one_task(problems), prompt_style(style or default_style(tokenizer))
     check_comparable(task)
@@ -101,8 +104,11 @@ def answer_problems(
     prompts = [prompt_tokens(example) for example in examples]
     line = strict_pattern(style, task_family(task)) if stop_early else None
     limit = token_limit(task) if max_new_tokens is None else max_new_tokens
-    written = generate_greedy(model, tokenizer, prompts, limit, line, decoding)
-    return tuple(answer_record(example, said, tokenizer, style) for example, said in zip(examples, written))
+    common = model, tokenizer, prompts, limit, line, decoding
+    if decoding.sampling is None: written = [[said] for said in generate_greedy(*common)]
+    else: written = generate_samples(*common, [example.uid for example in examples])
+    return tuple(answer_record(example, said, tokenizer, style, sample)
+                 for example, drawn in zip(examples, written) for sample, said in enumerate(drawn))
 
 @validate_arguments
 def accuracy(
@@ -144,25 +150,35 @@ class AccuracySummary:
     "Summary of the answer records of one task."
     task: str # Name of the task
     n: int # Problems
-    accuracy: float # Share of right strict answers: the paper's number
-    low: float # Lower end of its 95 % Wilson interval
+    accuracy: float # Share of right strict answers: the paper's number, or pass@1
+    low: float # Lower end of its 95 % interval over problems: Wilson's, or resampled
     high: float # Upper end
     lenient: float # Share of right lenient answers
     followed: float # Share of outputs with an answer line at all
     mean_tokens: float # Mean length of an output, in tokens
     cut_off: float # Share of outputs that the limit cut off
+    samples: int = 1 # k, answers to each problem
 
-def summarise_answers(records: Sequence[AnswerRecord]) -> tuple[AccuracySummary, ...]:
+def right_shares(records: Sequence[AnswerRecord]) -> dict[tuple[str, str], float]:
+    "By task and problem the share of its answers that are right: 0 or 1 where there is one."
+    right = {}
+    for record in records: right.setdefault((record.task, record.uid), []).append(record.correct)
+    return {problem: sum(those) / len(those) for problem, those in right.items()}
+
+def summarise_answers(records: Sequence[AnswerRecord], seed: int = 0) -> tuple[AccuracySummary, ...]:
     "Accuracy with its interval, and what it hides: format, length, cut-offs (paper section 6.1)."
     summaries = []
     for task in dict.fromkeys(record.task for record in records):
         some = [record for record in records if record.task == task]
-        n, right = len(some), sum(record.correct for record in some)
-        low, high = wilson_interval(right, n)
+        k, of = 1 + max(record.sample for record in some), len(some)
+        shares = [record.correct for record in some] if k == 1 else sorted(right_shares(some).values())
+        n, right = len(shares), sum(shares)
+        # where all answers are right, or none, resampling would give an interval without width
+        ends = wilson_interval(round(right), n) if k == 1 or right in (0, n) else bootstrap_interval(shares, seed)
         summaries.append(AccuracySummary(
-            task=task, n=n, accuracy=right / n, low=low, high=high, lenient=sum(r.lenient_correct for r in some) / n,
-            followed=sum(r.strict is not None for r in some) / n, mean_tokens=sum(r.tokens for r in some) / n,
-            cut_off=sum(r.cut_off for r in some) / n))
+            task=task, n=n, accuracy=right / n, low=ends[0], high=ends[1], samples=k,
+            lenient=sum(r.lenient_correct for r in some) / of, followed=sum(r.strict is not None for r in some) / of,
+            mean_tokens=sum(r.tokens for r in some) / of, cut_off=sum(r.cut_off for r in some) / of))
     return tuple(summaries)
 
 # %% ../nbs/05_evaluation.ipynb #8d9a5c5f

@@ -7,29 +7,34 @@ __all__ = []
 
 # %% ../nbs/single_steps.ipynb #29a6995a
 import importlib.metadata
+import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import patch
 import torch
 from torch import nn
-from .calibration import Calibration
+from .calibration import Calibration, Tokens
 from .core.errors import BadInput, check_at_least
-from .core.files import alone_in, check_new_folder, remove, whole_folder, write_checked
+from .core.files import alone_in, check_new_folder, read_checked, remove, whole_folder, write_checked
 from .core.registry import additions_noted
-from .core.stopping import NOTHING_KEPT, stop_says
+from .core.stopping import NOTHING_KEPT, stop_says, STOPPED
 from .evaluation import Evaluation
 from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
 from .importance import importance_factors
-from .jobs.chains import Answering, own_chains, task_counts, too_few
+from .jobs.chains import Answering, kept_examples, own_chains, task_counts, too_few
 from .jobs.job import (
     check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, model_configuration,
-    Ready, targets_configuration)
+    Ready, spared_problems, targets_configuration)
+from .jobs.planning import plan, plan_text
 from .jobs.records import environment, save_evaluation
-from .jobs.settings import changed, check_tuning, FineTuning, Job, PruneSettings, Shrinking, SinglePruning
+from .jobs.settings import (
+    CalibrateSettings, ChainRule, changed, check_tuning, examples_by_kind, FineTuning, Job, PruneSettings, read_rule,
+    Shrinking, SinglePruning)
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
 from .methods.prune import (
@@ -44,7 +49,7 @@ from .models.loading import (
     check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
 from .portable.fine_tuning import recover_into, Recovery
 from .portable.sharing import (
-    base_record, calibration_record, KEY, made_and_noted, note_on_model, pruning_record, scores_record)
+    base_record, calibration_record, KEY, made_and_noted, note_on_model, pruning_record, scores_record, write_card)
 from .portable.shrink import check_shrinking, shrink_to, Shrunk, shrunk_record
 from .regions import Factors
 from .scoring import HeadLosses
@@ -105,16 +110,26 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
 
 # %% ../nbs/single_steps.ipynb #a601eac4
 def answer_into(job: Job, out: Path, tries: int = Answering.tries, temperature: float = Answering.temperature,
-                lenient: bool = False) -> list[str]: # What came of it, in sentences
+                lenient: bool = False, rule: ChainRule = ChainRule()) -> list[str]: # What came of it, in sentences
     "Let a model answer the problems of a calibration set; the same call finds what was answered."
     model, tokenizer = load_checked(job)
-    answering = Answering(tries=tries, temperature=temperature, max_new_tokens=job.evaluate.max_new_tokens,
-                          batch_tokens=2 * job.model.batch_tokens, lenient=lenient, file=out)
-    data = job.calibrate
-    chains = own_chains(model, tokenizer, data.tasks, data.n, data.seed, data.data_dir, data.style, answering)
-    counts = [f"{count.task}: {count.problems} problems, {count.answers} answers, {count.right} of them right, "
-              f"{count.kept} problems with a chain that is kept." for count in task_counts(chains)]
-    return [*counts, *too_few(chains), f"{out}: the chains; use them with --calibrate-on {out}."]
+    answering = Answering(
+        tries=tries, temperature=temperature, max_new_tokens=job.evaluate.max_new_tokens, lenient=lenient, rule=rule,
+        batch_tokens=8 * job.model.batch_tokens, exclude=spared_problems(job), file=out)
+    data = filled_in(job, tokenizer).calibrate
+    amount, _ = examples_by_kind(data, len(data.tasks))
+    if data.calibration_tokens: amount = Tokens(amount)
+    chains = own_chains(model, tokenizer, data.tasks, amount, data.seed, data.data_dir, data.style, answering)
+    counts, held = task_counts(chains, rule), Counter()
+    for example in kept_examples(tokenizer, chains.chains, rule): held[example.task] += len(example.input_ids)
+    lines = [f"{count.task}: {count.problems} problems, {count.answers} answers of {count.tokens:,} tokens, "
+             f"{count.right} of them right, {count.kept} problems with a chain that is kept, which hold "
+             f"{held[count.task]:,} tokens." for count in counts]
+    if data.calibration_tokens:
+        lines += [f"{task}: no problem is left, and {amount.count:,} tokens were wanted; raise --tries, or loosen "
+                  "--chain-rule." for task in chains.tasks if held[task] < amount.count]
+    else: lines += too_few(counts)
+    return [*lines, f"{out}: the chains; use them with --calibrate-on {out}."]
 
 # %% ../nbs/single_steps.ipynb #77f84e0d
 def matching_scores(path: Path, fingerprint: str, settings: PruneSettings) -> tuple[HeadLosses, torch.Tensor]:
@@ -151,7 +166,7 @@ def base_and_calibration(job: Job, loaded: tuple, calibration: Calibration | Non
     model, tokenizer, fingerprint = loaded
     base = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None))
     if calibration is None: return base, None
-    return base, calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer))
+    return base, calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer), calibration)
 
 def is_calibrated(parts: MethodName, scores: Path | None) -> bool:
     "Whether a method's calibration set is measured on when it prunes."
@@ -285,12 +300,50 @@ def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of
     return report
 
 # %% ../nbs/single_steps.ipynb #e1913fb2
-def train_into(job: Job, tuning: FineTuning, out: Path) -> Recovery: # What was done
+def train_into(job: Job, tuning: FineTuning, out: Path, teacher: str | None = None) -> Recovery: # What was done
     "Train a pruned model further while every zero stays zero, and save it; the same call goes on after a kill."
     tuning = replace(tuning, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
     check_tuning(tuning)
     model, tokenizer = load_checked(job)
-    return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning)
+    dense, other = load_model(teacher, job.model.dtype, job.model.device) if teacher else (None, tokenizer)
+    if tokenizer_fingerprint(other)[:64] != tokenizer_fingerprint(tokenizer)[:64]:
+        raise BadInput(f"The teacher {teacher} has another tokenizer than {job.model.name}: expected the same tokens; "
+                       "name the model that was pruned.")
+    return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning, dense)
+
+# %% ../nbs/single_steps.ipynb #8a32c4a1
+def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, out: Path) -> list: # What JSON can hold
+    "All settings of a recipe; a folder that holds something else, or one with other settings, raises `BadInput`."
+    asked = json.loads(json.dumps([asdict(each) if each else None for each in (job, pruning, tuning)], default=str))
+    if not (out/"recipe.json").exists(): check_new_folder(out)
+    elif read_checked(out/"recipe.json") != asked:
+        raise BadInput(f"{out} holds a recipe with other settings: expected the same; give them, or another folder "
+                       "with --out.")
+    return asked
+
+def recipe_plan(job: Job, pruning: SinglePruning) -> str: # Markdown
+    "What a recipe will take, from the model's configuration; chains are counted as long as gold solutions."
+    own = job.calibrate.calibrate_on == "gold" and job.calibrate.chain_rule != CalibrateSettings.chain_rule
+    measured = {"accuracy_tasks": (), "loss_n": 0, "windows": 0}
+    return plan_text(plan(changed(job, chain_rule="right", methods=(pruning.method,), sparsities=(pruning.sparsity,),
+                                  **measured), tries=1 if own else None))
+
+def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None, out: Path) -> list[str]: # In sentences
+    "Write a model's chains, prune it and train it, each once; the same call goes on after a stop."
+    chains, made, asked = out/"chains.jsonl", out/"pruned", recipe_asked(job, pruning, tuning, out)
+    rule, lines = job.calibrate.chain_rule, []
+    with stop_says(STOPPED), alone_in(out):
+        write_checked(out/"recipe.json", asked)
+        if job.calibrate.calibrate_on == "gold" and rule != CalibrateSettings.chain_rule:
+            lines = answer_into(changed(job, chain_rule="right"), chains, tries=1, rule=read_rule(rule))[:-1]
+            job = changed(job, calibrate_on=str(chains))
+        if not made.exists(): prune_into(job, pruning, made)
+        write_card(made, force=True)
+        if tuning:
+            made = out/"trained"
+            if not made.exists(): train_into(changed(job, name=str(out/"pruned")), tuning, made)
+            write_card(made, force=True)
+    return [*lines, f"{made}: the model, with its card; load it in transformers, or with --model {made}."]
 
 # %% ../nbs/single_steps.ipynb #c880d070
 def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None) -> Evaluation: # The records

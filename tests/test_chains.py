@@ -3,11 +3,13 @@ import itertools
 import random
 import signal
 import time
+from dataclasses import replace
 
 import programs
 import pytest
 
-from cap_nb.calibration import calibration_set
+from cap_nb import single_steps
+from cap_nb.calibration import Tokens, calibration_set
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.data.problems import load_problems, load_text
@@ -15,10 +17,11 @@ from cap_nb.data.prompts import IGNORED
 from cap_nb.models.decoding import generate_noted
 from cap_nb.jobs import chains
 from cap_nb.jobs.chains import (
-    Answering, Chain, Chains, chain_calibration, kept_chains, own_chains, read_chains, text_calibration, write_chains)
-from cap_nb.jobs.job import job_calibration, prepare
-from cap_nb.jobs.records import load_run
-from cap_nb.jobs.settings import Job, changed
+    Answering, Chain, Chains, chain_calibration, held_tokens, kept_chains, own_chains, read_chains, text_calibration, write_chains)
+from cap_nb.jobs.job import held_by_task, job_calibration, prepare
+from cap_nb.jobs.records import changed_options, job_of, load_run, read_run
+from cap_nb.jobs.report import command_of
+from cap_nb.jobs.settings import RECIPES, ChainRule, FineTuning, Job, changed
 from cap_nb.models.loading import load_model
 from programs import FEW, assert_one_sentence, called as cap
 
@@ -38,7 +41,7 @@ def made(lab, tmp_path_factory):
 
 
 def stop_before(monkeypatch, call):
-    """Raise KeyboardInterrupt in place of the n-th batch of answers, and count the batches."""
+    """Raise KeyboardInterrupt in place of the n-th part of the answers, and count the parts."""
     calls = []
 
     def counted(*arguments):
@@ -52,16 +55,16 @@ def stop_before(monkeypatch, call):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_killed_anywhere_the_file_is_the_same(tmp_path, monkeypatch, dtype):
-    """In bfloat16 too, where a text may depend on its batch: the batches are the same."""
+    """In bfloat16 too, where a text may depend on what is written beside it: the parts are the same."""
     model, tokenizer = load_model("lab", dtype, "cpu")
 
     def make(name):
-        answering = Answering(tries=2, temperature=1.5, max_new_tokens=60, batch_tokens=250, file=tmp_path / name)
+        answering = Answering(tries=2, temperature=1.5, max_new_tokens=60, batch_tokens=250, part=2, file=tmp_path / name)
         return own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
 
     calls = stop_before(monkeypatch, 0)
     whole, needed = make("whole.jsonl"), len(calls)
-    assert needed == 4, "two batches in two tries, each written in one piece"
+    assert needed == 4, "a part for each of four problems, with both of its tries"
     for call in (2, 1, 3):
         stop_before(monkeypatch, call)
         with pytest.raises(KeyboardInterrupt):
@@ -69,20 +72,20 @@ def test_killed_anywhere_the_file_is_the_same(tmp_path, monkeypatch, dtype):
         assert not (tmp_path / "killed.jsonl").exists()
     calls = stop_before(monkeypatch, 0)
     assert make("killed.jsonl") == whole
-    assert len(calls) == needed - 3, "finished batches are not answered again"
+    assert len(calls) == needed - 3, "finished parts are not answered again"
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_a_damaged_part_is_named(lab, tmp_path, monkeypatch):
     model, tokenizer = lab
-    answering = Answering(tries=2, max_new_tokens=60, batch_tokens=250, file=tmp_path / "c.jsonl")
+    answering = Answering(tries=2, max_new_tokens=60, batch_tokens=250, part=4, file=tmp_path / "c.jsonl")
     stop_before(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
     part, = (tmp_path / "c.jsonl.unfinished").iterdir()
     part.write_text(part.read_text().replace('"entropy": ', '"entropy": 1'))
-    with pytest.raises(BadInput, match="0-lab-gsm8k-0000.jsonl is damaged"):
+    with pytest.raises(BadInput, match="lab-gsm8k-0000.jsonl is damaged"):
         own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
 
 
@@ -110,8 +113,14 @@ def test_what_is_kept_by_trying_everything(task):
         fine = task == "gsm8k" or sum(right) >= 2
         firsts = [chain for i, chain in enumerate(chains) if right[i] and not any(
             right[j] and chains[j].text == chain.text for j in range(i))]
-        assert kept_chains(chains, 9) == tuple(firsts if fine else [])
+        assert kept_chains(chains, ChainRule(each=9)) == tuple(firsts if fine else [])
         assert kept_chains(chains) == tuple(firsts[:1] if fine else [])
+        distinct = {" ".join(chain.text.split()): chain for chain in reversed(chains) if chain.text}.values()
+        everything = sorted(distinct, key=lambda chain: chain.attempt)
+        assert kept_chains(chains, ChainRule(right=False, each=9)) == tuple(everything)
+        now_and_then = ChainRule(right=False, solved=(0.3, 0.7), each=9)
+        assert kept_chains(chains, now_and_then) == tuple(everything if sum(right) in (1, 2) else [])
+        assert not kept_chains(chains, ChainRule(right=False, tokens=(3, 9))), "each has two tokens"
 
 
 def test_targets_are_the_chains_and_problems_are_known(lab, made):
@@ -153,6 +162,102 @@ def test_a_run_on_chains_and_text(made, tmp_path):
     assert_one_sentence(cap(*words, "--out", tmp_path / "run"), "holds a run with other settings: --calibrate-on is gold, the run in this folder has a file of chains")
 
 
+@pytest.mark.parametrize("kind", ["gold", "text", "chains", "all chains and text"])
+def test_a_set_is_drawn_by_tokens(lab, made, kind):
+    """Every task and the text reach their part of the budget, and no example more than that takes is drawn; a larger budget holds the smaller set."""
+    on = {"gold": {}, "text": {"calibrate_on": "text"}, "chains": {"calibrate_on": str(made[1])},
+          "all chains and text": {"calibrate_on": str(made[1]), "chain_rule": "all", "text_share": 0.25}}[kind]
+    tokenizer, sets = lab[1], {}
+    for budget in (300, 900):
+        job = changed(Job(), calibration_tokens=budget, text_tokens=50, **on)
+        calibration = sets[budget] = job_calibration(job, tokenizer)
+        share = 1.0 if kind == "text" else on.get("text_share", 0.0)
+        held = held_by_task(calibration)
+        assert sum(task["tokens"] for task in held.values()) == held_tokens(calibration.examples) >= budget
+        assert set(held) == {*(TASKS if share < 1 else ()), *(["text"] if share else [])}
+        for task, found in held.items():
+            wanted = share * budget if task == "text" else (1 - share) * budget / 3
+            last = [e for e in calibration.examples if e.task == task][-1]
+            assert found["tokens"] - len(last.input_ids) < wanted <= found["tokens"]
+        assert set(calibration.subset.tolist()) == {0, 1, 2}
+    assert sets[300].fingerprint != sets[900].fingerprint
+    if kind != "text":
+        assert {e.uid for e in sets[300].examples if e.task != "text"} < {e.uid for e in sets[900].examples}
+    if "chains" in kind:
+        assert {e.uid for e in sets[900].examples if e.task != "text"} <= {chain.uid for chain in made[0].chains}
+
+
+def test_a_run_by_tokens_says_what_it_holds(made, tmp_path):
+    """run.json has what was asked for and what came of it; the run can be read back, told apart and put as a command."""
+    words = ["run", *FEW[2:], "--methods", "magnitude", "--sparsity", "0.5", "--calibrate-on", made[1], "--chain-rule", "all,tokens=20-", "--out", tmp_path / "run"]
+    result = cap(*words, "--calibration-tokens", "900")
+    assert result.exit_code == 0, result.output
+    kept = read_run(tmp_path / "run")
+    said = kept["calibration"]
+    assert (said["calibration_tokens"], said["chain_rule"], "n" in said) == (900, "all,tokens=20-", False)
+    assert set(said["holds"]) == set(TASKS) and all(300 <= task["tokens"] < 600 for task in said["holds"].values())
+    job = job_of(kept).calibrate
+    assert (job.calibration_tokens, job.chain_rule, job.n) == (900, "all,tokens=20-", 128)
+    assert "--calibration-tokens 900" in command_of(kept) and "--chain-rule all,tokens=20-" in command_of(kept) and "--n " not in command_of(kept)
+    assert_one_sentence(cap(*words, "--calibration-tokens", "600"), "--calibration-tokens is 600, the run in this folder has 900")
+    gold = {key: value for key, value in said.items() if key not in ("calibration_tokens", "chain_rule", "holds")} | {"n": 7}
+    assert "--calibration-tokens is left out, the run in this folder has 900" in changed_options(kept, kept | {"calibration": gold})
+    assert not [told for told in changed_options(kept, kept | {"calibration": gold}) if told.startswith("--n ")]
+
+
+def test_chains_are_written_until_they_hold_the_tokens(lab, tmp_path, monkeypatch):
+    """Part after part; killed between two of them, the file is the same; a rule that takes fewer chains asks more problems; problems may run out."""
+    model, tokenizer = lab
+
+    def make(name, rule, count=500):
+        answering = Answering(tries=2, temperature=1.75, rule=rule, file=tmp_path / name)
+        return own_chains(model, tokenizer, ("lab-gsm8k",), n=Tokens(count), answering=answering)
+
+    calls = stop_before(monkeypatch, 0)
+    every = make("all.jsonl", ChainRule(right=False))
+    hard, rule = make("hard.jsonl", ChainRule(solved=(0.5, 0.5))), ChainRule(solved=(0.5, 0.5))
+    assert len(calls) > 2 and len(hard.chains) > len(every.chains)
+    for made_chains, kind in ((every, ChainRule(right=False)), (hard, rule)):
+        assert held_tokens(chain_calibration(tokenizer, made_chains, n=Tokens(500), k=1, rule=kind).examples) >= 500
+    for call in (2, 1):
+        stop_before(monkeypatch, call)
+        with pytest.raises(KeyboardInterrupt):
+            make("killed.jsonl", rule)
+    stop_before(monkeypatch, 0)
+    make("killed.jsonl", rule)
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "hard.jsonl").read_bytes()
+    with pytest.raises(BadInput, match="other settings .tokens."):
+        make("hard.jsonl", rule, count=501)
+    monkeypatch.setattr(chains, "calibration_pool", lambda *given: calibration_set(tokenizer, ("lab-gsm8k",), n=3).examples)
+    assert len(make("short.jsonl", ChainRule(), count=5000).chains) == 6, "all problems were asked, and no more"
+
+
+def test_one_file_serves_several_sets(lab, made):
+    """What is taken is said when the file is read; the same problems may be left out."""
+    model, tokenizer = lab
+    mixed = own_chains(model, tokenizer, ("lab-arc",), n=8, answering=Answering(tries=3, temperature=1.75))
+    sizes = {text: len(chain_calibration(tokenizer, mixed, k=1, rule=rule).examples)
+             for text, rule in {"all": ChainRule(right=False, each=9), "right": ChainRule(each=9)}.items()}
+    assert sizes["right"] == len(kept_chains(mixed.chains, ChainRule(each=9))) < sizes["all"] <= 24
+    first = mixed.chains[0].uid
+    without = chain_calibration(tokenizer, mixed, k=1, rule=ChainRule(right=False), exclude={first})
+    assert first not in {e.uid for e in without.examples} and len(without.examples) == 7
+
+
+def test_the_rows_of_a_part_fill_slots_as_they_end(lab):
+    """More tokens for the decoder are fewer steps; in float32 the chains are the same."""
+    model, tokenizer = lab
+    steps, found = [], {}
+    handle = model.register_forward_pre_hook(lambda *call: steps.append(1))
+    for budget in (400, 8000):
+        steps.clear()
+        answering = Answering(tries=2, max_new_tokens=60, batch_tokens=budget)
+        written = own_chains(model, tokenizer, ("lab-gsm8k",), n=8, answering=answering).chains
+        found[budget] = [chain.text for chain in written], len(steps)
+    handle.remove()
+    assert found[400][0] == found[8000][0] and found[400][1] > 2 * found[8000][1]
+
+
 def test_problems_of_chains_are_not_evaluated_on(lab, tmp_path):
     """A file may hold problems of the evaluation split, if somebody made it so: they are left out of the evaluation."""
     model, tokenizer = lab
@@ -173,6 +278,10 @@ def test_problems_of_chains_are_not_evaluated_on(lab, tmp_path):
     (["run", "--calibrate-on", "text", "--text-tokens", "513"], ["exceed the model's context of 512"]),
     (["score", "--out", "x", "--calibrate-on", "text", "--text-tokens", "513"], ["exceed the model's context of 512"]),
     (["prune", "--out", "x", "--method", "wanda", "--text-share", "0.001"], ["expected at least one window and one problem"]),
+    (["run", "--n", "4", "--calibration-tokens", "900"], ["--n 4 was given with --calibration-tokens 900: expected one of them"]),
+    (["run", "--calibration-tokens", "9000000"], ["tokens in 2,000 examples for calibration but 3,000,000 were asked for"]),
+    (["score", "--out", "x", "--chain-rule", "all"], ["--chain-rule was given with --calibrate-on gold: expected a file of chains"]),
+    (["chains", "--out", "x", "--chain-rule", "right,long"], ["--chain-rule is 'right,long': expected right or all"]),
     (["run", "--calibrate-on", "text", "--n", "1000", "--text-tokens", "500"], ["The text has", "windows of 500 tokens"]),
 ])
 def test_mistakes_are_one_sentence(words, parts, tmp_path, monkeypatch):
@@ -195,7 +304,7 @@ def test_stopped_by_ctrl_c_and_taken_up_again(tmp_path):
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert "keep gold" in output and output.strip().endswith("--calibrate-on c.jsonl.")
-    assert 0 < len(finished) < 12 and not parts.exists() and len(read_chains(tmp_path / "c.jsonl").chains) == 3 * 2 * 2
+    assert 0 < len(finished) < 3 and not parts.exists() and len(read_chains(tmp_path / "c.jsonl").chains) == 3 * 2 * 2
 
 
 def test_a_plan_counts_chains_and_text(made):
@@ -204,3 +313,39 @@ def test_a_plan_counts_chains_and_text(made):
                     ([], ["--calibrate-on", str(made[1]), "--text-share", "0.5", "--text-tokens", "100"]))
     assert plain.exit_code == mixed.exit_code == 0, mixed.output
     assert "12 examples" in plain.output and "12 examples" in mixed.output and plain.output != mixed.output
+
+
+def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """The plan, then chains, pruning and training, each once; an option that is given wins; the card says what was calibrated on."""
+    monkeypatch.setitem(RECIPES, "hour", replace(RECIPES["hour"], tuning=FineTuning(steps=2, examples=2)))
+    words = ["prune", "--recipe", "hour", "--method", "wanda", "--calibration-tokens", "300", "--text-tokens", "40", "--device", "cpu", "--out", tmp_path / "r"]
+    train = single_steps.train_into
+
+    def stopped(*given):
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(single_steps, "train_into", stopped)
+    result = cap(*words)
+    assert result.exit_code == 130 and result.stdout.startswith("Plan for lab") and "goes on from there" in result.output
+    assert not list((tmp_path / "r").glob("trained*"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*") if path.is_file() and path.name not in ("recipe.json", "README.md")}
+    assert {"chains.jsonl", "model.safetensors"} <= {path.name for path in before}
+    monkeypatch.setattr(single_steps, "train_into", train)
+    result = cap(*words)
+    assert result.exit_code == 0 and f"{tmp_path / 'r' / 'trained'}: the model, with its card" in result.output, result.output
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was there was not made again"
+    card = (tmp_path / "r" / "pruned" / "README.md").read_text()
+    assert "calibration_tokens 300, chain_rule all" in card and "on chains" in card and "text_share 0.1" in card and "`wanda`" in card
+    assert "README.md" in {path.name for path in (tmp_path / "r" / "trained").iterdir()}
+    assert_one_sentence(cap(*words, "--sparsity", "0.4"), "holds a recipe with other settings")
+    assert_one_sentence(cap("prune", "--recipe", "two", "--out", tmp_path / "x"), "Unknown recipe 'two'")
+    listed = cap("methods", "--recipes").output.splitlines()
+    assert [line.split()[0] for line in listed] == list(RECIPES) and all("Provisional: chosen on no problem yet" in line for line in listed)
+
+
+def test_spared_problems_are_not_asked(lab, tmp_path):
+    """A problem that is set aside is neither answered nor, if a file holds it, calibrated on."""
+    model, tokenizer = lab
+    first = calibration_set(tokenizer, ("lab-arc",), n=3, k=1).examples[0].uid
+    for n in (3, Tokens(100)):
+        answering = Answering(tries=1, max_new_tokens=4, rule=ChainRule(right=False), exclude=frozenset({first}))
+        assert first not in {c.uid for c in own_chains(model, tokenizer, ("lab-arc",), n=n, answering=answering).chains}

@@ -13,20 +13,20 @@ from fixtures import tiny_llama
 from proofs import TINY_MODELS, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
-from cap_nb.analysis import compare, method_table
+from cap_nb.analysis import compare, method_table, sign_flip_test
 from cap_nb.data.problems import BENCHMARK_NAMES, load_problems, task_family
 from cap_nb.data.prompts import encode_problem, prompt_text, strict_answer, target_text
 from cap_nb.evaluation import (
-    evaluation_problems, extract_answer,
-    normal_answer, perplexity, prompt_tokens, strict_pattern, window_losses)
+    answer_problems, evaluation_problems, extract_answer,
+    normal_answer, perplexity, prompt_tokens, right_shares, strict_pattern, window_losses)
 from cap_nb.core.files import sha256_of_text
 from cap_nb.jobs import job
 from cap_nb.jobs.job import evaluate, evaluation_data, filled_in, run_job, shown_examples
-from cap_nb.jobs.records import load_run, pack_run, read_run, unpack_run
-from cap_nb.jobs.results import repeat_run, results_frame
+from cap_nb.jobs.records import job_of, load_run, pack_run, read_run, unpack_run
+from cap_nb.jobs.results import compare_runs, repeat_run, results_frame
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.models.choices import log_probs, log_probs_naive
-from cap_nb.models.decoding import Decoding, answer_is_whole, generate_greedy, generate_naive
+from cap_nb.models.decoding import Decoding, Sampling, answer_is_whole, generate_greedy, generate_naive
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_model, lab_tokenizer
 
@@ -315,3 +315,71 @@ def test_worked_examples_are_in_the_prompt(monkeypatch):
     (shots,) = seen
     problem = evaluation_problems("lab-arc", 2)[0]
     assert evaluation.answers[0].prompt_sha256 == sha256_of_text(prompt_text(tokenizer, problem, "lab", shots)) and len(shots) == 1
+
+
+DRAWN = dict(tasks=("lab-gsm8k",), n=2, k=1, evaluate_n=9, loss_n=2, windows=0, methods=("magnitude",), sparsities=(0.5,), device="cpu", samples=3, temperature=0.9, top_p=0.95)
+
+
+def test_drawn_answers_in_a_run_that_was_killed(tmp_path, monkeypatch):
+    """Three problems a part, three answers to each. Killed at the third part, it goes on behind the second, to the same bytes; packed and read again they are the same records; the job is read back."""
+    done = subprocess.run([sys.executable, "-c", KILLED.replace("= 4,", "= 9,") % DRAWN, str(tmp_path / "killed")], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    monkeypatch.setattr(job, "PART", 9)
+    for name in ("killed", "whole"):
+        run_job(changed(Job(), **DRAWN), tmp_path / name)
+    whole = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in sorted((tmp_path / "whole" / "evaluations").rglob("*")) if path.is_file()}
+    assert len(whole) == 6 and whole == {name: (tmp_path / "killed" / name).read_bytes() for name in whole}
+    run = load_run(tmp_path / "whole")
+    for evaluation in run.evaluations:
+        assert [answer.sample for answer in evaluation.answers] == [0, 1, 2] * 9
+        assert len({answer.uid for answer in evaluation.answers}) == 9
+    dense, pruned = run.evaluations
+    assert any(len({a.output for a in pruned.answers[i:i + 3]}) > 1 for i in range(0, 27, 3)), "they are drawn"
+    table = (tmp_path / "whole" / "tables" / "table.md").read_text()
+    assert "| Reached | Lab GSM8K pass@1, k = 3 | Lab GSM8K loss |" in table
+    assert "pass@1: per cent of right strict last lines" in table and "Wilson" not in table and "samples 3, temperature 0.9, top_p 0.95" in table
+    assert "Lab GSM8K pass@1, k = 3" in (tmp_path / "whole" / "tables" / "answers.md").read_text()
+    rebuilt = job_of(run.configuration).evaluate
+    assert (rebuilt.samples, rebuilt.temperature, rebuilt.top_p) == (3, 0.9, 0.95)
+    frame = results_frame(tmp_path / "whole")
+    assert frame[frame["measure"] == "accuracy"].groupby("method")["sample"].sum().to_dict() == {"dense": 27, "magnitude": 27}
+    pack_run(tmp_path / "whole")
+    assert load_run(tmp_path / "whole").evaluations == run.evaluations
+    compared = compare_runs(tmp_path / "whole", against="dense")
+    found = compared["Magnitude", "Dense", 0.5, "Lab GSM8K pass@1, k = 3"]
+    gains = [100 * (share - right_shares(dense.answers)[problem]) for problem, share in right_shares(pruned.answers).items()]
+    assert (found.n, found.alone, found.p) == (9, None, sign_flip_test(gains)) and math.isclose(found.value, sum(gains) / 9)
+    with pytest.raises(BadInput, match="--samples is 2, the run in this folder has 3"):
+        run_job(changed(Job(), **DRAWN | {"samples": 2}), tmp_path / "whole")
+
+
+def test_one_answer_to_each_problem_is_written_as_before(tmp_path):
+    """No column names a sample, on the disk or packed, where each problem has one greedy answer."""
+    run_job(changed(Job(), **DRAWN | dict(samples=1, temperature=0.0, top_p=1.0, evaluate_n=2)), tmp_path / "run")
+    assert (tmp_path / "run" / "evaluations" / "dense-0.0" / "answers.csv").read_text().splitlines()[0].endswith("cut_off")
+    assert not {"samples", "temperature", "top_p"} & set(load_run(tmp_path / "run").configuration["evaluation"])
+    pack_run(tmp_path / "run")
+    assert "sample" not in pq.read_schema(tmp_path / "run" / "records.parquet").names
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(temperature=0.6), "one answer to each problem, which is greedy"),
+    (dict(top_p=0.9), "one answer to each problem, which is greedy"),
+    (dict(samples=4), "expected one above 0, since greedy answers are all the same"),
+    (dict(samples=4, temperature=float("inf")), "expected one above 0"),
+    (dict(samples=4, temperature=1.0, top_p=0.0), r"--top-p is 0: expected a probability in \(0, 1\]"),
+    (dict(samples=0), "--samples is 0"),
+])
+def test_what_cannot_be_drawn_is_said_before_work(settings, said, tmp_path):
+    with pytest.raises(BadInput, match=said):
+        run_job(changed(Job(), **settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_drawn_answers_depend_on_seed_problem_and_number_alone():
+    model, tokenizer = lab_model(dtype=torch.float32, device="cpu")
+    problems = evaluation_problems("lab-gsm8k", 3)
+    def outputs(some, seed, **how): return [a.output for a in answer_problems(model, tokenizer, some, decoding=Decoding(sampling=Sampling(temperature=1.0, top_k=None, seed=seed, samples=2), **how))]
+    all_of_them = outputs(problems, 0)
+    assert outputs(problems[1:2], 0, batch_tokens=1) == all_of_them[2:4]
+    assert outputs(problems, 1) != all_of_them

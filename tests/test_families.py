@@ -16,14 +16,13 @@ from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.core.registry import additions_undone
 from cap_nb.data.prompts import collate
-from cap_nb.experiments.vision import SHAPE_MODEL, ImageReader
+from cap_nb.experiments.vision import ImageReader
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.jobs.planning import read_sizes
 from cap_nb.jobs.records import mask_fingerprint
 from cap_nb.methods.prune import prune
 from cap_nb.methods.streaming import checkpoint_fingerprint, prune_checkpoint
-from cap_nb.methods.additivity import masked_together, pair_losses
 from cap_nb.methods.attributions import gated_heads
 from cap_nb.methods.experts import expert_losses, resumed_passes, whole_passes
 from cap_nb.methods.neurons import (
@@ -146,7 +145,7 @@ def test_image_models_are_refused_by_name(kind):
 
 def test_an_image_model_is_refused_whatever_was_imported():
     """The reader is what is known, and only it; a model that is read by one stays an image model."""
-    model = ViTForImageClassification(ViTConfig(**SHAPE_MODEL)).eval()
+    model = ViTForImageClassification(ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=32, patch_size=8)).eval()
     with additions_undone():
         assert prune(ImageReader(model, torch.empty(0)), "magnitude", 0.5).reached == 0.5
         with pytest.raises(BadInput, match="'vit' is an image model"):
@@ -193,9 +192,9 @@ def test_a_neuron_of_fused_experts_has_its_rows_of_gate_and_up(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "bloom", "gemma", "mixtral"])
-def test_neurons_screening_and_pairs_agree_with_the_long_way(name):
+def test_neurons_and_screening_agree_with_the_long_way(name):
     """First order against a change of one per cent (in an earlier layer it would send tokens to other experts), and every resumed loss against a whole pass."""
-    model, examples, heads = tiny_model(name), tiny_calibration(), [(2, 1), (0, 0), (0, 3), (1, 5)]
+    model, examples = tiny_model(name), tiny_calibration()
     batch = collate(examples.examples, pad_id=0)
     group = NeuronGroup(1, (0, 3), 2 if name in MIXTURES else None)
     long, resumed = (group_rises(model, examples, passes=passes)(group) for passes in (whole_passes, resumed_passes))
@@ -220,10 +219,6 @@ def test_neurons_screening_and_pairs_agree_with_the_long_way(name):
     assert screened.slopes[2, 1].mean().item() == pytest.approx(by_differences(of_head), abs=5e-4)
     assert 0 < screened.measured.double().mean() < 1
     torch.testing.assert_close(screened.losses.masked[screened.measured], naive.masked[screened.measured], atol=1e-5, rtol=1e-4)
-    pairs = pair_losses(model, examples, heads)[0]
-    for a, b in ((0, 1), (1, 2), (3, 3)):
-        with torch.no_grad(), masked_together(model, [heads[a], heads[b]]):
-            torch.testing.assert_close(pairs[a, b], target_losses(model, batch).double(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["bloom", "gpt_oss", "deepseek_v2, queries without a latent"])

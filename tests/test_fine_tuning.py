@@ -73,6 +73,24 @@ def test_a_broken_low_rank_training_leaves_the_model_as_it_was():
     assert model_fingerprint(model) == before
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_teacher(rank, tmp_path):
+    """The divergence falls and zeros hold; it goes on to the same bits from its own state alone, and the teacher stays as it was."""
+    settings, (model, again, other), dense = replace(FEW, steps=8, lr=1e-3, rank=rank), (tiny_llama() for _ in range(3)), tiny_llama()
+    for each in (model, again, other):
+        prune(each, "magnitude", 0.5)
+    before, fingerprint = zeros_of(model), model_fingerprint(dense)
+    report = recover(model, made_up_calibration(), settings, tmp_path, 3, dense)
+    assert_held(model, before)
+    assert report.losses[-1] < report.losses[0] and report.teacher == fingerprint == model_fingerprint(dense)
+    assert all(p.grad is None for p in dense.parameters())
+    assert recover(again, made_up_calibration(), settings, tmp_path, 3, dense).after == report.after
+    with pytest.raises(BadInput, match=r"another training \(teacher\)"):
+        recover(other, made_up_calibration(), settings, tmp_path)
+    with pytest.raises(BadInput, match="The teacher is the model itself"):
+        recover(other, made_up_calibration(), settings, teacher=other)
+
+
 class Breaks(TrainerCallback):
     def on_step_end(self, args, state, control, **others):
         raise RuntimeError("the power went")
@@ -180,7 +198,7 @@ def test_the_command(tmp_path):
     data = ("--device", "cpu", "--tasks", "lab-strategyqa", "--n", 2, "--k", 1)
     assert cap("prune", "--method", "wanda", "--sparsity", 0.5, "--dtype", "bfloat16", *data, "--out", tmp_path / "pruned").exit_code == 0
     words = ("recover", "--model", tmp_path / "pruned", *data, "--steps", 2, "--examples", 2)
-    for name, more in (("full", ()), ("rank", ("--rank", 2, "--lr", 0.01))):
+    for name, more in (("full", ()), ("rank", ("--rank", 2, "--lr", 0.01)), ("taught", ("--teacher", "lab"))):
         done = cap(*words, *more, "--out", tmp_path / name)
         assert done.exit_code == 0, done.output
         model, _ = load_model(str(tmp_path / name), device="cpu")
@@ -188,11 +206,13 @@ def test_the_command(tmp_path):
         assert model.dtype == torch.bfloat16
         assert read_json(tmp_path / name / REPORT)["after"] == model_fingerprint(model)
         before, after = (read_json(tmp_path / folder / "config.json")["cap_nb"] for folder in ("pruned", name))
-        assert after.pop("fine-tuning")["steps"] == 2 and sealed(after) == before
+        tuning = after.pop("fine-tuning")
+        assert tuning["steps"] == 2 and sealed(after) == before and ("teacher" in tuning) == (name == "taught")
     there = sorted(path.name for path in tmp_path.iterdir())
-    assert there == ["full", "pruned", "rank"]
+    assert there == ["full", "pruned", "rank", "taught"]
     for more, part in ((("--steps", 0, "--out", tmp_path / "x"), "steps is 0"), (("--lr", -1, "--out", tmp_path / "x"), "lr is -1.0"),
-                       (("--out", tmp_path / "full"), "exists already"), (("--model", "lab", "--out", tmp_path / "x"), "hold no zero")):
+                       (("--out", tmp_path / "full"), "exists already"), (("--model", "lab", "--out", tmp_path / "x"), "hold no zero"),
+                       (("--teacher", tmp_path / "pruned", "--out", tmp_path / "x"), "The teacher is the model itself")):
         done = cap(*words, *more)
         assert done.exit_code == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == there

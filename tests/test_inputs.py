@@ -61,6 +61,8 @@ OTHER = {
     "backend": None,
     "data_dir": None,
     "calibrate_on": "text",
+    "calibration_tokens": 600,
+    "chain_rule": "all",
     "dtype": "bfloat16",
     "tasks": ("arc",),
     "style": "answer-line",

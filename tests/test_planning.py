@@ -203,7 +203,7 @@ def test_the_memory_of_scoring_is_about_what_is_held(shape, dtype):
         assert 0.5 < peak(run) / at_once(stage(load, "scoring").memory) < 1.5
 
 
-@pytest.mark.parametrize("method, dtype", [*((method, torch.float32) for method in ("cap", "wanda", "sparsegpt", "alps", "wanda^swaps", "wanda^update", "cap^swaps^update")),
+@pytest.mark.parametrize("method, dtype", [*((method, torch.float32) for method in ("cap", "wanda", "sparsegpt", "alps", "wanda^swaps", "wanda^update", "cap^swaps^update", "wanda^block")),
                                            ("cap", torch.bfloat16), ("cap^swaps^update", torch.bfloat16)])
 def test_the_memory_of_pruning_is_about_what_is_held(method, dtype):
     model = random_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=2).to(dtype)
@@ -387,6 +387,19 @@ def test_own_chains_are_a_stage_of_their_own():
     chains, one = plan(job, tries=3, memory=80 * GIB), plan(changed(job, evaluate_n=128, loss_n=0, windows=0), memory=80 * GIB)
     assert chains.stages[-1].flops == pytest.approx(3 * one.stage("evaluating one model").flops, rel=0.01)
     assert "1,152 answers to 384 problems" in plan_text(chains) and "Own chains" not in plan_text(one)
+
+
+def test_a_plan_by_tokens():
+    """As many examples as hold them; chains for as many problems, with the tokens that they may take; tokens for a column of the widest Hessian."""
+    job = changed(Job(), name="mistral-7b", calibration_tokens=131_072, tasks=("gsm8k",), methods=("wanda", "sparsegpt"))
+    found = plan(job, tries=2, memory=80 * GIB)
+    assert len(found.load.lengths) == -(-131_072 // (120 + 95)) == 610 and found.load.tokens == 610 * 215
+    said = plan_text(found)
+    assert f"- Hessians: sums over up to {610 * 215:,} tokens, at least {610 * 215 / 14336:.1f} for each column." in said
+    assert f"1,220 answers to 610 problems, enough if every chain is kept and as long as these examples, by 'cap chains' before any run, of at most 512 tokens: {1220 * 128:,} to {1220 * 512:,} tokens written" in said
+    assert "Hessians" not in plan_text(plan(changed(job, methods=("wanda",)), memory=80 * GIB))
+    half = plan(changed(job, text_share=0.5, text_tokens=256), memory=80 * GIB).load
+    assert sum(length.task == "text" for length in half.lengths) == 256 and half.asked == {"gsm8k": 305}
 
 
 def test_the_text_says_where_the_numbers_come_from():

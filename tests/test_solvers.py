@@ -3,11 +3,12 @@ import pytest
 import torch
 
 from cap_nb.data.prompts import IGNORED
+from cap_nb.methods.block import FORMS, rebuild, targets_of
 from cap_nb.methods.layer_walk import layer_by_layer
 from cap_nb.methods import wanda
 from cap_nb.methods.budgets import measured_divergences, pruned_regions, sublayers, wanda_local
 from cap_nb.methods.prune import prune
-from cap_nb.models.anatomy import projections
+from cap_nb.models.anatomy import decoder_layers, projections
 from cap_nb.scoring import batches_of
 from proofs import TINY_MODELS, tiny_calibration, tiny_model
 
@@ -53,7 +54,7 @@ def test_divergences_equal_those_of_whole_passes(name):
 
 
 FEW = ("llama", "gpt2", "mixtral", "phi3") # grouped heads, transposed weights, experts, fused projections
-METHODS = ("wanda^swaps^update", "cap@row^swaps", "sparsegpt+kl", "magnitude^update")
+METHODS = ("wanda^swaps^update", "cap@row^swaps", "sparsegpt+kl", "magnitude^update", "wanda^update^block_apart")
 
 
 @pytest.mark.parametrize("name, method", [(name, "alps") for name in TINY_MODELS] + [(n, m) for n in FEW for m in METHODS])
@@ -66,3 +67,52 @@ def test_solvers_prune_every_family(name, method):
     assert report.method == method and abs(report.reached - 0.5) < 0.06, report.reached
     assert all(p.weight.isfinite().all() for p in projections(model))
     assert not sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("name, dtype", [*((name, torch.float32) for name in (*FEW, "opt")), ("llama", torch.bfloat16), ("gpt2", torch.bfloat16)])
+def test_block_reconstruction_moves_what_it_may_and_nothing_else(name, dtype):
+    """Zeros, dtypes, flags and whatever lies outside of the layers, or is a router, are those of the mask alone; the same seed gives the same bits."""
+    (masked, first, second), calibration = (tiny_model(name).to(dtype) for _ in range(3)), tiny_calibration()
+    frozen = next(decoder_layers(first)[0].parameters()).requires_grad_(False)
+    prune(masked, "magnitude", 0.5)
+    for model in (first, second):
+        prune(model, "magnitude^block", 0.5, calibration=calibration)
+    assert not frozen.requires_grad and all(p.grad is None for p in first.parameters())
+    scope, layers = {p.parameter_name for p in projections(masked)}, tuple(f"{n}." for n, m in masked.named_modules() if m in set(decoder_layers(masked)))
+    moved = set()
+    for (parameter, old), new, again in zip(masked.named_parameters(), first.parameters(), second.parameters()):
+        assert new.dtype == dtype and torch.equal(new, again)
+        if parameter in scope:
+            assert torch.equal(new == 0, old == 0)
+        if not torch.equal(new, old):
+            moved.add(parameter)
+    assert moved & scope and all(parameter.startswith(layers) and (parameter in scope or masked.get_parameter(parameter).ndim == 1) for parameter in moved)
+
+
+def test_block_reconstruction_leaves_a_layer_that_is_right():
+    """Nothing was pruned, so nothing is trained: no error, no step, the same bits."""
+    model, calibration = tiny_model("llama"), tiny_calibration()
+    before = [p.clone() for p in model.parameters()]
+    for step in layer_by_layer(model, calibration, 30, dense=True):
+        targets = targets_of(model, step, FORMS["block"])
+        assert rebuild(model, step, FORMS["block"], targets)[0][0] < 1e-8
+        assert len(step.dense) == len(step.batches) and all(torch.equal(a.hidden, b.hidden) for a, b in zip(step.dense, step.batches))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+@torch.no_grad()
+def test_targets_are_those_of_whole_passes():
+    """After the pruning of earlier layers the dense stream is still that of the dense model, and a form's own targets are not."""
+    model, calibration = tiny_model("llama"), tiny_calibration()
+    dense = tiny_model("llama")
+    for step in layer_by_layer(model, calibration, 30, dense=True):
+        both = [targets_of(model, step, FORMS[form])[-1] for form in ("block", "block_own")]
+        for state, target, own in zip(step.batches, *both):
+            ids = [calibration.examples[index].input_ids for index in state.indices]
+            whole = [dense.model(torch.tensor([each]), output_hidden_states=True).hidden_states for each in ids]
+            last = step.index + 1 == len(decoder_layers(model))
+            if not last:
+                torch.testing.assert_close(target, torch.cat([states[step.index + 1][0] for states in whole]), atol=1e-5, rtol=1e-4)
+            assert torch.equal(target, own) == (step.index == 0)
+        for p in step.projections:
+            p.weight[:, ::2] = 0

@@ -91,7 +91,7 @@ COMMANDS = {
         "wanda@2:4 --sparsity 0.2")],
     "names": [f"{RUN} {options}" for options in (
         "--methods nothing", "--methods cap.nothing", "--methods wanda@moon", "--methods wanda+nothing", "--methods wanda^nothing",
-        "--methods wanda.mean_ablation", "--methods ''", "--methods +owl", "--methods ^swaps", "--methods cap..mean", "--methods wanda^swaps^swaps",
+        "--methods wanda.mean_ablation", "--methods ''", "--methods +owl", "--methods ^swaps", "--methods cap..mean", "--methods wanda^swaps^swaps", "--methods wanda^block^update", "--methods dense^block",
         "--tasks gsm9k", "--tasks ''", "--tasks svamp", "--tasks lab-gsm8k --choice-n 3", "--accuracy-tasks gsm9k", "--text moby-dick", "--style shouting", "--aggregation mode", "--score-target luck",
         "--dtype int8", "--dtype float8", "--evaluate-on training", "--calibrate-on PLACE/nothing", "--calibrate-on text --text-share 0.5",
         "--model nothing", "--model owner/name/too/deep", "--model ''", "--model PLACE", "--key-value mean", "--n", "--n many")]
@@ -139,7 +139,7 @@ COMMANDS = {
         "", "--steps 0", "--lr 0", "--lr nan", "--rank 0", "--warmup 2", "--examples 0", "--weight-decay -1", "--model PLACE/nothing")]
     + [f"shrink {FEW_EXAMPLES} --out PLACE/new {options}" for options in (
         "--sparsity 1", "--sparsity nan", "--groups 0", "--groups 99", "--neurons-by luck", "--scores PLACE/nothing --groups 1", "--model PLACE/nothing")]
-    + [f"recover {FEW_EXAMPLES} --out PLACE/new {options}" for options in ("--lr 1e300", "--examples 1000000000000", "--warmup nan")]
+    + [f"recover {FEW_EXAMPLES} --out PLACE/new {options}" for options in ("--lr 1e300", "--examples 1000000000000", "--warmup nan", "--teacher PLACE/nothing")]
     + ["bench PLACE/model --prompt 1000000000000", "bench PLACE/model --batches 1,,1", "gguf PLACE/nothing --out PLACE/new.gguf", "gguf PLACE/folder --out PLACE/new.gguf", "gguf PLACE/model --out PLACE/new.gguf --dtype q2",
        "gguf PLACE/model --out PLACE/new.bin", "bench PLACE/nothing", "bench PLACE/folder", "bench PLACE/model --rounds 0", "bench PLACE/model --batches 0",
        "bench PLACE/model --backends magic", "bench PLACE/model --device tpu", "bench PLACE/model --against PLACE/nothing", "card PLACE/nothing", "card PLACE/folder",

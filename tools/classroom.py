@@ -4,7 +4,7 @@
     python -m tools.classroom --out FOLDER
 
 To fill are the functions of HEARTS, which the chapter's next cell with a test checks, and the exercises: a solution, a cell that begins
-with `#| code-fold: true`, ends with its tests, and these become the check. Chapter 6 finds its run in `figures` beside it.
+with `#| code-fold: true`, ends with its tests, and these become the check. Chapter 6 finds its run, and its first picture, in `figures` beside it.
 """
 import argparse
 import ast
@@ -24,7 +24,8 @@ HEARTS = {  # Chapter -> functions that students write; the chapter's next cell 
     "on_one_page": ["mask"], "00_calibration": ["length_quartiles"], "01_scoring": ["mask", "target_token_losses", "aggregate"],
     "02_importance": ["importance_factors"], "03_regions": ["key_value_factors", "blocks"], "04_threshold": ["bisect_threshold", "smallest_naive"],
     "05_evaluation": ["wilson_interval"], "06_analysis": ["mcnemar_exact", "holm"]}
-GLOSSARY, RUN = "teaching/01_glossary.ipynb", "figures/lab/records.parquet"
+GLOSSARY, FIGURES = "teaching/01_glossary.ipynb", ("figures/lab/records.parquet", "figures/framework.png",
+                                                  "figures/head_mask.png", "figures/head_region.png")
 PAGES = {*(f"{name}.ipynb" for name in HEARTS), GLOSSARY}
 NOTE = ("Cells that say *your code* are yours to fill, from top to bottom; the check after each passes when it is right. A check of an\n"
         "exercise is folded, since it names the answer. You need `cap_nb`, `jupyterlab` and `fastcore`.")
@@ -105,7 +106,7 @@ def student_copy(notebook: nbformat.NotebookNode, hearts: list[str]) -> tuple[nb
 
 def write_class(out: Path) -> None:
     """The folder that is handed out."""
-    for path in (out / "teaching", (out / RUN).parent):
+    for path in (out / "teaching", out / "figures" / "lab"):
         path.mkdir(parents=True)
     for name, hearts in HEARTS.items():
         nbformat.write(student_copy(nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4), hearts)[0], out / f"{name}.ipynb")
@@ -113,7 +114,8 @@ def write_class(out: Path) -> None:
     for cell in glossary.cells:
         cell.source = outside_links(cell.source, "teaching")
     nbformat.write(glossary, out / GLOSSARY)
-    shutil.copy(ROOT / RUN, out / RUN)
+    for name in FIGURES:
+        shutil.copy(ROOT / name, out / name)
     (out / "settings.ini").write_text("# By this file the notebooks know the top of the folder.\n", encoding="utf-8")
 
 

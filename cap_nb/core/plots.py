@@ -67,25 +67,15 @@ def save_figure(figure: Figure, stem: str | Path, endings: Sequence[str] = ("png
 # %% ../../nbs/core/02_plots.ipynb #a56a6267
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
-from matplotlib.patches import Patch, Polygon, Rectangle
+from matplotlib.patches import Patch, Rectangle
 
-GREY, BLUE, ORANGE, CUT = "#DDDDDD", "#CDE7F7", "#F3CF80", "#B34700" # Plain, of one head, shared by heads, the mask
+BLUE = "#CDE7F7" # What counts, what is a head's own
 
 def draw_box(ax: Axes, corner: tuple[float, float], size: tuple[float, float], text: str = "", fontsize: float = 9,
              **look) -> None:
     "A box with a text in its middle."
     ax.add_patch(Rectangle(corner, *size, **({"facecolor": "white", "edgecolor": INK, "linewidth": 0.8} | look)))
     ax.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center", fontsize=fontsize)
-
-def draw_arrow(ax: Axes, *points: tuple[float, float], width: float = 0.9) -> None:
-    "A line through some points that ends in an arrow."
-    ax.plot(*zip(*points[:-1]), color=INK, linewidth=width)
-    ax.annotate("", points[-1], points[-2],
-                arrowprops={"arrowstyle": "->", "linewidth": width, "color": INK, "shrinkA": 0, "shrinkB": 0})
-
-def draw_texts(ax: Axes, texts: Sequence[tuple[float, float, str]], **look) -> None:
-    "Texts, centred at their points."
-    for x, y, text in texts: ax.text(x, y, text, **({"ha": "center", "va": "center", "color": INK} | look))
 
 def blank_drawing(size: tuple[float, float], x: tuple[float, float], y: tuple[float, float]) -> tuple[Figure, Axes]:
     "An empty figure without axes."
@@ -131,72 +121,6 @@ def plot_lengths(panels: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], k
         ax.set(title=title, ylabel="examples")
     axes[-1, 0].set_xlabel(label)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    return figure
-
-# %% ../../nbs/core/02_plots.ipynb #24e300ce
-@in_style
-def plot_head_mask(heads: int = 4, masked: int = 2) -> Figure:
-    "Draw a decoder layer and the point where one head is masked (paper section 3.2)."
-    figure, ax = blank_drawing((7.5, 3.3), (-0.1, 17.1), (-0.8, heads + 2.7))
-    y = heads / 2 + 1 # the height at which the blocks stand
-    draw_arrow(ax, (0, 0), (17, 0), width=2.2)
-    for points in (((0.8, 0), (0.8, y), (1.6, y)), ((8.6, y), (10.4, y)), ((11.7, y), (12.5, y), (12.5, 0.3)),
-                   ((13.2, 0), (13.2, y), (13.8, y)), ((15.6, y), (16.2, y), (16.2, 0.3))): draw_arrow(ax, *points)
-    draw_box(ax, (1.6, y - 1.5), (1.7, 3), "$W_q$\n$W_k$\n$W_v$", facecolor=GREY)
-    for head in range(heads):
-        row = heads - head
-        draw_arrow(ax, (3.3, y), (4.2, row + 0.5))
-        draw_arrow(ax, (6.3, row + 0.5), (7.4, row + 0.5))
-        draw_box(ax, (4.2, row + 0.1), (2.1, 0.8), f"head {head}", facecolor=BLUE)
-        draw_box(ax, (7.4, row), (1.2, 1), "" if head == masked else f"$z_{head}$",
-                 **({"hatch": "/////", "edgecolor": CUT} if head == masked else {"facecolor": BLUE}))
-    white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-    draw_texts(ax, [(8, heads - masked + 0.5, "0")], color=CUT, weight="bold", bbox=white)
-    draw_box(ax, (7.4, 1), (1.2, heads), facecolor="none", linewidth=1.6)
-    draw_box(ax, (10.4, 1), (1.3, heads), "$W_o$", facecolor=GREY)
-    draw_box(ax, (13.8, y - 0.8), (1.8, 1.6), "MLP", facecolor=GREY)
-    draw_texts(ax, [(1.4, -0.55, "residual stream"), (2.45, y - 2.05, "project:\nq, k, v"), (5.25, 0.55, "attend"),
-                    (7.9, 0.55, "concatenate: Z"), (11.2, 0.55, "mix the heads")])
-    draw_texts(ax, [(12.5, 0, "+"), (16.2, 0, "+")], bbox={"boxstyle": "circle", "fc": "white"})
-    ax.vlines(9.5, 0.8, heads + 1.5, color=CUT, linestyle="--", linewidth=1.6)
-    draw_texts(ax, [(9.5, heads + 2.1, f"the mask cuts here:\nslice {masked} of Z becomes 0")], color=CUT)
-    return figure
-
-OWN = {"facecolor": "#9ED2F2", "hatch": "////"} # A region of the head alone
-SHARED = {"facecolor": ORANGE, "hatch": "xxxx"} # One that it shares
-
-def draw_blocks(ax: Axes, corner: tuple[float, float], block: tuple[int, int], names: Sequence[str], marked: int,
-                look: dict) -> None:
-    "A matrix to scale, cut into blocks of rows or, where a block is higher than wide, of columns."
-    (left, bottom), (width, height) = corner, block
-    for index, name in enumerate(names):
-        x, y = (index * width, 0) if height > width else (0, (len(names) - 1 - index) * height)
-        draw_box(ax, (left + x, bottom + y), block, **(look if index == marked else {}))
-        draw_texts(ax, [(left + x + width / 2, bottom + y + height / 2, name)],
-                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-
-@in_style
-@matplotlib.rc_context({"hatch.linewidth": 0.5})
-def plot_head_region(head: int = 2, heads: int = 4, groups: int = 2, size: int = 6, hidden: int = 20) -> Figure:
-    "The rows and columns of one head, and those of the key-value head that it shares (paper section 3.3)."
-    each, tall, narrow = heads // groups, heads * size, groups * size
-    own, key, value, output = head // each, hidden + 9, 2 * hidden + 14, 3 * hidden + 23
-    low = (tall - narrow) / 2
-    figure, ax = blank_drawing((7.5, 2.7), (-1, output + tall + 1), (-1, tall + 4))
-    ax.set_aspect("equal")
-    for group in range(groups): # bands from the rows of query heads to those of the key-value head that they share
-        top, shared_top = tall - group * each * size, low + (groups - group) * size
-        corners = [(hidden, top), (hidden, top - each * size), (key, shared_top - size), (key, shared_top)]
-        ax.add_patch(Polygon(corners, facecolor=ORANGE if group == own else "#E6E6E6", alpha=0.6, edgecolor="white"))
-    draw_blocks(ax, (0, 0), (hidden, size), [f"head {h}" for h in range(heads)], head, OWN)
-    for left in (key, value):
-        draw_blocks(ax, (left, low), (hidden, size), [f"key-value {g}" for g in range(groups)], own, SHARED)
-    draw_blocks(ax, (output, (tall - hidden) / 2), (size, hidden), [str(h) for h in range(heads)], head, OWN)
-    for name, left, rows, columns in (("q", 0, tall, hidden), ("k", key, narrow, hidden), ("v", value, narrow, hidden),
-                                      ("o", output, hidden, tall)):
-        draw_texts(ax, [(left + columns / 2, (tall + rows) / 2 + 1, f"$W_{name}$, {rows} x {columns}")], va="bottom")
-    sharers = " and ".join(str(h) for h in range(heads) if h // each == own)
-    draw_texts(ax, [(value - 2.5, low - 1, f"shared by heads {sharers}")], va="top")
     return figure
 
 # %% ../../nbs/core/02_plots.ipynb #0dccebc7
@@ -293,75 +217,4 @@ def plot_threshold(
                               textcoords="offset points", ha="right", weight="bold")
     panels[0, 0].set_title("of all weights:", loc="left", weight="bold", fontsize=9)
     panels[-1, 0].set_xlabel("|W| I")
-    return figure
-
-# %% ../../nbs/core/02_plots.ipynb #fram0001
-def drawn_weights() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Weights, factors and pruned weights of the drawing, each [6, 6] in [0, 1]; three heads have two rows each."
-    row, column = np.arange(6)[:, None], np.arange(6)
-    weights = ((7 * row + 11 * column + 3 * row * column) % 17 + 1) / 17
-    factors = np.repeat([0.25, 0.95, 0.5], 2)[:, None] * np.ones(6)
-    scores = weights * factors
-    return weights, factors, np.where(scores <= np.quantile(scores, 0.4), np.nan, weights)
-
-def draw_squares(ax: Axes, x: float, y: float, values: np.ndarray, colours: str, size: float = 0.2) -> None:
-    "A small matrix of coloured squares whose top left corner is (x, y); NaN is an empty square."
-    palette = matplotlib.colormaps[colours]
-    for (row, column), value in np.ndenumerate(values):
-        colour = "white" if np.isnan(value) else palette(value)
-        draw_box(ax, (x + column * size, y - (row + 1) * size), (size, size), facecolor=colour, linewidth=0.4)
-
-def draw_note(ax: Axes, x: float, y: float, text: str, width: float, height: float = 0.55) -> None:
-    "A box with a line or two of small text, centred at (x, y)."
-    draw_box(ax, (x - width / 2, y - height / 2), (width, height), text, fontsize=8)
-
-def draw_calibration(ax: Axes) -> None:
-    "Stage 1: three benchmarks, strata, K subsets (paper section 3.1)."
-    for i, (title, subset) in enumerate((("GSM8K", "subset 1"), ("Strategy\nQA", "..."), ("ARC-C.", "subset K"))):
-        draw_note(ax, 0.62 + 0.8 * i, 4.6, title, 0.72)
-        draw_arrow(ax, (0.62 + 0.8 * i, 4.27), (1.2 + 0.2 * i, 3.68))
-        draw_arrow(ax, (1.2 + 0.2 * i, 3.1), (0.62 + 0.8 * i, 2.4))
-        draw_note(ax, 0.62 + 0.8 * i, 2.1, subset, 0.72)
-    draw_note(ax, 1.4, 3.4, "N problems with solutions,\neven over length quartiles", 2.3)
-    draw_texts(ax, [(1.4, 1.0, "disjoint from the\nevaluation problems")], fontsize=8, style="italic")
-
-def draw_scoring(ax: Axes) -> None:
-    "Stage 2: one head masked at a time, a score from its losses (paper section 3.2)."
-    for head in range(4):
-        look = {"hatch": "xx"} if head == 2 else {"facecolor": "#0072B2"}
-        draw_box(ax, (3.75 + 0.5 * head, 4.35), (0.4, 0.4), **look)
-    draw_arrow(ax, (4.7, 3.85), (4.7, 3.4))
-    draw_note(ax, 4.7, 3.1, "score = median$_k$ $m_k(h)$ - mean$_k$ $b_k$", 2.7)
-    draw_arrow(ax, (4.7, 2.8), (4.7, 2.35))
-    draw_squares(ax, 4.1, 2.25, (5 * np.arange(5)[:, None] + 3 * np.arange(6)) % 9 / 9, "RdBu_r")
-    draw_texts(ax, [(4.7, 4.1, "head h of layer l masked"), (4.7, 0.95, "scores, layers x heads"),
-                    (4.7, 0.5, "$m_k$: masked loss, $b_k$: intact loss")], fontsize=8)
-
-def draw_pruning(ax: Axes) -> None:
-    "Stage 3: factors from scores, one threshold for all weights (paper section 3.3)."
-    weights, factors, pruned = drawn_weights()
-    draw_note(ax, 8.8, 4.6, "factor $I = 1 + 9$ (score - min) / (max - min)", 3.7)
-    draw_arrow(ax, (8.8, 4.3), (8.8, 3.95))
-    for x, values, colours in ((7.0, weights, "Greys"), (8.75, factors, "Oranges")):
-        draw_squares(ax, x, 3.6, values, colours)
-    draw_squares(ax, 9.55, 1.95, pruned, "Greys")
-    draw_arrow(ax, (8.8, 2.3), (8.8, 2.0))
-    draw_note(ax, 8.0, 1.35, "one global threshold:\n$|W| \\cdot I \\leq \\tau$ becomes 0", 2.3, 0.75)
-    draw_arrow(ax, (9.2, 1.35), (9.5, 1.35))
-    draw_texts(ax, [(7.6, 3.78, "|W|"), (8.48, 3.0, "x"), (9.35, 3.78, "factor of each region"), (10.15, 0.6, "zeros"),
-                    (8.0, 0.5, "regions: a head's rows or columns;\nMLP: mean factor of the layer")], fontsize=8)
-
-@in_style
-def plot_framework() -> Figure: # Figure 1
-    "The three-stage framework of CAP (paper Figure 1): calibration, masking and scoring, weight pruning."
-    figure, ax = blank_drawing((10.5, 4.6), (0, 11), (0, 5.8))
-    for left, width, colour, title, draw in (
-            (0.1, 2.6, "#E8F1F8", "1. Calibration", draw_calibration),
-            (3.2, 3.0, "#FDF3E1", "2. Masking and scoring", draw_scoring),
-            (6.7, 4.2, "#FBE9E1", "3. Weight pruning", draw_pruning)):
-        draw_box(ax, (left, 0.1), (width, 5.6), facecolor=colour, edgecolor="none")
-        draw_texts(ax, [(left + width / 2, 5.35, title)], weight="bold")
-        draw(ax)
-    draw_arrow(ax, (2.76, 2.9), (3.14, 2.9), width=1.6)
-    draw_arrow(ax, (6.26, 2.9), (6.64, 2.9), width=1.6)
     return figure

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 from ..analysis import (
     Comparison, LEVEL, comparable_parts, correct_family, mcnemar_exact, paired_values, paper_measure, sign_flip_test)
 from ..calibration import deal_subsets
@@ -24,7 +25,7 @@ from ..core.errors import BadInput, validate_arguments
 from ..core.files import read_checked, sha256_of_file, write_json
 from ..core.plots import blank_figure, in_style, save_figure
 from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, wilson_interval
-from .seeds import split_variance, student_quantile
+from .seeds import split_variance
 from .variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
 from ..jobs.records import PACKED, Run, cell_name, is_run, load_run, read_run, settings_of
 from ..jobs.report import write_text
@@ -393,7 +394,7 @@ def jackknife(sets: Sequence, statistic: Callable[[Sequence], float], confidence
     s, whole = len(sets), statistic(sets)
     without = np.array([statistic([*sets[:left_out], *sets[left_out + 1:]]) for left_out in range(s)])
     error = math.sqrt((s - 1) / s * ((without - without.mean()) ** 2).sum())
-    half = student_quantile((1 + confidence) / 2, s - 1) * error
+    half = float(stats.t.ppf((1 + confidence) / 2, s - 1)) * error
     return whole, whole - half, whole + half
 
 def over_sets(statistic: Callable[[Sequence[HeadLosses], Claim], float]) -> Measure:

@@ -15,10 +15,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ..analysis import (
-    CAP_PAIRS, Comparison, comparable_parts, correct_family, method_title, row_order, shared_cells)
+    CAP_PAIRS, Comparison, correct_family, method_title, problem_values, records_by_measure, row_order, shared_cells)
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.plots import blank_figure, in_style, method_looks
-from ..evaluation import AnswerRecord, Evaluation
+from ..evaluation import Evaluation
 from ..jobs.records import is_run, load_run
 from ..jobs.tables import markdown_rows, rounded_text
 
@@ -40,10 +40,6 @@ def mean_squares(layout: np.ndarray) -> tuple[float, float, float]: # A between 
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c009
 from scipy import stats
-
-def student_quantile(probability: float, degrees: float) -> float:
-    "A quantile of Student's distribution (Student 1908)."
-    return float(stats.t.ppf(probability, degrees))
 
 @dataclass(frozen=True)
 class VarianceSplit:
@@ -77,21 +73,17 @@ def split_variance(layout: np.ndarray, confidence: float = 0.95) -> VarianceSpli
     error = math.sqrt((a + b - rest) / (seeds * problems))
     spread = a**2 / (seeds - 1) + b**2 / (problems - 1) + rest**2 / ((seeds - 1) * (problems - 1))
     degrees = max(min(seeds, problems) - 1, (a + b - rest) ** 2 / spread) if spread else 1
-    half = student_quantile((1 + confidence) / 2, degrees) * error
+    half = float(stats.t.ppf((1 + confidence) / 2, degrees)) * error
     tail = 2 * stats.t.sf(abs(mean) / error, degrees) if error else float(mean == 0)
     return VarianceSplit(mean=mean, low=mean - half, high=mean + half, p=float(tail), seeds=seeds,
                          problems=problems, calibration=(a - rest) / problems, evaluation=(b - rest) / seeds, rest=rest)
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c022
-def problem_values(evaluation: Evaluation) -> dict[str, dict[tuple[str, str], float]]:
-    "The single values behind every measure: 100 or 0 points for an answer, nats for a loss."
-    def value(record): return 100.0 * record.correct if isinstance(record, AnswerRecord) else record.loss
-    return {measure: {(record.task, record.uid): value(record) for record in records}
-            for measure, (records, _) in comparable_parts(evaluation, evaluation).items()}
-
 def seed_layouts(evaluations: Sequence[Evaluation]) -> dict[str, pd.DataFrame]:
     "A layout for every measure; evaluations of other problems raise `BadInput`."
-    seeds, layouts = [problem_values(evaluation) for evaluation in evaluations], {}
+    seeds = [{measure: problem_values(records)[0] for measure, records in records_by_measure(evaluation).items()}
+             for evaluation in evaluations]
+    layouts = {}
     for measure in dict.fromkeys(measure for values in seeds for measure in values):
         problems = sorted(seeds[0].get(measure, {}))
         if any(sorted(values.get(measure, {})) != problems for values in seeds):

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 from transformers.models.vit import modeling_vit
 from ..core.files import checkpoint_tensors, shard_files, whole_folder
@@ -111,43 +110,3 @@ def prune_image_checkpoint(src: str | Path, dst: str | Path, sparsity: float, fa
         lay_out(checkpoint, part)
         zeros, threshold = write_pruned(checkpoint, part, parts, sparsity, known, "exact", AT_ONCE)
     return streamed_report(projections(checkpoint.model), method, sparsity, zeros, threshold)
-
-# %% ../../nbs/experiments/05_vision.ipynb #c031
-SHAPES = ("circle", "square", "triangle", "cross")
-
-def inside(x: torch.Tensor, y: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    "The four shapes, all within their radius but the corners of the square."
-    high, bar = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
-    triangle = torch.maximum(-y, (y + 3 ** 0.5 * x.abs()) / 2) < 0.5 # three half planes
-    covered = torch.stack([x.square() + y.square() < 0.8, high < 0.8, triangle, (high < 0.95) & (bar < 0.3)])
-    return covered.take_along_dim(kinds[None, :, None, None], 0)[0]
-
-def drawn_shapes(n: int, seed: int, noise: float = 0.3, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    "Images of one shape each, the shapes in turn."
-    rng, kinds = torch.Generator().manual_seed(seed), torch.arange(n) % len(SHAPES)
-    def uniform(low: float, high: float) -> torch.Tensor: return low + (high - low) * torch.rand(n, 1, 1, generator=rng)
-    radius, angle, bright = uniform(5, 10), uniform(-0.4, 0.4), uniform(0.7, 1.3)
-    x, y = (torch.arange(side).view(shape) - uniform(10, side - 11) for shape in ((1, 1, side), (1, side, 1)))
-    along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    shapes = bright * inside(along / radius, across / radius, kinds)
-    return (shapes + noise * torch.randn(n, side, side, generator=rng))[:, None], kinds
-
-# %% ../../nbs/experiments/05_vision.ipynb #c036
-SHAPE_MODEL = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, image_size=32,
-                   patch_size=8, num_channels=1, num_labels=len(SHAPES), hidden_dropout_prob=0.0)
-
-def train_on_shapes(model: nn.Module, steps: int, batch: int = 64, seed: int = 0, rate: float = 2e-3) -> None:
-    "Train a vision transformer on shapes that are drawn anew in every step."
-    reader = ImageReader(model, torch.empty(0))
-    there = [(p.weight, p.weight.detach() != 0) for p in projections(reader)]
-    optimiser = torch.optim.AdamW(model.train().parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
-    for step in tqdm(range(steps), desc="training", unit="step"):
-        pixels, kinds = drawn_shapes(batch, seed=1_000_000 * (seed + 1) + step)
-        optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, kinds).backward()
-        optimiser.step()
-        with torch.no_grad():
-            for weight, kept in there: weight.mul_(kept)
-        schedule.step()
-    model.eval()

@@ -8,10 +8,11 @@ __all__ = ['own_chains', 'chain_calibration', 'text_calibration', 'mixed_calibra
 # %% ../../nbs/jobs/06_chains.ipynb #c004
 import importlib.metadata
 import json
+import math
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +20,16 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 import cap_nb
-from ..calibration import Calibration, calibration_set, default_style, draw_stratified
+from ..calibration import (
+    Calibration, calibration_pool, calibration_set, default_style, default_tasks, drawn, random_order, Tokens)
 from ..core.errors import BadInput, check_at_least, check_fields, validate_arguments
 from ..core.files import alone_in, sha256_of_text, text_bytes, whole_file
 from ..data.problems import halves, load_text, task_family
 from ..data.prompts import Example, IGNORED, make_example, prompt_style, PromptStyle, strict_pattern
 from ..evaluation import answer_record, prompt_tokens
+from .settings import ChainRule
 from ..models.decoding import (
-    check_room, check_sampling, Decoding, generate_noted, Generation, generation_batches, Sampling, token_limit)
+    check_room, check_sampling, Decoding, generate_noted, Generation, Sampling, token_limit)
 from ..models.loading import (
     fingerprint_differences, model_fingerprint, tokenizer_fingerprint, TOKENIZER_PARTS)
 
@@ -60,21 +63,25 @@ def majority_answer(tries: Sequence[Chain]) -> str | None:
     return answer if 2 * count > len(tries) else None
 
 # %% ../../nbs/jobs/06_chains.ipynb #c012
-def kept_of_problem(tries: Sequence[Chain], per_problem: int = 1) -> list[Chain]:
-    "The chains of one problem that are worth calibrating on."
-    if task_family(tries[0].task) in FEW_ANSWERS and majority_answer(tries) != tries[0].gold: return []
+def kept_of_problem(tries: Sequence[Chain], rule: ChainRule = ChainRule()) -> list[Chain]:
+    "The chains of one problem that a rule takes."
+    right, (fewest, most), (low, high) = [chain for chain in tries if chain.right], rule.tokens, rule.solved
+    if not low <= len(right) / len(tries) <= high: return []
+    by_luck = task_family(tries[0].task) in FEW_ANSWERS and majority_answer(tries) != tries[0].gold
+    if rule.right and by_luck: return []
     distinct = {}
-    for chain in tries:
-        if chain.right: distinct.setdefault(" ".join(chain.text.split()), chain)
-    return list(distinct.values())[:per_problem]
+    for chain in right if rule.right else tries:
+        words = " ".join(chain.text.split())
+        if words and fewest <= chain.tokens <= most: distinct.setdefault(words, chain)
+    return list(distinct.values())[:rule.each]
 
-def kept_chains(chains: Sequence[Chain], per_problem: int = 1) -> tuple[Chain, ...]: # In the order of the problems
-    "The chains of all problems that are worth calibrating on."
+def kept_chains(chains: Sequence[Chain], rule: ChainRule = ChainRule()) -> tuple[Chain, ...]: # Problem after problem
+    "The chains of all problems that a rule takes."
     problems = {}
     for chain in sorted(chains, key=lambda chain: chain.attempt):
         problems.setdefault((chain.task, chain.uid), []).append(chain)
     order = dict.fromkeys((chain.task, chain.uid) for chain in chains)
-    return tuple(chain for problem in order for chain in kept_of_problem(problems[problem], per_problem))
+    return tuple(chain for problem in order for chain in kept_of_problem(problems[problem], rule))
 
 # %% ../../nbs/jobs/06_chains.ipynb #c018
 @dataclass(frozen=True)
@@ -128,8 +135,11 @@ class Answering:
     temperature: float = 0.7 # Temperature of the drawn answers
     top_k: int = 50 # How many of the likeliest tokens may be drawn
     max_new_tokens: int | None = None # Tokens an answer may take; None means `token_limit`
-    batch_tokens: int = 8192 # Tokens a batch may hold, those yet to be written included
+    batch_tokens: int = 32768 # Tokens that the decoder's slots hold together, those yet to be written included
+    part: int = 400 # Answers that are written in one go, and kept then
     lenient: bool = False # Whether an answer counts that stands on no answer line
+    rule: ChainRule = ChainRule() # Which chains count where an amount in tokens is to be reached
+    exclude: frozenset[str] = frozenset() # Content hashes of problems that are not asked
     file: str | Path | None = None # File of the answers; while it is made, its parts lie beside it; None: no file
 
     def limit(self, task: str) -> int:
@@ -142,29 +152,32 @@ class Answering:
 
 # %% ../../nbs/jobs/06_chains.ipynb #c029
 @dataclass(frozen=True)
-class AnswerBatch:
-    "Problems that are answered together."
+class AnswerPart:
+    "Answers that are written in one go."
     task: str # Their task
-    attempt: int # Number of the try
-    number: int # Number of the batch among those of this task and try
-    examples: tuple[Example, ...] # The problems
+    number: int # Number of the part among those of this task
+    asked: tuple[tuple[Example, int], ...] # Problem and number of the try
 
     @property
     def name(self) -> str:
         "Name of its file."
-        return f"{self.attempt}-{self.task}-{self.number:04d}.jsonl"
+        return f"{self.task}-{self.number:04d}.jsonl"
 
-def answer_batches(examples: Sequence[Example], answering: Answering) -> list[AnswerBatch]:
-    "All batches: try after try, task after task, short prompts first."
-    batches = []
-    for attempt in range(answering.tries):
-        for task in dict.fromkeys(example.task for example in examples):
-            some, limit = [e for e in examples if e.task == task], answering.limit(task)
-            lengths = [len(prompt_tokens(e)) for e in some]
-            for number, indices in enumerate(generation_batches(lengths, limit, answering.batch_tokens)):
-                batch = tuple(some[index] for index in indices)
-                batches.append(AnswerBatch(task=task, attempt=attempt, number=number, examples=batch))
-    return batches
+def held_tokens(examples: Sequence[Example]) -> int:
+    "Tokens of examples, prompts included."
+    return sum(len(example.input_ids) for example in examples)
+
+def answer_parts(examples: Sequence[Example], tries: int, answers: int, amount: int | None = None) -> list[AnswerPart]:
+    "All parts: task after task, problem after problem with all of its tries; about an amount of tokens at most."
+    parts = []
+    for task in dict.fromkeys(example.task for example in examples):
+        some = [example for example in examples if example.task == task]
+        problems = max(1, answers // tries)
+        if amount is not None: problems = min(problems, math.ceil(amount * len(some) / held_tokens(some)))
+        for number, start in enumerate(range(0, len(some), problems)):
+            asked = tuple((example, attempt) for example in some[start:start + problems] for attempt in range(tries))
+            parts.append(AnswerPart(task=task, number=number, asked=asked))
+    return parts
 
 # %% ../../nbs/jobs/06_chains.ipynb #c035
 def chain_of(example: Example, said: Generation, attempt: int, tokenizer: object, style: str | PromptStyle,
@@ -177,15 +190,15 @@ def chain_of(example: Example, said: Generation, attempt: int, tokenizer: object
                  tokens=record.tokens, cut_off=record.cut_off)
 
 # %% ../../nbs/jobs/06_chains.ipynb #c036
-def answered(model: nn.Module, tokenizer: object, batch: AnswerBatch, style: str | PromptStyle, answering: Answering,
+def answered(model: nn.Module, tokenizer: object, part: AnswerPart, style: str | PromptStyle, answering: Answering,
              seed: int) -> tuple[Chain, ...]:
-    "The model's answers to the problems of one batch."
-    prompts, line = [prompt_tokens(e) for e in batch.examples], strict_pattern(style, task_family(batch.task))
-    names = [f"{e.uid}/{batch.attempt}" if batch.attempt else None for e in batch.examples]
+    "The model's answers of one part."
+    prompts, line = [prompt_tokens(e) for e, _ in part.asked], strict_pattern(style, task_family(part.task))
+    names = [f"{e.uid}/{attempt}" if attempt else None for e, attempt in part.asked]
     decoding, sampling = Decoding(batch_tokens=answering.batch_tokens), answering.sampling(seed)
-    written = generate_noted(model, tokenizer, prompts, answering.limit(batch.task), line, decoding, sampling, names)
-    about = (batch.attempt, tokenizer, style, answering.lenient)
-    return tuple(chain_of(e, said, *about) for e, said in zip(batch.examples, written))
+    written = generate_noted(model, tokenizer, prompts, answering.limit(part.task), line, decoding, sampling, names)
+    about = (tokenizer, style, answering.lenient)
+    return tuple(chain_of(e, said, attempt, *about) for (e, attempt), said in zip(part.asked, written))
 
 # %% ../../nbs/jobs/06_chains.ipynb #c041
 def style_origin(style: str | PromptStyle) -> dict: # Its name and fingerprint
@@ -202,7 +215,8 @@ def chains_origin(model: nn.Module, tokenizer: object, examples: Sequence[Exampl
     return {
         "model": model_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer), "problems": problems,
         "style": style_origin(style), "seed": seed, "tries": answering.tries, "temperature": answering.temperature,
-        "top_k": answering.top_k, "batch_tokens": answering.batch_tokens, "lenient": answering.lenient,
+        "top_k": answering.top_k, "batch_tokens": answering.batch_tokens, "part": answering.part,
+        "lenient": answering.lenient,
         "max_new_tokens": {task: answering.limit(task) for task in tasks},
         "dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type,
         "versions": versions | {"cap_nb": cap_nb.__version__}}
@@ -218,28 +232,47 @@ def same_origin(path: Path, about: dict) -> Chains: # What it holds
     return chains
 
 # %% ../../nbs/jobs/06_chains.ipynb #c047
-def finished_batches(batches: Sequence[AnswerBatch], answer: Callable[[AnswerBatch], tuple[Chain, ...]], about: dict,
-                     parts: Path | None) -> list[Chain]:
-    "Answer every batch that is not finished, and read the others."
-    chains = []
-    with tqdm(total=sum(len(batch.examples) for batch in batches), desc="chains", unit="answer") as bar:
-        for batch in batches:
-            path = parts and parts/batch.name
+Answer = Callable[[AnswerPart], tuple[Chain, ...]] # Answers what a part asks
+
+def finished_parts(parts: Sequence[AnswerPart], answer: Answer, about: dict, folder: Path | None,
+                   enough: Callable[[Sequence[Chain]], bool] = lambda chains: False) -> list[Chain]:
+    "Answer every part that is not finished, and read the others, until a task's chains are enough."
+    chains = {part.task: [] for part in parts}
+    with tqdm(total=sum(len(part.asked) for part in parts), desc="chains", unit="answer") as bar:
+        for part in parts:
+            path = folder and folder/part.name
+            if enough(chains[part.task]): continue
             if path and path.exists(): done = same_origin(path, about)
             else:
-                done = Chains(about, answer(batch))
+                done = Chains(about, answer(part))
                 if path: write_chains(path, done)
-            chains += done.chains
-            bar.update(len(batch.examples))
-    return chains
+            chains[part.task] += done.chains
+            bar.update(len(part.asked))
+    return [chain for some in chains.values() for chain in some]
 
 # %% ../../nbs/jobs/06_chains.ipynb #c049
+def kept_examples(tokenizer: object, chains: Sequence[Chain], rule: ChainRule) -> list[Example]:
+    "The chains that a rule takes, as targets behind their prompts."
+    kept = kept_chains(chains, rule)
+    return [make_example(tokenizer, c.prompt, c.text.rstrip(), c.task, c.gold, c.uid) for c in kept]
+
+def asked_problems(tokenizer: object, tasks: Sequence[str] | None, n: int | Tokens, seed: int,
+                   data_dir: str | Path | None, style: str | PromptStyle,
+                   exclude: frozenset[str]) -> tuple[Example, ...]:
+    "The problems of a calibration set, or where tokens are asked for all there are, in the order of the draw."
+    if isinstance(n, int): return calibration_set(tokenizer, tasks, n, 1, seed, data_dir, style, exclude).examples
+    check_at_least(n.count, 1, "n (tokens a task)")
+    tasks = tasks or default_tasks(tokenizer)
+    pools = [calibration_pool(tokenizer, task, data_dir, style, exclude) for task in tasks]
+    return tuple(pool[index] for pool in pools for index in random_order(pool, seed))
+
+# %% ../../nbs/jobs/06_chains.ipynb #57f8c560
 @validate_arguments
 def own_chains(
     model: nn.Module, # A causal language model of transformers
     tokenizer: object, # Its tokenizer
     tasks: Sequence[str] | None = None, # Names of tasks; None means `default_tasks`
-    n: int = 128, # Problems answered a task: those of a gold calibration set with this n and seed
+    n: int | Tokens = 128, # Problems a task, those of a gold calibration set of this seed; or tokens that chains hold
     seed: int = 0, # Seed of the draw of problems and of the drawn answers
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
@@ -247,20 +280,24 @@ def own_chains(
 ) -> Chains: # Every answer, problem after problem
     "A model's answers to calibration problems, resumable where a file is given; mistakes raise `BadInput`."
     check_at_least(answering.tries, 1, "tries")
+    check_at_least(answering.part, 1, "part")
     check_sampling(answering.sampling(seed))
-    style, file = style or default_style(tokenizer), answering.file
-    examples = calibration_set(tokenizer, tasks, n, 1, seed, data_dir, style).examples
+    style, file, rule = style or default_style(tokenizer), answering.file, answering.rule
+    amount = n.count if isinstance(n, Tokens) else None
+    examples = asked_problems(tokenizer, tasks, n, seed, data_dir, style, answering.exclude)
     for e in examples: check_room(model, [prompt_tokens(e)], answering.limit(e.task))
     about = chains_origin(model, tokenizer, examples, style, answering, seed)
+    if amount: about |= {"tokens": amount, "rule": str(rule)}
     if file and Path(file).exists(): return same_origin(Path(file), about)
-    def answer(batch: AnswerBatch): return answered(model, tokenizer, batch, style, answering, seed)
-    place = {(example.task, example.uid): index for index, example in enumerate(examples)}
-    parts = Path(file).with_name(Path(file).name + ".unfinished") if file else None
-    with alone_in(parts) if parts else nullcontext():
-        finished = finished_batches(answer_batches(examples, answering), answer, about, parts)
-        chains = Chains(about, tuple(sorted(finished, key=lambda c: (place[c.task, c.uid], c.attempt))))
+    def answer(part: AnswerPart): return answered(model, tokenizer, part, style, answering, seed)
+    def enough(chains: Sequence[Chain]) -> bool:
+        return amount is not None and held_tokens(kept_examples(tokenizer, chains, rule)) >= amount
+    folder = Path(file).with_name(Path(file).name + ".unfinished") if file else None
+    with alone_in(folder) if folder else nullcontext():
+        parts = answer_parts(examples, answering.tries, answering.part, amount)
+        chains = Chains(about, tuple(finished_parts(parts, answer, about, folder, enough)))
         if file: write_chains(file, chains)
-    if parts: shutil.rmtree(parts)
+    if folder: shutil.rmtree(folder)
     return chains
 
 # %% ../../nbs/jobs/06_chains.ipynb #c056
@@ -272,20 +309,22 @@ class TaskCount:
     task: str # Name of the task
     problems: int # Problems that were answered
     answers: int # Answers in all
+    tokens: int # Tokens written
     right: int # Right answers
     kept: int # Problems with at least one chain that is kept
 
-def task_counts(chains: Chains) -> list[TaskCount]: # A line a task
+def task_counts(chains: Chains, rule: ChainRule = ChainRule()) -> list[TaskCount]: # A line a task
     "Counts of answers, task by task."
-    kept = Counter(chain.task for chain in kept_chains(chains.chains))
+    kept = {(chain.task, chain.uid) for chain in kept_chains(chains.chains, rule)}
     tries = {task: [chain for chain in chains.chains if chain.task == task] for task in chains.tasks}
     return [TaskCount(task=task, problems=len({c.uid for c in some}), answers=len(some),
-                      right=sum(c.right for c in some), kept=kept[task]) for task, some in tries.items()]
+                      tokens=sum(c.tokens for c in some), right=sum(c.right for c in some),
+                      kept=sum(of == task for of, _ in kept)) for task, some in tries.items()]
 
-def too_few(chains: Chains) -> list[str]: # A sentence for every task with too few chains
+def too_few(counts: Sequence[TaskCount]) -> list[str]: # A sentence for every task with too few chains
     "Which tasks should keep their gold solutions."
     return [f"{count.task}: {count.kept} of {count.problems} problems have a chain that is kept, fewer than "
-            f"{FEWEST_CHAINS}; answer more problems with a larger --n, or keep gold." for count in task_counts(chains)
+            f"{FEWEST_CHAINS}; answer more problems with a larger --n, or keep gold." for count in counts
             if count.kept < FEWEST_CHAINS]
 
 # %% ../../nbs/jobs/06_chains.ipynb #c069
@@ -294,24 +333,29 @@ def chain_calibration(
     tokenizer: object, # Tokenizer of transformers
     chains: Chains | str | Path, # Answers from `own_chains`, or the file that holds them
     tasks: Sequence[str] | None = None, # Tasks to take; None means all that were answered
-    n: int | None = None, # Chains a task; None means all that are kept
+    n: int | Tokens | None = None, # Chains a task, or an amount of them in tokens; None means all that are kept
     k: int = 3, # Number of subsets, K
     seed: int = 0, # Seed of draw and deal
-    per_problem: int = 1, # At most so many chains of one problem
+    rule: ChainRule = ChainRule(), # Which chains are kept; the right ones, one of a problem, unless told otherwise
+    exclude: Collection[str] = frozenset(), # Content hashes of problems that are left out
 ) -> Calibration: # The chains as targets
-    "A calibration set of a model's own right answers; too few of them raise `BadInput`."
+    "A calibration set of a model's own answers; too few of them raise `BadInput`."
     chains, examples = chains if isinstance(chains, Chains) else read_chains(chains), []
     if fingerprint_differences(chains.about.get("tokenizer"), tokenizer_fingerprint(tokenizer), TOKENIZER_PARTS):
         raise BadInput("The chains were written with another tokenizer or chat template: expected this model's, since "
                        "prompts are kept as text; make them with 'cap chains' for this model.")
-    if n is not None: check_at_least(n, 1, "n (chains a task)")
+    if rule.solved != ChainRule.solved and not any(chain.attempt for chain in chains.chains):
+        raise BadInput("The chains hold one try of each problem, and --chain-rule has solved=: expected several, since "
+                       "that is a share of the tries; write them with --tries 4 or more, or leave solved= out.")
+    if isinstance(n, int): check_at_least(n, 1, "n (chains a task)")
     for task in tasks or chains.tasks:
-        some = kept_chains([chain for chain in chains.chains if chain.task == task], per_problem)
-        if len(some) < (n or 1):
-            raise BadInput(f"{task} has {len(some)} chains that are kept, but {n or 'some'} were asked for: expected "
-                           f"at most {len(some)}; lower --n, answer more problems with 'cap chains', or keep gold.")
-        pool = [make_example(tokenizer, c.prompt, c.text.rstrip(), task, c.gold, c.uid) for c in some]
-        examples += [example for example, _ in draw_stratified(pool, n or len(pool), seed)]
+        mine = [chain for chain in chains.chains if chain.task == task and chain.uid not in exclude]
+        pool = kept_examples(tokenizer, mine, rule)
+        wanted = n if isinstance(n, int) else "some"
+        if not pool or wanted != "some" and len(pool) < wanted:
+            raise BadInput(f"{task} has {len(pool)} chains that are kept, but {wanted} were asked for: expected at "
+                           f"most {len(pool)}; lower --n, answer more problems with 'cap chains', or keep gold.")
+        examples += [example for example, _ in drawn(pool, n or len(pool), seed)]
     return Calibration.from_examples(examples, k, seed)
 
 # %% ../../nbs/jobs/06_chains.ipynb #c074

@@ -18,7 +18,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from ..calibration import Calibration, calibration_set, default_style, default_tasks
+from ..calibration import Calibration, calibration_set, default_style, default_tasks, Tokens
 from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from ..core.files import alone_in, memory_taken, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
@@ -28,13 +28,14 @@ from ..data.prompts import check_comparable, prompt_style
 from ..evaluation import (
     answer_problems, AnswerRecord, Evaluation, evaluation_problems, perplexity, problem_losses)
 from ..importance import importance_factors
-from .chains import chain_calibration, Chains, mixed_calibration, read_chains, style_origin, text_calibration
+from .chains import (
+    chain_calibration, Chains, held_tokens, mixed_calibration, read_chains, style_origin, text_calibration)
 from .records import (
     cell_name, cells_of, environment, evaluation_folder, load_evaluation, mask_fingerprint, note_environment,
     note_memory, note_time, open_run, piece_folder, save_evaluation, save_report, together)
 from .report import write_results
 from .settings import (
-    CalibrateSettings, changed, check_counts, check_kinds, examples_by_kind, Job, share_of_text)
+    CalibrateSettings, changed, check_counts, check_kinds, examples_by_kind, Job, read_rule, share_of_text)
 from ..methods.criteria import Inputs
 from ..methods.experts import UnitFactors
 from ..methods.neurons import UNIT_AWARE
@@ -45,7 +46,7 @@ from ..methods.screening import load_any, PartialLosses, save_partial, scores_of
 from ..models.anatomy import projections
 from ..models.checks import tell_of_zeros, zeros_of
 from ..models.choices import choice_records, has_options
-from ..models.decoding import Decoding, held_by_vllm, imported_vllm, token_limit, WRITERS
+from ..models.decoding import Decoding, held_by_vllm, imported_vllm, Sampling, token_limit, WRITERS
 from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
     tokenizer_fingerprint)
@@ -56,7 +57,10 @@ from ..threshold import prune_report, PruneReport
 # %% ../../nbs/jobs/03_job.ipynb #c005
 def chains_of(data: CalibrateSettings) -> Chains | None:
     "The chains that a job is calibrated on; a file that holds none raises `BadInput`."
-    if data.calibrate_on in ("gold", "text"): return None
+    if data.calibrate_on in ("gold", "text"):
+        if data.chain_rule == CalibrateSettings.chain_rule: return None
+        raise BadInput(f"--chain-rule was given with --calibrate-on {data.calibrate_on}: expected a file of chains to "
+                       "choose from; name one, or leave --chain-rule out.")
     try: return read_chains(data.calibrate_on)
     except BadInput as error:
         raise BadInput(f"{str(error).rstrip('.')}; --calibrate-on also takes gold or text.") from None
@@ -215,20 +219,29 @@ def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: 
             "device": weight.device.type} | ({"prompts": "plain text"} if plain else {})
 
 # %% ../../nbs/jobs/03_job.ipynb #c021
-def targets_configuration(job: Job) -> dict:
-    "What the targets are, if not gold solutions alone, and what is spared."
+def held_by_task(calibration: Calibration) -> dict[str, dict[str, int]]: # Task -> its examples and their tokens
+    "What a calibration set holds."
+    tasks = {e.task: [other for other in calibration.examples if other.task == e.task] for e in calibration.examples}
+    return {task: {"examples": len(some), "tokens": held_tokens(some)} for task, some in tasks.items()}
+
+def targets_configuration(job: Job, calibration: Calibration) -> dict:
+    "What the targets are, if not gold solutions alone; how many tokens, where these were asked for; what is spared."
     data, chains = job.calibrate, chains_of(job.calibrate)
     settings = {} if data.calibrate_on == "gold" else {"on": "chains" if chains else "text"}
     if chains: settings |= {"chains": chains.fingerprint, "written_by": chains.about["model"]}
+    if data.chain_rule != "right": settings["chain_rule"] = data.chain_rule # as in older runs
+    if data.calibration_tokens:
+        settings |= {"calibration_tokens": data.calibration_tokens, "holds": held_by_task(calibration)}
     if data.spare: settings["spare"] = list(data.spare)
     if not share_of_text(data): return settings
     return settings | {"text": job.evaluate.text, "text_share": share_of_text(data), "text_tokens": data.text_tokens}
 
 def calibration_configuration(job: Job, calibration: Calibration) -> dict: # What JSON can hold
     "What a run is calibrated on."
-    data = job.calibrate
-    return {"tasks": list(data.tasks), "n": data.n, "k": data.k, "seed": data.calibration_seed,
-            "batch_tokens": job.model.batch_tokens, "fingerprint": calibration.fingerprint} | targets_configuration(job)
+    data, amount = job.calibrate, {} if job.calibrate.calibration_tokens else {"n": job.calibrate.n}
+    targets = targets_configuration(job, calibration)
+    return {"tasks": list(data.tasks), **amount, "k": data.k, "seed": data.calibration_seed,
+            "batch_tokens": job.model.batch_tokens, "fingerprint": calibration.fingerprint} | targets
 
 # %% ../../nbs/jobs/03_job.ipynb #c022
 def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What JSON can hold
@@ -237,6 +250,8 @@ def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
     unusual |= {name: n for name in ("choice_n", "shots") if (n := getattr(job.evaluate, name))}
+    if job.evaluate.samples > 1:
+        unusual |= {name: getattr(job.evaluate, name) for name in ("samples", "temperature", "top_p")}
     if job.evaluate.backend != "transformers": unusual["backend"] = job.evaluate.backend
     if job.calibrate.seed: unusual["seed"] = job.calibrate.seed
     return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
@@ -255,7 +270,7 @@ def configuration(job: Job, model: nn.Module, tokenizer: object, calibration: Ca
     return settings | ({"plugins": noted} if (noted := additions_noted()) else {})
 
 # %% ../../nbs/jobs/03_job.ipynb #c026
-def problem_calibration(job: Job, tokenizer: object, n: int, chains: Chains | None) -> Calibration:
+def problem_calibration(job: Job, tokenizer: object, n: int | Tokens, chains: Chains | None) -> Calibration:
     "The part of a calibration set that is no text; chains of another style raise `BadInput`."
     data = job.calibrate
     if chains is None:
@@ -264,7 +279,8 @@ def problem_calibration(job: Job, tokenizer: object, n: int, chains: Chains | No
     if chains.about["style"] != style_origin(data.style):
         raise BadInput(f"{data.calibrate_on} was written in the style {chains.about['style']['called']}: expected "
                        f"{prompt_style(data.style).name}, this run's; change --style or make the chains again.")
-    return chain_calibration(tokenizer, chains, data.tasks, n, data.k, data.calibration_seed)
+    rule, spared = read_rule(data.chain_rule), spared_problems(job)
+    return chain_calibration(tokenizer, chains, data.tasks, n, data.k, data.calibration_seed, rule, spared)
 
 # %% ../../nbs/jobs/03_job.ipynb #c027
 def job_calibration(job: Job, tokenizer: object) -> Calibration: # The calibration set
@@ -272,7 +288,8 @@ def job_calibration(job: Job, tokenizer: object) -> Calibration: # The calibrati
     job = filled_in(job, tokenizer)
     data, text, chains = job.calibrate, job.evaluate.text, chains_of(job.calibrate)
     n, windows = examples_by_kind(data, len(data.tasks))
-    problems = [problem_calibration(job, tokenizer, n, chains)] if n else []
+    amount = n if data.calibration_tokens is None else Tokens(n)
+    problems = [problem_calibration(job, tokenizer, amount, chains)] if n else []
     if not windows: return problems[0]
     plain = text_calibration(tokenizer, text, windows, data.text_tokens, 1, data.calibration_seed, data.data_dir)
     return mixed_calibration([*problems, plain], data.k, data.calibration_seed)
@@ -430,13 +447,21 @@ def backend_of(job: Job, model: nn.Module) -> Iterator[object]: # For `Decoding`
 
 # %% ../../nbs/jobs/03_job.ipynb #82679b37
 KeepPart = Callable[[int, Callable[[], tuple[AnswerRecord, ...]]], tuple[AnswerRecord, ...]] # A part, its maker
-PART = 400 # Problems that are answered before their answers are kept
+PART = 400 # Answers that are written before they are kept
 
-def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: KeepPart) -> tuple:
+def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: KeepPart,
+             samples: int = 1) -> tuple:
     "The answers to problems, part after part, whoever keeps them; the company in which one is answered is the same."
-    parts = [problems[start:start + PART] for start in range(0, len(problems), PART)]
+    size = max(1, PART // samples)
+    parts = [problems[start:start + size] for start in range(0, len(problems), size)]
     if len(parts) == 1: return answer(problems)
     return tuple(one for number, part in enumerate(parts) for one in keep(number, lambda part=part: answer(part)))
+
+def sampling_of(job: Job) -> Sampling | None:
+    "How a job draws answers, from all tokens that --top-p leaves; None where each problem gets one, greedily."
+    e = job.evaluate
+    if e.samples == 1: return None
+    return Sampling(temperature=e.temperature, top_k=None, seed=job.calibrate.seed, top_p=e.top_p, samples=e.samples)
 
 def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, exclude: frozenset[str],
                   backend: object = "transformers", lengths: Mapping[str, int] = MappingProxyType({}),
@@ -448,10 +473,11 @@ def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, e
         shots = shown_examples(job, piece.on, problems)
         def answer(part: Sequence[Problem]) -> tuple[AnswerRecord, ...]:
             expected = tuple(lengths.get(problem.uid, 0) for problem in part) if lengths else ()
-            decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected, backend=backend)
+            decoding = Decoding(batch_tokens=8 * batch_tokens, expected=expected, backend=backend,
+                                sampling=sampling_of(job))
             return answer_problems(model, tokenizer, part, data.style, evaluation.max_new_tokens, shots,
                                    decoding=decoding)
-        return {"answers": in_parts(problems, answer, keep)}
+        return {"answers": in_parts(problems, answer, keep, evaluation.samples)}
     if piece.kind == "loss":
         problems = drawn_problems(job, piece.on, evaluation.loss_n, exclude)
         return {"losses": problem_losses(model, tokenizer, problems, data.style, batch_tokens)}

@@ -26,7 +26,8 @@ from ..data.prompts import IGNORED, token_batches
 from ..evaluation import token_limit
 from .job import check_job, distinct, filled_in, job_calibration
 from .records import cells_of
-from .settings import changed, examples_by_kind, Job, MOST
+from .settings import changed, examples_by_kind, Job, MOST, option_of
+from ..methods.block import FORMS, Training, training_tokens
 from ..methods.budgets import BudgetSettings
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
 from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, READINGS, with_hessian
@@ -186,7 +187,8 @@ def planned_lengths(job: Job, tokenizer: object | None, prompt_tokens: int | Non
         return lengths_of(job_calibration(job, tokenizer)), "counted on the calibration set itself"
     usual = {task: ASSUMED_TOKENS[task_family(task)] for task in data.tasks}
     assumed = [ExampleLength(task, prompt_tokens or p, target_tokens or t) for task, (p, t) in usual.items()]
-    lengths = [length for length in assumed for _ in range(n)]
+    held = {length: math.ceil(n / len(length.input_ids)) if data.calibration_tokens else n for length in assumed}
+    lengths = [length for length, count in held.items() for _ in range(count)]
     lengths += [ExampleLength("text", 1, data.text_tokens - 1)] * windows
     listed = ", ".join(f"{a.prompt} + {a.target} for {a.task}" for a in assumed)
     text = f"; {windows} windows of text of {data.text_tokens} tokens" if windows else ""
@@ -260,7 +262,7 @@ def answers_to(job: Job, tasks: Sequence[str], lengths: Sequence[ExampleLength],
         width += job.evaluate.shots * sum(usual) # worked examples in front
         solution = math.ceil(sum(length.target for length in mine) / len(mine))
         steps = min(limit, max(solution, math.ceil(limit / 4))) if short else limit
-        rows = max(1, min(count, 2 * job.model.batch_tokens // (width + steps)))
+        rows = max(1, min(count, 8 * job.model.batch_tokens // (width + steps)))
         found.append(Answers(count=count, width=width, steps=steps, rows=rows))
     return tuple(found)
 
@@ -343,13 +345,19 @@ class Workload:
     def answers(self) -> tuple[Answers, ...]:
         "Answers of one evaluation."
         done = self.job.evaluate
-        return answers_to(self.job, done.accuracy_tasks, self.lengths, done.evaluate_n, self.short)
+        return answers_to(self.job, done.accuracy_tasks, self.lengths, done.evaluate_n * done.samples, self.short)
+
+    @cached_property
+    def asked(self) -> dict[str, int]: # Task -> problems
+        "How many problems `cap chains` asks: as many as are calibrated on."
+        data, drawn = self.job.calibrate, Counter(length.task for length in self.lengths)
+        return {task: drawn[task] if data.calibration_tokens else data.n for task in data.tasks}
 
     @cached_property
     def chains(self) -> tuple[Answers, ...]:
         "All answers that `cap chains` is to write."
-        data = self.job.calibrate
-        return answers_to(self.job, data.tasks, self.lengths, self.tries * data.n, self.short)
+        return tuple(a for task, count in self.asked.items() for a in
+                     answers_to(self.job, (task,), self.lengths, self.tries * count, self.short))
 
     def layer(self, tokens: int, longest: int) -> float:
         "Bytes that a decoder layer takes for so many tokens: what its projections make, states, and the mask."
@@ -399,6 +407,14 @@ def solver_memory(load: Workload, names: Sequence[str], on_dense: bool) -> dict[
         "one matrix solved": max(largest, default=0),
         "copies of a layer": sizes.scope / sizes.layers * load.width if {"swaps", "update"} & set(names) else 0,
         "masks and dense weights": sizes.scope * (1 + load.width) if on_dense else 0}
+
+def block_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, float]:
+    "What block reconstruction keeps: states of two models and targets, a layer with Adam's moments, activations."
+    sizes, tokens = load.sizes, max(b.rows * b.width for b in batches)
+    return {"hidden states": 4 * pass_memory(load, batches)["hidden states"],
+            "a layer in training": 24 * sizes.scope / sizes.layers,
+            "activations of a layer": tokens * (6 * sizes.outputs + 16 * sizes.hidden_size)}
+
 
 # %% ../../nbs/jobs/04_planning.ipynb #c036
 def answer_memory(load: Workload, answers: Sequence[Answers]) -> dict[str, float]:
@@ -549,7 +565,7 @@ def solver_names(method: str) -> tuple[str, ...] | None:
     "Those of `SOLVERS` that a method runs, in order; None for a method without Hessians."
     parts = parse_method(method)
     names = tuple(name for name in (parts.base, *(parts.recovery or "").split("^")) if name in SOLVERS)
-    return names if names or with_hessian(parts) else None
+    return names if names or parts.recovery or with_hessian(parts) else None
 
 def stage_name(method: str) -> str:
     "The stage of a method with Hessians; methods that differ in their allocation alone share it."
@@ -572,7 +588,11 @@ def solver_stage(load: Workload, method: str) -> Stage:
     "One pruning by a method with Hessians: a walk, and what is computed from them."
     parts, names = parse_method(method), solver_names(method)
     on_dense = parts.base in CRITERIA and not walks(CRITERIA[parts.base], own_scope(parts))
-    return stage_of(load, stage_name(method), solver_memory(load, names, on_dense), wanda_work(load.batches),
+    memory, work = solver_memory(load, names, on_dense), wanda_work(load.batches)
+    if (parts.recovery or "").split("^")[-1] in FORMS: # forth and back, as often as it may
+        batches = batch_shapes(load.lengths, training_tokens(load.tokens))
+        memory, work = memory | block_memory(load, batches), (3 * Training().passes + 2) * wanda_work(batches) / 2
+    return stage_of(load, stage_name(method), memory, work,
                     solver_flops(load.sizes, names, load.tokens), READS_IN_ROWS * load.sizes.scope,
                     load.sizes.columns * sum(SOLVERS[name][-1] for name in names))
 
@@ -802,8 +822,9 @@ def stage_advice(p: Plan, stage: Stage) -> str:
             return f"{start}--batch-tokens {tokens} makes it fit."
         tokens //= 2
     room = free - p.needed(stage) + stage.memory.get("hidden states", 0)
-    if largest == "hidden states" and (n := int(load.job.calibrate.n * room / stage.memory[largest])) > 0:
-        return f"{start}--n {n} makes it fit."
+    data, name = load.job.calibrate, "calibration_tokens" if load.job.calibrate.calibration_tokens else "n"
+    if largest == "hidden states" and (n := int(getattr(data, name) * room / stage.memory[largest])) > 0:
+        return f"{start}{option_of(name)} {n} makes it fit."
     other = "--dtype bfloat16 halves it" if load.dtype == "float32" else "a larger device is needed"
     return f"{start}{other}, or layers spread over more devices (device_map='auto')."
 
@@ -857,9 +878,15 @@ def model_lines(p: Plan) -> list[str]:
     elif scores_heads(load.job):
         lines.append(f"- Scoring: {s.layers * s.heads:,} heads, so {len(load.batches) * (1 + s.layers * s.heads):,} "
                      f"passes; the hook loop computes {whole / scoring:.1f} times as much.")
+    if any(solver_names(method) is not None for method in load.job.prune.methods):
+        fewest = min(load.tokens * share / width for width, _, share, _ in s.inputs)
+        lines.append(f"- Hessians: sums over up to {load.tokens:,} tokens, at least {fewest:.1f} for each column.")
     if load.tries:
-        lines.append(f"- Own chains: {sum(a.count for a in load.chains):,} answers to {data.n * len(data.tasks):,} "
-                     f"problems, by 'cap chains' before any run, of at most {limits_text(load.chains)} tokens.")
+        least, most = (sum(a.count * a.steps for a in each.chains) for each in (replace(load, short=True), load))
+        enough = ", enough if every chain is kept and as long as these examples" if data.calibration_tokens else ""
+        lines.append(f"- Own chains: {sum(a.count for a in load.chains):,} answers to {sum(load.asked.values()):,} "
+                     f"problems{enough}, by 'cap chains' before any run, of at most "
+                     f"{limits_text(load.chains)} tokens: {least:,} to {most:,} tokens written.")
     return lines
 
 def stage_rows(p: Plan) -> list[str]:

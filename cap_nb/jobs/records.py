@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from ..core.files import (
     whole_folder, write_checked)
 from ..core.registry import check_additions
 from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
-from .settings import changed, Job, option_of, part_of_setting
+from .settings import CalibrateSettings, changed, Job, option_of, part_of_setting
 from ..methods.prune import sparsities_of
 from ..methods.screening import load_any, PartialLosses, scores_of
 from ..models.anatomy import projections
@@ -51,14 +51,19 @@ RECORD_FILES = {"answers": AnswerRecord, "losses": LossRecord,
                 "choices": ChoiceRecord} # Name of a file -> the records in it; the last is there only if it has some
 FROM_TEXT = {str: str, int: int, float: float, bool: "True".__eq__, str | None: lambda cell: cell or None}
 
+def fields_of(kind: type, records: Iterable = ()) -> dict[str, type]: # Name -> type
+    "The columns of records of a kind; which of several answers it is, only where there are several."
+    several = any(getattr(record, "sample", 0) for record in records)
+    return {field.name: field.type for field in fields(kind) if several or field.name != "sample"}
+
 def records_as_text(records: Sequence[AnswerRecord] | Sequence[LossRecord] | Sequence[ChoiceRecord], kind: type) -> str:
     "Records as a table of text, a line each; None is the empty cell, an output is a JSON string."
-    table, names = io.StringIO(), [field.name for field in fields(kind)]
+    table, names = io.StringIO(), list(fields_of(kind, records))
     rows, quoted = csv.writer(table, lineterminator="\n"), {"output"} & set(names)
     rows.writerow(names)
     for record in records:
-        cells = vars(record)
-        if quoted: cells = cells | {"output": json.dumps(cells["output"], ensure_ascii=True)}
+        cells = {name: getattr(record, name) for name in names}
+        if quoted: cells["output"] = json.dumps(cells["output"], ensure_ascii=True)
         rows.writerow(cells.values())
     return table.getvalue()
 
@@ -66,9 +71,11 @@ def records_as_text(records: Sequence[AnswerRecord] | Sequence[LossRecord] | Seq
 def records_from_text(text: str, kind: type) -> tuple: # Its records
     "Records read from a table of text; a table of another shape raises ValueError."
     table = csv.reader(io.StringIO(text))
-    readers = {field.name: FROM_TEXT[field.type] for field in fields(kind)}
+    names, types = next(table, None), {field.name: field.type for field in fields(kind)}
+    if names == list(fields_of(kind)): types.pop("sample", None) # one answer to each problem
+    readers = {name: FROM_TEXT[type_] for name, type_ in types.items()}
     if kind is AnswerRecord: readers["output"] = json.loads
-    if next(table, None) != list(readers): raise ValueError("its columns are not those of the records")
+    if names != list(readers): raise ValueError("its columns are not those of the records")
     return tuple(
         kind(**{name: read(cell) for (name, read), cell in zip(readers.items(), row, strict=True)}) for row in table)
 
@@ -155,13 +162,16 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
     answered = sorted(done["data"]["accuracy"], key=lambda task: (*tasks, task).index(task))
     return changed(
         Job(), name=model["name"], dtype=model["dtype"], device=model["device"], batch_tokens=kept["batch_tokens"],
-        tasks=tasks, style=configuration["style"]["called"], n=kept["n"], k=kept["k"], calibrate_on=chosen,
+        tasks=tasks, style=configuration["style"]["called"], n=kept.get("n", CalibrateSettings.n), k=kept["k"],
+        calibrate_on=chosen, calibration_tokens=kept.get("calibration_tokens"),
+        chain_rule=kept.get("chain_rule", "right"),
         seed=done.get("seed", kept["seed"]) if seed is None else seed, calibration_seed=kept["seed"],
         text_share=0.0 if chosen == "text" else kept.get("text_share", 0.0), text_tokens=kept.get("text_tokens", 256),
         methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
         aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
         budget=configuration.get("budget"), backend=done.get("backend", "transformers"),
         choice_n=done.get("choice_n", 0), spare=tuple(kept.get("spare", ())), shots=done.get("shots", 0),
+        samples=done.get("samples", 1), temperature=done.get("temperature", 0.0), top_p=done.get("top_p", 1.0),
         accuracy_tasks=tuple(answered), max_new_tokens=None if own_limits else next(iter(limits.values())),
         text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
         **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})
@@ -172,6 +182,7 @@ def hidden_options(kept: dict, asked: dict, one: dict, other: dict) -> set[str]:
     drawn = [(each["evaluation"]["data"], each["evaluation"].get("seed")) for each in (kept, asked)]
     hidden = {*GROWING, "seed" if drawn[0] == drawn[1] else "calibration_seed"} # where one differs, so may the other
     if not differing({"model": kept["model"]}, {"model": asked["model"]}): hidden.add("name") # it was moved
+    if one["calibration_tokens"] or other["calibration_tokens"]: hidden.add("n") # it says nothing then
     if None in (one["text"], other["text"]): hidden.add("text") # --windows is 0
     if all(each["accuracy_tasks"] == each["tasks"] for each in (one, other)): hidden.add("accuracy_tasks")
     return hidden
@@ -460,14 +471,16 @@ def live_records(folder: Path) -> Records: # What it recorded
 ARROW = {str: pa.string(), str | None: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 COLUMNS = (
     {"record": pa.string(), "place": pa.string()}
-    | {field.name: ARROW[field.type] for kind in (AnswerRecord, LossRecord) for field in fields(kind)}
+    | {name: ARROW[kind] for record in (AnswerRecord, LossRecord) for name, kind in fields_of(record).items()}
     | {"content": pa.binary()}) # Name of a column -> its type
 CHOICE_COLUMNS = {field.name: ARROW[field.type] for field in fields(ChoiceRecord)} # Of a run that weighed options
+SAMPLE_COLUMN = {"sample": pa.int64()} # Of a run with several answers to each problem
 
 def evaluation_rows(place: str, evaluation: Evaluation) -> Iterator[dict]:
     "An evaluation as rows of the table."
     for name, records in (("answer", evaluation.answers), ("loss", evaluation.losses), ("choice", evaluation.choices)):
-        yield from ({"record": name, "place": place} | vars(record) for record in records)
+        names = fields_of(type(records[0]), records) if records else ()
+        for record in records: yield {"record": name, "place": place} | {key: getattr(record, key) for key in names}
     about = {"method": evaluation.method, "sparsity": evaluation.sparsity, "reached": evaluation.reached}
     if (text := evaluation.perplexity) is not None:
         yield from ({"record": "window", "place": place, "task": text.text, "loss": loss} for loss in text.losses)
@@ -480,8 +493,10 @@ def records_table(records: Records) -> pa.Table: # A row for each answer, loss, 
     rows = [row for place, evaluation in records.evaluations.items() for row in evaluation_rows(place, evaluation)]
     for name in records.files:
         rows.append({"record": "file", "place": name, "content": records.read(name, Path.read_bytes)})
-    weighed = any(evaluation.choices for evaluation in records.evaluations.values())
-    return pa.Table.from_pylist(rows, pa.schema(COLUMNS | CHOICE_COLUMNS if weighed else COLUMNS))
+    columns, measured = COLUMNS, records.evaluations.values()
+    if any(evaluation.choices for evaluation in measured): columns = columns | CHOICE_COLUMNS
+    if any(answer.sample for evaluation in measured for answer in evaluation.answers): columns = columns | SAMPLE_COLUMN
+    return pa.Table.from_pylist(rows, pa.schema(columns))
 
 # %% ../../nbs/jobs/00_records.ipynb #c073
 def packed_records(path: Path) -> Records: # What the run recorded

@@ -8,6 +8,7 @@ __all__ = ['ModelSettings', 'CalibrateSettings', 'PruneSettings', 'EvaluateSetti
 # %% ../../nbs/jobs/01_settings.ipynb #c004
 import functools
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -34,11 +35,13 @@ class CalibrateSettings:
     data_dir: str | None = None # folder of benchmark files; the hub if left out (the lab's tasks need neither)
     style: str | None = None # how prompts are put: paper, answer-line, boxed or lab; the model's own if left out
     n: int = 128 # calibration examples a task
+    calibration_tokens: int | None = None # tokens of the whole calibration set, in place of --n examples a task
     k: int = 3 # subsets that they are cut into; a head's score is a median over these
     seed: int = 0 # seed of every random draw
     calibration_seed: int | None = None # seed of the calibration draw alone; as --seed if left out
     calibrate_on: str = "gold" # gold for worked solutions, text for plain text, or a file of chains from cap chains
-    text_share: float = 0.0 # share of the calibration examples that are windows of plain text, in [0, 1)
+    chain_rule: str = "right" # of a file of chains: right or all, as right,tokens=200-2000,solved=0.25-0.75,each=2
+    text_share: float = 0.0 # share of the examples, or of --calibration-tokens, that is plain text, in [0, 1)
     spare: tuple[str, ...] = () # tasks whose problems are not calibrated on, as gsm8k_fresh for a later run
     text_tokens: int = 256 # tokens a window of plain text to calibrate on
 
@@ -61,6 +64,9 @@ class EvaluateSettings:
     loss_n: int = 100 # problems a task for held-out loss; 0 for none
     choice_n: int = 0 # problems a task of --tasks with options, as ARC, whose options' probabilities are compared
     shots: int = 0 # worked examples in front of each problem that is answered, drawn from the calibration split
+    samples: int = 1 # answers to each problem; from 2 on they are drawn, and accuracy is their mean, pass@1
+    temperature: float = 0.0 # with --samples: temperature of the drawn answers; 0 is greedy
+    top_p: float = 1.0 # with --samples: the likeliest tokens may be drawn that reach this probability together
     max_new_tokens: int | None = None # tokens an answer may take; if left out 192 for the lab's tasks, 512 for others
     text: str | None = None # text for perplexity: wikitext2 or lab-text; the model's own if left out
     windows: int = 100 # windows of the text that are read; 0 for no perplexity
@@ -105,6 +111,7 @@ QUICK = dict(dtype="fastest", n=2, k=2, sparsities=(0.5,), accuracy_tasks=(), ev
 
 def quick_job(job: Job, given: Collection[str]) -> Job: # The job with fewer examples and problems
     "A job that takes minutes; settings that were given stay as they are."
+    given = {*given, "n"} if job.calibrate.calibration_tokens else given
     return changed(job, **{name: value for name, value in QUICK.items() if name not in given})
 
 # %% ../../nbs/jobs/01_settings.ipynb #c025
@@ -119,12 +126,36 @@ def share_of_text(data: CalibrateSettings) -> float: # In [0, 1]
     return 1.0 if data.calibrate_on == "text" else data.text_share
 
 def examples_by_kind(data: CalibrateSettings, tasks: int) -> tuple[int, int]:
-    "How many problems a task and windows of text a calibration set has; none of a kind raises `BadInput`."
-    share, a_task = share_of_text(data), round(share_of_text(data) * data.n)
+    "How many problems, or tokens of them, a task and windows of text there are; none of a kind raises `BadInput`."
+    share, a_task, tokens = share_of_text(data), round(share_of_text(data) * data.n), data.calibration_tokens
+    if tokens is not None:
+        return math.ceil(round((1 - share) * tokens, 6) / tasks), math.ceil(round(share * tokens, 6) / data.text_tokens)
     if 0 < share < 1 and not 0 < a_task < data.n:
         raise BadInput(f"--text-share {share} of --n {data.n} is {a_task} windows of text a task: expected at least "
                        "one window and one problem; raise --n or change the share.")
     return data.n - a_task, a_task * tasks
+
+# %% ../../nbs/jobs/01_settings.ipynb #a3178d8f
+@dataclass(frozen=True)
+class ChainRule:
+    "Which chains of a file are taken."
+    right: bool = True # Only right ones, and none that may be luck; False: whatever the answer, cut off or not
+    tokens: tuple[int, float] = (0, math.inf) # Fewest and most tokens of a chain
+    solved: tuple[float, float] = (0.0, 1.0) # Lowest and highest share of a problem's tries that are right
+    each: int = 1 # At most so many chains of one problem, the earliest
+
+SHARE = r"(0?\.\d+|[01](?:\.0*)?)"
+RULE = re.compile(rf"(right|all)(?:,tokens=(\d+)-(\d*))?(?:,solved={SHARE}-{SHARE})?(?:,each=(\d+))?", re.ASCII)
+
+def read_rule(text: str) -> ChainRule:
+    "A rule from its text; what is none raises `BadInput`."
+    if found := RULE.fullmatch(text):
+        kind, *tokens, low, high, each = found.groups()
+        rule = ChainRule(kind == "right", (int(tokens[0] or 0), float(tokens[1] or math.inf)),
+                         (float(low or 0), float(high or 1)), int(each or 1))
+        if rule.tokens[0] <= rule.tokens[1] and rule.solved[0] <= rule.solved[1] and rule.each: return rule
+    raise BadInput(f"--chain-rule is {text!r}: expected right or all, then what is wanted of tokens=200-2000, "
+                   "solved=0.25-0.75 and each=2, in this order, a range from low to high; write right,tokens=200-2000.")
 
 # %% ../../nbs/jobs/01_settings.ipynb #3cfaea51
 def check_kinds(job: Job) -> None:
@@ -135,9 +166,31 @@ def check_kinds(job: Job) -> None:
             check_argument(getattr(getattr(job, part.name), setting.name), setting.type, f"setting {setting.name}")
 
 # %% ../../nbs/jobs/01_settings.ipynb #c028
-LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choice_n": 0, "shots": 0,
+LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choice_n": 0, "shots": 0, "samples": 1,
          "windows": 0, "window_tokens": 2, "text_tokens": 2} # Smallest
 MOST = 10**7 # Of anything that is counted: a list of more would take the memory, and no benchmark has so many
+
+def check_draws(evaluate: EvaluateSettings) -> None:
+    "Raise `BadInput` for answers that cannot be drawn: one greedy answer to each problem, or several drawn ones."
+    k, temperature, top_p = evaluate.samples, evaluate.temperature, evaluate.top_p
+    if k == 1 and (temperature or top_p != 1):
+        raise BadInput("--temperature or --top-p was given for one answer to each problem, which is greedy: expected "
+                       "several; give --samples 4, or leave both out.")
+    if k > 1 and not 0 < temperature < float("inf"):
+        raise BadInput(f"--samples {k} was given with --temperature {temperature:g}: expected one above 0, since "
+                       "greedy answers are all the same; write --temperature 0.6.")
+    if not 0 < top_p <= 1:
+        raise BadInput(f"--top-p is {top_p:g}: expected a probability in (0, 1]; write 0.95, or leave it out for all "
+                       "tokens.")
+
+def check_calibration(data: CalibrateSettings) -> None:
+    "Raise `BadInput` for an amount given twice, and for a rule that is none."
+    if data.calibration_tokens is not None:
+        check_at_least(data.calibration_tokens, 1, "--calibration-tokens", MOST)
+        if data.n != CalibrateSettings.n:
+            raise BadInput(f"--n {data.n} was given with --calibration-tokens {data.calibration_tokens}: expected one "
+                           "of them, since both say how much is calibrated on; leave one out.")
+    read_rule(data.chain_rule)
 
 def check_counts(job: Job) -> None:
     "Raise `BadInput` for the first count that is too small or too large, and for a job without tasks."
@@ -152,7 +205,9 @@ def check_counts(job: Job) -> None:
     check_seed(job.calibrate.calibration_seed or 0, "--calibration-seed")
     check_choice(job.evaluate.evaluate_on, ("evaluation", "validation"), "split to evaluate on")
     if job.prune.budget is not None: check_budget(job.prune.budget)
+    check_draws(job.evaluate)
     share_of_text(job.calibrate)
+    check_calibration(job.calibrate)
 
 # %% ../../nbs/jobs/01_settings.ipynb #c032
 def recommended_method(sparsity: float) -> tuple[str, float]: # Name of the method, share of text to calibrate on
@@ -180,7 +235,8 @@ def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, 
             return job, replace(pruning, method=method), f"No --method was given: {method}, which --{given} is for."
     method, share = recommended_method(pruning.sparsity)
     where, with_text = "at 50 % and above" if pruning.sparsity >= 0.5 else "below 50 %", ""
-    if round(share * job.calibrate.n) and not own_text: # very few examples hold no window of text
+    few = job.calibrate.calibration_tokens is None and not round(share * job.calibrate.n) # they hold no window of text
+    if share and not few and not own_text:
         job, with_text = changed(job, text_share=share), f" with --text-share {share:g}"
     return job, replace(pruning, method=method), f"No --method was given: {method}{with_text}, recommended {where}."
 
@@ -229,6 +285,39 @@ class Planning:
     detect: float | None = None # a difference in points, as 3: how many problems tell it
     discordant: float | None = None # share of the problems that one of two methods alone solves; 0.15 if left out
 
+
+# %% ../../nbs/jobs/01_settings.ipynb #09b63bf5
+@dataclass(frozen=True)
+class Recipe:
+    "Options of `cap prune` that belong together."
+    about: str # What it makes, in a few words
+    method: str # How the model is pruned
+    calibration_tokens: int = 131_072 # Tokens of the calibration set
+    chain_rule: str = "all" # Which of the model's own chains are taken
+    text_share: float = 0.1 # Share of the tokens that is plain text
+    tuning: FineTuning | None = None # How the pruned model is trained; None: not at all
+
+RECIPES = {"best-mask": Recipe("one mask, and the weights that stay are as they were", "wanda+kl^swaps"),
+           "one-shot": Recipe("the weights that stay are solved for, and nothing is trained", "alps"),
+           "hour": Recipe("as one-shot, then trained on the same examples", "alps", tuning=FineTuning())}
+
+def recipe_lines() -> list[str]:
+    "What `cap methods --recipes` says."
+    return [f"{name:10} {r.about}: {r.method} on {r.calibration_tokens:,} tokens, {r.text_share:.0%} of them text, the "
+            f"others the model's own chains ({r.chain_rule}){f'; {r.tuning.steps} steps' if r.tuning else ''}. "
+            "Provisional: chosen on no problem yet." for name, r in RECIPES.items()]
+
+def with_recipe(job: Job, pruning: SinglePruning, name: str, given: Collection[str]) -> tuple[Job, SinglePruning]:
+    "Fill in what a recipe says and the user did not; what it cannot be combined with raises `BadInput`."
+    recipe, wanted = RECIPES[check_choice(name, RECIPES, "recipe")], {"calibration_tokens", "chain_rule", "text_share"}
+    for other in ("scores", "norms", "hessians", "stream"):
+        if getattr(pruning, other):
+            raise BadInput(f"--{other} was given with --recipe {name}: expected one of them, since a recipe measures "
+                           "for itself, in memory; leave one out.")
+    on = job.calibrate.calibrate_on if "calibrate_on" in given else "chains"
+    no_use = {"calibration_tokens": "n" in given, "chain_rule": on in ("gold", "text"), "text_share": on == "text"}
+    filled = {each: getattr(recipe, each) for each in wanted if each not in given and not no_use[each]}
+    return changed(job, **filled), replace(pruning, method=pruning.method or recipe.method)
 
 # %% ../../nbs/jobs/01_settings.ipynb #8f989e54
 def check_tuning(settings: FineTuning) -> None:

@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ..analysis import (
-    COMPARED, Comparison, FEWEST_PAIRS, is_better, LEVEL, method_rank, method_table, method_title, row_order)
+from cap_nb.analysis import (
+    answers_title, COMPARED, Comparison, FEWEST_PAIRS, is_better, LEVEL, method_rank, method_table, method_title,
+    row_order)
 from ..core.errors import BadInput, validate_arguments
 from ..core.plots import blank_figure, in_style, INK, METHOD_LOOKS, method_looks
-from ..data.problems import task_title
 from ..evaluation import CHOICE_MEASURES, Evaluation, summarise_answers
 from ..threshold import PruneReport, zero_shares
 
@@ -63,6 +63,8 @@ def value_text(value: object, fingerprints: bool = True) -> str: # In one line
     return FINGERPRINT.sub(r"\1" if fingerprints else "", str(value))
 
 # %% ../../nbs/jobs/00_tables.ipynb #92735b5d
+PASS_AT_1 = ("pass@1: per cent of right strict last lines among k drawn answers to each problem, 95 % bootstrap "
+             "interval over problems, each with its answers.")
 CHOICES = ("Choice: per cent of problems whose likeliest option is the right one; gold p: the right option's share of "
            "the options' probability. By the sum of an option's logarithms, or norm: by their mean a character.")
 
@@ -71,8 +73,10 @@ def reading_notes(columns: Sequence[str]) -> list[str]: # A line or two
     endings = {column.rpartition(" ")[2] for column in columns}
     choices = {measure.rpartition(" ")[2] for measure in CHOICE_MEASURES}
     nats, bootstrap = "nats a target token", "95 % bootstrap interval."
+    drawn = {column.rpartition(" ")[2] for column in columns if " pass@1" in column}
     notes = ["Accuracy: strict last line, per cent, 95 % Wilson interval."] * bool(
-        endings - {"loss", "perplexity"} - choices)
+        endings - {"loss", "perplexity"} - choices - drawn)
+    if drawn: notes.append(PASS_AT_1)
     if {"loss", "perplexity"} <= endings: notes.append(f"Loss: {nats}; loss and perplexity: {bootstrap}")
     elif "loss" in endings: notes.append(f"Loss: {nats}, {bootstrap}")
     elif "perplexity" in endings: notes.append(f"Perplexity: {bootstrap}")
@@ -137,7 +141,7 @@ def answer_table(evaluations: Iterable[Evaluation]) -> pd.DataFrame:
     for evaluation in sorted(evaluations, key=row_order):
         for s in summarise_answers(evaluation.answers):
             shares = (100 * s.accuracy, 100 * s.lenient, 100 * s.followed, s.mean_tokens, 100 * s.cut_off)
-            rows[method_title(evaluation.method), evaluation.sparsity, task_title(s.task)] = shares
+            rows[method_title(evaluation.method), evaluation.sparsity, answers_title(s.task, s.samples)] = shares
     if not rows:
         raise BadInput("No evaluation holds answers: expected at least one with accuracies; evaluate with --tasks.")
     index = pd.MultiIndex.from_tuples(rows, names=["Method", "Sparsity", "Task"])

@@ -132,53 +132,6 @@ def expert_use(routed: RoutedLosses) -> torch.Tensor: # float64 [L, E]
     use = (routed.used.double() / routed.tokens[:, None]).sum(1)
     return use / use.sum(-1, keepdim=True).clamp_min(1e-300)
 
-# %% ../../nbs/methods/21_experts.ipynb #c041
-def rise_by_expert(routed: RoutedLosses, examples: torch.Tensor) -> torch.Tensor: # float64 [L, H, E]
-    "The plain mean version of `conditional_scores`, for some of the examples, [L, H, E]; 0 for an unused expert."
-    per_token = 1 / routed.tokens[examples].double()
-    rise = ((routed.masked - routed.intact[:, None])[:, :, examples] * per_token[:, None]).sum(2)
-    return rise / (routed.used[:, examples] * per_token[:, None]).sum(1).clamp_min(1e-300)[:, None]
-
-def variance_parts(one: torch.Tensor, two: torch.Tensor, use: torch.Tensor) -> tuple[float, float]:
-    "Covariance of two tables [L, H, E], weighed by use [L, E]: between heads, and within heads between experts."
-    sparse = use.sum(-1) > 0
-    weight, one, two = use[sparse][:, None], one[sparse], two[sparse]
-    mean_one, mean_two = ((table * weight).sum(-1, keepdim=True) for table in (one, two))
-    heads = ((mean_one - mean_one.mean()) * (mean_two - mean_two.mean())).mean()
-    experts = ((one - mean_one) * (two - mean_two) * weight).sum(-1).mean()
-    return heads.item(), experts.item()
-
-# %% ../../nbs/methods/21_experts.ipynb #86a54585
-from cap_nb.core.errors import check_at_least
-
-@dataclass(frozen=True)
-class ExpertVariance:
-    "Variance of the heads' scores given an expert, in nats squared."
-    heads: float # Between the heads' own scores, as computed
-    experts: float # Within a head, between its experts, as computed
-    true_heads: float # The first without noise, from halves of the examples
-    true_experts: float # The second without noise; below zero means that nothing is left
-
-    @property
-    def share(self) -> float:
-        "Part of the variance without noise that lies between the experts of a head."
-        return max(0.0, self.true_experts) / (max(0.0, self.true_experts) + max(0.0, self.true_heads))
-
-# %% ../../nbs/methods/21_experts.ipynb #c046
-def expert_variance(routed: RoutedLosses, splits: int = 50, seed: int = 0) -> ExpertVariance:
-    "How much of what a head does depends on the expert in use."
-    rng, use = torch.Generator().manual_seed(seed), expert_use(routed)
-    count = check_at_least(len(routed.tokens), 2, "The number of examples")
-    whole = rise_by_expert(routed, torch.arange(count))
-    heads, experts = variance_parts(whole, whole, use)
-    halves = []
-    for _ in range(check_at_least(splits, 1, "splits")):
-        order = torch.randperm(count, generator=rng)
-        one, two = (rise_by_expert(routed, half) for half in (order[:count // 2], order[count // 2:]))
-        halves.append(variance_parts(one, two, use))
-    true_heads, true_experts = torch.tensor(halves, dtype=torch.float64).mean(0).tolist()
-    return ExpertVariance(heads=heads, experts=experts, true_heads=true_heads, true_experts=true_experts)
-
 # %% ../../nbs/methods/21_experts.ipynb #c051
 import math
 from .layer_walk import check_finite_table
@@ -331,21 +284,3 @@ def routing_aware_factors(model: nn.Module, name: str, calibration: Calibration,
     losses = losses or score_heads(model, calibration, batch_tokens)
     check_same_examples(losses, calibration)
     return named.factors(named.measure(model, calibration, batch_tokens), losses, how)
-
-# %% ../../nbs/methods/21_experts.ipynb #04caf066
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-
-def plot_expert_factors(factors: dict[str, Factors], experts: int) -> Figure:
-    "The importance factor of every expert for several ways of getting it; without one, their layer's mean is drawn."
-    figure, axes = plt.subplots(1, len(factors), figsize=(3.2 * len(factors) + 0.8, 2.6), squeeze=False, sharey=True,
-                                layout="constrained")
-    for axis, (name, both) in zip(axes[0], factors.items()):
-        table = getattr(both, "experts", None)
-        if table is None: table = both.heads.mean(1, keepdim=True).expand(-1, experts)
-        picture = axis.imshow(table.cpu().numpy(), vmin=1, vmax=10, cmap="viridis", aspect="auto",
-                              interpolation="nearest")
-        axis.set(title=name, xlabel="expert", xticks=range(experts), yticks=range(len(table)))
-    axes[0, 0].set_ylabel("layer")
-    figure.colorbar(picture, ax=axes, label="importance factor", shrink=0.8)
-    return figure

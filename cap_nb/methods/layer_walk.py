@@ -69,17 +69,18 @@ from pathlib import Path
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import is_intact, read_tensors, write_tensors
 
-def keep_layer(path: Path, scope: Sequence[Projection]) -> None:
-    "Write down the weights of a finished layer's projections."
-    write_tensors(path, {p.name: p.stored.detach() for p in scope}, {})
+def keep_layer(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    "Write down the weights of a finished layer."
+    write_tensors(path, {name: weight.detach() for name, weight in weights.items()}, {})
 
 @torch.no_grad()
-def put_layer(path: Path, scope: Sequence[Projection]) -> None:
+def put_layer(path: Path, weights: dict[str, torch.Tensor]) -> None:
     "Put kept weights in place; those of another layer or model raise `BadInput` before one changes."
     kept, _ = read_tensors(path)
-    if {name: weight.shape for name, weight in kept.items()} != {p.name: p.stored.shape for p in scope}:
+    if {name: weight.shape for name, weight in kept.items()} != {n: weight.shape for n, weight in weights.items()}:
         raise BadInput(f"{path} holds weights of another layer or model: expected this one's; remove it.")
-    for p in scope: p.stored.copy_(kept[p.name])
+    for name, weight in weights.items(): weight.copy_(kept[name])
+
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #c016
 from functools import partial
@@ -94,6 +95,7 @@ class LayerStep:
     index: int # Its index, from 0
     projections: tuple[Projection, ...] # Its projections
     batches: Sequence[BatchState] # All batches of the calibration set; they go on when the next layer is asked for
+    dense: Sequence[BatchState] = () # The same batches in the model as it came, where they were asked for
 
 def layer_by_layer(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
@@ -101,18 +103,23 @@ def layer_by_layer(
     batch_tokens: int = 4096, # Padded tokens per batch; on a processor 1,024 at most
     name: str = "layer by layer", # What the progress bar says
     kept: Path | None = None, # Folder of the finished layers of this very walk; None keeps none
+    dense: bool = False, # Walk through the model as it came too, and keep whole layers, not projections alone
 ) -> Iterator[LayerStep]: # Every layer in turn; change it before you ask for the next one
     "Walk through the layers with the calibration set; holds the hidden states of all its tokens, [tokens, hidden]."
     device = next(model.parameters()).device
     tokens = min(batch_tokens, 1024) if device.type == "cpu" else batch_tokens
     states = [initial_state(model, batch, indices) for indices, batch in batches_of(calibration, tokens, device)]
+    unpruned = list(states) if dense else []
     for index, layer in enumerate(tqdm(decoder_layers(model), desc=name, unit="layer")):
         in_layer = tuple(p for p in projections(model) if p.layer == index)
         path = kept and kept/f"layer-{index:03d}.safetensors"
-        if not (path and is_intact(path, partial(put_layer, scope=in_layer))):
-            yield LayerStep(layer=layer, index=index, projections=in_layer, batches=states)
-            if path: keep_layer(path, in_layer)
+        weights = dict(layer.named_parameters()) if dense else {p.name: p.stored for p in in_layer}
+        with torch.no_grad(): after = [advanced(model, state, index) for state in unpruned] # before the layer changes
+        if not (path and is_intact(path, partial(put_layer, weights=weights))):
+            yield LayerStep(layer=layer, index=index, projections=in_layer, batches=states, dense=unpruned)
+            if path: keep_layer(path, weights)
         if index + 1 == len(decoder_layers(model)): return # nobody reads what the last layer gives
+        unpruned = after
         for number, state in enumerate(states):
             with torch.no_grad(): states[number] = advanced(model, state, index)
 

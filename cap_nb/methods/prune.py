@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from cap_nb.core.errors import BadInput, check_choice
 from cap_nb.core.registry import ADDED, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES, SOLVERS
+from cap_nb.methods.block import FORMS
 from cap_nb.methods.criteria import CRITERIA, GIVES, Inputs
 from cap_nb.methods.experts import ROUTING_AWARE, check_has_experts
 from cap_nb.methods.neurons import NEURON_AWARE, UNIT_AWARE
@@ -24,7 +25,7 @@ class MethodName:
     attribution: str | None = None # One of `ATTRIBUTIONS`, `UNIT_AWARE` or `READINGS`; None: masking, as the paper does
     scope: str | None = None # "model", "layer", "matrix", "row" or n:m; None means the base's own
     allocation: str | None = None # One of `ALLOCATIONS`; None means the same for every layer
-    recovery: str | None = None # "swaps", "update" or "swaps^update"; None means that nothing is repaired
+    recovery: str | None = None # As in "swaps^update^block", each left out or not; None: nothing is repaired
     variant: str | None = None # What 'cap claims' changes in it; None means nothing
 
 NAME = re.compile(r"(?P<base>\w+)(?:\.(?P<attribution>\w+))?(?:@(?P<scope>[\w:]+))?"
@@ -39,6 +40,7 @@ class Step:
 RECOVERIES["swaps"] = Step("then zeros change places within their row while the layer's error falls",
                            "Zimmer et al. 2025")
 RECOVERIES["update"] = Step("then least squares for the weights that stay", "Meng et al. 2024")
+RECOVERIES.update({name: Step(form.says, "Guo et al. 2024") for name, form in FORMS.items()})
 SOLVERS["sparsegpt"] = Step("the least error layer by layer, with updates of the weights that stay",
                             "Frantar and Alistarh 2023")
 SOLVERS["alps"] = Step("zeros and weights that stay sought together, layer by layer", "Meng et al. 2024")
@@ -72,8 +74,9 @@ def recovery_steps(name: str) -> tuple[str, ...]:
     "The steps that a name lists; an unknown one, or another order, raises `BadInput`."
     steps = tuple(name.split("^"))
     for step in steps: check_choice(step, RECOVERIES, "recovery")
-    if steps not in (("swaps",), ("update",), ("swaps", "update")):
-        raise BadInput(f"Recovery {name!r} is none: expected swaps, update or swaps^update; take one of these.")
+    if (steps[:-1] if steps[-1] in FORMS else steps) not in ((), ("swaps",), ("update",), ("swaps", "update")):
+        raise BadInput(f"Recovery {name!r} is none: expected swaps, update or swaps^update, with or without one of "
+                       f"{', '.join(FORMS)} after it; take one of these.")
     return steps
 
 def parse_method(name: str) -> MethodName:
@@ -146,9 +149,9 @@ def check_method(name: str) -> MethodName:
         raise BadInput(f"Method {name!r} is a variant: expected a method without ~; 'cap claims' runs variants.")
     check_attribution(name, parts)
     check_scope(name, parts)
-    if parts.recovery and parts.base in ("dense", "heads", "alps"):
-        why = ", which ends with the update" if parts.base == "alps" else ""
-        raise BadInput(f"Method {name!r} names a recovery: expected none for {parts.base}{why}; "
+    if parts.recovery and (parts.base in ("dense", "heads") or parts.base == "alps" and parts.recovery not in FORMS):
+        but = f" but {', '.join(FORMS)}, since it ends with the update" if parts.base == "alps" else ""
+        raise BadInput(f"Method {name!r} names a recovery: expected none for {parts.base}{but}; "
                        f"leave ^{parts.recovery} out.")
     return parts
 
@@ -205,7 +208,8 @@ def method_list() -> str:
     lines += ["With a factor for every MLP neuron:\n", *lines_of(f"{base}.{name}" for base in ("cap", "alps")
                                                                     for name in NEURON_AWARE)]
     lines += [f"Scopes: {', '.join(SCOPES)}, and patterns such as 2:4. Allocations: {', '.join(ALLOCATIONS)}.",
-              "Recoveries: swaps, update, swaps^update."]
+              "Recoveries: swaps, update, swaps^update, and after one of these or alone:\n",
+              *lines_of(f"wanda^{name}" for name in FORMS)]
     added = ", ".join(f"{each.kind} {each.name} ({each.plugin or 'session'})" for each in ADDED)
     return "\n".join([*lines, *([f"Added: {added}."] if added else [])])
 
@@ -250,6 +254,7 @@ def with_factors(model: nn.Module, parts: MethodName, inputs: Inputs) -> Inputs:
     return inputs
 
 # %% ../../nbs/methods/24_prune.ipynb #c0d7fcb5
+from cap_nb.methods.block import rebuild, targets_of, training_tokens
 from cap_nb.methods.criteria import measured_for, projection_shares, prune_by, walks
 from cap_nb.methods.layer_walk import LayerStep
 from cap_nb.methods.neurons import weighing
@@ -270,15 +275,20 @@ def recovered_weight(dense: torch.Tensor, mask: torch.Tensor, hessian: torch.Ten
     if "update" in steps: return updated_weight(dense, mask, hessian, name=name)
     return dense.masked_fill(mask, 0.0)
 
-def recovering(solver: LayerSolver, steps: tuple[str, ...], pattern: tuple[int, int] | None) -> LayerSolver:
+def recovering(model: nn.Module, solver: LayerSolver, steps: tuple[str, ...], pattern: tuple[int, int] | None,
+               seed: int) -> LayerSolver:
     "Prune a layer, then repair what was pruned."
+    form, by_matrix = FORMS.get(steps[-1]), {"swaps", "update"} & set(steps)
     def solve(step: LayerStep, hessians: Hessians) -> None:
-        dense = {p.name: p.weight.detach().clone() for p in step.projections}
+        targets = targets_of(model, step, form) if form else []
+        dense = {p.name: p.weight.detach().clone() for p in step.projections if by_matrix}
         solver(step, hessians)
-        for p in step.projections:
+        for p in step.projections if by_matrix else ():
             mask, hessian = p.weight == 0, hessians[p.name]
             p.weight.copy_(recovered_weight(dense[p.name], mask, hessian, steps, pattern, p.name))
+        if form: rebuild(model, step, form, targets, seed)
     return solve
+
 
 # %% ../../nbs/methods/24_prune.ipynb #1cd8fd20
 def by_criterion(criterion: Criterion, measurements: Measurements, shares: dict[str, float], scope: str) -> LayerSolver:
@@ -351,13 +361,18 @@ def prune_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, in
     check_pattern(own_scope(parts), sparsity)
     for p in projections(model) if pattern else ():
         check_pattern_fits(p.weight.shape[1], sparsity, pattern, pattern[1], p.name)
-    kept = walk_folder(model, parts, sparsity, inputs)
+    kept, steps = walk_folder(model, parts, sparsity, inputs), recovery_steps(parts.recovery) if parts.recovery else ()
+    trains = bool(steps) and steps[-1] in FORMS
+    if trains and len(inputs.calibration.examples) < 2:
+        raise BadInput("There is one calibration example: expected two at least, of which block reconstruction keeps "
+                       "one back; give more.")
     shares = uniform_shares(model, sparsity) if inputs.shares is None else inputs.shares
     solver = layer_solver(model, parts, sparsity, inputs)
-    if parts.recovery: solver = recovering(solver, recovery_steps(parts.recovery), pattern)
+    if steps: solver = recovering(model, solver, steps, pattern, inputs.seed)
     one_by_one = parts.base in CRITERIA and takes_regional(CRITERIA[parts.base])
     tokens = 1 if one_by_one else inputs.batch_tokens
-    solve_layer_by_layer(model, inputs.calibration, shares, solver, tokens, parts.base, kept)
+    if trains: tokens = min(tokens, training_tokens(sum(len(each.input_ids) for each in inputs.calibration.examples)))
+    solve_layer_by_layer(model, inputs.calibration, shares, solver, tokens, parts.base, kept, trains)
     return prune_report(model, parts.base, sparsity)
 
 def apply_method(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> PruneReport:

@@ -227,9 +227,10 @@ LayerSolver = Callable[[LayerStep, Hessians], None] # Prunes the projections of 
 
 @torch.no_grad()
 def solve_layer_by_layer(model: nn.Module, calibration: Calibration, shares: dict[str, float], solver: LayerSolver,
-                         batch_tokens: int = 4096, name: str = "solving", kept: Path | None = None) -> None:
+                         batch_tokens: int = 4096, name: str = "solving", kept: Path | None = None,
+                         dense: bool = False) -> None:
     "Prune layer after layer, each from the Hessians of its inputs in the model as pruned so far; resumes in `kept`."
-    for step in layer_by_layer(model, calibration, batch_tokens, name, kept):
+    for step in layer_by_layer(model, calibration, batch_tokens, name, kept, dense):
         if any(shares[p.name] for p in step.projections): solver(step, input_hessians(step))
 
 # Weight, Hessian, share, name, what was made from the same Hessian -> new weight

@@ -160,7 +160,7 @@ def write_rows(piece: StoredRows, rows: torch.Tensor, folder: Path) -> None:
 # %% ../../nbs/methods/25_streaming.ipynb #ed2a8a9e
 from .criteria import CRITERIA, Inputs, check_inputs
 from ..regions import Factors, region_factors
-from .prune import SOLVERS, MethodName, check_method, laid_out, own_scope
+from .prune import FORMS, SOLVERS, MethodName, check_method, laid_out, own_scope, recovery_steps
 from .neurons import UNIT_AWARE
 from .selection import TIES, Evidence, Measurements, check_pattern
 from ..core.errors import check_choice, check_sparsity
@@ -174,6 +174,9 @@ def check_streamed(method: str, sparsity: float, ties: str = "exact", with_hessi
     parts = check_method(method)
     check_choice(ties, TIES, "treatment of ties")
     check_pattern(own_scope(parts), check_sparsity(sparsity))
+    if parts.recovery and recovery_steps(parts.recovery)[-1] in FORMS:
+        raise BadInput(f"Method {method!r} cannot be streamed: expected no {', '.join(FORMS)}, which train a layer on "
+                       "its inputs; load the model and prune it in memory.")
     solved = parts.base in SOLVERS or parts.recovery is not None
     if solved and not with_hessians:
         raise BadInput(f"Method {method!r} cannot be streamed without Hessians: expected a folder of them, made by "
@@ -535,7 +538,7 @@ def open_hessians(folder: str | Path, checkpoint: Checkpoint, fingerprint: str) 
                    "--dtype.")
 
 # %% ../../nbs/methods/25_streaming.ipynb #b6a271c8
-from cap_nb.methods.prune import matrix_solver, recovered_weight, recovery_steps
+from cap_nb.methods.prune import matrix_solver, recovered_weight
 
 def solved_weight(weight: torch.Tensor, pruned: torch.Tensor | None, hessian: torch.Tensor, parts: MethodName,
                   sparsity: float, name: str, once: MadeOnce) -> torch.Tensor: # [out, in]

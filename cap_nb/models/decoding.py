@@ -192,10 +192,11 @@ class Slots:
 # %% ../../nbs/models/10_decoding.ipynb #042ecd8b
 @dataclass(frozen=True)
 class Decoding:
-    "How many prompts are decoded at once, and in which order: memory and time; what is written, up to rounding only."
-    batch_tokens: int = 8192 # Tokens that the slots hold together, those yet to be written included
+    "How prompts are decoded; but for `sampling`, memory and time alone: what is written changes up to rounding only."
+    batch_tokens: int = 32768 # Tokens that the slots hold together, those yet to be written included
     expected: tuple[int, ...] = () # Tokens that each answer is expected to have; none: as long as its prompt
-    backend: object = "transformers" # What writes greedy answers: one of WRITERS, or what `held_by_vllm` gives
+    backend: object = "transformers" # What writes answers: one of WRITERS, or what `held_by_vllm` gives
+    sampling: object = None # How several answers to each problem are drawn, a `Sampling`; None: one, greedily
 
 # %% ../../nbs/models/10_decoding.ipynb #ch00ser1
 Chooser = Callable[[list[int], list[list[int]], torch.Tensor], list[int]] # Rows' prompts, what they wrote, logits
@@ -297,6 +298,17 @@ def held_by_vllm(model: torch.nn.Module) -> Iterator[HeldModel]:
         try: yield held
         finally: held.writer = None
 
+@contextmanager
+def vllm_of(model: torch.nn.Module, backend: object) -> Iterator[HeldModel | None]:
+    "The model as vLLM holds it; None where transformers writes; vLLM with another model raises `BadInput`."
+    if isinstance(backend, HeldModel):
+        if backend.model is not model:
+            raise BadInput("vLLM holds another model: expected the one that is to write; call held_by_vllm with it.")
+        yield backend
+    elif check_choice(backend, WRITERS, "backend") == "transformers": yield None
+    else:
+        with held_by_vllm(model) as held: yield held
+
 def cut_at_end(tokens: Sequence[int], reason: str | None, ending: Ending) -> Generation:
     "Tokens up to the end that our rules see; an answer that ended by no rule raises `BadInput`."
     written = []
@@ -307,15 +319,16 @@ def cut_at_end(tokens: Sequence[int], reason: str | None, ending: Ending) -> Gen
                    "limit; take the backend transformers.")
 
 def generate_with_vllm(held: HeldModel, tokenizer: object, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-                       line: re.Pattern | None = None) -> list[Generation]:
-    "Greedy decoding by vLLM (Kwon et al., 2023)."
+                       line: re.Pattern | None = None, draws: Sequence[dict] = ({"temperature": 0.0},)
+                       ) -> list[Generation]:
+    "Decoding by vLLM (Kwon et al., 2023), greedy, or with settings for each prompt."
     vllm, stop = imported_vllm(), stop_tokens(held.model, tokenizer)
     check_at_least(max_new_tokens, 1, "max_new_tokens")
     check_room(held.model, prompts, max_new_tokens)
-    settings = vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(stop),
-                                   detokenize=False)
+    settings = [vllm.SamplingParams(**draw, max_tokens=max_new_tokens, stop_token_ids=list(stop), detokenize=False)
+                for draw in draws]
     asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    answer = held.loaded().generate(asked, settings, use_tqdm=False)
+    answer = held.loaded().generate(asked, settings if len(settings) > 1 else settings[0], use_tqdm=False)
     ending = Ending(tokenizer, stop, max_new_tokens, line)
     return [cut_at_end(each.outputs[0].token_ids, each.outputs[0].finish_reason, ending) for each in answer]
 
@@ -330,23 +343,13 @@ def generate_greedy(
     decoding: Decoding = Decoding(), # How many prompts at once, and in which order
 ) -> list[Generation]: # What the model wrote after each prompt
     "Greedy decoding of many prompts (paper section 4); too little room in the model's context raises `BadInput`."
-    backend, asked = decoding.backend, (tokenizer, prompts, max_new_tokens, line)
-    if isinstance(backend, HeldModel):
-        if backend.model is model: return generate_with_vllm(backend, *asked)
-        raise BadInput("vLLM holds another model: expected the one that is to write; call held_by_vllm with it.")
-    if check_choice(backend, WRITERS, "backend") == "transformers":
+    if decoding.sampling is not None:
+        raise BadInput("generate_greedy was given a sampling: expected none, since it draws nothing; answer_problems "
+                       "does.")
+    asked = tokenizer, prompts, max_new_tokens, line
+    with vllm_of(model, decoding.backend) as held:
+        if held: return generate_with_vllm(held, *asked)
         return generate_by(model, *asked, decoding, lambda rows, written, logits: logits.argmax(-1).tolist())
-    with held_by_vllm(model) as held: return generate_with_vllm(held, *asked)
-
-# %% ../../nbs/models/10_decoding.ipynb #8089e193
-def generation_batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
-    "Cut prompts, sorted by length, into batches of at most `batch_tokens` tokens, those yet to be written included."
-    batches = []
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        room = batches and (len(batches[-1]) + 1) * (lengths[index] + max_new_tokens) <= batch_tokens
-        if room: batches[-1].append(index)
-        else: batches.append([index])
-    return batches
 
 # %% ../../nbs/models/10_decoding.ipynb #f4a9e05c
 def token_limit(task: str) -> int:
@@ -374,19 +377,28 @@ def limit_for(dense: Sequence[object], share: float = 0.995) -> int:
 class Sampling:
     "How tokens are drawn."
     temperature: float = 0.7 # Divides the logits; below 1 likely tokens become likelier
-    top_k: int = 50 # How many of the likeliest tokens may be drawn
+    top_k: int | None = 50 # How many of the likeliest tokens may be drawn; None: all
     seed: int = 0 # Of the draws, together with the name of each row
+    top_p: float = 1.0 # The likeliest tokens may be drawn that reach this probability together
+    samples: int = 1 # Answers to each problem, where problems are answered
 
 def check_sampling(sampling: Sampling) -> None:
-    "Raise `BadInput` for a temperature that is not above 0, or a top_k below 1."
-    check_at_least(sampling.top_k, 1, "top_k")
+    "Raise `BadInput` for a temperature that is not above 0, a top_k or samples below 1, or a top_p outside (0, 1]."
+    check_at_least(1 if sampling.top_k is None else sampling.top_k, 1, "top_k")
+    check_at_least(sampling.samples, 1, "samples")
+    if not 0 < sampling.top_p <= 1:
+        raise BadInput(f"top_p is {sampling.top_p}: expected a probability in (0, 1]; give another, or 1 for all "
+                       "tokens.")
     if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
         raise BadInput(f"The temperature is {sampling.temperature}: expected a number above 0; give a larger one.")
 
 def drawn_tokens(logits: torch.Tensor, numbers: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     "For each row the first token, from the likeliest on, whose cumulated probability exceeds the row's number."
-    values, tokens = logits.topk(min(sampling.top_k, logits.shape[-1])) # from the highest on
+    values, tokens = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1])) # from the highest on
     cumulated = (values.double() / sampling.temperature).softmax(-1).cumsum(-1)
+    if sampling.top_p < 1: # up to the first token with which top_p is reached
+        last = (cumulated < sampling.top_p).sum(-1, keepdim=True).clamp(max=tokens.shape[-1] - 1)
+        numbers = numbers * cumulated.gather(-1, last)[:, 0]
     place = (cumulated <= numbers[:, None]).sum(-1).clamp(max=tokens.shape[-1] - 1) # the last sum may fall short of 1
     return tokens.gather(-1, place[:, None])[:, 0]
 
@@ -426,3 +438,22 @@ def generate_noted(model: torch.nn.Module, tokenizer: object, prompts: Sequence[
     generations = generate_by(model, tokenizer, prompts, max_new_tokens, line, decoding, choose)
     return [replace(answer, entropies=tuple(entropies[:len(answer.tokens)]))
             for answer, entropies in zip(generations, choose.entropies)]
+
+# %% ../../nbs/models/10_decoding.ipynb #afdf7d57
+def generate_samples(model: torch.nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                     line: re.Pattern | None, decoding: Decoding, names: Sequence[str]) -> list[list[Generation]]:
+    "Draw as many answers to each prompt as `decoding.sampling` says; a sampling that cannot be raises `BadInput`."
+    sampling, k = decoding.sampling, decoding.sampling.samples
+    check_sampling(sampling)
+    def often(values: Sequence) -> list: return [value for value in values for _ in range(k)]
+    rows = [f"{name}/{number}" for name in names for number in range(k)]
+    asked = tokenizer, often(prompts), max_new_tokens, line
+    with vllm_of(model, decoding.backend) as held:
+        if held:
+            drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+            seeds = [random.Random(f"{sampling.seed}/{row}").getrandbits(31) for row in rows]
+            written = generate_with_vllm(held, *asked, [drawn | {"seed": seed} for seed in seeds])
+        else:
+            decoding = replace(decoding, expected=tuple(often(decoding.expected)))
+            written = generate_noted(model, *asked, decoding, sampling, rows)
+    return [written[start:start + k] for start in range(0, len(written), k)]

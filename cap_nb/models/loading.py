@@ -426,11 +426,10 @@ def dequantised(gguf: Path) -> tuple[nn.Module, object]:
     model.generation_config = loaded.generation_config
     return model.eval(), tokenizer
 
-def check_gguf_readable() -> None:
-    "Raise `BadInput` if the package through which transformers reads GGUF is not installed."
+def check_gguf_installed(use: str = "reading") -> None:
+    "Raise `BadInput` if the package that knows GGUF is not installed."
     if importlib.util.find_spec("gguf") is None: # transformers' own error is long
-        raise BadInput("The package gguf is not installed: expected it for reading GGUF; "
-                       "pip install 'cap_nb[gguf]'.")
+        raise BadInput(f"The package gguf is not installed: expected it for {use} GGUF; pip install 'cap_nb[gguf]'.")
 
 # %% ../../nbs/models/08_loading.ipynb #c064
 from ..core.files import write_json
@@ -442,7 +441,7 @@ def fetch_smollm2(
     "Download, verify and convert SmolLM2-135M-Instruct once; a folder that is there already is kept."
     folder = Path(folder or model_cache()/"smollm2")
     if (folder/"SHA256SUMS.json").is_file(): return folder
-    check_gguf_readable()
+    check_gguf_installed()
     with tempfile.TemporaryDirectory() as working, whole_folder(folder) as part:
         model, tokenizer = dequantised(download_gguf(Path(working)))
         model.save_pretrained(part, max_shard_size="4GB")
@@ -463,7 +462,7 @@ def load_smollm2(dtype: torch.dtype | None, device: torch.device | str) -> tuple
 
 def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[nn.Module, object]:
     "Load a GGUF file and dequantise it, with a warning in the log; one that cannot be read raises `BadInput`."
-    check_gguf_readable()
+    check_gguf_installed()
     with opened_by_transformers(file):
         family_of(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
         try: model, tokenizer = dequantised(file)

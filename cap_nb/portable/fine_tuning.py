@@ -24,8 +24,10 @@ from ..core.errors import BadInput, check_sparsity, validate_arguments
 from ..core.files import alone_in, check_new_folder, sealed, whole_folder, write_json
 from ..data.prompts import Example, collate, token_batches
 from ..jobs.settings import check_tuning, FineTuning
+from ..methods.block import in_float32
 from ..methods.prune import prune
-from ..models.anatomy import projections
+from ..methods.resumed_scoring import divergence_of_logits, target_logits
+from ..models.anatomy import check_length, projections
 from ..models.lab import STATE, load_state, save_state, step_optimizers
 from ..models.loading import check_all_here, model_fingerprint, save_model
 from ..scoring import target_losses
@@ -126,15 +128,25 @@ def examples_of_step(step: int, count: int, settings: FineTuning) -> list[int]: 
     return [orders[place // count][place % count] for place in places]
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c047
-def add_gradients(model: nn.Module, examples: Sequence[Example], batch_tokens: int) -> float: # Their mean loss, in nats
+def losses_of(model: nn.Module, batch: dict[str, torch.Tensor],
+              teacher: nn.Module | None) -> torch.Tensor: # Of each example, in nats, [B]
+    "Cross-entropy of the targets, or with a teacher the divergence from what it predicts there (Hinton et al. 2015)."
+    if teacher is None: return target_losses(model, batch)
+    check_length(teacher, batch["input_ids"].shape[1])
+    with torch.no_grad(): intact = target_logits(teacher, batch)
+    return torch.stack([divergence_of_logits(p, q).mean() for p, q in zip(intact, target_logits(model, batch))])
+
+def add_gradients(model: nn.Module, examples: Sequence[Example], batch_tokens: int,
+                  teacher: nn.Module | None = None) -> float: # Their mean loss, in nats
     "Add the gradients of a step's mean loss to those of the parameters."
     total, device = 0.0, next(model.parameters()).device
     for indices in token_batches(examples, batch_tokens):
         batch = collate([examples[index] for index in indices], pad_id=0, device=device)
-        loss = target_losses(model, batch).sum() / len(examples)
+        loss = losses_of(model, batch, teacher).sum() / len(examples)
         loss.backward()
         total += loss.item()
     return total
+
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c051
 class MaskedLowRank(nn.Module):
@@ -157,13 +169,8 @@ class MaskedLowRank(nn.Module):
 @contextmanager
 def trained_in_full(model: nn.Module) -> Iterator[None]:
     "Parameters are float32 while the block runs, and as they were afterwards; zeros are held."
-    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    for parameter in model.parameters(): parameter.data = parameter.data.float()
-    try:
-        with held_zeros(model): yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.data, parameter.grad = parameter.data.to(kinds[name]), None
+    with in_float32(model), held_zeros(model): yield
+
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c055
 @torch.no_grad()
@@ -208,7 +215,8 @@ def adamw(trained: dict[str, nn.Parameter], settings: FineTuning) -> torch.optim
 
 
 def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning, follows_from: dict,
-             folder: Path | None, save_every: int) -> tuple[float, ...]: # Loss of each step, before the step
+             folder: Path | None, save_every: int,
+             teacher: nn.Module | None = None) -> tuple[float, ...]: # Loss of each step, before the step
     "Train from the last state that was kept, or from the start; a loss that is not finite raises `BadInput`."
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimiser = adamw(trained, settings)
@@ -216,7 +224,7 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
     losses = load_state(folder, trained, [optimiser], follows_from).get("losses", []) if folder else []
     for step in tqdm(range(len(losses), settings.steps), desc="training"):
         chosen = [examples[index] for index in examples_of_step(step, len(examples), settings)]
-        losses.append(add_gradients(model, chosen, settings.batch_tokens))
+        losses.append(add_gradients(model, chosen, settings.batch_tokens, teacher))
         if not math.isfinite(losses[-1]):
             raise BadInput(f"The loss of step {step + 1} is not a finite number: expected a training that converges; "
                            "lower the learning rate.")
@@ -236,6 +244,7 @@ class Recovery:
     zeros: int # Zeros that were held
     weights: int # Weights in scope
     losses: tuple[float, ...] # Mean loss of the examples of each step, before the step, in nats
+    teacher: str | None = None # Fingerprint of the model whose predictions were the targets; None: the examples' tokens
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #67d379a7
 @contextmanager
@@ -246,6 +255,13 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     try: yield
     finally: model.train(was_training)
 
+def check_teacher(teacher: nn.Module, before: str) -> str: # Its fingerprint
+    "Raise `BadInput` for a teacher that has nothing to teach."
+    if (fingerprint := model_fingerprint(teacher)) != before: return fingerprint
+    raise BadInput("The teacher is the model itself: expected another, as a rule the model before it was pruned; name "
+                   "that one.")
+
+
 # %% ../../nbs/portable/02_fine_tuning.ipynb #6284131a
 @validate_arguments
 def recover(
@@ -254,32 +270,35 @@ def recover(
     settings: FineTuning = FineTuning(), # How it is trained
     folder: str | Path | None = None, # Where the state is kept, so that the same call goes on; None keeps none
     save_every: int = 50, # Steps between two saves; changes no bit
+    teacher: nn.Module | None = None, # Model whose predictions are the targets; None: the examples' own tokens
 ) -> Recovery: # What was done
     "Train a pruned model further while its zeros stay zeros; no zeros or settings that cannot be raise `BadInput`."
     check_tuning(settings)
     check_all_here(model)
     held, before, folder = held_parameters(model), model_fingerprint(model), folder and Path(folder)
-    about = {"settings": asdict(settings), "model": before, "calibration": calibration.fingerprint}
+    about = {"settings": asdict(settings), "model": before, "calibration": calibration.fingerprint,
+             "teacher": teacher and check_teacher(teacher, before)}
     if settings.rank is None: trained = trained_in_full(model)
     else: trained = trained_by_rank(model, settings.rank, settings.seed)
     with alone_in(folder) if folder else nullcontext(), in_evaluation_mode(model), trained:
-        losses = train_on(model, calibration.examples, settings, about, folder, save_every)
+        losses = train_on(model, calibration.examples, settings, about, folder, save_every, teacher)
     return Recovery(
         settings=settings, before=before, after=model_fingerprint(model), calibration=calibration.fingerprint,
         zeros=sum(int(each.zeros.sum()) for each in held), weights=sum(each.zeros.numel() for each in held),
-        losses=losses)
+        losses=losses, teacher=about["teacher"])
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c078
 REPORT = "recovery_report.json" # Name of the report in a saved folder
 
 def recover_into(out: str | Path, model: nn.Module, tokenizer: object, calibration: Calibration,
-                 settings: FineTuning = FineTuning()) -> Recovery: # What was done
+                 settings: FineTuning = FineTuning(), teacher: nn.Module | None = None) -> Recovery: # What was done
     "Train a pruned model further and save it; after a kill the same call goes on."
     check_new_folder(out := Path(out))
     working = out.with_name(f"{out.name}.unfinished")
-    report = recover(model, calibration, settings, working)
+    report = recover(model, calibration, settings, working, teacher=teacher)
     if record := getattr(model.config, "cap_nb", None): # what the configuration says of the pruning
         about = asdict(report.settings) | {"calibration": report.calibration, "weights before": report.before}
+        if report.teacher: about["teacher"] = report.teacher
         earlier = {"before": record["fine-tuning"]} if "fine-tuning" in record else {}
         model.config.cap_nb = sealed(record | {"fine-tuning": about | earlier})
     with whole_folder(out) as part:

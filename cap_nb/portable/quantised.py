@@ -6,7 +6,6 @@
 __all__ = ['export_gguf']
 
 # %% ../../nbs/portable/03_quantised.ipynb #c004
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -20,7 +19,9 @@ from ..core import files
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import StoredTensor, checkpoint_tensors, shard_files, whole_file
 from ..core.registry import ExportFormat, FORMATS
-from ..models.loading import check_not_quantised, config_of, load_tokenizer
+from ..models.anatomy import dimensions
+from ..models.loading import (
+    check_gguf_installed, check_not_quantised, config_of, load_tokenizer, STORED_DTYPES)
 
 # %% ../../nbs/portable/03_quantised.ipynb #c005
 def rounded_to_nearest(weight: torch.Tensor, bits: int, group: int = 32) -> torch.Tensor:
@@ -33,11 +34,6 @@ def rounded_to_nearest(weight: torch.Tensor, bits: int, group: int = 32) -> torc
 
 # %% ../../nbs/portable/03_quantised.ipynb #c010
 GGUF_TYPES = {"f32": (0, "F32"), "f16": (1, "F16"), "bf16": (32, "BF16"), "q8_0": (7, "Q8_0")} # File type, tensor type
-
-def check_gguf_writable() -> None:
-    "Raise `BadInput` if the package that knows GGUF is not installed."
-    if importlib.util.find_spec("gguf") is None:
-        raise BadInput("The package gguf is not installed: expected it for writing GGUF; pip install 'cap_nb[gguf]'.")
 
 def tensor_type(shape: tuple[int, ...], dtype: str) -> str: # The type in which it is written, as gguf calls it
     "Vectors stay in float32; a row that does not divide into blocks becomes float16."
@@ -70,10 +66,6 @@ def rotation_of(config: object) -> tuple[str, float]: # Kind of rotation, and it
     base = rope.get("rope_theta") or getattr(config, "rope_theta", 10_000.0)
     return rope.get("rope_type", rope.get("type", "default")), float(base)
 
-def head_size_of(config: object) -> int: # d, features a head
-    "The head size that the configuration names, or what the hidden size leaves for each head."
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
 # %% ../../nbs/portable/03_quantised.ipynb #c026
 def check_in_gguf(config: object, source: str) -> None:
     "Raise `BadInput` for a model that a GGUF file would change."
@@ -81,12 +73,12 @@ def check_in_gguf(config: object, source: str) -> None:
     if kind not in GGUF_FAMILIES:
         raise BadInput(f"{source} is of the family {kind}: expected llama or qwen2; for others use llama.cpp's own "
                        "convert_hf_to_gguf.py, which takes the same folder.")
-    usual_heads = head_size_of(config) * config.num_attention_heads == config.hidden_size
+    usual_heads = dimensions(config).head_size * config.num_attention_heads == config.hidden_size
     faults = {f"rotations of the kind {rotation}": rotation not in ("default", "llama3" if kind == "llama" else ""),
               "biases": bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)),
               "a sliding window": bool(getattr(config, "use_sliding_window", False)),
               f"the activation {config.hidden_act}": config.hidden_act != "silu",
-              f"a head size of {head_size_of(config)}": kind == "qwen2" and not usual_heads}
+              f"a head size of {dimensions(config).head_size}": kind == "qwen2" and not usual_heads}
     for fault in (name for name, there in faults.items() if there):
         raise BadInput(f"{source} has {fault}: expected a {kind} without, since readers of GGUF would compute "
                        "something else; use llama.cpp's own convert_hf_to_gguf.py.")
@@ -97,7 +89,8 @@ def rotation_divisors(config: object) -> np.ndarray | None:
     kind, base = rotation_of(config)
     if kind == "default": return None
     slowed, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    plain = base ** -(torch.arange(0, head_size_of(config), 2).double() / head_size_of(config))
+    size = dimensions(config).head_size
+    plain = base ** -(torch.arange(0, size, 2).double() / size)
     return (plain / slowed.double()).float().numpy()
 
 # %% ../../nbs/portable/03_quantised.ipynb #c035
@@ -159,8 +152,6 @@ def add_tokenizer(writer, tokenizer: object, size: int) -> str:
     return cut
 
 # %% ../../nbs/portable/03_quantised.ipynb #c048
-STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 @dataclass(frozen=True)
 class Planned:
     "A tensor on its way from a checkpoint into a GGUF file."
@@ -184,7 +175,8 @@ def rows_of(planned: Planned) -> Iterator[np.ndarray]: # float32 [some rows, in]
     with open(stored.file, "rb") as file:
         file.seek(stored.start)
         for start in range(stored.start, stored.end, step):
-            piece = torch.frombuffer(bytearray(file.read(min(step, stored.end - start))), dtype=STORED[stored.kind])
+            read = bytearray(file.read(min(step, stored.end - start)))
+            piece = torch.frombuffer(read, dtype=STORED_DTYPES[stored.kind])
             yield piece.float().numpy().reshape(-1, stored.shape[-1])
 
 # %% ../../nbs/portable/03_quantised.ipynb #c050
@@ -196,12 +188,12 @@ def planned_tensors(folder: Path, config: object, dtype: str) -> list[Planned]: 
     for name, stored in checkpoint_tensors(folder).items():
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings): continue
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if known is None or stored.kind not in STORED:
+        if known is None or stored.kind not in STORED_DTYPES:
             raise BadInput(f"Tensor {name} of {folder} is {stored.kind} {list(stored.shape)}: expected one of a "
                            f"{config.model_type} in float32, float16 or bfloat16; load and save the model first.")
         paired = config.model_type == "llama" and name.endswith(("q_proj.weight", "k_proj.weight"))
         plan.append(Planned(name=known, shape=stored.shape, kind=tensor_type(stored.shape, dtype), stored=stored,
-                            head_size=head_size_of(config) if paired else 0))
+                            head_size=dimensions(config).head_size if paired else 0))
     if (slowed := rotation_divisors(config)) is None: return plan
     return [Planned(name="rope_freqs.weight", shape=slowed.shape, kind="F32", values=slowed), *plan]
 
@@ -256,7 +248,7 @@ def add_sizes(writer, config: object, name: str, dtype: str) -> None:
     writer.add_vocab_size(config.vocab_size)
     if config.model_type == "llama": # Qwen2's follows from the hidden size, and its readers expect no word of it
         for add in (writer.add_rope_dimension_count, writer.add_key_length, writer.add_value_length):
-            add(head_size_of(config))
+            add(dimensions(config).head_size)
 
 # %% ../../nbs/portable/03_quantised.ipynb #c056
 def write_head(part: Path, config: object, tokenizer: object, about: tuple[str, str],
@@ -290,7 +282,7 @@ class GGUFReport:
 def checked_config(folder: Path, out: Path, dtype: str) -> object: # The checkpoint's configuration
     "Check everything that can be checked before anything is written; a fault raises `BadInput`."
     check_choice(dtype, GGUF_TYPES, "GGUF dtype")
-    check_gguf_writable()
+    check_gguf_installed("writing")
     if out.suffix != ".gguf" or out.exists():
         raise BadInput(f"{out} cannot be the new file: expected a name that ends in .gguf and is not taken; choose "
                        "another.")

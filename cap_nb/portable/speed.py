@@ -32,15 +32,6 @@ from ..models.checks import zeros_of
 from ..models.decoding import inference
 from ..models.loading import device_named, load_model, model_fingerprint
 
-# %% ../../nbs/portable/05_speed.ipynb #c005
-BYTES_A_WEIGHT = { # Format -> bytes a weight, from bytes a number and sparsity
-    "dense": lambda c, s: c, "csr": lambda c, s: (4 + 4) * (1 - s),
-    "bitmask": lambda c, s: 1 / 8 + c * (1 - s), "2:4": lambda c, s: c / 2 + 1 / 8}
-
-def most_gained(form: str, width: int, sparsity: float) -> float:
-    "The bound that bytes set on a format's gain."
-    return width / BYTES_A_WEIGHT[form](width, sparsity)
-
 # %% ../../nbs/portable/05_speed.ipynb #c012
 Product = Callable[[torch.Tensor], torch.Tensor] # From inputs [rows, in] to outputs [rows, out]
 
@@ -108,15 +99,6 @@ def openvino_product(weight: torch.Tensor, packed: bool = True) -> Product: # In
         kept[0].infer({0: x.float().numpy()})
         return torch.from_numpy(kept[0].get_output_tensor(0).data.copy()).to(x.dtype)
     return product
-
-# %% ../../nbs/portable/05_speed.ipynb #adfa3413
-def openvino_kernel(weight: torch.Tensor, packed: bool = True) -> str: # As in "brgemm_avx512_amx_sparse_i8"
-    "What OpenVINO calls the kernel that it multiplies by on this processor."
-    compiled = openvino_compiled(weight, REACH, packed)
-    compiled.create_infer_request().infer({0: np.zeros((1, weight.shape[1]), np.float32)}) # it chooses at the first
-    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
-    named = {node["layerType"].astype(str): node["primitiveType"].astype(str) for node in nodes}
-    return named["FullyConnected"]
 
 # %% ../../nbs/portable/05_speed.ipynb #c020
 def processor_says(field: str, listing: Path = Path("/proc/cpuinfo")) -> str:
@@ -233,10 +215,10 @@ def decode_timer(side: Side, ids: torch.Tensor, written: torch.Tensor,
     return timed
 
 # %% ../../nbs/portable/05_speed.ipynb #c040
-def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    "Measure round after round, after one that does not count."
+def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int, warmups: int = 1) -> dict[str, list[float]]:
+    "Measure round after round, after some that do not count."
     kept = {name: [] for name in timers}
-    for number in range(-1, rounds):
+    for number in range(-warmups, rounds):
         for name in list(timers)[::1 if number % 2 == 0 else -1]:
             seconds = timers[name]()
             if number >= 0: kept[name].append(seconds)
@@ -329,7 +311,7 @@ def bench_folder(
             "seconds": speeds_of(sides, settings, clock)}
 
 # %% ../../nbs/portable/05_speed.ipynb #c054
-def span_text(values: Sequence[float], digits: int) -> str: # As in "2.61 (2.55 to 2.70)"
+def span_text(values: Sequence[float], digits: int = 2) -> str: # As in "2.61 (2.55 to 2.70)"
     "Median, lowest and highest."
     return "{:,.{d}f} ({:,.{d}f} to {:,.{d}f})".format(statistics.median(values), min(values), max(values), d=digits)
 
