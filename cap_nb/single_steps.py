@@ -115,7 +115,7 @@ def answer_into(job: Job, out: Path, tries: int = Answering.tries, temperature: 
     model, tokenizer = load_checked(job)
     answering = Answering(
         tries=tries, temperature=temperature, max_new_tokens=job.evaluate.max_new_tokens, lenient=lenient, rule=rule,
-        batch_tokens=2 * job.model.batch_tokens, exclude=spared_problems(job), file=out)
+        batch_tokens=8 * job.model.batch_tokens, exclude=spared_problems(job), file=out)
     data = filled_in(job, tokenizer).calibrate
     amount, _ = examples_by_kind(data, len(data.tasks))
     if data.calibration_tokens: amount = Tokens(amount)

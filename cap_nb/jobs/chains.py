@@ -135,7 +135,7 @@ class Answering:
     temperature: float = 0.7 # Temperature of the drawn answers
     top_k: int = 50 # How many of the likeliest tokens may be drawn
     max_new_tokens: int | None = None # Tokens an answer may take; None means `token_limit`
-    batch_tokens: int = 8192 # Tokens that the decoder's slots hold together, those yet to be written included
+    batch_tokens: int = 32768 # Tokens that the decoder's slots hold together, those yet to be written included
     part: int = 400 # Answers that are written in one go, and kept then
     lenient: bool = False # Whether an answer counts that stands on no answer line
     rule: ChainRule = ChainRule() # Which chains count where an amount in tokens is to be reached

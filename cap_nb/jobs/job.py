@@ -473,7 +473,7 @@ def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, e
         shots = shown_examples(job, piece.on, problems)
         def answer(part: Sequence[Problem]) -> tuple[AnswerRecord, ...]:
             expected = tuple(lengths.get(problem.uid, 0) for problem in part) if lengths else ()
-            decoding = Decoding(batch_tokens=2 * batch_tokens, expected=expected, backend=backend,
+            decoding = Decoding(batch_tokens=8 * batch_tokens, expected=expected, backend=backend,
                                 sampling=sampling_of(job))
             return answer_problems(model, tokenizer, part, data.style, evaluation.max_new_tokens, shots,
                                    decoding=decoding)

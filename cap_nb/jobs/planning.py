@@ -262,7 +262,7 @@ def answers_to(job: Job, tasks: Sequence[str], lengths: Sequence[ExampleLength],
         width += job.evaluate.shots * sum(usual) # worked examples in front
         solution = math.ceil(sum(length.target for length in mine) / len(mine))
         steps = min(limit, max(solution, math.ceil(limit / 4))) if short else limit
-        rows = max(1, min(count, 2 * job.model.batch_tokens // (width + steps)))
+        rows = max(1, min(count, 8 * job.model.batch_tokens // (width + steps)))
         found.append(Answers(count=count, width=width, steps=steps, rows=rows))
     return tuple(found)
 

@@ -193,7 +193,7 @@ class Slots:
 @dataclass(frozen=True)
 class Decoding:
     "How prompts are decoded; but for `sampling`, memory and time alone: what is written changes up to rounding only."
-    batch_tokens: int = 8192 # Tokens that the slots hold together, those yet to be written included
+    batch_tokens: int = 32768 # Tokens that the slots hold together, those yet to be written included
     expected: tuple[int, ...] = () # Tokens that each answer is expected to have; none: as long as its prompt
     backend: object = "transformers" # What writes answers: one of WRITERS, or what `held_by_vllm` gives
     sampling: object = None # How several answers to each problem are drawn, a `Sampling`; None: one, greedily
