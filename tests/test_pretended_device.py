@@ -260,6 +260,8 @@ def test_a_deliberate_mix_is_caught():
             model(ids)
     with pytest.raises(RuntimeError, match="indices should be either on cpu or on the same device"):
         here[there > 0]
+    with pytest.raises(RuntimeError, match="same device"):
+        there[torch.tensor([0, 1])] = torch.zeros(2)
     for reading in (there.numpy, lambda: np.asarray(there)):
         with pytest.raises(TypeError, match=r"can't convert pretend:0 device type tensor to numpy. Use Tensor.cpu\(\)"):
             reading()
