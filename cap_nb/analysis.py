@@ -42,7 +42,7 @@ from cap_nb.core.errors import BadInput, validate_arguments
 from cap_nb.core.plots import blank_figure, in_style
 from cap_nb.data.problems import TASK_TITLES, TASKS, task_title
 from cap_nb.evaluation import (
-    bootstrap_interval, right_shares, summarise_answers, summarise_choices, summarise_losses)
+    bootstrap_interval, right_shares, summarise_answers, summarise_choices, summarise_losses, wilson_interval)
 
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
 OTHER_TITLES = {"sparsegpt": "SparseGPT", "ria": "RIA", "alps": "ALPS"} # As the papers on them write it
@@ -126,6 +126,26 @@ def paired_values(first: Sequence[Measured], second: Sequence[Measured]) -> tupl
     (ones, unit), (others, _) = problem_values(first), problem_values(second)
     return [ones[problem] - others[problem] for problem in ones], unit
 
+# %% ../nbs/06_analysis.ipynb #c402d67e
+import numpy as np
+
+def share_kept(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecord], lenient: bool = False,
+               seed: int = 0) -> tuple[float, float, float]: # With its 95 % interval; NaN where nothing was right
+    "The share of a dense model's right answers that a pruned one has right too; other problems raise `BadInput`."
+    paired_values(dense, pruned)
+    before, after = (right_shares(records, lenient) for records in (dense, pruned))
+    solved = [problem for problem, share in sorted(before.items()) if share]
+    if not solved: return (math.nan,) * 3
+    weights = np.array([before[problem] for problem in solved], dtype=float)
+    kept = weights * [after[problem] for problem in solved]
+    if not any(record.sample for record in (*dense, *pruned)):
+        return float(kept.mean()), *wilson_interval(int(kept.sum()), len(kept))
+    def ratio(rows: np.ndarray, axis: int) -> np.ndarray:
+        drawn = rows.astype(int)
+        return kept[drawn].sum(axis) / weights[drawn].sum(axis)
+    rows = [float(row) for row in range(len(kept))]
+    return float(kept.sum() / weights.sum()), *bootstrap_interval(rows, seed, statistic=ratio)
+
 # %% ../nbs/06_analysis.ipynb #c018
 def mcnemar_exact(gained: int, lost: int) -> float:
     "McNemar's two-sided p-value, from the problems that only one of two methods solves (1947)."
@@ -134,7 +154,6 @@ def mcnemar_exact(gained: int, lost: int) -> float:
 
 # %% ../nbs/06_analysis.ipynb #c023
 from functools import lru_cache
-import numpy as np
 
 EXACT_FLIPS = 16 # Differences up to which every pattern of signs is tried
 

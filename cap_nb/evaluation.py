@@ -159,10 +159,11 @@ class AccuracySummary:
     cut_off: float # Share of outputs that the limit cut off
     samples: int = 1 # k, answers to each problem
 
-def right_shares(records: Sequence[AnswerRecord]) -> dict[tuple[str, str], float]:
+def right_shares(records: Sequence[AnswerRecord], lenient: bool = False) -> dict[tuple[str, str], float]:
     "By task and problem the share of its answers that are right: 0 or 1 where there is one."
     right = {}
-    for record in records: right.setdefault((record.task, record.uid), []).append(record.correct)
+    for record in records:
+        right.setdefault((record.task, record.uid), []).append(record.lenient_correct if lenient else record.correct)
     return {problem: sum(those) / len(those) for problem, those in right.items()}
 
 def summarise_answers(records: Sequence[AnswerRecord], seed: int = 0) -> tuple[AccuracySummary, ...]:

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from cap_nb.analysis import (
+from ..analysis import (
     answers_title, COMPARED, Comparison, FEWEST_PAIRS, is_better, LEVEL, method_rank, method_table, method_title,
-    row_order)
+    row_order, share_kept)
 from ..core.errors import BadInput, validate_arguments
 from ..core.plots import blank_figure, in_style, INK, METHOD_LOOKS, method_looks
 from ..evaluation import CHOICE_MEASURES, Evaluation, summarise_answers
@@ -135,23 +135,39 @@ def table_latex(table: pd.DataFrame, provenance: Mapping | None = None) -> str:
     return "\n".join([*notes, *top, *names, *lines, r"\bottomrule", r"\end{tabular}", ""])
 
 # %% ../../nbs/jobs/00_tables.ipynb #c011
+SHARES = ["Strict", "Lenient", "Format followed", "Tokens", "Cut off"] # Columns of answers
+KEPT = ["Kept", "Kept low", "Kept high"] # The share of the dense model's right answers that are kept, and its interval
+
 def answer_table(evaluations: Iterable[Evaluation]) -> pd.DataFrame:
-    "Strict and lenient accuracy, format, length and cut-offs of every row of Table 1."
-    rows = {}
-    for evaluation in sorted(evaluations, key=row_order):
+    "Strict and lenient accuracy, format, length and cut-offs of every row of Table 1, and what is kept of dense's."
+    rows, evaluations = {}, sorted(evaluations, key=row_order)
+    dense = [answer for evaluation in evaluations if evaluation.method == "dense" for answer in evaluation.answers]
+    for evaluation in evaluations:
         for s in summarise_answers(evaluation.answers):
             shares = (100 * s.accuracy, 100 * s.lenient, 100 * s.followed, s.mean_tokens, 100 * s.cut_off)
-            rows[method_title(evaluation.method), evaluation.sparsity, answers_title(s.task, s.samples)] = shares
+            before, after = ([a for a in answers if a.task == s.task] for answers in (dense, evaluation.answers))
+            kept = share_kept(before, after) if before and evaluation.method != "dense" else (math.nan,) * 3
+            name = method_title(evaluation.method), evaluation.sparsity, answers_title(s.task, s.samples)
+            rows[name] = *shares, *(100 * share for share in kept)
     if not rows:
         raise BadInput("No evaluation holds answers: expected at least one with accuracies; evaluate with --tasks.")
     index = pd.MultiIndex.from_tuples(rows, names=["Method", "Sparsity", "Task"])
-    return pd.DataFrame(list(rows.values()), index, ["Strict", "Lenient", "Format followed", "Tokens", "Cut off"])
+    table = pd.DataFrame(list(rows.values()), index, [*SHARES, *KEPT])
+    return table if table["Kept"].notna().any() else table[SHARES]
+
+KEPT_NOTE = ("Kept: of the problems that the dense model solves, strictly read, the share that the pruned model solves "
+             "too; 95 % Wilson interval, with drawn answers a bootstrap interval over problems.")
 
 def answer_markdown(answers: pd.DataFrame) -> str: # Markdown
     "What the accuracy hides, in Markdown."
-    rows = [[method, f"{100 * sparsity:g} %", task, *(f"{number:.1f}" for number in row)]
-            for (method, sparsity, task), row in zip(answers.index, answers.to_numpy())]
-    return markdown_rows([*answers.index.names, *answers.columns], rows, names=3)
+    def kept(row: pd.Series) -> list[str]:
+        if "Kept" not in row: return []
+        return ["-" if math.isnan(row["Kept"]) else "{:.1f} [{:.1f}, {:.1f}]".format(*row[KEPT])]
+    rows = [[method, f"{100 * sparsity:g} %", task, *(f"{number:.1f}" for number in row[SHARES]), *kept(row)]
+            for (method, sparsity, task), row in answers.iterrows()]
+    columns = [column for column in answers.columns if column not in KEPT[1:]]
+    note = f"\n- {KEPT_NOTE}\n" if "Kept" in columns else ""
+    return markdown_rows([*answers.index.names, *columns], rows, names=3) + note
 
 # %% ../../nbs/jobs/00_tables.ipynb #c014
 DIGITS = {"points": 1, "nats": 3} # Of a unit; others have two
