@@ -46,7 +46,7 @@ from cap_nb.scoring import score_heads_naive
 
 PROCESSOR, DEVICE = "cpu", "pretend:0"
 FITTED = {"retained_gates": GateFit(steps=2), "removed_gates": GateFit(steps=2), "explainable_masks": MaskFit(steps=2)}
-METHODS = ["dense", *table_methods(), "cap.pooled", *(f"{base}.{name}" for base in ("cap", "alps") for name in NEURON_AWARE)]
+METHODS = ["dense", *table_methods(), "wanda^block", "cap.pooled", *(f"{base}.{name}" for base in ("cap", "alps") for name in NEURON_AWARE)]
 EXAMPLES = made_up_calibration(5)
 
 
