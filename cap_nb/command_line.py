@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import inspect
 import io
+import keyword
 import logging
 import math
 import os
@@ -170,7 +171,8 @@ def make_option(field: str, kind: type, default: object, about: str, is_argument
     if is_argument: declared = typer.Argument(help=about, show_default=False, **path)
     elif kind is bool and default: declared = typer.Option(help=about) # --probe/--no-probe
     else: declared = typer.Option(f"--{name.replace('_', '-')}", help=about, metavar="PATH" if path else None, **path)
-    parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default,
+    called = f"{name}_" if keyword.iskeyword(name) else name # as in --with
+    parameter = inspect.Parameter(called, inspect.Parameter.KEYWORD_ONLY, default=default,
                                   annotation=Annotated[kind, declared])
     return Option(field, parameter, read)
 
@@ -783,14 +785,16 @@ def compare_command(
     against: str | None = None, # the first run's method to compare with; if left out the same one, in one run wanda
     sparsity: str | None = None, # sparsities to compare, with commas; all if left out
     form: str = "md", # md or csv
+    beside: str | None = None, # published, for perplexities that papers print beside those of the first run
     out: Path | None = None, # folder for the tables and the figure; only printed if left out
     seed: int = 0, # seed of every random draw
 ) -> str:
     "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
     check_choice(form, ("md", "csv"), "format")
+    if beside is not None: check_choice(beside, ("published",), "value of --with")
     from cap_nb.analysis import told_text
     from cap_nb.core.files import check_new_folder
-    from cap_nb.jobs.results import compare_runs, comparison_csv, save_comparison
+    from cap_nb.jobs.results import compare_runs, comparison_csv, published_text, runs_in, save_comparison
     from cap_nb.jobs.tables import comparison_markdown
     if out: check_new_folder(out)
     compared = compare_runs(runs, read_names(methods), against, sparsity and read_sparsities(sparsity), seed)
@@ -798,6 +802,9 @@ def compare_command(
     if form == "md" and len(runs) == 1 and against is None:
         base = next(iter(compared))[1]
         text = f"One run: its methods are held against {base}; --against names another.\n\n{text}"
+    if beside:
+        from cap_nb.jobs.records import load_run
+        text += f"\n{published_text(load_run(next(iter(runs_in(runs).values()))))}"
     if out is None: return text
     save_comparison(compared, runs, out)
     return f"{text}\nTables and figure: {out}"

@@ -6,17 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 from matplotlib.colors import Normalize
+from scipy import stats
 
 from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, method_looks, save_figure
 from cap_nb.analysis import (
     PAPER_NUMBERS, compare, compare_methods, compare_with_paper, comparison_frame, correct_family, holm, method_table,
     method_title, paper_table, plot_head_importance)
 from cap_nb.jobs.tables import (
-    ELSEWHERE, answer_table, comparison_grid, comparison_mark, comparison_markdown, comparison_text,
+    ELSEWHERE, answer_markdown, answer_table, comparison_grid, comparison_mark, comparison_markdown, comparison_text,
     head_importance_in_words, interval_text, pairs_with, plot_importance_distribution, plot_sparsity_curves,
     table_csv, table_latex, table_markdown, table_notes)
-from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
+from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity, wilson_interval
+from cap_nb.jobs.records import load_run
+from cap_nb.jobs.results import measured_cells, predictions, published_text
 from cap_nb.experiments.seeds import compare_over_seeds, seed_table
 from cap_nb.core.errors import BadInput
 
@@ -279,3 +283,46 @@ def test_three_seeds_leave_undecided_what_each_of_them_decides():
     other = Evaluation(method="magnitude", sparsity=0.5, reached=0.5, answers=answers("arc", 1, 41))
     with pytest.raises(BadInput, match="cap and magnitude were not measured on"):
         compare_over_seeds({seed: [other, run[1]] for seed, run in runs.items()}, [("cap", "magnitude")])
+
+
+def made_up_answers(first, last, n=40):
+    return tuple(replace(answer("arc", i, first <= i < last), lenient_correct=first <= i < last + 2) for i in range(n))
+
+
+def test_kept_answers_stand_beside_the_others():
+    """Of the dense model's first 20 the pruned one solves 12; without a dense model there is no such column."""
+    dense = Evaluation("dense", 0.0, 0.0, answers=made_up_answers(0, 20))
+    pruned = Evaluation("wanda", 0.5, 0.5, answers=made_up_answers(8, 30))
+    table = answer_table([pruned, dense])
+    low, high = wilson_interval(12, 20)
+    assert table.loc[("Wanda", 0.5, "ARC-C."), ["Kept", "Kept low", "Kept high"]].tolist() == [60.0, 100 * low, 100 * high]
+    text = answer_markdown(table)
+    assert f"| 60.0 [{100 * low:.1f}, {100 * high:.1f}] |" in text and text.splitlines()[2].endswith("| - |") and "- Kept: of the problems" in text
+    assert "Kept" not in answer_table([pruned]).columns and "Kept" not in answer_markdown(answer_table([pruned]))
+
+
+def test_a_measure_that_orders_pruned_models_is_told_from_one_that_does_not(tmp_path):
+    """Losses and answers in folders of their own belong together by the dense model and the zeros; the rest by hand and by scipy."""
+    cells = measured_cells([ROOT / "figures" / name for name in ("qwen_answers", "qwen", "held_out/qwen")], lenient=True)
+    assert len(cells) == 7 and cells[["kept", "gold loss", "text loss"]].notna().all().all()
+    assert cells.xs(("ALPS", 0.5), level=("Method", "Sparsity"))["kept"].round().tolist() == [32.0]
+    found = predictions(cells)
+    for measure in ("gold loss", "text loss"):
+        theirs = stats.spearmanr(cells[measure], cells["kept"]).statistic
+        assert found.loc[measure, "Rank correlation"] == pytest.approx(theirs)
+        assert found.loc[measure, "Low"] <= theirs <= found.loc[measure, "High"]
+    alone = measured_cells(ROOT / "figures" / "qwen_answers", lenient=True)
+    assert "gold loss" not in alone.columns and len(alone) == 3
+    with pytest.raises(BadInput, match="three pruned models"):
+        predictions(alone)
+
+
+def test_published_numbers_stand_beside_a_run_of_the_same_alone():
+    run = load_run(ROOT / "figures" / "lab")
+    assert published_text(run).startswith("Published perplexities are of Llama-2-7B") and "5.47" not in published_text(run)
+    text = replace(run.evaluations[0].perplexity, text="wikitext2-raw", window_tokens=2048, value=5.5, low=5.4, high=5.6)
+    named = run.configuration | {"model": run.configuration["model"] | {"name": "/models/Llama-2-7b-hf"}}
+    llama = replace(run, configuration=named, evaluations=(replace(run.evaluations[0], perplexity=text),))
+    assert "| Dense | 0 % | 2,048 | 5.50 [5.40, 5.60] | 5.47 | Lin et al. 2024" in published_text(llama)
+    other = replace(llama, evaluations=(replace(llama.evaluations[0], perplexity=replace(text, window_tokens=1024)),))
+    assert published_text(other) == published_text(run), "windows of another length are not compared"

@@ -12,6 +12,7 @@ import pandas as pd
 import pretend
 import pytest
 import torch
+from conftest import ROOT
 from fixtures import made_up_calibration, tiny_config, tiny_llama
 from programs import FEW
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from typer.testing import CliRunner
 
 from cap_nb.command_line import app
+from cap_nb.core.files import write_checked
 from cap_nb.core.registry import ATTRIBUTIONS
 from cap_nb.evaluation import accuracy, held_out_losses, perplexity
 from cap_nb.data.problems import load_problems
@@ -172,7 +174,7 @@ def chains(model, tokenizer, device, folder):
     return own_chains(model, tokenizer, ("lab-gsm8k",), n=1, answering=Answering(tries=2, max_new_tokens=6)).chains
 
 
-WORK = {  # kind of work -> how many times it reads the whole model for a fingerprint or a file, and what it does
+WORK = {  # kind of work -> how many times the whole model is read for a fingerprint or a file, and what is done
     "scoring, hook loop": (1, lambda model, *_: score_heads_naive(model, EXAMPLES)),
     "scoring, resumed": (1, lambda model, *_: score_heads(model, EXAMPLES)),
     "screening": (1, lambda model, *_: screen_heads(model, EXAMPLES, 0.5)),
@@ -225,16 +227,6 @@ def test_a_kind_of_work_gives_the_same_and_moves_little(kind, tmp_path):
     there, size, (to, back) = work_done(kind, DEVICE, tmp_path / "there")
     assert_same(there, here)
     assert nothing == (0, 0) and to + back < (WORK[kind][0] + 0.5) * size, (to, back, size)
-
-
-def bytes_table():
-    """What crosses in each kind of work, in sizes of its model: rows of words, for the page of devices."""
-    rows = []
-    with pretend.present(), tempfile.TemporaryDirectory() as folder:
-        for number, kind in enumerate(WORK):
-            _, size, (to, back) = work_done(kind, DEVICE, Path(folder) / f"{number}")
-            rows.append((kind, f"{WORK[kind][0]}", f"{to / size:.3f}", f"{back / size:.3f}"))
-    return rows
 
 
 BACKWARD = ("screening", "neurons", "prune: gradient", "recover")  # torch's engine has one queue for a device that is pretended
@@ -304,3 +296,17 @@ def test_the_program_runs_on_it_from_end_to_end(tmp_path):
     assert '"device": "pretend"' in (there / "environment.json").read_text()
     for name in ("table.csv", "scores.csv"):
         pd.testing.assert_frame_equal(*(pd.read_csv(folder / "tables" / name) for folder in (there, here)), rtol=1e-5, atol=1e-6)
+
+
+def write_crossings():
+    """What the page of benchmarks shows: the bytes that cross in each kind of work, in sizes of its model."""
+    cases = {}
+    with pretend.present(), tempfile.TemporaryDirectory() as folder:
+        for number, kind in enumerate(WORK):
+            _, size, (to, back) = work_done(kind, DEVICE, Path(folder) / f"{number}")
+            cases[kind] = {"to the device": round(to / size, 3), "from it": round(back / size, 3), "read whole": WORK[kind][0]}
+    write_checked(ROOT / "figures" / "benchmarks" / "crossings.json", {"torch": torch.__version__, "model's bytes": size, "cases": cases})
+
+
+if __name__ == "__main__":
+    write_crossings()

@@ -94,11 +94,12 @@ def published(model_type: str, shape: tuple[int, int, int, int], vocabulary: int
 
 LLAMA, MISTRAL = "meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2"
 LLAMA_70B, MIXTRAL = "meta-llama/Meta-Llama-3-70B-Instruct", "mistralai/Mixtral-8x22B-v0.1"
-LLAMA_2 = "meta-llama/Llama-2-7b-hf"
+LLAMA_2, QWEN = "meta-llama/Llama-2-7b-hf", "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 PUBLISHED = {
     LLAMA: published("llama", (4096, 14336, 32, 32), 128256, 8192),
     MISTRAL: published("mistral", (4096, 14336, 32, 32), 32000, 32768, sliding_window=None),
     LLAMA_2: published("llama", (4096, 11008, 32, 32), 32000, 4096, num_key_value_heads=32, dtype="float16"),
+    QWEN: published("qwen2", (896, 4864, 24, 14), 151936, 32768, num_key_value_heads=2, tie_word_embeddings=True),
     LLAMA_70B: published("llama", (8192, 28672, 80, 64), 128256, 8192),
     MIXTRAL: published("mixtral", (6144, 16384, 56, 48), 32000, 65536, sliding_window=None, num_local_experts=8,
                        num_experts_per_tok=2)}

@@ -273,6 +273,114 @@ def judged(
                        f"{sparsity:.0%} on {measure}: expected all; finish the run.")
     return correct_family({key: every[key] for key in keys}, "the plan")
 
+# %% ../../nbs/jobs/07_results.ipynb #5b9519eb
+import numpy as np
+from scipy import stats
+from cap_nb.analysis import paired_values, problem_values, share_kept, TEXT_LOSS
+from cap_nb.evaluation import bootstrap_interval
+
+ENDINGS = {"loss": "gold loss", "gold p norm": "gold p norm"} # End of a measure's name -> its column
+
+def measured_as(measure: str) -> str: # A column of `measured_cells`
+    "What a measure of a comparison is of: text, gold solutions, options or answers."
+    if measure == TEXT_LOSS: return "text loss"
+    return next((column for end, column in ENDINGS.items() if measure.endswith(f" {end}")), "kept")
+
+def dense_beside(name: str, runs: Mapping[str, Run]) -> list[Evaluation]:
+    "Dense models that a run's pruned ones can be held against: its own, then that of a run measured in the same way."
+    mine, found = runs[name], []
+    for other, run in sorted(runs.items(), key=lambda item: item[0] != name):
+        try:
+            if run.configuration["model"]["fingerprint"] == mine.configuration["model"]["fingerprint"]:
+                check_paired((name, other), (mine, run))
+                found += [evaluation for evaluation in run.evaluations if evaluation.method == "dense"]
+        except BadInput: continue # measured in another way
+    return found
+
+def measured_cells(runs: Folders, lenient: bool = False) -> pd.DataFrame: # Rows (Model, Method, Sparsity)
+    "Of every pruned model with answers what it kept, in per cent, and what else was measured, less the dense model."
+    loaded, cells = {name: load_run(folder) for name, folder in runs_in(runs).items()}, {}
+    names = {run.configuration["model"]["fingerprint"]: Path(run.configuration["model"]["name"]).name
+             for run in loaded.values()}
+    for name, run in loaded.items():
+        zeros = {(report.method, report.asked): mask for report, mask in run.reports}
+        pairs = [(pruned, dense) for dense in dense_beside(name, loaded) for pruned in run.evaluations]
+        for pruned, dense in pairs:
+            if pruned.method == "dense": continue
+            cell = (pruned.method, pruned.sparsity)
+            columns = cells.setdefault((run.configuration["model"]["fingerprint"], zeros.get(cell), *cell), {})
+            for measure, (after, before) in comparable_parts(pruned, dense).items():
+                if problem_values(after)[0].keys() != problem_values(before)[0].keys(): continue # of a smaller draw
+                column = measured_as(measure)
+                if column == "kept": value = 100 * share_kept(before, after, lenient)[0]
+                else: value = np.mean(paired_values(after, before)[0])
+                columns.setdefault(column, {}).setdefault(measure, value)
+    rows = {(names[model], method_title(method), sparsity, zeros): {column: np.mean([*of.values()])
+                                                                   for column, of in columns.items()}
+            for (model, zeros, method, sparsity), columns in cells.items()}
+    table = pd.DataFrame.from_dict(rows, "index", columns=["kept", "gold loss", "text loss", "gold p norm"])
+    table.index = pd.MultiIndex.from_tuples([row[:3] for row in rows], names=["Model", "Method", "Sparsity"])
+    return table[table["kept"].notna()].dropna(axis=1, how="all")
+
+# %% ../../nbs/jobs/07_results.ipynb #d7dc836a
+def rank_correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    "Spearman's rank correlation of each row; 0 where one of the two is all the same and orders nothing."
+    ranks = [stats.rankdata(values, axis=-1) for values in (first, second)]
+    one, other = (rank - rank.mean(-1, keepdims=True) for rank in ranks)
+    size = np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
+    return np.divide((one * other).sum(-1), size, out=np.zeros_like(size), where=size > 0)
+
+def predictions(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame: # A row for each measure
+    "How well each measure orders pruned models by what they kept: rank correlation, its 95 % interval, models."
+    rows = {}
+    for measure in cells.columns.drop("kept"):
+        value, kept = cells[[measure, "kept"]].dropna().to_numpy().T
+        if len(kept) < 3: continue # two are always in order
+        def statistic(drawn: np.ndarray, axis: int, value: np.ndarray = value, kept: np.ndarray = kept) -> np.ndarray:
+            return rank_correlations(value[drawn.astype(int)], kept[drawn.astype(int)])
+        ends = bootstrap_interval([float(row) for row in range(len(kept))], seed, statistic=statistic)
+        rows[measure] = (float(rank_correlations(value, kept)), *ends, len(kept))
+    if rows: return pd.DataFrame.from_dict(rows, "index", columns=["Rank correlation", "Low", "High", "Models"])
+    raise BadInput("No measure stands beside the answers of three pruned models: expected losses or probabilities and "
+                   "answers of at least three; name runs that have both.")
+
+@in_style
+def plot_predictions(cells: pd.DataFrame, seed: int = 0) -> Figure: # A panel for each measure
+    "What pruned models kept against each measure, a colour for each dense model."
+    found = predictions(cells, seed)
+    figure, (panels,) = blank_figure(1, len(found), (2.6 * len(found) + 0.6, 2.8))
+    for (measure, row), ax in zip(found.iterrows(), panels):
+        for number, (model, some) in enumerate(cells.groupby("Model", sort=False)):
+            ax.plot(some[measure], some["kept"], "o", ms=3, color=f"C{number}", label=model)
+        ax.set(xlabel=f"{measure}, less dense ({'points' if measure.startswith('gold p') else 'nats'})", ylim=(-3, 103))
+        if measure.endswith("loss") and cells[measure].max() > 1: ax.set_xscale("symlog", linthresh=0.01)
+        ax.set_title("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[:3]), fontsize=8)
+    panels[0].set_ylabel("right answers kept (%)")
+    panels[-1].legend(fontsize=7)
+    figure.suptitle("Rank correlation with what was kept, 95 % intervals", fontsize=9)
+    return figure
+
+# %% ../../nbs/jobs/07_results.ipynb #8497bc10
+from collections import namedtuple
+
+SUN, LIN = "Sun et al. 2024, LLaMA-2 table of github.com/locuslab/wanda", "Lin et al. 2024, arXiv 2306.00978, Table 4"
+Anchor = namedtuple("Anchor", "model text window_tokens method sparsity perplexity source")
+ANCHORS = tuple(Anchor("llama-2-7b", "wikitext2-raw", *row) for row in (
+    (4096, "dense", 0.0, 5.12, SUN), (4096, "magnitude@matrix", 0.5, 14.89, SUN), (4096, "wanda", 0.5, 6.42, SUN),
+    (4096, "sparsegpt", 0.5, 6.51, SUN), (2048, "dense", 0.0, 5.47, LIN)))
+
+def published_text(run: Run) -> str: # Markdown, or a sentence
+    "A run's perplexities beside published ones; a sentence on what these are of, where none is of the same."
+    model = Path(run.configuration["model"]["name"]).name.lower().removesuffix("-hf")
+    measured = {(model, e.perplexity.text, e.perplexity.window_tokens, e.method, e.sparsity): e.perplexity
+                for e in run.evaluations if e.perplexity}
+    rows = [[method_title(row.method), f"{100 * row.sparsity:g} %", f"{row.window_tokens:,}",
+             f"{here.value:.2f} [{here.low:.2f}, {here.high:.2f}]", f"{row.perplexity:.2f}", row.source]
+            for row in ANCHORS if (here := measured.get(row[:5]))]
+    if rows: return markdown_rows(["Method", "Sparsity", "Tokens a window", "Here", "Published", "By"], rows)
+    each = ", ".join(f"{row.method} at {100 * row.sparsity:g} % with {row.window_tokens:,}" for row in ANCHORS)
+    return f"Published perplexities are of Llama-2-7B on WikiText-2 (raw), in windows of so many tokens: {each}.\n"
+
 # %% ../../nbs/jobs/07_results.ipynb #c062
 MARK_LOOKS = {"▲": ("#0072B2", "better"), "▼": ("#D55E00", "worse"), "": ("#8A8A8A", "undecided")} # Colour, name
 

@@ -89,7 +89,8 @@ def part_of_setting() -> dict[str, str]: # Name of a setting -> name of the part
     return {setting.name: part.name for part in fields(Job) for setting in fields(part.default_factory)}
 
 # %% ../../nbs/jobs/01_settings.ipynb #88359fc3
-OPTION_NAMES = {"name": "model", "sparsities": "sparsity", "form": "format"} # Of fields whose option has another name
+OPTION_NAMES = {"name": "model", "sparsities": "sparsity", "form": "format",
+                "beside": "with"} # Of fields whose option has another name
 
 def option_of(setting: str) -> str: # As in "--evaluate-n"
     "How a setting is given to `cap`."
