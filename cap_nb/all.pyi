@@ -50,7 +50,6 @@ from cap_nb.evaluation import answer_problems as answer_problems
 from cap_nb.experiments.reasoning_steps import arithmetic_check as arithmetic_check
 from cap_nb.portable.speed import bench_folder as bench_folder
 from cap_nb.evaluation import bootstrap_interval as bootstrap_interval
-from cap_nb.calibration import calibration_pool as calibration_pool
 from cap_nb.calibration import calibration_set as calibration_set
 from cap_nb.on_one_page import cap_naive as cap_naive
 from cap_nb.scoring import causal_scores as causal_scores
@@ -65,8 +64,6 @@ from cap_nb.jobs.results import compare_runs as compare_runs
 from cap_nb.analysis import compare_with_paper as compare_with_paper
 from cap_nb.jobs.tables import comparison_markdown as comparison_markdown
 from cap_nb.methods.criteria import dense_norms as dense_norms
-from cap_nb.calibration import draw_tokens as draw_tokens
-from cap_nb.calibration import drawn as drawn
 from cap_nb.experiments.reasoning_steps import error_category as error_category
 from cap_nb.evaluation import evaluation_problems as evaluation_problems
 from cap_nb.portable.format import export_folder as export_folder
@@ -120,7 +117,6 @@ from cap_nb.models.anatomy import projections as projections
 from cap_nb.methods.prune import prune as prune
 from cap_nb.methods.streaming import prune_checkpoint as prune_checkpoint
 from cap_nb.portable.sharing import publish as publish
-from cap_nb.calibration import random_order as random_order
 from cap_nb.scoring import rank_correlation as rank_correlation
 from cap_nb.experiments.seeds import read_seeds as read_seeds
 from cap_nb.experiments.reasoning_steps import reasoning_report as reasoning_report

@@ -127,6 +127,8 @@ def paired_values(first: Sequence[Measured], second: Sequence[Measured]) -> tupl
     return [ones[problem] - others[problem] for problem in ones], unit
 
 # %% ../nbs/06_analysis.ipynb #c402d67e
+import numpy as np
+
 def share_kept(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecord], lenient: bool = False,
                seed: int = 0) -> tuple[float, float, float]: # With its 95 % interval; NaN where nothing was right
     "The share of a dense model's right answers that a pruned one has right too; other problems raise `BadInput`."
@@ -152,7 +154,6 @@ def mcnemar_exact(gained: int, lost: int) -> float:
 
 # %% ../nbs/06_analysis.ipynb #c023
 from functools import lru_cache
-import numpy as np
 
 EXACT_FLIPS = 16 # Differences up to which every pattern of signs is tried
 

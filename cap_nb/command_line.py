@@ -560,7 +560,10 @@ def prune_command(
         from cap_nb.single_steps import recipe_asked, recipe_into, recipe_plan
         recipe_asked(job, settings, RECIPES[recipe].tuning, out) # refuses a folder that does not fit
         typer.echo(recipe_plan(job, settings))
-        return "\n".join(recipe_into(job, settings, RECIPES[recipe].tuning, out))
+        lines, answers = recipe_into(job, settings, RECIPES[recipe].tuning, out)
+        from cap_nb.analysis import method_table
+        from cap_nb.jobs.tables import table_markdown
+        return "\n".join([*lines, "", table_markdown(method_table(answers))])
     job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
     from cap_nb.single_steps import prune_into
     report = prune_into(job, settings, out)

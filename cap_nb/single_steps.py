@@ -31,7 +31,7 @@ from .jobs.job import (
     check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, model_configuration,
     Ready, spared_problems, targets_configuration)
 from .jobs.planning import plan, plan_text
-from .jobs.records import environment, save_evaluation
+from .jobs.records import environment, load_evaluation, save_evaluation
 from .jobs.settings import (
     CalibrateSettings, ChainRule, changed, check_tuning, examples_by_kind, FineTuning, Job, PruneSettings, read_rule,
     Shrinking, SinglePruning)
@@ -328,8 +328,18 @@ def recipe_plan(job: Job, pruning: SinglePruning) -> str: # Markdown
     return plan_text(plan(changed(job, chain_rule="right", methods=(pruning.method,), sparsities=(pruning.sparsity,),
                                   **measured), tries=1 if own else None))
 
-def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None, out: Path) -> list[str]: # In sentences
-    "Write a model's chains, prune it and train it, each once; the same call goes on after a stop."
+BENCHED = 50 # Problems of each task that are answered before and after
+
+def benched(job: Job, made: Path, out: Path) -> list[Evaluation]: # Of the dense model, and of what was made
+    "What two models answer, kept in two folders."
+    for name, model in (("before", job.model.name), ("after", str(made))):
+        asked = changed(job, name=model, calibrate_on="gold", chain_rule="right", evaluate_n=BENCHED)
+        if not (out/name).exists(): evaluate_alone(changed(asked, loss_n=0, windows=0), out=out/name)
+    return [load_evaluation(out/name) for name in ("before", "after")]
+
+def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None, 
+                out: Path) -> tuple[list[str], list[Evaluation]]: # What came of it, in sentences and in answers
+    "Write a model's chains, prune, train and bench it, each once; the same call goes on after a stop."
     chains, made, asked = out/"chains.jsonl", out/"pruned", recipe_asked(job, pruning, tuning, out)
     rule, lines = job.calibrate.chain_rule, []
     with stop_says(STOPPED), alone_in(out):
@@ -341,9 +351,10 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None, out
         write_card(made, force=True)
         if tuning:
             made = out/"trained"
-            if not made.exists(): train_into(changed(job, name=str(out/"pruned")), tuning, made)
+            if not made.exists(): train_into(changed(job, name=str(out/"pruned")), tuning, made, job.model.name)
             write_card(made, force=True)
-    return [*lines, f"{made}: the model, with its card; load it in transformers, or with --model {made}."]
+        answers = benched(job, made, out)
+    return [*lines, f"{made}: the model, with its card; load it in transformers, or with --model {made}."], answers
 
 # %% ../nbs/single_steps.ipynb #c880d070
 def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None) -> Evaluation: # The records

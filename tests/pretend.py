@@ -143,31 +143,40 @@ def answer(op, *args, **kwargs):
 
 class Module:
     """What stands at `torch.pretend`."""
-    device_count = staticmethod(lambda: COUNT)
-    is_available = is_initialized = staticmethod(lambda: True)
+    there = False  # whether the device is there at the moment: what was registered stays registered, for other tests of the process too
+    is_available = staticmethod(lambda: Module.there)
+    device_count = staticmethod(lambda: COUNT * Module.there)
+    is_initialized = staticmethod(lambda: True)
     current_device = staticmethod(lambda: 0)
     _is_in_bad_fork = staticmethod(lambda: False)
-    manual_seed_all = manual_seed = staticmethod(lambda seed: None)
-    get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
-    set_device = synchronize = empty_cache = staticmethod(lambda *_: None)
+    set_device = synchronize = empty_cache = manual_seed_all = staticmethod(lambda *_: None)
 
 
 @functools.cache
-def register():
-    """Once in a process: the name, the device guard and the fallback; None, or the reason why it cannot be."""
+def registered():
+    """Once in a process: the name, the device guard, and what is answered by dispatch key; or the reason why that cannot be."""
     try:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as setup
     except ImportError:
-        return f"torch {torch.__version__} lets no device be pretended in Python"
+        return None, f"torch {torch.__version__} lets no device be pretended in Python"
     setup(NAME, backend_module=Module())
-    library = torch.library.Library("_", "IMPL")
-    library.fallback(answer, "PrivateUse1")
-    aten = torch.library.Library("aten", "IMPL")
+    every, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    every.fallback(answer, "PrivateUse1")
     for packet in (ATEN.copy_, *RESIZING):
         for op in (getattr(packet, name) for name in packet.overloads() if not name.endswith("out")):
             aten.impl(op, functools.partial(answer, op), "PrivateUse1")
-    register.kept = library, aten
-    return None
+    return (every, aten), ""
+
+
+@contextmanager
+def present():
+    """The device is there; where torch cannot pretend one, the reason is given, and it is not."""
+    reason = registered()[1]
+    Module.there = not reason
+    try:
+        yield reason
+    finally:
+        Module.there = False
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from cap_nb.jobs import chains
 from cap_nb.jobs.chains import (
     Answering, Chain, Chains, chain_calibration, held_tokens, kept_chains, own_chains, read_chains, text_calibration, write_chains)
 from cap_nb.jobs.job import held_by_task, job_calibration, prepare
-from cap_nb.jobs.records import changed_options, job_of, load_run, read_run
+from cap_nb.jobs.records import changed_options, job_of, load_evaluation, load_run, read_run
 from cap_nb.jobs.report import command_of
 from cap_nb.jobs.settings import RECIPES, ChainRule, FineTuning, Job, changed
 from cap_nb.models.loading import load_model
@@ -320,6 +320,7 @@ def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypa
     monkeypatch.setitem(RECIPES, "hour", replace(RECIPES["hour"], tuning=FineTuning(steps=2, examples=2)))
     words = ["prune", "--recipe", "hour", "--method", "wanda", "--calibration-tokens", "300", "--text-tokens", "40", "--device", "cpu", "--out", tmp_path / "r"]
     train = single_steps.train_into
+    monkeypatch.setattr(single_steps, "BENCHED", 2)
 
     def stopped(*given):
         signal.raise_signal(signal.SIGINT)
@@ -335,6 +336,8 @@ def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypa
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was there was not made again"
     card = (tmp_path / "r" / "pruned" / "README.md").read_text()
     assert "calibration_tokens 300, chain_rule all" in card and "on chains" in card and "text_share 0.1" in card and "`wanda`" in card
+    assert [len(load_evaluation(tmp_path / "r" / name).answers) for name in ("before", "after")] == [6, 6]
+    assert "trained" in result.stdout.splitlines()[-1] or "| trained" in result.stdout, result.stdout
     assert "README.md" in {path.name for path in (tmp_path / "r" / "trained").iterdir()}
     assert_one_sentence(cap(*words, "--sparsity", "0.4"), "holds a recipe with other settings")
     assert_one_sentence(cap("prune", "--recipe", "two", "--out", tmp_path / "x"), "Unknown recipe 'two'")

@@ -14,7 +14,7 @@ from cap_nb.models.choices import choice_records, log_probs, options_of, tokens_
 from cap_nb.models.loading import load_model, save_model
 from test_real_input import DATA, needs_data, needs_smollm2
 from cap_nb.experiments.harness import (
-    HarnessSettings, check_harness_tasks, harness_answers, harness_results, harness_text, imported_harness, measures_table, undisturbed, verdict_differences, write_harness_task)
+    HarnessSettings, harness_answers, harness_results, harness_text, imported_harness, measures_table, undisturbed, verdict_differences, write_harness_task)
 
 pytest.importorskip("lm_eval", reason="the optional extra is not installed: pip install 'cap_nb[harness]'")
 TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")

@@ -1,32 +1,37 @@
 """Every kind of work on a device that is not the processor, pretended: the processor's results, no mixed devices, and little that crosses.
 
-Attention is written out (eager) wherever results are compared to the bit: torch's fused kernel on the processor rounds otherwise than the formula
-that other devices follow, and that is the only difference there is.
+Attention is written out (eager) where zeros are compared: torch's fused kernel on the processor rounds otherwise than the formula that the pretended
+device follows, and no other operation of a forward pass does.
 """
 import copy
+import tempfile
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pretend
 import pytest
 import torch
+from conftest import ROOT
 from fixtures import made_up_calibration, tiny_config, tiny_llama
+from programs import FEW
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, MixtralConfig
+from typer.testing import CliRunner
 
-from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_json, read_tensors
+from cap_nb.command_line import app
+from cap_nb.core.files import write_checked
 from cap_nb.core.registry import ATTRIBUTIONS
 from cap_nb.evaluation import accuracy, held_out_losses, perplexity
 from cap_nb.data.problems import load_problems
 from cap_nb.jobs.chains import Answering, own_chains
-from cap_nb.jobs.settings import FineTuning, Job, SpeedSettings, changed
-from cap_nb.jobs.job import run_job
-from cap_nb.jobs.records import load_run
+from cap_nb.jobs.settings import FineTuning, SpeedSettings
 from cap_nb.methods.attributions import GateFit
 from cap_nb.methods.experts import expert_losses, routed_losses
 from cap_nb.methods.explainable_masks import MaskFit
 from cap_nb.methods.neurons import NEURON_AWARE, neuron_estimates
 from cap_nb.methods.prune import prune, sparsities_of, table_methods
-from cap_nb.methods.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import load_losses, score_heads
 from cap_nb.methods.screening import screen_heads
 from cap_nb.methods.streaming import save_hessians, solve_checkpoint
 from cap_nb.models.anatomy import projections
@@ -39,12 +44,18 @@ from cap_nb.portable.shrink import shrink
 from cap_nb.portable.speed import bench_folder
 from cap_nb.scoring import score_heads_naive
 
-missing = pretend.register()
-pytestmark = pytest.mark.skipif(missing is not None, reason=f"{missing}")
 PROCESSOR, DEVICE = "cpu", "pretend:0"
 FITTED = {"retained_gates": GateFit(steps=2), "removed_gates": GateFit(steps=2), "explainable_masks": MaskFit(steps=2)}
 METHODS = ["dense", *table_methods(), "cap.pooled", *(f"{base}.{name}" for base in ("cap", "alps") for name in NEURON_AWARE)]
 EXAMPLES = made_up_calibration(5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device():
+    with pretend.present() as lacking:
+        if lacking:
+            pytest.skip(lacking)
+        yield
 
 
 def weights_of(model):
@@ -69,14 +80,14 @@ def assert_same(there, here):
     assert list(there) == list(here)
     for name, value in here.items():
         if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(there[name], value, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda said, name=name: f"{name}: {said}")
+            torch.testing.assert_close(there[name], value, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda said, name=name: f"{name}: {said}")
         else:
-            assert there[name] == (pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value), name
+            assert there[name] == (pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value), name
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name.removeprefix("cap.") not in FITTED])
 def test_every_method_prunes_as_on_the_processor(method):
-    """To the last bit: attention is the same formula, and nothing else depends on the device."""
+    """The same zeros, and weights that differ by the rounding of a backward pass at most."""
     dense, pruned = tiny_llama(num_hidden_layers=2, attn_implementation="eager"), []
     factors = torch.linspace(1, 10, 8).view(2, 4) if method.startswith(("cap", "heads", "wanda+causal")) and "." not in method else None
     sparsity = {"dense": 0.0, "heads": 0.25}.get(method) or (0.0 if method == "dense" else sparsities_of(method, [0.5])[0])
@@ -163,7 +174,7 @@ def chains(model, tokenizer, device, folder):
     return own_chains(model, tokenizer, ("lab-gsm8k",), n=1, answering=Answering(tries=2, max_new_tokens=6)).chains
 
 
-WORK = {  # kind of work -> how many times it reads the whole model for a fingerprint or a file, and what it does
+WORK = {  # kind of work -> how many times the whole model is read for a fingerprint or a file, and what is done
     "scoring, hook loop": (1, lambda model, *_: score_heads_naive(model, EXAMPLES)),
     "scoring, resumed": (1, lambda model, *_: score_heads(model, EXAMPLES)),
     "screening": (1, lambda model, *_: screen_heads(model, EXAMPLES, 0.5)),
@@ -188,22 +199,114 @@ WORK = {  # kind of work -> how many times it reads the whole model for a finger
 }
 
 
+def wide_model(device, folder):
+    """Weights by the megabyte, so that what crosses can be told from them; `auto` spreads them over two devices."""
+    model = tiny_llama(num_hidden_layers=2, hidden_size=192, intermediate_size=512, head_dim=48, initializer_range=0.05, vocab_size=len(lab_tokenizer()),
+                       max_position_embeddings=512, attn_implementation="eager")
+    if device == "auto":
+        save_model(model, lab_tokenizer(), folder / "spread")
+        model, _ = load_model(folder / "spread", device="auto")
+        model.set_attn_implementation("eager")
+        return model
+    return model.to(device)
+
+
 def work_done(kind, device, folder):
-    """The result of a kind of work, the bytes of the model, and what crossed meanwhile: bytes to the device, bytes from it, and the number of crossings."""
-    tokenizer = lab_tokenizer()
-    model = tiny_llama(num_hidden_layers=2, hidden_size=192, intermediate_size=512, head_dim=48, initializer_range=0.05, vocab_size=len(tokenizer),
-                       max_position_embeddings=512, attn_implementation="eager").to(device)
+    """The result of a kind of work, the bytes of the model, and the bytes that crossed meanwhile: to devices, and from them to the processor."""
     folder.mkdir()
+    model = wide_model(device, folder)
     with pretend.counting() as crossings:
-        result = WORK[kind][1](model, tokenizer, device, folder)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    to, back = (sum(moved for ends in crossings for moved in [ends[2]] if ends[side] == DEVICE) for side in (1, 0))
-    return result, size, (to, back, len(crossings))
+        result = WORK[kind][1](model, lab_tokenizer(), device, folder)
+    back = sum(moved for _, target, moved in crossings if target == PROCESSOR)
+    return result, sum(p.numel() * p.element_size() for p in model.parameters()), (sum(moved for *_, moved in crossings) - back, back)
 
 
 @pytest.mark.parametrize("kind", WORK)
 def test_a_kind_of_work_gives_the_same_and_moves_little(kind, tmp_path):
     here, _, nothing = work_done(kind, PROCESSOR, tmp_path / "here")
-    there, size, (to, back, _) = work_done(kind, DEVICE, tmp_path / "there")
+    there, size, (to, back) = work_done(kind, DEVICE, tmp_path / "there")
     assert_same(there, here)
-    assert nothing == (0, 0, 0) and to + back < (WORK[kind][0] + 0.5) * size, (to, back, size)
+    assert nothing == (0, 0) and to + back < (WORK[kind][0] + 0.5) * size, (to, back, size)
+
+
+BACKWARD = ("screening", "neurons", "prune: gradient", "recover")  # torch's engine has one queue for a device that is pretended
+ELSEWHERE = ("experts", "bench")  # these make a model of their own, on one device
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    """What accelerate is told of the memory: it asks the makers that it knows, and no other."""
+    accelerate = pytest.importorskip("transformers.integrations.accelerate")
+    if not hasattr(accelerate, "accelerate_max_memory"):
+        pytest.skip("this transformers asks for the memory of devices in another way")
+    monkeypatch.setattr(accelerate, "accelerate_max_memory", lambda given=None: {0: 3_000_000, 1: 10_000_000, "cpu": 1})
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WORK if kind not in (*BACKWARD, *ELSEWHERE)])
+def test_a_model_spread_over_two_devices_gives_the_same(kind, two_devices, tmp_path):
+    model = wide_model("auto", tmp_path)
+    assert {str(p.device) for p in model.parameters()} == {"pretend:0", "pretend:1"}
+    assert_same(*(work_done(kind, device, tmp_path / device)[0] for device in ("auto", PROCESSOR)))
+
+
+def test_a_deliberate_mix_is_caught():
+    here, there, second = torch.ones(3), torch.ones(3, device=DEVICE), torch.ones(3, device="pretend:1")
+    for one, other in ((here, there), (there, here), (there, second)):
+        with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device, but found at least two devices, "):
+            torch.dot(one, other)
+    model, ids = tiny_llama().to(DEVICE), torch.tensor([[1, 2, 3]])
+    for inside in (torch.no_grad(), torch.inference_mode()):
+        with inside, pytest.raises(RuntimeError, match="same device"):
+            model(ids)
+    with pytest.raises(RuntimeError, match="indices should be either on cpu or on the same device"):
+        here[there > 0]
+    for reading in (there.numpy, lambda: np.asarray(there)):
+        with pytest.raises(TypeError, match=r"can't convert pretend:0 device type tensor to numpy. Use Tensor.cpu\(\)"):
+            reading()
+    assert (there + torch.tensor(2.0)).tolist() == [3.0] * 3 and there[here > 0].device == there.device  # as on CUDA, these may mix
+
+
+def test_what_crosses_is_counted():
+    with pretend.counting() as crossings:
+        there = torch.ones(3).to(DEVICE)
+        there.copy_(torch.zeros(3)), there.cpu(), there.sum().item(), there.tolist(), there.to("pretend:1"), torch.tensor([1.0], device=DEVICE)
+        there + 1, there.clone(), torch.zeros(9, device=DEVICE), torch.ones(3)
+    here, second = PROCESSOR, "pretend:1"
+    assert crossings == [(here, DEVICE, 12), (here, DEVICE, 12), (DEVICE, here, 12), (DEVICE, here, 4), (DEVICE, here, 12), (DEVICE, second, 12), (here, DEVICE, 4)]
+
+
+def test_only_attention_rounds_otherwise():
+    """The joint solver and the update follow the last bits of a Hessian; with the formula for attention on the processor too, no bit differs."""
+    dense, weights = tiny_llama(num_hidden_layers=2, attn_implementation="sdpa"), []
+    for device in (PROCESSOR, DEVICE):
+        with sdpa_kernel(SDPBackend.MATH):
+            prune(model := copy.deepcopy(dense).to(device), "alps", 0.5, calibration=EXAMPLES)
+        weights.append(weights_of(model))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_program_runs_on_it_from_end_to_end(tmp_path):
+    save_model(tiny_llama(num_hidden_layers=2, vocab_size=len(lab_tokenizer()), max_position_embeddings=512), lab_tokenizer(), tmp_path / "model")
+    for device in (PROCESSOR, DEVICE):
+        words = ["run", "--model", str(tmp_path / "model"), "--methods", "cap", "--sparsity", "0.5", "--out", str(tmp_path / device), *FEW]
+        done = CliRunner().invoke(app, [*words, "--device", device])
+        assert done.exit_code == 0, done.output
+    here, there = (tmp_path / device for device in (PROCESSOR, DEVICE))
+    torch.testing.assert_close(load_losses(there / "losses.safetensors").masked, load_losses(here / "losses.safetensors").masked, atol=1e-5, rtol=0)
+    assert '"device": "pretend"' in (there / "environment.json").read_text()
+    for name in ("table.csv", "scores.csv"):
+        pd.testing.assert_frame_equal(*(pd.read_csv(folder / "tables" / name) for folder in (there, here)), rtol=1e-5, atol=1e-6)
+
+
+def write_crossings():
+    """What the page of benchmarks shows: the bytes that cross in each kind of work, in sizes of its model."""
+    cases = {}
+    with pretend.present(), tempfile.TemporaryDirectory() as folder:
+        for number, kind in enumerate(WORK):
+            _, size, (to, back) = work_done(kind, DEVICE, Path(folder) / f"{number}")
+            cases[kind] = {"to the device": round(to / size, 3), "from it": round(back / size, 3), "read whole": WORK[kind][0]}
+    write_checked(ROOT / "figures" / "benchmarks" / "crossings.json", {"torch": torch.__version__, "model's bytes": size, "cases": cases})
+
+
+if __name__ == "__main__":
+    write_crossings()

@@ -12,11 +12,12 @@ from cap_nb.core.files import PEAK
 from cap_nb.methods.resumed_scoring import shared_prefix
 from cap_nb.jobs.planning import ExampleLength, lengths_of
 from cap_nb.models.loading import load_model
+from cap_nb.portable.speed import span_text
 from conftest import ROOT
 from tools.side_by_side import (
     ScoringRounds, about_scoring, balanced_heads, behind_worked_examples, compared_scoring, counted_work, examples_at_hand, examples_of_lengths,
     fastest_product, gain_for_all, in_own_process, matrix_product, measured_case, measured_rounds, measured_scoring, named_machine,
-    random_model, range_text, read_cases, scoring_sides, seconds_for_all, share_reached, stopwatch, wanted_text)
+    random_model, read_cases, scoring_sides, seconds_for_all, share_reached, stopwatch, wanted_text)
 
 CPU = torch.device("cpu")
 RECORDS = sorted((ROOT / "figures" / "benchmarks").glob("*.json"))
@@ -98,7 +99,7 @@ def test_sides_take_turns_and_change_who_begins():
 
 
 def test_rounds_in_words():
-    assert range_text((2.5, 1.25, 1.75)) == "1.75 (1.25 to 2.50)" and range_text((3.0,), 0) == "3 (3 to 3)"
+    assert span_text((2.5, 1.25, 1.75)) == "1.75 (1.25 to 2.50)" and span_text((3.0,), 0) == "3 (3 to 3)"
     assert [wanted_text((2.5, 1.25, 1.75), value) for value in (1.75, 1.8)] == [", wanted 1.75 or more: reached", ", wanted 1.8 or more: MISSED"]
     assert [wanted_text((3.0,), value, more=False) for value in (3, 2.5)] == [", wanted 3 or less: reached", ", wanted 2.5 or less: MISSED"]
 

@@ -29,6 +29,7 @@ from cap_nb.methods.resumed_scoring import after_prefix, score_heads, shared_pre
 from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.models.families import HOLDS
 from cap_nb.models.loading import model_fingerprint
+from cap_nb.portable.speed import in_turns
 from cap_nb.scoring import score_heads_naive
 
 CPU = torch.device("cpu")
@@ -62,18 +63,7 @@ def stopwatch(call: Callable[[], object], device=CPU, clock=time.perf_counter) -
 def measured_rounds(measures: Mapping[str, Callable[[], float]], repeats: int = 5, warmups: int = 1) -> Seconds:
     "Run all measures round after round, each once a round, every second round backwards; warm-ups are not kept."
     check_at_least(repeats, 1, "repeats")
-    kept: dict[str, list[float]] = {name: [] for name in measures}
-    for number in range(-warmups, repeats):
-        for name in list(measures)[:: 1 if number % 2 == 0 else -1]:
-            seconds = measures[name]()
-            if number >= 0:
-                kept[name].append(seconds)
-    return {name: tuple(seconds) for name, seconds in kept.items()}
-
-
-def range_text(values: Sequence[float], digits: int = 2) -> str:
-    "Median, lowest and highest of some rounds, as in 2.61 (2.55 to 2.70)."
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return {name: tuple(seconds) for name, seconds in in_turns(measures, repeats, warmups).items()}
 
 
 def wanted_text(values: Sequence[float], wanted: float, more: bool = True) -> str:

@@ -879,7 +879,7 @@ def model_lines(p: Plan) -> list[str]:
     elif scores_heads(load.job):
         lines.append(f"- Scoring: {s.layers * s.heads:,} heads, so {len(load.batches) * (1 + s.layers * s.heads):,} "
                      f"passes; the hook loop computes {whole / scoring:.1f} times as much.")
-    if any(solver_names(method) is not None for method in load.job.prune.methods):
+    if any(solver_names(method) or with_hessian(parse_method(method)) for method in load.job.prune.methods):
         fewest = min(load.tokens * share / width for width, _, share, _ in s.inputs)
         lines.append(f"- Hessians: sums over up to {load.tokens:,} tokens, at least {fewest:.1f} for each column.")
     if load.tries:

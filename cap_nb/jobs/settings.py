@@ -152,8 +152,8 @@ def read_rule(text: str) -> ChainRule:
     "A rule from its text; what is none raises `BadInput`."
     if found := RULE.fullmatch(text):
         kind, *tokens, low, high, each = found.groups()
-        rule = ChainRule(kind == "right", (int(tokens[0] or 0), float(tokens[1] or math.inf)),
-                         (float(low or 0), float(high or 1)), int(each or 1))
+        rule = ChainRule(right=kind == "right", tokens=(int(tokens[0] or 0), float(tokens[1] or math.inf)),
+                         solved=(float(low or 0), float(high or 1)), each=int(each or 1))
         if rule.tokens[0] <= rule.tokens[1] and rule.solved[0] <= rule.solved[1] and rule.each: return rule
     raise BadInput(f"--chain-rule is {text!r}: expected right or all, then what is wanted of tokens=200-2000, "
                    "solved=0.25-0.75 and each=2, in this order, a range from low to high; write right,tokens=200-2000.")
@@ -296,11 +296,13 @@ class Recipe:
     calibration_tokens: int = 131_072 # Tokens of the calibration set
     chain_rule: str = "all" # Which of the model's own chains are taken
     text_share: float = 0.1 # Share of the tokens that is plain text
-    tuning: FineTuning | None = None # How the pruned model is trained; None: not at all
+    tuning: FineTuning | None = None # How it is trained as a whole, with the dense model as teacher; None: not at all
 
-RECIPES = {"best-mask": Recipe("one mask, and the weights that stay are as they were", "wanda+kl^swaps"),
-           "one-shot": Recipe("the weights that stay are solved for, and nothing is trained", "alps"),
-           "hour": Recipe("as one-shot, then trained on the same examples", "alps", tuning=FineTuning())}
+RECIPES = {
+    "best-mask": Recipe(about="one mask, and the weights that stay are as they were", method="wanda+kl^swaps"),
+    "one-shot": Recipe(about="the weights that stay are solved for, then repaired layer by layer", method="alps^block"),
+    "hour": Recipe(about="as one-shot, then trained for the dense model's predictions", method="alps^block",
+                   tuning=FineTuning())}
 
 def recipe_lines() -> list[str]:
     "What `cap methods --recipes` says."

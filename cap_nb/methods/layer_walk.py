@@ -60,7 +60,8 @@ def advanced(model: nn.Module, state: BatchState, layer: int, cache: object = No
 # %% ../../nbs/methods/00_layer_walk.ipynb #c013
 def real_rows(inputs: torch.Tensor, tokens: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     "The inputs of a projection at the tokens that are not padding."
-    real, rows = mask.flatten().bool(), inputs.flatten(0, -2) # OPT hands its MLP [B*T, in]
+    real = mask.flatten().to(inputs.device, torch.bool) # a layer may lie on another device than the first
+    rows = inputs.flatten(0, -2) # OPT hands its MLP [B*T, in]
     return rows if real.all() else rows[real if tokens is None else real[tokens]]
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #3fa68854

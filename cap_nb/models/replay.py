@@ -222,7 +222,7 @@ def at_positions(tensor: torch.Tensor, axis: int, positions: torch.Tensor) -> to
     tensor = tensor.expand(len(positions), *tensor.shape[1:])
     shape = [len(positions)] + [1] * (tensor.dim() - 1)
     shape[axis] = positions.shape[1]
-    return tensor.take_along_dim(positions.view(shape), axis)
+    return tensor.take_along_dim(positions.view(shape).to(tensor.device), axis)
 
 def hidden_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     "Hidden states at the wanted positions."

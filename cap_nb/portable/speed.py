@@ -215,10 +215,10 @@ def decode_timer(side: Side, ids: torch.Tensor, written: torch.Tensor,
     return timed
 
 # %% ../../nbs/portable/05_speed.ipynb #c040
-def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    "Measure round after round, after one that does not count."
+def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int, warmups: int = 1) -> dict[str, list[float]]:
+    "Measure round after round, after some that do not count."
     kept = {name: [] for name in timers}
-    for number in range(-1, rounds):
+    for number in range(-warmups, rounds):
         for name in list(timers)[::1 if number % 2 == 0 else -1]:
             seconds = timers[name]()
             if number >= 0: kept[name].append(seconds)
@@ -311,7 +311,7 @@ def bench_folder(
             "seconds": speeds_of(sides, settings, clock)}
 
 # %% ../../nbs/portable/05_speed.ipynb #c054
-def span_text(values: Sequence[float], digits: int) -> str: # As in "2.61 (2.55 to 2.70)"
+def span_text(values: Sequence[float], digits: int = 2) -> str: # As in "2.61 (2.55 to 2.70)"
     "Median, lowest and highest."
     return "{:,.{d}f} ({:,.{d}f} to {:,.{d}f})".format(statistics.median(values), min(values), max(values), d=digits)
 

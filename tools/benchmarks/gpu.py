@@ -44,10 +44,11 @@ from cap_nb.jobs.planning import PUBLISHED, lengths_of
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import anatomy
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint
+from cap_nb.portable.speed import span_text
 from cap_nb.scoring import causal_scores, rank_correlation
 from tools.side_by_side import (ScoringRounds, balanced_heads, examples_at_hand, examples_of_lengths, fastest_product,
                                 finish, gain_for_all, matrix_product, measured_case, measured_rounds, measured_scoring,
-                                random_model, range_text, read_cases, seconds_for_all, share_reached, stopwatch,
+                                random_model, read_cases, seconds_for_all, share_reached, stopwatch,
                                 wanted_text)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -283,7 +284,7 @@ def summary(cases):
     if peak := cases.get("peak"):
         flops, seconds = peak["about"]["flops"], peak["seconds"]
         rates = {name: [flops[name] / each / 1e12 for each in seconds[name]] for name in flops}
-        lines += [f"peak, {name}: {range_text(rate, 1)} TFLOP/s" for name, rate in rates.items()]
+        lines += [f"peak, {name}: {span_text(rate, 1)} TFLOP/s" for name, rate in rates.items()]
     for name, case in cases.items():
         if name.startswith("agreement"):
             lines += [f"{name}, {dtype}: {found}" for dtype, found in case["about"]["agreement"].items()]
@@ -291,15 +292,15 @@ def summary(cases):
         whole = seconds_for_all(scoring, "resumed")
         minutes, heads, total = [each / 60 for each in whole], len(scoring["about"]["heads"]), scoring["about"]["total"]
         lines += [
-            f"all {total} heads, from {heads}: {range_text(minutes, 1)} minutes{wanted_text(minutes, 45, more=False)}",
-            f"heads a minute: {range_text([total / each for each in minutes], 1)}",
-            f"over the hook loop: {range_text(gain_for_all(scoring))}{wanted_text(gain_for_all(scoring), 1.9)}",
-            f"share of the peak: {range_text(share_reached(scoring))}{wanted_text(share_reached(scoring), 0.45)}",
+            f"all {total} heads, from {heads}: {span_text(minutes, 1)} minutes{wanted_text(minutes, 45, more=False)}",
+            f"heads a minute: {span_text([total / each for each in minutes], 1)}",
+            f"over the hook loop: {span_text(gain_for_all(scoring))}{wanted_text(gain_for_all(scoring), 1.9)}",
+            f"share of the peak: {span_text(share_reached(scoring))}{wanted_text(share_reached(scoring), 0.45)}",
         ]
     if writing := cases.get("writing"):
         for rows, seconds in writing["seconds"].items():
             rates = [writing["about"]["tokens"][rows] / each for each in seconds]
-            lines.append(f"writing, {rows} answers at once: {range_text(rates, 1)} tokens a second")
+            lines.append(f"writing, {rows} answers at once: {span_text(rates, 1)} tokens a second")
     if published := cases.get("published figure"):
         about = published["about"]
         lines.append(f"perplexity dense {about['dense'][0]:.3f}, pruned {about['pruned'][0]:.3f}; {about['published']}")

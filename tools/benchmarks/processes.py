@@ -23,8 +23,9 @@ from cap_nb.jobs.planning import ExampleLength
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.layer_walk import joined
 from cap_nb.models.loading import model_fingerprint
+from cap_nb.portable.speed import span_text
 from tools.benchmarks.scaling import shape
-from tools.side_by_side import counted_work, examples_of_lengths, measured_case, random_model, range_text, wanted_text
+from tools.side_by_side import counted_work, examples_of_lengths, measured_case, random_model, wanted_text
 
 path = Path(__file__).resolve().parents[2] / "figures" / "benchmarks" / "processes.json"
 note = os.environ.get("CAP_NB_NOTE", "")
@@ -100,5 +101,5 @@ def efficiency(case):
 
 if __name__ == "__main__":
     case = processes_case(path)
-    print(f"efficiency of two: {range_text(efficiency(case))}{wanted_text(efficiency(case), 0.85)}")
+    print(f"efficiency of two: {span_text(efficiency(case))}{wanted_text(efficiency(case), 0.85)}")
     print(f"the operations allow {case['about']['predicted']:.2f}; same bytes: {case['about']['same bytes']}")

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 from cap_nb.core.errors import BadInput
-from tools.side_by_side import measured_case, measured_rounds, range_text, wanted_text
+from cap_nb.portable.speed import span_text
+from tools.side_by_side import measured_case, measured_rounds, wanted_text
 
 path = Path(__file__).resolve().parents[2] / "figures" / "benchmarks" / "start.json"
 note = os.environ.get("CAP_NB_NOTE", "")
@@ -61,4 +62,4 @@ if __name__ == "__main__":
     seconds = start_case(path)["seconds"]
     for name in COMMANDS:
         more = wanted_text(seconds[name], WANTED[name], more=False) if name in WANTED else ""
-        print(f"{name}: {range_text(seconds[name])} s, processor {range_text(seconds[f'{name}, processor'])} s{more}")
+        print(f"{name}: {span_text(seconds[name])} s, processor {span_text(seconds[f'{name}, processor'])} s{more}")
