@@ -33,7 +33,7 @@ from .jobs.job import (
 from .jobs.planning import plan, plan_text
 from .jobs.records import environment, load_evaluation, save_evaluation
 from .jobs.settings import (
-    CalibrateSettings, ChainRule, changed, check_tuning, examples_by_kind, FineTuning, Job, PruneSettings, read_rule,
+    ChainRule, changed, check_tuning, examples_by_kind, FineTuning, Job, OWN, PruneSettings, read_rule,
     Shrinking, SinglePruning)
 from .methods.criteria import Inputs
 from .methods.layer_walk import device_of_process, joined
@@ -323,10 +323,11 @@ def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, ou
 
 def recipe_plan(job: Job, pruning: SinglePruning) -> str: # Markdown
     "What a recipe will take, from the model's configuration; chains are counted as long as gold solutions."
-    own = job.calibrate.calibrate_on == "gold" and job.calibrate.chain_rule != CalibrateSettings.chain_rule
+    own = job.calibrate.calibrate_on == OWN
+    if own: job = changed(job, calibrate_on="gold", chain_rule="right")
     measured = {"accuracy_tasks": (), "loss_n": 0, "windows": 0}
-    return plan_text(plan(changed(job, chain_rule="right", methods=(pruning.method,), sparsities=(pruning.sparsity,),
-                                  **measured), tries=1 if own else None))
+    return plan_text(plan(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,), **measured),
+                          tries=1 if own else None))
 
 BENCHED = 50 # Problems of each task that are answered before and after
 
@@ -344,8 +345,9 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
     rule, lines = job.calibrate.chain_rule, []
     with stop_says(STOPPED), alone_in(out):
         write_checked(out/"recipe.json", asked)
-        if job.calibrate.calibrate_on == "gold" and rule != CalibrateSettings.chain_rule:
-            lines = answer_into(changed(job, chain_rule="right"), chains, tries=1, rule=read_rule(rule))[:-1]
+        if job.calibrate.calibrate_on == OWN:
+            asking = changed(job, calibrate_on="gold", chain_rule="right")
+            lines = answer_into(asking, chains, tries=1, rule=read_rule(rule))[:-1]
             job = changed(job, calibrate_on=str(chains))
         if not made.exists(): prune_into(job, pruning, made)
         write_card(made, force=True)

@@ -77,9 +77,10 @@ def crosses(source, target, tensor):
         crossed.append((str(source), str(target), tensor.numel() * tensor.element_size()))
 
 
-def check_one_device(op, tensors):
-    """The device that an operation runs on; tensors of several raise CUDA's own sentence, numbers of no dimension apart."""
-    devices = {t.device: None for t in tensors if not (t.device.type == "cpu" and (t.dim() == 0 or op in INDEXED))}
+def check_one_device(op, tensors, indices=()):
+    """The device that an operation runs on; tensors of several raise CUDA's own sentence, but for numbers and indices on the processor."""
+    free = [id(index) for index in indices]
+    devices = {t.device: None for t in tensors if not (t.device.type == "cpu" and (t.dim() == 0 or id(t) in free))}
     if len(devices) > 1:
         raise RuntimeError(MIXED.format(*list(devices)[:2]) + f" (when checking arguments of {op})")
     return next(iter(devices), tensors[0].device if tensors else None)
@@ -111,17 +112,17 @@ def answer(op, *args, **kwargs):
         return tensor.held
 
     inside = mapped(opened, args), {name: mapped(opened, value) for name, value in kwargs.items()}
+    if op in INDEXED and type(args[0]) is not Pretended:
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
     if op in CROSSING:
         source, target = (args[1], args[0].device) if op is ATEN.copy_.default else (args[0], asked or args[0].device)
         target = indexed(target)
         crosses(source.device, target, source)
     else:
-        on = check_one_device(op, tensors)
+        on = check_one_device(op, tensors, args[1] if op in INDEXED else ())
         target = indexed(asked) if asked is not None else on
         if op is ATEN._local_scalar_dense.default:
             crosses(on, "cpu", tensors[0])
-        if op in INDEXED and type(args[0]) is not Pretended:
-            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
     if asked is not None:
         inside[1]["device"] = "cpu"
         inside[1].pop("pin_memory", None)

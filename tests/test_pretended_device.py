@@ -46,7 +46,7 @@ from cap_nb.scoring import score_heads_naive
 
 PROCESSOR, DEVICE = "cpu", "pretend:0"
 FITTED = {"retained_gates": GateFit(steps=2), "removed_gates": GateFit(steps=2), "explainable_masks": MaskFit(steps=2)}
-METHODS = ["dense", *table_methods(), "cap.pooled", *(f"{base}.{name}" for base in ("cap", "alps") for name in NEURON_AWARE)]
+METHODS = ["dense", *table_methods(), "wanda^block", "cap.pooled", *(f"{base}.{name}" for base in ("cap", "alps") for name in NEURON_AWARE)]
 EXAMPLES = made_up_calibration(5)
 
 
@@ -260,6 +260,8 @@ def test_a_deliberate_mix_is_caught():
             model(ids)
     with pytest.raises(RuntimeError, match="indices should be either on cpu or on the same device"):
         here[there > 0]
+    with pytest.raises(RuntimeError, match="same device"):
+        there[torch.tensor([0, 1])] = torch.zeros(2)
     for reading in (there.numpy, lambda: np.asarray(there)):
         with pytest.raises(TypeError, match=r"can't convert pretend:0 device type tensor to numpy. Use Tensor.cpu\(\)"):
             reading()

@@ -20,7 +20,7 @@ from cap_nb.evaluation import evaluation_problems
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.job import check_job, drawn_problems, job_calibration, problems_fingerprint, run_job, spared_problems
 from cap_nb.jobs.records import load_run, mask_fingerprint
-from cap_nb.jobs.results import CHOSEN, read_families
+from cap_nb.jobs.results import CHOSEN, judged, read_families
 from cap_nb.jobs.settings import Job, SinglePruning, changed, check_names
 from cap_nb.methods.prune import READINGS, prune
 from cap_nb.methods.resumed_scoring import load_losses, save_losses, score_heads
@@ -306,3 +306,16 @@ def test_the_plans_problems_are_those_that_its_commands_draw():
         for task, fingerprint in family.problems.items():
             n = int(options["evaluate-n" if task in options["accuracy-tasks"] else "choice-n"])
             assert problems_fingerprint(drawn_problems(changed(Job(), data_dir=str(DATA)), task, n, frozenset())) == fingerprint
+
+
+def test_the_judged_run_is_the_one_that_the_plan_commands():
+    family, run = read_families(PLAN)["smollm2"], load_run(ROOT / "figures" / "primary" / "smollm2")
+    options = dict(re.findall(r"--([\w-]+) (\S+)", family.commands[-1]))
+    chosen = next(method for method in run.configuration["methods"] if method in family.readings[1:])
+    assert run.configuration["methods"] == options["methods"].replace("CHOSEN", chosen).split(",")
+    assert run.configuration["sparsities"] == [float(sparsity) for sparsity in options["sparsity"].split(",")]
+    assert run.configuration["model"]["dtype"] == options["dtype"] and run.configuration["calibration"]["n"] == int(options["n"])
+    validation = load_run(ROOT / "figures" / "primary" / "smollm2_validation")
+    assert validation.configuration["calibration"] == run.configuration["calibration"] and set(family.readings) <= set(validation.configuration["methods"])
+    asked = judged(family, run, chosen)
+    assert list(asked) == family.keys(chosen) and {c.n for c in asked.values()} == {500}

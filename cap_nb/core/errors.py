@@ -18,6 +18,7 @@ class BadInput(ValueError):
 # %% ../../nbs/core/00_errors.ipynb #c009
 import difflib
 import re
+import sys
 from collections.abc import Hashable, Iterable
 
 def check_choice(value: str, choices: Iterable[str], what: str, also: str = "") -> str: # `also`: ends the list
@@ -32,9 +33,10 @@ def check_choice(value: str, choices: Iterable[str], what: str, also: str = "") 
 def check_device(name: str) -> str:
     "Return the name of a device if it has the form of one; whether it is there, only torch can tell."
     if re.fullmatch(r"cpu(:0)?|(cuda|mps)(:(0|[1-9]\d?))?", name): return name
-    import torch # here, since `cap --help` reads this module and needs no torch
-    other = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type # xpu, or a plugin's
-    if other and re.fullmatch(rf"{other}(:\d+)?", name): return name
+    torch = sys.modules.get("torch") # not imported to tell a typo
+    if torch is None: other = "xpu|npu|hpu" # looked at again when torch is there
+    else: other = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
+    if other and re.fullmatch(rf"({other})(:\d+)?", name): return name
     raise BadInput(f"Unknown device {name!r}: expected cpu, cuda, cuda:N, mps or, for a model that is loaded, auto; "
                    "check the spelling.")
 

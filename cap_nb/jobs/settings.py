@@ -304,6 +304,8 @@ RECIPES = {
     "hour": Recipe(about="as one-shot, then trained for the dense model's predictions", method="alps^block",
                    tuning=FineTuning())}
 
+OWN = "own chains" # What a recipe calibrates on until the file of them is there
+
 def recipe_lines() -> list[str]:
     "What `cap methods --recipes` says."
     return [f"{name:10} {r.about}: {r.method} on {r.calibration_tokens:,} tokens, {r.text_share:.0%} of them text, the "
@@ -317,10 +319,10 @@ def with_recipe(job: Job, pruning: SinglePruning, name: str, given: Collection[s
         if getattr(pruning, other):
             raise BadInput(f"--{other} was given with --recipe {name}: expected one of them, since a recipe measures "
                            "for itself, in memory; leave one out.")
-    on = job.calibrate.calibrate_on if "calibrate_on" in given else "chains"
+    on = job.calibrate.calibrate_on if "calibrate_on" in given else OWN
     no_use = {"calibration_tokens": "n" in given, "chain_rule": on in ("gold", "text"), "text_share": on == "text"}
     filled = {each: getattr(recipe, each) for each in wanted if each not in given and not no_use[each]}
-    return changed(job, **filled), replace(pruning, method=pruning.method or recipe.method)
+    return changed(job, calibrate_on=on, **filled), replace(pruning, method=pruning.method or recipe.method)
 
 # %% ../../nbs/jobs/01_settings.ipynb #8f989e54
 def check_tuning(settings: FineTuning) -> None:
