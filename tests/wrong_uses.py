@@ -82,7 +82,6 @@ COMMANDS = {
     "devices": [f"{PRUNE} --method magnitude --device {name}" for name in DEVICES] + [f"{RUN} --device meta", f"{EVAL} --device vulkan"],
     "numbers": [f"{RUN} {options}" for options in (
         "--n 0", "--n -1", "--n 99999999", "--k 0", "--k 10", "--batch-tokens 0", "--evaluate-n 0", "--evaluate-n 9999999 --accuracy-tasks lab-arc", "--loss-n -1", "--choice-n -1", "--shots -1", "--shots 9999999 --accuracy-tasks lab-arc",
-        "--samples 0", "--samples 4", "--temperature 0.6", "--samples 4 --temperature nan", "--samples 4 --temperature 1 --top-p 1.5",
         "--loss-n 9999999", "--max-new-tokens 0", "--windows -1", "--window-tokens 1", "--text-tokens 1", "--text-share 1", "--text-share -0.1",
         "--text-share nan", "--text-share 0.01", "--seed 18446744073709551616", "--seed -9999999999999999999999",
         "--calibration-seed 99999999999999999999", "--max-new-tokens 99999999 --accuracy-tasks lab-arc",
