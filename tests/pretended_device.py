@@ -307,7 +307,7 @@ def write_crossings():
         for number, kind in enumerate(WORK):
             _, size, (to, back) = work_done(kind, DEVICE, Path(folder) / f"{number}")
             cases[kind] = {"to the device": round(to / size, 3), "from it": round(back / size, 3), "read whole": WORK[kind][0]}
-    write_checked(ROOT / "figures" / "benchmarks" / "crossings.json", {"torch": torch.__version__, "model's bytes": size, "cases": cases})
+    write_checked(ROOT / "figures" / "devices" / "crossings.json", {"torch": torch.__version__, "model's bytes": size, "cases": cases})
 
 
 if __name__ == "__main__":
