@@ -124,8 +124,8 @@ COMMANDS = {
                 "prune --method magnitude --out ''", f"run {FEW} --out ''", "score --n 3 --k 1 --out ''", "table ''"],
     "folders of others": ["prune --method magnitude --out PLACE/locked/new", "prune --method magnitude --out PLACE/new", f"run {FEW} --out PLACE/locked/new",
                           "score --n 3 --k 1 --out PLACE/locked/new.safetensors", "table PLACE/locked", "table PLACE/locked/run", f"run {FEW} --config PLACE/locked/x.yaml --out PLACE/new",
-                          "prune --method magnitude --model PLACE/locked/model --out PLACE/new", f"run {FEW} --tasks gsm8k --data-dir PLACE/locked --out PLACE/new",
-                          "prune --method cap --scores PLACE/locked/scores.safetensors --out PLACE/new"],
+                          "prune --method magnitude --model PLACE/locked/model --out PLACE/open/new", f"run {FEW} --tasks gsm8k --data-dir PLACE/locked --out PLACE/new",
+                          "prune --method cap --scores PLACE/locked/scores.safetensors --out PLACE/open/new"],
     "read-only disks": ["prune --method magnitude --out PLACE/disk/new", f"run {FEW} --out PLACE/disk/new", "score --n 3 --k 1 --out PLACE/disk/new.safetensors",
                         "eval --windows 0 --loss-n 2 --accuracy-tasks none --out PLACE/disk/new", "train-lab --steps 1 --out PLACE/disk/new",
                         f"chains {FEW_EXAMPLES.replace('--k 1 ', '')} --max-new-tokens 4 --out PLACE/disk/new.jsonl"],
@@ -373,6 +373,8 @@ def prepared(place):
     prepared_scores(place)
     (place / "disk").mkdir()
     (place / "locked").mkdir(mode=0o700)
+    (place / "open").mkdir()
+    (place / "open").chmod(0o777)
     for name, content in {"old_run": {"format": 1}, "list_run": [1]}.items():
         (place / name).mkdir()
         write_checked(place / name / "run.json", content)
@@ -465,9 +467,9 @@ def in_our_words(sentence):
 
 def cleared(place):
     """Remove what a use may have begun."""
-    new = place / "new"
-    if new.is_dir():
-        shutil.rmtree(new)
+    for new in (folder / name for folder in (place, place / "open") for name in ("new", "new.unfinished")): # or a later use would meet what an earlier one kept
+        if new.is_dir():
+            shutil.rmtree(new)
 
 
 def write_record(path=RECORD):
