@@ -338,7 +338,7 @@ def benched(job: Job, made: Path, out: Path) -> list[Evaluation]: # Of the dense
         if not (out/name).exists(): evaluate_alone(changed(asked, loss_n=0, windows=0), out=out/name)
     return [load_evaluation(out/name) for name in ("before", "after")]
 
-def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None, 
+def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
                 out: Path) -> tuple[list[str], list[Evaluation]]: # What came of it, in sentences and in answers
     "Write a model's chains, prune, train and bench it, each once; the same call goes on after a stop."
     chains, made, asked = out/"chains.jsonl", out/"pruned", recipe_asked(job, pruning, tuning, out)
