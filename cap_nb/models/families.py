@@ -134,15 +134,11 @@ def latent_widths(config: object) -> tuple[int, int, int]:
     "A query is plain and rotated, a head's own key is plain: its rotated part is all heads'."
     return (config.qk_nope_head_dim + config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim)
 
-def every_head(config: object) -> int:
-    "Every head has its own key and value."
-    return config.num_attention_heads
-
 LATENT_QUERIES = under("self_attn", query_latent="q_a_proj", query="q_b_proj")
 LATENT_KEYS = under("self_attn", key_value_latent="kv_a_proj_with_mqa", key_value="kv_b_proj", output="o_proj")
 DEEPSEEK_DIRECT = Family("model.layers", "model.norm", # Queries straight from the hidden state, as in V2-Lite
-    under("self_attn", query="q_proj") | LATENT_KEYS | under("mlp", **GATED), by_group=True, groups=every_head,
-    experts=DEEPSEEK_EXPERTS, widths=latent_widths)
+    under("self_attn", query="q_proj") | LATENT_KEYS | under("mlp", **GATED), by_group=True,
+    groups=lambda config: config.num_attention_heads, experts=DEEPSEEK_EXPERTS, widths=latent_widths)
 DEEPSEEK = replace(DEEPSEEK_DIRECT, roles=LATENT_QUERIES | LATENT_KEYS | under("mlp", **GATED),
                    where_none=("q_lora_rank", DEEPSEEK_DIRECT))
 
