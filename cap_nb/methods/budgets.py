@@ -11,15 +11,14 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput, check_at_least, check_sparsity, validate_arguments
-from cap_nb.core.files import (
-    alone_in, is_intact, json_text, read_checked, read_tensors, sha256_of_text, write_checked, write_tensors)
+from cap_nb.core.files import alone_in, is_intact, json_text, read_tensors, sha256_of_text, write_tensors
 from cap_nb.core.registry import ALLOCATIONS
 from cap_nb.data.prompts import token_batches
 from cap_nb.methods.criteria import dense_norms, Inputs
@@ -302,57 +301,12 @@ def cheapest_shares(costs: torch.Tensor, power: float, weights: torch.Tensor, sp
 # %% ../../nbs/methods/22_budgets.ipynb #d06c8fd8
 @dataclass(frozen=True)
 class BudgetSettings:
-    "How budgets are measured and corrected."
+    "How budgets are measured."
     levels: tuple[float, ...] = (0.3, 0.6) # Shares to which each region is pruned alone
     examples: int = 24 # Examples that regions are measured on
     cap: float = 0.95 # The largest share that a region may get
-    moves: int = 0 # Moves that are tried
-    step: float = 0.05 # Share of the smaller region that a move shifts
-    first: int = 8 # Examples of the first look at a move
-    again: int = 16 # Examples of the second look
-    seed: int = 0 # Seed of the examples and the moves
+    seed: int = 0 # Seed of the examples
     batch_tokens: int = 4096 # Padded tokens per batch
-
-@dataclass(frozen=True)
-class Move:
-    "A move that was tried: one region sparser, another denser."
-    sparser: int # Index of the region that loses weights
-    denser: int # Index of the region that gets as many back
-    weights: float # d, how many
-    accepted: bool = False # Whether it was made
-
-    def of(self, shares: torch.Tensor, weights: torch.Tensor) -> torch.Tensor: # Float64 [R]
-        "The shares of regions of these sizes, moved."
-        moved = shares.clone()
-        moved[self.sparser] += self.weights / weights[self.sparser]
-        moved[self.denser] -= self.weights / weights[self.denser]
-        return moved.clamp(min=0)
-
-def proposal(shares: torch.Tensor, weights: torch.Tensor, settings: BudgetSettings, rng: random.Random) -> Move:
-    "Draw a move that the bounds leave room for."
-    room, zeros = (settings.cap - shares) * weights, shares * weights
-    into, out_of = ([r for r in range(len(shares)) if bound[r] > 0] for bound in (room, zeros))
-    sparser, denser = rng.choice([(one, other) for one in into for other in out_of if one != other])
-    step = settings.step * min(weights[sparser], weights[denser])
-    return Move(sparser, denser, float(min(step, room[sparser], zeros[denser])))
-
-def moved_shares(shares: torch.Tensor, weights: torch.Tensor, measure: Callable[[torch.Tensor, Sequence[int]], float],
-                 pool: int, settings: BudgetSettings,
-                 path: Path | None = None) -> tuple[torch.Tensor, tuple[Move, ...]]:
-    "Correct shares [R], move by move; `measure` says what shares cost on some of the examples. A file is resumed."
-    done = read_checked(path) if path and is_intact(path, read_checked) else []
-    moves, shares = [Move(**entry) for entry in done[:settings.moves]], shares.double()
-    for move in moves: shares = move.of(shares, weights) if move.accepted else shares
-    for index in tqdm(range(len(moves), settings.moves), desc="moves", unit="move"):
-        rng = random.Random(f"{settings.seed}/move/{index}")
-        move = proposal(shares, weights, settings, rng)
-        moved, drawn = move.of(shares, weights), rng.sample(range(pool), settings.first + settings.again)
-        looks = drawn[:settings.first], drawn[settings.first:]
-        if all(measure(moved, look) < measure(shares, look) for look in looks):
-            move, shares = replace(move, accepted=True), moved
-        moves.append(move)
-        if path: write_checked(path, [asdict(move) for move in moves])
-    return shares, tuple(moves)
 
 # %% ../../nbs/methods/22_budgets.ipynb #e118c767
 @dataclass(frozen=True)
@@ -363,43 +317,21 @@ class Budgets:
     kl: torch.Tensor # How far that moves the predictions, mean over an example's targets, in nats, float64 [R, m, N]
     sparsity: float # Share of all weights to zero
     power: float # p
-    solved: torch.Tensor # Shares with the least sum of K s^p, float64 [R]
-    shares: torch.Tensor # Shares after the moves, float64 [R]
-    moves: tuple[Move, ...] = () # Moves that were tried
+    shares: torch.Tensor # Shares with the least sum of K s^p, float64 [R]
 
     @property
     def modules(self) -> dict[str, float]:
         "Module name -> share of its weights to zero."
         return {name: float(share) for region, share in zip(self.regions, self.shares) for name in region.modules}
 
-    @property
-    def accepted(self) -> int:
-        "How many moves were accepted."
-        return sum(move.accepted for move in self.moves)
-
 # %% ../../nbs/methods/22_budgets.ipynb #4b1373ea
-def weights_of(regions: Sequence[Region]) -> torch.Tensor: # Float64 [R]
-    "n, the weights in scope of each region."
-    return torch.tensor([region.weights for region in regions], dtype=torch.float64)
-
 def solved_budgets(regions: tuple[Region, ...], levels: tuple[float, ...], kl: torch.Tensor, sparsity: float,
                    cap: float = 0.95) -> Budgets:
     "Fit the power law to divergences [R, m, N], and share the zeros out."
     costs, power = power_law(kl.mean(-1), levels)
-    shares = cheapest_shares(costs, power, weights_of(regions), sparsity, cap)
-    return Budgets(regions=regions, levels=levels, kl=kl, sparsity=sparsity, power=power, solved=shares, shares=shares)
-
-def corrected(model: nn.Module, calibration: Calibration, budgets: Budgets, settings: BudgetSettings, local: Local,
-              path: Path | None = None) -> Budgets:
-    "Correct budgets by moves on the whole pruned model; resumes a file."
-    batches = sorted(prepared_batches(model, calibration, 1), key=lambda batch: batch[0].indices) # an example each
-    with pruned_regions(model, budgets.regions, local) as prune:
-        def measure(shares: torch.Tensor, examples: Sequence[int]) -> float:
-            prune(shares.tolist())
-            return example_divergences(model, [batches[index] for index in examples]).mean().item()
-        weights = weights_of(budgets.regions)
-        shares, moves = moved_shares(budgets.solved, weights, measure, len(batches), settings, path)
-    return replace(budgets, shares=shares, moves=moves)
+    weights = torch.tensor([region.weights for region in regions], dtype=torch.float64) # n
+    shares = cheapest_shares(costs, power, weights, sparsity, cap)
+    return Budgets(regions=regions, levels=levels, kl=kl, sparsity=sparsity, power=power, shares=shares)
 
 def spread_over_strata(calibration: Calibration, count: int, seed: int) -> Calibration:
     "Some examples, or all if there are no more, evenly from all tasks and lengths."
@@ -410,8 +342,8 @@ def spread_over_strata(calibration: Calibration, count: int, seed: int) -> Calib
     return Calibration.from_examples([calibration.examples[index] for index in chosen], k=1, seed=seed)
 
 # %% ../../nbs/methods/22_budgets.ipynb #9f441d90
-def check_settings(settings: BudgetSettings, sparsity: float, pool: int) -> None:
-    "Raise `BadInput` for settings that cannot be met with `pool` examples, before anything is measured."
+def check_settings(settings: BudgetSettings, sparsity: float) -> None:
+    "Raise `BadInput` for settings that cannot be met, before anything is measured."
     if not check_sparsity(sparsity) <= settings.cap < 1:
         raise BadInput(f"The cap is {settings.cap:g} at sparsity {sparsity:g}: expected at least the sparsity and "
                        "below 1; 0.95 is usual.")
@@ -419,10 +351,7 @@ def check_settings(settings: BudgetSettings, sparsity: float, pool: int) -> None
     if len(ends) < 4 or not all(low < high for low, high in zip(ends, ends[1:])):
         raise BadInput(f"The levels are {settings.levels}: expected at least two shares between 0 and 1 that rise, "
                        "as in (0.3, 0.6); give such levels.")
-    for name in ("examples", "first", "again"): check_at_least(getattr(settings, name), 1, name)
-    if settings.moves and settings.first + settings.again > pool:
-        raise BadInput(f"A move looks at {settings.first} + {settings.again} examples and there are {pool}: "
-                       f"expected no more than that; take more examples, or look at fewer.")
+    check_at_least(settings.examples, 1, "examples")
 
 # %% ../../nbs/methods/22_budgets.ipynb #3ee8afdc
 @validate_arguments
@@ -431,30 +360,26 @@ def measured_budgets(
     model: nn.Module, # A causal language model of a known family, dense, in evaluation mode; not changed in the end
     calibration: Calibration, # The calibration set
     sparsity: float, # Share of all weights to zero, in [0, cap]
-    settings: BudgetSettings = BudgetSettings(), # Levels, examples, moves, seed
+    settings: BudgetSettings = BudgetSettings(), # Levels, examples, seed
     store: str | Path | None = None, # Folder of finished work; None stores nothing
     local: Local | None = None, # How a matrix is pruned; None means `wanda_local` on the calibration set
 ) -> Budgets: # A share for every projection, with all that it comes from
-    "Budgets from interventions: measure every region, fit, share out, correct; resumes where a killed run stopped."
-    def key_of(content: object) -> str: return sha256_of_text(json_text(content))[:16]
-    check_settings(settings, sparsity, len(calibration.examples))
+    "Budgets from interventions: measure every region, fit, share out; resumes where a killed run stopped."
+    check_settings(settings, sparsity)
     local = local or wanda_local(model, calibration, settings.batch_tokens)
     origin = {"model": model_fingerprint(model), "calibration": calibration.fingerprint, "local": local.name,
               "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "levels": list(settings.levels),
               "examples": settings.examples, "seed": settings.seed, "batch_tokens": settings.batch_tokens}
-    folder = store and Path(store)/f"budgets-{key_of(origin)}"
-    key = key_of([sparsity, asdict(replace(settings, moves=0))]) # more moves go on from fewer
+    folder = store and Path(store)/f"budgets-{sha256_of_text(json_text(origin))[:16]}"
     with alone_in(folder) if folder else nullcontext():
         chosen = spread_over_strata(calibration, settings.examples, settings.seed)
         kl = measured_divergences(model, chosen, settings.levels, local, settings.batch_tokens,
                                   folder and folder/"table.safetensors")
-        budgets = solved_budgets(sublayers(model), settings.levels, kl, sparsity, settings.cap)
-        if not settings.moves: return budgets
-        return corrected(model, calibration, budgets, settings, local, folder and folder/f"{key}.json")
+    return solved_budgets(sublayers(model), settings.levels, kl, sparsity, settings.cap)
 
 # %% ../../nbs/methods/22_budgets.ipynb #1d59eb44
 def divergence_shares(model: nn.Module, inputs: Inputs, sparsity: float) -> dict[str, float]:
-    "The share of every projection by budgets from interventions, measured with Wanda's criterion, without moves."
+    "The share of every projection by budgets from interventions, measured with Wanda's criterion."
     settings = BudgetSettings(examples=min(24, len(inputs.calibration.examples)), seed=inputs.seed)
     return measured_budgets(model, inputs.calibration, sparsity, settings, inputs.store).modules
 
