@@ -5,17 +5,26 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c005
+# %% ../../nbs/methods/13_sparsegpt.ipynb #524c8236
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 import torch
+from torch import nn
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import BadInput
+from cap_nb.methods.layer_walk import layer_by_layer, LayerStep, unreached
+from cap_nb.methods.selection import first_true, smallest_in_rows
+from cap_nb.methods.wanda import input_sums
+from cap_nb.threshold import zero_count
 
+# %% ../../nbs/methods/13_sparsegpt.ipynb #c005
 def layer_output_error(weight: torch.Tensor, new: torch.Tensor, hessian: torch.Tensor) -> float:
     "How far the outputs of a projection move, ||WX - W'X||^2 (Frantar and Alistarh 2023, equation 1)."
     moved = weight.detach().double() - new.detach().double()
     return float(((moved @ hessian.double()) * moved).sum())
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c015
-from cap_nb.core.errors import BadInput
-
 def check_finite(weight: torch.Tensor, hessian: torch.Tensor, name: str) -> None:
     "Raise `BadInput` for a weight or a Hessian with NaN or infinity."
     if not weight.isfinite().all():
@@ -62,8 +71,6 @@ def block_factors(damped: torch.Tensor, block: int, damping: float, name: str,
     return damped
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c022
-from cap_nb.methods.selection import first_true
-
 def cheapest(cost: torch.Tensor, count: int) -> torch.Tensor:
     "The cheapest weights of a block, exactly as many as wanted, equal ones in flat order."
     if count == 0: return torch.zeros_like(cost, dtype=torch.bool)
@@ -72,8 +79,6 @@ def cheapest(cost: torch.Tensor, count: int) -> torch.Tensor:
     return below | first_true(cost == highest, count - int(below.sum()))
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c264cfe4
-from cap_nb.methods.selection import smallest_in_rows
-
 def smallest_of_group(columns: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, j: int,
                       pattern: tuple[int, int]) -> torch.Tensor:
     "Choose within a group of N:M, on its weights as they are by then."
@@ -104,9 +109,6 @@ def check_pattern_fits(width: int, pattern: tuple[int, int], name: str) -> None:
                        f"expected whole groups for {pattern[0]}:{pattern[1]}; take another pattern or none.")
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c033
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 @dataclass(frozen=True)
 class MadeOnce:
     "What was made from the Hessian seen last, for the next projection that reads the same inputs."
@@ -125,8 +127,6 @@ class MadeOnce:
         return new
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c037
-from cap_nb.threshold import zero_count
-
 def pruned_blocks(old: torch.Tensor, factor: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None,
                   block: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Block after block: where it stands when its turn comes, then algorithm 1 within it."
@@ -168,9 +168,6 @@ def sparsegpt_update(
     return new.to(weight.dtype), mask
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c063
-from cap_nb.methods.layer_walk import LayerStep, unreached
-from cap_nb.methods.wanda import input_sums
-
 def products(inputs: torch.Tensor) -> torch.Tensor:
     "What SparseGPT adds up."
     real = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
@@ -184,11 +181,6 @@ def input_hessians(step: LayerStep) -> dict[str, torch.Tensor]:
     return sums
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c074
-from pathlib import Path
-from torch import nn
-from cap_nb.calibration import Calibration
-from cap_nb.methods.layer_walk import layer_by_layer
-
 Hessians = dict[str, torch.Tensor] # Module name -> sum over tokens of the products of input features, [in, in]
 LayerSolver = Callable[[LayerStep, Hessians], None] # Prunes the projections of a layer in place
 
