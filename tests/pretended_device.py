@@ -20,12 +20,14 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from typer.testing import CliRunner
 
 from cap_nb.command_line import app
+from cap_nb.core.devices import device_name, finish, make_current, memory_of, memory_taken
 from cap_nb.core.files import write_checked
 from cap_nb.core.registry import ATTRIBUTIONS
 from cap_nb.evaluation import accuracy, held_out_losses, perplexity
 from cap_nb.data.problems import load_problems
 from cap_nb.jobs.chains import Answering, own_chains
 from cap_nb.jobs.settings import FineTuning, SpeedSettings
+from cap_nb.methods import resumed_scoring
 from cap_nb.methods.attributions import GateFit
 from cap_nb.methods.experts import expert_losses, routed_losses
 from cap_nb.methods.explainable_masks import MaskFit
@@ -275,6 +277,19 @@ def test_what_crosses_is_counted():
         there + 1, there.clone(), torch.zeros(9, device=DEVICE), torch.ones(3)
     here, second = PROCESSOR, "pretend:1"
     assert crossings == [(here, DEVICE, 12), (here, DEVICE, 12), (DEVICE, here, 12), (DEVICE, here, 4), (DEVICE, here, 12), (DEVICE, second, 12), (here, DEVICE, 4)]
+
+
+def test_the_device_is_asked_as_cuda_is(monkeypatch):
+    """Name, memory and waiting, by functions that have CUDA's names; as many heads in one pass as fit into the memory."""
+    device, waited = torch.device(DEVICE), []
+    monkeypatch.setattr(torch.pretend, "synchronize", waited.append)
+    with memory_taken(device) as taken:
+        finish(device), make_current(device)
+    assert (taken, memory_of(device), device_name(device), waited) == ([1 << 20], (3 << 20, 4 << 20), DEVICE, [device])
+    at_once, masked = [], resumed_scoring.masked_losses
+    monkeypatch.setattr(resumed_scoring, "masked_losses", lambda *given: (at_once.append(len(given[4])), masked(*given))[1])
+    score_heads(tiny_llama().to(DEVICE), EXAMPLES)
+    assert at_once == [1] + [2] * (len(at_once) - 1), "after the trial pass, two heads at once"
 
 
 def test_only_attention_rounds_otherwise():

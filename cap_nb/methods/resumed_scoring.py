@@ -216,18 +216,16 @@ def prepare_batch(model: nn.Module, calibration: Calibration, indices: Sequence[
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c057
 from pathlib import Path
+from cap_nb.core.devices import memory_of, memory_taken, module_of
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
 
 def heads_by_memory(model: nn.Module, state: BatchState, targets: Targets, prefix: Prefix | None) -> int:
-    "The number of heads in one pass, from a trial pass of the largest batch on a CUDA device; 1 on any other."
+    "The number of heads in one pass, from a trial pass of the largest batch on a GPU; 1 where memory is main memory."
     device, heads = state.hidden.device, dimensions(model.config).heads
-    if device.type != "cuda": return 1
-    torch.cuda.reset_peak_memory_stats(device)
-    held = torch.cuda.memory_allocated(device)
-    masked_losses(model, state, targets, 0, (0,), masked_prefix(model, prefix, 0, (0,)))
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
-    taken = torch.cuda.max_memory_allocated(device) - held
-    return max(1, min(heads, int(0.8 * free / max(1, taken)))) # a fifth stays free
+    if module_of(device) is None: return 1
+    with memory_taken(device) as taken:
+        masked_losses(model, state, targets, 0, (0,), masked_prefix(model, prefix, 0, (0,)))
+    return max(1, min(heads, int(0.8 * memory_of(device)[0] / max(1, taken[0])))) # a fifth stays free
 
 @dataclass(frozen=True)
 class Request:
