@@ -27,7 +27,7 @@ def token_losses(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, 
 
 def losses_from_hidden(model: nn.Module, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     "Loss of each example, float64 [B], from the last layer's output [B, T, hidden], with the head at targets only."
-    labels = batch["labels"][:, 1:]
+    labels = batch["labels"][:, 1:].to(hidden.device) # of a model that is spread, the last layer may be elsewhere
     is_target = labels != IGNORED
     losses = token_losses(model, hidden[:, :-1][is_target], labels[is_target])
     return mean_by_example(losses, is_target.sum(1).tolist())
