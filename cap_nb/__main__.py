@@ -1,5 +1,4 @@
 """The program `cap`, also as `python -m cap_nb`: a stop is one sentence, also while libraries are being read."""
-import ctypes
 import os
 import sys
 
@@ -20,20 +19,10 @@ def check_environment() -> None:
             sys.exit(2)
 
 
-def keep_freed_memory() -> None:
-    "Where the C library is glibc: large blocks that were freed serve again."
-    # Else each is handed back to the system, and taken anew, page by page and zeroed, by the next operation: on batches
-    # of 16,384 tokens of a 0.5B a fifth of the processor's time. Numbers: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD.
-    tune = getattr(ctypes.CDLL(None), "mallopt", None)
-    if tune is None: return
-    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)): tune(parameter, value)
-
-
 def main() -> None:
     "Answer the signals, then read the commands and run one."
     answer_signals(leave_at_once)
     check_environment()
-    keep_freed_memory()
     from cap_nb.command_line import app
     app()
 

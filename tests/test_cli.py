@@ -1,6 +1,5 @@
 """The program `cap` from outside: exit codes, one sentence for a mistake and never a traceback, Ctrl-C, and a run that is taken up again."""
 import ast
-import ctypes
 import json
 import pydoc
 import re
@@ -271,16 +270,6 @@ def loading(*words):
     """The program in an interpreter of its own, whose last line says which heavy libraries it has imported."""
     code = f"import sys\nfrom cap_nb.__main__ import main\ntry: main()\nexcept SystemExit: pass\nprint('\\nloaded', [name for name in {HEAVY} if name in sys.modules])"
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc: its memory is not tuned")
-def test_freed_memory_serves_again():
-    """Twenty blocks of 64 MB, one after another: with the program's tuning at most two of them fault pages in."""
-    code = ("import resource, torch\nfrom cap_nb.__main__ import keep_freed_memory\nkept = {}\n"
-            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nif kept: keep_freed_memory()\nbefore = faults()\n"
-            "for _ in range(20): torch.ones(2**24)\nprint((faults() - before) * resource.getpagesize() / 2**26)")
-    plain, tuned = (float(subprocess.run([sys.executable, "-c", code.format(kept)], capture_output=True, text=True, cwd=ROOT, check=True).stdout) for kept in (False, True))
-    assert tuned < 2 and plain > 19, (plain, tuned)
 
 
 @pytest.mark.parametrize("words, part", [
