@@ -101,7 +101,6 @@ def settings_but_seed(configuration: Mapping) -> dict: # The same without what m
     return kept | {"calibration": drawn}
 
 def check_settings(folder: Path, settings: Mapping, others: Mapping) -> None:
-    "Raise `BadInput` unless two runs differ in nothing but their calibration draw."
     differ = sorted(key for key in settings.keys() | others.keys() if settings.get(key) != others.get(key))
     if differ:
         raise BadInput(f"{folder} differs from its neighbours in {', '.join(differ)}: "
@@ -157,27 +156,19 @@ def seed_table(
     return pd.DataFrame(list(rows.values()), names, list(OVER_SEEDS))
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c036
-def layout_differences(first: Sequence[Evaluation], second: Sequence[Evaluation]) -> dict[str, pd.DataFrame]:
-    "Differences seed by seed and problem by problem; methods that were measured on other problems raise `BadInput`."
-    ours, theirs = seed_layouts(first), seed_layouts(second)
-    shared = [measure for measure in ours if measure in theirs]
-    for measure in shared:
-        if not ours[measure].columns.equals(theirs[measure].columns):
-            raise BadInput(f"{first[0].method} and {second[0].method} were not measured on the same problems of "
-                           f"{measure}: expected one draw for both; use one --seed for both.")
-    return {measure: ours[measure] - theirs[measure] for measure in shared}
-
 def differences_over_seeds(
         runs: Mapping[int, Sequence[Evaluation]],
         pairs: Sequence[tuple[str, str]] = CAP_PAIRS) -> dict[tuple[str, str, float, str], pd.DataFrame]:
-    "The layout of every difference between two methods."
-    cells = cells_over_seeds(runs)
-    shared = shared_cells([evaluations[0] for evaluations in cells.values()], pairs)
-    layouts = {}
-    for first, second in shared:
-        name = method_title(first.method), method_title(second.method), first.sparsity
-        both = cells[first.method, first.sparsity], cells[second.method, second.sparsity]
-        layouts |= {(*name, measure): layout for measure, layout in layout_differences(*both).items()}
+    "Every difference seed by seed and problem by problem; methods measured on other problems raise `BadInput`."
+    cells, layouts = cells_over_seeds(runs), {}
+    for first, second in shared_cells([evaluations[0] for evaluations in cells.values()], pairs):
+        ours, theirs = (seed_layouts(cells[e.method, e.sparsity]) for e in (first, second))
+        for measure in [measure for measure in ours if measure in theirs]:
+            if not ours[measure].columns.equals(theirs[measure].columns):
+                raise BadInput(f"{first.method} and {second.method} were not measured on the same problems of "
+                               f"{measure}: expected one draw for both; use one --seed for both.")
+            key = method_title(first.method), method_title(second.method), first.sparsity, measure
+            layouts[key] = ours[measure] - theirs[measure]
     return layouts
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c037
@@ -194,13 +185,11 @@ def compare_over_seeds(
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c038
 def seed_row(row: pd.Series, measure: str) -> list[str]: # Mean with interval, single seeds, three standard deviations
-    "The numbers of a row as text."
     digits = 1 if not measure.endswith("loss") else 3 if row["Mean"] >= 0.1 else 5
     mean, low, high, lowest, highest, *parts = (rounded_text(row[name], f".{digits}f", "") for name in OVER_SEEDS[:8])
     return [f"{mean} [{low}, {high}]", f"{lowest} to {highest}", *parts]
 
 def seed_note(table: pd.DataFrame) -> str: # A line for below the table
-    "How a table over seeds is to be read."
     seeds = f"{table['Seeds'].iloc[0]:.0f} calibration seeds"
     return (f"Means over {seeds}, in per cent or nats, with a 95 % interval that covers the choice of "
             "calibration and of evaluation problems. It may pass 100, where Wilson's interval for a single run would "
