@@ -189,20 +189,15 @@ def seed_row(row: pd.Series, measure: str) -> list[str]: # Mean with interval, s
     mean, low, high, lowest, highest, *parts = (rounded_text(row[name], f".{digits}f", "") for name in OVER_SEEDS[:8])
     return [f"{mean} [{low}, {high}]", f"{lowest} to {highest}", *parts]
 
-def seed_note(table: pd.DataFrame) -> str: # A line for below the table
-    seeds = f"{table['Seeds'].iloc[0]:.0f} calibration seeds"
-    return (f"Means over {seeds}, in per cent or nats, with a 95 % interval that covers the choice of "
-            "calibration and of evaluation problems. It may pass 100, where Wilson's interval for a single run would "
-            "not. Last columns: the standard deviations that calibration, evaluation problems and the rest give to "
-            "the number of a single run.")
-
-# %% ../../nbs/experiments/01_seeds.ipynb #c039
 def seed_markdown(table: pd.DataFrame) -> str: # Markdown, with a note on how to read it
-    "Means over calibration seeds in Markdown, with the three standard deviations of one run's number."
     rows = [[method, f"{100 * sparsity:g} %", measure, *seed_row(row, measure)]
             for (method, sparsity, measure), row in table.iterrows()]
     header = ["Method", "Sparsity", "Measure", "Mean", "Single seeds", *PARTS]
-    return markdown_rows(header, rows, names=3) + f"\n- {seed_note(table)}\n"
+    return markdown_rows(header, rows, names=3) + (
+        f"\n- Means over {table['Seeds'].iloc[0]:.0f} calibration seeds, in per cent or nats, with a 95 % interval that "
+        "covers the choice of calibration and of evaluation problems. It may pass 100, where Wilson's interval for a "
+        "single run would not. Last columns: the standard deviations that calibration, evaluation problems and the "
+        "rest give to the number of a single run.\n")
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c041
 def draw_seeds(ax: Axes, means: pd.DataFrame, numbers: Mapping[tuple[str, float], np.ndarray],
