@@ -12,6 +12,7 @@ import pandas as pd
 import pretend
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import ROOT
 from fixtures import made_up_calibration, tiny_config, tiny_llama
 from programs import FEW
@@ -20,12 +21,14 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from typer.testing import CliRunner
 
 from cap_nb.command_line import app
+from cap_nb.core.devices import device_name, finish, make_current, memory_of, memory_taken
 from cap_nb.core.files import write_checked
 from cap_nb.core.registry import ATTRIBUTIONS
 from cap_nb.evaluation import accuracy, held_out_losses, perplexity
 from cap_nb.data.problems import load_problems
 from cap_nb.jobs.chains import Answering, own_chains
 from cap_nb.jobs.settings import FineTuning, SpeedSettings
+from cap_nb.methods import resumed_scoring
 from cap_nb.methods.attributions import GateFit
 from cap_nb.methods.experts import expert_losses, routed_losses
 from cap_nb.methods.explainable_masks import MaskFit
@@ -100,11 +103,15 @@ def test_every_method_prunes_as_on_the_processor(method):
     assert all(torch.equal(there == 0, here == 0) for there, here in zip(pruned[1][1].values(), pruned[0][1].values()))
 
 
+def attributed(name):
+    options = {"fit": FITTED[name]} if name in FITTED else {"steps": 2} if name == "integrated_gradients" else {}
+    return lambda model, *_: ATTRIBUTIONS[name].compute(model, EXAMPLES, **options)
+
+
 @pytest.mark.parametrize("name", ATTRIBUTIONS)
 def test_every_attribution_is_the_processor_s(name):
     model = tiny_llama(num_hidden_layers=2, attn_implementation="eager")
-    options = {"fit": FITTED[name]} if name in FITTED else {"steps": 2} if name == "integrated_gradients" else {}
-    here, there = (ATTRIBUTIONS[name].compute(copy.deepcopy(model).to(device), EXAMPLES, **options) for device in (PROCESSOR, DEVICE))
+    here, there = (attributed(name)(copy.deepcopy(model).to(device)) for device in (PROCESSOR, DEVICE))
     assert_same(there, here)
 
 
@@ -130,12 +137,20 @@ def weights_of_scope(model):
     return {p.name: (p.weight.detach().double().sum().item(), (p.weight == 0).sum().item()) for p in projections(model)}
 
 
+def on_devices(model, device):
+    """A model on one device; "half" of it on the pretended one, and the last of two layers on the processor."""
+    if device != "half":
+        return model.to(device)
+    there, here = ("model.embed_tokens", "model.rotary_emb", "model.layers.0"), ("model.layers.1", "model.norm", "lm_head")
+    return dispatch_model(model, dict.fromkeys(there, DEVICE) | dict.fromkeys(here, PROCESSOR), main_device=PROCESSOR)
+
+
 def experts(model, tokenizer, device, folder):
     mixture = AutoModelForCausalLM.from_config(tiny_config(MixtralConfig, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2)).float().eval()
     with torch.no_grad():
         for number, p in enumerate(mixture.parameters()):
             p.copy_(torch.linspace(-0.3, 0.3, p.numel()).sin().mul(number + 1).cos().view_as(p) * 0.3)
-    mixture = mixture.to(device)
+    mixture = on_devices(mixture, device)
     return routed_losses(mixture, EXAMPLES), expert_losses(mixture, EXAMPLES)
 
 
@@ -208,7 +223,7 @@ def wide_model(device, folder):
         model, _ = load_model(folder / "spread", device="auto")
         model.set_attn_implementation("eager")
         return model
-    return model.to(device)
+    return on_devices(model, device)
 
 
 def work_done(kind, device, folder):
@@ -216,7 +231,7 @@ def work_done(kind, device, folder):
     folder.mkdir()
     model = wide_model(device, folder)
     with pretend.counting() as crossings:
-        result = WORK[kind][1](model, lab_tokenizer(), device, folder)
+        result = (attributed(kind) if kind in ATTRIBUTIONS else WORK[kind][1])(model, lab_tokenizer(), device, folder)
     back = sum(moved for _, target, moved in crossings if target == PROCESSOR)
     return result, sum(p.numel() * p.element_size() for p in model.parameters()), (sum(moved for *_, moved in crossings) - back, back)
 
@@ -229,7 +244,7 @@ def test_a_kind_of_work_gives_the_same_and_moves_little(kind, tmp_path):
     assert nothing == (0, 0) and to + back < (WORK[kind][0] + 0.5) * size, (to, back, size)
 
 
-BACKWARD = ("screening", "neurons", "prune: gradient", "recover")  # torch's engine has one queue for a device that is pretended
+BACKWARD = ("screening", "neurons", "prune: gradient", "recover")
 ELSEWHERE = ("experts", "bench")  # these make a model of their own, on one device
 
 
@@ -247,6 +262,14 @@ def test_a_model_spread_over_two_devices_gives_the_same(kind, two_devices, tmp_p
     model = wide_model("auto", tmp_path)
     assert {str(p.device) for p in model.parameters()} == {"pretend:0", "pretend:1"}
     assert_same(*(work_done(kind, device, tmp_path / device)[0] for device in ("auto", PROCESSOR)))
+
+
+@pytest.mark.parametrize("kind", [*BACKWARD, "experts", *ATTRIBUTIONS])
+def test_the_way_back_through_two_devices_gives_the_same(kind, tmp_path):
+    """The second is the processor: torch's engine makes a queue for each device that the device's guard counts, and a guard in Python cannot count
+    beyond one; a way back through pretend:1 ends in the engine's own error."""
+    assert {p.device.type for p in wide_model("half", tmp_path).parameters()} == {"cpu", "pretend"}
+    assert_same(*(work_done(kind, device, tmp_path / device)[0] for device in ("half", PROCESSOR)))
 
 
 def test_a_deliberate_mix_is_caught():
@@ -275,6 +298,19 @@ def test_what_crosses_is_counted():
         there + 1, there.clone(), torch.zeros(9, device=DEVICE), torch.ones(3)
     here, second = PROCESSOR, "pretend:1"
     assert crossings == [(here, DEVICE, 12), (here, DEVICE, 12), (DEVICE, here, 12), (DEVICE, here, 4), (DEVICE, here, 12), (DEVICE, second, 12), (here, DEVICE, 4)]
+
+
+def test_the_device_is_asked_as_cuda_is(monkeypatch):
+    """Name, memory and waiting, by functions that have CUDA's names; as many heads in one pass as fit into the memory."""
+    device, waited = torch.device(DEVICE), []
+    monkeypatch.setattr(torch.pretend, "synchronize", waited.append)
+    with memory_taken(device) as taken:
+        finish(device), make_current(device)
+    assert (taken, memory_of(device), device_name(device), waited) == ([1 << 20], (3 << 20, 4 << 20), DEVICE, [device])
+    at_once, masked = [], resumed_scoring.masked_losses
+    monkeypatch.setattr(resumed_scoring, "masked_losses", lambda *given: (at_once.append(len(given[4])), masked(*given))[1])
+    score_heads(tiny_llama().to(DEVICE), EXAMPLES)
+    assert at_once == [1] + [2] * (len(at_once) - 1), "after the trial pass, two heads at once"
 
 
 def test_only_attention_rounds_otherwise():

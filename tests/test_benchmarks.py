@@ -15,7 +15,7 @@ from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.streaming import open_checkpoint
 from cap_nb.models.loading import load_model
 from tools.benchmarks import generation, gpu, layer_problem, processes, scaling, scoring, start, streaming, suite, threshold
-from tools.side_by_side import balanced_heads, examples_at_hand, largest_difference, read_cases
+from tools.side_by_side import balanced_heads, examples_at_hand, largest_difference, measured_case, read_cases
 
 
 def test_a_masked_head_is_not_lost_in_compiled_layers():
@@ -83,26 +83,28 @@ def test_processes_are_timed_and_their_tables_compared(tmp_path):
 
 
 def test_every_measurement_of_a_device_in_small(tmp_path):
-    """`make gpu DRY=1`: all cases are measured and summed up; what is on disk, or would end too late, is not measured."""
+    """`make gpu DRY=1`: all cases are measured and summed up, and the real ones have their names and fit into the limit."""
     said = gpu.dry_run(tmp_path)
-    cases = read_cases(tmp_path / "gpu.json")
-    assert set(cases) == {"peak", "agreement, lab", "llama-3-8b", "writing", "published figure"}
-    assert sum(line.endswith(": measured.") for line in said) == 5 and len(said) == 5 + 3 + 1 + 4 + 2 + 1
-    assert cases["published figure"]["about"]["pruned"][0] > 0 and cases["writing"]["about"]["tokens"]["2"] > 0
-    again = gpu.measure_all([gpu.Measurement("peak", 1, None), gpu.Measurement("long", 9999, None)], tmp_path / "gpu.json", torch.device("cpu"))
-    assert "on disk already" in again[0] and "not begun" in again[1]
+    cases, real = read_cases(tmp_path / "gpu.json"), gpu.measurements("lab")
+    assert set(cases) == {case.name for case in real} and sum(case.seconds for case in real) < gpu.LIMIT
+    assert sum(line.endswith(": measured.") for line in said) == 4 and len(said) == 4 + 3 + 4 + 2 + 2
+    assert [row["Method"] for row in cases["run"]["about"]["table"]] == ["Dense", "Magnitude"] and cases["writing"]["about"]["tokens"]["2"] > 0
+    assert cases["agreement"]["about"]["agreement"]["float32"] == 0 < cases["agreement"]["about"]["agreement"]["bfloat16"] < 0.1
 
 
-def test_the_published_figure_needs_its_weights_and_documents(tmp_path, monkeypatch):
-    monkeypatch.setenv("CAP_NB_LLAMA2", str(tmp_path))
-    assert "CAP_NB_LLAMA2 must name a folder" in gpu.at_hand() and len(gpu.measurements()[0]) == 4
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "c4.json").write_text('{"text": "short"}\n')
-    monkeypatch.setenv("CAP_NB_C4", str(tmp_path / "c4.json"))
-    cases, missing = gpu.measurements()
-    assert [case.name for case in cases][-1] == "published figure" and not missing and sum(case.seconds for case in cases) < gpu.LIMIT
-    with pytest.raises(BadInput, match="has 0 documents of more than 9 tokens"):
-        gpu.text_sequences(None, str(tmp_path / "c4.json"), 1, 9)
+def test_measurements_that_are_cut_go_on(tmp_path):
+    """What is on disk is not measured again, and what would end too late is not begun."""
+    def measured(path, device):
+        return measured_case(path, "first", {}, lambda: {"seconds": {}})
+
+    def cut(path, device):
+        raise KeyboardInterrupt
+
+    path, cpu = tmp_path / "gpu.json", torch.device("cpu")
+    with pytest.raises(KeyboardInterrupt):
+        gpu.measure_all([gpu.Measurement("first", 1, measured), gpu.Measurement("second", 1, cut)], path, cpu)
+    again = gpu.measure_all([gpu.Measurement("first", 1, cut), gpu.Measurement("long", 9999, cut)], path, cpu)
+    assert list(read_cases(path)) == ["first"] and "on disk already" in again[0] and "not begun" in again[1]
 
 
 def test_other_texts_are_noticed(tmp_path):

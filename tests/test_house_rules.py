@@ -145,6 +145,19 @@ def test_modules_are_silent_and_lean(path):
     assert "trust_remote_code=True" not in text.replace(" ", "")
 
 
+def asked_of_devices(text):
+    """Where code names a function of one kind of accelerator, or compares with its name; torch's own tensors and errors need neither."""
+    kinds = ("cuda", "mps", "nccl", "xpu")
+    found = [node for node in ast.walk(ast.parse(text)) if (isinstance(node, ast.Attribute) and node.attr in kinds) or (isinstance(node, ast.Constant) and node.value in kinds)]
+    return sorted({node.lineno for node in found})
+
+
+def test_devices_are_asked_in_one_place():
+    """What has never run on a GPU stands on the page of devices, and nowhere else."""
+    assert [p.name for p in MODULES if asked_of_devices(p.read_text(encoding="utf-8"))] == ["devices.py"]
+    assert asked_of_devices("torch.cuda.synchronize()\nx.type == 'cuda'\nbackend = 'nccl'") == [1, 2, 3]
+
+
 def test_order_names_every_notebook_once():
     """nbs/order.txt is the one list: what it lacks would be neither read nor tested."""
     there = {p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
 
 from cap_nb.core import files as files_module
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import memory_taken
+from cap_nb.core.devices import memory_taken
 from cap_nb.methods.prune import prune
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.portable import format as format_module

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import write_checked
-from cap_nb.core.files import PEAK
+from cap_nb.core.devices import PEAK
 from cap_nb.methods.resumed_scoring import shared_prefix
 from cap_nb.jobs.planning import ExampleLength, lengths_of
 from cap_nb.models.loading import load_model

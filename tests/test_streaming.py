@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from cap_nb.methods.criteria import CRITERIA, dense_norms
 from cap_nb.models.anatomy import projections
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import memory_taken
+from cap_nb.core.devices import memory_taken
 from cap_nb.regions import Factors, region_factors
 from cap_nb.methods import streaming
 from cap_nb.methods.prune import check_method, prune

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import cap_nb
 from cap_nb.calibration import Calibration, calibration_set, default_style
+from cap_nb.core.devices import finish
 from cap_nb.core.errors import BadInput, check_at_least
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.problems import BENCHMARK_NAMES
@@ -39,12 +40,6 @@ Side = Callable[[Heads], torch.Tensor]  # Gives masked losses [L, H, N], NaN for
 
 
 # Clocks
-
-
-def finish(device: torch.device) -> None:
-    "Wait until a device has done what it was given."
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
 
 
 def stopwatch(call: Callable[[], object], device=CPU, clock=time.perf_counter) -> Callable[[], float]:
@@ -95,7 +90,7 @@ def fastest_product(device, dtype, sizes: Sequence[int], repeats: int = 3, clock
 
 IN_PROCESS = """
 import importlib, json, sys, time
-from cap_nb.core.files import PEAK, resident
+from cap_nb.core.devices import PEAK, resident
 path, given = json.loads(sys.argv[1])
 function = getattr(importlib.import_module(path.split(":")[0]), path.split(":")[1])
 start = time.perf_counter()

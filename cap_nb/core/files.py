@@ -529,29 +529,6 @@ def checkpoint_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 # %% ../../nbs/core/01_files.ipynb #b0104be5
-PEAK = Path("/proc/self/status") # Linux: this process's memory, peak included
-RESET = Path("/proc/self/clear_refs") # Linux: writing 5 resets the peak to the current value
-
-def resident(field: str) -> int:
-    "Bytes of this process's main memory, as Linux counts them: VmHWM, the peak, or VmRSS, now."
-    lines = PEAK.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-@contextmanager
-def memory_taken(device: torch.device) -> Iterator[list[int | None]]:
-    "One entry, filled at the end: the bytes that the block took at most beyond what was in use before it, or None."
-    device, taken, before = torch.device(device), [None], None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    elif RESET.exists():
-        RESET.write_text("5")
-        before = resident("VmRSS")
-    yield taken
-    if before is None: return
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
-    taken[0] = max(0, peak - before)
-
 def repository_root() -> Path:
     "The top of this repository, seen from the working directory; outside of it raises `BadInput`."
     here = Path.cwd()

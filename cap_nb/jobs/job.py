@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from ..calibration import Calibration, calibration_set, default_style, default_tasks, Tokens
+from ..core.devices import memory_taken
 from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
-from ..core.files import alone_in, memory_taken, read_tensors, sha256_of_text, write_tensors
+from ..core.files import alone_in, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
 from ..data.problems import (
     FRESH, load_problems, load_text, normal_text, Problem, task_family, TASKS, TEXTS)

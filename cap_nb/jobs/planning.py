@@ -7,7 +7,6 @@ __all__ = ['Plan', 'plan', 'plan_text']
 
 # %% ../../nbs/jobs/04_planning.ipynb #c004
 import math
-import platform
 import statistics
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from ..calibration import Calibration, deal_subsets
+from ..core.devices import device_name, device_named, finish, memory_of
 from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
 from ..core.hub import folder_from_hub, Repository, Wanted
 from ..data.problems import BENCHMARK_NAMES, is_here, task_family
@@ -36,7 +36,7 @@ from ..models.anatomy import Anatomy, context_of, dimensions, projections
 from ..models.choices import has_options
 from ..models.families import family_of, HOLDS
 from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT, lab_tokenizer
-from ..models.loading import config_of, device_named, dtype_named, HUB_ID, load_tokenizer, model_cache
+from ..models.loading import config_of, dtype_named, HUB_ID, load_tokenizer, model_cache
 
 # %% ../../nbs/jobs/04_planning.ipynb #c005
 @dataclass(frozen=True, kw_only=True)
@@ -473,20 +473,13 @@ def described(text: str, dtype: str = "bfloat16") -> Rates: # The device
     return replace(ACCELERATORS[name], name=text, **values)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c041
-def free_memory(device: torch.device) -> int | None:
-    "How many bytes of memory a device has to give now; None where the system does not say."
-    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu" or not Path("/proc/meminfo").exists(): return None
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     "The median time of three calls after one that is not timed."
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
         call()
-        if device.type in ("cuda", "mps"): getattr(torch, device.type).synchronize()
+        finish(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
@@ -505,8 +498,8 @@ def timed_rates(sizes: Sizes, device: str | torch.device | None = None, dtype: s
                 tokens: int = 4096) -> Rates:
     "Time one batch, and one token, through one random layer; one that does not fit raises `BadInput`."
     device, dtype, layer = device_named(device), dtype_named(dtype or sizes.dtype), one_layer(sizes)
-    free, needed = free_memory(device), 2 * layer.parameters * dtype.itemsize
-    if free is not None and needed > free:
+    (free, _), needed = memory_of(device), 2 * layer.parameters * dtype.itemsize
+    if needed > free:
         raise BadInput(f"One layer of {sizes.name} needs {bytes_text(needed)} to be timed but {device} has "
                        f"{bytes_text(free)}: expected room for it; plan with --no-probe.")
     config = AutoConfig.for_model(**layer.config)
@@ -520,10 +513,9 @@ def timed_rates(sizes: Sizes, device: str | torch.device | None = None, dtype: s
     whole, least = (seconds_of(lambda ids=ids: model(input_ids=ids, use_cache=False), device) for ids in (full, single))
     square = torch.rand(1024, 1024, device=device)
     single = 2 * 1024**3 / seconds_of(lambda: square @ square, device) / 1e12 if dtype != torch.float32 else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return Rates(memory=(free or 0) / 1e9, peak=flops_of(one_pass([batch]), layer) / whole / 1e12, single=single,
+    return Rates(memory=free / 1e9, peak=flops_of(one_pass([batch]), layer) / whole / 1e12, single=single,
                  bandwidth=layer.met * dtype.itemsize / least / 1e9, timed=True,
-                 name=f"{name} ({device}, {dtype})".replace("torch.", ""))
+                 name=f"{device_name(device)} ({device}, {dtype})".replace("torch.", ""))
 
 # %% ../../nbs/jobs/04_planning.ipynb #c045
 @dataclass(frozen=True, kw_only=True)
@@ -665,8 +657,8 @@ class Plan:
     short: tuple[Stage, ...] # The same, with short answers
     devices: int # Devices, or processes on one CPU
     on_cpu: bool # Whether the device is main memory
-    free: int | None # Bytes that a device, or one of several processes on a CPU, may take; None means unknown
-    main: int | None # The same of main memory
+    free: int # Bytes that a device, or one of several processes on a CPU, may take
+    main: int # The same of main memory
     rates: Rates | None # How fast the device is; None gives no times
     cells: tuple[tuple[str, float], ...] # What `cap run` evaluates: dense, and every method at every sparsity
     weights: int # Bytes of the weights
@@ -757,13 +749,13 @@ def plan(
     if rates == "timed": rates = timed_rates(sizes, job.model.device, dtype, job.model.batch_tokens)
     load = Workload(sizes=sizes, job=job, lengths=lengths, dtype=dtype, tries=tries or 0)
     device = device_named(job.model.device)
-    on_cpu, free = device.type == "cpu" and memory is None, free_memory(device) if memory is None else memory
-    if on_cpu and free is not None: free //= devices
+    on_cpu, free = device.type == "cpu" and memory is None, memory_of(device)[0] if memory is None else memory
+    if on_cpu: free //= devices
     weights = sizes.parameters * load.width
     return Plan(load=load, lengths_from=origin, stages=planned_stages(load),
                 short=planned_stages(replace(load, short=True)), devices=devices, on_cpu=on_cpu, free=free,
-                main=free_memory(torch.device("cpu")), rates=rates, weights=weights, copy=sizes.scope * load.width,
-                group=1 if on_cpu or free is None else min(devices, -(-weights // max(1, free))),
+                main=memory_of(torch.device("cpu"))[0], rates=rates, weights=weights, copy=sizes.scope * load.width,
+                group=1 if on_cpu else min(devices, -(-weights // max(1, free))),
                 cells=cells_of({"methods": list(job.prune.methods), "sparsities": list(job.prune.sparsities)}))
 
 # %% ../../nbs/jobs/04_planning.ipynb #c057
@@ -833,11 +825,10 @@ def stage_advice(p: Plan, stage: Stage) -> str:
 def plan_advice(p: Plan) -> tuple[str, ...]:
     "What will not fit a device, main memory or the context, and which option makes it fit; empty if all does."
     load, sentences = p.load, []
-    if p.free is not None and p.each > p.free: sentences.append(weights_advice(p))
-    elif p.free is not None:
-        sentences += [stage_advice(p, stage) for stage in p.stages if p.needed(stage) > p.free]
+    if p.each > p.free: sentences.append(weights_advice(p))
+    else: sentences += [stage_advice(p, stage) for stage in p.stages if p.needed(stage) > p.free]
     together = p.copy + (p.weights if p.on_cpu else 0)
-    if p.main is not None and together > p.main:
+    if together > p.main:
         sentences.append(f"'cap run' keeps a copy of the weights in scope in main memory, {bytes_text(together)} "
                          f"together, and there are {bytes_text(p.main)}: prune with 'cap prune --stream' and measure "
                          "with 'cap eval'.")
@@ -932,11 +923,10 @@ def time_lines(p: Plan) -> list[str]:
 
 def memory_lines(p: Plan) -> list[str]:
     "What the weights take, and what there is."
-    free = "unknown: this system does not report it" if p.free is None else bytes_text(p.free)
-    main = "unknown" if p.main is None else bytes_text(p.main)
     return [f"The weights take {bytes_text(p.each)} on each device; parts that take turns (a layer, logits, scores, a "
             f"matrix solved) are not added up. 'cap run' keeps a copy of the weights in scope in main memory: "
-            f"{bytes_text(p.copy)}.", f"There is: {free} on a device, {main} of main memory."]
+            f"{bytes_text(p.copy)}.",
+            f"There is: {bytes_text(p.free)} on a device, {bytes_text(p.main)} of main memory."]
 
 # %% ../../nbs/jobs/04_planning.ipynb #c064
 @validate_arguments
@@ -946,8 +936,7 @@ def plan_text(
     "A plan as text: counts, times labelled as estimates, memory by part, and what will not fit."
     sizes = planned.load.sizes
     title = f"Plan for {sizes.name} in {planned.load.dtype}, from {sizes.source}; no weights were read."
-    fits = "Whether it fits is not known." if planned.free is None else "Everything fits."
     advice = plan_advice(planned)
-    last = ["What will not fit:", "", *(f"- {sentence}" for sentence in advice)] if advice else [fits]
+    last = ["What will not fit:", "", *(f"- {sentence}" for sentence in advice)] if advice else ["Everything fits."]
     blocks = [[title], model_lines(planned), stage_rows(planned), time_lines(planned), memory_lines(planned), last]
     return "\n\n".join("\n".join(block) for block in blocks)

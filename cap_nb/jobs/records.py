@@ -29,6 +29,7 @@ import torch
 from torch import nn
 import cap_nb
 from ..analysis import records_from, row_order
+from ..core.devices import device_name
 from ..core.errors import BadInput, validate_arguments
 from ..core.files import (
     alone_in, check_inside, check_no_links, checked_text, DAMAGED, HALF_WRITTEN, is_intact, json_text, read_checked,
@@ -331,11 +332,6 @@ def commit_of_package() -> str | None: # As in "3f2a9c1...", with "+changes" if 
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.CalledProcessError): return None # no git, or installed
-
-def device_name(device: torch.device) -> str: # As in "x86_64", or the name of the GPU
-    "What the device calls itself."
-    if device.type == "cuda": return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
 
 # %% ../../nbs/jobs/00_records.ipynb #c038
 def environment(device: torch.device, note: str = "") -> dict: # Versions, commit, device, threads, platform

@@ -125,7 +125,7 @@ def mean_outputs(model: nn.Module, calibration: Calibration, batch_tokens: int =
     "The mean of every head's output over the calibration tokens, summed in float64; padding does not count."
     total, tokens = 0, 0
     for _, batch in batches_for(model, calibration, batch_tokens):
-        real = batch["attention_mask"].bool()
+        real = batch["attention_mask"].bool().cpu() # layers may be on several devices
         total = total + torch.stack([output[real].double().sum(0).cpu() for output in head_outputs(model, batch)])
         tokens += real.sum().item()
     return total / tokens
@@ -157,7 +157,8 @@ def resample_ablation(model: nn.Module, calibration: Calibration, batch_tokens: 
         others = collate(cut, pad_id=0, device=next(model.parameters()).device)
         last = others["attention_mask"].sum(1, keepdim=True) - 1
         position = torch.arange(length, device=last.device)[None].minimum(last) # past a donor's end, its last one
-        return [output.take_along_dim(position[..., None], 1) for output in head_outputs(model, others)]
+        outputs = head_outputs(model, others)
+        return [output.take_along_dim(position[..., None].to(output.device), 1) for output in outputs]
     return ablation_rise(model, calibration, from_donors, batch_tokens)
 
 # %% ../../nbs/methods/06_attributions.ipynb #2f40c1ac
@@ -368,7 +369,7 @@ def gold_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
     decoder = decoder_of(model, batch["input_ids"])
     hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                      use_cache=False).last_hidden_state[:, :-1]
-    labels = batch["labels"][:, 1:]
+    labels = batch["labels"][:, 1:].to(hidden.device)
     is_target = labels != IGNORED
     logits = model.get_output_embeddings()(hidden[is_target]).float()
     return mean_by_example(logits.gather(1, labels[is_target][:, None])[:, 0], is_target.sum(1).tolist())
@@ -385,7 +386,7 @@ def head_relevance(model: nn.Module, batch: dict[str, torch.Tensor], attention: 
         slopes = torch.autograd.grad(gold_logits(model, batch).sum(), outputs)
     size = anatomy(model).head_size
     by_head = [(z * slope).detach().double().unflatten(-1, (-1, size)).sum((1, 3)) for z, slope in zip(outputs, slopes)]
-    return torch.stack(by_head, 1).cpu()
+    return torch.stack([of_layer.cpu() for of_layer in by_head], 1)
 
 def relevance(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:
     "Layer-wise relevance propagation, heads as components (Hatefi et al. 2025)."

@@ -36,8 +36,8 @@ def check_has_experts(model: nn.Module, wanted: str = "A score given an expert")
                    "expected a mixture of experts such as lab-moe; use cap on a dense model.")
 
 def target_counts(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
-    "Which positions predict a target, bool [B, T - 1], and how many of each example."
-    predicts = batch["labels"][:, 1:] != IGNORED
+    "Which positions predict a target, bool [B, T - 1] in main memory, and how many of each example."
+    predicts = batch["labels"][:, 1:].cpu() != IGNORED
     return predicts, predicts.sum(1).tolist()
 
 # %% ../../nbs/methods/21_experts.ipynb #c010

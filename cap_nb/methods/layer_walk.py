@@ -196,6 +196,7 @@ import fcntl
 import os
 from datetime import timedelta
 import torch.distributed as dist
+from cap_nb.core.devices import device_named, make_current
 
 @dataclass(frozen=True)
 class Share:
@@ -248,13 +249,13 @@ def launched_processes() -> tuple[int, int, int]: # (rank, processes in all, ran
 def device_of_process(device: str | None) -> str | None: # The device of this process
     "The device that a process of a launch should take: a different one each, where there are several."
     _, count, local_rank = launched_processes()
-    several = count > 1 and device in (None, "cuda") and torch.cuda.is_available()
-    return f"cuda:{local_rank}" if several else device
+    here = device_named(None).type
+    return f"{here}:{local_rank}" if count > 1 and here != "cpu" and device in (None, here) else device
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #3e05c8f9
 def minimum_of_all(number: int) -> int: # The smallest of all processes' numbers
     "The minimum over all processes, when every one has called it; one that has ended raises `BadInput`."
-    tensor = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    tensor = torch.tensor([number])
     try: dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:100]
@@ -268,12 +269,11 @@ def joined(device: torch.device) -> Iterator[Share]: # Its share of the work
     if launched_processes()[1] == 1:
         yield Share()
         return
-    if device.type == "cuda": torch.cuda.set_device(device)
+    make_current(device)
     try: store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
     except (RuntimeError, ValueError) as error:
         raise BadInput(f"The other processes of this launch did not answer within five minutes ({str(error)[:80]}): "
                        "expected WORLD_SIZE processes; start with 'accelerate launch', or unset WORLD_SIZE.") from None
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(days=2))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(days=2))
     try: yield Share(dist.get_rank(), dist.get_world_size(), minimum_of_all)
     finally: dist.destroy_process_group()

@@ -27,7 +27,7 @@ def token_losses(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, 
 
 def losses_from_hidden(model: nn.Module, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     "Loss of each example, float64 [B], from the last layer's output [B, T, hidden], with the head at targets only."
-    labels = batch["labels"][:, 1:]
+    labels = batch["labels"][:, 1:].to(hidden.device) # of a model that is spread, the last layer may be elsewhere
     is_target = labels != IGNORED
     losses = token_losses(model, hidden[:, :-1][is_target], labels[is_target])
     return mean_by_example(losses, is_target.sum(1).tolist())
@@ -216,18 +216,16 @@ def prepare_batch(model: nn.Module, calibration: Calibration, indices: Sequence[
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c057
 from pathlib import Path
+from cap_nb.core.devices import memory_of, memory_taken, module_of
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
 
 def heads_by_memory(model: nn.Module, state: BatchState, targets: Targets, prefix: Prefix | None) -> int:
-    "The number of heads in one pass, from a trial pass of the largest batch on a CUDA device; 1 on any other."
+    "The number of heads in one pass, from a trial pass of the largest batch on a GPU; 1 where memory is main memory."
     device, heads = state.hidden.device, dimensions(model.config).heads
-    if device.type != "cuda": return 1
-    torch.cuda.reset_peak_memory_stats(device)
-    held = torch.cuda.memory_allocated(device)
-    masked_losses(model, state, targets, 0, (0,), masked_prefix(model, prefix, 0, (0,)))
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
-    taken = torch.cuda.max_memory_allocated(device) - held
-    return max(1, min(heads, int(0.8 * free / max(1, taken)))) # a fifth stays free
+    if module_of(device) is None: return 1
+    with memory_taken(device) as taken:
+        masked_losses(model, state, targets, 0, (0,), masked_prefix(model, prefix, 0, (0,)))
+    return max(1, min(heads, int(0.8 * memory_of(device)[0] / max(1, taken[0])))) # a fifth stays free
 
 @dataclass(frozen=True)
 class Request:

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache as remembered
 from tempfile import TemporaryDirectory
-import psutil
 import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from cap_nb.core.devices import memory_of
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
 from cap_nb.models.anatomy import context_of
 
@@ -278,8 +278,7 @@ class HeldModel:
         if self.writer is not None: return self.writer
         vllm, dtype = imported_vllm(), str(next(self.model.parameters()).dtype).removeprefix("torch.")
         self.model.save_pretrained(self.folder)
-        if self.model.device.type == "cuda": free, whole = torch.cuda.mem_get_info(self.model.device)
-        else: free, whole = psutil.virtual_memory().available, psutil.virtual_memory().total
+        free, whole = memory_of(self.model.device)
         share = free / whole / 2 # vLLM's builds for processors, too, read it under this name
         try:
             self.writer = vllm.LLM(model=self.folder, dtype=dtype, skip_tokenizer_init=True,

@@ -10,7 +10,8 @@ import logging
 import time
 from functools import lru_cache
 import torch
-from cap_nb.core.errors import BadInput, check_choice, check_device, validate_arguments
+from cap_nb.core.devices import device_named
+from cap_nb.core.errors import BadInput, check_choice, validate_arguments
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,17 +36,6 @@ def dtype_named(dtype: str | torch.dtype | None, device: str | torch.device | No
     faster = torch.bfloat16 if gain >= WORTHWHILE else torch.float32
     log.info("Matrix products in bfloat16 take 1/%.2f of the time of float32 here: 'fastest' is %s", gain, faster)
     return faster
-
-def device_named(device: str | torch.device | None) -> torch.device:
-    "The torch device of a name; None is the GPU if there is one, else the CPU. An unknown or absent one: `BadInput`."
-    if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    named = torch.device(check_device(str(device)))
-    if named.type == "mps" and not torch.backends.mps.is_available():
-        raise BadInput("Device 'mps' was asked for but torch sees none: expected a Mac with one; use cpu.")
-    if named.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput("Device 'cuda' was asked for but torch sees no CUDA device: expected one; use cpu or install "
-                       "a CUDA build of torch.")
-    return named
 
 def placed(device: str | torch.device | None) -> torch.device | str:
     "Where a model goes: one device, or spread over all there are."
@@ -149,7 +139,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 def opened_by_transformers(source: str | Path) -> Iterator[None]:
     "Turn whatever transformers raises about a folder or a file into `BadInput`."
     try: yield
-    except (BadInput, MemoryError, torch.cuda.OutOfMemoryError): raise
+    except (BadInput, MemoryError, torch.OutOfMemoryError): raise
     except Exception as error:
         message = " ".join(str(error).split())[:150]
         raise BadInput(f"{source} cannot be opened by transformers ({type(error).__name__}: {message}): expected what "

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from ..core.devices import device_named, finish, multiplies_two_of_four
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..jobs.records import environment
 from ..jobs.settings import check_speed, SpeedSettings
 from ..models.anatomy import check_length, projections
 from ..models.checks import zeros_of
 from ..models.decoding import inference
-from ..models.loading import device_named, load_model, model_fingerprint
+from ..models.loading import load_model, model_fingerprint
 
 # %% ../../nbs/portable/05_speed.ipynb #c012
 Product = Callable[[torch.Tensor], torch.Tensor] # From inputs [rows, in] to outputs [rows, out]
@@ -117,8 +118,7 @@ def lacks_cpu(device: torch.device) -> str: # What is missing; empty if nothing 
 # %% ../../nbs/portable/05_speed.ipynb #c021
 def lacks_two_of_four(device: torch.device) -> str: # What is missing; empty if nothing is
     "Whether a device has no 2:4 products."
-    has = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "" if has else "a CUDA device of compute capability 8.0 or more"
+    return "" if multiplies_two_of_four(device) else "a CUDA device of compute capability 8.0 or more"
 
 def lacks_unpacking(device: torch.device) -> str: # What is missing; empty if nothing is
     "Whether OpenVINO would not unpack sparse weights here."
@@ -188,7 +188,7 @@ def seconds_of(side: Side, work: Callable[[], object], clock: Callable[[], float
     "Seconds until the device of a side has done some work."
     device = side.model.device
     def waited() -> float:
-        if device.type == "cuda": torch.cuda.synchronize(device)
+        finish(device)
         return clock()
     with inference(side.model), computed_by(side.products):
         start = waited()

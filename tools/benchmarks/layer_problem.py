@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import memory_taken
+from cap_nb.core.devices import memory_taken
 from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.jobs.planning import PUBLISHED
 from cap_nb.methods.update import joint_update

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import memory_taken
+from cap_nb.core.devices import memory_taken
 from cap_nb.methods.selection import find_threshold
 from cap_nb.threshold import bisect_threshold, zero_count
 from tools.side_by_side import measured_case, measured_rounds, stopwatch
