@@ -20,9 +20,10 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import fields
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Annotated, get_args
@@ -32,10 +33,10 @@ import cap_nb
 from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, comments, lacks_memory, refused_path)
 from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
-from cap_nb.jobs.settings import (
+from .jobs.settings import (
     changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OPTION_NAMES, option_of,
-    Planning, QUICK, quick_job, read_rule, recipe_lines, RECIPES, Shrinking, SinglePruning, SpeedSettings, with_method,
-    with_recipe)
+    option_text, Planning, QUICK, quick_job, read_rule, recipe_lines, RECIPES, Shrinking, SinglePruning, SpeedSettings,
+    with_method, with_recipe)
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -71,7 +72,6 @@ NO_MEMORY = ("There was not enough memory: expected a job that fits this machine
              "that was raised, and see 'cap plan'.")
 
 def sentence_and_code(error: BaseException) -> tuple[str, int]: # A sentence, and an exit code
-    "What to say of an error."
     if isinstance(error, BadInput): return str(error), 2
     if isinstance(error, PARSER_ERROR): return parser_sentence(error), 2
     if isinstance(error, KeyboardInterrupt): return f"{error}" or "Stopped.", getattr(error, "code", 130)
@@ -108,14 +108,12 @@ def in_one_sentence() -> Iterator[None]:
 
 # %% ../nbs/command_line.ipynb #a12a5acc
 def read_names(text: str | None) -> tuple[str, ...] | None: # ("cap", "wanda"); () for "none"
-    "A list of names."
     if text is None: return None
     if text.strip() == "none": return ()
     if names := tuple(name.strip() for name in text.split(",") if name.strip()): return names
     raise BadInput("No name is given: expected names with commas between them; write some, or none.")
 
 def read_methods(text: str) -> tuple[str, ...]: # ("cap", "wanda"); every method of the table for "all"
-    "A list of methods."
     if text.strip() != "all": return read_names(text)
     from cap_nb.methods.prune import table_methods
     return tuple(table_methods())
@@ -145,19 +143,9 @@ LIST_READERS = {tuple[int, ...]: read_counts, tuple[str, ...]: read_names, tuple
 LIST_HELP = {"methods": "with commas, or all; the dense model is always measured",
              "accuracy_tasks": "with commas, none for none"} # Others: with commas
 
-@dataclass(frozen=True)
-class Option:
-    "An option or argument of a command."
-    field: str # Field of a dataclass, or parameter of a function
-    parameter: inspect.Parameter # How typer reads it
-    read: Callable[[object], object] # From what typer read to the field's value
+Option = namedtuple("Option", "field parameter read") # Field or parameter, how typer reads it, what makes its value
 
 # %% ../nbs/command_line.ipynb #537779ac
-def as_option(field: str, value: object) -> str: # --sparsity 0.5
-    "A setting as it is written on the command line."
-    text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else value
-    return f"{option_of(field)} {text}"
-
 def make_option(field: str, kind: type, default: object, about: str, is_argument: bool = False) -> Option:
     "An option, or argument, from a field or parameter; a list is written with commas."
     name = field if is_argument else OPTION_NAMES.get(field, field)
@@ -165,8 +153,10 @@ def make_option(field: str, kind: type, default: object, about: str, is_argument
     if kind in LIST_READERS:
         if field == "methods": read = read_methods
         about += f" ({LIST_HELP.get(field, 'with commas')})"
-        kind, default = (str | None, None) if default is None else (str, ",".join(map(str, default)) or "none")
-    if field == "quick": about += f": {' '.join(as_option(*each) for each in QUICK.items())}, unless given"
+        kind, default = (str | None, None) if default is None else (str, option_text(default))
+    if field == "quick":
+        shorter = " ".join(f"{option_of(name)} {option_text(value)}" for name, value in QUICK.items())
+        about += f": {shorter}, unless given"
     path = {"parser": read_path} if kind in (Path, Path | None, list[Path], list[Path] | None) else {}
     if is_argument: declared = typer.Argument(help=about, show_default=False, **path)
     elif kind is bool and default: declared = typer.Option(help=about) # --probe/--no-probe
@@ -177,7 +167,6 @@ def make_option(field: str, kind: type, default: object, about: str, is_argument
     return Option(field, parameter, read)
 
 def options_of(settings: type) -> list[Option]: # One option a field
-    "The options that a dataclass gives."
     about = comments(settings)
     return [make_option(each.name, each.type, each.default, about[each.name]) for each in fields(settings)]
 
@@ -264,8 +253,7 @@ class Program(TyperGroup):
         "Read a command's options, and call it."
         with in_one_sentence(): return super().invoke(context)
 
-ABOUT = "Causal Attribution Pruning of reasoning language models."
-app = typer.Typer(cls=Program, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
+app = typer.Typer(cls=Program, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 def print_version(wanted: bool) -> None:
     "Print the version and leave, before a command is asked for."
@@ -283,13 +271,9 @@ def program(
 
 # %% ../nbs/command_line.ipynb #aeb767d4
 def given_in(context: typer.Context, names: Iterable[str]) -> tuple[str, ...]: # Those of the names
-    "Which options the command line gives, rather than leaves at their defaults."
-    return tuple(name for name in names if context.get_parameter_source(name.replace("-", "_")).name == "COMMANDLINE")
-
-def quickly(context: typer.Context, job: Job) -> Job:
-    "What --quick makes of a job: an option that the command line gives wins."
-    given = given_in(context, [OPTION_NAMES.get(field, field) for field in QUICK])
-    return quick_job(job, [field for field in QUICK if OPTION_NAMES.get(field, field) in given])
+    "Which options, or settings, the command line gives, rather than leaves at their defaults."
+    def source(name): return context.get_parameter_source(OPTION_NAMES.get(name, name).replace("-", "_"))
+    return tuple(name for name in names if source(name).name == "COMMANDLINE")
 
 TOO_FEW = ("Too few examples and problems for a verdict on any method: --quick shows what a run looks like; leave it "
            "out, or give more with --n, --k, --loss-n and --accuracy-tasks.")
@@ -330,7 +314,7 @@ def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: 
                 {option.field: option.read(given[option.parameter.name]) for option in group} for group in groups)
             if of_job: own["job"] = changed(Job(), **from_job)
             set_loudness(extra.get("quiet", False), extra.get("verbose", False))
-            if extra.get("quick"): own["job"] = quickly(context, own["job"])
+            if extra.get("quick"): own["job"] = quick_job(own["job"], given_in(context, QUICK))
             if settings: own["settings"] = settings(**from_settings)
             check_ranges(own)
             if "context" in inspect.signature(function).parameters: own["context"] = context
@@ -349,14 +333,11 @@ def names_are_known() -> bool:
     "Whether the package's own names are all there are: nothing was loaded that could have added one."
     return "cap_nb.core.registry" not in sys.modules
 
-@contextmanager
-def plugins_of_user(files: list[Path] | None) -> Iterator[None]:
+def plugins_of_user(files: list[Path] | None) -> AbstractContextManager[None]:
     "Load the user's plugins for a command, and take them back after it."
-    if not files:
-        yield
-        return
+    if not files: return nullcontext()
     from cap_nb.jobs.plugins import plugins_loaded
-    with plugins_loaded(files): yield
+    return plugins_loaded(files)
 
 # %% ../nbs/command_line.ipynb #ab7f33ec
 JOB, STEPS, PRUNED, RECORDS = "The job", "Single steps", "After pruning", "Records"
@@ -397,15 +378,18 @@ def run_config(context: typer.Context, base: Job, path: Path, whole: dict[str, o
     runs = [str(folder/run["folder"]) for run in read_index(folder)["runs"]]
     return "\n".join([*runs, f"Numbers of all runs: {folder/'results.csv'}   compare some: cap compare RUN RUN"])
 
-def run_text(folder: Path) -> str: # Lines
-    "A run's table, what its accuracies hide, and where its figures are."
+def table_text(evaluations: Iterable[object], provenance: dict | None = None) -> str: # Markdown
     from cap_nb.analysis import method_table
     from cap_nb.jobs.tables import table_markdown
+    return table_markdown(method_table(evaluations), provenance)
+
+def run_text(folder: Path) -> str: # Lines
+    "A run's table, what its accuracies hide, and where its figures are."
     from cap_nb.jobs.records import load_run
     run, answers = load_run(folder), folder/"tables"/"answers.md"
     models = [str(path) for path in sorted(folder.glob("models/[!.]*"))]
     return "\n".join([
-        table_markdown(method_table(run.evaluations), run.provenance),
+        table_text(run.evaluations, run.provenance),
         *([answers.read_text(encoding="utf-8")] if answers.exists() else []),
         "Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))),
         f"Tables: {folder/'tables'}   records: {folder/'evaluations'}",
@@ -561,9 +545,7 @@ def prune_command(
         recipe_asked(job, settings, RECIPES[recipe].tuning, out) # refuses a folder that does not fit
         typer.echo(recipe_plan(job, settings))
         lines, answers = recipe_into(job, settings, RECIPES[recipe].tuning, out)
-        from cap_nb.analysis import method_table
-        from cap_nb.jobs.tables import table_markdown
-        return "\n".join([*lines, "", table_markdown(method_table(answers))])
+        return "\n".join([*lines, "", table_text(answers)])
     job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
     from cap_nb.single_steps import prune_into
     report = prune_into(job, settings, out)
@@ -589,10 +571,8 @@ def eval_command(
         return harness_alone(job, read_names(harness), limit, out)
     if limit is not None:
         raise BadInput("--limit was given without --harness: expected both; --evaluate-n is the kit's own.")
-    from cap_nb.analysis import method_table
-    from cap_nb.jobs.tables import table_markdown
     from cap_nb.single_steps import evaluate_alone
-    return table_markdown(method_table([evaluate_alone(job, scores, out)]))
+    return table_text([evaluate_alone(job, scores, out)])
 
 # %% ../nbs/command_line.ipynb #adf8e6a9
 @command(STEPS, "model", "tasks", "data_dir", "style", "n", "calibration_tokens", "seed", "spare", "max_new_tokens",

@@ -151,7 +151,6 @@ def factors_from(pruning: SinglePruning, fingerprint: str, settings: PruneSettin
 
 # %% ../nbs/single_steps.ipynb #01b97032
 def record_of(job: Job, pruning: SinglePruning, report: PruneReport, base: dict, calibration: dict | None) -> dict:
-    "The record of a pruning."
     scores = None
     if pruning.scores is not None and "factors" in needs_of(check_method(pruning.method)):
         how = reading_of(check_method(pruning.method).attribution).aggregation(job.prune.aggregation)
@@ -162,7 +161,6 @@ def record_of(job: Job, pruning: SinglePruning, report: PruneReport, base: dict,
     return pruning_record(report, base, pruning.ties, calibration, scores) | plugins
 
 def base_and_calibration(job: Job, loaded: tuple, calibration: Calibration | None) -> tuple[dict, dict | None]:
-    "The records of a model in memory and of its calibration set."
     model, tokenizer, fingerprint = loaded
     base = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None))
     if calibration is None: return base, None
@@ -200,7 +198,6 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
 
 # %% ../nbs/single_steps.ipynb #d07c9ca0
 def check_streaming(job: Job, pruning: SinglePruning) -> None:
-    "Raise `BadInput` unless a checkpoint can be pruned where it lies."
     if not Path(job.model.name).is_dir():
         raise BadInput(f"--stream was given with --model {job.model.name}: expected a folder that holds a checkpoint; "
                        "save the model there first, or leave --stream out.")
@@ -332,7 +329,6 @@ def recipe_plan(job: Job, pruning: SinglePruning) -> str: # Markdown
 BENCHED = 50 # Problems of each task that are answered before and after
 
 def benched(job: Job, made: Path, out: Path) -> list[Evaluation]: # Of the dense model, and of what was made
-    "What two models answer, kept in two folders."
     for name, model in (("before", job.model.name), ("after", str(made))):
         asked = changed(job, name=model, calibrate_on="gold", chain_rule="right", evaluate_n=BENCHED)
         if not (out/name).exists(): evaluate_alone(changed(asked, loss_n=0, windows=0), out=out/name)

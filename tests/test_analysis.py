@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import ROOT
 from matplotlib.colors import Normalize
-from scipy import stats
 
 from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, method_looks, save_figure
 from cap_nb.analysis import (
@@ -20,7 +19,7 @@ from cap_nb.jobs.tables import (
     table_csv, table_latex, table_markdown, table_notes)
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity, wilson_interval
 from cap_nb.jobs.records import load_run
-from cap_nb.jobs.results import measured_cells, predictions, published_text
+from cap_nb.jobs.results import published_text
 from cap_nb.experiments.seeds import compare_over_seeds, seed_table
 from cap_nb.core.errors import BadInput
 
@@ -299,22 +298,6 @@ def test_kept_answers_stand_beside_the_others():
     text = answer_markdown(table)
     assert f"| 60.0 [{100 * low:.1f}, {100 * high:.1f}] |" in text and text.splitlines()[2].endswith("| - |") and "- Kept: of the problems" in text
     assert "Kept" not in answer_table([pruned]).columns and "Kept" not in answer_markdown(answer_table([pruned]))
-
-
-def test_a_measure_that_orders_pruned_models_is_told_from_one_that_does_not(tmp_path):
-    """Losses and answers in folders of their own belong together by the dense model and the zeros; the rest by hand and by scipy."""
-    cells = measured_cells([ROOT / "figures" / name for name in ("qwen_answers", "qwen", "held_out/qwen")], lenient=True)
-    assert len(cells) == 7 and cells[["kept", "gold loss", "text loss"]].notna().all().all()
-    assert cells.xs(("ALPS", 0.5), level=("Method", "Sparsity"))["kept"].round().tolist() == [32.0]
-    found = predictions(cells)
-    for measure in ("gold loss", "text loss"):
-        theirs = stats.spearmanr(cells[measure], cells["kept"]).statistic
-        assert found.loc[measure, "Rank correlation"] == pytest.approx(theirs)
-        assert found.loc[measure, "Low"] <= theirs <= found.loc[measure, "High"]
-    alone = measured_cells(ROOT / "figures" / "qwen_answers", lenient=True)
-    assert "gold loss" not in alone.columns and len(alone) == 3
-    with pytest.raises(BadInput, match="three pruned models"):
-        predictions(alone)
 
 
 def test_published_numbers_stand_beside_a_run_of_the_same_alone():

@@ -11,12 +11,12 @@ import pytest
 
 from cap_nb.experiments.reasoning_steps import (
     ERROR_CATEGORIES, arithmetic_check, category_shares, completeness, conclusion_of, equations_in, error_category,
-    grounded_share, incoherent, lab_facts_check, plot_error_mixture, reasoning_report, reasoning_reports,
+    grounded_share, incoherent, lab_facts_check, plot_error_mixture, reasoning_report,
     reasoning_steps, step_reports)
 from cap_nb.data.problems import Problem, load_problems
 from cap_nb.data.prompts import target_text
 from cap_nb.data.prompts import extract_answer
-from cap_nb.evaluation import AnswerRecord, Evaluation
+from cap_nb.evaluation import AnswerRecord
 from cap_nb.core.errors import BadInput
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
@@ -211,8 +211,7 @@ def test_no_text_breaks_the_reader():
 def test_reports_side_by_side():
     problems = [p for task in LAB_TASKS for p in load_problems(task, "evaluation")[:4]]
     good, bad = ([answered(p, output(p)) for p in problems] for output in (lambda p: target_text(p, "lab"), lambda p: "so so so so"))
-    reports = reasoning_reports([Evaluation(method="wanda", sparsity=0.5, reached=0.5, answers=tuple(bad)), Evaluation(method="dense", sparsity=0.0, reached=0.0, answers=tuple(good))], problems)
-    assert list(reports) == [("wanda", 0.5), ("dense", 0.0)]
+    reports = {(method, sparsity): reasoning_report(answers, problems, good) for method, sparsity, answers in (("wanda", 0.5, bad), ("dense", 0.0, good))}
     shares = category_shares(reports)
     assert shares.loc[("wanda", 0.5), "incoherent"] == 1.0 == shares.loc[("dense", 0.0), "right"] and (shares.sum(axis=1) == 1).all()
     ax = plot_error_mixture(category_shares(reports, "lab-arc"), title="ARC")

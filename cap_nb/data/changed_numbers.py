@@ -186,7 +186,6 @@ def beside_ordinals(text: str) -> set[Fraction]:
     return {Fraction(ordinal + step) for ordinal in ordinals for step in (-1, 0, 1)}
 
 def terms(tree: ast.expr) -> int: # How many terms its outermost sum has; 1 if it is no sum
-    "The number of terms of a sum."
     return terms(tree.left) + terms(tree.right) if isinstance(getattr(tree, "op", None), ast.Add) else 1
 
 def fixed_in(question: str, numbers: tuple[Number, ...], meant: set[Fraction]) -> set[Fraction]:
@@ -334,7 +333,6 @@ def allowed(question: str, number: Number) -> list[Fraction]:
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c076
 def same_kind(old: Fraction, new: Fraction) -> bool: # Whether it stays whole, on its side of 0, and on its side of 1
-    "Whether two values are of one kind."
     sign = lambda value: (value > 0) - (value < 0)
     return (old.denominator > 1 or new.denominator == 1) and sign(old) == sign(new) and sign(old - 1) == sign(new - 1)
 
@@ -386,7 +384,6 @@ def edits(text: str, values: Mapping[Number, Fraction], commas: bool) -> dict[Nu
     return new
 
 def replaced(text: str, new: Mapping[Number, str]) -> str:
-    "A text with other numbers in their places."
     parts, at = [], 0
     for number in sorted(new, key=lambda number: number.start):
         parts += [text[at:number.start], new[number]]

@@ -126,76 +126,53 @@ def conclusion(left: int, right: int, relation: str) -> tuple[bool, str]:
     truth = left > right if relation in ("older", "higher") else left < right
     return truth, f"{left} is {'' if truth else 'not '}{relation} than {right}."
 
-@dataclass(frozen=True)
-class PairQuestion:
-    "One way to compare two people."
-    question: str # With {0.name}, {1.name} and {2}, the relation
-    relations: tuple[str, ...] # One of them is asked for
-    sentences: tuple[str, ...] # Each is said of both people
-    value: Callable[[Person], int] # What is compared
-
 HOME = "{0.name} lives in {0.town.name}."
-PAIR_QUESTIONS = (
-    PairQuestion(
-        question="Is {0.name} {2} than {1.name}?", relations=("older", "younger"),
-        sentences=("{0.name} is {0.age} years old.",), value=lambda person: person.age),
-    PairQuestion(
-        question="Does {0.name} live {2} than {1.name}?", relations=("higher", "lower"),
-        sentences=(HOME, "{0.town.name} lies at {0.town.height} metres."), value=lambda person: person.town.height))
+PAIR_QUESTIONS = ( # A question with two people and a relation; relations; what is said of both people; what is compared
+    ("Is {0.name} {2} than {1.name}?", ("older", "younger"), ("{0.name} is {0.age} years old.",),
+     lambda person: person.age),
+    ("Does {0.name} live {2} than {1.name}?", ("higher", "lower"),
+     (HOME, "{0.town.name} lies at {0.town.height} metres."), lambda person: person.town.height))
 
 def yes_no_question(rng: random.Random, answer: bool) -> dict:
     "Draw a yes/no question about two people with the wanted answer; equal numbers are never compared."
-    kind = rng.choice(PAIR_QUESTIONS)
-    relation = rng.choice(kind.relations)
+    asked, relations, sentences, compared = rng.choice(PAIR_QUESTIONS)
+    relation = rng.choice(relations)
     while True:
         pair = rng.sample(PEOPLE, 2)
-        left, right = map(kind.value, pair)
+        left, right = map(compared, pair)
         truth, last = conclusion(left, right, relation)
         if truth == answer and left != right: break
-    question = kind.question.format(*pair, relation)
-    facts = [sentence.format(person) for sentence in kind.sentences for person in pair] + [last]
+    question = asked.format(*pair, relation)
+    facts = [sentence.format(person) for sentence in sentences for person in pair] + [last]
     qid = hashlib.sha256(question.encode()).hexdigest()[:20]
     return {"qid": qid, "question": question, "answer": answer, "facts": facts}
 
 # %% ../../nbs/data/00_lab_world.ipynb #c045
-@dataclass(frozen=True)
-class ChoiceQuestion:
-    "One kind of question with four choices."
-    stem: str # With {0}, the superlative that is asked for
-    relations: dict[str, str] # Superlative to comparative
-    line: str # What there is to know about one choice {0}
-    candidates: tuple # People or towns
-    value: Callable[[Person | Town], int] # What is compared
-
-CHOICE_QUESTIONS = (
-    ChoiceQuestion(
-        stem="Which of these people is the {0}?", relations={"oldest": "older", "youngest": "younger"},
-        line="{0.name} is {0.age} years old", candidates=PEOPLE, value=lambda person: person.age),
-    ChoiceQuestion(
-        stem="Which of these people lives the {0}?", relations={"highest": "higher", "lowest": "lower"},
-        line="{0.name} lives in {0.town.name} at {0.town.height} metres",
-        candidates=PEOPLE, value=lambda person: person.town.height),
-    ChoiceQuestion(
-        stem="Which of these towns lies the {0}?", relations={"highest": "higher", "lowest": "lower"},
-        line="{0.name} lies at {0.height} metres", candidates=TOWNS, value=lambda town: town.height))
+CHOICE_QUESTIONS = ( # Stem with a superlative; superlative to comparative; line on a choice; choices; what is compared
+    ("Which of these people is the {0}?", {"oldest": "older", "youngest": "younger"},
+     "{0.name} is {0.age} years old", PEOPLE, lambda person: person.age),
+    ("Which of these people lives the {0}?", {"highest": "higher", "lowest": "lower"},
+     "{0.name} lives in {0.town.name} at {0.town.height} metres", PEOPLE, lambda person: person.town.height),
+    ("Which of these towns lies the {0}?", {"highest": "higher", "lowest": "lower"},
+     "{0.name} lies at {0.height} metres", TOWNS, lambda town: town.height))
 
 def four_choice_question(rng: random.Random, answer: str) -> dict:
     "Draw a question with four choices, no two equal, of which the one at the wanted letter is right."
-    kind = rng.choices(CHOICE_QUESTIONS, weights=(2, 2, 1))[0]
-    superlative, letter = rng.choice(list(kind.relations)), ""
-    relation = kind.relations[superlative]
+    asked, relations, told, candidates, value_of = rng.choices(CHOICE_QUESTIONS, weights=(2, 2, 1))[0]
+    superlative, letter = rng.choice(list(relations)), ""
+    relation = relations[superlative]
     extreme = min if relation in ("younger", "lower") else max
     while letter != answer:
-        chosen = rng.sample(kind.candidates, 4)
-        values = [kind.value(candidate) for candidate in chosen]
+        chosen = rng.sample(candidates, 4)
+        values = [value_of(candidate) for candidate in chosen]
         if len(set(values)) == 4: letter = "ABCD"[values.index(extreme(values))]
     best, lines = ("A", values[0]), []
     for letter, candidate, value in zip("ABCD", chosen, values):
         better, sentence = conclusion(value, best[1], relation)
         if better: best = letter, value
         compared = "" if letter == "A" else f": {sentence[:-1]}"
-        lines.append(f"{letter}. {kind.line.format(candidate)}{compared}, so {best[0]} with {best[1]}.")
-    stem = kind.stem.format(superlative)
+        lines.append(f"{letter}. {told.format(candidate)}{compared}, so {best[0]} with {best[1]}.")
+    stem = asked.format(superlative)
     words = " ".join([stem, *(candidate.name for candidate in chosen)])
     choices = [{"text": candidate.name, "label": label} for label, candidate in zip("ABCD", chosen)]
     return {"id": hashlib.sha256(words.encode()).hexdigest()[:20], "question": {"stem": stem, "choices": choices},

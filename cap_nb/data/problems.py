@@ -146,7 +146,6 @@ def read_arc(record: Mapping, task: str = "arc") -> Problem:
 from decimal import Decimal
 
 class SvampRecord(BaseModel):
-    "A record of SVAMP."
     Body: Words
     Question: Words
     Answer: Decimal # A number, or the text of one
@@ -159,7 +158,6 @@ def read_svamp(record: Mapping, task: str = "svamp") -> Problem:
     return Problem(task=task, question=f"{fields.Body.strip()} {fields.Question.strip()}", solution="", answer=number)
 
 class MathRecord(BaseModel):
-    "A record of MATH-500."
     problem: Words
     solution: Words
     answer: Words
@@ -332,7 +330,6 @@ def from_hub(name: str, configuration: str | None, revision: str, split: str) ->
 # %% ../../nbs/data/02_problems.ipynb #c047
 @functools.cache
 def copied_records(path: Path) -> list[dict]:
-    "The copies of the records of a file that have one."
     return changed_records(records_of_file(path))
 
 def source_records(name: str, split: str, data_dir: str | Path | None) -> list[dict]:
@@ -367,7 +364,6 @@ def read_problems(task: str, split: str, data_dir: str | Path | None) -> tuple[P
 
 @functools.cache
 def lab_problems(task: str, split: str) -> tuple[Problem, ...]:
-    "The problems of a lab task."
     return read_problems(task, split, None)
 
 # %% ../../nbs/data/02_problems.ipynb #c052

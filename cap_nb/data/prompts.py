@@ -190,13 +190,13 @@ def encode_problems(tokenizer: object, problems: Iterable[Problem], style: str |
     return [joined_example(p.task, p.uid, *text, p.answer, *tokens)
             for p, text, *tokens in zip(problems, texts, read, scored, strict=True)]
 
-def default_tasks(tokenizer: object) -> tuple[str, ...]:
-    "The tasks that a model is calibrated and evaluated on unless the user names others (paper section 3.1)."
-    return LAB_TASKS if "<lab>" in tokenizer.get_vocab() else BENCHMARK_NAMES
+def default_style(tokenizer: object | None) -> str:
+    "The prompt style of a model unless the user names another; None stands for any model but the lab's."
+    return "lab" if tokenizer is not None and "<lab>" in tokenizer.get_vocab() else "paper"
 
-def default_style(tokenizer: object) -> str:
-    "The prompt style of a model unless the user names another."
-    return "lab" if "<lab>" in tokenizer.get_vocab() else "paper"
+def default_tasks(tokenizer: object | None) -> tuple[str, ...]:
+    "The tasks that a model is calibrated and evaluated on unless the user names others (paper section 3.1)."
+    return LAB_TASKS if default_style(tokenizer) == "lab" else BENCHMARK_NAMES
 
 # %% ../../nbs/data/03_prompts.ipynb #an5wers2
 import re
@@ -292,7 +292,6 @@ def same_answer(answer: str | None, gold: str, family: str) -> bool:
     return SAME[family](answer, gold)
 
 def check_comparable(task: str) -> None:
-    "Raise `BadInput` if a task's answers cannot be compared here."
     if task_family(task) in SAME: imported_math_verify()
 
 # %% ../../nbs/data/03_prompts.ipynb #c005b
@@ -313,7 +312,6 @@ def token_batches(examples: Sequence[Example], batch_tokens: int = 4096, padding
     return batches + [batch] if batch else batches
 
 def padding_share(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> float:
-    "The share of positions that hold padding."
     lengths = [len(example.input_ids) for example in examples]
     return 1 - sum(lengths) / sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
 

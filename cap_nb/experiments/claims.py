@@ -61,7 +61,6 @@ class Claim:
     listed: str = "always" # "always", or "where measured": not on a model whose records do not answer
 
 def read_claims(path: str | Path) -> tuple[Claim, ...]: # Its rows
-    "Read a table of claims."
     with open(path, newline="", encoding="utf-8") as file: rows = list(csv.DictReader(file))
     numbers = ("low", "high", "sparsity")
     return tuple(Claim(**row | {name: float(row[name] or "nan") for name in numbers}) for row in rows)
@@ -91,11 +90,9 @@ class ModelRecords:
 
 # %% ../../nbs/experiments/02_claims.ipynb #a2a18012
 def cells_of_run(run: Run | None) -> dict[tuple[str, float], Evaluation]: # (method, sparsity) -> what was measured
-    "The finished cells of a run."
     return {(e.method, e.sparsity): e for e in run.evaluations} if run else {}
 
 def run_in(folder: Path) -> Run | None: # The run; None if it is not there
-    "A run that may not have been made."
     return load_run(folder) if is_run(folder) else None
 
 def check_same(folder: Path, asked: Mapping, others: dict[str, object]) -> None:
@@ -595,7 +592,6 @@ def ratio_of_right(pairs: np.ndarray, confidence: float = 0.95) -> tuple[float, 
     return float(ours / theirs), float(low), float(high)
 
 def right_answers_kept(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
-    "Right answers of a pruned model over the dense one's."
     cells = [cells.get((case.first, case.sparsity)) for cells in records.runs.get("held out", {}).values()]
     pruned = next((cell.answers for cell in cells if cell and cell.answers), ())
     if not pruned or not any(answer.lenient_correct for answer in records.dense_answers): return None
@@ -628,7 +624,6 @@ def is_listed(case: Claim, records: ModelRecords) -> bool: # Whether it is liste
     return bool(case.listed == "always" and records.has_variants and fits)
 
 def reason(comparison: Comparison | None, judged: str) -> str: # Why it is undecided; empty otherwise
-    "Why a case is undecided, in a few words."
     if judged != UNDECIDED: return ""
     if comparison is None: return "not measured"
     if comparison.n < comparison.fewest: return f"too few: n = {comparison.n}"
@@ -656,7 +651,6 @@ def claims_ledger(
 
 # %% ../../nbs/experiments/02_claims.ipynb #5ff145a6
 def cell_of(row: pd.Series) -> str: # Verdict, number, unit and test
-    "What a model's column says about a case."
     if row["Why"] == "not measured": return f"{UNDECIDED}: not measured"
     judged = UNDECIDED if row["Verdict"] == UNDECIDED else f"**{row['Verdict']}**"
     test = "" if pd.isna(row["p"]) else f", Holm {p_text(row['Holm'])}"
@@ -691,20 +685,17 @@ READING_NOTES = (
     "numbers, stands in ledger.csv.")
 
 def ledger_notes(ledger: pd.DataFrame) -> list[str]: # Lines for below the table
-    "How the ledger is to be read."
     counted = ledger.groupby("Model")["Verdict"].value_counts().unstack(fill_value=0)
     def counts(model): return ", ".join(f"{counted.loc[model].get(name, 0)} {name}" for name in VERDICTS)
     cases = "; ".join(f"{model}: {counts(model)}" for model in counted.index)
     return [f"Cases: {cases}.", *READING_NOTES]
 
 def ledger_markdown(ledger: pd.DataFrame) -> str: # Markdown
-    "The ledger in Markdown, with notes."
     header, rows = ledger_rows(ledger)
     notes = "".join(f"- {note}\n" for note in ledger_notes(ledger))
     return markdown_rows(header, rows, names=len(header)) + "\n" + notes
 
 def ledger_latex(ledger: pd.DataFrame) -> str: # A longtable for the packages longtable and booktabs
-    "The ledger in LaTeX."
     header, rows = ledger_rows(ledger)
     def line(cells): return " & ".join(latex_text(cell.replace("**", "")) for cell in cells) + r" \\"
     widths = r"lp{4.5cm}p{3cm}" + r"p{4cm}" * (len(header) - 3)

@@ -29,7 +29,7 @@ from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.files import read_json, taken_as, whole_file
 from ..data.problems import Problem, TASKS, task_family
 from ..data.prompts import ANSWER_LINES, PromptStyle, encode_problems, normal_answer, prompt_style
-from ..evaluation import AnswerRecord, evaluation_problems
+from ..evaluation import evaluation_problems
 from ..jobs.tables import markdown_rows
 from ..models.decoding import inference, one_task, stop_tokens, token_limit
 
@@ -51,7 +51,6 @@ def harness_name(task: str) -> str: # As in "cap_lab_arc"
 
 # %% ../../nbs/experiments/04_harness.ipynb #c020
 def check_answer_line(style: PromptStyle, family: str) -> None:
-    "Raise `BadInput` for a style whose answer line the task files do not read."
     if family not in ANSWER_LINES:
         raise BadInput(f"{family} has no task file for the harness: expected one of {', '.join(ANSWER_LINES)}; "
                        "measure it with 'cap eval'.")
@@ -112,7 +111,6 @@ class HarnessAnswer:
     correct: bool # Its verdict: exact match
 
 def harness_answer(task: str, sample: dict) -> HarnessAnswer: # The same as a record
-    "One sample of the harness as a record."
     extracted = sample["filtered_resps"][0]
     return HarnessAnswer(task=task, uid=sample["doc"]["uid"], output=sample["resps"][0][0],
                          extracted=None if extracted == "[invalid]" else extracted, correct=bool(sample["exact_match"]))
@@ -152,18 +150,6 @@ def harness_answers(
         results = lm_eval.simple_evaluate(wrapped, tasks=[name], task_manager=manager, bootstrap_iters=0)
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
     return tuple(harness_answer(task, sample) for sample in samples)
-
-# %% ../../nbs/experiments/04_harness.ipynb #c039
-def verdict_differences(ours: Sequence[AnswerRecord], theirs: Sequence[HarnessAnswer]) -> pd.DataFrame:
-    "Where the two programs disagree; records of other problems raise `BadInput`."
-    judged = {(answer.task, answer.uid): answer for answer in theirs}
-    if judged.keys() != {(record.task, record.uid) for record in ours}:
-        raise BadInput(f"{len(ours)} and {len(theirs)} answers do not stand for the same problems: "
-                       "expected one draw for both; use one n and one seed.")
-    pairs = [(record, judged[record.task, record.uid]) for record in ours]
-    rows = [(r.task, r.uid, r.gold, r.strict, answer.extracted, r.output, answer.output)
-            for r, answer in pairs if r.correct != answer.correct]
-    return pd.DataFrame(rows, columns=["task", "uid", "gold", "ours", "theirs", "our output", "their output"])
 
 # %% ../../nbs/experiments/04_harness.ipynb #c049
 BENCHMARK_TASKS = ("gsm8k_cot", "arc_challenge", "wikitext") # Tasks of the harness, as they are

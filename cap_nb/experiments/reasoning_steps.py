@@ -23,7 +23,7 @@ from ..data.changed_numbers import SPELLED, number_value
 from ..data.lab_world import PEOPLE, TOWNS
 from ..data.problems import Problem, task_family
 from ..data.prompts import PromptStyle, collate, make_example, prompt_text, token_batches
-from ..evaluation import AnswerRecord, Evaluation
+from ..evaluation import AnswerRecord
 from ..models.decoding import inference
 from ..scoring import target_losses
 
@@ -250,7 +250,6 @@ class Equation:
     kind: str = "equation"
 
 def claimed_equality(plain: str, tokens: Sequence[ArithmeticToken], left: Side, right: Side) -> Equation | None:
-    "Two neighbouring sides as an equation."
     cents = right.end < len(tokens) and tokens[right.end].text in ("cents", "¢")
     true = sides_agree(left, right, "≈" in tokens[left.end].text, cents)
     with_unit = right.end < len(tokens) and tokens[right.end].kind == "word"
@@ -366,7 +365,6 @@ def outside_numbers(text: str, equations: Sequence[Equation]) -> list[Fraction]:
     return [number_value(t.text) for t in arithmetic_tokens(plain) if t.kind == "number" and outside(t)]
 
 def results_of(equations: Sequence[Equation]) -> set[Fraction]: # The numbers that stand alone on a side
-    "What equations establish."
     return {n for equation in equations for n in equation.stated}
 
 def word_steps(question: str, output: str) -> tuple[StepReport, ...]:
@@ -556,7 +554,6 @@ def error_category(
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c101
 def report_row(answer: AnswerRecord, problem: Problem, dense_steps: float, perplexity: float) -> dict[str, object]:
-    "All measures of one answer."
     steps, measured = step_reports(problem, answer.output), None if math.isnan(perplexity) else perplexity
     checked = [s for step in steps for s in step.statements if s.true is not None]
     return {
@@ -594,13 +591,6 @@ def reasoning_report(
                        "expected one each; measure them again.")
     rows = zip(answers, problems_of(answers, problems), steps_of_dense(answers, dense), perplexities)
     return pd.DataFrame([report_row(*row) for row in rows])
-
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c111
-def reasoning_reports(evaluations: Sequence[Evaluation],
-                      problems: Sequence[Problem]) -> dict[tuple[str, float], pd.DataFrame]:
-    "A report for each evaluation, against the dense model's steps where it was evaluated too."
-    dense = next((evaluation.answers for evaluation in evaluations if evaluation.method == "dense"), None)
-    return {(e.method, e.sparsity): reasoning_report(e.answers, problems, dense) for e in evaluations}
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c112
 COLOURS = ("#2a9d5c", "#a5d6a7", "#7b3fa0", "#d1495b", "#edae49", "#66a1d9", "#8d99ae", "#4a4e69", "#111111", "#dddddd")

@@ -101,7 +101,6 @@ def settings_but_seed(configuration: Mapping) -> dict: # The same without what m
     return kept | {"calibration": drawn}
 
 def check_settings(folder: Path, settings: Mapping, others: Mapping) -> None:
-    "Raise `BadInput` unless two runs differ in nothing but their calibration draw."
     differ = sorted(key for key in settings.keys() | others.keys() if settings.get(key) != others.get(key))
     if differ:
         raise BadInput(f"{folder} differs from its neighbours in {', '.join(differ)}: "
@@ -157,27 +156,19 @@ def seed_table(
     return pd.DataFrame(list(rows.values()), names, list(OVER_SEEDS))
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c036
-def layout_differences(first: Sequence[Evaluation], second: Sequence[Evaluation]) -> dict[str, pd.DataFrame]:
-    "Differences seed by seed and problem by problem; methods that were measured on other problems raise `BadInput`."
-    ours, theirs = seed_layouts(first), seed_layouts(second)
-    shared = [measure for measure in ours if measure in theirs]
-    for measure in shared:
-        if not ours[measure].columns.equals(theirs[measure].columns):
-            raise BadInput(f"{first[0].method} and {second[0].method} were not measured on the same problems of "
-                           f"{measure}: expected one draw for both; use one --seed for both.")
-    return {measure: ours[measure] - theirs[measure] for measure in shared}
-
 def differences_over_seeds(
         runs: Mapping[int, Sequence[Evaluation]],
         pairs: Sequence[tuple[str, str]] = CAP_PAIRS) -> dict[tuple[str, str, float, str], pd.DataFrame]:
-    "The layout of every difference between two methods."
-    cells = cells_over_seeds(runs)
-    shared = shared_cells([evaluations[0] for evaluations in cells.values()], pairs)
-    layouts = {}
-    for first, second in shared:
-        name = method_title(first.method), method_title(second.method), first.sparsity
-        both = cells[first.method, first.sparsity], cells[second.method, second.sparsity]
-        layouts |= {(*name, measure): layout for measure, layout in layout_differences(*both).items()}
+    "Every difference seed by seed and problem by problem; methods measured on other problems raise `BadInput`."
+    cells, layouts = cells_over_seeds(runs), {}
+    for first, second in shared_cells([evaluations[0] for evaluations in cells.values()], pairs):
+        ours, theirs = (seed_layouts(cells[e.method, e.sparsity]) for e in (first, second))
+        for measure in [measure for measure in ours if measure in theirs]:
+            if not ours[measure].columns.equals(theirs[measure].columns):
+                raise BadInput(f"{first.method} and {second.method} were not measured on the same problems of "
+                               f"{measure}: expected one draw for both; use one --seed for both.")
+            key = method_title(first.method), method_title(second.method), first.sparsity, measure
+            layouts[key] = ours[measure] - theirs[measure]
     return layouts
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c037
@@ -194,26 +185,19 @@ def compare_over_seeds(
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c038
 def seed_row(row: pd.Series, measure: str) -> list[str]: # Mean with interval, single seeds, three standard deviations
-    "The numbers of a row as text."
     digits = 1 if not measure.endswith("loss") else 3 if row["Mean"] >= 0.1 else 5
     mean, low, high, lowest, highest, *parts = (rounded_text(row[name], f".{digits}f", "") for name in OVER_SEEDS[:8])
     return [f"{mean} [{low}, {high}]", f"{lowest} to {highest}", *parts]
 
-def seed_note(table: pd.DataFrame) -> str: # A line for below the table
-    "How a table over seeds is to be read."
-    seeds = f"{table['Seeds'].iloc[0]:.0f} calibration seeds"
-    return (f"Means over {seeds}, in per cent or nats, with a 95 % interval that covers the choice of "
-            "calibration and of evaluation problems. It may pass 100, where Wilson's interval for a single run would "
-            "not. Last columns: the standard deviations that calibration, evaluation problems and the rest give to "
-            "the number of a single run.")
-
-# %% ../../nbs/experiments/01_seeds.ipynb #c039
 def seed_markdown(table: pd.DataFrame) -> str: # Markdown, with a note on how to read it
-    "Means over calibration seeds in Markdown, with the three standard deviations of one run's number."
     rows = [[method, f"{100 * sparsity:g} %", measure, *seed_row(row, measure)]
             for (method, sparsity, measure), row in table.iterrows()]
     header = ["Method", "Sparsity", "Measure", "Mean", "Single seeds", *PARTS]
-    return markdown_rows(header, rows, names=3) + f"\n- {seed_note(table)}\n"
+    return markdown_rows(header, rows, names=3) + (
+        f"\n- Means over {table['Seeds'].iloc[0]:.0f} calibration seeds, in per cent or nats, with a 95 % interval "
+        "that covers the choice of calibration and of evaluation problems. It may pass 100, where Wilson's interval "
+        "for a single run would not. Last columns: the standard deviations that calibration, evaluation problems and "
+        "the rest give to the number of a single run.\n")
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c041
 def draw_seeds(ax: Axes, means: pd.DataFrame, numbers: Mapping[tuple[str, float], np.ndarray],

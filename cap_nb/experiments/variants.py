@@ -89,7 +89,6 @@ VARIANTS["cap~permuted-in-layers"] = Variant("the same factors on other heads of
 
 # %% ../../nbs/experiments/00_variants.ipynb #c016
 def only_examples(losses: HeadLosses, indices: Sequence[int]) -> HeadLosses: # The same with these examples only
-    "Some examples of a table of losses."
     indices = list(indices)
     kept = {name: tuple(getattr(losses, name)[index] for index in indices) for name in ("stratum", "task", "uid")}
     tokens = None if losses.tokens is None else losses.tokens[indices]
@@ -241,21 +240,17 @@ def kept_factors(path: Path, table: Table, variant: Variant) -> torch.Tensor: # 
 # %% ../../nbs/experiments/00_variants.ipynb #c058
 log = logging.getLogger(__name__)
 
-def variant_tables(ready: Ready, folder: Path, which: Sequence[str], sources: Sources) -> dict[str, Table]:
-    "The tables of losses that variants need; one that cannot be made is left out and the log says so."
-    tables = {name: variant_table(ready, folder, name, sources) for name in dict.fromkeys(which)}
-    for name in [name for name, table in tables.items() if table is None]:
-        log.warning("Variants on %s are left out: fewer than %d calibration problems are answered right.", name,
-                    FEWEST_CHAINS)
-    return {name: table for name, table in tables.items() if table}
-
 def factors_of_variants(ready: Ready, folder: Path, names: Sequence[str],
                         sources: Sources) -> dict[str, torch.Tensor | None]:
-    "The factors of every variant that can be run."
+    "The factors of every variant; one whose table of losses cannot be made is left out, and the log says so."
     using = {name: VARIANTS[name] for name in names if "factors" in needs_of(parse_method(VARIANTS[name].method))}
-    tables = variant_tables(ready, folder, [variant.table for variant in using.values()], sources)
+    tables = {which: variant_table(ready, folder, which, sources)
+              for which in dict.fromkeys(variant.table for variant in using.values())}
+    for which in [which for which, table in tables.items() if table is None]:
+        log.warning("Variants on %s are left out: fewer than %d calibration problems are answered right.", which,
+                    FEWEST_CHAINS)
     factors = {name: kept_factors(folder/"factors"/f"{name}.safetensors", tables[variant.table], variant)
-               for name, variant in using.items() if variant.table in tables}
+               for name, variant in using.items() if tables[variant.table]}
     return {name: factors.get(name) for name in names if name in factors or name not in using}
 
 # %% ../../nbs/experiments/00_variants.ipynb #c061
@@ -272,7 +267,6 @@ def prune_part(model: nn.Module, method: str, part: str, sparsity: float, given:
     return prune_report(model, method, sparsity)
 
 def prune_variant(ready: Ready, name: str, sparsity: float, factors: torch.Tensor | None) -> PruneReport:
-    "Prune a job's model by a variant."
     variant = VARIANTS.get(name, Variant("", "dense"))
     batch_tokens, seed = ready.job.model.batch_tokens, ready.job.calibrate.seed
     if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value, layout=variant.layout)

@@ -81,7 +81,6 @@ class ImageReader(nn.Module):
 # %% ../../nbs/experiments/05_vision.ipynb #c011
 def image_examples(reader: ImageReader, labels: torch.Tensor, names: Sequence[str], numbers: Sequence[int],
                    prefix: str = "") -> tuple[Example, ...]:
-    "Images as examples."
     rest = (0,) * (reader.tokens - 1)
     return tuple(Example(task=names[labels[n]], uid=f"{prefix}{n}", prompt="", target=names[labels[n]],
                          answer=names[labels[n]], input_ids=(int(n), *rest),

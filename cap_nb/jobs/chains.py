@@ -11,7 +11,7 @@ import json
 import math
 import random
 import shutil
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -57,7 +57,6 @@ class Chain:
 FEW_ANSWERS = ("strategyqa", "arc") # Benchmarks whose answers can be guessed: yes or no, a letter
 
 def majority_answer(tries: Sequence[Chain]) -> str | None:
-    "The answer of the majority of the tries."
     counts = Counter(chain.answer for chain in tries if not chain.cut_off and chain.answer is not None)
     answer, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
     return answer if 2 * count > len(tries) else None
@@ -76,7 +75,6 @@ def kept_of_problem(tries: Sequence[Chain], rule: ChainRule = ChainRule()) -> li
     return list(distinct.values())[:rule.each]
 
 def kept_chains(chains: Sequence[Chain], rule: ChainRule = ChainRule()) -> tuple[Chain, ...]: # Problem after problem
-    "The chains of all problems that a rule takes."
     problems = {}
     for chain in sorted(chains, key=lambda chain: chain.attempt):
         problems.setdefault((chain.task, chain.uid), []).append(chain)
@@ -101,7 +99,6 @@ class Chains:
         return sha256_of_text(json.dumps([self.about, *records_of(self)], sort_keys=True))
 
 def records_of(chains: Chains) -> list[dict]: # What JSON can hold
-    "The answers as records."
     return [asdict(chain) for chain in chains.chains]
 
 # %% ../../nbs/jobs/06_chains.ipynb #c019
@@ -143,11 +140,9 @@ class Answering:
     file: str | Path | None = None # File of the answers; while it is made, its parts lie beside it; None: no file
 
     def limit(self, task: str) -> int:
-        "Tokens an answer to a problem of a task may take."
         return self.max_new_tokens or token_limit(task)
 
     def sampling(self, seed: int) -> Sampling:
-        "How tokens are drawn."
         return Sampling(temperature=self.temperature, top_k=self.top_k, seed=seed)
 
 # %% ../../nbs/jobs/06_chains.ipynb #c029
@@ -182,7 +177,6 @@ def answer_parts(examples: Sequence[Example], tries: int, answers: int, amount: 
 # %% ../../nbs/jobs/06_chains.ipynb #c035
 def chain_of(example: Example, said: Generation, attempt: int, tokenizer: object, style: str | PromptStyle,
              lenient: bool = False) -> Chain:
-    "The record of one answer."
     record, noted = answer_record(example, said, tokenizer, style), said.entropies
     answer = record.lenient if lenient else record.strict
     return Chain(task=record.task, uid=record.uid, prompt=example.prompt, text=record.output, answer=answer,
@@ -192,7 +186,6 @@ def chain_of(example: Example, said: Generation, attempt: int, tokenizer: object
 # %% ../../nbs/jobs/06_chains.ipynb #c036
 def answered(model: nn.Module, tokenizer: object, part: AnswerPart, style: str | PromptStyle, answering: Answering,
              seed: int) -> tuple[Chain, ...]:
-    "The model's answers of one part."
     prompts, line = [prompt_tokens(e) for e, _ in part.asked], strict_pattern(style, task_family(part.task))
     names = [f"{e.uid}/{attempt}" if attempt else None for e, attempt in part.asked]
     decoding, sampling = Decoding(batch_tokens=answering.batch_tokens), answering.sampling(seed)
@@ -202,7 +195,6 @@ def answered(model: nn.Module, tokenizer: object, part: AnswerPart, style: str |
 
 # %% ../../nbs/jobs/06_chains.ipynb #c041
 def style_origin(style: str | PromptStyle) -> dict: # Its name and fingerprint
-    "A prompt style by name and content."
     style = prompt_style(style)
     return {"called": style.name, "fingerprint": sha256_of_text(json.dumps(asdict(style), sort_keys=True))}
 
@@ -303,18 +295,9 @@ def own_chains(
 # %% ../../nbs/jobs/06_chains.ipynb #c056
 FEWEST_CHAINS = 20 # Problems with a kept chain below which there is too little to calibrate on
 
-@dataclass(frozen=True)
-class TaskCount:
-    "What became of the answers to one task."
-    task: str # Name of the task
-    problems: int # Problems that were answered
-    answers: int # Answers in all
-    tokens: int # Tokens written
-    right: int # Right answers
-    kept: int # Problems with at least one chain that is kept
+TaskCount = namedtuple("TaskCount", "task problems answers tokens right kept") # kept: problems with a kept chain
 
 def task_counts(chains: Chains, rule: ChainRule = ChainRule()) -> list[TaskCount]: # A line a task
-    "Counts of answers, task by task."
     kept = {(chain.task, chain.uid) for chain in kept_chains(chains.chains, rule)}
     tries = {task: [chain for chain in chains.chains if chain.task == task] for task in chains.tasks}
     return [TaskCount(task=task, problems=len({c.uid for c in some}), answers=len(some),
@@ -371,7 +354,6 @@ def drawn_blocks(ids: Sequence[int], n: int, tokens: int, seed: int) -> list[tup
     return [tuple(ids[tokens * start:tokens * (start + 1)]) for start in starts]
 
 def window_example(tokenizer: object, ids: tuple[int, ...]) -> Example: # All of them targets but the first
-    "A window of text as an example."
     return Example(task="text", uid=sha256_of_text(str(ids))[:16], prompt="", target=tokenizer.decode(ids), answer="",
                    input_ids=ids, labels=(IGNORED, *ids[1:]))
 

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -68,7 +68,6 @@ def chains_of(data: CalibrateSettings) -> Chains | None:
 
 # %% ../../nbs/jobs/03_job.ipynb #c006
 def check_score_target(job: Job) -> None:
-    "Raise `BadInput` for an unknown score target, and for a method that weighs losses where divergences are asked for."
     if check_choice(job.prune.score_target, TARGETS, "score target") == "loss": return
     for method in job.prune.methods:
         if check_method(method).attribution in UNIT_AWARE:
@@ -77,7 +76,6 @@ def check_score_target(job: Job) -> None:
 
 # %% ../../nbs/jobs/03_job.ipynb #816cb0b3
 def check_screening(job: Job) -> None:
-    "Raise `BadInput` for what a table of losses with gaps cannot give."
     if job.prune.budget is None: return
     if job.prune.score_target != "loss":
         raise BadInput("--budget was given with --score-target divergence: expected losses, since a divergence has no "
@@ -96,7 +94,6 @@ def check_screening(job: Job) -> None:
 
 # %% ../../nbs/jobs/03_job.ipynb #ce60290c
 def check_job(job: Job) -> None:
-    "Raise `BadInput` for the first setting that is not accepted."
     check_kinds(job)
     for method in job.prune.methods: check_method(method)
     for sparsity in job.prune.sparsities: check_sparsity(sparsity)
@@ -117,11 +114,10 @@ def check_job(job: Job) -> None:
 
 # %% ../../nbs/jobs/03_job.ipynb #c010
 def distinct(values: tuple) -> tuple: # Each once, in order
-    "Values without repetition."
     return tuple(dict.fromkeys(values))
 
-def filled_in(job: Job, tokenizer: object) -> Job: # The same without None where the model decides
-    "Fill in what depends on the model."
+def filled_in(job: Job, tokenizer: object | None) -> Job: # The same without None where the model decides
+    "Fill in what depends on the model; without its tokenizer, as for any model but the lab's."
     data, evaluation, usual_style = job.calibrate, job.evaluate, default_style(tokenizer)
     tasks = distinct(data.tasks or default_tasks(tokenizer))
     answered = tasks if evaluation.accuracy_tasks is None else distinct(evaluation.accuracy_tasks)
@@ -134,7 +130,6 @@ def filled_in(job: Job, tokenizer: object) -> Job: # The same without None where
 # %% ../../nbs/jobs/03_job.ipynb #c013
 @dataclass(frozen=True)
 class Piece:
-    "One measurement of a cell."
     kind: str # "accuracy", "loss", "choice" or "perplexity"
     on: str # Name of the task or text
 
@@ -221,7 +216,6 @@ def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: 
 
 # %% ../../nbs/jobs/03_job.ipynb #c021
 def held_by_task(calibration: Calibration) -> dict[str, dict[str, int]]: # Task -> its examples and their tokens
-    "What a calibration set holds."
     tasks = {e.task: [other for other in calibration.examples if other.task == e.task] for e in calibration.examples}
     return {task: {"examples": len(some), "tokens": held_tokens(some)} for task, some in tasks.items()}
 
@@ -238,7 +232,6 @@ def targets_configuration(job: Job, calibration: Calibration) -> dict:
     return settings | {"text": job.evaluate.text, "text_share": share_of_text(data), "text_tokens": data.text_tokens}
 
 def calibration_configuration(job: Job, calibration: Calibration) -> dict: # What JSON can hold
-    "What a run is calibrated on."
     data, amount = job.calibrate, {} if job.calibrate.calibration_tokens else {"n": job.calibrate.n}
     targets = targets_configuration(job, calibration)
     return {"tasks": list(data.tasks), **amount, "k": data.k, "seed": data.calibration_seed,
@@ -246,7 +239,6 @@ def calibration_configuration(job: Job, calibration: Calibration) -> dict: # Wha
 
 # %% ../../nbs/jobs/03_job.ipynb #c022
 def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What JSON can hold
-    "What a run is measured on."
     counts = {name: getattr(job.evaluate, name) for name in ("evaluate_n", "loss_n", "windows", "window_tokens")}
     limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
@@ -297,7 +289,6 @@ def job_calibration(job: Job, tokenizer: object) -> Calibration: # The calibrati
 
 # %% ../../nbs/jobs/03_job.ipynb #c029
 def check_windows_fit(job: Job, model: nn.Module) -> None:
-    "Raise `BadInput` for windows of text to calibrate on that the model cannot read."
     tokens, context = job.calibrate.text_tokens, getattr(model.config, "max_position_embeddings", None)
     if share_of_text(job.calibrate) and context is not None and tokens > context:
         raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
@@ -364,7 +355,6 @@ def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Ite
 
 # %% ../../nbs/jobs/03_job.ipynb #c046
 def check_origin(path: Path, meta: dict, ready: Ready) -> None:
-    "Raise `BadInput` for a table of losses of another model or other examples."
     differ = fingerprint_differences(meta.get("model"), ready.configuration["model"]["fingerprint"])
     if not differ and meta.get("calibration") == ready.calibration.fingerprint: return
     other = f"a model with other {' and '.join(differ)}" if differ else "other examples"
@@ -430,21 +420,16 @@ def factors_by_method(ready: Ready, folder: Path, store: Path | None) -> dict[st
 
 # %% ../../nbs/jobs/03_job.ipynb #c056
 def copied_weights(model: nn.Module) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
-    "Copies of the weights of all projections."
     return {p.name: p.stored.detach().to("cpu", copy=True) for p in projections(model)}
 
 @torch.no_grad()
 def put_back(model: nn.Module, copies: dict[str, torch.Tensor]) -> None:
-    "Undo pruning."
     for p in projections(model): p.stored.copy_(copies[p.name])
 
 # %% ../../nbs/jobs/03_job.ipynb #c060
-@contextmanager
-def backend_of(job: Job, model: nn.Module) -> Iterator[object]: # For `Decoding`
+def backend_of(job: Job, model: nn.Module) -> AbstractContextManager[object]: # For `Decoding`
     "What writes a model's answers; vLLM loads the model once, for all tasks."
-    if job.evaluate.backend == "transformers": yield "transformers"
-    else:
-        with held_by_vllm(model) as held: yield held
+    return nullcontext("transformers") if job.evaluate.backend == "transformers" else held_by_vllm(model)
 
 # %% ../../nbs/jobs/03_job.ipynb #82679b37
 KeepPart = Callable[[int, Callable[[], tuple[AnswerRecord, ...]]], tuple[AnswerRecord, ...]] # A part, its maker
@@ -467,7 +452,6 @@ def sampling_of(job: Job) -> Sampling | None:
 def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, exclude: frozenset[str],
                   backend: object = "transformers", lengths: Mapping[str, int] = MappingProxyType({}),
                   keep: KeepPart = lambda number, make: make()) -> dict:
-    "Measure one piece."
     data, evaluation, batch_tokens = job.calibrate, job.evaluate, job.model.batch_tokens
     if piece.kind == "accuracy":
         problems = drawn_problems(job, piece.on, evaluation.evaluate_n, exclude)
@@ -523,7 +507,6 @@ Pruner = Callable[[str, float], PruneReport] # Prunes the job's model, which is 
 Keep = Callable[[Ready, PruneReport, Path], None] # Saves the job's model, as it was pruned, in a new folder
 
 def report_file(folder: Path, cell: tuple[str, float]) -> Path:
-    "Where a cell's report lies."
     return folder/"reports"/f"{cell_name(*cell)}.json"
 
 def lacks_model(folder: Path, cell: tuple[str, float], keep: Keep | None) -> bool:
@@ -581,7 +564,6 @@ def possible_cells(ready: Ready) -> tuple[tuple[str, float], ...]:
 Follow = Callable[[dict], Callable[[Evaluation], None]] # Gets a run's configuration, gives what is told of its cells
 
 def check_unchanged(ready: Ready, folder: Path) -> None:
-    "Raise `BadInput` unless the dense model is still the one that the run is about."
     differ = fingerprint_differences(ready.configuration["model"]["fingerprint"], model_fingerprint(ready.model))
     if differ:
         raise BadInput(f"The dense model's {' and '.join(differ)} changed while {folder} was at work: expected the "

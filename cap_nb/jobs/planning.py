@@ -21,10 +21,10 @@ from ..calibration import Calibration, deal_subsets
 from ..core.devices import device_name, device_named, finish, memory_of
 from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
 from ..core.hub import folder_from_hub, Repository, Wanted
-from ..data.problems import BENCHMARK_NAMES, is_here, task_family
+from ..data.problems import is_here, task_family
 from ..data.prompts import IGNORED, token_batches
 from ..evaluation import token_limit
-from .job import check_job, distinct, filled_in, job_calibration
+from .job import check_job, filled_in, job_calibration
 from .records import cells_of
 from .settings import changed, examples_by_kind, Job, MOST, option_of
 from ..methods.block import FORMS, Training, training_tokens
@@ -41,7 +41,6 @@ from ..models.loading import config_of, dtype_named, HUB_ID, load_tokenizer, mod
 # %% ../../nbs/jobs/04_planning.ipynb #c005
 @dataclass(frozen=True, kw_only=True)
 class Sizes(Anatomy):
-    "The sizes of a transformer."
     name: str # What the user called it
     source: str # Where its configuration comes from
     config: dict[str, object] = field(repr=False) # Its configuration, as config.json has it
@@ -159,7 +158,6 @@ class ExampleLength:
         return range(self.prompt + self.target)
 
 def lengths_of(calibration: Calibration) -> tuple[ExampleLength, ...]:
-    "The lengths of the examples of a calibration set."
     targets = [sum(label != IGNORED for label in example.labels) for example in calibration.examples]
     return tuple(ExampleLength(e.task, len(e.input_ids) - target, target)
                  for e, target in zip(calibration.examples, targets))
@@ -170,14 +168,6 @@ def tokenizer_at_hand(name: str) -> object | None:
     if not (folder := local_folder(name)): return None
     if folder in LABS.values(): return lab_tokenizer(folder)
     return load_tokenizer(str(folder)) if (folder/"tokenizer_config.json").is_file() else None
-
-def planned_job(job: Job, tokenizer: object | None) -> Job:
-    "Fill in what depends on the model; without its tokenizer, as for any model but the lab's."
-    if tokenizer is not None: return filled_in(job, tokenizer)
-    tasks = distinct(job.calibrate.tasks or BENCHMARK_NAMES)
-    answered = tasks if job.evaluate.accuracy_tasks is None else distinct(job.evaluate.accuracy_tasks)
-    return changed(job, tasks=tasks, accuracy_tasks=answered, style=job.calibrate.style or "paper",
-                   text=job.evaluate.text or "wikitext2")
 
 def planned_lengths(job: Job, tokenizer: object | None, prompt_tokens: int | None = None,
                     target_tokens: int | None = None) -> tuple[tuple[ExampleLength, ...], str]:
@@ -198,14 +188,12 @@ def planned_lengths(job: Job, tokenizer: object | None, prompt_tokens: int | Non
 # %% ../../nbs/jobs/04_planning.ipynb #c018
 @dataclass(frozen=True)
 class BatchShape:
-    "The shape of a padded batch."
     rows: int # Examples
     width: int # Tokens of the longest
     targets: int # Target tokens of all of them
     most: int # Target tokens of the example that has most
 
 def batch_shapes(lengths: Sequence[ExampleLength], batch_tokens: int = 4096) -> tuple[BatchShape, ...]:
-    "The shapes of the batches of a set of examples."
     batches = [[lengths[index] for index in indices] for indices in token_batches(lengths, batch_tokens)]
     return tuple(BatchShape(rows=len(batch), width=max(len(length.input_ids) for length in batch),
                             targets=sum(length.target for length in batch),
@@ -246,7 +234,6 @@ def wanda_work(batches: Sequence[BatchShape]) -> np.ndarray:
 # %% ../../nbs/jobs/04_planning.ipynb #c024
 @dataclass(frozen=True)
 class Answers:
-    "The answers to one task."
     count: int # How many
     width: int # Tokens of the longest prompt
     steps: int # Tokens of an answer
@@ -339,7 +326,6 @@ class Workload:
 
     @cached_property
     def batches(self) -> tuple[BatchShape, ...]:
-        "Calibration batches."
         return batch_shapes(self.lengths, self.job.model.batch_tokens)
 
     @cached_property
@@ -350,7 +336,6 @@ class Workload:
 
     @cached_property
     def asked(self) -> dict[str, int]: # Task -> problems
-        "How many problems `cap chains` asks: as many as are calibrated on."
         data, drawn = self.job.calibrate, Counter(length.task for length in self.lengths)
         return {task: drawn[task] if data.calibration_tokens else data.n for task in data.tasks}
 
@@ -366,37 +351,39 @@ class Workload:
         numbers = s.outputs + 2 * s.hidden_size + 2 * s.heads * s.head_size # queries and heads, kept too
         return tokens * (numbers * self.width + longest * (1 + self.width))
 
+    def way_back(self, tokens: int) -> float:
+        "Bytes that a backward pass through a decoder layer keeps for so many tokens."
+        return tokens * (1.5 * self.sizes.outputs * self.width + 16 * self.sizes.hidden_size)
+
     def logits(self, positions: float) -> float:
         "Bytes of logits in float32 and the logarithms of probabilities made of them."
         return positions * self.sizes.vocabulary * 8
 
 # %% ../../nbs/jobs/04_planning.ipynb #c035
-def pass_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, float]:
-    "What passes over batches keep: the hidden states of all, and at the fullest one a layer, and logits of targets."
+def batch_memory(load: Workload, batches: Sequence[BatchShape], states: float = 1, layer: float = 1,
+                 logits: float = 1) -> dict[str, float]:
+    "So many times the hidden states of all batches, and at the fullest one a layer's tensors and logits of targets."
     tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
-    return {"hidden states": sum(b.rows * b.width for b in batches) * load.sizes.hidden_size * load.width,
-            "one layer at work": load.layer(tokens, longest), "logits": load.logits(max(b.targets for b in batches))}
+    kept = sum(b.rows * b.width for b in batches) * load.sizes.hidden_size * load.width
+    return {"hidden states": states * kept, "one layer at work": layer * load.layer(tokens, longest),
+            "logits": logits * load.logits(max(b.targets for b in batches))}
 
 def walk_memory(load: Workload) -> dict[str, float]:
     "What pruning layer by layer keeps: hidden states before a layer, and scores of the widest matrix."
-    memory = pass_memory(load, load.batches)
-    return {"hidden states": memory["hidden states"], "one layer at work": 1.5 * memory["one layer at work"],
-            "scores of one matrix": load.sizes.widest * 15}
+    return batch_memory(load, load.batches, layer=1.5, logits=0) | {"scores of one matrix": load.sizes.widest * 15}
 
 def gradient_memory(load: Workload, sums: bool = True) -> dict[str, float]:
     "What a backward pass keeps: for every layer what the way back needs, and sums of gradients in float32."
-    sizes, memory = load.sizes, pass_memory(load, load.batches)
-    kept = max(b.rows * b.width for b in load.batches) * (1.5 * sizes.outputs * load.width + 16 * sizes.hidden_size)
-    return {"gradients": sizes.scope * (4 + load.width) * sums, "activations of a batch": sizes.layers * kept,
-            "one layer at work": memory["one layer at work"], "logits": 2 * memory["logits"]}
+    fullest = max(b.rows * b.width for b in load.batches)
+    return {"gradients": load.sizes.scope * (4 + load.width) * sums,
+            "activations of a batch": load.sizes.layers * load.way_back(fullest),
+            } | batch_memory(load, load.batches, states=0, logits=2)
 
 def regional_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, float]:
     "What backward passes through one layer keep: hidden states, what the way back needs, gradients and their sums."
-    sizes, memory = load.sizes, pass_memory(load, batches)
-    longest = max(b.width for b in batches)
-    return {"hidden states": memory["hidden states"], "one layer at work": memory["one layer at work"],
-            "gradients of a layer": sizes.scope / sizes.layers * (4 + 2 * load.width),
-            "activations of a layer": longest * (1.5 * sizes.outputs * load.width + 16 * sizes.hidden_size)}
+    return batch_memory(load, batches, logits=0) | {
+        "gradients of a layer": load.sizes.scope / load.sizes.layers * (4 + 2 * load.width),
+        "activations of a layer": load.way_back(max(b.width for b in batches))}
 
 def solver_memory(load: Workload, names: Sequence[str], on_dense: bool) -> dict[str, float]:
     "What a walk with Hessians keeps; where masks are chosen on the dense model first, all of them and its weights."
@@ -412,7 +399,7 @@ def solver_memory(load: Workload, names: Sequence[str], on_dense: bool) -> dict[
 def block_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, float]:
     "What block reconstruction keeps: states of two models and targets, a layer with Adam's moments, activations."
     sizes, tokens = load.sizes, max(b.rows * b.width for b in batches)
-    return {"hidden states": 4 * pass_memory(load, batches)["hidden states"],
+    return {"hidden states": 4 * batch_memory(load, batches)["hidden states"],
             "a layer in training": 24 * sizes.scope / sizes.layers,
             "activations of a layer": tokens * (6 * sizes.outputs + 16 * sizes.hidden_size)}
 
@@ -430,7 +417,7 @@ def evaluation_memory(load: Workload) -> dict[str, float]:
     memory, window = answer_memory(load, load.answers), window_width(load.sizes, load.job)
     fullest = max(load.batches, key=lambda b: b.rows * b.width)
     losses = fullest.rows * fullest.width * load.sizes.vocabulary * load.width + load.logits(fullest.targets)
-    layers = load.layer(window, window), pass_memory(load, load.batches)["one layer at work"]
+    layers = load.layer(window, window), batch_memory(load, load.batches)["one layer at work"]
     return memory | {"one layer at work": max(memory["one layer at work"], *layers),
                      "logits": max(losses if load.job.evaluate.loss_n else 0, load.logits(min(256, window)))}
 
@@ -484,25 +471,20 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return statistics.median(seconds[1:])
 
 # %% ../../nbs/jobs/04_planning.ipynb #c042
-def one_layer(sizes: Sizes) -> Sizes:
-    "The sizes of the same model with one layer and a vocabulary of 16 tokens."
-    config = AutoConfig.for_model(**sizes.config)
-    if getattr(config, "layer_types", None): config.layer_types = config.layer_types[:1]
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"): setattr(config, name, None)
-    config.num_hidden_layers = 1
-    config.vocab_size = 16
-    return sizes_of(config, sizes.name, sizes.source)
-
 @torch.no_grad()
 def timed_rates(sizes: Sizes, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
                 tokens: int = 4096) -> Rates:
     "Time one batch, and one token, through one random layer; one that does not fit raises `BadInput`."
-    device, dtype, layer = device_named(device), dtype_named(dtype or sizes.dtype), one_layer(sizes)
+    device, dtype = device_named(device), dtype_named(dtype or sizes.dtype)
+    config = AutoConfig.for_model(**sizes.config)
+    changes = dict(num_hidden_layers=1, vocab_size=16, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    if getattr(config, "layer_types", None): changes["layer_types"] = config.layer_types[:1]
+    for name, value in changes.items(): setattr(config, name, value)
+    layer = sizes_of(config, sizes.name, sizes.source)
     (free, _), needed = memory_of(device), 2 * layer.parameters * dtype.itemsize
     if needed > free:
         raise BadInput(f"One layer of {sizes.name} needs {bytes_text(needed)} to be timed but {device} has "
                        f"{bytes_text(free)}: expected room for it; plan with --no-probe.")
-    config = AutoConfig.for_model(**layer.config)
     with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device).eval()
     for tensor in (*model.parameters(), *model.buffers()):
@@ -520,7 +502,6 @@ def timed_rates(sizes: Sizes, device: str | torch.device | None = None, dtype: s
 # %% ../../nbs/jobs/04_planning.ipynb #c045
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    "One stage of a job."
     name: str # What is done
     memory: dict[str, float] # Part -> bytes on the device, beside the weights
     methods: tuple[str, ...] = () # Methods that need it
@@ -595,7 +576,7 @@ def budget_stage(load: Workload) -> Stage:
     few = batch_shapes(load.lengths[::max(1, len(load.lengths) // settings.examples)], load.job.model.batch_tokens)
     alone, levels = one_pass(few), len(settings.levels)
     resumed = with_head(alone * levels * (sizes.layers + 1), 2 * sizes.layers * levels * alone[HEAD])
-    memory = pass_memory(load, few) | {"ranks of all weights": 2 * sizes.scope,
+    memory = batch_memory(load, few) | {"ranks of all weights": 2 * sizes.scope,
                                        "copies of a layer": sizes.scope / sizes.layers * load.width}
     return stage_of(load, BUDGETS, memory, wanda_work(load.batches) + resumed, read=READS_IN_ROWS * sizes.scope)
 
@@ -637,7 +618,7 @@ def planned_stages(load: Workload) -> tuple[Stage, ...]:
     sizes, batches, share = load.sizes, load.batches, load.job.prune.budget
     stages = [Stage(name="loading the weights", memory={}, loaded=sizes.parameters * load.width)]
     if scores_heads(load.job):
-        memory = pass_memory(load, batches) if share is None else gradient_memory(load, sums=False)
+        memory = batch_memory(load, batches) if share is None else gradient_memory(load, sums=False)
         if share is None: memory["logits"] = min(memory["logits"], load.logits(1024))
         stages.append(stage_of(load, SCORING, memory, scoring_work(sizes, batches, share)))
     stages += method_stages(load)
@@ -680,7 +661,6 @@ class Plan:
         return -(-self.weights // self.group)
 
     def stage(self, name: str) -> Stage:
-        "The stage of this name."
         return next(stage for stage in self.stages if stage.name == name)
 
     def needed(self, stage: Stage) -> int:
@@ -741,7 +721,7 @@ def plan(
     sizes, tokenizer = read_sizes(job.model.name), tokenizer_at_hand(job.model.name)
     dtype = str(dtype_named(job.model.dtype or sizes.dtype, job.model.device)).removeprefix("torch.")
     if elsewhere: rates = described(rates, dtype)
-    job = planned_job(job, tokenizer)
+    job = filled_in(job, tokenizer)
     lengths, origin = planned_lengths(job, tokenizer, prompt_tokens, target_tokens)
     deal_subsets(range(len(lengths)), job.calibrate.k)
     if job.prune.budget is not None: # refused if some task has no two examples within it
@@ -850,7 +830,6 @@ def limits_text(answers: Sequence[Answers]) -> str:
     return " or ".join(map(str, sorted({a.steps for a in answers})))
 
 def model_lines(p: Plan) -> list[str]:
-    "The model, the calibration set and the passes in words."
     load, data, s = p.load, p.load.job.calibrate, p.load.sizes
     padding = 1 - load.tokens / sum(b.rows * b.width for b in load.batches)
     lines = [
@@ -882,7 +861,6 @@ def model_lines(p: Plan) -> list[str]:
     return lines
 
 def stage_rows(p: Plan) -> list[str]:
-    "A table in Markdown with a row for every stage."
     heads = ("Stage", "FLOPs", "Expected time (estimate)", "Bound by", "Memory at its fullest, with the weights",
              "Beside the weights")
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

@@ -97,7 +97,6 @@ def existing_file(path: str | Path, whose: str) -> Path: # The file, as an absol
     raise BadInput(f"The file {path} of {whose} is missing: expected its whole path, or one from {where}; check it.")
 
 def files_by_split(files: str | Path | Mapping[str, str | Path], whose: str) -> dict[str, tuple[str, ...]]:
-    "The files of a task."
     named = files if isinstance(files, Mapping) else dict.fromkeys(SPLITS, files)
     if set(named) != set(SPLITS):
         raise BadInput(f"The files of {whose} are for {', '.join(named)}: expected one file, or one each for "
@@ -197,7 +196,6 @@ ADDERS = {"criterion": add_criterion, "attribution": add_attribution, "allocatio
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c073
 def module_name(path: Path) -> str: # As in "cap_plugin_my"
-    "What a plugin is called among Python's modules."
     return f"cap_plugin_{path.stem}"
 
 def executed(path: Path, text: bytes) -> None:

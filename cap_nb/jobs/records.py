@@ -37,7 +37,7 @@ from ..core.files import (
     whole_folder, write_checked)
 from ..core.registry import check_additions
 from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
-from .settings import CalibrateSettings, changed, Job, option_of, part_of_setting
+from .settings import changed, Job, option_of, option_text, part_of_setting, values_of
 from ..methods.prune import sparsities_of
 from ..methods.screening import load_any, PartialLosses, scores_of
 from ..models.anatomy import projections
@@ -82,7 +82,6 @@ def records_from_text(text: str, kind: type) -> tuple: # Its records
 
 # %% ../../nbs/jobs/00_records.ipynb #c011
 def evaluation_texts(evaluation: Evaluation, backend: str = "transformers") -> dict[str, str]:
-    "The files of an evaluation."
     about = {name: getattr(evaluation, name) for name in ("method", "sparsity", "reached")}
     if backend != "transformers": about["backend"] = backend
     about["perplexity"] = evaluation.perplexity and asdict(evaluation.perplexity)
@@ -135,7 +134,6 @@ def is_fingerprint(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}(-[0-9a-f]{16})*", value) is not None
 
 def shown(value: object) -> str:
-    "A setting in a sentence."
     return value[:12] if is_fingerprint(value) else str(value)
 
 def agrees(kept: object, now: object) -> bool:
@@ -157,25 +155,18 @@ def differences(one: dict, other: dict) -> tuple[str, ...]: # As in "calibration
 def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as far as a run's folder knows it
     "The job that made a run; on chains, whose file is not known, it is calibrated on \"chains\"."
     model, kept, done = (configuration[part] for part in ("model", "calibration", "evaluation"))
-    tasks, chosen = tuple(kept["tasks"]), kept.get("on", "gold")
-    limits = done["max_new_tokens"]
+    chosen, limits = kept.get("on", "gold"), done["max_new_tokens"]
     own_limits = all(limits[task] == token_limit(task) for task in limits) # then none was given
-    answered = sorted(done["data"]["accuracy"], key=lambda task: (*tasks, task).index(task))
-    return changed(
-        Job(), name=model["name"], dtype=model["dtype"], device=model["device"], batch_tokens=kept["batch_tokens"],
-        tasks=tasks, style=configuration["style"]["called"], n=kept.get("n", CalibrateSettings.n), k=kept["k"],
-        calibrate_on=chosen, calibration_tokens=kept.get("calibration_tokens"),
-        chain_rule=kept.get("chain_rule", "right"),
-        seed=done.get("seed", kept["seed"]) if seed is None else seed, calibration_seed=kept["seed"],
-        text_share=0.0 if chosen == "text" else kept.get("text_share", 0.0), text_tokens=kept.get("text_tokens", 256),
-        methods=tuple(configuration["methods"]), sparsities=tuple(configuration["sparsities"]),
-        aggregation=configuration["aggregation"], score_target=configuration.get("score_target", "loss"),
-        budget=configuration.get("budget"), backend=done.get("backend", "transformers"),
-        choice_n=done.get("choice_n", 0), spare=tuple(kept.get("spare", ())), shots=done.get("shots", 0),
-        samples=done.get("samples", 1), temperature=done.get("temperature", 0.0), top_p=done.get("top_p", 1.0),
-        accuracy_tasks=tuple(answered), max_new_tokens=None if own_limits else next(iter(limits.values())),
-        text=kept.get("text") or next(iter(done["data"]["text"]), None), evaluate_on=done.get("on", "evaluation"),
-        **{name: done[name] for name in ("evaluate_n", "loss_n", "windows", "window_tokens")})
+    noted = done | kept | configuration | {
+        "name": model["name"], "dtype": model["dtype"], "device": model["device"],
+        "style": configuration["style"]["called"], "calibrate_on": chosen, "calibration_seed": kept["seed"],
+        "seed": done.get("seed", kept["seed"]) if seed is None else seed,
+        "text_share": 0.0 if chosen == "text" else kept.get("text_share", 0.0),
+        "accuracy_tasks": sorted(done["data"]["accuracy"], key=lambda task: (*kept["tasks"], task).index(task)),
+        "max_new_tokens": None if own_limits else next(iter(limits.values())),
+        "text": kept.get("text") or next(iter(done["data"]["text"]), None), "evaluate_on": done.get("on", "evaluation")}
+    settings = {name: noted[name] for name in part_of_setting() if name in noted}
+    return changed(Job(), **{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
 
 # %% ../../nbs/jobs/00_records.ipynb #225eb54a
 def hidden_options(kept: dict, asked: dict, one: dict, other: dict) -> set[str]:
@@ -188,20 +179,15 @@ def hidden_options(kept: dict, asked: dict, one: dict, other: dict) -> set[str]:
     if all(each["accuracy_tasks"] == each["tasks"] for each in (one, other)): hidden.add("accuracy_tasks")
     return hidden
 
-def option_text(value: object) -> str: # As in "lab-arc,lab-gsm8k"
-    "A setting as it is written behind its option."
-    if isinstance(value, tuple): return ",".join(map(str, value)) or "none"
-    return "a file of chains" if value == "chains" else str(value)
-
 def changed_options(kept: dict, asked: dict) -> tuple[str, ...]: # As in "--n is 64, the run in this folder has 128"
     "The options of `cap run` in which two configurations differ, in words."
-    one, other = ({name: getattr(getattr(job, part), name) for name, part in part_of_setting().items()}
-                  for job in map(job_of, (kept, asked)))
+    one, other = (values_of(job_of(configuration)) for configuration in (kept, asked))
     hidden, told = hidden_options(kept, asked, one, other), []
+    def said(value): return "a file of chains" if value == "chains" else option_text(value)
     for name in one:
         if name in hidden or one[name] == other[name]: continue
-        now = "left out" if other[name] is None else option_text(other[name])
-        before = "was made without it" if one[name] is None else f"has {option_text(one[name])}"
+        now = "left out" if other[name] is None else said(other[name])
+        before = "was made without it" if one[name] is None else f"has {said(one[name])}"
         told.append(f"{option_of(name)} is {now}, the run in this folder {before}")
     return tuple(told)
 
@@ -266,15 +252,10 @@ def is_run(folder: Path) -> bool:
 # %% ../../nbs/jobs/00_records.ipynb #c029
 log = logging.getLogger(__name__)
 
-PIECES = {load_evaluation: ("chains/answers", "unfinished/[!.]*-*/[!.]*-*"),
+PIECES = {load_evaluation: ("evaluations/[!.]*", "chains/answers", "unfinished/[!.]*-*/[!.]*-*"),
           read_checked: ("timings.json", "memory.json", "reports/[!.]*.json"),
           read_tensors: ("**/losses.safetensors", "attributions/[!.]*.safetensors", "factors/[!.]*.safetensors"),
           } # How a piece that can be made anew is read -> where such pieces lie
-
-def set_damaged_aside(folder: Path, read: Callable, *patterns: str) -> None:
-    "Set aside every piece that can be made anew and is not as it was saved."
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        if DAMAGED not in path.name: is_intact(path, read)
 
 def put_in_order(folder: Path) -> None:
     "Before a run goes on: half-written files go, damaged pieces are set aside, what is lost for good is named."
@@ -283,10 +264,11 @@ def put_in_order(folder: Path) -> None:
     for name in ("environment.json", "timings.json"):
         if any(folder.glob("evaluations/*")) and not (folder/name).exists():
             log.warning("%s has lost its %s: what earlier sessions noted there cannot be made anew.", folder, name)
-    set_damaged_aside(folder, load_evaluation, "evaluations/[!.]*")
+    for read, pattern in ((read, pattern) for read, patterns in PIECES.items() for pattern in patterns):
+        for path in sorted(folder.glob(pattern)):
+            if DAMAGED not in path.name: is_intact(path, read)
     for cell in sorted(folder.glob("unfinished/[!.]*-*")): # left where a session was killed behind a cell's last piece
         if (folder/"evaluations"/cell.name).exists(): remove(cell)
-    for read, patterns in PIECES.items(): set_damaged_aside(folder, read, *patterns)
 
 # %% ../../nbs/jobs/00_records.ipynb #c031
 def open_run(folder: str | Path, configuration: dict) -> dict:
@@ -360,7 +342,6 @@ def mask_fingerprint(model: nn.Module) -> str: # 64 hexadecimal digits
 
 # %% ../../nbs/jobs/00_records.ipynb #c046
 def cell_name(method: str, sparsity: float) -> str: # As in "cap-0.2", or "wanda@2of4-0.5"
-    "The name of a method at a sparsity."
     return f"{method.replace(':', 'of')}-{sparsity!r}" # no colon: some file systems forbid it
 
 def read_report(path: str | Path) -> tuple[PruneReport, str]: # The report, and the fingerprint of the zeros
@@ -396,11 +377,9 @@ def together(pieces: list[Evaluation]) -> Evaluation: # One evaluation
 
 # %% ../../nbs/jobs/00_records.ipynb #c052
 def evaluation_folder(folder: str | Path, method: str, sparsity: float) -> Path: # Where the finished evaluation lies
-    "The folder of a finished cell."
     return Path(folder)/"evaluations"/cell_name(method, sparsity)
 
 def piece_folder(folder: str | Path, method: str, sparsity: float, piece: str) -> Path:
-    "The folder of a finished piece."
     return Path(folder)/"unfinished"/cell_name(method, sparsity)/piece
 
 # %% ../../nbs/jobs/00_records.ipynb #c055
@@ -443,9 +422,8 @@ class Records:
 # %% ../../nbs/jobs/00_records.ipynb #c064
 RECORDED = ("environment.json", "timings.json", "memory.json", "losses.safetensors", "evaluations", "reports",
             "attributions", "factors", "budgets", "chains", "text") # What a run records, at the top of its folder
-LOG = "log.txt" # What `cap run` says, with times: no record, and nothing is made from it
 MADE = ("tables", "figures", "tracking", "models", "unfinished", "run.json", "manifest.json", PACKED, REPORT,
-        LOG) # What it writes too
+        "log.txt") # What it writes too; the log has times, and nothing is made from it
 OF_EVALUATION = ("evaluation.json", *(f"{name}.csv" for name in RECORD_FILES)) # The files of an evaluation's folder
 
 def is_record(inside: Path) -> bool: # Whether it belongs to the records
@@ -469,11 +447,8 @@ COLUMNS = (
     {"record": pa.string(), "place": pa.string()}
     | {name: ARROW[kind] for record in (AnswerRecord, LossRecord) for name, kind in fields_of(record).items()}
     | {"content": pa.binary()}) # Name of a column -> its type
-CHOICE_COLUMNS = {field.name: ARROW[field.type] for field in fields(ChoiceRecord)} # Of a run that weighed options
-SAMPLE_COLUMN = {"sample": pa.int64()} # Of a run with several answers to each problem
 
 def evaluation_rows(place: str, evaluation: Evaluation) -> Iterator[dict]:
-    "An evaluation as rows of the table."
     for name, records in (("answer", evaluation.answers), ("loss", evaluation.losses), ("choice", evaluation.choices)):
         names = fields_of(type(records[0]), records) if records else ()
         for record in records: yield {"record": name, "place": place} | {key: getattr(record, key) for key in names}
@@ -485,13 +460,13 @@ def evaluation_rows(place: str, evaluation: Evaluation) -> Iterator[dict]:
 
 # %% ../../nbs/jobs/00_records.ipynb #c069
 def records_table(records: Records) -> pa.Table: # A row for each answer, loss, window, evaluation and file
-    "All records of a run as one table."
     rows = [row for place, evaluation in records.evaluations.items() for row in evaluation_rows(place, evaluation)]
     for name in records.files:
         rows.append({"record": "file", "place": name, "content": records.read(name, Path.read_bytes)})
-    columns, measured = COLUMNS, records.evaluations.values()
-    if any(evaluation.choices for evaluation in measured): columns = columns | CHOICE_COLUMNS
-    if any(answer.sample for evaluation in measured for answer in evaluation.answers): columns = columns | SAMPLE_COLUMN
+    columns, measured = dict(COLUMNS), records.evaluations.values()
+    if any(evaluation.choices for evaluation in measured):
+        columns |= {name: ARROW[kind] for name, kind in fields_of(ChoiceRecord).items()}
+    if any(answer.sample for evaluation in measured for answer in evaluation.answers): columns["sample"] = pa.int64()
     return pa.Table.from_pylist(rows, pa.schema(columns))
 
 # %% ../../nbs/jobs/00_records.ipynb #c073
@@ -522,7 +497,6 @@ def records_of(folder: str | Path) -> Records: # What it recorded
 
 # %% ../../nbs/jobs/00_records.ipynb #c077
 def record_hashes(records: Records, configuration: dict) -> dict[str, str]:
-    "The SHA-256 of every record."
     backend = configuration.get("evaluation", {}).get("backend", "transformers")
     hashes = {name: records.read(name, sha256_of_file) for name in records.files}
     for place, evaluation in records.evaluations.items():

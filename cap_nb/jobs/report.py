@@ -13,7 +13,6 @@ import re
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -31,8 +30,8 @@ from ..core.registry import check_additions
 from ..data.problems import LAB_TASKS
 from ..evaluation import AnswerRecord, Evaluation
 from ..importance import importance_factors
-from .records import cell_name, cells_of, load_run, manifest, PACKED, REPORT, Run, write_packed
-from .settings import Job
+from .records import cell_name, cells_of, job_of, load_run, manifest, PACKED, REPORT, Run, write_packed
+from .settings import changed, Job, option_of, option_text, values_of
 from .tables import (
     answer_markdown, answer_table, comparison_markdown, comparison_note, head_importance_in_words, interval_text,
     markdown_rows, pairs_with, plot_importance_distribution, plot_sparsity_curves, plot_zeros_by_method, table_csv,
@@ -63,36 +62,29 @@ def run_folders(folder: str | Path) -> list[Path]: # Folders of runs, in order
     return runs
 
 # %% ../../nbs/jobs/02_report.ipynb #c016
-def method_costs(method: str, sparsities: list[float], seconds: dict[str, float],
-                 memory: dict[str, int]) -> tuple[float | None, float, float | None] | None:
-    "What a method took, as far as it was measured."
-    parts, prunings = parse_method(method), [f"{cell_name(method, sparsity)}/prune" for sparsity in sparsities]
-    other = parts.attribution and parts.attribution not in READINGS
-    factors = [f"attribution/{parts.attribution}"] if other else []
-    if not other or parts.attribution in UNIT_AWARE: factors.insert(0, "scoring")
-    if "factors" not in needs_of(parts): factors = []
-    pruning_seconds = [seconds[stage] for stage in prunings if stage in seconds]
-    if not pruning_seconds: return None
-    known = factors and all(stage in seconds for stage in factors)
-    peaks = [memory[stage] for stage in (*prunings, *factors) if stage in memory]
-    return (sum(seconds[stage] for stage in factors) if known else None, statistics.median(pruning_seconds),
-            max(peaks) / 2**20 if peaks else None)
-
 def cost_table(run: Run) -> pd.DataFrame:
     "What each method of a run took, as far as it was measured."
-    cells = [cell for cell in cells_of(run.configuration) if cell[0] != "dense"]
-    costs = {method: method_costs(method, [s for m, s in cells if m == method], run.timings, run.memory)
-             for method in dict.fromkeys(method for method, _ in cells)}
-    return pd.DataFrame.from_dict(
-        {method: row for method, row in costs.items() if row}, "index",
-        columns=["Factors (s)", "Pruning (s)", "Memory (MiB)"]).rename_axis("Method")
+    costs, cells = {}, [cell for cell in cells_of(run.configuration) if cell[0] != "dense"]
+    for method in dict.fromkeys(method for method, _ in cells):
+        parts, prunings = parse_method(method), [f"{cell_name(*cell)}/prune" for cell in cells if cell[0] == method]
+        other = parts.attribution and parts.attribution not in READINGS
+        factors = [f"attribution/{parts.attribution}"] if other else []
+        if not other or parts.attribution in UNIT_AWARE: factors.insert(0, "scoring")
+        if "factors" not in needs_of(parts): factors = []
+        pruning = [run.timings[stage] for stage in prunings if stage in run.timings]
+        if not pruning: continue
+        known = factors and all(stage in run.timings for stage in factors)
+        peaks = [run.memory[stage] for stage in (*prunings, *factors) if stage in run.memory]
+        costs[method] = (sum(run.timings[stage] for stage in factors) if known else None, statistics.median(pruning),
+                         max(peaks) / 2**20 if peaks else None)
+    columns = ["Factors (s)", "Pruning (s)", "Memory (MiB)"]
+    return pd.DataFrame.from_dict(costs, "index", columns=columns).rename_axis("Method")
 
 # %% ../../nbs/jobs/02_report.ipynb #c017
 COSTS = ("Factors: what the method's scores took, masking included. Pruning: once, the median over the sparsities. "
          "Memory: the most that either took beyond the model.")
 
 def cost_markdown(costs: pd.DataFrame) -> str: # Markdown
-    "What each method took, in Markdown."
     def text(number: float, form: str) -> str:
         return "" if number is None or math.isnan(number) else format(number, form)
     forms, numbers = (".1f", ".2f", ".0f"), costs.to_numpy(dtype=float)
@@ -145,7 +137,6 @@ def table_texts(run: Run) -> dict[str, str]: # Path within the run's folder -> c
     return {f"tables/{name}": text for name, text in texts.items()}
 
 def figures_of(run: Run) -> dict[str, Callable[[], Figure]]:
-    "The figures of a run."
     figures = {name: partial(plot_sparsity_curves, group) for name, group in curve_groups(run.evaluations).items()}
     reports = [report for report, _ in run.reports if report.method != "dense"]
     for sparsity in sorted({report.asked for report in reports}):
@@ -213,7 +204,6 @@ def html_of(markdown: str) -> str: # The same in HTML
 
 # %% ../../nbs/jobs/02_report.ipynb #c039
 def picture_html(pictures: Mapping[str, bytes], beginning: str | tuple[str, ...], caption: str = "") -> str:
-    "Pictures written into the page."
     figures = [
         f'<figure><img alt="{escape(Path(name).name)}" width="{int.from_bytes(png[16:20], "big") * 96 // 150}" '
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>\n'
@@ -252,32 +242,25 @@ def count_in_words(comparisons: Mapping[tuple[str, str, float, str], Comparison]
         max(c.n for c in comparisons.values()) < FEWEST_PAIRS)
 
 # %% ../../nbs/jobs/02_report.ipynb #c041
-OPTIONS = {"name": "model", "sparsities": "sparsity"} # Settings whose option has another name
 PLACES = {"RUN": "this run's folder", "DATA": "the folder of benchmark files, which come from the hub without it",
           "CHAINS": "the file that cap chains wrote", "FILE": "your own Python file"} # What a command does not know
 
 def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 16"
     "The command of a run, with every setting that is not the usual one and is kept."
     data, measured = configuration["calibration"], configuration["evaluation"]
-    answered, limits = list(measured["max_new_tokens"]), set(measured["max_new_tokens"].values())
+    answered, limits = tuple(measured["max_new_tokens"]), set(measured["max_new_tokens"].values())
     fetched = {*data["tasks"], *answered, *measured["data"]["text"]} - {*LAB_TASKS, "lab-text"}
     seed = measured.get("seed", 0)
-    kept = {**data, **measured, **configuration, "name": configuration["model"]["name"], "seed": seed,
-            "data_dir": "DATA" if fetched else None,
-            "dtype": configuration["model"]["dtype"], "style": configuration["style"]["called"],
-            "calibration_seed": data["seed"] if data["seed"] != seed else None,
-            "accuracy_tasks": None if {*answered} == {*data["tasks"]} else answered or ["none"],
-            "max_new_tokens": limits.pop() if len(limits) == 1 else None,
-            "calibrate_on": {"text": "text", "chains": "CHAINS"}.get(data.get("on"), "gold"),
-            "evaluate_on": measured.get("on", "evaluation")}
-    words = ["cap run"]
-    for setting in [setting for part in fields(Job) for setting in fields(part.default_factory)]:
-        value = kept.get(setting.name, setting.default)
-        if isinstance(value, (list, tuple)): value = tuple(value)
-        if value == setting.default and setting.name != "name" or value is None: continue
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        words.append(f"--{OPTIONS.get(setting.name, setting.name).replace('_', '-')} {shlex.quote(text)}")
-    return " ".join([*words, *["--plugin FILE"] * len(configuration.get("plugins", {}))])
+    job = changed(
+        job_of(configuration, seed), device=None, text=data.get("text"), data_dir="DATA" if fetched else None,
+        calibration_seed=data["seed"] if data["seed"] != seed else None,
+        accuracy_tasks=None if {*answered} == {*data["tasks"]} else answered,
+        max_new_tokens=limits.pop() if len(limits) == 1 else None,
+        calibrate_on="CHAINS" if data.get("on") == "chains" else data.get("on", "gold"))
+    usual = values_of(Job()) | {"name": None}
+    words = [f"{option_of(name)} {shlex.quote(option_text(value))}" for name, value in values_of(job).items()
+             if value is not None and value != usual[name]]
+    return " ".join(["cap run", *words, *["--plugin FILE"] * len(configuration.get("plugins", {}))])
 
 def places_in_words(commands: str) -> str: # As in "RUN: this run's folder."
     "What the words in some commands stand for."

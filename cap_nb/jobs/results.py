@@ -49,36 +49,29 @@ def runs_in(folders: Folders) -> dict[str, Path]: # Name -> the run's folder, in
     return dict(zip(distinct_names(found), found))
 
 # %% ../../nbs/jobs/07_results.ipynb #c009
-WHICH = { # Columns of both frames: type, unit, what it is
-    "run": ("string", "", "the run's folder, as many last parts of its path as it takes"),
-    "model": ("string", "", "name of the model that was pruned"),
-    "calibration_seed": ("Int64", "", "seed of the calibration draw"),
-    "method": ("string", "", "name of the method, or dense"),
-    "sparsity": ("float64", "share", "zeros asked for among the weights in scope"),
-    "reached": ("float64", "share", "zeros reached"),
-    "measure": ("string", "", "accuracy, loss, perplexity; choice and gold p, by the sum or norm"),
-    "task": ("string", "", "name of the task, or of the text")}
+WHICH = { # Columns of both frames -> type
+    "run": "string", # the run's folder, as many last parts of its path as it takes
+    "model": "string", # name of the model that was pruned
+    "calibration_seed": "Int64", # seed of the calibration draw
+    "method": "string", # name of the method, or dense
+    "sparsity": "float64", # share: zeros asked for among the weights in scope
+    "reached": "float64", # share: zeros reached
+    "measure": "string", # accuracy, loss, perplexity; choice and gold p, by the sum or norm
+    "task": "string"} # name of the task, or of the text
 EACH = { # Further columns of a row for each problem
-    "problem": ("string", "", "content hash of the problem, or number of the window from 0"),
-    "value": ("float64", "see unit", "accuracy: 100 if the strict answer is right, else 0; others: mean loss"),
-    "unit": ("string", "", "per cent for an answer, nats for a problem's loss and a window's"),
-    "tokens": ("Int64", "tokens", "written by the model, or those that the loss is the mean of"),
-    "lenient": ("float64", "per cent", "as value, under the lenient reading; empty but for answers"),
-    "cut_off": ("boolean", "", "whether the limit cut the answer off; empty but for answers"),
-    "sample": ("Int64", "", "which of several drawn answers to the problem, from 0")}
+    "problem": "string", # content hash of the problem, or number of the window from 0
+    "value": "float64", # accuracy: 100 if the strict answer is right, else 0; others: mean loss
+    "unit": "string", # per cent for an answer, nats for a problem's loss and a window's
+    "tokens": "Int64", # tokens: written by the model, or those that the loss is the mean of
+    "lenient": "float64", # per cent: as value, under the lenient reading; empty but for answers
+    "cut_off": "boolean", # whether the limit cut the answer off; empty but for answers
+    "sample": "Int64"} # which of several drawn answers to the problem, from 0
 SUMMARY = { # Further columns of a row for each number of the table
-    "value": ("float64", "see unit", "the table's number"),
-    "low": ("float64", "see unit", "lower end of its 95 % interval"),
-    "high": ("float64", "see unit", "upper end"),
-    "unit": ("string", "", "per cent for accuracy, nats for loss, 1 for perplexity"),
-    "n": ("Int64", "", "problems or windows behind it")}
-
-# %% ../../nbs/jobs/07_results.ipynb #c012
-def frame_columns(summary: bool = False) -> str: # Markdown
-    "The columns of a frame of results, each with its type, unit and meaning."
-    columns = WHICH | (SUMMARY if summary else EACH)
-    rows = [[name, *about] for name, about in columns.items()]
-    return markdown_rows(["Column", "Type", "Unit", "What it is"], rows, names=4)
+    "value": "float64", # the table's number
+    "low": "float64", # lower end of its 95 % interval
+    "high": "float64", # upper end
+    "unit": "string", # per cent for accuracy, nats for loss, 1 for perplexity
+    "n": "Int64"} # problems or windows behind it
 
 # %% ../../nbs/jobs/07_results.ipynb #c018
 def problem_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, then the columns of `EACH`
@@ -121,9 +114,9 @@ def results_frame(
     runs: Folders, # A run's folder, live or packed, one that holds runs, or a list of either
     summary: bool = False, # False: a row for each problem or window; True: a row for each number of the table
     settings: Sequence[str] = (), # Further columns: settings of the runs, as in "calibration.n"
-) -> pd.DataFrame: # The columns that `frame_columns` lists, then these settings
+) -> pd.DataFrame: # The columns of `WHICH` and `EACH`, or `SUMMARY`, then these settings
     "All that runs measured as one tidy data frame; a folder without a run raises `BadInput`."
-    columns = {name: about[0] for name, about in (WHICH | (SUMMARY if summary else EACH)).items()}
+    columns = WHICH | (SUMMARY if summary else EACH)
     rows = [row for name, folder in runs_in(runs).items()
             for row in run_rows(name, load_run(folder), summary, settings)]
     return pd.DataFrame(rows, columns=[*columns, *settings]).astype(columns)
@@ -151,7 +144,6 @@ def check_paired(names: tuple[str, str], runs: tuple[Run, Run]) -> None:
 
 # %% ../../nbs/jobs/07_results.ipynb #c043
 def check_methods(runs: Mapping[str, Run], methods: Sequence[str] | None, against: str | None) -> None:
-    "Raise `BadInput` for a method that no run has."
     first, *others = ([e.method for e in run.evaluations] for run in runs.values())
     there = dict.fromkeys(method for run in (others or [first]) for method in run)
     for method in methods or (): check_choice(method, there, "method of these runs")
@@ -273,93 +265,6 @@ def judged(
                        f"{sparsity:.0%} on {measure}: expected all; finish the run.")
     return correct_family({key: every[key] for key in keys}, "the plan")
 
-# %% ../../nbs/jobs/07_results.ipynb #5b9519eb
-import numpy as np
-from scipy import stats
-from cap_nb.analysis import paired_values, problem_values, share_kept, TEXT_LOSS
-from cap_nb.evaluation import bootstrap_interval
-
-ENDINGS = {"loss": "gold loss", "gold p norm": "gold p norm"} # End of a measure's name -> its column
-
-def measured_as(measure: str) -> str: # A column of `measured_cells`
-    "What a measure of a comparison is of: text, gold solutions, options or answers."
-    if measure == TEXT_LOSS: return "text loss"
-    return next((column for end, column in ENDINGS.items() if measure.endswith(f" {end}")), "kept")
-
-def dense_beside(name: str, runs: Mapping[str, Run]) -> list[Evaluation]:
-    "Dense models that a run's pruned ones can be held against: its own, then that of a run measured in the same way."
-    mine, found = runs[name], []
-    for other, run in sorted(runs.items(), key=lambda item: item[0] != name):
-        try:
-            if run.configuration["model"]["fingerprint"] == mine.configuration["model"]["fingerprint"]:
-                check_paired((name, other), (mine, run))
-                found += [evaluation for evaluation in run.evaluations if evaluation.method == "dense"]
-        except BadInput: continue # measured in another way
-    return found
-
-def measured_cells(runs: Folders, lenient: bool = False) -> pd.DataFrame: # Rows (Model, Method, Sparsity)
-    "Of every pruned model with answers what it kept, in per cent, and what else was measured, less the dense model."
-    loaded, cells = {name: load_run(folder) for name, folder in runs_in(runs).items()}, {}
-    names = {run.configuration["model"]["fingerprint"]: Path(run.configuration["model"]["name"]).name
-             for run in loaded.values()}
-    for name, run in loaded.items():
-        zeros = {(report.method, report.asked): mask for report, mask in run.reports}
-        pairs = [(pruned, dense) for dense in dense_beside(name, loaded) for pruned in run.evaluations]
-        for pruned, dense in pairs:
-            if pruned.method == "dense": continue
-            cell = (pruned.method, pruned.sparsity)
-            columns = cells.setdefault((run.configuration["model"]["fingerprint"], zeros.get(cell), *cell), {})
-            for measure, (after, before) in comparable_parts(pruned, dense).items():
-                if problem_values(after)[0].keys() != problem_values(before)[0].keys(): continue # of a smaller draw
-                column = measured_as(measure)
-                if column == "kept": value = 100 * share_kept(before, after, lenient)[0]
-                else: value = np.mean(paired_values(after, before)[0])
-                columns.setdefault(column, {}).setdefault(measure, value)
-    rows = {(names[model], method_title(method), sparsity, zeros): {column: np.mean([*of.values()])
-                                                                   for column, of in columns.items()}
-            for (model, zeros, method, sparsity), columns in cells.items()}
-    table = pd.DataFrame.from_dict(rows, "index", columns=["kept", "gold loss", "text loss", "gold p norm"])
-    table.index = pd.MultiIndex.from_tuples([row[:3] for row in rows], names=["Model", "Method", "Sparsity"])
-    return table[table["kept"].notna()].dropna(axis=1, how="all")
-
-# %% ../../nbs/jobs/07_results.ipynb #d7dc836a
-def rank_correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    "Spearman's rank correlation of each row; 0 where one of the two is all the same and orders nothing."
-    ranks = [stats.rankdata(values, axis=-1) for values in (first, second)]
-    one, other = (rank - rank.mean(-1, keepdims=True) for rank in ranks)
-    size = np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
-    return np.divide((one * other).sum(-1), size, out=np.zeros_like(size), where=size > 0)
-
-def predictions(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame: # A row for each measure
-    "How well each measure orders pruned models by what they kept: rank correlation, its 95 % interval, models."
-    rows = {}
-    for measure in cells.columns.drop("kept"):
-        value, kept = cells[[measure, "kept"]].dropna().to_numpy().T
-        if len(kept) < 3: continue # two are always in order
-        def statistic(drawn: np.ndarray, axis: int, value: np.ndarray = value, kept: np.ndarray = kept) -> np.ndarray:
-            return rank_correlations(value[drawn.astype(int)], kept[drawn.astype(int)])
-        ends = bootstrap_interval([float(row) for row in range(len(kept))], seed, statistic=statistic)
-        rows[measure] = (float(rank_correlations(value, kept)), *ends, len(kept))
-    if rows: return pd.DataFrame.from_dict(rows, "index", columns=["Rank correlation", "Low", "High", "Models"])
-    raise BadInput("No measure stands beside the answers of three pruned models: expected losses or probabilities and "
-                   "answers of at least three; name runs that have both.")
-
-@in_style
-def plot_predictions(cells: pd.DataFrame, seed: int = 0) -> Figure: # A panel for each measure
-    "What pruned models kept against each measure, a colour for each dense model."
-    found = predictions(cells, seed)
-    figure, (panels,) = blank_figure(1, len(found), (2.6 * len(found) + 0.6, 2.8))
-    for (measure, row), ax in zip(found.iterrows(), panels):
-        for number, (model, some) in enumerate(cells.groupby("Model", sort=False)):
-            ax.plot(some[measure], some["kept"], "o", ms=3, color=f"C{number}", label=model)
-        ax.set(xlabel=f"{measure}, less dense ({'points' if measure.startswith('gold p') else 'nats'})", ylim=(-3, 103))
-        if measure.endswith("loss") and cells[measure].max() > 1: ax.set_xscale("symlog", linthresh=0.01)
-        ax.set_title("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[:3]), fontsize=8)
-    panels[0].set_ylabel("right answers kept (%)")
-    panels[-1].legend(fontsize=7)
-    figure.suptitle("Rank correlation with what was kept, 95 % intervals", fontsize=9)
-    return figure
-
 # %% ../../nbs/jobs/07_results.ipynb #8497bc10
 from collections import namedtuple
 
@@ -425,7 +330,6 @@ def plot_comparisons(
 
 # %% ../../nbs/jobs/07_results.ipynb #c069
 def comparison_csv(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str:
-    "Comparisons for machines."
     return comparison_frame(comparisons).to_csv(lineterminator="\n")
 
 def save_comparison(comparisons: Mapping[tuple[str, str, float, str], Comparison], runs: Folders,

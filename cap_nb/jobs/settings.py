@@ -85,16 +85,20 @@ class Job:
 
 # %% ../../nbs/jobs/01_settings.ipynb #c021
 def part_of_setting() -> dict[str, str]: # Name of a setting -> name of the part of `Job` that has it
-    "Which part of a job each setting belongs to."
     return {setting.name: part.name for part in fields(Job) for setting in fields(part.default_factory)}
+
+def values_of(job: Job) -> dict[str, object]: # Name of a setting -> value
+    return {name: getattr(getattr(job, part), name) for name, part in part_of_setting().items()}
 
 # %% ../../nbs/jobs/01_settings.ipynb #88359fc3
 OPTION_NAMES = {"name": "model", "sparsities": "sparsity", "form": "format",
                 "beside": "with"} # Of fields whose option has another name
 
 def option_of(setting: str) -> str: # As in "--evaluate-n"
-    "How a setting is given to `cap`."
     return f"--{OPTION_NAMES.get(setting, setting).replace('_', '-')}"
+
+def option_text(value: object) -> str: # As in "lab-arc,lab-gsm8k"
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 # %% ../../nbs/jobs/01_settings.ipynb #c022
 def changed(job: Job, **settings: object) -> Job: # The job with these values
@@ -160,7 +164,6 @@ def read_rule(text: str) -> ChainRule:
 
 # %% ../../nbs/jobs/01_settings.ipynb #3cfaea51
 def check_kinds(job: Job) -> None:
-    "Raise `BadInput` for the first setting that is not what its field says."
     for part in fields(job):
         check_argument(getattr(job, part.name), part.type, f"part {part.name} of a job")
         for setting in fields(part.type):
@@ -172,7 +175,6 @@ LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choic
 MOST = 10**7 # Of anything that is counted: a list of more would take the memory, and no benchmark has so many
 
 def check_draws(evaluate: EvaluateSettings) -> None:
-    "Raise `BadInput` for answers that cannot be drawn: one greedy answer to each problem, or several drawn ones."
     k, temperature, top_p = evaluate.samples, evaluate.temperature, evaluate.top_p
     if k == 1 and (temperature or top_p != 1):
         raise BadInput("--temperature or --top-p was given for one answer to each problem, which is greedy: expected "
@@ -185,7 +187,6 @@ def check_draws(evaluate: EvaluateSettings) -> None:
                        "tokens.")
 
 def check_calibration(data: CalibrateSettings) -> None:
-    "Raise `BadInput` for an amount given twice, and for a rule that is none."
     if data.calibration_tokens is not None:
         check_at_least(data.calibration_tokens, 1, "--calibration-tokens", MOST)
         if data.n != CalibrateSettings.n:
@@ -198,9 +199,8 @@ def check_counts(job: Job) -> None:
     if job.calibrate.tasks == ():
         raise BadInput("No task is named: expected at least one to calibrate on; name some, or leave the choice to the "
                        "model.")
-    for name, least in LEAST.items():
-        value = getattr(getattr(job, part_of_setting()[name]), name)
-        check_at_least(value, least, option_of(name), MOST)
+    values = values_of(job)
+    for name, least in LEAST.items(): check_at_least(values[name], least, option_of(name), MOST)
     if (tokens := job.evaluate.max_new_tokens) is not None: check_at_least(tokens, 1, "--max-new-tokens", MOST)
     check_seed(job.calibrate.seed, "--seed")
     check_seed(job.calibrate.calibration_seed or 0, "--calibration-seed")
@@ -326,7 +326,6 @@ def with_recipe(job: Job, pruning: SinglePruning, name: str, given: Collection[s
 
 # %% ../../nbs/jobs/01_settings.ipynb #8f989e54
 def check_tuning(settings: FineTuning) -> None:
-    "Raise `BadInput` for the first setting that cannot be."
     for name in ("steps", "examples", "batch_tokens"): check_at_least(getattr(settings, name), 1, name, MOST)
     if settings.rank is not None: check_at_least(settings.rank, 1, "rank", MOST)
     check_seed(settings.seed)
@@ -336,14 +335,9 @@ def check_tuning(settings: FineTuning) -> None:
         limit = "a share from 0 to 1" if most == 1 else f"a number from 0 to {most:g}"
         raise BadInput(f"{name} is {value!r}: expected {limit}; give another.")
 def check_speed(settings: SpeedSettings) -> None:
-    "Raise `BadInput` for counts that cannot be measured."
     for name in ("prompt", "steps", "rounds"): check_at_least(getattr(settings, name), 1, name, MOST)
     check_at_least(len(settings.batches), 1, "The number of batch sizes")
     for batch in settings.batches: check_at_least(batch, 1, "batches", MOST)
-
-def check_share(settings: SinglePruning | Shrinking) -> None:
-    "Raise `BadInput` for a sparsity outside [0, 1)."
-    check_sparsity(settings.sparsity)
 
 def check_detection(settings: Planning) -> None:
     "Raise `BadInput` for a difference, or a share of discordant problems, that cannot be."
@@ -357,8 +351,9 @@ def check_detection(settings: Planning) -> None:
         raise BadInput(f"--discordant is {share:g}: expected a share of the problems from {points / 100:g}, as many as "
                        f"a difference of {points:g} points takes, to 1; write {max(DISCORDANT, points / 100):g}.")
 
-RANGES = {Job: check_counts, FineTuning: check_tuning, SpeedSettings: check_speed, SinglePruning: check_share,
-          Shrinking: check_share, Planning: check_detection} # Settings -> what checks their numbers
+RANGES = { # Settings -> what checks their numbers
+    Job: check_counts, FineTuning: check_tuning, SpeedSettings: check_speed, Planning: check_detection,
+    **dict.fromkeys((SinglePruning, Shrinking), lambda settings: check_sparsity(settings.sparsity))}
 
 def check_ranges(given: Mapping[str, object]) -> None:
     "Check the numbers of whatever is a settings' dataclass among the arguments of a command, and a budget."

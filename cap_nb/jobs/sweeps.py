@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd
 import yaml
@@ -24,7 +24,7 @@ from .job import check_job, Follow, prepare_loaded, run_job
 from .records import check_continues, FORMAT, GROWING, is_run, read_run, settings_of
 from .report import write_text
 from .results import results_frame, summary_rows
-from .settings import changed, Job
+from .settings import changed, Job, values_of
 from ..models.loading import load_model
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c005
@@ -36,24 +36,19 @@ REFUSED = {yaml.AnchorToken: "an anchor", yaml.AliasToken: "an alias", yaml.TagT
            yaml.DirectiveToken: "a directive"}
 
 def error_at(path: Path, line: int, said: str) -> BadInput:
-    "An error in a line of a file."
     return BadInput(f"{path}, line {line}: {said}")
-
-def check_flat(path: Path, text: str) -> None:
-    "Raise `BadInput` for what a file of options does not need; broken YAML raises YAMLError."
-    depth = 0
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
-        if depth > MOST_DEEP or type(token) in REFUSED:
-            found = REFUSED.get(type(token), "a list in a list in a list")
-            raise error_at(path, token.start_mark.line + 1, f"{found} was found: expected options with values or lists "
-                          "of values; write them out.")
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c006
 def composed(path: Path, text: str) -> yaml.MappingNode: # Its nodes; nothing is constructed
-    "The nodes of a file of options; broken YAML, or something else than options, raises `BadInput`."
+    "The nodes of a file of options; broken YAML, or what such a file does not need, raises `BadInput`."
+    depth = 0
     try:
-        check_flat(path, text)
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+            if depth > MOST_DEEP or type(token) in REFUSED:
+                found = REFUSED.get(type(token), "a list in a list in a list")
+                raise error_at(path, token.start_mark.line + 1, f"{found} was found: expected options with values or "
+                               "lists of values; write them out.")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -118,7 +113,6 @@ def node_texts(node: yaml.Node, kind: str) -> tuple[str | None, ...]:
 # %% ../../nbs/jobs/08_sweeps.ipynb #c019
 @dataclass(frozen=True)
 class Config:
-    "A file of options."
     path: Path # Where it was read, for sentences
     text: str # Its contents, as they are
     entries: tuple[Entry, ...] # Its options, in order
@@ -177,7 +171,6 @@ def value_name(text: str | None) -> str: # As a part of a folder's name
     return plain if plain == text.replace(":", "of") != "default" else f"{plain}-{sha256_of_text(text)[:6]}"
 
 def combination_name(varied: Mapping[str, str | None]) -> str: # Name of a folder
-    "The name of a combination."
     name = "_".join(f"{option}={value_name(text)}" for option, text in varied.items()) or "run"
     return name if len(name) <= 200 else f"{name[:190]}-{sha256_of_text(name)[:6]}"
 
@@ -239,7 +232,6 @@ def check_ready(config: Config, jobs: Mapping[str, Job], folder: Path) -> None:
 PROJECT = "cap_nb" # What trackers call all runs together
 
 def check_tracker(track: str | GeneralTracker | None) -> None:
-    "Raise `BadInput` for a tracker that accelerate does not know, or that is not installed."
     if track is None or isinstance(track, GeneralTracker): return
     check_choice(track, LOGGER_TYPE_TO_CLASS, "tracker")
     if track not in map(str, get_available_trackers()):
@@ -254,7 +246,6 @@ def tracked_settings(configuration: dict) -> dict[str, str | float | int | bool]
             for key, value in flat.items() if value is not None}
 
 def tracked_numbers(evaluation: Evaluation) -> dict[str, float]: # As in "cap/accuracy/arc" -> 71.5
-    "The numbers of a cell for a tracker."
     numbers = {f"{evaluation.method}/{measure}/{task}": value for measure, task, value, *_ in summary_rows(evaluation)}
     return numbers | {f"{evaluation.method}/reached": evaluation.reached}
 
@@ -280,14 +271,10 @@ def tracked(track: str | GeneralTracker | None, folder: Path) -> Iterator[Follow
 INDEX, INDEX_FORMAT = "sweep.json", 1 # Name of the index; its format
 
 def job_settings(job: Job) -> dict: # Field -> value, as JSON holds it
-    "All settings of a job."
-    values = {f.name: getattr(getattr(job, part.name), f.name) for part in fields(Job)
-              for f in fields(part.default_factory)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values_of(job).items()}
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #b7289464
 def is_index(kept: object) -> bool: # Whether it is the index of a sweep
-    "Whether all that is needed is there, and of its kind."
     if not isinstance(kept, dict) or kept.get("format") != INDEX_FORMAT or not fits(kept.get("configs"), list[str]):
         return False
     kinds = {"folder": str, "settings": dict[str, object], "finished": bool}

@@ -44,7 +44,6 @@ def table_cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]: # Hea
     return ["Method", "Sparsity", "Reached", *columns], rows
 
 def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str: # Lines of Markdown
-    "Rows as a table in Markdown."
     rule = ["---"] * names + ["---:"] * (len(header) - names)
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *rows))
 
@@ -159,7 +158,6 @@ KEPT_NOTE = ("Kept: of the problems that the dense model solves, strictly read, 
              "too; 95 % Wilson interval, with drawn answers a bootstrap interval over problems.")
 
 def answer_markdown(answers: pd.DataFrame) -> str: # Markdown
-    "What the accuracy hides, in Markdown."
     def kept(row: pd.Series) -> list[str]:
         if "Kept" not in row: return []
         return ["-" if math.isnan(row["Kept"]) else "{:.1f} [{:.1f}, {:.1f}]".format(*row[KEPT])]
@@ -185,7 +183,6 @@ def rounded_text(number: float, digits: str, sign: str = "+") -> str: # As in "+
     return f"{float(f'{number:{digits}}') + 0.0:{sign}{digits}}"
 
 def interval_text(comparison: Comparison) -> str: # As in "+5.0 [+0.5, +9.5]"; empty where nothing was measured
-    "A number with its interval."
     if math.isnan(comparison.value): return ""
     digits = number_format(comparison)
     if math.isnan(comparison.low): return rounded_text(comparison.value, digits)
@@ -197,7 +194,6 @@ def comparison_mark(comparison: Comparison) -> str:
     return "" if not comparison.decided else "▲" if is_better(comparison) else "▼"
 
 def comparison_text(comparison: Comparison) -> str: # As in "+5.0 [+0.5, +9.5] ▲"
-    "A comparison in a cell of a table."
     return f"{interval_text(comparison)} {comparison_mark(comparison)}".rstrip()
 
 def p_text(p: float) -> str:
@@ -206,7 +202,6 @@ def p_text(p: float) -> str:
 
 # %% ../../nbs/jobs/00_tables.ipynb #c015
 def comparison_note(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str: # A line for below a table
-    "How a table of comparisons is to be read."
     if not comparisons: raise BadInput("There is no comparison: expected one at least; compare some methods first.")
     family = next(iter(comparisons.values())).family
     return (f"First less second, 95 % interval in brackets. ▲ better, ▼ worse: the interval leaves zero out, there are "
