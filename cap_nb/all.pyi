@@ -84,6 +84,7 @@ from cap_nb.methods.streaming import load_norms as load_norms
 from cap_nb.data.problems import load_problems as load_problems
 from cap_nb.jobs.records import load_run as load_run
 from cap_nb.data.problems import load_text as load_text
+from cap_nb.portable.format import log as log
 from cap_nb.data.prompts import make_example as make_example
 from cap_nb.scoring import masked_head as masked_head
 from cap_nb.methods.budgets import measured_budgets as measured_budgets
@@ -98,7 +99,6 @@ from cap_nb.jobs.records import pack_run as pack_run
 from cap_nb.evaluation import perplexity as perplexity
 from cap_nb.jobs.planning import plan as plan
 from cap_nb.jobs.planning import plan_text as plan_text
-from cap_nb.methods.budgets import plot_budgets as plot_budgets
 from cap_nb.calibration import plot_calibration as plot_calibration
 from cap_nb.experiments.claims import plot_claims as plot_claims
 from cap_nb.jobs.results import plot_comparisons as plot_comparisons

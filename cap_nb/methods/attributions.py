@@ -13,7 +13,7 @@ from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.data.prompts import IGNORED, collate
 from cap_nb.models.anatomy import (
-    anatomy, Anatomy, decoder_layers, decoder_of, dimensions, expert_projections, output_projection, Projection,
+    anatomy, decoder_layers, decoder_of, dimensions, expert_projections, output_projection, Projection,
     projections, Routing, routing_of)
 from cap_nb.models.interventions import changed_input, changed_output, chosen_experts, input_of_down, watching
 from cap_nb.scoring import batches_of, causal_scores, mean_by_example
@@ -61,13 +61,12 @@ signed_gradient = partial(gradient_activation, signed=True) # The first-order es
 
 # %% ../../nbs/methods/06_attributions.ipynb #b3d054cb
 from tqdm.auto import tqdm
-from cap_nb.core.errors import BadInput, check_at_least, check_choice
+from cap_nb.core.errors import BadInput
 
 def integrated_gradients(model: nn.Module, calibration: Calibration, steps: int = 16,
                          batch_tokens: int = 4096) -> torch.Tensor: # Nats, [L, H]
     "Integrated gradients from all heads at zero to the intact model, midpoint rule (Sundararajan et al. 2017, eq. 1)."
     a = anatomy(model)
-    check_at_least(steps, 1, "steps (points of the path)")
     total = torch.zeros(a.layers, a.heads, dtype=torch.float64)
     batches = list(batches_for(model, calibration, batch_tokens))
     for _, batch in tqdm(batches, desc="integrated gradients", unit="batch"):
@@ -163,8 +162,6 @@ def resample_ablation(model: nn.Module, calibration: Calibration, batch_tokens: 
     return ablation_rise(model, calibration, from_donors, batch_tokens)
 
 # %% ../../nbs/methods/06_attributions.ipynb #2f40c1ac
-import math
-
 def some_examples(calibration: Calibration, indices: Sequence[int]) -> Calibration:
     "Some examples of a calibration set."
     return replace(calibration, examples=tuple(calibration.examples[index] for index in indices),
@@ -187,8 +184,6 @@ def gradient_of_sum(leaves: Sequence[torch.Tensor], terms: Iterable[torch.Tensor
 def descend(leaves: Sequence[torch.Tensor], count: int, fit: object, terms: Callable[[list[int]], Iterable],
             project: Callable[[], None] = lambda: None) -> None:
     "Fit leaves by Adam to a sum of terms that some examples give; `project` restores a constraint after each step."
-    check_at_least(fit.steps, 1, "steps (of the fit)")
-    check_at_least(fit.examples, 1, "examples (a step)")
     optimiser = torch.optim.Adam(leaves)
     for indices, rate in fit_steps(count, fit):
         optimiser.param_groups[0]["lr"] = rate
@@ -209,16 +204,6 @@ class GateFit:
 
 PUSHES = {"retain": 1.0, "remove": -1.0} # Where the regulariser pushes the gates: towards 1 or towards 0
 
-def check_fit(fit: GateFit) -> None:
-    "Raise `BadInput` for an unknown push, a negative regularisation, a learning rate that is not positive."
-    check_choice(fit.push, PUSHES, "push")
-    if not (math.isfinite(fit.regularisation) and fit.regularisation >= 0):
-        raise BadInput(f"The regularisation is {fit.regularisation}: expected 0 or more; give its size, and say with "
-                       "`push` where it pushes.")
-    if not all(math.isfinite(rate) and rate > 0 for rate in fit.rates):
-        raise BadInput(f"The learning rates are {fit.rates}: expected two positive numbers, first and last; "
-                       "give others.")
-
 def gate_objective(model: nn.Module, calibration: Calibration, logits: torch.Tensor, weight: float,
                    batch_tokens: int) -> Iterator[torch.Tensor]:
     "Minus weight times mean clipped logit, and mean loss batch by batch (Nam et al. 2025, equation 1, with means)."
@@ -228,20 +213,13 @@ def gate_objective(model: nn.Module, calibration: Calibration, logits: torch.Ten
         yield losses.sum() / len(calibration.examples)
 
 # %% ../../nbs/methods/06_attributions.ipynb #f3e37d2b
-def starting_gates(a: Anatomy, start: torch.Tensor | None, seed: int) -> torch.Tensor: # [L, H]
-    "The gates that a fit starts from, uniform random for None; some that do not fit the model raise `BadInput`."
-    if start is None:
-        rng = torch.Generator().manual_seed(seed)
-        return torch.rand(a.layers, a.heads, dtype=torch.float64, generator=rng)
-    if tuple(start.shape) == (a.layers, a.heads) and ((start >= 0) & (start <= 1)).all(): return start
-    raise BadInput(f"The gates to start from do not fit: expected [{a.layers}, {a.heads}] numbers in [0, 1]; "
-                   "pass what head_gates returned.")
-
 def head_gates(model: nn.Module, calibration: Calibration, fit: GateFit = GateFit(), start: torch.Tensor | None = None,
                batch_tokens: int = 4096) -> torch.Tensor: # In (0, 1), float64 [L, H]
     "Soft gates on all heads fitted together (Causal Head Gating, Nam et al. 2025, equation 1)."
-    check_fit(fit)
-    logits = torch.logit(starting_gates(anatomy(model), start, fit.seed).detach().double().cpu(), eps=1e-6)
+    if start is None: # uniform random
+        a, rng = anatomy(model), torch.Generator().manual_seed(fit.seed)
+        start = torch.rand(a.layers, a.heads, dtype=torch.float64, generator=rng)
+    logits = torch.logit(start.detach().double().cpu(), eps=1e-6)
     logits.requires_grad_()
     weight = fit.regularisation * PUSHES[fit.push]
     descend([logits], len(calibration.examples), fit, lambda indices: gate_objective(
@@ -375,7 +353,6 @@ def relevance_rules(model: nn.Module, attention: str | None = "attnlrp") -> Iter
     if attention is None:
         yield
         return
-    check_choice(attention, DIVISORS, "rule for attention")
     with ExitStack() as stack:
         for module in model.modules():
             rule = elementwise_rule(module)

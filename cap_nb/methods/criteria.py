@@ -5,12 +5,29 @@
 # %% auto #0
 __all__ = ['add_criterion', 'dense_norms']
 
-# %% ../../nbs/methods/11_criteria.ipynb #1047682d
+# %% ../../nbs/methods/11_criteria.ipynb #a3c5efc1
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 import torch
-from cap_nb.core.registry import CRITERIA
-from cap_nb.methods.selection import CAP, MAGNITUDE, Criterion, Evidence
-from cap_nb.methods.wanda import RGS, WANDA, wanda_score
+from torch import nn
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import BadInput, check_choice, check_sparsity, validate_arguments
+from cap_nb.core.registry import add, check_new_name, check_takes, CRITERIA, in_a_sentence
+from cap_nb.methods.attributions import gold_logits, relevance_rules
+from cap_nb.methods.layer_walk import layer_by_layer
+from cap_nb.methods.selection import (
+    CAP, check_pattern, competing, Criterion, Evidence, MAGNITUDE, Measurements, pattern_of, zero_within)
+from cap_nb.methods.wanda import (
+    input_norms, regional_gradients, RGS, takes_regional, uniform_shares, WANDA, wanda_score, wanting_gradients,
+    zero_layer_by_layer, zero_shares_within)
+from cap_nb.models.anatomy import projections
+from cap_nb.regions import as_factors, Factors, region_factors
+from cap_nb.scoring import batches_of, target_losses
+from cap_nb.threshold import prune_report, PruneReport
 
+# %% ../../nbs/methods/11_criteria.ipynb #1047682d
 def cap_wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Magnitude times the norm of the input times the importance factor."
     return wanda_score(e) * e.factor
@@ -47,11 +64,6 @@ CRITERIA.update({criterion.name: criterion for criterion in (
     MAGNITUDE, CAP, WANDA, CAP_WANDA, RIA, RGS, GRADIENT, INTEGRATED, RELEVANCE, RANDOM)})
 
 # %% ../../nbs/methods/11_criteria.ipynb #3806f4cf
-from collections.abc import Callable, Sequence
-from cap_nb.core.errors import BadInput, validate_arguments, check_choice
-from cap_nb.core.registry import add, check_new_name, check_takes, in_a_sentence
-from cap_nb.methods.selection import pattern_of
-
 DERIVATIVES = ("gradient", "path_gradient", "relevance", "regional_gradient") # Each is given as `Evidence.gradient`
 NEEDS = ("norm", "factor", *DERIVATIVES, "hessian") # Measured for a criterion; weight, index and seed are always there
 OTHER_NAMES = ("dense", "heads", "sparsegpt", "alps", "all", "none") # Mean something else among the names of methods
@@ -83,15 +95,6 @@ def add_criterion(
     add("criterion", name, [(CRITERIA, criterion)], [score], (tuple(needs), scope))
 
 # %% ../../nbs/methods/11_criteria.ipynb #c020
-from collections.abc import Iterator
-from contextlib import contextmanager
-from torch import nn
-from cap_nb.calibration import Calibration
-from cap_nb.methods.attributions import gold_logits, relevance_rules
-from cap_nb.methods.wanda import wanting_gradients
-from cap_nb.models.anatomy import projections
-from cap_nb.scoring import batches_of, target_losses
-
 def loss_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
                    measure: Callable[..., torch.Tensor] = target_losses) -> dict[str, torch.Tensor]: # float32 [out, in]
     "The gradient of the calibration loss for every weight in scope; holds a float32 copy of them."
@@ -126,9 +129,6 @@ def scaled_weights(model: nn.Module, by: float) -> Iterator[None]:
         for weight, before in kept.items(): weight.data.copy_(before)
 
 # %% ../../nbs/methods/11_criteria.ipynb #c023
-from cap_nb.methods.layer_walk import layer_by_layer
-from cap_nb.methods.wanda import regional_gradients, takes_regional
-
 PATH_POINTS = 8 # Of a path of integrated gradients; each costs a forward and a backward pass
 
 def path_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
@@ -151,8 +151,6 @@ MEASURES = {"gradient": loss_gradients, "path_gradient": path_gradients, "releva
             "regional_gradient": dense_regional_gradients}
 
 # %% ../../nbs/methods/11_criteria.ipynb #c026
-from .wanda import input_norms
-
 @validate_arguments
 def dense_norms(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
@@ -165,11 +163,6 @@ def dense_norms(
     return norms
 
 # %% ../../nbs/methods/11_criteria.ipynb #17039b75
-from dataclasses import dataclass
-from pathlib import Path
-from cap_nb.methods.selection import Measurements
-from cap_nb.regions import Factors, as_factors, region_factors
-
 @dataclass(frozen=True)
 class Inputs:
     "What a pruning method may use besides the model."
@@ -207,11 +200,6 @@ def measured_for(model: nn.Module, criterion: Criterion, inputs: Inputs, walking
         order={p.name: index for index, p in enumerate(projections(model))}, seed=inputs.seed)
 
 # %% ../../nbs/methods/11_criteria.ipynb #c036
-from cap_nb.core.errors import check_sparsity
-from cap_nb.methods.wanda import uniform_shares, zero_layer_by_layer, zero_shares_within
-from cap_nb.methods.selection import check_pattern, competing, zero_within
-from cap_nb.threshold import PruneReport, prune_report
-
 def walks(criterion: Criterion, scope: str) -> bool:
     "Whether a method takes Wanda's walk through the layers."
     return bool({"norm", "hessian", "regional_gradient"} & set(criterion.needs)) and scope != "model"

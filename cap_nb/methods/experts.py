@@ -6,17 +6,26 @@
 __all__ = ['UnitFactors']
 
 # %% ../../nbs/methods/21_experts.ipynb #c004
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 import torch
-from ..calibration import Calibration
-from ..data.prompts import IGNORED
-
-# %% ../../nbs/methods/21_experts.ipynb #c008
-from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import nn
-from ..core.errors import BadInput
-from ..models.anatomy import expert_counts
-from ..models.interventions import Route, recorded_routes
+from tqdm.auto import tqdm
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import BadInput, check_choice
+from cap_nb.data.prompts import IGNORED
+from cap_nb.importance import importance_factors
+from cap_nb.methods.layer_walk import check_finite_table
+from cap_nb.methods.resumed_scoring import hidden_resumed_at, intact_pass, score_heads, token_losses
+from cap_nb.models.anatomy import dimensions, expert_counts, Projection, projections
+from cap_nb.models.interventions import masked_expert, recorded_routes, Route
+from cap_nb.regions import Factors
+from cap_nb.scoring import (
+    aggregate, batches_of, causal_scores, head_losses, HeadLosses, masked_head, mean_by_example, pooling_weight,
+    target_token_losses)
 
 # %% ../../nbs/methods/21_experts.ipynb #c009
 def check_has_experts(model: nn.Module, wanted: str = "A score given an expert") -> tuple[int, int]:
@@ -40,15 +49,6 @@ def target_routes(model: nn.Module, batch: dict[str, torch.Tensor], routes: Sequ
         chosen = route.indices.view(*batch["labels"].shape, -1)[:, :-1][predicts]
         used[route.layer] = F.one_hot(chosen, experts).any(1).cpu()
     return used
-
-# %% ../../nbs/methods/21_experts.ipynb #a582d0ac
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from tqdm.auto import tqdm
-from cap_nb.methods.resumed_scoring import hidden_resumed_at, intact_pass, score_heads, token_losses
-from cap_nb.models.anatomy import dimensions
-from cap_nb.scoring import batches_of, masked_head, target_token_losses
 
 # %% ../../nbs/methods/21_experts.ipynb #c018
 @dataclass(frozen=True)
@@ -111,10 +111,6 @@ def routed_losses(model: nn.Module, calibration: Calibration, batch_tokens: int 
         used=torch.cat([part.used for part in parts], 1)[:, order],
         tokens=torch.cat([part.tokens for part in parts])[order])
 
-# %% ../../nbs/methods/21_experts.ipynb #c032
-from ..core.errors import check_choice
-from ..scoring import HeadLosses, aggregate, pooling_weight
-
 # %% ../../nbs/methods/21_experts.ipynb #c033
 def conditional_scores(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> torch.Tensor:
     "Causal scores of heads given the expert in use (paper equation 2, for its tokens), [L, H, E]; NaN without tokens."
@@ -131,13 +127,6 @@ def expert_use(routed: RoutedLosses) -> torch.Tensor: # float64 [L, E]
     "How much each expert is used, every example counting alike."
     use = (routed.used.double() / routed.tokens[:, None]).sum(1)
     return use / use.sum(-1, keepdim=True).clamp_min(1e-300)
-
-# %% ../../nbs/methods/21_experts.ipynb #c051
-import math
-from .layer_walk import check_finite_table
-from ..models.anatomy import Projection, projections
-from ..models.interventions import masked_expert
-from ..scoring import head_losses, mean_by_example
 
 # %% ../../nbs/methods/21_experts.ipynb #c052
 @torch.no_grad()
@@ -157,10 +146,6 @@ def expert_losses(model: nn.Module, calibration: Calibration, batch_tokens: int 
             check_finite_table(rows[None], layer, [examples[index].uid for index in indices], (expert,), "expert")
             masked[layer, expert, indices] = rows
     return head_losses(model, calibration, masked, intact, batch_tokens)
-
-# %% ../../nbs/methods/21_experts.ipynb #e21f0001
-from ..importance import importance_factors
-from ..regions import Factors
 
 # %% ../../nbs/methods/21_experts.ipynb #e21f0003
 @dataclass(frozen=True)
@@ -229,9 +214,6 @@ def with_layer_mean(experts: torch.Tensor, heads: torch.Tensor) -> UnitFactors:
     return UnitFactors(heads=heads, experts=experts.where(~experts.isnan(), heads.mean(1, keepdim=True)))
 
 # %% ../../nbs/methods/21_experts.ipynb #b4a85957
-from dataclasses import replace
-from cap_nb.scoring import causal_scores
-
 KEPT = ("masked", "intact", "used", "tokens") # Fields of `RoutedLosses`, as a run keeps them
 
 def routed_factors(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> UnitFactors:

@@ -6,25 +6,28 @@
 __all__ = []
 
 # %% ../../nbs/methods/23_neurons.ipynb #3133e714
-from cap_nb.calibration import Calibration
-import torch
-
-# %% ../../nbs/methods/23_neurons.ipynb #c008
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+import torch
 from torch import nn
-from ..core.errors import BadInput, check_choice
-from ..models.anatomy import Projection, projections
-from ..models.interventions import changed_input
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import BadInput, check_choice
+from cap_nb.importance import importance_factors
+from cap_nb.methods.experts import (
+    check_same_examples, pooled_factors, ROUTING_AWARE, routing_aware_factors, RoutingAware, UnitFactors)
+from cap_nb.methods.resumed_scoring import score_heads
+from cap_nb.methods.sparsegpt import MadeOnce, MatrixSolver
+from cap_nb.methods.wanda import wanting_gradients
+from cap_nb.models.anatomy import expert_counts, Projection, projections
+from cap_nb.models.interventions import changed_input
+from cap_nb.scoring import batches_of, causal_scores, HeadLosses, target_losses
 
 # %% ../../nbs/methods/23_neurons.ipynb #c009
 def down_projection(model: nn.Module, layer: int, expert: int | None = None) -> Projection:
-    "The down projection of an MLP or of an expert; one that is not there raises `BadInput`."
-    for p in projections(model):
-        if (p.layer, p.role, p.expert) == (layer, "down", expert): return p
-    wanted = f"MLP in layer {layer}" if expert is None else f"expert {expert} in layer {layer}"
-    raise BadInput(f"There is no {wanted}: expected a layer from 0, and an expert only where the model has them; "
-                   "expert_counts says how many each layer has.")
+    "The down projection of an MLP or of an expert."
+    return next(p for p in projections(model) if (p.layer, p.role, p.expert) == (layer, "down", expert))
 
 # %% ../../nbs/methods/23_neurons.ipynb #c010
 @contextmanager
@@ -40,21 +43,11 @@ def zeroed_columns(weight: torch.Tensor, columns: torch.Tensor) -> Iterator[None
 # %% ../../nbs/methods/23_neurons.ipynb #c011
 def masked_neurons(model: nn.Module, layer: int, neurons: Sequence[int] | torch.Tensor,
                    expert: int | None = None) -> AbstractContextManager[None]:
-    "Mask neurons at the input of the down projection; a neuron that is not there raises `BadInput`."
+    "Mask neurons at the input of the down projection."
     down = down_projection(model, layer, expert)
     index = torch.as_tensor(neurons, dtype=torch.int64, device=down.weight.device).flatten()
-    count = down.weight.shape[1]
-    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < count:
-        raise BadInput(f"Neurons {int(index.min())} to {int(index.max())} were asked for in layer {layer}: "
-                       f"expected 0 to {count - 1}; it has {count}.")
     if down.routing: return zeroed_columns(down.weight, index)
     return changed_input(down.module, lambda inputs: inputs.index_fill(-1, index.to(inputs.device), 0))
-
-# %% ../../nbs/methods/23_neurons.ipynb #c017
-import math
-from .wanda import wanting_gradients
-from ..models.anatomy import expert_counts
-from ..scoring import batches_of, target_losses
 
 # %% ../../nbs/methods/23_neurons.ipynb #c018
 def neuron_projections(model: nn.Module) -> list[Projection]:
@@ -92,49 +85,7 @@ def neuron_estimates(model: nn.Module, calibration: Calibration, batch_tokens: i
                 table[place_of(p)] += estimate if signed else estimate.abs()
     return table / len(calibration.examples)
 
-# %% ../../nbs/methods/23_neurons.ipynb #c027
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from .experts import Changed, resumed_passes, target_counts
-from ..models.anatomy import decoder_layers
-from ..scoring import mean_by_example
-
-# %% ../../nbs/methods/23_neurons.ipynb #c028
-@dataclass(frozen=True)
-class NeuronGroup:
-    "Neurons of one MLP, or of one expert, that are masked together."
-    layer: int # Index of the decoder layer
-    neurons: tuple[int, ...] # Their indices
-    expert: int | None = None # Index of the routed expert; None: the MLP of a layer without experts
-
-GroupRises = Callable[[NeuronGroup], torch.Tensor] # Rise of each example's loss with a group masked, float64 [N]
-
-# %% ../../nbs/methods/23_neurons.ipynb #c029
-@torch.no_grad()
-def group_rises(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
-                passes: Callable[..., Changed] = resumed_passes) -> GroupRises:
-    "Prepare the exact masking of groups (paper equation 1, groups of neurons as units)."
-    batches = batches_of(calibration, batch_tokens, next(model.parameters()).device)
-    last = len(decoder_layers(model)) - 1
-    prepared = [(indices, target_counts(batch)[1], passes(model, batch)) for indices, batch in batches]
-    @torch.no_grad()
-    def losses(layer: int, change: Callable[[], AbstractContextManager]) -> torch.Tensor:
-        rows = torch.zeros(len(calibration.examples), dtype=torch.float64)
-        for indices, counts, changed in prepared:
-            rows[indices] = mean_by_example(changed(layer, change()), counts).cpu()
-        return rows
-    intact = losses(last, nullcontext)
-    return lambda group: losses(
-        group.layer, lambda: masked_neurons(model, group.layer, group.neurons, group.expert)) - intact
-
 # %% ../../nbs/methods/23_neurons.ipynb #d5789ef4
-from cap_nb.importance import importance_factors
-from cap_nb.methods.experts import (
-    ROUTING_AWARE, RoutingAware, UnitFactors, check_same_examples, pooled_factors, routing_aware_factors)
-from cap_nb.methods.resumed_scoring import score_heads
-from cap_nb.scoring import HeadLosses, causal_scores
-
 @dataclass(frozen=True)
 class NeuronAware:
     "A way of giving neurons their factors."
@@ -163,9 +114,6 @@ def unit_aware_factors(model: nn.Module, name: str, calibration: Calibration, lo
     heads, sizes = importance_factors(causal_scores(losses, how)), neuron_estimates(model, calibration, signed=False)
     return UnitFactors(
         heads=heads, neurons=neuron_factors(sizes, NEURON_AWARE[name].high), kept={"sizes": sizes})
-
-# %% ../../nbs/methods/23_neurons.ipynb #f179f862
-from .sparsegpt import MadeOnce, MatrixSolver
 
 # %% ../../nbs/methods/23_neurons.ipynb #cbe6a6e9
 def weighing(solver: MatrixSolver, factors: dict[str, torch.Tensor]) -> MatrixSolver:

@@ -5,19 +5,39 @@
 # %% auto #0
 __all__ = ['prune']
 
-# %% ../../nbs/methods/24_prune.ipynb #9d10980e
+# %% ../../nbs/methods/24_prune.ipynb #34fa7bbb
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+import torch
 from torch import nn
-from cap_nb.core.errors import BadInput, check_choice
-from cap_nb.core.registry import ADDED, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES, SOLVERS
-from cap_nb.methods.block import FORMS
-from cap_nb.methods.criteria import CRITERIA, GIVES, Inputs
-from cap_nb.methods.experts import ROUTING_AWARE, check_has_experts
-from cap_nb.methods.neurons import NEURON_AWARE, UNIT_AWARE
-from cap_nb.methods.selection import SCOPES, pattern_of
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import BadInput, check_choice, check_sparsity, validate_arguments
+from cap_nb.core.files import json_text, sha256_of_tensor, sha256_of_text
+from cap_nb.core.registry import ADDED, additions_noted, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES, SOLVERS
+from cap_nb.importance import importance_factors
+from cap_nb.methods.block import FORMS, rebuild, targets_of, training_tokens
+from cap_nb.methods.criteria import (
+    check_inputs, CRITERIA, GIVES, Inputs, measured_for, projection_shares, prune_by, walks)
+from cap_nb.methods.experts import check_has_experts, ROUTING_AWARE
+from cap_nb.methods.explainable_masks import head_share, prune_heads
+from cap_nb.methods.layer_walk import LayerStep
+from cap_nb.methods.neurons import NEURON_AWARE, UNIT_AWARE, unit_aware_factors, weighing
+from cap_nb.methods.resumed_scoring import score_heads
+from cap_nb.methods.selection import check_pattern, Criterion, Measurements, pattern_of, SCOPES
+from cap_nb.methods.sparsegpt import (
+    by_matrix, check_pattern_fits, Hessians, LayerSolver, MatrixSolver, solve_layer_by_layer, sparsegpt_update)
+from cap_nb.methods.swaps import swapped_mask
+from cap_nb.methods.update import joint_update, updated_weight
+from cap_nb.methods.wanda import regional_gradients, takes_regional, uniform_shares, zero_shares_within
+from cap_nb.models.anatomy import projections
+from cap_nb.models.loading import model_fingerprint
+from cap_nb.regions import as_factors, Factors, region_factors
+from cap_nb.scoring import causal_scores, HeadLosses
+from cap_nb.threshold import prune_report, PruneReport
 
+# %% ../../nbs/methods/24_prune.ipynb #9d10980e
 @dataclass(frozen=True)
 class MethodName:
     "The parts of a method's name."
@@ -214,15 +234,6 @@ def method_list() -> str:
     return "\n".join([*lines, *([f"Added: {added}."] if added else [])])
 
 # %% ../../nbs/methods/24_prune.ipynb #d0382031
-import torch
-from dataclasses import replace
-from cap_nb.importance import importance_factors
-from cap_nb.methods.criteria import check_inputs
-from cap_nb.methods.neurons import unit_aware_factors
-from cap_nb.methods.resumed_scoring import score_heads
-from cap_nb.regions import Factors, as_factors
-from cap_nb.scoring import causal_scores, HeadLosses
-
 def unit_factors(model: nn.Module, attribution: str, inputs: Inputs, losses: HeadLosses | None = None,
                  how: str = "paper") -> Factors:
     "Importance factors from another attribution than masking; a missing calibration set raises `BadInput`."
@@ -254,20 +265,6 @@ def with_factors(model: nn.Module, parts: MethodName, inputs: Inputs) -> Inputs:
     return inputs
 
 # %% ../../nbs/methods/24_prune.ipynb #c0d7fcb5
-from cap_nb.methods.block import rebuild, targets_of, training_tokens
-from cap_nb.methods.criteria import measured_for, projection_shares, prune_by, walks
-from cap_nb.methods.layer_walk import LayerStep
-from cap_nb.methods.neurons import weighing
-from cap_nb.methods.sparsegpt import (
-    Hessians, LayerSolver, MatrixSolver, by_matrix, check_pattern_fits, solve_layer_by_layer, sparsegpt_update)
-from cap_nb.methods.selection import Criterion, Measurements, check_pattern
-from cap_nb.methods.swaps import swapped_mask
-from cap_nb.methods.update import joint_update, updated_weight
-from cap_nb.methods.wanda import regional_gradients, takes_regional, uniform_shares, zero_shares_within
-from cap_nb.models.anatomy import projections
-from cap_nb.regions import region_factors
-from cap_nb.threshold import PruneReport, prune_report
-
 def recovered_weight(dense: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, steps: tuple[str, ...],
                      pattern: tuple[int, int] | None, name: str = "the matrix") -> torch.Tensor: # [out, in]
     "Recover a weight whose mask, bool [out, in], a method chose: swaps, which keep a pattern, the update, or both."
@@ -288,7 +285,6 @@ def recovering(model: nn.Module, solver: LayerSolver, steps: tuple[str, ...], pa
             p.weight.copy_(recovered_weight(dense[p.name], mask, hessian, steps, pattern, p.name))
         if form: rebuild(model, step, form, targets, seed)
     return solve
-
 
 # %% ../../nbs/methods/24_prune.ipynb #1cd8fd20
 def by_criterion(criterion: Criterion, measurements: Measurements, shares: dict[str, float], scope: str) -> LayerSolver:
@@ -330,11 +326,6 @@ def layer_solver(model: nn.Module, parts: MethodName, sparsity: float, inputs: I
     return by_criterion(criterion, measured_for(model, criterion, inputs, walking=True), shares, scope)
 
 # %% ../../nbs/methods/24_prune.ipynb #13c59831
-from pathlib import Path
-from cap_nb.core.files import json_text, sha256_of_tensor, sha256_of_text
-from cap_nb.core.registry import additions_noted
-from cap_nb.models.loading import model_fingerprint
-
 def solves(parts: MethodName) -> bool:
     "Whether a method takes the walk with Hessians, which keeps finished layers."
     return parts.base in SOLVERS or parts.recovery is not None or with_hessian(parts)
@@ -352,15 +343,13 @@ def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: In
     return inputs.unfinished/sha256_of_text(json_text(origin))[:16]
 
 # %% ../../nbs/methods/24_prune.ipynb #b36e6dd9
-from cap_nb.methods.explainable_masks import head_share, prune_heads
-
 @torch.no_grad()
 def prune_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> PruneReport:
     "Walk through the layers, prune each and recover; a pattern that does not fit raises `BadInput` before."
     pattern = pattern_of(own_scope(parts))
     check_pattern(own_scope(parts), sparsity)
     for p in projections(model) if pattern else ():
-        check_pattern_fits(p.weight.shape[1], sparsity, pattern, pattern[1], p.name)
+        check_pattern_fits(p.weight.shape[1], pattern, p.name)
     kept, steps = walk_folder(model, parts, sparsity, inputs), recovery_steps(parts.recovery) if parts.recovery else ()
     trains = bool(steps) and steps[-1] in FORMS
     if trains and len(inputs.calibration.examples) < 2:
@@ -385,9 +374,6 @@ def apply_method(model: nn.Module, parts: MethodName, sparsity: float, inputs: I
     return prune_report(model, "dense", sparsity)
 
 # %% ../../nbs/methods/24_prune.ipynb #7f7dd900
-from cap_nb.calibration import Calibration
-from cap_nb.core.errors import check_sparsity, validate_arguments
-
 def prune_with(model: nn.Module, method: str, sparsity: float, inputs: Inputs) -> PruneReport:
     "Prune a model by any method; an unknown method, a wrong sparsity or a missing input raises `BadInput`."
     parts = check_method(method)

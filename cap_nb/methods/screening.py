@@ -6,10 +6,26 @@
 __all__ = ['screen_heads', 'screened_scores']
 
 # %% ../../nbs/methods/28_screening.ipynb #c004
+import json
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 import torch
-from cap_nb.methods.resumed_scoring import check_table, load_losses
+from torch import nn
+from tqdm.auto import tqdm
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import (
+    BadInput, check_at_least, check_budget, check_confidence, check_fields, check_seed, validate_arguments)
+from cap_nb.core.files import alone_in, is_intact, read_tensors, sha256_of_text, write_tensors
+from cap_nb.data.prompts import collate, token_batches
+from cap_nb.methods.attributions import gate_slopes
+from cap_nb.methods.layer_walk import check_finite_table, losses_key
+from cap_nb.methods.resumed_scoring import (
+    check_table, head_groups, heads_by_memory, intact_step, load_losses, masked_losses, prepare_batch)
+from cap_nb.models.anatomy import dimensions
+from cap_nb.models.loading import model_fingerprint
 from cap_nb.scoring import causal_scores, head_losses, HeadLosses
 
 # %% ../../nbs/methods/28_screening.ipynb #c010
@@ -115,10 +131,6 @@ def rank_weights(scores: torch.Tensor, variance: torch.Tensor) -> torch.Tensor: 
     return 6 * others / (count**3 - count) / RANK_GOAL
 
 # %% ../../nbs/methods/28_screening.ipynb #c028
-from collections.abc import Callable
-from cap_nb.core.errors import (
-    BadInput, check_at_least, check_budget, check_confidence, check_fields, check_seed, validate_arguments)
-
 BLOCKS = 32 # Into how many blocks the examples of a task are cut
 ROUNDS, FIRST = 4, 0.6 # Rounds after the first, and the first one's share of the budget
 
@@ -225,20 +237,6 @@ def guessed_bounds(rise: torch.Tensor, slopes: torch.Tensor, task: torch.Tensor,
     return low, high
 
 # %% ../../nbs/methods/28_screening.ipynb #c047
-import json
-from contextlib import nullcontext
-from pathlib import Path
-from torch import nn
-from tqdm.auto import tqdm
-from cap_nb.calibration import Calibration
-from cap_nb.core.files import alone_in, is_intact, read_tensors, sha256_of_text, write_tensors
-from cap_nb.data.prompts import collate, token_batches
-from cap_nb.methods.attributions import gate_slopes
-from cap_nb.methods.resumed_scoring import head_groups, heads_by_memory, intact_step, masked_losses, prepare_batch
-from cap_nb.methods.layer_walk import check_finite_table, losses_key
-from cap_nb.models.anatomy import dimensions
-from cap_nb.models.loading import model_fingerprint
-
 def wanted_batches(calibration: Calibration, wanted: torch.Tensor,
                    batch_tokens: int) -> list[tuple[list[int], torch.Tensor]]:
     "Cut wanted cells, bool [L, H, N], into batches: indices of examples, and the heads wanted on all, bool [L, H]."

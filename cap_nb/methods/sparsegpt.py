@@ -5,23 +5,37 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c005
+# %% ../../nbs/methods/13_sparsegpt.ipynb #524c8236
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 import torch
+from torch import nn
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import BadInput
+from cap_nb.methods.layer_walk import layer_by_layer, LayerStep, unreached
+from cap_nb.methods.selection import first_true, smallest_in_rows
+from cap_nb.methods.wanda import input_sums
+from cap_nb.threshold import zero_count
 
+# %% ../../nbs/methods/13_sparsegpt.ipynb #c005
 def layer_output_error(weight: torch.Tensor, new: torch.Tensor, hessian: torch.Tensor) -> float:
     "How far the outputs of a projection move, ||WX - W'X||^2 (Frantar and Alistarh 2023, equation 1)."
     moved = weight.detach().double() - new.detach().double()
     return float(((moved @ hessian.double()) * moved).sum())
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c015
-from cap_nb.core.errors import BadInput
-
-def damped_hessian(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    "Add the damping, and put 1 on the diagonal of dead columns; a Hessian that is not finite raises `BadInput`."
+def check_finite(weight: torch.Tensor, hessian: torch.Tensor, name: str) -> None:
+    "Raise `BadInput` for a weight or a Hessian with NaN or infinity."
+    if not weight.isfinite().all():
+        raise BadInput(f"The weight of {name} holds NaN or infinity: expected finite weights; check the checkpoint.")
     low, high = hessian.detach().aminmax() # NaN fails both comparisons; isfinite would need as much memory again
     if not (low > -torch.inf and high < torch.inf):
         raise BadInput(f"The Hessian of {name} holds NaN or infinity: expected finite inputs; "
                        f"check the weights before it, or run the model in float32.")
+
+def damped_hessian(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    "A float64 copy with the damping, and 1 on the diagonal of dead columns; which columns are dead."
     damped = hessian.detach().to(torch.float64, copy=True)
     diagonal = damped.diagonal()
     dead = diagonal == 0
@@ -57,8 +71,6 @@ def block_factors(damped: torch.Tensor, block: int, damping: float, name: str,
     return damped
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c022
-from cap_nb.methods.selection import first_true
-
 def cheapest(cost: torch.Tensor, count: int) -> torch.Tensor:
     "The cheapest weights of a block, exactly as many as wanted, equal ones in flat order."
     if count == 0: return torch.zeros_like(cost, dtype=torch.bool)
@@ -67,8 +79,6 @@ def cheapest(cost: torch.Tensor, count: int) -> torch.Tensor:
     return below | first_true(cost == highest, count - int(below.sum()))
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c264cfe4
-from cap_nb.methods.selection import smallest_in_rows
-
 def smallest_of_group(columns: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, j: int,
                       pattern: tuple[int, int]) -> torch.Tensor:
     "Choose within a group of N:M, on its weights as they are by then."
@@ -92,45 +102,13 @@ def prune_columns(weight: torch.Tensor, factor: torch.Tensor, count: int,
     return columns.masked_fill_(mask, 0.0).T, mask.T # exactly zero, not nearly
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c028
-def check_pattern_fits(width: int, sparsity: float, pattern: tuple[int, int], block: int, name: str) -> None:
-    "Raise `BadInput` if a pattern is none, contradicts the sparsity, or does not divide the width or the block."
-    numbers = isinstance(pattern, (tuple, list)) and all(type(number) is int for number in pattern)
-    if not (numbers and len(pattern) == 2 and 0 < pattern[0] < pattern[1]):
-        raise BadInput(f"The pattern {pattern!r} is not one: expected (zeros, of) with 0 < zeros < of; "
-                       f"write (2, 4) for 2:4.")
-    zeros, of = pattern
-    if abs(sparsity - zeros / of) > 1e-9:
-        raise BadInput(f"Sparsity {sparsity!r} contradicts the pattern {zeros}:{of}: expected {zeros / of:g}; "
-                       f"ask for that, or leave the pattern out.")
-    if width % of:
-        raise BadInput(f"{name} has {width} inputs, which {of} does not divide: "
-                       f"expected whole groups for {zeros}:{of}; take another pattern or none.")
-    if block % of:
-        raise BadInput(f"block is {block}, which {of} does not divide: "
-                       f"expected whole groups for {zeros}:{of}; take a multiple of {of}.")
-
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c030
-import math
-from cap_nb.core.errors import check_at_least
-
-def check_settings(damping: float, block: int) -> None:
-    "Raise `BadInput` if damping or block make no sense."
-    check_at_least(block, 1, "block (columns)")
-    if not (isinstance(damping, (int, float)) and math.isfinite(damping) and damping >= 0):
-        raise BadInput(f"damping is {damping!r}: expected a share of the mean diagonal, 0 or above; 0.01 is usual.")
-
-def check_matrix(weight: torch.Tensor, hessian: torch.Tensor, name: str) -> None:
-    "Raise `BadInput` if shapes do not fit or a weight is not finite."
-    if weight.dim() != 2 or tuple(hessian.shape) != (weight.shape[1],) * 2:
-        raise BadInput(f"{name} has shape {list(weight.shape)} and its Hessian {list(hessian.shape)}: "
-                       f"expected [out, in] and [in, in]; check the inputs.")
-    if not weight.isfinite().all():
-        raise BadInput(f"The weight of {name} holds NaN or infinity: expected finite weights; check the checkpoint.")
+def check_pattern_fits(width: int, pattern: tuple[int, int], name: str) -> None:
+    "Raise `BadInput` if a pattern does not divide the inputs of a projection."
+    if width % pattern[1]:
+        raise BadInput(f"{name} has {width} inputs, which {pattern[1]} does not divide: "
+                       f"expected whole groups for {pattern[0]}:{pattern[1]}; take another pattern or none.")
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c033
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 @dataclass(frozen=True)
 class MadeOnce:
     "What was made from the Hessian seen last, for the next projection that reads the same inputs."
@@ -149,22 +127,6 @@ class MadeOnce:
         return new
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c037
-from cap_nb.core.errors import check_sparsity
-from cap_nb.threshold import zero_count
-
-def check_problem(weight: torch.Tensor, hessian: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None,
-                  block: int, damping: float, name: str) -> None:
-    "Raise `BadInput` for anything that cannot be solved."
-    check_sparsity(sparsity)
-    check_settings(damping, block)
-    check_matrix(weight, hessian, name)
-    if pattern is not None: check_pattern_fits(weight.shape[1], sparsity, pattern, block, name)
-
-def factored(hessian: torch.Tensor, damping: float, name: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "All that SparseGPT needs of a Hessian."
-    damped, dead = damped_hessian(hessian, damping, name)
-    return block_factors(damped, block, damping, name, hessian.dtype), dead
-
 def pruned_blocks(old: torch.Tensor, factor: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None,
                   block: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Block after block: where it stands when its turn comes, then algorithm 1 within it."
@@ -192,18 +154,20 @@ def sparsegpt_update(
     once: MadeOnce | None = None, # What earlier projections made from the same Hessian; None means nothing
 ) -> tuple[torch.Tensor, torch.Tensor]: # The new weight, in the old dtype, and which went, bool; both [out, in]
     "SparseGPT on one matrix (algorithm 1), in float32; dead columns become zero even beyond the sparsity."
-    check_problem(weight, hessian, sparsity, pattern, block, damping, name)
+    check_finite(weight, hessian, name)
+    if pattern and block % pattern[1]:
+        raise BadInput(f"block is {block}, which {pattern[1]} does not divide: "
+                       f"expected whole groups for {pattern[0]}:{pattern[1]}; take a multiple of {pattern[1]}.")
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    make = lambda: factored(hessian, damping, name, block)
-    factor, dead = (once or MadeOnce()).get(hessian, ("factor", damping, block), make)
+    def factored() -> tuple[torch.Tensor, torch.Tensor]:
+        damped, dead = damped_hessian(hessian, damping)
+        return block_factors(damped, block, damping, name, hessian.dtype), dead
+    factor, dead = (once or MadeOnce()).get(hessian, ("factor", damping, block), factored)
     old = weight.detach().to(dtype).masked_fill(dead, 0.0)
     new, mask = pruned_blocks(old, factor, sparsity, pattern, block)
     return new.to(weight.dtype), mask
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c063
-from cap_nb.methods.layer_walk import LayerStep, unreached
-from cap_nb.methods.wanda import input_sums
-
 def products(inputs: torch.Tensor) -> torch.Tensor:
     "What SparseGPT adds up."
     real = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
@@ -217,11 +181,6 @@ def input_hessians(step: LayerStep) -> dict[str, torch.Tensor]:
     return sums
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c074
-from pathlib import Path
-from torch import nn
-from cap_nb.calibration import Calibration
-from cap_nb.methods.layer_walk import layer_by_layer
-
 Hessians = dict[str, torch.Tensor] # Module name -> sum over tokens of the products of input features, [in, in]
 LayerSolver = Callable[[LayerStep, Hessians], None] # Prunes the projections of a layer in place
 

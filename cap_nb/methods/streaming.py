@@ -6,24 +6,41 @@
 __all__ = ['save_norms', 'load_norms', 'prune_checkpoint', 'checkpoint_fingerprint']
 
 # %% ../../nbs/methods/25_streaming.ipynb #c004
-from pathlib import Path
-import torch
-from transformers import AutoModelForCausalLM
-
-# %% ../../nbs/methods/25_streaming.ipynb #011137c7
+import hashlib
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+import torch
 from torch import nn
-from ..core.errors import BadInput, validate_arguments
-from ..core.files import SHARD_INDEX, StoredTensor, checkpoint_tensors, read_object, shard_files
-from ..models.anatomy import Projection, anatomy, checkpoint_names, projections
-from ..models.checks import tell_of_zeros
-from ..models.families import family_of
-from ..models.loading import (
-    STORED_DTYPES, config_of, fingerprint_differences, generation_of, joined_fingerprint, opened_by_transformers)
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import BadInput, check_choice, check_sparsity, validate_arguments
+from cap_nb.core.files import (
+    alone_in, checkpoint_tensors, opened_tensors, pieces_of, read_object, read_tensors, shard_files, SHARD_INDEX,
+    StoredTensor, whole_folder, write_tensors)
+from cap_nb.methods.criteria import check_inputs, CRITERIA, Inputs
+from cap_nb.methods.layer_walk import layer_by_layer
+from cap_nb.methods.neurons import UNIT_AWARE
+from cap_nb.methods.prune import (
+    check_method, FORMS, laid_out, matrix_solver, MethodName, own_scope, recovered_weight, recovery_steps, SOLVERS)
+from cap_nb.methods.selection import (
+    check_pattern, competing, Evidence, find_threshold, Measurements, pattern_of, smallest_in_groups, smallest_in_rows,
+    Take, Threshold, tie_selector, TIES)
+from cap_nb.methods.sparsegpt import check_pattern_fits, input_hessians, MadeOnce
+from cap_nb.models.anatomy import anatomy, checkpoint_names, Projection, projections
+from cap_nb.models.checks import tell_of_zeros
+from cap_nb.models.families import family_of
+from cap_nb.models.loading import (
+    config_of, fingerprint_differences, generation_of, joined_fingerprint, model_fingerprint, opened_by_transformers,
+    STORED_DTYPES)
+from cap_nb.regions import Factors, region_factors
+from cap_nb.threshold import PruneReport, zero_count
 
 # %% ../../nbs/methods/25_streaming.ipynb #c015
 def meta_model(folder: Path) -> nn.Module:
@@ -157,15 +174,6 @@ def write_rows(piece: StoredRows, rows: torch.Tensor, folder: Path) -> None:
             file.seek(offset)
             file.write(line)
 
-# %% ../../nbs/methods/25_streaming.ipynb #ed2a8a9e
-from .criteria import CRITERIA, Inputs, check_inputs
-from ..regions import Factors, region_factors
-from .prune import FORMS, SOLVERS, MethodName, check_method, laid_out, own_scope, recovery_steps
-from .neurons import UNIT_AWARE
-from .selection import TIES, Evidence, Measurements, check_pattern
-from ..core.errors import check_choice, check_sparsity
-from ..core.files import read_tensors, write_tensors
-
 # %% ../../nbs/methods/25_streaming.ipynb #8b19b2a1
 STREAMED = ("magnitude", "cap", "wanda", "cap_wanda") # Criteria whose score of a weight needs no other weight
 
@@ -248,10 +256,6 @@ def scored_rows(piece: StoredRows, base: str, measured: Measurements) -> tuple[t
     return rows, scores
 
 # %% ../../nbs/methods/25_streaming.ipynb #66d0a2a6
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from tqdm.auto import tqdm
-
 THREADS, AHEAD = 3, 4 # Threads that read and compute; pieces that are worked on ahead
 
 def in_order(pieces: Sequence[StoredRows], work: Callable[[StoredRows], Any],
@@ -272,10 +276,6 @@ def in_order(pieces: Sequence[StoredRows], work: Callable[[StoredRows], Any],
             for _, made in waiting: made.cancel()
 
 # %% ../../nbs/methods/25_streaming.ipynb #aa1ed485
-from cap_nb.methods.selection import (
-    Take, Threshold, find_threshold, pattern_of, smallest_in_groups, smallest_in_rows, tie_selector)
-from cap_nb.threshold import zero_count
-
 Scored = Callable[[StoredRows], tuple[torch.Tensor, torch.Tensor]] # Piece -> its rows, and what `Take` decides by
 Regions = tuple[torch.Tensor, dict[str, torch.Tensor]] # Distinct factors [R]; module name -> which, as a weight
 
@@ -382,10 +382,6 @@ def lay_out(checkpoint: Checkpoint, folder: Path) -> None:
         copy_around(shard, folder/shard.name, [stored for stored in weights if stored.file == shard])
 
 # %% ../../nbs/methods/25_streaming.ipynb #c7b6067f
-from cap_nb.core.files import whole_folder
-from cap_nb.methods.selection import competing
-from cap_nb.threshold import PruneReport
-
 def write_pruned(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsity: float, measured: Measurements,
                  ties: str, at_once: int) -> tuple[dict[str, int], Threshold | None]:
     "Write every weight in scope with its zeros; their number by module, and the threshold of the whole model if any."
@@ -435,8 +431,6 @@ def prune_checkpoint(
     return streamed_report(projections(checkpoint.model), method, sparsity, zeros, threshold)
 
 # %% ../../nbs/methods/25_streaming.ipynb #7486614f
-import hashlib
-
 @validate_arguments
 def checkpoint_fingerprint(
     folder: str | Path, # A folder saved by transformers, as safetensors
@@ -454,19 +448,10 @@ def checkpoint_fingerprint(
         shape = held[0].shape if len(held) == 1 else tuple(weight.shape)
         digest.update(f"{name} {STORED_DTYPES[held[0].kind]} {shape}".encode())
         for stored in held:
-            with open(stored.file, "rb") as file:
-                file.seek(stored.start)
-                for position in range(stored.start, stored.end, COPIED):
-                    digest.update(file.read(min(COPIED, stored.end - position)))
+            for piece in pieces_of(stored): digest.update(piece)
     return joined_fingerprint(digest.hexdigest(), model.config, generation_of(checkpoint.folder, model.config))
 
 # %% ../../nbs/methods/25_streaming.ipynb #13b3ebe4
-from cap_nb.calibration import Calibration
-from cap_nb.core.files import alone_in, opened_tensors
-from cap_nb.methods.layer_walk import layer_by_layer
-from cap_nb.methods.sparsegpt import MadeOnce, check_pattern_fits, input_hessians
-from cap_nb.models.loading import model_fingerprint
-
 def layer_file(folder: str | Path, layer: int) -> Path:
     "Where the Hessians of a layer lie."
     return Path(folder)/f"layer-{layer:05}.safetensors"
@@ -538,8 +523,6 @@ def open_hessians(folder: str | Path, checkpoint: Checkpoint, fingerprint: str) 
                    "--dtype.")
 
 # %% ../../nbs/methods/25_streaming.ipynb #b6a271c8
-from cap_nb.methods.prune import matrix_solver, recovered_weight
-
 def solved_weight(weight: torch.Tensor, pruned: torch.Tensor | None, hessian: torch.Tensor, parts: MethodName,
                   sparsity: float, name: str, once: MadeOnce) -> torch.Tensor: # [out, in]
     "Solve for a matrix, or recover what a criterion left of it, or both; with nothing to zero it stays as it is."
@@ -577,7 +560,7 @@ def solve_checkpoint(src: str | Path, dst: str | Path, sparsity: float, hessians
     "Solve for a checkpoint's weights without loading it; every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, with_hessians=True), open_checkpoint(src)
     weights, pattern = projections(checkpoint.model), pattern_of(own_scope(parts))
-    for p in weights if pattern else (): check_pattern_fits(p.weight.shape[1], sparsity, pattern, pattern[1], p.name)
+    for p in weights if pattern else (): check_pattern_fits(p.weight.shape[1], pattern, p.name)
     given = open_hessians(hessians, checkpoint, checkpoint_fingerprint(src))
     measured = None
     if parts.base in STREAMED:

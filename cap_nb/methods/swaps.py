@@ -250,33 +250,10 @@ def swap_rows(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, choo
         active = torch.cat([renewed(state, piece, gram) for piece in torch.cat(standing).split(size)])
     return state.mask
 
-# %% ../../nbs/methods/14_swaps.ipynb #c052
-from cap_nb.core.errors import BadInput, check_at_least
-from cap_nb.methods.sparsegpt import check_matrix, check_pattern_fits
-
-def check_mask(mask: torch.Tensor, weight: torch.Tensor, name: str) -> None:
-    "Raise `BadInput` if a mask is not a boolean tensor of the weight's shape."
-    if mask.dtype != torch.bool or mask.shape != weight.shape:
-        raise BadInput(f"The mask of {name} is {mask.dtype} {list(mask.shape)}: "
-                       f"expected torch.bool {list(weight.shape)}, True where a weight is removed; make it so.")
-
-def check_start(weight: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, pattern: tuple[int, int] | None,
-                name: str) -> None:
-    "Raise `BadInput` if shapes do not fit, a number is not finite, or the mask does not have its pattern."
-    check_matrix(weight, hessian, name)
-    if not hessian.isfinite().all():
-        raise BadInput(f"The Hessian of {name} holds NaN or infinity: expected finite inputs; "
-                       f"check the weights before it, or run the model in float32.")
-    check_mask(mask, weight, name)
-    if pattern is None: return
-    check_pattern_fits(weight.shape[1], float(mask.double().mean()), pattern, weight.shape[1], name)
-    zeros, of = pattern
-    if (mask.unflatten(1, (-1, of)).sum(2) != zeros).any():
-        raise BadInput(f"The mask of {name} is not {zeros}:{of}: expected {zeros} removed of every {of} inputs; "
-                       f"start from a mask of this pattern.")
-
 # %% ../../nbs/methods/14_swaps.ipynb #c056
 from functools import partial
+from cap_nb.core.errors import BadInput
+from cap_nb.methods.sparsegpt import check_finite
 
 WEIGHTS_AT_ONCE = 2 ** 22 # Rows are taken in parts of so many weights
 WIDE = 16 # Columns for each candidate, above which rows first exchange in pairs
@@ -292,9 +269,11 @@ def swapped_mask(
     name: str = "the matrix", # Name of the module, for messages
 ) -> torch.Tensor: # Which weights are removed, bool [out, in], as many in every row
     "Exchange removed for kept weights while the error of the row's output falls (Zimmer et al. 2025), in float32."
-    check_at_least(candidates, 1, "candidates (of each side)")
-    check_at_least(most, 0, "most (exchanges of a row)")
-    check_start(weight, mask, hessian, pattern, name)
+    check_finite(weight, hessian, name)
+    if pattern and (mask.unflatten(1, (-1, pattern[1])).sum(2) != pattern[0]).any():
+        zeros, of = pattern
+        raise BadInput(f"The mask of {name} is not {zeros}:{of}: expected {zeros} removed of every {of} inputs; "
+                       f"start from a mask of this pattern.")
     gram = hessian.detach().float().contiguous()
     if pattern is None: choose = partial(cheapest_columns, count=min(candidates, len(gram)))
     else: choose = partial(cheapest_groups, count=candidates, pattern=pattern)

@@ -6,14 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/methods/15_update.ipynb #e7f6a8a2
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 import torch
-from .sparsegpt import damped_hessian
-from .swaps import GOING, check_mask, part_of
+from cap_nb.core.errors import BadInput
+from cap_nb.methods.selection import smallest_in_groups, smallest_in_rows
+from cap_nb.methods.sparsegpt import cheapest, check_finite, damped_hessian, MadeOnce
+from cap_nb.methods.swaps import GOING, part_of
+from cap_nb.threshold import zero_count
 
 # %% ../../nbs/methods/15_update.ipynb #bc711cf9
-from dataclasses import dataclass
-from cap_nb.core.errors import BadInput
-
 @dataclass(frozen=True)
 class ScaledLayer:
     "A projection whose inputs all have norm 1, with as much damping as was asked for."
@@ -24,8 +27,9 @@ class ScaledLayer:
 
 def scaled_layer(weight: torch.Tensor, hessian: torch.Tensor, damping: float, name: str,
                  gram_dtype: torch.dtype | None = None) -> ScaledLayer:
-    "Damp the Hessian and divide every input by its norm; a negative diagonal raises `BadInput`."
-    gram, dead = damped_hessian(hessian, damping, name)
+    "Damp the Hessian and divide every input by its norm; NaN or a negative diagonal raises `BadInput`."
+    check_finite(weight, hessian, name)
+    gram, dead = damped_hessian(hessian, damping)
     scale = gram.diagonal().sqrt()
     if not scale.isfinite().all():
         raise BadInput(f"The Hessian of {name} has a negative diagonal: expected a sum of products of inputs; "
@@ -111,55 +115,13 @@ def from_removed(layer: ScaledLayer, inverse: ScaledLayer, mask: torch.Tensor, s
     new = torch.addcmul(layer.weight, multipliers @ inverse.gram, inverse.scale, value=-1)
     return new.masked_fill_(mask, 0.0), taken
 
-# %% ../../nbs/methods/15_update.ipynb #c64ddcba
-def solved_rows(target: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    "Solve on the support of every row, by one batch of Cholesky factorisations."
-    size = int((~mask).sum(1).max())
-    columns = mask.byte().argsort(dim=1, stable=True)[:, :size] # the kept ones, then fillers
-    filler = mask.gather(1, columns)
-    part = gram[columns[:, :, None], columns[:, None, :]]
-    part.masked_fill_(filler[:, :, None] | filler[:, None, :], 0.0)
-    part.diagonal(dim1=1, dim2=2).masked_fill_(filler, 1.0)
-    factor, failed = torch.linalg.cholesky_ex(part)
-    pivots = factor.diagonal(dim1=1, dim2=2).square()
-    right = bool((failed == 0).all() and (pivots > size * torch.finfo(gram.dtype).eps).all()) # its diagonal is 1
-    side = target.gather(1, columns).masked_fill_(filler, 0.0)
-    solution = torch.cholesky_solve(side[:, :, None], factor)[:, :, 0]
-    return torch.zeros_like(target).scatter_(1, columns, solution), right
-
-def cholesky_on_support(layer: ScaledLayer, mask: torch.Tensor, entries: int = 2**24) -> torch.Tensor:
-    "The best kept weights of every row, factored in chunks of rows; a failure raises `BadInput` that names the module."
-    new, rows = torch.zeros_like(layer.weight), max(1, entries // len(layer.gram) ** 2)
-    for start in range(0, len(new), rows):
-        part = slice(start, start + rows)
-        new[part], right = solved_rows(layer.weight[part] @ layer.gram, layer.gram, mask[part])
-        if not right:
-            raise BadInput(f"The Hessian of {layer.name} is not positive definite on the kept weights: expected a "
-                           f"Cholesky factorisation; raise the damping (0.01 is usual), or solve by cg.")
-    return new
-
 # %% ../../nbs/methods/15_update.ipynb #c43e74e2
-import logging
-from dataclasses import replace
-from cap_nb.core.errors import check_at_least, check_choice
-from cap_nb.methods.sparsegpt import check_matrix, check_settings
-
 log = logging.getLogger(__name__)
-LINEAR_SOLVERS = ("cg", "cholesky")
 
 def restored(weight: torch.Tensor, layer: ScaledLayer, new: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "The old weight plus what a solver moved, without the scale; what did not move is equal to the last bit."
     moved = new.sub_(layer.weight).div_(layer.scale)
     return (weight.detach() + moved).to(weight.dtype).masked_fill_(mask, 0.0)
-
-def solved_by_cg(layer: ScaledLayer, mask: torch.Tensor, steps: int, tolerance: float) -> torch.Tensor:
-    "By the removed weights where the Hessian has an inverse; what they leave, and all where it has none, by the kept."
-    inverse, new, taken = inverse_problem(layer), layer.weight.masked_fill(mask, 0.0), 0
-    if inverse: new, taken = from_removed(layer, inverse, mask, steps, tolerance)
-    layer = replace(layer, gram=layer.gram.to(layer.weight.dtype))
-    new, more = conjugate_gradients(layer, mask, new, steps, tolerance)
-    log.debug("%s: %d steps of conjugate gradients, then %d on kept weights, of %d", layer.name, taken, more, steps)
-    return new
 
 # %% ../../nbs/methods/15_update.ipynb #943f08c8
 @torch.no_grad()
@@ -169,24 +131,19 @@ def updated_weight(
     hessian: torch.Tensor, # Sum over tokens of the products of input features, any scale, [in, in]
     damping: float = 0.01, # Share of the mean diagonal that is added to the diagonal
     name: str = "the matrix", # Name of the module, for messages
-    how: str = "cg", # "cg", or "cholesky" for the direct solution
     steps: int = 200, # Steps of conjugate gradients at most; 10 to 20 are usual
     tolerance: float = 3e-3, # Residual of a row at which they stop, as a share of its right-hand side
 ) -> torch.Tensor: # New weight, in the old dtype, exactly zero at the mask
     "Least squares of the kept weights for any mask (Meng et al. 2024, section 3.3), in float32 at least."
-    check_settings(damping, 1)
-    check_matrix(weight, hessian, name)
-    check_mask(mask, weight, name)
-    check_choice(how, LINEAR_SOLVERS, "solver")
-    check_at_least(steps, 1, "steps")
-    layer = scaled_layer(weight if how == "cg" else weight.double(), hessian, damping, name, torch.float64)
-    if how == "cg": new = solved_by_cg(layer, mask, steps, tolerance)
-    else: new = cholesky_on_support(layer, mask)
+    layer = scaled_layer(weight, hessian, damping, name, torch.float64)
+    inverse, new, taken = inverse_problem(layer), layer.weight.masked_fill(mask, 0.0), 0
+    if inverse: new, taken = from_removed(layer, inverse, mask, steps, tolerance)
+    layer = replace(layer, gram=layer.gram.to(layer.weight.dtype)) # for what they leave, or all where there is none
+    new, more = conjugate_gradients(layer, mask, new, steps, tolerance)
+    log.debug("%s: %d steps of conjugate gradients, then %d on kept weights, of %d", name, taken, more, steps)
     return restored(weight, layer, new, mask)
 
 # %% ../../nbs/methods/15_update.ipynb #463ef607
-JOINT_SCOPES = ("matrix", "row")
-
 @dataclass(frozen=True)
 class JointSettings:
     "How the joint solver runs; the defaults are the paper's, except for where it ends."
@@ -195,46 +152,28 @@ class JointSettings:
     every: int = 3 # Iterations between two looks at the mask
     iterations: int = 60 # Iterations at most
     still: float = 3e-4 # It ends when at most this share of the mask changed
-    scope: str = "matrix" # Where weights compete: the matrix, or each output row
+    scope: str = "matrix" # Where weights compete: "matrix", or "row" for each output row
     steps: int = 40 # Steps of conjugate gradients at the end, at most
     tolerance: float = 1e-4 # Residual at which they stop
-
-    def __post_init__(self):
-        check_choice(self.scope, JOINT_SCOPES, "scope of the joint solver")
-        for field in ("every", "iterations", "steps"): check_at_least(getattr(self, field), 1, field)
-        if not (self.rho > 0 and self.growth and self.growth[-1][0] == 0 and all(by > 0 for _, by in self.growth)):
-            raise BadInput(f"rho is {self.rho!r} and growth {self.growth!r}: expected a positive rho, and pairs "
-                           f"(share, factor) with falling shares down to 0 and positive factors; leave them out.")
 
 def next_rho(rho: float, changed: float, growth: tuple[tuple[float, float], ...]) -> float:
     "The paper's schedule: the more of the mask still moves, the faster the penalty grows (Meng et al. 2024)."
     return rho * next(factor for share, factor in growth if changed >= share)
 
 # %% ../../nbs/methods/15_update.ipynb #fef99c28
-from collections.abc import Callable
-
-def factor_with(layer: ScaledLayer, rho: float) -> torch.Tensor:
-    "Factor the Hessian with the penalty on its diagonal; a failure raises `BadInput` that names the module."
+def dividing_by(layer: ScaledLayer, rho: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    "A function that multiplies rows by the inverse with a penalty; few rows of weights do without the inverse."
     penalised = layer.gram.clone()
     penalised.diagonal().add_(rho)
     factor, failed = torch.linalg.cholesky_ex(penalised)
-    if not failed: return factor
-    raise BadInput(f"The Hessian of {layer.name} has negative eigenvalues: expected a sum of products of inputs; "
-                   f"check where it comes from.")
-
-def dividing_by(layer: ScaledLayer, rho: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    "A function that multiplies rows by the inverse; for few rows of weights it does without the inverse."
-    factor, few = factor_with(layer, rho), 4 * len(layer.weight) < len(layer.gram)
-    if few: return lambda rows: torch.cholesky_solve(rows.T, factor).T
+    if failed:
+        raise BadInput(f"The Hessian of {layer.name} has negative eigenvalues: expected a sum of products of inputs; "
+                       f"check where it comes from.")
+    if 4 * len(layer.weight) < len(layer.gram): return lambda rows: torch.cholesky_solve(rows.T, factor).T
     inverse = torch.cholesky_inverse(factor)
     return lambda rows: rows @ inverse
 
 # %% ../../nbs/methods/15_update.ipynb #d773e220
-from collections.abc import Iterator
-from cap_nb.methods.sparsegpt import cheapest
-from cap_nb.methods.selection import smallest_in_groups, smallest_in_rows
-from cap_nb.threshold import zero_count
-
 Choose = Callable[[torch.Tensor], torch.Tensor] # Magnitudes [out, in] -> what goes, bool [out, in]
 
 def chooser(sparsity: float, pattern: tuple[int, int] | None, scope: str) -> Choose:
@@ -277,8 +216,6 @@ def joint_steps(layer: ScaledLayer, choose: Choose, settings: JointSettings,
         divided = dividing(layer, rho)
 
 # %% ../../nbs/methods/15_update.ipynb #513dad13
-from cap_nb.methods.sparsegpt import MadeOnce, check_problem
-
 def dividing_once(hessian: torch.Tensor, damping: float, once: MadeOnce) -> Dividing:
     "Remember what a penalty took, for the next projection with as many inputs."
     def dividing(layer: ScaledLayer, rho: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -298,7 +235,6 @@ def joint_update(
     once: MadeOnce | None = None, # What earlier projections made from the same Hessian; None means nothing
 ) -> tuple[torch.Tensor, torch.Tensor]: # The new weight, in the old dtype, and which went, bool; both [out, in]
     "Mask and weights of one matrix together, by ADMM and then least squares (ALPS, Meng et al. 2024), in float32."
-    check_problem(weight, hessian, sparsity, pattern, weight.shape[-1], damping, name)
     layer, choose = scaled_layer(weight, hessian, damping, name), chooser(sparsity, pattern, settings.scope)
     mask = choose(layer.weight.abs())
     if not mask.any(): return weight.detach().clone(), mask

@@ -5,10 +5,21 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/methods/10_wanda.ipynb #91341500
+# %% ../../nbs/methods/10_wanda.ipynb #3efb2146
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 import torch
-from cap_nb.methods.selection import Criterion, Evidence
+from torch import nn
+from cap_nb.calibration import Calibration
+from cap_nb.core.errors import BadInput, check_sparsity
+from cap_nb.methods.layer_walk import layer_by_layer, LayerStep, real_rows, unreached
+from cap_nb.methods.selection import Criterion, Evidence, Measurements, zero_within
+from cap_nb.models.anatomy import Projection, projections
+from cap_nb.models.interventions import recorded_inputs
+from cap_nb.models.replay import run_layer
 
+# %% ../../nbs/methods/10_wanda.ipynb #91341500
 def wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Magnitude times the norm of the input (Sun et al. 2024)."
     return e.weight.abs() * e.norm
@@ -17,15 +28,6 @@ WANDA = Criterion(name="wanda", score=wanda_score, needs=("norm",), scope="row",
                   says="|W| times the norm of its input", source="Sun et al. 2024")
 
 # %% ../../nbs/methods/10_wanda.ipynb #1913bac4
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
-from cap_nb.core.errors import BadInput
-from cap_nb.methods.layer_walk import LayerStep, real_rows, unreached
-from cap_nb.models.anatomy import Projection
-from cap_nb.models.interventions import recorded_inputs
-from cap_nb.models.replay import run_layer
-
 Statistic = Callable[[torch.Tensor], torch.Tensor] # Inputs [n, in] -> a new tensor, what is added up over their tokens
 Record = Callable[[Projection, torch.Tensor, torch.Tensor | None], None] # Called with each projection's input
 
@@ -86,10 +88,6 @@ def input_norms(step: LayerStep) -> dict[str, torch.Tensor]: # Module name -> fl
     return {name: (total / sequences).sqrt().float() for name, total in sums.items()}
 
 # %% ../../nbs/methods/10_wanda.ipynb #dab17826
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from torch import nn
-
 @contextmanager
 def wanting_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     "While the block runs, gradients are computed for these parameters, whatever was set before."
@@ -128,13 +126,6 @@ RGS = Criterion(name="rgs", score=rgs_score, needs=("norm", "regional_gradient")
                 source="Yang et al. 2025, Wanda++ without its training")
 
 # %% ../../nbs/methods/10_wanda.ipynb #72677753
-from dataclasses import replace
-from cap_nb.calibration import Calibration
-from cap_nb.core.errors import check_sparsity
-from cap_nb.methods.layer_walk import layer_by_layer
-from cap_nb.methods.selection import Measurements, zero_within
-from cap_nb.models.anatomy import projections
-
 def uniform_shares(model: nn.Module, sparsity: float) -> dict[str, float]:
     "The same share of zeros for every projection, by module name."
     return dict.fromkeys((p.name for p in projections(model)), check_sparsity(sparsity))

@@ -5,10 +5,18 @@
 # %% auto #0
 __all__ = ['Anatomy', 'Projection', 'projections', 'output_projection', 'anatomy']
 
-# %% ../../nbs/models/01_anatomy.ipynb #c005
+# %% ../../nbs/models/01_anatomy.ipynb #7bbaf128
+from collections.abc import Sequence
 from dataclasses import dataclass
-from .families import family_of
+from itertools import accumulate
+from operator import attrgetter
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from cap_nb.core.errors import BadInput, check_index, validate_arguments
+from cap_nb.models.families import Experts, family_of, FUSES, HOLDS
 
+# %% ../../nbs/models/01_anatomy.ipynb #c005
 @dataclass(frozen=True)
 class Anatomy:
     "Dimensions of a transformer, in the paper's symbols."
@@ -30,9 +38,6 @@ def dimensions(config: object) -> Anatomy:
         widths=widths if len(set(widths)) > 1 else None)
 
 # %% ../../nbs/models/01_anatomy.ipynb #c013
-from itertools import accumulate
-from cap_nb.models.families import HOLDS
-
 @dataclass(frozen=True)
 class Part:
     "Neighbouring rows of a weight that belong to one head; of an output projection, neighbouring columns."
@@ -59,10 +64,6 @@ def key_value_head_of(a: Anatomy) -> tuple[int, ...]:
     return tuple(head // (a.heads // a.key_value_heads) for head in range(a.heads))
 
 # %% ../../nbs/models/01_anatomy.ipynb #c026
-from torch import nn
-from cap_nb.core.errors import BadInput, validate_arguments, check_index
-from cap_nb.models.families import Experts
-
 @dataclass(frozen=True)
 class Routing:
     "The experts of one layer, and what sends tokens to them."
@@ -116,9 +117,6 @@ def expert_counts(model: nn.Module) -> tuple[int, ...]:
     return tuple(routing.count if routing else 0 for routing in routings)
 
 # %% ../../nbs/models/01_anatomy.ipynb #c038
-import torch
-from transformers.pytorch_utils import Conv1D
-
 @dataclass(frozen=True)
 class Projection:
     "A weight matrix in scope for pruning, and where it lies."
@@ -260,8 +258,6 @@ def projections(
     return tuple(matrices)
 
 # %% ../../nbs/models/01_anatomy.ipynb #c066
-from cap_nb.models.families import FUSES
-
 def names_of_block(routing: Routing, block: str) -> dict[str, tuple[str, ...]]:
     "Parameters of the model -> the tensors that hold each together in a checkpoint that calls the block so."
     about, names = routing.about, [name for name, _ in routing.block.named_parameters()]
@@ -285,8 +281,6 @@ def checkpoint_names(model: nn.Module) -> dict[str, list[tuple[str, ...]]]:
     return ways
 
 # %% ../../nbs/models/01_anatomy.ipynb #c073
-from operator import attrgetter
-
 @validate_arguments
 def output_projection(
     model: nn.Module, # A causal language model of a known family
@@ -338,8 +332,6 @@ def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return head_logits(model, final_norm(model)(hidden))
 
 # %% ../../nbs/models/01_anatomy.ipynb #c082
-from collections.abc import Sequence
-
 def attention_shapes(matrices: Sequence[Projection], a: Anatomy) -> dict[str, tuple[int, int]]:
     "The shapes (out, in) that the dimensions demand of the attention's roles, latents as wide as what makes them."
     rotated = a.widths[0] - a.widths[1] if a.widths else 0 # a query's rows that no key of its own head meets

@@ -5,17 +5,22 @@
 # %% auto #0
 __all__ = ['check_anatomy']
 
-# %% ../../nbs/models/09_checks.ipynb #c005
-from collections.abc import Iterator
-from contextlib import contextmanager
+# %% ../../nbs/models/09_checks.ipynb #b91f2222
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, ExitStack
 import torch
+import torch.nn.functional as F
 from torch import nn
 from cap_nb.core.errors import BadInput, validate_arguments
 from cap_nb.models.anatomy import (
-    Anatomy, Part, Projection, dimensions, key_value_head_of, output_projection, projections)
+    Anatomy, anatomy, decoder_layers, dimensions, expert_counts, key_value_head_of, output_projection, Part, Projection,
+    projections, routing_of)
 from cap_nb.models.families import HOLDS
-from cap_nb.models.interventions import changed_input, watching
+from cap_nb.models.interventions import (
+    changed_input, changed_output, masked_expert, recorded_inputs, recorded_routes, watching)
 
+# %% ../../nbs/models/09_checks.ipynb #c005
 @torch.no_grad()
 def heads_at(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
     "The heads' outputs; an output projection that is not called once, or with another width, raises `BadInput`."
@@ -56,11 +61,6 @@ def check_rows(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
                            f"{part.index}; the order described is not this model's.")
 
 # %% ../../nbs/models/09_checks.ipynb #c020
-from contextlib import ExitStack
-import torch.nn.functional as F
-from cap_nb.models.anatomy import routing_of
-from cap_nb.models.interventions import changed_output, masked_expert, recorded_inputs, recorded_routes
-
 @torch.no_grad()
 def added_by_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
     "What the experts of a layer add to the output of their block, by the description, float32 [tokens, hidden]."
@@ -102,8 +102,6 @@ def check_routing(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
                        "ones, by their weights, with gate before up; the layout is not this model's.")
 
 # %% ../../nbs/models/09_checks.ipynb #c032
-from cap_nb.models.anatomy import decoder_layers, expert_counts
-
 @torch.no_grad()
 def logits_without_heads(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     "The model without attention."
@@ -123,9 +121,6 @@ def check_tokens_independent(model: nn.Module, ids: torch.Tensor) -> None:
                        "to be the only way; heads of this model cannot be masked there.")
 
 # %% ../../nbs/models/09_checks.ipynb #c037
-from collections.abc import Sequence
-from .anatomy import anatomy
-
 @validate_arguments
 def check_anatomy(
     model: nn.Module, # A causal language model of a known family, in evaluation mode, not pruned; not changed
@@ -141,8 +136,6 @@ def check_anatomy(
     return a
 
 # %% ../../nbs/models/09_checks.ipynb #11193e2b
-import logging
-
 log = logging.getLogger(__name__)
 
 def tell_of_zeros(zeros: int, weights: int) -> None:

@@ -14,10 +14,13 @@ HOLDS = { # Role in the attention -> kinds of the heads that it holds
     "query_key_value": ("query", "key", "value"), "output": ("query",), "query_latent": (), "key_value_latent": ()}
 FUSES = {"gate_up": ("gate", "up")} # Role of an expert's matrix -> roles of those that lie in it, one above the other
 
-# %% ../../nbs/models/00_families.ipynb #c008
+# %% ../../nbs/models/00_families.ipynb #045c42ba
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from cap_nb.core.errors import BadInput, validate_arguments
+from cap_nb.core.registry import add, check_new_name, check_takes, FAMILIES, WORD
 
+# %% ../../nbs/models/00_families.ipynb #c008
 @dataclass(frozen=True)
 class Experts:
     "Where the experts of a sparse layer lie, and what sends tokens to them."
@@ -87,8 +90,6 @@ OPT = Family("model.decoder.layers", "model.decoder.final_layer_norm", OPT_ROLES
              after_norm="model.decoder.project_out")
 
 # %% ../../nbs/models/00_families.ipynb #c021
-from dataclasses import replace
-
 STACKED = {"gate_up": "gate_up_proj", "down": "down_proj"}
 MIXTRAL_EXPERTS = Experts(("mlp", "block_sparse_moe"), {"gate": "w1", "up": "w3", "down": "w2"}, STACKED)
 QWEN3_EXPERTS = Experts(("mlp",), GATED, STACKED, normed="norm_topk_prob")
@@ -134,21 +135,15 @@ def latent_widths(config: object) -> tuple[int, int, int]:
     "A query is plain and rotated, a head's own key is plain: its rotated part is all heads'."
     return (config.qk_nope_head_dim + config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim)
 
-def every_head(config: object) -> int:
-    "Every head has its own key and value."
-    return config.num_attention_heads
-
 LATENT_QUERIES = under("self_attn", query_latent="q_a_proj", query="q_b_proj")
 LATENT_KEYS = under("self_attn", key_value_latent="kv_a_proj_with_mqa", key_value="kv_b_proj", output="o_proj")
 DEEPSEEK_DIRECT = Family("model.layers", "model.norm", # Queries straight from the hidden state, as in V2-Lite
-    under("self_attn", query="q_proj") | LATENT_KEYS | under("mlp", **GATED), by_group=True, groups=every_head,
-    experts=DEEPSEEK_EXPERTS, widths=latent_widths)
+    under("self_attn", query="q_proj") | LATENT_KEYS | under("mlp", **GATED), by_group=True,
+    groups=lambda config: config.num_attention_heads, experts=DEEPSEEK_EXPERTS, widths=latent_widths)
 DEEPSEEK = replace(DEEPSEEK_DIRECT, roles=LATENT_QUERIES | LATENT_KEYS | under("mlp", **GATED),
                    where_none=("q_lora_rank", DEEPSEEK_DIRECT))
 
 # %% ../../nbs/models/00_families.ipynb #c039
-from ..core.registry import FAMILIES
-
 _all_ = ["FAMILIES"]
 FAMILIES.update({ # model_type of the configuration -> family
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "smollm3", "stablelm", "ernie4_5",
@@ -162,8 +157,6 @@ FAMILIES.update({ # model_type of the configuration -> family
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), DEEPSEEK)})
 
 # %% ../../nbs/models/00_families.ipynb #c040
-from cap_nb.core.errors import BadInput, validate_arguments
-
 HYBRIDS = { # model_type -> where tokens affect each other outside the attention
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "a gated delta rule in most layers"),
     **dict.fromkeys(("jamba", "bamba", "nemotron_h"), "a state space in most layers"),
@@ -200,8 +193,6 @@ def family_of(config: object) -> Family:
                    "class or describe its family with add_family of cap_nb.models.families.")
 
 # %% ../../nbs/models/00_families.ipynb #c048
-from ..core.registry import WORD, add, check_new_name, check_takes
-
 @validate_arguments
 def add_family(
     model_type: str, # model_type of the configurations that it describes

@@ -5,12 +5,18 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/models/02_interventions.ipynb #c012
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+# %% ../../nbs/models/02_interventions.ipynb #c1e2089d
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, ExitStack
+from dataclasses import dataclass
+from operator import attrgetter
 import torch
+import torch.nn.functional as F
 from torch import nn
+from cap_nb.core.errors import BadInput
+from cap_nb.models.anatomy import decoder_layers, Projection, Routing, routing_of
 
+# %% ../../nbs/models/02_interventions.ipynb #c012
 @contextmanager
 def changed_input(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     "While the block runs, the module reads `change(input)` in place of its input (paper section 3.2)."
@@ -36,14 +42,6 @@ def hook_count(model: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 # %% ../../nbs/models/02_interventions.ipynb #d09dc8b0
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from operator import attrgetter
-import torch.nn.functional as F
-from cap_nb.core.errors import BadInput
-from cap_nb.models.anatomy import Projection, Routing, decoder_layers, routing_of
-
 @dataclass(frozen=True)
 class Route:
     "Where the router of a layer sent the tokens of a batch."

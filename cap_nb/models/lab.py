@@ -13,12 +13,36 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}<lab>{{ m['content'] }}<end>{% else %}<ask>{{ m['content'] }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<lab>{% endif %}")
 
-# %% ../../nbs/models/06_lab.ipynb #f94acf5e
-from collections.abc import Iterator
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
-from cap_nb.data.lab_world import TASKS, as_drawn, lab_prompt, lab_records, lab_target, lab_text
+# %% ../../nbs/models/06_lab.ipynb #1737b101
+import importlib.resources
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, Regex, Tokenizer, trainers
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig,
+    MixtralForCausalLM, PreTrainedTokenizerFast)
+from cap_nb.core.errors import BadInput, check_at_least, validate_arguments
+from cap_nb.core.files import (
+    read_checksums, read_json, read_tensors, sha256_of_file, taken_as, whole_folder, write_json, write_tensors)
+from cap_nb.data.lab_world import (
+    as_drawn, lab_prompt, lab_records, lab_target, lab_text, SPELT, TASKS, world_fingerprint)
 
+# %% ../../nbs/models/06_lab.ipynb #f94acf5e
 def tokenizer_corpus() -> Iterator[str]:
     "Training problems and text from which the vocabulary is counted, names as drawn."
     for task in TASKS:
@@ -27,9 +51,6 @@ def tokenizer_corpus() -> Iterator[str]:
     yield from as_drawn(lab_text("train", 8_000, "tokenizer")).split("\n")
 
 # %% ../../nbs/models/06_lab.ipynb #e8fa3b22
-import json
-from cap_nb.data.lab_world import SPELT
-
 def respelt(inner: Tokenizer) -> Tokenizer:
     "Replace the tokens of drawn names by the names of `SPELT`; a vocabulary that cannot spell one is left as it is."
     described = json.loads(inner.to_str())
@@ -60,10 +81,6 @@ def train_tokenizer(size: int = 768) -> PreTrainedTokenizerFast:
     return tokenizer
 
 # %% ../../nbs/models/06_lab.ipynb #969e13e8
-from dataclasses import dataclass
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what the trained model will be."
@@ -127,10 +144,6 @@ class Sequences:
     weight: torch.Tensor # float32 [batch, position - 1]: what predicting the next token counts
 
 # %% ../../nbs/models/06_lab.ipynb #7b4467f5
-import itertools
-import random
-from collections.abc import Sequence
-
 def padded(pairs: Sequence[tuple[list[int], list[int]]], prompt_weight: float) -> Sequences:
     "Prompts and targets as a batch. Padding counts nothing, and no token attends to what follows: no mask is needed."
     longest = max(len(prompt) + len(target) for prompt, target in pairs)
@@ -199,11 +212,6 @@ def experts_loss(model: MixtralForCausalLM, batch: Sequences) -> tuple[torch.Ten
     return loss + uneven * batch.weight[counted].sum(), mean
 
 # %% ../../nbs/models/06_lab.ipynb #b7c26c0a
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from torch import nn
-
 def gradients(model: nn.Module, batch: Sequences, total: float,
               loss_of: Callable = weighted_loss) -> tuple[tuple[torch.Tensor, ...], float]:
     "Gradient of the batch's share of the loss for every parameter, and its mean loss; bfloat16 autocast."
@@ -219,23 +227,8 @@ def one_core_each(workers: int) -> Iterator[ThreadPoolExecutor]:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as threads: yield threads
     finally: torch.set_num_threads(before)
 
-# %% ../../nbs/models/06_lab.ipynb #0da97dca
-import math
-from cap_nb.core.errors import BadInput
-
-def optimizers(model: nn.Module, recipe: Recipe, leave_out: Sequence[int] = (),
-               more: Sequence[nn.Parameter] = ()) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    "Muon (Jordan et al. 2024) for projections, AdamW (Loshchilov and Hutter 2019) for embeddings and norms."
-    if not hasattr(torch.optim, "Muon"):
-        raise BadInput(f"Training the lab model needs torch.optim.Muon, which torch {torch.__version__} lacks: "
-                       "expected torch 2.9 or newer; update it.")
-    matrices = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
-    others = [p for name, p in model.named_parameters() if not name.endswith("proj.weight") and id(p) not in leave_out]
-    return (torch.optim.Muon([*matrices, *more], lr=recipe.matrix_rate, weight_decay=recipe.weight_decay),
-            torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay))
-
 # %% ../../nbs/models/06_lab.ipynb #a5be0be3
-def expert_slices(model: MixtralForCausalLM) -> list[tuple[nn.Parameter, tuple, nn.Parameter]]:
+def expert_slices(model: nn.Module) -> list[tuple[nn.Parameter, tuple, nn.Parameter]]:
     "For every expert matrix its stack (of transformers 4 itself), its place there, and a parameter in the same memory."
     slices, width = [], model.config.intermediate_size
     for stack in (p for name, p in model.named_parameters() if ".experts." in name):
@@ -248,19 +241,24 @@ def expert_slices(model: MixtralForCausalLM) -> list[tuple[nn.Parameter, tuple, 
             slices.append((stack, place, nn.Parameter(stack.data[place])))
     return slices
 
-def experts_optimizers(model: MixtralForCausalLM,
-                       recipe: ExpertsRecipe) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    "As for the lab model: Muon for every matrix of attention and experts, AdamW for embeddings, norms and routers."
+def optimizers(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    "Muon (Jordan et al. 2024) for projections and experts, AdamW (Loshchilov and Hutter 2019) for all else."
+    if not hasattr(torch.optim, "Muon"):
+        raise BadInput(f"Training the lab model needs torch.optim.Muon, which torch {torch.__version__} lacks: "
+                       "expected torch 2.9 or newer; update it.")
     slices = expert_slices(model)
     stacks = {id(stack): stack for stack, _, _ in slices}
-    muon, adam = optimizers(model, recipe, leave_out=stacks, more=[matrix for _, _, matrix in slices])
+    matrices = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("proj.weight") and id(p) not in stacks]
+    muon = torch.optim.Muon([*matrices, *(matrix for _, _, matrix in slices)], lr=recipe.matrix_rate,
+                            weight_decay=recipe.weight_decay)
     def hand_out(*_):
         for stack, place, matrix in slices: matrix.grad = stack.grad[place]
     def take_back(*_):
         for stack in stacks.values(): stack.grad = None
     muon.register_step_pre_hook(hand_out)
     muon.register_step_post_hook(take_back)
-    return muon, adam
+    return muon, torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
 
 # %% ../../nbs/models/06_lab.ipynb #87ee42a6
 def rate_factor(step: int, recipe: Recipe) -> float:
@@ -294,15 +292,12 @@ def take_step(model: nn.Module, both: Sequence, batches: list[Sequences], factor
     return means
 
 # %% ../../nbs/models/06_lab.ipynb #1515d3a4
-import transformers
-
 @dataclass(frozen=True)
 class Kind:
     "What a training does in its own way for one kind of model."
     recipe: type = Recipe # The class of its recipes
     new: Callable = new_model # (recipe, tokenizer) -> untrained model
     loss: Callable = weighted_loss # (model, batch) -> weighted sum of losses; mean over the tokens of weight 1
-    optimizers: Callable = optimizers # (model, recipe) -> Muon, AdamW
     rate: Callable = rate_factor # (step, recipe) -> what the learning rates are multiplied by
     stored: torch.dtype = torch.float32 # Of the weights in the checkpoint
     workers: int = 2 # Threads that share the batches of a step; how many they are changes no bit
@@ -310,16 +305,10 @@ class Kind:
 DENSE = Kind() # The lab model itself
 # transformers 4 records router logits on the model itself: two threads would mix theirs
 WORKERS = 2 if int(transformers.__version__.split(".")[0]) >= 5 else 1
-EXPERTS = Kind(recipe=ExpertsRecipe, new=new_experts_model, loss=experts_loss, optimizers=experts_optimizers,
-               rate=cooling_rate, stored=torch.bfloat16, workers=WORKERS) # The sibling with experts
+EXPERTS = Kind(recipe=ExpertsRecipe, new=new_experts_model, loss=experts_loss, rate=cooling_rate,
+               stored=torch.bfloat16, workers=WORKERS) # The sibling with experts
 
 # %% ../../nbs/models/06_lab.ipynb #9a54b13a
-import time
-from dataclasses import asdict
-from pathlib import Path
-from tqdm.auto import tqdm
-from cap_nb.core.files import read_checksums, read_json, read_tensors, taken_as, write_json, write_tensors
-
 STATE = "training.safetensors" # Name of the file of a training's state
 
 def save_state(folder: Path, trained: dict[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer],
@@ -363,7 +352,7 @@ def load_state(folder: Path, trained: dict[str, nn.Parameter], optimizers: Seque
 def train(model: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, work: Path, kind: Kind = DENSE,
           save_every: int = 100) -> dict:
     "Train from the last state in `work`, or from the start."
-    both, trained = kind.optimizers(model, recipe), dict(model.named_parameters())
+    both, trained = optimizers(model, recipe), dict(model.named_parameters())
     recipe_read = {"recipe": asdict(recipe) | {"batch": list(recipe.batch)}} # JSON has no tuples
     log = {"step": 0, "seconds": 0.0, "sessions": 0, "loss": []} | load_state(work, trained, both, recipe_read)
     log = recipe_read | log | {"sessions": log["sessions"] + 1}
@@ -388,15 +377,13 @@ def greedy_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
     def as_chat(prompt):
         chat = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    texts, answers = [as_chat(prompt) for prompt in prompts], {}
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    for chosen in (order[start:start + batch] for start in range(0, len(order), batch)):
-        inputs = tokenizer([texts[index] for index in chosen], return_tensors="pt", padding=True,
-                           add_special_tokens=False, return_token_type_ids=False).to(model.device)
+    answers = []
+    for start in range(0, len(prompts), batch):
+        inputs = tokenizer([as_chat(prompt) for prompt in prompts[start:start + batch]], return_tensors="pt",
+                           padding=True, add_special_tokens=False, return_token_type_ids=False).to(model.device)
         written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        written = written[:, inputs["input_ids"].shape[1]:]
-        answers |= dict(zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True)))
-    return [answers[index] for index in range(len(texts))]
+        answers += tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    return answers
 
 # %% ../../nbs/models/06_lab.ipynb #957c6896
 def lab_solved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: str, n: int = 500,
@@ -407,10 +394,6 @@ def lab_solved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task
     return sum(answer.split("\n")[-1] == lab_target(r, task).split("\n")[-1] for answer, r in zip(answers, records))
 
 # %% ../../nbs/models/06_lab.ipynb #0553eefd
-import importlib.resources
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from cap_nb.core.files import sha256_of_file, whole_folder
-
 def write_checksums(folder: Path) -> None:
     "SHA256SUMS.json over every other file of a checkpoint."
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS.json")
@@ -462,12 +445,6 @@ def lab_model(dtype: torch.dtype | None = None, device: str | torch.device | Non
     return model.to(device or "cpu").eval(), tokenizer
 
 # %% ../../nbs/models/06_lab.ipynb #7199c5e9
-import os
-import platform
-from typing import Any
-from ..core.errors import validate_arguments, check_at_least
-from ..data.lab_world import world_fingerprint
-
 @validate_arguments
 def train_lab(
     folder: str | Path, # Where the checkpoint will be; must not exist

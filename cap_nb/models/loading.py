@@ -422,7 +422,7 @@ def check_gguf_installed(use: str = "reading") -> None:
         raise BadInput(f"The package gguf is not installed: expected it for {use} GGUF; pip install 'cap_nb[gguf]'.")
 
 # %% ../../nbs/models/08_loading.ipynb #c064
-from ..core.files import write_json
+from .lab import write_checksums
 
 @validate_arguments
 def fetch_smollm2(
@@ -436,7 +436,7 @@ def fetch_smollm2(
         model, tokenizer = dequantised(download_gguf(Path(working)))
         model.save_pretrained(part, max_shard_size="4GB")
         tokenizer.save_pretrained(part)
-        write_json(part/"SHA256SUMS.json", {path.name: sha256_of_file(path) for path in sorted(part.iterdir())})
+        write_checksums(part)
     return folder
 
 # %% ../../nbs/models/08_loading.ipynb #c066

@@ -32,18 +32,15 @@ def named_arguments(layer: nn.Module, args: tuple, kwargs: dict) -> dict:
     return {names[0]: named[names[0]]} | named
 
 # %% ../../nbs/models/04_replay.ipynb #c006
-def call_of(layer: nn.Module, args: tuple, kwargs: dict) -> LayerCall:
-    "Take a call apart: the input, the name of the cache, everything else."
-    (_, hidden), *others = named_arguments(layer, args, kwargs).items()
-    cache = next((name for name, value in others if isinstance(value, Cache)), None)
-    arguments = {name: None if isinstance(value, Cache) else value for name, value in others}
-    return LayerCall(hidden, arguments, cache)
-
 @contextmanager
 def recorded_calls(model: nn.Module) -> Iterator[list[LayerCall]]:
     "While the block runs, the arguments of every decoder layer are recorded."
     calls: list[LayerCall] = []
-    def record(layer: nn.Module, args: tuple, kwargs: dict) -> None: calls.append(call_of(layer, args, kwargs))
+    def record(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        (_, hidden), *others = named_arguments(layer, args, kwargs).items()
+        cache = next((name for name, value in others if isinstance(value, Cache)), None)
+        arguments = {name: None if isinstance(value, Cache) else value for name, value in others}
+        calls.append(LayerCall(hidden, arguments, cache))
     with ExitStack() as stack:
         for layer in decoder_layers(model):
             stack.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))

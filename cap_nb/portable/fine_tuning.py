@@ -20,12 +20,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from ..calibration import Calibration
-from ..core.errors import BadInput, check_sparsity, validate_arguments
+from ..core.errors import BadInput, validate_arguments
 from ..core.files import alone_in, check_new_folder, sealed, whole_folder, write_json
 from ..data.prompts import Example, collate, token_batches
 from ..jobs.settings import check_tuning, FineTuning
 from ..methods.block import in_float32
-from ..methods.prune import prune
 from ..methods.resumed_scoring import divergence_of_logits, target_logits
 from ..models.anatomy import check_length, projections
 from ..models.lab import STATE, load_state, save_state, step_optimizers
@@ -307,19 +306,6 @@ def recover_into(out: str | Path, model: nn.Module, tokenizer: object, calibrati
     (working/STATE).unlink()
     if not any(working.iterdir()): working.rmdir()
     return report
-
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c090
-def iterative_magnitude(model: nn.Module, calibration: Calibration, sparsities: Sequence[float],
-                        settings: FineTuning = FineTuning(), folder: str | Path | None = None) -> tuple[Recovery, ...]:
-    "Prune by magnitude and retrain, step by step (Han et al. 2015); sparsities that do not rise raise `BadInput`."
-    if not sparsities or list(sparsities) != sorted({check_sparsity(s) for s in sparsities} - {0.0}):
-        raise BadInput(f"The sparsities are {list(sparsities)}: expected rising ones above 0; write 0.2, 0.35, 0.5.")
-    reports = []
-    for sparsity in sparsities:
-        prune(model, "magnitude", sparsity)
-        place = folder and Path(folder)/f"{sparsity:g}"
-        reports.append(recover(model, calibration, settings, place))
-    return tuple(reports)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c094
 def masked_change(layer: nn.Module, name: str) -> torch.Tensor: # As the layer's weight is stored

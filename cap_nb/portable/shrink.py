@@ -18,7 +18,7 @@ from ..methods.attributions import gradient_activation
 from ..methods.criteria import dense_norms
 from ..methods.layer_walk import layer_by_layer
 from ..methods.neurons import neuron_estimates
-from ..methods.sparsegpt import damped_hessian, products
+from ..methods.sparsegpt import check_finite, damped_hessian, products
 from ..methods.wanda import input_sums
 from ..models.anatomy import Part, Projection, anatomy, dimensions, key_value_head_of, projections
 from ..models.loading import without_bars
@@ -173,7 +173,8 @@ NEURON_SCORES = {"contribution": contributions, "first-order": neuron_estimates,
 def refitted(weight: torch.Tensor, stay: torch.Tensor, hessian: torch.Tensor, damping: float = 0.01,
              name: str = "the matrix") -> torch.Tensor: # The new weight, same dtype [out, in], zero where an input goes
     "Least squares of the columns that stay, in float64."
-    damped, _ = damped_hessian(hessian, damping, name)
+    check_finite(weight, hessian, name)
+    damped, _ = damped_hessian(hessian, damping)
     target = weight.detach().double() @ damped[:, stay]
     solved = torch.linalg.solve(damped[stay][:, stay], target, left=False)
     return torch.zeros_like(weight).index_copy(1, stay, solved.to(weight.dtype))
