@@ -42,41 +42,15 @@ from cap_nb.single_steps import prune_into, save_beside, score_into
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 SMALLEST = dict(
-    n=3,
-    k=1,
-    tasks=("gsm8k",),
-    evaluate_n=2,
-    loss_n=2,
-    windows=1,
-    window_tokens=32,
-    max_new_tokens=3,
-    methods=("cap",),
-    sparsities=(0.5,),
-    device="cpu",
+    n=3, k=1, tasks=("gsm8k",), evaluate_n=2, loss_n=2, windows=1, window_tokens=32, max_new_tokens=3, methods=("cap",), sparsities=(0.5,),
+    device="cpu"
 )
 # What a setting is changed to, where half as much again or its opposite is none of its values; a new setting of words wants a line here
 OTHER = {
-    "name": None,
-    "device": None,
-    "backend": None,
-    "data_dir": None,
-    "calibrate_on": "text",
-    "calibration_tokens": 600,
-    "chain_rule": "all",
-    "dtype": "bfloat16",
-    "tasks": ("arc",),
-    "style": "answer-line",
-    "calibration_seed": 5,
-    "text_share": 0.4,
-    "spare": ("gsm8k_fresh",),
-    "methods": ("magnitude",),
-    "sparsities": (0.3,),
-    "aggregation": "mean",
-    "score_target": "divergence",
-    "budget": 0.5,
-    "accuracy_tasks": ("arc",),
-    "text": "lab-text",
-    "evaluate_on": "validation",
+    "name": None, "device": None, "backend": None, "data_dir": None, "calibrate_on": "text", "calibration_tokens": 600, "chain_rule": "all",
+    "dtype": "bfloat16", "tasks": ("arc",), "style": "answer-line", "calibration_seed": 5, "text_share": 0.4, "spare": ("gsm8k_fresh",),
+    "methods": ("magnitude",), "sparsities": (0.3,), "aggregation": "mean", "score_target": "divergence", "budget": 0.5, "accuracy_tasks": ("arc",),
+    "text": "lab-text", "evaluate_on": "validation"
 }
 # What the run has of a setting that it was not given
 IN_A_RUN = {"dtype": "float32", "style": "paper", "calibration_seed": 0, "accuracy_tasks": ("gsm8k",), "text": "wikitext2"}
@@ -106,19 +80,14 @@ def save_folder(place):
         path.write_text("".join(json.dumps(as_benchmark(row)) + "\n" for row in rows))
     (place / "data" / "wikitext2").mkdir()
     for name in ("test.txt", "valid.txt"):
-        (place / "data" / "wikitext2" / name).write_text(
-            "\n".join(f"The river of {name} runs {i} miles to the sea ." for i in range(40))
-        )
+        (place / "data" / "wikitext2" / name).write_text("\n".join(f"The river of {name} runs {i} miles to the sea ." for i in range(40)))
 
 
 def as_benchmark(row):
     """A row of the hub as ARC's own file has it."""
     if "choices" not in row:
         return row
-    choices = [
-        {"text": text, "label": label}
-        for text, label in zip(row["choices"]["text"], row["choices"]["label"], strict=True)
-    ]
+    choices = [{"text": text, "label": label} for text, label in zip(row["choices"]["text"], row["choices"]["label"], strict=True)]
     return {"id": row["id"], "question": {"stem": row["question"], "choices": choices}, "answerKey": row["answerKey"]}
 
 
@@ -178,9 +147,7 @@ def other_value(setting):
     if setting.name in OTHER:
         return OTHER[setting.name]
     value = SMALLEST.get(setting.name, setting.default)
-    assert type(value) in (int, float), (
-        f"tests/test_inputs.py does not know another value of {setting.name}: give one in OTHER"
-    )
+    assert type(value) in (int, float), f"tests/test_inputs.py does not know another value of {setting.name}: give one in OTHER"
     return value + 1 if value < 100 else value // 2
 
 
@@ -411,9 +378,7 @@ def test_an_older_run_goes_on_and_says_what_it_does_not_cover(place, caplog):
     """Before, a fingerprint was that of the weights alone."""
     path = place / "run" / "run.json"
     kept = read_checked(path)
-    kept["model"] = {
-        name: value for name, value in kept["model"].items() if name not in ("configuration", "generation")
-    }
+    kept["model"] = {name: value for name, value in kept["model"].items() if name not in ("configuration", "generation")}
     kept["model"] |= {name: kept["model"][name].split("-")[0] for name in ("fingerprint", "tokenizer")}
     write_checked(path, kept)
     run_job(job_in(place, sparsities=(0.3,)), place / "run")
@@ -439,10 +404,7 @@ def test_packing_leaves_what_is_no_record_where_it_is(place, caplog):
     (run / "nothing").mkdir()
     before = {path.relative_to(run) for path in run.rglob("*")}
     pack_run(run)
-    assert (
-        all((run / name).exists() for name in own if name != "evaluations/dense-0.0/own.csv")
-        and (run / "nothing").is_dir()
-    )
+    assert all((run / name).exists() for name in own if name != "evaluations/dense-0.0/own.csv") and (run / "nothing").is_dir()
     assert "inner/run.json" in caplog.text and "was left where it is" in caplog.text
     unpack_run(run, place / "back")
     assert before <= {path.relative_to(place / "back") for path in (place / "back").rglob("*")}
@@ -473,9 +435,7 @@ def test_a_plugin_that_changes_what_it_is_given_is_refused(what, place):
 
 def test_a_helper_of_a_plugin_is_part_of_it(place, monkeypatch):
     monkeypatch.syspath_prepend(str(place))
-    (place / "my.py").write_text(
-        ADD + "from beside_my import power\nadd_criterion('mine', lambda known: known.weight.abs() ** power)"
-    )
+    (place / "my.py").write_text(ADD + "from beside_my import power\nadd_criterion('mine', lambda known: known.weight.abs() ** power)")
     for power in (1, 2):
         (place / "beside_my.py").write_text(f"power = {power}")
         monkeypatch.delitem(sys.modules, "beside_my", raising=False)
@@ -525,11 +485,7 @@ def with_kind(dtype):
 
 def with_few_tokens(place):
     path = place / "model" / "model.safetensors"
-    save_file(
-        {name: t[:200].clone() if t.shape[0] == 258 else t for name, t in load_file(path).items()},
-        path,
-        metadata={"format": "pt"},
-    )
+    save_file({name: t[:200].clone() if t.shape[0] == 258 else t for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
     edited("config.json", vocab_size=200)(place)
 
 
@@ -540,12 +496,7 @@ def without_vocabulary(place):
 
 def without_words(place):
     path = place / "model" / "tokenizer.json"
-    words = {
-        "type": "WordPiece",
-        "unk_token": "[UNK]",
-        "continuing_subword_prefix": "##",
-        "max_input_chars_per_word": 9,
-    }
+    words = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model": words | {"vocab": {}}}))
 
 
@@ -680,9 +631,7 @@ def test_half_written_files_of_a_process_in_another_container_stay(tmp_path):
     part = tmp_path / ".new.4194999.part"
     part.mkdir()
     script = "import sys\nfrom pathlib import Path\nfrom cap_nb.core.files import locked\nwith locked(Path(sys.argv[1])): print('in', flush=True), sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(part)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
+    with subprocess.Popen([sys.executable, "-c", script, str(part)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with whole_folder(tmp_path / "new"):
             assert part.exists()
@@ -695,16 +644,9 @@ def test_half_written_files_of_a_process_in_another_container_stay(tmp_path):
 def test_an_environment_that_makes_no_sense_is_one_sentence(tmp_path):
     wrong = {"TQDM_MININTERVAL": ("abc", "TQDM_MININTERVAL is 'abc': expected a number")}
     for name, (value, sentence) in wrong.items():
-        done = subprocess.run(
-            [sys.executable, "-m", "cap_nb", "methods"], env=os.environ | {name: value}, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-m", "cap_nb", "methods"], env=os.environ | {name: value}, capture_output=True, text=True)
         assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
-    done = subprocess.run(
-        [sys.executable, "-m", "cap_nb", "--help"],
-        env=os.environ | {"MPLBACKEND": "nonsense"},
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run([sys.executable, "-m", "cap_nb", "--help"], env=os.environ | {"MPLBACKEND": "nonsense"}, capture_output=True, text=True)
     assert done.returncode == 0
 
 

@@ -1,18 +1,25 @@
 """Scoring that is killed, shared between processes, refused, or run on a full disk; and its savings on every family."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+import typer
+import yaml
+from conftest import ROOT
 from fixtures import made_up, tiny_llama
+from notebooks_on_disk import cells
 from programs import Program, cap, finished
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from cap_nb.command_line import app
 from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import Calibration
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
@@ -125,6 +132,40 @@ def test_two_processes_give_the_bytes_of_one(tmp_path, undisturbed):
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == undisturbed
     assert done.stdout.count("losses of 6 examples") == 1  # only one process speaks
+
+
+STAND_IN = """#!/bin/sh
+echo "$@" >> {folder}/asked-$TASK
+case "$*" in
+*--join) [ -e {folder}/asked-0 ] && touch {folder}/joined || exit 2 ;;
+*) until [ -e {folder}/joined ]; do sleep 0.1; done; touch {folder}/scores.safetensors ;;
+esac
+"""
+
+
+def test_the_job_files_of_the_page(tmp_path):
+    """Their options are the program's, and the job runs the script. By the script, with a stand-in for the program, a helper that came too early asks
+    again until the table is there; it is numbered as Kubernetes does it, the first task as Slurm does."""
+    [text] = [c.source for c in cells(ROOT/"nbs"/"methods"/"00_layer_walk.ipynb") if "## On a cluster" in c.source]
+    script, job = (textwrap.dedent(block) for block in re.findall(r"((?:    .*\n)+)", text))
+    [(name, words)] = re.findall('score="cap (\\S+) (.+)"', script)
+    command = typer.main.get_command(app).commands[name]
+    assert command.make_context(name, [*words.split(), "--join"]).params["join"]
+    with pytest.raises(Exception, match="No such option"):
+        command.make_context(name, [*words.split(), "--joins"])
+    spec = yaml.safe_load(job)["spec"]
+    [container] = spec["template"]["spec"]["containers"]
+    assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] and container["command"] == ["bash", "/shared/score.sh"]
+    (tmp_path/"cap").write_text(STAND_IN.format(folder=tmp_path))
+    (tmp_path/"cap").chmod(0o755)
+    here, small = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, script.replace("/shared", str(tmp_path)).replace("sleep 30", "sleep 0.1")
+    helper = subprocess.Popen(["bash", "-c", small], env=here | {"TASK": "1", "JOB_COMPLETION_INDEX": "1"})
+    while not (tmp_path/"asked-1").exists():
+        assert helper.poll() is None
+    subprocess.run(["bash", "-c", small], env=here | {"TASK": "0", "SLURM_ARRAY_TASK_ID": "0"}, check=True, timeout=60)
+    assert helper.wait(timeout=60) == 0
+    asked = [(tmp_path/f"asked-{task}").read_text().splitlines() for task in (0, 1)]
+    assert asked[0] == [f"score {words}".replace("/shared", str(tmp_path))] and len(asked[1]) > 1 and set(asked[1]) == {f"{asked[0][0]} --join"}
 
 
 # no room
