@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,48 @@ def test_two_processes_give_the_bytes_of_one(tmp_path, undisturbed):
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == undisturbed
     assert done.stdout.count("losses of 6 examples") == 1  # only one process speaks
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with a cable between them, 10.77.0.1 and 10.77.0.2: hosts that share folders and nothing else."""
+    names = [f"cap{os.getpid()}{end}" for end in "ab"]
+    commands = [f"netns add {names[0]}", f"netns add {names[1]}",
+                f"link add cable netns {names[0]} type veth peer name cable netns {names[1]}"]
+    for number, name in enumerate(names, 1):
+        commands += [f"-n {name} addr add 10.77.0.{number}/24 dev cable", f"-n {name} link set cable up", f"-n {name} link set lo up"]
+    if shutil.which("ip") is None:
+        pytest.skip("no network namespaces here: iproute2 is not installed")
+    try:
+        for words in commands:
+            done = subprocess.run(["ip", *words.split()], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: ip {words}: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def on_hosts(hosts, out):
+    """One launch on both, a process on each."""
+    launch = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "cable"}
+    scoring = [sys.executable, "-m", "cap_nb", *SMALL, "--device", "cpu", "--out", str(out)]
+    return [subprocess.Popen(["ip", "netns", "exec", name, *scoring], env=ONE_THREAD | launch | {"RANK": str(rank)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank, name in enumerate(hosts)]
+
+
+def test_a_host_is_lost_and_replaced(tmp_path, undisturbed, hosts):
+    out = tmp_path/"S.safetensors"
+    first, second = on_hosts(hosts, out)
+    wait_for_units(out, first, 2)
+    second.send_signal(signal.SIGKILL)
+    _, said = first.communicate()
+    assert first.returncode == 2 and "Another process of this launch has ended" in said and not out.exists()
+    kept = {path: path.stat().st_mtime_ns for path in units(out)}
+    first, second = on_hosts(hosts, out)
+    assert first.wait(timeout=900) == second.wait(timeout=900) == 0
+    assert kept and out.read_bytes() == undisturbed
 
 
 STAND_IN = """#!/bin/sh
