@@ -110,7 +110,7 @@ def first(tmp_path_factory):
 
 
 @pytest.fixture
-def place(first, tmp_path, monkeypatch):
+def place(first, tmp_path):
     """A copy that a test may change, as if its run had been made here."""
     shutil.copytree(first, tmp_path / "copy")
     kept = read_run(tmp_path / "copy" / "run")
@@ -118,24 +118,22 @@ def place(first, tmp_path, monkeypatch):
     return tmp_path / "copy"
 
 
-def check_taken_in(place, first, named, **settings):
-    """The folder goes on with the right numbers, or names what changed."""
-    try:
-        run_job(job_in(place, **settings), place / "fresh")
-    except BadInput as error:  # no model, or no run, has this value
-        assert "\n" not in str(error)
-        with pytest.raises(BadInput):
-            run_job(job_in(place, **settings), place / "run")
-        return "no such run"
-    wanted = numbers(place / "fresh")
+def check_taken_in(place, named, **settings):
+    """The folder goes on with the right numbers, or names what changed: whether it was refused."""
     try:
         run_job(job_in(place, **settings), place / "run")
     except BadInput as error:
-        assert named in str(error), f"{named} is not named: {error}"
-        return "refused"
-    found = numbers(place / "run")
+        if named in str(error):
+            return True
+        assert "\n" not in str(error)
+        with pytest.raises(BadInput):  # no model, or no run, has this value
+            run_job(job_in(place, **settings), place / "fresh")
+            raise AssertionError(f"{named} is not named: {error}")
+        return False
+    run_job(job_in(place, **settings), place / "fresh")
+    wanted, found = numbers(place / "fresh"), numbers(place / "run")
     assert {cell: found[cell] for cell in wanted} == wanted, f"{named} was changed, and the numbers of before stand"
-    return "same" if wanted == {cell: numbers(first / "run").get(cell) for cell in wanted} else "anew"
+    return False
 
 
 # ---- the settings ----
@@ -152,7 +150,7 @@ def other_value(setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_a_changed_setting(setting, place, first):
+def test_a_changed_setting(setting, place):
     value = other_value(setting)
     if value is None:
         pytest.skip(f"{setting.name} has no other value on every machine, or is tried below")
@@ -160,7 +158,7 @@ def test_a_changed_setting(setting, place, first):
     before, now = (",".join(map(str, each)) or "none" if isinstance(each, tuple) else each for each in (IN_A_RUN.get(setting.name, before), value))
     had = "was made without it" if before is None else f"has {before}"
     said = f"{option_of(setting.name)} is {now}, the run in this folder {had}: expected the run's values; give them, or another folder with --out."
-    check_taken_in(place, first, said, **{setting.name: value})
+    check_taken_in(place, said, **{setting.name: value})
 
 
 @pytest.mark.parametrize(
@@ -227,7 +225,7 @@ CONFIG = [
     [each for each in CONFIG if each[1] is not None],
     ids=lambda each: ".".join(each) if isinstance(each, tuple) else str(each),
 )
-def test_a_changed_configuration(path, value, place, first):
+def test_a_changed_configuration(path, value, place):
     file = place / "model" / "config.json"
     whole = json.loads(file.read_text())
     for key in path[:-1]:
@@ -235,7 +233,7 @@ def test_a_changed_configuration(path, value, place, first):
     if path[-1] not in whole and path[:-1]:
         return  # older and newer versions of transformers name some inner fields differently
     change_leaf(file, path, value)
-    check_taken_in(place, first, path[-1])
+    check_taken_in(place, path[-1])
 
 
 def test_a_field_that_is_taken_out_of_the_fingerprint_is_noticed(place, monkeypatch):
@@ -245,7 +243,7 @@ def test_a_field_that_is_taken_out_of_the_fingerprint_is_noticed(place, monkeypa
     run_job(job_in(place), place / "run")
     change_leaf(place / "model" / "config.json", ("rms_norm_eps",), 0.3)
     with pytest.raises(AssertionError, match="the numbers of before stand"):
-        check_taken_in(place, place, "rms_norm_eps")
+        check_taken_in(place, "rms_norm_eps")
 
 
 ALREADY = "50.0% of the weights in scope are zero before pruning, and a sparsity counts them"
@@ -322,10 +320,10 @@ FILES = {
 
 
 @pytest.mark.parametrize("what", FILES)
-def test_a_changed_file(what, place, first):
+def test_a_changed_file(what, place):
     change, named = FILES[what]
     change(place)
-    assert check_taken_in(place, first, named) == "refused"
+    assert check_taken_in(place, named)
 
 
 def test_a_template_with_a_date_or_a_draw_gives_the_same_prompt(place):
@@ -641,11 +639,9 @@ def test_half_written_files_of_a_process_in_another_container_stay(tmp_path):
         assert not part.exists()
 
 
-def test_an_environment_that_makes_no_sense_is_one_sentence(tmp_path):
-    wrong = {"TQDM_MININTERVAL": ("abc", "TQDM_MININTERVAL is 'abc': expected a number")}
-    for name, (value, sentence) in wrong.items():
-        done = subprocess.run([sys.executable, "-m", "cap_nb", "methods"], env=os.environ | {name: value}, capture_output=True, text=True)
-        assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+def test_an_environment_that_makes_no_sense_is_one_sentence():
+    done = subprocess.run([sys.executable, "-m", "cap_nb", "methods"], env=os.environ | {"TQDM_MININTERVAL": "abc"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "TQDM_MININTERVAL is 'abc': expected a number" in done.stderr and done.stderr.count("\n") == 1
     done = subprocess.run([sys.executable, "-m", "cap_nb", "--help"], env=os.environ | {"MPLBACKEND": "nonsense"}, capture_output=True, text=True)
     assert done.returncode == 0
 
