@@ -236,7 +236,7 @@ def test_no_calibration_set_of_the_records_has_a_problem_that_is_set_aside():
 
 
 @real
-def test_validation_never_reaches_them_and_a_run_that_answers_them_leaves_them_out(monkeypatch):
+def test_validation_never_reaches_them_and_a_run_that_answers_them_leaves_them_out():
     fresh = {problem.uid for problem in load_problems(FRESH, "evaluation", DATA)}
     assert not fresh & {problem.uid for problem in evaluation_problems("gsm8k", 6000, 0, DATA, split="validation")}
     job = changed(Job(), data_dir=str(DATA), tasks=("gsm8k",), accuracy_tasks=(FRESH, "svamp"), n=200)
