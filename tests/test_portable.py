@@ -190,7 +190,6 @@ def killed_at(number, step):
     return work
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 @pytest.mark.parametrize("step, form", [("export", "bitmask"), ("export", "delta"), ("restore", "bitmask"), ("restore", "delta")])
 def test_a_killed_process_loses_one_file_at_most(tmp_path, step, form):
     """At a random write: nothing under the final name, finished files are not written again, and the end is the same."""

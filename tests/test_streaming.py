@@ -358,7 +358,6 @@ def test_too_little_disk_is_refused_before_work_begins(tmp_path, monkeypatch):
     assert left_behind(tmp_path) == []
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path):
     src, calls = saved(tmp_path / "src"), []
 
