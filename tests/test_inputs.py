@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
+from operator import methodcaller
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -281,11 +282,13 @@ def with_template(text):
     return lambda place: (place / "model" / "chat_template.jinja").write_text(text)
 
 
-def another_weight(place):
-    path = place / "model" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
-    save_file(tensors, path, metadata={"format": "pt"})
+def with_weight(change):
+    def changed_weight(place):
+        path, key = place / "model" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+        tensors = load_file(path)
+        save_file(tensors | {key: change(tensors[key])}, path, metadata={"format": "pt"})
+
+    return changed_weight
 
 
 def another_problem(place):
@@ -294,22 +297,15 @@ def another_problem(place):
         path.write_text(path.read_text().replace(" more", " other"))
 
 
-def another_rule(place):
-    path = place / "model" / "tokenizer.json"
-    whole = json.loads(path.read_text())
-    whole["normalizer"] = {"type": "Lowercase"}
-    path.write_text(json.dumps(whole))
-
-
 FILES = {
-    "a weight": (another_weight, "the model's weights"),
+    "a weight": (with_weight(lambda weight: weight.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(9.0))), "the model's weights"),
     "the end of an answer": (edited("generation_config.json", eos_token_id=5), "eos_token_id in its generation_config.json"),
     "a setting of generation": (
         edited("generation_config.json", repetition_penalty=1.5),
         "repetition_penalty in its generation_config.json",
     ),
     "the chat template": (with_template(TEMPLATE.replace("assistant: ", "answer: ")), "the tokenizer's vocabulary or chat template"),
-    "how a text is cut": (another_rule, "the tokenizer's rules by which it cuts a text"),
+    "how a text is cut": (edited("tokenizer.json", normalizer={"type": "Lowercase"}), "the tokenizer's rules by which it cuts a text"),
     "the problems": (another_problem, "the calibration examples, the problems of gsm8k that are answered, the problems of gsm8k for held-out loss: expected"),
     "the text": (
         lambda place: [path.write_text(path.read_text().upper()) for path in (place / "data" / "wikitext2").iterdir()],
@@ -471,15 +467,6 @@ def test_a_file_that_is_overwritten_changes_no_loaded_model(place):
     assert model_fingerprint(model) == before and model(torch.arange(9)[None]).logits.isfinite().all()
 
 
-def with_kind(dtype):
-    def change(place):
-        path, key = place / "model" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
-        tensors = load_file(path)
-        save_file(tensors | {key: tensors[key].to(dtype)}, path, metadata={"format": "pt"})
-
-    return change
-
-
 def with_few_tokens(place):
     path = place / "model" / "model.safetensors"
     save_file({name: t[:200].clone() if t.shape[0] == 258 else t for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
@@ -491,15 +478,10 @@ def without_vocabulary(place):
     (place / "model" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
 
 
-def without_words(place):
-    path = place / "model" / "tokenizer.json"
-    words = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": words | {"vocab": {}}}))
-
-
+WORDLESS = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9, "vocab": {}}
 NO_MODEL = {
     **{
-        f"weights in {dtype}": (with_kind(dtype), "holds model.layers.1.mlp.up_proj.weight as")
+        f"weights in {dtype}": (with_weight(methodcaller("to", dtype)), "holds model.layers.1.mlp.up_proj.weight as")
         for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)
     },
     "fewer embeddings than tokens": (with_few_tokens, "embeddings of 200 tokens"),
@@ -510,7 +492,7 @@ NO_MODEL = {
         "asks for flex_attention",
     ),
     "no vocabulary": (without_vocabulary, "has a tokenizer without a vocabulary"),
-    "no words": (without_words, "cannot be opened by transformers"),
+    "no words": (edited("tokenizer.json", model=WORDLESS), "cannot be opened by transformers"),
 }
 
 
