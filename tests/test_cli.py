@@ -125,14 +125,6 @@ def test_a_run_within_a_budget_says_what_was_measured(tmp_path):
     assert_one_sentence(cap(*claims), "has no whole table of losses")
 
 
-def test_table_again(finished):
-    folder, said = finished
-    assert cap("table", folder).stdout.splitlines()[0] == said.splitlines()[0]
-    assert cap("table", folder, "--format", "csv").stdout.startswith("Method,Sparsity,")
-    assert r"\toprule" in cap("table", folder, "--format", "tex").stdout
-    assert_one_sentence(cap("table", folder, "--format", "pdf"), "Unknown format 'pdf'")
-
-
 def test_tables_and_figures_are_made_again_from_the_records(finished, tmp_path):
     folder, _ = finished
     before = {p: p.read_bytes() for kind in ("tables", "figures") for p in (folder / kind).iterdir()}
