@@ -251,7 +251,7 @@ def killed_before_its_third_part(part, settings, folder):
 
 def test_a_run_that_was_killed_within_a_task_goes_on_behind_its_last_part(tmp_path, monkeypatch):
     """Parts of four of eleven answers; the third part of the dense model is killed. The others are read, and the bytes are those of a run that nobody killed."""
-    settings = dict(tasks=("lab-arc",), n=2, k=1, evaluate_n=11, loss_n=0, windows=0, methods=("magnitude",), sparsities=(0.5,), device="cpu", shots=1)
+    settings = dict(tasks=("lab-arc",), n=2, k=1, evaluate_n=11, max_new_tokens=20, loss_n=0, windows=0, methods=("magnitude",), sparsities=(0.5,), device="cpu", shots=1)
     done = finished(killed_before_its_third_part(4, settings, tmp_path / "killed"))
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = sorted(p.name for p in (tmp_path / "killed" / "unfinished" / "dense-0.0").iterdir() if p.is_dir())
@@ -287,13 +287,13 @@ def test_worked_examples_are_in_the_prompt(monkeypatch):
     model, tokenizer = lab_model(dtype=torch.float32, device="cpu")
     seen, answer = [], job.answer_problems
     monkeypatch.setattr(job, "answer_problems", lambda *given, **named: seen.append(given[5]) or answer(*given, **named))
-    evaluation = evaluate(model, tokenizer, changed(Job(), tasks=("lab-arc",), evaluate_n=2, loss_n=0, windows=0, shots=1), "lab")
+    evaluation = evaluate(model, tokenizer, changed(Job(), tasks=("lab-arc",), evaluate_n=2, max_new_tokens=4, loss_n=0, windows=0, shots=1), "lab")
     (shots,) = seen
     problem = evaluation_problems("lab-arc", 2)[0]
     assert evaluation.answers[0].prompt_sha256 == sha256_of_text(prompt_text(tokenizer, problem, "lab", shots)) and len(shots) == 1
 
 
-DRAWN = dict(tasks=("lab-gsm8k",), n=2, k=1, evaluate_n=9, loss_n=2, windows=0, methods=("magnitude",), sparsities=(0.5,), device="cpu", samples=3, temperature=0.9, top_p=0.95)
+DRAWN = dict(tasks=("lab-gsm8k",), n=2, k=1, evaluate_n=9, max_new_tokens=80, loss_n=2, windows=0, methods=("magnitude",), sparsities=(0.5,), device="cpu", samples=3, temperature=0.9, top_p=0.95)
 
 
 def test_drawn_answers_in_a_run_that_was_killed(tmp_path, monkeypatch):
