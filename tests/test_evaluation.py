@@ -355,7 +355,7 @@ def test_what_cannot_be_drawn_is_said_before_work(settings, said, tmp_path):
 def test_drawn_answers_depend_on_seed_problem_and_number_alone():
     model, tokenizer = lab_model(dtype=torch.float32, device="cpu")
     problems = evaluation_problems("lab-gsm8k", 3)
-    def outputs(some, seed, **how): return [a.output for a in answer_problems(model, tokenizer, some, decoding=Decoding(sampling=Sampling(temperature=2.0, top_k=None, seed=seed, samples=2), **how))]
+    def outputs(some, seed, **how): return [a.output for a in answer_problems(model, tokenizer, some, max_new_tokens=20, decoding=Decoding(sampling=Sampling(temperature=2.0, top_k=None, seed=seed, samples=2), **how))]
     all_of_them = outputs(problems, 0)
     assert outputs(problems[1:2], 0, batch_tokens=1) == all_of_them[2:4]
     assert outputs(problems, 1) != all_of_them
