@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
 from matplotlib.colors import Normalize
 
 from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, method_looks, save_figure
@@ -18,8 +17,6 @@ from cap_nb.jobs.tables import (
     head_importance_in_words, interval_text, pairs_with, plot_importance_distribution, plot_sparsity_curves,
     table_csv, table_latex, table_markdown, table_notes)
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity, wilson_interval
-from cap_nb.jobs.records import load_run
-from cap_nb.jobs.results import published_text
 from cap_nb.experiments.seeds import compare_over_seeds, seed_table
 from cap_nb.core.errors import BadInput
 
@@ -107,10 +104,6 @@ def test_notes_name_counts_and_leave_fingerprints_to_a_file():
     ({"losses": (), "answers": ()}, "Perplexity: 95 % bootstrap interval."), ({"answers": (), "perplexity": None}, "Loss: nats a target token, 95 % bootstrap interval.")])
 def test_notes_speak_of_columns_that_are_there(without, reading):
     assert table_notes(method_table([replace(e, **without) for e in CELLS]))[0] == reading
-
-
-def test_a_table_of_nothing_has_no_note():
-    assert table_notes(method_table([replace(CELLS[0], answers=(), losses=(), perplexity=None)])) == []
 
 
 def test_methods_have_the_names_that_papers_give_them():
@@ -298,14 +291,3 @@ def test_kept_answers_stand_beside_the_others():
     text = answer_markdown(table)
     assert f"| 60.0 [{100 * low:.1f}, {100 * high:.1f}] |" in text and text.splitlines()[2].endswith("| - |") and "- Kept: of the problems" in text
     assert "Kept" not in answer_table([pruned]).columns and "Kept" not in answer_markdown(answer_table([pruned]))
-
-
-def test_published_numbers_stand_beside_a_run_of_the_same_alone():
-    run = load_run(ROOT / "figures" / "lab")
-    assert published_text(run).startswith("Published perplexities are of Llama-2-7B") and "5.47" not in published_text(run)
-    text = replace(run.evaluations[0].perplexity, text="wikitext2-raw", window_tokens=2048, value=5.5, low=5.4, high=5.6)
-    named = run.configuration | {"model": run.configuration["model"] | {"name": "/models/Llama-2-7b-hf"}}
-    llama = replace(run, configuration=named, evaluations=(replace(run.evaluations[0], perplexity=text),))
-    assert "| Dense | 0 % | 2,048 | 5.50 [5.40, 5.60] | 5.47 | Lin et al. 2024" in published_text(llama)
-    other = replace(llama, evaluations=(replace(llama.evaluations[0], perplexity=replace(text, window_tokens=1024)),))
-    assert published_text(other) == published_text(run), "windows of another length are not compared"

@@ -1,13 +1,11 @@
-"""The program `cap` from outside: exit codes, one sentence for a mistake and never a traceback, Ctrl-C, and a run that is taken up again."""
+"""The program `cap` from outside: exit codes, one sentence for a mistake and never a traceback, and what a run leaves and says."""
 import ast
 import json
 import pydoc
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +21,6 @@ from programs import FEW, assert_one_sentence, called as cap
 from cap_nb.core.files import read_checked
 from cap_nb.models.decoding import generate_naive
 from cap_nb.models.lab import lab_tokenizer
-from cap_nb.models.loading import load_model, save_model
 from cap_nb.command_line import OPTION_NAMES, app, comments
 from cap_nb.jobs.records import load_run, packed_texts
 from cap_nb.jobs.settings import Job, QUICK
@@ -39,20 +36,8 @@ def finished(tmp_path_factory):
     return folder, result.stdout
 
 
-def test_a_calibration_seed_leaves_the_evaluation_alone(finished, tmp_path):
-    """Runs that differ in --calibration-seed calibrate on other problems and are evaluated on the same."""
-    result = cap("run", *FEW, "--methods", "magnitude", "--sparsity", "0.5", "--calibration-seed", "7", "--out", tmp_path / "seven")
-    assert result.exit_code == 0, result.output
-    zero, seven = (read_checked(folder / "run.json") for folder in (finished[0], tmp_path / "seven"))
-    assert seven["calibration"]["seed"] == 7 and zero["calibration"]["seed"] == 0
-    assert seven["evaluation"] == zero["evaluation"] and seven["calibration"]["fingerprint"] != zero["calibration"]["fingerprint"]
-
-
 @pytest.mark.parametrize("words, parts", [
     (["run", "--model", "nobody/nothing"], ["nobody/nothing is not in the cache"]),
-    (["run", "--model", "lab-moe", "--methods", "cap.routed", "--score-target", "divergence"], ["experts are scored by losses"]),
-    (["run", "--budget", "0.25"], ["--budget was given with --aggregation paper", "give --aggregation mean"]),
-    (["run", "--budget", "0.5", "--aggregation", "mean", "--score-target", "divergence"], ["no first-order estimate"]),
     (["run", "--budget", "0.5", "--aggregation", "mean", "--methods", "cap.neurons"], ["expected a whole table"]),
     (["fetch", "llama"], ["Unknown model to fetch 'llama'"]),
 ], ids=lambda value: " ".join(value) if value[0] in ("run", "fetch") else "")
@@ -60,23 +45,6 @@ def test_a_mistake_is_one_sentence(words, parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_one_sentence(cap(*words), *parts)
     assert list(tmp_path.iterdir()) == [], "a mistake left something behind"
-
-
-def test_unknown_anatomy(tmp_path):
-    from transformers import MambaConfig, MambaForCausalLM
-    MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20)).save_pretrained(tmp_path / "mamba")
-    assert_one_sentence(cap("run", "--model", tmp_path / "mamba", "--out", tmp_path / "run"), "mamba", "expected")
-    assert not (tmp_path / "run").exists()
-
-
-def test_nan_losses(tmp_path):
-    model, tokenizer = load_model("lab", "float32", "cpu")
-    with torch.no_grad():
-        model.get_input_embeddings().weight.fill_(torch.nan)
-    save_model(model, tokenizer, tmp_path / "broken")
-    result = cap("score", "--model", tmp_path / "broken", "--tasks", "lab-arc", "--n", "2", "--k", "1", "--device", "cpu", "--out", tmp_path / "s.safetensors")
-    assert result.exit_code == 2 and "nan" in result.stderr and "Traceback" not in result.stderr
-    assert not (tmp_path / "s.safetensors").exists()
 
 
 def test_run_shows_table_and_figures(finished):
@@ -100,17 +68,6 @@ def test_what_is_recorded(finished):
         assert not calibrated & {record.uid for record in (*evaluation.answers, *evaluation.losses)}
     problems = [[(r.task, r.uid) for r in evaluation.answers] for evaluation in run.evaluations]
     assert problems[0] == problems[1] == problems[2], "methods were asked different problems"
-
-
-def test_another_sparsity_scores_nothing_again(finished):
-    folder, _ = finished
-    before = {p: p.stat().st_mtime_ns for p in [folder / "losses.safetensors", *(folder / "evaluations/cap-0.5").iterdir()]}
-    scored = read_checked(folder / "timings.json")["scoring"]
-    result = cap("run", *FEW, "--methods", "wanda", "--sparsity", "0.25", "--out", folder)
-    assert result.exit_code == 0, result.output
-    assert "| Wanda |" in result.stdout and "| CAP |" in result.stdout
-    assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert read_checked(folder / "timings.json")["scoring"] == scored
 
 
 def test_divergences_are_scored_pruned_by_and_not_taken_for_losses(finished, tmp_path):
@@ -168,20 +125,6 @@ def test_a_run_within_a_budget_says_what_was_measured(tmp_path):
     assert_one_sentence(cap(*claims), "has no whole table of losses")
 
 
-def test_a_folder_is_one_run(finished):
-    folder, _ = finished
-    assert_one_sentence(cap("run", *FEW, "--score-target", "divergence", "--out", folder), "--score-target is divergence, the run in this folder has loss")
-    assert_one_sentence(cap("run", *FEW, "--seed", "1", "--out", folder), "other settings", "--seed is 1, the run in this folder has 0: expected the run's values")
-
-
-def test_table_again(finished):
-    folder, said = finished
-    assert cap("table", folder).stdout.splitlines()[0] == said.splitlines()[0]
-    assert cap("table", folder, "--format", "csv").stdout.startswith("Method,Sparsity,")
-    assert r"\toprule" in cap("table", folder, "--format", "tex").stdout
-    assert_one_sentence(cap("table", folder, "--format", "pdf"), "Unknown format 'pdf'")
-
-
 def test_tables_and_figures_are_made_again_from_the_records(finished, tmp_path):
     folder, _ = finished
     before = {p: p.read_bytes() for kind in ("tables", "figures") for p in (folder / kind).iterdir()}
@@ -218,24 +161,6 @@ def test_every_setting_is_an_option_and_its_comment_the_help():
             assert option.help.startswith(about[setting.name]) and option.default == default, setting.name
 
 
-def test_ctrl_c_and_on(finished, tmp_path):
-    """Interrupted while scoring, the command says so in a sentence; given again it ends with the same bytes as a run that was left in peace."""
-    words = ["run", *FEW, "--tasks", "lab-arc", "--n", "8", "--batch-tokens", "128", "--methods", "cap", "--sparsity", "0.5", "--accuracy-tasks", "none"]
-    process = programs.Program(programs.cap(*words, "--out", "stopped"), folder=tmp_path)
-    units, until = tmp_path / "stopped/unfinished/scores", time.monotonic() + 300
-    while not list(units.glob("*-units/*/batch-0001-*")) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, complained = process.communicate(timeout=300)
-    assert process.returncode == 130, complained
-    assert "cap: Stopped." in complained and "Traceback" not in complained
-    assert not (tmp_path / "stopped/losses.safetensors").exists()
-    for name in ("stopped", "peaceful"):
-        result = cap(*words, "--out", tmp_path / name)
-        assert result.exit_code == 0, result.output
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "peaceful")
-
-
 def contents(folder: Path):
     """All files but those that name times and sessions."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "memory.json", "environment.json", "costs.md", "costs.csv", "manifest.json", "report.html", "log.txt")}
@@ -259,20 +184,20 @@ def test_help_has_four_headings():
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "pandas", "numpy", "matplotlib", "seaborn")
 
 
-@pytest.mark.parametrize("words", [("--help",), ("run", "--help"), ("prune", "--help"), ("methods",), ("methods", "--help"), ("--version",), ("run", "--sparsity", "lots"), ("table",)], ids=" ".join)
-def test_help_and_simple_mistakes_load_nothing_heavy(words):
+def loading(*commands):
+    """The program in an interpreter of its own, a command after another; the last line says which heavy libraries it has imported."""
+    code = "import sys\nfrom cap_nb.__main__ import main\nfor line in sys.stdin:\n sys.argv[1:] = line.split()\n try: main()\n except SystemExit: pass\n"
+    code += f"print('\\nloaded', [name for name in {HEAVY} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], input="\n".join(commands), capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_and_simple_mistakes_load_nothing_heavy():
     """How long `cap --help` takes depends on the machine; what it imports does not."""
-    said = loading(*words)
-    assert said.stdout.splitlines()[-1] == "loaded []", said.stdout[-300:] + said.stderr[-300:]
+    said = loading("--help", "run --help", "prune --help", "methods", "methods --help", "--version", "run --sparsity lots", "table")
+    assert said.stdout.splitlines()[-1] == "loaded []" and said.stdout.count("Usage: ") == 4, said.stdout[-300:] + said.stderr[-300:]
 
 
-def loading(*words):
-    """The program in an interpreter of its own, whose last line says which heavy libraries it has imported."""
-    code = f"import sys\nfrom cap_nb.__main__ import main\ntry: main()\nexcept SystemExit: pass\nprint('\\nloaded', [name for name in {HEAVY} if name in sys.modules])"
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
-
-
-@pytest.mark.parametrize("words, part", [
+TYPOS = [
     ("run --tasks gsm8k,gsm9k", "Unknown task 'gsm9k' (did you mean gsm8k?)"), ("eval --accuracy-tasks ark", "Unknown task 'ark' (did you mean arc?)"),
     ("run --methods cap,wander", "Unknown method 'wander' (did you mean wanda?)"), ("prune --out x --method alps^swop", "Unknown recovery"),
     ("plan --methods cap.neuron", "Unknown attribution 'neuron' (did you mean neurons?)"), ("run --methods wanda+owls", "Unknown allocation 'owls' (did you mean owl?)"),
@@ -283,16 +208,20 @@ def loading(*words):
     ("claims --variants cap~range-4", "Unknown variant"), ("gguf x --out y --dtype q8", "Unknown GGUF dtype"), ("export x --out y --format ggml", "Unknown format"),
     ("run --n 0", "--n is 0"), ("run --k -1", "--k is -1"), ("prune --out x --sparsity 20", "outside [0, 1)"), ("shrink --out x --sparsity 1", "outside [0, 1)"),
     ("run --budget 2", "The budget is 2"), ("run --text-share 1", "--text-share is 1"), ("recover --out x --lr nan", "lr is nan"), ("bench x --rounds 0", "rounds is 0"),
-], ids=lambda value: value if isinstance(value, str) and value[0].islower() else "")
-def test_a_typo_is_told_before_torch_is_imported(words, part):
-    said = loading(*words.split())
-    assert said.stdout.splitlines()[-1] == "loaded []" and part in said.stderr and said.stderr.count("\n") == 1, said.stdout[-300:] + said.stderr[-300:]
+]
+
+
+def test_a_typo_is_told_before_torch_is_imported():
+    said = loading(*(words for words, _ in TYPOS))
+    assert said.stdout == "\nloaded []\n", said.stdout[-300:] + said.stderr[-300:]
+    for (words, part), line in zip(TYPOS, said.stderr.splitlines(), strict=True):
+        assert part in line, words
 
 
 def test_what_a_plugin_adds_is_no_typo(tmp_path):
     """With one, names wait until it is loaded: its method is known, and a task that nobody knows still gets its sentence."""
     (tmp_path / "mine.py").write_text("from cap_nb.all import add_criterion\nadd_criterion('mine', lambda known: known.weight.abs())\n")
-    said = loading("run", "--plugin", f"{tmp_path / 'mine.py'}", "--methods", "mine", "--tasks", "gsm9k")
+    said = loading(f"run --plugin {tmp_path / 'mine.py'} --methods mine --tasks gsm9k")
     assert "Unknown task 'gsm9k'" in said.stderr and "Unknown method" not in said.stderr
 
 

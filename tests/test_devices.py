@@ -80,11 +80,7 @@ def alone(store, said, before=nothing):
 def helper(store, said, before=nothing):
     """A process that comes later and helps."""
     counted_units(store, before)
-    model, examples = model_and_examples()
-    try:
-        said.put(("helper", help_scoring(model, examples, Request(batch_tokens=BATCH_TOKENS, store=store)), ""))
-    except BadInput as error:
-        said.put(("helper", 0, str(error)))
+    said.put(("helper", help_scoring(*model_and_examples(), Request(batch_tokens=BATCH_TOKENS, store=store)), ""))
 
 
 def free_port():
@@ -178,10 +174,8 @@ def test_a_helper_that_dies_at_a_unit_is_made_up_for(tmp_path, undisturbed):
     assert late.exitcode == 9 and table_bytes(tmp_path) == undisturbed
 
 
-def test_a_helper_needs_someone_to_help(tmp_path):
+def test_a_helper_has_the_owner_s_settings(tmp_path):
     said = PROCESSES.Queue()
-    started(helper, tmp_path, said).join(300)
-    assert "No process is at work" in said.get(timeout=10)[2]
     owner = started(alone, tmp_path, said, lambda store, number: until(lambda: (store/"go on").exists()) if number == 0 else None)
     until(lambda: list(tmp_path.rglob("claims")))
     with pytest.raises(BadInput, match="has other settings"):

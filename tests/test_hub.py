@@ -71,7 +71,7 @@ def assert_one_sentence(outcome, *parts, seconds=10):
 
 # ---- the whole road ----
 @pytest.fixture(scope="module")
-def finished(machine, place, hub):
+def finished(machine, hub):
     hub.asked.clear()
     outcome = machine.run(f"run --model tiny/llama@{COMMIT} {FEW} --out runs/first")
     return outcome, list(hub.asked)

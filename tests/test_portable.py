@@ -134,7 +134,7 @@ def test_a_folder_of_links_becomes_a_folder_of_files(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["bfloat16", "tied", "experts"])
-def test_loaded_as_it_is(tmp_path, case, monkeypatch):
+def test_loaded_as_it_is(tmp_path, case):
     """The weights, the dtype and the generation configuration of the folder; on one device or spread."""
     from cap_nb.models.lab import lab_tokenizer
     src = saved(tmp_path / "src", **CASES[case] | {"vocab_size": len(lab_tokenizer())})
@@ -190,7 +190,6 @@ def killed_at(number, step):
     return work
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 @pytest.mark.parametrize("step, form", [("export", "bitmask"), ("export", "delta"), ("restore", "bitmask"), ("restore", "delta")])
 def test_a_killed_process_loses_one_file_at_most(tmp_path, step, form):
     """At a random write: nothing under the final name, finished files are not written again, and the end is the same."""

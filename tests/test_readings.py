@@ -2,14 +2,13 @@
 
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from fixtures import made_up_calibration, tiny_llama
+from programs import called
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from cap_nb.core.errors import BadInput
@@ -31,7 +30,6 @@ from cap_nb.regions import Factors, region_factors
 from cap_nb.scoring import AGGREGATIONS, causal_scores, masked_head, score_interval
 from cap_nb.single_steps import prune_into, score_into
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 real = pytest.mark.skipif(not (DATA / "gsm8k" / "train.jsonl").exists(), reason="GSM8K's files are not beside the repository")
 
@@ -236,7 +234,7 @@ def test_no_calibration_set_of_the_records_has_a_problem_that_is_set_aside():
 
 
 @real
-def test_validation_never_reaches_them_and_a_run_that_answers_them_leaves_them_out(monkeypatch):
+def test_validation_never_reaches_them_and_a_run_that_answers_them_leaves_them_out():
     fresh = {problem.uid for problem in load_problems(FRESH, "evaluation", DATA)}
     assert not fresh & {problem.uid for problem in evaluation_problems("gsm8k", 6000, 0, DATA, split="validation")}
     job = changed(Job(), data_dir=str(DATA), tasks=("gsm8k",), accuracy_tasks=(FRESH, "svamp"), n=200)
@@ -267,7 +265,7 @@ PLAN = ROOT / "figures" / "plan.json"
 
 
 def test_the_plan_names_methods_measures_and_commands_that_are_there():
-    families, shown = read_families(PLAN), subprocess.run([sys.executable, "-m", "cap_nb", "run", "--help"], capture_output=True, text=True).stdout
+    families, shown = read_families(PLAN), called("run", "--help").stdout
     for family in families.values():
         titles = {task_title(task) for task in family.problems}
         assert {measure.removesuffix(" gold p norm") for measure in family.measures} == titles

@@ -327,10 +327,14 @@ def test_norms_say_where_they_come_from(tmp_path):
     assert meta == {"model": "abc"} and norms["a"].tolist() == [1, 1, 1] and norms["a"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("step", ["prune", "solve"])
 @pytest.mark.parametrize("error, seen", [(OSError(errno.ENOSPC, "No space left on device"), BadInput), (OSError(errno.EIO, "Input/output error"), OSError),
                                          (KeyboardInterrupt(), KeyboardInterrupt)], ids=["full disk", "broken disk", "Ctrl-C"])
-def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch, error, seen):
+def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch, error, seen, step):
     src, calls, write_rows = saved(tmp_path / "src"), [], streaming.write_rows
+    if step == "solve":
+        save_hessians(load(src), made_up_calibration(12, shortest=8), tmp_path / "G")
+    before = hashes(src)
 
     def failing(*arguments):
         calls.append(left_behind(tmp_path))
@@ -339,9 +343,9 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch, error, see
         write_rows(*arguments)
     monkeypatch.setattr(streaming, "write_rows", failing)
     with pytest.raises(seen) as raised:
-        prune_checkpoint(src, tmp_path / "new", 0.3, factors_of(src))
+        prune_checkpoint(src, tmp_path / "new", 0.3, factors_of(src)) if step == "prune" else solve_checkpoint(src, tmp_path / "new", 0.5, tmp_path / "G")
     assert len(calls) >= 5 and calls[4] and "new" not in calls[4]  # there was a temporary folder, under another name
-    assert left_behind(tmp_path) == []
+    assert left_behind(tmp_path) == [] and hashes(src) == before
     assert seen is not BadInput or "There was no room to write" in str(raised.value) and "nothing of it was left behind" in str(raised.value)
 
 
@@ -354,7 +358,6 @@ def test_too_little_disk_is_refused_before_work_begins(tmp_path, monkeypatch):
     assert left_behind(tmp_path) == []
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path):
     src, calls = saved(tmp_path / "src"), []
 
@@ -430,8 +433,7 @@ def test_hessians_of_another_model_or_half_a_folder_are_refused(tmp_path):
         solve_checkpoint(other, tmp_path / "new", 0.5, tmp_path / "G")
     with pytest.raises(BadInput, match="another model or other examples"):
         save_hessians(load(other), made_up_calibration(12, shortest=8), tmp_path / "G")
-    whole = layer_file(tmp_path / "G", 1).read_bytes()
-    for damage in (whole[:-1], b""):
+    for damage in (layer_file(tmp_path / "G", 1).read_bytes()[:-1], b""):
         layer_file(tmp_path / "G", 1).write_bytes(damage)
         with pytest.raises(BadInput, match="layer-00001.safetensors holds no Hessians"):
             solve_checkpoint(src, tmp_path / "new", 0.5, tmp_path / "G")
@@ -439,21 +441,3 @@ def test_hessians_of_another_model_or_half_a_folder_are_refused(tmp_path):
     with pytest.raises(BadInput, match="holds no Hessians"):
         solve_checkpoint(src, tmp_path / "new", 0.5, tmp_path / "G")
     assert left_behind(tmp_path) == []
-    save_hessians(load(src), made_up_calibration(12, shortest=8), tmp_path / "G")
-    assert layer_file(tmp_path / "G", 1).read_bytes() == whole
-
-
-def test_an_error_while_solving_leaves_nothing(tmp_path, monkeypatch):
-    src = saved(tmp_path / "src")
-    save_hessians(load(src), made_up_calibration(12, shortest=8), tmp_path / "G")
-    before, calls = hashes(src), []
-
-    def full(*arguments):
-        calls.append(arguments)
-        if len(calls) > 5:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write_rows(*arguments)
-    monkeypatch.setattr(streaming, "write_rows", full)
-    with pytest.raises(BadInput, match="no room"):
-        solve_checkpoint(src, tmp_path / "new", 0.5, tmp_path / "G", "sparsegpt")
-    assert len(calls) == 6 and left_behind(tmp_path) == [] and hashes(src) == before

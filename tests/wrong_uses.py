@@ -40,7 +40,7 @@ from cap_nb.jobs.planning import plan
 from cap_nb.jobs.records import load_run
 from cap_nb.jobs.settings import FineTuning, Job, changed
 from cap_nb.methods.prune import prune
-from cap_nb.models.lab import lab_model, train_lab
+from cap_nb.models.lab import CHECKPOINT, lab_model, train_lab
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.portable.fine_tuning import held_zeros, recover
 from cap_nb.portable.format import export_folder
@@ -225,7 +225,7 @@ def reading(task, name, content):
 
 # ---- Python ----
 def tables(**changes):
-    """A table of losses for the lab model's twelve layers' worth of heads, with something wrong in it."""
+    """A table of losses of the lab model's heads, with something wrong in it."""
     n = 6
     plain = {"masked": torch.rand(6, 6, n, dtype=torch.float64), "intact": torch.rand(n, dtype=torch.float64), "stratum": (0,) * n,
              "task": ("lab-arc",) * n, "uid": tuple("abcdef"), "k": 1, "seed": 0}
@@ -328,9 +328,7 @@ def uses():
 # ---- what the uses need ----
 def model_folder(folder, **changes):
     """The lab model's folder with another configuration."""
-    model, tokenizer = lab_model()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shutil.copytree(CHECKPOINT, folder, ignore=shutil.ignore_patterns("SHA256SUMS.json", "training.json"))
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
     return folder
