@@ -1,9 +1,7 @@
 """What several tests share: where the checkout is, and its notebooks in reading order."""
 import datetime
-import importlib.util
 import os
 import platform
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,15 +13,6 @@ import matplotlib
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 SOAKED = ROOT / "figures" / "bad_input" / "soaked.json"
-
-
-def tool(name: str):
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def pytest_sessionfinish(session, exitstatus):

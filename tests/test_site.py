@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, tool
+from conftest import ROOT
 from notebooks_on_disk import NOTEBOOKS, cells, label
+from tools.site import stage, walk
 
-stage, walk = tool("site/stage"), tool("site/walk")
 NAMES = stage.order()
 TITLES = {name: name for name in NAMES}
 

@@ -15,11 +15,10 @@ from nbclient.exceptions import CellExecutionError
 from cap_nb.models.anatomy import projections
 from cap_nb.models.interventions import hook_count
 from cap_nb.models.loading import load_model
-from conftest import ROOT, tool
+from conftest import ROOT
 from notebooks_on_disk import NOTEBOOKS, cells
-from tools import classroom, interactive
+from tools import classroom, glossary, interactive, slides
 
-glossary, slides = tool("glossary"), tool("slides")
 ENTRIES = glossary.entries()
 
 
@@ -61,7 +60,7 @@ def test_links_are_set_once_and_only_in_prose():
     assert glossary.set_links({path: ["**Exercises**\n\nA causal score."]}, [entry])[path] == ["**Exercises**\n\nA causal score."]
 
 
-def test_slides_need_nothing_from_elsewhere(tmp_path):
+def test_slides_need_nothing_from_elsewhere():
     made = slides.deck(slides.CHOSEN)
     assert not set(re.findall(r"""(?:src|href)=["'](?!data:|#)([^"']+)""", made)) and "@import" not in made and "url(" not in made
     assert made.count("<img ") >= 6 and made.count("<math ") > 10 and "$$" not in made

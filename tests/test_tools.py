@@ -12,10 +12,9 @@ import typer
 
 from cap_nb.command_line import app
 from cap_nb.core.files import read_checked
-from conftest import ROOT, tool
-from notebooks_on_disk import NOTEBOOKS, cells, label, notebooks_tool
-
-matrix_tool, readme_tool = tool("matrix"), tool("readme")
+from conftest import ROOT
+from notebooks_on_disk import cells, notebooks_tool
+from tools import matrix as matrix_tool, readme as readme_tool
 
 
 def write_notebook(path, *sources):
@@ -55,12 +54,6 @@ def test_the_first_error_stops_and_nothing_is_written(tmp_path):
     assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
     assert outputs(one) == ["old\n", "old\n"] and outputs(two) == ["old\n"]
     assert execute(tmp_path / "nowhere.ipynb").returncode != 0
-
-
-def test_reading_order():
-    order = [label(path) for path in NOTEBOOKS]
-    assert order[:3] == ["index.ipynb", "on_one_page.ipynb", "00_calibration.ipynb"]
-    assert order.index("06_analysis.ipynb") < order.index("core/00_errors.ipynb") < order.index("command_line.ipynb")
 
 
 def test_directives():
