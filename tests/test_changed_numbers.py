@@ -1,13 +1,12 @@
 """Copies of GSM8K's problems with changed numbers, on the benchmark's own file where it is at hand."""
 import random
 import re
-from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from cap_nb.data.changed_numbers import Refused, changed_pairs, copy_of, equations, numbers_in, read_worked
+from cap_nb.data.changed_numbers import changed_pairs, copy_of, equations, numbers_in, read_worked
 from cap_nb.data.problems import read_gsm8k, records_of_file
 
 TEST = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"
@@ -38,14 +37,8 @@ def annotations(answer):
 @needs_gsm8k
 def test_enough_problems_have_a_copy(records, pairs):
     """The counts that the notebook names."""
-    changes = Counter(len(read_worked(original).changing) for original, _ in pairs)
-    reasons = Counter()
-    for record in records:
-        try: copy_of(record)
-        except Refused as reason: reasons[str(reason)] += 1
-    print(len(pairs), "copies; numbers changed:", sorted(changes.items()), "refused:", reasons.most_common())
-    assert len(records) == 660 and len(pairs) == 260 and len(pairs) - changes[1] == 170
-    assert sum(reasons.values()) == len(records) - len(pairs)
+    assert len(records) == 660 and len(pairs) == 260
+    assert sum(len(read_worked(original).changing) > 1 for original, _ in pairs) == 170
 
 
 @needs_gsm8k

@@ -210,8 +210,7 @@ def test_the_command(tmp_path):
         assert tuning["steps"] == 2 and sealed(after) == before and ("teacher" in tuning) == (name == "taught")
     there = sorted(path.name for path in tmp_path.iterdir())
     assert there == ["full", "pruned", "rank", "taught"]
-    for more, part in ((("--steps", 0, "--out", tmp_path / "x"), "steps is 0"), (("--lr", -1, "--out", tmp_path / "x"), "lr is -1.0"),
-                       (("--out", tmp_path / "full"), "exists already"), (("--model", "lab", "--out", tmp_path / "x"), "hold no zero"),
+    for more, part in ((("--out", tmp_path / "full"), "exists already"),
                        (("--teacher", tmp_path / "pruned", "--out", tmp_path / "x"), "The teacher is the model itself")):
         done = cap(*words, *more)
         assert done.exit_code == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.output

@@ -155,19 +155,11 @@ def test_worked_solutions_of_gsm8k_as_answers():
     assert report.completeness.mean() == 1.0 and report.grounded.mean() > 0.9
 
 
-# The lab: worked solutions are perfect, and each kind of damage gets its name.
+# The lab: each kind of damage to a worked solution gets its name.
 
 @pytest.fixture(scope="module", params=LAB_TASKS)
 def lab(request):
     return load_problems(request.param, "evaluation")[::5]
-
-
-def test_worked_solutions_of_the_lab_are_perfect(lab):
-    perfect = [answered(p, target_text(p, "lab")) for p in lab]
-    report = reasoning_report(perfect, lab, dense=perfect)
-    assert set(report.category) == {"right"} and not report.incoherent.any()
-    assert (report.statements == report.true_statements).all() and (report.statements > 0).all()
-    assert all(set(report[column]) == {1.0} for column in ("step_ratio", "grounded", "completeness"))
 
 
 def test_a_last_line_changed_cut_or_removed(lab):

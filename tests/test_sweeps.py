@@ -2,13 +2,14 @@
 compared by `cap compare`, and a tracker that follows."""
 import dataclasses
 import re
+import shutil
 
 import pandas as pd
 import pytest
 import typer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from programs import called as cap
+from programs import assert_one_sentence, called as cap
 from cap_nb.command_line import app, known_options
 from cap_nb.core.files import sha256_of_file
 from cap_nb.jobs.job import run_job
@@ -79,10 +80,7 @@ def test_what_a_sweep_leaves(sweep):
 def test_a_mistake_is_one_sentence(text, parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written(tmp_path, text)
-    result = cap("run", "--config", "sweep.yaml", "--device", "cpu")
-    assert result.exit_code == 2 and result.stdout == "", result.output
-    [line] = result.stderr.strip().splitlines()
-    assert line.startswith("cap: ") and all(part in line for part in parts), line
+    assert_one_sentence(cap("run", "--config", "sweep.yaml", "--device", "cpu"), *parts)
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"], "a mistake left something behind"
 
 
@@ -104,7 +102,6 @@ def test_a_method_with_a_pattern_is_compared():
 
 
 def test_a_packed_run_gives_the_same_frame(sweep, tmp_path):
-    import shutil
     shutil.copytree(sweep / "out" / "n=3", tmp_path / "n=3")
     live = results_frame(tmp_path / "n=3")
     pack_run(tmp_path / "n=3")

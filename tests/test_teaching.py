@@ -3,7 +3,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 
 import nbformat
@@ -17,6 +16,7 @@ from cap_nb.models.interventions import hook_count
 from cap_nb.models.loading import load_model
 from conftest import ROOT
 from notebooks_on_disk import NOTEBOOKS, cells
+from programs import cap, finished
 from tools import classroom, glossary, interactive, slides
 
 ENTRIES = glossary.entries()
@@ -235,8 +235,7 @@ def test_the_homeworks_commands_run(tmp_path):
     said = []
     for line in (scored, listed, ran, compared):
         words = shlex.split(line + few.get(line, ""))
-        words[:1] = [sys.executable, "-m", "cap_nb"] if words[0] == "cap" else [sys.executable]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = finished(cap(*words[1:]) if words[0] == "cap" else lambda: exec(words[2], {}), tmp_path)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     assert "36 heads" in said[0] and re.search(r"tensor\(\[(?:\s*\d+,?){9}\]\)", said[1])
