@@ -153,25 +153,14 @@ def test_shapes_and_dtypes_are_not_believed(copy):
             stored_tensors(path.with_name("lie.safetensors"))
 
 
-def test_a_tensor_that_is_missing_is_not_made_up(copy):
-    folder = copy("config.json")
+@pytest.mark.parametrize("new, said", [({}, "its config.json describes"), ({"x": torch.zeros(24, 20)}, "holds x, and 0 more, that its config.json knows no place for")])
+def test_a_tensor_that_is_missing_or_has_another_name_is_not_made_up(copy, new, said):
+    folder, name = copy("config.json"), "model.layers.1.mlp.up_proj.weight"
     places = shards_of(folder)
-    gone = "model.layers.1.mlp.up_proj.weight"
-    kept = {name: tensor for name, tensor in load_file(folder / places[gone]).items() if name != gone}
-    save_file(kept or {"other": torch.zeros(1)}, folder / places[gone], metadata={"format": "pt"})
-    places.pop(gone)
-    (folder / SHARD_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    refused(folder, "its config.json describes")
-
-
-def test_a_tensor_of_another_name_is_not_made_up(copy):
-    folder = copy("config.json")
-    places = shards_of(folder)
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors = load_file(folder / places[name])
-    save_file({"x" if key == name else key: tensor for key, tensor in tensors.items()}, folder / places[name], metadata={"format": "pt"})
-    copy(SHARD_INDEX, weight_map={"x" if key == name else key: place for key, place in places.items()})
-    refused(folder, "holds x, and 0 more, that its config.json knows no place for")
+    file = places.pop(name)
+    save_file({key: tensor for key, tensor in load_file(folder / file).items() if key != name} | new, folder / file, metadata={"format": "pt"})
+    copy(SHARD_INDEX, weight_map=places | dict.fromkeys(new, file))
+    refused(folder, said)
 
 
 def test_a_tensor_of_another_name_in_gguf_is_not_made_up(tmp_path):

@@ -4,14 +4,12 @@ import dataclasses
 import re
 import shutil
 
-import pandas as pd
 import pytest
 import typer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from programs import assert_one_sentence, called as cap
 from cap_nb.command_line import app, known_options
-from cap_nb.core.files import sha256_of_file
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.records import load_run, pack_run, read_run
 from cap_nb.jobs.results import compare_runs, results_frame
@@ -60,15 +58,11 @@ def test_what_a_sweep_leaves(sweep):
     out = sweep / "out"
     index = read_index(out)
     assert sorted(path.name for path in out.iterdir()) == [index["configs"][0], "losses", "n=3", "n=4", "results.csv", "sweep.json"]
-    assert (out / index["configs"][0]).read_text(encoding="utf-8") == SMALL
-    assert index["config_sha256"] == sha256_of_file(sweep / "sweep.yaml")
     assert (index["varies"], index["on_the_command_line"]) == (["n"], ["k", "out"])
     for run, n in zip(index["runs"], (3, 4)):
         about = read_run(out / run["folder"])
         assert run["finished"] and run["settings"]["n"] == about["calibration"]["n"] == n and about["calibration"]["k"] == 2
         assert about["methods"] == ["cap"] and about["sparsities"] == [0.5]
-    table = pd.read_csv(out / "results.csv")
-    assert list(table["--n"]) == [3] * 2 + [4] * 2 and list(table.method) == ["dense", "cap"] * 2
 
 
 @pytest.mark.parametrize("text, parts", [

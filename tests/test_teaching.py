@@ -12,7 +12,6 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from cap_nb.models.anatomy import projections
-from cap_nb.models.interventions import hook_count
 from cap_nb.models.loading import load_model
 from conftest import ROOT
 from notebooks_on_disk import NOTEBOOKS, cells
@@ -47,17 +46,6 @@ def test_the_chapters_lead_to_the_glossary():
     assert not [path.name for path in before if before[path] != after[path]], "run python tools/glossary.py"
     found = [anchor for path in before for target, anchor in links(path) if target == "teaching/01_glossary.ipynb"]
     assert len(before) == 7 and len(set(found)) > 30 and set(found) <= {entry.anchor for entry in ENTRIES}
-
-
-def test_links_are_set_once_and_only_in_prose():
-    path = ROOT / "nbs" / "01_scoring.ipynb"
-    [entry] = [one for one in ENTRIES if one.term == "causal score"]
-    text = "# Causal score\n\n> A causal score.\n\nIn `causal score`, a [causal score](x.ipynb), $causal score$;\nfor a causal\nscore, a causal score."
-    [once] = glossary.set_links({path: [text]}, [entry])[path]
-    assert once.count("glossary") == 1
-    assert once.endswith("$causal score$; for a\n[causal score](teaching/01_glossary.ipynb#causal-score), a causal score.")
-    assert glossary.set_links({path: [once]}, [entry])[path] == [once]
-    assert glossary.set_links({path: ["**Exercises**\n\nA causal score."]}, [entry])[path] == ["**Exercises**\n\nA causal score."]
 
 
 def test_slides_need_nothing_from_elsewhere():
@@ -122,18 +110,6 @@ def test_the_page_holds_what_the_notebook_computes(lab, method, sparsity, head):
         first = lab["first_wrong"](answer.output, lab["right"][problem.task])
         assert (wrong, correct) == (-1 if first is None else first, answer.correct)
         assert state["cells"][index + 1] == pytest.approx(loss, abs=0.001)
-
-
-def test_an_answer_for_every_mask(lab, monkeypatch):
-    """Two of the heads: the tool answers with each of them masked, as the notebook does, and leaves no hook."""
-    masked, problem = [(0, 5), (1, 2)], lab["problems"][0]
-    monkeypatch.setattr(interactive, "heads_of", lambda lab: masked)
-    lab["pruned"]("dense", 0)
-    made = interactive.answers_of(lab, problem)
-    asked = [lab["answered"](problem, heads) for heads in ([], *([head] for head in masked))]
-    assert [answer.output for answer, _ in made] == [answer.output for answer, _ in asked]
-    assert [loss for _, loss in made] == pytest.approx([loss for _, loss in asked], abs=1e-4)
-    assert hook_count(lab["model"]) == 0
 
 
 def test_the_page_is_up_to_date_and_needs_nothing(lab):

@@ -61,9 +61,7 @@ def test_directives():
     assert notebooks_tool.is_skipped("#| slow\nx", {"slow"}) and not notebooks_tool.is_skipped("x  # slow", {"slow"})
 
 
-def test_links_hold_in_the_top_folder():
-    moved = readme_tool.links_from_the_top("![f](../figures/a.png) [n](00_x.ipynb) [w](https://a.b/c) [h](#here)")
-    assert moved == "![f](figures/a.png) [n](nbs/00_x.ipynb) [w](https://a.b/c) [h](#here)"
+def test_a_broken_link_is_noticed():
     assert readme_tool.broken_links("[a](README.md) [b](nowhere.md)") == ["nowhere.md"]
 
 
