@@ -193,12 +193,6 @@ def test_a_runs_folder_lies_below_runs(model, called):
     assert short_name(model) not in ("", ".", "..") and "/" not in short_name(model) and called in (None, short_name(model))
 
 
-def test_a_plugins_names_are_words(tmp_path):
-    (tmp_path / "mine.py").write_text("from cap_nb.all import add_criterion\nadd_criterion('../evil', lambda weight: weight)\n")
-    result = CliRunner().invoke(app, ["prune", "--plugin", str(tmp_path / "mine.py"), "--method", "magnitude", "--out", str(tmp_path / "new")])
-    assert result.exit_code == 2 and "../evil" in result.stderr and not (tmp_path / "new").exists()
-
-
 # ---- links ----
 def test_links_are_not_followed(tmp_path):
     victim = tmp_path / "victim"
