@@ -174,6 +174,11 @@ def balanced_heads(layers: int, heads: int, chosen: int, each: int) -> Heads:
     return tuple((layer, index * heads // each) for layer in middle for index in range(each))
 
 
+def all_heads(model: nn.Module) -> Heads:
+    a = anatomy(model)
+    return tuple((layer, head) for layer in range(a.layers) for head in range(a.heads))
+
+
 def examples_at_hand(tokenizer, n: int, data_dir=None, seed: int = 0) -> tuple[Calibration, str]:
     "Examples without a network, and which they are: the benchmarks' from a folder, else of the lab's tasks."
     from_files = data_dir is not None and default_style(tokenizer) != "lab"
@@ -253,8 +258,7 @@ class ScoringRounds:
 
 def about_scoring(model: nn.Module, calibration: Calibration, batch_tokens: int, heads: Heads) -> dict:
     "What is to be kept about a scoring that is timed."
-    a = anatomy(model)
-    every = [(layer, head) for layer in range(a.layers) for head in range(a.heads)]
+    a, every = anatomy(model), all_heads(model)
     return {"model": model_fingerprint(model), "sizes": {**vars(a), "vocabulary": model.config.vocab_size},
             "dtype": str(model.dtype).removeprefix("torch."), "calibration": calibration.fingerprint,
             "examples": len(calibration.examples), "tokens": sum(len(e.input_ids) for e in calibration.examples),

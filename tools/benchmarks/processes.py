@@ -25,7 +25,7 @@ from cap_nb.methods.layer_walk import joined
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.portable.speed import span_text
 from tools.benchmarks.scaling import shape
-from tools.side_by_side import RECORDS, counted_work, examples_of_lengths, measured_case, random_model, wanted_text
+from tools.side_by_side import RECORDS, all_heads, counted_work, examples_of_lengths, measured_case, random_model, wanted_text
 
 path = RECORDS / "processes.json"
 sizes = dict(layers=6, tokens=128, examples=4, shape=shape)
@@ -72,8 +72,7 @@ def together(count, sizes, context="spawn"):
 def predicted(sizes, count):
     "The efficiency that the operations allow: the masked passes are shared, and every process walks the intact model."
     model, examples = scored(**sizes)
-    every = [(layer, head) for layer in range(sizes["layers"]) for head in range(model.config.num_attention_heads)]
-    alone, whole = (counted_work(model, examples, sizes["tokens"], heads)["resumed"] for heads in ((), every))
+    alone, whole = (counted_work(model, examples, sizes["tokens"], heads)["resumed"] for heads in ((), all_heads(model)))
     predicted = whole / (count * alone + whole - alone)
     return {"model": model_fingerprint(model), "calibration": examples.fingerprint, "predicted": predicted}
 

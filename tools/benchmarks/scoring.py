@@ -33,18 +33,14 @@ from cap_nb.models.anatomy import anatomy, decoder_layers, output_projection
 from cap_nb.models.loading import bfloat16_gain, load_model, model_cache, model_fingerprint
 from cap_nb.models.replay import read_prefix, run_layer
 from cap_nb.scoring import batches_of, causal_scores, mean_by_example, rank_correlation, score_heads_naive
-from tools.side_by_side import (RECORDS, ScoringRounds, about_scoring, balanced_heads, behind_worked_examples,
-                                examples_at_hand, examples_of_lengths, measured_case, measured_rounds, measured_scoring,
-                                random_model, read_cases, stopwatch)
+from tools.side_by_side import (RECORDS, ScoringRounds, about_scoring, all_heads, balanced_heads,
+                                behind_worked_examples, examples_at_hand, examples_of_lengths, measured_case,
+                                measured_rounds, measured_scoring, random_model, read_cases, stopwatch)
 
 # The settings. Squares are the sizes of the matrix product that are tried for the machine's peak. Everything is in
 # float32 on the processor, with 4,096 padded tokens a batch on both sides.
 
 path, data_dir, squares = RECORDS / "scoring.json", os.environ.get("CAP_NB_DATA"), (1024, 2048, 4096)
-
-
-def all_heads(model):
-    return [(layer, head) for layer in range(anatomy(model).layers) for head in range(anatomy(model).heads)]
 
 
 # The lab model is small enough to score all of its 36 heads in every round. SmolLM2-135M-Instruct has 270 heads. Both

@@ -22,8 +22,7 @@ from cap_nb.threshold import bisect_threshold, zero_count
 from tools.side_by_side import RECORDS, measured_case, measured_rounds, stopwatch
 
 # Scores are magnitudes of normal numbers, times a factor between 1 and 10 for each piece. The histogram reads the
-# pieces twice, counting first the upper and then the lower half of the bits of every score, and holds one piece at a
-# time. The other three are given all scores in one vector, whose making is not in their time.
+# pieces twice; the other three are given all scores in one vector, whose making is not in their time.
 
 path, cpu = RECORDS / "threshold.json", torch.device("cpu")
 
