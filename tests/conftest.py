@@ -1,4 +1,4 @@
-"""What several tests share: where the checkout is, and its notebooks in reading order."""
+"""What several tests share: where the checkout is, and the benchmarks' own files beside it."""
 import datetime
 import os
 import platform
@@ -9,9 +9,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and tokenizers tha
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported: no test may reach for the network
 
 import matplotlib
+import pytest
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (gsm8k, strategyqa, arc, wikitext2) are not beside this checkout")
 SOAKED = ROOT / "figures" / "bad_input" / "soaked.json"
 
 

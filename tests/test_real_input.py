@@ -1,6 +1,5 @@
 """Real benchmark files and a real model, where they are at hand. Every skip says what is missing."""
 import collections
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,8 @@ from cap_nb.scoring import batches_of, masked_head, score_heads_naive
 from cap_nb.methods.resumed_scoring import intact_pass, losses_resumed_at, score_heads, shared_prefix
 from cap_nb.methods.prune import prune
 from cap_nb.threshold import zero_count
+from conftest import DATA, needs_data
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (gsm8k, strategyqa, arc, wikitext2) are not beside this checkout")
 needs_smollm2 = pytest.mark.skipif(not (model_cache() / "smollm2" / "SHA256SUMS.json").is_file(), reason="SmolLM2 is not fetched: run 'cap fetch smollm2'")
 REAL = ("gsm8k", "strategyqa", "arc")
 
