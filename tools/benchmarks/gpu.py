@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -106,26 +106,17 @@ def agreement_case(path, device, weights, n=4, chosen=4, repeats=3, formats=FORM
 # shapes; 0.05 nats are allowed.
 
 
-@dataclass(frozen=True)
-class DeviceCase:
-    "What is scored on a device, and how often."
-
-    shape: dict = field(default_factory=lambda: llama)  # Configuration of the model
-    dtype: torch.dtype = torch.bfloat16  # Of its weights
-    n: int = 128  # Examples a task
-    chosen: int = 4  # Layers to take heads from
-    each: int = 4  # Heads of each of them
-    rounds: ScoringRounds = ScoringRounds((4096, 8192, 16384), repeats=3, tolerance=0.05, times=20)
+ROUNDS = ScoringRounds((4096, 8192, 16384), repeats=3, tolerance=0.05, times=20)
 
 
-def device_case(path, device, case=DeviceCase(), name="llama-3-8b"):
+def device_case(path, device, shape=llama, n=128, chosen=4, each=4, rounds=ROUNDS):
     tokenizer = load_model("smollm2" if (model_cache() / "smollm2").is_dir() else "lab", "float32", "cpu")[1]
-    real, said = examples_at_hand(tokenizer, case.n, data_dir)
-    model = random_model(AutoConfig.for_model(**case.shape), device, case.dtype)
+    real, said = examples_at_hand(tokenizer, n, data_dir)
+    model = random_model(AutoConfig.for_model(**shape), device, torch.bfloat16)
     examples = examples_of_lengths(lengths_of(real), model.config.vocab_size)
-    heads = balanced_heads(anatomy(model).layers, anatomy(model).heads, case.chosen, case.each)
-    return measured_scoring(path, name, model, examples, heads, case.rounds, data=f"random tokens, as long as {said}",
-                            weights="random, seed 0")
+    heads = balanced_heads(anatomy(model).layers, anatomy(model).heads, chosen, each)
+    return measured_scoring(path, "llama-3-8b", model, examples, heads, rounds, weights="random, seed 0",
+                            data=f"random tokens, as long as {said}")
 
 
 # Writing: as many answers at once as `rows` says, each of so many tokens after a prompt of so many. Every step reads all
@@ -224,10 +215,10 @@ def dry_run(folder):
     "Every measurement with tiny sizes on the processor, which is slow in float16: the records, and what is said of them."
     toy = llama | dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                        num_key_value_heads=2, vocab_size=720)
-    small = DeviceCase(shape=toy, n=1, chosen=2, each=1, rounds=ScoringRounds((8,), repeats=1, tolerance=0.05, times=1))
+    rounds = ScoringRounds((8,), repeats=1, tolerance=0.05, times=1)
     words = (*QUICK, "none", "--methods", "magnitude", "--n", "2", "--loss-n", "1", "--windows", "0")
     cases = [Measurement("run", 1, lambda path, device: run_case(path, device, "lab", folder / "run", words)),
-             Measurement("llama-3-8b", 1, lambda path, device: device_case(path, device, small)),
+             Measurement("llama-3-8b", 1, lambda path, device: device_case(path, device, toy, 1, 2, 1, rounds)),
              Measurement("agreement", 1, lambda path, device: agreement_case(path, device, "lab", 1, 2, 1, FORMATS[:2])),
              Measurement("writing", 1, lambda path, device: writing_case(path, device, toy, (1, 2), 8, 4, 1))]
     said = measure_all(cases, folder / "gpu.json", torch.device("cpu"))
