@@ -12,9 +12,8 @@ import pytest
 import torch
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from cap_nb.command_line import app, known_options, short_name
+from cap_nb.command_line import known_options, short_name
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import (
@@ -31,6 +30,7 @@ from cap_nb.methods.resumed_scoring import load_losses
 from conftest import ROOT
 from fixtures import tiny_llama
 from hub import byte_tokenizer
+from programs import FEW, called
 from test_quantised import saved
 
 SOURCES = sorted([*(ROOT / "cap_nb").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
@@ -77,12 +77,11 @@ def test_a_run_touches_no_pickle(monkeypatch, tmp_path):
     for module, names in ((pickle, ("load", "loads", "dump", "dumps", "Unpickler", "Pickler")), (torch, ("load", "save"))):
         for name in names:
             monkeypatch.setattr(module, name, refuse)
-    words = "run --n 3 --k 1 --evaluate-n 2 --loss-n 2 --max-new-tokens 4 --windows 1 --window-tokens 32 --device cpu --methods cap --sparsity 0.5 --tasks lab-arc --out"
     old = os.umask(0o027)
     try:
-        result = CliRunner().invoke(app, [*words.split(), str(tmp_path / "run")])
-        packed = CliRunner().invoke(app, ["pack", str(tmp_path / "run")])
-        pruned = CliRunner().invoke(app, f"prune --method magnitude --sparsity 0.5 --device cpu --out {tmp_path / 'pruned'}".split())
+        result = called("run", *FEW, *"--methods cap --sparsity 0.5 --tasks lab-arc --out".split(), tmp_path / "run")
+        packed = called("pack", tmp_path / "run")
+        pruned = called(*"prune --method magnitude --sparsity 0.5 --device cpu --out".split(), tmp_path / "pruned")
     finally:
         os.umask(old)
     assert result.exit_code == packed.exit_code == pruned.exit_code == 0, (result.output, result.exception, packed.output, pruned.output)
@@ -207,7 +206,7 @@ def test_links_are_not_followed(tmp_path):
         pass
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "evaluations").symlink_to(tmp_path / "elsewhere")
-    result = CliRunner().invoke(app, f"run --n 3 --k 1 --evaluate-n 2 --loss-n 2 --windows 0 --accuracy-tasks none --tasks lab-arc --device cpu --out {tmp_path / 'run'}".split())
+    result = called("run", *FEW, "--tasks", "lab-arc", "--out", tmp_path / "run")
     assert result.exit_code == 2, result.output
     assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(BadInput, match="evaluations is a link"), files.alone_in(tmp_path / "run"):
