@@ -1,9 +1,7 @@
-"""What several tests share: where the checkout is, and its notebooks in reading order."""
+"""What several tests share: where the checkout is, and the benchmarks' own files beside it."""
 import datetime
-import importlib.util
 import os
 import platform
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,19 +9,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and tokenizers tha
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported: no test may reach for the network
 
 import matplotlib
+import pytest
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (gsm8k, strategyqa, arc, wikitext2) are not beside this checkout")
 SOAKED = ROOT / "figures" / "bad_input" / "soaked.json"
-
-
-def tool(name: str):
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def pytest_sessionfinish(session, exitstatus):

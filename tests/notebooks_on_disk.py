@@ -5,9 +5,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import ROOT, tool
+from conftest import ROOT
+from tools import notebooks as notebooks_tool
 
-notebooks_tool = tool("notebooks")
 EXPORTS = {"export", "exporti", "exports"}
 
 
@@ -21,11 +21,6 @@ class Cell:
     @property
     def exported(self) -> bool:
         return self.kind == "code" and bool(EXPORTS & self.directives.keys())
-
-    @property
-    def code_lines(self) -> int:
-        """Lines that are neither blank nor directives."""
-        return sum(bool(line.strip()) and not line.lstrip().startswith("#|") for line in self.source.splitlines())
 
 
 @functools.cache

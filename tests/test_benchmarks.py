@@ -55,7 +55,7 @@ def test_a_checkpoint_in_shards_is_made_pruned_packed_and_restored(tmp_path, mon
     """A folder that comes back with another hash is no record."""
     monkeypatch.setattr(streaming, "in_own_process", in_this_process)
     llama = streaming.llama | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=100)
-    streaming.random_checkpoint(_folder(tmp_path / "src"), llama, 50_000)
+    streaming.random_checkpoint(tmp_path / "src", llama, 50_000)
     peaks = {}
     streaming.streaming_sides(tmp_path / "src", tmp_path / "wanda", {}, "wanda")["prune"]()
     streaming.streaming_sides(tmp_path / "src", tmp_path / "dst", peaks)["prune"]()
@@ -69,11 +69,6 @@ def test_a_checkpoint_in_shards_is_made_pruned_packed_and_restored(tmp_path, mon
     with pytest.raises(BadInput, match="bitmask differs"):
         streaming.packed_case(tmp_path / "s.json", "other", llama, tmp_path, 50_000)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("cap_nb-")] == [] and set(read_cases(tmp_path / "s.json")) == {"toy"}
-
-
-def _folder(path):
-    path.mkdir()
-    return path
 
 
 def test_processes_are_timed_and_their_tables_compared(tmp_path):

@@ -1,22 +1,18 @@
 """Copies of GSM8K's problems with changed numbers, on the benchmark's own file where it is at hand."""
 import random
 import re
-from collections import Counter
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
-from cap_nb.data.changed_numbers import Refused, changed_pairs, copy_of, equations, numbers_in, read_worked
+from cap_nb.data.changed_numbers import changed_pairs, copy_of, equations, numbers_in, read_worked
 from cap_nb.data.problems import read_gsm8k, records_of_file
-
-TEST = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"
-needs_gsm8k = pytest.mark.skipif(not TEST.is_file(), reason="the benchmark's file gsm8k/test.jsonl is not beside this checkout")
+from conftest import DATA, needs_data
 
 
 @pytest.fixture(scope="module")
 def records():
-    return records_of_file(TEST)
+    return records_of_file(DATA / "gsm8k" / "test.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +31,14 @@ def annotations(answer):
     return re.findall(r"<<([^<>=]*)=([^<>=]*)>>((?:[0-9][0-9,]*)?(?:\.?[0-9]+)?)", answer)
 
 
-@needs_gsm8k
+@needs_data
 def test_enough_problems_have_a_copy(records, pairs):
     """The counts that the notebook names."""
-    changes = Counter(len(read_worked(original).changing) for original, _ in pairs)
-    reasons = Counter()
-    for record in records:
-        try: copy_of(record)
-        except Refused as reason: reasons[str(reason)] += 1
-    print(len(pairs), "copies; numbers changed:", sorted(changes.items()), "refused:", reasons.most_common())
-    assert len(records) == 660 and len(pairs) == 260 and len(pairs) - changes[1] == 170
-    assert sum(reasons.values()) == len(records) - len(pairs)
+    assert len(records) == 660 and len(pairs) == 260
+    assert sum(len(read_worked(original).changing) > 1 for original, _ in pairs) == 170
 
 
-@needs_gsm8k
+@needs_data
 def test_every_calculation_of_a_copy_holds(pairs):
     for original, copy in pairs:
         steps = annotations(copy["answer"])
@@ -62,7 +52,7 @@ def test_every_calculation_of_a_copy_holds(pairs):
         assert all(now for now, true in zip(equations(copy["answer"].rpartition("####")[0]), before, strict=True) if true)
 
 
-@needs_gsm8k
+@needs_data
 def test_only_numbers_change(pairs):
     """The words stay; at least one number of the question and the answer change; order and size are kept."""
     words = lambda text: re.sub(r"[0-9]*[0-9.,]*[0-9]", "#", text.strip())
@@ -75,7 +65,7 @@ def test_only_numbers_change(pairs):
         assert read_gsm8k(original).answer != read_gsm8k(copy).answer
 
 
-@needs_gsm8k
+@needs_data
 def test_whole_numbers_stay_whole_and_ordered(pairs):
     """Every result of a step: whole where it was, positive, and on the same side of every other result."""
     for original, copy in pairs:
@@ -84,7 +74,7 @@ def test_whole_numbers_stay_whole_and_ordered(pairs):
         assert all(new[i] < new[j] for i in range(len(old)) for j in range(len(old)) if old[i] < old[j])
 
 
-@needs_gsm8k
+@needs_data
 def test_copies_are_problems_of_their_own(records, pairs):
     originals, copies = {read_gsm8k(record).uid for record in records}, [read_gsm8k(copy).uid for _, copy in pairs]
     assert len(set(copies)) == len(copies) and not originals & set(copies)
@@ -93,7 +83,7 @@ def test_copies_are_problems_of_their_own(records, pairs):
     float(problem.answer)
 
 
-@needs_gsm8k
+@needs_data
 def test_a_copy_depends_on_seed_and_problem_alone(records, pairs):
     shuffled = random.Random(0).sample(pairs, 40)
     assert [copy_of(original) for original, _ in shuffled] == [copy for _, copy in shuffled]
@@ -102,7 +92,7 @@ def test_a_copy_depends_on_seed_and_problem_alone(records, pairs):
     assert len(others) >= 35 and same <= len(others) / 4, "another seed draws other numbers, where there are any"
 
 
-@needs_gsm8k
+@needs_data
 def test_a_copy_can_be_copied(pairs):
     """A copy has the form of a record, so it is read again; most have copies of their own."""
     again = changed_pairs([copy for _, copy in pairs[:60]], seed=2)

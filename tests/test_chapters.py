@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import ROOT
-from notebooks_on_disk import cells, label, notebooks_tool, skipped_flags
+from notebooks_on_disk import cells, label, skipped_flags
 
 CHAPTERS = sorted((ROOT / "nbs").glob("0*.ipynb"))
 FOLDED = {"outputs_hidden": True, "source_hidden": True}
@@ -76,4 +76,3 @@ def test_faults_are_noticed():
     assert "it has 3 exercises and 2 solutions" in faults(chapter[:first] + chapter[first + 1:])
     assert {"it does not begin with a question", "it does not say what comes in and goes out"} <= set(faults(
         [c for c in chapter if "Before you run" not in c.source and "Paper:" not in c.source]))
-    assert notebooks_tool.directives('#| code-fold: true\n#| code-summary: "Solution 1"\nx = 1') == {"code-fold": "true", "code-summary": '"Solution 1"'}

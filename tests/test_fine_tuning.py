@@ -1,9 +1,6 @@
 """Masked fine-tuning from outside: other families, a killed process, a training that breaks, peft, and the command."""
 import gc
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -13,14 +10,13 @@ from fixtures import made_up_calibration, tiny_llama
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
 
-from programs import called as cap
+from programs import Program, called as cap
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_json, read_tensors, sealed
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.portable.fine_tuning import REPORT, STATE, FineTuning, HeldZeros, mask_adapters, recover
-from conftest import ROOT
 
 FEW = FineTuning(steps=3, lr=1e-2, examples=4, weight_decay=0.1)
 
@@ -120,36 +116,26 @@ def test_a_trainer_that_breaks_lets_go_with_its_callback(tmp_path):
     assert len(_global_optimizer_post_hooks) == hooks
 
 
-KILLED = """
-import sys
-from fixtures import made_up_calibration, tiny_llama
-from cap_nb.methods.prune import prune
-from cap_nb.portable.fine_tuning import FineTuning, recover
-model = tiny_llama()
-prune(model, "magnitude", 0.5)
-print("ready", flush=True)
-recover(model, made_up_calibration(), FineTuning(steps=100000, lr=1e-3, examples=4), sys.argv[1], save_every=2)
-"""
-
-
 def test_a_killed_process_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     """Killed somewhere; the state that it left, taken up in the middle, leads where an undisturbed training leads."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "work")], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
+    settings = FineTuning(steps=100000, lr=1e-3, examples=4)
+
+    def trained(folder, save_every):
+        model = tiny_llama()
+        prune(model, "magnitude", 0.5)
+        recover(model, made_up_calibration(), settings, folder, save_every)
+
+    process = Program(lambda: trained(tmp_path / "work", 2), draws=False)
     while not (tmp_path / "work" / STATE).exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = len(read_tensors(tmp_path / "work" / STATE)[1]["losses"])
-    settings = FineTuning(steps=100000, lr=1e-3, examples=4)
 
     def up_to(step, folder):
         """Training broken off by hand after so many steps: what the model is then, without what a broken training throws away."""
-        model, seen = tiny_llama(), []
-        prune(model, "magnitude", 0.5)
-        clip = torch.nn.utils.clip_grad_norm_
+        seen, clip = [], torch.nn.utils.clip_grad_norm_
 
         def clipped(parameters, most):
             seen.append(torch.cat([p.grad.flatten() for p in parameters]))
@@ -158,7 +144,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(tmp_path, monkeypatch):
             return clip(parameters, most)
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
-            recover(model, made_up_calibration(), settings, folder, save_every=1000000)
+            trained(folder, 1000000)
         return seen[-1]
     assert torch.equal(up_to(done + 3, None), up_to(3, tmp_path / "work"))
 
@@ -210,8 +196,7 @@ def test_the_command(tmp_path):
         assert tuning["steps"] == 2 and sealed(after) == before and ("teacher" in tuning) == (name == "taught")
     there = sorted(path.name for path in tmp_path.iterdir())
     assert there == ["full", "pruned", "rank", "taught"]
-    for more, part in ((("--steps", 0, "--out", tmp_path / "x"), "steps is 0"), (("--lr", -1, "--out", tmp_path / "x"), "lr is -1.0"),
-                       (("--out", tmp_path / "full"), "exists already"), (("--model", "lab", "--out", tmp_path / "x"), "hold no zero"),
+    for more, part in ((("--out", tmp_path / "full"), "exists already"),
                        (("--teacher", tmp_path / "pruned", "--out", tmp_path / "x"), "The teacher is the model itself")):
         done = cap(*words, *more)
         assert done.exit_code == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.output

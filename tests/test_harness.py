@@ -12,7 +12,8 @@ from cap_nb.evaluation import answer_problems, evaluation_problems
 from cap_nb.core.errors import BadInput
 from cap_nb.models.choices import choice_records, log_probs, options_of, tokens_of_options
 from cap_nb.models.loading import load_model, save_model
-from test_real_input import DATA, needs_data, needs_smollm2
+from conftest import DATA, needs_data
+from test_real_input import needs_smollm2
 from cap_nb.experiments.harness import (
     HarnessSettings, harness_answers, harness_results, harness_text, imported_harness, measures_table, undisturbed, write_harness_task)
 

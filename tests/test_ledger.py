@@ -1,5 +1,4 @@
 """The claims ledger reads studies and answers of several runs, and refuses those that do not belong together."""
-import csv
 import shutil
 from dataclasses import replace
 
@@ -8,7 +7,7 @@ import pytest
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.experiments.claims import (
-    CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, read_study, seed_runs, studies_of, study_gains)
+    CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, seed_runs, studies_of, study_gains)
 from cap_nb.jobs.records import load_run, read_run
 from conftest import ROOT
 
@@ -32,13 +31,6 @@ def test_every_claim_is_rows_of_one_section_and_every_case_has_one_name():
         assert sections.setdefault(row.claim, row.section) == row.section
         assert row.low < row.high and row.listed in ("always", "where measured")
     assert len({(row.claim, row.case) for row in CLAIMS}) == len(CLAIMS)
-
-
-def test_the_ledger_that_is_kept_has_the_cases_of_the_table():
-    with open(FIGURES / "claims" / "ledger.csv", newline="", encoding="utf-8") as file:
-        kept = list(dict.fromkeys((row["Claim"], row["Case"]) for row in csv.DictReader(file)))
-    known = {(row.claim, row.case) for row in CLAIMS}
-    assert set(kept) <= known
 
 
 def test_a_study_goes_to_the_model_that_it_is_of():
@@ -66,10 +58,7 @@ def test_a_second_record_of_calibration_sets_joins_by_itself(tmp_path):
     assert asked("answers gained by calibration sets", records, first="chains").value == pytest.approx(200 / 3)
 
 
-def test_a_record_without_its_part_is_refused(tmp_path):
-    write_checked(tmp_path / "lab.json", {"model": {"name": "lab"}})
-    with pytest.raises(BadInput, match="has no 'losses' of a model"):
-        read_study(tmp_path / "lab.json", "losses", "lab", {})
+def test_methods_on_other_problems_are_refused():
     with pytest.raises(BadInput, match="the same problems for every method"):
         study_gains({"a": [1.0]}, {"a": [1.0, 2.0]}, "tasks")
 

@@ -72,20 +72,28 @@ def test_a_finished_run_makes_what_is_missing(runs, tmp_path, monkeypatch):
     assert before == ((copy / "models/cap-0.5/model.safetensors").stat().st_mtime_ns, (copy / "timings.json").read_bytes())
 
 
+SOLVER = [*WORDS[:WORDS.index("--methods")], "--methods", "sparsegpt", *WORDS[WORDS.index("--methods") + 2:], "--save-models"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run_in(folder, words=SOLVER)[0] == 0
+    return folder
+
+
 @pytest.mark.parametrize("moment, number", [
     (r"open unfinished/sparsegpt-0\.5/layers/\w+/\.layer-003\.safetensors\.part", signal.SIGTERM),
     (r"mkdir models/\.sparsegpt-0\.5\.part", signal.SIGKILL), (r"open unfinished/sparsegpt-0\.5/\.loss-lab-arc\.part/losses\.csv", signal.SIGKILL)])
-def test_killed_and_gone_on(moment, number, tmp_path):
+def test_killed_and_gone_on(moment, number, whole, tmp_path):
     """In the midst of a solver, of saving its model, and of measuring it: the end is that of a run that nothing happened to."""
-    words = [*WORDS[:WORDS.index("--methods")], "--methods", "sparsegpt", *WORDS[WORDS.index("--methods") + 2:], "--save-models"]
-    assert run_in(tmp_path / "whole", words=words)[0] == 0
-    code, said = run_in(tmp_path / "run", signalled_before(moment, number), words=words)
+    code, said = run_in(tmp_path / "run", signalled_before(moment, number), words=SOLVER)
     assert code == (-number if number == signal.SIGKILL else 128 + number), said
     kept = sorted((tmp_path / "run").glob("unfinished/sparsegpt-0.5/layers/*/*"))
     assert len(kept) == (3 if number == signal.SIGTERM else 6)
-    code, said = run_in(tmp_path / "run", words=words)
+    code, said = run_in(tmp_path / "run", words=SOLVER)
     assert code == 0 and f"Pruned models, for --model or transformers: {tmp_path / 'run/models/sparsegpt-0.5'}" in said, said
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole") and not (tmp_path / "run/unfinished").exists()
+    assert contents(tmp_path / "run") == contents(whole) and not (tmp_path / "run/unfinished").exists()
 
 
 def test_a_sweep_keeps_none(tmp_path):

@@ -12,9 +12,8 @@ import pytest
 import torch
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from cap_nb.command_line import app, known_options, short_name
+from cap_nb.command_line import known_options, short_name
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import (
@@ -31,6 +30,7 @@ from cap_nb.methods.resumed_scoring import load_losses
 from conftest import ROOT
 from fixtures import tiny_llama
 from hub import byte_tokenizer
+from programs import FEW, called
 from test_quantised import saved
 
 SOURCES = sorted([*(ROOT / "cap_nb").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
@@ -77,12 +77,11 @@ def test_a_run_touches_no_pickle(monkeypatch, tmp_path):
     for module, names in ((pickle, ("load", "loads", "dump", "dumps", "Unpickler", "Pickler")), (torch, ("load", "save"))):
         for name in names:
             monkeypatch.setattr(module, name, refuse)
-    words = "run --n 3 --k 1 --evaluate-n 2 --loss-n 2 --max-new-tokens 4 --windows 1 --window-tokens 32 --device cpu --methods cap --sparsity 0.5 --tasks lab-arc --out"
     old = os.umask(0o027)
     try:
-        result = CliRunner().invoke(app, [*words.split(), str(tmp_path / "run")])
-        packed = CliRunner().invoke(app, ["pack", str(tmp_path / "run")])
-        pruned = CliRunner().invoke(app, f"prune --method magnitude --sparsity 0.5 --device cpu --out {tmp_path / 'pruned'}".split())
+        result = called("run", *FEW, *"--methods cap --sparsity 0.5 --tasks lab-arc --out".split(), tmp_path / "run")
+        packed = called("pack", tmp_path / "run")
+        pruned = called(*"prune --method magnitude --sparsity 0.5 --device cpu --out".split(), tmp_path / "pruned")
     finally:
         os.umask(old)
     assert result.exit_code == packed.exit_code == pruned.exit_code == 0, (result.output, result.exception, packed.output, pruned.output)
@@ -153,25 +152,14 @@ def test_shapes_and_dtypes_are_not_believed(copy):
             stored_tensors(path.with_name("lie.safetensors"))
 
 
-def test_a_tensor_that_is_missing_is_not_made_up(copy):
-    folder = copy("config.json")
+@pytest.mark.parametrize("new, said", [({}, "its config.json describes"), ({"x": torch.zeros(24, 20)}, "holds x, and 0 more, that its config.json knows no place for")])
+def test_a_tensor_that_is_missing_or_has_another_name_is_not_made_up(copy, new, said):
+    folder, name = copy("config.json"), "model.layers.1.mlp.up_proj.weight"
     places = shards_of(folder)
-    gone = "model.layers.1.mlp.up_proj.weight"
-    kept = {name: tensor for name, tensor in load_file(folder / places[gone]).items() if name != gone}
-    save_file(kept or {"other": torch.zeros(1)}, folder / places[gone], metadata={"format": "pt"})
-    places.pop(gone)
-    (folder / SHARD_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    refused(folder, "its config.json describes")
-
-
-def test_a_tensor_of_another_name_is_not_made_up(copy):
-    folder = copy("config.json")
-    places = shards_of(folder)
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors = load_file(folder / places[name])
-    save_file({"x" if key == name else key: tensor for key, tensor in tensors.items()}, folder / places[name], metadata={"format": "pt"})
-    copy(SHARD_INDEX, weight_map={"x" if key == name else key: place for key, place in places.items()})
-    refused(folder, "holds x, and 0 more, that its config.json knows no place for")
+    file = places.pop(name)
+    save_file({key: tensor for key, tensor in load_file(folder / file).items() if key != name} | new, folder / file, metadata={"format": "pt"})
+    copy(SHARD_INDEX, weight_map=places | dict.fromkeys(new, file))
+    refused(folder, said)
 
 
 def test_a_tensor_of_another_name_in_gguf_is_not_made_up(tmp_path):
@@ -204,12 +192,6 @@ def test_a_runs_folder_lies_below_runs(model, called):
     assert short_name(model) not in ("", ".", "..") and "/" not in short_name(model) and called in (None, short_name(model))
 
 
-def test_a_plugins_names_are_words(tmp_path):
-    (tmp_path / "mine.py").write_text("from cap_nb.all import add_criterion\nadd_criterion('../evil', lambda weight: weight)\n")
-    result = CliRunner().invoke(app, ["prune", "--plugin", str(tmp_path / "mine.py"), "--method", "magnitude", "--out", str(tmp_path / "new")])
-    assert result.exit_code == 2 and "../evil" in result.stderr and not (tmp_path / "new").exists()
-
-
 # ---- links ----
 def test_links_are_not_followed(tmp_path):
     victim = tmp_path / "victim"
@@ -224,7 +206,7 @@ def test_links_are_not_followed(tmp_path):
         pass
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "evaluations").symlink_to(tmp_path / "elsewhere")
-    result = CliRunner().invoke(app, f"run --n 3 --k 1 --evaluate-n 2 --loss-n 2 --windows 0 --accuracy-tasks none --tasks lab-arc --device cpu --out {tmp_path / 'run'}".split())
+    result = called("run", *FEW, "--tasks", "lab-arc", "--out", tmp_path / "run")
     assert result.exit_code == 2, result.output
     assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(BadInput, match="evaluations is a link"), files.alone_in(tmp_path / "run"):

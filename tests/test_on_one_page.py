@@ -3,10 +3,10 @@ import copy
 
 import pytest
 import torch
-from fixtures import made_up, tiny_llama
+from fixtures import made_up_calibration, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from cap_nb.calibration import Calibration, calibration_set
+from cap_nb.calibration import calibration_set
 from cap_nb.importance import importance_factors
 from cap_nb.methods.prune import prune
 from cap_nb.methods.resumed_scoring import score_heads
@@ -20,7 +20,7 @@ SPARSITY = 0.5
 
 
 def tiny():
-    return tiny_llama(), Calibration.from_examples([made_up(index, 8 + index) for index in range(9)], k=3)
+    return tiny_llama(), made_up_calibration()
 
 
 def lab():

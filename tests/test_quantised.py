@@ -1,7 +1,6 @@
-"""A GGUF file from outside: where its rows lie, what is left after an error, what `load_model`, the program and llama.cpp make of it."""
+"""A GGUF file from outside: where its rows lie, what `load_model`, the program and llama.cpp make of it."""
 import importlib.util
 import logging
-import os
 
 import numpy as np
 import pytest
@@ -68,20 +67,6 @@ def test_a_tensor_is_read_some_rows_at_a_time(tmp_path, monkeypatch):
         pieces = list(rows_of(planned))
         assert max(piece.size for piece in pieces) <= max(1024, planned.shape[-1] * (planned.head_size or 1))
         assert len(pieces) > 1 or len(planned.shape) == 1
-
-
-def test_nothing_is_left_after_an_error(tmp_path, monkeypatch):
-    folder, written = saved(tmp_path / "src"), []
-
-    def broken(*given):
-        written.append(given)
-        if len(written) == 4:
-            raise OSError("the disk broke")
-        return quantised.Zeros()
-    monkeypatch.setattr(quantised, "padded_write", broken)
-    with pytest.raises(OSError, match="the disk broke"):
-        export_gguf(folder, tmp_path / "x.gguf")
-    assert sorted(os.listdir(tmp_path)) == ["src"]
 
 
 @pytest.mark.parametrize("kind, tied", [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False)])

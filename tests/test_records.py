@@ -1,6 +1,5 @@
 """The records of runs: any text comes back, damage is named, committed runs hold what tables and manifests say."""
 import json
-import math
 import os
 import random
 import re
@@ -15,7 +14,7 @@ from cap_nb.core.files import read_json, sha256_of_file, write_checked
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord
 from cap_nb.jobs.job import prepare
 from cap_nb.jobs.records import (
-    PACKED, differences, is_record, known_before, load_evaluation, load_run, manifest, pack_run, packed_texts, read_run, save_evaluation,
+    PACKED, differences, known_before, load_evaluation, load_run, manifest, pack_run, packed_texts, read_run, save_evaluation,
     unpack_run)
 from cap_nb.jobs.report import run_folders, table_texts
 from cap_nb.jobs.settings import Job
@@ -53,28 +52,17 @@ def test_a_committed_run_is_packed_and_whole(run):
     assert {name.rpartition(".")[2] for name in listed["made"] if name.startswith("figures/")} <= {"png"}
 
 
-def same_table(one, other):
-    """Whether two tables say the same: scores are sums, whose last digit differs from one processor to another."""
-    cells = [re.split(r"[,|\n]", text) for text in (one, other)]
-    return len(cells[0]) == len(cells[1]) and all(a == b or nearly(a, b) for a, b in zip(*cells))
-
-
-def nearly(one, other):
-    try:
-        return math.isclose(float(one), float(other), rel_tol=1e-9, abs_tol=1e-12)
-    except ValueError:
-        return False
-
-
-def test_tables_of_two_processors_are_the_same():
-    assert same_table("a,1.0000000000000002\n", "a,1.0\n") and not same_table("a,1.001\n", "a,1.0\n")
-    assert not same_table("a,1.0\n", "b,1.0\n") and not same_table("a,1.0\n", "a,1.0,2\n")
+NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?")
 
 
 @committed
 def test_tables_of_a_committed_run_follow_from_its_records(run):
-    texts, tables = table_texts(load_run(run)), sorted(run.glob("tables/*"))
-    assert [path.name for path in tables if not same_table(texts[f"tables/{path.name}"], path.read_text())] == []
+    """Scores are sums, whose last digit differs from one processor to another."""
+    texts = table_texts(load_run(run))
+    for path in run.glob("tables/*"):
+        kept, made = path.read_text(), texts[f"tables/{path.name}"]
+        assert NUMBER.sub("#", made) == NUMBER.sub("#", kept), path.name
+        assert list(map(float, NUMBER.findall(made))) == pytest.approx(list(map(float, NUMBER.findall(kept))), rel=1e-9, abs=1e-12), path.name
 
 
 @pytest.mark.parametrize("name", RUNS if os.environ.get("CAP_NB_SOAK") else ["lab", "lab_moe", "qwen_answers", "held_out/smollm2/0"])
@@ -98,8 +86,10 @@ def test_a_run_that_version_0_1_packed_is_read_and_packed_anew(tmp_path):
     pack_run(old)
     assert not (old / "run.json").exists() and packed_texts(old) == packed_texts(run)
     write_checked(old / "manifest.json", about["manifest.json"] | {"packed": "0" * 64})
+    flipped = bytearray((old / PACKED).read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (old / PACKED).write_bytes(flipped)
     with pytest.raises(BadInput, match="its checksum says"):
-        with_a_bit_flipped(old / PACKED, 0.5)
         load_run(old)
 
 
@@ -130,30 +120,3 @@ def test_the_ledger_is_of_these_runs():
     listed = read_json(FIGURES / "claims" / "manifest.json")
     assert {name: sha256_of_file(FIGURES / "claims" / name) for name in listed["made"]} == listed["made"]
     assert {name: sha256_of_file(FIGURES / name) for name in listed["made from"]} == listed["made from"]
-
-
-def with_a_bit_flipped(path, place):
-    """The bytes of a file as they were, after one of its bits was flipped."""
-    kept = path.read_bytes()
-    at = int(place * len(kept))
-    path.write_bytes(kept[:at] + bytes([kept[at] ^ 1]) + kept[at + 1:])
-    return kept
-
-
-@pytest.mark.parametrize("place", [0.3, 0.6, 0.95])
-def test_a_flipped_bit_in_any_record_is_never_believed(tmp_path, place):
-    """A digit that became another one still reads well: only the checksum knows. Live and packed."""
-    unpack_run(FIGURES / "qwen_answers", tmp_path / "live")
-    shutil.copytree(FIGURES / "qwen_answers", tmp_path / "packed")
-    records = [path for path in (tmp_path / "live").rglob("*") if path.is_file() and is_record(path.relative_to(tmp_path / "live"))]
-    believed = []
-    for path in [*records, tmp_path / "live" / "run.json", tmp_path / "packed" / PACKED]:
-        kept = with_a_bit_flipped(path, place)
-        try:
-            load_run(tmp_path / path.relative_to(tmp_path).parts[0])
-            believed.append(path.name)
-        except BadInput as error:
-            assert path.name in str(error) or path.parent.name in str(error), f"{path} is not named: {error}"
-        path.write_bytes(kept)
-    assert not believed and len(records) > 15
-    assert len(load_run(tmp_path / "live").evaluations) == len(load_run(tmp_path / "packed").evaluations) == 4

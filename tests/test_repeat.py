@@ -49,11 +49,6 @@ def test_other_data_is_noticed_at_the_command_line(run, tmp_path):
     assert said.exit_code == 1 and "setting calibration.fingerprint (000000000000, now" in said.output
 
 
-def test_a_method_that_the_run_has_not_is_refused(run, tmp_path):
-    said = cap("repeat", run, "--out", tmp_path / "again", "--methods", "ria")
-    assert said.exit_code == 2 and "The run has no method ria" in said.output
-
-
 @pytest.mark.parametrize("settings", [
     {"seed": 3, "aggregation": "mean", "max_new_tokens": 9}, {"seed": 3, "calibration_seed": 0, "text_share": 0.5}, {"calibrate_on": "text"},
     {"score_target": "divergence", "methods": ("cap",), "evaluate_on": "validation"}])

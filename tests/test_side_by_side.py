@@ -49,14 +49,6 @@ def test_other_settings_are_not_taken_for_these(tmp_path):
         measured_case(tmp_path / "made.json", "one", {"values": (1, 3)}, made)
 
 
-def test_every_side_is_measured_once_a_round():
-    order = []
-    sides = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
-    seconds = measured_rounds(sides, repeats=4, warmups=2)
-    assert [sorted(order[start:start + 3]) for start in range(0, 18, 3)] == [["a", "b", "c"]] * 6
-    assert [len(values) for values in seconds.values()] == [4] * 3 and min(map(min, seconds.values())) == 7
-
-
 @pytest.mark.skipif(not PEAK.exists(), reason="this system does not report its peak memory")
 def test_memory_is_that_of_the_own_process():
     """400 MB held here do not count there; 200 MB held there do, though they are given back before the end."""

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, tool
+from conftest import ROOT
 from notebooks_on_disk import NOTEBOOKS, cells, label
+from tools.site import stage, walk
 
-stage, walk = tool("site/stage"), tool("site/walk")
 NAMES = stage.order()
 TITLES = {name: name for name in NAMES}
 
@@ -115,7 +115,6 @@ def test_a_small_site_can_be_walked_through(tmp_path):
 
 @pytest.mark.parametrize("lacks", ["playwright", "Chromium"])
 def test_a_site_that_cannot_be_walked_through_is_no_success(monkeypatch, lacks):
-    monkeypatch.setattr(sys, "argv", ["walk.py"])
     monkeypatch.setattr(walk.importlib.util, "find_spec", lambda name: None if lacks == "playwright" else True)
     monkeypatch.setattr(walk, "chromium", lambda: None)
     with pytest.raises(SystemExit, match=f"was not walked through: .*{lacks}"):

@@ -6,15 +6,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
-from typer.testing import CliRunner
 
-from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.methods.prune import prune
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.portable.speed import (
     BACKENDS, SpeedSettings, bench_folder, filled, linears_of, speed_rows, speed_text, zeros_in)
+from programs import called
 
 CPU = torch.device("cpu")
 SPARSE = [name for name in ("csr", "scipy") if not BACKENDS[name].missing(CPU)]
@@ -60,7 +59,7 @@ def test_prefill_and_decode_compute_what_they_should(monkeypatch):
 
 def test_the_program_measures(tmp_path):
     words = ["bench", "lab", "--batches", "1,2", "--prompt", "4", "--steps", "1", "--rounds", "2", "--backends", "torch", "--device", "cpu", "--note", "a test"]
-    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "r.json")])
+    done = called(*words, "--out", tmp_path / "r.json")
     assert done.exit_code == 0 and "also running: a test" in done.stdout
     record = read_checked(tmp_path / "r.json")
     assert set(record["seconds"]) == {f"{phase}, batch {batch}" for phase in ("prefill", "decode") for batch in (1, 2)}

@@ -3,7 +3,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 
 import nbformat
@@ -13,13 +12,12 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from cap_nb.models.anatomy import projections
-from cap_nb.models.interventions import hook_count
 from cap_nb.models.loading import load_model
-from conftest import ROOT, tool
+from conftest import ROOT
 from notebooks_on_disk import NOTEBOOKS, cells
-from tools import classroom, interactive
+from programs import cap, finished
+from tools import classroom, glossary, interactive, slides
 
-glossary, slides = tool("glossary"), tool("slides")
 ENTRIES = glossary.entries()
 
 
@@ -50,18 +48,7 @@ def test_the_chapters_lead_to_the_glossary():
     assert len(before) == 7 and len(set(found)) > 30 and set(found) <= {entry.anchor for entry in ENTRIES}
 
 
-def test_links_are_set_once_and_only_in_prose():
-    path = ROOT / "nbs" / "01_scoring.ipynb"
-    [entry] = [one for one in ENTRIES if one.term == "causal score"]
-    text = "# Causal score\n\n> A causal score.\n\nIn `causal score`, a [causal score](x.ipynb), $causal score$;\nfor a causal\nscore, a causal score."
-    [once] = glossary.set_links({path: [text]}, [entry])[path]
-    assert once.count("glossary") == 1
-    assert once.endswith("$causal score$; for a\n[causal score](teaching/01_glossary.ipynb#causal-score), a causal score.")
-    assert glossary.set_links({path: [once]}, [entry])[path] == [once]
-    assert glossary.set_links({path: ["**Exercises**\n\nA causal score."]}, [entry])[path] == ["**Exercises**\n\nA causal score."]
-
-
-def test_slides_need_nothing_from_elsewhere(tmp_path):
+def test_slides_need_nothing_from_elsewhere():
     made = slides.deck(slides.CHOSEN)
     assert not set(re.findall(r"""(?:src|href)=["'](?!data:|#)([^"']+)""", made)) and "@import" not in made and "url(" not in made
     assert made.count("<img ") >= 6 and made.count("<math ") > 10 and "$$" not in made
@@ -123,18 +110,6 @@ def test_the_page_holds_what_the_notebook_computes(lab, method, sparsity, head):
         first = lab["first_wrong"](answer.output, lab["right"][problem.task])
         assert (wrong, correct) == (-1 if first is None else first, answer.correct)
         assert state["cells"][index + 1] == pytest.approx(loss, abs=0.001)
-
-
-def test_an_answer_for_every_mask(lab, monkeypatch):
-    """Two of the heads: the tool answers with each of them masked, as the notebook does, and leaves no hook."""
-    masked, problem = [(0, 5), (1, 2)], lab["problems"][0]
-    monkeypatch.setattr(interactive, "heads_of", lambda lab: masked)
-    lab["pruned"]("dense", 0)
-    made = interactive.answers_of(lab, problem)
-    asked = [lab["answered"](problem, heads) for heads in ([], *([head] for head in masked))]
-    assert [answer.output for answer, _ in made] == [answer.output for answer, _ in asked]
-    assert [loss for _, loss in made] == pytest.approx([loss for _, loss in asked], abs=1e-4)
-    assert hook_count(lab["model"]) == 0
 
 
 def test_the_page_is_up_to_date_and_needs_nothing(lab):
@@ -236,8 +211,7 @@ def test_the_homeworks_commands_run(tmp_path):
     said = []
     for line in (scored, listed, ran, compared):
         words = shlex.split(line + few.get(line, ""))
-        words[:1] = [sys.executable, "-m", "cap_nb"] if words[0] == "cap" else [sys.executable]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = finished(cap(*words[1:]) if words[0] == "cap" else lambda: exec(words[2], {}), tmp_path)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     assert "36 heads" in said[0] and re.search(r"tensor\(\[(?:\s*\d+,?){9}\]\)", said[1])

@@ -12,10 +12,9 @@ import typer
 
 from cap_nb.command_line import app
 from cap_nb.core.files import read_checked
-from conftest import ROOT, tool
-from notebooks_on_disk import NOTEBOOKS, cells, label, notebooks_tool
-
-matrix_tool, readme_tool = tool("matrix"), tool("readme")
+from conftest import ROOT
+from notebooks_on_disk import cells, notebooks_tool
+from tools import matrix as matrix_tool, readme as readme_tool
 
 
 def write_notebook(path, *sources):
@@ -57,20 +56,12 @@ def test_the_first_error_stops_and_nothing_is_written(tmp_path):
     assert execute(tmp_path / "nowhere.ipynb").returncode != 0
 
 
-def test_reading_order():
-    order = [label(path) for path in NOTEBOOKS]
-    assert order[:3] == ["index.ipynb", "on_one_page.ipynb", "00_calibration.ipynb"]
-    assert order.index("06_analysis.ipynb") < order.index("core/00_errors.ipynb") < order.index("command_line.ipynb")
-
-
 def test_directives():
     assert notebooks_tool.directives("#| export\n#| eval: false\nx = 1\n#| late") == {"export": "", "eval": "false"}
     assert notebooks_tool.is_skipped("#| slow\nx", {"slow"}) and not notebooks_tool.is_skipped("x  # slow", {"slow"})
 
 
-def test_links_hold_in_the_top_folder():
-    moved = readme_tool.links_from_the_top("![f](../figures/a.png) [n](00_x.ipynb) [w](https://a.b/c) [h](#here)")
-    assert moved == "![f](figures/a.png) [n](nbs/00_x.ipynb) [w](https://a.b/c) [h](#here)"
+def test_a_broken_link_is_noticed():
     assert readme_tool.broken_links("[a](README.md) [b](nowhere.md)") == ["nowhere.md"]
 
 

@@ -7,8 +7,10 @@ sparsity, with no head masked or one of all. Its text and script are edited in t
 replaced. tests/test_teaching.py compares them with the notebook, which masks one head for one problem.
 """
 import base64
+import itertools
 import json
 import re
+from collections import defaultdict
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -70,14 +72,9 @@ def answers_of(lab: dict, problem) -> list[tuple]:
     return list(zip(answers, (record.loss for record in losses)))
 
 
-class Table:
+def numbered() -> dict:
     """Values that occur often, each kept once and named by its number."""
-
-    def __init__(self):
-        self.numbers = {}
-
-    def number(self, value) -> int:
-        return self.numbers.setdefault(value, len(self.numbers))
+    return defaultdict(itertools.count().__next__)
 
 
 def shown_lines(text: str) -> list[str]:
@@ -86,7 +83,7 @@ def shown_lines(text: str) -> list[str]:
     return cut if len(cut) <= LINES else [*cut[:LINES], "…"]
 
 
-def state_of(lab: dict, method: str, sparsity: float, lines: Table, said: Table) -> dict:
+def state_of(lab: dict, method: str, sparsity: float, lines: dict, said: dict) -> dict:
     """What the page shows of a method and sparsity: shares (per mille), zeros of a matrix, a cell a head and problem."""
     reached = lab["pruned"](method, sparsity).reached
     zero = (lab["model"].model.layers[0].self_attn.o_proj.weight == 0).numpy()
@@ -95,8 +92,8 @@ def state_of(lab: dict, method: str, sparsity: float, lines: Table, said: Table)
         right = lab["right"][problem.task]
         for answer, loss in answers_of(lab, problem):
             wrong = lab["first_wrong"](answer.output, right)
-            numbers = tuple(lines.number(line) for line in shown_lines(answer.output))
-            cells += [said.number((numbers, -1 if wrong is None else wrong, int(answer.correct))), round(loss, 3)]
+            numbers = tuple(lines[line] for line in shown_lines(answer.output))
+            cells += [said[numbers, -1 if wrong is None else wrong, int(answer.correct)], round(loss, 3)]
     return {"reached": round(reached, 4), "zeros": base64.b64encode(np.packbits(zero)).decode(),
             "shares": (1000 * lab["shares"]()).round().int().tolist(), "cells": cells}
 
@@ -117,14 +114,14 @@ def about(lab: dict) -> dict:
 
 def measured(lab: dict) -> dict:
     """All that the page shows."""
-    lines, said = Table(), Table()
+    lines, said = numbered(), numbered()
     asked = [("dense", 0.0), *((m, s) for m in lab["METHODS"].values() for s in SPARSITIES)]
     states = {f"{method} {share:g}": state_of(lab, method, share, lines, said) for method, share in tqdm(asked)}
     problems = [{"task": p.task, "question": p.question + "".join(f"\n{letter}. {text}" for letter, text in p.choices),
                  "right": lab["right"][p.task].splitlines()} for p in lab["problems"]]
     return {"about": about(lab), "methods": lab["METHODS"], "sparsities": [0, *SPARSITIES], "problems": problems,
             "scores": [[round(score, 5) for score in row] for row in lab["scores"].tolist()],
-            "lines": list(lines.numbers), "answers": [[list(n), *rest] for n, *rest in said.numbers], "states": states}
+            "lines": list(lines), "answers": [[list(n), *rest] for n, *rest in said], "states": states}
 
 
 def page_of(data: dict) -> str:

@@ -67,10 +67,6 @@ def main() -> None:
     broken = broken_links(made)
     if asked.check:
         if not target.is_file() or target.read_text(encoding="utf-8") != made:
-            import difflib
-            old = target.read_text(encoding="utf-8") if target.is_file() else ""
-            lines = old.splitlines(True), made.splitlines(True)
-            sys.stderr.writelines(difflib.unified_diff(*lines, "README.md", "from nbs/index.ipynb"))
             sys.exit("README.md is not what nbs/index.ipynb makes: run `make readme` and commit it.")
         if broken:
             sys.exit("README.md links to files that are not there: " + ", ".join(broken))

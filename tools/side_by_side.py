@@ -1,4 +1,7 @@
-"""Time several ways of one computation in turn, and keep what was measured with the machine that measured it."""
+"""Time several ways of one computation in turn, and keep what was measured with the machine that measured it.
+
+A case that is on disk is not measured again. `CAP_NB_NOTE` says what else was running.
+"""
 
 import json
 import os
@@ -34,6 +37,7 @@ from cap_nb.portable.speed import in_turns
 from cap_nb.scoring import score_heads_naive
 
 CPU = torch.device("cpu")
+RECORDS = Path(__file__).resolve().parents[1] / "figures" / "benchmarks"
 Seconds = dict[str, tuple[float, ...]]  # Name of a side -> seconds of every round
 Heads = Sequence[tuple[int, int]]  # (layer, head) of a sample
 Side = Callable[[Heads], torch.Tensor]  # Gives masked losses [L, H, N], NaN for heads that are not in the sample
@@ -140,7 +144,7 @@ def read_cases(path: str | Path) -> dict[str, dict]:
     raise BadInput(f"{path} holds no cases: expected a file that a benchmark wrote; remove it and measure again.")
 
 
-def measured_case(path, name: str, settings: Mapping, measure: Callable[[], dict], device=CPU, note: str = "") -> dict:
+def measured_case(path, name: str, settings: Mapping, measure: Callable[[], dict], device=CPU) -> dict:
     "The record of a case, with seconds of every round and what they are about: read if it is there, else measured."
     cases, wanted = read_cases(path), json.loads(json.dumps(settings))  # a tuple is a list in JSON
     if name in cases and cases[name]["settings"] != wanted:
@@ -149,7 +153,7 @@ def measured_case(path, name: str, settings: Mapping, measure: Callable[[], dict
             "remove the case to measure it again."
         )
     if name not in cases:
-        machine = named_machine(device, note)
+        machine = named_machine(device, os.environ.get("CAP_NB_NOTE", ""))
         cases[name] = {"settings": wanted, "machine": machine, **measure()}
         write_checked(path, {"cases": cases})
     return read_cases(path)[name]
@@ -168,6 +172,11 @@ def balanced_heads(layers: int, heads: int, chosen: int, each: int) -> Heads:
     below = [index * (layers - 1) // (chosen - 1) for index in range(chosen // 2)]
     middle = list(range(layers)) if chosen == layers else below + [layers - 1 - layer for layer in reversed(below)]
     return tuple((layer, index * heads // each) for layer in middle for index in range(each))
+
+
+def all_heads(model: nn.Module) -> Heads:
+    a = anatomy(model)
+    return tuple((layer, head) for layer in range(a.layers) for head in range(a.heads))
 
 
 def examples_at_hand(tokenizer, n: int, data_dir=None, seed: int = 0) -> tuple[Calibration, str]:
@@ -249,8 +258,7 @@ class ScoringRounds:
 
 def about_scoring(model: nn.Module, calibration: Calibration, batch_tokens: int, heads: Heads) -> dict:
     "What is to be kept about a scoring that is timed."
-    a = anatomy(model)
-    every = [(layer, head) for layer in range(a.layers) for head in range(a.heads)]
+    a, every = anatomy(model), all_heads(model)
     return {"model": model_fingerprint(model), "sizes": {**vars(a), "vocabulary": model.config.vocab_size},
             "dtype": str(model.dtype).removeprefix("torch."), "calibration": calibration.fingerprint,
             "examples": len(calibration.examples), "tokens": sum(len(e.input_ids) for e in calibration.examples),
@@ -357,7 +365,7 @@ def measured_scoring(
     heads: Heads,  # The sample, or all
     rounds: ScoringRounds,  # How the sides are compared
     more: Mapping[str, Side] | None = None,  # Further sides, as in `scoring_sides`
-    **said: str,  # What else is to be kept: which data, which weights, "note" for what else was running
+    **said: str,  # What else is to be kept: which data, which weights
 ) -> dict:  # The record of the case
     "The record of a scoring that is compared: read if it is there, else measured."
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
@@ -373,4 +381,4 @@ def measured_scoring(
 
     asked = {"repeats": rounds.repeats, "batch_tokens": rounds.batch_tokens}
     asked |= {"heads": len(heads), "examples": len(calibration.examples)}
-    return measured_case(path, name, asked, measure, device, said.get("note", ""))
+    return measured_case(path, name, asked, measure, device)

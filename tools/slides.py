@@ -1,12 +1,10 @@
 """Slides from the executed notebooks: title, equation, picture and summary of each, in one file that needs no network.
 
-    python tools/slides.py                              build/slides.html from chapters 00 to 06 and the traps
-    python tools/slides.py --out x.html nbs/a.ipynb     of these notebooks
+    python tools/slides.py    build/slides.html from chapters 00 to 06 and the traps
 
 Pictures are embedded, formulas become MathML, style and script stand in the file. Arrow keys, space or a click turn the
 page; printing gives a page a slide. nbconvert's own slides fetch reveal.js and MathJax from elsewhere, so they are not used.
 """
-import argparse
 import html
 import json
 import re
@@ -144,14 +142,10 @@ def deck(paths: list[Path]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("notebooks", nargs="*", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "slides.html")
-    asked = parser.parse_args()
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    text = deck(asked.notebooks or CHOSEN)
-    asked.out.write_text(text, encoding="utf-8")
-    print(f"{text.count('<section>')} slides in {asked.out}")
+    out, text = ROOT / "build" / "slides.html", deck(CHOSEN)
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    print(f"{text.count('<section>')} slides in {out}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ The records are made, on a machine that does nothing else, by
 
     python -m tools.benchmarks.generation
 
-in an environment with the extra `harness`: `pip install -e '.[dev,harness]'`. A case that is on disk is not measured
-again: remove that file first to measure all of them anew, which takes about six minutes. `CAP_NB_DATA` names the folder
-of the benchmarks' own files, if it is at hand; without it SmolLM2 is given the lab's problems. `CAP_NB_NOTE` says what
-else was running. SmolLM2 is fetched with `cap fetch smollm2`.
+in an environment with the extra `harness`: `pip install -e '.[dev,harness]'`. All of them take about six minutes.
+`CAP_NB_DATA` names the folder of the benchmarks' own files, if it is at hand; without it SmolLM2 is given the lab's
+problems. SmolLM2 is fetched with `cap fetch smollm2`.
 """
 
 import copy
@@ -20,7 +19,6 @@ import importlib.util
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from cap_nb.calibration import default_style
 from cap_nb.core.errors import BadInput
@@ -31,7 +29,7 @@ from cap_nb.evaluation import evaluation_problems, extract_answer, normal_answer
 from cap_nb.experiments.harness import greedy_settings, imported_harness, undisturbed
 from cap_nb.methods.prune import prune
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint
-from tools.side_by_side import measured_case, measured_rounds, stopwatch
+from tools.side_by_side import RECORDS, measured_case, measured_rounds, stopwatch
 
 # Both sides get the same prompts as text, make tokens of them, write greedily in float32 on the processor up to the
 # same limit, and give text back. The harness sorts by length and calls `generate`, a batch after the other, with a
@@ -43,9 +41,7 @@ from tools.side_by_side import measured_case, measured_rounds, stopwatch
 # same rule; the other stops behind a whole answer line too, as `accuracy` does. The harness's task, filters and counting
 # are not timed.
 
-ROOT = Path(__file__).resolve().parents[2]
-path = ROOT / "figures" / "benchmarks" / "generation.json"
-data_dir, note = os.environ.get("CAP_NB_DATA"), os.environ.get("CAP_NB_NOTE", "")
+path, data_dir = RECORDS / "generation.json", os.environ.get("CAP_NB_DATA")
 
 
 def ours(model, tokenizer, problems, style, limit, rows, line=None):
@@ -103,27 +99,28 @@ def right_answers(texts, problems, style):
     return sum(right["harness"])
 
 
-def with_processor_time(call, kept):
-    def timed():
-        start, seconds = time.process_time(), stopwatch(call)()
-        kept.append(time.process_time() - start)
-        return seconds
-
-    return timed
-
-
 # Beside the seconds on the wall stand those that the processor spent on this process. On a machine that does nothing
 # else they are nearly equal; where others compute too, the wall includes them as well.
 
 
+def both_times(sides, repeats):
+    def timed(call, kept):
+        start, seconds = time.process_time(), stopwatch(call)()
+        kept.append(time.process_time() - start)
+        return seconds
+
+    spent = {name: [] for name in sides}
+    measures = {name: lambda call=call, kept=spent[name]: timed(call, kept) for name, call in sides.items()}
+    seconds = measured_rounds(measures, repeats, warmups=0)
+    return seconds | {f"{name}, processor": tuple(each) for name, each in spent.items()}
+
+
 def timed_sides(sides, tokenizer, repeats, verdicts):
     texts = {name: side() for name, side in sides.items()}  # also the warm-up
-    about, spent = {"ended early": check_texts(texts), "right": verdicts(texts)}, {name: [] for name in sides}
+    about = {"ended early": check_texts(texts), "right": verdicts(texts)}
     about["tokens"] = {name: sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in written)
                        for name, written in texts.items()}
-    seconds = measured_rounds({name: with_processor_time(side, spent[name]) for name, side in sides.items()}, repeats,
-                              warmups=0)
-    return {"seconds": seconds | {f"{name}, processor": tuple(each) for name, each in spent.items()}, "about": about}
+    return {"seconds": both_times(sides, repeats), "about": about}
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def generation_case(path, name, case, data_dir=None, other=None):
         return timed | {"about": timed["about"] | kept}
 
     settings = {"repeats": case.repeats, "n": case.n, "limit": case.limit, "rows": case.rows}
-    return measured_case(path, name, settings, measure, note=note)
+    return measured_case(path, name, settings, measure)
 
 
 # In a job a pruned model answers the same problems as the dense one did, and those that were long are asked first. The
@@ -183,17 +180,14 @@ def ordered_case(path, task, sparsity, n=200, limit=192, repeats=5):
         dense = tuple(len(said.tokens) for said in answers())
         prune(model, "magnitude", sparsity)
         sides = {"by prompts": answers, "by dense answers": lambda: answers(dense)}
-        counted, spent = {name: counted_calls(model, side) for name, side in sides.items()}, {name: [] for name in sides}
-        timed = {name: with_processor_time(side, spent[name]) for name, side in sides.items()}
-        seconds = measured_rounds(timed, repeats, warmups=0)
-        seconds |= {f"{name}, processor": tuple(each) for name, each in spent.items()}
+        counted, seconds = {name: counted_calls(model, side) for name, side in sides.items()}, both_times(sides, repeats)
         first, second = (texts for _, texts in counted.values())
         about = {"calls": {name: calls for name, (calls, _) in counted.items()}, "task": task, "weights": "lab"}
         about |= {"differ": sum(a != b for a, b in zip(first, second)), "model": model_fingerprint(model)}
         return {"seconds": seconds, "about": about | {"tokens": sum(map(len, first)), "dense tokens": sum(dense)}}
 
     settings = {"repeats": repeats, "n": n, "limit": limit, "method": "magnitude", "sparsity": sparsity}
-    return measured_case(path, f"lab, {task}, ordered at {sparsity:.0%}", settings, measure, note=note)
+    return measured_case(path, f"lab, {task}, ordered at {sparsity:.0%}", settings, measure)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ or more. Out: `figures/benchmarks/gpu.json`, a case for each measurement. Wanted
 Each case is written as soon as it is measured, and one that is on disk is not measured again: the same command goes on
 where it was stopped, within the run too. The model is Qwen's 0.5B if `models/qwen-coder-0.5b` holds it, else SmolLM2 if
 it was fetched, else the lab's, and the record says which. `CAP_NB_DATA` names the folder of the benchmarks' own files;
-without it the examples are the lab's. `CAP_NB_NOTE` says what else was running.
+without it the examples are the lab's.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -39,13 +39,12 @@ from cap_nb.models.anatomy import anatomy
 from cap_nb.models.decoding import Decoding, generate_greedy
 from cap_nb.models.loading import load_model, model_cache, model_fingerprint
 from cap_nb.portable.speed import span_text
-from tools.side_by_side import (ScoringRounds, balanced_heads, examples_at_hand, examples_of_lengths, gain_for_all,
-                                largest_difference, measured_case, measured_rounds, measured_scoring, random_model,
-                                read_cases, seconds_for_all, share_reached, stopwatch, wanted_text)
+from tools.side_by_side import (RECORDS, ScoringRounds, balanced_heads, examples_at_hand, examples_of_lengths,
+                                gain_for_all, largest_difference, measured_case, measured_rounds, measured_scoring,
+                                random_model, read_cases, seconds_for_all, share_reached, stopwatch, wanted_text)
 
 ROOT = Path(__file__).resolve().parents[2]
-path = ROOT / "figures" / "benchmarks" / "gpu.json"
-data_dir, note = os.environ.get("CAP_NB_DATA"), os.environ.get("CAP_NB_NOTE", "")
+path, data_dir = RECORDS / "gpu.json", os.environ.get("CAP_NB_DATA")
 llama = PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"]
 LIMIT = 20 * 60  # Seconds that the command may take; a measurement that would not end in time is not begun
 
@@ -72,7 +71,7 @@ def run_case(path, device, weights, folder, words=(*QUICK, "none")):
         values = table[[name for name in table if not name.endswith((" low", " high", " n"))]]
         return {"seconds": run.timings, "about": {"memory": run.memory, "table": values.to_dict("records")}}
 
-    return measured_case(path, "run", {"model": Path(weights).name, "words": words, "data": DATA}, measure, device, note)
+    return measured_case(path, "run", {"model": Path(weights).name, "words": words, "data": DATA}, measure, device)
 
 
 # Losses of some heads of the same model on the processor, in float32, and on the device in three formats.
@@ -98,7 +97,7 @@ def agreement_case(path, device, weights, n=4, chosen=4, repeats=3, formats=FORM
         return {"seconds": seconds, "about": about | {"agreement": apart}}
 
     asked = {"weights": Path(weights).name, "n": n, "heads": chosen, "repeats": repeats, "formats": formats}
-    return measured_case(path, "agreement", asked, measure, device, note)
+    return measured_case(path, "agreement", asked, measure, device)
 
 
 # Both sides of a scoring get some heads of each of four layers, the first and the last among them, so that a resumed
@@ -107,26 +106,17 @@ def agreement_case(path, device, weights, n=4, chosen=4, repeats=3, formats=FORM
 # shapes; 0.05 nats are allowed.
 
 
-@dataclass(frozen=True)
-class DeviceCase:
-    "What is scored on a device, and how often."
-
-    shape: dict = field(default_factory=lambda: llama)  # Configuration of the model
-    dtype: torch.dtype = torch.bfloat16  # Of its weights
-    n: int = 128  # Examples a task
-    chosen: int = 4  # Layers to take heads from
-    each: int = 4  # Heads of each of them
-    rounds: ScoringRounds = ScoringRounds((4096, 8192, 16384), repeats=3, tolerance=0.05, times=20)
+ROUNDS = ScoringRounds((4096, 8192, 16384), repeats=3, tolerance=0.05, times=20)
 
 
-def device_case(path, device, case=DeviceCase(), name="llama-3-8b"):
+def device_case(path, device, shape=llama, n=128, chosen=4, each=4, rounds=ROUNDS):
     tokenizer = load_model("smollm2" if (model_cache() / "smollm2").is_dir() else "lab", "float32", "cpu")[1]
-    real, said = examples_at_hand(tokenizer, case.n, data_dir)
-    model = random_model(AutoConfig.for_model(**case.shape), device, case.dtype)
+    real, said = examples_at_hand(tokenizer, n, data_dir)
+    model = random_model(AutoConfig.for_model(**shape), device, torch.bfloat16)
     examples = examples_of_lengths(lengths_of(real), model.config.vocab_size)
-    heads = balanced_heads(anatomy(model).layers, anatomy(model).heads, case.chosen, case.each)
-    return measured_scoring(path, name, model, examples, heads, case.rounds, data=f"random tokens, as long as {said}",
-                            weights="random, seed 0", note=note)
+    heads = balanced_heads(anatomy(model).layers, anatomy(model).heads, chosen, each)
+    return measured_scoring(path, "llama-3-8b", model, examples, heads, rounds, weights="random, seed 0",
+                            data=f"random tokens, as long as {said}")
 
 
 # Writing: as many answers at once as `rows` says, each of so many tokens after a prompt of so many. Every step reads all
@@ -154,7 +144,7 @@ def writing_case(path, device, shape=llama, rows=(1, 8, 32), prompt=128, steps=6
         return {"seconds": seconds, "about": {"tokens": made, "bytes": weights, "weights": "random, seed 0"}}
 
     asked = {"rows": rows, "prompt": prompt, "steps": steps, "repeats": repeats}
-    return measured_case(path, "writing", asked, measure, device, note)
+    return measured_case(path, "writing", asked, measure, device)
 
 
 # What is measured, in order, with the seconds that each is expected to take at most on one H100. The run comes first: it
@@ -225,10 +215,10 @@ def dry_run(folder):
     "Every measurement with tiny sizes on the processor, which is slow in float16: the records, and what is said of them."
     toy = llama | dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                        num_key_value_heads=2, vocab_size=720)
-    small = DeviceCase(shape=toy, n=1, chosen=2, each=1, rounds=ScoringRounds((8,), repeats=1, tolerance=0.05, times=1))
+    rounds = ScoringRounds((8,), repeats=1, tolerance=0.05, times=1)
     words = (*QUICK, "none", "--methods", "magnitude", "--n", "2", "--loss-n", "1", "--windows", "0")
     cases = [Measurement("run", 1, lambda path, device: run_case(path, device, "lab", folder / "run", words)),
-             Measurement("llama-3-8b", 1, lambda path, device: device_case(path, device, small)),
+             Measurement("llama-3-8b", 1, lambda path, device: device_case(path, device, toy, 1, 2, 1, rounds)),
              Measurement("agreement", 1, lambda path, device: agreement_case(path, device, "lab", 1, 2, 1, FORMATS[:2])),
              Measurement("writing", 1, lambda path, device: writing_case(path, device, toy, (1, 2), 8, 4, 1))]
     said = measure_all(cases, folder / "gpu.json", torch.device("cpu"))

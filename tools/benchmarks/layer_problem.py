@@ -12,7 +12,7 @@ The records are made, on a machine that does nothing else, by
     CAP_NB_PEER=FOLDER python -m tools.benchmarks.layer_problem
 
 where the folder holds the published code, a checkout of github.com/locuslab/wanda; without it, only our own sides are
-measured. `CAP_NB_NOTE` says what else was running. Nothing of that code is kept here.
+measured. Nothing of that code is kept here.
 """
 
 import importlib
@@ -40,11 +40,9 @@ from cap_nb.methods.sparsegpt import sparsegpt_update
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.methods.selection import smallest_in_rows
-from tools.side_by_side import measured_case, measured_rounds
+from tools.side_by_side import RECORDS, measured_case, measured_rounds
 
-ROOT = Path(__file__).resolve().parents[2]
-path = ROOT / "figures" / "benchmarks" / "layer_problem.json"
-note, peer_folder = os.environ.get("CAP_NB_NOTE", ""), os.environ.get("CAP_NB_PEER", "")
+path, peer_folder = RECORDS / "layer_problem.json", os.environ.get("CAP_NB_PEER", "")
 llama = PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"] | dict(num_hidden_layers=1, vocab_size=1000)
 solvers = ("sparsegpt", "wanda^swaps", "wanda^update", "alps")
 
@@ -257,7 +255,7 @@ def layer_case(path, name, case, repeats=5, threads=1, peer=""):
         return {"seconds": seconds, "about": about | sides.first[case["sides"][0]][2]}
 
     settings = {"repeats": repeats, "sparsity": 0.5, "threads": threads, "dtype": "float32", **case}
-    return measured_case(path, name, settings, measure, note=note)
+    return measured_case(path, name, settings, measure)
 
 
 def main() -> None:

@@ -25,10 +25,9 @@ from cap_nb.methods.layer_walk import joined
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.portable.speed import span_text
 from tools.benchmarks.scaling import shape
-from tools.side_by_side import counted_work, examples_of_lengths, measured_case, random_model, wanted_text
+from tools.side_by_side import RECORDS, all_heads, counted_work, examples_of_lengths, measured_case, random_model, wanted_text
 
-path = Path(__file__).resolve().parents[2] / "figures" / "benchmarks" / "processes.json"
-note = os.environ.get("CAP_NB_NOTE", "")
+path = RECORDS / "processes.json"
 sizes = dict(layers=6, tokens=128, examples=4, shape=shape)
 
 
@@ -73,8 +72,7 @@ def together(count, sizes, context="spawn"):
 def predicted(sizes, count):
     "The efficiency that the operations allow: the masked passes are shared, and every process walks the intact model."
     model, examples = scored(**sizes)
-    every = [(layer, head) for layer in range(sizes["layers"]) for head in range(model.config.num_attention_heads)]
-    alone, whole = (counted_work(model, examples, sizes["tokens"], heads)["resumed"] for heads in ((), every))
+    alone, whole = (counted_work(model, examples, sizes["tokens"], heads)["resumed"] for heads in ((), all_heads(model)))
     predicted = whole / (count * alone + whole - alone)
     return {"model": model_fingerprint(model), "calibration": examples.fingerprint, "predicted": predicted}
 
@@ -92,7 +90,7 @@ def processes_case(path, repeats=5, sizes=sizes, same=(4, 8), context="spawn"):
         about = predicted(sizes, 2) | {"table": hashes["1"], "same bytes": [int(count) for count in hashes]}
         return {"seconds": {name: tuple(each) for name, each in seconds.items()}, "about": about}
 
-    return measured_case(path, "two of one thread", {"repeats": repeats, "same": same, **sizes}, measure, note=note)
+    return measured_case(path, "two of one thread", {"repeats": repeats, "same": same, **sizes}, measure)
 
 
 def efficiency(case):

@@ -9,17 +9,15 @@ The records are made, on a machine that does nothing else, by
 
     python -m tools.benchmarks.scoring
 
-A case that is on disk is not measured again. `CAP_NB_DATA` names the folder of the benchmarks' own files, if it is at
-hand; without it the lab's tasks are read. `CAP_NB_NOTE` says what else was running. SmolLM2 is fetched with
-`cap fetch smollm2`. For the comparison with TransformerLens, install it into the environment that runs the command:
-`pip install "transformer_lens>=3.9,<4"`. Version 3.9 is the last that has `HookedTransformer`, and it wants
-transformers 5.9 or newer.
+`CAP_NB_DATA` names the folder of the benchmarks' own files, if it is at hand; without it the lab's tasks are read.
+SmolLM2 is fetched with `cap fetch smollm2`. For the comparison with TransformerLens, install it into the environment
+that runs the command: `pip install "transformer_lens>=3.9,<4"`. Version 3.9 is the last that has `HookedTransformer`,
+and it wants transformers 5.9 or newer.
 """
 
 import importlib.util
 import os
 import shutil
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -35,43 +33,33 @@ from cap_nb.models.anatomy import anatomy, decoder_layers, output_projection
 from cap_nb.models.loading import bfloat16_gain, load_model, model_cache, model_fingerprint
 from cap_nb.models.replay import read_prefix, run_layer
 from cap_nb.scoring import batches_of, causal_scores, mean_by_example, rank_correlation, score_heads_naive
-from tools.side_by_side import (ScoringRounds, about_scoring, balanced_heads, behind_worked_examples, examples_at_hand,
-                                examples_of_lengths, measured_case, measured_rounds, measured_scoring, random_model,
-                                read_cases, stopwatch)
+from tools.side_by_side import (RECORDS, ScoringRounds, about_scoring, all_heads, balanced_heads,
+                                behind_worked_examples, examples_at_hand, examples_of_lengths, measured_case,
+                                measured_rounds, measured_scoring, random_model, read_cases, stopwatch)
 
 # The settings. Squares are the sizes of the matrix product that are tried for the machine's peak. Everything is in
 # float32 on the processor, with 4,096 padded tokens a batch on both sides.
 
-ROOT = Path(__file__).resolve().parents[2]
-path = ROOT / "figures" / "benchmarks" / "scoring.json"
-data_dir, note, squares = os.environ.get("CAP_NB_DATA"), os.environ.get("CAP_NB_NOTE", ""), (1024, 2048, 4096)
+path, data_dir, squares = RECORDS / "scoring.json", os.environ.get("CAP_NB_DATA"), (1024, 2048, 4096)
 
 
-def all_heads(model):
-    return [(layer, head) for layer in range(anatomy(model).layers) for head in range(anatomy(model).heads)]
-
-
-# The hook loop is the paper's procedure, written plainly: a whole pass for every head. `score_heads` resumes at the
-# masked layer, runs the last layer and the output head at target positions only, and reads a prefix that all examples
-# share once for each head. The lab model is small enough to score all of its 36 heads in every round.
-
-# SmolLM2-135M-Instruct has 270 heads. Both sides get the same four, one of each of four layers spread from the first to
-# the last; the mean number of layers that a resumed pass runs is that of all heads. The time without any head is
-# measured beside, and what the sample took beyond it is scaled to 270 heads. A profile says where the time goes.
+# The lab model is small enough to score all of its 36 heads in every round. SmolLM2-135M-Instruct has 270 heads. Both
+# sides get the same four, one of each of four layers spread from the first to the last; the mean number of layers that
+# a resumed pass runs is that of all heads. The time without any head is measured beside, and what the sample took
+# beyond it is scaled to 270 heads. A profile says where the time goes.
 
 
 def smollm2_case(path, repeats=5, n=4, chosen=4, name="smollm2"):
     model, tokenizer = load_model("smollm2", "float32", "cpu")
     examples, said = examples_at_hand(tokenizer, n, data_dir)
     a, rounds = anatomy(model), ScoringRounds(squares, repeats=repeats, profiled=True)
-    heads, kept = balanced_heads(a.layers, a.heads, chosen, 1), dict(weights="SmolLM2-135M-Instruct", note=note)
-    return measured_scoring(path, name, model, examples, heads, rounds, data=said, **kept)
+    heads = balanced_heads(a.layers, a.heads, chosen, 1)
+    return measured_scoring(path, name, model, examples, heads, rounds, data=said, weights="SmolLM2-135M-Instruct")
 
 
-# Where the rest of the promise goes. A call of a layer has a price of its own, whatever the number of tokens: its weights
-# are read once, and some forty operations begin. So layers in the middle are timed on batches of one example each, of
-# growing length, and on the shared beginning, for one masked head and for nine at once. The batches that both sides make
-# of the examples above are kept beside, as rows and tokens.
+# A call of a layer has a price of its own, whatever the number of tokens. So layers in the middle are timed on batches
+# of one example each, of growing length, and on the shared beginning, for one masked head and for nine at once. The
+# batches that both sides make of the examples above are kept beside, as rows and tokens.
 
 
 def layer_call_case(path, repeats=5, n=4, tokens=(24, 48, 96, 192, 384, 768, 1536, 3072), between=(5, 11)):
@@ -107,7 +95,7 @@ def layer_call_case(path, repeats=5, n=4, tokens=(24, 48, 96, 192, 384, 768, 153
         return {"seconds": measured_rounds(sides, repeats), "about": about}
 
     settings = {"repeats": repeats, "tokens": list(tokens), "between": list(between), "examples": n}
-    return measured_case(path.with_name("layer_calls.json"), "smollm2", settings, measure, note=note)
+    return measured_case(path.with_name("layer_calls.json"), "smollm2", settings, measure)
 
 
 # Few-shot: the same worked examples stand before every prompt, as chain-of-thought prompting puts them there. The ratio
@@ -124,7 +112,7 @@ def few_shot_case(path, repeats=5, n=1, shots=4):
     return measured_scoring(path, f"smollm2, {shots} worked examples", model, behind_worked_examples(fewer, worked),
                             balanced_heads(a.layers, a.heads, 2, 1), rounds,
                             data=f"{said}, each behind {shots} worked examples of {worked[0].task}",
-                            weights="SmolLM2-135M-Instruct", note=note)
+                            weights="SmolLM2-135M-Instruct")
 
 
 # Screened: a quarter of the masked passes, with slopes for all heads, against both whole tables. On the lab
@@ -157,7 +145,7 @@ def screened_case(path, weights, examples, said, sample=None, repeats=5, budget=
         return {"seconds": seconds, "about": about}
 
     settings = {"repeats": repeats, "examples": len(examples.examples), "budget": budget}
-    return measured_case(path, f"{weights}, screened", settings, measure, note=note)
+    return measured_case(path, f"{weights}, screened", settings, measure)
 
 
 # On SmolLM2 a whole table of the usual examples takes too long, and a budget needs some examples of each task: ten
@@ -196,7 +184,7 @@ def bfloat16_case(path, repeats=5, n=2, chosen=4):
         return {"seconds": measured_rounds(times, repeats, warmups=0), "about": about}
 
     settings = {"repeats": repeats, "examples": len(examples.examples), "heads": len(heads)}
-    return measured_case(path, "smollm2, bfloat16", settings, measure, note=note)
+    return measured_case(path, "smollm2, bfloat16", settings, measure)
 
 
 # A Mistral of full width, cut to four layers, with random weights: the largest model here, 1.1 billion weights. It
@@ -211,7 +199,7 @@ def mistral_case(path, repeats=5, n=1, layers=4, each=1, **changes):
     examples = examples_of_lengths(lengths_of(real), model.config.vocab_size)
     heads = balanced_heads(layers, anatomy(model).heads, layers, each)
     return measured_scoring(path, "mistral, 4 layers", model, examples, heads, ScoringRounds(squares, repeats=repeats),
-                            data=f"random tokens, as long as {said}", weights="random, seed 0", note=note)
+                            data=f"random tokens, as long as {said}", weights="random, seed 0")
 
 
 # Its users write the ablation of a head as a hook on `blocks.L.attn.hook_z` that sets one head's output to zero, and
@@ -279,7 +267,7 @@ def lens_case(path, name, repeats=5, n=4, chosen=10, each=1):
             for side, hooked in sides.items()}
     heads = balanced_heads(anatomy(model).layers, anatomy(model).heads, chosen, each)
     return measured_scoring(path, f"{name}, TransformerLens", model, examples, heads,
-                            ScoringRounds(squares, repeats=repeats), more=more, data=said, weights=name, note=note,
+                            ScoringRounds(squares, repeats=repeats), more=more, data=said, weights=name,
                             transformer_lens=importlib.metadata.version("transformer_lens"))
 
 
@@ -316,13 +304,13 @@ def compiled_case(path, name, repeats=5, n=4, chosen=10, each=1):
         return score_heads(compiled, examples, 4096, heads=heads).masked
 
     return measured_scoring(path, f"{name}, compiled", model, examples, heads, ScoringRounds(squares, repeats=repeats),
-                            more={"compiled": once}, data=f"random tokens, as long as {said}", weights=name, note=note)
+                            more={"compiled": once}, data=f"random tokens, as long as {said}", weights=name)
 
 
 def main() -> None:
     model, tokenizer = load_model("lab", "float32", "cpu")
     examples, said = examples_at_hand(tokenizer, 16)
-    kept, rounds = dict(data=said, weights="lab", note=note), ScoringRounds(squares, profiled=True)
+    kept, rounds = dict(data=said, weights="lab"), ScoringRounds(squares, profiled=True)
     print(measured_scoring(path, "lab", model, examples, all_heads(model), rounds, **kept)["seconds"])
     print(screened_case(path, "lab", examples, said)["seconds"])
     if (model_cache() / "smollm2").is_dir():

@@ -16,10 +16,9 @@ from pathlib import Path
 
 from cap_nb.core.errors import BadInput
 from cap_nb.portable.speed import span_text
-from tools.side_by_side import measured_case, measured_rounds, wanted_text
+from tools.side_by_side import RECORDS, measured_case, measured_rounds, wanted_text
 
-path = Path(__file__).resolve().parents[2] / "figures" / "benchmarks" / "start.json"
-note = os.environ.get("CAP_NB_NOTE", "")
+path = RECORDS / "start.json"
 PYTHON, CAP = sys.executable, str(Path(sys.executable).with_name("cap"))
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 COMMANDS = {"python alone": [PYTHON, "-c", "pass"], "import cap_nb": [PYTHON, "-c", "import cap_nb"], "cap --help": [CAP, "--help"],
@@ -55,7 +54,7 @@ def start_case(path, commands=COMMANDS, repeats=5):
         processor = {f"{name}, processor": tuple(each[-repeats:]) for name, each in spent.items()}
         return {"seconds": seconds | processor, "about": {"wanted": WANTED}}
 
-    return measured_case(path, "start", {"repeats": repeats, "commands": list(commands)}, measure, note=note)
+    return measured_case(path, "start", {"repeats": repeats, "commands": list(commands)}, measure)
 
 
 if __name__ == "__main__":

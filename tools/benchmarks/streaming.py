@@ -29,12 +29,10 @@ from cap_nb.jobs.planning import PUBLISHED
 from cap_nb.methods.streaming import SHARD_INDEX, open_checkpoint, prune_checkpoint
 from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.portable.format import PACKED
-from tools.side_by_side import in_own_process, measured_case, measured_rounds, read_cases
+from tools.side_by_side import RECORDS, in_own_process, measured_case, measured_rounds, read_cases
 
-ROOT = Path(__file__).resolve().parents[2]
-path = ROOT / "figures" / "benchmarks" / "streaming.json"
-small = path.with_name("small_files.json")
-note, llama = os.environ.get("CAP_NB_NOTE", ""), PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"]
+path, small = RECORDS / "streaming.json", RECORDS / "small_files.json"
+llama = PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"]
 
 
 def shards_of(tensors, most):
@@ -106,8 +104,8 @@ def streaming_sides(src, dst, peaks, method="cap", sparsity=0.2):
 
 def streaming_case(path, name, settings, method="cap", scratch=None, repeats=5, most=2**30):
     def measure():
-        peaks, folder = {}, Path(tempfile.mkdtemp(prefix="cap_nb-", dir=scratch))
-        try:
+        with tempfile.TemporaryDirectory(prefix="cap_nb-", dir=scratch) as place:
+            peaks, folder = {}, Path(place)
             random_checkpoint(folder / "src", settings, most)
             sides = streaming_sides(folder / "src", folder / "dst", peaks, method)
             seconds = measured_rounds(sides, repeats, warmups=0)
@@ -116,11 +114,9 @@ def streaming_case(path, name, settings, method="cap", scratch=None, repeats=5, 
                      "shards": len(checkpoint.shards),
                      "weights": sum(p.numel() for p in checkpoint.model.parameters()), "seed": 0}
             return {"seconds": seconds, "about": about | {"peaks": peaks}}
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     asked = {"repeats": repeats, "sparsity": 0.2, "method": method, "model": settings, "source": "on the disk"}
-    return measured_case(path, name, asked, measure, note=note)
+    return measured_case(path, name, asked, measure)
 
 
 def hashes_of(folder):
@@ -168,15 +164,12 @@ def packed_steps(folder, sparsity):
 
 def packed_case(path, name, settings, scratch=None, most=2**30, sparsity=0.5):
     def measure():
-        folder = Path(tempfile.mkdtemp(prefix="cap_nb-", dir=scratch))
-        try:
-            random_checkpoint(folder / "base", settings, most)
-            return packed_steps(folder, sparsity)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="cap_nb-", dir=scratch) as folder:
+            random_checkpoint(Path(folder) / "base", settings, most)
+            return packed_steps(Path(folder), sparsity)
 
     asked = {"sparsity": sparsity, "method": "magnitude", "dtype": "bfloat16", "model": settings}
-    return measured_case(path, name, asked, measure, note=note)
+    return measured_case(path, name, asked, measure)
 
 
 def check_room(folder, wanted=50 * 10**9):

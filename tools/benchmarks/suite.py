@@ -3,7 +3,7 @@
 > How long `make demo` takes with its installation, and `make test` after it, in a fresh clone.
 
 Out: `figures/benchmarks/suite.json`. Wanted on two cores: five minutes for the demo, fifteen for the suite. On a
-machine that does nothing else, half an hour, once: python -m tools.benchmarks.suite. `CAP_NB_NOTE` as elsewhere.
+machine that does nothing else, half an hour, once: python -m tools.benchmarks.suite.
 """
 
 import os
@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 from cap_nb.core.errors import BadInput
-from tools.side_by_side import measured_case
+from tools.side_by_side import RECORDS, measured_case
 
 ROOT = Path(__file__).resolve().parents[2]
-path, note = ROOT / "figures" / "benchmarks" / "suite.json", os.environ.get("CAP_NB_NOTE", "")
+path = RECORDS / "suite.json"
 
 
 def suite_case(path, source=ROOT, targets=("demo", "test")):
@@ -33,7 +33,7 @@ def suite_case(path, source=ROOT, targets=("demo", "test")):
                     raise BadInput(f"make {target} failed: expected it to end well; it said {done.stderr[-300:]!r}.")
         return {"seconds": seconds, "about": {"last line": last}}
 
-    return measured_case(path, "fresh clone", {"repeats": 1, "targets": list(targets)}, measure, note=note)
+    return measured_case(path, "fresh clone", {"repeats": 1, "targets": list(targets)}, measure)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,9 @@ the same zeros.
 The records are made, on a machine that does nothing else and has 3 GB of memory to spare, by
 
     python -m tools.benchmarks.threshold
-
-A case that is on disk is not measured again. `CAP_NB_NOTE` says what else was running.
 """
 
 import hashlib
-import os
-from pathlib import Path
 
 import torch
 
@@ -23,15 +19,12 @@ from cap_nb.core.errors import BadInput
 from cap_nb.core.devices import memory_taken
 from cap_nb.methods.selection import find_threshold
 from cap_nb.threshold import bisect_threshold, zero_count
-from tools.side_by_side import measured_case, measured_rounds, stopwatch
+from tools.side_by_side import RECORDS, measured_case, measured_rounds, stopwatch
 
 # Scores are magnitudes of normal numbers, times a factor between 1 and 10 for each piece. The histogram reads the
-# pieces twice, counting first the upper and then the lower half of the bits of every score, and holds one piece at a
-# time. The other three are given all scores in one vector, whose making is not in their time.
+# pieces twice; the other three are given all scores in one vector, whose making is not in their time.
 
-ROOT = Path(__file__).resolve().parents[2]
-path = ROOT / "figures" / "benchmarks" / "threshold.json"
-cpu, note = torch.device("cpu"), os.environ.get("CAP_NB_NOTE", "")
+path, cpu = RECORDS / "threshold.json", torch.device("cpu")
 
 
 def made_scores(pieces, each, dtype, seed=0):
@@ -78,7 +71,7 @@ def threshold_case(path, name, dtype, pieces=100, each=10**6, sparsity=0.2, repe
                 "about": about}
 
     return measured_case(path, name, {"repeats": repeats, "pieces": pieces, "each": each, "sparsity": sparsity},
-                         measure, note=note)
+                         measure)
 
 
 def main() -> None:

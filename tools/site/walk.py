@@ -1,6 +1,6 @@
 """Walk through the built site in headless Chromium, as a reader would, and say what is wrong with it.
 
-    python tools/site/walk.py [_docs/html]
+    python tools/site/walk.py
 
 From the index by "Next" to the last page, then every other page of the sidebar and the reference. On each: pictures
 load, formulas are rendered, links lead somewhere, nothing is fetched that is not a file of the site, the console stays
@@ -8,7 +8,6 @@ silent, and at a phone's width nothing is wider than the screen. Then the search
 page on which a reader prunes by hand, whose slider and heads are moved by keyboard and mouse, and the slides, which the
 right arrow turns. A site that nobody can walk through, for want of playwright or Chromium, counts as a fault.
 """
-import argparse
 import importlib.util
 import os
 import shutil
@@ -211,15 +210,12 @@ def walk(site: Path) -> tuple[list[str], dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("site", nargs="?", type=Path, default=ROOT / "_docs" / "html")
-    asked = parser.parse_args()
     if importlib.util.find_spec("playwright") is None:
         sys.exit("the site was not walked through: playwright is missing; make docs installs it, or pip install 'playwright>=1.50,<2'")
     if chromium() is None:
         sys.exit("the site was not walked through: there is no Chromium; install one, or name it in $CHROMIUM")
     began = time.time()
-    faults, seen = walk(asked.site)
+    faults, seen = walk(ROOT / "_docs" / "html")
     def counted(parts): return f"{sum(p['pictures'] for p in parts)} pictures, {sum(p['formulas'] for p in parts)} formulas"
     print(f"{len(seen['way'])} pages by Next, {len(seen['pages'])} in all: {counted(seen['pages'].values())}")
     print(f"{len(seen['slides'])} slides: {counted(seen['slides'])}; {time.time() - began:.0f} s, {len(faults)} faults")
