@@ -2,8 +2,8 @@
 
 > How long `make demo` takes with its installation, and `make test` after it, in a fresh clone.
 
-Out: `figures/benchmarks/suite.json`. Wanted on two cores: five minutes for the demo, fifteen for the suite. On a
-machine that does nothing else, half an hour, once: python -m tools.benchmarks.suite.
+Out: `figures/benchmarks/suite.json`. Wanted on two cores: six minutes for the demo, ten for the suite. On a machine
+that does nothing else, half an hour, once: python -m tools.benchmarks.suite.
 """
 
 import os
@@ -30,7 +30,7 @@ def suite_case(path, source=ROOT, targets=("demo", "test")):
                 done = subprocess.run(["make", "--no-print-directory", target], cwd=folder, env=clean, capture_output=True, text=True)
                 seconds[target], last[target] = (time.perf_counter() - start,), done.stdout.strip().splitlines()[-1:]
                 if done.returncode:
-                    raise BadInput(f"make {target} failed: expected it to end well; it said {done.stderr[-300:]!r}.")
+                    raise BadInput(f"make {target} failed: expected it to end well; it said {(done.stdout + done.stderr)[-3000:]!r}.")
         return {"seconds": seconds, "about": {"last line": last}}
 
     return measured_case(path, "fresh clone", {"repeats": 1, "targets": list(targets)}, measure)
