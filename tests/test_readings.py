@@ -262,10 +262,12 @@ def test_the_calibration_set_of_such_a_run_is_drawn_from_the_others():
 # what was asked in advance
 
 PLAN = ROOT / "figures" / "plan.json"
+PLANS = [PLAN, ROOT / "figures" / "repair" / "plan.json"]
 
 
-def test_the_plan_names_methods_measures_and_commands_that_are_there():
-    families, shown = read_families(PLAN), called("run", "--help").stdout
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.parent.name)
+def test_a_plan_names_methods_measures_and_commands_that_are_there(plan):
+    families, shown = read_families(plan), {name: called(name, "--help").stdout for name in ("run", "chains")}
     for family in families.values():
         titles = {task_title(task) for task in family.problems}
         assert {measure.removesuffix(" gold p norm") for measure in family.measures} == titles
@@ -274,8 +276,9 @@ def test_the_plan_names_methods_measures_and_commands_that_are_there():
             assert len(keys) == len(set(keys)) == (len(family.pairs) - (chosen == "cap")) * len(family.sparsities) * len(family.measures)
         for command in family.commands:
             options = dict(re.findall(r"--([\w-]+) (\S+)", command))
-            assert command.startswith("cap run ") and all(f"--{option}" in shown for option in options)
-            methods = tuple(options["methods"].replace("CHOSEN", "cap.pooled").split(","))
+            assert all(f"--{option}" in shown[command.split()[1]] for option in options)
+            if command.startswith("cap chains"): continue
+            methods = tuple(options["methods"].replace("CHOSEN", family.readings[-1]).split(","))
             check_names({"methods": methods, "accuracy_tasks": tuple(set(options["accuracy-tasks"].split(",")) - {"none"})})
         judged = set(methods)
         assert {name for pair in family.pairs for name in pair} - {CHOSEN} <= judged
@@ -299,7 +302,7 @@ def test_a_plan_that_was_edited_or_asks_for_nothing_is_refused(tmp_path):
 
 @real
 def test_the_plans_problems_are_those_that_its_commands_draw():
-    for family in read_families(PLAN).values():
+    for family in (family for plan in PLANS for family in read_families(plan).values()):
         options = dict(re.findall(r"--([\w-]+) (\S+)", family.commands[-1]))
         for task, fingerprint in family.problems.items():
             n = int(options["evaluate-n" if task in options["accuracy-tasks"] else "choice-n"])
