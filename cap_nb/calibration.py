@@ -70,7 +70,7 @@ import torch
 from cap_nb.core.errors import check_at_least, check_seed
 
 def deal_subsets(stratum: Sequence[int], k: int, seed: int = 0) -> torch.Tensor:
-    "The subset of each example, int64 [N]: K disjoint ones, balanced over the strata (paper section 3.2)."
+    "The subset of each example, int64 [N]: K disjoint ones (paper section 3.2), balanced over the strata."
     check_at_least(k, 1, "k (subsets)")
     if k > len(stratum):
         raise BadInput(f"k = {k} subsets of {len(stratum)} examples: expected at least one example a subset; "

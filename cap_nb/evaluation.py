@@ -258,7 +258,7 @@ def bootstrap_interval(
 LossSummary = namedtuple("LossSummary", "task n loss low high") # Of n problems: the mean loss in nats, its interval
 
 def summarise_losses(records: Sequence[LossRecord], seed: int = 0) -> tuple[LossSummary, ...]:
-    "Mean target loss with its bootstrap interval: every problem weighs the same, as in the paper's Eq. 2."
+    "Mean target loss, in nats, with its bootstrap interval: every problem weighs the same."
     summaries = []
     for task in dict.fromkeys(record.task for record in records):
         losses = [record.loss for record in records if record.task == task]
@@ -297,7 +297,7 @@ def text_windows(ids: Sequence[int], windows: int = 100, window_tokens: int = 20
     return torch.tensor(ids[:count * width]).view(count, width)
 
 def window_losses(model: torch.nn.Module, windows: torch.Tensor, positions: int = 256) -> torch.Tensor:
-    "Mean token loss of each window of tokens, float64 [windows], the output head `positions` at a time."
+    "Mean token loss of each window of tokens, in nats, float64 [windows], the output head `positions` at a time."
     total, cross_entropy = torch.zeros(len(windows), dtype=torch.float64), torch.nn.functional.cross_entropy
     with inference(model):
         hidden = decoder_of(model)(input_ids=windows, use_cache=False).last_hidden_state

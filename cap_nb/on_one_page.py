@@ -35,7 +35,7 @@ def cap_naive(
     sparsity: float, # Share of the weights to zero
     tolerance: float = 1e-4, # How near the share must come
 ) -> CapResult: # Scores, factors and threshold
-    "Causal Attribution Pruning as the paper states it (section 3, equations 1 to 4)."
+    "Causal Attribution Pruning (paper section 3, equations 1 to 4); key-value heads take a mean, scores must differ."
     layers, config = model.model.layers, model.config
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 

@@ -46,7 +46,7 @@ class Factors:
         return (p.role in IN_COLUMNS) != (self.layout == "literal" and bool(p.parts))
 
     def spans(self, p: Projection, groups: int) -> list[tuple[int, int, float]]:
-        "(start, stop, factor) of each region along a projection's rows, or columns if it is an output projection."
+        "(start, stop, factor) of each region along a projection's axis that `in_columns` names."
         if not p.parts: return [(0, len(p.weight), self.heads[p.layer].mean().item())]
         query = self.heads[p.layer].tolist()
         if self.layout == "literal":

@@ -267,6 +267,6 @@ def plot_score_intervals(
 
 # %% ../nbs/01_scoring.ipynb #c051
 def median_subset(losses: HeadLosses) -> torch.Tensor:
-    "The subset that the median of paper equation 2 picks for each head (of an even K, the lower of the middle two)."
+    "The subset that the median of paper equation 2 picks for each head, int64 [L, H] (of an even K, the lower one)."
     means = subset_means(losses.masked, losses.subset)
     return means.argsort(dim=-1)[..., (means.shape[-1] - 1) // 2]

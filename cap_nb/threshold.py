@@ -12,7 +12,7 @@ from cap_nb.models.anatomy import projections
 from cap_nb.regions import region_factors
 
 def weight_scores(model: nn.Module, factors: torch.Tensor | None = None) -> torch.Tensor:
-    "|W| I of all weights in one vector, by layer, projection, flat index (paper equation 4); no factors: magnitude."
+    "|W| I of all weights, float32 [weights], by layer, projection, index (paper equation 4); no factors: magnitude."
     regions = {} if factors is None else region_factors(model, factors)
     scores = [p.weight.detach().float().abs() * regions.get(p.name, 1) for p in projections(model)]
     return torch.cat([score.flatten() for score in scores])

@@ -71,7 +71,7 @@ def relative_sparsity(numbers: Sequence[float], weights: Sequence[int], sparsity
 def add_allocation(
     name: str, # Letters, digits and underscores; not one of `ALLOCATIONS` yet
     relative: Callable[[nn.Module, Measurements], Sequence[float]], # Model, measurements -> a number for each layer
-    needs: Sequence[str] = (), # Some of "norm", "factor", "gradient"
+    needs: Sequence[str] = (), # Some of `NEEDS`, but not "hessian"
     says: str = "an allocation of your own", # What it looks at, in a few words
     source: str = "yours", # Where it comes from
 ) -> None:

@@ -39,7 +39,7 @@ from .tables import (
 from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import needs_of, parse_method, READINGS
 from ..methods.screening import screened_scores
-from ..models.decoding import limit_for
+from ..models.decoding import check_limit
 
 # %% ../../nbs/jobs/02_report.ipynb #c005
 def heads_csv(**columns: torch.Tensor) -> str: # A line a head
@@ -119,7 +119,7 @@ def curve_groups(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation
 def warn_of_cut_off(dense: Sequence[AnswerRecord]) -> None:
     "Warn, for each task, where too many of the dense model's answers reached the token limit."
     for task in dict.fromkeys(answer.task for answer in dense):
-        try: limit_for([answer for answer in dense if answer.task == task])
+        try: check_limit([answer for answer in dense if answer.task == task])
         except BadInput as shortage: logging.getLogger(__name__).warning("%s: %s", task, shortage)
 
 # %% ../../nbs/jobs/02_report.ipynb #c036

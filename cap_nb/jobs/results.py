@@ -208,7 +208,7 @@ from cap_nb.core.errors import check_fields, check_sparsity
 from cap_nb.core.files import read_checked
 from cap_nb.methods.prune import check_method
 
-CHOSEN = "chosen" # In a pair: the reading that validation chooses
+CHOSEN = "chosen" # In a pair: the method that validation chooses
 
 @dataclass(frozen=True)
 class PrimaryFamily:

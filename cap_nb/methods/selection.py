@@ -32,7 +32,7 @@ class Criterion:
     "How a method scores weights; those with the smallest scores become zero."
     name: str # As in "wanda"
     score: Callable[[Evidence], torch.Tensor] # Score of every weight of a projection, [out, in], not negative
-    needs: tuple[str, ...] = () # What must be measured: some of "factor", "norm", "gradient", "hessian"
+    needs: tuple[str, ...] = () # What must be measured: some of `cap_nb.methods.criteria.NEEDS`
     scope: str = "model" # The scope in which its authors use it
     says: str = "" # The score of a weight, in a few words
     source: str = "" # The publication that it comes from

@@ -168,10 +168,18 @@ def sparsegpt_update(
     return new.to(weight.dtype), mask
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c063
+SIDE = 1024 # Columns of a block; what is no wider is multiplied in one go
+
 def products(inputs: torch.Tensor) -> torch.Tensor:
-    "What SparseGPT adds up."
+    "What SparseGPT adds up, which is symmetric: the blocks on and above the diagonal are computed, the others copied."
     real = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-    return real.T @ real
+    if (width := real.shape[1]) <= SIDE: return real.T @ real
+    total = real.new_empty(width, width)
+    for start in range(0, width, SIDE):
+        part, below = slice(start, start + SIDE), slice(start + SIDE, width)
+        total[part, start:] = real[:, part].T @ real[:, start:]
+        total[below, part] = total[part, below].T
+    return total
 
 @torch.no_grad()
 def input_hessians(step: LayerStep) -> dict[str, torch.Tensor]:

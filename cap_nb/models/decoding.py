@@ -362,14 +362,15 @@ def one_task(items: Sequence[object]) -> str:
     raise BadInput(f"The problems or answers belong to {len(tasks)} tasks: expected those of one; "
                    "the limits and answer lines of tasks differ.")
 
-def limit_for(dense: Sequence[object], share: float = 0.995) -> int:
-    "A limit with room for the dense model's answers, at least `token_limit`; `BadInput` if too many were cut off."
-    task, n, cut = one_task(dense), len(dense), sum(record.cut_off for record in dense)
-    lengths = sorted(record.tokens for record in dense)
-    if cut > (1 - share) * n:
-        raise BadInput(f"{cut} of the dense model's {n} answers were cut off at {lengths[-1]} tokens: "
-                       f"expected at most {1 - share:.1%}; answer again with a larger max_new_tokens.")
-    return max(token_limit(task), lengths[math.ceil(share * n) - 1])
+MOST_CUT = 0.005 # Share of the dense model's answers that may be cut off
+
+def check_limit(dense: Sequence[object]) -> None:
+    "Raise `BadInput` if too many of the dense model's answers to a task were cut off."
+    one_task(dense)
+    n, cut, longest = len(dense), sum(record.cut_off for record in dense), max(record.tokens for record in dense)
+    if cut > MOST_CUT * n:
+        raise BadInput(f"{cut} of the dense model's {n} answers were cut off at {longest} tokens: expected at most "
+                       f"{MOST_CUT:.1%}; answer again with a larger max_new_tokens.")
 
 # %% ../../nbs/models/10_decoding.ipynb #c063
 @dataclass(frozen=True)
