@@ -539,7 +539,7 @@ def prune_command(
 ) -> str:
     "Prune a model and save it, by the method that is recommended for the sparsity unless --method names another."
     if recipe is not None:
-        given = given_in(context, ("n", "calibration_tokens", "calibrate_on", "chain_rule", "text_share"))
+        given = given_in(context, ("n", "calibration_tokens", "calibrate_on", "chain_rule"))
         job, settings = with_recipe(job, settings, recipe, given)
         from cap_nb.single_steps import recipe_asked, recipe_into, recipe_plan
         recipe_asked(job, settings, RECIPES[recipe].tuning, out) # refuses a folder that does not fit

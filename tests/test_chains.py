@@ -306,7 +306,8 @@ def test_a_plan_counts_chains_and_text(made):
 def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """The plan, then chains, pruning and training, each once; an option that is given wins; the card says what was calibrated on."""
     monkeypatch.setitem(RECIPES, "hour", replace(RECIPES["hour"], tuning=FineTuning(steps=2, examples=2)))
-    words = ["prune", "--recipe", "hour", "--method", "wanda", "--calibration-tokens", "300", "--text-tokens", "40", "--device", "cpu", "--out", tmp_path / "r"]
+    words = ["prune", "--recipe", "hour", "--method", "wanda", "--calibration-tokens", "300", "--text-share", "0.1", "--text-tokens", "40",
+             "--device", "cpu", "--out", tmp_path / "r"]
     train = single_steps.train_into
     monkeypatch.setattr(single_steps, "BENCHED", 2)
 
@@ -330,7 +331,8 @@ def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypa
     assert_one_sentence(cap(*words, "--sparsity", "0.4"), "holds a recipe with other settings")
     assert_one_sentence(cap("prune", "--recipe", "two", "--out", tmp_path / "x"), "Unknown recipe 'two'")
     listed = cap("methods", "--recipes").output.splitlines()
-    assert [line.split()[0] for line in listed] == list(RECIPES) and all("Provisional: chosen on no problem yet" in line for line in listed)
+    assert [line.split()[0] for line in listed] == list(RECIPES)
+    assert ["chosen on no problem yet" in line for line in listed] == ["one-shot" not in line[:10] for line in listed]
 
 
 def test_spared_problems_are_not_asked(lab):

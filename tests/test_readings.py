@@ -225,7 +225,7 @@ def test_no_calibration_set_of_the_records_has_a_problem_that_is_set_aside():
     tables = 0
     for path in sorted((ROOT/"figures").rglob("records.parquet")):
         run = load_run(path.parent)
-        if "gsm8k" not in run.configuration["calibration"]["tasks"] or run.configuration["calibration"]["n"] > 100: continue
+        if "gsm8k" not in run.configuration["calibration"]["tasks"] or run.configuration["calibration"].get("n", 101) > 100: continue
         calibrated = set(run.losses.uid) if run.losses is not None else set()
         answered = {r.uid for e in run.evaluations for r in (*e.answers, *e.losses) if r.task != FRESH}
         assert not fresh & (calibrated | answered), path
@@ -320,3 +320,17 @@ def test_the_judged_run_is_the_one_that_the_plan_commands():
     assert validation.configuration["calibration"] == run.configuration["calibration"] and set(family.readings) <= set(validation.configuration["methods"])
     asked = judged(family, run, chosen)
     assert list(asked) == family.keys(chosen) and {c.n for c in asked.values()} == {500}
+
+
+def test_the_judged_repair_is_the_one_that_its_plan_commands():
+    """The methods, the calibration set and the comparisons of the plan, and the dense model's answers of the first judged run."""
+    [family], folder = read_families(PLANS[1]).values(), ROOT / "figures"
+    run, first = load_run(folder / "repair" / "judged"), load_run(folder / "primary" / "qwen")
+    options, kept = dict(re.findall(r"--([\w-]+) (\S+)", family.commands[-1])), run.configuration["calibration"]
+    assert run.configuration["methods"] == options["methods"].replace("CHOSEN", "alps").split(",")
+    asked = {"on": "chains", "chain_rule": options["chain-rule"], "spare": [options["spare"]]}
+    assert kept["calibration_tokens"] == int(options["calibration-tokens"]) and {name: kept[name] for name in asked} == asked
+    verdicts = judged(family, run, "alps")
+    assert list(verdicts) == family.keys("alps") and {c.n for c in verdicts.values()} == {500}
+    before, again = (next(e.answers for e in each.evaluations if e.method == "dense") for each in (first, run))
+    assert before == again

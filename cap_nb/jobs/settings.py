@@ -293,34 +293,35 @@ class Recipe:
     "Options of `cap prune` that belong together."
     about: str # What it makes, in a few words
     method: str # How the model is pruned
-    calibration_tokens: int = 131_072 # Tokens of the calibration set
+    calibration_tokens: int = 98_304 # Tokens of the calibration set
     chain_rule: str = "all" # Which of the model's own chains are taken
-    text_share: float = 0.1 # Share of the tokens that is plain text
     tuning: FineTuning | None = None # How it is trained as a whole, with the dense model as teacher; None: not at all
+    judged: str = "Not judged: chosen on no problem yet" # By what it was chosen and judged
 
 RECIPES = {
     "best-mask": Recipe(about="one mask, and the weights that stay are as they were", method="wanda+kl^swaps"),
-    "one-shot": Recipe(about="the weights that stay are solved for, then repaired layer by layer", method="alps^block"),
-    "hour": Recipe(about="as one-shot, then trained for the dense model's predictions", method="alps^block",
+    "one-shot": Recipe(about="the weights that stay are solved for", method="alps",
+                       judged="Chosen on validation problems, judged on others: nbs/results/07_which_method.ipynb"),
+    "hour": Recipe(about="as one-shot, then trained for the dense model's predictions", method="alps",
                    tuning=FineTuning())}
 
 OWN = "own chains" # What a recipe calibrates on until the file of them is there
 
 def recipe_lines() -> list[str]:
     "What `cap methods --recipes` says."
-    return [f"{name:10} {r.about}: {r.method} on {r.calibration_tokens:,} tokens, {r.text_share:.0%} of them text, the "
-            f"others the model's own chains ({r.chain_rule}){f'; {r.tuning.steps} steps' if r.tuning else ''}. "
-            "Provisional: chosen on no problem yet." for name, r in RECIPES.items()]
+    return [f"{name:10} {r.about}: {r.method} on {r.calibration_tokens:,} tokens of the model's own chains "
+            f"({r.chain_rule}){f'; {r.tuning.steps} steps' if r.tuning else ''}. {r.judged}."
+            for name, r in RECIPES.items()]
 
 def with_recipe(job: Job, pruning: SinglePruning, name: str, given: Collection[str]) -> tuple[Job, SinglePruning]:
     "Fill in what a recipe says and the user did not; what it cannot be combined with raises `BadInput`."
-    recipe, wanted = RECIPES[check_choice(name, RECIPES, "recipe")], {"calibration_tokens", "chain_rule", "text_share"}
+    recipe, wanted = RECIPES[check_choice(name, RECIPES, "recipe")], {"calibration_tokens", "chain_rule"}
     for other in ("scores", "norms", "hessians", "stream"):
         if getattr(pruning, other):
             raise BadInput(f"--{other} was given with --recipe {name}: expected one of them, since a recipe measures "
                            "for itself, in memory; leave one out.")
     on = job.calibrate.calibrate_on if "calibrate_on" in given else OWN
-    no_use = {"calibration_tokens": "n" in given, "chain_rule": on in ("gold", "text"), "text_share": on == "text"}
+    no_use = {"calibration_tokens": "n" in given, "chain_rule": on in ("gold", "text")}
     filled = {each: getattr(recipe, each) for each in wanted if each not in given and not no_use[each]}
     return changed(job, calibrate_on=on, **filled), replace(pruning, method=pruning.method or recipe.method)
 
