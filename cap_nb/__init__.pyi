@@ -89,7 +89,6 @@ from cap_nb.data.prompts import make_example as make_example
 from cap_nb.scoring import masked_head as masked_head
 from cap_nb.methods.budgets import measured_budgets as measured_budgets
 from cap_nb.analysis import method_table as method_table
-from cap_nb.jobs.chains import mixed_calibration as mixed_calibration
 from cap_nb.portable.sharing import model_card as model_card
 from cap_nb.models.loading import model_fingerprint as model_fingerprint
 from cap_nb.models.anatomy import output_projection as output_projection

@@ -8,7 +8,7 @@ __all__ = ['method_table', 'Comparison', 'compare_methods', 'compare_with_paper'
 # %% ../nbs/06_analysis.ipynb #c005
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 from cap_nb.models.choices import ChoiceRecord
 
@@ -179,7 +179,6 @@ def sign_flip_test(differences: Sequence[float], seed: int = 0, flips: int = 9_9
     return (1 + sum(int((np.abs(drawn) >= reach).sum()) for drawn in sums)) / (1 + flips)
 
 # %% ../nbs/06_analysis.ipynb #c027
-from dataclasses import dataclass, replace
 from typing import TypeVar
 
 Key = TypeVar("Key") # Whatever names a comparison in its family

@@ -118,19 +118,15 @@ def read_methods(text: str) -> tuple[str, ...]: # ("cap", "wanda"); every method
     from cap_nb.methods.prune import table_methods
     return tuple(table_methods())
 
-def read_sparsities(text: str) -> tuple[float, ...]: # (0.1, 0.2)
-    "A list of sparsities; what is no number raises `BadInput`."
-    try: numbers = [float(part) for part in text.split(",")]
+def read_numbers(text: str, kind: type = int, like: str = "1,16") -> tuple: # (1, 16)
+    "A list of numbers; what is none raises `BadInput`."
+    try: return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise BadInput(f"Sparsity {text!r} is not a list of numbers: expected shares with commas; write "
-                       "0.1,0.2,0.5.") from None
-    return tuple(check_sparsity(number) for number in numbers)
+        raise BadInput(f"{text!r} is not a list of {'whole ' * (kind is int)}numbers: expected some with commas; "
+                       f"write {like}.") from None
 
-def read_counts(text: str) -> tuple[int, ...]: # (1, 16)
-    "A list of whole numbers; what is none raises `BadInput`."
-    try: return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise BadInput(f"{text!r} is not a list of whole numbers: expected some with commas; write 1,16.") from None
+def read_sparsities(text: str) -> tuple[float, ...]: # (0.1, 0.2)
+    return tuple(map(check_sparsity, read_numbers(text, float, "0.1,0.2,0.5")))
 
 def read_path(text: str | Path) -> Path: # The path
     "The path of a file or folder; nothing is none, though Python takes it for the folder where one is."
@@ -138,7 +134,7 @@ def read_path(text: str | Path) -> Path: # The path
     raise typer.BadParameter("it is empty")
 
 # %% ../nbs/command_line.ipynb #9a7ffab8
-LIST_READERS = {tuple[int, ...]: read_counts, tuple[str, ...]: read_names, tuple[str, ...] | None: read_names,
+LIST_READERS = {tuple[int, ...]: read_numbers, tuple[str, ...]: read_names, tuple[str, ...] | None: read_names,
                 tuple[float, ...]: read_sparsities}
 LIST_HELP = {"methods": "with commas, or all; the dense model is always measured",
              "accuracy_tasks": "with commas, none for none"} # Others: with commas
@@ -154,9 +150,6 @@ def make_option(field: str, kind: type, default: object, about: str, is_argument
         if field == "methods": read = read_methods
         about += f" ({LIST_HELP.get(field, 'with commas')})"
         kind, default = (str | None, None) if default is None else (str, option_text(default))
-    if field == "quick":
-        shorter = " ".join(f"{option_of(name)} {option_text(value)}" for name, value in QUICK.items())
-        about += f": {shorter}, unless given"
     path = {"parser": read_path} if kind in (Path, Path | None, list[Path], list[Path] | None) else {}
     if is_argument: declared = typer.Argument(help=about, show_default=False, **path)
     elif kind is bool and default: declared = typer.Option(help=about) # --probe/--no-probe
@@ -183,18 +176,14 @@ class Lines:
         "Write text; of a bar's texts only one that is due."
         bar = "\r" in text or "\x1b[A" in text
         if bar or self.in_bar and not text.strip(): # tqdm also moves by empty lines
-            self.in_bar = True
-            self.write_bar(text.replace("\x1b[A", "").strip())
+            self.in_bar, shown = True, text.replace("\x1b[A", "").strip()
+            what, waited = shown.partition(":")[0], time.monotonic() - self.last
+            if shown and waited >= (self.every if what == self.what else self.every / 6):
+                self.channel.write(f"{shown}\n")
+                self.last, self.what = time.monotonic(), what
             return len(text)
         self.in_bar = False
         return self.channel.write(text)
-
-    def write_bar(self, text: str) -> None:
-        "Write a bar's text as a line, if it is due."
-        what, waited = text.partition(":")[0], time.monotonic() - self.last
-        if not text or waited < (self.every if what == self.what else self.every / 6): return
-        self.channel.write(f"{text}\n")
-        self.last, self.what = time.monotonic(), what
 
     def __getattr__(self, name: str) -> object: return getattr(self.channel, name)
 
@@ -292,7 +281,9 @@ def options_of_command(function: Callable) -> list[Option]: # Its own options an
 CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 LOUDNESS = [make_option("quiet", bool, False, "draw no bars, and show no warnings"),
             make_option("verbose", bool, False, "tell more, such as the seconds of each stage")]
-QUICKLY = make_option("quick", bool, False, "a first look within minutes, too small for a verdict")
+SHORTER = " ".join(f"{option_of(name)} {option_text(value)}" for name, value in QUICK.items())
+QUICKLY = make_option("quick", bool, False,
+                      f"a first look within minutes, too small for a verdict: {SHORTER}, unless given")
 
 PLUGIN = make_option("plugin", list[Path] | None, None, "your own Python file, which is executed: it adds criteria, "
                      "attributions, allocations, tasks, texts, families or formats; may be given several times")
@@ -507,7 +498,6 @@ def train_lab_command(
 ) -> str:
     "Train the lab model anew, or its sibling with experts (most of an hour on two cores); resumable."
     from cap_nb.models.lab import DENSE, EXPERTS, train_lab
-    if steps is not None: check_at_least(steps, 1, "--steps")
     check_seed(seed, "--seed")
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
     return f"{out}: trained; use it with --model {out}."
@@ -731,8 +721,6 @@ def table_command(
     from cap_nb.jobs.tables import table_csv, table_latex, table_markdown
     from cap_nb.jobs.records import load_run
     run = load_run(folder)
-    if not run.evaluations:
-        raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
     table = method_table(run.evaluations)
     if form == "csv": return table_csv(table)
     return {"md": table_markdown, "tex": table_latex}[form](table, run.provenance)
@@ -772,13 +760,14 @@ def compare_command(
     "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
     check_choice(form, ("md", "csv"), "format")
     if beside is not None: check_choice(beside, ("published",), "value of --with")
-    from cap_nb.analysis import told_text
+    from cap_nb.analysis import comparison_frame, told_text
     from cap_nb.core.files import check_new_folder
-    from cap_nb.jobs.results import compare_runs, comparison_csv, published_text, runs_in, save_comparison
+    from cap_nb.jobs.results import compare_runs, published_text, runs_in, save_comparison
     from cap_nb.jobs.tables import comparison_markdown
     if out: check_new_folder(out)
     compared = compare_runs(runs, read_names(methods), against, sparsity and read_sparsities(sparsity), seed)
-    text = comparison_csv(compared) if form == "csv" else comparison_markdown(compared) + told_text(compared)
+    if form == "csv": text = comparison_frame(compared).to_csv(lineterminator="\n")
+    else: text = comparison_markdown(compared) + told_text(compared)
     if form == "md" and len(runs) == 1 and against is None:
         base = next(iter(compared))[1]
         text = f"One run: its methods are held against {base}; --against names another.\n\n{text}"

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, check_confidence, check_seed, validate_arguments
 from cap_nb.core.files import sha256_of_text
-from cap_nb.data.problems import TASKS, Problem, load_problems, task_family
+from cap_nb.data.problems import TASKS, Problem, Text, load_problems, load_text, task_family
 from cap_nb.data.prompts import (
-    IGNORED, Example, PromptStyle, check_comparable, default_style, encode_problems, extract_answer, normal_answer,
-    prompt_style, same_answer, strict_pattern)
+    IGNORED, Example, PromptStyle, check_comparable, collate, default_style, encode_problems, extract_answer,
+    normal_answer, prompt_style, same_answer, strict_pattern, token_batches)
 from cap_nb.models.choices import ChoiceRecord
 from cap_nb.models.decoding import Decoding, Generation, generate_greedy, generate_samples, one_task, token_limit
 
@@ -186,7 +186,6 @@ def summarise_answers(records: Sequence[AnswerRecord], seed: int = 0) -> tuple[A
 import math
 import numpy as np
 from tqdm.auto import tqdm
-from .data.prompts import collate, token_batches
 from .models.decoding import inference
 from .scoring import target_losses
 
@@ -283,7 +282,6 @@ def summarise_choices(records: Sequence[ChoiceRecord], seed: int = 0) -> tuple[C
     return tuple(summaries)
 
 # %% ../nbs/05_evaluation.ipynb #c116
-from cap_nb.data.problems import Text, load_text
 from cap_nb.models.anatomy import context_of, decoder_of, head_logits
 
 def text_windows(ids: Sequence[int], windows: int = 100, window_tokens: int = 2048,

@@ -35,34 +35,9 @@ def importance_factors(
     if span == 0: return torch.full_like(scores, low)
     return low + (high - low) * (scores - scores.min()) / span
 
-# %% ../nbs/02_importance.ipynb #c021
-from matplotlib.axes import Axes
+# %% ../nbs/02_importance.ipynb #6e7643aa
 from matplotlib.figure import Figure
 from cap_nb.core.plots import blank_figure, in_style
-
-def draw_scale(axes: Axes, scores: torch.Tensor) -> None:
-    "Equation 3 as a line, with a dot for every head and dashes from its score to its factor."
-    x, y = scores.flatten().tolist(), importance_factors(scores).flatten().tolist()
-    left = min(x) - 0.1 * (max(x) - min(x))
-    axes.vlines(x, 0, y, color="#999999", linestyle="--", linewidth=0.6)
-    axes.hlines(y, left, x, color="#999999", linestyle="--", linewidth=0.6)
-    axes.plot([min(x), max(x)], [min(y), max(y)], color="black", linewidth=1)
-    axes.plot(x, y, "o", color="#0072B2", markersize=5)
-    axes.axvline(0, color="black", linestyle=":", linewidth=1)
-    axes.axhspan(0, 1, facecolor="#DDDDDD", zorder=0)
-    near = f"no factor below 1, {sum(factor < 1.5 for factor in y)} of {len(y)} below 1.5"
-    axes.text(max(x), 0.45, near, ha="right", va="center", bbox={"facecolor": "#DDDDDD", "edgecolor": "none", "pad": 1})
-    axes.set(xlim=(left, None), ylim=(0, 10.5), yticks=range(1, 11), xlabel="causal score (nats)")
-
-@in_style
-def plot_scale(scores: dict[str, torch.Tensor]) -> Figure:
-    "How causal scores become importance factors (paper equation 3)."
-    figure, panels = blank_figure(1, len(scores), (3.75 * len(scores), 3))
-    for axes, (name, table) in zip(panels[0], scores.items()):
-        draw_scale(axes, table)
-        axes.set_title(name)
-    panels[0, 0].set_ylabel("importance factor")
-    return figure
 
 # %% ../nbs/02_importance.ipynb #c023
 @validate_arguments

@@ -78,13 +78,11 @@ class HeadLosses:
     k: int # Number of subsets, K
     seed: int # Seed of the deal into subsets
     meta: dict[str, Any] = field(default_factory=dict) # Provenance: fingerprints, dtype, device, versions
-    own_subset: torch.Tensor | None = field(default=None, compare=False) # Subsets that were not dealt, int64 [N]
     tokens: torch.Tensor | None = field(default=None, compare=False) # Target tokens of each, int64 [N]; None: not kept
 
     @property
     def subset(self) -> torch.Tensor:
-        "Subset of each example, int64 [N]: its own, or dealt from strata, K and seed."
-        if self.own_subset is not None: return self.own_subset
+        "Subset of each example, int64 [N], dealt from strata, K and seed."
         return deal_subsets(self.stratum, self.k, self.seed)
 
     def check_together(self) -> None:
@@ -97,8 +95,6 @@ class HeadLosses:
         if not (self.masked.is_floating_point() and self.intact.is_floating_point()):
             raise ValueError("the losses are no floating-point numbers")
         if self.k < 1: raise ValueError(f"k is {self.k}: expected a whole number of at least 1")
-        if self.own_subset is not None and len(self.own_subset) != n:
-            raise ValueError(f"subset has {len(self.own_subset)} entries, not {n}")
         if self.tokens is not None and not (self.tokens.dtype == torch.int64 and self.tokens.shape == (n,)
                                             and (self.tokens > 0).all()):
             raise ValueError("the numbers of target tokens are not one whole number above 0 an example")

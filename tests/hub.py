@@ -243,25 +243,33 @@ def data_sets(strategyqa_in="parquet"):
     return [Repo(name, kind="dataset", commit=commit, files={".gitattributes": b""} | content) for (name, _, commit), content in files.items()]
 
 
-def byte_tokenizer():
-    """A tokenizer whose tokens are bytes."""
+def byte_tokenizer(ends=("<s>", "</s>"), merges=()):
+    """A tokenizer whose tokens are bytes, pairs that are merged, and `ends`, of which the last one ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    letters = [*ends, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    special = dict(zip(("eos_token", "bos_token"), reversed(ends)), pad_token=ends[-1])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def save_llama(folder, shard="1GB", template=None, **settings):
+    """Save a tiny Llama, and a tokenizer of bytes, as transformers does."""
+    from fixtures import tiny_llama
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    ends = dict(bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    tiny_llama(vocab_size=len(tokenizer), **ends, **settings).save_pretrained(folder, max_shard_size=shard)
+    tokenizer.save_pretrained(folder)
 
 
 def llama_files(folder, shard="1GB"):
     """The files of a tiny Llama as transformers saves it, with what else a repository holds."""
-    from fixtures import tiny_llama
-
-    tokenizer = byte_tokenizer()
-    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=2048, num_hidden_layers=2, bos_token_id=0, eos_token_id=1, pad_token_id=1)
-    model.save_pretrained(folder, max_shard_size=shard)
-    tokenizer.save_pretrained(folder)
+    save_llama(folder, shard, max_position_embeddings=2048, num_hidden_layers=2)
     beside = {"README.md": b"---\nlicense: apache-2.0\n---\nA tiny Llama.\n", "pytorch_model.bin": b"a pickle that nobody wants", "modeling.py": b"raise SystemExit('ran')\n",
               ".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())} | beside

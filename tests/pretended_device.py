@@ -15,12 +15,10 @@ import torch
 from accelerate import dispatch_model
 from conftest import ROOT
 from fixtures import made_up_calibration, tiny_config, tiny_llama
-from programs import FEW
+from programs import FEW, called
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, MixtralConfig
-from typer.testing import CliRunner
 
-from cap_nb.command_line import app
 from cap_nb.core.devices import device_name, finish, make_current, memory_of, memory_taken
 from cap_nb.core.files import write_checked
 from cap_nb.core.registry import ATTRIBUTIONS
@@ -326,8 +324,8 @@ def test_only_attention_rounds_otherwise():
 def test_the_program_runs_on_it_from_end_to_end(tmp_path):
     save_model(tiny_llama(num_hidden_layers=2, vocab_size=len(lab_tokenizer()), max_position_embeddings=512), lab_tokenizer(), tmp_path / "model")
     for device in (PROCESSOR, DEVICE):
-        words = ["run", "--model", str(tmp_path / "model"), "--methods", "cap", "--sparsity", "0.5", "--out", str(tmp_path / device), *FEW]
-        done = CliRunner().invoke(app, [*words, "--device", device])
+        words = ["run", "--model", tmp_path / "model", "--methods", "cap", "--sparsity", "0.5", *FEW]
+        done = called(*words, "--device", device, "--out", tmp_path / device)
         assert done.exit_code == 0, done.output
     here, there = (tmp_path / device for device in (PROCESSOR, DEVICE))
     torch.testing.assert_close(load_losses(there / "losses.safetensors").masked, load_losses(here / "losses.safetensors").masked, atol=1e-5, rtol=0)

@@ -81,6 +81,13 @@ def cap(*words):
     return work
 
 
+def as_nobody(*_):
+    """Go on as a user who owns nothing."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
 @functools.cache
 def problems_drawn():
     """The lab's problems, which a process draws once, are drawn here and not in every child."""

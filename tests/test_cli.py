@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 
 import cap_nb.jobs.job
@@ -17,6 +16,7 @@ import torch
 import typer
 from transformers import LlamaForCausalLM
 
+from faults.machinery import contents
 from programs import FEW, assert_one_sentence, called as cap
 from cap_nb.core.files import read_checked
 from cap_nb.models.decoding import generate_naive
@@ -161,11 +161,6 @@ def test_every_setting_is_an_option_and_its_comment_the_help():
             assert option.help.startswith(about[setting.name]) and option.default == default, setting.name
 
 
-def contents(folder: Path):
-    """All files but those that name times and sessions."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in ("timings.json", "memory.json", "environment.json", "costs.md", "costs.csv", "manifest.json", "report.html", "log.txt")}
-
-
 def test_no_times_in_other_files(finished):
     folder, _ = finished
     for path in folder.rglob("*"):
@@ -281,4 +276,3 @@ def test_help_says_what_parameters_are():
     """What stands behind a parameter in the source stands in `help`, and no function's address does."""
     said = pydoc.render_doc(cap_nb.score_heads, renderer=pydoc.plaintext)
     assert "heads_at_once: Heads of a layer in one pass" in said and "lambda" not in said and " at 0x" not in said, said
-    assert cap_nb.__doc__.startswith("Causal Attribution Pruning")

@@ -1,4 +1,4 @@
-"""One table of losses by several processes: the bytes of one process; and a process that dies, is slow, or comes later."""
+"""One table of losses by several processes: the bytes of one process; and a process that dies, is slow, or helps."""
 import multiprocessing
 import os
 import socket
@@ -147,16 +147,6 @@ def test_a_slow_process_takes_fewer_units(tmp_path, undisturbed):
     """The slow one is at its first unit while the other one does all but this."""
     done = together(2, tmp_path, {1: lambda store, number: until(lambda: len(finished(store)) == UNITS - 1) if number == 0 else None})
     assert (done[0][0], done[1][0]) == (UNITS - 1, 1) and table_bytes(tmp_path) == undisturbed
-
-
-def test_a_process_that_comes_later_takes_what_is_left(tmp_path, undisturbed):
-    said = PROCESSES.Queue()
-    owner = started(alone, tmp_path, said, lambda store, number: until(lambda: len(finished(store)) >= 5) if number == 0 else None)
-    until(lambda: list(tmp_path.rglob("claims")))
-    late = started(helper, tmp_path, said)
-    done = {name: units for name, units, _ in (said.get(timeout=120) for _ in range(2))}
-    owner.join(300), late.join(300)
-    assert done["helper"] >= 5 and sum(done.values()) == UNITS and table_bytes(tmp_path) == undisturbed
 
 
 def test_a_helper_that_dies_at_a_unit_is_made_up_for(tmp_path, undisturbed):

@@ -1,17 +1,16 @@
 """Evaluation against independent arithmetic: decoding, reading and weighing of answers on every supported family, and runs that are killed within a task."""
 import math
-import os
 import random
 import signal
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import DATA, needs_data
 from fixtures import tiny_llama
 from programs import finished
 from proofs import TINY_MODELS, tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from cap_nb.analysis import compare, method_table, sign_flip_test
 from cap_nb.data.problems import BENCHMARK_NAMES, load_problems, task_family
@@ -29,20 +28,10 @@ from cap_nb.models.decoding import Decoding, Sampling, answer_is_whole, generate
 from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_model, lab_tokenizer
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
-
 
 class Stop:
     """As much of a tokenizer as decoding asks for."""
     eos_token_id, pad_token_id = 3, None
-
-
-@pytest.fixture(params=CLASSES)
-def tiny(request):
-    """A small random model of each supported family, in float32."""
-    return tiny_llama(CLASSES[request.param], vocab_size=60, max_position_embeddings=300, eos_token_id=3,
-                      pad_token_id=None, bos_token_id=1)
 
 
 class Recited:
@@ -122,12 +111,12 @@ def test_every_family_writes_alone_what_it_writes_in_a_batch(name):
         assert generate_greedy(model, tokenizer, prompts, 10, decoding=Decoding(batch_tokens=budget)) == naive
 
 
-def test_no_prompts_no_answers(tiny):
-    assert generate_greedy(tiny, Stop, [], 16) == []
+def test_no_prompts_no_answers():
+    assert generate_greedy(tiny_llama(eos_token_id=3), Stop, [], 16) == []
 
 
-def test_the_head_never_sees_more_than_was_allowed(tiny):
-    seen = []
+def test_the_head_never_sees_more_than_was_allowed():
+    tiny, seen = tiny_llama(eos_token_id=3), []
     handle = tiny.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     window_losses(tiny, torch.zeros(1, 100, dtype=torch.int64), positions=16)
     handle.remove()
@@ -188,7 +177,7 @@ def test_a_gold_solution_is_read_as_its_answer():
             assert extract_answer(target_text(problem, "lab"), problem.task, "lab") == problem.answer
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (gsm8k, strategyqa, arc, wikitext2) are not beside this checkout")
+@needs_data
 @pytest.mark.parametrize("style", ["paper", "answer-line", "boxed"])
 @pytest.mark.parametrize("task", (*BENCHMARK_NAMES, "svamp", "math500"))
 def test_a_real_gold_solution_is_read_as_its_answer(task, style):
@@ -242,7 +231,7 @@ def killed_before_its_third_part(part, settings, folder):
         def killed(*given, **named):
             calls.append(1)
             if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
+                signal.raise_signal(signal.SIGKILL)
             return answer(*given, **named)
         job.PART, job.answer_problems = part, killed
         run_job(changed(Job(), **settings), folder)

@@ -15,12 +15,12 @@ from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.methods.experts import (
-    conditional_scores, expert_losses, expert_use, masked_expert_factors, routed_factors,
-    routed_losses, routing_aware_factors)
+    conditional_scores, expert_losses, expert_use, masked_expert_factors, routed_factors, routed_losses)
+from cap_nb.methods.neurons import unit_aware_factors
 from cap_nb.methods.prune import prune
 from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.models.anatomy import projections, routing_of
-from cap_nb.models.lab import EXPERTS_CHECKPOINT, ExpertsRecipe, lab_tokenizer, new_experts_model, save_tokenizer
+from cap_nb.models.lab import ExpertsRecipe, lab_tokenizer, new_experts_model, save_tokenizer
 from cap_nb.models.loading import load_model
 
 CALIBRATION = made_up_calibration()
@@ -81,23 +81,16 @@ def test_a_loss_that_is_no_number_names_the_expert():
         expert_losses(model, CALIBRATION)
 
 
-def test_a_dense_model_is_refused_before_any_work(tmp_path):
-    dense = tiny_llama()
-    for method in ("cap.routed", "cap_wanda.masked_experts"):
-        with pytest.raises(BadInput, match="LlamaForCausalLM has no routed experts: expected a mixture of experts"):
-            prune(dense, method, 0.3, calibration=CALIBRATION)
+def test_a_run_of_a_dense_model_is_refused_before_any_work(tmp_path):
     with pytest.raises(BadInput, match="Method 'cap.routed' was asked for, and LlamaForCausalLM has no routed experts"):
         run_job(changed(Job(), methods=("cap.routed",), n=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_factors_of_heads_alone_are_refused_in_memory_and_streamed(tmp_path):
-    model, heads = mixtral(), torch.ones(3, 4)
-    with pytest.raises(BadInput, match="expected both, or neither"):
-        prune(model, "cap.routed", 0.3, heads, CALIBRATION)
-    model.save_pretrained(tmp_path / "model")
+def test_routing_aware_factors_cannot_be_streamed(tmp_path):
+    mixtral().save_pretrained(tmp_path / "model")
     with pytest.raises(BadInput, match="cannot be streamed"):
-        prune_checkpoint(tmp_path / "model", tmp_path / "pruned", 0.3, heads, "cap.routed")
+        prune_checkpoint(tmp_path / "model", tmp_path / "pruned", 0.3, torch.ones(3, 4), "cap.routed")
     assert not (tmp_path / "pruned").exists()
 
 
@@ -106,7 +99,7 @@ def test_factors_of_heads_alone_are_refused_in_memory_and_streamed(tmp_path):
 
 def test_by_name_is_by_hand():
     named, by_hand = mixtral(), mixtral()
-    factors = routing_aware_factors(by_hand, "masked_experts", CALIBRATION)
+    factors = unit_aware_factors(by_hand, "masked_experts", CALIBRATION)
     prune(named, "cap.masked_experts", 0.4, calibration=CALIBRATION)
     report = prune(by_hand, "cap", 0.4, factors)
     assert abs(report.reached - 0.4) < 1e-3
@@ -158,4 +151,3 @@ def test_the_sibling_loads_as_float32_and_is_a_lab_model(caplog):
     assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
     assert default_style(tokenizer) == "lab" and all(task.startswith("lab-") for task in default_tasks(tokenizer))
     assert tokenizer.get_vocab() == lab_tokenizer().get_vocab()
-    assert sum(path.stat().st_size for path in EXPERTS_CHECKPOINT.iterdir()) <= 12_000_000

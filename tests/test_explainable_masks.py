@@ -1,4 +1,4 @@
-"""Masks of heads and neurons on other families than Llama, and as a method by name."""
+"""Masks of heads and neurons on other families than Llama."""
 from dataclasses import replace
 
 import pytest
@@ -8,9 +8,8 @@ from proofs import tiny_model
 
 from cap_nb.calibration import Calibration
 from cap_nb.data.prompts import collate
-from cap_nb.methods.explainable_masks import MaskFit, fit_masks, gated_units, same_for_units, tasks_of, text_passes
+from cap_nb.methods.explainable_masks import MaskFit, fit_masks, gated_units, same_for_units
 from cap_nb.methods.neurons import masked_neurons
-from cap_nb.methods.prune import method_line, prune
 from cap_nb.models.interventions import hook_count
 from cap_nb.scoring import target_losses
 
@@ -38,13 +37,7 @@ def test_each_example_has_its_own_neurons(name):
 
 
 def test_a_mixture_has_masks_of_heads_alone():
-    model, examples = tiny_model("mixtral"), calibration()
-    masks = fit_masks(model, text_passes(model, examples), tasks_of(examples)[1], MaskFit(steps=2))
+    model = tiny_model("mixtral")
+    masks = fit_masks(model, calibration(), MaskFit(steps=2))
     assert masks.heads.shape == (2, 3, 6) and masks.neurons.shape == (2, 3, 0)
     assert hook_count(model) == 0 and masks.heads.isfinite().all()
-
-
-def test_masks_are_an_attribution_by_name():
-    report = prune(tiny_model("llama"), "cap.explainable_masks", 0.3, calibration=calibration())
-    assert abs(report.reached - 0.3) < 1e-3 and report.method == "cap.explainable_masks"
-    assert "Yu and Xiang" in " ".join(method_line("heads.explainable_masks"))

@@ -1,7 +1,5 @@
-"""Masked fine-tuning from outside: other families, a killed process, a training that breaks, peft, and the command."""
+"""Masked fine-tuning from outside: other families, a training that breaks, peft, and the command."""
 import gc
-import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -10,13 +8,13 @@ from fixtures import made_up_calibration, tiny_llama
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
 
-from programs import Program, called as cap
+from programs import called as cap
 from cap_nb.core.errors import BadInput
-from cap_nb.core.files import read_json, read_tensors, sealed
+from cap_nb.core.files import read_json, sealed
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.portable.fine_tuning import REPORT, STATE, FineTuning, HeldZeros, mask_adapters, recover
+from cap_nb.portable.fine_tuning import REPORT, FineTuning, HeldZeros, mask_adapters, recover
 
 FEW = FineTuning(steps=3, lr=1e-2, examples=4, weight_decay=0.1)
 
@@ -114,39 +112,6 @@ def test_a_trainer_that_breaks_lets_go_with_its_callback(tmp_path):
     del trainer
     gc.collect()
     assert len(_global_optimizer_post_hooks) == hooks
-
-
-def test_a_killed_process_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """Killed somewhere; the state that it left, taken up in the middle, leads where an undisturbed training leads."""
-    settings = FineTuning(steps=100000, lr=1e-3, examples=4)
-
-    def trained(folder, save_every):
-        model = tiny_llama()
-        prune(model, "magnitude", 0.5)
-        recover(model, made_up_calibration(), settings, folder, save_every)
-
-    process = Program(lambda: trained(tmp_path / "work", 2), draws=False)
-    while not (tmp_path / "work" / STATE).exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = len(read_tensors(tmp_path / "work" / STATE)[1]["losses"])
-
-    def up_to(step, folder):
-        """Training broken off by hand after so many steps: what the model is then, without what a broken training throws away."""
-        seen, clip = [], torch.nn.utils.clip_grad_norm_
-
-        def clipped(parameters, most):
-            seen.append(torch.cat([p.grad.flatten() for p in parameters]))
-            if len(seen) == step:
-                raise KeyboardInterrupt
-            return clip(parameters, most)
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
-            trained(folder, 1000000)
-        return seen[-1]
-    assert torch.equal(up_to(done + 3, None), up_to(3, tmp_path / "work"))
 
 
 @pytest.mark.parametrize("kind", [Qwen2Config, GPT2Config], ids=lambda kind: kind.model_type)

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.utils.prune
-from fixtures import tiny_llama
-from hub import arc_rows, byte_tokenizer, gsm8k_rows
+from fixtures import tiny_config, tiny_llama
+from hub import arc_rows, gsm8k_rows, save_llama
 from safetensors.torch import load_file, save_file
 
 from cap_nb.calibration import calibration_set, overlap
@@ -60,17 +60,7 @@ WORDS = {"hidden_act": "gelu", "rope_type": "linear", "dtype": "bfloat16", "torc
 
 def save_folder(place):
     """A tiny Llama with a chat template, and benchmark files."""
-    model, tokenizer = place / "model", byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tiny_llama(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=1024,
-        num_hidden_layers=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    ).save_pretrained(model)
-    tokenizer.save_pretrained(model)
+    save_llama(place / "model", template=TEMPLATE, max_position_embeddings=1024, num_hidden_layers=2)
     for name, rows in {
         "gsm8k/train.jsonl": gsm8k_rows("train"),
         "gsm8k/test.jsonl": gsm8k_rows("test"),
@@ -208,22 +198,12 @@ def change_leaf(file, path, value):
     file.write_text(json.dumps(whole))
 
 
-CONFIG = [
-    (path, other_leaf(path, value))
-    for path, value in leaves(
-        json.loads(
-            tiny_llama(vocab_size=8, pad_token_id=1, bos_token_id=0, eos_token_id=1).config.to_json_string(
-                use_diff=False
-            )
-        )
-    )
-]
+DEFAULTS = tiny_config(vocab_size=8, pad_token_id=1, bos_token_id=0, eos_token_id=1).to_json_string(use_diff=False)
+CONFIG = [(path, new) for path, value in leaves(json.loads(DEFAULTS)) if (new := other_leaf(path, value)) is not None]
 
 
 @pytest.mark.parametrize(
-    "path, value",
-    [each for each in CONFIG if each[1] is not None],
-    ids=lambda each: ".".join(each) if isinstance(each, tuple) else str(each),
+    "path, value", CONFIG, ids=lambda each: ".".join(each) if isinstance(each, tuple) else str(each)
 )
 def test_a_changed_configuration(path, value, place):
     file = place / "model" / "config.json"
@@ -406,24 +386,35 @@ def test_packing_leaves_what_is_no_record_where_it_is(place, caplog):
 
 # ---- plugins ----
 ADD = "import torch\nfrom cap_nb.jobs.plugins import add_attribution, add_criterion\nfrom cap_nb.models.anatomy import anatomy\n"
-INTRUDERS = {
-    "edits the weight": ADD
-    + "def score(known):\n    known.weight.data.mul_(0.5)\n    return known.weight.abs()\nadd_criterion('mine', score)",
-    "edits the model": ADD
-    + "def scores(model, calibration, batch_tokens):\n    model.get_input_embeddings().weight.data.zero_()\n"
-    "    return torch.ones(anatomy(model).layers, anatomy(model).heads)\nadd_attribution('mine', scores)",
-    "ends the program": ADD + "add_criterion('mine', lambda known: exit())",
+EDITS = "expected both as they were; work on a copy"
+PLUGINS = {  # What a plugin does -> its code, and the sentence that it gets
+    "edits the weight": (
+        "def score(known):\n    known.weight.data.mul_(0.5)\n    return known.weight.abs()\n"
+        "add_criterion('mine', score)",
+        EDITS,
+    ),
+    "edits the model": (
+        "def scores(model, calibration, batch_tokens):\n    model.get_input_embeddings().weight.data.zero_()\n"
+        "    return torch.ones(anatomy(model).layers, anatomy(model).heads)\nadd_attribution('mine', scores)",
+        EDITS,
+    ),
+    "ends the program": ("add_criterion('mine', lambda known: exit())", "The function of criterion 'mine' failed"),
+    "sparse": ("add_criterion('mine', lambda known: known.weight.abs().to_sparse())", "are no numbers"),
+    "meta": ("add_criterion('mine', lambda known: known.weight.abs().to('meta'))", "are no numbers"),
+    "sparse table": (
+        "add_attribution('mine', lambda model, calibration, batch_tokens: torch.ones(2, 4).to_sparse())",
+        "no table of scores",
+    ),
 }
 
 
-@pytest.mark.parametrize("what", INTRUDERS)
-def test_a_plugin_that_changes_what_it_is_given_is_refused(what, place):
-    (place / "my.py").write_text(INTRUDERS[what])
-    with plugins_loaded([place / "my.py"]), pytest.raises(BadInput, match="'mine'"):
-        run_job(
-            job_in(place, methods=("cap.mine",) if "attribution" in INTRUDERS[what].split("\n")[-1] else ("mine",)),
-            place / "new",
-        )
+@pytest.mark.parametrize("what", PLUGINS)
+def test_a_plugin_that_changes_what_it_is_given_or_gives_no_numbers_is_refused(what, place):
+    code, sentence = PLUGINS[what]
+    (place / "my.py").write_text(ADD + code)
+    methods = ("cap.mine",) if "add_attribution" in code else ("mine",)
+    with plugins_loaded([place / "my.py"]), pytest.raises(BadInput, match=sentence):
+        run_job(job_in(place, methods=methods), place / "new")
 
 
 def test_a_helper_of_a_plugin_is_part_of_it(place, monkeypatch):
@@ -635,20 +626,6 @@ def test_a_plan_refuses_tokens_without_an_embedding(place):
     with_few_tokens(place)
     with pytest.raises(BadInput, match="embeddings of 200 tokens"):
         plan(job_in(place))
-
-
-ODD_SCORES = {
-    "sparse": "add_criterion('mine', lambda known: known.weight.abs().to_sparse())",
-    "meta": "add_criterion('mine', lambda known: known.weight.abs().to('meta'))",
-    "sparse table": "add_attribution('mine', lambda model, calibration, batch_tokens: torch.ones(2, 4).to_sparse())",
-}
-
-
-@pytest.mark.parametrize("what", ODD_SCORES)
-def test_scores_that_are_no_plain_tensor_are_refused(what, place):
-    (place / "my.py").write_text(ADD + ODD_SCORES[what])
-    with plugins_loaded([place / "my.py"]), pytest.raises(BadInput, match="are no numbers|no table of scores"):
-        run_job(job_in(place, methods=("cap.mine",) if "table" in what else ("mine",)), place / "new")
 
 
 # ---- smaller ----

@@ -4,13 +4,11 @@ A few models of a few families here; with CAP_NB_FUZZ (`make soak`), of every fa
 """
 import copy
 import os
-import tempfile
-from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from proofs import ENDS, TINY_MODELS
+from proofs import ENDS, TINY_MODELS, tiny_factors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.calibration import Calibration, calibration_set
@@ -22,8 +20,6 @@ from cap_nb.importance import importance_factors
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import anatomy, decoder_layers, expert_counts, projections
 from cap_nb.models.lab import lab_model
-from cap_nb.models.loading import save_model
-from cap_nb.portable.format import export_folder, restore_folder
 from cap_nb.methods.experts import UnitFactors
 from cap_nb.regions import blocks
 from cap_nb.scoring import causal_scores
@@ -72,12 +68,6 @@ SHARES = st.floats(0, 0.99)
 SCOPES = st.sampled_from(["model", "layer", "matrix", "row"])
 
 
-def factors_of(model, seed=0):
-    """A random importance factor for every head."""
-    a = anatomy(model)
-    return 1 + 9 * torch.rand(a.layers, a.heads, generator=torch.Generator().manual_seed(seed))
-
-
 def masks(model):
     return {p.name: (p.weight == 0).clone() for p in projections(model)}
 
@@ -106,7 +96,7 @@ def test_every_weight_in_scope_lies_in_one_region(model, by_neuron):
     shadow = {id(weight): torch.zeros(weight.shape, dtype=torch.int8) for weight in model.parameters()}
     for p in projections(model):
         counts = p.oriented(p.cut(shadow[id(p.parameter)]))
-        for rows, columns, _ in blocks(p, UnitFactors(heads=factors_of(model), neurons=neurons), a.key_value_heads):
+        for rows, columns, _ in blocks(p, UnitFactors(heads=tiny_factors(model), neurons=neurons), a.key_value_heads):
             counts[rows, columns] += 1
     inside = {id(weight) for weight in decoder_layers(model).parameters()}
     for name, weight in model.named_parameters():
@@ -147,7 +137,7 @@ def test_more_sparsity_never_fewer_zeros(model, shares, scope, criterion):
     dense, before = copied(model), None
     for share in sorted(shares):
         model.load_state_dict(dense)
-        prune(model, f"{criterion}@{scope}", share, factors_of(model) if criterion == "cap" else None)
+        prune(model, f"{criterion}@{scope}", share, tiny_factors(model) if criterion == "cap" else None)
         after = masks(model)
         assert before is None or all((after[name] | ~mask).all() for name, mask in before.items())
         before = after
@@ -241,44 +231,6 @@ def test_held_out_losses_and_masks_stay_within_the_stated_bounds():
         torch.set_num_threads(threads)
     for dtype in DTYPES if MANY else (torch.bfloat16,):
         check(held_out_and_masks(copy.deepcopy(model).to(dtype), tokenizer, problems, 4096), DTYPES[dtype], PRUNED_ALIKE[dtype], dtype)
-
-
-# ---- saving ----
-@tries(3)
-@given(MODELS, SHARES, st.sampled_from([torch.float32, torch.bfloat16]))
-def test_pruning_and_saving_commute(model, share, dtype):
-    """Prune, save, load, or save, load, prune: the same bits, and the same report."""
-    model = model.to(dtype)
-    factors = factors_of(model)
-    with tempfile.TemporaryDirectory() as place:
-        save_model(model, None, Path(place) / "dense")
-        first = prune(model, "cap", share, factors)
-        save_model(model, None, Path(place) / "pruned")
-        loaded = [AutoModelForCausalLM.from_pretrained(Path(place) / name, dtype=dtype).eval() for name in ("pruned", "dense")]
-    assert prune(loaded[1], "cap", share, factors) == first
-    for one, other in zip(copied(loaded[0]).values(), copied(loaded[1]).values()):
-        assert torch.equal(one, other) and one.dtype == other.dtype
-
-
-def files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-@tries(3)
-@given(MODELS, SHARES, st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["1kB", "20kB", "1GB"]))
-def test_export_and_restore_are_inverse(model, share, dtype, shards):
-    """Packed by masks alone and by masks beside a base: every file of the folder comes back, byte for byte."""
-    model = model.to(dtype)
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        model.save_pretrained(place / "base", max_shard_size=shards)
-        prune(model, "magnitude", share)
-        model.save_pretrained(place / "pruned", max_shard_size=shards)
-        export_folder(place / "pruned", place / "small")
-        restore_folder(place / "small", place / "again")
-        export_folder(place / "pruned", place / "delta", "delta", place / "base")
-        restore_folder(place / "delta", place / "back", place / "base")
-        assert files(place / "again") == files(place / "back") == files(place / "pruned")
 
 
 def test_the_sizes_are_really_drawn():

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -28,8 +29,7 @@ from cap_nb.models.loading import load_model
 from cap_nb.portable.quantised import export_gguf
 from cap_nb.methods.resumed_scoring import load_losses
 from conftest import ROOT
-from fixtures import tiny_llama
-from hub import byte_tokenizer
+from hub import save_llama
 from programs import FEW, called
 from test_quantised import saved
 
@@ -93,19 +93,15 @@ def test_a_run_touches_no_pickle(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A tiny Llama in several shards."""
-    folder, tokenizer = tmp_path_factory.mktemp("model") / "tiny", byte_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder, max_shard_size="20kB")
-    tokenizer.save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_llama(folder, "20kB")
     return folder
 
 
 @pytest.fixture
 def copy(checkpoint, tmp_path):
     """A copy that a test may spoil, with what changes its JSON files."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for path in checkpoint.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
 
     def change(name, **settings):
         path = folder / name
@@ -137,10 +133,6 @@ def test_code_in_a_folder_is_not_run(copy, tmp_path, known):
 
 
 # ---- checkpoints that lie ----
-def shards_of(folder):
-    return json.loads((folder / SHARD_INDEX).read_text())["weight_map"]
-
-
 def test_shapes_and_dtypes_are_not_believed(copy):
     folder = copy("config.json", vocab_size=1 << 28)
     refused(folder, "copy")
@@ -155,7 +147,7 @@ def test_shapes_and_dtypes_are_not_believed(copy):
 @pytest.mark.parametrize("new, said", [({}, "its config.json describes"), ({"x": torch.zeros(24, 20)}, "holds x, and 0 more, that its config.json knows no place for")])
 def test_a_tensor_that_is_missing_or_has_another_name_is_not_made_up(copy, new, said):
     folder, name = copy("config.json"), "model.layers.1.mlp.up_proj.weight"
-    places = shards_of(folder)
+    places = json.loads((folder / SHARD_INDEX).read_text())["weight_map"]
     file = places.pop(name)
     save_file({key: tensor for key, tensor in load_file(folder / file).items() if key != name} | new, folder / file, metadata={"format": "pt"})
     copy(SHARD_INDEX, weight_map=places | dict.fromkeys(new, file))

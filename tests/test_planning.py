@@ -13,6 +13,7 @@ from conftest import ROOT
 from fixtures import made_up, made_up_calibration, tiny_config, tiny_llama
 from programs import assert_one_sentence, called as cap
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
@@ -65,24 +66,17 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        for tensor in tensors_in((made,)):
+        given = [leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        for tensor in filter(torch.is_tensor, tree_leaves(made)):
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key in self.seen or any(key == t.untyped_storage()._cdata for t in tensors_in((args, kwargs or {}))):
+            if key in self.seen or key in given:
                 continue
             self.seen[key] = storage.nbytes()
             self.alive += storage.nbytes()
             weakref.finalize(storage, self.freed, key, storage.nbytes())
         self.peak = max(self.peak, self.alive)
         return made
-
-
-def tensors_in(values):
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (tuple, list, dict)):
-            yield from tensors_in(value.values() if isinstance(value, dict) else value)
 
 
 def peak(work):

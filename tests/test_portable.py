@@ -14,7 +14,7 @@ import torch
 from fixtures import tiny_llama, write_large
 from programs import finished
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from cap_nb.core import files as files_module
 from cap_nb.core.errors import BadInput
@@ -148,21 +148,6 @@ def test_loaded_as_it_is(tmp_path, case):
         assert model_fingerprint(model) == model_fingerprint(plain) and not model.training
         assert model.generation_config.max_new_tokens == plain.generation_config.max_new_tokens == 7
     assert len(tokenizer) == len(lab_tokenizer()) and model_fingerprint(wanted) != model_fingerprint(model)
-
-
-def test_other_checkpoints_of_the_hub(tmp_path):
-    """GPT-2 stores [in, out], and its decoder alone without a prefix."""
-    config = GPT2Config(n_embd=24, n_layer=2, n_head=4, vocab_size=50, n_positions=32)
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(config).eval()
-    prune(model, "magnitude", 0.4)
-    model.transformer.save_pretrained(tmp_path / "src")
-    export_folder(tmp_path / "src", tmp_path / "small")
-    restore_folder(tmp_path / "small", tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(tmp_path / "src")
-    weights = format_module.packed_weights(tmp_path / "small")
-    stored = load_file(tmp_path / "src" / "model.safetensors")
-    assert weights.keys() == stored.keys() and all(torch.equal(weights[name], stored[name]) for name in stored)
 
 
 # Kills, and disks that break

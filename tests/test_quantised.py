@@ -1,10 +1,10 @@
-"""A GGUF file from outside: where its rows lie, what `load_model`, the program and llama.cpp make of it."""
+"""A GGUF file from outside: what `load_model`, the program and llama.cpp make of it."""
 import importlib.util
 import logging
 
-import numpy as np
 import pytest
 import torch
+from hub import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from cap_nb.core import files
@@ -20,43 +20,17 @@ SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_atte
 KINDS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}
 
 
-def byte_tokenizer():
-    """A byte-level BPE of one merge that cuts text as GPT-2 does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    letters = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ2"]
-    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[("Ġ", "2")]))
-    inner.add_special_tokens(["<|endoftext|>"])
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-
-
 def saved(folder, kind="llama", tokenizer=None, shards="100KB", **more):
     """A random model in float16, half of it zero, in several files."""
     torch.manual_seed(0)
-    model, tokenizer = KINDS[kind][0](KINDS[kind][1](**SIZES | {"vocab_size": 258} | more)), tokenizer or byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer(("<|endoftext|>",), [("Ġ", "2")])
+    model = KINDS[kind][0](KINDS[kind][1](**SIZES | {"vocab_size": 258} | more))
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(10 * (torch.rand_like(weight) < 0.5) if weight.dim() > 1 else 1.0)
     model.half().save_pretrained(folder, max_shard_size=shards)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def test_rows_lie_where_llama_cpp_expects_them(tmp_path):
-    """Row by row, from the formula: 2j and 2j + 1 of a head hold rows j and j + d/2; other tensors and Qwen2's keep their order."""
-    from gguf import GGUFReader
-    from safetensors.torch import load_file
-    for kind in KINDS:
-        folder = saved(tmp_path / kind, kind)
-        export_gguf(folder, tmp_path / f"{kind}.gguf")
-        tensors = {t.name: t.data for t in GGUFReader(tmp_path / f"{kind}.gguf").tensors}
-        weights = {name: w.numpy() for file in folder.glob("*.safetensors") for name, w in load_file(file).items()}
-        for role, heads in (("q", 4), ("k", 2), ("v", 2)):
-            there, here = tensors[f"blk.1.attn_{role}.weight"], weights[f"model.layers.1.self_attn.{role}_proj.weight"]
-            order = np.array([16 * h + j + 8 * half for h in range(heads) for j in range(8) for half in (0, 1)])
-            assert np.array_equal(there, here[order] if kind == "llama" and role != "v" else here)
-        assert len(tensors) == len(weights)
 
 
 def test_a_tensor_is_read_some_rows_at_a_time(tmp_path, monkeypatch):

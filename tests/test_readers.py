@@ -44,8 +44,7 @@ from cap_nb.portable.quantised import export_gguf
 from cap_nb.portable.sharing import ALWAYS, read_record
 from cap_nb.methods.resumed_scoring import load_losses
 from conftest import ROOT
-from fixtures import tiny_llama
-from hub import byte_tokenizer
+from hub import save_llama
 from test_nothing_let_in import peak
 from test_quantised import saved
 
@@ -108,9 +107,7 @@ def model_files():
     """A tiny Llama as transformers saves it, what belongs to it, and the same in GGUF."""
     with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
         folder = Path(name) / "m"
-        tokenizer = byte_tokenizer()
-        tiny_llama(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_llama(folder)
         export_gguf(saved(Path(name) / "other"), folder / "m.gguf")
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -1,12 +1,11 @@
-"""The readings of the paper, each against loops over examples, tokens and indices; the problems that are set aside to judge on."""
+"""The readings of the paper in memory, streamed, in runs and single steps; the problems set aside to judge on."""
 
-import math
 import re
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DATA, ROOT, needs_data
 from fixtures import made_up_calibration, tiny_llama
 from programs import called
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
@@ -29,9 +28,6 @@ from cap_nb.models.loading import load_model
 from cap_nb.regions import Factors, region_factors
 from cap_nb.scoring import AGGREGATIONS, causal_scores, masked_head, score_interval
 from cap_nb.single_steps import prune_into, score_into
-
-DATA = ROOT.parent / "shared" / "data"
-real = pytest.mark.skipif(not (DATA / "gsm8k" / "train.jsonl").exists(), reason="GSM8K's files are not beside the repository")
 
 
 def square_llama(**settings):
@@ -97,26 +93,12 @@ def test_a_table_of_before_is_read_as_before_and_gains_its_counts_from_the_calib
 # PyTorch's slices
 
 
-def literal_mask(model, heads, sparsity):
-    """Which weights go under one threshold, by loops over indices."""
-    scored = []
-    for p in projections(model):
-        of_layer = heads[p.layer].tolist()
-        for i, row in enumerate(p.weight.tolist()):
-            for j, weight in enumerate(row):
-                if p.role in ("query", "key", "value"): factor = of_layer[j // 6]
-                elif p.role == "output": factor = of_layer[i // 6]
-                else: factor = sum(of_layer) / 4
-                scored.append(abs(weight) * factor)
-    order = sorted(range(len(scored)), key=scored.__getitem__)
-    return torch.zeros(len(scored), dtype=torch.bool).index_fill(0, torch.tensor(order[:round(sparsity * len(scored))]), True)
-
-
-def test_the_literal_slices_are_columns_of_query_key_value_and_rows_of_output(tmp_path):
+def test_the_literal_reading_is_the_literal_layout_in_memory_and_streamed(tmp_path):
     heads = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)) * 9 + 1
     model = square_llama()
     model.save_pretrained(tmp_path/"dense")
-    expected = literal_mask(model, heads, 0.5)
+    prune(by_hand := square_llama(), "cap", 0.5, Factors(heads, layout="literal"))
+    expected = zeros_of(by_hand)
     prune(model, "cap.literal", 0.5, heads)
     assert torch.equal(zeros_of(model), expected)
     prune(usual := square_llama(), "cap", 0.5, heads)
@@ -135,39 +117,6 @@ def test_slices_that_do_not_fit_are_refused_before_a_weight_changes(build, sente
         prune(model, "cap.literal", 0.5, heads)
     assert not zeros_of(model).any()
     region_factors(model, Factors(heads)) # the heads' own fit every family
-
-
-# criterion and scope
-
-
-def norms_by_hooks(model, p, examples):
-    """The norm of every input feature, one sequence at a time."""
-    caught = []
-    with p.module.register_forward_pre_hook(lambda module, args: caught.append(args[0][0].double())), torch.no_grad():
-        for example in examples:
-            model(torch.tensor([example.input_ids]))
-    return (sum((tokens ** 2).sum(0) for tokens in caught) / len(examples)).sqrt().tolist()
-
-
-@pytest.mark.parametrize("scope", ["matrix", "row"])
-@pytest.mark.parametrize("criterion", ["magnitude", "cap", "wanda", "cap_wanda"])
-def test_every_criterion_under_matrix_and_row_prunes_what_loops_prune(criterion, scope):
-    calibration, model, slow = made_up_calibration(5), tiny_llama(), tiny_llama()
-    heads = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)) * 9 + 1
-    prune(model, f"{criterion}@{scope}", 0.5, heads if "cap" in criterion else None, calibration)
-    factors = region_factors(slow, heads)
-    for layer in range(3):
-        in_layer = [p for p in projections(slow) if p.layer == layer]
-        norms = {p.name: norms_by_hooks(slow, p, calibration.examples) if "wanda" in criterion else [1.0] * p.weight.shape[1] for p in in_layer}
-        for p in in_layer:
-            factor = factors[p.name].expand_as(p.weight).tolist() if "cap" in criterion else [[1.0] * p.weight.shape[1]] * len(p.weight)
-            scores = [[abs(w) * x * f for w, x, f in zip(row, norms[p.name], of_row)] for row, of_row in zip(p.weight.tolist(), factor)]
-            sets = [[(i, j) for j in range(len(row))] for i, row in enumerate(scores)]
-            if scope == "matrix": sets = [[place for row in sets for place in row]]
-            for places in sets:
-                places.sort(key=lambda place: scores[place[0]][place[1]])
-                for i, j in places[:math.floor(len(places) / 2)]: p.weight.data[i, j] = 0
-    assert torch.equal(zeros_of(model), zeros_of(slow))
 
 
 # by name, in a run and in single steps
@@ -216,7 +165,7 @@ def test_a_part_of_a_table_is_not_pooled():
 # problems that are set aside
 
 
-@real
+@needs_data
 def test_no_calibration_set_of_the_records_has_a_problem_that_is_set_aside():
     """Calibration sets up to the plan of the fresh runs, which have at most 100 examples a task; later ones leave them out themselves."""
     fresh = {problem.uid for problem in load_problems(FRESH, "evaluation", DATA)}
@@ -233,7 +182,7 @@ def test_no_calibration_set_of_the_records_has_a_problem_that_is_set_aside():
     assert tables >= 3
 
 
-@real
+@needs_data
 def test_validation_never_reaches_them_and_a_run_that_answers_them_leaves_them_out():
     fresh = {problem.uid for problem in load_problems(FRESH, "evaluation", DATA)}
     assert not fresh & {problem.uid for problem in evaluation_problems("gsm8k", 6000, 0, DATA, split="validation")}
@@ -247,7 +196,7 @@ def test_validation_never_reaches_them_and_a_run_that_answers_them_leaves_them_o
         load_problems(FRESH, "calibration", DATA)
 
 
-@real
+@needs_data
 def test_the_calibration_set_of_such_a_run_is_drawn_from_the_others():
     _, tokenizer = load_model("lab")
     job = changed(Job(), data_dir=str(DATA), tasks=("gsm8k",), n=300, style="paper")
@@ -291,8 +240,8 @@ def test_a_plan_that_was_edited_or_asks_for_nothing_is_refused(tmp_path):
         read_families(path)
     about = read_checked(PLAN)
     model, family = next(iter(about["families"].items()))
-    for change, sentence in (({"pairs": [["cap", "wander"]]}, "Unknown method"), ({"sparsities": [1.5]}, "outside"), ({"measures": [3]}, "holds no plan"),
-                             ({"pairs": [["cap"]]}, "holds no plan")):
+    for change, sentence in (({"pairs": [["cap", "wander"]]}, "Unknown method"), ({"sparsities": [1.5]}, "outside"), ({"measures": [3]}, "is not a plan"),
+                             ({"pairs": [["cap"]]}, "is not a plan")):
         write_checked(path, {"families": {model: family | change}})
         with pytest.raises(BadInput, match=sentence):
             read_families(path)
@@ -300,7 +249,7 @@ def test_a_plan_that_was_edited_or_asks_for_nothing_is_refused(tmp_path):
         read_families(PLAN)[model].keys("cap@matrix")
 
 
-@real
+@needs_data
 def test_the_plans_problems_are_those_that_its_commands_draw():
     for family in (family for plan in PLANS for family in read_families(plan).values()):
         options = dict(re.findall(r"--([\w-]+) (\S+)", family.commands[-1]))

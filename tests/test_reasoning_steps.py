@@ -3,7 +3,6 @@ import json
 import math
 import random
 import re
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -151,40 +150,6 @@ def test_worked_solutions_of_gsm8k_as_answers():
     report = reasoning_report([answered(p, target_text(p, "paper"), style="paper") for p in problems], problems)
     assert (report.category == "right").mean() > 0.98 and set(report.category) <= {"right", "right, faulty steps"}
     assert report.completeness.mean() == 1.0 and report.grounded.mean() > 0.9
-
-
-# The lab: each kind of damage to a worked solution gets its name.
-
-@pytest.fixture(scope="module", params=LAB_TASKS)
-def lab(request):
-    return load_problems(request.param, "evaluation")[::5]
-
-
-def test_a_last_line_changed_cut_or_removed(lab):
-    other = {"yes": "no", "no": "yes"} | dict(zip("ABCD", "BCDA"))
-    for p in lab[::10]:
-        wrong = replace(p, answer=other.get(p.answer) or str(int(p.answer) + 1))
-        assert error_category(answered(p, target_text(wrong, "lab")), p) == "wrong last line"
-        assert error_category(answered(p, p.solution), p) == "no answer line"
-        assert error_category(answered(p, p.solution[:-5], cut_off=True), p) == "cut off"
-        assert error_category(answered(p, "\n".join([p.solution] * 3), cut_off=True), p) == "incoherent"
-        assert error_category(answered(p, target_text(p, "lab").split("\n")[-1]), p) == "right"
-
-
-def test_a_result_that_slips():
-    for p in load_problems("lab-gsm8k", "evaluation")[::50]:
-        first, *rest = p.solution.split("\n")
-        worse = re.sub(r"= (\d+)", lambda match: f"= {int(match[1]) + 1}", first)
-        record = answered(replace(p, answer="0"), "\n".join([worse, *rest, "#### 1"]))
-        row = reasoning_report([record], [p]).iloc[0]
-        assert (row.category, row.statements - row.true_statements) == ("arithmetic slip", 1) and worse.startswith(row.first_false)
-
-
-def test_a_comparison_turned_round():
-    for p in load_problems("lab-strategyqa", "evaluation")[::50]:
-        turned = re.sub(r"(is|are) (not )?(?=older|younger|higher|lower|the same)", lambda m: f"{m[1]} " if m[2] else f"{m[1]} not ", p.solution)
-        answer = {"yes": "no", "no": "yes"}[p.answer]
-        assert turned != p.solution and error_category(answered(p, f"{turned}\nAnswer: {answer}"), p) == "arithmetic slip"
 
 
 def test_no_text_breaks_the_reader():

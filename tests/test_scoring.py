@@ -1,4 +1,4 @@
-"""Scoring that is killed, shared between processes, refused, or run on a full disk; and its savings on every family."""
+"""Scoring that is killed, shared between processes, or refused; and its savings on every family."""
 
 import os
 import re
@@ -55,23 +55,6 @@ def undisturbed(tmp_path_factory):
 # killed
 
 
-def test_a_killed_scoring_goes_on_and_gives_the_same_bytes(tmp_path, undisturbed):
-    out = tmp_path/"S.safetensors"
-    for number in (1, 16):
-        process = Program(cap(*SMALL, "--out", out))
-        wait_for_units(out, process, number)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert not out.exists()
-    kept = {path: path.stat().st_mtime_ns for path in units(out)}
-    process = Program(cap(*SMALL, "--out", out))
-    wait_for_units(out, process, len(kept) + 1)
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # what was finished is not measured again
-    assert process.wait(timeout=900) == 0
-    assert out.read_bytes() == undisturbed
-    assert [path.name for path in tmp_path.iterdir()] == ["S.safetensors"]
-
-
 def test_a_killed_screening_goes_on_and_gives_the_same_bytes(tmp_path):
     """Killed among the slopes, and in a later round, whose choice follows from what is kept."""
     once, out = tmp_path/"once.safetensors", tmp_path/"S.safetensors"
@@ -120,16 +103,13 @@ def test_a_second_process_on_the_same_store_is_refused_or_helps(tmp_path, undist
     assert out.read_bytes() == undisturbed
 
 
-def launched(out, processes=2):
-    launcher = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
-                "--dynamo_backend", "no", "--main_process_port", "0"]
-    scoring = ["-m", "cap_nb", *SMALL, "--device", "cpu", "--out", str(out)]
-    return [sys.executable, "-m", "accelerate.commands.launch", *launcher, *scoring]
-
-
 def test_two_processes_give_the_bytes_of_one(tmp_path, undisturbed):
     out = tmp_path/"S.safetensors"
-    done = subprocess.run(launched(out), env=ONE_THREAD, capture_output=True, text=True, timeout=900)
+    launcher = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+                "--dynamo_backend", "no", "--main_process_port", "0"]
+    scoring = ["-m", "cap_nb", *SMALL, "--device", "cpu", "--out", str(out)]
+    words = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *scoring]
+    done = subprocess.run(words, env=ONE_THREAD, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == undisturbed
     assert done.stdout.count("losses of 6 examples") == 1  # only one process speaks
@@ -211,9 +191,6 @@ def test_the_job_files_of_the_page(tmp_path):
     assert asked[0] == [f"score {words}".replace("/shared", str(tmp_path))] and len(asked[1]) > 1 and set(asked[1]) == {f"{asked[0][0]} --join"}
 
 
-# no room
-
-
 # the savings, on every family
 
 
@@ -251,12 +228,6 @@ def test_a_different_batch_or_head_count_never_reads_units_of_another(tmp_path):
         score_heads(model, calibration, store=tmp_path, **options)
         next(tmp_path.glob("*.safetensors")).unlink()
     assert len({unit.parent for unit in tmp_path.rglob("batch-*")}) == 3
-
-
-def test_an_example_of_which_all_but_the_last_token_is_target_has_no_prefix_cut_off():
-    calibration = with_prefix(20)
-    bare = [replace(e, labels=(IGNORED, *e.input_ids[1:])) for e in calibration.examples]
-    assert shared_prefix(bare) == 0
 
 
 def test_a_model_that_is_spread_over_memory_and_disk_scores_the_same(tmp_path):

@@ -2,6 +2,7 @@
 nothing goes to the hub that does not belong there."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -194,16 +195,8 @@ def test_the_card_says_what_is_true(place):
 
 # The hub
 
-def copied(place, tmp_path):
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for path in (place / "half").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
 def test_a_checkpoint_that_is_not_whole_is_not_uploaded(place, tmp_path, monkeypatch):
-    folder = copied(place, tmp_path)
+    folder = shutil.copytree(place / "half", tmp_path / "copy")
     monkeypatch.setattr(sharing, "HUB_LIMIT", 1_000_000)
     with pytest.raises(BadInput, match="model.safetensors has 8,229,704 bytes"):
         publish(folder, "owner/name", dry_run=True)

@@ -10,7 +10,7 @@ from cap_nb.methods.budgets import measured_divergences, pruned_regions, sublaye
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import decoder_layers, projections
 from cap_nb.scoring import batches_of
-from proofs import TINY_MODELS, tiny_calibration, tiny_model
+from proofs import TINY_MODELS, tiny_calibration, tiny_factors, tiny_model
 
 LEVELS = (0.3, 0.6)
 
@@ -61,9 +61,7 @@ METHODS = ("wanda^swaps^update", "cap@row^swaps", "sparsegpt+kl", "magnitude^upd
 def test_solvers_prune_every_family(name, method):
     """The share is met but for rounding within rows, no weight is NaN, and no hook is left."""
     model, calibration = tiny_model(name), tiny_calibration()
-    heads = model.config.num_attention_heads if hasattr(model.config, "num_attention_heads") else model.config.n_head
-    layers = projections(model)[-1].layer + 1
-    report = prune(model, method, 0.5, torch.linspace(1, 10, layers * heads).view(layers, heads), calibration)
+    report = prune(model, method, 0.5, tiny_factors(model), calibration)
     assert report.method == method and abs(report.reached - 0.5) < 0.06, report.reached
     assert all(p.weight.isfinite().all() for p in projections(model))
     assert not sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 from collections import namedtuple
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,30 +95,6 @@ def test_cap_equals_pruning_in_memory(tmp_path, dtype, shape, sparsity):
     same(tmp_path / "new", model, tmp_path)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "magnitude@layer", "magnitude@matrix", "magnitude@row", "magnitude@1:2", "cap@layer", "cap@matrix", "cap@row", "cap@1:2"])
-def test_every_scope_equals_pruning_in_memory(tmp_path, method):
-    src = saved(tmp_path / "src")
-    model = load(src)
-    wanted = prune(model, method, 0.5, factors_of(src))
-    assert prune_checkpoint(src, tmp_path / "new", 0.5, factors_of(src), method, at_once=50) == wanted
-    same(tmp_path / "new", model, tmp_path)
-
-
-@pytest.mark.parametrize("method", ["wanda", "wanda@model", "wanda@layer", "cap_wanda", "cap_wanda@row", "wanda@1:2"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_given_norms_equal_the_same_norms_in_memory(tmp_path, method, dtype):
-    src = saved(tmp_path / "src", dtype)
-    norms, model, base, scope = norms_of(src), load(src), *streaming_scope(method)
-    known = Measurements(norms=norms, regions=region_factors(model, factors_of(src)))
-    zero_within(projections(model), CRITERIA[base], known, 0.5, scope)
-    save_norms(norms, tmp_path / "norms.safetensors")
-    report = prune_checkpoint(src, tmp_path / "new", 0.5, factors_of(src), method, tmp_path / "norms.safetensors")
-    wanted = prune_report(model, method, 0.5)
-    assert replace(report, threshold=None, ties=0) == wanted
-    assert (report.threshold is not None) == (scope == "model")
-    same(tmp_path / "new", model, tmp_path)
-
-
 @pytest.mark.parametrize("method", ["wanda@model", "cap_wanda"])
 def test_measured_norms_give_what_prune_gives(tmp_path, method):
     """Under scope model `prune` uses the norms of the dense model, and so the two agree from the calibration set on."""
@@ -130,11 +105,6 @@ def test_measured_norms_give_what_prune_gives(tmp_path, method):
     wanted = prune(model, method, 0.4, factors_of(src), calibration)
     assert prune_checkpoint(src, tmp_path / "new", 0.4, factors_of(src), method, tmp_path / "norms.safetensors") == wanted
     same(tmp_path / "new", model, tmp_path)
-
-
-def streaming_scope(method):
-    base, _, scope = method.partition("@")
-    return base, scope or CRITERIA[base].scope
 
 
 @pytest.mark.parametrize("ties", ["exact", "all"])

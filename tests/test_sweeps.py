@@ -2,7 +2,6 @@
 compared by `cap compare`, and a tracker that follows."""
 import dataclasses
 import re
-import shutil
 
 import pytest
 import typer
@@ -11,8 +10,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from programs import assert_one_sentence, called as cap
 from cap_nb.command_line import app, known_options
 from cap_nb.jobs.job import run_job
-from cap_nb.jobs.records import load_run, pack_run, read_run
-from cap_nb.jobs.results import compare_runs, results_frame
+from cap_nb.jobs.records import load_run, read_run
+from cap_nb.jobs.results import compare_runs
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.jobs.sweeps import read_index, tracked, tracked_numbers
 from conftest import ROOT
@@ -38,7 +37,7 @@ def written(folder, text):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Two runs, one of them later packed; the command line changes one option of the file."""
+    """Two runs; the command line changes one option of the file."""
     folder = tmp_path_factory.mktemp("sweep")
     result = cap("run", "--config", written(folder, SMALL), "--k", 2, "--out", folder / "out")
     assert result.exit_code == 0, result.output
@@ -95,13 +94,6 @@ def test_a_method_with_a_pattern_is_compared():
     assert result.exit_code == 0 and result.stdout.splitlines()[1].startswith("cap@2:4,wanda@2:4,0.5,Lab GSM8K loss,"), result.output
 
 
-def test_a_packed_run_gives_the_same_frame(sweep, tmp_path):
-    shutil.copytree(sweep / "out" / "n=3", tmp_path / "n=3")
-    live = results_frame(tmp_path / "n=3")
-    pack_run(tmp_path / "n=3")
-    assert len(live) == 40 and live.equals(results_frame(tmp_path / "n=3"))
-
-
 def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     missing = [name for name in LOGGER_TYPE_TO_CLASS if name not in map(str, get_available_trackers())]
     if not missing:
@@ -109,21 +101,6 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = cap("run", "--track", missing[0])
     assert result.exit_code == 2 and f"{missing[0]} is not installed" in result.stderr and not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif("tensorboard" not in map(str, get_available_trackers()), reason="tensorboard is not installed")
-def test_tensorboard_has_every_cell(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    job = changed(Job(), device="cpu", tasks=("lab-arc",), accuracy_tasks=(), methods=("magnitude",), sparsities=(0.5,), n=3, k=1, loss_n=3, windows=0)
-    with tracked("tensorboard", tmp_path / "run") as follow:
-        run_job(job, tmp_path / "run", follow=follow)
-    events = EventAccumulator(str(tmp_path / "run" / "tracking" / "cap_nb"))
-    events.Reload()
-    [event] = events.Scalars("magnitude/loss/lab-arc")
-    [cell] = [e for e in load_run(tmp_path / "run").evaluations if e.method == "magnitude"]
-    assert event.step == 500 and event.value == pytest.approx(sum(r.loss for r in cell.losses) / 3, rel=1e-6)
-    pack_run(tmp_path / "run")
-    assert (tmp_path / "run" / "tracking").is_dir() and load_run(tmp_path / "run").evaluations
 
 
 @pytest.mark.skipif("wandb" not in map(str, get_available_trackers()), reason="wandb is not installed")

@@ -47,7 +47,7 @@ from cap_nb.portable.format import export_folder
 from cap_nb.scoring import HeadLosses, causal_scores, masked_head, rank_correlation, score_interval
 from cap_nb.methods.resumed_scoring import load_losses, save_losses, score_heads
 from fixtures import tiny_llama
-from programs import cap, finished
+from programs import as_nobody, cap, finished
 
 RECORD = Path(__file__).resolve().parent.parent / "figures" / "bad_input" / "uses.json"
 FEW = "--n 3 --k 1 --evaluate-n 2 --loss-n 2 --windows 0 --accuracy-tasks none --device cpu"
@@ -405,13 +405,6 @@ def prepared_scores(place):
     data = path.read_bytes()
     start = 8 + struct.unpack("<Q", data[:8])[0]
     path.write_bytes(data[:start + 40] + bytes([data[start + 40] ^ 1]) + data[start + 41:])
-
-
-def as_nobody(place):
-    """Go on as a user who owns nothing."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
 
 
 def read_only(place):

@@ -5,11 +5,12 @@
 A term is linked where the chapters first use it, and where the chapter that introduces it does. Headings, quotations,
 tables, formulas, code and other links are left alone. A paragraph that gains a link is wrapped again.
 """
-import json
 import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+
+import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 GLOSSARY = ROOT / "nbs" / "teaching" / "01_glossary.ipynb"
@@ -52,8 +53,7 @@ def slug(heading: str) -> str:
 
 def markdown(path: Path) -> list[str]:
     """The texts of a notebook's Markdown cells."""
-    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "markdown"]
+    return [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
 
 
 def entries() -> list[Entry]:
@@ -127,10 +127,10 @@ def set_links(texts: dict[Path, list[str]], terms: list[Entry]) -> dict[Path, li
 def main() -> None:
     after = set_links({path: markdown(path) for path in CHAPTERS}, entries())
     for path in CHAPTERS:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        for cell, text in zip((c for c in notebook["cells"] if c["cell_type"] == "markdown"), after[path]):
-            cell["source"] = text.splitlines(keepends=True)
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        notebook = nbformat.read(path, 4)
+        for cell, text in zip((c for c in notebook.cells if c.cell_type == "markdown"), after[path]):
+            cell.source = text
+        nbformat.write(notebook, path)
 
 
 if __name__ == "__main__":

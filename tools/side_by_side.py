@@ -5,7 +5,6 @@ A case that is on disk is not measured again. `CAP_NB_NOTE` says what else was r
 
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import cap_nb
 from cap_nb.calibration import Calibration, calibration_set, default_style
-from cap_nb.core.devices import finish
+from cap_nb.core.devices import device_name, finish, memory_of
 from cap_nb.core.errors import BadInput, check_at_least
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.problems import BENCHMARK_NAMES
@@ -33,7 +32,7 @@ from cap_nb.methods.resumed_scoring import after_prefix, score_heads, shared_pre
 from cap_nb.models.anatomy import anatomy, projections
 from cap_nb.models.families import HOLDS
 from cap_nb.models.loading import model_fingerprint
-from cap_nb.portable.speed import in_turns
+from cap_nb.portable.speed import in_turns, processor_says
 from cap_nb.scoring import score_heads_naive
 
 CPU = torch.device("cpu")
@@ -121,17 +120,10 @@ def in_own_process(function: str, **given: object) -> tuple[float, int | None]:
 
 def named_machine(device: torch.device, note: str = "") -> dict:
     "What `environment` says of a machine, its processor, cores, memory and load, and a note on what else was running."
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        memory = None  # a system that does not report it
-    return environment(device, note) | {"processor": names[0] if names else platform.processor() or platform.machine(),
+    return environment(device, note) | {"processor": processor_says("model name") or device_name(CPU),
                                         "cores": os.cpu_count(),
-                                        "instructions": torch.backends.cpu.get_cpu_capability(), "memory": memory,
-                                        "load": round(os.getloadavg()[0], 2)}
+                                        "instructions": torch.backends.cpu.get_cpu_capability(),
+                                        "memory": memory_of(CPU)[1], "load": round(os.getloadavg()[0], 2)}
 
 
 def read_cases(path: str | Path) -> dict[str, dict]:

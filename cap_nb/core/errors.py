@@ -19,7 +19,7 @@ class BadInput(ValueError):
 import difflib
 import re
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 
 def check_choice(value: str, choices: Iterable[str], what: str, also: str = "") -> str: # `also`: ends the list
     "Return `value` if it is one of `choices`; otherwise raise `BadInput` with a sentence that lists them."
@@ -54,10 +54,10 @@ def check_sparsity(sparsity: float) -> float:
     if is_number(sparsity) and math.isfinite(sparsity) and 0 <= sparsity < 1: return float(sparsity)
     raise BadInput(f"Sparsity {sparsity!r} is outside [0, 1): expected a share of weights; write 0.2 for 20 %.")
 
-def check_confidence(confidence: float, what: str = "confidence") -> float:
+def check_confidence(confidence: float) -> float:
     "Return `confidence` if it lies between 0 and 1; otherwise raise `BadInput`."
     if is_number(confidence) and 0 < confidence < 1: return confidence
-    raise BadInput(f"{what} is {confidence!r}: expected a share between 0 and 1; write 0.95.")
+    raise BadInput(f"confidence is {confidence!r}: expected a share between 0 and 1; write 0.95.")
 
 def check_budget(budget: float) -> float:
     "Return `budget`, the share of masked passes to spend, if it lies in (0, 1]; otherwise raise `BadInput`."
@@ -86,7 +86,6 @@ def check_index(index: int, count: int, what: str) -> int:
 import functools
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+import psutil
 from cap_nb.core.errors import BadInput, fits, lacks_memory
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # Disk full, quota used up, file size limit reached
@@ -52,13 +53,6 @@ def settle(path: Path) -> None:
         with open(file, "rb") as opened: os.fsync(opened.fileno())
         if file.stat().st_mode & 0o777 == 0o600: os.chmod(file, 0o666 & ~mask)
 
-def process_exists(process: int) -> bool:
-    "Whether a process of this number is running on this machine."
-    try: os.kill(process, 0) # signal 0 only asks
-    except (ProcessLookupError, OverflowError): return False
-    except PermissionError: pass # it belongs to another user
-    return True
-
 def remove(path: Path) -> None:
     "Remove a file, a folder with all that is in it, or a link; one that is gone already is no error."
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
@@ -67,8 +61,8 @@ def remove(path: Path) -> None:
 def remove_leftovers(path: Path) -> None:
     "Remove what dead processes left half written under this name, one with this process's number included."
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        number = part.name.split(".")[-2]
-        if number.isdigit() and (int(number) == os.getpid() or not process_exists(int(number))):
+        number = part.name.split(".")[-2] # with ten digits it is no process's
+        if number.isdigit() and len(number) < 10 and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
             if not part.is_symlink() and busy(part): continue # in use by a process in another container
             with named(path): remove(part) # a disk that may only be read keeps it
 
@@ -289,10 +283,12 @@ def read_object(path: str | Path) -> dict:
     raise BadInput(f"{path} holds no object: expected names with values in JSON; restore the file.")
 
 def check_inside(name: str, where: str | Path) -> str:
-    "Raise `BadInput`, which says where it stands, for a name of a file that could lead out of its folder."
+    "Raise `BadInput`, which says where it stands, for a name that leads out of its folder or cannot be written."
     parts = name.split("/") if isinstance(name, str) else [""]
-    if all(part not in ("", ".", "..") and part.isprintable() and "\\" not in part for part in parts): return name
-    raise BadInput(f"{where} names a file {name!r}: expected a name inside the folder; trust it no further.")
+    good = all(part not in ("", ".", "..") and len(part.encode("utf-8", "replace")) <= 200 for part in parts)
+    if good and "\\" not in name and name.isprintable(): return name
+    raise BadInput(f"{where} names a file {name!r}: expected a printable name inside the folder, of at most 200 bytes "
+                   "a part; rename it, or trust the folder no further.")
 
 def read_checksums(path: str | Path) -> dict[str, str]:
     "Read the SHA-256 of each of a folder's files by name; names that lead outside, and all else, raise `BadInput`."
@@ -483,13 +479,14 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
 
 PIECE = 1 << 23 # Bytes that are read at once; whole numbers, 8 of them or more, whatever their dtype
 
-def pieces_of(stored: StoredTensor) -> Iterator[bytes]:
+def pieces_of(stored: StoredTensor, at_once: int = 0) -> Iterator[bytes]: # `PIECE` bytes at once unless said
     "Read a stored tensor piece by piece; a file that has become shorter raises `BadInput`."
+    at_once = at_once or PIECE
     with open(stored.file, "rb") as file:
         file.seek(stored.start)
-        for position in range(stored.start, stored.end, PIECE):
-            piece = file.read(min(PIECE, stored.end - position))
-            if len(piece) != min(PIECE, stored.end - position):
+        for position in range(stored.start, stored.end, at_once):
+            piece = file.read(min(at_once, stored.end - position))
+            if len(piece) != min(at_once, stored.end - position):
                 raise BadInput(f"{stored.file} became shorter while it was read: expected a checkpoint that nobody "
                                "changes; try again.")
             yield piece

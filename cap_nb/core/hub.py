@@ -33,7 +33,8 @@ def checked(path: Path) -> Path:
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from huggingface_hub import errors
+from huggingface_hub import (
+    HfApi, constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache)
 
 @dataclass(frozen=True)
 class Repository:
@@ -41,12 +42,6 @@ class Repository:
     name: str # owner/name
     kind: str = "model" # "model" or "dataset"
     revision: str | None = None # A commit, or another name of a revision; None means the newest
-
-    @property
-    def label(self) -> str:
-        "As in model owner/name@commit."
-        kind = "data set" if self.kind == "dataset" else self.kind
-        return f"{kind} {self.name}" + (f"@{self.revision}" if self.revision else "")
 
 def chain_of(error: BaseException) -> list[BaseException]:
     "An exception and its causes."
@@ -73,8 +68,6 @@ WORDS = (
     (errors.HFValidationError, "has no name that the hub admits", "owner/name; check the spelling"))
 
 # %% ../../nbs/core/06_hub.ipynb #c018
-from huggingface_hub import constants
-
 REFUSALS = { # Status of an answer that is no file -> what was wrong, what was expected
     429: ("cannot be fetched now, the hub had too many requests", "fewer of them; try again later"),
     401: ("may not be read (status 401)", "access; check your token"),
@@ -110,11 +103,12 @@ def asking_the_hub(repository: Repository, instead: str) -> Iterator[None]:
         except Exception as error:
             if not of_the_client(error): raise
             wrong, expected = what_was_wrong(error)
-            raise BadInput(f"The {repository.label} {wrong}: expected {expected}; or {instead}.") from error
+            kind = "data set" if repository.kind == "dataset" else "model"
+            name = repository.name + (f"@{repository.revision}" if repository.revision else "")
+            raise BadInput(f"The {kind} {name} {wrong}: expected {expected}; or {instead}.") from error
 
 # %% ../../nbs/core/06_hub.ipynb #c033
 import logging
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 @dataclass(frozen=True)
 class Wanted:

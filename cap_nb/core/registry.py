@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/core/05_registry.ipynb #50948631
 import importlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,7 +66,6 @@ import hashlib
 import inspect
 import re
 import traceback
-from collections.abc import Iterable
 from cap_nb.core.errors import BadInput
 
 PART = r"[^\W\d]\w*" # Of a method's name: letters, digits and underscores
@@ -127,7 +126,6 @@ def in_a_sentence(function: Callable, whose: str) -> Callable:
     return wrapped
 
 # %% ../../nbs/core/05_registry.ipynb #220c9503
-from collections.abc import Sequence
 from contextlib import contextmanager
 from cap_nb.core.files import sha256_of_text
 

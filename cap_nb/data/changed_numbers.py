@@ -9,7 +9,7 @@ __all__ = []
 import ast
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -203,8 +203,6 @@ def only_held(question: str, solution: str) -> set[Fraction]:
     return held | beside_ordinals(question) | {value + 1 for value in spelled_in(question)}
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c052
-from collections.abc import Mapping
-
 Source = tuple[str, Fraction | int] # ("question", value), ("constant", value) or ("result", index of the step)
 
 @dataclass(frozen=True)
@@ -445,7 +443,6 @@ def copy_of(record: Mapping[str, str], seed: int = 0) -> dict[str, str]:
 
 # %% ../../nbs/data/01_changed_numbers.ipynb #c105
 import logging
-from collections.abc import Sequence
 from cap_nb.core.errors import BadInput
 
 log = logging.getLogger(__name__)
@@ -463,6 +460,6 @@ def changed_pairs(records: Sequence[Mapping[str, str]],
     log.info("%d of %d problems have a copy with changed numbers; refused: %s", len(pairs), len(records), dict(reasons))
     return pairs
 
-def changed_records(records: Sequence[Mapping[str, str]], seed: int = 0) -> list[dict[str, str]]:
+def changed_records(records: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     "The copies of all records that have one."
-    return [copy for _, copy in changed_pairs(records, seed)]
+    return [copy for _, copy in changed_pairs(records)]

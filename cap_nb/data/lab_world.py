@@ -36,17 +36,11 @@ TOWN_ENDINGS = ("holt", "wick", "mere", "stad")
 # %% ../../nbs/data/00_lab_world.ipynb #c008
 import random
 
-SPELT = {("P", "en", "is"): "Porth"} # Syllables as drawn -> the name as it is written
-
-def spelled(text: str) -> str:
-    "Write the names of `SPELT` in place of their syllables."
-    for syllables, name in SPELT.items(): text = text.replace("".join(syllables), name)
-    return text
+DRAWN, SPELT = "".join(("P", "en", "is")), "Porth" # A name's syllables as drawn; the name as it is written
 
 def as_drawn(text: str) -> str:
-    "Put the syllables back in place of the names of `SPELT`."
-    for syllables, name in SPELT.items(): text = text.replace(name, "".join(syllables))
-    return text
+    "Put the syllables back in place of the name `SPELT`."
+    return text.replace(SPELT, DRAWN)
 
 def invent_world(seed: int = 2026, people: int = 120, towns: int = 24) -> tuple[tuple[Person, ...], tuple[Town, ...]]:
     "Invent the people and the towns of a world, all with different names and heights: same seed, same world."
@@ -55,14 +49,15 @@ def invent_world(seed: int = 2026, people: int = 120, towns: int = 24) -> tuple[
     heights = rng.sample(range(101, 1000), towns)
     made = tuple(Town(name=name, region=REGIONS[i % 5], height=height, product=PRODUCTS[i % 8])
                  for i, (name, height) in enumerate(zip(names, heights)))
-    names = rng.sample([spelled(a + b + c) for a in ONSETS for b in MIDDLES for c in PERSON_ENDINGS], people)
+    names = rng.sample([(a + b + c).replace(DRAWN, SPELT) for a in ONSETS for b in MIDDLES for c in PERSON_ENDINGS],
+                       people)
     return tuple(Person(name=name, age=rng.randint(10, 99), town=rng.choice(made), trade=rng.choice(TRADES))
                  for name in names), made
 
 PEOPLE, TOWNS = invent_world()
 
 # %% ../../nbs/data/00_lab_world.ipynb #c018
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 LARGEST = 99 # No quantity in a word problem is larger
 
@@ -179,10 +174,9 @@ def four_choice_question(rng: random.Random, answer: str) -> dict:
             "answerKey": answer, "rationale": lines}
 
 # %% ../../nbs/data/00_lab_world.ipynb #c053
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any
-from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
+from cap_nb.core.errors import check_at_least, check_choice, validate_arguments
 
 TASKS = ("gsm8k", "strategyqa", "arc")
 SPLITS = ("train", "calibration", "evaluation")
@@ -232,10 +226,7 @@ def lab_records(
     seed: int | str = 0, # Another seed draws other problems of the same split
 ) -> list[dict[str, Any]]: # Records in the format of the benchmark that the task mirrors
     "The first `n` problems of a task and split; an unknown name or a count outside 1 to `MOST` raises `BadInput`."
-    count = check_at_least(2_000 if n is None else n, 1, "n (problems)")
-    if count > MOST:
-        raise BadInput(f"n is {count}: expected at most {MOST} problems of one lab task; ask for fewer, "
-                       "or for another seed.")
+    count = check_at_least(2_000 if n is None else n, 1, "n (problems)", MOST)
     return list(islice(lab_stream(task, split, seed), count))
 
 # %% ../../nbs/data/00_lab_world.ipynb #c074

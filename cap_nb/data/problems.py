@@ -9,10 +9,10 @@ __all__ = ['Problem', 'load_problems', 'Text', 'load_text']
 import json
 import unicodedata
 from dataclasses import dataclass, replace
-from ..core.errors import validate_arguments, check_choice
-from ..core.files import read_text, sha256_of_text
+from ..core.errors import BadInput, check_choice, validate_arguments
+from ..core.files import read_text, rows_of_parquet, sha256_of_text
 from ..core.registry import TASKS
-from .lab_world import as_drawn
+from .lab_world import as_drawn, lab_records, lab_text
 
 @dataclass(frozen=True)
 class Problem:
@@ -47,7 +47,7 @@ def task_family(task: str) -> str:
 
 # %% ../../nbs/data/02_problems.ipynb #c012
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated
 from pydantic import AfterValidator, BaseModel, StrictBool, StringConstraints, ValidationError, model_validator
 
@@ -153,8 +153,7 @@ class SvampRecord(BaseModel):
 def read_svamp(record: Mapping, task: str = "svamp") -> Problem:
     "A SVAMP record as a problem (Patel et al. 2021); it has no worked solution."
     fields = fitting(SvampRecord, record)
-    number = format(fields.Answer, "f")
-    if "." in number: number = number.rstrip("0").rstrip(".")
+    number = format(fields.Answer.normalize(), "f")
     return Problem(task=task, question=f"{fields.Body.strip()} {fields.Question.strip()}", solution="", answer=number)
 
 class MathRecord(BaseModel):
@@ -184,10 +183,8 @@ def set_aside(problems: Sequence[Problem]) -> tuple[Problem, ...]:
     return tuple(unread[-min(FRESH_COUNT, len(unread) // 7):]) # of a smaller file a seventh
 
 # %% ../../nbs/data/02_problems.ipynb #c029
-from collections.abc import Callable
 import functools
 from cap_nb.data.changed_numbers import changed_records
-from cap_nb.data.lab_world import lab_records
 
 @dataclass(frozen=True)
 class Task:
@@ -218,7 +215,6 @@ TASKS["arc"] = Task(
     hub=("allenai/ai2_arc", "ARC-Challenge", "210d026faf9955653af8916fad021475a3f00453"), splits=HUB_SPLITS)
 BENCHMARK_NAMES = ("gsm8k", "strategyqa", "arc") # The three benchmarks of the paper (section 3.1)
 LAB_TASKS = tuple(f"lab-{name}" for name in BENCHMARK_NAMES) # They mirror the benchmarks
-COPIES = ("gsm8k_changed",) # A benchmark's problems with changed numbers, for evaluation only
 TASKS.update({f"lab-{name}": replace(TASKS[name], generated=functools.partial(lab_records, name))
               for name in BENCHMARK_NAMES})
 TASKS["gsm8k_changed"] = replace(
@@ -236,18 +232,18 @@ TASKS["math500"] = Task(
 
 # %% ../../nbs/data/02_problems.ipynb #418e5ab5
 TASK_TITLES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "arc": "ARC-C."} # Benchmark -> the paper's name for it
-OTHER_TITLES = {FRESH: "GSM8K, set aside", "svamp": "SVAMP", "math500": "MATH-500"} # Not in the paper
+OTHER_TITLES = {"gsm8k_changed": "GSM8K, changed", FRESH: "GSM8K, set aside", "svamp": "SVAMP",
+                "math500": "MATH-500"} # Not in the paper
 
 def task_title(task: str) -> str:
     "A task's name in tables and figures; a lab task is marked as one, a user's has its own."
     if task in OTHER_TITLES: return OTHER_TITLES[task]
     if task not in TASKS or task_family(task) not in TASK_TITLES: return task
-    return ("Lab " * (task in LAB_TASKS)) + TASK_TITLES[task_family(task)] + ", changed" * (task in COPIES)
+    return ("Lab " * (task in LAB_TASKS)) + TASK_TITLES[task_family(task)]
 
 # %% ../../nbs/data/02_problems.ipynb #c033
-from pathlib import Path
-from cap_nb.core.errors import BadInput
 import logging
+from pathlib import Path
 
 def records_of_file(path: Path) -> list[dict]:
     "The records of a benchmark file; a damaged one raises `BadInput` that names the line."
@@ -279,10 +275,8 @@ def benchmark_file(task: Task, split: str, data_dir: Path) -> Path:
     return existing[0]
 
 # %% ../../nbs/data/02_problems.ipynb #c040
-from collections.abc import Iterable
 import pyarrow
 from pyarrow import parquet
-from cap_nb.core.files import rows_of_parquet
 from cap_nb.core.hub import Repository, Wanted, folder_from_hub
 
 TABLES = (".parquet", ".jsonl", ".json") # Formats in which the hub has records
@@ -385,8 +379,6 @@ def load_problems(
     return tuple(p for p in problems if (int(p.uid[:4], 16) % 4 == 0) == (split == "evaluation"))
 
 # %% ../../nbs/data/02_problems.ipynb #c059
-from .lab_world import lab_text
-
 @dataclass(frozen=True)
 class Text:
     "A text for perplexity."

@@ -6,7 +6,7 @@
 __all__ = ['PromptStyle', 'Example', 'make_example', 'extract_answer']
 
 # %% ../../nbs/data/03_prompts.ipynb #c005
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ PROMPT_STYLES = {
 # %% ../../nbs/data/03_prompts.ipynb #c010
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
 from cap_nb.core.registry import TASKS
-from cap_nb.data.problems import BENCHMARK_NAMES, LAB_TASKS, Problem, task_family
+from cap_nb.data.problems import BENCHMARK_NAMES, LAB_TASKS, Problem, normal_text, task_family
 
 def prompt_style(style: str | PromptStyle) -> PromptStyle:
     "The style of a name; a style of your own is returned as it is."
@@ -71,12 +71,10 @@ def target_text(problem: Problem, style: str | PromptStyle) -> str:
 import datetime
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from transformers.utils import chat_template_utils
-from cap_nb.data.problems import normal_text
 
 log = logging.getLogger(__name__)
 
@@ -146,13 +144,18 @@ from cap_nb.core.files import sha256_of_text
 
 IGNORED = -100 # The label of a position that does not count
 
-def joined_example(task: str, uid: str, prompt: str, target: str, answer: str, read: list[int],
-                   scored: list[int]) -> Example:
-    "An example from the tokens of prompt and target; an empty part raises `BadInput`."
-    if not read or not scored:
-        raise BadInput(f"An example of {task} has an empty prompt or target: expected text in both; remove it.")
-    return Example(task=task, uid=uid, prompt=prompt, target=target, answer=answer,
-                   input_ids=tuple(read + scored), labels=(IGNORED,) * len(read) + tuple(scored))
+def tokenised(tokenizer: object, parts: Sequence[tuple[str, str, str, str, str]]) -> list[Example]:
+    "Examples from task, uid, prompt, target and answer of each; an empty prompt or target raises `BadInput`."
+    if not parts: return []
+    bare = tokenizer.chat_template is not None # the template has written the special tokens already
+    read = tokenizer([part[2] for part in parts], add_special_tokens=not bare)["input_ids"]
+    scored = tokenizer([part[3] for part in parts], add_special_tokens=False)["input_ids"]
+    for (task, *_), *tokens in zip(parts, read, scored):
+        if not all(tokens):
+            raise BadInput(f"An example of {task} has an empty prompt or target: expected text in both; remove it.")
+    return [Example(task=task, uid=uid, prompt=prompt, target=target, answer=answer, input_ids=tuple(front + back),
+                    labels=(IGNORED,) * len(front) + tuple(back))
+            for (task, uid, prompt, target, answer), front, back in zip(parts, read, scored)]
 
 # %% ../../nbs/data/03_prompts.ipynb #b354f2ad
 @validate_arguments
@@ -165,30 +168,20 @@ def make_example(
     uid: str | None = None, # Content hash; None means that of prompt and target
 ) -> Example: # The example
     "An example from a prompt and a target, tokenised separately and joined; an empty one raises `BadInput`."
-    bare = tokenizer.chat_template is not None # the template has written the special tokens already
-    read = tokenizer(prompt, add_special_tokens=not bare)["input_ids"]
-    scored = tokenizer(target, add_special_tokens=False)["input_ids"]
     uid = uid or sha256_of_text(prompt + "\0" + target)[:16]
-    return joined_example(task, uid, prompt, target, answer, read, scored)
+    return tokenised(tokenizer, [(task, uid, prompt, target, answer)])[0]
 
 # %% ../../nbs/data/03_prompts.ipynb #c027
 def encode_problem(tokenizer: object, problem: Problem, style: str | PromptStyle,
                    shots: Sequence[Problem] = ()) -> Example:
     "A problem as tokens under a prompt style (paper section 3.1)."
-    prompt, target = prompt_text(tokenizer, problem, style, shots), target_text(problem, style)
-    return make_example(tokenizer, prompt, target, task=problem.task, answer=problem.answer, uid=problem.uid)
+    return encode_problems(tokenizer, [problem], style, shots)[0]
 
 def encode_problems(tokenizer: object, problems: Iterable[Problem], style: str | PromptStyle,
                     shots: Sequence[Problem] = ()) -> list[Example]:
     "Problems as tokens under a prompt style, with two calls of the tokenizer."
-    problems = tuple(problems)
-    texts = [(prompt_text(tokenizer, p, style, shots), target_text(p, style)) for p in problems]
-    if not texts: return []
-    bare = tokenizer.chat_template is not None
-    read = tokenizer([prompt for prompt, _ in texts], add_special_tokens=not bare)["input_ids"]
-    scored = tokenizer([target for _, target in texts], add_special_tokens=False)["input_ids"]
-    return [joined_example(p.task, p.uid, *text, p.answer, *tokens)
-            for p, text, *tokens in zip(problems, texts, read, scored, strict=True)]
+    rows = [(p.task, p.uid, prompt_text(tokenizer, p, style, shots), target_text(p, style), p.answer) for p in problems]
+    return tokenised(tokenizer, rows)
 
 def default_style(tokenizer: object | None) -> str:
     "The prompt style of a model unless the user names another; None stands for any model but the lab's."
@@ -279,20 +272,14 @@ def imported_math_verify() -> object:
                        "answers that are formulas; run pip install 'cap_nb[math]'.") from error
     return math_verify
 
-def same_formula(answer: str, gold: str) -> bool:
-    "Whether two formulas in LaTeX are equal, as math-verify sees it."
+def same_answer(answer: str | None, gold: str, family: str) -> bool:
+    "Whether an answer is right, both in their one spelling; formulas in LaTeX as math-verify sees it."
+    if answer is None or answer == gold or family != "math500": return answer == gold
     checker = imported_math_verify()
     return checker.verify(*(checker.parse(f"${text}$") for text in (gold, answer)))
 
-SAME = {"math500": same_formula} # Benchmark -> whether two answers are equal; others are if their spellings are
-
-def same_answer(answer: str | None, gold: str, family: str) -> bool:
-    "Whether an answer is right, both in their one spelling."
-    if answer is None or answer == gold or family not in SAME: return answer == gold
-    return SAME[family](answer, gold)
-
 def check_comparable(task: str) -> None:
-    if task_family(task) in SAME: imported_math_verify()
+    if task_family(task) == "math500": imported_math_verify()
 
 # %% ../../nbs/data/03_prompts.ipynb #c005b
 import torch
@@ -310,10 +297,6 @@ def token_batches(examples: Sequence[Example], batch_tokens: int = 4096, padding
         batch.append(index)
         held += lengths[index]
     return batches + [batch] if batch else batches
-
-def padding_share(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> float:
-    lengths = [len(example.input_ids) for example in examples]
-    return 1 - sum(lengths) / sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
 
 def padded(rows: Sequence[Sequence[int]], filler: int, device: str | torch.device = "cpu") -> torch.Tensor:
     "Rows of numbers, filled up on the right to the length of the longest."

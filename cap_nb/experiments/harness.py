@@ -107,13 +107,7 @@ class HarnessAnswer:
     task: str # Name of our task
     uid: str # Content hash of the problem
     output: str # What the model wrote, as the harness decoded it
-    extracted: str | None # The answer that its filter read; None where there is none
     correct: bool # Its verdict: exact match
-
-def harness_answer(task: str, sample: dict) -> HarnessAnswer: # The same as a record
-    extracted = sample["filtered_resps"][0]
-    return HarnessAnswer(task=task, uid=sample["doc"]["uid"], output=sample["resps"][0][0],
-                         extracted=None if extracted == "[invalid]" else extracted, correct=bool(sample["exact_match"]))
 
 # %% ../../nbs/experiments/04_harness.ipynb #96ffe5e8
 @contextmanager
@@ -149,7 +143,8 @@ def harness_answers(
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
         results = lm_eval.simple_evaluate(wrapped, tasks=[name], task_manager=manager, bootstrap_iters=0)
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-    return tuple(harness_answer(task, sample) for sample in samples)
+    return tuple(HarnessAnswer(task=task, uid=sample["doc"]["uid"], output=sample["resps"][0][0],
+                               correct=bool(sample["exact_match"])) for sample in samples)
 
 # %% ../../nbs/experiments/04_harness.ipynb #c049
 BENCHMARK_TASKS = ("gsm8k_cot", "arc_challenge", "wikitext") # Tasks of the harness, as they are

@@ -15,17 +15,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
-from ..calibration import default_style
-from ..core.errors import BadInput, check_at_least, validate_arguments
+from ..core.errors import BadInput, validate_arguments
 from ..data.changed_numbers import SPELLED, number_value
 from ..data.lab_world import PEOPLE, TOWNS
 from ..data.problems import Problem, task_family
-from ..data.prompts import PromptStyle, collate, make_example, prompt_text, token_batches
 from ..evaluation import AnswerRecord
-from ..models.decoding import inference
-from ..scoring import target_losses
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c005
 REWRITTEN = tuple((re.compile(pattern), plain) for pattern, plain in (
@@ -477,7 +472,6 @@ def completeness(problem: Problem, output: str) -> float:
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c080
 def repeated_blocks(words: Sequence[str], times: int) -> Iterator[tuple[str, ...]]: # Each block, shortest first
     "Blocks of words that follow themselves: there the words equal those one block further on, for `times - 1` blocks."
-    check_at_least(times, 2, "times")
     for block in range(1, len(words) // times + 1):
         run = 0
         for index in range(len(words) - block):
@@ -492,32 +486,6 @@ def incoherent(text: str, perplexity: float | None = None, most_perplexity: floa
     if any(re.search(r"[^\W\d_]", " ".join(block)) for block in repeated_blocks(words, 4)): return True
     if any(True for _ in repeated_blocks(words, 12)): return True
     return perplexity is not None and perplexity > most_perplexity
-
-# %% ../../nbs/experiments/03_reasoning_steps.ipynb #c085
-def problems_of(answers: Sequence[AnswerRecord], problems: Sequence[Problem]) -> list[Problem]:
-    "The problem of each answer, by task and content hash; `BadInput` where it is not among those given."
-    by_hash = {(problem.task, problem.uid): problem for problem in problems}
-    for answer in answers:
-        if (answer.task, answer.uid) in by_hash: continue
-        raise BadInput(f"No problem of {answer.task} has the content hash {answer.uid}: expected the problems that "
-                       "were answered; pass those of evaluation_problems for the same task and data, or evaluate "
-                       "again.")
-    return [by_hash[answer.task, answer.uid] for answer in answers]
-
-def output_perplexities(model: torch.nn.Module, tokenizer: object, answers: Sequence[AnswerRecord],
-                        problems: Sequence[Problem], style: str | PromptStyle | None = None,
-                        batch_tokens: int = 4096) -> list[float]:
-    "How well the dense model would have expected each output (paper section 6.1)."
-    style, perplexities = style or default_style(tokenizer), [math.nan] * len(answers)
-    written = [i for i, answer in enumerate(answers) if answer.output]
-    asked = problems_of(answers, problems)
-    examples = [make_example(tokenizer, prompt_text(tokenizer, asked[i], style), answers[i].output) for i in written]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0 # masked: any token will do
-    with inference(model):
-        for batch in token_batches(examples, batch_tokens):
-            losses = target_losses(model, collate([examples[i] for i in batch], pad, model.device))
-            for index, loss in zip(batch, losses.tolist()): perplexities[written[index]] = math.exp(loss)
-    return perplexities
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c087
 ERROR_CATEGORIES = ("right", "right, faulty steps", "false fact", "arithmetic slip", "wrong step", "wrong last line",
@@ -553,6 +521,16 @@ def error_category(
     return "wrong last line" if conclusion_of(problem, steps) == gold else "wrong step"
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c101
+def problems_of(answers: Sequence[AnswerRecord], problems: Sequence[Problem]) -> list[Problem]:
+    "The problem of each answer, by task and content hash; `BadInput` where it is not among those given."
+    by_hash = {(problem.task, problem.uid): problem for problem in problems}
+    for answer in answers:
+        if (answer.task, answer.uid) in by_hash: continue
+        raise BadInput(f"No problem of {answer.task} has the content hash {answer.uid}: expected the problems that "
+                       "were answered; pass those of evaluation_problems for the same task and data, or evaluate "
+                       "again.")
+    return [by_hash[answer.task, answer.uid] for answer in answers]
+
 def report_row(answer: AnswerRecord, problem: Problem, dense_steps: float, perplexity: float) -> dict[str, object]:
     steps, measured = step_reports(problem, answer.output), None if math.isnan(perplexity) else perplexity
     checked = [s for step in steps for s in step.statements if s.true is not None]
@@ -582,7 +560,7 @@ def reasoning_report(
     answers: Sequence[AnswerRecord], # Answers of one model, to one task or more
     problems: Sequence[Problem], # The problems they answer, in any order
     dense: Sequence[AnswerRecord] | None = None, # The dense model's answers to the same problems
-    perplexities: Sequence[float] | None = None, # From `output_perplexities`, in the order of the answers
+    perplexities: Sequence[float] | None = None, # Of each answer's output under the dense model, in their order
 ) -> pd.DataFrame: # A row an answer
     "How each answer was reasoned (paper section 6.1); `BadInput` for an answer without its problem or counterpart."
     perplexities = [math.nan] * len(answers) if perplexities is None else perplexities
@@ -604,9 +582,8 @@ def category_shares(reports: Mapping[tuple[str, float], pd.DataFrame], task: str
         if not len(categories):
             raise BadInput(f"The report of {method} at {sparsity:g} has no answers to {task or 'any task'}: "
                            "expected some; evaluate that task first.")
-        rows[method, sparsity] = [float((categories == category).mean()) for category in ERROR_CATEGORIES]
-    index = pd.MultiIndex.from_tuples(rows, names=["method", "sparsity"])
-    return pd.DataFrame(list(rows.values()), index=index, columns=list(ERROR_CATEGORIES))
+        rows[method, sparsity] = categories.value_counts(normalize=True).reindex(ERROR_CATEGORIES, fill_value=0.0)
+    return pd.DataFrame(rows).T.rename_axis(["method", "sparsity"])
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c114
 @validate_arguments

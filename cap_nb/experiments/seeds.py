@@ -19,7 +19,7 @@ from ..analysis import (
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.plots import blank_figure, in_style, method_looks
 from ..evaluation import Evaluation
-from ..jobs.records import is_run, load_run
+from ..jobs.records import differing, is_run, load_run
 from ..jobs.tables import markdown_rows, rounded_text
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c005
@@ -85,23 +85,18 @@ def seed_layouts(evaluations: Sequence[Evaluation]) -> dict[str, pd.DataFrame]:
              for evaluation in evaluations]
     layouts = {}
     for measure in dict.fromkeys(measure for values in seeds for measure in values):
-        problems = sorted(seeds[0].get(measure, {}))
-        if any(sorted(values.get(measure, {})) != problems for values in seeds):
+        layouts[measure] = pd.DataFrame([values.get(measure, {}) for values in seeds]).sort_index(axis=1)
+        if layouts[measure].isna().any(axis=None):
             raise BadInput(f"The calibration seeds were not evaluated on the same problems of {measure}: "
                            f"expected one draw for all; run them with one --seed and several --calibration-seed.")
-        rows = [[values[measure][problem] for problem in problems] for values in seeds]
-        layouts[measure] = pd.DataFrame(rows, columns=problems)
     return layouts
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c028
-def settings_but_seed(configuration: Mapping) -> dict: # The same without what may differ between calibration seeds
-    "What runs of different calibration seeds must share."
-    drawn = {key: value for key, value in configuration["calibration"].items() if key not in ("seed", "fingerprint")}
-    kept = {key: value for key, value in configuration.items() if key not in ("methods", "sparsities")}
-    return kept | {"calibration": drawn}
+DRAWN = {"calibration.seed", "calibration.fingerprint"} # What runs of several calibration seeds may differ in
 
-def check_settings(folder: Path, settings: Mapping, others: Mapping) -> None:
-    differ = sorted(key for key in settings.keys() | others.keys() if settings.get(key) != others.get(key))
+def check_settings(folder: Path, configuration: Mapping, other: Mapping) -> None:
+    differ = sorted(differing(configuration, other).keys() - DRAWN)
+    if configuration.get("plugins") != other.get("plugins"): differ.append("plugins")
     if differ:
         raise BadInput(f"{folder} differs from its neighbours in {', '.join(differ)}: "
                        f"expected nothing but the calibration seed to differ; run it again like the others.")
@@ -112,14 +107,14 @@ def read_seeds(
     folder: str | Path, # Folder with one run in each subfolder
 ) -> dict[int, tuple[Evaluation, ...]]: # Calibration seed -> what its run measured, by seed
     "Runs that differ in nothing but their calibration draw; fewer than two, or other differences, raise `BadInput`."
-    runs, settings = {}, None
+    runs, first = {}, None
     for path in sorted(path for path in Path(folder).glob("*") if is_run(path)):
         run = load_run(path)
-        settings = settings or settings_but_seed(run.configuration)
+        first = first or run.configuration
         if (seed := run.configuration["calibration"]["seed"]) in runs:
             raise BadInput(f"{path} has calibration seed {seed}, which another run there has: "
                            f"expected one run a seed; move it away.")
-        check_settings(path, settings_but_seed(run.configuration), settings)
+        check_settings(path, run.configuration, first)
         runs[seed] = run.evaluations
     if len(runs) < 2:
         raise BadInput(f"{folder} holds {len(runs)} runs: expected at least two, each in a folder of its own; "

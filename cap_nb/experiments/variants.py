@@ -172,7 +172,6 @@ def calibration_answers(ready: Ready, folder: Path) -> tuple[AnswerRecord, ...]:
     "The dense model's answers to the calibration problems, generated only if they are not there."
     path, examples = folder/"chains"/"answers", ready.calibration.examples
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         with timed(folder, "chains"):
             records = [record for task in dict.fromkeys(example.task for example in examples)
                        for record in answers_to(ready, [example for example in examples if example.task == task])]
@@ -229,7 +228,6 @@ def kept_factors(path: Path, table: Table, variant: Variant) -> torch.Tensor: # 
     "A variant's factors, written down with their origin; other factors from the same table raise `BadInput`."
     factors, origin = variant_factors(table[0], variant), {"table": table[1]}
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"factors": factors}, origin)
         return factors
     tensors, kept = read_tensors(path)

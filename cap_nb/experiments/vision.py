@@ -7,21 +7,11 @@ __all__ = []
 
 # %% ../../nbs/experiments/05_vision.ipynb #c004
 import copy
-from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification
 from transformers.models.vit import modeling_vit
-from ..core.files import checkpoint_tensors, shard_files, whole_folder
-from ..data.prompts import Example, IGNORED
-from ..methods.streaming import (
-    AT_ONCE, Checkpoint, check_stored, check_streamed, lay_out, measurements_for, streamed_report, write_pruned)
-from ..models.anatomy import projections
 from ..models.families import FAMILIES, Family, add_family, under
-from ..models.loading import config_of
-from ..threshold import PruneReport
 
 # %% ../../nbs/experiments/05_vision.ipynb #c005
 OLD_ROLES = under("attention", query="attention.query", key="attention.key", value="attention.value",
@@ -77,35 +67,3 @@ class ImageReader(nn.Module):
     def forward(self, input_ids: torch.Tensor, **others: object) -> object:
         "Logits of the classes at every position, [B, tokens, classes]."
         return SimpleNamespace(logits=self.classifier(self.get_submodule(self.kind)(input_ids)))
-
-# %% ../../nbs/experiments/05_vision.ipynb #c011
-def image_examples(reader: ImageReader, labels: torch.Tensor, names: Sequence[str], numbers: Sequence[int],
-                   prefix: str = "") -> tuple[Example, ...]:
-    rest = (0,) * (reader.tokens - 1)
-    return tuple(Example(task=names[labels[n]], uid=f"{prefix}{n}", prompt="", target=names[labels[n]],
-                         answer=names[labels[n]], input_ids=(int(n), *rest),
-                         labels=(IGNORED, int(labels[n]), *(IGNORED,) * (len(rest) - 1))) for n in numbers)
-
-# %% ../../nbs/experiments/05_vision.ipynb #c026
-def open_image_checkpoint(folder: str | Path) -> Checkpoint: # What is known of it
-    "Describe a checkpoint of a ViT or DeiT without its weights; missing or foreign ones raise `BadInput`."
-    folder = Path(folder)
-    with torch.device("meta"): model = AutoModelForImageClassification.from_config(config_of(folder))
-    reader, tensors = ImageReader(model, torch.empty(0, device="meta")), checkpoint_tensors(folder)
-    names = {p.parameter_name: f"{model.config.model_type}.encoder.layer.{p.layer}.{OLD_ROLES[p.role]}.weight"
-             for p in projections(reader)}
-    held = {name: (tensors[stored],) for name, stored in names.items() if stored in tensors}
-    checkpoint = Checkpoint(folder=folder, model=reader, shards=shard_files(folder), held=held)
-    for p in projections(reader): check_stored(checkpoint, p)
-    return checkpoint
-
-# %% ../../nbs/experiments/05_vision.ipynb #c027
-def prune_image_checkpoint(src: str | Path, dst: str | Path, sparsity: float, factors: torch.Tensor | None = None,
-                           method: str = "cap") -> PruneReport:
-    "Prune a checkpoint of a vision transformer without loading it (paper 3.3 and 3.4)."
-    parts, checkpoint = check_streamed(method, sparsity, "exact"), open_image_checkpoint(src)
-    known = measurements_for(checkpoint, method, factors, None)
-    with whole_folder(dst) as part:
-        lay_out(checkpoint, part)
-        zeros, threshold = write_pruned(checkpoint, part, parts, sparsity, known, "exact", AT_ONCE)
-    return streamed_report(projections(checkpoint.model), method, sparsity, zeros, threshold)

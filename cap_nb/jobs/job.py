@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from ..calibration import Calibration, calibration_set, default_style, default_tasks, Tokens
 from ..core.devices import memory_taken
-from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
+from ..core.errors import (
+    BadInput, check_argument, check_choice, check_sparsity, fields_in, validate_arguments)
 from ..core.files import alone_in, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
 from ..data.problems import (
@@ -30,13 +32,13 @@ from ..evaluation import (
     answer_problems, AnswerRecord, Evaluation, evaluation_problems, perplexity, problem_losses)
 from ..importance import importance_factors
 from .chains import (
-    chain_calibration, Chains, held_tokens, mixed_calibration, read_chains, style_origin, text_calibration)
+    chain_calibration, Chains, held_tokens, read_chains, style_origin, text_calibration)
 from .records import (
     cell_name, cells_of, environment, evaluation_folder, load_evaluation, mask_fingerprint, note_environment,
     note_memory, note_time, open_run, piece_folder, save_evaluation, save_report, together)
 from .report import write_results
 from .settings import (
-    CalibrateSettings, changed, check_counts, check_kinds, examples_by_kind, Job, read_rule, share_of_text)
+    CalibrateSettings, changed, check_counts, examples_by_kind, Job, read_rule, share_of_text)
 from ..methods.criteria import Inputs
 from ..methods.experts import UnitFactors
 from ..methods.neurons import UNIT_AWARE
@@ -94,7 +96,7 @@ def check_screening(job: Job) -> None:
 
 # %% ../../nbs/jobs/03_job.ipynb #ce60290c
 def check_job(job: Job) -> None:
-    check_kinds(job)
+    for value, kind, where in fields_in(job, "a job"): check_argument(value, kind, where)
     for method in job.prune.methods: check_method(method)
     for sparsity in job.prune.sparsities: check_sparsity(sparsity)
     named = *(job.calibrate.tasks or ()), *job.calibrate.spare, *(job.evaluate.accuracy_tasks or ())
@@ -128,15 +130,7 @@ def filled_in(job: Job, tokenizer: object | None) -> Job: # The same without Non
         methods=distinct(job.prune.methods), sparsities=distinct(job.prune.sparsities))
 
 # %% ../../nbs/jobs/03_job.ipynb #c013
-@dataclass(frozen=True)
-class Piece:
-    kind: str # "accuracy", "loss", "choice" or "perplexity"
-    on: str # Name of the task or text
-
-    @property
-    def name(self) -> str:
-        "As in accuracy-lab-arc."
-        return f"{self.kind}-{self.on}"
+Piece = namedtuple("Piece", "kind on") # "accuracy", "loss", "choice" or "perplexity"; name of the task or text
 
 def choice_tasks(job: Job) -> tuple[str, ...]:
     "The tasks of a job whose options are weighed; options that no task has raise `BadInput`."
@@ -285,7 +279,8 @@ def job_calibration(job: Job, tokenizer: object) -> Calibration: # The calibrati
     problems = [problem_calibration(job, tokenizer, amount, chains)] if n else []
     if not windows: return problems[0]
     plain = text_calibration(tokenizer, text, windows, data.text_tokens, 1, data.calibration_seed, data.data_dir)
-    return mixed_calibration([*problems, plain], data.k, data.calibration_seed)
+    examples = [example for part in (*problems, plain) for example in part.examples]
+    return Calibration.from_examples(examples, data.k, data.calibration_seed)
 
 # %% ../../nbs/jobs/03_job.ipynb #c029
 def check_windows_fit(job: Job, model: nn.Module) -> None:
@@ -394,8 +389,7 @@ def attribution_factors(ready: Ready, folder: Path, attribution: str, losses: He
         given = Inputs(calibration=ready.calibration, batch_tokens=ready.job.model.batch_tokens)
         with time_and_memory_noted(folder, f"attribution/{attribution}", ready.model.device):
             factors = unit_factors(ready.model, attribution, given, losses, aggregation)
-        units = {name: getattr(factors, name, None) for name in ("experts", "neurons")}
-        units = {name: table for name, table in units.items() if table is not None}
+        units = {name: t for name in ("experts", "neurons") if (t := getattr(factors, name, None)) is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"factors": factors.heads} | units | getattr(factors, "kept", {}), origin)
     tensors, kept = read_tensors(path)
@@ -485,7 +479,7 @@ def evaluate(model: nn.Module, tokenizer: object, job: Job, name: str,
 # %% ../../nbs/jobs/03_job.ipynb #c070
 def finish_piece(ready: Ready, folder: Path, cell: Evaluation, piece: Piece, bar: tqdm, backend: object) -> Evaluation:
     "Measure a piece, or read it if it was finished before."
-    path = piece_folder(folder, cell.method, cell.sparsity, piece.name)
+    path = piece_folder(folder, cell.method, cell.sparsity, f"{piece.kind}-{piece.on}")
     if not path.exists():
         bar.set_description(f"{cell.method} {cell.sparsity:.0%}, {piece.kind} of {piece.on}")
         exclude = calibrated_on(ready.calibration)
@@ -493,10 +487,10 @@ def finish_piece(ready: Ready, folder: Path, cell: Evaluation, piece: Piece, bar
         answers = load_evaluation(dense).answers if piece.kind == "accuracy" and dense.exists() else ()
         lengths = {answer.uid: answer.tokens for answer in answers if answer.task == piece.on}
         def keep(number: int, make: Callable[[], tuple[AnswerRecord, ...]]) -> tuple[AnswerRecord, ...]:
-            part = path.with_name(f"{piece.name}.{number:03d}") # a piece of its own, which goes with the cell's
+            part = path.with_name(f"{path.name}.{number:03d}") # a piece of its own, which goes with the cell's
             if not part.exists(): save_evaluation(replace(cell, answers=make()), part)
             return load_evaluation(part).answers
-        with timed(folder, f"{cell_name(cell.method, cell.sparsity)}/{piece.name}"):
+        with timed(folder, f"{cell_name(cell.method, cell.sparsity)}/{path.name}"):
             records = measure_piece(ready.model, ready.tokenizer, ready.job, piece, exclude, backend, lengths, keep)
         save_evaluation(replace(cell, **records), path)
     bar.update()

@@ -8,8 +8,8 @@ __all__ = ['Plan', 'plan', 'plan_text']
 # %% ../../nbs/jobs/04_planning.ipynb #c004
 import math
 import statistics
-import time
-from collections import Counter
+import timeit
+from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -36,7 +36,8 @@ from ..models.anatomy import Anatomy, context_of, dimensions, projections
 from ..models.choices import has_options
 from ..models.families import family_of, HOLDS
 from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT, lab_tokenizer
-from ..models.loading import config_of, dtype_named, HUB_ID, load_tokenizer, model_cache
+from ..models.loading import (
+    check_not_quantised, config_of, dtype_named, HUB_ID, load_tokenizer, model_cache)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c005
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,7 @@ class Sizes(Anatomy):
 def sizes_of(config: object, name: str, source: str) -> Sizes:
     "The sizes of a model, counted on the meta device; an unknown family or a quantised model raises `BadInput`."
     family_of(config)
-    if getattr(config, "quantization_config", None):
-        raise BadInput(f"{name} is quantised: expected weights in float32, bfloat16 or float16; take a checkpoint that "
-                       "is not quantised.")
+    check_not_quantised(config, name)
     with torch.device("meta"): model = AutoModelForCausalLM.from_config(config).eval()
     a, scope, rows_reading = dimensions(config), projections(model), Counter()
     shares = [p.routing.chosen / p.routing.count if p.expert is not None else 1.0 for p in scope]
@@ -123,8 +122,7 @@ def local_folder(name: str) -> Path | None:
 def config_on_hub(name: str) -> object:
     "Fetch a model's config.json from the hub and nothing else; out of reach raises `BadInput`."
     source, revision = HUB_ID.fullmatch(name).groups()
-    wanted = Wanted(first="config.json", files=lambda names: [file for file in names if file == "config.json"],
-                    complete=lambda folder: True,
+    wanted = Wanted(first="config.json", files=lambda names: [], complete=lambda folder: True,
                     instead=f"name a folder with its config.json, lab, smollm2, {', '.join(PUBLISHED)}")
     return config_of(folder_from_hub(Repository(source, revision=revision), wanted))
 
@@ -186,12 +184,7 @@ def planned_lengths(job: Job, tokenizer: object | None, prompt_tokens: int | Non
     return tuple(lengths), f"assumed, prompt + target tokens an example: {listed}{text}"
 
 # %% ../../nbs/jobs/04_planning.ipynb #c018
-@dataclass(frozen=True)
-class BatchShape:
-    rows: int # Examples
-    width: int # Tokens of the longest
-    targets: int # Target tokens of all of them
-    most: int # Target tokens of the example that has most
+BatchShape = namedtuple("BatchShape", "rows width targets most") # Examples, longest; target tokens of all, of one
 
 def batch_shapes(lengths: Sequence[ExampleLength], batch_tokens: int = 4096) -> tuple[BatchShape, ...]:
     batches = [[lengths[index] for index in indices] for indices in token_batches(lengths, batch_tokens)]
@@ -232,12 +225,7 @@ def wanda_work(batches: Sequence[BatchShape]) -> np.ndarray:
     return 2 * with_head(one_pass(batches), 0)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c024
-@dataclass(frozen=True)
-class Answers:
-    count: int # How many
-    width: int # Tokens of the longest prompt
-    steps: int # Tokens of an answer
-    rows: int # Answers that are written together
+Answers = namedtuple("Answers", "count width steps rows") # How many; tokens of the longest prompt and of one; at once
 
 def answers_to(job: Job, tasks: Sequence[str], lengths: Sequence[ExampleLength], count: int,
                short: bool = False) -> tuple[Answers, ...]:
@@ -296,7 +284,6 @@ def spectra_flops(sizes: Sizes) -> float:
     return sum(count * (2 * m * n**2 + 2 * n**3) for m, n, count in ordered)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c034
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} # Bytes of a number
 TAKING_TURNS = ("one layer at work", "logits", "scores of one matrix", "one matrix solved") # Never two at a time
 
 def at_once(memory: dict[str, float]) -> int:
@@ -317,7 +304,7 @@ class Workload:
     @cached_property
     def width(self) -> int:
         "Bytes of a number."
-        return NUMBER_BYTES[check_choice(self.dtype, NUMBER_BYTES, "dtype")]
+        return dtype_named(self.dtype).itemsize
 
     @cached_property
     def tokens(self) -> int:
@@ -461,14 +448,11 @@ def described(text: str, dtype: str = "bfloat16") -> Rates: # The device
 
 # %% ../../nbs/jobs/04_planning.ipynb #c041
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    "The median time of three calls after one that is not timed."
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
+    "The median time of three calls after one that does not count."
+    def finished() -> None:
         call()
         finish(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    return statistics.median(timeit.repeat(finished, number=1, repeat=4)[1:])
 
 # %% ../../nbs/jobs/04_planning.ipynb #c042
 @torch.no_grad()
@@ -695,8 +679,7 @@ def run_seconds(planned: Plan) -> tuple[float, float]: # At best, at worst
     seconds = {stage.name: planned.bound(stage)[1] for stage in planned.stages}
     visits = Counter(dict.fromkeys({SCORING, BUDGETS} & seconds.keys(), 1)) + Counter({EVALUATION: len(planned.cells)})
     for method, _ in planned.cells[1:]: visits += pruning_stages(method)
-    best, worst = (sum(count * seconds[name][end] for name, count in visits.items()) for end in (0, 1))
-    return best, worst
+    return tuple(sum(count * seconds[name][end] for name, count in visits.items()) for end in (0, 1))
 
 
 # %% ../../nbs/jobs/04_planning.ipynb #c054
@@ -751,14 +734,13 @@ def bytes_text(size: float) -> str:
 
 TIMES = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1, "ms": 0.001} # Unit -> its seconds
 
-def seconds_text(seconds: float | None) -> str:
+def seconds_text(seconds: float) -> str:
     "A time in the unit that suits it, as 3.2 hours."
-    if seconds is None: return "not timed"
     return in_units(seconds, TIMES if seconds < 0.1 else dict(list(TIMES.items())[:-1]), ".1f", 1.5)
 
 def range_text(seconds: tuple[float, float] | None) -> str:
     "A range of times in the unit that suits its end, as 0.5 to 3.2 hours; one time where both read the same."
-    if seconds is None: return seconds_text(None)
+    if seconds is None: return "not timed"
     last = seconds_text(seconds[1])
     first = f"{seconds[0] / TIMES[last.split()[-1]]:.1f}"
     return last if first == last.split()[0] else f"{first} to {last}"

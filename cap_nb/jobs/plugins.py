@@ -140,8 +140,8 @@ def read_whole(name: str) -> tuple[int, int]:
     "Read all problems of a task once; a bad record, or a split without problems, raises `BadInput`."
     problems = {split: load_problems(name, split) for split in SPLITS}
     for split, some in problems.items():
-        if some: continue
-        raise BadInput(f"Task {name!r} has no problems for {split}: expected some; give more, or two files.")
+        if not some:
+            raise BadInput(f"Task {name!r} has no problems for {split}: expected some; give more, or two files.")
     some = problems["calibration"]
     asked, written = sum(len(p.question) for p in some), sum(len(p.solution + p.answer) for p in some)
     return asked // (4 * len(some)) + 1, written // (4 * len(some)) + 1

@@ -85,8 +85,8 @@ def evaluation_texts(evaluation: Evaluation, backend: str = "transformers") -> d
     about = {name: getattr(evaluation, name) for name in ("method", "sparsity", "reached")}
     if backend != "transformers": about["backend"] = backend
     about["perplexity"] = evaluation.perplexity and asdict(evaluation.perplexity)
-    tables = {f"{name}.csv": records_as_text(getattr(evaluation, name), kind) for name, kind in RECORD_FILES.items()}
-    if not evaluation.choices: del tables["choices.csv"] # as in older runs
+    tables = {f"{name}.csv": records_as_text(getattr(evaluation, name), kind) for name, kind in RECORD_FILES.items()
+              if name != "choices" or evaluation.choices} # as in older runs
     about["sha256"] = {name: sha256_of_text(text) for name, text in tables.items()}
     return tables | {"evaluation.json": checked_text(about)}
 
@@ -368,12 +368,9 @@ def together(pieces: list[Evaluation]) -> Evaluation: # One evaluation
     if len(cells) != 1:
         raise BadInput(f"The pieces belong to {len(cells)} cells, {sorted(cells)}: expected one; "
                        "remove the folder 'unfinished' and run again.")
-    answers = tuple(answer for piece in pieces for answer in piece.answers)
-    losses = tuple(loss for piece in pieces for loss in piece.losses)
-    choices = tuple(choice for piece in pieces for choice in piece.choices)
-    perplexities = [piece.perplexity for piece in pieces if piece.perplexity is not None]
-    return replace(pieces[0], answers=answers, losses=losses, choices=choices,
-                   perplexity=next(iter(perplexities), None))
+    records = {name: tuple(record for piece in pieces for record in getattr(piece, name)) for name in RECORD_FILES}
+    perplexity = next((piece.perplexity for piece in pieces if piece.perplexity is not None), None)
+    return replace(pieces[0], perplexity=perplexity, **records)
 
 # %% ../../nbs/jobs/00_records.ipynb #c052
 def evaluation_folder(folder: str | Path, method: str, sparsity: float) -> Path: # Where the finished evaluation lies
@@ -476,16 +473,9 @@ def packed_records(path: Path) -> Records: # What the run recorded
     except BadInput: raise
     except (OSError, ValueError, pa.ArrowException) as error:
         raise BadInput(f"{path} is damaged ({error}): expected the records of a packed run; get it anew.") from error
-    if rows and not rows[0].keys() >= {"place", "record", "content"}:
-        raise BadInput(f"{path} lacks the columns of a packed run: expected what 'cap pack' wrote; get it anew.")
-    try:
+    with taken_as(path, "a packed run"):
         for row in rows: check_inside(row["place"], path)
-        evaluations, files = records_from(rows)
-    except BadInput: raise
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is no packed run ({type(error).__name__}): expected what 'cap pack' wrote; get it "
-                       "anew.") from None
-    return Records(evaluations=evaluations, files=files)
+        return Records(*records_from(rows))
 
 # %% ../../nbs/jobs/00_records.ipynb #c074
 def records_of(folder: str | Path) -> Records: # What it recorded
@@ -604,17 +594,6 @@ SESSION = ("python", "torch", "transformers", "cap_nb", "device", "device_name",
 SETTINGS = ("model", "calibration", "style", "aggregation", "score_target", "budget", "evaluation",
             "plugins") # Parts worth a note
 
-def provenance_of(configuration: dict, sessions: Sequence[dict] = ()) -> dict: # Heading -> what stands behind it
-    "The notes that belong below a run's table."
-    notes = {key: configuration[key] for key in SETTINGS if key in configuration}
-    notes |= {"model": {key: value for key, value in configuration["model"].items() if not isinstance(value, dict)}}
-    if not notes["evaluation"]["max_new_tokens"]: # nothing was answered
-        notes |= {"evaluation": {key: n for key, n in notes["evaluation"].items() if key != "evaluate_n"}}
-    kept = [{key: session[key] for key in SESSION if key in session} for session in sessions]
-    distinct = [session for index, session in enumerate(kept) if session not in kept[:index]]
-    if len(distinct) == 1: return notes | {"session": distinct[0]}
-    return notes | {f"session {number}": session for number, session in enumerate(distinct, 1)}
-
 # %% ../../nbs/jobs/00_records.ipynb #c094
 @dataclass(frozen=True)
 class Run:
@@ -638,7 +617,15 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         "Where the numbers come from, for the notes below a table."
-        return provenance_of(self.configuration, self.sessions)
+        configuration, sessions = self.configuration, self.sessions
+        notes = {key: configuration[key] for key in SETTINGS if key in configuration}
+        notes |= {"model": {key: value for key, value in configuration["model"].items() if not isinstance(value, dict)}}
+        if not notes["evaluation"]["max_new_tokens"]: # nothing was answered
+            notes |= {"evaluation": {key: n for key, n in notes["evaluation"].items() if key != "evaluate_n"}}
+        kept = [{key: session[key] for key in SESSION if key in session} for session in sessions]
+        distinct = [session for index, session in enumerate(kept) if session not in kept[:index]]
+        if len(distinct) == 1: return notes | {"session": distinct[0]}
+        return notes | {f"session {number}": session for number, session in enumerate(distinct, 1)}
 
 # %% ../../nbs/jobs/00_records.ipynb #c096
 def cells_found(configuration: dict, records: Records) -> tuple[tuple[str, float], ...]:

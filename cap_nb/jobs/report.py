@@ -85,10 +85,8 @@ COSTS = ("Factors: what the method's scores took, masking included. Pruning: onc
          "Memory: the most that either took beyond the model.")
 
 def cost_markdown(costs: pd.DataFrame) -> str: # Markdown
-    def text(number: float, form: str) -> str:
-        return "" if number is None or math.isnan(number) else format(number, form)
     forms, numbers = (".1f", ".2f", ".0f"), costs.to_numpy(dtype=float)
-    rows = [[method_title(method), *(text(number, form) for number, form in zip(row, forms))]
+    rows = [[method_title(method), *("" if math.isnan(n) else f"{n:{form}}" for n, form in zip(row, forms))]
             for method, row in zip(costs.index, numbers)]
     return markdown_rows([costs.index.name, *costs.columns], rows) + f"\n- {COSTS}\n"
 

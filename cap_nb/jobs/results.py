@@ -8,7 +8,7 @@ __all__ = ['results_frame', 'compare_runs', 'judged', 'plot_comparisons', 'repea
 # %% ../../nbs/jobs/07_results.ipynb #c004
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ..analysis import (
     comparable_parts, compare_methods, Comparison, comparison_frame, correct_family, method_title, told_text)
-from ..core.errors import BadInput, check_choice, validate_arguments
-from ..core.files import sha256_of_file, whole_folder, write_json
+from ..core.errors import BadInput, check_choice, check_fields, check_sparsity, validate_arguments
+from ..core.files import read_checked, sha256_of_file, taken_as, whole_folder, write_json
 from ..core.plots import blank_figure, in_style, INK, save_figure
 from ..evaluation import (
     CHOICE_MEASURES, Evaluation, summarise_answers, summarise_choices, summarise_losses)
@@ -27,6 +27,7 @@ from .records import (
 from .report import run_folders, write_text
 from .settings import changed, Job
 from .tables import comparison_mark, comparison_markdown, markdown_rows
+from ..methods.prune import check_method
 
 # %% ../../nbs/jobs/07_results.ipynb #c005
 Folders = str | Path | Sequence[str | Path] # A run's folder, one that holds runs, or several of either
@@ -37,10 +38,8 @@ def distinct_names(folders: Sequence[Path]) -> list[str]: # Their names, in the 
     if len(set(parts)) < len(parts):
         twice = next(folder for i, folder in enumerate(folders) if parts[i] in parts[:i])
         raise BadInput(f"{twice} is named twice: expected different runs; leave one out.")
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names): break
-    return names if parts else []
+    depth = next(d for d in range(1, 2 + max(map(len, parts), default=0)) if len({p[-d:] for p in parts}) == len(parts))
+    return ["/".join(part[-depth:]) for part in parts]
 
 def runs_in(folders: Folders) -> dict[str, Path]: # Name -> the run's folder, in the order given
     "All runs that are meant; a folder without any raises `BadInput`."
@@ -98,28 +97,24 @@ def summary_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, th
         yield "perplexity", text.text, text.value, text.low, text.high, "1", text.windows
 
 # %% ../../nbs/jobs/07_results.ipynb #c024
-def run_rows(name: str, run: Run, summary: bool, settings: Sequence[str]) -> Iterator[tuple]:
-    "All rows of a run, with some of its settings, a list as text; an unknown one raises `BadInput`."
-    about, kept = run.configuration, settings_of(run.configuration)
-    extra = [kept[check_choice(name, kept, "setting of a run")] for name in settings]
-    extra = [",".join(map(str, value)) if isinstance(value, list) else value for value in extra]
+def run_rows(name: str, run: Run, summary: bool) -> Iterator[tuple]:
+    "All rows of a run."
+    about = run.configuration
     for evaluation in run.evaluations:
         which = (name, about["model"]["name"], about["calibration"]["seed"], evaluation.method, evaluation.sparsity,
                  evaluation.reached)
-        for row in (summary_rows if summary else problem_rows)(evaluation): yield (*which, *row, *extra)
+        for row in (summary_rows if summary else problem_rows)(evaluation): yield (*which, *row)
 
 # %% ../../nbs/jobs/07_results.ipynb #c025
 @validate_arguments
 def results_frame(
     runs: Folders, # A run's folder, live or packed, one that holds runs, or a list of either
     summary: bool = False, # False: a row for each problem or window; True: a row for each number of the table
-    settings: Sequence[str] = (), # Further columns: settings of the runs, as in "calibration.n"
-) -> pd.DataFrame: # The columns of `WHICH` and `EACH`, or `SUMMARY`, then these settings
+) -> pd.DataFrame: # The columns of `WHICH` and `EACH`, or `SUMMARY`
     "All that runs measured as one tidy data frame; a folder without a run raises `BadInput`."
     columns = WHICH | (SUMMARY if summary else EACH)
-    rows = [row for name, folder in runs_in(runs).items()
-            for row in run_rows(name, load_run(folder), summary, settings)]
-    return pd.DataFrame(rows, columns=[*columns, *settings]).astype(columns)
+    rows = [row for name, folder in runs_in(runs).items() for row in run_rows(name, load_run(folder), summary)]
+    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
 # %% ../../nbs/jobs/07_results.ipynb #c039
 COUNTS = tuple(f"evaluation.{name}" for name in ("evaluate_n", "loss_n", "windows", "window_tokens")) # As asked
@@ -203,11 +198,6 @@ def compare_runs(
     return compare_methods(cells.values(), tuple(methods_paired), seed=seed)
 
 # %% ../../nbs/jobs/07_results.ipynb #fcf05722
-from dataclasses import dataclass
-from cap_nb.core.errors import check_fields, check_sparsity
-from cap_nb.core.files import read_checked
-from cap_nb.methods.prune import check_method
-
 CHOSEN = "chosen" # In a pair: the method that validation chooses
 
 @dataclass(frozen=True)
@@ -238,10 +228,8 @@ def family_from(about: dict) -> PrimaryFamily:
 
 def read_families(path: str | Path) -> dict[str, PrimaryFamily]: # By model
     "The families of a plan; one that was changed after it was saved, or is none, raises `BadInput`."
-    try: return {model: family_from(about) for model, about in read_checked(path)["families"].items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} holds no plan ({error}): expected families with pairs, sparsities, measures, readings, "
-                       "problems and commands; write it anew.") from None
+    with taken_as(path, "a plan"):
+        return {model: family_from(about) for model, about in read_checked(path)["families"].items()}
 
 # %% ../../nbs/jobs/07_results.ipynb #4588ef8f
 @validate_arguments
@@ -310,7 +298,6 @@ def plot_comparisons(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_runs` or `compare_methods`
 ) -> Figure: # A row of panels for each sparsity, a column for each measure
     "Differences with their intervals, a panel for each sparsity and measure."
-    if not comparisons: raise BadInput("There is no comparison to draw: expected at least one; compare first.")
     units, lines = {measure: c.unit for (*_, measure), c in comparisons.items()}, {}
     for first, second, sparsity, _ in sorted(comparisons, key=lambda key: key[2]):
         lines.setdefault(sparsity, {})[first, second] = None # the pairs of a sparsity, each once, in order
@@ -329,9 +316,6 @@ def plot_comparisons(
     return figure
 
 # %% ../../nbs/jobs/07_results.ipynb #c069
-def comparison_csv(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str:
-    return comparison_frame(comparisons).to_csv(lineterminator="\n")
-
 def save_comparison(comparisons: Mapping[tuple[str, str, float, str], Comparison], runs: Folders,
                     out: str | Path) -> None:
     "Write comparison.md, .csv and .png, and sources.json with the hashes of what they were made from."
@@ -339,13 +323,12 @@ def save_comparison(comparisons: Mapping[tuple[str, str, float, str], Comparison
                       if (folder/part).exists()} for name, folder in runs_in(runs).items()}
     with whole_folder(out) as part:
         write_text(part/"comparison.md", comparison_markdown(comparisons) + told_text(comparisons))
-        write_text(part/"comparison.csv", comparison_csv(comparisons))
+        write_text(part/"comparison.csv", comparison_frame(comparisons).to_csv(lineterminator="\n"))
         save_figure(plot_comparisons(comparisons), part/"comparison")
         write_json(part/"sources.json", sources)
 
 # %% ../../nbs/jobs/07_results.ipynb #r012
-def equal_row(what: str, pairs: list[tuple[object, object]], largest: float | None = None) -> tuple[str, int, int,
-              float | None]: # A row of the table
+def equal_row(what: str, pairs: list[tuple[object, object]], largest: float | None = None) -> tuple: # A row
     "How many of some values are equal."
     return what, len(pairs), sum(first == second for first, second in pairs), largest
 
@@ -364,7 +347,7 @@ KEY = ["method", "sparsity", "measure", "task", "problem", "sample"] # What name
 def measured_rows(first: Run, second: Run) -> list[tuple]: # A row for each measure
     "What was measured of the cells that the second run has, problem by problem."
     columns = list(WHICH | EACH)
-    before, after = (pd.DataFrame(run_rows("", run, False, ()), columns=columns).set_index(KEY)[["value"]]
+    before, after = (pd.DataFrame(run_rows("", run, False), columns=columns).set_index(KEY)[["value"]]
                      for run in (first, second))
     joined = after.join(before.rename(columns={"value": "before"}))
     joined["gap"] = (joined["value"] - joined["before"]).abs()
@@ -386,9 +369,7 @@ def narrowed(job: Job, methods: Sequence[str] | None, sparsities: Sequence[float
     "A part of a job; a method or sparsity that the run has not raises `BadInput`."
     for name, wanted, choices in (("method", methods, job.prune.methods),
                                   ("sparsity", sparsities, job.prune.sparsities)):
-        if strange := [value for value in wanted or () if value not in choices]:
-            raise BadInput(f"The run has no {name} {strange[0]}: expected one of {', '.join(map(str, choices))}; "
-                           "name some of these.")
+        for value in wanted or (): check_choice(str(value), map(str, choices), f"{name} of the run")
     kept = {"methods": tuple(methods or job.prune.methods), "sparsities": tuple(sparsities or job.prune.sparsities)}
     return changed(job, **kept)
 

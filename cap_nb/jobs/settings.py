@@ -14,9 +14,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 import cap_nb
-from cap_nb.core.errors import (
-    BadInput, check_argument, check_at_least, check_budget, check_choice, check_device, check_seed, check_sparsity,
-    is_number)
+from ..core.errors import (
+    BadInput, check_at_least, check_budget, check_choice, check_device, check_seed, check_sparsity, is_number)
 
 # %% ../../nbs/jobs/01_settings.ipynb #c006
 @dataclass(frozen=True)
@@ -161,13 +160,6 @@ def read_rule(text: str) -> ChainRule:
         if rule.tokens[0] <= rule.tokens[1] and rule.solved[0] <= rule.solved[1] and rule.each: return rule
     raise BadInput(f"--chain-rule is {text!r}: expected right or all, then what is wanted of tokens=200-2000, "
                    "solved=0.25-0.75 and each=2, in this order, a range from low to high; write right,tokens=200-2000.")
-
-# %% ../../nbs/jobs/01_settings.ipynb #3cfaea51
-def check_kinds(job: Job) -> None:
-    for part in fields(job):
-        check_argument(getattr(job, part.name), part.type, f"part {part.name} of a job")
-        for setting in fields(part.type):
-            check_argument(getattr(getattr(job, part.name), setting.name), setting.type, f"setting {setting.name}")
 
 # %% ../../nbs/jobs/01_settings.ipynb #c028
 LEAST = {"n": 1, "k": 1, "batch_tokens": 1, "evaluate_n": 1, "loss_n": 0, "choice_n": 0, "shots": 0, "samples": 1,

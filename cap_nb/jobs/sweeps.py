@@ -17,8 +17,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers, LOGGER_TYPE_TO_CLASS
 from tqdm.auto import tqdm
-from ..core.errors import BadInput, check_choice, fits, validate_arguments
-from ..core.files import alone_in, HALF_WRITTEN, read_checked, sha256_of_text, write_checked
+from ..core.errors import BadInput, check_choice, validate_arguments
+from ..core.files import alone_in, HALF_WRITTEN, read_checked, read_text, sha256_of_text, write_checked
 from ..evaluation import Evaluation
 from .job import check_job, Follow, prepare_loaded, run_job
 from .records import check_continues, FORMAT, GROWING, is_run, read_run, settings_of
@@ -28,10 +28,7 @@ from .settings import changed, Job, values_of
 from ..models.loading import load_model
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c005
-MOST_BYTES, MOST_DEEP = 1 << 16, 3 # Of a file; of lists within its one mapping
-OPENING = (yaml.BlockMappingStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken,
-           yaml.FlowSequenceStartToken)
-CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+MOST_BYTES = 1 << 16 # Of a file
 REFUSED = {yaml.AnchorToken: "an anchor", yaml.AliasToken: "an alias", yaml.TagToken: "a tag",
            yaml.DirectiveToken: "a directive"}
 
@@ -41,16 +38,13 @@ def error_at(path: Path, line: int, said: str) -> BadInput:
 # %% ../../nbs/jobs/08_sweeps.ipynb #c006
 def composed(path: Path, text: str) -> yaml.MappingNode: # Its nodes; nothing is constructed
     "The nodes of a file of options; broken YAML, or what such a file does not need, raises `BadInput`."
-    depth = 0
     try:
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
-            if depth > MOST_DEEP or type(token) in REFUSED:
-                found = REFUSED.get(type(token), "a list in a list in a list")
-                raise error_at(path, token.start_mark.line + 1, f"{found} was found: expected options with values or "
-                               "lists of values; write them out.")
+            if type(token) in REFUSED:
+                raise error_at(path, token.start_mark.line + 1, f"{REFUSED[type(token)]} was found: expected options "
+                               "with values or lists of values; write them out.")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         said = " ".join(str(getattr(error, "problem", None) or error).split())
         raise error_at(path, mark.line + 1 if mark else 1, f"this is not YAML ({said}): expected lines such as 'n: "
@@ -58,16 +52,6 @@ def composed(path: Path, text: str) -> yaml.MappingNode: # Its nodes; nothing is
     if not isinstance(node, yaml.MappingNode) or not node.value:
         raise error_at(path, 1, "no option was found: expected lines such as 'n: 64'; write some.")
     return node
-
-# %% ../../nbs/jobs/08_sweeps.ipynb #c007
-def file_text(path: Path) -> str: # Its contents
-    "A file's text; one that is too large, or no text, raises `BadInput`."
-    with open(path, "rb") as file: content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise BadInput(f"{path} has more than {MOST_BYTES:,} bytes: expected a file of options; name another.")
-    try: return content.decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadInput(f"{path} is no text in UTF-8: expected a file of options; name another.") from None
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c013
 @dataclass(frozen=True)
@@ -146,11 +130,14 @@ def read_entry(option: str, node: yaml.Node, about: FileOption, line: int) -> En
 def read_config(path: str | Path, options: Mapping[str, FileOption]) -> Config: # What it says
     "Read a file of options; the first mistake raises `BadInput` with its line."
     path, entries = Path(path), {}
-    text = file_text(path)
+    text = read_text(path)
+    if path.stat().st_size > MOST_BYTES:
+        raise BadInput(f"{path} has more than {MOST_BYTES:,} bytes: expected a file of options; name another.")
     for key, node in composed(path, text).value:
-        line, option = key.start_mark.line + 1, str(key.value).replace("_", "-")
+        line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise error_at(path, line, "no name was found: expected one; write it.")
+        option = key.value.replace("_", "-")
         try:
             about = options[check_choice(option, options, "option")]
             if option in entries: raise ValueError(f"it stands in line {entries[option].line} already")
@@ -274,19 +261,12 @@ def job_settings(job: Job) -> dict: # Field -> value, as JSON holds it
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values_of(job).items()}
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #b7289464
-def is_index(kept: object) -> bool: # Whether it is the index of a sweep
-    if not isinstance(kept, dict) or kept.get("format") != INDEX_FORMAT or not fits(kept.get("configs"), list[str]):
-        return False
-    kinds = {"folder": str, "settings": dict[str, object], "finished": bool}
-    return fits(kept.get("runs"), list[dict]) and all(
-        fits(run.get(name), kind) for run in kept["runs"] for name, kind in kinds.items())
-
 def read_index(folder: str | Path) -> dict: # Its index
     "The index of a sweep; a folder that holds none raises `BadInput`."
     path = Path(folder)/INDEX
     mend = "restore the file, since no other one says what runs these are"
     kept = read_checked(path, mend) if path.is_file() else None
-    if not is_index(kept):
+    if not isinstance(kept, dict) or kept.get("format") != INDEX_FORMAT:
         raise BadInput(f"{folder} is not a sweep's folder: expected one with {INDEX}, as made by 'cap run --config'; "
                        "give another folder with --out.")
     return kept
@@ -294,8 +274,7 @@ def read_index(folder: str | Path) -> dict: # Its index
 # %% ../../nbs/jobs/08_sweeps.ipynb #c055
 def goes_on(kept: dict, asked: dict | None) -> bool: # Whether it may go on
     "Whether a run's settings are the same, but for methods and sparsities that were added."
-    if asked is None: return False
-    if kept["settings"].keys() - asked.keys(): return False # of another version
+    if asked is None or kept["settings"].keys() - asked.keys(): return False # dropped, or of another version
     return all(all(each in asked[name] for each in value) if name in GROWING else value == asked[name]
                for name, value in kept["settings"].items())
 

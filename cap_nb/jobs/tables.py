@@ -304,8 +304,6 @@ def head_importance_in_words(scores: torch.Tensor) -> str: # A caption
 @in_style
 def plot_importance_distribution(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
-    named: int = 3, # Heads to name, from the top
-    title: str = "Causal head scores in order", # Title of the figure
 ) -> Figure: # One point a head
     "Causal scores from highest to lowest (paper section 3.2, highly variable importance)."
     values = np.asarray(scores, dtype=np.float64)
@@ -316,11 +314,11 @@ def plot_importance_distribution(
     ax, colour = panels[0, 0], METHOD_LOOKS["cap"][0]
     ax.axhline(0, color=INK, lw=0.8)
     ax.plot(np.arange(1, values.size + 1), values.flat[order], "o", ms=3, color=colour)
-    for rank, index in enumerate(order[:named], 1):
+    for rank, index in enumerate(order[:3], 1):
         layer, head = np.unravel_index(index, values.shape)
         ax.annotate(f"layer {layer}, head {head}", (rank, values.flat[index]), xytext=(8, 0),
                     textcoords="offset points", fontsize=7, va="center")
-    ax.set(xlabel="Rank of the head", ylabel="Score (nats)", title=title)
+    ax.set(xlabel="Rank of the head", ylabel="Score (nats)", title="Causal head scores in order")
     return figure
 
 # %% ../../nbs/jobs/00_tables.ipynb #c030

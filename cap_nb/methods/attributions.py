@@ -13,7 +13,7 @@ from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.data.prompts import IGNORED, collate
 from cap_nb.models.anatomy import (
-    anatomy, decoder_layers, decoder_of, dimensions, expert_projections, output_projection, Projection,
+    anatomy, decoded, decoder_layers, dimensions, expert_projections, output_projection, Projection,
     projections, Routing, routing_of)
 from cap_nb.models.interventions import changed_input, changed_output, chosen_experts, input_of_down, watching
 from cap_nb.scoring import batches_of, causal_scores, mean_by_example
@@ -115,9 +115,7 @@ def watched_heads(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 def head_outputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     "What the heads of the intact model give, side by side, [B, T, H*d] for each layer."
-    with watched_heads(model) as outputs:
-        decoder_of(model, batch["input_ids"])(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                                              use_cache=False)
+    with watched_heads(model) as outputs: decoded(model, batch)
     return outputs
 
 @torch.no_grad()
@@ -366,9 +364,7 @@ def relevance_rules(model: nn.Module, attention: str | None = "attnlrp") -> Iter
 # %% ../../nbs/methods/06_attributions.ipynb #06df3c37
 def gold_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     "The logit of the token that is right, before a cap or a scale of the family."
-    decoder = decoder_of(model, batch["input_ids"])
-    hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                     use_cache=False).last_hidden_state[:, :-1]
+    hidden = decoded(model, batch).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:].to(hidden.device)
     is_target = labels != IGNORED
     logits = model.get_output_embeddings()(hidden[is_target]).float()

@@ -20,8 +20,8 @@ from cap_nb.methods.layer_walk import layer_by_layer
 from cap_nb.methods.selection import (
     CAP, check_pattern, competing, Criterion, Evidence, MAGNITUDE, Measurements, pattern_of, zero_within)
 from cap_nb.methods.wanda import (
-    input_norms, regional_gradients, RGS, takes_regional, uniform_shares, WANDA, wanda_score, wanting_gradients,
-    zero_layer_by_layer, zero_shares_within)
+    input_norms, regional_gradients, RGS, slopes_of, takes_regional, uniform_shares, WANDA, wanda_score,
+    wanting_gradients, zero_layer_by_layer, zero_shares_within)
 from cap_nb.models.anatomy import projections
 from cap_nb.regions import as_factors, Factors, region_factors
 from cap_nb.scoring import batches_of, target_losses
@@ -99,14 +99,11 @@ def loss_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int
                    measure: Callable[..., torch.Tensor] = target_losses) -> dict[str, torch.Tensor]: # float32 [out, in]
     "The gradient of the calibration loss for every weight in scope; holds a float32 copy of them."
     scope, device = projections(model), next(model.parameters()).device
-    weights = list(dict.fromkeys(p.parameter for p in scope)) # stacked experts share one
     totals = {p.name: torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device) for p in scope}
-    with wanting_gradients(weights):
+    with wanting_gradients(scope):
         for _, batch in batches_of(calibration, batch_tokens, device):
             mean = measure(model, batch).sum() / len(calibration.examples)
-            slopes = torch.autograd.grad(mean, weights, materialize_grads=True) # zero for experts without tokens
-            gradients = dict(zip(weights, slopes))
-            for p in scope: totals[p.name] += p.oriented(p.cut(gradients[p.parameter])).float()
+            for p, slope in slopes_of(mean, scope): totals[p.name] += slope
     return totals
 
 # %% ../../nbs/methods/11_criteria.ipynb #c022

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from cap_nb.calibration import Calibration
-from cap_nb.core.errors import BadInput, check_choice
+from cap_nb.core.errors import BadInput
 from cap_nb.data.prompts import IGNORED
 from cap_nb.importance import importance_factors
 from cap_nb.methods.layer_walk import check_finite_table
-from cap_nb.methods.resumed_scoring import hidden_resumed_at, intact_pass, score_heads, token_losses
+from cap_nb.methods.resumed_scoring import hidden_resumed_at, intact_pass, token_losses
 from cap_nb.models.anatomy import dimensions, expert_counts, Projection, projections
 from cap_nb.models.interventions import masked_expert, recorded_routes, Route
 from cap_nb.regions import Factors
@@ -105,11 +105,9 @@ def routed_losses(model: nn.Module, calibration: Calibration, batch_tokens: int 
     batches = list(batches_of(calibration, batch_tokens, next(model.parameters()).device))
     parts = [routed_losses_of(model, batch, passes) for _, batch in tqdm(batches, "losses by expert", unit="batch")]
     order = torch.tensor([index for indices, _ in batches for index in indices]).argsort()
-    return RoutedLosses(
-        masked=torch.cat([part.masked for part in parts], 2)[:, :, order],
-        intact=torch.cat([part.intact for part in parts], 1)[:, order],
-        used=torch.cat([part.used for part in parts], 1)[:, order],
-        tokens=torch.cat([part.tokens for part in parts])[order])
+    axes = {"masked": 2, "intact": 1, "used": 1, "tokens": 0} # Where the examples stand
+    return RoutedLosses(**{name: torch.cat([getattr(part, name) for part in parts], axis).index_select(axis, order)
+                           for name, axis in axes.items()})
 
 # %% ../../nbs/methods/21_experts.ipynb #c033
 def conditional_scores(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> torch.Tensor:
@@ -201,11 +199,11 @@ def check_neuron_factors(neurons: torch.Tensor, matrices: Sequence[Projection], 
         raise BadInput(f"Some importance factor of a neuron {WRONG_FACTOR}")
 
 # %% ../../nbs/methods/21_experts.ipynb #c059
-def pooled_factors(*scores: torch.Tensor) -> list[torch.Tensor]: # [1, 10]
+def pooled_factors(*scores: torch.Tensor, high: float = 10.0) -> list[torch.Tensor]: # In [1, high]
     "Equation 3 of the paper over several tables of scores together; NaN where there is no score."
     flat = torch.cat([table.flatten().double() for table in scores])
     factors, scored = torch.full_like(flat, math.nan), ~flat.isnan()
-    factors[scored] = importance_factors(flat[scored][None])[0]
+    factors[scored] = importance_factors(flat[scored][None], high=high)[0]
     parts = factors.split([table.numel() for table in scores])
     return [part.view_as(table) for part, table in zip(parts, scores)]
 
@@ -214,12 +212,10 @@ def with_layer_mean(experts: torch.Tensor, heads: torch.Tensor) -> UnitFactors:
     return UnitFactors(heads=heads, experts=experts.where(~experts.isnan(), heads.mean(1, keepdim=True)))
 
 # %% ../../nbs/methods/21_experts.ipynb #b4a85957
-KEPT = ("masked", "intact", "used", "tokens") # Fields of `RoutedLosses`, as a run keeps them
-
 def routed_factors(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> UnitFactors:
     "An expert's factor is the mean over its layer's heads of their factor given the expert."
     heads, given = pooled_factors(causal_scores(losses, how), conditional_scores(routed, losses, how))
-    return replace(with_layer_mean(given.mean(1), heads), kept={name: getattr(routed, name) for name in KEPT})
+    return replace(with_layer_mean(given.mean(1), heads), kept=dict(vars(routed)))
 
 def routed_mean_factors(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> UnitFactors:
     "The control of `routed_factors`: the same line, and the mean of the layer's heads for every expert."
@@ -233,36 +229,20 @@ def masked_expert_factors(experts: HeadLosses, losses: HeadLosses, how: str = "p
 
 # %% ../../nbs/methods/21_experts.ipynb #c068
 @dataclass(frozen=True)
-class RoutingAware:
-    "A way of giving heads and experts their factors."
+class UnitAttribution:
+    "A way of giving experts or neurons their factors, and heads theirs."
     summary: str # What it measures, in a line
     source: str # Where it comes from
-    measure: Callable[..., RoutedLosses | HeadLosses] # (model, calibration, padded tokens a batch) -> table of losses
-    factors: Callable[..., Factors] # (that table, the heads' losses, aggregation) -> factors of heads and experts
+    measure: Callable[..., RoutedLosses | HeadLosses | torch.Tensor] # (model, calibration, tokens a batch) -> a table
+    factors: Callable[..., Factors] # (that table, the heads' losses, aggregation) -> factors of heads and units
 
-ROUTING_AWARE: dict[str, RoutingAware] = {
-    "routed": RoutingAware(
+ROUTING_AWARE: dict[str, UnitAttribution] = {
+    "routed": UnitAttribution(
         summary="experts by their heads' scores on the tokens routed to them", source="after the paper, section 5.4",
         measure=routed_losses, factors=routed_factors),
-    "routed_mean": RoutingAware(
+    "routed_mean": UnitAttribution(
         summary="experts by their layer's mean, on the scale of routed", source="the control of routed",
         measure=routed_losses, factors=routed_mean_factors),
-    "masked_experts": RoutingAware(
+    "masked_experts": UnitAttribution(
         summary="experts by their own scores, each masked as a unit", source="after the paper, section 5.4",
         measure=expert_losses, factors=masked_expert_factors)}
-
-# %% ../../nbs/methods/21_experts.ipynb #5ff844ce
-def check_same_examples(losses: HeadLosses, calibration: Calibration) -> None:
-    "Raise `BadInput` unless losses were measured on a calibration set."
-    if losses.uid != tuple(example.uid for example in calibration.examples):
-        raise BadInput("The table of losses and the calibration set hold different examples: "
-                       "expected the same, in the same order; score again.")
-
-def routing_aware_factors(model: nn.Module, name: str, calibration: Calibration, losses: HeadLosses | None = None,
-                          how: str = "paper", batch_tokens: int = 4096) -> UnitFactors:
-    "Factors by name; an unknown name, a model without experts, or losses of other examples raise `BadInput`."
-    named = ROUTING_AWARE[check_choice(name, ROUTING_AWARE, "routing-aware variant")]
-    check_has_experts(model, f"Factors of experts, {name!r},")
-    losses = losses or score_heads(model, calibration, batch_tokens)
-    check_same_examples(losses, calibration)
-    return named.factors(named.measure(model, calibration, batch_tokens), losses, how)

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #da9c224b
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 from cap_nb.core.errors import BadInput, check_sparsity
@@ -112,16 +112,6 @@ def gated_units(model: nn.Module, gates: UnitTable) -> Iterator[None]:
             stack.enter_context(changed_input(p.module, scale))
         yield
 
-# Indices of examples -> for each batch, the indices of its examples and what computes their losses, float64 [B]
-Passes = Callable[[Sequence[int]], Iterable[tuple[list[int], Callable[[], torch.Tensor]]]]
-
-def text_passes(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> Passes:
-    "Batches of text, with the mean loss over each example's target tokens."
-    def passes(indices: Sequence[int]) -> Iterator[tuple[list[int], Callable[[], torch.Tensor]]]:
-        for within, batch in batches_for(model, some_examples(calibration, indices), batch_tokens):
-            yield [indices[index] for index in within], lambda batch=batch: intact_pass(model, batch)[1]
-    return passes
-
 def tasks_of(calibration: Calibration) -> tuple[list[str], torch.Tensor]:
     "The tasks, in order of their first example, and the index of each example's task, int64 [N]."
     tasks = list(dict.fromkeys(example.task for example in calibration.examples))
@@ -143,29 +133,29 @@ def mask_penalty(masks: UnitTable, fit: MaskFit) -> torch.Tensor: # Float64
     parts = [part for part in (masks.heads, masks.neurons) if part.numel()]
     return sum(fit.sparsity * part.abs().mean() + fit.smoothness * part.var(0, unbiased=False).mean() for part in parts)
 
-def gated_losses(model: nn.Module, passes: Passes, indices: Sequence[int],
+def gated_losses(model: nn.Module, calibration: Calibration, indices: Sequence[int], batch_tokens: int,
                  gates: Callable[[list[int]], UnitTable]) -> Iterator[torch.Tensor]:
     "The mean loss of some examples under the gates that belong to them, a part of it for each batch."
-    for within, losses in passes(indices):
-        with gated_units(model, gates(within)): part = losses().sum() / len(indices)
-        yield part
+    for within, batch in batches_for(model, some_examples(calibration, indices), batch_tokens):
+        with gated_units(model, gates([indices[index] for index in within])): _, losses = intact_pass(model, batch)
+        yield losses.sum() / len(indices)
 
-def mask_objective(model: nn.Module, passes: Passes, classes: torch.Tensor, logits: UnitTable,
-                   fit: MaskFit) -> Callable[[list[int]], Iterator[torch.Tensor]]:
-    "For some examples, the terms of J; the masks are those of each example's class."
+def mask_objective(model: nn.Module, calibration: Calibration, logits: UnitTable, fit: MaskFit,
+                   batch_tokens: int) -> Callable[[list[int]], Iterator[torch.Tensor]]:
+    "For some examples, the terms of J; the masks are those of each example's task."
+    _, task_of = tasks_of(calibration)
     def terms(indices: list[int]) -> Iterator[torch.Tensor]:
         yield mask_penalty(logits.mapped(torch.sigmoid), fit)
-        yield from gated_losses(model, passes, indices,
-                                lambda within: logits.mapped(lambda leaf: leaf[classes[within]].sigmoid()))
+        yield from gated_losses(model, calibration, indices, batch_tokens,
+                                lambda within: logits.mapped(lambda leaf: leaf[task_of[within]].sigmoid()))
     return terms
 
-def fit_masks(model: nn.Module, passes: Passes, classes: torch.Tensor,
-              fit: MaskFit = MaskFit()) -> UnitTable: # In (0, 1), float64 [C, L, units]
-    "Masks of every head and neuron for each class of examples (after Yu and Xiang 2023, tasks as classes)."
-    if not len(classes): raise BadInput("Masks were to be fitted to no example: expected at least one; give some.")
-    logits = same_for_units(model, 2.0, int(classes.max()) + 1).mapped(torch.Tensor.requires_grad_)
+def fit_masks(model: nn.Module, calibration: Calibration, fit: MaskFit = MaskFit(),
+              batch_tokens: int = 4096) -> UnitTable: # In (0, 1), float64 [C, L, units]
+    "Masks of every head and neuron for each task of the examples (after Yu and Xiang 2023, tasks as classes)."
+    logits = same_for_units(model, 2.0, len(tasks_of(calibration)[0])).mapped(torch.Tensor.requires_grad_)
     leaves = [leaf for leaf in (logits.heads, logits.neurons) if leaf.numel()]
-    descend(leaves, len(classes), fit, mask_objective(model, passes, classes, logits, fit))
+    descend(leaves, len(calibration.examples), fit, mask_objective(model, calibration, logits, fit, batch_tokens))
     return logits.mapped(lambda leaf: leaf.detach().sigmoid())
 
 def aggregated(masks: UnitTable) -> UnitTable: # [L, units]
@@ -178,8 +168,7 @@ from cap_nb.core.registry import ATTRIBUTIONS
 def explainable_masks(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
                       fit: MaskFit = MaskFit()) -> torch.Tensor: # In (0, 1), float64 [L, H]
     "Aggregated masks of heads, learned together with those of neurons for each task (after Yu and Xiang 2023)."
-    passes = text_passes(model, calibration, batch_tokens)
-    return aggregated(fit_masks(model, passes, tasks_of(calibration)[1], fit)).heads
+    return aggregated(fit_masks(model, calibration, fit, batch_tokens)).heads
 
 ATTRIBUTIONS["explainable_masks"] = Attribution(
     "mask learned for each task under a penalty on open masks, averaged", "after Yu and Xiang 2023", explainable_masks)
@@ -221,15 +210,17 @@ def on_budget(scores: UnitTable, thresholds: torch.Tensor, weights: UnitTable, s
         low, high = (middle, high) if gone < sparsity else (low, middle)
     return thresholds + (low + high) / 2
 
-def fit_thresholds(model: nn.Module, passes: Passes, count: int, scores: UnitTable, sparsity: float,
-                   fit: ThresholdFit = ThresholdFit()) -> torch.Tensor: # Of heads and of neurons, float64 [L, 2]
-    "Layer-wise thresholds learned on `count` examples (after Yu and Xiang 2023); they start from one for all layers."
+def fit_thresholds(model: nn.Module, calibration: Calibration, scores: UnitTable, sparsity: float,
+                   fit: ThresholdFit = ThresholdFit(),
+                   batch_tokens: int = 4096) -> torch.Tensor: # Of heads and of neurons, float64 [L, 2]
+    "Layer-wise thresholds learned on examples (after Yu and Xiang 2023); they start from one for all layers."
     weights, leaf = unit_weights(model), torch.zeros(len(scores.heads), 2, dtype=torch.float64)
     leaf = on_budget(scores, leaf, weights, sparsity, fit.temperature).requires_grad_()
     def terms(indices: list[int]) -> Iterator[torch.Tensor]:
-        return gated_losses(model, passes, indices, lambda within: kept_softly(scores, leaf, fit.temperature))
+        return gated_losses(model, calibration, indices, batch_tokens,
+                            lambda within: kept_softly(scores, leaf, fit.temperature))
     def project() -> None: leaf.data = on_budget(scores, leaf.detach(), weights, sparsity, fit.temperature)
-    descend([leaf], count, fit, terms, project)
+    descend([leaf], len(calibration.examples), fit, terms, project)
     return leaf.detach()
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c053

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 import torch
 from torch import nn
-from cap_nb.models.anatomy import decoder_layers, decoder_of, Projection, projections
+from cap_nb.models.anatomy import decoded, decoder_layers, decoder_of, Projection, projections
 from cap_nb.models.replay import LayerCall, named_arguments, recorded_calls, run_layer
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ def layers_skipped(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def initial_state(model: nn.Module, batch: dict[str, torch.Tensor], indices: Sequence[int] = ()) -> BatchState:
     "A padded batch, with input_ids and attention_mask [B, T], before the first layer."
-    decoder = decoder_of(model, batch["input_ids"])
-    with layers_skipped(model), recorded_calls(model) as calls:
-        decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    with layers_skipped(model), recorded_calls(model) as calls: decoded(model, batch)
     return state_of_calls(calls, batch["attention_mask"], indices)
 
 def advanced(model: nn.Module, state: BatchState, layer: int, cache: object = None) -> BatchState:
@@ -68,10 +66,6 @@ def real_rows(inputs: torch.Tensor, tokens: torch.Tensor | None, mask: torch.Ten
 from pathlib import Path
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import is_intact, read_tensors, write_tensors
-
-def keep_layer(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    "Write down the weights of a finished layer."
-    write_tensors(path, {name: weight.detach() for name, weight in weights.items()}, {})
 
 @torch.no_grad()
 def put_layer(path: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -117,7 +111,7 @@ def layer_by_layer(
         with torch.no_grad(): after = [advanced(model, state, index) for state in unpruned] # before the layer changes
         if not (path and is_intact(path, partial(put_layer, weights=weights))):
             yield LayerStep(layer=layer, index=index, projections=in_layer, batches=states, dense=unpruned)
-            if path: keep_layer(path, weights)
+            if path: write_tensors(path, {key: weight.detach() for key, weight in weights.items()}, {})
         if index + 1 == len(decoder_layers(model)): return # nobody reads what the last layer gives
         unpruned = after
         for number, state in enumerate(states):

@@ -9,17 +9,16 @@ __all__ = []
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from functools import partial
 import torch
 from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput, check_choice
 from cap_nb.importance import importance_factors
-from cap_nb.methods.experts import (
-    check_same_examples, pooled_factors, ROUTING_AWARE, routing_aware_factors, RoutingAware, UnitFactors)
+from cap_nb.methods.experts import check_has_experts, pooled_factors, ROUTING_AWARE, UnitAttribution, UnitFactors
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.sparsegpt import MadeOnce, MatrixSolver
-from cap_nb.methods.wanda import wanting_gradients
+from cap_nb.methods.wanda import slopes_of, wanting_gradients
 from cap_nb.models.anatomy import expert_counts, Projection, projections
 from cap_nb.models.interventions import changed_input
 from cap_nb.scoring import batches_of, causal_scores, HeadLosses, target_losses
@@ -73,47 +72,41 @@ def neuron_estimates(model: nn.Module, calibration: Calibration, batch_tokens: i
                      signed: bool = True) -> torch.Tensor: # float64 [L, M] or [L, E, M]
     "Estimated rise of the mean loss, in nats, with each neuron masked, or without a sign its mean size an example."
     table, downs = neuron_table(model), neuron_projections(model)
-    weights, device = list(dict.fromkeys(p.parameter for p in downs)), next(model.parameters()).device
+    tokens, device = batch_tokens if signed else 1, next(model.parameters()).device
     for p in downs: table[place_of(p)] = 0
-    with wanting_gradients(weights):
-        for _, batch in batches_of(calibration, batch_tokens if signed else 1, device):
-            loss = target_losses(model, batch).sum()
-            slopes = dict(zip(weights, torch.autograd.grad(loss, weights, materialize_grads=True)))
-            for p in downs:
-                slope = p.oriented(p.cut(slopes[p.parameter]))
-                estimate = -(p.weight.detach().float() * slope.float()).sum(0).double().cpu()
+    with wanting_gradients(downs):
+        for _, batch in batches_of(calibration, tokens, device):
+            for p, slope in slopes_of(target_losses(model, batch).sum(), downs):
+                estimate = -(p.weight.detach().float() * slope).sum(0).double().cpu()
                 table[place_of(p)] += estimate if signed else estimate.abs()
     return table / len(calibration.examples)
 
 # %% ../../nbs/methods/23_neurons.ipynb #d5789ef4
-@dataclass(frozen=True)
-class NeuronAware:
-    "A way of giving neurons their factors."
-    summary: str # What it measures, in a line
-    source: str # Where it comes from
-    high: float # Factor of the neuron that is used most
+def neuron_factors(sizes: torch.Tensor, losses: HeadLosses, how: str = "paper", high: float = 10.0) -> UnitFactors:
+    "Equation 3 of the paper over the neurons alone, with factors up to `high`."
+    heads, (neurons,) = importance_factors(causal_scores(losses, how)), pooled_factors(sizes, high=high)
+    return UnitFactors(heads=heads, neurons=neurons, kept={"sizes": sizes})
 
-NEURON_AWARE: dict[str, NeuronAware] = {
-    "neurons": NeuronAware(summary="MLP neurons by equation 3, from the size of first-order estimates",
-                           source="after the paper, section 7", high=10.0),
-    "neurons_wide": NeuronAware(summary="MLP neurons from 1 to 30, from the size of first-order estimates",
-                                source="after the paper, section 7", high=30.0)}
-UNIT_AWARE: dict[str, RoutingAware | NeuronAware] = ROUTING_AWARE | NEURON_AWARE # Factors of more than heads
-
-def neuron_factors(sizes: torch.Tensor, high: float = 10.0) -> torch.Tensor: # In [1, high], NaN where no neuron is
-    "Equation 3 of the paper over the neurons alone."
-    return 1 + (high - 1) / 9 * (pooled_factors(sizes)[0] - 1)
+sizes_of_neurons = partial(neuron_estimates, signed=False)
+NEURON_AWARE: dict[str, UnitAttribution] = {
+    "neurons": UnitAttribution(
+        summary="MLP neurons by equation 3, from the size of first-order estimates",
+        source="after the paper, section 7", measure=sizes_of_neurons, factors=neuron_factors),
+    "neurons_wide": UnitAttribution(
+        summary="MLP neurons from 1 to 30, from the size of first-order estimates",
+        source="after the paper, section 7", measure=sizes_of_neurons, factors=partial(neuron_factors, high=30.0))}
+UNIT_AWARE = ROUTING_AWARE | NEURON_AWARE # Factors of more than heads
 
 def unit_aware_factors(model: nn.Module, name: str, calibration: Calibration, losses: HeadLosses | None = None,
                        how: str = "paper", batch_tokens: int = 4096) -> UnitFactors:
-    "Factors by name; an unknown name, or losses of other examples, raise `BadInput`."
-    if check_choice(name, UNIT_AWARE, "attribution of units") in ROUTING_AWARE:
-        return routing_aware_factors(model, name, calibration, losses, how, batch_tokens)
+    "Factors by name; an unknown name, a model without experts, or losses of other examples raise `BadInput`."
+    way = UNIT_AWARE[check_choice(name, UNIT_AWARE, "attribution of units")]
+    if name in ROUTING_AWARE: check_has_experts(model, f"Factors of experts, {name!r},")
     losses = losses or score_heads(model, calibration, batch_tokens)
-    check_same_examples(losses, calibration)
-    heads, sizes = importance_factors(causal_scores(losses, how)), neuron_estimates(model, calibration, signed=False)
-    return UnitFactors(
-        heads=heads, neurons=neuron_factors(sizes, NEURON_AWARE[name].high), kept={"sizes": sizes})
+    if losses.uid != tuple(example.uid for example in calibration.examples):
+        raise BadInput("The table of losses and the calibration set hold different examples: "
+                       "expected the same, in the same order; score again.")
+    return way.factors(way.measure(model, calibration, batch_tokens), losses, how)
 
 # %% ../../nbs/methods/23_neurons.ipynb #cbe6a6e9
 def weighing(solver: MatrixSolver, factors: dict[str, torch.Tensor]) -> MatrixSolver:

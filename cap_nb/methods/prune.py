@@ -30,7 +30,7 @@ from cap_nb.methods.sparsegpt import (
     by_matrix, check_pattern_fits, Hessians, LayerSolver, MatrixSolver, solve_layer_by_layer, sparsegpt_update)
 from cap_nb.methods.swaps import swapped_mask
 from cap_nb.methods.update import joint_update, updated_weight
-from cap_nb.methods.wanda import regional_gradients, takes_regional, uniform_shares, zero_shares_within
+from cap_nb.methods.wanda import regional_gradients, takes_regional, zero_shares_within
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.regions import as_factors, Factors, region_factors
@@ -221,8 +221,8 @@ def method_list() -> str:
     lines += lines_of(("dense", *table_methods()))
     lines += [f"\nCriteria: {', '.join(CRITERIA)}. Others: {', '.join(OTHERS)}.",
               f"Attributions: {', '.join(ATTRIBUTIONS)}."]
-    lines += ["On a mixture of experts also, where experts get factors of their own:\n"]
-    lines += lines_of(f"cap.{name}" for name in ROUTING_AWARE)
+    lines += ["On a mixture of experts also, where experts get factors of their own:\n",
+              *lines_of(f"cap.{name}" for name in ROUTING_AWARE)]
     lines += ["Other readings of the paper, from the same table of losses:\n",
               *lines_of(f"cap.{name}" for name in READINGS)]
     lines += ["With a factor for every MLP neuron:\n", *lines_of(f"{base}.{name}" for base in ("cap", "alps")
@@ -313,16 +313,16 @@ def matrix_solver(base: str, pattern: tuple[int, int] | None) -> MatrixSolver:
     update = {"sparsegpt": sparsegpt_update, "alps": joint_update}[base]
     return lambda weight, hessian, share, name, once: update(weight, hessian, share, pattern, name=name, once=once)[0]
 
-def layer_solver(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> LayerSolver:
+def layer_solver(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs,
+                 shares: dict[str, float]) -> LayerSolver:
     "How a method prunes a layer in the walk with Hessians, before recovery."
     scope = own_scope(parts)
     if parts.base in SOLVERS:
         solver = matrix_solver(parts.base, pattern_of(scope))
         if parts.attribution in NEURON_AWARE: solver = weighing(solver, region_factors(model, inputs.factors))
-        return by_matrix(solver, projection_shares(model, sparsity, inputs, scope))
+        return by_matrix(solver, shares)
     criterion = CRITERIA[parts.base]
     if not walks(criterion, scope): return by_dense_masks(model, parts, sparsity, inputs)
-    shares = projection_shares(model, sparsity, inputs, scope)
     return by_criterion(criterion, measured_for(model, criterion, inputs, walking=True), shares, scope)
 
 # %% ../../nbs/methods/24_prune.ipynb #13c59831
@@ -355,8 +355,8 @@ def prune_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, in
     if trains and len(inputs.calibration.examples) < 2:
         raise BadInput("There is one calibration example: expected two at least, of which block reconstruction keeps "
                        "one back; give more.")
-    shares = uniform_shares(model, sparsity) if inputs.shares is None else inputs.shares
-    solver = layer_solver(model, parts, sparsity, inputs)
+    shares = projection_shares(model, sparsity, inputs, own_scope(parts))
+    solver = layer_solver(model, parts, sparsity, inputs, shares)
     if steps: solver = recovering(model, solver, steps, pattern, inputs.seed)
     one_by_one = parts.base in CRITERIA and takes_regional(CRITERIA[parts.base])
     tokens = 1 if one_by_one else inputs.batch_tokens

@@ -14,16 +14,17 @@ from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.data.prompts import IGNORED, collate, Example, token_batches
 from cap_nb.models.replay import (
-    can_be_cut, cut_call, replayed_heads, hidden_at, keys_and_values, HeadOutputs, StoredKeys, LayerCall, Prefix,
-    PrefixCache, read_after_prefix, read_prefix, recorded_calls, recorded_heads, repeated, run_layer)
+    at_positions, can_be_cut, cut_call, HeadOutputs, keys_and_values, LayerCall, Prefix, PrefixCache, read_after_prefix,
+    read_prefix, recorded_calls, recorded_heads, repeated, replayed_heads, run_layer, StoredKeys)
 from cap_nb.models.anatomy import (
-    anatomy, Anatomy, decoder_layers, decoder_of, dimensions, final_norm, head_logits, logits_of, output_projection)
+    anatomy, Anatomy, decoded, decoder_layers, dimensions, final_norm, head_logits, output_projection)
 from cap_nb.scoring import head_losses, HeadLosses, mean_by_example, token_counts
 
 def token_losses(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, rows: int = 1024) -> torch.Tensor:
     "Loss of each target token, [n], from the last layer's output [n, hidden]; `rows` at a time bound the memory."
     parts = zip(hidden.split(rows), targets.to(hidden.device).split(rows))
-    return torch.cat([F.cross_entropy(logits_of(model, part).float(), gold, reduction="none") for part, gold in parts])
+    return torch.cat([F.cross_entropy(head_logits(model, final_norm(model)(part)).float(), gold, reduction="none")
+                      for part, gold in parts])
 
 def losses_from_hidden(model: nn.Module, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     "Loss of each example, float64 [B], from the last layer's output [B, T, hidden], with the head at targets only."
@@ -34,9 +35,7 @@ def losses_from_hidden(model: nn.Module, hidden: torch.Tensor, batch: dict[str, 
 
 def intact_pass(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[list[LayerCall], torch.Tensor]:
     "One pass of the intact model: how every layer was called, and the loss of each example, float64 [B]."
-    with recorded_calls(model) as calls:
-        decoder = decoder_of(model, batch["input_ids"])
-        decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    with recorded_calls(model) as calls: decoded(model, batch)
     last = run_layer(decoder_layers(model)[-1], calls[-1].hidden, calls[-1])
     return calls, losses_from_hidden(model, last, batch)
 
@@ -125,9 +124,9 @@ def last_layer_at_targets(model: nn.Module, hidden: torch.Tensor, call: LayerCal
                           cache: PrefixCache | None, keys: bool = True) -> torch.Tensor: # [B, S, hidden]
     "The last layer, at target positions only where that is possible; without keys where its heads are recorded."
     layer = decoder_layers(model)[-1]
-    if targets.call is None: return hidden_at(run_layer(layer, hidden, call, cache), targets.positions)
+    if targets.call is None: return at_positions(run_layer(layer, hidden, call, cache), 1, targets.positions)
     held = StoredKeys(keys_and_values(layer, hidden, call, cache)) if keys else None
-    return run_layer(layer, hidden_at(hidden, targets.positions), targets.call, held)
+    return run_layer(layer, at_positions(hidden, 1, targets.positions), targets.call, held)
 
 def measured_at_targets(model: nn.Module, hidden: torch.Tensor, targets: Targets) -> torch.Tensor: # Float64 [M*B]
     "Mean loss or divergence of each example, from M copies of the states at its targets, [M*B, S, hidden]."
@@ -334,7 +333,7 @@ def anything_missing(plan: ScoringPlan, losses: dict[Unit, torch.Tensor]) -> boo
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #d15ktab2
 from cap_nb.core.errors import check_fields
-from cap_nb.core.files import read_tensors, write_tensors
+from cap_nb.core.files import read_tensors, taken_as, write_tensors
 
 def check_table(losses: HeadLosses) -> None:
     "Raise ValueError unless all parts of a table belong together, and every loss is finite."
@@ -350,7 +349,6 @@ def save_losses(
 ) -> None:
     "Save a table of losses with its provenance; equal tables give equal bytes."
     about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
-    if losses.own_subset is not None: about["subset"] = losses.own_subset.tolist()
     tensors = {name: getattr(losses, name) for name in ("masked", "intact", "tokens")}
     write_tensors(Path(path), {name: tensor for name, tensor in tensors.items() if tensor is not None}, about)
 
@@ -360,19 +358,15 @@ def load_losses(
 ) -> HeadLosses: # The table
     "Load a table of losses; a missing, damaged or foreign file raises `BadInput`."
     tensors, about = read_tensors(Path(path))
-    try:
+    with taken_as(path, "a table of losses"):
         if tensors.keys() - {"masked", "intact", "tokens"}:
             raise ValueError("it was measured in part, or holds more than losses")
         columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
         columns |= {name: about[name] for name in ("k", "seed", "meta")}
-        if "subset" in about: columns["own_subset"] = torch.tensor(about["subset"], dtype=torch.int64)
         losses = check_fields(HeadLosses(
             masked=tensors["masked"], intact=tensors["intact"], tokens=tensors.get("tokens"), **columns))
         check_table(losses)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} holds no table of losses ({error}): expected a file written by 'cap score'; check the "
-                       "path.") from None
-    return losses
+        return losses
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c069
 from cap_nb.core.files import alone_in, busy, disk_full_reported, is_intact

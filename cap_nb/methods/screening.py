@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import (
     BadInput, check_at_least, check_budget, check_confidence, check_fields, check_seed, validate_arguments)
-from cap_nb.core.files import alone_in, is_intact, read_tensors, sha256_of_text, write_tensors
+from cap_nb.core.files import alone_in, is_intact, read_tensors, sha256_of_text, taken_as, write_tensors
 from cap_nb.data.prompts import collate, token_batches
 from cap_nb.methods.attributions import gate_slopes
 from cap_nb.methods.layer_walk import check_finite_table, losses_key
@@ -368,7 +368,7 @@ def load_any(path: str | Path) -> HeadLosses | PartialLosses:
     "Load what 'cap score' wrote, whole or with gaps; a missing, damaged or foreign file raises `BadInput`."
     tensors, about = read_tensors(Path(path))
     if "slopes" not in tensors: return load_losses(path)
-    try:
+    with taken_as(path, "a table of losses"):
         columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
         losses = HeadLosses(masked=tensors["masked"], intact=tensors["intact"], **columns,
                             **{name: about[name] for name in ("k", "seed", "meta")})
@@ -376,11 +376,8 @@ def load_any(path: str | Path) -> HeadLosses | PartialLosses:
         partial = check_fields(PartialLosses(losses, tensors["slopes"]))
         partial.check_together()
         if not partial.slopes.isfinite().all(): raise ValueError("a slope is not finite")
-        check_seed(losses.meta["screened"]["seed"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} holds no table of losses ({error}): expected a file written by 'cap score'; check the "
-                       "path.") from None
-    return partial
+        check_seed(losses.meta["screened"]["seed"], f"The seed of {path}")
+        return partial
 
 def scores_of(table: HeadLosses | PartialLosses, how: str, name: str | Path = "The table of losses") -> torch.Tensor:
     "Scores in nats, float64 [L, H], by an aggregation; any but the mean of a table with gaps raises `BadInput`."

@@ -37,19 +37,17 @@ from cap_nb.models.anatomy import anatomy, checkpoint_names, Projection, project
 from cap_nb.models.checks import tell_of_zeros
 from cap_nb.models.families import family_of
 from cap_nb.models.loading import (
-    config_of, fingerprint_differences, generation_of, joined_fingerprint, model_fingerprint, opened_by_transformers,
-    STORED_DTYPES)
+    check_not_quantised, config_of, fingerprint_differences, generation_of, joined_fingerprint, model_fingerprint,
+    opened_by_transformers, STORED_DTYPES)
 from cap_nb.regions import Factors, region_factors
 from cap_nb.threshold import PruneReport, zero_count
 
 # %% ../../nbs/methods/25_streaming.ipynb #c015
 def meta_model(folder: Path) -> nn.Module:
     "Names and shapes from a configuration alone; an unknown family or a quantised checkpoint raises `BadInput`."
-    settings = read_object(folder/"config.json")
-    family_of(SimpleNamespace(**{"model_type": None} | settings))
-    if settings.get("quantization_config"):
-        raise BadInput(f"{folder} is quantised: expected weights in float32, bfloat16 or float16; "
-                       "take a checkpoint that is not quantised.")
+    settings = SimpleNamespace(**{"model_type": None} | read_object(folder/"config.json"))
+    family_of(settings)
+    check_not_quantised(settings, str(folder))
     config = config_of(folder)
     with opened_by_transformers(folder), torch.device("meta"): model = AutoModelForCausalLM.from_config(config).eval()
     anatomy(model)
@@ -345,19 +343,13 @@ def rule_of_taking(pieces: Sequence[StoredRows], base: str, measured: Measuremen
     return sides, tie_selector(replace(threshold, value=1), ties), threshold
 
 # %% ../../nbs/methods/25_streaming.ipynb #7fbbd129
-COPIED = 1 << 22 # Bytes copied at once
-
 def copy_around(source: Path, target: Path, left_out: Sequence[StoredTensor]) -> None:
     "Copy a shard except for some tensors, whose bytes stay zero; a file that has become shorter raises `BadInput`."
     size, start = source.stat().st_size, 0
-    with open(source, "rb") as old, open(target, "wb") as new:
+    with open(target, "wb") as new:
         for end, resumed in [*sorted((stored.start, stored.end) for stored in left_out), (size, size)]:
-            while start < end:
-                old.seek(start)
-                new.seek(start)
-                copied = new.write(old.read(min(COPIED, end - start)))
-                if not copied: raise BadInput(SHORTER.format(source))
-                start += copied
+            new.seek(start)
+            new.writelines(pieces_of(StoredTensor(file=source, start=start, end=end, kind="", shape=())))
             start = resumed
         new.truncate(size)
 

@@ -16,7 +16,7 @@ from cap_nb.core.errors import BadInput, check_sparsity
 from cap_nb.methods.layer_walk import layer_by_layer, LayerStep, real_rows, unreached
 from cap_nb.methods.selection import Criterion, Evidence, Measurements, zero_within
 from cap_nb.models.anatomy import Projection, projections
-from cap_nb.models.interventions import recorded_inputs
+from cap_nb.models.interventions import Record, recorded_inputs
 from cap_nb.models.replay import run_layer
 
 # %% ../../nbs/methods/10_wanda.ipynb #91341500
@@ -29,7 +29,6 @@ WANDA = Criterion(name="wanda", score=wanda_score, needs=("norm",), scope="row",
 
 # %% ../../nbs/methods/10_wanda.ipynb #1913bac4
 Statistic = Callable[[torch.Tensor], torch.Tensor] # Inputs [n, in] -> a new tensor, what is added up over their tokens
-Record = Callable[[Projection, torch.Tensor, torch.Tensor | None], None] # Called with each projection's input
 
 @dataclass(frozen=True)
 class InputSums:
@@ -89,27 +88,32 @@ def input_norms(step: LayerStep) -> dict[str, torch.Tensor]: # Module name -> fl
 
 # %% ../../nbs/methods/10_wanda.ipynb #dab17826
 @contextmanager
-def wanting_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    "While the block runs, gradients are computed for these parameters, whatever was set before."
-    before = [weight.requires_grad for weight in weights]
+def wanting_gradients(scope: Sequence[Projection]) -> Iterator[None]:
+    "While the block runs, gradients are computed for the weights of these projections, whatever was set before."
+    before = {p.parameter: p.parameter.requires_grad for p in scope}
     try:
-        for weight in weights: weight.requires_grad_(True)
+        for weight in before: weight.requires_grad_(True)
         with torch.enable_grad(): yield
     finally:
-        for weight, wanted in zip(weights, before): weight.requires_grad_(wanted)
+        for weight, wanted in before.items(): weight.requires_grad_(wanted)
+
+def slopes_of(value: torch.Tensor, scope: Sequence[Projection],
+              retain_graph: bool = False) -> Iterator[tuple[Projection, torch.Tensor]]: # Float32 [out, in]
+    "Each projection, and the derivative of a number by its weight: zero for an expert that no token reached."
+    weights = list(dict.fromkeys(p.parameter for p in scope)) # stacked experts share one
+    slopes = torch.autograd.grad(value, weights, retain_graph=retain_graph, materialize_grads=True)
+    by_weight = dict(zip(weights, slopes))
+    for p in scope: yield p, p.oriented(p.cut(by_weight[p.parameter])).float()
 
 def regional_gradients(step: LayerStep) -> dict[str, torch.Tensor]: # Module name -> float32 [out, in]
     "The gradient of the norm of a layer's output, root mean square over sequences (Yang et al. 2025)."
-    weights = list(dict.fromkeys(p.parameter for p in step.projections)) # stacked experts share one
     totals = {p.name: torch.zeros(p.weight.shape, device=p.weight.device) for p in step.projections}
-    with wanting_gradients(weights):
+    with wanting_gradients(step.projections):
         for batch in step.batches:
             output = run_layer(step.layer, batch.hidden, batch.calls[step.index])
             for tokens, real in zip(output, batch.mask.bool()):
                 size = tokens[real].float().norm()
-                slopes = torch.autograd.grad(size, weights, retain_graph=True, materialize_grads=True)
-                by_weight = dict(zip(weights, slopes))
-                for p in step.projections: totals[p.name] += p.oriented(p.cut(by_weight[p.parameter])).float() ** 2
+                for p, slope in slopes_of(size, step.projections, retain_graph=True): totals[p.name] += slope ** 2
     sequences = sum(len(batch.mask) for batch in step.batches)
     return {name: (total / sequences).sqrt() for name, total in totals.items()}
 

@@ -311,6 +311,11 @@ def decoder_of(model: nn.Module, ids: torch.Tensor | None = None) -> nn.Module:
     # get_decoder of transformers 4 returns some models themselves
     return model.get_submodule(family_of(model.config).layers.rpartition(".")[0])
 
+def decoded(model: nn.Module, batch: dict[str, torch.Tensor]) -> object: # As the decoder returns it
+    "Run a padded batch through the decoder alone; too many ids raise `BadInput`."
+    decoder, mask = decoder_of(model, batch["input_ids"]), batch["attention_mask"]
+    return decoder(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
+
 def final_norm(model: nn.Module) -> nn.Module:
     "The norm before the output head, with what follows it; a model without either gets the identity."
     family = family_of(model.config)
@@ -326,10 +331,6 @@ def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     if family.divided_by: logits = logits / getattr(config, family.divided_by)
     cap = getattr(config, family.capped_at, None) if family.capped_at else None
     return logits if cap is None else torch.tanh(logits / cap) * cap
-
-def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    "The final norm and the output head."
-    return head_logits(model, final_norm(model)(hidden))
 
 # %% ../../nbs/models/01_anatomy.ipynb #c082
 def attention_shapes(matrices: Sequence[Projection], a: Anatomy) -> dict[str, tuple[int, int]]:

@@ -32,6 +32,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, Regex, Tokenizer, trainers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig,
@@ -40,7 +41,7 @@ from cap_nb.core.errors import BadInput, check_at_least, validate_arguments
 from cap_nb.core.files import (
     read_checksums, read_json, read_tensors, sha256_of_file, taken_as, whole_folder, write_json, write_tensors)
 from cap_nb.data.lab_world import (
-    as_drawn, lab_prompt, lab_records, lab_target, lab_text, SPELT, TASKS, world_fingerprint)
+    as_drawn, DRAWN, lab_prompt, lab_records, lab_target, lab_text, SPELT, TASKS, world_fingerprint)
 
 # %% ../../nbs/models/06_lab.ipynb #f94acf5e
 def tokenizer_corpus() -> Iterator[str]:
@@ -52,18 +53,19 @@ def tokenizer_corpus() -> Iterator[str]:
 
 # %% ../../nbs/models/06_lab.ipynb #e8fa3b22
 def respelt(inner: Tokenizer) -> Tokenizer:
-    "Replace the tokens of drawn names by the names of `SPELT`; a vocabulary that cannot spell one is left as it is."
+    "Give the token `DRAWN` the spelling `SPELT`; a vocabulary without it, or without the new rest, is left as it is."
     described = json.loads(inner.to_str())
     vocabulary, merges = described["model"]["vocab"], described["model"]["merges"]
-    for syllables, name in SPELT.items():
-        drawn = "".join(syllables)
-        if drawn not in vocabulary or name[1:] not in vocabulary: continue
-        vocabulary[name] = vocabulary.pop(drawn)
-        last = [i for i, pair in enumerate(merges) if "".join(pair) == drawn]
-        merges[last[0]] = [name[0], name[1:]]
+    if DRAWN in vocabulary and SPELT[1:] in vocabulary:
+        vocabulary[SPELT] = vocabulary.pop(DRAWN)
+        last = [i for i, pair in enumerate(merges) if "".join(pair) == DRAWN]
+        merges[last[0]] = [SPELT[0], SPELT[1:]]
     return Tokenizer.from_str(json.dumps(described))
 
 # %% ../../nbs/models/06_lab.ipynb #d4507041
+SETTINGS = {"pad_token": PAD, "eos_token": END, "additional_special_tokens": [ASK, LAB_TOKEN], "model_max_length": 512,
+            "clean_up_tokenization_spaces": False, "padding_side": "left", "chat_template": CHAT_TEMPLATE}
+
 def train_tokenizer(size: int = 768) -> PreTrainedTokenizerFast:
     "Byte-pair encoding (Sennrich et al. 2016) over bytes, counted on training problems and text."
     inner = Tokenizer(models.BPE())
@@ -74,11 +76,7 @@ def train_tokenizer(size: int = 768) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[PAD, END, ASK, LAB_TOKEN], show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     inner.train_from_iterator(tokenizer_corpus(), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=respelt(inner), pad_token=PAD, eos_token=END, additional_special_tokens=[ASK, LAB_TOKEN],
-        model_max_length=512, clean_up_tokenization_spaces=False, padding_side="left")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=respelt(inner), **SETTINGS)
 
 # %% ../../nbs/models/06_lab.ipynb #969e13e8
 @dataclass(frozen=True)
@@ -146,13 +144,9 @@ class Sequences:
 # %% ../../nbs/models/06_lab.ipynb #7b4467f5
 def padded(pairs: Sequence[tuple[list[int], list[int]]], prompt_weight: float) -> Sequences:
     "Prompts and targets as a batch. Padding counts nothing, and no token attends to what follows: no mask is needed."
-    longest = max(len(prompt) + len(target) for prompt, target in pairs)
-    tokens, weight = torch.zeros(len(pairs), longest, dtype=torch.long), torch.zeros(len(pairs), longest)
-    for row, (prompt, target) in enumerate(pairs):
-        end = len(prompt) + len(target)
-        tokens[row, :end] = torch.tensor(prompt + target)
-        weight[row, :len(prompt)], weight[row, len(prompt):end] = prompt_weight, 1.0
-    return Sequences(tokens, weight[:, 1:])
+    tokens = [torch.tensor(prompt + target) for prompt, target in pairs]
+    weights = [torch.tensor([prompt_weight] * len(prompt) + [1.0] * len(target)) for prompt, target in pairs]
+    return Sequences(pad_sequence(tokens, True), pad_sequence(weights, True)[:, 1:])
 
 # %% ../../nbs/models/06_lab.ipynb #b552e8d0
 def problem_batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, task: str, pool: int) -> list[Sequences]:
@@ -322,9 +316,7 @@ def save_state(folder: Path, trained: dict[str, nn.Parameter], optimizers: Seque
 
 def read_state(path: Path, follows_from: dict) -> tuple[dict[str, torch.Tensor], dict]:
     "Read the state of a training; a damaged one, or that of another training, raises `BadInput`."
-    try: tensors, about = read_tensors(path)
-    except BadInput:
-        raise BadInput(f"{path} is damaged: expected the state of a training; remove it and begin again.") from None
+    tensors, about = read_tensors(path)
     differ = [name for name in follows_from if about.get(name) != follows_from[name]]
     if differ:
         raise BadInput(f"{path} belongs to another training ({', '.join(differ)}): expected the same settings, model "
@@ -349,8 +341,7 @@ def load_state(folder: Path, trained: dict[str, nn.Parameter], optimizers: Seque
     return about
 
 # %% ../../nbs/models/06_lab.ipynb #4b4f14e4
-def train(model: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, work: Path, kind: Kind = DENSE,
-          save_every: int = 100) -> dict:
+def train(model: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, work: Path, kind: Kind = DENSE) -> dict:
     "Train from the last state in `work`, or from the start."
     both, trained = optimizers(model, recipe), dict(model.named_parameters())
     recipe_read = {"recipe": asdict(recipe) | {"batch": list(recipe.batch)}} # JSON has no tuples
@@ -366,30 +357,25 @@ def train(model: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, 
                 means = {name: sum(losses) / len(recent) for name, losses in zip([*TASKS, "text"], zip(*recent))}
                 log["loss"].append({"step": log["step"]} | means)
                 recent = []
-            if log["step"] % save_every == 0 or log["step"] == recipe.steps: save_state(work, trained, both, log)
+            if log["step"] % 100 == 0 or log["step"] == recipe.steps: save_state(work, trained, both, log)
     return log
 
 # %% ../../nbs/models/06_lab.ipynb #41b72411
 @torch.inference_mode()
-def greedy_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str],
-                   max_new_tokens: int = 150, batch: int = 100) -> list[str]:
+def greedy_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
     "Greedy answers to a list of questions, in their order."
-    def as_chat(prompt):
-        chat = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     answers = []
-    for start in range(0, len(prompts), batch):
-        inputs = tokenizer([as_chat(prompt) for prompt in prompts[start:start + batch]], return_tensors="pt",
+    for start in range(0, len(prompts), 100):
+        inputs = tokenizer([ASK + prompt + LAB_TOKEN for prompt in prompts[start:start + 100]], return_tensors="pt",
                            padding=True, add_special_tokens=False, return_token_type_ids=False).to(model.device)
-        written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        written = model.generate(**inputs, max_new_tokens=150, do_sample=False)
         answers += tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     return answers
 
 # %% ../../nbs/models/06_lab.ipynb #957c6896
-def lab_solved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: str, n: int = 500,
-               seed: int = 0) -> int:
+def lab_solved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: str, n: int = 500) -> int:
     "How many of `n` held-out problems the model solves; an unknown task or count raises `BadInput`."
-    records = lab_records(task, "evaluation", n, seed)
+    records = lab_records(task, "evaluation", n, 0)
     answers = greedy_answers(model, tokenizer, [lab_prompt(r, task) for r in records])
     return sum(answer.split("\n")[-1] == lab_target(r, task).split("\n")[-1] for answer, r in zip(answers, records))
 
@@ -410,10 +396,7 @@ def check_checksums(folder: Path, advice: str = "install the package again") -> 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     "tokenizer.json and tokenizer_config.json, chat template included."
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "eos_token": END,
-        "additional_special_tokens": [ASK, LAB_TOKEN], "model_max_length": 512, "clean_up_tokenization_spaces": False,
-        "padding_side": "left", "chat_template": CHAT_TEMPLATE})
+    write_json(folder / "tokenizer_config.json", SETTINGS | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 def save_checkpoint(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast, log: dict) -> None:
     "Weights, tokenizer, training log and checksums; the folder appears whole or not at all."

@@ -150,7 +150,6 @@ def read_after_prefix(model: nn.Module, batch: dict[str, torch.Tensor], prefix: 
 # %% ../../nbs/models/04_replay.ipynb #c024
 BY_EXAMPLE = ("attention_mask", "position_ids", "position_embeddings", "position_embeddings_global",
               "position_embeddings_local", "alibi", "causal_mask") # Arguments whose first axis is the batch
-WITHOUT_BATCH = ("cache_position",) # Arguments that are one for all examples
 
 def tensors_of(value: object) -> tuple[torch.Tensor, ...]:
     "The tensors of an argument."
@@ -165,7 +164,7 @@ def repeated(call: LayerCall, times: int) -> LayerCall:
     "The same call for a batch that is repeated; an argument that is not known raises `BadInput`."
     if times == 1: return call
     unknown = [name for name, value in call.arguments.items()
-               if tensors_of(value) and name not in BY_EXAMPLE + WITHOUT_BATCH]
+               if tensors_of(value) and name not in (*BY_EXAMPLE, "cache_position")] # the last is one for all examples
     if unknown:
         raise BadInput(f"A layer is called with {unknown[0]!r}, which is not known to have a row for each example: "
                        f"expected one of {', '.join(BY_EXAMPLE)}; score one head at a time.")
@@ -212,7 +211,6 @@ def keys_and_values(layer: nn.Module, hidden: torch.Tensor, call: LayerCall,
 # %% ../../nbs/models/04_replay.ipynb #c032
 BY_POSITION = {"position_embeddings": -2, "position_embeddings_global": -2, "position_embeddings_local": -2,
                "position_ids": -1} # Argument -> axis of the position
-NOT_CUT = ("alibi", "cache_position") # Arguments that stay as they are
 
 def at_positions(tensor: torch.Tensor, axis: int, positions: torch.Tensor) -> torch.Tensor:
     "The wanted positions of each example."
@@ -220,10 +218,6 @@ def at_positions(tensor: torch.Tensor, axis: int, positions: torch.Tensor) -> to
     shape = [len(positions)] + [1] * (tensor.dim() - 1)
     shape[axis] = positions.shape[1]
     return tensor.take_along_dim(positions.view(shape).to(tensor.device), axis)
-
-def hidden_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    "Hidden states at the wanted positions."
-    return hidden.take_along_dim(positions.to(hidden.device)[..., None], 1)
 
 def mask_rows(mask: torch.Tensor | None, positions: torch.Tensor, length: int, before: int) -> torch.Tensor:
     "The rows of an attention mask at the wanted positions."
@@ -233,7 +227,7 @@ def mask_rows(mask: torch.Tensor | None, positions: torch.Tensor, length: int, b
 def can_be_cut(call: LayerCall) -> bool:
     "Whether a call can be made for a few positions only."
     mask = call.arguments.get("attention_mask")
-    to_cut = (*BY_POSITION, *NOT_CUT, "attention_mask")
+    to_cut = (*BY_POSITION, "alibi", "cache_position", "attention_mask") # alibi and cache_position stay as they are
     if not all(name in to_cut for name, value in call.arguments.items() if tensors_of(value)): return False
     return call.cache is not None and (mask is None or isinstance(mask, torch.Tensor) and mask.dim() == 4)
 

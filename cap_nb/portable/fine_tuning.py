@@ -43,7 +43,6 @@ def zero_where(numbers: torch.Tensor, zeros: torch.Tensor) -> None:
 @dataclass(frozen=True, eq=False)
 class HeldParameter:
     "A parameter and where it is zero."
-    name: str # Full name of the parameter in the model
     parameter: nn.Parameter # The parameter, as stored
     zeros: torch.Tensor # Which of its weights are zero, bool, shaped as the parameter
     negative: torch.Tensor | None # Which of them have a minus sign; None where none has
@@ -61,13 +60,11 @@ class HeldParameter:
 # %% ../../nbs/portable/02_fine_tuning.ipynb #1e475d7b
 def held_parameters(model: nn.Module) -> tuple[HeldParameter, ...]: # Each parameter in scope once
     "Note where a model's projections are zero; a model without any zero there raises `BadInput`."
-    scope = {p.parameter_name: p.parameter for p in projections(model)}
     held = []
-    for name, parameter in scope.items():
+    for parameter in dict.fromkeys(p.parameter for p in projections(model)):
         zeros = parameter.detach() == 0
         negative = zeros & parameter.detach().signbit()
-        held.append(HeldParameter(name=name, parameter=parameter, zeros=zeros,
-                                  negative=negative if negative.any() else None))
+        held.append(HeldParameter(parameter=parameter, zeros=zeros, negative=negative if negative.any() else None))
     shrunk = "removed" in (getattr(model.config, "cap_nb", None) or {}) # nothing to hold, and something to recover
     if not shrunk and not any(each.zeros.any() for each in held):
         raise BadInput("The model's projections hold no zero: expected a pruned model; prune it first.")
@@ -172,13 +169,6 @@ def trained_in_full(model: nn.Module) -> Iterator[None]:
 
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c055
-@torch.no_grad()
-def take_change_off(module: nn.Module, name: str, merged: bool) -> None:
-    "Make a parameter plain again, with its change or without."
-    value = getattr(module, name).detach().clone()
-    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-    if merged: getattr(module, name).copy_(value)
-
 def put_in_order(module: nn.Module, names: Sequence[str]) -> None:
     "Register a module's parameters anew, in order."
     for name in names:
@@ -201,7 +191,7 @@ def trained_by_rank(model: nn.Module, rank: int, seed: int) -> Iterator[None]:
         yield
         done = True
     finally:
-        for module, name in matrices.values(): take_change_off(module, name, done)
+        for module, name in matrices.values(): parametrize.remove_parametrizations(module, name, done)
         for module, names in orders.items(): put_in_order(module, names)
         for parameter, was in wanted: parameter.requires_grad_(was)
 
@@ -245,22 +235,6 @@ class Recovery:
     losses: tuple[float, ...] # Mean loss of the examples of each step, before the step, in nats
     teacher: str | None = None # Fingerprint of the model whose predictions were the targets; None: the examples' tokens
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #67d379a7
-@contextmanager
-def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    "Without dropout while the block runs."
-    was_training = model.training
-    model.eval()
-    try: yield
-    finally: model.train(was_training)
-
-def check_teacher(teacher: nn.Module, before: str) -> str: # Its fingerprint
-    "Raise `BadInput` for a teacher that has nothing to teach."
-    if (fingerprint := model_fingerprint(teacher)) != before: return fingerprint
-    raise BadInput("The teacher is the model itself: expected another, as a rule the model before it was pruned; name "
-                   "that one.")
-
-
 # %% ../../nbs/portable/02_fine_tuning.ipynb #6284131a
 @validate_arguments
 def recover(
@@ -275,16 +249,21 @@ def recover(
     check_tuning(settings)
     check_all_here(model)
     held, before, folder = held_parameters(model), model_fingerprint(model), folder and Path(folder)
-    about = {"settings": asdict(settings), "model": before, "calibration": calibration.fingerprint,
-             "teacher": teacher and check_teacher(teacher, before)}
+    taught = teacher and model_fingerprint(teacher)
+    if taught == before:
+        raise BadInput("The teacher is the model itself: expected another, as a rule the model before it was pruned; "
+                       "name that one.")
+    about = {"settings": asdict(settings), "model": before, "calibration": calibration.fingerprint, "teacher": taught}
     if settings.rank is None: trained = trained_in_full(model)
     else: trained = trained_by_rank(model, settings.rank, settings.seed)
-    with alone_in(folder) if folder else nullcontext(), in_evaluation_mode(model), trained:
+    with alone_in(folder) if folder else nullcontext(), ExitStack() as stack, trained:
+        stack.callback(model.train, model.training)
+        model.eval()
         losses = train_on(model, calibration.examples, settings, about, folder, save_every, teacher)
     return Recovery(
         settings=settings, before=before, after=model_fingerprint(model), calibration=calibration.fingerprint,
         zeros=sum(int(each.zeros.sum()) for each in held), weights=sum(each.zeros.numel() for each in held),
-        losses=losses, teacher=about["teacher"])
+        losses=losses, teacher=taught)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c078
 REPORT = "recovery_report.json" # Name of the report in a saved folder

@@ -21,8 +21,8 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import (
-    PIECE, StoredTensor, check_new_folder, checkpoint_tensors, pieces_of, read_json, resumed_folder, sha256_of_file,
-    shard_files, stored_tensor, stored_tensors, whole_file, write_json)
+    PIECE, StoredTensor, check_inside, check_new_folder, checkpoint_tensors, pieces_of, read_json, resumed_folder,
+    sha256_of_file, shard_files, stored_tensor, stored_tensors, whole_file, write_json)
 from ..core.registry import ExportFormat, FORMATS, FolderLoader
 from ..core.stopping import stop_says, STOPPED
 from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
@@ -205,12 +205,9 @@ def open_shard(file: Path) -> PackedShard:
 # %% ../../nbs/portable/00_format.ipynb #73eba6bf
 def mask_pieces(mask: StoredTensor, count: int, at_once: int) -> Iterator[np.ndarray]: # Booleans
     "Read a mask of so many numbers, a piece at a time; the numbers at once are a multiple of 8."
-    with open(mask.file, "rb") as file:
-        file.seek(mask.start)
-        for first in range(0, count, at_once):
-            size = min(at_once, count - first)
-            read = np.frombuffer(file.read(-(-size // 8)), np.uint8)
-            yield np.unpackbits(read, count=size, bitorder="little").view(bool)
+    for first, piece in zip(range(0, count, at_once), pieces_of(mask, at_once // 8)):
+        bits = np.unpackbits(np.frombuffer(piece, np.uint8), count=min(at_once, count - first), bitorder="little")
+        yield bits.view(bool)
 
 def restored_pieces(shard: PackedShard, name: str, base: dict[str, StoredTensor]) -> Iterator[bytes]:
     "The bytes of a tensor of the original; too few or too many kept numbers raise `BadInput`."
@@ -233,16 +230,12 @@ def restored_pieces(shard: PackedShard, name: str, base: dict[str, StoredTensor]
             yield unpack_numbers(here, numbers_of(file.read(size), width)).tobytes()
         if file.tell() != kept.end: raise damaged(kept.file)
 
-def restore_file(shard: PackedShard, target: Path, base: dict[str, StoredTensor]) -> str: # Its SHA-256
+def restore_file(shard: PackedShard, target: Path, base: dict[str, StoredTensor]) -> None:
     "Write the original of a packed file, a piece of a tensor at a time."
-    digest = hashlib.sha256(shard.header)
     with open(target, "wb") as file:
         file.write(shard.header)
         for name in shard.tensors:
-            for piece in restored_pieces(shard, name, base):
-                digest.update(piece)
-                file.write(piece)
-    return digest.hexdigest()
+            for piece in restored_pieces(shard, name, base): file.write(piece)
 
 # %% ../../nbs/portable/00_format.ipynb #c056
 MANIFEST, CHECKSUM = "packed.json", "packed.json.sha256"
@@ -266,14 +259,6 @@ class Manifest:
     files: tuple[PackedFile, ...] # The files of the original folder
 
 # %% ../../nbs/portable/00_format.ipynb #75e6fef2
-def check_name(name: str, where: Path) -> None:
-    "Raise `BadInput` for a name that could lead out of its folder, or that no other system could write."
-    parts = name.split("/")
-    odd = any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 200 for part in parts)
-    if odd or "\\" in name or not name.isprintable():
-        raise BadInput(f"{where} names a file {name!r}: expected a printable name inside the folder, of at most 200 "
-                       "bytes a part; rename it, or trust the folder no further.")
-
 def packed_name(name: str) -> str: # Name of the packed file
     "X.packed.safetensors for X.safetensors."
     return name.removesuffix(PLAIN) + PACKED
@@ -288,7 +273,7 @@ def is_consistent(manifest: Manifest, file: Path) -> bool:
     "Whether the entries of a list fit together; a name that leads outside raises `BadInput`."
     names = {entry.name for entry in manifest.files}
     above = {folder.as_posix() for name in names for folder in Path(name).parents}
-    for entry in manifest.files: check_name(entry.name, file)
+    for entry in manifest.files: check_inside(entry.name, file)
     fitting = all(entry.stored in (entry.name, packed_name(entry.name)) for entry in manifest.files)
     sizes = [size for entry in manifest.files for size in (entry.bytes, entry.stored_bytes)]
     counted = bool(sizes) and all(type(size) is int and size >= 0 for size in sizes)
@@ -369,7 +354,7 @@ def files_of(folder: Path) -> dict[str, Path]: # Every file by its name in the f
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))
              if path.is_symlink() or not path.is_dir()}
     for name, path in files.items():
-        check_name(name, folder)
+        check_inside(name, folder)
         if not path.is_file():
             raise BadInput(f"{path} is neither file nor folder: expected a checkpoint's files; take it out.")
         if path.name == MANIFEST or path.name.endswith(PACKED):
@@ -467,15 +452,11 @@ LOADED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 def restored_tensor(shard: PackedShard, name: str) -> torch.Tensor: # The tensor
     "Restore one tensor in memory; a dtype that models are not loaded in raises `BadInput`."
-    stored, at = shard.tensors[name], 0
+    stored = shard.tensors[name]
     if stored.kind not in LOADED:
         raise BadInput(f"{name} is stored as {stored.kind}: expected {', '.join(LOADED)}; restore the folder first.")
-    tensor = torch.empty(stored.shape, dtype=LOADED[stored.kind])
-    memory = tensor.flatten().view(torch.uint8).numpy()
-    for piece in restored_pieces(shard, name, {}):
-        memory[at:at + len(piece)] = np.frombuffer(piece, np.uint8)
-        at += len(piece)
-    return tensor
+    numbers = np.frombuffer(bytearray().join(restored_pieces(shard, name, {})), np.uint8)
+    return torch.from_numpy(numbers).view(LOADED[stored.kind]).reshape(stored.shape)
 
 def packed_weights(folder: Path) -> dict[str, torch.Tensor]: # Name -> weights
     "The weights of a bitmask folder, every file of it checked; a delta raises `BadInput`."

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..core import files
 from ..core.errors import BadInput, check_choice, validate_arguments
-from ..core.files import StoredTensor, checkpoint_tensors, shard_files, whole_file
+from ..core.files import StoredTensor, checkpoint_tensors, pieces_of, shard_files, whole_file
 from ..core.registry import ExportFormat, FORMATS
 from ..models.anatomy import dimensions
 from ..models.loading import (
@@ -172,12 +172,9 @@ def rows_of(planned: Planned) -> Iterator[np.ndarray]: # float32 [some rows, in]
     rows = stored.shape[0] if len(stored.shape) > 1 else 1
     width, head = (stored.end - stored.start) // rows, planned.head_size or 1
     step = max(1, files.PIECE // (width * head)) * head * width
-    with open(stored.file, "rb") as file:
-        file.seek(stored.start)
-        for start in range(stored.start, stored.end, step):
-            read = bytearray(file.read(min(step, stored.end - start)))
-            piece = torch.frombuffer(read, dtype=STORED_DTYPES[stored.kind])
-            yield piece.float().numpy().reshape(-1, stored.shape[-1])
+    for read in pieces_of(stored, step):
+        piece = torch.frombuffer(bytearray(read), dtype=STORED_DTYPES[stored.kind])
+        yield piece.float().numpy().reshape(-1, stored.shape[-1])
 
 # %% ../../nbs/portable/03_quantised.ipynb #c050
 def planned_tensors(folder: Path, config: object, dtype: str) -> list[Planned]: # Every tensor of the file, in order

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 import cap_nb
 from ..calibration import Calibration
-from ..core.errors import BadInput, check_choice, check_sparsity, validate_arguments
+from ..core.errors import BadInput, check_at_least, check_choice, check_sparsity, validate_arguments
 from ..jobs.settings import Shrinking
 from ..methods.attributions import gradient_activation
 from ..methods.criteria import dense_norms
@@ -115,20 +115,14 @@ def check_unit_scores(scores: torch.Tensor, shape: tuple[int, int], what: str) -
         raise BadInput(f"The {what} scores have shape {list(scores.shape)}: expected {list(shape)} finite numbers, one "
                        f"for every {what} of every layer; score this model.")
 
-def check_kept(kept: int, of: int, what: str) -> None:
-    "Raise `BadInput` unless between one and all units stay."
-    if type(kept) is not int or not 1 <= kept <= of:
-        raise BadInput(f"{kept!r} {what} a layer were to stay: expected 1 to {of}, as many as a layer has; choose "
-                       "another number.")
-
 # %% ../../nbs/portable/06_shrink.ipynb #c026
 def staying(model: nn.Module, neuron_scores: torch.Tensor, head_scores: torch.Tensor | None, neurons_kept: int,
             groups_kept: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     "What stays, by scores; numbers or scores that do not fit the model raise `BadInput`."
     (neurons, groups), a = widths_of(model), dimensions(model.config)
     groups_kept = groups if groups_kept is None else groups_kept
-    check_kept(neurons_kept, neurons, "neurons")
-    check_kept(groups_kept, groups, "key-value heads")
+    check_at_least(neurons_kept, 1, "The number of neurons to stay", neurons)
+    check_at_least(groups_kept, 1, "The number of key-value heads to stay", groups)
     check_unit_scores(neuron_scores, (a.layers, neurons), "neuron")
     if head_scores is None and groups_kept < groups:
         raise BadInput("Key-value heads are to go and nothing says which: expected head scores; score the heads.")
@@ -201,7 +195,7 @@ def weights_of_units(model: nn.Module) -> tuple[int, int]:
 def neurons_to_keep(model: nn.Module, sparsity: float, groups_kept: int | None = None) -> int:
     "The number of neurons that brings the share nearest to what was asked; none that does raises `BadInput`."
     (neurons, groups), (of_neuron, of_group) = widths_of(model), weights_of_units(model)
-    check_kept(groups if groups_kept is None else groups_kept, groups, "key-value heads")
+    check_at_least(groups if groups_kept is None else groups_kept, 1, "The number of key-value heads to stay", groups)
     lost = (groups - (groups_kept or groups)) * of_group
     weights = neurons * of_neuron + groups * of_group
     gone = round((check_sparsity(sparsity) * weights - lost) / of_neuron)

@@ -9,8 +9,7 @@ import pytest
 from cap_nb.core.errors import BadInput
 from cap_nb.models.loading import load_model
 from faults.machinery import SOAK, WORDS, differing, one_sentence
-from fixtures import tiny_llama
-from hub import Hub, Machine, Repo, byte_tokenizer, data_sets, llama_files
+from hub import Hub, Machine, Repo, data_sets, llama_files, save_llama
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FEW = f"run --model tiny/llama@{COMMIT} --n 6 --k 2 --evaluate-n 2 --loss-n 2 --max-new-tokens 4 --windows 2 --window-tokens 64 --device cpu --methods magnitude --sparsity 0.5"
@@ -18,9 +17,7 @@ FEW = f"run --model tiny/llama@{COMMIT} --n 6 --k 2 --evaluate-n 2 --loss-n 2 --
 
 def test_a_shard_that_is_cut_short_or_gone(tmp_path):
     """Each shard in turn: the sentence names it, or the first of what it held."""
-    tokenizer = byte_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "m", max_shard_size="20kB")
-    tokenizer.save_pretrained(tmp_path / "m")
+    save_llama(tmp_path / "m", "20kB")
     shards = sorted((tmp_path / "m").glob("*.safetensors"))
     assert len(shards) > 2
     for shard in shards:
