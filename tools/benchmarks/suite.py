@@ -23,6 +23,7 @@ def suite_case(path, source=ROOT, targets=("demo", "test")):
     def measure():
         seconds, last = {}, {}
         with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o755)  # some tests are another user's, who must read the clone
             subprocess.run(["git", "clone", "--quiet", str(source), folder], check=True)
             clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS")}
             for target in targets:
