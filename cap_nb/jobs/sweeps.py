@@ -44,7 +44,10 @@ def composed(path: Path, text: str) -> yaml.MappingNode: # Its nodes; nothing is
                 raise error_at(path, token.start_mark.line + 1, f"{REFUSED[type(token)]} was found: expected options "
                                "with values or lists of values; write them out.")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except RecursionError:
+        raise error_at(path, 1, "lists are too deep: expected options with values or lists of values; write them "
+                       "out.") from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         said = " ".join(str(getattr(error, "problem", None) or error).split())
         raise error_at(path, mark.line + 1 if mark else 1, f"this is not YAML ({said}): expected lines such as 'n: "
@@ -130,9 +133,9 @@ def read_entry(option: str, node: yaml.Node, about: FileOption, line: int) -> En
 def read_config(path: str | Path, options: Mapping[str, FileOption]) -> Config: # What it says
     "Read a file of options; the first mistake raises `BadInput` with its line."
     path, entries = Path(path), {}
-    text = read_text(path)
-    if path.stat().st_size > MOST_BYTES:
+    if path.is_file() and path.stat().st_size > MOST_BYTES:
         raise BadInput(f"{path} has more than {MOST_BYTES:,} bytes: expected a file of options; name another.")
+    text = read_text(path)
     for key, node in composed(path, text).value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
