@@ -471,10 +471,11 @@ def evaluate(model: nn.Module, tokenizer: object, job: Job, name: str,
              exclude: frozenset[str] = frozenset()) -> Evaluation:
     "Measure a model as it is."
     job, reached = filled_in(job, tokenizer), prune_report(model, name, 0.0).reached
+    asked = round(reached, 3) # nobody said what was asked of it
     with backend_of(job, model) as backend:
-        pieces = [Evaluation(name, reached, reached, **measure_piece(model, tokenizer, job, piece, exclude, backend))
+        pieces = [Evaluation(name, asked, reached, **measure_piece(model, tokenizer, job, piece, exclude, backend))
                   for piece in pieces_of(job)]
-    return together(pieces or [Evaluation(name, reached, reached)])
+    return together(pieces or [Evaluation(name, asked, reached)])
 
 # %% ../../nbs/jobs/03_job.ipynb #c070
 def finish_piece(ready: Ready, folder: Path, cell: Evaluation, piece: Piece, bar: tqdm, backend: object) -> Evaluation:

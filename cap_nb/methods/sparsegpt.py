@@ -14,7 +14,7 @@ from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput
 from cap_nb.methods.layer_walk import layer_by_layer, LayerStep, unreached
-from cap_nb.methods.selection import first_true, smallest_in_rows
+from cap_nb.methods.selection import first_true, kth_smallest, smallest_in_rows
 from cap_nb.methods.wanda import input_sums
 from cap_nb.threshold import zero_count
 
@@ -74,7 +74,7 @@ def block_factors(damped: torch.Tensor, block: int, damping: float, name: str,
 def cheapest(cost: torch.Tensor, count: int) -> torch.Tensor:
     "The cheapest weights of a block, exactly as many as wanted, equal ones in flat order."
     if count == 0: return torch.zeros_like(cost, dtype=torch.bool)
-    highest = cost.flatten().kthvalue(count).values
+    highest = kth_smallest(cost.flatten(), count)
     below = cost < highest
     return below | first_true(cost == highest, count - int(below.sum()))
 

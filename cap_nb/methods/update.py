@@ -153,7 +153,7 @@ class JointSettings:
     iterations: int = 60 # Iterations at most
     still: float = 3e-4 # It ends when at most this share of the mask changed
     scope: str = "matrix" # Where weights compete: "matrix", or "row" for each output row
-    steps: int = 40 # Steps of conjugate gradients at the end, at most
+    steps: int = 10 # Steps of conjugate gradients at the end, at most
     tolerance: float = 1e-4 # Residual at which they stop
 
 def next_rho(rho: float, changed: float, growth: tuple[tuple[float, float], ...]) -> float:
@@ -204,7 +204,7 @@ def joint_steps(layer: ScaledLayer, choose: Choose, settings: JointSettings,
     for iteration in range(1, settings.iterations + 1):
         both = divided((target - dual).add_(new, alpha=rho)).add_(dual, alpha=1 / rho) # B + V / rho
         mask = choose(both.abs())
-        new = both.masked_fill(mask, 0.0)
+        new = both * ~mask # several times as fast as masked_fill
         dual = both.sub_(new).mul_(rho)
         if iteration % settings.every and iteration < settings.iterations: continue
         changed, last = int((mask != last).sum()) / max(1, int((~mask).sum())), mask

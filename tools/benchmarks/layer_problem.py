@@ -4,8 +4,8 @@
 
 Sources: Sun et al. 2024 and Frantar and Alistarh 2023. In: layers of SmolLM2, and one layer and single matrices of
 Llama-3-8B's width with random weights, all with random tokens. Out: `figures/benchmarks/layer_problem.json`. Wanted: at
-most 0.8 of the processor time of the published code at no more memory, and swaps and the update in at most twice the
-time of SparseGPT.
+most 0.8 of the processor time of the published code at no more memory, swaps and the update in at most twice the time
+of SparseGPT, and Wanda as a whole in at most 1.35 times two plain passes of its tokens.
 
 The records are made, on a machine that does nothing else, by
 
@@ -50,6 +50,7 @@ solvers = ("sparsegpt", "wanda^swaps", "wanda^update", "alps")
 # that depend on each other. The published code prunes "published wanda" and "published sparsegpt".
 
 CASES = {"smollm2": dict(layers=6, rows=8, tokens=512, sides=("wanda", "sparsegpt")),
+         "smollm2, 24 short examples": dict(layers=30, rows=24, tokens=32, sides=("wanda", "two plain passes")),
          "smollm2, solvers": dict(layers=2, rows=8, tokens=512, sides=solvers),
          "llama-3-8b, one layer": dict(shape=llama, rows=2, tokens=256, sides=("wanda",)),
          "llama-3-8b, one layer, SparseGPT": dict(shape=llama, rows=2, tokens=256, sides=("sparsegpt",)),
@@ -134,9 +135,13 @@ def on_model(case, side):
         for p in projections(model):
             p.weight.copy_(dense[p.name])
 
+    @torch.no_grad()
     def call():
         if code:
             prune_as_published(code, model, windows, method)
+        elif side == "two plain passes":
+            for _ in range(2):
+                model(windows, use_cache=False)
         else:
             prune(model, method, 0.5, calibration=calibration_of(windows))
 
