@@ -4,6 +4,7 @@ import os
 import platform
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and tokenizers that used threads before a fork say so on stderr
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported: no test may reach for the network
@@ -16,6 +17,28 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (gsm8k, strategyqa, arc, wikitext2) are not beside this checkout")
 SOAKED = ROOT / "figures" / "bad_input" / "soaked.json"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def pools_are_encoded_once():
+    """Rendering and tokenising the lab's 2,000 problems of a task takes half a second, and four hundred calibration sets are drawn."""
+    from cap_nb import calibration
+    from cap_nb.data.problems import LAB_TASKS
+    from cap_nb.jobs import chains
+    from cap_nb.models.loading import tokenizer_fingerprint
+
+    encode, pools = calibration.calibration_pool, {}
+
+    def pool(tokenizer, task, data_dir, style, exclude=frozenset()):
+        if task not in LAB_TASKS:
+            return encode(tokenizer, task, data_dir, style, exclude)
+        key = task, style, tokenizer_fingerprint(tokenizer)
+        if key not in pools:
+            pools[key] = encode(tokenizer, task, None, style)
+        return [example for example in pools[key] if example.uid not in exclude]
+
+    with patch.object(calibration, "calibration_pool", pool), patch.object(chains, "calibration_pool", pool):
+        yield
 
 
 def pytest_sessionfinish(session, exitstatus):

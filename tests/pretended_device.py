@@ -30,7 +30,7 @@ from cap_nb.methods import resumed_scoring
 from cap_nb.methods.attributions import GateFit
 from cap_nb.methods.experts import expert_losses, routed_losses
 from cap_nb.methods.explainable_masks import MaskFit
-from cap_nb.methods.neurons import NEURON_AWARE, neuron_estimates
+from cap_nb.methods.neurons import neuron_estimates
 from cap_nb.methods.prune import prune, sparsities_of, table_methods
 from cap_nb.methods.resumed_scoring import load_losses, score_heads
 from cap_nb.methods.screening import screen_heads
@@ -47,7 +47,8 @@ from cap_nb.scoring import score_heads_naive
 
 PROCESSOR, DEVICE = "cpu", "pretend:0"
 FITTED = {"retained_gates": GateFit(steps=2), "removed_gates": GateFit(steps=2), "explainable_masks": MaskFit(steps=2)}
-METHODS = ["dense", *table_methods(), "wanda^block", "cap.pooled", *(f"{base}.{name}" for base in ("cap", "alps") for name in NEURON_AWARE)]
+ATTRIBUTED = {f"cap.{name}" for name in ATTRIBUTIONS}  # attributions are tried by themselves
+METHODS = ["dense", *(name for name in table_methods() if name not in ATTRIBUTED), "wanda^block", "cap.pooled", "cap.neurons", "alps.neurons"]
 EXAMPLES = made_up_calibration(5)
 
 
@@ -86,7 +87,7 @@ def assert_same(there, here):
             assert there[name] == (pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value), name
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name.removeprefix("cap.") not in FITTED])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_prunes_as_on_the_processor(method):
     """The same zeros, and weights that differ by the rounding of a backward pass at most."""
     dense, pruned = tiny_llama(num_hidden_layers=2, attn_implementation="eager"), []

@@ -16,8 +16,10 @@ import torch
 from typer.testing import CliRunner
 
 import cap_nb.command_line, cap_nb.single_steps, cap_nb.jobs.sweeps  # noqa: E401, F401  before the first fork, so that no child reads them again
+from cap_nb import calibration
 from cap_nb.__main__ import main
 from cap_nb.data.problems import LAB_TASKS, load_problems
+from cap_nb.models.lab import lab_tokenizer
 
 
 def alone(work, out, err, folder=None):
@@ -90,8 +92,10 @@ def as_nobody(*_):
 
 @functools.cache
 def problems_drawn():
-    """The lab's problems, which a process draws once, are drawn here and not in every child."""
-    return [load_problems(task, part) for task in LAB_TASKS for part in ("calibration", "evaluation")]
+    """The lab's problems, which a process draws and encodes once, are drawn and encoded here and not in every child."""
+    for task in LAB_TASKS:
+        calibration.calibration_pool(lab_tokenizer(), task, None, "lab")
+        load_problems(task, "evaluation")
 
 
 class Program:

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import threading
 from multiprocessing import Pipe
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from cap_nb.data.problems import load_problems
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.streaming import open_checkpoint
 from cap_nb.models.loading import load_model
+from programs import cap, finished
 from tools.benchmarks import generation, gpu, layer_problem, processes, scaling, scoring, start, streaming, suite, threshold
 from tools.side_by_side import balanced_heads, examples_at_hand, largest_difference, measured_case, read_cases
 
@@ -77,8 +79,9 @@ def test_processes_are_timed_and_their_tables_compared(tmp_path):
     assert case["about"]["same bytes"] == [1, 2] and len(processes.efficiency(case)) == 1 and 0.5 < case["about"]["predicted"] < 1
 
 
-def test_every_measurement_of_a_device_in_small(tmp_path):
+def test_every_measurement_of_a_device_in_small(tmp_path, monkeypatch):
     """`make gpu DRY=1`: all cases are measured and summed up, and the real ones have their names and fit into the limit."""
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=lambda words, **given: finished(cap(*words[3:]))))
     said = gpu.dry_run(tmp_path)
     cases, real = read_cases(tmp_path / "gpu.json"), gpu.measurements("lab")
     assert set(cases) == {case.name for case in real} and sum(case.seconds for case in real) < gpu.LIMIT

@@ -303,7 +303,8 @@ def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypa
         signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(single_steps, "train_into", stopped)
     result = cap(*words)
-    assert result.exit_code == 130 and result.stdout.startswith("Plan for lab") and "goes on from there" in result.output
+    assert result.exit_code == 130, result.output
+    assert result.stdout.startswith("Plan for lab") and "goes on from there" in result.output
     assert not list((tmp_path / "r").glob("trained*"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*") if path.is_file() and path.name not in ("recipe.json", "README.md")}
     assert {"chains.jsonl", "model.safetensors"} <= {path.name for path in before}

@@ -259,8 +259,9 @@ def test_a_run_keeps_a_log_and_its_bar_says_what_runs(tmp_path, monkeypatch):
 
 def test_where_no_terminal_is_bars_are_lines(tmp_path):
     """Nothing is drawn over itself; --quiet says nothing, and --verbose how long each stage took."""
-    words = ["run", *FEW, "--tasks", "lab-arc", "--methods", "cap,magnitude", "--sparsity", "0.5", "--accuracy-tasks", "none"]
-    said = {option: programs.finished(programs.cap(*words, *filter(None, [option]), "--out", tmp_path / f"run{option}")) for option in ("", "--quiet", "--verbose")}
+    words = ["run", *FEW, "--tasks", "lab-arc", "--sparsity", "0.5", "--accuracy-tasks", "none"]
+    def run(option, methods): return programs.finished(programs.cap(*words, *filter(None, [option]), "--methods", methods, "--out", tmp_path / f"run{option}"))
+    said = {"": run("", "cap,magnitude"), "--quiet": run("--quiet", "magnitude"), "--verbose": run("--verbose", "magnitude")}
     assert all(process.returncode == 0 and "\r" not in process.stderr and "\x1b" not in process.stderr for process in said.values()), said[""].stderr
     assert said["--quiet"].stderr == "" and said["--quiet"].stdout.startswith("| Method |")
     assert "magnitude-0.5/prune: " in said["--verbose"].stderr and "magnitude-0.5/prune: " not in said[""].stderr

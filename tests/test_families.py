@@ -232,7 +232,7 @@ def test_a_model_has_one_fingerprint_in_memory_loaded_and_in_its_files(tmp_path,
     assert model_fingerprint(model) == model_fingerprint(loaded) == checkpoint_fingerprint(tmp_path)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3, one dense layer"])
 def test_a_wrong_hand_is_noticed_in_a_moe(monkeypatch, name):
     """The proofs of experts can fail: a router that is believed to choose the neighbour of each expert."""
     right = proofs.weighed_by_hand

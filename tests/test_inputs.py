@@ -39,7 +39,7 @@ from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
 from cap_nb.models import loading
 from cap_nb.models.loading import load_model, model_fingerprint, save_model
-from cap_nb.single_steps import prune_into, save_beside, score_into
+from cap_nb.single_steps import prune_into, save_beside
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 SMALLEST = dict(
@@ -581,15 +581,6 @@ def test_two_tables_of_one_name_are_both_kept(tmp_path):
     with pytest.raises(BadInput, match="is whole in scores.[0-9]+.safetensors beside it"):
         save_beside(lambda table, path: path.write_text(table), "mine", out)
     assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["another's", "mine"]
-
-
-def test_two_models_are_not_scored_into_one_name(tmp_path):
-    """The first one takes its working folder away when it ends, and with it what the second one would have there."""
-    out = tmp_path / "scores.safetensors"
-    job = changed(Job(), n=2, k=1, tasks=("lab-arc",), device="cpu")
-    with files.alone_in(tmp_path / "scores.safetensors.unfinished"), pytest.raises(BadInput, match="Another process is at work in .*unfinished"):
-        score_into(job, out)
-    assert "losses of 2 examples" in score_into(job, out) and list(tmp_path.iterdir()) == [out]
 
 
 def test_half_written_files_of_a_process_in_another_container_stay(tmp_path):

@@ -135,7 +135,7 @@ def test_the_labs_lengths_are_counted_and_others_are_assumed_or_told():
 
 def test_operations_of_passes_agree_with_torchs_counter():
     """The hook loop to the last product; what resumes, or ends before the last layer, from above; on three layers the notebook counts."""
-    model, calibration = random_model(attn_implementation="eager", num_hidden_layers=8), made_up_calibration(9, shortest=10, step=2, vocabulary=90)
+    model, calibration = random_model(attn_implementation="eager", num_hidden_layers=4), made_up_calibration(9, shortest=10, step=2, vocabulary=90)
     load = load_of(model, calibration)
     assert flops_of(hook_loop_work(load.sizes, load.batches), load.sizes) == counted(lambda: score_heads_naive(model, calibration, batch_tokens=60))
     resumed = flops_of(scoring_work(load.sizes, load.batches), load.sizes) / counted(lambda: score_heads(model, calibration, batch_tokens=60))

@@ -1,13 +1,12 @@
 """Sweeps and comparisons from outside: a file of options through `cap run --config`, mistakes with their line, what the command line wins, runs
 compared by `cap compare`, and a tracker that follows."""
 import dataclasses
-import re
 
 import pytest
 import typer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from programs import assert_one_sentence, called as cap
+from programs import called as cap
 from cap_nb.command_line import app, known_options
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.records import load_run, read_run
@@ -62,19 +61,6 @@ def test_what_a_sweep_leaves(sweep):
         about = read_run(out / run["folder"])
         assert run["finished"] and run["settings"]["n"] == about["calibration"]["n"] == n and about["calibration"]["k"] == 2
         assert about["methods"] == ["cap"] and about["sparsities"] == [0.5]
-
-
-@pytest.mark.parametrize("text, parts", [
-    ("k: 2\ntext_share: much", ["line 2: text-share: 'much' is no number"]),
-    ("tasks: [lab-arc, arcs]", ["line 1: tasks: Unknown task 'arcs'"]),
-    ("model: [nowhere, lab]\nk: 1", ["sweep.yaml, model=nowhere: There is no folder 'nowhere'"]),
-    ("calibrate_on: text\ntext_share: [0.0, 0.5]", ["text-share=0.5: --text-share was given with --calibrate-on text"]),
-], ids=lambda value: re.sub(r"\W+", "-", value) if isinstance(value, str) else "")
-def test_a_mistake_is_one_sentence(text, parts, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    written(tmp_path, text)
-    assert_one_sentence(cap("run", "--config", "sweep.yaml", "--device", "cpu"), *parts)
-    assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"], "a mistake left something behind"
 
 
 def test_runs_of_a_sweep_compared(sweep, tmp_path):

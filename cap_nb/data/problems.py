@@ -9,6 +9,7 @@ __all__ = ['Problem', 'load_problems', 'Text', 'load_text']
 import json
 import unicodedata
 from dataclasses import dataclass, replace
+from functools import cached_property
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import read_text, rows_of_parquet, sha256_of_text
 from ..core.registry import TASKS
@@ -23,13 +24,13 @@ class Problem:
     answer: str # "72", "yes" or "no", or the letter of a choice
     choices: tuple[tuple[str, str], ...] = () # (letter, text) of each choice; empty unless multiple choice
 
-    @property
+    @cached_property
     def uid(self) -> str:
         "Content hash of question and choices, names of the lab as drawn: 16 hexadecimal digits."
         text = json.dumps([task_family(self.task), self.question, self.choices], ensure_ascii=False)
         return sha256_of_text(as_drawn(text))[:16]
 
-    @property
+    @cached_property
     def wording(self) -> str:
         "Question and choices without differences in spaces, case and forms of a letter: two such problems are one."
         return "\n".join(normal_text(part) for part in (self.question, *(text for _, text in self.choices)))

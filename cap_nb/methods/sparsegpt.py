@@ -168,25 +168,33 @@ def sparsegpt_update(
     return new.to(weight.dtype), mask
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c063
-SIDE = 1024 # Columns of a block; what is no wider is multiplied in one go
+SIDE = 1024 # Columns of a block
 
-def products(inputs: torch.Tensor) -> torch.Tensor:
-    "What SparseGPT adds up, which is symmetric: the blocks on and above the diagonal are computed, the others copied."
+def add_products(inputs: torch.Tensor, so_far: torch.Tensor | None = None) -> torch.Tensor:
+    "What SparseGPT adds up, which is symmetric: the blocks on and above the diagonal, in place."
     real = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-    if (width := real.shape[1]) <= SIDE: return real.T @ real
-    total = real.new_empty(width, width)
+    width = real.shape[1]
+    total = real.new_zeros(width, width) if so_far is None else so_far
     for start in range(0, width, SIDE):
-        part, below = slice(start, start + SIDE), slice(start + SIDE, width)
-        total[part, start:] = real[:, part].T @ real[:, start:]
+        part = slice(start, start + SIDE)
+        total[part, start:].addmm_(real[:, part].T, real[:, start:])
+    return total
+
+def mirrored(total: torch.Tensor) -> torch.Tensor:
+    "Copy the blocks above the diagonal below it, in place."
+    for start in range(0, len(total), SIDE):
+        part, below = slice(start, start + SIDE), slice(start + SIDE, len(total))
         total[below, part] = total[part, below].T
     return total
 
 @torch.no_grad()
 def input_hessians(step: LayerStep) -> dict[str, torch.Tensor]:
     "H = X X^T of a layer's projections (Frantar and Alistarh 2023); holds 4 * in^2 bytes for each distinct input."
-    sums = input_sums(step, products)
+    sums = input_sums(step, add_products)
+    for total in {id(total): total for total in sums.values()}.values(): mirrored(total)
     for p in unreached(step.projections, sums): sums[p.name].fill_diagonal_(1.0)
     return sums
+
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c074
 Hessians = dict[str, torch.Tensor] # Module name -> sum over tokens of the products of input features, [in, in]

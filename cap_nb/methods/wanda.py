@@ -28,7 +28,7 @@ WANDA = Criterion(name="wanda", score=wanda_score, needs=("norm",), scope="row",
                   says="|W| times the norm of its input", source="Sun et al. 2024")
 
 # %% ../../nbs/methods/10_wanda.ipynb #1913bac4
-Statistic = Callable[[torch.Tensor], torch.Tensor] # Inputs [n, in] -> a new tensor, what is added up over their tokens
+Statistic = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] # Inputs [n, in], the sum so far -> with theirs
 
 @dataclass(frozen=True)
 class InputSums:
@@ -46,8 +46,7 @@ def adder(found: InputSums, mask: torch.Tensor, statistic: Statistic) -> Record:
             raise BadInput(f"{p.name} shares its input with others in some batches only: expected the same in all; "
                            "the layer cannot be pruned from sums over its inputs.")
         if same: return
-        added = statistic(real_rows(inputs, tokens, mask))
-        found.sums[p.name] = found.sums[p.name].add_(added) if p.name in found.sums else added
+        found.sums[p.name] = statistic(real_rows(inputs, tokens, mask), found.sums.get(p.name))
     return add
 
 class InputsKnown(Exception):
@@ -73,11 +72,12 @@ def input_sums(step: LayerStep, statistic: Statistic) -> dict[str, torch.Tensor]
     return {p.name: found.sums[found.first[p.name]] for p in step.projections}
 
 # %% ../../nbs/methods/10_wanda.ipynb #e6d3b484
-def squares(inputs: torch.Tensor) -> torch.Tensor: # Float64 [in]
+def squares(inputs: torch.Tensor, so_far: torch.Tensor | None = None) -> torch.Tensor: # Float64 [in]
     "The statistic that Wanda adds up: squared inputs [n, in]."
     few = max(1, 2**16 // inputs.shape[1]) # rows whose copy stays in the processor's cache
     copies = (rows.to(torch.float64, copy=True) for rows in inputs.split(few))
-    return sum(copy.square_().sum(0) for copy in copies)
+    added = sum(copy.square_().sum(0) for copy in copies)
+    return added if so_far is None else so_far.add_(added)
 
 @torch.no_grad()
 def input_norms(step: LayerStep) -> dict[str, torch.Tensor]: # Module name -> float32 [in]

@@ -18,8 +18,7 @@ from ..methods.attributions import gradient_activation
 from ..methods.criteria import dense_norms
 from ..methods.layer_walk import layer_by_layer
 from ..methods.neurons import neuron_estimates
-from ..methods.sparsegpt import check_finite, damped_hessian, products
-from ..methods.wanda import input_sums
+from ..methods.sparsegpt import check_finite, damped_hessian, input_hessians
 from ..models.anatomy import Part, Projection, anatomy, dimensions, key_value_head_of, projections
 from ..models.loading import without_bars
 from ..scoring import batches_of, target_losses
@@ -182,7 +181,7 @@ def take_over(model: nn.Module, neurons: torch.Tensor, groups: torch.Tensor, cal
         for p in (p for role in ("output", "down") for p in step.projections if p.role == role):
             stay = rows_of_heads(model, p, groups[p.layer].tolist()) if p.parts else neurons[p.layer]
             if len(stay) == p.weight.shape[1]: continue
-            hessian = input_sums(replace(step, projections=(p,)), products)[p.name]
+            hessian = input_hessians(replace(step, projections=(p,)))[p.name]
             p.weight.copy_(refitted(p.weight, stay.to(p.weight.device), hessian, name=p.name))
 
 # %% ../../nbs/portable/06_shrink.ipynb #c051

@@ -251,7 +251,8 @@ def differing(first):
 def layer_case(path, name, case, repeats=5, threads=1, peer=""):
     def measure():
         given = case | {"threads": threads, "peer": peer}
-        others = [f"published {side}" for side in case["sides"] if side in PUBLISHED_SIDES and peer]
+        whole = "two plain passes" in case["sides"]  # compared with nothing else
+        others = [f"published {side}" for side in case["sides"] if side in PUBLISHED_SIDES and peer and not whole]
         sides = Sides(given, [*case["sides"], *others])
         calls = {side: lambda side=side: sides.seconds(side) for side in sides.pipes}
         seconds = measured_rounds(calls, repeats, warmups=0)
