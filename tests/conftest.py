@@ -3,6 +3,7 @@ import datetime
 import os
 import platform
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -38,6 +39,18 @@ def pools_are_encoded_once():
         return [example for example in pools[key] if example.uid not in exclude]
 
     with patch.object(calibration, "calibration_pool", pool), patch.object(chains, "calibration_pool", pool):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def pictures_of_runs_are_blank():
+    """A run's five pictures take two seconds to draw; what they show is looked at where they are drawn alone, and on the pages."""
+    from matplotlib.figure import Figure
+
+    from cap_nb.jobs import report
+
+    drawn = report.figures_of
+    with patch.object(report, "figures_of", lambda run: dict.fromkeys(drawn(run), partial(Figure, (1, 1)))):
         yield
 
 

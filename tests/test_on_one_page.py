@@ -25,7 +25,7 @@ def tiny():
 
 def lab():
     model, tokenizer = load_model("lab", "float32", "cpu")
-    return model, calibration_set(tokenizer, n=2, k=3)
+    return model, calibration_set(tokenizer, n=1, k=3)
 
 
 @pytest.fixture(scope="module", params=[tiny, lab], ids=["a tiny Llama", "the lab model"])
