@@ -59,7 +59,6 @@ def test_a_checkpoint_in_shards_is_made_pruned_packed_and_restored(tmp_path, mon
     llama = streaming.llama | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=100)
     streaming.random_checkpoint(tmp_path / "src", llama, 50_000)
     peaks = {}
-    streaming.streaming_sides(tmp_path / "src", tmp_path / "wanda", {}, "wanda")["prune"]()
     streaming.streaming_sides(tmp_path / "src", tmp_path / "dst", peaks)["prune"]()
     assert len(open_checkpoint(tmp_path / "src").shards) > 3 and len(peaks["prune"]) == 1 and open_checkpoint(tmp_path / "dst")
     case = streaming.packed_case(tmp_path / "s.json", "toy", llama, tmp_path, 50_000)
@@ -142,10 +141,10 @@ def test_a_pruned_model_is_asked_in_the_order_of_the_dense_answers(tmp_path):
     assert case["about"]["differ"] == 0 and case["about"]["tokens"] > 0 and set(case["about"]["calls"]) == {"by prompts", "by dense answers"}
 
 
-def test_a_screening_is_timed_against_a_sample_of_the_other_sides(tmp_path):
-    examples, heads = examples_at_hand(load_model("lab", "float32", "cpu")[1], 4)[0], balanced_heads(6, 6, 2, 1)
-    case = scoring.screened_case(tmp_path / "s.json", "lab", examples, "made", heads, repeats=1, budget=0.5)
-    assert set(case["seconds"]) == {"hook loop", "resumed", "screened", "hook loop, intact", "resumed, intact"}
+def test_a_screening_is_timed_against_the_other_sides(tmp_path):
+    examples = examples_at_hand(load_model("lab", "float32", "cpu")[1], 4)[0]
+    case = scoring.screened_case(tmp_path / "s.json", "lab", examples, "made", repeats=1, budget=0.5)
+    assert set(case["seconds"]) == {"hook loop", "resumed", "screened"}
 
 
 TINY = layer_problem.llama | dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=60)

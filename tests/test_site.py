@@ -12,9 +12,10 @@ import pytest
 
 from conftest import ROOT
 from notebooks_on_disk import NOTEBOOKS, cells, label
+from tools.notebooks import floors
 from tools.site import stage, walk
 
-NAMES = stage.order()
+NAMES = list(floors())
 TITLES = {name: name for name in NAMES}
 
 

@@ -14,7 +14,7 @@ from cap_nb.command_line import app
 from cap_nb.core.files import read_checked
 from conftest import ROOT
 from notebooks_on_disk import cells, notebooks_tool
-from tools import matrix as matrix_tool, readme as readme_tool
+from tools import matrix as matrix_tool
 
 
 def write_notebook(path, *sources):
@@ -59,10 +59,6 @@ def test_the_first_error_stops_and_nothing_is_written(tmp_path):
 def test_directives():
     assert notebooks_tool.directives("#| export\n#| eval: false\nx = 1\n#| late") == {"export": "", "eval": "false"}
     assert notebooks_tool.is_skipped("#| slow\nx", {"slow"}) and not notebooks_tool.is_skipped("x  # slow", {"slow"})
-
-
-def test_a_broken_link_is_noticed():
-    assert readme_tool.broken_links("[a](README.md) [b](nowhere.md)") == ["nowhere.md"]
 
 
 def make(*words, makefile=ROOT / "Makefile", **variables):

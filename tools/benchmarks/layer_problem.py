@@ -53,7 +53,6 @@ CASES = {"smollm2": dict(layers=6, rows=8, tokens=512, sides=("wanda", "sparsegp
          "smollm2, 24 short examples": dict(layers=30, rows=24, tokens=32, sides=("wanda", "two plain passes")),
          "smollm2, solvers": dict(layers=2, rows=8, tokens=512, sides=solvers),
          "llama-3-8b, one layer": dict(shape=llama, rows=2, tokens=256, sides=("wanda",)),
-         "llama-3-8b, one layer, SparseGPT": dict(shape=llama, rows=2, tokens=256, sides=("sparsegpt",)),
          "llama-3-8b, 512 rows of 4096": dict(matrix=(512, 4096), tokens=1024, sides=solvers),
          "llama-3-8b, 512 rows of 14336": dict(matrix=(512, 14336), tokens=1024, sides=("sparsegpt",))}
 PUBLISHED_SIDES = ("wanda", "sparsegpt")

@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, Cache
 
-from cap_nb.calibration import Calibration, calibration_set
+from cap_nb.calibration import Calibration
 from cap_nb.data.prompts import IGNORED
 from cap_nb.methods.resumed_scoring import after_prefix, masked_prefix, prepare_batch, score_heads, shared_prefix
 from cap_nb.importance import importance_factors
@@ -127,36 +127,19 @@ def screening_errors(model, examples, budget):
     return {"spearman": rank_correlation(found, true), "largest": off.max().item(), "median": off.median().item()}
 
 
-def screened_case(path, weights, examples, said, sample=None, repeats=5, budget=0.25):
+def screened_case(path, weights, examples, said, repeats=5, budget=0.25):
     model, _ = load_model(weights, "float32", "cpu")
-    heads = sample or all_heads(model)
-    ways = {"hook loop": lambda heads: score_heads_naive(model, examples, heads=heads),
-            "resumed": lambda heads: score_heads(model, examples, heads=heads)}
-    sides = {name: lambda way=way: way(heads) for name, way in ways.items()}
-    sides["screened"] = lambda: screen_heads(model, examples, budget)
-    if sample:
-        sides |= {f"{name}, intact": lambda way=way: way([]) for name, way in ways.items()}
+    sides = {"hook loop": lambda: score_heads_naive(model, examples), "resumed": lambda: score_heads(model, examples),
+             "screened": lambda: screen_heads(model, examples, budget)}
 
     def measure():
-        about = about_scoring(model, examples, 4096, heads) | dict(budget=budget, data=said, weights=weights)
-        if not sample:
-            about["errors"] = screening_errors(model, examples, budget)
+        about = about_scoring(model, examples, 4096, all_heads(model)) | dict(budget=budget, data=said, weights=weights)
+        about["errors"] = screening_errors(model, examples, budget)
         seconds = measured_rounds({name: stopwatch(side) for name, side in sides.items()}, repeats, warmups=0)
         return {"seconds": seconds, "about": about}
 
     settings = {"repeats": repeats, "examples": len(examples.examples), "budget": budget}
     return measured_case(path, f"{weights}, screened", settings, measure)
-
-
-# On SmolLM2 a whole table of the usual examples takes too long, and a budget needs some examples of each task: ten
-# problems of one task, of which the screening masks all heads, and the other sides the same four as above.
-
-
-def screened_smollm2_case(path, n=10, chosen=4):
-    model, tokenizer = load_model("smollm2", "float32", "cpu")
-    task, a = "arc" if data_dir else "lab-arc", anatomy(model)
-    said, heads = f"{n} examples of {task}, seed 0", balanced_heads(a.layers, a.heads, chosen, 1)
-    return screened_case(path, "smollm2", calibration_set(tokenizer, (task,), n, 1, 0, data_dir), said, heads)
 
 
 # bfloat16 against float32, both resumed, on the same heads, each side with a model of its own; losses are in float32 on
@@ -314,8 +297,7 @@ def main() -> None:
     print(measured_scoring(path, "lab", model, examples, all_heads(model), rounds, **kept)["seconds"])
     print(screened_case(path, "lab", examples, said)["seconds"])
     if (model_cache() / "smollm2").is_dir():
-        print(layer_call_case(path)["seconds"], smollm2_case(path, n=8, name="smollm2, 24 examples")["seconds"])
-        for case in (smollm2_case, few_shot_case, screened_smollm2_case, bfloat16_case):
+        for case in (layer_call_case, smollm2_case, few_shot_case, bfloat16_case):
             print(case(path)["seconds"])
     else:
         print("SmolLM2 is not fetched: run 'cap fetch smollm2' first.")

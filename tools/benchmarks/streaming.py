@@ -84,30 +84,26 @@ def copied_to_disk(src, dst):
             os.fsync(opened.fileno())
 
 
-def pruned_by_made_numbers(src, dst, sparsity, method):
-    "Prune by CAP with random factors between 1 and 10, or by Wanda with random norms between 1 and 2."
-    rng, model = torch.Generator().manual_seed(0), open_checkpoint(src).model
-    if method == "cap":
-        sizes = anatomy(model)
-        prune_checkpoint(src, dst, sparsity, 1 + 9 * torch.rand(sizes.layers, sizes.heads, generator=rng))
-    else:
-        norms = {p.name: 1 + torch.rand(p.weight.shape[1], generator=rng) for p in projections(model)}
-        prune_checkpoint(src, dst, sparsity, method="wanda", norms=norms)
+def pruned_by_made_factors(src, dst, sparsity):
+    "Prune by CAP with random factors between 1 and 10."
+    sizes = anatomy(open_checkpoint(src).model)
+    factors = 1 + 9 * torch.rand(sizes.layers, sizes.heads, generator=torch.Generator().manual_seed(0))
+    prune_checkpoint(src, dst, sparsity, factors)
 
 
-def streaming_sides(src, dst, peaks, method="cap", sparsity=0.2):
-    here, asked = "tools.benchmarks.streaming", dict(sparsity=sparsity, method=method)
+def streaming_sides(src, dst, peaks, sparsity=0.2):
+    here = "tools.benchmarks.streaming"
     return {"copy": lambda: fresh("shutil:copytree", src, dst, peaks, "copy"),
             "copy to disk": lambda: fresh(f"{here}:copied_to_disk", src, dst, peaks, "copy to disk"),
-            "prune": lambda: fresh(f"{here}:pruned_by_made_numbers", src, dst, peaks, "prune", **asked)}
+            "prune": lambda: fresh(f"{here}:pruned_by_made_factors", src, dst, peaks, "prune", sparsity=sparsity)}
 
 
-def streaming_case(path, name, settings, method="cap", scratch=None, repeats=5, most=2**30):
+def streaming_case(path, name, settings, scratch=None, repeats=5, most=2**30):
     def measure():
         with tempfile.TemporaryDirectory(prefix="cap_nb-", dir=scratch) as place:
             peaks, folder = {}, Path(place)
             random_checkpoint(folder / "src", settings, most)
-            sides = streaming_sides(folder / "src", folder / "dst", peaks, method)
+            sides = streaming_sides(folder / "src", folder / "dst", peaks)
             seconds = measured_rounds(sides, repeats, warmups=0)
             checkpoint = open_checkpoint(folder / "src")
             about = {"bytes": sum(shard.stat().st_size for shard in checkpoint.shards),
@@ -115,7 +111,7 @@ def streaming_case(path, name, settings, method="cap", scratch=None, repeats=5, 
                      "weights": sum(p.numel() for p in checkpoint.model.parameters()), "seed": 0}
             return {"seconds": seconds, "about": about | {"peaks": peaks}}
 
-    asked = {"repeats": repeats, "sparsity": 0.2, "method": method, "model": settings, "source": "on the disk"}
+    asked = {"repeats": repeats, "sparsity": 0.2, "method": "cap", "model": settings, "source": "on the disk"}
     return measured_case(path, name, asked, measure)
 
 
@@ -181,9 +177,8 @@ def check_room(folder, wanted=50 * 10**9):
 
 if __name__ == "__main__":
     scratch = os.environ.get("CAP_NB_SCRATCH") or tempfile.gettempdir()
-    if not {"llama-3-8b", "llama-3-8b, wanda"} <= set(read_cases(path)) or "llama-3-8b" not in read_cases(small):
+    if "llama-3-8b" not in read_cases(path) or "llama-3-8b" not in read_cases(small):
         check_room(scratch)
-    streaming_case(path, "llama-3-8b", llama, "cap", scratch)
-    streaming_case(path, "llama-3-8b, wanda", llama, "wanda", scratch)
+    streaming_case(path, "llama-3-8b", llama, scratch)
     packed_case(small, "llama-3-8b", llama, scratch)
 

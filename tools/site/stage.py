@@ -24,12 +24,6 @@ LINK_OR_CODE = re.compile(rf"^```.*?^```|{LINK.pattern}|`[^`\n]*`", flags=re.M |
 THUMB = 480  # pixels, twice what is shown
 
 
-def order() -> list[str]:
-    """The notebooks in reading order, as paths below nbs/ without their ending."""
-    lines = (ROOT / "nbs" / "order.txt").read_text(encoding="utf-8").splitlines()
-    return [line.split()[1] for line in lines if line.strip()]
-
-
 def groups(names: list[str]) -> list[tuple[str, list[str]]]:
     """Reading order cut where the folder changes, each part with its title; the index is in none of them."""
     parts = []
@@ -231,5 +225,7 @@ def stage(out: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
+    from tools.notebooks import floors
+
     target, asked = (sys.argv[1:2] or [ROOT / "_docs" / "source"])[0], sys.argv[2:]
-    stage(Path(target), [n for n in order() if not asked or n in {"index", *asked}])
+    stage(Path(target), [n for n in floors() if not asked or n in {"index", *asked}])
