@@ -339,9 +339,9 @@ def taken_as(path: str | Path, what: str) -> Iterator[None]:
     except BadInput: raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if lacks_memory(error): raise
-        kind = f"{type(error).__name__}: {str(error)[:200]}"
-        raise BadInput(f"{path} is not {what} ({kind}): expected one that cap_nb wrote; remove it, or give "
-                       "another.") from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: " # a ValueError says what is wrong
+        raise BadInput(f"{path} is not {what} ({kind}{str(error)[:200]}): expected one that cap_nb wrote; remove it, "
+                       "or give another.") from error
 
 # %% ../../nbs/core/01_files.ipynb #c079
 import logging
