@@ -9,7 +9,7 @@ __all__ = ['evaluation_problems', 'AnswerRecord', 'answer_problems', 'accuracy',
 # %% ../nbs/05_evaluation.ipynb #69fb16ab
 import logging
 from collections import namedtuple
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -234,6 +234,20 @@ def held_out_losses(
     "Draw problems of a task and take the losses of their worked solutions (the loss of paper Eq. 1)."
     return problem_losses(model, tokenizer, evaluation_problems(task, n, seed, data_dir), style)
 
+# %% ../nbs/05_evaluation.ipynb #15eddc4b
+from functools import lru_cache
+
+def drawn_places(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    "Where n values are drawn from with replacement, [resamples, n], in pieces: all of a long list would be too large."
+    rng, rows = np.random.default_rng(seed), max(1, 1_000_000 // n)
+    for start in range(0, resamples, rows):
+        yield rng.integers(n, size=(min(rows, resamples - start), n)).astype(np.min_scalar_type(n))
+
+@lru_cache(maxsize=2)
+def kept_places(n: int, resamples: int, seed: int) -> tuple[np.ndarray, ...]:
+    "The same, drawn once for all lists of as many values."
+    return tuple(drawn_places(n, resamples, seed))
+
 # %% ../nbs/05_evaluation.ipynb #6b14ebb9
 @validate_arguments
 def bootstrap_interval(
@@ -246,10 +260,9 @@ def bootstrap_interval(
     "Percentile bootstrap interval of a mean (Efron 1979), or of another statistic; no values raise `BadInput`."
     if check_at_least(len(values), 1, "The number of values to resample") == 1: return -math.inf, math.inf
     check_confidence(confidence), check_at_least(resamples, 1, "resamples")
-    values, rng, drawn = np.asarray(values, dtype=np.float64), np.random.default_rng(check_seed(seed)), []
-    while len(drawn) < resamples: # in pieces: ten thousand resamples of a long list would not fit in memory
-        rows = min(resamples - len(drawn), max(1, 1_000_000 // len(values)))
-        drawn.extend(statistic(values[rng.integers(len(values), size=(rows, len(values)))], axis=1))
+    places = (kept_places if len(values) <= 2_000 else drawn_places)(len(values), resamples, check_seed(seed))
+    values = np.asarray(values, dtype=np.float64)
+    drawn = np.concatenate([statistic(values[piece], axis=1) for piece in places])
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -4,6 +4,7 @@ Attention is written out (eager) where zeros are compared: torch's fused kernel 
 device follows, and no other operation of a forward pass does.
 """
 import copy
+import functools
 import tempfile
 from pathlib import Path
 
@@ -235,9 +236,16 @@ def work_done(kind, device, folder):
     return result, sum(p.numel() * p.element_size() for p in model.parameters()), (sum(moved for *_, moved in crossings) - back, back)
 
 
+@functools.cache
+def on_the_processor(kind):
+    """What the same work gives there, done once for all devices."""
+    with tempfile.TemporaryDirectory() as place:
+        return work_done(kind, PROCESSOR, Path(place) / "here")
+
+
 @pytest.mark.parametrize("kind", WORK)
 def test_a_kind_of_work_gives_the_same_and_moves_little(kind, tmp_path):
-    here, _, nothing = work_done(kind, PROCESSOR, tmp_path / "here")
+    here, _, nothing = on_the_processor(kind)
     there, size, (to, back) = work_done(kind, DEVICE, tmp_path / "there")
     assert_same(there, here)
     assert nothing == (0, 0) and to + back < (WORK[kind][0] + 0.5) * size, (to, back, size)
@@ -260,7 +268,7 @@ def two_devices(monkeypatch):
 def test_a_model_spread_over_two_devices_gives_the_same(kind, two_devices, tmp_path):
     model = wide_model("auto", tmp_path)
     assert {str(p.device) for p in model.parameters()} == {"pretend:0", "pretend:1"}
-    assert_same(*(work_done(kind, device, tmp_path / device)[0] for device in ("auto", PROCESSOR)))
+    assert_same(work_done(kind, "auto", tmp_path / "auto")[0], on_the_processor(kind)[0])
 
 
 @pytest.mark.parametrize("kind", [*BACKWARD, "experts", *ATTRIBUTIONS])
@@ -268,7 +276,7 @@ def test_the_way_back_through_two_devices_gives_the_same(kind, tmp_path):
     """The second is the processor: torch's engine makes a queue for each device that the device's guard counts, and a guard in Python cannot count
     beyond one; a way back through pretend:1 ends in the engine's own error."""
     assert {p.device.type for p in wide_model("half", tmp_path).parameters()} == {"cpu", "pretend"}
-    assert_same(*(work_done(kind, device, tmp_path / device)[0] for device in ("half", PROCESSOR)))
+    assert_same(work_done(kind, "half", tmp_path / "half")[0], on_the_processor(kind)[0])
 
 
 def test_a_deliberate_mix_is_caught():

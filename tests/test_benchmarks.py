@@ -142,8 +142,8 @@ def test_a_pruned_model_is_asked_in_the_order_of_the_dense_answers(tmp_path):
 
 
 def test_a_screening_is_timed_against_the_other_sides(tmp_path):
-    examples = examples_at_hand(load_model("lab", "float32", "cpu")[1], 4)[0]
-    case = scoring.screened_case(tmp_path / "s.json", "lab", examples, "made", repeats=1, budget=0.5)
+    examples = examples_at_hand(load_model("lab", "float32", "cpu")[1], 3)[0]
+    case = scoring.screened_case(tmp_path / "s.json", "lab", examples, "made", repeats=1, budget=0.8)
     assert set(case["seconds"]) == {"hook loop", "resumed", "screened"}
 
 

@@ -1,5 +1,6 @@
 """Scoring that is killed, shared between processes, or refused; and its savings on every family."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -139,9 +141,15 @@ def hosts():
 def on_hosts(hosts, out):
     """One launch on both, a process on each."""
     launch = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "cable"}
-    scoring = [sys.executable, "-m", "cap_nb", *SMALL, "--device", "cpu", "--out", str(out)]
-    return [subprocess.Popen(["ip", "netns", "exec", name, *scoring], env=ONE_THREAD | launch | {"RANK": str(rank)},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank, name in enumerate(hosts)]
+
+    def work(name, rank):
+        with open(f"/run/netns/{name}") as space:
+            if ctypes.CDLL(None, use_errno=True).setns(space.fileno(), 0):
+                raise OSError(ctypes.get_errno(), f"cannot enter {name}")
+        os.environ.update(launch, RANK=str(rank))
+        return cap(*SMALL, "--device", "cpu", "--out", out)()
+
+    return [Program(partial(work, name, rank)) for rank, name in enumerate(hosts)]
 
 
 def test_a_host_is_lost_and_replaced(tmp_path, undisturbed, hosts):
