@@ -237,16 +237,17 @@ def held_out_losses(
 # %% ../nbs/05_evaluation.ipynb #15eddc4b
 from functools import lru_cache
 
-def drawn_places(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    "Where n values are drawn from with replacement, [resamples, n], in pieces: all of a long list would be too large."
+KEPT = 20_000_000 # Indices of a list that are kept: 40 MB in two bytes each
+
+def resampled_indices(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    "Indices of n values drawn with replacement, [resamples, n], in pieces: all at once may not fit in memory."
     rng, rows = np.random.default_rng(seed), max(1, 1_000_000 // n)
-    for start in range(0, resamples, rows):
-        yield rng.integers(n, size=(min(rows, resamples - start), n)).astype(np.min_scalar_type(n))
+    for start in range(0, resamples, rows): yield rng.integers(n, size=(min(rows, resamples - start), n))
 
 @lru_cache(maxsize=2)
-def kept_places(n: int, resamples: int, seed: int) -> tuple[np.ndarray, ...]:
-    "The same, drawn once for all lists of as many values."
-    return tuple(drawn_places(n, resamples, seed))
+def kept_indices(n: int, resamples: int, seed: int) -> tuple[np.ndarray, ...]:
+    "The same in the smallest type, drawn once for all lists of n values."
+    return tuple(piece.astype(np.min_scalar_type(n - 1)) for piece in resampled_indices(n, resamples, seed))
 
 # %% ../nbs/05_evaluation.ipynb #6b14ebb9
 @validate_arguments
@@ -260,9 +261,9 @@ def bootstrap_interval(
     "Percentile bootstrap interval of a mean (Efron 1979), or of another statistic; no values raise `BadInput`."
     if check_at_least(len(values), 1, "The number of values to resample") == 1: return -math.inf, math.inf
     check_confidence(confidence), check_at_least(resamples, 1, "resamples")
-    places = (kept_places if len(values) <= 2_000 else drawn_places)(len(values), resamples, check_seed(seed))
-    values = np.asarray(values, dtype=np.float64)
-    drawn = np.concatenate([statistic(values[piece], axis=1) for piece in places])
+    indices = kept_indices if len(values) * resamples <= KEPT else resampled_indices
+    pieces, values = indices(len(values), resamples, check_seed(seed)), np.asarray(values, dtype=np.float64)
+    drawn = np.concatenate([statistic(values[piece], axis=1) for piece in pieces])
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

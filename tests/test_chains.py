@@ -1,7 +1,6 @@
 """Own chains: a killed run gives the same file, damage is named, the rules keep what they should, and a run calibrates on them."""
 import itertools
 import random
-import signal
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,7 @@ from cap_nb import single_steps
 from cap_nb.calibration import Tokens, calibration_set
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
+from cap_nb.core.stopping import Stopped
 from cap_nb.data.problems import load_problems, load_text
 from cap_nb.data.prompts import IGNORED
 from cap_nb.models.decoding import generate_noted
@@ -300,7 +300,7 @@ def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypa
     monkeypatch.setattr(single_steps, "BENCHED", 2)
 
     def stopped(*given):
-        signal.raise_signal(signal.SIGINT)
+        raise Stopped  # as Ctrl-C does, which a suite in the background ignores
     monkeypatch.setattr(single_steps, "train_into", stopped)
     result = cap(*words)
     assert result.exit_code == 130, result.output

@@ -6,10 +6,12 @@ from dataclasses import replace
 from html import escape, unescape
 
 import pytest
+from matplotlib.figure import Figure
 
 from cap_nb.analysis import method_table
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, sha256_of_file
+from cap_nb.core.plots import figure_bytes
 from cap_nb.jobs.records import REPORT, check_continues, load_run, pack_run, packed_texts, unpack_run
 from cap_nb.jobs.job import prepare
 from cap_nb.jobs.report import command_of, figures_of, report_html, write_results
@@ -61,6 +63,13 @@ def test_settings_become_options(run):
     command = command_of(settings | {"evaluation": evaluation, "calibration": settings["calibration"] | {"seed": 3, "n": 8}})
     assert command == ("cap run --model lab --dtype float32 --tasks lab-gsm8k,lab-strategyqa,lab-arc --style lab --n 8 --calibration-seed 3 "
                        "--methods wanda --sparsity 0.5 --budget 0.25 --accuracy-tasks none --windows 0 --evaluate-on validation")
+
+
+def test_every_picture_of_a_run_is_drawn(run):
+    """Elsewhere in the suite the pictures of runs are blank."""
+    blank = len(figure_bytes(Figure((1, 1))))
+    for name, draw in figures_of(run).items():
+        assert len(figure_bytes(draw())) > 10 * blank, name
 
 
 def test_the_command_has_the_seed_and_a_word_for_each_folder(run):

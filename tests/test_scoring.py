@@ -139,11 +139,11 @@ def hosts():
 
 
 def on_hosts(hosts, out):
-    """One launch on both, a process on each."""
+    """One launch on both, a process on each; only the calling thread changes its network, and after a fork there is no other."""
     launch = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "cable"}
 
     def work(name, rank):
-        with open(f"/run/netns/{name}") as space:
+        with open(f"/var/run/netns/{name}") as space:
             if ctypes.CDLL(None, use_errno=True).setns(space.fileno(), 0):
                 raise OSError(ctypes.get_errno(), f"cannot enter {name}")
         os.environ.update(launch, RANK=str(rank))
@@ -157,6 +157,7 @@ def test_a_host_is_lost_and_replaced(tmp_path, undisturbed, hosts):
     first, second = on_hosts(hosts, out)
     wait_for_units(out, first, 2)
     second.send_signal(signal.SIGKILL)
+    assert second.wait() == -signal.SIGKILL
     _, said = first.communicate()
     assert first.returncode == 2 and "Another process of this launch has ended" in said and not out.exists()
     kept = {path: path.stat().st_mtime_ns for path in units(out)}

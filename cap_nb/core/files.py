@@ -339,7 +339,8 @@ def taken_as(path: str | Path, what: str) -> Iterator[None]:
     except BadInput: raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if lacks_memory(error): raise
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: " # a ValueError says what is wrong
+        plain = type(error) is ValueError and str(error) # what this kit raises says what is wrong
+        kind = "" if plain else f"{type(error).__name__}: "
         raise BadInput(f"{path} is not {what} ({kind}{str(error)[:200]}): expected one that cap_nb wrote; remove it, "
                        "or give another.") from error
 
