@@ -295,7 +295,7 @@ RECIPES = {
     "one-shot": Recipe(about="the weights that stay are solved for", method="alps",
                        judged="Chosen on validation problems, judged on others: nbs/results/07_which_method.ipynb"),
     "hour": Recipe(about="as one-shot, then trained for the dense model's predictions", method="alps",
-                   tuning=FineTuning(lr=2e-6))} # ten times that was too much: nbs/results/07_which_method.ipynb
+                   tuning=FineTuning(lr=2e-6))} # at 2e-5 the divergence doubled: nbs/results/07_which_method.ipynb
 
 OWN = "own chains" # What a recipe calibrates on until the file of them is there
 

@@ -195,7 +195,6 @@ def input_hessians(step: LayerStep) -> dict[str, torch.Tensor]:
     for p in unreached(step.projections, sums): sums[p.name].fill_diagonal_(1.0)
     return sums
 
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c074
 Hessians = dict[str, torch.Tensor] # Module name -> sum over tokens of the products of input features, [in, in]
 LayerSolver = Callable[[LayerStep, Hessians], None] # Prunes the projections of a layer in place
