@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/methods/15_update.ipynb #e7f6a8a2
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 from cap_nb.core.errors import BadInput
 from cap_nb.methods.selection import smallest_in_groups, smallest_in_rows
@@ -21,12 +21,11 @@ from cap_nb.threshold import zero_count
 class ScaledLayer:
     "A projection whose inputs all have norm 1, with as much damping as was asked for."
     weight: torch.Tensor # Weights times the norms of their inputs, float32 or float64 [out, in]
-    gram: torch.Tensor # The damped Hessian with 1 on its diagonal, same dtype or float64 [in, in]
+    gram: torch.Tensor # The damped Hessian with 1 on its diagonal, same dtype [in, in]
     scale: torch.Tensor # Norms of the inputs, same dtype [in]
     name: str = "the matrix" # Name of the module, for messages
 
-def scaled_layer(weight: torch.Tensor, hessian: torch.Tensor, damping: float, name: str,
-                 gram_dtype: torch.dtype | None = None) -> ScaledLayer:
+def scaled_layer(weight: torch.Tensor, hessian: torch.Tensor, damping: float, name: str) -> ScaledLayer:
     "Damp the Hessian and divide every input by its norm; NaN or a negative diagonal raises `BadInput`."
     check_finite(weight, hessian, name)
     gram, dead = damped_hessian(hessian, damping)
@@ -38,7 +37,7 @@ def scaled_layer(weight: torch.Tensor, hessian: torch.Tensor, damping: float, na
     if not dead.all(): scale[dead] = 1e-12 * scale[~dead].min()
     dtype = torch.promote_types(weight.dtype, torch.float32)
     scaled, scale = weight.detach().to(dtype) * scale.to(dtype), scale.to(dtype)
-    return ScaledLayer(weight=scaled, gram=gram.to(gram_dtype or dtype), scale=scale, name=name)
+    return ScaledLayer(weight=scaled, gram=gram.to(dtype), scale=scale, name=name)
 
 # %% ../../nbs/methods/15_update.ipynb #b3e72acf
 def ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
@@ -100,13 +99,11 @@ def conjugate_gradients(layer: ScaledLayer, mask: torch.Tensor, start: torch.Ten
 def inverse_problem(layer: ScaledLayer) -> ScaledLayer | None:
     "The problem of the removed weights."
     factor, failed = torch.linalg.cholesky_ex(layer.gram)
-    if failed or factor.diagonal().square().min() <= len(factor) * torch.finfo(factor.dtype).eps: return None
+    if failed or factor.diagonal().square().min() <= 16 * torch.finfo(factor.dtype).eps: return None
     inverse = torch.cholesky_inverse(factor)
     scale = inverse.diagonal().sqrt()
     inverse.div_(scale).div_(scale[:, None])
-    dtype = layer.weight.dtype
-    return ScaledLayer(weight=layer.weight / scale.to(dtype), gram=inverse.to(dtype), scale=scale.to(dtype),
-                       name=layer.name)
+    return ScaledLayer(weight=layer.weight / scale, gram=inverse, scale=scale, name=layer.name)
 
 def from_removed(layer: ScaledLayer, inverse: ScaledLayer, mask: torch.Tensor, steps: int,
                  tolerance: float) -> tuple[torch.Tensor, int]:
@@ -135,11 +132,10 @@ def updated_weight(
     tolerance: float = 3e-3, # Residual of a row at which they stop, as a share of its right-hand side
 ) -> torch.Tensor: # New weight, in the old dtype, exactly zero at the mask
     "Least squares of the kept weights for any mask (Meng et al. 2024, section 3.3), in float32 at least."
-    layer = scaled_layer(weight, hessian, damping, name, torch.float64)
+    layer = scaled_layer(weight, hessian, damping, name)
     inverse, new, taken = inverse_problem(layer), layer.weight.masked_fill(mask, 0.0), 0
     if inverse: new, taken = from_removed(layer, inverse, mask, steps, tolerance)
-    layer = replace(layer, gram=layer.gram.to(layer.weight.dtype)) # for what they leave, or all where there is none
-    new, more = conjugate_gradients(layer, mask, new, steps, tolerance)
+    new, more = conjugate_gradients(layer, mask, new, steps, tolerance) # what rounding left, or all of it
     log.debug("%s: %d steps of conjugate gradients, then %d on kept weights, of %d", name, taken, more, steps)
     return restored(weight, layer, new, mask)
 
