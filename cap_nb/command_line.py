@@ -673,8 +673,9 @@ def bench_command(
     note: str = "", # a note for the record, such as what else was running
 ) -> str:
     "Measure tokens a second of a dense and a pruned model, taking turns, in every way that can run here."
-    from cap_nb.core.files import write_checked
+    from cap_nb.core.files import check_new_folder, write_checked
     from cap_nb.portable.speed import bench_folder, speed_text
+    if out: check_new_folder(out) # before hours of measuring; a record that is there stays
     record = bench_folder(folder, against, settings, note)
     if out: write_checked(out, record)
     return speed_text(record)
@@ -760,12 +761,16 @@ def compare_command(
     "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
     check_choice(form, ("md", "csv"), "format")
     if beside is not None: check_choice(beside, ("published",), "value of --with")
+    if beside and form == "csv":
+        raise BadInput("--with published was asked for as csv: expected md, since papers' numbers stand beside a table "
+                       "and not in it; leave one of the two out.")
     from cap_nb.analysis import comparison_frame, told_text
     from cap_nb.core.files import check_new_folder
     from cap_nb.jobs.results import compare_runs, published_text, runs_in, save_comparison
     from cap_nb.jobs.tables import comparison_markdown
     if out: check_new_folder(out)
-    compared = compare_runs(runs, read_names(methods), against, sparsity and read_sparsities(sparsity), seed)
+    sparsities = None if sparsity is None else read_sparsities(sparsity)
+    compared = compare_runs(runs, read_names(methods), against, sparsities, seed)
     if form == "csv": text = comparison_frame(compared).to_csv(lineterminator="\n")
     else: text = comparison_markdown(compared) + told_text(compared)
     if form == "md" and len(runs) == 1 and against is None:
@@ -776,7 +781,7 @@ def compare_command(
         text += f"\n{published_text(load_run(next(iter(runs_in(runs).values()))))}"
     if out is None: return text
     save_comparison(compared, runs, out)
-    return f"{text}\nTables and figure: {out}"
+    return text if form == "csv" else f"{text}\nTables and figure: {out}"
 
 # %% ../nbs/command_line.ipynb #43cf968c
 @command(RECORDS, resumes=True)
@@ -795,7 +800,8 @@ def repeat_command(
     places = {"name": model, "device": device, "data_dir": data_dir, "calibrate_on": calibrate_on}
     places = {name: place for name, place in places.items() if place is not None}
     from cap_nb.jobs.results import repeat_run
-    table = repeat_run(folder, out, read_names(methods), sparsity and read_sparsities(sparsity), places)
+    sparsities = None if sparsity is None else read_sparsities(sparsity)
+    table = repeat_run(folder, out, read_names(methods), sparsities, places)
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
 

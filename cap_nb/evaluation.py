@@ -72,7 +72,7 @@ def answer_record(example: Example, said: Generation, tokenizer: object, style: 
                   sample: int = 0) -> AnswerRecord:
     "The record of one answered problem (paper Appendix B)."
     output = tokenizer.decode(said.tokens, skip_special_tokens=True)
-    strict, lenient = (extract_answer(output, example.task, style, strict=way) for way in (True, False))
+    strict, lenient = (extract_answer(output, example.task, style, strict=way) or None for way in (True, False))
     family = task_family(example.task)
     gold = normal_answer(example.answer, family)
     return AnswerRecord(

@@ -361,9 +361,11 @@ def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None
     if asked.accuracy_tasks == () and not (asked.loss_n or asked.windows or asked.choice_n):
         raise BadInput("Nothing is to be measured: expected answers, losses or perplexity; name --accuracy-tasks, or "
                        "raise --loss-n or --windows.")
+    if out: check_new_folder(out)
     exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
     model, tokenizer = load_checked(job)
-    evaluation = evaluate(model, tokenizer, job, Path(job.model.name).name, exclude)
+    name = Path(job.model.name).name or Path(job.model.name).resolve().name # of "." that of the folder
+    evaluation = evaluate(model, tokenizer, job, name, exclude)
     if out: save_evaluation(evaluation, out, job.evaluate.backend)
     return evaluation
 

@@ -171,9 +171,11 @@ def test_names_that_lead_outside(name):
 def test_a_packed_run_cannot_write_outside(tmp_path):
     (tmp_path / "run").mkdir()
     table = pyarrow.Table.from_pylist([{"record": "file", "place": "../../escaped", "content": b"x"}], pyarrow.schema(run_records.COLUMNS))
-    parquet.write_table(table, tmp_path / "run" / run_records.PACKED)
-    write_checked(tmp_path / "run" / "manifest.json", {"packed": files.sha256_of_file(tmp_path / "run" / run_records.PACKED)})
-    write_checked(tmp_path / "run" / "run.json", {"format": run_records.FORMAT})
+    texts = {"run.json": files.checked_text({"format": run_records.FORMAT}), "manifest.json": files.checked_text({})}
+    with parquet.ParquetWriter(path := tmp_path / "run" / run_records.PACKED, table.schema, store_schema=False) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata(texts | {"checksum": run_records.SEAL + b"0" * 64})
+    path.write_bytes(run_records.sealed_bytes(path.read_bytes()))
     with pytest.raises(BadInput, match="escaped"):
         unpack_run(tmp_path / "run", tmp_path / "a" / "new")
     assert not (tmp_path / "escaped").exists() and not (tmp_path / "a" / "new").exists()

@@ -182,7 +182,7 @@ def set_aside(problems: Sequence[Problem]) -> tuple[Problem, ...]:
     "GSM8K's training problems to judge on: last in the order of the validation draw, never calibrated on."
     unread = [problem for problem in problems if problem.uid[:6] not in CALIBRATED]
     unread.sort(key=lambda problem: sha256_of_text(f"0/{problem.uid}"))
-    return tuple(unread[-min(FRESH_COUNT, len(unread) // 7):]) # of a smaller file a seventh
+    return tuple(unread[len(unread) - min(FRESH_COUNT, len(unread) // 7):]) # of a smaller file a seventh
 
 # %% ../../nbs/data/02_problems.ipynb #c029
 import functools
@@ -334,8 +334,9 @@ def source_records(name: str, split: str, data_dir: str | Path | None) -> list[d
     if task.generated: return task.generated(split)
     if task.hub is None: return records_of_file(Path(task.files[split][0]))
     if split not in task.files:
-        raise BadInput(f"{name} has no problems for calibration: expected it among the tasks that are answered only; "
-                       "name it with --accuracy-tasks, and calibrate on others.")
+        raise BadInput(f"{name} has no problems for calibration, nor for validation, which are drawn from the same: "
+                       "expected it among the tasks that are answered only, on held-out problems; name it with "
+                       "--accuracy-tasks, and calibrate and choose on others.")
     if data_dir is not None:
         path = benchmark_file(task, split, Path(data_dir))
         return copied_records(path) if task.changed else records_of_file(path)

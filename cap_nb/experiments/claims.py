@@ -462,12 +462,16 @@ def spread_over_seeds(case: Claim, records: ModelRecords, confidence: float) -> 
     value, p = swap_test(np.array([[accuracies(pair[which]) for pair in pairs] for which in (1, 0)]))
     return number(value, NONE, "log ratio of spreads", len(pairs), p, fewest=1)
 
-def permutation_test(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    "Whether two numbers rise together over seeds (exact)."
-    a, b = (np.argsort(np.argsort(values)) for values in (one, other))
-    value = float(np.corrcoef(a, b)[0, 1])
-    permuted = [np.corrcoef(a, np.array(order))[0, 1] for order in itertools.permutations(b)]
-    return value, float(np.mean([abs(r) >= abs(value) - 1e-12 for r in permuted]))
+MOST_ORDERS = 40_320 # All orders of eight seeds; of more seeds as many orders are drawn
+
+def permutation_test(one: Sequence[float], other: Sequence[float]) -> tuple[float, float] | None:
+    "Whether two numbers rise together over seeds, by their ranks; None where one of them is always the same."
+    a, b = map(stats.rankdata, (one, other))
+    if not a.std() or not b.std(): return None
+    value, rng = float(np.corrcoef(a, b)[0, 1]), np.random.default_rng(0)
+    every = math.factorial(len(b)) <= MOST_ORDERS
+    orders = itertools.permutations(b) if every else (rng.permutation(b) for _ in range(MOST_ORDERS))
+    return value, float(np.mean([abs(np.corrcoef(a, order)[0, 1]) >= abs(value) - 1e-12 for order in orders]))
 
 def separation_and_gain(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
     "Whether calibration sets with more concentrated scores give the first method a larger gain over the second."
@@ -476,8 +480,8 @@ def separation_and_gain(case: Claim, records: ModelRecords, confidence: float) -
     seeds = [seed for seed in records.seed_losses if all(key in runs[seed] for key in keys)]
     if len(seeds) < 4: return None
     gains = [paired_gains(*(runs[seed][key] for key in keys), case.on)[0].mean() for seed in seeds]
-    value, p = permutation_test([1 - heads_for_half(records.seed_losses[seed]) for seed in seeds], gains)
-    return number(value, NONE, "rank correlation", len(seeds), p, fewest=1)
+    found = permutation_test([1 - heads_for_half(records.seed_losses[seed]) for seed in seeds], gains)
+    return found and number(found[0], NONE, "rank correlation", len(seeds), found[1], fewest=1)
 
 # %% ../../nbs/experiments/02_claims.ipynb #6aa47453
 def time_saved(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:

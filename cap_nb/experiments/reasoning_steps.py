@@ -44,6 +44,7 @@ TOKEN = re.compile(r"""(?P<other>\d+(?::\d+)+|[<>!]=|[=-]>)
     |(?P<rest>\S|\n)""", re.VERBOSE)
 SPOKEN = {"plus": ("sign", "+"), "minus": ("sign", "-"), "percent": ("sign", "%"), "by": ("sign", "/"),
           "equals": ("equals", "="), "**": ("sign", "^")} # Written as a word -> kind and text of the token
+MOST_DIGITS = 400 # Of a number; what is longer is a text that repeats itself
 
 @dataclass(frozen=True)
 class ArithmeticToken:
@@ -58,6 +59,7 @@ def arithmetic_tokens(text: str) -> tuple[ArithmeticToken, ...]: # Its pieces, i
     tokens = []
     for match in TOKEN.finditer(text):
         kind, said = SPOKEN.get(match[0], (match.lastgroup, match[0]))
+        if kind == "number" and len(said) > MOST_DIGITS: kind = "word"
         if match[0] == "by" and not (tokens and tokens[-1].text == "divided"): kind, said = "word", "by"
         start = tokens.pop().start if (kind, match[0]) == ("sign", "by") else match.start()
         tokens.append(ArithmeticToken(kind=kind, text=said, start=start, end=match.end()))
@@ -81,7 +83,8 @@ class Side:
     unit: bool = False # Whether it ends in a unit
 
 CURRENCIES = ("$", "€", "£", "¢")
-DEEPEST, LARGEST_POWER = 40, 20 # A degenerate text may open a thousand brackets or raise to a huge power
+DEEPEST, LARGEST_POWER = 40, 20 # A degenerate text may open a thousand brackets or raise to a huge power, ...
+MOST_BITS = 4096 # ... raise one power to another, ...
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c015
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": operator.pow}
@@ -90,7 +93,8 @@ def combined(left: Side, sign: str, right: Side) -> Side: # The two as one
     "Exact arithmetic on two parts; a power that is not a small whole number raises `NoArithmetic`."
     a, b = left.value, right.value
     small = b is not None and b.denominator == 1 and abs(b) <= LARGEST_POWER
-    if sign == "^" and not small: raise NoArithmetic
+    size = max(a.numerator.bit_length(), a.denominator.bit_length()) if a is not None else 0
+    if sign == "^" and not (small and size * abs(b) <= MOST_BITS): raise NoArithmetic
     no_value = None in (a, b) or (sign == "/" and b == 0) or (sign == "^" and a == 0 and b < 0)
     return Side(
         value=None if no_value else OPERATIONS[sign](a, b), start=left.start, end=right.end,

@@ -46,7 +46,7 @@ from ..methods.prune import (
     check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, reading_of, READINGS, unit_factors)
 from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
 from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
-from ..models.anatomy import projections
+from ..models.anatomy import context_of, projections
 from ..models.checks import tell_of_zeros, zeros_of
 from ..models.choices import choice_records, has_options
 from ..models.decoding import Decoding, held_by_vllm, imported_vllm, Sampling, token_limit, WRITERS
@@ -284,7 +284,7 @@ def job_calibration(job: Job, tokenizer: object) -> Calibration: # The calibrati
 
 # %% ../../nbs/jobs/03_job.ipynb #c029
 def check_windows_fit(job: Job, model: nn.Module) -> None:
-    tokens, context = job.calibrate.text_tokens, getattr(model.config, "max_position_embeddings", None)
+    tokens, context = job.calibrate.text_tokens, context_of(model.config)
     if share_of_text(job.calibrate) and context is not None and tokens > context:
         raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
                        "give fewer tokens.")

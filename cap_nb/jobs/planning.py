@@ -268,7 +268,7 @@ def reading_work(sizes: Sizes, job: Job, lengths: Sequence[ExampleLength]) -> np
 # %% ../../nbs/jobs/04_planning.ipynb #c031
 SOLVERS = { # Operations in n**3 and in r n**2, bytes in n**2 and in r n, for r rows of n columns beside their Hessian;
     "sparsegpt": (2, 4, 10, 17, 4), "alps": (20, 140, 40, 40, 1), # then operations launched for a column
-    "update": (2, 50, 30, 28, 1), "swaps": (0, 120, 4, 36, 20)}
+    "update": (1, 50, 12, 28, 1), "swaps": (0, 120, 4, 36, 20)}
 
 def solver_flops(sizes: Sizes, names: Sequence[str], tokens: int) -> float:
     "Hessians of all inputs from so many tokens (Frantar and Alistarh 2023), and what solvers compute from them."
@@ -623,7 +623,7 @@ class Plan:
     devices: int # Devices, or processes on one CPU
     on_cpu: bool # Whether the device is main memory
     free: int # Bytes that a device, or one of several processes on a CPU, may take
-    main: int # The same of main memory
+    main: int | None # The same of main memory; None: of a machine that is not here
     rates: Rates | None # How fast the device is; None gives no times
     cells: tuple[tuple[str, float], ...] # What `cap run` evaluates: dense, and every method at every sparsity
     weights: int # Bytes of the weights
@@ -672,7 +672,6 @@ class Plan:
         worst = self.seconds(stage, 1)
         return max(worst, key=worst.get), (max(best), sum(worst.values()))
 
-
 # %% ../../nbs/jobs/04_planning.ipynb #c053
 def run_seconds(planned: Plan) -> tuple[float, float]: # At best, at worst
     "The whole of `cap run`: scoring if some method needs it, every pruning, and the evaluation of every model."
@@ -717,7 +716,8 @@ def plan(
     weights = sizes.parameters * load.width
     return Plan(load=load, lengths_from=origin, stages=planned_stages(load),
                 short=planned_stages(replace(load, short=True)), devices=devices, on_cpu=on_cpu, free=free,
-                main=memory_of(torch.device("cpu"))[0], rates=rates, weights=weights, copy=sizes.scope * load.width,
+                main=None if elsewhere else memory_of(torch.device("cpu"))[0], rates=rates, weights=weights,
+                copy=sizes.scope * load.width,
                 group=1 if on_cpu else min(devices, -(-weights // max(1, free))),
                 cells=cells_of({"methods": list(job.prune.methods), "sparsities": list(job.prune.sparsities)}))
 
@@ -790,7 +790,7 @@ def plan_advice(p: Plan) -> tuple[str, ...]:
     if p.each > p.free: sentences.append(weights_advice(p))
     else: sentences += [stage_advice(p, stage) for stage in p.stages if p.needed(stage) > p.free]
     together = p.copy + (p.weights if p.on_cpu else 0)
-    if together > p.main:
+    if p.main is not None and together > p.main:
         sentences.append(f"'cap run' keeps a copy of the weights in scope in main memory, {bytes_text(together)} "
                          f"together, and there are {bytes_text(p.main)}: prune with 'cap prune --stream' and measure "
                          "with 'cap eval'.")
@@ -801,9 +801,10 @@ def plan_advice(p: Plan) -> tuple[str, ...]:
         sentences.append(f"The longest example has {longest:,} tokens and the model's context {context:,}: leave long "
                          "examples out, or choose tasks that are shorter.")
     if tokens > context:
-        left = max(1, context - max(a.width for a in answers))
+        left = context - max(a.width for a in answers)
+        mend = f"--max-new-tokens {left} makes them fit" if left > 0 else "choose tasks that are shorter"
         sentences.append(f"A prompt and its answer may take {tokens:,} tokens and the model's context is {context:,}: "
-                         f"--max-new-tokens {left} makes them fit.")
+                         f"{mend}.")
     return tuple(sentences)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c062
@@ -886,7 +887,7 @@ def memory_lines(p: Plan) -> list[str]:
     return [f"The weights take {bytes_text(p.each)} on each device; parts that take turns (a layer, logits, scores, a "
             f"matrix solved) are not added up. 'cap run' keeps a copy of the weights in scope in main memory: "
             f"{bytes_text(p.copy)}.",
-            f"There is: {bytes_text(p.free)} on a device, {bytes_text(p.main)} of main memory."]
+            f"There is: {bytes_text(p.free)} on a device{f', {bytes_text(p.main)} of main memory' if p.main else ''}."]
 
 # %% ../../nbs/jobs/04_planning.ipynb #c064
 @validate_arguments

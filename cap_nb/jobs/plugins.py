@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from string import ascii_uppercase
 from types import ModuleType
 import torch
 from torch import nn
@@ -108,7 +109,9 @@ def problem_reader(read: Callable[[dict], Mapping], answer: str) -> Callable[[Ma
     "Problems from a user's records; what is missing, or is no answer, raises an error that names it."
     def problem(record: Mapping, task: str) -> Problem:
         told = read(record)
-        gold, choices = str(told["answer"]).strip(), tuple(zip("ABCDEFGH", map(str, told.get("choices", ()))))
+        gold, options = str(told["answer"]).strip(), [str(option) for option in told.get("choices", ())]
+        if len(options) > len(ascii_uppercase): raise ValueError(f"it has {len(options)} choices, more than letters")
+        choices = tuple(zip(ascii_uppercase, options))
         if not re.fullmatch(answer, gold): raise ValueError(f"its answer {gold!r} does not look like {answer}")
         return Problem(task=task, question=str(told["question"]).strip(), choices=choices, answer=gold,
                        solution=str(told.get("solution", "")).strip())

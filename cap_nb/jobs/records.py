@@ -59,19 +59,20 @@ def fields_of(kind: type, records: Iterable = ()) -> dict[str, type]: # Name -> 
 
 def records_as_text(records: Sequence[AnswerRecord] | Sequence[LossRecord] | Sequence[ChoiceRecord], kind: type) -> str:
     "Records as a table of text, a line each; None is the empty cell, an output is a JSON string."
-    table, names = io.StringIO(), list(fields_of(kind, records))
-    rows, quoted = csv.writer(table, lineterminator="\n"), {"output"} & set(names)
-    rows.writerow(names)
-    for record in records:
-        cells = {name: getattr(record, name) for name in names}
-        if quoted: cells["output"] = json.dumps(cells["output"], ensure_ascii=True)
-        rows.writerow(cells.values())
-    return table.getvalue()
+    names = list(fields_of(kind, records))
+    def line(cells: Iterable) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\r\n").writerow(cells) # so that a cell with either of the two is quoted
+        return f"{text.getvalue()[:-2]}\n"
+    def cells_of(record: object) -> list:
+        return [json.dumps(value) if name == "output" else value for name in names for value in [getattr(record, name)]]
+    return "".join(map(line, [names, *map(cells_of, records)]))
 
 # %% ../../nbs/jobs/00_records.ipynb #c006
 def records_from_text(text: str, kind: type) -> tuple: # Its records
     "Records read from a table of text; a table of another shape raises ValueError."
-    table = csv.reader(io.StringIO(text))
+    csv.field_size_limit(2**31 - 1) # of the process; an answer may be longer than the usual 131,072
+    table = csv.reader(io.StringIO(text, newline=""))
     names, types = next(table, None), {field.name: field.type for field in fields(kind)}
     if names == list(fields_of(kind)): types.pop("sample", None) # one answer to each problem
     readers = {name: FROM_TEXT[type_] for name, type_ in types.items()}
@@ -112,7 +113,7 @@ def load_evaluation(folder: str | Path) -> Evaluation:
         if text := about["perplexity"]: text = Perplexity(**text | {"losses": tuple(text["losses"])})
         return Evaluation(method=about["method"], sparsity=about["sparsity"], reached=about["reached"], **tables,
                           perplexity=text)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         message = f"{folder} holds no whole evaluation ({error}): expected the files of one; evaluate again."
         raise BadInput(message) from error
 
@@ -530,10 +531,7 @@ def packed_texts(folder: Path) -> dict[str, str]: # Name of a file -> its text
     "run.json and manifest.json of a packed run; a file that is not as `cap pack` wrote it raises `BadInput`."
     path, names = folder/PACKED, ("run.json", "manifest.json")
     content = path.read_bytes()
-    if SEAL not in content and all((folder/name).exists() for name in names): # as version 0.1 packed
-        if read_checked(folder/"manifest.json").get("packed") == sha256_of_file(path):
-            return {name: (folder/name).read_text("utf-8") for name in names}
-    elif content == sealed_bytes(content):
+    if SEAL in content and content == sealed_bytes(content):
         words = pq.read_metadata(path).metadata
         return {name: words[name.encode()].decode() for name in names}
     raise BadInput(f"{path} is not as 'cap pack' wrote it, its checksum says: expected no bit flipped and nothing "

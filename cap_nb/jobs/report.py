@@ -139,7 +139,7 @@ def figures_of(run: Run) -> dict[str, Callable[[], Figure]]:
     reports = [report for report, _ in run.reports if report.method != "dense"]
     for sparsity in sorted({report.asked for report in reports}):
         shown = [report for report in reports if report.asked == sparsity]
-        figures[f"zeros_{round(100 * sparsity)}"] = partial(plot_zeros_by_method, shown)
+        figures[f"zeros_{100 * sparsity:g}".replace(".", "_")] = partial(plot_zeros_by_method, shown)
     if run.scores is not None:
         figures["head_importance"] = partial(plot_head_importance, run.scores)
         figures["importance_distribution"] = partial(plot_importance_distribution, run.scores)
@@ -243,6 +243,11 @@ def count_in_words(comparisons: Mapping[tuple[str, str, float, str], Comparison]
 PLACES = {"RUN": "this run's folder", "DATA": "the folder of benchmark files, which come from the hub without it",
           "CHAINS": "the file that cap chains wrote", "FILE": "your own Python file"} # What a command does not know
 
+def unusual_text(configuration: Mapping) -> str | None:
+    "The text of a run's perplexity, where it is not the one that goes with its prompts."
+    usual = "lab-text" if configuration["style"]["called"] == "lab" else "wikitext2"
+    return next((text for text in configuration["evaluation"]["data"]["text"] if text != usual), None)
+
 def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 16"
     "The command of a run, with every setting that is not the usual one and is kept."
     data, measured = configuration["calibration"], configuration["evaluation"]
@@ -250,7 +255,8 @@ def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 
     fetched = {*data["tasks"], *answered, *measured["data"]["text"]} - {*LAB_TASKS, "lab-text"}
     seed = measured.get("seed", 0)
     job = changed(
-        job_of(configuration, seed), device=None, text=data.get("text"), data_dir="DATA" if fetched else None,
+        job_of(configuration, seed), device=None, text=data.get("text") or unusual_text(configuration),
+        data_dir="DATA" if fetched else None,
         calibration_seed=data["seed"] if data["seed"] != seed else None,
         accuracy_tasks=None if {*answered} == {*data["tasks"]} else answered,
         max_new_tokens=limits.pop() if len(limits) == 1 else None,

@@ -117,6 +117,7 @@ def results_frame(
     return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
 # %% ../../nbs/jobs/07_results.ipynb #c039
+USUAL = {"evaluation.shots": 0, "evaluation.backend": "transformers"} # What a run does not write down
 COUNTS = tuple(f"evaluation.{name}" for name in ("evaluate_n", "loss_n", "windows", "window_tokens")) # As asked
 
 def measured_on(run: Run) -> dict[str, object]: # Setting -> value, fingerprints last
@@ -125,7 +126,7 @@ def measured_on(run: Run) -> dict[str, object]: # Setting -> value, fingerprints
     kept = {"evaluation": about["evaluation"], "style": about["style"], "tokenizer": about["model"]["tokenizer"]}
     text = next((e.perplexity for e in run.evaluations if e.perplexity is not None), None)
     read = {"text": text.text, "windows read": text.windows, "tokens in each": text.window_tokens} if text else {}
-    settings = settings_of(kept) | read
+    settings = USUAL | settings_of(kept) | read
     return dict(sorted(settings.items(), key=lambda item: (is_fingerprint(item[1]), item[0])))
 
 def check_paired(names: tuple[str, str], runs: tuple[Run, Run]) -> None:
@@ -138,11 +139,16 @@ def check_paired(names: tuple[str, str], runs: tuple[Run, Run]) -> None:
                    f"{said}: expected one evaluation for both; run one of them again with the other's settings.")
 
 # %% ../../nbs/jobs/07_results.ipynb #c043
-def check_methods(runs: Mapping[str, Run], methods: Sequence[str] | None, against: str | None) -> None:
-    first, *others = ([e.method for e in run.evaluations] for run in runs.values())
-    there = dict.fromkeys(method for run in (others or [first]) for method in run)
-    for method in methods or (): check_choice(method, there, "method of these runs")
-    if against is not None: check_choice(against, dict.fromkeys(first), f"method of {next(iter(runs))}")
+def check_cells(runs: Mapping[str, Run], methods: Sequence[str] | None, against: str | None,
+                sparsities: Sequence[float] | None) -> None:
+    "Raise `BadInput` for methods and sparsities that no run has."
+    first, *others = (run.evaluations for run in runs.values())
+    there = [e for run in (others or [first]) for e in run]
+    for method in methods or (): check_choice(method, dict.fromkeys(e.method for e in there), "method of these runs")
+    for sparsity in sparsities or ():
+        check_choice(f"{sparsity:g}", dict.fromkeys(f"{e.sparsity:g}" for e in there), "sparsity of these runs")
+    if against is not None:
+        check_choice(against, dict.fromkeys(e.method for e in first), f"method of {next(iter(runs))}")
 
 def base_method(name: str, run: Run) -> str:
     "What the other methods of one run are held against: Wanda, or the first; a run of one method raises `BadInput`."
@@ -155,7 +161,7 @@ def base_method(name: str, run: Run) -> str:
 def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, against: str | None = None,
                sparsities: Sequence[float] | None = None) -> list[tuple[str, Evaluation, str, Evaluation]]:
     "The pairs of cells to compare, in the order of Table 1; none raises `BadInput`."
-    check_methods(runs, methods, against)
+    check_cells(runs, methods, against, sparsities)
     (name, first), *others = runs.items()
     if not others and against is None: against = base_method(name, first)
     cells, pairs = {(e.method, e.sparsity): e for e in first.evaluations}, []
@@ -370,8 +376,8 @@ def narrowed(job: Job, methods: Sequence[str] | None, sparsities: Sequence[float
     for name, wanted, choices in (("method", methods, job.prune.methods),
                                   ("sparsity", sparsities, job.prune.sparsities)):
         for value in wanted or (): check_choice(str(value), map(str, choices), f"{name} of the run")
-    kept = {"methods": tuple(methods or job.prune.methods), "sparsities": tuple(sparsities or job.prune.sparsities)}
-    return changed(job, **kept)
+    if methods is not None: job = changed(job, methods=tuple(methods))
+    return job if sparsities is None else changed(job, sparsities=tuple(sparsities))
 
 # %% ../../nbs/jobs/07_results.ipynb #r020
 def same_job(kept: dict, part: tuple[Sequence[str] | None, Sequence[float] | None], places: dict[str, str]) -> Job:

@@ -275,11 +275,13 @@ def read_index(folder: str | Path) -> dict: # Its index
     return kept
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c055
+WHERE = ("name", "device", "data_dir") # What lies there is compared run by run
+
 def goes_on(kept: dict, asked: dict | None) -> bool: # Whether it may go on
-    "Whether a run's settings are the same, but for methods and sparsities that were added."
+    "Whether a run's settings are the same, but for methods and sparsities that were added, and places."
     if asked is None or kept["settings"].keys() - asked.keys(): return False # dropped, or of another version
     return all(all(each in asked[name] for each in value) if name in GROWING else value == asked[name]
-               for name, value in kept["settings"].items())
+               for name, value in kept["settings"].items() if name not in WHERE)
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c056
 def new_index(folder: Path, config: Config, jobs: Mapping[str, Job]) -> dict:

@@ -76,7 +76,7 @@ def integrated_gradients(model: nn.Module, calibration: Calibration, steps: int 
 # %% ../../nbs/methods/06_attributions.ipynb #005fc010
 def replaced_head(model: nn.Module, layer: int, head: int, outputs: torch.Tensor) -> AbstractContextManager[None]:
     "Replace what a head gives by its slice of other outputs of all heads of the layer, [H*d] or [B, T, H*d]."
-    size = anatomy(model).head_size
+    size = dimensions(model.config).head_size
     features = slice(head * size, (head + 1) * size)
     def replaced(inputs: torch.Tensor) -> torch.Tensor:
         changed = inputs.clone()

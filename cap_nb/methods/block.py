@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/methods/16_block.ipynb #66d1253f
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,23 +47,25 @@ def take_step(optimiser: torch.optim.Adam, trained: Trained, loss: torch.Tensor,
 def fit(trained: Trained, error: Callable[[int], torch.Tensor], count: int, seed: str = "0",
         training: Training = Training()) -> list[float]: # Error on batches kept back, before and after each pass
     "Lower the summed error of batches 0 to count - 1 by Adam; what did best on those kept back stays."
-    flags, optimiser = [parameter.requires_grad for parameter in trained], adam(trained, training.rate)
-    for parameter in trained: parameter.requires_grad_(True)
+    flags, optimiser, best = [parameter.requires_grad for parameter in trained], adam(trained, training.rate), ()
     rng = random.Random(seed)
     kept_back = rng.sample(range(count), max(1, round(training.kept_back * count)))
     others = [index for index in range(count) if index not in kept_back]
     @torch.no_grad()
     def measured() -> float: return sum(error(index).item() for index in kept_back)
     errors, total = [measured()], training.passes * len(others)
-    for number in range(training.passes if errors[0] else 0):
-        if errors[-1] == min(errors): best = [parameter.detach().clone() for parameter in trained]
-        if len(errors) - errors.index(min(errors)) > training.patience: break
-        for done, index in enumerate(rng.sample(others, len(others)), number * len(others)):
-            with torch.enable_grad(): take_step(optimiser, trained, error(index) / errors[0], 1 - done / total)
-        errors.append(measured())
-    with torch.no_grad():
-        for parameter, value in zip(trained, best if min(errors) < errors[-1] else ()): parameter.copy_(value)
-    for parameter, flag in zip(trained, flags): parameter.requires_grad_(flag).grad = None
+    try:
+        for parameter in trained: parameter.requires_grad_(True)
+        for number in range(training.passes if 0 < errors[0] < math.inf else 0):
+            if errors[-1] == min(errors): best = [parameter.detach().clone() for parameter in trained]
+            if len(errors) - errors.index(min(errors)) > training.patience: break
+            for done, index in enumerate(rng.sample(others, len(others)), number * len(others)):
+                with torch.enable_grad(): take_step(optimiser, trained, error(index) / errors[0], 1 - done / total)
+            errors.append(measured())
+        with torch.no_grad(): # an error that became NaN is not the least
+            for parameter, value in zip(trained, () if errors[-1] == min(errors) else best): parameter.copy_(value)
+    finally:
+        for parameter, flag in zip(trained, flags): parameter.requires_grad_(flag).grad = None
     return errors
 
 # %% ../../nbs/methods/16_block.ipynb #9165f599
@@ -102,7 +105,8 @@ def output_of(unit: nn.Module, step: LayerStep, state: BatchState) -> torch.Tens
 def in_float32(module: nn.Module) -> Iterator[None]:
     "Parameters are float32 while the block runs, and of their own dtype afterwards."
     kinds = {name: parameter.dtype for name, parameter in module.named_parameters()}
-    for parameter in module.parameters(): parameter.data = parameter.data.float()
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     try: yield
     finally:
         for name, parameter in module.named_parameters():

@@ -91,6 +91,11 @@ class LayerStep:
     batches: Sequence[BatchState] # All batches of the calibration set; they go on when the next layer is asked for
     dense: Sequence[BatchState] = () # The same batches in the model as it came, where they were asked for
 
+    @property
+    def sequences(self) -> int:
+        "Examples of all batches."
+        return sum(len(batch.mask) for batch in self.batches)
+
 def layer_by_layer(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # The calibration set

@@ -25,7 +25,8 @@ from cap_nb.methods.explainable_masks import head_share, prune_heads
 from cap_nb.methods.layer_walk import LayerStep
 from cap_nb.methods.neurons import NEURON_AWARE, UNIT_AWARE, unit_aware_factors, weighing
 from cap_nb.methods.resumed_scoring import score_heads
-from cap_nb.methods.selection import check_pattern, Criterion, Measurements, pattern_of, SCOPES
+from cap_nb.methods.selection import (
+    check_pattern, Criterion, Measurements, pattern_of, SCOPES, smallest_in_groups, TIES)
 from cap_nb.methods.sparsegpt import (
     by_matrix, check_pattern_fits, Hessians, LayerSolver, MatrixSolver, solve_layer_by_layer, sparsegpt_update)
 from cap_nb.methods.swaps import swapped_mask
@@ -268,7 +269,8 @@ def with_factors(model: nn.Module, parts: MethodName, inputs: Inputs) -> Inputs:
 def recovered_weight(dense: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, steps: tuple[str, ...],
                      pattern: tuple[int, int] | None, name: str = "the matrix") -> torch.Tensor: # [out, in]
     "Recover a weight whose mask, bool [out, in], a method chose: swaps, which keep a pattern, the update, or both."
-    if "swaps" in steps: mask = swapped_mask(dense, mask, hessian, pattern)
+    if pattern: mask = smallest_in_groups((~mask).float(), *pattern) # of more zeros in a group, those of the pattern
+    if "swaps" in steps: mask = swapped_mask(dense, mask, hessian, pattern, name=name)
     if "update" in steps: return updated_weight(dense, mask, hessian, name=name)
     return dense.masked_fill(mask, 0.0)
 
@@ -287,14 +289,14 @@ def recovering(model: nn.Module, solver: LayerSolver, steps: tuple[str, ...], pa
     return solve
 
 # %% ../../nbs/methods/24_prune.ipynb #1cd8fd20
-def by_criterion(criterion: Criterion, measurements: Measurements, shares: dict[str, float], scope: str) -> LayerSolver:
+def by_criterion(criterion: Criterion, measurements: Measurements, shares: dict[str, float], scope: str,
+                 ties: str) -> LayerSolver:
     "Prune a layer by a criterion, with norms from the Hessians."
     def solve(step: LayerStep, hessians: Hessians) -> None:
-        sequences = sum(len(batch.mask) for batch in step.batches)
-        norms = {name: (hessian.diagonal() / sequences).sqrt().float() for name, hessian in hessians.items()}
+        norms = {name: (hessian.diagonal() / step.sequences).sqrt().float() for name, hessian in hessians.items()}
         measured = replace(measurements, norms=norms, hessians=hessians)
         if takes_regional(criterion): measured = replace(measured, gradients=regional_gradients(step))
-        zero_shares_within(step.projections, criterion, measured, shares, scope, "exact")
+        zero_shares_within(step.projections, criterion, measured, shares, scope, ties)
     return solve
 
 @torch.no_grad()
@@ -323,7 +325,7 @@ def layer_solver(model: nn.Module, parts: MethodName, sparsity: float, inputs: I
         return by_matrix(solver, shares)
     criterion = CRITERIA[parts.base]
     if not walks(criterion, scope): return by_dense_masks(model, parts, sparsity, inputs)
-    return by_criterion(criterion, measured_for(model, criterion, inputs, walking=True), shares, scope)
+    return by_criterion(criterion, measured_for(model, criterion, inputs, walking=True), shares, scope, inputs.ties)
 
 # %% ../../nbs/methods/24_prune.ipynb #13c59831
 def solves(parts: MethodName) -> bool:
@@ -339,7 +341,7 @@ def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: In
     origin = {"model": model_fingerprint(model), "dtype": f"{weight.dtype}", "device": weight.device.type,
               "calibration": inputs.calibration.fingerprint, "batch_tokens": inputs.batch_tokens,
               "method": f"{parts}", "sparsity": sparsity, "shares": inputs.shares, "seed": inputs.seed,
-              "factors": factors, "added": additions_noted()}
+              "ties": inputs.ties, "factors": factors, "added": additions_noted()}
     return inputs.unfinished/sha256_of_text(json_text(origin))[:16]
 
 # %% ../../nbs/methods/24_prune.ipynb #b36e6dd9
@@ -379,6 +381,7 @@ def prune_with(model: nn.Module, method: str, sparsity: float, inputs: Inputs) -
     parts = check_method(method)
     check_sparsity(sparsity)
     check_fits(method, model)
+    check_choice(inputs.ties, TIES, "treatment of ties")
     inputs = with_factors(model, parts, inputs)
     check_inputs(method, inputs, needs_of(parts))
     if parts.allocation:

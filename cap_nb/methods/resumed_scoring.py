@@ -150,12 +150,13 @@ def masked_heads(model: nn.Module, layer: int, heads: Sequence[int], kept: HeadO
     with changed_input(output_projection(model, layer), mask), recorded: yield
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c043
-def run_masked(model: nn.Module, hidden: torch.Tensor, calls: Sequence[LayerCall], layer: int,
+def run_masked(model: nn.Module, calls: Sequence[LayerCall], hidden: torch.Tensor, layer: int, copies: int,
                change: AbstractContextManager, cache: PrefixCache | None) -> torch.Tensor: # [M*B, T, hidden]
-    "Run from the masked layer to the last but one; if the masked layer is the last, run nothing."
+    "Run M copies from the masked layer to the last but one; if the masked layer is the last, run nothing."
+    hidden = hidden.repeat(copies, 1, 1)
     for index in range(layer, len(calls) - 1):
         with change if index == layer else nullcontext():
-            hidden = run_layer(decoder_layers(model)[index], hidden, calls[index], cache)
+            hidden = run_layer(decoder_layers(model)[index], hidden, repeated(calls[index], copies), cache)
     return hidden
 
 def masked_prefix(model: nn.Module, prefix: Prefix | None, layer: int, heads: Sequence[int]) -> PrefixCache | None:
@@ -165,23 +166,22 @@ def masked_prefix(model: nn.Module, prefix: Prefix | None, layer: int, heads: Se
     if layer == last or prefix.heads[layer]: # a mask changes nothing before the output projection
         cache.kept[layer] = prefix.cache.kept[layer] # where attention is run, the layer keeps them itself
     if layer == last: return cache
-    calls = [repeated(call, copies) for call in prefix.calls]
     change = masked_heads(model, layer, heads, prefix.heads[layer])
-    hidden = run_masked(model, calls[layer].hidden.repeat(copies, 1, 1), calls, layer, change, cache)
-    cache.kept[last] = keys_and_values(decoder_layers(model)[last], hidden, calls[last])
+    hidden = run_masked(model, prefix.calls, prefix.calls[layer].hidden, layer, copies, change, cache)
+    cache.kept[last] = keys_and_values(decoder_layers(model)[last], hidden, repeated(prefix.calls[last], copies))
     return cache
 
 def masked_losses(model: nn.Module, state: BatchState, targets: Targets, layer: int, heads: Sequence[int],
                   cache: PrefixCache | None, kept: HeadOutputs | None = None) -> torch.Tensor: # Float64 [M, B]
     "Loss (or divergence) of each example with each of M heads masked, in one pass (paper equation 1)."
     copies, last = len(heads), len(state.calls) - 1
-    calls = [repeated(call, copies) for call in state.calls]
     targets = replace(targets, positions=targets.positions.repeat(copies, 1), real=targets.real.repeat(copies, 1),
                       tokens=targets.tokens.repeat(copies), call=targets.call and repeated(targets.call, copies))
     change, here = masked_heads(model, layer, heads, kept), layer == last
-    hidden = run_masked(model, state.hidden.repeat(copies, 1, 1), calls, layer, change, cache)
+    hidden = run_masked(model, state.calls, state.hidden, layer, copies, change, cache)
     with change if here else nullcontext():
-        hidden = last_layer_at_targets(model, hidden, calls[last], targets, cache, not (here and kept is not None))
+        hidden = last_layer_at_targets(model, hidden, repeated(state.calls[last], copies), targets, cache,
+                                       not (here and kept is not None))
     return measured_at_targets(model, hidden, targets).view(copies, -1)
 
 def intact_step(model: nn.Module, state: BatchState, targets: Targets, layer: int,

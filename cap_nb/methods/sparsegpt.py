@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #524c8236
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,7 +193,7 @@ def input_hessians(step: LayerStep) -> dict[str, torch.Tensor]:
     "H = X X^T of a layer's projections (Frantar and Alistarh 2023); holds 4 * in^2 bytes for each distinct input."
     sums = input_sums(step, add_products)
     for total in {id(total): total for total in sums.values()}.values(): mirrored(total)
-    for p in unreached(step.projections, sums): sums[p.name].fill_diagonal_(1.0)
+    for p in unreached(step.projections, sums): sums[p.name].fill_diagonal_(step.sequences)
     return sums
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c074
@@ -208,11 +209,14 @@ def solve_layer_by_layer(model: nn.Module, calibration: Calibration, shares: dic
         if any(shares[p.name] for p in step.projections): solver(step, input_hessians(step))
 
 # Weight, Hessian, share, name, what was made from the same Hessian -> new weight
-MatrixSolver = Callable[[torch.Tensor, torch.Tensor, float, str, MadeOnce], torch.Tensor]
+MatrixSolver = Callable[[torch.Tensor, torch.Tensor, float, str, MadeOnce | None], torch.Tensor]
 
 def by_matrix(solver: MatrixSolver, shares: dict[str, float]) -> LayerSolver:
     "Solve every projection of a layer by itself; what follows from a Hessian alone is made once."
     def solve(step: LayerStep, hessians: Hessians) -> None:
-        once = MadeOnce()
-        for p in step.projections: p.weight.copy_(solver(p.weight, hessians[p.name], shares[p.name], p.name, once))
+        readers, once = Counter(map(id, hessians.values())), MadeOnce()
+        for p in step.projections:
+            hessian = hessians[p.name]
+            known = once if readers[id(hessian)] > 1 else None # nothing is kept that no other projection reads
+            p.weight.copy_(solver(p.weight, hessian, shares[p.name], p.name, known))
     return solve

@@ -8,7 +8,7 @@ __all__ = ['save_norms', 'load_norms', 'prune_checkpoint', 'checkpoint_fingerpri
 # %% ../../nbs/methods/25_streaming.ipynb #c004
 import hashlib
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -516,7 +516,7 @@ def open_hessians(folder: str | Path, checkpoint: Checkpoint, fingerprint: str) 
 
 # %% ../../nbs/methods/25_streaming.ipynb #b6a271c8
 def solved_weight(weight: torch.Tensor, pruned: torch.Tensor | None, hessian: torch.Tensor, parts: MethodName,
-                  sparsity: float, name: str, once: MadeOnce) -> torch.Tensor: # [out, in]
+                  sparsity: float, name: str, once: MadeOnce | None) -> torch.Tensor: # [out, in]
     "Solve for a matrix, or recover what a criterion left of it, or both; with nothing to zero it stays as it is."
     if not sparsity: return weight
     pattern = pattern_of(own_scope(parts))
@@ -535,11 +535,12 @@ def read_weight(checkpoint: Checkpoint, p: Projection, folder: Path | None = Non
 def write_solved(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsity: float,
                  given: GivenHessians) -> dict[str, int]:
     "Solve for every weight in scope, or recover what the folder holds, and write it; the zeros by module name."
-    zeros, before, once = {}, 0, MadeOnce()
+    zeros, before, once, readers = {}, 0, MadeOnce(), Counter(given.where.values())
     for p in tqdm(projections(checkpoint.model), desc=parts.base, unit="matrix"):
         weight = read_weight(checkpoint, p)
         pruned = None if parts.base in SOLVERS else read_weight(checkpoint, p, folder)
-        new = solved_weight(weight, pruned, given.read(p.name), parts, sparsity, p.name, once)
+        known = once if readers[given.where[p.name]] > 1 else None
+        new = solved_weight(weight, pruned, given.read(p.name), parts, sparsity, p.name, known)
         for piece in pieces_of_weights(checkpoint, [p], p.weight.numel()):
             write_rows(piece, new[piece.first:piece.last], folder)
         zeros[p.name], before = int((new == 0).sum()), before + int((weight == 0).sum())

@@ -82,9 +82,9 @@ def squares(inputs: torch.Tensor, so_far: torch.Tensor | None = None) -> torch.T
 @torch.no_grad()
 def input_norms(step: LayerStep) -> dict[str, torch.Tensor]: # Module name -> float32 [in]
     "The norms of the inputs of a layer's projections over the calibration set (Sun et al. 2024)."
-    sums, sequences = input_sums(step, squares), sum(len(batch.mask) for batch in step.batches)
-    for p in unreached(step.projections, sums): sums[p.name].fill_(sequences)
-    return {name: (total / sequences).sqrt().float() for name, total in sums.items()}
+    sums = input_sums(step, squares)
+    for p in unreached(step.projections, sums): sums[p.name].fill_(step.sequences)
+    return {name: (total / step.sequences).sqrt().float() for name, total in sums.items()}
 
 # %% ../../nbs/methods/10_wanda.ipynb #dab17826
 @contextmanager
@@ -111,11 +111,10 @@ def regional_gradients(step: LayerStep) -> dict[str, torch.Tensor]: # Module nam
     with wanting_gradients(step.projections):
         for batch in step.batches:
             output = run_layer(step.layer, batch.hidden, batch.calls[step.index])
-            for tokens, real in zip(output, batch.mask.bool()):
+            for tokens, real in zip(output, batch.mask.bool().to(output.device)):
                 size = tokens[real].float().norm()
                 for p, slope in slopes_of(size, step.projections, retain_graph=True): totals[p.name] += slope ** 2
-    sequences = sum(len(batch.mask) for batch in step.batches)
-    return {name: (total / sequences).sqrt() for name, total in totals.items()}
+    return {name: (total / step.sequences).sqrt() for name, total in totals.items()}
 
 def takes_regional(criterion: Criterion) -> bool:
     "Whether a criterion needs the gradients of each layer's own output."

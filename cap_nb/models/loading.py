@@ -33,7 +33,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 from cap_nb.core.devices import device_named
-from cap_nb.core.errors import BadInput, check_choice, validate_arguments
+from cap_nb.core.errors import BadInput, check_choice, lacks_memory, validate_arguments
 from cap_nb.core.files import (
     check_sealed, checkpoint_tensors, read_object, sha256_of_file, sha256_of_text, shard_files, SHARD_INDEX,
     whole_folder)
@@ -155,17 +155,21 @@ def save_model(
 def opened_by_transformers(source: str | Path) -> Iterator[None]:
     "Turn whatever transformers raises about a folder or a file into `BadInput`."
     try: yield
-    except (BadInput, MemoryError, torch.OutOfMemoryError): raise
     except Exception as error:
+        if isinstance(error, BadInput) or lacks_memory(error): raise
         message = " ".join(str(error).split())[:150]
         raise BadInput(f"{source} cannot be opened by transformers ({type(error).__name__}: {message}): expected what "
                        "was saved of a model that this version knows; fetch it again.") from error
 
 TOKENIZERS = ("*token*", "vocab*", "spiece.model", "tekken.json") # One of these files holds a vocabulary
 
+def holds_tokenizer(folder: Path) -> bool:
+    "Whether a vocabulary is in a folder."
+    return any(found for name in TOKENIZERS for found in folder.glob(name))
+
 def load_tokenizer(source: str) -> object:
     "A checkpoint's tokenizer; one that transformers 5 saved opens in 4 too. No code of the checkpoint is run."
-    if not any(found for name in TOKENIZERS for found in Path(source).glob(name)):
+    if not holds_tokenizer(Path(source)):
         raise BadInput(f"{source} holds no tokenizer: expected tokenizer.json or its like beside the weights; copy it "
                        "there from the model that this one was made of.")
     with opened_by_transformers(source):
@@ -260,6 +264,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
         numbers[stored.kind] += math.prod(stored.shape)
     return STORED_DTYPES[numbers.most_common(1)[0][0]]
 
+def most_frequent_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
+    "The dtype of most numbers."
+    numbers = Counter()
+    for weight in weights.values(): numbers[weight.dtype] += weight.numel()
+    return numbers.most_common(1)[0][0]
+
 @torch.no_grad()
 def in_memory(model: nn.Module) -> nn.Module:
     "The same model, no weight of it mapped from a file that another process may change while it is used."
@@ -310,16 +320,18 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
         config = config_of(folder)
         family_of(config)
         check_not_quantised(config, str(folder))
-        dtype = dtype or ("auto" if loader else stored_dtype(folder))
-        options = {"dtype": dtype} | ({"device_map": "auto"} if device == "auto" else {})
+        options = {"output_loading_info": True} | ({"device_map": "auto"} if device == "auto" else {})
         if loader:
             kind, weights = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], loader.weights(folder)
-            model = kind.from_pretrained(None, config=config, state_dict=weights, **options)
+            model = nothing_made_up(folder, kind.from_pretrained(
+                None, config=config, state_dict=weights, dtype=dtype or most_frequent_dtype(weights), **options))
+            del weights # the model's own, of which none is held twice below
             model.generation_config = generation_of(folder, config)
         else:
             check_complete(folder, config)
             model = nothing_made_up(folder, AutoModelForCausalLM.from_pretrained(
-                str(folder), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options))
+                str(folder), use_safetensors=True, trust_remote_code=False, dtype=dtype or stored_dtype(folder),
+                **options))
         model.config.return_dict = True # the form of what a model returns, not its content
         tokenizer = load_tokenizer(str(folder))
         anatomy(model)
@@ -344,10 +356,11 @@ def model_files(names: Sequence[str]) -> list[str]:
     return [*(name for name in beside if name not in weights), *weights]
 
 def weights_complete(folder: Path) -> bool:
-    "Whether a configuration, all the shards of its index, or all that is packed are in a folder."
+    "Whether a tokenizer and all the shards of its index, or all that is packed, are in a folder."
     try:
         loader = folder_loader(folder)
-        return all(file.is_file() for file in (loader.files if loader else shard_files)(folder))
+        return holds_tokenizer(folder) and all(
+            file.is_file() for file in (loader.files if loader else shard_files)(folder))
     except BadInput: return False
 
 CHECKPOINT = Wanted(first="config.json", files=model_files, complete=weights_complete, instead=INSTEAD)
@@ -413,11 +426,9 @@ def check_gguf_installed(use: str = "reading") -> None:
 
 # %% ../../nbs/models/08_loading.ipynb #c064
 @validate_arguments
-def fetch_smollm2(
-    folder: str | Path | None = None, # New folder for the converted model; None means `model_cache()/smollm2`
-) -> Path: # The folder
+def fetch_smollm2() -> Path: # The folder
     "Download, verify and convert SmolLM2-135M-Instruct once; a folder that is there already is kept."
-    folder = Path(folder or model_cache()/"smollm2")
+    folder = model_cache()/"smollm2"
     if (folder/"SHA256SUMS.json").is_file(): return folder
     check_gguf_installed()
     with tempfile.TemporaryDirectory() as working, whole_folder(folder) as part:

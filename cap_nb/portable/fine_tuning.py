@@ -183,15 +183,16 @@ def trained_by_rank(model: nn.Module, rank: int, seed: int) -> Iterator[None]:
     rng, wanted = torch.Generator().manual_seed(seed), [(p, p.requires_grad) for p in model.parameters()]
     matrices = {p.parameter_name: (p.module, p.attribute) for p in projections(model)}
     orders = {module: [name for name, _ in module.named_parameters(recurse=False)] for module, _ in matrices.values()}
-    model.requires_grad_(False)
-    for module, name in matrices.values():
-        parametrize.register_parametrization(module, name, MaskedLowRank(getattr(module, name), rank, rng))
-    done = False
+    registered, done = [], False
     try:
+        model.requires_grad_(False)
+        for module, name in matrices.values():
+            parametrize.register_parametrization(module, name, MaskedLowRank(getattr(module, name), rank, rng))
+            registered.append((module, name))
         yield
         done = True
     finally:
-        for module, name in matrices.values(): parametrize.remove_parametrizations(module, name, done)
+        for module, name in registered: parametrize.remove_parametrizations(module, name, done)
         for module, names in orders.items(): put_in_order(module, names)
         for parameter, was in wanted: parameter.requires_grad_(was)
 
@@ -249,6 +250,8 @@ def recover(
     check_tuning(settings)
     check_all_here(model)
     held, before, folder = held_parameters(model), model_fingerprint(model), folder and Path(folder)
+    zeros, weights = sum(int(each.zeros.sum()) for each in held), sum(each.zeros.numel() for each in held)
+    del held # the training holds its own
     taught = teacher and model_fingerprint(teacher)
     if taught == before:
         raise BadInput("The teacher is the model itself: expected another, as a rule the model before it was pruned; "
@@ -262,8 +265,7 @@ def recover(
         losses = train_on(model, calibration.examples, settings, about, folder, save_every, teacher)
     return Recovery(
         settings=settings, before=before, after=model_fingerprint(model), calibration=calibration.fingerprint,
-        zeros=sum(int(each.zeros.sum()) for each in held), weights=sum(each.zeros.numel() for each in held),
-        losses=losses, teacher=taught)
+        zeros=zeros, weights=weights, losses=losses, teacher=taught)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c078
 REPORT = "recovery_report.json" # Name of the report in a saved folder
@@ -329,9 +331,9 @@ def mask_adapters(model: nn.Module) -> int: # Layers whose adapters are masked
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers: raise BadInput("The model has no LoRA adapters: expected some; add them with get_peft_model first.")
     for name, layer in layers.items():
-        if not isinstance(layer, Linear) or layer.lora_variant or layer.merged:
+        if not isinstance(layer, Linear) or layer.lora_variant or layer.merged or any(layer.lora_bias.values()):
             raise BadInput(f"{name} holds no plain LoRA adapter that is not merged: expected Linear layers without "
-                           "DoRA or other variants; change the LoraConfig.")
+                           "DoRA or other variants, and no lora_bias; change the LoraConfig.")
     for layer in layers.values():
         layer.register_buffer("held_zeros", layer.get_base_layer().weight.detach() == 0, persistent=False)
         layer.lora_variant |= dict.fromkeys(layer.lora_A, MaskedVariant())

@@ -21,7 +21,7 @@ from ..core.files import StoredTensor, checkpoint_tensors, pieces_of, shard_file
 from ..core.registry import ExportFormat, FORMATS
 from ..models.anatomy import dimensions
 from ..models.loading import (
-    check_gguf_installed, check_not_quantised, config_of, load_tokenizer, STORED_DTYPES)
+    check_complete, check_gguf_installed, check_not_quantised, config_of, load_tokenizer, STORED_DTYPES)
 
 # %% ../../nbs/portable/03_quantised.ipynb #c005
 def rounded_to_nearest(weight: torch.Tensor, bits: int, group: int = 32) -> torch.Tensor:
@@ -287,6 +287,7 @@ def checked_config(folder: Path, out: Path, dtype: str) -> object: # The checkpo
     config = config_of(folder)
     check_in_gguf(config, str(folder))
     check_not_quantised(config, str(folder))
+    check_complete(folder, config)
     return config
 
 # %% ../../nbs/portable/03_quantised.ipynb #c059

@@ -394,6 +394,7 @@ def publish(
     with hub_errors_reported(repository):
         api = api or HfApi(library_name="cap_nb", library_version=cap_nb.__version__)
         api.create_repo(repository, private=private, exist_ok=True)
+        # weights of before go, which transformers might load in place of these
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=upload.message,
-                                   allow_patterns=names)
+                                   allow_patterns=names, delete_patterns=["*.safetensors", "*.safetensors.index.json"])
     return replace(upload, url=commit.commit_url)

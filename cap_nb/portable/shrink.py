@@ -20,6 +20,7 @@ from ..methods.layer_walk import layer_by_layer
 from ..methods.neurons import neuron_estimates
 from ..methods.sparsegpt import check_finite, damped_hessian, input_hessians
 from ..models.anatomy import Part, Projection, anatomy, dimensions, key_value_head_of, projections
+from ..models.checks import zeros_of
 from ..models.loading import without_bars
 from ..scoring import batches_of, target_losses
 
@@ -211,6 +212,7 @@ class Shrunk:
     weights: int # Weights in scope that are left
     neurons: tuple[int, int] # Neurons a layer that stayed, and of how many
     groups: tuple[int, int] # Key-value heads a layer that stayed, and of how many
+    zeros: int # Zeros among the weights that are left
     losses: tuple[float, float] # Mean loss of the calibration examples before and after, in nats
 
 # %% ../../nbs/portable/06_shrink.ipynb #02d69822
@@ -244,9 +246,9 @@ def shrink_to(model: nn.Module, calibration: Calibration, how: Shrinking = Shrin
         model = copy.deepcopy(model)
         take_over(model, *staying(model, *scores), calibration, batch_tokens)
     small = shrink(model, *scores)
-    left = sum(p.weight.numel() for p in projections(small))
+    zeros, left = zeros_of(small)
     return small, Shrunk(before=before, weights=left, neurons=(kept, neurons), groups=(how.groups or groups, groups),
-                         losses=(loss, mean_loss(small, calibration, batch_tokens)))
+                         zeros=zeros, losses=(loss, mean_loss(small, calibration, batch_tokens)))
 
 # %% ../../nbs/portable/06_shrink.ipynb #c063
 SAYS = ("the neurons with the lowest {by} of their layer are cut out{heads}{fit}")
@@ -256,7 +258,7 @@ def shrunk_record(report: Shrunk, how: Shrinking, base: dict, calibration: dict,
     "What config.json says of a shrunk model."
     heads = ", and the key-value heads with the lowest scores, each with its query heads" if how.groups else ""
     about = {"version": cap_nb.__version__, "method": "shrink", "asked": how.sparsity, "weights": report.weights,
-             "zeros": 0, "removed": report.before - report.weights, "base": base, "calibration": calibration,
+             "zeros": report.zeros, "removed": report.before - report.weights, "base": base, "calibration": calibration,
              "says": SAYS.format(by=how.neurons_by, heads=heads, fit="" if how.no_fit else FITS),
              "source": "Michel et al. 2019; Ma et al. 2023; least squares as in Frantar and Alistarh 2023",
              "neurons a layer": list(report.neurons), "key-value heads a layer": list(report.groups),
