@@ -792,7 +792,7 @@ def repeat_command(
     methods: str | None = None, # methods to do again, with commas; all if left out
     sparsity: str | None = None, # sparsities to do again, with commas; all if left out
     model: str | None = None, # where the model is now; as the run says if left out
-    device: str | None = None, # cpu, cuda, cuda:N or mps; as the run says if left out
+    device: str | None = None, # cpu, cuda or cuda:N; as the run says if left out
     data_dir: str | None = None, # folder of benchmark files; the hub if left out
     calibrate_on: str | None = None, # file of chains, for a run that was calibrated on them
 ) -> None:

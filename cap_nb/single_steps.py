@@ -23,7 +23,7 @@ from .core.errors import BadInput, check_at_least
 from .core.files import alone_in, check_new_folder, read_checked, remove, whole_folder, write_checked
 from .core.registry import additions_noted
 from .core.stopping import NOTHING_KEPT, stop_says, STOPPED
-from .evaluation import Evaluation
+from .evaluation import Evaluation, evaluation_problems
 from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
 from .importance import importance_factors
 from .jobs.chains import Answering, kept_examples, own_chains, task_counts, too_few
@@ -326,11 +326,14 @@ def recipe_plan(job: Job, pruning: SinglePruning) -> str: # Markdown
     return plan_text(plan(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,), **measured),
                           tries=1 if own else None))
 
-BENCHED = 50 # Problems of each task that are answered before and after
+BENCHED = 50 # Problems of each task that are answered before and after, or as many as there are
 
 def benched(job: Job, made: Path, out: Path) -> list[Evaluation]: # Of the dense model, and of what was made
+    tasks = job.evaluate.accuracy_tasks or job.calibrate.tasks or ()
+    there = (len(evaluation_problems(task, data_dir=job.calibrate.data_dir)) for task in tasks)
+    count = min([BENCHED, *there]) # a task of a user's own may have fewer
     for name, model in (("before", job.model.name), ("after", str(made))):
-        asked = changed(job, name=model, calibrate_on="gold", chain_rule="right", evaluate_n=BENCHED)
+        asked = changed(job, name=model, calibrate_on="gold", chain_rule="right", evaluate_n=count)
         if not (out/name).exists(): evaluate_alone(changed(asked, loss_n=0, windows=0), out=out/name)
     return [load_evaluation(out/name) for name in ("before", "after")]
 

@@ -138,10 +138,11 @@ def test_peft(kind):
             merged = adapted.merge_and_unload(safe_merge=safe)
             assert torch.allclose(merged(input_ids=ids).logits, trained, atol=1e-4)
         assert_held(merged, before)
-    model = tiny(kind)
-    prune(model, "magnitude", 0.5)
-    with pytest.raises(BadInput, match="without DoRA"):
-        mask_adapters(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, use_dora=True, fan_in_fan_out=kind is GPT2Config)))
+    for extra in ({"use_dora": True}, {"lora_bias": True}):
+        model = tiny(kind)
+        prune(model, "magnitude", 0.5)
+        with pytest.raises(BadInput, match="without DoRA"):
+            mask_adapters(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, fan_in_fan_out=kind is GPT2Config, **extra)))
 
 
 def test_the_command(tmp_path):

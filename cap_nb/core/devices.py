@@ -18,8 +18,6 @@ def device_named(device: str | torch.device | None) -> torch.device:
     "The torch device of a name; None is the GPU if there is one, else the CPU. An unknown or absent one: `BadInput`."
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = torch.device(check_device(str(device)))
-    if named.type == "mps" and not torch.backends.mps.is_available():
-        raise BadInput("Device 'mps' was asked for but torch sees none: expected a Mac with one; use cpu.")
     if named.type == "cuda" and not torch.cuda.is_available():
         raise BadInput("Device 'cuda' was asked for but torch sees no CUDA device: expected one; use cpu or install "
                        "a CUDA build of torch.")
@@ -28,12 +26,11 @@ def device_named(device: str | torch.device | None) -> torch.device:
 # %% ../../nbs/core/08_devices.ipynb #5b11aa96
 def module_of(device: torch.device) -> object | None: # As torch.cuda
     "torch's module of a kind of device that has a memory of its own; None where that is main memory."
-    return None if device.type in ("cpu", "mps") else torch.get_device_module(device)
+    return None if device.type == "cpu" else torch.get_device_module(device)
 
 def finish(device: torch.device) -> None:
     "Wait until a device has done what it was given."
-    if device.type == "mps": torch.mps.synchronize()
-    elif module := module_of(device): module.synchronize(device)
+    if module := module_of(device): module.synchronize(device)
 
 def make_current(device: torch.device) -> None:
     "Let kernels run on this device where they are told of none."

@@ -32,13 +32,16 @@ def check_choice(value: str, choices: Iterable[str], what: str, also: str = "") 
 
 def check_device(name: str) -> str:
     "Return the name of a device if it has the form of one; whether it is there, only torch can tell."
-    if re.fullmatch(r"cpu(:0)?|(cuda|mps)(:(0|[1-9]\d?))?", name): return name
+    if re.fullmatch(r"cpu(:0)?|cuda(:(0|[1-9]\d?))?", name): return name
+    if name.partition(":")[0] == "mps":
+        raise BadInput(f"Device {name!r} knows no float64, in which losses and norms are summed: expected another; use "
+                       "cpu.")
     torch = sys.modules.get("torch") # not imported to tell a typo
     if torch is None: other = "xpu|npu|hpu" # looked at again when torch is there
     else: other = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
     if other and re.fullmatch(rf"({other})(:\d+)?", name): return name
-    raise BadInput(f"Unknown device {name!r}: expected cpu, cuda, cuda:N, mps or, for a model that is loaded, auto; "
-                   "check the spelling.")
+    raise BadInput(f"Unknown device {name!r}: expected cpu, cuda, cuda:N or, for a model that is loaded, auto; check "
+                   "the spelling.")
 
 # %% ../../nbs/core/00_errors.ipynb #c014
 import math

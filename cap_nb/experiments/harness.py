@@ -76,7 +76,7 @@ def write_harness_task(
     rows = [{"uid": e.uid, "prompt": e.prompt, "gold": normal_answer(e.answer, family)} for e in examples]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     with whole_file(folder/f"{name}.jsonl") as part: part.write_text(lines, encoding="utf-8")
-    shutil.copyfile(HARNESS_TASKS/f"{family}.yaml", folder/f"_{family}.yaml")
+    with whole_file(folder/f"_{family}.yaml") as part: shutil.copyfile(HARNESS_TASKS/f"{family}.yaml", part)
     limit = token_limit(task) if max_new_tokens is None else max_new_tokens
     data = {"data_files": {"test": str((folder/f"{name}.jsonl").resolve())}}
     described = {"include": f"_{family}.yaml", "task": name, "dataset_kwargs": data,
@@ -111,12 +111,12 @@ class HarnessAnswer:
 
 # %% ../../nbs/experiments/04_harness.ipynb #96ffe5e8
 @contextmanager
-def greedy_settings(model: torch.nn.Module, tokenizer: object, max_new_tokens: int) -> Iterator[GenerationConfig]:
-    "Greedy settings for `generate` in place of the model's, which come back at the end (paper section 4)."
+def greedy_settings(model: torch.nn.Module, tokenizer: object) -> Iterator[GenerationConfig]:
+    "Greedy settings in place of the model's, which come back at the end; how long, the caller says (paper section 4)."
     before, stop, pad = model.generation_config, stop_tokens(model, tokenizer), tokenizer.pad_token_id
     if pad is None: pad = stop[0] if stop else 0 # masked: any token will do
-    model.generation_config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
-                                               use_cache=True, eos_token_id=list(stop) or None, pad_token_id=pad)
+    model.generation_config = GenerationConfig(do_sample=False, num_beams=1, use_cache=True,
+                                               eos_token_id=list(stop) or None, pad_token_id=pad)
     try: yield model.generation_config
     finally: model.generation_config = before
 
@@ -135,8 +135,8 @@ def harness_answers(
     if not path.is_file():
         raise BadInput(f"{path} does not exist: expected a task there; write it with write_harness_task.")
     with taken_as(path, "a task of `write_harness_task`"):
-        limit = check_at_least(read_json(path)["generation_kwargs"]["max_gen_toks"], 1, "max_gen_toks")
-    with undisturbed(), inference(model), greedy_settings(model, tokenizer, limit):
+        check_at_least(read_json(path)["generation_kwargs"]["max_gen_toks"], 1, "max_gen_toks")
+    with undisturbed(), inference(model), greedy_settings(model, tokenizer):
         wrapped = lm_eval.models.huggingface.HFLM(
             model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size,
             add_bos_token=tokenizer.chat_template is None)
@@ -197,13 +197,6 @@ def judged(model: torch.nn.Module, tokenizer: object, tasks: Sequence[str], mana
                        f"expected it; run pip install {error.name or '(' + str(error)[:80] + ')'}.") from error
     return {part: dict(found.get(part, {})) for part in KEPT}
 
-def written_tasks(folder: str | Path, tokenizer: object, tasks: Sequence[str], settings: HarnessSettings) -> int:
-    "Our tasks as files for the harness; the most tokens that an answer to one of them may take."
-    for task in tasks:
-        problems = evaluation_problems(task, settings.limit, settings.seed, settings.data_dir)
-        write_harness_task(folder, tokenizer, problems, settings.style, settings.max_new_tokens)
-    return max(settings.max_new_tokens or token_limit(task) for task in tasks)
-
 def harness_results(model: torch.nn.Module, tokenizer: object,
                     settings: HarnessSettings = HarnessSettings()) -> dict[str, dict]: # `KEPT` -> task -> what it says
     "lm-evaluation-harness on tasks by name, its own and ours; an unknown one raises `BadInput`."
@@ -214,9 +207,11 @@ def harness_results(model: torch.nn.Module, tokenizer: object,
         for part, values in parts.items(): found[part] |= values
     with undisturbed(), inference(model), tempfile.TemporaryDirectory() as folder:
         if own:
-            limit = written_tasks(folder, tokenizer, [ours[name] for name in own], settings)
+            for task in (ours[name] for name in own):
+                problems = evaluation_problems(task, settings.limit, settings.seed, settings.data_dir)
+                write_harness_task(folder, tokenizer, problems, settings.style, settings.max_new_tokens)
             manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
-            with greedy_settings(model, tokenizer, limit):
+            with greedy_settings(model, tokenizer):
                 note(judged(model, tokenizer, own, manager, tokenizer.chat_template is None, settings))
         if theirs: note(judged(model, tokenizer, theirs, lm_eval.tasks.TaskManager(), None, settings))
     return found

@@ -63,7 +63,7 @@ def theirs(model, tokenizer, problems, style, limit, rows):
                 for index, prompt in enumerate(prompts)]
 
     def texts():
-        with undisturbed(), inference(model), greedy_settings(model, tokenizer, limit):
+        with undisturbed(), inference(model), greedy_settings(model, tokenizer):
             return backend.generate_until(requests, disable_tqdm=True)
 
     return texts
