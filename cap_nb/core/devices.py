@@ -18,6 +18,9 @@ def device_named(device: str | torch.device | None) -> torch.device:
     "The torch device of a name; None is the GPU if there is one, else the CPU. An unknown or absent one: `BadInput`."
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = torch.device(check_device(str(device)))
+    if named.type == "mps":
+        raise BadInput("Device 'mps' knows no float64, in which losses and norms are summed: expected another; use "
+                       "cpu.")
     if named.type == "cuda" and not torch.cuda.is_available():
         raise BadInput("Device 'cuda' was asked for but torch sees no CUDA device: expected one; use cpu or install "
                        "a CUDA build of torch.")

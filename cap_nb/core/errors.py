@@ -32,10 +32,7 @@ def check_choice(value: str, choices: Iterable[str], what: str, also: str = "") 
 
 def check_device(name: str) -> str:
     "Return the name of a device if it has the form of one; whether it is there, only torch can tell."
-    if re.fullmatch(r"cpu(:0)?|cuda(:(0|[1-9]\d?))?", name): return name
-    if name.partition(":")[0] == "mps":
-        raise BadInput(f"Device {name!r} knows no float64, in which losses and norms are summed: expected another; use "
-                       "cpu.")
+    if re.fullmatch(r"cpu(:0)?|(cuda|mps)(:(0|[1-9]\d?))?", name): return name
     torch = sys.modules.get("torch") # not imported to tell a typo
     if torch is None: other = "xpu|npu|hpu" # looked at again when torch is there
     else: other = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
