@@ -673,9 +673,10 @@ def bench_command(
     note: str = "", # a note for the record, such as what else was running
 ) -> str:
     "Measure tokens a second of a dense and a pruned model, taking turns, in every way that can run here."
-    from cap_nb.core.files import check_new_folder, write_checked
+    from cap_nb.core.files import write_checked
     from cap_nb.portable.speed import bench_folder, speed_text
-    if out: check_new_folder(out) # before hours of measuring; a record that is there stays
+    if out and (out.exists() or out.is_symlink()): # told before hours of measuring
+        raise BadInput(f"{out} exists already: expected the name of a new file; choose another or remove it.")
     record = bench_folder(folder, against, settings, note)
     if out: write_checked(out, record)
     return speed_text(record)

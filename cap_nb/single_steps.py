@@ -326,12 +326,12 @@ def recipe_plan(job: Job, pruning: SinglePruning) -> str: # Markdown
     return plan_text(plan(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,), **measured),
                           tries=1 if own else None))
 
-BENCHED = 50 # Problems of each task that are answered before and after, or as many as there are
+BENCHED = 50 # Problems of each task that are answered before and after, or as many as the smallest task has
 
 def benched(job: Job, made: Path, out: Path) -> list[Evaluation]: # Of the dense model, and of what was made
-    tasks = job.evaluate.accuracy_tasks or job.calibrate.tasks or ()
-    there = (len(evaluation_problems(task, data_dir=job.calibrate.data_dir)) for task in tasks)
-    count = min([BENCHED, *there]) # a task of a user's own may have fewer
+    tasks, where = job.evaluate.accuracy_tasks, {"data_dir": job.calibrate.data_dir, "split": job.evaluate.evaluate_on}
+    tasks = (job.calibrate.tasks or ()) if tasks is None else tasks
+    count = min([BENCHED, *(len(evaluation_problems(task, **where)) for task in tasks)])
     for name, model in (("before", job.model.name), ("after", str(made))):
         asked = changed(job, name=model, calibrate_on="gold", chain_rule="right", evaluate_n=count)
         if not (out/name).exists(): evaluate_alone(changed(asked, loss_n=0, windows=0), out=out/name)

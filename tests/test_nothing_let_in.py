@@ -19,7 +19,7 @@ from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import (
     SHARD_INDEX, check_inside, read_checked, read_json, read_tensors, stored_tensors,
-    whole_file, whole_folder, write_checked)
+    whole_file, whole_folder)
 from cap_nb.data.problems import records_of_file, records_of_table
 from cap_nb.jobs import records as run_records
 from cap_nb.jobs.chains import read_chains

@@ -7,7 +7,6 @@ import subprocess
 
 import pytest
 
-from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_json, sha256_of_file
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord
 from cap_nb.jobs.job import prepare

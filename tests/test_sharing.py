@@ -214,6 +214,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_uploaded(place, tmp_path, monkeyp
 def test_an_upload_is_what_the_dry_run_said(place, monkeypatch):
     hub = Mock(spec=huggingface_hub.HfApi)
     hub.upload_folder.return_value.commit_url = "https://hub/owner/name/commit/1"
+    hub.list_repo_files.return_value = [".gitattributes", "model.safetensors", "adapter/adapter_model.safetensors"]
     monkeypatch.setattr(sharing, "HfApi", lambda **_: hub)
     monkeypatch.setattr(sharing, "get_token", lambda: "hf_stands_in")
     dry = cap("publish", place / "half", "owner/name", "--dry-run")

@@ -29,11 +29,12 @@ def device_named(device: str | torch.device | None) -> torch.device:
 # %% ../../nbs/core/08_devices.ipynb #5b11aa96
 def module_of(device: torch.device) -> object | None: # As torch.cuda
     "torch's module of a kind of device that has a memory of its own; None where that is main memory."
-    return None if device.type == "cpu" else torch.get_device_module(device)
+    return None if device.type in ("cpu", "mps") else torch.get_device_module(device)
 
 def finish(device: torch.device) -> None:
     "Wait until a device has done what it was given."
-    if module := module_of(device): module.synchronize(device)
+    if device.type == "mps": torch.mps.synchronize()
+    elif module := module_of(device): module.synchronize(device)
 
 def make_current(device: torch.device) -> None:
     "Let kernels run on this device where they are told of none."

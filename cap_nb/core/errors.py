@@ -186,7 +186,8 @@ def check_computable(value: object, what: str, name: str) -> None:
 def lacks_memory(error: Exception) -> bool:
     "Whether an error says that there was no memory left."
     words = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 WANTED = {errno.ENOENT: "a file there, or for a new one a folder that takes it", errno.EACCES: "one that you may use",
           errno.EPERM: "one that you may use", errno.EROFS: "a disk that takes new files",

@@ -462,16 +462,16 @@ def spread_over_seeds(case: Claim, records: ModelRecords, confidence: float) -> 
     value, p = swap_test(np.array([[accuracies(pair[which]) for pair in pairs] for which in (1, 0)]))
     return number(value, NONE, "log ratio of spreads", len(pairs), p, fewest=1)
 
-MOST_ORDERS = 40_320 # All orders of eight seeds; of more seeds as many orders are drawn
+MOST_ORDERS = 40_320 # All orders of eight seeds; of more seeds as many are drawn
 
 def permutation_test(one: Sequence[float], other: Sequence[float]) -> tuple[float, float] | None:
     "Whether two numbers rise together over seeds, by their ranks; None where one of them is always the same."
-    a, b = map(stats.rankdata, (one, other))
-    if not a.std() or not b.std(): return None
-    value, rng = float(np.corrcoef(a, b)[0, 1]), np.random.default_rng(0)
-    every = math.factorial(len(b)) <= MOST_ORDERS
-    orders = itertools.permutations(b) if every else (rng.permutation(b) for _ in range(MOST_ORDERS))
-    return value, float(np.mean([abs(np.corrcoef(a, order)[0, 1]) >= abs(value) - 1e-12 for order in orders]))
+    a, b = (ranks - ranks.mean() for ranks in map(stats.rankdata, (one, other)))
+    if not a.any() or not b.any(): return None
+    drawn, rng = math.factorial(len(b)) > MOST_ORDERS, np.random.default_rng(0)
+    orders = [b, *(rng.permutation(b) for _ in range(MOST_ORDERS))] if drawn else [*itertools.permutations(b)]
+    found, length = np.array(orders) @ a, np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / length), float(np.mean(np.abs(found) >= abs(a @ b) - 1e-12 * length))
 
 def separation_and_gain(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
     "Whether calibration sets with more concentrated scores give the first method a larger gain over the second."

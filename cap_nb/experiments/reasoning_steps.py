@@ -83,8 +83,8 @@ class Side:
     unit: bool = False # Whether it ends in a unit
 
 CURRENCIES = ("$", "€", "£", "¢")
-DEEPEST, LARGEST_POWER = 40, 20 # A degenerate text may open a thousand brackets or raise to a huge power, ...
-MOST_BITS = 4096 # ... raise one power to another, ...
+DEEPEST, LARGEST_POWER = 40, 20 # A degenerate text may open a thousand brackets or raise to a huge power
+MOST_BITS = 4096 # Of a power: powers of powers grow without end
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c015
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": operator.pow}
@@ -394,7 +394,7 @@ def lab_statement(clause: str) -> LabStatement: # What it says
         if match := re.fullmatch(pattern, clause):
             return LabStatement(text=clause, true=WORLD.get((match[1], kind)) == match[2], kind="fact",
                                 subject=match[1], stated=(match[2],))
-    if match := re.fullmatch(r"(\d+) is (not )?(older|younger|higher|lower) than (\d+)", clause):
+    if match := re.fullmatch(r"(\d{1,400}) is (not )?(older|younger|higher|lower) than (\d{1,400})", clause):
         larger, smaller = (1, 4) if match[3] in ("older", "higher") else (4, 1)
         affirmed, holds = match[2] is None, int(match[larger]) > int(match[smaller])
         return LabStatement(text=clause, true=holds == affirmed, kind="comparison", used=(match[1], match[4]),

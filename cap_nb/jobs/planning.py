@@ -716,7 +716,7 @@ def plan(
     weights = sizes.parameters * load.width
     return Plan(load=load, lengths_from=origin, stages=planned_stages(load),
                 short=planned_stages(replace(load, short=True)), devices=devices, on_cpu=on_cpu, free=free,
-                main=None if elsewhere else memory_of(torch.device("cpu"))[0], rates=rates, weights=weights,
+                main=None if memory is not None else memory_of(torch.device("cpu"))[0], rates=rates, weights=weights,
                 copy=sizes.scope * load.width,
                 group=1 if on_cpu else min(devices, -(-weights // max(1, free))),
                 cells=cells_of({"methods": list(job.prune.methods), "sparsities": list(job.prune.sparsities)}))

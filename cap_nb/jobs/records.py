@@ -72,7 +72,7 @@ def records_as_text(records: Sequence[AnswerRecord] | Sequence[LossRecord] | Seq
 def records_from_text(text: str, kind: type) -> tuple: # Its records
     "Records read from a table of text; a table of another shape raises ValueError."
     csv.field_size_limit(2**31 - 1) # of the process; an answer may be longer than the usual 131,072
-    table = csv.reader(io.StringIO(text, newline=""))
+    table = csv.reader(io.StringIO(text))
     names, types = next(table, None), {field.name: field.type for field in fields(kind)}
     if names == list(fields_of(kind)): types.pop("sample", None) # one answer to each problem
     readers = {name: FROM_TEXT[type_] for name, type_ in types.items()}

@@ -244,8 +244,9 @@ PLACES = {"RUN": "this run's folder", "DATA": "the folder of benchmark files, wh
           "CHAINS": "the file that cap chains wrote", "FILE": "your own Python file"} # What a command does not know
 
 def unusual_text(configuration: Mapping) -> str | None:
-    "The text of a run's perplexity, where it is not the one that goes with its prompts."
-    usual = "lab-text" if configuration["style"]["called"] == "lab" else "wikitext2"
+    "The text of a run's perplexity, where it is not the one that goes with its prompts and tasks."
+    lab = configuration["style"]["called"] == "lab" and {*configuration["calibration"]["tasks"]} <= {*LAB_TASKS}
+    usual = "lab-text" if lab else "wikitext2"
     return next((text for text in configuration["evaluation"]["data"]["text"] if text != usual), None)
 
 def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 16"

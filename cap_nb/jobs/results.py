@@ -117,7 +117,7 @@ def results_frame(
     return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
 # %% ../../nbs/jobs/07_results.ipynb #c039
-USUAL = {"evaluation.shots": 0, "evaluation.backend": "transformers"} # What a run does not write down
+USUAL = {"evaluation.shots": 0, "evaluation.backend": "transformers"} # Not written down where it is this
 COUNTS = tuple(f"evaluation.{name}" for name in ("evaluate_n", "loss_n", "windows", "window_tokens")) # As asked
 
 def measured_on(run: Run) -> dict[str, object]: # Setting -> value, fingerprints last
@@ -126,7 +126,7 @@ def measured_on(run: Run) -> dict[str, object]: # Setting -> value, fingerprints
     kept = {"evaluation": about["evaluation"], "style": about["style"], "tokenizer": about["model"]["tokenizer"]}
     text = next((e.perplexity for e in run.evaluations if e.perplexity is not None), None)
     read = {"text": text.text, "windows read": text.windows, "tokens in each": text.window_tokens} if text else {}
-    settings = USUAL | settings_of(kept) | read
+    settings = (USUAL if about["evaluation"]["max_new_tokens"] else {}) | settings_of(kept) | read
     return dict(sorted(settings.items(), key=lambda item: (is_fingerprint(item[1]), item[0])))
 
 def check_paired(names: tuple[str, str], runs: tuple[Run, Run]) -> None:
@@ -146,7 +146,7 @@ def check_cells(runs: Mapping[str, Run], methods: Sequence[str] | None, against:
     there = [e for run in (others or [first]) for e in run]
     for method in methods or (): check_choice(method, dict.fromkeys(e.method for e in there), "method of these runs")
     for sparsity in sparsities or ():
-        check_choice(f"{sparsity:g}", dict.fromkeys(f"{e.sparsity:g}" for e in there), "sparsity of these runs")
+        check_choice(f"{sparsity}", dict.fromkeys(f"{e.sparsity}" for e in there), "sparsity of these runs")
     if against is not None:
         check_choice(against, dict.fromkeys(e.method for e in first), f"method of {next(iter(runs))}")
 

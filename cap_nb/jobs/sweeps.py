@@ -275,7 +275,7 @@ def read_index(folder: str | Path) -> dict: # Its index
     return kept
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c055
-WHERE = ("name", "device", "data_dir") # What lies there is compared run by run
+WHERE = ("name", "device", "data_dir", "calibrate_on") # What lies there is compared run by run
 
 def goes_on(kept: dict, asked: dict | None) -> bool: # Whether it may go on
     "Whether a run's settings are the same, but for methods and sparsities that were added, and places."

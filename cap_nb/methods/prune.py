@@ -269,8 +269,9 @@ def with_factors(model: nn.Module, parts: MethodName, inputs: Inputs) -> Inputs:
 def recovered_weight(dense: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, steps: tuple[str, ...],
                      pattern: tuple[int, int] | None, name: str = "the matrix") -> torch.Tensor: # [out, in]
     "Recover a weight whose mask, bool [out, in], a method chose: swaps, which keep a pattern, the update, or both."
-    if pattern: mask = smallest_in_groups((~mask).float(), *pattern) # of more zeros in a group, those of the pattern
-    if "swaps" in steps: mask = swapped_mask(dense, mask, hessian, pattern, name=name)
+    if "swaps" in steps: # of a group with more zeros than the pattern's the others stay where they are
+        few = smallest_in_groups((~mask).float(), *pattern) if pattern else mask
+        mask = swapped_mask(dense, few, hessian, pattern, name=name) | (mask & ~few)
     if "update" in steps: return updated_weight(dense, mask, hessian, name=name)
     return dense.masked_fill(mask, 0.0)
 
@@ -341,7 +342,8 @@ def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: In
     origin = {"model": model_fingerprint(model), "dtype": f"{weight.dtype}", "device": weight.device.type,
               "calibration": inputs.calibration.fingerprint, "batch_tokens": inputs.batch_tokens,
               "method": f"{parts}", "sparsity": sparsity, "shares": inputs.shares, "seed": inputs.seed,
-              "ties": inputs.ties, "factors": factors, "added": additions_noted()}
+              "factors": factors, "added": additions_noted()}
+    if inputs.ties != "exact": origin["ties"] = inputs.ties # as in older folders
     return inputs.unfinished/sha256_of_text(json_text(origin))[:16]
 
 # %% ../../nbs/methods/24_prune.ipynb #b36e6dd9

@@ -76,12 +76,13 @@ def scores_of(criterion: Criterion, p: Projection, measured: Measurements) -> to
             scores.is_sparse or scores.is_meta != p.weight.is_meta):
         raise BadInput(f"The scores of {p.name} are no numbers ({type(scores).__name__}): expected a dense "
                        "floating-point tensor, one score for each weight; check the criterion.")
-    least, most = scores.float().aminmax()
-    if not (scores.shape == p.weight.shape and least >= 0 and most < math.inf): # NaN fails both
+    scores = scores.float()
+    fitting = scores.shape == p.weight.shape and scores.min() >= 0 and scores.max() < math.inf # NaN fails both
+    if not fitting:
         raise BadInput(f"The scores of {p.name} have shape {list(scores.shape)}, or some is negative or not finite: "
                        f"expected one finite score of at least 0 for each weight; check the criterion, "
                        f"and the model and calibration set for NaN.")
-    return scores.float() + 0.0 # never -0.0, whose bits are not those of 0.0
+    return scores + 0.0 # never -0.0, whose bits are not those of 0.0
 
 # %% ../../nbs/methods/05_selection.ipynb #c045
 def pattern_counts(scores: torch.Tensor, upper: int | None = None, repeats: torch.Tensor | None = None) -> torch.Tensor:

@@ -209,7 +209,7 @@ def solve_layer_by_layer(model: nn.Module, calibration: Calibration, shares: dic
         if any(shares[p.name] for p in step.projections): solver(step, input_hessians(step))
 
 # Weight, Hessian, share, name, what was made from the same Hessian -> new weight
-MatrixSolver = Callable[[torch.Tensor, torch.Tensor, float, str, MadeOnce | None], torch.Tensor]
+MatrixSolver = Callable[[torch.Tensor, torch.Tensor, float, str, MadeOnce], torch.Tensor]
 
 def by_matrix(solver: MatrixSolver, shares: dict[str, float]) -> LayerSolver:
     "Solve every projection of a layer by itself; what follows from a Hessian alone is made once."
@@ -217,6 +217,7 @@ def by_matrix(solver: MatrixSolver, shares: dict[str, float]) -> LayerSolver:
         readers, once = Counter(map(id, hessians.values())), MadeOnce()
         for p in step.projections:
             hessian = hessians[p.name]
-            known = once if readers[id(hessian)] > 1 else None # nothing is kept that no other projection reads
-            p.weight.copy_(solver(p.weight, hessian, shares[p.name], p.name, known))
+            if readers[id(hessian)] == 1: once = MadeOnce(most=0) # no other projection reads what would be kept
+            elif not once.most: once = MadeOnce()
+            p.weight.copy_(solver(p.weight, hessian, shares[p.name], p.name, once))
     return solve

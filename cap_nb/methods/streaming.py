@@ -516,7 +516,7 @@ def open_hessians(folder: str | Path, checkpoint: Checkpoint, fingerprint: str) 
 
 # %% ../../nbs/methods/25_streaming.ipynb #b6a271c8
 def solved_weight(weight: torch.Tensor, pruned: torch.Tensor | None, hessian: torch.Tensor, parts: MethodName,
-                  sparsity: float, name: str, once: MadeOnce | None) -> torch.Tensor: # [out, in]
+                  sparsity: float, name: str, once: MadeOnce) -> torch.Tensor: # [out, in]
     "Solve for a matrix, or recover what a criterion left of it, or both; with nothing to zero it stays as it is."
     if not sparsity: return weight
     pattern = pattern_of(own_scope(parts))
@@ -539,8 +539,9 @@ def write_solved(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsi
     for p in tqdm(projections(checkpoint.model), desc=parts.base, unit="matrix"):
         weight = read_weight(checkpoint, p)
         pruned = None if parts.base in SOLVERS else read_weight(checkpoint, p, folder)
-        known = once if readers[given.where[p.name]] > 1 else None
-        new = solved_weight(weight, pruned, given.read(p.name), parts, sparsity, p.name, known)
+        if readers[given.where[p.name]] == 1: once = MadeOnce(most=0) # no other projection reads what would be kept
+        elif not once.most: once = MadeOnce()
+        new = solved_weight(weight, pruned, given.read(p.name), parts, sparsity, p.name, once)
         for piece in pieces_of_weights(checkpoint, [p], p.weight.numel()):
             write_rows(piece, new[piece.first:piece.last], folder)
         zeros[p.name], before = int((new == 0).sum()), before + int((weight == 0).sum())

@@ -164,7 +164,7 @@ def opened_by_transformers(source: str | Path) -> Iterator[None]:
 TOKENIZERS = ("*token*", "vocab*", "spiece.model", "tekken.json") # One of these files holds a vocabulary
 
 def holds_tokenizer(folder: Path) -> bool:
-    "Whether a vocabulary is in a folder."
+    "Whether some file of a tokenizer is in a folder."
     return any(found for name in TOKENIZERS for found in folder.glob(name))
 
 def load_tokenizer(source: str) -> object:
@@ -325,7 +325,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
             kind, weights = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], loader.weights(folder)
             model = nothing_made_up(folder, kind.from_pretrained(
                 None, config=config, state_dict=weights, dtype=dtype or most_frequent_dtype(weights), **options))
-            del weights # the model's own, of which none is held twice below
+            del weights # so that each goes when `in_memory` has copied it
             model.generation_config = generation_of(folder, config)
         else:
             check_complete(folder, config)

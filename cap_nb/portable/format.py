@@ -333,7 +333,7 @@ def open_base(form: str, name: str | Path | None) -> Base: # The base; none for 
                        "--base out, or ask for a delta.")
     if name is None: return Base()
     ours = {"lab": CHECKPOINT, "lab-moe": EXPERTS_CHECKPOINT}
-    if name == "smollm2": ours["smollm2"] = model_cache()/"smollm2" # asked for by name alone: a user may have no home
+    if str(name) == "smollm2": ours["smollm2"] = model_cache()/"smollm2" # a user may have no home
     folder = ours.get(str(name), Path(name))
     if not folder.is_dir():
         raise BadInput(f"There is no base {str(name)!r}: expected lab, lab-moe, smollm2 (once fetched) or a folder; "

@@ -23,6 +23,15 @@ from ..models.anatomy import dimensions
 from ..models.loading import (
     check_complete, check_gguf_installed, check_not_quantised, config_of, load_tokenizer, STORED_DTYPES)
 
+# %% ../../nbs/portable/03_quantised.ipynb #c005
+def rounded_to_nearest(weight: torch.Tensor, bits: int, group: int = 32) -> torch.Tensor:
+    "Round weights to the nearest code of a symmetric grid, group by group."
+    groups = weight.detach().float().unflatten(-1, (-1, group))
+    largest = 2 ** (bits - 1) - 1
+    scale = groups.abs().amax(-1, keepdim=True) / largest
+    codes = (groups / torch.where(scale == 0, 1, scale)).round().clamp(-largest, largest)
+    return (codes * scale).flatten(-2).to(weight.dtype)
+
 # %% ../../nbs/portable/03_quantised.ipynb #c010
 GGUF_TYPES = {"f32": (0, "F32"), "f16": (1, "F16"), "bf16": (32, "BF16"), "q8_0": (7, "Q8_0")} # File type, tensor type
 

@@ -365,6 +365,14 @@ class Upload:
     files: tuple[SharedFile, ...] # Every file
     url: str | None = None # Of the commit; None if nothing was uploaded
 
+def check_not_in_the_way(there: Sequence[str], upload: Upload) -> None:
+    "Raise `BadInput` for weights in a repository that would stay, and might be loaded in place of the new ones."
+    kept = sorted({name for name in there if "/" not in name} - {file.name for file in upload.files})
+    for name in kept:
+        if name == MANIFEST or name.endswith((".safetensors", ".safetensors.index.json")):
+            raise BadInput(f"{upload.repository} holds {name}, which may be loaded in place of what is new: expected a "
+                           "new repository, or the same files; delete it there, or choose another name.")
+
 def commit_message(folder: Path) -> str: # A line
     "What a commit says of a folder."
     record = read_record(folder)
@@ -394,7 +402,7 @@ def publish(
     with hub_errors_reported(repository):
         api = api or HfApi(library_name="cap_nb", library_version=cap_nb.__version__)
         api.create_repo(repository, private=private, exist_ok=True)
-        # weights of before go, which transformers might load in place of these
+        check_not_in_the_way(api.list_repo_files(repository), upload)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=upload.message,
-                                   allow_patterns=names, delete_patterns=["*.safetensors", "*.safetensors.index.json"])
+                                   allow_patterns=names)
     return replace(upload, url=commit.commit_url)
