@@ -675,7 +675,7 @@ def bench_command(
     "Measure tokens a second of a dense and a pruned model, taking turns, in every way that can run here."
     from cap_nb.core.files import write_checked
     from cap_nb.portable.speed import bench_folder, speed_text
-    if out and (out.exists() or out.is_symlink()): # told before hours of measuring
+    if out and (out.exists() or out.is_symlink()): # told before anything is measured
         raise BadInput(f"{out} exists already: expected the name of a new file; choose another or remove it.")
     record = bench_folder(folder, against, settings, note)
     if out: write_checked(out, record)

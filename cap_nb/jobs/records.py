@@ -65,7 +65,7 @@ def records_as_text(records: Sequence[AnswerRecord] | Sequence[LossRecord] | Seq
         csv.writer(text, lineterminator="\r\n").writerow(cells) # so that a cell with either of the two is quoted
         return f"{text.getvalue()[:-2]}\n"
     def cells_of(record: object) -> list:
-        return [json.dumps(value) if name == "output" else value for name in names for value in [getattr(record, name)]]
+        return [json.dumps(record.output) if name == "output" else getattr(record, name) for name in names]
     return "".join(map(line, [names, *map(cells_of, records)]))
 
 # %% ../../nbs/jobs/00_records.ipynb #c006
