@@ -367,7 +367,7 @@ def paper_table() -> pd.DataFrame: # Rows (Model, Method, Sparsity); accuracies 
 def paper_measure(measure: str) -> str | None:
     "Which column of the paper's table a measure of ours belongs to, as in Lab ARC-C. loss; None: to none."
     if measure == TEXT_LOSS: return "perplexity"
-    if measure.endswith("gold p norm"): return None
+    if measure.endswith("gold p norm") or task_title("gsm8k_changed") in measure: return None
     return next((task for task, title in TASK_TITLES.items() if title in measure), None)
 
 def paper_direction(measure: str, sparsity: float) -> dict[str, str]:

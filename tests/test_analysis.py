@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, method_looks, save_figure
 from cap_nb.analysis import (
     PAPER_NUMBERS, compare, compare_methods, compare_with_paper, comparison_frame, correct_family, holm, method_table,
-    method_title, paper_table, plot_head_importance)
+    method_title, paper_measure, paper_table, plot_head_importance)
 from cap_nb.jobs.tables import (
     ELSEWHERE, answer_markdown, answer_table, comparison_grid, comparison_mark, comparison_markdown, comparison_text,
     head_importance_in_words, interval_text, pairs_with, plot_importance_distribution, plot_sparsity_curves,
@@ -180,6 +180,7 @@ def test_comparison_with_the_paper_covers_what_both_have():
     assert list(directions.index) == [(s, measure) for s in (0.1, 0.2, 0.5) for measure in measures]
     assert (directions["Here"] != "CAP").loc[(slice(None), "Text loss")].all(), "the made-up CAP has the higher perplexity"
     assert directions.loc[(0.2, "GSM8K"), "Llama-3-8B-Instruct"] == "Wanda"
+    assert paper_measure("GSM8K, set aside") == "gsm8k" and paper_measure("GSM8K, changed") is None, "other numbers"
     odd = compare_with_paper(compare_methods([replace(e, sparsity=0.3) for e in CELLS if e.sparsity == 0.2]))
     assert set(odd["Llama-3-8B-Instruct"]) == {"not reported"}
 
