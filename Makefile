@@ -107,7 +107,6 @@ audit: env
 	"$$tools/venv/bin/pip-audit" --strict --no-deps --disable-pip -r "$$tools/installed.txt"
 
 readme: env
-	"$(BIN)/python" tools/readme.py
 	"$(BIN)/python" tools/stubs.py
 
 lab: env
@@ -176,7 +175,6 @@ check-style: env
 
 check-readme: env
 	@echo "== README.md is what nbs/index.ipynb makes; stubs, the list of methods and the known names are what the modules make"
-	"$(BIN)/python" tools/readme.py --check
 	"$(BIN)/python" tools/stubs.py --check
 
 check-notebooks: env

@@ -258,24 +258,6 @@ def test_problems_of_chains_are_not_evaluated_on(lab, tmp_path):
     assert stolen in {e.uid for e in job_calibration(job, tokenizer).examples}
 
 
-@pytest.mark.parametrize("words, parts", [
-    (["chains", "--out", "x", "--max-new-tokens", "600"], ["exceed the model's context of 512"]),
-    (["chains", "--out", ".", "--n", "1"], ["is not a file"]),
-    (["run", "--calibrate-on", "text", "--text-tokens", "513"], ["exceed the model's context of 512"]),
-    (["score", "--out", "x", "--calibrate-on", "text", "--text-tokens", "513"], ["exceed the model's context of 512"]),
-    (["prune", "--out", "x", "--method", "wanda", "--text-share", "0.001"], ["expected at least one window and one problem"]),
-    (["run", "--n", "4", "--calibration-tokens", "900"], ["--n 4 was given with --calibration-tokens 900: expected one of them"]),
-    (["run", "--calibration-tokens", "9000000"], ["tokens in 2,000 examples for calibration but 3,000,000 were asked for"]),
-    (["score", "--out", "x", "--chain-rule", "all"], ["--chain-rule was given with --calibrate-on gold: expected a file of chains"]),
-    (["chains", "--out", "x", "--chain-rule", "right,long"], ["--chain-rule is 'right,long': expected right or all"]),
-    (["run", "--calibrate-on", "text", "--n", "1000", "--text-tokens", "500"], ["The text has", "windows of 500 tokens"]),
-])
-def test_mistakes_are_one_sentence(words, parts, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert_one_sentence(cap(*words, "--device", "cpu"), *parts)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_command_tells_of_few_chains_and_how_to_calibrate_on_them(tmp_path):
     path = tmp_path / "c.jsonl"
     done = cap("chains", "--n", 2, "--tries", 2, "--max-new-tokens", 60, "--device", "cpu", "--out", path)

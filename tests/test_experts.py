@@ -18,7 +18,6 @@ from cap_nb.methods.experts import (
     conditional_scores, expert_losses, expert_use, masked_expert_factors, routed_factors, routed_losses)
 from cap_nb.methods.neurons import unit_aware_factors
 from cap_nb.methods.prune import prune
-from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.models.anatomy import projections, routing_of
 from cap_nb.models.lab import ExpertsRecipe, lab_tokenizer, new_experts_model, save_tokenizer
 from cap_nb.models.loading import load_model
@@ -85,13 +84,6 @@ def test_a_run_of_a_dense_model_is_refused_before_any_work(tmp_path):
     with pytest.raises(BadInput, match="Method 'cap.routed' was asked for, and LlamaForCausalLM has no routed experts"):
         run_job(changed(Job(), methods=("cap.routed",), n=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_routing_aware_factors_cannot_be_streamed(tmp_path):
-    mixtral().save_pretrained(tmp_path / "model")
-    with pytest.raises(BadInput, match="cannot be streamed"):
-        prune_checkpoint(tmp_path / "model", tmp_path / "pruned", 0.3, torch.ones(3, 4), "cap.routed")
-    assert not (tmp_path / "pruned").exists()
 
 
 # by name

@@ -94,11 +94,3 @@ def test_the_package_says_what_it_is():
     names["calibration_set"] = functools.partial(names["calibration_set"], n=4)
     exec("\n".join(lines), names)
     assert names["report"].reached == pytest.approx(0.5, abs=1e-4)
-
-
-def test_nothing_heavy_is_imported_before_it_is_asked_for():
-    """By the import graph, not by the clock."""
-    heavy = ("torch", "transformers", "pandas", "matplotlib", "datasets")
-    code = f"import sys, cap_nb, cap_nb.all; dir(cap_nb); print([name for name in {heavy!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

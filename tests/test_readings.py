@@ -26,7 +26,7 @@ from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import load_model
 from cap_nb.regions import Factors, region_factors
-from cap_nb.scoring import AGGREGATIONS, causal_scores, masked_head, score_interval
+from cap_nb.scoring import causal_scores, masked_head, score_interval
 from cap_nb.single_steps import prune_into, score_into
 
 
@@ -58,13 +58,6 @@ def test_pooled_losses_are_the_batch_loss_of_transformers_subset_by_subset():
                 assert abs(causal_scores(losses, pooled)[layer, head] - causal_scores(losses, name)[layer, head]) > 1e-4
     low, high = score_interval(losses, "pooled-mean", draws=50)
     assert ((low <= high) & (low <= causal_scores(losses, "pooled-mean") + 0.2)).all()
-
-
-def test_examples_of_one_length_give_the_same_scores_pooled():
-    losses = score_heads(tiny_llama(), made_up_calibration(6, step=0))
-    for name in AGGREGATIONS[:3]:
-        pooled = "pooled" if name == "paper" else f"pooled-{name}"
-        assert torch.allclose(causal_scores(losses, name), causal_scores(losses, pooled), atol=1e-12)
 
 
 def test_a_table_of_before_is_read_as_before_and_gains_its_counts_from_the_calibration_set(tmp_path):
@@ -148,11 +141,6 @@ def test_single_steps_read_the_table_as_the_method_says(tmp_path):
     pruned, _ = load_model(str(tmp_path/"pruned"))
     assert torch.equal(zeros_of(pruned), zeros_of(model))
     assert '"pooled"' in (tmp_path/"pruned"/"config.json").read_text() + "".join(path.read_text() for path in (tmp_path/"pruned").glob("*.json"))
-
-
-def test_every_name_passes_the_check_before_torch_is_imported():
-    check_names({"methods": tuple(f"cap.{name}@matrix" for name in READINGS), "aggregation": "pooled-paired"})
-    for how in AGGREGATIONS: check_names({"aggregation": how})
 
 
 def test_a_part_of_a_table_is_not_pooled():

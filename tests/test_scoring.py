@@ -26,8 +26,6 @@ from cap_nb.command_line import app
 from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import Calibration
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
-from cap_nb.models.interventions import changed_output, hook_count
-from cap_nb.models.replay import attention_of, read_after_prefix, recorded_heads, run_layer
 from cap_nb.scoring import score_heads_naive
 
 # two processes with two threads each would wait for one another
@@ -249,15 +247,3 @@ def test_a_model_that_is_spread_over_memory_and_disk_scores_the_same(tmp_path):
     assert any(weight.is_meta for weight in spread.parameters())
     one, other = score_heads(model, calibration), score_heads(spread, calibration)
     assert torch.equal(one.masked, other.masked) and torch.equal(one.intact, other.intact) and one.meta == other.meta
-
-
-def test_heads_are_kept_only_where_attention_ends_with_its_projection():
-    """What is added to the projection's output inside attention, as in BLOOM, would be lost if the layer started at the projection."""
-    model, kept = tiny_llama(), {}
-    batch = {name: torch.ones(2, 6, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-    call = read_after_prefix(model, batch, None)[1]
-    for name, change in (("plain", lambda output: output), ("more after it", lambda output: (output[0] + 1, *output[1:]))):
-        with torch.no_grad(), changed_output(attention_of(model, 1), change), recorded_heads(model, 1) as kept[name]:
-            run_layer(model.model.layers[1], call.hidden, call)
-    assert {name: len(heads) for name, heads in kept.items()} == {"plain": 1, "more after it": 0}
-    assert hook_count(model) == 0

@@ -134,11 +134,6 @@ def test_ci_makes_no_second_environment():
     assert wanted.returncode == 0 and ".venv-457" not in wanted.stdout and "exec make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_both_records_of_layer_errors_are_of_the_same_inputs():
-    masks, joint = (read_checked(ROOT / "figures" / "solvers" / f"{name}_errors.json") for name in ("mask", "joint"))
-    assert all(masks[key] == joint[key] for key in ("model", "calibration", "sparsity")) and set(masks["errors"]) == set(joint["shares"])
-
-
 def test_the_readmes_methods_are_those_of_the_page():
     """The seven rows near its top are rows of the first table of the page on methods, with the head of the reason that stands there."""
     def rows(path):

@@ -85,6 +85,7 @@ COMMANDS = {
         "--loss-n 9999999", "--max-new-tokens 0", "--windows -1", "--window-tokens 1", "--text-tokens 1", "--text-share 1", "--text-share -0.1",
         "--text-share nan", "--text-share 0.01", "--seed 18446744073709551616", "--seed -9999999999999999999999",
         "--calibration-seed 99999999999999999999", "--max-new-tokens 99999999 --accuracy-tasks lab-arc",
+        "--temperature 0.6", "--top-p 0.9", "--samples 4", "--samples 4 --temperature inf", "--samples 4 --temperature 1 --top-p 0", "--samples 0",
         "--sparsity -0.1", "--sparsity 1", "--sparsity 1.5", "--sparsity nan", "--sparsity inf", "--sparsity a-half", "--sparsity ''", "--sparsity 0.1,,0.2")],
     "n:m patterns": [f"{PRUNE} --method {method}" for method in (
         "cap@0:4", "cap@4:4", "cap@5:4", "cap@-1:4", "cap@a:b", "wanda@2:0", "wanda@1:99999999999999999999", "wanda@2:4:8", "sparsegpt@2:7",
@@ -163,7 +164,14 @@ COMMANDS = {
         "--tries 0", "--temperature 0", "--temperature nan", "--tasks none", "--max-new-tokens 0")]
     + [f"claims {FEW} --out PLACE/new {options}" for options in ("--variants nothing", "--variants ''", "--base PLACE/nothing", "--text-windows 0")]
     + ["train-lab --steps 0 --out PLACE/new", "train-lab --steps 1 --seed -1 --out PLACE/new", "train-lab --steps 1 --out PLACE/folder",
-       "eval --windows 0 --loss-n 0 --accuracy-tasks none --device cpu"],
+       "eval --windows 0 --loss-n 0 --accuracy-tasks none --device cpu"]
+    + [f"{command} --device cpu" for command in (
+        "chains --out PLACE/new.jsonl --max-new-tokens 600", "chains --out PLACE/folder --n 1", "chains --out PLACE/new.jsonl --chain-rule right,long",
+        "run --out PLACE/new --calibrate-on text --text-tokens 513", "score --out PLACE/new.safetensors --calibrate-on text --text-tokens 513",
+        "run --out PLACE/new --calibrate-on text --n 1000 --text-tokens 500", "prune --out PLACE/new --method wanda --text-share 0.001",
+        "run --out PLACE/new --n 4 --calibration-tokens 900", "run --out PLACE/new --calibration-tokens 9000000",
+        "score --out PLACE/new.safetensors --chain-rule all",
+        "run --out PLACE/new --budget 0.5 --aggregation mean --methods cap.neurons")] + ["fetch llama"],
     "plugins": [f"methods --plugin PLACE/{name}" for name in ("nothing.py", "file.txt", "folder", *(f"{name}.py" for name in PLUGIN_FILES if name[:3] != "use"))]
     + [f"{PRUNE} --method mine --plugin PLACE/{name}.py" for name in PLUGIN_FILES if name[:3] == "use"],
 }

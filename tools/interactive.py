@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 from collections import defaultdict
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -44,30 +44,20 @@ def heads_of(lab: dict) -> list[tuple[int, int]]:
     return [tuple(head) for head in np.ndindex(tuple(lab["scores"].shape))]
 
 
-def one_head_a_row(lab: dict, rows: int) -> ExitStack:
-    """While the block runs, row 0 of a batch is intact and each other one has a head masked."""
-    from cap_nb.models.anatomy import dimensions, output_projection
-    from cap_nb.models.interventions import changed_input
-
-    size, heads, stack = dimensions(lab["model"].config).head_size, heads_of(lab), ExitStack()
-    for layer in range(lab["model"].config.num_hidden_layers):
-        kept = torch.ones(rows, 1, output_projection(lab["model"], layer).weight.shape[1])
-        for row, (of, head) in enumerate(heads, start=1):
-            kept[row, :, head * size:(head + 1) * size] *= of != layer
-        stack.enter_context(changed_input(output_projection(lab["model"], layer), lambda z, kept=kept: z * kept))
-    return stack
-
-
 def answers_of(lab: dict, problem) -> list[tuple]:
     """(answer, loss) with no head masked and with each head masked, for the model as it is."""
     from cap_nb.evaluation import answer_problems, problem_losses
+    from cap_nb.methods.attributions import gated_heads
     from cap_nb.scoring import masked_head
 
     answers = []
     for head in (None, *heads_of(lab)):  # rows change places while answers are written, so a head at a time
         with masked_head(lab["model"], *head) if head else nullcontext():
             answers += answer_problems(lab["model"], lab["tokenizer"], [problem], max_new_tokens=128)
-    with one_head_a_row(lab, len(answers)):
+    gates = torch.ones(len(answers), *lab["scores"].shape)
+    for row, head in enumerate(heads_of(lab), start=1):
+        gates[(row, *head)] = 0
+    with gated_heads(lab["model"], gates):
         losses = problem_losses(lab["model"], lab["tokenizer"], [problem] * len(answers), batch_tokens=10**6)
     return list(zip(answers, (record.loss for record in losses)))
 

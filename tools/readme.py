@@ -1,11 +1,10 @@
-"""Make README.md from nbs/index.ipynb, or with --check see whether it is up to date.
+"""The text of README.md, from nbs/index.ipynb; stubs.py writes it, and checks it.
 
 nbdev_readme needs Quarto. This takes those of nbdev's own notebook processors that matter for a page of text (hide,
 hide_line, export) and lets nbconvert write the Markdown, without the code that makes the table. Its link processor stays
 out: it would point at a documentation site that does not exist. Links in the index are relative to nbs/; in the README they are made relative to the top
 folder. Pictures are links to committed files, so that the README renders anywhere.
 """
-import argparse
 import os
 import re
 import sys
@@ -49,20 +48,3 @@ def readme() -> str:
     text = "\n".join(line.rstrip() for line in text.splitlines())
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     return "<!-- Made from nbs/index.ipynb by `make readme`; edit the notebook. -->\n\n" + text + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when README.md is not up to date")
-    asked = parser.parse_args()
-    os.chdir(ROOT)
-    made, target = readme(), ROOT / "README.md"
-    if asked.check:
-        if not target.is_file() or target.read_text(encoding="utf-8") != made:
-            sys.exit("README.md is not what nbs/index.ipynb makes: run `make readme` and commit it.")
-        return
-    target.write_text(made, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Make cap_nb/all.pyi, cap_nb/__init__.pyi, cap_nb/methods.txt and cap_nb/names.json, or with --check see whether they are up to date.
+"""Make README.md, cap_nb/all.pyi, cap_nb/__init__.pyi, cap_nb/methods.txt and cap_nb/names.json, or with --check see whether they are up to date.
 
 `cap_nb` and `cap_nb.all` import a public name when it is first asked for, which type checkers and editors cannot follow.
 The stubs say where each name lives; they are read and never run. The list of methods is what `cap methods` prints, so
@@ -44,12 +44,13 @@ def stubs() -> dict[Path, str]:
     sys.path.insert(0, str(ROOT))
     from cap_nb.all import public_names
     from cap_nb.methods.prune import method_list
+    from readme import readme
 
     homes = public_names(ROOT / "cap_nb")
     lines = [f"from {home} import {name} as {name}" for name, home in sorted(homes.items())]
     text = "\n".join(["# Made by tools/stubs.py from the modules' __all__.", *lines, ""])
     here = ROOT / "cap_nb"
-    return {here / "all.pyi": text, here / "__init__.pyi": text + "__version__: str\n", here / "methods.txt": method_list() + "\n",
+    return {ROOT / "README.md": readme(), here / "all.pyi": text, here / "__init__.pyi": text + "__version__: str\n", here / "methods.txt": method_list() + "\n",
             here / "names.json": json.dumps(names(), indent=1) + "\n"}
 
 
@@ -60,7 +61,7 @@ def main() -> None:
     checking = parser.parse_args().check
     for path, text in stubs().items():
         if checking and (not path.exists() or path.read_text(encoding="utf-8") != text):
-            sys.exit(f"{path.relative_to(ROOT)} is not what the modules make: run python tools/stubs.py and commit it.")
+            sys.exit(f"{path.relative_to(ROOT)} is not what the notebooks make: run `make readme` and commit it.")
         if not checking:
             path.write_text(text, encoding="utf-8")
 

@@ -15,6 +15,7 @@ problems. SmolLM2 is fetched with `cap fetch smollm2`.
 """
 
 import copy
+import importlib.metadata
 import importlib.util
 import os
 import time

@@ -15,6 +15,7 @@ that runs the command: `pip install "transformer_lens>=3.9,<4"`. Version 3.9 is 
 and it wants transformers 5.9 or newer.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
