@@ -257,7 +257,6 @@ def least_told(n: int, discordant: float) -> float: # Points; NaN where none can
     difference = math.sqrt(discordant) * (Z_LEVEL * math.sqrt(n) + root) / (n + Z_POWER**2)
     return 100 * difference if 0 < difference <= discordant else math.nan # no more than all that differ
 
-
 # %% ../nbs/06_analysis.ipynb #49645cbb
 def detection_text(points: float, discordant: float) -> str:
     "How many problems tell two methods apart, in a sentence."
@@ -285,7 +284,6 @@ def told_text(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> 
                      f"{span_text([100 * c.alone / c.n for c in those], '.1f')} %, could have told {points} "
                      f"apart{few} (80 % power at 5 %, before Holm's correction).")
     return "\n".join(lines)
-
 
 # %% ../nbs/06_analysis.ipynb #c037
 TEXT_LOSS = "Text loss" # What a text is compared by: the losses of its windows

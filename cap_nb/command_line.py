@@ -442,7 +442,6 @@ def plan_command(
     share = DISCORDANT if settings.discordant is None else settings.discordant
     return f"{said}\n\n{detection_text(settings.detect, share)}"
 
-
 # %% ../nbs/command_line.ipynb #a1dd7705
 @command(JOB)
 def methods_command(

@@ -185,7 +185,6 @@ def causal_scores(
     subset = losses.subset if k is None else deal_subsets(losses.stratum, k, losses.seed)
     return aggregate(subset_means(losses.masked, subset, weight), subset_means(losses.intact, subset, weight), how)
 
-
 # %% ../nbs/01_scoring.ipynb #c033
 def resampled(subset: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     "How often each example is drawn, float64 [N], if each subset is resampled with replacement."

@@ -12,7 +12,7 @@ from cap_nb.analysis import method_table
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, sha256_of_file
 from cap_nb.core.plots import figure_bytes
-from cap_nb.jobs.records import REPORT, check_continues, load_run, pack_run, packed_texts, unpack_run
+from cap_nb.jobs.records import REPORT, check_continues, job_of, load_run, pack_run, packed_texts, unpack_run
 from cap_nb.jobs.job import prepare
 from cap_nb.jobs.report import command_of, figures_of, report_html, write_results
 from cap_nb.jobs.settings import Job, changed
@@ -84,17 +84,22 @@ def test_the_command_has_the_seed_and_a_word_for_each_folder(run):
     assert "--data-dir DATA" in html and "--plugin FILE" in html and "RUN: this run's folder; DATA: the folder of benchmark files" in html
 
 
-def test_a_run_that_kept_no_seed_goes_on_where_it_drew_the_same_problems(run, tmp_path):
-    """Its problems say which seed it was; without problems another seed is refused by its option."""
-    kept, data = run.configuration, run.configuration["evaluation"]["data"]
-    asked = kept | {"evaluation": kept["evaluation"] | {"seed": 3}}
-    check_continues(tmp_path, kept, asked)
-    of_text = {"accuracy": {}, "loss": {}, "text": data["text"]}
-    for problems in (of_text, data | {"loss": dict.fromkeys(data["loss"], "0" * 64)}):
-        other = asked | {"evaluation": asked["evaluation"] | {"data": problems}}
-        before = kept | {"evaluation": kept["evaluation"] | {"data": of_text if problems is of_text else data}}
+def test_another_seed_is_refused_by_its_option(run, tmp_path):
+    """A record names no seed where it is 0, with problems or with a text alone."""
+    for kept in (run.configuration, changed_data(run.configuration, accuracy={}, loss={})):
+        asked = kept | {"evaluation": kept["evaluation"] | {"seed": 3}}
         with pytest.raises(BadInput, match="--seed is 3, the run in this folder has 0"):
-            check_continues(tmp_path, before, other)
+            check_continues(tmp_path, kept, asked)
+        drawn_otherwise = kept | {"calibration": kept["calibration"] | {"seed": 1}}
+        assert (job_of(drawn_otherwise).calibrate.seed, job_of(drawn_otherwise).calibrate.calibration_seed) == (0, 1)
+        with pytest.raises(BadInput, match="--seed is 3, the run in this folder has 0:"):
+            check_continues(tmp_path, drawn_otherwise, drawn_otherwise | {"evaluation": asked["evaluation"]})
+
+
+def changed_data(configuration, **parts):
+    """A run's settings with other problems."""
+    measured = configuration["evaluation"]
+    return configuration | {"evaluation": measured | {"data": measured["data"] | parts}}
 
 
 def test_the_page_says_when_nothing_could_be_decided(run):

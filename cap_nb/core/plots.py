@@ -7,9 +7,8 @@ __all__ = ['plot_threshold']
 
 # %% ../../nbs/core/02_plots.ipynb #c005
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,11 +34,7 @@ FIGURE_STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110,
     "figure.constrained_layout.use": True, "svg.hashsalt": "cap_nb", "legend.frameon": False,
 }
-Drawing = TypeVar("Drawing", bound=Callable[..., object]) # A function that draws or saves
-
-def in_style(draw: Drawing) -> Drawing:
-    "Decorate a function that draws or saves."
-    return matplotlib.rc_context(FIGURE_STYLE)(draw)
+in_style = matplotlib.rc_context(FIGURE_STYLE) # Decorates a function that draws or saves
 
 def blank_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     "An empty figure, closed for pyplot so that a notebook shows it once."

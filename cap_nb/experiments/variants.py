@@ -28,7 +28,7 @@ from ..jobs.records import (
 from ..jobs.settings import Job, changed
 from ..methods.criteria import CRITERIA, Inputs, measured_for, walks
 from ..methods.layer_walk import layer_by_layer
-from ..methods.prune import needs_of, own_scope, parse_method, prune
+from ..methods.prune import needs_of, own_scope, parse_method, prune_with
 from ..methods.resumed_scoring import check_target
 from ..methods.selection import zero_within
 from ..methods.wanda import input_norms
@@ -266,14 +266,11 @@ def prune_part(model: nn.Module, method: str, part: str, sparsity: float, given:
 
 def prune_variant(ready: Ready, name: str, sparsity: float, factors: torch.Tensor | None) -> PruneReport:
     variant = VARIANTS.get(name, Variant("", "dense"))
-    batch_tokens, seed = ready.job.model.batch_tokens, ready.job.calibrate.seed
     if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value, layout=variant.layout)
-    if variant.part:
-        given = Inputs(factors=factors, calibration=ready.calibration, batch_tokens=batch_tokens, seed=seed)
-        report = prune_part(ready.model, variant.method, variant.part, sparsity, given)
-    else:
-        report = prune(ready.model, variant.method, sparsity, factors, ready.calibration, batch_tokens=batch_tokens,
-                       seed=seed)
+    given = Inputs(factors=factors, calibration=ready.calibration, batch_tokens=ready.job.model.batch_tokens,
+                   seed=ready.job.calibrate.seed)
+    if variant.part: report = prune_part(ready.model, variant.method, variant.part, sparsity, given)
+    else: report = prune_with(ready.model, variant.method, sparsity, given)
     return replace(report, method=name)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c065

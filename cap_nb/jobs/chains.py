@@ -96,15 +96,12 @@ class Chains:
     @property
     def fingerprint(self) -> str:
         "SHA-256 of header and records: 64 hexadecimal digits."
-        return sha256_of_text(json.dumps([self.about, *records_of(self)], sort_keys=True))
-
-def records_of(chains: Chains) -> list[dict]: # What JSON can hold
-    return [asdict(chain) for chain in chains.chains]
+        return sha256_of_text(json.dumps([self.about, *map(asdict, self.chains)], sort_keys=True))
 
 # %% ../../nbs/jobs/06_chains.ipynb #c019
 def write_chains(path: str | Path, chains: Chains) -> None:
     "Write a file of chains, whole or not at all; equal chains give equal bytes."
-    lines = [{"about": chains.about, "sha256": chains.fingerprint}, *records_of(chains)]
+    lines = [{"about": chains.about, "sha256": chains.fingerprint}, *map(asdict, chains.chains)]
     text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
     with whole_file(path) as part: part.write_text(text, encoding="utf-8", newline="")
 

@@ -35,7 +35,7 @@ from .chains import (
     chain_calibration, Chains, held_tokens, read_chains, style_origin, text_calibration)
 from .records import (
     cell_name, cells_of, environment, evaluation_folder, load_evaluation, mask_fingerprint, note_environment,
-    note_memory, note_time, open_run, piece_folder, save_evaluation, save_report, together)
+    note_stage, open_run, piece_folder, save_evaluation, save_report, together)
 from .report import write_results
 from .settings import (
     CalibrateSettings, changed, check_counts, examples_by_kind, Job, read_rule, share_of_text)
@@ -339,14 +339,15 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
     "Add the block's seconds to the run's timings, if it ends well."
     start = time.perf_counter()
     yield
-    note_time(folder, stage, seconds := time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    note_stage(folder/"timings.json", stage, seconds, lambda before, now: round(before + now, 3))
     log.info("%s: %.1f seconds", stage, seconds)
 
 @contextmanager
 def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Iterator[None]:
     "Note the block's seconds and the memory it takes, if it ends well."
     with memory_taken(device) as taken, timed(folder, stage): yield
-    note_memory(folder, stage, taken[0])
+    if taken[0] is not None: note_stage(folder/"memory.json", stage, taken[0], max)
 
 # %% ../../nbs/jobs/03_job.ipynb #c046
 def check_origin(path: Path, meta: dict, ready: Ready) -> None:

@@ -104,7 +104,6 @@ PUBLISHED = {
 SHORT_NAMES = {"llama-3-8b": LLAMA, "llama-3-8b-instruct": LLAMA, "mistral-7b": MISTRAL, "llama-2-7b": LLAMA_2,
                "llama-3-70b": LLAMA_70B, "mixtral-8x22b": MIXTRAL} # Besides ids without owner
 
-
 # %% ../../nbs/jobs/04_planning.ipynb #c010
 LABS = {"lab": CHECKPOINT, "lab-moe": EXPERTS_CHECKPOINT} # Checkpoints of the package
 
@@ -251,7 +250,6 @@ def writing_work(answers: Sequence[Answers]) -> np.ndarray:
         total += math.ceil(a.count / a.rows) * a.steps, written, written * (a.width + a.steps / 2), written
     return total
 
-
 # %% ../../nbs/jobs/04_planning.ipynb #c025
 def window_width(sizes: Sizes, job: Job) -> int:
     "Tokens of a window of the perplexity: as the job says, or as the model's context allows."
@@ -390,7 +388,6 @@ def block_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, flo
             "a layer in training": 24 * sizes.scope / sizes.layers,
             "activations of a layer": tokens * (6 * sizes.outputs + 16 * sizes.hidden_size)}
 
-
 # %% ../../nbs/jobs/04_planning.ipynb #c036
 def answer_memory(load: Workload, answers: Sequence[Answers]) -> dict[str, float]:
     "Keys and values of the answers that are written together, and a layer that attends to them."
@@ -511,7 +508,6 @@ def stage_of(load: Workload, name: str, memory: dict[str, float], work: np.ndarr
     return Stage(name=name, memory=memory, flops=single + flops_of(work, sizes), single=single,
                  read=read * load.width, launches=launches + passes * sizes.layers * LAUNCHES, tokens=tokens)
 
-
 # %% ../../nbs/jobs/04_planning.ipynb #c046
 READS, READS_IN_ROWS = 20, 40 # What pruning under a threshold, and in rows, takes: so many readings of the weights
 THRESHOLD, WALK = "pruning all at once", "pruning layer by layer" # Names of stages, as magnitude and as Wanda
@@ -583,7 +579,6 @@ def method_stages(load: Workload) -> list[Stage]:
     if by_kl: stages.append(replace(budget_stage(load), methods=by_kl))
     return [stage for stage in stages if stage.methods]
 
-
 # %% ../../nbs/jobs/04_planning.ipynb #c048
 def writing_stage(load: Workload, name: str, memory: dict[str, float], answers: Sequence[Answers],
                   work: np.ndarray = np.zeros(4)) -> Stage:
@@ -610,7 +605,6 @@ def planned_stages(load: Workload) -> tuple[Stage, ...]:
                                 reading_work(sizes, load.job, load.lengths)))
     if load.tries: stages.append(writing_stage(load, CHAINS, answer_memory(load, load.chains), load.chains))
     return tuple(stages)
-
 
 # %% ../../nbs/jobs/04_planning.ipynb #c052
 @dataclass(frozen=True, kw_only=True)
@@ -679,7 +673,6 @@ def run_seconds(planned: Plan) -> tuple[float, float]: # At best, at worst
     visits = Counter(dict.fromkeys({SCORING, BUDGETS} & seconds.keys(), 1)) + Counter({EVALUATION: len(planned.cells)})
     for method, _ in planned.cells[1:]: visits += pruning_stages(method)
     return tuple(sum(count * seconds[name][end] for name, count in visits.items()) for end in (0, 1))
-
 
 # %% ../../nbs/jobs/04_planning.ipynb #c054
 @validate_arguments

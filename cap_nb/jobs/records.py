@@ -143,8 +143,9 @@ def agrees(kept: object, now: object) -> bool:
     return all(a == b for a, b in zip(kept.split("-"), now.split("-")))
 
 def differing(one: dict, other: dict) -> dict[str, tuple[object, object]]: # Setting -> its two values
-    "The settings in which two configurations differ, fingerprints last."
-    a, b = settings_of(one), settings_of(other)
+    "The settings in which two configurations differ, fingerprints last; of a model what the first one says."
+    known = {name: value for name, value in other.get("model", {}).items() if name in one.get("model", {})}
+    a, b = settings_of(one), settings_of(other | {"model": known})
     order = sorted(a.keys() | b.keys(), key=lambda key: (is_fingerprint(a.get(key)), key))
     return {key: (a.get(key), b.get(key)) for key in order if not agrees(a.get(key), b.get(key))}
 
@@ -153,7 +154,7 @@ def differences(one: dict, other: dict) -> tuple[str, ...]: # As in "calibration
     return tuple(f"{key} ({shown(kept)}, now {shown(now)})" for key, (kept, now) in differing(one, other).items())
 
 # %% ../../nbs/jobs/00_records.ipynb #5d281054
-def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as far as a run's folder knows it
+def job_of(configuration: dict) -> Job: # The job, as far as a run's folder knows it
     "The job that made a run; on chains, whose file is not known, it is calibrated on \"chains\"."
     model, kept, done = (configuration[part] for part in ("model", "calibration", "evaluation"))
     chosen, limits = kept.get("on", "gold"), done["max_new_tokens"]
@@ -161,8 +162,7 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
     noted = done | kept | configuration | {
         "name": model["name"], "dtype": model["dtype"], "device": model["device"],
         "style": configuration["style"]["called"], "calibrate_on": chosen, "calibration_seed": kept["seed"],
-        "seed": done.get("seed", kept["seed"]) if seed is None else seed,
-        "text_share": 0.0 if chosen == "text" else kept.get("text_share", 0.0),
+        "seed": done.get("seed", 0), "text_share": 0.0 if chosen == "text" else kept.get("text_share", 0.0),
         "accuracy_tasks": sorted(done["data"]["accuracy"], key=lambda task: (*kept["tasks"], task).index(task)),
         "max_new_tokens": None if own_limits else next(iter(limits.values())),
         "text": kept.get("text") or next(iter(done["data"]["text"]), None), "evaluate_on": done.get("on", "evaluation")}
@@ -172,8 +172,8 @@ def job_of(configuration: dict, seed: int | None = None) -> Job: # The job, as f
 # %% ../../nbs/jobs/00_records.ipynb #225eb54a
 def hidden_options(kept: dict, asked: dict, one: dict, other: dict) -> set[str]:
     "Settings whose difference says nothing, or what another one says."
-    drawn = [(each["evaluation"]["data"], each["evaluation"].get("seed")) for each in (kept, asked)]
-    hidden = {*GROWING, "seed" if drawn[0] == drawn[1] else "calibration_seed"} # where one differs, so may the other
+    hidden = {*GROWING}
+    if one["seed"] != other["seed"]: hidden.add("calibration_seed") # it may follow the seed
     if not differing({"model": kept["model"]}, {"model": asked["model"]}): hidden.add("name") # it was moved
     if one["calibration_tokens"] or other["calibration_tokens"]: hidden.add("n") # it says nothing then
     if None in (one["text"], other["text"]): hidden.add("text") # --windows is 0
@@ -217,24 +217,12 @@ FORMAT = 3 # Of the folder; a later one that cannot read this one will say so
 PACKED = "records.parquet" # All records of a packed run
 REPORT = "report.html" # A run on one page
 
-def known_before(kept: dict, now: dict) -> dict:
-    "What a run's record says of its model today, as far as its beginning said it."
-    return {name: value for name, value in now.items() if name in kept}
-
-def drawn_before(kept: dict, now: dict) -> dict:
-    "What a run is measured on today; without its seed if its beginning kept none and drew the same problems."
-    data = now.get("data", {})
-    if "seed" in kept or kept.get("data") != data or not (data.get("accuracy") or data.get("loss")): return now
-    return {name: value for name, value in now.items() if name != "seed"}
-
 def check_continues(folder: Path, kept: dict, asked: dict) -> None:
     "Raise `BadInput` unless a run can go on with what is asked."
     check_additions(kept.get("plugins", {}), str(folder))
     if unknown := sorted(asked["model"].keys() - kept["model"].keys()):
         log.warning("%s was begun by an earlier version, which says nothing of the model's %s: it goes on without.",
                     folder, " and ".join(unknown))
-    asked = asked | {"model": known_before(kept["model"], asked["model"]),
-                     "evaluation": drawn_before(kept.get("evaluation", {}), asked.get("evaluation", {}))}
     if differing(kept, asked):
         if options := changed_options(kept, asked):
             raise BadInput(f"{folder} holds a run with other settings: {'; '.join(options)}: expected the run's "
@@ -389,17 +377,10 @@ def cells_of(configuration: dict) -> tuple[tuple[str, float], ...]: # (method, s
     return (("dense", 0.0), *((method, s) for s in every for method in methods if s in runs[method]))
 
 # %% ../../nbs/jobs/00_records.ipynb #c058
-def note_time(folder: str | Path, stage: str, seconds: float) -> None:
-    "Add seconds to a stage of the run."
-    path = Path(folder)/"timings.json"
+def note_stage(path: Path, stage: str, taken: float, joined: Callable[[float, float], float]) -> None:
+    "Note what a stage of the run took, joined with what an earlier session noted."
     known = read_checked(path) if path.exists() else {}
-    write_checked(path, known | {stage: round(known.get(stage, 0.0) + seconds, 3)})
-
-def note_memory(folder: str | Path, stage: str, taken: int | None) -> None:
-    "Note the most memory that a stage of the run took beyond what was in use before it."
-    path = Path(folder)/"memory.json"
-    known = read_checked(path) if path.exists() else {}
-    if taken is not None: write_checked(path, known | {stage: max(known.get(stage, 0), taken)})
+    write_checked(path, known | {stage: joined(known.get(stage, 0), taken)})
 
 # %% ../../nbs/jobs/00_records.ipynb #c062
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 
     fetched = {*data["tasks"], *answered, *measured["data"]["text"]} - {*LAB_TASKS, "lab-text"}
     seed = measured.get("seed", 0)
     job = changed(
-        job_of(configuration, seed), device=None, text=data.get("text") or unusual_text(configuration),
+        job_of(configuration), device=None, text=data.get("text") or unusual_text(configuration),
         data_dir="DATA" if fetched else None,
         calibration_seed=data["seed"] if data["seed"] != seed else None,
         accuracy_tasks=None if {*answered} == {*data["tasks"]} else answered,

@@ -21,7 +21,7 @@ from ..core.files import read_checked, sha256_of_file, taken_as, whole_folder, w
 from ..core.plots import blank_figure, in_style, INK, save_figure
 from ..evaluation import (
     CHOICE_MEASURES, Evaluation, summarise_answers, summarise_choices, summarise_losses)
-from .job import prepare, run_job
+from .job import run_job
 from .records import (
     agrees, differences, is_fingerprint, job_of, load_run, PACKED, read_run, Run, settings_of, shown)
 from .report import run_folders, write_text
@@ -385,11 +385,7 @@ def same_job(kept: dict, part: tuple[Sequence[str] | None, Sequence[float] | Non
     if kept["calibration"].get("on") == "chains" and "calibrate_on" not in places:
         raise BadInput("The run was calibrated on a model's own chains: expected their file; name it with "
                        "--calibrate-on.")
-    seeds = dict.fromkeys((kept["evaluation"].get("seed", kept["calibration"]["seed"]), 0))
-    jobs = [changed(narrowed(job_of(kept, seed), *part), **places) for seed in seeds]
-    if len(jobs) == 1: return jobs[0]
-    drawn = prepare(jobs[0]).configuration["evaluation"]["data"]
-    return jobs[drawn != kept["evaluation"]["data"]]
+    return changed(narrowed(job_of(kept), *part), **places)
 
 # %% ../../nbs/jobs/07_results.ipynb #r021
 @validate_arguments

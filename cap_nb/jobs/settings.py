@@ -278,7 +278,6 @@ class Planning:
     detect: float | None = None # a difference in points, as 3: how many problems tell it
     discordant: float | None = None # share of the problems that one of two methods alone solves; 0.15 if left out
 
-
 # %% ../../nbs/jobs/01_settings.ipynb #09b63bf5
 @dataclass(frozen=True)
 class Recipe:

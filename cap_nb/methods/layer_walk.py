@@ -75,7 +75,6 @@ def put_layer(path: Path, weights: dict[str, torch.Tensor]) -> None:
         raise BadInput(f"{path} holds weights of another layer or model: expected this one's; remove it.")
     for name, weight in weights.items(): weight.copy_(kept[name])
 
-
 # %% ../../nbs/methods/00_layer_walk.ipynb #c016
 from functools import partial
 from tqdm.auto import tqdm

@@ -175,7 +175,6 @@ def smallest_in_rows(scores: torch.Tensor, sparsity: float) -> torch.Tensor: # B
     taken[many] &= ~equal | (equal.cumsum(1) <= room)
     return taken
 
-
 # %% ../../nbs/methods/05_selection.ipynb #c085
 def smallest_in_groups(scores: torch.Tensor, zeros: int, group: int) -> torch.Tensor: # Boolean [out, in]
     "The smallest scores of every group of m in a row; a width that m does not divide raises `BadInput`."

@@ -143,7 +143,6 @@ def add_gradients(model: nn.Module, examples: Sequence[Example], batch_tokens: i
         total += loss.item()
     return total
 
-
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c051
 class MaskedLowRank(nn.Module):
     "What is added to a weight: the product of two thin matrices, zero where the weight is."
@@ -166,7 +165,6 @@ class MaskedLowRank(nn.Module):
 def trained_in_full(model: nn.Module) -> Iterator[None]:
     "Parameters are float32 while the block runs, and as they were afterwards; zeros are held."
     with in_float32(model), held_zeros(model): yield
-
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c055
 def put_in_order(module: nn.Module, names: Sequence[str]) -> None:
