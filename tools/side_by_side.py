@@ -220,7 +220,7 @@ def counted_work(model: nn.Module, calibration: Calibration, batch_tokens: int, 
     at_last = sum(layer == last for layer, _ in heads)
     before, later = len(heads) - at_last, sum(last - 1 - layer for layer, _ in heads if layer < last)
     rest = lengths_of(replace(calibration, examples=tuple(after_prefix(e, prefix) for e in calibration.examples)))
-    shared = 2 * sizes.layers + later  # whole layers that the prefix runs; masked ones start behind their heads
+    shared = sizes.layers + later  # whole layers that the prefix runs; masked ones start behind their heads
     resumed = prefix * layer * (shared + before) + prefix**2 * pair * shared
     for b in batch_shapes(rest, batch_tokens):  # the last layer runs at targets only, its keys everywhere
         whole = (last + later) * b.width + (1 + before) * b.most

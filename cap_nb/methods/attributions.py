@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/methods/06_attributions.ipynb #4f5b2165
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, ExitStack
+from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 from cap_nb.calibration import Calibration
@@ -15,24 +15,22 @@ from cap_nb.data.prompts import IGNORED, collate
 from cap_nb.models.anatomy import (
     anatomy, decoded, decoder_layers, dimensions, expert_projections, output_projection, Projection,
     projections, Routing, routing_of)
-from cap_nb.models.interventions import changed_input, changed_output, chosen_experts, input_of_down, watching
+from cap_nb.models.interventions import all_of, changed_input, changed_output, chosen_experts, input_of_down, watching
 from cap_nb.scoring import batches_of, causal_scores, mean_by_example
 
-@contextmanager
-def gated_heads(model: nn.Module, gates: torch.Tensor) -> Iterator[None]:
+def gated_heads(model: nn.Module, gates: torch.Tensor) -> AbstractContextManager[None]:
     "While the block runs, every head's output times its gate, [L, H] or [B, L, H] (Nam et al. 2025, section 3.1)."
-    a = anatomy(model)
-    with ExitStack() as stack:
-        for layer in range(a.layers):
-            def scale(inputs: torch.Tensor, layer: int = layer) -> torch.Tensor:
-                gate = gates[..., layer, :].to(inputs.dtype).to(inputs.device).repeat_interleave(a.head_size, -1)
-                return inputs * gate.unsqueeze(-2)
-            stack.enter_context(changed_input(output_projection(model, layer), scale))
-        yield
+    a = dimensions(model.config)
+    def gated(layer: int) -> AbstractContextManager[None]:
+        def scale(inputs: torch.Tensor) -> torch.Tensor:
+            gate = gates[..., layer, :].to(inputs.dtype).to(inputs.device).repeat_interleave(a.head_size, -1)
+            return inputs * gate.unsqueeze(-2)
+        return changed_input(output_projection(model, layer), scale)
+    return all_of(map(gated, range(a.layers)))
 
 # %% ../../nbs/methods/06_attributions.ipynb #81dec7f5
 from functools import partial
-from cap_nb.methods.resumed_scoring import intact_pass, losses_resumed_at, score_heads
+from cap_nb.methods.resumed_scoring import intact_losses, intact_pass, losses_resumed_at, score_heads
 
 def batches_for(model: nn.Module, calibration: Calibration, batch_tokens: int) -> Iterator[tuple]:
     "The batches of a calibration set, with the indices of their examples, on the model's device."
@@ -44,7 +42,7 @@ def gate_slopes(model: nn.Module, batch: dict[str, torch.Tensor],
     a = anatomy(model)
     gates = torch.full((len(batch["input_ids"]), a.layers, a.heads), gate, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad(), gated_heads(model, gates):
-        _, losses = intact_pass(model, batch)
+        losses = intact_losses(model, batch)
         return losses.detach(), torch.autograd.grad(losses.sum(), gates)[0]
 
 def gradient_activation(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
@@ -107,10 +105,8 @@ def zero_ablation(model: nn.Module, calibration: Calibration, batch_tokens: int 
 @contextmanager
 def watched_heads(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     "While the block runs, what enters every output projection is kept, layer by layer, [B, T, H*d]."
-    outputs: list[torch.Tensor] = []
-    with ExitStack() as stack:
-        for layer in range(len(decoder_layers(model))):
-            stack.enter_context(changed_input(output_projection(model, layer), watching(outputs.append)))
+    outputs, layers = [], range(len(decoder_layers(model)))
+    with all_of(changed_input(output_projection(model, layer), watching(outputs.append)) for layer in layers):
         yield outputs
 
 def head_outputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -207,7 +203,7 @@ def gate_objective(model: nn.Module, calibration: Calibration, logits: torch.Ten
     "Minus weight times mean clipped logit, and mean loss batch by batch (Nam et al. 2025, equation 1, with means)."
     yield -weight * logits.clamp(-4.0, 4.0).mean() # the push stops beyond the clip
     for _, batch in batches_for(model, calibration, batch_tokens):
-        with gated_heads(model, logits.sigmoid()): _, losses = intact_pass(model, batch)
+        with gated_heads(model, logits.sigmoid()): losses = intact_losses(model, batch)
         yield losses.sum() / len(calibration.examples)
 
 # %% ../../nbs/methods/06_attributions.ipynb #f3e37d2b
@@ -345,21 +341,18 @@ def routing_rules(routing: Routing, layer: int) -> Iterator[AbstractContextManag
     if routing.about.product: yield product_rule(routing, layer)
     elif routing.stacked: yield halved_input(routing.experts)
 
-@contextmanager
-def relevance_rules(model: nn.Module, attention: str | None = "attnlrp") -> Iterator[None]:
+def rules_of(model: nn.Module, attention: str) -> Iterator[AbstractContextManager[None]]:
+    "The rules of norms and activations, of projections, and of mixtures."
+    for module in model.modules():
+        if rule := elementwise_rule(module): yield module.register_forward_hook(
+            lambda module, args, output, rule=rule: rule(args[0], output))
+    yield from projection_rules(model, attention)
+    for layer in range(len(decoder_layers(model))):
+        if routing := routing_of(model, layer): yield from routing_rules(routing, layer)
+
+def relevance_rules(model: nn.Module, attention: str | None = "attnlrp") -> AbstractContextManager[None]:
     "While the block runs, input times gradient is relevance (Achtibat et al. 2024); with None there are no rules."
-    if attention is None:
-        yield
-        return
-    with ExitStack() as stack:
-        for module in model.modules():
-            rule = elementwise_rule(module)
-            if rule: stack.enter_context(module.register_forward_hook(
-                lambda module, args, output, rule=rule: rule(args[0], output)))
-        for rule in projection_rules(model, attention): stack.enter_context(rule)
-        for layer, routing in enumerate(routing_of(model, layer) for layer in range(len(decoder_layers(model)))):
-            for rule in routing_rules(routing, layer) if routing else (): stack.enter_context(rule)
-        yield
+    return all_of(rules_of(model, attention) if attention else ())
 
 # %% ../../nbs/methods/06_attributions.ipynb #06df3c37
 def gold_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -367,10 +367,12 @@ def measured_budgets(
     "Budgets from interventions: measure every region, fit, share out; resumes where a killed run stopped."
     check_settings(settings, sparsity)
     local = local or wanda_local(model, calibration, settings.batch_tokens)
-    origin = {"model": model_fingerprint(model), "calibration": calibration.fingerprint, "local": local.name,
-              "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "levels": list(settings.levels),
-              "examples": settings.examples, "seed": settings.seed, "batch_tokens": settings.batch_tokens}
-    folder = store and Path(store)/f"budgets-{sha256_of_text(json_text(origin))[:16]}"
+    folder = None
+    if store:
+        origin = {"model": model_fingerprint(model), "calibration": calibration.fingerprint, "local": local.name,
+                  "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "levels": list(settings.levels),
+                  "examples": settings.examples, "seed": settings.seed, "batch_tokens": settings.batch_tokens}
+        folder = Path(store)/f"budgets-{sha256_of_text(json_text(origin))[:16]}"
     with alone_in(folder) if folder else nullcontext():
         chosen = spread_over_strata(calibration, settings.examples, settings.seed)
         kl = measured_divergences(model, chosen, settings.levels, local, settings.batch_tokens,

@@ -17,14 +17,16 @@ from cap_nb.core.errors import BadInput, check_choice, check_sparsity, validate_
 from cap_nb.core.registry import add, check_new_name, check_takes, CRITERIA, in_a_sentence
 from cap_nb.methods.attributions import gold_logits, relevance_rules
 from cap_nb.methods.layer_walk import layer_by_layer
+from cap_nb.methods.resumed_scoring import intact_losses
 from cap_nb.methods.selection import (
-    CAP, check_pattern, competing, Criterion, Evidence, MAGNITUDE, Measurements, pattern_of, zero_within)
+    CAP, check_pattern, check_pattern_fits, competing, Criterion, Evidence, MAGNITUDE, Measurements, pattern_of,
+    zero_within)
 from cap_nb.methods.wanda import (
     input_norms, regional_gradients, RGS, slopes_of, takes_regional, uniform_shares, WANDA, wanda_score,
     wanting_gradients, zero_layer_by_layer, zero_shares_within)
 from cap_nb.models.anatomy import projections
 from cap_nb.regions import as_factors, Factors, region_factors
-from cap_nb.scoring import batches_of, target_losses
+from cap_nb.scoring import batches_of
 from cap_nb.threshold import prune_report, PruneReport
 
 # %% ../../nbs/methods/11_criteria.ipynb #1047682d
@@ -96,7 +98,7 @@ def add_criterion(
 
 # %% ../../nbs/methods/11_criteria.ipynb #c020
 def loss_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
-                   measure: Callable[..., torch.Tensor] = target_losses) -> dict[str, torch.Tensor]: # float32 [out, in]
+                   measure: Callable[..., torch.Tensor] = intact_losses) -> dict[str, torch.Tensor]: # float32 [out, in]
     "The gradient of the calibration loss for every weight in scope; holds a float32 copy of them."
     scope, device = projections(model), next(model.parameters()).device
     totals = {p.name: torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device) for p in scope}
@@ -156,7 +158,8 @@ def dense_norms(
 ) -> dict[str, torch.Tensor]: # Module name -> norm of every input feature, float32 [in]
     "The input norms of every projection of the model as it is (Sun et al. 2024, without their layer-by-layer order)."
     norms = {}
-    for step in layer_by_layer(model, calibration, batch_tokens, "norms"): norms |= input_norms(step)
+    for step in layer_by_layer(model, calibration, batch_tokens, "norms", still=True):
+        norms |= input_norms(step, onwards=True)
     return norms
 
 # %% ../../nbs/methods/11_criteria.ipynb #17039b75
@@ -223,6 +226,7 @@ def prune_by(model: nn.Module, name: str, sparsity: float, scope: str | None = N
     method, walking, threshold = f"{name}@{scope}", walks(criterion, scope), None
     check_inputs(method, inputs, [GIVES[need] for need in criterion.needs])
     shares, scoped = projection_shares(model, sparsity, inputs, scope), projections(model)
+    check_pattern_fits(scoped, scope)
     measured = measured_for(model, criterion, inputs, walking)
     if scope == "model": threshold = zero_within(scoped, criterion, measured, sparsity, scope, inputs.ties)[0]
     elif walking:

@@ -85,12 +85,13 @@ def resumed_passes(model: nn.Module, batch: dict[str, torch.Tensor]) -> Changed:
 # %% ../../nbs/methods/21_experts.ipynb #c026
 def routed_losses_of(model: nn.Module, batch: dict[str, torch.Tensor], passes: Callable[..., Changed]) -> RoutedLosses:
     "Mask every head in turn and keep the losses of a batch per example and per routed expert."
-    with recorded_routes(model) as routes: target_token_losses(model, batch)
-    used, (_, counts), changed = target_routes(model, batch, routes), target_counts(batch), passes(model, batch)
-    layers, heads = range(len(used)), range(dimensions(model.config).heads)
+    layers, heads = range(len(expert_counts(model))), range(dimensions(model.config).heads)
+    with recorded_routes(model) as routes: # of the intact pass; the last layer's may come twice, and are the same
+        changed = passes(model, batch)
+        intact = changed(layers[-1], nullcontext())
+    used, (_, counts) = target_routes(model, batch, routes), target_counts(batch)
     def masked(layer: int, head: int) -> torch.Tensor:
         return summed_by_expert(changed(layer, masked_head(model, layer, head)), used[layer], counts)
-    intact = changed(layers[-1], nullcontext())
     return RoutedLosses(
         masked=torch.stack([torch.stack([masked(layer, head) for head in heads]) for layer in layers]),
         intact=torch.stack([summed_by_expert(intact, used[layer], counts) for layer in layers]),

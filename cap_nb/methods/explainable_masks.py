@@ -69,12 +69,12 @@ def prune_heads(model: nn.Module, scores: torch.Tensor, sparsity: float) -> Prun
     return prune_report(model, "heads", sparsity)
 
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c005
-from contextlib import contextmanager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from cap_nb.calibration import Calibration
 from cap_nb.methods.attributions import Attribution, batches_for, descend, gated_heads, some_examples
-from cap_nb.methods.resumed_scoring import intact_pass
-from cap_nb.models.interventions import changed_input
+from cap_nb.methods.resumed_scoring import intact_losses
+from cap_nb.models.interventions import all_of, changed_input
 
 @dataclass(frozen=True)
 class UnitTable:
@@ -98,19 +98,17 @@ def same_for_units(model: nn.Module, value: float, *axes: int) -> UnitTable:
     def filled(count: int) -> torch.Tensor: return torch.full((*axes, a.layers, count), value, dtype=torch.float64)
     return UnitTable(filled(a.heads), filled(width))
 
-@contextmanager
-def gated_units(model: nn.Module, gates: UnitTable) -> Iterator[None]:
+def gated_units(model: nn.Module, gates: UnitTable) -> AbstractContextManager[None]:
     "While the block runs, what every head and neuron gives is multiplied by its mask, [L, units] or [B, L, units]."
-    with ExitStack() as stack:
-        stack.enter_context(gated_heads(model, gates.heads))
-        for p in readers_of_neurons(model) if gates.neurons.numel() else ():
-            def scale(inputs: torch.Tensor, layer: int = p.layer) -> torch.Tensor:
-                gate = gates.neurons[..., layer, :].to(inputs)
-                if inputs.ndim == 2 and gate.ndim == 2: # OPT hands its MLP [B*T, M]
-                    return inputs * gate.repeat_interleave(len(inputs) // len(gate), 0)
-                return inputs * gate.unsqueeze(-2)
-            stack.enter_context(changed_input(p.module, scale))
-        yield
+    def gated(p: Projection) -> AbstractContextManager[None]:
+        def scale(inputs: torch.Tensor) -> torch.Tensor:
+            gate = gates.neurons[..., p.layer, :].to(inputs)
+            if inputs.ndim == 2 and gate.ndim == 2: # OPT hands its MLP [B*T, M]
+                return inputs * gate.repeat_interleave(len(inputs) // len(gate), 0)
+            return inputs * gate.unsqueeze(-2)
+        return changed_input(p.module, scale)
+    readers = readers_of_neurons(model) if gates.neurons.numel() else ()
+    return all_of([gated_heads(model, gates.heads), *map(gated, readers)])
 
 def tasks_of(calibration: Calibration) -> tuple[list[str], torch.Tensor]:
     "The tasks, in order of their first example, and the index of each example's task, int64 [N]."
@@ -137,7 +135,7 @@ def gated_losses(model: nn.Module, calibration: Calibration, indices: Sequence[i
                  gates: Callable[[list[int]], UnitTable]) -> Iterator[torch.Tensor]:
     "The mean loss of some examples under the gates that belong to them, a part of it for each batch."
     for within, batch in batches_for(model, some_examples(calibration, indices), batch_tokens):
-        with gated_units(model, gates([indices[index] for index in within])): _, losses = intact_pass(model, batch)
+        with gated_units(model, gates([indices[index] for index in within])): losses = intact_losses(model, batch)
         yield losses.sum() / len(indices)
 
 def mask_objective(model: nn.Module, calibration: Calibration, logits: UnitTable, fit: MaskFit,

@@ -7,12 +7,13 @@ __all__ = []
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #c004
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 import torch
 from torch import nn
 from cap_nb.models.anatomy import decoded, decoder_layers, decoder_of, Projection, projections
+from cap_nb.models.interventions import all_of, changed_output, watching
 from cap_nb.models.replay import LayerCall, named_arguments, recorded_calls, run_layer
 
 @dataclass(frozen=True)
@@ -33,16 +34,13 @@ def layers_skipped(model: nn.Module) -> Iterator[None]:
     "While the block runs, a forward pass computes no layer: each gives its input again, in the form of its output."
     layers, outputs = decoder_layers(model), []
     token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    with ExitStack() as stack: # one token through the first layer shows the form: a tensor, or a tuple
-        stack.enter_context(layers[0].register_forward_hook(lambda layer, args, output: outputs.append(output)))
-        for layer in layers[1:]: stack.enter_context(patch.object(layer, "forward", lambda *args, **kwargs: outputs[0]))
+    later = (patch.object(layer, "forward", lambda *args, **kwargs: outputs[0]) for layer in layers[1:])
+    with changed_output(layers[0], watching(outputs.append)), all_of(later): # one token shows the form
         decoder_of(model)(input_ids=token, use_cache=False)
     def again(*args: object, **kwargs: object) -> object:
         hidden = next(iter(named_arguments(layers[0], args, kwargs).values()))
         return hidden if isinstance(outputs[0], torch.Tensor) else (hidden, *outputs[0][1:])
-    with ExitStack() as stack:
-        for layer in layers: stack.enter_context(patch.object(layer, "forward", again))
-        yield
+    with all_of(patch.object(layer, "forward", again) for layer in layers): yield
 
 @torch.no_grad()
 def initial_state(model: nn.Module, batch: dict[str, torch.Tensor], indices: Sequence[int] = ()) -> BatchState:
@@ -101,24 +99,26 @@ def layer_by_layer(
     batch_tokens: int = 4096, # Padded tokens per batch; on a processor 1,024 at most
     name: str = "layer by layer", # What the progress bar says
     kept: Path | None = None, # Folder of the finished layers of this very walk; None keeps none
-    dense: bool = False, # Walk through the model as it came too, and keep whole layers, not projections alone
+    dense: bool | None = None, # Keep whole layers, not projections alone; True: walk through the model as it came too
+    still: bool = False, # Nothing is changed: who gets a step takes its batches on, as `input_sums` does
 ) -> Iterator[LayerStep]: # Every layer in turn; change it before you ask for the next one
     "Walk through the layers with the calibration set; holds the hidden states of all its tokens, [tokens, hidden]."
     device = next(model.parameters()).device
     tokens = min(batch_tokens, 1024) if device.type == "cpu" else batch_tokens
     states = [initial_state(model, batch, indices) for indices, batch in batches_of(calibration, tokens, device)]
-    unpruned = list(states) if dense else []
+    unpruned, matrices = list(states) if dense else [], projections(model)
     for index, layer in enumerate(tqdm(decoder_layers(model), desc=name, unit="layer")):
-        in_layer = tuple(p for p in projections(model) if p.layer == index)
+        in_layer, last = tuple(p for p in matrices if p.layer == index), index + 1 == len(decoder_layers(model))
         path = kept and kept/f"layer-{index:03d}.safetensors"
-        weights = dict(layer.named_parameters()) if dense else {p.name: p.stored for p in in_layer}
-        with torch.no_grad(): after = [advanced(model, state, index) for state in unpruned] # before the layer changes
+        weights = {p.name: p.stored for p in in_layer} if dense is None else dict(layer.named_parameters())
+        with torch.no_grad(): # before the layer changes
+            after = [] if last else [advanced(model, state, index) for state in unpruned]
         if not (path and is_intact(path, partial(put_layer, weights=weights))):
             yield LayerStep(layer=layer, index=index, projections=in_layer, batches=states, dense=unpruned)
             if path: write_tensors(path, {key: weight.detach() for key, weight in weights.items()}, {})
-        if index + 1 == len(decoder_layers(model)): return # nobody reads what the last layer gives
+        if last: return # nobody reads what the last layer gives
         unpruned = after
-        for number, state in enumerate(states):
+        for number, state in enumerate(() if still else states):
             with torch.no_grad(): states[number] = advanced(model, state, index)
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #c023

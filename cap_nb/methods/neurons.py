@@ -16,12 +16,12 @@ from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput, check_choice
 from cap_nb.importance import importance_factors
 from cap_nb.methods.experts import check_has_experts, pooled_factors, ROUTING_AWARE, UnitAttribution, UnitFactors
-from cap_nb.methods.resumed_scoring import score_heads
+from cap_nb.methods.resumed_scoring import intact_losses, score_heads
 from cap_nb.methods.sparsegpt import MadeOnce, MatrixSolver
 from cap_nb.methods.wanda import slopes_of, wanting_gradients
 from cap_nb.models.anatomy import expert_counts, Projection, projections
 from cap_nb.models.interventions import changed_input
-from cap_nb.scoring import batches_of, causal_scores, HeadLosses, target_losses
+from cap_nb.scoring import batches_of, causal_scores, HeadLosses
 
 # %% ../../nbs/methods/23_neurons.ipynb #c009
 def down_projection(model: nn.Module, layer: int, expert: int | None = None) -> Projection:
@@ -76,7 +76,7 @@ def neuron_estimates(model: nn.Module, calibration: Calibration, batch_tokens: i
     for p in downs: table[place_of(p)] = 0
     with wanting_gradients(downs):
         for _, batch in batches_of(calibration, tokens, device):
-            for p, slope in slopes_of(target_losses(model, batch).sum(), downs):
+            for p, slope in slopes_of(intact_losses(model, batch).sum(), downs):
                 estimate = -(p.weight.detach().float() * slope).sum(0).double().cpu()
                 table[place_of(p)] += estimate if signed else estimate.abs()
     return table / len(calibration.examples)

@@ -26,9 +26,9 @@ from cap_nb.methods.layer_walk import LayerStep
 from cap_nb.methods.neurons import NEURON_AWARE, UNIT_AWARE, unit_aware_factors, weighing
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.selection import (
-    check_pattern, Criterion, Measurements, pattern_of, SCOPES, smallest_in_groups, TIES)
+    check_pattern, check_pattern_fits, Criterion, Measurements, pattern_of, SCOPES, smallest_in_groups, TIES)
 from cap_nb.methods.sparsegpt import (
-    by_matrix, check_pattern_fits, Hessians, LayerSolver, MatrixSolver, solve_layer_by_layer, sparsegpt_update)
+    by_matrix, Hessians, LayerSolver, MatrixSolver, solve_layer_by_layer, sparsegpt_update)
 from cap_nb.methods.swaps import swapped_mask
 from cap_nb.methods.update import joint_update, updated_weight
 from cap_nb.methods.wanda import regional_gradients, takes_regional, zero_shares_within
@@ -258,12 +258,11 @@ def with_factors(model: nn.Module, parts: MethodName, inputs: Inputs) -> Inputs:
     "Fill in the attribution's factors; given ones of heads alone, where a method needs more, raise `BadInput`."
     if not parts.attribution: return inputs
     if inputs.factors is None: return replace(inputs, factors=unit_factors(model, parts.attribution, inputs))
-    if parts.attribution in READINGS: return replace(inputs, factors=laid_out(parts.attribution, inputs.factors))
     units = "neurons" if parts.attribution in NEURON_AWARE else "experts"
     if parts.attribution in UNIT_AWARE and getattr(inputs.factors, units, None) is None:
         raise BadInput(f"Attribution {parts.attribution!r} was given factors of heads alone: expected both, "
                        f"or neither; pass what unit_aware_factors returned, or leave the scores out.")
-    return inputs
+    return replace(inputs, factors=laid_out(parts.attribution, inputs.factors))
 
 # %% ../../nbs/methods/24_prune.ipynb #c0d7fcb5
 def recovered_weight(dense: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, steps: tuple[str, ...],
@@ -352,11 +351,10 @@ def prune_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, in
     "Walk through the layers, prune each and recover; a pattern that does not fit raises `BadInput` before."
     pattern = pattern_of(own_scope(parts))
     check_pattern(own_scope(parts), sparsity)
-    for p in projections(model) if pattern else ():
-        check_pattern_fits(p.weight.shape[1], pattern, p.name)
+    check_pattern_fits(projections(model), own_scope(parts))
     kept, steps = walk_folder(model, parts, sparsity, inputs), recovery_steps(parts.recovery) if parts.recovery else ()
-    trains = bool(steps) and steps[-1] in FORMS
-    if trains and len(inputs.calibration.examples) < 2:
+    form = FORMS.get(steps[-1]) if steps else None
+    if form and len(inputs.calibration.examples) < 2:
         raise BadInput("There is one calibration example: expected two at least, of which block reconstruction keeps "
                        "one back; give more.")
     shares = projection_shares(model, sparsity, inputs, own_scope(parts))
@@ -364,8 +362,9 @@ def prune_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, in
     if steps: solver = recovering(model, solver, steps, pattern, inputs.seed)
     one_by_one = parts.base in CRITERIA and takes_regional(CRITERIA[parts.base])
     tokens = 1 if one_by_one else inputs.batch_tokens
-    if trains: tokens = min(tokens, training_tokens(sum(len(each.input_ids) for each in inputs.calibration.examples)))
-    solve_layer_by_layer(model, inputs.calibration, shares, solver, tokens, parts.base, kept, trains)
+    if form: tokens = min(tokens, training_tokens(sum(len(each.input_ids) for each in inputs.calibration.examples)))
+    walks_dense = form and not form.own # None: projections alone change, False: whole layers, True: with dense targets
+    solve_layer_by_layer(model, inputs.calibration, shares, solver, tokens, parts.base, kept, walks_dense)
     return prune_report(model, parts.base, sparsity)
 
 def apply_method(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> PruneReport:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.data.prompts import IGNORED, collate, Example, token_batches
+from cap_nb.models.interventions import changed_input, changed_output, watching
 from cap_nb.models.replay import (
-    at_positions, can_be_cut, cut_call, HeadOutputs, keys_and_values, LayerCall, Prefix, PrefixCache, read_after_prefix,
-    read_prefix, recorded_calls, recorded_heads, repeated, replayed_heads, run_layer, StoredKeys)
+    at_positions, can_be_cut, cut_call, first_of, HeadOutputs, keys_and_values, LayerCall, Prefix, PrefixCache,
+    read_after_prefix, read_prefix, recorded_calls, recorded_heads, repeated, replayed_heads, run_layer, StoredKeys)
 from cap_nb.models.anatomy import (
     anatomy, Anatomy, decoded, decoder_layers, dimensions, final_norm, head_logits, output_projection)
 from cap_nb.scoring import head_losses, HeadLosses, mean_by_example, token_counts
@@ -35,9 +36,14 @@ def losses_from_hidden(model: nn.Module, hidden: torch.Tensor, batch: dict[str, 
 
 def intact_pass(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[list[LayerCall], torch.Tensor]:
     "One pass of the intact model: how every layer was called, and the loss of each example, float64 [B]."
-    with recorded_calls(model) as calls: decoded(model, batch)
-    last = run_layer(decoder_layers(model)[-1], calls[-1].hidden, calls[-1])
-    return calls, losses_from_hidden(model, last, batch)
+    outputs = []
+    with recorded_calls(model) as calls, changed_output(decoder_layers(model)[-1], watching(outputs.append)):
+        decoded(model, batch)
+    return calls, losses_from_hidden(model, first_of(outputs[0]), batch)
+
+def intact_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor: # In nats, float64 [B]
+    "The loss of each example, with no logits but those of targets."
+    return intact_pass(model, batch)[1]
 
 def hidden_resumed_at(model: nn.Module, calls: Sequence[LayerCall], layer: int,
                       change: AbstractContextManager) -> torch.Tensor: # Output of the last layer, [B, T, hidden]
@@ -84,7 +90,6 @@ from dataclasses import dataclass, replace
 from cap_nb.methods.layer_walk import (
     CLAIMS, BatchState, check_finite_table, claimed, layers_skipped, losses_key, read_unit, Share, state_of_calls, Unit,
     UnitStore, write_unit)
-from cap_nb.models.interventions import changed_input
 
 SHORTEST_PREFIX = 16 # Tokens; a shorter one saves less than its own passes cost
 

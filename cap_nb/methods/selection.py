@@ -202,6 +202,14 @@ def check_pattern(scope: str, sparsity: float) -> None:
         raise BadInput(f"The pattern {scope} was asked for at sparsity {sparsity:g}: "
                        f"expected {pattern[0] / pattern[1]:g}, which is its own; change one of the two.")
 
+def check_pattern_fits(group: Sequence[Projection], scope: str) -> None:
+    "Raise `BadInput` if a pattern does not divide the inputs of a projection."
+    pattern = pattern_of(scope)
+    for p in group if pattern else ():
+        if p.weight.shape[1] % pattern[1]:
+            raise BadInput(f"{p.name} has {p.weight.shape[1]} inputs, which {pattern[1]} does not divide: "
+                           f"expected whole groups for {scope}; take another pattern or none.")
+
 def competing(group: Sequence[Projection], scope: str) -> list[list[Projection]]:
     "Group projections whose weights compete with each other under the scope of model, layer or matrix."
     if scope == "model": return [list(group)]

@@ -102,13 +102,6 @@ def prune_columns(weight: torch.Tensor, factor: torch.Tensor, count: int,
         torch.div(column, scale[j], out=errors[j]).masked_fill_(~mask[j], 0.0)
     return columns.masked_fill_(mask, 0.0).T, mask.T # exactly zero, not nearly
 
-# %% ../../nbs/methods/13_sparsegpt.ipynb #c028
-def check_pattern_fits(width: int, pattern: tuple[int, int], name: str) -> None:
-    "Raise `BadInput` if a pattern does not divide the inputs of a projection."
-    if width % pattern[1]:
-        raise BadInput(f"{name} has {width} inputs, which {pattern[1]} does not divide: "
-                       f"expected whole groups for {pattern[0]}:{pattern[1]}; take another pattern or none.")
-
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c033
 @dataclass(frozen=True)
 class MadeOnce:
@@ -189,9 +182,9 @@ def mirrored(total: torch.Tensor) -> torch.Tensor:
     return total
 
 @torch.no_grad()
-def input_hessians(step: LayerStep) -> dict[str, torch.Tensor]:
+def input_hessians(step: LayerStep, onwards: bool = False) -> dict[str, torch.Tensor]:
     "H = X X^T of a layer's projections (Frantar and Alistarh 2023); holds 4 * in^2 bytes for each distinct input."
-    sums = input_sums(step, add_products)
+    sums = input_sums(step, add_products, onwards)
     for total in {id(total): total for total in sums.values()}.values(): mirrored(total)
     for p in unreached(step.projections, sums): sums[p.name].fill_diagonal_(step.sequences)
     return sums
@@ -203,7 +196,7 @@ LayerSolver = Callable[[LayerStep, Hessians], None] # Prunes the projections of 
 @torch.no_grad()
 def solve_layer_by_layer(model: nn.Module, calibration: Calibration, shares: dict[str, float], solver: LayerSolver,
                          batch_tokens: int = 4096, name: str = "solving", kept: Path | None = None,
-                         dense: bool = False) -> None:
+                         dense: bool | None = None) -> None:
     "Prune layer after layer, each from the Hessians of its inputs in the model as pruned so far; resumes in `kept`."
     for step in layer_by_layer(model, calibration, batch_tokens, name, kept, dense):
         if any(shares[p.name] for p in step.projections): solver(step, input_hessians(step))

@@ -25,14 +25,14 @@ from cap_nb.core.files import (
     alone_in, checkpoint_tensors, opened_tensors, pieces_of, read_object, read_tensors, shard_files, SHARD_INDEX,
     StoredTensor, whole_folder, write_tensors)
 from cap_nb.methods.criteria import check_inputs, CRITERIA, Inputs
-from cap_nb.methods.layer_walk import layer_by_layer
+from cap_nb.methods.layer_walk import advanced, layer_by_layer
 from cap_nb.methods.neurons import UNIT_AWARE
 from cap_nb.methods.prune import (
     check_method, FORMS, laid_out, matrix_solver, MethodName, own_scope, recovered_weight, recovery_steps, SOLVERS)
 from cap_nb.methods.selection import (
-    check_pattern, competing, Evidence, find_threshold, Measurements, pattern_of, smallest_in_groups, smallest_in_rows,
-    Take, Threshold, tie_selector, TIES)
-from cap_nb.methods.sparsegpt import check_pattern_fits, input_hessians, MadeOnce
+    check_pattern, check_pattern_fits, competing, Evidence, find_threshold, Measurements, pattern_of,
+    smallest_in_groups, smallest_in_rows, Take, Threshold, tie_selector, TIES)
+from cap_nb.methods.sparsegpt import input_hessians, MadeOnce
 from cap_nb.models.anatomy import anatomy, checkpoint_names, Projection, projections
 from cap_nb.models.checks import tell_of_zeros
 from cap_nb.models.families import family_of
@@ -462,10 +462,12 @@ def save_hessians(model: nn.Module, calibration: Calibration, folder: str | Path
     about = {"model": model_fingerprint(model), "calibration": calibration.fingerprint,
              "sequences": len(calibration.examples)}
     with alone_in(folder):
-        for step in layer_by_layer(model, calibration, batch_tokens, "hessians"):
+        for step in layer_by_layer(model, calibration, batch_tokens, "hessians", still=True):
             path, first = layer_file(folder, step.index), {}
-            if not path.exists():
-                hessians = input_hessians(step)
+            if path.exists():
+                for number, state in enumerate(step.batches): step.batches[number] = advanced(model, state, step.index)
+            else:
+                hessians = input_hessians(step, onwards=True)
                 read = {name: first.setdefault(id(hessian), name) for name, hessian in hessians.items()}
                 tensors = {name: hessians[name].float().cpu() for name in first.values()}
                 write_tensors(path, tensors, {"hessians": about | {"read": read}})
@@ -553,8 +555,8 @@ def solve_checkpoint(src: str | Path, dst: str | Path, sparsity: float, hessians
                      factors: Factors | torch.Tensor | None = None) -> PruneReport:
     "Solve for a checkpoint's weights without loading it; every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, with_hessians=True), open_checkpoint(src)
-    weights, pattern = projections(checkpoint.model), pattern_of(own_scope(parts))
-    for p in weights if pattern else (): check_pattern_fits(p.weight.shape[1], pattern, p.name)
+    weights = projections(checkpoint.model)
+    check_pattern_fits(weights, own_scope(parts))
     given = open_hessians(hessians, checkpoint, checkpoint_fingerprint(src))
     measured = None
     if parts.base in STREAMED:

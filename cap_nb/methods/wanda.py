@@ -62,14 +62,16 @@ def until_known(record: Record, names: set[str]) -> Record:
     return counted
 
 @torch.no_grad()
-def input_sums(step: LayerStep, statistic: Statistic) -> dict[str, torch.Tensor]:
-    "Run a layer as far as its last projection, and add up a statistic of what each reads; some share one sum."
+def input_sums(step: LayerStep, statistic: Statistic, onwards: bool = False) -> dict[str, torch.Tensor]:
+    "Run a layer as far as its last projection, or take the batches on, and add up a statistic of what each reads."
     found, names = InputSums(), {p.name for p in step.projections}
-    for batch in step.batches:
-        record = until_known(adder(found, batch.mask, statistic), names)
+    for number, batch in enumerate(step.batches):
+        record = adder(found, batch.mask, statistic)
+        if not onwards: record = until_known(record, names)
         with suppress(InputsKnown), recorded_inputs(step.projections, record):
-            run_layer(step.layer, batch.hidden, batch.calls[step.index])
-    return {p.name: found.sums[found.first[p.name]] for p in step.projections}
+            hidden = run_layer(step.layer, batch.hidden, batch.calls[step.index])
+            if onwards: step.batches[number] = replace(batch, hidden=hidden)
+    return {p.name: found.sums[found.first[p.name]] for p in step.projections} # some share one sum
 
 # %% ../../nbs/methods/10_wanda.ipynb #e6d3b484
 def squares(inputs: torch.Tensor, so_far: torch.Tensor | None = None) -> torch.Tensor: # Float64 [in]
@@ -80,9 +82,9 @@ def squares(inputs: torch.Tensor, so_far: torch.Tensor | None = None) -> torch.T
     return added if so_far is None else so_far.add_(added)
 
 @torch.no_grad()
-def input_norms(step: LayerStep) -> dict[str, torch.Tensor]: # Module name -> float32 [in]
+def input_norms(step: LayerStep, onwards: bool = False) -> dict[str, torch.Tensor]: # Module name -> float32 [in]
     "The norms of the inputs of a layer's projections over the calibration set (Sun et al. 2024)."
-    sums = input_sums(step, squares)
+    sums = input_sums(step, squares, onwards)
     for p in unreached(step.projections, sums): sums[p.name].fill_(step.sequences)
     return {name: (total / step.sequences).sqrt().float() for name, total in sums.items()}
 

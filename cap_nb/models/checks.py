@@ -8,7 +8,7 @@ __all__ = ['check_anatomy']
 # %% ../../nbs/models/09_checks.ipynb #b91f2222
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, ExitStack
+from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,7 +18,8 @@ from cap_nb.models.anatomy import (
     projections, routing_of)
 from cap_nb.models.families import HOLDS
 from cap_nb.models.interventions import (
-    changed_input, changed_output, masked_expert, recorded_inputs, recorded_routes, watching)
+    all_of, changed_input, changed_output, masked_expert, recorded_inputs, recorded_routes, watching)
+from cap_nb.models.replay import first_of
 
 # %% ../../nbs/models/09_checks.ipynb #c005
 @torch.no_grad()
@@ -80,16 +81,14 @@ def block_output(model: nn.Module, block: nn.Module, ids: torch.Tensor) -> torch
     "The output of a module while the model runs; of a tuple, its first part."
     outputs = []
     with changed_output(block, watching(outputs.append)): model(input_ids=ids, use_cache=False)
-    hidden = outputs[0] if isinstance(outputs[0], torch.Tensor) else outputs[0][0]
-    return hidden.flatten(0, -2)
+    return first_of(outputs[0]).flatten(0, -2)
 
 @torch.no_grad()
 def lost_without_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
     "What a block loses when all of its experts are masked."
     routing = routing_of(model, layer)
     intact = block_output(model, routing.block, ids)
-    with ExitStack() as stack:
-        for expert in range(routing.count): stack.enter_context(masked_expert(model, layer, expert))
+    with all_of(masked_expert(model, layer, expert) for expert in range(routing.count)):
         return (intact - block_output(model, routing.block, ids)).float()
 
 ROUNDING = 0.05 # Share of the largest number that bfloat16 may take where tokens are computed in groups, one an expert
@@ -105,9 +104,8 @@ def check_routing(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
 @torch.no_grad()
 def logits_without_heads(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     "The model without attention."
-    with ExitStack() as stack:
-        for layer in range(len(decoder_layers(model))):
-            stack.enter_context(changed_input(output_projection(model, layer), torch.zeros_like))
+    outputs = [output_projection(model, layer) for layer in range(len(decoder_layers(model)))]
+    with all_of(changed_input(output, torch.zeros_like) for output in outputs):
         return model(input_ids=ids, use_cache=False).logits
 
 def check_tokens_independent(model: nn.Module, ids: torch.Tensor) -> None:

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/models/02_interventions.ipynb #c1e2089d
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, ExitStack
 from dataclasses import dataclass
 from operator import attrgetter
@@ -37,6 +37,13 @@ def watching(watch: Callable[[object], object]) -> Callable[[object], object]:
         return value
     return change
 
+@contextmanager
+def all_of(changes: Iterable[AbstractContextManager]) -> Iterator[None]:
+    "While the block runs, several changes at once, each begun when it is its turn."
+    with ExitStack() as stack:
+        for change in changes: stack.enter_context(change)
+        yield
+
 def hook_count(model: nn.Module) -> int:
     "How many hooks a model carries; 0 for one that nobody intervenes in."
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
@@ -63,14 +70,11 @@ def chosen_experts(routing: Routing, output: object) -> tuple[torch.Tensor, torc
 def recorded_routes(model: nn.Module) -> Iterator[list[Route]]:
     "While the block runs, the choices of all routers are recorded."
     routes: list[Route] = []
-    with ExitStack() as stack:
-        for layer in range(len(decoder_layers(model))):
-            routing = routing_of(model, layer)
-            if routing is None: continue
-            def record(output: object, layer: int = layer, routing: Routing = routing) -> None:
-                routes.append(Route(layer, *chosen_experts(routing, output)))
-            stack.enter_context(changed_output(routing.router, watching(record)))
-        yield routes
+    def recorded(layer: int, routing: Routing) -> AbstractContextManager[None]:
+        def record(output: object) -> None: routes.append(Route(layer, *chosen_experts(routing, output)))
+        return changed_output(routing.router, watching(record))
+    routings = [routing_of(model, layer) for layer in range(len(decoder_layers(model)))]
+    with all_of(recorded(layer, routing) for layer, routing in enumerate(routings) if routing): yield routes
 
 # %% ../../nbs/models/02_interventions.ipynb #d50f8fe1
 def masked_expert(model: nn.Module, layer: int, expert: int) -> AbstractContextManager[None]:
@@ -102,7 +106,7 @@ def input_of_down(routing: Routing, expert: int, by_role: dict[str, Projection],
     return attrgetter(about.activation)(holder)(gate) * up
 
 # %% ../../nbs/models/02_interventions.ipynb #312aff26
-def watch_experts(stack: ExitStack, routed: Sequence[Projection], record: Record) -> None:
+def watch_experts(routed: Sequence[Projection], record: Record) -> Iterator[AbstractContextManager[None]]:
     "Record what each projection of each expert of a layer reads, each time their block has run."
     routing, hidden, chosen = routed[0].routing, [], []
     def note_choice(output: object) -> None: chosen.append(chosen_experts(routing, output)[0])
@@ -115,18 +119,14 @@ def watch_experts(stack: ExitStack, routed: Sequence[Projection], record: Record
             for role, p in by_role.items():
                 if role != "down": record(p, rows, tokens)
             record(by_role["down"], input_of_down(routing, expert, by_role, rows), tokens)
-    stack.enter_context(changed_input(routing.block, watching(hidden.append)))
-    stack.enter_context(changed_output(routing.router, watching(note_choice)))
-    stack.enter_context(changed_output(routing.block, watching(finish)))
+    yield changed_input(routing.block, watching(hidden.append))
+    yield changed_output(routing.router, watching(note_choice))
+    yield changed_output(routing.block, watching(finish))
 
-@contextmanager
-def recorded_inputs(layer_projections: Sequence[Projection], record: Record) -> Iterator[None]:
+def recorded_inputs(layer_projections: Sequence[Projection], record: Record) -> AbstractContextManager[None]:
     "While the block runs, `record` is called with what every projection of a layer reads."
     routed = [p for p in layer_projections if p.routing]
-    with ExitStack() as stack:
-        for p in layer_projections:
-            if p.routing: continue
-            def note(inputs: torch.Tensor, p: Projection = p) -> None: record(p, inputs, None)
-            stack.enter_context(changed_input(p.module, watching(note)))
-        if routed: watch_experts(stack, routed, record)
-        yield
+    def watched(p: Projection) -> AbstractContextManager[None]:
+        return changed_input(p.module, watching(lambda inputs: record(p, inputs, None)))
+    dense = [watched(p) for p in layer_projections if not p.routing]
+    return all_of([*dense, *(watch_experts(routed, record) if routed else ())])

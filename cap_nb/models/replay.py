@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache
 from cap_nb.core.errors import BadInput
 from cap_nb.models.anatomy import decoder_layers, decoder_of, output_projection
 from cap_nb.models.families import family_of
+from cap_nb.models.interventions import all_of
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -41,16 +42,17 @@ def recorded_calls(model: nn.Module) -> Iterator[list[LayerCall]]:
         cache = next((name for name, value in others if isinstance(value, Cache)), None)
         arguments = {name: None if isinstance(value, Cache) else value for name, value in others}
         calls.append(LayerCall(hidden, arguments, cache))
-    with ExitStack() as stack:
-        for layer in decoder_layers(model):
-            stack.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
-        yield calls
+    layers = decoder_layers(model)
+    with all_of(layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers): yield calls
+
+def first_of(output: object) -> torch.Tensor:
+    "What a layer makes of its input: transformers 4 gives a tuple, 5 a tensor."
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall, cache: object = None) -> torch.Tensor:
     "Call a layer as it was called in a recorded pass, with another input."
     arguments = call.arguments if cache is None else call.arguments | {call.cache: cache}
-    output = layer(hidden, **arguments)
-    return output if isinstance(output, torch.Tensor) else output[0] # transformers 4 gives a tuple, 5 a tensor
+    return first_of(layer(hidden, **arguments))
 
 # %% ../../nbs/models/04_replay.ipynb #93c4b0ad
 @dataclass(frozen=True)
@@ -124,17 +126,16 @@ def run_decoder(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cach
 @torch.no_grad()
 def read_prefix(model: nn.Module, tokens: Sequence[int]) -> Prefix:
     "Run the shared prefix once; a family whose layers keep no keys raises `BadInput`."
-    device, cache = model.get_input_embeddings().weight.device, PrefixCache()
-    ids = torch.tensor([list(tokens)], device=device)
-    with recorded_calls(model) as calls: run_decoder(model, ids, torch.ones_like(ids), DynamicCache())
+    ids = torch.tensor([list(tokens)], device=model.get_input_embeddings().weight.device)
+    cache, held, layers = PrefixCache(), DynamicCache(), range(len(decoder_layers(model)))
+    with ExitStack() as stack, recorded_calls(model) as calls:
+        heads = [stack.enter_context(recorded_heads(model, layer)) for layer in layers]
+        run_decoder(model, ids, torch.ones_like(ids), held)
     if any(call.cache is None for call in calls):
         raise BadInput(f"{type(model).__name__} gives its layers no cache: "
                        f"expected one for a shared prefix; score without it.")
-    heads = []
-    for index, call in enumerate(calls):
-        with recorded_heads(model, index) as kept: run_layer(decoder_layers(model)[index], call.hidden, call, cache)
-        heads.append(kept[0] if kept else None)
-    return Prefix(tuple(calls), cache, tuple(heads))
+    cache.kept = {layer: (kept.keys, kept.values) for layer, kept in enumerate(held.layers)}
+    return Prefix(tuple(calls), cache, tuple(kept[0] if kept else None for kept in heads))
 
 # %% ../../nbs/models/04_replay.ipynb #c019
 @torch.no_grad()

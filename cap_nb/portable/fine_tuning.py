@@ -27,6 +27,7 @@ from ..jobs.settings import check_tuning, FineTuning
 from ..methods.block import in_float32
 from ..methods.resumed_scoring import divergence_of_logits, target_logits
 from ..models.anatomy import check_length, projections
+from ..models.interventions import all_of
 from ..models.lab import STATE, load_state, save_state, step_optimizers
 from ..models.loading import check_all_here, model_fingerprint, save_model
 from ..scoring import target_losses
@@ -161,10 +162,7 @@ class MaskedLowRank(nn.Module):
         return (weight + change).to(weight.dtype)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c054
-@contextmanager
-def trained_in_full(model: nn.Module) -> Iterator[None]:
-    "Parameters are float32 while the block runs, and as they were afterwards; zeros are held."
-    with in_float32(model), held_zeros(model): yield
+#| exporti
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c055
 def put_in_order(module: nn.Module, names: Sequence[str]) -> None:
@@ -255,7 +253,7 @@ def recover(
         raise BadInput("The teacher is the model itself: expected another, as a rule the model before it was pruned; "
                        "name that one.")
     about = {"settings": asdict(settings), "model": before, "calibration": calibration.fingerprint, "teacher": taught}
-    if settings.rank is None: trained = trained_in_full(model)
+    if settings.rank is None: trained = all_of([in_float32(model), held_zeros(model)]) # float32 while it is trained
     else: trained = trained_by_rank(model, settings.rank, settings.seed)
     with alone_in(folder) if folder else nullcontext(), ExitStack() as stack, trained:
         stack.callback(model.train, model.training)
