@@ -556,8 +556,7 @@ def budget_stage(load: Workload) -> Stage:
     few = batch_shapes(load.lengths[::max(1, len(load.lengths) // settings.examples)], load.job.model.batch_tokens)
     alone, levels = one_pass(few), len(settings.levels)
     resumed = with_head(alone * levels * (sizes.layers + 1), 2 * sizes.layers * levels * alone[HEAD])
-    memory = batch_memory(load, few) | {"ranks of all weights": 2 * sizes.scope,
-                                       "copies of a layer": sizes.scope / sizes.layers * load.width}
+    memory = batch_memory(load, few) | {"copies of a layer": sizes.scope / sizes.layers * load.width}
     return stage_of(load, BUDGETS, memory, wanda_work(load.batches) + resumed, read=READS_IN_ROWS * sizes.scope)
 
 def method_stages(load: Workload) -> list[Stage]:

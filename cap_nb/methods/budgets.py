@@ -24,7 +24,7 @@ from cap_nb.data.prompts import token_batches
 from cap_nb.methods.criteria import dense_norms, Inputs
 from cap_nb.methods.layer_walk import advanced, BatchState
 from cap_nb.methods.resumed_scoring import last_layer_at_targets, prepare_batch, Targets, token_divergences
-from cap_nb.methods.selection import competing, Measurements, scores_of
+from cap_nb.methods.selection import competing, Measurements, scores_of, smallest_in_rows
 from cap_nb.methods.wanda import WANDA
 from cap_nb.models.anatomy import final_norm, Projection, projections
 from cap_nb.models.families import HOLDS
@@ -168,22 +168,12 @@ class Local:
     name: str # What it is called, as in "wanda"; part of the key of stored measurements
     weight: Callable[[Projection, float], torch.Tensor] # (projection with its dense weight, share) -> new weight
 
-def row_ranks(scores: torch.Tensor) -> torch.Tensor: # [out, in], int16 or, for wide rows, int32
-    "The rank of every score in its row, from 0, equal scores in order."
-    width, order = scores.shape[1], scores.argsort(dim=1, stable=True)
-    dtype = torch.int16 if width <= torch.iinfo(torch.int16).max else torch.int32
-    ranks = torch.arange(width, dtype=dtype, device=scores.device).expand_as(order)
-    return torch.empty_like(order, dtype=dtype).scatter_(1, order, ranks)
-
 def wanda_local(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> Local:
-    "Wanda in rows with the norms of the dense model, measured at the first call; keeps two bytes a weight for ranks."
-    ranks: dict[str, torch.Tensor] = {}
+    "Wanda in rows with the norms of the dense model, measured at the first call."
     measurements = Measurements()
     def weight(p: Projection, share: float) -> torch.Tensor:
         if not measurements.norms: measurements.norms.update(dense_norms(model, calibration, batch_tokens))
-        if p.name not in ranks: ranks[p.name] = row_ranks(scores_of(WANDA, p, measurements))
-        count = math.floor(p.weight.shape[1] * share + 1e-9) # as in `smallest_in_rows`
-        return p.weight.detach().masked_fill(ranks[p.name] < count, 0)
+        return p.weight.detach().masked_fill(smallest_in_rows(scores_of(WANDA, p, measurements), share), 0)
     return Local("wanda", weight)
 
 # %% ../../nbs/methods/22_budgets.ipynb #04113b45
