@@ -60,14 +60,14 @@ def rows_of_neurons(p: Projection, neurons: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def cut_weights(model: nn.Module, neurons: torch.Tensor, groups: torch.Tensor) -> dict[str, torch.Tensor]:
     "All weights of a model with the rows and columns of what goes left out."
-    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    weights, cut = model.state_dict(), {}
     for p in projections(model):
         stay = rows_of_heads(model, p, groups[p.layer].tolist()) if p.parts else rows_of_neurons(p, neurons[p.layer])
         stay, by_column = stay.to(p.weight.device), p.role in ("output", "down")
-        weights[p.parameter_name] = p.oriented(p.weight.index_select(int(by_column), stay)).contiguous()
+        cut[p.parameter_name] = p.oriented(p.weight.index_select(int(by_column), stay)).contiguous()
         bias = f"{p.name}.bias"
-        if bias in weights and not by_column: weights[bias] = weights[bias][stay]
-    return weights
+        if bias in weights and not by_column: cut[bias] = weights[bias][stay]
+    return {name: cut[name] if name in cut else weight.clone() for name, weight in weights.items()}
 
 # %% ../../nbs/portable/06_shrink.ipynb #c018
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") # What configurations call the MLP's width
