@@ -183,14 +183,14 @@ from typing import TypeVar
 
 Key = TypeVar("Key") # Whatever names a comparison in its family
 LEVEL = 0.05 # Accepted probability of any false claim in a family of comparisons
-FEWEST_PAIRS = 20 # Below this a percentile bootstrap is too sure of itself
+FEWEST_PAIRS = 20 # Fewer decide nothing
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     "The p-values of a family of comparisons, corrected, in the same order (Holm 1979)."
-    corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        highest = corrected[index] = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-    return tuple(corrected)
+    p = np.asarray(p_values, dtype=float)
+    order, corrected = p.argsort(kind="stable"), np.empty(len(p))
+    corrected[order] = np.maximum.accumulate(np.minimum(1, np.arange(len(p), 0, -1) * p[order]))
+    return tuple(corrected.tolist())
 
 # %% ../nbs/06_analysis.ipynb #c031
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def answer_record(example: Example, said: Generation, tokenizer: object, style: 
 
 def prompt_tokens(example: Example) -> tuple[int, ...]:
     "The prompt's tokens, exactly as they were in calibration."
-    return example.input_ids[:next(index for index, label in enumerate(example.labels) if label != IGNORED)]
+    return example.input_ids[:example.labels.count(IGNORED)]
 
 # %% ../nbs/05_evaluation.ipynb #c046
 @validate_arguments

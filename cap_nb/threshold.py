@@ -37,12 +37,9 @@ def zero_count(weights: int, sparsity: float) -> int:
     return math.floor(weights * check_sparsity(sparsity) + 0.5)
 
 def smallest_naive(scores: torch.Tensor, count: int) -> torch.Tensor:
-    "A mask of the `count` smallest scores by bisection, the ties at the threshold in order (paper section 3.3)."
-    if count == 0: return torch.zeros_like(scores, dtype=torch.bool)
-    tau = scores[scores <= bisect_threshold(scores, count / scores.numel(), 0.4 / scores.numel())].max()
-    taken = scores < tau
-    ties = (scores == tau).flatten().nonzero()[:count - taken.sum(), 0]
-    return taken.flatten().index_fill(0, ties, True).view_as(scores)
+    "A mask of the `count` smallest scores, equal ones in their order (paper section 3.3)."
+    order = scores.flatten().argsort(stable=True)
+    return torch.zeros(scores.shape, dtype=torch.bool).view(-1).index_fill(0, order[:count], True).view_as(scores)
 
 # %% ../nbs/04_threshold.ipynb #90e2eca2
 from dataclasses import dataclass
@@ -81,18 +78,16 @@ def prune_naive(model: nn.Module, sparsity: float, factors: torch.Tensor | None 
     return prune_report(model, method, sparsity, tau, 0 if tau is None else int((scores == tau).sum()))
 
 # %% ../nbs/04_threshold.ipynb #3c04d5de
+import pandas as pd
 from matplotlib.figure import Figure
 from cap_nb.core.errors import validate_arguments
 from cap_nb.core.plots import blank_figure, in_style
 
 def zero_shares(report: PruneReport) -> tuple[list[str], torch.Tensor]:
     "Roles, and the share of zeros by layer and role, float64 [layers, roles], NaN where a layer lacks the role."
-    roles, layers = (list(dict.fromkeys(row[column] for row in report.table)) for column in (1, 0))
-    zeros, weights = torch.zeros(2, len(layers), len(roles), dtype=torch.float64)
-    for layer, role, _, gone, size in report.table:
-        zeros[layers.index(layer), roles.index(role)] += gone
-        weights[layers.index(layer), roles.index(role)] += size
-    return roles, zeros / weights
+    frame = pd.DataFrame(report.table, columns=["layer", "role", "name", "zeros", "weights"])
+    sums, roles = frame.groupby(["layer", "role"])[["zeros", "weights"]].sum(), list(dict.fromkeys(frame["role"]))
+    return roles, torch.tensor((sums["zeros"] / sums["weights"]).unstack()[roles].values.tolist(), dtype=torch.float64)
 
 # %% ../nbs/04_threshold.ipynb #23083fdc
 @validate_arguments
