@@ -33,6 +33,7 @@ def records_from(rows: Iterable[dict]) -> tuple[dict[str, Evaluation], dict[str,
 
 # %% ../nbs/06_analysis.ipynb #c009
 import math
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
@@ -42,7 +43,7 @@ from cap_nb.core.errors import BadInput, validate_arguments
 from cap_nb.core.plots import blank_figure, in_style
 from cap_nb.data.problems import TASK_TITLES, TASKS, task_title
 from cap_nb.evaluation import (
-    bootstrap_interval, right_shares, summarise_answers, summarise_choices, summarise_losses, wilson_interval)
+    bootstrap_interval, right_shares, summarise_answers, summarise_choices, summarise_losses)
 
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
 OTHER_TITLES = {"sparsegpt": "SparseGPT", "ria": "RIA", "alps": "ALPS"} # As the papers on them write it
@@ -125,26 +126,6 @@ def paired_values(first: Sequence[Measured], second: Sequence[Measured]) -> tupl
                        f"expected two methods on one draw; use one seed and n for both.")
     (ones, unit), (others, _) = problem_values(first), problem_values(second)
     return [ones[problem] - others[problem] for problem in ones], unit
-
-# %% ../nbs/06_analysis.ipynb #c402d67e
-import numpy as np
-
-def share_kept(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecord], lenient: bool = False,
-               seed: int = 0) -> tuple[float, float, float]: # With its 95 % interval; NaN where nothing was right
-    "The share of a dense model's right answers that a pruned one has right too; other problems raise `BadInput`."
-    paired_values(dense, pruned)
-    before, after = (right_shares(records, lenient) for records in (dense, pruned))
-    solved = [problem for problem, share in sorted(before.items()) if share]
-    if not solved: return (math.nan,) * 3
-    weights = np.array([before[problem] for problem in solved], dtype=float)
-    kept = weights * [after[problem] for problem in solved]
-    if not any(record.sample for record in (*dense, *pruned)):
-        return float(kept.mean()), *wilson_interval(int(kept.sum()), len(kept))
-    def ratio(rows: np.ndarray, axis: int) -> np.ndarray:
-        drawn = rows.astype(int)
-        return kept[drawn].sum(axis) / weights[drawn].sum(axis)
-    rows = [float(row) for row in range(len(kept))]
-    return float(kept.sum() / weights.sum()), *bootstrap_interval(rows, seed, statistic=ratio)
 
 # %% ../nbs/06_analysis.ipynb #c018
 def mcnemar_exact(gained: int, lost: int) -> float:
@@ -238,53 +219,6 @@ def correct_family(comparisons: Mapping[Key, Comparison], family: str = "this ta
     name = f"the {len(comparisons)} comparisons of {family}"
     return {key: replace(comparison, holm=corrected.get(key), family=name) for key, comparison in comparisons.items()}
 
-# %% ../nbs/06_analysis.ipynb #219f5cff
-from statistics import NormalDist
-
-POWER = 0.8 # Probability of finding a difference that is there
-Z_LEVEL, Z_POWER = NormalDist().inv_cdf(1 - LEVEL / 2), NormalDist().inv_cdf(POWER)
-
-def problems_needed(points: float, discordant: float) -> int:
-    "Problems with which McNemar's test finds a difference of accuracies, 80 % power at 5 % (Connor 1987)."
-    difference = points / 100
-    spread = Z_LEVEL * math.sqrt(discordant) + Z_POWER * math.sqrt(discordant - difference**2)
-    return math.ceil((spread / difference) ** 2)
-
-def least_told(n: int, discordant: float) -> float: # Points; NaN where none can be told
-    "The smallest difference of accuracies that so many problems tell with 80 % power at 5 %."
-    if n <= Z_LEVEL**2: return math.nan
-    root = Z_POWER * math.sqrt(n + Z_POWER**2 - Z_LEVEL**2)
-    difference = math.sqrt(discordant) * (Z_LEVEL * math.sqrt(n) + root) / (n + Z_POWER**2)
-    return 100 * difference if 0 < difference <= discordant else math.nan # no more than all that differ
-
-# %% ../nbs/06_analysis.ipynb #49645cbb
-def detection_text(points: float, discordant: float) -> str:
-    "How many problems tell two methods apart, in a sentence."
-    n = problems_needed(points, discordant)
-    return (f"To tell a difference of {points:g} points: {n:,} problems of each task (--evaluate-n {n}), if one of the "
-            f"two methods alone solves {100 * discordant:g} % of them; 80 % power, McNemar's test at 5 %, one "
-            "comparison.")
-
-def span_text(values: Sequence[float], spelt: str) -> str:
-    "The least and the largest of some numbers, as 4.0 to 9.9."
-    ends = dict.fromkeys(format(value, spelt) for value in (min(values), max(values)))
-    return " to ".join(ends)
-
-def told_text(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str: # Markdown; empty without answers
-    "What compared answers could have told, a sentence for each task."
-    by_task = {}
-    for (*_, measure), c in comparisons.items():
-        if c.alone is not None: by_task.setdefault(measure, []).append(c)
-    lines = []
-    for task, those in by_task.items():
-        told = [least for c in those if not math.isnan(least := least_told(c.n, c.alone / c.n))]
-        points = f"{span_text(told, '.1f')} points" if told else "no difference"
-        few = ", and none where too few do" if told and len(told) < len(those) else ""
-        lines.append(f"- {task}: {span_text([c.n for c in those], ',')} problems, of which one method alone solves "
-                     f"{span_text([100 * c.alone / c.n for c in those], '.1f')} %, could have told {points} "
-                     f"apart{few} (80 % power at 5 %, before Holm's correction).")
-    return "\n".join(lines)
-
 # %% ../nbs/06_analysis.ipynb #c037
 TEXT_LOSS = "Text loss" # What a text is compared by: the losses of its windows
 CAP_PAIRS = (("cap", "wanda"), ("cap", "magnitude")) # What the paper compares, and what the factor adds
@@ -365,8 +299,8 @@ def paper_table() -> pd.DataFrame: # Rows (Model, Method, Sparsity); accuracies 
 def paper_measure(measure: str) -> str | None:
     "Which column of the paper's table a measure of ours belongs to, as in Lab ARC-C. loss; None: to none."
     if measure == TEXT_LOSS: return "perplexity"
-    if measure.endswith("gold p norm") or task_title("gsm8k_changed") in measure: return None
-    return next((task for task, title in TASK_TITLES.items() if title in measure), None)
+    name = measure.removeprefix("Lab ").removesuffix(" loss").partition(" pass@1")[0].removesuffix(", set aside")
+    return next((task for task, title in TASK_TITLES.items() if title == name), None)
 
 def paper_direction(measure: str, sparsity: float) -> dict[str, str]:
     "By model, which of CAP and Wanda the paper's Table 1 favours (the higher accuracy, the lower perplexity)."

@@ -187,6 +187,8 @@ def plot_calibration(
     return plot_lengths(panels, calibration.k, "tokens of prompt and target")
 
 # %% ../nbs/00_calibration.ipynb #c055
+import re
+
 @validate_arguments
 def overlap(
     calibration: Calibration, # The calibration set
@@ -194,7 +196,9 @@ def overlap(
 ) -> frozenset[str]: # Content hashes that occur in both
     "Problems for evaluation that a calibration set asks, whatever their spaces and case (paper section 3.1)."
     calibrated, prompts = {e.uid for e in calibration.examples}, [normal_text(e.prompt) for e in calibration.examples]
+    def asks(prompt: str, part: str) -> bool: # whole words: 2 + 3 is not asked by 12 + 34
+        return part in prompt and re.search(rf"(?<!\w){re.escape(part)}(?!\w)", prompt) is not None
     def is_shared(problem: Problem) -> bool:
         parts = problem.wording.split("\n")
-        return problem.uid in calibrated or any(all(part in prompt for part in parts) for prompt in prompts)
+        return problem.uid in calibrated or any(all(asks(prompt, part) for part in parts) for prompt in prompts)
     return frozenset(problem.uid for problem in problems if is_shared(problem))

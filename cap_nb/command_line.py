@@ -438,7 +438,7 @@ def plan_command(
     tokens = settings.prompt_tokens, settings.target_tokens
     said = plan_text(plan(job, devices, rates, *tokens, tries=tries))
     if settings.detect is None: return said
-    from cap_nb.analysis import detection_text
+    from cap_nb.jobs.results import detection_text
     share = DISCORDANT if settings.discordant is None else settings.discordant
     return f"{said}\n\n{detection_text(settings.detect, share)}"
 
@@ -764,9 +764,9 @@ def compare_command(
     if beside and form == "csv":
         raise BadInput("--with published was asked for as csv: expected md, since papers' numbers stand beside a table "
                        "and not in it; leave one of the two out.")
-    from cap_nb.analysis import comparison_frame, told_text
+    from cap_nb.analysis import comparison_frame
     from cap_nb.core.files import check_new_folder
-    from cap_nb.jobs.results import compare_runs, published_text, runs_in, save_comparison
+    from cap_nb.jobs.results import compare_runs, published_text, runs_in, save_comparison, told_text
     from cap_nb.jobs.tables import comparison_markdown
     if out: check_new_folder(out)
     sparsities = None if sparsity is None else read_sparsities(sparsity)

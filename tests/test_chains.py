@@ -1,7 +1,9 @@
 """Own chains: a killed run gives the same file, damage is named, the rules keep what they should, and a run calibrates on them."""
+import copy
 import itertools
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,8 @@ from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.core.stopping import Stopped
 from cap_nb.data.problems import load_problems, load_text
-from cap_nb.data.prompts import IGNORED
+from cap_nb.data.prompts import IGNORED, prompt_text
+from cap_nb.experiments.seeds import check_settings
 from cap_nb.models.decoding import generate_noted
 from cap_nb.jobs import chains
 from cap_nb.jobs.chains import (
@@ -20,6 +23,7 @@ from cap_nb.jobs.job import held_by_task, job_calibration, prepare
 from cap_nb.jobs.records import changed_options, job_of, load_evaluation, load_run, read_run
 from cap_nb.jobs.report import command_of
 from cap_nb.jobs.settings import RECIPES, ChainRule, FineTuning, Job, changed
+from cap_nb.models.lab import lab_tokenizer
 from cap_nb.models.loading import load_model
 from programs import FEW, assert_one_sentence, called as cap
 
@@ -316,3 +320,24 @@ def test_spared_problems_are_not_asked(lab):
     held = own_chains(model, tokenizer, ("lab-arc",), n=3, answering=Answering(tries=1, max_new_tokens=4))
     without = chain_calibration(tokenizer, held, k=1, rule=ChainRule(right=False), exclude={held.chains[0].uid})
     assert {e.uid for e in without.examples} == {c.uid for c in held.chains[1:]}
+
+
+def test_a_limit_of_no_token_is_refused(lab):
+    with pytest.raises(BadInput):
+        own_chains(*lab, ("lab-gsm8k",), n=1, answering=Answering(tries=1, max_new_tokens=0))
+
+
+def test_a_template_that_drops_the_worked_examples_is_refused():
+    tokenizer, (asked, shown) = copy.deepcopy(lab_tokenizer()), load_problems("lab-gsm8k", "calibration")[:2]
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}\n"
+    assert prompt_text(tokenizer, asked, "lab")
+    with pytest.raises(BadInput, match="leaves a question or a worked example out"):
+        prompt_text(tokenizer, asked, "lab", [shown])
+
+
+def test_seeds_of_a_set_in_tokens_may_hold_other_numbers_of_examples():
+    """How many examples an amount of tokens takes follows from the draw."""
+    one, other = ({"calibration": {"seed": seed, "holds": {"lab-arc": {"examples": 5 + seed, "tokens": 600 + seed}}}, "model": {}} for seed in (0, 1))
+    check_settings(Path("run"), one, other)
+    with pytest.raises(BadInput, match="calibration.k"):
+        check_settings(Path("run"), one, other | {"calibration": other["calibration"] | {"k": 2}})

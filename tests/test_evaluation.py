@@ -1,20 +1,23 @@
 """Evaluation against independent arithmetic: decoding, reading and weighing of answers on every supported family, and runs that are killed within a task."""
+import json
 import math
 import random
 import signal
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import DATA, needs_data
+from conftest import DATA, ROOT, needs_data
 from fixtures import tiny_llama
 from programs import finished
 from proofs import TINY_MODELS, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cap_nb.analysis import compare, method_table, sign_flip_test
+from cap_nb.calibration import Calibration, overlap
 from cap_nb.data.problems import BENCHMARK_NAMES, load_problems, task_family
-from cap_nb.data.prompts import prompt_text, strict_answer, target_text
+from cap_nb.data.prompts import encode_problem, prompt_text, strict_answer, target_text
 from cap_nb.evaluation import (
     answer_problems, evaluation_problems, extract_answer, normal_answer, perplexity, right_shares, strict_pattern, window_losses)
 from cap_nb.core.files import sha256_of_text
@@ -313,6 +316,43 @@ def test_one_answer_to_each_problem_is_written_as_before(tmp_path):
     assert not {"samples", "temperature", "top_p"} & set(load_run(tmp_path / "run").configuration["evaluation"])
     pack_run(tmp_path / "run")
     assert "sample" not in pq.read_schema(tmp_path / "run" / "records.parquet").names
+
+
+def test_problems_that_were_calibrated_on_under_another_task_are_refused():
+    _, tokenizer = lab_model(dtype=torch.float32, device="cpu")
+    asked = filled_in(changed(Job(), tasks=("lab-gsm8k",), n=2, k=1, evaluate_n=3, loss_n=0, windows=0), tokenizer)
+    seen, other = evaluation_problems("lab-gsm8k", 4)[0], load_problems("lab-gsm8k", "calibration")[0]
+    def calibrated(*problems): return Calibration.from_examples([encode_problem(tokenizer, problem, "lab") for problem in problems], k=1)
+    spaced = replace(seen, task="lab-arc", question=seen.question.replace(" ", "  "), choices=(("A", "1"), ("B", "2")), answer="A")
+    job.check_problems_unseen(asked, calibrated(other))
+    with pytest.raises(BadInput, match="1 of the 3 problems of lab-gsm8k are calibrated on"):
+        job.check_problems_unseen(asked, calibrated(other, spaced))
+    short = replace(seen, question="2 + 3")
+    assert not overlap(calibrated(replace(other, question="Compute 12 + 34.")), [short]) and overlap(calibrated(replace(other, question="What is 2 + 3?")), [short])
+
+
+@pytest.mark.parametrize("settings", [dict(max_new_tokens=1000), dict(shots=20)])
+def test_an_answer_without_room_is_refused_before_work(settings, tmp_path):
+    asked = changed(Job(), tasks=("lab-gsm8k",), n=2, k=1, evaluate_n=3, loss_n=0, windows=0, methods=("cap",), device="cpu", **settings)
+    with pytest.raises(BadInput, match="exceed the model's context of 512"):
+        run_job(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_worked_example_is_never_the_question_with_other_spaces(tmp_path):
+    rows = {"train": ["Ann has 3 apples and buys 4  more. How many?", "Bob has 2 pens. How many?"], "test": ["Ann has 3 apples and buys 4 more. How many?"]}
+    for split, questions in rows.items():
+        path = tmp_path / "gsm8k" / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"question": question, "answer": "So 7.\n#### 7"}) + "\n" for question in questions))
+    asked = filled_in(changed(Job(), data_dir=str(tmp_path), tasks=("gsm8k",), evaluate_n=1, shots=1), lab_tokenizer())
+    problems = evaluation_problems("gsm8k", data_dir=tmp_path)
+    assert [shown.question for shown in shown_examples(asked, "gsm8k", problems)] == ["Bob has 2 pens. How many?"]
+
+
+def test_the_dense_model_is_not_compared_with_itself():
+    folders = [ROOT / "figures" / "lab_seeds" / seed for seed in "01"]
+    assert not any("Dense" in first for first, *_ in compare_runs(folders)) and any("Dense" in first for first, *_ in compare_runs(folders, methods=["dense"]))
 
 
 def test_drawn_answers_depend_on_seed_problem_and_number_alone():

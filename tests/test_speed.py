@@ -74,6 +74,8 @@ def test_both_sides_have_one_dtype(stored, asked, tmp_path):
     dtype = asked or stored
     assert record["dtypes"] == {"dense, torch": dtype, "pruned, torch": dtype}
     assert [about["dtype"] for about in record["models"].values()] == [dtype, dtype]
+    alone = record | {"seconds": {case: {"pruned, csr": [1.0]} for case in record["seconds"]}}
+    assert {row[-1] for row in speed_rows(alone)} == {""}, "nothing dense beside it"
     assert {row[2] for row in speed_rows(record)} == {dtype} and speed_text(record).count(f"in {dtype}") == 2
 
 

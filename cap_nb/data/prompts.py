@@ -107,9 +107,10 @@ def rendered(tokenizer: object, chat: list[dict[str, str]]) -> str:
         told = " ".join(str(error).split())[:150]
         raise BadInput(f"The tokenizer's chat template cannot render a question ({type(error).__name__}: {told}): "
                        "expected one that takes turns of user and assistant; mend chat_template.") from error
-    if normal_text(chat[-1]["content"]) in normal_text(str(prompt)): return prompt
-    raise BadInput("The tokenizer's chat template leaves the question out of the prompt: expected all of it "
-                   "there; mend chat_template.")
+    said = normal_text(str(prompt))
+    if all(normal_text(turn["content"]) in said for turn in chat): return prompt
+    raise BadInput("The tokenizer's chat template leaves a question or a worked example out of the prompt: expected "
+                   "all of it there; mend chat_template.")
 
 @lru_cache
 def tell_of_plain_prompts(name: str) -> None:
@@ -246,6 +247,7 @@ def lenient_answer(text: str, style: str | PromptStyle, family: str) -> str | No
     "The strict answer, else the last one after 'answer is', else the last one anywhere; None where there is none."
     strict = strict_answer(text, style, family)
     if strict is not None: return strict
+    text = text.replace("\u2212", "-") # the sign of print
     answers = re.findall(LEADS + LOOSE[family], text) or re.findall(LOOSE[family], text)
     if not answers: return None
     return answers[-1].lower() if family == "strategyqa" else answers[-1]

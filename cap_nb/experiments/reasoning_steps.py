@@ -551,12 +551,12 @@ def report_row(answer: AnswerRecord, problem: Problem, dense_steps: float, perpl
 def steps_of_dense(answers: Sequence[AnswerRecord], dense: Sequence[AnswerRecord] | None) -> list[float]:
     "Steps that the dense model took; a problem that it has not answered raises `BadInput`."
     if dense is None: return [math.nan] * len(answers)
-    steps = {(answer.task, answer.uid): len(reasoning_steps(answer.output)) for answer in dense}
-    missing = [answer.uid for answer in answers if (answer.task, answer.uid) not in steps]
+    steps = {(answer.task, answer.uid, answer.sample): len(reasoning_steps(answer.output)) for answer in dense}
+    missing = [answer.uid for answer in answers if (answer.task, answer.uid, answer.sample) not in steps]
     if missing:
         raise BadInput(f"The dense model has not answered problem {missing[0]} ({len(missing)} are missing): "
                        "expected its answers to the same problems; evaluate it on them.")
-    return [steps[answer.task, answer.uid] for answer in answers]
+    return [steps[answer.task, answer.uid, answer.sample] for answer in answers]
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c103
 @validate_arguments

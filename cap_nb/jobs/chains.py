@@ -132,7 +132,7 @@ class Answering:
     file: str | Path | None = None # File of the answers; while it is made, its parts lie beside it; None: no file
 
     def limit(self, task: str) -> int:
-        return self.max_new_tokens or token_limit(task)
+        return token_limit(task) if self.max_new_tokens is None else self.max_new_tokens
 
     def sampling(self, seed: int) -> Sampling:
         return Sampling(temperature=self.temperature, top_k=self.top_k, seed=seed)

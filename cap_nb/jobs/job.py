@@ -19,7 +19,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from ..calibration import Calibration, calibration_set, default_style, default_tasks, Tokens
+from ..calibration import Calibration, calibration_set, default_style, default_tasks, overlap, Tokens
 from ..core.devices import memory_taken
 from ..core.errors import (
     BadInput, check_argument, check_choice, check_sparsity, fields_in, validate_arguments)
@@ -27,9 +27,9 @@ from ..core.files import alone_in, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
 from ..data.problems import (
     FRESH, load_problems, load_text, normal_text, Problem, task_family, TASKS, TEXTS)
-from ..data.prompts import check_comparable, prompt_style
+from ..data.prompts import check_comparable, encode_problems, prompt_style
 from ..evaluation import (
-    answer_problems, AnswerRecord, Evaluation, evaluation_problems, perplexity, problem_losses)
+    answer_problems, AnswerRecord, Evaluation, evaluation_problems, perplexity, problem_losses, prompt_tokens)
 from ..importance import importance_factors
 from .chains import (
     chain_calibration, Chains, held_tokens, read_chains, style_origin, text_calibration)
@@ -49,7 +49,7 @@ from ..methods.screening import load_any, PartialLosses, save_partial, scores_of
 from ..models.anatomy import context_of, projections
 from ..models.checks import tell_of_zeros, zeros_of
 from ..models.choices import choice_records, has_options
-from ..models.decoding import Decoding, held_by_vllm, imported_vllm, Sampling, token_limit, WRITERS
+from ..models.decoding import check_room, Decoding, held_by_vllm, imported_vllm, Sampling, token_limit, WRITERS
 from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
     tokenizer_fingerprint)
@@ -174,7 +174,9 @@ def shown_examples(job: Job, task: str, problems: Sequence[Problem]) -> tuple[Pr
     if not shots: return ()
     source = task if "calibration" in TASKS[task].files else task_family(task)
     if "calibration" in TASKS[source].files:
-        judged_on = spared_problems(job).union(p.uid for p in problems)
+        asked = {problem.wording for problem in problems} # whatever their spaces, and under whatever task
+        asked_too = {p.uid for p in load_problems(source, "calibration", data.data_dir) if p.wording in asked}
+        judged_on = spared_problems(job) | asked_too
         return evaluation_problems(source, shots, data.seed, data.data_dir, judged_on, "validation")
     raise BadInput(f"{task} has no calibration problems: expected some to show as worked examples; leave --shots out, "
                    "or answer other tasks.")
@@ -310,6 +312,24 @@ class Ready:
     calibration: Calibration # The calibration set
     configuration: dict # What `run.json` will hold
 
+def check_problems_unseen(job: Job, calibration: Calibration) -> None:
+    "Raise `BadInput` if problems are measured on that are calibrated on, under whatever task and with whatever spaces."
+    counts = {"accuracy": job.evaluate.evaluate_n, "loss": job.evaluate.loss_n, "choice": job.evaluate.choice_n}
+    for piece in pieces_of(job):
+        if piece.kind not in counts: continue
+        problems = drawn_problems(job, piece.on, counts[piece.kind], calibrated_on(calibration))
+        if seen := overlap(calibration, problems):
+            raise BadInput(f"{len(seen)} of the {len(problems)} problems of {piece.on} are calibrated on: expected "
+                           "none; calibrate on other problems, or measure other tasks.")
+
+def check_answers_fit(job: Job, model: nn.Module, tokenizer: object, exclude: frozenset[str]) -> None:
+    "Raise `BadInput` where a prompt leaves an answer no room in the model's context."
+    for task in job.evaluate.accuracy_tasks:
+        problems = drawn_problems(job, task, job.evaluate.evaluate_n, exclude)
+        examples = encode_problems(tokenizer, problems, job.calibrate.style, shown_examples(job, task, problems))
+        limit = job.evaluate.max_new_tokens or token_limit(task)
+        check_room(model, [prompt_tokens(example) for example in examples], limit)
+
 def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
     "Check against the model and draw; whatever is wrong raises `BadInput`."
     check_all_here(model)
@@ -321,6 +341,8 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
     check_text_unseen(job, calibration)
+    check_problems_unseen(job, calibration)
+    check_answers_fit(job, model, tokenizer, calibrated_on(calibration))
     tell_of_zeros(*zeros_of(model))
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)

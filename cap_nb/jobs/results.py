@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ..analysis import (
-    comparable_parts, compare_methods, Comparison, comparison_frame, correct_family, method_title, told_text)
+    comparable_parts, compare_methods, Comparison, comparison_frame, correct_family, method_title)
 from ..core.errors import BadInput, check_choice, check_fields, check_sparsity, validate_arguments
 from ..core.files import read_checked, sha256_of_file, taken_as, whole_folder, write_json
 from ..core.plots import blank_figure, in_style, INK, save_figure
@@ -171,6 +171,8 @@ def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, ag
             second = cells.get((method, 0.0 if method == "dense" else e.sparsity))
             asked = methods is None or e.method in methods
             asked = asked and (sparsities is None or e.sparsity in (0.0, *sparsities))
+            if e.method == method == "dense" and methods is None: # one model in both runs has nothing to tell apart
+                asked = asked and not agrees(*(each.configuration["model"]["fingerprint"] for each in (first, run)))
             if asked and second is not None and second is not e: pairs.append((other, e, name, second))
     if not pairs:
         raise BadInput(f"{' and '.join(runs)} have no cells to compare: expected a method at one sparsity in both; "
@@ -202,6 +204,54 @@ def compare_runs(
         raise BadInput(f"{' and '.join(loaded)} share no measure: expected one at least that both have; see what they "
                        "hold with 'cap table'.")
     return compare_methods(cells.values(), tuple(methods_paired), seed=seed)
+
+# %% ../../nbs/jobs/07_results.ipynb #219f5cff
+from statistics import NormalDist
+from cap_nb.analysis import FEWEST_PAIRS, LEVEL
+
+POWER = 0.8 # Probability of finding a difference that is there
+Z_LEVEL, Z_POWER = NormalDist().inv_cdf(1 - LEVEL / 2), NormalDist().inv_cdf(POWER)
+
+def problems_needed(points: float, discordant: float) -> int:
+    "Problems with which McNemar's test finds a difference of accuracies, 80 % power at 5 % (Connor 1987)."
+    difference = points / 100
+    spread = Z_LEVEL * math.sqrt(discordant) + Z_POWER * math.sqrt(discordant - difference**2)
+    return max(FEWEST_PAIRS, math.ceil((spread / difference) ** 2)) # fewer are never decided
+
+def least_told(n: int, discordant: float) -> float: # Points; NaN where none can be told
+    "The smallest difference of accuracies that so many problems tell with about 80 % power at 5 %."
+    if n < FEWEST_PAIRS: return math.nan
+    root = Z_POWER * math.sqrt(n + Z_POWER**2 - Z_LEVEL**2)
+    difference = math.sqrt(discordant) * (Z_LEVEL * math.sqrt(n) + root) / (n + Z_POWER**2)
+    return 100 * difference if 0 < difference <= discordant else math.nan # no more than all that differ
+
+# %% ../../nbs/jobs/07_results.ipynb #49645cbb
+def detection_text(points: float, discordant: float) -> str:
+    "How many problems tell two methods apart, in a sentence."
+    n = problems_needed(points, discordant)
+    return (f"To tell a difference of {points:g} points: {n:,} problems of each task (--evaluate-n {n}), if one of the "
+            f"two methods alone solves {100 * discordant:g} % of them; 80 % power, McNemar's test at 5 %, one "
+            "comparison.")
+
+def span_text(values: Sequence[float], spelt: str) -> str:
+    "The least and the largest of some numbers, as 4.0 to 9.9."
+    ends = dict.fromkeys(format(value, spelt) for value in (min(values), max(values)))
+    return " to ".join(ends)
+
+def told_text(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str: # Markdown; empty without answers
+    "What compared answers could have told, a sentence for each task."
+    by_task = {}
+    for (*_, measure), c in comparisons.items():
+        if c.alone is not None: by_task.setdefault(measure, []).append(c)
+    lines = []
+    for task, those in by_task.items():
+        told = [least for c in those if not math.isnan(least := least_told(c.n, c.alone / c.n))]
+        points = f"{span_text(told, '.1f')} points" if told else "no difference"
+        few = ", and none where too few do" if told and len(told) < len(those) else ""
+        lines.append(f"- {task}: {span_text([c.n for c in those], ',')} problems, of which one method alone solves "
+                     f"{span_text([100 * c.alone / c.n for c in those], '.1f')} %, could have told {points} "
+                     f"apart{few} (80 % power at 5 %, before Holm's correction).")
+    return "\n".join(lines)
 
 # %% ../../nbs/jobs/07_results.ipynb #fcf05722
 CHOSEN = "chosen" # In a pair: the method that validation chooses

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ..analysis import (
+from cap_nb.analysis import (
     answers_title, COMPARED, Comparison, FEWEST_PAIRS, is_better, LEVEL, method_rank, method_table, method_title,
-    row_order, share_kept)
+    row_order)
 from ..core.errors import BadInput, validate_arguments
 from ..core.plots import blank_figure, in_style, INK, METHOD_LOOKS, method_looks
 from ..evaluation import CHOICE_MEASURES, Evaluation, summarise_answers
@@ -132,6 +132,27 @@ def table_latex(table: pd.DataFrame, provenance: Mapping | None = None) -> str:
     top = [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule"]
     names = [" & ".join(map(latex_text, header)) + r" \\", r"\midrule"]
     return "\n".join([*notes, *top, *names, *lines, r"\bottomrule", r"\end{tabular}", ""])
+
+# %% ../../nbs/jobs/00_tables.ipynb #c402d67e
+from cap_nb.analysis import paired_values
+from cap_nb.evaluation import AnswerRecord, bootstrap_interval, right_shares, wilson_interval
+
+def share_kept(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecord], lenient: bool = False,
+               seed: int = 0) -> tuple[float, float, float]: # With its 95 % interval; NaN where nothing was right
+    "The share of a dense model's right answers that a pruned one has right too; other problems raise `BadInput`."
+    paired_values(dense, pruned)
+    before, after = (right_shares(records, lenient) for records in (dense, pruned))
+    solved = [problem for problem, share in sorted(before.items()) if share]
+    if not solved: return (math.nan,) * 3
+    weights = np.array([before[problem] for problem in solved], dtype=float)
+    kept = weights * [after[problem] for problem in solved]
+    if not any(record.sample for record in (*dense, *pruned)):
+        return float(kept.mean()), *wilson_interval(int(kept.sum()), len(kept))
+    def ratio(rows: np.ndarray, axis: int) -> np.ndarray:
+        drawn = rows.astype(int)
+        return kept[drawn].sum(axis) / weights[drawn].sum(axis)
+    rows = [float(row) for row in range(len(kept))]
+    return float(kept.sum() / weights.sum()), *bootstrap_interval(rows, seed, statistic=ratio)
 
 # %% ../../nbs/jobs/00_tables.ipynb #c011
 SHARES = ["Strict", "Lenient", "Format followed", "Tokens", "Cut off"] # Columns of answers

@@ -315,8 +315,9 @@ def speed_rows(record: Mapping) -> list[tuple[str, ...]]:
         tokens = int(batch) * record["settings"]["prompt" if phase == "prefill" else "steps"]
         for side, seconds in sides.items():
             way = side.split(", ")[1]
-            dense = sides.get(f"dense, {way}-dense", sides.get(f"dense, {way}", sides.get("dense, torch", seconds)))
-            times = span_text([a / b for a, b in zip(dense, seconds)], 2) if side.startswith("pruned") else ""
+            dense = sides.get(f"dense, {way}-dense", sides.get(f"dense, {way}", sides.get("dense, torch")))
+            held = dense is not None and side.startswith("pruned") # against a dense side, where there is one
+            times = span_text([a / b for a, b in zip(dense, seconds)], 2) if held else ""
             rate = span_text([tokens / taken for taken in seconds], 0)
             rows.append((case, side, dtype_of(side, record["models"]), rate, times))
     return rows
