@@ -305,6 +305,7 @@ def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: 
                 {option.field: option.read(given[option.parameter.name]) for option in group} for group in groups)
             if of_job: own["job"] = changed(Job(), **from_job)
             set_loudness(extra.get("quiet", False), extra.get("verbose", False))
+            few = extra.get("quick") and {"n", "loss_n"} - {*given_in(context, QUICK)}
             if extra.get("quick"): own["job"] = quick_job(own["job"], given_in(context, QUICK))
             if settings: own["settings"] = settings(**from_settings)
             check_ranges(own)
@@ -312,7 +313,7 @@ def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: 
             with stop_says(STOPPED if resumes else NOTHING_KEPT), plugins_of_user(plugin.get("plugin")):
                 if names_are_known(): check_names(from_settings | from_job)
                 lines = function(**own)
-            if text := "\n".join(filter(None, (lines, extra.get("quick") and TOO_FEW))): typer.echo(text)
+            if text := "\n".join(filter(None, (lines, few and TOO_FEW))): typer.echo(text)
         parameters = [CONTEXT, *(option.parameter for group in groups for option in group)]
         read_and_call.__signature__ = inspect.Signature(parameters)
         read_and_call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -226,6 +226,7 @@ def test_a_quick_run_is_small_and_says_so(tmp_path):
     assert kept["calibration"]["n"] == 3 and kept["calibration"]["k"] == QUICK["k"] and kept["sparsities"] == list(QUICK["sparsities"])
     assert kept["evaluation"]["loss_n"] == QUICK["loss_n"] and kept["evaluation"]["data"]["accuracy"] == {}
     planned = cap("plan", "--quick", "--n", "3", "--tasks", "lab-arc", "--no-probe").stdout
+    assert "Too few examples" not in cap("plan", "--quick", "--n", "9", "--loss-n", "90", "--tasks", "lab-arc", "--no-probe").stdout
     assert f"3 examples of lab-arc in {QUICK['k']} subsets" in planned, planned
 
 
