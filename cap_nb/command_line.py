@@ -751,7 +751,7 @@ def report_command(
 def compare_command(
     runs: list[Path], # folders of runs; the others are held against the first; or one run, to compare its methods
     *,
-    methods: str | None = None, # methods to compare, with commas; all if left out
+    methods: str | None = None, # methods to compare, with commas; all if left out, a dense model that is the same not
     against: str | None = None, # the first run's method to compare with; if left out the same one, in one run wanda
     sparsity: str | None = None, # sparsities to compare, with commas; all if left out
     form: str = "md", # md or csv

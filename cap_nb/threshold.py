@@ -39,7 +39,7 @@ def zero_count(weights: int, sparsity: float) -> int:
 def smallest_naive(scores: torch.Tensor, count: int) -> torch.Tensor:
     "A mask of the `count` smallest scores, equal ones in their order (paper section 3.3)."
     order = scores.flatten().argsort(stable=True)
-    return torch.zeros(scores.shape, dtype=torch.bool).view(-1).index_fill(0, order[:count], True).view_as(scores)
+    return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, order[:count], True).view_as(scores)
 
 # %% ../nbs/04_threshold.ipynb #90e2eca2
 from dataclasses import dataclass

@@ -200,7 +200,7 @@ WORK = {  # kind of work -> how many times the whole model is read for a fingerp
     "prune: gradient": (0, by_method("gradient")),
     "prune: sparsegpt": (0, by_method("sparsegpt")),
     "prune: wanda^update": (0, by_method("wanda^update")),
-    "prune: wanda+kl": (1, by_method("wanda+kl")),
+    "prune: wanda+kl": (0, by_method("wanda+kl")),
     "answers": (0, answered),
     "choices": (0, lambda model, tokenizer, *_: choice_records(model, tokenizer, load_problems("lab-arc", "evaluation")[:2])),
     "held-out losses": (0, lambda model, tokenizer, *_: held_out_losses(model, tokenizer, "lab-arc", 2)),

@@ -487,6 +487,11 @@ def test_what_is_no_whole_model_is_refused(what, place):
         load_model(place / "model", device="cpu")
 
 
+def test_stored_means_stored(place):
+    edited("config.json", dtype="float16", torch_dtype="float16")(place)
+    assert load_model(place / "model", device="cpu")[0].dtype == torch.float32
+
+
 REPARAMETRISED = {
     "pruned by torch": lambda module: torch.nn.utils.prune.l1_unstructured(module, "weight", 0.5),
     "weight_norm": torch.nn.utils.parametrizations.weight_norm,

@@ -429,7 +429,7 @@ def test_the_plan_says_how_many_problems_and_a_comparison_what_it_could_tell():
     asked_for = ("plan", "--no-probe", "--methods", "wanda", "--n", "4")
     plain, asked = cap(*asked_for).stdout, cap(*asked_for, "--detect", "3", "--discordant", "0.2").stdout
     assert "could" not in plain and f"--evaluate-n {problems_needed(3, 0.2)}" in asked and "solves 20 % of them" in asked
-    assert f"--evaluate-n {problems_needed(3, 0.15)}" in cap(*asked_for, "--detect", "3").stdout  # the share that 06_analysis finds
+    assert f"--evaluate-n {problems_needed(3, 0.15)}" in cap(*asked_for, "--detect", "3").stdout  # the share that jobs/07_results finds
     assert_one_sentence(cap("plan", "--no-probe", "--discordant", "0.2"), "without --detect", "write --detect 3")
     lab = str(ROOT / "figures" / "lab")
     text = cap("compare", lab, "--methods", "cap", "--against", "wanda", "--sparsity", "0.5").stdout

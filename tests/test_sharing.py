@@ -236,3 +236,10 @@ def test_without_a_hub_it_is_one_sentence(place, monkeypatch):
     with pytest.raises(BadInput, match="owner/name could not be written") as error:
         publish(place / "half", "owner/name", api=huggingface_hub.HfApi(endpoint="http://127.0.0.1:9", token="hf_stands_in"))
     assert "\n" not in str(error.value) and "hf_stands_in" not in str(error.value)
+
+
+def test_a_card_is_replaced_by_force(place):
+    done("card", place / "half", "--force")
+    assert b"Measured" not in (place / "half" / "README.md").read_bytes()
+    for force in (["--force"], []):  # the same card again is no change
+        done("card", place / "half", "--run", ROOT / "figures" / "lab", *force)

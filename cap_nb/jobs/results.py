@@ -171,7 +171,7 @@ def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, ag
             second = cells.get((method, 0.0 if method == "dense" else e.sparsity))
             asked = methods is None or e.method in methods
             asked = asked and (sparsities is None or e.sparsity in (0.0, *sparsities))
-            if e.method == method == "dense" and methods is None: # one model in both runs has nothing to tell apart
+            if e.method == method == "dense" and methods is None: # compared only where it is named
                 asked = asked and not agrees(*(each.configuration["model"]["fingerprint"] for each in (first, run)))
             if asked and second is not None and second is not e: pairs.append((other, e, name, second))
     if not pairs:
@@ -183,7 +183,7 @@ def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, ag
 @validate_arguments
 def compare_runs(
     runs: Folders, # Two runs or more, the first being what the others are held against; or one
-    methods: Sequence[str] | None = None, # Methods to compare; None: all
+    methods: Sequence[str] | None = None, # Methods to compare; None: all, and dense only where the models differ
     against: str | None = None, # The method in the first run; None: the same one, in one run Wanda or the first
     sparsities: Sequence[float] | None = None, # Sparsities to compare; None: all
     seed: int = 0, # Seed of bootstrap and sign flips

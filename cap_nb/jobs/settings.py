@@ -268,7 +268,7 @@ class Shrinking:
     no_fit: bool = False # leave what stays as it is, instead of fitting it by least squares
     scores: Path | None = None # table of losses for the heads, made by cap score; first-order if left out
 
-DISCORDANT = 0.15 # Share of the problems that one of two pruned models alone solves, as seen in 06_analysis
+DISCORDANT = 0.15 # Share of the problems that one of two pruned models alone solves, as seen in jobs/07_results
 
 @dataclass(frozen=True)
 class Planning:
@@ -290,7 +290,8 @@ class Recipe:
     judged: str = "Not judged: chosen on no problem yet" # By what it was chosen and judged
 
 RECIPES = {
-    "best-mask": Recipe(about="one mask, and the weights that stay are as they were", method="wanda+kl^swaps"),
+    "best-mask": Recipe(about="one mask, and the weights that stay are as they were", method="wanda+kl^swaps",
+                        judged="Chosen on no problem, judged after one draw: nbs/results/07_which_method.ipynb"),
     "one-shot": Recipe(about="the weights that stay are solved for", method="alps",
                        judged="Chosen on validation problems, judged on others: nbs/results/07_which_method.ipynb"),
     "hour": Recipe(about="as one-shot, then trained for the dense model's predictions", method="alps",

@@ -85,7 +85,7 @@ class LayerStep:
     layer: nn.Module # The decoder layer
     index: int # Its index, from 0
     projections: tuple[Projection, ...] # Its projections
-    batches: Sequence[BatchState] # All batches of the calibration set; they go on when the next layer is asked for
+    batches: Sequence[BatchState] # All batches; they go on when the next layer is asked for, unless the walk is still
     dense: Sequence[BatchState] = () # The same batches in the model as it came, where they were asked for
 
     @property

@@ -161,9 +161,6 @@ class MaskedLowRank(nn.Module):
         change = (self.up @ self.down).masked_fill(self.zeros, -0.0) # what changes no bit of either zero
         return (weight + change).to(weight.dtype)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c054
-#| exporti
-
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c055
 def put_in_order(module: nn.Module, names: Sequence[str]) -> None:
     "Register a module's parameters anew, in order."
@@ -253,7 +250,7 @@ def recover(
         raise BadInput("The teacher is the model itself: expected another, as a rule the model before it was pruned; "
                        "name that one.")
     about = {"settings": asdict(settings), "model": before, "calibration": calibration.fingerprint, "teacher": taught}
-    if settings.rank is None: trained = all_of([in_float32(model), held_zeros(model)]) # float32 while it is trained
+    if settings.rank is None: trained = all_of(begin(model) for begin in (in_float32, held_zeros))
     else: trained = trained_by_rank(model, settings.rank, settings.seed)
     with alone_in(folder) if folder else nullcontext(), ExitStack() as stack, trained:
         stack.callback(model.train, model.training)
