@@ -319,14 +319,14 @@ def test_one_answer_to_each_problem_is_written_as_before(tmp_path):
 
 
 def test_problems_that_were_calibrated_on_under_another_task_are_refused():
-    _, tokenizer = lab_model(dtype=torch.float32, device="cpu")
+    model, tokenizer = lab_model(dtype=torch.float32, device="cpu")
     asked = filled_in(changed(Job(), tasks=("lab-gsm8k",), n=2, k=1, evaluate_n=3, loss_n=0, windows=0), tokenizer)
     seen, other = evaluation_problems("lab-gsm8k", 4)[0], load_problems("lab-gsm8k", "calibration")[0]
     def calibrated(*problems): return Calibration.from_examples([encode_problem(tokenizer, problem, "lab") for problem in problems], k=1)
     spaced = replace(seen, task="lab-arc", question=seen.question.replace(" ", "  "), choices=(("A", "1"), ("B", "2")), answer="A")
-    job.check_problems_unseen(asked, calibrated(other))
+    job.check_problems(asked, model, tokenizer, calibrated(other))
     with pytest.raises(BadInput, match="1 of the 3 problems of lab-gsm8k are calibrated on"):
-        job.check_problems_unseen(asked, calibrated(other, spaced))
+        job.check_problems(asked, model, tokenizer, calibrated(other, spaced))
     short = replace(seen, question="2 + 3")
     assert not overlap(calibrated(replace(other, question="Compute 12 + 34.")), [short]) and overlap(calibrated(replace(other, question="What is 2 + 3?")), [short])
 

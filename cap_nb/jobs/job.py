@@ -312,8 +312,8 @@ class Ready:
     calibration: Calibration # The calibration set
     configuration: dict # What `run.json` will hold
 
-def check_problems_unseen(job: Job, calibration: Calibration) -> None:
-    "Raise `BadInput` if problems are measured on that are calibrated on, under whatever task and with whatever spaces."
+def check_problems(job: Job, model: nn.Module, tokenizer: object, calibration: Calibration) -> None:
+    "Raise `BadInput` for problems that are calibrated on, under whatever task, or that leave an answer no room."
     counts = {"accuracy": job.evaluate.evaluate_n, "loss": job.evaluate.loss_n, "choice": job.evaluate.choice_n}
     for piece in pieces_of(job):
         if piece.kind not in counts: continue
@@ -321,13 +321,9 @@ def check_problems_unseen(job: Job, calibration: Calibration) -> None:
         if seen := overlap(calibration, problems):
             raise BadInput(f"{len(seen)} of the {len(problems)} problems of {piece.on} are calibrated on: expected "
                            "none; calibrate on other problems, or measure other tasks.")
-
-def check_answers_fit(job: Job, model: nn.Module, tokenizer: object, exclude: frozenset[str]) -> None:
-    "Raise `BadInput` where a prompt leaves an answer no room in the model's context."
-    for task in job.evaluate.accuracy_tasks:
-        problems = drawn_problems(job, task, job.evaluate.evaluate_n, exclude)
-        examples = encode_problems(tokenizer, problems, job.calibrate.style, shown_examples(job, task, problems))
-        limit = job.evaluate.max_new_tokens or token_limit(task)
+        if piece.kind != "accuracy": continue
+        shots, limit = shown_examples(job, piece.on, problems), job.evaluate.max_new_tokens or token_limit(piece.on)
+        examples = encode_problems(tokenizer, problems, job.calibrate.style, shots)
         check_room(model, [prompt_tokens(example) for example in examples], limit)
 
 def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
@@ -341,8 +337,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
     check_text_unseen(job, calibration)
-    check_problems_unseen(job, calibration)
-    check_answers_fit(job, model, tokenizer, calibrated_on(calibration))
+    check_problems(job, model, tokenizer, calibration)
     tell_of_zeros(*zeros_of(model))
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ..analysis import (
-    comparable_parts, compare_methods, Comparison, comparison_frame, correct_family, method_title)
+    comparable_parts, compare_methods, Comparison, comparison_frame, correct_family, FEWEST_PAIRS, LEVEL, method_title)
 from ..core.errors import BadInput, check_choice, check_fields, check_sparsity, validate_arguments
 from ..core.files import read_checked, sha256_of_file, taken_as, whole_folder, write_json
 from ..core.plots import blank_figure, in_style, INK, save_figure
@@ -207,13 +207,12 @@ def compare_runs(
 
 # %% ../../nbs/jobs/07_results.ipynb #219f5cff
 from statistics import NormalDist
-from cap_nb.analysis import FEWEST_PAIRS, LEVEL
 
 POWER = 0.8 # Probability of finding a difference that is there
 Z_LEVEL, Z_POWER = NormalDist().inv_cdf(1 - LEVEL / 2), NormalDist().inv_cdf(POWER)
 
 def problems_needed(points: float, discordant: float) -> int:
-    "Problems with which McNemar's test finds a difference of accuracies, 80 % power at 5 % (Connor 1987)."
+    "Problems with which McNemar's test finds a difference of accuracies, about 80 % power at 5 % (Connor 1987)."
     difference = points / 100
     spread = Z_LEVEL * math.sqrt(discordant) + Z_POWER * math.sqrt(discordant - difference**2)
     return max(FEWEST_PAIRS, math.ceil((spread / difference) ** 2)) # fewer are never decided
@@ -230,8 +229,8 @@ def detection_text(points: float, discordant: float) -> str:
     "How many problems tell two methods apart, in a sentence."
     n = problems_needed(points, discordant)
     return (f"To tell a difference of {points:g} points: {n:,} problems of each task (--evaluate-n {n}), if one of the "
-            f"two methods alone solves {100 * discordant:g} % of them; 80 % power, McNemar's test at 5 %, one "
-            "comparison.")
+            f"two methods alone solves {100 * discordant:g} % of them; about 80 % power, McNemar's test at 5 %, "
+            "one comparison.")
 
 def span_text(values: Sequence[float], spelt: str) -> str:
     "The least and the largest of some numbers, as 4.0 to 9.9."
@@ -250,7 +249,7 @@ def told_text(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> 
         few = ", and none where too few do" if told and len(told) < len(those) else ""
         lines.append(f"- {task}: {span_text([c.n for c in those], ',')} problems, of which one method alone solves "
                      f"{span_text([100 * c.alone / c.n for c in those], '.1f')} %, could have told {points} "
-                     f"apart{few} (80 % power at 5 %, before Holm's correction).")
+                     f"apart{few} (about 80 % power at 5 %, before Holm's correction).")
     return "\n".join(lines)
 
 # %% ../../nbs/jobs/07_results.ipynb #fcf05722

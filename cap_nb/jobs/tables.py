@@ -15,12 +15,13 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from cap_nb.analysis import (
+from ..analysis import (
     answers_title, COMPARED, Comparison, FEWEST_PAIRS, is_better, LEVEL, method_rank, method_table, method_title,
-    row_order)
+    paired_values, row_order)
 from ..core.errors import BadInput, validate_arguments
 from ..core.plots import blank_figure, in_style, INK, METHOD_LOOKS, method_looks
-from ..evaluation import CHOICE_MEASURES, Evaluation, summarise_answers
+from ..evaluation import (
+    AnswerRecord, bootstrap_interval, CHOICE_MEASURES, Evaluation, right_shares, summarise_answers, wilson_interval)
 from ..threshold import PruneReport, zero_shares
 
 # %% ../../nbs/jobs/00_tables.ipynb #fe4547df
@@ -134,9 +135,6 @@ def table_latex(table: pd.DataFrame, provenance: Mapping | None = None) -> str:
     return "\n".join([*notes, *top, *names, *lines, r"\bottomrule", r"\end{tabular}", ""])
 
 # %% ../../nbs/jobs/00_tables.ipynb #c402d67e
-from cap_nb.analysis import paired_values
-from cap_nb.evaluation import AnswerRecord, bootstrap_interval, right_shares, wilson_interval
-
 def share_kept(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecord], lenient: bool = False,
                seed: int = 0) -> tuple[float, float, float]: # With its 95 % interval; NaN where nothing was right
     "The share of a dense model's right answers that a pruned one has right too; other problems raise `BadInput`."
