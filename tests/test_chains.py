@@ -307,7 +307,7 @@ def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypa
     assert_one_sentence(cap("prune", "--recipe", "two", "--out", tmp_path / "x"), "Unknown recipe 'two'")
     listed = cap("methods", "--recipes").output.splitlines()
     assert [line.split()[0] for line in listed] == list(RECIPES)
-    assert ["chosen on no problem yet" in line for line in listed] == ["one-shot" not in line[:10] for line in listed]
+    assert ["Not judged" in line for line in listed] == [line.startswith("hour") for line in listed]
 
 
 def test_spared_problems_are_not_asked(lab):
