@@ -290,8 +290,9 @@ class Recipe:
     judged: str = "Not judged: chosen on no problem yet" # By what it was chosen and judged
 
 RECIPES = {
-    "best-mask": Recipe(about="one mask, and the weights that stay are as they were", method="wanda+kl^swaps",
-                        judged="Chosen on no problem, judged after one draw: nbs/results/07_which_method.ipynb"),
+    "best-mask": Recipe(
+        about="one mask, and the weights that stay are as they were", method="wanda^swaps",
+        judged="Chosen on validation problems, judged after one draw: nbs/results/07_which_method.ipynb"),
     "one-shot": Recipe(about="the weights that stay are solved for", method="alps",
                        judged="Chosen on validation problems, judged on others: nbs/results/07_which_method.ipynb"),
     "hour": Recipe(about="as one-shot, then trained for the dense model's predictions", method="alps",
