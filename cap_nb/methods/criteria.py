@@ -60,7 +60,7 @@ INTEGRATED = Criterion(name="integrated_gradients", score=gradient_score, needs=
                        source="Sundararajan et al. 2017; Hatefi et al. 2024")
 RELEVANCE = Criterion(name="relevance", score=gradient_score, needs=("relevance",), source="Hatefi et al. 2024, 2025",
                       says="the share of the gold logit that passes through the weight, without its sign")
-RANDOM = Criterion(name="random", score=random_score, says="a seeded draw", source="the floor of every comparison")
+RANDOM = Criterion(name="random", score=random_score, says="a seeded draw", source="chance, which a score should beat")
 
 CRITERIA.update({criterion.name: criterion for criterion in (
     MAGNITUDE, CAP, WANDA, CAP_WANDA, RIA, RGS, GRADIENT, INTEGRATED, RELEVANCE, RANDOM)})
