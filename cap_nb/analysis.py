@@ -85,7 +85,7 @@ def row_cells(evaluation: Evaluation) -> dict[str, tuple[float, float, float, in
 def method_table(
     evaluations: Iterable[Evaluation], # What was measured, in any order
 ) -> pd.DataFrame: # Rows (Method, Sparsity); columns ("Reached", "value"), then (name, value | low | high | n)
-    "Table 1 of the paper from records, every cell with its interval; two evaluations for one row raise `BadInput`."
+    "Table 1 of the paper with intervals, in per cent and nats; two evaluations for one row raise `BadInput`."
     rows = sorted(evaluations, key=row_order)
     names = [(method_title(row.method), row.sparsity) for row in rows]
     if not rows:
@@ -267,8 +267,8 @@ def compare_methods(
     pairs: Sequence[tuple[str, str]] = CAP_PAIRS, # Methods to compare, as names
     family: str = "this table", # What the comparisons stand in
     seed: int = 0, # Seed of bootstrap and sign flips
-) -> dict[tuple[str, str, float, str], Comparison]: # `COMPARED` -> first less second, corrected over all of them
-    "Compare pairs of methods on everything that both were measured on."
+) -> dict[tuple[str, str, float, str], Comparison]: # Title, title, sparsity, measure -> first less second, corrected
+    "Compare pairs of methods on everything that both were measured on; other problems, or no pair, raise `BadInput`."
     records = {(method_title(first.method), method_title(second.method), first.sparsity, measure): both
                for first, second in shared_cells(evaluations, pairs)
                for measure, both in comparable_parts(first, second).items()}
@@ -338,6 +338,8 @@ def plot_head_importance(
 ) -> Figure: # Figure 2
     "Heatmap of causal scores, layers from top to bottom, white at zero, logarithmic if a few heads lead (Figure 2)."
     values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 2:
+        raise BadInput(f"The scores have shape {list(values.shape)}: expected [L, H]; give those of `causal_scores`.")
     layers, heads = values.shape
     figure, panels = blank_figure(1, 1, (min(10, 2.2 + 0.32 * heads), min(9, 1.3 + 0.24 * layers)))
     ax, largest = panels[0, 0], float(np.abs(values).max()) or 1.0

@@ -147,7 +147,7 @@ def calibration_pool(tokenizer: object, task: str, data_dir: str | Path | None, 
 def calibration_set(
     tokenizer: object, # Tokenizer of transformers
     tasks: Sequence[str] | None = None, # Names of tasks; None means `default_tasks`
-    n: int | Tokens = 128, # Examples a task, or an amount of them in tokens
+    n: int | Tokens = 128, # Examples a task, evenly over length quartiles, or an amount in tokens, in random order
     k: int = 3, # Number of subsets, K
     seed: int = 0, # Seed of draw and deal
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub
@@ -193,7 +193,7 @@ import re
 def overlap(
     calibration: Calibration, # The calibration set
     problems: Iterable[Problem], # Problems for evaluation
-) -> frozenset[str]: # Content hashes that occur in both
+) -> frozenset[str]: # Content hashes of those problems that are calibrated on
     "Problems for evaluation that a calibration set asks, whatever their spaces and case (paper section 3.1)."
     calibrated, prompts = {e.uid for e in calibration.examples}, [normal_text(e.prompt) for e in calibration.examples]
     def asks(prompt: str, part: str) -> bool: # whole words: 2 + 3 is not asked by 12 + 34

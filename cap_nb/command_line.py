@@ -432,7 +432,7 @@ def plan_command(
     budget: float | None = None, # share of the masked passes to spend, as 0.25, for mean scores; all if left out
     accelerator: str | None = None, # a device not here, as h100 or h100,link=50: a range of times there
 ) -> str:
-    "Say what a job will take, from the model's configuration alone; nothing is loaded."
+    "Say what a job will take, from the model's configuration; no weights are loaded."
     from cap_nb.jobs.planning import plan, plan_text
     if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
     rates = accelerator if accelerator is not None else "timed" if probe else None

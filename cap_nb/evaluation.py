@@ -257,7 +257,7 @@ def bootstrap_interval(
     confidence: float = 0.95, # Share of such intervals that hold the true value
     resamples: int = 10_000, # Number of resamples
     statistic: Callable[..., np.ndarray] = np.mean, # Of each row of an array, as np.mean and np.median give it
-) -> tuple[float, float]: # (low, high)
+) -> tuple[float, float]: # (low, high), infinite for one value
     "Percentile bootstrap interval of a mean (Efron 1979), or of another statistic; no values raise `BadInput`."
     if check_at_least(len(values), 1, "The number of values to resample") == 1: return -math.inf, math.inf
     check_confidence(confidence), check_at_least(resamples, 1, "resamples")
@@ -327,8 +327,8 @@ class Perplexity:
     text: str # Name of the text, its form included
     fingerprint: str # SHA-256 of the text
     value: float # exp of the mean token loss
-    low: float # Lower end of its 95 % bootstrap interval over windows
-    high: float # Upper end
+    low: float # Lower end of its 95 % bootstrap interval over windows; 0 for one window
+    high: float # Upper end; infinite for one window
     windows: int # Windows measured
     window_tokens: int # Tokens in each
     losses: tuple[float, ...] # Mean token loss of each window, in nats
@@ -368,7 +368,7 @@ class Evaluation:
     method: str # Name of the pruning method, or "dense"
     sparsity: float # Share of zeros asked for, in [0, 1)
     reached: float # Share of zeros reached
-    answers: tuple[AnswerRecord, ...] = () # One record per problem that was answered
+    answers: tuple[AnswerRecord, ...] = () # One record per answer, so several a problem where they are drawn
     losses: tuple[LossRecord, ...] = () # One record per problem whose loss was measured
     perplexity: Perplexity | None = None # Perplexity, where it was measured
     choices: tuple[ChoiceRecord, ...] = () # One record per problem whose options were weighed

@@ -27,7 +27,7 @@ LAYOUTS = ("heads", "literal") # A head's own rows and columns, or the slices th
 
 @dataclass(frozen=True)
 class Factors:
-    "The importance factors of a model's heads; an unknown `key_value` raises `BadInput`."
+    "The importance factors of a model's heads; an unknown `key_value` or `layout` raises `BadInput`."
     heads: torch.Tensor # Importance factor of every query head, [L, H]
     key_value: str = "mean" # How key-value heads get their factor: "mean" or "max" of their query heads
     layout: str = "heads" # Which slices of the attention's weights belong to a head: "heads", its own, or "literal"

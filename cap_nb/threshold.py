@@ -52,7 +52,7 @@ class PruneReport:
     reached: float # Share of zeros among the weights of all projections
     weights: int # Weights of all projections
     zeros: int # Zeros among them
-    threshold: float | None # tau; None where a method has no global threshold
+    threshold: float | None # tau; None where there is no global threshold, or nothing became zero
     ties: int # Scores that were equal to the threshold before pruning
     table: tuple[tuple[int, str, str, int, int], ...] # (layer, role, name, zeros, weights) of every projection
 

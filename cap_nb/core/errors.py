@@ -223,10 +223,12 @@ def comments(described: type | Callable) -> dict[str, str]: # Name of a field or
     return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(described), re.MULTILINE))
 
 def with_parameters(function: Callable) -> str | None:
-    "A function's docstring with a line for each parameter that has a comment."
+    "A function's docstring with a line for each parameter that has a comment, and one for what it returns."
     try: about = comments(function)
     except OSError: return function.__doc__ # there is no source, as in a session that was typed
     lines = [f"    {name}: {about[name]}" for name in inspect.signature(function).parameters if name in about]
+    back = re.findall(r"^\) -> [^#\n]*: # (.+)$", inspect.getsource(function), re.MULTILINE)
+    lines += [f"\nReturns: {comment}" for comment in back]
     return "\n".join([function.__doc__ or "", "", "Parameters:", *lines]) if lines else function.__doc__
 
 def validate_arguments(function: F) -> F:

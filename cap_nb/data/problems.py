@@ -367,7 +367,7 @@ def lab_problems(task: str, split: str) -> tuple[Problem, ...]:
 @validate_arguments
 def load_problems(
     task: str, # One of `TASKS`, as in "gsm8k", "lab-gsm8k" or "gsm8k_changed"
-    split: str, # "calibration" or "evaluation"
+    split: str, # "calibration" or "evaluation"; of one file for both a quarter, by content hash, is for evaluation
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub (the lab's tasks need neither)
 ) -> tuple[Problem, ...]: # The problems of the split, each content once
     "The problems of a task (paper section 3.1); an unknown task, a missing file or a bad record raises `BadInput`."

@@ -162,7 +162,7 @@ def tokenised(tokenizer: object, parts: Sequence[tuple[str, str, str, str, str]]
 @validate_arguments
 def make_example(
     tokenizer: object, # Tokenizer of transformers
-    prompt: str, # The prompt, special tokens included as text
+    prompt: str, # The prompt, with special tokens as text if the tokenizer has a chat template; else they are added
     target: str, # What the model should say
     task: str = "own", # Name of the task, for your own examples
     answer: str = "", # The gold answer, if there is one

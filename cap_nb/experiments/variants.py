@@ -276,7 +276,7 @@ def prune_variant(ready: Ready, name: str, sparsity: float, factors: torch.Tenso
 # %% ../../nbs/experiments/00_variants.ipynb #c065
 @validate_arguments
 def run_variants(
-    job: Job, # What is wanted; its methods play no part
+    job: Job, # What is wanted; its methods and its aggregation play no part
     folder: str | Path, # The run's folder; made, or taken up again
     base: str | Path | None = None, # Folder of a finished run whose table of losses is used; None measures one
     names: Sequence[str] = tuple(VARIANTS), # The variants

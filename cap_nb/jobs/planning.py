@@ -681,7 +681,7 @@ def plan(
     rates: Rates | str | None = None, # "timed" for one batch here, a device not here as "h100,link=50"; None: no times
     prompt_tokens: int | None = None, # Tokens of every prompt; None means to count or assume
     target_tokens: int | None = None, # Tokens of every target; None means to count or assume
-    memory: int | None = None, # Bytes of memory of a device that need not be here; None reads that of the one that is
+    memory: int | None = None, # Bytes of a device that need not be here, not with one named in `rates`; None: read
     tries: int | None = None, # Answers to every problem that `cap chains` is to write; None plans no chains
 ) -> Plan: # The plan
     "What a job will take, from the model's configuration alone; a wrong name or count raises `BadInput`."
@@ -691,6 +691,9 @@ def plan(
         if count is not None: check_at_least(count, 1, f"--{name}", MOST)
     if memory is not None: check_at_least(memory, 1, "memory", 2**63 - 1)
     elsewhere = isinstance(rates, str) and rates != "timed"
+    if elsewhere and memory is not None:
+        raise BadInput(f"memory was given beside {rates!r}, which has its own: expected one of the two; write "
+                       f"{rates},memory={memory / 1e9:g} (GB).")
     if elsewhere: memory = int(described(rates).memory * 1e9)
     sizes, tokenizer = read_sizes(job.model.name), tokenizer_at_hand(job.model.name)
     dtype = str(dtype_named(job.model.dtype or sizes.dtype, job.model.device)).removeprefix("torch.")

@@ -71,8 +71,8 @@ def relative_sparsity(numbers: Sequence[float], weights: Sequence[int], sparsity
 @validate_arguments
 def add_allocation(
     name: str, # Letters, digits and underscores; not one of `ALLOCATIONS` yet
-    relative: Callable[[nn.Module, Measurements], Sequence[float]], # Model, measurements -> a number for each layer
-    needs: Sequence[str] = (), # Some of `NEEDS`, but not "hessian"
+    relative: Callable[[nn.Module, Measurements], Sequence[float]], # -> how much of each layer goes, beside the others
+    needs: Sequence[str] = (), # Some of `NEEDS`, but not "hessian", and at most one of the derivatives
     says: str = "an allocation of your own", # What it looks at, in a few words
     source: str = "yours", # Where it comes from
 ) -> None:

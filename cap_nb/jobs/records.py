@@ -536,7 +536,7 @@ def remove_live_records(folder: Path) -> None:
 def pack_run(
     folder: str | Path, # The folder of a finished run
 ) -> None:
-    "Put the records of a finished run into one file; a folder that is no run or still at work raises `BadInput`."
+    "Move the records of a finished run into one file; a folder that is no run or still at work raises `BadInput`."
     folder = Path(folder)
     read_run(folder)
     with alone_in(folder):

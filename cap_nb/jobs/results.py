@@ -59,8 +59,8 @@ WHICH = { # Columns of both frames -> type
     "task": "string"} # name of the task, or of the text
 EACH = { # Further columns of a row for each problem
     "problem": "string", # content hash of the problem, or number of the window from 0
-    "value": "float64", # accuracy: 100 if the strict answer is right, else 0; others: mean loss
-    "unit": "string", # per cent for an answer, nats for a problem's loss and a window's
+    "value": "float64", # 100 if the answer or choice is right, else 0; 100 times gold p; else mean loss
+    "unit": "string", # per cent for an answer and options, nats for a problem's loss and a window's
     "tokens": "Int64", # tokens: written by the model, or those that the loss is the mean of
     "lenient": "float64", # per cent: as value, under the lenient reading; empty but for answers
     "cut_off": "boolean", # whether the limit cut the answer off; empty but for answers
@@ -69,7 +69,7 @@ SUMMARY = { # Further columns of a row for each number of the table
     "value": "float64", # the table's number
     "low": "float64", # lower end of its 95 % interval
     "high": "float64", # upper end
-    "unit": "string", # per cent for accuracy, nats for loss, 1 for perplexity
+    "unit": "string", # per cent for accuracy and options, nats for loss, 1 for perplexity
     "n": "Int64"} # problems or windows behind it
 
 # %% ../../nbs/jobs/07_results.ipynb #c018
@@ -187,7 +187,7 @@ def compare_runs(
     against: str | None = None, # The method in the first run; None: the same one, in one run Wanda or the first
     sparsities: Sequence[float] | None = None, # Sparsities to compare; None: all
     seed: int = 0, # Seed of bootstrap and sign flips
-) -> dict[tuple[str, str, float, str], Comparison]: # First, second, sparsity, measure -> first less second
+) -> dict[tuple[str, str, float, str], Comparison]: # Cell, the first run's cell, sparsity, measure -> cell less that
     "Compare runs, or methods of one run, on the same problems; runs that share none raise `BadInput`."
     loaded = {name: load_run(folder) for name, folder in runs_in(runs).items()}
     if not loaded: raise BadInput("No run is named: expected one at least; give a run's folder.")
@@ -444,7 +444,7 @@ def repeat_run(
     methods: Sequence[str] | None = None, # Methods to do again; None: all
     sparsities: Sequence[float] | None = None, # Sparsities to do again; None: all
     places: dict[str, str] | None = None, # Where things are now, by name, device, data_dir and calibrate_on
-) -> pd.DataFrame: # As `compare_repeated`
+) -> pd.DataFrame: # For each part how many were compared and are equal, and the largest difference
     "Do a run again and say what differs; what is missing raises `BadInput` before any work."
     kept = read_run(folder)
     if Path(out).resolve() == Path(folder).resolve():

@@ -107,7 +107,7 @@ def table_markdown(
 def table_csv(
     table: pd.DataFrame, # From `method_table`
 ) -> str: # Comma-separated values: one column a number, all digits
-    "Table 1 for machines; sparsity is a share, and cells that were not measured are empty."
+    "Table 1 for machines; sparsity is a share, what was reached per cent, and what was not measured is empty."
     flat = table.copy()
     flat.columns = [name if part == "value" else f"{name} {part}" for name, part in table.columns]
     return flat.to_csv(lineterminator="\n")

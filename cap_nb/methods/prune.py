@@ -395,11 +395,11 @@ def prune(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     method: str = "cap", # criterion[.attribution][@scope][+allocation][^recovery]
     sparsity: float = 0.2, # Share of the weights in scope to zero, in [0, 1)
-    factors: Factors | torch.Tensor | None = None, # Importance factors; a tensor holds those of the heads, [L, H]
+    factors: Factors | torch.Tensor | None = None, # Taken as they are, a tensor as the heads', [L, H]; None: measured
     calibration: Calibration | None = None, # The calibration set, for methods that need data
-    ties: str = "exact", # "exact", or "all" for the paper's plain <=
+    ties: str = "exact", # "exact", or "all" for the paper's plain <=; rows, patterns and solvers are always exact
     batch_tokens: int = 4096, # Padded tokens per batch
-    seed: int = 0, # Seed of methods that draw random scores
+    seed: int = 0, # Seed of random scores, of block reconstruction and of the examples of `+kl`
 ) -> PruneReport: # What was done
     "Prune a model in place by any method; an unknown method, a wrong sparsity or a missing input raises `BadInput`."
     inputs = Inputs(factors=factors, calibration=calibration, ties=ties, batch_tokens=batch_tokens, seed=seed)

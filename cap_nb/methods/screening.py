@@ -320,7 +320,7 @@ class Screening:
 def screen_heads(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # N examples
-    budget: float = 0.25, # Share of the masked passes that may be spent, counted in layers that are run
+    budget: float = 0.25, # Share of the masked passes to spend, in (0, 1], in layers; at least two examples a task
     seed: int = 0, # Seed of the order of the examples
     batch_tokens: int = 4096, # Padded tokens per batch
     store: str | Path | None = None, # Folder of finished batches; None keeps nothing

@@ -410,10 +410,10 @@ def prune_checkpoint(
     sparsity: float, # Share of the weights in scope to zero, in [0, 1)
     factors: Factors | torch.Tensor | None = None, # For cap and cap_wanda; a tensor holds the heads' factors, [L, H]
     method: str = "cap", # criterion[@scope], the criterion one of `STREAMED`
-    norms: dict[str, torch.Tensor] | str | Path | None = None, # For wanda: module name -> norms [in], or a saved file
+    norms: dict[str, torch.Tensor] | str | Path | None = None, # For (cap_)wanda, as of `dense_norms`, or a saved file
     ties: str = "exact", # "exact", or "all" for the paper's plain <=
     at_once: int = AT_ONCE, # Weights in a piece; the result does not depend on it
-) -> PruneReport: # What was done, as `prune` reports it
+) -> PruneReport: # What was done; with norms of the dense model other zeros than `prune`, which walks, but @model
     "Prune a checkpoint without loading it (paper 3.3 and 3.4); every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, ties), open_checkpoint(src)
     measured = measurements_for(checkpoint, method, factors, norms)

@@ -285,7 +285,7 @@ def checkpoint_names(model: nn.Module) -> dict[str, list[tuple[str, ...]]]:
 def output_projection(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of a decoder layer, from 0
-) -> nn.Module: # Its output projection, weight [hidden, H*d]
+) -> nn.Module: # Its output projection, weight [hidden, H*d]; GPT-2's is transposed
     "The output projection of a layer: heads are masked at its input (paper section 3.2)."
     layers = decoder_layers(model)
     return layers[check_index(layer, len(layers), "layer")].get_submodule(family_of(model.config).roles["output"])

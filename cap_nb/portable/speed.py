@@ -280,8 +280,8 @@ def bench_folder(
     settings: SpeedSettings = SpeedSettings(), # What is measured
     note: str = "", # What else was running
     clock: Callable[[], float] = time.perf_counter, # Gives the time in seconds
-) -> dict[str, Any]: # The record, which JSON can hold
-    "Measure tokens a second of a dense and a pruned model, side by side, in every way that can run here."
+) -> dict[str, Any]: # The record, which JSON can hold; "seconds": case -> side -> seconds of each round
+    "Time a dense and a pruned model side by side, in every way that can run here; other sizes raise `BadInput`."
     check_speed(settings)
     for name in settings.backends: check_choice(name, BACKENDS, "way to compute")
     device = device_named(settings.device)
