@@ -30,7 +30,7 @@ def subset_loss(model: nn.Module, subset: Sequence[Example]) -> float:
 # %% ../nbs/on_one_page.ipynb #755c3073
 @torch.no_grad()
 def cap_naive(
-    model: nn.Module, # A Llama, or one whose modules have the same names, on the CPU, evaluating; changed in place
+    model: nn.Module, # A Llama, or of the same module names, in evaluation mode on the CPU; changed in place
     subsets: Sequence[Sequence[Example]], # K disjoint subsets of the calibration set
     sparsity: float, # Share of the weights to zero
     tolerance: float = 1e-4, # How near the share must come

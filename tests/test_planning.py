@@ -131,6 +131,13 @@ def test_the_labs_lengths_are_counted_and_others_are_assumed_or_told():
         assert {(length.prompt, length.target) for length in told.load.lengths} == {(800, 70)}
 
 
+def test_a_named_device_has_its_own_memory():
+    job = changed(Job(), name="llama-3-8b", n=6)
+    with pytest.raises(BadInput, match="expected one of the two; write h100,memory=40 "):
+        plan(job, rates="h100", memory=40 * 10**9)
+    assert plan(job, rates="h100,memory=40").free == 40 * 10**9
+
+
 # operations
 
 

@@ -512,7 +512,7 @@ def error_category(
     problem: Problem, # The problem
     perplexity: float | None = None, # Its output's perplexity under the dense model, where it was measured
 ) -> str: # One of ERROR_CATEGORIES
-    "Why an answer is wrong: the first of the categories that applies, the steps last (paper section 6.1)."
+    "Why an answer is wrong, by the first reason that applies (paper section 6.1)."
     steps, broken = step_reports(problem, answer.output), incoherent(answer.output, perplexity)
     false = next((s for step in steps for s in step.statements if s.true is False), None)
     if answer.correct: return "right, faulty steps" if false or broken else "right"

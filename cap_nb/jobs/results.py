@@ -187,7 +187,7 @@ def compare_runs(
     against: str | None = None, # The method in the first run; None: the same one, in one run Wanda or the first
     sparsities: Sequence[float] | None = None, # Sparsities to compare; None: all
     seed: int = 0, # Seed of bootstrap and sign flips
-) -> dict[tuple[str, str, float, str], Comparison]: # Cell, the first run's cell, sparsity, measure -> cell less that
+) -> dict[tuple[str, str, float, str], Comparison]: # Other, first run's cell, sparsity, measure -> other less first
     "Compare runs, or methods of one run, on the same problems; runs that share none raise `BadInput`."
     loaded = {name: load_run(folder) for name, folder in runs_in(runs).items()}
     if not loaded: raise BadInput("No run is named: expected one at least; give a run's folder.")

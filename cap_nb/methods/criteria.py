@@ -155,7 +155,7 @@ def dense_norms(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     calibration: Calibration, # The calibration set
     batch_tokens: int = 4096, # Padded tokens per batch
-) -> dict[str, torch.Tensor]: # Module name -> root of the sum of squares over tokens, an example, float32 [in]
+) -> dict[str, torch.Tensor]: # Module name -> root of (sum of squares over tokens / examples), float32 [in]
     "The input norms of every projection of the model as it is (Sun et al. 2024, without their layer-by-layer order)."
     norms = {}
     for step in layer_by_layer(model, calibration, batch_tokens, "norms", still=True):

@@ -395,7 +395,7 @@ def prune(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; changed in place
     method: str = "cap", # criterion[.attribution][@scope][+allocation][^recovery]
     sparsity: float = 0.2, # Share of the weights in scope to zero, in [0, 1)
-    factors: Factors | torch.Tensor | None = None, # Taken as they are, a tensor as the heads', [L, H]; None: measured
+    factors: Factors | torch.Tensor | None = None, # Used as given, a tensor [L, H]; None: those of a named attribution
     calibration: Calibration | None = None, # The calibration set, for methods that need data
     ties: str = "exact", # "exact", or "all" for the paper's plain <=; rows, patterns and solvers are always exact
     batch_tokens: int = 4096, # Padded tokens per batch

@@ -352,7 +352,7 @@ def save_losses(
     losses: HeadLosses, # The table
     path: str | Path, # Final name of the file
 ) -> None:
-    "Save a table of losses with its provenance, in equal bytes; one with gaps (NaN) `load_losses` will not read."
+    "Save a table of losses with its provenance, equal ones in equal bytes; `load_losses` refuses one with gaps (NaN)."
     about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
     tensors = {name: getattr(losses, name) for name in ("masked", "intact", "tokens")}
     write_tensors(Path(path), {name: tensor for name, tensor in tensors.items() if tensor is not None}, about)

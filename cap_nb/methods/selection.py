@@ -22,7 +22,7 @@ class Evidence:
     "What a criterion may look at, for one projection."
     weight: torch.Tensor # Float32 [out, in]
     factor: torch.Tensor | None = None # Importance factor of every weight's region, float32, broadcasts over the weight
-    norm: torch.Tensor | None = None # Root of each input feature's sum of squares over tokens, an example, float32 [in]
+    norm: torch.Tensor | None = None # Root of an input feature's (sum of squares over tokens / examples), float32 [in]
     gradient: torch.Tensor | None = None # Of the mean calibration loss, or the criterion's other one, float32 [out, in]
     hessian: torch.Tensor | None = None # Sum over tokens of the products of input features, [in, in]
     index: int | None = None # Index of the projection in the fixed order, from 0

@@ -413,7 +413,7 @@ def prune_checkpoint(
     norms: dict[str, torch.Tensor] | str | Path | None = None, # For (cap_)wanda, as of `dense_norms`, or a saved file
     ties: str = "exact", # "exact", or "all" for the paper's plain <=
     at_once: int = AT_ONCE, # Weights in a piece; the result does not depend on it
-) -> PruneReport: # What was done; with norms of the dense model other zeros than `prune`, which walks, but @model
+) -> PruneReport: # What was done; norms of the dense model give other zeros than `prune`'s walk, but for @model
     "Prune a checkpoint without loading it (paper 3.3 and 3.4); every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, ties), open_checkpoint(src)
     measured = measurements_for(checkpoint, method, factors, norms)

@@ -103,7 +103,7 @@ def choice_records(
     tokenizer: object, # Its tokenizer
     problems: Sequence[Problem], # Problems with options, as from `evaluation_problems`
 ) -> tuple[ChoiceRecord, ...]: # One record per problem, in the order of the problems
-    "The right option's probability after 'Question: ... Answer:' (Gao et al.'s acc, acc_norm); none raise `BadInput`."
+    "The right option's probability after 'Question: ... Answer:' (Gao et al.'s acc); no options raise `BadInput`."
     parts, records = [tokens_of_options(tokenizer, problem) for problem in problems], []
     for read, options in parts: check_room(model, [read], max(map(len, options)))
     for problem, part in zip(tqdm(problems, desc="choices", unit="problem", leave=False), parts):
