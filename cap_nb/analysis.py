@@ -320,7 +320,7 @@ def is_better(comparison: Comparison) -> bool:
 def compare_with_paper(
     comparisons: Mapping[tuple[str, str, float, str], Comparison], # From `compare_methods`
 ) -> pd.DataFrame: # Rows (Sparsity, Measure); the paper's favourite for each of its models, and ours
-    "CAP against Wanda: the direction of the paper's Table 1, and what our records allow."
+    "CAP against Wanda: the direction of the paper's Table 1, and what our records allow; no such pair: `BadInput`."
     rows = {}
     for (first, second, sparsity, measure), comparison in comparisons.items():
         if (first, second) != ("CAP", "Wanda") or paper_measure(measure) is None: continue
@@ -336,7 +336,7 @@ def plot_head_importance(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
     title: str = "Causal head scores", # Title of the figure
 ) -> Figure: # Figure 2
-    "Heatmap of causal scores, layers from top to bottom, white at zero, logarithmic if a few heads lead (Figure 2)."
+    "Causal scores as a heatmap, layers from top to bottom (Figure 2); scores of another shape raise `BadInput`."
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 2:
         raise BadInput(f"The scores have shape {list(values.shape)}: expected [L, H]; give those of `causal_scores`.")

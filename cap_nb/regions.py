@@ -126,7 +126,7 @@ def plot_regions(
     factors: Factors | torch.Tensor, # Importance factors; a tensor holds those of the heads, [L, H]
     layer: int = 0, # Index of the layer to show
 ) -> Figure: # A panel for each picture; projections that look the same share it
-    "The importance factor of every weight of one layer, as a picture of each projection (paper section 3.3)."
+    "The importance factor of every weight of one layer, in pictures (paper section 3.3); no such layer: `BadInput`."
     check_index(layer, anatomy(model).layers, "layer")
     regions, pictures = region_factors(model, factors, "cpu"), []
     for p in projections(model):

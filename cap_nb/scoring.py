@@ -22,7 +22,7 @@ def masked_head(
     layer: int, # Index of the decoder layer, from 0
     head: int, # Index of the query head, from 0
 ) -> AbstractContextManager[None]: # The head is masked while its block runs
-    "Set the head's slice of the output projection's input to zero at every position (paper section 3.2)."
+    "Set a head's slice of the output projection's input to zero (paper section 3.2); no such head raises `BadInput`."
     about = dimensions(model.config)
     size, head = about.head_size, check_index(head, about.heads, "head")
     def mask(outputs: torch.Tensor) -> torch.Tensor:
@@ -224,7 +224,7 @@ def rank_correlation(
     a: torch.Tensor, # Scores, any shape
     b: torch.Tensor, # Scores of the same shape
 ) -> float: # Spearman's rank correlation, -1 to 1; NaN where all scores are equal
-    "Spearman's rank correlation of two sets of scores; ties share their mean rank."
+    "Spearman's rank correlation of two sets of scores; ties share their mean rank; other shapes raise `BadInput`."
     if a.shape != b.shape or not a.numel() or not (a.isfinite() & b.isfinite()).all():
         raise BadInput(f"Scores of {list(a.shape)} and {list(b.shape)}: expected one shape and finite numbers; check.")
     return float(stats.spearmanr(a.flatten().tolist(), b.flatten().tolist()).statistic)
@@ -235,8 +235,9 @@ def split_half_reliability(
     splits: int = 20, # Random splits into two halves
     seed: int = 0, # Seed of the splits
 ) -> list[float]: # Rank correlation of the two halves, for each split
-    "Rank correlation between mean scores of random halves of the calibration set."
-    check_at_least(splits, 1, "splits", 10**6), check_at_least(len(losses.intact), 2, "The number of examples to split")
+    "Rank correlation between mean scores of random halves of the calibration set; one example raises `BadInput`."
+    check_at_least(splits, 1, "splits", 10**6)
+    check_at_least(len(losses.intact), 2, "The number of examples to split")
     rng, rise, correlations = torch.Generator().manual_seed(seed), losses.masked - losses.intact, []
     half = len(losses.intact) // 2
     for _ in range(splits):

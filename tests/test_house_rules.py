@@ -97,18 +97,20 @@ def test_filling_by_position_is_noticed():
 
 
 def undocumented(thing):
-    """What a public function or class lacks: a docstring, or a comment behind a parameter or field."""
+    """What a public function or class lacks: a docstring, a comment behind a parameter or field, or the error that a function raises."""
     lines = inspect.getsource(thing).splitlines()
     missing = [] if inspect.getdoc(thing) else ["a docstring"]
     names = inspect.signature(thing).parameters if inspect.isfunction(thing) else [name for name in getattr(thing, "__dataclass_fields__", {}) if name in vars(thing)["__annotations__"]]
     for name in names:
         if not any(re.match(rf"\s*\*{{0,2}}{name}\b[^#]*#\s*\S", line) for line in lines):
             missing.append(f"a comment on {name}")
+    if inspect.isfunction(thing) and any("raise BadInput" in line for line in lines) and "BadInput" not in (inspect.getdoc(thing) or ""):
+        missing.append("BadInput, which it raises")
     return missing
 
 
 def test_public_means_documented():
-    """Each public name has a docstring, and says what every parameter is."""
+    """Each public name has a docstring, and says what every parameter is and that it raises `BadInput`."""
     import cap_nb.all
 
     public = {name: getattr(cap_nb.all, name) for name in cap_nb.all.__all__}

@@ -198,7 +198,7 @@ def plot_threshold(
     bins: int = 60, # Bins from a ten-thousandth of the largest score to the largest, on a logarithmic axis
     names: Sequence[str] | None = None, # Names of the groups, in the order of their numbers; None means their factors
 ) -> Figure: # A row for each group
-    "The distribution of scores in each group, and the share that a threshold removes (paper section 3.3)."
+    "The distribution of scores in each group, and the share removed (section 3.3); other shapes raise `BadInput`."
     taus = np.atleast_1d(tau).tolist()
     finite = scores.isfinite().all() and np.isfinite(taus).all()
     if scores.shape != factors.shape or not scores.numel() or not finite:

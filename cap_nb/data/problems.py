@@ -416,7 +416,7 @@ def load_text(
     data_dir: str | Path | None = None, # Folder that holds wikitext2/test.txt and valid.txt; None means the hub
     split: str = "evaluation", # "evaluation"; "calibration", a text apart; "validation", that one's second half
 ) -> Text: # The text
-    "The text of a name (paper section 3.4: WikiText-2, Merity et al. 2017); the lab's text needs no files."
+    "The text of a name (paper section 3.4: WikiText-2, Merity et al. 2017); no such name or file raises `BadInput`."
     if check_choice(split, (*SPLITS, "validation"), "split") == "validation":
         whole = load_text(name, data_dir, "calibration")
         return Text(whole.name, halves(whole.text)[1])

@@ -341,7 +341,7 @@ def drawn_blocks(ids: Sequence[int], n: int, tokens: int, seed: int) -> list[tup
     blocks = len(ids) // tokens
     if n > blocks:
         raise BadInput(f"The text has {blocks} windows of {tokens} tokens, but {n} were asked for: expected at most "
-                       f"{blocks}; take fewer or shorter ones.")
+                       f"{blocks}; take fewer or shorter ones, or a longer text.")
     starts = sorted(random.Random(f"{seed}/text").sample(range(blocks), n))
     return [tuple(ids[tokens * start:tokens * (start + 1)]) for start in starts]
 

@@ -41,7 +41,7 @@ def add_attribution(
     says: str = "an attribution of your own", # What it measures, in a line
     source: str = "yours", # Where it comes from
 ) -> None:
-    "Make an attribution known by name for the rest of the session; a name or function that cannot be is refused."
+    "Make an attribution known by name for the rest of the session; a bad name or function raises `BadInput`."
     check_new_name(name, "attribution", (*ATTRIBUTIONS, *UNIT_AWARE, *READINGS))
     check_takes(compute, whose := f"attribution {name!r}", "model", "calibration", "batch_tokens")
     scored = in_a_sentence(compute, whose)
@@ -76,7 +76,7 @@ def add_allocation(
     says: str = "an allocation of your own", # What it looks at, in a few words
     source: str = "yours", # Where it comes from
 ) -> None:
-    "Make an allocation known by name for the rest of the session; a name or function that cannot be is refused."
+    "Make an allocation known by name for the rest of the session; a bad name or function raises `BadInput`."
     check_new_name(name, "allocation", ALLOCATIONS)
     check_takes(relative, whose := f"allocation {name!r}", "model", "known")
     for need in needs: check_choice(need, [measured for measured in NEEDS if measured != "hessian"], "need")
@@ -160,7 +160,7 @@ def add_task(
     read: Callable[[dict], Mapping] = dict, # Record of the file -> question, answer, perhaps solution and choices
     normal: Callable[[str], str] = str, # The one spelling in which answers are compared
 ) -> None:
-    "Make a task known by name for the rest of the session; a file, name or expression that cannot be is refused."
+    "Make a task known by name for the rest of the session; what cannot be read or used raises `BadInput`."
     check_task_name(name)
     check_wording(prompt, line, answer, whose := f"task {name!r}")
     check_takes(read, whose, "record")
@@ -183,7 +183,7 @@ def add_text(
     evaluation: str | Path, # A file of plain text, UTF-8, to evaluate on
     calibration: str | Path | None = None, # Another one to calibrate on and to choose methods on, or none
 ) -> None:
-    "Make a text known by name for the rest of the session; a name or file that cannot be is refused."
+    "Make a text known by name for the rest of the session; a bad name or file raises `BadInput`."
     check_new_name(name, "text", (*TEXTS, "all", "none"), WORD)
     named = {"evaluation": evaluation} | ({} if calibration is None else {"calibration": calibration})
     files = {split: existing_file(path, f"text {name!r}") for split, path in named.items()}

@@ -292,7 +292,7 @@ def plot_sparsity_curves(
     evaluations: Iterable[Evaluation], # What was measured
     title: str = "", # Title of the figure
 ) -> Figure: # One panel a column of the table
-    "Every measure against sparsity, a line for each method (paper Table 1 as curves)."
+    "Every measure against sparsity, a line for each method (paper Table 1 as curves); no measure: `BadInput`."
     evaluations = sorted(evaluations, key=row_order)
     table, methods = method_table(evaluations), sorted({e.method for e in evaluations}, key=method_rank)
     columns = columns_of(table)
@@ -324,7 +324,7 @@ def head_importance_in_words(scores: torch.Tensor) -> str: # A caption
 def plot_importance_distribution(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
 ) -> Figure: # One point a head
-    "Causal scores from highest to lowest (paper section 3.2, highly variable importance)."
+    "Causal scores from highest to lowest (paper section 3.2); scores of another shape raise `BadInput`."
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 2:
         raise BadInput(f"The scores have shape {list(values.shape)}: expected layers x heads; give one score a head.")
@@ -346,7 +346,7 @@ def plot_importance_distribution(
 def plot_zeros_by_method(
     reports: Sequence[PruneReport], # What each method did to one model, at one sparsity
 ) -> Figure: # A panel a method
-    "The share of zeros of every projection, method by method, on one colour scale."
+    "The share of zeros of every projection, method by method, on one colour scale; no report raises `BadInput`."
     if not reports: raise BadInput("There is no report to draw: expected at least one; prune first.")
     (roles, shares), wide = zero_shares(reports[0]), min(6, len(reports))
     layers, tall = len(shares), -(-len(reports) // wide)

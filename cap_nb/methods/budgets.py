@@ -354,7 +354,7 @@ def measured_budgets(
     store: str | Path | None = None, # Folder of finished work; None stores nothing
     local: Local | None = None, # How a matrix is pruned; None means `wanda_local` on the calibration set
 ) -> Budgets: # A share for every projection, with all that it comes from
-    "Budgets from interventions: measure every region, fit, share out; resumes where a killed run stopped."
+    "Budgets from interventions, resumed where a killed run stopped; settings that cannot be raise `BadInput`."
     check_settings(settings, sparsity)
     local = local or wanda_local(model, calibration, settings.batch_tokens)
     folder = None

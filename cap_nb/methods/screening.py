@@ -327,7 +327,7 @@ def screen_heads(
     tokenizer_fingerprint: str = "", # Part of the store's key
     heads_at_once: int | None = None, # Heads of a layer in one pass; None means as many as fit, and 1 on a CPU
 ) -> PartialLosses: # The table of losses, NaN where nothing was measured, and slopes for all
-    "Mask heads where that tells most about factors and ranks, within a budget; resumes where a killed run stopped."
+    "Mask heads where that tells most about factors and ranks, resumably; too small a budget raises `BadInput`."
     task = task_indices(tuple(e.task for e in calibration.examples))
     first_counts(by_task(task).sum(0), budget) # or refuse it now
     check_seed(seed)
@@ -350,7 +350,7 @@ def screened_scores(
     confidence: float = 0.95, # Of each head's interval
     reach: float = 2.0, # Stated: no residual is more than this many times as far from zero as the farthest seen
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Scores in nats, lower and upper bounds, float64 [L, H] each
-    "Mean causal scores from a table with gaps, with intervals by betting that hold if the stated range does."
+    "Mean causal scores from a table with gaps, with intervals by betting; a confidence outside (0, 1): `BadInput`."
     check_confidence(confidence)
     task = task_indices(partial.losses.task)
     place = places(task, partial.losses.meta["screened"]["seed"])

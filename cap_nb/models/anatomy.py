@@ -243,7 +243,7 @@ def check_computes_the_same(model: nn.Module) -> None:
 def projections(
     model: nn.Module, # A causal language model of a known family
 ) -> tuple[Projection, ...]: # Every projection, by layer, then by role, then by expert
-    "Every weight matrix in scope for pruning, in the fixed order (paper section 3.3)."
+    "Every weight matrix in scope for pruning, in the fixed order (paper section 3.3); unknown ones raise `BadInput`."
     check_computes_the_same(model)
     family, a, matrices = family_of(configuration(model)), dimensions(model.config), []
     parts = {role: parts_of(role, a, family.by_group) for role in family.roles}
@@ -286,7 +286,7 @@ def output_projection(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of a decoder layer, from 0
 ) -> nn.Module: # Its output projection, weight [hidden, H*d]; GPT-2's is transposed
-    "The output projection of a layer: heads are masked at its input (paper section 3.2)."
+    "The output projection of a layer: heads are masked at its input (paper section 3.2); no such layer: `BadInput`."
     layers = decoder_layers(model)
     return layers[check_index(layer, len(layers), "layer")].get_submodule(family_of(model.config).roles["output"])
 

@@ -427,7 +427,7 @@ def check_gguf_installed(use: str = "reading") -> None:
 # %% ../../nbs/models/08_loading.ipynb #c064
 @validate_arguments
 def fetch_smollm2() -> Path: # The folder
-    "Download, verify and convert SmolLM2-135M-Instruct once; a folder that is there already is kept."
+    "Download, verify and convert SmolLM2-135M-Instruct once, or raise `BadInput`; a folder that is there is kept."
     folder = model_cache()/"smollm2"
     if (folder/"SHA256SUMS.json").is_file(): return folder
     check_gguf_installed()

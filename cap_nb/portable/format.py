@@ -397,7 +397,7 @@ def export_folder(
     form: str = "bitmask", # "bitmask", or "delta" for a method that changes no weight that it keeps
     base: str | Path | None = None, # For a delta: the model that was pruned, as "lab" or a folder
 ) -> Manifest: # What was written
-    "Pack a pruned checkpoint into a smaller folder, from which `restore_folder` makes it again, byte for byte."
+    "Pack a pruned checkpoint into a smaller folder for `restore_folder`; what is no checkpoint raises `BadInput`."
     folder, out = new_place(folder, out)
     files, shards, beside, entries = files_of(folder), shard_files(folder), open_base(form, base), []
     packed = {shard.name: first_reading(shard, form, beside.tensors) for shard in tqdm(shards, desc="count")}
@@ -425,7 +425,7 @@ def restore_folder(
     out: str | Path, # New folder; until it is whole it is called OUT.unfinished, and the same call goes on there
     base: str | Path | None = None, # For a delta: the model that was pruned, as "lab" or a folder
 ) -> Manifest: # What was restored
-    "Make a packed checkpoint again, every file byte for byte; what was damaged is named and refused."
+    "Make a packed checkpoint again, every file byte for byte; damage and another base raise `BadInput`."
     folder, out = new_place(folder, out)
     manifest = read_manifest(folder)
     if manifest.kind == "delta" and base is None:

@@ -269,7 +269,7 @@ def model_card(
     run: str | Path | None = None, # Folder of a finished run on the same base, for the table; None leaves it out
     base_model: str | None = None, # Id of the base on the hub; None takes the name that the folder gives
 ) -> str: # Markdown with front matter
-    "A model card (Mitchell et al. 2019) from what a folder says of itself and the zeros counted in its weights."
+    "A model card (Mitchell et al. 2019) from what a folder says of itself; a run on another base raises `BadInput`."
     folder, record = Path(folder), with_hub_id(read_record(folder), base_model)
     if (folder/MANIFEST).is_file():
         raise BadInput(f"{folder} is packed: expected the folder of a checkpoint; restore it first, or write the card "
