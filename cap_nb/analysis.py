@@ -80,6 +80,18 @@ def row_cells(evaluation: Evaluation) -> dict[str, tuple[float, float, float, in
         cells[name] = (text.value, text.low, text.high, text.windows)
     return cells
 
+# %% ../nbs/06_analysis.ipynb #36594ce3
+def by_cell(evaluations: Iterable[Evaluation]) -> dict[tuple[str, float], Evaluation]:
+    "Evaluations by method and sparsity; two of one method at one sparsity raise `BadInput`."
+    cells = {}
+    for evaluation in evaluations:
+        cell = evaluation.method, evaluation.sparsity
+        if cell in cells:
+            raise BadInput(f"There are two evaluations of {method_title(cell[0])} at {cell[1]:g}: "
+                           f"expected one for each method and sparsity; leave one out.")
+        cells[cell] = evaluation
+    return cells
+
 # %% ../nbs/06_analysis.ipynb #c010
 @validate_arguments
 def method_table(
@@ -91,10 +103,7 @@ def method_table(
     if not rows:
         raise BadInput("There is nothing to put into a table: expected at least one evaluation; "
                        "run 'cap run' or 'cap eval' first.")
-    for method, sparsity in names:
-        if names.count((method, sparsity)) > 1:
-            raise BadInput(f"There are two evaluations of {method} at {sparsity:g}: "
-                           f"expected one for each method and sparsity; leave one out.")
+    by_cell(rows) # or refused
     titles, cells = [task_title(task) for task in TASKS], [row_cells(row) for row in rows]
     order = [*titles, *(f"{title} loss" for title in titles)] # accuracies, losses, then what has no place in the paper
     def place(column):
@@ -190,7 +199,7 @@ class Comparison:
 
     def within(self, least: float, most: float) -> bool:
         "The one rule of decision: whether it may be claimed that the number lies between `least` and `most`."
-        tested = self.p is not None
+        tested = self.p is not None and 0 in (least, most) # the test asks about zero, of another line it says nothing
         if self.n < self.fewest or (tested and (self.holm is None or self.holm > LEVEL)): return False
         if tested and math.isnan(self.low): return least < self.value < most # an exact test without an interval
         return least < self.low and self.high < most # never true of NaN
@@ -246,7 +255,7 @@ def comparable_parts(first: Evaluation, second: Evaluation) -> dict[str, tuple[t
 def shared_cells(evaluations: Iterable[Evaluation],
                  pairs: Sequence[tuple[str, str]]) -> list[tuple[Evaluation, Evaluation]]:
     "Both evaluations of each pair, sparsity by sparsity; none at all raises `BadInput`."
-    cells = {(e.method, e.sparsity): e for e in evaluations}
+    cells = by_cell(evaluations)
     shared = [(cells[first, s], cells[second, s]) for first, second in pairs
               for s in sorted(s for method, s in cells if method == first and (second, s) in cells)]
     if not shared:

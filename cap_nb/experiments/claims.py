@@ -27,7 +27,7 @@ from ..core.plots import blank_figure, in_style, save_figure
 from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, wilson_interval
 from .seeds import split_variance
 from .variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
-from ..jobs.records import PACKED, Run, cell_name, is_run, load_run, read_run, settings_of
+from ..jobs.records import PACKED, Run, is_run, load_run, read_run, settings_of
 from ..jobs.report import write_text
 from ..jobs.tables import interval_text, latex_text, markdown_rows, p_text
 from ..scoring import HeadLosses, causal_scores, rank_correlation, split_half_reliability
@@ -81,7 +81,6 @@ class ModelRecords:
     losses: HeadLosses | None = None # The table of losses
     seed_losses: Mapping[int, HeadLosses] = field(default_factory=dict) # Calibration seed -> table of losses
     reached: Mapping[tuple[str, float], float] = field(default_factory=dict) # (method, sparsity) -> share of zeros
-    seconds: Mapping[str, float] = field(default_factory=dict) # Stage -> seconds, of the main run
     chains: tuple[AnswerRecord, ...] = () # The dense model's answers to the calibration problems
     dense_answers: tuple[AnswerRecord, ...] = () # The dense model's answers to benchmark problems
     studies: Mapping[str, Mapping] = field(default_factory=dict) # Name of a study -> its record, as it is
@@ -206,7 +205,6 @@ def read_model(figures: str | Path, name: str) -> ModelRecords: # What was run o
     if variants: check_same(claims, settings_of(read_run(claims)), settings_of(read_run(main)))
     # A main run that took its table of losses from elsewhere did not score. The table of plain text has the same heads,
     # and fewer windows than there are examples are less work, so that the share saved is not overstated.
-    of_text = variants.records.read("text/timings.json", read_checked, {}) if variants else {}
     chains = variants.records.evaluations.get("chains/answers") if variants else None
     by_seed, seed_losses = seed_runs(seeds, claims_seeds)
     held_out, held_out_experts = (seed_runs(folder)[0] for folder in judged)
@@ -217,7 +215,6 @@ def read_model(figures: str | Path, name: str) -> ModelRecords: # What was run o
               "held out experts": held_out_experts},
         reached={(report.method, report.asked): report.reached
                  for source in (run, variants) if source for report, _ in source.reports},
-        seconds=run.timings if "scoring" in run.timings else run.timings | of_text,
         chains=chains.answers if chains else (),
         dense_answers=answers_of_dense(answers, run, held_out),
         studies=studies_of(figures, name, run.configuration["model"]), has_variants=claims.exists(),
@@ -357,13 +354,13 @@ def agreement_of_tasks(losses: HeadLosses, one: str, other: str) -> float:
 
 # %% ../../nbs/experiments/02_claims.ipynb #6ae347bc
 def over_examples(statistic: Callable[..., float], unit: str, draws: int = 500) -> Measure:
-    "A number of the table of losses, with a percentile bootstrap over calibration examples."
+    "A number of the table of losses, with a percentile bootstrap over the calibration examples of each task."
     def measure(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
         if (losses := records.losses) is None: return None
-        stratum, rng, drawn = np.array(losses.stratum), np.random.default_rng(0), []
-        strata = [np.flatnonzero(stratum == s) for s in sorted(set(losses.stratum))]
-        for _ in range(draws):
-            again = [rng.choice(indices, len(indices)) for indices in strata]
+        task, rng, drawn = np.array(losses.task), np.random.default_rng(0), []
+        tasks = [np.flatnonzero(task == t) for t in sorted(set(losses.task))]
+        for _ in range(draws): # within strata of two examples half of the variance would be missing
+            again = [rng.choice(indices, len(indices)) for indices in tasks]
             drawn.append(statistic(only_examples(losses, np.concatenate(again).tolist()), case.first, case.second))
         interval = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
         return number(statistic(losses, case.first, case.second), interval, unit, len(losses.intact))
@@ -442,9 +439,10 @@ NONE = (math.nan, math.nan) # The interval of a number whose exact test stands a
 
 def swap_test(values: np.ndarray) -> tuple[float, float]:
     "Whether one method varies more over seeds than another, by swapping labels within seeds (exact)."
-    def ratio(layout: np.ndarray) -> float:
-        spread = layout.std(axis=1, ddof=1)
-        return float(np.log((spread[0] + 1e-12) / (spread[1] + 1e-12)).mean())
+    values = values - values.mean(axis=1, keepdims=True) # swapped means would count as spread
+    def ratio(layout: np.ndarray) -> float: # of variances added up over tasks, of which one may be zero
+        spread = layout.var(axis=1, ddof=1).sum(axis=-1)
+        return float(np.log((spread[0] + 1e-12) / (spread[1] + 1e-12))) / 2
     observed, as_far = ratio(values), []
     for pattern in itertools.product((False, True), repeat=values.shape[1]):
         swapped = values.copy()
@@ -484,15 +482,6 @@ def separation_and_gain(case: Claim, records: ModelRecords, confidence: float) -
     return found and number(found[0], NONE, "rank correlation", len(seeds), found[1], fewest=1)
 
 # %% ../../nbs/experiments/02_claims.ipynb #6aa47453
-def time_saved(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
-    "The share of a method's time that reusing its scores saves, over the sparsities of the main run."
-    stages = [f"{cell_name(case.first, s)}/prune" for method, s in records.cells if method == case.first]
-    pruning = [records.seconds[stage] for stage in stages if stage in records.seconds]
-    if "scoring" not in records.seconds or not pruning: return None
-    scoring = records.seconds["scoring"]
-    shares = [scoring / (scoring + seconds) for seconds in pruning]
-    return number(np.mean(shares), (min(shares), max(shares)), "share of the time", len(shares), fewest=1)
-
 def distance_to_sparsity(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
     "The largest distance between the sparsity asked for and the one reached: counted, not estimated."
     off = [abs(reached - asked) for (method, asked), reached in records.reached.items() if method == case.first]
@@ -506,8 +495,7 @@ def gold_over_chains(case: Claim, records: ModelRecords, confidence: float) -> C
     return number(math.nan, NONE, "correct chains", chains, fewest=FEWEST_CHAINS)
 
 MEASURES |= {"spread over seeds": spread_over_seeds, "separation and gain": separation_and_gain,
-             "time saved": time_saved, "distance to the sparsity": distance_to_sparsity,
-             "gold over chains": gold_over_chains}
+             "distance to the sparsity": distance_to_sparsity, "gold over chains": gold_over_chains}
 
 # %% ../../nbs/experiments/02_claims.ipynb #8bcf05b9
 Losses = dict[tuple, Mapping[str, Sequence[float]]] # (criterion, sparsity, what is compared, seed) -> task -> losses

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ..analysis import (
-    CAP_PAIRS, Comparison, correct_family, method_title, problem_values, records_by_measure, row_order, shared_cells)
+from cap_nb.analysis import (
+    by_cell, CAP_PAIRS, Comparison, correct_family, method_title, problem_values, records_by_measure, row_order,
+    shared_cells)
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.plots import blank_figure, in_style, method_looks
 from ..evaluation import Evaluation
@@ -128,7 +129,7 @@ OVER_SEEDS = ("Mean", "Low", "High", "Lowest seed", "Highest seed", *PARTS, "See
 
 def cells_over_seeds(runs: Mapping[int, Sequence[Evaluation]]) -> dict[tuple[str, float], list[Evaluation]]:
     "Every cell that all seeds have; none raises `BadInput`."
-    seeds = [{(e.method, e.sparsity): e for e in sorted(evaluations, key=row_order)} for evaluations in runs.values()]
+    seeds = [by_cell(sorted(evaluations, key=row_order)) for evaluations in runs.values()]
     cells = [cell for cell in (seeds[0] if seeds else ()) if all(cell in other for other in seeds)]
     if not cells:
         raise BadInput("The calibration seeds share no method and sparsity: expected at least one; "
