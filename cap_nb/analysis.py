@@ -39,7 +39,7 @@ import seaborn as sns
 import torch
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
-from cap_nb.core.errors import BadInput, validate_arguments
+from cap_nb.core.errors import BadInput, check_seed, validate_arguments
 from cap_nb.core.plots import blank_figure, in_style
 from cap_nb.data.problems import TASK_TITLES, TASKS, task_title
 from cap_nb.evaluation import (
@@ -278,6 +278,7 @@ def compare_methods(
     seed: int = 0, # Seed of bootstrap and sign flips
 ) -> dict[tuple[str, str, float, str], Comparison]: # Title, title, sparsity, measure -> first less second, corrected
     "Compare pairs of methods on everything that both were measured on; other problems, or no pair, raise `BadInput`."
+    check_seed(seed)
     records = {(method_title(first.method), method_title(second.method), first.sparsity, measure): both
                for first, second in shared_cells(evaluations, pairs)
                for measure, both in comparable_parts(first, second).items()}

@@ -544,11 +544,15 @@ def prune_command(
             "make the checkpoint neither smaller nor faster; 'cap export' packs it.")
     return f"{why}\n{said}" if why else said
 
+NOT_BY_HARNESS = ("scores", "tasks", "spare", "accuracy_tasks", "evaluate_on", "evaluate_n", "loss_n", "choice_n",
+                  "shots", "samples", "temperature", "top_p", "text", "windows", "window_tokens", "backend")
+
 @command(STEPS, "model", "calibrate", "evaluate",
          without=("n", "calibration_tokens", "k", "calibration_seed", "calibrate_on", "chain_rule", "text_share",
                   "text_tokens"))
 def eval_command(
     job: Job,
+    context: typer.Context,
     *,
     scores: Path | None = None, # table of losses, made by cap score; the problems it was made on are left out
     out: Path | None = None, # folder for the records; not kept if left out
@@ -557,6 +561,9 @@ def eval_command(
 ) -> str:
     "Measure a model as it is: accuracy, held-out loss, perplexity; or what lm-evaluation-harness says of it."
     if harness is not None:
+        if given := given_in(context, NOT_BY_HARNESS):
+            raise BadInput(f"{option_of(given[0])} was given with --harness: expected one of them, since the harness "
+                           "draws and reads in its own way; leave one out.")
         from cap_nb.single_steps import harness_alone
         return harness_alone(job, read_names(harness), limit, out)
     if limit is not None:

@@ -35,10 +35,11 @@ from .jobs.records import environment, load_evaluation, save_evaluation
 from .jobs.settings import (
     ChainRule, changed, check_tuning, examples_by_kind, FineTuning, Job, OWN, PruneSettings, read_rule,
     Shrinking, SinglePruning)
-from .methods.criteria import Inputs
+from .methods.criteria import CRITERIA, Inputs
 from .methods.layer_walk import device_of_process, joined
-from .methods.prune import (
-    check_method, MethodName, needs_of, prune_with, reading_of, READINGS, solves, unit_factors)
+from cap_nb.methods.prune import (
+    by_masked_heads, check_method, MethodName, needs_of, own_scope, prune_with, reading_of, READINGS, solves,
+    unit_factors)
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, table_scorer
 from .methods.screening import read_scores, save_partial, screen_heads
 from cap_nb.methods.streaming import (
@@ -112,6 +113,10 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
 def answer_into(job: Job, out: Path, tries: int = Answering.tries, temperature: float = Answering.temperature,
                 lenient: bool = False, rule: ChainRule = ChainRule()) -> list[str]: # What came of it, in sentences
     "Let a model answer the problems of a calibration set; the same call finds what was answered."
+    low, high = rule.solved
+    if tries == 1 and 0 < low and high < 1:
+        raise BadInput(f"--chain-rule wants problems with a share from {low:g} to {high:g} of right answers, and each "
+                       "is answered once: expected several answers; give --tries 4 to 'cap chains'.")
     model, tokenizer = load_checked(job)
     answering = Answering(
         tries=tries, temperature=temperature, max_new_tokens=job.evaluate.max_new_tokens, lenient=lenient, rule=rule,
@@ -204,6 +209,9 @@ def check_streaming(job: Job, pruning: SinglePruning) -> None:
     if job.model.dtype or job.model.device:
         raise BadInput("--stream was given with --dtype or --device: expected neither, since nothing is loaded and the "
                        "weights keep their dtype; leave them out.")
+    if pruning.norms is not None and pruning.hessians is not None:
+        raise BadInput("--norms was given with --hessians: expected one of them, since Hessians hold the norms; leave "
+                       "--norms out.")
     with_hessians = pruning.hessians is not None
     check_streamed(pruning.method, pruning.sparsity, "exact" if with_hessians else pruning.ties, with_hessians)
 
@@ -247,14 +255,33 @@ def sentence_of_stop(pruning: SinglePruning) -> str:
     if pruning.stream or not kept: return NOTHING_KEPT
     return f"Stopped. Kept: {' and '.join(kept)}; the same command goes on from there, and does all else again."
 
+def check_target_kept(target: str, scores: Path | None) -> None:
+    if target != "loss" and scores is None:
+        raise BadInput(f"--score-target {target} was given without --scores: expected a table of it; make one with "
+                       f"'cap score --score-target {target}'.")
+
+def check_pruning(job: Job, pruning: SinglePruning) -> None:
+    "Raise `BadInput` for a method without the table that it needs, and for options that it would not read."
+    method, parts = pruning.method, check_method(pruning.method)
+    takes_table = by_masked_heads(parts)
+    if takes_table and pruning.scores is None and (parts.attribution is None or pruning.stream):
+        raise BadInput(f"Method {method!r} needs a table of losses: expected --scores; make one with 'cap score'.")
+    if pruning.scores is not None and not takes_table:
+        raise BadInput(f"--scores was given with method {method!r}, which reads no table of losses: expected a method "
+                       f"as cap or cap.pooled; name one, or leave --scores out.")
+    if pruning.stream and parts.attribution not in (None, *READINGS):
+        raise BadInput(f"Method {method!r} was given with --stream: expected one whose factors come from --scores, "
+                       "since nothing is loaded; leave --stream out, or take cap.")
+    check_target_kept(job.prune.score_target, pruning.scores)
+    by_scores = parts.base in CRITERIA and own_scope(parts) in ("model", "layer", "matrix")
+    if pruning.ties == "all" and not (by_scores and pruning.hessians is None):
+        raise BadInput(f"--ties all was given with method {method!r}{' and --hessians' if pruning.hessians else ''}: "
+                       "expected one threshold over a matrix or more, since all else is exact; leave --ties out.")
+
 def prune_into(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
     "Prune a model and save it with a record of how; a mistake raises `BadInput` before anything is loaded."
     check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
-    parts = check_method(pruning.method)
-    measures_factors = parts.attribution and not pruning.stream
-    if "factors" in needs_of(parts) and pruning.scores is None and not measures_factors:
-        raise BadInput(f"Method {pruning.method!r} needs a table of losses: expected --scores; make one with 'cap "
-                       "score'.")
+    check_pruning(job, pruning)
     with stop_says(sentence_of_stop(pruning)), working_folder(out) as working:
         return prune_on_disk(job, pruning, out) if pruning.stream else prune_in_memory(job, pruning, out, working)
 
@@ -267,8 +294,7 @@ def hessians_into(job: Job, out: Path) -> None:
 def keep_model(ready: Ready, report: PruneReport, out: Path) -> None:
     "Save the model of a run, pruned as the report says, with a record of how."
     parts, config = check_method(report.method), ready.model.config
-    by_losses = "factors" in needs_of(parts) and parts.attribution in (None, *READINGS)
-    scores = out.parent.parent/"losses.safetensors" if by_losses else None
+    scores = out.parent.parent/"losses.safetensors" if by_masked_heads(parts) else None
     pruning = SinglePruning(method=report.method, sparsity=report.asked, scores=scores)
     calibration = ready.calibration if is_calibrated(parts, scores) else None
     loaded = ready.model, ready.tokenizer, ready.configuration["model"]["fingerprint"]
@@ -282,6 +308,7 @@ def keep_model(ready: Ready, report: PruneReport, out: Path) -> None:
 def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of the model
     "Make a model smaller and save it; a mistake raises `BadInput` before anything is loaded."
     check_job(changed(job, sparsities=(how.sparsity,)))
+    check_target_kept(job.prune.score_target, how.scores)
     check_new_folder(out)
     model, tokenizer = load_checked(job)
     check_all_here(model)

@@ -155,6 +155,15 @@ COMMANDS = {
         "--budget 0", "--budget nan", "--budget 1.5", "--budget 0.01", "--budget 0.5 --join", "--join", "--heads-at-once 0", "--budget 0.9 --heads-at-once -3",
         "--score-target divergence --budget 0.5", "--store PLACE/file.txt", "--calibrate-on /dev/zero")]
     + [f"{RUN} --budget 0.5 --methods cap", "prune --method magnitude --scores PLACE/nothing --out PLACE/new --stream"],
+    "options that nothing reads": [f"{PRUNE} {options}" for options in (
+        "--method cap.relevance --scores PLACE/nothing", "--method wanda --scores PLACE/nothing", "--method cap.pooled --score-target divergence",
+        "--method cap.relevance --stream --model PLACE/model", "--method wanda --ties all", "--method magnitude@row --ties all",
+        "--method magnitude^update --ties all --stream --model PLACE/model --hessians PLACE/folder",
+        "--method wanda^swaps --stream --model PLACE/model --hessians PLACE/folder --norms PLACE/file.txt",
+        "--method wanda --text-tokens 64", "--recipe best-mask --chain-rule right,solved=0.25-0.75")]
+    + [f"{EVAL} --device cpu --window-tokens 513"] + [f"{EVAL} --harness cap_lab_gsm8k {options}" for options in ("--shots 8", "--scores PLACE/nothing", "--windows 3")]
+    + [f"{RUN} {options}" for options in ("--methods wanda --score-target divergence", "--shots 4", "--samples 4 --temperature 0.6", "--text-tokens 64")]
+    + ["shrink --score-target divergence --out PLACE/new", "chains --tries 1 --chain-rule right,solved=0.25-0.75 --out PLACE/new.jsonl"],
     "planning": [f"plan --no-probe {options}" for options in (
         "--devices 0", "--devices 1000000000000", "--prompt-tokens 0", "--target-tokens -5", "--tries 0", "--budget 0", "--budget nan", "--n 100000000000",
         "--evaluate-n 1000000000000", "--accelerator ''", "--accelerator rtx", "--accelerator h100,link=nan", "--accelerator h100,peak=inf",

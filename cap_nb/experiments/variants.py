@@ -285,6 +285,7 @@ def run_variants(
     text_windows: int | None = None, # Windows of plain text to calibrate on; None means as many as calibration examples
 ) -> Path: # The run's folder
     "Every variant at every sparsity, resumable; every mistake raises `BadInput` before work begins."
+    names = tuple(dict.fromkeys(names))
     for name in names: check_choice(name, VARIANTS, "variant")
     if job.prune.budget is not None:
         raise BadInput("Variants were given a budget: expected none, since medians and bootstraps take whole tables of "

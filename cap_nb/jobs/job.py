@@ -38,12 +38,13 @@ from .records import (
     note_stage, open_run, piece_folder, save_evaluation, save_report, together)
 from .report import write_results
 from .settings import (
-    CalibrateSettings, changed, check_counts, examples_by_kind, Job, read_rule, share_of_text)
+    CalibrateSettings, changed, check_counts, EvaluateSettings, examples_by_kind, Job, QUICK, read_rule, share_of_text)
 from ..methods.criteria import Inputs
 from ..methods.experts import UnitFactors
 from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import (
-    check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, reading_of, READINGS, unit_factors)
+    by_masked_heads, check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, reading_of,
+    READINGS, unit_factors)
 from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
 from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
 from ..models.anatomy import context_of, projections
@@ -70,11 +71,15 @@ def chains_of(data: CalibrateSettings) -> Chains | None:
 
 # %% ../../nbs/jobs/03_job.ipynb #c006
 def check_score_target(job: Job) -> None:
-    if check_choice(job.prune.score_target, TARGETS, "score target") == "loss": return
+    target = check_choice(job.prune.score_target, TARGETS, "score target")
+    if target == "loss": return
     for method in job.prune.methods:
         if check_method(method).attribution in UNIT_AWARE:
-            raise BadInput(f"Method {method!r} was given --score-target {job.prune.score_target}: expected loss, since "
+            raise BadInput(f"Method {method!r} was given --score-target {target}: expected loss, since "
                            "neurons and experts are scored by losses; leave --score-target or the method out.")
+    if not any(by_masked_heads(check_method(method)) for method in job.prune.methods):
+        raise BadInput(f"--score-target {target} was given, and none of {', '.join(job.prune.methods)} is scored by "
+                       "masking heads: expected a method as cap; name one, or leave --score-target out.")
 
 # %% ../../nbs/jobs/03_job.ipynb #816cb0b3
 def check_screening(job: Job) -> None:
@@ -286,7 +291,12 @@ def job_calibration(job: Job, tokenizer: object) -> Calibration: # The calibrati
 
 # %% ../../nbs/jobs/03_job.ipynb #c029
 def check_windows_fit(job: Job, model: nn.Module) -> None:
-    tokens, context = job.calibrate.text_tokens, context_of(model.config)
+    "Raise `BadInput` for windows longer than the model's context; those that nobody asked for are cut to it."
+    tokens, context, window = job.calibrate.text_tokens, context_of(model.config), job.evaluate.window_tokens
+    asked_for = window not in (EvaluateSettings.window_tokens, QUICK["window_tokens"])
+    if job.evaluate.windows and asked_for and context is not None and window > context:
+        raise BadInput(f"--window-tokens {window} exceed the model's context of {context}: expected windows that fit; "
+                       "give fewer tokens.")
     if share_of_text(job.calibrate) and context is not None and tokens > context:
         raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
                        "give fewer tokens.")

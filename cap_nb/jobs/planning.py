@@ -30,7 +30,7 @@ from .settings import changed, examples_by_kind, Job, MOST, option_of
 from ..methods.block import FORMS, Training, training_tokens
 from ..methods.budgets import BudgetSettings
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
-from ..methods.prune import ALLOCATIONS, needs_of, own_scope, parse_method, READINGS, with_hessian
+from ..methods.prune import ALLOCATIONS, by_masked_heads, own_scope, parse_method, READINGS, with_hessian
 from ..methods.screening import by_task, first_counts, task_indices
 from ..models.anatomy import Anatomy, context_of, dimensions, projections
 from ..models.choices import has_options
@@ -588,8 +588,7 @@ def writing_stage(load: Workload, name: str, memory: dict[str, float], answers: 
 
 def scores_heads(job: Job) -> bool:
     "Whether some method of a job takes its factors from masked heads."
-    parsed = map(parse_method, job.prune.methods)
-    return any("factors" in needs_of(parts) and parts.attribution in (None, *READINGS) for parts in parsed)
+    return any(by_masked_heads(parse_method(method)) for method in job.prune.methods)
 
 def planned_stages(load: Workload) -> tuple[Stage, ...]:
     "Loading; scoring, where a method needs it; pruning by the methods; evaluation; own chains."

@@ -186,6 +186,16 @@ def check_calibration(data: CalibrateSettings) -> None:
                            "of them, since both say how much is calibrated on; leave one out.")
     read_rule(data.chain_rule)
 
+def check_read(job: Job) -> None:
+    "Raise `BadInput` for settings of text or answers where there are none."
+    if not share_of_text(job.calibrate) and job.calibrate.text_tokens != CalibrateSettings.text_tokens:
+        raise BadInput(f"--text-tokens {job.calibrate.text_tokens} was given, and no text is calibrated on: expected "
+                       "--calibrate-on text or --text-share; give one, or leave --text-tokens out.")
+    for name in ("shots", "samples", "backend") if job.evaluate.accuracy_tasks == () else ():
+        if (value := getattr(job.evaluate, name)) != getattr(EvaluateSettings, name):
+            raise BadInput(f"--{name} {value} was given with --accuracy-tasks none: expected tasks to answer; name "
+                           f"some, or leave --{name} out.")
+
 def check_counts(job: Job) -> None:
     "Raise `BadInput` for the first count that is too small or too large, and for a job without tasks."
     if job.calibrate.tasks == ():
@@ -199,7 +209,7 @@ def check_counts(job: Job) -> None:
     check_choice(job.evaluate.evaluate_on, ("evaluation", "validation"), "split to evaluate on")
     if job.prune.budget is not None: check_budget(job.prune.budget)
     check_draws(job.evaluate)
-    share_of_text(job.calibrate)
+    check_read(job)
     check_calibration(job.calibrate)
 
 # %% ../../nbs/jobs/01_settings.ipynb #c032
@@ -292,7 +302,7 @@ class Recipe:
 RECIPES = {
     "best-mask": Recipe(
         about="one mask, and the weights that stay are as they were", method="wanda^swaps",
-        judged="Chosen on validation problems, judged after one draw: nbs/results/07_which_method.ipynb"),
+        judged="Chosen on validation problems, judged after two draws: nbs/results/07_which_method.ipynb"),
     "one-shot": Recipe(about="the weights that stay are solved for", method="alps",
                        judged="Chosen on validation problems, judged on others: nbs/results/07_which_method.ipynb"),
     "hour": Recipe(about="as one-shot, then trained for the dense model's predictions", method="alps",
@@ -325,8 +335,8 @@ def check_tuning(settings: FineTuning) -> None:
     check_seed(settings.seed)
     for name, most in (("lr", 1e38), ("weight_decay", 1e38), ("warmup", 1)): # the largest that float32 takes
         value = getattr(settings, name)
-        if is_number(value) and 0 <= value <= most: continue
-        limit = "a share from 0 to 1" if most == 1 else f"a number from 0 to {most:g}"
+        if is_number(value) and 0 <= value <= most and (value or name != "lr"): continue
+        limit = "a share from 0 to 1" if most == 1 else f"a number {'above' if name == 'lr' else 'from'} 0 to {most:g}"
         raise BadInput(f"{name} is {value!r}: expected {limit}; give another.")
 def check_speed(settings: SpeedSettings) -> None:
     for name in ("prompt", "steps", "rounds"): check_at_least(getattr(settings, name), 1, name, MOST)

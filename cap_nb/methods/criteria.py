@@ -46,7 +46,7 @@ def gradient_score(e: Evidence) -> torch.Tensor: # [out, in]
 
 def random_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Uniform random scores, which depend on the seed and the index of the projection but not on the device."
-    rng = torch.Generator().manual_seed(1_000_003 * e.seed + e.index)
+    rng = torch.Generator().manual_seed((1_000_003 * e.seed + e.index) % 2**63)
     return torch.rand(e.weight.shape, generator=rng).to(e.weight.device)
 
 CAP_WANDA = Criterion(name="cap_wanda", score=cap_wanda_score, needs=("norm", "factor"), source="Wanda and the paper",

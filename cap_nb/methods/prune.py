@@ -128,6 +128,10 @@ def needs_of(parts: MethodName) -> tuple[str, ...]:
     if parts.recovery: needs += ("calibration",)
     return tuple(dict.fromkeys(needs))
 
+def by_masked_heads(parts: MethodName) -> bool:
+    "Whether a method takes its factors from masked heads."
+    return "factors" in needs_of(parts) and parts.attribution in (None, *READINGS)
+
 # %% ../../nbs/methods/24_prune.ipynb #c015
 def check_attribution(name: str, parts: MethodName) -> None:
     "Refuse an attribution where nothing uses the factors it makes, with `BadInput`."

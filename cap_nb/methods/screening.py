@@ -352,6 +352,9 @@ def screened_scores(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Scores in nats, lower and upper bounds, float64 [L, H] each
     "Mean causal scores from a table with gaps, with intervals by betting; a confidence outside (0, 1): `BadInput`."
     check_confidence(confidence)
+    if not 1 <= reach < math.inf:
+        raise BadInput(f"reach is {reach}: expected a finite number of at least 1, since residuals that were seen lie "
+                       "within it; give a larger one.")
     task = task_indices(partial.losses.task)
     place = places(task, partial.losses.meta["screened"]["seed"])
     low, high = guessed_bounds(partial.rise, partial.slopes, task, place, (1 - confidence) / 2, reach)

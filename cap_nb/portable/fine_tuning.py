@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from ..calibration import Calibration
-from ..core.errors import BadInput, validate_arguments
+from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.files import alone_in, check_new_folder, sealed, whole_folder, write_json
 from ..data.prompts import Example, collate, token_batches
 from ..jobs.settings import check_tuning, FineTuning
@@ -241,6 +241,7 @@ def recover(
 ) -> Recovery: # What was done
     "Train a pruned model further while its zeros stay zeros; no zeros or settings that cannot be raise `BadInput`."
     check_tuning(settings)
+    check_at_least(save_every, 1, "save_every")
     check_all_here(model)
     held, before, folder = held_parameters(model), model_fingerprint(model), folder and Path(folder)
     zeros, weights = sum(int(each.zeros.sum()) for each in held), sum(each.zeros.numel() for each in held)

@@ -188,6 +188,9 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def with_hub_id(record: dict, base_model: str | None) -> dict: # The record, its base under that id
     "Name a base by an id of the hub; anything else raises `BadInput`."
     if base_model is None: return record
+    if HUB_ID.fullmatch(known := record["base"]["name"]) and known != base_model:
+        raise BadInput(f"Base {base_model!r} was named for a model that was made from {known}: expected that one, "
+                       "whose commit and licence the folder keeps; leave it out.")
     if HUB_ID.fullmatch(base_model): return record | {"base": record["base"] | {"name": base_model}}
     raise BadInput(f"Base {base_model!r} is no id of the hub: expected owner/name; correct it, or leave it out.")
 
