@@ -26,7 +26,7 @@ from .core.stopping import NOTHING_KEPT, stop_says, STOPPED
 from .evaluation import Evaluation, evaluation_problems
 from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
 from .importance import importance_factors
-from .jobs.chains import Answering, kept_examples, own_chains, task_counts, too_few
+from .jobs.chains import Answering, kept_examples, own_chains, read_chains, task_counts, too_few
 from .jobs.job import (
     check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, model_configuration,
     Ready, spared_problems, targets_configuration)
@@ -90,6 +90,9 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             target=job.prune.score_target))
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
     with joined(model.device) as share, nullcontext() if store or share.rank else alone_in(working):
+        if budget is not None and share.count > 1:
+            raise BadInput(f"--budget was given to {share.count} processes: expected one, since its rounds are not "
+                           "shared; start 'cap score' alone, or leave --budget out.")
         if budget is not None:
             check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
             seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
@@ -272,6 +275,9 @@ def check_pruning(job: Job, pruning: SinglePruning) -> None:
     if pruning.stream and parts.attribution not in (None, *READINGS):
         raise BadInput(f"Method {method!r} was given with --stream: expected one whose factors come from --scores, "
                        "since nothing is loaded; leave --stream out, or take cap.")
+    if pruning.key_value != SinglePruning.key_value and "factors" not in needs_of(parts):
+        raise BadInput(f"--key-value {pruning.key_value} was given with method {method!r}, which has no factors: "
+                       "expected a method as cap; name one, or leave --key-value out.")
     check_target_kept(job.prune.score_target, pruning.scores)
     by_scores = parts.base in CRITERIA and own_scope(parts) in ("model", "layer", "matrix")
     if pruning.ties == "all" and not (by_scores and pruning.hessians is None):
@@ -340,10 +346,21 @@ def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, ou
     "All settings of a recipe; a folder that holds something else, or one with other settings, raises `BadInput`."
     asked = json.loads(json.dumps([asdict(each) if each else None for each in (job, pruning, tuning)], default=str))
     if not (out/"recipe.json").exists(): check_new_folder(out)
-    elif read_checked(out/"recipe.json") != asked:
+    elif read_checked(out/"recipe.json")[:len(asked)] != asked:
         raise BadInput(f"{out} holds a recipe with other settings: expected the same; give them, or another folder "
                        "with --out.")
     return asked
+
+def recipe_begun(job: Job, asked: list, out: Path) -> Job: # The job, filled in as the model decides
+    "Note what a recipe follows from; another model or other chains than when it began raise `BadInput`."
+    chains = job.calibrate.calibrate_on
+    model, tokenizer = load_checked(changed(job, calibrate_on="gold", chain_rule="right") if chains == OWN else job)
+    noted = [*asked, model_fingerprint(model), read_chains(chains).fingerprint if Path(chains).is_file() else chains]
+    if (out/"recipe.json").exists() and read_checked(out/"recipe.json") != noted:
+        raise BadInput(f"{out} holds a recipe that began with another model or other chains: expected those; give "
+                       "them, or another folder with --out.")
+    write_checked(out/"recipe.json", noted)
+    return filled_in(job, tokenizer)
 
 def recipe_plan(job: Job, pruning: SinglePruning) -> str: # Markdown
     "What a recipe will take, from the model's configuration; chains are counted as long as gold solutions."
@@ -356,9 +373,8 @@ def recipe_plan(job: Job, pruning: SinglePruning) -> str: # Markdown
 BENCHED = 50 # Problems of each task that are answered before and after, or as many as the smallest task has
 
 def benched(job: Job, made: Path, out: Path) -> list[Evaluation]: # Of the dense model, and of what was made
-    tasks, where = job.evaluate.accuracy_tasks, {"data_dir": job.calibrate.data_dir, "split": job.evaluate.evaluate_on}
-    tasks = (job.calibrate.tasks or ()) if tasks is None else tasks
-    count = min([BENCHED, *(len(evaluation_problems(task, **where)) for task in tasks)])
+    where = {"data_dir": job.calibrate.data_dir, "split": job.evaluate.evaluate_on}
+    count = min([BENCHED, *(len(evaluation_problems(task, **where)) for task in job.evaluate.accuracy_tasks)])
     for name, model in (("before", job.model.name), ("after", str(made))):
         asked = changed(job, name=model, calibrate_on="gold", chain_rule="right", evaluate_n=count)
         if not (out/name).exists(): evaluate_alone(changed(asked, loss_n=0, windows=0), out=out/name)
@@ -370,7 +386,7 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
     chains, made, asked = out/"chains.jsonl", out/"pruned", recipe_asked(job, pruning, tuning, out)
     rule, lines = job.calibrate.chain_rule, []
     with stop_says(STOPPED), alone_in(out):
-        write_checked(out/"recipe.json", asked)
+        job = recipe_begun(job, asked, out)
         if job.calibrate.calibrate_on == OWN:
             asking = changed(job, calibrate_on="gold", chain_rule="right")
             lines = answer_into(asking, chains, tries=1, rule=read_rule(rule))[:-1]

@@ -82,15 +82,16 @@ def test_every_measurement_of_a_device_in_small(tmp_path, monkeypatch):
     """`make gpu DRY=1`: all cases are measured and summed up, and the real ones have their names and fit into the limit."""
     monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=lambda words, **given: finished(cap(*words[3:]))))
     said = gpu.dry_run(tmp_path)
-    cases, real = read_cases(tmp_path / "gpu.json"), gpu.measurements("lab")
-    assert set(cases) == {case.name for case in real} and sum(case.seconds for case in real) < gpu.LIMIT
-    assert sum(line.endswith(": measured.") for line in said) == 4 and len(said) == 4 + 3 + 4 + 2 + 2
+    cases, real = read_cases(tmp_path / "gpu.json"), gpu.measurements("lab", tmp_path)
+    assert {*cases, "agreement in float16"} == {case.name for case in real} and sum(case.seconds for case in real) < gpu.LIMIT
+    assert sum(line.endswith(": measured.") for line in said) == 5 and len(said) == 5 + 3 + 5 + 2 + 2
     assert [row["Method"] for row in cases["run"]["about"]["table"]] == ["Dense", "Magnitude"] and cases["writing"]["about"]["tokens"]["2"] > 0
-    assert cases["agreement"]["about"]["agreement"]["float32"] == 0 < cases["agreement"]["about"]["agreement"]["bfloat16"] < 0.1
+    exact, rounded = (cases[f"agreement in {dtype}"]["about"]["agreement"] for dtype in ("float32", "bfloat16"))
+    assert exact == 0 < rounded < 0.1
 
 
 def test_measurements_that_are_cut_go_on(tmp_path):
-    """What is on disk is not measured again, and what would end too late is not begun."""
+    """What is on disk is not measured again, what would end too late is not begun, and one that fails stops no other."""
     def measured(path, device):
         return measured_case(path, "first", {}, lambda: {"seconds": {}})
 
@@ -102,6 +103,13 @@ def test_measurements_that_are_cut_go_on(tmp_path):
         gpu.measure_all([gpu.Measurement("first", 1, measured), gpu.Measurement("second", 1, cut)], path, cpu)
     again = gpu.measure_all([gpu.Measurement("first", 1, cut), gpu.Measurement("long", 9999, cut)], path, cpu)
     assert list(read_cases(path)) == ["first"] and "on disk already" in again[0] and "not begun" in again[1]
+
+    def broken(path, device):
+        raise RuntimeError("no memory")
+
+    path.unlink()
+    failed = gpu.measure_all([gpu.Measurement("broken", 1, broken), gpu.Measurement("first", 1, measured)], path, cpu)
+    assert failed == ["broken: failed, RuntimeError: no memory", "first: measured."]
 
 
 def test_other_texts_are_noticed(tmp_path):

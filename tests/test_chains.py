@@ -295,6 +295,10 @@ def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypa
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*") if path.is_file() and path.name not in ("recipe.json", "README.md")}
     assert {"chains.jsonl", "model.safetensors"} <= {path.name for path in before}
     monkeypatch.setattr(single_steps, "train_into", train)
+    with monkeypatch.context() as other:
+        other.setattr(single_steps, "model_fingerprint", lambda model: "0" * 64)
+        result = cap(*words)
+        assert result.exit_code == 2 and "began with another model or other chains" in result.stderr, result.output
     result = cap(*words)
     assert result.exit_code == 0 and f"{tmp_path / 'r' / 'trained'}: the model, with its card" in result.output, result.output
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was there was not made again"

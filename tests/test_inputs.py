@@ -34,6 +34,7 @@ from cap_nb.jobs.job import run_job
 from cap_nb.jobs.planning import plan
 from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import changed_options, load_run, pack_run, read_run, unpack_run
+from cap_nb.jobs.report import run_folders
 from cap_nb.jobs.settings import Job, SinglePruning, changed, option_of
 from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
@@ -590,6 +591,17 @@ def test_half_written_files_of_a_process_in_another_container_stay(tmp_path):
         assert not part.exists()
 
 
+def test_a_process_of_this_number_in_another_container_loses_nothing(tmp_path):
+    part = tmp_path / f".new.{os.getpid()}.part"
+    part.mkdir()
+    with files.locked(part):
+        with pytest.raises(BadInput, match="is being written by a process in another container"), whole_folder(tmp_path / "new"):
+            pass
+        assert part.exists()
+    with whole_folder(tmp_path / "new"):
+        pass
+
+
 def test_an_environment_that_makes_no_sense_is_one_sentence():
     done = subprocess.run([sys.executable, "-m", "cap_nb", "methods"], env=os.environ | {"TQDM_MININTERVAL": "abc"}, capture_output=True, text=True)
     assert done.returncode == 2 and "TQDM_MININTERVAL is 'abc': expected a number" in done.stderr and done.stderr.count("\n") == 1
@@ -619,6 +631,8 @@ def test_a_rationale_may_be_a_text():
 
 
 def test_half_written_files_are_not_unpacked(place):
+    shutil.copytree(place / "run", place / ".new.4194999.part")
+    assert run_folders(place) == [place / "run"], "nor are they runs"
     pack_run(place / "run")
     (place / "run" / ".new.4194999.part").write_text("half")
     unpack_run(place / "run", place / "back")

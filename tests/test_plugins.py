@@ -182,6 +182,16 @@ def test_two_plugins_of_one_name(tmp_path):
     assert cap("methods", "--plugin", tmp_path / "a" / "my.py", "--plugin", tmp_path / "a" / "my.py").exit_code == 0
 
 
+def test_another_plugin_in_the_folder_is_no_part_of_one(tmp_path):
+    alone = {}
+    for names in (("b",), ("a", "b")):
+        for name in names:
+            (tmp_path / f"{name}.py").write_text(f"{name} = 1\n")
+        with plugins_loaded([tmp_path / f"{name}.py" for name in names]):
+            alone[names] = PLUGINS["b.py"]
+    assert len(set(alone.values())) == 1
+
+
 def test_no_folder_brings_a_plugin_along(finished, plugin, tmp_path):
     """A file in a run's folder or beside data is never executed."""
     trap = tmp_path / "trap"

@@ -24,13 +24,17 @@ def device_named(device: str | torch.device | None) -> torch.device:
     if named.type == "cuda" and not torch.cuda.is_available():
         raise BadInput("Device 'cuda' was asked for but torch sees no CUDA device: expected one; use cpu or install "
                        "a CUDA build of torch.")
+    count = (module := module_of(named)) and module.device_count()
+    if count is not None and (named.index or 0) >= count:
+        raise BadInput(f"Device '{named}' was asked for, and torch sees {count} of that kind: expected an index below; "
+                       f"use {named.type}:{count - 1}.")
     return named
 
-# %% ../../nbs/core/08_devices.ipynb #5b11aa96
 def module_of(device: torch.device) -> object | None: # As torch.cuda
     "torch's module of a kind of device that has a memory of its own; None where that is main memory."
     return None if device.type in ("cpu", "mps") else torch.get_device_module(device)
 
+# %% ../../nbs/core/08_devices.ipynb #5b11aa96
 def finish(device: torch.device) -> None:
     "Wait until a device has done what it was given."
     if device.type == "mps": torch.mps.synchronize()
@@ -51,6 +55,16 @@ def memory_of(device: torch.device) -> tuple[int, int]: # (free now, in all)
         module.empty_cache()
         return module.mem_get_info(device)
     return psutil.virtual_memory().available, psutil.virtual_memory().total
+
+def numbers_a_call(device: torch.device, here: int) -> int:
+    "How many numbers one call takes: on the processor `here`, as many as its cache holds; elsewhere what fills it."
+    return here if module_of(device) is None else max(here, 2**26)
+
+def build_of(device: torch.device) -> dict[str, str]: # Name -> version or setting, none on the processor
+    "What numbers on a device depend on beside torch's own version."
+    if device.type != "cuda": return {}
+    return {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version()),
+            "float32_products": torch.get_float32_matmul_precision()}
 
 def multiplies_two_of_four(device: torch.device) -> bool:
     "Whether it multiplies matrices that are zero at two of every four places in half the time: NVIDIA's, from Ampere."

@@ -98,13 +98,16 @@ def busy(path: str | Path) -> bool:
 def renamed_when_whole(path: Path, kept: str) -> Iterator[Path]:
     "Rename what the block makes under the temporary name that it gets, if it ends without an error; else remove it."
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with disk_full_reported(path, kept):
-            remove_leftovers(path) # a link that waits under the temporary name is not followed
+    with disk_full_reported(path, kept):
+        remove_leftovers(path) # a link that waits under the temporary name is not followed
+        if os.path.lexists(temporary): # two containers may number their processes alike
+            raise BadInput(f"{path} is being written by a process in another container: expected to be alone; wait for "
+                           "it, or give another name.")
+        try:
             yield temporary
             settle(temporary)
             take_name(temporary, path)
-    finally: remove(temporary)
+        finally: remove(temporary)
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
@@ -118,10 +121,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         with locked(temporary): yield temporary
 
 # %% ../../nbs/core/01_files.ipynb #c025
+TRACKING = "tracking" # Folder of a tracker of experiments, in which nothing of ours is written
+
 def check_no_links(folder: Path) -> None:
-    "Raise `BadInput` for a link inside a folder of ours: what is written below it would land elsewhere."
+    "Raise `BadInput` for a link inside a folder of ours, but a tracker's: what is written below it would be elsewhere."
     for path in folder.rglob("*"):
-        if path.is_symlink():
+        if path.is_symlink() and TRACKING not in path.relative_to(folder).parts[:-1]:
             raise BadInput(f"{path} is a link: expected files and folders of its own in {folder.name}; remove it, "
                            "or give another folder.")
 

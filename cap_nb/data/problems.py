@@ -348,7 +348,7 @@ def read_problems(task: str, split: str, data_dir: str | Path | None) -> tuple[P
     problems: dict[str, Problem] = {}
     for number, record in enumerate(source_records(task, split, data_dir), 1):
         try: problem = TASKS[task].read(record, task)
-        except (AttributeError, KeyError, TypeError, ValueError) as error: # not always in the interpreter's words
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error: # in plain words
             wrong = str(error) if isinstance(error, ValueError) else "a part of it is null or of another kind"
             if isinstance(error, KeyError): wrong = f"it has no {error}"
             raise BadInput(f"Record {number} of {task} ({split}) cannot be read, {wrong}: expected the authors' "

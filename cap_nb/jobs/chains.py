@@ -14,7 +14,7 @@ import shutil
 from collections import Counter, namedtuple
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from torch import nn
@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 import cap_nb
 from ..calibration import (
     Calibration, calibration_pool, calibration_set, default_style, default_tasks, drawn, random_order, Tokens)
-from ..core.errors import BadInput, check_at_least, check_fields, validate_arguments
-from ..core.files import alone_in, sha256_of_text, taken_as, text_bytes, whole_file
+from ..core.errors import BadInput, check_at_least, check_fields, check_seed, validate_arguments
+from ..core.files import alone_in, sha256_of_text, taken_as, whole_file
 from ..data.problems import halves, load_text, task_family
 from ..data.prompts import Example, IGNORED, make_example, prompt_style, PromptStyle, strict_pattern
 from ..evaluation import answer_record, prompt_tokens
@@ -111,7 +111,8 @@ def read_chains(path: str | Path) -> Chains: # What it holds
     if not path.is_file():
         raise BadInput(f"{path} is not a file: expected one with chains; make it with 'cap chains'.")
     with taken_as(path, "a file of chains"):
-        header, *records = [json.loads(line) for line in text_bytes(path).decode("utf-8").split("\n") if line]
+        with path.open(encoding="utf-8", newline="\n") as lines: # which may be long: every answer is in it
+            header, *records = map(json.loads, filter(str.strip, lines))
         chains = Chains(header["about"], tuple(Chain(**record) for record in records))
         if header["sha256"] != chains.fingerprint: raise ValueError("its checksum is another")
         return check_fields(chains)
@@ -244,7 +245,8 @@ def asked_problems(tokenizer: object, tasks: Sequence[str] | None, n: int | Toke
                    data_dir: str | Path | None, style: str | PromptStyle,
                    exclude: frozenset[str]) -> tuple[Example, ...]:
     "The problems of a calibration set, or where tokens are asked for all there are, in the order of the draw."
-    if isinstance(n, int): return calibration_set(tokenizer, tasks, n, 1, seed, data_dir, style, exclude).examples
+    if not isinstance(n, Tokens):
+        return calibration_set(tokenizer, tasks, n, 1, seed, data_dir, style, exclude).examples
     check_at_least(n.count, 1, "n (tokens a task)")
     tasks = tasks or default_tasks(tokenizer)
     pools = [calibration_pool(tokenizer, task, data_dir, style, exclude) for task in tasks]
@@ -263,8 +265,9 @@ def own_chains(
     answering: Answering = Answering(), # How often and how each is answered, and in which file the answers go
 ) -> Chains: # Every answer, problem after problem
     "A model's answers to calibration problems, resumable where a file is given; mistakes raise `BadInput`."
-    check_at_least(answering.tries, 1, "tries")
-    check_at_least(answering.part, 1, "part")
+    seed = check_seed(seed)
+    answering = replace(answering, tries=check_at_least(answering.tries, 1, "tries"),
+                        part=check_at_least(answering.part, 1, "part"))
     check_sampling(answering.sampling(seed))
     style, file, rule = style or default_style(tokenizer), answering.file, answering.rule
     amount = n.count if isinstance(n, Tokens) else None
@@ -322,11 +325,11 @@ def chain_calibration(
     if rule.solved != ChainRule.solved and not any(chain.attempt for chain in chains.chains):
         raise BadInput("The chains hold one try of each problem, and --chain-rule has solved=: expected several, since "
                        "that is a share of the tries; write them with --tries 4 or more, or leave solved= out.")
-    if isinstance(n, int): check_at_least(n, 1, "n (chains a task)")
-    for task in tasks or chains.tasks:
+    if not (n is None or isinstance(n, Tokens)): check_at_least(n, 1, "n (chains a task)")
+    for task in chains.tasks if tasks is None else dict.fromkeys(tasks):
         mine = [chain for chain in chains.chains if chain.task == task and chain.uid not in exclude]
         pool = kept_examples(tokenizer, mine, rule)
-        wanted = n if isinstance(n, int) else "some"
+        wanted = "some" if n is None or isinstance(n, Tokens) else n
         if not pool or wanted != "some" and len(pool) < wanted:
             raise BadInput(f"{task} has {len(pool)} chains that are kept, but {wanted} were asked for: expected at "
                            f"most {len(pool)}; lower --n, answer more problems with 'cap chains', or keep gold.")

@@ -563,13 +563,15 @@ def method_stages(load: Workload) -> list[Stage]:
     "A stage for pruning all at once, layer by layer and by each solver, as methods need; then what they measure."
     methods, sizes = load.job.prune.methods, load.sizes
     needed = {method: pruning_stages(method) for method in methods}
-    one_by_one = batch_shapes(load.lengths, 1)
+    one_by_one, on_path = batch_shapes(load.lengths, 1), {}
+    if any(times[GRADIENT] >= PATH_POINTS for times in needed.values()):
+        on_path = {"sums and weights along a path": sizes.scope * (4 + load.width)}
     stages = [
         stage_of(load, THRESHOLD, {"scores of one matrix": 17 * sizes.widest}, read=READS * sizes.scope),
         stage_of(load, WALK, walk_memory(load), wanda_work(load.batches), read=READS_IN_ROWS * sizes.scope),
         *{stage_name(method): solver_stage(load, method) for method in methods
           if solver_names(method) is not None}.values(),
-        stage_of(load, GRADIENT, gradient_memory(load), 3 * one_pass(load.batches)),
+        stage_of(load, GRADIENT, gradient_memory(load) | on_path, 3 * one_pass(load.batches)),
         stage_of(load, REGIONAL, regional_memory(load, one_by_one), 3 * with_head(one_pass(one_by_one), 0)),
         stage_of(load, SPECTRA, {"spectrum of one matrix": sizes.widest * 8}, single=spectra_flops(sizes))]
     stages = [replace(stage, methods=tuple(method for method in methods if needed[method][stage.name]))

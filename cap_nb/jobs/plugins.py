@@ -172,7 +172,7 @@ def add_task(
                        (NORMAL, in_a_sentence(normal, whose)), (ASSUMED_TOKENS, (1, 1))],
         [read, normal], (answer, prompt, line))
     try: ASSUMED_TOKENS[name] = read_whole(name)
-    except BadInput:
+    except BaseException: # a stop by the user too
         take_back(before)
         raise
 
@@ -217,8 +217,9 @@ def executed(path: Path, text: bytes) -> None:
 # %% ../../nbs/jobs/09_plugins.ipynb #c074
 def helpers_of(path: Path) -> list[Path]: # In the order of their names
     "The modules beside a plugin that are imported, by it or by anyone."
-    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return sorted(found for file in files if file and (found := Path(file)).parent == path.parent and found != path)
+    modules = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
+    files = {Path(file) for name, file in modules if file and name != module_name(Path(file))} # other plugins apart
+    return sorted(file for file in files if file.parent == path.parent and file != path)
 
 def code_hash(text: bytes, helpers: Sequence[Path]) -> str: # 64 hexadecimal digits
     "SHA-256 of a plugin and of the modules beside it; of a plugin alone that of its file."

@@ -29,12 +29,12 @@ import torch
 from torch import nn
 import cap_nb
 from ..analysis import records_from, row_order
-from ..core.devices import device_name
+from ..core.devices import build_of, device_name
 from ..core.errors import BadInput, validate_arguments
 from ..core.files import (
     alone_in, check_inside, check_no_links, checked_text, DAMAGED, HALF_WRITTEN, is_intact, json_text, read_checked,
-    read_tensors, remove, remove_leftovers, rows_of_parquet, sha256_of_file, sha256_of_text, taken_as, whole_file,
-    whole_folder, write_checked)
+    read_tensors, remove, remove_leftovers, rows_of_parquet, sha256_of_file, sha256_of_text, taken_as,
+    TRACKING, whole_file, whole_folder, write_checked)
 from ..core.registry import check_additions
 from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 from .settings import changed, Job, option_of, option_text, part_of_setting, values_of
@@ -311,7 +311,7 @@ def environment(device: torch.device, note: str = "") -> dict: # Versions, commi
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "tokenizers")}
     package = {"python": platform.python_version(), "cap_nb": cap_nb.__version__, "commit": commit_of_package()}
     machine = {"device": device.type, "device_name": device_name(device), "threads": torch.get_num_threads()}
-    return versions | package | machine | {"platform": platform.platform(), "note": note}
+    return versions | package | machine | build_of(device) | {"platform": platform.platform(), "note": note}
 
 def note_environment(folder: str | Path, session: dict) -> None:
     "Add a session's environment to the run, unless it is there already."
@@ -331,7 +331,7 @@ def mask_fingerprint(model: nn.Module) -> str: # 64 hexadecimal digits
 
 # %% ../../nbs/jobs/00_records.ipynb #c046
 def cell_name(method: str, sparsity: float) -> str: # As in "cap-0.2", or "wanda@2of4-0.5"
-    return f"{method.replace(':', 'of')}-{sparsity!r}" # no colon: some file systems forbid it
+    return f"{method.replace(':', 'of')}-{float(sparsity)!r}" # no colon: some file systems forbid it
 
 def read_report(path: str | Path) -> tuple[PruneReport, str]: # The report, and the fingerprint of the zeros
     "Read a report; a missing or damaged one raises `BadInput`."
@@ -401,7 +401,7 @@ class Records:
 # %% ../../nbs/jobs/00_records.ipynb #c064
 RECORDED = ("environment.json", "timings.json", "memory.json", "losses.safetensors", "evaluations", "reports",
             "attributions", "factors", "budgets", "chains", "text") # What a run records, at the top of its folder
-MADE = ("tables", "figures", "tracking", "models", "unfinished", "run.json", "manifest.json", PACKED, REPORT,
+MADE = ("tables", "figures", TRACKING, "models", "unfinished", "run.json", "manifest.json", PACKED, REPORT,
         "log.txt") # What it writes too; the log has times, and nothing is made from it
 OF_EVALUATION = ("evaluation.json", *(f"{name}.csv" for name in RECORD_FILES)) # The files of an evaluation's folder
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from ..analysis import (
     compare_methods, Comparison, FEWEST_PAIRS, is_better, method_table, method_title, plot_head_importance, row_order)
 from ..core.errors import BadInput
-from ..core.files import whole_file, write_checked
+from ..core.files import HALF_WRITTEN, whole_file, write_checked
 from ..core.plots import figure_bytes
 from ..core.registry import check_additions
 from ..data.problems import LAB_TASKS
@@ -55,7 +55,8 @@ def write_text(path: Path, text: str) -> None:
 # %% ../../nbs/jobs/02_report.ipynb #c009
 def run_folders(folder: str | Path) -> list[Path]: # Folders of runs, in order
     "The runs in a folder; none raises `BadInput`."
-    runs = sorted({path.parent for name in ("run.json", PACKED) for path in Path(folder).rglob(name)})
+    runs = sorted({path.parent for name in ("run.json", PACKED) for path in Path(folder).rglob(name)
+                   if not any(map(HALF_WRITTEN.fullmatch, path.relative_to(folder).parts))})
     if not runs:
         raise BadInput(f"{folder} holds no run: expected a folder that 'cap run' made, or one with such folders in it; "
                        "check the path.")

@@ -198,7 +198,7 @@ def check_read(job: Job) -> None:
 
 def check_counts(job: Job) -> None:
     "Raise `BadInput` for the first count that is too small or too large, and for a job without tasks."
-    if job.calibrate.tasks == ():
+    if job.calibrate.tasks is not None and not job.calibrate.tasks:
         raise BadInput("No task is named: expected at least one to calibrate on; name some, or leave the choice to the "
                        "model.")
     values = values_of(job)

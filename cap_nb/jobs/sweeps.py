@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers, LOGGER_TYPE_TO_CLASS
 from tqdm.auto import tqdm
 from ..core.errors import BadInput, check_choice, validate_arguments
-from ..core.files import alone_in, HALF_WRITTEN, read_checked, read_text, sha256_of_text, write_checked
+from ..core.files import (
+    alone_in, HALF_WRITTEN, read_checked, read_text, sha256_of_text, TRACKING, write_checked)
 from ..evaluation import Evaluation
 from .job import check_job, Follow, prepare_loaded, run_job
 from .records import check_continues, FORMAT, GROWING, is_run, read_run, settings_of
@@ -246,7 +247,7 @@ def tracked(track: str | GeneralTracker | None, folder: Path) -> Iterator[Follow
     check_tracker(track)
     started = []
     def follow(configuration: dict) -> Callable[[Evaluation], None]:
-        files = folder/"tracking"
+        files = folder/TRACKING
         files.mkdir(exist_ok=True)
         accelerator = Accelerator(log_with=track, project_dir=files)
         named = {"wandb": {"name": folder.name, "dir": str(files)}, "trackio": {"name": folder.name}}
@@ -324,7 +325,7 @@ def run_sweep(
     folder, index = Path(folder), new_index(Path(folder), config, jobs)
     check_tracker(track)
     unfinished = [run for run in index["runs"] if not run["finished"]]
-    check_ready(config, {run["folder"]: jobs[run["folder"]] for run in unfinished}, folder)
+    check_ready(config, jobs if unfinished else {}, folder) # finished ones too: all are of the same model and data
     with alone_in(folder):
         write_checked(folder/INDEX, index) # first: a folder without it is no sweep's
         write_text(folder/config.name, config.text)

@@ -136,7 +136,10 @@ def path_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int
     total = {}
     for point in range(points):
         with scaled_weights(model, (point + 0.5) / points): slopes = loss_gradients(model, calibration, batch_tokens)
-        total = {name: total.get(name, 0) + slope / points for name, slope in slopes.items()}
+        for name, slope in slopes.items():
+            if point: total[name] += slope / points
+            else: total[name] = slope.div_(points)
+        del slopes # they are as large as the sums
     return total
 
 def dense_regional_gradients(model: nn.Module, calibration: Calibration,

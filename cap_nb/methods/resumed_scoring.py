@@ -7,7 +7,7 @@ __all__ = ['save_losses', 'load_losses', 'score_heads']
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c007
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, ExitStack, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -225,11 +225,14 @@ from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_
 
 def heads_by_memory(model: nn.Module, state: BatchState, targets: Targets, prefix: Prefix | None) -> int:
     "The number of heads in one pass, from a trial pass of the largest batch on a GPU; 1 where memory is main memory."
-    device, heads = state.hidden.device, dimensions(model.config).heads
-    if module_of(device) is None: return 1
-    with memory_taken(device) as taken:
+    devices, heads = {weight.device for weight in model.parameters()}, dimensions(model.config).heads
+    if any(module_of(device) is None for device in devices): return 1
+    with ExitStack() as stack:
+        taken = {device: stack.enter_context(memory_taken(device)) for device in devices}
         masked_losses(model, state, targets, 0, (0,), masked_prefix(model, prefix, 0, (0,)))
-    return max(1, min(heads, int(0.8 * memory_of(device)[0] / max(1, taken[0])))) # a fifth stays free
+    fits = min(int(0.8 * memory_of(device)[0] / max(1, taken[device][0])) for device in devices) # a fifth stays free
+    if fits >= heads: return heads
+    return 2 ** (max(1, fits).bit_length() - 1) # finished units are found again where a little less is free
 
 @dataclass(frozen=True)
 class Request:

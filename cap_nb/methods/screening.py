@@ -284,7 +284,7 @@ class Screening:
                 batch = collate([examples[i] for i in indices], pad_id=0, device=device)
                 losses, by_gate = gate_slopes(self.model, batch)
                 return {"intact": losses.cpu(), "slopes": -by_gate.permute(1, 2, 0).cpu()}
-            part = self.kept({"what": "slopes", "uids": self.uids(indices)}, make)
+            part = self.kept({"what": "slopes", "indices": indices, "uids": self.uids(indices)}, make)
             check_finite_table(part["intact"][None], None, self.uids(indices))
             intact[indices], slopes[..., indices] = part["intact"], part["slopes"]
         return intact, slopes
@@ -294,7 +294,8 @@ class Screening:
         table = self.table(torch.nan)
         batches = wanted_batches(self.calibration, wanted, self.batch_tokens)
         for indices, heads in tqdm(batches, desc="masking heads", unit="batch"):
-            about = {"what": "masked", "uids": self.uids(indices), "heads": heads.nonzero().tolist()}
+            about = {"what": "masked", "indices": indices, "uids": self.uids(indices),
+                     "heads": heads.nonzero().tolist()}
             table[:, :, indices] = self.kept(about, lambda: {"masked": self.masked_batch(indices, heads)})["masked"]
         return table
 

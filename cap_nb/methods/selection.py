@@ -160,6 +160,7 @@ def zero_smallest(group: Sequence[Projection], criterion: Criterion, measured: M
 def kth_smallest(values: torch.Tensor, k: int) -> torch.Tensor:
     "The k-th smallest value of every row, [..., 1]."
     if values.device.type != "cpu" or values.dtype != torch.float32:
+        if values.dim() == 1: return values.sort().values[k - 1:k] # CUDA's kthvalue gives one block a whole row
         return values.kthvalue(k, dim=-1, keepdim=True).values
     found = np.partition(values.numpy(), k - 1, axis=-1)[..., k - 1:k] # ten times as fast there
     return torch.from_numpy(found.copy())

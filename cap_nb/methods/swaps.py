@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 import numpy as np
+from cap_nb.core.devices import numbers_a_call
 
 @dataclass(frozen=True)
 class Rows:
@@ -237,9 +238,11 @@ WEIGHTS_IN_PAIRS = 2 ** 19 # The same for exchanges in pairs, which are fewer an
 def swap_rows(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, choose: Choice, most: int,
               in_pairs: bool) -> torch.Tensor:
     "Exchange until every row stands at a minimum among its candidates, or has made all its exchanges."
-    active, size = torch.arange(len(weight), device=weight.device), max(64, WEIGHTS_A_PIECE // len(gram))
+    active = torch.arange(len(weight), device=weight.device)
+    size, in_pieces = (max(64, numbers_a_call(weight.device, weights) // len(gram))
+                       for weights in (WEIGHTS_A_PIECE, WEIGHTS_IN_PAIRS))
     state = fresh_rows(weight, mask.clone(), gram, torch.full_like(active, most))
-    pieces = active.split(max(64, WEIGHTS_IN_PAIRS // len(gram))) if in_pairs else ()
+    pieces = active.split(in_pieces) if in_pairs else ()
     for piece in pieces: walk_in_pairs(state, piece, gram)
     while len(active):
         moving, standing = active, []
@@ -278,6 +281,7 @@ def swapped_mask(
     if pattern is None: choose = partial(cheapest_columns, count=min(candidates, len(gram)))
     else: choose = partial(cheapest_groups, count=candidates, pattern=pattern)
     in_pairs = pattern is None and len(gram) > WIDE * candidates
-    parts = torch.arange(len(weight), device=weight.device).split(max(1, WEIGHTS_AT_ONCE // len(gram)))
+    rows = max(1, numbers_a_call(weight.device, WEIGHTS_AT_ONCE) // len(gram))
+    parts = torch.arange(len(weight), device=weight.device).split(rows)
     return torch.cat([swap_rows(weight[part].detach().float(), mask[part], gram, choose, most, in_pairs)
                       for part in parts])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 from cap_nb.calibration import Calibration
+from cap_nb.core.devices import numbers_a_call
 from cap_nb.core.errors import BadInput, check_sparsity
 from cap_nb.methods.layer_walk import layer_by_layer, LayerStep, real_rows, unreached
 from cap_nb.methods.selection import Criterion, Evidence, Measurements, zero_within
@@ -76,7 +77,7 @@ def input_sums(step: LayerStep, statistic: Statistic, onwards: bool = False) -> 
 # %% ../../nbs/methods/10_wanda.ipynb #e6d3b484
 def squares(inputs: torch.Tensor, so_far: torch.Tensor | None = None) -> torch.Tensor: # Float64 [in]
     "The statistic that Wanda adds up: squared inputs [n, in]."
-    few = max(1, 2**16 // inputs.shape[1]) # rows whose copy stays in the processor's cache
+    few = max(1, numbers_a_call(inputs.device, 2**16) // inputs.shape[1]) # rows
     copies = (rows.to(torch.float64, copy=True) for rows in inputs.split(few))
     added = sum(copy.square_().sum(0) for copy in copies)
     return added if so_far is None else so_far.add_(added)

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
-from cap_nb.core.devices import device_named
+from cap_nb.core.devices import device_named, module_of
 from cap_nb.core.errors import BadInput, check_choice, lacks_memory, validate_arguments
 from cap_nb.core.files import (
     check_sealed, checkpoint_tensors, read_object, sha256_of_file, sha256_of_text, shard_files, SHARD_INDEX,
@@ -49,8 +49,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WORTHWHILE = 1.25 # How many times as fast bfloat16 must be to be chosen
 
 @lru_cache
-def bfloat16_gain(device: torch.device, size: int = 512, rounds: int = 7) -> float:
-    "Try both dtypes, once for each device in a process."
+def bfloat16_gain(device: torch.device, size: int | None = None, rounds: int = 7) -> float:
+    "Try both dtypes, once for each device in a process; on a GPU with matrices that take longer than to start one."
+    size = size or (512 if module_of(device) is None else 4096)
     squares = {dtype: torch.ones(size, size, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16)}
     fastest = dict.fromkeys(squares, float("inf"))
     for dtype in list(squares) * (1 + rounds): # the first of each warms up, and is no faster than those that follow
@@ -302,9 +303,9 @@ def check_runs(model: nn.Module, folder: Path) -> None:
     if not all(type(token) is int for token in (stop if isinstance(stop, list) else [] if stop is None else [stop])):
         raise BadInput(f"{folder} says that answers end with token {stop!r}: expected the number of a token, or "
                        "several; mend eos_token_id in generation_config.json.")
-    if model.config._attn_implementation == "flex_attention":
-        raise BadInput(f"{folder}/config.json asks for flex_attention, which is compiled for each length: expected "
-                       "sdpa or eager; mend attn_implementation.")
+    if (asked := model.config._attn_implementation) not in ("sdpa", "eager"):
+        raise BadInput(f"{folder}/config.json asks for {asked}, which takes no mask of its own for every position, or "
+                       "is compiled for each length: expected sdpa or eager; mend attn_implementation.")
 
 def folder_loader(folder: Path) -> FolderLoader | None:
     "The registered loader of a folder."

