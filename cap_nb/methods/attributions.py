@@ -125,7 +125,7 @@ def mean_outputs(model: nn.Module, calibration: Calibration, batch_tokens: int =
     return total / tokens
 
 def mean_ablation(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:
-    "The rise of the loss when a head's output is its mean over the calibration tokens (as in Wang et al. 2023)."
+    "The rise of the loss when a head's output is its mean over the calibration tokens (after Wang et al. 2023)."
     outputs = mean_outputs(model, calibration, batch_tokens)
     return ablation_rise(model, calibration, lambda indices, batch: outputs, batch_tokens)
 
@@ -396,7 +396,7 @@ ATTRIBUTIONS.update({
     "zero_ablation": Attribution(
         "rise of the loss when the head's output is zero", "the paper, section 3.2", zero_ablation),
     "mean_ablation": Attribution(
-        "rise of the loss when the head's output is its mean", "Wang et al. 2023", mean_ablation),
+        "rise of the loss when the head's output is its mean", "after Wang et al. 2023", mean_ablation),
     "resample_ablation": Attribution(
         "rise of the loss when the head's output is another example's", "Chan et al. 2022", resample_ablation),
     "gradient_activation": Attribution(

@@ -121,7 +121,7 @@ def targets_of(model: nn.Module, step: LayerStep, form: Form) -> list[list[torch
 
 def rebuild(model: nn.Module, step: LayerStep, form: Form, targets: list[list[torch.Tensor]], seed: int = 0,
             training: Training = Training()) -> list[list[float]]: # For each unit, errors on batches kept back
-    "Train what is left of a pruned layer for its targets, unit by unit (Guo et al. 2024)."
+    "Train what is left of a pruned layer for its targets, unit by unit (after Guo et al. 2024)."
     scope, done, found = {p.parameter for p in step.projections}, set(), []
     for unit, wanted in zip(units_of(model, step, form), targets):
         with in_float32(step.layer):

@@ -54,7 +54,7 @@ CAP_WANDA = Criterion(name="cap_wanda", score=cap_wanda_score, needs=("norm", "f
 RIA = Criterion(name="ria", score=ria_score, needs=("norm",), scope="row", source="Zhang et al. 2024",
                 says="|W| relative to its row and column, times the root of the norm of its input")
 GRADIENT = Criterion(name="gradient", score=gradient_score, needs=("gradient",),
-                     says="|W dL/dW| on the calibration set", source="first order; Molchanov et al. 2017")
+                     says="|W dL/dW| on the calibration set", source="first order, after Molchanov et al. 2017")
 INTEGRATED = Criterion(name="integrated_gradients", score=gradient_score, needs=("path_gradient",),
                        says="|W times the mean of dL/dW on the path from no weights to W|",
                        source="Sundararajan et al. 2017; Hatefi et al. 2024")

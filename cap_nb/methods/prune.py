@@ -61,7 +61,7 @@ class Step:
 RECOVERIES["swaps"] = Step("then zeros change places within their row while the layer's error falls",
                            "Zimmer et al. 2025")
 RECOVERIES["update"] = Step("then least squares for the weights that stay", "Meng et al. 2024")
-RECOVERIES.update({name: Step(form.says, "Guo et al. 2024") for name, form in FORMS.items()})
+RECOVERIES.update({name: Step(form.says, "after Guo et al. 2024") for name, form in FORMS.items()})
 SOLVERS["sparsegpt"] = Step("the least error layer by layer, with updates of the weights that stay",
                             "Frantar and Alistarh 2023")
 SOLVERS["alps"] = Step("zeros and weights that stay sought together, layer by layer", "Meng et al. 2024")

@@ -6,7 +6,7 @@
 __all__ = ['save_losses', 'load_losses', 'score_heads']
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c007
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, ExitStack, nullcontext
 import torch
 import torch.nn.functional as F
@@ -226,6 +226,7 @@ from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_
 def heads_by_memory(model: nn.Module, state: BatchState, targets: Targets, prefix: Prefix | None) -> int:
     "The number of heads in one pass, from a trial pass of the largest batch on a GPU; 1 where memory is main memory."
     devices, heads = {weight.device for weight in model.parameters()}, dimensions(model.config).heads
+    devices -= {torch.device("meta")} # weights that wait on a disk
     if any(module_of(device) is None for device in devices): return 1
     with ExitStack() as stack:
         taken = {device: stack.enter_context(memory_taken(device)) for device in devices}
@@ -349,6 +350,19 @@ def check_table(losses: HeadLosses) -> None:
     if not (losses.masked.isfinite().all() and losses.intact.isfinite().all()):
         raise ValueError("some loss is no finite number")
 
+# %% ../../nbs/methods/02_resumed_scoring.ipynb #5ffc2c5b
+def write_table(losses: HeadLosses, path: Path, **more: torch.Tensor) -> None:
+    "Write a table, and what else is named."
+    about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
+    tensors = {name: getattr(losses, name) for name in ("masked", "intact", "tokens")} | more
+    write_tensors(path, {name: tensor for name, tensor in tensors.items() if tensor is not None}, about)
+
+def table_read(tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> HeadLosses: # Not checked yet
+    "A table from what its file holds."
+    columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
+    columns |= {name: about[name] for name in ("k", "seed", "meta")}
+    return HeadLosses(masked=tensors["masked"], intact=tensors["intact"], tokens=tensors.get("tokens"), **columns)
+
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #d15ktab3
 @validate_arguments
 def save_losses(
@@ -356,9 +370,7 @@ def save_losses(
     path: str | Path, # Final name of the file
 ) -> None:
     "Save a table of losses with its provenance, equal ones in equal bytes; `load_losses` refuses one with gaps (NaN)."
-    about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
-    tensors = {name: getattr(losses, name) for name in ("masked", "intact", "tokens")}
-    write_tensors(Path(path), {name: tensor for name, tensor in tensors.items() if tensor is not None}, about)
+    write_table(losses, Path(path))
 
 @validate_arguments
 def load_losses(
@@ -369,10 +381,7 @@ def load_losses(
     with taken_as(path, "a table of losses"):
         if tensors.keys() - {"masked", "intact", "tokens"}:
             raise ValueError("it was measured in part, or holds more than losses")
-        columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
-        columns |= {name: about[name] for name in ("k", "seed", "meta")}
-        losses = check_fields(HeadLosses(
-            masked=tensors["masked"], intact=tensors["intact"], tokens=tensors.get("tokens"), **columns))
+        losses = check_fields(table_read(tensors, about))
         check_table(losses)
         return losses
 

@@ -23,7 +23,8 @@ from cap_nb.data.prompts import collate, token_batches
 from cap_nb.methods.attributions import gate_slopes
 from cap_nb.methods.layer_walk import check_finite_table, losses_key
 from cap_nb.methods.resumed_scoring import (
-    check_table, head_groups, heads_by_memory, intact_step, load_losses, masked_losses, prepare_batch)
+    check_table, head_groups, heads_by_memory, intact_step, load_losses, masked_losses, prepare_batch, table_read,
+    write_table)
 from cap_nb.models.anatomy import dimensions
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.scoring import causal_scores, head_losses, HeadLosses
@@ -364,18 +365,14 @@ def screened_scores(
 # %% ../../nbs/methods/28_screening.ipynb #c071
 def save_partial(partial: PartialLosses, path: str | Path) -> None:
     "Save a table with gaps and its provenance; equal tables give equal bytes."
-    losses = partial.losses
-    about = {name: getattr(losses, name) for name in ("stratum", "task", "uid", "k", "seed", "meta")}
-    write_tensors(Path(path), {"masked": losses.masked, "intact": losses.intact, "slopes": partial.slopes}, about)
+    write_table(partial.losses, Path(path), slopes=partial.slopes)
 
 def load_any(path: str | Path) -> HeadLosses | PartialLosses:
     "Load what 'cap score' wrote, whole or with gaps; a missing, damaged or foreign file raises `BadInput`."
     tensors, about = read_tensors(Path(path))
     if "slopes" not in tensors: return load_losses(path)
     with taken_as(path, "a table of losses"):
-        columns = {name: tuple(about[name]) for name in ("stratum", "task", "uid")}
-        losses = HeadLosses(masked=tensors["masked"], intact=tensors["intact"], **columns,
-                            **{name: about[name] for name in ("k", "seed", "meta")})
+        losses = table_read(tensors, about)
         check_table(replace(losses, masked=losses.masked.nan_to_num(0.0)))
         partial = check_fields(PartialLosses(losses, tensors["slopes"]))
         partial.check_together()

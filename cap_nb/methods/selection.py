@@ -34,7 +34,7 @@ class Criterion:
     name: str # As in "wanda"
     score: Callable[[Evidence], torch.Tensor] # Score of every weight of a projection, [out, in], not negative
     needs: tuple[str, ...] = () # What must be measured: some of `cap_nb.methods.criteria.NEEDS`
-    scope: str = "model" # The scope in which its authors use it
+    scope: str = "model" # The scope where a name says none
     says: str = "" # The score of a weight, in a few words
     source: str = "" # The publication that it comes from
 
