@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -26,7 +27,7 @@ from cap_nb.command_line import app
 from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import Calibration
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
-from cap_nb.scoring import score_heads_naive
+from cap_nb.scoring import HeadLosses, causal_scores, score_heads_naive, score_interval, split_half_reliability
 
 # two processes with two threads each would wait for one another
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -247,3 +248,29 @@ def test_a_model_that_is_spread_over_memory_and_disk_scores_the_same(tmp_path):
     assert any(weight.is_meta for weight in spread.parameters())
     one, other = score_heads(model, calibration), score_heads(spread, calibration)
     assert torch.equal(one.masked, other.masked) and torch.equal(one.intact, other.intact) and one.meta == other.meta
+
+
+# ---- how far scores can be trusted ----
+def table_of(rise):
+    """A table of one task and one subset, float64 [L, H, N]."""
+    count = rise.shape[-1]
+    return HeadLosses(masked=rise.double(), intact=torch.zeros(count).double(), stratum=(0,) * count, task=("t",) * count, uid=tuple(map(str, range(count))), k=1, seed=0)
+
+
+def test_an_interval_of_scores_is_that_of_a_mean():
+    """As wide as the normal one, narrower with less confidence, and around the score when tokens weigh."""
+    rise = 1 + torch.randn(1, 2, 400, generator=torch.Generator().manual_seed(0)).double()
+    flat, half = table_of(rise), 1.96 * rise.std(-1) / 20
+    low, high = score_interval(flat, "mean", draws=2000)
+    assert torch.allclose(low, rise.mean(-1) - half, atol=0.02) and torch.allclose(high, rise.mean(-1) + half, atol=0.02)
+    inner = score_interval(flat, "mean", 2000, confidence=0.5)
+    assert (low < inner[0]).all() and (inner[1] < high).all()
+    by_tokens = replace(flat, tokens=torch.where(rise[0, 0] > 1, 9, 1))
+    (low, high), score = score_interval(by_tokens, "pooled-mean"), causal_scores(by_tokens, "pooled-mean")
+    assert (low < score).all() and (score < high).all() and score[0, 0] > flat.masked.mean(-1)[0, 0] + 0.3
+
+
+def test_halves_of_noise_do_not_agree_and_halves_of_a_signal_do():
+    noise = torch.randn(4, 25, 40, generator=torch.Generator().manual_seed(0))
+    assert abs(statistics.fmean(split_half_reliability(table_of(noise)))) < 0.3
+    assert min(split_half_reliability(table_of(torch.arange(100.0).view(4, 25, 1) + 0 * noise))) > 0.999

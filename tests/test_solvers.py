@@ -7,7 +7,8 @@ from cap_nb.methods.block import FORMS, rebuild, targets_of
 from cap_nb.methods.layer_walk import layer_by_layer
 from cap_nb.methods import wanda
 from cap_nb.methods.budgets import measured_divergences, pruned_regions, sublayers, wanda_local
-from cap_nb.methods.prune import prune
+from cap_nb.methods.criteria import Inputs
+from cap_nb.methods.prune import ALLOCATIONS, prune
 from cap_nb.models.anatomy import decoder_layers, projections
 from cap_nb.scoring import batches_of
 from proofs import TINY_MODELS, tiny_calibration, tiny_factors, tiny_model
@@ -57,7 +58,28 @@ def test_divergences_equal_those_of_whole_passes(name):
 
 
 FEW = ("llama", "gpt2", "mixtral", "phi3") # grouped heads, transposed weights, experts, fused projections
-METHODS = ("alps", "wanda^swaps^update", "cap@row^swaps", "sparsegpt+kl", "magnitude^update", "wanda^update^block_apart")
+METHODS = ("alps", "wanda^swaps^update", "cap@row^swaps", "sparsegpt+kl", "magnitude^update", "wanda^update^block_apart", "magnitude^block_own")
+
+
+@pytest.mark.parametrize("method", ["sparsegpt+causal", "alps+causal", "wanda+causal^update"])
+def test_budgets_reach_solvers_and_recoveries(method):
+    """Every projection loses the share that the allocation gives it."""
+    model, factors = tiny_model("llama"), tiny_factors(tiny_model("llama"))
+    wanted = ALLOCATIONS["causal"].shares(model, Inputs(factors=factors), 0.5)
+    assert max(wanted.values()) - min(wanted.values()) > 0.15
+    for _, _, name, zeros, weights in prune(model, method, 0.5, factors, tiny_calibration()).table:
+        assert abs(zeros / weights - wanted[name]) < 0.06, name  # a row has 18 weights
+
+
+def test_apart_is_attention_first():
+    model = tiny_model("llama")
+    for step in layer_by_layer(model, tiny_calibration(), 30, dense=True):
+        targets = targets_of(model, step, FORMS["block_apart"])
+        assert len(targets) == 2 and not torch.equal(targets[0][0], targets[1][0])
+        with torch.no_grad():
+            for p in step.projections:
+                p.weight[:, ::2] = 0
+        assert len(rebuild(model, step, FORMS["block_apart"], targets)) == 2
 
 
 @pytest.mark.parametrize("name, method", [(name, method) for name in FEW for method in METHODS])
