@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/core/08_devices.ipynb #b65ec841
+import ctypes
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,10 @@ def resident(field: str) -> int:
     lines = PEAK.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
+def trim() -> None:
+    "Give back to the system what was freed and the C library still holds; else a block that reuses it takes nothing."
+    if freed := getattr(ctypes.CDLL(None), "malloc_trim", None): freed(0)
+
 @contextmanager
 def memory_taken(device: torch.device) -> Iterator[list[int | None]]:
     "One entry, filled at the end: the bytes that the block took at most beyond what was in use before it, or None."
@@ -87,6 +92,7 @@ def memory_taken(device: torch.device) -> Iterator[list[int | None]]:
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
     elif RESET.exists():
+        trim()
         RESET.write_text("5")
         before = resident("VmRSS")
     yield taken

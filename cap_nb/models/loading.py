@@ -337,7 +337,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
         tokenizer = load_tokenizer(str(folder))
         anatomy(model)
         check_runs(model, folder)
-        return in_memory(model if device == "auto" else model.to(device)).eval(), tokenizer
+    return in_memory(model if device == "auto" else model.to(device)).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c050
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
