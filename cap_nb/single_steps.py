@@ -26,9 +26,9 @@ from .core.stopping import NOTHING_KEPT, stop_says, STOPPED
 from .evaluation import Evaluation, evaluation_problems
 from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
 from .importance import importance_factors
-from .jobs.chains import Answering, kept_examples, own_chains, read_chains, task_counts, too_few
+from .jobs.chains import Answering, kept_examples, own_chains, task_counts, too_few
 from .jobs.job import (
-    check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, model_configuration,
+    chains_of, check_job, check_screening, check_windows_fit, evaluate, filled_in, job_calibration, model_configuration,
     Ready, spared_problems, targets_configuration)
 from .jobs.planning import plan, plan_text
 from .jobs.records import environment, load_evaluation, save_evaluation
@@ -36,7 +36,8 @@ from .jobs.settings import (
     ChainRule, changed, check_tuning, examples_by_kind, FineTuning, Job, OWN, PruneSettings, read_rule,
     Shrinking, SinglePruning)
 from .methods.criteria import CRITERIA, Inputs
-from .methods.layer_walk import device_of_process, joined
+from .methods.layer_walk import device_of_process, joined, launched_processes
+from .methods.neurons import UNIT_AWARE
 from cap_nb.methods.prune import (
     by_masked_heads, check_method, MethodName, needs_of, own_scope, prune_with, reading_of, READINGS, solves,
     unit_factors)
@@ -79,6 +80,9 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
     if join and budget is not None:
         raise BadInput("--join was given with --budget: expected a whole table, since its rounds are not shared; leave "
                        "one of the two out.")
+    if budget is not None and (count := launched_processes()[1]) > 1:
+        raise BadInput(f"--budget was given to {count} processes: expected one, since its rounds are not shared; start "
+                       "'cap score' alone, or leave --budget out.")
     job = changed(job, device=device_of_process(job.model.device))
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
     model, tokenizer = load_checked(job)
@@ -90,9 +94,6 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             target=job.prune.score_target))
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
     with joined(model.device) as share, nullcontext() if store or share.rank else alone_in(working):
-        if budget is not None and share.count > 1:
-            raise BadInput(f"--budget was given to {share.count} processes: expected one, since its rounds are not "
-                           "shared; start 'cap score' alone, or leave --budget out.")
         if budget is not None:
             check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
             seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
@@ -280,6 +281,10 @@ def check_pruning(job: Job, pruning: SinglePruning) -> None:
     if pruning.stream and parts.attribution not in (None, *READINGS):
         raise BadInput(f"Method {method!r} was given with --stream: expected one whose factors come from --scores, "
                        "since nothing is loaded; leave --stream out, or take cap.")
+    how = job.prune.aggregation
+    if how != PruneSettings.aggregation and not (takes_table or parts.attribution in UNIT_AWARE):
+        raise BadInput(f"--aggregation {how} was given with method {method!r}, which has no losses of subsets: "
+                       "expected a method as cap; name one, or leave --aggregation out.")
     if pruning.key_value != SinglePruning.key_value and "factors" not in needs_of(parts):
         raise BadInput(f"--key-value {pruning.key_value} was given with method {method!r}, which has no factors: "
                        "expected a method as cap; name one, or leave --key-value out.")
@@ -350,6 +355,7 @@ def train_into(job: Job, tuning: FineTuning, out: Path, teacher: str | None = No
 # %% ../nbs/single_steps.ipynb #8a32c4a1
 def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, out: Path) -> list: # What JSON can hold
     "All settings of a recipe; a folder that holds something else, or one with other settings, raises `BadInput`."
+    check_pruning(job, pruning)
     asked = json.loads(json.dumps([asdict(each) if each else None for each in (job, pruning, tuning)], default=str))
     if not (out/"recipe.json").exists(): check_new_folder(out)
     elif read_checked(out/"recipe.json")[:len(asked)] != asked:
@@ -359,10 +365,12 @@ def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, ou
 
 def recipe_begun(job: Job, asked: list, out: Path) -> Job: # The job, filled in as the model decides
     "Note what a recipe follows from; another model or other chains than when it began raise `BadInput`."
-    chains = job.calibrate.calibrate_on
-    model, tokenizer = load_checked(changed(job, calibrate_on="gold", chain_rule="right") if chains == OWN else job)
-    noted = [*asked, model_fingerprint(model), read_chains(chains).fingerprint if Path(chains).is_file() else chains]
-    if (out/"recipe.json").exists() and read_checked(out/"recipe.json") != noted:
+    own = job.calibrate.calibrate_on == OWN
+    model, tokenizer = load_checked(changed(job, calibrate_on="gold", chain_rule="right") if own else job)
+    chains = None if own else chains_of(job.calibrate)
+    noted = [*asked, model_fingerprint(model), chains and chains.fingerprint]
+    kept = read_checked(out/"recipe.json") if (out/"recipe.json").exists() else asked
+    if kept not in (asked, noted): # an earlier version noted the settings alone
         raise BadInput(f"{out} holds a recipe that began with another model or other chains: expected those; give "
                        "them, or another folder with --out.")
     write_checked(out/"recipe.json", noted)

@@ -3,13 +3,14 @@ import pytest
 import torch
 
 from cap_nb.data.prompts import IGNORED
-from cap_nb.methods.block import FORMS, rebuild, targets_of
+from cap_nb.methods.block import FORMS, output_of, rebuild, targets_of
 from cap_nb.methods.layer_walk import layer_by_layer
 from cap_nb.methods import wanda
 from cap_nb.methods.budgets import measured_divergences, pruned_regions, sublayers, wanda_local
 from cap_nb.methods.criteria import Inputs
 from cap_nb.methods.prune import ALLOCATIONS, prune
 from cap_nb.models.anatomy import decoder_layers, projections
+from cap_nb.models.replay import attention_of
 from cap_nb.scoring import batches_of
 from proofs import TINY_MODELS, tiny_calibration, tiny_factors, tiny_model
 
@@ -75,7 +76,8 @@ def test_apart_is_attention_first():
     model = tiny_model("llama")
     for step in layer_by_layer(model, tiny_calibration(), 30, dense=True):
         targets = targets_of(model, step, FORMS["block_apart"])
-        assert len(targets) == 2 and not torch.equal(targets[0][0], targets[1][0])
+        attention = output_of(attention_of(model, step.index), step, step.dense[0])
+        assert len(targets) == 2 and torch.equal(targets[0][0], attention) and not torch.equal(targets[1][0], attention)
         with torch.no_grad():
             for p in step.projections:
                 p.weight[:, ::2] = 0

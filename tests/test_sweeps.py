@@ -9,7 +9,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from programs import called as cap
 from cap_nb.command_line import app, known_options
 from cap_nb.jobs.job import run_job
-from cap_nb.jobs.records import load_run, pack_run, read_run
+from cap_nb.jobs.records import load_run, pack_run, read_run, unpack_run
 from cap_nb.jobs.results import compare_runs
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.jobs.sweeps import read_index, tracked, tracked_numbers
@@ -105,3 +105,5 @@ def test_wandb_offline_has_every_cell(tmp_path, monkeypatch):
     with tracked("wandb", tmp_path / "run") as follow:  # wandb leaves links
         run_job(changed(job, sparsities=(0.2, 0.5, 0.6)), tmp_path / "run", follow=follow)
     pack_run(tmp_path / "run")
+    unpack_run(tmp_path / "run", tmp_path / "back")
+    assert not (tmp_path / "back" / "tracking").exists(), "what a tracker wrote stays where it is"

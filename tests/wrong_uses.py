@@ -160,9 +160,9 @@ COMMANDS = {
         "--method cap.relevance --stream --model PLACE/model", "--method wanda --ties all", "--method magnitude@row --ties all",
         "--method magnitude^update --ties all --stream --model PLACE/model --hessians PLACE/folder",
         "--method wanda^swaps --stream --model PLACE/model --hessians PLACE/folder --norms PLACE/file.txt",
-        "--method wanda --text-tokens 64", "--method wanda --key-value max", "--method wanda --aggregation paired", "--recipe best-mask --chain-rule right,solved=0.25-0.75")]
+        "--method wanda --text-tokens 64", "--method wanda --key-value max", "--method wanda --aggregation paired", "--recipe best-mask --chain-rule right,solved=0.25-0.75", "--recipe best-mask --key-value max")]
     + [f"{EVAL} --device cpu --window-tokens 513"] + [f"{EVAL} --harness cap_lab_gsm8k {options}" for options in ("--shots 8", "--scores PLACE/nothing", "--windows 3")]
-    + [f"{RUN} {options}" for options in ("--methods wanda --score-target divergence", "--methods wanda --budget 0.25 --aggregation mean", "--shots 4", "--samples 4 --temperature 0.6", "--text-tokens 64")]
+    + [f"{RUN} {options}" for options in ("--methods wanda --score-target divergence", "--shots 4", "--samples 4 --temperature 0.6", "--text-tokens 64")]
     + ["shrink --score-target divergence --out PLACE/new", "shrink --aggregation paired --out PLACE/new", "chains --tries 1 --chain-rule right,solved=0.25-0.75 --out PLACE/new.jsonl"],
     "planning": [f"plan --no-probe {options}" for options in (
         "--devices 0", "--devices 1000000000000", "--prompt-tokens 0", "--target-tokens -5", "--tries 0", "--budget 0", "--budget nan", "--n 100000000000",

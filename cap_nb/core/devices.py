@@ -27,8 +27,8 @@ def device_named(device: str | torch.device | None) -> torch.device:
                        "a CUDA build of torch.")
     count = (module := module_of(named)) and module.device_count()
     if count is not None and (named.index or 0) >= count:
-        raise BadInput(f"Device '{named}' was asked for, and torch sees {count} of that kind: expected an index below; "
-                       f"use {named.type}:{count - 1}.")
+        raise BadInput(f"Device '{named}' was asked for, and torch sees {count} of that kind: expected an index below "
+                       f"{count}; use {named.type}:{count - 1}.")
     return named
 
 def module_of(device: torch.device) -> object | None: # As torch.cuda
@@ -58,7 +58,7 @@ def memory_of(device: torch.device) -> tuple[int, int]: # (free now, in all)
     return psutil.virtual_memory().available, psutil.virtual_memory().total
 
 def numbers_a_call(device: torch.device, here: int) -> int:
-    "How many numbers one call takes: on the processor `here`, as many as its cache holds; elsewhere what fills it."
+    "How many numbers one call takes: on the processor `here`, which its cache holds; elsewhere enough to keep it busy."
     return here if module_of(device) is None else max(here, 2**26)
 
 def build_of(device: torch.device) -> dict[str, str]: # Name -> version or setting, none on the processor

@@ -121,12 +121,16 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         with locked(temporary): yield temporary
 
 # %% ../../nbs/core/01_files.ipynb #c025
-TRACKING = "tracking" # Folder of a tracker of experiments, in which nothing of ours is written
+TRACKING = "tracking" # Folder of a tracker of experiments beside a run.json; nothing of ours is written in it
+
+def is_tracker_s(path: Path) -> bool:
+    "Whether a link lies in a tracker's folder."
+    return any(above.name == TRACKING and (above.parent/"run.json").is_file() for above in path.parents)
 
 def check_no_links(folder: Path) -> None:
-    "Raise `BadInput` for a link inside a folder of ours, but a tracker's: what is written below it would be elsewhere."
+    "Raise `BadInput` for a link in a folder of ours, through which we would write elsewhere; a tracker may have some."
     for path in folder.rglob("*"):
-        if path.is_symlink() and TRACKING not in path.relative_to(folder).parts[:-1]:
+        if path.is_symlink() and not is_tracker_s(path):
             raise BadInput(f"{path} is a link: expected files and folders of its own in {folder.name}; remove it, "
                            "or give another folder.")
 

@@ -326,7 +326,7 @@ def chain_calibration(
         raise BadInput("The chains hold one try of each problem, and --chain-rule has solved=: expected several, since "
                        "that is a share of the tries; write them with --tries 4 or more, or leave solved= out.")
     if not (n is None or isinstance(n, Tokens)): check_at_least(n, 1, "n (chains a task)")
-    for task in chains.tasks if tasks is None else dict.fromkeys(tasks):
+    for task in dict.fromkeys(tasks or chains.tasks):
         mine = [chain for chain in chains.chains if chain.task == task and chain.uid not in exclude]
         pool = kept_examples(tokenizer, mine, rule)
         wanted = "some" if n is None or isinstance(n, Tokens) else n

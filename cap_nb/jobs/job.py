@@ -37,9 +37,8 @@ from .records import (
     cell_name, cells_of, environment, evaluation_folder, load_evaluation, mask_fingerprint, note_environment,
     note_stage, open_run, piece_folder, save_evaluation, save_report, together)
 from .report import write_results
-from cap_nb.jobs.settings import (
-    CalibrateSettings, changed, check_counts, EvaluateSettings, examples_by_kind, Job, PruneSettings, QUICK, read_rule,
-    share_of_text)
+from .settings import (
+    CalibrateSettings, changed, check_counts, EvaluateSettings, examples_by_kind, Job, QUICK, read_rule, share_of_text)
 from ..methods.criteria import Inputs
 from ..methods.experts import UnitFactors
 from ..methods.neurons import UNIT_AWARE
@@ -83,14 +82,6 @@ def check_score_target(job: Job) -> None:
                        "masking heads: expected a method as cap; name one, or leave --score-target out.")
 
 # %% ../../nbs/jobs/03_job.ipynb #816cb0b3
-def check_aggregation(job: Job) -> None:
-    how, methods = check_choice(job.prune.aggregation, AGGREGATIONS, "aggregation"), job.prune.methods
-    parts = list(map(check_method, methods))
-    if how == PruneSettings.aggregation or not methods: return
-    if not any(by_masked_heads(each) or each.attribution in UNIT_AWARE for each in parts):
-        raise BadInput(f"--aggregation {how} was given, and none of {', '.join(methods)} reads it: expected a method "
-                       "whose scores are losses of subsets, as cap; name one, or leave --aggregation out.")
-
 def check_screening(job: Job) -> None:
     if job.prune.budget is None: return
     if job.prune.score_target != "loss":
@@ -117,7 +108,7 @@ def check_job(job: Job) -> None:
     for task in named: check_choice(task, TASKS, "task")
     answered = job.evaluate.accuracy_tasks
     for task in (job.calibrate.tasks if answered is None else answered) or (): check_comparable(task)
-    check_aggregation(job)
+    check_choice(job.prune.aggregation, AGGREGATIONS, "aggregation")
     check_score_target(job)
     check_screening(job)
     if job.calibrate.style is not None: prompt_style(job.calibrate.style)

@@ -561,7 +561,8 @@ def unpack_run(
         check_no_links(folder)
         backend = configuration.get("evaluation", {}).get("backend", "transformers")
         for name, evaluation in records.evaluations.items(): save_evaluation(evaluation, part/name, backend)
-        shutil.copytree(folder, part, ignore=shutil.ignore_patterns(PACKED, ".*.part"), dirs_exist_ok=True)
+        shutil.copytree(folder, part, symlinks=True, ignore=shutil.ignore_patterns(PACKED, ".*.part", TRACKING),
+                        dirs_exist_ok=True) # what a tracker wrote stays where it is
         for name, content in records.files.items():
             (part/name).parent.mkdir(parents=True, exist_ok=True)
             (part/name).write_bytes(content)

@@ -325,7 +325,10 @@ def run_sweep(
     folder, index = Path(folder), new_index(Path(folder), config, jobs)
     check_tracker(track)
     unfinished = [run for run in index["runs"] if not run["finished"]]
-    check_ready(config, jobs if unfinished else {}, folder) # finished ones too: all are of the same model and data
+    new = {run["folder"]: jobs[run["folder"]] for run in unfinished}
+    models = {job.model for job in new.values()} # whose finished runs must be of the same weights and data
+    beside = {name: job for name, job in jobs.items() if job.model in models and (folder/name/"run.json").is_file()}
+    check_ready(config, beside | new, folder)
     with alone_in(folder):
         write_checked(folder/INDEX, index) # first: a folder without it is no sweep's
         write_text(folder/config.name, config.text)

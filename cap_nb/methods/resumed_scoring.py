@@ -224,9 +224,9 @@ from cap_nb.core.devices import memory_of, memory_taken, module_of
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
 
 def heads_by_memory(model: nn.Module, state: BatchState, targets: Targets, prefix: Prefix | None) -> int:
-    "The number of heads in one pass, from a trial pass of the largest batch on a GPU; 1 where memory is main memory."
+    "The number of heads in one pass, from a trial pass of the largest batch on a GPU; 1 with weights in main memory."
     devices, heads = {weight.device for weight in model.parameters()}, dimensions(model.config).heads
-    devices -= {torch.device("meta")} # weights that wait on a disk
+    devices -= {torch.device("meta")} # offloaded weights
     if any(module_of(device) is None for device in devices): return 1
     with ExitStack() as stack:
         taken = {device: stack.enter_context(memory_taken(device)) for device in devices}

@@ -159,8 +159,9 @@ def zero_smallest(group: Sequence[Projection], criterion: Criterion, measured: M
 # %% ../../nbs/methods/05_selection.ipynb #c082
 def kth_smallest(values: torch.Tensor, k: int) -> torch.Tensor:
     "The k-th smallest value of every row, [..., 1]."
+    if values.device.type != "cpu" and values.dim() == 1: # CUDA's kthvalue gives one block of threads a whole row
+        return values.sort().values[k - 1:k]
     if values.device.type != "cpu" or values.dtype != torch.float32:
-        if values.dim() == 1: return values.sort().values[k - 1:k] # CUDA's kthvalue gives one block a whole row
         return values.kthvalue(k, dim=-1, keepdim=True).values
     found = np.partition(values.numpy(), k - 1, axis=-1)[..., k - 1:k] # ten times as fast there
     return torch.from_numpy(found.copy())

@@ -258,7 +258,7 @@ from functools import partial
 from cap_nb.core.errors import BadInput
 from cap_nb.methods.sparsegpt import check_finite
 
-WEIGHTS_AT_ONCE = 2 ** 22 # Rows are taken in parts of so many weights
+WEIGHTS_AT_ONCE = 2 ** 22 # Rows are taken in parts of so many weights on a processor
 WIDE = 16 # Columns for each candidate, above which rows first exchange in pairs
 
 @torch.no_grad()

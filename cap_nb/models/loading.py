@@ -50,7 +50,7 @@ WORTHWHILE = 1.25 # How many times as fast bfloat16 must be to be chosen
 
 @lru_cache
 def bfloat16_gain(device: torch.device, size: int | None = None, rounds: int = 7) -> float:
-    "Try both dtypes, once for each device in a process; on a GPU with matrices that take longer than to start one."
+    "Try both dtypes, once for each device in a process; on a GPU with matrices so large that starting takes less."
     size = size or (512 if module_of(device) is None else 4096)
     squares = {dtype: torch.ones(size, size, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16)}
     fastest = dict.fromkeys(squares, float("inf"))
@@ -298,14 +298,14 @@ def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Mo
 
 # %% ../../nbs/models/08_loading.ipynb #c044
 def check_runs(model: nn.Module, folder: Path) -> None:
-    "Raise `BadInput` for stop tokens that are no tokens, and for kernels that are compiled anew for each length."
+    "Raise `BadInput` for stop tokens that are no tokens, and for attention that takes no mask or no new length."
     stop = model.generation_config.eos_token_id
     if not all(type(token) is int for token in (stop if isinstance(stop, list) else [] if stop is None else [stop])):
         raise BadInput(f"{folder} says that answers end with token {stop!r}: expected the number of a token, or "
                        "several; mend eos_token_id in generation_config.json.")
     if (asked := model.config._attn_implementation) not in ("sdpa", "eager"):
-        raise BadInput(f"{folder}/config.json asks for {asked}, which takes no mask of its own for every position, or "
-                       "is compiled for each length: expected sdpa or eager; mend attn_implementation.")
+        raise BadInput(f"{folder}/config.json asks for {asked}: expected sdpa or eager, which take a mask for every "
+                       "position, and any length; mend attn_implementation.")
 
 def folder_loader(folder: Path) -> FolderLoader | None:
     "The registered loader of a folder."

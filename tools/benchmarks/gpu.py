@@ -12,7 +12,7 @@ or more. Out: `figures/benchmarks/gpu.json`, a case for each measurement. Wanted
 
 Each case is written as soon as it is measured, one that fails is named and the next one begins, and one that is on disk
 is not measured again: the same command goes on where it was stopped, within the run too. `--out` names another folder
-for record and run; a machine whose own torch is wanted runs the module itself. The model is Qwen's 0.5B if `models/qwen-coder-0.5b` holds it, else SmolLM2 if
+for record and run; to use a machine's own torch, start the module there. The model is Qwen's 0.5B if `models/qwen-coder-0.5b` holds it, else SmolLM2 if
 it was fetched, else the lab's, and the record says which. `CAP_NB_DATA` names the folder of the benchmarks' own files;
 without it the examples are the lab's.
 """
