@@ -9,6 +9,7 @@ import pytest
 
 from cap_nb import single_steps
 from cap_nb.calibration import Tokens, calibration_set
+from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.core.stopping import Stopped
@@ -275,6 +276,16 @@ def test_a_plan_counts_chains_and_text(made):
                     ([], ["--calibrate-on", str(made[1]), "--text-share", "0.5", "--text-tokens", "100"]))
     assert plain.exit_code == mixed.exit_code == 0, mixed.output
     assert "12 examples" in plain.output and "12 examples" in mixed.output and plain.output != mixed.output
+
+
+def test_a_file_of_chains_may_be_longer_than_a_text_that_is_read_whole(made, monkeypatch):
+    whole = read_chains(made[1])
+    longest = max(map(len, made[1].read_text().splitlines(keepends=True)))
+    monkeypatch.setattr(files, "MOST_TEXT", longest)
+    assert made[1].stat().st_size > 2 * longest and read_chains(made[1]) == whole
+    monkeypatch.setattr(files, "MOST_TEXT", longest - 1)
+    with pytest.raises(BadInput, match="a line without an end"):
+        read_chains(made[1])
 
 
 def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypatch):

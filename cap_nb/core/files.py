@@ -233,6 +233,15 @@ def text_bytes(path: str | Path) -> bytes:
         raise BadInput(f"{path} has {about.st_size:,} bytes: expected a text of at most {MOST_TEXT:,}; check the path.")
     return Path(path).read_bytes()
 
+def text_lines(path: str | Path) -> Iterator[str]:
+    "The lines of a text of any length but for empty ones; one of more than `MOST_TEXT` raises `BadInput`."
+    with open(path, encoding="utf-8", newline="\n") as file:
+        while line := file.readline(MOST_TEXT + 1):
+            if len(line) > MOST_TEXT:
+                raise BadInput(f"{path} has a line without an end: expected a text of at most {MOST_TEXT:,} characters "
+                               "in each; check the path.")
+            if line.strip(): yield line
+
 def read_text(path: str | Path) -> str:
     "The text of a file in UTF-8; one that is missing or something else raises `BadInput`."
     try: return text_bytes(path).decode("utf-8")

@@ -23,7 +23,7 @@ import cap_nb
 from ..calibration import (
     Calibration, calibration_pool, calibration_set, default_style, default_tasks, drawn, random_order, Tokens)
 from ..core.errors import BadInput, check_at_least, check_fields, check_seed, validate_arguments
-from ..core.files import alone_in, sha256_of_text, taken_as, whole_file
+from ..core.files import alone_in, sha256_of_text, taken_as, text_lines, whole_file
 from ..data.problems import halves, load_text, task_family
 from ..data.prompts import Example, IGNORED, make_example, prompt_style, PromptStyle, strict_pattern
 from ..evaluation import answer_record, prompt_tokens
@@ -111,8 +111,7 @@ def read_chains(path: str | Path) -> Chains: # What it holds
     if not path.is_file():
         raise BadInput(f"{path} is not a file: expected one with chains; make it with 'cap chains'.")
     with taken_as(path, "a file of chains"):
-        with path.open(encoding="utf-8", newline="\n") as lines: # which may be long: every answer is in it
-            header, *records = map(json.loads, filter(str.strip, lines))
+        header, *records = map(json.loads, text_lines(path)) # every answer is in it, so it may be long
         chains = Chains(header["about"], tuple(Chain(**record) for record in records))
         if header["sha256"] != chains.fingerprint: raise ValueError("its checksum is another")
         return check_fields(chains)
