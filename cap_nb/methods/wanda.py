@@ -77,7 +77,7 @@ def input_sums(step: LayerStep, statistic: Statistic, onwards: bool = False) -> 
 # %% ../../nbs/methods/10_wanda.ipynb #e6d3b484
 def squares(inputs: torch.Tensor, so_far: torch.Tensor | None = None) -> torch.Tensor: # Float64 [in]
     "The statistic that Wanda adds up: squared inputs [n, in]."
-    few = max(1, numbers_a_call(inputs.device, 2**16) // inputs.shape[1]) # rows
+    few = max(1, numbers_a_call(inputs.device, 2**16) // inputs.shape[1]) # rows that are copied at a time
     copies = (rows.to(torch.float64, copy=True) for rows in inputs.split(few))
     added = sum(copy.square_().sum(0) for copy in copies)
     return added if so_far is None else so_far.add_(added)
