@@ -286,7 +286,6 @@ def compare_methods(
     return correct_family({key: compare(*both, seed, flips) for key, both in records.items()}, family)
 
 # %% ../nbs/06_analysis.ipynb #c044
-PAPER_COLUMNS = (*TASK_TITLES, "perplexity")
 PAPER_NUMBERS = {
     "Llama-3-8B-Instruct": {
         ("dense", 0.0): (79.5, 69.5, 81.1, 6.23),
@@ -314,7 +313,7 @@ def paper_measure(measure: str) -> str | None:
 
 def paper_direction(measure: str, sparsity: float) -> dict[str, str]:
     "By model, which of CAP and Wanda the paper's Table 1 favours (the higher accuracy, the lower perplexity)."
-    column, favoured = PAPER_COLUMNS.index(measure), {}
+    column, favoured = (*TASK_TITLES, "perplexity").index(measure), {}
     for model, numbers in PAPER_NUMBERS.items():
         if ("cap", sparsity) not in numbers: return dict.fromkeys(PAPER_NUMBERS, "not reported")
         gain = numbers["cap", sparsity][column] - numbers["wanda", sparsity][column]

@@ -103,7 +103,7 @@ def answer_problems(
     examples = encode_problems(tokenizer, problems, style, shots)
     prompts = [prompt_tokens(example) for example in examples]
     line = strict_pattern(style, task_family(task)) if stop_early else None
-    limit = token_limit(task) if max_new_tokens is None else max_new_tokens
+    limit = token_limit(task, max_new_tokens)
     common = model, tokenizer, prompts, limit, line, decoding
     if decoding.sampling is None: written = [[said] for said in generate_greedy(*common)]
     else: written = generate_samples(*common, [example.uid for example in examples])

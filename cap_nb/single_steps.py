@@ -264,11 +264,6 @@ def check_target_kept(target: str, scores: Path | None) -> None:
         raise BadInput(f"--score-target {target} was given without --scores: expected a table of it; make one with "
                        f"'cap score --score-target {target}'.")
 
-def check_aggregates(how: str, scores: Path | None) -> None:
-    if how != PruneSettings.aggregation and scores is None:
-        raise BadInput(f"--aggregation {how} was given without --scores: expected a table to aggregate; make one with "
-                       "'cap score', or leave --aggregation out.")
-
 def check_pruning(job: Job, pruning: SinglePruning) -> None:
     "Raise `BadInput` for a method without the table that it needs, and for options that it would not read."
     method, parts = pruning.method, check_method(pruning.method)
@@ -325,7 +320,9 @@ def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of
     "Make a model smaller and save it; a mistake raises `BadInput` before anything is loaded."
     check_job(changed(job, sparsities=(how.sparsity,)))
     check_target_kept(job.prune.score_target, how.scores)
-    check_aggregates(job.prune.aggregation, how.scores)
+    if job.prune.aggregation != PruneSettings.aggregation and how.scores is None:
+        raise BadInput(f"--aggregation {job.prune.aggregation} was given without --scores: expected a table to "
+                       "aggregate; make one with 'cap score', or leave --aggregation out.")
     check_new_folder(out)
     model, tokenizer = load_checked(job)
     check_all_here(model)

@@ -19,6 +19,8 @@ from programs import cap, finished
 from tools.benchmarks import generation, gpu, layer_problem, processes, scaling, scoring, start, streaming, suite, threshold
 from tools.side_by_side import balanced_heads, examples_at_hand, largest_difference, measured_case, read_cases
 
+TOY = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=50)
+
 
 def test_a_masked_head_is_not_lost_in_compiled_layers():
     """Compiling is not tried, since not every machine has a C++ compiler: the backend "eager" traces layers and runs them as they are."""
@@ -31,9 +33,8 @@ def test_a_masked_head_is_not_lost_in_compiled_layers():
 
 @pytest.mark.parametrize("axis, more", [("heads", 2), ("layers", 3), ("tokens", 16), ("examples", 4)])
 def test_work_grows_along_every_axis(axis, more):
-    toy = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=50)
     small = dict(layers=2, heads=1, tokens=8, examples=2)
-    (_, larger), (call, work) = scaling.point(**small | {axis: more}, shape=toy), scaling.point(**small, shape=toy)
+    (_, larger), (call, work) = scaling.point(**small | {axis: more}, shape=TOY), scaling.point(**small, shape=TOY)
     call()
     assert larger > work
 
@@ -73,8 +74,7 @@ def test_a_checkpoint_in_shards_is_made_pruned_packed_and_restored(tmp_path, mon
 
 
 def test_processes_are_timed_and_their_tables_compared(tmp_path):
-    toy = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=50)
-    case = processes.processes_case(tmp_path / "toy.json", 1, dict(layers=2, tokens=8, examples=2, shape=toy), same=(), context="fork")
+    case = processes.processes_case(tmp_path / "toy.json", 1, dict(layers=2, tokens=8, examples=2, shape=TOY), same=(), context="fork")
     assert case["about"]["same bytes"] == [1, 2] and len(processes.efficiency(case)) == 1 and 0.5 < case["about"]["predicted"] < 1
 
 

@@ -1,7 +1,6 @@
 """One table of losses by several processes: the bytes of one process; and a process that dies, is slow, or helps."""
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from cap_nb.core.errors import BadInput
 from cap_nb.methods import resumed_scoring
 from cap_nb.methods.resumed_scoring import Request, help_scoring, score_heads
 from cap_nb.methods.layer_walk import joined
+from tools.benchmarks.processes import free_port
 
 PROCESSES = multiprocessing.get_context("fork")  # what is imported already need not be imported again
 UNITS = 3 * 5  # layers and batches of the model and the examples below
@@ -83,12 +83,6 @@ def helper(store, said, before=nothing):
     said.put(("helper", help_scoring(*model_and_examples(), Request(batch_tokens=BATCH_TOKENS, store=store)), ""))
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def started(target, *arguments):
     process = PROCESSES.Process(target=target, args=arguments)
     process.start()
@@ -116,7 +110,7 @@ def undisturbed(tmp_path_factory):
 soak = pytest.mark.skipif(not os.environ.get("CAP_NB_SOAK"), reason="eight processes in make soak")
 
 
-@pytest.mark.parametrize("count", [2, 4, pytest.param(8, marks=soak)])
+@pytest.mark.parametrize("count", [4, pytest.param(8, marks=soak)])
 def test_any_number_of_processes_gives_the_bytes_of_one(tmp_path, undisturbed, count):
     done = together(count, tmp_path)
     assert table_bytes(tmp_path) == undisturbed and len(done) == count

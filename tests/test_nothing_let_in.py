@@ -3,7 +3,6 @@ import ast
 import json
 import os
 import pickle
-import re
 import shutil
 import stat
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cap_nb.command_line import known_options, short_name
 from cap_nb.core import files
+from cap_nb.core.devices import RESET, resident
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import (
     SHARD_INDEX, read_checked, read_json, read_tensors, stored_tensors,
@@ -209,17 +209,10 @@ def sparse(path, size, start=b""):
     return path
 
 
-def peak(anew=False):
-    """The most memory of this process, in bytes, since the last time that it was asked for anew; so an earlier peak hides no later one."""
-    if anew:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
 def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MOST_UNPACKED", 1 << 27)  # the real limit takes seconds to exceed
-    before = peak(anew=True)
+    RESET.write_text("5")  # an earlier peak hides no later one
+    before = resident("VmHWM")
     terabyte = 1 << 40
     for suffix, read in ((".json", read_json), (".json", read_checked), (".jsonl", records_of_file), (".json", records_of_file), (".jsonl", read_chains)):
         with pytest.raises(BadInput, match="expected a text of at most"):
@@ -240,7 +233,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path, monkeypatch):
     for name in ("rows", "wide"):
         with pytest.raises(BadInput, match="is too large: expected at most"):
             records_of_table(tmp_path / f"{name}.parquet")
-    assert peak() - before < 1 << 30
+    assert resident("VmHWM") - before < 1 << 30
 
 
 @pytest.mark.parametrize("read", [read_json, read_checked, records_of_file, stored_tensors, read_tensors, read_config])

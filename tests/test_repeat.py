@@ -3,7 +3,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import torch
 
 from programs import called as cap
 from cap_nb.core.files import read_checked, write_checked
@@ -57,4 +56,3 @@ def test_a_job_comes_back_from_its_configuration(settings):
     ready = prepare(changed(SMALL, **settings))
     again = prepare(job_of(ready.configuration))
     assert again.configuration == ready.configuration
-    assert torch.equal(torch.tensor(again.calibration.examples[0].input_ids), torch.tensor(ready.calibration.examples[0].input_ids))

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 import psutil
 from cap_nb.core.errors import BadInput, fits, lacks_memory
@@ -78,21 +78,19 @@ def take_name(temporary: Path, path: Path) -> None:
                        f"was at first; what was made is whole in {kept.name} beside it, rename that.") from error
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     "Hold the lock of a file or folder, by which a process in another container knows that it is in use."
     opened = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
+        fcntl.flock(opened, how)
         yield
     finally: os.close(opened)
 
 def busy(path: str | Path) -> bool:
     "Whether another process holds the lock of a file or folder that is there."
-    opened = os.open(path, os.O_RDONLY)
-    try: fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB) # shared: two that ask do not see each other
+    try:
+        with locked(Path(path), fcntl.LOCK_SH | fcntl.LOCK_NB): return False # shared: two that ask do not meet
     except BlockingIOError: return True
-    finally: os.close(opened)
-    return False
 
 @contextmanager
 def renamed_when_whole(path: Path, kept: str) -> Iterator[Path]:
@@ -161,15 +159,13 @@ def alone_in(folder: str | Path, links: bool = False) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is not a folder: expected one, or a new name; give another.")
     with disk_full_reported(folder, "nothing is lost"): folder.mkdir(parents=True, exist_ok=True)
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        try: fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with ExitStack() as held:
+        try: held.enter_context(locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError:
             raise BadInput(f"Another process is at work in {folder}: expected to be alone there; wait for it, "
                            "or name another folder.") from None
         if not links: check_no_links(folder) # who allows them looks for them
         yield
-    finally: os.close(opened)
 
 # %% ../../nbs/core/01_files.ipynb #c035
 HALF_WRITTEN = re.compile(r"\..+\.\d+\.part") # Names that `whole_file` writes to
@@ -280,9 +276,13 @@ def json_text(content: object) -> str:
                        "expected UTF-8; write names and notes in it.") from None
     return text
 
+def write_text(path: str | Path, text: str) -> None:
+    "Write a text, whole or not at all."
+    with whole_file(path) as part: part.write_text(text, encoding="utf-8", newline="")
+
 def write_json(path: str | Path, content: object) -> None:
     "Write `content` as JSON, whole or not at all."
-    with whole_file(path) as part: part.write_text(json_text(content), encoding="utf-8")
+    write_text(path, json_text(content))
 
 def read_json(path: str | Path) -> object:
     "Read a JSON file; a missing or damaged one raises `BadInput` that names it."
@@ -323,7 +323,7 @@ def checked_text(content: object) -> str:
 
 def write_checked(path: str | Path, content: object) -> None:
     "Write `content` as JSON beside its checksum, whole or not at all."
-    with whole_file(path) as part: part.write_text(checked_text(content), encoding="utf-8")
+    write_text(path, checked_text(content))
 
 def read_checked(path: str | Path, mend: str = "restore the file, or remove it and let it be made again") -> object:
     "Read what `write_checked` wrote; what is not as it was saved raises `BadInput` that says how to mend it."
@@ -468,6 +468,7 @@ class StoredTensor:
     shape: tuple[int, ...] # Its shape
 
 ENTRY = {"dtype": str, "shape": list[int], "data_offsets": list[int]} # What a header says of a tensor
+SHORTER = "{} became shorter while it was read: expected a checkpoint that nobody changes; try again."
 
 def stored_tensor(file: Path, begin: int, entry: dict) -> StoredTensor:
     "One entry of a header; one with other content, over 64 dimensions or beyond 63 bits raises ValueError."
@@ -506,8 +507,7 @@ def pieces_of(stored: StoredTensor, at_once: int = 0) -> Iterator[bytes]: # `PIE
         for position in range(stored.start, stored.end, at_once):
             piece = file.read(min(at_once, stored.end - position))
             if len(piece) != min(at_once, stored.end - position):
-                raise BadInput(f"{stored.file} became shorter while it was read: expected a checkpoint that nobody "
-                               "changes; try again.")
+                raise BadInput(SHORTER.format(stored.file))
             yield piece
 
 # %% ../../nbs/core/01_files.ipynb #c087

@@ -22,13 +22,12 @@ from ..analysis import (
     Comparison, LEVEL, comparable_parts, correct_family, mcnemar_exact, paired_values, paper_measure, sign_flip_test)
 from ..calibration import deal_subsets
 from ..core.errors import BadInput, validate_arguments
-from ..core.files import read_checked, sha256_of_file, write_json
+from ..core.files import read_checked, sha256_of_file, write_json, write_text
 from ..core.plots import blank_figure, in_style, save_figure
 from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, wilson_interval
 from .seeds import split_variance
 from .variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
 from ..jobs.records import PACKED, Run, is_run, load_run, read_run, settings_of
-from ..jobs.report import write_text
 from ..jobs.tables import interval_text, latex_text, markdown_rows, p_text
 from ..scoring import HeadLosses, causal_scores, rank_correlation, split_half_reliability
 
@@ -741,6 +740,8 @@ def write_ledger(
     figures: str | Path, # Folder that holds the runs' folders
     models: Sequence[str] | None = None, # Names of models; None means all of `models_in`
 ) -> Path: # Folder of the ledger
-    "Make and write the ledger of all models."
+    "Make and write the ledger of all models; an empty list of names raises `BadInput`."
+    if models is not None and not models:
+        raise BadInput("No model is named: expected one at least; name some, or leave --models out for all.")
     records = [read_model(figures, name) for name in models or models_in(figures)]
     return save_ledger(claims_ledger(records), records, figures)

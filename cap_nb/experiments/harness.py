@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 import cap_nb
 from ..calibration import default_style
 from ..core.errors import BadInput, check_at_least, validate_arguments
-from ..core.files import read_json, taken_as, whole_file
+from ..core.files import read_json, taken_as, whole_file, write_text
 from ..data.problems import Problem, TASKS, task_family
 from ..data.prompts import ANSWER_LINES, PromptStyle, encode_problems, normal_answer, prompt_style
 from ..evaluation import evaluation_problems
@@ -75,14 +75,13 @@ def write_harness_task(
     examples = encode_problems(tokenizer, problems, style)
     rows = [{"uid": e.uid, "prompt": e.prompt, "gold": normal_answer(e.answer, family)} for e in examples]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    with whole_file(folder/f"{name}.jsonl") as part: part.write_text(lines, encoding="utf-8")
+    write_text(folder/f"{name}.jsonl", lines)
     with whole_file(folder/f"_{family}.yaml") as part: shutil.copyfile(HARNESS_TASKS/f"{family}.yaml", part)
-    limit = token_limit(task) if max_new_tokens is None else max_new_tokens
+    limit = token_limit(task, max_new_tokens)
     data = {"data_files": {"test": str((folder/f"{name}.jsonl").resolve())}}
     described = {"include": f"_{family}.yaml", "task": name, "dataset_kwargs": data,
                  "generation_kwargs": {"do_sample": False, "until": [], "max_gen_toks": limit}}
-    with whole_file(folder/f"{name}.yaml") as part: # JSON is YAML
-        part.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    write_text(folder/f"{name}.yaml", json.dumps(described, indent=1) + "\n") # JSON is YAML
     return name
 
 # %% ../../nbs/experiments/04_harness.ipynb #c031

@@ -23,7 +23,7 @@ import cap_nb
 from ..calibration import (
     Calibration, calibration_pool, calibration_set, default_style, default_tasks, drawn, random_order, Tokens)
 from ..core.errors import BadInput, check_at_least, check_fields, check_seed, validate_arguments
-from ..core.files import alone_in, sha256_of_text, taken_as, text_lines, whole_file
+from ..core.files import alone_in, sha256_of_text, taken_as, text_lines, write_text
 from ..data.problems import halves, load_text, task_family
 from ..data.prompts import Example, IGNORED, make_example, prompt_style, PromptStyle, strict_pattern
 from ..evaluation import answer_record, prompt_tokens
@@ -103,7 +103,7 @@ def write_chains(path: str | Path, chains: Chains) -> None:
     "Write a file of chains, whole or not at all; equal chains give equal bytes."
     lines = [{"about": chains.about, "sha256": chains.fingerprint}, *map(asdict, chains.chains)]
     text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
-    with whole_file(path) as part: part.write_text(text, encoding="utf-8", newline="")
+    write_text(path, text)
 
 def read_chains(path: str | Path) -> Chains: # What it holds
     "Read a file of chains; one that is missing, damaged or something else raises `BadInput`."
@@ -131,9 +131,6 @@ class Answering:
     exclude: frozenset[str] = frozenset() # Content hashes of problems that are not asked
     file: str | Path | None = None # File of the answers; while it is made, its parts lie beside it; None: no file
 
-    def limit(self, task: str) -> int:
-        return token_limit(task) if self.max_new_tokens is None else self.max_new_tokens
-
     def sampling(self, seed: int) -> Sampling:
         return Sampling(temperature=self.temperature, top_k=self.top_k, seed=seed)
 
@@ -142,13 +139,8 @@ class Answering:
 class AnswerPart:
     "Answers that are written in one go."
     task: str # Their task
-    number: int # Number of the part among those of this task
+    name: str # Name of its file
     asked: tuple[tuple[Example, int], ...] # Problem and number of the try
-
-    @property
-    def name(self) -> str:
-        "Name of its file."
-        return f"{self.task}-{self.number:04d}.jsonl"
 
 def held_tokens(examples: Sequence[Example]) -> int:
     "Tokens of examples, prompts included."
@@ -163,7 +155,7 @@ def answer_parts(examples: Sequence[Example], tries: int, answers: int, amount: 
         if amount is not None: problems = min(problems, math.ceil(amount * len(some) / held_tokens(some)))
         for number, start in enumerate(range(0, len(some), problems)):
             asked = tuple((example, attempt) for example in some[start:start + problems] for attempt in range(tries))
-            parts.append(AnswerPart(task=task, number=number, asked=asked))
+            parts.append(AnswerPart(task=task, name=f"{task}-{number:04d}.jsonl", asked=asked))
     return parts
 
 # %% ../../nbs/jobs/06_chains.ipynb #c035
@@ -181,7 +173,8 @@ def answered(model: nn.Module, tokenizer: object, part: AnswerPart, style: str |
     prompts, line = [prompt_tokens(e) for e, _ in part.asked], strict_pattern(style, task_family(part.task))
     names = [f"{e.uid}/{attempt}" if attempt else None for e, attempt in part.asked]
     decoding, sampling = Decoding(batch_tokens=answering.batch_tokens), answering.sampling(seed)
-    written = generate_noted(model, tokenizer, prompts, answering.limit(part.task), line, decoding, sampling, names)
+    limit = token_limit(part.task, answering.max_new_tokens)
+    written = generate_noted(model, tokenizer, prompts, limit, line, decoding, sampling, names)
     about = (tokenizer, style, answering.lenient)
     return tuple(chain_of(e, said, attempt, *about) for (e, attempt), said in zip(part.asked, written))
 
@@ -201,7 +194,7 @@ def chains_origin(model: nn.Module, tokenizer: object, examples: Sequence[Exampl
         "style": style_origin(style), "seed": seed, "tries": answering.tries, "temperature": answering.temperature,
         "top_k": answering.top_k, "batch_tokens": answering.batch_tokens, "part": answering.part,
         "lenient": answering.lenient,
-        "max_new_tokens": {task: answering.limit(task) for task in tasks},
+        "max_new_tokens": {task: token_limit(task, answering.max_new_tokens) for task in tasks},
         "dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type,
         "versions": versions | {"cap_nb": cap_nb.__version__}}
 
@@ -271,7 +264,7 @@ def own_chains(
     style, file, rule = style or default_style(tokenizer), answering.file, answering.rule
     amount = n.count if isinstance(n, Tokens) else None
     examples = asked_problems(tokenizer, tasks, n, seed, data_dir, style, answering.exclude)
-    for e in examples: check_room(model, [prompt_tokens(e)], answering.limit(e.task))
+    for e in examples: check_room(model, [prompt_tokens(e)], token_limit(e.task, answering.max_new_tokens))
     about = chains_origin(model, tokenizer, examples, style, answering, seed)
     if amount: about |= {"tokens": amount, "rule": str(rule)}
     if file and Path(file).exists(): return same_origin(Path(file), about)

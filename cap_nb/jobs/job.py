@@ -294,12 +294,11 @@ def check_windows_fit(job: Job, model: nn.Module) -> None:
     "Raise `BadInput` for windows longer than the model's context; those that nobody asked for are cut to it."
     tokens, context, window = job.calibrate.text_tokens, context_of(model.config), job.evaluate.window_tokens
     asked_for = window not in (EvaluateSettings.window_tokens, QUICK["window_tokens"])
-    if job.evaluate.windows and asked_for and context is not None and window > context:
-        raise BadInput(f"--window-tokens {window} exceed the model's context of {context}: expected windows that fit; "
-                       "give fewer tokens.")
-    if share_of_text(job.calibrate) and context is not None and tokens > context:
-        raise BadInput(f"--text-tokens {tokens} exceed the model's context of {context}: expected windows that fit; "
-                       "give fewer tokens.")
+    for option, read, count in (("window", job.evaluate.windows and asked_for, window),
+                                ("text", share_of_text(job.calibrate), tokens)):
+        if read and context is not None and count > context:
+            raise BadInput(f"--{option}-tokens {count} exceed the model's context of {context}: expected windows that "
+                           "fit; give fewer tokens.")
 
 def check_text_unseen(job: Job, calibration: Calibration) -> None:
     "Raise `BadInput` if windows that are calibrated on stand in the text that perplexity is measured on."

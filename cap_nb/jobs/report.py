@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from ..analysis import (
     compare_methods, Comparison, FEWEST_PAIRS, is_better, method_table, method_title, plot_head_importance, row_order)
 from ..core.errors import BadInput
-from ..core.files import HALF_WRITTEN, whole_file, write_checked
+from ..core.files import HALF_WRITTEN, whole_file, write_checked, write_text
 from ..core.plots import figure_bytes
 from ..core.registry import check_additions
 from ..data.problems import LAB_TASKS
@@ -47,10 +47,6 @@ def heads_csv(**columns: torch.Tensor) -> str: # A line a head
     heads = np.ndindex(*next(iter(columns.values())).shape)
     rows = [[*head, *(column[head].item() for column in columns.values())] for head in heads]
     return "".join(",".join(map(str, row)) + "\n" for row in (["layer", "head", *columns], *rows))
-
-def write_text(path: Path, text: str) -> None:
-    "Write a text, whole or not at all."
-    with whole_file(path) as part: part.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/jobs/02_report.ipynb #c009
 def run_folders(folder: str | Path) -> list[Path]: # Folders of runs, in order

@@ -17,14 +17,14 @@ from matplotlib.lines import Line2D
 from ..analysis import (
     comparable_parts, compare_methods, Comparison, comparison_frame, correct_family, FEWEST_PAIRS, LEVEL, method_title)
 from ..core.errors import BadInput, check_choice, check_fields, check_sparsity, validate_arguments
-from ..core.files import read_checked, sha256_of_file, taken_as, whole_folder, write_json
+from ..core.files import read_checked, sha256_of_file, taken_as, whole_folder, write_json, write_text
 from ..core.plots import blank_figure, in_style, INK, save_figure
 from ..evaluation import (
     CHOICE_MEASURES, Evaluation, summarise_answers, summarise_choices, summarise_losses)
 from .job import run_job
 from .records import (
     agrees, differences, is_fingerprint, job_of, load_run, PACKED, read_run, Run, settings_of, shown)
-from .report import run_folders, write_text
+from .report import run_folders
 from .settings import changed, Job
 from .tables import comparison_mark, comparison_markdown, markdown_rows
 from ..methods.prune import check_method
@@ -160,7 +160,7 @@ def base_method(name: str, run: Run) -> str:
 # %% ../../nbs/jobs/07_results.ipynb #c044
 def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, against: str | None = None,
                sparsities: Sequence[float] | None = None) -> list[tuple[str, Evaluation, str, Evaluation]]:
-    "The pairs of cells to compare, in the order of Table 1; none raises `BadInput`."
+    "The pairs of cells to compare, in the order of Table 1; a run that has none raises `BadInput`."
     check_cells(runs, methods, against, sparsities)
     (name, first), *others = runs.items()
     if not others and against is None: against = base_method(name, first)
@@ -174,9 +174,10 @@ def cell_pairs(runs: Mapping[str, Run], methods: Sequence[str] | None = None, ag
             if e.method == method == "dense" and methods is None: # compared only where it is named
                 asked = asked and not agrees(*(each.configuration["model"]["fingerprint"] for each in (first, run)))
             if asked and second is not None and second is not e: pairs.append((other, e, name, second))
-    if not pairs:
-        raise BadInput(f"{' and '.join(runs)} have no cells to compare: expected a method at one sparsity in both; "
-                       "see what they hold with 'cap table'.")
+    paired = {run for run, *_ in pairs}
+    if alone := [other for other, _ in others or [(name, first)] if other not in paired]:
+        raise BadInput(f"{' and '.join(dict.fromkeys([name, *alone]))} have no cells to compare: expected a method at "
+                       "one sparsity in both; see what they hold with 'cap table', or leave one out.")
     return pairs
 
 # %% ../../nbs/jobs/07_results.ipynb #c049

@@ -19,11 +19,10 @@ from accelerate.tracking import GeneralTracker, get_available_trackers, LOGGER_T
 from tqdm.auto import tqdm
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import (
-    alone_in, HALF_WRITTEN, read_checked, read_text, sha256_of_text, TRACKING, write_checked)
+    alone_in, HALF_WRITTEN, read_checked, read_text, sha256_of_text, TRACKING, write_checked, write_text)
 from ..evaluation import Evaluation
 from .job import check_job, Follow, prepare_loaded, run_job
 from .records import check_continues, FORMAT, GROWING, is_run, read_run, settings_of
-from .report import write_text
 from .results import results_frame, summary_rows
 from .settings import changed, Job, values_of
 from ..models.loading import load_model

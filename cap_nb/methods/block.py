@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from .layer_walk import BatchState, LayerStep, real_rows
-from ..models.replay import attention_of, mapped, run_layer, tensors_of
+from ..models.replay import attention_of, first_of, mapped, run_layer, tensors_of
 
 # %% ../../nbs/methods/16_block.ipynb #a4f926b3
 log = logging.getLogger(__name__)
@@ -97,8 +97,7 @@ def output_of(unit: nn.Module, step: LayerStep, state: BatchState) -> torch.Tens
                  for name, value in call.arguments.items()}
     with unit.register_forward_hook(lambda module, args, output: outputs.append(output)):
         run_layer(step.layer, state.hidden.float(), replace(call, arguments=arguments))
-    output = outputs[0] if isinstance(outputs[0], torch.Tensor) else outputs[0][0]
-    return real_rows(output, None, state.mask)
+    return real_rows(first_of(outputs[0]), None, state.mask)
 
 # %% ../../nbs/methods/16_block.ipynb #cb1547bf
 @contextmanager

@@ -188,15 +188,23 @@ def check_expert_factors(experts: torch.Tensor, counts: tuple[int, ...]) -> None
     if not all(all_positive(row[:count]) for row, count in zip(experts, counts)):
         raise BadInput(f"Some importance factor of an expert {WRONG_FACTOR}")
 
+def neuron_projections(matrices: Sequence[Projection]) -> list[Projection]:
+    "What reads the neurons: the down projection of every MLP or, in a mixture, of every routed expert."
+    mixture = any(p.expert is not None for p in matrices)
+    return [p for p in matrices if p.role == "down" and (p.expert is not None) == mixture]
+
+def place_of(p: Projection) -> tuple[int, ...]:
+    "Where the neurons that a projection reads stand in a table of neurons."
+    return (p.layer,) if p.expert is None else (p.layer, p.expert)
+
 def check_neuron_factors(neurons: torch.Tensor, matrices: Sequence[Projection], counts: tuple[int, ...]) -> None:
     "Raise `BadInput` unless every neuron of every MLP, or of every routed expert, has a positive finite factor."
-    mixture = max(counts) > 0
-    downs = [p for p in matrices if p.role == "down" and (p.expert is not None) == mixture]
+    mixture, downs = max(counts) > 0, neuron_projections(matrices)
     expected = [len(counts), *([max(counts)] if mixture else []), downs[0].weight.shape[1]]
     if list(neurons.shape) != expected or any(p.weight.shape[1] != expected[-1] for p in downs):
         raise BadInput(f"The factors of neurons have shape {list(neurons.shape)}: expected {expected}, "
                        f"one a neuron; they belong to another model.")
-    if not all(all_positive(neurons[p.layer] if p.expert is None else neurons[p.layer, p.expert]) for p in downs):
+    if not all(all_positive(neurons[place_of(p)]) for p in downs):
         raise BadInput(f"Some importance factor of a neuron {WRONG_FACTOR}")
 
 # %% ../../nbs/methods/21_experts.ipynb #c059

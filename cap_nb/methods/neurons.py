@@ -15,7 +15,8 @@ from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput, check_choice
 from cap_nb.importance import importance_factors
-from cap_nb.methods.experts import check_has_experts, pooled_factors, ROUTING_AWARE, UnitAttribution, UnitFactors
+from cap_nb.methods.experts import (
+    check_has_experts, neuron_projections, place_of, pooled_factors, ROUTING_AWARE, UnitAttribution, UnitFactors)
 from cap_nb.methods.resumed_scoring import intact_losses, score_heads
 from cap_nb.methods.sparsegpt import MadeOnce, MatrixSolver
 from cap_nb.methods.wanda import slopes_of, wanting_gradients
@@ -49,29 +50,20 @@ def masked_neurons(model: nn.Module, layer: int, neurons: Sequence[int] | torch.
     return changed_input(down.module, lambda inputs: inputs.index_fill(-1, index.to(inputs.device), 0))
 
 # %% ../../nbs/methods/23_neurons.ipynb #c018
-def neuron_projections(model: nn.Module) -> list[Projection]:
-    "What reads the neurons: the down projection of every MLP or, in a mixture, of every routed expert."
-    mixture = max(expert_counts(model)) > 0
-    return [p for p in projections(model) if p.role == "down" and (p.expert is not None) == mixture]
-
 def neuron_table(model: nn.Module) -> torch.Tensor: # float64 [L, M], or [L, E, M] in a mixture; NaN throughout
     "An empty table of neurons; MLPs of different widths raise `BadInput`."
-    counts, widths = expert_counts(model), {p.weight.shape[1] for p in neuron_projections(model)}
+    counts, widths = expert_counts(model), {p.weight.shape[1] for p in neuron_projections(projections(model))}
     if len(widths) > 1:
         raise BadInput(f"The MLPs have {', '.join(map(str, sorted(widths)))} neurons: expected as many in each; "
                        "a table of neurons cannot be made.")
     experts = (max(counts),) if max(counts) else ()
     return torch.full((len(counts), *experts, widths.pop()), math.nan, dtype=torch.float64)
 
-def place_of(p: Projection) -> tuple[int, ...]:
-    "Where the neurons that a projection reads stand in a table of neurons."
-    return (p.layer,) if p.expert is None else (p.layer, p.expert)
-
 # %% ../../nbs/methods/23_neurons.ipynb #c019
 def neuron_estimates(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
                      signed: bool = True) -> torch.Tensor: # float64 [L, M] or [L, E, M]
     "Estimated rise of the mean loss, in nats, with each neuron masked, or without a sign its mean size an example."
-    table, downs = neuron_table(model), neuron_projections(model)
+    table, downs = neuron_table(model), neuron_projections(projections(model))
     tokens, device = batch_tokens if signed else 1, next(model.parameters()).device
     for p in downs: table[place_of(p)] = 0
     with wanting_gradients(downs):
@@ -123,7 +115,7 @@ def weighing(solver: MatrixSolver, factors: dict[str, torch.Tensor]) -> MatrixSo
 @torch.no_grad()
 def remove_neurons(model: nn.Module, removed: torch.Tensor) -> None:
     "Set the rows and the column of some neurons, bool [L, M] or [L, E, M], to zero, in place; biases stay."
-    places = {(p.layer, p.expert): removed[place_of(p)] for p in neuron_projections(model)}
+    places = {(p.layer, p.expert): removed[place_of(p)] for p in neuron_projections(projections(model))}
     for p in projections(model):
         gone = places.get((p.layer, p.expert))
         if gone is None or p.role not in ("gate", "up", "gate_up", "down"): continue

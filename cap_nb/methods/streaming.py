@@ -23,7 +23,7 @@ from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from cap_nb.core.files import (
     alone_in, checkpoint_tensors, opened_tensors, pieces_of, read_object, read_tensors, shard_files, SHARD_INDEX,
-    StoredTensor, whole_folder, write_tensors)
+    SHORTER, StoredTensor, whole_folder, write_tensors)
 from cap_nb.methods.criteria import check_inputs, CRITERIA, Inputs
 from cap_nb.methods.layer_walk import advanced, layer_by_layer
 from cap_nb.methods.neurons import UNIT_AWARE
@@ -141,8 +141,6 @@ def pieces_of_weights(checkpoint: Checkpoint, chosen: Sequence[Projection],
     return tuple(pieces)
 
 # %% ../../nbs/methods/25_streaming.ipynb #c026
-SHORTER = "{} became shorter while it was read: expected a checkpoint that nobody changes; try again."
-
 def lines_of(piece: StoredRows) -> tuple[list[int], int]:
     "Rows lie in one run; of a weight that is stored as [in, out], every stored line holds one number of each row."
     stored, itemsize, count = piece.tensor, STORED_DTYPES[piece.tensor.kind].itemsize, piece.last - piece.first

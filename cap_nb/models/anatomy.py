@@ -382,8 +382,7 @@ def anatomy(
     model: nn.Module, # A causal language model of a known family
 ) -> Anatomy: # Its dimensions, checked against the shapes of its weights
     "Dimensions of a model, checked against every projection; an unknown family or a mismatch raises `BadInput`."
-    family_of(configuration(model))
-    a = dimensions(model.config)
+    a = dimensions(configuration(model))
     if a.heads % a.key_value_heads:
         raise BadInput(f"{a.heads} query heads do not divide into {a.key_value_heads} key-value heads: "
                        "expected a multiple; check the configuration.")

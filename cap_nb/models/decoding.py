@@ -351,9 +351,9 @@ def generate_greedy(
         return generate_by(model, *asked, decoding, lambda rows, written, logits: logits.argmax(-1).tolist())
 
 # %% ../../nbs/models/10_decoding.ipynb #f4a9e05c
-def token_limit(task: str) -> int:
-    "The default limit: 192 tokens for the lab's solutions, of which none has as many as 150, and 512 for benchmarks."
-    return 192 if task.startswith("lab-") else 512
+def token_limit(task: str, asked: int | None = None) -> int:
+    "What was asked, else 192 tokens for the lab's solutions, of which none has as many as 150, and 512 for benchmarks."
+    return asked if asked is not None else 192 if task.startswith("lab-") else 512
 
 def one_task(items: Sequence[object]) -> str:
     "The one task of problems or records; none or several raise `BadInput`."

@@ -74,9 +74,9 @@ ATTENTION = under("self_attn", query="q_proj", key="k_proj", value="v_proj", out
 GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"} # A gated MLP
 LLAMA_ROLES = ATTENTION | under("mlp", **GATED)
 LLAMA = Family("model.layers", "model.norm", LLAMA_ROLES)
-GEMMA = Family("model.layers", "model.norm", LLAMA_ROLES, capped_at="final_logit_softcapping")
-COHERE = Family("model.layers", "model.norm", LLAMA_ROLES, multiplied_by="logit_scale")
-GRANITE = Family("model.layers", "model.norm", LLAMA_ROLES, divided_by="logits_scaling")
+GEMMA = replace(LLAMA, capped_at="final_logit_softcapping")
+COHERE = replace(LLAMA, multiplied_by="logit_scale")
+GRANITE = replace(LLAMA, divided_by="logits_scaling")
 STARCODER2 = Family("model.layers", "model.norm", ATTENTION | under("mlp", up="c_fc", down="c_proj"))
 GATELESS = Family("model.layers", "model.norm", ATTENTION | under("mlp", up="up_proj", down="down_proj"))
 GLM4 = Family("model.layers", "model.norm", ATTENTION | under("mlp", gate_up="gate_up_proj", down="down_proj"))
@@ -91,10 +91,9 @@ OPT = Family("model.decoder.layers", "model.decoder.final_layer_norm", OPT_ROLES
 
 # %% ../../nbs/models/00_families.ipynb #c021
 STACKED = {"gate_up": "gate_up_proj", "down": "down_proj"}
-MIXTRAL_EXPERTS = Experts(("mlp", "block_sparse_moe"), {"gate": "w1", "up": "w3", "down": "w2"}, STACKED)
 QWEN3_EXPERTS = Experts(("mlp",), GATED, STACKED, normed="norm_topk_prob")
 QWEN2_EXPERTS = replace(QWEN3_EXPERTS, shared=under("shared_expert", **GATED), shared_gate="shared_expert_gate")
-MIXTRAL = replace(LLAMA, experts=MIXTRAL_EXPERTS)
+MIXTRAL = replace(LLAMA, experts=Experts(("mlp", "block_sparse_moe"), dict(gate="w1", up="w3", down="w2"), STACKED))
 QWEN3_MOE = replace(LLAMA, experts=QWEN3_EXPERTS)
 QWEN2_MOE = replace(LLAMA, experts=QWEN2_EXPERTS)
 DEEPSEEK_EXPERTS = replace(QWEN3_EXPERTS, shared=under("shared_experts", **GATED))
@@ -105,13 +104,11 @@ def clamped_product(holder: object, gate: object, up: object) -> object:
     gate, up = gate.clamp(max=holder.limit), up.clamp(-holder.limit, holder.limit)
     return (up + 1) * gate * (holder.alpha * gate).sigmoid()
 
-GRANITE_EXPERTS = Experts(("block_sparse_moe",), {}, STACKED, router="router", stored={
+GRANITE_MOE = replace(GRANITE, experts=Experts(("block_sparse_moe",), {}, STACKED, router="router", stored={
     "experts.gate_up_proj": "input_linear.weight", "experts.down_proj": "output_linear.weight",
-    "router.weight": "router.layer.weight"})
-GRANITE_MOE = replace(GRANITE, experts=GRANITE_EXPERTS)
-GPT_OSS_EXPERTS = Experts(("mlp",), {}, STACKED, router="router", transposed=True, alternating=True,
-                          product=clamped_product)
-GPT_OSS = replace(LLAMA, experts=GPT_OSS_EXPERTS)
+    "router.weight": "router.layer.weight"}))
+GPT_OSS = replace(LLAMA, experts=Experts(("mlp",), {}, STACKED, router="router", transposed=True, alternating=True,
+                                         product=clamped_product))
 
 # %% ../../nbs/models/00_families.ipynb #c029
 def falcon_groups(config: object) -> int:

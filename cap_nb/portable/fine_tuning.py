@@ -161,14 +161,6 @@ class MaskedLowRank(nn.Module):
         change = (self.up @ self.down).masked_fill(self.zeros, -0.0) # what changes no bit of either zero
         return (weight + change).to(weight.dtype)
 
-# %% ../../nbs/portable/02_fine_tuning.ipynb #c055
-def put_in_order(module: nn.Module, names: Sequence[str]) -> None:
-    "Register a module's parameters anew, in order."
-    for name in names:
-        parameter = getattr(module, name)
-        delattr(module, name)
-        module.register_parameter(name, parameter)
-
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c056
 @contextmanager
 def trained_by_rank(model: nn.Module, rank: int, seed: int) -> Iterator[None]:
@@ -186,7 +178,8 @@ def trained_by_rank(model: nn.Module, rank: int, seed: int) -> Iterator[None]:
         done = True
     finally:
         for module, name in registered: parametrize.remove_parametrizations(module, name, done)
-        for module, names in orders.items(): put_in_order(module, names)
+        for module, names in orders.items(): # as they stood, by which a checkpoint is written
+            module._parameters = {name: module._parameters[name] for name in (*names, *module._parameters)}
         for parameter, was in wanted: parameter.requires_grad_(was)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #1afc8a8d

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from cap_nb.core.errors import BadInput, check_choice, validate_arguments
 from cap_nb.core.files import (
     PIECE, StoredTensor, check_inside, check_new_folder, checkpoint_tensors, pieces_of, read_json, resumed_folder,
-    sha256_of_file, shard_files, stored_tensor, stored_tensors, whole_file, write_json)
+    sha256_of_file, shard_files, stored_tensor, stored_tensors, whole_file, write_json, write_text)
 from cap_nb.core.registry import ExportFormat, FORMATS, FolderLoader
 from cap_nb.core.stopping import stop_says, STOPPED
 from cap_nb.models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
@@ -268,7 +268,7 @@ def packed_name(name: str) -> str: # Name of the packed file
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     "Write the list of files, and its hash."
     write_json(folder/MANIFEST, {"format": FOLDER_FORMAT, "version": VERSION, **asdict(manifest)})
-    with whole_file(folder/CHECKSUM) as part: part.write_text(f"{sha256_of_file(folder/MANIFEST)}  {MANIFEST}\n")
+    write_text(folder/CHECKSUM, f"{sha256_of_file(folder/MANIFEST)}  {MANIFEST}\n")
 
 # %% ../../nbs/portable/00_format.ipynb #c822a133
 def is_consistent(manifest: Manifest, file: Path) -> bool:

@@ -29,7 +29,7 @@ import cap_nb
 from ..analysis import method_table
 from ..calibration import Calibration
 from ..core.errors import BadInput, validate_arguments
-from ..core.files import check_sealed, read_object, sealed, sha256_of_file, whole_file, whole_folder
+from ..core.files import check_sealed, read_object, sealed, sha256_of_file, whole_folder, write_text
 from ..evaluation import Evaluation
 from ..jobs.records import Run, load_run
 from ..jobs.tables import markdown_rows, table_markdown, value_text
@@ -114,8 +114,7 @@ def note_in_folder(folder: Path, record: dict) -> None:
     "Write a record into a folder's config.json, whole or not at all."
     settings = read_object(folder/"config.json")
     settings[KEY] = with_earlier(record, settings.get(KEY))
-    with whole_file(folder/"config.json") as part:
-        part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder/"config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/portable/04_sharing.ipynb #c023
 ALWAYS = {"version", "method", "says", "source", "asked", "zeros", "weights", "base", "sha256"} # What every record has
@@ -296,7 +295,7 @@ def write_card(folder: str | Path, run: str | Path | None = None, base_model: st
     if path.exists() and not force and path.read_bytes() != text.encode():
         raise BadInput(f"{path} is there already and says something else: expected none, or this card; move it away, "
                        "or replace it with --force.")
-    with whole_file(path) as part: part.write_text(text, encoding="utf-8", newline="")
+    write_text(path, text)
     return path
 
 # %% ../../nbs/portable/04_sharing.ipynb #c077

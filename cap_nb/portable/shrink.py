@@ -251,15 +251,13 @@ def shrink_to(model: nn.Module, calibration: Calibration, how: Shrinking = Shrin
                          zeros=zeros, losses=(loss, mean_loss(small, calibration, batch_tokens)))
 
 # %% ../../nbs/portable/06_shrink.ipynb #c063
-SAYS = ("the neurons with the lowest {by} of their layer are cut out{heads}{fit}")
-FITS = ", then least squares for the columns of output and down projections that stay"
-
 def shrunk_record(report: Shrunk, how: Shrinking, base: dict, calibration: dict, scores: dict | None = None) -> dict:
     "What config.json says of a shrunk model."
     heads = ", and the key-value heads with the lowest scores, each with its query heads" if how.groups else ""
+    fit = "" if how.no_fit else ", then least squares for the columns of output and down projections that stay"
     about = {"version": cap_nb.__version__, "method": "shrink", "asked": how.sparsity, "weights": report.weights,
              "zeros": report.zeros, "removed": report.before - report.weights, "base": base, "calibration": calibration,
-             "says": SAYS.format(by=how.neurons_by, heads=heads, fit="" if how.no_fit else FITS),
+             "says": f"the neurons with the lowest {how.neurons_by} of their layer are cut out{heads}{fit}",
              "source": "Michel et al. 2019; Ma et al. 2023; least squares as in Frantar and Alistarh 2023",
              "neurons a layer": list(report.neurons), "key-value heads a layer": list(report.groups),
              "calibration loss": list(report.losses)}

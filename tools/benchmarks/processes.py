@@ -51,13 +51,17 @@ def process(rank, count, port, store, sizes, said):
         said.put((seconds, hashlib.sha256(next(Path(store).glob("*.safetensors")).read_bytes()).hexdigest()))
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def together(count, sizes, context="spawn"):
     "Seconds that so many processes take, and the hash of their table."
     start = multiprocessing.get_context(context)
     said = start.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as store:
         ranks = [start.Process(target=process, args=(rank, count, port, store, sizes, said)) for rank in range(count)]
         for rank in ranks:

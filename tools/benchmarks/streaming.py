@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -35,29 +36,17 @@ path, small = RECORDS / "streaming.json", RECORDS / "small_files.json"
 llama = PUBLISHED["meta-llama/Meta-Llama-3-8B-Instruct"]
 
 
-def shards_of(tensors, most):
-    shards, held = [[]], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and held + 2 * tensor.numel() > most:
-            shards, held = shards + [[]], 0
-        shards[-1].append(name)
-        held += 2 * tensor.numel()
-    return shards
-
-
 def random_checkpoint(folder, settings, most=2**30, seed=0):
     config, rng = AutoConfig.for_model(**settings), torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         tensors = dict(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).named_parameters())
-    shards = shards_of(tensors, most)
-    names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=most)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    for file, held in zip(names, shards):
+    for file, held in shards.filename_to_tensors.items():
         made = {name: torch.empty(tensors[name].shape).normal_(0, 0.02, generator=rng).bfloat16() for name in held}
         save_file(made, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": 2 * sum(t.numel() for t in tensors.values())},
-             "weight_map": {name: file for file, held in zip(names, shards) for name in held}}
+    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     (folder / SHARD_INDEX).write_text(json.dumps(index))
 
 
