@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/command_line.ipynb #8a9f3a9c
+import ctypes
 import functools
 import importlib.metadata
 import inspect
@@ -196,6 +197,15 @@ def set_loudness(quiet: bool, verbose: bool) -> None:
     if quiet or not sys.stderr.isatty():
         sys.stderr = Lines(getattr(sys.stderr, "channel", sys.stderr), math.inf if quiet else 60)
 
+# %% ../nbs/command_line.ipynb #b652b6ba
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4 # Settings of glibc's mallopt
+
+def keep_freed() -> None:
+    "Let glibc keep large blocks that are freed for the next ones; else each has new pages, which the system clears."
+    if setting := getattr(ctypes.CDLL(None), "mallopt", None):
+        setting(M_MMAP_MAX, 0)
+        setting(M_TRIM_THRESHOLD, 2**30)
+
 # %% ../nbs/command_line.ipynb #105c9cd2
 class RunLog(logging.FileHandler):
     "A log whose file cannot be written ends the run, as another file of its does."
@@ -309,6 +319,7 @@ def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: 
             if extra.get("quick"): own["job"] = quick_job(own["job"], given_in(context, QUICK))
             if settings: own["settings"] = settings(**from_settings)
             check_ranges(own)
+            if of_job: keep_freed()
             if "context" in inspect.signature(function).parameters: own["context"] = context
             with stop_says(STOPPED if resumes else NOTHING_KEPT), plugins_of_user(plugin.get("plugin")):
                 if names_are_known(): check_names(from_settings | from_job)
@@ -494,9 +505,9 @@ def train_lab_command(
     out: Path, # the new folder
     steps: int | None = None, # optimiser steps; the recipe's if left out
     seed: int = 0, # seed of every random draw
-    experts: bool = False, # train the sibling with experts
+    experts: bool = False, # train the mixture of experts
 ) -> str:
-    "Train the lab model anew, or its sibling with experts (most of an hour on two cores); resumable."
+    "Train the lab model anew, or its mixture of experts (most of an hour on two cores); resumable."
     from cap_nb.models.lab import DENSE, EXPERTS, train_lab
     check_seed(seed, "--seed")
     train_lab(out, steps, seed, kind=EXPERTS if experts else DENSE)
