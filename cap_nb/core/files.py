@@ -119,11 +119,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         with locked(temporary): yield temporary
 
 # %% ../../nbs/core/01_files.ipynb #c025
-TRACKING = "tracking" # Folder of a tracker of experiments beside a run.json; nothing of ours is written in it
+TRACKING = "tracking" # Folder of a tracker of experiments beside a run's records; nothing of ours is written in it
 
 def is_tracker_s(path: Path) -> bool:
     "Whether a link lies in a tracker's folder."
-    return any(above.name == TRACKING and (above.parent/"run.json").is_file() for above in path.parents)
+    return any((above.parent/name).is_file() for above in path.parents if above.name == TRACKING
+               for name in ("run.json", "records.parquet")) # as it was written, or packed
 
 def check_no_links(folder: Path) -> None:
     "Raise `BadInput` for a link in a folder of ours, through which we would write elsewhere; a tracker may have some."
