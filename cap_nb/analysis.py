@@ -127,7 +127,7 @@ def problem_values(records: Sequence[Measured]) -> tuple[dict[tuple[str, str], f
     return {(record.task, record.uid): record.loss for record in records}, "nats"
 
 def paired_values(first: Sequence[Measured], second: Sequence[Measured]) -> tuple[list[float], str]:
-    "First less second, problem by problem, and the unit; records of other problems raise `BadInput`."
+    "First minus second, problem by problem, and the unit; records of other problems raise `BadInput`."
     kinds = {type(record) for record in (*first, *second)}
     named = [{(record.task, record.uid) for record in records} for records in (first, second)]
     if len(kinds) != 1 or named[0] != named[1]:
@@ -186,7 +186,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 @dataclass(frozen=True)
 class Comparison:
     "A difference on the same problems, with all that decides whether it may be claimed."
-    value: float # First less second, or the number that is set against a line
+    value: float # First minus second, or the number that is set against a line
     low: float # Lower end of its 95 % interval; NaN where an exact test stands alone
     high: float # Upper end
     unit: str # "points" or "nats"; a study may have another
@@ -211,7 +211,7 @@ class Comparison:
 
 # %% ../nbs/06_analysis.ipynb #c035
 def compare(first: Sequence[Measured], second: Sequence[Measured], seed: int = 0, flips: int = 9_999) -> Comparison:
-    "First less second on the same problems, a family of one; records of other problems raise `BadInput`."
+    "First minus second on the same problems, a family of one; records of other problems raise `BadInput`."
     values, unit = paired_values(first, second)
     alone, (gained, lost) = None, (sum(value > 0 for value in values), sum(value < 0 for value in values))
     drawn = any(getattr(record, "sample", 0) for record in (*first, *second)) # then a problem's value is no yes or no
@@ -276,7 +276,7 @@ def compare_methods(
     pairs: Sequence[tuple[str, str]] = CAP_PAIRS, # Methods to compare, as names
     family: str = "this table", # What the comparisons stand in
     seed: int = 0, # Seed of bootstrap and sign flips
-) -> dict[tuple[str, str, float, str], Comparison]: # Title, title, sparsity, measure -> first less second, corrected
+) -> dict[tuple[str, str, float, str], Comparison]: # Title, title, sparsity, measure -> first minus second, corrected
     "Compare pairs of methods on everything that both were measured on; other problems, or no pair, raise `BadInput`."
     check_seed(seed)
     records = {(method_title(first.method), method_title(second.method), first.sparsity, measure): both

@@ -28,7 +28,7 @@ def draw_stratified(pool: Sequence[Example], n: int, seed: int) -> list[tuple[Ex
         raise BadInput(f"{task} has {len(pool)} problems for calibration but n = {n} were asked for: "
                        f"expected at most {len(pool)}; lower n.")
     quartiles = length_quartiles([len(example.input_ids) for example in pool])
-    wanted = Counter(length_quartiles(range(n)))
+    wanted = Counter(length_quartiles(range(n))) # n cut into four, as evenly as it goes: 3, 2, 3, 2 for 10
     rng, drawn = random.Random(f"{seed}/{task}"), []
     for q in range(4):
         members = [example for example, quartile in zip(pool, quartiles) if quartile == q]

@@ -43,7 +43,7 @@ def evaluation_problems(
     worded = {problem.wording for problem in calibrated if problem.uid in exclude}
     eligible = [problem for problem in problems if problem.uid not in exclude and problem.wording not in worded]
     dropped = len(problems) - len(eligible)
-    if dropped and held_out: log.warning("%s: %d problems left out, they were calibrated on", task, dropped)
+    if dropped and held_out: log.warning("%s: left out, since calibrated on: %d", task, dropped)
     n = check_at_least(len(eligible) if n is None else n, 1, "n (problems for evaluation)")
     if n > len(eligible):
         raise BadInput(f"{task} has {len(eligible)} problems for evaluation but n = {n} were asked for: "

@@ -168,7 +168,7 @@ def pooling_weight(losses: HeadLosses, how: str) -> torch.Tensor | None: # Float
     "How much each example counts in its subset's loss; None: all alike. A table without token counts is refused."
     if not check_choice(how, AGGREGATIONS, "aggregation").startswith("pooled"): return None
     if losses.tokens is not None: return losses.tokens.double()
-    raise BadInput(f"The table of losses says not how many target tokens each example has, and aggregation {how!r} "
+    raise BadInput(f"The table of losses does not say how many target tokens each example has, and aggregation {how!r} "
                    "pools over them: expected a table that does, as 'cap score' makes now; score again.")
 
 # %% ../nbs/01_scoring.ipynb #c026
@@ -219,6 +219,7 @@ def score_interval(
     low, high = torch.stack(scores).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     return low, high
 
+# %% ../nbs/01_scoring.ipynb #3ea0357f
 @validate_arguments
 def rank_correlation(
     a: torch.Tensor, # Scores, any shape

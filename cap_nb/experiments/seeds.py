@@ -174,7 +174,7 @@ def compare_over_seeds(
     runs: Mapping[int, Sequence[Evaluation]], # Calibration seed -> what its run measured, from `read_seeds`
     pairs: Sequence[tuple[str, str]] = CAP_PAIRS, # Methods to compare
     family: str = "this table", # What the comparisons stand in
-) -> dict[tuple[str, str, float, str], Comparison]: # Title, title, sparsity, measure -> first less second, corrected
+) -> dict[tuple[str, str, float, str], Comparison]: # Title, title, sparsity, measure -> first minus second, corrected
     "Compare pairs of methods over calibration seeds and problems, two of each at least, or `BadInput` is raised."
     def unit(measure): return "nats" if measure.endswith("loss") else "points"
     splits = {key: split_variance(layout) for key, layout in differences_over_seeds(runs, pairs).items()}

@@ -293,7 +293,7 @@ def judged(
     family: PrimaryFamily, # What was asked in advance, as from `read_families`
     run: Run, # The judged run, as from `load_run`
     chosen: str, # The reading that validation chose
-) -> dict[tuple[str, str, float, str], Comparison]: # Comparison -> first less second, corrected over the family
+) -> dict[tuple[str, str, float, str], Comparison]: # Comparison -> first minus second, corrected over the family
     "The comparisons that were asked in advance; other problems, or fewer comparisons, raise `BadInput`."
     keys, read = family.keys(chosen), run.configuration["evaluation"]["data"]
     found = {task: read.get("choice", {}).get(task, read["accuracy"].get(task)) for task in family.problems}
@@ -368,7 +368,7 @@ def plot_comparisons(
     for (measure, unit), ax in zip(units.items(), panels[0]): ax.set_title(f"{measure} ({unit})", fontsize=8)
     marks = [Line2D([], [], color=colour, marker="o", ms=4, label=name) for colour, name in MARK_LOOKS.values()]
     figure.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle("First less second, 95 % intervals", fontsize=9)
+    figure.suptitle("First minus second, 95 % intervals", fontsize=9)
     return figure
 
 # %% ../../nbs/jobs/07_results.ipynb #c069

@@ -223,7 +223,7 @@ def p_text(p: float) -> str:
 def comparison_note(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str: # A line for below a table
     if not comparisons: raise BadInput("There is no comparison: expected one at least; compare some methods first.")
     family = next(iter(comparisons.values())).family
-    return (f"First less second, 95 % interval in brackets. ▲ better, ▼ worse: the interval leaves zero out, there are "
+    return (f"First minus second, 95 % interval in brackets. ▲ better, ▼ worse: the interval excludes zero, there are "
             f"at least {FEWEST_PAIRS} pairs, and p is at most {LEVEL} after Holm's correction over {family}. "
             f"No mark: undecided.")
 
