@@ -277,7 +277,7 @@ def compare_methods(
     family: str = "this table", # What the comparisons stand in
     seed: int = 0, # Seed of bootstrap and sign flips
 ) -> dict[tuple[str, str, float, str], Comparison]: # Title, title, sparsity, measure -> first minus second, corrected
-    "Compare pairs of methods on everything that both were measured on; other problems, or no pair, raise `BadInput`."
+    "Compare methods on all they share (McNemar 1947, Holm 1979); other problems, or no pair, raise `BadInput`."
     check_seed(seed)
     records = {(method_title(first.method), method_title(second.method), first.sparsity, measure): both
                for first, second in shared_cells(evaluations, pairs)

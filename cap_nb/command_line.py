@@ -35,9 +35,9 @@ from .core.errors import (
     BadInput, check_at_least, check_choice, check_seed, check_sparsity, comments, lacks_memory, refused_path)
 from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
 from .jobs.settings import (
-    changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OPTION_NAMES, option_of,
-    option_text, Planning, QUICK, quick_job, read_rule, recipe_lines, RECIPES, Shrinking, SinglePruning, SpeedSettings,
-    with_method, with_recipe)
+    changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OF_ANSWERS, OPTION_NAMES,
+    option_of, option_text, Planning, QUICK, quick_job, read_rule, recipe_lines, RECIPES, Shrinking, SinglePruning,
+    SpeedSettings, with_method, with_recipe)
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -299,6 +299,15 @@ PLUGIN = make_option("plugin", list[Path] | None, None, "your own Python file, w
                      "attributions, allocations, tasks, texts, families or formats; may be given several times")
 
 # %% ../nbs/command_line.ipynb #09bc3611
+def adjusted(context: typer.Context, from_job: dict, quick: bool | None) -> tuple[Job, bool]: # Is it too small?
+    "The job that the options of a command ask for: a budget's scores are means, and a first look takes minutes."
+    job = changed(Job(), **from_job)
+    if job.prune.budget is not None and "aggregation" in from_job and not given_in(context, ["aggregation"]):
+        job = changed(job, aggregation="mean") # a table with gaps allows no other
+    if not quick: return job, False
+    asked = given_in(context, [name for name in (*QUICK, *OF_ANSWERS) if name in from_job])
+    return quick_job(job, asked), bool({"n", "loss_n"} - {*asked})
+
 def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: type | None = None,
             plugins: bool = True, quick: bool = False, resumes: bool = False) -> Callable: # A decorator
     "Make a function NAME_command the command NAME of the program; whether it resumes is what a stop says."
@@ -313,12 +322,11 @@ def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: 
         def read_and_call(context: typer.Context, **given: object) -> None:
             from_settings, from_job, own, extra, plugin = (
                 {option.field: option.read(given[option.parameter.name]) for option in group} for group in groups)
-            if of_job: own["job"] = changed(Job(), **from_job)
+            few = False
+            if of_job: own["job"], few = adjusted(context, from_job, extra.get("quick"))
             set_loudness(extra.get("quiet", False), extra.get("verbose", False))
-            few = extra.get("quick") and {"n", "loss_n"} - {*given_in(context, QUICK)}
-            if extra.get("quick"): own["job"] = quick_job(own["job"], given_in(context, QUICK))
             if settings: own["settings"] = settings(**from_settings)
-            check_ranges(own)
+            if own.get("config") is None: check_ranges(own) # a file's jobs are checked one by one
             if of_job: keep_freed()
             if "context" in inspect.signature(function).parameters: own["context"] = context
             with stop_says(STOPPED if resumes else NOTHING_KEPT), plugins_of_user(plugin.get("plugin")):
@@ -432,7 +440,7 @@ def run_command(
 
 # %% ../nbs/command_line.ipynb #6801cdd9
 @command(JOB, "model", "calibrate", "prune", "evaluate",
-         without=("aggregation", "calibration_seed", "text", "budget", "backend"), settings=Planning, quick=True)
+         settings=Planning, quick=True)
 def plan_command(
     job: Job,
     settings: Planning,
@@ -440,12 +448,10 @@ def plan_command(
     devices: int = 1, # devices that share the work
     tries: int | None = None, # answers to each problem that 'cap chains' is to write; no chains if left out
     probe: bool = True, # time this device on one layer, for the expected times
-    budget: float | None = None, # share of the masked passes to spend, as 0.25, for mean scores; all if left out
     accelerator: str | None = None, # a device not here, as h100 or h100,link=50: a range of times there
 ) -> str:
     "Say what a job will take, from the model's configuration; no weights are loaded."
     from cap_nb.jobs.planning import plan, plan_text
-    if budget is not None: job = changed(job, budget=budget, aggregation="mean") # the only one that gaps allow
     rates = accelerator if accelerator is not None else "timed" if probe else None
     tokens = settings.prompt_tokens, settings.target_tokens
     said = plan_text(plan(job, devices, rates, *tokens, tries=tries))
@@ -550,9 +556,9 @@ def prune_command(
     job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
     from cap_nb.single_steps import prune_into
     report = prune_into(job, settings, out)
-    said = (f"{out}: {settings.method} set {report.zeros:,} of {report.weights:,} weights in scope to zero "
-            f"({report.reached:.4%}, {settings.sparsity:.4%} asked).\nThe zeros are unstructured: by themselves they "
-            "make the checkpoint neither smaller nor faster; 'cap export' packs it.")
+    said = (f"{out}: {settings.method} set {report.zeros:,} of {report.weights:,} weights in scope of "
+            f"{job.model.name} to zero ({report.reached:.4%}, {settings.sparsity:.4%} asked).\nThe zeros are "
+            "unstructured: by themselves they make the checkpoint neither smaller nor faster; 'cap export' packs it.")
     return f"{why}\n{said}" if why else said
 
 NOT_BY_HARNESS = ("scores", "tasks", "spare", "accuracy_tasks", "evaluate_on", "evaluate_n", "loss_n", "choice_n",
@@ -689,15 +695,15 @@ def bench_command(
     against: str | None = None, # the model that was pruned; if left out, the folder with its zeros filled
     out: Path | None = None, # file for the record, NAME.json; not kept if left out
     note: str = "", # a note for the record, such as what else was running
-) -> str:
+) -> None:
     "Measure tokens a second of a dense and a pruned model, taking turns, in every way that can run here."
     from cap_nb.core.files import write_checked
     from cap_nb.portable.speed import bench_folder, speed_text
     if out and (out.exists() or out.is_symlink()): # told before anything is measured
         raise BadInput(f"{out} exists already: expected the name of a new file; choose another or remove it.")
     record = bench_folder(folder, against, settings, note)
+    typer.echo(speed_text(record)) # before a write that may fail
     if out: write_checked(out, record)
-    return speed_text(record)
 
 # %% ../nbs/command_line.ipynb #c3dd2f5c
 @command(PRUNED)

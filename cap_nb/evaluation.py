@@ -231,7 +231,7 @@ def held_out_losses(
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
 ) -> tuple[LossRecord, ...]: # One record per problem, in the order of the draw
-    "Draw problems of a task and take the losses of their worked solutions (the loss of paper Eq. 1)."
+    "Losses of the worked solutions of drawn problems (paper Eq. 1); too large an n, or a NaN loss: `BadInput`."
     return problem_losses(model, tokenizer, evaluation_problems(task, n, seed, data_dir), style)
 
 # %% ../nbs/05_evaluation.ipynb #15eddc4b

@@ -56,14 +56,18 @@ class Factors:
         return [(part.start, part.stop, (query if part.kind == "query" else shared)[part.index]) for part in p.parts]
 
 # %% ../nbs/03_regions.ipynb #f7144b2e
+WRONG_FACTOR = "is not a positive finite number: expected factors from importance_factors; compute them again."
+
+def all_positive(factors: torch.Tensor) -> bool:
+    "Whether all factors are positive and finite."
+    return bool(factors.isfinite().all() and (factors > 0).all())
+
 def check_head_factors(heads: torch.Tensor, a: Anatomy) -> None:
     "Raise `BadInput` unless there is one positive finite factor per head, [L, H]."
     if tuple(heads.shape) != (a.layers, a.heads):
         raise BadInput(f"The factors have shape {list(heads.shape)}: expected [{a.layers}, {a.heads}], "
                        f"one a head; they belong to another model.")
-    if not (heads.isfinite().all() and (heads > 0).all()):
-        raise BadInput("Some importance factor is not a positive finite number: "
-                       "expected factors from importance_factors; compute them again.")
+    if not all_positive(heads): raise BadInput(f"Some importance factor {WRONG_FACTOR}")
 
 def check_literal(model: nn.Module) -> None:
     "Raise `BadInput` unless slices of one head's size, taken from the other axis, cover each projection once."

@@ -55,7 +55,7 @@ def target_losses(
     model: nn.Module, # A causal language model
     batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
 ) -> torch.Tensor: # Mean cross-entropy over the target tokens of each example, in nats, float64 [B]
-    "The loss of each example of a batch (paper equation 1)."
+    "The loss of each example of a batch (paper equation 1); rows longer than the model's context raise `BadInput`."
     counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
     return mean_by_example(target_token_losses(model, batch), counts)
 
@@ -136,7 +136,7 @@ def score_heads_naive(
     batch_tokens: int = 4096, # Padded tokens per batch
     heads: Sequence[tuple[int, int]] | None = None, # Only these (layer, head); the rest is NaN; None means all
 ) -> HeadLosses: # The table of losses
-    "The table of losses by the paper's hook loop (section 3.2, equation 1): a whole pass for every head and batch."
+    "The table of losses by the paper's hook loop (equation 1), a whole pass per head; unknown heads raise `BadInput`."
     a, count = anatomy(model), len(calibration.examples)
     masked = torch.full((a.layers, a.heads, count), math.nan, dtype=torch.float64)
     intact = torch.zeros(count, dtype=torch.float64)
@@ -206,7 +206,7 @@ def score_interval(
     seed: int = 0, # Seed of the draws
     confidence: float = 0.95, # Share of the draws inside the interval
 ) -> tuple[torch.Tensor, torch.Tensor]: # Lower and upper bound of every score, float64 [L, H] each
-    "Percentile bootstrap intervals of the causal scores over examples; an unknown aggregation raises `BadInput`."
+    "Percentile bootstrap intervals of the causal scores (Efron 1979); an unknown aggregation raises `BadInput`."
     weight = pooling_weight(losses, how)
     check_confidence(confidence), check_at_least(draws, 1, "draws", 10**6)
     rng, subset, scores = torch.Generator().manual_seed(seed), losses.subset, []
@@ -225,7 +225,7 @@ def rank_correlation(
     a: torch.Tensor, # Scores, any shape
     b: torch.Tensor, # Scores of the same shape
 ) -> float: # Spearman's rank correlation, -1 to 1; NaN where all scores are equal
-    "Spearman's rank correlation of two sets of scores; ties share their mean rank; other shapes raise `BadInput`."
+    "Spearman's rank correlation of two sets of scores (1904), ties at their mean rank; other shapes raise `BadInput`."
     if a.shape != b.shape or not a.numel() or not (a.isfinite() & b.isfinite()).all():
         raise BadInput(f"Scores of {list(a.shape)} and {list(b.shape)}: expected one shape and finite numbers; check.")
     return float(stats.spearmanr(a.flatten().tolist(), b.flatten().tolist()).statistic)
@@ -256,7 +256,7 @@ def plot_score_intervals(
     losses: HeadLosses, # A table of losses
     how: str = "paper", # One of `AGGREGATIONS`
 ) -> Figure: # Heads from left to right, layer after layer
-    "Causal scores with their 95 % bootstrap intervals (paper equation 2)."
+    "Causal scores with 95 % bootstrap intervals (paper equation 2); an unknown aggregation raises `BadInput`."
     layers, heads, _ = losses.masked.shape
     numbers = [values.flatten().numpy() for values in (causal_scores(losses, how), *score_interval(losses, how))]
     groups = [f"layer {layer}" for layer in range(layers) for _ in range(heads)]

@@ -57,12 +57,16 @@ class PruneReport:
     table: tuple[tuple[int, str, str, int, int], ...] # (layer, role, name, zeros, weights) of every projection
 
 # %% ../nbs/04_threshold.ipynb #9026ac44
-def prune_report(model: nn.Module, method: str, asked: float, tau: float | None = None, ties: int = 0) -> PruneReport:
-    "Count the zeros of a model, projection by projection."
-    table = tuple((p.layer, p.role, p.name, int((p.weight == 0).sum()), p.weight.numel()) for p in projections(model))
+def report_of(table: tuple, method: str, asked: float, tau: float | None, ties: int) -> PruneReport:
+    "A report from the zeros of every projection."
     zeros, weights = sum(row[3] for row in table), sum(row[4] for row in table)
     return PruneReport(method=method, asked=asked, reached=zeros / weights, weights=weights, zeros=zeros,
                        threshold=tau, ties=ties, table=table)
+
+def prune_report(model: nn.Module, method: str, asked: float, tau: float | None = None, ties: int = 0) -> PruneReport:
+    "Count the zeros of a model, projection by projection."
+    table = tuple((p.layer, p.role, p.name, int((p.weight == 0).sum()), p.weight.numel()) for p in projections(model))
+    return report_of(table, method, asked, tau, ties)
 
 # %% ../nbs/04_threshold.ipynb #e3941897
 @torch.no_grad()

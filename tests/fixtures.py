@@ -27,6 +27,23 @@ def tiny_llama(kind=LlamaConfig, seed=0, **settings):
     return AutoModelForCausalLM.from_config(tiny_config(kind, **settings), **loading).float().eval()
 
 
+def with_settings(path, **settings):
+    """A JSON file with other settings."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def contents(folder, under="."):
+    """All files of a folder, or of one in it, byte for byte."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted((folder / under).rglob("*")) if path.is_file()}
+
+
+def linked(blobs, src):
+    """A folder of links, as the hub's cache is one."""
+    src.mkdir()
+    for path in blobs.iterdir():
+        (src / path.name).symlink_to(path)
+
+
 def made_up(number, length, prompt=4, vocabulary=50):
     """An example whose tokens follow from its number; the loss counts from token `prompt` on."""
     ids = tuple((7 * number + 3 * t) % (vocabulary - 1) + 1 for t in range(length))

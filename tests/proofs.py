@@ -161,15 +161,19 @@ def in_float64(name):
     return model
 
 
-def tiny_calibration(begin=()):
-    """Five random sequences of 5 to 9 tokens: the batch is padded, and longer than the windows; the loss counts from
-    the fourth token on. All may begin with the same tokens."""
-    rng, examples = torch.Generator().manual_seed(1), []
-    for number, length in enumerate(range(5, 10)):
+def random_examples(lengths, seed, begin=()):
+    """Random sequences of these lengths, which may begin with the same tokens; the loss counts from the fourth on."""
+    rng, examples = torch.Generator().manual_seed(seed), []
+    for number, length in enumerate(lengths):
         ids = tuple(torch.randint(3, 97, (length,), generator=rng).tolist())
         examples.append(Example(task="own", uid=str(number), prompt="", target="", answer="", input_ids=(*begin, *ids),
                                 labels=(IGNORED,) * (len(begin) + 3) + ids[3:]))
-    return Calibration.from_examples(examples, k=1)
+    return examples
+
+
+def tiny_calibration(begin=()):
+    """Five sequences of 5 to 9 tokens: the batch is padded, and longer than the windows."""
+    return Calibration.from_examples(random_examples(range(5, 10), 1, begin), k=1)
 
 
 def tiny_factors(model):

@@ -9,6 +9,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import cap_nb.jobs.job
+import cap_nb.single_steps
 import programs
 import pytest
 import torch
@@ -20,10 +21,11 @@ from programs import FEW, assert_one_sentence, called as cap
 from cap_nb.core.files import read_checked
 from cap_nb.models.decoding import generate_naive
 from cap_nb.models.lab import lab_tokenizer
-from cap_nb.command_line import OPTION_NAMES, app, comments
+from cap_nb.command_line import OPTION_NAMES, adjusted, app, comments
 from cap_nb.jobs.records import load_run
-from cap_nb.jobs.settings import Job, QUICK
+from cap_nb.jobs.settings import Job, QUICK, changed
 from cap_nb.methods.resumed_scoring import load_losses
+from cap_nb.single_steps import warn_of_seen
 from conftest import ROOT
 
 @pytest.fixture(scope="module")
@@ -101,16 +103,42 @@ def test_vllm_writes_the_answers_of_a_run(finished, tmp_path, monkeypatch):
 
 
 def test_a_run_within_a_budget_says_what_was_measured(tmp_path):
-    few = [*FEW, "--n", "4", "--accuracy-tasks", "none", "--tasks", "lab-arc", "--methods", "cap", "--sparsity", "0.5", "--aggregation", "mean"]
-    result = cap("run", *few, "--budget", "0.7", "--out", tmp_path / "part")
+    few = [*FEW, "--n", "4", "--accuracy-tasks", "none", "--tasks", "lab-arc", "--methods", "cap", "--sparsity", "0.5"]
+    result = cap("run", *few, "--budget", "0.7", "--out", tmp_path / "part") # whose scores are means, as no other form allows gaps
     assert result.exit_code == 0 and "- budget: 0.7" in result.stdout, result.output
     run, lines = load_run(tmp_path / "part"), (tmp_path / "part" / "tables" / "screening.csv").read_text().splitlines()
     assert run.losses is None and not run.partial.measured.all() and not run.scores.isnan().any()
     assert [int(line.split(",")[2]) for line in lines[1:]] == run.partial.measured.sum(-1).flatten().tolist()
     assert cap("pack", tmp_path / "part").exit_code == 0 and torch.equal(load_run(tmp_path / "part").scores, run.scores)
+    few += ["--aggregation", "mean"]
     assert_one_sentence(cap("run", *few, "--out", tmp_path / "part"), "--budget is left out, the run in this folder has 0.7")
     claims = ["claims", *FEW, "--base", tmp_path / "part", "--out", tmp_path / "claims", "--tasks", "lab-arc", "--accuracy-tasks", "none"]
     assert_one_sentence(cap(*claims), "has no whole table of losses")
+
+
+def test_a_first_look_answers_where_settings_of_answers_are_given():
+    for words, tasks in (([], ()), (["--evaluate-n", "5"], None), (["--accuracy-tasks", "none"], ()), (["--samples", "4", "--temperature", "0.7"], None)):
+        context = typer.main.get_command(app).commands["run"].make_context("run", ["--quick", *words])
+        job, few = adjusted(context, {"evaluate_n": 5, "samples": 1, "max_new_tokens": None, "shots": 0, "backend": "transformers"}, True)
+        assert (job.evaluate.accuracy_tasks, few) == (tasks, True), words
+
+
+def test_what_eval_lacks_is_told_before_anything_is_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(cap_nb.single_steps, "evaluate", lambda *_: pytest.fail("it answered"))
+    few = ["eval", "--device", "cpu", "--tasks", "lab-arc", "--evaluate-n", "1", "--loss-n", "1"]
+    assert_one_sentence(cap(*few, "--text", "wikitext2", "--data-dir", tmp_path), "wikitext")
+    (tmp_path / "file").touch()
+    assert_one_sentence(cap(*few, "--windows", "0", "--out", tmp_path / "file" / "new"), "file")
+
+
+def test_eval_warns_of_problems_that_were_calibrated_on(caplog):
+    seen = {"calibration": {"examples": {"gsm8k": 3}}}
+    for job, pruned, warned in ((changed(Job(), evaluate_on="validation"), seen, True), (Job(), seen, False), (changed(Job(), evaluate_on="validation"), {}, False),
+                                (changed(Job(), accuracy_tasks=("gsm8k_fresh",)), seen, True),
+                                (changed(Job(), accuracy_tasks=("gsm8k_fresh",)), {"calibration": seen["calibration"] | {"spare": ["gsm8k_fresh"]}}, False)):
+        caplog.clear()
+        warn_of_seen(job, pruned)
+        assert bool(caplog.records) == warned, (job, pruned)
 
 
 def test_tables_and_figures_are_made_again_from_the_records(finished, tmp_path):

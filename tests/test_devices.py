@@ -143,6 +143,13 @@ def test_a_slow_process_takes_fewer_units(tmp_path, undisturbed):
     assert (done[0][0], done[1][0]) == (UNITS - 1, 1) and table_bytes(tmp_path) == undisturbed
 
 
+def waiting_owner(place, said, name):
+    """An owner that has begun, and waits for a file at its first unit."""
+    owner = started(alone, place, said, lambda store, number: until(lambda: (store/name).exists()) if number == 0 else None)
+    until(lambda: list(place.rglob("claims")))
+    return owner
+
+
 def test_a_helper_that_dies_at_a_unit_is_made_up_for(tmp_path, undisturbed):
     """The owner passes over the helper's unit, waits for it, and computes it when the helper has died."""
     def dies_last(store, number):
@@ -150,8 +157,7 @@ def test_a_helper_that_dies_at_a_unit_is_made_up_for(tmp_path, undisturbed):
         os._exit(9)
 
     said = PROCESSES.Queue()
-    owner = started(alone, tmp_path, said, lambda store, number: until(lambda: (store/"helper is at work").exists()) if number == 0 else None)
-    until(lambda: list(tmp_path.rglob("claims")))
+    owner = waiting_owner(tmp_path, said, "helper is at work")
     late = started(helper, tmp_path, said, lambda store, number: ((store/"helper is at work").touch(), dies_last(store, number)))
     assert said.get(timeout=120)[:2] == ("owner", UNITS)
     owner.join(300), late.join(300)
@@ -160,8 +166,7 @@ def test_a_helper_that_dies_at_a_unit_is_made_up_for(tmp_path, undisturbed):
 
 def test_a_helper_has_the_owner_s_settings(tmp_path):
     said = PROCESSES.Queue()
-    owner = started(alone, tmp_path, said, lambda store, number: until(lambda: (store/"go on").exists()) if number == 0 else None)
-    until(lambda: list(tmp_path.rglob("claims")))
+    owner = waiting_owner(tmp_path, said, "go on")
     with pytest.raises(BadInput, match="has other settings"):
         help_scoring(*model_and_examples(), Request(batch_tokens=20, store=tmp_path))
     (tmp_path/"go on").touch()

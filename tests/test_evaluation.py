@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import DATA, ROOT, needs_data
-from fixtures import tiny_llama
+from fixtures import contents, tiny_llama
 from programs import finished
 from proofs import TINY_MODELS, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -200,12 +200,12 @@ def test_a_run_weighs_options_and_keeps_what_it_weighed(tmp_path):
     assert compared.value == pytest.approx(4 * sum(a.probability_mean - b.probability_mean for a, b in zip(run.evaluations[1].choices, run.evaluations[0].choices)))
     assert set(results_frame(tmp_path / "with")["measure"]) == {"loss", "choice", "choice norm", "gold p", "gold p norm"}
     for name in ("with", "without"):
-        live = {p.relative_to(tmp_path / name): p.read_bytes() for p in sorted((tmp_path / name / "evaluations").rglob("*")) if p.is_file()}
+        live = contents(tmp_path / name, "evaluations")
         before = load_run(tmp_path / name).evaluations
         pack_run(tmp_path / name)
         assert load_run(tmp_path / name).evaluations == before
         unpack_run(tmp_path / name, tmp_path / f"{name} again")
-        assert live == {p: (tmp_path / f"{name} again" / p).read_bytes() for p in live}
+        assert live == contents(tmp_path / f"{name} again", "evaluations")
     columns = [set(pq.read_schema(tmp_path / name / "records.parquet").names) for name in ("with", "without")]
     assert columns[0] - columns[1] == {"by_sum", "by_mean", "correct_mean", "probability", "probability_mean"}
     assert "choice_n" not in read_run(tmp_path / "without")["evaluation"] and not list((tmp_path / "without again").rglob("choices.csv"))
@@ -242,10 +242,8 @@ def test_a_run_that_was_killed_within_a_task_goes_on_behind_its_last_part(tmp_pa
     run_job(changed(Job(), **settings), tmp_path / "killed")
     assert calls == [3, 4, 4, 3] and not (tmp_path / "killed" / "unfinished").exists()
     run_job(changed(Job(), **settings), tmp_path / "whole")
-    files = [path for path in sorted((tmp_path / "whole" / "evaluations").rglob("*")) if path.is_file()]
-    assert len(files) == 6
-    for path in files:
-        assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes()
+    whole = contents(tmp_path / "whole", "evaluations")
+    assert len(whole) == 6 and whole == contents(tmp_path / "killed", "evaluations")
 
 
 def test_worked_examples_are_recorded_and_read():
@@ -283,8 +281,8 @@ def test_drawn_answers_in_a_run_that_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "PART", 9)
     for name in ("killed", "whole"):
         run_job(changed(Job(), **DRAWN), tmp_path / name)
-    whole = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in sorted((tmp_path / "whole" / "evaluations").rglob("*")) if path.is_file()}
-    assert len(whole) == 6 and whole == {name: (tmp_path / "killed" / name).read_bytes() for name in whole}
+    whole = contents(tmp_path / "whole", "evaluations")
+    assert len(whole) == 6 and whole == contents(tmp_path / "killed", "evaluations")
     run = load_run(tmp_path / "whole")
     for evaluation in run.evaluations:
         assert [answer.sample for answer in evaluation.answers] == [0, 1, 2] * 9

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.utils.prune
-from fixtures import tiny_config, tiny_llama
+from fixtures import tiny_config, tiny_llama, with_settings
 from hub import arc_rows, gsm8k_rows, save_llama
 from safetensors.torch import load_file, save_file
 
@@ -244,11 +244,7 @@ def test_zeros_that_are_there_already_are_told(place, caplog):
 
 # ---- what a folder says beside the configuration ----
 def edited(name, **settings):
-    def change(place):
-        path = place / "model" / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-
-    return change
+    return lambda place: with_settings(place / "model" / name, **settings)
 
 
 def with_template(text):
@@ -325,7 +321,7 @@ def test_a_template_that_cannot_ask_is_refused(what, place):
 
 def test_a_tokenizer_without_a_template_is_told(place, caplog):
     (place / "model" / "chat_template.jinja").unlink()
-    prompts.tell_of_plain_prompts.cache_clear()
+    prompts.warn_of_plain_prompts.cache_clear()
     for _ in range(2):
         run_job(job_in(place), place / "plain")
     assert [r.message for r in caplog.records if r.name == prompts.__name__] == [

@@ -8,12 +8,11 @@ import os
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from proofs import ENDS, TINY_MODELS, tiny_factors
+from proofs import ENDS, TINY_MODELS, random_examples, tiny_factors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.data.problems import load_problems
-from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.evaluation import problem_losses
 from cap_nb.importance import importance_factors
@@ -76,13 +75,9 @@ def copied(model):
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
 
-def examples(count, seed, longest=12):
+def examples(count, seed):
     """Random token sequences, each of another length."""
-    rng, drawn = torch.Generator().manual_seed(seed), []
-    for number in range(count):
-        ids = tuple(torch.randint(3, 97, (longest - number,), generator=rng).tolist())
-        drawn.append(Example(task="own", uid=f"{number}", prompt="", target="", answer="", input_ids=ids, labels=(IGNORED,) * 3 + ids[3:]))
-    return drawn
+    return random_examples(range(12, 12 - count, -1), seed)
 
 
 # ---- regions tile ----

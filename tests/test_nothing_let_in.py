@@ -29,6 +29,7 @@ from cap_nb.models.loading import load_model
 from cap_nb.portable.quantised import export_gguf
 from cap_nb.methods.resumed_scoring import load_losses
 from conftest import ROOT
+from fixtures import with_settings
 from hub import save_llama
 from programs import FEW, called
 from test_quantised import saved
@@ -104,8 +105,7 @@ def copy(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
 
     def change(name, **settings):
-        path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        with_settings(folder / name, **settings)
         return folder
 
     return change

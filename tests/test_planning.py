@@ -323,7 +323,7 @@ def test_times_grow_with_the_work_and_a_run_is_its_parts():
 ])
 def test_a_plan_has_the_rows_of_what_its_methods_need(methods, rows):
     text = plan_text(plan(changed(Job(), n=4, methods=methods), rates=RATES, memory=GIB))
-    found = {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")} - {"Stage", "loading the weights", "evaluating one model"}
+    found = {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")} - {"Stage", "---", "loading the weights", "evaluating one model"}
     assert found == rows
     assert ("Scoring" in text) == ("a scoring" in text) == ("scoring" in rows)
 

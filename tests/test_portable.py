@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures import tiny_llama, write_large
+from fixtures import contents, linked, tiny_llama, write_large
 from programs import finished
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MixtralConfig
@@ -27,8 +27,11 @@ from cap_nb.portable.format import CHECKSUM, MANIFEST, Manifest, export_folder, 
 PACKED = ".packed.safetensors"
 
 
-def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def comes_back(src, place, *base):
+    """Packed, as a delta where a base is given, and restored a folder is the same, byte for byte."""
+    export_folder(src, place / "small", *(("delta", *base) if base else ()))
+    restore_folder(place / "small", place / "back", *base)
+    assert contents(place / "back") == contents(src)
 
 
 def state(folder):
@@ -71,13 +74,9 @@ def test_the_round_trip_is_byte_equal(tmp_path, monkeypatch, case, piece):
     for module in (files_module, format_module):
         monkeypatch.setattr(module, "PIECE", piece)
     src = saved(tmp_path / "src", **CASES[case])
-    export_folder(src, tmp_path / "delta", "delta", tmp_path / "base")
-    restore_folder(tmp_path / "delta", tmp_path / "again", tmp_path / "base")
-    assert contents(tmp_path / "again") == contents(src)
+    comes_back(src, tmp_path / "delta", tmp_path / "base")
     made_awkward(src)
-    export_folder(src, tmp_path / "small")
-    restore_folder(tmp_path / "small", tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(src)
+    comes_back(src, tmp_path)
     packed = load_file(next((tmp_path / "small").glob(f"*{PACKED}")))
     assert (b"kept" in b" ".join(name.encode() for path in (tmp_path / "small").glob(f"*{PACKED}") for name in load_file(path))) == (case != "dense")
     assert "header" in packed
@@ -111,25 +110,16 @@ def test_strange_tensors_come_back(tmp_path):
     (src / "config.json").write_text("{}")
     (src / "deep" / "er" / "empty").touch()
     save_file(tensors, src / "model.safetensors", metadata={"b": "2", "a": "1"})
-    export_folder(src, tmp_path / "small")
-    restore_folder(tmp_path / "small", tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(src)
-    export_folder(src, tmp_path / "delta", "delta", src)
-    restore_folder(tmp_path / "delta", tmp_path / "back2", src)
-    assert contents(tmp_path / "back2") == contents(src)
+    comes_back(src, tmp_path)
+    comes_back(src, tmp_path / "delta", src)
 
 
 def test_a_folder_of_links_becomes_a_folder_of_files(tmp_path):
     blobs, src = saved(tmp_path / "blobs"), tmp_path / "src"
-    src.mkdir()
-    for path in blobs.iterdir():
-        (src / path.name).symlink_to(path)
+    linked(blobs, src)
     export_folder(src, tmp_path / "small")
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for path in (tmp_path / "small").iterdir():
-        (linked / path.name).symlink_to(path)
-    restore_folder(linked, tmp_path / "back")
+    linked(tmp_path / "small", tmp_path / "linked")
+    restore_folder(tmp_path / "linked", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(blobs) and not any(path.is_symlink() for path in (tmp_path / "back").iterdir())
 
 
@@ -206,9 +196,7 @@ def test_a_source_that_changed_between_two_attempts_is_packed_again(tmp_path, mo
     shard = sorted(src.glob("*.safetensors"))[1]
     save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
     (src / "tokenizer.json").write_text("another")
-    export_folder(src, tmp_path / "small")
-    restore_folder(tmp_path / "small", tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(src)
+    comes_back(src, tmp_path)
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
@@ -274,13 +262,11 @@ def test_no_name_leads_out(tmp_path, name):
 def test_lists_that_do_not_fit_together(tmp_path):
     src = saved(tmp_path / "src")
     first, *rest = export_folder(src, tmp_path / "small").files
-    for files in ([first, first, *rest], [replace(first, name=f"{first.name}/x", stored=f"{first.name}/x"), first, *rest],
-                  [replace(first, stored="../src/config.json"), *rest], [replace(first, bytes="many"), *rest], [replace(first, name=3), *rest]):
-        hashed(tmp_path / "small", files)
-        with pytest.raises(BadInput, match="packed.json is damaged"):
-            restore_folder(tmp_path / "small", tmp_path / "new")
-    for changes in (dict(kind="delta"), dict(kind="delta", base={}), dict(base={"name": "a", "sha256": "b"}), dict(kind=["bitmask"])):
-        hashed(tmp_path / "small", [first, *rest], **changes)
+    lists = ([first, first, *rest], [replace(first, name=f"{first.name}/x", stored=f"{first.name}/x"), first, *rest],
+             [replace(first, stored="../src/config.json"), *rest], [replace(first, bytes="many"), *rest], [replace(first, name=3), *rest])
+    kinds = (dict(kind="delta"), dict(kind="delta", base={}), dict(base={"name": "a", "sha256": "b"}), dict(kind=["bitmask"]))
+    for files, changes in (*((files, {}) for files in lists), *(([first, *rest], changes) for changes in kinds)):
+        hashed(tmp_path / "small", files, **changes)
         with pytest.raises(BadInput, match="packed.json is damaged"):
             restore_folder(tmp_path / "small", tmp_path / "new")
     for text in ("[]", "3", "null", '{"format": "cap_nb packed folder", "version": 1}', "{", ""):

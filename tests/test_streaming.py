@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from fixtures import made_up_calibration, tiny_llama, write_large
+from fixtures import linked, made_up_calibration, tiny_llama, with_settings, write_large
 from programs import finished
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -209,11 +209,8 @@ def test_what_belongs_to_the_model_comes_along_and_nothing_else(tmp_path):
 
 
 def test_a_folder_of_links_becomes_a_folder_of_files(tmp_path):
-    """The hub's cache is such a folder."""
     blobs, src = saved(tmp_path / "blobs"), tmp_path / "src"
-    src.mkdir()
-    for path in blobs.iterdir():
-        (src / path.name).symlink_to(path)
+    linked(blobs, src)
     before = hashes(blobs)
     prune_checkpoint(src, tmp_path / "new", 0.3, factors_of(src))
     assert hashes(blobs) == before and not any(path.is_symlink() for path in (tmp_path / "new").iterdir())
@@ -225,13 +222,6 @@ def without(tensor, value=None):
         tensors = load_file(shard)
         old = tensors.pop(tensor)
         save_file(tensors if value is None else tensors | {tensor: value(old)}, shard, metadata={"format": "pt"})
-    return change
-
-
-def configured(**settings):
-    def change(src):
-        path = src / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     return change
 
 
@@ -249,7 +239,7 @@ def with_nan(weight):
 
 
 DAMAGE = {
-    "quantised": (configured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "is quantised"),
+    "quantised": (lambda src: with_settings(src / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "is quantised"),
     "missing shard": (lambda src: sorted(src.glob("*.safetensors"))[2].unlink(), "a shard that the index names"),
     "cut off": (cut_off, "is damaged"),
     "missing weight": (without(KEY), KEY),
@@ -259,15 +249,19 @@ DAMAGE = {
 }
 
 
+def refused(place, sentence, sparsity=0.3, **options):
+    with pytest.raises(BadInput) as error:
+        prune_checkpoint(place / "src", place / "new", sparsity, **options)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert left_behind(place) == []
+
+
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_checkpoint_that_cannot_be_pruned_is_refused_in_one_sentence(tmp_path, what):
     src = saved(tmp_path / "src")
     factors, (change, sentence) = factors_of(src), DAMAGE[what]
     change(src)
-    with pytest.raises(BadInput) as error:
-        prune_checkpoint(src, tmp_path / "new", 0.3, factors)
-    assert sentence in str(error.value) and "\n" not in str(error.value)
-    assert left_behind(tmp_path) == []
+    refused(tmp_path, sentence, factors=factors)
 
 
 def test_a_wrong_call_is_refused_in_one_sentence(tmp_path):
@@ -280,10 +274,7 @@ def test_a_wrong_call_is_refused_in_one_sentence(tmp_path):
              (dict(method="wanda", norms=norms | {name: -norms[name]}), f"The input norms of {name}"),
              (dict(factors=factors, method="cap@3:8", sparsity=0.375), "does not divide into groups of 8")]
     for options, sentence in wrong:
-        with pytest.raises(BadInput) as error:
-            prune_checkpoint(src, tmp_path / "new", **{"sparsity": 0.3} | options)
-        assert sentence in str(error.value) and "\n" not in str(error.value)
-        assert left_behind(tmp_path) == []
+        refused(tmp_path, sentence, **options)
     for taken in (src, src / "config.json"):
         before = hashes(src)
         with pytest.raises(BadInput, match="exists already"):
@@ -394,6 +385,17 @@ def test_every_layout_is_solved_as_in_memory(tmp_path, kind, method):
     assert report == prune_report(model, method, 0.5)
     outside = {id(p.parameter) for p in projections(new)}
     assert all(torch.equal(a, b) for a, b in zip(new.parameters(), load(tmp_path / "src").parameters()) if id(a) not in outside)
+
+
+def test_wanda_takes_the_norms_that_hessians_hold(tmp_path):
+    src = saved(tmp_path / "src")
+    save_hessians(load(src), made_up_calibration(12, shortest=8), tmp_path / "G")
+    norms = open_hessians(tmp_path / "G", open_checkpoint(src), checkpoint_fingerprint(src)).norms()
+    by_hessians = solve_checkpoint(src, tmp_path / "new", 0.5, tmp_path / "G", "wanda")
+    assert by_hessians == prune_checkpoint(src, tmp_path / "other", 0.5, method="wanda", norms=norms)
+    assert all(torch.equal(p.weight, q.weight) for p, q in zip(projections(load(tmp_path / "new")), projections(load(tmp_path / "other")), strict=True))
+    with pytest.raises(BadInput, match="uses no Hessians"):
+        solve_checkpoint(src, tmp_path / "third", 0.5, tmp_path / "G", "magnitude")
 
 
 def test_hessians_of_another_model_or_half_a_folder_are_refused(tmp_path):

@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 import typer
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from programs import called as cap
 from cap_nb.command_line import app, known_options
+from cap_nb.core.errors import BadInput
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.records import load_run, pack_run, read_run, unpack_run
 from cap_nb.jobs.results import compare_runs
@@ -87,6 +89,15 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = cap("run", "--track", missing[0])
     assert result.exit_code == 2 and f"{missing[0]} is not installed" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_tracker_that_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda *_: 1 / 0)
+    with tracked(next(iter(map(str, get_available_trackers())), None), tmp_path) as follow:
+        if follow is None:
+            pytest.skip("no tracker is installed")
+        with pytest.raises(BadInput, match="did not start .ZeroDivisionError.*log in to it"):
+            follow({"model": {"name": "lab"}, "methods": [], "sparsities": []})
 
 
 @pytest.mark.skipif("wandb" not in map(str, get_available_trackers()), reason="wandb is not installed")

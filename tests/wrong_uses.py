@@ -154,7 +154,7 @@ COMMANDS = {
     "scoring in part": [f"score {FEW_EXAMPLES} --out PLACE/new.safetensors {options}" for options in (
         "--budget 0", "--budget nan", "--budget 1.5", "--budget 0.01", "--budget 0.5 --join", "--join", "--heads-at-once 0", "--budget 0.9 --heads-at-once -3",
         "--score-target divergence --budget 0.5", "--store PLACE/file.txt", "--calibrate-on /dev/zero")]
-    + [f"{RUN} --budget 0.5 --methods cap", "prune --method magnitude --scores PLACE/nothing --out PLACE/new --stream"],
+    + [f"{RUN} --budget 0.5 --methods cap --aggregation paper", f"{RUN} --budget 0.5 --methods wanda", f"hessians {FEW_EXAMPLES} --out PLACE/model", "prune --method magnitude --scores PLACE/nothing --out PLACE/new --stream"],
     "options that nothing reads": [f"{PRUNE} {options}" for options in (
         "--method cap.relevance --scores PLACE/nothing", "--method wanda --scores PLACE/nothing", "--method cap.pooled --score-target divergence",
         "--method cap.relevance --stream --model PLACE/model", "--method wanda --ties all", "--method magnitude@row --ties all",

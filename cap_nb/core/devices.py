@@ -38,8 +38,7 @@ def module_of(device: torch.device) -> object | None: # As torch.cuda
 # %% ../../nbs/core/08_devices.ipynb #5b11aa96
 def finish(device: torch.device) -> None:
     "Wait until a device has done what it was given."
-    if device.type == "mps": torch.mps.synchronize()
-    elif module := module_of(device): module.synchronize(device)
+    if module := module_of(device): module.synchronize(device)
 
 def make_current(device: torch.device) -> None:
     "Let kernels run on this device where they are told of none."

@@ -41,9 +41,11 @@ def check_device(name: str) -> str:
                    "the spelling.")
 
 # %% ../../nbs/core/00_errors.ipynb #c014
+import importlib
 import math
 import numbers
 import operator
+from types import ModuleType
 
 def is_number(value: object, kind: type = numbers.Real) -> bool:
     "Whether a value is a number, numpy's included; `True` is none, and `numbers.Integral` asks for a whole one."
@@ -81,6 +83,13 @@ def check_index(index: int, count: int, what: str) -> int:
     "Return `index` if it is a whole number from 0 to `count` - 1; otherwise raise `BadInput`."
     if 0 <= operator.index(index) < count: return index
     raise BadInput(f"{what} is {index!r}: expected a whole number from 0 to {count - 1}; choose one of them.")
+
+def imported(name: str, called: str, wanted: str) -> ModuleType:
+    "An optional package; where it is missing, `BadInput` says how to get it."
+    try: return importlib.import_module(name)
+    except ImportError as error:
+        raise BadInput(f"{called} is not installed, or not all of it ({error.name} is missing): expected {wanted}."
+                       ) from error
 
 # %% ../../nbs/core/00_errors.ipynb #ddcc7c79
 import functools

@@ -154,8 +154,7 @@ class SvampRecord(BaseModel):
 def read_svamp(record: Mapping, task: str = "svamp") -> Problem:
     "A SVAMP record as a problem (Patel et al. 2021); it has no worked solution."
     fields = fitting(SvampRecord, record)
-    number = format(fields.Answer, "f")
-    if "." in number: number = number.rstrip("0").rstrip(".")
+    number = format(fields.Answer.normalize(), "f")
     return Problem(task=task, question=f"{fields.Body.strip()} {fields.Question.strip()}", solution="", answer=number)
 
 class MathRecord(BaseModel):

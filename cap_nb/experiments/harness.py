@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig
 import cap_nb
 from ..calibration import default_style
-from ..core.errors import BadInput, check_at_least, validate_arguments
+from ..core.errors import BadInput, check_at_least, imported, validate_arguments
 from ..core.files import read_json, taken_as, whole_file, write_text
 from ..data.problems import Problem, TASKS, task_family
 from ..data.prompts import ANSWER_LINES, PromptStyle, encode_problems, normal_answer, prompt_style
@@ -36,11 +36,9 @@ from ..models.decoding import inference, one_task, stop_tokens, token_limit
 # %% ../../nbs/experiments/04_harness.ipynb #c005
 def imported_harness() -> ModuleType: # The package lm_eval
     "lm-evaluation-harness (Gao et al.); where it is missing, `BadInput` says how to get it."
-    try: import lm_eval.models.huggingface, lm_eval.tasks
-    except ImportError as error:
-        raise BadInput(f"lm-evaluation-harness is not installed, or not all of it ({error.name} is missing): "
-                       "expected lm_eval[hf]; run pip install 'cap_nb[harness]'.") from error
-    return lm_eval
+    for part in ("lm_eval.models.huggingface", "lm_eval.tasks", "lm_eval"):
+        package = imported(part, "lm-evaluation-harness", "lm_eval[hf]; run pip install 'cap_nb[harness]'")
+    return package
 
 # %% ../../nbs/experiments/04_harness.ipynb #c010
 HARNESS_TASKS = Path(cap_nb.__file__).parent/"experiments"/"harness_tasks" # Task files, one a benchmark

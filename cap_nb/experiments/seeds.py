@@ -141,7 +141,7 @@ def cells_over_seeds(runs: Mapping[int, Sequence[Evaluation]]) -> dict[tuple[str
 def seed_table(
     runs: Mapping[int, Sequence[Evaluation]], # Calibration seed -> what its run measured, from `read_seeds`
 ) -> pd.DataFrame: # Rows (Method, Sparsity, Measure); means with intervals, standard deviations of one run's number
-    "Means over calibration seeds and problems, and the part that each has in the uncertainty of a single run."
+    "Means over calibration seeds and problems, and each one's part of a run's uncertainty; no common cell: `BadInput`."
     rows = {}
     for (method, sparsity), evaluations in cells_over_seeds(runs).items():
         for measure, layout in seed_layouts(evaluations).items():

@@ -37,8 +37,9 @@ from .records import (
     cell_name, cells_of, environment, evaluation_folder, load_evaluation, mask_fingerprint, note_environment,
     note_stage, open_run, piece_folder, save_evaluation, save_report, together)
 from .report import write_results
-from .settings import (
-    CalibrateSettings, changed, check_counts, EvaluateSettings, examples_by_kind, Job, QUICK, read_rule, share_of_text)
+from cap_nb.jobs.settings import (
+    CalibrateSettings, changed, check_counts, check_read, EvaluateSettings, examples_by_kind, Job, QUICK, read_rule,
+    share_of_text)
 from ..methods.criteria import Inputs
 from ..methods.experts import UnitFactors
 from ..methods.neurons import UNIT_AWARE
@@ -48,7 +49,7 @@ from ..methods.prune import (
 from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
 from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
 from ..models.anatomy import context_of, projections
-from ..models.checks import tell_of_zeros, zeros_of
+from ..models.checks import warn_of_zeros, zeros_of
 from ..models.choices import choice_records, has_options
 from ..models.decoding import check_room, Decoding, held_by_vllm, imported_vllm, Sampling, token_limit, WRITERS
 from ..models.loading import (
@@ -98,6 +99,9 @@ def check_screening(job: Job) -> None:
         if reading_of(attribution).pooled:
             raise BadInput(f"Method {method!r} was asked for with --budget: expected a whole table, since losses are "
                            "pooled over the tokens of whole subsets; leave --budget or the method out.")
+    if job.prune.methods and not any(by_masked_heads(check_method(method)) for method in job.prune.methods):
+        raise BadInput(f"--budget was given, and none of {', '.join(job.prune.methods)} is scored by masking heads: "
+                       "expected a method as cap; name one, or leave --budget out.")
 
 # %% ../../nbs/jobs/03_job.ipynb #ce60290c
 def check_job(job: Job) -> None:
@@ -115,6 +119,7 @@ def check_job(job: Job) -> None:
     if job.evaluate.text is not None: check_choice(job.evaluate.text, TEXTS, "text")
     if check_choice(job.evaluate.backend, WRITERS, "backend") == "vllm": imported_vllm()
     check_counts(job)
+    check_read(job)
     chains_of(job.calibrate)
     placed(job.model.device)
     dtype_named(job.model.dtype, job.model.device)
@@ -347,7 +352,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
     calibration = job_calibration(job, tokenizer)
     check_text_unseen(job, calibration)
     check_problems(job, model, tokenizer, calibration)
-    tell_of_zeros(*zeros_of(model))
+    warn_of_zeros(*zeros_of(model))
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
 

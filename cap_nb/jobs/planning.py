@@ -27,6 +27,7 @@ from ..evaluation import token_limit
 from .job import check_job, filled_in, job_calibration
 from .records import cells_of
 from .settings import changed, examples_by_kind, Job, MOST, option_of
+from .tables import markdown_rows
 from ..methods.block import FORMS, Training, training_tokens
 from ..methods.budgets import BudgetSettings
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
@@ -35,7 +36,7 @@ from ..methods.screening import by_task, first_counts, task_indices
 from ..models.anatomy import Anatomy, context_of, dimensions, projections
 from ..models.choices import has_options
 from ..models.families import family_of, HOLDS
-from ..models.lab import CHECKPOINT, EXPERTS_CHECKPOINT, lab_tokenizer
+from ..models.lab import lab_tokenizer, LABS
 from ..models.loading import (
     check_not_quantised, config_of, dtype_named, HUB_ID, load_tokenizer, model_cache)
 
@@ -105,8 +106,6 @@ SHORT_NAMES = {"llama-3-8b": LLAMA, "llama-3-8b-instruct": LLAMA, "mistral-7b": 
                "llama-3-70b": LLAMA_70B, "mixtral-8x22b": MIXTRAL} # Besides ids without owner
 
 # %% ../../nbs/jobs/04_planning.ipynb #c010
-LABS = {"lab": CHECKPOINT, "lab-moe": EXPERTS_CHECKPOINT} # Checkpoints of the package
-
 def local_folder(name: str) -> Path | None:
     "The folder of a model on this machine, None for other names; one without its config.json raises `BadInput`."
     if Path(name).is_dir(): folder = Path(name)
@@ -674,6 +673,11 @@ def run_seconds(planned: Plan) -> tuple[float, float]: # At best, at worst
     for method, _ in planned.cells[1:]: visits += pruning_stages(method)
     return tuple(sum(count * seconds[name][end] for name, count in visits.items()) for end in (0, 1))
 
+def placed_job(job: Job, elsewhere: bool) -> Job:
+    "The job on the device that a plan is for: one here, or one elsewhere, for which nothing of this machine counts."
+    if job.model.device == "auto" or elsewhere: job = changed(job, device=None) # --devices says how many
+    return changed(job, dtype="bfloat16") if elsewhere and job.model.dtype == "fastest" else job
+
 # %% ../../nbs/jobs/04_planning.ipynb #c054
 @validate_arguments
 def plan(
@@ -686,12 +690,12 @@ def plan(
     tries: int | None = None, # Answers to every problem that `cap chains` is to write; None plans no chains
 ) -> Plan: # The plan
     "What a job will take, from the model's configuration alone; a wrong name or count raises `BadInput`."
-    check_job(job)
+    elsewhere = isinstance(rates, str) and rates != "timed"
+    check_job(job := placed_job(job, elsewhere))
     counts = {"devices": devices, "prompt-tokens": prompt_tokens, "target-tokens": target_tokens, "tries": tries}
     for name, count in counts.items():
         if count is not None: check_at_least(count, 1, f"--{name}", MOST)
     if memory is not None: check_at_least(memory, 1, "memory", 2**63 - 1)
-    elsewhere = isinstance(rates, str) and rates != "timed"
     if elsewhere and memory is not None:
         raise BadInput(f"memory was given beside {rates!r}, which has its own: expected one of the two; write "
                        f"{rates},memory={memory / 1e9:g} (GB).")
@@ -758,7 +762,7 @@ def weights_advice(p: Plan) -> str:
     start = f"The weights take {weights} and a device has {free}: "
     if p.load.dtype == "float32" and p.weights // 2 <= p.free:
         return f"{start}--dtype bfloat16 makes them fit; {STREAMED}."
-    return (f"{start}they need {-(-p.weights // max(1, p.free))} such devices or more (device_map='auto' spreads the "
+    return (f"{start}they need {-(-p.weights // max(1, p.free))} such devices or more (--device auto spreads the "
             f"layers, --devices counts them); {STREAMED}.")
 
 def stage_advice(p: Plan, stage: Stage) -> str:
@@ -777,7 +781,7 @@ def stage_advice(p: Plan, stage: Stage) -> str:
     if largest == "hidden states" and (n := int(getattr(data, name) * room / stage.memory[largest])) > 0:
         return f"{start}{option_of(name)} {n} makes it fit."
     other = "--dtype bfloat16 halves it" if load.dtype == "float32" else "a larger device is needed"
-    return f"{start}{other}, or layers spread over more devices (device_map='auto')."
+    return f"{start}{other}, or layers spread over more devices (--device auto)."
 
 # %% ../../nbs/jobs/04_planning.ipynb #c060
 def plan_advice(p: Plan) -> tuple[str, ...]:
@@ -842,14 +846,13 @@ def model_lines(p: Plan) -> list[str]:
 def stage_rows(p: Plan) -> list[str]:
     heads = ("Stage", "FLOPs", "Expected time (estimate)", "Bound by", "Memory at its fullest, with the weights",
              "Beside the weights")
-    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for stage in p.stages:
         bound, seconds = p.bound(stage)
         parts = ", ".join(f"{part} {bytes_text(size)}" for part, size in stage.memory.items() if size)
-        cells = (stage.title, flops_text(stage.flops) if stage.flops else "none", range_text(seconds), bound or "",
-                 bytes_text(p.needed(stage)), parts)
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+        rows.append((stage.title, flops_text(stage.flops) if stage.flops else "none", range_text(seconds), bound or "",
+                     bytes_text(p.needed(stage)), parts))
+    return markdown_rows(heads, rows, names=len(heads)).splitlines()
 
 # %% ../../nbs/jobs/04_planning.ipynb #c063
 def time_lines(p: Plan) -> list[str]:

@@ -233,7 +233,7 @@ def detection_text(points: float, discordant: float) -> str:
             f"two methods alone solves {100 * discordant:g} % of them; about 80 % power, McNemar's test at 5 %, "
             "one comparison.")
 
-def span_text(values: Sequence[float], spelt: str) -> str:
+def least_to_most(values: Sequence[float], spelt: str) -> str:
     "The least and the largest of some numbers, as 4.0 to 9.9."
     ends = dict.fromkeys(format(value, spelt) for value in (min(values), max(values)))
     return " to ".join(ends)
@@ -246,10 +246,10 @@ def told_text(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> 
     lines = []
     for task, those in by_task.items():
         told = [least for c in those if not math.isnan(least := least_told(c.n, c.alone / c.n))]
-        points = f"{span_text(told, '.1f')} points" if told else "no difference"
+        points = f"{least_to_most(told, '.1f')} points" if told else "no difference"
         few = ", and none where too few do" if told and len(told) < len(those) else ""
-        lines.append(f"- {task}: {span_text([c.n for c in those], ',')} problems, of which one method alone solves "
-                     f"{span_text([100 * c.alone / c.n for c in those], '.1f')} %, could have told {points} "
+        lines.append(f"- {task}: {least_to_most([c.n for c in those], ',')} problems, of which one method alone solves "
+                     f"{least_to_most([100 * c.alone / c.n for c in those], '.1f')} %, could have told {points} "
                      f"apart{few} (about 80 % power at 5 %, before Holm's correction).")
     return "\n".join(lines)
 
@@ -313,22 +313,23 @@ def judged(
 from collections import namedtuple
 
 SUN, LIN = "Sun et al. 2024, LLaMA-2 table of github.com/locuslab/wanda", "Lin et al. 2024, arXiv 2306.00978, Table 4"
-Anchor = namedtuple("Anchor", "model text window_tokens method sparsity perplexity source")
-ANCHORS = tuple(Anchor("llama-2-7b", "wikitext2-raw", *row) for row in (
-    (4096, "dense", 0.0, 5.12, SUN), (4096, "magnitude@matrix", 0.5, 14.89, SUN), (4096, "wanda", 0.5, 6.42, SUN),
-    (4096, "sparsegpt", 0.5, 6.51, SUN), (2048, "dense", 0.0, 5.47, LIN)))
+Anchor = namedtuple("Anchor", "model text windows window_tokens method sparsity perplexity source")
+ANCHORS = tuple(Anchor("llama-2-7b", "wikitext2-raw", *row) for row in ( # The whole text, which the windows fill
+    (83, 4096, "dense", 0.0, 5.12, SUN), (83, 4096, "magnitude@matrix", 0.5, 14.89, SUN),
+    (83, 4096, "wanda", 0.5, 6.42, SUN), (83, 4096, "sparsegpt", 0.5, 6.51, SUN), (166, 2048, "dense", 0.0, 5.47, LIN)))
 
 def published_text(run: Run) -> str: # Markdown, or a sentence
     "A run's perplexities beside published ones; a sentence on what these are of, where none is of the same."
     model = Path(run.configuration["model"]["name"]).name.lower().removesuffix("-hf")
-    measured = {(model, e.perplexity.text, e.perplexity.window_tokens, e.method, e.sparsity): e.perplexity
-                for e in run.evaluations if e.perplexity}
+    measured = {(model, p.text, p.windows, p.window_tokens, e.method, e.sparsity): p
+                for e in run.evaluations if (p := e.perplexity)}
     rows = [[method_title(row.method), f"{100 * row.sparsity:g} %", f"{row.window_tokens:,}",
              f"{here.value:.2f} [{here.low:.2f}, {here.high:.2f}]", f"{row.perplexity:.2f}", row.source]
-            for row in ANCHORS if (here := measured.get(row[:5]))]
+            for row in ANCHORS if (here := measured.get(row[:6]))]
     if rows: return markdown_rows(["Method", "Sparsity", "Tokens a window", "Here", "Published", "By"], rows)
-    each = ", ".join(f"{row.method} at {100 * row.sparsity:g} % with {row.window_tokens:,}" for row in ANCHORS)
-    return f"Published perplexities are of Llama-2-7B on WikiText-2 (raw), in windows of so many tokens: {each}.\n"
+    each = ", ".join(f"{row.method} at {100 * row.sparsity:g} % with {row.windows} x {row.window_tokens:,}"
+                     for row in ANCHORS)
+    return f"Published perplexities are of Llama-2-7B on WikiText-2 (raw), in so many windows x tokens: {each}.\n"
 
 # %% ../../nbs/jobs/07_results.ipynb #c062
 MARK_LOOKS = {"▲": ("#0072B2", "better"), "▼": ("#D55E00", "worse"), "": ("#8A8A8A", "undecided")} # Colour, name
@@ -435,6 +436,9 @@ def same_job(kept: dict, part: tuple[Sequence[str] | None, Sequence[float] | Non
     if kept["calibration"].get("on") == "chains" and "calibrate_on" not in places:
         raise BadInput("The run was calibrated on a model's own chains: expected their file; name it with "
                        "--calibrate-on.")
+    if "calibrate_on" in places and kept["calibration"].get("on") != "chains":
+        raise BadInput("--calibrate-on was given, and the run was not calibrated on chains: expected no file of them; "
+                       "leave it out.")
     return changed(narrowed(job_of(kept), *part), **places)
 
 # %% ../../nbs/jobs/07_results.ipynb #r021

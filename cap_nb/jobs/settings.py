@@ -42,7 +42,7 @@ class CalibrateSettings:
     chain_rule: str = "right" # of a file of chains: right or all, as right,tokens=200-2000,solved=0.25-0.75,each=2
     text_share: float = 0.0 # share of the examples, or of --calibration-tokens, that is plain text, in [0, 1)
     spare: tuple[str, ...] = () # tasks whose problems are not calibrated on, as gsm8k_fresh for a later run
-    text_tokens: int = 256 # tokens a window of plain text to calibrate on
+    text_tokens: int = 256 # tokens a window of plain text to calibrate on; papers on Wanda and SparseGPT take 2,048
 
 # %% ../../nbs/jobs/01_settings.ipynb #c010
 @dataclass(frozen=True)
@@ -113,9 +113,12 @@ def changed(job: Job, **settings: object) -> Job: # The job with these values
 QUICK = dict(dtype="fastest", n=2, k=2, sparsities=(0.5,), accuracy_tasks=(), evaluate_n=8, loss_n=8, windows=4,
              window_tokens=512)
 
+OF_ANSWERS = ("evaluate_n", "max_new_tokens", "shots", "samples", "backend") # Settings that need tasks to answer
+
 def quick_job(job: Job, given: Collection[str]) -> Job: # The job with fewer examples and problems
-    "A job that takes minutes; settings that were given stay as they are."
-    given = {*given, "n"} if job.calibrate.calibration_tokens else given
+    "A job that takes minutes; settings that were given stay as they are, and settings of answers want answers."
+    given = {*given, "n"} if job.calibrate.calibration_tokens else {*given}
+    if given & {*OF_ANSWERS}: given |= {"accuracy_tasks"}
     return changed(job, **{name: value for name, value in QUICK.items() if name not in given})
 
 # %% ../../nbs/jobs/01_settings.ipynb #c025
@@ -209,7 +212,7 @@ def check_counts(job: Job) -> None:
     check_choice(job.evaluate.evaluate_on, ("evaluation", "validation"), "split to evaluate on")
     if job.prune.budget is not None: check_budget(job.prune.budget)
     check_draws(job.evaluate)
-    check_read(job)
+    share_of_text(job.calibrate) # or refused
     check_calibration(job.calibrate)
 
 # %% ../../nbs/jobs/01_settings.ipynb #c032
@@ -227,7 +230,7 @@ class SinglePruning:
     ties: str = "exact" # scores equal to the threshold: exact prunes as many as asked, all every one
     stream: bool = False # prune a folder's checkpoint without loading it
     norms: Path | None = None # with --stream: input norms for wanda and cap_wanda, made by save_norms in Python
-    hessians: Path | None = None # with --stream: Hessians for solvers and recoveries, made by cap hessians
+    hessians: Path | None = None # with --stream: Hessians for solvers, recoveries and wanda, made by cap hessians
 
 # %% ../../nbs/jobs/01_settings.ipynb #ee84d30a
 def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, SinglePruning, str]:
@@ -248,7 +251,7 @@ def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, 
 class FineTuning:
     "How a pruned model is trained further."
     steps: int = 300 # optimiser steps
-    lr: float = 1e-4 # highest learning rate of AdamW
+    lr: float = 1e-4 # highest learning rate of AdamW; models differ, the recipe hour takes 2e-6
     rank: int | None = None # rank of a low-rank change of each matrix; if left out, every nonzero weight is trained
     examples: int = 16 # calibration examples a step
     warmup: float = 0.1 # share of the steps in which the learning rate rises

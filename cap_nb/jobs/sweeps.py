@@ -250,7 +250,10 @@ def tracked(track: str | GeneralTracker | None, folder: Path) -> Iterator[Follow
         files.mkdir(exist_ok=True)
         accelerator = Accelerator(log_with=track, project_dir=files)
         named = {"wandb": {"name": folder.name, "dir": str(files)}, "trackio": {"name": folder.name}}
-        accelerator.init_trackers(PROJECT, tracked_settings(configuration), named)
+        try: accelerator.init_trackers(PROJECT, tracked_settings(configuration), named)
+        except Exception as error: # whatever a tracker raises, as wandb does without a login
+            raise BadInput(f"The tracker {track} did not start ({type(error).__name__}: {str(error)[:150]}): expected "
+                           "one that is set up; log in to it, or leave --track out.") from error
         started.extend(accelerator.trackers)
         return lambda cell: accelerator.log(tracked_numbers(cell), step=round(1000 * cell.sparsity))
     try: yield follow if track else None

@@ -22,7 +22,7 @@ from cap_nb.methods.layer_walk import check_finite_table
 from cap_nb.methods.resumed_scoring import hidden_resumed_at, intact_pass, token_losses
 from cap_nb.models.anatomy import dimensions, expert_counts, Projection, projections
 from cap_nb.models.interventions import masked_expert, recorded_routes, Route
-from cap_nb.regions import Factors
+from cap_nb.regions import all_positive, Factors, WRONG_FACTOR
 from cap_nb.scoring import (
     aggregate, batches_of, causal_scores, head_losses, HeadLosses, masked_head, mean_by_example, pooling_weight,
     target_token_losses)
@@ -171,12 +171,6 @@ class UnitFactors(Factors):
         return super().spans(p, groups)
 
 # %% ../../nbs/methods/21_experts.ipynb #e21f0004
-WRONG_FACTOR = "is not a positive finite number: expected factors from importance_factors; compute them again."
-
-def all_positive(factors: torch.Tensor) -> bool:
-    "Whether all factors are positive and finite."
-    return bool(factors.isfinite().all() and (factors > 0).all())
-
 def check_expert_factors(experts: torch.Tensor, counts: tuple[int, ...]) -> None:
     "Raise `BadInput` unless every expert of every sparse layer has a positive finite factor; dense layers are ignored."
     if not max(counts):

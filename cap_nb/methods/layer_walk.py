@@ -48,9 +48,9 @@ def initial_state(model: nn.Module, batch: dict[str, torch.Tensor], indices: Seq
     with layers_skipped(model), recorded_calls(model) as calls: decoded(model, batch)
     return state_of_calls(calls, batch["attention_mask"], indices)
 
-def advanced(model: nn.Module, state: BatchState, layer: int, cache: object = None) -> BatchState:
-    "The batch after a layer, run with the model's present weights and perhaps a key-value cache."
-    hidden = run_layer(decoder_layers(model)[layer], state.hidden, state.calls[layer], cache)
+def advanced(model: nn.Module, state: BatchState, layer: int) -> BatchState:
+    "The batch after a layer, run with the model's present weights."
+    hidden = run_layer(decoder_layers(model)[layer], state.hidden, state.calls[layer])
     return replace(state, hidden=hidden)
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #c013

@@ -445,7 +445,7 @@ def score_heads(
     share: Share = Share(), # Which of several processes this is; several need a store that all of them see
     heads: Sequence[tuple[int, int]] | None = None, # Only these (layer, head), without a store; the rest is NaN
 ) -> HeadLosses: # The table of losses
-    "The table of losses with the least work (paper section 3.2, equation 1); resumes where a killed run stopped."
+    "The table of losses with the least work (paper equation 1), resumable; unknown heads or a NaN loss: `BadInput`."
     return scored_table(model, calibration, Request(
         batch_tokens=batch_tokens, store=store, tokenizer_fingerprint=tokenizer_fingerprint,
         heads_at_once=heads_at_once, share=share, heads=heads))

@@ -34,13 +34,13 @@ from cap_nb.methods.selection import (
     smallest_in_groups, smallest_in_rows, Take, Threshold, tie_selector, TIES)
 from cap_nb.methods.sparsegpt import input_hessians, MadeOnce
 from cap_nb.models.anatomy import anatomy, checkpoint_names, Projection, projections
-from cap_nb.models.checks import tell_of_zeros
+from cap_nb.models.checks import warn_of_zeros
 from cap_nb.models.families import family_of
 from cap_nb.models.loading import (
     check_not_quantised, config_of, fingerprint_differences, generation_of, joined_fingerprint, model_fingerprint,
     opened_by_transformers, STORED_DTYPES)
 from cap_nb.regions import Factors, region_factors
-from cap_nb.threshold import PruneReport, zero_count
+from cap_nb.threshold import PruneReport, report_of, zero_count
 
 # %% ../../nbs/methods/25_streaming.ipynb #c015
 def meta_model(folder: Path) -> nn.Module:
@@ -185,9 +185,9 @@ def check_streamed(method: str, sparsity: float, ties: str = "exact", with_hessi
     if solved and not with_hessians:
         raise BadInput(f"Method {method!r} cannot be streamed without Hessians: expected a folder of them, made by "
                        "'cap hessians'; give it with --hessians, or load the model and prune it in memory.")
-    if with_hessians and not solved:
-        raise BadInput(f"Method {method!r} uses no Hessians: expected a solver or a recovery, as in sparsegpt or "
-                       "wanda^swaps; leave --hessians out.")
+    if with_hessians and not (solved or parts.base in STREAMED and "norm" in CRITERIA[parts.base].needs):
+        raise BadInput(f"Method {method!r} uses no Hessians: expected a solver, a recovery, or norms of inputs, as in "
+                       "sparsegpt, wanda^swaps or wanda; leave --hessians out.")
     bases = (*SOLVERS, *STREAMED) if with_hessians else STREAMED
     if parts.base in bases and not parts.allocation and parts.attribution not in UNIT_AWARE: return parts
     form = " without an allocation, and a recovery or none" if with_hessians else ", with a scope or without"
@@ -225,8 +225,8 @@ def measurements_for(checkpoint: Checkpoint, method: str, factors: Factors | tor
         raise BadInput(f"Norms were given for {method!r}, which uses none: expected them with wanda or cap_wanda only; "
                        "leave them out.")
     if norms is None and "norm" in needs:
-        raise BadInput(f"Method {method!r} was called without norms: expected input norms; measure them with "
-                       "dense_norms and pass them, or a file of save_norms.")
+        raise BadInput(f"Method {method!r} was called without norms: expected input norms, as of "
+                       "dense_norms or a file of save_norms, or the Hessians of 'cap hessians'; give them.")
     if isinstance(norms, str | Path): norms, _ = load_norms(norms)
     for p in scope if norms is not None else ():
         norm, width = norms.get(p.name), p.weight.shape[1]
@@ -387,17 +387,15 @@ def write_pruned(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsi
                 bits *= ~take(scores) # a negative weight would become -0 if it were multiplied itself
                 zeros[piece.projection.name] += bits.numel() - int((bits << 1).count_nonzero())
                 write_rows(piece, rows, folder)
-    tell_of_zeros(before, sum(p.weight.numel() for p in scoped))
+    warn_of_zeros(before, sum(p.weight.numel() for p in scoped))
     return zeros, threshold if scope == "model" else None
 
 def streamed_report(scope: Sequence[Projection], method: str, asked: float, zeros: dict[str, int],
                     threshold: Threshold | None) -> PruneReport:
     "The report that `prune_report` would make of the model, from the zeros that were counted while writing."
     table = tuple((p.layer, p.role, p.name, zeros[p.name], p.weight.numel()) for p in scope)
-    total, weights = sum(row[3] for row in table), sum(row[4] for row in table)
     tau, ties = (threshold.value, threshold.ties) if threshold else (None, 0)
-    return PruneReport(method=method, asked=asked, reached=total / weights, weights=weights, zeros=total, threshold=tau,
-                       ties=ties, table=table)
+    return report_of(table, method, asked, tau, ties)
 
 # %% ../../nbs/methods/25_streaming.ipynb #c083
 @validate_arguments
@@ -545,7 +543,7 @@ def write_solved(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsi
         for piece in pieces_of_weights(checkpoint, [p], p.weight.numel()):
             write_rows(piece, new[piece.first:piece.last], folder)
         zeros[p.name], before = int((new == 0).sum()), before + int((weight == 0).sum())
-    if parts.base in SOLVERS: tell_of_zeros(before, sum(p.weight.numel() for p in projections(checkpoint.model)))
+    if parts.base in SOLVERS: warn_of_zeros(before, sum(p.weight.numel() for p in projections(checkpoint.model)))
     return zeros
 
 @torch.no_grad()
@@ -562,6 +560,7 @@ def solve_checkpoint(src: str | Path, dst: str | Path, sparsity: float, hessians
         measured = measurements_for(checkpoint, method, factors, norms)
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
-        if measured: write_pruned(checkpoint, part, parts, sparsity, measured, "exact", AT_ONCE)
-        zeros = write_solved(checkpoint, part, parts, sparsity, given)
-    return streamed_report(weights, method, sparsity, zeros, None)
+        if measured: zeros, threshold = write_pruned(checkpoint, part, parts, sparsity, measured, "exact", AT_ONCE)
+        if parts.base in SOLVERS or parts.recovery:
+            zeros, threshold = write_solved(checkpoint, part, parts, sparsity, given), None
+    return streamed_report(weights, method, sparsity, zeros, threshold)

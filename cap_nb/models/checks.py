@@ -136,7 +136,7 @@ def check_anatomy(
 # %% ../../nbs/models/09_checks.ipynb #11193e2b
 log = logging.getLogger(__name__)
 
-def tell_of_zeros(zeros: int, weights: int) -> None:
+def warn_of_zeros(zeros: int, weights: int) -> None:
     "Warn of a model in which one weight in scope of a hundred, or more, is zero already."
     if zeros < weights / 100: return
     log.warning("%.1f%% of the weights in scope are zero before pruning, and a sparsity counts them: 0.5 asks for half "

@@ -6,7 +6,6 @@
 __all__ = ['ChoiceRecord', 'choice_records']
 
 # %% ../../nbs/models/12_choices.ipynb #f71c39c4
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
@@ -17,6 +16,7 @@ from ..data.problems import Problem, task_family
 from ..data.prompts import padded
 from .anatomy import decoder_of, head_logits
 from .decoding import check_room, inference
+from .replay import cache_argument
 
 @dataclass(frozen=True)
 class ChoiceRecord:
@@ -81,8 +81,7 @@ def log_probs(model: torch.nn.Module, read: Sequence[int], options: Sequence[Seq
     "The same, the prompt read once for all options."
     ids, longest = torch.tensor([read], device=model.device), max(map(len, options)) - 1
     decoder, cache = decoder_of(model, ids), DynamicCache()
-    named = inspect.signature(decoder.forward).parameters
-    kept = {"cache" if "cache" in named else "past_key_values": cache} # transformers renamed it in 5.24
+    kept = {cache_argument(decoder): cache}
     with inference(model):
         hidden = decoder(input_ids=ids, use_cache=True, **kept).last_hidden_state
         first = head_logits(model, hidden[:, -1]).float().log_softmax(-1)[0]

@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from cap_nb.core.devices import memory_of
-from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
+from cap_nb.core.errors import BadInput, check_at_least, check_choice, imported, validate_arguments
 from cap_nb.models.anatomy import context_of
+from cap_nb.models.replay import cache_argument
 
 def answer_is_whole(text: str, line: re.Pattern) -> bool:
     "Whether a text holds an answer line with its line break behind it (paper Appendix B)."
@@ -116,7 +117,7 @@ class Slots:
         self.end = longest # The column that the next token of every row takes
         self.cache = DynamicCache() # Without layers until a prompt was read
         self.named = inspect.signature(model.forward).parameters
-        self.cache_name = "cache" if "cache" in self.named else "past_key_values" # renamed in transformers 5.24
+        self.cache_name = cache_argument(model)
 
     def memory(self, like: torch.Tensor) -> torch.Tensor:
         "Zeros for the keys or values of a layer, [slots, heads, columns, size]."
@@ -260,11 +261,7 @@ WRITERS = ("transformers", "vllm") # Programs that write answers
 
 def imported_vllm() -> object:
     "vLLM; where it is missing, `BadInput` says so."
-    try: import vllm
-    except ImportError as error:
-        raise BadInput(f"vLLM is not installed, or not all of it ({error.name} is missing): expected it for the "
-                       "backend vllm; run pip install vllm, or take the backend transformers.") from error
-    return vllm
+    return imported("vllm", "vLLM", "it for the backend vllm; run pip install vllm, or take the backend transformers")
 
 @dataclass
 class HeldModel:

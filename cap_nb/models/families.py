@@ -199,9 +199,6 @@ def add_family(
     if model_type in FAMILIES:
         raise BadInput(f"Model type {model_type!r} is known already: expected a new one; use the family it has.")
     check_new_name(model_type, "family", (), WORD)
-    if not isinstance(family, Family):
-        raise BadInput(f"The family of {model_type!r} is a {type(family).__name__}: expected a Family, which says "
-                       "where the parts lie; make one.")
     for function in (family.groups, family.widths): check_takes(function, f"family {model_type!r}", "config")
     named = f"The family of {model_type!r} has roles"
     unknown = sorted(set(family.roles) - set(ALL_ROLES))

@@ -414,6 +414,7 @@ def save_checkpoint(folder: Path, model: nn.Module, tokenizer: PreTrainedTokeniz
 # %% ../../nbs/models/06_lab.ipynb #b808ab87
 IN_PACKAGE = Path(str(importlib.resources.files("cap_nb")))/"models"
 CHECKPOINT, EXPERTS_CHECKPOINT = IN_PACKAGE/"lab_checkpoint", IN_PACKAGE/"lab_moe_checkpoint"
+LABS = {"lab": CHECKPOINT, "lab-moe": EXPERTS_CHECKPOINT}
 
 def lab_tokenizer(folder: Path = CHECKPOINT) -> PreTrainedTokenizerFast:
     "The tokenizer of the lab model; a damaged checkpoint raises `BadInput`."

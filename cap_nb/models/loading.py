@@ -41,7 +41,7 @@ from cap_nb.core.hub import folder_from_hub, Repository, Wanted
 from cap_nb.core.registry import FolderLoader, LOADERS
 from cap_nb.models.anatomy import anatomy
 from cap_nb.models.families import EXPERT_SETTINGS, family_of
-from cap_nb.models.lab import check_checksums, EXPERTS_CHECKPOINT, lab_model, write_checksums
+from cap_nb.models.lab import check_checksums, lab_model, LABS, write_checksums
 
 # %% ../../nbs/models/08_loading.ipynb #c005
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def save_model(
     tokenizer: object | None, # Its tokenizer; None saves the model alone
     folder: str | Path, # New folder
 ) -> None:
-    "Save model and tokenizer as safetensors in shards of at most 4 GB (paper section 3.4), whole or not at all."
+    "Save model and tokenizer in safetensors shards of at most 4 GB (paper 3.4); an existing folder raises `BadInput`."
     with whole_folder(folder) as part:
         model.save_pretrained(part, max_shard_size="4GB")
         if tokenizer is not None: tokenizer.save_pretrained(part)
@@ -313,8 +313,6 @@ def folder_loader(folder: Path) -> FolderLoader | None:
 
 def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load through transformers, safetensors only, no remote code; no configuration or no weights raise `BadInput`."
-    if not (folder/"config.json").is_file():
-        raise BadInput(f"{folder} holds no config.json: expected a folder saved by transformers; check the path.")
     loader = folder_loader(folder)
     if not loader: shard_files(folder)
     with opened_by_transformers(folder):
@@ -476,8 +474,7 @@ def load_model(
     "Load a model by name (paper section 4); a name that leads nowhere, or a class without anatomy, raises `BadInput`."
     name, dtype, device = str(name), dtype_named(dtype, device), placed(device)
     one = device_named(None) if device == "auto" else device
-    if name == "lab": return lab_model(dtype, one) # small enough for any device
-    if name == "lab-moe": return lab_model(dtype, one, EXPERTS_CHECKPOINT)
+    if name in LABS: return lab_model(dtype, one, LABS[name]) # small enough for any device
     if name == "smollm2": return load_smollm2(dtype, device)
     if name and Path(name).is_dir(): return load_folder(Path(name), dtype, device)
     if Path(name).suffix == ".gguf" and Path(name).is_file(): return load_gguf(Path(name), dtype, one)

@@ -90,7 +90,7 @@ def holding(held: tuple[HeldParameter, ...]) -> Iterator[tuple[HeldParameter, ..
 def held_zeros(
     model: nn.Module, # A pruned causal language model of a known family
 ) -> AbstractContextManager[tuple[HeldParameter, ...]]: # Gives what is held
-    "While the block runs, no step of any optimiser of torch changes a weight that was zero; no zeros raise `BadInput`."
+    "While the block runs, no optimiser of torch changes a zero weight (Han et al. 2015); no zeros raise `BadInput`."
     return holding(held_parameters(model))
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c031
@@ -232,7 +232,7 @@ def recover(
     save_every: int = 50, # Steps between two saves; changes no bit
     teacher: nn.Module | None = None, # Model whose predictions are the targets; None: the examples' own tokens
 ) -> Recovery: # What was done
-    "Train a pruned model further while its zeros stay zeros; no zeros or settings that cannot be raise `BadInput`."
+    "Train a pruned model, its zeros held (Han et al. 2015; Hinton et al. 2015); no zeros or bad settings: `BadInput`."
     check_tuning(settings)
     check_at_least(save_every, 1, "save_every")
     check_all_here(model)

@@ -25,7 +25,7 @@ from cap_nb.core.files import (
     sha256_of_file, shard_files, stored_tensor, stored_tensors, whole_file, write_json, write_text)
 from cap_nb.core.registry import ExportFormat, FORMATS, FolderLoader
 from cap_nb.core.stopping import stop_says, STOPPED
-from cap_nb.models.lab import CHECKPOINT, EXPERTS_CHECKPOINT
+from cap_nb.models.lab import LABS
 from cap_nb.models.loading import model_cache
 
 log = logging.getLogger(__name__)
@@ -334,7 +334,7 @@ def open_base(form: str, name: str | Path | None) -> Base: # The base; none for 
         raise BadInput("A bitmask was asked for with a base: expected none, since it holds its weights itself; leave "
                        "--base out, or ask for a delta.")
     if name is None: return Base()
-    ours = {"lab": CHECKPOINT, "lab-moe": EXPERTS_CHECKPOINT}
+    ours = dict(LABS)
     if str(name) == "smollm2": ours["smollm2"] = model_cache()/"smollm2" # a user may have no home
     folder = ours.get(str(name), Path(name))
     if not folder.is_dir():

@@ -143,11 +143,10 @@ def add_tokenizer(writer, tokenizer: object, size: int) -> str:
     writer.add_add_bos_token(bool(first) and first[0] == tokenizer.bos_token_id)
     if not cut: return ""
     texts, kinds = tokens_of(described, size)
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
     writer.add_tokenizer_pre(cut)
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
+    writer.add_token_merges([" ".join(pair) for pair in described["model"]["merges"]])
     if isinstance(tokenizer.chat_template, str): writer.add_chat_template(tokenizer.chat_template)
     return cut
 
@@ -297,7 +296,7 @@ def export_gguf(
     out: str | Path, # New file, NAME.gguf
     dtype: str = "f16", # Of its matrices: "f16", "q8_0", "bf16" or "f32"
 ) -> GGUFReport: # What was written
-    "Write a pruned checkpoint as one GGUF file, a few rows at a time, whole or not at all."
+    "Write a pruned checkpoint as one GGUF file, some rows at a time; what the format cannot hold raises `BadInput`."
     folder, out, zeros = Path(folder), Path(out), Zeros()
     config = checked_config(folder, out, dtype)
     plan, tokenizer = planned_tensors(folder, config, dtype), load_tokenizer(str(folder))

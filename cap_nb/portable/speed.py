@@ -8,7 +8,6 @@ __all__ = ['bench_folder']
 # %% ../../nbs/portable/05_speed.ipynb #c004
 import copy
 import importlib.util
-import inspect
 import os
 import re
 import statistics
@@ -28,9 +27,11 @@ from ..core.devices import device_named, finish, multiplies_two_of_four
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..jobs.records import environment
 from ..jobs.settings import check_speed, SpeedSettings
+from ..jobs.tables import markdown_rows
 from ..models.anatomy import check_length, projections
 from ..models.checks import zeros_of
 from ..models.decoding import inference
+from ..models.replay import cache_argument
 from ..models.loading import load_model, model_fingerprint
 
 # %% ../../nbs/portable/05_speed.ipynb #c012
@@ -200,8 +201,7 @@ def prefill_timer(side: Side, ids: torch.Tensor, clock: Callable[[], float]) -> 
 def decode_timer(side: Side, ids: torch.Tensor, written: torch.Tensor,
                  clock: Callable[[], float]) -> Callable[[], float]: # Writes and gives its seconds
     "A measurement of writing, one token at a time."
-    named = inspect.signature(side.model.forward).parameters
-    name = "cache" if "cache" in named else "past_key_values" # as a version of transformers calls it
+    name = cache_argument(side.model)
     with inference(side.model): read = getattr(side.model(ids, use_cache=True, logits_to_keep=1), name)
     def timed() -> float:
         kept = copy.deepcopy(read)
@@ -333,10 +333,9 @@ def speed_text(record: Mapping) -> str: # Markdown
     "A record for people: machine, models, table, and what could not run."
     asked, models = record["settings"], record["models"]
     heads = ("case", "side", "multiplies in", "tokens a second", "times the dense side")
-    rows = [heads, ("---",) * len(heads), *speed_rows(record)]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    table = markdown_rows(heads, speed_rows(record), names=len(heads))
     lacking = "".join(f"\nNot here: {name} ({BACKENDS[name].about}), which needs {what}."
                       for name, what in record["not here"].items())
     sides = ", ".join(f"{name} {about['zeros']:.1%} in {about['dtype']}" for name, about in models.items())
     return (f"{machine_sentence(record['machine'])}\nZeros in scope: {sides}; prompts of {asked['prompt']} tokens, "
-            f"{asked['steps']} written.\n\n{table}\n{lacking}")
+            f"{asked['steps']} written.\n\n{table}{lacking}")

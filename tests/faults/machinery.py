@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot  # noqa: F401  before the first fork, so that no child reads it again
 import torch
 
+import fixtures
 from cap_nb.core.files import read_checked
 from cap_nb.jobs import job as jobs
 from cap_nb.jobs.job import prepare, run_job
@@ -136,8 +137,7 @@ def signalled_before(wanted, number=signal.SIGKILL, times=1):
 # ---- what there should be ----
 def contents(folder):
     """Every file of a run, byte by byte, without what may differ; the manifest without the hashes of that."""
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-    found = {name: body for name, body in found.items() if name not in MAY_DIFFER}
+    found = {name: body for name, body in fixtures.contents(Path(folder)).items() if name not in MAY_DIFFER}
     if "manifest.json" in found:
         listed = read_checked(Path(folder) / "manifest.json")
         for part in ("made", "made from"):
@@ -150,6 +150,14 @@ def differing(folder, other):
     """Names of what two runs do not have alike."""
     one, two = contents(folder), contents(other)
     return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
+
+
+def goes_on_to(folder, whole):
+    """A run that was ended goes on, and ends like an undisturbed one."""
+    code, said = run_in(folder)
+    assert code == 0, said
+    assert differing(folder, whole) == []
+
 
 
 def undisturbed(folder):

@@ -49,6 +49,15 @@ def spoilt(path, how, rng):
         path.write_bytes(kept[:at] + bytes([kept[at] ^ 1 << rng.randrange(8)]) + kept[at + 1:])
 
 
+def set_aside(folder, said):
+    """What a run set aside, which it named; it goes."""
+    aside = sorted(folder.rglob("*.damaged"))
+    for path in aside:
+        assert f"It is set aside as {path.name} and made anew." in said
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return aside
+
+
 def goes_on(folder, whole, name, said, code, how):
     """The run went on to the bytes of an undisturbed one and named what it set aside, or stopped with a sentence that names it."""
     if name in STOPS and how != "gone" or name == "run.json":
@@ -56,10 +65,7 @@ def goes_on(folder, whole, name, said, code, how):
         one_sentence(said, name)
         return
     assert code == 0, said
-    aside = [path for path in folder.rglob("*.damaged")]
-    for path in aside:
-        assert f"It is set aside as {path.name} and made anew." in said
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    set_aside(folder, said)
     if name in LOST and how == "gone":
         assert f"has lost its {name}" in said
     assert [other for other in differing(folder, whole) if other != name] == [] or name in MAY_DIFFER
@@ -96,11 +102,7 @@ def test_many_pieces_at_once(state, how, whole, killed, tmp_path):
         spoilt(folder / name, turn if how == "mixed" else how, rng)
     code, said = run_in(folder)
     assert code == 0, said
-    aside = sorted(folder.rglob("*.damaged"))
-    assert len(aside) >= {"gone": 0, "mixed": 3}.get(how, 4)
-    for path in aside:
-        assert f"It is set aside as {path.name} and made anew." in said
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert len(set_aside(folder, said)) >= {"gone": 0, "mixed": 3}.get(how, 4)
     assert differing(folder, whole) == []
     spoilt(folder / "run.json", "flip" if how == "mixed" else how, rng)
     code, said = run_in(folder)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cap_nb.core.stopping import STOPPED
-from faults.machinery import SOAK, WORDS, differing, run_in
+from faults.machinery import SOAK, WORDS, goes_on_to, run_in
 from faults.test_killed import MOMENTS, left_in_order, stopped
 
 
@@ -17,9 +17,7 @@ from faults.test_killed import MOMENTS, left_in_order, stopped
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_stopped_in_every_part_and_gone_on(whole, tmp_path, moment, number):
     stopped(tmp_path / "run", moment, number)
-    code, said = run_in(tmp_path / "run")
-    assert code == 0, said
-    assert differing(tmp_path / "run", whole) == []
+    goes_on_to(tmp_path / "run", whole)
 
 
 def test_two_signals_end_it_at_once(tmp_path):
@@ -67,6 +65,4 @@ def test_stopped_at_a_random_moment(whole, tmp_path, seed, record_property):
     record_property("stops at a random moment", int(code != 0))
     if code and (tmp_path / "run").exists():
         left_in_order(tmp_path / "run")
-    code, said = run_in(tmp_path / "run")
-    assert code == 0, said
-    assert differing(tmp_path / "run", whole) == []
+    goes_on_to(tmp_path / "run", whole)
