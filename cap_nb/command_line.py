@@ -566,7 +566,7 @@ NOT_BY_HARNESS = ("scores", "tasks", "spare", "accuracy_tasks", "evaluate_on", "
 
 @command(STEPS, "model", "calibrate", "evaluate",
          without=("n", "calibration_tokens", "k", "calibration_seed", "calibrate_on", "chain_rule", "text_share",
-                  "text_tokens"))
+                  "calibration_text", "text_tokens"))
 def eval_command(
     job: Job,
     context: typer.Context,

@@ -399,7 +399,7 @@ def benched(job: Job, made: Path, out: Path) -> list[Evaluation]: # Of the dense
     count = min([BENCHED, *(len(evaluation_problems(task, **where)) for task in job.evaluate.accuracy_tasks)])
     for name, model in (("before", job.model.name), ("after", str(made))):
         asked = changed(job, name=model, calibrate_on="gold", chain_rule="right", evaluate_n=count, text_share=0.0,
-                        text_tokens=CalibrateSettings.text_tokens)
+                        text_tokens=CalibrateSettings.text_tokens, calibration_text=None)
         if not (out/name).exists(): evaluate_alone(changed(asked, loss_n=0, windows=0), out=out/name)
     return [load_evaluation(out/name) for name in ("before", "after")]
 

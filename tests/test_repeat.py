@@ -5,9 +5,13 @@ from dataclasses import replace
 import pytest
 
 from programs import called as cap
+from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, write_checked
+from cap_nb.data.lab_world import lab_text
 from cap_nb.jobs.job import prepare, run_job
+from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import job_of, load_run, pack_run
+from cap_nb.jobs.report import command_of
 from cap_nb.jobs.results import compare_repeated
 from cap_nb.jobs.settings import Job, changed
 
@@ -46,6 +50,22 @@ def test_other_data_is_noticed_at_the_command_line(run, tmp_path):
     write_checked(tmp_path / "other" / "run.json", kept)
     said = cap("repeat", tmp_path / "other", "--out", tmp_path / "again")
     assert said.exit_code == 1 and "setting calibration.fingerprint (000000000000, now" in said.output
+
+
+def test_another_text_is_calibrated_on_than_measured_on(tmp_path):
+    """As papers calibrate on C4 and measure on WikiText-2; the job comes back from its record, and so does its command."""
+    (tmp_path / "own.txt").write_text(lab_text("calibration"))
+    (tmp_path / "own.py").write_text(f"from cap_nb.all import add_text\nadd_text('own', {str(tmp_path / 'own.txt')!r}, {str(tmp_path / 'own.txt')!r})\n")
+    job = changed(SMALL, calibrate_on="text", calibration_text="own", text_tokens=64, windows=2, window_tokens=32)
+    with plugins_loaded([tmp_path / "own.py"]):
+        ready = prepare(job)
+        assert ready.configuration["calibration"]["text"] == "own" and [*ready.configuration["evaluation"]["data"]["text"]] == ["lab-text"]
+        of_lab = prepare(changed(job, calibration_text="lab-text")).calibration
+        assert [e.input_ids for e in ready.calibration.examples] == [e.input_ids for e in of_lab.examples], "the words are the same"
+        assert prepare(job_of(ready.configuration)).configuration == ready.configuration
+        assert "--calibration-text own" in command_of(ready.configuration) and "--text " not in command_of(ready.configuration)
+    with pytest.raises(BadInput, match="--calibration-text lab-text was given, and no text is calibrated on"):
+        prepare(changed(SMALL, calibration_text="lab-text"))
 
 
 @pytest.mark.parametrize("settings", [

@@ -116,7 +116,8 @@ def check_job(job: Job) -> None:
     check_score_target(job)
     check_screening(job)
     if job.calibrate.style is not None: prompt_style(job.calibrate.style)
-    if job.evaluate.text is not None: check_choice(job.evaluate.text, TEXTS, "text")
+    for text in (job.evaluate.text, job.calibrate.calibration_text):
+        if text is not None: check_choice(text, TEXTS, "text")
     if check_choice(job.evaluate.backend, WRITERS, "backend") == "vllm": imported_vllm()
     check_counts(job)
     check_read(job)
@@ -132,10 +133,11 @@ def filled_in(job: Job, tokenizer: object | None) -> Job: # The same without Non
     "Fill in what depends on the model; without its tokenizer, as for any model but the lab's."
     data, evaluation, usual_style = job.calibrate, job.evaluate, default_style(tokenizer)
     tasks = distinct(data.tasks or default_tasks(tokenizer))
+    text = evaluation.text or ("lab-text" if usual_style == "lab" else "wikitext2")
     answered = tasks if evaluation.accuracy_tasks is None else distinct(evaluation.accuracy_tasks)
     return changed(
         job, tasks=tasks, style=data.style or usual_style, accuracy_tasks=answered,
-        text=evaluation.text or ("lab-text" if usual_style == "lab" else "wikitext2"),
+        text=text, calibration_text=(data.calibration_text or text) if share_of_text(data) else None,
         calibration_seed=data.seed if data.calibration_seed is None else data.calibration_seed,
         methods=distinct(job.prune.methods), sparsities=distinct(tuple(map(float, job.prune.sparsities))))
 
@@ -235,7 +237,8 @@ def targets_configuration(job: Job, calibration: Calibration) -> dict:
         settings |= {"calibration_tokens": data.calibration_tokens, "holds": held_by_task(calibration)}
     if data.spare: settings["spare"] = list(data.spare)
     if not share_of_text(data): return settings
-    return settings | {"text": job.evaluate.text, "text_share": share_of_text(data), "text_tokens": data.text_tokens}
+    about = {"text": data.calibration_text, "text_share": share_of_text(data), "text_tokens": data.text_tokens}
+    return settings | about
 
 def calibration_configuration(job: Job, calibration: Calibration) -> dict: # What JSON can hold
     data, amount = job.calibrate, {} if job.calibrate.calibration_tokens else {"n": job.calibrate.n}
@@ -285,12 +288,13 @@ def problem_calibration(job: Job, tokenizer: object, n: int | Tokens, chains: Ch
 def job_calibration(job: Job, tokenizer: object) -> Calibration: # The calibration set
     "The calibration set that a job asks for (paper section 3.1)."
     job = filled_in(job, tokenizer)
-    data, text, chains = job.calibrate, job.evaluate.text, chains_of(job.calibrate)
+    data, chains = job.calibrate, chains_of(job.calibrate)
     n, windows = examples_by_kind(data, len(data.tasks))
     amount = n if data.calibration_tokens is None else Tokens(n)
     problems = [problem_calibration(job, tokenizer, amount, chains)] if n else []
     if not windows: return problems[0]
-    plain = text_calibration(tokenizer, text, windows, data.text_tokens, 1, data.calibration_seed, data.data_dir)
+    plain = text_calibration(tokenizer, data.calibration_text, windows, data.text_tokens, 1, data.calibration_seed,
+                             data.data_dir)
     examples = [example for part in (*problems, plain) for example in part.examples]
     return Calibration.from_examples(examples, data.k, data.calibration_seed)
 

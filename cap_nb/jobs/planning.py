@@ -169,7 +169,7 @@ def planned_lengths(job: Job, tokenizer: object | None, prompt_tokens: int | Non
                     target_tokens: int | None = None) -> tuple[tuple[ExampleLength, ...], str]:
     "The lengths of the calibration set, counted where that needs no network, else assumed."
     data, (n, windows) = job.calibrate, examples_by_kind(job.calibrate, len(job.calibrate.tasks))
-    all_here = all(is_here(name) for name in (*data.tasks, *([job.evaluate.text] if windows else [])))
+    all_here = all(is_here(name) for name in (*data.tasks, *([data.calibration_text] if windows else [])))
     if tokenizer is not None and (data.data_dir is not None or all_here) and not (prompt_tokens or target_tokens):
         return lengths_of(job_calibration(job, tokenizer)), "counted on the calibration set itself"
     usual = {task: ASSUMED_TOKENS[task_family(task)] for task in data.tasks}

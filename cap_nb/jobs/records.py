@@ -165,7 +165,8 @@ def job_of(configuration: dict) -> Job: # The job, as far as a run's folder know
         "seed": done.get("seed", 0), "text_share": 0.0 if chosen == "text" else kept.get("text_share", 0.0),
         "accuracy_tasks": sorted(done["data"]["accuracy"], key=lambda task: (*kept["tasks"], task).index(task)),
         "max_new_tokens": None if own_limits else next(iter(limits.values())),
-        "text": kept.get("text") or next(iter(done["data"]["text"]), None), "evaluate_on": done.get("on", "evaluation")}
+        "text": next(iter(done["data"]["text"]), kept.get("text")), "calibration_text": kept.get("text"),
+        "evaluate_on": done.get("on", "evaluation")}
     settings = {name: noted[name] for name in part_of_setting() if name in noted}
     return changed(Job(), **{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
 

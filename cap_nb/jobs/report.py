@@ -240,11 +240,13 @@ def count_in_words(comparisons: Mapping[tuple[str, str, float, str], Comparison]
 PLACES = {"RUN": "this run's folder", "DATA": "the folder of benchmark files, which come from the hub without it",
           "CHAINS": "the file that cap chains wrote", "FILE": "your own Python file"} # What a command does not know
 
-def unusual_text(configuration: Mapping) -> str | None:
-    "The text of a run's perplexity, where it is not the one that goes with its prompts and tasks."
+def unusual_texts(configuration: Mapping) -> dict[str, str | None]: # Setting -> text
+    "The texts of a run that are not those that it would have by itself."
     lab = configuration["style"]["called"] == "lab" and {*configuration["calibration"]["tasks"]} <= {*LAB_TASKS}
-    usual = "lab-text" if lab else "wikitext2"
-    return next((text for text in configuration["evaluation"]["data"]["text"] if text != usual), None)
+    usual, read = "lab-text" if lab else "wikitext2", configuration["calibration"].get("text")
+    measured = next(iter(configuration["evaluation"]["data"]["text"]), usual)
+    return {"text": measured if measured != usual else None,
+            "calibration_text": read if read not in (None, measured) else None}
 
 def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 16"
     "The command of a run, with every setting that is not the usual one and is kept."
@@ -253,7 +255,7 @@ def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 
     fetched = {*data["tasks"], *answered, *measured["data"]["text"]} - {*LAB_TASKS, "lab-text"}
     seed = measured.get("seed", 0)
     job = changed(
-        job_of(configuration), device=None, text=data.get("text") or unusual_text(configuration),
+        job_of(configuration), device=None, **unusual_texts(configuration),
         data_dir="DATA" if fetched else None,
         calibration_seed=data["seed"] if data["seed"] != seed else None,
         accuracy_tasks=None if {*answered} == {*data["tasks"]} else answered,

@@ -42,6 +42,7 @@ class CalibrateSettings:
     chain_rule: str = "right" # of a file of chains: right or all, as right,tokens=200-2000,solved=0.25-0.75,each=2
     text_share: float = 0.0 # share of the examples, or of --calibration-tokens, that is plain text, in [0, 1)
     spare: tuple[str, ...] = () # tasks whose problems are not calibrated on, as gsm8k_fresh for a later run
+    calibration_text: str | None = None # the plain text to calibrate on; as --text if left out
     text_tokens: int = 256 # tokens a window of plain text to calibrate on; papers on Wanda and SparseGPT take 2,048
 
 # %% ../../nbs/jobs/01_settings.ipynb #c010
@@ -191,9 +192,10 @@ def check_calibration(data: CalibrateSettings) -> None:
 
 def check_read(job: Job) -> None:
     "Raise `BadInput` for settings of text or answers where there are none."
-    if not share_of_text(job.calibrate) and job.calibrate.text_tokens != CalibrateSettings.text_tokens:
-        raise BadInput(f"--text-tokens {job.calibrate.text_tokens} was given, and no text is calibrated on: expected "
-                       "--calibrate-on text or --text-share; give one, or leave --text-tokens out.")
+    for name in ("text_tokens", "calibration_text") if not share_of_text(job.calibrate) else ():
+        if (value := getattr(job.calibrate, name)) != getattr(CalibrateSettings, name):
+            raise BadInput(f"{option_of(name)} {value} was given, and no text is calibrated on: expected "
+                           f"--calibrate-on text or --text-share; give one, or leave {option_of(name)} out.")
     for name in ("shots", "samples", "backend") if job.evaluate.accuracy_tasks == () else ():
         if (value := getattr(job.evaluate, name)) != getattr(EvaluateSettings, name):
             raise BadInput(f"--{name} {value} was given with --accuracy-tasks none: expected tasks to answer; name "
@@ -370,6 +372,7 @@ def check_ranges(given: Mapping[str, object]) -> None:
 
 # %% ../../nbs/jobs/01_settings.ipynb #33f33878
 NAMED = {"tasks": "task", "accuracy_tasks": "task", "spare": "task", "style": "prompt style", "text": "text",
+         "calibration_text": "text",
          "dtype": "dtype", "aggregation": "aggregation", "score_target": "score target", "backend": "backend",
          "key_value": "key-value sharing", "ties": "treatment of ties", "neurons_by": "score of neurons",
          "backends": "way to compute"} # Setting -> what it names
