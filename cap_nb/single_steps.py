@@ -38,7 +38,7 @@ from .jobs.settings import (
     CalibrateSettings, ChainRule, changed, check_tuning, examples_by_kind, FineTuning, Job, OWN, option_of,
     PruneSettings, read_rule, Shrinking, SinglePruning)
 from .methods.criteria import CRITERIA, Inputs
-from .methods.layer_walk import device_of_process, joined, launched_processes
+from .methods.layer_walk import check_started_once, device_of_process, joined, launched_processes
 from .methods.neurons import UNIT_AWARE
 from cap_nb.methods.prune import (
     by_masked_heads, check_method, MethodName, needs_of, own_scope, prune_with, reading_of, READINGS, solves,
@@ -295,6 +295,7 @@ def check_pruning(job: Job, pruning: SinglePruning) -> None:
 
 def prune_into(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
     "Prune a model and save it with a record of how; a mistake raises `BadInput` before anything is loaded."
+    check_started_once("cap prune")
     check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
     check_pruning(job, pruning)
     with stop_says(sentence_of_stop(pruning)), working_folder(out) as working:

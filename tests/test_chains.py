@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from cap_nb import single_steps
 from cap_nb.calibration import Tokens, calibration_set
@@ -26,6 +27,8 @@ from cap_nb.jobs.report import command_of
 from cap_nb.jobs.settings import RECIPES, ChainRule, FineTuning, Job, changed
 from cap_nb.models.lab import lab_tokenizer
 from cap_nb.models.loading import load_model
+from cap_nb.portable.format import export_folder, restore_folder
+from fixtures import contents
 from programs import FEW, assert_one_sentence, called as cap
 
 TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
@@ -318,7 +321,11 @@ def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypa
     assert [len(load_evaluation(tmp_path / "r" / name).answers) for name in ("before", "after")] == [6, 6]
     assert "trained" in result.stdout.splitlines()[-1] or "| trained" in result.stdout, result.stdout
     assert "README.md" in {path.name for path in (tmp_path / "r" / "trained").iterdir()}
-    assert_one_sentence(cap(*words, "--sparsity", "0.4"), "holds a recipe with other settings")
+    assert_one_sentence(cap(*words, "--sparsity", "0.4"), "holds a recipe with other settings: expected --sparsity 0.5; give")
+    export_folder(tmp_path / "r" / "trained", tmp_path / "small")
+    restore_folder(tmp_path / "small", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "r" / "trained")
+    assert "cap_nb" in AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.to_dict(), "what was done travels with it"
     assert_one_sentence(cap("prune", "--recipe", "two", "--out", tmp_path / "x"), "Unknown recipe 'two'")
     listed = cap("methods", "--recipes").output.splitlines()
     assert [line.split()[0] for line in listed] == list(RECIPES)

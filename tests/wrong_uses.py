@@ -31,7 +31,7 @@ from cap_nb.calibration import Calibration, calibration_set
 from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import sealed, write_checked, write_tensors
-from cap_nb.data.problems import load_problems, load_text
+from cap_nb.data.problems import TASKS, load_problems, load_text
 from cap_nb.models.decoding import generate_greedy
 from cap_nb.evaluation import accuracy, bootstrap_interval, held_out_losses, perplexity
 from cap_nb.importance import importance_factors, plot_factors
@@ -223,9 +223,16 @@ ARC_FILES = {
     "an answer that is no choice": hub_arc(["A", "B"], ["a", "b"], "E"), "a label twice": hub_arc(["A", "A"], ["a", "b"]),
     "null choices": json.dumps({"question": "Which?", "choices": None, "answerKey": "A"}), "a null stem": arc(stem=None),
     "an empty text": hub_arc(["A", "B"], ["a", " "]), "a number for a key": hub_arc(["A", "B"], ["a", "b"], 1), "a surrogate in a choice": hub_arc(["A", "B"], ["a", "\ud83d"])}
+SVAMP_FILES = {
+    "an object": b'{"Body": "b", "Question": "q", "Answer": 1}', "an answer in words": b'[{"Body": "b", "Question": "q", "Answer": "two"}]',
+    "no body": b'[{"Question": "q", "Answer": 1}]', "a null question": b'[{"Body": "b", "Question": null, "Answer": 1}]', "an empty list": b"[]"}
+MATH_FILES = {
+    "a null problem": b'{"problem": null, "solution": "s", "answer": "1"}', "no answer": b'{"problem": "p", "solution": "s"}',
+    "an empty answer": b'{"problem": "p", "solution": "s", "answer": " "}', "a number for an answer": b'{"problem": "p", "solution": "s", "answer": 1}', "nothing": b""}
 TEXT_FILES = {"binary": b"\x00\xff\xfe\x01" * 99, "Latin-1": "caf\xe9 ".encode("latin-1") * 99, "UTF-16": ("word " * 99).encode("utf-16"), "nothing": b"", "blank lines only": b" \n \n"}
 FILES = {("gsm8k", "gsm8k/train.jsonl"): GSM8K_FILES, ("strategyqa", "strategyqa/train.json"): STRATEGYQA_FILES,
-         ("arc", "arc/ARC-Challenge-Train.jsonl"): ARC_FILES, ("wikitext2", "wikitext2/test.txt"): TEXT_FILES}
+         ("arc", "arc/ARC-Challenge-Train.jsonl"): ARC_FILES, ("svamp", "svamp/SVAMP.json"): SVAMP_FILES, ("math500", "math500/test.jsonl"): MATH_FILES,
+         ("wikitext2", "wikitext2/test.txt"): TEXT_FILES}
 
 
 def reading(task, name, content):
@@ -236,7 +243,7 @@ def reading(task, name, content):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         if task == "wikitext2":
             return load_text(task, place / "data")
-        return load_problems(task, "calibration", place / "data")
+        return load_problems(task, "calibration" if "calibration" in TASKS[task].files else "evaluation", place / "data")
     return read
 
 

@@ -665,6 +665,8 @@ def ledger_rows(ledger: pd.DataFrame) -> tuple[list[str], list[list[str]]]: # He
 
 # %% ../../nbs/experiments/02_claims.ipynb #4c10911f
 READING_NOTES = (
+    "Exploratory: nothing here was asked in advance, and each claim is corrected by itself. What a plan asked before "
+    "its runs is judged apart.",
     "Gains are points of strict accuracy, or nats of held-out loss saved where no answers were generated; more is "
     "better in both. Frozen methods are compared by losses; 'answers read leniently' counts the last number of an "
     "answer, since Qwen seldom writes the line that it is asked for. Budgets and calibration sets have problems of "

@@ -42,6 +42,7 @@ from cap_nb.jobs.settings import (
     share_of_text)
 from ..methods.criteria import Inputs
 from ..methods.experts import UnitFactors
+from ..methods.layer_walk import check_started_once
 from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import (
     by_masked_heads, check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, reading_of,
@@ -463,12 +464,15 @@ def backend_of(job: Job, model: nn.Module) -> AbstractContextManager[object]: # 
 
 # %% ../../nbs/jobs/03_job.ipynb #82679b37
 KeepPart = Callable[[int, Callable[[], tuple[AnswerRecord, ...]]], tuple[AnswerRecord, ...]] # A part, its maker
-PART = 400 # Answers that are written before they are kept
+PART = 400 # Answers of at most 512 tokens that are written before they are kept; of longer ones fewer
+
+def part_size(limit: int, samples: int = 1) -> int: # Problems
+    "How many problems are answered before their answers are kept, by the tokens that an answer may take."
+    return max(1, PART * 512 // max(512, limit) // samples)
 
 def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: KeepPart,
-             samples: int = 1) -> tuple:
+             size: int) -> tuple:
     "The answers to problems, part after part, whoever keeps them; the company in which one is answered is the same."
-    size = max(1, PART // samples)
     parts = [problems[start:start + size] for start in range(0, len(problems), size)]
     if len(parts) == 1: return answer(problems)
     return tuple(one for number, part in enumerate(parts) for one in keep(number, lambda part=part: answer(part)))
@@ -492,7 +496,8 @@ def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, e
                                 sampling=sampling_of(job))
             return answer_problems(model, tokenizer, part, data.style, evaluation.max_new_tokens, shots,
                                    decoding=decoding)
-        return {"answers": in_parts(problems, answer, keep, evaluation.samples)}
+        size = part_size(token_limit(piece.on, evaluation.max_new_tokens), evaluation.samples)
+        return {"answers": in_parts(problems, answer, keep, size)}
     if piece.kind == "loss":
         problems = drawn_problems(job, piece.on, evaluation.loss_n, exclude)
         return {"losses": problem_losses(model, tokenizer, problems, data.style, batch_tokens)}
@@ -624,6 +629,7 @@ def run_job(
     keep: Keep | None = None, # Saves each pruned model under the run's models; None keeps none
 ) -> Path: # The run's folder
     "The whole experiment (paper section 4), resumable; every mistake raises `BadInput` before work begins."
+    check_started_once("cap run")
     ready, folder = prepare(job), Path(folder)
     with alone_in(folder):
         opened = open_run(folder, ready.configuration)

@@ -244,6 +244,12 @@ def launched_processes() -> tuple[int, int, int]: # (rank, processes in all, ran
                        "with 'accelerate launch', or unset WORLD_SIZE.")
     return rank, count, local_rank
 
+def check_started_once(what: str) -> None:
+    "Raise `BadInput` where a launcher has started several processes for work that they cannot share."
+    if (count := launched_processes()[1]) > 1:
+        raise BadInput(f"{what} was started as {count} processes: expected one, since only 'cap score' shares its "
+                       "work; score first where the method needs it, and start the rest alone.")
+
 def device_of_process(device: str | None) -> str | None: # The device of this process
     "The device that a process of a launch should take: a different one each, where there are several."
     _, count, local_rank = launched_processes()

@@ -64,7 +64,8 @@ RECOVERIES["update"] = Step("then least squares for the weights that stay", "Men
 RECOVERIES.update({name: Step(form.says, "after Guo et al. 2024") for name, form in FORMS.items()})
 SOLVERS["sparsegpt"] = Step("the least error layer by layer, with updates of the weights that stay",
                             "Frantar and Alistarh 2023")
-SOLVERS["alps"] = Step("zeros and weights that stay sought together, layer by layer", "Meng et al. 2024")
+SOLVERS["alps"] = Step("zeros and weights that stay sought together, layer by layer, in 2 to 6 times SparseGPT's time",
+                       "Meng et al. 2024")
 @dataclass(frozen=True)
 class Reading:
     "A reading of the paper: its scores from the same table of losses, its regions from the same heads."
