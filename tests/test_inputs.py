@@ -49,7 +49,7 @@ SMALLEST = dict(
 )
 # What a setting is changed to, where one more is none of its values; None: it has no other value on every machine, or is tried below
 OTHER = {
-    "name": None, "device": None, "backend": None, "data_dir": None, "calibrate_on": "text", "calibration_tokens": 600, "chain_rule": "all",
+    "name": None, "device": None, "backend": None, "data_dir": None, "calibration_text": None, "calibrate_on": "text", "calibration_tokens": 600, "chain_rule": "all",
     "dtype": "bfloat16", "tasks": ("arc",), "style": "answer-line", "calibration_seed": 5, "text_share": 0.4, "spare": ("gsm8k_fresh",),
     "methods": ("magnitude",), "sparsities": (0.3,), "aggregation": "mean", "score_target": "divergence", "budget": 0.5, "accuracy_tasks": ("arc",),
     "text": "lab-text", "evaluate_on": "validation"

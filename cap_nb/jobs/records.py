@@ -178,6 +178,7 @@ def hidden_options(kept: dict, asked: dict, one: dict, other: dict) -> set[str]:
     if not differing({"model": kept["model"]}, {"model": asked["model"]}): hidden.add("name") # it was moved
     if one["calibration_tokens"] or other["calibration_tokens"]: hidden.add("n") # it says nothing then
     if None in (one["text"], other["text"]): hidden.add("text") # --windows is 0
+    if None in (one["calibration_text"], other["calibration_text"]): hidden.add("calibration_text") # the other has none
     if all(each["accuracy_tasks"] == each["tasks"] for each in (one, other)): hidden.add("accuracy_tasks")
     return hidden
 
