@@ -155,6 +155,7 @@ class AccuracySummary:
     high: float # Upper end
     lenient: float # Share of right lenient answers
     followed: float # Share of outputs with an answer line at all
+    unanswered: float # Share of outputs in which the lenient reading finds no answer either
     mean_tokens: float # Mean length of an output, in tokens
     cut_off: float # Share of outputs that the limit cut off
     samples: int = 1 # k, answers to each problem
@@ -179,6 +180,7 @@ def summarise_answers(records: Sequence[AnswerRecord], seed: int = 0) -> tuple[A
         summaries.append(AccuracySummary(
             task=task, n=n, accuracy=right / n, low=ends[0], high=ends[1], samples=k,
             lenient=sum(r.lenient_correct for r in some) / of, followed=sum(r.strict is not None for r in some) / of,
+            unanswered=sum(r.lenient is None for r in some) / of,
             mean_tokens=sum(r.tokens for r in some) / of, cut_off=sum(r.cut_off for r in some) / of))
     return tuple(summaries)
 

@@ -153,7 +153,7 @@ def share_kept(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecord], le
     return float(kept.sum() / weights.sum()), *bootstrap_interval(rows, seed, statistic=ratio)
 
 # %% ../../nbs/jobs/00_tables.ipynb #c011
-SHARES = ["Strict", "Lenient", "Format followed", "Tokens", "Cut off"] # Columns of answers
+SHARES = ["Strict", "Lenient", "Format followed", "No answer", "Tokens", "Cut off"] # Columns of answers
 KEPT = ["Kept", "Kept low", "Kept high"] # The share of the dense model's right answers that are kept, and its interval
 
 def answer_table(evaluations: Iterable[Evaluation]) -> pd.DataFrame:
@@ -162,7 +162,8 @@ def answer_table(evaluations: Iterable[Evaluation]) -> pd.DataFrame:
     dense = [answer for evaluation in evaluations if evaluation.method == "dense" for answer in evaluation.answers]
     for evaluation in evaluations:
         for s in summarise_answers(evaluation.answers):
-            shares = (100 * s.accuracy, 100 * s.lenient, 100 * s.followed, s.mean_tokens, 100 * s.cut_off)
+            shares = (100 * s.accuracy, 100 * s.lenient, 100 * s.followed, 100 * s.unanswered, s.mean_tokens,
+                      100 * s.cut_off)
             before, after = ([a for a in answers if a.task == s.task] for answers in (dense, evaluation.answers))
             kept = share_kept(before, after) if before and evaluation.method != "dense" else (math.nan,) * 3
             name = method_title(evaluation.method), evaluation.sparsity, answers_title(s.task, s.samples)
@@ -173,6 +174,8 @@ def answer_table(evaluations: Iterable[Evaluation]) -> pd.DataFrame:
     table = pd.DataFrame(list(rows.values()), index, [*SHARES, *KEPT])
     return table if table["Kept"].notna().any() else table[SHARES]
 
+READINGS_NOTE = ("Format followed: an answer in the asked form, as the strict reading takes it. No answer: the lenient "
+                 "reading finds none either.")
 KEPT_NOTE = ("Kept: of the problems that the dense model solves, strictly read, the share that the pruned model solves "
              "too; 95 % Wilson interval, with drawn answers a bootstrap interval over problems.")
 
@@ -183,7 +186,7 @@ def answer_markdown(answers: pd.DataFrame) -> str: # Markdown
     rows = [[method, f"{100 * sparsity:g} %", task, *(f"{number:.1f}" for number in row[SHARES]), *kept(row)]
             for (method, sparsity, task), row in answers.iterrows()]
     columns = [column for column in answers.columns if column not in KEPT[1:]]
-    note = f"\n- {KEPT_NOTE}\n" if "Kept" in columns else ""
+    note = f"\n- {READINGS_NOTE}\n" + (f"- {KEPT_NOTE}\n" if "Kept" in columns else "")
     return markdown_rows([*answers.index.names, *columns], rows, names=3) + note
 
 # %% ../../nbs/jobs/00_tables.ipynb #c014
