@@ -203,6 +203,30 @@ def test_the_memory_of_scoring_is_about_what_is_held(shape, dtype):
         assert 0.5 < peak(run) / at_once(stage(load, "scoring").memory) < 1.5
 
 
+SHAPES = {"SmolLM2-135M": (576, 1536, 9, 3), "Qwen2.5-0.5B": (896, 4864, 14, 2), "Llama-3.2-1B": (2048, 8192, 32, 8)} # hidden, MLP, heads, key-value heads
+
+
+@pytest.mark.parametrize("work", ["scoring", "cap", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("name", ["lab", *SHAPES])
+def test_planned_memory_is_within_15_percent_of_the_tensors_held(name, work):
+    """Real shapes, one layer of all but the lab; SparseGPT's Hessian of 8,192 columns would take a minute."""
+    if name == "lab":
+        model = load_model("lab")[0]
+    elif (name, work) == ("Llama-3.2-1B", "sparsegpt"):
+        pytest.skip("SparseGPT is measured on three sizes: the fourth takes long")
+    else:
+        hidden, mlp, heads, key_value_heads = SHAPES[name]
+        model = random_model(hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=key_value_heads,
+                             head_dim=64, num_hidden_layers=1, vocab_size=4000).to(torch.bfloat16)
+    calibration = made_up_calibration(6, shortest=60, step=2, vocabulary=90)
+    methods = dict(methods=(work,)) if work != "scoring" else {}
+    load = replace(load_of(model, calibration, 256, str(model.dtype).removeprefix("torch."), **methods), on_cpu=True)
+    found = stage(load, {"scoring": "scoring", "cap": planning.THRESHOLD, "wanda": planning.WALK}.get(work, f"pruning by {work}"))
+    factors = torch.ones(model.config.num_hidden_layers, model.config.num_attention_heads)
+    held = peak(lambda: score_heads(model, calibration, 256) if work == "scoring" else prune(model, work, 0.5, factors, calibration, batch_tokens=256))
+    assert 0.85 < at_once(found.memory) / held < 1.15
+
+
 @pytest.mark.parametrize("method, dtype", [*((method, torch.float32) for method in ("cap", "wanda", "sparsegpt", "alps", "wanda^swaps", "wanda^update", "cap^swaps^update", "wanda^block")),
                                            ("cap", torch.bfloat16), ("cap^swaps^update", torch.bfloat16)])
 def test_the_memory_of_pruning_is_about_what_is_held(method, dtype):

@@ -31,6 +31,7 @@ from .tables import markdown_rows
 from ..methods.block import FORMS, Training, training_tokens
 from ..methods.budgets import BudgetSettings
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
+from ..methods.layer_walk import tokens_a_walk
 from ..methods.prune import ALLOCATIONS, by_masked_heads, own_scope, parse_method, READINGS, with_hessian
 from ..methods.screening import by_task, first_counts, task_indices
 from ..models.anatomy import Anatomy, context_of, dimensions, projections
@@ -108,9 +109,9 @@ SHORT_NAMES = {"llama-3-8b": LLAMA, "llama-3-8b-instruct": LLAMA, "mistral-7b": 
 # %% ../../nbs/jobs/04_planning.ipynb #c010
 def local_folder(name: str) -> Path | None:
     "The folder of a model on this machine, None for other names; one without its config.json raises `BadInput`."
-    if Path(name).is_dir(): folder = Path(name)
-    elif name in LABS: folder = LABS[name]
+    if name in LABS: folder = LABS[name]
     elif name == "smollm2": folder = model_cache()/name
+    elif Path(name).is_dir(): folder = Path(name)
     else: return None
     if (folder/"config.json").is_file(): return folder
     if name == "smollm2":
@@ -264,7 +265,7 @@ def reading_work(sizes: Sizes, job: Job, lengths: Sequence[ExampleLength]) -> np
 
 # %% ../../nbs/jobs/04_planning.ipynb #c031
 SOLVERS = { # Operations in n**3 and in r n**2, bytes in n**2 and in r n, for r rows of n columns beside their Hessian;
-    "sparsegpt": (2, 4, 10, 17, 4), "alps": (20, 140, 40, 40, 1), # then operations launched for a column
+    "sparsegpt": (2, 4, 9, 13, 4), "alps": (20, 140, 40, 40, 1), # then operations launched for a column
     "update": (1, 50, 12, 28, 1), "swaps": (0, 120, 4, 36, 20)}
 
 def solver_flops(sizes: Sizes, names: Sequence[str], tokens: int) -> float:
@@ -295,6 +296,7 @@ class Workload:
     job: Job # The job, filled in
     lengths: tuple[ExampleLength, ...] # Length of every calibration example
     dtype: str # In which it computes
+    on_cpu: bool = False # Whether a processor computes
     tries: int = 0 # Answers to every problem that `cap chains` is to write; 0: no chains are planned
     short: bool = False # Whether answers are short; False: as long as the limit allows
 
@@ -311,6 +313,11 @@ class Workload:
     @cached_property
     def batches(self) -> tuple[BatchShape, ...]:
         return batch_shapes(self.lengths, self.job.model.batch_tokens)
+
+    @cached_property
+    def walked(self) -> tuple[BatchShape, ...]:
+        "Batches of a walk from layer to layer."
+        return batch_shapes(self.lengths, tokens_a_walk(self.job.model.batch_tokens, self.on_cpu))
 
     @cached_property
     def answers(self) -> tuple[Answers, ...]:
@@ -346,15 +353,15 @@ class Workload:
 # %% ../../nbs/jobs/04_planning.ipynb #c035
 def batch_memory(load: Workload, batches: Sequence[BatchShape], states: float = 1, layer: float = 1,
                  logits: float = 1) -> dict[str, float]:
-    "So many times the hidden states of all batches, and at the fullest one a layer's tensors and logits of targets."
+    "So many times the hidden states and masks of all batches, and at the fullest a layer's tensors and its logits."
     tokens, longest = max(b.rows * b.width for b in batches), max(b.width for b in batches)
-    kept = sum(b.rows * b.width for b in batches) * load.sizes.hidden_size * load.width
+    kept = sum(b.rows * b.width * (load.sizes.hidden_size * load.width + b.width) for b in batches)
     return {"hidden states": states * kept, "one layer at work": layer * load.layer(tokens, longest),
             "logits": logits * load.logits(max(b.targets for b in batches))}
 
 def walk_memory(load: Workload) -> dict[str, float]:
     "What pruning layer by layer keeps: hidden states before a layer, and scores of the widest matrix."
-    return batch_memory(load, load.batches, layer=1.5, logits=0) | {"scores of one matrix": load.sizes.widest * 15}
+    return batch_memory(load, load.walked, layer=0.85, logits=0) | {"scores of one matrix": load.sizes.widest * 16}
 
 def gradient_memory(load: Workload, sums: bool = True) -> dict[str, float]:
     "What a backward pass keeps: for every layer what the way back needs, and sums of gradients in float32."
@@ -566,7 +573,8 @@ def method_stages(load: Workload) -> list[Stage]:
     if any(times[GRADIENT] >= PATH_POINTS for times in needed.values()):
         on_path = {"sums and weights along a path": sizes.scope * (4 + load.width)}
     stages = [
-        stage_of(load, THRESHOLD, {"scores of one matrix": 17 * sizes.widest}, read=READS * sizes.scope),
+        stage_of(load, THRESHOLD, {"scores of one matrix": 12 * sizes.widest + 40 * 2**16}, # and counts of bit patterns
+                 read=READS * sizes.scope),
         stage_of(load, WALK, walk_memory(load), wanda_work(load.batches), read=READS_IN_ROWS * sizes.scope),
         *{stage_name(method): solver_stage(load, method) for method in methods
           if solver_names(method) is not None}.values(),
@@ -709,9 +717,9 @@ def plan(
     if job.prune.budget is not None: # refused if some task has no two examples within it
         first_counts(by_task(task_indices(tuple(length.task for length in lengths))).sum(0), job.prune.budget)
     if rates == "timed": rates = timed_rates(sizes, job.model.device, dtype, job.model.batch_tokens)
-    load = Workload(sizes=sizes, job=job, lengths=lengths, dtype=dtype, tries=tries or 0)
     device = device_named(job.model.device)
     on_cpu, free = device.type == "cpu" and memory is None, memory_of(device)[0] if memory is None else memory
+    load = Workload(sizes=sizes, job=job, lengths=lengths, dtype=dtype, on_cpu=on_cpu, tries=tries or 0)
     if on_cpu: free //= devices
     weights = sizes.parameters * load.width
     return Plan(load=load, lengths_from=origin, stages=planned_stages(load),

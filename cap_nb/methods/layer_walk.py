@@ -93,6 +93,10 @@ class LayerStep:
         "Examples of all batches."
         return sum(len(batch.mask) for batch in self.batches)
 
+def tokens_a_walk(batch_tokens: int, on_cpu: bool) -> int:
+    "Padded tokens per batch of a walk: as many as asked for, on a processor 1,024 at most."
+    return min(batch_tokens, 1024) if on_cpu else batch_tokens
+
 def layer_by_layer(
     model: nn.Module, # A causal language model of a known family, in evaluation mode
     calibration: Calibration, # The calibration set
@@ -104,7 +108,7 @@ def layer_by_layer(
 ) -> Iterator[LayerStep]: # Every layer in turn; change it before you ask for the next one
     "Walk through the layers with the calibration set; holds the hidden states of all its tokens, [tokens, hidden]."
     device = next(model.parameters()).device
-    tokens = min(batch_tokens, 1024) if device.type == "cpu" else batch_tokens
+    tokens = tokens_a_walk(batch_tokens, device.type == "cpu")
     states = [initial_state(model, batch, indices) for indices, batch in batches_of(calibration, tokens, device)]
     unpruned, matrices = list(states) if dense else [], projections(model)
     for index, layer in enumerate(tqdm(decoder_layers(model), desc=name, unit="layer")):
