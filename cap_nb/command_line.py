@@ -306,7 +306,8 @@ def adjusted(context: typer.Context, from_job: dict, quick: bool | None) -> tupl
         job = changed(job, aggregation="mean") # a table with gaps allows no other
     if not quick: return job, False
     asked = given_in(context, [name for name in (*QUICK, *OF_ANSWERS) if name in from_job])
-    return quick_job(job, asked), bool({"n", "loss_n"} - {*asked})
+    enough = {*asked} | ({"n"} if job.calibrate.calibration_tokens else set())
+    return quick_job(job, asked), bool({"n", "loss_n"} - enough)
 
 def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: type | None = None,
             plugins: bool = True, quick: bool = False, resumes: bool = False) -> Callable: # A decorator
@@ -425,6 +426,9 @@ def run_command(
     if config is not None and save_models:
         raise BadInput("--save-models was given with --config: expected a single run, since a sweep's models may fill "
                        "a disk; give it with --out and the options of the run that is wanted.")
+    if config is not None and context.params["quick"]:
+        raise BadInput("--quick was given with --config: expected one of them, since a file gives its own numbers; "
+                       "write 'n: 2' and the like there, or leave --quick out.")
     if config is not None: return run_config(context, job, config, whole)
     from cap_nb.jobs.job import run_job
     from cap_nb.jobs.sweeps import tracked
@@ -474,7 +478,7 @@ def methods_command(
     return method_list()
 
 @command(JOB, "model", "calibrate", "sparsities", "evaluate", resumes=True,
-         without=("calibrate_on", "chain_rule", "text_share", "text_tokens"))
+         without=("calibrate_on", "chain_rule", "text_share", "calibration_text", "text_tokens"))
 def claims_command(
     job: Job,
     *,
@@ -798,7 +802,7 @@ def compare_command(
     compared = compare_runs(runs, read_names(methods), against, sparsities, seed)
     if form == "csv": text = comparison_frame(compared).to_csv(lineterminator="\n")
     else: text = comparison_markdown(compared) + told_text(compared)
-    if form == "md" and len(runs) == 1 and against is None:
+    if form == "md" and len(runs_in(runs)) == 1 and against is None:
         base = next(iter(compared))[1]
         text = f"One run: its methods are held against {base}; --against names another.\n\n{text}"
     if beside:

@@ -30,8 +30,8 @@ from .experiments.harness import check_harness_tasks, harness_results, harness_t
 from .importance import importance_factors
 from .jobs.chains import Answering, kept_examples, own_chains, task_counts, too_few
 from .jobs.job import (
-    chains_of, check_job, check_screening, check_windows_fit, evaluate, evaluation_data, filled_in, job_calibration,
-    model_configuration, Ready, spared_problems, targets_configuration)
+    chains_of, check_answers_fit, check_job, check_screening, check_windows_fit, drawn_problems, evaluate,
+    evaluation_data, filled_in, job_calibration, model_configuration, Ready, spared_problems, targets_configuration)
 from .jobs.planning import plan, plan_text
 from .jobs.records import environment, load_evaluation, save_evaluation
 from .jobs.settings import (
@@ -217,6 +217,10 @@ def check_streaming(job: Job, pruning: SinglePruning) -> None:
     if job.model.dtype or job.model.device:
         raise BadInput("--stream was given with --dtype or --device: expected neither, since nothing is loaded and the "
                        "weights keep their dtype; leave them out.")
+    for name in ("calibrate_on", "text_share", "calibration_tokens"):
+        if getattr(job.calibrate, name) != getattr(CalibrateSettings, name):
+            raise BadInput(f"{option_of(name)} was given with --stream: expected none, since nothing is measured; give "
+                           "it to 'cap hessians' or 'cap score', or leave it out.")
     if pruning.norms is not None and pruning.hessians is not None:
         raise BadInput("--norms was given with --hessians: expected one of them, since Hessians hold the norms; leave "
                        "--norms out.")
@@ -441,7 +445,11 @@ def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None
     exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
     with working_folder(out) if out else nullcontext(): # a place that cannot be written is found before the work
         model, tokenizer = load_checked(job)
-        evaluation_data(filled_in(job, tokenizer), exclude) # so is a text or a problem that is missing
+        ready = filled_in(job, tokenizer)
+        evaluation_data(ready, exclude) # so is a text or a problem that is missing, or a prompt without room
+        for task in ready.evaluate.accuracy_tasks:
+            problems = drawn_problems(ready, task, ready.evaluate.evaluate_n, exclude)
+            check_answers_fit(ready, model, tokenizer, task, problems)
         if not scores: warn_of_seen(job, getattr(model.config, KEY, None) or {})
         name = Path(job.model.name).name or Path(job.model.name).resolve().name # of "." that of the folder
         evaluation = evaluate(model, tokenizer, job, name, exclude)
@@ -456,7 +464,8 @@ def harness_alone(job: Job, tasks: tuple[str, ...], limit: int | None = None, ou
     if out: check_new_folder(out)
     model, tokenizer = load_checked(job)
     asked = HarnessSettings(tasks=tasks, limit=limit, seed=job.calibrate.seed, data_dir=job.calibrate.data_dir,
-                            style=job.calibrate.style, max_new_tokens=job.evaluate.max_new_tokens)
+                            style=job.calibrate.style, max_new_tokens=job.evaluate.max_new_tokens,
+                            batch_size=max(1, job.model.batch_tokens // 512))
     found = harness_results(model, tokenizer, asked)
     if out:
         about = {"model": model_configuration(job, model, tokenizer), "limit": limit, "seed": asked.seed,

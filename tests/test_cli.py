@@ -129,6 +129,8 @@ def test_what_eval_lacks_is_told_before_anything_is_answered(tmp_path, monkeypat
     assert_one_sentence(cap(*few, "--text", "wikitext2", "--data-dir", tmp_path), "wikitext")
     (tmp_path / "file").touch()
     assert_one_sentence(cap(*few, "--windows", "0", "--out", tmp_path / "file" / "new"), "file")
+    long = ["eval", "--device", "cpu", "--accuracy-tasks", "lab-arc", "--loss-n", "0", "--windows", "0"]
+    assert_one_sentence(cap(*long, "--evaluate-n", "2", "--max-new-tokens", "500"), "fit")
 
 
 def test_eval_warns_of_problems_that_were_calibrated_on(caplog):

@@ -99,3 +99,8 @@ def test_killed_and_gone_on(moment, number, whole, tmp_path):
 def test_a_sweep_keeps_none(tmp_path):
     (tmp_path / "a.yaml").write_text("n: 2\n")
     assert_one_sentence(called("run", "--config", tmp_path / "a.yaml", "--save-models"), "--save-models was given with --config")
+
+
+def test_a_file_gives_its_own_numbers(tmp_path):
+    (tmp_path / "a.yaml").write_text("evaluate-n: 100\n")
+    assert_one_sentence(called("run", "--config", tmp_path / "a.yaml", "--quick"), "--quick was given with --config")

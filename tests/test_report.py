@@ -120,6 +120,14 @@ def listed_in(packed):
     return json.loads(packed_texts(packed)["manifest.json"])["content"]
 
 
+def test_a_picture_of_other_methods_does_not_stay(tmp_path):
+    unpack_run(LAB, tmp_path / "run")
+    (tmp_path / "run/figures").mkdir(exist_ok=True)
+    (tmp_path / "run/figures/sparsity_curves_solvers.png").write_bytes(b"of a run with more methods")
+    write_results(tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run/figures").glob("sparsity_curves*")} == {"sparsity_curves.png"}
+
+
 def test_a_packed_run_keeps_its_page(tmp_path):
     """The page is made on request, listed in the manifest, and goes along when a run is unpacked and packed again."""
     packed, live = tmp_path / "packed", tmp_path / "live"

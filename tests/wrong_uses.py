@@ -156,7 +156,7 @@ COMMANDS = {
         "--score-target divergence --budget 0.5", "--store PLACE/file.txt", "--calibrate-on /dev/zero")]
     + [f"{RUN} --budget 0.5 --methods cap --aggregation paper", f"{RUN} --budget 0.5 --methods wanda", f"hessians {FEW_EXAMPLES} --out PLACE/model", "prune --method magnitude --scores PLACE/nothing --out PLACE/new --stream"],
     "options that nothing reads": [f"{PRUNE} {options}" for options in (
-        "--method cap.relevance --scores PLACE/nothing", "--method wanda --scores PLACE/nothing", "--method cap.pooled --score-target divergence",
+        "--method cap.relevance --scores PLACE/nothing", "--method magnitude --stream --model PLACE/model --text-share 0.5", "--method wanda --scores PLACE/nothing", "--method cap.pooled --score-target divergence",
         "--method cap.relevance --stream --model PLACE/model", "--method wanda --ties all", "--method magnitude@row --ties all",
         "--method magnitude^update --ties all --stream --model PLACE/model --hessians PLACE/folder",
         "--method wanda^swaps --stream --model PLACE/model --hessians PLACE/folder --norms PLACE/file.txt",

@@ -303,8 +303,8 @@ def gap_of_parts(case: Claim, records: ModelRecords, confidence: float) -> Compa
     gaps = []
     for part in ("mlp", "attention"):
         pairs = pairs_of(replace(case, first=f"{case.first}~only-{part}", second=f"{case.second}~only-{part}"), records)
-        if not pairs: return None
-        gaps.append(paired_gains(*pairs[0], case.on))
+        if not pairs or (gap := paired_gains(*pairs[0], case.on)) is None: return None
+        gaps.append(gap)
     (inside, unit), (outside, _) = gaps
     return gain_comparison(inside - outside, unit, confidence)
 
@@ -475,8 +475,9 @@ def separation_and_gain(case: Claim, records: ModelRecords, confidence: float) -
     keys = (case.first, case.sparsity), (case.second, case.sparsity)
     runs = records.runs.get("seeds", {})
     seeds = [seed for seed in records.seed_losses if all(key in runs[seed] for key in keys)]
-    if len(seeds) < 4: return None
-    gains = [paired_gains(*(runs[seed][key] for key in keys), case.on)[0].mean() for seed in seeds]
+    pairs = [paired_gains(*(runs[seed][key] for key in keys), case.on) for seed in seeds]
+    if len(pairs) < 4 or any(found is None for found in pairs): return None
+    gains = [values.mean() for values, _ in pairs]
     found = permutation_test([1 - heads_for_half(records.seed_losses[seed]) for seed in seeds], gains)
     return found and number(found[0], NONE, "rank correlation", len(seeds), found[1], fewest=1)
 

@@ -26,13 +26,12 @@ from ..jobs.job import Ready, finish_cells, prepare, run_losses, timed
 from ..jobs.records import (
     cells_of, environment, load_evaluation, load_run, note_environment, open_run, save_evaluation)
 from ..jobs.settings import Job, changed
-from ..methods.criteria import CRITERIA, Inputs, measured_for, walks
-from ..methods.layer_walk import layer_by_layer
+from ..methods.criteria import CRITERIA, Inputs, measured_for, prune_by
 from ..methods.prune import needs_of, own_scope, parse_method, prune_with
 from ..methods.resumed_scoring import check_target
 from ..methods.selection import zero_within
-from ..methods.wanda import input_norms
-from ..models.anatomy import Projection, projections
+from ..methods.wanda import uniform_shares
+from ..models.anatomy import projections
 from ..models.decoding import Decoding, generate_greedy, token_limit
 from ..models.families import HOLDS
 from ..models.loading import fingerprint_differences
@@ -255,14 +254,12 @@ def factors_of_variants(ready: Ready, folder: Path, names: Sequence[str],
 def prune_part(model: nn.Module, method: str, part: str, sparsity: float, given: Inputs) -> PruneReport:
     "Prune the attention projections or the MLP of every layer by a method's own criterion and scope."
     criterion, scope = CRITERIA[method], own_scope(parse_method(method))
-    walking = walks(criterion, scope)
-    measured = measured_for(model, criterion, given, walking)
-    def in_part(p: Projection) -> bool: return (p.role in HOLDS) == (part == "attention")
-    if not walking: zero_within(list(filter(in_part, projections(model))), criterion, measured, sparsity, scope)
-    for step in layer_by_layer(model, given.calibration, given.batch_tokens, "pruning") if walking else ():
-        measured = replace(measured, norms=input_norms(step))
-        zero_within(list(filter(in_part, step.projections)), criterion, measured, sparsity, scope)
-    return prune_report(model, method, sparsity)
+    within = [p for p in projections(model) if (p.role in HOLDS) == (part == "attention")]
+    if scope == "model":
+        zero_within(within, criterion, measured_for(model, criterion, given, False), sparsity, scope)
+        return prune_report(model, method, sparsity)
+    shares = uniform_shares(model, 0.0) | dict.fromkeys((p.name for p in within), sparsity)
+    return prune_by(model, method, sparsity, scope, replace(given, shares=shares))
 
 def prune_variant(ready: Ready, name: str, sparsity: float, factors: torch.Tensor | None) -> PruneReport:
     variant = VARIANTS.get(name, Variant("", "dense"))

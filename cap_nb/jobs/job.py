@@ -34,8 +34,8 @@ from ..importance import importance_factors
 from .chains import (
     chain_calibration, Chains, held_tokens, read_chains, style_origin, text_calibration)
 from .records import (
-    cell_name, cells_of, environment, evaluation_folder, load_evaluation, mask_fingerprint, note_environment,
-    note_stage, open_run, piece_folder, save_evaluation, save_report, together)
+    cell_name, cells_of, environment, evaluation_folder, is_run, load_evaluation, mask_fingerprint, note_environment,
+    note_stage, open_run, piece_folder, read_run, save_evaluation, save_report, together)
 from .report import write_results
 from cap_nb.jobs.settings import (
     CalibrateSettings, changed, check_counts, check_read, EvaluateSettings, examples_by_kind, Job, QUICK, read_rule,
@@ -331,6 +331,12 @@ class Ready:
     calibration: Calibration # The calibration set
     configuration: dict # What `run.json` will hold
 
+def check_answers_fit(job: Job, model: nn.Module, tokenizer: object, task: str, problems: Sequence[Problem]) -> None:
+    "Raise `BadInput` for problems, worked examples in front, that leave an answer no room."
+    shots, limit = shown_examples(job, task, problems), job.evaluate.max_new_tokens or token_limit(task)
+    examples = encode_problems(tokenizer, problems, job.calibrate.style, shots)
+    check_room(model, [prompt_tokens(example) for example in examples], limit)
+
 def check_problems(job: Job, model: nn.Module, tokenizer: object, calibration: Calibration) -> None:
     "Raise `BadInput` for problems that are calibrated on, under whatever task, or that leave an answer no room."
     counts = {"accuracy": job.evaluate.evaluate_n, "loss": job.evaluate.loss_n, "choice": job.evaluate.choice_n}
@@ -340,10 +346,7 @@ def check_problems(job: Job, model: nn.Module, tokenizer: object, calibration: C
         if seen := overlap(calibration, problems):
             raise BadInput(f"{len(seen)} of the {len(problems)} problems of {piece.on} are calibrated on: expected "
                            "none; calibrate on other problems, or measure other tasks.")
-        if piece.kind != "accuracy": continue
-        shots, limit = shown_examples(job, piece.on, problems), job.evaluate.max_new_tokens or token_limit(piece.on)
-        examples = encode_problems(tokenizer, problems, job.calibrate.style, shots)
-        check_room(model, [prompt_tokens(example) for example in examples], limit)
+        if piece.kind == "accuracy": check_answers_fit(job, model, tokenizer, piece.on, problems)
 
 def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
     "Check against the model and draw; whatever is wrong raises `BadInput`."
@@ -404,7 +407,7 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
             else:
                 seed = ready.job.calibrate.calibration_seed
                 save_partial(screen_heads(*common, settings.budget, seed, *rest), path)
-    if store is None: shutil.rmtree(unfinished, ignore_errors=True) # an earlier session may have died before this
+    if store != unfinished: shutil.rmtree(unfinished, ignore_errors=True) # an earlier session may have died before
     table = load_any(path)
     losses = table if isinstance(table, HeadLosses) else table.losses
     check_origin(path, losses.meta, ready)
@@ -630,7 +633,10 @@ def run_job(
 ) -> Path: # The run's folder
     "The whole experiment (paper section 4), resumable; every mistake raises `BadInput` before work begins."
     check_started_once("cap run")
-    ready, folder = prepare(job), Path(folder)
+    folder = Path(folder)
+    if job.model.dtype == "fastest" and is_run(folder): # what was fastest when the run began
+        job = changed(job, dtype=read_run(folder)["model"]["dtype"])
+    ready = prepare(job)
     with alone_in(folder):
         opened = open_run(folder, ready.configuration)
         note_environment(folder, environment(ready.configuration["model"]["device"], note))

@@ -252,7 +252,8 @@ def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 
     "The command of a run, with every setting that is not the usual one and is kept."
     data, measured = configuration["calibration"], configuration["evaluation"]
     answered, limits = tuple(measured["max_new_tokens"]), set(measured["max_new_tokens"].values())
-    fetched = {*data["tasks"], *answered, *measured["data"]["text"]} - {*LAB_TASKS, "lab-text"}
+    texts = {*measured["data"]["text"], data.get("text")} - {None}
+    fetched = {*data["tasks"], *answered, *texts} - {*LAB_TASKS, "lab-text"}
     seed = measured.get("seed", 0)
     job = changed(
         job_of(configuration), device=None, **unusual_texts(configuration),
@@ -318,6 +319,8 @@ def write_results(folder: str | Path, page: bool = False) -> None:
     for name, text in table_texts(run).items():
         if wanted(name): write_text(folder/name, text)
     pictures = {name: figure_bytes(draw()) for name, draw in figures_of(run).items() if page or wanted(f"{name}.png")}
+    stale = {path.stem for path in folder.glob("figures/sparsity_curves*.png")} - {Path(name).name for name in pictures}
+    for name in stale if live and pictures else (): (folder/"figures"/f"{name}.png").unlink() # of fewer or more methods
     for name, picture in pictures.items():
         if wanted(f"{name}.png"):
             with whole_file(folder/f"{name}.png") as part: part.write_bytes(picture)

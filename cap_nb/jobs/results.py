@@ -320,7 +320,7 @@ ANCHORS = tuple(Anchor("llama-2-7b", "wikitext2-raw", *row) for row in ( # The w
 
 def published_text(run: Run) -> str: # Markdown, or a sentence
     "A run's perplexities beside published ones; a sentence on what these are of, where none is of the same."
-    model = Path(run.configuration["model"]["name"]).name.lower().removesuffix("-hf")
+    model = Path(run.configuration["model"]["name"]).name.lower().partition("@")[0].removesuffix("-hf")
     measured = {(model, p.text, p.windows, p.window_tokens, e.method, e.sparsity): p
                 for e in run.evaluations if (p := e.perplexity)}
     rows = [[method_title(row.method), f"{100 * row.sparsity:g} %", f"{row.window_tokens:,}",

@@ -338,9 +338,7 @@ def attention_shapes(matrices: Sequence[Projection], a: Anatomy) -> dict[str, tu
     rotated = a.widths[0] - a.widths[1] if a.widths else 0 # a query's rows that no key of its own head meets
     latents = {p.role.removesuffix("_latent"): len(p.weight) - rotated * (p.role == "key_value_latent")
                for p in matrices if p.role.endswith("_latent")}
-    counts, widths = (a.heads, a.key_value_heads, a.key_value_heads), a.widths or (a.head_size,) * 3
-    rows = {kind: count * width for kind, count, width in zip(("query", "key", "value"), counts, widths)}
-    shapes = {role: (sum(rows[kind] for kind in kinds), latents.get(role, a.hidden_size))
+    shapes = {role: (parts_of(role, a)[-1].stop, latents.get(role, a.hidden_size))
               for role, kinds in HOLDS.items() if kinds}
     return shapes | {"output": (a.hidden_size, a.heads * a.head_size)}
 

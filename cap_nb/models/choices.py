@@ -14,9 +14,9 @@ from transformers import DynamicCache
 from ..core.errors import BadInput, validate_arguments
 from ..data.problems import Problem, task_family
 from ..data.prompts import padded
-from .anatomy import decoder_of, head_logits
+from .anatomy import head_logits
 from .decoding import check_room, inference
-from .replay import cache_argument
+from .replay import run_decoder
 
 @dataclass(frozen=True)
 class ChoiceRecord:
@@ -79,18 +79,17 @@ def log_probs_naive(model: torch.nn.Module, read: Sequence[int], options: Sequen
 # %% ../../nbs/models/12_choices.ipynb #7e6f1b19
 def log_probs(model: torch.nn.Module, read: Sequence[int], options: Sequence[Sequence[int]]) -> list[float]:
     "The same, the prompt read once for all options."
-    ids, longest = torch.tensor([read], device=model.device), max(map(len, options)) - 1
-    decoder, cache = decoder_of(model, ids), DynamicCache()
-    kept = {cache_argument(decoder): cache}
+    ids, cache = torch.tensor([read], device=model.device), DynamicCache()
+    longest = max(map(len, options)) - 1
     with inference(model):
-        hidden = decoder(input_ids=ids, use_cache=True, **kept).last_hidden_state
+        hidden = run_decoder(model, ids, torch.ones_like(ids), cache).last_hidden_state
         first = head_logits(model, hidden[:, -1]).float().log_softmax(-1)[0]
         totals = [float(first[option[0]]) for option in options]
         if not longest: return totals
         rows = padded([option[:-1] for option in options], 0, model.device)
         cache.batch_repeat_interleave(len(options))
         mask = torch.ones(len(options), len(read) + longest, dtype=torch.int64, device=model.device)
-        hidden = decoder(input_ids=rows, attention_mask=mask, use_cache=True, **kept).last_hidden_state
+        hidden = run_decoder(model, rows, mask, cache).last_hidden_state
         later = head_logits(model, hidden).float().log_softmax(-1)
     return [total + sum(float(row[place, token]) for place, token in enumerate(option[1:]))
             for total, row, option in zip(totals, later.cpu(), options)]

@@ -15,6 +15,7 @@ HOLDS = { # Role in the attention -> kinds of the heads that it holds
 FUSES = {"gate_up": ("gate", "up")} # Role of an expert's matrix -> roles of those that lie in it, one above the other
 
 # %% ../../nbs/models/00_families.ipynb #045c42ba
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from cap_nb.core.errors import BadInput, validate_arguments
@@ -209,4 +210,5 @@ def add_family(
     if not {"output", "down"} <= set(family.roles) or fused == separate:
         raise BadInput(f"{named} {', '.join(family.roles)}: expected output, down, and either query, key and value "
                        "or query_key_value; add what is missing.")
-    add("family", model_type, [(FAMILIES, family)], [family.groups, family.widths], sorted(family.roles.items()))
+    add("family", model_type, [(FAMILIES, family)], [family.groups, family.widths],
+        re.sub(r" at 0x\w+", "", repr(family)))

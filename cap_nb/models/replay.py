@@ -120,10 +120,10 @@ def cache_argument(module: nn.Module) -> str:
     "What a model or decoder calls its key-value cache, which transformers renamed in 5.24."
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
-def run_decoder(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> None:
+def run_decoder(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> object:
     "Run a model's decoder after what a cache holds."
     decoder = decoder_of(model, mask)
-    decoder(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(decoder): cache})
+    return decoder(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(decoder): cache})
 
 @torch.no_grad()
 def read_prefix(model: nn.Module, tokens: Sequence[int]) -> Prefix:

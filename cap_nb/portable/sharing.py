@@ -182,22 +182,26 @@ def cell_for(record: dict, run: Run, name: str) -> tuple[Evaluation, ...]:
     return (*(e for e in run.evaluations if e.method == "dense"), *cell)
 
 # %% ../../nbs/portable/04_sharing.ipynb #3369e73f
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+def is_hub_id(name: str) -> bool:
+    "Whether a name is owner/name, as the hub admits it."
+    try: validate_repo_id(name)
+    except ValueError: return False
+    return "/" in name
 
 def with_hub_id(record: dict, base_model: str | None) -> dict: # The record, its base under that id
     "Name a base by an id of the hub; anything else raises `BadInput`."
     if base_model is None: return record
-    if HUB_ID.fullmatch(known := record["base"]["name"]) and known != base_model:
+    if is_hub_id(known := record["base"]["name"]) and known != base_model:
         raise BadInput(f"Base {base_model!r} was named for a model that was made from {known}: expected that one, "
                        "whose commit and licence the folder keeps; leave it out.")
-    if HUB_ID.fullmatch(base_model): return record | {"base": record["base"] | {"name": base_model}}
+    if is_hub_id(base_model): return record | {"base": record["base"] | {"name": base_model}}
     raise BadInput(f"Base {base_model!r} is no id of the hub: expected owner/name; correct it, or leave it out.")
 
 def front_matter(base: dict) -> str: # YAML between two lines of dashes
     "What the hub reads of a card."
     licence = {key: base[key] for key in LICENCE if key in base}
     data = ModelCardData(
-        base_model=base["name"] if HUB_ID.fullmatch(base["name"]) else None, library_name="transformers",
+        base_model=base["name"] if is_hub_id(base["name"]) else None, library_name="transformers",
         pipeline_tag="text-generation", tags=["pruning", "sparse", "cap_nb"], **licence)
     return f"---\n{data.to_yaml()}\n---"
 
@@ -257,10 +261,14 @@ def measured_section(record: dict, mask: str, run: Run, name: str) -> str:
     return f"## Measured\n\nThe run pruned to {same if mask in masks else other}.\n\n{table.rstrip()}"
 
 # %% ../../nbs/portable/04_sharing.ipynb #7f899258
+def share_done(record: dict, zero: float) -> tuple[float, str]:
+    "The share of weights that is gone, cut out or else zero, and which of the two."
+    if "removed" not in record: return zero, "zero"
+    return record["removed"] / (record["removed"] + record["weights"]), "cut out"
+
 def title_of(record: dict, report: PruneReport) -> str: # Markdown
     "The title, and a warning if the weights are not as the pruning left them."
-    share, done = report.reached, "zero"
-    if "removed" in record: share, done = record["removed"] / (record["removed"] + record["weights"]), "cut out"
+    share, done = share_done(record, report.reached)
     title = f"# {record['base']['name'].split('/')[-1]}, {per_cent(share)} of its projections' weights {done}"
     return title if report.zeros == record["zeros"] else f"{title}\n\n{CHANGED.format(record['zeros'], report.zeros)}"
 
@@ -351,10 +359,7 @@ def hub_errors_reported(repository: str) -> Iterator[None]:
 
 def check_repository(repository: str) -> None:
     "Raise `BadInput` unless a name is one of the hub's."
-    try: validate_repo_id(repository)
-    except ValueError: good = False
-    else: good = "/" in repository
-    if not good:
+    if not is_hub_id(repository):
         raise BadInput(f"{repository!r} is no repository of the hub: expected owner/name, of letters, digits, '-', '_' "
                        "and '.'; correct it.")
 
@@ -378,9 +383,8 @@ def check_not_in_the_way(there: Sequence[str], upload: Upload) -> None:
 def commit_message(folder: Path) -> str: # A line
     "What a commit says of a folder."
     record = read_record(folder)
-    cut, done = record.get("removed", 0), "cut out" if "removed" in record else "zero"
-    share = per_cent((record["zeros"] + cut) / (record["weights"] + cut))
-    return f"{record['base']['name']}, {record['method']}, {share} {done} (cap_nb {record['version']})"
+    share, done = share_done(record, record["zeros"] / record["weights"])
+    return f"{record['base']['name']}, {record['method']}, {per_cent(share)} {done} (cap_nb {record['version']})"
 
 # %% ../../nbs/portable/04_sharing.ipynb #c086
 @validate_arguments

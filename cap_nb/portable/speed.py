@@ -250,7 +250,10 @@ def filled(model: nn.Module) -> nn.Module: # A copy without zeros in scope
 # %% ../../nbs/portable/05_speed.ipynb #c048
 def check_same_sizes(pruned: nn.Module, dense: nn.Module) -> None:
     "Raise `BadInput` unless two models have the same tensors; one that says that it was shrunk may have smaller ones."
-    if "removed" in (getattr(pruned.config, "cap_nb", None) or {}): return
+    note = getattr(pruned.config, "cap_nb", None)
+    while note: # it may have been shrunk first, and pruned then
+        if "removed" in note: return
+        note = note.get("before")
     first, second = ({n: tuple(w.shape) for n, w in model.named_parameters()} for model in (pruned, dense))
     if first != second:
         odd = next(name for name in (*first, *second) if first.get(name) != second.get(name))
