@@ -465,7 +465,7 @@ def harness_alone(job: Job, tasks: tuple[str, ...], limit: int | None = None, ou
     model, tokenizer = load_checked(job)
     asked = HarnessSettings(tasks=tasks, limit=limit, seed=job.calibrate.seed, data_dir=job.calibrate.data_dir,
                             style=job.calibrate.style, max_new_tokens=job.evaluate.max_new_tokens,
-                            batch_size=max(1, job.model.batch_tokens // 512))
+                            batch_size=max(1, job.model.batch_tokens // 512)) # as many prompts
     found = harness_results(model, tokenizer, asked)
     if out:
         about = {"model": model_configuration(job, model, tokenizer), "limit": limit, "seed": asked.seed,

@@ -63,6 +63,13 @@ def test_methods_on_other_problems_are_refused():
         study_gains({"a": [1.0]}, {"a": [1.0, 2.0]}, "tasks")
 
 
+def test_a_gap_of_parts_wants_what_both_parts_measured():
+    cells = {(e.method, e.sparsity): e for e in load_run(FIGURES / "lab_claims").evaluations}
+    assert asked("gap of MLPs and attention", ModelRecords("lab", cells), on="perplexity") is not None
+    without = {key: replace(e, perplexity=None) for key, e in cells.items()}
+    assert asked("gap of MLPs and attention", ModelRecords("lab", without), on="perplexity") is None
+
+
 def test_losses_of_one_run_and_answers_of_another_are_merged(tmp_path):
     """The run with more methods gives the losses that both have; what only one has is kept."""
     for name, to in (("masks", "a"), ("solvers", "b"), ("20", "c")):

@@ -1,5 +1,6 @@
 """Dense and pruned side by side, where nothing is said of time: products agree in every shape, and what is measured is what was asked for."""
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.models.checks import zeros_of
 from cap_nb.models.loading import load_model, save_model
-from cap_nb.portable.speed import BACKENDS, SpeedSettings, bench_folder, filled, linears_of, speed_rows, speed_text
+from cap_nb.portable.speed import BACKENDS, SpeedSettings, bench_folder, check_same_sizes, filled, linears_of, speed_rows, speed_text
 from programs import called
 
 CPU = torch.device("cpu")
@@ -86,3 +87,12 @@ def test_a_way_that_computes_in_another_dtype_says_so(tmp_path):
     record = bench_folder(tmp_path / "half", "lab", settings)
     assert record["dtypes"] == {"dense, torch": "bfloat16", "pruned, torch": "bfloat16", "pruned, csr": "float32"}
     assert [row[1:3] for row in speed_rows(record)][:3] == [("dense, torch", "bfloat16"), ("pruned, torch", "bfloat16"), ("pruned, csr", "float32")]
+
+
+def test_a_shrunk_model_that_is_pruned_afterwards_may_be_smaller():
+    one, other = (torch.nn.Linear(2, width) for width in (2, 3))
+    one.config = SimpleNamespace(cap_nb={"method": "magnitude", "before": {"removed": 2}})
+    check_same_sizes(one, other)
+    one.config = SimpleNamespace(cap_nb={"method": "magnitude", "before": {"method": "wanda"}})
+    with pytest.raises(BadInput, match="differ in weight"):
+        check_same_sizes(one, other)

@@ -306,6 +306,11 @@ def report_html(run: Run, pictures: Mapping[str, bytes]) -> str: # A page that n
     return PAGE.substitute(title=f"cap run: {escape(name)}", look=LOOK, lead=escape(lead), sections=sections)
 
 # %% ../../nbs/jobs/02_report.ipynb #c045
+def remove_other_curves(folder: Path, pictures: dict[str, bytes]) -> None:
+    "Remove the curves that were drawn while the run had fewer or more methods."
+    for path in folder.glob("figures/sparsity_curves*.png"):
+        if f"figures/{path.stem}" not in pictures: path.unlink()
+
 def write_results(folder: str | Path, page: bool = False) -> None:
     "Tables, figures, page and manifest of what is finished; nothing finished raises `BadInput`."
     folder, run = Path(folder), load_run(folder)
@@ -319,11 +324,11 @@ def write_results(folder: str | Path, page: bool = False) -> None:
     for name, text in table_texts(run).items():
         if wanted(name): write_text(folder/name, text)
     pictures = {name: figure_bytes(draw()) for name, draw in figures_of(run).items() if page or wanted(f"{name}.png")}
-    stale = {path.stem for path in folder.glob("figures/sparsity_curves*.png")} - {Path(name).name for name in pictures}
-    for name in stale if live and pictures else (): (folder/"figures"/f"{name}.png").unlink() # of fewer or more methods
     for name, picture in pictures.items():
         if wanted(f"{name}.png"):
             with whole_file(folder/f"{name}.png") as part: part.write_bytes(picture)
     if page: write_text(folder/REPORT, report_html(run, pictures))
-    if live: write_checked(folder/"manifest.json", manifest(folder))
+    if live:
+        remove_other_curves(folder, pictures)
+        write_checked(folder/"manifest.json", manifest(folder))
     else: write_packed(folder)
