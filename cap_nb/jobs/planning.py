@@ -265,7 +265,7 @@ def reading_work(sizes: Sizes, job: Job, lengths: Sequence[ExampleLength]) -> np
 
 # %% ../../nbs/jobs/04_planning.ipynb #c031
 SOLVERS = { # Operations in n**3 and in r n**2, bytes in n**2 and in r n, for r rows of n columns beside their Hessian;
-    "sparsegpt": (2, 4, 9, 13, 4), "alps": (20, 140, 40, 40, 1), # then operations launched for a column
+    "sparsegpt": (2, 4, 9, 15, 4), "alps": (20, 140, 40, 40, 1), # then operations launched for a column
     "update": (1, 50, 12, 28, 1), "swaps": (0, 120, 4, 36, 20)}
 
 def solver_flops(sizes: Sizes, names: Sequence[str], tokens: int) -> float:
