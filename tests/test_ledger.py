@@ -7,7 +7,7 @@ import pytest
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.experiments.claims import (
-    CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, seed_runs, studies_of, study_gains)
+    CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, neuron_cells, seed_runs, studies_of, study_gains)
 from cap_nb.jobs.records import load_run, read_run
 from conftest import ROOT
 
@@ -79,6 +79,23 @@ def test_losses_of_one_run_and_answers_of_another_are_merged(tmp_path):
     assert cells["wanda", 0.5].losses == runs["masks"]["wanda", 0.5].losses
     assert cells["dense", 0.0].losses == runs["20"]["dense", 0.0].losses, "seven methods against five"
     assert len(cells["alps", 0.5].answers) == 660 and len(cells["alps", 0.5].losses) == 180
+
+
+@pytest.mark.parametrize("measure", ["gain", "spread over seeds"])
+def test_seeds_that_were_judged_on_other_problems_are_refused(measure):
+    cells = {(e.method, e.sparsity): e for e in load_run(FIGURES / "lab_methods").evaluations}
+    fewer = {key: replace(e, answers=tuple(a for a in e.answers if a.task != "lab-arc")) for key, e in cells.items()}
+    case = {"of": "seeds", "first": "cap", "second": "wanda", "sparsity": 0.5, "on": "tasks"}
+    assert asked(measure, ModelRecords("lab", cells, runs={"seeds": dict.fromkeys(range(3), cells)}), **case)
+    with pytest.raises(BadInput, match="other problems with one calibration seed"):
+        asked(measure, ModelRecords("lab", cells, runs={"seeds": {0: cells, 1: cells, 2: fewer}}), **case)
+
+
+def test_neurons_at_a_sparsity_that_the_main_run_lacks_are_refused():
+    cells = {(e.method, e.sparsity): e for e in load_run(FIGURES / "lab_methods").evaluations}
+    assert neuron_cells(FIGURES, "lab", cells)
+    with pytest.raises(BadInput, match="has none of cap"):
+        neuron_cells(FIGURES, "lab", {key: e for key, e in cells.items() if key[1] != 0.5})
 
 
 def test_the_dense_model_s_answers_are_those_of_this_model():

@@ -162,7 +162,10 @@ def neuron_cells(figures: Path, name: str, cells: Cells) -> dict[tuple[str, floa
     path, found = figures/"neurons"/f"{name}.json", {}
     for key, cell in (read_checked(path)["cells"] if path.exists() else {}).items():
         method, sparsity = key.split("/")
-        like = cells["cap", float(sparsity)]
+        like = cells.get(("cap", float(sparsity)))
+        if like is None:
+            raise BadInput(f"{path} has cells at a sparsity of {sparsity} and the main run of {name} has none of cap: "
+                           "expected the sparsities of the study in both; run cap there, or move the record elsewhere.")
         losses = tuple(replace(of, loss=loss) for of, loss in zip(like.losses, cell["losses"], strict=True))
         if ".neurons" not in method: method += BESIDE # the main run has it too, from another processor
         found[method, float(sparsity)] = replace(like, method=method, reached=cell["reached"], losses=losses,
@@ -275,6 +278,9 @@ def answers_alone(cells: Cells) -> Cells:
 
 PARTS = {"held out": losses_alone, "held out experts": losses_alone, "held out answers": answers_alone}
 
+def problems_of(evaluation: Evaluation) -> tuple[frozenset[str], frozenset[str]]: # Of answers, and of losses
+    return frozenset(answer.uid for answer in evaluation.answers), frozenset(loss.uid for loss in evaluation.losses)
+
 def pairs_of(case: Claim, records: ModelRecords) -> list[tuple[Evaluation, Evaluation]]:
     "Two methods in the runs that a case asks about; of several seeds, the main run's where fewer than two have both."
     keys = (case.first, case.sparsity), (case.second, case.sparsity)
@@ -284,6 +290,9 @@ def pairs_of(case: Claim, records: ModelRecords) -> list[tuple[Evaluation, Evalu
     of_seeds = [PARTS.get(case.of, dict)({key: cells[key] for key in keys if key in cells}) for cells in runs.values()]
     pairs = [tuple(cells[key] for key in keys) for cells in of_seeds if len(cells) == 2]
     if case.of == "seeds" and len(pairs) < 2: return pairs_of(replace(case, of="main"), records)
+    if len({problems_of(first) for first, _ in pairs}) > 1:
+        raise BadInput(f"{case.first} was judged on other problems with one calibration seed than with another: "
+                       "expected the same for every seed; run the seeds alike, or move the run that differs elsewhere.")
     return pairs
 
 def gain_of(case: Claim, records: ModelRecords, confidence: float, test: bool = True) -> Comparison | None:
