@@ -138,6 +138,7 @@ from cap_nb.methods.screening import screened_scores as screened_scores
 from cap_nb.experiments.seeds import seed_table as seed_table
 from cap_nb.portable.shrink import shrink as shrink
 from cap_nb.scoring import split_half_reliability as split_half_reliability
+from cap_nb.models.loading import stored_tensors as stored_tensors
 from cap_nb.jobs.tables import table_csv as table_csv
 from cap_nb.jobs.tables import table_markdown as table_markdown
 from cap_nb.scoring import target_losses as target_losses

@@ -44,6 +44,7 @@ from cap_nb.core.plots import blank_figure, in_style
 from cap_nb.data.problems import TASK_TITLES, TASKS, task_title
 from cap_nb.evaluation import (
     bootstrap_interval, right_shares, summarise_answers, summarise_choices, summarise_losses)
+from cap_nb.importance import check_scores
 
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
 OTHER_TITLES = {"sparsegpt": "SparseGPT", "ria": "RIA", "alps": "ALPS"} # As the papers on them write it
@@ -346,9 +347,7 @@ def plot_head_importance(
     title: str = "Causal head scores", # Title of the figure
 ) -> Figure: # Figure 2
     "Causal scores as a heatmap, layers from top to bottom (Figure 2); scores of another shape raise `BadInput`."
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 2:
-        raise BadInput(f"The scores have shape {list(values.shape)}: expected [L, H]; give those of `causal_scores`.")
+    values = check_scores(scores).detach().cpu().numpy()
     layers, heads = values.shape
     figure, panels = blank_figure(1, 1, (min(10, 2.2 + 0.32 * heads), min(9, 1.3 + 0.24 * layers)))
     ax, largest = panels[0, 0], float(np.abs(values).max()) or 1.0

@@ -589,6 +589,9 @@ def eval_command(
         return harness_alone(job, read_names(harness), limit, out)
     if limit is not None:
         raise BadInput("--limit was given without --harness: expected both; --evaluate-n is the kit's own.")
+    if given_in(context, ["spare"]) and not job.evaluate.shots:
+        raise BadInput("--spare was given without --shots: expected both, since nothing else is drawn here; leave it "
+                       "out.")
     from cap_nb.single_steps import evaluate_alone
     return table_text([evaluate_alone(job, scores, out)])
 
@@ -805,11 +808,13 @@ def compare_command(
     if form == "md" and len(runs_in(runs)) == 1 and against is None:
         base = next(iter(compared))[1]
         text = f"One run: its methods are held against {base}; --against names another.\n\n{text}"
+    published = ""
     if beside:
         from cap_nb.jobs.records import load_run
-        text += f"\n{published_text(load_run(next(iter(runs_in(runs).values()))))}"
+        published = f"\n{published_text(load_run(next(iter(runs_in(runs).values()))))}"
+    text += published
     if out is None: return text
-    save_comparison(compared, runs, out)
+    save_comparison(compared, runs, out, published)
     return text if form == "csv" else f"{text}\nTables and figure: {out}"
 
 # %% ../nbs/command_line.ipynb #43cf968c

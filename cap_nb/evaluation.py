@@ -349,7 +349,7 @@ def perplexity(
     seed: int = 0, # Seed of the bootstrap
 ) -> Perplexity: # The perplexity with its interval over windows
     "Perplexity on plain text (paper section 3.4); a loss that is not finite raises `BadInput`."
-    check_at_least(batch_windows, 1, "batch_windows")
+    check_at_least(batch_windows, 1, "batch_windows"), check_seed(seed)
     source = text if isinstance(text, Text) else load_text(text, data_dir)
     context = context_of(model.config)
     cut = text_windows(tokenizer(source.text, verbose=False)["input_ids"], windows, window_tokens, context)

@@ -35,15 +35,15 @@ def masked_head(
 from collections.abc import Iterator, Sequence
 import torch.nn.functional as F
 from cap_nb.data.prompts import collate, token_batches
-from cap_nb.models.anatomy import anatomy, check_length
+from cap_nb.models.anatomy import anatomy, check_length, check_tokens
 
 def mean_by_example(losses: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     "The mean loss of each example, float64 [B], from all its target tokens and how many each example has."
     return torch.stack([tokens.mean() for tokens in losses.double().split(list(counts))])
 
 def target_token_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    "The loss of each target token, in nats, float32 [n]; rows longer than the model's context raise `BadInput`."
-    check_length(model, batch["input_ids"].shape[1])
+    "The loss of each target token, in nats, float32 [n]; rows beyond context or vocabulary raise `BadInput`."
+    check_length(model, batch["input_ids"].shape[1]), check_tokens(model, batch["input_ids"])
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     is_target = labels != IGNORED
@@ -55,7 +55,7 @@ def target_losses(
     model: nn.Module, # A causal language model
     batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
 ) -> torch.Tensor: # Mean cross-entropy over the target tokens of each example, in nats, float64 [B]
-    "The loss of each example of a batch (paper equation 1); rows longer than the model's context raise `BadInput`."
+    "The loss of each example of a batch (paper equation 1); rows beyond context or vocabulary raise `BadInput`."
     counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
     return mean_by_example(target_token_losses(model, batch), counts)
 
@@ -149,7 +149,7 @@ def score_heads_naive(
     return head_losses(model, calibration, masked, intact, batch_tokens)
 
 # %% ../nbs/01_scoring.ipynb #c025
-from cap_nb.core.errors import BadInput, check_at_least, check_choice
+from cap_nb.core.errors import BadInput, check_at_least, check_choice, check_seed
 
 def subset_means(values: torch.Tensor, subset: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     "Mean over the examples of each subset, [..., N] to [..., K]; `weight` says how often each example counts."
@@ -208,7 +208,7 @@ def score_interval(
 ) -> tuple[torch.Tensor, torch.Tensor]: # Lower and upper bound of every score, float64 [L, H] each
     "Percentile bootstrap intervals of the causal scores (Efron 1979); an unknown aggregation raises `BadInput`."
     weight = pooling_weight(losses, how)
-    check_confidence(confidence), check_at_least(draws, 1, "draws", 10**6)
+    check_confidence(confidence), check_at_least(draws, 1, "draws", 10**6), check_seed(seed)
     rng, subset, scores = torch.Generator().manual_seed(seed), losses.subset, []
     for _ in range(draws):
         counts = resampled(subset, rng)
@@ -237,7 +237,7 @@ def split_half_reliability(
     seed: int = 0, # Seed of the splits
 ) -> list[float]: # Rank correlation of the two halves, for each split
     "Rank correlation between mean scores of random halves of the calibration set; one example raises `BadInput`."
-    check_at_least(splits, 1, "splits", 10**6)
+    check_at_least(splits, 1, "splits", 10**6), check_seed(seed)
     check_at_least(len(losses.intact), 2, "The number of examples to split")
     rng, rise, correlations = torch.Generator().manual_seed(seed), losses.masked - losses.intact, []
     half = len(losses.intact) // 2

@@ -125,6 +125,9 @@ def answer_into(job: Job, out: Path, tries: int = Answering.tries, temperature: 
     if tries == 1 and 0 < low and high < 1:
         raise BadInput(f"--chain-rule wants problems with a share from {low:g} to {high:g} of right answers, and each "
                        "is answered once: expected several answers; give --tries 4 to 'cap chains'.")
+    if tries == 1 and temperature != Answering.temperature:
+        raise BadInput("--temperature was given with --tries 1, whose one answer is greedy: expected several answers; "
+                       "give --tries 4, or leave --temperature out.")
     model, tokenizer = load_checked(job)
     answering = Answering(
         tries=tries, temperature=temperature, max_new_tokens=job.evaluate.max_new_tokens, lenient=lenient, rule=rule,

@@ -189,7 +189,7 @@ def test_the_heatmap_is_parted_at_zero():
     mesh = plot_head_importance(scores).axes[0].collections[0]
     assert mesh.norm.vmin == pytest.approx(-0.3) and mesh.norm.vmax == pytest.approx(0.3) and type(mesh.norm) is Normalize
     assert plot_head_importance(torch.zeros(2, 2)).axes[0].collections[0].norm.vmax == 1.0
-    with pytest.raises(BadInput, match=r"have shape \[4\]: expected \[L, H\]"):
+    with pytest.raises(BadInput, match=r"have shape \[4\]: expected layers x heads"):
         plot_head_importance(torch.zeros(4))
     assert "1 (25%) score below zero" in head_importance_in_words(scores)
 

@@ -274,7 +274,7 @@ def same_answer(answer: str | None, gold: str, family: str) -> bool:
     "Whether an answer is right, both in their one spelling; formulas in LaTeX as math-verify sees it."
     if answer is None or answer == gold or family != "math500": return answer == gold
     checker = imported_math_verify()
-    return checker.verify(*(checker.parse(f"${text}$") for text in (gold, answer)))
+    return checker.verify(*(checker.parse(f"${text.strip()}$") for text in (gold, answer)))
 
 def check_comparable(task: str) -> None:
     if task_family(task) == "math500": imported_math_verify()

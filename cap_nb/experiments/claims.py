@@ -9,6 +9,7 @@ __all__ = ['claims_ledger', 'plot_claims', 'write_ledger']
 import csv
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -32,11 +33,11 @@ from ..jobs.tables import interval_text, latex_text, markdown_rows, p_text
 from ..scoring import HeadLosses, causal_scores, rank_correlation, split_half_reliability
 
 # %% ../../nbs/experiments/02_claims.ipynb #fbebd42d
-SUPPORTED, CONTRADICTED, UNDECIDED = VERDICTS = ("supported", "contradicted", "undecided")
+SUPPORTED, CONTRADICTED, UNDECIDED, NOT_MEASURED = VERDICTS = ("supported", "contradicted", "undecided", "not measured")
 
 def verdict(comparison: Comparison | None, expected: tuple[float, float]) -> str: # One of `VERDICTS`
     "The verdict that a comparison allows."
-    if comparison is None: return UNDECIDED
+    if comparison is None: return NOT_MEASURED
     if comparison.within(*expected): return SUPPORTED
     outside = comparison.within(-math.inf, expected[0]) or comparison.within(expected[1], math.inf)
     return CONTRADICTED if outside else UNDECIDED
@@ -626,7 +627,6 @@ def is_listed(case: Claim, records: ModelRecords) -> bool: # Whether it is liste
 
 def reason(comparison: Comparison | None, judged: str) -> str: # Why it is undecided; empty otherwise
     if judged != UNDECIDED: return ""
-    if comparison is None: return "not measured"
     if comparison.n < comparison.fewest: return f"too few: n = {comparison.n}"
     return "no difference" if comparison.low == comparison.high == 0 else "interval or test does not decide"
 
@@ -652,7 +652,7 @@ def claims_ledger(
 
 # %% ../../nbs/experiments/02_claims.ipynb #5ff145a6
 def cell_of(row: pd.Series) -> str: # Verdict, number, unit and test
-    if row["Why"] == "not measured": return f"{UNDECIDED}: not measured"
+    if row["Verdict"] == NOT_MEASURED: return NOT_MEASURED
     judged = UNDECIDED if row["Verdict"] == UNDECIDED else f"**{row['Verdict']}**"
     test = "" if pd.isna(row["p"]) else f", Holm {p_text(row['Holm'])}"
     why = f"; {row['Why']}" if row["Why"].startswith(("too few", "no diff")) else ""
@@ -661,16 +661,18 @@ def cell_of(row: pd.Series) -> str: # Verdict, number, unit and test
 
 def ledger_rows(ledger: pd.DataFrame) -> tuple[list[str], list[list[str]]]: # Header and rows, as text
     "The decided cases with a row for each and a column for each model; a last row of a claim counts the others."
-    decided = (ledger["Verdict"] != UNDECIDED).groupby(level=["Claim", "Case"], sort=False).transform("any")
+    decided = ledger["Verdict"].isin([SUPPORTED, CONTRADICTED]).groupby(level=["Claim", "Case"], sort=False)
+    decided = decided.transform("any")
     models, cases = list(dict.fromkeys(ledger.index.get_level_values("Model"))), {}
     for (claim, case, model), row in ledger[decided].iterrows():
         cases.setdefault((row["Section"] or "ours", claim, case), dict.fromkeys(models, ""))[model] = cell_of(row)
     shown, rows = {key[1:] for key in cases}, []
     for claim, rest in ledger.groupby(level="Claim", sort=False):
         rows += [[*key, *cells.values()] for key, cells in cases.items() if key[1] == claim]
-        counts = [sum((claim, case) not in shown for _, case, of in rest.index if of == model) for model in models]
-        if any(counts): rows.append([rest["Section"].iloc[0] or "ours", claim, "all others", *(
-            f"{count} {UNDECIDED}" if count else "" for count in counts)])
+        said = {model: Counter(row["Verdict"] for (_, case, of), row in rest.iterrows()
+                               if of == model and (claim, case) not in shown) for model in models}
+        if any(said.values()): rows.append([rest["Section"].iloc[0] or "ours", claim, "all others", *(
+            ", ".join(f"{count[name]} {name}" for name in VERDICTS if count[name]) for count in said.values())])
     return ["Section", "Claim", "Case", *models], rows
 
 # %% ../../nbs/experiments/02_claims.ipynb #4c10911f
@@ -707,7 +709,7 @@ def ledger_latex(ledger: pd.DataFrame) -> str: # A longtable for the packages lo
     return "\n".join([*notes, *top, *map(line, rows), r"\bottomrule", r"\end{longtable}", ""])
 
 # %% ../../nbs/experiments/02_claims.ipynb #560ce512
-VERDICT_COLOURS = {SUPPORTED: "#0072B2", CONTRADICTED: "#D55E00", UNDECIDED: "#D0D0D0"}
+VERDICT_COLOURS = {SUPPORTED: "#0072B2", CONTRADICTED: "#D55E00", UNDECIDED: "#D0D0D0", NOT_MEASURED: "#F2F2F2"}
 
 # %% ../../nbs/experiments/02_claims.ipynb #137383ef
 @validate_arguments
@@ -715,7 +717,7 @@ VERDICT_COLOURS = {SUPPORTED: "#0072B2", CONTRADICTED: "#D55E00", UNDECIDED: "#D
 def plot_claims(
     ledger: pd.DataFrame, # From `claims_ledger`
 ) -> Figure: # Claims down, models across
-    "How many cases of each claim are supported, contradicted and undecided, on each model."
+    "How many cases of each claim are supported, contradicted, undecided and not measured, on each model."
     models, claims = (list(dict.fromkeys(ledger.index.get_level_values(level))) for level in ("Model", "Claim"))
     counted = ledger.groupby(level=["Claim", "Model"])["Verdict"].value_counts().unstack(fill_value=0)
     figure, (panels,) = blank_figure(1, len(models), (6 + 1.6 * len(models), 0.8 + 0.15 * len(claims)))
@@ -728,15 +730,16 @@ def plot_claims(
             start = start + widths
         panel.set(title=model, ylim=(len(claims) - 0.5, -0.5), yticks=[], xlabel="cases")
     panels[0].set_yticks(range(len(claims)), claims, fontsize=6)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(VERDICTS))
     return figure
 
 # %% ../../nbs/experiments/02_claims.ipynb #75a7b1a4
 def save_ledger(ledger: pd.DataFrame, models: Sequence[ModelRecords], figures: str | Path) -> Path:
     "Write a ledger: three tables, a figure, and a manifest of the runs that it was made from."
     figures, out = Path(figures), Path(figures)/"claims"
+    (out/"manifest.json").unlink(missing_ok=True) # until all that it lists is there
     write_text(out/"ledger.md", ledger_markdown(ledger))
-    write_text(out/"ledger.csv", ledger.to_csv(lineterminator="\n"))
+    write_text(out/"ledger.csv", ledger.to_csv(lineterminator="\n", float_format="%.7g"))
     write_text(out/"ledger.tex", ledger_latex(ledger))
     save_figure(plot_claims(ledger), out/"claims")
     made = {name: sha256_of_file(out/name) for name in ("ledger.md", "ledger.csv", "ledger.tex", "claims.png")}

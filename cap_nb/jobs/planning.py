@@ -39,7 +39,7 @@ from ..models.choices import has_options
 from ..models.families import family_of, HOLDS
 from ..models.lab import lab_tokenizer, LABS
 from ..models.loading import (
-    check_not_quantised, config_of, dtype_named, HUB_ID, load_tokenizer, model_cache)
+    check_not_quantised, config_of, dtype_named, HUB_ID, load_tokenizer, model_cache, on_meta)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c005
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def sizes_of(config: object, name: str, source: str) -> Sizes:
     "The sizes of a model, counted on the meta device; an unknown family or a quantised model raises `BadInput`."
     family_of(config)
     check_not_quantised(config, name)
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config).eval()
+    model = on_meta(config, source)
     a, scope, rows_reading = dimensions(config), projections(model), Counter()
     shares = [p.routing.chosen / p.routing.count if p.expert is not None else 1.0 for p in scope]
     for p, share in zip(scope, shares): # query, key and value read one input, gate and up another

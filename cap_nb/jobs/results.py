@@ -374,12 +374,12 @@ def plot_comparisons(
 
 # %% ../../nbs/jobs/07_results.ipynb #c069
 def save_comparison(comparisons: Mapping[tuple[str, str, float, str], Comparison], runs: Folders,
-                    out: str | Path) -> None:
-    "Write comparison.md, .csv and .png, and sources.json with the hashes of what they were made from."
+                    out: str | Path, beside: str = "") -> None:
+    "Write comparison.md, with what is said beside it, .csv and .png, and sources.json with hashes of what made them."
     sources = {name: {part: sha256_of_file(folder/part) for part in ("run.json", "manifest.json", PACKED)
                       if (folder/part).exists()} for name, folder in runs_in(runs).items()}
     with whole_folder(out) as part:
-        write_text(part/"comparison.md", comparison_markdown(comparisons) + told_text(comparisons))
+        write_text(part/"comparison.md", comparison_markdown(comparisons) + told_text(comparisons) + beside)
         write_text(part/"comparison.csv", comparison_frame(comparisons).to_csv(lineterminator="\n"))
         save_figure(plot_comparisons(comparisons), part/"comparison")
         write_json(part/"sources.json", sources)

@@ -22,6 +22,7 @@ from ..core.errors import BadInput, validate_arguments
 from ..core.plots import blank_figure, in_style, INK, METHOD_LOOKS, method_looks
 from ..evaluation import (
     AnswerRecord, bootstrap_interval, CHOICE_MEASURES, Evaluation, right_shares, summarise_answers, wilson_interval)
+from ..importance import check_scores
 from ..threshold import PruneReport, zero_shares
 
 # %% ../../nbs/jobs/00_tables.ipynb #fe4547df
@@ -328,9 +329,7 @@ def plot_importance_distribution(
     scores: torch.Tensor, # Causal scores in nats, [L, H]
 ) -> Figure: # One point a head
     "Causal scores from highest to lowest (paper section 3.2); scores of another shape raise `BadInput`."
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 2:
-        raise BadInput(f"The scores have shape {list(values.shape)}: expected layers x heads; give one score a head.")
+    values = check_scores(scores).detach().cpu().numpy()
     order = np.argsort(-values, axis=None, kind="stable")
     figure, panels = blank_figure(1, 1, (5.2, 3.0))
     ax, colour = panels[0, 0], METHOD_LOOKS["cap"][0]

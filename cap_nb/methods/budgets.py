@@ -37,7 +37,7 @@ def finite_by_layer(signal: Sequence[float], weights: Sequence[int]) -> tuple[to
     d, w = (torch.tensor(values, dtype=torch.float64) for values in (signal, weights))
     if d.isfinite().all(): return d, w
     raise BadInput("Some layer's signal is not finite: expected a number for each layer; "
-                   "check the scores and the model's weights for NaN.")
+                   "check the scores and the model's weights for NaN, or for a matrix of equal singular values.")
 
 def stretched(d: torch.Tensor) -> torch.Tensor: # r, in [0, 1]
     "A signal from 0 for its smallest value to 1 for its largest; all 0 if it is the same everywhere."
@@ -372,7 +372,8 @@ def measured_budgets(
 # %% ../../nbs/methods/22_budgets.ipynb #1d59eb44
 def divergence_shares(model: nn.Module, inputs: Inputs, sparsity: float) -> dict[str, float]:
     "The share of every projection by budgets from interventions, measured with Wanda's criterion."
-    settings = BudgetSettings(examples=min(24, len(inputs.calibration.examples)), seed=inputs.seed)
+    examples = min(24, len(inputs.calibration.examples))
+    settings = BudgetSettings(examples=examples, seed=inputs.seed, batch_tokens=inputs.batch_tokens)
     return measured_budgets(model, inputs.calibration, sparsity, settings, inputs.store).modules
 
 ALLOCATIONS["kl"] = Allocation(

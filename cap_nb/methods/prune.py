@@ -18,6 +18,7 @@ from cap_nb.core.files import json_text, sha256_of_tensor, sha256_of_text
 from cap_nb.core.registry import ADDED, additions_noted, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES, SOLVERS
 from cap_nb.importance import importance_factors
 from cap_nb.methods.block import FORMS, rebuild, targets_of, training_tokens
+from cap_nb.methods.budgets import BudgetSettings
 from cap_nb.methods.criteria import (
     check_inputs, CRITERIA, GIVES, Inputs, measured_for, projection_shares, prune_by, walks)
 from cap_nb.methods.experts import check_has_experts, ROUTING_AWARE
@@ -418,4 +419,6 @@ def sparsities_of(method: str, sparsities: Sequence[float]) -> tuple[float, ...]
 
 def highest_sparsity(method: str, model: nn.Module) -> float:
     "The highest sparsity that a method can reach on a model."
-    return head_share(model) if parse_method(method).base == "heads" else 1.0
+    parts = parse_method(method)
+    if parts.base == "heads": return head_share(model)
+    return BudgetSettings().cap if parts.allocation == "kl" else 1.0

@@ -287,6 +287,9 @@ class Screening:
                 return {"intact": losses.cpu(), "slopes": -by_gate.permute(1, 2, 0).cpu()}
             part = self.kept({"what": "slopes", "indices": indices, "uids": self.uids(indices)}, make)
             check_finite_table(part["intact"][None], None, self.uids(indices))
+            if not part["slopes"].isfinite().all():
+                raise BadInput("A slope of the loss is not finite: expected finite ones; score in float32 or bfloat16, "
+                               "or without --budget.")
             intact[indices], slopes[..., indices] = part["intact"], part["slopes"]
         return intact, slopes
 
@@ -383,7 +386,7 @@ def load_any(path: str | Path) -> HeadLosses | PartialLosses:
 def scores_of(table: HeadLosses | PartialLosses, how: str, name: str | Path = "The table of losses") -> torch.Tensor:
     "Scores in nats, float64 [L, H], by an aggregation; any but the mean of a table with gaps raises `BadInput`."
     if isinstance(table, HeadLosses): return causal_scores(table, how)
-    if how == "mean": return screened_scores(table)[0]
+    if how == "mean": return estimated(table.rise, table.slopes, task_indices(table.losses.task)).scores
     raise BadInput(f"{name} was measured in part, with --budget, and aggregation {how!r} takes medians of whole "
                    "subsets: expected 'mean'; give --aggregation mean, or score without --budget.")
 

@@ -76,7 +76,7 @@ def scores_of(criterion: Criterion, p: Projection, measured: Measurements) -> to
             scores.is_sparse or scores.is_meta != p.weight.is_meta):
         raise BadInput(f"The scores of {p.name} are no numbers ({type(scores).__name__}): expected a dense "
                        "floating-point tensor, one score for each weight; check the criterion.")
-    scores = scores.float()
+    scores = scores.detach().float()
     fitting = scores.shape == p.weight.shape and scores.min() >= 0 and scores.max() < math.inf # NaN fails both
     if not fitting:
         raise BadInput(f"The scores of {p.name} have shape {list(scores.shape)}, or some is negative or not finite: "

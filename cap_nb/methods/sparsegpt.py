@@ -149,9 +149,7 @@ def sparsegpt_update(
 ) -> tuple[torch.Tensor, torch.Tensor]: # The new weight, in the old dtype, and which went, bool; both [out, in]
     "SparseGPT on one matrix (algorithm 1), in float32; dead columns become zero even beyond the sparsity."
     check_finite(weight, hessian, name)
-    if pattern and block % pattern[1]:
-        raise BadInput(f"block is {block}, which {pattern[1]} does not divide: "
-                       f"expected whole groups for {pattern[0]}:{pattern[1]}; take a multiple of {pattern[1]}.")
+    if pattern: block = max(pattern[1], block - block % pattern[1]) # whole groups
     dtype = torch.promote_types(weight.dtype, torch.float32)
     def factored() -> tuple[torch.Tensor, torch.Tensor]:
         damped, dead = damped_hessian(hessian, damping)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from cap_nb.core.files import (
@@ -38,7 +37,7 @@ from cap_nb.models.checks import warn_of_zeros
 from cap_nb.models.families import family_of
 from cap_nb.models.loading import (
     check_not_quantised, config_of, fingerprint_differences, generation_of, joined_fingerprint, model_fingerprint,
-    opened_by_transformers, STORED_DTYPES)
+    on_meta, STORED_DTYPES, stored_tensors)
 from cap_nb.regions import Factors, region_factors
 from cap_nb.threshold import PruneReport, report_of, zero_count
 
@@ -49,7 +48,7 @@ def meta_model(folder: Path) -> nn.Module:
     family_of(settings)
     check_not_quantised(settings, str(folder))
     config = config_of(folder)
-    with opened_by_transformers(folder), torch.device("meta"): model = AutoModelForCausalLM.from_config(config).eval()
+    model = on_meta(config, folder)
     anatomy(model)
     return model
 
@@ -286,7 +285,7 @@ def countable_regions(pieces: Sequence[StoredRows], base: str, measured: Measure
     names = dict.fromkeys(piece.projection.name for piece in pieces)
     regions = {name: measured.regions.get(name, torch.ones(1, 1)) for name in names}
     factors = torch.cat([factor.flatten() for factor in regions.values()]).unique()
-    if len(factors) > REGIONS_AT_MOST or not all(1 in factor.shape for factor in regions.values()): return None
+    if len(factors) > REGIONS_AT_MOST: return None
     return factors, {name: torch.searchsorted(factors, factor.contiguous()) for name, factor in regions.items()}
 
 def bits_of(rows: torch.Tensor) -> torch.Tensor:
@@ -426,9 +425,8 @@ def checkpoint_fingerprint(
     "What `model_fingerprint` says of the loaded model, without loading it; a missing parameter raises `BadInput`."
     checkpoint = open_checkpoint(folder)
     model, tensors = checkpoint.model, checkpoint_tensors(checkpoint.folder)
-    digest, kept = hashlib.sha256(model.config.model_type.encode()), model.state_dict().keys()
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
-    for name, weight in (*model.named_parameters(), *buffers):
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, weight in stored_tensors(model):
         held = checkpoint.held.get(name) or ((tensors[name],) if name in tensors else ())
         if not held or any(stored.kind not in STORED_DTYPES for stored in held):
             raise BadInput(f"{folder} holds no tensor {name} in float32, bfloat16 or float16: expected every "

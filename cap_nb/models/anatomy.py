@@ -86,8 +86,11 @@ class Routing:
         return not isinstance(self.experts, nn.ModuleList)
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    "The decoder layers of a model."
-    return model.get_submodule(family_of(model.config).layers)
+    "The decoder layers of a model; a family whose path leads nowhere raises `BadInput`."
+    path = family_of(model.config).layers
+    if (layers := submodule_at(model, path)) is not None: return layers
+    raise BadInput(f"{path} is missing: expected the list of decoder layers there; the model is not of the family that "
+                   "its configuration names.")
 
 def submodule_at(module: nn.Module, path: str) -> nn.Module | None:
     "The module at a path, if there is one."
@@ -305,6 +308,13 @@ def check_length(model: nn.Module, tokens: int) -> None:
     raise BadInput(f"An example has {tokens} tokens and the model's context is {context}: expected one that fits; "
                    "choose shorter prompts or examples, or a model with a longer context.")
 
+def check_tokens(model: nn.Module, ids: torch.Tensor) -> None:
+    "Raise `BadInput` for a token that the model has no embedding of."
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None) # an image model has none
+    if rows is None or (largest := int(ids.max())) < rows: return
+    raise BadInput(f"Token {largest} has no embedding, the model has {rows}: expected tokens of its own tokenizer; "
+                   "make the prompts or examples with that.")
+
 def decoder_of(model: nn.Module, ids: torch.Tensor | None = None) -> nn.Module:
     "What turns token ids into hidden states, final norm included; too many ids raise `BadInput`."
     if ids is not None: check_length(model, ids.shape[-1])
@@ -312,7 +322,8 @@ def decoder_of(model: nn.Module, ids: torch.Tensor | None = None) -> nn.Module:
     return model.get_submodule(family_of(model.config).layers.rpartition(".")[0])
 
 def decoded(model: nn.Module, batch: dict[str, torch.Tensor]) -> object: # As the decoder returns it
-    "Run a padded batch through the decoder alone; too many ids raise `BadInput`."
+    "Run a padded batch through the decoder alone; too many ids, or unknown ones, raise `BadInput`."
+    check_tokens(model, batch["input_ids"])
     decoder, mask = decoder_of(model, batch["input_ids"]), batch["attention_mask"]
     return decoder(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
 

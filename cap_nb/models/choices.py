@@ -52,8 +52,11 @@ def has_options(task: str) -> bool:
 
 def options_of(problem: Problem) -> tuple[tuple[str, str], ...]: # (name, text) of each
     "The options of a problem; one that has none raises `BadInput`."
-    if problem.choices: return problem.choices
-    if has_options(problem.task): return ("yes", "yes"), ("no", "no")
+    found = problem.choices or ((("yes", "yes"), ("no", "no")) if has_options(problem.task) else ())
+    if found and problem.answer not in dict(found):
+        raise BadInput(f"The answer of problem {problem.uid} is {problem.answer!r}: expected one of "
+                       f"{', '.join(dict(found))}; correct it.")
+    if found: return found
     raise BadInput(f"A problem of {problem.task} has no options: expected one of ARC or StrategyQA, or of a task with "
                    "choices; measure it by its answers.")
 

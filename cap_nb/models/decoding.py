@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from cap_nb.core.devices import memory_of
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, imported, validate_arguments
-from cap_nb.models.anatomy import context_of
+from cap_nb.models.anatomy import check_tokens, context_of
 from cap_nb.models.replay import cache_argument
 
 def answer_is_whole(text: str, line: re.Pattern) -> bool:
@@ -38,13 +38,13 @@ def stop_tokens(model: torch.nn.Module, tokenizer: object) -> tuple[int, ...]:
 # %% ../../nbs/models/10_decoding.ipynb #c012
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
-    "Evaluation mode without gradients; the model's previous mode comes back at the end."
-    was_training = model.training
+    "Evaluation mode without gradients; the previous mode of every module comes back at the end."
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode(): yield
     finally:
-        if was_training: model.train()
+        for module, training in modes: module.training = training
 
 # %% ../../nbs/models/10_decoding.ipynb #c013
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ class Slots:
         gaps = [width - len(prompt) for prompt in prompts] # all end at the last column; padding is masked
         ids = torch.tensor([[0] * gap + list(prompt) for gap, prompt in zip(gaps, prompts)], device=device)
         mask = torch.tensor([[0] * gap + [1] * len(prompt) for gap, prompt in zip(gaps, prompts)], device=device)
+        check_tokens(self.model, ids)
         logits = self.next_logits(ids, mask, read)
         if not self.cache.layers: self.cache.layers = [SlotLayer(self, layer) for layer in read.layers]
         for index, (row, prompt) in enumerate(zip(rows, prompts)):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 from cap_nb.core.errors import BadInput
-from cap_nb.models.anatomy import decoder_layers, decoder_of, output_projection
+from cap_nb.models.anatomy import check_tokens, decoder_layers, decoder_of, output_projection
 from cap_nb.models.families import family_of
 from cap_nb.models.interventions import all_of
 
@@ -122,6 +122,7 @@ def cache_argument(module: nn.Module) -> str:
 
 def run_decoder(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> object:
     "Run a model's decoder after what a cache holds."
+    check_tokens(model, tokens)
     decoder = decoder_of(model, mask)
     return decoder(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(decoder): cache})
 
