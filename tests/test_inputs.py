@@ -204,7 +204,7 @@ def test_a_changed_configuration(path, value, place):
     for key in path[:-1]:
         whole = whole.get(key, {})
     if path[-1] not in whole and path[:-1]:
-        return  # older and newer versions of transformers name some inner fields differently
+        pytest.skip(f"this version of transformers names {'.'.join(path)} differently")
     change_leaf(file, path, value)
     check_taken_in(place, path[-1])
 

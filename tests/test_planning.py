@@ -5,6 +5,7 @@ import math
 import re
 import weakref
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -36,6 +37,15 @@ from cap_nb.models.loading import load_model
 from cap_nb.scoring import score_heads_naive, target_losses
 
 GIB = 2**30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sizes_counted_once():
+    """A plan builds its model on the meta device; here many plans have the same one."""
+    with patch.object(planning, "read_sizes", functools.cache(planning.read_sizes)):
+        yield
+
+
 # Wider than `tiny_llama` is by itself: the plan counts what grows with the model, and so little else may weigh anything
 WIDER = dict(hidden_size=48, intermediate_size=160, head_dim=16, vocab_size=90, max_position_embeddings=2048)
 RATES = Rates(memory=80, peak=0.1, bandwidth=100, link=10, name="made up", timed=True)
@@ -112,7 +122,9 @@ def test_names_that_lead_nowhere_get_a_sentence(tmp_path, monkeypatch):
         with pytest.raises(BadInput, match=said):
             read_sizes(name)
     quantised = tiny_config().to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    for text, said in (("{", "is not JSON"), (json.dumps({"model_type": "mamba"}), "anatomy of model type 'mamba'"), (json.dumps(quantised), "is quantised")):
+    unknown = tiny_config().to_dict() | {"hidden_act": "nonsense"}
+    for text, said in (("{", "is not JSON"), (json.dumps({"model_type": "mamba"}), "anatomy of model type 'mamba'"), (json.dumps(quantised), "is quantised"),
+                       (json.dumps(unknown), "fetch it again|transformers")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(BadInput, match=said):
             read_sizes(str(tmp_path))

@@ -1,4 +1,5 @@
 """The records of runs: any text comes back, damage is named, committed runs hold what tables and manifests say."""
+import functools
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import pytest
 
 from cap_nb.core.files import read_json, sha256_of_file
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord
+from cap_nb.jobs import records
 from cap_nb.jobs.job import prepare
 from cap_nb.jobs.records import (
     PACKED, differences, load_evaluation, load_run, manifest, pack_run, packed_texts, read_run, save_evaluation,
@@ -39,22 +41,22 @@ def test_records_of_any_text_come_back(tmp_path):
     assert len(lines) == 42 and lines[-1] == "", "one line a record"
 
 
+NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?")
+
+
 @committed
-def test_a_committed_run_is_packed_and_whole(run):
-    """Every record, table and picture has the hash that the manifest gives it, and nothing else lies there."""
+def test_a_committed_run_is_packed_and_whole_and_its_tables_follow_from_its_records(run, monkeypatch):
+    """Every record, table and picture has the hash that the manifest gives it, and nothing else lies there.
+
+    Scores are sums, whose last digit differs from one processor to another. Answers are spelt as the lab spells.
+    """
+    monkeypatch.setattr(records, "packed_records", functools.lru_cache(maxsize=1)(records.packed_records))  # read once
     listed = json.loads(packed_texts(run)["manifest.json"])["content"]
     assert manifest(run) == listed
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert files == {PACKED, *listed["made"]}
     assert {name.rpartition(".")[2] for name in listed["made"] if name.startswith("figures/")} <= {"png"}
 
-
-NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?")
-
-
-@committed
-def test_tables_of_a_committed_run_follow_from_its_records(run):
-    """Scores are sums, whose last digit differs from one processor to another. Answers are spelt as the lab spells."""
     loaded = load_run(run)
     texts, said = table_texts(loaded), (answer for each in loaded.evaluations for answer in each.answers)
     assert [text for a in said for text in (a.output, a.strict, a.lenient, a.gold) if text and DRAWN in text] == []

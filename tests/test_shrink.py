@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+import transformers
 from fixtures import tiny_llama
 from proofs import TINY_MODELS, tiny_model
 from transformers import AutoModelForCausalLM
@@ -99,9 +100,8 @@ def test_the_page_names_these_families():
 def test_a_number_of_heads_that_a_configuration_does_not_take_is_a_sentence():
     """Llama's configuration wants the hidden size to be a multiple of the heads; transformers 4 does not ask."""
     model = tiny_llama(hidden_size=24, num_attention_heads=6, num_key_value_heads=6)
-    try:
-        small = shrink(model, *drawn_scores(model), 20, 5)
-    except BadInput as error:
-        assert "cannot have 5 of 6 key-value heads" in str(error)
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        with pytest.raises(BadInput, match="cannot have 5 of 6 key-value heads"):
+            shrink(model, *drawn_scores(model), 20, 5)
     else:
-        assert widths_of(small) == (20, 5)
+        assert widths_of(shrink(model, *drawn_scores(model), 20, 5)) == (20, 5)

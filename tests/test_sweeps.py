@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 import typer
-from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from programs import called as cap
 from cap_nb.command_line import app, known_options
@@ -91,12 +90,16 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     assert result.exit_code == 2 and f"{missing[0]} is not installed" in result.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_tracker_that_does_not_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(Accelerator, "init_trackers", lambda *_: 1 / 0)
-    with tracked(next(iter(map(str, get_available_trackers())), None), tmp_path) as follow:
-        if follow is None:
-            pytest.skip("no tracker is installed")
-        with pytest.raises(BadInput, match="did not start .ZeroDivisionError.*log in to it"):
+class NoLogin(GeneralTracker):
+    name, requires_logging_directory, tracker = "no login", False, None
+
+    def store_init_configuration(self, values):
+        raise PermissionError("nobody is logged in")
+
+
+def test_a_tracker_that_does_not_start(tmp_path):
+    with tracked(NoLogin(), tmp_path) as follow:
+        with pytest.raises(BadInput, match="did not start .PermissionError.*log in to it"):
             follow({"model": {"name": "lab"}, "methods": [], "sparsities": []})
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 from nbconvert.preprocessors import ClearOutputPreprocessor
 
+from cap_nb.core.files import whole_folder
 from tools.notebooks import ROOT, directives, is_skipped
 
 HEARTS = {  # Chapter -> functions that students write; the chapter's next cell with a test checks them
@@ -125,7 +126,8 @@ def main() -> None:
     out = parser.parse_args().out
     if out.exists():
         sys.exit(f"{out} is there, and somebody may have worked in it: expected a new folder; remove it, or name another one.")
-    write_class(out)
+    with whole_folder(out) as part:
+        write_class(part)
     print(f"{len(HEARTS)} notebooks to fill in {out}")
 
 

@@ -248,7 +248,9 @@ def main() -> None:
     asked = asked.parse_args()
     if asked.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            print(*dry_run(Path(folder)), sep="\n")
+            said = dry_run(Path(folder))
+        print(*said, sep="\n")
+        sys.exit(any(": failed," in line for line in said))
     elif not torch.cuda.is_available():
         print("There is no CUDA device here, and nothing was measured; make gpu DRY=1 tries every measurement.")
     else:

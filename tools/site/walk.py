@@ -133,9 +133,11 @@ class Walk:
         """Ask the site's own search."""
         self.page.set_viewport_size(DESK)
         self.page.goto((self.site / "search.html").as_uri() + f"?q={words.replace(' ', '+')}")
+        from playwright.sync_api import TimeoutError as Late
+
         try:
             self.page.wait_for_selector(f"#search-results a[href*='{wanted}']", timeout=10_000)
-        except Exception:
+        except Late:
             self.fault(f"searching for {words!r} does not find {wanted}")
 
     def light_and_dark(self) -> None:
