@@ -231,6 +231,8 @@ TASKS["math500"] = Task(
     prompt=("Solve this problem. Reason step by step, then write the answer on the last line as "
             "'\\boxed{{<answer>}}'.\n\n{question}"), line=r"\boxed{{{answer}}}")
 
+BENCHMARKS = dict(TASKS) # As they come, before a user adds some
+
 # %% ../../nbs/data/02_problems.ipynb #418e5ab5
 TASK_TITLES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "arc": "ARC-C."} # Benchmark -> the paper's name for it
 OTHER_TITLES = {"gsm8k_changed": "GSM8K, changed", FRESH: "GSM8K, set aside", "svamp": "SVAMP",
