@@ -179,7 +179,7 @@ check-readme: env
 
 check-notebooks: env
 	@echo "== notebooks run"
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/nbdev_test" --n_workers 2 --do_print --timing
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=Agg "$(BIN)/python" tools/check_notebooks.py
 
 check-pytest: env
 	@echo "== pytest"

@@ -104,7 +104,7 @@ def method_table(
     if not rows:
         raise BadInput("There is nothing to put into a table: expected at least one evaluation; "
                        "run 'cap run' or 'cap eval' first.")
-    by_cell(rows) # or refused
+    by_cell(rows) # two for one row are refused
     titles, cells = [task_title(task) for task in TASKS], [row_cells(row) for row in rows]
     order = [*titles, *(f"{title} loss" for title in titles)] # accuracies, losses, then what has no place in the paper
     def place(column):
@@ -236,8 +236,7 @@ COMPARED = ("First", "Second", "Sparsity", "Measure") # What names a comparison
 
 def records_by_measure(evaluation: Evaluation) -> dict[str, tuple]:
     "Records by measure; a window of text counts as a problem."
-    records = {}
-    samples = {}
+    records, samples = {}, {}
     for answer in evaluation.answers: samples[answer.task] = max(samples.get(answer.task, 1), answer.sample + 1)
     for answer in evaluation.answers:
         records.setdefault(answers_title(answer.task, samples[answer.task]), []).append(answer)
@@ -283,7 +282,7 @@ def compare_methods(
     records = {(method_title(first.method), method_title(second.method), first.sparsity, measure): both
                for first, second in shared_cells(evaluations, pairs)
                for measure, both in comparable_parts(first, second).items()}
-    flips = max(9_999, 100 * len(records) - 1) # so that the least p-value, times the size of the family, is 0.01
+    flips = max(9_999, 100 * len(records) - 1) # so that the least p-value times the size of the family is 0.01 at most
     return correct_family({key: compare(*both, seed, flips) for key, both in records.items()}, family)
 
 # %% ../nbs/06_analysis.ipynb #c044

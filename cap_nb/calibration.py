@@ -55,8 +55,8 @@ def draw_tokens(pool: Sequence[Example], amount: Tokens, seed: int) -> list[tupl
     task, lengths = pool[0].task if pool else "the task", [len(example.input_ids) for example in pool]
     if amount.count > sum(lengths):
         raise BadInput(f"{task} has {sum(lengths):,} tokens in {len(pool):,} examples for calibration but "
-                       f"{amount.count:,} were asked for: expected at most {sum(lengths):,}; lower "
-                       "--calibration-tokens, or give more to draw from.")
+                       f"{amount.count:,} were asked for: expected at most {sum(lengths):,}; ask "
+                       "for fewer tokens, or give more to draw from.")
     quartiles, order = length_quartiles(lengths), random_order(pool, seed)
     before = accumulate([0, *(lengths[index] for index in order)])
     return [(pool[index], quartiles[index]) for index, held in zip(order, before) if held < amount.count]
@@ -159,6 +159,8 @@ def calibration_set(
     check_seed(seed)
     style, tasks = style or default_style(tokenizer), default_tasks(tokenizer) if tasks is None else tasks
     if not tasks: raise BadInput("No task is named: expected at least one to calibrate on; name some, or give None.")
+    if len(set(tasks)) < len(tasks):
+        raise BadInput(f"A task is named twice in {', '.join(tasks)}: expected each once; leave one out.")
     examples, stratum = [], []
     for rank, task in enumerate(tasks):
         pool = calibration_pool(tokenizer, task, data_dir, style, exclude)

@@ -78,13 +78,13 @@ def sentence_and_code(error: BaseException) -> tuple[str, int]: # A sentence, an
     if isinstance(error, KeyboardInterrupt): return f"{error}" or "Stopped.", getattr(error, "code", 130)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return f"{error.object[:60]!r} is no text: expected UTF-8; write it anew.", 2
+    if lacks_memory(error): return NO_MEMORY, 2
     if isinstance(error, OSError):
         from cap_nb.core.files import is_disk_full
         if not is_disk_full(error): return refused_path(error), 2
         place = error.filename or "the program's output"
         return (f"There was no room to write {place}: expected space on its disk; make room and run the same command "
                 "again, what was finished is kept."), 2
-    if lacks_memory(error): return NO_MEMORY, 2
     return bug_report(error), 1
 
 # %% ../nbs/command_line.ipynb #3a8ccbe5
@@ -449,7 +449,7 @@ def plan_command(
     job: Job,
     settings: Planning,
     *,
-    devices: int = 1, # devices that share the work
+    devices: int = 1, # devices that share the scoring
     tries: int | None = None, # answers to each problem that 'cap chains' is to write; no chains if left out
     probe: bool = True, # time this device on one layer, for the expected times
     accelerator: str | None = None, # a device not here, as h100 or h100,link=50: a range of times there
@@ -762,7 +762,7 @@ def table_command(
 def figures_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
-    "Make the tables, figures and manifest of every run in a folder again, from the records alone."
+    "Make tables, figures and manifest of every run in a folder again, from its records; of a live run, its page too."
     from cap_nb.jobs.report import run_folders, write_results
     for run in run_folders(folder):
         write_results(run)

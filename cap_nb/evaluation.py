@@ -17,8 +17,8 @@ from cap_nb.core.errors import BadInput, check_at_least, check_choice, check_con
 from cap_nb.core.files import sha256_of_text
 from cap_nb.data.problems import TASKS, Problem, Text, load_problems, load_text, task_family
 from cap_nb.data.prompts import (
-    IGNORED, Example, PromptStyle, check_comparable, collate, default_style, encode_problems, extract_answer,
-    normal_answer, prompt_style, same_answer, strict_pattern, token_batches)
+    IGNORED, Example, PromptStyle, check_comparable, default_style, encode_problems, extract_answer, normal_answer,
+    prompt_style, same_answer, strict_pattern)
 from cap_nb.models.choices import ChoiceRecord
 from cap_nb.models.decoding import Decoding, Generation, generate_greedy, generate_samples, one_task, token_limit
 
@@ -44,6 +44,8 @@ def evaluation_problems(
     eligible = [problem for problem in problems if problem.uid not in exclude and problem.wording not in worded]
     dropped = len(problems) - len(eligible)
     if dropped and held_out: log.warning("%s: left out, since calibrated on: %d", task, dropped)
+    if not eligible:
+        raise BadInput(f"{task} has no problem left for {split}: expected at least one; exclude fewer, or give more.")
     n = check_at_least(len(eligible) if n is None else n, 1, "n (problems for evaluation)")
     if n > len(eligible):
         raise BadInput(f"{task} has {len(eligible)} problems for evaluation but n = {n} were asked for: "
@@ -189,7 +191,7 @@ import math
 import numpy as np
 from tqdm.auto import tqdm
 from .models.decoding import inference
-from .scoring import target_losses
+from .scoring import batches_of, target_losses
 
 @dataclass(frozen=True)
 class LossRecord:
@@ -212,12 +214,11 @@ def problem_losses(model: torch.nn.Module, tokenizer: object, problems: Sequence
     "Target losses (the loss of paper Eq. 1) of problems; a loss that is not finite raises `BadInput`."
     style = style or default_style(tokenizer)
     examples = encode_problems(tokenizer, problems, style)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0 # masked: any token will do
     losses = [math.nan] * len(examples)
     with inference(model):
-        for batch in tqdm(token_batches(examples, batch_tokens), desc="held-out loss", leave=False):
-            of_batch = target_losses(model, collate([examples[i] for i in batch], pad, model.device))
-            for index, loss in zip(batch, of_batch.tolist()): losses[index] = loss
+        batches = list(batches_of(examples, batch_tokens, model))
+        for indices, batch in tqdm(batches, desc="held-out loss", leave=False):
+            for index, loss in zip(indices, target_losses(model, batch).tolist()): losses[index] = loss
     check_finite_losses(losses, [f"problem {e.uid} of {e.task}" for e in examples])
     return tuple(LossRecord(task=e.task, uid=e.uid, loss=loss, tokens=sum(label != IGNORED for label in e.labels))
                  for e, loss in zip(examples, losses))
@@ -229,7 +230,7 @@ def held_out_losses(
     tokenizer: object, # Its tokenizer
     task: str, # Name of the task
     n: int | None = None, # Problems to draw; None means all
-    seed: int = 0, # Seed of the draw, the same as accuracy's
+    seed: int = 0, # Seed of the draw; with `accuracy`'s seed and n, the same problems
     data_dir: str | Path | None = None, # Folder of benchmark files; None means the hub
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
 ) -> tuple[LossRecord, ...]: # One record per problem, in the order of the draw
@@ -279,22 +280,6 @@ def summarise_losses(records: Sequence[LossRecord], seed: int = 0) -> tuple[Loss
         losses = [record.loss for record in records if record.task == task]
         low, high = bootstrap_interval(losses, seed)
         summaries.append(LossSummary(task=task, n=len(losses), loss=sum(losses) / len(losses), low=low, high=high))
-    return tuple(summaries)
-
-# %% ../nbs/05_evaluation.ipynb #28fb58b7
-ChoiceSummary = namedtuple("ChoiceSummary", "task n measure value low high") # A share in [0, 1] and its interval
-CHOICE_MEASURES = {"choice": "correct", "choice norm": "correct_mean", "gold p": "probability",
-                   "gold p norm": "probability_mean"} # What a table calls a field of a `ChoiceRecord`
-
-def summarise_choices(records: Sequence[ChoiceRecord], seed: int = 0) -> tuple[ChoiceSummary, ...]:
-    "How often the likeliest option is right, with Wilson's interval, and the right one's mean probability, resampled."
-    summaries = []
-    for task in dict.fromkeys(record.task for record in records):
-        for measure, field in CHOICE_MEASURES.items():
-            values = [getattr(record, field) for record in records if record.task == task]
-            n, total = len(values), sum(values)
-            ends = wilson_interval(total, n) if measure.startswith("choice") else bootstrap_interval(values, seed)
-            summaries.append(ChoiceSummary(task, n, measure, total / n, *ends))
     return tuple(summaries)
 
 # %% ../nbs/05_evaluation.ipynb #c116
@@ -362,6 +347,22 @@ def perplexity(
         text=source.name, fingerprint=source.fingerprint, value=value, low=low, high=high, windows=cut.shape[0],
         window_tokens=cut.shape[1], losses=tuple(losses.tolist()), windows_asked=windows,
         window_tokens_asked=window_tokens)
+
+# %% ../nbs/05_evaluation.ipynb #28fb58b7
+ChoiceSummary = namedtuple("ChoiceSummary", "task n measure value low high") # A share in [0, 1] and its interval
+CHOICE_MEASURES = {"choice": "correct", "choice norm": "correct_mean", "gold p": "probability",
+                   "gold p norm": "probability_mean"} # What a table calls a field of a `ChoiceRecord`
+
+def summarise_choices(records: Sequence[ChoiceRecord], seed: int = 0) -> tuple[ChoiceSummary, ...]:
+    "How often the likeliest option is right, with Wilson's interval, and the right one's mean probability, resampled."
+    summaries = []
+    for task in dict.fromkeys(record.task for record in records):
+        for measure, field in CHOICE_MEASURES.items():
+            values = [getattr(record, field) for record in records if record.task == task]
+            n, total = len(values), sum(values)
+            ends = wilson_interval(total, n) if measure.startswith("choice") else bootstrap_interval(values, seed)
+            summaries.append(ChoiceSummary(task, n, measure, total / n, *ends))
+    return tuple(summaries)
 
 # %% ../nbs/05_evaluation.ipynb #c133
 @dataclass(frozen=True)

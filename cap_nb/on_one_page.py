@@ -37,7 +37,7 @@ def cap_naive(
 ) -> CapResult: # Scores, factors and threshold
     "Causal Attribution Pruning (paper section 3, equations 1 to 4); key-value heads take a mean, scores must differ."
     layers, config = model.model.layers, model.config
-    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, layers[0].self_attn.head_dim
 
     # equations 1 and 2: the loss with each head masked, minus the intact loss
     intact = torch.tensor([subset_loss(model, subset) for subset in subsets], dtype=torch.float64)

@@ -140,4 +140,5 @@ def plot_regions(
         if same is None: pictures.append(({p.role: None}, picture))
         else: same[p.role] = None # the role once, however many experts have it
     panels = {f"{', '.join(roles)}\n{len(shown)} x {shown.shape[1]}": shown for roles, shown in pictures}
-    return plot_matrices(panels, (1, 10), "importance factor")
+    ends = torch.cat([picture.flatten() for picture in panels.values()]).aminmax()
+    return plot_matrices(panels, (min(1, ends.min.item()), max(10, ends.max.item())), "importance factor")

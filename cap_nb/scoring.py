@@ -34,7 +34,7 @@ def masked_head(
 # %% ../nbs/01_scoring.ipynb #c015
 from collections.abc import Iterator, Sequence
 import torch.nn.functional as F
-from cap_nb.data.prompts import collate, token_batches
+from cap_nb.data.prompts import Example, collate, token_batches
 from cap_nb.models.anatomy import anatomy, check_length, check_tokens
 
 def mean_by_example(losses: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -105,11 +105,12 @@ class HeadLosses:
         return self.meta.get("target", "loss")
 
 # %% ../nbs/01_scoring.ipynb #6528ad5d
-def batches_of(calibration: Calibration, batch_tokens: int,
-               device: torch.device) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+def batches_of(examples: Sequence[Example], batch_tokens: int,
+               model: nn.Module) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     "Indices of the examples and padded batch, shortest first; padding is token 0, which no target ever sees."
-    for indices in token_batches(calibration.examples, batch_tokens):
-        yield indices, collate([calibration.examples[index] for index in indices], pad_id=0, device=device)
+    device = next(model.parameters()).device
+    for indices in token_batches(examples, batch_tokens):
+        yield indices, collate([examples[index] for index in indices], pad_id=0, device=device)
 
 def token_counts(calibration: Calibration) -> torch.Tensor: # int64 [N]
     "How many target tokens each example has; its first token is predicted by none."
@@ -141,7 +142,7 @@ def score_heads_naive(
     masked = torch.full((a.layers, a.heads, count), math.nan, dtype=torch.float64)
     intact = torch.zeros(count, dtype=torch.float64)
     wanted = heads if heads is not None else [(layer, head) for layer in range(a.layers) for head in range(a.heads)]
-    for indices, batch in batches_of(calibration, batch_tokens, next(model.parameters()).device):
+    for indices, batch in batches_of(calibration.examples, batch_tokens, model):
         intact[indices] = target_losses(model, batch).cpu()
         for layer, head in wanted:
             with masked_head(model, layer, head): losses = target_losses(model, batch)
@@ -227,7 +228,8 @@ def rank_correlation(
 ) -> float: # Spearman's rank correlation, -1 to 1; NaN where all scores are equal
     "Spearman's rank correlation of two sets of scores (1904), ties at their mean rank; other shapes raise `BadInput`."
     if a.shape != b.shape or not a.numel() or not (a.isfinite() & b.isfinite()).all():
-        raise BadInput(f"Scores of {list(a.shape)} and {list(b.shape)}: expected one shape and finite numbers; check.")
+        raise BadInput(f"Scores of {list(a.shape)} and {list(b.shape)}: expected one shape and finite numbers; give "
+                       "two whole tables of scores of one model.")
     return float(stats.spearmanr(a.flatten().tolist(), b.flatten().tolist()).statistic)
 
 @validate_arguments

@@ -78,15 +78,19 @@ def save_beside(save: Callable[[object, Path], None], table: object, out: Path) 
         raise BadInput(f"{out} was made by another process meanwhile: expected the name to be free, as it was at "
                        f"first; this table is whole in {place.name} beside it.")
 
+def check_within_budget(job: Job, budget: float, join: bool) -> None:
+    if join:
+        raise BadInput("--join was given with --budget: expected a whole table, since its rounds are not shared; leave "
+                       "one of the two out.")
+    if (count := launched_processes()[1]) > 1:
+        raise BadInput(f"--budget was given to {count} processes: expected one, since its rounds are not shared; start "
+                       "'cap score' alone, or leave --budget out.")
+    check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
+
 def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Path | None = None,
                budget: float | None = None, join: bool = False) -> str:
     "Measure what masking each head does, and save the table."
-    if join and budget is not None:
-        raise BadInput("--join was given with --budget: expected a whole table, since its rounds are not shared; leave "
-                       "one of the two out.")
-    if budget is not None and (count := launched_processes()[1]) > 1:
-        raise BadInput(f"--budget was given to {count} processes: expected one, since its rounds are not shared; start "
-                       "'cap score' alone, or leave --budget out.")
+    if budget is not None: check_within_budget(job, budget, join)
     job = changed(job, device=device_of_process(job.model.device))
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
     model, tokenizer = load_checked(job)
@@ -99,7 +103,6 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
     with joined(model.device) as share, nullcontext() if store or share.rank else alone_in(working):
         if budget is not None:
-            check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
             seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
             table = screen_heads(model, calibration, budget, seed, batch_tokens, working, fingerprint, heads_at_once)
             save_beside(save_partial, table, out)
@@ -237,7 +240,8 @@ def prune_on_disk(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: #
     factors, base = factors_from(pruning, fingerprint, job.prune), base_record(source, fingerprint)
     def make(new: Path) -> PruneReport:
         if pruning.hessians is not None:
-            return solve_checkpoint(source, new, pruning.sparsity, pruning.hessians, pruning.method, factors)
+            return solve_checkpoint(
+                source, new, pruning.sparsity, pruning.hessians, pruning.method, factors, fingerprint)
         return prune_checkpoint(source, new, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
     def record(report: PruneReport) -> dict:
         measured_on = None
@@ -301,7 +305,7 @@ def check_pruning(job: Job, pruning: SinglePruning) -> None:
                        "expected one threshold over a matrix or more, since all else is exact; leave --ties out.")
 
 def prune_into(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
-    "Prune a model and save it with a record of how; a mistake raises `BadInput` before anything is loaded."
+    "Prune a model and save it with a record of how; what needs no model is refused before one is loaded."
     check_started_once("cap prune")
     check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
     check_pruning(job, pruning)
@@ -330,7 +334,7 @@ def keep_model(ready: Ready, report: PruneReport, out: Path) -> None:
 
 # %% ../nbs/single_steps.ipynb #9865b8cb
 def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of the model
-    "Make a model smaller and save it; a mistake raises `BadInput` before anything is loaded."
+    "Make a model smaller and save it; a mistake raises `BadInput` before anything is measured."
     check_job(changed(job, sparsities=(how.sparsity,)))
     check_target_kept(job.prune.score_target, how.scores)
     if job.prune.aggregation != PruneSettings.aggregation and how.scores is None:

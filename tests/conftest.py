@@ -22,24 +22,23 @@ SOAKED = ROOT / "figures" / "bad_input" / "soaked.json"
 
 @pytest.fixture(autouse=True, scope="session")
 def pools_are_encoded_once():
-    """Rendering and tokenising the lab's 2,000 problems of a task takes half a second, and four hundred calibration sets are drawn."""
-    from cap_nb import calibration
-    from cap_nb.data.problems import LAB_TASKS
-    from cap_nb.jobs import chains
-    from cap_nb.models.loading import tokenizer_fingerprint
+    from fixtures import pools_encoded_once
 
-    encode, pools = calibration.calibration_pool, {}
-
-    def pool(tokenizer, task, data_dir, style, exclude=frozenset()):
-        if task not in LAB_TASKS:
-            return encode(tokenizer, task, data_dir, style, exclude)
-        key = task, style, tokenizer_fingerprint(tokenizer)
-        if key not in pools:
-            pools[key] = encode(tokenizer, task, None, style)
-        return [example for example in pools[key] if example.uid not in exclude]
-
-    with patch.object(calibration, "calibration_pool", pool), patch.object(chains, "calibration_pool", pool):
+    with pools_encoded_once():
         yield
+
+
+@pytest.fixture(scope="session")
+def small_lab(tmp_path_factory):
+    """Six small random layers that read the lab's words, for what does not depend on what a model says."""
+    from fixtures import tiny_llama
+
+    from cap_nb.models.lab import lab_tokenizer
+    from cap_nb.models.loading import save_model
+
+    folder, tokenizer = tmp_path_factory.mktemp("model") / "small", lab_tokenizer()
+    save_model(tiny_llama(num_hidden_layers=6, vocab_size=len(tokenizer), max_position_embeddings=512), tokenizer, folder)
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,17 +1,40 @@
 """What tests share: one tiny Llama (and models of other classes with its sizes), and examples made of token ids."""
 import json
 import math
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from cap_nb import calibration
 from cap_nb.calibration import Calibration
+from cap_nb.data.problems import LAB_TASKS
 from cap_nb.data.prompts import IGNORED, Example
+from cap_nb.jobs import chains
+from cap_nb.models.loading import tokenizer_fingerprint
 
 # Head size 6 although hidden size over heads is 5, and two query heads to a key-value head: sizes that go wrong when
 # something is assumed
 TINY = dict(hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             head_dim=6, vocab_size=50, max_position_embeddings=64, initializer_range=0.3)
+
+
+@contextmanager
+def pools_encoded_once():
+    """Rendering and tokenising the lab's 2,000 problems of a task takes half a second, and hundreds of calibration sets are drawn."""
+    encode, pools = calibration.calibration_pool, {}
+
+    def pool(tokenizer, task, data_dir, style, exclude=frozenset()):
+        if task not in LAB_TASKS:
+            return encode(tokenizer, task, data_dir, style, exclude)
+        key = task, style, tokenizer_fingerprint(tokenizer)
+        if key not in pools:
+            pools[key] = encode(tokenizer, task, None, style)
+        return [example for example in pools[key] if example.uid not in exclude]
+
+    with patch.object(calibration, "calibration_pool", pool), patch.object(chains, "calibration_pool", pool):
+        yield
 
 
 def tiny_config(kind=LlamaConfig, **settings):

@@ -7,7 +7,9 @@ tests/test_families.py measures every claim on every model. The attention and th
 hand, in float64 and without anything that the package knows about layouts: fused matrices are cut by reshaping, as the
 papers of these models describe them.
 """
+import copy
 import datetime
+import functools
 import math
 import tempfile
 from collections.abc import Callable
@@ -130,8 +132,14 @@ NEEDS_5 = {  # name of a variant -> what transformers 4 does
     "granitemoe": "keeps the experts of Granite-MoE elsewhere"}
 
 
-@torch.no_grad()
 def tiny_model(name, dtype=torch.float32):
+    """A copy of a model that is drawn once in a process."""
+    return copy.deepcopy(drawn_model(name)).to(dtype)
+
+
+@functools.cache
+@torch.no_grad()
+def drawn_model(name):
     """A tiny model of a family's true class; every parameter is random, biases and norms too, so that none can be
     forgotten unseen."""
     kind, settings = TINY_MODELS[name]
@@ -146,7 +154,7 @@ def tiny_model(name, dtype=torch.float32):
     for correction in (each for key, each in model.named_buffers() if key.endswith("e_score_correction_bias")):
         # positive, because transformers 4 gives the experts of the worse half 0
         correction.add_(0.2 * torch.randn(correction.shape, generator=rng).abs())
-    return model.to(dtype)
+    return model
 
 
 def in_float64(name):

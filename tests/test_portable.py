@@ -298,7 +298,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, form):
     src, small, back, cpu = tmp_path / "src", tmp_path / "small", tmp_path / "back", torch.device("cpu")
     src.mkdir()
     (src / "config.json").write_text("{}")
-    shapes, rng = {"embed": (12000, 4096)} | {f"layers.{layer}.{name}": (1536, 4096) for layer in range(6) for name in "abc"}, torch.Generator().manual_seed(0)
+    shapes, rng = {"embed": (12000, 4096)} | {f"layers.{layer}.{name}": (1536, 4096) for layer in range(2) for name in "abc"}, torch.Generator().manual_seed(0)
     noise = torch.where(torch.rand(1 << 20, generator=rng) < 0.25, torch.randn(1 << 20, generator=rng), 0.0).bfloat16()
     size, base = write_large(src / "model.safetensors", shapes, noise), src if form == "delta" else None
 
@@ -311,5 +311,5 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, form):
     done = finished(measured, draws=False)
     assert done.returncode == 0, done.stderr
     for taken in map(int, done.stdout.split()):
-        assert size > 300e6 and taken < 80e6, f"{taken / 1e6:.0f} MB for a checkpoint of {size / 1e6:.0f} MB"
+        assert size > 170e6 and taken < 80e6, f"{taken / 1e6:.0f} MB for a checkpoint of {size / 1e6:.0f} MB"
     assert len({files_module.sha256_of_file(folder / "model.safetensors") for folder in (src, back)}) == 1

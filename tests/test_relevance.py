@@ -22,7 +22,7 @@ def first_batch(name):
     torch.manual_seed(1)
     for weight in (w for key, w in model.named_parameters() if key.endswith("bias")):
         torch.nn.init.normal_(weight, std=0.3)
-    _, batch = next(batches_of(tiny_calibration(), 4096, CPU))
+    _, batch = next(batches_of(tiny_calibration().examples, 4096, model))
     return model, batch
 
 

@@ -28,6 +28,7 @@ from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import Calibration
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
 from cap_nb.scoring import HeadLosses, causal_scores, score_heads_naive, score_interval, split_half_reliability
+from tools.benchmarks.processes import free_port
 
 # two processes with two threads each would wait for one another
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -105,6 +106,18 @@ def test_a_second_process_on_the_same_store_is_refused_or_helps(tmp_path, undist
 
 
 def test_two_processes_give_the_bytes_of_one(tmp_path, undisturbed):
+    out, port = tmp_path/"S.safetensors", str(free_port())
+
+    def work(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        return cap(*SMALL, "--device", "cpu", "--out", out)()
+    said = [rank.communicate(900) for rank in [Program(partial(work, rank)) for rank in range(2)]]
+    assert out.read_bytes() == undisturbed, said
+    assert "".join(shown for shown, _ in said).count("losses of 6 examples") == 1  # only one process speaks
+
+
+@pytest.mark.skipif(not os.environ.get("CAP_NB_SOAK"), reason="starts three interpreters; make matrix does")
+def test_two_processes_of_the_launcher_give_the_bytes_of_one(tmp_path, undisturbed):
     out = tmp_path/"S.safetensors"
     launcher = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
                 "--dynamo_backend", "no", "--main_process_port", "0"]

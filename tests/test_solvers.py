@@ -32,7 +32,7 @@ def test_nothing_is_missed_where_statistics_end_a_pass(name, monkeypatch):
 def predictions(model, calibration):
     """Log-probabilities at the targets of every example, by whole passes."""
     found = {}
-    for indices, batch in batches_of(calibration, 30, model.device):
+    for indices, batch in batches_of(calibration.examples, 30, model):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
         for index, row, labels in zip(indices, logits, batch["labels"][:, 1:]):
             found[index] = row[labels != IGNORED].log_softmax(-1)

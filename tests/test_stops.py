@@ -12,10 +12,11 @@ from cap_nb.core.files import alone_in, resumed_folder
 from cap_nb.core.stopping import NOTHING_KEPT, STOPPED
 from cap_nb.jobs.settings import Job, SinglePruning, changed
 from faults.machinery import ended, signalled_before, watched
+from fixtures import contents
 from programs import Program, assert_one_sentence, called, cap
 
 FEW = changed(Job(), tasks=("lab-arc",), n=4, k=2, device="cpu")
-WORDS = "prune --model lab --device cpu --tasks lab-arc --n 4 --k 2 --sparsity 0.5 --method".split()
+WORDS = "prune --device cpu --tasks lab-arc --n 4 --k 2 --sparsity 0.5 --method".split()
 LAYERS = "Stopped. Kept: finished layers; the same command goes on from there, and does all else again."
 BOTH = LAYERS.replace("finished layers", "measured budgets and finished layers")
 
@@ -52,38 +53,34 @@ def test_what_resumes_says_so():
     assert called_so - {"export"} <= resumes and not resumes & {"eval", "prune", "shrink", "bench", "gguf", "fetch", "plan", "compare", "export"}
 
 
-def pruned(out, method, act=None):
+def pruned(out, method, act=None, model="lab"):
     """`cap prune` in a process of its own, with something called before every change beside its folder."""
     def work():
         if act:
             watched(out, act)
-        cap(*WORDS, method, "--out", out)()
+        cap(*WORDS, method, "--model", model, "--out", out)()
 
     return ended(Program(work, together=True))
 
 
-def weights(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("method, number", [("wanda^block", signal.SIGKILL), ("wanda+kl^swaps^update", signal.SIGINT)])
-def test_a_solver_goes_on_at_its_layer(method, number, tmp_path):
+def test_a_solver_goes_on_at_its_layer(method, number, small_lab, tmp_path):
     """Ended twice, at the third and the fourth layer's file: finished layers are not solved again, and the folder is byte for byte that of a command
     that nothing happened to."""
     out, kept = tmp_path / "new", tmp_path / "new.unfinished"
-    assert pruned(tmp_path / "whole", method)[0] == 0
+    assert pruned(tmp_path / "whole", method, model=small_lab)[0] == 0
     for change, layers in (("open", 2), ("rename", 3)):
         moment = rf"{change} \.unfinished/layers/\w+/\.layer-00{layers}\.safetensors\.part"
-        code, said = pruned(out, method, signalled_before(moment, number))
+        code, said = pruned(out, method, signalled_before(moment, number), small_lab)
         assert code == (-number if number == signal.SIGKILL else 128 + number), said
         if number != signal.SIGKILL:
             assert said.strip().splitlines()[-1] == f"cap: {BOTH if '+kl' in method else LAYERS}" and "Traceback" not in said
         assert not out.exists() and len(list(kept.rglob("layer-*.safetensors"))) == layers
     log = tmp_path / "log"  # the changes are made in another process
-    assert pruned(out, method, lambda name: log.open("a").write(f"{name}\n"))[0] == 0
+    assert pruned(out, method, lambda name: log.open("a").write(f"{name}\n"), small_lab)[0] == 0
     renamed = [line for line in log.read_text().splitlines() if line.startswith("rename") and "layer-" in line]
     assert [line.partition("layer-")[2][:3] for line in renamed] == ["003", "004", "005"]
-    assert weights(out) == weights(tmp_path / "whole") and not kept.exists()
+    assert contents(out) == contents(tmp_path / "whole") and not kept.exists()
 
 
 def test_two_at_once_and_what_is_not_ours(tmp_path):

@@ -1,6 +1,5 @@
 """Pruning a checkpoint folder piece by piece: the bits and the report of pruning in memory, whole or not at all, in little memory."""
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from fixtures import linked, made_up_calibration, tiny_llama, with_settings, write_large
+from fixtures import contents as files_of, linked, made_up_calibration, tiny_llama, with_settings, write_large
 from programs import finished
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -66,10 +65,6 @@ def contents(folder):
     return found
 
 
-def hashes(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
-
-
 def same(streamed, model, tmp_path, shards="4KB"):
     """The streamed folder holds the bits of the pruned model, and loads to the same logits."""
     model.save_pretrained(tmp_path / "memory", max_shard_size=shards)
@@ -88,10 +83,10 @@ def left_behind(folder):
     ids=["half", "half, float16", "half, float32", "nothing", "a tenth", "1 group, tied", "12 layers"])
 def test_cap_equals_pruning_in_memory(tmp_path, shape, sparsity, dtype):
     src = saved(tmp_path / "src", dtype, **shape)
-    before, model = hashes(src), load(src)
+    before, model = files_of(src), load(src)
     wanted = prune(model, "cap", sparsity, factors_of(src))
     assert prune_checkpoint(src, tmp_path / "new", sparsity, factors_of(src)) == wanted
-    assert len(list(src.glob("*.safetensors"))) > 3 and hashes(src) == before
+    assert len(list(src.glob("*.safetensors"))) > 3 and files_of(src) == before
     same(tmp_path / "new", model, tmp_path)
 
 
@@ -148,7 +143,7 @@ def test_the_size_of_a_piece_does_not_matter(tmp_path, at_once):
     src = saved(tmp_path / "src", change=lambda weight: weight.copy_((weight * 200).round() / 64))
     a = prune_checkpoint(src, tmp_path / "new", 0.4, factors_of(src), at_once=at_once)
     b = prune_checkpoint(src, tmp_path / "other", 0.4, factors_of(src))
-    assert a == b and hashes(tmp_path / "new") == hashes(tmp_path / "other")
+    assert a == b and files_of(tmp_path / "new") == files_of(tmp_path / "other")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -159,7 +154,7 @@ def test_counted_magnitudes_and_counted_scores_give_the_same(tmp_path, monkeypat
     monkeypatch.setattr(streaming, "REGIONS_AT_MOST", 0)
     monkeypatch.setattr(streaming, "counted_threshold", None)  # nothing may call it
     assert prune_checkpoint(src, tmp_path / "scored", 0.4, factors_of(src), method) == counted
-    assert hashes(tmp_path / "scored") == hashes(tmp_path / "counted")
+    assert files_of(tmp_path / "scored") == files_of(tmp_path / "counted")
 
 
 def test_weights_of_two_kinds_are_scored(tmp_path):
@@ -211,9 +206,9 @@ def test_what_belongs_to_the_model_comes_along_and_nothing_else(tmp_path):
 def test_a_folder_of_links_becomes_a_folder_of_files(tmp_path):
     blobs, src = saved(tmp_path / "blobs"), tmp_path / "src"
     linked(blobs, src)
-    before = hashes(blobs)
+    before = files_of(blobs)
     prune_checkpoint(src, tmp_path / "new", 0.3, factors_of(src))
-    assert hashes(blobs) == before and not any(path.is_symlink() for path in (tmp_path / "new").iterdir())
+    assert files_of(blobs) == before and not any(path.is_symlink() for path in (tmp_path / "new").iterdir())
 
 
 def without(tensor, value=None):
@@ -276,10 +271,10 @@ def test_a_wrong_call_is_refused_in_one_sentence(tmp_path):
     for options, sentence in wrong:
         refused(tmp_path, sentence, **options)
     for taken in (src, src / "config.json"):
-        before = hashes(src)
+        before = files_of(src)
         with pytest.raises(BadInput, match="exists already"):
             prune_checkpoint(src, taken, 0.3, factors)
-        assert hashes(src) == before
+        assert files_of(src) == before
 
 
 def test_norms_say_where_they_come_from(tmp_path):
@@ -295,7 +290,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch, error, see
     src, calls, write_rows = saved(tmp_path / "src"), [], streaming.write_rows
     if step == "solve":
         save_hessians(load(src), made_up_calibration(12, shortest=8), tmp_path / "G")
-    before = hashes(src)
+    before = files_of(src)
 
     def failing(*arguments):
         calls.append(left_behind(tmp_path))
@@ -306,7 +301,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch, error, see
     with pytest.raises(seen) as raised:
         prune_checkpoint(src, tmp_path / "new", 0.3, factors_of(src)) if step == "prune" else solve_checkpoint(src, tmp_path / "new", 0.5, tmp_path / "G")
     assert len(calls) >= 5 and calls[4] and "new" not in calls[4]  # there was a temporary folder, under another name
-    assert left_behind(tmp_path) == [] and hashes(src) == before
+    assert left_behind(tmp_path) == [] and files_of(src) == before
     assert seen is not BadInput or "There was no room to write" in str(raised.value) and "nothing of it was left behind" in str(raised.value)
 
 
@@ -338,8 +333,8 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak memory, and lets it be set back")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    """A single file of about 400 MB, in a process of its own."""
-    config = LlamaConfig(hidden_size=1536, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=12, num_key_value_heads=4, vocab_size=12000)
+    """A single file of about 230 MB, in a process of its own."""
+    config = LlamaConfig(hidden_size=1536, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=12, num_key_value_heads=4, vocab_size=4000)
     with torch.device("meta"):
         shapes = {name: tuple(w.shape) for name, w in AutoModelForCausalLM.from_config(config).named_parameters()}
     config.save_pretrained(tmp_path / "src")
@@ -347,12 +342,12 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
 
     def measured():
         with memory_taken(torch.device("cpu")) as taken:
-            report = prune_checkpoint(tmp_path / "src", tmp_path / "new", 0.5, torch.ones(6, 12))
+            report = prune_checkpoint(tmp_path / "src", tmp_path / "new", 0.5, torch.ones(4, 12))
         print(report.reached, report.weights, taken[0])
     done = finished(measured, draws=False)
     assert done.returncode == 0, done.stderr
     reached, weights, taken = done.stdout.split()
-    assert size > 370e6 and 2 * int(weights) > 0.8 * size and abs(float(reached) - 0.5) < 1e-6
+    assert size > 220e6 and 2 * int(weights) > 0.8 * size and abs(float(reached) - 0.5) < 1e-6
     assert 1e6 < int(taken) < 150e6, f"{int(taken) / 1e6:.0f} MB for a checkpoint of {size / 1e6:.0f} MB"
     open_checkpoint(tmp_path / "new")
     for folder in ("src", "new"):
@@ -394,8 +389,6 @@ def test_wanda_takes_the_norms_that_hessians_hold(tmp_path):
     by_hessians = solve_checkpoint(src, tmp_path / "new", 0.5, tmp_path / "G", "wanda")
     assert by_hessians == prune_checkpoint(src, tmp_path / "other", 0.5, method="wanda", norms=norms)
     assert all(torch.equal(p.weight, q.weight) for p, q in zip(projections(load(tmp_path / "new")), projections(load(tmp_path / "other")), strict=True))
-    with pytest.raises(BadInput, match="uses no Hessians"):
-        solve_checkpoint(src, tmp_path / "third", 0.5, tmp_path / "G", "magnitude")
 
 
 def test_hessians_of_another_model_or_half_a_folder_are_refused(tmp_path):

@@ -48,9 +48,10 @@ def stubs() -> dict[Path, str]:
 
     homes = public_names(ROOT / "cap_nb")
     lines = [f"from {home} import {name} as {name}" for name, home in sorted(homes.items())]
-    text = "\n".join(["# Made by tools/stubs.py from the modules' __all__.", *lines, ""])
+    made = "# Made by tools/stubs.py from the modules' __all__."
+    text = "\n".join([made, *lines, ""])
     here = ROOT / "cap_nb"
-    return {ROOT / "README.md": readme(), here / "all.pyi": text, here / "__init__.pyi": text + "__version__: str\n", here / "methods.txt": method_list() + "\n",
+    return {ROOT / "README.md": readme(), here / "all.pyi": text, here / "__init__.pyi": f"{made}\nfrom cap_nb.all import *\n\n__version__: str\n", here / "methods.txt": method_list() + "\n",
             here / "names.json": json.dumps(names(), indent=1) + "\n"}
 
 

@@ -76,8 +76,7 @@ def check_at_least(value: int, least: int, what: str, most: int = 2 ** 63 - 1) -
 
 def check_seed(seed: int, what: str = "seed") -> int:
     "Return `seed` if it is a whole number of at most 63 bits, which every generator takes; otherwise raise `BadInput`."
-    if is_number(seed, numbers.Integral) and 0 <= seed < 2 ** 63: return int(seed)
-    raise BadInput(f"{what} is {seed!r}: expected a whole number from 0 to 2^63 - 1; give a smaller one.")
+    return check_at_least(seed, 0, what)
 
 def check_index(index: int, count: int, what: str) -> int:
     "Return `index` if it is a whole number from 0 to `count` - 1; otherwise raise `BadInput`."

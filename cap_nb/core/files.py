@@ -270,7 +270,6 @@ def plain_number(value: object) -> int | float | bool:
 def json_text(content: object) -> str:
     "A value as JSON; equal values give equal texts. Bytes of a name or note that are no text raise `BadInput`."
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, default=plain_number) + "\n"
-    if text.isascii(): return text
     try: text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadInput(f"{text[max(0, error.start - 20):error.end]!r} is to be saved and holds bytes that are no text: "
@@ -382,7 +381,8 @@ def is_intact(path: Path, read: Callable[[Path], object]) -> bool:
     if not path.exists(): return False
     try: read(path)
     except BadInput as error:
-        if isinstance(error.__context__, PermissionError): raise
+        missing = None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR # others, as of a network's disk, pass
+        if getattr(error.__context__, "errno", None) not in missing: raise
         quarantine(path, str(error))
         return False
     return True

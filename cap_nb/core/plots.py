@@ -155,7 +155,7 @@ def plot_intervals(values: np.ndarray, low: np.ndarray, high: np.ndarray, groups
     for border in borders: ax.axvline(border, color="#CCCCCC", linewidth=0.6)
     ax.set_xticks(centres, names)
     ax.set_yscale("symlog", linthresh=0.01)
-    ax.set(ylim=(-0.02, 2 * max(high.max(), 0.1)), ylabel=label)
+    ax.set(ylim=(min(-0.02, 2 * low.min()), 2 * max(high.max(), 0.1)), ylabel=label)
     return figure
 
 @in_style

@@ -60,6 +60,9 @@ def question_text(problem: Problem, style: str | PromptStyle) -> str:
     choices = "\n".join(f"{letter}. {text}" for letter, text in problem.choices)
     prompts, family = prompt_style(style).prompts, task_family(problem.task)
     template = prompts[family] if family in prompts else TASKS[family].prompt
+    if not template:
+        raise BadInput(f"Style {prompt_style(style).name!r} has no prompt for {family}: expected a template with "
+                       "{question} in it; add one.")
     return template.format(question=problem.question, choices=choices)
 
 def target_text(problem: Problem, style: str | PromptStyle) -> str:

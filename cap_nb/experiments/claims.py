@@ -445,17 +445,21 @@ MEASURES |= {"agreement": over_sets(lambda sets, case: mean_agreement(sets, case
 
 # %% ../../nbs/experiments/02_claims.ipynb #7ba53d44
 NONE = (math.nan, math.nan) # The interval of a number whose exact test stands alone
+MOST_ORDERS = 40_320 # All orders of eight seeds; of more orders or swaps as many are drawn
 
 def swap_test(values: np.ndarray) -> tuple[float, float]:
-    "Whether one method varies more over seeds than another, by swapping labels within seeds (exact)."
+    "Whether one method varies more over seeds than another, by swapping labels within seeds (up to 16: exact)."
     values = values - values.mean(axis=1, keepdims=True) # swapped means would count as spread
     def ratio(layout: np.ndarray) -> float: # of variances added up over tasks, of which one may be zero
         spread = layout.var(axis=1, ddof=1).sum(axis=-1)
         return float(np.log((spread[0] + 1e-12) / (spread[1] + 1e-12))) / 2
     observed, as_far = ratio(values), []
-    for pattern in itertools.product((False, True), repeat=values.shape[1]):
+    others = values.shape[1] - 1 # to swap all labels is to swap none
+    patterns = (itertools.product((False, True), repeat=others) if 2**others <= MOST_ORDERS else
+                [[False] * others, *np.random.default_rng(0).integers(2, size=(MOST_ORDERS, others), dtype=bool)])
+    for pattern in patterns:
         swapped = values.copy()
-        swapped[:, list(pattern)] = values[::-1][:, list(pattern)]
+        swapped[:, [False, *pattern]] = values[::-1][:, [False, *pattern]]
         as_far.append(abs(ratio(swapped)) >= abs(observed) - 1e-12)
     return observed, float(np.mean(as_far))
 
@@ -468,8 +472,6 @@ def spread_over_seeds(case: Claim, records: ModelRecords, confidence: float) -> 
     if len(pairs) < 3 or not all(e.answers for pair in pairs for e in pair): return None
     value, p = swap_test(np.array([[accuracies(pair[which]) for pair in pairs] for which in (1, 0)]))
     return number(value, NONE, "log ratio of spreads", len(pairs), p, fewest=1)
-
-MOST_ORDERS = 40_320 # All orders of eight seeds; of more seeds as many are drawn
 
 def permutation_test(one: Sequence[float], other: Sequence[float]) -> tuple[float, float] | None:
     "Whether two numbers rise together over seeds, by their ranks; None where one of them is always the same."
@@ -575,6 +577,8 @@ def layer_errors(case: Claim, records: ModelRecords, confidence: float) -> Compa
     return number(np.median(shares), interval, "share of the error", len(shares))
 
 # %% ../../nbs/experiments/02_claims.ipynb #bf9a4a92
+from functools import lru_cache
+
 def answered_by_both(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecord]) -> np.ndarray:
     "The dense model's problems; one that the pruned model was not asked, or in other words, raises `BadInput`."
     asked = {(answer.uid, answer.prompt_sha256): answer for answer in pruned}
@@ -585,10 +589,14 @@ def answered_by_both(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecor
     return np.array([[asked[answer.uid, answer.prompt_sha256].lenient_correct, answer.lenient_correct]
                      for answer in dense], dtype=np.float64)
 
+@lru_cache(maxsize=2)
+def drawn_counts(n: int) -> np.ndarray: # [10 000, n]
+    "How often each of n problems is drawn, in ten thousand draws with replacement."
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 10_000).astype(np.min_scalar_type(n))
+
 def ratio_of_right(pairs: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]: # (ratio, low, high)
     "Right answers of a pruned model over the dense one's, whichever they are; problems are drawn in pairs."
-    n, (ours, theirs) = len(pairs), pairs.sum(0)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 10_000) @ pairs
+    drawn, (ours, theirs) = drawn_counts(len(pairs)) @ pairs, pairs.sum(0)
     ratios = drawn[:, 0][drawn[:, 1] > 0] / drawn[:, 1][drawn[:, 1] > 0]
     low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(ours / theirs), float(low), float(high)
@@ -610,9 +618,11 @@ COLUMNS = ("Section", "Unit", "Value", "Low", "High", "n", "p", "Holm", "Verdict
 
 def judged_claim(cases: Sequence[Claim], records: ModelRecords) -> dict[str, tuple[Comparison | None, str]]:
     "The cases of a claim on one model, their intervals and p-values corrected for their number."
-    def ask(asked, confidence): return {case: MEASURES[case.measure](case, records, confidence) for case in asked}
-    answers = {case: answer for case, answer in ask(cases, 1 - LEVEL).items() if answer is not None}
-    if len(answers) > 1: answers = ask(answers, 1 - LEVEL / len(answers))
+    def ask(asked):
+        found = {case: MEASURES[case.measure](case, records, 1 - LEVEL / len(asked)) for case in asked}
+        return {case: answer for case, answer in found.items() if answer is not None}
+    answers = ask(cases)
+    if 0 < len(answers) < len(cases): answers = ask(answers) # corrected for those that were measured
     corrected = correct_family({case.case: answer for case, answer in answers.items()}, f"this claim on {records.name}")
     return {case.case: (corrected.get(case.case), verdict(corrected.get(case.case), (case.low, case.high)))
             for case in cases}

@@ -28,7 +28,7 @@ from ..calibration import default_style
 from ..core.errors import BadInput, check_at_least, imported, validate_arguments
 from ..core.files import read_json, taken_as, whole_file, write_text
 from ..data.problems import Problem, TASKS, task_family
-from ..data.prompts import ANSWER_LINES, PromptStyle, encode_problems, normal_answer, prompt_style
+from ..data.prompts import ANSWER_LINES, answer_line_of, PromptStyle, encode_problems, normal_answer, prompt_style
 from ..evaluation import evaluation_problems
 from ..jobs.tables import markdown_rows
 from ..models.decoding import inference, one_task, stop_tokens, token_limit
@@ -52,7 +52,7 @@ def check_answer_line(style: PromptStyle, family: str) -> None:
     if family not in ANSWER_LINES:
         raise BadInput(f"{family} has no task file for the harness: expected one of {', '.join(ANSWER_LINES)}; "
                        "measure it with 'cap eval'.")
-    line, read = style.answer_lines[family], ANSWER_LINES[family]
+    line, read = answer_line_of(style, family), ANSWER_LINES[family]
     if line != read:
         raise BadInput(f"Style {style.name!r} ends an answer to {family} with {line!r}: expected {read!r}, which is "
                        "what the harness's task file reads; use the style paper or lab.")
@@ -86,15 +86,15 @@ def write_harness_task(
 @contextmanager
 def undisturbed() -> Iterator[None]:
     "Random states and log levels as they were before, after a block that changes them."
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = random.getstate(), np.random.get_state()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers: logger.setLevel(logging.ERROR)
-    try: yield
+    try:
+        with torch.random.fork_rng(): yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
         for logger, level in zip(loggers, levels): logger.setLevel(level)
 
 # %% ../../nbs/experiments/04_harness.ipynb #c036

@@ -22,7 +22,7 @@ from ..data.prompts import Example, make_example
 from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens
 from ..importance import importance_factors
 from ..jobs.chains import FEWEST_CHAINS, window_example
-from ..jobs.job import Ready, finish_cells, prepare, run_losses, timed
+from ..jobs.job import as_begun, Ready, finish_cells, prepare, run_losses, timed
 from ..jobs.records import (
     cells_of, environment, load_evaluation, load_run, note_environment, open_run, save_evaluation)
 from ..jobs.settings import Job, changed
@@ -161,7 +161,7 @@ def text_like(tokenizer: object, like: Calibration, text: str, windows: int | No
 # %% ../../nbs/experiments/00_variants.ipynb #c050
 def answers_to(ready: Ready, examples: Sequence[Example]) -> list[AnswerRecord]: # One record an example
     "The model's answers to calibration problems of one task."
-    limit = ready.job.evaluate.max_new_tokens or token_limit(examples[0].task)
+    limit = token_limit(examples[0].task, ready.job.evaluate.max_new_tokens)
     decoding, prompts = Decoding(batch_tokens=2 * ready.job.model.batch_tokens), [prompt_tokens(e) for e in examples]
     outputs = generate_greedy(ready.model, ready.tokenizer, prompts, limit, decoding=decoding)
     style = ready.job.calibrate.style
@@ -287,7 +287,8 @@ def run_variants(
     if job.prune.budget is not None:
         raise BadInput("Variants were given a budget: expected none, since medians and bootstraps take whole tables of "
                        "losses; leave it out.")
-    ready, folder = prepare(changed(job, methods=())), Path(folder)
+    folder = Path(folder)
+    ready = prepare(as_begun(changed(job, methods=()), folder))
     sources = Sources(base=Path(base) if base is not None else None, text_windows=text_windows,
                       store=Path(store) if store else folder/"unfinished"/"scores")
     if base is not None: tasks_table(ready, folder, sources) # a wrong one is refused before anything is written

@@ -72,6 +72,11 @@ def chains_of(data: CalibrateSettings) -> Chains | None:
         raise BadInput(f"{str(error).rstrip('.')}; --calibrate-on also takes gold or text.") from None
 
 # %% ../../nbs/jobs/03_job.ipynb #c006
+def check_some_masked(job: Job, option: str) -> None:
+    if job.prune.methods and not any(by_masked_heads(check_method(method)) for method in job.prune.methods):
+        raise BadInput(f"{option} was given, and none of {', '.join(job.prune.methods)} is scored by masking heads: "
+                       f"expected a method as cap; name one, or leave {option} out.")
+
 def check_score_target(job: Job) -> None:
     target = check_choice(job.prune.score_target, TARGETS, "score target")
     if target == "loss": return
@@ -79,9 +84,7 @@ def check_score_target(job: Job) -> None:
         if check_method(method).attribution in UNIT_AWARE:
             raise BadInput(f"Method {method!r} was given --score-target {target}: expected loss, since "
                            "neurons and experts are scored by losses; leave --score-target or the method out.")
-    if not any(by_masked_heads(check_method(method)) for method in job.prune.methods):
-        raise BadInput(f"--score-target {target} was given, and none of {', '.join(job.prune.methods)} is scored by "
-                       "masking heads: expected a method as cap; name one, or leave --score-target out.")
+    check_some_masked(job, "--score-target")
 
 # %% ../../nbs/jobs/03_job.ipynb #816cb0b3
 def check_screening(job: Job) -> None:
@@ -100,9 +103,7 @@ def check_screening(job: Job) -> None:
         if reading_of(attribution).pooled:
             raise BadInput(f"Method {method!r} was asked for with --budget: expected a whole table, since losses are "
                            "pooled over the tokens of whole subsets; leave --budget or the method out.")
-    if job.prune.methods and not any(by_masked_heads(check_method(method)) for method in job.prune.methods):
-        raise BadInput(f"--budget was given, and none of {', '.join(job.prune.methods)} is scored by masking heads: "
-                       "expected a method as cap; name one, or leave --budget out.")
+    check_some_masked(job, "--budget")
 
 # %% ../../nbs/jobs/03_job.ipynb #ce60290c
 def check_job(job: Job) -> None:
@@ -143,7 +144,7 @@ def filled_in(job: Job, tokenizer: object | None) -> Job: # The same without Non
         methods=distinct(job.prune.methods), sparsities=distinct(tuple(map(float, job.prune.sparsities))))
 
 # %% ../../nbs/jobs/03_job.ipynb #c013
-Piece = namedtuple("Piece", "kind on") # "accuracy", "loss", "choice" or "perplexity"; name of the task or text
+Piece = namedtuple("Piece", "kind on n") # "accuracy", "loss", "choice" or "perplexity"; task or text; problems, windows
 
 def choice_tasks(job: Job) -> tuple[str, ...]:
     "The tasks of a job whose options are weighed; options that no task has raise `BadInput`."
@@ -154,10 +155,11 @@ def choice_tasks(job: Job) -> tuple[str, ...]:
 
 def pieces_of(job: Job) -> tuple[Piece, ...]: # In the order in which they are measured
     "The pieces that every cell of a job is measured in."
-    answers = [Piece("accuracy", task) for task in job.evaluate.accuracy_tasks]
-    losses = [Piece("loss", task) for task in job.calibrate.tasks] if job.evaluate.loss_n else []
-    choices = [Piece("choice", task) for task in choice_tasks(job)]
-    perplexities = [Piece("perplexity", job.evaluate.text)] if job.evaluate.windows else []
+    asked = job.evaluate
+    answers = [Piece("accuracy", task, asked.evaluate_n) for task in asked.accuracy_tasks]
+    losses = [Piece("loss", task, asked.loss_n) for task in job.calibrate.tasks] if asked.loss_n else []
+    choices = [Piece("choice", task, asked.choice_n) for task in choice_tasks(job)]
+    perplexities = [Piece("perplexity", asked.text, asked.windows)] if asked.windows else []
     return (*answers, *losses, *choices, *perplexities)
 
 # %% ../../nbs/jobs/03_job.ipynb #c017
@@ -225,8 +227,9 @@ def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: 
 
 # %% ../../nbs/jobs/03_job.ipynb #c021
 def held_by_task(calibration: Calibration) -> dict[str, dict[str, int]]: # Task -> its examples and their tokens
-    tasks = {e.task: [other for other in calibration.examples if other.task == e.task] for e in calibration.examples}
-    return {task: {"examples": len(some), "tokens": held_tokens(some)} for task, some in tasks.items()}
+    tasks = dict.fromkeys(e.task for e in calibration.examples)
+    parts = {task: [e for e in calibration.examples if e.task == task] for task in tasks}
+    return {task: {"examples": len(some), "tokens": held_tokens(some)} for task, some in parts.items()}
 
 def targets_configuration(job: Job, calibration: Calibration) -> dict:
     "What the targets are, if not gold solutions alone; how many tokens, where these were asked for; what is spared."
@@ -250,7 +253,7 @@ def calibration_configuration(job: Job, calibration: Calibration) -> dict: # Wha
 # %% ../../nbs/jobs/03_job.ipynb #c022
 def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What JSON can hold
     counts = {name: getattr(job.evaluate, name) for name in ("evaluate_n", "loss_n", "windows", "window_tokens")}
-    limits = {task: job.evaluate.max_new_tokens or token_limit(task) for task in job.evaluate.accuracy_tasks}
+    limits = {task: token_limit(task, job.evaluate.max_new_tokens) for task in job.evaluate.accuracy_tasks}
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
     unusual |= {name: n for name in ("choice_n", "shots") if (n := getattr(job.evaluate, name))}
     if job.evaluate.samples > 1:
@@ -333,16 +336,15 @@ class Ready:
 
 def check_answers_fit(job: Job, model: nn.Module, tokenizer: object, task: str, problems: Sequence[Problem]) -> None:
     "Raise `BadInput` for problems, worked examples in front, that leave an answer no room."
-    shots, limit = shown_examples(job, task, problems), job.evaluate.max_new_tokens or token_limit(task)
+    shots, limit = shown_examples(job, task, problems), token_limit(task, job.evaluate.max_new_tokens)
     examples = encode_problems(tokenizer, problems, job.calibrate.style, shots)
     check_room(model, [prompt_tokens(example) for example in examples], limit)
 
 def check_problems(job: Job, model: nn.Module, tokenizer: object, calibration: Calibration) -> None:
     "Raise `BadInput` for problems that are calibrated on, under whatever task, or that leave an answer no room."
-    counts = {"accuracy": job.evaluate.evaluate_n, "loss": job.evaluate.loss_n, "choice": job.evaluate.choice_n}
     for piece in pieces_of(job):
-        if piece.kind not in counts: continue
-        problems = drawn_problems(job, piece.on, counts[piece.kind], calibrated_on(calibration))
+        if piece.kind == "perplexity": continue
+        problems = drawn_problems(job, piece.on, piece.n, calibrated_on(calibration))
         if seen := overlap(calibration, problems):
             raise BadInput(f"{len(seen)} of the {len(problems)} problems of {piece.on} are calibrated on: expected "
                            "none; calibrate on other problems, or measure other tasks.")
@@ -490,8 +492,11 @@ def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, e
                   backend: object = "transformers", lengths: Mapping[str, int] = MappingProxyType({}),
                   keep: KeepPart = lambda number, make: make()) -> dict:
     data, evaluation, batch_tokens = job.calibrate, job.evaluate, job.model.batch_tokens
+    if piece.kind == "perplexity":
+        text = load_text(piece.on, data.data_dir, evaluation.evaluate_on)
+        return {"perplexity": perplexity(model, tokenizer, text, None, piece.n, evaluation.window_tokens)}
+    problems = drawn_problems(job, piece.on, piece.n, exclude)
     if piece.kind == "accuracy":
-        problems = drawn_problems(job, piece.on, evaluation.evaluate_n, exclude)
         shots = shown_examples(job, piece.on, problems)
         def answer(part: Sequence[Problem]) -> tuple[AnswerRecord, ...]:
             expected = tuple(lengths.get(problem.uid, 0) for problem in part) if lengths else ()
@@ -501,14 +506,8 @@ def measure_piece(model: nn.Module, tokenizer: object, job: Job, piece: Piece, e
                                    decoding=decoding)
         size = part_size(token_limit(piece.on, evaluation.max_new_tokens), evaluation.samples)
         return {"answers": in_parts(problems, answer, keep, size)}
-    if piece.kind == "loss":
-        problems = drawn_problems(job, piece.on, evaluation.loss_n, exclude)
-        return {"losses": problem_losses(model, tokenizer, problems, data.style, batch_tokens)}
-    if piece.kind == "choice":
-        problems = drawn_problems(job, piece.on, evaluation.choice_n, exclude)
-        return {"choices": choice_records(model, tokenizer, problems)}
-    text = load_text(piece.on, data.data_dir, evaluation.evaluate_on)
-    return {"perplexity": perplexity(model, tokenizer, text, None, evaluation.windows, evaluation.window_tokens)}
+    if piece.kind == "choice": return {"choices": choice_records(model, tokenizer, problems)}
+    return {"losses": problem_losses(model, tokenizer, problems, data.style, batch_tokens)}
 
 # %% ../../nbs/jobs/03_job.ipynb #c066
 def evaluate(model: nn.Module, tokenizer: object, job: Job, name: str,
@@ -621,6 +620,12 @@ def finish_cells(ready: Ready, folder: Path, cells: Sequence[tuple[str, float]],
     write_results(folder)
     if unfinished.exists() and not any(unfinished.iterdir()): unfinished.rmdir()
 
+# %% ../../nbs/jobs/03_job.ipynb #5d0c2e61
+def as_begun(job: Job, folder: Path) -> Job:
+    "The job with the dtype that was the fastest when its run began."
+    if job.model.dtype != "fastest" or not is_run(folder): return job
+    return changed(job, dtype=read_run(folder)["model"]["dtype"])
+
 # %% ../../nbs/jobs/03_job.ipynb #c081
 @validate_arguments
 def run_job(
@@ -634,9 +639,7 @@ def run_job(
     "The whole experiment (paper section 4), resumable; every mistake raises `BadInput` before work begins."
     check_started_once("cap run")
     folder = Path(folder)
-    if job.model.dtype == "fastest" and is_run(folder): # what was fastest when the run began
-        job = changed(job, dtype=read_run(folder)["model"]["dtype"])
-    ready = prepare(job)
+    ready = prepare(as_begun(job, folder))
     with alone_in(folder):
         opened = open_run(folder, ready.configuration)
         note_environment(folder, environment(ready.configuration["model"]["device"], note))

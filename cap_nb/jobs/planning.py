@@ -28,12 +28,13 @@ from .job import check_job, filled_in, job_calibration
 from .records import cells_of
 from .settings import changed, examples_by_kind, Job, MOST, option_of
 from .tables import markdown_rows
+from ..methods.attributions import task_indices
 from ..methods.block import FORMS, Training, training_tokens
 from ..methods.budgets import BudgetSettings
 from ..methods.criteria import CRITERIA, DERIVATIVES, PATH_POINTS, walks
 from ..methods.layer_walk import tokens_a_walk
 from ..methods.prune import ALLOCATIONS, by_masked_heads, own_scope, parse_method, READINGS, with_hessian
-from ..methods.screening import by_task, first_counts, task_indices
+from ..methods.screening import by_task, first_counts
 from ..models.anatomy import Anatomy, context_of, dimensions, projections
 from ..models.choices import has_options
 from ..models.families import family_of, HOLDS
@@ -233,7 +234,7 @@ def answers_to(job: Job, tasks: Sequence[str], lengths: Sequence[ExampleLength],
     for task in tasks if count else ():
         usual = ASSUMED_TOKENS[task_family(task)]
         mine = [length for length in lengths if length.task == task] or [ExampleLength(task, *usual)]
-        width, limit = max(length.prompt for length in mine), job.evaluate.max_new_tokens or token_limit(task)
+        width, limit = max(length.prompt for length in mine), token_limit(task, job.evaluate.max_new_tokens)
         width += job.evaluate.shots * sum(usual) # worked examples in front
         solution = math.ceil(sum(length.target for length in mine) / len(mine))
         steps = min(limit, max(solution, math.ceil(limit / 4))) if short else limit
@@ -713,7 +714,7 @@ def plan(
     if elsewhere: rates = described(rates, dtype)
     job = filled_in(job, tokenizer)
     lengths, origin = planned_lengths(job, tokenizer, prompt_tokens, target_tokens)
-    deal_subsets(range(len(lengths)), job.calibrate.k)
+    deal_subsets([0] * len(lengths), job.calibrate.k) # refused if k does not fit
     if job.prune.budget is not None: # refused if some task has no two examples within it
         first_counts(by_task(task_indices(tuple(length.task for length in lengths))).sum(0), job.prune.budget)
     if rates == "timed": rates = timed_rates(sizes, job.model.device, dtype, job.model.batch_tokens)

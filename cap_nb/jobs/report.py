@@ -251,16 +251,14 @@ def unusual_texts(configuration: Mapping) -> dict[str, str | None]: # Setting ->
 def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 16"
     "The command of a run, with every setting that is not the usual one and is kept."
     data, measured = configuration["calibration"], configuration["evaluation"]
-    answered, limits = tuple(measured["max_new_tokens"]), set(measured["max_new_tokens"].values())
+    answered = tuple(measured["max_new_tokens"])
     texts = {*measured["data"]["text"], data.get("text")} - {None}
     fetched = {*data["tasks"], *answered, *texts} - {*LAB_TASKS, "lab-text"}
-    seed = measured.get("seed", 0)
     job = changed(
         job_of(configuration), device=None, **unusual_texts(configuration),
         data_dir="DATA" if fetched else None,
-        calibration_seed=data["seed"] if data["seed"] != seed else None,
+        calibration_seed=data["seed"] if data["seed"] != measured.get("seed", 0) else None,
         accuracy_tasks=None if {*answered} == {*data["tasks"]} else answered,
-        max_new_tokens=limits.pop() if len(limits) == 1 else None,
         calibrate_on="CHAINS" if data.get("on") == "chains" else data.get("on", "gold"))
     usual = values_of(Job()) | {"name": None}
     words = [f"{option_of(name)} {shlex.quote(option_text(value))}" for name, value in values_of(job).items()

@@ -141,7 +141,7 @@ def check_paired(names: tuple[str, str], runs: tuple[Run, Run]) -> None:
 # %% ../../nbs/jobs/07_results.ipynb #c043
 def check_cells(runs: Mapping[str, Run], methods: Sequence[str] | None, against: str | None,
                 sparsities: Sequence[float] | None) -> None:
-    "Raise `BadInput` for methods and sparsities that no run has."
+    "Raise `BadInput` for methods and sparsities that none of the runs held against the first has."
     first, *others = (run.evaluations for run in runs.values())
     there = [e for run in (others or [first]) for e in run]
     for method in methods or (): check_choice(method, dict.fromkeys(e.method for e in there), "method of these runs")

@@ -21,7 +21,7 @@ from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import (
     alone_in, HALF_WRITTEN, read_checked, read_text, sha256_of_text, TRACKING, write_checked, write_text)
 from ..evaluation import Evaluation
-from .job import check_job, Follow, prepare_loaded, run_job
+from .job import as_begun, check_job, Follow, prepare_loaded, run_job
 from .records import check_continues, FORMAT, GROWING, is_run, read_run, settings_of
 from .results import results_frame, summary_rows
 from .settings import changed, Job, values_of
@@ -200,7 +200,9 @@ def refused(config: Config, options: Mapping[str, FileOption], name: str, said: 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c037
 def sweep_jobs(config: Config, options: Mapping[str, FileOption], base: Job) -> dict[str, Job]:
     "The jobs of a sweep; the first that is refused without its model raises `BadInput`."
-    jobs = {name: changed(base, **settings) for name, settings in combinations(config, options).items()}
+    usual = {} if "aggregation" in config.overridden else {"aggregation": "mean"} # of a budget, as on the command line
+    jobs = {name: changed(base, **(usual if settings.get("budget") is not None else {}) | settings)
+            for name, settings in combinations(config, options).items()}
     for name, job in jobs.items():
         if said := first_error(job): raise refused(config, options, name, said)
     return jobs
@@ -208,6 +210,7 @@ def sweep_jobs(config: Config, options: Mapping[str, FileOption], base: Job) -> 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c039
 def check_ready(config: Config, jobs: Mapping[str, Job], folder: Path) -> None:
     "Prepare every run, each model loaded once; the first that is refused raises `BadInput`."
+    jobs = {name: as_begun(job, folder/name) for name, job in jobs.items()}
     models = {name: (job.model.name, job.model.dtype, job.model.device) for name, job in jobs.items()}
     for wanted in dict.fromkeys(models.values()):
         name, *others = [name for name, model in models.items() if model == wanted]
@@ -263,9 +266,6 @@ def tracked(track: str | GeneralTracker | None, folder: Path) -> Iterator[Follow
 # %% ../../nbs/jobs/08_sweeps.ipynb #c054
 INDEX, INDEX_FORMAT = "sweep.json", 1 # Name of the index; its format
 
-def job_settings(job: Job) -> dict: # Field -> value, as JSON holds it
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values_of(job).items()}
-
 # %% ../../nbs/jobs/08_sweeps.ipynb #b7289464
 def read_index(folder: str | Path) -> dict: # Its index
     "The index of a sweep; a folder that holds none raises `BadInput`."
@@ -289,7 +289,9 @@ def goes_on(kept: dict, asked: dict | None) -> bool: # Whether it may go on
 # %% ../../nbs/jobs/08_sweeps.ipynb #c056
 def new_index(folder: Path, config: Config, jobs: Mapping[str, Job]) -> dict:
     "The index of a sweep that begins or goes on; a folder of something else raises `BadInput`."
-    used, asked, finished = [], {name: job_settings(job) for name, job in jobs.items()}, set()
+    used, finished = [], set()
+    asked = {name: {key: list(value) if isinstance(value, tuple) else value for key, value in values_of(job).items()}
+             for name, job in jobs.items()} # as JSON holds it
     if folder.exists() and (not folder.is_dir() or not all(HALF_WRITTEN.fullmatch(p.name) for p in folder.iterdir())):
         kept = read_index(folder)
         lost = [run["folder"] for run in kept["runs"] if not goes_on(run, asked.get(run["folder"]))]

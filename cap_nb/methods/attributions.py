@@ -32,10 +32,6 @@ def gated_heads(model: nn.Module, gates: torch.Tensor) -> AbstractContextManager
 from functools import partial
 from cap_nb.methods.resumed_scoring import intact_losses, intact_pass, losses_resumed_at, score_heads
 
-def batches_for(model: nn.Module, calibration: Calibration, batch_tokens: int) -> Iterator[tuple]:
-    "The batches of a calibration set, with the indices of their examples, on the model's device."
-    return batches_of(calibration, batch_tokens, next(model.parameters()).device)
-
 def gate_slopes(model: nn.Module, batch: dict[str, torch.Tensor],
                 gate: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]: # Nats, float64 [B] and [B, L, H]
     "Losses, and their derivatives by each head's gate, all standing at one value (Michel et al. 2019, section 4.1)."
@@ -50,12 +46,10 @@ def gradient_activation(model: nn.Module, calibration: Calibration, batch_tokens
     "Gradient times activation (Michel et al. 2019, their equation of I_h); signed, the rise when the head is masked."
     a = anatomy(model)
     total = torch.zeros(a.layers, a.heads, dtype=torch.float64)
-    for _, batch in batches_for(model, calibration, batch_tokens):
+    for _, batch in batches_of(calibration.examples, batch_tokens, model):
         slopes = gate_slopes(model, batch)[1]
         total += (-slopes if signed else slopes.abs()).sum(0)
     return total / len(calibration.examples)
-
-signed_gradient = partial(gradient_activation, signed=True) # The first-order estimate of zero ablation
 
 # %% ../../nbs/methods/06_attributions.ipynb #b3d054cb
 from tqdm.auto import tqdm
@@ -66,7 +60,7 @@ def integrated_gradients(model: nn.Module, calibration: Calibration, steps: int 
     "Integrated gradients from all heads at zero to the intact model, midpoint rule (Sundararajan et al. 2017, eq. 1)."
     a = anatomy(model)
     total = torch.zeros(a.layers, a.heads, dtype=torch.float64)
-    batches = list(batches_for(model, calibration, batch_tokens))
+    batches = list(batches_of(calibration.examples, batch_tokens, model))
     for _, batch in tqdm(batches, desc="integrated gradients", unit="batch"):
         for step in range(steps): total -= gate_slopes(model, batch, (step + 0.5) / steps)[1].sum(0)
     return total / (steps * len(calibration.examples))
@@ -88,7 +82,7 @@ def ablation_rise(model: nn.Module, calibration: Calibration, replacement: Calla
     "The mean rise of the loss with a head's output replaced: (indices of examples, batch) -> outputs of each layer."
     a = anatomy(model)
     rise = torch.zeros(a.layers, a.heads, dtype=torch.float64)
-    batches = list(batches_for(model, calibration, batch_tokens))
+    batches = list(batches_of(calibration.examples, batch_tokens, model))
     for indices, batch in tqdm(batches, desc="ablating heads", unit="batch"):
         (calls, intact), outputs = intact_pass(model, batch), replacement(indices, batch)
         for layer in range(a.layers):
@@ -118,7 +112,7 @@ def head_outputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[torch
 def mean_outputs(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor: # [L, H*d]
     "The mean of every head's output over the calibration tokens, summed in float64; padding does not count."
     total, tokens = 0, 0
-    for _, batch in batches_for(model, calibration, batch_tokens):
+    for _, batch in batches_of(calibration.examples, batch_tokens, model):
         real = batch["attention_mask"].bool().cpu() # layers may be on several devices
         total = total + torch.stack([output[real].double().sum(0).cpu() for output in head_outputs(model, batch)])
         tokens += real.sum().item()
@@ -161,6 +155,11 @@ def some_examples(calibration: Calibration, indices: Sequence[int]) -> Calibrati
     return replace(calibration, examples=tuple(calibration.examples[index] for index in indices),
                    stratum=tuple(calibration.stratum[index] for index in indices))
 
+def task_indices(task: tuple[str, ...]) -> torch.Tensor: # int64 [N]
+    "The index of each example's task, by first appearance."
+    names = list(dict.fromkeys(task))
+    return torch.tensor([names.index(name) for name in task])
+
 def fit_steps(count: int, fit: object) -> Iterator[tuple[list[int], float]]:
     "For each step of a fit to `count` examples, the indices of those it sees, and the learning rate."
     rng, queue, (first, last) = torch.Generator().manual_seed(fit.seed), [], fit.rates
@@ -202,7 +201,7 @@ def gate_objective(model: nn.Module, calibration: Calibration, logits: torch.Ten
                    batch_tokens: int) -> Iterator[torch.Tensor]:
     "Minus weight times mean clipped logit, and mean loss batch by batch (Nam et al. 2025, equation 1, with means)."
     yield -weight * logits.clamp(-4.0, 4.0).mean() # the push stops beyond the clip
-    for _, batch in batches_for(model, calibration, batch_tokens):
+    for _, batch in batches_of(calibration.examples, batch_tokens, model):
         with gated_heads(model, logits.sigmoid()): losses = intact_losses(model, batch)
         yield losses.sum() / len(calibration.examples)
 
@@ -379,7 +378,7 @@ def head_relevance(model: nn.Module, batch: dict[str, torch.Tensor], attention: 
 
 def relevance(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:
     "Layer-wise relevance propagation, heads as components (Hatefi et al. 2025)."
-    batches = batches_for(model, calibration, batch_tokens)
+    batches = batches_of(calibration.examples, batch_tokens, model)
     return sum(head_relevance(model, batch).sum(0) for _, batch in batches) / len(calibration.examples)
 
 # %% ../../nbs/methods/06_attributions.ipynb #49249252
@@ -402,7 +401,8 @@ ATTRIBUTIONS.update({
     "gradient_activation": Attribution(
         "size of gradient times output, for each example", "Michel et al. 2019", gradient_activation),
     "signed_gradient": Attribution(
-        "first-order estimate of zero ablation", "Michel et al. 2019, with the sign kept", signed_gradient),
+        "first-order estimate of zero ablation", "Michel et al. 2019, with the sign kept",
+        partial(gradient_activation, signed=True)),
     "integrated_gradients": Attribution("slopes collected while all heads grow from zero",
                                         "Sundararajan et al. 2017; Hatefi et al. 2025", integrated_gradients),
     "relevance": Attribution("the part of the gold logit that passes through the head",

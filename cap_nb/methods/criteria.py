@@ -100,10 +100,10 @@ def add_criterion(
 def loss_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
                    measure: Callable[..., torch.Tensor] = intact_losses) -> dict[str, torch.Tensor]: # float32 [out, in]
     "The gradient of the calibration loss for every weight in scope; holds a float32 copy of them."
-    scope, device = projections(model), next(model.parameters()).device
+    scope = projections(model)
     totals = {p.name: torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device) for p in scope}
     with wanting_gradients(scope):
-        for _, batch in batches_of(calibration, batch_tokens, device):
+        for _, batch in batches_of(calibration.examples, batch_tokens, model):
             mean = measure(model, batch).sum() / len(calibration.examples)
             for p, slope in slopes_of(mean, scope): totals[p.name] += slope
     return totals
@@ -174,7 +174,7 @@ class Inputs:
     shares: dict[str, float] | None = None # Module name -> share to zero; None means the same for all
     ties: str = "exact" # "exact", or "all" for the paper's plain <=
     batch_tokens: int = 4096 # Padded tokens per batch
-    seed: int = 0 # Seed of methods that draw random scores
+    seed: int = 0 # Seed of whatever a method draws at random
     store: Path | None = None # Folder where measurements that take long are kept; None keeps none
     unfinished: Path | None = None # Folder where a solver's finished layers are kept; None keeps none
 

@@ -103,7 +103,7 @@ def routed_losses(model: nn.Module, calibration: Calibration, batch_tokens: int 
                   passes: Callable[..., Changed] = resumed_passes) -> RoutedLosses:
     "Mask every head in turn, losses per example and per routed expert; a model without experts raises `BadInput`."
     check_has_experts(model)
-    batches = list(batches_of(calibration, batch_tokens, next(model.parameters()).device))
+    batches = list(batches_of(calibration.examples, batch_tokens, model))
     parts = [routed_losses_of(model, batch, passes) for _, batch in tqdm(batches, "losses by expert", unit="batch")]
     order = torch.tensor([index for indices, _ in batches for index in indices]).argsort()
     axes = {"masked": 2, "intact": 1, "used": 1, "tokens": 0} # Where the examples stand
@@ -136,7 +136,7 @@ def expert_losses(model: nn.Module, calibration: Calibration, batch_tokens: int 
     masked = torch.full((layers, experts, len(examples)), math.nan, dtype=torch.float64)
     intact = torch.zeros(len(examples), dtype=torch.float64)
     units = [(layer, expert) for layer, count in enumerate(expert_counts(model)) for expert in range(count)]
-    batches = list(batches_of(calibration, batch_tokens, next(model.parameters()).device))
+    batches = list(batches_of(calibration.examples, batch_tokens, model))
     for indices, batch in tqdm(batches, desc="masking experts", unit="batch"):
         (_, counts), changed = target_counts(batch), passes(model, batch)
         intact[indices] = mean_by_example(changed(layers - 1, nullcontext()), counts).cpu()

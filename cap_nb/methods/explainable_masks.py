@@ -72,9 +72,10 @@ def prune_heads(model: nn.Module, scores: torch.Tensor, sparsity: float) -> Prun
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from cap_nb.calibration import Calibration
-from cap_nb.methods.attributions import Attribution, batches_for, descend, gated_heads, some_examples
+from cap_nb.methods.attributions import Attribution, descend, gated_heads, task_indices
 from cap_nb.methods.resumed_scoring import intact_losses
 from cap_nb.models.interventions import all_of, changed_input
+from cap_nb.scoring import batches_of
 
 @dataclass(frozen=True)
 class UnitTable:
@@ -110,11 +111,6 @@ def gated_units(model: nn.Module, gates: UnitTable) -> AbstractContextManager[No
     readers = readers_of_neurons(model) if gates.neurons.numel() else ()
     return all_of([gated_heads(model, gates.heads), *map(gated, readers)])
 
-def tasks_of(calibration: Calibration) -> tuple[list[str], torch.Tensor]:
-    "The tasks, in order of their first example, and the index of each example's task, int64 [N]."
-    tasks = list(dict.fromkeys(example.task for example in calibration.examples))
-    return tasks, torch.tensor([tasks.index(example.task) for example in calibration.examples])
-
 # %% ../../nbs/methods/19_explainable_masks.ipynb #c021
 @dataclass(frozen=True)
 class MaskFit:
@@ -134,14 +130,14 @@ def mask_penalty(masks: UnitTable, fit: MaskFit) -> torch.Tensor: # Float64
 def gated_losses(model: nn.Module, calibration: Calibration, indices: Sequence[int], batch_tokens: int,
                  gates: Callable[[list[int]], UnitTable]) -> Iterator[torch.Tensor]:
     "The mean loss of some examples under the gates that belong to them, a part of it for each batch."
-    for within, batch in batches_for(model, some_examples(calibration, indices), batch_tokens):
+    for within, batch in batches_of([calibration.examples[i] for i in indices], batch_tokens, model):
         with gated_units(model, gates([indices[index] for index in within])): losses = intact_losses(model, batch)
         yield losses.sum() / len(indices)
 
 def mask_objective(model: nn.Module, calibration: Calibration, logits: UnitTable, fit: MaskFit,
                    batch_tokens: int) -> Callable[[list[int]], Iterator[torch.Tensor]]:
     "For some examples, the terms of J; the masks are those of each example's task."
-    _, task_of = tasks_of(calibration)
+    task_of = task_indices(tuple(example.task for example in calibration.examples))
     def terms(indices: list[int]) -> Iterator[torch.Tensor]:
         yield mask_penalty(logits.mapped(torch.sigmoid), fit)
         yield from gated_losses(model, calibration, indices, batch_tokens,
@@ -151,7 +147,7 @@ def mask_objective(model: nn.Module, calibration: Calibration, logits: UnitTable
 def fit_masks(model: nn.Module, calibration: Calibration, fit: MaskFit = MaskFit(),
               batch_tokens: int = 4096) -> UnitTable: # In (0, 1), float64 [C, L, units]
     "Masks of every head and neuron for each task of the examples (after Yu and Xiang 2023, tasks as classes)."
-    logits = same_for_units(model, 2.0, len(tasks_of(calibration)[0])).mapped(torch.Tensor.requires_grad_)
+    logits = same_for_units(model, 2.0, len({e.task for e in calibration.examples})).mapped(torch.Tensor.requires_grad_)
     leaves = [leaf for leaf in (logits.heads, logits.neurons) if leaf.numel()]
     descend(leaves, len(calibration.examples), fit, mask_objective(model, calibration, logits, fit, batch_tokens))
     return logits.mapped(lambda leaf: leaf.detach().sigmoid())

@@ -109,7 +109,8 @@ def layer_by_layer(
     "Walk through the layers with the calibration set; holds the hidden states of all its tokens, [tokens, hidden]."
     device = next(model.parameters()).device
     tokens = tokens_a_walk(batch_tokens, device.type == "cpu")
-    states = [initial_state(model, batch, indices) for indices, batch in batches_of(calibration, tokens, device)]
+    batches = batches_of(calibration.examples, tokens, model)
+    states = [initial_state(model, batch, indices) for indices, batch in batches]
     unpruned, matrices = list(states) if dense else [], projections(model)
     for index, layer in enumerate(tqdm(decoder_layers(model), desc=name, unit="layer")):
         in_layer, last = tuple(p for p in matrices if p.layer == index), index + 1 == len(decoder_layers(model))

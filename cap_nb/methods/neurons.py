@@ -64,10 +64,10 @@ def neuron_estimates(model: nn.Module, calibration: Calibration, batch_tokens: i
                      signed: bool = True) -> torch.Tensor: # float64 [L, M] or [L, E, M]
     "Estimated rise of the mean loss, in nats, with each neuron masked, or without a sign its mean size an example."
     table, downs = neuron_table(model), neuron_projections(projections(model))
-    tokens, device = batch_tokens if signed else 1, next(model.parameters()).device
+    tokens = batch_tokens if signed else 1
     for p in downs: table[place_of(p)] = 0
     with wanting_gradients(downs):
-        for _, batch in batches_of(calibration, tokens, device):
+        for _, batch in batches_of(calibration.examples, tokens, model):
             for p, slope in slopes_of(intact_losses(model, batch).sum(), downs):
                 estimate = -(p.weight.detach().float() * slope).sum(0).double().cpu()
                 table[place_of(p)] += estimate if signed else estimate.abs()

@@ -20,7 +20,7 @@ from cap_nb.core.errors import (
     BadInput, check_at_least, check_budget, check_confidence, check_fields, check_seed, validate_arguments)
 from cap_nb.core.files import alone_in, is_intact, read_tensors, sha256_of_text, taken_as, write_tensors
 from cap_nb.data.prompts import collate, token_batches
-from cap_nb.methods.attributions import gate_slopes
+from cap_nb.methods.attributions import gate_slopes, task_indices
 from cap_nb.methods.layer_walk import check_finite_table, losses_key
 from cap_nb.methods.resumed_scoring import (
     check_table, head_groups, heads_by_memory, intact_step, load_losses, masked_losses, prepare_batch, table_read,
@@ -51,11 +51,6 @@ class PartialLosses:
     def measured(self) -> torch.Tensor:
         "Which cells were measured, bool [L, H, N]."
         return ~self.losses.masked.isnan()
-
-def task_indices(task: tuple[str, ...]) -> torch.Tensor: # int64 [N]
-    "The index of each example's task, by first appearance."
-    names = list(dict.fromkeys(task))
-    return torch.tensor([names.index(name) for name in task])
 
 def by_task(task: torch.Tensor) -> torch.Tensor: # Float64 [N, S]
     "Which example is of which task; a product with it adds up by task."

@@ -546,12 +546,12 @@ def write_solved(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsi
 
 @torch.no_grad()
 def solve_checkpoint(src: str | Path, dst: str | Path, sparsity: float, hessians: str | Path, method: str = "sparsegpt",
-                     factors: Factors | torch.Tensor | None = None) -> PruneReport:
+                     factors: Factors | torch.Tensor | None = None, fingerprint: str | None = None) -> PruneReport:
     "Solve for a checkpoint's weights without loading it; every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, with_hessians=True), open_checkpoint(src)
     weights = projections(checkpoint.model)
     check_pattern_fits(weights, own_scope(parts))
-    given = open_hessians(hessians, checkpoint, checkpoint_fingerprint(src))
+    given = open_hessians(hessians, checkpoint, fingerprint or checkpoint_fingerprint(src))
     measured = None
     if parts.base in STREAMED:
         norms = given.norms() if "norm" in CRITERIA[parts.base].needs else None

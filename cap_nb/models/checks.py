@@ -71,7 +71,7 @@ def added_by_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.T
     of_layer = [p for p in projections(model) if p.layer == layer]
     with recorded_routes(model) as routes, recorded_inputs(of_layer, multiply): model(input_ids=ids, use_cache=False)
     route = next(route for route in routes if route.layer == layer)
-    added = torch.zeros(ids.numel(), model.config.hidden_size, device=ids.device)
+    added = torch.zeros(ids.numel(), model.config.hidden_size, device=next(iter(outputs.values()))[1].device)
     for expert, (tokens, rows) in outputs.items():
         weight = (route.weights * (route.indices == expert)).sum(-1)[tokens, None]
         added[tokens] += (rows * weight).float()

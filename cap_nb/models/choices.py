@@ -87,15 +87,15 @@ def log_probs(model: torch.nn.Module, read: Sequence[int], options: Sequence[Seq
     with inference(model):
         hidden = run_decoder(model, ids, torch.ones_like(ids), cache).last_hidden_state
         first = head_logits(model, hidden[:, -1]).float().log_softmax(-1)[0]
-        totals = [float(first[option[0]]) for option in options]
+        totals = first[[option[0] for option in options]].tolist()
         if not longest: return totals
         rows = padded([option[:-1] for option in options], 0, model.device)
         cache.batch_repeat_interleave(len(options))
         mask = torch.ones(len(options), len(read) + longest, dtype=torch.int64, device=model.device)
         hidden = run_decoder(model, rows, mask, cache).last_hidden_state
-        later = head_logits(model, hidden).float().log_softmax(-1)
-    return [total + sum(float(row[place, token]) for place, token in enumerate(option[1:]))
-            for total, row, option in zip(totals, later.cpu(), options)]
+        said = padded([option[1:] for option in options], 0, hidden.device)[..., None]
+        later = head_logits(model, hidden).float().log_softmax(-1).gather(-1, said)[..., 0].tolist()
+    return [total + sum(row[:len(option) - 1]) for total, row, option in zip(totals, later, options)]
 
 # %% ../../nbs/models/12_choices.ipynb #90e65113
 @validate_arguments

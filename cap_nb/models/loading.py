@@ -63,7 +63,8 @@ def bfloat16_gain(device: torch.device, size: int | None = None, rounds: int = 7
 def dtype_named(dtype: str | torch.dtype | None, device: str | torch.device | None = None) -> torch.dtype | None:
     "The torch dtype of a name; an unknown name raises `BadInput`."
     if dtype is None or dtype in PLAIN: return dtype
-    if check_choice(str(dtype).removeprefix("torch."), (*DTYPES, "fastest"), "dtype") != "fastest": return DTYPES[dtype]
+    name = check_choice(str(dtype).removeprefix("torch."), (*DTYPES, "fastest"), "dtype")
+    if name != "fastest": return DTYPES[name]
     gain = bfloat16_gain(device_named(None if device == "auto" else device))
     faster = torch.bfloat16 if gain >= WORTHWHILE else torch.float32
     log.info("Matrix products in bfloat16 take 1/%.2f of the time of float32 here: 'fastest' is %s", gain, faster)
@@ -442,8 +443,7 @@ def fetch_smollm2() -> Path: # The folder
     check_gguf_installed()
     with tempfile.TemporaryDirectory() as working, whole_folder(folder) as part:
         model, tokenizer = dequantised(download_gguf(Path(working)))
-        model.save_pretrained(part, max_shard_size="4GB")
-        tokenizer.save_pretrained(part)
+        save_model(model, tokenizer, part)
         write_checksums(part)
     return folder
 

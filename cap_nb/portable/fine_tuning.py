@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..calibration import Calibration
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.files import alone_in, check_new_folder, sealed, whole_folder, write_json
-from ..data.prompts import Example, collate, token_batches
+from ..data.prompts import Example
 from ..jobs.settings import check_tuning, FineTuning
 from ..methods.block import in_float32
 from ..methods.resumed_scoring import divergence_of_logits, target_logits
@@ -30,7 +30,7 @@ from ..models.anatomy import check_length, projections
 from ..models.interventions import all_of
 from ..models.lab import STATE, load_state, save_state, step_optimizers
 from ..models.loading import check_all_here, model_fingerprint, save_model
-from ..scoring import target_losses
+from ..scoring import batches_of, target_losses
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c010
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64} # Bytes a number -> integers of that width
@@ -136,9 +136,8 @@ def losses_of(model: nn.Module, batch: dict[str, torch.Tensor],
 def add_gradients(model: nn.Module, examples: Sequence[Example], batch_tokens: int,
                   teacher: nn.Module | None = None) -> float: # Their mean loss, in nats
     "Add the gradients of a step's mean loss to those of the parameters."
-    total, device = 0.0, next(model.parameters()).device
-    for indices in token_batches(examples, batch_tokens):
-        batch = collate([examples[index] for index in indices], pad_id=0, device=device)
+    total = 0.0
+    for _, batch in batches_of(examples, batch_tokens, model):
         loss = losses_of(model, batch, teacher).sum() / len(examples)
         loss.backward()
         total += loss.item()

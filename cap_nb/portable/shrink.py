@@ -219,7 +219,7 @@ class Shrunk:
 @torch.no_grad()
 def mean_loss(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> float:
     "What a model loses on the examples, in one pass."
-    batches = batches_of(calibration, batch_tokens, next(model.parameters()).device)
+    batches = batches_of(calibration.examples, batch_tokens, model)
     return sum(target_losses(model, batch).sum().item() for _, batch in batches) / len(calibration.examples)
 
 # %% ../../nbs/portable/06_shrink.ipynb #c056

@@ -229,7 +229,7 @@ def zeroing(head):
 def lens_loop(hooked, model, calibration, batch_tokens, heads):
     table = torch.full((anatomy(model).layers, anatomy(model).heads, len(calibration.examples)), torch.nan,
                        dtype=torch.float64)
-    for indices, batch in batches_of(calibration, batch_tokens, torch.device("cpu")):
+    for indices, batch in batches_of(calibration.examples, batch_tokens, model):
         loss_with_hooks(hooked, batch, [])  # the intact model
         for layer, head in heads:
             table[layer, head, indices] = loss_with_hooks(hooked, batch,
