@@ -7,13 +7,12 @@ __all__ = ['Tokens', 'Calibration', 'calibration_set', 'plot_calibration', 'over
 
 # %% ../nbs/00_calibration.ipynb #c015
 from collections.abc import Sequence
+import numpy as np
 
 def length_quartiles(lengths: Sequence[int]) -> list[int]:
     "The length quartile of every example of a pool by rank, 0 (shortest) to 3 (longest) (paper section 3.1)."
-    ranked = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    quartile = [0] * len(lengths)
-    for rank, index in enumerate(ranked): quartile[index] = 4 * rank // len(lengths)
-    return quartile
+    ranks = np.argsort(lengths, kind="stable").argsort()
+    return (4 * ranks // len(lengths)).tolist()
 
 # %% ../nbs/00_calibration.ipynb #c019
 import random
@@ -171,7 +170,6 @@ def calibration_set(
     return Calibration(examples=tuple(examples), stratum=tuple(stratum), k=k, seed=seed)
 
 # %% ../nbs/00_calibration.ipynb #ea8963ea
-import numpy as np
 from matplotlib.figure import Figure
 from .core.plots import plot_lengths
 

@@ -127,7 +127,7 @@ def accuracy(
     return answer_problems(model, tokenizer, evaluation_problems(task, n, seed, data_dir), style, max_new_tokens)
 
 # %% ../nbs/05_evaluation.ipynb #c1d2b353
-import statistics
+from scipy import stats
 
 @validate_arguments
 def wilson_interval(
@@ -140,11 +140,8 @@ def wilson_interval(
     check_confidence(confidence)
     if not 0 <= successes <= n:
         raise BadInput(f"{successes} right answers of {n}: expected a count from 0 to {n}; count again.")
-    z, share = statistics.NormalDist().inv_cdf((1 + confidence) / 2), successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    # at the ends rounding would miss 0 or 1
-    return (centre - half if successes else 0.0), (centre + half if successes < n else 1.0)
+    ends = stats.binomtest(successes, n).proportion_ci(confidence, "wilson")
+    return float(ends.low), float(ends.high)
 
 # %% ../nbs/05_evaluation.ipynb #c068
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def stubs() -> dict[Path, str]:
     made = "# Made by tools/stubs.py from the modules' __all__."
     text = "\n".join([made, *lines, ""])
     here = ROOT / "cap_nb"
-    return {ROOT / "README.md": readme(), here / "all.pyi": text, here / "__init__.pyi": f"{made}\nfrom cap_nb.all import *\n\n__version__: str\n", here / "methods.txt": method_list() + "\n",
+    return {ROOT / "README.md": readme(), here / "all.pyi": text, here / "__init__.pyi": f"{made}\nfrom cap_nb.all import *  # noqa: F403, in a stub a star exports again\n\n__version__: str\n", here / "methods.txt": method_list() + "\n",
             here / "names.json": json.dumps(names(), indent=1) + "\n"}
 
 

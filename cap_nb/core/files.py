@@ -152,6 +152,15 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         with named(path): temporary.mkdir(parents=True)
         with locked(temporary): yield temporary
 
+def check_disk_room(out: Path, needed: int, what: str = "") -> None:
+    "Raise `BadInput` if the disk has too little room for a folder, counting what an earlier attempt wrote."
+    there = next(above for above in (out, *out.absolute().parents) if above.is_dir())
+    written = sum(path.stat().st_size for path in out.with_name(f"{out.name}.unfinished").rglob("*") if path.is_file())
+    free = shutil.disk_usage(there).free
+    if free + written < needed:
+        raise BadInput(f"{what or out} takes {needed:,} bytes and the disk has {free:,} left: expected room for it; "
+                       "choose another disk or make room.")
+
 # %% ../../nbs/core/01_files.ipynb #c029
 @contextmanager
 def alone_in(folder: str | Path, links: bool = False) -> Iterator[None]:

@@ -21,8 +21,8 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from cap_nb.core.errors import BadInput, check_choice, validate_arguments
 from cap_nb.core.files import (
-    PIECE, StoredTensor, check_inside, check_new_folder, checkpoint_tensors, pieces_of, read_json, resumed_folder,
-    sha256_of_file, shard_files, stored_tensor, stored_tensors, whole_file, write_json, write_text)
+    PIECE, StoredTensor, check_disk_room, check_inside, check_new_folder, checkpoint_tensors, pieces_of, read_json,
+    resumed_folder, sha256_of_file, shard_files, stored_tensor, stored_tensors, whole_file, write_json, write_text)
 from cap_nb.core.registry import ExportFormat, FORMATS, FolderLoader
 from cap_nb.core.stopping import stop_says, STOPPED
 from cap_nb.models.lab import LABS
@@ -365,15 +365,6 @@ def files_of(folder: Path) -> dict[str, Path]: # Every file by its name in the f
                            "restore it first.")
     return files
 
-def check_room(out: Path, needed: int) -> None:
-    "Raise `BadInput` if the disk has too little room for a folder, counting what an earlier attempt wrote."
-    there = next(above for above in (out, *out.absolute().parents) if above.is_dir())
-    written = sum(path.stat().st_size for path in out.with_name(f"{out.name}.unfinished").rglob("*") if path.is_file())
-    free = shutil.disk_usage(there).free
-    if free + written < needed:
-        raise BadInput(f"{out} takes {needed:,} bytes and the disk has {free:,} left: expected room for it; choose "
-                       "another disk or make room.")
-
 # %% ../../nbs/portable/00_format.ipynb #0c887765
 def store(source: Path, target: Path, entries: dict[str, Entry] | None, form: str, base: Base) -> str:
     "Pack a file of weights, or copy another one, unless an earlier attempt did; gives the source's hash."
@@ -404,7 +395,7 @@ def export_folder(
     stored = {name: packed_name(name) if name in packed else name for name in files}
     sizes = {name: path.stat().st_size for name, path in files.items()}
     small = {name: sum(entry.size for entry in shard.values()) for name, shard in packed.items()} # and their headers
-    check_room(out, needed := sum((sizes | small).values()))
+    check_disk_room(out, needed := sum((sizes | small).values()))
     with resumed_folder(out, {*stored.values(), MANIFEST, CHECKSUM}) as part:
         if needed > 0.99 * (size := sum(sizes.values())):
             log.warning("%s takes %s bytes and packed %s or a little more, since few of its weights are zero; prune it "
@@ -435,7 +426,7 @@ def restore_folder(
         raise BadInput(f"{base} is not the base of {folder}: expected {manifest.base['name']} with hash "
                        f"{manifest.base['sha256'][:12]}, found {beside.sha256[:12]}; name the model that was pruned.")
     stored = [check_whole(folder, entry) for entry in tqdm(manifest.files, desc="check")]
-    check_room(out, sum(entry.bytes for entry in manifest.files))
+    check_disk_room(out, sum(entry.bytes for entry in manifest.files))
     with resumed_folder(out, {entry.name for entry in manifest.files}) as part:
         for file, entry in zip(tqdm(stored, desc="restore"), manifest.files):
             target = part/entry.name
