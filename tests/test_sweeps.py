@@ -13,7 +13,7 @@ from cap_nb.jobs.job import run_job
 from cap_nb.jobs.records import load_run, pack_run, read_run, unpack_run
 from cap_nb.jobs.results import compare_runs
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.jobs.sweeps import read_index, tracked, tracked_numbers
+from cap_nb.jobs.sweeps import read_config, read_index, sweep_jobs, tracked, tracked_numbers
 from conftest import ROOT
 
 SMALL = """# a comment stays
@@ -51,6 +51,15 @@ def test_a_file_may_give_every_option():
     assert set(known_options()) == {p.opts[0].removeprefix("--") for p in command.params} - {"config", "help", "plugin", "quick", "quiet", "save-models", "verbose"}
     of_jobs = {f.name for part in dataclasses.fields(Job) for f in dataclasses.fields(part.default_factory)}
     assert {known.field for known in known_options().values() if known.kind != "whole"} == of_jobs
+
+
+def test_a_budget_in_a_file_takes_means_as_on_the_command_line(tmp_path):
+    known = known_options()
+    for text, how in (("budget: [0.3, 0.5]", "mean"), ("n: 3", Job().prune.aggregation)):
+        jobs = sweep_jobs(read_config(written(tmp_path, text), known), known, Job())
+        assert {job.prune.aggregation for job in jobs.values()} == {how}
+    with pytest.raises(BadInput, match="takes medians of whole subsets"):
+        sweep_jobs(read_config(written(tmp_path, "budget: 0.3\naggregation: paper"), known), known, Job())
 
 
 def test_what_a_sweep_leaves(sweep):

@@ -390,8 +390,8 @@ def is_intact(path: Path, read: Callable[[Path], object]) -> bool:
     if not path.exists(): return False
     try: read(path)
     except BadInput as error:
-        missing = None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR # others, as of a network's disk, pass
-        if getattr(error.__context__, "errno", None) not in missing: raise
+        spoilt = None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR # any other number, as EIO, may be gone the next time
+        if getattr(error.__context__, "errno", None) not in spoilt: raise
         quarantine(path, str(error))
         return False
     return True

@@ -93,8 +93,9 @@ def log_probs(model: torch.nn.Module, read: Sequence[int], options: Sequence[Seq
         cache.batch_repeat_interleave(len(options))
         mask = torch.ones(len(options), len(read) + longest, dtype=torch.int64, device=model.device)
         hidden = run_decoder(model, rows, mask, cache).last_hidden_state
-        said = padded([option[1:] for option in options], 0, hidden.device)[..., None]
-        later = head_logits(model, hidden).float().log_softmax(-1).gather(-1, said)[..., 0].tolist()
+        later = head_logits(model, hidden).float().log_softmax(-1) # where the output head lies
+        said = padded([option[1:] for option in options], 0, later.device)[..., None]
+        later = later.gather(-1, said)[..., 0].tolist() # on the processor only what is asked for
     return [total + sum(row[:len(option) - 1]) for total, row, option in zip(totals, later, options)]
 
 # %% ../../nbs/models/12_choices.ipynb #90e65113
