@@ -36,7 +36,7 @@ from cap_nb.threshold import PruneReport as PruneReport
 from cap_nb.jobs.settings import PruneSettings as PruneSettings
 from cap_nb.jobs.records import Run as Run
 from cap_nb.data.problems import Text as Text
-from cap_nb.calibration import Tokens as Tokens
+from cap_nb.data.prompts import Tokens as Tokens
 from cap_nb.methods.experts import UnitFactors as UnitFactors
 from cap_nb.evaluation import accuracy as accuracy
 from cap_nb.jobs.plugins import add_allocation as add_allocation

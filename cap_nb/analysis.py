@@ -282,6 +282,9 @@ def compare_methods(
     records = {(method_title(first.method), method_title(second.method), first.sparsity, measure): both
                for first, second in shared_cells(evaluations, pairs)
                for measure, both in comparable_parts(first, second).items()}
+    if not records:
+        raise BadInput("The methods share no task and no text: expected one at least that both were measured on; "
+                       "measure them alike.")
     flips = max(9_999, 100 * len(records) - 1) # so that the least p-value times the size of the family is 0.01 at most
     return correct_family({key: compare(*both, seed, flips) for key, both in records.items()}, family)
 

@@ -42,14 +42,16 @@ from .jobs.settings import (
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
     "Keep command, versions and traceback in a file, for whoever mends it."
-    number, report = tempfile.mkstemp(prefix="cap-bug-", suffix=".txt")
+    message = f"This is a bug in cap_nb ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    try: number, report = tempfile.mkstemp(prefix="cap-bug-", suffix=".txt")
+    except OSError: # no folder for temporary files takes one
+        return f"{message}: expected a sentence about what was wrong; please send it with the command and its input."
     versions = {name: importlib.metadata.version(name) for name in ("cap_nb", "torch", "transformers")}
     lines = [f"command: {sys.argv[1:]}", f"python: {sys.version}", f"versions: {versions}"]
     with open(number, "w", encoding="utf-8") as file:
         file.write("\n".join([*lines, *traceback.format_exception(error)]))
-    message = " ".join(str(error).split())[:120]
-    return (f"This is a bug in cap_nb ({type(error).__name__}: {message}): expected a sentence about what was wrong; "
-            f"please send {report}, which holds the command, the versions and the traceback.")
+    return (f"{message}: expected a sentence about what was wrong; please send {report}, which holds the command, the "
+            "versions and the traceback.")
 
 # %% ../nbs/command_line.ipynb #4a88c6e9
 PARSER_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -78,14 +80,17 @@ def sentence_and_code(error: BaseException) -> tuple[str, int]: # A sentence, an
     if isinstance(error, KeyboardInterrupt): return f"{error}" or "Stopped.", getattr(error, "code", 130)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return f"{error.object[:60]!r} is no text: expected UTF-8; write it anew.", 2
+    if isinstance(error, UnicodeEncodeError):
+        return (f"{error.object[error.start:error.end]!r} cannot be written in {error.encoding}: expected an output in "
+                "UTF-8; set PYTHONIOENCODING=utf-8."), 2
     if lacks_memory(error): return NO_MEMORY, 2
-    if isinstance(error, OSError):
-        from cap_nb.core.files import is_disk_full
-        if not is_disk_full(error): return refused_path(error), 2
-        place = error.filename or "the program's output"
+    known = isinstance(error, OSError) or "cap_nb.core.files" in sys.modules # which imports torch
+    if known: from cap_nb.core.files import is_disk_full
+    if known and is_disk_full(error):
+        place = getattr(error, "filename", "a file") or "the program's output"
         return (f"There was no room to write {place}: expected space on its disk; make room and run the same command "
                 "again, what was finished is kept."), 2
-    return bug_report(error), 1
+    return (refused_path(error), 2) if isinstance(error, OSError) else (bug_report(error), 1)
 
 # %% ../nbs/command_line.ipynb #3a8ccbe5
 def drop_output() -> None:
@@ -538,6 +543,9 @@ def score_command(
     from cap_nb.single_steps import score_into
     return score_into(job, out, heads_at_once, store, budget, join)
 
+IN_MEMORY = ("tasks", "data_dir", "style", "n", "calibration_tokens", "k", "seed", "calibrate_on", "chain_rule",
+             "text_share", "calibration_text", "text_tokens", "spare", "batch_tokens") # Not read with --stream
+
 @command(STEPS, "model", "calibrate", "aggregation", "score_target", without=("calibration_seed",),
          settings=SinglePruning)
 def prune_command(
@@ -557,6 +565,9 @@ def prune_command(
         typer.echo(recipe_plan(job, settings))
         lines, answers = recipe_into(job, settings, RECIPES[recipe].tuning, out)
         return "\n".join([*lines, "", table_text(answers)])
+    if settings.stream and (given := given_in(context, IN_MEMORY)):
+        raise BadInput(f"{option_of(given[0])} was given with --stream: expected none, since nothing is measured; give "
+                       "it to 'cap hessians' or 'cap score', or leave it out.")
     job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
     from cap_nb.single_steps import prune_into
     report = prune_into(job, settings, out)
@@ -585,8 +596,15 @@ def eval_command(
         if given := given_in(context, NOT_BY_HARNESS):
             raise BadInput(f"{option_of(given[0])} was given with --harness: expected one of them, since the harness "
                            "draws and reads in its own way; leave one out.")
+        tasks = read_names(harness)
+        if not tasks:
+            raise BadInput("--harness names no task: expected one at least; write cap_gsm8k, or leave it out.")
+        ours = any(name.startswith("cap_") for name in tasks)
+        if given := () if ours else given_in(context, ("data_dir", "style", "max_new_tokens")):
+            raise BadInput(f"{option_of(given[0])} was given with --harness {harness}: expected a task of ours, as "
+                           "cap_gsm8k, since the harness's own tell for themselves; leave it out.")
         from cap_nb.single_steps import harness_alone
-        return harness_alone(job, read_names(harness), limit, out)
+        return harness_alone(job, tasks, limit, out)
     if limit is not None:
         raise BadInput("--limit was given without --harness: expected both; --evaluate-n is the kit's own.")
     if given_in(context, ["spare"]) and not job.evaluate.shots:

@@ -39,7 +39,7 @@ def evaluation_problems(
     held_out = check_choice(split, ("evaluation", "validation"), "split") == "evaluation"
     problems = load_problems(task, "evaluation" if held_out else "calibration", data_dir)
     calibrates = "calibration" in TASKS[task].files # others are for evaluation only
-    calibrated = load_problems(task, "calibration", data_dir) if exclude and held_out and calibrates else ()
+    calibrated = load_problems(task, "calibration", data_dir) if exclude and calibrates else ()
     worded = {problem.wording for problem in calibrated if problem.uid in exclude}
     eligible = [problem for problem in problems if problem.uid not in exclude and problem.wording not in worded]
     dropped = len(problems) - len(eligible)
@@ -48,8 +48,8 @@ def evaluation_problems(
         raise BadInput(f"{task} has no problem left for {split}: expected at least one; exclude fewer, or give more.")
     n = check_at_least(len(eligible) if n is None else n, 1, "n (problems for evaluation)")
     if n > len(eligible):
-        raise BadInput(f"{task} has {len(eligible)} problems for evaluation but n = {n} were asked for: "
-                       f"expected at most {len(eligible)}; lower n.")
+        raise BadInput(f"{task} has {len(eligible)} problems for {split} but {n} were asked for: "
+                       f"expected at most {len(eligible)}; ask for fewer.")
     return tuple(sorted(eligible, key=lambda problem: sha256_of_text(f"{seed}/{problem.uid}"))[:n])
 
 # %% ../nbs/05_evaluation.ipynb #c038
@@ -280,7 +280,7 @@ def summarise_losses(records: Sequence[LossRecord], seed: int = 0) -> tuple[Loss
     return tuple(summaries)
 
 # %% ../nbs/05_evaluation.ipynb #c116
-from cap_nb.models.anatomy import context_of, decoder_of, head_logits
+from cap_nb.models.anatomy import check_tokens, context_of, decoder_of, head_logits
 
 def text_windows(ids: Sequence[int], windows: int = 100, window_tokens: int = 2048,
                  context: int | None = None) -> torch.Tensor:
@@ -335,6 +335,7 @@ def perplexity(
     source = text if isinstance(text, Text) else load_text(text, data_dir)
     context = context_of(model.config)
     cut = text_windows(tokenizer(source.text, verbose=False)["input_ids"], windows, window_tokens, context)
+    check_tokens(model, cut)
     batches = tqdm(cut.to(model.device).split(batch_windows), desc="perplexity", leave=False)
     losses = torch.cat([window_losses(model, batch) for batch in batches])
     check_finite_losses(losses.tolist(), [f"window {index} of {source.name}" for index in range(len(losses))])

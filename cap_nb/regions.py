@@ -14,7 +14,7 @@ SHARING = ("mean", "max") # How the factor of a key-value head follows from thos
 def key_value_factors(heads: torch.Tensor, groups: int, how: str = "mean") -> torch.Tensor:
     "The factor of each key-value head, [L, G], from those of its query heads, [L, H] (the paper is silent)."
     shared = heads.unflatten(1, (groups, -1))
-    return shared.mean(-1) if check_choice(how, SHARING, "key-value sharing") == "mean" else shared.amax(-1)
+    return shared.double().mean(-1) if check_choice(how, SHARING, "key-value sharing") == "mean" else shared.amax(-1)
 
 # %% ../nbs/03_regions.ipynb #3506be32
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Factors:
 
     def spans(self, p: Projection, groups: int) -> list[tuple[int, int, float]]:
         "(start, stop, factor) of each region along a projection's axis that `in_columns` names."
-        if not p.parts: return [(0, len(p.weight), self.heads[p.layer].mean().item())]
+        if not p.parts: return [(0, len(p.weight), self.heads[p.layer].double().mean().item())]
         query = self.heads[p.layer].tolist()
         if self.layout == "literal":
             size = p.weight.shape[self.in_columns(p)] // len(query)

@@ -19,18 +19,19 @@ from pathlib import Path
 from unittest.mock import patch
 import torch
 from torch import nn
-from .calibration import Calibration, Tokens
+from .calibration import Calibration
 from .core.errors import BadInput, check_at_least
 from .core.files import alone_in, check_new_folder, read_checked, remove, whole_folder, write_checked
 from .core.registry import additions_noted
 from .core.stopping import NOTHING_KEPT, stop_says, STOPPED
 from .data.problems import FRESH
+from .data.prompts import Tokens
 from .evaluation import Evaluation, evaluation_problems
 from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
 from .importance import importance_factors
 from .jobs.chains import Answering, kept_examples, own_chains, task_counts, too_few
 from .jobs.job import (
-    chains_of, check_answers_fit, check_job, check_screening, check_windows_fit, drawn_problems, evaluate,
+    chains_of, check_job, check_problems, check_screening, check_windows_fit, evaluate,
     evaluation_data, filled_in, job_calibration, model_configuration, Ready, spared_problems, targets_configuration)
 from .jobs.planning import plan, plan_text
 from .jobs.records import environment, load_evaluation, save_evaluation
@@ -40,11 +41,12 @@ from .jobs.settings import (
 from .methods.criteria import CRITERIA, Inputs
 from .methods.layer_walk import check_started_once, device_of_process, joined, launched_processes
 from .methods.neurons import UNIT_AWARE
-from cap_nb.methods.prune import (
-    by_masked_heads, check_method, MethodName, needs_of, own_scope, prune_with, reading_of, READINGS, solves,
-    unit_factors)
-from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, table_scorer
+from .methods.prune import (
+    by_masked_heads, check_fits, check_method, highest_sparsity, MethodName, needs_of, own_scope, prune_with,
+    reading_of, READINGS, solves, unit_factors)
+from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, scored_table
 from .methods.screening import read_scores, save_partial, screen_heads
+from .methods.selection import check_pattern
 from cap_nb.methods.streaming import (
     check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
     solve_checkpoint)
@@ -107,8 +109,9 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             table = screen_heads(model, calibration, budget, seed, batch_tokens, working, fingerprint, heads_at_once)
             save_beside(save_partial, table, out)
         else:
-            table = table_scorer(job.prune.score_target)(
-                model, calibration, batch_tokens, working, fingerprint, heads_at_once, share)
+            table = scored_table(model, calibration, Request(
+                batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint,
+                heads_at_once=heads_at_once, share=share, target=job.prune.score_target))
             if not share.rank: save_beside(save_losses, table, out)
         if not (store or share.rank): shutil.rmtree(working)
     if share.rank: return ""
@@ -200,11 +203,16 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
     model, tokenizer = load_checked(job)
     check_all_here(model)
     warn_of_zeros(*zeros_of(model))
+    check_pattern(own_scope(parts), pruning.sparsity)
+    check_fits(pruning.method, model)
+    if pruning.sparsity > (most := highest_sparsity(pruning.method, model)):
+        raise BadInput(f"Sparsity {pruning.sparsity:g} was asked of {pruning.method}, which reaches {most:.1%} here: "
+                       "expected at most that; ask for less, or use another method.")
     calibration = job_calibration(job, tokenizer) if is_calibrated(parts, pruning.scores) else None
     fingerprint = model_fingerprint(model)
     factors = factors_from(pruning, fingerprint, job.prune)
     if factors is None and parts.attribution:
-        given = Inputs(calibration=calibration, batch_tokens=job.model.batch_tokens)
+        given = Inputs(calibration=calibration, batch_tokens=job.model.batch_tokens, store=working/"scores")
         factors = unit_factors(model, parts.attribution, given, how=job.prune.aggregation)
         factors = replace(factors, key_value=pruning.key_value)
     given = Inputs(factors=factors, calibration=calibration, ties=pruning.ties, batch_tokens=job.model.batch_tokens,
@@ -236,6 +244,10 @@ def check_streaming(job: Job, pruning: SinglePruning) -> None:
 def prune_on_disk(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
     "Prune a folder's checkpoint without loading it."
     check_streaming(job, pruning)
+    if pruning.scores is not None: read_scores(pruning.scores, "mean") # what is wrong is told before all is hashed
+    base = CRITERIA.get(check_method(pruning.method).base)
+    if pruning.norms is not None and base and "norm" in base.needs: load_norms(pruning.norms)
+    if pruning.hessians is not None: file_note(layer_file(pruning.hessians, 0))
     source, fingerprint = job.model.name, checkpoint_fingerprint(job.model.name)
     factors, base = factors_from(pruning, fingerprint, job.prune), base_record(source, fingerprint)
     def make(new: Path) -> PruneReport:
@@ -262,13 +274,14 @@ def working_folder(out: Path) -> Iterator[Path]:
         try:
             check_new_folder(out) # another process may have made it meanwhile
             yield working
-            for name in ("budgets", "layers"): remove(working/name)
+            for name in ("scores", "budgets", "layers"): remove(working/name)
         finally:
             if not any(working.iterdir()): working.rmdir()
 
 def sentence_of_stop(pruning: SinglePruning) -> str:
     "What a stopped pruning says of what it keeps."
     parts, kept = check_method(pruning.method), []
+    if pruning.scores is None and parts.attribution in (*READINGS, *UNIT_AWARE): kept.append("losses with heads masked")
     if parts.allocation == "kl": kept.append("measured budgets")
     if solves(parts): kept.append("finished layers")
     if pruning.stream or not kept: return NOTHING_KEPT
@@ -340,18 +353,18 @@ def shrink_into(job: Job, how: Shrinking, out: Path) -> Shrunk: # What became of
     if job.prune.aggregation != PruneSettings.aggregation and how.scores is None:
         raise BadInput(f"--aggregation {job.prune.aggregation} was given without --scores: expected a table to "
                        "aggregate; make one with 'cap score', or leave --aggregation out.")
-    check_new_folder(out)
-    model, tokenizer = load_checked(job)
-    check_all_here(model)
-    check_shrinking(model, how)
-    fingerprint = model_fingerprint(model)
-    table, scores = (None, None) if how.scores is None else matching_scores(how.scores, fingerprint, job.prune)
-    calibration = job_calibration(job, tokenizer)
-    small, report = shrink_to(model, calibration, how, scores, job.model.batch_tokens)
-    base, calibrated_on = base_and_calibration(job, (model, tokenizer, fingerprint), calibration)
-    by = table and scores_record(table, job.prune.aggregation)
-    note_on_model(small, shrunk_record(report, how, base, calibrated_on, by))
-    save_model(small, tokenizer, out)
+    with working_folder(out):
+        model, tokenizer = load_checked(job)
+        check_all_here(model)
+        check_shrinking(model, how)
+        fingerprint = model_fingerprint(model)
+        table, scores = (None, None) if how.scores is None else matching_scores(how.scores, fingerprint, job.prune)
+        calibration = job_calibration(job, tokenizer)
+        small, report = shrink_to(model, calibration, how, scores, job.model.batch_tokens)
+        base, calibrated_on = base_and_calibration(job, (model, tokenizer, fingerprint), calibration)
+        by = table and scores_record(table, job.prune.aggregation)
+        note_on_model(small, shrunk_record(report, how, base, calibrated_on, by))
+        save_model(small, tokenizer, out)
     return report
 
 # %% ../nbs/single_steps.ipynb #e1913fb2
@@ -361,7 +374,7 @@ def train_into(job: Job, tuning: FineTuning, out: Path, teacher: str | None = No
     check_tuning(tuning)
     check_new_folder(out)
     model, tokenizer = load_checked(job)
-    dense, other = load_model(teacher, job.model.dtype, job.model.device) if teacher else (None, tokenizer)
+    dense, other = load_model(teacher, job.model.dtype, job.model.device) if teacher is not None else (None, tokenizer)
     if tokenizer_fingerprint(other)[:64] != tokenizer_fingerprint(tokenizer)[:64]:
         raise BadInput(f"The teacher {teacher} has another tokenizer than {job.model.name}: expected the same tokens; "
                        "name the model that was pruned.")
@@ -370,6 +383,11 @@ def train_into(job: Job, tuning: FineTuning, out: Path, teacher: str | None = No
 # %% ../nbs/single_steps.ipynb #8a32c4a1
 def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, out: Path) -> list: # What JSON can hold
     "All settings of a recipe; a folder that holds something else, or one with other settings, raises `BadInput`."
+    parts = check_method(pruning.method)
+    if by_masked_heads(parts) and parts.attribution is None or not (tuning or is_calibrated(parts, None)):
+        what = "a table of losses" if by_masked_heads(parts) else "no calibration set"
+        raise BadInput(f"Method {pruning.method!r}, which needs {what}, was given with --recipe: expected one that is "
+                       "calibrated on the chains that a recipe writes; take wanda or alps, or leave --recipe out.")
     check_pruning(job, pruning)
     asked = json.loads(json.dumps([asdict(each) if each else None for each in (job, pruning, tuning)], default=str))
     if not (out/"recipe.json").exists(): check_new_folder(out)
@@ -404,14 +422,13 @@ def recipe_plan(job: Job, pruning: SinglePruning) -> str: # Markdown
 
 BENCHED = 50 # Problems of each task that are answered before and after, or as many as the smallest task has
 
-def benched(job: Job, made: Path, out: Path) -> list[Evaluation]: # Of the dense model, and of what was made
+def benched(job: Job, model: str, out: Path) -> Evaluation: # What it answered; read where it is there
     where = {"data_dir": job.calibrate.data_dir, "split": job.evaluate.evaluate_on}
     count = min([BENCHED, *(len(evaluation_problems(task, **where)) for task in job.evaluate.accuracy_tasks)])
-    for name, model in (("before", job.model.name), ("after", str(made))):
-        asked = changed(job, name=model, calibrate_on="gold", chain_rule="right", evaluate_n=count, text_share=0.0,
-                        text_tokens=CalibrateSettings.text_tokens, calibration_text=None)
-        if not (out/name).exists(): evaluate_alone(changed(asked, loss_n=0, windows=0), out=out/name)
-    return [load_evaluation(out/name) for name in ("before", "after")]
+    asked = changed(job, name=model, calibrate_on="gold", chain_rule="right", evaluate_n=count, text_share=0.0,
+                    text_tokens=CalibrateSettings.text_tokens, calibration_text=None)
+    if not out.exists(): evaluate_alone(changed(asked, loss_n=0, windows=0), out=out)
+    return load_evaluation(out)
 
 def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
                 out: Path) -> tuple[list[str], list[Evaluation]]: # What came of it, in sentences and in answers
@@ -420,6 +437,7 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
     rule, lines = job.calibrate.chain_rule, []
     with stop_says(STOPPED), alone_in(out):
         job = recipe_begun(job, asked, out)
+        before = benched(job, job.model.name, out/"before") # first: what cannot be answered is found before the work
         if job.calibrate.calibrate_on == OWN:
             asking = changed(job, calibrate_on="gold", chain_rule="right")
             lines = answer_into(asking, chains, tries=1, rule=read_rule(rule))[:-1]
@@ -430,8 +448,9 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
             made = out/"trained"
             if not made.exists(): train_into(changed(job, name=str(out/"pruned")), tuning, made, job.model.name)
             write_card(made, force=True)
-        answers = benched(job, made, out)
-    return [*lines, f"{made}: the model, with its card; load it in transformers, or with --model {made}."], answers
+        after = benched(job, str(made), out/"after")
+    lines = [*lines, f"{made}: the model, with its card; load it in transformers, or with --model {made}."]
+    return lines, [before, after]
 
 # %% ../nbs/single_steps.ipynb #c880d070
 def warn_of_seen(job: Job, pruned: dict) -> None:
@@ -453,10 +472,8 @@ def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None
     with working_folder(out) if out else nullcontext(): # a place that cannot be written is found before the work
         model, tokenizer = load_checked(job)
         ready = filled_in(job, tokenizer)
-        evaluation_data(ready, exclude) # so is a text or a problem that is missing, or a prompt without room
-        for task in ready.evaluate.accuracy_tasks:
-            problems = drawn_problems(ready, task, ready.evaluate.evaluate_n, exclude)
-            check_answers_fit(ready, model, tokenizer, task, problems)
+        evaluation_data(ready, exclude) # so is a text or a problem that is missing, or one without room
+        check_problems(ready, model, tokenizer, exclude)
         if not scores: warn_of_seen(job, getattr(model.config, KEY, None) or {})
         name = Path(job.model.name).name or Path(job.model.name).resolve().name # of "." that of the folder
         evaluation = evaluate(model, tokenizer, job, name, exclude)
@@ -468,14 +485,14 @@ def harness_alone(job: Job, tasks: tuple[str, ...], limit: int | None = None, ou
     "Let lm-evaluation-harness measure a model on its own tasks and ours, and keep what it says in out/harness.json."
     if limit is not None: check_at_least(limit, 1, "--limit")
     check_harness_tasks(tasks)
-    if out: check_new_folder(out)
-    model, tokenizer = load_checked(job)
-    asked = HarnessSettings(tasks=tasks, limit=limit, seed=job.calibrate.seed, data_dir=job.calibrate.data_dir,
-                            style=job.calibrate.style, max_new_tokens=job.evaluate.max_new_tokens,
-                            batch_size=max(1, job.model.batch_tokens // 512)) # as many prompts
-    found = harness_results(model, tokenizer, asked)
-    if out:
-        about = {"model": model_configuration(job, model, tokenizer), "limit": limit, "seed": asked.seed,
-                 "environment": environment(model.device) | {"lm_eval": importlib.metadata.version("lm_eval")}}
-        with whole_folder(out) as part: write_checked(part/"harness.json", about | found)
+    with working_folder(out) if out else nullcontext(): # as in `evaluate_alone`
+        model, tokenizer = load_checked(job)
+        asked = HarnessSettings(tasks=tasks, limit=limit, seed=job.calibrate.seed, data_dir=job.calibrate.data_dir,
+                                style=job.calibrate.style, max_new_tokens=job.evaluate.max_new_tokens,
+                                batch_size=max(1, job.model.batch_tokens // 512)) # as many prompts
+        found = harness_results(model, tokenizer, asked)
+        if out:
+            about = {"model": model_configuration(job, model, tokenizer), "limit": limit, "seed": asked.seed,
+                     "environment": environment(model.device) | {"lm_eval": importlib.metadata.version("lm_eval")}}
+            with whole_folder(out) as part: write_checked(part/"harness.json", about | found)
     return harness_text(found)

@@ -3,9 +3,7 @@ import datetime
 import os
 import platform
 from collections import Counter
-from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and tokenizers that used threads before a fork say so on stderr
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported: no test may reach for the network
@@ -30,26 +28,22 @@ def pools_are_encoded_once():
 
 @pytest.fixture(scope="session")
 def small_lab(tmp_path_factory):
-    """Six small random layers that read the lab's words, for what does not depend on what a model says."""
+    """Four small random layers that read the lab's words, for what does not depend on what a model says."""
     from fixtures import tiny_llama
 
     from cap_nb.models.lab import lab_tokenizer
     from cap_nb.models.loading import save_model
 
     folder, tokenizer = tmp_path_factory.mktemp("model") / "small", lab_tokenizer()
-    save_model(tiny_llama(num_hidden_layers=6, vocab_size=len(tokenizer), max_position_embeddings=512), tokenizer, folder)
+    save_model(tiny_llama(num_hidden_layers=4, vocab_size=len(tokenizer), max_position_embeddings=512), tokenizer, folder)
     return folder
 
 
 @pytest.fixture(autouse=True, scope="session")
 def pictures_of_runs_are_blank():
-    """A run's five pictures take two seconds to draw; what they show is looked at where they are drawn alone, and on the pages."""
-    from matplotlib.figure import Figure
+    from fixtures import blank_pictures
 
-    from cap_nb.jobs import report
-
-    drawn = report.figures_of
-    with patch.object(report, "figures_of", lambda run: dict.fromkeys(drawn(run), partial(Figure, (1, 1)))):
+    with blank_pictures():
         yield
 
 

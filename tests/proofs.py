@@ -379,7 +379,7 @@ def masking_error(name, folder):
     A bias of the output projection stays in both outputs and drops out of their difference.
     What is left is float32: transformers computes angles and softmax in it, whatever the dtype of the weights.
     """
-    model, ids, worst = in_float64(name), torch.arange(3, 12)[None], 0.0
+    model, ids, errors = in_float64(name), torch.arange(3, 12)[None], []
     for layer in range(anatomy(model).layers):
         first, out = next(p for p in projections(model) if p.layer == layer).module, output_projection(model, layer)
         added = heads_by_hand(model, layer, input_and_output(model, first, ids)[0])
@@ -387,8 +387,8 @@ def masking_error(name, folder):
         for head, by_hand in enumerate(added):
             with masked_head(model, layer, head):
                 masked = input_and_output(model, out, ids)[1]
-            worst = max(worst, ((intact - masked - by_hand).abs().max() / added.abs().max()).item())
-    return worst
+            errors.append((intact - masked - by_hand).abs().max() / added.abs().max())
+    return torch.stack(errors).max().item()  # NaN where one is
 
 
 # Experts by hand: the router's logits become probabilities, the two largest are kept, and made to sum to 1 where the
@@ -455,7 +455,7 @@ def weighed_by_hand(model, layer, x):
 @torch.no_grad()
 def experts_error(name, folder):
     """How far masking an expert is from taking away what it adds, by hand."""
-    model, ids, worst = in_float64(name), torch.arange(3, 12)[None], 0.0
+    model, ids, errors = in_float64(name), torch.arange(3, 12)[None], []
     for layer, block in sparse_blocks(model).items():
         x, intact = (t.reshape(ids.shape[1], -1) for t in input_and_output(model, block, ids))
         weights = weighed_by_hand(model, layer, x)
@@ -464,8 +464,8 @@ def experts_error(name, folder):
         for expert, by_hand in enumerate(added):
             with masked_expert(model, layer, expert):
                 masked = input_and_output(model, block, ids)[1].reshape(intact.shape)
-            worst = max(worst, ((intact - masked - by_hand).abs().max() / added.abs().max()).item())
-    return worst
+            errors.append((intact - masked - by_hand).abs().max() / added.abs().max())
+    return torch.stack(errors).max().item()
 
 
 def squares_by_hand(model, examples):
@@ -486,13 +486,13 @@ def squares_by_hand(model, examples):
 def routed_error(name, folder):
     """How far the input norms of experts, as Wanda takes them, are from sums over the tokens that were sent to them,
     without padding."""
-    model, calibration, worst = in_float64(name), tiny_calibration(), 0.0
+    model, calibration, errors = in_float64(name), tiny_calibration(), []
     norms, squares = dense_norms(model, calibration, batch_tokens=30), squares_by_hand(model, calibration.examples)
     for p in projections(model):
         if p.expert is not None:
             wanted = (squares[p.layer, p.expert, p.role == "down"] / len(calibration.examples)).sqrt()
-            worst = max(worst, ((norms[p.name] - wanted).abs().max() / wanted.max()).item())
-    return worst
+            errors.append((norms[p.name] - wanted).abs().max() / wanted.max())
+    return torch.stack(errors).max().item()
 
 
 # Losses, regions, and what becomes of a pruned model

@@ -90,6 +90,7 @@ def test_every_measurement_of_a_device_in_small(tmp_path, monkeypatch):
     assert [row["Method"] for row in cases["run"]["about"]["table"]] == ["Dense", "Magnitude"] and cases["writing"]["about"]["tokens"]["2"] > 0
     exact, rounded = (cases[f"agreement in {dtype}"]["about"]["agreement"] for dtype in ("float32", "bfloat16"))
     assert exact == 0 < rounded < 0.1
+    assert all(isinstance(values, list) and values for case in cases.values() for values in case["seconds"].values())  # as the page reads them
 
 
 def test_measurements_that_are_cut_go_on(tmp_path):

@@ -9,13 +9,13 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from cap_nb import single_steps
-from cap_nb.calibration import Tokens, calibration_set
+from cap_nb.calibration import calibration_set
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.core.stopping import Stopped
 from cap_nb.data.problems import LAB_TASKS, load_problems, load_text
-from cap_nb.data.prompts import IGNORED, prompt_text
+from cap_nb.data.prompts import IGNORED, prompt_text, Tokens
 from cap_nb.experiments.seeds import check_settings
 from cap_nb.models.decoding import generate_noted
 from cap_nb.jobs import chains
@@ -80,7 +80,7 @@ def test_killed_anywhere_the_file_is_the_same(tmp_path, monkeypatch, dtype):
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_a_damaged_part_is_named(lab, tmp_path, monkeypatch):
+def test_a_damaged_part_is_made_anew(lab, tmp_path, monkeypatch, caplog):
     model, tokenizer = lab
     answering = Answering(tries=2, max_new_tokens=60, batch_tokens=250, part=4, file=tmp_path / "c.jsonl")
     stop_before(monkeypatch, 2)
@@ -88,8 +88,9 @@ def test_a_damaged_part_is_named(lab, tmp_path, monkeypatch):
         own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
     part, = (tmp_path / "c.jsonl.unfinished").iterdir()
     part.write_text(part.read_text().replace('"entropy": ', '"entropy": 1'))
-    with pytest.raises(BadInput, match="lab-gsm8k-0000.jsonl is not a file of chains"):
-        own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
+    made = own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=answering)
+    assert "lab-gsm8k-0000.jsonl is not a file of chains" in caplog.text and "set aside" in caplog.text
+    assert made.chains == own_chains(model, tokenizer, ("lab-gsm8k",), n=4, answering=replace(answering, file=None)).chains
 
 
 def test_any_text_comes_back(tmp_path):

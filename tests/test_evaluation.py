@@ -324,9 +324,9 @@ def test_problems_that_were_calibrated_on_under_another_task_are_refused():
     seen, other = evaluation_problems("lab-gsm8k", 4)[0], load_problems("lab-gsm8k", "calibration")[0]
     def calibrated(*problems): return Calibration.from_examples([encode_problem(tokenizer, problem, "lab") for problem in problems], k=1)
     spaced = replace(seen, task="lab-arc", question=seen.question.replace(" ", "  "), choices=(("A", "1"), ("B", "2")), answer="A")
-    job.check_problems(asked, model, tokenizer, calibrated(other))
+    job.check_problems(asked, model, tokenizer, (), calibrated(other))
     with pytest.raises(BadInput, match="1 of the 3 problems of lab-gsm8k are calibrated on"):
-        job.check_problems(asked, model, tokenizer, calibrated(other, spaced))
+        job.check_problems(asked, model, tokenizer, (), calibrated(other, spaced))
     short = replace(seen, question="2 + 3")
     assert not overlap(calibrated(replace(other, question="Compute 12 + 34.")), [short]) and overlap(calibrated(replace(other, question="What is 2 + 3?")), [short])
 

@@ -40,6 +40,8 @@ def test_outputs_name_no_machine_and_hold_no_widget(path):
     """Warnings and tracebacks carry the paths of the machine they came from; a widget shows nothing without its kernel."""
     text = path.read_text(encoding="utf-8")
     assert "site-packages/" not in text and str(ROOT) + "/" not in text and "application/vnd.jupyter.widget" not in text
+    said = re.sub(r"\\u001b\[[\d;]*m", " ", text).replace("\\n", "\n")
+    assert set(re.findall(r"(?<![\w.~}])/(?:home|root|Users|work|tmp)/[\w.-]+", said)) <= {"/home/me"}  # an example's
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=label)

@@ -35,7 +35,7 @@ from cap_nb.jobs.planning import plan
 from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import changed_options, load_run, pack_run, read_run, unpack_run
 from cap_nb.jobs.report import run_folders
-from cap_nb.jobs.settings import Job, SinglePruning, changed, option_of
+from cap_nb.jobs.settings import EvaluateSettings, Job, SinglePruning, changed, option_of
 from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
 from cap_nb.models import loading
@@ -47,11 +47,14 @@ SMALLEST = dict(
     n=3, k=1, tasks=("gsm8k",), evaluate_n=2, loss_n=2, windows=1, window_tokens=32, max_new_tokens=3, methods=("cap",), sparsities=(0.5,),
     device="cpu"
 )
+# With drawn answers, text, options and means over examples: what other settings need
+MORE = dict(n=4, tasks=("gsm8k", "arc"), aggregation="mean", samples=2, temperature=0.5, text_share=0.5, text_tokens=16, choice_n=1, windows=0)
+OF_MORE = {"k": 2, "samples": 3, "temperature": 0.7, "top_p": 0.9, "text_tokens": 24, "choice_n": 2, "budget": 0.5}
 # What a setting is changed to, where one more is none of its values; None: it has no other value on every machine, or is tried below
 OTHER = {
-    "name": None, "device": None, "backend": None, "data_dir": None, "calibration_text": None, "calibrate_on": "text", "calibration_tokens": 600, "chain_rule": "all",
+    "name": None, "device": None, "backend": None, "data_dir": None, "calibration_text": None, "calibrate_on": "text", "calibration_tokens": None, "chain_rule": None,
     "dtype": "bfloat16", "tasks": ("arc",), "style": "answer-line", "calibration_seed": 5, "text_share": 0.4, "spare": ("gsm8k_fresh",),
-    "methods": ("magnitude",), "sparsities": (0.3,), "aggregation": "mean", "score_target": "divergence", "budget": 0.5, "accuracy_tasks": ("arc",),
+    "methods": ("magnitude",), "sparsities": (0.3,), "aggregation": "mean", "score_target": "divergence", "accuracy_tasks": ("arc",),
     "text": "lab-text", "evaluate_on": "validation"
 }
 # What the run has of a setting that it was not given
@@ -103,15 +106,15 @@ def place(first, tmp_path, monkeypatch):
     return tmp_path / "copy"
 
 
-def check_taken_in(place, named, **settings):
+def check_taken_in(place, named, always_valid=False, **settings):
     """The folder goes on with the right numbers, or names what changed: whether it was refused."""
     try:
         run_job(job_in(place, **settings), place / "run")
     except BadInput as error:
         if named in str(error):
             return True
-        assert "\n" not in str(error)
-        with pytest.raises(BadInput):  # no model, or no run, has this value
+        assert "\n" not in str(error) and not always_valid, error
+        with pytest.raises(BadInput):  # no model has this value
             run_job(job_in(place, **settings), place / "fresh")
             raise AssertionError(f"{named} is not named: {error}")
         return False
@@ -122,7 +125,8 @@ def check_taken_in(place, named, **settings):
 
 
 # ---- the settings ----
-SETTINGS = [setting for part in fields(Job) for setting in fields(part.default_factory) if OTHER.get(setting.name, "found") is not None]
+SETTINGS = [setting for part in fields(Job) for setting in fields(part.default_factory)
+            if OTHER.get(setting.name, "found") is not None and setting.name not in OF_MORE]
 
 
 def other_value(setting):
@@ -141,7 +145,23 @@ def test_a_changed_setting(setting, place):
     before, now = (",".join(map(str, each)) or "none" if isinstance(each, tuple) else each for each in (IN_A_RUN.get(setting.name, before), value))
     had = "was made without it" if before is None else f"has {before}"
     said = f"{option_of(setting.name)} is {now}, the run in this folder {had}: expected the run's values; give them, or another folder with --out."
-    check_taken_in(place, said, **{setting.name: value})
+    check_taken_in(place, said, always_valid=True, **{setting.name: value})
+
+
+@pytest.fixture(scope="module")
+def more(first, tmp_path_factory):
+    """A finished run whose settings go together with more."""
+    place = tmp_path_factory.mktemp("more") / "place"
+    shutil.copytree(first, place, ignore=shutil.ignore_patterns("run"))
+    run_job(job_in(place, **MORE), place / "run")
+    return place
+
+
+@pytest.mark.parametrize("name", OF_MORE)
+def test_a_changed_setting_of_more(name, more):
+    before = MORE.get(name, SMALLEST.get(name, getattr(EvaluateSettings, name, None)))
+    had = "was made without it" if before is None else f"has {before}"
+    assert check_taken_in(more, f"{option_of(name)} is {OF_MORE[name]}, the run in this folder {had}", True, **MORE | {name: OF_MORE[name]})
 
 
 @pytest.mark.parametrize(
@@ -150,11 +170,12 @@ def test_a_changed_setting(setting, place):
         ("--model", "model", {"name": "other", "fingerprint": "0" * 64}),
         ("--device", "model", {"device": "cuda"}),
         ("--backend", "evaluation", {"backend": "vllm"}),
+        ("--chain-rule", "calibration", {"chain_rule": "all"}),
     ],
 )
 def test_a_setting_that_not_every_machine_can_change(option, part, values, first):
     kept = read_run(first / "run")
-    now, had = next(iter(values.values())), {"--model": first / "model", "--device": "cpu", "--backend": "transformers"}[option]
+    now, had = next(iter(values.values())), {"--model": first / "model", "--device": "cpu", "--backend": "transformers", "--chain-rule": "right"}[option]
     assert changed_options(kept, kept | {part: kept[part] | values}) == (f"{option} is {now}, the run in this folder has {had}",)
 
 

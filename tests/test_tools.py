@@ -96,7 +96,7 @@ def test_the_matrix_runs_in_both_environments(checkout):
     assert make("matrix", makefile=checkout / "Makefile").returncode != 0, "a cell that fails is a failure"
     for name in (".venv", ".venv-457"):
         called = (checkout / name / "called").read_text()
-        assert all(f"tests/test_{word}.py" in called for word in ("families", "replay", "scoring", "streaming")) and "check_notebooks" not in called
+        assert all(f"tests/test_{word}.py" in called for word in ("families", "replay", "scoring", "evaluation", "streaming")) and "check_notebooks" not in called
 
 
 def test_the_matrix_goes_on_after_a_failure_and_fails(checkout):

@@ -6,6 +6,7 @@ A use of the command line must end with exit code 2 and one line on the error ch
 `BadInput`. Every sentence says what was wrong, what was expected, and what to do.
 """
 import ctypes
+import functools
 import json
 import os
 import re
@@ -160,8 +161,10 @@ COMMANDS = {
         "--method cap.relevance --stream --model PLACE/model", "--method wanda --ties all", "--method magnitude@row --ties all",
         "--method magnitude^update --ties all --stream --model PLACE/model --hessians PLACE/folder",
         "--method wanda^swaps --stream --model PLACE/model --hessians PLACE/folder --norms PLACE/file.txt",
-        "--method wanda --text-tokens 64", "--method wanda --key-value max", "--method wanda --aggregation paired", "--recipe best-mask --chain-rule right,solved=0.25-0.75", "--recipe best-mask --key-value max")]
+        "--method wanda --text-tokens 64", "--method wanda --key-value max", "--method wanda --aggregation paired", "--recipe best-mask --chain-rule right,solved=0.25-0.75", "--recipe best-mask --key-value max",
+        "--recipe one-shot --method magnitude", "--recipe one-shot --method cap", "--method magnitude --stream --model PLACE/model --n 64")]
     + [f"{EVAL} --device cpu --window-tokens 513"] + [f"{EVAL} --harness cap_lab_gsm8k {options}" for options in ("--shots 8", "--scores PLACE/nothing", "--windows 3")]
+    + [f"{EVAL} --harness none", f"{EVAL} --harness gsm8k --max-new-tokens 9", "claims --variants none --out PLACE/new", "claims --tasks lab-arc --n 8 --out PLACE/new"]
     + [f"{RUN} {options}" for options in ("--methods wanda --score-target divergence", "--shots 4", "--samples 4 --temperature 0.6", "--text-tokens 64")]
     + ["shrink --score-target divergence --out PLACE/new", "shrink --aggregation paired --out PLACE/new", "chains --tries 1 --chain-rule right,solved=0.25-0.75 --out PLACE/new.jsonl",
        "chains --tries 1 --temperature 1 --out PLACE/new.jsonl", "eval --spare gsm8k_fresh --accuracy-tasks lab-arc"],
@@ -443,11 +446,14 @@ def read_only(place):
 ELSEWHERE = {"folders of others": as_nobody, "read-only disks": read_only}  # Area -> what happens in a process before its uses
 
 
+@functools.cache
+def is_possible(area, place):
+    return os.geteuid() == 0 and finished(lambda: ELSEWHERE[area](place)).returncode == 0
+
+
 def can_be_tried(use, place):
     """Whether this user of this machine can make what a use needs."""
-    if use.area not in ELSEWHERE:
-        return True
-    return os.geteuid() == 0 and finished(lambda: ELSEWHERE[use.area](place)).returncode == 0
+    return use.area not in ELSEWHERE or is_possible(use.area, place)
 
 
 def answer(use, place):

@@ -110,7 +110,7 @@ def in_own_process(function: str, **given: object) -> tuple[float, int | None]:
     words = [sys.executable, "-c", IN_PROCESS, json.dumps([function, given])]
     done = subprocess.run(words, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1]
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1] # none of a process that was killed
         raise BadInput(f"{function} failed in its own process, {last}: expected it to end well; repair what it says.")
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 

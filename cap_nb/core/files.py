@@ -80,9 +80,14 @@ def take_name(temporary: Path, path: Path) -> None:
 @contextmanager
 def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     "Hold the lock of a file or folder, by which a process in another container knows that it is in use."
-    opened = os.open(path, os.O_RDONLY)
+    written = how & fcntl.LOCK_EX and not path.is_dir() # NFS locks alone what is open for writing
+    opened = os.open(path, os.O_RDWR if written else os.O_RDONLY)
     try:
-        fcntl.flock(opened, how)
+        try: fcntl.flock(opened, how)
+        except BlockingIOError: raise
+        except OSError as error:
+            raise BadInput(f"{path} cannot be locked ({error.strerror}): expected a disk whose files can be locked; "
+                           "mount it with locks, or name a folder on another disk.") from error
         yield
     finally: os.close(opened)
 

@@ -176,22 +176,27 @@ class HarnessSettings:
     max_new_tokens: int | None = None # Tokens an answer to ours may take; None means `token_limit`
     batch_size: int = 8 # Prompts in one batch
 
-def judged(model: torch.nn.Module, tokenizer: object, tasks: Sequence[str], manager: object, bos: bool | None,
-           settings: HarnessSettings) -> dict[str, dict]:
-    "The harness's verdict on tasks that a manager knows; data that cannot be had raise `BadInput`."
-    lm_eval, seeds = imported_harness(), [f"{name}random_seed" for name in ("", "numpy_", "torch_", "fewshot_")]
-    wrapped = lm_eval.models.huggingface.HFLM(
-        model, tokenizer=copy.deepcopy(tokenizer), batch_size=settings.batch_size, add_bos_token=bos)
-    try:
-        found = lm_eval.simple_evaluate(
-            wrapped, tasks=list(tasks), task_manager=manager, limit=settings.limit, bootstrap_iters=1000,
-            log_samples=False, **dict.fromkeys(seeds, settings.seed))
-    except OSError as error: # the hub's and the cache's errors are all of this kind
-        raise BadInput(f"The data of {', '.join(tasks)} cannot be had ({type(error).__name__}): "
-                       "expected the hub or its cache; connect, or fetch them beforehand.") from error
+@contextmanager
+def data_at_hand(tasks: Sequence[str], *unreadable: type[Exception]) -> Iterator[None]:
+    "Turn what the harness raises where data or packages of its tasks cannot be had into `BadInput`."
+    try: yield
     except ImportError as error:
         raise BadInput(f"A task of {', '.join(tasks)} needs {error.name or 'a package'}, which is not installed: "
                        f"expected it; run pip install {error.name or '(' + str(error)[:80] + ')'}.") from error
+    except (OSError, *unreadable) as error:
+        raise BadInput(f"The data of {', '.join(tasks)} cannot be had ({type(error).__name__}: {str(error)[:80]}): "
+                       "expected the hub or its cache; connect, fetch them beforehand, or name other tasks.") from error
+
+def judged(model: torch.nn.Module, tokenizer: object, tasks: Sequence[str], manager: object, bos: bool | None,
+           settings: HarnessSettings) -> dict[str, dict]:
+    "The harness's verdict on tasks that a manager knows."
+    lm_eval, seeds = imported_harness(), [f"{name}random_seed" for name in ("", "numpy_", "torch_", "fewshot_")]
+    wrapped = lm_eval.models.huggingface.HFLM(
+        model, tokenizer=copy.deepcopy(tokenizer), batch_size=settings.batch_size, add_bos_token=bos)
+    with data_at_hand(tasks):
+        found = lm_eval.simple_evaluate(
+            wrapped, tasks=list(tasks), task_manager=manager, limit=settings.limit, bootstrap_iters=1000,
+            log_samples=False, **dict.fromkeys(seeds, settings.seed))
     return {part: dict(found.get(part, {})) for part in KEPT}
 
 def harness_results(model: torch.nn.Module, tokenizer: object,
@@ -203,6 +208,8 @@ def harness_results(model: torch.nn.Module, tokenizer: object,
     def note(parts: dict) -> None:
         for part, values in parts.items(): found[part] |= values
     with undisturbed(), inference(model), tempfile.TemporaryDirectory() as folder:
+        if theirs: # before ours are judged; a data set that is a program raises a RuntimeError
+            with data_at_hand(theirs, RuntimeError, ValueError): (their := lm_eval.tasks.TaskManager()).load(theirs)
         if own:
             for task in (ours[name] for name in own):
                 problems = evaluation_problems(task, settings.limit, settings.seed, settings.data_dir)
@@ -210,7 +217,7 @@ def harness_results(model: torch.nn.Module, tokenizer: object,
             manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
             with greedy_settings(model, tokenizer):
                 note(judged(model, tokenizer, own, manager, tokenizer.chat_template is None, settings))
-        if theirs: note(judged(model, tokenizer, theirs, lm_eval.tasks.TaskManager(), None, settings))
+        if theirs: note(judged(model, tokenizer, theirs, their, None, settings))
     return found
 
 # %% ../../nbs/experiments/04_harness.ipynb #c051

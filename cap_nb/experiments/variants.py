@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from torch import nn
-from ..calibration import Calibration
+from ..calibration import Calibration, deal_subsets
 from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
 from ..core.files import alone_in, read_tensors, sha256_of_file, write_tensors
-from ..data.problems import load_text, task_family
+from ..data.problems import load_text, task_family, TASKS
 from ..data.prompts import Example, make_example
 from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens
 from ..importance import importance_factors
@@ -175,7 +175,12 @@ def calibration_answers(ready: Ready, folder: Path) -> tuple[AnswerRecord, ...]:
             records = [record for task in dict.fromkeys(example.task for example in examples)
                        for record in answers_to(ready, [example for example in examples if example.task == task])]
         save_evaluation(Evaluation(method="dense", sparsity=0.0, reached=0.0, answers=tuple(records)), path)
-    return load_evaluation(path).answers
+    answers, most = load_evaluation(path).answers, ready.job.evaluate.max_new_tokens
+    limits = {answer.task: token_limit(answer.task, most) for answer in answers}
+    if any(a.tokens > limits[a.task] or a.cut_off and a.tokens < limits[a.task] for a in answers):
+        raise BadInput(f"{path} holds chains with other limits of tokens than {', '.join(map(str, limits.values()))}: "
+                       "expected the same; give the --max-new-tokens of before, or another folder.")
+    return answers
 
 # %% ../../nbs/experiments/00_variants.ipynb #c051
 def chains_like(tokenizer: object, like: Calibration, answers: Sequence[AnswerRecord]) -> Calibration | None:
@@ -206,19 +211,35 @@ def tasks_table(ready: Ready, folder: Path, sources: Sources) -> Table: # The ta
         raise BadInput(f"{sources.base} has no whole table of losses, or one of another model or other examples: "
                        "expected this job's; give the settings of that run, or leave --base out.")
     check_target(base.losses, ready.job.prune.score_target, sources.base)
-    losses = replace(base.losses, tokens=token_counts(ready.calibration)) # which tables of before lack
+    calibration = ready.calibration
+    losses = replace(base.losses, k=calibration.k, seed=calibration.seed, stratum=calibration.stratum,
+                     tokens=token_counts(calibration)) # which tables of before lack
     return losses, base.records.read(name, sha256_of_file)
 
 # %% ../../nbs/experiments/00_variants.ipynb #c055
+def text_set(ready: Ready, sources: Sources) -> Calibration: # Plain text to calibrate on
+    text = load_text(ready.job.evaluate.text, ready.job.calibrate.data_dir, "calibration").text
+    return text_like(ready.tokenizer, ready.calibration, text, sources.text_windows)
+
+def check_variants(ready: Ready, names: Sequence[str], sources: Sources) -> None:
+    "Raise `BadInput` for variants that the calibration set or the text cannot serve."
+    held = sorted({task_family(e.task) for e in ready.calibration.examples if e.task in TASKS})
+    for name in names:
+        variant = VARIANTS[name]
+        if variant.weighting not in (None, "even", *held):
+            raise BadInput(f"Variant {name} is calibrated on {variant.weighting} alone, and the calibration set has "
+                           f"{', '.join(held)}: expected a task of that kind; add it to --tasks, or name the variants "
+                           "that are wanted with --variants.")
+        if variant.k: deal_subsets(ready.calibration.stratum, variant.k)
+    if any(VARIANTS[name].table == "text" for name in names): text_set(ready, sources)
+
 def variant_table(ready: Ready, folder: Path, which: str, sources: Sources) -> Table | None:
     "The table that a variant's heads are scored on, measured only if it is not there; None for too few chains."
     if which == "tasks": return tasks_table(ready, folder, sources)
     if which == "chains":
         calibration = chains_like(ready.tokenizer, ready.calibration, calibration_answers(ready, folder))
         if calibration is None: return None
-    else:
-        text = load_text(ready.job.evaluate.text, ready.job.calibrate.data_dir, "calibration").text
-        calibration = text_like(ready.tokenizer, ready.calibration, text, sources.text_windows)
+    else: calibration = text_set(ready, sources)
     losses = run_losses(replace(ready, calibration=calibration), folder/which, sources.store)
     return losses, sha256_of_file(folder/which/"losses.safetensors")
 
@@ -283,6 +304,7 @@ def run_variants(
 ) -> Path: # The run's folder
     "Every variant at every sparsity, resumable; every mistake raises `BadInput` before work begins."
     names = tuple(dict.fromkeys(names))
+    if not names: raise BadInput("No variant is named: expected one at least; name some, or leave --variants out.")
     for name in names: check_choice(name, VARIANTS, "variant")
     if job.prune.budget is not None:
         raise BadInput("Variants were given a budget: expected none, since medians and bootstraps take whole tables of "
@@ -292,6 +314,7 @@ def run_variants(
     sources = Sources(base=Path(base) if base is not None else None, text_windows=text_windows,
                       store=Path(store) if store else folder/"unfinished"/"scores")
     if base is not None: tasks_table(ready, folder, sources) # a wrong one is refused before anything is written
+    check_variants(ready, names, sources)
     with alone_in(folder):
         open_run(folder, settings := ready.configuration | {"methods": list(names)})
         note_environment(folder, environment(settings["model"]["device"], note))

@@ -21,11 +21,12 @@ from torch import nn
 from tqdm.auto import tqdm
 import cap_nb
 from ..calibration import (
-    Calibration, calibration_pool, calibration_set, default_style, default_tasks, drawn, random_order, Tokens)
+    Calibration, calibration_pool, calibration_set, chosen_tasks, default_style, drawn)
 from ..core.errors import BadInput, check_at_least, check_fields, check_seed, validate_arguments
-from ..core.files import alone_in, sha256_of_text, taken_as, text_lines, write_text
+from ..core.files import alone_in, is_intact, sha256_of_text, taken_as, text_lines, write_text
 from ..data.problems import halves, load_text, task_family
-from ..data.prompts import Example, IGNORED, make_example, prompt_style, PromptStyle, strict_pattern
+from ..data.prompts import (
+    Example, IGNORED, make_example, prompt_style, PromptStyle, random_order, strict_pattern, Tokens)
 from ..evaluation import answer_record, prompt_tokens
 from .settings import ChainRule
 from ..models.decoding import (
@@ -219,7 +220,7 @@ def finished_parts(parts: Sequence[AnswerPart], answer: Answer, about: dict, fol
         for part in parts:
             path = folder and folder/part.name
             if enough(chains[part.task]): continue
-            if path and path.exists(): done = same_origin(path, about)
+            if path and is_intact(path, read_chains): done = same_origin(path, about)
             else:
                 done = Chains(about, answer(part))
                 if path: write_chains(path, done)
@@ -240,8 +241,7 @@ def asked_problems(tokenizer: object, tasks: Sequence[str] | None, n: int | Toke
     if not isinstance(n, Tokens):
         return calibration_set(tokenizer, tasks, n, 1, seed, data_dir, style, exclude).examples
     check_at_least(n.count, 1, "n (tokens a task)")
-    tasks = tasks or default_tasks(tokenizer)
-    pools = [calibration_pool(tokenizer, task, data_dir, style, exclude) for task in tasks]
+    pools = [calibration_pool(tokenizer, task, data_dir, style, exclude) for task in chosen_tasks(tokenizer, tasks)]
     return tuple(pool[index] for pool in pools for index in random_order(pool, seed))
 
 # %% ../../nbs/jobs/06_chains.ipynb #57f8c560

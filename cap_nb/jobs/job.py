@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from ..calibration import Calibration, calibration_set, default_style, default_tasks, overlap, Tokens
+from ..calibration import Calibration, calibration_set, default_style, default_tasks, overlap
 from ..core.devices import memory_taken
 from ..core.errors import (
     BadInput, check_argument, check_choice, check_sparsity, fields_in, validate_arguments)
@@ -27,7 +27,7 @@ from ..core.files import alone_in, read_tensors, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
 from ..data.problems import (
     FRESH, load_problems, load_text, normal_text, Problem, task_family, TASKS, TEXTS)
-from ..data.prompts import check_comparable, encode_problems, prompt_style
+from ..data.prompts import check_comparable, encode_problems, prompt_style, Tokens
 from ..evaluation import (
     answer_problems, AnswerRecord, Evaluation, evaluation_problems, perplexity, problem_losses, prompt_tokens)
 from ..importance import importance_factors
@@ -47,9 +47,9 @@ from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import (
     by_masked_heads, check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, reading_of,
     READINGS, unit_factors)
-from ..methods.resumed_scoring import check_target, save_losses, table_scorer, TARGETS
+from ..methods.resumed_scoring import check_target, Request, save_losses, scored_table, TARGETS
 from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
-from ..models.anatomy import context_of, projections
+from ..models.anatomy import check_length, context_of, projections
 from ..models.checks import warn_of_zeros, zeros_of
 from ..models.choices import choice_records, has_options
 from ..models.decoding import check_room, Decoding, held_by_vllm, imported_vllm, Sampling, token_limit, WRITERS
@@ -340,15 +340,19 @@ def check_answers_fit(job: Job, model: nn.Module, tokenizer: object, task: str, 
     examples = encode_problems(tokenizer, problems, job.calibrate.style, shots)
     check_room(model, [prompt_tokens(example) for example in examples], limit)
 
-def check_problems(job: Job, model: nn.Module, tokenizer: object, calibration: Calibration) -> None:
-    "Raise `BadInput` for problems that are calibrated on, under whatever task, or that leave an answer no room."
+def check_problems(job: Job, model: nn.Module, tokenizer: object, exclude: Collection[str],
+                   calibration: Calibration | None = None) -> None:
+    "Raise `BadInput` for problems that are calibrated on, under whatever task, or that are too long for the model."
     for piece in pieces_of(job):
         if piece.kind == "perplexity": continue
-        problems = drawn_problems(job, piece.on, piece.n, calibrated_on(calibration))
-        if seen := overlap(calibration, problems):
+        problems = drawn_problems(job, piece.on, piece.n, exclude)
+        if seen := calibration and overlap(calibration, problems):
             raise BadInput(f"{len(seen)} of the {len(problems)} problems of {piece.on} are calibrated on: expected "
                            "none; calibrate on other problems, or measure other tasks.")
         if piece.kind == "accuracy": check_answers_fit(job, model, tokenizer, piece.on, problems)
+        elif piece.kind == "loss":
+            examples = encode_problems(tokenizer, problems, job.calibrate.style)
+            check_length(model, max(len(example.input_ids) for example in examples))
 
 def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
     "Check against the model and draw; whatever is wrong raises `BadInput`."
@@ -361,7 +365,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
     check_text_unseen(job, calibration)
-    check_problems(job, model, tokenizer, calibration)
+    check_problems(job, model, tokenizer, calibrated_on(calibration), calibration)
     warn_of_zeros(*zeros_of(model))
     settings = configuration(job, model, tokenizer, calibration)
     return Ready(job=job, model=model, tokenizer=tokenizer, calibration=calibration, configuration=settings)
@@ -405,7 +409,8 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
         with time_and_memory_noted(folder, "scoring", ready.model.device):
             common = (ready.model, ready.calibration)
             rest = (ready.job.model.batch_tokens, store or unfinished, ready.configuration["model"]["tokenizer"])
-            if settings.budget is None: save_losses(table_scorer(settings.score_target)(*common, *rest), path)
+            if settings.budget is None:
+                save_losses(scored_table(*common, Request(*rest, target=settings.score_target)), path)
             else:
                 seed = ready.job.calibrate.calibration_seed
                 save_partial(screen_heads(*common, settings.budget, seed, *rest), path)

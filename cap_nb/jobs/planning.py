@@ -40,7 +40,8 @@ from ..models.choices import has_options
 from ..models.families import family_of, HOLDS
 from ..models.lab import lab_tokenizer, LABS
 from ..models.loading import (
-    check_not_quantised, config_of, dtype_named, HUB_ID, load_tokenizer, model_cache, on_meta)
+    check_gguf_installed, check_not_quantised, config_of, dtype_named, HUB_ID, load_tokenizer, model_cache,
+    on_meta, opened_by_transformers)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c005
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,10 @@ def config_on_hub(name: str) -> object:
 def read_sizes(name: str) -> Sizes:
     "The sizes of a model by name, from its configuration alone; a name that matches no model raises `BadInput`."
     if folder := local_folder(name): return sizes_of(config_of(folder), name, "its config.json")
+    if Path(name).suffix == ".gguf" and (file := Path(name)).is_file():
+        check_gguf_installed()
+        with opened_by_transformers(name): config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        return sizes_of(config, name, name)
     names = {form.lower(): full for full in PUBLISHED for form in (full, full.split("/")[1])} | SHORT_NAMES
     if full := names.get(name.lower()):
         config = AutoConfig.for_model(**PUBLISHED[full])

@@ -317,6 +317,7 @@ def write_results(folder: str | Path, page: bool = False) -> None:
         raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
     warn_of_cut_off([answer for e in run.evaluations if e.method == "dense" for answer in e.answers])
     live = not (folder/PACKED).exists()
+    if live: (folder/"manifest.json").unlink(missing_ok=True) # it says what tables and pictures are, till all are made
     def wanted(name): return live or (folder/name).exists()
     page = page or wanted(REPORT)
     for name, text in table_texts(run).items():

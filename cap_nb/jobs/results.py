@@ -250,8 +250,8 @@ def told_text(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> 
         few = ", and none where too few do" if told and len(told) < len(those) else ""
         lines.append(f"- {task}: {least_to_most([c.n for c in those], ',')} problems, of which one method alone solves "
                      f"{least_to_most([100 * c.alone / c.n for c in those], '.1f')} %, could have told {points} "
-                     f"apart{few} (about 80 % power at 5 %, before Holm's correction).")
-    return "\n".join(lines)
+                     f"apart{few} (about 80 % power at 5 %, before Holm's correction).\n")
+    return "".join(lines)
 
 # %% ../../nbs/jobs/07_results.ipynb #fcf05722
 CHOSEN = "chosen" # In a pair: the method that validation chooses

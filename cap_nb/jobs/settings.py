@@ -244,7 +244,7 @@ def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, 
     method, share = recommended_method(pruning.sparsity)
     where, with_text = "at 50 % and above" if pruning.sparsity >= 0.5 else "below 50 %", ""
     few = job.calibrate.calibration_tokens is None and not round(share * job.calibrate.n) # they hold no window of text
-    if share and not few and not own_text:
+    if share and not (few or own_text or pruning.stream):
         job, with_text = changed(job, text_share=share), f" with --text-share {share:g}"
     return job, replace(pruning, method=method), f"No --method was given: {method}{with_text}, recommended {where}."
 

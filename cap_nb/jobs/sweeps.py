@@ -7,6 +7,7 @@ __all__ = ['run_sweep']
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c004
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -243,6 +244,8 @@ def tracked_numbers(evaluation: Evaluation) -> dict[str, float]: # As in "cap/ac
     return numbers | {f"{evaluation.method}/reached": evaluation.reached}
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c046
+log = logging.getLogger(__name__)
+
 @contextmanager
 def tracked(track: str | GeneralTracker | None, folder: Path) -> Iterator[Follow | None]: # For `run_job`
     "Follow a run with a tracker for as long as the block runs; one that is not installed raises `BadInput`."
@@ -258,7 +261,11 @@ def tracked(track: str | GeneralTracker | None, folder: Path) -> Iterator[Follow
             raise BadInput(f"The tracker {track} did not start ({type(error).__name__}: {str(error)[:150]}): expected "
                            "one that is set up; log in to it, or leave --track out.") from error
         started.extend(accelerator.trackers)
-        return lambda cell: accelerator.log(tracked_numbers(cell), step=round(1000 * cell.sparsity))
+        def track_cell(cell: Evaluation) -> None:
+            try: accelerator.log(tracked_numbers(cell), step=round(1000 * cell.sparsity))
+            except Exception as error: # a tracker that lost its connection ends no run
+                log.warning("The tracker %s did not take %s: %s", track, cell.method, str(error)[:150])
+        return track_cell
     try: yield follow if track else None
     finally:
         for tracker in started: tracker.finish() # end_training() would also end a process group of someone else's

@@ -31,7 +31,7 @@ class Training:
 Trained = dict[nn.Parameter, torch.Tensor | None] # Parameter -> where it is held at zero, bool; None: nowhere
 
 def adam(trained: Trained, rate: float) -> torch.optim.Adam:
-    "Adam (Kingma and Ba 2015) with steps as large as a parameter's numbers are, so that one rate serves any model."
+    "Adam (Kingma and Ba 2015) with steps in proportion to a parameter's numbers, so that one rate serves any model."
     sizes = {parameter: max(parameter.detach().square().mean().sqrt().item(), 0.01) for parameter in trained}
     return torch.optim.Adam([{"params": [each], "lr": rate * size, "highest": rate * size}
                              for each, size in sizes.items()])
@@ -90,10 +90,10 @@ def units_of(model: nn.Module, step: LayerStep, form: Form) -> list[nn.Module]: 
 
 def output_of(unit: nn.Module, step: LayerStep, state: BatchState) -> torch.Tensor: # [tokens, hidden]
     "What a module gives for a batch before its layer, in float32, without padding."
-    def in_float32(value: object) -> object:
+    def widened(value: object) -> object:
         return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
     call, outputs = state.calls[step.index], []
-    arguments = {name: mapped(value, in_float32) if tensors_of(value) else value
+    arguments = {name: mapped(value, widened) if tensors_of(value) else value
                  for name, value in call.arguments.items()}
     with unit.register_forward_hook(lambda module, args, output: outputs.append(output)):
         run_layer(step.layer, state.hidden.float(), replace(call, arguments=arguments))

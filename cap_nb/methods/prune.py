@@ -183,8 +183,10 @@ def check_method(name: str) -> MethodName:
     return parts
 
 def check_fits(name: str, model: nn.Module) -> None:
-    "Refuse a method that names experts on a model without them, with `BadInput`."
-    if parse_method(name).attribution in ROUTING_AWARE: check_has_experts(model, f"Method {name!r}")
+    "Refuse a method that names experts on a model without them, or a pattern that does not fit, with `BadInput`."
+    parts = parse_method(name)
+    if parts.attribution in ROUTING_AWARE: check_has_experts(model, f"Method {name!r}")
+    check_pattern_fits(projections(model), own_scope(parts))
 
 # %% ../../nbs/methods/24_prune.ipynb #76344ba9
 WITHIN = {"model": "one threshold for the whole model", "layer": "one threshold for each layer",
@@ -245,11 +247,12 @@ def unit_factors(model: nn.Module, attribution: str, inputs: Inputs, losses: Hea
                  how: str = "paper") -> Factors:
     "Importance factors from another attribution than masking; a missing calibration set raises `BadInput`."
     check_inputs(attribution, inputs, ["calibration"])
+    if losses is None and attribution in (*UNIT_AWARE, *READINGS):
+        losses = score_heads(model, inputs.calibration, inputs.batch_tokens, inputs.store)
     if attribution in UNIT_AWARE:
         return unit_aware_factors(model, attribution, inputs.calibration, losses, how, inputs.batch_tokens)
     if attribution in READINGS:
         reading = reading_of(attribution)
-        losses = losses or score_heads(model, inputs.calibration, inputs.batch_tokens)
         return Factors(importance_factors(causal_scores(losses, reading.aggregation(how))), layout=reading.layout)
     scores = ATTRIBUTIONS[attribution].compute(model, inputs.calibration, batch_tokens=inputs.batch_tokens)
     return Factors(heads=importance_factors(scores))
@@ -354,10 +357,8 @@ def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: In
 # %% ../../nbs/methods/24_prune.ipynb #b36e6dd9
 @torch.no_grad()
 def prune_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> PruneReport:
-    "Walk through the layers, prune each and recover; a pattern that does not fit raises `BadInput` before."
+    "Walk through the layers, prune each and recover; too few examples raise `BadInput` before."
     pattern = pattern_of(own_scope(parts))
-    check_pattern(own_scope(parts), sparsity)
-    check_pattern_fits(projections(model), own_scope(parts))
     kept, steps = walk_folder(model, parts, sparsity, inputs), recovery_steps(parts.recovery) if parts.recovery else ()
     form = FORMS.get(steps[-1]) if steps else None
     if form and len(inputs.calibration.examples) < 2:
@@ -387,6 +388,7 @@ def prune_with(model: nn.Module, method: str, sparsity: float, inputs: Inputs) -
     "Prune a model by any method; an unknown method, a wrong sparsity or a missing input raises `BadInput`."
     parts = check_method(method)
     check_sparsity(sparsity)
+    check_pattern(own_scope(parts), sparsity)
     check_fits(method, model)
     check_choice(inputs.ties, TIES, "treatment of ties")
     inputs = with_factors(model, parts, inputs)

@@ -6,7 +6,7 @@
 __all__ = ['save_losses', 'load_losses', 'score_heads']
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c007
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, ExitStack, nullcontext
 import torch
 import torch.nn.functional as F
@@ -454,11 +454,6 @@ def score_heads(
 def score_divergences(model: nn.Module, calibration: Calibration, *arguments: object, **options: object) -> HeadLosses:
     "Divergences in place of masked losses, zeros in place of intact ones; takes what `score_heads` takes."
     return scored_table(model, calibration, Request(*arguments, target="divergence", **options))
-
-def table_scorer(target: str) -> Callable[..., HeadLosses]:
-    "How a table with this target is made; one that is not among `TARGETS` raises `BadInput`."
-    check_choice(target, TARGETS, "score target")
-    return {"loss": score_heads, "divergence": score_divergences}[target]
 
 def check_target(losses: HeadLosses, wanted: str, name: str | Path) -> None:
     "Raise `BadInput`, with a name for the table, for losses where divergences are asked for, and the reverse."

@@ -39,7 +39,8 @@ from transformers import (
     MixtralForCausalLM, PreTrainedTokenizerFast)
 from cap_nb.core.errors import BadInput, check_at_least, validate_arguments
 from cap_nb.core.files import (
-    read_checksums, read_json, read_tensors, sha256_of_file, taken_as, whole_folder, write_json, write_tensors)
+    alone_in, check_new_folder, read_checksums, read_json, read_tensors, sha256_of_file, taken_as, whole_folder,
+    write_json, write_tensors)
 from cap_nb.data.lab_world import (
     as_drawn, DRAWN, lab_prompt, lab_records, lab_target, lab_text, SPELT, TASKS, world_fingerprint)
 
@@ -431,7 +432,7 @@ def lab_model(dtype: torch.dtype | None = None, device: str | torch.device | Non
 # %% ../../nbs/models/06_lab.ipynb #7199c5e9
 @validate_arguments
 def train_lab(
-    folder: str | Path, # Where the checkpoint will be; must not exist
+    folder: str | Path, # Where the checkpoint will be, a new folder
     steps: int | None = None, # Optimiser steps; None means the recipe's
     seed: int = 0, # Of weights and data
     work: str | Path | None = None, # Where a stopped training finds its state; None means the folder's name with .work
@@ -439,16 +440,14 @@ def train_lab(
     kind: Kind = DENSE, # Which kind of model
     **sizes: object, # Other fields of its recipe
 ) -> dict[str, Any]: # The training log
-    "Train, evaluate and save the lab model, or continue a stopped training; a folder that exists raises `BadInput`."
+    "Train, evaluate and save the lab model, or go on with a stopped training; a folder in use raises `BadInput`."
     steps = kind.recipe.steps if steps is None else check_at_least(steps, 1, "steps")
     folder, recipe = Path(folder), kind.recipe(steps=steps, seed=seed, **sizes)
     work = Path(work) if work else folder.with_name(folder.name + ".work")
-    if folder.exists():
-        raise BadInput(f"{folder} exists already: expected a new folder; choose another name or remove it.")
-    work.mkdir(parents=True, exist_ok=True)
+    check_new_folder(folder)
     tokenizer = train_tokenizer(recipe.vocabulary)
     model = kind.new(recipe, tokenizer)
-    log = train(model, tokenizer, recipe, work, kind)
+    with alone_in(work): log = train(model, tokenizer, recipe, work, kind)
     with torch.no_grad(): # what is evaluated is what is kept
         for weight in model.parameters(): weight.copy_(weight.to(kind.stored))
     model.eval()

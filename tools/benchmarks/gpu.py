@@ -41,7 +41,8 @@ from cap_nb.jobs.records import load_run
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.models.anatomy import anatomy
 from cap_nb.models.decoding import Decoding, generate_greedy
-from cap_nb.models.loading import load_model, model_cache, model_fingerprint
+from cap_nb.models.lab import lab_tokenizer
+from cap_nb.models.loading import load_model, load_tokenizer, model_cache, model_fingerprint
 from cap_nb.portable.speed import span_text
 from tools.side_by_side import (RECORDS, ScoringRounds, balanced_heads, examples_at_hand, examples_of_lengths,
                                 gain_for_all, largest_difference, measured_case, measured_rounds, measured_scoring,
@@ -73,9 +74,9 @@ def run_case(path, device, weights, folder, words=(*QUICK, "none")):
             raise BadInput(f"cap {' '.join(asked)} ended with {done.stderr[-500:]!r}: expected a run.")
         run, table = load_run(folder), pd.read_csv(folder / "tables" / "table.csv")
         values = table[[name for name in table if not name.endswith((" low", " high", " n"))]]
-        return {"seconds": run.timings, "about": {"memory": run.memory, "table": values.to_dict("records")}}
+        return {"seconds": {stage: (seconds,) for stage, seconds in run.timings.items()}, "about": {"memory": run.memory, "table": values.to_dict("records")}}
 
-    return measured_case(path, "run", {"model": Path(weights).name, "words": words, "data": DATA}, measure, device)
+    return measured_case(path, "run", {"model": Path(weights).name, "words": words, "data": "of the benchmarks" if data_dir else "of the lab"}, measure, device)
 
 
 # Losses of some heads of the same model on the processor, in float32, and on the device in three formats.
@@ -115,7 +116,8 @@ HASHING = ("cap_nb.scoring.model_fingerprint", "cap_nb.methods.resumed_scoring.m
 
 
 def device_case(path, device, shape=llama, n=128, chosen=4, each=4, rounds=ROUNDS):
-    tokenizer = load_model("smollm2" if (model_cache() / "smollm2").is_dir() else "lab", "float32", "cpu")[1]
+    fetched = model_cache() / "smollm2"
+    tokenizer = load_tokenizer(str(fetched)) if fetched.is_dir() else lab_tokenizer()
     real, said = examples_at_hand(tokenizer, n, data_dir)
     model = random_model(AutoConfig.for_model(**shape), device, torch.bfloat16)
     examples = examples_of_lengths(lengths_of(real), model.config.vocab_size)
@@ -133,7 +135,7 @@ def device_case(path, device, shape=llama, n=128, chosen=4, each=4, rounds=ROUND
 
 def writing_case(path, device, shape=llama, rows=(1, 8, 32), prompt=128, steps=64, repeats=3):
     def measure():
-        tokenizer = load_model("lab", "float32", "cpu")[1]
+        tokenizer = lab_tokenizer()
         model = random_model(AutoConfig.for_model(**shape), device, torch.bfloat16)
         made = {}
 
@@ -203,7 +205,7 @@ def measure_all(cases, path, device, limit=LIMIT, clock=time.monotonic):
 def summary(cases):
     lines = []
     if run := cases.get("run"):
-        lines.append(f"run of {run['settings']['model']}: {sum(run['seconds'].values()) / 60:.1f} minutes")
+        lines.append(f"run of {run['settings']['model']}: {sum(each[0] for each in run['seconds'].values()) / 60:.1f} minutes")
         lines += [", ".join(f"{name} {value}" for name, value in row.items()) for row in run["about"]["table"]]
     if scoring := cases.get("llama-3-8b"):
         whole = seconds_for_all(scoring, "resumed")
@@ -252,7 +254,7 @@ def main() -> None:
         print(*said, sep="\n")
         sys.exit(any(": failed," in line for line in said))
     elif not torch.cuda.is_available():
-        print("There is no CUDA device here, and nothing was measured; make gpu DRY=1 tries every measurement.")
+        sys.exit("There is no CUDA device here, and nothing was measured; make gpu DRY=1 tries every measurement.")
     else:
         record = asked.out / "gpu.json" if asked.out else path
         weights = weights_at_hand()
