@@ -72,6 +72,14 @@ def load_checked(job: Job) -> tuple[nn.Module, object]: # The model and its toke
     return model, tokenizer
 
 # %% ../nbs/single_steps.ipynb #54ab9760
+@contextmanager
+def begun_in(working: Path) -> Iterator[None]:
+    "Keep other processes out of a folder, which goes at the end if nothing is in it."
+    with alone_in(working):
+        try: yield
+        finally:
+            if working.is_dir() and not any(working.iterdir()): working.rmdir()
+
 def save_beside(save: Callable[[object, Path], None], table: object, out: Path) -> None:
     "Save a table; where another process has made one of that name meanwhile, keep both and raise `BadInput`."
     place = out.with_name(f"{out.stem}.{os.getpid()}{out.suffix}") if out.exists() else out
@@ -103,7 +111,7 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint, heads_at_once=heads_at_once,
             target=job.prune.score_target))
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
-    with joined(model.device) as share, nullcontext() if store or share.rank else alone_in(working):
+    with joined(model.device) as share, nullcontext() if store or share.rank else begun_in(working):
         if budget is not None:
             seed = filled_in(job, tokenizer).calibrate.calibration_seed # as in a whole job
             table = screen_heads(model, calibration, budget, seed, batch_tokens, working, fingerprint, heads_at_once)
@@ -124,13 +132,16 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             "masked.")
 
 # %% ../nbs/single_steps.ipynb #a601eac4
-def answer_into(job: Job, out: Path, tries: int = Answering.tries, temperature: float = Answering.temperature,
-                lenient: bool = False, rule: ChainRule = ChainRule()) -> list[str]: # What came of it, in sentences
-    "Let a model answer the problems of a calibration set; the same call finds what was answered."
+def check_tries(tries: int, rule: ChainRule) -> None:
     low, high = rule.solved
     if tries == 1 and 0 < low and high < 1:
         raise BadInput(f"--chain-rule wants problems with a share from {low:g} to {high:g} of right answers, and each "
                        "is answered once: expected several answers; give --tries 4 to 'cap chains'.")
+
+def answer_into(job: Job, out: Path, tries: int = Answering.tries, temperature: float = Answering.temperature,
+                lenient: bool = False, rule: ChainRule = ChainRule()) -> list[str]: # What came of it, in sentences
+    "Let a model answer the problems of a calibration set; the same call finds what was answered."
+    check_tries(tries, rule)
     if tries == 1 and temperature != Answering.temperature:
         raise BadInput("--temperature was given with --tries 1, whose one answer is greedy: expected several answers; "
                        "give --tries 4, or leave --temperature out.")
@@ -270,13 +281,10 @@ def working_folder(out: Path) -> Iterator[Path]:
     "A folder beside the one that is made, for this process alone; what is in it goes when the block ends well."
     check_new_folder(out)
     working = out.with_name(f"{out.name}.unfinished")
-    with alone_in(working):
-        try:
-            check_new_folder(out) # another process may have made it meanwhile
-            yield working
-            for name in ("scores", "budgets", "layers"): remove(working/name)
-        finally:
-            if not any(working.iterdir()): working.rmdir()
+    with begun_in(working):
+        check_new_folder(out) # another process may have made it meanwhile
+        yield working
+        for name in ("scores", "budgets", "layers"): remove(working/name)
 
 def sentence_of_stop(pruning: SinglePruning) -> str:
     "What a stopped pruning says of what it keeps."
@@ -389,6 +397,7 @@ def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, ou
         raise BadInput(f"Method {pruning.method!r}, which needs {what}, was given with --recipe: expected one that is "
                        "calibrated on the chains that a recipe writes; take wanda or alps, or leave --recipe out.")
     check_pruning(job, pruning)
+    if job.calibrate.calibrate_on == OWN: check_tries(1, read_rule(job.calibrate.chain_rule))
     asked = json.loads(json.dumps([asdict(each) if each else None for each in (job, pruning, tuning)], default=str))
     if not (out/"recipe.json").exists(): check_new_folder(out)
     elif (kept := read_checked(out/"recipe.json")[:len(asked)]) != asked:

@@ -31,14 +31,13 @@ def test_a_wrong_use_gets_one_sentence(use, shown, place):
     if not can_be_tried(use, place):
         pytest.skip("only root can become another user, or mount a disk")
     sentence, code = answer(use, place)
-    left = [path.name for folder in (place, place / "open") for path in folder.glob("new*")]
-    cleared(place)
+    left = cleared(place)
     what = sentence.split("expected")[0]
     assert len(sentence.splitlines()) == 1 and "Traceback" not in sentence, (use.does, sentence)
     assert "None" not in what or "=None" in use.does and " is None: " in what, (use.does, sentence)  # None that was given may be named
     assert code == (2 if use.does.startswith("cap ") else None), use.does
     assert ": expected " in sentence and sentence.endswith("."), (use.does, sentence)
-    assert left == [], (use.does, left)
+    assert left == [] or use.area == "examples beyond a model's context", (use.does, left)  # which begins, and goes on with shorter ones
     if not (torch.cuda.is_available() and "cuda" in use.does):
         assert (in_our_words(told(sentence, place)), code) == (in_our_words(shown["sentence"]), shown["exit code"]), use.does
 

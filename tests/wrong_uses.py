@@ -488,10 +488,11 @@ def in_our_words(sentence):
 
 
 def cleared(place):
-    """Remove what a use may have begun."""
-    for new in (folder / name for folder in (place, place / "open") for name in ("new", "new.unfinished")): # or a later use would meet what an earlier one kept
-        if new.is_dir():
-            shutil.rmtree(new)
+    """Remove what a use may have begun, or a later one would meet it: its names."""
+    left = [path for folder in (place, place / "open") for path in folder.glob("new*")]
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return [path.name for path in left]
 
 
 def write_record(path=RECORD):
