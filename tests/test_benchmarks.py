@@ -140,11 +140,15 @@ def test_commands_are_timed_each_in_a_process_of_its_own(tmp_path):
 
 def test_the_suite_is_timed_in_a_fresh_clone(tmp_path):
     (tmp_path / "Makefile").write_text("demo:\n\t@echo done > made; echo shown\ntest:\n\t@cat made\n")
-    for words in (["init", "--quiet"], ["add", "Makefile"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "-m", "a"]):
+    for name in ("nbs/00_one.ipynb", "nbs/06_two.ipynb", "nbs/index.ipynb", "tools/notebooks.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    for words in (["init", "--quiet"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "-m", "a"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     assert suite.suite_case(tmp_path / "s.json", tmp_path)["about"]["last line"] == {"demo": ["shown"], "test": ["done"]}
     with pytest.raises(BadInput, match="make lint failed"):
         suite.suite_case(tmp_path / "t.json", tmp_path, ("lint",))
+    assert list(suite.chapters_case(tmp_path / "c.json", tmp_path)["seconds"]) == ["00_one", "06_two"]
 
 
 def test_a_pruned_model_is_asked_in_the_order_of_the_dense_answers(tmp_path):
